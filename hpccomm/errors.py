@@ -1,0 +1,39 @@
+"""What hpccomm raises, and when.
+
+::
+
+    HpccommError
+    ├── ArgumentError      this rank's call is wrong; raised before the first message     (ValueError)
+    ├── MismatchError      ranks of one communicator called different things              (RuntimeError)
+    ├── LaunchError        the launcher and the MPI library do not belong together        (RuntimeError)
+    ├── ScheduleError      a schedule does not do what its collective promises            (AssertionError)
+    └── TransportError     a way to move bytes is not to be had here                      (OSError)
+
+Every message says who, what and what to do.
+"""
+
+from __future__ import annotations
+
+
+class HpccommError(Exception):
+    """The root of everything raised here on purpose."""
+
+
+class ArgumentError(HpccommError, ValueError):
+    """A wrong argument on this rank: buffer, count, datatype, root, operation or algorithm."""
+
+
+class MismatchError(HpccommError, RuntimeError):
+    """Ranks of one communicator called different things at the same time."""
+
+
+class LaunchError(HpccommError, RuntimeError):
+    """The launcher started more ranks than the MPI library sees."""
+
+
+class ScheduleError(HpccommError, AssertionError):
+    """A schedule breaks its collective's promise; names rank, round and block."""
+
+
+class TransportError(HpccommError, OSError):
+    """Shared memory, a device or a library that a transport needs is missing or too small."""
