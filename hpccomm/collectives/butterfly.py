@@ -1,0 +1,144 @@
+"""Butterfly: in every round ranks meet in pairs at a distance that doubles or halves, so p ranks need lg p rounds.
+
+*p ranks, r this one, q its number among the 2^⌊lg p⌋ ranks that dance, mask the distance.*  Where p is no power of two
+the first 2·(p − 2^⌊lg p⌋) ranks fold in pairs: the even one hands its vector to the odd one, sits out, and gets the
+result back.  Neighbours meet first, so every partial result covers neighbouring ranks and order can be kept.
+
+=================  ============================  ===================================
+what               rounds (+2 when folded)       bytes from every rank that dances
+=================  ============================  ===================================
+doubling           lg p                          n lg p
+halving-doubling   2 lg p                        2 (p−1)/p n
+reduce-scatter     lg p                          (p−1)/p n
+allgather          lg p                          (p−1)/p n
+Bruck allgather    ⌈lg p⌉, never folded          (p−1)/p n
+=================  ============================  ===================================
+
+Thakur, Rabenseifner & Gropp, Int. J. High Perform. Comput. Appl. 2005; Bruck et al., IEEE Trans. Parallel Distrib. Syst. 1997.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpccomm.collectives.schedule import Rank, Step, only, power_of_two
+
+
+class Dance(NamedTuple):
+    """Who dances: ``size`` dancers, a power of two, and ``pairs`` pairs of ranks that send one dancer each."""
+
+    size: int
+    pairs: int
+
+    def number(self, r: Rank) -> Rank:
+        """The dancer's number of rank r (of a rank that sits out: its partner's)."""
+        return np.where(np.asarray(r) < 2 * self.pairs, np.asarray(r) // 2, np.asarray(r) - self.pairs)
+
+    def dances(self, r: Rank) -> Any:
+        """Whether rank r dances: all but the even one of each pair."""
+        return (np.asarray(r) >= 2 * self.pairs) | (np.asarray(r) % 2 == 1)
+
+    def rank(self, q: Rank) -> Rank:
+        """The rank that dances as number q."""
+        return np.where(np.asarray(q) < self.pairs, 2 * np.asarray(q) + 1, np.asarray(q) + self.pairs)
+
+    def first_block(self, q: Rank) -> Rank:
+        """Where dancer q's blocks begin when every rank has one: its pair's, or its own."""
+        return np.where(np.asarray(q) < self.pairs, 2 * np.asarray(q), np.asarray(q) + self.pairs)
+
+
+def dance(p: int) -> Dance:
+    """The dancers among p ranks."""
+    size = power_of_two(p)
+    return Dance(size, p - size)
+
+
+def masks(size: int) -> list[int]:
+    """Distances 1, 2, 4 … below ``size``."""
+    return [1 << k for k in range(size.bit_length() - 1)]
+
+
+def fold(r: Rank, d: Dance, send: tuple[Rank, Rank], recv: tuple[Rank, Rank], reduce: bool) -> Iterator[Step]:
+    """The even rank of each pair hands over blocks ``send``, which its odd partner knows as ``recv``."""
+    if d.pairs:
+        paired, even = np.asarray(r) < 2 * d.pairs, np.asarray(r) % 2 == 0
+        yield Step(only(paired & even, r + 1), send, only(paired & ~even, r - 1), recv, reduce)
+
+
+def unfold(r: Rank, d: Dance, send: tuple[Rank, Rank], recv: tuple[Rank, Rank]) -> Iterator[Step]:
+    """The odd rank of each pair gives blocks ``send`` back."""
+    if d.pairs:
+        paired, even = np.asarray(r) < 2 * d.pairs, np.asarray(r) % 2 == 0
+        yield Step(only(paired & ~even, r - 1), send, only(paired & even, r + 1), recv, reduce=False)
+
+
+def doubling(r: Rank, p: int) -> Iterator[Step]:
+    """Allreduce of few bytes: partners swap everything they have; one block."""
+    d, all_of_it = dance(p), (0, 1)
+    yield from fold(r, d, all_of_it, all_of_it, reduce=True)
+    for mask in masks(d.size):
+        peer = only(d.dances(r), d.rank(d.number(r) ^ mask))
+        yield Step(peer, all_of_it, peer, all_of_it, reduce=True)
+    yield from unfold(r, d, all_of_it, all_of_it)
+
+
+def halving_doubling(r: Rank, p: int) -> Iterator[Step]:
+    """Allreduce of many bytes: halve what one is responsible for every round, then collect it the same way back."""
+    d = dance(p)
+    q, lo, half = d.number(r), np.zeros_like(r), d.size
+    yield from fold(r, d, (0, d.size), (0, d.size), reduce=True)
+    for mask in masks(d.size):
+        half //= 2
+        upper = (q & mask) // mask
+        keep, give = lo + upper * half, lo + (1 - upper) * half
+        peer = only(d.dances(r), d.rank(q ^ mask))
+        yield Step(peer, (give, give + half), peer, (keep, keep + half), reduce=True)
+        lo = keep
+    for mask in reversed(masks(d.size)):
+        upper = (q & mask) // mask
+        other = lo + (1 - 2 * upper) * half
+        peer = only(d.dances(r), d.rank(q ^ mask))
+        yield Step(peer, (lo, lo + half), peer, (other, other + half), reduce=False)
+        lo, half = np.minimum(lo, other), 2 * half
+    yield from unfold(r, d, (0, d.size), (0, d.size))
+
+
+def reduce_scatter(r: Rank, p: int) -> Iterator[Step]:
+    """Recursive halving: keep the half of the dancers that one belongs to; far partners first, so order is not kept."""
+    d = dance(p)
+    q = d.number(r)
+    yield from fold(r, d, (0, p), (0, p), reduce=True)
+    for mask in reversed(masks(d.size)):
+        keep, give = q & ~(mask - 1), (q ^ mask) & ~(mask - 1)
+        peer = only(d.dances(r), d.rank(q ^ mask))
+        yield Step(peer, dancers_blocks(d, give, mask), peer, dancers_blocks(d, keep, mask), reduce=True)
+    yield from unfold(r, d, (r - 1, r), (r, r + 1))
+
+
+def allgather(r: Rank, p: int) -> Iterator[Step]:
+    """Recursive doubling: partners swap all blocks they have, neighbours first."""
+    d = dance(p)
+    q = d.number(r)
+    yield from fold(r, d, (r, r + 1), (r - 1, r), reduce=False)
+    for mask in masks(d.size):
+        mine, theirs = q & ~(mask - 1), (q ^ mask) & ~(mask - 1)
+        peer = only(d.dances(r), d.rank(q ^ mask))
+        yield Step(peer, dancers_blocks(d, mine, mask), peer, dancers_blocks(d, theirs, mask), reduce=False)
+    yield from unfold(r, d, (0, p), (0, p))
+
+
+def dancers_blocks(d: Dance, q: Rank, count: int) -> tuple[Rank, Rank]:
+    """The blocks of ``count`` dancers from number q on."""
+    return d.first_block(q), d.first_block(q + count)
+
+
+def bruck(r: Rank, p: int) -> Iterator[Step]:
+    """Allgather for any p: the run of blocks that begins with one's own doubles every round (it may wrap around)."""
+    have = 1
+    while have < p:
+        more = min(have, p - have)
+        yield Step((r - have) % p, (r, r + more), (r + have) % p, (r + have, r + have + more), reduce=False)
+        have += more
