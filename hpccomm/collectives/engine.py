@@ -1,0 +1,184 @@
+"""The engine binds a schedule to a vector once; what is left to run is a flat list of actions.
+
+*p ranks, r this one; the vector is cut into blocks by a table of offsets; a lane is one of several contiguous segments
+of the vector, each of which goes through the whole schedule by itself.*  Lanes are interleaved: while one is summed the
+next is on its way, so any schedule is pipelined without knowing it.  Bound once, a step costs a start, a wait and a
+reduction; nothing is looked up, sliced or checked any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.collectives.schedule import Step
+
+Vector = npt.NDArray[Any]
+Action = Callable[[], Any]
+Combine = Callable[[Vector, Vector, Vector], Any]
+"""``combine(lower, upper, out)``: ``out = lower op upper``, ``out`` being one of the two."""
+
+
+class Exchange(Protocol):
+    """A send and a receive bound to memory: start both, then wait for both."""
+
+    starts: Sequence[Action]
+    waits: Sequence[Action]
+
+    def free(self) -> None:
+        """Give back what the transport holds for it."""
+
+
+class Transport(Protocol):
+    """How bytes move between ranks."""
+
+    rank: int
+    size: int
+
+    def exchange(self, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int) -> Exchange:
+        """Bind one message out and one in; ``None`` for no message."""
+
+
+class Plan:
+    """A schedule bound to memory: call it as often as you like, then free it."""
+
+    def __init__(self, actions: list[Action], exchanges: list[Exchange]) -> None:
+        self._actions = actions
+        self._exchanges = exchanges
+
+    def __call__(self) -> None:
+        """Run it once."""
+        for act in self._actions:
+            act()
+
+    def free(self) -> None:
+        """Give back the transport's requests; the plan cannot run any more."""
+        for exchange in self._exchanges:
+            exchange.free()
+        self._actions, self._exchanges = [], []
+
+
+def even_cuts(count: int, blocks: int) -> npt.NDArray[np.int64]:
+    """Offsets that cut ``count`` elements into ``blocks`` whose lengths differ by one at most, longer ones first."""
+    base, longer = divmod(count, blocks)
+    block = np.arange(blocks + 1, dtype=np.int64)
+    return block * base + np.minimum(block, longer)
+
+
+def segments(count: int, lanes: int) -> list[slice]:
+    """The vector's contiguous segments, one a lane."""
+    cuts = even_cuts(count, max(1, min(lanes, count)))
+    return [slice(lo, hi) for lo, hi in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)]
+
+
+def bind(
+    steps: Iterable[Step],
+    vector: Vector,
+    cuts: Sequence[int] | npt.NDArray[np.int64],
+    transport: Transport,
+    combine: Combine | None = None,
+    tag: int = 0,
+) -> Plan:
+    """Bind one lane: ``cuts`` are the offsets of the blocks in ``vector``, one more than there are blocks."""
+    lane = Lane(vector, cuts, transport, combine, tag)
+    return interleaved([[lane.bound(step) for step in steps if not lane.skips(step)]])
+
+
+def bind_lanes(
+    steps: Iterable[Step],
+    vector: Vector,
+    blocks: int,
+    lanes: int,
+    transport: Transport,
+    combine: Combine | None = None,
+    tag: int = 0,
+) -> Plan:
+    """Bind a schedule whose blocks may lie anywhere (allreduce, bcast, reduce) to a vector cut into ``lanes`` segments."""
+    script = list(steps)
+    bound = []
+    for segment in segments(vector.size, lanes):
+        part = vector[segment]
+        lane = Lane(part, even_cuts(part.size, blocks), transport, combine, tag)
+        bound.append([lane.bound(step) for step in script if not lane.skips(step)])
+    return interleaved(bound)
+
+
+class Round:
+    """One step of one lane, bound: what starts it, what finishes it, what must be given back."""
+
+    def __init__(self, exchanges: list[Exchange], reductions: list[Action]) -> None:
+        self.exchanges = exchanges
+        self.starts = [act for exchange in exchanges for act in exchange.starts]
+        self.finishes = [act for exchange in exchanges for act in exchange.waits] + reductions
+
+
+def interleaved(lanes: list[list[Round]]) -> Plan:
+    """Round k+1 of a lane starts as soon as its round k is finished; meanwhile the other lanes are on their way."""
+    actions: list[Action] = [act for lane in lanes if lane for act in lane[0].starts]
+    for k in range(max((len(lane) for lane in lanes), default=0)):
+        for lane in lanes:
+            if k < len(lane):
+                actions += lane[k].finishes
+            if k + 1 < len(lane):
+                actions += lane[k + 1].starts
+    return Plan(actions, [exchange for lane in lanes for each in lane for exchange in each.exchanges])
+
+
+class Lane:
+    """One segment of the vector on its way through a schedule."""
+
+    def __init__(
+        self, vector: Vector, cuts: Any, transport: Transport, combine: Combine | None, tag: int
+    ) -> None:
+        self.vector, self.transport, self.combine, self.tag = vector, transport, combine, tag
+        self.cuts = [int(cut) for cut in cuts]
+        self._spare = np.empty(0, vector.dtype)
+
+    def pieces(self, blocks: tuple[Any, Any]) -> list[Vector]:
+        """The parts of the vector that blocks [lo, hi) cover: none, one, or two where the interval wraps around."""
+        count = len(self.cuts) - 1
+        first, length = int(blocks[0]) % count, int(blocks[1]) - int(blocks[0])
+        spans = [(first, min(first + length, count)), (0, max(0, first + length - count))]
+        return [self.vector[self.cuts[lo] : self.cuts[hi]] for lo, hi in spans if lo < hi]
+
+    def skips(self, step: Step) -> bool:
+        """Whether this rank moves nothing in this round."""
+        return int(step.to) < 0 and int(step.source) < 0
+
+    def bound(self, step: Step) -> Round:
+        """The step with its slices cut, its messages bound and its reduction ready."""
+        to, source = int(step.to), int(step.source)
+        out = [piece for piece in self.pieces(step.send) if to >= 0 and piece.size]
+        into = [piece for piece in self.pieces(step.recv) if source >= 0 and piece.size]
+        landing = self.landing(into) if step.reduce else into
+        exchanges = [
+            self.transport.exchange(send, to, recv, source, self.tag)
+            for send, recv in paired(out, landing)
+        ]
+        operands = zip(landing, into, strict=True) if step.reduce else ()
+        return Round(exchanges, [self.reduction(new, mine, source) for new, mine in operands])
+
+    def landing(self, into: list[Vector]) -> list[Vector]:
+        """Where operands arrive; the same memory in every round, so it stays in cache."""
+        need = sum(piece.size for piece in into)
+        if self._spare.size < need:
+            self._spare = np.empty(need, self.vector.dtype)
+        ends = np.cumsum([0, *(piece.size for piece in into)]).tolist()
+        return [self._spare[lo:hi] for lo, hi in zip(ends[:-1], ends[1:], strict=True)]
+
+    def reduction(self, new: Vector, mine: Vector, source: int) -> Action:
+        """Join what arrived with what is here, the lower rank's part on the left."""
+        combine = self.combine
+        assert combine is not None, "a schedule that reduces was bound without an operation"
+        if source < self.transport.rank:
+            return lambda: combine(new, mine, mine)
+        return lambda: combine(mine, new, mine)
+
+
+def paired(out: list[Vector], into: list[Vector]) -> Iterable[tuple[Vector | None, Vector | None]]:
+    """Messages out and in, side by side."""
+    for k in range(max(len(out), len(into))):
+        yield (out[k] if k < len(out) else None), (into[k] if k < len(into) else None)

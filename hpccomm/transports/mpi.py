@@ -1,0 +1,88 @@
+"""Point-to-point messages of an MPI library, bound as persistent requests.
+
+Every message carries its call's signature in the tag and every receive takes any tag, so a peer that calls something
+else is noticed at the first message.  Vectors travel as bytes, in pieces of at most 1 GiB, so counts beyond 2^31 work
+on every MPI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+PIECE = 1 << 30
+"""Bytes of the longest single message."""
+
+Vector = npt.NDArray[Any]
+Stranger = Callable[[int, int, int], Exception]
+"""``stranger(rank, tag, expected)``: the error to raise when a rank's message belongs to another call."""
+
+
+class MessageTransport:
+    """Messages over one communicator that nobody else uses.
+
+    ``stranger`` makes the error for a message that belongs to another call.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, stranger: Stranger) -> None:
+        self.comm, self.stranger = comm, stranger
+        self.rank, self.size = comm.rank, comm.size
+        self.tags = int(comm.Get_attr(MPI.TAG_UB) or 32767)
+
+    def exchange(self, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int) -> Messages:
+        """Bind one message out and one in."""
+        return Messages(self, send, to, recv, source, tag % self.tags)
+
+    def close(self) -> None:
+        """Give the communicator back (collective)."""
+        self.comm.Free()
+
+
+class Messages:
+    """A send and a receive as persistent requests."""
+
+    def __init__(
+        self, via: MessageTransport, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int
+    ) -> None:
+        self._via, self._source, self._tag = via, source, tag
+        incoming = [via.comm.Recv_init([piece, MPI.BYTE], source, MPI.ANY_TAG) for piece in pieces(recv)]
+        outgoing = [via.comm.Send_init([piece, MPI.BYTE], to, tag) for piece in pieces(send)]
+        self._requests = [*incoming, *outgoing]
+        self._status = MPI.Status()
+        self.starts = [request.Start for request in self._requests]
+        self.waits = [self.arrival(request) for request in incoming] + [each.Wait for each in outgoing]
+
+    def arrival(self, request: MPI.Prequest) -> Callable[[], None]:
+        """Wait for a message and look at whose call it belongs to."""
+        wait, status, tag = request.Wait, self._status, self._tag
+
+        def arrive() -> None:
+            try:
+                wait(status)
+            except MPI.Exception as failure:
+                if failure.Get_error_class() != MPI.ERR_TRUNCATE:
+                    raise
+                raise self._via.stranger(self._source, status.tag, tag) from None
+            if status.tag != tag:
+                raise self._via.stranger(self._source, status.tag, tag)
+
+        return arrive
+
+    def free(self) -> None:
+        """Free the requests."""
+        for request in self._requests:
+            request.Free()
+        self._requests = []
+
+
+def pieces(vector: Vector | None) -> Iterator[Any]:
+    """The vector's bytes, a message each."""
+    if vector is None:
+        return
+    octets = np.ascontiguousarray(vector).view(np.uint8) if vector.size else vector[:0].view(np.uint8)
+    for first in range(0, octets.size, PIECE):
+        yield octets[first : first + PIECE]

@@ -1,0 +1,97 @@
+"""Ranks as threads of one process: for tests, notebooks and anything that should run without MPI.
+
+A message is a copy put into a queue that only its sender fills and only its receiver empties.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy.typing as npt
+
+from hpccomm.errors import MismatchError
+
+Vector = npt.NDArray[Any]
+
+
+class Mailboxes:
+    """One queue for each pair of ranks."""
+
+    def __init__(self, size: int, patience: float = 60.0) -> None:
+        self.size, self.patience = size, patience
+        self.boxes: dict[tuple[int, int], SimpleQueue[tuple[int, Vector]]] = {
+            (source, to): SimpleQueue() for source in range(size) for to in range(size)
+        }
+        self.bytes_sent = [0] * size
+        """Counted on the transport, a number a rank."""
+
+
+class ThreadTransport:
+    """One rank's end of the mailboxes."""
+
+    def __init__(self, mail: Mailboxes, rank: int) -> None:
+        self.mail, self.rank, self.size = mail, rank, mail.size
+
+    def exchange(self, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int) -> Letters:
+        """Bind one message out and one in."""
+        return Letters(self, send, to, recv, source, tag)
+
+
+class Letters:
+    """A send and a receive through the mailboxes."""
+
+    def __init__(
+        self, via: ThreadTransport, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int
+    ) -> None:
+        mail, rank = via.mail, via.rank
+
+        def post() -> None:
+            assert send is not None
+            mail.bytes_sent[rank] += send.nbytes
+            mail.boxes[rank, to].put((tag, send.copy()))
+
+        def fetch() -> None:
+            assert recv is not None
+            try:
+                theirs, letter = mail.boxes[source, rank].get(timeout=mail.patience)
+            except Empty:
+                raise TimeoutError(f"rank {rank} waited {mail.patience} s for rank {source}") from None
+            if theirs != tag or letter.nbytes != recv.nbytes:
+                raise MismatchError(
+                    f"rank {source} sent {letter.nbytes} bytes of call {theirs}, "
+                    f"rank {rank} expects {recv.nbytes} bytes of call {tag}: make the calls the same"
+                )
+            recv[...] = letter.view(recv.dtype)
+
+        self.starts = [post] if send is not None else []
+        self.waits = [fetch] if recv is not None else []
+
+    def free(self) -> None:
+        """Nothing is held."""
+
+
+def run_on_threads(size: int, function: Callable[[ThreadTransport], Any], patience: float = 60.0) -> list[Any]:
+    """What ``function(transport)`` returns on each of ``size`` ranks; the first rank's exception is raised here."""
+    mail = Mailboxes(size, patience)
+    results: list[Any] = [None] * size
+    errors: list[BaseException | None] = [None] * size
+
+    def body(rank: int) -> None:
+        try:
+            results[rank] = function(ThreadTransport(mail, rank))
+        except BaseException as error:
+            errors[rank] = error
+
+    threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        if error is not None:
+            raise error
+    return results
+
