@@ -1,0 +1,65 @@
+"""MPI's operations on NumPy vectors, and which datatypes each is defined for (MPI-4.1, 6.9.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from hpccomm.errors import ArgumentError
+
+NUMBERS, ORDERED, LOGICAL, BITS = "iufc", "iuf", "iub", "iu"
+
+
+class Operation(NamedTuple):
+    """A predefined operation."""
+
+    name: str
+    ufunc: Callable[..., Any]
+    kinds: str
+    """NumPy's letters of the kinds of dtype it is defined for."""
+    instead: str
+    """What to do when it is not."""
+
+
+PREDEFINED: dict[int, Operation] = {
+    MPI.SUM.handle: Operation("sum", np.add, NUMBERS, "cast to an integer dtype, or use MPI.LOR"),
+    MPI.PROD.handle: Operation("prod", np.multiply, NUMBERS, "cast to an integer dtype, or use MPI.LAND"),
+    MPI.MIN.handle: Operation("min", np.minimum, ORDERED, "reduce real and imaginary parts, or use MPI.LAND"),
+    MPI.MAX.handle: Operation("max", np.maximum, ORDERED, "reduce real and imaginary parts, or use MPI.LOR"),
+    MPI.LAND.handle: Operation("land", np.logical_and, LOGICAL, "compare with zero first"),
+    MPI.LOR.handle: Operation("lor", np.logical_or, LOGICAL, "compare with zero first"),
+    MPI.LXOR.handle: Operation("lxor", np.logical_xor, LOGICAL, "compare with zero first"),
+    MPI.BAND.handle: Operation("band", np.bitwise_and, BITS, "use an integer dtype, or MPI.LAND for bool"),
+    MPI.BOR.handle: Operation("bor", np.bitwise_or, BITS, "use an integer dtype, or MPI.LOR for bool"),
+    MPI.BXOR.handle: Operation("bxor", np.bitwise_xor, BITS, "use an integer dtype, or MPI.LXOR for bool"),
+}
+
+
+def name_of(op: MPI.Op) -> str:
+    """For messages and signatures; user-defined operations cannot be told apart."""
+    known = PREDEFINED.get(op.handle)
+    return known.name if known else "other predefined" if op.is_predefined else "user-defined"
+
+
+def check_defined(op: MPI.Op, dtype: np.dtype[Any], who: str) -> None:
+    """Raise where MPI does not define a predefined operation for a dtype."""
+    known = PREDEFINED.get(op.handle)
+    if known and dtype.kind not in known.kinds:
+        raise ArgumentError(f"{who}: MPI does not define {known.name} for {dtype}: {known.instead}")
+
+
+def combiner(op: MPI.Op) -> Callable[[Any, Any, Any], Any]:
+    """``combine(lower, upper, out)`` for the engine."""
+    known = PREDEFINED.get(op.handle)
+    if known:
+        return known.ufunc
+
+    def reduce_local(lower: Any, upper: Any, out: Any) -> None:
+        op.Reduce_local(lower, upper)
+        if out is not upper:
+            out[...] = upper
+
+    return reduce_local

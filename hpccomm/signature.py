@@ -1,0 +1,84 @@
+"""What a call is: the words that tell two calls apart, and the number that travels in its place.
+
+Two ranks whose signatures differ have made a mistake that MPI itself answers with silent garbage or a hang.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+UNKNOWN = "?"
+"""A word that cannot be compared: another rank may rightly say it differently."""
+
+REMEDIES = {
+    "collective": "make all ranks call the same collective in the same order",
+    "dtype": "cast before the call",
+    "count": "make the counts the same on all ranks",
+    "op": "use the same operation on all ranks",
+    "root": "name the same root on all ranks",
+    "order": "bring the arrays into one memory order, np.ascontiguousarray(x), before the call",
+    "algorithm": "name the same algorithm on all ranks",
+}
+
+
+class Signature(NamedTuple):
+    """One rank's call."""
+
+    collective: str
+    op: str = ""
+    count: str = ""
+    dtype: str = ""
+    root: str = ""
+    order: str = ""
+    algorithm: str = ""
+
+    @property
+    def word(self) -> int:
+        """31 bits that stand for it."""
+        return zlib.crc32("|".join(self).encode()) & 0x7FFFFFFF
+
+    def __str__(self) -> str:
+        amount = " ".join(part for part in (self.count, self.dtype) if part not in ("", UNKNOWN))
+        named = [f"{name}={value}" for name, value in (("root", self.root), ("algorithm", self.algorithm)) if value]
+        order = ["Fortran order"] if self.order == "F" else []
+        words = [part for part in (self.op, amount) if part not in ("", UNKNOWN)]
+        return f"{self.collective}({', '.join(words + order + named)})"
+
+    def encode(self) -> bytes:
+        """For a peer to read."""
+        return "|".join(self).encode()
+
+
+def decode(octets: bytes) -> Signature:
+    """What a peer wrote."""
+    return Signature(*octets.decode(errors="replace").split("|"))
+
+
+def differs(a: Signature, b: Signature) -> str | None:
+    """The first word in which two calls contradict each other, if any."""
+    for field in ("collective", "dtype", "op", "root", "algorithm", "count", "order"):
+        mine, theirs = getattr(a, field), getattr(b, field)
+        if mine != theirs and UNKNOWN not in (mine, theirs):
+            return field
+    return None
+
+
+def complaint(calls: dict[int, Signature | None], me: int) -> str:
+    """One sentence that names the ranks, what each called, and the remedy."""
+    groups: dict[str, list[int]] = {}
+    for rank, call in sorted(calls.items()):
+        groups.setdefault("something else" if call is None else str(call), []).append(rank)
+    said = [f"{ranks(members)} called {call}" for call, members in groups.items()]
+    mine = calls[me]
+    fields = [differs(mine, other) for other in calls.values() if mine is not None and other is not None]
+    field = next((field for field in fields if field), "collective")
+    return f"{', '.join(said)}: {REMEDIES[field]} (noticed by rank {me})"
+
+
+def ranks(members: list[int]) -> str:
+    """``rank 3`` or ``ranks 0, 2, 3``; long lists are cut short."""
+    if len(members) == 1:
+        return f"rank {members[0]}"
+    shown = ", ".join(map(str, members[:8]))
+    return f"ranks {shown}" + (f" and {len(members) - 8} more" if len(members) > 8 else "")
