@@ -32,8 +32,9 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
         "ring": Algorithm(tree.scatter_ring, one_each),
     },
     "reduce": {
-        "tree": Algorithm(tree.reduce, whole, ordered=True, lanes=True),
-        "chain": Algorithm(tree.chain_reduce, whole, ordered=True, lanes=True),
+        "tree": Algorithm(tree.reduce, whole, lanes=True),
+        "tree_in_order": Algorithm(tree.reduce_in_order, whole, ordered=True, lanes=True),
+        "chain": Algorithm(tree.chain_reduce, whole, lanes=True),
     },
 }
 """For each collective, its algorithms by name.  To add one is to add a row here and a row in the tests."""

@@ -45,8 +45,8 @@ class Algorithm(NamedTuple):
     blocks: Callable[[int], int]
     """Into how many blocks p ranks cut the vector."""
     ordered: bool = False
-    """Every reduction joins neighbouring ranges of ranks, lower on the left: right for non-commutative operations
-    (collectives with a root: from root 0)."""
+    """Every reduction joins neighbouring ranges of ranks, lower on the left, whatever the root: right for
+    non-commutative operations."""
     lanes: bool = False
     """Gains from cutting every block into segments that flow one after the other (chains and trees)."""
 
@@ -76,7 +76,3 @@ def idle(r: Rank) -> Step:
     nobody = np.full(np.shape(r), NOBODY)
     return Step(nobody, (0, 0), nobody, (0, 0), False)
 
-
-def to_only(active: Any, peer: Rank, blocks: tuple[Rank, Rank], source: Rank, reduce: bool) -> Step:
-    """Ranks in ``active`` send ``blocks`` to ``peer``; a rank whose ``source`` is somebody receives the same blocks."""
-    return Step(only(active, peer), blocks, source, blocks, reduce)

@@ -45,6 +45,14 @@ def reduce(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
         yield Step(to, ALL, source, ALL, reduce=True)
 
 
+def reduce_in_order(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
+    """Reduce to rank 0, where ranks stand in order, and pass the result to the root."""
+    yield from reduce(r, p)
+    if root:
+        here = np.asarray(r)
+        yield Step(only(here == 0, root), ALL, only(here == root, 0), ALL, reduce=False)
+
+
 def allreduce(r: Rank, p: int) -> Iterator[Step]:
     """Reduce to rank 0, then broadcast."""
     yield from reduce(r, p)

@@ -1,0 +1,249 @@
+"""What a user hands to a collective, understood once: where it lies, how many elements of what, and whether we may write.
+
+Takes every form mpi4py takes.  A form whose bytes do not simply follow one another (derived datatypes, ``BOTTOM``) is
+*opaque*: it keeps mpi4py's own treatment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from hpccomm.errors import ArgumentError
+
+PLAIN = "biufc"
+"""NumPy's letters of the kinds of dtype that MPI knows."""
+
+
+@dataclass
+class Message:
+    """One buffer of one call."""
+
+    raw: Any
+    """What the user gave, for mpi4py."""
+    address: int = 0
+    size: int = 0
+    """Elements that the memory holds."""
+    dtype: np.dtype[Any] | None = None
+    """``None`` when opaque."""
+    writable: bool = True
+    order: str = "C"
+    count: int | None = None
+    """Elements (for each rank, where there is a part for each), when the user said it."""
+    counts: tuple[int, ...] | None = None
+    """Elements for each rank, when the user said it."""
+    displs: tuple[int, ...] | int | None = None
+    """Where each rank's part begins, when the user said it."""
+    octets: int | None = None
+    """Bytes of data in an opaque form, where that can be told."""
+    datatype: MPI.Datatype | None = None
+    """The datatype of such an opaque form."""
+    owner: Any = None
+    """Whatever keeps the memory alive."""
+
+    @property
+    def opaque(self) -> bool:
+        """Whether its bytes do not simply follow one another."""
+        return self.dtype is None
+
+    @property
+    def elements(self) -> int:
+        """How many elements a call without parts moves."""
+        return self.size if self.count is None else self.count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a call without parts moves."""
+        if self.dtype is None:
+            return self.octets or 0
+        return self.elements * self.dtype.itemsize
+
+    def part(self, ranks: int) -> int:
+        """Elements for each of ``ranks`` ranks."""
+        return self.size // ranks if self.count is None else self.count
+
+    def parts(self, ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Elements for each rank and where they begin, as mpi4py completes what was left out."""
+        counts = self.counts
+        if counts is None and self.count is not None:
+            counts = (self.count,) * ranks
+        if counts is None:
+            counts = tuple(self.size // ranks + (self.size % ranks > k) for k in range(ranks))
+        if isinstance(self.displs, int):
+            return counts, tuple(self.displs * k for k in range(ranks))
+        if self.displs is None:
+            return counts, tuple(sum(counts[:k]) for k in range(ranks))
+        return counts, self.displs
+
+    def overlaps(self, other: Message) -> bool:
+        """Whether the two memories share bytes."""
+        if self.dtype is None or other.dtype is None:
+            return False
+        ends = [each.address + each.size * each.dtype.itemsize for each in (self, other) if each.dtype is not None]
+        return bool(self.size and other.size) and self.address < ends[1] and other.address < ends[0]
+
+    def vector(self, count: int | None = None, first: int = 0) -> npt.NDArray[Any]:
+        """The elements, as a view that does not keep the user's array alive."""
+        assert self.dtype is not None
+        count = self.elements if count is None else count
+        return at(self.address + first * self.dtype.itemsize, count, self.dtype)
+
+
+def at(address: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """``count`` elements at an address."""
+    if not count:
+        return np.empty(0, dtype)
+    return np.frombuffer(MPI.memory.fromaddress(address, count * dtype.itemsize), dtype)
+
+
+def read(given: Any, who: str) -> Message:
+    """Understand a buffer; ``who`` begins every error: the rank and its call."""
+    if isinstance(given, np.ndarray | np.generic):
+        return read_array(np.asarray(given), given, who)
+    if isinstance(given, list | tuple):
+        return read_form(given, who)
+    if given is None or given is MPI.BOTTOM or given is MPI.IN_PLACE or isinstance(given, int):
+        return Message(given)
+    return read_provider(given, who)
+
+
+def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Message:
+    """A NumPy array: checked, and taken as it lies in memory."""
+    if isinstance(raw, np.ma.MaskedArray):
+        raise ArgumentError(f"{who}: a masked array would lose its mask: pass x.filled(value)")
+    if array.dtype.kind not in PLAIN:
+        raise ArgumentError(f"{who}: MPI has no datatype for {array.dtype}: {instead_of(array.dtype)}")
+    if not array.dtype.isnative:
+        raise ArgumentError(
+            f"{who}: {array.dtype.str} has another byte order than this machine: "
+            "pass x.astype(x.dtype.newbyteorder('='))"
+        )
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        raise ArgumentError(
+            f"{who}: the array is not contiguous (shape {array.shape}, strides {array.strides}): "
+            "pass np.ascontiguousarray(x), or receive into a new array and copy"
+        )
+    order = "C" if array.flags.c_contiguous else "F"
+    return Message(raw, address_of(array), array.size, array.dtype, array.flags.writeable, order, owner=array)
+
+
+def instead_of(dtype: np.dtype[Any]) -> str:
+    """What to do with a dtype that MPI does not know."""
+    if dtype.kind == "O":
+        return "use the lower-case method, which pickles, or a numeric dtype"
+    if dtype.kind == "V" and dtype.fields is None:
+        return "hpccomm.allreduce reduces 16-bit floats with float32 accumulation"
+    return "view or cast it as a numeric dtype, or name an MPI datatype: [x, count, datatype]"
+
+
+def address_of(array: npt.NDArray[Any]) -> int:
+    """Where an array's first byte lies."""
+    return int(array.__array_interface__["data"][0])
+
+
+def read_provider(given: Any, who: str) -> Message:
+    """Anything with the buffer protocol or DLPack; opaque where it has neither."""
+    try:
+        view = memoryview(given)
+    except TypeError:
+        return read_dlpack(given, who)
+    if not view.contiguous:
+        raise ArgumentError(f"{who}: the buffer is not contiguous: pass a contiguous copy")
+    array = np.asarray(view) if view.format != "B" or view.itemsize != 1 else np.frombuffer(view, "u1")
+    if array.dtype.kind not in PLAIN:
+        return Message(given)
+    order = "C" if view.c_contiguous else "F"
+    return Message(given, address_of(array), array.size, array.dtype, not view.readonly, order, owner=array)
+
+
+def read_dlpack(given: Any, who: str) -> Message:
+    """A tensor of another library on the host; opaque on a device."""
+    if not hasattr(given, "__dlpack__"):
+        return Message(given)
+    if given.__dlpack_device__()[0] != 1:
+        return Message(given)
+    try:
+        array = np.from_dlpack(given)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise ArgumentError(
+            f"{who}: {type(given).__name__} cannot be read as an array ({error}): "
+            "detach it, or use hpccomm.allreduce, which also takes 16-bit floats"
+        ) from None
+    message = read_array(array, given, who)
+    message.writable = True
+    return message
+
+
+def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Message:
+    """mpi4py's ``[data, count(s), displacement(s), datatype]`` and its shorter forms."""
+    if not 2 <= len(form) <= 4 or form[0] is None or form[0] is MPI.BOTTOM:
+        return Message(form)
+    data, count, displs, datatype = members(form)
+    base = read_data(data, who)
+    if base.opaque:
+        return Message(form)
+    dtype = numpy_dtype(datatype) if datatype is not None else base.dtype
+    if dtype is None:
+        return derived(form, base, count, datatype)
+    size = base.size * base.dtype.itemsize // dtype.itemsize if base.dtype is not None else 0
+    message = Message(form, base.address, size, dtype, base.writable, base.order, owner=base.owner)
+    if count is None or isinstance(count, int | np.integer):
+        message.count = None if count is None else int(count)
+    else:
+        message.counts = tuple(int(each) for each in count)
+    if displs is not None:
+        single = isinstance(displs, int | np.integer)
+        message.displs = int(displs) if single else tuple(int(each) for each in displs)
+    if min(message.count or 0, *(message.counts or (0,))) < 0:
+        raise ArgumentError(f"{who}: a negative count, {count}: pass how many elements to move")
+    return message
+
+
+def derived(form: Any, base: Message, count: Any, datatype: Any) -> Message:
+    """An opaque form whose bytes can at least be counted."""
+    if not isinstance(datatype, MPI.Datatype) or not (count is None or isinstance(count, int)):
+        return Message(form)
+    _, extent = datatype.Get_extent()
+    nbytes = base.size * (base.dtype.itemsize if base.dtype is not None else 1)
+    count = nbytes // max(extent, 1) if count is None else count
+    return Message(form, base.address, 0, octets=count * datatype.Get_size(), datatype=datatype, count=count)
+
+
+def read_data(data: Any, who: str) -> Message:
+    """The memory of a form; its own element type does not matter when a datatype is named."""
+    if isinstance(data, np.ndarray) and data.dtype.kind not in PLAIN and data.flags.c_contiguous:
+        return Message(data, address_of(data), data.nbytes, np.dtype("u1"), data.flags.writeable, owner=data)
+    return read(data, who)
+
+
+def members(form: list[Any] | tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
+    """Data, count or counts, displacement or displacements, datatype."""
+    data, *rest = form
+    datatype = rest.pop() if isinstance(rest[-1], MPI.Datatype | str) else None
+    if len(rest) == 2:
+        return data, rest[0], rest[1], datatype
+    if rest and isinstance(rest[0], tuple):
+        return data, rest[0][0], rest[0][1], datatype
+    return data, rest[0] if rest else None, None, datatype
+
+
+def numpy_dtype(datatype: MPI.Datatype | str) -> np.dtype[Any] | None:
+    """NumPy's name of a predefined datatype; ``None`` where it has none."""
+    if isinstance(datatype, str):
+        try:
+            datatype = MPI.Datatype.fromcode(datatype)
+        except (KeyError, ValueError):
+            return None
+    if datatype == MPI.DATATYPE_NULL or not datatype.is_predefined:
+        return None
+    if datatype == MPI.BYTE:
+        return np.dtype("u1")
+    try:
+        dtype = np.dtype(datatype.tocode())
+    except (TypeError, ValueError):
+        return None
+    return dtype if dtype.kind in PLAIN and dtype.itemsize == datatype.Get_size() else None

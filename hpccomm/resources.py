@@ -1,0 +1,181 @@
+"""What a communicator holds behind its face: topology, a private channel, the roll call, the table, bound calls.
+
+Made together by all ranks with the first collective call, so that a communicator that only sends and receives costs
+nothing.  Everything that decides which way a call goes comes from rank 0, so that all ranks go the same way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import Any
+
+from mpi4py import MPI
+
+from hpccomm import rollcall, topology
+from hpccomm.collectives import ALGORITHMS, hierarchical, tuning
+from hpccomm.collectives.schedule import Algorithm
+from hpccomm.errors import ArgumentError, MismatchError, TransportError
+from hpccomm.signature import REMEDIES, Signature, complaint
+from hpccomm.transports.mpi import MessageTransport
+from hpccomm.transports.shared_memory import Segment, SharedMemory
+
+PLANS = 128
+"""Bound calls kept for each communicator."""
+
+SETTINGS = ("HPCCOMM_ALGORITHM", "HPCCOMM_TUNING", "HPCCOMM_SHARED_MEMORY", "HPCCOMM_ROLL_CALL")
+"""Environment variables that must mean the same on every rank: rank 0's are taken."""
+
+
+class Bound:
+    """A call that is ready to run."""
+
+    __slots__ = ("free", "run")
+
+    def __init__(self, run: Callable[[], None], free: Callable[[], None] | None = None) -> None:
+        self.run = run
+        self.free = free or (lambda: None)
+
+
+class Resources:
+    """The means of one communicator; creating them is collective."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.rank, self.size = comm.rank, comm.size
+        self.channel = plain(comm).Dup()
+        self.node = self.channel.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        self.topology = topology.discover(self.channel, self.node, MPI.Get_processor_name())
+        self.members = self.topology.members(int(self.topology.nodes[self.rank]))
+        self.settings = self.channel.bcast({name: os.environ.get(name, "") for name in SETTINGS})
+        self.table = self.channel.bcast(self.load_table() if self.rank == 0 else None)
+        self.messages = MessageTransport(self.channel, self.stranger)
+        self.roll, self._segment = self.call_roll()
+        self.plans: OrderedDict[Hashable, Bound] = OrderedDict()
+        self._decisions: dict[Hashable, tuning.Choice] = {}
+
+    def load_table(self) -> tuning.Table:
+        """This machine's decisions."""
+        return tuning.load(mpi_name(), MPI.Get_processor_name())
+
+    def call_roll(self) -> tuple[rollcall.RollCall | None, Segment | None]:
+        """A roll call over the ranks of this node; none where they share no memory, or are alone."""
+        if self.node.size == 1 or self.settings["HPCCOMM_ROLL_CALL"] == "off":
+            return None, None
+        try:
+            segment = Segment(self.node, rollcall.bytes_needed(self.node.size))
+        except TransportError as error:
+            rollcall.tell(f"rank {self.rank}: mistakes between ranks will be noticed late: {error}")
+            return None, None
+        return rollcall.RollCall(segment.buffer, self.members, self.rank), segment
+
+    @cached_property
+    def shared(self) -> SharedMemory | None:
+        """Shared memory of all ranks; none across nodes or where it is not to be had."""
+        if self.topology.count > 1 or self.size == 1 or self.settings["HPCCOMM_SHARED_MEMORY"] == "off":
+            return None
+        try:
+            return SharedMemory(self.node)
+        except TransportError as error:
+            if self.rank == 0:
+                rollcall.tell(f"shared memory is not used, messages are slower: {error}")
+            return None
+
+    @cached_property
+    def hierarchical(self) -> Algorithm:
+        """The hierarchical allreduce of this placement."""
+        return hierarchical.on(self.topology.nodes)
+
+    def algorithms(self, collective: str) -> dict[str, Algorithm]:
+        """Our algorithms for a collective, by name."""
+        found = dict(ALGORITHMS.get(collective, {}))
+        if collective == "allreduce":
+            found["hierarchical"] = self.hierarchical
+        return found
+
+    def names(self, collective: str) -> tuple[str, ...]:
+        """What ``algorithm=`` may say for a collective."""
+        shared = ("shared",) if self.shared and collective in SharedMemory.collectives else ()
+        return ("auto", "native", *shared, *self.algorithms(collective))
+
+    def decide(self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...], who: str) -> tuning.Choice:
+        """Which of the ``allowed`` algorithms takes a call that named none."""
+        key = (collective, nbytes, dtype, allowed)
+        if key not in self._decisions:
+            self._decisions[key] = self._decide(collective, nbytes, dtype, allowed, who)
+            if len(self._decisions) > 4 * PLANS:
+                self._decisions.pop(next(iter(self._decisions)))
+        return self._decisions[key]
+
+    def _decide(self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...], who: str) -> tuning.Choice:
+        wanted = wanted_algorithm(self.settings["HPCCOMM_ALGORITHM"], collective)
+        if wanted:
+            if wanted not in self.names(collective):
+                raise unknown(who, wanted, self.names(collective), "HPCCOMM_ALGORITHM")
+            if wanted in allowed:
+                return tuning.Choice(wanted, None, "HPCCOMM_ALGORITHM says so")
+        return self.table.choose(
+            collective, self.topology.count, max(self.topology.per_node), nbytes, dtype, candidates=allowed
+        )
+
+    def stranger(self, rank: int, tag: int, expected: int) -> MismatchError:
+        """The error for a message of another call."""
+        calls: dict[int, Signature | None] = {self.rank: None, rank: None}
+        if self.roll:
+            calls = {
+                self.rank: self.roll.called(self.rank, expected),
+                rank: self.roll.called(rank, tag),
+            }
+        if None in calls.values():
+            return MismatchError(
+                f"rank {self.rank} got a message of another call from rank {rank}: {REMEDIES['collective']}, "
+                "with the same operation, count and datatype"
+            )
+        return MismatchError(complaint(calls, self.rank))
+
+    def keep(self, key: Hashable, bound: Bound) -> Bound:
+        """Remember a bound call; the one unused for longest is given up."""
+        self.plans[key] = bound
+        if len(self.plans) > PLANS:
+            _, oldest = self.plans.popitem(last=False)
+            oldest.free()
+        return bound
+
+    def close(self) -> None:
+        """Give everything back (collective)."""
+        for bound in self.plans.values():
+            bound.free()
+        self.plans.clear()
+        if self.roll:
+            self.roll.close()
+        if self._segment:
+            self._segment.close()
+        if "shared" in self.__dict__ and self.shared:
+            self.shared.close()
+        self.node.Free()
+        self.messages.close()
+
+
+def plain(comm: MPI.Intracomm) -> MPI.Intracomm:
+    """The same communicator with mpi4py's own methods."""
+    return MPI.Intracomm(comm)
+
+
+def mpi_name() -> str:
+    """Name and version of the MPI library."""
+    return " ".join((MPI.get_vendor()[0], ".".join(map(str, MPI.get_vendor()[1]))))
+
+
+def wanted_algorithm(setting: str, collective: str) -> str:
+    """What ``HPCCOMM_ALGORITHM`` says of a collective: ``ring`` for all, or ``allreduce=ring,bcast=tree``."""
+    for part in filter(None, setting.replace(" ", "").split(",")):
+        name, _, value = part.rpartition("=")
+        if name in ("", collective):
+            return value if value != "auto" else ""
+    return ""
+
+
+def unknown(who: str, name: Any, names: tuple[str, ...], source: str = "algorithm") -> ArgumentError:
+    """The error for an algorithm that does not exist here."""
+    return ArgumentError(f"{who}: {source}={name!r} is not to be had here: use one of {', '.join(names)}")
