@@ -1,0 +1,124 @@
+"""Prove schedules: every rank's contribution exactly once, messages that meet, bytes as the formula says."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from hpccomm.collectives import ALGORITHMS, hierarchical
+from hpccomm.collectives.verify import ROOTED, VOLUMES, Report, layouts, two_level, verify
+from hpccomm.errors import ArgumentError, ScheduleError
+
+SUMMARY = "prove schedules correct for a range of sizes"
+
+EVERY_ROOT = 8
+"""Up to this size, schedules with a root are proved for every root; above, for the first and the last."""
+
+
+class Subject(NamedTuple):
+    """One row of the report."""
+
+    collective: str
+    algorithm: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which schedules, for which sizes."""
+    parser.add_argument(
+        "algorithm", help="'all', or the name of an algorithm: ring, butterfly, hierarchical …"
+    )
+    parser.add_argument(
+        "--size", default="1:64", metavar="RANGE", help="ranks: 7, 1:64 or 1,2,7 (default 1:64)"
+    )
+    parser.add_argument("--collective", choices=sorted(ALGORITHMS), help="this collective only")
+
+
+def run(args: argparse.Namespace) -> int:
+    """One line an algorithm; 1 if any is wrong."""
+    sizes = sizes_in(args.size)
+    chosen = subjects(args.algorithm, args.collective)
+    wrong = 0
+    print(f"{'collective':<15}{'algorithm':<15}{'sizes':<10}{'rounds':>10}  {'ordered':<8}busiest rank sends")
+    for subject in chosen:
+        try:
+            print(line(subject, args.size, prove(subject, sizes)))
+        except ScheduleError as error:
+            wrong += 1
+            print(f"{subject.collective:<15}{subject.algorithm:<15}{args.size:<10}{'WRONG':>10}  {error}")
+    return 1 if wrong else 0
+
+
+def sizes_in(text: str) -> list[int]:
+    """``7``, ``1:64`` (both ends included) or ``1,2,7``."""
+    try:
+        if ":" in text:
+            low, high = (int(part) for part in text.split(":"))
+            sizes = list(range(low, high + 1))
+        else:
+            sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ArgumentError(f"--size {text}: write 7, 1:64 or 1,2,7")
+    return sizes
+
+
+def subjects(algorithm: str, collective: str | None) -> list[Subject]:
+    """The algorithms that are meant."""
+    every = [Subject(each, name) for each, names in ALGORITHMS.items() for name in names]
+    every.append(Subject("allreduce", "hierarchical"))
+    found = [
+        each
+        for each in every
+        if algorithm in ("all", each.algorithm) and collective in (None, each.collective)
+    ]
+    if not found:
+        names = ", ".join(sorted({each.algorithm for each in every if collective in (None, each.collective)}))
+        raise ArgumentError(
+            f"no algorithm {algorithm!r} for {collective or 'any collective'}: take 'all' or one of {names}"
+        )
+    return found
+
+
+def prove(subject: Subject, sizes: Sequence[int]) -> list[Report]:
+    """All sizes, and all roots or layouts that belong to the subject."""
+    return [
+        report
+        for p in counted(sizes, f"{subject.collective} {subject.algorithm}")
+        for report in proofs(subject, p)
+    ]
+
+
+def proofs(subject: Subject, p: int) -> Iterator[Report]:
+    """One size."""
+    if subject.algorithm == "hierarchical":
+        for nodes in layouts(p).values():
+            yield verify(hierarchical.on(nodes), subject.collective, p, volume=two_level(nodes))
+            yield verify(hierarchical.on(nodes, ALGORITHMS["allreduce"]["butterfly"]), subject.collective, p)
+        return
+    roots = range(p) if p <= EVERY_ROOT else (0, p - 1)
+    for root in roots if subject.collective in ROOTED else (0,):
+        yield verify(subject.algorithm, subject.collective, p, root)
+
+
+def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
+    """What was proved, for people."""
+    rounds = {report.rounds for report in reports}
+    orders = {report.ordered for report in reports}
+    ordered = "-" if None in orders else "no" if False in orders else "yes"
+    volume = VOLUMES.get((subject.collective, subject.algorithm)) or two_level([0])
+    span = f"{min(rounds)}-{max(rounds)}" if len(rounds) > 1 else str(max(rounds))
+    return f"{subject.collective:<15}{subject.algorithm:<15}{sizes:<10}{span:>10}  {ordered:<8}{volume.text}"
+
+
+def counted(sizes: Sequence[int], label: str) -> Iterator[int]:
+    """The sizes, with a progress bar if somebody watches and tqdm is there."""
+    if not sys.stderr.isatty():
+        return iter(sizes)
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return iter(sizes)
+    return iter(tqdm(sizes, desc=label, unit="size", leave=False, delay=1))
