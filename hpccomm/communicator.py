@@ -43,8 +43,8 @@ address = MPI.Get_address
 class Communicator(MPI.Intracomm):
     """``MPI.Intracomm`` with our collectives: ``Communicator(MPI.COMM_WORLD)``.
 
-    ``algorithm`` names the algorithm of all calls that do not name their own (``"auto"``).  Shares the handle of the
-    communicator it is made from.  The first collective call sets things up and is collective in any case.
+    ``algorithm`` names the algorithm of all calls that do not name their own and that it can do (``"auto"``).  Shares
+    the handle of the communicator it is made from.  The first collective call sets things up and is collective in any case.
     """
 
     algorithm: str
@@ -346,7 +346,7 @@ class Communicator(MPI.Intracomm):
         if not (send.opaque or recv.opaque):
             self._check_parts(send, recv, counts, in_place, who)
         return self._bind_reduce_scatter(
-            key, "Reduce_scatter", (send, recv), counts, (counts, op), algorithm, in_place
+            key, "Reduce_scatter", (send, recv), counts, (told if recv.opaque else counts, op), algorithm, in_place
         )
 
     def _bind_reduce_scatter(
@@ -648,16 +648,13 @@ class Communicator(MPI.Intracomm):
         self, collective: str, data: Message, op: MPI.Op | None, algorithm: str | None, who: str, nbytes: int | None = None
     ) -> Choice:
         names = self.resources.names(collective)
-        wanted = algorithm or self.algorithm
-        if wanted != "auto" and wanted not in names:
-            if algorithm is None:
-                wanted = "auto"
-            else:
-                raise unknown(who, algorithm, names)
+        if algorithm is not None and algorithm not in names:
+            raise unknown(who, algorithm, names)
         fits = self._fitting(collective, data, op)
-        if wanted not in ("auto", "native", *fits):
-            raise ArgumentError(self._unfit(who, wanted, data, fits))
-        if wanted != "auto":
+        if algorithm is not None and algorithm not in ("auto", "native", *fits):
+            raise ArgumentError(self._unfit(who, algorithm, data, fits))
+        wanted = algorithm or self.algorithm
+        if wanted in ("native", *fits):
             return Choice(wanted, None, "named by the caller")
         if self.size == 1 or not fits:
             return Choice("native", None, "nothing to choose")
@@ -669,7 +666,8 @@ class Communicator(MPI.Intracomm):
         """Our algorithms that can do this call."""
         ours = self.resources.algorithms(collective)
         if op is None:
-            return (*ours, "shared") if self._shared else tuple(ours)
+            movable = data.dtype is not None or data.datatype is not None
+            return (*ours, *(["shared"] if self._shared else [])) if movable else ()
         if data.dtype is None or data.dtype.kind not in "biufc":
             return ()
         fits = tuple(name for name, each in ours.items() if each.ordered or op.Is_commutative())

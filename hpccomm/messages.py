@@ -6,6 +6,7 @@ Takes every form mpi4py takes.  A form whose bytes do not simply follow one anot
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,20 +163,52 @@ def read_provider(given: Any, who: str) -> Message:
 
 def read_dlpack(given: Any, who: str) -> Message:
     """A tensor of another library on the host; opaque on a device."""
-    if not hasattr(given, "__dlpack__"):
-        return Message(given)
-    if given.__dlpack_device__()[0] != 1:
+    if not hasattr(given, "__dlpack__") or given.__dlpack_device__()[0] != DLPACK_HOST:
         return Message(given)
     try:
-        array = np.from_dlpack(given)
-    except (BufferError, RuntimeError, TypeError) as error:
+        dtype = dlpack_dtype(given.__dlpack__())
+        memory = MPI.memory(given)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(
-            f"{who}: {type(given).__name__} cannot be read as an array ({error}): "
-            "detach it, or use hpccomm.allreduce, which also takes 16-bit floats"
+            f"{who}: {type(given).__name__} cannot be read ({error}): detach it and make it contiguous"
         ) from None
-    message = read_array(array, given, who)
-    message.writable = True
-    return message
+    if dtype is None:
+        return Message(given)
+    if dtype.kind == "V":
+        raise ArgumentError(
+            f"{who}: MPI has no datatype for {type(given).__name__} of {getattr(given, 'dtype', 'this dtype')}: "
+            "hpccomm.allreduce reduces 16-bit floats with float32 accumulation"
+        )
+    return Message(given, memory.address, memory.nbytes // dtype.itemsize, dtype, owner=given)
+
+
+DLPACK_HOST = 1
+DLPACK_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
+
+
+class DLTensor(ctypes.Structure):
+    """The beginning of what a DLPack capsule points to."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+    )
+
+
+def dlpack_dtype(capsule: Any) -> np.dtype[Any] | None:
+    """The dtype in a DLPack capsule: void where MPI has none (bfloat16, float8), ``None`` for vectors of numbers."""
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    tensor = DLTensor.from_address(pointer(capsule, b"dltensor"))
+    if tensor.lanes != 1:
+        return None
+    if tensor.code not in DLPACK_KINDS:
+        return np.dtype(f"V{max(1, tensor.bits // 8)}")
+    return np.dtype(f"{DLPACK_KINDS[tensor.code]}{tensor.bits // 8}")
 
 
 def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Message:

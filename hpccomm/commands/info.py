@@ -1,0 +1,140 @@
+"""``hpccomm info``: the MPI, the launcher, where the ranks are, what is in force and why."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from typing import Any
+
+SUMMARY = "what was found here, what is in force, and why"
+
+EXAMPLES = (4, 1024, 65536, 1 << 20, 16 << 20, 256 << 20)
+"""Bytes whose decisions are shown."""
+
+LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "mpirun (Open MPI)",
+    "PMI_SIZE": "mpiexec (hydra)",
+    "SLURM_STEP_NUM_TASKS": "srun (Slurm)",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("--collective", default="allreduce", help="whose decisions to show (allreduce)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print from rank 0 (collective)."""
+    from mpi4py import MPI
+
+    import hpccomm
+
+    comm = hpccomm.Communicator(MPI.COMM_WORLD)
+    sections = {
+        "Software": software(),
+        "Launch": launch(comm),
+        "Ways to move bytes": transports(comm),
+        "Settings": settings(comm),
+        f"Decisions for {args.collective} (float32)": decisions(comm, args.collective),
+    }
+    if comm.rank == 0:
+        sys.stdout.write(rendered(sections))
+        sys.stdout.flush()
+    return 0
+
+
+def rendered(sections: dict[str, dict[str, str]]) -> str:
+    """Titles, and names beside values."""
+    width = max(len(name) for rows in sections.values() for name in rows)
+    lines = []
+    for title, rows in sections.items():
+        lines += [title, *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""]
+    return "\n".join(lines)
+
+
+def software() -> dict[str, str]:
+    """Versions."""
+    import mpi4py
+    import numpy as np
+    from mpi4py import MPI
+
+    import hpccomm
+
+    return {
+        "hpccomm": hpccomm.__version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "MPI": MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\x00 "),
+        "MPI standard": ".".join(map(str, MPI.Get_version())),
+        "mpi4py": mpi4py.__version__,
+        "NumPy": np.__version__,
+        "Numba": version_of("numba"),
+        "CuPy": version_of("cupy"),
+    }
+
+
+def version_of(package: str) -> str:
+    """An optional package's version."""
+    from importlib import metadata
+
+    for name in (package, f"{package}-cuda12x", f"{package}-cuda13x"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def launch(comm: Any) -> dict[str, str]:
+    """Who started the ranks, and where they are."""
+    started = [name for variable, name in LAUNCHERS.items() if variable in os.environ]
+    cores = len(os.sched_getaffinity(0))
+    crowd = max(comm.topology.per_node)
+    ranks = f"{cores} for this rank" + (" (fewer than ranks on the node: waiting yields)" if crowd > cores else "")
+    return {
+        "started by": started[0] if started else "no launcher (one rank)",
+        "ranks": comm.topology.describe(),
+        "cores": ranks,
+        "threads a rank": os.environ.get("OMP_NUM_THREADS", "not set (OMP_NUM_THREADS)"),
+    }
+
+
+def transports(comm: Any) -> dict[str, str]:
+    """What there is to carry bytes."""
+    resources = comm.resources
+    shared = resources.shared
+    return {
+        "messages": "point-to-point, signature of the call in the tag",
+        "shared memory": "yes" if shared else "no" if comm.size > 1 else "not needed (one rank)",
+        "roll call": "ranks of a node compare their calls" if resources.roll else "off",
+        "device memory": device(),
+    }
+
+
+def device() -> str:
+    """Whether there is a device, and whether this MPI takes its pointers."""
+    try:
+        import cupy  # noqa: PLC0415
+    except ImportError:
+        return "CuPy is not installed (pip install 'hpccomm[cuda12]' or 'hpccomm[cuda13]')"
+    if not cupy.cuda.is_available():
+        return "CuPy is installed, no driver or device found"
+    return f"{cupy.cuda.runtime.getDeviceCount()} device(s)"
+
+
+def settings(comm: Any) -> dict[str, str]:
+    """The variables in force, rank 0's, and the table."""
+    rows = {name: value or "not set" for name, value in comm.resources.settings.items()}
+    rows["HPCCOMM_STALL_SECONDS"] = os.environ.get("HPCCOMM_STALL_SECONDS", "not set (60)")
+    rows["tuning table"] = comm.resources.table.source
+    return rows
+
+
+def decisions(comm: Any, collective: str) -> dict[str, str]:
+    """Which algorithm takes which size, and why."""
+    rows = {}
+    for nbytes in EXAMPLES:
+        choice = comm.explain(collective, nbytes)
+        rows[f"{nbytes} B"] = f"{choice.algorithm}: {choice.reason}"
+    return rows
