@@ -1,0 +1,108 @@
+"""Every buffer form is understood as mpi4py understands it, and what cannot be sent is refused with a remedy."""
+
+from __future__ import annotations
+
+import array
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpccomm.errors import ArgumentError
+from hpccomm.messages import read
+
+X = np.arange(8, dtype="f4")
+
+
+@pytest.mark.parametrize(
+    ("form", "elements", "dtype"),
+    [
+        (X, 8, "f4"),
+        (X.reshape(2, 4), 8, "f4"),
+        (X.reshape(2, 4).T, 8, "f4"),
+        (np.float64(3), 1, "f8"),
+        (np.array(3), 1, "i8"),
+        ([X, MPI.FLOAT], 8, "f4"),
+        ([X, "f"], 8, "f4"),
+        ([X, 3, MPI.FLOAT], 3, "f4"),
+        ((X, 3), 3, "f4"),
+        ([X, (3, 2), MPI.FLOAT], 3, "f4"),
+        ([X, 3, 2, MPI.FLOAT], 3, "f4"),
+        ([X, MPI.BYTE], 32, "u1"),
+        (array.array("d", [1, 2]), 2, "f8"),
+        (bytearray(8), 8, "u1"),
+        ([bytearray(8), MPI.INT], 2, "i4"),
+        (np.zeros(0), 0, "f8"),
+    ],
+)
+def test_simple_forms(form: Any, elements: int, dtype: str) -> None:
+    message = read(form, "rank 0: call")
+    assert (message.elements, message.dtype) == (elements, np.dtype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("form", "parts"),
+    [
+        (X, ((3, 3, 2), (0, 3, 6))),
+        ([X, [1, 2, 5], MPI.FLOAT], ((1, 2, 5), (0, 1, 3))),
+        ([X, ([1, 2, 1], [0, 3, 7]), MPI.FLOAT], ((1, 2, 1), (0, 3, 7))),
+        ([X, [1, 2, 1], [0, 3, 7], MPI.FLOAT], ((1, 2, 1), (0, 3, 7))),
+        ([X, ([1, 2, 1], None), MPI.FLOAT], ((1, 2, 1), (0, 1, 3))),
+        ([X, (2, 3), MPI.FLOAT], ((2, 2, 2), (0, 3, 6))),
+    ],
+)
+def test_vector_forms_are_completed_as_mpi4py_does(form: Any, parts: Any) -> None:
+    assert read(form, "rank 0: call").parts(3) == parts
+
+
+def test_a_derived_datatype_is_opaque_but_its_bytes_are_counted() -> None:
+    datatype = MPI.FLOAT.Create_vector(2, 1, 3).Commit()
+    message = read([X, 1, datatype], "rank 0: call")
+    datatype.Free()
+    assert message.opaque
+    assert message.octets == 8
+
+
+@pytest.mark.parametrize("form", [None, MPI.BOTTOM, MPI.IN_PLACE, [X, MPI.FLOAT_INT], [MPI.BOTTOM, 1, MPI.INT]])
+def test_what_only_mpi_understands_is_opaque(form: Any) -> None:
+    assert read(form, "rank 0: call").opaque
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (X[::2], "ascontiguousarray"),
+        (X[::-1], "ascontiguousarray"),
+        (np.broadcast_to(X[:1], (3,)), "ascontiguousarray"),
+        (X.astype(">f4"), "newbyteorder"),
+        (X.astype(object), "lower-case"),
+        (np.array(["a"]), "numeric"),
+        (np.zeros(2, "M8[s]"), "numeric"),
+        (np.zeros(2, [("a", "i4")]), "numeric"),
+        (np.ma.masked_array(X), "filled"),
+        (memoryview(X)[::2], "contiguous"),
+        ([X, -1, MPI.FLOAT], "how many"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_with_a_remedy(given: Any, remedy: str) -> None:
+    with pytest.raises(ArgumentError, match=remedy) as refused:
+        read(given, "rank 3: Allreduce")
+    assert str(refused.value).startswith("rank 3: Allreduce")
+
+
+def test_the_view_of_a_message_is_the_users_memory() -> None:
+    x = np.zeros(4, "i4")
+    read(x, "rank 0: call").vector()[2] = 7
+    assert x.tolist() == [0, 0, 7, 0]
+
+
+def test_fortran_order_is_noticed() -> None:
+    assert read(np.zeros((2, 3), order="F"), "rank 0: call").order == "F"
+    assert read(np.zeros((2, 3)), "rank 0: call").order == "C"
+
+
+@pytest.mark.parametrize(("lo", "hi", "shared"), [(0, 4, True), (3, 7, True), (4, 8, False), (4, 4, False)])
+def test_overlap_is_seen_by_bytes(lo: int, hi: int, shared: bool) -> None:
+    who = "rank 0: call"
+    assert read(X[:4], who).overlaps(read(X[lo:hi], who)) == shared
