@@ -1,4 +1,4 @@
-"""Prices a schedule on a topology: latency and bandwidth in and between nodes, links shared by a node's ranks.
+"""Prices a schedule on a topology: latency and bandwidth in and between nodes, links that ranks share.
 
 *p ranks on N nodes, n bytes, k the round; alpha is what a message costs however short it is, beta what
 each of its bytes costs, gamma what summing a byte costs; all in microseconds.* A message passes when both
