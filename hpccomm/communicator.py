@@ -24,15 +24,18 @@ from hpccomm.collectives.tuning import Choice
 from hpccomm.errors import ArgumentError
 from hpccomm.messages import Message, read
 from hpccomm.persistent import Persistent
-from hpccomm.resources import Bound, Resources, plain, unknown
+from hpccomm.resources import Again, Bound, Resources, plain, unknown
 from hpccomm.signature import UNKNOWN, Signature
 from hpccomm.topology import Topology
 
 IN_PLACE = MPI.IN_PLACE
 Run = Callable[[], None]
 
-LOCKSTEP_BYTES = 32768
-"""From here on a collective that waits for everybody anyway compares all calls before the first message."""
+SYNCHRONISING = ("Allreduce", "Allgather", "Allgatherv", "Reduce_scatter", "Reduce_scatter_block", "Barrier")
+"""Collectives that nobody leaves before all have come."""
+
+LOCKSTEP_BYTES = 1 << 18
+"""From here on such a collective compares all calls before the first message."""
 
 SEGMENT_BYTES = 1 << 17
 """Length of a segment in chains and trees where the table does not say."""
@@ -48,12 +51,13 @@ class Communicator(MPI.Intracomm):
     """
 
     algorithm: str
-    _resources: Resources | None
+    _resources: Resources | None = None
+    _again: Again
 
     def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
         self = super().__new__(cls, comm)
         self.algorithm = algorithm
-        self._resources = None
+        self._again = Again()
         if comm is not None and comm != MPI.COMM_NULL:
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
             end_together()
@@ -65,7 +69,7 @@ class Communicator(MPI.Intracomm):
     def resources(self) -> Resources:
         """What lies behind the collectives (the first use is collective)."""
         if self._resources is None:
-            self._resources = Resources(self)
+            self._resources = Resources(self, self._again)
         return self._resources
 
     @property
@@ -151,6 +155,7 @@ class Communicator(MPI.Intracomm):
         if self._resources is not None:
             self._resources.close()
             self._resources = None
+            self._again.clear()
 
     # Collectives
 
@@ -158,10 +163,16 @@ class Communicator(MPI.Intracomm):
         self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None
     ) -> None:
         """Reduce over all ranks, the result on all.  Buffers as in mpi4py; ``algorithm`` as in :meth:`algorithms`."""
+        known = self._again.get((id(sendbuf), id(recvbuf), id(op), algorithm))
+        if known is not None and recvbuf.dtype is known.dtype:
+            known.run()
+            return
         key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
         bound = self._resources.plans.get(key) if self._resources else None
         if bound is None:
             bound = self._bind_allreduce(key, sendbuf, recvbuf, op, algorithm)
+        if key is not None and op.is_predefined:
+            self._again.remember(sendbuf, recvbuf, op, algorithm, bound.run)
         bound.run()
 
     def Allreduce_init(
@@ -771,7 +782,8 @@ class Communicator(MPI.Intracomm):
         if roll is None:
             return body
         word = roll.announce(signature)
-        enter, leave, wait = roll.enter, roll.leave, roll.wait
+        enter = roll.begin if signature.collective in SYNCHRONISING else roll.enter
+        leave, wait = roll.leave, roll.wait
         lockstep = lockstep_bytes >= LOCKSTEP_BYTES
 
         def run() -> None:
@@ -781,6 +793,9 @@ class Communicator(MPI.Intracomm):
                     wait()
                 body()
                 leave(word)
+            except MPI.Exception as failure:
+                roll.inside = 0
+                roll.blame(word, failure)
             except BaseException:
                 roll.inside = 0
                 raise

@@ -79,6 +79,13 @@ class RollCall:
             if theirs != mine and theirs >> 31 == seq:
                 self.compare(word, theirs, peer)
 
+    def begin(self, word: int) -> None:
+        """About to make a call that nobody leaves before all have come: comparing on leaving is early enough."""
+        words = self._words
+        self._seq = seq = self._seq + 1
+        words[self._base + seq % CALLS] = (seq << 31) | word
+        words[self._base + STATUS] = self.inside = seq
+
     def leave(self, word: int) -> None:
         """The call is over: raise if it was not what the others called."""
         words, seq = self._words, self._seq
@@ -112,10 +119,18 @@ class RollCall:
             if theirs != mine and theirs >> 31 == seq:
                 self.compare(mine & 0x7FFFFFFF, theirs, peer)
 
+    def blame(self, word: int, failure: Exception) -> None:
+        """MPI failed: raise what the ranks called where they differ, else MPI's own error."""
+        for peer in self._peers:
+            theirs = self._words[peer + self._seq % CALLS]
+            if theirs >> 31 == self._seq:
+                self.compare(word, theirs, peer)
+        raise failure
+
     def compare(self, word: int, theirs: int, peer: int) -> None:
         """The numbers differ: do the words contradict each other?"""
         other = theirs & 0x7FFFFFFF
-        if (word, other) in self._fine:
+        if word == other or (word, other) in self._fine:
             return
         a, b = self._known.get(word), self.text(peer, other)
         if a is not None and b is not None and differs(a, b) is None:
