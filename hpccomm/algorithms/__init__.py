@@ -1,0 +1,1 @@
+"""What happens to a gradient: local transforms, exchanges, and published methods as compositions."""

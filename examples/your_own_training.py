@@ -1,0 +1,34 @@
+"""Least squares on data spread over the ranks:  mpirun -n 4 python examples/your_own_training.py
+
+Three lines are hpccomm's: the chain, its ``init`` and its ``update``.
+"""
+
+import numpy as np
+from mpi4py import MPI
+
+import hpccomm
+from hpccomm.algorithms.exchange import spent
+
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+rng = np.random.default_rng(comm.rank)  # every rank has its own samples
+truth = np.linspace(-1, 1, 20)
+inputs = rng.standard_normal((1000, 20))
+targets = inputs @ truth + 0.01 * rng.standard_normal(1000)
+
+method = hpccomm.chain(
+    hpccomm.mean(comm),  # what the ranks agree on
+    hpccomm.clip(10.0),
+    hpccomm.momentum(0.9),
+    hpccomm.scale(-0.02),
+)
+weights = hpccomm.broadcast(np.zeros(20), comm=comm)  # all ranks start from the same place
+state = method.init(weights)
+for _ in range(200):
+    gradient = inputs.T @ (inputs @ weights - targets) / len(targets)
+    step, state = method.update(gradient, state, weights)
+    weights += step
+
+cost = spent(state)
+if comm.rank == 0:
+    error = np.abs(weights - truth).max()
+    print(f"{comm.size} ranks: largest error {error:.4f}, {cost.exchanges} exchanges, {cost.wire_bytes} bytes")

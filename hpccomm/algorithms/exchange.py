@@ -1,0 +1,153 @@
+"""Transforms that talk: all ranks bring a gradient each and go on with what they agreed on.
+
+*p ranks; n elements of b bytes.*  Averaging densely sends 2(p-1)/p · n · b bytes from every rank, the least
+possible (Patarasuk & Yuan 2009) and what a ring sends.  Averages are arithmetic means over the ranks of the
+communicator: where ranks hold different numbers of samples, each weights its gradient before the exchange.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from hpccomm.algorithms import transforms
+from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike
+from hpccomm.arrays import narrowed, wide, widened
+from hpccomm.errors import MismatchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class ExchangeReport(NamedTuple):
+    """What exchanges have cost this rank since ``init``."""
+
+    exchanges: int = 0
+    seconds: float = 0.0
+    """Around the exchange, waiting for slower ranks included."""
+    wire_bytes: int = 0
+    """Sent by this rank, by the exchange's formula."""
+
+    def plus(self, other: ExchangeReport) -> ExchangeReport:
+        """The cost of both."""
+        return ExchangeReport(
+            self.exchanges + other.exchanges,
+            self.seconds + other.seconds,
+            self.wire_bytes + other.wire_bytes,
+        )
+
+
+class MeanState(NamedTuple):
+    """Memory for the sum, reused so that the communicator plans once, and what was spent."""
+
+    total: Vector
+    report: ExchangeReport
+
+
+def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
+    """The arithmetic mean of the gradients of all ranks, on all of them with the same bits.
+
+    float16 and bfloat16 travel and are added in float32.  A single rank sends nothing.
+    """
+    named: dict[str, Any] = {} if algorithm == "auto" else {"algorithm": algorithm}
+
+    def init(weights: Vector) -> MeanState:
+        return MeanState(np.empty(weights.shape, wide(weights.dtype)), ExchangeReport())
+
+    def update(gradient: Vector, state: MeanState, weights: Vector) -> tuple[Vector, MeanState]:
+        check_alike(gradient, weights)
+        if comm.size == 1:
+            return gradient, state
+        began = time.perf_counter()
+        comm.Allreduce(widened(gradient), state.total, **named)
+        cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(state.total.nbytes, comm.size))
+        return narrowed(state.total / comm.size, gradient.dtype), MeanState(
+            state.total, state.report.plus(cost)
+        )
+
+    return Transform(init, update)
+
+
+def allreduce_bytes(nbytes: int, size: int) -> int:
+    """Bytes that each of ``size`` ranks sends at least to allreduce ``nbytes``: 2(p-1)/p of it."""
+    return round(2 * (size - 1) * nbytes / size)
+
+
+def spent(state: Any) -> ExchangeReport:
+    """What all exchanges in a state have cost, however deep they sit in chains."""
+    total = ExchangeReport()
+    for report in reports(state):
+        total = total.plus(report)
+    return total
+
+
+def reports(state: Any) -> Iterator[ExchangeReport]:
+    """Every report inside nested tuples."""
+    if isinstance(state, ExchangeReport):
+        yield state
+    elif isinstance(state, tuple):
+        for each in state:
+            yield from reports(each)
+
+
+def synchronous_sgd(  # noqa: PLR0913
+    comm: MPI.Intracomm,
+    lr: float | Schedule,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    algorithm: str = "auto",
+) -> Transform:
+    """Stochastic gradient descent on the mean gradient: the same as one rank with the whole batch.
+
+    ``lr`` is a number or a function of the update's count.  ``weight_decay`` is L2: it passes through the
+    momentum.
+    """
+    parts = [mean(comm, algorithm)]
+    if weight_decay:
+        parts.append(transforms.weight_decay(weight_decay))
+    if momentum:
+        parts.append(transforms.momentum(momentum, nesterov))
+    return chain(*parts, descend(lr))
+
+
+def synchronous_adam(  # noqa: PLR0913
+    comm: MPI.Intracomm,
+    lr: float | Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    algorithm: str = "auto",
+) -> Transform:
+    """Adam on the mean gradient; with ``weight_decay`` it is AdamW."""
+    parts = [mean(comm, algorithm), transforms.adam(b1, b2, eps)]
+    if weight_decay:
+        parts.append(transforms.weight_decay(weight_decay))
+    return chain(*parts, descend(lr))
+
+
+def descend(lr: float | Schedule) -> Transform:
+    """Multiply by minus the learning rate."""
+    if callable(lr):
+        return transforms.scale_by_schedule(lambda count: -lr(count))
+    return transforms.scale(-lr)
+
+
+def check_replicas(comm: MPI.Intracomm, vector: Vector) -> None:
+    """Raise on all ranks unless every rank holds the same bits; 8 bytes from each rank are compared."""
+    digest = hashlib.blake2b(np.ascontiguousarray(vector).view(np.uint8).data, digest_size=8).digest()
+    digests = np.empty((comm.size, 8), np.uint8)
+    comm.Allgather(np.frombuffer(digest, np.uint8), digests)
+    odd = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if odd.size:
+        raise MismatchError(
+            f"rank {comm.rank}: the weights of ranks {', '.join(map(str, odd))} differ from those of rank 0: "
+            "start all ranks from hpccomm.broadcast(weights), and let every rank take every step"
+        )

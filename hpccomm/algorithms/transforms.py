@@ -1,0 +1,186 @@
+"""A transform is a pair of functions: it turns a gradient into a step, and its state is data, in and out.
+
+``init(weights) -> state``, ``update(gradient, state, weights) -> (step, state)``; then ``weights +=
+step``.  Vectors are flat, of one floating dtype.  No function here writes a gradient, weights or a state
+that was handed in, so a state can be kept, compared and gone back to; a step may be the very gradient that
+came in.  Transforms after ``scale(-lr)`` see updates (plus), those before it gradients (minus).  The form
+is that of optax (DeepMind, 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.errors import ArgumentError
+
+Vector = npt.NDArray[Any]
+Schedule = Callable[[int], float]
+"""A value for each update, counted from 0."""
+
+
+class Transform(NamedTuple):
+    """What turns a gradient into a step."""
+
+    init: Callable[[Vector], Any]
+    update: Callable[[Vector, Any, Vector], tuple[Vector, Any]]
+
+
+def chain(*transforms: Transform) -> Transform:
+    """One after the other; the state is the tuple of their states."""
+
+    def init(weights: Vector) -> tuple[Any, ...]:
+        return tuple(each.init(weights) for each in transforms)
+
+    def update(gradient: Vector, state: tuple[Any, ...], weights: Vector) -> tuple[Vector, tuple[Any, ...]]:
+        check_alike(gradient, weights)
+        states = []
+        for each, before in zip(transforms, state, strict=True):
+            gradient, after = each.update(gradient, before, weights)
+            states.append(after)
+        return gradient, tuple(states)
+
+    return Transform(init, update)
+
+
+def stateless(step: Callable[[Vector, Vector], Vector]) -> Transform:
+    """A transform that remembers nothing: ``step(gradient, weights)``."""
+    return Transform(lambda weights: (), lambda gradient, state, weights: (step(gradient, weights), state))
+
+
+def scale(factor: float) -> Transform:
+    """Multiply by a number; ``scale(-lr)`` ends most chains."""
+    number = float(factor)
+    return stateless(lambda gradient, weights: gradient * number)
+
+
+def scale_by_schedule(schedule: Schedule) -> Transform:
+    """Multiply by ``schedule(count)``; the state is how many updates there were."""
+
+    def update(gradient: Vector, count: int, weights: Vector) -> tuple[Vector, int]:
+        return gradient * float(schedule(count)), count + 1
+
+    return Transform(lambda weights: 0, update)
+
+
+def clip(max_norm: float) -> Transform:
+    """Shorten a gradient whose Euclidean norm exceeds ``max_norm`` to that norm (Pascanu et al., ICML 2013).
+
+    The norm is summed in float64 in a fixed order, so equal gradients give equal bits on all ranks.  Put it
+    after the exchange to bound the global gradient.  A gradient with a NaN passes as it is.
+    """
+    require(max_norm > 0, f"clip: max_norm is {max_norm}: pass a positive number")
+
+    def shortened(gradient: Vector, weights: Vector) -> Vector:
+        norm = math.sqrt(np.add.reduce(np.square(gradient, dtype=np.float64)))
+        return gradient * (max_norm / norm) if norm > max_norm else gradient
+
+    return stateless(shortened)
+
+
+def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Transform:
+    """Add ``rate * weights``; ``where`` says for each element whether it decays (``bucket.mask("decay")``).
+
+    Before the exchange's momentum it is L2 regularisation, between ``adam`` and ``scale(-lr)`` it
+    is AdamW's decoupled decay (Loshchilov & Hutter, ICLR 2019).
+    """
+    require(rate >= 0, f"weight_decay: rate is {rate}: pass 0 or more")
+
+    def decayed(gradient: Vector, weights: Vector) -> Vector:
+        pull = float(rate) * weights
+        return gradient + (pull if where is None else np.where(where, pull, weights.dtype.type(0)))
+
+    return stateless(decayed)
+
+
+def momentum(beta: float, nesterov: bool = False) -> Transform:
+    """m ← βm + g; the step is m, or g + βm when ``nesterov``.  The state is m."""
+    check_decay("momentum: beta", beta)
+
+    def update(gradient: Vector, moment: Vector, weights: Vector) -> tuple[Vector, Vector]:
+        moment = float(beta) * moment + gradient
+        return (gradient + float(beta) * moment if nesterov else moment), moment
+
+    return Transform(np.zeros_like, update)
+
+
+class AdamState(NamedTuple):
+    """How many updates, and the running means of the gradient and of its square."""
+
+    updates: int
+    mean: Vector
+    square: Vector
+
+
+def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
+    """Adam's scaling m̂ / (√v̂ + eps) (Kingma & Ba, ICLR 2015, algorithm 1)."""
+    check_decay("adam: b1", b1)
+    check_decay("adam: b2", b2)
+
+    def init(weights: Vector) -> AdamState:
+        return AdamState(0, np.zeros_like(weights), np.zeros_like(weights))
+
+    def update(gradient: Vector, state: AdamState, weights: Vector) -> tuple[Vector, AdamState]:
+        updates = state.updates + 1
+        mean = b1 * state.mean + (1 - b1) * gradient
+        square = b2 * state.square + (1 - b2) * (gradient * gradient)
+        step = (mean / (1 - b1**updates)) / (np.sqrt(square / (1 - b2**updates)) + eps)
+        return step, AdamState(updates, mean, square)
+
+    return Transform(init, update)
+
+
+class EveryState(NamedTuple):
+    """Gradients seen since the last step, their sum, and the inner state."""
+
+    seen: int
+    total: Vector
+    inner: Any
+
+
+def every(k: int, inner: Transform) -> Transform:
+    """Let ``inner`` see the sum of k gradients; the k-1 updates before step by zero (gradient accumulation).
+
+    For their mean begin ``inner`` with ``scale(1 / k)``.  An exchange inside ``inner`` talks once in k
+    updates.
+    """
+    require(k >= 1, f"every: k is {k}: pass 1 or more")
+
+    def init(weights: Vector) -> EveryState:
+        return EveryState(0, np.zeros_like(weights), inner.init(weights))
+
+    def update(gradient: Vector, state: EveryState, weights: Vector) -> tuple[Vector, EveryState]:
+        total = state.total + gradient
+        if state.seen + 1 < k:
+            return np.zeros_like(weights), EveryState(state.seen + 1, total, state.inner)
+        step, after = inner.update(total, state.inner, weights)
+        return step, EveryState(0, np.zeros_like(weights), after)
+
+    return Transform(init, update)
+
+
+# Checks
+
+
+def check_alike(gradient: Vector, weights: Vector) -> None:
+    """Raise where broadcasting or a cast would hide a mistake."""
+    if gradient.shape != weights.shape or gradient.dtype != weights.dtype:
+        raise ArgumentError(
+            f"the gradient is {gradient.dtype} of shape {gradient.shape}, the weights {weights.dtype} "
+            f"of shape {weights.shape}: make them alike, e.g. with hpccomm.Bucket and astype"
+        )
+
+
+def check_decay(name: str, value: float) -> None:
+    """Raise for a decay rate outside [0, 1)."""
+    require(0 <= value < 1, f"{name} is {value}: pass a number from 0 to below 1")
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise an :class:`~hpccomm.errors.ArgumentError` unless it holds."""
+    if not holds:
+        raise ArgumentError(message)

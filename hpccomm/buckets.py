@@ -1,0 +1,146 @@
+"""Many tensors as one flat vector and back, so that one message carries all of them.
+
+The table says where each tensor begins: *n* elements in all, tensors one after the other in C order, no
+padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.arrays import borrow
+from hpccomm.errors import ArgumentError
+
+Vector = npt.NDArray[Any]
+
+
+class Slot(NamedTuple):
+    """Where one tensor lies, and what optimizers may do to it."""
+
+    name: str
+    offset: int
+    length: int
+    shape: tuple[int, ...]
+    decay: bool
+    """Weight decay applies."""
+    adapt: bool
+    """Layer-wise adaptation (LARS, LAMB) applies."""
+
+
+class Bucket:
+    """The layout of named tensors in one vector.
+
+    ``tensors`` maps names to arrays (then all of one dtype) or to shapes (then of ``dtype``).  ``exempt``
+    names the tensors without weight decay and layer-wise adaptation; left out, these are the ones of fewer
+    than two dimensions (biases, scales of normalisations).  For other combinations replace rows of
+    ``table``.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        dtype: npt.DTypeLike | None = None,
+        exempt: Collection[str] | None = None,
+    ) -> None:
+        shapes = {name: shape_of(each) for name, each in tensors.items()}
+        unknown = sorted(set(exempt or ()) - set(shapes))
+        if unknown:
+            raise ArgumentError(f"Bucket: exempt names {', '.join(unknown)}, which are not in the bucket")
+        self.dtype = np.dtype(dtype) if dtype is not None else common_dtype(tensors)
+        self.table = tuple(slots(shapes, exempt))
+        self.size = sum(slot.length for slot in self.table)
+
+    def flatten(self, tensors: Mapping[str, Any], out: Vector | None = None) -> Vector:
+        """All tensors as one vector of shape ``(size,)``: ``out``, or a new one."""
+        self._check_names(tensors)
+        arrays = [self._checked(slot, tensors[slot.name]) for slot in self.table]
+        out = np.empty(self.size, self.dtype) if out is None else self._fitting(out, "flatten")
+        for slot, array in zip(self.table, arrays, strict=True):
+            part(out, slot)[...] = array
+        return out
+
+    def views(self, vector: Vector) -> dict[str, npt.NDArray[Any]]:
+        """Each tensor as a view of ``vector``: writing one writes the other."""
+        self._fitting(vector, "views")
+        return {slot.name: part(vector, slot) for slot in self.table}
+
+    def mask(self, flag: str) -> npt.NDArray[np.bool_]:
+        """For each element whether its tensor carries the flag ``"decay"`` or ``"adapt"``."""
+        flags = [getattr(slot, flag) for slot in self.table]
+        return np.repeat(np.array(flags, bool), [slot.length for slot in self.table])
+
+    def _check_names(self, tensors: Mapping[str, Any]) -> None:
+        wanted = {slot.name for slot in self.table}
+        if tensors.keys() != wanted:
+            missing, extra = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+            raise ArgumentError(
+                f"Bucket.flatten: missing {missing}, not in the bucket {extra}: pass every tensor, once"
+            )
+
+    def _checked(self, slot: Slot, tensor: Any) -> npt.NDArray[Any]:
+        array, _ = borrow(tensor, f"Bucket.flatten: {slot.name}")
+        if array.shape != slot.shape:
+            raise ArgumentError(
+                f"Bucket.flatten: {slot.name} has shape {array.shape}, its place is {slot.shape}"
+            )
+        if array.dtype != self.dtype:
+            raise ArgumentError(
+                f"Bucket.flatten: {slot.name} is {array.dtype}, the bucket {self.dtype}: "
+                "cast it, or make one bucket for each dtype"
+            )
+        return array
+
+    def _fitting(self, vector: Vector, who: str) -> Vector:
+        if vector.shape != (self.size,) or vector.dtype != self.dtype or not vector.flags.c_contiguous:
+            raise ArgumentError(
+                f"Bucket.{who}: the vector is {vector.dtype} of shape {vector.shape}: "
+                f"pass a contiguous one, {self.dtype} of shape ({self.size},)"
+            )
+        return vector
+
+
+def slots(shapes: Mapping[str, tuple[int, ...]], exempt: Collection[str] | None) -> Iterator[Slot]:
+    """The rows of the table."""
+    offset = 0
+    for name, shape in shapes.items():
+        flag = len(shape) > 1 if exempt is None else name not in exempt
+        yield Slot(name, offset, prod(shape), shape, decay=flag, adapt=flag)
+        offset += prod(shape)
+
+
+def part(vector: Vector, slot: Slot) -> npt.NDArray[Any]:
+    """One tensor's place in the vector."""
+    return vector[slot.offset : slot.offset + slot.length].reshape(slot.shape)
+
+
+def shape_of(given: Any) -> tuple[int, ...]:
+    """The shape of an array, or the shape itself."""
+    try:
+        return tuple(int(each) for each in getattr(given, "shape", given))
+    except TypeError:
+        raise ArgumentError(
+            f"Bucket: {given!r} is neither an array nor a shape: pass np.asarray(x)"
+        ) from None
+
+
+def common_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
+    """The one dtype of all arrays; float32 where only shapes are given."""
+    dtypes = {
+        name: borrow(each, f"Bucket: {name}")[0].dtype
+        for name, each in tensors.items()
+        if hasattr(each, "shape")
+    }
+    if len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in unlike(dtypes).items())
+        raise ArgumentError(f"Bucket: mixed dtypes ({listed}): cast them, or make one bucket for each dtype")
+    return next(iter(dtypes.values()), np.dtype(np.float32))
+
+
+def unlike(dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, np.dtype[Any]]:
+    """One name for each dtype."""
+    return {name: dtype for dtype, name in {dtype: name for name, dtype in dtypes.items()}.items()}

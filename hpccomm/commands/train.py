@@ -1,0 +1,249 @@
+"""``hpccomm train DATASET``: a real training job, with what each step costs in time and bytes.
+
+Only rank 0 prints, and every line is one write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hpccomm.errors import ArgumentError, HpccommError
+
+if TYPE_CHECKING:
+    from hpccomm.algorithms.transforms import Transform
+    from hpccomm.communicator import Communicator
+    from hpccomm.train.datasets import Dataset
+    from hpccomm.train.loop import Epoch, Settings
+
+SUMMARY = "train a small network on real data and show what the exchange costs"
+
+
+class Method(NamedTuple):
+    """One way to turn gradients into steps."""
+
+    summary: str
+    lr: float
+    """Learning rate when none is given."""
+    make: Callable[[Communicator, float, str], Transform]
+
+
+def sgd(comm: Communicator, lr: float, algorithm: str) -> Transform:
+    """Dense, without momentum."""
+    from hpccomm.algorithms.exchange import synchronous_sgd  # noqa: PLC0415
+
+    return synchronous_sgd(comm, lr, algorithm=algorithm)
+
+
+def dense(comm: Communicator, lr: float, algorithm: str) -> Transform:
+    """The yardstick: dense, with momentum."""
+    from hpccomm.algorithms.exchange import synchronous_sgd  # noqa: PLC0415
+
+    return synchronous_sgd(comm, lr, momentum=0.9, algorithm=algorithm)
+
+
+def adam(comm: Communicator, lr: float, algorithm: str) -> Transform:
+    """Dense Adam."""
+    from hpccomm.algorithms.exchange import synchronous_adam  # noqa: PLC0415
+
+    return synchronous_adam(comm, lr, algorithm=algorithm)
+
+
+METHODS = {
+    "dense": Method("mean gradient, SGD with momentum 0.9", 0.1, dense),
+    "sgd": Method("mean gradient, SGD without momentum", 0.5, sgd),
+    "adam": Method("mean gradient, Adam", 0.003, adam),
+}
+"""To add a method is to add a row."""
+
+
+class Job(NamedTuple):
+    """What a dataset takes when nothing is said."""
+
+    epochs: int
+    batch_size: int
+    limit: int | None
+    summary: str
+
+
+JOBS = {
+    "digits": Job(20, 64, None, "1797 handwritten digits (scikit-learn), perceptron 64-64-10"),
+    "stdlib": Job(3, 256, 200_000, "the text of Python's standard library, next character from 16"),
+}
+
+HEADER = (
+    f"# {'Epoch':>5}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
+)
+TABLE = (
+    f"# {'Method':<9}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments; names are checked in :func:`run`, so that one rank speaks for all."""
+    datasets = "; ".join(f"{name}: {job.summary}" for name, job in JOBS.items())
+    methods = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+    parser.add_argument("dataset", help=datasets)
+    parser.add_argument(
+        "--method", default="dense", help=f"{methods}; all: one table of all (default: dense)"
+    )
+    parser.add_argument("--epochs", type=int, help="passes through the data")
+    parser.add_argument("--batch-size", type=int, help="samples of a step, over all ranks")
+    parser.add_argument("--samples", type=int, help="use at most so many training samples")
+    parser.add_argument("--lr", type=float, help="learning rate (default: the method's)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
+    parser.add_argument("--algorithm", default="auto", help="of the allreduce (default: auto)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train on all ranks; 0, or 2 after an error of the command line."""
+    from hpccomm.functional import communicator  # noqa: PLC0415
+
+    comm = communicator()
+    try:
+        check(args, comm)
+        data = loaded(args, comm)
+    except HpccommError as error:
+        say(comm, f"hpccomm train: {error}\n", sys.stderr)
+        return 2
+    methods = list(METHODS) if args.method == "all" else [args.method]
+    runs = [trained(name, args, data, comm) for name in methods]
+    if len(runs) > 1:
+        say(comm, "\n" + TABLE + "".join(row(each["method"], each["epochs"]) for each in runs))
+    if args.json and comm.rank == 0:
+        args.json.write_text(json.dumps({"runs": runs} if args.method == "all" else runs[0], indent=1) + "\n")
+    return 0
+
+
+def check(args: argparse.Namespace, comm: Communicator) -> None:
+    """Raise, on every rank alike, for arguments that cannot be used, and fill in what was left out."""
+    one_of("dataset", args.dataset, JOBS)
+    one_of("--method", args.method, (*METHODS, "all"))
+    one_of("--algorithm", args.algorithm, comm.algorithms("allreduce"))
+    job = JOBS[args.dataset]
+    args.epochs = job.epochs if args.epochs is None else args.epochs
+    args.batch_size = job.batch_size if args.batch_size is None else args.batch_size
+    args.samples = job.limit if args.samples is None else args.samples
+    for flag, least in {"epochs": 1, "batch_size": 1, "samples": 1, "seed": 0}.items():
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ArgumentError(f"--{flag.replace('_', '-')} {value}: give {least} or more")
+    if args.lr is not None and not 0 < args.lr < float("inf"):
+        raise ArgumentError(f"--lr {args.lr}: give a positive number")
+    check_file(args.json, comm)
+
+
+def one_of(what: str, value: str, known: Any) -> None:
+    """Raise for a name that is not known."""
+    if value not in known:
+        raise ArgumentError(f"{what} {value!r} is not known: use one of {', '.join(known)}")
+
+
+def check_file(file: Path | None, comm: Communicator) -> None:
+    """Raise on all ranks where rank 0 cannot write the results, before the work and not after it."""
+    problem = None
+    if file and comm.rank == 0:
+        try:
+            file.open("a").close()
+        except OSError as error:
+            problem = f"--json {file}: {error.strerror}: name a file that can be written"
+    problem = comm.bcast(problem)
+    if problem:
+        raise ArgumentError(problem)
+
+
+def loaded(args: argparse.Namespace, comm: Communicator) -> Dataset:
+    """Rank 0's copy of the data on all ranks: nodes may carry other versions of it."""
+    from hpccomm.train.datasets import DATASETS  # noqa: PLC0415
+
+    found: Dataset | HpccommError | None = None
+    if comm.rank == 0:
+        try:
+            found = DATASETS[args.dataset](args.samples)
+        except HpccommError as error:
+            found = error
+    found = comm.bcast(found)
+    if isinstance(found, HpccommError):
+        raise found
+    assert found is not None
+    return found
+
+
+def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any]:
+    """One method's run: the object for ``--json``."""
+    from hpccomm.train.loop import Settings, train  # noqa: PLC0415
+    from hpccomm.train.networks import network_for  # noqa: PLC0415
+
+    settings = Settings(args.epochs, args.batch_size, args.seed)
+    lr = METHODS[name].lr if args.lr is None else args.lr
+    say(comm, headline(name, lr, args, comm) + HEADER)
+    advance, close = progress(comm, len(data.targets), settings)
+
+    def tell(epoch: Epoch) -> None:
+        say(comm, line(f"{epoch.epoch:>7}", epoch))
+
+    method = METHODS[name].make(comm, lr, args.algorithm)
+    _, epochs = train(comm, data, network_for(data), method, settings, on_step=advance, on_epoch=tell)
+    close()
+    return {
+        "dataset": args.dataset,
+        "method": name,
+        "ranks": comm.size,
+        "seed": args.seed,
+        "command": shlex.join(["hpccomm", *sys.argv[1:]]),
+        "epochs": [epoch._asdict() for epoch in epochs],
+    }
+
+
+def headline(name: str, lr: float, args: argparse.Namespace, comm: Communicator) -> str:
+    """What is trained, and how."""
+    return (
+        f"# hpccomm train {args.dataset}: {name}, lr {lr:g}, batch {args.batch_size} over {comm.size} ranks, "
+        f"seed {args.seed}, allreduce {args.algorithm}\n"
+    )
+
+
+def line(first: str, epoch: Epoch) -> str:
+    """One epoch, or the sum of a run."""
+    return (
+        f"{first}{epoch.loss:>10.4f}{epoch.accuracy:>10.2%}{epoch.compute_s:>12.3f}"
+        f"{epoch.communication_s:>13.3f}{epoch.wire_bytes:>12}\n"
+    )
+
+
+def row(name: str, epochs: list[dict[str, Any]]) -> str:
+    """A run: the last epoch's loss and accuracy, the time of all."""
+    from hpccomm.train.loop import Epoch  # noqa: PLC0415
+
+    times = {key: sum(each[key] for each in epochs) for key in ("compute_s", "communication_s")}
+    return line(f"  {name:<9}", Epoch(**epochs[-1])._replace(**times))
+
+
+def progress(
+    comm: Communicator, samples: int, settings: Settings
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Advance and close a bar on rank 0's terminal; nothing without tqdm or a terminal."""
+    from hpccomm.train.loop import steps_in  # noqa: PLC0415
+
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
+    except ImportError:
+        return (lambda: None), (lambda: None)
+    if comm.rank or not sys.stderr.isatty():
+        return (lambda: None), (lambda: None)
+    bar = tqdm(total=steps_in(samples, settings), unit="step", leave=False, file=sys.stderr)
+    return bar.update, bar.close
+
+
+def say(comm: Communicator, text: str, stream: Any = None) -> None:
+    """Rank 0 writes, at once."""
+    if comm.rank == 0:
+        stream = stream or sys.stdout
+        stream.write(text)
+        stream.flush()

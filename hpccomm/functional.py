@@ -1,0 +1,186 @@
+"""Collectives as functions of arrays: any kind in, the same kind out, the input never written.
+
+*p ranks; x on every rank of one dtype.*  Every function copies at most once on the way in; results are new
+arrays in C order.  The 16-bit floats are reduced in float32 and rounded once (:mod:`hpccomm.arrays`).
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from hpccomm.arrays import Array, borrow, movable, narrowed, widened
+from hpccomm.communicator import Communicator
+from hpccomm.errors import ArgumentError, MismatchError
+
+
+class Reduction(NamedTuple):
+    """What an ``op`` means."""
+
+    op: MPI.Op
+    kinds: str
+    """NumPy's letters of the kinds of dtype that it is defined for; V stands for bfloat16."""
+    logical: MPI.Op | None = None
+    """What it means for bool."""
+    remedy: str = ""
+
+
+REDUCTIONS = {
+    "sum": Reduction(MPI.SUM, "iufcV", None, "cast it: x.astype('i8') counts how many are true"),
+    "mean": Reduction(MPI.SUM, "fcV", None, "cast it: x.astype('f8'), or use op='sum'"),
+    "min": Reduction(MPI.MIN, "biufV", MPI.LAND, "reduce real and imaginary parts, or absolute values"),
+    "max": Reduction(MPI.MAX, "biufV", MPI.LOR, "reduce real and imaginary parts, or absolute values"),
+    "prod": Reduction(MPI.PROD, "iufcV", None, "use op='min', which is true where all are"),
+}
+
+
+def allreduce(x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Any:
+    """The sum (``"mean"``, ``"min"``, ``"max"``, ``"prod"``) of ``x`` over all ranks, on all of them.
+
+    ``x``: any array, tensor or scalar, of one shape and dtype on all ranks; comes back as the same kind,
+    shape and dtype.  ``comm=None`` means all ranks.  The mean of integers and the sum of bools are refused,
+    cast them first; min and max of bools are *all* and *any*.  Integers wrap around.  A NaN makes sums and
+    means NaN, but min and max may lose it, as MPI's do: ask for ``allreduce(np.isnan(x).any(), op="max")``.
+    """
+    ranks = communicator(comm)
+    who = f"rank {ranks.rank}: allreduce"
+    array, give_back = borrow(x, who)
+    mpi_op = operation(op, array, who)
+    send = widened(array)
+    total = np.empty_like(send)
+    ranks.Allreduce(send, total, op=mpi_op, **named(algorithm))
+    return give_back(finished(total, op, ranks.size, array))
+
+
+def reduce_scatter(
+    x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, algorithm: str = "auto"
+) -> Any:
+    """This rank's rows of what :func:`allreduce` would return, for half the traffic.
+
+    Rows (indices of axis 0) are dealt out as ``np.array_split(x, p)`` does: the first ranks get one more
+    where p does not divide them.  ``x``: as in :func:`allreduce`, of one dimension or more.
+    """
+    ranks = communicator(comm)
+    who = f"rank {ranks.rank}: reduce_scatter"
+    array, give_back = borrow(x, who)
+    if array.ndim == 0:
+        raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
+    mpi_op = operation(op, array, who)
+    send = widened(array)
+    rows = [len(share) for share in np.array_split(np.empty(len(send), "u1"), ranks.size)]
+    mine = np.empty((rows[ranks.rank], *send.shape[1:]), send.dtype)
+    row = int(np.prod(send.shape[1:], dtype=np.int64))
+    ranks.Reduce_scatter(send, mine, [each * row for each in rows], op=mpi_op, **named(algorithm))
+    return give_back(finished(mine, op, ranks.size, array))
+
+
+def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Any:
+    """The arrays of all ranks, one after the other along axis 0 in rank order, on all of them.
+
+    Ranks may bring different numbers of rows (none, too); all other dimensions and the dtype must agree.  A
+    scalar counts as one row: the result has shape ``(p,)``.
+    """
+    ranks = communicator(comm)
+    array, give_back = borrow(x, f"rank {ranks.rank}: allgather")
+    send = np.asarray(array, order="C").reshape(array.shape or (1,))
+    rows = agreed_rows(send, ranks)
+    gathered = np.empty((sum(rows), *send.shape[1:]), send.dtype)
+    row = int(np.prod(send.shape[1:], dtype=np.int64))
+    ranks.Allgatherv(movable(send), [movable(gathered), [each * row for each in rows]], **named(algorithm))
+    return give_back(gathered)
+
+
+def broadcast(x: Any, root: int = 0, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Any:
+    """``root``'s array as a new array on all ranks, of the kind that each rank passes.
+
+    Other ranks pass an array of the same shape and dtype, whose values do not matter, or ``None`` to get a
+    NumPy array.
+    """
+    ranks = communicator(comm)
+    who = f"rank {ranks.rank}: broadcast"
+    if not 0 <= root < ranks.size:
+        raise ArgumentError(f"{who}: root {root} is not one of the ranks 0 … {ranks.size - 1}")
+    if x is None and ranks.rank == root:
+        raise ArgumentError(f"{who}: the root passed None: pass the array to broadcast")
+    array, give_back = (None, lambda result: result) if x is None else borrow(x, who)
+    shape, dtype = ranks.bcast(
+        (array.shape, array.dtype) if array is not None and ranks.rank == root else None, root
+    )
+    copy = np.empty(shape, dtype)
+    if array is not None and ranks.rank == root:
+        copy[...] = array
+    ranks.Bcast(movable(copy), root, **named(algorithm))
+    if array is not None and (array.shape, array.dtype) != (
+        shape,
+        dtype,
+    ):  # only now: the others wait for this rank
+        raise MismatchError(
+            f"{who}: passed an array of {array.dtype}{list(array.shape)}, the root, rank {root}, one of "
+            f"{dtype}{list(shape)}: pass one like it, or None"
+        )
+    return give_back(copy)
+
+
+# What the functions share
+
+
+def communicator(comm: MPI.Intracomm | None = None) -> Communicator:
+    """``comm`` as one of ours, made once for each communicator; all ranks for ``None``."""
+    comm = MPI.COMM_WORLD if comm is None else comm
+    if isinstance(comm, Communicator):
+        return comm
+    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise ArgumentError(
+            f"comm is {comm!r}: pass an MPI.Intracomm, an hpccomm.Communicator, or None for all ranks"
+        )
+    if id(comm) not in _ours:
+        _ours[id(comm)] = Communicator(comm)
+        weakref.finalize(comm, _ours.pop, id(comm), None)
+    return _ours[id(comm)]
+
+
+_ours: dict[int, Communicator] = {}
+"""By the identity of the user's object, which cannot be a key itself; forgotten with it."""
+
+
+def operation(op: str, array: Array, who: str) -> MPI.Op:
+    """MPI's operation for ``op`` on this dtype."""
+    if op not in REDUCTIONS:
+        raise ArgumentError(f"{who}: op={op!r} is not known: use one of {', '.join(map(repr, REDUCTIONS))}")
+    known, kind = REDUCTIONS[op], array.dtype.kind
+    if kind not in known.kinds:
+        raise ArgumentError(f"{who}: the {op} of {array.dtype} is not defined: {known.remedy}")
+    return known.logical if kind == "b" and known.logical else known.op
+
+
+def named(algorithm: str) -> dict[str, str]:
+    """The keyword for a call; ``"auto"`` leaves the choice to the communicator."""
+    return {} if algorithm == "auto" else {"algorithm": algorithm}
+
+
+def finished(total: Array, op: str, size: int, given: Array) -> Array:
+    """Divide a mean, round to the caller's dtype."""
+    if op == "mean":
+        np.true_divide(total, size, out=total)
+    return narrowed(total, given.dtype)
+
+
+def agreed_rows(send: Array, ranks: Communicator) -> list[int]:
+    """Rows that each rank brings; raises where the ranks bring arrays that do not fit together."""
+    form = (send.shape[1:], send.dtype.name)
+    mine = np.array([len(send), zlib.crc32(repr(form).encode())], np.int64)
+    everyone = np.empty((ranks.size, 2), np.int64)
+    ranks.Allgather(mine, everyone)
+    odd = np.flatnonzero(everyone[:, 1] != everyone[0, 1])
+    if odd.size:
+        forms = ranks.allgather(form)
+        (shape, dtype), (other_shape, other_dtype) = forms[0], forms[odd[0]]
+        raise MismatchError(
+            f"allgather: rank {odd[0]} brings rows of {other_dtype}{list(other_shape)}, rank 0 rows of "
+            f"{dtype}{list(shape)}: make all dimensions but the first, and the dtype, agree"
+        )
+    return [int(rows) for rows in everyone[:, 0]]

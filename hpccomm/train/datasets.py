@@ -1,0 +1,99 @@
+"""Real data that comes along: scikit-learn's handwritten digits, and the text of Python's own library."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.errors import ArgumentError
+
+CONTEXT = 16
+"""Characters that a text network sees before the one it predicts."""
+
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+"""What text is made of here; every other character is one more class."""
+
+TEST_EVERY = 10
+"""Every tenth source file is for testing."""
+
+TEST_SHARE = 5
+"""A fifth of the digits is for testing."""
+
+
+class Dataset(NamedTuple):
+    """Samples along axis 0: inputs for a network, targets as class numbers (int64)."""
+
+    inputs: npt.NDArray[Any]
+    targets: npt.NDArray[np.int64]
+    test_inputs: npt.NDArray[Any]
+    test_targets: npt.NDArray[np.int64]
+    classes: int
+
+
+def digits(limit: int | None = None) -> Dataset:
+    """1797 images of 64 pixels, float32, in 10 classes; the last fifth of a fixed shuffle is for testing."""
+    try:
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # noqa: PLC0415
+    except ImportError:
+        raise ArgumentError("the digits come with scikit-learn: pip install 'hpccomm[examples]'") from None
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    images, labels = (images[order] / 16).astype(np.float32), labels[order].astype(np.int64)
+    train = len(labels) - len(labels) // TEST_SHARE
+    return Dataset(images[:train][:limit], labels[:train][:limit], images[train:], labels[train:], 10)
+
+
+def stdlib(limit: int | None = 60_000) -> Dataset:
+    """Every place in Python's own source text: 16 characters (uint8) and the one that follows.
+
+    ``limit`` is the number of training samples, a fifth of it is for testing (other files); ``None`` is
+    everything.
+    """
+    train: list[str] = []
+    test: list[str] = []
+    wanted = None if limit is None else limit + CONTEXT
+    for number, text in enumerate(sources()):
+        (test if number % TEST_EVERY == TEST_EVERY - 1 else train).append(text)
+        if wanted is not None and long_enough(train, wanted) and long_enough(test, wanted // TEST_SHARE):
+            break
+    test_limit = None if limit is None else max(1, limit // TEST_SHARE)
+    return Dataset(*windows(train, limit), *windows(test, test_limit), len(CHARACTERS) + 1)
+
+
+def sources() -> Iterator[str]:
+    """The source files of the standard library's top folder, in order of their names."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    if len(files) < TEST_EVERY:
+        raise ArgumentError(
+            f"{sysconfig.get_paths()['stdlib']} holds {len(files)} source files: "
+            "use a Python that is installed with its library's source"
+        )
+    for file in files:
+        yield file.read_text(encoding="utf-8", errors="replace")
+
+
+def long_enough(texts: list[str], characters: int) -> bool:
+    """Whether there is text enough."""
+    return sum(map(len, texts)) > characters
+
+
+def windows(texts: list[str], limit: int | None) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Contexts of shape (samples, 16) and the characters that follow them."""
+    codes = encode("".join(texts))
+    view = np.lib.stride_tricks.sliding_window_view(codes, CONTEXT + 1)[:limit]
+    return view[:, :CONTEXT].copy(), view[:, CONTEXT].astype(np.int64)
+
+
+def encode(text: str) -> npt.NDArray[np.uint8]:
+    """Character numbers; the last one stands for everything that is not in the list."""
+    table = np.full(256, len(CHARACTERS), np.uint8)
+    table[np.frombuffer(CHARACTERS.encode("ascii"), np.uint8)] = np.arange(len(CHARACTERS))
+    return table[np.frombuffer(text.encode("latin-1", errors="replace"), np.uint8)]
+
+
+DATASETS: dict[str, Callable[..., Dataset]] = {"digits": digits, "stdlib": stdlib}

@@ -1,0 +1,123 @@
+"""Two small networks with backpropagation written out, in NumPy.
+
+*b samples, gradients summed over them.*  A network is a table of shapes and three functions of named
+weights, which are views of one flat vector; the gradient is written into such views as well, so nothing is
+packed before the exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.train.datasets import CONTEXT, Dataset
+
+Array = npt.NDArray[Any]
+Tensors = Mapping[str, Array]
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Network(Protocol):
+    """What the training loop asks of a network."""
+
+    shapes: Shapes
+
+    def scores(self, weights: Tensors, inputs: Array) -> Array:
+        """One number for each sample and class; the largest is the prediction."""
+
+    def learn(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> float:
+        """Write the gradient of the sum of the samples' losses into ``gradient``; returns that sum."""
+
+
+class Perceptron:
+    """inputs (b, n) → tanh(inputs · hidden + shift) → scores (b, classes); softmax, cross-entropy."""
+
+    def __init__(self, inputs: int, hidden: int, classes: int) -> None:
+        self.shapes: Shapes = {
+            "hidden": (inputs, hidden),
+            "hidden_shift": (hidden,),
+            "out": (hidden, classes),
+            "out_shift": (classes,),
+        }
+
+    def activity(self, weights: Tensors, inputs: Array) -> Array:
+        """The hidden layer, (b, hidden)."""
+        return np.tanh(inputs @ weights["hidden"] + weights["hidden_shift"])
+
+    def scores(self, weights: Tensors, inputs: Array) -> Array:
+        """(b, classes)."""
+        return self.activity(weights, inputs) @ weights["out"] + weights["out_shift"]
+
+    def learn(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> float:
+        """As :meth:`Network.learn`."""
+        return self.backward(weights, inputs, targets, gradient)[0]
+
+    def backward(
+        self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors
+    ) -> tuple[float, Array]:
+        """The loss, and its gradient by the hidden layer's sums, (b, hidden)."""
+        active = self.activity(weights, inputs)
+        loss, error = cross_entropy(active @ weights["out"] + weights["out_shift"], targets)
+        slope = (error @ weights["out"].T) * (1 - active * active)
+        np.matmul(active.T, error, out=gradient["out"])
+        np.sum(error, axis=0, out=gradient["out_shift"])
+        np.matmul(inputs.T, slope, out=gradient["hidden"])
+        np.sum(slope, axis=0, out=gradient["hidden_shift"])
+        return loss, slope
+
+
+class Characters:
+    """Characters (b, 16) → embeddings side by side → perceptron → next character (Bengio et al. 2003)."""
+
+    def __init__(self, classes: int, width: int, hidden: int) -> None:
+        self.body = Perceptron(CONTEXT * width, hidden, classes)
+        self.shapes: Shapes = {"embedding": (classes, width), **self.body.shapes}
+
+    def embedded(self, weights: Tensors, inputs: Array) -> Array:
+        """(b, 16 · width)."""
+        return weights["embedding"][inputs].reshape(len(inputs), -1)
+
+    def scores(self, weights: Tensors, inputs: Array) -> Array:
+        """(b, classes)."""
+        return self.body.scores(weights, self.embedded(weights, inputs))
+
+    def learn(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> float:
+        """As :meth:`Network.learn`."""
+        loss, slope = self.body.backward(weights, self.embedded(weights, inputs), targets, gradient)
+        by_character = (slope @ weights["hidden"].T).reshape(*inputs.shape, -1)
+        gradient["embedding"][...] = 0
+        np.add.at(gradient["embedding"], inputs, by_character)
+        return loss
+
+
+def cross_entropy(scores: Array, targets: Array) -> tuple[float, Array]:
+    """Sum over the samples of -log softmax(scores)[target], and its gradient by the scores."""
+    shifted = scores - scores.max(axis=1, keepdims=True, initial=-np.inf)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    rows = np.arange(len(targets))
+    error = np.exp(logs)
+    error[rows, targets] -= 1
+    return -float(logs[rows, targets].sum(dtype=np.float64)), error
+
+
+def initial(shapes: Shapes, seed: int) -> dict[str, Array]:
+    """Weights in float32 that keep the size of what passes through: matrices by 1/√rows, vectors zero."""
+    rng = np.random.default_rng(seed)
+    return {name: draw(rng, name, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
+    """One tensor."""
+    if len(shape) == 1:
+        return np.zeros(shape)
+    return rng.standard_normal(shape) / (1 if name == "embedding" else np.sqrt(shape[0]))
+
+
+def network_for(data: Dataset) -> Network:
+    """Text is embedded, images go straight into a perceptron."""
+    if data.inputs.dtype == np.uint8:
+        return Characters(data.classes, width=16, hidden=256)
+    return Perceptron(data.inputs.shape[1], hidden=64, classes=data.classes)
