@@ -1,0 +1,127 @@
+"""Shows a schedule: a line a round in text, or ranks as rows, rounds as columns, messages as arrows.
+
+*p ranks, b blocks, k the round.*  ``0-[3]->1`` reads: rank 0 sends block 3 to rank 1; ``0-[2..4]->1``:
+blocks 2 to 4.  Rounds in which nobody moves anything are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpccomm.collectives.schedule import Algorithm
+
+WIDEST = 48.0
+"""Inches."""
+
+
+class Message(NamedTuple):
+    """One arrow."""
+
+    source: int
+    to: int
+    first: int
+    size: int
+
+    def label(self, blocks: int) -> str:
+        """Its blocks: ``3``, ``2..4``, ``6..1`` where they wrap around, ``all``."""
+        if self.size == blocks:
+            return "all" if blocks > 1 else "0"
+        last = (self.first + self.size - 1) % blocks
+        return str(self.first) if self.size == 1 else f"{self.first}..{last}"
+
+
+class Round(NamedTuple):
+    """One column."""
+
+    number: int
+    reduce: bool
+    messages: list[Message]
+
+
+def rounds(algorithm: Algorithm, p: int, *root: int) -> Iterator[Round]:
+    """The rounds of a schedule in which anything moves."""
+    blocks = algorithm.blocks(p)
+    for k, step in enumerate(algorithm.steps(np.arange(p), p, *root)):
+        to, lo, hi = (np.broadcast_to(x, (p,)) for x in (step.to, *step.send))
+        messages = [
+            Message(r, int(to[r]), int(lo[r]) % blocks, int(hi[r] - lo[r]))
+            for r in range(p)
+            if to[r] >= 0 and hi[r] > lo[r]
+        ]
+        if messages:
+            yield Round(k, step.reduce, messages)
+
+
+def text(algorithm: Algorithm, p: int, *root: int) -> Iterator[str]:
+    """One line a round: its number, whether what arrives is summed or copied, who sends what to whom."""
+    blocks = algorithm.blocks(p)
+    for each in rounds(algorithm, p, *root):
+        arrows = (f"{m.source}-[{m.label(blocks)}]->{m.to}" for m in each.messages)
+        yield f"round {each.number:>3}  {'sum ' if each.reduce else 'copy'}  {'  '.join(arrows)}"
+
+
+def draw(algorithm: Algorithm, p: int, out: str | Path, title: str, *root: int) -> None:
+    """Draw the schedule into ``out``, in the format its name ends with (png, svg, pdf).
+
+    An arrow has the colour of its first block; it is solid where what arrives is summed, dashed where copied.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'hpccomm[plot]'") from error
+    columns = list(rounds(algorithm, p, *root))
+    width, height = min(WIDEST, 1.6 + 1.25 * max(len(columns), 2)), min(WIDEST, 1.5 + 0.55 * max(p, 2))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    for x, column in enumerate(columns):
+        draw_round(axes, x, column, algorithm.blocks(p))
+    frame(axes, columns, p, title)
+    figure.savefig(out, dpi=150)
+
+
+def draw_round(axes: Any, x: int, column: Round, blocks: int) -> None:
+    """One column of arrows, each with the name of its blocks at the tail, where no other arrow begins."""
+    axes.axvspan(x, x + 1, color="#fff3e0" if column.reduce else "#e3f2fd", zorder=0, linewidth=0)
+    line = "-" if column.reduce else (0, (4, 2))
+    for m in column.messages:
+        colour = colour_of(m.first, blocks)
+        arrow = {"arrowstyle": "-|>", "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 11}
+        ends = {"xy": (x + 0.94, m.to), "xytext": (x + 0.16, m.source)}
+        axes.annotate("", **ends, arrowprops={**arrow, "color": colour, "linestyle": line})
+        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": colour, "linewidth": 1.0}
+        label = {"fontsize": 8, "ha": "center", "va": "center", "zorder": 5, "bbox": box}
+        axes.text(x + 0.16, m.source, m.label(blocks), color=colour, **label)
+
+
+def colour_of(block: int, blocks: int) -> Any:
+    """As many well-told-apart colours as there are blocks."""
+    from matplotlib import colormaps  # noqa: PLC0415
+
+    few = 10
+    return (
+        colormaps["tab10"](block) if blocks <= few else colormaps["turbo"](block / (blocks - 1) * 0.9 + 0.05)
+    )
+
+
+def frame(axes: Any, columns: list[Round], p: int, title: str) -> None:
+    """Ranks at the left, rounds on top, lanes of ranks behind."""
+    axes.set_xlim(0, max(len(columns), 1))
+    axes.set_ylim(p - 0.5, -0.5)
+    axes.set_yticks(range(p), [f"rank {r}" for r in range(p)])
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], [str(each.number) for each in columns])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for r in range(p):
+        axes.axhline(r, color="#b0bec5", linewidth=0.8, zorder=1)
+    for x in range(len(columns) + 1):
+        axes.axvline(x, color="white", linewidth=2, zorder=1)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.set_title(title, loc="left", fontsize=11, pad=8)
+    axes.set_xlabel(
+        "round (solid on orange: summed, dashed on blue: copied; in the boxes: blocks)", fontsize=9
+    )

@@ -1,0 +1,116 @@
+"""Predict what every algorithm of a collective would cost on a cluster that need not exist."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import socket
+
+from hpccomm.collectives import ALGORITHMS, tuning
+from hpccomm.collectives.cost import Link, Machine, Prediction, predict
+from hpccomm.errors import ArgumentError
+
+SUMMARY = "price every algorithm of a collective on a cluster of your choice"
+
+DECIMAL = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What, where, how much."""
+    parser.add_argument("collective", choices=sorted(ALGORITHMS))
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
+    parser.add_argument("--per-node", type=int, default=1, metavar="K", help="ranks a node (default 1)")
+    parser.add_argument("--bytes", default="1M", metavar="SIZE", help="100M, 64Ki, 4 (default 1M)")
+    group = parser.add_argument_group(
+        "the machine", "what is not said comes from this machine's tuning table"
+    )
+    group.add_argument("--alpha-intra", type=float, metavar="US", help="a message in a node, microseconds")
+    group.add_argument(
+        "--alpha-inter", type=float, metavar="US", help="a message between nodes, microseconds"
+    )
+    group.add_argument("--rate-intra", metavar="RATE", help="between ranks of a node: 80gbit, 10GB")
+    group.add_argument("--rate", metavar="RATE", help="of a node's link: 100gbit, 1gbit, 12.5GB (per second)")
+    group.add_argument("--rate-sum", metavar="RATE", help="at which a rank sums: 10GB")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, the fastest first."""
+    if args.nodes < 1 or args.per_node < 1:
+        raise ArgumentError(f"--nodes {args.nodes} --per-node {args.per_node}: both must be 1 or more")
+    nbytes, machine = size_of(args.bytes), machine_of(args)
+    print(heading(args, nbytes, machine))
+    titles = ("algorithm", "time", "algbw GB/s", "busbw GB/s", "rounds", "segments", "wire")
+    print("{:<15}{:>12}{:>12}{:>12}{:>8}{:>10}{:>7}".format(*titles))
+    for each in predict(args.collective, args.nodes, args.per_node, nbytes, machine):
+        print(line(each))
+    return 0
+
+
+def heading(args: argparse.Namespace, nbytes: float, machine: Machine) -> str:
+    """What is being priced."""
+    intra, inter = machine.intra, machine.inter
+    return (
+        f"# {args.collective} of {nbytes:,.0f} bytes on {args.nodes} x {args.per_node} ranks\n"
+        f"# in a node {intra.alpha:g} us + {rate(intra.beta)}, between nodes {inter.alpha:g} us + "
+        f"{rate(inter.beta)} shared by its ranks, sums {rate(machine.gamma)}\n"
+        f"# from: {machine.source}\n"
+        "# wire: the fastest that the link permits, as a share of the time"
+    )
+
+
+def line(each: Prediction) -> str:
+    """One algorithm."""
+    return (
+        f"{each.algorithm:<15}{duration(each.us):>12}{each.algbw:>12.3f}{each.busbw:>12.3f}"
+        f"{each.rounds:>8}{each.segments:>10}{each.wire:>7.0%}"
+    )
+
+
+def duration(us: float) -> str:
+    """A time for people."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if us >= size:
+            return f"{us / size:.4g} {unit}"
+    return f"{us:.4g} us"
+
+
+def rate(beta: float) -> str:
+    """Bytes per second for people, from microseconds a byte."""
+    return f"{1e-3 / beta:.3g} GB/s" if beta else "no limit"
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    """This machine's table, and what the command line says instead."""
+    known = tuning.load("", socket.gethostname()).machine or Machine()
+    intra = Link(
+        known.intra.alpha if args.alpha_intra is None else args.alpha_intra,
+        known.intra.beta if args.rate_intra is None else beta_of(args.rate_intra),
+    )
+    inter = Link(
+        known.inter.alpha if args.alpha_inter is None else args.alpha_inter,
+        known.inter.beta if args.rate is None else beta_of(args.rate),
+    )
+    gamma = known.gamma if args.rate_sum is None else beta_of(args.rate_sum)
+    changed = (intra, inter, gamma) != known[:3]
+    return Machine(intra, inter, gamma, "command line, and " + known.source if changed else known.source)
+
+
+def size_of(text: str) -> float:
+    """Bytes: ``100M`` is a hundred million, ``64Ki`` is 65,536."""
+    match = re.fullmatch(r"([\d.]+)\s*([kmgt]|ki|mi|gi)?b?", text.strip().lower())
+    try:
+        number, unit = match.groups() if match else ("", "")
+        return float(number) * {**DECIMAL, **BINARY}[unit or ""]
+    except ValueError:
+        raise ArgumentError(f"{text!r} is no size: write 4, 64Ki, 100M") from None
+
+
+def beta_of(text: str) -> float:
+    """Microseconds a byte of a rate: ``100gbit`` in bits, ``12.5GB`` in bytes, a second."""
+    match = re.fullmatch(r"([\d.]+)\s*([kmgt]?)(bit|b)(/s|ps)?", text.strip().lower())
+    try:
+        number, unit, what = match.groups()[:3] if match else ("", "", "")
+        return 1e6 * (8 if what == "bit" else 1) / (float(number) * DECIMAL[unit])
+    except (ValueError, ZeroDivisionError):
+        raise ArgumentError(f"{text!r} is no rate: write 100gbit or 12.5GB") from None

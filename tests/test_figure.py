@@ -1,0 +1,117 @@
+"""A schedule can be read: a line a round in text, and as a drawing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpccomm.collectives import ALGORITHMS, figure
+from hpccomm.collectives.verify import verify
+from hpccomm.commands import plot
+from hpccomm.errors import ArgumentError
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    plot.add_arguments(parser)
+    return plot.run(parser.parse_args(words))
+
+
+def test_the_ring_in_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("ring", "--size", "3") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "allreduce, ring, 3 ranks, 3 blocks",
+        "round   0  sum   0-[2]->1  1-[0]->2  2-[1]->0",
+        "round   1  sum   0-[1]->1  1-[2]->2  2-[0]->0",
+        "round   2  copy  0-[0]->1  1-[1]->2  2-[2]->0",
+        "round   3  copy  0-[2]->1  1-[0]->2  2-[1]->0",
+    ]
+
+
+def test_runs_of_blocks_wrap_around_and_all_of_them_have_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    run("bruck", "--size", "6")
+    assert "5-[5..0]->3" in capsys.readouterr().out
+    run("butterfly", "--size", "7")
+    assert "0-[all]->1" in capsys.readouterr().out
+
+
+def test_the_root_and_the_collective_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    run("chain", "--size", "3", "--collective", "bcast", "--root", "1")
+    assert capsys.readouterr().out.splitlines() == [
+        "bcast, chain, 3 ranks, root 1, 1 blocks",
+        "round   0  copy  1-[0]->2",
+        "round   1  copy  2-[0]->0",
+    ]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS["allreduce"])
+def test_every_message_is_shown_once(name: str) -> None:
+    lines = list(figure.text(ALGORITHMS["allreduce"][name], 7))
+    assert sum(line.count("->") for line in lines) == verify(name, "allreduce", 7).messages
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("ring", b"\x89PNG"), ("hierarchical", b"<?xml"), ("ring", b"%PDF")]
+)
+def test_a_drawing_is_a_file_of_its_kind(
+    name: str, kind: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / {b"\x89PNG": "x.png", b"<?xml": "x.svg", b"%PDF": "x.pdf"}[kind]
+    assert run(name, "--size", "4", "--out", str(out)) == 0
+    assert out.read_bytes().startswith(kind)
+
+
+def test_a_drawing_has_an_arrow_and_a_label_a_message(tmp_path: Path) -> None:
+    out = tmp_path / "tree.svg"
+    figure.draw(ALGORITHMS["bcast"]["tree"], 5, out, "a title", 2)
+    drawing = out.read_text(encoding="utf-8")
+    assert drawing.count('id="patch_') >= verify("tree", "bcast", 5, 2).messages
+    assert "<!-- a title -->" in drawing
+    assert drawing.count("<!-- rank ") == 5  # noqa: PLR2004
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'hpccomm\[plot\]'"):
+        figure.draw(ALGORITHMS["allreduce"]["ring"], 4, tmp_path / "x.png", "ring")
+
+
+def test_importing_the_figure_does_not_import_matplotlib() -> None:
+    import subprocess  # noqa: PLC0415
+
+    code = (
+        "import sys, hpccomm.collectives.figure, hpccomm.commands.plot; sys.exit('matplotlib' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_files_are_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    fake = argparse.Namespace(draw=lambda paths, out: drawn.append((paths, out)))
+    monkeypatch.setitem(sys.modules, "hpccomm.bench.plot", fake)
+    monkeypatch.setattr("hpccomm.bench.plot", fake, raising=False)
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    a.write_text("{}")
+    b.write_text("{}")
+    assert run(str(a), str(b), "--out", "x.png") == 0
+    assert drawn == [([str(a), str(b)], "x.png")]
+    with pytest.raises(ArgumentError, match="need --out"):
+        run(str(a))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rnig"], "no file and no algorithm: take one of"),
+        (["ring", "no.json"], "no such file: ring, no.json"),
+        (["ring", "--size", "4", "--root", "4"], "the root is one of the ranks"),
+        (["bruck", "--collective", "bcast"], "take one of chain, ring, tree, hierarchical"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        run(*words)
