@@ -1,0 +1,353 @@
+"""Measurements decide, native MPI where there are none; a table survives files, mistakes and other machines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpccomm.collectives import ALGORITHMS, cost, hierarchical, tuning
+from hpccomm.collectives.cost import Link, Machine
+from hpccomm.collectives.tuning import Choice, Row, Table, fit, interpolated, load, read, user_file, write
+from hpccomm.commands import predict as predict_command
+from hpccomm.errors import ArgumentError
+
+MPI = "Open MPI 5.0.11"
+
+
+def rows(
+    algorithm: str, times: dict[int, float], nodes: int = 1, per_node: int = 4, **more: Any
+) -> list[Row]:
+    return [
+        Row(
+            "allreduce",
+            algorithm,
+            nodes,
+            per_node,
+            nbytes,
+            us,
+            **{"mpi": MPI, "host": "n017", "when": "2026-01-02"} | more,
+        )
+        for nbytes, us in times.items()
+    ]
+
+
+NATIVE = rows("native", {8: 1.0, 1024: 4.0, 1 << 20: 500.0})
+SHARED = rows("shared", {8: 2.0, 1024: 2.0, 1 << 20: 100.0})
+TABLE = Table((*NATIVE, *SHARED))
+
+
+def choose(table: Table, nbytes: int, nodes: int = 1, per_node: int = 4, **more: Any) -> Choice:
+    return table.choose("allreduce", nodes, per_node, nbytes, **more)
+
+
+# --- the decision ----------------------------------------------------------------------------------
+
+
+def test_the_fastest_measured_wins_size_by_size() -> None:
+    assert [choose(TABLE, n).algorithm for n in (8, 1024, 1 << 20)] == ["native", "shared", "shared"]
+
+
+def test_between_sizes_times_are_interpolated_on_logarithmic_scales() -> None:
+    points = [(10, 1.0), (1000, 100.0)]
+    assert interpolated(points, 100) == pytest.approx(10.0)
+    assert interpolated(points, 10) == 1.0
+    assert interpolated(points, 1) == 1.0
+    assert interpolated(points, 2000) == pytest.approx(200.0)
+    assert interpolated(points, 0) == 1.0
+    assert interpolated([(0, 1.0), (8, 2.0)], 8) == pytest.approx(2.0)
+
+
+def test_the_crossing_lies_where_the_lines_cross() -> None:
+    """Native goes from 1 to 4 while shared stays at 2: they cross at the geometric mean of 8 and 1024."""
+    assert choose(TABLE, 80).algorithm == "native"
+    assert choose(TABLE, 110).algorithm == "shared"
+
+
+def test_native_keeps_what_is_within_the_noise() -> None:
+    table = Table((*rows("native", {8: 100.0}), *rows("ring", {8: 96.0})))
+    assert choose(table, 8).algorithm == "native"
+    assert choose(Table((*rows("native", {8: 100.0}), *rows("ring", {8: 90.0}))), 8).algorithm == "ring"
+
+
+def test_nothing_measured_in_a_node_means_native_however_cheap_the_price() -> None:
+    for nbytes in (8, 1 << 30):
+        found = choose(Table(machine=Machine()), nbytes)
+        assert found.algorithm == "native"
+        assert "nothing was measured" in found.reason
+
+
+def test_what_was_measured_without_native_decides_nothing() -> None:
+    assert choose(Table(tuple(SHARED)), 1 << 20).algorithm == "native"
+
+
+def test_only_candidates_are_chosen() -> None:
+    assert choose(TABLE, 1 << 20, candidates=("native", "ring")).algorithm == "native"
+    assert choose(TABLE, 1 << 20, candidates=("native", "shared")).algorithm == "shared"
+
+
+def test_the_nearest_shape_speaks_up_to_a_factor_of_four() -> None:
+    near = rows("native", {8: 1.0}, per_node=2) + rows("ring", {8: 0.5}, per_node=2)
+    far = rows("native", {8: 1.0}, per_node=16) + rows("shared", {8: 0.5}, per_node=16)
+    table = Table((*near, *far))
+    assert [choose(table, 8, per_node=k).algorithm for k in (2, 3, 16, 64)] == [
+        "ring",
+        "ring",
+        "shared",
+        "shared",
+    ]
+    assert choose(table, 8, per_node=65).algorithm == "native"
+
+
+def test_one_node_does_not_speak_for_two() -> None:
+    assert choose(TABLE, 1 << 20, nodes=2).algorithm == "native"
+    between = Table((*rows("native", {8: 9.0}, 4, 2), *rows("hierarchical", {8: 3.0}, 4, 2)))
+    assert choose(between, 8, 2, 2).algorithm == "hierarchical"
+    assert choose(between, 8, 1, 2).algorithm == "native"
+
+
+def test_datatypes_without_rows_of_their_own_go_by_f4_and_memory_does_not() -> None:
+    half = Table((*TABLE.rows, *rows("native", {8: 9.0}, dtype="f2"), *rows("ring", {8: 1.0}, dtype="f2")))
+    assert choose(half, 8, dtype="f8").algorithm == "native"
+    assert choose(half, 8, dtype="f2").algorithm == "ring"
+    assert choose(half, 1 << 20, memory="cuda").algorithm == "native"
+
+
+def test_between_nodes_a_much_cheaper_price_decides() -> None:
+    slow_wire = Machine(Link(1, 1e-5), Link(1000, 1e-3), 0)
+    table = Table(machine=slow_wire)
+    odd = choose(table, 1 << 24, 7, 6)
+    prices = {
+        name: cost.prediction(name, "allreduce", 7, 6, 1 << 24, slow_wire).us
+        for name in ("hierarchical", "ring", "butterfly", "doubling")
+    }
+    flat = min(us for name, us in prices.items() if name != "hierarchical")
+    assert prices["hierarchical"] < tuning.TRUST * flat
+    assert odd.algorithm == "hierarchical"
+    assert "priced" in odd.reason
+    assert choose(table, 1 << 24, 7, 6, candidates=("native", "ring")).algorithm == "native"
+    assert choose(Table(), 1 << 24, 7, 6).algorithm == "native"
+
+
+def test_one_rank_has_nothing_to_choose() -> None:
+    assert choose(TABLE, 1 << 20, 1, 1).algorithm == "native"
+
+
+def test_the_reason_says_where_when_and_on_which_mpi_it_was_measured() -> None:
+    reason = choose(TABLE, 1 << 20).reason
+    for word in ("n017", MPI, "2026-01-02", "1 x 4 ranks", "100 us", "500 us"):
+        assert word in reason
+
+
+def test_segments_come_with_the_row() -> None:
+    table = Table((*rows("native", {8: 9.0, 1 << 20: 9.0}), *rows("chain", {8: 1.0}, segment_bytes=4096)))
+    assert choose(table, 8).segment_bytes == 4096  # noqa: PLR2004
+    assert choose(TABLE, 1 << 20).segment_bytes is None
+
+
+def test_choosing_is_fast_and_pure() -> None:
+    calls, limit = 1000, 0.2e-3
+    assert choose(TABLE, 5000) == choose(TABLE, 5000)
+    began = time.process_time()
+    for _ in range(calls):
+        choose(TABLE, 5000)
+    assert (time.process_time() - began) / calls < limit
+
+
+def test_it_explains_itself() -> None:
+    assert TABLE.explain("allreduce", 1, 4) == [
+        "allreduce 4 to 64 bytes: native",
+        "allreduce 128 to 1073741824 bytes: shared",
+    ]
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _nobodys_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("HPCCOMM_TUNING", raising=False)
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    table = Table(TABLE.rows, Machine(Link(1, 2), Link(3, 4), 5, "test"))
+    write(table, tmp_path / "deep" / "t.json")
+    back = read(tmp_path / "deep" / "t.json")
+    assert (back.rows, back.machine) == (table.rows, table.machine)
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "t.json"]
+
+
+def test_the_table_travels_between_ranks() -> None:
+    assert pickle.loads(pickle.dumps(TABLE)) == TABLE
+
+
+def test_the_package_brings_a_table() -> None:
+    table = load(MPI, "anywhere")
+    assert table.source == "the table that comes with hpccomm"
+    assert table.machine is not None
+    assert all(row.mpi and row.host and row.when for row in table.rows)
+
+
+def test_it_is_looked_for_in_the_order_of_variable_home_package(tmp_path: Path, monkeypatch: Any) -> None:
+    write(TABLE, user_file(MPI, "n018.cluster"))
+    assert load(MPI, "n099").rows[: len(TABLE.rows)] == TABLE.rows
+    assert load("MPICH 5.0.2", "n099").source == "the table that comes with hpccomm"
+    assert load(MPI, "login").source == "the table that comes with hpccomm"
+    write(Table(tuple(SHARED)), tmp_path / "mine.json")
+    monkeypatch.setenv("HPCCOMM_TUNING", str(tmp_path / "mine.json"))
+    assert load(MPI, "n099").rows[: len(SHARED)] == tuple(SHARED)
+
+
+def test_off_means_native_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCCOMM_TUNING", "off")
+    table = load(MPI, "n017")
+    assert {choose(table, 1 << 20, nodes, 8).algorithm for nodes in (1, 7)} == {"native"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"schema": 1, "rows"', '{"schema": 99, "machine": null, "rows": []}', '{"schema": 1}']
+    + [json.dumps({"schema": 1, "machine": None, "rows": [row]}) for row in (
+        {"collective": "allreduce"},
+        {**NATIVE[0]._asdict(), "us": "fast"},
+        {**NATIVE[0]._asdict(), "us": 0},
+        {**NATIVE[0]._asdict(), "speed": 1},
+        7,
+    )],
+)  # fmt: skip
+def test_a_broken_file_is_named_once_with_a_remedy(content: str, tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    monkeypatch.setenv("HPCCOMM_TUNING", str(path))
+    with pytest.warns(
+        RuntimeWarning, match=r"broken.json is no tuning table .*hpccomm tune.*HPCCOMM_TUNING=off"
+    ) as caught:
+        table = load(MPI, "n017")
+    assert len(caught) == 1
+    assert table.source == "the table that comes with hpccomm"
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCCOMM_TUNING", str(tmp_path / "nowhere.json"))
+    with pytest.warns(RuntimeWarning, match=r"nowhere.json"):
+        load(MPI, "n017")
+
+
+def test_rows_of_the_same_mpi_come_first_and_others_fill_the_gaps() -> None:
+    other = [row._replace(mpi="MPICH 5.0.2", us=row.us / 2) for row in NATIVE]
+    bcast = [row._replace(mpi="MPICH 5.0.2", collective="bcast") for row in NATIVE]
+    assert Table((*NATIVE, *other, *bcast)).of("Open MPI 4.1").rows == (*NATIVE, *bcast)
+
+
+def test_collectives_that_were_not_measured_come_from_the_package() -> None:
+    bcast = tuple(row._replace(collective="bcast") for row in NATIVE)
+    other = tuple(row._replace(us=7) for row in NATIVE)
+    assert Table(tuple(NATIVE)).completed(Table((*other, *bcast), Machine())).rows == (*NATIVE, *bcast)
+
+
+def test_hosts_of_a_cluster_share_a_file(tmp_path: Path) -> None:
+    assert user_file(MPI, "n017.cluster.org") == tmp_path / "config" / "hpccomm" / "n-open-mpi-5.0.11.json"
+    assert user_file(MPI, "n017") == user_file(MPI, "n3")
+    assert user_file(MPI, "10").name == "10-open-mpi-5.0.11.json"
+
+
+# --- fitting ---------------------------------------------------------------------------------------
+
+TRUE = Machine(Link(2.5, 3e-4), Link(31.0, 2e-3), 7e-5, "fitted")
+
+
+def measured(nodes: int, per_node: int, names: list[tuple[str, str]]) -> list[Row]:
+    home = np.repeat(np.arange(nodes), per_node)
+    found = []
+    for collective, name in names:
+        algorithm = hierarchical.on(home) if name == "hierarchical" else ALGORITHMS[collective][name]
+        for nbytes in (64, 1 << 14, 1 << 22):
+            us = cost.price(algorithm, home, nbytes, TRUE).us
+            found.append(Row(collective, name, nodes, per_node, nbytes, us))
+    return found
+
+
+FLAT = [("allreduce", "ring"), ("allreduce", "doubling"), ("allgather", "bruck"), ("allgather", "ring")]
+
+
+def test_fitting_finds_the_machine_that_was_measured() -> None:
+    rows = measured(1, 8, FLAT) + measured(8, 1, FLAT) + measured(4, 1, FLAT)
+    found = fit(rows)
+    assert found.intra == pytest.approx(TRUE.intra, rel=1e-6)
+    assert found.inter == pytest.approx(TRUE.inter, rel=1e-6)
+    assert found.gamma == pytest.approx(TRUE.gamma, rel=1e-6)
+
+
+def test_fitting_two_levels_at_once_comes_near() -> None:
+    found = fit(measured(4, 4, [*FLAT, ("allreduce", "hierarchical")]) + measured(1, 4, FLAT))
+    assert found.inter.beta == pytest.approx(TRUE.inter.beta, rel=0.1)
+    assert found.inter.alpha == pytest.approx(TRUE.inter.alpha, rel=0.2)
+
+
+def test_what_was_not_measured_keeps_its_default() -> None:
+    found = fit(measured(1, 8, [("allgather", "ring")]) + rows("native", {8: 1.0}))
+    assert found.inter == Machine().inter
+    assert found.gamma == Machine().gamma
+    assert fit([])[:3] == Machine()[:3]
+
+
+def test_nothing_fitted_is_negative() -> None:
+    random = np.random.default_rng(7)
+    noisy = [
+        row._replace(us=row.us * random.uniform(0.2, 5))
+        for row in measured(1, 8, FLAT) + measured(4, 2, FLAT)
+    ]
+    found = fit(noisy)
+    assert min(*found.intra, *found.inter, found.gamma) >= 0
+
+
+# --- predict ---------------------------------------------------------------------------------------
+
+
+def predicted(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    parser = argparse.ArgumentParser()
+    predict_command.add_arguments(parser)
+    assert predict_command.run(parser.parse_args(words)) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_predict_prints_every_algorithm_the_fastest_first(capsys: pytest.CaptureFixture[str]) -> None:
+    out = predicted(
+        capsys, "allreduce", "--nodes", "8", "--per-node", "2", "--bytes", "16M", "--rate", "1gbit"
+    )
+    assert "allreduce of 16,000,000 bytes on 8 x 2 ranks" in out[0]
+    assert "0.125 GB/s shared" in out[1]
+    names = [line.split()[0] for line in out if not line.startswith("#")][1:]
+    assert sorted(names) == sorted([*ALGORITHMS["allreduce"], "hierarchical"])
+    order = [each.algorithm for each in cost.predict("allreduce", 8, 2, 16e6, Machine(inter=Link(25, 8e-3)))]
+    assert names == order
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("4", 4), ("100M", 1e8), ("64Ki", 65536), ("1.5k", 1500), ("2 GiB", 2**31), ("1MB", 1e6)],
+)
+def test_sizes_are_understood(text: str, nbytes: float) -> None:
+    assert predict_command.size_of(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    ("text", "beta"), [("100gbit", 8e-5), ("12.5GB", 8e-5), ("1gbit/s", 8e-3), ("1Gbps", 1e-3)]
+)
+def test_rates_are_understood(text: str, beta: float) -> None:
+    assert predict_command.beta_of(text) == pytest.approx(beta)
+
+
+@pytest.mark.parametrize(
+    "words", [["--bytes", "many"], ["--rate", "fast"], ["--nodes", "0"], ["--rate", "0gbit"]]
+)
+def test_mistakes_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ArgumentError, match=words[1]):
+        predicted(capsys, "allreduce", *words)
