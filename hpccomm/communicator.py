@@ -450,11 +450,12 @@ class Communicator(MPI.Intracomm):
         choice = self._choose("allgather", recv, None, algorithm, who, octets)
         opaque = recv.opaque or send.opaque
         signature = self._signature(name, recv, choice, algorithm, count=UNKNOWN if opaque else str(sum(counts)))
+        displs = recv.parts(self.size)[1] if name == "Allgatherv" else tuple(k * counts[0] for k in range(self.size))
+        if not opaque:
+            self._check_gathering(send, recv, counts, displs, in_place, who)
         if choice.algorithm == "native" or opaque:
             return self._native(key, signature, name, (recv if in_place else send, recv), (), octets)
         assert recv.dtype is not None
-        displs = recv.parts(self.size)[1] if name == "Allgatherv" else tuple(k * counts[0] for k in range(self.size))
-        self._check_gathering(send, recv, counts, displs, in_place, who)
         cuts = np.cumsum([0, *counts])
         straight = list(displs) == cuts[:-1].tolist()
         work = recv.vector(int(cuts[-1])) if straight else np.empty(int(cuts[-1]), recv.dtype)

@@ -1,0 +1,366 @@
+"""The communicator does what MPI promises, with every algorithm, at every size, bit for bit the same on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import hpccomm
+from hpccomm import ArgumentError, Communicator
+
+pytestmark = pytest.mark.mpi
+
+SUM_TYPES = ("i4", "i8", "u2", "f4", "f8", "c8", "c16")
+LOGICAL = (MPI.LAND, MPI.LOR, MPI.LXOR)
+BITWISE = (MPI.BAND, MPI.BOR, MPI.BXOR)
+UFUNCS = [
+    (MPI.SUM, np.add),
+    (MPI.PROD, np.multiply),
+    (MPI.MIN, np.minimum),
+    (MPI.MAX, np.maximum),
+    (MPI.LAND, np.logical_and),
+    (MPI.LOR, np.logical_or),
+    (MPI.LXOR, np.logical_xor),
+    (MPI.BAND, np.bitwise_and),
+    (MPI.BOR, np.bitwise_or),
+    (MPI.BXOR, np.bitwise_xor),
+]
+
+
+def lengths(p: int) -> list[int]:
+    return sorted({0, 1, p - 1, p, p + 1, 1000})
+
+
+def operand(rank: int, n: int, dtype: Any) -> Any:
+    """Distinct per rank and position; small integers, so every order of summation is exact."""
+    values = (rank + 1) * 7 + np.arange(n) % 61
+    return (values % 3 == 0) if np.dtype(dtype) == bool else values.astype(dtype)
+
+
+def folded(op: MPI.Op, p: int, n: int, dtype: Any) -> Any:
+    """The operation applied in rank order."""
+    ufunc = next(ufunc for each, ufunc in UFUNCS if each == op)
+    result = operand(0, n, dtype)
+    for rank in range(1, p):
+        result = ufunc(result, operand(rank, n, dtype)).astype(dtype)
+    return result
+
+
+def same_on_all(comm: Communicator, array: Any) -> bool:
+    """Whether all ranks hold the same bits."""
+    return len(set(comm.allgather(array.tobytes()))) == 1
+
+
+def check_allreduce(comm: Communicator, n: int, dtype: Any, op: MPI.Op, algorithm: str) -> None:
+    a, b = operand(comm.rank, n, dtype), np.empty(n, dtype)
+    want = folded(op, comm.size, n, dtype)
+    comm.Allreduce(a, b, op, algorithm=algorithm)
+    assert np.array_equal(a, operand(comm.rank, n, dtype)), "the input was touched"
+    assert np.array_equal(b, want)
+    assert same_on_all(comm, b)
+    for _ in range(2):
+        a[...] = operand(comm.rank, n, dtype)
+        comm.Allreduce(MPI.IN_PLACE, a, op, algorithm=algorithm)
+        assert np.array_equal(a, want)
+
+
+def test_allreduce_is_exact_for_every_algorithm_length_and_dtype(comm: Communicator) -> None:
+    for algorithm in comm.algorithms("allreduce"):
+        for n in lengths(comm.size):
+            for dtype in SUM_TYPES:
+                check_allreduce(comm, n, dtype, MPI.SUM, algorithm)
+
+
+def test_allreduce_of_a_million_elements_is_exact(comm: Communicator) -> None:
+    n = 2**20 + 1
+    for algorithm in comm.algorithms("allreduce"):
+        for dtype in ("i4", "f4", "f8", "c16", "?"):
+            op = MPI.LOR if dtype == "?" else MPI.SUM
+            check_allreduce(comm, n, dtype, op, algorithm)
+
+
+def test_every_operation_is_exact(comm: Communicator) -> None:
+    for algorithm in comm.algorithms("allreduce"):
+        for op in (MPI.MIN, MPI.MAX, *LOGICAL, *BITWISE):
+            check_allreduce(comm, 100, "i4", op, algorithm)
+        for op in (MPI.MIN, MPI.MAX):
+            check_allreduce(comm, 100, "f8", op, algorithm)
+        for op in LOGICAL:
+            check_allreduce(comm, 100, "?", op, algorithm)
+
+
+def test_products_are_exact(comm: Communicator) -> None:
+    for algorithm in comm.algorithms("allreduce"):
+        a = np.where(np.arange(50) % comm.size == comm.rank, 2.0, -1.0)
+        want = np.full(50, 2.0 * (-1) ** (comm.size - 1))
+        comm.Allreduce(MPI.IN_PLACE, a, MPI.PROD, algorithm=algorithm)
+        assert np.array_equal(a, want)
+
+
+def test_reduce_gives_the_root_the_result_and_touches_nothing_else(comm: Communicator) -> None:
+    for algorithm in comm.algorithms("reduce"):
+        for root in range(comm.size):
+            for n in lengths(comm.size):
+                a = operand(comm.rank, n, "f4")
+                b = np.full(n, -1, "f4")
+                comm.Reduce(a, b, root=root, algorithm=algorithm)
+                assert np.array_equal(a, operand(comm.rank, n, "f4"))
+                want = folded(MPI.SUM, comm.size, n, "f4") if comm.rank == root else np.full(n, -1, "f4")
+                assert np.array_equal(b, want)
+                here = comm.rank == root
+                comm.Reduce(MPI.IN_PLACE if here else a, a if here else None, root=root, algorithm=algorithm)
+                if here:
+                    assert np.array_equal(a, want)
+
+
+def test_bcast_copies_the_root_everywhere(comm: Communicator) -> None:
+    for algorithm in comm.algorithms("bcast"):
+        for root in range(comm.size):
+            for n in (*lengths(comm.size), 70000):
+                a = operand(comm.rank, n, "f8")
+                comm.Bcast(a, root, algorithm=algorithm)
+                assert np.array_equal(a, operand(root, n, "f8"))
+
+
+def test_bcast_of_a_derived_datatype_works_with_every_algorithm(comm: Communicator) -> None:
+    datatype = MPI.DOUBLE.Create_vector(5, 1, 2).Commit()
+    for algorithm in comm.algorithms("bcast"):
+        if algorithm == "shared":
+            continue
+        a = operand(comm.rank, 10, "f8")
+        comm.Bcast([a, 1, datatype], 0, algorithm=algorithm)
+        want = operand(comm.rank, 10, "f8")
+        want[::2] = operand(0, 10, "f8")[::2]
+        assert np.array_equal(a, want), algorithm
+    datatype.Free()
+
+
+def test_allgather_collects_in_rank_order(comm: Communicator) -> None:
+    for algorithm in comm.algorithms("allgather"):
+        for n in (0, 1, 7, 1000):
+            want = np.concatenate([operand(rank, n, "i4") for rank in range(comm.size)])
+            b = np.full(n * comm.size, -1, "i4")
+            comm.Allgather(operand(comm.rank, n, "i4"), b, algorithm=algorithm)
+            assert np.array_equal(b, want)
+            b[...] = -1
+            b[n * comm.rank : n * (comm.rank + 1)] = operand(comm.rank, n, "i4")
+            comm.Allgather(MPI.IN_PLACE, b, algorithm=algorithm)
+            assert np.array_equal(b, want)
+
+
+def test_allgatherv_puts_uneven_parts_where_they_are_wanted(comm: Communicator) -> None:
+    counts = [(5 * rank) % 4 for rank in range(comm.size)]
+    displs = [10 * (comm.size - 1 - rank) for rank in range(comm.size)]
+    for algorithm in comm.algorithms("allgather"):
+        b = np.full(10 * comm.size, -1, "f4")
+        comm.Allgatherv(operand(comm.rank, counts[comm.rank], "f4"), [b, counts, displs, MPI.FLOAT], algorithm=algorithm)
+        want = np.full(10 * comm.size, -1, "f4")
+        for rank, (count, displ) in enumerate(zip(counts, displs, strict=True)):
+            want[displ : displ + count] = operand(rank, count, "f4")
+        assert np.array_equal(b, want)
+
+
+def test_reduce_scatter_gives_every_rank_its_part(comm: Communicator) -> None:
+    for algorithm in comm.algorithms("reduce_scatter"):
+        counts = [(5 * rank) % 4 for rank in range(comm.size)]
+        ends = np.cumsum([0, *counts])
+        a = operand(comm.rank, int(ends[-1]), "f8")
+        b = np.empty(counts[comm.rank])
+        want = folded(MPI.SUM, comm.size, int(ends[-1]), "f8")[ends[comm.rank] : ends[comm.rank + 1]]
+        comm.Reduce_scatter(a, b, counts, algorithm=algorithm)
+        assert np.array_equal(b, want)
+        b[...] = 0
+        comm.Reduce_scatter(a, b, algorithm=algorithm)
+        assert np.array_equal(b, want)
+        assert np.array_equal(a, operand(comm.rank, int(ends[-1]), "f8"))
+
+
+def test_reduce_scatter_block_gives_equal_parts(comm: Communicator) -> None:
+    for algorithm in comm.algorithms("reduce_scatter"):
+        for n in (0, 1, 1000):
+            a, b = operand(comm.rank, n * comm.size, "i8"), np.empty(n, "i8")
+            want = folded(MPI.SUM, comm.size, n * comm.size, "i8")[n * comm.rank : n * (comm.rank + 1)]
+            comm.Reduce_scatter_block(a, b, algorithm=algorithm)
+            assert np.array_equal(b, want)
+            comm.Reduce_scatter_block(MPI.IN_PLACE, a, algorithm=algorithm)
+            assert np.array_equal(a[:n], want)
+
+
+def test_a_non_commutative_operation_is_applied_in_rank_order(comm: Communicator) -> None:
+    """2x2 matrix products do not commute."""
+
+    def product(a: Any, b: Any, _: MPI.Datatype) -> None:
+        lower, upper = np.frombuffer(a, "i8").reshape(-1, 2, 2), np.frombuffer(b, "i8").reshape(-1, 2, 2)
+        upper[...] = lower @ upper
+
+    def matrix(rank: int) -> Any:
+        return np.array([1, rank + 1, rank % 3, 1 - rank], "i8")
+
+    want = matrix(0).reshape(2, 2)
+    for rank in range(1, comm.size):
+        want = want @ matrix(rank).reshape(2, 2)
+    datatype = MPI.INT64_T.Create_contiguous(4).Commit()
+    op = MPI.Op.Create(product, commute=False)
+    b = np.empty(4, "i8")
+    comm.Allreduce([matrix(comm.rank), 1, datatype], [b, 1, datatype], op)
+    assert np.array_equal(b.reshape(2, 2), want)
+    for algorithm in ("auto", "native", "doubling", "tree"):
+        comm.Allreduce(matrix(comm.rank), b, op, algorithm=algorithm)
+        assert np.array_equal(b.reshape(2, 2), want), algorithm
+    for root in range(comm.size):
+        comm.Reduce(matrix(comm.rank), b, op, root=root, algorithm="tree_in_order")
+        assert comm.rank != root or np.array_equal(b.reshape(2, 2), want)
+    with pytest.raises(ArgumentError, match="rank order"):
+        comm.Allreduce(matrix(comm.rank), b, op, algorithm="ring")
+    op.Free()
+    datatype.Free()
+
+
+def test_a_user_defined_operation_works_with_every_algorithm(comm: Communicator) -> None:
+    def biggest_absolute(a: Any, b: Any, _: MPI.Datatype) -> None:
+        new, mine = np.frombuffer(a, "f8"), np.frombuffer(b, "f8")
+        mine[...] = np.where(abs(new) > abs(mine), new, mine)
+
+    op = MPI.Op.Create(biggest_absolute, commute=True)
+    for algorithm in comm.algorithms("allreduce"):
+        if algorithm != "shared":
+            a = np.arange(9.0) * (-1) ** comm.rank * (comm.rank + 1)
+            comm.Allreduce(MPI.IN_PLACE, a, op, algorithm=algorithm)
+            assert np.array_equal(a, np.arange(9.0) * (-1) ** (comm.size - 1) * comm.size), algorithm
+    op.Free()
+
+
+def test_persistent_forms_run_as_often_as_they_are_started(comm: Communicator) -> None:
+    p = comm.size
+    a, b = np.ones(100), np.empty(100)
+    for plan, want in (
+        (comm.Allreduce_init(a, b), p * a),
+        (comm.Reduce_init(a, b, root=p - 1), p * a if comm.rank == p - 1 else b),
+        (comm.Bcast_init(b, 0), None),
+    ):
+        for _ in range(3):
+            plan.Start()
+            plan.Wait()
+        assert want is None or np.array_equal(b, want)
+        plan.Free()
+    wide = np.empty(100 * p)
+    gather = comm.Allgather_init(a, wide)
+    gather.Start()
+    assert gather.Test()
+    assert (wide == 1).all()
+    gather.Free()
+
+
+def test_communicators_made_from_ours_are_ours(comm: Communicator) -> None:
+    group = comm.Get_group()
+    made = [comm.Dup(), comm.Clone(), comm.Split(comm.rank % 2, comm.rank), comm.Create(group)]
+    made += [comm.Split_type(MPI.COMM_TYPE_SHARED), comm.Create_group(group)]
+    for each in made:
+        assert type(each) is Communicator
+        a = np.ones(3)
+        each.Allreduce(MPI.IN_PLACE, a)
+        assert (a == each.size).all()
+        each.Free()
+        assert each == MPI.COMM_NULL
+    group.Free()
+    assert comm.Split(MPI.UNDEFINED) == MPI.COMM_NULL
+
+
+def test_levels_of_the_topology(comm: Communicator) -> None:
+    assert sum(comm.topology.per_node) == comm.size
+    assert comm.intra_node.size == comm.topology.per_node[comm.topology.nodes[comm.rank]]
+    assert comm.inter_node.size == comm.topology.count
+
+
+def test_inherited_collectives_do_what_mpi4py_does(comm: Communicator) -> None:
+    p, r = comm.size, comm.rank
+    mine, all_of_them = np.full(2, r), np.empty(2 * p, int)
+    comm.Barrier()
+    comm.Gather(mine, all_of_them if r == 0 else None, 0)
+    if r == 0:
+        assert all_of_them.tolist() == [k // 2 for k in range(2 * p)]
+    comm.Alltoall(np.arange(p) + 10 * r, out := np.empty(p, int))
+    assert out.tolist() == [10 * k + r for k in range(p)]
+    comm.Scatter(np.arange(2 * p) if r == 0 else None, mine, 0)
+    assert mine.tolist() == [2 * r, 2 * r + 1]
+    comm.Scan(np.array([r + 1]), total := np.empty(1, int))
+    assert total[0] == (r + 1) * (r + 2) // 2
+
+
+def test_what_one_rank_can_know_is_refused_before_the_first_message(comm: Communicator) -> None:
+    """Every rank makes the same mistake, so every rank is refused; the next call works."""
+    x, y = np.ones(8, "f4"), np.ones(8, "f4")
+    frozen = np.ones(8, "f4")
+    frozen.flags.writeable = False
+    mistakes = [
+        (lambda: comm.Allreduce(x[::2], y[:4]), "ascontiguousarray"),
+        (lambda: comm.Allreduce(x, frozen), "read-only"),
+        (lambda: comm.Allreduce(y[:6], y[2:]), "overlap"),
+        (lambda: comm.Allreduce(x.astype(">f4"), y), "byte order"),
+        (lambda: comm.Allreduce(x.astype(object), y), "lower-case"),
+        (lambda: comm.Allreduce(x, np.ones(8)), "make them alike"),
+        (lambda: comm.Allreduce(x, y[:4]), "make them alike"),
+        (lambda: comm.Allreduce(np.ones((2, 3)), np.ones((2, 3), order="F")), "Fortran order"),
+        (lambda: comm.Allreduce(x, y, algorithm="rign"), "use one of auto, native"),
+        (lambda: comm.Allreduce(np.ones(3, bool), np.ones(3, bool)), "MPI.LOR"),
+        (lambda: comm.Allreduce(x.astype("c8"), x.astype("c8"), MPI.MAX), "does not define max"),
+        (lambda: comm.Allreduce(x, None), "None"),
+        (lambda: comm.Allreduce([x, 9, MPI.FLOAT], y), "count says 9"),
+        (lambda: comm.Bcast(x, root=comm.size), "not one of the ranks"),
+        (lambda: comm.Bcast(x, root=-1), "not one of the ranks"),
+        (lambda: comm.Reduce(x, y, root=comm.size), "not one of the ranks"),
+        (lambda: comm.Gather(x, None, root=99), "not one of the ranks"),
+        (lambda: comm.Reduce_scatter(x, y, [8] * (comm.size + 1)), "one count a rank"),
+        (lambda: comm.Reduce_scatter(MPI.IN_PLACE, y), "recvcounts"),
+        (lambda: comm.Allgather(np.ones(3), np.ones(3 * comm.size + 1)[: 3 * comm.size - 1]), "make them agree"),
+    ]
+    for call, remedy in mistakes:
+        with pytest.raises(ArgumentError, match=remedy) as refused:
+            call()
+        assert str(refused.value).startswith(f"rank {comm.rank}: ")
+    comm.Allreduce(x, y)
+    assert (y == comm.size).all()
+
+
+def test_ranks_that_call_different_things_all_raise_and_can_go_on(comm: Communicator) -> None:
+    """Long vectors are compared before anything moves."""
+    odd = comm.rank == comm.size - 1
+    n = 1 << 18
+    pairs: list[tuple[Any, Any]] = [
+        (lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n, "f4")), lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n, "i4"))),
+        (lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n)), lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n), MPI.MAX)),
+        (lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n)), lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n + 1))),
+    ]
+    for usual, unusual in pairs:
+        if comm.size > 1:
+            with pytest.raises(hpccomm.MismatchError, match=f"rank {comm.size - 1} called"):
+                (unusual if odd else usual)()
+    a = np.ones(5)
+    comm.Allreduce(MPI.IN_PLACE, a)
+    assert (a == comm.size).all()
+
+
+def test_bound_calls_are_bounded_in_number(comm: Communicator) -> None:
+    for n in range(1, 300):
+        comm.Allreduce(MPI.IN_PLACE, np.ones(n), algorithm="ring")
+    assert len(comm.resources.plans) <= 128
+
+
+def test_an_array_that_moved_is_not_mistaken_for_an_older_one(comm: Communicator) -> None:
+    for k in range(200):
+        a = np.full(17, k + comm.rank)
+        comm.Allreduce(MPI.IN_PLACE, a, algorithm="doubling")
+        assert (a == comm.size * k + comm.size * (comm.size - 1) // 2).all()
+        del a
+
+
+def test_the_communicators_own_algorithm_is_used_where_it_can(comm: Communicator) -> None:
+    preferring = Communicator(comm, algorithm="ring")
+    a = np.ones(100)
+    preferring.Allreduce(MPI.IN_PLACE, a)
+    assert (a == comm.size).all()
+    preferring.Bcast(a, 0)
+    preferring.resources.close()
