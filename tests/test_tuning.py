@@ -1,4 +1,4 @@
-"""Measurements decide, native MPI where there are none; a table survives files, mistakes and other machines."""
+"""Measurements decide, native MPI where there are none; a table survives files and mistakes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hpccomm.collectives import ALGORITHMS, cost, hierarchical, tuning
 from hpccomm.collectives.cost import Link, Machine
 from hpccomm.collectives.tuning import Choice, Row, Table, fit, interpolated, load, read, user_file, write
 from hpccomm.commands import predict as predict_command
+from hpccomm.commands import tune as tune_command
 from hpccomm.errors import ArgumentError
 
 MPI = "Open MPI 5.0.11"
@@ -351,3 +352,75 @@ def test_rates_are_understood(text: str, beta: float) -> None:
 def test_mistakes_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ArgumentError, match=words[1]):
         predicted(capsys, "allreduce", *words)
+
+
+# --- tune ------------------------------------------------------------------------------------------
+
+SITE = tune_command.Site(1, 4, MPI, "n017", "2026-01-02")
+
+
+class OneRank:
+    """As much of a communicator as tuning needs."""
+
+    rank = 0
+
+    def bcast(self, value: Any) -> Any:
+        return value
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    tune_command.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_tuning_covers_every_collective_and_size_asked_for() -> None:
+    tasks = tune_command.tasks(parsed("--collective", "allreduce,bcast", "--sizes", "4,1Ki"))
+    assert tasks == [("allreduce", 4), ("allreduce", 1024), ("bcast", 4), ("bcast", 1024)]
+    assert {task.collective for task in tune_command.tasks(parsed())} == set(ALGORITHMS)
+    assert len(tune_command.tasks(parsed("--quick"))) < len(tune_command.tasks(parsed()))
+    with pytest.raises(ArgumentError, match="take some of allreduce"):
+        tune_command.tasks(parsed("--collective", "allred"))
+
+
+def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial, ran = tmp_path / "t.partial", []
+
+    def measure_one(comm: Any, site: Any, task: Any) -> Any:
+        ran.append(task)
+        if len(ran) == 3:  # noqa: PLR2004
+            raise KeyboardInterrupt
+        return [
+            Row(task.collective, name, *site[:2], task.bytes, 1.0, mpi=MPI) for name in ("native", "ring")
+        ]
+
+    monkeypatch.setattr(tune_command, "measure_one", measure_one)
+    todo = [tune_command.Task("allreduce", nbytes) for nbytes in (4, 64, 1024, 4096)]
+    with pytest.raises(KeyboardInterrupt):
+        tune_command.measured(OneRank(), SITE, todo, partial)
+    found = tune_command.measured(OneRank(), SITE, todo, partial)
+    assert [task.bytes for task in ran] == [4, 64, 1024, 1024, 4096]
+    assert [row.bytes for row in found] == [4, 4, 64, 64, 1024, 1024, 4096, 4096]
+    assert not partial.exists()
+
+
+def test_what_another_shape_left_is_not_taken_over(tmp_path: Path) -> None:
+    write(TABLE, tmp_path / "t.partial")
+    assert tune_command.done_before(SITE, tmp_path / "t.partial") == list(TABLE.rows)
+    assert tune_command.done_before(SITE._replace(per_node=8), tmp_path / "t.partial") == []
+    (tmp_path / "t.partial").write_text("{")
+    assert tune_command.done_before(SITE, tmp_path / "t.partial") == []
+
+
+def test_tuning_replaces_what_it_measured_again_and_keeps_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "t.json"
+    other = rows("native", {8: 3.0}, nodes=2)
+    write(Table((*NATIVE, *other)), out)
+    again = [row._replace(us=row.us * 10, when="2026-02-03") for row in NATIVE]
+    tune_command.finish([*again, *SHARED], SITE, out)
+    assert read(out).rows == (*other, *again, *SHARED)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"# 6 measurements on 1 x 4 ranks, {MPI}: {out}"
+    assert said[1:] == ["allreduce 4 to 1073741824 bytes: shared"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.verify import ROOTED, VOLUMES, Report, layouts, two_level, verify
@@ -15,6 +15,9 @@ SUMMARY = "prove schedules correct for a range of sizes"
 
 EVERY_ROOT = 8
 """Up to this size, schedules with a root are proved for every root; above, for the first and the last."""
+
+
+Item = TypeVar("Item")
 
 
 class Subject(NamedTuple):
@@ -86,7 +89,7 @@ def prove(subject: Subject, sizes: Sequence[int]) -> list[Report]:
     """All sizes, and all roots or layouts that belong to the subject."""
     return [
         report
-        for p in counted(sizes, f"{subject.collective} {subject.algorithm}")
+        for p in watched(sizes, f"{subject.collective} {subject.algorithm}", "size")
         for report in proofs(subject, p)
     ]
 
@@ -113,12 +116,12 @@ def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
     return f"{subject.collective:<15}{subject.algorithm:<15}{sizes:<10}{span:>10}  {ordered:<8}{volume.text}"
 
 
-def counted(sizes: Sequence[int], label: str) -> Iterator[int]:
-    """The sizes, with a progress bar if somebody watches and tqdm is there."""
+def watched(items: Sequence[Item], label: str, unit: str) -> Iterator[Item]:
+    """The items, with a progress bar if somebody watches and tqdm is there."""
     if not sys.stderr.isatty():
-        return iter(sizes)
+        return iter(items)
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
     except ImportError:
-        return iter(sizes)
-    return iter(tqdm(sizes, desc=label, unit="size", leave=False, delay=1))
+        return iter(items)
+    return iter(tqdm(items, desc=label, unit=unit, leave=False, delay=1))

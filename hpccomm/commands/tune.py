@@ -1,0 +1,159 @@
+"""Measure which algorithm is fastest here, and remember it.
+
+Run it under ``mpirun`` with as many nodes and ranks as your jobs have.  Every size is measured with native
+MPI and with every algorithm; what is done is kept in a ``.partial`` file, where a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpccomm.collectives import ALGORITHMS, tuning
+from hpccomm.collectives.tuning import Row, Table
+from hpccomm.commands.predict import size_of
+from hpccomm.commands.verify import watched
+from hpccomm.errors import ArgumentError
+
+SUMMARY = "measure which algorithm is fastest on this machine, and remember it"
+
+SIZES = "4,64,1Ki,4Ki,16Ki,64Ki,256Ki,1Mi,4Mi,16Mi,64Mi"
+QUICK = "4,1Ki,16Ki,256Ki,4Mi"
+
+
+class Site(NamedTuple):
+    """Where this is measured."""
+
+    nodes: int
+    per_node: int
+    mpi: str
+    host: str
+    when: str
+
+
+class Task(NamedTuple):
+    """What is measured in one go: all algorithms, so that they see the same weather."""
+
+    collective: str
+    bytes: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure and where to keep it."""
+    known = ",".join(ALGORITHMS)
+    parser.add_argument("--collective", default=known, metavar="NAMES", help=f"default {known}")
+    parser.add_argument("--sizes", metavar="BYTES", help=f"default {SIZES}")
+    parser.add_argument("--quick", action="store_true", help=f"fewer sizes: {QUICK}")
+    parser.add_argument(
+        "--out", metavar="FILE", help="default: ~/.config/hpccomm, by host and MPI, where it is found"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, fit, write, and say what was decided (collective)."""
+    from mpi4py import MPI  # noqa: PLC0415
+
+    from hpccomm import Communicator  # noqa: PLC0415
+
+    comm = Communicator(MPI.COMM_WORLD)
+    if comm.size == 1:
+        raise ArgumentError("one rank has nothing to tune: start it as `mpirun -n 4 hpccomm tune`")
+    site = site_of(comm)
+    out = Path(args.out) if args.out else tuning.user_file(site.mpi, site.host)
+    rows = measured(comm, site, tasks(args), out.with_name(out.name + ".partial"))
+    if comm.rank == 0:
+        finish(rows, site, out)
+    return 0
+
+
+def site_of(comm: Any) -> Site:
+    """Rank 0's name for where all of them are (collective)."""
+    from mpi4py import MPI  # noqa: PLC0415
+
+    from hpccomm.resources import mpi_name  # noqa: PLC0415
+
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    site = Site(comm.topology.count, max(comm.topology.per_node), mpi_name(), MPI.Get_processor_name(), today)
+    return Site(*comm.bcast(tuple(site)))
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    """Every collective at every size, the small ones first."""
+    collectives = args.collective.split(",")
+    unknown = [name for name in collectives if name not in ALGORITHMS]
+    if unknown:
+        raise ArgumentError(f"--collective {','.join(unknown)}: take some of {', '.join(ALGORITHMS)}")
+    sizes = args.sizes or (QUICK if args.quick else SIZES)
+    return [Task(name, int(size_of(size))) for name in collectives for size in sizes.split(",")]
+
+
+def measured(comm: Any, site: Site, todo: Sequence[Task], partial: Path) -> list[Row]:
+    """Do what is not done yet; rank 0 has all rows in the end (collective)."""
+    rows = comm.bcast(done_before(site, partial) if comm.rank == 0 else None)
+    left = [task for task in todo if task not in {Task(row.collective, row.bytes) for row in rows}]
+    for task in watched(left, "tuning", "size") if comm.rank == 0 else left:
+        rows += measure_one(comm, site, task)
+        if comm.rank == 0:
+            tuning.write(Table(tuple(rows)), partial)
+    if comm.rank == 0:
+        partial.unlink(missing_ok=True)
+    return rows
+
+
+def done_before(site: Site, partial: Path) -> list[Row]:
+    """What a run that was stopped has left, if it was of the same shape and MPI."""
+    try:
+        rows = tuning.read(partial).rows
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [row for row in rows if (row.nodes, row.per_node, row.mpi) == site[:3]]
+
+
+def measure_one(comm: Any, site: Site, task: Task) -> Iterator[Row]:
+    """All algorithms of a collective at one size (collective)."""
+    from hpccomm.bench import measure  # noqa: PLC0415
+
+    names = [name for name in comm.algorithms(task.collective) if name != "auto"]
+    for found in measure(comm, task.collective, [task.bytes], algorithms=names):
+        yield Row(
+            task.collective,
+            found.algorithm,
+            site.nodes,
+            site.per_node,
+            task.bytes,
+            found.p50_us,
+            mpi=site.mpi,
+            host=site.host,
+            when=site.when,
+        )
+
+
+def finish(rows: Sequence[Row], site: Site, out: Path) -> None:
+    """Join with what the file has of other shapes, fit, write, and print the decisions."""
+    kept = merged(known_rows(out), rows)
+    machine = tuning.fit(kept, f"fitted on {site.host} with {site.mpi}, {site.when}")
+    table = Table(kept, machine, str(out))
+    tuning.write(table, out)
+    print(f"# {len(rows)} measurements on {site.nodes} x {site.per_node} ranks, {site.mpi}: {out}")
+    for collective in dict.fromkeys(row.collective for row in rows):
+        print("\n".join(replace(table, rows=tuple(rows)).explain(collective, site.nodes, site.per_node)))
+
+
+def known_rows(out: Path) -> tuple[Row, ...]:
+    """What the file has already."""
+    return tuning.read(out).rows if out.exists() else ()
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:
+    """The old rows but those that were measured again, and the new ones."""
+    again = {question(row) for row in new}
+    return (*(row for row in old if question(row) not in again), *new)
+
+
+def question(row: Row) -> Row:
+    """What was measured, without what came out, where and when."""
+    return row._replace(us=0.0, segment_bytes=None, host="", when="")
