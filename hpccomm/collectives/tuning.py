@@ -325,8 +325,8 @@ UNITS = (
 def fit(rows: Iterable[Row], source: str = "fitted") -> Machine:
     """The machine whose prices are nearest to measured times: least squares of relative errors.
 
-    Only rows of schedules that are not cut into segments count.  What they do not show (nodes, where there was
-    one; sums, where nothing was reduced) keeps its default.  Nothing becomes negative.
+    Only rows of schedules that are not cut into segments count.  What they do not show (nodes, where there
+    was one; sums, where nothing was reduced) keeps its default.  Nothing becomes negative.
     """
     known = [row for row in rows if schedule_of(row) is not None]
     defaults = Machine()
