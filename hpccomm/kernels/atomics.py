@@ -1,0 +1,207 @@
+"""The same as :mod:`hpccomm.kernels.memory`, as machine instructions: intrinsics for functions compiled by Numba.
+
+A flag is written with a store-release after the data it speaks of and read with a load-acquire before that data; this
+orders the two on every processor (plain moves on x86, ``stlr`` and ``ldar`` on ARM).
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I8, I32, I64, VOID = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.VoidType()
+int64, none = types.int64, types.void
+
+MACHINE = platform.machine().lower()
+X86 = MACHINE in ("x86_64", "amd64")
+ARM = MACHINE in ("aarch64", "arm64")
+CLOCK_MONOTONIC = 1
+LANES = 64
+"""Bytes of one store past the cache."""
+ROOM = 2048
+"""Elements that are reduced together, in the first-level cache."""
+
+
+def pointer(builder: Any, address: Any, to: Any = I64) -> Any:
+    """An integer as a pointer."""
+    return builder.inttoptr(address, to.as_pointer())
+
+
+def external(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    """A function of the C library or of LLVM."""
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+@intrinsic
+def load(context: Any, address: Any) -> Any:
+    """A word that no other process writes meanwhile."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(pointer(builder, args[0]))
+
+    return int64(int64), emit
+
+
+@intrinsic
+def store(context: Any, address: Any, value: Any) -> Any:
+    """Write a word."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], pointer(builder, args[0]))
+        return context.get_dummy_value()
+
+    return none(int64, int64), emit
+
+
+@intrinsic
+def load_acquire(context: Any, address: Any) -> Any:
+    """A word of another process; what that process wrote before it is seen from now on."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(pointer(builder, args[0]), "acquire", 8)
+
+    return int64(int64), emit
+
+
+@intrinsic
+def store_release(context: Any, address: Any, value: Any) -> Any:
+    """Write a word so that whoever sees it sees all that was written before."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store_atomic(args[1], pointer(builder, args[0]), "release", 8)
+        return context.get_dummy_value()
+
+    return none(int64, int64), emit
+
+
+@intrinsic
+def copy(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
+    """Copy bytes; the two do not overlap, or are the same."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, source = pointer(builder, args[0], I8), pointer(builder, args[1], I8)
+        cgutils.raw_memcpy(builder, to, source, args[2], 1)
+        return context.get_dummy_value()
+
+    return none(int64, int64, int64), emit
+
+
+@intrinsic
+def copy_past_cache(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
+    """Copy bytes that will not be read soon, with non-temporal stores."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, source, nbytes = args
+        vector = ir.VectorType(I64, LANES // 8)
+        hint = builder.module.add_metadata([ir.Constant(I32, 1)])
+        misfit = builder.and_(builder.neg(to), ir.Constant(I64, LANES - 1))
+        head = builder.select(builder.icmp_signed("<", misfit, nbytes), misfit, nbytes)
+        memcpy(builder, to, source, head)
+        body = builder.and_(builder.sub(nbytes, head), ir.Constant(I64, -LANES))
+        end = builder.add(head, body)
+        with cgutils.for_range_slice(builder, head, end, ir.Constant(I64, LANES), I64) as (at, _):
+            line = builder.load(pointer(builder, builder.add(source, at), vector), align=1)
+            write = builder.store(line, pointer(builder, builder.add(to, at), vector), align=LANES)
+            write.set_metadata("nontemporal", hint)
+        memcpy(builder, builder.add(to, end), builder.add(source, end), builder.sub(nbytes, end))
+        if X86:
+            builder.call(external(builder, "llvm.x86.sse.sfence", VOID, []), [])
+        return context.get_dummy_value()
+
+    return none(int64, int64, int64), emit
+
+
+def memcpy(builder: Any, to: Any, source: Any, nbytes: Any) -> None:
+    """The C library's."""
+    cgutils.raw_memcpy(builder, pointer(builder, to, I8), pointer(builder, source, I8), nbytes, 1)
+
+
+@intrinsic
+def pause(context: Any) -> Any:
+    """Tell the processor that this is a waiting loop."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if X86:
+            builder.call(external(builder, "llvm.x86.sse2.pause", VOID, []), [])
+        elif ARM:
+            builder.call(external(builder, "llvm.aarch64.hint", VOID, [I32]), [ir.Constant(I32, 1)])
+        return context.get_dummy_value()
+
+    return none(), emit
+
+
+@intrinsic
+def give_way(context: Any) -> Any:
+    """Let another process have the core."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.call(external(builder, "sched_yield", I32, []), [])
+        return context.get_dummy_value()
+
+    return none(), emit
+
+
+@intrinsic
+def nanoseconds(context: Any) -> Any:
+    """A clock that never goes back."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        time = cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
+        words = builder.bitcast(time, I64.as_pointer())
+        clock = external(builder, "clock_gettime", I32, [I32, I64.as_pointer()])
+        builder.call(clock, [ir.Constant(I32, CLOCK_MONOTONIC), words])
+        seconds = builder.load(words)
+        fraction = builder.load(builder.gep(words, [ir.Constant(I64, 1)]))
+        return builder.add(builder.mul(seconds, ir.Constant(I64, 10**9)), fraction)
+
+    return int64(), emit
+
+
+@intrinsic
+def fold(context: Any, handle: Any, sources: Any, k: Any, first: Any, out: Any, n: Any) -> Any:
+    """Reduce elements [first, first+n) of k vectors, in order, with the compiled function at ``handle``."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(VOID, [I64] * 5)
+        builder.call(pointer(builder, args[0], kind), args[1:])
+        return context.get_dummy_value()
+
+    return none(*[int64] * 6), emit
+
+
+@intrinsic
+def room(context: Any, sample: Any) -> Any:
+    """``ROOM`` elements of the type of ``sample`` on the stack."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        element = context.get_data_type(sample)
+        array = cgutils.alloca_once(builder, ir.ArrayType(element, ROOM))
+        array.align = LANES
+        return builder.bitcast(array, element.as_pointer())
+
+    return types.CPointer(sample)(sample), emit
+
+
+@intrinsic
+def bits(context: Any, value: Any) -> Any:
+    """A float32 as the integer it is stored as."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], I32)
+
+    return types.uint32(types.float32), emit
+
+
+@intrinsic
+def float_of(context: Any, value: Any) -> Any:
+    """The float32 that an integer stands for."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), emit

@@ -1,0 +1,67 @@
+"""The collectives of :mod:`hpccomm.kernels.shared` compiled: the same functions, their memory operations as instructions."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import llvmlite.binding
+import numba
+
+from hpccomm.kernels import atomics, folds, shared
+
+EDITION = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(Path(atomics.__file__).read_bytes()):08x}"
+"""What the machine code depends on besides its own source: the processor and the instructions it is made of."""
+
+jit = partial(numba.njit, nogil=True, error_model="numpy")
+
+
+def kept(compiler: Callable[..., Any], function: Callable[..., Any], name: str) -> Any:
+    """Compile, keeping the machine code on disk where there is a place for it.
+
+    Numba numbers what it keeps of one function, so two processes that compile it for different operations or processors
+    at the same time would write one file: they need different names.
+    """
+    function.__qualname__ = f"{name}_{EDITION}"
+    try:
+        return compiler(cache=True)(function)
+    except RuntimeError:  # no folder to write to
+        return compiler()(function)
+
+
+def instructions() -> dict[str, Any]:
+    """The globals of :mod:`hpccomm.kernels.shared` with everything that runs there compiled."""
+    scope = dict(vars(shared))
+    for name, function in vars(shared).items():
+        if not isinstance(function, FunctionType):
+            continue
+        here = FunctionType(function.__code__, scope, name)
+        if function.__module__ != shared.__name__:
+            scope[name] = getattr(atomics, name)
+        elif name in shared.COLLECTIVES:
+            scope[name] = kept(jit, here, name)
+        else:
+            scope[name] = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)(here)
+    return scope
+
+
+_scope = instructions()
+
+
+@cache
+def kernel(name: str) -> Callable[[int], int]:
+    """A collective; compiled now unless that was done before."""
+    function: Any = _scope[name]
+    function.compile("int64(int64)")
+    function.disable_compile()
+    return function  # type: ignore[no-any-return]
+
+
+@cache
+def fold(op: str, code: str) -> Any:
+    """A reduction as a C function, whose ``address`` the kernels call; compiled now unless that was done before."""
+    return folds.compiled(op, code, kept)

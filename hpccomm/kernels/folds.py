@@ -1,0 +1,163 @@
+"""The compiled reductions: one source for all operations and dtypes, specialised when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import register_jitable
+
+from hpccomm.kernels.atomics import ROOM, bits, float_of, room
+
+
+@register_jitable
+def add(a, b):
+    return a + b
+
+
+@register_jitable
+def multiply(a, b):
+    return a * b
+
+
+@register_jitable
+def smaller(a, b):
+    return a if a <= b or a != a else b
+
+
+@register_jitable
+def larger(a, b):
+    return a if a >= b or a != a else b
+
+
+@register_jitable
+def logical_and(a, b):
+    return (a != 0) & (b != 0)
+
+
+@register_jitable
+def logical_or(a, b):
+    return (a != 0) | (b != 0)
+
+
+@register_jitable
+def logical_xor(a, b):
+    return (a != 0) ^ (b != 0)
+
+
+@register_jitable
+def bitwise_and(a, b):
+    return a & b
+
+
+@register_jitable
+def bitwise_or(a, b):
+    return a | b
+
+
+@register_jitable
+def bitwise_xor(a, b):
+    return a ^ b
+
+
+COMBINE = {
+    "sum": add,
+    "prod": multiply,
+    "min": smaller,
+    "max": larger,
+    "land": logical_and,
+    "lor": logical_or,
+    "lxor": logical_xor,
+    "band": bitwise_and,
+    "bor": bitwise_or,
+    "bxor": bitwise_xor,
+}
+
+
+@register_jitable
+def same(a):
+    return a
+
+
+U32, F32 = np.uint32, np.float32
+
+
+@register_jitable
+def from_brain(word):
+    return float_of(U32(U32(word) << U32(16)))
+
+
+@register_jitable
+def to_brain(value):
+    word = bits(value)
+    high = U32(word >> U32(16))
+    rounded = U32(U32(word + U32(0x7FFF)) + (high & U32(1))) >> U32(16)
+    return high | U32(0x40) if value != value else rounded
+
+
+@register_jitable
+def from_half(word):
+    magnitude = U32(U32(word) & U32(0x7FFF)) << U32(13)
+    scaled = bits(float_of(U32(magnitude)) * F32(2.0**112))
+    special = U32(0x7F800000) if magnitude >= U32(0x0F800000) else U32(0)
+    return float_of(U32(scaled | special | U32(U32(U32(word) & U32(0x8000)) << U32(16))))
+
+
+@register_jitable
+def to_half(value):
+    word = bits(value)
+    sign = U32(word & U32(0x80000000))
+    magnitude = U32(word ^ sign)
+    # the ulp of 0.5 is that of the smallest half, so adding 0.5 rounds a subnormal where it has to be rounded
+    tiny = U32(bits(float_of(magnitude) + F32(0.5)) - U32(0x3F000000))
+    odd = U32(U32(magnitude >> U32(13)) & U32(1))
+    normal = U32(U32(magnitude - U32(0x38000000)) + U32(0xFFF) + odd) >> U32(13)
+    finite = tiny if magnitude < U32(0x38800000) else normal
+    huge = U32(0x7E00) if magnitude > U32(0x7F800000) else U32(0x7C00)
+    return U32(huge if magnitude >= U32(0x47800000) else finite) | U32(sign >> U32(16))
+
+
+STORED: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
+    "f2": (types.uint16, from_half, to_half),
+    "bf16": (types.uint16, from_brain, to_brain),
+    "b1": (types.uint8, same, same),
+}
+"""Element type in memory, how it is read and how it is written, where that is not obvious."""
+
+
+def compiled(op: str, code: str, compile: Callable[..., Any]) -> Any:
+    """A C function for :func:`hpccomm.kernels.atomics.fold`; ``compile(compiler, function, name)`` makes it."""
+    element, read, write = STORED.get(code) or (numba.from_dtype(np.dtype(code)), same, same)
+    vectors = types.CPointer(types.CPointer(element))
+    signature = types.void(vectors, types.int64, types.int64, types.CPointer(element), types.int64)
+    function = reduction(COMBINE[op], read, write)
+    return compile(partial(numba.cfunc, signature), function, f"{op}_{code}")
+
+
+def reduction(
+    combine: Callable[..., Any], read: Callable[..., Any], write: Callable[..., Any]
+) -> Callable[..., None]:
+    """The loop; partial results stay on the stack, so ``out`` may be one of the sources."""
+
+    def reduce(sources, k, first, out, n):  # type: ignore[no-untyped-def]
+        if n <= 0:
+            return
+        part = room(read(sources[0][first]))
+        for lo in range(0, n, ROOM):
+            m = min(ROOM, n - lo)
+            begin = first + lo
+            a, b = sources[0], sources[1]
+            for i in range(m):
+                part[i] = combine(read(a[begin + i]), read(b[begin + i]))
+            for j in range(2, k):
+                c = sources[j]
+                for i in range(m):
+                    part[i] = combine(part[i], read(c[begin + i]))
+            for i in range(m):
+                out[lo + i] = write(part[i])
+
+    return reduce

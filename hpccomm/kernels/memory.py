@@ -1,0 +1,81 @@
+"""What a collective over shared memory does to memory, in plain Python: read a word, write a word, copy, wait, fold.
+
+Addresses and words are 64-bit integers.  :mod:`hpccomm.kernels.atomics` holds functions of the same names for Numba.
+These here are right where the processor keeps stores, and loads, in order (x86); elsewhere Numba is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_word = ctypes.c_int64.from_address
+
+
+def load(address: int) -> int:
+    """A word that no other process writes meanwhile."""
+    return int(_word(address).value)
+
+
+def store(address: int, value: int) -> None:
+    """Write a word."""
+    _word(address).value = value
+
+
+def load_acquire(address: int) -> int:
+    """A word of another process; what that process wrote before it is seen from now on."""
+    return int(_word(address).value)
+
+
+def store_release(address: int, value: int) -> None:
+    """Write a word so that whoever sees it sees all that was written before."""
+    _word(address).value = value
+
+
+def copy(to: int, source: int, nbytes: int) -> None:
+    """Copy bytes; the two do not overlap, or are the same."""
+    ctypes.memmove(to, source, nbytes)
+
+
+def copy_past_cache(to: int, source: int, nbytes: int) -> None:
+    """Copy bytes that will not be read soon."""
+    ctypes.memmove(to, source, nbytes)
+
+
+def pause() -> None:
+    """Nothing, for a moment."""
+
+
+def give_way() -> None:
+    """Let another process have the core."""
+    os.sched_yield()
+
+
+def nanoseconds() -> int:
+    """A clock that never goes back."""
+    return time.monotonic_ns()
+
+
+Fold = Callable[[list[npt.NDArray[Any]], npt.NDArray[Any]], None]
+FOLDS: list[tuple[np.dtype[Any], Fold]] = []
+"""What the handles of :func:`fold` stand for."""
+
+
+def fold(handle: int, sources: int, k: int, first: int, out: int, n: int) -> None:
+    """Reduce elements [first, first+n) of k vectors, in order; ``sources`` points to their addresses."""
+    dtype, reduce = FOLDS[handle]
+    size = dtype.itemsize
+    vectors = [at(load(sources + 8 * j) + first * size, n, dtype) for j in range(k)]
+    reduce(vectors, at(out, n, dtype))
+
+
+def at(address: int, n: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """``n`` elements at an address."""
+    octets = (ctypes.c_char * (n * dtype.itemsize)).from_address(address)
+    return np.frombuffer(octets, dtype)

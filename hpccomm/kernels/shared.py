@@ -1,0 +1,698 @@
+"""Collectives of ranks that share memory: copy into one's own region, say so with a counter, read the others' regions.
+
+*p ranks, r this one, q another; k a block of this call, g the blocks of all calls before it.*
+
+Every function works on words at addresses (:mod:`hpccomm.kernels.memory`), so that it runs as it stands in Python and,
+with the intrinsics of :mod:`hpccomm.kernels.atomics` in place of those functions, compiled.  A rank's region holds
+
+* two *lines* that alternate from call to call: the number of the call, written last, with what belongs to the call;
+* two counters, blocks *published* and blocks *finished*, which only grow and which only their owner writes;
+* two small *buffers* that alternate from call to call, and a ring of four *slots* that goes on from call to call.
+
+A call begins with a meeting: everybody writes the line and waits for all others' lines.  So who is in call n+1 knows that
+all have left call n-1, and lines and buffers of that parity are free.  No rank reads a slot that was filled three blocks
+before the last one; each collective below says why.
+"""
+
+from __future__ import annotations
+
+from hpccomm.kernels.memory import (
+    copy,
+    copy_past_cache,
+    fold,
+    give_way,
+    load,
+    load_acquire,
+    nanoseconds,
+    pause,
+    store,
+    store_release,
+)
+
+W = 8
+"""Bytes of a word."""
+
+# A region
+LINE = 128
+PUBLISHED, FINISHED = 2 * LINE, 3 * LINE
+ABANDONED = 4 * LINE
+"""In rank 0's region: 1 + a rank that left a call half done; nobody can go on."""
+BUFFERS = 4096
+BUFFER = 32768
+SLOTS = BUFFERS + 2 * BUFFER
+RING = 4
+
+# A line; what small calls read is in its first 64 bytes
+CHECK, PAYLOAD, SIGNATURE, ARRAY, SEND_AT, RECV_AT, LONGEST = W, 2 * W, 8 * W, 9 * W, 10 * W, 11 * W, 12 * W
+PAYLOAD_BYTES = 48
+
+# What a rank knows of the transport
+MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT, STATE_WORDS = (
+    W * i for i in range(11)
+)
+
+# What a rank knows of a call
+STATE, CALL_CHECK, CALL_SIGNATURE, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, WAY, PAST_CACHE = (
+    W * i for i in range(13)
+)
+ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST, TABLE = (
+    W * i for i in range(13, 21)
+)
+"""From TABLE on: p words for the addresses to reduce, then what the collective needs for each rank."""
+
+COLLECTIVES = ("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier")
+INLINE, DIRECT, PIECES = 0, 1, 2
+DONE, AGAIN, MISMATCH, STUCK, SHUT = 0, 1, 2, 3, 4
+"""What a call returns; AGAIN: somebody has not come yet, call again."""
+
+PATIENCE = 50_000_000
+"""Nanoseconds after which a wait for somebody who has not come returns to Python."""
+BRIEF = 20
+"""Looks before giving way where ranks share cores."""
+GRAIN = 64
+"""Slices begin at multiples of this, so that no cache line is written by two ranks."""
+CACHED = 16384
+"""Bytes reduced at a time, so that a result is in the first-level cache while it is copied on."""
+
+
+def region(state, q):
+    return load(state + MEMORY) + q * load(state + REGION)
+
+
+def line_of(state, q):
+    return region(state, q) + LINE * (load(state + CALLS) & 1)
+
+
+def buffer_of(state, q):
+    return region(state, q) + BUFFERS + BUFFER * (load(state + CALLS) & 1)
+
+
+def slot_of(state, q, block):
+    return region(state, q) + SLOTS + load(state + SLOT) * (block & (RING - 1))
+
+
+def cut(nbytes, p, q):
+    """Where slice q of p begins."""
+    return min(nbytes, q * (((nbytes + p - 1) // p + GRAIN - 1) // GRAIN * GRAIN))
+
+
+# Waiting
+
+
+def begin(call, state):
+    """Number the call; what is to be read by the others at the meeting is written after this and before arriving."""
+    store(state + CALLS, load(state + CALLS) + 1)
+    mine = line_of(state, load(state + RANK))
+    store(mine + CHECK, load(call + CALL_CHECK))
+    if load(mine + SIGNATURE) != load(call + CALL_SIGNATURE):
+        store(mine + SIGNATURE, load(call + CALL_SIGNATURE))
+
+
+def arrive(state):
+    """Write the number of the call into the line, last."""
+    store_release(line_of(state, load(state + RANK)), load(state + CALLS))
+
+
+def meet(call, state):
+    """Wait until everybody is in this call, then compare: nobody goes on unless all make the same call."""
+    p, r, number = load(state + RANKS), load(state + RANK), load(state + CALLS)
+    for i in range(1, p):
+        code = await_rank(state, (r + i) % p, number)
+        if code != DONE:
+            store(call + WAITING, 1)
+            return code
+    store(call + WAITING, 0)
+    mine = load(call + CALL_CHECK)
+    for q in range(p):
+        if load(line_of(state, q) + CHECK) != mine:
+            store(state + BLOCKS, load(state + BLOCKS) + 1)
+            return MISMATCH
+    return DONE
+
+
+def await_rank(state, q, number):
+    """Wait for a rank's line, but not for ever."""
+    flag, abandoned = line_of(state, q), load(state + MEMORY) + ABANDONED
+    spin, looks, began = load(state + SPIN), 0, 0
+    while load_acquire(flag) < number:
+        looks += 1
+        if looks < spin:
+            pause()
+            continue
+        if looks % 64 == 0:
+            if load_acquire(abandoned) != 0:
+                return STUCK
+            now = nanoseconds()
+            if began == 0:
+                began = now
+            elif now - began > PATIENCE:
+                return AGAIN
+        give_way()
+    adapt(state, spin, looks)
+    return DONE
+
+
+def adapt(state, spin, looks):
+    """Spin less after spinning in vain, longer after success: in vain means that ranks share cores."""
+    if looks >= spin:
+        store(state + SPIN, max(BRIEF, spin >> 1))
+    elif looks > 0:
+        store(state + SPIN, min(load(state + SPIN_LIMIT), spin + (spin >> 3) + 1))
+
+
+def await_count(state, q, counter, count):
+    """Wait until a rank that is in this call has come to a block; whether it has."""
+    flag, abandoned = region(state, q) + counter, load(state + MEMORY) + ABANDONED
+    spin, looks = load(state + SPIN), 0
+    while load_acquire(flag) < count:
+        looks += 1
+        if looks < spin:
+            pause()
+        else:
+            if looks % 64 == 0 and load_acquire(abandoned) != 0:
+                return False
+            give_way()
+    adapt(state, spin, looks)
+    return True
+
+
+def await_all(state, counter, count):
+    """Wait until all others have come to a block."""
+    p, r = load(state + RANKS), load(state + RANK)
+    for i in range(1, p):
+        if not await_count(state, (r + i) % p, counter, count):
+            return False
+    return True
+
+
+def say(state, counter, count):
+    """Count one's own blocks."""
+    store_release(region(state, load(state + RANK)) + counter, count)
+
+
+def enter(call, state):
+    """Whether nothing forbids a new call."""
+    if load(state + CLOSED) != 0:
+        return SHUT
+    if load_acquire(load(state + MEMORY) + ABANDONED) != 0:
+        return STUCK
+    return DONE
+
+
+# Allreduce
+
+
+def allreduce(call):
+    """Reduce on all ranks: in one line, from the buffers, in a pipeline of blocks, or straight in registered arrays."""
+    state = load(call + STATE)
+    if load(call + WAITING) == 0:
+        code = enter(call, state)
+        if code != DONE:
+            return code
+        begin(call, state)
+        bring(call, state)
+        arrive(state)
+    code = meet(call, state)
+    if code != DONE:
+        return code
+    way = load(call + WAY)
+    if way == INLINE:
+        return fold_lines(call, state)
+    registered = registration(state)
+    if registered > 0:
+        return allreduce_registered(call, state)
+    if way == DIRECT and registered == 0:
+        return fold_buffers(call, state)
+    mine = load(line_of(state, load(state + RANK)) + ARRAY)
+    return allreduce_pieces(call, state, way == PIECES and mine == 0)
+
+
+def bring(call, state):
+    """Put one's vector, or its first block, where the others read it; a registered array stays where it is."""
+    r, send, nbytes, way = load(state + RANK), load(call + SEND), load(call + NBYTES), load(call + WAY)
+    mine = line_of(state, r)
+    if way == INLINE:
+        copy(mine + PAYLOAD, send, nbytes)
+        return
+    allocation = 0
+    if load(call + ALLOCATION) != 0:
+        allocation = load(call + ALLOCATION) * load(load(call + ALIVE))
+    store(mine + ARRAY, allocation)
+    store(mine + SEND_AT, load(call + CALL_SEND_AT))
+    store(mine + RECV_AT, load(call + CALL_RECV_AT))
+    if allocation != 0:
+        return
+    if way == DIRECT:
+        copy(buffer_of(state, r), send, nbytes)
+    else:
+        publish_rest(call, state, 0)
+
+
+def registration(state):
+    """1: all ranks passed arrays of one allocation; 0: nobody passed a registered one; -1: neither."""
+    p, first = load(state + RANKS), load(line_of(state, 0) + ARRAY)
+    for q in range(1, p):
+        if load(line_of(state, q) + ARRAY) != first:
+            return -1
+    return 1 if first != 0 else 0
+
+
+def fold_lines(call, state):
+    """Reduce what the lines hold."""
+    p, table = load(state + RANKS), call + TABLE
+    for q in range(p):
+        store(table + W * q, line_of(state, q) + PAYLOAD)
+    fold(load(call + FOLD), table, p, 0, load(call + RECV), load(call + NBYTES) // load(call + ITEM))
+    return DONE
+
+
+def fold_buffers(call, state):
+    """Reduce what the buffers hold."""
+    p, table = load(state + RANKS), call + TABLE
+    for q in range(p):
+        store(table + W * q, buffer_of(state, q))
+    store(table + W * load(state + RANK), load(call + SEND))
+    fold(load(call + FOLD), table, p, 0, load(call + RECV), load(call + NBYTES) // load(call + ITEM))
+    return DONE
+
+
+def allreduce_pieces(call, state, first_is_out):
+    """Copy block k in, reduce my slice of block k-1, copy block k-2 out.
+
+    Copying out comes first, so who publishes block k has left block k-2 and knows from the counters it waited for that
+    all others have left block k-3.
+    """
+    nbytes, block, g = load(call + NBYTES), load(call + BLOCK), load(state + BLOCKS)
+    blocks = (nbytes + block - 1) // block
+    for k in range(blocks + 2):
+        if k >= 2:
+            if not await_all(state, FINISHED, g + k - 1):
+                return STUCK
+            copy_out(call, state, k - 2)
+        if k < blocks and (k > 0 or not first_is_out):
+            publish_rest(call, state, k)
+        if 1 <= k <= blocks:
+            if not await_all(state, PUBLISHED, g + k):
+                return STUCK
+            fold_slice(call, state, k - 1, load(call + RECV))
+    store(state + BLOCKS, g + blocks)
+    return DONE
+
+
+def publish_rest(call, state, k):
+    """All of block k but one's own slice, which nobody else reads."""
+    r, g, block = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
+    n = min(block, load(call + NBYTES) - k * block)
+    lo, hi = cut(n, load(state + RANKS), r), cut(n, load(state + RANKS), r + 1)
+    source, slot = load(call + SEND) + k * block, slot_of(state, r, g + k)
+    copy(slot, source, lo)
+    copy(slot + hi, source + hi, n - hi)
+    say(state, PUBLISHED, g + k + 1)
+
+
+def fold_slice(call, state, k, result):
+    """Reduce one's own slice of block k into ``result`` (unless 0) and into the slot, for the others."""
+    p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
+    block, item, table = load(call + BLOCK), load(call + ITEM), call + TABLE
+    n = min(block, load(call + NBYTES) - k * block)
+    for q in range(p):
+        store(table + W * q, slot_of(state, q, g + k))
+    store(table + W * r, load(call + SEND) + k * block)
+    hi, slot = cut(n, p, r + 1), slot_of(state, r, g + k)
+    for lo in range(cut(n, p, r), hi, CACHED):
+        size = min(CACHED, hi - lo)
+        out = slot + lo if result == 0 else result + k * block + lo
+        fold(load(call + FOLD), table, p, lo // item, out, size // item)
+        if result != 0:
+            copy(slot + lo, out, size)
+    say(state, FINISHED, g + k + 1)
+
+
+def copy_out(call, state, k):
+    """The others' slices of block k."""
+    p, r, g, block = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
+    n = min(block, load(call + NBYTES) - k * block)
+    for i in range(1, p):
+        q = (r + i) % p
+        lo, hi = cut(n, p, q), cut(n, p, q + 1)
+        if load(call + PAST_CACHE) != 0:
+            copy_past_cache(load(call + RECV) + k * block + lo, slot_of(state, q, g + k) + lo, hi - lo)
+        else:
+            copy(load(call + RECV) + k * block + lo, slot_of(state, q, g + k) + lo, hi - lo)
+
+
+def allreduce_registered(call, state):
+    """Reduce one's own slice straight from everybody's array and write it into everybody's."""
+    p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
+    copies, stride, table = load(call + COPIES), load(call + COPY_STRIDE), call + TABLE
+    nbytes, item, recv = load(call + NBYTES), load(call + ITEM), load(call + RECV)
+    for q in range(p):
+        store(table + W * q, copies + q * stride + load(line_of(state, q) + SEND_AT))
+    hi = cut(nbytes, p, r + 1)
+    for lo in range(cut(nbytes, p, r), hi, CACHED):
+        size = min(CACHED, hi - lo)
+        fold(load(call + FOLD), table, p, lo // item, recv + lo, size // item)
+        for i in range(1, p):
+            q = (r + i) % p
+            copy(copies + q * stride + load(line_of(state, q) + RECV_AT) + lo, recv + lo, size)
+    say(state, FINISHED, g + 1)
+    if not await_all(state, FINISHED, g + 1):
+        return STUCK
+    store(state + BLOCKS, g + 1)
+    return DONE
+
+
+# Reduce
+
+
+def reduce(call):
+    """Reduce to one rank."""
+    state = load(call + STATE)
+    if load(call + WAITING) == 0:
+        code = enter(call, state)
+        if code != DONE:
+            return code
+        begin(call, state)
+        bring(call, state)
+        arrive(state)
+    code = meet(call, state)
+    if code != DONE:
+        return code
+    root = load(call + ROOT) == load(state + RANK)
+    if load(call + WAY) == PIECES:
+        return reduce_pieces(call, state, root)
+    if not root:
+        return DONE
+    return fold_lines(call, state) if load(call + WAY) == INLINE else fold_buffers(call, state)
+
+
+def reduce_pieces(call, state, root):
+    """As allreduce, but only the root copies out.
+
+    It does so before it publishes the next block but one, and all others wait for that.
+    """
+    nbytes, block, g = load(call + NBYTES), load(call + BLOCK), load(state + BLOCKS)
+    blocks = (nbytes + block - 1) // block
+    for k in range(blocks + 2 if root else blocks + 1):
+        if root and k >= 2:
+            if not await_all(state, FINISHED, g + k - 1):
+                return STUCK
+            copy_out(call, state, k - 2)
+        if 0 < k < blocks:
+            publish_rest(call, state, k)
+        if 1 <= k <= blocks:
+            if not await_all(state, PUBLISHED, g + k):
+                return STUCK
+            fold_slice(call, state, k - 1, load(call + RECV) if root else 0)
+    store(state + BLOCKS, g + blocks)
+    return DONE
+
+
+# Reduce-scatter; the table goes on with where each rank's part begins, p+1 words
+
+
+def reduce_scatter(call):
+    """Reduce, and leave each rank its part."""
+    state = load(call + STATE)
+    direct = load(call + WAY) == DIRECT
+    if load(call + WAITING) == 0:
+        code = enter(call, state)
+        if code != DONE:
+            return code
+        begin(call, state)
+        if direct:
+            copy(buffer_of(state, load(state + RANK)), load(call + SEND), load(call + NBYTES))
+        else:
+            publish_parts(call, state, 0)
+        arrive(state)
+    code = meet(call, state)
+    if code != DONE:
+        return code
+    return fold_part(call, state) if direct else reduce_scatter_pieces(call, state)
+
+
+def part(call, state, q):
+    """Where the part of rank q begins."""
+    return load(call + TABLE + W * (load(state + RANKS) + q))
+
+
+def fold_part(call, state):
+    """Reduce one's own part of what the buffers hold."""
+    p, r, table, item = load(state + RANKS), load(state + RANK), call + TABLE, load(call + ITEM)
+    for q in range(p):
+        store(table + W * q, buffer_of(state, q))
+    store(table + W * r, load(call + SEND))
+    lo, hi = part(call, state, r), part(call, state, r + 1)
+    fold(load(call + FOLD), table, p, lo // item, load(call + RECV), (hi - lo) // item)
+    return DONE
+
+
+def publish_parts(call, state, k):
+    """Piece k of every other rank's part, side by side."""
+    p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
+    slot, send = slot_of(state, r, g + k), load(call + SEND)
+    for i in range(1, p):
+        q = (r + i) % p
+        lo, hi = part(call, state, q) + k * size, part(call, state, q + 1)
+        if lo < hi:
+            copy(slot + q * size, send + lo, min(size, hi - lo))
+    say(state, PUBLISHED, g + k + 1)
+
+
+def reduce_scatter_pieces(call, state):
+    """Publish piece k, reduce piece k-1.
+
+    Who has waited for all to publish block k-2 knows that all have reduced block k-4.
+    """
+    p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
+    item, table, blocks = load(call + ITEM), call + TABLE, 0
+    for q in range(p):
+        blocks = max(blocks, (part(call, state, q + 1) - part(call, state, q) + size - 1) // size)
+    for k in range(blocks + 1):
+        if 0 < k < blocks:
+            publish_parts(call, state, k)
+        if k == 0:
+            continue
+        if not await_all(state, PUBLISHED, g + k):
+            return STUCK
+        lo, hi = part(call, state, r) + (k - 1) * size, part(call, state, r + 1)
+        for q in range(p):
+            store(table + W * q, slot_of(state, q, g + k - 1) + r * size)
+        store(table + W * r, load(call + SEND) + lo)
+        if lo < hi:
+            fold(
+                load(call + FOLD), table, p, 0, load(call + RECV) + (k - 1) * size, min(size, hi - lo) // item
+            )
+    store(state + BLOCKS, g + max(1, blocks))
+    return DONE
+
+
+# Allgather; the table goes on with the bytes of each rank and where they belong, 2p words
+
+
+def allgather(call):
+    """Everybody's part to everybody."""
+    state = load(call + STATE)
+    r, direct = load(state + RANK), load(call + WAY) == DIRECT
+    if load(call + WAITING) == 0:
+        code = enter(call, state)
+        if code != DONE:
+            return code
+        begin(call, state)
+        if direct:
+            copy(buffer_of(state, r), load(call + SEND), gathered(call, state, r))
+        else:
+            publish_piece(call, state, 0)
+        arrive(state)
+    code = meet(call, state)
+    if code != DONE:
+        return code
+    copy_own(load(call + RECV) + place(call, state, r), load(call + SEND), gathered(call, state, r))
+    if not direct:
+        return allgather_pieces(call, state)
+    for i in range(1, load(state + RANKS)):
+        q = (r + i) % load(state + RANKS)
+        copy(load(call + RECV) + place(call, state, q), buffer_of(state, q), gathered(call, state, q))
+    return DONE
+
+
+def gathered(call, state, q):
+    """Bytes of rank q."""
+    return load(call + TABLE + W * (load(state + RANKS) + q))
+
+
+def place(call, state, q):
+    """Where they belong."""
+    return load(call + TABLE + W * (2 * load(state + RANKS) + q))
+
+
+def copy_own(to, source, nbytes):
+    """What stays on this rank; in place it is there already."""
+    if to != source:
+        copy(to, source, nbytes)
+
+
+def publish_piece(call, state, k):
+    """Piece k of one's own part."""
+    r, g, size = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
+    n = gathered(call, state, r) - k * size
+    if n > 0:
+        copy(slot_of(state, r, g + k), load(call + SEND) + k * size, min(size, n))
+    say(state, PUBLISHED, g + k + 1)
+
+
+def allgather_pieces(call, state):
+    """Publish piece k, copy everybody's piece k-1; slots are safe as in reduce-scatter."""
+    p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
+    blocks = 0
+    for q in range(p):
+        blocks = max(blocks, (gathered(call, state, q) + size - 1) // size)
+    for k in range(blocks + 1):
+        if 0 < k < blocks:
+            publish_piece(call, state, k)
+        for i in range(1, p):
+            q = (r + i) % p
+            n = gathered(call, state, q) - (k - 1) * size
+            if k > 0:
+                if not await_count(state, q, PUBLISHED, g + k):
+                    return STUCK
+                if n > 0:
+                    to = load(call + RECV) + place(call, state, q) + (k - 1) * size
+                    copy(to, slot_of(state, q, g + k - 1), min(size, n))
+    store(state + BLOCKS, g + max(1, blocks))
+    return DONE
+
+
+# Broadcast
+
+
+def bcast(call):
+    """The root's bytes to everybody."""
+    state = load(call + STATE)
+    r, way, nbytes, mine = load(state + RANK), load(call + WAY), load(call + NBYTES), load(call + SEND)
+    root = load(call + ROOT)
+    if load(call + WAITING) == 0:
+        code = enter(call, state)
+        if code != DONE:
+            return code
+        begin(call, state)
+        if r == root:
+            if way == INLINE:
+                copy(line_of(state, r) + PAYLOAD, mine, nbytes)
+            elif way == DIRECT:
+                copy(buffer_of(state, r), mine, nbytes)
+            else:
+                publish_block(call, state, 0)
+        arrive(state)
+    code = meet(call, state)
+    if code != DONE:
+        return code
+    if way == PIECES:
+        return bcast_pieces(call, state, root)
+    if r != root:
+        copy(mine, line_of(state, root) + PAYLOAD if way == INLINE else buffer_of(state, root), nbytes)
+    return DONE
+
+
+def publish_block(call, state, k):
+    """Block k as it is."""
+    r, g, block = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
+    n = min(block, load(call + NBYTES) - k * block)
+    copy(slot_of(state, r, g + k), load(call + SEND) + k * block, n)
+    say(state, PUBLISHED, g + k + 1)
+
+
+def bcast_pieces(call, state, root):
+    """The root publishes block k when all have finished block k-3."""
+    nbytes, block, g = load(call + NBYTES), load(call + BLOCK), load(state + BLOCKS)
+    blocks = (nbytes + block - 1) // block
+    for k in range(blocks):
+        if load(state + RANK) != root:
+            if not await_count(state, root, PUBLISHED, g + k + 1):
+                return STUCK
+            n = min(block, nbytes - k * block)
+            copy(load(call + SEND) + k * block, slot_of(state, root, g + k), n)
+            say(state, FINISHED, g + k + 1)
+        elif k > 0:
+            if k >= RING - 1 and not await_all(state, FINISHED, g + k - 2):
+                return STUCK
+            publish_block(call, state, k)
+    store(state + BLOCKS, g + blocks)
+    return DONE
+
+
+# Alltoall; the table goes on with bytes sent to and place of each rank's part, bytes received and place, 4p words
+
+
+def alltoall(call):
+    """Everybody's part for everybody; only sender and receiver know how long it is."""
+    state = load(call + STATE)
+    if load(call + WAITING) == 0:
+        code = enter(call, state)
+        if code != DONE:
+            return code
+        begin(call, state)
+        store(line_of(state, load(state + RANK)) + LONGEST, load(call + CALL_LONGEST))
+        publish_letters(call, state, 0)
+        arrive(state)
+    code = meet(call, state)
+    if code != DONE:
+        return code
+    r = load(state + RANK)
+    to, source = load(call + RECV) + entry(call, state, 4, r), load(call + SEND) + entry(call, state, 2, r)
+    copy_own(to, source, min(entry(call, state, 1, r), entry(call, state, 3, r)))
+    return alltoall_pieces(call, state)
+
+
+def entry(call, state, row, q):
+    """A word of the table."""
+    return load(call + TABLE + W * (row * load(state + RANKS) + q))
+
+
+def publish_letters(call, state, k):
+    """Piece k of what goes to each other rank, side by side."""
+    p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
+    slot = slot_of(state, r, g + k)
+    for i in range(1, p):
+        q = (r + i) % p
+        n = entry(call, state, 1, q) - k * size
+        if n > 0:
+            copy(slot + q * size, load(call + SEND) + entry(call, state, 2, q) + k * size, min(size, n))
+    say(state, PUBLISHED, g + k + 1)
+
+
+def alltoall_pieces(call, state):
+    """Publish piece k, copy what is for me of everybody's piece k-1; slots are safe as in reduce-scatter."""
+    p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
+    blocks = 0
+    for q in range(p):
+        blocks = max(blocks, (load(line_of(state, q) + LONGEST) + size - 1) // size)
+    for k in range(blocks + 1):
+        if 0 < k < blocks:
+            publish_letters(call, state, k)
+        for i in range(1, p):
+            q = (r + i) % p
+            n = entry(call, state, 3, q) - (k - 1) * size
+            if k > 0:
+                if not await_count(state, q, PUBLISHED, g + k):
+                    return STUCK
+                if n > 0:
+                    to = load(call + RECV) + entry(call, state, 4, q) + (k - 1) * size
+                    copy(to, slot_of(state, q, g + k - 1) + r * size, min(size, n))
+    store(state + BLOCKS, g + max(1, blocks))
+    return DONE
+
+
+# Barrier
+
+
+def barrier(call):
+    """Wait for everybody."""
+    state = load(call + STATE)
+    if load(call + WAITING) == 0:
+        code = enter(call, state)
+        if code != DONE:
+            return code
+        begin(call, state)
+        arrive(state)
+    return meet(call, state)

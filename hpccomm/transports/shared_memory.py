@@ -1,0 +1,602 @@
+"""Collectives of ranks that share memory: faster than messages, checked before the first byte is reduced.
+
+*p ranks on one node, r this one.*  ``node`` is a plain communicator whose ranks all share memory; creating, ``empty``
+and ``close`` are collective.  Binding and running are not: what differs between ranks is found when they meet.
+
+::
+
+    shared = SharedMemory(node)                        # TransportError on all ranks where memory is not to be had
+    shared.reduces("sum", dtype)                       # is there a kernel for it?  else take another way
+    plan = shared.bind_allreduce(send, recv, count, dtype, "sum", signature)
+    plan()                                             # as often as you like; keeps no reference to the arrays
+
+    SharedMemory.collectives                           # names of what can be bound
+    bind_allreduce(send, recv, count, dtype, op, signature, past_cache=False)
+    bind_reduce(send, recv, count, dtype, op, root, signature)          recv is read on the root only
+    bind_reduce_scatter(send, recv, counts, dtype, op, signature)       counts: elements of each rank
+    bind_allgather(send, recv, counts, places, signature)               bytes of each rank, and where they belong
+    bind_bcast(address, nbytes, root, signature)
+    bind_alltoall(send, recv, send_counts, send_places, recv_counts, recv_places, signature)       bytes
+    bind_barrier(signature)
+
+    shared.empty(shape, dtype)                         # registered: visible to all ranks, reduced without a copy
+    shared.late = hook(seconds, missing)               # called every 50 ms while ranks are missing; may raise
+    shared.mismatch = make(signatures)                 # makes the error for calls that differ
+    shared.peers_signatures()                          # what each rank passed to the current or last call
+    shared.close()
+
+Addresses and counts are integers, ``op`` is one of sum prod min max land lor lxor band bor bxor, dtypes are NumPy's or
+``"bfloat16"``.  In place means equal addresses (for reduce-scatter: ``recv`` inside ``send``; for allgather: ``send`` at
+its own place in ``recv``).  Signatures are integers below 2^63 that stand for a call; a call whose signatures, counts or
+dtypes differ raises on every rank, touches no user memory, and the next call is fine.  A call left by an exception while
+it waits makes all later calls raise TransportError.
+
+Bytes moved by each rank for S bytes, allreduce: (5 - 2/p) S, registered (1 + 2/p) S at most.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import importlib.util
+import math
+import mmap
+import os
+import platform
+import tempfile
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.errors import MismatchError, TransportError
+from hpccomm.kernels import memory, reductions
+from hpccomm.kernels import shared as kernels
+
+Plan = Callable[[], None]
+
+PAGE = mmap.PAGESIZE
+WORD_MASK = (1 << 63) - 1
+
+SPIN = 2000
+"""Looks at a flag before the core is given away, where every rank has a core; a wrong limit costs twentyfold."""
+
+ORDERED_STORES = ("x86_64", "amd64", "i686", "s390x")
+"""Machines whose processors keep stores, and loads, in order."""
+
+
+class Segment:
+    """``nbytes`` zeroed bytes that all ranks of ``node`` share (collective).
+
+    An anonymous file of rank 0 that the others open, else a file in /dev/shm that loses its name at once: nothing stays
+    behind when a job is killed.  Every rank reserves an equal part, so that a lack of memory is an error now and pages
+    lie close to who reserved them.
+    """
+
+    def __init__(self, node: Any, nbytes: int) -> None:
+        self.size = -(-max(1, nbytes) // PAGE) * PAGE
+        self.file = open_together(node, self.size)
+        self._forget = weakref.finalize(self, os.close, self.file)
+        try:
+            self.buffer = mapped_together(node, self.file, self.size)
+        except TransportError:
+            self._forget()
+            raise
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+
+    def close(self) -> None:
+        """Give the memory back; arrays that lie in it keep it until they are gone."""
+        self._forget()
+        with suppress(BufferError):
+            self.buffer.close()
+
+
+def open_together(node: Any, size: int) -> int:
+    """One file of ``size`` bytes opened by all ranks."""
+    file = offered(node, size)
+    return named(node, size) if file < 0 else file
+
+
+def offered(node: Any, size: int) -> int:
+    """An anonymous file of rank 0; -1 on all ranks where one of them cannot open it."""
+    file, offer = -1, None
+    if node.Get_rank() == 0:
+        with suppress(OSError, AttributeError):
+            file = os.memfd_create("hpccomm", os.MFD_CLOEXEC)
+            os.ftruncate(file, size)
+            offer = (os.getpid(), file, os.fstat(file).st_ino)
+    offer = node.bcast(offer)
+    if offer and file < 0:
+        file = taken(*offer)
+    if node.allreduce(int(file >= 0)) == node.Get_size():
+        return file
+    if file >= 0:
+        os.close(file)
+    return -1
+
+
+def taken(pid: int, file: int, inode: int) -> int:
+    """Open another process's file; -1 where that is forbidden or it is not that process."""
+    try:
+        mine = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    if os.fstat(mine).st_ino == inode:
+        return mine
+    os.close(mine)
+    return -1
+
+
+def named(node: Any, size: int) -> int:
+    """A file in /dev/shm whose name is gone when this returns."""
+    file, path, trouble = -1, None, ""
+    if node.Get_rank() == 0:
+        try:
+            file, path = tempfile.mkstemp(prefix="hpccomm-", dir="/dev/shm")
+            os.ftruncate(file, size)
+        except OSError as error:
+            trouble = str(error)
+    path = node.bcast(path)
+    try:
+        if file < 0 and path:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        trouble = str(error)
+    node.Barrier()
+    if path and node.Get_rank() == 0:
+        os.unlink(path)
+    try:
+        agree(node, size, trouble)
+    except TransportError:
+        if file >= 0:
+            os.close(file)
+        raise
+    return file
+
+
+def mapped_together(node: Any, file: int, size: int) -> mmap.mmap:
+    """The file as memory; every rank takes its part of the pages."""
+    p, r, pages, trouble = node.Get_size(), node.Get_rank(), size // PAGE, ""
+    first, last = pages * r // p * PAGE, pages * (r + 1) // p * PAGE
+    try:
+        if first < last:
+            os.posix_fallocate(file, first, last - first)
+        memory = mmap.mmap(file, size)
+    except (OSError, OverflowError, ValueError) as error:
+        trouble = str(error)
+    agree(node, size, trouble)
+    return memory
+
+
+def agree(node: Any, size: int, trouble: str) -> None:
+    """Raise on all ranks when one of them is in trouble."""
+    found = [(rank, each) for rank, each in enumerate(node.allgather(trouble)) if each]
+    if found:
+        raise TransportError(
+            f"{size:,} bytes of memory shared by {node.Get_size()} ranks are not to be had (local rank {found[0][0]}: "
+            f"{found[0][1]}): allow the job or container more memory (docker run --shm-size), "
+            "or use algorithm='native'"
+        )
+
+
+class SharedMemory:
+    """The collectives of the ranks of ``node`` (collective); what it offers stands at the top of this module.
+
+    ``code`` is ``"auto"``, ``"compiled"`` (Numba) or ``"numpy"``; rank 0's choice holds.  Takes about 2 MB a rank.
+    """
+
+    collectives = kernels.COLLECTIVES
+
+    def __init__(self, node: Any, code: str = "auto") -> None:
+        self.rank, self.size = node.Get_rank(), node.Get_size()
+        self.late: Callable[[float, list[int]], None] | None = None
+        self.mismatch: Callable[[list[int]], Exception] = differing_signatures
+        self._node = node
+        self._compiled = agreed_code(node, code)
+        self._slot = slot_bytes(self.size)
+        self._region = kernels.SLOTS + kernels.RING * self._slot
+        self._segment = Segment(node, self.size * self._region)
+        self._state = self._new_state(cores(node))
+        self._registered: dict[int, Allocation] = {}
+        self._allocations = 0
+
+    def _new_state(self, available: int) -> npt.NDArray[np.int64]:
+        state = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64)
+        spin = SPIN if available >= self.size else kernels.BRIEF
+        put(state, kernels.MEMORY, self._segment.address)
+        put(state, kernels.REGION, self._region)
+        put(state, kernels.RANKS, self.size)
+        put(state, kernels.RANK, self.rank)
+        put(state, kernels.SPIN, spin)
+        put(state, kernels.SPIN_LIMIT, spin)
+        put(state, kernels.SLOT, self._slot)
+        return state
+
+    def close(self) -> None:
+        """Give everything back; plans raise from now on."""
+        put(self._state, kernels.CLOSED, 1)
+        self._registered.clear()
+        self._segment.close()
+
+    # What can be asked
+
+    def reduces(self, op: str, dtype: npt.DTypeLike) -> bool:
+        """Whether there is a kernel for an operation on a dtype."""
+        return reductions.defined(op, dtype)
+
+    def peers_signatures(self) -> list[int]:
+        """The signature that each rank passed to the call that is running or was the last to run."""
+        return [self._word(q, kernels.SIGNATURE) for q in range(self.size)]
+
+    def missing(self) -> list[int]:
+        """The ranks that have not come to the call that is running."""
+        number = self._call_number()
+        return [q for q in range(self.size) if self._word(q, 0) < number]
+
+    def _call_number(self) -> int:
+        return int(self._state[kernels.CALLS // kernels.W])
+
+    def _word(self, q: int, offset: int) -> int:
+        self._check_open()
+        line = self._segment.address + q * self._region + kernels.LINE * (self._call_number() & 1)
+        return memory.load_acquire(line + offset)
+
+    def _check_open(self) -> None:
+        if self._state[kernels.CLOSED // kernels.W]:
+            raise TransportError(f"rank {self.rank}: this shared memory is closed: make a new one")
+
+    # Registered memory
+
+    def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = "f8") -> npt.NDArray[Any]:
+        """An array whose elements all ranks can see (collective; the same shape and dtype on all ranks).
+
+        Calls on it, or on parts of it, that start at any offset need no copies.  Freed with its last view.
+        """
+        self._check_open()
+        kind = np.dtype(dtype)
+        extent = (shape,) if isinstance(shape, int) else tuple(shape)
+        count = math.prod(extent)
+        stride = -(-max(1, count * kind.itemsize) // PAGE) * PAGE
+        segment = Segment(self._node, stride * self.size)
+        self._allocations += 1
+        allocation = Allocation(self._allocations, segment.address, stride, self.rank)
+        self._registered[allocation.number] = allocation
+        weakref.finalize(segment.buffer, forget, self._registered, allocation)
+        return np.frombuffer(segment.buffer, kind, count, stride * self.rank).reshape(extent)
+
+    def _allocation(self, *spans: tuple[int, int]) -> Allocation | None:
+        """The allocation in whose part of this rank all spans (address, bytes) lie."""
+        for allocation in self._registered.values():
+            lo, hi = allocation.mine, allocation.mine + allocation.stride
+            if all(lo <= address and address + nbytes <= hi for address, nbytes in spans):
+                return allocation
+        return None
+
+    # Binding
+
+    def bind_allreduce(
+        self,
+        send: int,
+        recv: int,
+        count: int,
+        dtype: npt.DTypeLike,
+        op: str,
+        signature: int,
+        past_cache: bool = False,
+    ) -> Plan:
+        """``past_cache`` writes the result around the cache: for results that do not fit there."""
+        nbytes = count * reductions.itemsize(dtype)
+        if self.size == 1:
+            return moving(recv, send, nbytes)
+        call = self._reduction(("allreduce", count), dtype, op, signature)
+        put(call, kernels.PAST_CACHE, past_cache)
+        self._vector(call, send, recv, nbytes)
+        allocation = self._allocation((send, nbytes), (recv, nbytes)) if nbytes >= REGISTERED_BYTES else None
+        if allocation:
+            put(call, kernels.ALLOCATION, allocation.number)
+            put(call, kernels.ALIVE, allocation.alive.ctypes.data)
+            put(call, kernels.COPIES, allocation.copies)
+            put(call, kernels.COPY_STRIDE, allocation.stride)
+            put(call, kernels.CALL_SEND_AT, send - allocation.mine)
+            put(call, kernels.CALL_RECV_AT, recv - allocation.mine)
+        return self._plan("allreduce", call, allocation)
+
+    def bind_reduce(
+        self, send: int, recv: int, count: int, dtype: npt.DTypeLike, op: str, root: int, signature: int
+    ) -> Plan:
+        """Reduce to ``root``."""
+        nbytes = count * reductions.itemsize(dtype)
+        if self.size == 1:
+            return moving(recv, send, nbytes)
+        call = self._reduction(("reduce", count, root), dtype, op, signature)
+        put(call, kernels.ROOT, root)
+        self._vector(call, send, recv, nbytes)
+        return self._plan("reduce", call)
+
+    def bind_reduce_scatter(
+        self, send: int, recv: int, counts: Sequence[int], dtype: npt.DTypeLike, op: str, signature: int
+    ) -> Plan:
+        """Reduce ``sum(counts)`` elements; rank r gets its ``counts[r]``."""
+        item = reductions.itemsize(dtype)
+        cuts = [item * int(each) for each in np.cumsum([0, *counts])]
+        mine = cuts[self.rank + 1] - cuts[self.rank]
+        if self.size == 1:
+            return moving(recv, send, mine)
+        call = self._reduction(("reduce_scatter", tuple(counts)), dtype, op, signature, cuts)
+        put(call, kernels.SEND, send)
+        put(call, kernels.NBYTES, cuts[-1])
+        put(call, kernels.WAY, kernels.DIRECT if cuts[-1] <= DIRECT_BYTES else kernels.PIECES)
+        put(call, kernels.BLOCK, self._share())
+        apart = recv + mine <= send or send + cuts[-1] <= recv or recv == send + cuts[self.rank]
+        if apart:
+            put(call, kernels.RECV, recv)
+            return self._plan("reduce_scatter", call)
+        part = np.empty(mine, np.uint8)  # recv lies over what the others have still to read
+        put(call, kernels.RECV, part.ctypes.data)
+        run, copy_back = self._plan("reduce_scatter", call), moving(recv, part.ctypes.data, mine, part)
+
+        def both() -> None:
+            run()
+            copy_back()
+
+        return both
+
+    def bind_allgather(
+        self, send: int, recv: int, counts: Sequence[int], places: Sequence[int], signature: int
+    ) -> Plan:
+        """``counts[q]`` bytes of rank q to byte ``places[q]`` of ``recv``; ``places`` may differ between ranks."""
+        if self.size == 1:
+            return moving(recv + places[0], send, counts[0])
+        call = self._call(("allgather", tuple(counts)), signature, [*counts, *places])
+        put(call, kernels.SEND, send)
+        put(call, kernels.RECV, recv)
+        put(call, kernels.WAY, kernels.DIRECT if max(counts) <= DIRECT_BYTES else kernels.PIECES)
+        put(call, kernels.BLOCK, min(self._slot, GATHER_BLOCK))
+        return self._plan("allgather", call)
+
+    def bind_bcast(self, address: int, nbytes: int, root: int, signature: int) -> Plan:
+        """``nbytes`` bytes of ``root`` to everybody."""
+        if self.size == 1:
+            return moving(address, address, 0)
+        call = self._call(("bcast", nbytes, root), signature)
+        put(call, kernels.ROOT, root)
+        self._vector(call, address, address, nbytes)
+        put(call, kernels.BLOCK, min(self._slot, GATHER_BLOCK))
+        return self._plan("bcast", call)
+
+    def bind_alltoall(
+        self,
+        send: int,
+        recv: int,
+        send_counts: Sequence[int],
+        send_places: Sequence[int],
+        recv_counts: Sequence[int],
+        recv_places: Sequence[int],
+        signature: int,
+    ) -> Plan:
+        """``send_counts[q]`` bytes at ``send_places[q]`` to rank q, which expects as many; buffers do not overlap."""
+        if self.size == 1:
+            return moving(recv + recv_places[0], send + send_places[0], send_counts[0])
+        call = self._call(("alltoall",), signature, [*send_counts, *send_places, *recv_counts, *recv_places])
+        put(call, kernels.SEND, send)
+        put(call, kernels.RECV, recv)
+        put(call, kernels.BLOCK, self._share())
+        put(call, kernels.CALL_LONGEST, max(*send_counts, *recv_counts))
+        return self._plan("alltoall", call)
+
+    def bind_barrier(self, signature: int) -> Plan:
+        """Wait for everybody."""
+        if self.size == 1:
+            return moving(0, 0, 0)
+        return self._plan("barrier", self._call(("barrier",), signature))
+
+    def _share(self) -> int:
+        """Bytes of a slot for each rank."""
+        return self._slot // self.size // kernels.GRAIN * kernels.GRAIN
+
+    def _call(self, what: tuple[Any, ...], signature: int, rows: Sequence[int] = ()) -> npt.NDArray[np.int64]:
+        """The words of a call; ``what`` must be the same on all ranks."""
+        call = np.zeros(kernels.TABLE // kernels.W + self.size + len(rows), np.int64)
+        call[len(call) - len(rows) :] = rows
+        put(call, kernels.STATE, self._state.ctypes.data)
+        put(call, kernels.CALL_SIGNATURE, signature)
+        put(
+            call,
+            kernels.CALL_CHECK,
+            (signature * 0x9E3779B97F4A7C15 + zlib.crc32(repr(what).encode())) & WORD_MASK,
+        )
+        return call
+
+    def _reduction(
+        self, what: tuple[Any, ...], dtype: npt.DTypeLike, op: str, signature: int, rows: Sequence[int] = ()
+    ) -> npt.NDArray[np.int64]:
+        code = reductions.code_of(dtype)
+        call = self._call((*what, code, op), signature, rows)
+        put(call, kernels.ITEM, reductions.itemsize(dtype))
+        put(call, kernels.FOLD, self._fold(op, code))
+        return call
+
+    def _vector(self, call: npt.NDArray[np.int64], send: int, recv: int, nbytes: int) -> None:
+        put(call, kernels.SEND, send)
+        put(call, kernels.RECV, recv)
+        put(call, kernels.NBYTES, nbytes)
+        put(call, kernels.BLOCK, block_bytes(nbytes, self._slot))
+        small = kernels.INLINE if nbytes <= kernels.PAYLOAD_BYTES else kernels.DIRECT
+        put(call, kernels.WAY, small if nbytes <= DIRECT_BYTES else kernels.PIECES)
+
+    # Code
+
+    def _fold(self, op: str, code: str) -> int:
+        if not self._compiled:
+            return reductions.numpy_handle(op, code)
+        from hpccomm.kernels import compiled
+
+        with self._turn():
+            return int(compiled.fold(op, code).address)
+
+    def _kernel(self, name: str) -> Callable[[int], int]:
+        if not self._compiled:
+            function: Callable[[int], int] = getattr(kernels, name)
+            return function
+        from hpccomm.kernels import compiled
+
+        with self._turn():
+            return compiled.kernel(name)
+
+    def _turn(self) -> Turn:
+        return Turn(self._segment.file)
+
+    def _plan(self, name: str, call: npt.NDArray[np.int64], allocation: Allocation | None = None) -> Plan:
+        kernel, address = self._kernel(name), call.ctypes.data
+        held = (self._segment, call, allocation)
+
+        def run() -> None:
+            code = kernel(address)
+            if code:
+                self._resolve(code, kernel, held[1])
+
+        return run
+
+    # What a call returned
+
+    def _resolve(self, code: int, kernel: Callable[[int], int], call: npt.NDArray[np.int64]) -> None:
+        began = time.monotonic()
+        try:
+            while code == kernels.AGAIN:
+                if self.late:
+                    self.late(time.monotonic() - began, self.missing())
+                code = kernel(call.ctypes.data)
+        except BaseException:
+            put(call, kernels.WAITING, 0)
+            self._abandon()
+            raise
+        put(call, kernels.WAITING, 0)
+        if code == kernels.MISMATCH:
+            raise self.mismatch(self.peers_signatures())
+        if code == kernels.SHUT:
+            raise TransportError(
+                f"rank {self.rank}: a plan outlived its shared memory: bind it again on a new one"
+            )
+        if code == kernels.STUCK:
+            raise self._stuck()
+
+    def _abandon(self) -> None:
+        memory.store(self._segment.address + kernels.ABANDONED, 1 + self.rank)
+
+    def _stuck(self) -> TransportError:
+        culprit = memory.load(self._segment.address + kernels.ABANDONED) - 1
+        return TransportError(
+            f"rank {self.rank}: local rank {culprit} left a collective half done after an error, so this shared memory "
+            "is out of step: free the communicator and make a new one"
+        )
+
+
+REGISTERED_BYTES = 2048
+"""From here on registered arrays are reduced where they are."""
+DIRECT_BYTES = kernels.BUFFER
+"""Up to here every rank reduces everything, with one meeting."""
+GATHER_BLOCK = 1 << 17
+"""Blocks of calls that only copy."""
+
+
+def block_bytes(nbytes: int, slot: int) -> int:
+    """Length of the blocks of a pipeline (measured with 2 and 4 ranks)."""
+    for limit, block in ((1 << 17, 1 << 16), (1 << 20, 1 << 18)):
+        if nbytes <= limit:
+            return min(block, slot)
+    return slot
+
+
+def slot_bytes(ranks: int) -> int:
+    """Length of a slot: what all ranks copy at a time has to stay in their share of the last-level cache."""
+    return 1 << 19 if ranks <= 8 else 1 << 18 if ranks <= 32 else 1 << 17
+
+
+class Allocation:
+    """Registered memory: a copy of ``stride`` bytes for each rank, one after the other."""
+
+    def __init__(self, number: int, copies: int, stride: int, rank: int) -> None:
+        self.number, self.copies, self.stride = number, copies, stride
+        self.mine = copies + rank * stride
+        self.alive = np.ones(1, np.int64)
+        """Zero when the arrays are gone: another array may come to lie at their address."""
+
+
+def forget(registered: dict[int, Allocation], allocation: Allocation) -> None:
+    """The memory is given back."""
+    allocation.alive[0] = 0
+    registered.pop(allocation.number, None)
+
+
+class Turn:
+    """One process of the node at a time, by a lock on a file that all have open: the first compiles, the others load."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *exception: object) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+def put(words: npt.NDArray[np.int64], offset: int, value: int) -> None:
+    """Set a word."""
+    words[offset // kernels.W] = value
+
+
+def moving(to: int, source: int, nbytes: int, *held: Any) -> Plan:
+    """A plan that copies."""
+
+    def move() -> None:
+        if nbytes and to != source:
+            ctypes.memmove(to, source, nbytes)
+        _ = held
+
+    return move
+
+
+def cores(node: Any) -> int:
+    """Cores that the ranks may run on, together."""
+    masks = node.allgather(os.sched_getaffinity(0))
+    return len(set().union(*masks))
+
+
+def agreed_code(node: Any, code: str) -> bool:
+    """Whether the kernels are compiled; all ranks do the same."""
+    wanted = node.bcast(code)
+    found = "Numba is not installed" if importlib.util.find_spec("numba") is None else ""
+    if wanted != "numpy" and not found:
+        try:
+            import numba  # noqa: F401
+        except ImportError as error:
+            found = str(error)
+    troubles = [each for each in node.allgather(found) if each]
+    if wanted != "numpy" and not troubles:
+        return True
+    if wanted == "compiled" or platform.machine().lower() not in ORDERED_STORES:
+        # without Numba there is no acquire and release, so a flag could be seen before the data it speaks of
+        raise TransportError(
+            f"shared memory needs Numba on {platform.machine()} ({(troubles or ['not wanted'])[0]}): "
+            "pip install numba, or use algorithm='native'"
+        )
+    return False
+
+
+def differing_signatures(signatures: list[int]) -> MismatchError:
+    """Who passed what."""
+    groups: dict[int, list[int]] = {}
+    for rank, signature in enumerate(signatures):
+        groups.setdefault(signature, []).append(rank)
+    said = "; ".join(
+        f"local ranks {', '.join(map(str, each))}: {signature:#x}" for signature, each in groups.items()
+    )
+    return MismatchError(
+        f"the ranks of this node make different calls (signatures: {said}): make the calls the same"
+    )
