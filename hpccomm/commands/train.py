@@ -183,14 +183,15 @@ def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
     settings = Settings(args.epochs, args.batch_size, args.seed)
     lr = METHODS[name].lr if args.lr is None else args.lr
     say(comm, headline(name, lr, args, comm) + HEADER)
-    advance, close = progress(comm, len(data.targets), settings)
+    bar = progress(comm, len(data.targets), settings)
 
     def tell(epoch: Epoch) -> None:
+        bar.clear()
         say(comm, line(f"{epoch.epoch:>7}", epoch))
 
     method = METHODS[name].make(comm, lr, args.algorithm)
-    _, epochs = train(comm, data, network_for(data), method, settings, on_step=advance, on_epoch=tell)
-    close()
+    _, epochs = train(comm, data, network_for(data), method, settings, on_step=bar.update, on_epoch=tell)
+    bar.close()
     return {
         "dataset": args.dataset,
         "method": name,
@@ -225,20 +226,31 @@ def row(name: str, epochs: list[dict[str, Any]]) -> str:
     return line(f"  {name:<9}", Epoch(**epochs[-1])._replace(**times))
 
 
-def progress(
-    comm: Communicator, samples: int, settings: Settings
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Advance and close a bar on rank 0's terminal; nothing without tqdm or a terminal."""
+class NoBar:
+    """A progress bar for whoever looks at no terminal."""
+
+    def update(self) -> object:
+        """One step is done."""
+
+    def clear(self) -> object:
+        """Make room for a line of text."""
+
+    def close(self) -> object:
+        """All steps are done."""
+
+
+def progress(comm: Communicator, samples: int, settings: Settings) -> NoBar:
+    """A bar on rank 0's terminal, where tqdm is installed."""
     from hpccomm.train.loop import steps_in  # noqa: PLC0415
 
+    if comm.rank or not sys.stderr.isatty():
+        return NoBar()
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
     except ImportError:
-        return (lambda: None), (lambda: None)
-    if comm.rank or not sys.stderr.isatty():
-        return (lambda: None), (lambda: None)
-    bar = tqdm(total=steps_in(samples, settings), unit="step", leave=False, file=sys.stderr)
-    return bar.update, bar.close
+        return NoBar()
+    bar: NoBar = tqdm(total=steps_in(samples, settings), unit="step", leave=False, file=sys.stderr)
+    return bar
 
 
 def say(comm: Communicator, text: str, stream: Any = None) -> None:

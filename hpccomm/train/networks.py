@@ -73,12 +73,13 @@ class Characters:
     """Characters (b, 16) → embeddings side by side → perceptron → next character (Bengio et al. 2003)."""
 
     def __init__(self, classes: int, width: int, hidden: int) -> None:
+        self.width = width
         self.body = Perceptron(CONTEXT * width, hidden, classes)
         self.shapes: Shapes = {"embedding": (classes, width), **self.body.shapes}
 
     def embedded(self, weights: Tensors, inputs: Array) -> Array:
         """(b, 16 · width)."""
-        return weights["embedding"][inputs].reshape(len(inputs), -1)
+        return weights["embedding"][inputs].reshape(len(inputs), CONTEXT * self.width)
 
     def scores(self, weights: Tensors, inputs: Array) -> Array:
         """(b, classes)."""
@@ -87,7 +88,7 @@ class Characters:
     def learn(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> float:
         """As :meth:`Network.learn`."""
         loss, slope = self.body.backward(weights, self.embedded(weights, inputs), targets, gradient)
-        by_character = (slope @ weights["hidden"].T).reshape(*inputs.shape, -1)
+        by_character = (slope @ weights["hidden"].T).reshape(*inputs.shape, self.width)
         gradient["embedding"][...] = 0
         np.add.at(gradient["embedding"], inputs, by_character)
         return loss
