@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm import launcher, operations
+from hpccomm import launcher, messages, operations
 from hpccomm.collectives.engine import bind, bind_lanes, even_cuts
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.tuning import Choice
@@ -101,6 +101,20 @@ class Communicator(MPI.Intracomm):
         """Which algorithm takes a call of ``nbytes`` bytes, and why (the first use is collective)."""
         names = self.resources.names(collective)[1:]
         return self.resources.decide(collective, nbytes, dtype, names, f"rank {self.rank}: {collective}")
+
+    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
+        """Registered memory: seen by every rank of the node, so that an Allreduce in place copies nothing (collective).
+
+        An ordinary array where the ranks do not share memory.
+        """
+        shared = self._shared
+        return shared.empty(shape, dtype) if shared else np.empty(shape, dtype)
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
+        """As :meth:`empty`, filled with zeros (collective)."""
+        made = self.empty(shape, dtype)
+        made[...] = 0
+        return made
 
     # Communicators made from this one
 
@@ -460,6 +474,12 @@ class Communicator(MPI.Intracomm):
         straight = list(displs) == cuts[:-1].tolist()
         work = recv.vector(int(cuts[-1])) if straight else np.empty(int(cuts[-1]), recv.dtype)
         mine = work[cuts[me] : cuts[me + 1]]
+        if choice.algorithm == "shared":
+            width = recv.dtype.itemsize
+            own = recv.address + displs[me] * width if in_place else send.address
+            sizes, places = [each * width for each in counts], [each * width for each in displs]
+            shared = self._shared.bind_allgather(own, recv.address, sizes, places, signature.word)
+            return self._keep_shared(key, signature, shared)
         source = recv.vector(counts[me], displs[me]) if in_place else send.vector(send.elements)
         copy_in = None if in_place and straight else lambda: np.copyto(mine.view("u1"), source.view("u1"))
         spread = None if straight else spreader(work, cuts, recv, counts, displs)
@@ -492,14 +512,15 @@ class Communicator(MPI.Intracomm):
             return self._native(key, signature, "Bcast", (data,), (root,), 0)
         packed = Packed(data, self) if data.opaque else None
         vector = packed.octets if packed else data.vector()
-        if choice.algorithm == "shared" and not packed:
-            plan = self._shared.bind_bcast(data.address, data.nbytes, root, signature.word)
-            return self._keep_shared(key, signature, plan)
+        before = packed.pack if packed and self.rank == root else None
+        after = packed.unpack if packed and self.rank != root else None
+        if choice.algorithm == "shared":
+            start = messages.address_of(vector) if packed else data.address
+            shared = self._shared.bind_bcast(start, data.nbytes, root, signature.word)
+            return self._keep_shared(key, signature, in_turn([before, shared, after]))
         ours = self.resources.algorithms("bcast")[choice.algorithm]
         steps = ours.steps(self.rank, self.size, root)
         plan = self._bind_whole(ours, vector.view("u1"), steps, choice, None, signature)
-        before = packed.pack if packed and self.rank == root else None
-        after = packed.unpack if packed and self.rank != root else None
         return self._keep(key, signature, [before, plan, after], plan.free, 0)
 
     # Collectives where the MPI library's own algorithm does the work; the calls are compared all the same
@@ -761,20 +782,22 @@ class Communicator(MPI.Intracomm):
         free: Run,
         lockstep_bytes: int,
     ) -> Bound:
-        acts = [move for move in moves if move is not None]
-        if len(acts) == 1:
-            body = acts[0]
-        else:
-
-            def body() -> None:
-                for act in acts:
-                    act()
-
-        bound = Bound(self._checked(signature, body, lockstep_bytes), free)
+        bound = Bound(self._checked(signature, in_turn(moves), lockstep_bytes), free)
         return bound if key is None else self.resources.keep(key, bound)
 
-    def _keep_shared(self, key: Hashable, signature: Signature, plan: Any) -> Bound:
-        bound = Bound(self._checked(signature, plan, 0))
+    def _keep_shared(self, key: Hashable, signature: Signature, plan: Run) -> Bound:
+        roll, shared = self.resources.roll, self._shared
+        word = roll.announce(signature) if roll else 0
+
+        def late(seconds: float, positions: list[int]) -> None:
+            if roll:
+                roll.late(word, seconds, positions)
+
+        def run() -> None:
+            shared.late = late
+            plan()
+
+        bound = Bound(run)
         return bound if key is None else self.resources.keep(key, bound)
 
     def _checked(self, signature: Signature, body: Run, lockstep_bytes: int) -> Run:
@@ -856,6 +879,19 @@ def standing(message: Message, count: int) -> Any:
     except (KeyError, ValueError):
         return message.raw
     return [MPI.memory.fromaddress(message.address, message.size * message.dtype.itemsize), count, datatype]
+
+
+def in_turn(moves: list[Run | None]) -> Run:
+    """One after the other."""
+    acts = [move for move in moves if move is not None]
+    if len(acts) == 1:
+        return acts[0]
+
+    def run() -> None:
+        for act in acts:
+            act()
+
+    return run
 
 
 def spreader(

@@ -100,11 +100,22 @@ class Resources:
         if self.topology.count > 1 or self.size == 1 or self.settings["HPCCOMM_SHARED_MEMORY"] == "off":
             return None
         try:
-            return SharedMemory(self.node)
+            made = SharedMemory(self.node)
         except TransportError as error:
             if self.rank == 0:
                 rollcall.tell(f"shared memory is not used, messages are slower: {error}")
             return None
+        made.mismatch = self.differing
+        return made
+
+    def differing(self, words: list[int]) -> MismatchError:
+        """The error when the ranks of a node brought different calls to shared memory."""
+        calls = {rank: self.called(rank, word) for rank, word in zip(self.members, words, strict=True)}
+        return MismatchError(complaint(calls, self.rank))
+
+    def called(self, rank: int, word: int) -> Signature | None:
+        """What a rank of this node calls by this word."""
+        return self.roll.called(rank, word) if self.roll else None
 
     @cached_property
     def hierarchical(self) -> Algorithm:
@@ -146,11 +157,8 @@ class Resources:
     def stranger(self, rank: int, tag: int, expected: int) -> MismatchError:
         """The error for a message of another call."""
         calls: dict[int, Signature | None] = {self.rank: None, rank: None}
-        if self.roll:
-            calls = {
-                self.rank: self.roll.called(self.rank, expected),
-                rank: self.roll.called(rank, tag),
-            }
+        if rank in self.members:
+            calls = {self.rank: self.called(self.rank, expected), rank: self.called(rank, tag)}
         if None in calls.values():
             return MismatchError(
                 f"rank {self.rank} got a message of another call from rank {rank}: {REMEDIES['collective']}, "

@@ -24,7 +24,7 @@ CALLS = 64
 """How many calls back a peer can still be compared."""
 TEXTS = 32
 TEXT_BYTES = 248
-STATUS, LEFT = CALLS, CALLS + 1
+STATUS, LEFT, GAVE_UP = CALLS, CALLS + 1, CALLS + 2
 LINE = CALLS + 16 + TEXTS * (TEXT_BYTES // 8 + 1)
 """64-bit words a rank."""
 
@@ -51,6 +51,7 @@ class RollCall:
         self._peers = [k * LINE for k, rank in enumerate(members) if rank != me]
         self._known: dict[int, Signature] = {}
         self._fine: set[tuple[int, int]] = set()
+        self._warned = (0, 0)
         self._seq = 0
         self.inside = 0
         """The number of the call that this rank is in; 0 outside."""
@@ -179,10 +180,34 @@ class RollCall:
                     self.compare(mine & 0x7FFFFFFF, theirs, peer)
                 except MismatchError as error:
                     return str(error)
+            gave_up = self._words[peer + GAVE_UP]
+            if gave_up and gave_up >> 31 == seq - 1:
+                calls = {self._me: self._known.get(mine & 0x7FFFFFFF), rank: self.text(peer, gave_up & 0x7FFFFFFF)}
+                return complaint(calls, self._me)
             if self._words[peer + LEFT] and abs(self._words[peer + STATUS]) < seq:
                 call = self._known.get(mine & 0x7FFFFFFF)
                 return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
         return None
+
+    def late(self, word: int, seconds: float, positions: list[int]) -> None:
+        """Some members have not come to a call in shared memory: raise when they never will."""
+        words, seq = self._words, self._seq
+        call = self._known.get(word)
+        for position in positions:
+            rank, line = self._members[position], position * LINE
+            status = words[line + STATUS]
+            elsewhere = self.text(line, words[line + (seq + 1) % CALLS] & 0x7FFFFFFF) if status == seq + 1 else None
+            if elsewhere or words[line + LEFT]:
+                words[self._base + GAVE_UP] = (seq << 31) | word
+                raise MismatchError(
+                    complaint({self._me: call, rank: elsewhere}, self._me)
+                    if elsewhere
+                    else f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
+                )
+        if seconds > patience() and self._warned != (seq, word):
+            self._warned = (seq, word)
+            absent = ranks([self._members[position] for position in positions])
+            tell(f"rank {self._me}: {call} not complete after {seconds:.0f} s; missing: {absent}")
 
     def missing(self) -> list[int]:
         """The members that have not come to the current call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,13 +16,25 @@ from hpccomm.signature import UNKNOWN, Signature, complaint, decode, differs
 SUM = Signature("Allreduce", "sum", "8", "float32", "", "C", "")
 
 
-def node(p: int) -> list[RollCall]:
-    memory = bytearray(rollcall.bytes_needed(p))
-    members = tuple(range(p))
-    return [RollCall(memory, members, me) for me in members]
+@pytest.fixture
+def node() -> Iterator[Callable[[int], list[RollCall]]]:
+    """A table of p ranks; closed afterwards, or the watchdog would end a rank that is left inside a call."""
+    made: list[RollCall] = []
+
+    def table(p: int) -> list[RollCall]:
+        memory = bytearray(rollcall.bytes_needed(p))
+        made.extend(RollCall(memory, tuple(range(p)), me) for me in range(p))
+        return made
+
+    yield table
+    for roll in made:
+        roll.close()
 
 
-def test_equal_calls_pass_in_any_order() -> None:
+Table = Callable[[int], list[RollCall]]
+
+
+def test_equal_calls_pass_in_any_order(node: Table) -> None:
     rolls = node(3)
     words = [roll.announce(SUM) for roll in rolls]
     for _ in range(200):
@@ -42,7 +55,7 @@ def test_equal_calls_pass_in_any_order() -> None:
         ({"collective": "Bcast", "root": "0"}, "same collective"),
     ],
 )
-def test_whoever_comes_late_names_the_ranks_the_calls_and_the_remedy(changed: dict[str, str], remedy: str) -> None:
+def test_whoever_comes_late_names_the_ranks_the_calls_and_the_remedy(node: Table, changed: dict[str, str], remedy: str) -> None:
     rolls = node(3)
     for roll in rolls[:2]:
         roll.enter(roll.announce(SUM))
@@ -53,7 +66,7 @@ def test_whoever_comes_late_names_the_ranks_the_calls_and_the_remedy(changed: di
     assert "rank 2 called" in str(error.value)
 
 
-def test_whoever_came_early_finds_out_on_leaving() -> None:
+def test_whoever_came_early_finds_out_on_leaving(node: Table) -> None:
     early, late = node(2)
     word = early.announce(SUM)
     early.enter(word)
@@ -63,7 +76,7 @@ def test_whoever_came_early_finds_out_on_leaving() -> None:
         early.leave(word)
 
 
-def test_all_ranks_raise_when_they_wait_for_each_other() -> None:
+def test_all_ranks_raise_when_they_wait_for_each_other(node: Table) -> None:
     rolls = node(4)
     errors: list[Any] = [None] * 4
 
@@ -84,13 +97,13 @@ def test_all_ranks_raise_when_they_wait_for_each_other() -> None:
     assert all("rank 1" in error for error in errors)
 
 
-def test_words_that_nobody_can_compare_are_no_mismatch() -> None:
+def test_words_that_nobody_can_compare_are_no_mismatch(node: Table) -> None:
     one, two = node(2)
     one.enter(one.announce(SUM))
     two.enter(two.announce(SUM._replace(count=UNKNOWN, dtype=UNKNOWN, order=UNKNOWN)))
 
 
-def test_a_rank_that_has_left_makes_a_call_hopeless() -> None:
+def test_a_rank_that_has_left_makes_a_call_hopeless(node: Table) -> None:
     here, gone = node(2)
     here.enter(here.announce(SUM))
     assert here.hopeless() is None
@@ -98,7 +111,7 @@ def test_a_rank_that_has_left_makes_a_call_hopeless() -> None:
     assert "rank 1 has left the program" in str(here.hopeless())
 
 
-def test_missing_ranks_are_those_that_have_not_come() -> None:
+def test_missing_ranks_are_those_that_have_not_come(node: Table) -> None:
     rolls = node(3)
     for me in (0, 2):
         rolls[me].enter(rolls[me].announce(SUM))
@@ -106,7 +119,7 @@ def test_missing_ranks_are_those_that_have_not_come() -> None:
     assert rolls[0].current() == "Allreduce(sum, 8 float32) (call 1)"
 
 
-def test_a_rank_far_ahead_is_not_compared() -> None:
+def test_a_rank_far_ahead_is_not_compared(node: Table) -> None:
     ahead, behind = node(2)
     word = ahead.announce(SUM)
     for _ in range(rollcall.CALLS + 3):

@@ -1,0 +1,50 @@
+"""``hpccomm <command>``: one table of commands; the chosen one is imported, the others are not."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from hpccomm import HpccommError, __version__
+
+COMMANDS = {
+    "bench": "measure collectives and messages, in OSU's or nccl-tests' format",
+    "train": "train a model on real data, gradients synchronised over the ranks",
+    "tune": "measure this machine's table of decisions",
+    "info": "what was found here, what is in force, and why",
+    "verify": "prove that schedules do what their collectives promise",
+    "predict": "price every algorithm on a cluster",
+    "plot": "draw a schedule, or the results of bench",
+}
+
+
+def parser(chosen: str | None) -> argparse.ArgumentParser:
+    """All commands in the help, the flags of the chosen one."""
+    made = argparse.ArgumentParser(prog="hpccomm", description=__doc__)
+    made.add_argument("--version", action="version", version=f"hpccomm {__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="command")
+    for name, summary in COMMANDS.items():
+        added = commands.add_parser(name, help=summary, description=summary, add_help=name != "bench")
+        if name == chosen:
+            module = import_module(f"hpccomm.commands.{name}")
+            module.add_arguments(added)
+            added.set_defaults(run=module.run)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    args = parser(chosen).parse_args(words)
+    try:
+        return int(args.run(args))
+    except (HpccommError, ImportError) as error:
+        sys.stderr.write(f"hpccomm {args.command}: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
