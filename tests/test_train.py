@@ -175,7 +175,7 @@ def test_epochs_report_time_and_bytes(comm: MPI.Intracomm) -> None:
         assert epoch.wire_bytes == allreduce_bytes(nbytes, comm.size)
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(sizes=(1, 4))
 @pytest.mark.parametrize("name", command.METHODS)
 def test_digits_are_learnt(comm: MPI.Intracomm, name: str) -> None:
     data, method = digits(), command.METHODS[name]
@@ -184,16 +184,15 @@ def test_digits_are_learnt(comm: MPI.Intracomm, name: str) -> None:
     assert epochs[-1].accuracy >= 0.95
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(sizes=(1, 4))
 @pytest.mark.parametrize("name", command.METHODS)
 def test_text_is_learnt_beyond_the_frequency_of_characters(comm: MPI.Intracomm, name: str) -> None:
-    data, method = stdlib(10_000), command.METHODS[name]
+    data, method = stdlib(20_000), command.METHODS[name]
     made = method.make(comm, method.lr, "auto")  # type: ignore[arg-type]
-    _, epochs = train(comm, data, network_for(data), made, Settings(1, 128, 0))
+    _, epochs = train(comm, data, network_for(data), made, Settings(1, 64, 0))
     shares = np.bincount(data.targets) / len(data.targets)
-    entropy = -float((shares[shares > 0] * np.log(shares[shares > 0])).sum())
-    assert epochs[-1].loss < entropy
-    assert epochs[-1].accuracy > shares.max()
+    assert epochs[-1].loss < -float((shares[shares > 0] * np.log(shares[shares > 0])).sum())
+    assert epochs[-1].accuracy > np.mean(data.test_targets == shares.argmax())
 
 
 # The command

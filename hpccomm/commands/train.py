@@ -1,12 +1,14 @@
 """``hpccomm train DATASET``: a real training job, with what each step costs in time and bytes.
 
-Only rank 0 prints, and every line is one write.
+Only rank 0 prints, and every line is one write.  Every rank computes with one thread unless
+``OMP_NUM_THREADS`` says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -56,7 +58,7 @@ def adam(comm: Communicator, lr: float, algorithm: str) -> Transform:
 
 METHODS = {
     "dense": Method("mean gradient, SGD with momentum 0.9", 0.1, dense),
-    "sgd": Method("mean gradient, SGD without momentum", 0.5, sgd),
+    "sgd": Method("mean gradient, SGD without momentum", 0.3, sgd),
     "adam": Method("mean gradient, Adam", 0.003, adam),
 }
 """To add a method is to add a row."""
@@ -98,11 +100,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, help="learning rate (default: the method's)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--algorithm", default="auto", help="of the allreduce (default: auto)")
+    parser.add_argument(
+        "--progress", action="store_true", help="show a bar under a launcher too (tqdm, stderr)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train on all ranks; 0, or 2 after an error of the command line."""
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # before NumPy loads its BLAS, whose threads would fight over cores
     from hpccomm.functional import communicator  # noqa: PLC0415
 
     comm = communicator()
@@ -183,7 +191,7 @@ def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
     settings = Settings(args.epochs, args.batch_size, args.seed)
     lr = METHODS[name].lr if args.lr is None else args.lr
     say(comm, headline(name, lr, args, comm) + HEADER)
-    bar = progress(comm, len(data.targets), settings)
+    bar = progress(comm, len(data.targets), settings, args.progress)
 
     def tell(epoch: Epoch) -> None:
         bar.clear()
@@ -239,11 +247,11 @@ class NoBar:
         """All steps are done."""
 
 
-def progress(comm: Communicator, samples: int, settings: Settings) -> NoBar:
-    """A bar on rank 0's terminal, where tqdm is installed."""
+def progress(comm: Communicator, samples: int, settings: Settings, wanted: bool) -> NoBar:
+    """A bar on rank 0's terminal, or where ``wanted``: most launchers hide the terminal.  Needs tqdm."""
     from hpccomm.train.loop import steps_in  # noqa: PLC0415
 
-    if comm.rank or not sys.stderr.isatty():
+    if comm.rank or not (wanted or sys.stderr.isatty()):
         return NoBar()
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
