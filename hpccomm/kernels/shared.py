@@ -178,11 +178,10 @@ def await_count(state, q, counter, count):
 
 def await_all(state, counter, count):
     """Wait until all others have come to a block."""
-    p, r = load(state + RANKS), load(state + RANK)
+    p, r, came = load(state + RANKS), load(state + RANK), True
     for i in range(1, p):
-        if not await_count(state, (r + i) % p, counter, count):
-            return False
-    return True
+        came = came and await_count(state, (r + i) % p, counter, count)
+    return came
 
 
 def say(state, counter, count):

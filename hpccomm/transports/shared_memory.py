@@ -49,6 +49,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,12 +75,15 @@ class Segment:
     """``nbytes`` zeroed bytes that all ranks of ``node`` share (collective).
 
     An anonymous file of rank 0 that the others open, else a file in /dev/shm that loses its name at once: nothing stays
-    behind when a job is killed.  Every rank reserves an equal part, so that a lack of memory is an error now and pages
-    lie close to who reserved them.
+    behind when a job is killed.  What is free is asked before anything is reserved: for an anonymous file the kernel
+    would rather kill processes than refuse.  Then every rank reserves an equal part, so that nothing is missing later
+    and pages lie close to who reserved them.
     """
 
     def __init__(self, node: Any, nbytes: int) -> None:
         self.size = -(-max(1, nbytes) // PAGE) * PAGE
+        free = free_bytes()
+        agree(node, self.size, f"{free:,} bytes are free" if self.size > free else "")
         self.file = open_together(node, self.size)
         self._forget = weakref.finalize(self, os.close, self.file)
         try:
@@ -94,6 +98,37 @@ class Segment:
         self._forget()
         with suppress(BufferError):
             self.buffer.close()
+
+
+def free_bytes() -> int:
+    """Memory that this process may still take: the machine's, or its control groups' if that is less."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                free = min(free, free_in_group("/sys/fs/cgroup/memory", path, *GROUP_V1))
+            elif not controllers:
+                free = min(free, free_in_group("/sys/fs/cgroup", path, *GROUP_V2))
+    return free
+
+
+GROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+GROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def free_in_group(root: str, path: str, limit: str, used: str, cached: str) -> int:
+    """The least that a control group or one of those around it has left; file cache counts as free."""
+    least, folder = 1 << 62, Path(root + path)
+    for group in (folder, *folder.parents):
+        with suppress(OSError, ValueError):
+            most, taken = int((group / limit).read_text()), int((group / used).read_text())
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            least = min(least, most - taken + int(statistics.get(cached, 0)))
+        if str(group) == root:
+            break
+    return least
 
 
 def open_together(node: Any, size: int) -> int:
@@ -199,6 +234,7 @@ class SharedMemory:
         self._node = node
         self._compiled = agreed_code(node, code)
         self._slot = slot_bytes(self.size)
+        self._direct = max(kernels.PAYLOAD_BYTES, min(kernels.BUFFER, DIRECT_BYTES // self.size))
         self._region = kernels.SLOTS + kernels.RING * self._slot
         self._segment = Segment(node, self.size * self._region)
         self._state = self._new_state(cores(node))
@@ -295,7 +331,7 @@ class SharedMemory:
             return moving(recv, send, nbytes)
         call = self._reduction(("allreduce", count), dtype, op, signature)
         put(call, kernels.PAST_CACHE, past_cache)
-        self._vector(call, send, recv, nbytes)
+        self._vector(call, send, recv, nbytes, self._direct)
         allocation = self._allocation((send, nbytes), (recv, nbytes)) if nbytes >= REGISTERED_BYTES else None
         if allocation:
             put(call, kernels.ALLOCATION, allocation.number)
@@ -315,7 +351,7 @@ class SharedMemory:
             return moving(recv, send, nbytes)
         call = self._reduction(("reduce", count, root), dtype, op, signature)
         put(call, kernels.ROOT, root)
-        self._vector(call, send, recv, nbytes)
+        self._vector(call, send, recv, nbytes, self._direct)
         return self._plan("reduce", call)
 
     def bind_reduce_scatter(
@@ -330,7 +366,7 @@ class SharedMemory:
         call = self._reduction(("reduce_scatter", tuple(counts)), dtype, op, signature, cuts)
         put(call, kernels.SEND, send)
         put(call, kernels.NBYTES, cuts[-1])
-        put(call, kernels.WAY, kernels.DIRECT if cuts[-1] <= DIRECT_BYTES else kernels.PIECES)
+        put(call, kernels.WAY, kernels.DIRECT if cuts[-1] <= kernels.BUFFER else kernels.PIECES)
         put(call, kernels.BLOCK, self._share())
         apart = recv + mine <= send or send + cuts[-1] <= recv or recv == send + cuts[self.rank]
         if apart:
@@ -355,7 +391,7 @@ class SharedMemory:
         call = self._call(("allgather", tuple(counts)), signature, [*counts, *places])
         put(call, kernels.SEND, send)
         put(call, kernels.RECV, recv)
-        put(call, kernels.WAY, kernels.DIRECT if max(counts) <= DIRECT_BYTES else kernels.PIECES)
+        put(call, kernels.WAY, kernels.DIRECT if max(counts) <= kernels.BUFFER else kernels.PIECES)
         put(call, kernels.BLOCK, min(self._slot, GATHER_BLOCK))
         return self._plan("allgather", call)
 
@@ -365,7 +401,7 @@ class SharedMemory:
             return moving(address, address, 0)
         call = self._call(("bcast", nbytes, root), signature)
         put(call, kernels.ROOT, root)
-        self._vector(call, address, address, nbytes)
+        self._vector(call, address, address, nbytes, kernels.BUFFER)
         put(call, kernels.BLOCK, min(self._slot, GATHER_BLOCK))
         return self._plan("bcast", call)
 
@@ -421,13 +457,14 @@ class SharedMemory:
         put(call, kernels.FOLD, self._fold(op, code))
         return call
 
-    def _vector(self, call: npt.NDArray[np.int64], send: int, recv: int, nbytes: int) -> None:
+    def _vector(self, call: npt.NDArray[np.int64], send: int, recv: int, nbytes: int, most: int) -> None:
+        """A call on a whole vector; up to ``most`` bytes in one go."""
         put(call, kernels.SEND, send)
         put(call, kernels.RECV, recv)
         put(call, kernels.NBYTES, nbytes)
         put(call, kernels.BLOCK, block_bytes(nbytes, self._slot))
         small = kernels.INLINE if nbytes <= kernels.PAYLOAD_BYTES else kernels.DIRECT
-        put(call, kernels.WAY, small if nbytes <= DIRECT_BYTES else kernels.PIECES)
+        put(call, kernels.WAY, small if nbytes <= most else kernels.PIECES)
 
     # Code
 
@@ -452,30 +489,28 @@ class SharedMemory:
         return Turn(self._segment.file)
 
     def _plan(self, name: str, call: npt.NDArray[np.int64], allocation: Allocation | None = None) -> Plan:
-        kernel, address = self._kernel(name), call.ctypes.data
+        kernel, address, resolve = self._kernel(name), call.ctypes.data, self._resolve
         held = (self._segment, call, allocation)
 
         def run() -> None:
-            code = kernel(address)
-            if code:
-                self._resolve(code, kernel, held[1])
+            try:
+                code = kernel(address)
+                if code:
+                    resolve(code, kernel, address)
+            except BaseException:
+                self._left(held[1])
+                raise
 
         return run
 
     # What a call returned
 
-    def _resolve(self, code: int, kernel: Callable[[int], int], call: npt.NDArray[np.int64]) -> None:
+    def _resolve(self, code: int, kernel: Callable[[int], int], address: int) -> None:
         began = time.monotonic()
-        try:
-            while code == kernels.AGAIN:
-                if self.late:
-                    self.late(time.monotonic() - began, self.missing())
-                code = kernel(call.ctypes.data)
-        except BaseException:
-            put(call, kernels.WAITING, 0)
-            self._abandon()
-            raise
-        put(call, kernels.WAITING, 0)
+        while code == kernels.AGAIN:
+            if self.late:
+                self.late(time.monotonic() - began, self.missing())
+            code = kernel(address)
         if code == kernels.MISMATCH:
             raise self.mismatch(self.peers_signatures())
         if code == kernels.SHUT:
@@ -485,8 +520,16 @@ class SharedMemory:
         if code == kernels.STUCK:
             raise self._stuck()
 
+    def _left(self, call: npt.NDArray[np.int64]) -> None:
+        """An exception, such as Ctrl-C, ended a call; if that was before all had come, nobody can go on."""
+        if call[kernels.WAITING // kernels.W]:
+            put(call, kernels.WAITING, 0)
+            self._abandon()
+
     def _abandon(self) -> None:
-        memory.store(self._segment.address + kernels.ABANDONED, 1 + self.rank)
+        flag = self._segment.address + kernels.ABANDONED
+        if not memory.load(flag):
+            memory.store(flag, 1 + self.rank)
 
     def _stuck(self) -> TransportError:
         culprit = memory.load(self._segment.address + kernels.ABANDONED) - 1
@@ -496,10 +539,10 @@ class SharedMemory:
         )
 
 
-REGISTERED_BYTES = 2048
-"""From here on registered arrays are reduced where they are."""
-DIRECT_BYTES = kernels.BUFFER
-"""Up to here every rank reduces everything, with one meeting."""
+REGISTERED_BYTES = 8192
+"""From here on registered arrays are reduced where they are; below, one meeting instead of two is worth a copy."""
+DIRECT_BYTES = 65536
+"""Up to so many bytes of all ranks together, every rank reduces everything: one meeting instead of two."""
 GATHER_BLOCK = 1 << 17
 """Blocks of calls that only copy."""
 

@@ -1,0 +1,202 @@
+"""The compiled reductions give the reference's bits; compiling in many processes at once does no harm."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpccomm.kernels import memory, reductions
+
+CASES = [("sum", code) for code in reductions.DEFINED["sum"]] + [
+    (op, code)
+    for op, codes in reductions.DEFINED.items()
+    for code in ("i2", "u8", "f4", "bf16", "b1")
+    if op != "sum" and code in codes
+]
+
+
+def stored(code: str) -> np.dtype[Any]:
+    return np.dtype("u2" if code == "bf16" else code)
+
+
+def numbers(code: str, n: int, seed: int) -> np.ndarray:
+    """Any bits for integers; small and large numbers, infinities and NaNs for floats."""
+    rng = np.random.default_rng(seed)
+    dtype = stored(code)
+    if dtype.kind in "iu" and code != "bf16":
+        return rng.integers(0, 256, n * dtype.itemsize, np.uint8).view(dtype)
+    if dtype.kind == "b":
+        return rng.integers(0, 2, n).astype(bool)
+    if dtype.kind == "c":
+        return (rng.integers(-9, 9, n) + 1j * rng.integers(-9, 9, n)).astype(dtype)
+    values = rng.normal(size=n) * 10.0 ** rng.integers(-6, 5, n)
+    values[rng.random(n) < 0.01] = np.nan
+    values[rng.random(n) < 0.01] = np.inf
+    with np.errstate(over="ignore"):
+        return reductions.narrow(values.astype("f4"), code) if code == "bf16" else values.astype(dtype)
+
+
+def compiled_fold(op: str, code: str, vectors: list[np.ndarray], out: np.ndarray, first: int = 0) -> None:
+    """Call the C function as the collectives do."""
+    import ctypes
+
+    from hpccomm.kernels import compiled
+
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold(op, code).address)
+    table = np.array([vector.ctypes.data for vector in vectors])
+    function(table.ctypes.data, len(vectors), first, out.ctypes.data, out.size)
+
+
+def same(a: np.ndarray, b: np.ndarray, code: str) -> bool:
+    """Equal bits, but one NaN is as good as another."""
+    if code == "bf16":
+        a, b = reductions.widen(a, code), reductions.widen(b, code)
+    return np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
+
+
+@pytest.mark.parametrize(("op", "code"), CASES)
+def test_compiled_reductions_equal_numpy(op: str, code: str) -> None:
+    for k, n in ((2, 1), (2, 5000), (3, 2049), (5, 333)):
+        vectors = [numbers(code, n, seed) for seed in range(k)]
+        expected, out = np.empty(n, stored(code)), np.empty(n, stored(code))
+        with np.errstate(all="ignore"):
+            reductions.reduce(op, "bfloat16" if code == "bf16" else code, vectors, expected)
+        compiled_fold(op, code, vectors, out)
+        assert same(out, expected, code), (k, n)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_the_result_may_replace_any_source(position: int) -> None:
+    vectors = [numbers("f8", 5000, seed) for seed in range(3)]
+    expected = (vectors[0] + vectors[1]) + vectors[2]
+    compiled_fold("sum", "f8", vectors, vectors[position])
+    assert np.array_equal(vectors[position], expected, equal_nan=True)
+
+
+def test_a_reduction_may_begin_anywhere_and_be_empty() -> None:
+    a, b, out = np.arange(10.0), np.arange(10.0), np.zeros(3)
+    compiled_fold("sum", "f8", [a, b], out, first=4)
+    assert out.tolist() == [8, 10, 12]
+    compiled_fold("sum", "f8", [a, b], out[:0])
+    assert out.tolist() == [8, 10, 12]
+
+
+@pytest.mark.parametrize("code", reductions.HALVES)
+def test_every_16_bit_float_is_read_and_written_exactly(code: str) -> None:
+    words = np.arange(1 << 16, dtype="u2")
+    nothing = np.full(1 << 16, 0x8000, "u2")  # -0 + x is x, also for x = -0
+    out = np.empty_like(words)
+    compiled_fold("sum", code, [words.view(stored(code)), nothing.view(stored(code))], out.view(stored(code)))
+    assert same(out.view(stored(code)), words.view(stored(code)), code)
+
+
+@pytest.mark.parametrize("code", reductions.HALVES)
+def test_16_bit_sums_are_rounded_once(code: str) -> None:
+    one, tiny = (1.0, 2.0**-12) if code == "f2" else (1.0, 2.0**-9)
+    values = [one, tiny, tiny, tiny, tiny, tiny]  # each alone is rounded away
+    vectors = [reductions.narrow(np.full(4, v, "f4"), code) for v in values]
+    out = np.empty(4, stored(code))
+    compiled_fold("sum", code, vectors, out)
+    assert (reductions.widen(out, code) > 1).all()
+    reference = np.empty_like(out)
+    reductions.reduce("sum", "bfloat16" if code == "bf16" else code, vectors, reference)
+    assert np.array_equal(out, reference)
+
+
+def test_a_nan_is_kept_wherever_it_is() -> None:
+    for op in ("min", "max"):
+        for position in range(3):
+            vectors = [np.full(8, float(k)) for k in range(3)]
+            vectors[position][5] = np.nan
+            out = np.empty(8)
+            compiled_fold(op, "f8", vectors, out)
+            assert np.isnan(out).tolist() == [k == 5 for k in range(8)]
+
+
+def test_bfloat16_is_known_by_name_and_by_dtype() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    assert reductions.code_of("bfloat16") == reductions.code_of(np.dtype(ml_dtypes.bfloat16)) == "bf16"
+    values = np.linspace(-3, 3, 1001).astype("f4")
+    expected = values.astype(ml_dtypes.bfloat16).view("u2")
+    assert np.array_equal(reductions.narrow(values, "bf16"), expected)
+
+
+def test_what_has_no_kernel_is_said_so() -> None:
+    assert reductions.defined("sum", np.float32)
+    assert not reductions.defined("sum", np.longdouble)
+    assert not reductions.defined("sum", ">f4")
+    assert not reductions.defined("min", np.complex128)
+    assert not reductions.defined("band", np.float32)
+    assert not reductions.defined("user-defined", np.float32)
+
+
+def test_python_and_compiled_agree_on_words_and_clocks() -> None:
+    import numba
+
+    from hpccomm.kernels import atomics
+
+    words = np.zeros(16, np.int64)
+    address = words.ctypes.data
+
+    @numba.njit
+    def write(address: int) -> int:
+        atomics.store(address, 7)
+        atomics.store_release(address + 8, atomics.load(address) + 1)
+        atomics.copy(address + 16, address, 16)
+        atomics.copy_past_cache(address + 32, address, 32)
+        return atomics.load_acquire(address + 8) + 0 * atomics.nanoseconds()
+
+    assert write(address) == memory.load_acquire(address + 8) == 8
+    assert words.tolist() == [7, 8, 7, 8, 7, 8, 7, 8] + 8 * [0]
+
+
+def test_copies_past_the_cache_are_exact_at_any_alignment() -> None:
+    import numba
+
+    from hpccomm.kernels import atomics
+
+    @numba.njit
+    def move(to: int, source: int, nbytes: int) -> None:
+        atomics.copy_past_cache(to, source, nbytes)
+
+    source = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
+    for shift in (0, 1, 7, 63):
+        for n in (0, 1, 63, 64, 65, 200, 900):
+            to = np.zeros(1000, np.uint8)
+            move(to.ctypes.data + shift, source.ctypes.data + 3, n)
+            assert np.array_equal(to[shift : shift + n], source[3 : 3 + n])
+            assert not to[:shift].any()
+            assert not to[shift + n :].any()
+
+
+COMPILE = """
+import numpy as np, sys
+from hpccomm.kernels import compiled
+import ctypes
+for op, expected in (("max", 5), ("sum", 8)):
+    f = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold(op, "i4").address)
+    a, b, out = np.full(9, 5, "i4"), np.full(9, 3, "i4"), np.zeros(9, "i4")
+    table = np.array([a.ctypes.data, b.ctypes.data])
+    f(table.ctypes.data, 2, 0, out.ctypes.data, 9)
+    assert (out == expected).all(), out
+"""
+
+
+def test_processes_that_compile_at_the_same_time_do_not_disturb_each_other(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE]
+    for _ in ("into an empty folder", "from what was left there"):
+        running = [subprocess.Popen(command, env=environment) for _ in range(3)]
+        assert [each.wait(timeout=120) for each in running] == [0, 0, 0]
+    assert list(tmp_path.rglob("*.nbi"))
+
+
+def test_without_a_folder_for_machine_code_it_is_compiled_again(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": "/proc/nowhere"}
+    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, timeout=120)

@@ -1,0 +1,633 @@
+"""Collectives over shared memory are exact, name mistakes, survive late ranks and leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpccomm.errors import MismatchError, TransportError
+from hpccomm.kernels import reductions
+from hpccomm.kernels import shared as kernels
+from hpccomm.transports.shared_memory import (
+    GROUP_V2,
+    Segment,
+    SharedMemory,
+    forget,
+    free_bytes,
+    free_in_group,
+)
+
+at = MPI.Get_address
+CODES = ("compiled", "numpy")
+LENGTHS = (0, 1, 2, 5, 12, 13, 1000, 8193, 70001)
+"""Elements: in a line, in the buffers, in one block, in several, never divisible by all p."""
+
+
+@contextmanager
+def sharing(comm: MPI.Intracomm, code: str = "compiled") -> Iterator[SharedMemory]:
+    shared = SharedMemory(MPI.Intracomm(comm), code)
+    yield shared
+    shared.close()
+
+
+def pattern(n: int, rank: int, dtype: Any = "f4") -> np.ndarray:
+    """Small integers, distinct for each rank and position."""
+    return ((np.arange(n) * 31 + 17 * rank) % 61).astype(dtype)
+
+
+def reduced(n: int, size: int, dtype: Any = "f4", op: str = "sum") -> np.ndarray:
+    out = np.empty(n, dtype)
+    reductions.reduce(op, dtype, [pattern(n, q, dtype) for q in range(size)], out)
+    return out
+
+
+def fails_together(comm: MPI.Intracomm, kind: type[Exception], act: Any, match: str = "") -> None:
+    """Every rank raises."""
+    try:
+        act()
+        raised: Exception | None = None
+    except kind as error:
+        raised = error
+    assert all(comm.allgather(raised is not None))
+    assert match in str(raised)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("code", CODES)
+def test_allreduce_is_exact(comm: MPI.Intracomm, code: str) -> None:
+    with sharing(comm, code) as shared:
+        for n in LENGTHS:
+            x, y = pattern(n, comm.rank), np.zeros(n, "f4")
+            plan = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 1)
+            in_place = shared.bind_allreduce(at(x), at(x), n, "f4", "sum", 2)
+            for _ in range(2):
+                y[:] = -1
+                plan()
+                assert np.array_equal(y, reduced(n, comm.size)), n
+            assert np.array_equal(x, pattern(n, comm.rank))
+            in_place()
+            assert np.array_equal(x, y), n
+
+
+@pytest.mark.mpi(sizes=(3,))
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("op", reductions.DEFINED)
+def test_every_operation_and_dtype(comm: MPI.Intracomm, code: str, op: str) -> None:
+    with sharing(comm, code) as shared:
+        for name in ("i1", "u8", "f4", "f2", "c16", "b1"):
+            if not shared.reduces(op, name):
+                continue
+            for n in (3, 500, 30000):
+                x = pattern(n, comm.rank, name)
+                shared.bind_allreduce(at(x), at(x), n, name, op, 3)()
+                assert np.array_equal(x, reduced(n, comm.size, name, op)), (op, name, n)
+
+
+@pytest.mark.mpi
+def test_sums_run_in_rank_order_on_every_rank(comm: MPI.Intracomm) -> None:
+    vectors = [np.random.default_rng(q).normal(size=70001) * 10.0 ** (q - 3) for q in range(comm.size)]
+    expected = vectors[0].copy()
+    for vector in vectors[1:]:
+        expected += vector
+    with sharing(comm) as shared:
+        for n in (5, 900, 70001):
+            y = np.empty(n)
+            x = vectors[comm.rank][:n].copy()
+            shared.bind_allreduce(at(x), at(y), n, "f8", "sum", 1)()
+            assert np.array_equal(y, expected[:n])
+        g = shared.empty(70001)
+        g[:] = vectors[comm.rank]
+        shared.bind_allreduce(at(g), at(g), g.size, "f8", "sum", 1)()
+        assert np.array_equal(g, expected)
+
+
+@pytest.mark.mpi
+def test_brain_floats_are_summed_in_float32(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        x = reductions.narrow(pattern(3000, comm.rank), "bf16")
+        shared.bind_allreduce(at(x), at(x), x.size, "bfloat16", "sum", 1)()
+        assert np.array_equal(x, reductions.narrow(reduced(3000, comm.size), "bf16"))
+
+
+@pytest.mark.mpi
+def test_results_written_around_the_cache_are_the_same(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        n = 400_003
+        x, y = pattern(n, comm.rank), np.zeros(n + 1, "f4")
+        shared.bind_allreduce(at(x), at(y[1:]), n, "f4", "sum", 1, past_cache=True)()
+        assert np.array_equal(y[1:], reduced(n, comm.size))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("code", CODES)
+def test_reduce_is_exact_for_every_root(comm: MPI.Intracomm, code: str) -> None:
+    with sharing(comm, code) as shared:
+        for root in range(comm.size):
+            for n in (1, 300, 70001, 200_003):
+                x, y = pattern(n, comm.rank), np.zeros(n, "f4")
+                recv = at(y) if comm.rank == root else 0
+                shared.bind_reduce(at(x), recv, n, "f4", "sum", root, 4)()
+                assert comm.rank != root or np.array_equal(y, reduced(n, comm.size))
+                recv = at(x) if comm.rank == root else 0
+                shared.bind_reduce(at(x), recv, n, "f4", "sum", root, 5)()
+                assert np.array_equal(
+                    x, reduced(n, comm.size) if comm.rank == root else pattern(n, comm.rank)
+                )
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("code", CODES)
+def test_reduce_scatter_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: str) -> None:
+    with sharing(comm, code) as shared:
+        for unit in (0, 1, 700, 60001):
+            counts = [unit * (q % 3) + q for q in range(comm.size)]
+            cuts = np.cumsum([0, *counts])
+            n = int(cuts[-1])
+            part = slice(cuts[comm.rank], cuts[comm.rank + 1])
+            x, y = pattern(n, comm.rank), np.zeros(counts[comm.rank], "f4")
+            shared.bind_reduce_scatter(at(x), at(y), counts, "f4", "sum", 6)()
+            assert np.array_equal(y, reduced(n, comm.size)[part])
+            assert np.array_equal(x, pattern(n, comm.rank))
+            shared.bind_reduce_scatter(at(x), at(x), counts, "f4", "sum", 7)()
+            assert np.array_equal(x[: counts[comm.rank]], reduced(n, comm.size)[part])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("code", CODES)
+def test_allgather_is_exact_with_uneven_parts_and_gaps(comm: MPI.Intracomm, code: str) -> None:
+    with sharing(comm, code) as shared:
+        for unit in (0, 3, 5000, 150_001):
+            counts = [unit * (q % 3 + 1) + q for q in range(comm.size)]
+            places = [int(place) for place in np.cumsum([1, *(count + 2 for count in counts)])[:-1]]
+            expected = np.zeros(places[-1] + counts[-1] + 5, "u1")
+            for q, (count, place) in enumerate(zip(counts, places, strict=True)):
+                expected[place : place + count] = pattern(count, q, "u1")
+            x, y = pattern(counts[comm.rank], comm.rank, "u1"), np.zeros_like(expected)
+            shared.bind_allgather(at(x), at(y), counts, places, 8)()
+            assert np.array_equal(y, expected)
+            z = np.zeros_like(expected)
+            z[places[comm.rank] : places[comm.rank] + counts[comm.rank]] = x
+            shared.bind_allgather(at(z) + places[comm.rank], at(z), counts, places, 9)()
+            assert np.array_equal(z, expected)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("code", CODES)
+def test_bcast_is_exact_from_every_root(comm: MPI.Intracomm, code: str) -> None:
+    with sharing(comm, code) as shared:
+        for root in range(comm.size):
+            for n in (0, 5, 48, 49, 32768, 32769, 1_000_003):
+                x = pattern(n, comm.rank, "u1")
+                shared.bind_bcast(at(x), n, root, 10)()
+                assert np.array_equal(x, pattern(n, root, "u1"))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("code", CODES)
+def test_alltoall_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: str) -> None:
+    r, p = comm.rank, comm.size
+
+    def length(source: int, to: int, unit: int) -> int:
+        return unit * ((source + 2 * to) % 3) + to
+
+    def letter(source: int, to: int, unit: int) -> np.ndarray:
+        return pattern(length(source, to, unit), 7 * source + to, "u1")
+
+    with sharing(comm, code) as shared:
+        for unit in (0, 10, 300_001):
+            send_counts, recv_counts = (
+                [length(r, q, unit) for q in range(p)],
+                [length(q, r, unit) for q in range(p)],
+            )
+            x = np.concatenate([letter(r, q, unit) for q in range(p)])
+            y = np.zeros(sum(recv_counts), "u1")
+            shared.bind_alltoall(
+                at(x), at(y), send_counts, starts(send_counts), recv_counts, starts(recv_counts), 11
+            )()
+            assert np.array_equal(y, np.concatenate([letter(q, r, unit) for q in range(p)]))
+
+
+def starts(counts: Sequence[int]) -> list[int]:
+    return [int(start) for start in np.cumsum([0, *counts])[:-1]]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("code", CODES)
+def test_nobody_leaves_a_barrier_before_all_have_come(comm: MPI.Intracomm, code: str) -> None:
+    with sharing(comm, code) as shared:
+        barrier, came = shared.bind_barrier(12), shared.empty(1, "i8")
+        came[0] = 0
+        comm.Barrier()
+        for turn in range(1, 30):
+            if turn % comm.size == comm.rank:
+                time.sleep(0.001)
+            came[0] = turn
+            barrier()
+            others = [peek(shared, came, q) for q in range(comm.size)]
+            assert min(others) >= turn
+
+
+def peek(shared: SharedMemory, array: np.ndarray, rank: int) -> int:
+    """The first word of another rank's copy of a registered array."""
+    allocation = next(iter(shared._registered.values()))
+    return kernels.load(allocation.copies + rank * allocation.stride)
+
+
+@pytest.mark.mpi
+def test_a_thousand_mixed_calls_in_any_order(comm: MPI.Intracomm) -> None:
+    """Calls of all kinds and sizes follow each other at once; lines, buffers and slots are never reused too early."""
+    rng = np.random.default_rng(comm.size)
+    p, r = comm.size, comm.rank
+    with sharing(comm) as shared:
+        registered = shared.empty(50_000, "i4")
+        for turn in range(1500):
+            kind, root = int(rng.integers(7)), int(rng.integers(p))
+            n = int(rng.integers(1, 10 ** int(rng.integers(1, 6)) // 2))
+            pause = int(rng.integers(8 * p))
+            if pause == r:
+                time.sleep(0.0005)
+            x, total = pattern(n, r + turn, "i4"), sum(pattern(n, q + turn, "i4") for q in range(p))
+            if kind == 0:
+                y = np.zeros(n, "i4")
+                shared.bind_allreduce(at(x), at(y), n, "i4", "sum", turn)()
+                assert np.array_equal(y, total)
+            elif kind == 1:
+                y = registered[:n]
+                y[:] = x
+                shared.bind_allreduce(at(y), at(y), n, "i4", "sum", turn)()
+                assert np.array_equal(y, total)
+            elif kind == 2:
+                shared.bind_reduce(at(x), at(x) if r == root else 0, n, "i4", "sum", root, turn)()
+                assert np.array_equal(x, total if r == root else pattern(n, r + turn, "i4"))
+            elif kind == 3:
+                shared.bind_bcast(at(x), x.nbytes, root, turn)()
+                assert np.array_equal(x, pattern(n, root + turn, "i4"))
+            elif kind == 4:
+                counts = [n // p + (q < n % p) for q in range(p)]
+                mine = slice(sum(counts[:r]), sum(counts[: r + 1]))
+                y = np.zeros(counts[r], "i4")
+                shared.bind_reduce_scatter(at(x), at(y), counts, "i4", "sum", turn)()
+                assert np.array_equal(y, total[mine])
+            elif kind == 5:
+                y = np.zeros(n * p, "i4")
+                shared.bind_allgather(at(x), at(y), [4 * n] * p, [4 * n * q for q in range(p)], turn)()
+                assert np.array_equal(y, np.concatenate([pattern(n, q + turn, "i4") for q in range(p)]))
+            else:
+                each = n // p
+                y, sizes, places = np.zeros(each * p, "i4"), [4 * each] * p, [4 * each * q for q in range(p)]
+                shared.bind_alltoall(at(x), at(y), sizes, places, sizes, places, turn)()
+                parts = [pattern(n, q + turn, "i4")[r * each : (r + 1) * each] for q in range(p)]
+                assert np.array_equal(y, np.concatenate(parts))
+
+
+@pytest.mark.mpi
+def test_a_plan_may_run_thousands_of_times(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        small, large = np.zeros(4, "i8"), np.zeros(20_000, "i8")
+        plans = [shared.bind_allreduce(at(x), at(x), x.size, "i8", "max", 1) for x in (small, large)]
+        turns = 3000 if comm.size <= 2 else 300
+        for turn in range(turns):
+            small[:], large[:] = turn + comm.rank, turn - comm.rank
+            for plan in plans:
+                plan()
+            assert small[0] == small[3] == turn + comm.size - 1
+            assert large[0] == large[-1] == turn
+
+
+# Mistakes
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("code", CODES)
+def test_different_signatures_raise_on_all_ranks_and_the_next_call_is_fine(
+    comm: MPI.Intracomm, code: str
+) -> None:
+    odd = comm.size - 1
+    with sharing(comm, code) as shared:
+        for n in (4, 1000, 100_000):
+            x, y = pattern(n, comm.rank), np.full(n, -1, "f4")
+            wrong = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 100 + (comm.rank == odd))
+            right = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 7)
+            for _ in range(3):
+                y[:] = -1
+                fails_together(comm, MismatchError, wrong, f"local ranks {odd}: 0x65")
+                assert shared.peers_signatures() == [100 + (q == odd) for q in range(comm.size)]
+                assert (y == -1).all()
+                right()
+                assert np.array_equal(y, reduced(n, comm.size))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_different_calls_are_noticed_even_under_one_signature(comm: MPI.Intracomm) -> None:
+    x, y = pattern(9000, comm.rank), np.zeros(9000, "f4")
+    with sharing(comm) as shared:
+        odd = comm.rank == comm.size // 2
+        pairs = [
+            (shared.bind_barrier(1), shared.bind_bcast(at(y), 9000, 0, 1)),
+            (shared.bind_bcast(at(y), 9000, 0, 1), shared.bind_bcast(at(y), 36000, 0, 1)),
+            (shared.bind_bcast(at(y), 36000, 0, 1), shared.bind_bcast(at(y), 36000, 1, 1)),
+            (
+                shared.bind_allreduce(at(x), at(y), 9000, "f4", "sum", 1),
+                shared.bind_allreduce(at(x), at(y), 8999, "f4", "sum", 1),
+            ),
+            (
+                shared.bind_allreduce(at(x), at(y), 9000, "f4", "sum", 1),
+                shared.bind_allreduce(at(x), at(y), 9000, "i4", "sum", 1),
+            ),
+            (
+                shared.bind_allreduce(at(x), at(y), 9000, "f4", "max", 1),
+                shared.bind_reduce(at(x), at(y), 9000, "f4", "max", 0, 1),
+            ),
+            (
+                shared.bind_reduce_scatter(at(x), at(y), [9] * comm.size, "f4", "sum", 1),
+                shared.bind_reduce_scatter(at(x), at(y), [8] * comm.size, "f4", "sum", 1),
+            ),
+            (
+                shared.bind_allgather(at(x), at(y), [9] * comm.size, starts([9] * comm.size), 1),
+                shared.bind_allgather(at(x), at(y), [8] * comm.size, starts([8] * comm.size), 1),
+            ),
+        ]
+        right = shared.bind_allreduce(at(x), at(x), 9000, "f4", "max", 2)
+        for usual, other in pairs:
+            fails_together(comm, MismatchError, other if odd else usual)
+            assert not y.any()
+            right()
+        assert np.array_equal(x, reduced(9000, comm.size, op="max"))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_the_caller_makes_the_error(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        shared.mismatch = lambda signatures: MismatchError(f"calls {signatures}")
+        wrong = shared.bind_barrier(comm.rank)
+        fails_together(comm, MismatchError, wrong, f"calls {list(range(comm.size))}")
+
+
+# Waiting
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("code", CODES)
+def test_a_late_rank_is_named_while_the_others_wait(comm: MPI.Intracomm, code: str) -> None:
+    late = comm.size - 1
+    with sharing(comm, code) as shared:
+        told: list[tuple[float, list[int]]] = []
+        shared.late = lambda seconds, missing: told.append((seconds, missing))
+        for n in (4, 1000, 100_000):
+            x = pattern(n, comm.rank)
+            plan = shared.bind_allreduce(at(x), at(x), n, "f4", "sum", 1)
+            comm.Barrier()
+            told.clear()
+            if comm.rank == late:
+                time.sleep(0.4)
+            plan()
+            assert np.array_equal(x, reduced(n, comm.size))
+            assert comm.rank == late or told[-1][1] == [late]
+            assert comm.rank == late or 0.02 < told[-1][0] < 30
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("code", CODES)
+def test_a_call_given_up_makes_the_others_raise_instead_of_waiting(comm: MPI.Intracomm, code: str) -> None:
+    class EnoughError(Exception):
+        pass
+
+    def give_up(seconds: float, missing: list[int]) -> None:
+        if comm.rank == 0:
+            raise EnoughError
+
+    with sharing(comm, code) as shared:
+        shared.late = give_up
+        x = pattern(100_000, comm.rank)
+        plan = shared.bind_allreduce(at(x), at(x), x.size, "f4", "sum", 1)
+        if comm.rank == comm.size - 1:
+            time.sleep(0.5)
+        with pytest.raises(EnoughError if comm.rank == 0 else TransportError):
+            plan()
+        fails_together(comm, TransportError, plan, "local rank 0 left a collective half done")
+    with sharing(comm, code) as shared:
+        shared.bind_barrier(1)()
+
+
+@pytest.mark.mpi(sizes=(4,))
+def test_parts_of_a_communicator_work_at_the_same_time(comm: MPI.Intracomm) -> None:
+    half = MPI.Intracomm(comm).Split(comm.rank % 2, -comm.rank)
+    with sharing(half) as ours, sharing(comm) as all_ranks:
+        for turn in range(50):
+            x, y = pattern(30_000, half.rank + turn), pattern(100, comm.rank)
+            ours.bind_allreduce(at(x), at(x), x.size, "f4", "sum", turn)()
+            all_ranks.bind_allreduce(at(y), at(y), y.size, "f4", "sum", turn)()
+            assert np.array_equal(x, sum(pattern(30_000, q + turn) for q in range(half.size)))
+            assert np.array_equal(y, reduced(100, comm.size))
+    half.Free()
+
+
+# Registered arrays
+
+
+@pytest.mark.mpi
+def test_registered_arrays_give_the_same_bits(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        a, b = shared.empty((7, 9001), "f4"), shared.empty(63_007, "f4")
+        assert a.shape == (7, 9001)
+        for lo, hi in ((0, 63_007), (5, 5 + 2048), (1, 40_000), (3, 3)):
+            a.ravel()[:], b[:] = pattern(63_007, comm.rank), -1
+            x, n = a.ravel()[lo:hi], hi - lo
+            expected = reduced(63_007, comm.size)[lo:hi]
+            shared.bind_allreduce(at(x), at(b), n, "f4", "sum", 1)()  # two allocations: by way of the slots
+            assert np.array_equal(b[:n], expected)
+            assert (b[n:] == -1).all()
+            shared.bind_allreduce(at(x), at(x), n, "f4", "sum", 2)()
+            assert np.array_equal(x, expected)
+
+
+@pytest.mark.mpi
+def test_registered_and_ordinary_arrays_may_meet(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        a, b = shared.empty(50_000, "f4"), shared.empty(50_000, "f4")
+        for n in (2500, 50_000):
+            for turn in range(2 * comm.size):
+                kind = (comm.rank + turn) % 3
+                x = (a, b, np.empty(50_000, "f4"))[kind][turn : turn + n]
+                x[:] = pattern(x.size, comm.rank)
+                shared.bind_allreduce(at(x), at(x), 2500, "f4", "sum", turn)()
+                assert np.array_equal(x[:2500], reduced(x.size, comm.size)[:2500])
+
+
+@pytest.mark.mpi
+def test_ranks_may_pass_different_places_of_one_registered_array(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        a = shared.empty(100_000, "f4")
+        a[:] = -1
+        x = a[100 * comm.rank :][:50_000]
+        x[:] = pattern(50_000, comm.rank)
+        shared.bind_allreduce(at(x), at(x), 50_000, "f4", "sum", 1)()
+        assert np.array_equal(x, reduced(50_000, comm.size))
+        assert (a[: 100 * comm.rank] == -1).all()
+        assert (a[100 * comm.rank + 50_000 :] == -1).all()
+
+
+@pytest.mark.mpi
+def test_out_of_place_between_parts_of_one_registered_array(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        a = shared.empty((2, 50_000), "f4")
+        a[0], a[1] = pattern(50_000, comm.rank), -1
+        shared.bind_allreduce(at(a[0]), at(a[1]), 50_000, "f4", "sum", 1)()
+        assert np.array_equal(a[0], pattern(50_000, comm.rank))
+        assert np.array_equal(a[1], reduced(50_000, comm.size))
+
+
+@pytest.mark.mpi
+def test_a_plan_outlives_its_registered_array_harmlessly(comm: MPI.Intracomm) -> None:
+    """A cached plan may find an ordinary array at the address of a registered one that is gone, on some ranks or all."""
+    with sharing(comm) as shared:
+        a = shared.empty(50_000, "f4")
+        plan = shared.bind_allreduce(at(a), at(a), a.size, "f4", "sum", 1)
+        (allocation,) = shared._registered.values()
+        for gone in ([], [0], range(comm.size)):
+            if comm.rank in gone:
+                forget(shared._registered, allocation)
+            a[:] = pattern(50_000, comm.rank)
+            plan()
+            assert np.array_equal(a, reduced(50_000, comm.size))
+
+
+@pytest.mark.mpi
+def test_a_registered_array_is_forgotten_with_its_last_view(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        a = shared.empty(50_000, "f4")
+        (allocation,) = shared._registered.values()
+        view = a[100:]
+        del a
+        gc.collect()
+        assert shared._registered
+        assert allocation.alive[0] == 1
+        del view
+        gc.collect()
+        assert not shared._registered
+        assert allocation.alive[0] == 0
+
+
+# What is left behind
+
+
+def holdings() -> tuple[int, int]:
+    """Open files and shared mappings of this process."""
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        shared = sum("hpccomm" in line for line in maps)
+    return len(os.listdir("/proc/self/fd")), shared
+
+
+@pytest.mark.mpi
+def test_nothing_leaks(comm: MPI.Intracomm) -> None:
+    def use(close: bool) -> None:
+        shared = SharedMemory(MPI.Intracomm(comm))
+        a, x = shared.empty(10_000), np.zeros(10_000)
+        for y in (a, x):
+            y[:] = 1
+            shared.bind_allreduce(at(y), at(y), y.size, "f8", "sum", 1)()
+            assert (y == comm.size).all()
+        if close:
+            shared.close()
+
+    use(close=True)
+    before = holdings()
+    for close in (True, False, True):
+        use(close)
+    assert holdings() == before
+
+
+@pytest.mark.mpi
+def test_arrays_outlive_the_transport(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        a = shared.empty(1000)
+        a[:] = comm.rank
+    assert (a == comm.rank).all()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_plan_that_outlives_the_transport_raises(comm: MPI.Intracomm) -> None:
+    with sharing(comm) as shared:
+        plan = shared.bind_barrier(1)
+        plan()
+    with pytest.raises(TransportError, match="outlived"):
+        plan()
+    with pytest.raises(TransportError, match="closed"):
+        shared.empty(3)
+
+
+@pytest.mark.mpi
+def test_memory_that_is_not_to_be_had_is_an_error_on_all_ranks(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, odd = MPI.Intracomm(comm), comm.size - 1
+    segment = Segment(node, 5000)
+    assert len(segment.buffer) == 8192
+    segment.close()
+
+    def refuse(file: int, first: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    fails_together(comm, TransportError, lambda: Segment(node, 1 << 60), "bytes are free")
+    if comm.rank != odd:
+        monkeypatch.undo()
+    before = holdings()
+    fails_together(comm, TransportError, lambda: Segment(node, 1 << 20), f"local rank {odd}: [Errno 28]")
+    assert holdings() == before
+
+
+def test_free_memory_is_the_least_of_all_limits_around(tmp_path: Path) -> None:
+    inner = tmp_path / "job" / "step"
+    inner.mkdir(parents=True)
+    for folder, limit, used in ((inner, "max", 10), (inner.parent, "1000", 700), (tmp_path, "5000", 800)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text("anon 1\ninactive_file 50\n")
+    assert free_in_group(str(tmp_path), "/job/step", *GROUP_V2) == 350
+    assert free_in_group(str(tmp_path), "/", *GROUP_V2) == 4250
+    assert 0 < free_bytes() < 1 << 50
+
+
+@pytest.mark.mpi
+def test_without_anonymous_files_a_named_one_loses_its_name_at_once(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a job that is killed leaves nothing in /dev/shm."""
+    monkeypatch.delattr(os, "memfd_create")
+    ours = {name for name in os.listdir("/dev/shm") if name.startswith("hpccomm-")}
+    with sharing(comm) as shared:
+        comm.Barrier()
+        assert {name for name in os.listdir("/dev/shm") if name.startswith("hpccomm-")} <= ours
+        x = pattern(100_000, comm.rank)
+        shared.bind_allreduce(at(x), at(x), x.size, "f4", "sum", 1)()
+        assert np.array_equal(x, reduced(x.size, comm.size))
+
+
+@pytest.mark.mpi
+def test_all_ranks_run_the_same_code_whatever_each_asks_for(comm: MPI.Intracomm) -> None:
+    with sharing(comm, CODES[comm.rank % 2]) as shared:
+        assert shared._compiled == (CODES[0] == "compiled")
+        x = pattern(10_000, comm.rank)
+        shared.bind_allreduce(at(x), at(x), x.size, "f4", "sum", 1)()
+        assert np.array_equal(x, reduced(x.size, comm.size))
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_where_stores_are_not_ordered_python_refuses(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    fails_together(
+        comm, TransportError, lambda: SharedMemory(MPI.Intracomm(comm), "numpy"), "pip install numba"
+    )
