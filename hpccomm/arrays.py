@@ -89,7 +89,7 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
 
 def is_registered(dtype: np.dtype[Any]) -> bool:
     """Whether another package added this dtype to NumPy, as ml_dtypes does with its narrow floats."""
-    return dtype.isbuiltin == 2  # noqa: PLR2004
+    return dtype.isbuiltin == 2
 
 
 # Precision
@@ -169,7 +169,7 @@ def to_torch(result: Array) -> Any:
 def bfloat16(who: str) -> np.dtype[Any]:
     """NumPy's bfloat16."""
     try:
-        import ml_dtypes  # noqa: PLC0415
+        import ml_dtypes
     except ImportError:
         raise ArgumentError(f"{who}: bfloat16 needs a package: pip install ml_dtypes") from None
     return np.dtype(ml_dtypes.bfloat16)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm import launcher, messages, operations
-from hpccomm.collectives.engine import bind, bind_lanes, even_cuts
+from hpccomm.collectives.engine import bind, bind_lanes
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.tuning import Choice
 from hpccomm.errors import ArgumentError
@@ -47,7 +47,7 @@ class Communicator(MPI.Intracomm):
     """``MPI.Intracomm`` with our collectives: ``Communicator(MPI.COMM_WORLD)``.
 
     ``algorithm`` names the algorithm of all calls that do not name their own and that it can do (``"auto"``).  Shares
-    the handle of the communicator it is made from.  The first collective call sets things up and is collective in any case.
+    the handle of the communicator it is made from.  The first collective call sets things up, on all ranks together.
     """
 
     algorithm: str
@@ -73,7 +73,7 @@ class Communicator(MPI.Intracomm):
         return self._resources
 
     @property
-    def topology(self) -> Topology:
+    def topology(self) -> Topology:  # type: ignore[override]
         """Which ranks share a node (the first use is collective)."""
         return self.resources.topology
 
@@ -142,7 +142,7 @@ class Communicator(MPI.Intracomm):
         """A communicator of some of the ranks."""
         return self._like(plain(self).Create(group))
 
-    def Create_group(self, group: MPI.Group, tag: int = 0) -> Communicator:  # type: ignore[override]
+    def Create_group(self, group: MPI.Group, tag: int = 0) -> Communicator:
         """A communicator of some of the ranks, made by them alone."""
         return self._like(plain(self).Create_group(group, tag))
 
@@ -173,9 +173,7 @@ class Communicator(MPI.Intracomm):
 
     # Collectives
 
-    def Allreduce(
-        self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None
-    ) -> None:
+    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None) -> None:
         """Reduce over all ranks, the result on all.  Buffers as in mpi4py; ``algorithm`` as in :meth:`algorithms`."""
         known = self._again.get((id(sendbuf), id(recvbuf), id(op), algorithm))
         if known is not None and recvbuf.dtype is known.dtype:
@@ -189,7 +187,7 @@ class Communicator(MPI.Intracomm):
             self._again.remember(sendbuf, recvbuf, op, algorithm, bound.run)
         bound.run()
 
-    def Allreduce_init(
+    def Allreduce_init(  # type: ignore[override]
         self,
         sendbuf: Any,
         recvbuf: Any,
@@ -200,9 +198,7 @@ class Communicator(MPI.Intracomm):
         """A bound Allreduce to ``Start`` and ``Wait`` for as often as you like."""
         return Persistent(self._bind_allreduce(None, sendbuf, recvbuf, op, algorithm), (sendbuf, recvbuf))
 
-    def _bind_allreduce(
-        self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None
-    ) -> Bound:
+    def _bind_allreduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None) -> Bound:
         who = self._who("Allreduce")
         send, recv = self._reduction_buffers(sendbuf, recvbuf, op, who)
         choice = self._choose("allreduce", recv, op, algorithm, who)
@@ -235,7 +231,7 @@ class Communicator(MPI.Intracomm):
             bound = self._bind_reduce(key, sendbuf, recvbuf, op, root, algorithm)
         bound.run()
 
-    def Reduce_init(
+    def Reduce_init(  # type: ignore[override]
         self,
         sendbuf: Any,
         recvbuf: Any,
@@ -290,7 +286,7 @@ class Communicator(MPI.Intracomm):
             bound = self._bind_reduce_scatter_block(key, sendbuf, recvbuf, op, algorithm)
         bound.run()
 
-    def Reduce_scatter_block_init(
+    def Reduce_scatter_block_init(  # type: ignore[override]
         self,
         sendbuf: Any,
         recvbuf: Any,
@@ -314,9 +310,7 @@ class Communicator(MPI.Intracomm):
         else:
             counts = ((recv.part(self.size) if in_place else recv.elements),) * self.size
             self._check_parts(send, recv, counts, in_place, who)
-        return self._bind_reduce_scatter(
-            key, "Reduce_scatter_block", (send, recv), counts, (op,), algorithm, in_place
-        )
+        return self._bind_reduce_scatter(key, "Reduce_scatter_block", (send, recv), counts, (op,), algorithm, in_place)
 
     def Reduce_scatter(
         self,
@@ -336,7 +330,7 @@ class Communicator(MPI.Intracomm):
         if key is None:
             bound.free()
 
-    def Reduce_scatter_init(
+    def Reduce_scatter_init(  # type: ignore[override]
         self,
         sendbuf: Any,
         recvbuf: Any,
@@ -403,7 +397,7 @@ class Communicator(MPI.Intracomm):
         steps = ours.steps(self.rank, self.size)
         plan = bind(steps, work, cuts, self.resources.messages, operations.combiner(op), signature.word)
         part = work[cuts[self.rank] : cuts[self.rank + 1]]
-        moves = [lambda: np.copyto(work, source), plan, lambda: np.copyto(into, part)]
+        moves: list[Run | None] = [lambda: np.copyto(work, source), plan, lambda: np.copyto(into, part)]
         return self._keep(key, signature, moves, plan.free, work.nbytes)
 
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
@@ -414,7 +408,7 @@ class Communicator(MPI.Intracomm):
             bound = self._bind_allgather(key, sendbuf, recvbuf, algorithm)
         bound.run()
 
-    def Allgather_init(
+    def Allgather_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
     ) -> Persistent:
         """A bound Allgather."""
@@ -434,7 +428,7 @@ class Communicator(MPI.Intracomm):
         bound.run()
         bound.free()
 
-    def Allgatherv_init(
+    def Allgatherv_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
     ) -> Persistent:
         """A bound Allgatherv."""
@@ -496,7 +490,7 @@ class Communicator(MPI.Intracomm):
             bound = self._bind_bcast(key, buf, root, algorithm)
         bound.run()
 
-    def Bcast_init(
+    def Bcast_init(  # type: ignore[override]
         self, buf: Any, root: int = 0, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
     ) -> Persistent:
         """A bound Bcast."""
@@ -635,9 +629,7 @@ class Communicator(MPI.Intracomm):
         if not 0 <= root < self.size:
             raise ArgumentError(f"{who}: root {root} is not one of the ranks 0 … {self.size - 1}")
 
-    def _check_parts(
-        self, send: Message, recv: Message, counts: tuple[int, ...], in_place: bool, who: str
-    ) -> None:
+    def _check_parts(self, send: Message, recv: Message, counts: tuple[int, ...], in_place: bool, who: str) -> None:
         if len(counts) != self.size or min(counts) < 0:
             raise ArgumentError(f"{who}: recvcounts {counts} for {self.size} ranks: pass one count a rank")
         total = sum(counts)
@@ -678,7 +670,13 @@ class Communicator(MPI.Intracomm):
         return self.resources.shared
 
     def _choose(
-        self, collective: str, data: Message, op: MPI.Op | None, algorithm: str | None, who: str, nbytes: int | None = None
+        self,
+        collective: str,
+        data: Message,
+        op: MPI.Op | None,
+        algorithm: str | None,
+        who: str,
+        nbytes: int | None = None,
     ) -> Choice:
         names = self.resources.names(collective)
         if algorithm is not None and algorithm not in names:
@@ -713,7 +711,9 @@ class Communicator(MPI.Intracomm):
         if data.opaque:
             return f"{who}: algorithm={wanted!r} cannot reduce a derived datatype: leave the algorithm out"
         others = ", ".join(repr(name) for name in fits)
-        return f"{who}: algorithm={wanted!r} cannot do this operation in rank order on {data.dtype}: use one of {others}"
+        return (
+            f"{who}: algorithm={wanted!r} cannot do this operation in rank order on {data.dtype}: use one of {others}"
+        )
 
     def _signature(
         self,
@@ -894,9 +894,7 @@ def in_turn(moves: list[Run | None]) -> Run:
     return run
 
 
-def spreader(
-    work: npt.NDArray[Any], cuts: Any, recv: Message, counts: tuple[int, ...], displs: tuple[int, ...]
-) -> Run:
+def spreader(work: npt.NDArray[Any], cuts: Any, recv: Message, counts: tuple[int, ...], displs: tuple[int, ...]) -> Run:
     """Copy what was gathered side by side to where the user wants each part."""
     pairs = [
         (recv.vector(count, displ), work[cuts[k] : cuts[k + 1]])

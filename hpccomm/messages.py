@@ -1,4 +1,4 @@
-"""What a user hands to a collective, understood once: where it lies, how many elements of what, and whether we may write.
+"""What a user hands to a collective, understood once: where it lies, how many elements of what, may we write.
 
 Takes every form mpi4py takes.  A form whose bytes do not simply follow one another (derived datatypes, ``BOTTOM``) is
 *opaque*: it keeps mpi4py's own treatment.
@@ -98,7 +98,8 @@ def at(address: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """``count`` elements at an address."""
     if not count:
         return np.empty(0, dtype)
-    return np.frombuffer(MPI.memory.fromaddress(address, count * dtype.itemsize), dtype)
+    memory: Any = MPI.memory.fromaddress(address, count * dtype.itemsize)
+    return np.frombuffer(memory, dtype)
 
 
 def read(given: Any, who: str) -> Message:

@@ -27,7 +27,7 @@ class Signature(NamedTuple):
 
     collective: str
     op: str = ""
-    count: str = ""
+    count: str = ""  # type: ignore[assignment]
     dtype: str = ""
     root: str = ""
     order: str = ""

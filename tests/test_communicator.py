@@ -154,7 +154,9 @@ def test_allgatherv_puts_uneven_parts_where_they_are_wanted(comm: Communicator) 
     displs = [10 * (comm.size - 1 - rank) for rank in range(comm.size)]
     for algorithm in comm.algorithms("allgather"):
         b = np.full(10 * comm.size, -1, "f4")
-        comm.Allgatherv(operand(comm.rank, counts[comm.rank], "f4"), [b, counts, displs, MPI.FLOAT], algorithm=algorithm)
+        comm.Allgatherv(
+            operand(comm.rank, counts[comm.rank], "f4"), [b, counts, displs, MPI.FLOAT], algorithm=algorithm
+        )
         want = np.full(10 * comm.size, -1, "f4")
         for rank, (count, displ) in enumerate(zip(counts, displs, strict=True)):
             want[displ : displ + count] = operand(rank, count, "f4")
@@ -328,7 +330,10 @@ def test_ranks_that_call_different_things_all_raise_and_can_go_on(comm: Communic
     odd = comm.rank == comm.size - 1
     n = 1 << 18
     pairs: list[tuple[Any, Any]] = [
-        (lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n, "f4")), lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n, "i4"))),
+        (
+            lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n, "f4")),
+            lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n, "i4")),
+        ),
         (lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n)), lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n), MPI.MAX)),
         (lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n)), lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n + 1))),
     ]

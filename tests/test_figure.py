@@ -71,7 +71,7 @@ def test_a_drawing_has_an_arrow_and_a_label_a_message(tmp_path: Path) -> None:
     drawing = out.read_text(encoding="utf-8")
     assert drawing.count('id="patch_') >= verify("tree", "bcast", 5, 2).messages
     assert "<!-- a title -->" in drawing
-    assert drawing.count("<!-- rank ") == 5  # noqa: PLR2004
+    assert drawing.count("<!-- rank ") == 5
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 
 def test_importing_the_figure_does_not_import_matplotlib() -> None:
-    import subprocess  # noqa: PLC0415
+    import subprocess
 
     code = (
         "import sys, hpccomm.collectives.figure, hpccomm.commands.plot; sys.exit('matplotlib' in sys.modules)"

@@ -55,7 +55,9 @@ def test_equal_calls_pass_in_any_order(node: Table) -> None:
         ({"collective": "Bcast", "root": "0"}, "same collective"),
     ],
 )
-def test_whoever_comes_late_names_the_ranks_the_calls_and_the_remedy(node: Table, changed: dict[str, str], remedy: str) -> None:
+def test_whoever_comes_late_names_the_ranks_the_calls_and_the_remedy(
+    node: Table, changed: dict[str, str], remedy: str
+) -> None:
     rolls = node(3)
     for roll in rolls[:2]:
         roll.enter(roll.announce(SUM))

@@ -148,7 +148,7 @@ def test_the_reason_says_where_when_and_on_which_mpi_it_was_measured() -> None:
 
 def test_segments_come_with_the_row() -> None:
     table = Table((*rows("native", {8: 9.0, 1 << 20: 9.0}), *rows("chain", {8: 1.0}, segment_bytes=4096)))
-    assert choose(table, 8).segment_bytes == 4096  # noqa: PLR2004
+    assert choose(table, 8).segment_bytes == 4096
     assert choose(TABLE, 1 << 20).segment_bytes is None
 
 
@@ -388,7 +388,7 @@ def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest
 
     def measure_one(comm: Any, site: Any, task: Any) -> Any:
         ran.append(task)
-        if len(ran) == 3:  # noqa: PLR2004
+        if len(ran) == 3:
             raise KeyboardInterrupt
         return [
             Row(task.collective, name, *site[:2], task.bytes, 1.0, mpi=MPI) for name in ("native", "ring")

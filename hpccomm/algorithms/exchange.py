@@ -94,7 +94,7 @@ def reports(state: Any) -> Iterator[ExchangeReport]:
             yield from reports(each)
 
 
-def synchronous_sgd(  # noqa: PLR0913
+def synchronous_sgd(
     comm: MPI.Intracomm,
     lr: float | Schedule,
     *,
@@ -116,7 +116,7 @@ def synchronous_sgd(  # noqa: PLR0913
     return chain(*parts, descend(lr))
 
 
-def synchronous_adam(  # noqa: PLR0913
+def synchronous_adam(
     comm: MPI.Intracomm,
     lr: float | Schedule,
     *,

@@ -33,7 +33,7 @@ class Setting(NamedTuple):
     """What an exercise is made for."""
 
     comm: Any
-    count: int
+    count: int  # type: ignore[assignment]
     dtype: Any
     in_place: bool
     allocate: Allocate
@@ -287,7 +287,9 @@ CASES: dict[str, Case] = {
     "allgather": Case("Allgather", gathering("Allgather", False), True, shared_out),
     "allgatherv": Case("Allgatherv", gathering("Allgatherv", True), True, shared_out),
     "alltoall": Case("All-to-All Personalized Exchange", exchanging("Alltoall", False), True, shared_out, chosen=False),
-    "alltoallv": Case("All-to-Allv Personalized Exchange", exchanging("Alltoallv", True), True, shared_out, chosen=False),
+    "alltoallv": Case(
+        "All-to-Allv Personalized Exchange", exchanging("Alltoallv", True), True, shared_out, chosen=False
+    ),
     "gather": Case("Gather", collecting("Gather", False), True, shared_out, rooted=True, chosen=False),
     "gatherv": Case("Gatherv", collecting("Gatherv", True), True, shared_out, rooted=True, chosen=False),
     "scatter": Case("Scatter", dealing("Scatter", False), True, shared_out, rooted=True, chosen=False),

@@ -120,9 +120,7 @@ def measured(
     for turn in np.array_split(np.arange(timed), min(TURNS, timed)):
         for name, call in calls.items():
             time_calls(plain(comm), call, turn.tolist(), times[name], options.roots)
-    return [
-        summarised(comm, collective, name, size, times[name], wrong[name], options) for name in algorithms
-    ]
+    return [summarised(comm, collective, name, size, times[name], wrong[name], options) for name in algorithms]
 
 
 def caller(comm: Any, case: Case, exercise: Exercise, algorithm: str) -> Callable[[int], None]:
@@ -139,7 +137,7 @@ def caller(comm: Any, case: Case, exercise: Exercise, algorithm: str) -> Callabl
 def allocator(comm: Any, options: Options) -> Any:
     """Where the buffers come from."""
     if not options.registered:
-        return lambda count, dtype: np.zeros(count, dtype)
+        return np.zeros
     if not hasattr(comm, "empty"):
         raise ArgumentError("registered memory is made by comm.empty, which this communicator has not")
     return comm.empty
@@ -223,9 +221,13 @@ def predicted(comm: Any, collective: str, algorithm: str, nbytes: int) -> float 
     """The model's price, where it has one for this algorithm on this many ranks."""
     from hpccomm.collectives import ALGORITHMS, cost
 
-    resources = getattr(comm, "resources", None)
-    even = resources is not None and comm.topology.even
-    if not even or comm.size == 1 or algorithm not in (*ALGORITHMS.get(collective, {}), "hierarchical"):
+    resources: Any = getattr(comm, "resources", None)
+    if (
+        resources is None
+        or not comm.topology.even
+        or comm.size == 1
+        or algorithm not in (*ALGORITHMS.get(collective, {}), "hierarchical")
+    ):
         return None
     shape = comm.topology.count, comm.topology.per_node[0]
     return float(cost.prediction(algorithm, collective, *shape, nbytes, resources.table.machine).us)

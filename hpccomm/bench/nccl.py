@@ -36,7 +36,8 @@ def header() -> str:
     units = f"{'(us)':>7}  {'(GB/s)':>6}  {'(GB/s)':>6}  {'':>6}"
     names = f"#{'size':>11}  {'count':>12}  {'type':>8}  {'redop':>6}  {'root':>6}  "
     over = f"#{'':>56}{'out-of-place':>27}  {'in-place':>27}\n"
-    return f"#\n{over}{names}{half}  {half}\n#{'(B)':>11}  {'(elements)':>12}  {'':>8}  {'':>6}  {'':>6}  {units}  {units}\n"
+    below = f"#{'(B)':>11}  {'(elements)':>12}  {'':>8}  {'':>6}  {'':>6}  {units}  {units}\n"
+    return f"#\n{over}{names}{half}  {half}\n{below}"
 
 
 def line(apart: Row, in_place: Row) -> str:

@@ -28,7 +28,9 @@ def draw(paths: Sequence[str], out: str) -> None:
     from matplotlib import pyplot
 
     files = [read(path) for path in paths]
-    groups = [lines_of(file, Path(path).stem if len(paths) > 1 else "") for file, path in zip(files, paths, strict=True)]
+    groups = [
+        lines_of(file, Path(path).stem if len(paths) > 1 else "") for file, path in zip(files, paths, strict=True)
+    ]
     panels = 3 if any(ratios(group) for group in groups) else 2
     figure, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 4.4), constrained_layout=True)
     for group in groups:
@@ -47,7 +49,9 @@ def read(path: str) -> dict[str, Any]:
         if not found["rows"] or "algorithm" not in found["rows"][0]:
             raise KeyError
     except (OSError, ValueError, KeyError, TypeError):
-        raise ArgumentError(f"{path} holds no measurements of collectives: write it with hpccomm bench --json") from None
+        raise ArgumentError(
+            f"{path} holds no measurements of collectives: write it with hpccomm bench --json"
+        ) from None
     return found
 
 

@@ -14,7 +14,8 @@ allgather          lg p                          (p−1)/p n
 Bruck allgather    ⌈lg p⌉, never folded          (p−1)/p n
 =================  ============================  ===================================
 
-Thakur, Rabenseifner & Gropp, Int. J. High Perform. Comput. Appl. 2005; Bruck et al., IEEE Trans. Parallel Distrib. Syst. 1997.
+Thakur, Rabenseifner & Gropp, Int. J. High Perform. Comput. Appl. 2005;
+Bruck et al., IEEE Trans. Parallel Distrib. Syst. 1997.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ reduction; nothing is looked up, sliced or checked any more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,8 +26,13 @@ Combine = Callable[[Vector, Vector, Vector], Any]
 class Exchange(Protocol):
     """A send and a receive bound to memory: start both, then wait for both."""
 
-    starts: Sequence[Action]
-    waits: Sequence[Action]
+    @property
+    def starts(self) -> Sequence[Action]:
+        """What begins it."""
+
+    @property
+    def waits(self) -> Sequence[Action]:
+        """What ends it."""
 
     def free(self) -> None:
         """Give back what the transport holds for it."""
@@ -35,8 +41,13 @@ class Exchange(Protocol):
 class Transport(Protocol):
     """How bytes move between ranks."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int:
+        """This rank."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
 
     def exchange(self, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int) -> Exchange:
         """Bind one message out and one in; ``None`` for no message."""
@@ -71,7 +82,7 @@ def even_cuts(count: int, blocks: int) -> npt.NDArray[np.int64]:
 def segments(count: int, lanes: int) -> list[slice]:
     """The vector's contiguous segments, one a lane."""
     cuts = even_cuts(count, max(1, min(lanes, count)))
-    return [slice(lo, hi) for lo, hi in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)]
+    return [slice(lo, hi) for lo, hi in pairwise(cuts.tolist())]
 
 
 def bind(
@@ -96,7 +107,7 @@ def bind_lanes(
     combine: Combine | None = None,
     tag: int = 0,
 ) -> Plan:
-    """Bind a schedule whose blocks may lie anywhere (allreduce, bcast, reduce) to a vector cut into ``lanes`` segments."""
+    """Bind a schedule whose blocks may lie anywhere (allreduce, bcast, reduce) to a vector in ``lanes`` segments."""
     script = list(steps)
     bound = []
     for segment in segments(vector.size, lanes):
@@ -130,9 +141,7 @@ def interleaved(lanes: list[list[Round]]) -> Plan:
 class Lane:
     """One segment of the vector on its way through a schedule."""
 
-    def __init__(
-        self, vector: Vector, cuts: Any, transport: Transport, combine: Combine | None, tag: int
-    ) -> None:
+    def __init__(self, vector: Vector, cuts: Any, transport: Transport, combine: Combine | None, tag: int) -> None:
         self.vector, self.transport, self.combine, self.tag = vector, transport, combine, tag
         self.cuts = [int(cut) for cut in cuts]
         self._spare = np.empty(0, vector.dtype)
@@ -154,10 +163,7 @@ class Lane:
         out = [piece for piece in self.pieces(step.send) if to >= 0 and piece.size]
         into = [piece for piece in self.pieces(step.recv) if source >= 0 and piece.size]
         landing = self.landing(into) if step.reduce else into
-        exchanges = [
-            self.transport.exchange(send, to, recv, source, self.tag)
-            for send, recv in paired(out, landing)
-        ]
+        exchanges = [self.transport.exchange(send, to, recv, source, self.tag) for send, recv in paired(out, landing)]
         operands = zip(landing, into, strict=True) if step.reduce else ()
         return Round(exchanges, [self.reduction(new, mine, source) for new, mine in operands])
 
@@ -167,7 +173,7 @@ class Lane:
         if self._spare.size < need:
             self._spare = np.empty(need, self.vector.dtype)
         ends = np.cumsum([0, *(piece.size for piece in into)]).tolist()
-        return [self._spare[lo:hi] for lo, hi in zip(ends[:-1], ends[1:], strict=True)]
+        return [self._spare[lo:hi] for lo, hi in pairwise(ends)]
 
     def reduction(self, new: Vector, mine: Vector, source: int) -> Action:
         """Join what arrived with what is here, the lower rank's part on the left."""

@@ -70,7 +70,7 @@ def draw(algorithm: Algorithm, p: int, out: str | Path, title: str, *root: int) 
     An arrow has the colour of its first block; it is solid where what arrives is summed, dashed where copied.
     """
     try:
-        from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'hpccomm[plot]'") from error
     columns = list(rounds(algorithm, p, *root))
@@ -99,7 +99,7 @@ def draw_round(axes: Any, x: int, column: Round, blocks: int) -> None:
 
 def colour_of(block: int, blocks: int) -> Any:
     """As many well-told-apart colours as there are blocks."""
-    from matplotlib import colormaps  # noqa: PLC0415
+    from matplotlib import colormaps
 
     few = 10
     return (

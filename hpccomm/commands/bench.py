@@ -32,7 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-f", "--full", action="store_true", help="minimum and maximum over the ranks, iterations")
     add("-c", "--validation", action="store_true", help="check every element of the results, exactly")
     add("-u", "--validation-warmup", type=int, default=5, metavar="N", help="checked calls a size (5)")
-    add("-z", "--tail-lat", nargs="?", const="50,90,99", default="", metavar="P,P", help="percentiles, attached: -z50,99")
+    add(
+        "-z",
+        "--tail-lat",
+        nargs="?",
+        const="50,90,99",
+        default="",
+        metavar="P,P",
+        help="percentiles, attached: -z50,99",
+    )
     add("-T", "--type", action="append", metavar="TYPE", help="mpi_float (default), mpi_char, mpi_int, mpi_double, all")
     add("-l", "--in-place", action="store_true", help="in place")
     add("-k", "--root-rank", default="fixed:0", metavar="fixed:R|rotate", help="the root of rooted collectives")
@@ -177,7 +185,7 @@ def run_collective(comm: Any, name: str, args: argparse.Namespace) -> int:
         return 1
     from hpccomm.bench.loop import Options
 
-    status, rows = 0, []
+    status, rows = 0, list[Any]()
     algorithms = algorithms_of(comm, name, args)
     for word in datatypes_of(args):
         options = Options(
@@ -269,7 +277,11 @@ def nccl_table(
         say(comm, nccl.preamble(program, timed, untimed, options.check) + "".join(devices or []) + nccl.header())
         for size in watched(comm, sizes_within(comm, name, args)):
             apart = list(measure(comm, name, [size], [algorithm], replace(options, in_place=False)))
-            inside = apart if name == "bcast" else list(measure(comm, name, [size], [algorithm], replace(options, in_place=True)))
+            inside = (
+                apart
+                if name == "bcast"
+                else list(measure(comm, name, [size], [algorithm], replace(options, in_place=True)))
+            )
             for left, right in zip(apart, inside, strict=True):
                 say(comm, nccl.line(left, right))
                 mine += [left, right]

@@ -115,7 +115,7 @@ def transports(comm: Any) -> dict[str, str]:
 def device() -> str:
     """Whether there is a device, and whether this MPI takes its pointers."""
     try:
-        import cupy  # noqa: PLC0415
+        import cupy
     except ImportError:
         return "CuPy is not installed (pip install 'hpccomm[cuda12]' or 'hpccomm[cuda13]')"
     if not cupy.cuda.is_available():

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 def draw_measurements(args: argparse.Namespace) -> int:
     """Curves of one or several benchmark files."""
-    from hpccomm.bench import plot  # noqa: PLC0415
+    from hpccomm.bench import plot
 
     if args.out is None:
         raise ArgumentError("measurements need --out FILE.png")

@@ -37,21 +37,21 @@ class Method(NamedTuple):
 
 def sgd(comm: Communicator, lr: float, algorithm: str) -> Transform:
     """Dense, without momentum."""
-    from hpccomm.algorithms.exchange import synchronous_sgd  # noqa: PLC0415
+    from hpccomm.algorithms.exchange import synchronous_sgd
 
     return synchronous_sgd(comm, lr, algorithm=algorithm)
 
 
 def dense(comm: Communicator, lr: float, algorithm: str) -> Transform:
     """The yardstick: dense, with momentum."""
-    from hpccomm.algorithms.exchange import synchronous_sgd  # noqa: PLC0415
+    from hpccomm.algorithms.exchange import synchronous_sgd
 
     return synchronous_sgd(comm, lr, momentum=0.9, algorithm=algorithm)
 
 
 def adam(comm: Communicator, lr: float, algorithm: str) -> Transform:
     """Dense Adam."""
-    from hpccomm.algorithms.exchange import synchronous_adam  # noqa: PLC0415
+    from hpccomm.algorithms.exchange import synchronous_adam
 
     return synchronous_adam(comm, lr, algorithm=algorithm)
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault(
         "OMP_NUM_THREADS", "1"
     )  # before NumPy loads its BLAS, whose threads would fight over cores
-    from hpccomm.functional import communicator  # noqa: PLC0415
+    from hpccomm.functional import communicator
 
     comm = communicator()
     try:
@@ -168,7 +168,7 @@ def check_file(file: Path | None, comm: Communicator) -> None:
 
 def loaded(args: argparse.Namespace, comm: Communicator) -> Dataset:
     """Rank 0's copy of the data on all ranks: nodes may carry other versions of it."""
-    from hpccomm.train.datasets import DATASETS  # noqa: PLC0415
+    from hpccomm.train.datasets import DATASETS
 
     found: Dataset | HpccommError | None = None
     if comm.rank == 0:
@@ -185,8 +185,8 @@ def loaded(args: argparse.Namespace, comm: Communicator) -> Dataset:
 
 def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any]:
     """One method's run: the object for ``--json``."""
-    from hpccomm.train.loop import Settings, train  # noqa: PLC0415
-    from hpccomm.train.networks import network_for  # noqa: PLC0415
+    from hpccomm.train.loop import Settings, train
+    from hpccomm.train.networks import network_for
 
     settings = Settings(args.epochs, args.batch_size, args.seed)
     lr = METHODS[name].lr if args.lr is None else args.lr
@@ -228,7 +228,7 @@ def line(first: str, epoch: Epoch) -> str:
 
 def row(name: str, epochs: list[dict[str, Any]]) -> str:
     """A run: the last epoch's loss and accuracy, the time of all."""
-    from hpccomm.train.loop import Epoch  # noqa: PLC0415
+    from hpccomm.train.loop import Epoch
 
     times = {key: sum(each[key] for each in epochs) for key in ("compute_s", "communication_s")}
     return line(f"  {name:<9}", Epoch(**epochs[-1])._replace(**times))
@@ -249,12 +249,12 @@ class NoBar:
 
 def progress(comm: Communicator, samples: int, settings: Settings, wanted: bool) -> NoBar:
     """A bar on rank 0's terminal, or where ``wanted``: most launchers hide the terminal.  Needs tqdm."""
-    from hpccomm.train.loop import steps_in  # noqa: PLC0415
+    from hpccomm.train.loop import steps_in
 
     if comm.rank or not (wanted or sys.stderr.isatty()):
         return NoBar()
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
+        from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
         return NoBar()
     bar: NoBar = tqdm(total=steps_in(samples, settings), unit="step", leave=False, file=sys.stderr)

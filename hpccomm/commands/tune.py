@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, fit, write, and say what was decided (collective)."""
-    from mpi4py import MPI  # noqa: PLC0415
+    from mpi4py import MPI
 
-    from hpccomm import Communicator  # noqa: PLC0415
+    from hpccomm import Communicator
 
     comm = Communicator(MPI.COMM_WORLD)
     if comm.size == 1:
@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
 def site_of(comm: Any) -> Site:
     """Rank 0's name for where all of them are (collective)."""
-    from mpi4py import MPI  # noqa: PLC0415
+    from mpi4py import MPI
 
-    from hpccomm.resources import mpi_name  # noqa: PLC0415
+    from hpccomm.resources import mpi_name
 
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     site = Site(comm.topology.count, max(comm.topology.per_node), mpi_name(), MPI.Get_processor_name(), today)
@@ -115,7 +115,7 @@ def done_before(site: Site, partial: Path) -> list[Row]:
 
 def measure_one(comm: Any, site: Site, task: Task) -> Iterator[Row]:
     """All algorithms of a collective at one size (collective)."""
-    from hpccomm.bench import measure  # noqa: PLC0415
+    from hpccomm.bench import measure
 
     names = [name for name in comm.algorithms(task.collective) if name != "auto"]
     for found in measure(comm, task.collective, [task.bytes], algorithms=names):

@@ -121,7 +121,7 @@ def watched(items: Sequence[Item], label: str, unit: str) -> Iterator[Item]:
     if not sys.stderr.isatty():
         return iter(items)
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
+        from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
         return iter(items)
     return iter(tqdm(items, desc=label, unit=unit, leave=False, delay=1))

@@ -38,7 +38,7 @@ class Dataset(NamedTuple):
 def digits(limit: int | None = None) -> Dataset:
     """1797 images of 64 pixels, float32, in 10 classes; the last fifth of a fixed shuffle is for testing."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # noqa: PLC0415
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ImportError:
         raise ArgumentError("the digits come with scikit-learn: pip install 'hpccomm[examples]'") from None
     images, labels = load_digits(return_X_y=True)

@@ -111,7 +111,7 @@ def batches(samples: int, epoch: int, settings: Settings) -> Iterator[npt.NDArra
         yield order[first : first + settings.batch_size]
 
 
-def train(  # noqa: PLR0913
+def train(
     comm: MPI.Intracomm,
     data: Dataset,
     network: Network,

@@ -94,4 +94,3 @@ def run_on_threads(size: int, function: Callable[[ThreadTransport], Any], patien
         if error is not None:
             raise error
     return results
-
