@@ -1,3 +1,3 @@
-"""Every MPI test runs in lock-step on several world sizes; see ``hpccomm.testing.lockstep``."""
+"""MPI tests run in lock-step, at several world sizes."""
 
-pytest_plugins = ["hpccomm.testing.lockstep", "pytester"]
+pytest_plugins = ["hpccomm.testing.lockstep"]

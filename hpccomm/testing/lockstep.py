@@ -1,10 +1,18 @@
-"""A pytest plug-in: ``pytest`` alone runs every MPI test under one launcher call a world size, in lock-step.
+"""A pytest plug-in: ``pytest`` alone runs every MPI test at several world sizes, all ranks in lock-step.
 
-Put ``pytest_plugins = ["hpccomm.testing.lockstep"]`` into ``conftest.py``, mark tests with ``@pytest.mark.mpi`` (or
-``@pytest.mark.mpi(sizes=(2, 4))``) and let them take the fixture ``comm``.  A test becomes one item a size.  The outer
-pytest starts the ranks; each is a pytest of its own that runs the same tests in the same order, waits for the others
-after each, and writes its reports to a file.  A test that makes no progress, or that takes a rank down, fails with the
-stack of every rank, and the tests after it run in a new launch.  ``mpirun -n 4 python -m pytest --with-mpi`` works too.
+Put ``pytest_plugins = ["hpccomm.testing.lockstep"]`` into ``conftest.py``, mark a test and let it take ``comm``::
+
+    @pytest.mark.mpi                                     # on 1, 2, 3, 4 and 7 ranks: one test result each
+    def test_everybody_counts(comm): ...
+
+    @pytest.mark.mpi(sizes=(2, 4), timeout=300)          # or: min_size=2
+    def test_pairs(comm): ...
+
+Three kinds of pytest use this file.  The *outer* one, which people start, runs the serial tests itself and then
+starts one job a world size.  Each rank of that job is a *worker*: it runs the same tests in the same order, waits for
+the others after each test, and writes its reports to a file which the outer one reads (:mod:`hpccomm.testing.jobs`).
+A test that hangs, or takes a rank down, fails with the stack of every rank, and a new job runs the tests that are
+left.  Under ``mpirun -n 4 python -m pytest --with-mpi`` the ranks go *together*, and rank 0 reports for all.
 """
 
 from __future__ import annotations
@@ -12,120 +20,258 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import shlex
 import signal
-import subprocess
-import tempfile
+import sys
+import threading
 import time
-from collections.abc import Iterator
+import warnings
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
+from _pytest.runner import runtestprotocol
 
-SIZES = (1, 2, 3, 4, 7)
-START_SECONDS = 120.0
-"""Grace for a launch to begin its first test."""
-AFTER_FAILURE_SECONDS = 10.0
-"""How long the others may take once a rank has failed a test."""
+from hpccomm.errors import LaunchError
+from hpccomm.launcher import check_world
+from hpccomm.testing.agree import use_mpi_profile
+from hpccomm.testing.jobs import Job
+
+DEFAULT_SIZES = (1, 2, 3, 4, 7)
+PHASES = ("setup", "call", "teardown")
+SEVERITY = {"skipped": 0, "passed": 1, "xfailed": 2, "failed": 3}
+
+RESTRICTED = pytest.StashKey[bool]()
+SIZES = pytest.StashKey[tuple[int, ...]]()
+FRESH = pytest.StashKey[list[Any]]()
+
+
+# Options, marks, the fixture
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The plug-in's flags."""
-    group = parser.getgroup("mpi in lock-step")
-    group.addoption("--mpi-sizes", default="", help="world sizes to run, e.g. 2,4 (default: what each test says)")
-    group.addoption("--mpi-timeout", type=float, default=90.0, help="seconds an MPI test may take (90)")
-    group.addoption("--mpi-worker", default="", help="for the plug-in's own use: the folder of this rank's reports")
+    """The flags."""
+    group = parser.getgroup("lockstep", "MPI tests in lock-step")
+    group.addoption("--mpi-sizes", metavar="2,4", default="", help="run MPI tests at these world sizes only")
+    group.addoption("--mpi-timeout", metavar="SECONDS", type=float, default=90.0, help="for one MPI test (90)")
+    group.addoption("--mpi-worker", metavar="FOLDER", default="", help="(used by this plug-in to start its ranks)")
+    if find_spec("pytest_mpi") is None:  # which brings this one
+        group.addoption("--with-mpi", action="store_true", default=False, help="Run MPI tests, under mpirun.")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Decide which of the three we are: outer, worker, or started by the user under a launcher."""
-    config.addinivalue_line("markers", "mpi(sizes=(1, 2, 3, 4, 7), min_size=1): runs on that many ranks")
-    if config.getoption("--mpi-worker"):
-        config.pluginmanager.register(Worker(Path(config.getoption("--mpi-worker"))), "lockstep-worker")
-    elif not config.getoption("--with-mpi", False):
+    """Find out which kind of pytest this is."""
+    config.addinivalue_line(
+        "markers", "mpi(sizes, min_size, timeout): runs on 1, 2, 3, 4 and 7 ranks, or on the sizes named"
+    )
+    config.addinivalue_line("markers", "mpi_skip: not to be run under MPI")
+    asked = tuple(int(size) for size in config.getoption("--mpi-sizes").split(",") if size)
+    config.stash[FRESH] = []
+    folder = config.getoption("--mpi-worker")
+    inside = under_mpi(config)
+    config.stash[SIZES] = (world().size,) if inside else asked or DEFAULT_SIZES
+    config.stash[RESTRICTED] = bool(inside or asked)
+    if not inside:
         config.pluginmanager.register(Outer(config), "lockstep-outer")
+        return
+    use_mpi_profile()
+    config.pluginmanager.register(Worker(config, Path(folder)) if folder else Together(config), "lockstep-ranks")
+
+
+def under_mpi(config: pytest.Config) -> bool:
+    """Whether this pytest is one of several ranks."""
+    return bool(config.getoption("--with-mpi", False) or config.getoption("--mpi-worker"))
+
+
+def world() -> Any:
+    """COMM_WORLD, as large as the launcher meant it."""
+    from mpi4py import MPI
+
+    try:
+        check_world(MPI.COMM_WORLD.size, os.environ)
+    except LaunchError as error:
+        raise pytest.UsageError(str(error)) from error
+    return MPI.COMM_WORLD
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One item a world size."""
+    """An MPI test is one item a world size: ``test_pairs[p2]``."""
     mark = metafunc.definition.get_closest_marker("mpi")
     if mark is None:
         return
-    sizes = mark.kwargs.get("sizes", SIZES)
-    wanted = [int(n) for n in metafunc.config.getoption("--mpi-sizes").split(",") if n]
-    if wanted:
-        sizes = [n for n in wanted if "sizes" not in mark.kwargs or n in sizes]
-    here = world_size(metafunc.config)
-    if here:
-        sizes = [here] if "sizes" not in mark.kwargs or here in sizes else []
-    sizes = [n for n in sizes if n >= mark.kwargs.get("min_size", 1)]
-    metafunc.fixturenames.append("ranks")
-    metafunc.parametrize("ranks", sizes, ids=[f"p{n}" for n in sizes])
+    least = mark.kwargs.get("min_size", 1)
+    sizes = mark.kwargs.get("sizes", metafunc.config.stash[SIZES])
+    sizes = [size for size in sizes if size >= least] or [least]
+    if "ranks" not in metafunc.fixturenames:
+        metafunc.fixturenames.append("ranks")
+    metafunc.parametrize("ranks", sizes, ids=[f"p{size}" for size in sizes])
 
 
-def world_size(config: pytest.Config) -> int:
-    """How many ranks run this pytest in lock-step; 0 for the outer one."""
-    if not config.getoption("--with-mpi", False):
-        return 0
-    from mpi4py import MPI
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Serial tests first, then one world size after the other, without the sizes that were not asked for."""
+    kept = [item for item in items if not left_out(item, config)]
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item, config)])
+    items[:] = sorted(kept, key=size_of)
 
-    return int(MPI.COMM_WORLD.size)
+
+def left_out(item: pytest.Item, config: pytest.Config) -> bool:
+    """Whether an MPI test is for another world size than those asked for."""
+    return config.stash[RESTRICTED] and size_of(item) not in (0, *config.stash[SIZES])
+
+
+def size_of(item: pytest.Item) -> int:
+    """How many ranks a test runs on; 0 for a serial test."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return int(params["ranks"]) if "ranks" in params and item.get_closest_marker("mpi") else 0
 
 
 @pytest.fixture
-def comm(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A communicator of all ranks for this test alone."""
-    from mpi4py import MPI
+def comm(request: pytest.FixtureRequest) -> Any:
+    """A communicator of all ranks that no other test uses; freed when all ranks are through with the test."""
+    if not (under_mpi(request.config) or size_of(request.node)):
+        pytest.fail("a test that takes comm needs @pytest.mark.mpi, or it would only ever see one rank", pytrace=False)
+    from hpccomm import Communicator
 
-    import hpccomm
-
-    made = hpccomm.Communicator(MPI.COMM_WORLD).Dup()
-    yield made
-    report = getattr(request.node, "lockstep_call", None)
-    if MPI.COMM_WORLD.allreduce(report is not None and report.failed, MPI.LOR):
-        return  # a rank that failed may have left messages behind: this communicator is not safe to free
-    made.Free()
+    made = Communicator(world()).Dup()
+    request.config.stash[FRESH].append(made)
+    return made
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
-    """Let the fixture see how the test went."""
-    outcome = yield
-    if call.when == "call":
-        item.lockstep_call = outcome.get_result()  # type: ignore[attr-defined]
+# On the ranks
 
 
-class Worker:
-    """One rank of a launch."""
+class Ranks:
+    """What the two kinds of pytest on ranks share: nobody begins a test before all have finished the one before."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.private = world().Dup()
+
+    def anybody(self, flag: bool) -> bool:
+        """Wait for the others without burning their cores; whether anybody came with a flag."""
         from mpi4py import MPI
 
-        self.agree = MPI.COMM_WORLD.Dup()
-        self.lines = (folder / f"rank{self.agree.rank}").open("a", buffering=1)
-        self.stacks = (folder / f"stack{self.agree.rank}").open("w")
-        faulthandler.register(signal.SIGUSR1, file=self.stacks, all_threads=True)
-        faulthandler.enable(file=self.stacks)
-        self.write(pid=os.getpid())
+        mine, any_of_all = array("i", [flag]), array("i", [0])
+        request = self.private.Iallreduce(mine, any_of_all, MPI.MAX)
+        while not request.Test():
+            time.sleep(0.0005)
+        return bool(any_of_all[0])
+
+    def settle(self, failed: bool) -> None:
+        """All ranks are through: free what they used, unless somebody failed and may have left messages behind."""
+        fresh = self.config.stash[FRESH]
+        if not self.anybody(failed):
+            for communicator in fresh:
+                communicator.Free()
+        fresh.clear()
+
+
+class Worker(Ranks):
+    """A rank of a job that an outer pytest started and watches."""
+
+    def __init__(self, config: pytest.Config, folder: Path) -> None:
+        super().__init__(config)
+        self.tests: list[str] = json.loads((folder / "tests.json").read_text())
+        self.lines = os.open(folder / f"rank-{self.private.rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.stack: IO[str] = (folder / f"rank-{self.private.rank}.stack").open("w")
+        faulthandler.enable(self.stack)
+        faulthandler.register(signal.SIGUSR1, self.stack, all_threads=True)
+        self.failed = False
 
     def write(self, **words: Any) -> None:
-        """A line for the outer pytest."""
-        self.lines.write(json.dumps(words) + "\n")
+        """Tell the outer pytest."""
+        os.write(self.lines, (json.dumps(words, default=str) + "\n").encode())
 
-    @pytest.hookimpl(hookwrapper=True)
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """The tests of the list, in its order."""
+        named = {item.nodeid: item for item in items}
+        items[:] = [named[test] for test in self.tests]
+        self.write(ready=len(items))
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """Run the test, then wait for the others."""
+        """Run a test, then wait for the others."""
+        self.failed = False
         self.write(begin=item.nodeid)
-        yield
+        result = yield
+        self.settle(self.failed)
         self.write(end=item.nodeid)
-        self.agree.Barrier()
+        return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """What happened in one phase."""
-        skip = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
-        text = skip or (report.longreprtext if report.failed else "")
-        self.write(node=report.nodeid, when=report.when, outcome=report.outcome, text=text, seconds=report.duration)
+        """Pass on what happened, at once: this rank may not come much further."""
+        self.failed |= report.failed
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        self.write(test=report.nodeid, report=data)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Failed tests are reported: the job itself has done well."""
+        if exitstatus == pytest.ExitCode.TESTS_FAILED:
+            session.exitstatus = pytest.ExitCode.OK
+
+
+class Together(Ranks):
+    """A rank that the user started: all ranks know every result, and rank 0 prints it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        super().__init__(config)
+        self.stderr = os.fdopen(os.dup(sys.stderr.fileno()), "w")
+        if self.private.rank:
+            config.option.xmlpath = None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self) -> None:
+        """Only rank 0 prints."""
+        if self.private.rank:
+            self.config.pluginmanager.unregister(name="terminalreporter")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+        """Run a test, wait for the others, and report what happened to all."""
+        hook = item.ihook
+        hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        end = self.patience(item)
+        reports = runtestprotocol(item, log=False, nextitem=nextitem)
+        self.settle(any(report.failed for report in reports))
+        everyone = self.private.allgather(
+            [hook.pytest_report_to_serializable(config=self.config, report=report) for report in reports]
+        )
+        end()
+        for report in merged(restored(self.config, everyone)):
+            hook.pytest_runtest_logreport(report=report)
+        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def patience(self, item: pytest.Item) -> Callable[[], None]:
+        """After the time-out dump this rank's stack, and soon after it end the job; returns what calls that off."""
+        seconds = timeout_of(item)
+        faulthandler.dump_traceback_later(seconds, file=self.stderr)
+        timer = threading.Timer(seconds + 2, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+
+        def call_off() -> None:
+            faulthandler.cancel_dump_traceback_later()
+            timer.cancel()
+
+        return call_off
+
+
+def timeout_of(item: pytest.Item) -> float:
+    """How long a test may take, in seconds."""
+    mark = item.get_closest_marker("mpi")
+    seconds = mark.kwargs.get("timeout") if mark else None
+    return float(item.config.getoption("--mpi-timeout") if seconds is None else seconds)
+
+
+# Outside
 
 
 class Outer:
@@ -133,180 +279,174 @@ class Outer:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.launches: dict[int, Launch] = {}
+        self.job: Job | None = None
+        self.hopeless: dict[int, str] = {}
+        """World sizes of which no job begins, and why."""
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Serial tests first, then one world size after the other."""
-        items.sort(key=lambda item: ranks_of(item) or 0)
-
-    def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Know all tests of each size before the first one runs."""
-        for item in session.items:
-            size = ranks_of(item)
-            if size:
-                self.launches.setdefault(size, Launch(size, self.config)).nodes.append(item.nodeid)
-
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """An MPI test's result comes from its launch."""
-        size = ranks_of(item)
-        if not size:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        """A serial test is pytest's business; an MPI test's result comes from its job."""
+        if not size_of(item):
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        outcome, text, seconds = self.launches[size].result(item.nodeid)
-        longrepr: Any = text or None
-        if outcome == "skipped":
-            longrepr = (str(item.path), (item.location[1] or 0) + 1, text)
-        report = pytest.TestReport(
-            item.nodeid, item.location, {name: 1 for name in item.keywords}, outcome, longrepr, "call", duration=seconds
-        )
-        item.ihook.pytest_runtest_logreport(report=report)
+        for report in self.reports(item):
+            item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
+    def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
+        """One report a phase, for all ranks."""
+        if size_of(item) in self.hopeless:
+            return [failed(item, {self.hopeless[size_of(item)]: ""})]
+        job = self.job = self.job or self.start(item)
+        wrong = job.wait(item.nodeid, timeout_of(item))
+        if wrong:
+            return self.give_up(item, job, wrong)
+        reports = merged(self.reports_of(job, item.nodeid))
+        if item.nodeid == job.tests[-1]:
+            self.finish(job)
+        return reports
+
+    def finish(self, job: Job) -> None:
+        """Wait for the end of a job, so that the next one has the cores for itself."""
+        self.job = None
+        odd = job.finish()
+        if odd:
+            warnings.warn(pytest.PytestWarning(odd), stacklevel=1)
+
+    def start(self, item: pytest.Item) -> Job:
+        """A job for this test and all later ones of its size."""
+        items = item.session.items[item.session.items.index(item) :]
+        items = [later for later in items if size_of(later) == size_of(item)]
+        files = list(dict.fromkeys(str(later.path) for later in items))
+        program = ["-m", "pytest", *files, *inner_options(self.config), "--mpi-worker"]
+        show = self.config.getoption("capture") == "no"
+        tests = [later.nodeid for later in items]
+        return Job(size_of(item), tests, program, self.config.invocation_params.dir, show)
+
+    def give_up(self, item: pytest.Item, job: Job, wrong: str) -> list[pytest.TestReport]:
+        """End a job that gets no further and say all that is known; the next test starts another job."""
+        self.job = None
+        ready = job.all_ready()
+        parts = tracebacks(self.reports_of(job, item.nodeid)) | {wrong: ""}
+        parts |= grouped(job.standing(item.nodeid), job.size) if ready else {}
+        parts["end of the output"] = job.last_words()
+        if not ready:
+            self.hopeless[job.size] = f"{wrong}, as told above"
+        job.close()
+        return [failed(item, parts, time.monotonic() - job.heard)]
+
+    def reports_of(self, job: Job, test: str) -> list[list[pytest.TestReport]]:
+        """What each rank has reported about a test."""
+        return restored(self.config, [log.reports.get(test, []) for log in job.logs])
+
     def pytest_sessionfinish(self) -> None:
-        """End what still runs (after ``-x``)."""
-        for launch in self.launches.values():
-            launch.end()
+        """End what still runs (after ``-x`` or Ctrl-C)."""
+        if self.job:
+            self.job.close()
 
 
-def ranks_of(item: pytest.Item) -> int | None:
-    """The world size of an MPI test."""
-    callspec = getattr(item, "callspec", None)
-    if item.get_closest_marker("mpi") is None or callspec is None:
-        return None
-    size: int | None = callspec.params.get("ranks")
-    return size
+def inner_options(config: pytest.Config) -> list[str]:
+    """The flags with which a worker's pytest sees the same tests as this one."""
+    option = config.option
+    words = ["--with-mpi"] if "with_mpi" in option else []
+    words += ["-q", "--no-header", "-p", "hpccomm.testing.lockstep", "-p", "no:cacheprovider"]
+    words += ["-p", "no:faulthandler", "-o", "addopts=", f"--rootdir={config.rootpath}", f"--tb={option.tbstyle}"]
+    words += [f"--import-mode={option.importmode}", f"--capture={option.capture}"]
+    words += ["-c", str(config.inipath)] if config.inipath else []
+    for flag, values in (("-p", option.plugins), ("-W", option.pythonwarnings), ("-o", option.override_ini)):
+        for value in values or ():
+            words += [flag, value]
+    return words + ["-v"] * max(0, option.verbose) + ["--showlocals"] * option.showlocals
 
 
-Result = tuple[Any, str, float]
+# Reports of several ranks
 
 
-class Launch:
-    """All tests of one world size, started again after a test that ended the ranks."""
+class Tracebacks:
+    """What pytest prints under a failed test: a title and a text (or a rank's own report) for each group of ranks."""
 
-    def __init__(self, size: int, config: pytest.Config) -> None:
-        self.size, self.config = size, config
-        self.nodes: list[str] = []
-        self.patience: float = config.getoption("--mpi-timeout")
-        self.process: subprocess.Popen[bytes] | None = None
-        self.folder = Path()
-        self.log = Path()
+    def __init__(self, parts: dict[str, Any]) -> None:
+        self.parts = parts
+        title, first = next(iter(parts.items()))
+        crash = getattr(getattr(first, "longrepr", None), "reprcrash", None)
+        self.reprcrash = SimpleNamespace(message=f"{title}: {crash.message}" if crash else title)
 
-    def start(self, first: str) -> None:
-        """Launch the tests from ``first`` on."""
-        self.folder = Path(tempfile.mkdtemp(prefix="hpccomm-tests-"))
-        self.log = self.folder / "log"
-        remaining = self.nodes[self.nodes.index(first) :]
-        (self.folder / "nodes").write_text("\n".join(remaining))
-        options = ["--with-mpi", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=short", "--color=no"]
-        worker = ["-m", "pytest", *options, f"--mpi-worker={self.folder}", f"@{self.folder / 'nodes'}"]
-        command, env = self.command(worker)
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env,
-                cwd=self.config.invocation_params.dir, start_new_session=True,
+    def toterminal(self, tw: Any) -> None:
+        """Print everything."""
+        for title, part in self.parts.items():
+            tw.line(f"--- {title} ---", bold=True, red=True)
+            if isinstance(part, pytest.TestReport):
+                part.toterminal(tw)
+            elif part:
+                tw.line(part)
+
+    def __str__(self) -> str:
+        texts = {title: getattr(part, "longreprtext", part) for title, part in self.parts.items()}
+        return "\n".join(f"--- {title} ---\n{text}" for title, text in texts.items())
+
+
+def restored(config: pytest.Config, everyone: Sequence[Sequence[dict[str, Any]]]) -> list[list[pytest.TestReport]]:
+    """The reports that ranks have written."""
+    back = config.hook.pytest_report_from_serializable
+    return [[back(config=config, data=data) for data in reports] for reports in everyone]
+
+
+def merged(everyone: list[list[pytest.TestReport]]) -> list[pytest.TestReport]:
+    """One report a phase for all ranks; no call where somebody's setup failed or skipped."""
+    done: list[pytest.TestReport] = []
+    for when in PHASES:
+        if when == "call" and not all(report.passed for report in done):
+            continue
+        columns = [[report for report in reports if report.when == when] for reports in everyone]
+        for k in range(max(map(len, columns), default=0)):
+            done.append(
+                joined({rank: column[k] for rank, column in enumerate(columns) if k < len(column)}, len(columns))
             )
-
-    def command(self, worker: list[str]) -> tuple[list[str], dict[str, str]]:
-        """How ranks are started here: ``HPCCOMM_TEST_LAUNCHER="srun -n {n}"`` or the right launcher."""
-        from hpccomm.launcher import launch_command, python_command
-
-        chosen = os.environ.get("HPCCOMM_TEST_LAUNCHER")
-        if chosen:
-            return [*shlex.split(chosen.format(n=self.size)), *python_command(worker)], dict(os.environ)
-        return launch_command(self.size, worker)
-
-    def result(self, node: str) -> Result:
-        """Wait until every rank has run a test, or something ended it."""
-        if self.process is None:
-            self.start(node)
-        began = self.touched = time.monotonic()
-        seen = -1
-        while True:
-            ranks = self.read()
-            lines = sum(len(rank) for rank in ranks)
-            if lines != seen:
-                seen, self.touched = lines, time.monotonic()
-            ended = [self.ended(rank, node) for rank in ranks]
-            if len(ranks) == self.size and all(ended):
-                return self.merged(node, ranks)
-            reason = self.hopeless(node, ranks, ended, began)
-            if reason:
-                return self.give_up(node, ranks, reason)
-            time.sleep(0.01)
-
-    def hopeless(self, node: str, ranks: list[Any], ended: list[bool], began: float) -> str:
-        """Why this test will not end by itself."""
-        assert self.process is not None
-        begun = any(line.get("begin") for rank in ranks for line in rank)
-        quiet = time.monotonic() - self.touched
-        failed = any(line.get("node") == node and line.get("outcome") == "failed" for rank in ranks for line in rank)
-        if self.process.poll() is not None:
-            return f"the ranks ended with status {self.process.returncode}"
-        if failed and quiet > AFTER_FAILURE_SECONDS:
-            return "a rank failed and the others wait for it"
-        if begun and quiet > self.patience:
-            return f"no progress for {self.patience:.0f} s"
-        if not begun and time.monotonic() - began > START_SECONDS:
-            return f"the ranks did not start within {START_SECONDS:.0f} s"
-        return ""
-
-    def give_up(self, node: str, ranks: list[Any], reason: str) -> Result:
-        """End this launch and say where every rank stood; the next test starts another one."""
-        pids = [line["pid"] for rank in ranks for line in rank if "pid" in line]
-        if self.process is not None and self.process.poll() is None:
-            for pid in pids:
-                try_signal(pid, signal.SIGUSR1)
-            time.sleep(1.0)
-        self.end()
-        parts = [f"{reason}"]
-        for rank, lines in enumerate(self.read()):
-            parts += [f"--- rank {rank} ---", *(line["text"] for line in lines if line.get("node") == node and line["text"])]
-            stack = self.folder / f"stack{rank}"
-            parts.append(stack.read_text() if stack.exists() else "")
-        log = self.log.read_text(errors="replace")
-        parts += ["--- output ---", log[-4000:]]
-        self.process = None
-        return "failed", "\n".join(parts), time.monotonic() - self.touched
-
-    def end(self) -> None:
-        """End the processes of this launch."""
-        if self.process is not None and self.process.poll() is None:
-            try_signal(-self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                try_signal(-self.process.pid, signal.SIGKILL)
-                self.process.wait()
-
-    def read(self) -> list[list[dict[str, Any]]]:
-        """The lines that each rank has written so far."""
-        found = []
-        for rank in range(self.size):
-            path = self.folder / f"rank{rank}"
-            lines = path.read_text().split("\n")[:-1] if path.exists() else []
-            found.append([json.loads(line) for line in lines])
-        return found
-
-    def ended(self, rank: list[dict[str, Any]], node: str) -> bool:
-        """Whether a rank is through with a test."""
-        return any(line.get("end") == node for line in rank)
-
-    def merged(self, node: str, ranks: list[list[dict[str, Any]]]) -> Result:
-        """One result of all ranks' reports."""
-        reports = [(k, line) for k, rank in enumerate(ranks) for line in rank if line.get("node") == node]
-        seconds = max((line["seconds"] for _, line in reports), default=0.0)
-        failed = [f"--- rank {k} of {self.size} ({line['when']}) ---\n{line['text']}" for k, line in reports if line["outcome"] == "failed"]
-        if failed:
-            return "failed", "\n".join(failed), seconds
-        skipped = [line["text"] for _, line in reports if line["outcome"] == "skipped"]
-        return ("skipped", skipped[0], seconds) if skipped else ("passed", "", seconds)
+    return done
 
 
-def try_signal(pid: int, number: int) -> None:
-    """Signal a process (or, negative, its group) that we started, if it is still there."""
-    try:
-        os.killpg(-pid, number) if pid < 0 else os.kill(pid, number)
-    except ProcessLookupError:
-        pass
+def joined(reports: dict[int, pytest.TestReport], size: int) -> pytest.TestReport:
+    """A phase fails where it fails on any rank, and passes where it fails on none and passes on any."""
+    worst = max(reports.values(), key=severity)
+    worst.duration = max(report.duration for report in reports.values())
+    if size > 1:
+        worst.sections = [(f"rank {r}: {title}", text) for r in reports for title, text in reports[r].sections]
+        if worst.failed:
+            longrepr: Any = Tracebacks(tracebacks([[reports[r]] if r in reports else [] for r in range(size)]))
+            worst.longrepr = longrepr
+    return worst
+
+
+def severity(report: pytest.TestReport) -> int:
+    """Which of two outcomes speaks for both."""
+    return SEVERITY["xfailed" if report.skipped and hasattr(report, "wasxfail") else report.outcome]
+
+
+def tracebacks(everyone: list[list[pytest.TestReport]]) -> dict[str, Any]:
+    """The failures, told once where ranks fail alike."""
+    failures = [(rank, report) for rank, reports in enumerate(everyone) for report in reports if report.failed]
+    first = {report.longreprtext: report for _, report in reversed(failures)}
+    return {
+        named([rank for rank, report in failures if report.longreprtext == text], len(everyone)): shown
+        for text, shown in reversed(first.items())
+    }
+
+
+def grouped(texts: dict[int, str], size: int) -> dict[str, str]:
+    """Texts by ranks, told once where they are alike."""
+    return {named([r for r in texts if texts[r] == text], size): text for text in dict.fromkeys(texts.values())}
+
+
+def named(ranks: Sequence[int], size: int) -> str:
+    """``rank 1 of 4``, ``ranks 0, 2 of 4``, ``all 4 ranks``."""
+    if len(ranks) == size > 1:
+        return f"all {size} ranks"
+    return f"rank{'s'[: len(ranks) > 1]} {', '.join(map(str, ranks))} of {size}"
+
+
+def failed(item: pytest.Item, parts: dict[str, Any], seconds: float = 0.0) -> pytest.TestReport:
+    """The report of a test that could not end by itself."""
+    longrepr: Any = Tracebacks(parts)
+    keywords: dict[str, Any] = dict.fromkeys(item.keywords, 1)
+    return pytest.TestReport(item.nodeid, item.location, keywords, "failed", longrepr, "call", duration=seconds)

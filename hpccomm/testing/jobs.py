@@ -1,0 +1,212 @@
+"""Starting ranks from a test, and watching from outside how far each of them has come.
+
+A watched job runs a list of tests in the same order on every rank.  Each rank appends lines of JSON to a file of its
+own: that it is ready, which test it begins, the report of each phase, and that all ranks have finished the test.  A
+rank that hangs or dies can no longer say so; then the files tell where everybody stood.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpccomm.launcher import fresh, launch_command, python_command
+
+START_SECONDS = 120.0
+"""Within this time all ranks of a job have begun."""
+
+FAILED_SECONDS = 10.0
+"""Once a rank has failed a test, the others get this much more: they may be waiting for a message from it."""
+
+END_SECONDS = 20.0
+"""Within this time a job ends after its last test."""
+
+DUMP_SECONDS = 5.0
+"""Within this time ranks dump their stacks."""
+
+
+def start(ranks: int, program: Sequence[str], environ: Mapping[str, str] | None = None, **popen: Any) -> Any:
+    """Start a job; ``HPCCOMM_TEST_LAUNCHER="srun -n {n}"`` chooses another launcher than MPI's own."""
+    environ = os.environ if environ is None else environ
+    chosen = environ.get("HPCCOMM_TEST_LAUNCHER")
+    if chosen:
+        command = [*shlex.split(chosen.format(n=ranks)), *python_command(program)]
+        env = fresh(environ)
+    else:
+        command, env = launch_command(ranks, program, environ=environ)
+    return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, **popen)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End a job; its launcher ends the ranks."""
+    for end in (process.terminate, process.kill):
+        if process.poll() is None:
+            end()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def run_under_mpi(
+    ranks: int, *program: str, timeout: float = 120.0, environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``program`` (``"-c", code`` or ``"-m", module, …`` or a script) on some ranks; its output as text.
+
+    Raises subprocess.TimeoutExpired after ``timeout`` seconds, with the ranks ended.
+    """
+    process = start(ranks, program, environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    finally:
+        stop(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+class RankLog:
+    """What one rank has written so far."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path = folder / f"rank-{rank}.jsonl"
+        self.stack = folder / f"rank-{rank}.stack"
+        self.ready = False
+        self.ended: set[str] = set()
+        self.reports: dict[str, list[dict[str, Any]]] = {}
+        self._read = 0
+
+    def listen(self) -> bool:
+        """Take in the lines that are new; whether there were any."""
+        if not self.path.exists() or self.path.stat().st_size == self._read:
+            return False
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            complete = file.read().rpartition(b"\n")[0]
+        for line in complete.splitlines():
+            self._understand(json.loads(line))
+        self._read += len(complete) + 1 if complete else 0
+        return bool(complete)
+
+    def _understand(self, line: dict[str, Any]) -> None:
+        self.ready = True
+        if "end" in line:
+            self.ended.add(line["end"])
+        elif "report" in line:
+            self.reports.setdefault(line["test"], []).append(line["report"])
+
+    def failed(self, test: str) -> bool:
+        """Whether a phase of a test has failed on this rank."""
+        return any(report["outcome"] == "failed" for report in self.reports.get(test, []))
+
+    def through(self, test: str) -> bool:
+        """Whether this rank has done its part of a test."""
+        return any(report["when"] == "teardown" for report in self.reports.get(test, []))
+
+    def dumped(self) -> str:
+        """The stacks that this rank has dumped, without the test runner's own frames."""
+        text = self.stack.read_text(errors="replace") if self.stack.exists() else ""
+        threads = re.split(r"\n\n|\n(?=Thread |Current thread )", text.strip())
+        return "\n".join(own_frames(each) for each in threads if not each.startswith("Extension modules"))
+
+
+def own_frames(thread: str) -> str:
+    """A dumped stack up to the frame where the test runner called the test, without addresses."""
+    lines = re.sub(r"hread 0x[0-9a-f]+", "hread", thread).split("\n")
+    runner = (k for k, line in enumerate(lines) if "/_pytest/" in line or "/pluggy/" in line)
+    return "\n".join(lines[: next(runner, len(lines))])
+
+
+class Job:
+    """One launch that runs ``tests`` on ``size`` ranks.  ``program`` is given the folder as its last argument."""
+
+    def __init__(self, size: int, tests: Sequence[str], program: Sequence[str], cwd: Path, show: bool) -> None:
+        self.size, self.tests = size, list(tests)
+        self.folder = Path(tempfile.mkdtemp(prefix="hpccomm-tests-"))
+        (self.folder / "tests.json").write_text(json.dumps(self.tests))
+        self.logs = [RankLog(self.folder, rank) for rank in range(size)]
+        self.output = self.folder / "output"
+        with self.output.open("wb") as output:
+            stream = None if show else output
+            self.process = start(
+                size, [*program, str(self.folder)], cwd=cwd, stdout=stream, stderr=stream and subprocess.STDOUT
+            )
+        self.began = self.heard = time.monotonic()
+
+    def wait(self, test: str, patience: float) -> str:
+        """Until every rank has finished a test: the empty string; or what is wrong, as a sentence."""
+        while True:
+            alive = self.process.poll() is None
+            if any([log.listen() for log in self.logs]):
+                self.heard = time.monotonic()
+            if all(test in log.ended for log in self.logs):
+                return ""
+            wrong = self._wrong(test, patience, alive)
+            if wrong:
+                return wrong
+            time.sleep(0.005)
+
+    def _wrong(self, test: str, patience: float, alive: bool) -> str:
+        now = time.monotonic()
+        name = f"the job of {self.size} ranks"
+        if not alive:
+            return (
+                f"{name} {ending(self.process.returncode)} {'in this' if self.all_ready() else 'before its first'} test"
+            )
+        if not self.all_ready():
+            return f"{name} did not begin within {START_SECONDS:g} s" if now - self.began > START_SECONDS else ""
+        if any(log.failed(test) for log in self.logs):
+            patience = min(patience, FAILED_SECONDS)
+        return f"{name} made no progress for {patience:g} s" if now - self.heard > patience else ""
+
+    def all_ready(self) -> bool:
+        """Whether every rank has begun."""
+        return all(log.ready for log in self.logs)
+
+    def standing(self, test: str) -> dict[int, str]:
+        """End the job; where each rank stood in a test."""
+        late = [log for log in self.logs if not log.through(test)]
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR1)  # launchers pass it on to the ranks
+            until = time.monotonic() + DUMP_SECONDS
+            while time.monotonic() < until and not all(log.dumped() for log in late):
+                time.sleep(0.1)
+        stop(self.process)
+        waits = "through with this test, waits for the others"
+        return {r: log.dumped() or "(no stack)" if log in late else waits for r, log in enumerate(self.logs)}
+
+    def last_words(self) -> str:
+        """The end of what launcher and ranks wrote."""
+        return "\n".join(self.output.read_text(errors="replace").strip().split("\n")[-30:])
+
+    def finish(self) -> str:
+        """After the last test: the empty string, or what was wrong with the end, as a sentence."""
+        try:
+            status = self.process.wait(END_SECONDS)
+            wrong = "" if status == 0 else f"the job of {self.size} ranks {ending(status)} after its last test"
+        except subprocess.TimeoutExpired:
+            wrong = f"the job of {self.size} ranks did not end within {END_SECONDS:g} s after its last test"
+        words = f"{wrong}\n{self.last_words()}" if wrong else ""
+        self.close()
+        return words
+
+    def close(self) -> None:
+        """End the job, whatever it does."""
+        stop(self.process)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def ending(status: int) -> str:
+    """How a process ended."""
+    number = -status if status < 0 else status - 128
+    if number in set(signal.Signals):
+        return f"was ended by {signal.Signals(number).name}"
+    return f"ended with status {status}"
