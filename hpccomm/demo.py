@@ -1,0 +1,47 @@
+"""The end of ``scripts/demo``: what was trained and measured, in a table that needs no explanation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def trained(run: dict[str, Any]) -> list[str]:
+    """What the training job did."""
+    last = run["epochs"][-1]
+    return [
+        f"Trained: {run['dataset']}, {run['ranks']} ranks, gradients averaged by hpccomm ({run['method']})",
+        f"  test accuracy after {last['epoch']} epochs   {100 * last['accuracy']:.1f} %",
+        f"  in each epoch             {last['compute_s']:.2f} s computing, {last['communication_s']:.2f} s communicating",
+        f"  sent by each rank         {last['wire_bytes'] / 1000:.1f} kB a step",
+    ]
+
+
+def measured(bench: dict[str, Any]) -> list[str]:
+    """How fast allreduce is, and the MPI underneath."""
+    lines = [
+        f"Measured: allreduce of float32 on {bench['ranks']}, every result checked",
+        f"  {'bytes':>10}  {'the MPI underneath':>20}  {'hpccomm':>12}  times as fast",
+    ]
+    rows = bench["rows"]
+    for native in (row for row in rows if row["algorithm"] == "native"):
+        ours = next(row for row in rows if row["algorithm"] == "auto" and row["bytes"] == native["bytes"])
+        ratio = native["p50_us"] / ours["p50_us"]
+        lines.append(f"  {native['bytes']:>10}  {native['p50_us']:>17.1f} µs  {ours['p50_us']:>9.1f} µs  {ratio:>10.1f}")
+    return lines
+
+
+def main() -> int:
+    """Read the two files and print."""
+    train, bench = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
+    runs = train.get("runs", [train])
+    lines = ["", *(line for run in runs for line in trained(run)), "", *measured(bench), ""]
+    lines += [f"({bench['mpi']}; medians; this machine now: shared or busy cores make any number worse)"]
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

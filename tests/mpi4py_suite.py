@@ -1,0 +1,72 @@
+"""mpi4py's own tests of blocking and persistent collectives, run with ``COMM`` set to our communicator.
+
+Start it on several ranks with the folder of mpi4py's tests: ``hpccomm-run -n 3 tests/mpi4py_suite.py FOLDER [algorithm …]``;
+``scripts/test_mpi4py`` fetches that folder and does so for several numbers of ranks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import unittest
+from collections.abc import Iterator
+from typing import Any
+
+from mpi4py import MPI
+
+from hpccomm import Communicator
+from hpccomm.collectives import ALGORITHMS
+
+MODULES = ("test_cco_buf", "test_cco_vec", "test_cco_pr_buf", "test_cco_pr_vec")
+
+
+def host_arrays_only() -> None:
+    """Their array implementations, without those that need a device."""
+    hidden = {name: sys.modules.pop(name, None) for name in ("numba", "cupy")}
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    importlib.import_module("arrayimpl")
+    for name, module in hidden.items():
+        del sys.modules[name]
+        if module is not None:
+            sys.modules[name] = module
+
+
+def cases(world: Communicator, alone: Communicator) -> Iterator[Any]:
+    """Every test class that runs on the world or on one rank alone."""
+    for name in MODULES:
+        for label, each in vars(importlib.import_module(name)).items():
+            if isinstance(each, type) and issubclass(each, unittest.TestCase) and label.endswith(("World", "Self")):
+                each.COMM = world if label.endswith("World") else alone
+                yield each
+
+
+def run(algorithm: str) -> bool:
+    """All of them with one algorithm; whether every rank is content."""
+    world, alone = Communicator(MPI.COMM_WORLD, algorithm), Communicator(MPI.COMM_SELF, algorithm)
+    load = unittest.TestLoader().loadTestsFromTestCase
+    suite = unittest.TestSuite(load(case) for case in cases(world, alone))
+    with open(os.devnull, "w") as nowhere:
+        result = unittest.TextTestRunner(stream=nowhere).run(suite)
+    troubles = [f"{test}: {text}" for test, text in result.failures + result.errors]
+    everybody = MPI.COMM_WORLD.gather((result.testsRun, len(result.skipped), troubles))
+    for rank, (count, skipped, texts) in enumerate(everybody or []):
+        if rank == 0 or texts:
+            print(f"{algorithm:>13}, rank {rank} of {world.size}: {count - len(texts) - skipped} passed, {len(texts)} failed")
+        for text in texts[:3]:
+            print(text)
+    sys.stdout.flush()
+    return not MPI.COMM_WORLD.allreduce(len(troubles))
+
+
+def main() -> int:
+    """Every algorithm that is named, or all there are."""
+    folder, *wanted = sys.argv[1:]
+    sys.path.insert(0, folder)
+    host_arrays_only()
+    every = dict.fromkeys(name for row in ALGORITHMS.values() for name in row)
+    return 0 if all([run(name) for name in wanted or ["auto", "native", "shared", "hierarchical", *every]]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
