@@ -96,6 +96,25 @@ def test_every_16_bit_float_is_read_and_written_exactly(code: str) -> None:
     assert same(out.view(stored(code)), words.view(stored(code)), code)
 
 
+def test_float16_by_arithmetic_gives_the_same_bits() -> None:
+    """Where the processor has no instruction for it."""
+    import ctypes
+
+    from numba import types
+
+    from hpccomm.kernels import folds
+
+    function = folds.c_function(types.uint16)()(folds.reduction(folds.add, folds.from_half, folds.to_half))
+    vectors = [numbers("f2", 100_000, seed) * np.float16(1000 if seed else 1e-3) for seed in range(2)]
+    vectors[0][: 1 << 16] = np.arange(1 << 16, dtype="u2").view("f2")
+    expected, out = np.empty(100_000, "f2"), np.empty(100_000, "f2")
+    with np.errstate(all="ignore"):
+        reductions.reduce("sum", "f2", vectors, expected)
+    table = np.array([vector.ctypes.data for vector in vectors])
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(function.address)(table.ctypes.data, 2, 0, out.ctypes.data, out.size)
+    assert same(out, expected, "f2")
+
+
 @pytest.mark.parametrize("code", reductions.HALVES)
 def test_16_bit_sums_are_rounded_once(code: str) -> None:
     one, tiny = (1.0, 2.0**-12) if code == "f2" else (1.0, 2.0**-9)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+import llvmlite.binding  # type: ignore[import-untyped]
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -187,6 +188,42 @@ def room(context: Any, sample: Any) -> Any:
     return types.CPointer(sample)(sample), emit
 
 
+def scope(builder: Any) -> Any:
+    """The sources of a reduction, as far as its result is concerned."""
+    module = builder.module
+    domain = module.add_metadata(["hpccomm.reduction"])
+    return module.add_metadata([module.add_metadata(["hpccomm.sources", domain])])
+
+
+@intrinsic
+def element(context: Any, source: Any, i: Any) -> Any:
+    """``source[i]``."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.gep(args[0], [args[1]]))
+        value.set_metadata("alias.scope", scope(builder))
+        return context.data_model_manager[source.dtype].from_data(builder, value)
+
+    return source.dtype(source, i), emit
+
+
+@intrinsic
+def set_element(context: Any, out: Any, i: Any, value: Any) -> Any:
+    """``out[i] = value``, where ``out`` is a source itself or does not touch one.
+
+    The compiler may then take many elements at once: each is written after it was read, and never read again.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        converted = context.cast(builder, args[2], value, out.dtype)
+        data = context.data_model_manager[out.dtype].as_data(builder, converted)
+        write = builder.store(data, builder.gep(args[0], [args[1]]))
+        write.set_metadata("noalias", scope(builder))
+        return context.get_dummy_value()
+
+    return none(out, i, value), emit
+
+
 @intrinsic
 def bits(context: Any, value: Any) -> Any:
     """A float32 as the integer it is stored as."""
@@ -205,3 +242,29 @@ def float_of(context: Any, value: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.uint32), emit
+
+
+OTHER_PROCESSOR = config.CPU_NAME or config.CPU_FEATURES  # type: ignore[attr-defined]
+F16C = llvmlite.binding.get_host_cpu_features().get("f16c", False) and not OTHER_PROCESSOR
+HALF_INSTRUCTIONS = ARM or (X86 and F16C)
+"""Whether the processor converts between float16 and float32 itself."""
+
+
+@intrinsic
+def widened(context: Any, word: Any) -> Any:
+    """The float32 of a float16 given as its bits."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), emit
+
+
+@intrinsic
+def narrowed(context: Any, value: Any) -> Any:
+    """The bits of the float16 nearest to a float32."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), emit

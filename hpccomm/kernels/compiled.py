@@ -1,4 +1,4 @@
-"""The collectives of :mod:`hpccomm.kernels.shared` compiled: the same functions, their memory operations as instructions."""
+"""The collectives of :mod:`hpccomm.kernels.shared` compiled: the same functions, memory operations as instructions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import llvmlite.binding
+import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 
 from hpccomm.kernels import atomics, folds, shared

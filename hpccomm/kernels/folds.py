@@ -11,7 +11,17 @@ import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
-from hpccomm.kernels.atomics import ROOM, bits, float_of, room
+from hpccomm.kernels.atomics import (
+    HALF_INSTRUCTIONS,
+    ROOM,
+    bits,
+    element,
+    float_of,
+    narrowed,
+    room,
+    set_element,
+    widened,
+)
 
 
 @register_jitable
@@ -26,12 +36,12 @@ def multiply(a, b):
 
 @register_jitable
 def smaller(a, b):
-    return a if a <= b or a != a else b
+    return a if a <= b or a != a else b  # noqa: PLR0124
 
 
 @register_jitable
 def larger(a, b):
-    return a if a >= b or a != a else b
+    return a if a >= b or a != a else b  # noqa: PLR0124
 
 
 @register_jitable
@@ -96,7 +106,7 @@ def to_brain(value):
     word = bits(value)
     high = U32(word >> U32(16))
     rounded = U32(U32(word + U32(0x7FFF)) + (high & U32(1))) >> U32(16)
-    return high | U32(0x40) if value != value else rounded
+    return high | U32(0x40) if value != value else rounded  # noqa: PLR0124
 
 
 @register_jitable
@@ -121,8 +131,18 @@ def to_half(value):
     return U32(huge if magnitude >= U32(0x47800000) else finite) | U32(sign >> U32(16))
 
 
+@register_jitable
+def widen(word):
+    return widened(word)
+
+
+@register_jitable
+def narrow(value):
+    return narrowed(value)
+
+
 STORED: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
-    "f2": (types.uint16, from_half, to_half),
+    "f2": (types.uint16, widen, narrow) if HALF_INSTRUCTIONS else (types.uint16, from_half, to_half),
     "bf16": (types.uint16, from_brain, to_brain),
     "b1": (types.uint8, same, same),
 }
@@ -131,20 +151,33 @@ STORED: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
 
 def compiled(op: str, code: str, compile: Callable[..., Any]) -> Any:
     """A C function for :func:`hpccomm.kernels.atomics.fold`; ``compile(compiler, function, name)`` makes it."""
-    element, read, write = STORED.get(code) or (numba.from_dtype(np.dtype(code)), same, same)
-    vectors = types.CPointer(types.CPointer(element))
-    signature = types.void(vectors, types.int64, types.int64, types.CPointer(element), types.int64)
-    function = reduction(COMBINE[op], read, write)
-    return compile(partial(numba.cfunc, signature), function, f"{op}_{code}")
+    kind, read, write = STORED.get(code) or (numba.from_dtype(np.dtype(code)), same, same)
+    return compile(c_function(kind), reduction(COMBINE[op], read, write), f"{op}_{code}")
 
 
-def reduction(
-    combine: Callable[..., Any], read: Callable[..., Any], write: Callable[..., Any]
-) -> Callable[..., None]:
-    """The loop; partial results stay on the stack, so ``out`` may be one of the sources."""
+def c_function(kind: Any) -> Callable[..., Any]:
+    """The compiler for reductions of elements of one kind."""
+    vectors = types.CPointer(types.CPointer(kind))
+    return partial(numba.cfunc, types.void(vectors, types.int64, types.int64, types.CPointer(kind), types.int64))
+
+
+def reduction(combine: Callable[..., Any], read: Callable[..., Any], write: Callable[..., Any]) -> Callable[..., None]:
+    """The loop: two or four vectors at once, else through the stack, so that ``out`` may be one of the sources."""
 
     def reduce(sources, k, first, out, n):  # type: ignore[no-untyped-def]
         if n <= 0:
+            return
+        if k == 2:
+            a, b = sources[0], sources[1]
+            for i in range(n):
+                set_element(out, i, write(combine(read(element(a, first + i)), read(element(b, first + i)))))
+            return
+        if k == 4:
+            a, b, c, d = sources[0], sources[1], sources[2], sources[3]
+            for i in range(n):
+                j = first + i
+                three = combine(combine(read(element(a, j)), read(element(b, j))), read(element(c, j)))
+                set_element(out, i, write(combine(three, read(element(d, j)))))
             return
         part = room(read(sources[0][first]))
         for lo in range(0, n, ROOM):

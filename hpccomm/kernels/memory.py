@@ -77,5 +77,5 @@ def fold(handle: int, sources: int, k: int, first: int, out: int, n: int) -> Non
 
 def at(address: int, n: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """``n`` elements at an address."""
-    octets = (ctypes.c_char * (n * dtype.itemsize)).from_address(address)
+    octets: Any = (ctypes.c_char * (n * dtype.itemsize)).from_address(address)
     return np.frombuffer(octets, dtype)

@@ -1,7 +1,7 @@
 """Reduce k vectors, ((v0 + v1) + v2) + …, each read once: for every operation and dtype, in NumPy and compiled.
 
-The order is that of the ranks whoever computes, so all ranks get the same bits.  16-bit floats are summed in float32 and
-rounded once, to nearest even.  ``min`` and ``max`` keep a NaN wherever it comes from, which MPI's do not.
+The order is that of the ranks whoever computes, so all ranks get the same bits.  16-bit floats are summed in float32
+and rounded once, to nearest even.  ``min`` and ``max`` keep a NaN wherever it comes from, which MPI's do not.
 """
 
 from __future__ import annotations
@@ -100,7 +100,5 @@ def narrow(vector: npt.NDArray[np.float32], code: str) -> npt.NDArray[Any]:
 def numpy_handle(op: str, code: str) -> int:
     """A handle for :func:`hpccomm.kernels.memory.fold`."""
     dtype = np.dtype("u2" if code == "bf16" else code)
-    memory.FOLDS.append(
-        (dtype, lambda vectors, out: reduce(op, "bfloat16" if code == "bf16" else code, vectors, out))
-    )
+    memory.FOLDS.append((dtype, lambda vectors, out: reduce(op, "bfloat16" if code == "bf16" else code, vectors, out)))
     return len(memory.FOLDS) - 1

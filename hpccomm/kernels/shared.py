@@ -9,9 +9,10 @@ with the intrinsics of :mod:`hpccomm.kernels.atomics` in place of those function
 * two counters, blocks *published* and blocks *finished*, which only grow and which only their owner writes;
 * two small *buffers* that alternate from call to call, and a ring of four *slots* that goes on from call to call.
 
-A call begins with a meeting: everybody writes the line and waits for all others' lines.  So who is in call n+1 knows that
-all have left call n-1, and lines and buffers of that parity are free.  No rank reads a slot that was filled three blocks
-before the last one; each collective below says why.
+A call begins with a meeting: everybody writes the line and waits for all others' lines.  So who has met in call n+1
+knows that all have left call n, and lines and buffers of call n may be written again in call n+2.  When a rank leaves a
+call, the others read at most the last three blocks, so the fourth slot is free for the next call's first block, which
+is published before the meeting; each collective below says why.
 """
 
 from __future__ import annotations
@@ -47,17 +48,13 @@ CHECK, PAYLOAD, SIGNATURE, ARRAY, SEND_AT, RECV_AT, LONGEST = W, 2 * W, 8 * W, 9
 PAYLOAD_BYTES = 48
 
 # What a rank knows of the transport
-MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT, STATE_WORDS = (
-    W * i for i in range(11)
-)
+MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT, STATE_WORDS = (W * i for i in range(11))
 
 # What a rank knows of a call
 STATE, CALL_CHECK, CALL_SIGNATURE, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, WAY, PAST_CACHE = (
     W * i for i in range(13)
 )
-ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST, TABLE = (
-    W * i for i in range(13, 21)
-)
+ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST, TABLE = (W * i for i in range(13, 21))
 """From TABLE on: p words for the addresses to reduce, then what the collective needs for each rank."""
 
 COLLECTIVES = ("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier")
@@ -479,9 +476,7 @@ def reduce_scatter_pieces(call, state):
             store(table + W * q, slot_of(state, q, g + k - 1) + r * size)
         store(table + W * r, load(call + SEND) + lo)
         if lo < hi:
-            fold(
-                load(call + FOLD), table, p, 0, load(call + RECV) + (k - 1) * size, min(size, hi - lo) // item
-            )
+            fold(load(call + FOLD), table, p, 0, load(call + RECV) + (k - 1) * size, min(size, hi - lo) // item)
     store(state + BLOCKS, g + max(1, blocks))
     return DONE
 

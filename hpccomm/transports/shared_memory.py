@@ -25,13 +25,13 @@ and ``close`` are collective.  Binding and running are not: what differs between
     shared.peers_signatures()                          # what each rank passed to the current or last call
     shared.close()
 
-Addresses and counts are integers, ``op`` is one of sum prod min max land lor lxor band bor bxor, dtypes are NumPy's or
-``"bfloat16"``.  In place means equal addresses (for reduce-scatter: ``recv`` inside ``send``; for allgather: ``send`` at
-its own place in ``recv``).  Signatures are integers below 2^63 that stand for a call; a call whose signatures, counts or
-dtypes differ raises on every rank, touches no user memory, and the next call is fine.  A call left by an exception while
-it waits makes all later calls raise TransportError.
+Addresses and counts are integers, ``op`` is one of sum prod min max land lor lxor band bor bxor, dtypes are NumPy's
+or ``"bfloat16"``.  In place means equal addresses (for reduce-scatter: ``recv`` inside ``send``; for allgather:
+``send`` at its own place in ``recv``).  Signatures are integers below 2^63 that stand for a call; a call whose
+signatures, counts or dtypes differ raises on every rank, writes no user memory, and the next call is fine.  A call left by an exception
+while it waits makes all later calls raise TransportError.
 
-Bytes moved by each rank for S bytes, allreduce: (5 - 2/p) S, registered (1 + 2/p) S at most.
+An allreduce of S bytes reads and writes about 5 S in each rank, 2 S where the array is registered.
 """
 
 from __future__ import annotations
@@ -514,9 +514,7 @@ class SharedMemory:
         if code == kernels.MISMATCH:
             raise self.mismatch(self.peers_signatures())
         if code == kernels.SHUT:
-            raise TransportError(
-                f"rank {self.rank}: a plan outlived its shared memory: bind it again on a new one"
-            )
+            raise TransportError(f"rank {self.rank}: a plan outlived its shared memory: bind it again on a new one")
         if code == kernels.STUCK:
             raise self._stuck()
 
@@ -577,7 +575,7 @@ def forget(registered: dict[int, Allocation], allocation: Allocation) -> None:
 
 
 class Turn:
-    """One process of the node at a time, by a lock on a file that all have open: the first compiles, the others load."""
+    """One process at a time, by a lock on a file that all have open: the first compiles, the others load."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -637,9 +635,5 @@ def differing_signatures(signatures: list[int]) -> MismatchError:
     groups: dict[int, list[int]] = {}
     for rank, signature in enumerate(signatures):
         groups.setdefault(signature, []).append(rank)
-    said = "; ".join(
-        f"local ranks {', '.join(map(str, each))}: {signature:#x}" for signature, each in groups.items()
-    )
-    return MismatchError(
-        f"the ranks of this node make different calls (signatures: {said}): make the calls the same"
-    )
+    said = "; ".join(f"local ranks {', '.join(map(str, each))}: {signature:#x}" for signature, each in groups.items())
+    return MismatchError(f"the ranks of this node make different calls (signatures: {said}): make the calls the same")
