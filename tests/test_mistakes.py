@@ -1,0 +1,160 @@
+"""A mistake between ranks ends with one clear error within seconds, never with a hang or a silent wrong sum."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+
+import pytest
+
+from hpccomm.testing.jobs import run_under_mpi
+
+PATIENCE = 60.0
+
+SETUP = """
+import sys, numpy as np
+from mpi4py import MPI
+import hpccomm
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+odd = comm.rank == 1
+x = np.ones(8, "f4")
+comm.Allreduce(MPI.IN_PLACE, x)
+"""
+
+
+def outcome(ranks: int, body: str) -> tuple[int, str]:
+    """Exit status and everything that was printed by a job that goes wrong."""
+    began = time.monotonic()
+    done = run_under_mpi(ranks, "-c", SETUP + textwrap.dedent(body), timeout=PATIENCE)
+    assert time.monotonic() - began < PATIENCE
+    return done.returncode, done.stdout + done.stderr
+
+
+ALGORITHMS = ("auto", "native", "ring", "doubling", "shared")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("usual", "unusual", "remedy"),
+    [
+        ("Allreduce(IN, f(8))", "Allreduce(IN, i(8))", "cast before the call"),
+        ("Allreduce(IN, f(8))", "Allreduce(IN, f(4))", "counts the same"),
+        ("Allreduce(IN, f(8))", "Allreduce(IN, f(8), MPI.MAX)", "same operation"),
+        ("Allreduce(IN, np.ones((3, 4)))", "Allreduce(IN, np.ones((3, 4), order='F'))", "ascontiguousarray"),
+    ],
+)
+def test_reductions_that_do_not_match_are_named(usual: str, unusual: str, remedy: str, algorithm: str) -> None:
+    status, said = outcome(
+        3,
+        f"""
+        f, i, IN = (lambda n: np.ones(n, "f4")), (lambda n: np.ones(n, "i4")), MPI.IN_PLACE
+        comm.algorithm = {algorithm!r}
+        comm.{unusual} if odd else comm.{usual}
+        print("silent", flush=True)
+        comm.Barrier()
+        """,
+    )
+    assert status != 0
+    assert "rank 1 called Allreduce" in said
+    assert remedy in said
+
+
+@pytest.mark.parametrize("algorithm", ("auto", "native", "shared"))
+def test_different_collectives_are_named(algorithm: str) -> None:
+    status, said = outcome(
+        3,
+        f"""
+        comm.algorithm = {algorithm!r}
+        comm.Bcast(x, 0) if odd else comm.Allreduce(MPI.IN_PLACE, x)
+        comm.Barrier()
+        """,
+    )
+    assert status != 0
+    assert "rank 1 called Bcast(" in said
+    assert "make all ranks call the same collective" in said
+
+
+def test_shared_and_native_calls_that_meet_are_named() -> None:
+    status, said = outcome(
+        2,
+        """
+        if odd:
+            comm.Alltoall(np.ones(2), np.ones(2))
+        else:
+            comm.Allreduce(MPI.IN_PLACE, x, algorithm="shared")
+        """,
+    )
+    assert status != 0
+    assert "rank 1 called Alltoall(" in said
+
+
+def test_different_roots_are_named() -> None:
+    status, said = outcome(3, "comm.Bcast(x, 2 if odd else 0)\ncomm.Barrier()")
+    assert status != 0
+    assert "name the same root" in said
+
+
+def test_different_algorithms_are_named() -> None:
+    status, said = outcome(3, "comm.Allreduce(MPI.IN_PLACE, np.ones(1 << 18), algorithm='ring' if odd else 'butterfly')")
+    assert status != 0
+    assert "name the same algorithm" in said
+
+
+def test_an_uncaught_exception_on_one_rank_ends_the_job_with_its_traceback() -> None:
+    status, said = outcome(
+        3,
+        """
+        if odd:
+            raise RuntimeError("the odd one")
+        comm.Allreduce(MPI.IN_PLACE, x)
+        """,
+    )
+    assert status != 0
+    assert "RuntimeError: the odd one" in said
+
+
+@pytest.mark.parametrize("algorithm", ("native", "shared"))
+def test_a_rank_that_leaves_early_is_named(algorithm: str) -> None:
+    status, said = outcome(
+        3,
+        f"""
+        if odd:
+            sys.exit(0)
+        comm.Allreduce(MPI.IN_PLACE, x, algorithm={algorithm!r})
+        """,
+    )
+    assert status != 0
+    assert "rank 1 has left the program" in said
+
+
+@pytest.mark.parametrize("algorithm", ("native", "shared"))
+def test_a_rank_that_does_not_come_is_named_while_the_others_wait(algorithm: str) -> None:
+    status, said = outcome(
+        3,
+        f"""
+        import os, time
+        os.environ["HPCCOMM_STALL_SECONDS"] = "1"
+        if odd:
+            time.sleep(4)
+        comm.Allreduce(MPI.IN_PLACE, x, algorithm={algorithm!r})
+        assert (x == 9).all()
+        """,
+    )
+    assert status == 0, said
+    assert "missing: rank 1" in said
+
+
+def test_a_caught_mismatch_leaves_the_communicator_usable() -> None:
+    status, said = outcome(
+        3,
+        """
+        try:
+            comm.Allreduce(MPI.IN_PLACE, np.ones(8, "i4") if odd else x, algorithm="shared")
+        except hpccomm.MismatchError as error:
+            print("caught", error, flush=True)
+        comm.Allreduce(MPI.IN_PLACE, x, algorithm="shared")
+        assert (x == 9).all()
+        """,
+    )
+    assert status == 0, said
+    assert said.count("caught") == 3
