@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Hashable
 from types import TracebackType
@@ -25,6 +26,7 @@ from hpccomm.errors import ArgumentError
 from hpccomm.messages import Message, read
 from hpccomm.persistent import Persistent
 from hpccomm.resources import Again, Bound, Resources, plain, unknown
+from hpccomm.rollcall import LAST_WORDS
 from hpccomm.signature import UNKNOWN, Signature
 from hpccomm.topology import Topology
 
@@ -927,6 +929,7 @@ def end_together() -> None:
         lines = traceback.format_exception(kind, error, trace)
         sys.stderr.write(f"[hpccomm] rank {MPI.COMM_WORLD.rank} ends all ranks:\n{''.join(lines)}")
         sys.stderr.flush()
+        time.sleep(LAST_WORDS)
         MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook

@@ -31,6 +31,9 @@ LINE = CALLS + 16 + TEXTS * (TEXT_BYTES // 8 + 1)
 PERIOD = 0.25
 """Seconds between two looks of the watchdog."""
 
+LAST_WORDS = 0.5
+"""Seconds between a last sentence and the end: launchers drop what they have not read by then (seen with hydra)."""
+
 
 def bytes_needed(members: int) -> int:
     """Shared bytes for the ranks of one node."""
@@ -293,4 +296,5 @@ def end_all(reason: str) -> None:
     from mpi4py import MPI
 
     tell(reason)
+    time.sleep(LAST_WORDS)
     MPI.COMM_WORLD.Abort(1)
