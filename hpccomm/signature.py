@@ -35,8 +35,8 @@ class Signature(NamedTuple):
 
     @property
     def word(self) -> int:
-        """31 bits that stand for it."""
-        return zlib.crc32("|".join(self).encode()) & 0x7FFFFFFF
+        """28 bits that stand for it: what every MPI in use takes as a tag."""
+        return zlib.crc32("|".join(self).encode()) & 0xFFFFFFF
 
     def __str__(self) -> str:
         amount = " ".join(part for part in (self.count, self.dtype) if part not in ("", UNKNOWN))
