@@ -1,0 +1,614 @@
+"""A call is understood, checked, decided and bound here, once; what comes out is ready to run as often as one likes.
+
+Each method below is one collective and goes the same way: read the buffers, check them, choose who takes the call, and
+bind it to native MPI, to shared memory, or to one of our schedules on messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from hpccomm import messages, operations
+from hpccomm.collectives.engine import bind, bind_lanes
+from hpccomm.collectives.schedule import Algorithm
+from hpccomm.collectives.tuning import Choice
+from hpccomm.errors import ArgumentError
+from hpccomm.messages import Message, read
+from hpccomm.resources import Bound, Resources, unknown
+from hpccomm.signature import UNKNOWN, Signature
+
+IN_PLACE = MPI.IN_PLACE
+Run = Callable[[], None]
+
+SYNCHRONISING = ("Allreduce", "Allgather", "Allgatherv", "Reduce_scatter", "Reduce_scatter_block", "Barrier")
+"""Collectives that nobody leaves before all have come."""
+
+LOCKSTEP_BYTES = 1 << 18
+"""From here on such a collective compares all calls before the first message."""
+
+SEGMENT_BYTES = 1 << 17
+"""Length of a segment in chains and trees where the table does not say."""
+
+
+class Binder:
+    """Binds the calls of one communicator."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return int(self.comm.rank)
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return int(self.comm.size)
+
+    @property
+    def resources(self) -> Resources:
+        """What lies behind the communicator (the first use is collective)."""
+        made: Resources = self.comm.resources
+        return made
+
+    def allreduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None) -> Bound:
+        """Allreduce."""
+        who = self.who("Allreduce")
+        send, recv = self.reduction_buffers(sendbuf, recvbuf, op, who)
+        choice = self.choose("allreduce", recv, op, algorithm, who)
+        signature = self.signature("Allreduce", recv, choice, algorithm, op)
+        if choice.algorithm == "native":
+            return self.native(key, signature, "Allreduce", (send, recv), (op,), recv.nbytes)
+        vector, source = recv.vector(), None if send is recv else send.vector()
+        if choice.algorithm == "shared":
+            plan = self.shared.bind_allreduce(
+                send.address, recv.address, recv.elements, vector.dtype, operations.name_of(op), signature.word
+            )
+            return self.keep_shared(key, signature, plan)
+        ours = self.resources.algorithms("allreduce")[choice.algorithm]
+        plan = self.whole(ours, vector, ours.steps(self.rank, self.size), choice, op, signature)
+        copy_in = None if source is None else lambda: np.copyto(vector, source)
+        return self.keep(key, signature, [copy_in, plan], plan.free, vector.nbytes)
+
+    def reduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str | None) -> Bound:
+        """Reduce; ranks other than the root work in memory of their own."""
+        who = self.who("Reduce")
+        self.check_root(root, who)
+        if self.rank == root:
+            send, recv = self.reduction_buffers(sendbuf, recvbuf, op, who)
+        else:
+            send = recv = self.operand(sendbuf, op, who)
+        choice = self.choose("reduce", send, op, algorithm, who)
+        signature = self.signature("Reduce", send, choice, algorithm, op, root)
+        if choice.algorithm == "native":
+            into = recv if self.rank == root else Message(recvbuf)
+            return self.native(key, signature, "Reduce", (send, into), (op, root), 0)
+        source = send.vector()
+        if choice.algorithm == "shared":
+            plan = self.shared.bind_reduce(
+                send.address,
+                recv.address if self.rank == root else 0,
+                send.elements,
+                source.dtype,
+                operations.name_of(op),
+                root,
+                signature.word,
+            )
+            return self.keep_shared(key, signature, plan)
+        work = recv.vector() if self.rank == root else np.empty_like(source)
+        ours = self.resources.algorithms("reduce")[choice.algorithm]
+        plan = self.whole(ours, work, ours.steps(self.rank, self.size, root), choice, op, signature)
+        in_place = self.rank == root and send is recv
+        copy_in = None if in_place else lambda: np.copyto(work, source)
+        return self.keep(key, signature, [copy_in, plan], plan.free, 0)
+
+    def reduce_scatter_block(
+        self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None
+    ) -> Bound:
+        """Reduce_scatter_block."""
+        who = self.who("Reduce_scatter_block")
+        recv = self.operand(recvbuf, op, who, writable=True)
+        in_place = sendbuf is IN_PLACE or sendbuf is recvbuf
+        send = recv if in_place else self.operand(sendbuf, op, who)
+        if send.opaque or recv.opaque:
+            counts = (0,) * self.size
+        else:
+            counts = ((recv.part(self.size) if in_place else recv.elements),) * self.size
+            self.check_parts(send, recv, counts, in_place, who)
+        return self.reduce_scatter(key, "Reduce_scatter_block", (send, recv), counts, (op,), algorithm, in_place)
+
+    def reduce_scatter_v(
+        self,
+        key: Hashable,
+        sendbuf: Any,
+        recvbuf: Any,
+        told: tuple[int, ...] | None,
+        op: MPI.Op,
+        algorithm: str | None,
+    ) -> Bound:
+        """Reduce_scatter; ``told`` are the counts, where the user said them."""
+        who = self.who("Reduce_scatter")
+        recv = self.operand(recvbuf, op, who, writable=True)
+        in_place = sendbuf is IN_PLACE or sendbuf is recvbuf
+        send = recv if in_place else self.operand(sendbuf, op, who)
+        if told is None and in_place:
+            raise ArgumentError(f"{who}: in place it cannot know who gets how much: pass recvcounts")
+        counts = told
+        if counts is None:
+            counts = tuple(self.resources.channel.allgather(recv.elements))
+        if not (send.opaque or recv.opaque):
+            self.check_parts(send, recv, counts, in_place, who)
+        return self.reduce_scatter(
+            key, "Reduce_scatter", (send, recv), counts, (told if recv.opaque else counts, op), algorithm, in_place
+        )
+
+    def reduce_scatter(
+        self,
+        key: Hashable,
+        name: str,
+        buffers: tuple[Message, Message],
+        counts: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        algorithm: str | None,
+        in_place: bool,
+    ) -> Bound:
+        """Both reduce-scatters, once the parts are known."""
+        send, recv = buffers
+        op = arguments[-1]
+        choice = self.choose("reduce_scatter", send, op, algorithm, self.who(name), sum(counts))
+        signature = self.signature(name, send, choice, algorithm, op, count="+".join(map(str, shortened(counts))))
+        if choice.algorithm == "native":
+            return self.native(key, signature, name, (send, recv), arguments, send.nbytes)
+        total, mine = sum(counts), counts[self.rank]
+        cuts = np.cumsum([0, *counts])
+        into, source = recv.vector(mine), send.vector(total)
+        if choice.algorithm == "shared":
+            plan = self.shared.bind_reduce_scatter(
+                send.address, recv.address, counts, source.dtype, operations.name_of(op), signature.word
+            )
+            return self.keep_shared(key, signature, plan)
+        work = np.empty_like(source)
+        ours = self.resources.algorithms("reduce_scatter")[choice.algorithm]
+        steps = ours.steps(self.rank, self.size)
+        plan = bind(steps, work, cuts, self.resources.messages, operations.combiner(op), signature.word)
+        part = work[cuts[self.rank] : cuts[self.rank + 1]]
+        moves: list[Run | None] = [lambda: np.copyto(work, source), plan, lambda: np.copyto(into, part)]
+        return self.keep(key, signature, moves, plan.free, work.nbytes)
+
+    def allgather(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
+        """Allgather."""
+        who = self.who("Allgather")
+        recv = self.buffer(recvbuf, who, writable=True)
+        send = recv if sendbuf is IN_PLACE else self.buffer(sendbuf, who)
+        each = 0 if recv.opaque else recv.part(self.size)
+        counts = (each,) * self.size
+        return self.gathering(key, "Allgather", send, recv, counts, algorithm, sendbuf is IN_PLACE)
+
+    def allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
+        """Allgatherv."""
+        who = self.who("Allgatherv")
+        recv = self.buffer(recvbuf, who, writable=True)
+        send = recv if sendbuf is IN_PLACE else self.buffer(sendbuf, who)
+        counts = (0,) * self.size if recv.opaque else recv.parts(self.size)[0]
+        if len(counts) != self.size:
+            raise ArgumentError(f"{who}: {len(counts)} counts for {self.size} ranks: pass one a rank")
+        return self.gathering(None, "Allgatherv", send, recv, counts, algorithm, sendbuf is IN_PLACE)
+
+    def gathering(
+        self,
+        key: Hashable,
+        name: str,
+        send: Message,
+        recv: Message,
+        counts: tuple[int, ...],
+        algorithm: str | None,
+        in_place: bool,
+    ) -> Bound:
+        """Both allgathers, once the parts are known."""
+        who, me = self.who(name), self.rank
+        octets = recv.octets or 0 if recv.dtype is None else sum(counts) * recv.dtype.itemsize
+        choice = self.choose("allgather", recv, None, algorithm, who, octets)
+        opaque = recv.opaque or send.opaque
+        signature = self.signature(name, recv, choice, algorithm, count=UNKNOWN if opaque else str(sum(counts)))
+        displs = recv.parts(self.size)[1] if name == "Allgatherv" else tuple(k * counts[0] for k in range(self.size))
+        if not opaque:
+            self.check_gathering(send, recv, counts, displs, in_place, who)
+        if choice.algorithm == "native" or opaque:
+            return self.native(key, signature, name, (recv if in_place else send, recv), (), octets)
+        assert recv.dtype is not None
+        cuts = np.cumsum([0, *counts])
+        straight = list(displs) == cuts[:-1].tolist()
+        work = recv.vector(int(cuts[-1])) if straight else np.empty(int(cuts[-1]), recv.dtype)
+        mine = work[cuts[me] : cuts[me + 1]]
+        if choice.algorithm == "shared":
+            width = recv.dtype.itemsize
+            own = recv.address + displs[me] * width if in_place else send.address
+            sizes, places = [each * width for each in counts], [each * width for each in displs]
+            shared = self.shared.bind_allgather(own, recv.address, sizes, places, signature.word)
+            return self.keep_shared(key, signature, shared)
+        source = recv.vector(counts[me], displs[me]) if in_place else send.vector(send.elements)
+        copy_in = None if in_place and straight else lambda: np.copyto(mine.view("u1"), source.view("u1"))
+        spread = None if straight else spreader(work, cuts, recv, counts, displs)
+        ours = self.resources.algorithms("allgather")[choice.algorithm]
+        steps = ours.steps(me, self.size)
+        plan = bind(steps, work, cuts, self.resources.messages, None, signature.word)
+        return self.keep(key, signature, [copy_in, plan, spread], plan.free, octets)
+
+    def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Bound:
+        """Bcast."""
+        who = self.who("Bcast")
+        self.check_root(root, who)
+        data = self.buffer(buf, who, writable=self.rank != root)
+        choice = self.choose("bcast", data, None, algorithm, who, data.nbytes)
+        signature = self.signature("Bcast", data, choice, algorithm, None, root)
+        if choice.algorithm == "native":
+            return self.native(key, signature, "Bcast", (data,), (root,), 0)
+        packed = Packed(data, self.comm) if data.opaque else None
+        vector = packed.octets if packed else data.vector()
+        before = packed.pack if packed and self.rank == root else None
+        after = packed.unpack if packed and self.rank != root else None
+        if choice.algorithm == "shared":
+            start = messages.address_of(vector) if packed else data.address
+            shared = self.shared.bind_bcast(start, data.nbytes, root, signature.word)
+            return self.keep_shared(key, signature, in_turn([before, shared, after]))
+        ours = self.resources.algorithms("bcast")[choice.algorithm]
+        steps = ours.steps(self.rank, self.size, root)
+        plan = self.whole(ours, vector.view("u1"), steps, choice, None, signature)
+        return self.keep(key, signature, [before, plan, after], plan.free, 0)
+
+    def inherited(self, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None) -> None:
+        """Run a collective that is MPI's own, with the calls compared."""
+        who = self.who(name)
+        if root is not None:
+            self.check_root(root, who)
+        messages = [read(each, who) for each in buffers if name != "Alltoallw"]
+        dtype = count = ""
+        if op is not None:
+            first = messages[1]
+            dtype = UNKNOWN if first.dtype is None else first.dtype.name
+            count = UNKNOWN if first.dtype is None else str(first.elements)
+            if first.dtype is not None:
+                operations.check_defined(op, first.dtype, who)
+        op_name = "" if op is None else operations.name_of(op)
+        signature = Signature(name, op_name, count, dtype, "" if root is None else str(root))
+        arguments = [each for each in (op, root) if each is not None]
+        call, comm = getattr(MPI.Intracomm, name), self.comm
+        self.checked(signature, lambda: call(comm, *buffers, *arguments), 0)()
+
+    def who(self, name: str) -> str:
+        """How errors of this call begin."""
+        return f"rank {self.rank}: {name}"
+
+    def buffer(self, given: Any, who: str, writable: bool = False) -> Message:
+        """A buffer that can be sent, or received into."""
+        message = read(given, who)
+        if writable and not message.writable:
+            raise ArgumentError(f"{who}: the buffer to receive into is read-only: pass a writable copy")
+        if message.dtype is not None and message.count is not None and message.count > message.size:
+            raise ArgumentError(
+                f"{who}: the buffer holds {message.size} elements of {message.dtype}, count says {message.count}: "
+                "pass a longer buffer or a smaller count"
+            )
+        return message
+
+    def operand(self, given: Any, op: MPI.Op, who: str, writable: bool = False) -> Message:
+        """A buffer of a reduction."""
+        message = self.buffer(given, who, writable)
+        if given is None:
+            raise ArgumentError(f"{who}: the buffer is None: pass an array")
+        if message.dtype is not None:
+            operations.check_defined(op, message.dtype, who)
+        return message
+
+    def reduction_buffers(self, sendbuf: Any, recvbuf: Any, op: MPI.Op, who: str) -> tuple[Message, Message]:
+        """What goes in and what comes out; the same message twice when in place."""
+        recv = self.operand(recvbuf, op, who, writable=True)
+        if sendbuf is IN_PLACE or sendbuf is recvbuf:
+            return recv, recv
+        send = self.operand(sendbuf, op, who)
+        if send.opaque or recv.opaque:
+            return send, recv
+        if send.dtype != recv.dtype or send.elements != recv.elements:
+            raise ArgumentError(
+                f"{who}: sends {send.elements} {send.dtype}, receives {recv.elements} {recv.dtype}: make them alike"
+            )
+        if send.order != recv.order:
+            raise ArgumentError(
+                f"{who}: one array is in C order, the other in Fortran order: pass np.ascontiguousarray(x)"
+            )
+        if send.address == recv.address:
+            return recv, recv
+        self.check_apart(send, recv, who)
+        return send, recv
+
+    def check_apart(self, send: Message, recv: Message, who: str) -> None:
+        """Refuse buffers that share bytes."""
+        if send.overlaps(recv):
+            raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
+
+    def check_root(self, root: int, who: str) -> None:
+        """Refuse a root that is no rank."""
+        if not 0 <= root < self.size:
+            raise ArgumentError(f"{who}: root {root} is not one of the ranks 0 … {self.size - 1}")
+
+    def check_parts(self, send: Message, recv: Message, counts: tuple[int, ...], in_place: bool, who: str) -> None:
+        """Refuse parts of a reduce-scatter that do not fit the buffers."""
+        if len(counts) != self.size or min(counts) < 0:
+            raise ArgumentError(f"{who}: recvcounts {counts} for {self.size} ranks: pass one count a rank")
+        total = sum(counts)
+        if send.dtype != recv.dtype or send.elements != total or (not in_place and recv.elements < counts[self.rank]):
+            raise ArgumentError(
+                f"{who}: sends {send.elements} {send.dtype}, receives {recv.elements} {recv.dtype}, the parts "
+                f"are {total} in all and {counts[self.rank]} here: make them agree"
+            )
+        if not in_place:
+            self.check_apart(send, recv, who)
+
+    def check_gathering(
+        self,
+        send: Message,
+        recv: Message,
+        counts: tuple[int, ...],
+        displs: tuple[int, ...],
+        in_place: bool,
+        who: str,
+    ) -> None:
+        """Refuse parts of an allgather that do not fit the buffers."""
+        assert recv.dtype is not None
+        end = max((d + c for d, c in zip(displs, counts, strict=True)), default=0)
+        if end > recv.size:
+            raise ArgumentError(f"{who}: the parts end at element {end}, the buffer to receive into has {recv.size}")
+        if in_place:
+            return
+        if send.nbytes != counts[self.rank] * recv.dtype.itemsize:
+            raise ArgumentError(
+                f"{who}: sends {send.nbytes} bytes, the buffer to receive into has "
+                f"{counts[self.rank] * recv.dtype.itemsize} for this rank: make them agree"
+            )
+        self.check_apart(send, recv, who)
+
+    @property
+    def shared(self) -> Any:
+        """Shared memory of all ranks, where there is any."""
+        return self.resources.shared
+
+    def choose(
+        self,
+        collective: str,
+        data: Message,
+        op: MPI.Op | None,
+        algorithm: str | None,
+        who: str,
+        nbytes: int | None = None,
+    ) -> Choice:
+        """Who takes this call: as the caller says, as the communicator says, or as the table says."""
+        names = self.resources.names(collective)
+        if algorithm is not None and algorithm not in names:
+            raise unknown(who, algorithm, names)
+        fits = self.fitting(collective, data, op)
+        if algorithm is not None and algorithm not in ("auto", "native", *fits):
+            raise ArgumentError(self.unfit(who, algorithm, data, fits))
+        wanted = algorithm or self.comm.algorithm
+        if wanted in ("native", *fits):
+            return Choice(wanted, None, "named by the caller")
+        if self.size == 1 or not fits:
+            return Choice("native", None, "nothing to choose")
+        dtype = data.dtype.char if data.dtype is not None and op is not None else "B"
+        allowed = ("native", *(name for name in names if name in fits))
+        return self.resources.decide(collective, data.nbytes if nbytes is None else nbytes, dtype, allowed, who)
+
+    def fitting(self, collective: str, data: Message, op: MPI.Op | None) -> tuple[str, ...]:
+        """Our algorithms that can do this call."""
+        ours = self.resources.algorithms(collective)
+        if op is None:
+            movable = data.dtype is not None or data.datatype is not None
+            return (*ours, *(["shared"] if self.shared else [])) if movable else ()
+        if data.dtype is None or data.dtype.kind not in "biufc":
+            return ()
+        fits = tuple(name for name, each in ours.items() if each.ordered or op.Is_commutative())
+        shared = self.shared
+        if shared and op.is_predefined and shared.reduces(operations.name_of(op), data.dtype):
+            return (*fits, "shared")
+        return fits
+
+    def unfit(self, who: str, wanted: str, data: Message, fits: tuple[str, ...]) -> str:
+        """Why a named algorithm cannot take a call."""
+        if data.opaque:
+            return f"{who}: algorithm={wanted!r} cannot reduce a derived datatype: leave the algorithm out"
+        others = ", ".join(repr(name) for name in fits)
+        return (
+            f"{who}: algorithm={wanted!r} cannot do this operation in rank order on {data.dtype}: use one of {others}"
+        )
+
+    def signature(
+        self,
+        name: str,
+        data: Message,
+        choice: Choice,
+        algorithm: str | None,
+        op: MPI.Op | None = None,
+        root: int | None = None,
+        count: str | None = None,
+    ) -> Signature:
+        """The call in words that the other ranks' can be compared with."""
+        simple = data.dtype is not None
+        return Signature(
+            name,
+            operations.name_of(op) if op is not None else "",
+            count if count is not None else str(data.elements) if simple else UNKNOWN,
+            data.dtype.name if data.dtype is not None else UNKNOWN,
+            "" if root is None else str(root),
+            data.order if simple else UNKNOWN,
+            choice.algorithm if algorithm else "",
+        )
+
+    def whole(
+        self,
+        ours: Algorithm,
+        vector: npt.NDArray[Any],
+        steps: Any,
+        choice: Choice,
+        op: MPI.Op | None,
+        signature: Signature,
+    ) -> Any:
+        """Bind one of ours whose blocks may lie anywhere, in segments where it gains from them."""
+        segment = choice.segment_bytes or (SEGMENT_BYTES if ours.lanes else 0)
+        lanes = -(-vector.nbytes // segment) if segment and vector.nbytes else 1
+        combine = None if op is None else operations.combiner(op)
+        blocks = ours.blocks(self.size)
+        return bind_lanes(steps, vector, blocks, lanes, self.resources.messages, combine, signature.word)
+
+    def native(
+        self,
+        key: Hashable,
+        signature: Signature,
+        name: str,
+        buffers: tuple[Message, ...],
+        arguments: tuple[Any, ...],
+        lockstep_bytes: int,
+    ) -> Bound:
+        """Bind MPI's own algorithm; forms of plain memory can be kept, they do not keep the user's array alive."""
+        method, comm = getattr(MPI.Intracomm, name), self.comm
+        first = buffers[0]
+        same = len(buffers) == 2 and buffers[1] is first
+        forms = [IN_PLACE if same else first.raw, *(each.raw for each in buffers[1:])]
+        reusable = key is not None and all(each.dtype is not None for each in buffers)
+        if reusable:
+            divided = parted(name, same)
+            forms = [
+                IN_PLACE if same and k == 0 else standing(each, each.part(self.size) if k in divided else each.elements)
+                for k, each in enumerate(buffers)
+            ]
+        run = self.checked(signature, lambda: method(comm, *forms, *arguments), lockstep_bytes)
+        return self.resources.keep(key, Bound(run)) if reusable else Bound(run)
+
+    def keep(
+        self,
+        key: Hashable,
+        signature: Signature,
+        moves: list[Run | None],
+        free: Run,
+        lockstep_bytes: int,
+    ) -> Bound:
+        """A bound call of ours on messages, kept under its key."""
+        bound = Bound(self.checked(signature, in_turn(moves), lockstep_bytes), free)
+        return bound if key is None else self.resources.keep(key, bound)
+
+    def keep_shared(self, key: Hashable, signature: Signature, plan: Run) -> Bound:
+        """A bound call in shared memory, kept under its key; it compares the calls itself."""
+        roll, shared = self.resources.roll, self.shared
+        word = roll.announce(signature) if roll else 0
+
+        def late(seconds: float, positions: list[int]) -> None:
+            if roll:
+                roll.late(word, seconds, positions)
+
+        def run() -> None:
+            shared.late = late
+            plan()
+
+        bound = Bound(run)
+        return bound if key is None else self.resources.keep(key, bound)
+
+    def checked(self, signature: Signature, body: Run, lockstep_bytes: int) -> Run:
+        """``body`` between the two looks at what the other ranks call."""
+        roll = self.resources.roll
+        if roll is None:
+            return body
+        word = roll.announce(signature)
+        enter = roll.begin if signature.collective in SYNCHRONISING else roll.enter
+        leave, wait = roll.leave, roll.wait
+        lockstep = lockstep_bytes >= LOCKSTEP_BYTES
+
+        def run() -> None:
+            try:
+                enter(word)
+                if lockstep:
+                    wait()
+                body()
+                leave(word)
+            except MPI.Exception as failure:
+                roll.inside = 0
+                roll.blame(word, failure)
+            except BaseException:
+                roll.inside = 0
+                raise
+
+        return run
+
+
+class Packed:
+    """The data of a derived datatype as plain bytes."""
+
+    def __init__(self, data: Message, comm: MPI.Intracomm) -> None:
+        assert data.datatype is not None
+        self._data, self._comm = data, comm
+        self._extent = (data.count or 0) * data.datatype.Get_extent()[1]
+        self.octets = np.empty(data.octets or 0, np.uint8)
+
+    def pack(self) -> None:
+        """From the user's memory."""
+        assert self._data.datatype is not None
+        self._data.datatype.Pack(self._memory(), self.octets, 0, self._comm)
+
+    def unpack(self) -> None:
+        """Into the user's memory."""
+        assert self._data.datatype is not None
+        self._data.datatype.Unpack(self.octets, 0, self._memory(), self._comm)
+
+    def _memory(self) -> MPI.memory:
+        return MPI.memory.fromaddress(self._data.address, self._extent)
+
+
+def parted(name: str, in_place: bool) -> tuple[int, ...]:
+    """Which buffers of an MPI call are counted in elements a rank."""
+    return {"Allgather": (1,), "Reduce_scatter_block": (int(in_place),)}.get(name, ())
+
+
+def standing(message: Message, count: int) -> Any:
+    """A form for mpi4py that does not keep the user's array alive."""
+    assert message.dtype is not None
+    try:
+        datatype = MPI.Datatype.fromcode(message.dtype.char)
+    except (KeyError, ValueError):
+        return message.raw
+    return [MPI.memory.fromaddress(message.address, message.size * message.dtype.itemsize), count, datatype]
+
+
+def in_turn(moves: list[Run | None]) -> Run:
+    """One after the other."""
+    acts = [move for move in moves if move is not None]
+    if len(acts) == 1:
+        return acts[0]
+
+    def run() -> None:
+        for act in acts:
+            act()
+
+    return run
+
+
+def spreader(work: npt.NDArray[Any], cuts: Any, recv: Message, counts: tuple[int, ...], displs: tuple[int, ...]) -> Run:
+    """Copy what was gathered side by side to where the user wants each part."""
+    pairs = [
+        (recv.vector(count, displ), work[cuts[k] : cuts[k + 1]])
+        for k, (count, displ) in enumerate(zip(counts, displs, strict=True))
+        if count
+    ]
+
+    def spread() -> None:
+        for part, gathered in pairs:
+            part[...] = gathered
+
+    return spread
+
+
+def shortened(counts: tuple[int, ...]) -> tuple[Any, ...]:
+    """Counts for a signature: all of them where they are few."""
+    return counts if len(counts) <= 8 else (*counts[:8], f"and {len(counts) - 8} more", hash(counts))
