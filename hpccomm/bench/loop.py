@@ -1,91 +1,104 @@
-"""The one measuring loop: algorithms take turns, so that all of them see the same machine.
+"""The one measuring loop: algorithms take turns at every size, so that all of them see the same machine.
 
-Per iteration ``t0; call; t1; sum += t1 - t0; barrier``, the barrier untimed; a rank's mean; then minimum, mean and
-maximum over the ranks (as the OSU Micro-Benchmarks do).  Percentiles are of each iteration's mean over the ranks.
+Per call ``t0; call; t1``, then a barrier that is not timed; a rank's mean over the calls; then minimum, mean and
+maximum over the ranks, as the OSU Micro-Benchmarks do.  Percentiles are of each call's mean over the ranks.  Results
+are checked in calls of their own, so that times with and without checking are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from time import perf_counter
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from inspect import signature
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.bench.cases import CASES, Case, Exercise, Setting
+from hpccomm.bench.cases import CASES, Call, Calling, Case, Shape
+from hpccomm.bench.inputs import SPOILT, VARIANTS, Array, Inputs, Pieces
+from hpccomm.collectives import ALGORITHMS, cost
 from hpccomm.errors import ArgumentError
 
-LARGE = 8192
-"""Bytes above which OSU takes fewer iterations."""
 TURNS = 10
-"""How often the algorithms take turns at one size."""
+"""How often each algorithm gets its turn at one size."""
+FEWEST = 10
+"""Calls that are timed even if they take longer than they should."""
+ALIGNMENT = 64
+"""Bytes, of buffers."""
+KEPT = 1 << 20
+"""Numbers that are kept rather than made again for every checked call."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
-    """What is the same for all sizes of a run."""
+    """What is the same for all sizes."""
 
-    dtype: Any = "f4"
+    dtype: npt.DTypeLike = "f4"
     iterations: int | None = None
-    """Timed calls; ``None``: 1000 up to 8 KiB, 100 above."""
+    """Timed calls; ``None``: as many as OSU, but for about ``seconds``."""
     warmup: int | None = None
-    """Untimed calls before; ``None``: 100 up to 8 KiB, 10 above."""
+    """Untimed calls before them."""
+    seconds: float | None = 1.0
+    """Time for each algorithm at each size; ``None``: as long as it takes."""
+    whole: bool = True
+    """Sizes are bytes of the whole vector; otherwise OSU's: of one rank's part, where there is one for each."""
     check: bool = False
-    check_calls: int = 5
+    """Check every element after as many calls again."""
+    check_warmup: int = 5
+    """Unchecked calls before each checked one."""
     in_place: bool = False
+    root: int | None = 0
+    """``None``: the next rank with every call."""
     registered: bool = False
-    roots: Callable[[int], int] = lambda iteration: 0
-    """The root of the k-th call."""
+    """Buffers from ``comm.empty``."""
+    bare_native: bool = False
+    """``"native"`` is mpi4py's own method, not the communicator's way to it."""
+    streaming: bool = False
+    """No barrier between calls (as nccl-tests)."""
+    percentiles: tuple[int, ...] = (50, 99)
+    """None: the times of single calls are not collected."""
+    window: int = 64
 
-    def repeats(self, size: int) -> tuple[int, int]:
-        """Timed and untimed calls at a size."""
-        timed, untimed = (1000, 100) if size <= LARGE else (100, 10)
-        return self.iterations or timed, untimed if self.warmup is None else self.warmup
 
-
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """One size of one collective with one algorithm; microseconds, and 10^9 bytes a second."""
+    """One algorithm at one size; the same on all ranks.  Microseconds, and 10^9 bytes a second."""
 
     collective: str
     algorithm: str
     datatype: str
     bytes: int
-    """As OSU counts them."""
+    """As the size was given."""
     ranks: int
     nodes: int
     iterations: int
     min_us: float
     avg_us: float
     max_us: float
-    p50_us: float
-    p99_us: float
+    p50_us: float | None
+    p99_us: float | None
     algbw_GBps: float  # noqa: N815
     busbw_GBps: float  # noqa: N815
     validated: bool | None
+    """``None``: not checked."""
     predicted_us: float | None
+    """By the model, where it knows the algorithm."""
     in_place: bool = False
+    registered: bool = False
     wrong: int = 0
-    samples: npt.NDArray[np.float64] | None = None
+    """Elements, over all ranks and checked calls."""
+    complaint: str = ""
+    """The first of them."""
+    tails: tuple[float, ...] = ()
+    """The percentiles that were asked for, microseconds (of bandwidth tests: those of the bandwidth)."""
 
     def record(self) -> dict[str, Any]:
-        """What goes into a file."""
-        kept = asdict(self)
-        del kept["samples"]
-        return kept
-
-    def percentile(self, p: int) -> float:
-        """OSU's: the sorted sample at iterations·p/100 − 1."""
-        assert self.samples is not None
-        return percentile(self.samples, p)
-
-
-def percentile(samples: npt.NDArray[np.float64], p: int) -> float:
-    """The sorted sample at len·p/100 − 1, the first one at least."""
-    return float(np.sort(samples)[max(0, samples.size * p // 100 - 1)])
+        """For a file."""
+        return {name: value for name, value in asdict(self).items() if name not in ("wrong", "complaint", "tails")}
 
 
 def measure(
@@ -95,139 +108,313 @@ def measure(
     algorithms: Sequence[str] = ("auto",),
     options: Options | None = None,
 ) -> Iterator[Row]:
-    """Measure a collective at each size (bytes, as OSU counts them) with each algorithm; a row each (collective)."""
+    """Measure ``collective`` at each size (bytes) with each algorithm: a row each, size by size (collective).
+
+    ``comm`` is a Communicator, or any MPI.Intracomm, which has ``"native"`` only.  Sizes without a single element are
+    left out.  Raises ArgumentError where an algorithm, datatype or form does not exist.
+    """
     options = options or Options()
+    sizes = [size for size in sizes if has_elements(collective, size, comm.size, options)]
+    check_algorithms(comm, collective, algorithms)
+    bench = Bench(comm, collective, max(sizes, default=0), options)
     for size in sizes:
-        count = size // np.dtype(options.dtype).itemsize
-        if count or collective == "barrier":
-            yield from measured(comm, collective, size, count, algorithms, options)
+        yield from bench.rows(size, algorithms)
 
 
-def measured(
-    comm: Any, collective: str, size: int, count: int, algorithms: Sequence[str], options: Options
-) -> list[Row]:
-    """One size."""
+def has_elements(collective: str, size: int, ranks: int, options: Options) -> bool:
+    """Whether there is anything to move."""
+    itemsize = np.dtype(options.dtype).itemsize
+    return collective == "barrier" or CASES[collective].count(size, itemsize, ranks, options.whole) > 0
+
+
+def check_algorithms(comm: Any, collective: str, algorithms: Sequence[str]) -> None:
+    """Raise if one of them cannot be measured."""
+    known = known_algorithms(comm, collective)
+    unknown = [name for name in algorithms if name not in known]
+    if unknown or not algorithms:
+        raise ArgumentError(f"algorithm {', '.join(unknown)!r}: for {collective} there is {', '.join(known)}")
+
+
+def known_algorithms(comm: Any, collective: str) -> tuple[str, ...]:
+    """What can be measured here (the first use is collective)."""
+    if not hasattr(comm, "algorithms"):
+        return ("native",)
     case = CASES[collective]
-    exercise = case.make(Setting(comm, count, options.dtype, options.in_place, allocator(comm, options)))
-    calls = {name: caller(comm, case, exercise, name) for name in algorithms}
-    wrong = {name: checked(comm, exercise, call, options) for name, call in calls.items()}
-    exercise.fill()
-    timed, untimed = options.repeats(case.whole(size, comm.size))
-    for call in calls.values():
-        for k in range(untimed):
-            call(options.roots(k))
-    times = {name: np.empty(timed) for name in calls}
-    for turn in np.array_split(np.arange(timed), min(TURNS, timed)):
-        for name, call in calls.items():
-            time_calls(plain(comm), call, turn.tolist(), times[name], options.roots)
-    return [summarised(comm, collective, name, size, times[name], wrong[name], options) for name in algorithms]
+    return tuple(comm.algorithms(case.algorithms)) if case.algorithms else ("auto", "native")
 
 
-def caller(comm: Any, case: Case, exercise: Exercise, algorithm: str) -> Callable[[int], None]:
-    """The call with its algorithm named; native is mpi4py's own method, with nothing of ours around it."""
-    call = exercise.call
-    if algorithm == "native":
-        bare = plain(comm)
-        return lambda root: call(bare, root)
-    if not case.chosen:
-        return lambda root: call(comm, root)
-    return lambda root: call(comm, root, algorithm=algorithm)
+class Bench:
+    """A collective on a communicator, with memory for its largest size."""
+
+    def __init__(self, comm: Any, collective: str, largest: int, options: Options) -> None:
+        self.comm, self.collective, self.options = comm, collective, options
+        self.case: Case = CASES[collective]
+        self.plain = MPI.Intracomm(comm)
+        self.dtype = np.dtype(options.dtype)
+        self.inputs = Inputs(comm.size, self.dtype)
+        self.nodes = count_nodes(comm)
+        if options.in_place and not self.case.in_place:
+            raise ArgumentError(f"MPI has no {collective} in place: leave that out")
+        self.memory = self.allocate(largest)
+
+    def shapes(self, size: int) -> list[Shape]:
+        """A call for each root in turn."""
+        count = self.case.count(size, self.dtype.itemsize, self.comm.size, self.options.whole)
+        roots = range(self.comm.size) if self.options.root is None else [self.options.root]
+        here = self.comm.size, self.comm.rank
+        return [Shape(*here, root, count, self.dtype, self.options.in_place, self.options.window) for root in roots]
+
+    def allocate(self, largest: int) -> list[Array]:
+        """To send from and to receive into: for all sizes and roots, and the same on all ranks."""
+        needs = [self.case.layout(shape).lengths() for shape in self.shapes(largest)]
+        most = np.max(self.plain.allgather(np.max(needs, axis=0)), axis=0)
+        if not self.options.registered:
+            return [aligned(int(count), self.dtype) for count in most]
+        if not hasattr(self.comm, "empty"):
+            raise ArgumentError("registered memory comes from comm.empty, which a plain MPI communicator has not")
+        return [self.comm.empty(int(count), self.dtype) for count in most]
+
+    def rows(self, size: int, algorithms: Sequence[str]) -> list[Row]:
+        """All algorithms at one size."""
+        exercise = Exercise(self.case, self.shapes(size), self.inputs, self.memory)
+        calls = {name: self.calls(exercise, name) for name in algorithms}
+        exercise.rest()
+        timed, untimed = self.repeats(size, calls)
+        for each in calls.values():
+            self.time(each, untimed)
+        times = self.take_turns(calls, timed)
+        found = {name: self.check(exercise, each, timed) for name, each in calls.items()}
+        return [self.row(size, name, times[name], found[name]) for name in algorithms]
+
+    def calls(self, exercise: Exercise, algorithm: str) -> list[Call]:
+        """The calls of an algorithm, one a root."""
+        comm = self.plain if algorithm == "native" and self.options.bare_native else self.comm
+        bind = self.case.bind
+        named = (algorithm,) if isinstance(bind, Calling) and can_name(getattr(comm, bind.method)) else ()
+        return [bind(comm, shape, exercise.send, exercise.recv, named) for shape in exercise.shapes]
+
+    def repeats(self, size: int, calls: dict[str, list[Call]]) -> tuple[int, int]:
+        """Timed and untimed calls."""
+        options = self.options
+        timed, untimed = self.case.repeats.at(size)
+        if options.seconds is not None and options.iterations is None:
+            most = int(options.seconds / self.slowest(calls))
+            timed, untimed = min(timed, max(FEWEST, most)), min(untimed, max(2, most // 10))
+        return options.iterations or timed, untimed if options.warmup is None else options.warmup
+
+    def slowest(self, calls: dict[str, list[Call]]) -> float:
+        """Seconds of the slowest algorithm's second call: the first one prepares."""
+        longest = max(self.time(each, 2)[-1] for each in calls.values())
+        return max(1e-9, float(self.plain.allreduce(longest, MPI.MAX)) / 1e9)
+
+    def take_turns(self, calls: dict[str, list[Call]], timed: int) -> dict[str, list[int]]:
+        """Times in nanoseconds; another algorithm begins each turn, and a turn begins with a call that is not timed."""
+        times: dict[str, list[int]] = {name: [] for name in calls}
+        names = list(calls)
+        turns = min(TURNS, timed) if len(names) > 1 else 1
+        for turn in range(turns):
+            length = timed * (turn + 1) // turns - timed * turn // turns
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                warm = int(turns > 1)
+                times[name] += self.time(calls[name], length + warm, len(times[name]))[warm:]
+        return times
+
+    def time(self, calls: list[Call], count: int, first: int = 0) -> list[int]:
+        """Nanoseconds of ``count`` calls."""
+        sequence = [calls[k % len(calls)] for k in range(first, first + count)]
+        between = nothing if self.options.streaming or self.case.ends or self.collective == "barrier" else self.barrier
+        self.barrier()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return timed_calls(sequence, between)
+        finally:
+            if collecting:
+                gc.enable()
+
+    @property
+    def barrier(self) -> Call:
+        """The library's own."""
+        barrier: Call = self.plain.Barrier
+        return barrier
+
+    def check(self, exercise: Exercise, calls: list[Call], count: int) -> tuple[int, str]:
+        """Elements that are wrong over all ranks after ``count`` calls, and the first of them in words."""
+        if not self.options.check:
+            return 0, ""
+        wrong, complaint = 0, ""
+        for k in range(count):
+            call = calls[k % len(calls)]
+            for _ in range(self.options.check_warmup):
+                call()
+            self.barrier()
+            exercise.fill(k)
+            self.barrier()
+            call()
+            self.barrier()
+            bad = exercise.wrong(k)
+            complaint = complaint or (exercise.complaint(k) if bad else "")
+            wrong += bad
+        found = self.plain.allgather((wrong, complaint))
+        return sum(each for each, _ in found), next((words for _, words in found if words), "")
+
+    def row(self, size: int, algorithm: str, times: list[int], found: tuple[int, str]) -> Row:
+        """What came out."""
+        scale = 1e-3 / self.case.messages(self.options.window)
+        samples = np.array(times) * scale
+        means = np.array(self.plain.allgather(float(samples.mean())))
+        made = self.summary(size, algorithm, means[:1] if self.case.ends else means, len(times))
+        wrong, complaint = found
+        made = replace(
+            made,
+            **self.tails(samples),
+            validated=wrong == 0 if self.options.check else None,
+            wrong=wrong,
+            complaint=complaint and f"{algorithm}: {complaint}",
+        )
+        row: Row = self.plain.bcast(made)
+        return row
+
+    def tails(self, samples: npt.NDArray[np.float64]) -> dict[str, Any]:
+        """Percentiles of each call's mean over the ranks (between two ranks, of what rank 0 sees)."""
+        if not self.options.percentiles:
+            return {}
+        mine = samples if not self.case.ends or self.comm.rank == 0 else np.zeros_like(samples)
+        total = np.empty_like(samples)
+        self.plain.Allreduce(mine / (1 if self.case.ends else self.comm.size), total)
+        sign = -1 if self.case.ends < 0 else 1  # of bandwidths: the lowest first, which are the longest times
+        tails = tuple(sign * percentile(sign * total, p) for p in self.options.percentiles)
+        return {"p50_us": percentile(total, 50), "p99_us": percentile(total, 99), "tails": tails}
+
+    def summary(self, size: int, algorithm: str, means: npt.NDArray[np.float64], iterations: int) -> Row:
+        """The row, but for percentiles and checks."""
+        case, p, itemsize = self.case, self.comm.size, self.dtype.itemsize
+        nbytes = case.nbytes(case.count(size, itemsize, p, self.options.whole), itemsize, p)
+        algbw = nbytes / max(float(means.mean()), 1e-9) / 1e3
+        return Row(
+            collective=self.collective,
+            algorithm=algorithm,
+            datatype=self.dtype.name,
+            bytes=size,
+            ranks=p,
+            nodes=self.nodes,
+            iterations=iterations,
+            min_us=float(means.min()),
+            avg_us=float(means.mean()),
+            max_us=float(means.max()),
+            p50_us=None,
+            p99_us=None,
+            algbw_GBps=algbw,
+            busbw_GBps=algbw * case.bus(p),
+            validated=None,
+            predicted_us=predicted(self.comm, case, algorithm, nbytes) if self.comm.rank == 0 else None,
+            in_place=self.options.in_place,
+            registered=self.options.registered,
+        )
 
 
-def allocator(comm: Any, options: Options) -> Any:
-    """Where the buffers come from."""
-    if not options.registered:
-        return np.zeros
-    if not hasattr(comm, "empty"):
-        raise ArgumentError("registered memory is made by comm.empty, which this communicator has not")
-    return comm.empty
+class Exercise:
+    """One size: buffers that are filled before a checked call and looked at after it."""
+
+    def __init__(self, case: Case, shapes: list[Shape], inputs: Inputs, memory: list[Array]) -> None:
+        self.shapes, self.inputs = shapes, inputs
+        self.layouts = [case.layout(shape) for shape in shapes]
+        lengths = [max(each) for each in zip(*(layout.lengths() for layout in self.layouts), strict=True)]
+        self.send, self.recv = (buffer[:length] for buffer, length in zip(memory, lengths, strict=True))
+        self.kept: dict[tuple[Pieces, int], Array] = {}
+
+    def rest(self) -> None:
+        """For calls that are timed: numbers that do not grow when a sum becomes the next call's input."""
+        self.send.fill(0)
+        self.recv.fill(0)
+
+    def fill(self, k: int) -> None:
+        """The k-th call's inputs; where its results will be, what no result is."""
+        layout, variant = self.layouts[k % len(self.layouts)], k % VARIANTS
+        send, before = self.numbers(layout.send, variant), self.numbers(layout.before, variant)
+        self.send[: send.size] = send
+        self.recv[: before.size] = before
+        self.recv[before.size :] = SPOILT
+
+    def wrong(self, k: int) -> int:
+        """Elements that the k-th call got wrong on this rank."""
+        want = self.wanted(k)
+        return int(np.count_nonzero(self.recv[: want.size] != want))
+
+    def complaint(self, k: int) -> str:
+        """The first element that the k-th call got wrong on this rank."""
+        want, shape = self.wanted(k), self.shapes[k % len(self.shapes)]
+        bad = np.flatnonzero(self.recv[: want.size] != want)
+        first = int(bad[0])
+        return (
+            f"rank {shape.rank}: element {first} is {self.recv[first]}, should be {want[first]} "
+            f"({bad.size} of {want.size} wrong in call {k}, root {shape.root})"
+        )
+
+    def wanted(self, k: int) -> Array:
+        """What must have come out of the k-th call."""
+        return self.numbers(self.layouts[k % len(self.layouts)].after, k % VARIANTS)
+
+    def numbers(self, pieces: Pieces, variant: int) -> Array:
+        """The numbers of pieces, kept while they are few."""
+        if (pieces, variant) in self.kept:
+            return self.kept[pieces, variant]
+        made = self.inputs.content(pieces, variant)
+        if made.size <= KEPT:
+            self.kept[pieces, variant] = made
+        return made
 
 
-def plain(comm: Any) -> MPI.Intracomm:
-    """For what is not to be measured."""
-    return MPI.Intracomm(comm)
+def timed_calls(sequence: list[Call], between: Call) -> list[int]:
+    """Nanoseconds of each call; what is between them is not timed."""
+    now, times = perf_counter_ns, list[int]()
+    keep = times.append
+    for call in sequence:
+        began = now()
+        call()
+        keep(now() - began)
+        between()
+    return times
 
 
-def time_calls(
-    comm: MPI.Intracomm,
-    call: Callable[[int], None],
-    turn: list[int],
-    times: npt.NDArray[np.float64],
-    roots: Callable[[int], int],
-) -> None:
-    """A turn of one algorithm; the barrier is not timed."""
-    barrier = comm.Barrier
-    barrier()
-    for k in turn:
-        root = roots(k)
-        began = perf_counter()
-        call(root)
-        times[k] = perf_counter() - began
-        barrier()
+def nothing() -> None:
+    """Calls follow one another."""
 
 
-def checked(comm: Any, exercise: Exercise, call: Callable[[int], None], options: Options) -> int:
-    """Wrong elements over all ranks and all checked calls."""
-    if not options.check:
-        return 0
-    wrong = 0
-    for k in range(options.check_calls):
-        exercise.fill()
-        call(options.roots(k))
-        wrong += exercise.wrong(options.roots(k))
-    return int(plain(comm).allreduce(wrong))
+def can_name(method: Any) -> bool:
+    """Whether a method takes ``algorithm``."""
+    try:
+        return "algorithm" in signature(method).parameters
+    except ValueError:  # compiled, without a signature: MPI's own
+        return False
 
 
-def summarised(
-    comm: Any,
-    collective: str,
-    algorithm: str,
-    size: int,
-    times: npt.NDArray[np.float64],
-    wrong: int,
-    options: Options,
-) -> Row:
-    """The row of one algorithm at one size."""
-    means = np.array(plain(comm).allgather(times.mean())) * 1e6
-    samples = np.empty_like(times)
-    plain(comm).Allreduce(times * (1e6 / comm.size), samples)
-    case, p = CASES[collective], comm.size
-    algbw = case.whole(size, p) / means.mean() / 1e3
-    nodes = comm.topology.count if hasattr(comm, "topology") else 1
-    return Row(
-        collective,
-        algorithm,
-        np.dtype(options.dtype).name,
-        size,
-        p,
-        nodes,
-        times.size,
-        float(means.min()),
-        float(means.mean()),
-        float(means.max()),
-        percentile(samples, 50),
-        percentile(samples, 99),
-        algbw,
-        algbw * case.bus(p),
-        wrong == 0 if options.check else None,
-        predicted(comm, collective, algorithm, case.whole(size, p)),
-        options.in_place,
-        wrong,
-        samples,
-    )
+def percentile(samples: npt.NDArray[np.float64], p: int) -> float:
+    """OSU's: the sorted sample at n·p/100 − 1, at least the first."""
+    return float(np.sort(samples)[max(0, samples.size * p // 100 - 1)])
 
 
-def predicted(comm: Any, collective: str, algorithm: str, nbytes: int) -> float | None:
-    """The model's price, where it has one for this algorithm on this many ranks."""
-    from hpccomm.collectives import ALGORITHMS, cost
+def aligned(count: int, dtype: np.dtype[Any]) -> Array:
+    """An array that begins at a cache line."""
+    raw = np.empty(count * dtype.itemsize + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + count * dtype.itemsize].view(dtype)
 
-    resources: Any = getattr(comm, "resources", None)
-    if (
-        resources is None
-        or not comm.topology.even
-        or comm.size == 1
-        or algorithm not in (*ALGORITHMS.get(collective, {}), "hierarchical")
-    ):
+
+def count_nodes(comm: Any) -> int:
+    """Nodes of a communicator (collective)."""
+    if hasattr(comm, "topology"):
+        return int(comm.topology.count)
+    return len(set(comm.allgather(MPI.Get_processor_name())))
+
+
+def predicted(comm: Any, case: Case, algorithm: str, nbytes: int) -> float | None:
+    """The model's price of an algorithm, or of the one that ``"auto"`` takes, where it has one."""
+    if not case.algorithms or not hasattr(comm, "explain") or comm.size == 1 or not comm.topology.even:
+        return None
+    machine = comm.resources.table.machine
+    name = comm.explain(case.algorithms, nbytes).algorithm if algorithm == "auto" else algorithm
+    if machine is None or name not in (*ALGORITHMS.get(case.algorithms, {}), "hierarchical"):
         return None
     shape = comm.topology.count, comm.topology.per_node[0]
-    return float(cost.prediction(algorithm, collective, *shape, nbytes, resources.table.machine).us)
+    return float(cost.prediction(name, case.algorithms, *shape, nbytes, machine).us)

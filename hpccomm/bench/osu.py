@@ -1,90 +1,147 @@
-"""The tables of the OSU Micro-Benchmarks 7.4, byte for byte, so that scripts made for them can read ours.
+"""The tables of the OSU Micro-Benchmarks 7.4, byte for byte, so that scripts made for them read ours.
 
-Several algorithms side by side, which OSU has not, are further columns of the same width.
+A table is a list of columns.  Several algorithms side by side, which OSU has not, are further columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+from hpccomm.bench.cases import CASES
 from hpccomm.bench.loop import Row
-from hpccomm.bench.messages import Outcome, tail
 
-VERSION = "v7.4"
-FIRST, WIDTH = 10, 20
-
-
-def header(title: str, datatype: str, columns: Sequence[str]) -> str:
-    """Everything above the first row."""
-    names = "# Size".ljust(FIRST) + "".join(name.rjust(WIDTH) for name in columns)
-    return f"\n# OSU MPI {title} Latency Test {VERSION}\n# Datatype: {datatype}.\n{names}\n"
-
-
-def columns(full: bool, check: bool, percentiles: Sequence[int]) -> list[str]:
-    """The names of a single algorithm's columns."""
-    names = ["Avg Latency(us)"]
-    if full:
-        names += ["Min Latency(us)", "Max Latency(us)", "Iterations"]
-    if check:
-        names.append("Validation")
-    return names + [f"P{p} Tail Lat(us)" for p in percentiles]
+VERSION = "7.4"
+WIDTH = 20
+DATATYPES = {
+    "mpi_char": "i1",  # summed as MPI_SIGNED_CHAR: MPI defines no sums of MPI_CHAR
+    "mpi_int": "i4",
+    "mpi_float": "f4",
+    "mpi_double": "f8",
+}
+"""NumPy's names of OSU's datatypes, and of one more."""
 
 
-def named_header(title: str, datatype: str, full: bool, check: bool, percentiles: Sequence[int]) -> str:
-    """The header of a single algorithm; the count of iterations is narrower than the rest."""
-    text = header(title, datatype, columns(full, check, percentiles))
-    return text.replace("Iterations".rjust(WIDTH), "Iterations".rjust(12))
+class Column(NamedTuple):
+    """A title, and what stands below it for the rows of one size (one an algorithm)."""
+
+    title: str
+    text: Callable[[Sequence[Row]], str]
+    width: int = WIDTH
 
 
-def line(row: Row, full: bool, check: bool, percentiles: Sequence[int]) -> str:
-    """A row of a single algorithm."""
-    text = f"{row.bytes:<{FIRST}d}{row.avg_us:>{WIDTH}.2f}"
-    if full:
-        text += f"{row.min_us:>{WIDTH}.2f}{row.max_us:>{WIDTH}.2f}{row.iterations:>12d}"
-    if check:
-        text += ("Pass" if row.validated else "Fail").rjust(WIDTH)
-    return text + "".join(f"{row.percentile(p):>{WIDTH}.2f}" for p in percentiles) + "\n"
+class Wanted(NamedTuple):
+    """Columns that are asked for."""
+
+    full: bool = False
+    check: bool = False
+    percentiles: tuple[int, ...] = ()
 
 
-def compared_columns(algorithms: Sequence[str]) -> list[str]:
-    """The names of several algorithms' columns: the latency of each, then how many times faster than native."""
-    names = [f"{name}(us)" for name in algorithms]
+def title(collective: str) -> str:
+    """The line that says which test this is."""
+    return f"# OSU MPI {CASES[collective].title} v{VERSION}"
+
+
+def datatype_line(word: str) -> str:
+    """The line above the titles."""
+    return f"# Datatype: {word.upper()}."
+
+
+def header(columns: Sequence[Column]) -> str:
+    """The line of titles."""
+    first, *rest = columns
+    return first.title.ljust(first.width) + "".join(column.title.rjust(column.width) for column in rest)
+
+
+def line(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """The line of one size."""
+    first, *rest = columns
+    start = first.text(rows)
+    start = start.ljust(first.width) if first.title == "# Size" else start.rjust(first.width)
+    return start + "".join(column.text(rows).rjust(column.width) for column in rest)
+
+
+def columns_of(collective: str, algorithms: Sequence[str], wanted: Wanted) -> list[Column]:
+    """The table of one algorithm as OSU prints it, or of several."""
+    found = single(collective, wanted) if len(algorithms) == 1 else compared(algorithms, wanted)
+    if collective != "barrier":
+        return [Column("# Size", lambda rows: str(rows[0].bytes), 10), *found]
+    first = found[0]
+    return [first._replace(title=f"# {first.title}", width=max(17, len(first.title) + 2)), *found[1:]]
+
+
+def single(collective: str, wanted: Wanted) -> list[Column]:
+    """OSU's columns."""
+    if is_bandwidth(collective):
+        found = [Column("Bandwidth (MB/s)", lambda rows: number(rows[0].algbw_GBps * 1e3))]
+    else:
+        found = [Column("Avg Latency(us)", lambda rows: number(rows[0].avg_us))]
+    if wanted.full:
+        found.append(Column("Min Latency(us)", lambda rows: number(rows[0].min_us)))
+        found.append(Column("Max Latency(us)", lambda rows: number(rows[0].max_us)))
+        found.append(Column("Iterations", iterations, 12))
+    if wanted.check:
+        found.append(Column("Validation", validation))
+    unit = "BW(MB/s)" if is_bandwidth(collective) else "Lat(us)"
+    return found + [
+        Column(f"P{p} Tail {unit}", lambda rows, k=k: number(tail(rows[0], k)))  # type: ignore[misc]
+        for k, p in enumerate(wanted.percentiles)
+    ]
+
+
+def compared(algorithms: Sequence[str], wanted: Wanted) -> list[Column]:
+    """For each algorithm its latency; then how many times as fast as native each is."""
+    found: list[Column] = []
+    for k, name in enumerate(algorithms):
+        found.append(wide(f"{name}(us)", lambda rows, k=k: number(rows[k].avg_us)))
+        if wanted.full:
+            found.append(wide(f"{name} Min(us)", lambda rows, k=k: number(rows[k].min_us)))
+            found.append(wide(f"{name} Max(us)", lambda rows, k=k: number(rows[k].max_us)))
+        for j, p in enumerate(wanted.percentiles):
+            found.append(wide(f"{name} P{p}(us)", lambda rows, k=k, j=j: number(rows[k].tails[j])))
     if "native" in algorithms:
-        names += [f"native/{name}" for name in algorithms if name != "native"]
-    return names
+        native = list(algorithms).index("native")
+        for k, name in enumerate(algorithms):
+            if k != native:
+                found.append(wide(f"native/{name}", lambda rows, k=k: number(rows[native].avg_us / rows[k].avg_us)))
+    if wanted.full:
+        found.append(Column("Iterations", iterations, 12))
+    return [*found, Column("Validation", validation)] if wanted.check else found
 
 
-def compared_line(rows: Sequence[Row], check: bool) -> str:
-    """One size of several algorithms."""
-    native = next((row.avg_us for row in rows if row.algorithm == "native"), None)
-    text = f"{rows[0].bytes:<{FIRST}d}" + "".join(f"{row.avg_us:>{WIDTH}.2f}" for row in rows)
-    if native is not None:
-        text += "".join(f"{native / row.avg_us:>{WIDTH}.2f}" for row in rows if row.algorithm != "native")
-    if check:
-        text += ("Pass" if all(row.validated for row in rows) else "Fail").rjust(WIDTH)
-    return text + "\n"
+def wide(name: str, text: Callable[..., str]) -> Column:
+    """A column that is wide enough for its title."""
+    return Column(name, text, max(WIDTH, len(name) + 2))
 
 
-def barrier_table(row: Row, full: bool) -> str:
-    """A barrier has no sizes."""
-    names = ["Avg Latency(us)"] + (["Min Latency(us)", "Max Latency(us)"] if full else [])
-    values = [row.avg_us] + ([row.min_us, row.max_us] if full else [])
-    first = "# " + names[0] + "".join(name.rjust(WIDTH) for name in names[1:])
-    second = f"{values[0]:>17.2f}" + "".join(f"{value:>{WIDTH}.2f}" for value in values[1:])
-    return f"\n# OSU MPI Barrier Latency Test {VERSION}\n{first}\n{second}\n"
+def is_bandwidth(collective: str) -> bool:
+    """Whether the table shows bandwidth."""
+    return CASES[collective].ends < 0
 
 
-def messages_header(title: str, column: str, check: bool, percentiles: Sequence[int]) -> str:
-    """The header of a point-to-point test."""
-    tails = "P{} Tail Lat(us)" if "Latency" in column else "P{} Tail BW(MB/s)"
-    names = [column, *(["Validation"] if check else []), *(tails.format(p) for p in percentiles)]
-    text = "# Size".ljust(FIRST) + "".join(name.rjust(WIDTH) for name in names)
-    return f"\n# OSU MPI {title} Test {VERSION}\n# Datatype: MPI_CHAR.\n{text}\n"
+def number(value: float) -> str:
+    """Two decimals."""
+    return f"{value:.2f}"
 
 
-def messages_line(outcome: Outcome, check: bool, percentiles: Sequence[int]) -> str:
-    """A row of a point-to-point test."""
-    text = f"{outcome.bytes:<{FIRST}d}{outcome.value:>{WIDTH}.2f}"
-    if check:
-        text += ("Pass" if outcome.validated else "Fail").rjust(WIDTH)
-    return text + "".join(f"{tail(outcome, p):>{WIDTH}.2f}" for p in percentiles) + "\n"
+def iterations(rows: Sequence[Row]) -> str:
+    """Timed calls."""
+    return str(rows[0].iterations)
+
+
+def validation(rows: Sequence[Row]) -> str:
+    """Pass where all results are right."""
+    return "Pass" if all(row.validated for row in rows) else "Fail"
+
+
+def tail(row: Row, k: int) -> float:
+    """The k-th percentile, in the table's unit."""
+    if not is_bandwidth(row.collective):
+        return row.tails[k]
+    return row.algbw_GBps * 1e3 * row.avg_us / row.tails[k]
+
+
+def failure(program: str, size: int) -> str:
+    """OSU's last line when a result is wrong."""
+    return f"DATA VALIDATION ERROR: {program} exited with status 1 on message size {size}."

@@ -1,347 +1,263 @@
-"""``hpccomm bench``: OSU's flags and tables, several algorithms at once, results as JSON."""
+"""``hpccomm bench``: OSU's flags and tables, nccl-tests' table, several algorithms in turns, results as JSON."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import json
+import itertools
 import os
-import platform
-import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpccomm.errors import ArgumentError
 
-SUMMARY = "measure collectives and messages, in OSU's or nccl-tests' format"
+if TYPE_CHECKING:
+    from hpccomm.bench.flags import Asked
+    from hpccomm.bench.loop import Row
 
-DATATYPES = {"mpi_char": "i1", "mpi_int": "i4", "mpi_float": "f4", "mpi_double": "f8"}
-LARGEST = {"collective": 1 << 20, "message": 1 << 22}
+SUMMARY = "measure collectives and messages, in OSU's or nccl-tests' format"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """OSU's flags, and ours by their long names."""
-    add = parser.add_argument
-    add("test", help="allreduce, bcast, … or latency, bw, bibw; OSU's names (osu_allreduce) too")
-    add("-m", "--message-size", default="", metavar="[MIN:]MAX", help="bytes; a lone number is MAX")
-    add("-i", "--iterations", type=int, help="timed calls a size (1000 up to 8 KiB, 100 above)")
-    add("-x", "--warmup", type=int, help="untimed calls a size (100, 10)")
-    add("-f", "--full", action="store_true", help="minimum and maximum over the ranks, iterations")
-    add("-c", "--validation", action="store_true", help="check every element of the results, exactly")
-    add("-u", "--validation-warmup", type=int, default=5, metavar="N", help="checked calls a size (5)")
-    add(
-        "-z",
-        "--tail-lat",
-        nargs="?",
-        const="50,90,99",
-        default="",
-        metavar="P,P",
-        help="percentiles, attached: -z50,99",
-    )
-    add("-T", "--type", action="append", metavar="TYPE", help="mpi_float (default), mpi_char, mpi_int, mpi_double, all")
-    add("-l", "--in-place", action="store_true", help="in place")
-    add("-k", "--root-rank", default="fixed:0", metavar="fixed:R|rotate", help="the root of rooted collectives")
-    add("-W", "--window-size", type=int, default=64, help="messages in flight for bw and bibw (64)")
-    add("-M", "--mem-limit", type=int, default=512 << 20, metavar="BYTES", help="memory a rank may take (512 MiB)")
-    add("-d", "--accelerator", choices=("cuda",), help="buffers on the device")
-    add("-v", "--version", action="store_true", help="the version of the format")
-    add("--algorithm", default="auto", metavar="A,B", help="measure these in turns: native,auto,ring,…, or all")
-    add("--registered", action="store_true", help="buffers in registered memory (comm.empty)")
-    add("--format", choices=("osu", "nccl"), default="osu", help="whose table (osu)")
-    add("--step-factor", type=int, default=2, help="from size to size (2)")
-    add("--json", metavar="FILE", help="write all rows, the machine and the command to a file")
+    """What is measured; its flags follow and are understood there."""
+    parser.usage = "hpccomm bench COLLECTIVE [FLAG ...]"
+    parser.epilog = "the flags of each: hpccomm bench COLLECTIVE -h"
+    parser.add_argument("-h", "--help", action="store_true", help="this text")
+    parser.add_argument("collective", nargs="?", help="allreduce, bcast, latency …, or OSU's osu_allreduce …")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="OSU's, and ours")
+    parser.set_defaults(help_text=parser.format_help)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print (collective); the exit status is OSU's."""
-    if args.version:
-        sys.stdout.write("hpccomm bench: the format of OSU Micro-Benchmarks v7.4\n")
-        return 0
-    check_arguments(args)
+    """Measure and print (collective); the exit status."""
     from mpi4py import MPI
 
     import hpccomm
-    from hpccomm.bench.messages import TESTS
 
-    comm = hpccomm.Communicator(MPI.COMM_WORLD)
-    name = args.test.removeprefix("osu_")
-    if name in TESTS:
-        return run_messages(comm, name, args)
-    return run_collective(comm, name, args)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """What can be known before anything starts."""
-    from hpccomm.bench.cases import CASES
-    from hpccomm.bench.messages import TESTS
-
-    name = args.test.removeprefix("osu_")
-    if name not in CASES and name not in TESTS:
-        raise ArgumentError(f"there is no test {args.test!r}: take one of {', '.join([*CASES, *TESTS])}")
-    if args.accelerator:
-        raise ArgumentError(f"-d cuda: {why_no_device()}; leave -d out to measure host buffers")
-    for number in (args.iterations, args.step_factor - 1, args.validation_warmup):
-        if number is not None and number < 1:
-            raise ArgumentError("-i and -u want at least 1, --step-factor at least 2")
-    sizes_of(args, "collective")
-    percentiles_of(args)
-    datatypes_of(args)
-
-
-def why_no_device() -> str:
-    """The reason, for people."""
+    world = MPI.COMM_WORLD
+    printer = Printer(world.rank == 0)
     try:
-        import cupy
-    except ImportError:
-        return "CuPy is not installed (pip install 'hpccomm[cuda12]' or 'hpccomm[cuda13]')"
-    if not cupy.cuda.is_available():
-        return "CuPy finds no driver or device"
-    return "device buffers are not measured yet"
+        asked = understood(args, printer)
+        if asked is None:
+            return 0
+        if wrong_number(asked, world.size):
+            return refused(world, printer, wrong_number(asked, world.size))
+        comm = hpccomm.Communicator(world)
+        asked = fitting(comm, asked, printer)
+    except ArgumentError as error:
+        return refused(world, printer, f"hpccomm bench: {error}")
+    session = Session(comm, asked, printer)
+    status = nccl_tables(session) if asked.nccl else osu_tables(session)
+    session.write_json()
+    return status if comm.rank == 0 else 0
 
 
-def sizes_of(args: argparse.Namespace, kind: str, smallest: int = 1) -> list[int]:
-    """OSU's sizes: doubling from the smallest to the largest."""
-    low, _, high = args.message_size.rpartition(":")
-    if args.message_size.endswith(":"):
-        low, high = args.message_size[:-1], ""
-    try:
-        first, last = int(low or smallest), int(high or LARGEST[kind])
-    except ValueError:
-        raise ArgumentError(f"-m {args.message_size}: say [MIN:]MAX in bytes, e.g. -m 4:67108864") from None
-    if first < 0 or first > last:
-        raise ArgumentError(f"-m {args.message_size}: from {first} to {last} there is nothing to measure")
-    found = [first]
-    while max(1, found[-1]) * (args.step_factor if found[-1] else 1) <= last and found[-1] < last:
-        found.append(found[-1] * args.step_factor if found[-1] else 1)
-    return found
+@dataclass(frozen=True)
+class Printer:
+    """Rank 0's voice; every line is one write."""
+
+    speaks: bool
+
+    def say(self, line: str) -> None:
+        """A line of the table."""
+        if self.speaks:
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+
+    def complain(self, line: str) -> None:
+        """A line about it."""
+        if self.speaks:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
 
 
-def percentiles_of(args: argparse.Namespace) -> list[int]:
-    """At most five, as in OSU's."""
-    try:
-        found = [int(word) for word in args.tail_lat.split(",") if word]
-    except ValueError:
-        raise ArgumentError(f"-z{args.tail_lat}: attach the percentiles, e.g. -z50,99") from None
-    if len(found) > 5 or not all(0 < p <= 100 for p in found):
-        raise ArgumentError("-z takes at most five percentiles between 1 and 100")
-    return found
-
-
-def datatypes_of(args: argparse.Namespace) -> list[str]:
-    """The datatypes to measure, in OSU's words."""
-    words = [word.lower() for word in args.type or ["mpi_float"]]
-    if "all" in words:
-        words = ["mpi_char", "mpi_int", "mpi_float"]
-    unknown = [word for word in words if word not in DATATYPES]
-    if unknown:
-        raise ArgumentError(f"-T {unknown[0]}: take one of {', '.join(DATATYPES)}, all")
-    return words
-
-
-def roots_of(args: argparse.Namespace, ranks: int) -> Callable[[int], int]:
-    """The root of each call."""
-    if args.root_rank == "rotate":
-        return lambda k: k % ranks
-    word, _, number = args.root_rank.partition(":")
-    if word != "fixed" or not number.isdigit() or int(number) >= ranks:
-        raise ArgumentError(f"-k {args.root_rank}: say fixed:R with R below {ranks}, or rotate")
-    return lambda k: int(number)
-
-
-def algorithms_of(comm: Any, collective: str, args: argparse.Namespace) -> list[str]:
-    """The algorithms that take turns."""
+def understood(args: argparse.Namespace, printer: Printer) -> Asked | None:
+    """What is asked for; ``None`` if it was only a question."""
+    from hpccomm.bench import flags, osu
     from hpccomm.bench.cases import CASES
 
-    key = {"reduce_scatter_block": "reduce_scatter", "allgatherv": "allgather"}.get(collective, collective)
-    known = comm.algorithms(key) if CASES[collective].chosen else ("auto", "native")
-    names = list(known) if args.algorithm == "all" else args.algorithm.split(",")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ArgumentError(f"--algorithm {unknown[0]}: {collective} has {', '.join(known)}, and all")
-    return names
+    if args.help:
+        printer.say(f"{args.help_text()}\nmeasured: {', '.join(CASES)}")
+        return None
+    name = (args.collective or "").removeprefix("osu_")
+    if name not in CASES:
+        raise ArgumentError(f"say what to measure: {', '.join(CASES)} (not {args.collective!r})")
+    if {"-h", "--help"} & set(args.flags):
+        printer.say(flags.parser(name).format_help())
+        return None
+    asked = flags.asked(name, args.flags)
+    if asked.version:
+        printer.say(osu.title(name))
+        return None
+    return asked
 
 
-def say(comm: Any, text: str) -> None:
-    """Rank 0 prints, in one piece."""
-    if comm.rank == 0:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+def refused(world: Any, printer: Printer, why: str) -> int:
+    """All ranks know alike; one of them speaks, before any of them ends."""
+    printer.complain(why)
+    world.Barrier()
+    return 1
 
 
-def complain(comm: Any, text: str) -> None:
-    """Rank 0 says what is wrong."""
-    if comm.rank == 0:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+def wrong_number(asked: Asked, ranks: int) -> str:
+    """OSU's words where there are too few ranks, or too many."""
+    if asked.case.ends:
+        return "" if ranks == 2 else "This test requires exactly two processes"
+    return "" if ranks > 1 else "This test requires at least two processes"
 
 
-def run_collective(comm: Any, name: str, args: argparse.Namespace) -> int:
-    """A collective, at all sizes and datatypes."""
-    if comm.size < 2:
-        complain(comm, "This test requires at least two processes\n")
-        return 1
-    from hpccomm.bench.loop import Options
+def fitting(comm: Any, asked: Asked, printer: Printer) -> Asked:
+    """With what these ranks have: algorithms, roots, memory."""
+    from hpccomm.bench.loop import check_algorithms, known_algorithms
 
-    status, rows = 0, list[Any]()
-    algorithms = algorithms_of(comm, name, args)
-    for word in datatypes_of(args):
-        options = Options(
-            DATATYPES[word],
-            args.iterations,
-            args.warmup,
-            args.validation,
-            args.validation_warmup,
-            args.in_place,
-            args.registered,
-            roots_of(args, comm.size),
+    if asked.options.root is not None and asked.options.root >= comm.size:
+        raise ArgumentError(f"-k fixed:{asked.options.root}: there are {comm.size} ranks")
+    names = known_algorithms(comm, asked.collective) if asked.algorithms == ("all",) else asked.algorithms
+    check_algorithms(comm, asked.collective, names)
+    if asked.ignored:
+        printer.complain(f"hpccomm bench: {asked.ignored}")
+    return replace(asked, algorithms=tuple(names), sizes=within_memory(comm.size, asked, printer))
+
+
+def within_memory(ranks: int, asked: Asked, printer: Printer) -> tuple[int, ...]:
+    """Sizes that a rank has room for."""
+    each = asked.memory_limit // (ranks if asked.case.parts and not asked.nccl else 1)
+    kept = tuple(size for size in asked.sizes if size <= each)
+    if len(kept) < len(asked.sizes):
+        printer.complain(
+            f"Warning! Limiting max message size to: {each}. Increase -M, --mem-limit for higher message sizes."
         )
-        table = nccl_table if args.format == "nccl" else osu_table
-        status = table(comm, name, algorithms, options, args, word.upper(), rows)
-        if status:
-            break
-    if args.json and comm.rank == 0:
-        write_json(args.json, [row.record() for row in rows], machine(comm))
-    return status
+    return kept
 
 
-def sizes_within(comm: Any, name: str, args: argparse.Namespace) -> list[int]:
-    """The sizes that a rank's memory limit allows."""
-    from hpccomm.bench.cases import CASES
+class Session:
+    """One command on its ranks, and the rows it has measured."""
 
-    case = CASES[name]
-    if name == "barrier":
-        return [0]
-    limit = args.mem_limit // comm.size if case.parts else args.mem_limit
-    wanted = sizes_of(args, "collective")
-    fitting = [size for size in wanted if size <= limit]
-    if len(fitting) < len(wanted):
-        complain(comm, f"Warning! Limiting max message size to {limit}: increase -M, --mem-limit for larger ones. ")
-    return fitting
+    def __init__(self, comm: Any, asked: Asked, printer: Printer) -> None:
+        self.comm, self.asked, self.printer = comm, asked, printer
+        self.say = printer.say
+        self.rows: list[Row] = []
 
+    def measured(self, datatype: str, algorithms: Sequence[str], **options: Any) -> Iterator[list[Row]]:
+        """The rows of each size, while a bar shows how far it is."""
+        from hpccomm.bench.loop import measure
+        from hpccomm.bench.osu import DATATYPES
 
-def watched(comm: Any, sizes: Iterable[int]) -> Iterator[int]:
-    """A progress bar on rank 0's stderr, where somebody can see it."""
-    bar: Any = None
-    if comm.rank == 0:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
+        asked = self.asked
+        chosen = replace(asked.options, dtype=DATATYPES[datatype], **options)
+        found = measure(self.comm, asked.collective, asked.sizes, algorithms, chosen)
+        sizes = itertools.groupby(found, key=lambda row: row.bytes)
+        for _, rows in self.watched((size, list(rows)) for size, rows in sizes):
+            self.rows += rows
+            yield rows
 
-            bar = tqdm(list(sizes), unit="size", leave=False, file=sys.stderr, disable=None)
-    yield from bar if bar is not None else sizes
+    def watched(self, sizes: Iterable[Any]) -> Iterable[Any]:
+        """With a progress bar on rank 0's stderr, where somebody can see it."""
+        if self.comm.rank or not sys.stderr.isatty():
+            return sizes
+        try:
+            from tqdm import tqdm  # type: ignore[import-untyped]
+        except ImportError:
+            return sizes
+        bar: Iterable[Any] = tqdm(sizes, total=len(self.asked.sizes), unit="size", leave=False, delay=2)
+        return bar
 
+    def bad(self, rows: Sequence[Row]) -> bool:
+        """Whether a result is wrong; on stderr what exactly."""
+        for row in rows:
+            if row.wrong:
+                self.printer.complain(f"hpccomm bench: {row.collective} of {row.bytes} bytes, {row.complaint}")
+        return any(row.wrong for row in rows)
 
-def osu_table(
-    comm: Any, name: str, algorithms: list[str], options: Any, args: argparse.Namespace, datatype: str, rows: list[Any]
-) -> int:
-    """OSU's table; with several algorithms a column each."""
-    from hpccomm.bench import measure, osu
-    from hpccomm.bench.cases import CASES
+    def write_json(self) -> None:
+        """The file, if one was asked for."""
+        from hpccomm.bench import report
 
-    percentiles, single = percentiles_of(args), len(algorithms) == 1
-    title = CASES[name].title
-    if name != "barrier":
-        columns = osu.compared_columns(algorithms) + (["Validation"] if args.validation else [])
-        head = osu.named_header(title, datatype, args.full, args.validation, percentiles)
-        say(comm, head if single else osu.header(title, datatype, columns))
-    for size in watched(comm, sizes_within(comm, name, args)):
-        found = list(measure(comm, name, [size], algorithms, options))
-        rows += found
-        if name == "barrier":
-            say(comm, osu.barrier_table(found[0], args.full))
-        elif found and single:
-            say(comm, osu.line(found[0], args.full, args.validation, percentiles))
-        elif found:
-            say(comm, osu.compared_line(found, args.validation))
-        if any(row.wrong for row in found):
-            complain(comm, f"DATA VALIDATION ERROR: osu_{name} exited with status 1 on message size {size}.\n")
-            return 1
-    return 0
+        if self.asked.json and self.comm.rank == 0:
+            where = report.describe(self.comm, ["hpccomm", *sys.argv[1:]])
+            Path(self.asked.json).write_text(report.text(where, self.rows), encoding="utf-8")
 
 
-def nccl_table(
-    comm: Any, name: str, algorithms: list[str], options: Any, args: argparse.Namespace, datatype: str, rows: list[Any]
-) -> int:
-    """nccl-tests' table, one algorithm after the other."""
-    from dataclasses import replace
-
-    from hpccomm.bench import measure, nccl
-
-    timed, untimed = options.repeats(1 << 20)
-    devices = comm.gather(nccl.device_line(comm.rank))
-    for algorithm in algorithms:
-        mine: list[Any] = []
-        program = f"{name}_{algorithm}" if len(algorithms) > 1 else name
-        say(comm, nccl.preamble(program, timed, untimed, options.check) + "".join(devices or []) + nccl.header())
-        for size in watched(comm, sizes_within(comm, name, args)):
-            apart = list(measure(comm, name, [size], [algorithm], replace(options, in_place=False)))
-            inside = (
-                apart
-                if name == "bcast"
-                else list(measure(comm, name, [size], [algorithm], replace(options, in_place=True)))
-            )
-            for left, right in zip(apart, inside, strict=True):
-                say(comm, nccl.line(left, right))
-                mine += [left, right]
-        say(comm, nccl.footer(program, mine))
-        rows += mine
-    return int(any(row.wrong for row in rows))
-
-
-def run_messages(comm: Any, name: str, args: argparse.Namespace) -> int:
-    """A point-to-point test."""
-    if comm.size != 2:
-        complain(comm, "This test requires exactly two processes\n")
-        return 1
+def osu_tables(session: Session) -> int:
+    """OSU's table, again for each datatype; stops at the first wrong result."""
     from hpccomm.bench import osu
-    from hpccomm.bench.loop import Options
-    from hpccomm.bench.messages import TESTS, measure_messages
 
-    test, percentiles = TESTS[name], percentiles_of(args)
-    options = Options(iterations=args.iterations, warmup=args.warmup, check=args.validation)
-    say(comm, osu.messages_header(test.title, test.column, args.validation, percentiles))
-    records = []
-    for size in watched(comm, sizes_of(args, "message", test.smallest)):
-        for outcome in measure_messages(comm, name, [size], options, args.window_size):
-            say(comm, osu.messages_line(outcome, args.validation, percentiles))
-            records.append({"test": name, "bytes": size, "value": outcome.value, "unit": test.column, "ranks": 2})
-            if outcome.validated is False:
-                complain(comm, f"DATA VALIDATION ERROR: osu_{name} exited with status 1 on message size {size}.\n")
+    asked, say = session.asked, session.say
+    columns = osu.columns_of(asked.collective, asked.algorithms, asked.wanted)
+    say("")
+    say(osu.title(asked.collective))
+    for datatype in asked.datatypes[:1] if asked.collective == "barrier" else asked.datatypes:
+        if asked.collective != "barrier":
+            say(osu.datatype_line(datatype))
+        say(osu.header(columns))
+        for rows in session.measured(datatype, asked.algorithms):
+            say(osu.line(columns, rows))
+            if session.bad(rows):
+                say(osu.failure(f"osu_{asked.collective}", rows[0].bytes))
                 return 1
-    if args.json and comm.rank == 0:
-        write_json(args.json, records, machine(comm))
     return 0
 
 
-def machine(comm: Any) -> dict[str, Any]:
-    """Where this was measured, and with what."""
-    import numpy as np
-    from mpi4py import MPI
+def nccl_tables(session: Session) -> int:
+    """nccl-tests' table, again for each datatype and algorithm."""
+    from hpccomm.bench import nccl
 
+    asked = session.asked
+    status = 0
+    for datatype, algorithm in itertools.product(asked.datatypes, asked.algorithms):
+        run = nccl_run(session, f"{asked.collective} {algorithm}")
+        for line in [*nccl.preamble(run, software()), *places(session.comm), *nccl.header()]:
+            session.say(line)
+        rows = list(nccl_rows(session, datatype, algorithm))
+        for line in nccl.footer(run, rows, asked.least):
+            session.say(line)
+        wrong = session.bad(rows)
+        status |= wrong or not nccl.fast_enough(rows, asked.least)
+    return int(status)
+
+
+def nccl_rows(session: Session, datatype: str, algorithm: str) -> Iterator[Row]:
+    """Each size out of place, then in place where MPI has that."""
+    from hpccomm.bench import nccl
+
+    asked = session.asked
+    for size in asked.sizes:
+        pair: list[Row] = []
+        one = Session(session.comm, replace(asked, sizes=(size,)), session.printer)
+        for in_place in (False, asked.case.in_place):
+            for rows in one.measured(datatype, [algorithm], in_place=in_place):
+                pair += rows
+        if pair:
+            session.say(nccl.line(pair[0], pair[1], asked.options.root or 0))
+            session.rows += pair
+            yield from pair
+
+
+def nccl_run(session: Session, program: str) -> Any:
+    """What is said before the first row."""
+    from hpccomm.bench.nccl import Run
+
+    asked = session.asked
+    options = asked.options
+    smallest, largest = (min(asked.sizes), max(asked.sizes)) if asked.sizes else (0, 0)
+    calls = options.warmup or 0, options.iterations or 0
+    return Run(f"hpccomm bench {program}", smallest, largest, asked.factor, *calls, options.check)
+
+
+def places(comm: Any) -> list[str]:
+    """A line a rank (collective)."""
+    from hpccomm.bench import nccl, report
+
+    name = comm.topology.names[int(comm.topology.nodes[comm.rank])]
+    mine = nccl.Place(comm.rank, os.getpid(), name, report.processor())
+    return [nccl.device_line(nccl.Place(*each)) for each in comm.allgather(tuple(mine))]
+
+
+def software() -> str:
+    """Who measures."""
     import hpccomm
     from hpccomm.resources import mpi_name
 
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["hpccomm", *sys.argv[1:]]),
-        "machine": {"host": MPI.Get_processor_name(), "cpu": processor(), "cores": len(os.sched_getaffinity(0))},
-        "ranks": comm.topology.describe(),
-        "mpi": mpi_name(),
-        "versions": {"hpccomm": hpccomm.__version__, "numpy": np.__version__, "python": platform.python_version()},
-    }
-
-
-def processor() -> str:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def write_json(path: str, records: list[dict[str, Any]], where: dict[str, Any]) -> None:
-    """One object with everything somebody would ask of these numbers, and the rows."""
-    Path(path).write_text(json.dumps({**where, "rows": records}, indent=1) + "\n")
+    return f"hpccomm {hpccomm.__version__} on {mpi_name()}"

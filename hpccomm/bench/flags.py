@@ -1,0 +1,297 @@
+"""The flags of ``hpccomm bench``: OSU's short ones, nccl-tests' for its format, and ours, which are long."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from hpccomm.bench.cases import CASES, Case
+from hpccomm.bench.loop import Options
+from hpccomm.bench.osu import DATATYPES, Wanted
+from hpccomm.commands.predict import size_of
+from hpccomm.errors import ArgumentError
+
+USUAL_PERCENTILES = "50,90,99"
+MOST_PERCENTILES = 5
+MEMORY_LIMIT = 512 << 20
+LARGEST, LARGEST_MESSAGE = 1 << 20, 1 << 22
+"""Where OSU's sizes end: for collectives, between two ranks."""
+NCCL_BYTES, NCCL_CALLS = 32 << 20, (20, 5)
+"""nccl-tests' size, and its timed and untimed calls."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for."""
+
+    collective: str
+    sizes: tuple[int, ...]
+    datatypes: tuple[str, ...]
+    algorithms: tuple[str, ...]
+    options: Options
+    wanted: Wanted
+    nccl: bool
+    factor: int
+    memory_limit: int
+    least: float | None
+    json: str | None
+    version: bool
+    ignored: str
+    """What was said but means nothing here, in words."""
+
+    @property
+    def case(self) -> Case:
+        """The row of the table."""
+        return CASES[self.collective]
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ArgumentError instead of ending the process: rank 0 speaks for all."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong."""
+        raise ArgumentError(f"{message} (see {self.prog} -h)")
+
+
+def parser(collective: str) -> Parser:
+    """All flags."""
+    made = Parser(prog=f"hpccomm bench {collective}", add_help=False, allow_abbrev=False)
+    osu = made.add_argument_group("as the OSU Micro-Benchmarks")
+    osu.add_argument("-h", "--help", action="store_true", help="this text")
+    osu.add_argument("-v", "--version", action="store_true", help="the version of the tables")
+    osu.add_argument("-m", "--message-size", metavar="[MIN:]MAX", help="bytes, doubled from row to row (1:1Mi)")
+    osu.add_argument("-i", "--iterations", type=positive, metavar="N", help="timed calls (1000, above 8 KiB 100)")
+    osu.add_argument("-x", "--warmup", type=natural, metavar="N", help="untimed calls before (100, above 8 KiB 10)")
+    osu.add_argument("-f", "--full", action="store_true", help="minimum and maximum over the ranks, iterations")
+    osu.add_argument("-c", "--validation", action="store_true", help="check every element, exactly, of as many calls")
+    osu.add_argument("-u", "--validation-warmup", type=natural, metavar="N", help="calls before a checked one (5)")
+    osu.add_argument("-z", "--tail-lat", metavar="P,P,…", help="percentiles, attached: -z50,99 (-z: 50,90,99)")
+    osu.add_argument("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory of a rank (512 MiB)")
+    osu.add_argument("-W", "--window-size", type=positive, metavar="N", help="messages in flight, bw and bibw (64)")
+    osu.add_argument(
+        "-T",
+        "--type",
+        action="append",
+        metavar="TYPE",
+        help=f"{', '.join(DATATYPES)}, all; again for more (mpi_float, between two ranks mpi_char)",
+    )
+    osu.add_argument("-l", "--in-place", action="store_true", help="MPI_IN_PLACE")
+    osu.add_argument("-k", "--root-rank", metavar="fixed:R|rotate", help="the root (fixed:0)")
+    osu.add_argument(
+        "-d", "--accelerator", choices=("cuda", "managed", "openacc", "rocm"), help="device memory (not yet)"
+    )
+    osu.add_argument("placement", nargs="*", metavar="H H", help="host memory on both ends")
+    ours = made.add_argument_group("more")
+    ours.add_argument("--algorithm", default="auto", metavar="A,B,…", help="in turns: native,auto,ring,… or all (auto)")
+    ours.add_argument("--registered", action="store_true", help="buffers from comm.empty, seen by the whole node")
+    ours.add_argument("--json", metavar="FILE", help="write the rows, the machine and this command into a file")
+    nccl = made.add_argument_group("as nccl-tests")
+    nccl.add_argument("--format", choices=("osu", "nccl"), default="osu", help="whose table (osu)")
+    for letter, word in (("-b", "min"), ("-e", "max")):
+        nccl.add_argument(
+            letter,
+            f"--{word}bytes",
+            f"--{word}-bytes",
+            type=binary_bytes_of,
+            metavar="BYTES",
+            help=f"{word}imum of the whole vector, 32M is 2^25 (32M)",
+        )
+    nccl.add_argument("--stepfactor", "--step-factor", type=positive, metavar="F", help="from row to row (2)")
+    nccl.add_argument("--min-busbw", type=float, metavar="GBPS", help="fail if the mean is below 0.9 of this")
+    return made
+
+
+def natural(text: str) -> int:
+    """0, 1, 2 …"""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """1, 2, 3 …"""
+    if natural(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
+
+
+def bytes_of(text: str) -> int:
+    """A size: 4096, 64Ki, 100M."""
+    return int(size_of(text))
+
+
+def binary_bytes_of(text: str) -> int:
+    """A size as nccl-tests reads it: 128M is 2^27."""
+    return bytes_of(re.sub(r"(?i)([kmg])b?$", r"\1i", text))
+
+
+def attached(words: Sequence[str]) -> list[str]:
+    """Flags whose values, if any, are attached, as argparse wants them: ``-z50,99``, ``-z``."""
+    return [tailed(word) for word in words]
+
+
+def tailed(word: str) -> str:
+    """``-z`` and ``--tail-lat`` with what they mean alone."""
+    if word in ("-z", "--tail-lat"):
+        return f"--tail-lat={USUAL_PERCENTILES}"
+    return f"--tail-lat={word[2:]}" if re.fullmatch(r"-z[\d,]+", word) else word
+
+
+def asked(collective: str, words: Sequence[str]) -> Asked:
+    """Understand a command line; raises ArgumentError."""
+    args = parser(collective).parse_intermixed_args(attached(words))
+    case = CASES[collective]
+    check_flags(collective, case, args)
+    nccl = args.format == "nccl"
+    percentiles = percentiles_of(args.tail_lat)
+    return Asked(
+        collective,
+        nccl_sizes(args) if nccl else sizes_of(collective, args),
+        datatypes_of(args, "mpi_char" if case.ends else "mpi_float"),
+        tuple(args.algorithm.split(",")),
+        options_of(args, nccl, percentiles),
+        Wanted(args.full, args.validation, percentiles),
+        nccl,
+        args.stepfactor or 2,
+        args.mem_limit or MEMORY_LIMIT,
+        args.min_busbw,
+        args.json,
+        args.version,
+        f"{' '.join(args.placement)} without -d: the buffers are in host memory" if "D" in args.placement else "",
+    )
+
+
+def check_flags(collective: str, case: Case, args: argparse.Namespace) -> None:
+    """Refuse what a benchmark does not have, as OSU does."""
+    nccl = args.format == "nccl"
+    missing = {
+        "-d": args.accelerator and why_no_device(args.accelerator),
+        "-f": args.full and case.ends and "is for collectives",
+        "-l": args.in_place and (not case.in_place or nccl) and "there is no such choice here",
+        "-k": args.root_rank and not case.rooted and "there is no root",
+        "-W": args.window_size and case.ends >= 0 and "is for bw and bibw",
+        "-c": args.validation and collective == "barrier" and "there is nothing to check",
+        "--registered": args.registered and case.ends and "is for collectives",
+        "--algorithm": args.algorithm != "auto" and case.ends and "is for collectives",
+        "--format nccl": nccl and (case.ends or collective == "barrier") and "is for collectives that move data",
+        "-m": args.message_size and nccl and "say --minbytes and --maxbytes with --format nccl",
+        "-b, -e": (args.minbytes or args.maxbytes) and not nccl and "are for --format nccl: say -m MIN:MAX",
+        "--min-busbw": args.min_busbw and not nccl and "is for --format nccl",
+        " ".join(args.placement): wrong_placement(args.placement, case),
+    }
+    for flag, reason in missing.items():
+        if reason:
+            raise ArgumentError(f"{collective}: {flag} {reason}".rstrip())
+
+
+def why_no_device(kind: str) -> str:
+    """The reason, and what to do."""
+    rest = "leave -d out to measure host memory"
+    if kind != "cuda":
+        return f"{kind} buffers are not measured: {rest}"
+    try:
+        import cupy  # type: ignore[import-not-found]
+    except ImportError:
+        return f"cuda needs CuPy: pip install 'hpccomm[cuda12]' or 'hpccomm[cuda13]', or {rest}"
+    if not cupy.cuda.is_available():
+        return f"cuda needs a device, CuPy finds none: {rest}"
+    return f"cuda buffers are not measured yet: {rest}"
+
+
+def wrong_placement(words: Sequence[str], case: Case) -> str:
+    """Why buffers cannot be placed so."""
+    if not words or (case.ends and len(words) == 2 and set(words) <= {"H", "D"}):
+        return ""
+    return "cannot be placed: say H H after latency, bw or bibw, or nothing"
+
+
+def sizes_of(collective: str, args: argparse.Namespace) -> tuple[int, ...]:
+    """OSU's: a lone number is the largest, ``MIN:`` the smallest."""
+    if collective == "barrier":
+        return (0,)
+    case = CASES[collective]
+    text = args.message_size or ""
+    low, colon, high = text.partition(":")
+    low, high = (low, high) if colon else ("", low)
+    smallest = 0 if case.ends > 0 else 1
+    first = bytes_of(low) if low else smallest
+    last = bytes_of(high) if high else LARGEST_MESSAGE if case.ends else LARGEST
+    if first > last or (colon and not (low or high)):
+        raise ArgumentError(f"-m {text}: from {first} to {last} bytes there is nothing to measure")
+    return steps(first, last, 2)
+
+
+def steps(first: int, last: int, factor: int) -> tuple[int, ...]:
+    """From the first to the last, each ``factor`` times the one before (after 0 comes 1)."""
+    found = []
+    while first <= last:
+        found.append(first)
+        first = max(1, first * factor)
+        if factor == 1:
+            break
+    return tuple(found)
+
+
+def nccl_sizes(args: argparse.Namespace) -> tuple[int, ...]:
+    """nccl-tests': one size, or from the smallest to the largest."""
+    first = NCCL_BYTES if args.minbytes is None else args.minbytes
+    last = max(first, NCCL_BYTES) if args.maxbytes is None else args.maxbytes
+    if not 0 < first <= last:
+        raise ArgumentError(f"--minbytes {first} --maxbytes {last}: there is nothing to measure")
+    return steps(first, last, args.stepfactor or 2)
+
+
+def datatypes_of(args: argparse.Namespace, usual: str) -> tuple[str, ...]:
+    """OSU's words; collectives take MPI_FLOAT where OSU takes MPI_CHAR, of which MPI defines no sums."""
+    words = [word.lower() for word in args.type or [usual]]
+    unknown = [word for word in words if word not in (*DATATYPES, "all")]
+    if unknown:
+        raise ArgumentError(f"-T {unknown[0]}: take one of {', '.join(DATATYPES)}, all")
+    every = ("mpi_char", "mpi_int", "mpi_float")
+    return tuple(name for word in words for name in (every if word == "all" else (word,)))
+
+
+def percentiles_of(text: str | None) -> tuple[int, ...]:
+    """At most five numbers from 0 to 100."""
+    if text is None:
+        return ()
+    words = text.split(",")
+    if len(words) > MOST_PERCENTILES or not all(word.isdigit() and int(word) <= 100 for word in words):
+        raise ArgumentError(f"-z{text}: attach up to five percentiles from 0 to 100: -z50,90,99")
+    return tuple(int(word) for word in words)
+
+
+def root_of(text: str | None) -> int | None:
+    """``None`` for a root that rotates."""
+    if text is None:
+        return 0
+    if text == "rotate":
+        return None
+    match = re.fullmatch(r"fixed:(\d+)", text)
+    if not match:
+        raise ArgumentError(f"-k {text}: say fixed:R or rotate")
+    return int(match[1])
+
+
+def options_of(args: argparse.Namespace, nccl: bool, percentiles: tuple[int, ...]) -> Options:
+    """For the measuring loop."""
+    timed, untimed = NCCL_CALLS if nccl else (None, None)
+    more: dict[str, Any] = {} if args.validation_warmup is None else {"check_warmup": args.validation_warmup}
+    return Options(
+        iterations=args.iterations or timed,
+        warmup=untimed if args.warmup is None else args.warmup,
+        seconds=None,
+        whole=nccl,
+        check=args.validation or nccl,
+        in_place=args.in_place,
+        root=root_of(args.root_rank),
+        registered=args.registered,
+        bare_native=True,
+        streaming=nccl,
+        percentiles=percentiles or ((50, 99) if args.json else ()),
+        window=args.window_size or 64,
+        **more,
+    )

@@ -1,0 +1,61 @@
+"""Results as one JSON object: everything somebody would ask of these numbers, and the rows."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hpccomm.bench.loop import Row
+from hpccomm.resources import mpi_name
+
+
+def describe(comm: Any, command: Sequence[str]) -> dict[str, Any]:
+    """Where, with what, when, by which command (the first use of a communicator's topology is collective)."""
+    return {
+        "machine": {
+            "hosts": list(comm.topology.names),
+            "ranks": comm.topology.describe(),
+            "processor": processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        },
+        "mpi": mpi_name(),
+        "versions": {"python": platform.python_version(), **versions("hpccomm", "mpi4py", "numpy", "numba")},
+        "command": shlex.join(command),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of what is installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def text(where: dict[str, Any], rows: Sequence[Row]) -> str:
+    """The object, a line a row."""
+    head = json.dumps(where, indent=1).removesuffix("\n}")
+    lines = ",\n".join("  " + json.dumps(row.record()) for row in rows)
+    return f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
