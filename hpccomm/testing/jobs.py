@@ -31,6 +31,8 @@ FAILED_SECONDS = 10.0
 END_SECONDS = 20.0
 """Within this time a job ends after its last test."""
 
+OUTPUT_LINES = 50
+
 DUMP_SECONDS = 5.0
 """Within this time ranks dump their stacks."""
 
@@ -59,13 +61,13 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def run_under_mpi(
-    ranks: int, *program: str, timeout: float = 120.0, environ: Mapping[str, str] | None = None
+    ranks: int, *program: str, timeout: float = 120.0, cwd: Path | None = None, environ: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run ``program`` (``"-c", code`` or ``"-m", module, …`` or a script) on some ranks; its output as text.
 
     Raises subprocess.TimeoutExpired after ``timeout`` seconds, with the ranks ended.
     """
-    process = start(ranks, program, environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(ranks, program, environ, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     finally:
@@ -120,9 +122,14 @@ class RankLog:
 
 def own_frames(thread: str) -> str:
     """A dumped stack up to the frame where the test runner called the test, without addresses."""
-    lines = re.sub(r"hread 0x[0-9a-f]+", "hread", thread).split("\n")
+    lines = without_addresses(thread).split("\n")
     runner = (k for k, line in enumerate(lines) if "/_pytest/" in line or "/pluggy/" in line)
     return "\n".join(lines[: next(runner, len(lines))])
+
+
+def without_addresses(text: str) -> str:
+    """A text that is the same for all ranks that do the same."""
+    return re.sub(r" ?(at )?0x[0-9a-f]+", "", text)
 
 
 class Job:
@@ -171,7 +178,7 @@ class Job:
         """Whether every rank has begun."""
         return all(log.ready for log in self.logs)
 
-    def standing(self, test: str) -> dict[int, str]:
+    def standing(self, test: str) -> list[str]:
         """End the job; where each rank stood in a test."""
         late = [log for log in self.logs if not log.through(test)]
         if self.process.poll() is None:
@@ -181,11 +188,12 @@ class Job:
                 time.sleep(0.1)
         stop(self.process)
         waits = "through with this test, waits for the others"
-        return {r: log.dumped() or "(no stack)" if log in late else waits for r, log in enumerate(self.logs)}
+        return [(log.dumped() or "(no stack)") if log in late else waits for log in self.logs]
 
     def last_words(self) -> str:
         """The end of what launcher and ranks wrote."""
-        return "\n".join(self.output.read_text(errors="replace").strip().split("\n")[-30:])
+        lines = self.output.read_text(errors="replace").replace("\0", "").strip().split("\n")
+        return "\n".join(lines[-OUTPUT_LINES:])
 
     def finish(self) -> str:
         """After the last test: the empty string, or what was wrong with the end, as a sentence."""

@@ -28,6 +28,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -38,7 +39,7 @@ from _pytest.runner import runtestprotocol
 from hpccomm.errors import LaunchError
 from hpccomm.launcher import check_world
 from hpccomm.testing.agree import use_mpi_profile
-from hpccomm.testing.jobs import Job
+from hpccomm.testing.jobs import Job, without_addresses
 
 DEFAULT_SIZES = (1, 2, 3, 4, 7)
 PHASES = ("setup", "call", "teardown")
@@ -188,8 +189,10 @@ class Worker(Ranks):
         os.write(self.lines, (json.dumps(words, default=str) + "\n").encode())
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
         """The tests of the list, in its order."""
+        if session.testsfailed:  # pytest is about to say what it could not collect
+            return
         named = {item.nodeid: item for item in items}
         items[:] = [named[test] for test in self.tests]
         self.write(ready=len(items))
@@ -225,12 +228,7 @@ class Together(Ranks):
         self.stderr = os.fdopen(os.dup(sys.stderr.fileno()), "w")
         if self.private.rank:
             config.option.xmlpath = None
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionstart(self) -> None:
-        """Only rank 0 prints."""
-        if self.private.rank:
-            self.config.pluginmanager.unregister(name="terminalreporter")
+            config.pluginmanager.set_blocked("terminalreporter")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
@@ -248,6 +246,10 @@ class Together(Ranks):
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
+
+    def pytest_unconfigure(self) -> None:
+        """Nobody leaves before rank 0 has printed: a rank that leaves with an error takes the others along."""
+        self.anybody(False)
 
     def patience(self, item: pytest.Item) -> Callable[[], None]:
         """After the time-out dump this rank's stack, and soon after it end the job; returns what calls that off."""
@@ -297,7 +299,7 @@ class Outer:
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """One report a phase, for all ranks."""
         if size_of(item) in self.hopeless:
-            return [failed(item, {self.hopeless[size_of(item)]: ""})]
+            return [failed(item, [(self.hopeless[size_of(item)], "")])]
         job = self.job = self.job or self.start(item)
         wrong = job.wait(item.nodeid, timeout_of(item))
         if wrong:
@@ -328,9 +330,9 @@ class Outer:
         """End a job that gets no further and say all that is known; the next test starts another job."""
         self.job = None
         ready = job.all_ready()
-        parts = tracebacks(self.reports_of(job, item.nodeid)) | {wrong: ""}
-        parts |= grouped(job.standing(item.nodeid), job.size) if ready else {}
-        parts["end of the output"] = job.last_words()
+        parts = [*tracebacks(self.reports_of(job, item.nodeid)), (wrong, "")]
+        parts += grouped(job.standing(item.nodeid), job.size) if ready else []
+        parts.append(("end of the output", job.last_words()))
         if not ready:
             self.hopeless[job.size] = f"{wrong}, as told above"
         job.close()
@@ -350,7 +352,7 @@ def inner_options(config: pytest.Config) -> list[str]:
     """The flags with which a worker's pytest sees the same tests as this one."""
     option = config.option
     words = ["--with-mpi"] if "with_mpi" in option else []
-    words += ["-q", "--no-header", "-p", "hpccomm.testing.lockstep", "-p", "no:cacheprovider"]
+    words += ["-q", "--no-header", "--color=no", "-p", "hpccomm.testing.lockstep", "-p", "no:cacheprovider"]
     words += ["-p", "no:faulthandler", "-o", "addopts=", f"--rootdir={config.rootpath}", f"--tb={option.tbstyle}"]
     words += [f"--import-mode={option.importmode}", f"--capture={option.capture}"]
     words += ["-c", str(config.inipath)] if config.inipath else []
@@ -363,33 +365,40 @@ def inner_options(config: pytest.Config) -> list[str]:
 # Reports of several ranks
 
 
-class Tracebacks:
-    """What pytest prints under a failed test: a title and a text (or a rank's own report) for each group of ranks."""
+Part = tuple[str, Any]
+"""A title, and a text or what pytest made of a failure."""
 
-    def __init__(self, parts: dict[str, Any]) -> None:
+
+class Tracebacks:
+    """What pytest prints under a failed test: one part for each group of ranks."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
-        title, first = next(iter(parts.items()))
-        crash = getattr(getattr(first, "longrepr", None), "reprcrash", None)
+        title, first = parts[0]
+        crash = getattr(first, "reprcrash", None)
         self.reprcrash = SimpleNamespace(message=f"{title}: {crash.message}" if crash else title)
 
     def toterminal(self, tw: Any) -> None:
         """Print everything."""
-        for title, part in self.parts.items():
+        for title, part in self.parts:
             tw.line(f"--- {title} ---", bold=True, red=True)
-            if isinstance(part, pytest.TestReport):
+            if hasattr(part, "toterminal"):
                 part.toterminal(tw)
             elif part:
                 tw.line(part)
 
     def __str__(self) -> str:
-        texts = {title: getattr(part, "longreprtext", part) for title, part in self.parts.items()}
-        return "\n".join(f"--- {title} ---\n{text}" for title, text in texts.items())
+        return "\n".join(f"--- {title} ---\n{part}" for title, part in self.parts)
 
 
 def restored(config: pytest.Config, everyone: Sequence[Sequence[dict[str, Any]]]) -> list[list[pytest.TestReport]]:
     """The reports that ranks have written."""
     back = config.hook.pytest_report_from_serializable
-    return [[back(config=config, data=data) for data in reports] for reports in everyone]
+    everyones = [[back(config=config, data=data) for data in reports] for reports in everyone]
+    for report in chain(*everyones):
+        if isinstance(report.longrepr, list):  # JSON knows no tuples: where and why a test was skipped
+            report.longrepr = tuple(report.longrepr)
+    return everyones
 
 
 def merged(everyone: list[list[pytest.TestReport]]) -> list[pytest.TestReport]:
@@ -423,19 +432,23 @@ def severity(report: pytest.TestReport) -> int:
     return SEVERITY["xfailed" if report.skipped and hasattr(report, "wasxfail") else report.outcome]
 
 
-def tracebacks(everyone: list[list[pytest.TestReport]]) -> dict[str, Any]:
+def tracebacks(everyone: list[list[pytest.TestReport]]) -> list[Part]:
     """The failures, told once where ranks fail alike."""
     failures = [(rank, report) for rank, reports in enumerate(everyone) for report in reports if report.failed]
-    first = {report.longreprtext: report for _, report in reversed(failures)}
-    return {
-        named([rank for rank, report in failures if report.longreprtext == text], len(everyone)): shown
-        for text, shown in reversed(first.items())
-    }
+    return [
+        (named([failures[k][0] for k in alike], len(everyone)), failures[alike[0]][1].longrepr)
+        for alike in groups([without_addresses(report.longreprtext) for _, report in failures])
+    ]
 
 
-def grouped(texts: dict[int, str], size: int) -> dict[str, str]:
-    """Texts by ranks, told once where they are alike."""
-    return {named([r for r in texts if texts[r] == text], size): text for text in dict.fromkeys(texts.values())}
+def grouped(texts: list[str], size: int) -> list[Part]:
+    """A text of each rank, told once where they are alike."""
+    return [(named(alike, size), texts[alike[0]]) for alike in groups(texts)]
+
+
+def groups(texts: Sequence[str]) -> list[list[int]]:
+    """Which of them are equal, in order of the first."""
+    return [[k for k, each in enumerate(texts) if each == text] for text in dict.fromkeys(texts)]
 
 
 def named(ranks: Sequence[int], size: int) -> str:
@@ -445,7 +458,7 @@ def named(ranks: Sequence[int], size: int) -> str:
     return f"rank{'s'[: len(ranks) > 1]} {', '.join(map(str, ranks))} of {size}"
 
 
-def failed(item: pytest.Item, parts: dict[str, Any], seconds: float = 0.0) -> pytest.TestReport:
+def failed(item: pytest.Item, parts: list[Part], seconds: float = 0.0) -> pytest.TestReport:
     """The report of a test that could not end by itself."""
     longrepr: Any = Tracebacks(parts)
     keywords: dict[str, Any] = dict.fromkeys(item.keywords, 1)

@@ -1,0 +1,136 @@
+"""Inputs that differ by rank and position and whose reduction is exact in any order, so that tolerance is 0.
+
+Notation: *p ranks, r this one, i the position*.  Every operand is made of small integers counted as ``r + s·i`` modulo
+m with a stride s > p that shares no factor with m: neighbouring ranks and positions differ, and all m values come up.
+m is as large as the sum of p of them allows in the type.  Products are made of 1, -1, 2 and 1/2 (and i), with at most
+three factors that are not units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from math import gcd
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+FOLDS: dict[str, Callable[..., Any]] = {
+    "sum": np.add,
+    "prod": np.multiply,
+    "min": np.minimum,
+    "max": np.maximum,
+    "land": np.logical_and,
+    "lor": np.logical_or,
+    "lxor": np.logical_xor,
+    "band": np.bitwise_and,
+    "bor": np.bitwise_or,
+    "bxor": np.bitwise_xor,
+}
+"""The operations by name, and what each means."""
+
+KINDS = {"b": "land lor lxor", "iu": " ".join(FOLDS), "f": "sum prod min max", "c": "sum prod"}
+DTYPES = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8", "c8", "c16", "?")
+
+
+def operations(dtype: npt.DTypeLike) -> tuple[str, ...]:
+    """The operations that MPI defines for a type."""
+    kind = np.dtype(dtype).kind
+    return tuple(next(names for kinds, names in KINDS.items() if kind in kinds).split())
+
+
+def operand(rank: int, size: int, n: int, dtype: npt.DTypeLike, op: str = "sum") -> Array:
+    """What rank ``rank`` of ``size`` (at most 64 for exact results) brings: shape (n,), of ``dtype``."""
+    made = VALUES.get(op, counted)(rank, size, np.arange(n), np.dtype(dtype))
+    return np.asarray(made).astype(dtype)
+
+
+def expected(size: int, n: int, dtype: npt.DTypeLike, op: str = "sum") -> Array:
+    """The reduction of all operands: shape (n,), of ``dtype``."""
+    result = operand(0, size, n, dtype, op)
+    for rank in range(1, size):
+        result = FOLDS[op](result, operand(rank, size, n, dtype, op)).astype(dtype)
+    return result
+
+
+def largest(dtype: np.dtype[Any]) -> int:
+    """Up to here the type holds every integer."""
+    if dtype.kind in "iu":
+        return int(np.iinfo(dtype).max)
+    return 1 << (np.finfo(dtype).nmant + 1)
+
+
+def counter(rank: int, size: int, i: Array, values: int) -> Array:
+    """``r + s·i`` modulo the number of values."""
+    stride = next(s for s in count(size + 1) if gcd(s, values) == 1)
+    return (rank + stride * i) % values
+
+
+def counted(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
+    """For sums, minima and maxima: both signs where the type has them; the imaginary part counts elsewhere."""
+    values = min(largest(dtype) // size + 1, 1 << 24)
+    shift = 0 if dtype.kind == "u" else values // 2
+    real = counter(rank, size, i, values) - shift
+    return real + 1j * np.roll(real, 1) if dtype.kind == "c" else real
+
+
+def factors(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
+    """For products: one rank in turn brings 2, the next 2, the next 1/2 (integers: 2), signs (or i) come from all."""
+    turn = (rank + i) % size
+    third = 2.0 if dtype.kind in "iu" else 0.5
+    powers = np.where(turn < min(2, size), 2.0, np.where(turn == min(2, size), third, 1.0))
+    turns = counter(rank, size, i, 5) % 4
+    if dtype.kind == "c":
+        return powers * np.array([1, 1j, -1, -1j])[turns]
+    return powers if dtype.kind == "u" else powers * np.where(turns % 2, -1.0, 1.0)
+
+
+def alone(rank: int, size: int, i: Array) -> Array:
+    """Where this rank is the one that differs; at every (p + 1)-th position nobody is."""
+    return i % (size + 1) == rank
+
+
+def truth(default: bool) -> Callable[..., Array]:
+    """Truth values (integers of several sizes) that are ``default`` but for one rank at most positions."""
+
+    def values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
+        truths = alone(rank, size, i) != default
+        return truths if dtype.kind == "b" else truths * (1 + counter(rank, size, i, 7))
+
+    return values
+
+
+def parity(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
+    """Truth values that are mixed in every way."""
+    return counter(rank, size, i, 7) * (counter(rank, size, i, 11) % 2)
+
+
+def bits(default: bool) -> Callable[..., Array]:
+    """All bits ``default`` but for one, another one at every rank and position."""
+
+    def values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
+        width = 8 * dtype.itemsize
+        unsigned = np.dtype(f"u{dtype.itemsize}")
+        one = np.left_shift(unsigned.type(1), ((rank + i) % width).astype(unsigned))
+        return (~one if default else one).view(dtype)
+
+    return values
+
+
+def mixed_bits(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
+    """Any bits."""
+    return counter(rank, size, i, min(largest(dtype), 1 << 24))
+
+
+VALUES: dict[str, Callable[..., Array]] = {
+    "prod": factors,
+    "land": truth(True),
+    "lor": truth(False),
+    "lxor": parity,
+    "band": bits(True),
+    "bor": bits(False),
+    "bxor": mixed_bits,
+}
