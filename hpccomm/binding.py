@@ -212,14 +212,16 @@ class Binder:
     ) -> Bound:
         """Both allgathers, once the parts are known."""
         who, me = self.who(name), self.rank
-        octets = recv.octets or 0 if recv.dtype is None else sum(counts) * recv.dtype.itemsize
+        octets = gathered_octets(recv, self.size) if recv.dtype is None else sum(counts) * recv.dtype.itemsize
         choice = self.choose("allgather", recv, None, algorithm, who, octets)
         opaque = recv.opaque or send.opaque
-        signature = self.signature(name, recv, choice, algorithm, count=UNKNOWN if opaque else str(sum(counts)))
+        signature = self.signature(name, recv, choice, algorithm, count=gathered(recv, counts, octets))
         displs = recv.parts(self.size)[1] if name == "Allgatherv" else tuple(k * counts[0] for k in range(self.size))
         if not opaque:
             self.check_gathering(send, recv, counts, displs, in_place, who)
-        if choice.algorithm == "native" or opaque:
+        if opaque and choice.algorithm != "native":
+            return self.packed_gathering(send, recv, algorithm, in_place)
+        if choice.algorithm == "native":
             return self.native(key, signature, name, (recv if in_place else send, recv), (), octets)
         assert recv.dtype is not None
         cuts = np.cumsum([0, *counts])
@@ -240,6 +242,18 @@ class Binder:
         plan = bind(steps, work, cuts, self.resources.messages, None, signature.word)
         return self.keep(key, signature, [copy_in, plan, spread], plan.free, octets)
 
+    def packed_gathering(self, send: Message, recv: Message, algorithm: str | None, in_place: bool) -> Bound:
+        """Allgather of a derived datatype: as bytes, so that it goes the way of ranks that have plain memory."""
+        total = gathered_octets(recv, self.size)
+        into = Packed(recv, self.comm, total)
+        dtype = recv.dtype or recv.base or np.dtype("u1")
+        whole = into.octets.view(dtype)
+        out = into if in_place else Packed(send, self.comm, total // self.size)
+        parts = (whole.size // self.size,) * self.size
+        mine, all_of_it = read(out.octets.view(dtype), ""), read(whole, "")
+        inner = self.gathering(None, "Allgather", mine, all_of_it, parts, algorithm, in_place)
+        return Bound(in_turn([out.pack, inner.run, into.unpack]), inner.free)
+
     def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Bound:
         """Bcast."""
         who = self.who("Bcast")
@@ -249,7 +263,7 @@ class Binder:
         signature = self.signature("Bcast", data, choice, algorithm, None, root)
         if choice.algorithm == "native":
             return self.native(key, signature, "Bcast", (data,), (root,), 0)
-        packed = Packed(data, self.comm) if data.opaque else None
+        packed = Packed(data, self.comm, data.nbytes) if data.opaque else None
         vector = packed.octets if packed else data.vector()
         before = packed.pack if packed and self.rank == root else None
         after = packed.unpack if packed and self.rank != root else None
@@ -437,14 +451,16 @@ class Binder:
         count: str | None = None,
     ) -> Signature:
         """The call in words that the other ranks' can be compared with."""
-        simple = data.dtype is not None
+        dtype = data.dtype or data.base
+        if count is None:
+            count = UNKNOWN if dtype is None else str(data.nbytes // dtype.itemsize)
         return Signature(
             name,
             operations.name_of(op) if op is not None else "",
-            count if count is not None else str(data.elements) if simple else UNKNOWN,
-            data.dtype.name if data.dtype is not None else UNKNOWN,
+            count,
+            UNKNOWN if dtype is None else dtype.name,
             "" if root is None else str(root),
-            data.order if simple else UNKNOWN,
+            UNKNOWN if dtype is None else data.order,
             choice.algorithm if algorithm else "",
         )
 
@@ -544,26 +560,37 @@ class Binder:
 
 
 class Packed:
-    """The data of a derived datatype as plain bytes."""
+    """Data as plain bytes, whatever its datatype."""
 
-    def __init__(self, data: Message, comm: MPI.Intracomm) -> None:
-        assert data.datatype is not None
-        self._data, self._comm = data, comm
-        self._extent = (data.count or 0) * data.datatype.Get_extent()[1]
-        self.octets = np.empty(data.octets or 0, np.uint8)
+    def __init__(self, data: Message, comm: MPI.Intracomm, nbytes: int) -> None:
+        self._datatype = data.datatype or MPI.BYTE
+        self._comm = comm
+        items = nbytes // max(1, self._datatype.Get_size())
+        self._memory = MPI.memory.fromaddress(data.address, items * self._datatype.Get_extent()[1])
+        self.octets = np.empty(nbytes, np.uint8)
 
     def pack(self) -> None:
         """From the user's memory."""
-        assert self._data.datatype is not None
-        self._data.datatype.Pack(self._memory(), self.octets, 0, self._comm)
+        self._datatype.Pack(self._memory, self.octets, 0, self._comm)
 
     def unpack(self) -> None:
         """Into the user's memory."""
-        assert self._data.datatype is not None
-        self._data.datatype.Unpack(self.octets, 0, self._memory(), self._comm)
+        self._datatype.Unpack(self.octets, 0, self._memory, self._comm)
 
-    def _memory(self) -> MPI.memory:
-        return MPI.memory.fromaddress(self._data.address, self._extent)
+
+def gathered(recv: Message, counts: tuple[int, ...], octets: int) -> str:
+    """How many elements an allgather collects, in words."""
+    if recv.dtype is not None:
+        return str(sum(counts))
+    return UNKNOWN if recv.base is None else str(octets // recv.base.itemsize)
+
+
+def gathered_octets(recv: Message, p: int) -> int:
+    """Bytes that an allgather collects: the user says how much from each rank, or nothing."""
+    if recv.dtype is not None:
+        return recv.part(p) * p * recv.dtype.itemsize
+    octets = recv.octets or 0
+    return octets * p if recv.count is not None else octets
 
 
 def parted(name: str, in_place: bool) -> tuple[int, ...]:

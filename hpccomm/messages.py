@@ -28,7 +28,7 @@ class Message:
     """What the user gave, for mpi4py."""
     address: int = 0
     size: int = 0
-    """Elements that the memory holds."""
+    """Elements that the memory holds (of an opaque form: items of its datatype that it says)."""
     dtype: np.dtype[Any] | None = None
     """``None`` when opaque."""
     writable: bool = True
@@ -43,6 +43,8 @@ class Message:
     """Bytes of data in an opaque form, where that can be told."""
     datatype: MPI.Datatype | None = None
     """The datatype of such an opaque form."""
+    base: np.dtype[Any] | None = None
+    """What that datatype is made of, where it is one thing."""
     owner: Any = None
     """Whatever keeps the memory alive."""
 
@@ -243,8 +245,25 @@ def derived(form: Any, base: Message, count: Any, datatype: Any) -> Message:
         return Message(form)
     _, extent = datatype.Get_extent()
     nbytes = base.size * (base.dtype.itemsize if base.dtype is not None else 1)
-    count = nbytes // max(extent, 1) if count is None else count
-    return Message(form, base.address, 0, octets=count * datatype.Get_size(), datatype=datatype, count=count)
+    items = nbytes // max(extent, 1) if count is None else count
+    return Message(
+        form,
+        base.address,
+        items,
+        octets=items * datatype.Get_size(),
+        datatype=datatype,
+        count=count,
+        base=made_of(datatype),
+    )
+
+
+def made_of(datatype: MPI.Datatype) -> np.dtype[Any] | None:
+    """The one predefined datatype that a derived one repeats."""
+    while not datatype.is_predefined:
+        datatype, combiner, _ = datatype.decode()
+        if combiner == "STRUCT":
+            return None
+    return numpy_dtype(datatype)
 
 
 def read_data(data: Any, who: str) -> Message:

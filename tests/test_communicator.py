@@ -149,6 +149,18 @@ def test_allgather_collects_in_rank_order(comm: Communicator) -> None:
             assert np.array_equal(b, want)
 
 
+def test_allgather_of_a_derived_datatype_meets_plain_memory_on_other_ranks(comm: Communicator) -> None:
+    datatype = MPI.INT32_T.Create_vector(3, 1, 2).Commit()
+    want = np.concatenate([operand(rank, 3, "i4") for rank in range(comm.size)])
+    for algorithm in comm.algorithms("allgather"):
+        b = np.full(3 * comm.size, -1, "i4")
+        spread = np.repeat(operand(comm.rank, 3, "i4"), 2)
+        mine = [spread, 1, datatype] if comm.rank % 2 else operand(comm.rank, 3, "i4")
+        comm.Allgather(mine, b, algorithm=algorithm)
+        assert np.array_equal(b, want), algorithm
+    datatype.Free()
+
+
 def test_allgatherv_puts_uneven_parts_where_they_are_wanted(comm: Communicator) -> None:
     counts = [(5 * rank) % 4 for rank in range(comm.size)]
     displs = [10 * (comm.size - 1 - rank) for rank in range(comm.size)]
