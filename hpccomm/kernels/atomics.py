@@ -23,7 +23,9 @@ X86 = MACHINE in ("x86_64", "amd64")
 ARM = MACHINE in ("aarch64", "arm64")
 CLOCK_MONOTONIC = 1
 LANES = 64
-"""Bytes of one store past the cache."""
+"""Bytes of one vector."""
+UNROLL = 4
+"""Vectors under way at a time."""
 ROOM = 2048
 """Elements that are reduced together, in the first-level cache."""
 
@@ -112,6 +114,30 @@ def copy_past_cache(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
         memcpy(builder, builder.add(to, end), builder.add(source, end), builder.sub(nbytes, end))
         if X86:
             builder.call(external(builder, "llvm.x86.sse.sfence", VOID, []), [])
+        return context.get_dummy_value()
+
+    return none(int64, int64, int64), emit
+
+
+@intrinsic
+def fetch(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
+    """Copy bytes that another core wrote last, with vector loads.
+
+    Measured on Zen 4: twice as fast there as the C library, which uses the string instruction; for storing into lines
+    that another core holds, the C library is as fast and does not need them.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, source, nbytes = args
+        vector = ir.VectorType(I64, LANES // 8)
+        step = ir.Constant(I64, UNROLL * LANES)
+        body = builder.and_(nbytes, ir.Constant(I64, -UNROLL * LANES))
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), body, step, I64) as (at, _):
+            places = [builder.add(at, ir.Constant(I64, LANES * k)) for k in range(UNROLL)]
+            lines = [builder.load(pointer(builder, builder.add(source, each), vector), align=1) for each in places]
+            for line, each in zip(lines, places, strict=True):
+                builder.store(line, pointer(builder, builder.add(to, each), vector), align=1)
+        memcpy(builder, builder.add(to, body), builder.add(source, body), builder.sub(nbytes, body))
         return context.get_dummy_value()
 
     return none(int64, int64, int64), emit

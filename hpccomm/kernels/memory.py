@@ -43,6 +43,11 @@ def copy(to: int, source: int, nbytes: int) -> None:
     ctypes.memmove(to, source, nbytes)
 
 
+def fetch(to: int, source: int, nbytes: int) -> None:
+    """Copy bytes that another core wrote last."""
+    ctypes.memmove(to, source, nbytes)
+
+
 def copy_past_cache(to: int, source: int, nbytes: int) -> None:
     """Copy bytes that will not be read soon."""
     ctypes.memmove(to, source, nbytes)

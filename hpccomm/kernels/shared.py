@@ -20,6 +20,7 @@ from __future__ import annotations
 from hpccomm.kernels.memory import (
     copy,
     copy_past_cache,
+    fetch,
     fold,
     give_way,
     load,
@@ -334,7 +335,7 @@ def copy_out(call, state, k):
         if load(call + PAST_CACHE) != 0:
             copy_past_cache(load(call + RECV) + k * block + lo, slot_of(state, q, g + k) + lo, hi - lo)
         else:
-            copy(load(call + RECV) + k * block + lo, slot_of(state, q, g + k) + lo, hi - lo)
+            fetch(load(call + RECV) + k * block + lo, slot_of(state, q, g + k) + lo, hi - lo)
 
 
 def allreduce_registered(call, state):
@@ -506,7 +507,7 @@ def allgather(call):
         return allgather_pieces(call, state)
     for i in range(1, load(state + RANKS)):
         q = (r + i) % load(state + RANKS)
-        copy(load(call + RECV) + place(call, state, q), buffer_of(state, q), gathered(call, state, q))
+        fetch(load(call + RECV) + place(call, state, q), buffer_of(state, q), gathered(call, state, q))
     return DONE
 
 
@@ -552,7 +553,7 @@ def allgather_pieces(call, state):
                     return STUCK
                 if n > 0:
                     to = load(call + RECV) + place(call, state, q) + (k - 1) * size
-                    copy(to, slot_of(state, q, g + k - 1), min(size, n))
+                    fetch(to, slot_of(state, q, g + k - 1), min(size, n))
     store(state + BLOCKS, g + max(1, blocks))
     return DONE
 
@@ -584,7 +585,7 @@ def bcast(call):
     if way == PIECES:
         return bcast_pieces(call, state, root)
     if r != root:
-        copy(mine, line_of(state, root) + PAYLOAD if way == INLINE else buffer_of(state, root), nbytes)
+        fetch(mine, line_of(state, root) + PAYLOAD if way == INLINE else buffer_of(state, root), nbytes)
     return DONE
 
 
@@ -605,7 +606,7 @@ def bcast_pieces(call, state, root):
             if not await_count(state, root, PUBLISHED, g + k + 1):
                 return STUCK
             n = min(block, nbytes - k * block)
-            copy(load(call + SEND) + k * block, slot_of(state, root, g + k), n)
+            fetch(load(call + SEND) + k * block, slot_of(state, root, g + k), n)
             say(state, FINISHED, g + k + 1)
         elif k > 0:
             if k >= RING - 1 and not await_all(state, FINISHED, g + k - 2):
@@ -672,7 +673,7 @@ def alltoall_pieces(call, state):
                     return STUCK
                 if n > 0:
                     to = load(call + RECV) + entry(call, state, 4, q) + (k - 1) * size
-                    copy(to, slot_of(state, q, g + k - 1) + r * size, min(size, n))
+                    fetch(to, slot_of(state, q, g + k - 1) + r * size, min(size, n))
     store(state + BLOCKS, g + max(1, blocks))
     return DONE
 

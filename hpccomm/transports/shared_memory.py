@@ -11,7 +11,7 @@ and ``close`` are collective.  Binding and running are not: what differs between
     plan()                                             # as often as you like; keeps no reference to the arrays
 
     SharedMemory.collectives                           # names of what can be bound
-    bind_allreduce(send, recv, count, dtype, op, signature, past_cache=False)
+    bind_allreduce(send, recv, count, dtype, op, signature, past_cache=None)
     bind_reduce(send, recv, count, dtype, op, root, signature)          recv is read on the root only
     bind_reduce_scatter(send, recv, counts, dtype, op, signature)       counts: elements of each rank
     bind_allgather(send, recv, counts, places, signature)               bytes of each rank, and where they belong
@@ -28,8 +28,8 @@ and ``close`` are collective.  Binding and running are not: what differs between
 Addresses and counts are integers, ``op`` is one of sum prod min max land lor lxor band bor bxor, dtypes are NumPy's
 or ``"bfloat16"``.  In place means equal addresses (for reduce-scatter: ``recv`` inside ``send``; for allgather:
 ``send`` at its own place in ``recv``).  Signatures are integers below 2^63 that stand for a call; a call whose
-signatures, counts or dtypes differ raises on every rank, writes no user memory, and the next call is fine.  A call left by an exception
-while it waits makes all later calls raise TransportError.
+signatures, counts or dtypes differ raises on every rank, writes no user memory, and the next call is fine.  A call left
+by an exception while it waits makes all later calls raise TransportError.
 
 An allreduce of S bytes reads and writes about 5 S in each rank, 2 S where the array is registered.
 """
@@ -222,7 +222,7 @@ def agree(node: Any, size: int, trouble: str) -> None:
 class SharedMemory:
     """The collectives of the ranks of ``node`` (collective); what it offers stands at the top of this module.
 
-    ``code`` is ``"auto"``, ``"compiled"`` (Numba) or ``"numpy"``; rank 0's choice holds.  Takes about 2 MB a rank.
+    ``code`` is ``"auto"``, ``"compiled"`` (Numba) or ``"numpy"``; rank 0's choice holds.  Takes about 1 MB a rank.
     """
 
     collectives = kernels.COLLECTIVES
@@ -323,14 +323,15 @@ class SharedMemory:
         dtype: npt.DTypeLike,
         op: str,
         signature: int,
-        past_cache: bool = False,
+        past_cache: bool | None = None,
     ) -> Plan:
-        """``past_cache`` writes the result around the cache: for results that do not fit there."""
+        """``past_cache`` writes the result around the cache: for results that do not fit there, else it costs."""
         nbytes = count * reductions.itemsize(dtype)
         if self.size == 1:
             return moving(recv, send, nbytes)
         call = self._reduction(("allreduce", count), dtype, op, signature)
-        put(call, kernels.PAST_CACHE, past_cache)
+        around = send != recv and nbytes * self.size >= PAST_CACHE_BYTES if past_cache is None else past_cache
+        put(call, kernels.PAST_CACHE, around)
         self._vector(call, send, recv, nbytes, self._direct)
         allocation = self._allocation((send, nbytes), (recv, nbytes)) if nbytes >= REGISTERED_BYTES else None
         if allocation:
@@ -539,23 +540,22 @@ class SharedMemory:
 
 REGISTERED_BYTES = 8192
 """From here on registered arrays are reduced where they are; below, one meeting instead of two is worth a copy."""
-DIRECT_BYTES = 65536
+DIRECT_BYTES = 98304
 """Up to so many bytes of all ranks together, every rank reduces everything: one meeting instead of two."""
+PAST_CACHE_BYTES = 1 << 25
+"""From so many bytes of all ranks together on, results out of place are written around the cache: they exceed it."""
 GATHER_BLOCK = 1 << 17
 """Blocks of calls that only copy."""
 
 
 def block_bytes(nbytes: int, slot: int) -> int:
-    """Length of the blocks of a pipeline (measured with 2 and 4 ranks)."""
-    for limit, block in ((1 << 17, 1 << 16), (1 << 20, 1 << 18)):
-        if nbytes <= limit:
-            return min(block, slot)
-    return slot
+    """Length of the blocks of a pipeline."""
+    return min(1 << 16, slot) if nbytes <= 1 << 17 else slot
 
 
 def slot_bytes(ranks: int) -> int:
-    """Length of a slot: what all ranks copy at a time has to stay in their share of the last-level cache."""
-    return 1 << 19 if ranks <= 8 else 1 << 18 if ranks <= 32 else 1 << 17
+    """Length of a slot (measured with 2 and 4 ranks); with many, slices are long enough in less memory."""
+    return 1 << 18 if ranks <= 32 else 1 << 17
 
 
 class Allocation:
