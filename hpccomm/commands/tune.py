@@ -23,6 +23,8 @@ SUMMARY = "measure which algorithm is fastest on this machine, and remember it"
 
 SIZES = "4,64,1Ki,4Ki,16Ki,64Ki,256Ki,1Mi,4Mi,16Mi,64Mi"
 QUICK = "4,1Ki,16Ki,256Ki,4Mi"
+SECONDS = 0.4
+"""Time for each algorithm at each size."""
 
 
 class Site(NamedTuple):
@@ -115,10 +117,11 @@ def done_before(site: Site, partial: Path) -> list[Row]:
 
 def measure_one(comm: Any, site: Site, task: Task) -> Iterator[Row]:
     """All algorithms of a collective at one size (collective)."""
-    from hpccomm.bench import measure
+    from hpccomm.bench import Options, measure
 
     names = [name for name in comm.algorithms(task.collective) if name != "auto"]
-    for found in measure(comm, task.collective, [task.bytes], algorithms=names):
+    options = Options(seconds=SECONDS, bare_native=True)
+    for found in measure(comm, task.collective, [task.bytes], algorithms=names, options=options):
         yield Row(
             task.collective,
             found.algorithm,
