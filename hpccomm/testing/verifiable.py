@@ -2,8 +2,8 @@
 
 Notation: *p ranks, r this one, i the position*.  Every operand is made of small integers counted as ``r + s·i`` modulo
 m with a stride s > p that shares no factor with m: neighbouring ranks and positions differ, and all m values come up.
-m is as large as the sum of p of them allows in the type.  Products are made of 1, -1, 2 and 1/2 (and i), with at most
-three factors that are not units.
+m is as large as the sum of p of them allows in the type; for minima and maxima it is small, so that every rank wins
+somewhere.  Products are made of 1 and -1 (and i), with at most three other factors: 2, 3 and 1/2.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Values = Callable[[int, int, Array, "np.dtype[Any]"], Array]
+"""What a rank of so many brings at positions i in a type."""
 
 FOLDS: dict[str, Callable[..., Any]] = {
     "sum": np.add,
@@ -66,38 +68,35 @@ def largest(dtype: np.dtype[Any]) -> int:
 def counter(rank: int, size: int, i: Array, values: int) -> Array:
     """``r + s·i`` modulo the number of values."""
     stride = next(s for s in count(size + 1) if gcd(s, values) == 1)
-    return (rank + stride * i) % values
+    return np.asarray((rank + stride * i) % values)
 
 
 def counted(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
-    """For sums, minima and maxima: both signs where the type has them; the imaginary part counts elsewhere."""
+    """For sums: both signs where the type has them; the imaginary part counts elsewhere."""
     values = min(largest(dtype) // size + 1, 1 << 24)
     shift = 0 if dtype.kind == "u" else values // 2
     real = counter(rank, size, i, values) - shift
-    return real + 1j * np.roll(real, 1) if dtype.kind == "c" else real
+    return np.asarray(real + 1j * np.roll(real, 1) if dtype.kind == "c" else real)
+
+
+def ranked(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
+    """For minima and maxima."""
+    return counter(rank, size, i, 127) - (0 if dtype.kind == "u" else 63)
 
 
 def factors(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
-    """For products: one rank in turn brings 2, the next 2, the next 1/2 (integers: 2), signs (or i) come from all."""
-    turn = (rank + i) % size
-    third = 2.0 if dtype.kind in "iu" else 0.5
-    powers = np.where(turn < min(2, size), 2.0, np.where(turn == min(2, size), third, 1.0))
+    """For products: in turn one rank brings 2, the next 3, the next 1/2 where there are fractions; all bring signs."""
+    others = np.array([2, 3, 1 if dtype.kind in "iu" else 0.5, *[1] * size])
     turns = counter(rank, size, i, 5) % 4
-    if dtype.kind == "c":
-        return powers * np.array([1, 1j, -1, -1j])[turns]
-    return powers if dtype.kind == "u" else powers * np.where(turns % 2, -1.0, 1.0)
+    units = {"u": [1] * 4, "c": [1, 1j, -1, -1j]}.get(dtype.kind, [1, -1, 1, -1])
+    return np.asarray(others[(rank + i) % (size + 1)] * np.array(units)[turns])
 
 
-def alone(rank: int, size: int, i: Array) -> Array:
-    """Where this rank is the one that differs; at every (p + 1)-th position nobody is."""
-    return i % (size + 1) == rank
-
-
-def truth(default: bool) -> Callable[..., Array]:
+def truth(default: bool) -> Values:
     """Truth values (integers of several sizes) that are ``default`` but for one rank at most positions."""
 
     def values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
-        truths = alone(rank, size, i) != default
+        truths = np.asarray((i % (size + 1) == rank) != default)
         return truths if dtype.kind == "b" else truths * (1 + counter(rank, size, i, 7))
 
     return values
@@ -108,14 +107,14 @@ def parity(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
     return counter(rank, size, i, 7) * (counter(rank, size, i, 11) % 2)
 
 
-def bits(default: bool) -> Callable[..., Array]:
+def bits(default: bool) -> Values:
     """All bits ``default`` but for one, another one at every rank and position."""
 
     def values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
         width = 8 * dtype.itemsize
         unsigned = np.dtype(f"u{dtype.itemsize}")
         one = np.left_shift(unsigned.type(1), ((rank + i) % width).astype(unsigned))
-        return (~one if default else one).view(dtype)
+        return np.asarray((~one if default else one).view(dtype))
 
     return values
 
@@ -125,8 +124,10 @@ def mixed_bits(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
     return counter(rank, size, i, min(largest(dtype), 1 << 24))
 
 
-VALUES: dict[str, Callable[..., Array]] = {
+VALUES: dict[str, Values] = {
     "prod": factors,
+    "min": ranked,
+    "max": ranked,
     "land": truth(True),
     "lor": truth(False),
     "lxor": parity,
