@@ -85,7 +85,9 @@ def parser(collective: str) -> Parser:
     )
     osu.add_argument("placement", nargs="*", metavar="H H", help="host memory on both ends")
     ours = made.add_argument_group("more")
-    ours.add_argument("--algorithm", default="auto", metavar="A,B,…", help="in turns: native,auto,ring,… or all (auto)")
+    ours.add_argument(
+        "--algorithm", default="auto", metavar="A,B,…", help="medians side by side: native,auto,ring,… or all"
+    )
     ours.add_argument("--registered", action="store_true", help="buffers from comm.empty, seen by the whole node")
     ours.add_argument("--json", metavar="FILE", help="write the rows, the machine and this command into a file")
     nccl = made.add_argument_group("as nccl-tests")
@@ -146,13 +148,17 @@ def asked(collective: str, words: Sequence[str]) -> Asked:
     case = CASES[collective]
     check_flags(collective, case, args)
     nccl = args.format == "nccl"
-    percentiles = percentiles_of(args.tail_lat)
+    percentiles, algorithms = (
+        percentiles_of(args.tail_lat),
+        ("native",) if case.ends else tuple(args.algorithm.split(",")),
+    )
+    collected = percentiles or ((50,) if args.json or len(algorithms) > 1 or algorithms == ("all",) else ())
     return Asked(
         collective,
         nccl_sizes(args) if nccl else sizes_of(collective, args),
         datatypes_of(args, "mpi_char" if case.ends else "mpi_float"),
-        tuple(args.algorithm.split(",")),
-        options_of(args, nccl, percentiles),
+        algorithms,
+        options_of(args, nccl, collected),
         Wanted(args.full, args.validation, percentiles),
         nccl,
         args.stepfactor or 2,
@@ -193,7 +199,7 @@ def why_no_device(kind: str) -> str:
     if kind != "cuda":
         return f"{kind} buffers are not measured: {rest}"
     try:
-        import cupy  # type: ignore[import-not-found]
+        import cupy
     except ImportError:
         return f"cuda needs CuPy: pip install 'hpccomm[cuda12]' or 'hpccomm[cuda13]', or {rest}"
     if not cupy.cuda.is_available():
@@ -291,7 +297,7 @@ def options_of(args: argparse.Namespace, nccl: bool, percentiles: tuple[int, ...
         registered=args.registered,
         bare_native=True,
         streaming=nccl,
-        percentiles=percentiles or ((50, 99) if args.json else ()),
+        percentiles=percentiles,
         window=args.window_size or 64,
         **more,
     )

@@ -1,113 +1,225 @@
-"""Pictures of measurements: latency, bus bandwidth, and how many times faster than native."""
+"""Pictures of measurements: latency, bus bandwidth, and how many times as fast as native, against bytes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpccomm.errors import ArgumentError
 
+NATIVE = "native"
+KEYS = ("file", "collective", "datatype", "ranks", "in_place", "registered", "algorithm")
+"""What tells lines apart; labels say only what differs."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7F3C8D", "#11A579", "#BC5090")
+"""Okabe and Ito's, which people who see few colours can tell apart, and more; one an algorithm."""
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
+"""One a file, or a kind of call."""
+
+Values = dict[str, Any]
+
 
 class Line(NamedTuple):
     """One algorithm of one file."""
 
+    key: Values
     label: str
-    algorithm: str
-    rows: list[dict[str, Any]]
+    sizes: list[int]
+    us: list[float]
+    """Medians, as what else runs on a machine does not move them; means where there are no medians."""
+    busbw: list[float]
+    ratio: list[float]
+    """Native's time over this one's; empty where native was not measured."""
+
+
+class Panel(NamedTuple):
+    """One of the pictures side by side."""
+
+    title: str
+    unit: str
+    values: str
+    """Of a line."""
+
+
+PANELS = (
+    Panel("Median latency", "µs", "us"),
+    Panel("Bus bandwidth", "GB/s", "busbw"),
+    Panel("Times as fast as native", "", "ratio"),
+)
 
 
 def draw(paths: Sequence[str], out: str) -> None:
-    """Draw the files that ``hpccomm bench --json`` wrote into one picture (the ending of ``out`` says which kind)."""
+    """Draw what ``hpccomm bench --json`` wrote into one picture; the ending of ``out`` says which kind.
+
+    Raises ArgumentError for a file of another kind, ImportError without matplotlib.
+    """
+    files = {Path(path).stem: read(path) for path in paths}
+    found = lines(files)
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("drawing needs matplotlib: pip install 'hpccomm[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    files = [read(path) for path in paths]
-    groups = [
-        lines_of(file, Path(path).stem if len(paths) > 1 else "") for file, path in zip(files, paths, strict=True)
-    ]
-    panels = 3 if any(ratios(group) for group in groups) else 2
-    figure, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 4.4), constrained_layout=True)
-    for group in groups:
-        for line in group:
-            plot_line(axes, line, ratios(group))
-    finish(axes, files[0])
-    figure.suptitle(caption(files[0]), fontsize=9)
-    figure.savefig(out, dpi=140)
-    pyplot.close(figure)
+    panels = [panel for panel in PANELS if any(getattr(line, panel.values) for line in found)]
+    figure = Figure(figsize=(4.6 * len(panels) + 1.2, 5.2), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        fill(axes, panel, found)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    figure.suptitle(heading(list(files.values())), fontsize=11, x=0.01, ha="left")
+    figure.supxlabel(
+        commands(files, 70 * len(panels)), fontsize=7, family="monospace", color="#555555", x=0.01, ha="left"
+    )
+    figure.savefig(out, dpi=150)
 
 
-def read(path: str) -> dict[str, Any]:
+def read(path: str) -> Values:
     """A file of measurements."""
     try:
-        found: dict[str, Any] = json.loads(Path(path).read_text())
-        if not found["rows"] or "algorithm" not in found["rows"][0]:
-            raise KeyError
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        complete = all({"bytes", "avg_us", "p50_us", "busbw_GBps", *KEYS[1:]} <= set(row) for row in found["rows"])
+        if found["rows"] and complete and {"machine", "mpi", "command"} <= set(found):
+            return dict(found)
     except (OSError, ValueError, KeyError, TypeError):
-        raise ArgumentError(
-            f"{path} holds no measurements of collectives: write it with hpccomm bench --json"
-        ) from None
-    return found
+        pass
+    raise ArgumentError(f"{path} holds no measurements: write some with hpccomm bench … --json {path}")
 
 
-def lines_of(file: dict[str, Any], name: str) -> list[Line]:
-    """A line for each algorithm."""
-    algorithms = dict.fromkeys(row["algorithm"] for row in file["rows"])
+def lines(files: Mapping[str, Values]) -> list[Line]:
+    """A line for each algorithm and whatever else differs, in the order of measurement."""
+    grouped: dict[tuple[Any, ...], list[Values]] = {}
+    for name, file in files.items():
+        for row in file["rows"]:
+            grouped.setdefault((name, *(row[key] for key in KEYS[1:])), []).append(row)
+    keys = [dict(zip(KEYS, each, strict=True)) for each in grouped]
+    differ = [key for key in KEYS if varies(key, keys)] or ["algorithm"]
     return [
-        Line(" ".join(filter(None, (name, each))), each, [row for row in file["rows"] if row["algorithm"] == each])
-        for each in algorithms
+        line(key, labelled(key, differ), rows, grouped.get((*values[:-1], NATIVE), []))
+        for key, (values, rows) in zip(keys, grouped.items(), strict=True)
     ]
 
 
-def ratios(group: Sequence[Line]) -> dict[int, float]:
-    """Native's latency at each size, where native was measured beside others."""
-    native = [row for line in group if line.algorithm == "native" for row in line.rows]
-    return {row["bytes"]: row["avg_us"] for row in native} if len(group) > 1 else {}
+def varies(key: str, keys: Sequence[Values]) -> bool:
+    """Whether lines differ in it, within a file where there are several: the file's name says the rest."""
+    if key == "file":
+        return len({each[key] for each in keys}) > 1
+    return any(
+        len({each[key] for each in keys if each["file"] == file}) > 1 for file in {each["file"] for each in keys}
+    )
 
 
-def plot_line(axes: Any, line: Line, native: dict[int, float]) -> None:
-    """One algorithm in every panel."""
-    sizes = [row["bytes"] for row in line.rows]
-    style = {"marker": "o", "markersize": 3, "linewidth": 2.2 if line.algorithm == "auto" else 1.3, "label": line.label}
-    axes[0].plot(sizes, [row["avg_us"] for row in line.rows], **style)
-    axes[1].plot(sizes, [row["busbw_GBps"] for row in line.rows], **style)
-    if native and line.algorithm != "native":
-        axes[2].plot([], [])
-        axes[2].plot(sizes, [native[row["bytes"]] / row["avg_us"] for row in line.rows], **style)
+def labelled(key: Values, differ: Sequence[str]) -> str:
+    """What is particular about a line."""
+    words = {
+        "algorithm": str(key["algorithm"]),
+        "ranks": f"{key['ranks']} ranks",
+        "in_place": "in place" if key["in_place"] else "out of place",
+        "registered": "registered" if key["registered"] else "ordinary",
+    }
+    return ", ".join(words.get(name, str(key[name])) for name in reversed(differ))
 
 
-def finish(axes: Any, file: dict[str, Any]) -> None:
-    """Scales, names, grids."""
-    titles = ("latency, µs", "bus bandwidth, GB/s", "times as fast as native")
-    for panel, title in zip(axes, titles, strict=False):
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xlabel("bytes")
-        panel.set_title(title, fontsize=10)
-        panel.grid(True, which="major", alpha=0.3)
-        panel.xaxis.set_major_formatter(lambda size, _: readable(size))
-        panel.legend(fontsize=8)
-    if len(axes) == 3:
-        axes[2].set_yscale("linear")
-        axes[2].axhline(1, color="black", linewidth=0.8)
+def line(key: Values, label: str, rows: Sequence[Values], native: Sequence[Values]) -> Line:
+    """The numbers of a line, the smallest size first."""
+    rows = sorted((row for row in rows if row["bytes"]), key=lambda row: row["bytes"])
+    yardstick = {row["bytes"]: middle(row) for row in native}
+    comparable = key["algorithm"] != NATIVE and all(row["bytes"] in yardstick for row in rows)
+    return Line(
+        key,
+        label,
+        [row["bytes"] for row in rows],
+        [middle(row) for row in rows],
+        [row["busbw_GBps"] * row["avg_us"] / middle(row) for row in rows],
+        [yardstick[row["bytes"]] / middle(row) for row in rows] if comparable else [],
+    )
+
+
+def middle(row: Values) -> float:
+    """The median time, or the mean."""
+    return float(row["p50_us"] or row["avg_us"])
+
+
+def fill(axes: Any, panel: Panel, found: Sequence[Line]) -> None:
+    """One panel."""
+    algorithms = [name for name in dict.fromkeys(line.key["algorithm"] for line in found) if name != NATIVE]
+    kinds = list(dict.fromkeys(kind(line) for line in found))
+    for each in found:
+        values = getattr(each, panel.values)
+        if values:
+            axes.plot(each.sizes, values, label=each.label, **style(each, algorithms, kinds))
+    axes.set_title(panel.title + (f" ({panel.unit})" if panel.unit else ""), fontsize=10, loc="left")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    if panel.values == "ratio":
+        axes.axhline(1, color="black", linewidth=1.2)
+    name_axes(axes, panel)
+
+
+def kind(line: Line) -> tuple[Any, ...]:
+    """What a line is, but for its algorithm."""
+    return tuple(line.key[key] for key in KEYS if key != "algorithm")
+
+
+def style(line: Line, algorithms: Sequence[str], kinds: Sequence[tuple[Any, ...]]) -> Values:
+    """Colours are algorithms, dashes are files and kinds of calls; native is black."""
+    number = kinds.index(kind(line))
+    native = line.key["algorithm"] == NATIVE
+    return {
+        "color": "black" if native else COLOURS[algorithms.index(line.key["algorithm"]) % len(COLOURS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 3.5,
+        "linewidth": 2.4 if line.key["algorithm"] == "auto" else 1.4,
+        "alpha": 0.9,
+    }
+
+
+def name_axes(axes: Any, panel: Panel) -> None:
+    """Bytes below, plain numbers at the left, lines that help to read both."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xlabel("bytes", fontsize=9)
+    axes.xaxis.set_major_locator(LogLocator(base=4, numticks=9))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: readable(size)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize=8)
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def readable(size: float) -> str:
     """Bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
+    for unit in ("", "Ki", "Mi", "Gi"):
+        if size < 1024 or unit == "Gi":
+            break
         size /= 1024
-    return f"{size:.0f} GiB"
+    return f"{size:g}{unit}"
 
 
-def caption(file: dict[str, Any]) -> str:
-    """What was measured, where, and the command that did it."""
-    row = file["rows"][0]
-    where = f"{row['collective']}, {row['datatype']}, {file['ranks']}, {file['mpi']}, {file['machine']['cpu']}"
-    return f"{where}\n{file['command']}"
+def heading(files: Sequence[Values]) -> str:
+    """What was measured, and where."""
+    whats = dict.fromkeys(f"{row['collective']} of {row['datatype']}" for file in files for row in file["rows"])
+    wheres = dict.fromkeys(place(file) for file in files)
+    return "; ".join(whats) + "\n" + "\n".join(wheres)
+
+
+def place(file: Values) -> str:
+    """A machine, for people."""
+    machine = file["machine"]
+    return f"{machine.get('ranks', '')}, {machine.get('processor', '')}, {file['mpi']}"
+
+
+def commands(files: Mapping[str, Values], width: int) -> str:
+    """How to measure it again."""
+    prefix = {name: f"{name}: " if len(files) > 1 else "$ " for name in files}
+    return "\n".join(
+        textwrap.fill(prefix[name] + file["command"], width, subsequent_indent="    ") for name, file in files.items()
+    )

@@ -158,7 +158,7 @@ class Session:
         if self.comm.rank or not sys.stderr.isatty():
             return sizes
         try:
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
         except ImportError:
             return sizes
         bar: Iterable[Any] = tqdm(sizes, total=len(self.asked.sizes), unit="size", leave=False, delay=2)
