@@ -128,7 +128,7 @@ def measure_one(comm: Any, site: Site, task: Task) -> Iterator[Row]:
             site.nodes,
             site.per_node,
             task.bytes,
-            found.p50_us,
+            found.p50_us or found.avg_us,
             mpi=site.mpi,
             host=site.host,
             when=site.when,
