@@ -22,7 +22,7 @@ def trained(run: dict[str, Any]) -> list[str]:
 def measured(bench: dict[str, Any]) -> list[str]:
     """How fast allreduce is, and the MPI underneath."""
     lines = [
-        f"Measured: allreduce of float32 on {bench['ranks']}, every result checked",
+        f"Measured: allreduce of float32 on {bench['machine']['ranks']}, every result checked",
         f"  {'bytes':>10}  {'the MPI underneath':>20}  {'hpccomm':>12}  times as fast",
     ]
     rows = bench["rows"]

@@ -88,6 +88,7 @@ def parser(collective: str) -> Parser:
     ours.add_argument(
         "--algorithm", default="auto", metavar="A,B,…", help="medians side by side: native,auto,ring,… or all"
     )
+    ours.add_argument("--stepfactor", "--step-factor", type=positive, metavar="F", help="from row to row (2)")
     ours.add_argument("--registered", action="store_true", help="buffers from comm.empty, seen by the whole node")
     ours.add_argument("--json", metavar="FILE", help="write the rows, the machine and this command into a file")
     nccl = made.add_argument_group("as nccl-tests")
@@ -101,7 +102,6 @@ def parser(collective: str) -> Parser:
             metavar="BYTES",
             help=f"{word}imum of the whole vector, 32M is 2^25 (32M)",
         )
-    nccl.add_argument("--stepfactor", "--step-factor", type=positive, metavar="F", help="from row to row (2)")
     nccl.add_argument("--min-busbw", type=float, metavar="GBPS", help="fail if the mean is below 0.9 of this")
     return made
 
@@ -227,7 +227,7 @@ def sizes_of(collective: str, args: argparse.Namespace) -> tuple[int, ...]:
     last = bytes_of(high) if high else LARGEST_MESSAGE if case.ends else LARGEST
     if first > last or (colon and not (low or high)):
         raise ArgumentError(f"-m {text}: from {first} to {last} bytes there is nothing to measure")
-    return steps(first, last, 2)
+    return steps(first, last, args.stepfactor or 2)
 
 
 def steps(first: int, last: int, factor: int) -> tuple[int, ...]:
