@@ -21,6 +21,7 @@ from mpi4py import MPI
 from hpccomm.bench.cases import CASES, Call, Calling, Case, Shape
 from hpccomm.bench.inputs import SPOILT, VARIANTS, Array, Inputs, Pieces
 from hpccomm.collectives import ALGORITHMS, cost
+from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError
 
 TURNS = 10
@@ -403,14 +404,14 @@ def aligned(count: int, dtype: np.dtype[Any]) -> Array:
 
 def count_nodes(comm: Any) -> int:
     """Nodes of a communicator (collective)."""
-    if hasattr(comm, "topology"):
+    if isinstance(comm, Communicator):
         return int(comm.topology.count)
     return len(set(comm.allgather(MPI.Get_processor_name())))
 
 
 def predicted(comm: Any, case: Case, algorithm: str, nbytes: int) -> float | None:
     """The model's price of an algorithm, or of the one that ``"auto"`` takes, where it has one."""
-    if not case.algorithms or not hasattr(comm, "explain") or comm.size == 1 or not comm.topology.even:
+    if not isinstance(comm, Communicator) or not case.algorithms or comm.size == 1 or not comm.topology.even:
         return None
     machine = comm.resources.table.machine
     name = comm.explain(case.algorithms, nbytes).algorithm if algorithm == "auto" else algorithm

@@ -1,0 +1,475 @@
+"""The tables are those of OSU and nccl-tests, byte for byte, and what reads those reads ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from hpccomm import ArgumentError
+from hpccomm.bench import flags, nccl, osu, plot, report
+from hpccomm.bench.cases import CASES
+from hpccomm.bench.loop import Row, percentile
+
+ROW = Row(
+    collective="allreduce",
+    algorithm="auto",
+    datatype="float32",
+    bytes=8,
+    ranks=4,
+    nodes=1,
+    iterations=1000,
+    min_us=1.234,
+    avg_us=2.345,
+    max_us=13.456,
+    p50_us=2.0,
+    p99_us=9.999,
+    algbw_GBps=0.0034,
+    busbw_GBps=0.0051,
+    validated=True,
+    predicted_us=None,
+    tails=(2.0, 9.999),
+)
+
+
+def table(collective: str, algorithms: list[str], rows: list[Row], **wanted: Any) -> list[str]:
+    columns = osu.columns_of(collective, algorithms, osu.Wanted(**wanted))
+    return [osu.header(columns), osu.line(columns, rows)]
+
+
+# --- OSU -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("collective", "title"),
+    [
+        ("allreduce", "# OSU MPI Allreduce Latency Test v7.4"),
+        ("reduce", "# OSU MPI Reduce Latency Test v7.4"),
+        ("bcast", "# OSU MPI Broadcast Latency Test v7.4"),
+        ("reduce_scatter", "# OSU MPI Reduce_scatter Latency Test v7.4"),
+        ("reduce_scatter_block", "# OSU MPI Reduce_scatter_block Latency Test v7.4"),
+        ("allgather", "# OSU MPI Allgather Latency Test v7.4"),
+        ("allgatherv", "# OSU MPI Allgatherv Latency Test v7.4"),
+        ("alltoall", "# OSU MPI All-to-All Personalized Exchange Latency Test v7.4"),
+        ("alltoallv", "# OSU MPI All-to-Allv Personalized Exchange Latency Test v7.4"),
+        ("gather", "# OSU MPI Gather Latency Test v7.4"),
+        ("gatherv", "# OSU MPI Gatherv Latency Test v7.4"),
+        ("scatter", "# OSU MPI Scatter Latency Test v7.4"),
+        ("scatterv", "# OSU MPI Scatterv Latency Test v7.4"),
+        ("barrier", "# OSU MPI Barrier Latency Test v7.4"),
+        ("latency", "# OSU MPI Latency Test v7.4"),
+        ("bw", "# OSU MPI Bandwidth Test v7.4"),
+        ("bibw", "# OSU MPI Bi-Directional Bandwidth Test v7.4"),
+    ],
+)
+def test_every_benchmark_has_osus_title(collective: str, title: str) -> None:
+    assert osu.title(collective) == title
+
+
+def test_every_benchmark_is_in_the_list_of_titles() -> None:
+    assert len(CASES) == 17
+
+
+def test_the_plain_table() -> None:
+    assert osu.datatype_line("mpi_float") == "# Datatype: MPI_FLOAT."
+    assert table("allreduce", ["auto"], [ROW]) == [
+        "# Size         Avg Latency(us)",
+        "8                         2.35",
+    ]
+
+
+def test_the_full_table_with_validation_and_percentiles() -> None:
+    header, line = table("allreduce", ["auto"], [ROW], full=True, check=True, percentiles=(50, 99))
+    assert header == (
+        "# Size         Avg Latency(us)     Min Latency(us)     Max Latency(us)  Iterations"
+        "          Validation    P50 Tail Lat(us)    P99 Tail Lat(us)"
+    )
+    assert line == (
+        "8                         2.35                1.23               13.46        1000"
+        "                Pass                2.00               10.00"
+    )
+    failed = table("allreduce", ["auto"], [replace(ROW, validated=False)], check=True)[1]
+    assert failed == "8                         2.35                Fail"
+
+
+def test_a_barrier_has_no_sizes() -> None:
+    row = replace(ROW, collective="barrier", bytes=0)
+    assert table("barrier", ["auto"], [row]) == ["# Avg Latency(us)", "             2.35"]
+    assert table("barrier", ["auto"], [row], full=True) == [
+        "# Avg Latency(us)     Min Latency(us)     Max Latency(us)  Iterations",
+        "             2.35                1.23               13.46        1000",
+    ]
+
+
+def test_bandwidth_is_in_millions_of_bytes() -> None:
+    row = replace(ROW, collective="bw", bytes=1000, avg_us=0.5, algbw_GBps=2.0, tails=(0.25,))
+    assert table("bw", ["native"], [row], percentiles=(99,)) == [
+        "# Size        Bandwidth (MB/s)   P99 Tail BW(MB/s)",
+        "1000                   2000.00             4000.00",
+    ]
+
+
+def test_large_sizes_keep_a_space_before_the_number() -> None:
+    line = table("allreduce", ["auto"], [replace(ROW, bytes=1 << 30, avg_us=1234567.891)])[1]
+    assert line == "1073741824          1234567.89"
+
+
+def test_several_algorithms_are_columns_and_native_is_the_yardstick() -> None:
+    rows = [replace(ROW, algorithm="native", p50_us=8.0), replace(ROW, algorithm="ring", p50_us=16.0), ROW]
+    header, line = table("allreduce", ["native", "ring", "auto"], rows, check=True)
+    titles = re.split(r"\s{2,}", header)
+    assert titles == [
+        "# Size",
+        "native P50(us)",
+        "ring P50(us)",
+        "auto P50(us)",
+        "native/ring",
+        "native/auto",
+        "Validation",
+    ]
+    assert line.split() == ["8", "8.00", "16.00", "2.00", "0.50", "4.00", "Pass"]
+    assert len(header) == len(line)
+    assert "native/" not in table("allreduce", ["ring", "auto"], rows[1:])[0]
+
+
+def test_long_names_stay_apart() -> None:
+    header, line = table("allreduce", ["native", "hierarchical"], [ROW, ROW], full=True, percentiles=(50, 99))
+    assert len(re.split(r"\s{2,}", header)) == len(line.split()) == 1 + 2 * 6 + 1 + 1
+
+
+def test_percentiles_are_osus_and_never_out_of_bounds() -> None:
+    import numpy as np
+
+    samples = np.arange(1000.0)[::-1] + 1
+    assert [percentile(samples, p) for p in (1, 50, 99, 100)] == [10, 500, 990, 1000]
+    assert percentile(np.array([3.0]), 50) == 3.0
+    assert percentile(np.array([3.0, 1.0]), 0) == 1.0
+
+
+def test_the_failure_line() -> None:
+    assert osu.failure("osu_reduce", 64) == (
+        "DATA VALIDATION ERROR: osu_reduce exited with status 1 on message size 64."
+    )
+
+
+def test_repeats_are_osus() -> None:
+    assert CASES["allreduce"].repeats.at(8192) == (1000, 100)
+    assert CASES["allreduce"].repeats.at(8193) == (100, 10)
+    assert CASES["latency"].repeats.at(1) == (10000, 100)
+    assert CASES["latency"].repeats.at(1 << 20) == (1000, 10)
+    assert CASES["bw"].repeats.at(1) == (100, 10)
+    assert CASES["bibw"].repeats.at(1 << 20) == (20, 2)
+
+
+# --- nccl-tests ------------------------------------------------------------------------------------
+
+
+def nccl_output(least: float | None = None, wrong: int = 0) -> list[str]:
+    run = nccl.Run("hpccomm bench allreduce auto", 8, 8, 2, 5, 20, True)
+    place = nccl.Place(0, 123, "n001", "AMD EPYC")
+    inside = replace(ROW, in_place=True, wrong=wrong, validated=wrong == 0, busbw_GBps=0.0153)
+    lines = [*nccl.preamble(run, "hpccomm"), nccl.device_line(place), *nccl.header()]
+    return [*lines, nccl.line(ROW, inside, 0), *nccl.footer(run, [ROW, inside], least)]
+
+
+def test_the_table_of_nccl_tests() -> None:
+    assert nccl_output() == [
+        "# nccl-tests version 2.19.6 (its format; measured by hpccomm)",
+        "# Collective test starting: hpccomm bench allreduce auto",
+        "# nThread 1 nGpus 0 minBytes 8 maxBytes 8 step: 2(factor) warmup iters: 5 iters: 20 agg iters: 1 "
+        "validation: 1 graph: 0 unalign: 0",
+        "#",
+        "# Using devices",
+        "#  Rank  0 Group  0 Pid    123 on       n001 device  0 [host] AMD EPYC",
+        "#",
+        "#                                                    "
+        "          out-of-place                       in-place          ",
+        "#       size         count      type   redop    root  "
+        "   time   algbw   busbw  #wrong     time   algbw   busbw  #wrong ",
+        "#        (B)    (elements)                            "
+        "   (us)  (GB/s)  (GB/s)             (us)  (GB/s)  (GB/s)         ",
+        "           8             2     float     sum      -1  "
+        "   2.35    0.00    0.01       0     2.35    0.00    0.02       0",
+        "# Out of bounds values : 0 OK",
+        "# Avg bus bandwidth    : 0.0102 ",
+        "#",
+        "# Collective test concluded: hpccomm bench allreduce auto",
+    ]
+
+
+def test_a_verdict_on_bandwidth_only_where_one_was_asked_for() -> None:
+    assert "# Avg bus bandwidth    : 0.0102 OK" in nccl_output(least=0.011)
+    assert "# Avg bus bandwidth    : 0.0102 FAILED" in nccl_output(least=0.012)
+    assert "# Out of bounds values : 1 FAILED" in nccl_output(wrong=3)
+
+
+@pytest.mark.parametrize(
+    ("collective", "size", "count", "op", "root"),
+    [
+        ("allreduce", "64", "16", "sum", "-1"),
+        ("bcast", "64", "16", "none", "2"),
+        ("reduce", "64", "16", "sum", "2"),
+        ("allgather", "64", "4", "none", "-1"),
+        ("alltoall", "64", "4", "none", "-1"),
+        ("reduce_scatter", "64", "4", "sum", "-1"),
+        ("gather", "64", "4", "none", "2"),
+    ],
+)
+def test_size_is_the_whole_and_count_one_ranks_share(
+    collective: str, size: str, count: str, op: str, root: str
+) -> None:
+    row = replace(ROW, collective=collective, bytes=64)
+    words = nccl.line(row, row, 2).split()
+    assert words[:5] == [size, count, "float", op, root]
+    assert len(words) == 13
+
+
+@pytest.mark.parametrize(
+    ("value", "width", "text"),
+    [
+        (1.234, 7, "1.23"),
+        (99999.5, 7, "99999.5"),
+        (1234567.8, 7, "1234568"),
+        (12345678.0, 7, "1.2e+07"),
+        (0, 6, "0.00"),
+    ],
+)
+def test_numbers_fit(value: float, width: int, text: str) -> None:
+    assert nccl.fitted(value, width) == text
+
+
+def test_an_unchecked_row_still_has_thirteen_words() -> None:
+    row = replace(ROW, validated=None)
+    assert nccl.line(row, row, 0).split().count("N/A") == 2
+    assert len(nccl.line(row, row, 0).split()) == 13
+
+
+# --- programs that read them -----------------------------------------------------------------------
+
+
+def reframe(text: str, size: int) -> tuple[bool, float]:
+    """hpctestlib's OSU benchmarks: what is found, and whether it counts as right."""
+    found = re.search(rf"^{size}\s+(\S+)", text, re.MULTILINE)
+    assert found
+    return bool(re.search(rf"^{size}.*Pass", text, re.MULTILINE)), float(found[1])
+
+
+def collectives_tuning(text: str, columns: int) -> list[list[float]]:
+    """ompi-collectives-tuning: two lines and comments, then nothing but rows of so many numbers."""
+    lines = text.splitlines()[2:]
+    while lines[0].startswith("#"):
+        lines = lines[1:]
+    assert all(len(line.split()) == columns for line in lines)
+    return [[float(word) for word in line.split()] for line in lines]
+
+
+def superbench(text: str) -> dict[int, float]:
+    """SuperBench's nccl-bw: bus bandwidth by size, columns counted from the end."""
+    lines = text.splitlines()
+    start = next(k for k, line in enumerate(lines) if "out-of-place" in line)
+    end = next(k for k, line in enumerate(lines) if "Out of bounds values" in line)
+    names = next(line[1:].split() for line in lines[start:end] if "time" in line and "busbw" in line)
+    rows = [line.split() for line in lines[start + 4 - 1 : end]]
+    place = names.index("busbw") - len(names)
+    assert place == -6
+    assert all(len(words) > 10 for words in rows)
+    return {int(words[names.index("size")]): float(words[place]) for words in rows}
+
+
+def flagperf(text: str) -> float:
+    """FlagPerf: the last word of one line."""
+    return float(next(line for line in text.splitlines() if "# Avg bus bandwidth" in line).split()[-1])
+
+
+def osu_text(collective: str, rows: list[Row], **wanted: Any) -> str:
+    columns = osu.columns_of(collective, ["auto"], osu.Wanted(**wanted))
+    comment = [] if collective == "barrier" else [osu.datatype_line("mpi_float")]
+    head = ["", osu.title(collective), *comment, osu.header(columns)]
+    return "\n".join([*head, *(osu.line(columns, [row]) for row in rows)]) + "\n"
+
+
+def test_reframe_reads_the_latency() -> None:
+    rows = [replace(ROW, bytes=4), ROW, replace(ROW, bytes=80)]
+    assert reframe(osu_text("allreduce", rows, check=True), 8) == (True, 2.35)
+
+
+def test_ompi_collectives_tuning_reads_two_columns_and_one_of_a_barrier() -> None:
+    assert collectives_tuning(osu_text("allreduce", [ROW, replace(ROW, bytes=16)]), 2) == [[8, 2.35], [16, 2.35]]
+    assert collectives_tuning(osu_text("barrier", [replace(ROW, collective="barrier")]), 1) == [[2.35]]
+
+
+def test_superbench_and_flagperf_read_the_bus_bandwidth() -> None:
+    text = "\n".join(nccl_output())
+    assert superbench(text) == {8: 0.01}
+    assert flagperf(text) == 0.0102
+
+
+# --- flags -----------------------------------------------------------------------------------------
+
+
+def asked(line: str) -> flags.Asked:
+    collective, *words = line.split()
+    return flags.asked(collective, words)
+
+
+@pytest.mark.parametrize(
+    ("line", "first", "last"),
+    [
+        ("allreduce", 1, 1 << 20),
+        ("allreduce -m 64", 1, 64),
+        ("allreduce -m 4:67108864", 4, 1 << 26),
+        ("allreduce -m 1024:", 1024, 1 << 20),
+        ("allreduce -m :16", 1, 16),
+        ("allreduce --message-size=5:23", 5, 20),
+        ("latency", 0, 1 << 22),
+        ("bw", 1, 1 << 22),
+        ("bibw -m 64Ki:1Mi", 1 << 16, 1 << 20),
+        ("barrier", 0, 0),
+        ("allreduce --format nccl", 32 << 20, 32 << 20),
+        ("allreduce --format nccl -b 8 -e 128M", 8, 128 << 20),
+        ("allgather --format nccl --min-bytes 1K --maxbytes 64K --step-factor 4", 1024, 65536),
+    ],
+)
+def test_sizes(line: str, first: int, last: int) -> None:
+    sizes = asked(line).sizes
+    assert (sizes[0], sizes[-1]) == (first, last)
+    assert all(b in (2 * a, 4 * a, 1) for a, b in pairwise(sizes))
+
+
+def test_a_flag_with_an_attached_value_leaves_the_next_word_alone() -> None:
+    assert asked("allreduce").wanted.percentiles == ()
+    assert asked("allreduce -z -f").wanted.percentiles == (50, 90, 99)
+    assert asked("allreduce -z10,100 -i 5").wanted.percentiles == (10, 100)
+    reframes = asked("osu_bw".removeprefix("osu_") + " -m 4194304 -x 10 -i 1000 -c D D")
+    assert reframes.options.check
+    assert "host memory" in reframes.ignored
+    assert asked("latency -c -z H H").ignored == ""
+
+
+def test_datatypes_are_osus_words() -> None:
+    assert asked("allreduce").datatypes == ("mpi_float",)
+    assert asked("latency").datatypes == ("mpi_char",)
+    assert asked("allreduce -T MPI_CHAR -T mpi_double").datatypes == ("mpi_char", "mpi_double")
+    assert asked("bcast -T all").datatypes == ("mpi_char", "mpi_int", "mpi_float")
+
+
+def test_flags_reach_the_loop() -> None:
+    options = asked("reduce -i 7 -x 0 -c -u 2 -l -k rotate --registered").options
+    assert (options.iterations, options.warmup, options.check_warmup) == (7, 0, 2)
+    assert (options.check, options.in_place, options.root, options.registered) == (True, True, None, True)
+    assert (options.whole, options.seconds, options.streaming, options.bare_native) == (False, None, False, True)
+    assert asked("bcast -k fixed:3").options.root == 3
+    assert asked("bw -W 16").options.window == 16
+    streaming = asked("allreduce --format nccl").options
+    assert (streaming.whole, streaming.streaming, streaming.check) == (True, True, True)
+    assert (streaming.iterations, streaming.warmup) == (20, 5)
+
+
+def test_times_of_single_calls_are_collected_only_where_somebody_asks() -> None:
+    assert asked("allreduce").options.percentiles == ()
+    assert asked("allreduce -z99").options.percentiles == (99,)
+    assert asked("allreduce --json out.json").options.percentiles
+    assert asked("allreduce --algorithm native,ring").options.percentiles
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("allreduce -m 8:4", "nothing to measure"),
+        ("allreduce -m :", "nothing to measure"),
+        ("allreduce -m many", "no size"),
+        ("allreduce -i 0", "at least 1"),
+        ("allreduce -x -1", "no number"),
+        ("allreduce -z101", "percentiles"),
+        ("allreduce -z1,2,3,4,5,6", "percentiles"),
+        ("allreduce -T mpi_quad", "mpi_float"),
+        ("allreduce -k fixed:0", "no root"),
+        ("reduce -k somewhere", "fixed:R or rotate"),
+        ("allreduce -W 5", "bw and bibw"),
+        ("bcast -l", "-l"),
+        ("barrier -c", "nothing to check"),
+        ("latency -f", "for collectives"),
+        ("latency --algorithm ring", "for collectives"),
+        ("bw --format nccl", "that move data"),
+        ("allreduce --format nccl -m 8", "--minbytes"),
+        ("allreduce -b 8", "--format nccl"),
+        ("allreduce --min-busbw 1", "--format nccl"),
+        ("allreduce D D", "placed"),
+        ("allreduce -d rocm", "host memory"),
+        ("allreduce -Q", "unrecognized"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_a_remedy(line: str, words: str) -> None:
+    with pytest.raises(ArgumentError, match=re.escape(words)):
+        asked(line)
+
+
+def test_cuda_buffers_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    with pytest.raises(ArgumentError, match=r"-d cuda needs CuPy: pip install 'hpccomm\[cuda12\]'"):
+        asked("allreduce -d cuda")
+
+
+# --- files and pictures ----------------------------------------------------------------------------
+
+KEYS = (
+    *("collective", "algorithm", "datatype", "bytes", "ranks", "nodes", "iterations", "min_us", "avg_us", "max_us"),
+    *("p50_us", "p99_us", "algbw_GBps", "busbw_GBps", "validated", "predicted_us"),
+)
+WHERE = {
+    "machine": {"ranks": "4 ranks on one node (n001)", "processor": "AMD"},
+    "mpi": "Open MPI",
+    "command": "hpccomm bench",
+}
+
+
+def written(tmp_path: Any, name: str, rows: list[Row]) -> str:
+    path = tmp_path / f"{name}.json"
+    path.write_text(report.text(WHERE, rows))
+    return str(path)
+
+
+def test_a_file_is_json_with_a_record_a_row() -> None:
+    found = json.loads(report.text(WHERE, [ROW, replace(ROW, bytes=16)]))
+    assert set(found) == {*WHERE, "rows"}
+    assert [row["bytes"] for row in found["rows"]] == [8, 16]
+    assert tuple(found["rows"][0])[: len(KEYS)] == KEYS
+    assert json.loads(report.text(WHERE, []))["rows"] == []
+
+
+def test_lines_are_told_apart_by_what_differs(tmp_path: Any) -> None:
+    rows = [
+        replace(ROW, algorithm=name, bytes=size, p50_us=us * size)
+        for size in (8, 16)
+        for name, us in (("native", 2.0), ("ring", 1.0))
+    ]
+    one = {"one": plot.read(written(tmp_path, "one", rows))}
+    native, ring = plot.lines(one)
+    assert (native.label, ring.label) == ("native", "ring")
+    assert (ring.sizes, ring.us, ring.ratio, native.ratio) == ([8, 16], [8.0, 16.0], [2.0, 2.0], [])
+    two = {**one, "other": plot.read(written(tmp_path, "other", [replace(row, in_place=True) for row in rows[1::2]]))}
+    assert [line.label for line in plot.lines(two)] == ["native, one", "ring, one", "ring, other"]
+    assert plot.lines(two)[2].ratio == []
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_a_picture_is_drawn(tmp_path: Any, ending: str) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [replace(ROW, algorithm=name, bytes=4 << k) for k in range(10) for name in ("native", "auto", "ring")]
+    out = tmp_path / f"out.{ending}"
+    plot.draw([written(tmp_path, "a", rows), written(tmp_path, "b", rows[1::3])], str(out))
+    assert out.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"rows": []}', '{"rows": [{"bytes": 4}]}', "[1]"])
+def test_a_file_of_another_kind_is_refused(tmp_path: Any, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ArgumentError, match="holds no measurements"):
+        plot.draw([str(path)], str(tmp_path / "x.png"))
+    with pytest.raises(ArgumentError, match="holds no measurements"):
+        plot.draw([str(tmp_path / "missing.json")], str(tmp_path / "x.png"))
