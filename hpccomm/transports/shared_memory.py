@@ -65,7 +65,12 @@ PAGE = mmap.PAGESIZE
 WORD_MASK = (1 << 63) - 1
 
 SPIN = 2000
-"""Looks at a flag before the core is given away, where every rank has a core; a wrong limit costs twentyfold."""
+"""Looks at a flag before the core is given away, at most, where every rank has a core.
+
+Too many cost twentyfold where ranks share cores with each other, or with other jobs: so this adapts, see there.
+"""
+LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+"""Where launchers say how many ranks they started on this node."""
 
 ORDERED_STORES = ("x86_64", "amd64", "i686", "s390x")
 """Machines whose processors keep stores, and loads, in order."""
@@ -237,13 +242,12 @@ class SharedMemory:
         self._direct = max(kernels.PAYLOAD_BYTES, min(kernels.BUFFER, DIRECT_BYTES // self.size))
         self._region = kernels.SLOTS + kernels.RING * self._slot
         self._segment = Segment(node, self.size * self._region)
-        self._state = self._new_state(cores(node))
+        self._state = self._new_state(patience(node))
         self._registered: dict[int, Allocation] = {}
         self._allocations = 0
 
-    def _new_state(self, available: int) -> npt.NDArray[np.int64]:
+    def _new_state(self, spin: int) -> npt.NDArray[np.int64]:
         state = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64)
-        spin = SPIN if available >= self.size else kernels.BRIEF
         put(state, kernels.MEMORY, self._segment.address)
         put(state, kernels.REGION, self._region)
         put(state, kernels.RANKS, self.size)
@@ -603,10 +607,12 @@ def moving(to: int, source: int, nbytes: int, *held: Any) -> Plan:
     return move
 
 
-def cores(node: Any) -> int:
-    """Cores that the ranks may run on, together."""
+def patience(node: Any) -> int:
+    """How often to look at a flag before giving way; the same on all ranks."""
     masks = node.allgather(os.sched_getaffinity(0))
-    return len(set().union(*masks))
+    started = max(int(os.environ.get(name, "0")) for name in LOCAL_RANKS)
+    shared = len(set().union(*masks)) < node.Get_size() or (os.cpu_count() or 1) < started
+    return kernels.BRIEF if any(node.allgather(shared)) else SPIN
 
 
 def agreed_code(node: Any, code: str) -> bool:
