@@ -1,7 +1,7 @@
 """Several launches of one benchmark as one: medians, ratios launch by launch, and how far they scatter.
 
-``python -m hpccomm.bench.launches a.json b.json … --out all.json`` writes the medians in the form of ``bench --json`` and
-prints a table in Markdown; ``scripts/bench_launches`` makes the launches.
+``python -m hpccomm.bench.launches a.json b.json … --out all.json`` writes the medians in the form of ``bench --json``
+and prints a table in Markdown; ``scripts/bench_launches`` makes the launches.
 """
 
 from __future__ import annotations
