@@ -312,6 +312,18 @@ def test_ranks_that_cannot_begin_fail_all_tests_of_their_size_at_once(tmp_path: 
     assert "the job of 2 ranks" in session.texts["test_pairs[p2]"]
 
 
+def test_a_rank_that_dies_after_the_last_test_is_an_error_of_its_own(tmp_path: Path) -> None:
+    lines = (
+        "import atexit, os, pytest",
+        "@pytest.mark.mpi(sizes=(2,))",
+        "def test_only(comm):",
+        "    atexit.register(os._exit, 7)",
+    )
+    session = outer(project(tmp_path, "\n".join(lines)))
+    assert session.counts == {"passed": 1, "error": 1}
+    assert "the job of 2 ranks ended with status 7 after its last test" in session.terminal
+
+
 def test_a_test_that_takes_comm_must_say_that_it_is_an_mpi_test(tmp_path: Path) -> None:
     session = outer(project(tmp_path, "def test_unmarked(comm): pass\n"))
     assert session.outcomes == {"test_unmarked": ["error"]}
@@ -374,7 +386,8 @@ def test_a_line_that_is_half_written_is_read_when_it_is_whole(tmp_path: Path) ->
 
 
 def test_a_stack_ends_where_the_test_runner_begins() -> None:
-    dumped = 'Current thread 0x00007f (most recent call first):\n  File "a.py", line 1 in f\n  File "/x/_pytest/p.py", line 2\n'
+    own, runner = '  File "a.py", line 1 in f\n', '  File "/x/_pytest/p.py", line 2 in g\n'
+    dumped = f"Current thread 0x00007f (most recent call first):\n{own}{runner}"
     assert own_frames(dumped) == 'Current thread (most recent call first):\n  File "a.py", line 1 in f'
 
 

@@ -67,11 +67,12 @@ def run_under_mpi(
 
     Raises subprocess.TimeoutExpired after ``timeout`` seconds, with the ranks ended.
     """
-    process = start(ranks, program, environ, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    finally:
-        stop(process)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with start(ranks, program, environ, cwd=cwd, **pipes) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        finally:
+            stop(process)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
@@ -199,12 +200,9 @@ class Job:
         """After the last test: the empty string, or what was wrong with the end, as a sentence."""
         try:
             status = self.process.wait(END_SECONDS)
-            wrong = "" if status == 0 else f"the job of {self.size} ranks {ending(status)} after its last test"
         except subprocess.TimeoutExpired:
-            wrong = f"the job of {self.size} ranks did not end within {END_SECONDS:g} s after its last test"
-        words = f"{wrong}\n{self.last_words()}" if wrong else ""
-        self.close()
-        return words
+            return f"the job of {self.size} ranks did not end within {END_SECONDS:g} s after its last test"
+        return f"the job of {self.size} ranks {ending(status)} after its last test" if status else ""
 
     def close(self) -> None:
         """End the job, whatever it does."""

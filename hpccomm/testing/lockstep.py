@@ -24,14 +24,13 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import pytest
 from _pytest.runner import runtestprotocol
@@ -306,15 +305,11 @@ class Outer:
             return self.give_up(item, job, wrong)
         reports = merged(self.reports_of(job, item.nodeid))
         if item.nodeid == job.tests[-1]:
-            self.finish(job)
+            self.job = None
+            wrong = job.finish()  # the next one has the cores for itself
+            reports += [failed(item, [(wrong, job.last_words())], "teardown")] if wrong else []
+            job.close()
         return reports
-
-    def finish(self, job: Job) -> None:
-        """Wait for the end of a job, so that the next one has the cores for itself."""
-        self.job = None
-        odd = job.finish()
-        if odd:
-            warnings.warn(pytest.PytestWarning(odd), stacklevel=1)
 
     def start(self, item: pytest.Item) -> Job:
         """A job for this test and all later ones of its size."""
@@ -336,7 +331,7 @@ class Outer:
         if not ready:
             self.hopeless[job.size] = f"{wrong}, as told above"
         job.close()
-        return [failed(item, parts, time.monotonic() - job.heard)]
+        return [failed(item, parts)]
 
     def reports_of(self, job: Job, test: str) -> list[list[pytest.TestReport]]:
         """What each rank has reported about a test."""
@@ -458,8 +453,8 @@ def named(ranks: Sequence[int], size: int) -> str:
     return f"rank{'s'[: len(ranks) > 1]} {', '.join(map(str, ranks))} of {size}"
 
 
-def failed(item: pytest.Item, parts: list[Part], seconds: float = 0.0) -> pytest.TestReport:
-    """The report of a test that could not end by itself."""
+def failed(item: pytest.Item, parts: list[Part], when: Literal["call", "teardown"] = "call") -> pytest.TestReport:
+    """The report of a test, or of a job after its last test, that could not end well by itself."""
     longrepr: Any = Tracebacks(parts)
     keywords: dict[str, Any] = dict.fromkeys(item.keywords, 1)
-    return pytest.TestReport(item.nodeid, item.location, keywords, "failed", longrepr, "call", duration=seconds)
+    return pytest.TestReport(item.nodeid, item.location, keywords, "failed", longrepr, when)
