@@ -11,18 +11,20 @@ from hpccomm import HpccommError, __version__
 
 COMMANDS = {
     "bench": "measure collectives and messages, in OSU's or nccl-tests' format",
-    "train": "train a model on real data, gradients synchronised over the ranks",
-    "tune": "measure this machine's table of decisions",
+    "train": "train a small network on real data and show what the exchange costs",
+    "tune": "measure which algorithm is fastest on this machine, and remember it",
     "info": "what was found here, what is in force, and why",
-    "verify": "prove that schedules do what their collectives promise",
-    "predict": "price every algorithm on a cluster",
-    "plot": "draw a schedule, or the results of bench",
+    "verify": "prove schedules correct for a range of sizes",
+    "predict": "price every algorithm of a collective on a cluster of your choice",
+    "plot": "print or draw a schedule, or draw benchmark results",
 }
 
 
 def parser(chosen: str | None) -> argparse.ArgumentParser:
     """All commands in the help, the flags of the chosen one."""
-    made = argparse.ArgumentParser(prog="hpccomm", description=__doc__)
+    made = argparse.ArgumentParser(
+        prog="hpccomm", description="Collectives on MPI: measured, proved, priced, drawn, and training that uses them."
+    )
     made.add_argument("--version", action="version", version=f"hpccomm {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="command")
     for name, summary in COMMANDS.items():

@@ -1,0 +1,71 @@
+"""``hpccomm``: every command is found, only the chosen one is imported, and a mistake is told in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from hpccomm import __version__
+from hpccomm.__main__ import COMMANDS, main
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_table_says_what_the_command_says(name: str) -> None:
+    assert COMMANDS[name] == import_module(f"hpccomm.commands.{name}").SUMMARY
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_its_own_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    assert f"usage: hpccomm {name}" in capsys.readouterr().out
+
+
+def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    words = capsys.readouterr().out.split()
+    assert set(COMMANDS) <= set(words)
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.split() == ["hpccomm", __version__]
+
+
+@pytest.mark.parametrize("words", [["benhc"], [], ["--nonsense"]])
+def test_a_command_that_does_not_exist_ends_with_status_2_and_the_list(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "command" in capsys.readouterr().err
+
+
+def test_an_error_made_on_purpose_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "spiral"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("hpccomm verify: ")
+    assert "Traceback" not in said
+
+
+def test_only_the_chosen_command_is_imported_and_no_mpi() -> None:
+    code = (
+        "import sys; from hpccomm.__main__ import main\n"
+        "try: main(['verify', '--help'])\n"
+        "except SystemExit: print(*sys.modules, sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "hpccomm.commands.verify" in loaded
+    assert not {"hpccomm.commands.bench", "hpccomm.commands.train", "mpi4py", "numba", "matplotlib"} & set(loaded)
+
+
+def test_python_m_hpccomm_is_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "hpccomm", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["hpccomm", __version__]
