@@ -621,3 +621,22 @@ def test_all_ranks_run_the_same_code_whatever_each_asks_for(comm: MPI.Intracomm)
 def test_where_stores_are_not_ordered_python_refuses(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     fails_together(comm, TransportError, lambda: SharedMemory(MPI.Intracomm(comm), "numpy"), "pip install numba")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_learn_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> None:
+    """Both ways are tried, the faster one for the slowest rank is taken by all, and results are right throughout."""
+    n, rounds = 40_000, kernels.TRIAL_PERIOD + 30
+    with sharing(comm) as shared:
+        x, y, expected = pattern(n, comm.rank), np.zeros(n, "f4"), reduced(n, comm.size)
+        plan = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 1)
+        lesson = shared._lessons[(4 * n).bit_length()]
+        for _ in range(rounds):
+            y[:] = 0
+            plan()
+            assert np.array_equal(y, expected)
+        times = comm.allgather((int(lesson[2]), int(lesson[3])))
+        slowest = [max(each) for each in zip(*times, strict=True)]
+        assert min(min(each) for each in times) > 0
+        assert lesson[kernels.CHOICE // kernels.W] == int(slowest[1] < slowest[0])
+        assert lesson[kernels.COUNT // kernels.W] > rounds

@@ -45,18 +45,26 @@ SLOTS = BUFFERS + 2 * BUFFER
 RING = 4
 
 # A line; what small calls read is in its first 64 bytes
-CHECK, PAYLOAD, SIGNATURE, ARRAY, SEND_AT, RECV_AT, LONGEST = W, 2 * W, 8 * W, 9 * W, 10 * W, 11 * W, 12 * W
+CHECK, PAYLOAD, SIGNATURE, ARRAY, SEND_AT, RECV_AT, LONGEST, CACHED_TOOK, AROUND_TOOK = (
+    W * i for i in (1, 2, *range(8, 15))
+)
 PAYLOAD_BYTES = 48
 
 # What a rank knows of the transport
-MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT, STATE_WORDS = (W * i for i in range(11))
+MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT = (W * i for i in range(10))
+AROUND, CLOCK, SPENT, STATE_WORDS = (W * i for i in range(10, 14))
 
 # What a rank knows of a call
 STATE, CALL_CHECK, CALL_SIGNATURE, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, WAY, PAST_CACHE = (
     W * i for i in range(13)
 )
-ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST, TABLE = (W * i for i in range(13, 21))
+ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST, LESSON, TABLE = (
+    W * i for i in range(13, 22)
+)
 """From TABLE on: p words for the addresses to reduce, then what the collective needs for each rank."""
+
+# What was learned of calls of one kind and size
+COUNT, CHOICE, TIME_CACHED, TIME_AROUND, LESSON_WORDS = (W * i for i in range(5))
 
 COLLECTIVES = ("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier")
 INLINE, DIRECT, PIECES = 0, 1, 2
@@ -69,6 +77,8 @@ BRIEF = 20
 """Looks before giving way where ranks share cores."""
 GRAIN = 64
 """Slices begin at multiples of this, so that no cache line is written by two ranks."""
+TRIALS, TRIAL_PERIOD = 4, 256
+"""Calls tried each way, and after how many calls of a kind that is repeated."""
 CACHED = 16384
 """Bytes reduced at a time, so that a result is in the first-level cache while it is copied on."""
 
@@ -104,6 +114,12 @@ def begin(call, state):
     store(mine + CHECK, load(call + CALL_CHECK))
     if load(mine + SIGNATURE) != load(call + CALL_SIGNATURE):
         store(mine + SIGNATURE, load(call + CALL_SIGNATURE))
+    lesson = load(call + LESSON)
+    store(state + AROUND, 0 if lesson == 0 else on_trial(lesson))
+    if lesson != 0:
+        store(mine + CACHED_TOOK, load(lesson + TIME_CACHED))
+        store(mine + AROUND_TOOK, load(lesson + TIME_AROUND))
+        store(state + CLOCK, nanoseconds())
 
 
 def arrive(state):
@@ -114,6 +130,8 @@ def arrive(state):
 def meet(call, state):
     """Wait until everybody is in this call, then compare: nobody goes on unless all make the same call."""
     p, r, number = load(state + RANKS), load(state + RANK), load(state + CALLS)
+    if load(call + LESSON) != 0 and load(call + WAITING) == 0:
+        store(state + SPENT, nanoseconds() - load(state + CLOCK))
     for i in range(1, p):
         code = await_rank(state, (r + i) % p, number)
         if code != DONE:
@@ -125,6 +143,9 @@ def meet(call, state):
         if load(line_of(state, q) + CHECK) != mine:
             store(state + BLOCKS, load(state + BLOCKS) + 1)
             return MISMATCH
+    if load(call + LESSON) != 0:
+        decide(load(call + LESSON), state)
+        store(state + CLOCK, nanoseconds())
     return DONE
 
 
@@ -185,6 +206,56 @@ def await_all(state, counter, count):
 def say(state, counter, count):
     """Count one's own blocks."""
     store_release(region(state, load(state + RANK)) + counter, count)
+
+
+# Learning how to fill slots
+
+
+def fill(state, slot, source, nbytes):
+    """Copy into one's slot, through the cache or around it.
+
+    Which is faster depends on where the cores are: up to fivefold either way, on one virtual machine within minutes
+    (measured).  So it is tried.
+    """
+    if load(state + AROUND) != 0:
+        copy_past_cache(slot, source, nbytes)
+    else:
+        fetch(slot, source, nbytes)
+
+
+def on_trial(lesson):
+    """How this call fills slots: some calls each way, then for long as was faster."""
+    turn = load(lesson + COUNT) % TRIAL_PERIOD
+    if turn < TRIALS:
+        return 0
+    return 1 if turn < 2 * TRIALS else load(lesson + CHOICE)
+
+
+def decide(lesson, state):
+    """After the trials, take what was faster for the slowest rank; all ranks read the same times."""
+    if load(lesson + COUNT) % TRIAL_PERIOD != 2 * TRIALS:
+        return
+    cached, around = 0, 0
+    for q in range(load(state + RANKS)):
+        cached = max(cached, load(line_of(state, q) + CACHED_TOOK))
+        around = max(around, load(line_of(state, q) + AROUND_TOOK))
+    store(lesson + CHOICE, 1 if around < cached else 0)
+
+
+def finish(call, state, blocks):
+    """Count the blocks; in a trial note the best time, in which waiting for late ranks does not count."""
+    store(state + BLOCKS, load(state + BLOCKS) + max(1, blocks))
+    lesson = load(call + LESSON)
+    if lesson == 0:
+        return
+    turn = load(lesson + COUNT) % TRIAL_PERIOD
+    store(lesson + COUNT, load(lesson + COUNT) + 1)
+    if turn >= 2 * TRIALS:
+        return
+    spent = load(state + SPENT) + nanoseconds() - load(state + CLOCK)
+    best = lesson + (TIME_CACHED if turn < TRIALS else TIME_AROUND)
+    if turn % TRIALS <= 1 or spent < load(best):  # the first call each way finds the caches as the other way left them
+        store(best, spent)
 
 
 def enter(call, state):
@@ -292,7 +363,7 @@ def allreduce_pieces(call, state, first_is_out):
             if not await_all(state, PUBLISHED, g + k):
                 return STUCK
             fold_slice(call, state, k - 1, load(call + RECV))
-    store(state + BLOCKS, g + blocks)
+    finish(call, state, blocks)
     return DONE
 
 
@@ -302,8 +373,8 @@ def publish_rest(call, state, k):
     n = min(block, load(call + NBYTES) - k * block)
     lo, hi = cut(n, load(state + RANKS), r), cut(n, load(state + RANKS), r + 1)
     source, slot = load(call + SEND) + k * block, slot_of(state, r, g + k)
-    copy(slot, source, lo)
-    copy(slot + hi, source + hi, n - hi)
+    fill(state, slot, source, lo)
+    fill(state, slot + hi, source + hi, n - hi)
     say(state, PUBLISHED, g + k + 1)
 
 
@@ -321,7 +392,7 @@ def fold_slice(call, state, k, result):
         out = slot + lo if result == 0 else result + k * block + lo
         fold(load(call + FOLD), table, p, lo // item, out, size // item)
         if result != 0:
-            copy(slot + lo, out, size)
+            fill(state, slot + lo, out, size)
     say(state, FINISHED, g + k + 1)
 
 
@@ -401,7 +472,7 @@ def reduce_pieces(call, state, root):
             if not await_all(state, PUBLISHED, g + k):
                 return STUCK
             fold_slice(call, state, k - 1, load(call + RECV) if root else 0)
-    store(state + BLOCKS, g + blocks)
+    finish(call, state, blocks)
     return DONE
 
 
@@ -452,7 +523,7 @@ def publish_parts(call, state, k):
         q = (r + i) % p
         lo, hi = part(call, state, q) + k * size, part(call, state, q + 1)
         if lo < hi:
-            copy(slot + q * size, send + lo, min(size, hi - lo))
+            fill(state, slot + q * size, send + lo, min(size, hi - lo))
     say(state, PUBLISHED, g + k + 1)
 
 
@@ -478,7 +549,7 @@ def reduce_scatter_pieces(call, state):
         store(table + W * r, load(call + SEND) + lo)
         if lo < hi:
             fold(load(call + FOLD), table, p, 0, load(call + RECV) + (k - 1) * size, min(size, hi - lo) // item)
-    store(state + BLOCKS, g + max(1, blocks))
+    finish(call, state, blocks)
     return DONE
 
 
@@ -532,7 +603,7 @@ def publish_piece(call, state, k):
     r, g, size = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     n = gathered(call, state, r) - k * size
     if n > 0:
-        copy(slot_of(state, r, g + k), load(call + SEND) + k * size, min(size, n))
+        fill(state, slot_of(state, r, g + k), load(call + SEND) + k * size, min(size, n))
     say(state, PUBLISHED, g + k + 1)
 
 
@@ -554,7 +625,7 @@ def allgather_pieces(call, state):
                 if n > 0:
                     to = load(call + RECV) + place(call, state, q) + (k - 1) * size
                     fetch(to, slot_of(state, q, g + k - 1), min(size, n))
-    store(state + BLOCKS, g + max(1, blocks))
+    finish(call, state, blocks)
     return DONE
 
 
@@ -593,7 +664,7 @@ def publish_block(call, state, k):
     """Block k as it is."""
     r, g, block = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     n = min(block, load(call + NBYTES) - k * block)
-    copy(slot_of(state, r, g + k), load(call + SEND) + k * block, n)
+    fill(state, slot_of(state, r, g + k), load(call + SEND) + k * block, n)
     say(state, PUBLISHED, g + k + 1)
 
 
@@ -612,7 +683,7 @@ def bcast_pieces(call, state, root):
             if k >= RING - 1 and not await_all(state, FINISHED, g + k - 2):
                 return STUCK
             publish_block(call, state, k)
-    store(state + BLOCKS, g + blocks)
+    finish(call, state, blocks)
     return DONE
 
 
@@ -652,7 +723,7 @@ def publish_letters(call, state, k):
         q = (r + i) % p
         n = entry(call, state, 1, q) - k * size
         if n > 0:
-            copy(slot + q * size, load(call + SEND) + entry(call, state, 2, q) + k * size, min(size, n))
+            fill(state, slot + q * size, load(call + SEND) + entry(call, state, 2, q) + k * size, min(size, n))
     say(state, PUBLISHED, g + k + 1)
 
 
@@ -674,7 +745,7 @@ def alltoall_pieces(call, state):
                 if n > 0:
                     to = load(call + RECV) + entry(call, state, 4, q) + (k - 1) * size
                     fetch(to, slot_of(state, q, g + k - 1) + r * size, min(size, n))
-    store(state + BLOCKS, g + max(1, blocks))
+    finish(call, state, blocks)
     return DONE
 
 

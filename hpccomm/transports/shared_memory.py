@@ -243,6 +243,8 @@ class SharedMemory:
         self._region = kernels.SLOTS + kernels.RING * self._slot
         self._segment = Segment(node, self.size * self._region)
         self._state = self._new_state(patience(node))
+        self._lessons = np.zeros((len(self.collectives) * SIZES, kernels.LESSON_WORDS // kernels.W), np.int64)
+        self._lessons[:, kernels.COUNT // kernels.W] = kernels.TRIAL_PERIOD - WARM_UP
         self._registered: dict[int, Allocation] = {}
         self._allocations = 0
 
@@ -345,7 +347,7 @@ class SharedMemory:
             put(call, kernels.COPY_STRIDE, allocation.stride)
             put(call, kernels.CALL_SEND_AT, send - allocation.mine)
             put(call, kernels.CALL_RECV_AT, recv - allocation.mine)
-        return self._plan("allreduce", call, allocation)
+        return self._plan("allreduce", call, nbytes, allocation)
 
     def bind_reduce(
         self, send: int, recv: int, count: int, dtype: npt.DTypeLike, op: str, root: int, signature: int
@@ -357,7 +359,7 @@ class SharedMemory:
         call = self._reduction(("reduce", count, root), dtype, op, signature)
         put(call, kernels.ROOT, root)
         self._vector(call, send, recv, nbytes, self._direct)
-        return self._plan("reduce", call)
+        return self._plan("reduce", call, nbytes)
 
     def bind_reduce_scatter(
         self, send: int, recv: int, counts: Sequence[int], dtype: npt.DTypeLike, op: str, signature: int
@@ -376,10 +378,10 @@ class SharedMemory:
         apart = recv + mine <= send or send + cuts[-1] <= recv or recv == send + cuts[self.rank]
         if apart:
             put(call, kernels.RECV, recv)
-            return self._plan("reduce_scatter", call)
+            return self._plan("reduce_scatter", call, cuts[-1])
         part = np.empty(mine, np.uint8)  # recv lies over what the others have still to read
         put(call, kernels.RECV, part.ctypes.data)
-        run, copy_back = self._plan("reduce_scatter", call), moving(recv, part.ctypes.data, mine, part)
+        run, copy_back = self._plan("reduce_scatter", call, cuts[-1]), moving(recv, part.ctypes.data, mine, part)
 
         def both() -> None:
             run()
@@ -398,7 +400,7 @@ class SharedMemory:
         put(call, kernels.RECV, recv)
         put(call, kernels.WAY, kernels.DIRECT if max(counts) <= kernels.BUFFER else kernels.PIECES)
         put(call, kernels.BLOCK, min(self._slot, GATHER_BLOCK))
-        return self._plan("allgather", call)
+        return self._plan("allgather", call, sum(counts))
 
     def bind_bcast(self, address: int, nbytes: int, root: int, signature: int) -> Plan:
         """``nbytes`` bytes of ``root`` to everybody."""
@@ -408,7 +410,7 @@ class SharedMemory:
         put(call, kernels.ROOT, root)
         self._vector(call, address, address, nbytes, kernels.BUFFER)
         put(call, kernels.BLOCK, min(self._slot, GATHER_BLOCK))
-        return self._plan("bcast", call)
+        return self._plan("bcast", call, nbytes)
 
     def bind_alltoall(
         self,
@@ -493,7 +495,17 @@ class SharedMemory:
     def _turn(self) -> Turn:
         return Turn(self._segment.file)
 
-    def _plan(self, name: str, call: npt.NDArray[np.int64], allocation: Allocation | None = None) -> Plan:
+    def _lesson(self, name: str, nbytes: int) -> int:
+        """Where it stands what was learned of such calls."""
+        row = self.collectives.index(name) * SIZES + min(SIZES - 1, nbytes.bit_length())
+        return int(self._lessons[row].ctypes.data)
+
+    def _plan(
+        self, name: str, call: npt.NDArray[np.int64], nbytes: int = 0, allocation: Allocation | None = None
+    ) -> Plan:
+        """What runs a call; ``nbytes`` says how large it is, for learning."""
+        if call[kernels.WAY // kernels.W] == kernels.PIECES:
+            put(call, kernels.LESSON, self._lesson(name, nbytes))
         kernel, address, resolve = self._kernel(name), call.ctypes.data, self._resolve
         held = (self._segment, call, allocation)
 
@@ -542,6 +554,10 @@ class SharedMemory:
         )
 
 
+SIZES = 40
+"""Classes of sizes, powers of two, that learn apart."""
+WARM_UP = 8
+"""Calls before the first trial: pages are touched for the first time."""
 REGISTERED_BYTES = 8192
 """From here on registered arrays are reduced where they are; below, one meeting instead of two is worth a copy."""
 DIRECT_BYTES = 98304
