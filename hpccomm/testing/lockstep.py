@@ -13,6 +13,9 @@ starts one job a world size.  Each rank of that job is a *worker*: it runs the s
 the others after each test, and writes its reports to a file which the outer one reads (:mod:`hpccomm.testing.jobs`).
 A test that hangs, or takes a rank down, fails with the stack of every rank, and a new job runs the tests that are
 left.  Under ``mpirun -n 4 python -m pytest --with-mpi`` the ranks go *together*, and rank 0 reports for all.
+
+``HPCCOMM_TEST_LAUNCHER="srun -n {n}"`` starts the jobs another way; ranks on several nodes need a ``TMPDIR`` that all
+nodes see.
 """
 
 from __future__ import annotations
