@@ -31,6 +31,4 @@ for _ in range(200):
 cost = spent(state)
 if comm.rank == 0:
     error = np.abs(weights - truth).max()
-    print(
-        f"{comm.size} ranks: largest error {error:.4f}, {cost.exchanges} exchanges, {cost.wire_bytes} bytes"
-    )
+    print(f"{comm.size} ranks: largest error {error:.4f}, {cost.exchanges} exchanges, {cost.wire_bytes} bytes")

@@ -76,8 +76,7 @@ def checked(x: Array, who: str) -> Array:
         raise ArgumentError(f"{who}: an array of {dtype} cannot be exchanged: {remedy}")
     if not dtype.isnative:
         raise ArgumentError(
-            f"{who}: {dtype.str} has another byte order than this machine: "
-            "pass x.astype(x.dtype.newbyteorder('='))"
+            f"{who}: {dtype.str} has another byte order than this machine: pass x.astype(x.dtype.newbyteorder('='))"
         )
     return np.asarray(x)
 

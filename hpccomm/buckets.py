@@ -85,9 +85,7 @@ class Bucket:
     def _checked(self, slot: Slot, tensor: Any) -> npt.NDArray[Any]:
         array, _ = borrow(tensor, f"Bucket.flatten: {slot.name}")
         if array.shape != slot.shape:
-            raise ArgumentError(
-                f"Bucket.flatten: {slot.name} has shape {array.shape}, its place is {slot.shape}"
-            )
+            raise ArgumentError(f"Bucket.flatten: {slot.name} has shape {array.shape}, its place is {slot.shape}")
         if array.dtype != self.dtype:
             raise ArgumentError(
                 f"Bucket.flatten: {slot.name} is {array.dtype}, the bucket {self.dtype}: "
@@ -123,17 +121,13 @@ def shape_of(given: Any) -> tuple[int, ...]:
     try:
         return tuple(int(each) for each in getattr(given, "shape", given))
     except TypeError:
-        raise ArgumentError(
-            f"Bucket: {given!r} is neither an array nor a shape: pass np.asarray(x)"
-        ) from None
+        raise ArgumentError(f"Bucket: {given!r} is neither an array nor a shape: pass np.asarray(x)") from None
 
 
 def common_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
     """The one dtype of all arrays; float32 where only shapes are given."""
     dtypes = {
-        name: borrow(each, f"Bucket: {name}")[0].dtype
-        for name, each in tensors.items()
-        if hasattr(each, "shape")
+        name: borrow(each, f"Bucket: {name}")[0].dtype for name, each in tensors.items() if hasattr(each, "shape")
     }
     if len(set(dtypes.values())) > 1:
         listed = ", ".join(f"{name} {dtype}" for name, dtype in unlike(dtypes).items())

@@ -56,9 +56,7 @@ def allreduce(x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, algori
     return give_back(finished(total, op, ranks.size, array))
 
 
-def reduce_scatter(
-    x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, algorithm: str = "auto"
-) -> Any:
+def reduce_scatter(x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Any:
     """This rank's rows of what :func:`allreduce` would return, for half the traffic.
 
     Rows (indices of axis 0) are dealt out as ``np.array_split(x, p)`` does: the first ranks get one more
@@ -107,9 +105,7 @@ def broadcast(x: Any, root: int = 0, comm: MPI.Intracomm | None = None, algorith
     if x is None and ranks.rank == root:
         raise ArgumentError(f"{who}: the root passed None: pass the array to broadcast")
     array, give_back = (None, lambda result: result) if x is None else borrow(x, who)
-    shape, dtype = ranks.bcast(
-        (array.shape, array.dtype) if array is not None and ranks.rank == root else None, root
-    )
+    shape, dtype = ranks.bcast((array.shape, array.dtype) if array is not None and ranks.rank == root else None, root)
     copy = np.empty(shape, dtype)
     if array is not None and ranks.rank == root:
         copy[...] = array
@@ -134,9 +130,7 @@ def communicator(comm: MPI.Intracomm | None = None) -> Communicator:
     if isinstance(comm, Communicator):
         return comm
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
-        raise ArgumentError(
-            f"comm is {comm!r}: pass an MPI.Intracomm, an hpccomm.Communicator, or None for all ranks"
-        )
+        raise ArgumentError(f"comm is {comm!r}: pass an MPI.Intracomm, an hpccomm.Communicator, or None for all ranks")
     if id(comm) not in _ours:
         _ours[id(comm)] = Communicator(comm)
         weakref.finalize(comm, _ours.pop, id(comm), None)

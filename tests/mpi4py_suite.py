@@ -1,7 +1,7 @@
 """mpi4py's own tests of blocking and persistent collectives, run with ``COMM`` set to our communicator.
 
-Start it on several ranks with the folder of mpi4py's tests: ``hpccomm-run -n 3 tests/mpi4py_suite.py FOLDER [algorithm …]``;
-``scripts/test_mpi4py`` fetches that folder and does so for several numbers of ranks.
+Start it on several ranks: ``hpccomm-run -n 3 tests/mpi4py_suite.py FOLDER [algorithm …]`` with the folder of mpi4py's
+tests; ``scripts/test_mpi4py`` fetches that folder and does so for several numbers of ranks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def run(algorithm: str) -> bool:
     everybody = MPI.COMM_WORLD.gather((result.testsRun, len(result.skipped), troubles))
     for rank, (count, skipped, texts) in enumerate(everybody or []):
         if rank == 0 or texts:
-            print(f"{algorithm:>13}, rank {rank} of {world.size}: {count - len(texts) - skipped} passed, {len(texts)} failed")
+            passed = count - len(texts) - skipped
+            print(f"{algorithm:>13}, rank {rank} of {world.size}: {passed} passed, {len(texts)} failed")
         for text in texts[:3]:
             print(text)
     sys.stdout.flush()

@@ -74,9 +74,7 @@ def test_shapes_are_enough_to_make_a_bucket() -> None:
 def test_a_large_tree_round_trips() -> None:
     named = {f"layer.{number}": np.full(number % 7, number, "f8") for number in range(5000)}
     bucket = Bucket(named)
-    assert all(
-        np.array_equal(view, named[name]) for name, view in bucket.views(bucket.flatten(named)).items()
-    )
+    assert all(np.array_equal(view, named[name]) for name, view in bucket.views(bucket.flatten(named)).items())
 
 
 def test_masks_follow_the_flags() -> None:

@@ -109,9 +109,7 @@ def test_ranks_of_a_node_share_its_link() -> None:
     """Recursive doubling on 2 x 4 ranks: two rounds inside, then all four send at once."""
     n, inside, between = 1e6, TWO_LEVEL.intra, TWO_LEVEL.inter
     found = price(ALGORITHMS["allreduce"]["doubling"], [0] * 4 + [1] * 4, n, TWO_LEVEL)
-    formula = (
-        2 * (inside.alpha + n * inside.beta) + between.alpha + 4 * n * between.beta + 3 * n * TWO_LEVEL.gamma
-    )
+    formula = 2 * (inside.alpha + n * inside.beta) + between.alpha + 4 * n * between.beta + 3 * n * TWO_LEVEL.gamma
     assert found.us == pytest.approx(formula, rel=1e-9)
 
 
@@ -169,9 +167,7 @@ def bookkeeping(collective: str, name: str, home: list[int], n: float) -> float:
             link, crowd = TWO_LEVEL.intra, 1
             if home[r] != home[d]:
                 link = TWO_LEVEL.inter
-                crowd = max(
-                    sum(home[a] == home[r] for a, _ in crossing), sum(home[b] == home[d] for _, b in crossing)
-                )
+                crowd = max(sum(home[a] == home[r] for a, _ in crossing), sum(home[b] == home[d] for _, b in crossing))
             done = max(before[r], before[d]) + link.alpha + nbytes * link.beta * crowd
             ready[r] = max(ready[r], done)
             ready[d] = max(ready[d], done + nbytes * TWO_LEVEL.gamma * bool(s.reduce))

@@ -54,9 +54,7 @@ def test_every_message_is_shown_once(name: str) -> None:
     assert sum(line.count("->") for line in lines) == verify(name, "allreduce", 7).messages
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("ring", b"\x89PNG"), ("hierarchical", b"<?xml"), ("ring", b"%PDF")]
-)
+@pytest.mark.parametrize(("name", "kind"), [("ring", b"\x89PNG"), ("hierarchical", b"<?xml"), ("ring", b"%PDF")])
 def test_a_drawing_is_a_file_of_its_kind(
     name: str, kind: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,9 +81,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
 def test_importing_the_figure_does_not_import_matplotlib() -> None:
     import subprocess
 
-    code = (
-        "import sys, hpccomm.collectives.figure, hpccomm.commands.plot; sys.exit('matplotlib' in sys.modules)"
-    )
+    code = "import sys, hpccomm.collectives.figure, hpccomm.commands.plot; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

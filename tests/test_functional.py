@@ -106,9 +106,7 @@ def test_what_has_no_meaning_is_refused_before_the_first_message(
 
 @pytest.mark.parametrize("dtype", [*FLOATS, "i1", "?", "D"])
 @pytest.mark.parametrize("shape", [(), (3,), (3, 2), (3, 0)])
-def test_allgather_puts_uneven_parts_side_by_side(
-    comm: MPI.Intracomm, dtype: Any, shape: tuple[int, ...]
-) -> None:
+def test_allgather_puts_uneven_parts_side_by_side(comm: MPI.Intracomm, dtype: Any, shape: tuple[int, ...]) -> None:
     def part(rank: int) -> Any:
         rows = (rank * 2 + 1) % 4  # none on some ranks
         return numbers(rank, rows * int(np.prod(shape[1:])), dtype).reshape(rows, *shape[1:])

@@ -59,7 +59,7 @@ def test_reductions_that_do_not_match_are_named(usual: str, unusual: str, remedy
     assert remedy in said
 
 
-@pytest.mark.parametrize("algorithm", ("auto", "native", "shared"))
+@pytest.mark.parametrize("algorithm", ["auto", "native", "shared"])
 def test_different_collectives_are_named(algorithm: str) -> None:
     status, said = outcome(
         3,
@@ -95,7 +95,9 @@ def test_different_roots_are_named() -> None:
 
 
 def test_different_algorithms_are_named() -> None:
-    status, said = outcome(3, "comm.Allreduce(MPI.IN_PLACE, np.ones(1 << 18), algorithm='ring' if odd else 'butterfly')")
+    status, said = outcome(
+        3, "comm.Allreduce(MPI.IN_PLACE, np.ones(1 << 18), algorithm='ring' if odd else 'butterfly')"
+    )
     assert status != 0
     assert "name the same algorithm" in said
 
@@ -113,7 +115,7 @@ def test_an_uncaught_exception_on_one_rank_ends_the_job_with_its_traceback() -> 
     assert "RuntimeError: the odd one" in said
 
 
-@pytest.mark.parametrize("algorithm", ("native", "shared"))
+@pytest.mark.parametrize("algorithm", ["native", "shared"])
 def test_a_rank_that_leaves_early_is_named(algorithm: str) -> None:
     status, said = outcome(
         3,
@@ -127,7 +129,7 @@ def test_a_rank_that_leaves_early_is_named(algorithm: str) -> None:
     assert "rank 1 has left the program" in said
 
 
-@pytest.mark.parametrize("algorithm", ("native", "shared"))
+@pytest.mark.parametrize("algorithm", ["native", "shared"])
 def test_a_rank_that_does_not_come_is_named_while_the_others_wait(algorithm: str) -> None:
     status, said = outcome(
         3,

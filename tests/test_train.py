@@ -159,9 +159,7 @@ def test_the_same_run_gives_the_same_bits_again(comm: MPI.Intracomm) -> None:
 @pytest.mark.mpi
 def test_the_seed_decides(comm: MPI.Intracomm) -> None:
     data, network = SMALL["perceptron"]
-    one, two = (
-        train(comm, data, network, METHODS["sgd"](comm), SETTINGS._replace(seed=seed))[0] for seed in (1, 2)
-    )
+    one, two = (train(comm, data, network, METHODS["sgd"](comm), SETTINGS._replace(seed=seed))[0] for seed in (1, 2))
     assert not np.array_equal(one, two)
 
 

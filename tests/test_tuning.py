@@ -22,9 +22,7 @@ from hpccomm.errors import ArgumentError
 MPI = "Open MPI 5.0.11"
 
 
-def rows(
-    algorithm: str, times: dict[int, float], nodes: int = 1, per_node: int = 4, **more: Any
-) -> list[Row]:
+def rows(algorithm: str, times: dict[int, float], nodes: int = 1, per_node: int = 4, **more: Any) -> list[Row]:
     return [
         Row(
             "allreduce",
@@ -301,10 +299,7 @@ def test_what_was_not_measured_keeps_its_default() -> None:
 
 def test_nothing_fitted_is_negative() -> None:
     random = np.random.default_rng(7)
-    noisy = [
-        row._replace(us=row.us * random.uniform(0.2, 5))
-        for row in measured(1, 8, FLAT) + measured(4, 2, FLAT)
-    ]
+    noisy = [row._replace(us=row.us * random.uniform(0.2, 5)) for row in measured(1, 8, FLAT) + measured(4, 2, FLAT)]
     found = fit(noisy)
     assert min(*found.intra, *found.inter, found.gamma) >= 0
 
@@ -320,9 +315,7 @@ def predicted(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
 
 
 def test_predict_prints_every_algorithm_the_fastest_first(capsys: pytest.CaptureFixture[str]) -> None:
-    out = predicted(
-        capsys, "allreduce", "--nodes", "8", "--per-node", "2", "--bytes", "16M", "--rate", "1gbit"
-    )
+    out = predicted(capsys, "allreduce", "--nodes", "8", "--per-node", "2", "--bytes", "16M", "--rate", "1gbit")
     assert "allreduce of 16,000,000 bytes on 8 x 2 ranks" in out[0]
     assert "0.125 GB/s shared" in out[1]
     names = [line.split()[0] for line in out if not line.startswith("#")][1:]
@@ -339,16 +332,12 @@ def test_sizes_are_understood(text: str, nbytes: float) -> None:
     assert predict_command.size_of(text) == nbytes
 
 
-@pytest.mark.parametrize(
-    ("text", "beta"), [("100gbit", 8e-5), ("12.5GB", 8e-5), ("1gbit/s", 8e-3), ("1Gbps", 1e-3)]
-)
+@pytest.mark.parametrize(("text", "beta"), [("100gbit", 8e-5), ("12.5GB", 8e-5), ("1gbit/s", 8e-3), ("1Gbps", 1e-3)])
 def test_rates_are_understood(text: str, beta: float) -> None:
     assert predict_command.beta_of(text) == pytest.approx(beta)
 
 
-@pytest.mark.parametrize(
-    "words", [["--bytes", "many"], ["--rate", "fast"], ["--nodes", "0"], ["--rate", "0gbit"]]
-)
+@pytest.mark.parametrize("words", [["--bytes", "many"], ["--rate", "fast"], ["--nodes", "0"], ["--rate", "0gbit"]])
 def test_mistakes_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ArgumentError, match=words[1]):
         predicted(capsys, "allreduce", *words)
@@ -390,9 +379,7 @@ def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest
         ran.append(task)
         if len(ran) == 3:
             raise KeyboardInterrupt
-        return [
-            Row(task.collective, name, *site[:2], task.bytes, 1.0, mpi=MPI) for name in ("native", "ring")
-        ]
+        return [Row(task.collective, name, *site[:2], task.bytes, 1.0, mpi=MPI) for name in ("native", "ring")]
 
     monkeypatch.setattr(tune_command, "measure_one", measure_one)
     todo = [tune_command.Task("allreduce", nbytes) for nbytes in (4, 64, 1024, 4096)]

@@ -172,9 +172,7 @@ def test_a_wrong_block_at_both_ends_is_refused() -> None:
     """Every rank is one block further in round 1: messages meet, contents do not."""
 
     def edit(step: Step) -> Step:
-        return step._replace(
-            send=(step.send[0] + 1, step.send[1] + 1), recv=(step.recv[0] + 1, step.recv[1] + 1)
-        )
+        return step._replace(send=(step.send[0] + 1, step.send[1] + 1), recv=(step.recv[0] + 1, step.recv[1] + 1))
 
     said = refusal(broken(RING, at(1, edit)))
     assert "round 1, rank 1, block 4: counts the contribution of rank 0 twice" in said

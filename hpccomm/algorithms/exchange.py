@@ -65,9 +65,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
         began = time.perf_counter()
         comm.Allreduce(widened(gradient), state.total, **named)
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(state.total.nbytes, comm.size))
-        return narrowed(state.total / comm.size, gradient.dtype), MeanState(
-            state.total, state.report.plus(cost)
-        )
+        return narrowed(state.total / comm.size, gradient.dtype), MeanState(state.total, state.report.plus(cost))
 
     return Transform(init, update)
 

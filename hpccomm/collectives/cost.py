@@ -55,9 +55,7 @@ class Machine(NamedTuple):
     """Between nodes; beta is that of the link a node's ranks share."""
     gamma: float = 7.5e-5
     """Microseconds to sum a byte into another."""
-    source: str = (
-        "defaults: two-core virtual machine, 10 Gbit/s Ethernet at 95 % of its rate; fit your own with tune"
-    )
+    source: str = "defaults: two-core virtual machine, 10 Gbit/s Ethernet at 95 % of its rate; fit your own with tune"
     """Where the numbers come from."""
 
 
@@ -307,9 +305,7 @@ def candidates(collective: str, nodes: int, per_node: int) -> Iterator[str]:
 
 
 @lru_cache(maxsize=1024)
-def prediction(
-    name: str, collective: str, nodes: int, per_node: int, nbytes: float, machine: Machine
-) -> Prediction:
+def prediction(name: str, collective: str, nodes: int, per_node: int, nbytes: float, machine: Machine) -> Prediction:
     """One algorithm on nodes x per_node ranks, in the order of nodes."""
     home = np.repeat(np.arange(nodes), per_node)
     algorithm = hierarchical.on(home) if name == "hierarchical" else ALGORITHMS[collective][name]

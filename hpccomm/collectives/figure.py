@@ -102,9 +102,7 @@ def colour_of(block: int, blocks: int) -> Any:
     from matplotlib import colormaps
 
     few = 10
-    return (
-        colormaps["tab10"](block) if blocks <= few else colormaps["turbo"](block / (blocks - 1) * 0.9 + 0.05)
-    )
+    return colormaps["tab10"](block) if blocks <= few else colormaps["turbo"](block / (blocks - 1) * 0.9 + 0.05)
 
 
 def frame(axes: Any, columns: list[Round], p: int, title: str) -> None:
@@ -122,6 +120,4 @@ def frame(axes: Any, columns: list[Round], p: int, title: str) -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_title(title, loc="left", fontsize=11, pad=8)
-    axes.set_xlabel(
-        "round (solid on orange: summed, dashed on blue: copied; in the boxes: blocks)", fontsize=9
-    )
+    axes.set_xlabel("round (solid on orange: summed, dashed on blue: copied; in the boxes: blocks)", fontsize=9)

@@ -75,4 +75,3 @@ def idle(r: Rank) -> Step:
     """A round in which nobody moves anything."""
     nobody = np.full(np.shape(r), NOBODY)
     return Step(nobody, (0, 0), nobody, (0, 0), False)
-

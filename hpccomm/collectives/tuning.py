@@ -180,9 +180,7 @@ def measured_choice(series: Series, nbytes: int, candidates: Sequence[str]) -> C
     native, row = times["native"], nearest_row(series[best], nbytes)
     if times[best] >= NOISE * native:
         best, row = "native", nearest_row(series["native"], nbytes)
-    compared = f"{times[best]:.3g} us" + (
-        "" if best == "native" else f" against {native:.3g} us of native MPI"
-    )
+    compared = f"{times[best]:.3g} us" + ("" if best == "native" else f" against {native:.3g} us of native MPI")
     reason = f"measured {row.origin}, {row.nodes} x {row.per_node} ranks: {compared}"
     return Choice(best, row.segment_bytes, reason)
 
@@ -202,9 +200,7 @@ def interpolated(points: Sequence[tuple[int, float]], nbytes: int) -> float:
     return exp(log(low[1]) + part * (log(high[1]) - log(low[1])))
 
 
-def priced_choice(
-    collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine
-) -> Choice:
+def priced_choice(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:
     """Hierarchical where it is far cheaper than anything flat."""
     native = Choice("native", None, "not measured between nodes, and no price speaks against native MPI")
     possible = set(cost.candidates(collective, *shape)) & {"hierarchical"}
@@ -298,10 +294,7 @@ def machine_in(data: Mapping[str, Any] | None) -> Machine | None:
 def write(table: Table, path: Path) -> None:
     """Write a table, a line a row; whoever reads meanwhile sees the old file or the new one."""
     machine = None if table.machine is None else table.machine._asdict()
-    told = (
-        {name: value for name, value in row._asdict().items() if value not in (None, "")}
-        for row in table.rows
-    )
+    told = ({name: value for name, value in row._asdict().items() if value not in (None, "")} for row in table.rows)
     rows = ",\n".join(map(json.dumps, told))
     text = f'{{"schema": {SCHEMA},\n"machine": {json.dumps(machine)},\n"rows": [\n{rows}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)

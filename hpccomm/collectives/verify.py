@@ -103,9 +103,7 @@ class Trial(NamedTuple):
         raise ScheduleError(f"{self.title}: round {int(k)}, rank {int(rank)}, block {int(block)}: {why}")
 
 
-def verify(
-    algorithm: Algorithm | str, collective: str, p: int, root: int = 0, volume: Volume | None = None
-) -> Report:
+def verify(algorithm: Algorithm | str, collective: str, p: int, root: int = 0, volume: Volume | None = None) -> Report:
     """Prove that ``algorithm`` (or the one of that name) does ``collective`` on p ranks.
 
     Rounds and bytes are compared with ``volume``, or with the known one of an algorithm of our own.
@@ -115,9 +113,7 @@ def verify(
     blocks = algorithm.blocks(p)
     trial = Trial(f"{name} {collective}, p={p}" + (f", root={root}" if collective in ROOTED else ""), blocks)
     if collective in BLOCK_IS_RANK and blocks != p:
-        raise ScheduleError(
-            f"{trial.title}: cuts the vector into {blocks} blocks; {collective} needs one a rank"
-        )
+        raise ScheduleError(f"{trial.title}: cuts the vector into {blocks} blocks; {collective} needs one a rank")
     table = tabulate(algorithm.steps(np.arange(p), p, *rooted(collective, root)), p)
     well_formed(table, trial)
     matched(table, trial)
@@ -140,9 +136,7 @@ def named(algorithm: Algorithm | str, collective: str) -> tuple[str, Algorithm]:
     known = ALGORITHMS.get(collective, {})
     if isinstance(algorithm, str):
         if algorithm not in known:
-            raise ArgumentError(
-                f"{collective} has no algorithm {algorithm!r}: take one of {', '.join(known)}"
-            )
+            raise ArgumentError(f"{collective} has no algorithm {algorithm!r}: take one of {', '.join(known)}")
         return algorithm, known[algorithm]
     for name, each in known.items():
         if each == algorithm:
@@ -199,9 +193,7 @@ def within_itself(table: Table, trial: Trial) -> None:
     """What arrives to replace blocks must not land on blocks that are being sent."""
     after = (table.at - table.first) % trial.blocks
     before = (table.first - table.at) % trial.blocks
-    both = (
-        (table.to >= 0) & (table.source >= 0) & (table.gives > 0) & (table.takes > 0) & ~table.reduce[:, None]
-    )
+    both = (table.to >= 0) & (table.source >= 0) & (table.gives > 0) & (table.takes > 0) & ~table.reduce[:, None]
     overlap = both & ((after < table.gives) | (before < table.takes))
     if overlap.any():
         k, r = first_of(overlap)
@@ -282,9 +274,7 @@ def same_alone(algorithm: Algorithm, collective: str, table: Table, trial: Trial
     for r in range(p):
         alone = tabulate(algorithm.steps(r, p, *rooted(collective, root)), 1)
         if len(alone.reduce) != len(table.reduce):
-            trial.refuse(
-                0, r, 0, f"alone the rank has {len(alone.reduce)} rounds, among all {len(table.reduce)}"
-            )
+            trial.refuse(0, r, 0, f"alone the rank has {len(alone.reduce)} rounds, among all {len(table.reduce)}")
         sends, receives = table.to[:, r] >= 0, table.source[:, r] >= 0
         wrong = (alone.to[:, 0] != table.to[:, r]) | (alone.source[:, 0] != table.source[:, r])
         wrong |= sends & ((alone.first[:, 0] != table.first[:, r]) | (alone.gives[:, 0] != table.gives[:, r]))
@@ -292,9 +282,7 @@ def same_alone(algorithm: Algorithm, collective: str, table: Table, trial: Trial
         wrong |= alone.reduce != table.reduce
         if wrong.any():
             k = int(np.argmax(wrong))
-            trial.refuse(
-                k, r, table.first[k, r] % trial.blocks, "alone the rank takes another step than among all"
-            )
+            trial.refuse(k, r, table.first[k, r] % trial.blocks, "alone the rank takes another step than among all")
 
 
 # --- contents -------------------------------------------------------------------------------------
@@ -349,9 +337,7 @@ def expanded(table: Table, blocks: int) -> Moves:
     message = np.repeat(np.arange(k.size), count)
     block = (first[message] + np.arange(message.size) - (np.cumsum(count) - count)[message]) % blocks
     starts = np.searchsorted(k[message], np.arange(len(table.reduce) + 1)).tolist()
-    return Moves(
-        sender[message] * blocks + block, to[message] * blocks + block, (sender < to)[message], starts
-    )
+    return Moves(sender[message] * blocks + block, to[message] * blocks + block, (sender < to)[message], starts)
 
 
 EMPTY, UNTIDY, NEVER = -1, 1 << 60, -2
@@ -418,12 +404,8 @@ class Cells:
         if wrong.any():
             cell = int(np.argmax(wrong))
             missing, extra = members(after[cell] & ~self.held[cell]), members(self.held[cell] & ~after[cell])
-            what = (
-                f"misses the contributions of ranks {missing}" if missing else f"holds those of {extra} too"
-            )
-            self.trial.refuse(
-                self.written[cell], *self.place(cell), f"in the end {what}; this was its last round"
-            )
+            what = f"misses the contributions of ranks {missing}" if missing else f"holds those of {extra} too"
+            self.trial.refuse(self.written[cell], *self.place(cell), f"in the end {what}; this was its last round")
         return bool((self.begin[due] == 0).all() and (self.end[due] == promised.due.shape[0]).all())
 
     def place(self, cell: Any) -> tuple[int, int]:

@@ -15,9 +15,7 @@ SUMMARY = "print or draw a schedule, or draw benchmark results"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A name, or files."""
-    parser.add_argument(
-        "what", nargs="+", help="an algorithm (ring, butterfly …) or files of `hpccomm bench --json`"
-    )
+    parser.add_argument("what", nargs="+", help="an algorithm (ring, butterfly …) or files of `hpccomm bench --json`")
     parser.add_argument(
         "--collective", choices=sorted(ALGORITHMS), help="of the algorithm (default: the first that has it)"
     )
@@ -73,9 +71,5 @@ def chosen(name: str, args: argparse.Namespace) -> tuple[str, Algorithm]:
     for collective, algorithms in ALGORITHMS.items():
         if name in algorithms and args.collective in (None, collective):
             return collective, algorithms[name]
-    known = sorted(
-        {each for c, names in ALGORITHMS.items() for each in names if args.collective in (None, c)}
-    )
-    raise ArgumentError(
-        f"{name!r} is no file and no algorithm: take one of {', '.join([*known, 'hierarchical'])}"
-    )
+    known = sorted({each for c, names in ALGORITHMS.items() for each in names if args.collective in (None, c)})
+    raise ArgumentError(f"{name!r} is no file and no algorithm: take one of {', '.join([*known, 'hierarchical'])}")

@@ -22,13 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
     parser.add_argument("--per-node", type=int, default=1, metavar="K", help="ranks a node (default 1)")
     parser.add_argument("--bytes", default="1M", metavar="SIZE", help="100M, 64Ki, 4 (default 1M)")
-    group = parser.add_argument_group(
-        "the machine", "what is not said comes from this machine's tuning table"
-    )
+    group = parser.add_argument_group("the machine", "what is not said comes from this machine's tuning table")
     group.add_argument("--alpha-intra", type=float, metavar="US", help="a message in a node, microseconds")
-    group.add_argument(
-        "--alpha-inter", type=float, metavar="US", help="a message between nodes, microseconds"
-    )
+    group.add_argument("--alpha-inter", type=float, metavar="US", help="a message between nodes, microseconds")
     group.add_argument("--rate-intra", metavar="RATE", help="between ranks of a node: 80gbit, 10GB")
     group.add_argument("--rate", metavar="RATE", help="of a node's link: 100gbit, 1gbit, 12.5GB (per second)")
     group.add_argument("--rate-sum", metavar="RATE", help="at which a rank sums: 10GB")

@@ -78,12 +78,8 @@ JOBS = {
     "stdlib": Job(3, 256, 200_000, "the text of Python's standard library, next character from 16"),
 }
 
-HEADER = (
-    f"# {'Epoch':>5}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
-)
-TABLE = (
-    f"# {'Method':<9}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
-)
+HEADER = f"# {'Epoch':>5}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
+TABLE = f"# {'Method':<9}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,26 +87,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     datasets = "; ".join(f"{name}: {job.summary}" for name, job in JOBS.items())
     methods = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
     parser.add_argument("dataset", help=datasets)
-    parser.add_argument(
-        "--method", default="dense", help=f"{methods}; all: one table of all (default: dense)"
-    )
+    parser.add_argument("--method", default="dense", help=f"{methods}; all: one table of all (default: dense)")
     parser.add_argument("--epochs", type=int, help="passes through the data")
     parser.add_argument("--batch-size", type=int, help="samples of a step, over all ranks")
     parser.add_argument("--samples", type=int, help="use at most so many training samples")
     parser.add_argument("--lr", type=float, help="learning rate (default: the method's)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--algorithm", default="auto", help="of the allreduce (default: auto)")
-    parser.add_argument(
-        "--progress", action="store_true", help="show a bar under a launcher too (tqdm, stderr)"
-    )
+    parser.add_argument("--progress", action="store_true", help="show a bar under a launcher too (tqdm, stderr)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train on all ranks; 0, or 2 after an error of the command line."""
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # before NumPy loads its BLAS, whose threads would fight over cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy loads its BLAS, whose threads would fight over cores
     from hpccomm.functional import communicator
 
     comm = communicator()

@@ -50,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--collective", default=known, metavar="NAMES", help=f"default {known}")
     parser.add_argument("--sizes", metavar="BYTES", help=f"default {SIZES}")
     parser.add_argument("--quick", action="store_true", help=f"fewer sizes: {QUICK}")
-    parser.add_argument(
-        "--out", metavar="FILE", help="default: ~/.config/hpccomm, by host and MPI, where it is found"
-    )
+    parser.add_argument("--out", metavar="FILE", help="default: ~/.config/hpccomm, by host and MPI, where it is found")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -29,12 +29,8 @@ class Subject(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which schedules, for which sizes."""
-    parser.add_argument(
-        "algorithm", help="'all', or the name of an algorithm: ring, butterfly, hierarchical …"
-    )
-    parser.add_argument(
-        "--size", default="1:64", metavar="RANGE", help="ranks: 7, 1:64 or 1,2,7 (default 1:64)"
-    )
+    parser.add_argument("algorithm", help="'all', or the name of an algorithm: ring, butterfly, hierarchical …")
+    parser.add_argument("--size", default="1:64", metavar="RANGE", help="ranks: 7, 1:64 or 1,2,7 (default 1:64)")
     parser.add_argument("--collective", choices=sorted(ALGORITHMS), help="this collective only")
 
 
@@ -72,11 +68,7 @@ def subjects(algorithm: str, collective: str | None) -> list[Subject]:
     """The algorithms that are meant."""
     every = [Subject(each, name) for each, names in ALGORITHMS.items() for name in names]
     every.append(Subject("allreduce", "hierarchical"))
-    found = [
-        each
-        for each in every
-        if algorithm in ("all", each.algorithm) and collective in (None, each.collective)
-    ]
+    found = [each for each in every if algorithm in ("all", each.algorithm) and collective in (None, each.collective)]
     if not found:
         names = ", ".join(sorted({each.algorithm for each in every if collective in (None, each.collective)}))
         raise ArgumentError(

@@ -68,9 +68,7 @@ class Training:
     def step(self, batch: npt.NDArray[np.int64]) -> float:
         """One step of all ranks on a global batch; returns the sum of the losses of this rank's share."""
         mine = np.array_split(batch, self.comm.size)[self.comm.rank]
-        loss = self.network.learn(
-            self.tensors, self.data.inputs[mine], self.data.targets[mine], self.gradients
-        )
+        loss = self.network.learn(self.tensors, self.data.inputs[mine], self.data.targets[mine], self.gradients)
         self.gradient *= self.comm.size / len(batch)
         step, self.state = self.method.update(self.gradient, self.state, self.weights)
         self.weights += step

@@ -55,9 +55,7 @@ class Perceptron:
         """As :meth:`Network.learn`."""
         return self.backward(weights, inputs, targets, gradient)[0]
 
-    def backward(
-        self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors
-    ) -> tuple[float, Array]:
+    def backward(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> tuple[float, Array]:
         """The loss, and its gradient by the hidden layer's sums, (b, hidden)."""
         active = self.activity(weights, inputs)
         loss, error = cross_entropy(active @ weights["out"] + weights["out_shift"], targets)
