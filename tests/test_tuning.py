@@ -64,7 +64,7 @@ def test_between_sizes_times_are_interpolated_on_logarithmic_scales() -> None:
 
 
 def test_the_crossing_lies_where_the_lines_cross() -> None:
-    """Native goes from 1 to 4, its checks add 1, shared stays at 3: they cross near the geometric mean of 8 and 1024."""
+    """Native goes from 1 to 4, its checks add 1, shared stays at 3: they cross near the geometric mean of the ends."""
     assert choose(TABLE, 80).algorithm == "native"
     assert choose(TABLE, 130).algorithm == "shared"
 
