@@ -6,6 +6,7 @@ bind it to native MPI, to shared memory, or to one of our schedules on messages.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -33,6 +34,10 @@ LOCKSTEP_BYTES = 1 << 18
 
 SEGMENT_BYTES = 1 << 17
 """Length of a segment in chains and trees where the table does not say."""
+
+
+TURN = 0.05
+"""Seconds for which a rank that waits in shared memory drives MPI before it looks at who is missing."""
 
 
 class Binder:
@@ -517,13 +522,19 @@ class Binder:
         return bound if key is None else self.resources.keep(key, bound)
 
     def keep_shared(self, key: Hashable, signature: Signature, plan: Run) -> Bound:
-        """A bound call in shared memory, kept under its key; it compares the calls itself."""
+        """A bound call in shared memory, kept under its key; it compares the calls itself.
+
+        While ranks are missing it drives MPI: they may be waiting for the end of a message that this rank has sent.
+        """
         roll, shared = self.resources.roll, self.shared
-        word = roll.announce(signature) if roll else 0
+        word, progress = roll.announce(signature) if roll else 0, self.resources.channel.Iprobe
 
         def late(seconds: float, positions: list[int]) -> None:
             if roll:
                 roll.late(word, seconds, positions)
+            until = time.monotonic() + TURN
+            while shared.missing() and time.monotonic() < until:
+                progress()
 
         def run() -> None:
             shared.late = late

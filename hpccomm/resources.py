@@ -92,7 +92,9 @@ class Resources:
         except TransportError as error:
             rollcall.tell(f"rank {self.rank}: mistakes between ranks will be noticed late: {error}")
             return None, None
-        return rollcall.RollCall(segment.buffer, self.members, self.rank), segment
+        roll = rollcall.RollCall(segment.buffer, self.members, self.rank)
+        roll.progress = self.channel.Iprobe
+        return roll, segment
 
     @cached_property
     def shared(self) -> SharedMemory | None:

@@ -55,6 +55,8 @@ class RollCall:
         self._known: dict[int, Signature] = {}
         self._fine: set[tuple[int, int]] = set()
         self._warned = (0, 0)
+        self.progress: Callable[[], Any] = lambda: None
+        """Lets MPI move what is under way."""
         self._seq = 0
         self.inside = 0
         """The number of the call that this rank is in; 0 outside."""
@@ -101,23 +103,23 @@ class RollCall:
         self.inside = 0
         words[self._base + STATUS] = -seq
 
-    def wait(self, patience: Callable[[float], None] | None = None) -> None:
-        """Wait until every member has come to this call, then compare; all of them raise if one differs."""
+    def wait(self) -> None:
+        """Wait until every member has come to this call, then compare; all of them raise if one differs.
+
+        Drives MPI meanwhile: a member may still be waiting for the end of a message that this rank has sent before.
+        """
         words, seq = self._words, self._seq
         slot = seq % CALLS
         mine = words[self._base + slot]
-        began = 0.0
         for peer in self._peers:
             spins = 0
             while words[peer + slot] >> 31 < seq:
                 spins += 1
                 if spins > 20:
                     os.sched_yield()
+                    self.progress()
                 if spins % 2000 == 0:
-                    began = began or time.monotonic()
                     self.raise_if_hopeless()
-                    if patience:
-                        patience(time.monotonic() - began)
         for peer in self._peers:
             theirs = words[peer + slot]
             if theirs != mine and theirs >> 31 == seq:

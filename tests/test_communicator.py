@@ -384,3 +384,21 @@ def test_the_communicators_own_algorithm_is_used_where_it_can(comm: Communicator
     assert (a == comm.size).all()
     preferring.Bcast(a, 0)
     preferring.resources.close()
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("n", [8, 1 << 18])
+def test_a_collective_lets_messages_that_were_sent_before_come_to_their_end(comm: Communicator, n: int) -> None:
+    """Rank 0 is in the collective while its long message is still on its way to rank 1, which comes later."""
+    for algorithm in comm.algorithms("allreduce"):
+        long, x = np.full(1 << 20, 3.0), np.ones(n)
+        if comm.rank == 0:
+            request = comm.Isend(long, 1)
+            comm.Allreduce(MPI.IN_PLACE, x, algorithm=algorithm)
+            request.Wait()
+        else:
+            if comm.rank == 1:
+                comm.Recv(arrived := np.empty_like(long), 0)
+                assert (arrived == 3).all()
+            comm.Allreduce(MPI.IN_PLACE, x, algorithm=algorithm)
+        assert (x == comm.size).all()
