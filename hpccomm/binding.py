@@ -120,7 +120,7 @@ class Binder:
         """Reduce_scatter_block."""
         who = self.who("Reduce_scatter_block")
         recv = self.operand(recvbuf, op, who, writable=True)
-        in_place = sendbuf is IN_PLACE or sendbuf is recvbuf
+        in_place = is_in_place(sendbuf) or sendbuf is recvbuf
         send = recv if in_place else self.operand(sendbuf, op, who)
         if send.opaque or recv.opaque:
             counts = (0,) * self.size
@@ -141,7 +141,7 @@ class Binder:
         """Reduce_scatter; ``told`` are the counts, where the user said them."""
         who = self.who("Reduce_scatter")
         recv = self.operand(recvbuf, op, who, writable=True)
-        in_place = sendbuf is IN_PLACE or sendbuf is recvbuf
+        in_place = is_in_place(sendbuf) or sendbuf is recvbuf
         send = recv if in_place else self.operand(sendbuf, op, who)
         if told is None and in_place:
             raise ArgumentError(f"{who}: in place it cannot know who gets how much: pass recvcounts")
@@ -191,20 +191,20 @@ class Binder:
         """Allgather."""
         who = self.who("Allgather")
         recv = self.buffer(recvbuf, who, writable=True)
-        send = recv if sendbuf is IN_PLACE else self.buffer(sendbuf, who)
+        send = recv if is_in_place(sendbuf) else self.buffer(sendbuf, who)
         each = 0 if recv.opaque else recv.part(self.size)
         counts = (each,) * self.size
-        return self.gathering(key, "Allgather", send, recv, counts, algorithm, sendbuf is IN_PLACE)
+        return self.gathering(key, "Allgather", send, recv, counts, algorithm, is_in_place(sendbuf))
 
     def allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
         """Allgatherv."""
         who = self.who("Allgatherv")
         recv = self.buffer(recvbuf, who, writable=True)
-        send = recv if sendbuf is IN_PLACE else self.buffer(sendbuf, who)
+        send = recv if is_in_place(sendbuf) else self.buffer(sendbuf, who)
         counts = (0,) * self.size if recv.opaque else recv.parts(self.size)[0]
         if len(counts) != self.size:
             raise ArgumentError(f"{who}: {len(counts)} counts for {self.size} ranks: pass one a rank")
-        return self.gathering(None, "Allgatherv", send, recv, counts, algorithm, sendbuf is IN_PLACE)
+        return self.gathering(None, "Allgatherv", send, recv, counts, algorithm, is_in_place(sendbuf))
 
     def gathering(
         self,
@@ -329,7 +329,7 @@ class Binder:
     def reduction_buffers(self, sendbuf: Any, recvbuf: Any, op: MPI.Op, who: str) -> tuple[Message, Message]:
         """What goes in and what comes out; the same message twice when in place."""
         recv = self.operand(recvbuf, op, who, writable=True)
-        if sendbuf is IN_PLACE or sendbuf is recvbuf:
+        if is_in_place(sendbuf) or sendbuf is recvbuf:
             return recv, recv
         send = self.operand(sendbuf, op, who)
         if send.opaque or recv.opaque:
@@ -569,6 +569,11 @@ class Binder:
                 raise
 
         return run
+
+
+def is_in_place(sendbuf: Any) -> bool:
+    """mpi4py takes ``None`` for in place, too."""
+    return sendbuf is None or sendbuf is IN_PLACE
 
 
 class Packed:

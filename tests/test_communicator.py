@@ -402,3 +402,13 @@ def test_a_collective_lets_messages_that_were_sent_before_come_to_their_end(comm
                 assert (arrived == 3).all()
             comm.Allreduce(MPI.IN_PLACE, x, algorithm=algorithm)
         assert (x == comm.size).all()
+
+
+def test_none_means_in_place_as_in_mpi4py(comm: Communicator) -> None:
+    for algorithm in comm.algorithms("allgather"):
+        b = np.where(np.arange(comm.size) == comm.rank, comm.rank, -1)
+        comm.Allgather(None, b, algorithm=algorithm)
+        assert b.tolist() == list(range(comm.size))
+    a = np.ones(3)
+    comm.Allreduce(None, a)
+    assert (a == comm.size).all()
