@@ -8,16 +8,12 @@ import platform
 import sys
 from typing import Any
 
+from hpccomm.launcher import started_ranks
+
 SUMMARY = "what was found here, what is in force, and why"
 
 EXAMPLES = (4, 1024, 65536, 1 << 20, 16 << 20, 256 << 20)
 """Bytes whose decisions are shown."""
-
-LAUNCHERS = {
-    "OMPI_COMM_WORLD_SIZE": "mpirun (Open MPI)",
-    "PMI_SIZE": "mpiexec (hydra)",
-    "SLURM_STEP_NUM_TASKS": "srun (Slurm)",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,12 +84,14 @@ def version_of(package: str) -> str:
 
 def launch(comm: Any) -> dict[str, str]:
     """Who started the ranks, and where they are."""
-    started = [name for variable, name in LAUNCHERS.items() if variable in os.environ]
-    cores = len(os.sched_getaffinity(0))
+    _, launcher = started_ranks(os.environ)
+    cores = len(set().union(*comm.resources.node.allgather(os.sched_getaffinity(0))))
     crowd = max(comm.topology.per_node)
-    ranks = f"{cores} for this rank" + (" (fewer than ranks on the node: waiting yields)" if crowd > cores else "")
+    ranks = f"{cores} for the ranks of this node" + (
+        " (fewer than ranks on the node: waiting yields)" if crowd > cores else ""
+    )
     return {
-        "started by": started[0] if started else "no launcher (one rank)",
+        "started by": launcher or "no launcher (one rank)",
         "ranks": comm.topology.describe(),
         "cores": ranks,
         "threads a rank": os.environ.get("OMP_NUM_THREADS", "not set (OMP_NUM_THREADS)"),
