@@ -30,8 +30,8 @@ SYNCHRONISING = ("Allreduce", "Allgather", "Allgatherv", "Reduce_scatter", "Redu
 """Collectives that nobody leaves before all have come."""
 
 LOCKSTEP_BYTES = 1 << 23
-"""From here on such a collective compares all calls before the first message; below, the waiting would show (measured:
-40-60 µs on four ranks that share two cores, a sixth of a forced algorithm's 1 MiB)."""
+"""From here on our algorithms on messages compare all calls before the first message; below, the waiting would show
+(measured: 40-60 µs on four ranks that share two cores, a sixth of 1 MiB by a ring), and the tags tell as well."""
 
 SEGMENT_BYTES = 1 << 17
 """Length of a segment in chains and trees where the table does not say."""
@@ -70,7 +70,7 @@ class Binder:
         choice = self.choose("allreduce", recv, op, algorithm, who)
         signature = self.signature("Allreduce", recv, choice, algorithm, op)
         if choice.algorithm == "native":
-            return self.native(key, signature, "Allreduce", (send, recv), (op,), recv.nbytes)
+            return self.native(key, signature, "Allreduce", (send, recv), (op,))
         vector, source = recv.vector(), None if send is recv else send.vector()
         if choice.algorithm == "shared":
             plan = self.shared.bind_allreduce(
@@ -94,7 +94,7 @@ class Binder:
         signature = self.signature("Reduce", send, choice, algorithm, op, root)
         if choice.algorithm == "native":
             into = recv if self.rank == root else Message(recvbuf)
-            return self.native(key, signature, "Reduce", (send, into), (op, root), 0)
+            return self.native(key, signature, "Reduce", (send, into), (op, root))
         source = send.vector()
         if choice.algorithm == "shared":
             plan = self.shared.bind_reduce(
@@ -170,7 +170,7 @@ class Binder:
         choice = self.choose("reduce_scatter", send, op, algorithm, self.who(name), sum(counts))
         signature = self.signature(name, send, choice, algorithm, op, count="+".join(map(str, shortened(counts))))
         if choice.algorithm == "native":
-            return self.native(key, signature, name, (send, recv), arguments, send.nbytes)
+            return self.native(key, signature, name, (send, recv), arguments)
         total, mine = sum(counts), counts[self.rank]
         cuts = np.cumsum([0, *counts])
         into, source = recv.vector(mine), send.vector(total)
@@ -228,7 +228,7 @@ class Binder:
         if opaque and choice.algorithm != "native":
             return self.packed_gathering(send, recv, algorithm, in_place)
         if choice.algorithm == "native":
-            return self.native(key, signature, name, (recv if in_place else send, recv), (), octets)
+            return self.native(key, signature, name, (recv if in_place else send, recv), ())
         assert recv.dtype is not None
         cuts = np.cumsum([0, *counts])
         straight = list(displs) == cuts[:-1].tolist()
@@ -268,7 +268,7 @@ class Binder:
         choice = self.choose("bcast", data, None, algorithm, who, data.nbytes)
         signature = self.signature("Bcast", data, choice, algorithm, None, root)
         if choice.algorithm == "native":
-            return self.native(key, signature, "Bcast", (data,), (root,), 0)
+            return self.native(key, signature, "Bcast", (data,), (root,))
         packed = Packed(data, self.comm, data.nbytes) if data.opaque else None
         vector = packed.octets if packed else data.vector()
         before = packed.pack if packed and self.rank == root else None
@@ -299,7 +299,7 @@ class Binder:
         signature = Signature(name, op_name, count, dtype, "" if root is None else str(root))
         arguments = [each for each in (op, root) if each is not None]
         call, comm = getattr(MPI.Intracomm, name), self.comm
-        self.checked(signature, lambda: call(comm, *buffers, *arguments), 0)()
+        self.checked(signature, lambda: call(comm, *buffers, *arguments), False)()
 
     def who(self, name: str) -> str:
         """How errors of this call begin."""
@@ -493,9 +493,12 @@ class Binder:
         name: str,
         buffers: tuple[Message, ...],
         arguments: tuple[Any, ...],
-        lockstep_bytes: int,
     ) -> Bound:
-        """Bind MPI's own algorithm; forms of plain memory can be kept, they do not keep the user's array alive."""
+        """Bind MPI's own algorithm; forms of plain memory can be kept, they do not keep the user's array alive.
+
+        Where nobody may leave before all have come, the calls are compared first: of counts that differ MPI makes wrong
+        sums, left-over messages or (MPICH) an end without a word to Python.
+        """
         method, comm = getattr(MPI.Intracomm, name), self.comm
         first = buffers[0]
         same = len(buffers) == 2 and buffers[1] is first
@@ -507,7 +510,7 @@ class Binder:
                 IN_PLACE if same and k == 0 else standing(each, each.part(self.size) if k in divided else each.elements)
                 for k, each in enumerate(buffers)
             ]
-        run = self.checked(signature, lambda: method(comm, *forms, *arguments), lockstep_bytes)
+        run = self.checked(signature, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING)
         return self.resources.keep(key, Bound(run)) if reusable else Bound(run)
 
     def keep(
@@ -519,7 +522,7 @@ class Binder:
         lockstep_bytes: int,
     ) -> Bound:
         """A bound call of ours on messages, kept under its key."""
-        bound = Bound(self.checked(signature, in_turn(moves), lockstep_bytes), free)
+        bound = Bound(self.checked(signature, in_turn(moves), lockstep_bytes >= LOCKSTEP_BYTES), free)
         return bound if key is None else self.resources.keep(key, bound)
 
     def keep_shared(self, key: Hashable, signature: Signature, plan: Run) -> Bound:
@@ -544,7 +547,7 @@ class Binder:
         bound = Bound(run)
         return bound if key is None else self.resources.keep(key, bound)
 
-    def checked(self, signature: Signature, body: Run, lockstep_bytes: int) -> Run:
+    def checked(self, signature: Signature, body: Run, lockstep: bool) -> Run:
         """``body`` between the two looks at what the other ranks call."""
         roll = self.resources.roll
         if roll is None:
@@ -552,7 +555,6 @@ class Binder:
         word = roll.announce(signature)
         enter = roll.begin if signature.collective in SYNCHRONISING else roll.enter
         leave, wait = roll.leave, roll.wait
-        lockstep = lockstep_bytes >= LOCKSTEP_BYTES
 
         def run() -> None:
             try:

@@ -342,24 +342,21 @@ def test_what_one_rank_can_know_is_refused_before_the_first_message(comm: Commun
     assert (y == comm.size).all()
 
 
-def test_ranks_that_call_different_things_all_raise_and_can_go_on(comm: Communicator) -> None:
-    """Long vectors are compared before anything moves."""
+@pytest.mark.parametrize("algorithm", ["auto", "native"])
+@pytest.mark.parametrize("n", [5, 1 << 18])
+def test_ranks_that_call_different_things_all_raise_and_can_go_on(comm: Communicator, algorithm: str, n: int) -> None:
+    """They are compared before anything moves."""
     odd = comm.rank == comm.size - 1
-    n = 1 << 18
-    pairs: list[tuple[Any, Any]] = [
-        (
-            lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n, "f4")),
-            lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n, "i4")),
-        ),
-        (lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n)), lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n), MPI.MAX)),
-        (lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n)), lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(n + 1))),
+    unlike = [
+        (np.ones(n, "f4"), MPI.SUM, np.ones(n, "i4"), MPI.SUM),
+        (np.ones(n), MPI.SUM, np.ones(n), MPI.MAX),
+        (np.ones(n), MPI.SUM, np.ones(n + 1), MPI.SUM),
     ]
-    for usual, unusual in pairs:
-        if comm.size > 1:
-            with pytest.raises(hpccomm.MismatchError, match=f"rank {comm.size - 1} called"):
-                (unusual if odd else usual)()
-    a = np.ones(5)
-    comm.Allreduce(MPI.IN_PLACE, a)
+    for usual, op, unusual, other_op in unlike if comm.size > 1 else []:
+        with pytest.raises(hpccomm.MismatchError, match=f"rank {comm.size - 1} called"):
+            comm.Allreduce(MPI.IN_PLACE, unusual if odd else usual, other_op if odd else op, algorithm=algorithm)
+    a = np.ones(n)
+    comm.Allreduce(MPI.IN_PLACE, a, algorithm=algorithm)
     assert (a == comm.size).all()
 
 
