@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -10,26 +11,13 @@ from mpi4py import MPI
 
 import hpccomm
 from hpccomm import ArgumentError, Communicator
+from hpccomm.testing import verifiable
 
 pytestmark = pytest.mark.mpi
 
 EVERY_SIZE = pytest.mark.mpi(sizes=(1, 2, 3, 4, 5, 7, 8), timeout=400)
 
-SUM_TYPES = ("i4", "i8", "u2", "f4", "f8", "c8", "c16")
-LOGICAL = (MPI.LAND, MPI.LOR, MPI.LXOR)
-BITWISE = (MPI.BAND, MPI.BOR, MPI.BXOR)
-UFUNCS = [
-    (MPI.SUM, np.add),
-    (MPI.PROD, np.multiply),
-    (MPI.MIN, np.minimum),
-    (MPI.MAX, np.maximum),
-    (MPI.LAND, np.logical_and),
-    (MPI.LOR, np.logical_or),
-    (MPI.LXOR, np.logical_xor),
-    (MPI.BAND, np.bitwise_and),
-    (MPI.BOR, np.bitwise_or),
-    (MPI.BXOR, np.bitwise_xor),
-]
+OPERATIONS = {name: getattr(MPI, name.upper()) for name in verifiable.FOLDS}
 
 
 def lengths(p: int) -> list[int]:
@@ -37,72 +25,56 @@ def lengths(p: int) -> list[int]:
 
 
 def operand(rank: int, n: int, dtype: Any) -> Any:
-    """Distinct per rank and position; small integers, so every order of summation is exact."""
-    values = (rank + 1) * 7 + np.arange(n) % 61
-    return (values % 3 == 0) if np.dtype(dtype) == bool else values.astype(dtype)
+    """Distinct per rank and position."""
+    return verifiable.operand(rank, 16, n, dtype)
 
 
-def folded(op: MPI.Op, p: int, n: int, dtype: Any) -> Any:
-    """The operation applied in rank order."""
-    ufunc = next(ufunc for each, ufunc in UFUNCS if each == op)
-    result = operand(0, n, dtype)
-    for rank in range(1, p):
-        result = ufunc(result, operand(rank, n, dtype)).astype(dtype)
-    return result
+def total(p: int, n: int, dtype: Any) -> Any:
+    """The sum of all operands."""
+    return sum((operand(rank, n, dtype) for rank in range(1, p)), operand(0, n, dtype)).astype(dtype)
 
 
 def same_on_all(comm: Communicator, array: Any) -> bool:
     """Whether all ranks hold the same bits."""
-    return len(set(comm.allgather(array.tobytes()))) == 1
+    return len(set(comm.allgather(hashlib.sha256(array).digest()))) == 1
 
 
-def check_allreduce(comm: Communicator, n: int, dtype: Any, op: MPI.Op, algorithm: str) -> None:
-    a, b = operand(comm.rank, n, dtype), np.empty(n, dtype)
-    want = folded(op, comm.size, n, dtype)
-    comm.Allreduce(a, b, op, algorithm=algorithm)
-    assert np.array_equal(a, operand(comm.rank, n, dtype)), "the input was touched"
-    assert np.array_equal(b, want)
-    assert same_on_all(comm, b)
-    for _ in range(2):
-        a[...] = operand(comm.rank, n, dtype)
-        comm.Allreduce(MPI.IN_PLACE, a, op, algorithm=algorithm)
-        assert np.array_equal(a, want)
+def check_allreduce(comm: Communicator, n: int, dtype: Any, op: str) -> None:
+    """Every algorithm, out of place and in place (twice), against numbers that are exact in any order."""
+    mine, want = (
+        verifiable.operand(comm.rank, comm.size, n, dtype, op),
+        verifiable.expected(comm.size, n, dtype, op),
+    )
+    for algorithm in comm.algorithms("allreduce"):
+        a, b = mine.copy(), np.empty(n, dtype)
+        comm.Allreduce(a, b, OPERATIONS[op], algorithm=algorithm)
+        assert np.array_equal(a, mine), "the input was touched"
+        assert np.array_equal(b, want), (algorithm, n, dtype, op)
+        assert same_on_all(comm, b)
+        for _ in range(2):
+            a[...] = mine
+            comm.Allreduce(MPI.IN_PLACE, a, OPERATIONS[op], algorithm=algorithm)
+            assert np.array_equal(a, want), (algorithm, n, dtype, op)
 
 
 @EVERY_SIZE
 def test_allreduce_is_exact_for_every_algorithm_length_and_dtype(comm: Communicator) -> None:
-    for algorithm in comm.algorithms("allreduce"):
-        for n in lengths(comm.size):
-            for dtype in SUM_TYPES:
-                check_allreduce(comm, n, dtype, MPI.SUM, algorithm)
+    for n in lengths(comm.size):
+        for dtype in verifiable.DTYPES:
+            check_allreduce(comm, n, dtype, "lxor" if dtype == "?" else "sum")
 
 
 @EVERY_SIZE
 def test_allreduce_of_a_million_elements_is_exact(comm: Communicator) -> None:
-    n = 2**20 + 1
-    for algorithm in comm.algorithms("allreduce"):
-        for dtype in ("i4", "f4", "f8", "c16", "?") if comm.size <= 3 else ("f4", "?"):
-            op = MPI.LOR if dtype == "?" else MPI.SUM
-            check_allreduce(comm, n, dtype, op, algorithm)
+    for dtype in verifiable.DTYPES:
+        check_allreduce(comm, 2**20 + 1, dtype, "lxor" if dtype == "?" else "sum")
 
 
 @EVERY_SIZE
 def test_every_operation_is_exact(comm: Communicator) -> None:
-    for algorithm in comm.algorithms("allreduce"):
-        for op in (MPI.MIN, MPI.MAX, *LOGICAL, *BITWISE):
-            check_allreduce(comm, 100, "i4", op, algorithm)
-        for op in (MPI.MIN, MPI.MAX):
-            check_allreduce(comm, 100, "f8", op, algorithm)
-        for op in LOGICAL:
-            check_allreduce(comm, 100, "?", op, algorithm)
-
-
-def test_products_are_exact(comm: Communicator) -> None:
-    for algorithm in comm.algorithms("allreduce"):
-        a = np.where(np.arange(50) % comm.size == comm.rank, 2.0, -1.0)
-        want = np.full(50, 2.0 * (-1) ** (comm.size - 1))
-        comm.Allreduce(MPI.IN_PLACE, a, MPI.PROD, algorithm=algorithm)
-        assert np.array_equal(a, want)
+    for dtype in ("i4", "f8", "?"):
+        for op in verifiable.operations(dtype):
+            check_allreduce(comm, 100, dtype, op)
 
 
 def test_reduce_gives_the_root_the_result_and_touches_nothing_else(comm: Communicator) -> None:
@@ -113,7 +85,7 @@ def test_reduce_gives_the_root_the_result_and_touches_nothing_else(comm: Communi
                 b = np.full(n, -1, "f4")
                 comm.Reduce(a, b, root=root, algorithm=algorithm)
                 assert np.array_equal(a, operand(comm.rank, n, "f4"))
-                want = folded(MPI.SUM, comm.size, n, "f4") if comm.rank == root else np.full(n, -1, "f4")
+                want = total(comm.size, n, "f4") if comm.rank == root else np.full(n, -1, "f4")
                 assert np.array_equal(b, want)
                 here = comm.rank == root
                 comm.Reduce(MPI.IN_PLACE if here else a, a if here else None, root=root, algorithm=algorithm)
@@ -128,6 +100,34 @@ def test_bcast_copies_the_root_everywhere(comm: Communicator) -> None:
                 a = operand(comm.rank, n, "f8")
                 comm.Bcast(a, root, algorithm=algorithm)
                 assert np.array_equal(a, operand(root, n, "f8"))
+
+
+@pytest.mark.mpi(sizes=(2, 3, 5), timeout=400)
+def test_the_other_collectives_are_exact_with_a_million_elements(comm: Communicator) -> None:
+    n, p, me = 2**20 + 1, comm.size, comm.rank
+    ends = [0, *(n * (k + 1) // p for k in range(p))]
+    mine = slice(ends[me], ends[me + 1])
+    for dtype in verifiable.DTYPES:
+        op = "lxor" if dtype == "?" else "sum"
+        a, want = verifiable.operand(me, p, n, dtype, op), verifiable.expected(p, n, dtype, op)
+        for algorithm in comm.algorithms("reduce"):
+            b = np.zeros(n, dtype)
+            comm.Reduce(a, b, OPERATIONS[op], p - 1, algorithm=algorithm)
+            assert np.array_equal(b, want if me == p - 1 else np.zeros(n, dtype)), ("reduce", algorithm, dtype)
+        for algorithm in comm.algorithms("reduce_scatter"):
+            b = np.zeros(ends[me + 1] - ends[me], dtype)
+            comm.Reduce_scatter(a, b, np.diff(ends).tolist(), OPERATIONS[op], algorithm=algorithm)
+            assert np.array_equal(b, want[mine]), ("reduce_scatter", algorithm, dtype)
+        for algorithm in comm.algorithms("allgather"):
+            b = np.zeros(n, dtype)
+            places = [b, np.diff(ends).tolist(), ends[:-1], MPI.Datatype.fromcode(np.dtype(dtype).char)]
+            comm.Allgatherv(want[mine], places, algorithm=algorithm)
+            assert np.array_equal(b, want), ("allgather", algorithm, dtype)
+        for algorithm in comm.algorithms("bcast"):
+            b = want.copy() if me == p - 1 else np.zeros(n, dtype)
+            comm.Bcast(b, p - 1, algorithm=algorithm)
+            assert np.array_equal(b, want), ("bcast", algorithm, dtype)
+        assert np.array_equal(a, verifiable.operand(me, p, n, dtype, op)), "the input was touched"
 
 
 def test_bcast_of_a_derived_datatype_works_with_every_algorithm(comm: Communicator) -> None:
@@ -186,7 +186,7 @@ def test_reduce_scatter_gives_every_rank_its_part(comm: Communicator) -> None:
         ends = np.cumsum([0, *counts])
         a = operand(comm.rank, int(ends[-1]), "f8")
         b = np.empty(counts[comm.rank])
-        want = folded(MPI.SUM, comm.size, int(ends[-1]), "f8")[ends[comm.rank] : ends[comm.rank + 1]]
+        want = total(comm.size, int(ends[-1]), "f8")[ends[comm.rank] : ends[comm.rank + 1]]
         comm.Reduce_scatter(a, b, counts, algorithm=algorithm)
         assert np.array_equal(b, want)
         b[...] = 0
@@ -199,7 +199,7 @@ def test_reduce_scatter_block_gives_equal_parts(comm: Communicator) -> None:
     for algorithm in comm.algorithms("reduce_scatter"):
         for n in (0, 1, 1000):
             a, b = operand(comm.rank, n * comm.size, "i8"), np.empty(n, "i8")
-            want = folded(MPI.SUM, comm.size, n * comm.size, "i8")[n * comm.rank : n * (comm.rank + 1)]
+            want = total(comm.size, n * comm.size, "i8")[n * comm.rank : n * (comm.rank + 1)]
             comm.Reduce_scatter_block(a, b, algorithm=algorithm)
             assert np.array_equal(b, want)
             comm.Reduce_scatter_block(MPI.IN_PLACE, a, algorithm=algorithm)
