@@ -1,0 +1,343 @@
+"""Communicators of ranks that are threads of one process: mpi4py's spelling, for tests and for runs without a launcher.
+
+*p ranks.*  A collective is one meeting: every rank brings its buffers, one of them combines the parts in rank order,
+each takes what is its own, and nobody leaves before all have.  So every sum is ((x0 + x1) + x2) + …, bit for bit.
+Point-to-point messages are copies in the receiver's box, in the order sent.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hpccomm.errors import MismatchError
+from hpccomm.operations import combiner, name_of
+from hpccomm.topology import Topology
+
+IN_PLACE = MPI.IN_PLACE
+
+
+class Meeting:
+    """Where the ranks of one communicator meet."""
+
+    def __init__(self, size: int, nodes: Sequence[int], patience: float) -> None:
+        self.size, self.nodes, self.patience = size, list(nodes), patience
+        self.brought: list[Any] = [None] * size
+        self.agreed: Any = None
+        self.doing: Callable[[list[Any]], Any] = list
+        self.barrier = threading.Barrier(size, self.agree, timeout=patience)
+        self.done = threading.Barrier(size, timeout=patience)
+        self.mail = threading.Condition()
+        self.boxes: list[list[tuple[int, int, bytes]]] = [[] for _ in range(size)]
+        self.parts: list[Meeting] = []
+
+    def agree(self) -> None:
+        """The last to come combines what all have brought."""
+        names = [name for name, _ in self.brought]
+        odd = next((rank for rank, name in enumerate(names) if name != names[0]), None)
+        if odd is not None:
+            self.agreed = MismatchError(f"rank {odd} called {names[odd]}, rank 0 {names[0]}: make the calls the same")
+            return
+        try:
+            self.agreed = self.doing([part for _, part in self.brought])
+        except Exception as error:  # raised again by all
+            self.agreed = error
+
+    def abort(self) -> None:
+        """Let nobody wait for a rank that has ended with an error."""
+        self.barrier.abort()
+        self.done.abort()
+        for part in self.parts:
+            part.abort()
+
+
+class ThreadCommunicator:
+    """One rank's communicator; :func:`run_on_ranks` makes it.
+
+    Buffers are C-contiguous arrays, or ``[array, counts]`` where MPI takes counts.
+    """
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self.rank, self.size = meeting, rank, meeting.size
+        self._levels: dict[str, ThreadCommunicator] = {}
+
+    # One meeting
+
+    def meet(self, name: str, mine: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
+        """What ``combine`` makes of the parts of all ranks; the parts stay as they are until :meth:`leave`."""
+        meeting = self.meeting
+        meeting.brought[self.rank] = (name, mine)
+        meeting.doing = combine
+        try:
+            meeting.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise TimeoutError(
+                f"rank {self.rank} waited in {name} for ranks that did not come: let every rank make the call"
+            ) from None
+        return meeting.agreed
+
+    def leave(self) -> None:
+        """Wait until all have taken what is theirs."""
+        self.meeting.done.wait()
+
+    def together(
+        self, name: str, mine: Any, combine: Callable[[list[Any]], Any], take: Callable[[Any], Any] = lambda it: it
+    ) -> Any:
+        """One meeting from coming to leaving; returns what ``take`` makes of the agreed."""
+        agreed = self.meet(name, mine, combine)
+        try:
+            if isinstance(agreed, Exception):
+                raise agreed
+            return take(agreed)
+        finally:
+            self.leave()
+
+    def Get_rank(self) -> int:
+        """This rank."""
+        return self.rank
+
+    def Get_size(self) -> int:
+        """How many ranks there are."""
+        return self.size
+
+    # Where the ranks live
+
+    @property
+    def topology(self) -> Topology:
+        """Which ranks share a node."""
+        known = sorted(set(self.meeting.nodes))
+        return Topology(np.array([known.index(each) for each in self.meeting.nodes]), tuple(f"node{n}" for n in known))
+
+    @property
+    def intra_node(self) -> ThreadCommunicator:
+        """The ranks of this node (the first use is collective)."""
+        return self._level("intra", int(self.topology.nodes[self.rank]))
+
+    @property
+    def inter_node(self) -> ThreadCommunicator:
+        """The ranks with the same place on their nodes (the first use is collective)."""
+        return self._level("inter", self.topology.place(self.rank))
+
+    def _level(self, name: str, color: int) -> ThreadCommunicator:
+        if name not in self._levels:
+            self._levels[name] = self.Split(color, self.rank)
+        return self._levels[name]
+
+    # Communicators made from this one
+
+    def Split(self, color: int = 0, key: int = 0) -> Any:
+        """One communicator for each color; ``MPI.COMM_NULL`` for ``MPI.UNDEFINED``."""
+        meetings = self.together("Split", (color, key), self._divide)
+        if color == MPI.UNDEFINED:
+            return MPI.COMM_NULL
+        meeting, members = meetings[color]
+        return ThreadCommunicator(meeting, members.index(self.rank))
+
+    def _divide(self, asked: list[tuple[int, int]]) -> dict[int, tuple[Meeting, list[int]]]:
+        found = {}
+        for color in {color for color, _ in asked} - {MPI.UNDEFINED}:
+            members = sorted((key, rank) for rank, (its, key) in enumerate(asked) if its == color)
+            ranks = [rank for _, rank in members]
+            nodes = [self.meeting.nodes[rank] for rank in ranks]
+            found[color] = (Meeting(len(ranks), nodes, self.meeting.patience), ranks)
+            self.meeting.parts.append(found[color][0])
+        return found
+
+    def Dup(self) -> ThreadCommunicator:
+        """A communicator of the same ranks."""
+        made: ThreadCommunicator = self.Split(0, self.rank)
+        return made
+
+    def Free(self) -> None:
+        """Nothing is held."""
+
+    # Collectives
+
+    def Barrier(self) -> None:
+        """Wait for all ranks."""
+        self.together("Barrier", None, list)
+
+    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None) -> None:
+        """Reduce over all ranks, the result on all."""
+        receive = vector(recvbuf)
+        send = receive if sendbuf is IN_PLACE else vector(sendbuf)
+        form = f"Allreduce({send.size} {send.dtype}, {name_of(op)})"
+        self.together(form, send, lambda parts: folded(parts, op), lambda total: np.copyto(receive, total))
+
+    def Reduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, root: int = 0) -> None:
+        """Reduce over all ranks, the result on ``root``."""
+        send = vector(recvbuf if sendbuf is IN_PLACE else sendbuf)
+
+        def take(total: Any) -> None:
+            if self.rank == root:
+                vector(recvbuf)[...] = total
+
+        self.together(f"Reduce({send.size} {send.dtype}, root {root})", send, lambda parts: folded(parts, op), take)
+
+    def Reduce_scatter(
+        self, sendbuf: Any, recvbuf: Any, recvcounts: Sequence[int] | None = None, op: MPI.Op = MPI.SUM
+    ) -> None:
+        """Reduce over all ranks, ``recvcounts[r]`` elements of the result on rank r."""
+        send, receive = vector(sendbuf), vector(recvbuf)
+        counts = [receive.size] * self.size if recvcounts is None else list(recvcounts)
+        first = sum(counts[: self.rank])
+        self.together(
+            f"Reduce_scatter({counts} {send.dtype})",
+            send,
+            lambda parts: folded(parts, op),
+            lambda total: np.copyto(receive, total[first : first + counts[self.rank]]),
+        )
+
+    def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
+        """Reduce over all ranks, an equal part of the result on each."""
+        self.Reduce_scatter(sendbuf, recvbuf, op=op)
+
+    def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
+        """Collect an equal part from every rank, in rank order, on all."""
+        send, receive = vector(sendbuf), vector(recvbuf)
+        form = f"Allgather({send.nbytes} bytes)"
+        self.together(form, send, list, lambda parts: np.copyto(receive, np.concatenate(parts).view(receive.dtype)))
+
+    def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
+        """Collect a part of any length from every rank, in rank order, on all."""
+        receive, counts = vector(recvbuf), list(recvbuf[1])
+        send = vector(sendbuf)
+
+        def take(parts: list[Any]) -> None:
+            brought = [part.size for part in parts]
+            if brought != counts:
+                raise MismatchError(
+                    f"rank {self.rank}: Allgatherv expects {counts} elements, the ranks bring {brought}"
+                )
+            receive[: sum(counts)] = np.concatenate(parts)
+
+        self.together(f"Allgatherv({send.dtype})", send, list, take)
+
+    def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None) -> None:
+        """Copy ``root``'s buffer to all ranks."""
+        array = vector(buf)
+        form = f"Bcast({array.size} {array.dtype}, root {root})"
+        self.together(form, array, lambda parts: parts[root].copy(), lambda given: np.copyto(array, given))
+
+    def allgather(self, thing: Any) -> list[Any]:
+        """The objects of all ranks."""
+        found: list[Any] = self.together("allgather", thing, list, list)
+        return found
+
+    def bcast(self, thing: Any, root: int = 0) -> Any:
+        """``root``'s object."""
+        return self.together(f"bcast(root {root})", thing, lambda parts: parts[root])
+
+    # Messages
+
+    def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
+        """Put a copy into the receiver's box; never waits."""
+        with self.meeting.mail:
+            self.meeting.boxes[dest].append((self.rank, tag, vector(buf).tobytes()))
+            self.meeting.mail.notify_all()
+
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> MPI.Request:
+        """As :meth:`Send`; the request is done."""
+        self.Send(buf, dest, tag)
+        return MPI.REQUEST_NULL
+
+    def Iprobe(self, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG, status: MPI.Status | None = None) -> bool:
+        """Whether a message waits, and in ``status`` which."""
+        with self.meeting.mail:
+            found = self._find(source, tag)
+        if found is not None and status is not None:
+            say(status, found)
+        return found is not None
+
+    def Probe(self, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG, status: MPI.Status | None = None) -> bool:
+        """Wait for a message."""
+        until = time.monotonic() + self.meeting.patience
+        with self.meeting.mail:
+            while (found := self._find(source, tag)) is None:
+                left = until - time.monotonic()
+                self.meeting.mail.wait(min(max(left, 0), 1.0))
+                if self.meeting.done.broken or left <= 0:
+                    raise TimeoutError(f"rank {self.rank} waited for a message from {source} with tag {tag}")
+        if status is not None:
+            say(status, found)
+        return True
+
+    def Recv(
+        self, buf: Any, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG, status: MPI.Status | None = None
+    ) -> None:
+        """Wait for a message and take it."""
+        self.Probe(source, tag)
+        with self.meeting.mail:
+            found = self._find(source, tag)
+            assert found is not None
+            self.meeting.boxes[self.rank].remove(found)
+        bytes_of(buf)[: len(found[2])] = np.frombuffer(found[2], np.uint8)
+        if status is not None:
+            say(status, found)
+
+    def _find(self, source: int, tag: int) -> tuple[int, int, bytes] | None:
+        for letter in self.meeting.boxes[self.rank]:
+            if source in (MPI.ANY_SOURCE, letter[0]) and tag in (MPI.ANY_TAG, letter[1]):
+                return letter
+        return None
+
+
+def vector(buffer: Any) -> Any:
+    """A buffer as a flat array on the same memory."""
+    array = buffer[0] if isinstance(buffer, list | tuple) else buffer
+    return np.asarray(array).reshape(-1)
+
+
+def bytes_of(buffer: Any) -> Any:
+    """A buffer as a flat array of bytes on the same memory."""
+    return vector(buffer).view(np.uint8)
+
+
+def say(status: MPI.Status, letter: tuple[int, int, bytes]) -> None:
+    """Fill in a status."""
+    status.source, status.tag = letter[0], letter[1]
+    status.Set_elements(MPI.BYTE, len(letter[2]))
+
+
+def folded(parts: list[Any], op: MPI.Op) -> Any:
+    """((x0 op x1) op x2) …"""
+    total, combine = parts[0].copy(), combiner(op)
+    for part in parts[1:]:
+        combine(total, part, total)
+    return total
+
+
+def run_on_ranks(
+    size: int,
+    function: Callable[[Any], Any],
+    nodes: Sequence[int] | None = None,
+    patience: float = 60.0,
+) -> list[Any]:
+    """What ``function(comm)`` returns on each of ``size`` ranks; ``nodes`` says on which node each lives (one for all).
+
+    The first rank's exception is raised here; ranks that then wait for it end, too.
+    """
+    meeting = Meeting(size, [0] * size if nodes is None else nodes, patience)
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def body(rank: int) -> None:
+        try:
+            results[rank] = function(ThreadCommunicator(meeting, rank))
+        except BaseException as error:
+            errors.append(error)
+            meeting.abort()
+
+    threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
