@@ -111,7 +111,7 @@ def momentum(beta: float, nesterov: bool = False) -> Transform:
 class AdamState(NamedTuple):
     """How many updates, and the running means of the gradient and of its square."""
 
-    updates: int
+    updates: float
     mean: Vector
     square: Vector
 

@@ -1,0 +1,139 @@
+"""A state is nested tuples of arrays and numbers: taken apart by path, put together again, written and read.
+
+*A path names a leaf: ``outer.1.moved``.*  Every rank has a state of its own (residuals, local moments, the
+place in a block), so every rank writes a file of its own; a file appears whole or not at all, and a run that
+goes on from it takes the very steps of the one that was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpccomm.errors import ArgumentError
+
+NUMBERS = (bool, int, float)
+
+
+def leaves(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The path and value of every array and number in a state, depth first."""
+    if isinstance(state, tuple):
+        names = getattr(state, "_fields", range(len(state)))
+        for name, each in zip(names, state, strict=True):
+            yield from leaves(each, f"{path}.{name}" if path else str(name))
+    elif state is not None:
+        yield path, state
+
+
+def mapped(function: Callable[[str, Any], Any], state: Any, path: str = "") -> Any:
+    """A state of the same form whose leaves are ``function(path, leaf)``."""
+    if state is None or not isinstance(state, tuple):
+        return state if state is None else function(path, state)
+    names = getattr(state, "_fields", range(len(state)))
+    parts = [
+        mapped(function, each, f"{path}.{name}" if path else str(name)) for name, each in zip(names, state, strict=True)
+    ]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+
+
+def state_dict(state: Any) -> dict[str, Any]:
+    """Copies of all arrays, and the numbers, by their paths.  Raises for a state that holds anything else."""
+    found: dict[str, Any] = {}
+    for path, leaf in leaves(state):
+        if not isinstance(leaf, np.ndarray | np.generic | bool | int | float):
+            raise ArgumentError(
+                f"state_dict: {path or 'the state'} is {type(leaf).__name__}: a state is nested tuples of arrays "
+                "and numbers"
+            )
+        found[path] = leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+    return found
+
+
+def load_state_dict(like: Any, saved: dict[str, Any]) -> Any:
+    """The saved values in the form of ``like``, which is what ``init(weights)`` returns; ``like`` is not written.
+
+    Raises where paths, shapes or dtypes differ: another method, model or number of ranks wrote them.
+    """
+    wanted = {path for path, _ in leaves(like)}
+    if wanted != saved.keys():
+        missing, extra = sorted(wanted - saved.keys()), sorted(saved.keys() - wanted)
+        raise ArgumentError(
+            f"load_state_dict: missing {missing}, not in this method's state {extra}: load into the method that saved"
+        )
+    return mapped(lambda path, leaf: restored(path, leaf, saved[path]), like)
+
+
+def restored(path: str, like: Any, value: Any) -> Any:
+    """One leaf: an array of the same shape and dtype, or a number."""
+    if not isinstance(like, np.ndarray):
+        return np.asarray(value).item() if isinstance(like, NUMBERS) else np.asarray(value)[()]
+    array = np.asarray(value)
+    if array.shape != like.shape or array.dtype != like.dtype:
+        raise ArgumentError(
+            f"load_state_dict: {path} was saved as {array.dtype} of shape {array.shape}, this method has {like.dtype} "
+            f"of shape {like.shape}: use the model, the dtype and the number of ranks of the run that saved"
+        )
+    return array.copy()
+
+
+# Files
+
+
+def save(path: str | os.PathLike[str], **states: Any) -> None:
+    """Write states by name, ``save(f"step{n}.rank{comm.rank}.npz", weights=weights, method=state)``.
+
+    The file is written under another name in the same folder, flushed to the disk, and only then renamed, so
+    that a reader finds the old one or the new one and never a part.
+    """
+    target = Path(path)
+    found = state_dict(tuple(states.values()))
+    names = list(states)
+    entries = {renamed(path, names): value for path, value in found.items()}
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **entries)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    flush_folder(target.parent)
+
+
+def load(path: str | os.PathLike[str], **like: Any) -> tuple[Any, ...]:
+    """What :func:`save` wrote, in the form of ``like``: ``weights, state = load(p, weights=weights, method=state)``.
+
+    Raises where the file holds other names, shapes or dtypes.  Nothing in the file is executed.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        entries = {name: file[name] for name in file.files}
+    names = list(like)
+    known = {renamed(path, names): path for path, _ in leaves(tuple(like.values()))}
+    saved = {known.get(name, name): value for name, value in entries.items()}
+    found: tuple[Any, ...] = load_state_dict(tuple(like.values()), saved)
+    return found
+
+
+def renamed(path: str, names: list[str]) -> str:
+    """A leaf's path with the name of its state in place of its number."""
+    first, dot, rest = path.partition(".")
+    return f"{names[int(first)]}{dot}{rest}"
+
+
+def flush_folder(folder: Path) -> None:
+    """Let the rename reach the disk, where folders can be flushed."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

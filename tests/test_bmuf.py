@@ -1,0 +1,545 @@
+"""Blocks of local steps: the published recursions to the last bit, identities between methods, and uneven ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpccomm.algorithms.bmuf import bmuf, bmuf_adam, extrapolation
+from hpccomm.algorithms.exchange import check_replicas, mean, spent, synchronous_sgd
+from hpccomm.algorithms.periodic import (
+    Landing,
+    Periodic,
+    diloco,
+    landing,
+    local_sgd,
+    periodic,
+    post_local_sgd,
+    slowmo,
+)
+from hpccomm.algorithms.transforms import AdamState, Transform, adam, chain, momentum, scale
+from hpccomm.errors import ArgumentError
+from hpccomm.testing.ranks import run_on_ranks
+
+Vector = Any
+CENTRES = np.array([[1, 2, 3, -1, 0, 4], [3, 0, 1, 1, -2, 2]], "f8")
+MIDDLE = np.array([2, 1, 2, 0, -1, 3], "f8")
+HALF = scale(-0.5)
+METHODS: dict[str, Callable[[Any], Periodic]] = {
+    "local_sgd": lambda comm: local_sgd(comm, HALF, 2),
+    "post_local_sgd": lambda comm: post_local_sgd(comm, chain(momentum(0.5), HALF), 2, after=3),
+    "slowmo": lambda comm: slowmo(comm, HALF, 0.5, 2, beta=0.25),
+    "diloco": lambda comm: diloco(comm, chain(adam(), scale(-0.01)), 3),
+    "bmuf": lambda comm: bmuf(comm, chain(momentum(0.5), HALF), 3),
+    "bmuf nesterov": lambda comm: bmuf(comm, chain(momentum(0.5), HALF), 3, nesterov="paper"),
+    "bmuf lookahead": lambda comm: bmuf(comm, HALF, 2, nesterov="lookahead"),
+    "bmuf sharded": lambda comm: bmuf(comm, HALF, 2, nesterov="paper", shard_state=True),
+    "bmuf reset": lambda comm: bmuf(comm, chain(momentum(0.5), HALF), 2, local_state="reset", warmup=1),
+    "bmuf average": lambda comm: bmuf(comm, chain(momentum(0.5), HALF), 2, local_state="average"),
+    "bmuf_adam": lambda comm: bmuf_adam(comm, 0.01, 2),
+}
+
+
+def quadratic(method: Periodic, comm: Any, steps: int, centres: Vector = CENTRES, dtype: str = "f8") -> Any:
+    """Minimise ½‖w − c_r‖²; the weights and the exported model after each step, and the last state."""
+    centre = centres[comm.rank % len(centres)].astype(dtype)
+    weights = np.zeros(centre.size, dtype)
+    state, seen, models = method.init(weights), [], []
+    for _ in range(steps):
+        step, state = method.update(weights - centre, state, weights)
+        weights += step
+        seen.append(weights.copy())
+        models.append(method.export(state).copy())
+    return seen, models, state
+
+
+def differing(comm: Any, seed: int = 0) -> Vector:
+    """Centres with many bits that are not shared by the ranks."""
+    return np.random.default_rng(seed).standard_normal((comm.size, 37))
+
+
+# The golden table: two workers, ½‖w − c‖², rate ½, τ = 2, η = ½, ζ = 1; everything is a multiple of the middle
+
+GOLDEN: dict[str, tuple[Callable[[Any], Periodic], list[float], list[float]]] = {
+    "averaging": (lambda comm: local_sgd(comm, HALF, 2), [0.75, 0.9375, 0.984375], [0.75, 0.9375, 0.984375]),
+    "averaging is momentum 0": (
+        lambda comm: bmuf(comm, HALF, 2, momentum=0),
+        [0.75, 0.9375, 0.984375],
+        [0.75, 0.9375, 0.984375],
+    ),
+    "classical": (lambda comm: bmuf(comm, HALF, 2), [0.75, 1.3125, 1.359375], [0.75, 1.3125, 1.359375]),
+    "nesterov": (
+        lambda comm: bmuf(comm, HALF, 2, nesterov="paper"),
+        [1.125, 1.171875, 1.048828125],
+        [0.75, 1.03125, 1.04296875],
+    ),
+    "lookahead": (
+        lambda comm: bmuf(comm, HALF, 2, nesterov="lookahead"),
+        [1.125, 1.546875, 1.142578125],
+        [1.125, 1.546875, 1.142578125],
+    ),
+    "lookahead, small rate": (
+        lambda comm: bmuf(comm, HALF, 2, nesterov="lookahead", lr=0.5),
+        [0.5625, 1.08984375, 1.302978515625],
+        [0.5625, 1.08984375, 1.302978515625],
+    ),
+    "slow momentum": (
+        lambda comm: slowmo(comm, HALF, 0.5, 2, beta=0.5),
+        [0.75, 1.3125, 1.359375],
+        [0.75, 1.3125, 1.359375],
+    ),
+    "nesterov outside": (
+        lambda comm: diloco(comm, HALF, 2, lr=1, beta=0.5),
+        [1.125, 1.171875, 1.048828125],
+        [1.125, 1.171875, 1.048828125],
+    ),
+    "sharded": (
+        lambda comm: bmuf(comm, HALF, 2, nesterov="paper", shard_state=True),
+        [1.125, 1.171875, 1.048828125],
+        [0.75, 1.03125, 1.04296875],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_golden_models_after_each_block(name: str, dtype: str) -> None:
+    make, begins, models = GOLDEN[name]
+    for seen, exported, _ in run_on_ranks(2, lambda comm: quadratic(make(comm), comm, 6, dtype=dtype)):
+        assert [each.tolist() for each in seen[1::2]] == [(MIDDLE * factor).tolist() for factor in begins]
+        assert [each.tolist() for each in exported[1::2]] == [(MIDDLE * factor).tolist() for factor in models]
+
+
+def test_golden_local_models_before_the_first_exchange() -> None:
+    found = run_on_ranks(2, lambda comm: quadratic(local_sgd(comm, HALF, 3), comm, 2)[0][1])
+    assert [each.tolist() for each in found] == [[0.75, 1.5, 2.25, -0.75, 0, 3], [2.25, 0, 0.75, 0.75, -1.5, 1.5]]
+
+
+def test_golden_extrapolation_of_adams_means() -> None:
+    """β = (.9, .999), τ = 2, η = ½; the same (m₀, m̄) = (.2, .3) and (v₀, v̄) = (.04, .05) in both blocks."""
+    policy = extrapolation(MPI.COMM_SELF, 0.5, 0.9, 0.999)
+    began = (AdamState(0, np.array([0.2]), np.array([0.04])), ())
+    ended = (AdamState(2, np.array([0.3]), np.array([0.05])), ())
+    memory, found = policy.init(np.zeros(1)), []
+    for _ in range(2):
+        (state, _), memory = policy.settle(began, ended, np.zeros(1), memory, 2)
+        found.append((state.updates - 2, state.mean[0], state.square[0]))
+    expected = [(1, 0.34263157894737, 0.05499250125063), (1.5, 0.36232098722167, 0.05748687937582)]
+    np.testing.assert_allclose(found, expected, rtol=2e-13)  # printed with 14 digits
+
+
+# Identities
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_one_step_blocks_without_momentum_are_synchronous_sgd(size: int) -> None:
+    """Small integers and powers of two: no rounding anywhere."""
+
+    def body(comm: Any) -> bool:
+        centres = np.arange(6.0 * size).reshape(size, 6) % 5 * 8
+        weights, dense = np.zeros(6), synchronous_sgd(comm, 0.5)
+        state, expected = dense.init(weights), []
+        for _ in range(4):
+            step, state = dense.update(weights - centres[comm.rank], state, weights)
+            weights += step
+            expected.append(weights.copy())
+        found, _, _ = quadratic(bmuf(comm, HALF, 1, momentum=0), comm, 4, centres)
+        return np.array_equal(found, expected)
+
+    assert all(run_on_ranks(size, body))
+
+
+def test_left_out_momentum_is_one_minus_one_over_the_ranks() -> None:
+    def body(comm: Any) -> bool:
+        centres = np.arange(24.0).reshape(4, 6)
+        left_out, said = (quadratic(bmuf(comm, HALF, 2, momentum=eta), comm, 8, centres)[0] for eta in (None, 0.75))
+        other = quadratic(bmuf(comm, HALF, 2, momentum=0.5), comm, 8, centres)[0]
+        return np.array_equal(left_out, said) and not np.array_equal(left_out, other)
+
+    assert all(run_on_ranks(4, body))
+
+
+def test_nesterov_variants_agree_in_the_first_block_and_not_in_the_second() -> None:
+    def body(comm: Any) -> list[list[bool]]:
+        paper, lookahead = (quadratic(bmuf(comm, HALF, 2, nesterov=n), comm, 4)[0] for n in ("paper", "lookahead"))
+        return [np.array_equal(paper[k], lookahead[k]) for k in (1, 3)]
+
+    assert run_on_ranks(2, body) == [[True, False]] * 2
+
+
+def test_nesterov_without_momentum_is_averaging() -> None:
+    def body(comm: Any) -> bool:
+        centres = differing(comm)
+        ahead, plain = (
+            quadratic(bmuf(comm, HALF, 2, momentum=0, nesterov=n), comm, 6, centres)[0] for n in ("paper", False)
+        )
+        return np.array_equal(ahead, plain)
+
+    assert all(run_on_ranks(3, body))
+
+
+def test_slow_momentum_rescales_old_momentum_when_the_rate_changes() -> None:
+    """Algorithm 1 of the paper, written out for one weight: γ = ½ in the first block, ¼ from then on."""
+    rates = [0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
+
+    def body(comm: Any) -> float:
+        centre, weights, count = CENTRES[comm.rank][:1], np.zeros(1), iter(rates)
+        method = slowmo(comm, stepping(count), lambda update: rates[update], 2, beta=0.5)
+        state = method.init(weights)
+        for _ in range(6):
+            step, state = method.update(weights - centre, state, weights)
+            weights += step
+        return float(weights[0])
+
+    x = u = 0.0
+    for gamma in rates[::2]:
+        local = [x, x]
+        for _ in range(2):
+            local = [w - gamma * (w - c) for w, c in zip(local, CENTRES[:, 0], strict=True)]
+        u = 0.5 * u + (x - sum(local) / 2) / gamma
+        x -= gamma * u
+    assert run_on_ranks(2, body) == [x, x]
+
+
+def stepping(rates: Any) -> Transform:
+    """SGD whose rate is the next of some."""
+    return Transform(lambda weights: (), lambda gradient, state, weights: (-next(rates) * gradient, state))
+
+
+def test_a_rank_alone_steps_with_the_inner_optimizer_only() -> None:
+    inner = chain(momentum(0.5), scale(-0.3))
+    centre, weights, expected = differing(MPI.COMM_SELF), np.zeros(37), np.zeros(37)
+    method = bmuf(MPI.COMM_SELF, inner, 2, momentum=0.9)
+    state, plain = method.init(weights), inner.init(expected)
+    for _ in range(5):
+        step, state = method.update(weights - centre[0], state, weights)
+        weights += step
+        step, plain = inner.update(expected - centre[0], plain, expected)
+        expected += step
+    assert np.array_equal(weights, expected)
+    step, state = method.finish(state, weights)
+    weights += step
+    assert np.array_equal(weights, expected)
+    assert np.array_equal(method.export(state), expected)
+
+
+# What every method keeps
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_all_ranks_hold_the_same_bits_after_every_exchange(name: str, size: int, dtype: str) -> None:
+    def body(comm: Any) -> None:
+        method, centres = METHODS[name](comm), differing(comm)
+        weights = np.zeros(37, dtype)
+        state, exchanges = method.init(weights), 0
+        for _ in range(13):
+            step, state = method.update((weights - centres[comm.rank]).astype(dtype), state, weights)
+            weights += step
+            assert weights.dtype == dtype
+            if state.steps == 0:
+                check_replicas(comm, weights)
+                exchanges += 1
+        assert exchanges >= 4
+        step, state = method.finish(state, weights)
+        weights += step
+        check_replicas(comm, weights)
+        check_replicas(comm, method.export(state))
+
+    run_on_ranks(size, body)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_models_smaller_than_the_number_of_ranks(n: int) -> None:
+    def body(comm: Any) -> list[float]:
+        method = bmuf(comm, HALF, 1, shard_state=True)
+        seen, models, _ = quadratic(method, comm, 3, np.arange(4.0 * n).reshape(4, n))
+        assert np.array_equal(seen[-1], models[-1])
+        return list(seen[-1].tolist())
+
+    found = run_on_ranks(4, body)
+    assert found == [found[0]] * 4
+    assert len(found[0]) == n
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_weights_and_state_are_not_written(name: str) -> None:
+    def body(comm: Any) -> None:
+        method, centres = METHODS[name](comm), differing(comm)
+        weights, gradient = np.zeros(37), -centres[comm.rank]
+        weights.flags.writeable = gradient.flags.writeable = False
+        state = method.init(weights)
+        for _ in range(4):
+            first, after = method.update(gradient, state, weights)
+            again, _ = method.update(gradient, state, weights)
+            assert np.array_equal(first, again)
+            state = after
+
+    run_on_ranks(2, body)
+
+
+def test_exchanges_and_bytes_are_counted() -> None:
+    """n = 6 float64, τ = 2: an allreduce every second step, 40 bytes to each other rank to agree."""
+
+    def body(comm: Any) -> tuple[int, int]:
+        report = spent(quadratic(bmuf(comm, HALF, 2), comm, 6)[2])
+        return report.exchanges, report.wire_bytes
+
+    assert run_on_ranks(2, body) == [(3 + 3, 3 * 6 * 8 + 3 * 40)] * 2
+
+
+def test_half_precision_moves_in_float32() -> None:
+    """The mean of 2049 and 2050 in float16's 2048 and 2050 is 2049.5 in the float32 master."""
+
+    def body(comm: Any) -> Any:
+        weights = np.full(1, 2048, "f2")
+        method = local_sgd(comm, scale(1.0), 1)
+        step, state = method.update(np.array([2 * comm.rank], "f2"), method.init(weights), weights)
+        weights += step
+        return weights.dtype, float(method.export(state)[0]), float(weights[0])
+
+    assert run_on_ranks(4, body) == [(np.dtype("f2"), 2051.0, 2052.0)] * 4
+
+
+# Local state at the end of a block
+
+
+def test_local_momentum_is_kept_reset_or_averaged() -> None:
+    def body(comm: Any, policy: Any) -> float:
+        method = bmuf(comm, chain(momentum(0.5), HALF), 2, local_state=policy)
+        weights = np.zeros(1)
+        state = method.init(weights)
+        for _ in range(2):
+            _, state = method.update(np.full(1, 4.0 * comm.rank + 2), state, weights)
+        return float(state.inner[0][0])
+
+    for policy, expected in {"keep": [3, 9, 15], "reset": [0, 0, 0], "average": [9, 9, 9]}.items():
+        assert run_on_ranks(3, lambda comm, policy=policy: body(comm, policy)) == expected
+
+
+def test_bmuf_adam_counts_virtual_steps() -> None:
+    def body(comm: Any) -> list[float]:
+        method = bmuf_adam(comm, 0.5, 2)
+        weights = np.zeros(2)
+        state, found = method.init(weights), []
+        for _ in range(4):
+            step, state = method.update(np.ones(2) * (comm.rank + 1), state, weights)
+            weights += step
+            found.append(state.inner[0].updates)
+        return found
+
+    assert run_on_ranks(2, body) == [[1, 2 + 1, 4, 5 + 1.5]] * 2
+
+
+# Warm-up
+
+
+def test_warm_up_is_synchronous_and_blocks_are_counted_from_its_end() -> None:
+    def body(comm: Any) -> list[int]:
+        method = bmuf(comm, chain(momentum(0.5), HALF), 3, warmup=2)
+        dense = synchronous_sgd(comm, 0.5, momentum=0.5)
+        weights, state = np.zeros(6), method.init(np.zeros(6))
+        expected, plain, places = np.zeros(6), dense.init(np.zeros(6)), []
+        for number in range(8):
+            step, state = method.update(weights - CENTRES[comm.rank], state, weights)
+            weights += step
+            places.append(state.steps)
+            if number < 2:
+                step, plain = dense.update(expected - CENTRES[comm.rank], plain, expected)
+                expected += step
+                assert np.array_equal(weights, expected)
+        return places
+
+    assert run_on_ranks(2, body) == [[0, 0, 1, 2, 0, 1, 2, 0]] * 2
+
+
+# Ranks with different numbers of batches
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("batches", [[0, 0], [5, 0], [0, 7], [4, 4], [1, 9], [3, 8, 5], [10, 2, 0, 7, 1, 6, 3]])
+def test_ranks_with_different_numbers_of_batches_end_with_the_same_model(name: str, batches: list[int]) -> None:
+    def body(comm: Any) -> bytes:
+        method, centres = METHODS[name](comm), differing(comm)
+        weights = np.zeros(37)
+        state = method.init(weights)
+        for _ in range(batches[comm.rank]):
+            step, state = method.update(weights - centres[comm.rank], state, weights)
+            weights += step
+        step, state = method.finish(state, weights)
+        weights += step
+        assert np.isfinite(weights).all()
+        assert (sum(batches) > 0) == weights.any()
+        return weights.tobytes() + method.export(state).tobytes()
+
+    assert len(set(run_on_ranks(len(batches), body, patience=20))) == 1
+
+
+@pytest.mark.parametrize(
+    ("weight_by", "expected"),
+    [("workers", (8 + 1) / 2), ("batches", (3 * 8 + 1) / 4), (lambda rank: [10, 30][rank], (10 * 8 + 30 * 1) / 40)],
+)
+def test_movements_weigh_by_workers_batches_or_samples(weight_by: Any, expected: float) -> None:
+    """Rank 0 moves by 8 in three batches, rank 1 by 1 in one; both end the block early."""
+
+    def body(comm: Any) -> float:
+        seen = [0]
+        weigh = weight_by if isinstance(weight_by, str) else lambda: seen[0]
+        method = bmuf(comm, scale(1.0), 50, momentum=0, weight_by=weigh)
+        weights = np.zeros(1)
+        state = method.init(weights)
+        for batch in [[2.0, 2.0, 4.0], [1.0]][comm.rank]:
+            step, state = method.update(np.array([batch]), state, weights)
+            weights += step
+        if callable(weight_by):
+            seen[0] = weight_by(comm.rank)
+        step, state = method.finish(state, weights)
+        return float((weights + step)[0])
+
+    assert run_on_ranks(2, body) == [expected] * 2
+
+
+def test_a_rank_without_a_batch_in_a_block_does_not_weigh() -> None:
+    def body(comm: Any) -> float:
+        method, weights = local_sgd(comm, scale(1.0), 2), np.zeros(1)
+        state = method.init(weights)
+        for _ in range(2 if comm.rank == 0 else 0):
+            step, state = method.update(np.ones(1), state, weights)
+            weights += step
+        step, state = method.finish(state, weights)
+        return float((weights + step)[0])
+
+    assert run_on_ranks(3, body) == [2.0] * 3
+
+
+# A model that is not finite
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_block_with_a_model_that_is_not_finite_is_abandoned_on_all_ranks(bad: float) -> None:
+    def body(comm: Any) -> None:
+        method = bmuf(comm, chain(momentum(0.5), HALF), 2, momentum=0.5)
+        weights = np.zeros(6)
+        state = method.init(weights)
+        for number in range(6):
+            gradient = weights - CENTRES[comm.rank]
+            if comm.rank == 1 and number == 3:
+                gradient[3] = bad
+            before = state
+            step, state = method.update(gradient, state, weights)
+            weights += step
+            if number == 1:
+                kept, model = before._replace(), method.export(state).copy()
+                began, moved = state.inner, state.outer[-1].moved.copy()
+            if number == 3:
+                assert state.abandoned == 1
+                assert np.array_equal(weights, model)
+                assert np.array_equal(method.export(state), model)
+                assert np.array_equal(state.outer[-1].moved, moved)
+                assert state.inner is began
+                assert kept is not state
+        assert state.abandoned == 1
+        assert np.isfinite(weights).all()
+        assert not np.array_equal(weights, model)
+        check_replicas(comm, weights)
+
+    run_on_ranks(2, body)
+
+
+# A step that lands
+
+
+def test_weights_plus_a_landing_is_the_target_where_no_number_leads() -> None:
+    weights, target = np.array([1, 1e10, -3, np.nan], "f4"), np.array([1e-9, 1e-5, 7, 2], "f4")
+    plain = target - weights
+    assert not np.array_equal(weights + plain, target)
+    step = landing(weights, target)
+    assert isinstance(step, Landing)
+    assert np.array_equal(weights + step, target)
+    there = weights.copy()[None][0]
+    there[3] = 0
+    assert np.array_equal((there + step)[:3], there[:3] + plain[:3]), "other weights are stepped as by any array"
+    weights += step
+    assert np.array_equal(weights, target)
+
+
+def test_a_landing_is_an_ordinary_array_everywhere_else() -> None:
+    weights, target = np.array([1, 2.5]), np.array([4, 0.5])
+    step = landing(weights, target)
+    assert type(step * 2) is np.ndarray
+    assert (step * 2).tolist() == [6, -4]
+    assert (step[:1] + weights[:1]).tolist() == [4]
+    assert (step + weights).tolist() == [4, 0.5]
+    out = np.zeros(2)
+    np.subtract(step, weights, out=out)
+    assert out.tolist() == [2, -4.5]
+    step *= 0.5
+    assert np.asarray(step).tolist() == [1.5, -1]
+    assert (weights + step).tolist() == [2.5, 1.5], "a step that was changed does not land"
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: bmuf(MPI.COMM_SELF, HALF, 0), "period is 0: pass an integer, 1 or more"),
+        (lambda: local_sgd(MPI.COMM_SELF, HALF, 2.5), "period is 2.5"),  # type: ignore[arg-type]
+        (lambda: bmuf(MPI.COMM_SELF, HALF, momentum=1), "momentum is 1: pass a number from 0 to below 1"),
+        (lambda: bmuf(MPI.COMM_SELF, HALF, lr=0), "lr is 0: pass a positive block rate"),
+        (lambda: bmuf(MPI.COMM_SELF, HALF, nesterov="fairseq"), "nesterov is 'fairseq': pass False"),  # type: ignore[arg-type]
+        (lambda: bmuf(MPI.COMM_SELF, HALF, local_state="drop"), "local_state is 'drop': pass one of 'keep'"),  # type: ignore[arg-type]
+        (lambda: bmuf(MPI.COMM_SELF, HALF, weight_by="samples"), "weight_by is 'samples': pass 'workers'"),  # type: ignore[arg-type]
+        (lambda: bmuf(MPI.COMM_SELF, HALF, warmup=-1), "warmup is -1: pass 0 or more"),
+        (lambda: slowmo(MPI.COMM_SELF, HALF, 0.5, slow_lr=0), "slow_lr is 0"),
+        (lambda: diloco(MPI.COMM_SELF, HALF, beta=1.5), "beta is 1.5"),
+    ],
+)
+def test_impossible_arguments_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make()
+
+
+def test_a_gradient_unlike_the_weights_is_refused_before_any_message() -> None:
+    method = bmuf(MPI.COMM_SELF, HALF, 1)
+    with pytest.raises(ArgumentError, match="make them alike"):
+        method.update(np.ones(1), method.init(np.zeros(3)), np.zeros(3))
+
+
+def test_check_names_a_rank_that_strays() -> None:
+    """An outer step that differs between ranks is what ``check`` is there to see."""
+    from hpccomm.errors import MismatchError
+
+    def body(comm: Any) -> None:
+        astray = chain(mean(comm), scale(-1.0 - comm.rank // 2))
+        quadratic(periodic(comm, 1, HALF, astray, check=True), comm, 1)
+
+    with pytest.raises(MismatchError, match="ranks 2 differ from those of rank 0"):
+        run_on_ranks(3, body)
+
+
+# On MPI
+
+
+@pytest.mark.mpi
+def test_blocks_over_mpi_give_the_same_bits_on_all_ranks(comm: MPI.Intracomm) -> None:
+    centres = differing(comm)
+    for name in ("bmuf nesterov", "bmuf sharded", "bmuf average", "diloco"):
+        method = METHODS[name](comm)
+        weights = np.zeros(37)
+        state = method.init(weights)
+        for _ in range(5 + comm.rank % 3):
+            step, state = method.update(weights - centres[comm.rank], state, weights)
+            weights += step
+        step, state = method.finish(state, weights)
+        weights += step
+        check_replicas(comm, weights)
+        check_replicas(comm, method.export(state))
+        assert math.isfinite(float(weights.sum()))
