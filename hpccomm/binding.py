@@ -73,10 +73,13 @@ class Binder:
             return self.native(key, signature, "Allreduce", (send, recv), (op,))
         vector, source = recv.vector(), None if send is recv else send.vector()
         if choice.algorithm == "shared":
-            plan = self.shared.bind_allreduce(
-                send.address, recv.address, recv.elements, vector.dtype, operations.name_of(op), signature.word
+            return self.keep_shared(
+                key,
+                signature,
+                lambda word: self.shared.bind_allreduce(
+                    send.address, recv.address, recv.elements, vector.dtype, operations.name_of(op), word
+                ),
             )
-            return self.keep_shared(key, signature, plan)
         ours = self.resources.algorithms("allreduce")[choice.algorithm]
         plan = self.whole(ours, vector, ours.steps(self.rank, self.size), choice, op, signature)
         copy_in = None if source is None else lambda: np.copyto(vector, source)
@@ -93,20 +96,18 @@ class Binder:
         choice = self.choose("reduce", send, op, algorithm, who)
         signature = self.signature("Reduce", send, choice, algorithm, op, root)
         if choice.algorithm == "native":
-            into = recv if self.rank == root else Message(recvbuf)
-            return self.native(key, signature, "Reduce", (send, into), (op, root))
+            result = recv if self.rank == root else Message(recvbuf)
+            return self.native(key, signature, "Reduce", (send, result), (op, root))
         source = send.vector()
         if choice.algorithm == "shared":
-            plan = self.shared.bind_reduce(
-                send.address,
-                recv.address if self.rank == root else 0,
-                send.elements,
-                source.dtype,
-                operations.name_of(op),
-                root,
-                signature.word,
+            into = recv.address if self.rank == root else 0
+            return self.keep_shared(
+                key,
+                signature,
+                lambda word: self.shared.bind_reduce(
+                    send.address, into, send.elements, source.dtype, operations.name_of(op), root, word
+                ),
             )
-            return self.keep_shared(key, signature, plan)
         work = recv.vector() if self.rank == root else np.empty_like(source)
         ours = self.resources.algorithms("reduce")[choice.algorithm]
         plan = self.whole(ours, work, ours.steps(self.rank, self.size, root), choice, op, signature)
@@ -175,10 +176,13 @@ class Binder:
         cuts = np.cumsum([0, *counts])
         into, source = recv.vector(mine), send.vector(total)
         if choice.algorithm == "shared":
-            plan = self.shared.bind_reduce_scatter(
-                send.address, recv.address, counts, source.dtype, operations.name_of(op), signature.word
+            return self.keep_shared(
+                key,
+                signature,
+                lambda word: self.shared.bind_reduce_scatter(
+                    send.address, recv.address, counts, source.dtype, operations.name_of(op), word
+                ),
             )
-            return self.keep_shared(key, signature, plan)
         work = np.empty_like(source)
         ours = self.resources.algorithms("reduce_scatter")[choice.algorithm]
         steps = ours.steps(self.rank, self.size)
@@ -238,8 +242,9 @@ class Binder:
             width = recv.dtype.itemsize
             own = recv.address + displs[me] * width if in_place else send.address
             sizes, places = [each * width for each in counts], [each * width for each in displs]
-            shared = self.shared.bind_allgather(own, recv.address, sizes, places, signature.word)
-            return self.keep_shared(key, signature, shared)
+            return self.keep_shared(
+                key, signature, lambda word: self.shared.bind_allgather(own, recv.address, sizes, places, word)
+            )
         source = recv.vector(counts[me], displs[me]) if in_place else send.vector(send.elements)
         copy_in = None if in_place and straight else lambda: np.copyto(mine.view("u1"), source.view("u1"))
         spread = None if straight else spreader(work, cuts, recv, counts, displs)
@@ -275,12 +280,61 @@ class Binder:
         after = packed.unpack if packed and self.rank != root else None
         if choice.algorithm == "shared":
             start = messages.address_of(vector) if packed else data.address
-            shared = self.shared.bind_bcast(start, data.nbytes, root, signature.word)
-            return self.keep_shared(key, signature, in_turn([before, shared, after]))
+            return self.keep_shared(
+                key, signature, lambda word: self.shared.bind_bcast(start, data.nbytes, root, word), before, after
+            )
         ours = self.resources.algorithms("bcast")[choice.algorithm]
         steps = ours.steps(self.rank, self.size, root)
         plan = self.whole(ours, vector.view("u1"), steps, choice, None, signature)
         return self.keep(key, signature, [before, plan, after], plan.free, 0)
+
+    def alltoall(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
+        """Alltoall; in place it goes through a copy."""
+        who, in_place = self.who("Alltoall"), is_in_place(sendbuf)
+        recv = self.buffer(recvbuf, who, writable=True)
+        send = recv if in_place else self.buffer(sendbuf, who)
+        sent, received = gathered_octets(send, self.size), gathered_octets(recv, self.size)
+        choice = self.choose("alltoall", recv, None, algorithm, who, received)
+        count = gathered(recv, (0,) if recv.dtype is None else (recv.part(self.size),) * self.size, received)
+        signature = self.signature("Alltoall", recv, choice, algorithm, count=count)
+        if choice.algorithm == "native":
+            return self.native(key, signature, "Alltoall", (send, recv), ())
+        if sent != received or sent % self.size:
+            raise ArgumentError(f"{who}: sends {sent} bytes, receives {received}: make them agree")
+        if not in_place:
+            self.check_apart(send, recv, who)
+        letters = Packed(send, self.comm, sent) if send.opaque else None
+        answers = Packed(recv, self.comm, received) if recv.opaque else None
+        copied = np.empty(sent, "u1") if in_place and letters is None else None
+        source = letters.octets if letters else copied
+        start = send.address if source is None else messages.address_of(source)
+        into = messages.address_of(answers.octets) if answers else recv.address
+        before: Run | None = letters.pack if letters else None
+        if copied is not None:
+            octets = recv.vector(recv.part(self.size) * self.size).view("u1")
+            before = lambda: np.copyto(copied, octets)  # noqa: E731
+        each = sent // self.size
+        sizes, places = [each] * self.size, [each * k for k in range(self.size)]
+        return self.keep_shared(
+            key,
+            signature,
+            lambda word: self.shared.bind_alltoall(start, into, sizes, places, sizes, places, word),
+            before,
+            answers.unpack if answers else None,
+        )
+
+    def barrier(self, key: Hashable) -> Bound:
+        """Barrier."""
+        fits = ("shared",) if self.shared else ()
+        wanted = self.comm.algorithm
+        decided = self.resources.decide("barrier", 0, "B", ("native", *fits), self.who("Barrier")).algorithm
+        signature = Signature("Barrier")
+        if (wanted if wanted in ("native", *fits) else decided) == "shared":
+            return self.keep_shared(key, signature, self.shared.bind_barrier)
+        comm = self.comm
+        return self.resources.keep(
+            key, Bound(self.checked(signature, lambda: MPI.Intracomm.Barrier(comm), lockstep=False))
+        )
 
     def inherited(self, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None) -> None:
         """Run a collective that is MPI's own, with the calls compared."""
@@ -525,7 +579,14 @@ class Binder:
         bound = Bound(self.checked(signature, in_turn(moves), lockstep_bytes >= LOCKSTEP_BYTES), free)
         return bound if key is None else self.resources.keep(key, bound)
 
-    def keep_shared(self, key: Hashable, signature: Signature, plan: Run) -> Bound:
+    def keep_shared(
+        self,
+        key: Hashable,
+        signature: Signature,
+        bind: Callable[[int], Run],
+        before: Run | None = None,
+        after: Run | None = None,
+    ) -> Bound:
         """A bound call in shared memory, kept under its key; it compares the calls itself.
 
         While ranks are missing it drives MPI: they may be waiting for the end of a message that this rank has sent.
@@ -540,11 +601,8 @@ class Binder:
             while shared.missing() and time.monotonic() < until:
                 progress()
 
-        def run() -> None:
-            shared.late = late
-            plan()
-
-        bound = Bound(run)
+        shared.late = late
+        bound = Bound(in_turn([before, bind(signature.word), after]))
         return bound if key is None else self.resources.keep(key, bound)
 
     def checked(self, signature: Signature, body: Run, lockstep: bool) -> Run:
@@ -614,7 +672,8 @@ def gathered_octets(recv: Message, p: int) -> int:
 
 def parted(name: str, in_place: bool) -> tuple[int, ...]:
     """Which buffers of an MPI call are counted in elements a rank."""
-    return {"Allgather": (1,), "Reduce_scatter_block": (int(in_place),)}.get(name, ())
+    whole = {"Allgather": (1,), "Alltoall": (0, 1), "Reduce_scatter_block": (int(in_place),)}
+    return whole.get(name, ())
 
 
 def standing(message: Message, count: int) -> Any:

@@ -22,12 +22,11 @@ from hpccomm import launcher
 from hpccomm.binding import Binder
 from hpccomm.collectives.tuning import Choice
 from hpccomm.persistent import Persistent
-from hpccomm.resources import Again, Resources, plain
+from hpccomm.resources import Again, Bound, Resources, Run, plain
 from hpccomm.rollcall import LAST_WORDS
 from hpccomm.topology import Topology
 
 IN_PLACE = MPI.IN_PLACE
-Run = Callable[[], None]
 
 address = MPI.Get_address
 
@@ -162,21 +161,37 @@ class Communicator(MPI.Intracomm):
             self._resources = None
             self._again.clear()
 
+    # Calls that were made before
+
+    def _known(
+        self, quick: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None
+    ) -> Run | None:
+        """What runs a call with the very same objects."""
+        known = self._again.get(quick)
+        if known is None:
+            return None
+        run, sender, same_op, same_algorithm, dtype, _ = known
+        same = sender == id(sendbuf) and same_op is op and same_algorithm is algorithm
+        return run if same and dtype is (sendbuf if recvbuf is None else recvbuf).dtype else None
+
+    def _bound(self, key: Hashable) -> Bound | None:
+        """A call on the same memory."""
+        return self._resources.plans.get(key) if self._resources and key is not None else None
+
     # Collectives
 
     def Allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None) -> None:
         """Reduce over all ranks, the result on all.  Buffers as in mpi4py; ``algorithm`` as in :meth:`algorithms`."""
-        known = self._again.get((id(sendbuf), id(recvbuf), id(op), algorithm))
-        if known is not None and recvbuf.dtype is known.dtype:
-            known.run()
-            return
+        known = self._again.get(id(recvbuf))
+        if known is not None:  # as _known, spelled out: calls on few bytes take less time than a call of Python's
+            run, sender, same_op, same_algorithm, dtype, _ = known
+            if sender == id(sendbuf) and same_op is op and same_algorithm is algorithm and recvbuf.dtype is dtype:
+                return run()
         key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
-        bound = self._resources.plans.get(key) if self._resources else None
-        if bound is None:
-            bound = self._binder.allreduce(key, sendbuf, recvbuf, op, algorithm)
-        if key is not None and op.is_predefined:
-            self._again.remember(sendbuf, recvbuf, op, algorithm, bound.run)
-        bound.run()
+        bound = self._bound(key) or self._binder.allreduce(key, sendbuf, recvbuf, op, algorithm)
+        if key is not None:
+            self._again.remember(id(recvbuf), sendbuf, recvbuf, op, algorithm, bound.run)
+        return bound.run()
 
     def Allreduce_init(  # type: ignore[override]
         self,
@@ -198,11 +213,15 @@ class Communicator(MPI.Intracomm):
         algorithm: str | None = None,
     ) -> None:
         """Reduce over all ranks, the result on ``root``; elsewhere ``recvbuf`` is not looked at."""
+        quick = ("Reduce", id(recvbuf), root)
+        known = self._known(quick, sendbuf, recvbuf, op, algorithm)
+        if known:
+            return known()
         key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
-        bound = self._resources.plans.get(key) if self._resources else None
-        if bound is None:
-            bound = self._binder.reduce(key, sendbuf, recvbuf, op, root, algorithm)
-        bound.run()
+        bound = self._bound(key) or self._binder.reduce(key, sendbuf, recvbuf, op, root, algorithm)
+        if key is not None:
+            self._again.remember(quick, sendbuf, recvbuf, op, algorithm, bound.run)
+        return bound.run()
 
     def Reduce_init(  # type: ignore[override]
         self,
@@ -220,11 +239,15 @@ class Communicator(MPI.Intracomm):
         self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None
     ) -> None:
         """Reduce over all ranks, an equal part of the result on each."""
+        quick = ("Reduce_scatter_block", id(recvbuf))
+        known = self._known(quick, sendbuf, recvbuf, op, algorithm)
+        if known:
+            return known()
         key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
-        bound = self._resources.plans.get(key) if self._resources else None
-        if bound is None:
-            bound = self._binder.reduce_scatter_block(key, sendbuf, recvbuf, op, algorithm)
-        bound.run()
+        bound = self._bound(key) or self._binder.reduce_scatter_block(key, sendbuf, recvbuf, op, algorithm)
+        if key is not None:
+            self._again.remember(quick, sendbuf, recvbuf, op, algorithm, bound.run)
+        return bound.run()
 
     def Reduce_scatter_block_init(  # type: ignore[override]
         self,
@@ -248,13 +271,17 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Reduce over all ranks, ``recvcounts[r]`` elements of the result on rank r (asked for when not said)."""
         told = None if recvcounts is None else tuple(recvcounts)
+        quick = ("Reduce_scatter", id(recvbuf), told)
+        known = self._known(quick, sendbuf, recvbuf, op, algorithm) if told else None
+        if known:
+            return known()
         key = None if told is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, told)
-        bound = self._resources.plans.get(key) if self._resources and key else None
-        if bound is None:
-            bound = self._binder.reduce_scatter_v(key, sendbuf, recvbuf, told, op, algorithm)
+        bound = self._bound(key) or self._binder.reduce_scatter_v(key, sendbuf, recvbuf, told, op, algorithm)
+        if key is not None:
+            self._again.remember(quick, sendbuf, recvbuf, op, algorithm, bound.run)
+            return bound.run()
         bound.run()
-        if key is None:
-            bound.free()
+        return bound.free()
 
     def Reduce_scatter_init(  # type: ignore[override]
         self,
@@ -272,11 +299,15 @@ class Communicator(MPI.Intracomm):
 
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
         """Collect an equal part from every rank, in rank order, on all."""
+        quick = ("Allgather", id(recvbuf))
+        known = self._known(quick, sendbuf, recvbuf, None, algorithm)
+        if known:
+            return known()
         key = call_key("Allgather", sendbuf, recvbuf, 0, algorithm)
-        bound = self._resources.plans.get(key) if self._resources else None
-        if bound is None:
-            bound = self._binder.allgather(key, sendbuf, recvbuf, algorithm)
-        bound.run()
+        bound = self._bound(key) or self._binder.allgather(key, sendbuf, recvbuf, algorithm)
+        if key is not None:
+            self._again.remember(quick, sendbuf, recvbuf, None, algorithm, bound.run)
+        return bound.run()
 
     def Allgather_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
@@ -298,11 +329,15 @@ class Communicator(MPI.Intracomm):
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
+        quick = ("Bcast", id(buf), root)
+        known = self._known(quick, None, buf, None, algorithm)
+        if known:
+            return known()
         key = call_key("Bcast", buf, IN_PLACE, 0, algorithm, root)
-        bound = self._resources.plans.get(key) if self._resources else None
-        if bound is None:
-            bound = self._binder.bcast(key, buf, root, algorithm)
-        bound.run()
+        bound = self._bound(key) or self._binder.bcast(key, buf, root, algorithm)
+        if key is not None:
+            self._again.remember(quick, None, buf, None, algorithm, bound.run)
+        return bound.run()
 
     def Bcast_init(  # type: ignore[override]
         self, buf: Any, root: int = 0, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
@@ -310,11 +345,23 @@ class Communicator(MPI.Intracomm):
         """A bound Bcast."""
         return Persistent(self._binder.bcast(None, buf, root, algorithm), (buf,))
 
-    # Collectives where the MPI library's own algorithm does the work; the calls are compared all the same
+    def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
+        """Give every rank an equal part of one's buffer."""
+        quick = ("Alltoall", id(recvbuf))
+        known = self._known(quick, sendbuf, recvbuf, None, algorithm)
+        if known:
+            return known()
+        key = call_key("Alltoall", sendbuf, recvbuf, 0, algorithm)
+        bound = self._bound(key) or self._binder.alltoall(key, sendbuf, recvbuf, algorithm)
+        if key is not None:
+            self._again.remember(quick, sendbuf, recvbuf, None, algorithm, bound.run)
+        return bound.run()
 
     def Barrier(self) -> None:
         """Wait for all ranks."""
-        self._binder.inherited("Barrier", ())
+        (self._bound("Barrier") or self._binder.barrier("Barrier")).run()
+
+    # Collectives where the MPI library's own algorithm does the work; the calls are compared all the same
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Collect an equal part from every rank on ``root``."""
@@ -331,10 +378,6 @@ class Communicator(MPI.Intracomm):
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Give every rank a part of any length of ``root``'s buffer."""
         self._binder.inherited("Scatterv", (sendbuf, recvbuf), root)
-
-    def Alltoall(self, sendbuf: Any, recvbuf: Any) -> None:
-        """Give every rank an equal part of one's buffer."""
-        self._binder.inherited("Alltoall", (sendbuf, recvbuf))
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give every rank a part of any length of one's buffer."""

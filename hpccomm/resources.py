@@ -11,7 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -31,35 +31,38 @@ SETTINGS = ("HPCCOMM_ALGORITHM", "HPCCOMM_TUNING", "HPCCOMM_SHARED_MEMORY", "HPC
 """Environment variables that must mean the same on every rank: rank 0's are taken."""
 
 
+Run = Callable[[], None]
+
+
 class Bound:
     """A call that is ready to run."""
 
     __slots__ = ("free", "run")
 
-    def __init__(self, run: Callable[[], None], free: Callable[[], None] | None = None) -> None:
+    def __init__(self, run: Run, free: Run | None = None) -> None:
         self.run = run
         self.free = free or (lambda: None)
 
 
-class Known(NamedTuple):
-    """A call that was made before with the very same objects."""
-
-    run: Callable[[], None]
-    dtype: np.dtype[Any]
-    """The receive buffer's; arrays can be given another one in place."""
-    watches: tuple[Any, ...]
-    """Keep the identities true: an entry goes when its arrays go."""
+Known = tuple[Run, int, MPI.Op | None, str | None, "np.dtype[Any]", tuple[Any, ...]]
+"""A call that was made before with the very same objects: what runs it; the identity of what is sent, the operation and
+the algorithm; the dtype of what is received (else sent: arrays can be given another one in place); and what keeps the
+identities true, since an entry goes when its arrays go.  A plain tuple: it is taken apart in half the time."""
 
 
 class Again(dict[Hashable, Known]):
     """Calls found by the identity of their arguments, the quickest way there is; keeps no array alive."""
 
-    def remember(self, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None, run: Callable[[], None]) -> None:
-        """Find this call by its arguments from now on."""
-        key = (id(sendbuf), id(recvbuf), id(op), algorithm)
+    def remember(
+        self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None, run: Run
+    ) -> None:
+        """Find this call by its arguments from now on; ``key`` names the collective and ``recvbuf``'s identity."""
+        if op is not None and not op.is_predefined:
+            return
         arrays = [each for each in (sendbuf, recvbuf) if isinstance(each, np.ndarray)]
-        watches = (op, *(weakref.ref(each, lambda _: self.pop(key, None)) for each in arrays))
-        self[key] = Known(run, recvbuf.dtype, watches)
+        watches = tuple(weakref.ref(each, lambda _: self.pop(key, None)) for each in arrays)
+        dtype = (sendbuf if recvbuf is None else recvbuf).dtype
+        self[key] = (run, id(sendbuf), op, algorithm, dtype, watches)
 
 
 class Resources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 import numpy as np
@@ -204,6 +205,40 @@ def test_reduce_scatter_block_gives_equal_parts(comm: Communicator) -> None:
             assert np.array_equal(b, want)
             comm.Reduce_scatter_block(MPI.IN_PLACE, a, algorithm=algorithm)
             assert np.array_equal(a[:n], want)
+
+
+def test_alltoall_gives_every_rank_its_part(comm: Communicator) -> None:
+    p, me = comm.size, comm.rank
+    datatype = MPI.INT64_T.Create_vector(2, 1, 2).Commit()
+    for algorithm in comm.algorithms("alltoall"):
+        for n in (0, 1, 7, 70_001):
+            want = np.concatenate([operand(rank, n * p, "i8")[n * me : n * (me + 1)] for rank in range(p)])
+            a, b = operand(me, n * p, "i8"), np.full(n * p, -1, "i8")
+            for _ in range(3):
+                comm.Alltoall(a, b, algorithm=algorithm)
+                assert np.array_equal(b, want), (algorithm, n)
+            assert np.array_equal(a, operand(me, n * p, "i8"))
+            comm.Alltoall(MPI.IN_PLACE, a, algorithm=algorithm)
+            assert np.array_equal(a, want), (algorithm, n)
+        b = np.full(2 * p, -1, "i8")
+        spread = [np.repeat(operand(me, 2 * p, "i8"), 2), 1, datatype.Create_resized(0, 32).Commit()]
+        comm.Alltoall(spread if me % 2 else operand(me, 2 * p, "i8"), b, algorithm=algorithm)
+        assert np.array_equal(b, np.concatenate([operand(rank, 2 * p, "i8")[2 * me : 2 * me + 2] for rank in range(p)]))
+    datatype.Free()
+
+
+def test_nobody_leaves_a_barrier_before_all_have_come(comm: Communicator) -> None:
+    """The ranks of one machine share a clock."""
+    for algorithm in comm.algorithms("barrier"):
+        other = Communicator(comm, algorithm)
+        for late in range(comm.size):
+            if comm.rank == late:
+                time.sleep(0.01)
+            came = time.monotonic()
+            other.Barrier()
+            times = comm.allgather((came, time.monotonic()))
+            assert max(came for came, _ in times) <= min(left for _, left in times), algorithm
+        other.resources.close()
 
 
 def test_a_non_commutative_operation_is_applied_in_rank_order(comm: Communicator) -> None:

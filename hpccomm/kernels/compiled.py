@@ -58,7 +58,8 @@ def kernel(name: str) -> Callable[[int], int]:
     function: Any = _scope[name]
     function.compile("int64(int64)")
     function.disable_compile()
-    return function  # type: ignore[no-any-return]
+    (only,) = function.overloads.values()
+    return only.entry_point  # type: ignore[no-any-return]  # spares the dispatcher: half of 0.11 µs
 
 
 @cache

@@ -52,7 +52,7 @@ PAYLOAD_BYTES = 48
 
 # What a rank knows of the transport
 MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT = (W * i for i in range(10))
-AROUND, CLOCK, SPENT, STATE_WORDS = (W * i for i in range(10, 14))
+AROUND, TRIAL, CLOCK, SPENT, STATE_WORDS = (W * i for i in range(10, 15))
 
 # What a rank knows of a call
 STATE, CALL_CHECK, CALL_SIGNATURE, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, WAY, PAST_CACHE = (
@@ -64,10 +64,11 @@ ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST
 """From TABLE on: p words for the addresses to reduce, then what the collective needs for each rank."""
 
 # What was learned of calls of one kind and size
-COUNT, CHOICE, TIME_CACHED, TIME_AROUND, LESSON_WORDS = (W * i for i in range(5))
+COUNT, PERIOD, CHOICE, TIME_CACHED, TIME_AROUND, LESSON_WORDS = (W * i for i in range(6))
 
 COLLECTIVES = ("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier")
-INLINE, DIRECT, PIECES = 0, 1, 2
+INLINE, DIRECT, PIECES, BUFFERED = range(4)
+"""How a vector goes: in the line, in the buffer or in place where it is registered, in blocks; always in the buffer."""
 DONE, AGAIN, MISMATCH, STUCK, SHUT = 0, 1, 2, 3, 4
 """What a call returns; AGAIN: somebody has not come yet, call again."""
 
@@ -77,8 +78,8 @@ BRIEF = 20
 """Looks before giving way where ranks share cores."""
 GRAIN = 64
 """Slices begin at multiples of this, so that no cache line is written by two ranks."""
-TRIALS, TRIAL_PERIOD = 4, 256
-"""Calls tried each way, and after how many calls of a kind that is repeated."""
+TRIALS = 4
+"""Calls tried each way."""
 CACHED = 16384
 """Bytes reduced at a time, so that a result is in the first-level cache while it is copied on."""
 
@@ -115,11 +116,11 @@ def begin(call, state):
     if load(mine + SIGNATURE) != load(call + CALL_SIGNATURE):
         store(mine + SIGNATURE, load(call + CALL_SIGNATURE))
     lesson = load(call + LESSON)
-    store(state + AROUND, 0 if lesson == 0 else on_trial(lesson))
     if lesson != 0:
-        store(mine + CACHED_TOOK, load(lesson + TIME_CACHED))
-        store(mine + AROUND_TOOK, load(lesson + TIME_AROUND))
-        store(state + CLOCK, nanoseconds())
+        begin_lesson(lesson, mine, state)
+    else:
+        store(state + AROUND, 0)
+        store(state + TRIAL, 0)
 
 
 def arrive(state):
@@ -130,7 +131,7 @@ def arrive(state):
 def meet(call, state):
     """Wait until everybody is in this call, then compare: nobody goes on unless all make the same call."""
     p, r, number = load(state + RANKS), load(state + RANK), load(state + CALLS)
-    if load(call + LESSON) != 0 and load(call + WAITING) == 0:
+    if load(state + TRIAL) != 0 and load(call + WAITING) == 0:
         store(state + SPENT, nanoseconds() - load(state + CLOCK))
     for i in range(1, p):
         code = await_rank(state, (r + i) % p, number)
@@ -145,6 +146,7 @@ def meet(call, state):
             return MISMATCH
     if load(call + LESSON) != 0:
         decide(load(call + LESSON), state)
+    if load(state + TRIAL) != 0:
         store(state + CLOCK, nanoseconds())
     return DONE
 
@@ -223,17 +225,24 @@ def fill(state, slot, source, nbytes):
         fetch(slot, source, nbytes)
 
 
-def on_trial(lesson):
-    """How this call fills slots: some calls each way, then for long as was faster."""
-    turn = load(lesson + COUNT) % TRIAL_PERIOD
-    if turn < TRIALS:
-        return 0
-    return 1 if turn < 2 * TRIALS else load(lesson + CHOICE)
+def begin_lesson(lesson, mine, state):
+    """How this call fills slots: some calls each way, then for long as was faster; and what the others shall know."""
+    turn = load(lesson + COUNT) % load(lesson + PERIOD)
+    store(lesson + COUNT, load(lesson + COUNT) + 1)
+    store(state + TRIAL, 1 + turn if turn < 2 * TRIALS else 0)
+    if turn < 2 * TRIALS:
+        store(state + AROUND, 0 if turn < TRIALS else 1)
+        store(state + CLOCK, nanoseconds())
+        return
+    store(state + AROUND, load(lesson + CHOICE))
+    if turn == 2 * TRIALS:
+        store(mine + CACHED_TOOK, load(lesson + TIME_CACHED))
+        store(mine + AROUND_TOOK, load(lesson + TIME_AROUND))
 
 
 def decide(lesson, state):
     """After the trials, take what was faster for the slowest rank; all ranks read the same times."""
-    if load(lesson + COUNT) % TRIAL_PERIOD != 2 * TRIALS:
+    if (load(lesson + COUNT) - 1) % load(lesson + PERIOD) != 2 * TRIALS:
         return
     cached, around = 0, 0
     for q in range(load(state + RANKS)):
@@ -242,20 +251,21 @@ def decide(lesson, state):
     store(lesson + CHOICE, 1 if around < cached else 0)
 
 
-def finish(call, state, blocks):
-    """Count the blocks; in a trial note the best time, in which waiting for late ranks does not count."""
-    store(state + BLOCKS, load(state + BLOCKS) + max(1, blocks))
-    lesson = load(call + LESSON)
-    if lesson == 0:
-        return
-    turn = load(lesson + COUNT) % TRIAL_PERIOD
-    store(lesson + COUNT, load(lesson + COUNT) + 1)
-    if turn >= 2 * TRIALS:
+def end_lesson(call, state):
+    """In a trial note the best time, in which waiting for late ranks does not count."""
+    turn = load(state + TRIAL) - 1
+    if turn < 0:
         return
     spent = load(state + SPENT) + nanoseconds() - load(state + CLOCK)
-    best = lesson + (TIME_CACHED if turn < TRIALS else TIME_AROUND)
+    best = load(call + LESSON) + (TIME_CACHED if turn < TRIALS else TIME_AROUND)
     if turn % TRIALS <= 1 or spent < load(best):  # the first call each way finds the caches as the other way left them
         store(best, spent)
+
+
+def finish(call, state, blocks):
+    """Count the blocks."""
+    store(state + BLOCKS, load(state + BLOCKS) + max(1, blocks))
+    end_lesson(call, state)
 
 
 def enter(call, state):
@@ -284,8 +294,8 @@ def allreduce(call):
     if code != DONE:
         return code
     way = load(call + WAY)
-    if way == INLINE:
-        return fold_lines(call, state)
+    if way in (INLINE, BUFFERED):
+        return fold_lines(call, state) if way == INLINE else fold_buffers(call, state)
     registered = registration(state)
     if registered > 0:
         return allreduce_registered(call, state)
@@ -302,6 +312,9 @@ def bring(call, state):
     if way == INLINE:
         copy(mine + PAYLOAD, send, nbytes)
         return
+    if way == BUFFERED:
+        fill(state, buffer_of(state, r), send, nbytes)
+        return
     allocation = 0
     if load(call + ALLOCATION) != 0:
         allocation = load(call + ALLOCATION) * load(load(call + ALIVE))
@@ -311,7 +324,7 @@ def bring(call, state):
     if allocation != 0:
         return
     if way == DIRECT:
-        copy(buffer_of(state, r), send, nbytes)
+        fill(state, buffer_of(state, r), send, nbytes)
     else:
         publish_rest(call, state, 0)
 
@@ -341,6 +354,7 @@ def fold_buffers(call, state):
         store(table + W * q, buffer_of(state, q))
     store(table + W * load(state + RANK), load(call + SEND))
     fold(load(call + FOLD), table, p, 0, load(call + RECV), load(call + NBYTES) // load(call + ITEM))
+    end_lesson(call, state)
     return DONE
 
 
@@ -362,7 +376,7 @@ def allreduce_pieces(call, state, first_is_out):
         if 1 <= k <= blocks:
             if not await_all(state, PUBLISHED, g + k):
                 return STUCK
-            fold_slice(call, state, k - 1, load(call + RECV))
+            fold_slice(call, state, k - 1)
     finish(call, state, blocks)
     return DONE
 
@@ -378,8 +392,8 @@ def publish_rest(call, state, k):
     say(state, PUBLISHED, g + k + 1)
 
 
-def fold_slice(call, state, k, result):
-    """Reduce one's own slice of block k into ``result`` (unless 0) and into the slot, for the others."""
+def fold_slice(call, state, k):
+    """Reduce one's own slice of block k, and copy it into the slot, for the others."""
     p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
     block, item, table = load(call + BLOCK), load(call + ITEM), call + TABLE
     n = min(block, load(call + NBYTES) - k * block)
@@ -388,11 +402,9 @@ def fold_slice(call, state, k, result):
     store(table + W * r, load(call + SEND) + k * block)
     hi, slot = cut(n, p, r + 1), slot_of(state, r, g + k)
     for lo in range(cut(n, p, r), hi, CACHED):
-        size = min(CACHED, hi - lo)
-        out = slot + lo if result == 0 else result + k * block + lo
+        size, out = min(CACHED, hi - lo), load(call + RECV) + k * block + lo
         fold(load(call + FOLD), table, p, lo // item, out, size // item)
-        if result != 0:
-            fill(state, slot + lo, out, size)
+        fill(state, slot + lo, out, size)
     say(state, FINISHED, g + k + 1)
 
 
@@ -441,37 +453,49 @@ def reduce(call):
         if code != DONE:
             return code
         begin(call, state)
-        bring(call, state)
+        if load(call + WAY) != PIECES:
+            bring(call, state)
+        elif load(call + ROOT) != load(state + RANK):
+            publish_block(call, state, 0)
         arrive(state)
     code = meet(call, state)
     if code != DONE:
         return code
     root = load(call + ROOT) == load(state + RANK)
     if load(call + WAY) == PIECES:
-        return reduce_pieces(call, state, root)
+        return fold_pieces(call, state) if root else publish_pieces(call, state)
     if not root:
+        end_lesson(call, state)
         return DONE
     return fold_lines(call, state) if load(call + WAY) == INLINE else fold_buffers(call, state)
 
 
-def reduce_pieces(call, state, root):
-    """As allreduce, but only the root copies out.
-
-    It does so before it publishes the next block but one, and all others wait for that.
-    """
+def publish_pieces(call, state):
+    """Publish block k when the root has finished block k-3."""
     nbytes, block, g = load(call + NBYTES), load(call + BLOCK), load(state + BLOCKS)
+    blocks, root = (nbytes + block - 1) // block, load(call + ROOT)
+    for k in range(1, blocks):
+        if k >= RING - 1 and not await_count(state, root, FINISHED, g + k - 2):
+            return STUCK
+        publish_block(call, state, k)
+    finish(call, state, blocks)
+    return DONE
+
+
+def fold_pieces(call, state):
+    """The root alone reduces: all others' slices would be written to slots and read once more."""
+    p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
+    nbytes, block, item, table = load(call + NBYTES), load(call + BLOCK), load(call + ITEM), call + TABLE
     blocks = (nbytes + block - 1) // block
-    for k in range(blocks + 2 if root else blocks + 1):
-        if root and k >= 2:
-            if not await_all(state, FINISHED, g + k - 1):
-                return STUCK
-            copy_out(call, state, k - 2)
-        if 0 < k < blocks:
-            publish_rest(call, state, k)
-        if 1 <= k <= blocks:
-            if not await_all(state, PUBLISHED, g + k):
-                return STUCK
-            fold_slice(call, state, k - 1, load(call + RECV) if root else 0)
+    for k in range(blocks):
+        if not await_all(state, PUBLISHED, g + k + 1):
+            return STUCK
+        for q in range(p):
+            store(table + W * q, slot_of(state, q, g + k))
+        store(table + W * r, load(call + SEND) + k * block)
+        n = min(block, nbytes - k * block)
+        fold(load(call + FOLD), table, p, 0, load(call + RECV) + k * block, n // item)
+        say(state, FINISHED, g + k + 1)
     finish(call, state, blocks)
     return DONE
 
@@ -489,7 +513,7 @@ def reduce_scatter(call):
             return code
         begin(call, state)
         if direct:
-            copy(buffer_of(state, load(state + RANK)), load(call + SEND), load(call + NBYTES))
+            fill(state, buffer_of(state, load(state + RANK)), load(call + SEND), load(call + NBYTES))
         else:
             publish_parts(call, state, 0)
         arrive(state)
@@ -512,6 +536,7 @@ def fold_part(call, state):
     store(table + W * r, load(call + SEND))
     lo, hi = part(call, state, r), part(call, state, r + 1)
     fold(load(call + FOLD), table, p, lo // item, load(call + RECV), (hi - lo) // item)
+    end_lesson(call, state)
     return DONE
 
 
@@ -566,7 +591,7 @@ def allgather(call):
             return code
         begin(call, state)
         if direct:
-            copy(buffer_of(state, r), load(call + SEND), gathered(call, state, r))
+            fill(state, buffer_of(state, r), load(call + SEND), gathered(call, state, r))
         else:
             publish_piece(call, state, 0)
         arrive(state)
@@ -579,6 +604,7 @@ def allgather(call):
     for i in range(1, load(state + RANKS)):
         q = (r + i) % load(state + RANKS)
         fetch(load(call + RECV) + place(call, state, q), buffer_of(state, q), gathered(call, state, q))
+    end_lesson(call, state)
     return DONE
 
 
@@ -645,8 +671,8 @@ def bcast(call):
         if r == root:
             if way == INLINE:
                 copy(line_of(state, r) + PAYLOAD, mine, nbytes)
-            elif way == DIRECT:
-                copy(buffer_of(state, r), mine, nbytes)
+            elif way == BUFFERED:
+                fill(state, buffer_of(state, r), mine, nbytes)
             else:
                 publish_block(call, state, 0)
         arrive(state)
@@ -657,6 +683,7 @@ def bcast(call):
         return bcast_pieces(call, state, root)
     if r != root:
         fetch(mine, line_of(state, root) + PAYLOAD if way == INLINE else buffer_of(state, root), nbytes)
+    end_lesson(call, state)
     return DONE
 
 

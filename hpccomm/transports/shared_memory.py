@@ -20,7 +20,8 @@ and ``close`` are collective.  Binding and running are not: what differs between
     bind_barrier(signature)
 
     shared.empty(shape, dtype)                         # registered: visible to all ranks, reduced without a copy
-    shared.late = hook(seconds, missing)               # called every 50 ms while ranks are missing; may raise
+    shared.late = hook(seconds, missing)               # plans bound from now on call it every 50 ms while ranks are
+                                                       # missing; may raise
     shared.mismatch = make(signatures)                 # makes the error for calls that differ
     shared.peers_signatures()                          # what each rank passed to the current or last call
     shared.close()
@@ -60,6 +61,7 @@ from hpccomm.kernels import memory, reductions
 from hpccomm.kernels import shared as kernels
 
 Plan = Callable[[], None]
+Late = Callable[[float, list[int]], None]
 
 PAGE = mmap.PAGESIZE
 WORD_MASK = (1 << 63) - 1
@@ -234,7 +236,7 @@ class SharedMemory:
 
     def __init__(self, node: Any, code: str = "auto") -> None:
         self.rank, self.size = node.Get_rank(), node.Get_size()
-        self.late: Callable[[float, list[int]], None] | None = None
+        self.late: Late | None = None
         self.mismatch: Callable[[list[int]], Exception] = differing_signatures
         self._node = node
         self._compiled = agreed_code(node, code)
@@ -244,7 +246,9 @@ class SharedMemory:
         self._segment = Segment(node, self.size * self._region)
         self._state = self._new_state(patience(node))
         self._lessons = np.zeros((len(self.collectives) * SIZES, kernels.LESSON_WORDS // kernels.W), np.int64)
-        self._lessons[:, kernels.COUNT // kernels.W] = kernels.TRIAL_PERIOD - WARM_UP
+        periods = np.where(np.arange(len(self._lessons)) % SIZES < LONG_CALLS, *TRIAL_PERIODS)
+        self._lessons[:, kernels.PERIOD // kernels.W] = periods
+        self._lessons[:, kernels.COUNT // kernels.W] = periods - WARM_UP
         self._registered: dict[int, Allocation] = {}
         self._allocations = 0
 
@@ -340,6 +344,8 @@ class SharedMemory:
         put(call, kernels.PAST_CACHE, around)
         self._vector(call, send, recv, nbytes, self._direct)
         allocation = self._allocation((send, nbytes), (recv, nbytes)) if nbytes >= REGISTERED_BYTES else None
+        if nbytes >= REGISTERED_BYTES and call[kernels.WAY // kernels.W] == kernels.BUFFERED:
+            put(call, kernels.WAY, kernels.DIRECT)
         if allocation:
             put(call, kernels.ALLOCATION, allocation.number)
             put(call, kernels.ALIVE, allocation.alive.ctypes.data)
@@ -399,7 +405,7 @@ class SharedMemory:
         put(call, kernels.SEND, send)
         put(call, kernels.RECV, recv)
         put(call, kernels.WAY, kernels.DIRECT if max(counts) <= kernels.BUFFER else kernels.PIECES)
-        put(call, kernels.BLOCK, min(self._slot, GATHER_BLOCK))
+        put(call, kernels.BLOCK, self._slot)
         return self._plan("allgather", call, sum(counts))
 
     def bind_bcast(self, address: int, nbytes: int, root: int, signature: int) -> Plan:
@@ -409,7 +415,6 @@ class SharedMemory:
         call = self._call(("bcast", nbytes, root), signature)
         put(call, kernels.ROOT, root)
         self._vector(call, address, address, nbytes, kernels.BUFFER)
-        put(call, kernels.BLOCK, min(self._slot, GATHER_BLOCK))
         return self._plan("bcast", call, nbytes)
 
     def bind_alltoall(
@@ -430,7 +435,8 @@ class SharedMemory:
         put(call, kernels.RECV, recv)
         put(call, kernels.BLOCK, self._share())
         put(call, kernels.CALL_LONGEST, max(*send_counts, *recv_counts))
-        return self._plan("alltoall", call)
+        put(call, kernels.WAY, kernels.PIECES)
+        return self._plan("alltoall", call, sum(send_counts))
 
     def bind_barrier(self, signature: int) -> Plan:
         """Wait for everybody."""
@@ -470,7 +476,7 @@ class SharedMemory:
         put(call, kernels.RECV, recv)
         put(call, kernels.NBYTES, nbytes)
         put(call, kernels.BLOCK, block_bytes(nbytes, self._slot))
-        small = kernels.INLINE if nbytes <= kernels.PAYLOAD_BYTES else kernels.DIRECT
+        small = kernels.INLINE if nbytes <= kernels.PAYLOAD_BYTES else kernels.BUFFERED
         put(call, kernels.WAY, small if nbytes <= most else kernels.PIECES)
 
     # Code
@@ -504,16 +510,16 @@ class SharedMemory:
         self, name: str, call: npt.NDArray[np.int64], nbytes: int = 0, allocation: Allocation | None = None
     ) -> Plan:
         """What runs a call; ``nbytes`` says how large it is, for learning."""
-        if call[kernels.WAY // kernels.W] == kernels.PIECES:
+        if call[kernels.WAY // kernels.W] != kernels.INLINE and nbytes >= LEARN_BYTES:
             put(call, kernels.LESSON, self._lesson(name, nbytes))
-        kernel, address, resolve = self._kernel(name), call.ctypes.data, self._resolve
+        kernel, address, resolve, late = self._kernel(name), call.ctypes.data, self._resolve, self.late
         held = (self._segment, call, allocation)
 
         def run() -> None:
             try:
                 code = kernel(address)
                 if code:
-                    resolve(code, kernel, address)
+                    resolve(code, kernel, address, late)
             except BaseException:
                 self._left(held[1])
                 raise
@@ -522,11 +528,11 @@ class SharedMemory:
 
     # What a call returned
 
-    def _resolve(self, code: int, kernel: Callable[[int], int], address: int) -> None:
+    def _resolve(self, code: int, kernel: Callable[[int], int], address: int, late: Late | None) -> None:
         began = time.monotonic()
         while code == kernels.AGAIN:
-            if self.late:
-                self.late(time.monotonic() - began, self.missing())
+            if late:
+                late(time.monotonic() - began, self.missing())
             code = kernel(address)
         if code == kernels.MISMATCH:
             raise self.mismatch(self.peers_signatures())
@@ -556,6 +562,10 @@ class SharedMemory:
 
 SIZES = 40
 """Classes of sizes, powers of two, that learn apart."""
+LEARN_BYTES = 2048
+"""From here on calls learn how to fill slots and buffers; below, lines go through the cache."""
+LONG_CALLS, TRIAL_PERIODS = 17, (4096, 256)
+"""After how many calls it is tried again: below the class of 64 KB, and from there on."""
 WARM_UP = 8
 """Calls before the first trial: pages are touched for the first time."""
 REGISTERED_BYTES = 8192
@@ -564,8 +574,6 @@ DIRECT_BYTES = 98304
 """Up to so many bytes of all ranks together, every rank reduces everything: one meeting instead of two."""
 PAST_CACHE_BYTES = 1 << 25
 """From so many bytes of all ranks together on, results out of place are written around the cache: they exceed it."""
-GATHER_BLOCK = 1 << 17
-"""Blocks of calls that only copy."""
 
 
 def block_bytes(nbytes: int, slot: int) -> int:
