@@ -1,0 +1,145 @@
+"""LARS: each tensor's step is a fixed share of its weights' norm (You, Gitman & Ginsburg, 2017).
+
+*w weights, g gradient, λ weight decay, c trust coefficient, γ rate, μ momentum, v velocity; d = g + λw.*
+The trust ratio φ of a tensor is 1 where ‖w‖ or the other norm is zero, and for tensors that do not adapt
+(biases, scales of normalisations, by the bucket's flags)::
+
+    variant       trust ratio                    update                          as in
+    "paper"       φ = c‖w‖/(‖g‖+λ‖w‖+ε)          v ← μv + γφd,    w ← w − v      You 2017
+    "optax"       φ = c‖w‖/(‖d‖+ε)               v ← μv + γφd,    w ← w − v      optax.lars, SimCLR (classic)
+    "torch"       φ of "paper"                   v ← μv + φd,     w ← w − γv     timm, apex LARC with torch's SGD
+    "mlperf"      φ of "paper"                   v ← μv + d,      w ← w − γφv    TensorFlow's, MLPerf's
+    "simclr"      φ = c‖w‖/(‖v‖+ε)               v ← μv + d,      w ← w − γφv    SimCLR (not classic)
+
+They agree in the first step, and in all while γ and φ do not change ("optax", "simclr" but for their norms).
+With "torch" a new γ acts on old momentum at once.  Algorithm 1 of the LAMB paper is "simclr": its running mean
+instead of a sum cancels in φ, up to c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from hpccomm.algorithms.layerwise import (
+    Layerwise,
+    NormReduce,
+    Rows,
+    check_vectors,
+    in_order,
+    kernel,
+    layers,
+    norms,
+    shrink,
+    where_both,
+)
+from hpccomm.algorithms.transforms import Schedule, Vector, check_decay, require
+from hpccomm.buckets import Bucket
+from hpccomm.kernels.optimizers_reference import DECAYED, GRADIENT, MOVED
+
+Variant = Literal["paper", "optax", "torch", "mlperf", "simclr"]
+NORM = {"paper": GRADIENT, "optax": DECAYED, "torch": GRADIENT, "mlperf": GRADIENT, "simclr": MOVED}
+
+
+class LarsState(NamedTuple):
+    """How many updates, and the velocity (with the sign and units of the variant's step)."""
+
+    updates: int
+    velocity: Vector
+
+
+def lars(
+    bucket: Bucket,
+    lr: float | Schedule,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    trust: float = 0.001,
+    eps: float = 0.0,
+    variant: Variant = "paper",
+    clip: bool = False,
+    max_norm: float | None = None,
+    decay: Collection[str] | str = "flags",
+    adapt: Collection[str] | str = "flags",
+    part: tuple[int, int] | None = None,
+    norm_reduce: NormReduce | None = None,
+) -> Layerwise:
+    """LARS on a bucket's vector, float32 or float64: the step with sign, to be added to the weights.
+
+    ``lr`` γ, a number or a function of the update's count; ``momentum`` μ; ``weight_decay`` λ; ``trust`` c.
+    ``clip`` is LARC's: φ ← min(φ/γ, 1), so that no tensor steps further than γ alone would.  ``max_norm``
+    clips the whole gradient first.  ``decay`` and ``adapt`` say which tensors: ``"flags"`` of the bucket,
+    ``"all"``, ``"decayed"``, or a list of names.  ``part=(lo, hi)`` and ``norm_reduce`` are for a rank that
+    holds these elements of the vector only: see :mod:`hpccomm.algorithms.layerwise`.
+
+    >>> bucket = Bucket({"w": (2, 2), "b": (2,)})
+    >>> method = lars(bucket, 1.0, trust=0.5)
+    >>> step, _ = method.update(np.ones(6, "f4"), method.init(np.ones(6, "f4")), np.ones(6, "f4"))
+    >>> step.tolist()
+    [-0.5, -0.5, -0.5, -0.5, -1.0, -1.0]
+
+    You, Gitman & Ginsburg, *Large batch training of convolutional networks*, 2017, algorithm 1.
+    """
+    require(variant in NORM, f"lars: variant is {variant!r}: pass one of {', '.join(map(repr, get_args(Variant)))}")
+    check_decay("lars: momentum", momentum)
+    require(weight_decay >= 0, f"lars: weight_decay is {weight_decay}: pass 0 or more")
+    require(trust > 0, f"lars: trust is {trust}: pass a positive number; 0.001 is usual")
+    require(max_norm is None or max_norm > 0, f"lars: max_norm is {max_norm}: pass a positive number, or None")
+    here = layers("lars", bucket, part, decay, adapt)
+
+    def ratios(rows: Rows, sums: Any, gamma: float) -> Any:
+        norm = norms(sums, rows, here.tensors, norm_reduce)
+        rate = weight_decay * rows.decay if NORM[variant] == GRADIENT else 0.0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = trust * norm[:, 0] / (norm[:, 1] + rate * norm[:, 0] + eps)
+        ratio = np.minimum(ratio / gamma, 1) if clip else ratio
+        return np.where(rows.adapt, where_both(norm, ratio), 1.0)
+
+    def group(rows: Rows, g: Vector, v: Vector, w: Vector, out: Vector, gamma: float, scale: float) -> None:
+        """One step of some tensors: v is written, and the step into out."""
+        real = w.dtype.type
+        rates = (weight_decay * rows.decay).astype(w.dtype)
+        sums = kernel("lars_sums", w.dtype.str[1:])(
+            w, g, v, rows.bounds, rates, real(scale), real(momentum), nesterov, NORM[variant]
+        )
+        phi = ratios(rows, sums, gamma).astype(w.dtype)
+        ones = np.ones_like(phi)
+        inside = variant in ("paper", "optax", "torch")
+        first, second = (phi if inside else ones), (1.0 if variant not in ("paper", "optax") else -gamma)
+        last = {"paper": ones, "optax": ones, "torch": ones * real(-gamma)}.get(variant)
+        last = phi * real(-gamma) if last is None else last
+        kernel("lars_step", w.dtype.str[1:])(
+            w, g, v, out, rows.bounds, rates, first, last, real(scale), real(second), real(momentum), nesterov
+        )
+
+    def walk(gradient: Vector, state: LarsState, weights: Vector, step: Vector | None) -> None:
+        """All tensors: into ``step``, or, without one, onto the weights; the velocity is written."""
+        check_vectors("lars", here, gradient, weights)
+        g, w = in_order(gradient), in_order(weights)
+        gamma = float(lr(state.updates) if callable(lr) else lr)
+        scale = shrink("none" if max_norm is None else "clip", max_norm or 1.0, g, norm_reduce)
+        for rows in here.groups() if norm_reduce is None else [here.rows]:
+            part = slice(rows.first, rows.stop)
+            out = np.empty(rows.stop - rows.first, w.dtype) if step is None else step[part]
+            group(rows, g[part], state.velocity[part], w[part], out, gamma, scale)
+            if step is None:
+                w[part] += out
+        if step is not None:
+            step[here.rows.stop :] = 0
+        elif w is not weights:
+            weights[...] = w
+
+    def update(gradient: Vector, state: LarsState, weights: Vector) -> tuple[Vector, LarsState]:
+        after = LarsState(state.updates, state.velocity.copy())
+        step = np.empty(weights.shape, weights.dtype)
+        walk(gradient, after, weights, step)
+        return step, after._replace(updates=state.updates + 1)
+
+    def apply(gradient: Vector, state: LarsState, weights: Vector) -> LarsState:
+        walk(gradient, state, weights, None)
+        return state._replace(updates=state.updates + 1)
+
+    return Layerwise(lambda weights: LarsState(0, np.zeros(weights.shape, weights.dtype)), update, apply)

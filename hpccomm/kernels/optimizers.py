@@ -1,0 +1,176 @@
+"""The functions of :mod:`hpccomm.kernels.optimizers_reference`, compiled: each vector is read and written once.
+
+A function is compiled for a dtype when it is first asked for and kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import register_jitable
+
+from hpccomm.kernels.compiled import jit, kept
+from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED, GRADIENT
+
+EIGHTH = BLOCK // 8
+
+
+# Slices, because LLVM vectorises a loop over a whole array, but not one whose index might be negative
+
+
+@register_jitable
+def square(x):
+    wide = np.float64(x)
+    return wide * wide
+
+
+@register_jitable
+def folded(x, room):
+    """Σ x² of one block; ``room`` has an eighth of its length, three halvings happen before it is written."""
+    n = EIGHTH
+    a, b, c, d = x[:n], x[n : 2 * n], x[2 * n : 3 * n], x[3 * n : 4 * n]
+    e, f, g, h = x[4 * n : 5 * n], x[5 * n : 6 * n], x[6 * n : 7 * n], x[7 * n : 8 * n]
+    for i in range(room.size):
+        even = (square(a[i]) + square(e[i])) + (square(c[i]) + square(g[i]))
+        room[i] = even + ((square(b[i]) + square(f[i])) + (square(d[i]) + square(h[i])))
+    while n > 1:
+        n //= 2
+        low, high = room[:n], room[n : 2 * n]
+        for i in range(low.size):
+            low[i] += high[i]
+    return room[0]
+
+
+@register_jitable
+def block_sum(x, whole, room):
+    """Σ x² of one block, or of what is left of it; ``whole`` is room for a block."""
+    if x.size == BLOCK:
+        return folded(x, room)
+    whole[:] = 0
+    for i in range(x.size):
+        whole[i] = x[i]
+    return folded(whole, room)
+
+
+def sum_of_squares(x):
+    total, room, whole = 0.0, np.empty(EIGHTH), np.empty(BLOCK, x.dtype)
+    for lo in range(0, x.size, BLOCK):
+        total += block_sum(x[lo : min(lo + BLOCK, x.size)], whole, room)
+    return total
+
+
+@register_jitable
+def direction(w, g, v, scale, decay, first, second, mu):
+    return ((g * scale + decay * w) * first) * second + mu * v
+
+
+def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
+    sums = np.zeros((bounds.shape[0], 2))
+    room, whole, other = np.empty(EIGHTH), np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
+    one = w.dtype.type(1)
+    for row in range(bounds.shape[0]):
+        for lo in range(bounds[row, 0], bounds[row, 1], BLOCK):
+            hi = min(lo + BLOCK, bounds[row, 1])
+            ww, gg, vv, oo, rate = w[lo:hi], g[lo:hi], v[lo:hi], other[: hi - lo], decay[row]
+            if whose == GRADIENT:
+                for i in range(oo.size):
+                    oo[i] = gg[i] * scale
+            elif whose == DECAYED:
+                for i in range(oo.size):
+                    oo[i] = gg[i] * scale + rate * ww[i]
+            else:
+                for i in range(oo.size):
+                    moved = direction(ww[i], gg[i], vv[i], scale, rate, one, one, mu)
+                    ahead = ((gg[i] * scale + rate * ww[i]) * one) * one + mu * moved
+                    oo[i] = ahead if nesterov else moved
+            sums[row, 0] += block_sum(ww, whole, room)
+            sums[row, 1] += block_sum(oo, whole, room)
+    return sums
+
+
+def lars_step(w, g, v, out, bounds, decay, first, last, scale, second, mu, nesterov):
+    for row in range(bounds.shape[0]):
+        lo, hi = bounds[row, 0], bounds[row, 1]
+        ww, gg, vv, oo = w[lo:hi], g[lo:hi], v[lo:hi], out[lo:hi]
+        rate, one, end = decay[row], first[row], last[row]
+        if nesterov:
+            for i in range(ww.size):
+                s = ((gg[i] * scale + rate * ww[i]) * one) * second
+                moved = s + mu * vv[i]
+                vv[i] = moved
+                oo[i] = (s + mu * moved) * end
+        else:
+            for i in range(ww.size):
+                moved = direction(ww[i], gg[i], vv[i], scale, rate, one, second, mu)
+                vv[i] = moved
+                oo[i] = moved * end
+
+
+def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps):
+    sums = np.zeros((bounds.shape[0], 2))
+    room, whole = np.empty(EIGHTH), np.empty(BLOCK, w.dtype)
+    for row in range(bounds.shape[0]):
+        rate = decay[row]
+        for lo in range(bounds[row, 0], bounds[row, 1], BLOCK):
+            hi = min(lo + BLOCK, bounds[row, 1])
+            ww, gg, mm, vv, oo = w[lo:hi], g[lo:hi], m[lo:hi], v[lo:hi], out[lo:hi]
+            for i in range(ww.size):
+                x = gg[i] * scale
+                mean = b1 * mm[i] + c1 * x
+                mean_square = b2 * vv[i] + c2 * (x * x)
+                mm[i] = mean
+                vv[i] = mean_square
+                oo[i] = (mean / k1) / (np.sqrt(mean_square / k2) + eps) + rate * ww[i]
+            sums[row, 0] += block_sum(ww, whole, room)
+            sums[row, 1] += block_sum(oo, whole, room)
+    return sums
+
+
+def scaled(out, bounds, factor, last):
+    for row in range(bounds.shape[0]):
+        oo, each = out[bounds[row, 0] : bounds[row, 1]], factor[row]
+        for i in range(oo.size):
+            oo[i] = (oo[i] * each) * last
+
+
+def added(w, out, bounds, factor, last):
+    for row in range(bounds.shape[0]):
+        ww, oo = w[bounds[row, 0] : bounds[row, 1]], out[bounds[row, 0] : bounds[row, 1]]
+        each = factor[row]
+        for i in range(ww.size):
+            ww[i] += (oo[i] * each) * last
+
+
+ARGUMENTS = {
+    "sum_of_squares": "r",
+    "lars_sums": "rrrbrssti",
+    "lars_step": "rrwwbrrrssst",
+    "lamb_moments": "rrwwwbrssssssss",
+    "scaled": "wbrs",
+    "added": "wrbrs",
+}
+"""What each takes: a vector that is read, one that is written, bounds, a scalar, a truth value, an integer."""
+
+
+@cache
+def compiled(name: str, code: str) -> Callable[..., Any]:
+    """One of the functions above for ``"f4"`` or ``"f8"``."""
+    function: Any = kept(jit, globals()[name], f"{name}_{code}")
+    number = numba.from_dtype(np.dtype(code))
+    read = types.Array(number, 1, "C", readonly=True)
+    kinds = {
+        "r": read,
+        "w": types.Array(number, 1, "C"),
+        "b": types.Array(types.int64, 2, "C", readonly=True),
+        "s": number,
+        "t": types.boolean,
+        "i": types.int64,
+    }
+    function.compile(tuple(kinds[letter] for letter in ARGUMENTS[name]))
+    function.disable_compile()
+    return function  # type: ignore[no-any-return]
