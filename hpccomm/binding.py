@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from hpccomm.collectives.engine import bind, bind_lanes
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.tuning import Choice
 from hpccomm.errors import ArgumentError
+from hpccomm.kernels import reductions
 from hpccomm.messages import Message, read
 from hpccomm.resources import Bound, Resources, unknown
 from hpccomm.signature import UNKNOWN, Signature
@@ -32,6 +34,9 @@ SYNCHRONISING = ("Allreduce", "Allgather", "Allgatherv", "Reduce_scatter", "Redu
 LOCKSTEP_BYTES = 1 << 23
 """From here on our algorithms on messages compare all calls before the first message; below, the waiting would show
 (measured: 40-60 µs on four ranks that share two cores, a sixth of 1 MiB by a ring), and the tags tell as well."""
+
+KEEP_NAN = ("shared", "butterfly", "tree", "ring")
+"""What takes a minimum or maximum of floats instead of native MPI, which may lose a NaN; the first that can."""
 
 SEGMENT_BYTES = 1 << 17
 """Length of a segment in chains and trees where the table does not say."""
@@ -68,6 +73,10 @@ class Binder:
         who = self.who("Allreduce")
         send, recv = self.reduction_buffers(sendbuf, recvbuf, op, who)
         choice = self.choose("allreduce", recv, op, algorithm, who)
+        if recv.half and choice.algorithm != "shared":
+            a, b = Widened(send), Widened(recv)
+            inner = self.allreduce(None, IN_PLACE if send is recv else a.wide, b.wide, op, choice.algorithm)
+            return self.keep_widened(key, b if send is recv else a, inner, b)
         signature = self.signature("Allreduce", recv, choice, algorithm, op)
         if choice.algorithm == "native":
             return self.native(key, signature, "Allreduce", (send, recv), (op,))
@@ -77,7 +86,7 @@ class Binder:
                 key,
                 signature,
                 lambda word: self.shared.bind_allreduce(
-                    send.address, recv.address, recv.elements, vector.dtype, operations.name_of(op), word
+                    send.address, recv.address, recv.elements, recv.kind, operations.name_of(op), word
                 ),
             )
         ours = self.resources.algorithms("allreduce")[choice.algorithm]
@@ -94,10 +103,16 @@ class Binder:
         else:
             send = recv = self.operand(sendbuf, op, who)
         choice = self.choose("reduce", send, op, algorithm, who)
+        if send.half and choice.algorithm != "shared":
+            here, a = self.rank == root, Widened(send)
+            b = a if send is recv else Widened(recv)
+            result = b.wide if here else None
+            inner = self.reduce(None, IN_PLACE if here and b is a else a.wide, result, op, root, choice.algorithm)
+            return self.keep_widened(key, a, inner, b if here else None)
         signature = self.signature("Reduce", send, choice, algorithm, op, root)
         if choice.algorithm == "native":
-            result = recv if self.rank == root else Message(recvbuf)
-            return self.native(key, signature, "Reduce", (send, result), (op, root))
+            arrives = recv if self.rank == root else Message(recvbuf)
+            return self.native(key, signature, "Reduce", (send, arrives), (op, root))
         source = send.vector()
         if choice.algorithm == "shared":
             into = recv.address if self.rank == root else 0
@@ -105,7 +120,7 @@ class Binder:
                 key,
                 signature,
                 lambda word: self.shared.bind_reduce(
-                    send.address, into, send.elements, source.dtype, operations.name_of(op), root, word
+                    send.address, into, send.elements, send.kind, operations.name_of(op), root, word
                 ),
             )
         work = recv.vector() if self.rank == root else np.empty_like(source)
@@ -169,6 +184,11 @@ class Binder:
         send, recv = buffers
         op = arguments[-1]
         choice = self.choose("reduce_scatter", send, op, algorithm, self.who(name), sum(counts))
+        if send.half and choice.algorithm != "shared":
+            a = Widened(send)
+            b = Widened(recv) if recv is not send else a
+            inner = self.reduce_scatter(None, name, (a.wide, b.wide), counts, arguments, choice.algorithm, in_place)
+            return self.keep_widened(key, a, inner, b)
         signature = self.signature(name, send, choice, algorithm, op, count="+".join(map(str, shortened(counts))))
         if choice.algorithm == "native":
             return self.native(key, signature, name, (send, recv), arguments)
@@ -180,7 +200,7 @@ class Binder:
                 key,
                 signature,
                 lambda word: self.shared.bind_reduce_scatter(
-                    send.address, recv.address, counts, source.dtype, operations.name_of(op), word
+                    send.address, recv.address, counts, send.kind, operations.name_of(op), word
                 ),
             )
         work = np.empty_like(source)
@@ -341,12 +361,16 @@ class Binder:
         who = self.who(name)
         if root is not None:
             self.check_root(root, who)
-        messages = [read(each, who) for each in buffers if name != "Alltoallw"]
         dtype = count = ""
+        if name != "Alltoallw":
+            messages = [read(each, who) for each in buffers]
+            buffers = tuple(known.raw for known in messages)
         if op is not None:
             first = messages[1]
-            dtype = UNKNOWN if first.dtype is None else first.dtype.name
+            dtype = UNKNOWN if first.dtype is None else first.kind
             count = UNKNOWN if first.dtype is None else str(first.elements)
+            if first.half:
+                raise ArgumentError(f"{who}: MPI adds no {first.kind}: cast to float32 before the call")
             if first.dtype is not None:
                 operations.check_defined(op, first.dtype, who)
         op_name = "" if op is None else operations.name_of(op)
@@ -377,7 +401,9 @@ class Binder:
         if given is None:
             raise ArgumentError(f"{who}: the buffer is None: pass an array")
         if message.dtype is not None:
-            operations.check_defined(op, message.dtype, who)
+            operations.check_defined(op, np.dtype("f4") if message.half else message.dtype, who)
+        if message.half and not op.is_predefined:
+            raise ArgumentError(f"{who}: a user-defined operation cannot see {message.kind}: cast to float32")
         return message
 
     def reduction_buffers(self, sendbuf: Any, recvbuf: Any, op: MPI.Op, who: str) -> tuple[Message, Message]:
@@ -388,9 +414,9 @@ class Binder:
         send = self.operand(sendbuf, op, who)
         if send.opaque or recv.opaque:
             return send, recv
-        if send.dtype != recv.dtype or send.elements != recv.elements:
+        if send.kind != recv.kind or send.elements != recv.elements:
             raise ArgumentError(
-                f"{who}: sends {send.elements} {send.dtype}, receives {recv.elements} {recv.dtype}: make them alike"
+                f"{who}: sends {send.elements} {send.kind}, receives {recv.elements} {recv.kind}: make them alike"
             )
         if send.order != recv.order:
             raise ArgumentError(
@@ -416,9 +442,9 @@ class Binder:
         if len(counts) != self.size or min(counts) < 0:
             raise ArgumentError(f"{who}: recvcounts {counts} for {self.size} ranks: pass one count a rank")
         total = sum(counts)
-        if send.dtype != recv.dtype or send.elements != total or (not in_place and recv.elements < counts[self.rank]):
+        if send.kind != recv.kind or send.elements != total or (not in_place and recv.elements < counts[self.rank]):
             raise ArgumentError(
-                f"{who}: sends {send.elements} {send.dtype}, receives {recv.elements} {recv.dtype}, the parts "
+                f"{who}: sends {send.elements} {send.kind}, receives {recv.elements} {recv.kind}, the parts "
                 f"are {total} in all and {counts[self.rank]} here: make them agree"
             )
         if not in_place:
@@ -473,9 +499,17 @@ class Binder:
             return Choice(wanted, None, "named by the caller")
         if self.size == 1 or not fits:
             return Choice("native", None, "nothing to choose")
-        dtype = data.dtype.char if data.dtype is not None and op is not None else "B"
+        dtype = ("e" if data.half else data.dtype.char) if data.dtype is not None and op is not None else "B"
         allowed = ("native", *(name for name in names if name in fits))
-        return self.resources.decide(collective, data.nbytes if nbytes is None else nbytes, dtype, allowed, who)
+        choice = self.resources.decide(collective, data.nbytes if nbytes is None else nbytes, dtype, allowed, who)
+        if choice.algorithm == "native" and self.loses_nan(data, op):
+            return Choice(next(name for name in KEEP_NAN if name in fits), None, "MPI's own min and max may lose a NaN")
+        return choice
+
+    def loses_nan(self, data: Message, op: MPI.Op | None) -> bool:
+        """Whether MPI's own algorithm may drop a NaN."""
+        extreme = op is not None and operations.name_of(op) in ("min", "max")
+        return extreme and bool(data.half or (data.dtype is not None and data.dtype.kind == "f"))
 
     def fitting(self, collective: str, data: Message, op: MPI.Op | None) -> tuple[str, ...]:
         """Our algorithms that can do this call."""
@@ -487,7 +521,7 @@ class Binder:
             return ()
         fits = tuple(name for name, each in ours.items() if each.ordered or op.Is_commutative())
         shared = self.shared
-        if shared and op.is_predefined and shared.reduces(operations.name_of(op), data.dtype):
+        if shared and op.is_predefined and shared.reduces(operations.name_of(op), data.kind):
             return (*fits, "shared")
         return fits
 
@@ -518,7 +552,7 @@ class Binder:
             name,
             operations.name_of(op) if op is not None else "",
             count,
-            UNKNOWN if dtype is None else dtype.name,
+            UNKNOWN if dtype is None else data.travels_as or data.kind if data.dtype is not None else dtype.name,
             "" if root is None else str(root),
             UNKNOWN if dtype is None else data.order,
             choice.algorithm if algorithm else "",
@@ -605,6 +639,11 @@ class Binder:
         bound = Bound(in_turn([before, bind(signature.word), after]))
         return bound if key is None else self.resources.keep(key, bound)
 
+    def keep_widened(self, key: Hashable, first: Widened, inner: Bound, last: Widened | None) -> Bound:
+        """16-bit floats, reduced in float32 and rounded once."""
+        bound = Bound(in_turn([first.widen, inner.run, last.narrow if last else None]), inner.free)
+        return bound if key is None else self.resources.keep(key, bound)
+
     def checked(self, signature: Signature, body: Run, lockstep: bool) -> Run:
         """``body`` between the two looks at what the other ranks call."""
         roll = self.resources.roll
@@ -634,6 +673,25 @@ class Binder:
 def is_in_place(sendbuf: Any) -> bool:
     """mpi4py takes ``None`` for in place, too."""
     return sendbuf is None or sendbuf is IN_PLACE
+
+
+class Widened:
+    """16-bit floats as float32."""
+
+    def __init__(self, message: Message) -> None:
+        self._code = reductions.code_of(message.half)
+        stored = message.vector()
+        self._stored = stored if self._code == "bf16" else stored.view(message.half)
+        self._values = np.empty(stored.size, "f4")
+        self.wide = replace(read(self._values, ""), order=message.order, travels_as=f"{message.half} in float32")
+
+    def widen(self) -> None:
+        """From the user's memory."""
+        self._values[...] = reductions.widen(self._stored, self._code)
+
+    def narrow(self) -> None:
+        """Into the user's memory, to nearest even."""
+        self._stored[...] = reductions.narrow(self._values, self._code)
 
 
 class Packed:

@@ -43,14 +43,14 @@ def allreduce(x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, algori
 
     ``x``: any array, tensor or scalar, of one shape and dtype on all ranks; comes back as the same kind,
     shape and dtype.  ``comm=None`` means all ranks.  The mean of integers and the sum of bools are refused,
-    cast them first; min and max of bools are *all* and *any*.  Integers wrap around.  A NaN makes sums and
-    means NaN, but min and max may lose it, as MPI's do: ask for ``allreduce(np.isnan(x).any(), op="max")``.
+    cast them first; min and max of bools are *all* and *any*.  Integers wrap around.  A NaN makes any
+    result NaN (with ``algorithm="native"``, min and max may lose it, as MPI's do).
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: allreduce"
     array, give_back = borrow(x, who)
     mpi_op = operation(op, array, who)
-    send = widened(array)
+    send = reducible(array, op)
     total = np.empty_like(send)
     ranks.Allreduce(send, total, op=mpi_op, **named(algorithm))
     return give_back(finished(total, op, ranks.size, array))
@@ -68,7 +68,7 @@ def reduce_scatter(x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, a
     if array.ndim == 0:
         raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
     mpi_op = operation(op, array, who)
-    send = widened(array)
+    send = reducible(array, op)
     rows = [len(share) for share in np.array_split(np.empty(len(send), "u1"), ranks.size)]
     mine = np.empty((rows[ranks.rank], *send.shape[1:]), send.dtype)
     row = int(np.prod(send.shape[1:], dtype=np.int64))
@@ -149,6 +149,11 @@ def operation(op: str, array: Array, who: str) -> MPI.Op:
     if kind not in known.kinds:
         raise ArgumentError(f"{who}: the {op} of {array.dtype} is not defined: {known.remedy}")
     return known.logical if kind == "b" and known.logical else known.op
+
+
+def reducible(array: Array, op: str) -> Array:
+    """In C order; wide where more is done to the result before it is rounded."""
+    return widened(array) if op == "mean" else np.asarray(array, order="C")
 
 
 def named(algorithm: str) -> dict[str, str]:

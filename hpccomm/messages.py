@@ -30,7 +30,11 @@ class Message:
     size: int = 0
     """Elements that the memory holds (of an opaque form: items of its datatype that it says)."""
     dtype: np.dtype[Any] | None = None
-    """``None`` when opaque."""
+    """``None`` when opaque; unsigned for 16-bit floats, of which :attr:`half` tells the kind."""
+    half: str = ""
+    """``"float16"`` or ``"bfloat16"``: moved as integers of as many bits, added in float32."""
+    travels_as: str = ""
+    """What to call its elements where they stand for others."""
     writable: bool = True
     order: str = "C"
     count: int | None = None
@@ -47,6 +51,11 @@ class Message:
     """What that datatype is made of, where it is one thing."""
     owner: Any = None
     """Whatever keeps the memory alive."""
+
+    @property
+    def kind(self) -> str:
+        """The elements' dtype in words."""
+        return self.half or str(self.dtype)
 
     @property
     def opaque(self) -> bool:
@@ -106,6 +115,8 @@ def at(address: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 def read(given: Any, who: str) -> Message:
     """Understand a buffer; ``who`` begins every error: the rank and its call."""
+    if isinstance(given, Message):
+        return given
     if isinstance(given, np.ndarray | np.generic):
         return read_array(np.asarray(given), given, who)
     if isinstance(given, list | tuple):
@@ -119,7 +130,8 @@ def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Message:
     """A NumPy array: checked, and taken as it lies in memory."""
     if isinstance(raw, np.ma.MaskedArray):
         raise ArgumentError(f"{who}: a masked array would lose its mask: pass x.filled(value)")
-    if array.dtype.kind not in PLAIN:
+    half = half_of(array.dtype)
+    if array.dtype.kind not in PLAIN and not half:
         raise ArgumentError(f"{who}: MPI has no datatype for {array.dtype}: {instead_of(array.dtype)}")
     if not array.dtype.isnative:
         raise ArgumentError(
@@ -132,15 +144,28 @@ def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Message:
             "pass np.ascontiguousarray(x), or receive into a new array and copy"
         )
     order = "C" if array.flags.c_contiguous else "F"
-    return Message(raw, address_of(array), array.size, array.dtype, array.flags.writeable, order, owner=array)
+    message = Message(
+        raw, address_of(array), array.size, array.dtype, writable=array.flags.writeable, order=order, owner=array
+    )
+    return halved(message, half) if half else message
+
+
+def half_of(dtype: np.dtype[Any]) -> str:
+    """The name of a 16-bit float; nothing for all others."""
+    return dtype.name if dtype == np.float16 or dtype.name == "bfloat16" else ""
+
+
+def halved(message: Message, half: str) -> Message:
+    """16-bit floats as the integers that every MPI can move."""
+    message.half, message.dtype = half, np.dtype("u2")
+    message.raw = [MPI.memory.fromaddress(message.address, 2 * message.size), MPI.UINT16_T]
+    return message
 
 
 def instead_of(dtype: np.dtype[Any]) -> str:
     """What to do with a dtype that MPI does not know."""
     if dtype.kind == "O":
         return "use the lower-case method, which pickles, or a numeric dtype"
-    if dtype.kind == "V" and dtype.fields is None:
-        return "hpccomm.allreduce reduces 16-bit floats with float32 accumulation"
     return "view or cast it as a numeric dtype, or name an MPI datatype: [x, count, datatype]"
 
 
@@ -161,7 +186,9 @@ def read_provider(given: Any, who: str) -> Message:
     if array.dtype.kind not in PLAIN:
         return Message(given)
     order = "C" if view.c_contiguous else "F"
-    return Message(given, address_of(array), array.size, array.dtype, not view.readonly, order, owner=array)
+    return Message(
+        given, address_of(array), array.size, array.dtype, writable=not view.readonly, order=order, owner=array
+    )
 
 
 def read_dlpack(given: Any, who: str) -> Message:
@@ -169,7 +196,7 @@ def read_dlpack(given: Any, who: str) -> Message:
     if not hasattr(given, "__dlpack__") or given.__dlpack_device__()[0] != DLPACK_HOST:
         return Message(given)
     try:
-        dtype = dlpack_dtype(given.__dlpack__())
+        dtype, half = dlpack_dtype(given.__dlpack__())
         memory = MPI.memory(given)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(
@@ -180,12 +207,13 @@ def read_dlpack(given: Any, who: str) -> Message:
     if dtype.kind == "V":
         raise ArgumentError(
             f"{who}: MPI has no datatype for {type(given).__name__} of {getattr(given, 'dtype', 'this dtype')}: "
-            "hpccomm.allreduce reduces 16-bit floats with float32 accumulation"
+            "cast it to float32"
         )
-    return Message(given, memory.address, memory.nbytes // dtype.itemsize, dtype, owner=given)
+    message = Message(given, memory.address, memory.nbytes // dtype.itemsize, dtype, owner=given)
+    return halved(message, half) if half else message
 
 
-DLPACK_HOST = 1
+DLPACK_HOST, DLPACK_FLOAT, DLPACK_BFLOAT = 1, 2, 4
 DLPACK_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
 
 
@@ -202,16 +230,18 @@ class DLTensor(ctypes.Structure):
     )
 
 
-def dlpack_dtype(capsule: Any) -> np.dtype[Any] | None:
-    """The dtype in a DLPack capsule: void where MPI has none (bfloat16, float8), ``None`` for vectors of numbers."""
+def dlpack_dtype(capsule: Any) -> tuple[np.dtype[Any] | None, str]:
+    """The dtype in a DLPack capsule (void where MPI has none, ``None`` for vectors of numbers), and a half's name."""
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     tensor = DLTensor.from_address(pointer(capsule, b"dltensor"))
     if tensor.lanes != 1:
-        return None
+        return None, ""
+    if tensor.bits == 16 and tensor.code in (DLPACK_FLOAT, DLPACK_BFLOAT):
+        return np.dtype("u2"), "float16" if tensor.code == DLPACK_FLOAT else "bfloat16"
     if tensor.code not in DLPACK_KINDS:
-        return np.dtype(f"V{max(1, tensor.bits // 8)}")
-    return np.dtype(f"{DLPACK_KINDS[tensor.code]}{tensor.bits // 8}")
+        return np.dtype(f"V{max(1, tensor.bits // 8)}"), ""
+    return np.dtype(f"{DLPACK_KINDS[tensor.code]}{tensor.bits // 8}"), ""
 
 
 def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Message:
@@ -226,7 +256,9 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Message:
     if dtype is None:
         return derived(form, base, count, datatype)
     size = base.size * base.dtype.itemsize // dtype.itemsize if base.dtype is not None else 0
-    message = Message(form, base.address, size, dtype, base.writable, base.order, owner=base.owner)
+    message = Message(form, base.address, size, dtype, writable=base.writable, order=base.order, owner=base.owner)
+    if datatype is None and base.half:
+        message.half, message.raw = base.half, [base.raw[0], *form[1:], MPI.UINT16_T]
     if count is None or isinstance(count, int | np.integer):
         message.count = None if count is None else int(count)
     else:
@@ -268,8 +300,9 @@ def made_of(datatype: MPI.Datatype) -> np.dtype[Any] | None:
 
 def read_data(data: Any, who: str) -> Message:
     """The memory of a form; its own element type does not matter when a datatype is named."""
-    if isinstance(data, np.ndarray) and data.dtype.kind not in PLAIN and data.flags.c_contiguous:
-        return Message(data, address_of(data), data.nbytes, np.dtype("u1"), data.flags.writeable, owner=data)
+    strange = isinstance(data, np.ndarray) and data.dtype.kind not in PLAIN and not half_of(data.dtype)
+    if strange and data.flags.c_contiguous:
+        return Message(data, address_of(data), data.nbytes, np.dtype("u1"), writable=data.flags.writeable, owner=data)
     return read(data, who)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import time
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -205,6 +206,80 @@ def test_reduce_scatter_block_gives_equal_parts(comm: Communicator) -> None:
             assert np.array_equal(b, want)
             comm.Reduce_scatter_block(MPI.IN_PLACE, a, algorithm=algorithm)
             assert np.array_equal(a[:n], want)
+
+
+HALVES = (np.dtype("f2"), np.dtype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_16_bit_floats_are_reduced_in_float32_and_rounded_once(comm: Communicator, dtype: Any) -> None:
+    """p values of 1 + ulp/2 and less: to add them in 16 bits would lose every small one."""
+    p, me, n = comm.size, comm.rank, 1003
+    wide = [(np.arange(n) % 97 / 64 + rank * np.float32(2.0**-6)).astype(dtype) for rank in range(p)]
+    total = wide[0].astype("f4")
+    for each in wide[1:]:
+        total = total + each.astype("f4")
+    exact = [each.astype("f8") for each in wide]
+    assert np.array_equal(total, sum(exact)), "these sums shall be exact in float32"
+    want, most = total.astype(dtype), np.max(exact, axis=0).astype(dtype)
+    for algorithm in comm.algorithms("allreduce"):
+        a, b = wide[me].copy(), np.zeros(n, dtype)
+        for _ in range(2):
+            comm.Allreduce(a, b, algorithm=algorithm)
+            assert b.tobytes() == want.tobytes(), algorithm
+        assert a.tobytes() == wide[me].tobytes()
+        comm.Allreduce(a, b, MPI.MAX, algorithm=algorithm)
+        assert b.tobytes() == most.tobytes(), algorithm
+        comm.Allreduce(MPI.IN_PLACE, a, algorithm=algorithm)
+        assert a.tobytes() == want.tobytes(), algorithm
+    for algorithm in comm.algorithms("reduce"):
+        b = np.zeros(n, dtype)
+        comm.Reduce(wide[me], b, root=p - 1, algorithm=algorithm)
+        assert b.tobytes() == (want if me == p - 1 else np.zeros(n, dtype)).tobytes(), algorithm
+        b[...] = wide[me]
+        comm.Reduce(MPI.IN_PLACE if me == 0 else b, b if me == 0 else None, root=0, algorithm=algorithm)
+        assert b.tobytes() == (want if me == 0 else wide[me]).tobytes(), algorithm
+    counts = [n * (k + 1) // p - n * k // p for k in range(p)]
+    first = sum(counts[:me])
+    for algorithm in comm.algorithms("reduce_scatter"):
+        b = np.zeros(counts[me], dtype)
+        comm.Reduce_scatter(wide[me], b, counts, algorithm=algorithm)
+        assert b.tobytes() == want[first : first + counts[me]].tobytes(), algorithm
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, "f4", "f8"], ids=str)
+def test_a_nan_of_any_rank_stays_in_minimum_and_maximum(comm: Communicator, dtype: Any) -> None:
+    """With every algorithm but MPI's own; whoever names none gets one that keeps it."""
+    a = (np.arange(comm.size + 1) % 3).astype(dtype)
+    a[comm.rank] = np.nan
+    want = np.arange(comm.size + 1) < comm.size
+    for op in (MPI.MIN, MPI.MAX):
+        for algorithm in (None, *(each for each in comm.algorithms("allreduce") if each != "native")):
+            comm.Allreduce(a, b := np.zeros_like(a), op, algorithm=algorithm)
+            assert np.array_equal(np.isnan(b), want), algorithm
+        comm.Reduce(a, b := np.zeros_like(a), op)
+        assert comm.rank or np.array_equal(np.isnan(b), want)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_16_bit_floats_move(comm: Communicator, dtype: Any) -> None:
+    p, me = comm.size, comm.rank
+    mine = (np.arange(7) + 10 * me).astype(dtype)
+    whole = np.concatenate([(np.arange(7) + 10 * rank).astype(dtype) for rank in range(p)])
+    for algorithm in comm.algorithms("allgather"):
+        comm.Allgather(mine, out := np.zeros(7 * p, dtype), algorithm=algorithm)
+        assert np.array_equal(out, whole)
+        comm.Allgatherv(mine, [out := np.zeros(7 * p, dtype), [7] * p], algorithm=algorithm)
+        assert np.array_equal(out, whole)
+    for algorithm in comm.algorithms("bcast"):
+        comm.Bcast(out := mine.copy(), p - 1, algorithm=algorithm)
+        assert np.array_equal(out, whole[-7:])
+    comm.Gather(mine, out := np.zeros(7 * p, dtype) if me == 0 else None)
+    assert me or np.array_equal(out, whole)
+    with pytest.raises(ArgumentError, match=f"adds no {dtype}: cast to float32"):
+        comm.Scan(mine, mine.copy())
+    with pytest.raises(ArgumentError, match="user-defined operation cannot see"):
+        comm.Allreduce(mine, mine.copy(), MPI.Op.Create(lambda a, b, t: None))
 
 
 def test_alltoall_gives_every_rank_its_part(comm: Communicator) -> None:
