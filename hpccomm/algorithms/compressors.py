@@ -1,0 +1,1074 @@
+"""What of a vector is sent, and as which bytes: ``encode(vector) -> message``, ``decode(message, out)`` adds it to out.
+
+A compressor knows nothing of ranks and remembers nothing: what it does depends on its arguments alone.  Vectors are
+flat float32 arrays in C order.  A message is a uint8 array: a header of 32 bytes (:class:`Header`), then the payload.
+*n elements, d density, τ threshold; 32 bytes of header not counted.*
+
+====================================  ==================================================  =====================
+compressor                            what a message means                                bytes
+====================================  ==================================================  =====================
+:func:`none`                          every element                                       4n
+:func:`cast`                          every element in 16 or 8 bits                       2n, n
+:func:`threshold`                     ±τ where the element is at least τ                  4dn, at most n/4
+:func:`topk`                          the dn largest elements                             8dn
+:func:`randomk`                       dn elements at random places that all ranks know    4dn + 8
+:func:`onebit`                        ± the mean magnitude, or a mean for each sign       n/8
+:func:`sign_majority`                 ±1: a vote                                          n/8
+:func:`ternary`                       ± the largest magnitude or 0, at random             n/4
+:func:`qsgd`                          one of 2s + 1 levels of the norm, at random         n + 4n/bucket
+:func:`natural`                       ± a power of two, at random                         9n/8
+:func:`powersgd`                      a matrix of rank r                                  4r(rows + columns)
+====================================  ==================================================  =====================
+
+Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019) sends ``encode(backlog)`` and keeps
+``backlog - meaning of the message``: :meth:`Compressor.encode_feedback` does both at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from itertools import groupby
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.errors import ArgumentError
+from hpccomm.kernels import compression_reference as reference
+from hpccomm.kernels.compression_reference import Indices, Octets, Vector
+
+Message = npt.NDArray[np.uint8]
+
+MAGIC = b"GCM1"
+LAYOUT = struct.Struct("<4s4BQQfI")
+HEADER_BYTES = LAYOUT.size
+LONGEST = 1 << 31
+"""Elements that the 31-bit indices of words can name."""
+LARGEST_PAYLOAD = (1 << 32) - 1
+
+NO_MESSAGE: Message = np.zeros(HEADER_BYTES, np.uint8)
+"""For ``last`` when nothing was sent before."""
+NO_MESSAGE.flags.writeable = False
+
+
+class Kind(IntEnum):
+    """What the payload is; the number in the header."""
+
+    DENSE = 0
+    WORDS = 1
+    RICE_WORDS = 2
+    PAIRS = 3
+    SPARSE = 4
+    SIGNS = 5
+    LEVELS = 6
+    NATURAL = 7
+    RANGE = 8
+    CELLS = 9
+    LOW_RANK = 10
+
+
+class Values(IntEnum):
+    """How elements are stored; the number in the header."""
+
+    NONE = 0
+    F32 = 1
+    F16 = 2
+    BF16 = 3
+    I8 = 4
+
+
+class Code(IntEnum):
+    """How indices are stored; the number in the header."""
+
+    U32 = 0
+    BITMAP = 1
+    LEB128 = 2
+    RICE = 3
+
+
+STORED: dict[Values, np.dtype[Any]] = {
+    Values.F32: np.dtype("<f4"),
+    Values.F16: np.dtype("<u2"),
+    Values.BF16: np.dtype("<u2"),
+    Values.I8: np.dtype("i1"),
+}
+
+
+class Header(NamedTuple):
+    """The first 32 bytes of a message, little-endian: ``GCM1``, four bytes, n and count in 64 bits, scale, length."""
+
+    kind: int
+    values: int
+    code: int
+    parameter: int
+    """Of the code: Rice's k, QSGD's levels, PowerSGD's rank."""
+    n: int
+    """Elements of the vector."""
+    named: int
+    """Elements that the message names."""
+    scale: float
+    """τ, the scale or the threshold that was used."""
+    nbytes: int
+    """Payload."""
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """One way to write a vector as a message; made by the functions below.
+
+    All methods raise :class:`~hpccomm.errors.ArgumentError` for a vector that is not flat, contiguous float32, and
+    every encoding but that of :func:`none` for one with a NaN or an infinity.
+    """
+
+    name: str
+    """As it was called, for tables and errors."""
+    kinds: frozenset[Kind]
+    """The kinds of messages that it writes and accepts."""
+    write: Callable[[Vector, int, Message], Message]
+    """(vector, step, last) -> message."""
+    feed: Callable[[Vector, Vector | None, Vector, int, Message], Message] | None = None
+    """(backlog, gradient or None, out, step, last) -> message, for compressors that do it in fewer passes."""
+    feed_momentum: Callable[..., Message] | None = None
+    """(gradient, momentum, velocity, m, nesterov, mask, step) -> message, likewise."""
+    agree: Callable[[Vector, int], None] | None = None
+    """(total, size): what ranks agree on, in place of the mean."""
+
+    def encode(self, vector: Vector, step: int = 0, last: Message = NO_MESSAGE) -> Message:
+        """The message for a vector of shape (n,), which is not written.
+
+        ``step`` counts the messages of a sequence: random numbers and sampled places depend on it (and on the
+        compressor's seed).  ``last`` is what this rank encoded before, or its first 32 bytes: an adaptive threshold
+        goes on from there, all others ignore it.
+        """
+        return self.write(flat(vector, self.name), step, last)
+
+    def encode_feedback(
+        self,
+        backlog: Vector,
+        gradient: Vector | None = None,
+        *,
+        step: int = 0,
+        last: Message = NO_MESSAGE,
+        out: Vector | None = None,
+    ) -> Message:
+        """The message for p = ``backlog`` + ``gradient``; what it does not say, p less its meaning, is the new backlog.
+
+        The new backlog goes to ``out``, or replaces ``backlog`` where ``out`` is left out; each of its elements is
+        rounded once after the sum and once after the difference.  An error leaves ``backlog`` as it was.
+        """
+        target = writable(backlog if out is None else out, flat(backlog, self.name).size, self.name)
+        if gradient is not None and flat(gradient, self.name).size != backlog.size:
+            raise ArgumentError(
+                f"{self.name}: the gradient has {gradient.size} elements, the backlog {backlog.size}: "
+                "pass equal lengths"
+            )
+        if self.feed is not None:
+            return self.feed(backlog, gradient, target, step, last)
+        p = reference.backlog_of(backlog, gradient)
+        message = self.write(p, step, last)
+        np.subtract(p, self.meaning(message, p.size), out=target)
+        return message
+
+    def encode_momentum(
+        self,
+        gradient: Vector,
+        momentum: Vector,
+        velocity: Vector,
+        m: float,
+        *,
+        nesterov: bool = False,
+        mask: bool = True,
+        step: int = 0,
+        last: Message = NO_MESSAGE,
+    ) -> Message:
+        """DGC's momentum correction: u ← m·u + g, v ← v + u, the message for v; what it does not say stays in v.
+
+        With ``nesterov`` u ← m·(u + g), v ← v + u + g.  With ``mask`` u becomes 0 where the message names elements
+        (momentum factor masking); a message that names all of them leaves u alone.  ``momentum`` is u, ``velocity``
+        v: both are written (Lin et al., ICLR 2018, section 3).  A gradient that is not finite leaves them as they
+        were.
+        """
+        n = flat(gradient, self.name).size
+        for vector in (momentum, velocity):
+            writable(vector, n, self.name)
+        demand_finite(kernels().all_finite(gradient), self.name)
+        if self.feed_momentum is not None:
+            return self.feed_momentum(gradient, momentum, velocity, m, nesterov, mask, step)
+        reference.accumulate(gradient, momentum, velocity, m, nesterov)
+        message = self.encode_feedback(velocity, step=step, last=last)
+        if mask:
+            momentum[named_indices(message)] = 0
+        return message
+
+    def decode(self, message: Message, out: Vector) -> None:
+        """Add what the message means to ``out``, of shape (n,).
+
+        Raises :class:`~hpccomm.errors.ArgumentError`, ``out`` untouched, for a message that is cut short or altered,
+        of another length or of a kind that this compressor does not write.
+        """
+        self.decode_all([message], out)
+
+    def decode_all(self, messages: Sequence[Message], out: Vector) -> None:
+        """Add messages one after the other: the same bits as by ``decode`` in this order, in one pass where it pays."""
+        writable(out, None, self.name)
+        parts = [read(message, out.size, self.kinds, self.name) for message in messages]
+        for add, group in groupby(parts, key=lambda part: part.add):
+            add([part.content for part in group], out)
+
+    def meaning(self, message: Message, n: int) -> Vector:
+        """What a message means, as a new vector."""
+        out = np.zeros(n, np.float32)
+        self.decode(message, out)
+        return out
+
+    def conclude(self, total: Vector, size: int) -> None:
+        """Turn the sum of the messages of ``size`` ranks into what they agree on, in place: their mean, or the vote."""
+        if self.agree is not None:
+            self.agree(total, size)
+        else:
+            total /= np.float32(size)
+
+
+@cache
+def kernels() -> ModuleType:
+    """The compiled kernels, or the reference where Numba is not installed."""
+    if importlib.util.find_spec("numba") is None:
+        return reference
+    from hpccomm.kernels import compression
+
+    return compression
+
+
+# Dense
+
+
+def none() -> Compressor:
+    """Every element as it is, NaN and infinity too."""
+    return Compressor(
+        "none()", frozenset({Kind.DENSE}), lambda vector, step, last: message_of(Kind.DENSE, vector.size, [vector])
+    )
+
+
+def cast(dtype: Literal["fp16", "bf16", "int8", "uint8"]) -> Compressor:
+    """Every element in 16 or 8 bits, to nearest even.
+
+    ``fp16`` and ``bf16``: elements beyond the range become its ends (±65504, ±3.39e38).  ``int8``: multiples of
+    max\\|x\\|/127.  ``uint8``: 256 values from the least to the largest element (Bagua's MinMaxUInt8).
+    """
+    name = f"cast({dtype!r})"
+    if dtype not in CASTS:
+        raise ArgumentError(f"{name}: pass one of {', '.join(CASTS)}")
+    narrow, kind = CASTS[dtype]
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        demand_finite(kernels().all_finite(vector), name)
+        return narrow(vector)
+
+    return Compressor(name, frozenset({kind}), write)
+
+
+def write_int8(vector: Vector) -> Message:
+    """Multiples of max|x|/127."""
+    unit = float(np.float32(kernels().largest_magnitude(vector)) / np.float32(127))
+    codes = kernels().to_int8(vector, unit)
+    return message_of(Kind.DENSE, vector.size, [codes], values=Values.I8, scale=unit)
+
+
+def write_range(vector: Vector) -> Message:
+    """256 values from least to largest."""
+    codes, scale, lower = kernels().range_codes(vector)
+    if not math.isfinite(scale) or (vector.size and scale == 0):
+        raise ArgumentError("cast('uint8'): the elements span more than float32 holds: scale them down")
+    return message_of(Kind.RANGE, vector.size, [np.array([lower], "<i8"), codes], scale=scale)
+
+
+def narrowed_values(vector: Vector, values: Values) -> npt.NDArray[Any]:
+    """Finite elements as they are stored; what would round to infinity becomes the largest finite value."""
+    if values is Values.F32:
+        return vector
+    infinite = 0x7C00 if values is Values.F16 else 0x7F80
+    words: npt.NDArray[Any] = (kernels().to_half if values is Values.F16 else kernels().to_brain)(vector)
+    words[(words & 0x7FFF) == infinite] -= 1
+    return words
+
+
+def widened_values(stored: npt.NDArray[Any], header: Header) -> Vector:
+    """Stored elements as float32."""
+    if header.values == Values.F16:
+        return kernels().from_half(stored)
+    if header.values == Values.BF16:
+        return kernels().from_brain(stored)
+    if header.values == Values.I8:
+        return kernels().from_int8(stored, header.scale)
+    return stored.astype(np.float32, copy=False)
+
+
+def write_half(values: Values) -> Callable[[Vector], Message]:
+    """Dense in 16 bits."""
+    return lambda vector: message_of(Kind.DENSE, vector.size, [narrowed_values(vector, values)], values=values)
+
+
+CASTS: dict[str, tuple[Callable[[Vector], Message], Kind]] = {
+    "fp16": (write_half(Values.F16), Kind.DENSE),
+    "bf16": (write_half(Values.BF16), Kind.DENSE),
+    "int8": (write_int8, Kind.DENSE),
+    "uint8": (write_range, Kind.RANGE),
+}
+
+
+# Threshold
+
+
+DECAY = 0.5 ** (1 / 20)
+FEWEST, MOST, FIRST_DENSITY = 1e-4, 1e-2, 1e-3
+
+
+def adapted(tau: float, density: float, fewest: float = FEWEST, most: float = MOST, decay: float = DECAY) -> float:
+    """The next τ after a message of this density: smaller below ``fewest``, larger above ``most`` (DL4J's rule)."""
+    if density < fewest:
+        return tau * decay
+    return tau / decay if density > most else tau
+
+
+def threshold(
+    tau: float | Literal["auto"] = "auto", *, density: float | None = None, code: Literal["words", "rice"] = "words"
+) -> Compressor:
+    """±τ for each element of magnitude τ or more, one quantum whatever its size (GTC: Strom, Interspeech 2015).
+
+    ``tau`` is in the units of the vector.  ``"auto"`` begins with the τ that 0.1 % of the vector reach, and changes
+    it by 3.5 % whenever the message before (``last``) named fewer than 0.01 % or more than 1 % of the elements; without
+    ``last`` it begins every time.  ``density`` takes for each vector the τ that this part of it reaches, estimated on a
+    sample.  τ travels in the message, so ranks may differ.
+
+    A message names an element in a 32-bit word, or with ``code="rice"`` in about 1.5 + log2(1/d) bits; from d = 1/16 on
+    all elements take two bits.
+    """
+    name = f"threshold({tau if density is None else f'density={density}'})"
+    if density is not None:
+        if tau != "auto":
+            raise ArgumentError(f"{name}: pass tau or density, not both")
+        check_density(density, name)
+    elif isinstance(tau, str):
+        if tau != "auto":
+            raise ArgumentError(f"threshold: tau is {tau!r}: pass a positive number or 'auto'")
+    elif not (tau > 0 and math.isfinite(tau) and np.float32(tau) > 0):
+        raise ArgumentError(f"threshold: tau is {tau}: pass a positive number, in the units of the gradient, or 'auto'")
+    if code not in ("words", "rice"):
+        raise ArgumentError(f"{name}: code is {code!r}: pass 'words' or 'rice'")
+
+    def choose(backlog: Vector, gradient: Vector | None, step: int, last: Message) -> float:
+        if density is None and not isinstance(tau, str):
+            return float(np.float32(tau))
+        if density is None and last[:HEADER_BYTES].any():
+            before = header_of(last, name)
+            return float(np.float32(adapted(before.scale, before.named / max(1, before.n))))
+        return kernels().density_threshold(backlog, gradient, density or FIRST_DENSITY, step) or 1.0
+
+    def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
+        if backlog.size >= LONGEST:
+            raise ArgumentError(f"{name}: {backlog.size} elements: split them into buckets below 2**31")
+        if np.may_share_memory(out, backlog):
+            demand_finite(kernels().all_finite(backlog if gradient is None else gradient), name)
+        chosen = choose(backlog, gradient, step, last)
+        demand_finite(math.isfinite(chosen), name)
+        words, finite = kernels().threshold_words(backlog, gradient, out, chosen)
+        demand_finite(finite, name)
+        return words_message(words, backlog.size, chosen, code)
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        return feed(vector, None, np.empty_like(vector), step, last)
+
+    return Compressor(name, frozenset({Kind.WORDS, Kind.RICE_WORDS, Kind.PAIRS}), write, feed)
+
+
+def words_message(words: Indices, n: int, tau: float, code: str) -> Message:
+    """Words, or their codes, or two bits an element, whichever is meant to be shorter."""
+    count = words.size
+    if code == "rice":
+        k = reference.rice_parameter(n, count)
+        octets = kernels().rice_encode(words >> 1, k, words & 1)
+        return message_of(Kind.RICE_WORDS, n, [octets], count=count, scale=tau, code=Code.RICE, parameter=k)
+    if 16 * count > n:
+        return message_of(Kind.PAIRS, n, [kernels().pack_pairs(words, n)], count=count, scale=tau)
+    return message_of(Kind.WORDS, n, [words], count=count, scale=tau)
+
+
+# The largest
+
+
+def topk(
+    density: float,
+    *,
+    exact: bool = False,
+    values: Literal["fp32", "fp16", "bf16"] = "fp32",
+    code: Literal["auto", "u32", "bitmap", "leb128", "rice"] = "auto",
+) -> Compressor:
+    """The k = max(1, ceil(density · n)) elements of largest magnitude, of equal ones the first; zeros are never sent.
+
+    A threshold is estimated on about 1 % of the elements and the largest k of those that reach it are sent (Lin et al.,
+    ICLR 2018, section 3, hierarchical).  Where fewer than k reach it, 0.8 k are enough, or with ``exact`` a lower
+    threshold finds the others: then the message always names the k largest.
+
+    ``values`` may be narrowed (feedback keeps what the rounding loses).  ``code="auto"`` is ``"u32"`` below one element
+    in 32 and ``"bitmap"`` above.
+    """
+    name = f"topk({density})"
+    check_density(density, name)
+    if values not in VALUES_NAMED or code not in ("auto", *CODES_NAMED):
+        raise ArgumentError(
+            f"{name}: values={values!r}, code={code!r}: pass one of {', '.join(VALUES_NAMED)} and one of auto, "
+            f"{', '.join(CODES_NAMED)}"
+        )
+    stored, least = VALUES_NAMED[values], 1.0 if exact else 0.8
+
+    def message(n: int, index: Indices, chosen: Vector) -> tuple[Message, Vector]:
+        """The message, and what it does not say of the chosen elements."""
+        narrow = narrowed_values(chosen, stored)
+        which = CODES_NAMED[code] if code != "auto" else Code.U32 if 32 * index.size < n else Code.BITMAP
+        octets, parameter = ENCODERS[which](index, n)
+        parts = [octets, narrow.astype(STORED[stored], copy=False)]
+        rest = chosen - widened_values(narrow, Header(0, stored, 0, 0, 0, 0, 0, 0))
+        return message_of(Kind.SPARSE, n, parts, values=stored, code=which, parameter=parameter, count=index.size), rest
+
+    def select(p: Vector, step: int) -> tuple[Indices, Vector]:
+        if not p.size:
+            return np.empty(0, np.uint32), p
+        index, finite = kernels().select_largest(p, count_of(density, p.size), step, least)
+        demand_finite(finite, name)
+        return index, p[index]
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        return message(vector.size, *select(vector, step))[0]
+
+    def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
+        in_place = np.may_share_memory(out, backlog)
+        if gradient is not None:
+            if in_place:
+                demand_finite(kernels().all_finite(gradient), name)
+            np.add(backlog, gradient, out=out)
+        elif not in_place:
+            out[...] = backlog
+        index, chosen = select(out, step)
+        written, out[index] = message(out.size, index, chosen)
+        return written
+
+    def feed_momentum(
+        gradient: Vector, momentum: Vector, velocity: Vector, m: float, nesterov: bool, mask: bool, step: int
+    ) -> Message:
+        n = gradient.size
+        if not n:
+            return write(gradient, step, NO_MESSAGE)
+        index, chosen, finite = kernels().momentum_select(
+            gradient, momentum, velocity, m, count_of(density, n), nesterov=nesterov, mask=mask, step=step, least=least
+        )
+        demand_finite(finite, name)
+        written, velocity[index] = message(n, index, chosen)
+        return written
+
+    return Compressor(name, frozenset({Kind.SPARSE}), write, feed, feed_momentum)
+
+
+def randomk(density: float, seed: int = 0) -> Compressor:
+    """k = max(1, ceil(density · n)) elements at random: one in each of k almost equal cells.
+
+    The places follow from ``seed`` and ``step``, so no index is sent, and ranks with the same seed name the same
+    elements.
+    """
+    name = f"randomk({density}, seed={seed})"
+    check_density(density, name)
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        demand_finite(kernels().all_finite(vector), name)
+        n, key = vector.size, reference.key_of(seed, step)
+        index = reference.cell_indices(n, count_of(density, n), key)
+        parts = [np.array([key], "<u8"), vector[index]]
+        return message_of(Kind.CELLS, n, parts, count=index.size)
+
+    def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
+        p = reference.backlog_of(backlog, gradient)
+        written = write(p, step, last)
+        out[...] = p
+        out[named_indices(written)] = 0
+        return written
+
+    return Compressor(name, frozenset({Kind.CELLS}), write, feed)
+
+
+def count_of(density: float, n: int) -> int:
+    """k = max(1, ceil(density · n)), 0 of nothing."""
+    return min(n, max(1, math.ceil(density * n)))
+
+
+# One bit
+
+
+def onebit(scale: Literal["l1", "per-sign"] = "l1") -> Compressor:
+    """The sign of each element, 0 counting as plus, times a scale.
+
+    ``"l1"``: the mean magnitude, which is a contraction for every vector (EF-signSGD, Karimireddy et al., ICML 2019).
+    ``"per-sign"``: the mean of the elements ≥ 0 and the mean of the others (Seide et al., Interspeech 2014).
+    """
+    name = f"onebit({scale!r})"
+    if scale not in ("l1", "per-sign"):
+        raise ArgumentError(f"{name}: pass 'l1' or 'per-sign'")
+
+    def scales(backlog: Vector, gradient: Vector | None) -> tuple[float, float]:
+        if scale == "l1":
+            total = kernels().sum_magnitudes(backlog, gradient)
+            demand_finite(math.isfinite(total), name)
+            mean = float(np.float32(total / max(1, backlog.size)))
+            return mean, -mean
+        above, below, count = kernels().sum_by_sign(backlog, gradient)
+        demand_finite(math.isfinite(above) and math.isfinite(below), name)
+        return float(np.float32(above / max(1, count))), float(np.float32(below / max(1, backlog.size - count)))
+
+    def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
+        plus, minus = scales(backlog, gradient)
+        message, bits = signs_message(backlog.size, plus, minus)
+        kernels().pack_signs_feedback(backlog, gradient, out, plus, minus, bits)
+        return message
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        message, bits = signs_message(vector.size, *scales(vector, None))
+        bits[...] = kernels().pack_signs(vector)
+        return message
+
+    return Compressor(name, frozenset({Kind.SIGNS}), write, feed)
+
+
+def sign_majority() -> Compressor:
+    """One vote ±1 an element, 0 counting as plus; ranks agree on what most voted for, a tie is plus.
+
+    signSGD with majority vote (Bernstein et al., ICML 2018).  There is no error feedback in it; with feedback what is
+    kept is p ∓ 1.
+    """
+    name = "sign_majority()"
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        demand_finite(kernels().all_finite(vector), name)
+        message, bits = signs_message(vector.size, 1.0, -1.0)
+        bits[...] = kernels().pack_signs(vector)
+        return message
+
+    def agree(total: Vector, size: int) -> None:
+        total[...] = np.where(total >= 0, np.float32(1), np.float32(-1))
+
+    return Compressor(name, frozenset({Kind.SIGNS}), write, agree=agree)
+
+
+def signs_message(n: int, plus: float, minus: float) -> tuple[Message, Octets]:
+    """A message without its bits, and where they go: n/8 bytes behind the value for minus."""
+    message = message_of(Kind.SIGNS, n, [np.array([minus], "<f4"), np.empty(-(-n // 8), np.uint8)], scale=plus, count=n)
+    return message, message[HEADER_BYTES + 4 :]
+
+
+# Randomised rounding
+
+
+def ternary(clip: float | None = 2.5, seed: int = 0, scale: float | None = None) -> Compressor:
+    """±scale or 0 for each element, on average the element: TernGrad (Wen et al., NIPS 2017).
+
+    Magnitudes are cut at ``clip`` standard deviations first (None: they are not).  ``scale`` is the largest magnitude,
+    or a number at least as large that ranks agreed on, for sums that are multiples of it.  Give ranks different seeds.
+    """
+    name = f"ternary(seed={seed})"
+    for what, value in (("clip", clip), ("scale", scale)):
+        if value is not None and not value > 0:
+            raise ArgumentError(f"{name}: {what} is {value}: pass a positive number or None")
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        n = vector.size
+        if n >= LONGEST:
+            raise ArgumentError(f"{name}: {n} elements: split them into buckets below 2**31")
+        demand_finite(kernels().all_finite(vector), name)
+        largest = kernels().largest_magnitude(vector)
+        limit = largest if clip is None else min(largest, clipped_at(vector, clip))
+        unit = float(np.float32(limit if scale is None else scale))
+        if unit < limit:
+            raise ArgumentError(
+                f"{name}: the scale {unit} is below the largest magnitude {limit}: agree on the maximum"
+            )
+        words = kernels().ternary_words(vector, limit, unit, reference.key_of(seed, step))
+        return message_of(Kind.PAIRS, n, [kernels().pack_pairs(words, n)], count=words.size, scale=unit)
+
+    return Compressor(name, frozenset({Kind.PAIRS}), write)
+
+
+def clipped_at(vector: Vector, clip: float) -> float:
+    """``clip`` standard deviations."""
+    total, squares = kernels().moments(vector)
+    n = max(1, vector.size)
+    return float(np.float32(clip * math.sqrt(max(0.0, squares / n - (total / n) ** 2))))
+
+
+def qsgd(levels: int = 127, bucket: int = 512, seed: int = 0) -> Compressor:
+    """Each element as one of ``levels`` parts of its bucket's norm, rounded at random so that the mean is the element.
+
+    QSGD (Alistarh et al., NIPS 2017) with the Euclidean norm; a byte an element and a float32 for each ``bucket``
+    elements.  Give ranks different seeds.
+    """
+    name = f"qsgd({levels}, bucket={bucket}, seed={seed})"
+    if not 1 <= levels <= 127:
+        raise ArgumentError(f"{name}: pass 1 to 127 levels")
+    if bucket < 1:
+        raise ArgumentError(f"{name}: pass a bucket of 1 or more elements")
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        demand_finite(kernels().all_finite(vector), name)
+        norms = kernels().bucket_norms(vector, bucket)
+        demand_finite(bool(np.isfinite(norms).all()), f"{name}: the norm of a bucket")
+        codes = kernels().qsgd(vector, norms, bucket, levels, reference.key_of(seed, step))
+        parts = [np.array([bucket], "<u8"), norms, codes]
+        return message_of(Kind.LEVELS, vector.size, parts, values=Values.I8, parameter=levels)
+
+    return Compressor(name, frozenset({Kind.LEVELS}), write)
+
+
+def natural(seed: int = 0) -> Compressor:
+    """The sign and a power of two, up or down at random so that the mean is the element: nine bits.
+
+    Natural compression (Horváth et al., 2019).  Elements above 2^127 become 2^127.  Give ranks different seeds.
+    """
+    name = f"natural(seed={seed})"
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        demand_finite(kernels().all_finite(vector), name)
+        exponents = kernels().natural(vector, reference.key_of(seed, step))
+        return message_of(Kind.NATURAL, vector.size, [exponents, kernels().pack_signs(vector)])
+
+    return Compressor(name, frozenset({Kind.NATURAL}), write)
+
+
+# Low rank
+
+
+def powersgd(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> Compressor:
+    """A matrix of ``rank`` near the best approximation of the vector: PowerSGD (Vogels et al., NeurIPS 2019).
+
+    The vector is seen as a matrix of ``shape``, by default nearly square and filled up with zeros.  One power iteration
+    from a start that follows from ``seed``; the message holds the factors P̂ and Q = Mᵀ P̂.  The two-phase form, whose
+    factors can be averaged by an ordinary allreduce, is :func:`powersgd_exchange`.
+    """
+    name = f"powersgd({rank})"
+    if rank < 1:
+        raise ArgumentError(f"{name}: pass a rank of 1 or more")
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        demand_finite(kernels().all_finite(vector), name)
+        matrix = as_matrix(vector, shape, name)
+        left, right = low_rank_factors(matrix, start_factor(matrix.shape[1], min(rank, *matrix.shape), seed))
+        sizes = np.array([*matrix.shape, left.shape[1]], "<u8")
+        return message_of(Kind.LOW_RANK, vector.size, [sizes, left, right])
+
+    return Compressor(name, frozenset({Kind.LOW_RANK}), write)
+
+
+def as_matrix(vector: Vector, shape: tuple[int, int] | None, name: str = "powersgd") -> npt.NDArray[np.float32]:
+    """The vector in rows; nearly square where no shape is given, filled up with zeros."""
+    n = vector.size
+    if shape is not None:
+        if shape[0] * shape[1] != n or min(shape) < 0:
+            raise ArgumentError(f"{name}: the shape {shape} does not hold {n} elements")
+        return vector.reshape(shape)
+    columns = math.isqrt(n - 1) + 1 if n else 0
+    rows = -(-n // columns) if n else 0
+    return np.pad(vector, (0, rows * columns - n)).reshape(rows, columns)
+
+
+def start_factor(columns: int, rank: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Q to begin with, the same on all ranks: shape (columns, rank), uniform in [-1, 1)."""
+    values = reference.uniforms(reference.key_of(seed, 0), columns * rank)
+    return (2 * values - 1).reshape(columns, rank)
+
+
+def low_rank_factors(
+    matrix: npt.NDArray[np.float32],
+    start: npt.NDArray[np.float32],
+    mean: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] = lambda factor: factor,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """P̂ = orthonormal(mean(M Q)), Q = mean(Mᵀ P̂); ``mean`` averages a factor over the ranks."""
+    left = orthonormal(mean(matrix @ start))
+    return left, mean(np.ascontiguousarray(matrix.T @ left))
+
+
+def orthonormal(columns: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Gram-Schmidt in float64, twice; a column that is (nearly) a combination of those before becomes 0."""
+    basis = columns.astype(np.float64)
+    for j in range(basis.shape[1]):
+        column = basis[:, j]
+        before = math.sqrt(float(column @ column))
+        for _ in range(2):
+            column -= basis[:, :j] @ (basis[:, :j].T @ column)
+        norm = math.sqrt(float(column @ column))
+        basis[:, j] = column / norm if norm > 1e-6 * before else 0
+    return basis.astype(np.float32)
+
+
+class LowRankExchange(NamedTuple):
+    """What :func:`powersgd_exchange` returns."""
+
+    mean: Vector
+    """P̂ Qᵀ: on all ranks the same."""
+    residual: Vector
+    """This rank's backlog less the mean."""
+    factor: npt.NDArray[np.float32]
+    """Q, to start from next time."""
+
+
+def powersgd_exchange(
+    backlog: Vector,
+    factor: npt.NDArray[np.float32],
+    mean: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
+    shape: tuple[int, int] | None = None,
+) -> LowRankExchange:
+    """PowerSGD, 4r(rows + columns) bytes: P = M Q is averaged and orthonormalised, then Q = Mᵀ P̂ averaged.
+
+    ``mean(array)`` returns the average over the ranks, the same bits on all of them; it is called twice.  ``factor`` is
+    :func:`start_factor` at first, then what was returned (warm start).  The residual is the backlog less what all ranks
+    apply, as in PyTorch; its mean over the ranks is what no rank has applied.
+    """
+    demand_finite(kernels().all_finite(flat(backlog, "powersgd")), "powersgd")
+    left, right = low_rank_factors(as_matrix(backlog, shape), factor, mean)
+    applied = np.ascontiguousarray(left @ right.T).reshape(-1)[: backlog.size]
+    return LowRankExchange(applied, backlog - applied, right)
+
+
+# Messages
+
+
+def message_of(
+    kind: Kind,
+    n: int,
+    parts: Sequence[npt.NDArray[Any]],
+    *,
+    values: Values = Values.F32,
+    code: Code = Code.U32,
+    parameter: int = 0,
+    count: int | None = None,
+    scale: float = 0.0,
+) -> Message:
+    """A header and the parts of the payload one after the other."""
+    nbytes = sum(part.nbytes for part in parts)
+    if nbytes > LARGEST_PAYLOAD:
+        raise ArgumentError(f"encode: a message of {nbytes} bytes: split the vector into buckets below 4 GiB")
+    message = np.empty(HEADER_BYTES + nbytes, np.uint8)
+    LAYOUT.pack_into(
+        message.data, 0, MAGIC, kind, values, code, parameter, n, n if count is None else count, scale, nbytes
+    )
+    at = HEADER_BYTES
+    for part in parts:
+        message[at : at + part.nbytes] = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        at += part.nbytes
+    return message
+
+
+def header_of(message: Message, who: str = "decode") -> Header:
+    """The header of a message (or of its first 32 bytes); raises where it is none."""
+    if not isinstance(message, np.ndarray) or message.dtype != np.uint8 or message.ndim != 1:
+        raise ArgumentError(f"{who}: a message is a flat uint8 array, this is {described(message)}")
+    if message.size < HEADER_BYTES:
+        raise ArgumentError(
+            f"{who}: the message is cut short: {message.size} bytes, its header alone has {HEADER_BYTES}"
+        )
+    magic, *fields = LAYOUT.unpack(message[:HEADER_BYTES].tobytes())
+    if magic != MAGIC:
+        raise ArgumentError(
+            f"{who}: the message begins with {bytes(magic)!r}, not {MAGIC!r}: it is damaged, or none of ours"
+        )
+    return Header(*fields)
+
+
+class Part(NamedTuple):
+    """A message that was read: what it says, and who adds such things."""
+
+    add: Callable[[list[Any], Vector], None]
+    content: Any
+
+
+def read(message: Message, n: int, kinds: frozenset[Kind], who: str) -> Part:
+    """A message for ``n`` elements, checked as a whole."""
+    header = header_of(message, who)
+    if header.n != n:
+        raise ArgumentError(f"{who}: the message is for {header.n} elements, out has {n}: buckets differ between ranks")
+    if header.kind not in kinds:
+        named = Kind(header.kind).name if header.kind in list(Kind) else header.kind
+        raise ArgumentError(f"{who}: a message of kind {named}: the ranks use different compressors")
+    if message.size != HEADER_BYTES + header.nbytes:
+        raise ArgumentError(
+            f"{who}: the message has {message.size} bytes, its header says {HEADER_BYTES + header.nbytes}: "
+            "cut short, or displacements do not fit"
+        )
+    if header.named > n or not math.isfinite(header.scale):
+        raise damaged(who, f"{header.named} of {n} elements, scale {header.scale}")
+    return READERS[Kind(header.kind)](header, np.ascontiguousarray(message[HEADER_BYTES:]), who)
+
+
+def damaged(who: str, what: str) -> ArgumentError:
+    """The error for contents that no encoder writes."""
+    return ArgumentError(f"{who}: the message is damaged ({what}): send it again, and check the transport")
+
+
+def section(payload: Octets, at: int, count: int, dtype: npt.DTypeLike, who: str) -> npt.NDArray[Any]:
+    """``count`` elements of the payload."""
+    kind = np.dtype(dtype)
+    end = at + count * kind.itemsize
+    if end > payload.size:
+        raise damaged(who, f"{payload.size} bytes of payload, at least {end} needed")
+    octets = payload[at:end]
+    return octets.view(kind) if octets.ctypes.data % kind.itemsize == 0 else octets.copy().view(kind)
+
+
+def exactly(payload: Octets, nbytes: int, who: str) -> None:
+    """Raise unless the payload has this length."""
+    if payload.size != nbytes:
+        raise damaged(who, f"{payload.size} bytes of payload, {nbytes} expected")
+
+
+def read_dense(header: Header, payload: Octets, who: str) -> Part:
+    """All elements."""
+    if header.values not in list(Values)[1:]:
+        raise damaged(who, f"element type {header.values}")
+    dtype = STORED[Values(header.values)]
+    exactly(payload, header.n * dtype.itemsize, who)
+    return Part(add_dense, widened_values(section(payload, 0, header.n, dtype, who), header))
+
+
+def read_range(header: Header, payload: Octets, who: str) -> Part:
+    """(code + lower)/scale, in float64."""
+    exactly(payload, 8 + header.n, who)
+    if header.n and not header.scale > 0:
+        raise damaged(who, f"scale {header.scale}")
+    lower = int(section(payload, 0, 1, "<i8", who)[0])
+    return Part(add_dense, ((payload[8:] + np.float64(lower)) / (header.scale or 1.0)).astype(np.float32))
+
+
+def read_words(header: Header, payload: Octets, who: str) -> Part:
+    """Words, however they are coded."""
+    if not header.scale > 0:
+        raise damaged(who, f"threshold {header.scale}")
+    if header.kind == Kind.WORDS:
+        exactly(payload, 4 * header.named, who)
+        words = section(payload, 0, header.named, "<u4", who)
+        if not kernels().ascending(words >> 1, header.n):
+            raise damaged(who, "indices out of range or order")
+        return Part(add_words, (words, header.scale))
+    if header.kind == Kind.RICE_WORDS:
+        decoded = None
+        if header.parameter < 32:
+            decoded = kernels().rice_decode(payload, header.named, header.parameter, header.n, True)
+    else:
+        exactly(payload, 4 * -(-header.n // 16), who)
+        decoded = kernels().unpack_pairs(payload, header.n)
+    if decoded is None or decoded.size != header.named:
+        raise damaged(who, f"no codes of {header.named} elements below {header.n}")
+    return Part(add_words, (decoded, header.scale))
+
+
+def read_ternary(header: Header, payload: Octets, who: str) -> Part:
+    """Pairs; a vector of zeros has scale 0."""
+    return read_words(header if header.scale or header.named else header._replace(scale=1.0), payload, who)
+
+
+def read_sparse(header: Header, payload: Octets, who: str) -> Part:
+    """Indices and values."""
+    if header.values not in (Values.F32, Values.F16, Values.BF16) or header.code not in list(Code):
+        raise damaged(who, f"element type {header.values}, index code {header.code}")
+    dtype = STORED[Values(header.values)]
+    begin = payload.size - header.named * dtype.itemsize
+    if begin < 0:
+        raise damaged(who, f"{payload.size} bytes of payload for {header.named} elements")
+    index = DECODERS[Code(header.code)](payload[:begin], header)
+    if index is None:
+        raise damaged(who, f"indices out of range or order, or codes of other than {header.named} elements")
+    return Part(add_sparse, (index, widened_values(section(payload, begin, header.named, dtype, who), header)))
+
+
+def read_cells(header: Header, payload: Octets, who: str) -> Part:
+    """Values whose places follow from a key."""
+    exactly(payload, 8 + 4 * header.named, who)
+    key = int(section(payload, 0, 1, "<u8", who)[0])
+    if key >> 32:
+        raise damaged(who, f"key {key}")
+    index = reference.cell_indices(header.n, header.named, key)
+    return Part(add_sparse, (index, section(payload, 8, header.named, "<f4", who)))
+
+
+def read_signs(header: Header, payload: Octets, who: str) -> Part:
+    """Bits and what they stand for."""
+    exactly(payload, 4 + -(-header.n // 8), who)
+    minus = float(section(payload, 0, 1, "<f4", who)[0])
+    if not math.isfinite(minus):
+        raise damaged(who, f"scale {minus}")
+    return Part(add_signs, (payload[4:], header.scale, minus))
+
+
+def read_levels(header: Header, payload: Octets, who: str) -> Part:
+    """QSGD."""
+    bucket = int(section(payload, 0, 1, "<u8", who)[0])
+    if not bucket or not 1 <= header.parameter <= 127:
+        raise damaged(who, f"buckets of {bucket}, {header.parameter} levels")
+    buckets = -(-header.n // bucket)
+    exactly(payload, 8 + 4 * buckets + header.n, who)
+    norms = section(payload, 8, buckets, "<f4", who)
+    codes = section(payload, 8 + 4 * buckets, header.n, "i1", who)
+    if not np.isfinite(norms).all() or (codes.astype("i2").__abs__() > header.parameter).any():
+        raise damaged(who, "a norm or a level out of range")
+    return Part(add_dense, kernels().qsgd_values(codes, norms, bucket, header.parameter))
+
+
+def read_natural(header: Header, payload: Octets, who: str) -> Part:
+    """Exponents and signs."""
+    exactly(payload, header.n + -(-header.n // 8), who)
+    if (payload[: header.n] == 255).any():
+        raise damaged(who, "an exponent of infinity")
+    return Part(add_dense, kernels().natural_values(payload[: header.n], payload[header.n :]))
+
+
+def read_low_rank(header: Header, payload: Octets, who: str) -> Part:
+    """The product of two factors."""
+    rows, columns, rank = (int(each) for each in section(payload, 0, 3, "<u8", who))
+    if not header.n <= rows * columns <= 4 * header.n or rank > min(rows, columns):
+        raise damaged(who, f"a matrix of {rows} times {columns}, rank {rank}")
+    exactly(payload, 24 + 4 * rank * (rows + columns), who)
+    left = section(payload, 24, rows * rank, "<f4", who).reshape(rows, rank)
+    right = section(payload, 24 + 4 * rows * rank, columns * rank, "<f4", who).reshape(columns, rank)
+    return Part(add_dense, np.ascontiguousarray(left @ right.T).reshape(-1)[: header.n])
+
+
+def add_dense(contents: list[Vector], out: Vector) -> None:
+    """Add vectors."""
+    for each in contents:
+        np.add(out, each, out=out)
+
+
+def add_words(contents: list[tuple[Indices, float]], out: Vector) -> None:
+    """Add words."""
+    for words, tau in contents:
+        kernels().add_words(words, tau, out)
+
+
+def add_sparse(contents: list[tuple[Indices, Vector]], out: Vector) -> None:
+    """Add sparse vectors."""
+    kernels().scatter_add(contents, out)
+
+
+def add_signs(contents: list[tuple[Octets, float, float]], out: Vector) -> None:
+    """Add signs."""
+    kernels().add_signs(contents, out)
+
+
+READERS: dict[Kind, Callable[[Header, Octets, str], Part]] = {
+    Kind.DENSE: read_dense,
+    Kind.WORDS: read_words,
+    Kind.RICE_WORDS: read_words,
+    Kind.PAIRS: read_ternary,
+    Kind.SPARSE: read_sparse,
+    Kind.SIGNS: read_signs,
+    Kind.LEVELS: read_levels,
+    Kind.NATURAL: read_natural,
+    Kind.RANGE: read_range,
+    Kind.CELLS: read_cells,
+    Kind.LOW_RANK: read_low_rank,
+}
+
+VALUES_NAMED = {"fp32": Values.F32, "fp16": Values.F16, "bf16": Values.BF16}
+CODES_NAMED = {"u32": Code.U32, "bitmap": Code.BITMAP, "leb128": Code.LEB128, "rice": Code.RICE}
+
+
+def rice_coded(index: Indices, n: int) -> tuple[Octets, int]:
+    """Rice codes and their parameter."""
+    k = reference.rice_parameter(n, index.size)
+    return kernels().rice_encode(index, k), k
+
+
+def u32_decoded(octets: Octets, header: Header) -> Indices | None:
+    """Plain indices, checked."""
+    if octets.size != 4 * header.named:
+        return None
+    index = section(octets, 0, header.named, "<u4", "decode")
+    return index if kernels().ascending(index, header.n) else None
+
+
+ENCODERS: dict[Code, Callable[[Indices, int], tuple[npt.NDArray[Any], int]]] = {
+    Code.U32: lambda index, n: (index.astype("<u4", copy=False), 0),
+    Code.BITMAP: lambda index, n: (kernels().bitmap_encode(index, n), 0),
+    Code.LEB128: lambda index, n: (kernels().leb128_encode(index), 0),
+    Code.RICE: rice_coded,
+}
+"""Indices to bytes and the code's parameter."""
+
+DECODERS: dict[Code, Callable[[Octets, Header], Indices | None]] = {
+    Code.U32: u32_decoded,
+    Code.BITMAP: lambda octets, header: kernels().bitmap_decode(octets, header.named, header.n),
+    Code.LEB128: lambda octets, header: kernels().leb128_decode(octets, header.named, header.n),
+    Code.RICE: lambda octets, header: (
+        kernels().rice_decode(octets, header.named, header.parameter, header.n) if header.parameter < 32 else None
+    ),
+}
+"""Bytes to indices, None where they are not what an encoder writes."""
+
+
+def named_indices(message: Message) -> Indices:
+    """The elements that a message names one by one; none where it speaks of all."""
+    header = header_of(message, "named_indices")
+    part = read(message, header.n, frozenset(Kind), "named_indices")
+    if part.add is add_sparse:
+        return part.content[0]
+    if part.add is add_words:
+        return part.content[0] >> 1
+    return np.empty(0, np.uint32)
+
+
+# Checks
+
+
+def flat(vector: Any, who: str) -> Vector:
+    """The vector itself, if it is flat float32 in C order."""
+    if (
+        not isinstance(vector, np.ndarray)
+        or vector.dtype != np.float32
+        or vector.ndim != 1
+        or not vector.flags.c_contiguous
+    ):
+        raise ArgumentError(
+            f"{who}: pass a flat contiguous float32 array, this is {described(vector)}: "
+            "np.ascontiguousarray(x, np.float32).reshape(-1), or hpccomm.Bucket"
+        )
+    return vector
+
+
+def writable(vector: Any, n: int | None, who: str) -> Vector:
+    """The vector itself, if it may be written and has the length."""
+    if not flat(vector, who).flags.writeable:
+        raise ArgumentError(f"{who}: the vector is read-only: pass a copy")
+    if n is not None and vector.size != n:
+        raise ArgumentError(f"{who}: a vector has {vector.size} elements, another {n}: pass equal lengths")
+    return vector
+
+
+def described(x: Any) -> str:
+    """What it is, for an error."""
+    if not isinstance(x, np.ndarray):
+        return type(x).__name__
+    return f"{x.dtype} of shape {x.shape}{'' if x.flags.c_contiguous else ', not contiguous'}"
+
+
+def demand_finite(finite: bool, who: str) -> None:
+    """Raise for a NaN or an infinity."""
+    if not finite:
+        raise ArgumentError(
+            f"{who}: there is a NaN or an infinity: it would stay in the residual for ever; skip this step on all ranks"
+        )
+
+
+def check_density(density: float, who: str) -> None:
+    """Raise for a density outside (0, 1]."""
+    if not 0 < density <= 1:
+        raise ArgumentError(f"{who}: the density is {density}: pass a number above 0, at most 1")
