@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm import messages, operations
+from hpccomm import messages, operations, reproducible
 from hpccomm.collectives.engine import bind, bind_lanes
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.tuning import Choice
@@ -210,6 +210,51 @@ class Binder:
         part = work[cuts[self.rank] : cuts[self.rank + 1]]
         moves: list[Run | None] = [lambda: np.copyto(work, source), plan, lambda: np.copyto(into, part)]
         return self.keep(key, signature, moves, plan.free, work.nbytes)
+
+    def reproducible(
+        self, key: Hashable, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op
+    ) -> Bound | None:
+        """A reduction whose bits do not depend on order; ``None`` where any order gives the same bits.
+
+        ``arguments`` are those that follow the buffers: counts, the operation, a root.
+        """
+        who, (sendbuf, recvbuf) = self.who(name), buffers
+        message = self.operand(recvbuf if is_in_place(sendbuf) else sendbuf, op, who)
+        if message.dtype is None or message.dtype.char in "gG":
+            raise ArgumentError(f"{who}: reproducible=True adds floats of up to 64 bits: pass them as a plain array")
+        if not message.half and message.dtype.kind not in "fc":
+            return None
+        if op != MPI.SUM:
+            if op in (MPI.MIN, MPI.MAX):
+                return None
+            raise ArgumentError(f"{who}: reproducible=True is for sums, minima and maxima: leave it out")
+        width = 2 if message.dtype.kind == "c" else 1
+        here = name != "Reduce" or self.rank == arguments[-1]
+        result = self.buffer(recvbuf, who, writable=True) if here else message
+        first, method = 0, name.lower()
+        if name == "Reduce_scatter":
+            counts, method = arguments[0], "reduce_scatter_v"
+            if counts is None:
+                counts = tuple(self.resources.channel.allgather(result.elements))
+            first, result = sum(counts[: self.rank]), replace(result, count=counts[self.rank])
+            arguments = (tuple(width * each for each in counts), *arguments[1:])
+        elif name == "Reduce_scatter_block":
+            each = message.elements // self.size
+            first, result = self.rank * each, replace(result, count=each)
+        whole, total = ExactSum(message), ExactSum(result)
+        inner = [self.allreduce(None, IN_PLACE, whole.agreed, MPI.MAX, None)]
+        for part, into in zip(whole.parts, total.totals, strict=True):
+            inner.append(getattr(self, method)(None, part, into if here else None, *arguments, None))
+        place = slice(width * first, width * first + total.elements)
+        store = (lambda: total.store(whole.exponents_of(place))) if here else None
+        steps = [whole.find_exponents, inner[0].run, whole.split, *(each.run for each in inner[1:]), store]
+
+        def free() -> None:
+            for each in inner:
+                each.free()
+
+        bound = Bound(in_turn(steps), free)
+        return bound if key is None else self.resources.keep(key, bound)
 
     def allgather(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
         """Allgather."""
@@ -692,6 +737,64 @@ class Widened:
     def narrow(self) -> None:
         """Into the user's memory, to nearest even."""
         self._stored[...] = reductions.narrow(self._values, self._code)
+
+
+class ExactSum:
+    """Floats as integers whose sum does not depend on order (:mod:`hpccomm.reproducible`)."""
+
+    def __init__(self, message: Message) -> None:
+        assert message.dtype is not None
+        stored = message.vector()
+        self._half = reductions.code_of(message.half) if message.half else ""
+        if message.dtype.kind == "c":
+            stored = stored.view(f"f{message.dtype.itemsize // 2}")
+        self._stored = stored.view(message.half) if message.half == "float16" else stored
+        self.elements = len(stored)
+        self._agreed = np.empty(self.elements, np.int16)
+        self._parts = np.empty((reproducible.limbs("f2" if self._half else stored.dtype), self.elements), np.int64)
+        self._totals = np.empty_like(self._parts)
+        self._words, self._order = f"{message.kind} reproducibly", message.order
+
+    def _as(self, array: npt.NDArray[Any]) -> Message:
+        return replace(read(array, ""), order=self._order, travels_as=self._words)
+
+    @property
+    def agreed(self) -> Message:
+        """The exponents."""
+        return self._as(self._agreed)
+
+    @property
+    def parts(self) -> list[Message]:
+        """The integers."""
+        return [self._as(part) for part in self._parts]
+
+    @property
+    def totals(self) -> list[Message]:
+        """Room for their sums."""
+        return [self._as(part) for part in self._totals]
+
+    def _values(self) -> npt.NDArray[np.float64]:
+        wide = reductions.widen(self._stored, self._half) if self._half else self._stored
+        return wide.astype(np.float64)
+
+    def find_exponents(self) -> None:
+        """This rank's."""
+        self._agreed[...] = reproducible.exponents(self._values())
+
+    def split(self) -> None:
+        """By the exponents that all agreed on."""
+        self._parts[...] = reproducible.split(self._values(), self._agreed, len(self._parts))
+
+    def exponents_of(self, place: slice) -> npt.NDArray[np.int16]:
+        """What all agreed on, of a part."""
+        return self._agreed[place]
+
+    def store(self, exponents: npt.NDArray[np.int16]) -> None:
+        """The sums, into the user's memory."""
+        value = reproducible.joined(self._totals, exponents)
+        with np.errstate(over="ignore"):
+            narrow = reductions.narrow(value.astype("f4"), self._half) if self._half else value
+            self._stored[...] = narrow
 
 
 class Packed:

@@ -174,14 +174,60 @@ class Communicator(MPI.Intracomm):
         same = sender == id(sendbuf) and same_op is op and same_algorithm is algorithm
         return run if same and dtype is (sendbuf if recvbuf is None else recvbuf).dtype else None
 
+    def _first(
+        self,
+        bound: Bound,
+        key: Hashable,
+        quick: Hashable = None,
+        sendbuf: Any = None,
+        recvbuf: Any = None,
+        op: MPI.Op | None = None,
+        algorithm: str | None = None,
+    ) -> None:
+        """Run a call; the next time it is found by its arguments, if it is kept."""
+        if key is not None:
+            self._again.remember(quick, sendbuf, recvbuf, op, algorithm, bound.run)
+            return bound.run()
+        try:
+            return bound.run()
+        finally:
+            bound.free()
+
+    def _reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
+        """Run a reduction whose bits do not depend on order; whether there was need."""
+        rest = [each for each in arguments if each is not op]
+        key = None if None in rest else call_key(name, *buffers, "reproducible", op.handle, *rest)
+        bound = self._bound(key) or self._binder.reproducible(key, name, buffers, arguments, op)
+        if bound is None:
+            return False
+        try:
+            bound.run()
+        finally:
+            if key is None:
+                bound.free()
+        return True
+
     def _bound(self, key: Hashable) -> Bound | None:
         """A call on the same memory."""
         return self._resources.plans.get(key) if self._resources and key is not None else None
 
     # Collectives
 
-    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None) -> None:
-        """Reduce over all ranks, the result on all.  Buffers as in mpi4py; ``algorithm`` as in :meth:`algorithms`."""
+    def Allreduce(
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        op: MPI.Op = MPI.SUM,
+        algorithm: str | None = None,
+        reproducible: bool = False,
+    ) -> None:
+        """Reduce over all ranks, the result on all.  Buffers as in mpi4py; ``algorithm`` as in :meth:`algorithms`.
+
+        ``reproducible=True``: the bits of a sum of floats depend on what is added alone, not on order, placement,
+        algorithm or number of ranks (:mod:`hpccomm.reproducible`); it takes several times as long.
+        """
+        if reproducible and self._reproducible("Allreduce", (sendbuf, recvbuf), (op,), op):
+            return None
         known = self._again.get(id(recvbuf))
         if known is not None:  # as _known, spelled out: calls on few bytes take less time than a call of Python's
             run, sender, same_op, same_algorithm, dtype, _ = known
@@ -189,9 +235,7 @@ class Communicator(MPI.Intracomm):
                 return run()
         key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
         bound = self._bound(key) or self._binder.allreduce(key, sendbuf, recvbuf, op, algorithm)
-        if key is not None:
-            self._again.remember(id(recvbuf), sendbuf, recvbuf, op, algorithm, bound.run)
-        return bound.run()
+        return self._first(bound, key, id(recvbuf), sendbuf, recvbuf, op, algorithm)
 
     def Allreduce_init(  # type: ignore[override]
         self,
@@ -211,17 +255,18 @@ class Communicator(MPI.Intracomm):
         op: MPI.Op = MPI.SUM,
         root: int = 0,
         algorithm: str | None = None,
+        reproducible: bool = False,
     ) -> None:
         """Reduce over all ranks, the result on ``root``; elsewhere ``recvbuf`` is not looked at."""
+        if reproducible and self._reproducible("Reduce", (sendbuf, recvbuf), (op, root), op):
+            return None
         quick = ("Reduce", id(recvbuf), root)
         known = self._known(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
         key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
         bound = self._bound(key) or self._binder.reduce(key, sendbuf, recvbuf, op, root, algorithm)
-        if key is not None:
-            self._again.remember(quick, sendbuf, recvbuf, op, algorithm, bound.run)
-        return bound.run()
+        return self._first(bound, key, quick, sendbuf, recvbuf, op, algorithm)
 
     def Reduce_init(  # type: ignore[override]
         self,
@@ -236,18 +281,23 @@ class Communicator(MPI.Intracomm):
         return Persistent(self._binder.reduce(None, sendbuf, recvbuf, op, root, algorithm), (sendbuf, recvbuf))
 
     def Reduce_scatter_block(
-        self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None
+        self,
+        sendbuf: Any,
+        recvbuf: Any,
+        op: MPI.Op = MPI.SUM,
+        algorithm: str | None = None,
+        reproducible: bool = False,
     ) -> None:
         """Reduce over all ranks, an equal part of the result on each."""
+        if reproducible and self._reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
+            return None
         quick = ("Reduce_scatter_block", id(recvbuf))
         known = self._known(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
         key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
         bound = self._bound(key) or self._binder.reduce_scatter_block(key, sendbuf, recvbuf, op, algorithm)
-        if key is not None:
-            self._again.remember(quick, sendbuf, recvbuf, op, algorithm, bound.run)
-        return bound.run()
+        return self._first(bound, key, quick, sendbuf, recvbuf, op, algorithm)
 
     def Reduce_scatter_block_init(  # type: ignore[override]
         self,
@@ -268,20 +318,19 @@ class Communicator(MPI.Intracomm):
         recvcounts: Any = None,
         op: MPI.Op = MPI.SUM,
         algorithm: str | None = None,
+        reproducible: bool = False,
     ) -> None:
         """Reduce over all ranks, ``recvcounts[r]`` elements of the result on rank r (asked for when not said)."""
         told = None if recvcounts is None else tuple(recvcounts)
+        if reproducible and self._reproducible("Reduce_scatter", (sendbuf, recvbuf), (told, op), op):
+            return None
         quick = ("Reduce_scatter", id(recvbuf), told)
         known = self._known(quick, sendbuf, recvbuf, op, algorithm) if told else None
         if known:
             return known()
         key = None if told is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, told)
         bound = self._bound(key) or self._binder.reduce_scatter_v(key, sendbuf, recvbuf, told, op, algorithm)
-        if key is not None:
-            self._again.remember(quick, sendbuf, recvbuf, op, algorithm, bound.run)
-            return bound.run()
-        bound.run()
-        return bound.free()
+        return self._first(bound, key, quick, sendbuf, recvbuf, op, algorithm)
 
     def Reduce_scatter_init(  # type: ignore[override]
         self,
@@ -305,9 +354,7 @@ class Communicator(MPI.Intracomm):
             return known()
         key = call_key("Allgather", sendbuf, recvbuf, 0, algorithm)
         bound = self._bound(key) or self._binder.allgather(key, sendbuf, recvbuf, algorithm)
-        if key is not None:
-            self._again.remember(quick, sendbuf, recvbuf, None, algorithm, bound.run)
-        return bound.run()
+        return self._first(bound, key, quick, sendbuf, recvbuf, None, algorithm)
 
     def Allgather_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
@@ -317,9 +364,7 @@ class Communicator(MPI.Intracomm):
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
         """Collect a part of any length from every rank, in rank order, on all."""
-        bound = self._binder.allgatherv(sendbuf, recvbuf, algorithm)
-        bound.run()
-        bound.free()
+        self._first(self._binder.allgatherv(sendbuf, recvbuf, algorithm), None)
 
     def Allgatherv_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
@@ -335,9 +380,7 @@ class Communicator(MPI.Intracomm):
             return known()
         key = call_key("Bcast", buf, IN_PLACE, 0, algorithm, root)
         bound = self._bound(key) or self._binder.bcast(key, buf, root, algorithm)
-        if key is not None:
-            self._again.remember(quick, None, buf, None, algorithm, bound.run)
-        return bound.run()
+        return self._first(bound, key, quick, None, buf, None, algorithm)
 
     def Bcast_init(  # type: ignore[override]
         self, buf: Any, root: int = 0, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
@@ -353,9 +396,7 @@ class Communicator(MPI.Intracomm):
             return known()
         key = call_key("Alltoall", sendbuf, recvbuf, 0, algorithm)
         bound = self._bound(key) or self._binder.alltoall(key, sendbuf, recvbuf, algorithm)
-        if key is not None:
-            self._again.remember(quick, sendbuf, recvbuf, None, algorithm, bound.run)
-        return bound.run()
+        return self._first(bound, key, quick, sendbuf, recvbuf, None, algorithm)
 
     def Barrier(self) -> None:
         """Wait for all ranks."""

@@ -38,13 +38,20 @@ REDUCTIONS = {
 }
 
 
-def allreduce(x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Any:
+def allreduce(
+    x: Any,
+    op: str = "sum",
+    comm: MPI.Intracomm | None = None,
+    algorithm: str = "auto",
+    reproducible: bool = False,
+) -> Any:
     """The sum (``"mean"``, ``"min"``, ``"max"``, ``"prod"``) of ``x`` over all ranks, on all of them.
 
     ``x``: any array, tensor or scalar, of one shape and dtype on all ranks; comes back as the same kind,
     shape and dtype.  ``comm=None`` means all ranks.  The mean of integers and the sum of bools are refused,
     cast them first; min and max of bools are *all* and *any*.  Integers wrap around.  A NaN makes any
-    result NaN (with ``algorithm="native"``, min and max may lose it, as MPI's do).
+    result NaN (with ``algorithm="native"``, min and max may lose it, as MPI's do).  ``reproducible=True`` as in
+    :meth:`Communicator.Allreduce <hpccomm.Communicator.Allreduce>`.
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: allreduce"
@@ -52,11 +59,17 @@ def allreduce(x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, algori
     mpi_op = operation(op, array, who)
     send = reducible(array, op)
     total = np.empty_like(send)
-    ranks.Allreduce(send, total, op=mpi_op, **named(algorithm))
+    ranks.Allreduce(send, total, op=mpi_op, algorithm=named(algorithm), reproducible=reproducible)
     return give_back(finished(total, op, ranks.size, array))
 
 
-def reduce_scatter(x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Any:
+def reduce_scatter(
+    x: Any,
+    op: str = "sum",
+    comm: MPI.Intracomm | None = None,
+    algorithm: str = "auto",
+    reproducible: bool = False,
+) -> Any:
     """This rank's rows of what :func:`allreduce` would return, for half the traffic.
 
     Rows (indices of axis 0) are dealt out as ``np.array_split(x, p)`` does: the first ranks get one more
@@ -72,7 +85,8 @@ def reduce_scatter(x: Any, op: str = "sum", comm: MPI.Intracomm | None = None, a
     rows = [len(share) for share in np.array_split(np.empty(len(send), "u1"), ranks.size)]
     mine = np.empty((rows[ranks.rank], *send.shape[1:]), send.dtype)
     row = int(np.prod(send.shape[1:], dtype=np.int64))
-    ranks.Reduce_scatter(send, mine, [each * row for each in rows], op=mpi_op, **named(algorithm))
+    counts = [each * row for each in rows]
+    ranks.Reduce_scatter(send, mine, counts, op=mpi_op, algorithm=named(algorithm), reproducible=reproducible)
     return give_back(finished(mine, op, ranks.size, array))
 
 
@@ -88,7 +102,7 @@ def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto"
     rows = agreed_rows(send, ranks)
     gathered = np.empty((sum(rows), *send.shape[1:]), send.dtype)
     row = int(np.prod(send.shape[1:], dtype=np.int64))
-    ranks.Allgatherv(movable(send), [movable(gathered), [each * row for each in rows]], **named(algorithm))
+    ranks.Allgatherv(movable(send), [movable(gathered), [each * row for each in rows]], algorithm=named(algorithm))
     return give_back(gathered)
 
 
@@ -109,7 +123,7 @@ def broadcast(x: Any, root: int = 0, comm: MPI.Intracomm | None = None, algorith
     copy = np.empty(shape, dtype)
     if array is not None and ranks.rank == root:
         copy[...] = array
-    ranks.Bcast(movable(copy), root, **named(algorithm))
+    ranks.Bcast(movable(copy), root, algorithm=named(algorithm))
     if array is not None and (array.shape, array.dtype) != (
         shape,
         dtype,
@@ -156,9 +170,9 @@ def reducible(array: Array, op: str) -> Array:
     return widened(array) if op == "mean" else np.asarray(array, order="C")
 
 
-def named(algorithm: str) -> dict[str, str]:
-    """The keyword for a call; ``"auto"`` leaves the choice to the communicator."""
-    return {} if algorithm == "auto" else {"algorithm": algorithm}
+def named(algorithm: str) -> str | None:
+    """``"auto"`` leaves the choice to the communicator."""
+    return None if algorithm == "auto" else algorithm
 
 
 def finished(total: Array, op: str, size: int, given: Array) -> Array:
