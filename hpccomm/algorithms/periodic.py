@@ -194,6 +194,7 @@ def periodic(
     weight_by: Weigh = "workers",
     warmup: int = 0,
     group: MPI.Intracomm | None = None,
+    closing: Callable[[Vector, Any], tuple[Vector, Any]] | None = None,
     export: Callable[[PeriodicState], Vector] = lambda state: state.start,
     check: bool = False,
 ) -> Periodic:
@@ -201,8 +202,10 @@ def periodic(
 
     ``outer`` sees W_g − w_i times a factor that makes its mean over the ranks the weighted mean: 1 where all
     weigh the same.  The first ``warmup`` steps are synchronous: ``inner`` sees the mean gradient; blocks are
-    counted from their end.  ``group`` are the ranks that exchange something in every inner step.  ``check``
-    compares the ranks' bits after every outer step.  A rank alone takes no outer step.
+    counted from their end.  ``group`` are the ranks that exchange something in every inner step, and hold the same
+    model; each rank of ``comm`` is in one.  ``closing(weights, inner)`` finishes what is pending before a block's
+    end is measured.  ``check`` compares the ranks' bits after every outer step.  A rank, or a group, alone takes
+    no outer step.
 
     Ranks may have different numbers of batches, if each calls ``finish`` when it has none left.  A rank
     without a batch in a block does not weigh.  If any rank's model is not finite at the end of a block, all
@@ -219,7 +222,8 @@ def periodic(
         "samples so far",
     )
     require(not (warmup and group is not None), "periodic: synchronous steps and a group exclude each other")
-    return Periodic(Blocks(comm, period, inner, outer, local_state or keep(), weight_by, warmup, group, export, check))
+    policy = local_state or keep()
+    return Periodic(Blocks(comm, period, inner, outer, policy, weight_by, warmup, group, closing, export, check))
 
 
 class Roll(NamedTuple):
@@ -248,13 +252,15 @@ class Blocks:
         weight_by: Weigh,
         warmup: int,
         group: MPI.Intracomm | None,
+        closing: Callable[[Vector, Any], tuple[Vector, Any]] | None,
         export: Callable[[PeriodicState], Vector],
         check: bool,
     ) -> None:
         self.comm, self.period, self.inner, self.outer, self.local = comm, period, inner, outer, local
         self.weight_by, self.warmup, self.group, self.export, self.check = weight_by, warmup, group, export, check
-        self.mean = mean(comm)
+        self.mean, self.closing = mean(comm), closing
         self.team = comm.rank if group is None else group.allgather(comm.rank)[0]
+        self.alone = comm.size == (1 if group is None else group.size)
 
     # The transform
 
@@ -345,9 +351,12 @@ class Blocks:
 
     def end_block(self, local: Vector, state: PeriodicState, last: bool) -> tuple[Vector, PeriodicState, bool]:
         """The model that the next block begins from, and whether no rank has a batch left."""
-        if self.comm.size == 1:
+        if self.alone:
             start = widened(local)
             return local, state._replace(steps=0, batches=0, start=start, began=state.inner), last
+        if self.closing is not None and state.steps:
+            local, inner = self.closing(local, state.inner)
+            state = state._replace(inner=inner)
         with np.errstate(invalid="ignore", over="ignore"):
             behind = state.start - widened(local)
         counted = float(self.weight_by()) if callable(self.weight_by) else 0.0

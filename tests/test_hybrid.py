@@ -1,0 +1,350 @@
+"""Compressed exchange inside groups, blocks between them: the golden run, identities, policies and uneven groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpccomm.algorithms.bmuf import bmuf
+from hpccomm.algorithms.exchange import check_replicas, mean, spent
+from hpccomm.algorithms.hybrid import hybrid, unsent
+from hpccomm.algorithms.periodic import Periodic
+from hpccomm.algorithms.transforms import Transform, chain, momentum, scale
+from hpccomm.errors import ArgumentError
+from hpccomm.testing.ranks import run_on_ranks
+
+Vector = Any
+CENTRES = (
+    np.array([[11, -3, 23, -17, 25, -9], [17, -1, -25, 17, -3, 25], [5, 3, -3, -27, 13, 3], [29, -3, -15, 3, -15, 7]])
+    / 16
+)
+
+
+class Unsent(NamedTuple):
+    """The state of the slow exchange below."""
+
+    residual: Vector
+    sent: int
+
+
+def slow_gtc(theta: float) -> Callable[[Any], Transform]:
+    """Threshold compression as its paper says it, dense on the wire: ±θ where the backlog lies beyond, summed."""
+
+    def exchange(group: Any) -> Transform:
+        def update(gradient: Vector, state: Unsent, weights: Vector) -> tuple[Vector, Unsent]:
+            backlog = state.residual + gradient
+            quanta = theta * (np.sign(backlog) * (np.abs(backlog) > theta)).astype(weights.dtype)
+            everyone = np.empty((group.size, weights.size), weights.dtype)
+            group.Allgather(quanta, everyone)
+            total = everyone[0].copy()
+            for each in everyone[1:]:
+                total += each
+            return total, Unsent(backlog - quanta, state.sent + int(np.count_nonzero(quanta)))
+
+        return Transform(lambda weights: Unsent(np.zeros_like(weights), 0), update)
+
+    return exchange
+
+
+def run(
+    method: Periodic, comm: Any, steps: int, centres: Vector = CENTRES, dtype: str = "f8"
+) -> tuple[list[Vector], Any]:
+    """Minimise ½‖w − c_r‖²; the weights after each step, and the last state."""
+    centre = centres[comm.rank].astype(dtype)
+    weights, seen = np.zeros(centre.size, dtype), []
+    state = method.init(weights)
+    for _ in range(steps):
+        step, state = method.update(weights - centre, state, weights)
+        weights += step
+        seen.append(weights.copy())
+    return seen, state
+
+
+def centres_of(size: int, n: int = 37) -> Vector:
+    return np.random.default_rng(size).standard_normal((size, n)) * 4
+
+
+# The golden run: four workers in two groups, θ = 1, rate ¼, sums, τ = 2, η = ½, ζ = 1
+
+
+@pytest.mark.parametrize("sliced", [True, False])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_golden_run(sliced: bool, dtype: str) -> None:
+    def body(comm: Any) -> Any:
+        method = hybrid(comm, slow_gtc(1.0), scale(-0.25), 2, period=2, sliced_leaders=sliced)
+        seen, state = run(method, comm, 4, dtype=dtype)
+        return [each.tolist() for each in seen], state.inner[0].residual.tolist(), method.export(state).tolist()
+
+    sync1 = [0.5, 0, -0.125, -0.25, 0.25, 0.125]
+    final = [1.125, 0, -0.4375, -0.375, 0.375, 0.4375]
+    steps = {
+        0: [[0.25, 0, 0, 0, 0.25, 0.25], sync1, [0.75, 0, -0.125, 0, 0.25, 0.125], final],
+        1: [[0.25, 0, 0, -0.25, 0, 0], sync1, [0.75, 0, -0.375, -0.25, 0.25, 0.375], final],
+    }
+    residuals = [
+        [-0.25, 0.75, -2, 1, -1.5, 0.75],
+        [-0.75, 0.25, 2, -0.5, 0.5, -1.75],
+        [0.25, -0.75, 0.25, 2, -0.75, -0.25],
+        [-1.75, 0.75, 0.25, -0.5, 1.25, -0.25],
+    ]
+    for rank, (seen, residual, model) in enumerate(run_on_ranks(4, body)):
+        assert seen == steps[rank // 2]
+        assert residual == residuals[rank]
+        assert model == final
+
+
+def test_golden_elements_sent() -> None:
+    def body(comm: Any) -> list[int]:
+        method = hybrid(comm, slow_gtc(1.0), scale(-0.25), 2, period=2)
+        weights, before, counts = np.zeros(6), 0, []
+        state = method.init(weights)
+        for _ in range(4):
+            step, state = method.update(weights - CENTRES[comm.rank], state, weights)
+            weights += step
+            counts.append(state.inner[0].sent - before)
+            before = state.inner[0].sent
+        return counts
+
+    sent = np.array(run_on_ranks(4, body)).T
+    assert sent.tolist() == [[3, 4, 1, 1], [5, 3, 2, 3], [3, 5, 2, 5], [3, 3, 1, 3]]
+
+
+def test_golden_nesterov() -> None:
+    def body(comm: Any) -> list[float]:
+        method = hybrid(comm, slow_gtc(1.0), scale(-0.25), 2, period=2, nesterov="paper")
+        return list(run(method, comm, 4)[0][-1].tolist())
+
+    assert run_on_ranks(4, body) == [[1.4375, 0, -0.59375, -0.4375, 0.4375, 0.59375]] * 4
+
+
+# Identities
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_groups_of_one_are_bmuf(size: int) -> None:
+    def body(comm: Any) -> bool:
+        centres = centres_of(size)
+        ours = run(hybrid(comm, slow_gtc(0.5), scale(-0.25), 1, period=3), comm, 7, centres)[0]
+        inner = chain(slow_gtc(0.5)(MPI.COMM_SELF), scale(-0.25))
+        return np.array_equal(ours, run(bmuf(comm, inner, 3), comm, 7, centres)[0])
+
+    assert all(run_on_ranks(size, body))
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_one_group_is_its_exchange(size: int) -> None:
+    def body(comm: Any) -> bool:
+        centres = centres_of(size)
+        ours = run(hybrid(comm, slow_gtc(0.5), scale(-0.25), size, period=2, momentum=0), comm, 7, centres)[0]
+        plain = chain(slow_gtc(0.5)(comm), scale(-0.25))
+        weights, seen = np.zeros(37), []
+        state = plain.init(weights)
+        for _ in range(7):
+            step, state = plain.update(weights - centres[comm.rank], state, weights)
+            weights += step
+            seen.append(weights.copy())
+        return np.array_equal(ours, seen)
+
+    assert all(run_on_ranks(size, body))
+
+
+def test_dense_groups_with_one_step_blocks_average_the_group_models() -> None:
+    """τ = 1, η = 0: the same as the mean gradient of all, on numbers that need no rounding."""
+    centres = np.arange(24.0).reshape(4, 6) * 8
+
+    def body(comm: Any) -> bool:
+        ours = run(hybrid(comm, mean, scale(-0.5), 2, period=1, momentum=0), comm, 4, centres)[0]
+        weights = np.zeros(6)
+        for each in ours:
+            weights = weights - 0.5 * (weights - centres.mean(axis=0))
+            if not np.array_equal(each, weights):
+                return False
+        return True
+
+    assert all(run_on_ranks(4, body))
+
+
+def test_momentum_follows_the_number_of_groups() -> None:
+    def body(comm: Any) -> list[bool]:
+        left_out = run(hybrid(comm, slow_gtc(1.0), scale(-0.25), 2, period=1), comm, 4, centres_of(6))[0]
+        return [
+            np.array_equal(
+                left_out,
+                run(hybrid(comm, slow_gtc(1.0), scale(-0.25), 2, period=1, momentum=eta), comm, 4, centres_of(6))[0],
+            )
+            for eta in (1 - 1 / 3, 1 - 1 / 6)
+        ]
+
+    assert run_on_ranks(6, body) == [[True, False]] * 6
+
+
+@pytest.mark.parametrize(("size", "group"), [(4, 2), (6, 3), (6, 2), (8, 4)])
+def test_slices_and_one_leader_give_the_same_bits(size: int, group: int) -> None:
+    def body(comm: Any) -> bool:
+        ours, theirs = (
+            run(
+                hybrid(comm, slow_gtc(0.5), scale(-0.25), group, period=2, sliced_leaders=sliced),
+                comm,
+                6,
+                centres_of(size),
+            )[0]
+            for sliced in (True, False)
+        )
+        return np.array_equal(ours, theirs)
+
+    assert all(run_on_ranks(size, body))
+
+
+# What holds after every step
+
+
+@pytest.mark.parametrize("nodes", [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1, 1], [0, 1, 1, 2, 2, 2, 2], [0, 0, 0]])
+@pytest.mark.parametrize("policy", ["keep", "flush", "zero", ("decay", 0.5)])
+def test_groups_are_nodes_and_replicas_stay_equal(nodes: list[int], policy: Any) -> None:
+    def body(comm: Any) -> None:
+        group = comm.intra_node
+        method = hybrid(comm, slow_gtc(0.5), chain(momentum(0.5), scale(-0.1)), period=3, residual=policy, check=True)
+        weights, centre = np.zeros(37), centres_of(len(nodes))[comm.rank]
+        state = method.init(weights)
+        for _ in range(10):
+            step, state = method.update(weights - centre, state, weights)
+            weights += step
+            check_replicas(group, weights)
+            if state.steps == 0 and group.size < comm.size:
+                check_replicas(comm, weights)
+                check_replicas(comm, method.export(state))
+
+    run_on_ranks(len(nodes), body, nodes=nodes)
+
+
+def test_uneven_groups_weigh_by_their_members() -> None:
+    """Groups of three and one move by 1 and by 9: (3·1 + 9) / 4."""
+
+    def body(comm: Any) -> float:
+        method = hybrid(comm, mean, scale(1.0), period=1, momentum=0)
+        weights = np.zeros(1)
+        step, _ = method.update(np.array([[1.0, 1.0, 1.0, 9.0][comm.rank]]), method.init(weights), weights)
+        return float((weights + step)[0])
+
+    assert run_on_ranks(4, body, nodes=[0, 0, 0, 1]) == [3.0] * 4
+
+
+@pytest.mark.parametrize("batches", [[3, 3, 3, 3], [5, 2, 0, 0], [0, 0, 4, 1], [1, 7, 2, 3]])
+def test_ranks_with_different_numbers_of_batches_end_with_the_same_model(batches: list[int]) -> None:
+    def body(comm: Any) -> bytes:
+        method = hybrid(comm, slow_gtc(0.5), scale(-0.25), 2, period=3)
+        weights, centre = np.zeros(37), centres_of(4)[comm.rank]
+        state = method.init(weights)
+        for _ in range(batches[comm.rank]):
+            step, state = method.update(weights - centre, state, weights)
+            weights += step
+        step, state = method.finish(state, weights)
+        weights += step
+        assert weights.any()
+        return bytes(weights.tobytes())
+
+    assert len(set(run_on_ranks(4, body, patience=20))) == 1
+
+
+# Residuals when a block ends
+
+
+def test_what_becomes_of_residuals() -> None:
+    def body(comm: Any, policy: Any) -> list[float]:
+        method = hybrid(comm, slow_gtc(4.0), scale(-0.25), 2, period=1, residual=policy)
+        weights = np.zeros(2)
+        step, state = method.update(np.array([1.0, -2]) * (comm.rank + 1), method.init(weights), weights)
+        assert unsent(state) == np.linalg.norm(state.inner[0].residual)
+        return [*state.inner[0].residual.tolist(), *(weights + step).tolist()]
+
+    kept = [[1.0, -2, 0, 1], [2, -4, 0, 1], [3, -2, 0, 1], [4, -4, 0, 1]]
+    assert run_on_ranks(4, lambda comm: body(comm, "keep")) == kept
+    assert run_on_ranks(4, lambda comm: body(comm, "zero")) == [[0, 0, *row[2:]] for row in kept]
+    assert run_on_ranks(4, lambda comm: body(comm, ("decay", 0.5))) == [
+        [row[0] / 2, row[1] / 2, *row[2:]] for row in kept
+    ]
+    # all gradients arrive: groups move by -¼ of (3, -6) and (7, -14), the mean is -(1.25, -2.5)
+    assert run_on_ranks(4, lambda comm: body(comm, "flush")) == [[0, 0, -1.25, 2.5]] * 4
+
+
+def test_with_flush_every_block_is_a_dense_one_for_a_constant_gradient() -> None:
+    """What was not sent is added before the block is measured, so a block moves by all of its gradients."""
+
+    def body(comm: Any, exchange: Any, **options: Any) -> list[Any]:
+        method = hybrid(comm, exchange, scale(-0.25), 2, period=3, **options)
+        weights, seen = np.zeros(2), []
+        state = method.init(weights)
+        for _ in range(6):
+            step, state = method.update(np.array([3.0, -5]) * (comm.rank + 1), state, weights)
+            weights += step
+            seen.append(weights.tolist())
+        return seen[2::3]
+
+    def dense(group: Any) -> Transform:
+        return chain(mean(group), scale(group.size))
+
+    flushed = run_on_ranks(4, lambda comm: body(comm, slow_gtc(4.0), residual="flush"))
+    assert flushed == run_on_ranks(4, lambda comm: body(comm, dense))
+
+
+# Cost
+
+
+def test_slices_relieve_the_leaders_link() -> None:
+    """n = 120 float64, groups of 2: a slice is 60; 40 bytes to all others and 8 to the group to agree."""
+
+    def body(comm: Any, sliced: bool) -> int:
+        method = hybrid(comm, lambda group: scale(1.0), scale(-0.25), 2, period=1, sliced_leaders=sliced)
+        return spent(run(method, comm, 1, np.ones((4, 120)))[1]).wire_bytes - 3 * 40 - 8
+
+    assert run_on_ranks(4, lambda comm: body(comm, True)) == [60 * 8 + 60 * 8] * 4
+    assert run_on_ranks(4, lambda comm: body(comm, False)) == [120 * 8 + 120 * 8, 0] * 2
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda comm: hybrid(comm, mean, scale(1.0), 3), "group_size 3 does not divide 4 ranks: pass a divisor"),
+        (lambda comm: hybrid(comm, mean, scale(1.0), 0), "group_size 0 does not divide"),
+        (lambda comm: hybrid(comm, mean, scale(1.0), 2, period=0), "period is 0"),
+        (lambda comm: hybrid(comm, mean, scale(1.0), 2, residual="drop"), "residual is 'drop': pass 'keep'"),  # type: ignore[arg-type]
+        (lambda comm: hybrid(comm, mean, scale(1.0), 2, residual=("decay", 2.0)), "residual is .'decay', 2.0.: pass"),
+        (lambda comm: hybrid(comm, mean, scale(1.0), 2, reduce="max"), "reduce is 'max'"),  # type: ignore[arg-type]
+        (lambda comm: hybrid(comm, mean, scale(1.0), 2, residual="flush").init(np.ones(2)), "no field named residual"),
+    ],
+)
+def test_impossible_arguments_are_refused_on_every_rank(make: Callable[[Any], Any], message: str) -> None:
+    def body(comm: Any) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            make(comm)
+
+    run_on_ranks(4, body, nodes=[0, 0, 1, 1])
+
+
+def test_a_communicator_without_nodes_needs_a_group_size() -> None:
+    with pytest.raises(ArgumentError, match="does not know its nodes"):
+        hybrid(MPI.COMM_SELF, mean, scale(1.0))
+
+
+# On MPI
+
+
+@pytest.mark.mpi(sizes=(2, 4))
+def test_hybrid_over_mpi(comm: MPI.Intracomm) -> None:
+    import hpccomm
+
+    ours = hpccomm.Communicator(comm)
+    for sliced in (True, False):
+        method = hybrid(ours, slow_gtc(0.5), scale(-0.25), comm.size // 2, period=2, sliced_leaders=sliced)
+        seen, state = run(method, ours, 5, centres_of(comm.size))
+        check_replicas(comm, seen[3])
+        step, state = method.finish(state, seen[-1])
+        check_replicas(comm, seen[-1] + step)
+        check_replicas(comm, method.export(state))
