@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def restored(path: str, like: Any, value: Any) -> Any:
     if not isinstance(like, np.ndarray):
         return np.asarray(value).item() if isinstance(like, NUMBERS) else np.asarray(value)[()]
     array = np.asarray(value)
+    if array.dtype.kind == "V" and array.dtype.itemsize == like.dtype.itemsize:  # bfloat16 in a file
+        array = array.view(like.dtype)
     if array.shape != like.shape or array.dtype != like.dtype:
         raise ArgumentError(
             f"load_state_dict: {path} was saved as {array.dtype} of shape {array.shape}, this method has {like.dtype} "
@@ -110,10 +113,15 @@ def save(path: str | os.PathLike[str], **states: Any) -> None:
 def load(path: str | os.PathLike[str], **like: Any) -> tuple[Any, ...]:
     """What :func:`save` wrote, in the form of ``like``: ``weights, state = load(p, weights=weights, method=state)``.
 
-    Raises where the file holds other names, shapes or dtypes.  Nothing in the file is executed.
+    Raises where the file is not one, or holds other names, shapes or dtypes.  Nothing in the file is executed.
     """
-    with np.load(path, allow_pickle=False) as file:
-        entries = {name: file[name] for name in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            entries = {name: file[name] for name in file.files}
+    except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+        raise ArgumentError(
+            f"load: {os.fspath(path)} is no checkpoint ({error}): name a file that save wrote"
+        ) from None
     names = list(like)
     known = {renamed(path, names): path for path, _ in leaves(tuple(like.values()))}
     saved = {known.get(name, name): value for name, value in entries.items()}

@@ -1,0 +1,187 @@
+"""A run that goes on from a checkpoint takes the steps of the one that was never interrupted, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from hpccomm.algorithms.bmuf import bmuf, bmuf_adam
+from hpccomm.algorithms.checkpoints import leaves, load, load_state_dict, mapped, save, state_dict
+from hpccomm.algorithms.exchange import synchronous_adam
+from hpccomm.algorithms.hybrid import hybrid
+from hpccomm.algorithms.lamb import lamb
+from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.periodic import diloco, post_local_sgd, slowmo
+from hpccomm.algorithms.schedules import polynomial, warm_up
+from hpccomm.algorithms.transforms import adam, chain, every, momentum, scale
+from hpccomm.buckets import Bucket
+from hpccomm.errors import ArgumentError
+from hpccomm.testing.ranks import run_on_ranks
+
+Vector = Any
+BUCKET = Bucket({"w": (5, 7), "b": (2,)}, np.float64)
+INNER = chain(momentum(0.9), scale(-0.1))
+
+METHODS: dict[str, Callable[[Any], Any]] = {
+    "synchronous_adam": lambda comm: synchronous_adam(comm, warm_up(3, polynomial(0.1, 20)), weight_decay=0.1),
+    "every": lambda comm: every(3, INNER),
+    "bmuf": lambda comm: bmuf(comm, INNER, 4),
+    "bmuf nesterov, warm-up": lambda comm: bmuf(comm, INNER, 4, nesterov="paper", warmup=3),
+    "bmuf sharded": lambda comm: bmuf(comm, INNER, 4, shard_state=True, local_state="average"),
+    "bmuf_adam": lambda comm: bmuf_adam(comm, 0.01, 4),
+    "slowmo": lambda comm: slowmo(comm, scale(-0.1), polynomial(0.1, 30), 4),
+    "post_local_sgd": lambda comm: post_local_sgd(comm, INNER, 2, after=6),
+    "diloco": lambda comm: diloco(comm, chain(adam(), scale(-0.01)), 4),
+    "hybrid": lambda comm: hybrid(comm, lambda group: scale(0.5), INNER, comm.size // 2, period=4),
+    "lars": lambda comm: bmuf(comm, lars(BUCKET, 0.1, weight_decay=0.01), 4),
+    "lamb": lambda comm: bmuf(comm, lamb(BUCKET, warm_up(5, 0.1)), 4),
+}
+
+
+def go_on(method: Any, state: Any, weights: Vector, rank: int, steps: range) -> tuple[Any, Vector]:
+    """Noisy gradients of ½‖w − c_r‖² that follow from rank and step alone."""
+    weights = weights.copy()
+    for number in steps:
+        noise = np.random.default_rng((rank, number)).standard_normal(weights.size)
+        step, state = method.update(weights - rank + noise, state, weights)
+        weights += step
+    return state, weights
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("at", [0, 5, 7])
+def test_a_run_goes_on_bit_for_bit(name: str, at: int, tmp_path: Path) -> None:
+    """Interrupted before the first step, inside a block, and inside another one."""
+
+    def body(comm: Any) -> None:
+        method, begin = METHODS[name](comm), np.linspace(-1, 1, 37)
+        whole, expected = go_on(method, method.init(begin), begin, comm.rank, range(14))
+        state, weights = go_on(method, method.init(begin), begin, comm.rank, range(at))
+        path = tmp_path / f"rank{comm.rank}.npz"
+        save(path, weights=weights, method=state)
+        again = METHODS[name](comm)
+        blank = np.zeros(37)
+        weights, state = load(path, weights=blank, method=again.init(blank))
+        after, found = go_on(again, state, weights, comm.rank, range(at, 14))
+        assert np.array_equal(found, expected)
+        timed = [path for path, _ in leaves(whole) if path.endswith("seconds")]
+        one, other = state_dict(whole), state_dict(after)
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[path], other[path]) for path in one.keys() - timed if not path.endswith("total"))
+
+    run_on_ranks(4, body)
+
+
+class Pair(NamedTuple):
+    count: int
+    rate: float
+
+
+STATE = (Pair(3, 0.1), (np.arange(3.0), np.float32(2.5), True), (), None, np.zeros((0, 2), "f2"))
+
+
+def test_paths_name_the_leaves() -> None:
+    assert [path for path, _ in leaves(STATE)] == ["0.count", "0.rate", "1.0", "1.1", "1.2", "4"]
+    assert [path for path, _ in leaves(7)] == [""]
+
+
+def test_mapping_keeps_the_form() -> None:
+    doubled = mapped(lambda path, leaf: leaf * 2, STATE)
+    assert doubled[0] == Pair(6, 0.2)
+    assert doubled[1][0].tolist() == [0, 2, 4]
+    assert (doubled[2], doubled[3]) == ((), None)
+
+
+def test_every_kind_of_leaf_comes_back_as_it_was(tmp_path: Path) -> None:
+    save(tmp_path / "state.npz", state=STATE, number=0.1)
+    blank = (Pair(0, 0.0), (np.zeros(3), np.float32(0), False), (), None, np.ones((0, 2), "f2"))
+    state, number = load(tmp_path / "state.npz", state=blank, number=0.0)
+    assert number == 0.1
+    assert state[0] == STATE[0]
+    assert type(state[0].count) is int
+    assert state[1][0].tolist() == [0, 1, 2]
+    assert (state[1][1], state[1][1].dtype, state[1][2]) == (2.5, np.float32, True)
+    assert (state[2:4], state[4].shape, state[4].dtype) == (((), None), (0, 2), np.float16)
+    assert blank[1][0].tolist() == [0, 0, 0], "what was handed in is not written"
+
+
+def test_bfloat16_and_extreme_numbers_come_back(tmp_path: Path) -> None:
+    import ml_dtypes
+
+    brain = np.array([1.5, -3e38, np.inf], ml_dtypes.bfloat16)
+    odd = np.array([-0.0, np.nan, 5e-324, np.inf])
+    save(tmp_path / "odd.npz", state=(brain, odd, 1e308))
+    found, back, number = load(tmp_path / "odd.npz", state=(np.zeros_like(brain), np.zeros(4), 0.0))[0]
+    assert found.dtype == brain.dtype
+    assert found.tobytes() == brain.tobytes()
+    assert back.tobytes() == odd.tobytes()
+    assert number == 1e308
+
+
+def test_a_state_dict_is_a_copy() -> None:
+    values = np.arange(3.0)
+    saved = state_dict((values, 1))
+    values[0] = 9
+    assert saved["0"].tolist() == [0, 1, 2]
+    loaded = load_state_dict((np.zeros(3), 0), saved)
+    saved["0"][1] = 7
+    assert loaded[0].tolist() == [0, 1, 2]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.npz"
+    save(path, state=(np.arange(3.0),))
+    whole = path.read_bytes()
+
+    def torn(file: Any, **entries: Any) -> None:
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", torn)
+    with pytest.raises(OSError, match="no space"):
+        save(path, state=(np.zeros(3),))
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_checkpoint_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "state.npz"
+    for value in (1.0, 2.0):
+        save(path, state=(np.full(2, value),))
+    assert load(path, state=(np.zeros(2),))[0][0].tolist() == [2, 2]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        ((np.zeros(4), 0), r"0 was saved as float64 of shape \(3,\), this method has float64 of shape \(4,\)"),
+        ((np.zeros(3, "f4"), 0), "0 was saved as float64 .* this method has float32"),
+        ((np.zeros(3),), r"not in this method's state \['1'\]: load into the method that saved"),
+        ((np.zeros(3), 0, 0), r"missing \['2'\]"),
+    ],
+)
+def test_a_checkpoint_of_another_method_is_refused(like: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        load_state_dict(like, state_dict((np.arange(3.0), 1)))
+
+
+def test_a_file_of_other_names_or_none_at_all_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "state.npz", state=(1,))
+    with pytest.raises(ArgumentError, match=r"not in this method's state \['state.0'\]"):
+        load(tmp_path / "state.npz", method=(1,))
+    for content in (b"", b"no archive"):
+        (tmp_path / "broken.npz").write_bytes(content)
+        with pytest.raises(ArgumentError, match="is no checkpoint"):
+            load(tmp_path / "broken.npz", state=(1,))
+
+
+def test_what_is_no_state_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="state_dict: 1 is list: a state is nested tuples"):
+        state_dict((1, [2]))
