@@ -1,5 +1,344 @@
-"""The kernels of :mod:`hpccomm.kernels.compression_reference` compiled: same functions, same bits."""
+"""The kernels of :mod:`hpccomm.kernels.compression_reference` compiled: same functions, same bits, one thread.
+
+Each function makes room for its answer and hands addresses to :mod:`hpccomm.kernels.compression_loops`.  Room for as
+many indices as there are elements costs nothing until it is written: the answer is copied out of it.
+"""
 
 from __future__ import annotations
 
-from hpccomm.kernels.compression_reference import *  # noqa: F403
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.kernels import compression_reference as reference
+from hpccomm.kernels.compression_loops import machine_code
+from hpccomm.kernels.compression_reference import Indices, Octets, Vector
+
+
+def at(x: npt.NDArray[Any] | None) -> int:
+    """The address of an array; 0 for none."""
+    return 0 if x is None else int(x.__array_interface__["data"][0])
+
+
+def answer(count: int) -> tuple[int, bool]:
+    """What a loop counted, and whether all elements were finite."""
+    return (count, True) if count >= 0 else (~count, False)
+
+
+# Sums
+
+
+def all_finite(x: Vector) -> bool:
+    """:func:`reference.all_finite`."""
+    return bool(machine_code("all_finite")(at(x), x.size))
+
+
+def largest_magnitude(x: Vector) -> float:
+    """:func:`reference.largest_magnitude`."""
+    return float(machine_code("largest_magnitude")(at(x), x.size))
+
+
+def moments(x: Vector) -> tuple[float, float]:
+    """:func:`reference.moments`."""
+    sums = np.empty(2)
+    machine_code("moments")(at(x), at(sums), x.size)
+    return float(sums[0]), float(sums[1])
+
+
+def sum_magnitudes(residual: Vector, gradient: Vector | None) -> float:
+    """:func:`reference.sum_magnitudes`."""
+    return float(machine_code("sum_magnitudes")(at(residual), at(gradient), residual.size))
+
+
+def sum_by_sign(residual: Vector, gradient: Vector | None) -> tuple[float, float, int]:
+    """:func:`reference.sum_by_sign`."""
+    sums = np.empty(2)
+    count = machine_code("sum_by_sign")(at(residual), at(gradient), at(sums), residual.size)
+    return float(sums[0]), float(sums[1]), int(count)
+
+
+# Threshold and selection
+
+
+def threshold_words(residual: Vector, gradient: Vector | None, out: Vector, tau: float) -> tuple[Indices, bool]:
+    """:func:`reference.threshold_words`."""
+    n = residual.size
+    words = np.empty(n, np.uint32)
+    count, finite = answer(machine_code("threshold_words")(at(residual), at(gradient), at(out), tau, at(words), n))
+    return words[:count].copy(), finite
+
+
+def add_words(words: Indices, tau: float, out: Vector) -> None:
+    """:func:`reference.add_words`."""
+    machine_code("add_words")(at(words), words.size, tau, at(out))
+
+
+def ranked_magnitude(values: Vector, rank: int) -> float:
+    """:func:`reference.ranked_magnitude`."""
+    values = np.ascontiguousarray(values)
+    return float(machine_code("ranked_magnitude")(at(values), values.size, rank))
+
+
+def density_threshold(residual: Vector, gradient: Vector | None, density: float, step: int) -> float:
+    """:func:`reference.density_threshold`."""
+    return reference.density_threshold(residual, gradient, density, step, ranked_magnitude)
+
+
+def select_threshold(x: Vector, threshold: float) -> tuple[Indices, bool]:
+    """:func:`reference.select_threshold`."""
+    index = np.empty(x.size, np.uint32)
+    count, finite = answer(machine_code("select_threshold")(at(x), threshold, at(index), x.size))
+    return index[:count].copy(), finite
+
+
+def keep_largest(values: Vector, k: int) -> npt.NDArray[np.bool_]:
+    """:func:`reference.keep_largest`."""
+    return reference.keep_largest(values, k, ranked_magnitude)
+
+
+def select_largest(x: Vector, k: int, step: int = 0, least: float = 1.0) -> tuple[Indices, bool]:
+    """:func:`reference.select_largest`."""
+    threshold = reference.sampled_threshold(x, k, step, ranked_magnitude)
+    index, finite = select_threshold(x, threshold)
+    if not finite:
+        return index[:0], False
+    index = reference.widened_selection(x, index, threshold, least * k, select_threshold)
+    return index[keep_largest(x[index], k)], True
+
+
+def momentum_select(
+    gradient: Vector,
+    momentum: Vector,
+    velocity: Vector,
+    m: float,
+    k: int,
+    *,
+    nesterov: bool = False,
+    mask: bool = True,
+    step: int = 0,
+    least: float = 1.0,
+) -> tuple[Indices, Vector, bool]:
+    """:func:`reference.momentum_select`, in one pass unless the threshold was too high."""
+    n = gradient.size
+    threshold = sampled_velocity_threshold(gradient, momentum, velocity, m, k, nesterov, step)
+    index, values, kept = np.empty(n, np.uint32), np.empty(n, np.float32), np.empty(n, np.float32)
+    addresses = at(index), at(values), at(kept)
+    loop = machine_code("momentum_select")
+    count, finite = answer(loop(at(gradient), at(momentum), at(velocity), m, threshold, nesterov, mask, *addresses, n))
+    index, values, kept = index[:count].copy(), values[:count].copy(), kept[:count]
+    if not finite:
+        return index[:0], values[:0], False
+    if count < least * k and threshold > 0:
+        velocity[index], momentum[index] = values, kept
+        index = reference.widened_selection(velocity, index, threshold, least * k, select_threshold)
+        index = index[keep_largest(velocity[index], k)]
+        return index, reference.take(index, momentum, velocity, mask), True
+    if count > k:
+        chosen = keep_largest(values, k)
+        back = index[~chosen]
+        velocity[back] = values[~chosen]
+        momentum[back] = kept[~chosen]
+        index, values = index[chosen], values[chosen]
+    return index, values, True
+
+
+def sampled_velocity_threshold(
+    gradient: Vector, momentum: Vector, velocity: Vector, m: float, k: int, nesterov: bool, step: int
+) -> float:
+    """:func:`reference.sampled_threshold` of the velocity to come."""
+    plan = reference.sample_plan(gradient.size, k, step)
+    if plan is None:
+        return 0.0
+    g, u, v = (reference.sample(each, plan).copy() for each in (gradient, momentum, velocity))
+    reference.accumulate(g, u, v, m, nesterov)
+    return ranked_magnitude(v, plan.rank)
+
+
+def scatter_add(messages: Sequence[tuple[Indices, Vector]], out: Vector) -> None:
+    """:func:`reference.scatter_add`."""
+    for index, values in messages:
+        machine_code("scatter_add")(at(index), at(values), index.size, at(out))
+
+
+def ascending(index: Indices, n: int) -> bool:
+    """:func:`reference.ascending`."""
+    return bool(machine_code("ascending")(at(index), n, index.size))
+
+
+# One bit an element
+
+
+def pack_signs(x: Vector) -> Octets:
+    """:func:`reference.pack_signs`."""
+    bits = np.empty(-(-x.size // 8), np.uint8)
+    machine_code("pack_signs")(at(x), at(bits), x.size)
+    return bits
+
+
+def pack_signs_feedback(
+    residual: Vector, gradient: Vector | None, out: Vector, plus: float, minus: float, bits: Octets
+) -> None:
+    """:func:`reference.pack_signs_feedback`."""
+    loop = machine_code("pack_signs_feedback")
+    loop(at(residual), at(gradient), at(out), plus, minus, at(bits), residual.size)
+
+
+def add_signs(messages: Sequence[tuple[Octets, float, float]], out: Vector) -> None:
+    """:func:`reference.add_signs`, all messages in one pass."""
+    addresses = np.array([at(bits) for bits, _, _ in messages], np.int64)
+    plus = np.array([high for _, high, _ in messages], np.float32)
+    minus = np.array([low for _, _, low in messages], np.float32)
+    machine_code("add_signs")(at(addresses), at(plus), at(minus), len(messages), at(out), out.size)
+
+
+def majority(messages: Sequence[Octets], n: int) -> Octets:
+    """:func:`reference.majority`."""
+    bits = np.empty(-(-n // 8), np.uint8)
+    addresses = np.array([at(each) for each in messages], np.int64)
+    machine_code("majority")(at(addresses), len(messages), at(bits), bits.size)
+    if n % 8:
+        bits[-1] &= 256 - (1 << -n % 8)
+    return bits
+
+
+# Two bits an element
+
+
+def pack_pairs(words: Indices, n: int) -> Octets:
+    """:func:`reference.pack_pairs`."""
+    octets = np.zeros(4 * -(-n // 16), np.uint8)
+    machine_code("pack_pairs")(at(words), words.size, at(octets))
+    return octets
+
+
+def unpack_pairs(octets: Octets, n: int) -> Indices | None:
+    """:func:`reference.unpack_pairs`."""
+    words = np.empty(n, np.uint32)
+    count = machine_code("unpack_pairs")(at(octets), octets.size, at(words), n)
+    return None if count < 0 else words[:count].copy()
+
+
+# Index codes
+
+
+def rice_encode(index: Indices, k: int, signs: npt.NDArray[Any] | None = None) -> Octets:
+    """:func:`reference.rice_encode`."""
+    index = np.ascontiguousarray(index, np.uint32)
+    minus = None if signs is None else np.ascontiguousarray(signs, np.uint32)
+    octets = np.zeros(-(-machine_code("rice_length")(at(index), at(minus), index.size, k) // 8), np.uint8)
+    machine_code("rice_encode")(at(index), at(minus), index.size, k, at(octets))
+    return octets
+
+
+def rice_decode(octets: Octets, count: int, k: int, n: int, signed: bool = False) -> Indices | None:
+    """:func:`reference.rice_decode`."""
+    found = np.empty(count, np.uint32)
+    return found if machine_code("rice_decode")(at(octets), octets.size, count, k, n, signed, at(found)) else None
+
+
+def leb128_encode(index: Indices) -> Octets:
+    """:func:`reference.leb128_encode`."""
+    octets = np.empty(5 * index.size, np.uint8)
+    return octets[: machine_code("leb128_encode")(at(index), index.size, at(octets))].copy()
+
+
+def leb128_decode(octets: Octets, count: int, n: int) -> Indices | None:
+    """:func:`reference.leb128_decode`."""
+    found = np.empty(count, np.uint32)
+    return found if machine_code("leb128_decode")(at(octets), octets.size, count, n, at(found)) else None
+
+
+def bitmap_encode(index: Indices, n: int) -> Octets:
+    """:func:`reference.bitmap_encode`."""
+    octets = np.zeros(-(-n // 8), np.uint8)
+    machine_code("bitmap_encode")(at(index), index.size, at(octets))
+    return octets
+
+
+def bitmap_decode(octets: Octets, count: int, n: int) -> Indices | None:
+    """:func:`reference.bitmap_decode`."""
+    found = np.empty(count, np.uint32)
+    whole = octets.size == -(-n // 8)
+    return found if whole and machine_code("bitmap_decode")(at(octets), octets.size, count, n, at(found)) else None
+
+
+# Narrow elements
+
+
+def to_half(x: Vector) -> npt.NDArray[np.uint16]:
+    """:func:`reference.to_half`."""
+    return converted("to_half", x, np.uint16)
+
+
+def from_half(words: npt.NDArray[np.uint16]) -> Vector:
+    """:func:`reference.from_half`."""
+    return converted("from_half", words, np.float32)
+
+
+def to_brain(x: Vector) -> npt.NDArray[np.uint16]:
+    """:func:`reference.to_brain`."""
+    return converted("to_brain", x, np.uint16)
+
+
+def from_brain(words: npt.NDArray[np.uint16]) -> Vector:
+    """:func:`reference.from_brain`."""
+    return converted("from_brain", words, np.float32)
+
+
+def to_int8(x: Vector, unit: float) -> npt.NDArray[np.int8]:
+    """:func:`reference.to_int8`."""
+    return converted("to_int8", x, np.int8, unit) if unit else np.zeros(x.size, np.int8)
+
+
+def from_int8(codes: npt.NDArray[np.int8], unit: float) -> Vector:
+    """:func:`reference.from_int8`."""
+    return converted("from_int8", codes, np.float32, unit)
+
+
+def converted(loop: str, x: npt.NDArray[Any], dtype: npt.DTypeLike, *numbers: float) -> npt.NDArray[Any]:
+    """Each element made into another."""
+    out = np.empty(x.size, dtype)
+    machine_code(loop)(at(x), *numbers, at(out), x.size)
+    return out
+
+
+def range_codes(x: Vector) -> tuple[Octets, float, int]:
+    """:func:`reference.range_codes`."""
+    scale, upper = reference.range_of(x)
+    return converted("range_codes", x, np.uint8, scale, upper), scale, int(upper) - 255
+
+
+# Randomised rounding
+
+
+def bucket_norms(x: Vector, bucket: int) -> Vector:
+    """:func:`reference.bucket_norms`."""
+    norms = np.empty(-(-x.size // bucket), np.float32)
+    machine_code("bucket_norms")(at(x), bucket, at(norms), x.size)
+    return norms
+
+
+def qsgd(x: Vector, norms: Vector, bucket: int, levels: int, key: int) -> npt.NDArray[np.int8]:
+    """:func:`reference.qsgd`."""
+    codes = np.empty(x.size, np.int8)
+    machine_code("qsgd")(at(x), at(norms), bucket, levels, key, at(codes), x.size)
+    return codes
+
+
+def natural(x: Vector, key: int) -> Octets:
+    """:func:`reference.natural`."""
+    return converted("natural", x, np.uint8, key)
+
+
+def ternary_words(x: Vector, clip: float, scale: float, key: int) -> Indices:
+    """:func:`reference.ternary_words`."""
+    words = np.empty(x.size, np.uint32)
+    return words[: machine_code("ternary_words")(at(x), clip, scale, key, at(words), x.size)].copy()
+
+
+# As quick in NumPy
+
+qsgd_values = reference.qsgd_values
+natural_values = reference.natural_values

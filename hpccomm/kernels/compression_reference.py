@@ -15,7 +15,7 @@ gaps               ``i - previous - 1``, beginning with i of the first element
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ LANES = 1024
 """Partial sums of :func:`lane_sum`; a power of two."""
 LINE = 16
 """Elements that are sampled together: one cache line."""
+LEAST_NORM = F32(2.0**-110)
+"""A bucket whose norm is not above this is sent as zeros."""
 LONGEST_QUOTIENT = 48
 """Ones that announce a 32-bit gap instead of a quotient in Rice codes."""
 
@@ -142,10 +144,14 @@ def ranked_magnitude(values: Vector, rank: int) -> float:
     return float(np.partition(magnitudes, values.size - rank)[values.size - rank])
 
 
-def sampled_threshold(x: Vector, k: int, step: int) -> float:
+Ranked = Callable[[Vector, int], float]
+Select = Callable[[Vector, float], tuple[Indices, bool]]
+
+
+def sampled_threshold(x: Vector, k: int, step: int, ranked: Ranked = ranked_magnitude) -> float:
     """A threshold that more than k elements reach in all likelihood; 0 where sampling does not pay."""
     plan = sample_plan(x.size, k, step)
-    return 0.0 if plan is None else ranked_magnitude(sample(x, plan), plan.rank)
+    return 0.0 if plan is None else ranked(sample(x, plan), plan.rank)
 
 
 def select_threshold(x: Vector, threshold: float) -> tuple[Indices, bool]:
@@ -155,12 +161,12 @@ def select_threshold(x: Vector, threshold: float) -> tuple[Indices, bool]:
     return index, all_finite(x)
 
 
-def keep_largest(values: Vector, k: int) -> npt.NDArray[np.bool_]:
+def keep_largest(values: Vector, k: int, ranked: Ranked = ranked_magnitude) -> npt.NDArray[np.bool_]:
     """Which of the values are the k largest in magnitude; of equal ones the first."""
     if values.size <= k:
         return np.ones(values.size, bool)
     magnitudes = np.abs(values)
-    least = np.partition(magnitudes, values.size - k)[values.size - k]
+    least = F32(ranked(values, k)) if k else F32(np.inf)
     kept = magnitudes > least
     kept[np.flatnonzero(magnitudes == least)[: k - int(np.count_nonzero(kept))]] = True
     return kept
@@ -179,12 +185,14 @@ def select_largest(x: Vector, k: int, step: int = 0, least: float = 1.0) -> tupl
     return index[keep_largest(x[index], k)], finite
 
 
-def widened_selection(x: Vector, index: Indices, threshold: float, enough: float) -> Indices:
+def widened_selection(
+    x: Vector, index: Indices, threshold: float, enough: float, select: Select = select_threshold
+) -> Indices:
     """The selection by the largest of threshold, threshold/2, threshold/4, …, 0 that is enough."""
     for divisor in (2, 4, 8, 16, 0):
         if index.size >= enough or not threshold:
             break
-        index, _ = select_threshold(x, threshold / divisor if divisor else 0.0)
+        index, _ = select(x, threshold / divisor if divisor else 0.0)
     return index
 
 
@@ -221,14 +229,21 @@ def momentum_select(
     """
     accumulate(gradient, momentum, velocity, m, nesterov)
     index, finite = select_largest(velocity, k, step, least)
+    return index, take(index, momentum, velocity, mask), finite
+
+
+def take(index: Indices, momentum: Vector, velocity: Vector, mask: bool) -> Vector:
+    """The velocity of some elements; it becomes 0 there, and with ``mask`` the momentum too."""
     values = velocity[index]
     velocity[index] = 0
     if mask:
         momentum[index] = 0
-    return index, values, finite
+    return values
 
 
-def density_threshold(residual: Vector, gradient: Vector | None, density: float, step: int) -> float:
+def density_threshold(
+    residual: Vector, gradient: Vector | None, density: float, step: int, ranked: Ranked = ranked_magnitude
+) -> float:
     """The magnitude that about ``density`` of the elements of residual + gradient reach; 0 if there is none but 0.
 
     Of a large vector about 1 % is looked at, at least 2^14 elements.
@@ -238,7 +253,7 @@ def density_threshold(residual: Vector, gradient: Vector | None, density: float,
     if plan is not None:
         residual, gradient = sample(residual, plan), None if gradient is None else sample(gradient, plan)
     p = backlog_of(residual, gradient)
-    return ranked_magnitude(p, max(1, math.ceil(density * p.size))) if n else 0.0
+    return ranked(p, max(1, math.ceil(density * p.size))) if n else 0.0
 
 
 def scatter_add(messages: Sequence[tuple[Indices, Vector]], out: Vector) -> None:
@@ -481,12 +496,19 @@ def range_codes(x: Vector) -> tuple[Octets, float, int]:
     scale = 255/(max − min + 1e-7) in float32, code = min(round(x·scale), upper) − lower with upper = round(max·scale),
     lower = upper − 255.
     """
+    scale, upper = range_of(x)
+    codes = np.minimum(np.rint(x * F32(scale)), F32(upper)) - (F32(upper) - F32(255))
+    return np.clip(codes, 0, 255).astype("u1"), scale, int(upper) - 255
+
+
+def range_of(x: Vector) -> tuple[float, float]:
+    """Scale and upper of :func:`range_codes`; a vector that spans more than float32 holds has scale 0."""
     if not x.size:
-        return np.empty(0, "u1"), 0.0, 0
-    scale = F32(255) / (x.max() - x.min() + F32(1e-7))
-    upper = np.rint(x.max() * scale)
-    codes = np.clip(np.minimum(np.rint(x * scale), upper) - (upper - F32(255)), 0, 255).astype("u1")
-    return codes, float(scale), int(upper) - 255
+        return 0.0, 0.0
+    with np.errstate(over="ignore"):
+        scale = F32(255) / (x.max() - x.min() + F32(1e-7))
+        upper = np.rint(x.max() * scale)
+    return (float(scale), float(upper)) if np.isfinite(upper) else (0.0, 0.0)
 
 
 # Randomised rounding
@@ -526,8 +548,8 @@ def bucket_norms(x: Vector, bucket: int) -> Vector:
 
 def qsgd_levels(x: Vector, norms: Vector, bucket: int, levels: int, uniform: Vector) -> npt.NDArray[np.int8]:
     """QSGD (Alistarh et al., NIPS 2017, eq. 4): \\|x\\|·(s/norm), rounded up where its fraction exceeds ``uniform``."""
-    with np.errstate(divide="ignore"):
-        factor = np.where(norms > 0, F32(levels) / norms, F32(0)).astype("f4")
+    with np.errstate(divide="ignore", over="ignore"):
+        factor = np.where(norms > LEAST_NORM, F32(levels) / norms, F32(0)).astype("f4")
     exact = np.abs(x) * np.repeat(factor, bucket)[: x.size]
     floor = np.floor(exact)
     level = np.minimum(floor + (uniform < exact - floor), F32(levels))

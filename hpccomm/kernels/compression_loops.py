@@ -1,0 +1,770 @@
+"""The hot loops of :mod:`hpccomm.kernels.compression`, compiled by Numba when first called.
+
+Arguments are addresses, lengths and numbers; 0 stands for a vector that is not there.  Loops that also look for NaN and
+infinity return ``~result`` when there is one.  Most take 64 elements at a time: four vectors, and a mask of 64 bits for
+the comparison, so that a pass over memory costs nothing beyond memory while few elements are selected.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import carray
+from numba.extending import register_jitable
+
+from hpccomm.kernels import folds, vectors
+from hpccomm.kernels.atomics import bits, element, float_of, set_element
+from hpccomm.kernels.compiled import jit, kept
+from hpccomm.kernels.compression_reference import LANES, LEAST_NORM, LONGEST_QUOTIENT
+from hpccomm.kernels.vectors import (
+    at_least,
+    choose,
+    doubles,
+    floats,
+    halves,
+    load,
+    load_bits,
+    longs,
+    lowest,
+    magnitude,
+    nearest,
+    octets,
+    signed_octets,
+    splat,
+    store,
+    store_bits,
+    words,
+)
+
+EDITION = f"{zlib.crc32(Path(vectors.__file__).read_bytes()):08x}"
+F32, F64, U32, U64, I64 = np.float32, np.float64, np.uint32, np.uint64, np.int64
+GROUP = 64
+"""Elements that one mask speaks of."""
+INFINITY = F32(np.inf)
+LEAST = F32(2.0**-149)
+"""The smallest magnitude that is not 0."""
+
+SOURCES: dict[str, tuple[str, Callable[..., Any]]] = {}
+
+
+def loop(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function that is compiled for these types when :func:`machine_code` asks for it."""
+
+    def note(function: Callable[..., Any]) -> Callable[..., Any]:
+        SOURCES[function.__name__] = signature, function
+        return function
+
+    return note
+
+
+@cache
+def machine_code(name: str) -> Any:
+    """A loop, compiled now unless that was done before."""
+    signature, function = SOURCES[name]
+    dispatcher = kept(jit, function, f"{name}_{EDITION}")
+    dispatcher.compile(signature)
+    dispatcher.disable_compile()
+    (only,) = dispatcher.overloads.values()
+    return only.entry_point
+
+
+# Elements one by one
+
+
+@register_jitable
+def whole(n):
+    """As far as whole groups go."""
+    return n - n % GROUP
+
+
+@register_jitable
+def sum_at(a, b, i):
+    """Element i of a + b, or of a where there is no b."""
+    return floats(a)[i] + floats(b)[i] if b else floats(a)[i]
+
+
+@register_jitable
+def sum_from(a, b, i):
+    """Sixteen of them."""
+    return load(a + 4 * i) + load(b + 4 * i) if b else load(a + 4 * i)
+
+
+@register_jitable
+def is_finite(x):
+    return abs(x) < INFINITY
+
+
+@register_jitable
+def odd_lanes(x):
+    """The mask of NaNs and infinities: what x·0 is not at least and at most 0."""
+    nothing = x - x
+    return at_least(nothing, nothing) ^ U64(0xFFFF)
+
+
+@loop("int64(int64, int64)")
+def all_finite(x, n):
+    odd = U64(0)
+    end = whole(n)
+    for i in range(0, end, GROUP):
+        for j in range(i, i + GROUP, 16):
+            odd |= odd_lanes(load(x + 4 * j))
+        if odd:
+            return 0
+    for i in range(end, n):
+        if not is_finite(floats(x)[i]):
+            return 0
+    return 1
+
+
+@loop("float64(int64, int64)")
+def largest_magnitude(x, n):
+    a = carray(floats(x), n)
+    top = U32(0)
+    for i in range(n):
+        top = max(top, U32(bits(a[i]) & U32(0x7FFFFFFF)))
+    return F64(float_of(top))
+
+
+# Threshold and selection
+
+
+@loop("int64(int64, int64, int64, float32, int64, int64)")
+def threshold_words(residual, gradient, out, tau, found, n):
+    to = words(found)
+    count = 0
+    odd = U64(0)
+    end = whole(n)
+    high, low, zero = splat(tau), splat(-tau), splat(F32(0))
+    for i in range(0, end, GROUP):
+        a, b = sum_from(residual, gradient, i), sum_from(residual, gradient, i + 16)
+        c, d = sum_from(residual, gradient, i + 32), sum_from(residual, gradient, i + 48)
+        odd |= odd_lanes(a) | odd_lanes(b) | odd_lanes(c) | odd_lanes(d)
+        pa, pb, pc, pd = at_least(a, high), at_least(b, high), at_least(c, high), at_least(d, high)
+        ma, mb, mc, md = at_least(low, a), at_least(low, b), at_least(low, c), at_least(low, d)
+        store(out + 4 * i, a - choose(pa, high, choose(ma, low, zero)))
+        store(out + 4 * (i + 16), b - choose(pb, high, choose(mb, low, zero)))
+        store(out + 4 * (i + 32), c - choose(pc, high, choose(mc, low, zero)))
+        store(out + 4 * (i + 48), d - choose(pd, high, choose(md, low, zero)))
+        minus = ma | mb << U64(16) | mc << U64(32) | md << U64(48)
+        mask = minus | pa | pb << U64(16) | pc << U64(32) | pd << U64(48)
+        while mask:
+            j = lowest(mask)
+            to[count] = U32((i + j) << 1) | U32(minus >> U64(j) & U64(1))
+            count += 1
+            mask &= mask - U64(1)
+    for i in range(end, n):
+        p = sum_at(residual, gradient, i)
+        if not is_finite(p):
+            odd |= U64(1)
+        rest = p
+        if p >= tau:
+            to[count] = U32(i << 1)
+            count += 1
+            rest = p - tau
+        elif p <= -tau:
+            to[count] = U32(i << 1 | 1)
+            count += 1
+            rest = p + tau
+        floats(out)[i] = rest
+    return ~count if odd else count
+
+
+@register_jitable
+def mask_of_large(a, b, c, d, limit):
+    """The mask of 64 magnitudes that reach a limit."""
+    return (
+        at_least(magnitude(a), limit)
+        | at_least(magnitude(b), limit) << U64(16)
+        | at_least(magnitude(c), limit) << U64(32)
+        | at_least(magnitude(d), limit) << U64(48)
+    )
+
+
+@loop("int64(int64, float32, int64, int64)")
+def select_threshold(x, threshold, found, n):
+    to = words(found)
+    count = 0
+    odd = U64(0)
+    end = whole(n)
+    least = max(threshold, LEAST)
+    limit = splat(least)
+    for i in range(0, end, GROUP):
+        at = x + 4 * i
+        a, b, c, d = load(at), load(at + 64), load(at + 128), load(at + 192)
+        odd |= odd_lanes(a) | odd_lanes(b) | odd_lanes(c) | odd_lanes(d)
+        mask = mask_of_large(a, b, c, d, limit)
+        while mask:
+            to[count] = U32(i + lowest(mask))
+            count += 1
+            mask &= mask - U64(1)
+    for i in range(end, n):
+        value = floats(x)[i]
+        if not is_finite(value):
+            odd |= U64(1)
+        if abs(value) >= least:
+            to[count] = U32(i)
+            count += 1
+    return ~count if odd else count
+
+
+@register_jitable
+def taken(i, count, momentum, velocity, clear, index, values, kept_momentum):
+    """Note element i and clear it."""
+    words(index)[count] = U32(i)
+    floats(values)[count] = floats(velocity)[i]
+    floats(kept_momentum)[count] = floats(momentum)[i]
+    floats(velocity)[i] = F32(0)
+    if clear:
+        floats(momentum)[i] = F32(0)
+
+
+@loop("int64(int64, int64, int64, float32, float32, int64, int64, int64, int64, int64, int64)")
+def momentum_select(gradient, momentum, velocity, m, threshold, nesterov, clear, index, values, kept_momentum, n):
+    count = 0
+    odd = U64(0)
+    end = whole(n)
+    least = max(threshold, LEAST)
+    limit, factor = splat(least), splat(m)
+    for i in range(0, end, GROUP):
+        mask = U64(0)
+        for j in range(0, GROUP, 16):
+            at = 4 * (i + j)
+            g, u, v = load(gradient + at), load(momentum + at), load(velocity + at)
+            if nesterov:
+                u = (u + g) * factor
+                v = (v + u) + g
+            else:
+                u = u * factor + g
+                v = v + u
+            odd |= odd_lanes(v)
+            mask |= at_least(magnitude(v), limit) << U64(j)
+            store(momentum + at, u)
+            store(velocity + at, v)
+        while mask:
+            taken(i + lowest(mask), count, momentum, velocity, clear, index, values, kept_momentum)
+            count += 1
+            mask &= mask - U64(1)
+    g, u, v = floats(gradient), floats(momentum), floats(velocity)
+    for i in range(end, n):
+        if nesterov:
+            u[i] = (u[i] + g[i]) * m
+            v[i] = (v[i] + u[i]) + g[i]
+        else:
+            u[i] = u[i] * m + g[i]
+            v[i] = v[i] + u[i]
+        if not is_finite(v[i]):
+            odd |= U64(1)
+        if abs(v[i]) >= least:
+            taken(i, count, momentum, velocity, clear, index, values, kept_momentum)
+            count += 1
+    return ~count if odd else count
+
+
+@loop("float64(int64, int64, int64)")
+def ranked_magnitude(x, n, rank):
+    """Find the magnitude of a rank by its bits, 11, 10 and 10 at a time from the highest."""
+    a = carray(floats(x), n)
+    counts = np.zeros(2048, np.int64)
+    prefix, known = U32(0), 0
+    for width, shift in ((11, 20), (10, 10), (10, 0)):
+        counts[:] = 0
+        for i in range(n):
+            word = U32(bits(a[i]) & U32(0x7FFFFFFF))
+            if known == 0 or word >> U32(31 - known) == prefix:
+                counts[word >> U32(shift) & U32((1 << width) - 1)] += 1
+        part = (1 << width) - 1
+        while counts[part] < rank:
+            rank -= counts[part]
+            part -= 1
+        prefix = U32(prefix << U32(width)) | U32(part)
+        known += width
+    return F64(float_of(prefix))
+
+
+@loop("int64(int64, int64, int64)")
+def ascending(index, n, count):
+    a = carray(words(index), count)
+    wrong = False
+    for i in range(1, count):
+        wrong |= a[i] <= a[i - 1]
+    return 0 if wrong or (count and a[count - 1] >= n) else 1
+
+
+@loop("void(int64, int64, int64, int64)")
+def scatter_add(index, values, count, out):
+    to = floats(out)
+    for j in range(count):
+        to[words(index)[j]] += floats(values)[j]
+
+
+@loop("void(int64, int64, float32, int64)")
+def add_words(found, count, tau, out):
+    to = floats(out)
+    for j in range(count):
+        word = words(found)[j]
+        to[word >> U32(1)] += -tau if word & U32(1) else tau
+
+
+# Sums in lanes
+
+
+@register_jitable
+def folded(lanes):
+    """Halves of the lanes are added until one is left."""
+    half = LANES // 2
+    while half:
+        for j in range(half):
+            lanes[j] += lanes[half + j]
+        half //= 2
+    return lanes[0]
+
+
+@loop("float64(int64, int64, int64)")
+def sum_magnitudes(residual, gradient, n):
+    lanes = np.zeros(LANES)
+    for i in range(0, n, LANES):
+        m = min(LANES, n - i)
+        a = carray(floats(residual + 4 * i), m)
+        if gradient:
+            b = carray(floats(gradient + 4 * i), m)
+            for j in range(m):
+                lanes[j] += F64(abs(a[j] + b[j]))
+        else:
+            for j in range(m):
+                lanes[j] += F64(abs(a[j]))
+    return folded(lanes)
+
+
+@loop("int64(int64, int64, int64, int64)")
+def sum_by_sign(residual, gradient, sums, n):
+    plus, minus = np.zeros(LANES), np.zeros(LANES)
+    count = 0
+    for i in range(0, n, LANES):
+        m = min(LANES, n - i)
+        a = carray(floats(residual + 4 * i), m)
+        for j in range(m):
+            p = a[j]
+            if gradient:
+                p += floats(gradient)[i + j]
+            above = p >= 0
+            plus[j] += F64(p if above else F32(0))
+            minus[j] += F64(F32(0) if above else p)
+            count += above
+    doubles(sums)[0], doubles(sums)[1] = folded(plus), folded(minus)
+    return count
+
+
+@loop("void(int64, int64, int64)")
+def moments(x, sums, n):
+    first, second = np.zeros(LANES), np.zeros(LANES)
+    for i in range(0, n, LANES):
+        m = min(LANES, n - i)
+        a = carray(floats(x + 4 * i), m)
+        for j in range(m):
+            value = F64(a[j])
+            first[j] += value
+            second[j] += value * value
+    doubles(sums)[0], doubles(sums)[1] = folded(first), folded(second)
+
+
+# One bit
+
+
+@register_jitable
+def set_bit(to, i, yes):
+    """Bit i of bytes that are 0 where nothing was set."""
+    if i % 8 == 0:
+        to[i // 8] = 0
+    if yes:
+        to[i // 8] |= np.uint8(128 >> (i % 8))
+
+
+@loop("void(int64, int64, int64)")
+def pack_signs(x, to, n):
+    end = whole(n)
+    zero = splat(F32(0))
+    for i in range(0, end, GROUP):
+        mask = U64(0)
+        for j in range(0, GROUP, 16):
+            mask |= at_least(load(x + 4 * (i + j)), zero) << U64(j)
+        store_bits(to + i // 8, mask)
+    for i in range(end, n):
+        set_bit(octets(to), i, floats(x)[i] >= 0)
+
+
+@loop("void(int64, int64, int64, float32, float32, int64, int64)")
+def pack_signs_feedback(residual, gradient, out, plus, minus, to, n):
+    end = whole(n)
+    zero, high, low = splat(F32(0)), splat(plus), splat(minus)
+    for i in range(0, end, GROUP):
+        mask = U64(0)
+        for j in range(0, GROUP, 16):
+            p = sum_from(residual, gradient, i + j)
+            above = at_least(p, zero)
+            mask |= above << U64(j)
+            store(out + 4 * (i + j), p - choose(above, high, low))
+        store_bits(to + i // 8, mask)
+    for i in range(end, n):
+        p = sum_at(residual, gradient, i)
+        set_bit(octets(to), i, p >= 0)
+        floats(out)[i] = p - (plus if p >= 0 else minus)
+
+
+@loop("void(int64, int64, int64, int64, int64, int64)")
+def add_signs(addresses, plus, minus, k, out, n):
+    end = whole(n)
+    for i in range(0, end, GROUP):
+        at = out + 4 * i
+        a, b, c, d = load(at), load(at + 64), load(at + 128), load(at + 192)
+        for j in range(k):
+            mask = load_bits(longs(addresses)[j] + i // 8)
+            high, low = splat(floats(plus)[j]), splat(floats(minus)[j])
+            a = a + choose(mask, high, low)
+            b = b + choose(mask >> U64(16), high, low)
+            c = c + choose(mask >> U64(32), high, low)
+            d = d + choose(mask >> U64(48), high, low)
+        store(at, a)
+        store(at + 64, b)
+        store(at + 128, c)
+        store(at + 192, d)
+    for i in range(end, n):
+        total = floats(out)[i]
+        for j in range(k):
+            yes = octets(longs(addresses)[j])[i // 8] >> (7 - i % 8) & 1
+            total += floats(plus)[j] if yes else floats(minus)[j]
+        floats(out)[i] = total
+
+
+@loop("void(int64, int64, int64, int64)")
+def majority(addresses, k, to, nbytes):
+    for i in range(nbytes):
+        result = 0
+        for bit in range(8):
+            votes = 0
+            for j in range(k):
+                votes += octets(longs(addresses)[j])[i] >> bit & 1
+            result |= (1 if 2 * votes >= k else 0) << bit
+        octets(to)[i] = result
+
+
+# Two bits
+
+
+@loop("void(int64, int64, int64)")
+def pack_pairs(found, count, to):
+    for j in range(count):
+        word = words(found)[j]
+        i = I64(word >> U32(1))
+        octets(to)[i >> 2] |= np.uint8((3 - (word & U32(1))) << U32(6 - 2 * (i & 3)))
+
+
+@loop("int64(int64, int64, int64, int64)")
+def unpack_pairs(source, nbytes, found, n):
+    count = 0
+    for j in range(nbytes):
+        octet = octets(source)[j]
+        if octet == 0:
+            continue
+        for part in range(4):
+            pair = octet >> (6 - 2 * part) & 3
+            i = 4 * j + part
+            if pair == 1 or (pair and i >= n):
+                return -1
+            if pair:
+                words(found)[count] = U32(i << 1 | (3 - pair))
+                count += 1
+    return count
+
+
+# Index codes
+
+
+@register_jitable
+def put_bits(to, at, value, width):
+    """Write the ``width`` (at most 32) lowest bits of a number at bit ``at`` of bytes that are 0 there."""
+    while width:
+        room = 8 - (at & 7)
+        part = min(room, width)
+        field = value >> U64(width - part) & U64((1 << part) - 1)
+        to[at >> 3] |= np.uint8(field << U64(room - part))
+        at += part
+        width -= part
+    return at
+
+
+@loop("int64(int64, int64, int64, int64)")
+def rice_length(index, signs, count, k):
+    total, before = 0, -1
+    for j in range(count):
+        i = I64(words(index)[j])
+        quotient = (i - before - 1) >> k
+        total += quotient + 1 + k if quotient < LONGEST_QUOTIENT else LONGEST_QUOTIENT + 32
+        before = i
+    return total + (count if signs else 0)
+
+
+@loop("void(int64, int64, int64, int64, int64)")
+def rice_encode(index, signs, count, k, to):
+    at, before = 0, -1
+    out = octets(to)
+    for j in range(count):
+        i = I64(words(index)[j])
+        gap = U64(i - before - 1)
+        before = i
+        quotient = I64(gap >> U64(k))
+        long = quotient >= LONGEST_QUOTIENT
+        rest = min(quotient, LONGEST_QUOTIENT)
+        while rest:
+            part = min(rest, 32)
+            at = put_bits(out, at, U64((1 << part) - 1), part)
+            rest -= part
+        if long:
+            at = put_bits(out, at, gap, 32)
+        else:
+            at += 1
+            at = put_bits(out, at, gap, k)
+        if signs:
+            at = put_bits(out, at, U64(words(signs)[j]), 1)
+
+
+@register_jitable
+def bit_at(source, at):
+    return I64(source[at >> 3] >> (7 - (at & 7)) & 1)
+
+
+@register_jitable
+def bits_at(source, at, width):
+    """``width`` (at most 33) bits."""
+    value = 0
+    while width:
+        room = 8 - (at & 7)
+        part = min(room, width)
+        value = value << part | (I64(source[at >> 3]) >> (room - part) & ((1 << part) - 1))
+        at += part
+        width -= part
+    return value
+
+
+@loop("int64(int64, int64, int64, int64, int64, int64, int64)")
+def rice_decode(source, nbytes, count, k, n, signed, found):
+    out, a = words(found), octets(source)
+    at, i, end = 0, -1, 8 * nbytes
+    for j in range(count):
+        quotient = 0
+        while quotient < LONGEST_QUOTIENT and at < end and bit_at(a, at):
+            quotient += 1
+            at += 1
+        long = quotient == LONGEST_QUOTIENT
+        at += 0 if long else 1
+        width = 32 if long else k
+        if at + width + signed > end:
+            return 0
+        field = bits_at(a, at, width)
+        at += width
+        i += 1 + (field if long else quotient << k | field)
+        if i >= n:
+            return 0
+        if signed:
+            out[j] = U32(i << 1 | bit_at(a, at))
+            at += 1
+        else:
+            out[j] = U32(i)
+    if end - at >= 8:
+        return 0
+    while at < end:
+        if bit_at(a, at):
+            return 0
+        at += 1
+    return 1
+
+
+@loop("int64(int64, int64, int64)")
+def leb128_encode(index, count, to):
+    at, before = 0, -1
+    out = octets(to)
+    for j in range(count):
+        i = I64(words(index)[j])
+        gap = i - before - 1
+        before = i
+        while gap > 127:
+            out[at] = np.uint8(gap & 127 | 128)
+            gap >>= 7
+            at += 1
+        out[at] = np.uint8(gap)
+        at += 1
+    return at
+
+
+@loop("int64(int64, int64, int64, int64, int64)")
+def leb128_decode(source, nbytes, count, n, found):
+    a = octets(source)
+    at, i = 0, -1
+    for j in range(count):
+        gap, shift = 0, 0
+        while True:
+            if at >= nbytes or shift > 28:
+                return 0
+            octet = I64(a[at])
+            at += 1
+            gap |= (octet & 127) << shift
+            if octet < 128:
+                if octet == 0 and shift:
+                    return 0
+                break
+            shift += 7
+        i += gap + 1
+        if i >= n:
+            return 0
+        words(found)[j] = U32(i)
+    return 1 if at == nbytes else 0
+
+
+@loop("void(int64, int64, int64)")
+def bitmap_encode(index, count, to):
+    for j in range(count):
+        i = words(index)[j]
+        octets(to)[i >> U32(3)] |= np.uint8(U32(128) >> (i & U32(7)))
+
+
+@loop("int64(int64, int64, int64, int64, int64)")
+def bitmap_decode(source, nbytes, count, n, found):
+    seen = 0
+    for j in range(nbytes):
+        octet = octets(source)[j]
+        if octet == 0:
+            continue
+        for part in range(8):
+            if octet >> (7 - part) & 1:
+                i = 8 * j + part
+                if i >= n or seen == count:
+                    return 0
+                words(found)[seen] = U32(i)
+                seen += 1
+    return 1 if seen == count else 0
+
+
+# Narrow elements
+
+_half_read, _half_write = folds.STORED["f2"][1:]
+_brain_read, _brain_write = folds.STORED["bf16"][1:]
+
+
+@loop("void(int64, int64, int64)")
+def to_half(x, to, n):
+    a, b = floats(x), halves(to)
+    for i in range(n):
+        set_element(b, i, _half_write(element(a, i)))
+
+
+@loop("void(int64, int64, int64)")
+def from_half(x, to, n):
+    a, b = halves(x), floats(to)
+    for i in range(n):
+        set_element(b, i, _half_read(element(a, i)))
+
+
+@loop("void(int64, int64, int64)")
+def to_brain(x, to, n):
+    a, b = floats(x), halves(to)
+    for i in range(n):
+        set_element(b, i, _brain_write(element(a, i)))
+
+
+@loop("void(int64, int64, int64)")
+def from_brain(x, to, n):
+    a, b = halves(x), floats(to)
+    for i in range(n):
+        set_element(b, i, _brain_read(element(a, i)))
+
+
+@loop("void(int64, float32, int64, int64)")
+def to_int8(x, unit, to, n):
+    a, b = floats(x), signed_octets(to)
+    for i in range(n):
+        set_element(b, i, np.int8(np.int32(max(F32(-127), min(F32(127), nearest(element(a, i) / unit))))))
+
+
+@loop("void(int64, float32, int64, int64)")
+def from_int8(codes, unit, to, n):
+    a, b = signed_octets(codes), floats(to)
+    for i in range(n):
+        set_element(b, i, F32(element(a, i)) * unit)
+
+
+@loop("void(int64, float32, float32, int64, int64)")
+def range_codes(x, scale, upper, to, n):
+    a, b = floats(x), octets(to)
+    lower = upper - F32(255)
+    for i in range(n):
+        code = min(nearest(element(a, i) * scale), upper) - lower
+        set_element(b, i, np.uint8(np.int32(max(F32(0), min(F32(255), code)))))
+
+
+# Randomised rounding
+
+
+@register_jitable
+def uniform(i, key):
+    """The number of :func:`hpccomm.kernels.compression_reference.uniforms`."""
+    word = U32(U32(i) ^ key)
+    word = U32(U32(word ^ (word >> U32(16))) * U32(0x7FEB352D))
+    word = U32(U32(word ^ (word >> U32(15))) * U32(0x846CA68B))
+    word = U32(word ^ (word >> U32(16)))
+    return F32(word >> U32(8)) * F32(2.0**-24)
+
+
+@loop("void(int64, int64, int64, int64)")
+def bucket_norms(x, bucket, to, n):
+    lanes = np.zeros(LANES)
+    for number in range((n + bucket - 1) // bucket):
+        begin = number * bucket
+        end = min(n, begin + bucket)
+        lanes[:] = 0
+        for i in range(begin, end, LANES):
+            for j in range(min(LANES, end - i)):
+                value = F64(floats(x)[i + j])
+                lanes[j] += value * value
+        floats(to)[number] = F32(np.sqrt(folded(lanes)))
+
+
+@loop("void(int64, int64, int64, int64, uint32, int64, int64)")
+def qsgd(x, norms, bucket, levels, key, to, n):
+    a, b = floats(x), signed_octets(to)
+    most = F32(levels)
+    for number in range((n + bucket - 1) // bucket):
+        norm = floats(norms)[number]
+        factor = most / norm if norm > LEAST_NORM else F32(0)
+        for i in range(number * bucket, min(n, (number + 1) * bucket)):
+            value = element(a, i)
+            exact = abs(value) * factor
+            level = np.int32(exact)
+            level += np.int32(1) if uniform(i, key) < exact - F32(level) else np.int32(0)
+            level = min(level, np.int32(levels))
+            set_element(b, i, np.int8(-level if value < 0 else level))
+
+
+@loop("void(int64, uint32, int64, int64)")
+def natural(x, key, to, n):
+    a, b = floats(x), octets(to)
+    for i in range(n):
+        word = bits(element(a, i))
+        exponent = U32(U32(word >> U32(23)) & U32(255))
+        fraction = F32(word & U32(0x7FFFFF)) * F32(2.0**-23)
+        exponent += U32(1) if uniform(i, key) < fraction else U32(0)
+        set_element(b, i, np.uint8(min(exponent, U32(254))))
+
+
+@loop("int64(int64, float32, float32, uint32, int64, int64)")
+def ternary_words(x, clip, scale, key, found, n):
+    count = 0
+    for i in range(n):
+        value = floats(x)[i]
+        if uniform(i, key) * scale < min(abs(value), clip):
+            words(found)[count] = U32(i << 1) | U32(1 if value < 0 else 0)
+            count += 1
+    return count

@@ -1,0 +1,208 @@
+"""Sixteen float32 at once, as a type of Numba: intrinsics for the loops of :mod:`hpccomm.kernels.compression_loops`.
+
+A comparison gives a mask, a uint64 whose bit j speaks of lane j.  LLVM makes of it what the processor has: one
+instruction with AVX-512, several elsewhere.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.datamodel import models, register_default
+from numba.extending import intrinsic, overload
+
+from hpccomm.kernels.atomics import I8, I64, external, pointer
+
+LANES = 16
+VECTOR = ir.VectorType(ir.FloatType(), LANES)
+MASK = ir.VectorType(ir.IntType(1), LANES)
+BITS = ir.IntType(LANES)
+
+
+class Float32x16(types.Type):  # type: ignore[misc]
+    """Sixteen float32 in a register."""
+
+    def __init__(self) -> None:
+        super().__init__(name="float32x16")
+
+
+float32x16 = Float32x16()
+
+
+@register_default(Float32x16)
+class Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]
+    """How it lies in a register."""
+
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, VECTOR)
+
+
+@intrinsic
+def load(context: Any, address: Any) -> Any:
+    """Sixteen elements from an address that need not be aligned."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(pointer(builder, args[0], VECTOR), align=4)
+
+    return float32x16(types.int64), emit
+
+
+@intrinsic
+def store(context: Any, address: Any, value: Any) -> Any:
+    """Write sixteen elements."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], pointer(builder, args[0], VECTOR), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, float32x16), emit
+
+
+@intrinsic
+def splat(context: Any, value: Any) -> Any:
+    """The same number sixteen times."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), args[0], ir.Constant(I64, 0))
+        order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        return builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), order)
+
+    return float32x16(types.float32), emit
+
+
+def lanewise(instruction: str) -> Any:
+    """An intrinsic of two vectors."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return getattr(builder, instruction)(args[0], args[1])
+
+    @intrinsic
+    def both(context, a, b):  # type: ignore[no-untyped-def]
+        return float32x16(float32x16, float32x16), emit
+
+    return both
+
+
+def overloaded(both: Any) -> Callable[..., Any]:
+    """What Numba asks whether an operator is defined for two types."""
+
+    def defined(a, b):  # type: ignore[no-untyped-def]
+        def result(a, b):  # type: ignore[no-untyped-def]
+            return both(a, b)
+
+        return result if isinstance(a, Float32x16) and isinstance(b, Float32x16) else None
+
+    return defined
+
+
+for _operator, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    overload(_operator)(overloaded(lanewise(_instruction)))
+
+
+@intrinsic
+def magnitude(context: Any, value: Any) -> Any:
+    """Without the sign."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.call(external(builder, "llvm.fabs.v16f32", VECTOR, [VECTOR]), [args[0]])
+
+    return float32x16(float32x16), emit
+
+
+@intrinsic
+def at_least(context: Any, a: Any, b: Any) -> Any:
+    """The mask of a ≥ b; NaN is not."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        holds = builder.fcmp_ordered(">=", args[0], args[1])
+        return builder.zext(builder.bitcast(holds, BITS), I64)
+
+    return types.uint64(float32x16, float32x16), emit
+
+
+@intrinsic
+def choose(context: Any, mask: Any, a: Any, b: Any) -> Any:
+    """Lanes of a where the mask has ones, else of b."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = builder.bitcast(builder.trunc(args[0], BITS), MASK)
+        return builder.select(lanes, args[1], args[2])
+
+    return float32x16(types.uint64, float32x16, float32x16), emit
+
+
+@intrinsic
+def load_bits(context: Any, address: Any) -> Any:
+    """Eight bytes of bits, the highest of each byte first, as a mask of 64."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = builder.load(pointer(builder, args[0], I64), align=1)
+        return bits_turned(builder, word)
+
+    return types.uint64(types.int64), emit
+
+
+@intrinsic
+def store_bits(context: Any, address: Any, mask: Any) -> Any:
+    """Write a mask of 64 as eight bytes, the highest bit of each first."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(bits_turned(builder, args[1]), pointer(builder, args[0], I64), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint64), emit
+
+
+def bits_turned(builder: Any, word: Any) -> Any:
+    """The bits of each byte in the other order."""
+    eight = ir.VectorType(I8, 8)
+    turned = builder.call(external(builder, "llvm.bitreverse.v8i8", eight, [eight]), [builder.bitcast(word, eight)])
+    return builder.bitcast(turned, I64)
+
+
+@intrinsic
+def lowest(context: Any, mask: Any) -> Any:
+    """The place of the lowest one of a mask that has one."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        count = external(builder, "llvm.cttz.i64", I64, [I64, ir.IntType(1)])
+        return builder.call(count, [args[0], ir.Constant(ir.IntType(1), 1)])
+
+    return types.int64(types.uint64), emit
+
+
+@intrinsic
+def nearest(context: Any, value: Any) -> Any:
+    """A float32 rounded to an integer, ties to even."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        single = ir.FloatType()
+        return builder.call(external(builder, "llvm.rint.f32", single, [single]), [args[0]])
+
+    return types.float32(types.float32), emit
+
+
+def pointer_to(kind: Any) -> Any:
+    """An intrinsic that makes of an address a pointer to elements of a type."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    @intrinsic
+    def pointer_at(context, address):  # type: ignore[no-untyped-def]
+        return types.CPointer(kind)(types.int64), emit
+
+    return pointer_at
+
+
+floats = pointer_to(types.float32)
+doubles = pointer_to(types.float64)
+octets = pointer_to(types.uint8)
+signed_octets = pointer_to(types.int8)
+halves = pointer_to(types.uint16)
+words = pointer_to(types.uint32)
+longs = pointer_to(types.int64)
