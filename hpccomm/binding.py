@@ -35,8 +35,11 @@ LOCKSTEP_BYTES = 1 << 23
 """From here on our algorithms on messages compare all calls before the first message; below, the waiting would show
 (measured: 40-60 µs on four ranks that share two cores, a sixth of 1 MiB by a ring), and the tags tell as well."""
 
-KEEP_NAN = ("shared", "butterfly", "tree", "ring")
-"""What takes a minimum or maximum of floats instead of native MPI, which may lose a NaN; the first that can."""
+INSTEAD = ("shared", "butterfly", "tree", "ring")
+"""What takes a call that native MPI cannot; the first that can."""
+
+INT_MAX, LARGE_COUNTS = (1 << 31) - 1, 4
+"""Elements that MPI counts before its version 4."""
 
 SEGMENT_BYTES = 1 << 17
 """Length of a segment in chains and trees where the table does not say."""
@@ -93,6 +96,38 @@ class Binder:
         plan = self.whole(ours, vector, ours.steps(self.rank, self.size), choice, op, signature)
         copy_in = None if source is None else lambda: np.copyto(vector, source)
         return self.keep(key, signature, [copy_in, plan], plan.free, vector.nbytes)
+
+    def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Bound:
+        """Allreduce into one result for all ranks of a node, or into one's own where they share no memory."""
+        who = self.who("Allreduce_view")
+        send, shared = self.operand(buf, op, who), self.shared
+        if send.dtype is None:
+            raise ArgumentError(f"{who}: it needs an array: pass comm.empty(shape, dtype)")
+        if shared is None or not shared.reduces(operations.name_of(op), send.kind):
+            result = np.empty(np.shape(buf), buf.dtype)
+            inner = self.allreduce(None, buf, result, op, None)
+            return self.resources.keep(key, Bound(inner.run, inner.free, read_only(result)))
+        view = shared.view(send.address, send.nbytes)
+        if view is None:
+            raise ArgumentError(f"{who}: the array is not registered: get it from comm.empty, zeros or register")
+        segment, place = view
+        result = np.frombuffer(segment.buffer, buf.dtype, send.elements, place).reshape(np.shape(buf))
+        signature = Signature("Allreduce_view", operations.name_of(op), str(send.elements), send.kind)
+        bound = self.keep_shared(
+            key,
+            signature,
+            lambda word: shared.bind_allreduce(
+                send.address,
+                segment.address + place,
+                send.elements,
+                send.kind,
+                operations.name_of(op),
+                word,
+                once=True,
+            ),
+        )
+        bound.result = read_only(result)
+        return bound
 
     def reduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str | None) -> Bound:
         """Reduce; ranks other than the root work in memory of their own."""
@@ -540,16 +575,32 @@ class Binder:
         if algorithm is not None and algorithm not in ("auto", "native", *fits):
             raise ArgumentError(self.unfit(who, algorithm, data, fits))
         wanted = algorithm or self.comm.algorithm
+        if algorithm == "native" and self.too_many(data, op):
+            raise ArgumentError(
+                f"{who}: {self.too_many(data, op)}: leave the algorithm out, or use one of {', '.join(fits)}"
+            )
         if wanted in ("native", *fits):
             return Choice(wanted, None, "named by the caller")
-        if self.size == 1 or not fits:
-            return Choice("native", None, "nothing to choose")
         dtype = ("e" if data.half else data.dtype.char) if data.dtype is not None and op is not None else "B"
         allowed = ("native", *(name for name in names if name in fits))
-        choice = self.resources.decide(collective, data.nbytes if nbytes is None else nbytes, dtype, allowed, who)
-        if choice.algorithm == "native" and self.loses_nan(data, op):
-            return Choice(next(name for name in KEEP_NAN if name in fits), None, "MPI's own min and max may lose a NaN")
-        return choice
+        if self.size == 1 or not fits:
+            choice = Choice("native", None, "nothing to choose")
+        else:
+            choice = self.resources.decide(collective, data.nbytes if nbytes is None else nbytes, dtype, allowed, who)
+        reason = self.cannot_be_native(data, op) if choice.algorithm == "native" else ""
+        return Choice(next(name for name in INSTEAD if name in fits), None, reason) if reason and fits else choice
+
+    def cannot_be_native(self, data: Message, op: MPI.Op | None) -> str:
+        """Why MPI's own algorithm shall not take a call, if there is a reason."""
+        if self.size > 1 and self.loses_nan(data, op):
+            return "MPI's own min and max may lose a NaN"
+        return self.too_many(data, op)
+
+    def too_many(self, data: Message, op: MPI.Op | None) -> str:
+        """Why MPI's own reductions cannot take so many elements; mpi4py helps where they only move."""
+        if op is not None and MPI.VERSION < LARGE_COUNTS and data.elements > INT_MAX:
+            return f"reductions of MPI {MPI.VERSION} count up to {INT_MAX} elements"
+        return ""
 
     def loses_nan(self, data: Message, op: MPI.Op | None) -> bool:
         """Whether MPI's own algorithm may drop a NaN."""
@@ -718,6 +769,13 @@ class Binder:
 def is_in_place(sendbuf: Any) -> bool:
     """mpi4py takes ``None`` for in place, too."""
     return sendbuf is None or sendbuf is IN_PLACE
+
+
+def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A view that cannot be written."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 class Widened:

@@ -95,6 +95,8 @@ class Communicator(MPI.Intracomm):
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
         """Registered memory: seen by every rank of the node, so that an Allreduce in place copies nothing (collective).
 
+        The same shape and dtype on all ranks.  Given back with the array.
+
         An ordinary array where the ranks do not share memory.
         """
         shared = self._binder.shared
@@ -104,6 +106,12 @@ class Communicator(MPI.Intracomm):
         """As :meth:`empty`, filled with zeros (collective)."""
         made = self.empty(shape, dtype)
         made[...] = 0
+        return made
+
+    def register(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A registered array with the shape, dtype and contents of ``x`` (collective; use it in place of ``x``)."""
+        made = self.empty(x.shape, x.dtype)
+        made[...] = x
         return made
 
     # Communicators made from this one
@@ -236,6 +244,18 @@ class Communicator(MPI.Intracomm):
         key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
         bound = self._bound(key) or self._binder.allreduce(key, sendbuf, recvbuf, op, algorithm)
         return self._first(bound, key, id(recvbuf), sendbuf, recvbuf, op, algorithm)
+
+    def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op = MPI.SUM) -> npt.NDArray[Any]:
+        """Reduce registered arrays over all ranks into one result that the ranks of a node share.
+
+        Writes p times less than :meth:`Allreduce`.  Returns a read-only array like ``buf``, whose contents hold until
+        the next such call on ``buf``.
+        """
+        key = call_key("Allreduce_view", buf, IN_PLACE, op.handle)
+        bound = self._bound(key) or self._binder.allreduce_view(key, buf, op)
+        bound.run()
+        result: npt.NDArray[Any] = bound.result
+        return result
 
     def Allreduce_init(  # type: ignore[override]
         self,

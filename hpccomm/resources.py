@@ -37,11 +37,13 @@ Run = Callable[[], None]
 class Bound:
     """A call that is ready to run."""
 
-    __slots__ = ("free", "run")
+    __slots__ = ("free", "result", "run")
 
-    def __init__(self, run: Run, free: Run | None = None) -> None:
+    def __init__(self, run: Run, free: Run | None = None, result: Any = None) -> None:
         self.run = run
         self.free = free or (lambda: None)
+        self.result = result
+        """What the call returns, where it returns something."""
 
 
 Known = tuple[Run, int, MPI.Op | None, str | None, "np.dtype[Any]", tuple[Any, ...]]

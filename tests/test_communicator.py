@@ -208,6 +208,38 @@ def test_reduce_scatter_block_gives_equal_parts(comm: Communicator) -> None:
             assert np.array_equal(a[:n], want)
 
 
+def test_a_view_is_one_result_for_all_ranks_of_a_node(comm: Communicator) -> None:
+    p, me = comm.size, comm.rank
+    for n in (1, 5, 3000, 70_001):
+        y = comm.register(operand(me, n, "f4").reshape(1, n))
+        view = comm.Allreduce_view(y)
+        assert view.shape == y.shape
+        assert not view.flags.writeable
+        assert np.array_equal(view[0], total(p, n, "f4"))
+        assert np.array_equal(y[0], operand(me, n, "f4")), "the input was touched"
+        comm.Barrier()  # a rank may still read what the next call writes
+        y += 1
+        assert comm.Allreduce_view(y) is view
+        assert np.array_equal(view[0], total(p, n, "f4") + p)
+        half = y[0, n // 2 :]
+        assert np.array_equal(
+            comm.Allreduce_view(half, MPI.MAX), np.max([operand(k, n, "f4") for k in range(p)], 0)[n // 2 :] + 1
+        )
+        comm.Barrier()
+    if "shared" in comm.algorithms("allreduce"):
+        with pytest.raises(ArgumentError, match="the array is not registered: get it from"):
+            comm.Allreduce_view(np.ones(5))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_registered_memory_is_of_one_shape(comm: Communicator) -> None:
+    if comm.resources.shared is None:
+        pytest.skip("these ranks share no memory")
+    with pytest.raises(hpccomm.MismatchError, match=r"local rank 0: \[4\] .f4; local rank 1: \[5\] .f4"):
+        comm.empty(4 + comm.rank)
+    assert comm.zeros((2, 3), "f8").shape == (2, 3)
+
+
 HALVES = (np.dtype("f2"), np.dtype(ml_dtypes.bfloat16))
 
 

@@ -58,8 +58,8 @@ AROUND, TRIAL, CLOCK, SPENT, STATE_WORDS = (W * i for i in range(10, 15))
 STATE, CALL_CHECK, CALL_SIGNATURE, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, WAY, PAST_CACHE = (
     W * i for i in range(13)
 )
-ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST, LESSON, TABLE = (
-    W * i for i in range(13, 22)
+ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST, LESSON, ONCE, TABLE = (
+    W * i for i in range(13, 23)
 )
 """From TABLE on: p words for the addresses to reduce, then what the collective needs for each rank."""
 
@@ -422,7 +422,7 @@ def copy_out(call, state, k):
 
 
 def allreduce_registered(call, state):
-    """Reduce one's own slice straight from everybody's array and write it into everybody's."""
+    """Reduce one's own slice straight from everybody's array and write it into everybody's, or once for all."""
     p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
     copies, stride, table = load(call + COPIES), load(call + COPY_STRIDE), call + TABLE
     nbytes, item, recv = load(call + NBYTES), load(call + ITEM), load(call + RECV)
@@ -432,7 +432,7 @@ def allreduce_registered(call, state):
     for lo in range(cut(nbytes, p, r), hi, CACHED):
         size = min(CACHED, hi - lo)
         fold(load(call + FOLD), table, p, lo // item, recv + lo, size // item)
-        for i in range(1, p):
+        for i in range(1, p if load(call + ONCE) == 0 else 1):
             q = (r + i) % p
             copy(copies + q * stride + load(line_of(state, q) + RECV_AT) + lo, recv + lo, size)
     say(state, FINISHED, g + 1)

@@ -20,6 +20,7 @@ and ``close`` are collective.  Binding and running are not: what differs between
     bind_barrier(signature)
 
     shared.empty(shape, dtype)                         # registered: visible to all ranks, reduced without a copy
+    shared.view(address, nbytes)                       # memory where all ranks see one result of a registered array
     shared.late = hook(seconds, missing)               # plans bound from now on call it every 50 ms while ranks are
                                                        # missing; may raise
     shared.mismatch = make(signatures)                 # makes the error for calls that differ
@@ -307,6 +308,10 @@ class SharedMemory:
         kind = np.dtype(dtype)
         extent = (shape,) if isinstance(shape, int) else tuple(shape)
         count = math.prod(extent)
+        asked = self._node.allgather((extent, kind.str))
+        if len(set(asked)) > 1:
+            wants = "; ".join(f"local rank {rank}: {list(each[0])} {each[1]}" for rank, each in enumerate(asked))
+            raise MismatchError(f"registered memory of different shapes ({wants}): ask for the same on all ranks")
         stride = -(-max(1, count * kind.itemsize) // PAGE) * PAGE
         segment = Segment(self._node, stride * self.size)
         self._allocations += 1
@@ -314,6 +319,18 @@ class SharedMemory:
         self._registered[allocation.number] = allocation
         weakref.finalize(segment.buffer, forget, self._registered, allocation)
         return np.frombuffer(segment.buffer, kind, count, stride * self.rank).reshape(extent)
+
+    def view(self, address: int, nbytes: int) -> tuple[Segment, int] | None:
+        """One result that all ranks see, of calls on a registered array (collective); ``None`` for any other array.
+
+        The segment, and how far into it the result of this part of the array belongs.
+        """
+        allocation = self._allocation((address, nbytes))
+        if allocation is None:
+            return None
+        if allocation.result is None:
+            allocation.result = Segment(self._node, allocation.stride)
+        return allocation.result, address - allocation.mine
 
     def _allocation(self, *spans: tuple[int, int]) -> Allocation | None:
         """The allocation in whose part of this rank all spans (address, bytes) lie."""
@@ -334,16 +351,22 @@ class SharedMemory:
         op: str,
         signature: int,
         past_cache: bool | None = None,
+        once: bool = False,
     ) -> Plan:
-        """``past_cache`` writes the result around the cache: for results that do not fit there, else it costs."""
+        """``past_cache`` writes the result around the cache: for results that do not fit there, else it costs.
+
+        ``once``: ``recv`` is the same memory on all ranks, see :meth:`view`.
+        """
         nbytes = count * reductions.itemsize(dtype)
         if self.size == 1:
             return moving(recv, send, nbytes)
-        call = self._reduction(("allreduce", count), dtype, op, signature)
+        call = self._reduction(("allreduce", count, once), dtype, op, signature)
+        put(call, kernels.ONCE, once)
         around = send != recv and nbytes * self.size >= PAST_CACHE_BYTES if past_cache is None else past_cache
         put(call, kernels.PAST_CACHE, around)
         self._vector(call, send, recv, nbytes, self._direct)
-        allocation = self._allocation((send, nbytes), (recv, nbytes)) if nbytes >= REGISTERED_BYTES else None
+        spans = [(send, nbytes)] if once else [(send, nbytes), (recv, nbytes)]
+        allocation = self._allocation(*spans) if nbytes >= REGISTERED_BYTES else None
         if nbytes >= REGISTERED_BYTES and call[kernels.WAY // kernels.W] == kernels.BUFFERED:
             put(call, kernels.WAY, kernels.DIRECT)
         if allocation:
@@ -352,7 +375,7 @@ class SharedMemory:
             put(call, kernels.COPIES, allocation.copies)
             put(call, kernels.COPY_STRIDE, allocation.stride)
             put(call, kernels.CALL_SEND_AT, send - allocation.mine)
-            put(call, kernels.CALL_RECV_AT, recv - allocation.mine)
+            put(call, kernels.CALL_RECV_AT, 0 if once else recv - allocation.mine)
         return self._plan("allreduce", call, nbytes, allocation)
 
     def bind_reduce(
@@ -592,6 +615,8 @@ class Allocation:
     def __init__(self, number: int, copies: int, stride: int, rank: int) -> None:
         self.number, self.copies, self.stride = number, copies, stride
         self.mine = copies + rank * stride
+        self.result: Segment | None = None
+        """Room for one result, once it was asked for."""
         self.alive = np.ones(1, np.int64)
         """Zero when the arrays are gone: another array may come to lie at their address."""
 
@@ -599,6 +624,7 @@ class Allocation:
 def forget(registered: dict[int, Allocation], allocation: Allocation) -> None:
     """The memory is given back."""
     allocation.alive[0] = 0
+    allocation.result = None
     registered.pop(allocation.number, None)
 
 

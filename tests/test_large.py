@@ -1,0 +1,59 @@
+"""Beyond 2^31 elements, with every way that bytes can go."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpccomm import ArgumentError, Communicator, binding
+from hpccomm.binding import LARGE_COUNTS, Binder
+from hpccomm.collectives.tuning import Choice
+from hpccomm.messages import read
+from hpccomm.transports.shared_memory import free_bytes
+
+N = 2**31 + 8
+NEEDED = 5 * N
+"""Two arrays on two ranks, and what MPI takes."""
+
+
+@pytest.mark.mpi(sizes=(2,), timeout=300)
+def test_more_than_two_to_the_31_bytes(comm: Communicator) -> None:
+    free = comm.allreduce(free_bytes(), MPI.MIN)
+    if free < NEEDED:
+        pytest.skip(f"{free:,} bytes are free, {NEEDED:,} needed")
+    mine = np.full(N, 1 << comm.rank, np.uint8)
+    if MPI.VERSION < LARGE_COUNTS:
+        with pytest.raises(ArgumentError, match="count up to 2147483647 elements: leave the algorithm out"):
+            comm.Allreduce(MPI.IN_PLACE, mine, MPI.BOR, algorithm="native")
+    for algorithm in ("shared", "ring", *(["native"] if MPI.VERSION >= LARGE_COUNTS else [])):
+        mine[...] = 1 << comm.rank
+        mine[[0, N // 2, 2**31 - 1, 2**31, N - 1]] = 4 << comm.rank
+        comm.Allreduce(MPI.IN_PLACE, mine, MPI.BOR, algorithm=algorithm)
+        assert (mine[[0, N // 2, 2**31 - 1, 2**31, N - 1]] == 12).all(), algorithm
+        assert np.count_nonzero(mine == 3) == N - 5, algorithm
+    if comm.rank:
+        mine[...] = 0
+    comm.Bcast(mine, 0, algorithm="shared")
+    assert np.count_nonzero(mine == 3) == N - 5
+    counts, displs = [N - 2**20, 2**20], [0, N - 2**20]
+    mine[...] = 9
+    mine[displs[comm.rank] :][: counts[comm.rank]] = comm.rank
+    comm.Allgatherv(MPI.IN_PLACE, [mine, counts, displs, MPI.UINT8_T], algorithm="shared")
+    assert np.count_nonzero(mine == 1) == 2**20
+    assert np.count_nonzero(mine == 0) == N - 2**20
+
+
+@pytest.mark.mpi
+def test_an_mpi_that_counts_in_ints_is_not_asked_for_more(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MPI of version 3 that counts up to 1000."""
+    monkeypatch.setattr(binding, "INT_MAX", 1000)
+    monkeypatch.setattr(binding, "LARGE_COUNTS", MPI.VERSION + 1)
+    monkeypatch.setattr(comm.resources, "decide", lambda *_: Choice("native", None, "the table says so"))
+    binder = Binder(comm)
+    for n, native in ((1000, True), (1001, False)):
+        a = np.ones(n)
+        choice = binder.choose("allreduce", read(a, ""), MPI.SUM, None, "")
+        assert (choice.algorithm == "native") == native
+        comm.Allreduce(MPI.IN_PLACE, a)
+        assert (a == comm.size).all()
