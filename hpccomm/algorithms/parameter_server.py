@@ -1,0 +1,395 @@
+"""A parameter server: some ranks hold the model, the others push gradients to them and pull weights.
+
+*S servers, the first ranks, each with a slice of the flat model; N workers, the others; a worker's clock counts its
+pushes; the version counts what a server has applied.*
+
+==================  ==========================================================  ===================================
+mode                a worker with clock c reads when                            a push is applied
+==================  ==========================================================  ===================================
+``"bsp"``           all have pushed c times                                     with all of its clock, in rank order
+``("ssp", s)``      no clock is below c − s                                     when it arrives
+``"asp"``           at once                                                     when it arrives
+==================  ==========================================================  ===================================
+
+(Valiant 1990 for bulk-synchronous; Ho et al., NIPS 2013 for stale-synchronous.)  A worker sends and receives n
+elements a step, a server N n/S each way: with many workers and few servers their links are the limit, which is why
+allreduce took over.  Pushes may be compressed; what a worker reads is always dense.
+
+A message is 32 bytes of header and a payload.  A worker waits for a server only when it reads, and a server never waits
+for a worker to receive, so no cycle of waiting can close.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.algorithms.bmuf import lengths
+from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
+from hpccomm.errors import MismatchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Mode = Literal["bsp", "asp"] | tuple[Literal["ssp"], int]
+
+HEADER = struct.Struct("<4sB3xqqq")
+"""Mark, what is asked, three bytes of padding, clock, version, bytes of payload; little-endian."""
+MARK = b"HPS1"
+PUSH, PULL, LEAVE, REPLY = range(4)
+TAG = 1
+
+
+class Codec(Protocol):
+    """What writes pushes: a compressor.  Vectors are float32."""
+
+    def encode_feedback(self, backlog: Vector, gradient: Vector | None = None) -> npt.NDArray[np.uint8]:
+        """The message for backlog + gradient; the backlog becomes what the message does not say."""
+
+    def decode(self, message: npt.NDArray[np.uint8], out: Vector) -> None:
+        """Add a message's meaning to ``out``."""
+
+
+# The rules, without messages
+
+
+class Rules(NamedTuple):
+    """When a worker may read, and how a push counts."""
+
+    slack: float
+    """Clocks that a worker may be ahead of the slowest: 0 for BSP, infinity for ASP."""
+    together: bool
+    """Whether the pushes of a clock are applied together."""
+    backup: int = 0
+    """Pushes of a clock that are not waited for."""
+    mean: bool = True
+    """Whether pushes are divided by the number of workers."""
+    damp: Callable[[int], float] | None = None
+    """By what a push is multiplied, from its staleness."""
+    limit: float = math.inf
+    """Staler pushes are dropped."""
+
+
+def rules_of(mode: Mode, **options: Any) -> Rules:
+    """The rules of a mode; raises for one that is not known."""
+    stale = (
+        isinstance(mode, tuple) and len(mode) == 2 and mode[0] == "ssp" and isinstance(mode[1], int) and mode[1] >= 0
+    )
+    require(
+        stale or mode in ("bsp", "asp"),
+        f"ParameterServer: mode is {mode!r}: pass 'bsp', 'asp', or ('ssp', s) with s of 0 or more",
+    )
+    slack = mode[1] if isinstance(mode, tuple) else 0 if mode == "bsp" else math.inf
+    rules = Rules(slack, together=slack == 0, **options)
+    require(rules.backup >= 0, f"ParameterServer: backup is {rules.backup}: pass 0 or more workers")
+    require(not rules.backup or rules.together, "ParameterServer: only 'bsp' has backup workers")
+    return rules
+
+
+class Ledger:
+    """Who has pushed what, and what follows from it; ``apply(gradients)`` steps the model."""
+
+    def __init__(self, workers: int, rules: Rules, apply: Callable[[list[Vector]], None]) -> None:
+        self.rules, self.apply = rules, apply
+        self.clocks: list[float] = [0] * workers
+        self.waiting: dict[int, dict[int, Vector]] = {}
+        self.version = 0
+        """Clocks applied in BSP, else pushes applied."""
+        self.staleness: Counter[int] = Counter()
+        """Pushes by how many versions were applied since their worker had read."""
+        self.dropped = 0
+
+    def may_read(self, worker: int) -> bool:
+        """Whether what the worker would see is fresh enough."""
+        if self.rules.together:
+            return self.version >= self.clocks[worker] or self.all_left()
+        return min(self.clocks) >= self.clocks[worker] - self.rules.slack
+
+    def push(self, worker: int, gradient: Vector, version: int) -> int:
+        """Take a gradient that was computed at a version; returns its staleness."""
+        clock, stale = int(self.clocks[worker]), self.version - version
+        self.clocks[worker] += 1
+        self.staleness[stale] += 1
+        if (self.rules.together and clock < self.version) or stale > self.rules.limit:
+            self.dropped += 1
+        elif self.rules.together:
+            self.waiting.setdefault(clock, {})[worker] = gradient
+            self.settle()
+        else:
+            damped = gradient if self.rules.damp is None else gradient * self.rules.damp(stale)
+            self.step([damped])
+        return stale
+
+    def leave(self, worker: int) -> None:
+        """The worker pushes no more: nobody waits for it."""
+        self.clocks[worker] = math.inf
+        if self.rules.together:
+            self.settle()
+
+    def settle(self) -> None:
+        """Apply clocks that are complete, in rank order."""
+        while self.version in self.waiting:
+            pushes = self.waiting[self.version]
+            missing = sum(clock <= self.version for clock in self.clocks)
+            if missing > self.rules.backup:
+                return
+            del self.waiting[self.version]
+            self.step([pushes[worker] for worker in sorted(pushes)])
+
+    def step(self, gradients: list[Vector]) -> None:
+        """One version more."""
+        self.apply(gradients)
+        self.version += 1
+
+    def all_left(self) -> bool:
+        """Whether no worker is left."""
+        return all(math.isinf(clock) for clock in self.clocks)
+
+
+class Push(NamedTuple):
+    """One row of a timeline."""
+
+    time: float
+    worker: int
+    clock: int
+    staleness: int
+
+
+def timeline(durations: Sequence[Sequence[float]], mode: Mode) -> list[Push]:
+    """Who pushes when, and how stale, if messages take no time: ``durations[worker][clock]`` is each step's length.
+
+    Pushes at the same time are in rank order, before the reads of that time.  The last row's time is the makespan.
+    """
+    ledger = Ledger(len(durations), rules_of(mode), lambda gradients: None)
+    reading, done, now = set(range(len(durations))), [0] * len(durations), 0.0
+    running: dict[int, tuple[float, int]] = {}
+    rows: list[Push] = []
+    while reading or running:
+        for worker in [w for w in sorted(reading) if done[w] == len(durations[w])]:
+            ledger.leave(worker)
+            reading.remove(worker)
+        for worker in [w for w in sorted(reading) if ledger.may_read(w)]:
+            running[worker] = now + durations[worker][done[worker]], ledger.version
+            reading.remove(worker)
+        if running:
+            now = min(end for end, _ in running.values())
+        for worker in [w for w in sorted(running) if running[w][0] == now]:
+            stale = ledger.push(worker, np.zeros(0), running.pop(worker)[1])
+            done[worker] += 1
+            rows.append(Push(now, worker, done[worker], stale))
+            reading.add(worker)
+    return rows
+
+
+# Messages
+
+
+class ServerReport(NamedTuple):
+    """What a server ends with."""
+
+    weights: Vector
+    """Its slice."""
+    state: Any
+    """The optimizer's, of its slice."""
+    version: int
+    staleness: dict[int, int]
+    """Pushes by staleness."""
+    dropped: int
+
+
+class ParameterServer:
+    """The model on ``servers`` ranks, pushed to and read by the others (collective).
+
+    ``weights`` (n,) are rank 0's on all servers.  ``optimizer`` turns what has been pushed into a step, slice by slice:
+    an elementwise one.  ``mode``: above.  ``reduce``: pushes are averaged or summed over the N workers.  ``codec``
+    writes pushes (float32 only): each worker keeps what its messages did not say and adds it to the next gradient.
+    ``damp`` multiplies a push by a function of its staleness, e.g. ``lambda s: 1 / (1 + s)``; pushes staler than
+    ``limit`` are dropped.  ``backup``: BSP goes on without so many of the slowest and drops what they bring late.
+
+    A server calls :meth:`serve`, once; a worker :meth:`pull` and :meth:`push` as often as it has batches, then
+    :meth:`leave`::
+
+        ps = ParameterServer(comm, weights, synchronous_sgd(MPI.COMM_SELF, 0.1))
+        if ps.serves:
+            report = ps.serve()
+        else:
+            for batch in batches:
+                ps.push(gradient(ps.pull(), batch))
+            weights = ps.leave()
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        weights: Vector,
+        optimizer: Transform,
+        *,
+        servers: int = 1,
+        mode: Mode = "bsp",
+        reduce: Literal["mean", "sum"] = "mean",
+        codec: Codec | None = None,
+        damp: Callable[[int], float] | None = None,
+        limit: float = math.inf,
+        backup: int = 0,
+    ) -> None:
+        self.rules = rules_of(mode, backup=backup, mean=reduce == "mean", damp=damp, limit=limit)
+        require(reduce in ("mean", "sum"), f"ParameterServer: reduce is {reduce!r}: pass 'mean' or 'sum'")
+        require(
+            1 <= servers < comm.size,
+            f"rank {comm.rank}: ParameterServer: {servers} servers of {comm.size} ranks: leave at least one server and "
+            "one worker",
+        )
+        require(
+            codec is None or weights.dtype == np.float32,
+            f"ParameterServer: the weights are {weights.dtype}, a codec writes float32: cast them, or leave it out",
+        )
+        self.comm, self.servers, self.optimizer, self.codec = comm.Dup(), servers, optimizer, codec
+        self.weights = np.array(weights, order="C")
+        self.comm.Bcast(self.weights, 0)
+        self.workers = comm.size - servers
+        self.serves = comm.rank < servers
+        self.version = [0] * servers
+        """What this worker has read from each server."""
+        self.clock = 0
+        self.backlog = np.zeros_like(self.weights)
+
+    def slice_of(self, server: int) -> slice:
+        """The elements that a server holds."""
+        counts = lengths(self.weights.size, self.servers)
+        first = sum(counts[:server])
+        return slice(first, first + counts[server])
+
+    # A worker
+
+    def pull(self) -> Vector:
+        """The model, once the mode lets this worker read; a new vector."""
+        return self._ask(PULL)
+
+    def push(self, gradient: Vector) -> None:
+        """Send a gradient, (n,), of the weights last pulled; the clock goes on.  It may be written afterwards."""
+        check_alike(gradient, self.weights)
+        require(
+            bool(np.isfinite(gradient).all()),
+            f"rank {self.comm.rank}: ParameterServer.push: the gradient is not finite: push zeros, or skip the batch",
+        )
+        for server in range(self.servers):
+            self._send(server, PUSH, self._written(gradient, self.slice_of(server)), self.version[server])
+        self.clock += 1
+
+    def leave(self) -> Vector:
+        """Push no more; the model when all workers have left.  Ends this server's use."""
+        final = self._ask(LEAVE)
+        self.comm.Free()
+        return final
+
+    def _written(self, gradient: Vector, part: slice) -> npt.NDArray[np.uint8]:
+        if self.codec is None:
+            return np.ascontiguousarray(gradient[part]).view(np.uint8)
+        return self.codec.encode_feedback(self.backlog[part], np.ascontiguousarray(gradient[part]))
+
+    def _ask(self, what: int) -> Vector:
+        for server in range(self.servers):
+            self._send(server, what, np.zeros(0, np.uint8), self.version[server])
+        for server in range(self.servers):
+            _, _, _, version, payload = self._receive(server)
+            self.weights[self.slice_of(server)] = payload.view(self.weights.dtype)
+            self.version[server] = version
+        return self.weights.copy()
+
+    # A server
+
+    def serve(self) -> ServerReport:
+        """Take pushes and answer reads until all workers have left."""
+        mine = self.slice_of(self.comm.rank)
+        weights = self.weights[mine].copy()
+        state = self.optimizer.init(weights)
+
+        def apply(gradients: list[Vector]) -> None:
+            nonlocal state
+            total = gradients[0].copy()
+            for each in gradients[1:]:
+                total += each
+            if self.rules.mean:
+                total /= len(gradients) if self.rules.together else self.workers
+            step, state = self.optimizer.update(total, state, weights)
+            weights[...] += step
+
+        ledger = Ledger(self.workers, self.rules, apply)
+        readers: list[int] = []
+        leaving: list[int] = []
+        sent: list[tuple[MPI.Request, Any]] = []
+        turn = 0
+        while len(leaving) < self.workers:
+            worker, what, version, payload = self._next(turn)
+            turn = worker + 1
+            if what == PUSH:
+                ledger.push(worker, self._read(payload, weights), version)
+            elif what == LEAVE:
+                leaving.append(worker)
+                ledger.leave(worker)
+            else:
+                readers.append(worker)
+            ready = [reader for reader in readers if ledger.may_read(reader)]
+            readers = [reader for reader in readers if reader not in ready]
+            sent = [each for each in sent if not each[0].Test()]
+            sent += [self._answer(reader, weights, ledger.version) for reader in ready]
+        sent += [self._answer(worker, weights, ledger.version) for worker in leaving]
+        for request, _ in sent:
+            request.Wait()
+        self.comm.Free()
+        return ServerReport(weights, state, ledger.version, dict(ledger.staleness), ledger.dropped)
+
+    def _next(self, turn: int) -> tuple[int, int, int, npt.NDArray[np.uint8]]:
+        """The next message; who was served last comes last."""
+        order = [(turn + k) % self.workers for k in range(self.workers)]
+        waits = (worker for worker in order if self.comm.Iprobe(self.servers + worker, TAG))
+        worker = next(waits, None)
+        source, what, _, version, payload = self._receive(None if worker is None else self.servers + worker)
+        return source - self.servers, what, version, payload
+
+    def _read(self, payload: npt.NDArray[np.uint8], weights: Vector) -> Vector:
+        if self.codec is None:
+            return payload.view(weights.dtype)
+        out = np.zeros_like(weights)
+        self.codec.decode(payload, out)
+        return out
+
+    def _answer(self, worker: int, weights: Vector, version: int) -> tuple[MPI.Request, Any]:
+        letter = packed(REPLY, 0, version, weights.view(np.uint8))
+        return self.comm.Isend(letter, self.servers + worker, TAG), letter
+
+    # Both
+
+    def _send(self, to: int, what: int, payload: npt.NDArray[np.uint8], version: int) -> None:
+        self.comm.Send(packed(what, self.clock, version, payload), to, TAG)
+
+    def _receive(self, source: int | None) -> tuple[int, int, int, int, npt.NDArray[np.uint8]]:
+        """(source, what, clock, version, payload) of a message, from anybody for None."""
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        self.comm.Probe(MPI.ANY_SOURCE if source is None else source, TAG, status)
+        letter = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+        self.comm.Recv(letter, status.source, TAG)
+        mark, what, clock, version, nbytes = HEADER.unpack(letter[: HEADER.size].tobytes())
+        payload = letter[HEADER.size :]
+        if mark != MARK or payload.size != nbytes:
+            raise MismatchError(
+                f"rank {self.comm.rank}: a message of {letter.size} bytes from rank {status.source} is no message of a "
+                "parameter server: let all ranks use the same release"
+            )
+        return status.source, what, clock, version, payload
+
+
+def packed(what: int, clock: int, version: int, payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Header and payload as one message."""
+    letter = np.empty(HEADER.size + payload.size, np.uint8)
+    letter[: HEADER.size] = np.frombuffer(HEADER.pack(MARK, what, clock, version, payload.size), np.uint8)
+    letter[HEADER.size :] = payload
+    return letter

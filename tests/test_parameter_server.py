@@ -1,0 +1,322 @@
+"""A parameter server: the golden timelines, BSP as allreduce to the last bit, staleness bounds, no push lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpccomm.algorithms.exchange import synchronous_sgd
+from hpccomm.algorithms.parameter_server import (
+    HEADER,
+    PUSH,
+    Ledger,
+    ParameterServer,
+    Push,
+    ServerReport,
+    packed,
+    rules_of,
+    timeline,
+)
+from hpccomm.algorithms.transforms import Transform, chain, momentum, scale
+from hpccomm.errors import ArgumentError
+from hpccomm.testing.ranks import run_on_ranks
+
+Vector = Any
+DESCENT = chain(momentum(0.5), scale(-0.25))
+MODES: list[Any] = ["bsp", ("ssp", 0), ("ssp", 1), ("ssp", 3), "asp"]
+
+
+# Timelines
+
+UNEVEN = [[1, 1, 1, 6], [2, 2, 2, 2]]
+CROSSED = [[1, 3, 1, 3], [3, 1, 3, 1]]
+
+
+@pytest.mark.parametrize(
+    ("durations", "mode", "makespan"),
+    [
+        (UNEVEN, "bsp", 12),
+        (UNEVEN, ("ssp", 0), 12),
+        (UNEVEN, ("ssp", 1), 10),
+        (UNEVEN, ("ssp", 2), 9),
+        (UNEVEN, "asp", 9),
+        (CROSSED, "bsp", 12),
+        (CROSSED, ("ssp", 1), 8),
+        (CROSSED, ("ssp", 5), 8),
+        (CROSSED, "asp", 8),
+    ],
+)
+def test_golden_makespans(durations: Any, mode: Any, makespan: float) -> None:
+    assert timeline(durations, mode)[-1].time == makespan
+
+
+def test_golden_order_of_pushes() -> None:
+    expected = [
+        (1, 0, 1, 0),
+        (2, 0, 2, 0),
+        (2, 1, 1, 2),
+        (3, 0, 3, 0),
+        (4, 1, 2, 1),
+        (6, 1, 3, 0),
+        (8, 1, 4, 0),
+        (10, 0, 4, 2),
+    ]
+    assert timeline(UNEVEN, ("ssp", 1)) == [Push(*row) for row in expected]
+
+
+@pytest.mark.parametrize("slack", [0, 1, 2, 4])
+def test_clocks_spread_by_the_slack_at_most(slack: int) -> None:
+    """At most s apart when a step begins, s + 1 while it runs; each value is reached."""
+    rng = np.random.default_rng(slack)
+    durations = rng.integers(1, 9, (5, 40)).tolist()
+    clocks, widest = [0] * 5, 0
+    for push in timeline(durations, ("ssp", slack)):
+        clocks[push.worker] += 1
+        if max(clocks) < 40:
+            widest = max(widest, max(clocks) - min(clocks))
+            assert widest <= slack + 1
+    assert widest == slack + 1
+
+
+def test_a_worker_that_leaves_holds_nobody_up() -> None:
+    rows = timeline([[1], [1, 1, 1], []], ("ssp", 1))
+    assert [push.worker for push in rows].count(1) == 3
+    assert rows[-1].time == 3
+
+
+# The rules of a server
+
+
+def pushes(rules: Any, script: list[tuple[int, float, int]], workers: int = 3) -> tuple[list[list[float]], Ledger]:
+    """What is applied when workers push numbers that were computed at versions."""
+    seen: list[list[float]] = []
+    ledger = Ledger(workers, rules, lambda gradients: seen.append([float(each[0]) for each in gradients]))
+    for worker, number, version in script:
+        ledger.push(worker, np.array([number]), version)
+    return seen, ledger
+
+
+def test_bsp_applies_a_clock_in_rank_order_whoever_comes_first() -> None:
+    seen, ledger = pushes(rules_of("bsp"), [(2, 3, 0), (0, 1, 0), (1, 2, 0), (1, 5, 1), (2, 6, 1), (0, 4, 1)])
+    assert seen == [[1, 2, 3], [4, 5, 6]]
+    assert ledger.version == 2
+    assert all(map(ledger.may_read, range(3)))
+
+
+def test_bsp_lets_nobody_read_what_is_not_complete() -> None:
+    _, ledger = pushes(rules_of("bsp"), [(0, 1, 0), (2, 3, 0)])
+    assert [ledger.may_read(worker) for worker in range(3)] == [False, True, False]
+    ledger.leave(1)
+    assert [ledger.may_read(worker) for worker in (0, 2)] == [True, True]
+
+
+def test_bsp_with_a_backup_worker_drops_what_comes_late() -> None:
+    seen, ledger = pushes(rules_of("bsp", backup=1), [(2, 3, 0), (0, 1, 0), (1, 2, 0), (1, 5, 1), (0, 4, 1)])
+    assert seen == [[1, 3], [4, 5]]
+    assert (ledger.dropped, ledger.version) == (1, 2)
+
+
+def test_asp_damps_or_drops_stale_pushes_and_counts_them() -> None:
+    script = [(0, 8, 0), (1, 8, 0), (2, 8, 0), (0, 8, 3)]
+    seen, ledger = pushes(rules_of("asp", damp=lambda stale: 1 / (1 + stale)), script)
+    assert seen == [[8], [4], [8 / 3], [8]]
+    assert ledger.staleness == {0: 2, 1: 1, 2: 1}
+    seen, ledger = pushes(rules_of("asp", limit=1), script[:3])
+    assert seen == [[8], [8]]
+    assert ledger.dropped == 1
+
+
+# Over messages
+
+
+def centres_of(workers: int, n: int = 37) -> Vector:
+    return np.random.default_rng(workers).standard_normal((workers, n))
+
+
+def train(
+    comm: Any, steps: list[int], optimizer: Transform = DESCENT, dtype: str = "f8", n: int = 37, **options: Any
+) -> Any:
+    """½‖w − c‖²: a server's report, or a worker's final weights."""
+    begin = np.linspace(-1, 1, n).astype(dtype) if comm.rank == 0 else np.zeros(n, dtype)
+    ps = ParameterServer(comm, begin, optimizer, **options)
+    if ps.serves:
+        return ps.serve()
+    worker = comm.rank - ps.servers
+    centre = centres_of(ps.workers, n)[worker].astype(dtype)
+    for _ in range(steps[worker]):
+        ps.push(ps.pull() - centre)
+    return ps.leave()
+
+
+def dense(workers: int, steps: int, n: int = 37) -> Vector:
+    """The same by allreduce, sums in rank order."""
+
+    def body(comm: Any) -> Vector:
+        weights = np.linspace(-1, 1, n)
+        method = synchronous_sgd(comm, 0.25, momentum=0.5)
+        state = method.init(weights)
+        for _ in range(steps):
+            step, state = method.update(weights - centres_of(workers, n)[comm.rank], state, weights)
+            weights += step
+        return weights
+
+    return run_on_ranks(workers, body)[0]
+
+
+@pytest.mark.parametrize(("servers", "workers"), [(1, 1), (1, 3), (2, 3), (3, 4), (5, 2)])
+@pytest.mark.parametrize("mode", ["bsp", ("ssp", 0)])
+def test_bsp_is_allreduce_to_the_last_bit(servers: int, workers: int, mode: Any) -> None:
+    found = run_on_ranks(servers + workers, lambda comm: train(comm, [6] * workers, servers=servers, mode=mode))
+    expected = dense(workers, 6)
+    assert all(np.array_equal(each, expected) for each in found[servers:])
+    assert np.array_equal(np.concatenate([each.weights for each in found[:servers]]), expected)
+    assert all(each.version == 6 for each in found[:servers])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("steps", [[4, 4, 4], [0, 0, 0], [7, 1, 0], [2, 9, 5]])
+def test_no_push_is_lost_and_all_end_with_the_same_model(mode: Any, steps: list[int]) -> None:
+    """Without momentum a model is its start minus all pushes, in any order: whole numbers of eighths are exact."""
+
+    def body(comm: Any) -> Any:
+        ps = ParameterServer(comm, np.zeros(5), scale(-0.125), servers=2, mode=mode, reduce="sum")
+        if ps.serves:
+            return ps.serve()
+        for number in range(steps[comm.rank - 2]):
+            ps.pull()
+            ps.push(np.arange(5.0) + number)
+        return ps.leave()
+
+    found = run_on_ranks(5, body)
+    total = -0.125 * sum((np.arange(5.0) + number for count in steps for number in range(count)), np.zeros(5))
+    assert all(np.array_equal(each, total) for each in found[2:])
+    for report in found[:2]:
+        assert sum(report.staleness.values()) == sum(steps)
+        assert report.version == (max(steps) if mode in ("bsp", ("ssp", 0)) else sum(steps))
+
+
+def test_a_worker_sees_its_own_pushes_and_those_that_the_slack_demands() -> None:
+    """SSP(1): a read with clock c sees all pushes of clocks up to c − 2 and its own; weights count pushes here."""
+
+    def body(comm: Any) -> list[float] | ServerReport:
+        ps = ParameterServer(comm, np.zeros(1), scale(-1), mode=("ssp", 1), reduce="sum")
+        if ps.serves:
+            return ps.serve()
+        seen = []
+        for _ in range(20):
+            seen.append(float(ps.pull()[0]))
+            ps.push(np.array([-1.0]))
+        ps.leave()
+        return seen
+
+    for seen in run_on_ranks(4, body)[1:]:
+        assert all(count >= clock + 2 * max(0, clock - 1) for clock, count in enumerate(seen))  # type: ignore[arg-type]
+        assert all(count <= clock + 2 * (clock + 2) for clock, count in enumerate(seen))  # type: ignore[arg-type]
+
+
+class Halves:
+    """A codec for the tests: sends what is at least a half as whole halves, and keeps the rest."""
+
+    def encode_feedback(self, backlog: Vector, gradient: Vector | None = None) -> Vector:
+        backlog += 0 if gradient is None else gradient
+        sent = np.trunc(backlog * 2).astype(np.int8)
+        backlog -= sent / np.float32(2)
+        return sent.view(np.uint8)
+
+    def decode(self, message: Vector, out: Vector) -> None:
+        out += message.view(np.int8) / np.float32(2)
+
+
+def test_pushes_are_a_codecs_messages_and_workers_keep_the_rest() -> None:
+    """Two pushes of ¼ and of ¾: nothing and a half, then a half and one."""
+
+    def body(comm: Any) -> Any:
+        ps = ParameterServer(comm, np.zeros(4, "f4"), scale(-1), servers=2, codec=Halves(), reduce="sum")
+        if ps.serves:
+            return ps.serve()
+        seen = []
+        for _ in range(2):
+            ps.push(np.array([0.25, 0.75, -0.25, -0.75], "f4"))
+            seen.append((-ps.pull()).tolist())
+        ps.leave()
+        return seen, ps.backlog.tolist()
+
+    for seen, backlog in run_on_ranks(4, body)[2:]:
+        assert seen == [[0, 1, 0, -1], [1, 3, -1, -3]]
+        assert backlog == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_models_smaller_than_the_number_of_servers(n: int) -> None:
+    found = run_on_ranks(5, lambda comm: train(comm, [3, 3], servers=3, n=n))
+    assert np.array_equal(found[-1], dense(2, 3, n))
+
+
+def test_servers_keep_state_of_their_slice() -> None:
+    found = run_on_ranks(3, lambda comm: train(comm, [3], servers=2))
+    assert [len(report.state[0]) for report in found[:2]] == [19, 18]
+
+
+def test_a_header_is_32_bytes() -> None:
+    assert HEADER.size == 32
+    assert len(packed(PUSH, 1, 2, np.zeros(5, np.uint8))) == 37
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"servers": 0}, "0 servers of 2 ranks: leave at least one server and one worker"),
+        ({"servers": 2}, "2 servers of 2 ranks"),
+        ({"mode": "sync"}, "mode is 'sync': pass 'bsp', 'asp', or"),
+        ({"mode": ("ssp", -1)}, "mode is .'ssp', -1."),
+        ({"mode": "asp", "backup": 1}, "only 'bsp' has backup workers"),
+        ({"reduce": "max"}, "reduce is 'max'"),
+        ({"codec": Halves()}, "the weights are float64, a codec writes float32"),
+    ],
+)
+def test_impossible_arguments_are_refused_on_every_rank(options: dict[str, Any], message: str) -> None:
+    def body(comm: Any) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            ParameterServer(comm, np.zeros(3), DESCENT, **options)
+
+    run_on_ranks(2, body)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "message"),
+    [(np.array([1.0, np.nan, 0]), "is not finite: push zeros"), (np.zeros(2), "make them alike")],
+)
+def test_a_gradient_that_cannot_be_pushed_is_refused_before_any_message(gradient: Vector, message: str) -> None:
+    def body(comm: Any) -> Any:
+        ps = ParameterServer(comm, np.zeros(3), DESCENT)
+        if ps.serves:
+            return ps.serve()
+        with pytest.raises(ArgumentError, match=message):
+            ps.push(gradient)
+        return ps.leave()
+
+    report, final = run_on_ranks(2, body)
+    assert (report.version, final.tolist()) == (0, [0, 0, 0])
+
+
+# On MPI
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("mode", ["bsp", ("ssp", 1), "asp"])
+def test_servers_over_mpi(comm: MPI.Intracomm, mode: Any) -> None:
+    """Vectors of 300 kB, beyond what is sent without waiting."""
+    servers = 1 if comm.size < 4 else 2
+    steps = [3 + worker % 2 for worker in range(comm.size - servers)]
+    found = train(comm, steps, n=37_000, servers=servers, mode=mode)
+    mine = np.concatenate([found.weights if comm.rank < servers else np.zeros(0)])
+    everything = comm.allgather(mine if comm.rank < servers else found)
+    model = np.concatenate(everything[:servers])
+    assert np.isfinite(model).all()
+    assert all(np.array_equal(each, model) for each in everything[servers:])
