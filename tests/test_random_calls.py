@@ -1,0 +1,124 @@
+"""Thousands of random calls: mixed collectives, sizes, dtypes, memory and communicators, without a wrong bit or a leak.
+
+All ranks of a communicator draw the same numbers, so that they make the same calls.  Numbers are exact in any order.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpccomm import Communicator
+from hpccomm.testing import verifiable
+
+CALLS = 10_000
+SIZES = (0, 1, 2, 7, 12, 13, 63, 64, 100, 511, 1000, 2048, 2049, 5000, 16_384, 30_000, 70_001)
+LONG = (300_000, 1_000_003)
+DTYPES = ("i1", "u2", "i4", "i8", "f4", "f8", "c8", "?")
+OPERATIONS = {name: getattr(MPI, name.upper()) for name in verifiable.FOLDS}
+
+
+class Draw:
+    """One call's random choices, the same on all ranks of its communicator."""
+
+    def __init__(self, *seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+
+    def of(self, choices: Any) -> Any:
+        return choices[int(self.random.integers(len(choices)))]
+
+    def length(self) -> int:
+        return int(self.of(LONG) if self.random.random() < 0.005 else self.of(SIZES))
+
+
+class Pool(NamedTuple):
+    """Communicators to call on, with registered memory of each."""
+
+    comms: list[Communicator]
+    registered: list[Any]
+
+
+@pytest.fixture
+def pool(comm: Communicator) -> Any:
+    """All ranks; every other rank; the ranks in reverse; a copy."""
+    comms = [comm, comm.Split(comm.rank % 2, comm.rank), comm.Split(0, -comm.rank), comm.Dup()]
+    yield Pool(comms, [each.zeros(40_000, "u1") for each in comms])
+    for each in comms[1:]:
+        each.Free()
+
+
+def memory(draw: Draw, registered: Any, n: int, dtype: Any) -> Any:
+    """Ordinary or registered."""
+    nbytes = n * np.dtype(dtype).itemsize
+    if draw.random.random() < 0.3 and nbytes < registered.size:
+        return registered[:nbytes].view(dtype)
+    return np.empty(n, dtype)
+
+
+def one_call(comm: Communicator, draw: Draw, registered: Any) -> None:
+    p, me, dtype = comm.size, comm.rank, draw.of(DTYPES)
+    op = draw.of(verifiable.operations(dtype))
+    n, root, in_place = draw.length(), int(draw.random.integers(p)) if p > 1 else 0, draw.random.random() < 0.5
+    kind = draw.of(("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier"))
+    algorithm = draw.of(comm.algorithms(kind)) if draw.random.random() < 0.3 and kind != "barrier" else None
+    a, want = verifiable.operand(me, p, n, dtype, op), verifiable.expected(p, n, dtype, op)
+    b = memory(draw, registered, n, dtype)
+    b[...] = 0
+    if kind == "allreduce":
+        if in_place:
+            b[...] = a
+        comm.Allreduce(MPI.IN_PLACE if in_place else a, b, OPERATIONS[op], algorithm=algorithm)
+        assert np.array_equal(b, want)
+    elif kind == "reduce":
+        comm.Reduce(a, b, OPERATIONS[op], root, algorithm=algorithm)
+        assert np.array_equal(b, want if me == root else np.zeros(n, dtype))
+    elif kind == "reduce_scatter":
+        cuts = np.sort(draw.random.integers(0, n + 1, p - 1))
+        ends = [0, *cuts.tolist(), n]
+        comm.Reduce_scatter(a, part := b[: ends[me + 1] - ends[me]], np.diff(ends).tolist(), OPERATIONS[op], algorithm)
+        assert np.array_equal(part, want[ends[me] : ends[me + 1]])
+    elif kind == "allgather":
+        n = min(n, 5000)
+        parts = [verifiable.operand(rank, p, n, dtype, op) for rank in range(p)]
+        comm.Allgather(parts[me], out := np.zeros(n * p, dtype), algorithm=algorithm)
+        assert np.array_equal(out, np.concatenate(parts))
+    elif kind == "bcast":
+        if me == root:
+            b[...] = want
+        comm.Bcast(b, root, algorithm=algorithm)
+        assert np.array_equal(b, want)
+    elif kind == "alltoall":
+        n = min(n, 3000)
+        parts = [verifiable.operand(rank, p, n * p, dtype, op)[n * me : n * (me + 1)] for rank in range(p)]
+        comm.Alltoall(verifiable.operand(me, p, n * p, dtype, op), out := np.zeros(n * p, dtype), algorithm=algorithm)
+        assert np.array_equal(out, np.concatenate(parts))
+    else:
+        comm.Barrier()
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.mpi(sizes=(3, 4), timeout=500)
+def test_random_calls_are_right_and_leave_nothing_behind(comm: Communicator, pool: Pool) -> None:
+    names = set(os.listdir("/dev/shm"))
+    middle = files = 0
+    for k in range(CALLS):
+        draw = Draw(comm.size, k)
+        which = int(draw.random.integers(len(pool.comms)))
+        one_call(pool.comms[which], draw, pool.registered[which])
+        if k == CALLS // 2:
+            gc.collect()
+            middle, files = resident(), len(os.listdir("/proc/self/fd"))
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert resident() - middle < 64 << 20, "bound calls are bounded in number, and their memory with them"
+    assert {name for name in os.listdir("/dev/shm") if name.startswith("hpccomm")} <= names
