@@ -336,6 +336,7 @@ METHODS: dict[str, Callable[..., Layerwise]] = {
     **{f"lars {v}": lambda b, v=v, **o: lars(b, 0.5, weight_decay=0.01, trust=0.02, variant=v, **o) for v in NORM},
     "lars clipped": lambda b, **o: lars(b, 0.5, max_norm=1.0, nesterov=True, **o),
     "lamb": lambda b, **o: lamb(b, 0.01, **o),
+    "adamw": lambda b, **o: lamb(b, 0.01, adapt=(), **o),
     "lamb clipped": lambda b, **o: lamb(b, 0.01, grad_norm="clip", bias_correction="in_step", **o),
 }
 
@@ -427,6 +428,7 @@ def test_compiled_kernels_give_the_references_bits(code: str, n: int) -> None:
     cuts = [0, n // 5, n // 5, n // 2, n]
     bounds = np.array([cuts[:-1], cuts[1:]], np.int64).T.copy()
     decay, first, last = rng.random((3, 4)).astype(code)
+    numbers = [real(each) for each in (0.7, 0.9, 0.1, 0.999, 0.001, 0.19, 0.002, 1e-6)]
     calls: list[tuple[str, tuple[Any, ...]]] = [
         ("sum_of_squares", (w,)),
         *[
@@ -438,10 +440,8 @@ def test_compiled_kernels_give_the_references_bits(code: str, n: int) -> None:
             ("lars_step", (w, g, m, out, bounds, decay, first, last, real(0.7), real(-0.3), real(0.9), nesterov))
             for nesterov in (False, True)
         ],
-        (
-            "lamb_moments",
-            (w, g, m, v, out, bounds, decay, *map(real, (0.7, 0.9, 0.1, 0.999, 0.001, 0.19, 0.002, 1e-6))),
-        ),
+        ("lamb_moments", (w, g, m, v, out, bounds, decay, *numbers)),
+        ("adam_step", (w, g, m, v, bounds, decay, *numbers, real(-0.1))),
         ("scaled", (out, bounds, first, real(-0.1))),
         ("added", (w, out, bounds, first, real(-0.1))),
     ]

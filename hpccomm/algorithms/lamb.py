@@ -107,9 +107,13 @@ def lamb(
         scale = shrink(grad_norm, max_norm, g, norm_reduce)
         numbers = [real(each) for each in (scale, b1, 1 - b1, b2, 1 - b2, k1, k2, eps)]
         for rows in here.groups() if norm_reduce is None else [here.rows]:
-            part = slice(rows.first, rows.stop)
+            part, rates = slice(rows.first, rows.stop), (weight_decay * rows.decay).astype(w.dtype)
+            if step is None and not rows.adapt.any():
+                kernel("adam_step", code)(
+                    w[part], g[part], state.mean[part], state.square[part], rows.bounds, rates, *numbers, last
+                )
+                continue
             out = np.empty(rows.stop - rows.first, w.dtype) if step is None else step[part]
-            rates = (weight_decay * rows.decay).astype(w.dtype)
             sums = kernel("lamb_moments", code)(
                 w[part], g[part], state.mean[part], state.square[part], out, rows.bounds, rates, *numbers
             )

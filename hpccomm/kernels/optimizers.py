@@ -15,10 +15,7 @@ from numba import types
 from numba.extending import register_jitable
 
 from hpccomm.kernels.compiled import jit, kept
-from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED, GRADIENT
-
-EIGHTH = BLOCK // 8
-
+from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED, GRADIENT, LANES
 
 # Slices, because LLVM vectorises a loop over a whole array, but not one whose index might be negative
 
@@ -30,38 +27,51 @@ def square(x):
 
 
 @register_jitable
-def folded(x, room):
-    """Σ x² of one block; ``room`` has an eighth of its length, three halvings happen before it is written."""
-    n = EIGHTH
+def fold(x, lanes):
+    """Add the squares of one block to the lanes; three halvings happen before the lanes are touched."""
+    n = LANES
     a, b, c, d = x[:n], x[n : 2 * n], x[2 * n : 3 * n], x[3 * n : 4 * n]
     e, f, g, h = x[4 * n : 5 * n], x[5 * n : 6 * n], x[6 * n : 7 * n], x[7 * n : 8 * n]
-    for i in range(room.size):
+    for i in range(lanes.size):
         even = (square(a[i]) + square(e[i])) + (square(c[i]) + square(g[i]))
-        room[i] = even + ((square(b[i]) + square(f[i])) + (square(d[i]) + square(h[i])))
-    while n > 1:
-        n //= 2
-        low, high = room[:n], room[n : 2 * n]
-        for i in range(low.size):
-            low[i] += high[i]
-    return room[0]
+        lanes[i] += even + ((square(b[i]) + square(f[i])) + (square(d[i]) + square(h[i])))
 
 
 @register_jitable
-def block_sum(x, whole, room):
-    """Σ x² of one block, or of what is left of it; ``whole`` is room for a block."""
+def fold_all(x, whole, lanes):
+    """Add the squares of one block, or of what is left of it; ``whole`` is room for a block.
+
+    A block should be in the cache: eight streams through memory defeat the processor's prefetching.
+    """
     if x.size == BLOCK:
-        return folded(x, room)
-    whole[:] = 0
-    for i in range(x.size):
-        whole[i] = x[i]
-    return folded(whole, room)
+        fold(x, lanes)
+        return
+    whole[: x.size] = x
+    whole[x.size :] = 0
+    fold(whole, lanes)
+
+
+@register_jitable
+def drained(lanes):
+    """The sum of the lanes, folded in halves; they are zero afterwards."""
+    n = lanes.size
+    while n > 1:
+        n //= 2
+        low, high = lanes[:n], lanes[n : 2 * n]
+        for i in range(low.size):
+            low[i] += high[i]
+    total = lanes[0]
+    lanes[:] = 0
+    return total
 
 
 def sum_of_squares(x):
-    total, room, whole = 0.0, np.empty(EIGHTH), np.empty(BLOCK, x.dtype)
+    lanes, whole, here = np.zeros(LANES), np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
     for lo in range(0, x.size, BLOCK):
-        total += block_sum(x[lo : min(lo + BLOCK, x.size)], whole, room)
-    return total
+        part = x[lo : min(lo + BLOCK, x.size)]
+        here[: part.size] = part
+        fold_all(here[: part.size], whole, lanes)
+    return drained(lanes)
 
 
 @register_jitable
@@ -71,12 +81,14 @@ def direction(w, g, v, scale, decay, first, second, mu):
 
 def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
     sums = np.zeros((bounds.shape[0], 2))
-    room, whole, other = np.empty(EIGHTH), np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
+    ours, others = np.zeros(LANES), np.zeros(LANES)
+    whole, mine, other = np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
     one = w.dtype.type(1)
     for row in range(bounds.shape[0]):
         for lo in range(bounds[row, 0], bounds[row, 1], BLOCK):
             hi = min(lo + BLOCK, bounds[row, 1])
-            ww, gg, vv, oo, rate = w[lo:hi], g[lo:hi], v[lo:hi], other[: hi - lo], decay[row]
+            ww, gg, vv, oo, rate = mine[: hi - lo], g[lo:hi], v[lo:hi], other[: hi - lo], decay[row]
+            ww[:] = w[lo:hi]
             if whose == GRADIENT:
                 for i in range(oo.size):
                     oo[i] = gg[i] * scale
@@ -88,8 +100,9 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
                     moved = direction(ww[i], gg[i], vv[i], scale, rate, one, one, mu)
                     ahead = ((gg[i] * scale + rate * ww[i]) * one) * one + mu * moved
                     oo[i] = ahead if nesterov else moved
-            sums[row, 0] += block_sum(ww, whole, room)
-            sums[row, 1] += block_sum(oo, whole, room)
+            fold_all(ww, whole, ours)
+            fold_all(oo, whole, others)
+        sums[row, 0], sums[row, 1] = drained(ours), drained(others)
     return sums
 
 
@@ -113,7 +126,7 @@ def lars_step(w, g, v, out, bounds, decay, first, last, scale, second, mu, neste
 
 def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps):
     sums = np.zeros((bounds.shape[0], 2))
-    room, whole = np.empty(EIGHTH), np.empty(BLOCK, w.dtype)
+    ours, others, whole = np.zeros(LANES), np.zeros(LANES), np.empty(BLOCK, w.dtype)
     for row in range(bounds.shape[0]):
         rate = decay[row]
         for lo in range(bounds[row, 0], bounds[row, 1], BLOCK):
@@ -121,14 +134,26 @@ def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, 
             ww, gg, mm, vv, oo = w[lo:hi], g[lo:hi], m[lo:hi], v[lo:hi], out[lo:hi]
             for i in range(ww.size):
                 x = gg[i] * scale
-                mean = b1 * mm[i] + c1 * x
-                mean_square = b2 * vv[i] + c2 * (x * x)
+                mean, mean_square = b1 * mm[i] + c1 * x, b2 * vv[i] + c2 * (x * x)
                 mm[i] = mean
                 vv[i] = mean_square
                 oo[i] = (mean / k1) / (np.sqrt(mean_square / k2) + eps) + rate * ww[i]
-            sums[row, 0] += block_sum(ww, whole, room)
-            sums[row, 1] += block_sum(oo, whole, room)
+            fold_all(ww, whole, ours)
+            fold_all(oo, whole, others)
+        sums[row, 0], sums[row, 1] = drained(ours), drained(others)
     return sums
+
+
+def adam_step(w, g, m, v, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps, last):
+    for row in range(bounds.shape[0]):
+        lo, hi, rate = bounds[row, 0], bounds[row, 1], decay[row]
+        ww, gg, mm, vv = w[lo:hi], g[lo:hi], m[lo:hi], v[lo:hi]
+        for i in range(ww.size):
+            x = gg[i] * scale
+            mean, mean_square = b1 * mm[i] + c1 * x, b2 * vv[i] + c2 * (x * x)
+            mm[i] = mean
+            vv[i] = mean_square
+            ww[i] += ((mean / k1) / (np.sqrt(mean_square / k2) + eps) + rate * ww[i]) * last
 
 
 def scaled(out, bounds, factor, last):
@@ -151,6 +176,7 @@ ARGUMENTS = {
     "lars_sums": "rrrbrssti",
     "lars_step": "rrwwbrrrssst",
     "lamb_moments": "rrwwwbrssssssss",
+    "adam_step": "wrwwbrsssssssss",
     "scaled": "wbrs",
     "added": "wrbrs",
 }

@@ -2,8 +2,7 @@
 
 *w weights, g gradient, m and v moments, u or ``out`` the direction; a table of k tensors: ``bounds`` (k, 2) where each
 begins and ends, rates (k,) of the vectors' dtype.*  Vectors are float32 or float64, contiguous; every scalar is of
-their dtype, and every operation is rounded to it, in the order written here.  Sums of squares are float64, in blocks of
-1024 elements that are folded in halves.
+their dtype, and every operation is rounded to it, in the order written here.  Sums of squares are float64.
 """
 
 from __future__ import annotations
@@ -16,25 +15,32 @@ import numpy.typing as npt
 Vector = npt.NDArray[Any]
 Sums = npt.NDArray[np.float64]
 
-BLOCK = 1024
+BLOCK, LANES = 1024, 128
 
 GRADIENT, DECAYED, MOVED = 0, 1, 2
 """Whose norm :func:`lars_sums` takes besides the weights': g, g + λw, or the momentum's output."""
 
 
 def sum_of_squares(x: Vector) -> float:
-    """Σ x² in float64: blocks folded in halves, then added one after the other; the last is filled up with zeros."""
+    """Σ x² in float64: blocks folded in halves to lanes, the lanes of all blocks added, and folded to one number.
+
+    The last block is filled up with zeros.
+    """
     blocks = -(-x.size // BLOCK)
     squares = np.zeros(blocks * BLOCK)
     np.square(x, dtype=np.float64, out=squares[: x.size])
-    folded = squares.reshape(blocks, BLOCK)
-    while folded.shape[1] > 1:
-        half = folded.shape[1] // 2
-        folded = folded[:, :half] + folded[:, half:]
-    total = 0.0
-    for block in folded[:, 0]:
-        total += float(block)
-    return total
+    lanes = np.zeros(LANES)
+    for block in folded(squares.reshape(blocks, BLOCK), LANES):
+        lanes += block
+    return float(folded(lanes[None], 1)[0, 0])
+
+
+def folded(rows: Sums, width: int) -> Sums:
+    """Rows folded in halves until they are so wide."""
+    while rows.shape[1] > width:
+        half = rows.shape[1] // 2
+        rows = rows[:, :half] + rows[:, half:]
+    return rows
 
 
 def lars_direction(
@@ -94,14 +100,12 @@ def lars_step(
         out[part] = direction * last[row]
 
 
-def lamb_moments(
+def adam_direction(
     w: Vector,
     g: Vector,
     m: Vector,
     v: Vector,
-    out: Vector,
-    bounds: npt.NDArray[np.int64],
-    decay: Vector,
+    decay: Any,
     scale: Any,
     b1: Any,
     c1: Any,
@@ -110,17 +114,40 @@ def lamb_moments(
     k1: Any,
     k2: Any,
     eps: Any,
+) -> Vector:
+    """Write m ← b1·m + c1·g and v ← b2·v + c2·g²; (m/k1)/(√(v/k2) + eps) + λw."""
+    scaled = g * scale
+    m[...] = b1 * m + c1 * scaled
+    v[...] = b2 * v + c2 * (scaled * scaled)
+    return (m / k1) / (np.sqrt(v / k2) + eps) + decay * w
+
+
+def lamb_moments(
+    w: Vector,
+    g: Vector,
+    m: Vector,
+    v: Vector,
+    out: Vector,
+    bounds: npt.NDArray[np.int64],
+    decay: Vector,
+    *numbers: Any,
 ) -> Sums:
-    """Write m ← b1·m + c1·g, v ← b2·v + c2·g² and out = (m/k1)/(√(v/k2) + eps) + λw; (k, 2) sums of w², out²."""
+    """:func:`adam_direction` of every tensor into ``out``; (k, 2) sums of the squares of w and out."""
     sums = np.empty((len(bounds), 2))
     for row, (lo, hi) in enumerate(bounds):
         part = slice(lo, hi)
-        scaled = g[part] * scale
-        m[part] = b1 * m[part] + c1 * scaled
-        v[part] = b2 * v[part] + c2 * (scaled * scaled)
-        out[part] = (m[part] / k1) / (np.sqrt(v[part] / k2) + eps) + decay[row] * w[part]
+        out[part] = adam_direction(w[part], g[part], m[part], v[part], decay[row], *numbers)
         sums[row] = sum_of_squares(w[part]), sum_of_squares(out[part])
     return sums
+
+
+def adam_step(
+    w: Vector, g: Vector, m: Vector, v: Vector, bounds: npt.NDArray[np.int64], decay: Vector, *numbers: Any
+) -> None:
+    """w ← w + :func:`adam_direction` · last, the last of the numbers."""
+    for row, (lo, hi) in enumerate(bounds):
+        part = slice(lo, hi)
+        w[part] += adam_direction(w[part], g[part], m[part], v[part], decay[row], *numbers[:-1]) * numbers[-1]
 
 
 def scaled(out: Vector, bounds: npt.NDArray[np.int64], factor: Vector, last: Any) -> None:
