@@ -350,23 +350,30 @@ def test_rice_escapes_long_quotients(kernels: ModuleType) -> None:
 
 def test_float16(kernels: ModuleType) -> None:
     words = kernels.to_half(np.array([70000, 65519, 1e-8, 0.1, -0.0], F32))
-    back = kernels.from_half(words)
+    back = np.zeros(5, F32)
+    kernels.add_half(words, back)
     assert back[0] == np.inf
     assert back[1:3].tolist() == [65504, 0]
     assert f"{back[3]:.7f}" == "0.0999756"
     assert words[4] == 0x8000
+    assert kernels.to_half(np.array([70000, -70000, 1], F32), True).tolist() == [0x7BFF, 0xFBFF, 0x3C00]
 
 
 def test_bfloat16(kernels: ModuleType) -> None:
     words = kernels.to_brain(np.array([0.1, 1.00390625, 1.01171875, 3.4e38], F32))
     assert words.tolist() == [0x3DCD, 0x3F80, 0x3F82, 0x7F80]
-    assert np.isnan(kernels.from_brain(kernels.to_brain(np.array([np.nan], F32))))[0]
+    assert kernels.to_brain(np.array([3.4e38, -3.4e38, 1], F32), True).tolist() == [0x7F7F, 0xFF7F, 0x3F80]
+    out = np.ones(2, F32)
+    kernels.add_brain(kernels.to_brain(np.array([np.nan, 1.01171875], F32)), out)
+    assert np.isnan(out[0])
+    assert out[1] == 2.015625
 
 
 def test_eight_bits_over_a_range(kernels: ModuleType) -> None:
     codes, scale, lower = kernels.range_codes(W0)
     assert codes.tolist() == [187, 85, 136, 255, 0, 119, 170, 102]
-    decoded = (codes + np.float64(lower)) / scale
+    decoded = np.zeros(8, F32)
+    kernels.add_range(codes, scale, lower, decoded)
     assert np.allclose(decoded, W0, atol=5e-7)  # the example claims six digits
 
 
@@ -389,14 +396,17 @@ def test_qsgd(kernels: ModuleType) -> None:
     key = half_decided_key(exact - np.floor(exact))
     codes = kernels.qsgd(W0, norms, 512, 4, key)
     assert codes.tolist() == [1, -1, 0, 3, -2, 0, 1, 0]
-    assert np.array_equal(kernels.qsgd_values(codes, norms, 512, 4), vector(".375 -.375 0 1.125 -.75 0 .375 0"))
+    out = np.zeros(8, F32)
+    kernels.add_levels(codes, norms, 512, 4, out)
+    assert np.array_equal(out, vector(".375 -.375 0 1.125 -.75 0 .375 0"))
 
 
 def test_natural(kernels: ModuleType) -> None:
     mantissas = np.frexp(np.abs(W0))[0] * 2 - 1
     key = half_decided_key(np.where(W0 == 0, 0, mantissas))
-    values = kernels.natural_values(kernels.natural(W0, key), kernels.pack_signs(W0))
-    assert np.array_equal(values, vector(".5 -.25 .125 1 -1 0 .25 -.125"))
+    out = np.zeros(8, F32)
+    kernels.add_natural(kernels.natural(W0, key), kernels.pack_signs(W0), out)
+    assert np.array_equal(out, vector(".5 -.25 .125 1 -1 0 .25 -.125"))
 
 
 # The compiled kernels against the reference
@@ -418,13 +428,18 @@ def test_compiled_streams_equal_the_reference(n: int) -> None:
     agree("largest_magnitude", r)
     agree("select_threshold", r, 0.5)
     agree("select_threshold", r, 0.0)
-    for name in ("to_half", "to_brain", "range_codes"):
+    if n:
+        agree("extremes", r)
+    codes = agree("range_codes", numbers(n, 3, 1e4))
+    agree("add_range", codes[0], codes[1] or 1.0, codes[2], r)
+    for name in ("to_half", "to_brain"):
         agree(name, numbers(n, 3, 1e4))
+        agree(name, np.where(np.arange(n) % 7 == 0, F32(-3.4e38), numbers(n, 3, 1e36)), True)
     agree("to_int8", r, 0.01)
-    agree("from_int8", np.arange(n).astype("i1"), 0.37)
+    agree("add_int8", np.arange(n).astype("i1"), 0.37, r)
     words = np.random.default_rng(n).integers(0, 1 << 16, n).astype("u2")
-    agree("from_brain", words)
-    agree("from_half", np.where((words & 0x7C00) == 0x7C00, 0, words).astype("u2"))
+    agree("add_brain", np.where((words & 0x7F80) == 0x7F80, 0, words).astype("u2"), r)
+    agree("add_half", np.where((words & 0x7C00) == 0x7C00, 0, words).astype("u2"), r)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -500,10 +515,10 @@ def test_compiled_rounding_at_random_equals_the_reference(n: int) -> None:
         norms = agree("bucket_norms", x, bucket)
         codes = agree("qsgd", x, norms, bucket, 127, 12345)
         agree("qsgd", x, norms, bucket, 1, 4294967295)
-        agree("qsgd_values", codes, norms, bucket, 127)
-    agree("natural", x, 99)
-    agree("ternary_words", x, 1.5, 2.0, 77)
-    agree("ternary_words", np.zeros(n, F32), 0.0, 0.0, 77)
+        agree("add_levels", codes, norms, bucket, 127, x)
+    agree("add_natural", agree("natural", x, 99), compression_reference.pack_signs(x), x)
+    agree("ternary", x, 1.5, 2.0, 77)
+    agree("ternary", np.zeros(n, F32), 0.0, 0.0, 77)
 
 
 @pytest.mark.parametrize("n", [1, 9, 5000, 70001])

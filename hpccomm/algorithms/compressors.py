@@ -293,21 +293,28 @@ def narrowed_values(vector: Vector, values: Values) -> npt.NDArray[Any]:
     """Finite elements as they are stored; what would round to infinity becomes the largest finite value."""
     if values is Values.F32:
         return vector
-    infinite = 0x7C00 if values is Values.F16 else 0x7F80
-    words: npt.NDArray[Any] = (kernels().to_half if values is Values.F16 else kernels().to_brain)(vector)
-    words[(words & 0x7FFF) == infinite] -= 1
-    return words
+    return (kernels().to_half if values is Values.F16 else kernels().to_brain)(vector, True)
 
 
-def widened_values(stored: npt.NDArray[Any], header: Header) -> Vector:
-    """Stored elements as float32."""
-    if header.values == Values.F16:
-        return kernels().from_half(stored)
-    if header.values == Values.BF16:
-        return kernels().from_brain(stored)
-    if header.values == Values.I8:
-        return kernels().from_int8(stored, header.scale)
-    return stored.astype(np.float32, copy=False)
+def add_stored(stored: npt.NDArray[Any], values: int, scale: float, out: Vector) -> None:
+    """Add elements as they are stored."""
+    if values == Values.F16:
+        kernels().add_half(stored, out)
+    elif values == Values.BF16:
+        kernels().add_brain(stored, out)
+    elif values == Values.I8:
+        kernels().add_int8(stored, scale, out)
+    else:
+        np.add(out, stored, out=out)
+
+
+def widened_values(stored: npt.NDArray[Any], values: int) -> Vector:
+    """Stored elements as float32; those of -0 as 0."""
+    if values == Values.F32:
+        return stored
+    out = np.zeros(stored.size, np.float32)
+    add_stored(stored, values, 0.0, out)
+    return out
 
 
 def write_half(values: Values) -> Callable[[Vector], Message]:
@@ -434,7 +441,7 @@ def topk(
         which = CODES_NAMED[code] if code != "auto" else Code.U32 if 32 * index.size < n else Code.BITMAP
         octets, parameter = ENCODERS[which](index, n)
         parts = [octets, narrow.astype(STORED[stored], copy=False)]
-        rest = chosen - widened_values(narrow, Header(0, stored, 0, 0, 0, 0, 0, 0))
+        rest = chosen - widened_values(narrow, stored)
         return message_of(Kind.SPARSE, n, parts, values=stored, code=which, parameter=parameter, count=index.size), rest
 
     def select(p: Vector, step: int) -> tuple[Indices, Vector]:
@@ -595,8 +602,8 @@ def ternary(clip: float | None = 2.5, seed: int = 0, scale: float | None = None)
             raise ArgumentError(
                 f"{name}: the scale {unit} is below the largest magnitude {limit}: agree on the maximum"
             )
-        words = kernels().ternary_words(vector, limit, unit, reference.key_of(seed, step))
-        return message_of(Kind.PAIRS, n, [kernels().pack_pairs(words, n)], count=words.size, scale=unit)
+        pairs, named = kernels().ternary(vector, limit, unit, reference.key_of(seed, step))
+        return message_of(Kind.PAIRS, n, [pairs], count=named, scale=unit)
 
     return Compressor(name, frozenset({Kind.PAIRS}), write)
 
@@ -837,16 +844,16 @@ def read_dense(header: Header, payload: Octets, who: str) -> Part:
         raise damaged(who, f"element type {header.values}")
     dtype = STORED[Values(header.values)]
     exactly(payload, header.n * dtype.itemsize, who)
-    return Part(add_dense, widened_values(section(payload, 0, header.n, dtype, who), header))
+    return Part(add_dense, (add_stored, (section(payload, 0, header.n, dtype, who), header.values, header.scale)))
 
 
 def read_range(header: Header, payload: Octets, who: str) -> Part:
-    """(code + lower)/scale, in float64."""
+    """Codes over a range."""
     exactly(payload, 8 + header.n, who)
     if header.n and not header.scale > 0:
         raise damaged(who, f"scale {header.scale}")
     lower = int(section(payload, 0, 1, "<i8", who)[0])
-    return Part(add_dense, ((payload[8:] + np.float64(lower)) / (header.scale or 1.0)).astype(np.float32))
+    return Part(add_dense, (kernels().add_range, (payload[8:], header.scale or 1.0, lower)))
 
 
 def read_words(header: Header, payload: Octets, who: str) -> Part:
@@ -887,7 +894,7 @@ def read_sparse(header: Header, payload: Octets, who: str) -> Part:
     index = DECODERS[Code(header.code)](payload[:begin], header)
     if index is None:
         raise damaged(who, f"indices out of range or order, or codes of other than {header.named} elements")
-    return Part(add_sparse, (index, widened_values(section(payload, begin, header.named, dtype, who), header)))
+    return Part(add_sparse, (index, widened_values(section(payload, begin, header.named, dtype, who), header.values)))
 
 
 def read_cells(header: Header, payload: Octets, who: str) -> Part:
@@ -918,9 +925,9 @@ def read_levels(header: Header, payload: Octets, who: str) -> Part:
     exactly(payload, 8 + 4 * buckets + header.n, who)
     norms = section(payload, 8, buckets, "<f4", who)
     codes = section(payload, 8 + 4 * buckets, header.n, "i1", who)
-    if not np.isfinite(norms).all() or (codes.astype("i2").__abs__() > header.parameter).any():
+    if not np.isfinite(norms).all() or max(codes.max(initial=0), -int(codes.min(initial=0))) > header.parameter:
         raise damaged(who, "a norm or a level out of range")
-    return Part(add_dense, kernels().qsgd_values(codes, norms, bucket, header.parameter))
+    return Part(add_dense, (kernels().add_levels, (codes, norms, bucket, header.parameter)))
 
 
 def read_natural(header: Header, payload: Octets, who: str) -> Part:
@@ -928,7 +935,7 @@ def read_natural(header: Header, payload: Octets, who: str) -> Part:
     exactly(payload, header.n + -(-header.n // 8), who)
     if (payload[: header.n] == 255).any():
         raise damaged(who, "an exponent of infinity")
-    return Part(add_dense, kernels().natural_values(payload[: header.n], payload[header.n :]))
+    return Part(add_dense, (kernels().add_natural, (payload[: header.n], payload[header.n :])))
 
 
 def read_low_rank(header: Header, payload: Octets, who: str) -> Part:
@@ -939,13 +946,14 @@ def read_low_rank(header: Header, payload: Octets, who: str) -> Part:
     exactly(payload, 24 + 4 * rank * (rows + columns), who)
     left = section(payload, 24, rows * rank, "<f4", who).reshape(rows, rank)
     right = section(payload, 24 + 4 * rows * rank, columns * rank, "<f4", who).reshape(columns, rank)
-    return Part(add_dense, np.ascontiguousarray(left @ right.T).reshape(-1)[: header.n])
+    product = np.ascontiguousarray(left @ right.T).reshape(-1)[: header.n]
+    return Part(add_dense, (add_stored, (product, Values.F32, 0.0)))
 
 
-def add_dense(contents: list[Vector], out: Vector) -> None:
-    """Add vectors."""
-    for each in contents:
-        np.add(out, each, out=out)
+def add_dense(contents: list[tuple[Callable[..., None], tuple[Any, ...]]], out: Vector) -> None:
+    """Add messages that speak of all elements, each by its own function."""
+    for add, content in contents:
+        add(*content, out)
 
 
 def add_words(contents: list[tuple[Indices, float]], out: Vector) -> None:

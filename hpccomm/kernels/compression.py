@@ -86,6 +86,13 @@ def density_threshold(residual: Vector, gradient: Vector | None, density: float,
     return reference.density_threshold(residual, gradient, density, step, ranked_magnitude)
 
 
+def sample(x: Vector, plan: reference.SamplePlan) -> Vector:
+    """:func:`reference.sample`."""
+    found = np.empty(plan.lines * reference.LINE, np.float32)
+    machine_code("sample")(at(x) + plan.start * x.itemsize, plan.stride, plan.lines, at(found))
+    return found
+
+
 def select_threshold(x: Vector, threshold: float) -> tuple[Indices, bool]:
     """:func:`reference.select_threshold`."""
     index = np.empty(x.size, np.uint32)
@@ -100,7 +107,8 @@ def keep_largest(values: Vector, k: int) -> npt.NDArray[np.bool_]:
 
 def select_largest(x: Vector, k: int, step: int = 0, least: float = 1.0) -> tuple[Indices, bool]:
     """:func:`reference.select_largest`."""
-    threshold = reference.sampled_threshold(x, k, step, ranked_magnitude)
+    plan = reference.sample_plan(x.size, k, step)
+    threshold = 0.0 if plan is None else ranked_magnitude(sample(x, plan), plan.rank)
     index, finite = select_threshold(x, threshold)
     if not finite:
         return index[:0], False
@@ -151,7 +159,7 @@ def sampled_velocity_threshold(
     plan = reference.sample_plan(gradient.size, k, step)
     if plan is None:
         return 0.0
-    g, u, v = (reference.sample(each, plan).copy() for each in (gradient, momentum, velocity))
+    g, u, v = (sample(each, plan) for each in (gradient, momentum, velocity))
     reference.accumulate(g, u, v, m, nesterov)
     return ranked_magnitude(v, plan.rank)
 
@@ -267,24 +275,14 @@ def bitmap_decode(octets: Octets, count: int, n: int) -> Indices | None:
 # Narrow elements
 
 
-def to_half(x: Vector) -> npt.NDArray[np.uint16]:
+def to_half(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
     """:func:`reference.to_half`."""
-    return converted("to_half", x, np.uint16)
+    return converted("to_half", x, np.uint16, finite)
 
 
-def from_half(words: npt.NDArray[np.uint16]) -> Vector:
-    """:func:`reference.from_half`."""
-    return converted("from_half", words, np.float32)
-
-
-def to_brain(x: Vector) -> npt.NDArray[np.uint16]:
+def to_brain(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
     """:func:`reference.to_brain`."""
-    return converted("to_brain", x, np.uint16)
-
-
-def from_brain(words: npt.NDArray[np.uint16]) -> Vector:
-    """:func:`reference.from_brain`."""
-    return converted("from_brain", words, np.float32)
+    return converted("to_brain", x, np.uint16, finite)
 
 
 def to_int8(x: Vector, unit: float) -> npt.NDArray[np.int8]:
@@ -292,22 +290,44 @@ def to_int8(x: Vector, unit: float) -> npt.NDArray[np.int8]:
     return converted("to_int8", x, np.int8, unit) if unit else np.zeros(x.size, np.int8)
 
 
-def from_int8(codes: npt.NDArray[np.int8], unit: float) -> Vector:
-    """:func:`reference.from_int8`."""
-    return converted("from_int8", codes, np.float32, unit)
-
-
-def converted(loop: str, x: npt.NDArray[Any], dtype: npt.DTypeLike, *numbers: float) -> npt.NDArray[Any]:
+def converted(loop: str, x: Vector, dtype: npt.DTypeLike, *numbers: float) -> npt.NDArray[Any]:
     """Each element made into another."""
     out = np.empty(x.size, dtype)
     machine_code(loop)(at(x), *numbers, at(out), x.size)
     return out
 
 
+def add_half(words: npt.NDArray[np.uint16], out: Vector) -> None:
+    """:func:`reference.add_half`."""
+    machine_code("add_half")(at(words), at(out), out.size)
+
+
+def add_brain(words: npt.NDArray[np.uint16], out: Vector) -> None:
+    """:func:`reference.add_brain`."""
+    machine_code("add_brain")(at(words), at(out), out.size)
+
+
+def add_int8(codes: npt.NDArray[np.int8], unit: float, out: Vector) -> None:
+    """:func:`reference.add_int8`."""
+    machine_code("add_int8")(at(codes), unit, at(out), out.size)
+
+
+def extremes(x: Vector) -> tuple[float, float]:
+    """:func:`reference.extremes`."""
+    found = np.empty(2, np.float32)
+    machine_code("extremes")(at(x), at(found), x.size)
+    return float(found[0]), float(found[1])
+
+
 def range_codes(x: Vector) -> tuple[Octets, float, int]:
     """:func:`reference.range_codes`."""
-    scale, upper = reference.range_of(x)
+    scale, upper = reference.range_of(*extremes(x)) if x.size else (0.0, 0.0)
     return converted("range_codes", x, np.uint8, scale, upper), scale, int(upper) - 255
+
+
+def add_range(codes: Octets, scale: float, lower: int, out: Vector) -> None:
+    """:func:`reference.add_range`."""
+    machine_code("add_range")(at(codes), scale, lower, at(out), out.size)
 
 
 # Randomised rounding
@@ -327,18 +347,22 @@ def qsgd(x: Vector, norms: Vector, bucket: int, levels: int, key: int) -> npt.ND
     return codes
 
 
+def add_levels(codes: npt.NDArray[np.int8], norms: Vector, bucket: int, levels: int, out: Vector) -> None:
+    """:func:`reference.add_levels`."""
+    machine_code("add_levels")(at(codes), at(norms), bucket, levels, at(out), out.size)
+
+
 def natural(x: Vector, key: int) -> Octets:
     """:func:`reference.natural`."""
     return converted("natural", x, np.uint8, key)
 
 
-def ternary_words(x: Vector, clip: float, scale: float, key: int) -> Indices:
-    """:func:`reference.ternary_words`."""
-    words = np.empty(x.size, np.uint32)
-    return words[: machine_code("ternary_words")(at(x), clip, scale, key, at(words), x.size)].copy()
+def add_natural(exponents: Octets, bits: Octets, out: Vector) -> None:
+    """:func:`reference.add_natural`."""
+    machine_code("add_natural")(at(exponents), at(bits), at(out), out.size)
 
 
-# As quick in NumPy
-
-qsgd_values = reference.qsgd_values
-natural_values = reference.natural_values
+def ternary(x: Vector, clip: float, scale: float, key: int) -> tuple[Octets, int]:
+    """:func:`reference.ternary`."""
+    pairs = np.empty(4 * -(-x.size // 16), np.uint8)
+    return pairs, int(machine_code("ternary")(at(x), clip, scale, key, at(pairs), x.size))

@@ -20,24 +20,31 @@ from numba.extending import register_jitable
 from hpccomm.kernels import folds, vectors
 from hpccomm.kernels.atomics import bits, element, float_of, set_element
 from hpccomm.kernels.compiled import jit, kept
-from hpccomm.kernels.compression_reference import LANES, LEAST_NORM, LONGEST_QUOTIENT
+from hpccomm.kernels.compression_reference import LEAST_NORM, LONGEST_QUOTIENT
 from hpccomm.kernels.vectors import (
     at_least,
     choose,
     doubles,
     floats,
+    folded,
     halves,
     load,
     load_bits,
+    load_mask,
     longs,
+    lower,
     lowest,
     magnitude,
     nearest,
+    no_doubles,
     octets,
+    ones,
     signed_octets,
     splat,
     store,
     store_bits,
+    turn_line,
+    upper,
     words,
 )
 
@@ -265,6 +272,12 @@ def momentum_select(gradient, momentum, velocity, m, threshold, nesterov, clear,
     return ~count if odd else count
 
 
+@loop("void(int64, int64, int64, int64)")
+def sample(x, stride, lines, to):
+    for j in range(lines):
+        store(to + 64 * j, load(x + 4 * j * stride))
+
+
 @loop("float64(int64, int64, int64)")
 def ranked_magnitude(x, n, rank):
     """Find the magnitude of a rank by its bits, 11, 10 and 10 at a time from the highest."""
@@ -310,66 +323,103 @@ def add_words(found, count, tau, out):
         to[word >> U32(1)] += -tau if word & U32(1) else tau
 
 
-# Sums in lanes
+# Sums: element i goes to lane i modulo 64, eight vectors of eight lanes
 
 
 @register_jitable
-def folded(lanes):
-    """Halves of the lanes are added until one is left."""
-    half = LANES // 2
-    while half:
-        for j in range(half):
-            lanes[j] += lanes[half + j]
-        half //= 2
-    return lanes[0]
+def joined(a, b, c, d, e, f, g, h):
+    """The sum of all lanes, by halves."""
+    return folded(((a + e) + (c + g)) + ((b + f) + (d + h)))
+
+
+@register_jitable
+def rest_of(residual, gradient, begin, n, to):
+    """The last, incomplete group of residual + gradient, filled up with zeros."""
+    for j in range(GROUP):
+        to[j] = sum_at(residual, gradient, begin + j) if begin + j < n else F32(0)
 
 
 @loop("float64(int64, int64, int64)")
 def sum_magnitudes(residual, gradient, n):
-    lanes = np.zeros(LANES)
-    for i in range(0, n, LANES):
-        m = min(LANES, n - i)
-        a = carray(floats(residual + 4 * i), m)
-        if gradient:
-            b = carray(floats(gradient + 4 * i), m)
-            for j in range(m):
-                lanes[j] += F64(abs(a[j] + b[j]))
-        else:
-            for j in range(m):
-                lanes[j] += F64(abs(a[j]))
-    return folded(lanes)
+    tail = np.empty(GROUP, np.float32)
+    a = b = c = d = e = f = g = h = no_doubles()
+    for i in range(0, n, GROUP):
+        first, second = residual + 4 * i, gradient + 4 * i if gradient else 0
+        if i + GROUP > n:
+            rest_of(residual, gradient, i, n, tail)
+            first, second = tail.ctypes.data, 0
+        p, q = magnitude(sum_from(first, second, 0)), magnitude(sum_from(first, second, 16))
+        r, s = magnitude(sum_from(first, second, 32)), magnitude(sum_from(first, second, 48))
+        a, b, c, d = a + lower(p), b + upper(p), c + lower(q), d + upper(q)
+        e, f, g, h = e + lower(r), f + upper(r), g + lower(s), h + upper(s)
+    return joined(a, b, c, d, e, f, g, h)
 
 
 @loop("int64(int64, int64, int64, int64)")
 def sum_by_sign(residual, gradient, sums, n):
-    plus, minus = np.zeros(LANES), np.zeros(LANES)
+    tail = np.empty(GROUP, np.float32)
+    zero = splat(F32(0))
     count = 0
-    for i in range(0, n, LANES):
-        m = min(LANES, n - i)
-        a = carray(floats(residual + 4 * i), m)
-        for j in range(m):
-            p = a[j]
-            if gradient:
-                p += floats(gradient)[i + j]
-            above = p >= 0
-            plus[j] += F64(p if above else F32(0))
-            minus[j] += F64(F32(0) if above else p)
-            count += above
-    doubles(sums)[0], doubles(sums)[1] = folded(plus), folded(minus)
+    a = b = c = d = e = f = g = h = no_doubles()
+    k = l = m = o = t = u = v = w = no_doubles()  # noqa: E741
+    for i in range(0, n, GROUP):
+        first, second = residual + 4 * i, gradient + 4 * i if gradient else 0
+        if i + GROUP > n:
+            rest_of(residual, gradient, i, n, tail)
+            first, second = tail.ctypes.data, 0
+            count -= i + GROUP - n
+        p, q = sum_from(first, second, 0), sum_from(first, second, 16)
+        r, s = sum_from(first, second, 32), sum_from(first, second, 48)
+        mp, mq, mr, ms = at_least(p, zero), at_least(q, zero), at_least(r, zero), at_least(s, zero)
+        count += ones(mp | mq << U64(16) | mr << U64(32) | ms << U64(48))
+        x, y = choose(mp, p, zero), choose(mq, q, zero)
+        a, b, c, d = a + lower(x), b + upper(x), c + lower(y), d + upper(y)
+        x, y = choose(mr, r, zero), choose(ms, s, zero)
+        e, f, g, h = e + lower(x), f + upper(x), g + lower(y), h + upper(y)
+        x, y = choose(mp, zero, p), choose(mq, zero, q)
+        k, l, m, o = k + lower(x), l + upper(x), m + lower(y), o + upper(y)  # noqa: E741
+        x, y = choose(mr, zero, r), choose(ms, zero, s)
+        t, u, v, w = t + lower(x), u + upper(x), v + lower(y), w + upper(y)
+    doubles(sums)[0], doubles(sums)[1] = joined(a, b, c, d, e, f, g, h), joined(k, l, m, o, t, u, v, w)
     return count
+
+
+@register_jitable
+def sum_squares(x, n, tail):
+    """Σ x²."""
+    a = b = c = d = e = f = g = h = no_doubles()
+    for i in range(0, n, GROUP):
+        at = x + 4 * i
+        if i + GROUP > n:
+            rest_of(x, 0, i, n, tail)
+            at = tail.ctypes.data
+        p, q, r, s = load(at), load(at + 64), load(at + 128), load(at + 192)
+        a, b, c, d = a + lower(p) * lower(p), b + upper(p) * upper(p), c + lower(q) * lower(q), d + upper(q) * upper(q)
+        e, f, g, h = e + lower(r) * lower(r), f + upper(r) * upper(r), g + lower(s) * lower(s), h + upper(s) * upper(s)
+    return joined(a, b, c, d, e, f, g, h)
 
 
 @loop("void(int64, int64, int64)")
 def moments(x, sums, n):
-    first, second = np.zeros(LANES), np.zeros(LANES)
-    for i in range(0, n, LANES):
-        m = min(LANES, n - i)
-        a = carray(floats(x + 4 * i), m)
-        for j in range(m):
-            value = F64(a[j])
-            first[j] += value
-            second[j] += value * value
-    doubles(sums)[0], doubles(sums)[1] = folded(first), folded(second)
+    tail = np.empty(GROUP, np.float32)
+    a = b = c = d = e = f = g = h = no_doubles()
+    for i in range(0, n, GROUP):
+        at = x + 4 * i
+        if i + GROUP > n:
+            rest_of(x, 0, i, n, tail)
+            at = tail.ctypes.data
+        p, q, r, s = load(at), load(at + 64), load(at + 128), load(at + 192)
+        a, b, c, d = a + lower(p), b + upper(p), c + lower(q), d + upper(q)
+        e, f, g, h = e + lower(r), f + upper(r), g + lower(s), h + upper(s)
+    doubles(sums)[0], doubles(sums)[1] = joined(a, b, c, d, e, f, g, h), sum_squares(x, n, tail)
+
+
+@loop("void(int64, int64, int64, int64)")
+def bucket_norms(x, bucket, to, n):
+    tail = np.empty(GROUP, np.float32)
+    for number in range((n + bucket - 1) // bucket):
+        begin = number * bucket
+        floats(to)[number] = F32(np.sqrt(sum_squares(x + 4 * begin, min(bucket, n - begin), tail)))
 
 
 # One bit
@@ -415,23 +465,41 @@ def pack_signs_feedback(residual, gradient, out, plus, minus, to, n):
         floats(out)[i] = p - (plus if p >= 0 else minus)
 
 
+LINE = 512
+"""Elements that 64 bytes of bits speak of."""
+
+
 @loop("void(int64, int64, int64, int64, int64, int64)")
 def add_signs(addresses, plus, minus, k, out, n):
-    end = whole(n)
-    for i in range(0, end, GROUP):
-        at = out + 4 * i
-        a, b, c, d = load(at), load(at + 64), load(at + 128), load(at + 192)
+    turned = np.empty(64 * k, np.uint8)
+    masks = turned.ctypes.data
+    end = n - n % LINE
+    for begin in range(0, end, LINE):
         for j in range(k):
-            mask = load_bits(longs(addresses)[j] + i // 8)
-            high, low = splat(floats(plus)[j]), splat(floats(minus)[j])
-            a = a + choose(mask, high, low)
-            b = b + choose(mask >> U64(16), high, low)
-            c = c + choose(mask >> U64(32), high, low)
-            d = d + choose(mask >> U64(48), high, low)
-        store(at, a)
-        store(at + 64, b)
-        store(at + 128, c)
-        store(at + 192, d)
+            turn_line(longs(addresses)[j] + begin // 8, masks + 64 * j)
+        for part in range(0, LINE, 128):
+            at = out + 4 * (begin + part)
+            a, b, c, d = load(at), load(at + 64), load(at + 128), load(at + 192)
+            e, f, g, h = load(at + 256), load(at + 320), load(at + 384), load(at + 448)
+            for j in range(k):
+                mask = masks + 64 * j + part // 8
+                high, low = splat(floats(plus)[j]), splat(floats(minus)[j])
+                a = a + choose(load_mask(mask), high, low)
+                b = b + choose(load_mask(mask + 2), high, low)
+                c = c + choose(load_mask(mask + 4), high, low)
+                d = d + choose(load_mask(mask + 6), high, low)
+                e = e + choose(load_mask(mask + 8), high, low)
+                f = f + choose(load_mask(mask + 10), high, low)
+                g = g + choose(load_mask(mask + 12), high, low)
+                h = h + choose(load_mask(mask + 14), high, low)
+            store(at, a)
+            store(at + 64, b)
+            store(at + 128, c)
+            store(at + 192, d)
+            store(at + 256, e)
+            store(at + 320, f)
+            store(at + 384, g)
+            store(at + 448, h)
     for i in range(end, n):
         total = floats(out)[i]
         for j in range(k):
@@ -634,17 +702,20 @@ def bitmap_encode(index, count, to):
 @loop("int64(int64, int64, int64, int64, int64)")
 def bitmap_decode(source, nbytes, count, n, found):
     seen = 0
-    for j in range(nbytes):
-        octet = octets(source)[j]
-        if octet == 0:
-            continue
-        for part in range(8):
-            if octet >> (7 - part) & 1:
-                i = 8 * j + part
-                if i >= n or seen == count:
-                    return 0
-                words(found)[seen] = U32(i)
-                seen += 1
+    for j in range(0, nbytes, 8):
+        mask = U64(0)
+        if j + 8 <= nbytes:
+            mask = load_bits(source + j)
+        else:
+            for i in range(8 * j, 8 * nbytes):
+                mask |= U64(bit_at(octets(source), i)) << U64(i - 8 * j)
+        while mask:
+            i = 8 * j + lowest(mask)
+            if i >= n or seen == count:
+                return 0
+            words(found)[seen] = U32(i)
+            seen += 1
+            mask &= mask - U64(1)
     return 1 if seen == count else 0
 
 
@@ -654,32 +725,41 @@ _half_read, _half_write = folds.STORED["f2"][1:]
 _brain_read, _brain_write = folds.STORED["bf16"][1:]
 
 
-@loop("void(int64, int64, int64)")
-def to_half(x, to, n):
+@register_jitable
+def kept_finite(word, infinity):
+    """The largest finite value in place of infinity."""
+    magnitude = np.uint16(word & np.uint16(0x7FFF))
+    return np.uint16(word - np.uint16(1)) if magnitude == infinity else np.uint16(word)
+
+
+@loop("void(int64, int64, int64, int64)")
+def to_half(x, finite, to, n):
     a, b = floats(x), halves(to)
+    infinity = np.uint16(0x7C00) if finite else np.uint16(0xFFFF)
     for i in range(n):
-        set_element(b, i, _half_write(element(a, i)))
+        set_element(b, i, kept_finite(np.uint16(_half_write(element(a, i))), infinity))
 
 
-@loop("void(int64, int64, int64)")
-def from_half(x, to, n):
-    a, b = halves(x), floats(to)
-    for i in range(n):
-        set_element(b, i, _half_read(element(a, i)))
-
-
-@loop("void(int64, int64, int64)")
-def to_brain(x, to, n):
+@loop("void(int64, int64, int64, int64)")
+def to_brain(x, finite, to, n):
     a, b = floats(x), halves(to)
+    infinity = np.uint16(0x7F80) if finite else np.uint16(0xFFFF)
     for i in range(n):
-        set_element(b, i, _brain_write(element(a, i)))
+        set_element(b, i, kept_finite(np.uint16(_brain_write(element(a, i))), infinity))
 
 
 @loop("void(int64, int64, int64)")
-def from_brain(x, to, n):
-    a, b = halves(x), floats(to)
+def add_half(x, out, n):
+    a, b = halves(x), floats(out)
     for i in range(n):
-        set_element(b, i, _brain_read(element(a, i)))
+        set_element(b, i, b[i] + _half_read(element(a, i)))
+
+
+@loop("void(int64, int64, int64)")
+def add_brain(x, out, n):
+    a, b = halves(x), floats(out)
+    for i in range(n):
+        set_element(b, i, b[i] + _brain_read(element(a, i)))
 
 
 @loop("void(int64, float32, int64, int64)")
@@ -690,19 +770,57 @@ def to_int8(x, unit, to, n):
 
 
 @loop("void(int64, float32, int64, int64)")
-def from_int8(codes, unit, to, n):
-    a, b = signed_octets(codes), floats(to)
+def add_int8(codes, unit, out, n):
+    a, b = signed_octets(codes), floats(out)
     for i in range(n):
-        set_element(b, i, F32(element(a, i)) * unit)
+        set_element(b, i, b[i] + F32(element(a, i)) * unit)
+
+
+@loop("void(int64, int64, int64)")
+def extremes(x, found, n):
+    low = high = floats(x)[0]
+    end = whole(n)
+    if end:
+        a = b = c = d = e = f = g = h = splat(low)
+        for i in range(0, end, GROUP):
+            at = x + 4 * i
+            p, q, r, s = load(at), load(at + 64), load(at + 128), load(at + 192)
+            a, b, c, d = smaller(a, p), smaller(b, q), smaller(c, r), smaller(d, s)
+            e, f, g, h = larger(e, p), larger(f, q), larger(g, r), larger(h, s)
+        least, most = smaller(smaller(a, b), smaller(c, d)), larger(larger(e, f), larger(g, h))
+        lanes = np.empty(32, np.float32)
+        store(lanes.ctypes.data, least)
+        store(lanes.ctypes.data + 64, most)
+        low, high = lanes[:16].min(), lanes[16:].max()
+    for i in range(end, n):
+        low, high = min(low, floats(x)[i]), max(high, floats(x)[i])
+    floats(found)[0], floats(found)[1] = low, high
+
+
+@register_jitable
+def smaller(a, b):
+    return choose(at_least(b, a), a, b)
+
+
+@register_jitable
+def larger(a, b):
+    return choose(at_least(a, b), a, b)
 
 
 @loop("void(int64, float32, float32, int64, int64)")
-def range_codes(x, scale, upper, to, n):
+def range_codes(x, scale, most, to, n):
     a, b = floats(x), octets(to)
-    lower = upper - F32(255)
+    least = most - F32(255)
     for i in range(n):
-        code = min(nearest(element(a, i) * scale), upper) - lower
+        code = min(nearest(element(a, i) * scale), most) - least
         set_element(b, i, np.uint8(np.int32(max(F32(0), min(F32(255), code)))))
+
+
+@loop("void(int64, float64, float64, int64, int64)")
+def add_range(codes, scale, least, out, n):
+    a, b = octets(codes), floats(out)
+    for i in range(n):
+        set_element(b, i, b[i] + F32((F64(element(a, i)) + least) / scale))
 
 
 # Randomised rounding
@@ -716,20 +834,6 @@ def uniform(i, key):
     word = U32(U32(word ^ (word >> U32(15))) * U32(0x846CA68B))
     word = U32(word ^ (word >> U32(16)))
     return F32(word >> U32(8)) * F32(2.0**-24)
-
-
-@loop("void(int64, int64, int64, int64)")
-def bucket_norms(x, bucket, to, n):
-    lanes = np.zeros(LANES)
-    for number in range((n + bucket - 1) // bucket):
-        begin = number * bucket
-        end = min(n, begin + bucket)
-        lanes[:] = 0
-        for i in range(begin, end, LANES):
-            for j in range(min(LANES, end - i)):
-                value = F64(floats(x)[i + j])
-                lanes[j] += value * value
-        floats(to)[number] = F32(np.sqrt(folded(lanes)))
 
 
 @loop("void(int64, int64, int64, int64, uint32, int64, int64)")
@@ -759,12 +863,44 @@ def natural(x, key, to, n):
         set_element(b, i, np.uint8(min(exponent, U32(254))))
 
 
+@loop("void(int64, int64, int64, int64, int64, int64)")
+def add_levels(codes, norms, bucket, levels, out, n):
+    a, b = signed_octets(codes), floats(out)
+    for number in range((n + bucket - 1) // bucket):
+        unit = floats(norms)[number] / F32(levels)
+        for i in range(number * bucket, min(n, (number + 1) * bucket)):
+            set_element(b, i, b[i] + F32(element(a, i)) * unit)
+
+
+@loop("void(int64, int64, int64, int64)")
+def add_natural(exponents, signs, out, n):
+    minus = np.empty(GROUP, np.uint32)
+    b = floats(out)
+    for begin in range(0, n, GROUP):
+        end = min(GROUP, n - begin)
+        for j in range(end):
+            octet = octets(signs)[(begin + j) >> 3]
+            minus[j] = U32(U32(~octet >> (7 - (j & 7))) & U32(1)) << U32(31)
+        for j in range(end):
+            power = U32(U32(octets(exponents)[begin + j]) << U32(23))
+            b[begin + j] += float_of(U32(power | minus[j]))
+
+
 @loop("int64(int64, float32, float32, uint32, int64, int64)")
-def ternary_words(x, clip, scale, key, found, n):
+def ternary(x, clip, scale, key, to, n):
+    codes = np.zeros(GROUP, np.uint8)
+    four = codes.view(np.uint32)
     count = 0
-    for i in range(n):
-        value = floats(x)[i]
-        if uniform(i, key) * scale < min(abs(value), clip):
-            words(found)[count] = U32(i << 1) | U32(1 if value < 0 else 0)
-            count += 1
+    for begin in range(0, n, GROUP):
+        end = min(GROUP, n - begin)
+        for j in range(end):
+            value = floats(x)[begin + j]
+            kept = uniform(begin + j, key) * scale < min(abs(value), clip)
+            code = np.uint8(2) if value < 0 else np.uint8(3)
+            codes[j] = code if kept else np.uint8(0)
+        codes[end:] = 0
+        for j in range(GROUP):
+            count += codes[j] >> 1
+        for j in range((end + 15) // 16 * 4):
+            octets(to)[begin // 4 + j] = np.uint8(U32(four[j] * U32(0x40100401)) >> U32(24))
     return count

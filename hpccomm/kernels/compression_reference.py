@@ -26,7 +26,7 @@ Indices = npt.NDArray[np.uint32]
 Octets = npt.NDArray[np.uint8]
 F32 = np.float32
 
-LANES = 1024
+LANES = 64
 """Partial sums of :func:`lane_sum`; a power of two."""
 LINE = 16
 """Elements that are sampled together: one cache line."""
@@ -116,14 +116,14 @@ class SamplePlan(NamedTuple):
 
 
 def sample_plan(n: int, k: int, step: int) -> SamplePlan | None:
-    """About 1 % of the elements, at least 2^14; None where the whole vector is as quick (n < 2^16 or k > n/8).
+    """About 0.25 % of the elements, at least 2^14; None where the whole vector is as quick (n < 2^16 or k > n/8).
 
     The rank lies so that more than k elements pass in all likelihood: three standard deviations above the expected
     number, as if the sampled elements were independent.  ``step`` moves the start.
     """
     if n < 1 << 16 or k > n // 8:
         return None
-    lines = max(1 << 10, n // (100 * LINE))
+    lines = max(1 << 10, n // (400 * LINE))
     stride = n // lines
     expected = k * lines * LINE / n
     rank = math.ceil(expected + 3 * math.sqrt(expected) + 3)
@@ -148,10 +148,10 @@ Ranked = Callable[[Vector, int], float]
 Select = Callable[[Vector, float], tuple[Indices, bool]]
 
 
-def sampled_threshold(x: Vector, k: int, step: int, ranked: Ranked = ranked_magnitude) -> float:
+def sampled_threshold(x: Vector, k: int, step: int) -> float:
     """A threshold that more than k elements reach in all likelihood; 0 where sampling does not pay."""
     plan = sample_plan(x.size, k, step)
-    return 0.0 if plan is None else ranked(sample(x, plan), plan.rank)
+    return 0.0 if plan is None else ranked_magnitude(sample(x, plan), plan.rank)
 
 
 def select_threshold(x: Vector, threshold: float) -> tuple[Indices, bool]:
@@ -246,7 +246,7 @@ def density_threshold(
 ) -> float:
     """The magnitude that about ``density`` of the elements of residual + gradient reach; 0 if there is none but 0.
 
-    Of a large vector about 1 % is looked at, at least 2^14 elements.
+    Of a large vector about 0.25 % is looked at, at least 2^14 elements.
     """
     n = residual.size
     plan = sample_plan(n, max(1, math.ceil(density * n)), step)
@@ -455,27 +455,34 @@ def bitmap_decode(octets: Octets, count: int, n: int) -> Indices | None:
 # Narrow elements
 
 
-def to_half(x: Vector) -> npt.NDArray[np.uint16]:
-    """float16, to nearest even, as its bits; beyond its range infinite."""
+def to_half(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
+    """float16, to nearest even, as its bits; beyond its range infinite, or with ``finite`` its largest value."""
     with np.errstate(all="ignore"):
-        return x.astype("f2").view("u2")
+        words = x.astype("f2").view("u2")
+    return kept_finite(words, 0x7C00) if finite else words
 
 
-def from_half(words: npt.NDArray[np.uint16]) -> Vector:
-    """float32 of float16."""
-    return words.view("f2").astype("f4")
-
-
-def to_brain(x: Vector) -> npt.NDArray[np.uint16]:
-    """bfloat16, to nearest even, as its bits; a NaN stays one, quiet."""
+def to_brain(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
+    """bfloat16, to nearest even, as its bits; a NaN stays one, quiet; ``finite`` as for :func:`to_half`."""
     word = x.view("u4")
     rounded = (word + np.uint32(0x7FFF) + ((word >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), (word >> 16) | 0x40, rounded).astype("u2")
+    words = np.where(np.isnan(x), (word >> 16) | 0x40, rounded).astype("u2")
+    return kept_finite(words, 0x7F80) if finite else words
 
 
-def from_brain(words: npt.NDArray[np.uint16]) -> Vector:
-    """float32 of bfloat16."""
-    return (words.astype("u4") << 16).view("f4")
+def kept_finite(words: npt.NDArray[np.uint16], infinity: int) -> npt.NDArray[np.uint16]:
+    """The largest finite value in place of infinity; not for NaN."""
+    return words - ((words & 0x7FFF) == infinity)
+
+
+def add_half(words: npt.NDArray[np.uint16], out: Vector) -> None:
+    """Add float16."""
+    out += words.view("f2").astype("f4")
+
+
+def add_brain(words: npt.NDArray[np.uint16], out: Vector) -> None:
+    """Add bfloat16."""
+    out += (words.astype("u4") << 16).view("f4")
 
 
 def to_int8(x: Vector, unit: float) -> npt.NDArray[np.int8]:
@@ -485,9 +492,14 @@ def to_int8(x: Vector, unit: float) -> npt.NDArray[np.int8]:
     return np.clip(np.rint(x / F32(unit)), -127, 127).astype("i1")
 
 
-def from_int8(codes: npt.NDArray[np.int8], unit: float) -> Vector:
-    """code · unit."""
-    return codes.astype("f4") * F32(unit)
+def add_int8(codes: npt.NDArray[np.int8], unit: float, out: Vector) -> None:
+    """Add code · unit."""
+    out += codes.astype("f4") * F32(unit)
+
+
+def extremes(x: Vector) -> tuple[float, float]:
+    """The least and the largest element; not for NaN."""
+    return float(x.min()), float(x.max())
 
 
 def range_codes(x: Vector) -> tuple[Octets, float, int]:
@@ -496,19 +508,22 @@ def range_codes(x: Vector) -> tuple[Octets, float, int]:
     scale = 255/(max − min + 1e-7) in float32, code = min(round(x·scale), upper) − lower with upper = round(max·scale),
     lower = upper − 255.
     """
-    scale, upper = range_of(x)
+    scale, upper = range_of(*extremes(x)) if x.size else (0.0, 0.0)
     codes = np.minimum(np.rint(x * F32(scale)), F32(upper)) - (F32(upper) - F32(255))
     return np.clip(codes, 0, 255).astype("u1"), scale, int(upper) - 255
 
 
-def range_of(x: Vector) -> tuple[float, float]:
-    """Scale and upper of :func:`range_codes`; a vector that spans more than float32 holds has scale 0."""
-    if not x.size:
-        return 0.0, 0.0
-    with np.errstate(over="ignore"):
-        scale = F32(255) / (x.max() - x.min() + F32(1e-7))
-        upper = np.rint(x.max() * scale)
+def range_of(least: float, most: float) -> tuple[float, float]:
+    """Scale and upper of :func:`range_codes`; scale 0 where float32 does not hold what they come to."""
+    with np.errstate(all="ignore"):
+        scale = F32(255) / (F32(most) - F32(least) + F32(1e-7))
+        upper = np.rint(F32(most) * scale)
     return (float(scale), float(upper)) if np.isfinite(upper) else (0.0, 0.0)
+
+
+def add_range(codes: Octets, scale: float, lower: int, out: Vector) -> None:
+    """Add (code + lower)/scale, computed in float64."""
+    out += ((codes + np.float64(lower)) / scale).astype("f4")
 
 
 # Randomised rounding
@@ -561,10 +576,10 @@ def qsgd(x: Vector, norms: Vector, bucket: int, levels: int, key: int) -> npt.ND
     return qsgd_levels(x, norms, bucket, levels, uniforms(key, x.size))
 
 
-def qsgd_values(codes: npt.NDArray[np.int8], norms: Vector, bucket: int, levels: int) -> Vector:
-    """level · (norm/s)."""
+def add_levels(codes: npt.NDArray[np.int8], norms: Vector, bucket: int, levels: int, out: Vector) -> None:
+    """Add level · (norm/s)."""
     unit = norms / F32(levels)
-    return codes.astype("f4") * np.repeat(unit, bucket)[: codes.size]
+    out += codes.astype("f4") * np.repeat(unit, bucket)[: codes.size]
 
 
 def natural_exponents(x: Vector, uniform: Vector) -> Octets:
@@ -583,15 +598,18 @@ def natural(x: Vector, key: int) -> Octets:
     return natural_exponents(x, uniforms(key, x.size))
 
 
-def natural_values(exponents: Octets, bits: Octets) -> Vector:
-    """±2^(exponent − 127); the bits are those of :func:`pack_signs`."""
+def add_natural(exponents: Octets, bits: Octets, out: Vector) -> None:
+    """Add ±2^(exponent − 127); the bits are those of :func:`pack_signs`."""
     above = np.unpackbits(bits, count=exponents.size).astype("u4")
-    return (exponents.astype("u4") << 23 | (1 - above) << 31).astype("u4").view("f4")
+    out += (exponents.astype("u4") << 23 | (1 - above) << 31).astype("u4").view("f4")
 
 
-def ternary_words(x: Vector, clip: float, scale: float, key: int) -> Indices:
-    """TernGrad (Wen et al., NIPS 2017): words of the elements kept, each with probability min(\\|x\\|, clip)/scale."""
+def ternary(x: Vector, clip: float, scale: float, key: int) -> tuple[Octets, int]:
+    """TernGrad (Wen et al., NIPS 2017): pairs of the elements kept, each with probability min(\\|x\\|, clip)/scale.
+
+    Also how many are kept.
+    """
     magnitude = np.minimum(np.abs(x), F32(clip))
     kept = uniforms(key, x.size) * F32(scale) < magnitude
     index = np.flatnonzero(kept).astype("u4")
-    return index << np.uint32(1) | (x[index] < 0)
+    return pack_pairs(index << np.uint32(1) | (x[index] < 0), x.size), index.size

@@ -1,4 +1,4 @@
-"""Sixteen float32 at once, as a type of Numba: intrinsics for the loops of :mod:`hpccomm.kernels.compression_loops`.
+"""Vectors of sixteen float32 and of eight float64 as types of Numba, for :mod:`hpccomm.kernels.compression_loops`.
 
 A comparison gives a mask, a uint64 whose bit j speaks of lane j.  LLVM makes of it what the processor has: one
 instruction with AVX-512, several elsewhere.
@@ -18,27 +18,31 @@ from numba.extending import intrinsic, overload
 from hpccomm.kernels.atomics import I8, I64, external, pointer
 
 LANES = 16
-VECTOR = ir.VectorType(ir.FloatType(), LANES)
+SINGLES = ir.VectorType(ir.FloatType(), LANES)
+DOUBLES = ir.VectorType(ir.DoubleType(), LANES // 2)
 MASK = ir.VectorType(ir.IntType(1), LANES)
 BITS = ir.IntType(LANES)
+LINE = ir.VectorType(I8, 64)
 
 
-class Float32x16(types.Type):  # type: ignore[misc]
-    """Sixteen float32 in a register."""
+class Vector(types.Type):  # type: ignore[misc]
+    """Several numbers in a register."""
 
-    def __init__(self) -> None:
-        super().__init__(name="float32x16")
-
-
-float32x16 = Float32x16()
+    def __init__(self, name: str, stored: Any) -> None:
+        super().__init__(name=name)
+        self.stored = stored
 
 
-@register_default(Float32x16)
-class Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]
+float32x16 = Vector("float32x16", SINGLES)
+float64x8 = Vector("float64x8", DOUBLES)
+
+
+@register_default(Vector)
+class VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     """How it lies in a register."""
 
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, VECTOR)
+        super().__init__(manager, kind, kind.stored)
 
 
 @intrinsic
@@ -46,7 +50,7 @@ def load(context: Any, address: Any) -> Any:
     """Sixteen elements from an address that need not be aligned."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(pointer(builder, args[0], VECTOR), align=4)
+        return builder.load(pointer(builder, args[0], SINGLES), align=4)
 
     return float32x16(types.int64), emit
 
@@ -56,7 +60,7 @@ def store(context: Any, address: Any, value: Any) -> Any:
     """Write sixteen elements."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[1], pointer(builder, args[0], VECTOR), align=4)
+        builder.store(args[1], pointer(builder, args[0], SINGLES), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, float32x16), emit
@@ -67,14 +71,14 @@ def splat(context: Any, value: Any) -> Any:
     """The same number sixteen times."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), args[0], ir.Constant(I64, 0))
+        one = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), args[0], ir.Constant(I64, 0))
         order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), order)
+        return builder.shuffle_vector(one, ir.Constant(SINGLES, ir.Undefined), order)
 
     return float32x16(types.float32), emit
 
 
-def lanewise(instruction: str) -> Any:
+def lanewise(kind: Vector, instruction: str) -> Any:
     """An intrinsic of two vectors."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -82,25 +86,71 @@ def lanewise(instruction: str) -> Any:
 
     @intrinsic
     def both(context, a, b):  # type: ignore[no-untyped-def]
-        return float32x16(float32x16, float32x16), emit
+        return kind(kind, kind), emit
 
     return both
 
 
-def overloaded(both: Any) -> Callable[..., Any]:
+def overloaded(instruction: str) -> Callable[..., Any]:
     """What Numba asks whether an operator is defined for two types."""
+    single, double = lanewise(float32x16, instruction), lanewise(float64x8, instruction)
 
     def defined(a, b):  # type: ignore[no-untyped-def]
+        both = single if a is float32x16 else double
+
         def result(a, b):  # type: ignore[no-untyped-def]
             return both(a, b)
 
-        return result if isinstance(a, Float32x16) and isinstance(b, Float32x16) else None
+        return result if isinstance(a, Vector) and a is b else None
 
     return defined
 
 
 for _operator, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
-    overload(_operator)(overloaded(lanewise(_instruction)))
+    overload(_operator)(overloaded(_instruction))
+
+
+@intrinsic
+def no_doubles(context: Any) -> Any:
+    """Eight zeros."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(DOUBLES, [0.0] * (LANES // 2))
+
+    return float64x8(), emit
+
+
+def half(first: int) -> Any:
+    """An intrinsic that takes eight of sixteen float32 as float64."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        order = ir.Constant(ir.VectorType(ir.IntType(32), LANES // 2), list(range(first, first + LANES // 2)))
+        return builder.fpext(builder.shuffle_vector(args[0], args[0], order), DOUBLES)
+
+    @intrinsic
+    def taken(context, value):  # type: ignore[no-untyped-def]
+        return float64x8(float32x16), emit
+
+    return taken
+
+
+lower, upper = half(0), half(LANES // 2)
+
+
+@intrinsic
+def folded(context: Any, value: Any) -> Any:
+    """The sum of eight lanes: halves are added until one is left."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rest = args[0]
+        for width in (4, 2, 1):
+            order = [
+                ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(at, at + width))) for at in (0, width)
+            ]
+            rest = builder.fadd(*[builder.shuffle_vector(rest, rest, each) for each in order])
+        return builder.extract_element(rest, ir.Constant(I64, 0))
+
+    return types.float64(float64x8), emit
 
 
 @intrinsic
@@ -108,7 +158,7 @@ def magnitude(context: Any, value: Any) -> Any:
     """Without the sign."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.call(external(builder, "llvm.fabs.v16f32", VECTOR, [VECTOR]), [args[0]])
+        return builder.call(external(builder, "llvm.fabs.v16f32", SINGLES, [SINGLES]), [args[0]])
 
     return float32x16(float32x16), emit
 
@@ -162,6 +212,39 @@ def bits_turned(builder: Any, word: Any) -> Any:
     eight = ir.VectorType(I8, 8)
     turned = builder.call(external(builder, "llvm.bitreverse.v8i8", eight, [eight]), [builder.bitcast(word, eight)])
     return builder.bitcast(turned, I64)
+
+
+@intrinsic
+def turn_line(context: Any, source: Any, to: Any) -> Any:
+    """Copy 64 bytes, the bits of each in the other order."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        line = builder.load(pointer(builder, args[0], LINE), align=1)
+        turned = builder.call(external(builder, "llvm.bitreverse.v64i8", LINE, [LINE]), [line])
+        builder.store(turned, pointer(builder, args[1], LINE), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+@intrinsic
+def load_mask(context: Any, address: Any) -> Any:
+    """Two bytes of bits, the lowest first, as a mask of 16."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.zext(builder.load(pointer(builder, args[0], BITS), align=1), I64)
+
+    return types.uint64(types.int64), emit
+
+
+@intrinsic
+def ones(context: Any, mask: Any) -> Any:
+    """How many ones a mask has."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.call(external(builder, "llvm.ctpop.i64", I64, [I64]), [args[0]])
+
+    return types.int64(types.uint64), emit
 
 
 @intrinsic
