@@ -27,6 +27,12 @@ def square(x):
 
 
 @register_jitable
+def copied(x, out):
+    for i in range(x.size):
+        out[i] = x[i]
+
+
+@register_jitable
 def fold(x, lanes):
     """Add the squares of one block to the lanes; three halvings happen before the lanes are touched."""
     n = LANES
@@ -46,7 +52,7 @@ def fold_all(x, whole, lanes):
     if x.size == BLOCK:
         fold(x, lanes)
         return
-    whole[: x.size] = x
+    copied(x, whole[: x.size])
     whole[x.size :] = 0
     fold(whole, lanes)
 
@@ -69,7 +75,7 @@ def sum_of_squares(x):
     lanes, whole, here = np.zeros(LANES), np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
     for lo in range(0, x.size, BLOCK):
         part = x[lo : min(lo + BLOCK, x.size)]
-        here[: part.size] = part
+        copied(part, here[: part.size])
         fold_all(here[: part.size], whole, lanes)
     return drained(lanes)
 
@@ -88,7 +94,7 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
         for lo in range(bounds[row, 0], bounds[row, 1], BLOCK):
             hi = min(lo + BLOCK, bounds[row, 1])
             ww, gg, vv, oo, rate = mine[: hi - lo], g[lo:hi], v[lo:hi], other[: hi - lo], decay[row]
-            ww[:] = w[lo:hi]
+            copied(w[lo:hi], ww)
             if whose == GRADIENT:
                 for i in range(oo.size):
                     oo[i] = gg[i] * scale
