@@ -15,8 +15,9 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels import reductions
+from hpccomm.kernels import memory, reductions
 from hpccomm.kernels import shared as kernels
+from hpccomm.transports import shared_memory
 from hpccomm.transports.shared_memory import (
     GROUP_V2,
     Segment,
@@ -642,3 +643,47 @@ def test_ranks_learn_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> None:
         assert min(min(each) for each in times) > 0
         assert lesson[kernels.CHOICE // kernels.W] == int(slowest[1] < slowest[0])
         assert lesson[kernels.COUNT // kernels.W] > rounds
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("system", ["allows", "refuses one rank", "refuses"])
+def test_copies_from_process_to_process(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, system: str, code: str
+) -> None:
+    """Where the system refuses in the middle, all ranks fall back together."""
+    monkeypatch.setattr(shared_memory, "ACROSS_BYTES", 10_000)
+    monkeypatch.setattr(shared_memory, "ACROSS_BYTES_OF_TWO", 10_000)
+    p, r, n = comm.size, comm.rank, 300_001
+    with sharing(comm, code) as shared:
+        if not shared._reaches:
+            pytest.skip("this system lets no process read another's memory")
+        if system == "refuses" or (system == "refuses one rank" and r == p - 1):
+            nobody = 2**22 + 1  # more than Linux ever counts to
+            kernels.store(shared._segment.address + r * shared._region + kernels.PROCESS, nobody)
+        for root in range(p):
+            x = pattern(n, r, "i4")
+            plan = shared.bind_bcast(at(x), x.nbytes, root, 1)
+            for _ in range(3):
+                x[:] = pattern(n, r, "i4")
+                plan()
+                assert np.array_equal(x, pattern(n, root, "i4"))
+        y, want = np.zeros(n * p, "i4"), np.concatenate([pattern(n, q, "i4") for q in range(p)])
+        x = pattern(n, r, "i4")
+        shared.bind_allgather(at(x), at(y), [4 * n] * p, [4 * n * q for q in range(p)], 2)()
+        assert np.array_equal(y, want)
+        each = n // p
+        sizes, places = [4 * each] * p, [4 * each * q for q in range(p)]
+        shared.bind_alltoall(at(x), at(y), sizes, places, sizes, places, 3)()
+        parts = [pattern(n, q, "i4")[r * each : (r + 1) * each] for q in range(p)]
+        assert np.array_equal(y[: each * p], np.concatenate(parts))
+        shared.bind_allreduce(at(x), at(y), n, "i4", "sum", 4)()
+        assert np.array_equal(y[:n], sum(pattern(n, q, "i4") for q in range(p)))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_system_that_lets_nobody_in_is_noticed_at_once(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    if comm.rank == 0:
+        monkeypatch.setattr(memory, "pull", lambda *_: -1)
+    with sharing(comm) as shared:
+        assert not shared._reaches

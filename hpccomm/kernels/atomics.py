@@ -143,6 +143,41 @@ def fetch(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
     return none(int64, int64, int64), emit
 
 
+def reach(builder: Any, call: str, pid: Any, here: Any, there: Any, nbytes: Any) -> Any:
+    """``process_vm_readv`` or ``process_vm_writev`` with one ``struct iovec`` on either side."""
+    span = ir.ArrayType(I64, 2)
+    spans = []
+    for address in (here, there):
+        place = cgutils.alloca_once(builder, span)
+        builder.store(builder.insert_value(builder.insert_value(span(ir.Undefined), address, 0), nbytes, 1), place)
+        spans += [builder.bitcast(place, I64.as_pointer()), ir.Constant(I64, 1)]
+    kinds = [I32, I64.as_pointer(), I64, I64.as_pointer(), I64, I64]
+    function = external(builder, call, I64, kinds)
+    return builder.call(function, [builder.trunc(pid, I32), *spans, ir.Constant(I64, 0)])
+
+
+@intrinsic
+def pull(context: Any, pid: Any, to: Any, source: Any, nbytes: Any) -> Any:
+    """Copy bytes of another process; how many, or -1."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pid, to, source, nbytes = args
+        return reach(builder, "process_vm_readv", pid, to, source, nbytes)
+
+    return int64(int64, int64, int64, int64), emit
+
+
+@intrinsic
+def push(context: Any, pid: Any, to: Any, source: Any, nbytes: Any) -> Any:
+    """Copy bytes into another process; how many, or -1."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pid, to, source, nbytes = args
+        return reach(builder, "process_vm_writev", pid, source, to, nbytes)
+
+    return int64(int64, int64, int64, int64), emit
+
+
 def memcpy(builder: Any, to: Any, source: Any, nbytes: Any) -> None:
     """The C library's."""
     cgutils.raw_memcpy(builder, pointer(builder, to, I8), pointer(builder, source, I8), nbytes, 1)

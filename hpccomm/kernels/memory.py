@@ -53,6 +53,35 @@ def copy_past_cache(to: int, source: int, nbytes: int) -> None:
     ctypes.memmove(to, source, nbytes)
 
 
+class Span(ctypes.Structure):
+    """``struct iovec``."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def reach(call: str, pid: int, here: int, there: int, nbytes: int) -> int:
+    """Copy between this process and another; the bytes that were copied, or -1."""
+    function = getattr(_libc, call, None)
+    if function is None:
+        return -1
+    function.restype = ctypes.c_ssize_t
+    function.argtypes = (ctypes.c_int, *[ctypes.POINTER(Span), ctypes.c_ulong] * 2, ctypes.c_ulong)
+    return int(function(pid, Span(here, nbytes), 1, Span(there, nbytes), 1, 0))
+
+
+def pull(pid: int, to: int, source: int, nbytes: int) -> int:
+    """Copy bytes of another process; how many, or -1."""
+    return reach("process_vm_readv", pid, to, source, nbytes)
+
+
+def push(pid: int, to: int, source: int, nbytes: int) -> int:
+    """Copy bytes into another process; how many, or -1."""
+    return reach("process_vm_writev", pid, source, to, nbytes)
+
+
 def pause() -> None:
     """Nothing, for a moment."""
 

@@ -27,6 +27,8 @@ from hpccomm.kernels.memory import (
     load_acquire,
     nanoseconds,
     pause,
+    pull,
+    push,
     store,
     store_release,
 )
@@ -39,14 +41,16 @@ LINE = 128
 PUBLISHED, FINISHED = 2 * LINE, 3 * LINE
 ABANDONED = 4 * LINE
 """In rank 0's region: 1 + a rank that left a call half done; nobody can go on."""
+PROCESS = 5 * LINE
+"""The rank's process number."""
 BUFFERS = 4096
 BUFFER = 32768
 SLOTS = BUFFERS + 2 * BUFFER
 RING = 4
 
 # A line; what small calls read is in its first 64 bytes
-CHECK, PAYLOAD, SIGNATURE, ARRAY, SEND_AT, RECV_AT, LONGEST, CACHED_TOOK, AROUND_TOOK = (
-    W * i for i in (1, 2, *range(8, 15))
+CHECK, PAYLOAD, SIGNATURE, ARRAY, SEND_AT, RECV_AT, LONGEST, CACHED_TOOK, AROUND_TOOK, TROUBLE = (
+    W * i for i in (1, 2, *range(8, 16))
 )
 PAYLOAD_BYTES = 48
 
@@ -67,8 +71,9 @@ ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST
 COUNT, PERIOD, CHOICE, TIME_CACHED, TIME_AROUND, LESSON_WORDS = (W * i for i in range(6))
 
 COLLECTIVES = ("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier")
-INLINE, DIRECT, PIECES, BUFFERED = range(4)
-"""How a vector goes: in the line, in the buffer or in place where it is registered, in blocks; always in the buffer."""
+INLINE, DIRECT, PIECES, BUFFERED, ACROSS = range(5)
+"""How a vector goes: in the line; in the buffer, or in place where it is registered; in blocks; always in the buffer;
+from process to process."""
 DONE, AGAIN, MISMATCH, STUCK, SHUT = 0, 1, 2, 3, 4
 """What a call returns; AGAIN: somebody has not come yet, call again."""
 
@@ -80,6 +85,8 @@ GRAIN = 64
 """Slices begin at multiples of this, so that no cache line is written by two ranks."""
 TRIALS = 4
 """Calls tried each way."""
+LONGEST_REACH = 1 << 30
+"""Bytes copied from process to process in one go (Linux allows a little less than 2 GiB)."""
 CACHED = 16384
 """Bytes reduced at a time, so that a result is in the first-level cache while it is copied on."""
 
@@ -584,7 +591,7 @@ def reduce_scatter_pieces(call, state):
 def allgather(call):
     """Everybody's part to everybody."""
     state = load(call + STATE)
-    r, direct = load(state + RANK), load(call + WAY) == DIRECT
+    r, direct, across = load(state + RANK), load(call + WAY) == DIRECT, load(call + WAY) == ACROSS
     if load(call + WAITING) == 0:
         code = enter(call, state)
         if code != DONE:
@@ -592,13 +599,16 @@ def allgather(call):
         begin(call, state)
         if direct:
             fill(state, buffer_of(state, r), load(call + SEND), gathered(call, state, r))
-        else:
+        elif not across:
             publish_piece(call, state, 0)
+        store(line_of(state, r) + SEND_AT, load(call + SEND))
         arrive(state)
     code = meet(call, state)
     if code != DONE:
         return code
     copy_own(load(call + RECV) + place(call, state, r), load(call + SEND), gathered(call, state, r))
+    if across:
+        return allgather_across(call, state)
     if not direct:
         return allgather_pieces(call, state)
     for i in range(1, load(state + RANKS)):
@@ -655,6 +665,20 @@ def allgather_pieces(call, state):
     return DONE
 
 
+def allgather_across(call, state):
+    """Everybody's part straight from its memory; in pieces where the system refuses."""
+    p, r, refused = load(state + RANKS), load(state + RANK), 0
+    for i in range(1, p):
+        q = (r + i) % p
+        to, source = load(call + RECV) + place(call, state, q), load(line_of(state, q) + SEND_AT)
+        refused += 1 - reached(state, q, to, source, gathered(call, state, q), 0)
+    code = all_reached(state, refused)
+    if code != AGAIN:
+        return code
+    publish_piece(call, state, 0)
+    return allgather_pieces(call, state)
+
+
 # Broadcast
 
 
@@ -673,12 +697,15 @@ def bcast(call):
                 copy(line_of(state, r) + PAYLOAD, mine, nbytes)
             elif way == BUFFERED:
                 fill(state, buffer_of(state, r), mine, nbytes)
-            else:
+            elif way == PIECES:
                 publish_block(call, state, 0)
+        store(line_of(state, r) + SEND_AT, mine)
         arrive(state)
     code = meet(call, state)
     if code != DONE:
         return code
+    if way == ACROSS:
+        return bcast_across(call, state, root)
     if way == PIECES:
         return bcast_pieces(call, state, root)
     if r != root:
@@ -714,6 +741,54 @@ def bcast_pieces(call, state, root):
     return DONE
 
 
+def bcast_across(call, state, root):
+    """Straight from the root's memory: every rank copies the same number of bytes, the root into the others' memory.
+
+    Where the system refuses, which is then known to all, it goes in blocks.
+    """
+    p, r, nbytes = load(state + RANKS), load(state + RANK), load(call + NBYTES)
+    lo = nbytes - nbytes // p // 4096 * 4096
+    refused = 0
+    if r != root:
+        refused = 1 - reached(state, root, load(call + SEND), load(line_of(state, root) + SEND_AT), lo, 0)
+    else:
+        for i in range(1, p):
+            q = (r + i) % p
+            to = load(line_of(state, q) + SEND_AT) + lo
+            refused += 1 - reached(state, q, load(call + SEND) + lo, to, nbytes - lo, 1)
+    code = all_reached(state, refused)
+    if code != AGAIN:
+        return code
+    if r == root:
+        publish_block(call, state, 0)
+    return bcast_pieces(call, state, root)
+
+
+def all_reached(state, refused):
+    """Wait until everybody has copied what it had to; AGAIN where somebody was refused."""
+    p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
+    store(line_of(state, r) + TROUBLE, refused)
+    say(state, FINISHED, g + 1)
+    if not await_all(state, FINISHED, g + 1):
+        return STUCK
+    store(state + BLOCKS, g + 1)
+    for q in range(p):
+        if load(line_of(state, q) + TROUBLE) != 0:
+            return AGAIN
+    return DONE
+
+
+def reached(state, q, here, there, nbytes, outward):
+    """Copy between this process and that of rank q; 1 if all of it was copied."""
+    pid = load(region(state, q) + PROCESS)
+    for lo in range(0, nbytes, LONGEST_REACH):
+        size = min(LONGEST_REACH, nbytes - lo)
+        moved = push(pid, there + lo, here + lo, size) if outward != 0 else pull(pid, here + lo, there + lo, size)
+        if moved != size:
+            return 0
+    return 1
+
+
 # Alltoall; the table goes on with bytes sent to and place of each rank's part, bytes received and place, 4p words
 
 
@@ -726,7 +801,9 @@ def alltoall(call):
             return code
         begin(call, state)
         store(line_of(state, load(state + RANK)) + LONGEST, load(call + CALL_LONGEST))
-        publish_letters(call, state, 0)
+        store(line_of(state, load(state + RANK)) + SEND_AT, load(call + SEND))
+        if load(call + WAY) != ACROSS:
+            publish_letters(call, state, 0)
         arrive(state)
     code = meet(call, state)
     if code != DONE:
@@ -734,6 +811,21 @@ def alltoall(call):
     r = load(state + RANK)
     to, source = load(call + RECV) + entry(call, state, 4, r), load(call + SEND) + entry(call, state, 2, r)
     copy_own(to, source, min(entry(call, state, 1, r), entry(call, state, 3, r)))
+    return alltoall_across(call, state) if load(call + WAY) == ACROSS else alltoall_pieces(call, state)
+
+
+def alltoall_across(call, state):
+    """Parts of one length, side by side, straight from everybody's memory; in pieces where the system refuses."""
+    p, r, refused = load(state + RANKS), load(state + RANK), 0
+    for i in range(1, p):
+        q = (r + i) % p
+        n = entry(call, state, 3, q)
+        source = load(line_of(state, q) + SEND_AT) + r * n
+        refused += 1 - reached(state, q, load(call + RECV) + entry(call, state, 4, q), source, n, 0)
+    code = all_reached(state, refused)
+    if code != AGAIN:
+        return code
+    publish_letters(call, state, 0)
     return alltoall_pieces(call, state)
 
 

@@ -252,6 +252,7 @@ class SharedMemory:
         self._lessons[:, kernels.COUNT // kernels.W] = periods - WARM_UP
         self._registered: dict[int, Allocation] = {}
         self._allocations = 0
+        self._reaches = self._can_reach()
 
     def _new_state(self, spin: int) -> npt.NDArray[np.int64]:
         state = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64)
@@ -263,6 +264,17 @@ class SharedMemory:
         put(state, kernels.SPIN_LIMIT, spin)
         put(state, kernels.SLOT, self._slot)
         return state
+
+    def _can_reach(self) -> bool:
+        """Whether all ranks may copy from each other's memory, which a system can forbid (collective)."""
+        secret = np.random.default_rng().integers(1, 1 << 62, 1)
+        memory.store(self._segment.address + self.rank * self._region + kernels.PROCESS, os.getpid())
+        told = self._node.allgather((int(secret[0]), secret.ctypes.data, os.getpid()))
+        wanted, address, pid = told[(self.rank + 1) % self.size]
+        seen = np.zeros(1, np.int64)
+        moved = memory.pull(pid, seen.ctypes.data, address, seen.nbytes)
+        may: list[bool] = self._node.allgather(bool(moved == seen.nbytes and seen[0] == wanted))
+        return all(may)
 
     def close(self) -> None:
         """Give everything back; plans raise from now on."""
@@ -429,6 +441,8 @@ class SharedMemory:
         put(call, kernels.RECV, recv)
         put(call, kernels.WAY, kernels.DIRECT if max(counts) <= kernels.BUFFER else kernels.PIECES)
         put(call, kernels.BLOCK, self._slot)
+        if self._across(sum(counts), ACROSS_BYTES):
+            put(call, kernels.WAY, kernels.ACROSS)
         return self._plan("allgather", call, sum(counts))
 
     def bind_bcast(self, address: int, nbytes: int, root: int, signature: int) -> Plan:
@@ -438,6 +452,8 @@ class SharedMemory:
         call = self._call(("bcast", nbytes, root), signature)
         put(call, kernels.ROOT, root)
         self._vector(call, address, address, nbytes, kernels.BUFFER)
+        if self._across(nbytes, ACROSS_BYTES_OF_TWO):
+            put(call, kernels.WAY, kernels.ACROSS)
         return self._plan("bcast", call, nbytes)
 
     def bind_alltoall(
@@ -453,12 +469,16 @@ class SharedMemory:
         """``send_counts[q]`` bytes at ``send_places[q]`` to rank q, which expects as many; buffers do not overlap."""
         if self.size == 1:
             return moving(recv + recv_places[0], send + send_places[0], send_counts[0])
-        call = self._call(("alltoall",), signature, [*send_counts, *send_places, *recv_counts, *recv_places])
+        even = [send_counts[0] * q for q in range(self.size)]
+        alike = list(send_places) == even and len({*send_counts, *recv_counts}) == 1
+        across = alike and self._across(sum(send_counts), ACROSS_BYTES_OF_TWO)
+        what = ("alltoall", across)
+        call = self._call(what, signature, [*send_counts, *send_places, *recv_counts, *recv_places])
         put(call, kernels.SEND, send)
         put(call, kernels.RECV, recv)
         put(call, kernels.BLOCK, self._share())
         put(call, kernels.CALL_LONGEST, max(*send_counts, *recv_counts))
-        put(call, kernels.WAY, kernels.PIECES)
+        put(call, kernels.WAY, kernels.ACROSS if across else kernels.PIECES)
         return self._plan("alltoall", call, sum(send_counts))
 
     def bind_barrier(self, signature: int) -> Plan:
@@ -466,6 +486,10 @@ class SharedMemory:
         if self.size == 1:
             return moving(0, 0, 0)
         return self._plan("barrier", self._call(("barrier",), signature))
+
+    def _across(self, nbytes: int, least_of_two: int) -> bool:
+        """Whether a call goes from process to process."""
+        return self._reaches and nbytes >= (ACROSS_BYTES if self.size > 2 else least_of_two)
 
     def _share(self) -> int:
         """Bytes of a slot for each rank."""
@@ -533,7 +557,7 @@ class SharedMemory:
         self, name: str, call: npt.NDArray[np.int64], nbytes: int = 0, allocation: Allocation | None = None
     ) -> Plan:
         """What runs a call; ``nbytes`` says how large it is, for learning."""
-        if call[kernels.WAY // kernels.W] != kernels.INLINE and nbytes >= LEARN_BYTES:
+        if call[kernels.WAY // kernels.W] not in (kernels.INLINE, kernels.ACROSS) and nbytes >= LEARN_BYTES:
             put(call, kernels.LESSON, self._lesson(name, nbytes))
         kernel, address, resolve, late = self._kernel(name), call.ctypes.data, self._resolve, self.late
         held = (self._segment, call, allocation)
@@ -589,6 +613,11 @@ LEARN_BYTES = 2048
 """From here on calls learn how to fill slots and buffers; below, lines go through the cache."""
 LONG_CALLS, TRIAL_PERIODS = 17, (4096, 256)
 """After how many calls it is tried again: below the class of 64 KB, and from there on."""
+ACROSS_BYTES, ACROSS_BYTES_OF_TWO = 1 << 23, 1 << 18
+"""From so many bytes on what is only copied goes from process to process: one copy instead of two, for a system call.
+
+The second is for broadcast and all-to-all between two ranks, whose slots would keep both of them busy all the time.
+"""
 WARM_UP = 8
 """Calls before the first trial: pages are touched for the first time."""
 REGISTERED_BYTES = 8192
