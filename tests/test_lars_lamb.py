@@ -432,8 +432,9 @@ def test_compiled_kernels_give_the_references_bits(code: str, n: int) -> None:
     calls: list[tuple[str, tuple[Any, ...]]] = [
         ("sum_of_squares", (w,)),
         *[
-            ("lars_sums", (w, g, v, bounds, decay, real(0.7), real(0.9), nesterov, whose))
+            ("lars_sums", (w, g, v, bounds, decay, real(scale), real(0.9), nesterov, whose))
             for whose in set(NORM.values())
+            for scale in (0.7, 1)
             for nesterov in (False, True)
         ],
         *[

@@ -70,19 +70,7 @@ def lamb(
 
     You et al., *Large batch optimization for deep learning: training BERT in 76 minutes*, ICLR 2020, algorithm 2.
     """
-    check_decay("lamb: b1", b1)
-    check_decay("lamb: b2", b2)
-    require(eps >= 0, f"lamb: eps is {eps}: pass 0 or more")
-    require(weight_decay >= 0, f"lamb: weight_decay is {weight_decay}: pass 0 or more")
-    require(
-        bias_correction in (True, False, "in_step"),
-        f"lamb: bias_correction is {bias_correction!r}: pass True, False or 'in_step'",
-    )
-    require(
-        grad_norm in ("none", "clip", "normalise"),
-        f"lamb: grad_norm is {grad_norm!r}: pass 'none', 'clip' or 'normalise'",
-    )
-    require(max_norm > 0, f"lamb: max_norm is {max_norm}: pass a positive number")
+    check_numbers(b1, b2, eps, weight_decay, bias_correction, grad_norm, max_norm)
     check_range("ratio_clip", ratio_clip)
     check_range("weight_clip", weight_clip)
     here = layers("lamb", bucket, part, decay, adapt)
@@ -106,14 +94,16 @@ def lamb(
         last = real(-gamma * math.sqrt(whole[1]) / whole[0] if bias_correction == "in_step" else -gamma)
         scale = shrink(grad_norm, max_norm, g, norm_reduce)
         numbers = [real(each) for each in (scale, b1, 1 - b1, b2, 1 - b2, k1, k2, eps)]
-        for rows in here.groups() if norm_reduce is None else [here.rows]:
+        groups = list(here.groups()) if norm_reduce is None else [here.rows]
+        room = np.empty(max((each.stop - each.first for each in groups), default=0), w.dtype) if step is None else step
+        for rows in groups:
             part, rates = slice(rows.first, rows.stop), (weight_decay * rows.decay).astype(w.dtype)
             if step is None and not rows.adapt.any():
                 kernel("adam_step", code)(
                     w[part], g[part], state.mean[part], state.square[part], rows.bounds, rates, *numbers, last
                 )
                 continue
-            out = np.empty(rows.stop - rows.first, w.dtype) if step is None else step[part]
+            out = room[: rows.stop - rows.first] if step is None else step[part]
             sums = kernel("lamb_moments", code)(
                 w[part], g[part], state.mean[part], state.square[part], out, rows.bounds, rates, *numbers
             )
@@ -141,6 +131,25 @@ def lamb(
         return AdamState(0, np.zeros(weights.shape, weights.dtype), np.zeros(weights.shape, weights.dtype))
 
     return Layerwise(init, update, apply)
+
+
+def check_numbers(
+    b1: float, b2: float, eps: float, weight_decay: float, bias_correction: Any, grad_norm: str, max_norm: float
+) -> None:
+    """Raise for what cannot be meant."""
+    check_decay("lamb: b1", b1)
+    check_decay("lamb: b2", b2)
+    require(eps >= 0, f"lamb: eps is {eps}: pass 0 or more")
+    require(weight_decay >= 0, f"lamb: weight_decay is {weight_decay}: pass 0 or more")
+    require(
+        bias_correction in (True, False, "in_step"),
+        f"lamb: bias_correction is {bias_correction!r}: pass True, False or 'in_step'",
+    )
+    require(
+        grad_norm in ("none", "clip", "normalise"),
+        f"lamb: grad_norm is {grad_norm!r}: pass 'none', 'clip' or 'normalise'",
+    )
+    require(max_norm > 0, f"lamb: max_norm is {max_norm}: pass a positive number")
 
 
 def check_range(name: str, given: tuple[float, float] | None) -> None:

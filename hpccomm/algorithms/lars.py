@@ -121,9 +121,11 @@ def lars(
         g, w = in_order(gradient), in_order(weights)
         gamma = float(lr(state.updates) if callable(lr) else lr)
         scale = shrink("none" if max_norm is None else "clip", max_norm or 1.0, g, norm_reduce)
-        for rows in here.groups() if norm_reduce is None else [here.rows]:
+        groups = list(here.groups()) if norm_reduce is None else [here.rows]
+        room = np.empty(max((each.stop - each.first for each in groups), default=0), w.dtype) if step is None else step
+        for rows in groups:
             part = slice(rows.first, rows.stop)
-            out = np.empty(rows.stop - rows.first, w.dtype) if step is None else step[part]
+            out = room[: rows.stop - rows.first] if step is None else step[part]
             group(rows, g[part], state.velocity[part], w[part], out, gamma, scale)
             if step is None:
                 w[part] += out

@@ -71,13 +71,18 @@ def drained(lanes):
     return total
 
 
-def sum_of_squares(x):
-    lanes, whole, here = np.zeros(LANES), np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
+@register_jitable
+def swept(x, here, whole, lanes):
+    """Σ x²: blocks are brought into the cache one after the other."""
     for lo in range(0, x.size, BLOCK):
         part = x[lo : min(lo + BLOCK, x.size)]
         copied(part, here[: part.size])
         fold_all(here[: part.size], whole, lanes)
     return drained(lanes)
+
+
+def sum_of_squares(x):
+    return swept(x, np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype), np.zeros(LANES))
 
 
 @register_jitable
@@ -91,6 +96,10 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
     whole, mine, other = np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
     one = w.dtype.type(1)
     for row in range(bounds.shape[0]):
+        if whose == GRADIENT and scale == 1:  # measured: one vector after the other is quicker than both at once
+            sums[row, 0] = swept(w[bounds[row, 0] : bounds[row, 1]], mine, whole, ours)
+            sums[row, 1] = swept(g[bounds[row, 0] : bounds[row, 1]], mine, whole, ours)
+            continue
         for lo in range(bounds[row, 0], bounds[row, 1], BLOCK):
             hi = min(lo + BLOCK, bounds[row, 1])
             ww, gg, vv, oo, rate = mine[: hi - lo], g[lo:hi], v[lo:hi], other[: hi - lo], decay[row]
