@@ -441,6 +441,10 @@ def test_compiled_kernels_give_the_references_bits(code: str, n: int) -> None:
             ("lars_step", (w, g, m, out, bounds, decay, first, last, real(0.7), real(-0.3), real(0.9), nesterov))
             for nesterov in (False, True)
         ],
+        *[
+            ("lars_place", (w, g, m, bounds, decay, first, last, real(0.7), real(-0.3), real(0.9), nesterov))
+            for nesterov in (False, True)
+        ],
         ("lamb_moments", (w, g, m, v, out, bounds, decay, *numbers)),
         ("adam_step", (w, g, m, v, bounds, decay, *numbers, real(-0.1))),
         ("scaled", (out, bounds, first, real(-0.1))),

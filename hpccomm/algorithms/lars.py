@@ -98,8 +98,8 @@ def lars(
         ratio = np.minimum(ratio / gamma, 1) if clip else ratio
         return np.where(rows.adapt, where_both(norm, ratio), 1.0)
 
-    def group(rows: Rows, g: Vector, v: Vector, w: Vector, out: Vector, gamma: float, scale: float) -> None:
-        """One step of some tensors: v is written, and the step into out."""
+    def group(rows: Rows, g: Vector, v: Vector, w: Vector, out: Vector | None, gamma: float, scale: float) -> None:
+        """One step of some tensors: v is written, and the step into out, or, without one, onto w."""
         real = w.dtype.type
         rates = (weight_decay * rows.decay).astype(w.dtype)
         sums = kernel("lars_sums", w.dtype.str[1:])(
@@ -111,8 +111,9 @@ def lars(
         first, second = (phi if inside else ones), (1.0 if variant not in ("paper", "optax") else -gamma)
         last = {"paper": ones, "optax": ones, "torch": ones * real(-gamma)}.get(variant)
         last = phi * real(-gamma) if last is None else last
-        kernel("lars_step", w.dtype.str[1:])(
-            w, g, v, out, rows.bounds, rates, first, last, real(scale), real(second), real(momentum), nesterov
+        where = ("lars_place", (w, g, v)) if out is None else ("lars_step", (w, g, v, out))
+        kernel(where[0], w.dtype.str[1:])(
+            *where[1], rows.bounds, rates, first, last, real(scale), real(second), real(momentum), nesterov
         )
 
     def walk(gradient: Vector, state: LarsState, weights: Vector, step: Vector | None) -> None:
@@ -121,14 +122,9 @@ def lars(
         g, w = in_order(gradient), in_order(weights)
         gamma = float(lr(state.updates) if callable(lr) else lr)
         scale = shrink("none" if max_norm is None else "clip", max_norm or 1.0, g, norm_reduce)
-        groups = list(here.groups()) if norm_reduce is None else [here.rows]
-        room = np.empty(max((each.stop - each.first for each in groups), default=0), w.dtype) if step is None else step
-        for rows in groups:
+        for rows in here.groups() if norm_reduce is None else [here.rows]:
             part = slice(rows.first, rows.stop)
-            out = room[: rows.stop - rows.first] if step is None else step[part]
-            group(rows, g[part], state.velocity[part], w[part], out, gamma, scale)
-            if step is None:
-                w[part] += out
+            group(rows, g[part], state.velocity[part], w[part], None if step is None else step[part], gamma, scale)
         if step is not None:
             step[here.rows.stop :] = 0
         elif w is not weights:

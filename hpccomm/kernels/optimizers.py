@@ -86,15 +86,14 @@ def sum_of_squares(x):
 
 
 @register_jitable
-def direction(w, g, v, scale, decay, first, second, mu):
-    return ((g * scale + decay * w) * first) * second + mu * v
+def output(s, moved, mu, nesterov):
+    return s + mu * moved if nesterov else moved
 
 
 def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
     sums = np.zeros((bounds.shape[0], 2))
     ours, others = np.zeros(LANES), np.zeros(LANES)
     whole, mine, other = np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
-    one = w.dtype.type(1)
     for row in range(bounds.shape[0]):
         if whose == GRADIENT and scale == 1:  # measured: one vector after the other is quicker than both at once
             sums[row, 0] = swept(w[bounds[row, 0] : bounds[row, 1]], mine, whole, ours)
@@ -112,9 +111,8 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
                     oo[i] = gg[i] * scale + rate * ww[i]
             else:
                 for i in range(oo.size):
-                    moved = direction(ww[i], gg[i], vv[i], scale, rate, one, one, mu)
-                    ahead = ((gg[i] * scale + rate * ww[i]) * one) * one + mu * moved
-                    oo[i] = ahead if nesterov else moved
+                    s = gg[i] * scale + rate * ww[i]
+                    oo[i] = output(s, s + mu * vv[i], mu, nesterov)
             fold_all(ww, whole, ours)
             fold_all(oo, whole, others)
         sums[row, 0], sums[row, 1] = drained(ours), drained(others)
@@ -126,17 +124,23 @@ def lars_step(w, g, v, out, bounds, decay, first, last, scale, second, mu, neste
         lo, hi = bounds[row, 0], bounds[row, 1]
         ww, gg, vv, oo = w[lo:hi], g[lo:hi], v[lo:hi], out[lo:hi]
         rate, one, end = decay[row], first[row], last[row]
-        if nesterov:
-            for i in range(ww.size):
-                s = ((gg[i] * scale + rate * ww[i]) * one) * second
-                moved = s + mu * vv[i]
-                vv[i] = moved
-                oo[i] = (s + mu * moved) * end
-        else:
-            for i in range(ww.size):
-                moved = direction(ww[i], gg[i], vv[i], scale, rate, one, second, mu)
-                vv[i] = moved
-                oo[i] = moved * end
+        for i in range(ww.size):
+            s = ((gg[i] * scale + rate * ww[i]) * one) * second
+            moved = s + mu * vv[i]
+            vv[i] = moved
+            oo[i] = output(s, moved, mu, nesterov) * end
+
+
+def lars_place(w, g, v, bounds, decay, first, last, scale, second, mu, nesterov):
+    for row in range(bounds.shape[0]):
+        lo, hi = bounds[row, 0], bounds[row, 1]
+        ww, gg, vv = w[lo:hi], g[lo:hi], v[lo:hi]
+        rate, one, end = decay[row], first[row], last[row]
+        for i in range(ww.size):
+            s = ((gg[i] * scale + rate * ww[i]) * one) * second
+            moved = s + mu * vv[i]
+            vv[i] = moved
+            ww[i] += output(s, moved, mu, nesterov) * end
 
 
 def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps):
@@ -190,6 +194,7 @@ ARGUMENTS = {
     "sum_of_squares": "r",
     "lars_sums": "rrrbrssti",
     "lars_step": "rrwwbrrrssst",
+    "lars_place": "wrwbrrrssst",
     "lamb_moments": "rrwwwbrssssssss",
     "adam_step": "wrwwbrsssssssss",
     "scaled": "wbrs",

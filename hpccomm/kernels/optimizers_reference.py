@@ -100,6 +100,23 @@ def lars_step(
         out[part] = direction * last[row]
 
 
+def lars_place(
+    w: Vector,
+    g: Vector,
+    v: Vector,
+    bounds: npt.NDArray[np.int64],
+    decay: Vector,
+    first: Vector,
+    last: Vector,
+    *numbers: Any,
+) -> None:
+    """As :func:`lars_step`, onto the weights."""
+    out = np.empty_like(w)
+    lars_step(w, g, v, out, bounds, decay, first, last, *numbers)
+    for lo, hi in bounds:
+        w[lo:hi] += out[lo:hi]
+
+
 def adam_direction(
     w: Vector,
     g: Vector,
