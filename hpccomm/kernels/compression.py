@@ -1,7 +1,6 @@
 """The kernels of :mod:`hpccomm.kernels.compression_reference` compiled: same functions, same bits, one thread.
 
-Each function makes room for its answer and hands addresses to :mod:`hpccomm.kernels.compression_loops`.  Room for as
-many indices as there are elements costs nothing until it is written: the answer is copied out of it.
+Each function makes room for its answer and hands addresses to :mod:`hpccomm.kernels.compression_loops`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels.compression_loops import machine_code
+from hpccomm.kernels.compression_loops import ROOM, machine_code
 from hpccomm.kernels.compression_reference import Indices, Octets, Vector
 
 
@@ -22,9 +21,18 @@ def at(x: npt.NDArray[Any] | None) -> int:
     return 0 if x is None else int(x.__array_interface__["data"][0])
 
 
-def answer(count: int) -> tuple[int, bool]:
-    """What a loop counted, and whether all elements were finite."""
-    return (count, True) if count >= 0 else (~count, False)
+def collected(
+    loop: str, arguments: Sequence[float], n: int, *dtypes: npt.DTypeLike
+) -> tuple[list[npt.NDArray[Any]], bool]:
+    """All that a selecting loop finds, one array for each dtype, and whether all elements were finite."""
+    rooms = [np.empty(ROOM, dtype) for dtype in dtypes]
+    state = np.zeros(2, np.int64)
+    parts: list[list[npt.NDArray[Any]]] = []
+    while not parts or state[0] < n:
+        count = machine_code(loop)(*arguments, *map(at, rooms), n, at(state))
+        parts.append([room[:count].copy() for room in rooms])
+    whole = parts[0] if len(parts) == 1 else [np.concatenate(each) for each in zip(*parts, strict=True)]
+    return whole, not state[1]
 
 
 # Sums
@@ -64,10 +72,9 @@ def sum_by_sign(residual: Vector, gradient: Vector | None) -> tuple[float, float
 
 def threshold_words(residual: Vector, gradient: Vector | None, out: Vector, tau: float) -> tuple[Indices, bool]:
     """:func:`reference.threshold_words`."""
-    n = residual.size
-    words = np.empty(n, np.uint32)
-    count, finite = answer(machine_code("threshold_words")(at(residual), at(gradient), at(out), tau, at(words), n))
-    return words[:count].copy(), finite
+    arguments = at(residual), at(gradient), at(out), tau
+    (words,), finite = collected("threshold_words", arguments, residual.size, np.uint32)
+    return words, finite
 
 
 def add_words(words: Indices, tau: float, out: Vector) -> None:
@@ -95,9 +102,8 @@ def sample(x: Vector, plan: reference.SamplePlan) -> Vector:
 
 def select_threshold(x: Vector, threshold: float) -> tuple[Indices, bool]:
     """:func:`reference.select_threshold`."""
-    index = np.empty(x.size, np.uint32)
-    count, finite = answer(machine_code("select_threshold")(at(x), threshold, at(index), x.size))
-    return index[:count].copy(), finite
+    (index,), finite = collected("select_threshold", (at(x), threshold), x.size, np.uint32)
+    return index, finite
 
 
 def keep_largest(values: Vector, k: int) -> npt.NDArray[np.bool_]:
@@ -131,19 +137,16 @@ def momentum_select(
     """:func:`reference.momentum_select`, in one pass unless the threshold was too high."""
     n = gradient.size
     threshold = sampled_velocity_threshold(gradient, momentum, velocity, m, k, nesterov, step)
-    index, values, kept = np.empty(n, np.uint32), np.empty(n, np.float32), np.empty(n, np.float32)
-    addresses = at(index), at(values), at(kept)
-    loop = machine_code("momentum_select")
-    count, finite = answer(loop(at(gradient), at(momentum), at(velocity), m, threshold, nesterov, mask, *addresses, n))
-    index, values, kept = index[:count].copy(), values[:count].copy(), kept[:count]
+    arguments = at(gradient), at(momentum), at(velocity), m, threshold, nesterov, mask
+    (index, values, kept), finite = collected("momentum_select", arguments, n, np.uint32, np.float32, np.float32)
     if not finite:
         return index[:0], values[:0], False
-    if count < least * k and threshold > 0:
+    if index.size < least * k and threshold > 0:
         velocity[index], momentum[index] = values, kept
         index = reference.widened_selection(velocity, index, threshold, least * k, select_threshold)
         index = index[keep_largest(velocity[index], k)]
         return index, reference.take(index, momentum, velocity, mask), True
-    if count > k:
+    if index.size > k:
         chosen = keep_largest(values, k)
         back = index[~chosen]
         velocity[back] = values[~chosen]

@@ -1,8 +1,12 @@
 """The hot loops of :mod:`hpccomm.kernels.compression`, compiled by Numba when first called.
 
-Arguments are addresses, lengths and numbers; 0 stands for a vector that is not there.  Loops that also look for NaN and
-infinity return ``~result`` when there is one.  Most take 64 elements at a time: four vectors, and a mask of 64 bits for
-the comparison, so that a pass over memory costs nothing beyond memory while few elements are selected.
+Arguments are addresses, lengths and numbers; 0 stands for a vector that is not there.  Most loops take 64 elements at a
+time: four vectors, and a mask of 64 bits for the comparison, so that a pass costs nothing beyond memory while few
+elements are selected.
+
+Loops that select stop when their ``ROOM`` is nearly full and return how many they found; ``state`` holds where to go
+on, and whether there was a NaN or an infinity.  Room for as many indices as there are elements would be new memory in
+every call: the first write to a page of 2 MB costs more than a pass over a million elements.
 """
 
 from __future__ import annotations
@@ -52,6 +56,8 @@ EDITION = f"{zlib.crc32(Path(vectors.__file__).read_bytes()):08x}"
 F32, F64, U32, U64, I64 = np.float32, np.float64, np.uint32, np.uint64, np.int64
 GROUP = 64
 """Elements that one mask speaks of."""
+ROOM = 1 << 15
+"""Indices that a loop returns at most."""
 INFINITY = F32(np.inf)
 LEAST = F32(2.0**-149)
 """The smallest magnitude that is not 0."""
@@ -140,14 +146,22 @@ def largest_magnitude(x, n):
 # Threshold and selection
 
 
-@loop("int64(int64, int64, int64, float32, int64, int64)")
-def threshold_words(residual, gradient, out, tau, found, n):
+@register_jitable
+def noted(state, position, odd):
+    """Where to go on, and whether something was not finite."""
+    longs(state)[0] = position
+    if odd:
+        longs(state)[1] = 1
+
+
+@loop("int64(int64, int64, int64, float32, int64, int64, int64)")
+def threshold_words(residual, gradient, out, tau, found, n, state):
     to = words(found)
+    i, end = longs(state)[0], whole(n)
     count = 0
     odd = U64(0)
-    end = whole(n)
     high, low, zero = splat(tau), splat(-tau), splat(F32(0))
-    for i in range(0, end, GROUP):
+    while i < end and count <= ROOM - GROUP:
         a, b = sum_from(residual, gradient, i), sum_from(residual, gradient, i + 16)
         c, d = sum_from(residual, gradient, i + 32), sum_from(residual, gradient, i + 48)
         odd |= odd_lanes(a) | odd_lanes(b) | odd_lanes(c) | odd_lanes(d)
@@ -164,7 +178,8 @@ def threshold_words(residual, gradient, out, tau, found, n):
             to[count] = U32((i + j) << 1) | U32(minus >> U64(j) & U64(1))
             count += 1
             mask &= mask - U64(1)
-    for i in range(end, n):
+        i += GROUP
+    while end <= i < n and count < ROOM:
         p = sum_at(residual, gradient, i)
         if not is_finite(p):
             odd |= U64(1)
@@ -178,7 +193,9 @@ def threshold_words(residual, gradient, out, tau, found, n):
             count += 1
             rest = p + tau
         floats(out)[i] = rest
-    return ~count if odd else count
+        i += 1
+    noted(state, i, odd)
+    return count
 
 
 @register_jitable
@@ -192,15 +209,15 @@ def mask_of_large(a, b, c, d, limit):
     )
 
 
-@loop("int64(int64, float32, int64, int64)")
-def select_threshold(x, threshold, found, n):
+@loop("int64(int64, float32, int64, int64, int64)")
+def select_threshold(x, threshold, found, n, state):
     to = words(found)
+    i, end = longs(state)[0], whole(n)
     count = 0
     odd = U64(0)
-    end = whole(n)
     least = max(threshold, LEAST)
     limit = splat(least)
-    for i in range(0, end, GROUP):
+    while i < end and count <= ROOM - GROUP:
         at = x + 4 * i
         a, b, c, d = load(at), load(at + 64), load(at + 128), load(at + 192)
         odd |= odd_lanes(a) | odd_lanes(b) | odd_lanes(c) | odd_lanes(d)
@@ -209,14 +226,17 @@ def select_threshold(x, threshold, found, n):
             to[count] = U32(i + lowest(mask))
             count += 1
             mask &= mask - U64(1)
-    for i in range(end, n):
+        i += GROUP
+    while end <= i < n and count < ROOM:
         value = floats(x)[i]
         if not is_finite(value):
             odd |= U64(1)
         if abs(value) >= least:
             to[count] = U32(i)
             count += 1
-    return ~count if odd else count
+        i += 1
+    noted(state, i, odd)
+    return count
 
 
 @register_jitable
@@ -230,14 +250,16 @@ def taken(i, count, momentum, velocity, clear, index, values, kept_momentum):
         floats(momentum)[i] = F32(0)
 
 
-@loop("int64(int64, int64, int64, float32, float32, int64, int64, int64, int64, int64, int64)")
-def momentum_select(gradient, momentum, velocity, m, threshold, nesterov, clear, index, values, kept_momentum, n):
+@loop("int64(int64, int64, int64, float32, float32, int64, int64, int64, int64, int64, int64, int64)")
+def momentum_select(
+    gradient, momentum, velocity, m, threshold, nesterov, clear, index, values, kept_momentum, n, state
+):
+    i, end = longs(state)[0], whole(n)
     count = 0
     odd = U64(0)
-    end = whole(n)
     least = max(threshold, LEAST)
     limit, factor = splat(least), splat(m)
-    for i in range(0, end, GROUP):
+    while i < end and count <= ROOM - GROUP:
         mask = U64(0)
         for j in range(0, GROUP, 16):
             at = 4 * (i + j)
@@ -256,8 +278,9 @@ def momentum_select(gradient, momentum, velocity, m, threshold, nesterov, clear,
             taken(i + lowest(mask), count, momentum, velocity, clear, index, values, kept_momentum)
             count += 1
             mask &= mask - U64(1)
+        i += GROUP
     g, u, v = floats(gradient), floats(momentum), floats(velocity)
-    for i in range(end, n):
+    while end <= i < n and count < ROOM:
         if nesterov:
             u[i] = (u[i] + g[i]) * m
             v[i] = (v[i] + u[i]) + g[i]
@@ -269,7 +292,9 @@ def momentum_select(gradient, momentum, velocity, m, threshold, nesterov, clear,
         if abs(v[i]) >= least:
             taken(i, count, momentum, velocity, clear, index, values, kept_momentum)
             count += 1
-    return ~count if odd else count
+        i += 1
+    noted(state, i, odd)
+    return count
 
 
 @loop("void(int64, int64, int64, int64)")
@@ -323,7 +348,7 @@ def add_words(found, count, tau, out):
         to[word >> U32(1)] += -tau if word & U32(1) else tau
 
 
-# Sums: element i goes to lane i modulo 64, eight vectors of eight lanes
+# Sums: 64 lanes of float64 in eight vectors
 
 
 @register_jitable
@@ -334,84 +359,95 @@ def joined(a, b, c, d, e, f, g, h):
 
 @register_jitable
 def rest_of(residual, gradient, begin, n, to):
-    """The last, incomplete group of residual + gradient, filled up with zeros."""
-    for j in range(GROUP):
+    """The last, incomplete part of residual + gradient, filled up with zeros; its address."""
+    for j in range(to.size):
         to[j] = sum_at(residual, gradient, begin + j) if begin + j < n else F32(0)
+    return to.ctypes.data
+
+
+@register_jitable
+def four_magnitudes(x, y):
+    """(a + b) + (c + d) of sixteen elements of four rows of 64."""
+    a, b = magnitude(sum_from(x, y, 0)), magnitude(sum_from(x, y, 64))
+    c, d = magnitude(sum_from(x, y, 128)), magnitude(sum_from(x, y, 192))
+    return (a + b) + (c + d)
+
+
+@register_jitable
+def further(address, elements):
+    """An address so many elements on; 0 stays 0."""
+    return address + 4 * elements if address else 0
 
 
 @loop("float64(int64, int64, int64)")
 def sum_magnitudes(residual, gradient, n):
-    tail = np.empty(GROUP, np.float32)
+    tail = np.empty(4 * GROUP, np.float32)
     a = b = c = d = e = f = g = h = no_doubles()
-    for i in range(0, n, GROUP):
-        first, second = residual + 4 * i, gradient + 4 * i if gradient else 0
-        if i + GROUP > n:
-            rest_of(residual, gradient, i, n, tail)
-            first, second = tail.ctypes.data, 0
-        p, q = magnitude(sum_from(first, second, 0)), magnitude(sum_from(first, second, 16))
-        r, s = magnitude(sum_from(first, second, 32)), magnitude(sum_from(first, second, 48))
+    for i in range(0, n, 4 * GROUP):
+        x, y = residual + 4 * i, further(gradient, i)
+        if i + 4 * GROUP > n:
+            x, y = rest_of(residual, gradient, i, n, tail), 0
+        p, q = four_magnitudes(x, y), four_magnitudes(x + 64, further(y, 16))
+        r, s = four_magnitudes(x + 128, further(y, 32)), four_magnitudes(x + 192, further(y, 48))
         a, b, c, d = a + lower(p), b + upper(p), c + lower(q), d + upper(q)
         e, f, g, h = e + lower(r), f + upper(r), g + lower(s), h + upper(s)
     return joined(a, b, c, d, e, f, g, h)
 
 
+@register_jitable
+def four_by_sign(x, y):
+    """(a + b) + (c + d) of the elements ≥ 0 and of all others, of four rows of 64; and how many are ≥ 0."""
+    zero = splat(F32(0))
+    a, b, c, d = sum_from(x, y, 0), sum_from(x, y, 64), sum_from(x, y, 128), sum_from(x, y, 192)
+    ma, mb, mc, md = at_least(a, zero), at_least(b, zero), at_least(c, zero), at_least(d, zero)
+    plus = (choose(ma, a, zero) + choose(mb, b, zero)) + (choose(mc, c, zero) + choose(md, d, zero))
+    minus = (choose(ma, zero, a) + choose(mb, zero, b)) + (choose(mc, zero, c) + choose(md, zero, d))
+    return plus, minus, ones(ma | mb << U64(16) | mc << U64(32) | md << U64(48))
+
+
 @loop("int64(int64, int64, int64, int64)")
 def sum_by_sign(residual, gradient, sums, n):
-    tail = np.empty(GROUP, np.float32)
-    zero = splat(F32(0))
+    tail = np.empty(4 * GROUP, np.float32)
     count = 0
     a = b = c = d = e = f = g = h = no_doubles()
     k = l = m = o = t = u = v = w = no_doubles()  # noqa: E741
-    for i in range(0, n, GROUP):
-        first, second = residual + 4 * i, gradient + 4 * i if gradient else 0
-        if i + GROUP > n:
-            rest_of(residual, gradient, i, n, tail)
-            first, second = tail.ctypes.data, 0
-            count -= i + GROUP - n
-        p, q = sum_from(first, second, 0), sum_from(first, second, 16)
-        r, s = sum_from(first, second, 32), sum_from(first, second, 48)
-        mp, mq, mr, ms = at_least(p, zero), at_least(q, zero), at_least(r, zero), at_least(s, zero)
-        count += ones(mp | mq << U64(16) | mr << U64(32) | ms << U64(48))
-        x, y = choose(mp, p, zero), choose(mq, q, zero)
-        a, b, c, d = a + lower(x), b + upper(x), c + lower(y), d + upper(y)
-        x, y = choose(mr, r, zero), choose(ms, s, zero)
-        e, f, g, h = e + lower(x), f + upper(x), g + lower(y), h + upper(y)
-        x, y = choose(mp, zero, p), choose(mq, zero, q)
-        k, l, m, o = k + lower(x), l + upper(x), m + lower(y), o + upper(y)  # noqa: E741
-        x, y = choose(mr, zero, r), choose(ms, zero, s)
-        t, u, v, w = t + lower(x), u + upper(x), v + lower(y), w + upper(y)
+    for i in range(0, n, 4 * GROUP):
+        x, y = residual + 4 * i, further(gradient, i)
+        if i + 4 * GROUP > n:
+            x, y = rest_of(residual, gradient, i, n, tail), 0
+            count -= i + 4 * GROUP - n
+        (pp, pm, pn), (qp, qm, qn) = four_by_sign(x, y), four_by_sign(x + 64, further(y, 16))
+        (rp, rm, rn), (sp, sm, sn) = four_by_sign(x + 128, further(y, 32)), four_by_sign(x + 192, further(y, 48))
+        count += pn + qn + rn + sn
+        a, b, c, d = a + lower(pp), b + upper(pp), c + lower(qp), d + upper(qp)
+        e, f, g, h = e + lower(rp), f + upper(rp), g + lower(sp), h + upper(sp)
+        k, l, m, o = k + lower(pm), l + upper(pm), m + lower(qm), o + upper(qm)  # noqa: E741
+        t, u, v, w = t + lower(rm), u + upper(rm), v + lower(sm), w + upper(sm)
     doubles(sums)[0], doubles(sums)[1] = joined(a, b, c, d, e, f, g, h), joined(k, l, m, o, t, u, v, w)
     return count
 
 
 @register_jitable
-def sum_squares(x, n, tail):
-    """Σ x²."""
+def sums_of(x, n, tail):
+    """Σ x and Σ x²."""
     a = b = c = d = e = f = g = h = no_doubles()
+    k = l = m = o = t = u = v = w = no_doubles()  # noqa: E741
     for i in range(0, n, GROUP):
         at = x + 4 * i
         if i + GROUP > n:
-            rest_of(x, 0, i, n, tail)
-            at = tail.ctypes.data
+            at = rest_of(x, 0, i, n, tail)
         p, q, r, s = load(at), load(at + 64), load(at + 128), load(at + 192)
-        a, b, c, d = a + lower(p) * lower(p), b + upper(p) * upper(p), c + lower(q) * lower(q), d + upper(q) * upper(q)
-        e, f, g, h = e + lower(r) * lower(r), f + upper(r) * upper(r), g + lower(s) * lower(s), h + upper(s) * upper(s)
-    return joined(a, b, c, d, e, f, g, h)
+        pl, pu, ql, qu = lower(p), upper(p), lower(q), upper(q)
+        rl, ru, sl, su = lower(r), upper(r), lower(s), upper(s)
+        a, b, c, d, e, f, g, h = a + pl, b + pu, c + ql, d + qu, e + rl, f + ru, g + sl, h + su
+        k, l, m, o = k + pl * pl, l + pu * pu, m + ql * ql, o + qu * qu  # noqa: E741
+        t, u, v, w = t + rl * rl, u + ru * ru, v + sl * sl, w + su * su
+    return joined(a, b, c, d, e, f, g, h), joined(k, l, m, o, t, u, v, w)
 
 
 @loop("void(int64, int64, int64)")
 def moments(x, sums, n):
-    tail = np.empty(GROUP, np.float32)
-    a = b = c = d = e = f = g = h = no_doubles()
-    for i in range(0, n, GROUP):
-        at = x + 4 * i
-        if i + GROUP > n:
-            rest_of(x, 0, i, n, tail)
-            at = tail.ctypes.data
-        p, q, r, s = load(at), load(at + 64), load(at + 128), load(at + 192)
-        a, b, c, d = a + lower(p), b + upper(p), c + lower(q), d + upper(q)
-        e, f, g, h = e + lower(r), f + upper(r), g + lower(s), h + upper(s)
-    doubles(sums)[0], doubles(sums)[1] = joined(a, b, c, d, e, f, g, h), sum_squares(x, n, tail)
+    doubles(sums)[0], doubles(sums)[1] = sums_of(x, n, np.empty(GROUP, np.float32))
 
 
 @loop("void(int64, int64, int64, int64)")
@@ -419,7 +455,7 @@ def bucket_norms(x, bucket, to, n):
     tail = np.empty(GROUP, np.float32)
     for number in range((n + bucket - 1) // bucket):
         begin = number * bucket
-        floats(to)[number] = F32(np.sqrt(sum_squares(x + 4 * begin, min(bucket, n - begin), tail)))
+        floats(to)[number] = F32(np.sqrt(sums_of(x + 4 * begin, min(bucket, n - begin), tail)[1]))
 
 
 # One bit

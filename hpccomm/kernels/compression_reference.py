@@ -39,11 +39,15 @@ LONGEST_QUOTIENT = 48
 # Sums
 
 
-def lane_sum(rows: Iterable[npt.NDArray[Any]]) -> float:
-    """Sum in float64: element i goes to lane i modulo ``LANES``, in order; then halves of the lanes are added.
+def lane_sum(terms: Vector) -> float:
+    """Sum of float32: 256 at a time, four rows of ``LANES``, (a + b) + (c + d) in float32, then :func:`lane_total`."""
+    rows = np.zeros((-(-terms.size // (4 * LANES)), 4, LANES), "f4")
+    rows.reshape(-1)[: terms.size] = terms
+    return lane_total((rows[:, 0] + rows[:, 1]) + (rows[:, 2] + rows[:, 3]))
 
-    ``rows`` are the terms, ``LANES`` at a time; the last row may be shorter.
-    """
+
+def lane_total(rows: Iterable[npt.NDArray[Any]]) -> float:
+    """Sum in float64: rows of ``LANES`` elements are added in order, then halves of the lanes until one is left."""
     lanes = np.zeros(LANES)
     for row in rows:
         lanes[: row.size] += row
@@ -53,9 +57,9 @@ def lane_sum(rows: Iterable[npt.NDArray[Any]]) -> float:
     return float(lanes[0])
 
 
-def rows_of(x: npt.NDArray[Any]) -> Iterable[npt.NDArray[Any]]:
-    """``LANES`` elements at a time."""
-    return (x[at : at + LANES] for at in range(0, x.size, LANES))
+def rows_of(x: Vector) -> Iterable[npt.NDArray[np.float64]]:
+    """``LANES`` elements at a time; the last row may be shorter."""
+    return (x[at : at + LANES].astype("f8") for at in range(0, x.size, LANES))
 
 
 def all_finite(x: Vector) -> bool:
@@ -69,8 +73,8 @@ def largest_magnitude(x: Vector) -> float:
 
 
 def moments(x: Vector) -> tuple[float, float]:
-    """Σ x and Σ x²."""
-    return lane_sum(rows_of(x)), lane_sum(row.astype("f8") ** 2 for row in rows_of(x))
+    """Σ x and Σ x², as by :func:`lane_total`."""
+    return lane_total(rows_of(x)), lane_total(row * row for row in rows_of(x))
 
 
 def backlog_of(residual: Vector, gradient: Vector | None) -> Vector:
@@ -271,9 +275,9 @@ def ascending(index: Indices, n: int) -> bool:
 
 
 def sum_magnitudes(residual: Vector, gradient: Vector | None) -> float:
-    """Σ \\|residual + gradient\\|; neither NaN nor infinite if and only if all elements are finite."""
+    """Σ \\|residual + gradient\\|; NaN or infinite where an element is, or where four of them exceed float32."""
     with np.errstate(all="ignore"):
-        return lane_sum(np.abs(row) for row in rows_of(backlog_of(residual, gradient)))
+        return lane_sum(np.abs(backlog_of(residual, gradient)))
 
 
 def sum_by_sign(residual: Vector, gradient: Vector | None) -> tuple[float, float, int]:
@@ -283,8 +287,8 @@ def sum_by_sign(residual: Vector, gradient: Vector | None) -> tuple[float, float
         above = p >= 0
         zero = F32(0)
         return (
-            lane_sum(rows_of(np.where(above, p, zero))),
-            lane_sum(rows_of(np.where(above, zero, p))),
+            lane_sum(np.where(above, p, zero)),
+            lane_sum(np.where(above, zero, p)),
             int(np.count_nonzero(above)),
         )
 
@@ -556,7 +560,7 @@ def cell_indices(n: int, k: int, key: int) -> Indices:
 
 
 def bucket_norms(x: Vector, bucket: int) -> Vector:
-    """The Euclidean norm of each ``bucket`` consecutive elements, squares summed as by :func:`lane_sum`."""
+    """The Euclidean norm of each ``bucket`` consecutive elements, squares summed as by :func:`lane_total`."""
     parts = (x[at : at + bucket] for at in range(0, x.size, bucket))
     return np.array([math.sqrt(moments(part)[1]) for part in parts], "f4")
 
