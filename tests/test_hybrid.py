@@ -199,6 +199,26 @@ def test_slices_and_one_leader_give_the_same_bits(size: int, group: int) -> None
     assert all(run_on_ranks(size, body))
 
 
+def test_what_a_group_has_not_sent_is_what_it_lags_behind_dense_descent() -> None:
+    """For recorded gradients, after every step: W_dense = W − lr · Σ residuals; quarters need no rounding."""
+    gradients = np.random.default_rng(0).integers(-9, 10, (12, 3, 20)) / 4
+
+    def body(comm: Any) -> None:
+        method = hybrid(comm, slow_gtc(1.0), scale(-0.25), 3, period=5)
+        weights, dense = np.zeros(20), np.zeros(20)
+        state = method.init(weights)
+        for each in gradients:
+            step, state = method.update(each[comm.rank], state, weights)
+            weights += step
+            dense -= 0.25 * each.sum(axis=0)
+            pending = np.empty(20)
+            comm.Allreduce(state.inner[0].residual, pending)
+            assert np.array_equal(dense, weights - 0.25 * pending)
+            assert pending.any()
+
+    run_on_ranks(3, body)
+
+
 # What holds after every step
 
 

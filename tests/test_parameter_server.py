@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from hpccomm.algorithms.compressors import none, threshold
 from hpccomm.algorithms.exchange import synchronous_sgd
 from hpccomm.algorithms.parameter_server import (
     HEADER,
@@ -247,6 +248,25 @@ def test_pushes_are_a_codecs_messages_and_workers_keep_the_rest() -> None:
     for seen, backlog in run_on_ranks(4, body)[2:]:
         assert seen == [[0, 1, 0, -1], [1, 3, -1, -3]]
         assert backlog == [0, 0, 0, 0]
+
+
+def test_compressors_write_pushes() -> None:
+    """None changes anything; a threshold moves the model by whole thresholds and keeps the rest at the worker."""
+
+    def body(comm: Any, codec: Any) -> Any:
+        ps = ParameterServer(comm, np.zeros(6, "f4"), scale(-1), servers=2, codec=codec, reduce="sum")
+        if ps.serves:
+            return ps.serve()
+        for _ in range(3):
+            ps.pull()
+            ps.push(np.array([0, 0.25, -0.5, 1, -3, 0.75], "f4"))
+        return ps.leave().tolist(), ps.backlog.tolist()
+
+    dense = [0, -1.5, 3, -6, 18, -4.5]
+    for codec, backlog in ((none(), [0.0] * 6), (threshold(0.5), [0, 0.25, 0, 1.5, -7.5, 0.75])):
+        for final, kept in run_on_ranks(4, lambda comm, codec=codec: body(comm, codec))[2:]:
+            assert kept == backlog
+            assert [a - 2 * b for a, b in zip(final, kept, strict=True)] == dense
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
