@@ -717,7 +717,12 @@ class Binder:
         before: Run | None = None,
         after: Run | None = None,
     ) -> Bound:
-        """A bound call in shared memory, kept under its key; it compares the calls itself.
+        """A bound call in shared memory, kept under its key; it compares the calls itself."""
+        bound = Bound(in_turn([before, self.in_shared_memory(signature, bind), after]))
+        return bound if key is None else self.resources.keep(key, bound)
+
+    def in_shared_memory(self, signature: Signature, bind: Callable[[int], Run]) -> Run:
+        """Bind a call in shared memory.
 
         While ranks are missing it drives MPI: they may be waiting for the end of a message that this rank has sent.
         """
@@ -732,8 +737,7 @@ class Binder:
                 progress()
 
         shared.late = late
-        bound = Bound(in_turn([before, bind(signature.word), after]))
-        return bound if key is None else self.resources.keep(key, bound)
+        return bind(signature.word)
 
     def keep_widened(self, key: Hashable, first: Widened, inner: Bound, last: Widened | None) -> Bound:
         """16-bit floats, reduced in float32 and rounded once."""
@@ -741,15 +745,22 @@ class Binder:
         return bound if key is None else self.resources.keep(key, bound)
 
     def checked(self, signature: Signature, body: Run, lockstep: bool) -> Run:
-        """``body`` between the two looks at what the other ranks call."""
+        """``body`` between the two looks at what the other ranks call.
+
+        In lockstep nobody begins before all calls have been compared.  Where the ranks share memory they meet there
+        first: others may have brought a call that takes place there, and then all of them learn of it together.
+        """
         roll = self.resources.roll
         if roll is None:
             return body
         word = roll.announce(signature)
         enter = roll.begin if signature.collective in SYNCHRONISING else roll.enter
         leave, wait = roll.leave, roll.wait
+        meet = self.in_shared_memory(signature, self.shared.bind_meeting) if lockstep and self.shared else None
 
         def run() -> None:
+            if meet:
+                meet()
             try:
                 enter(word)
                 if lockstep:

@@ -502,6 +502,20 @@ def test_ranks_that_call_different_things_all_raise_and_can_go_on(comm: Communic
     assert (a == comm.size).all()
 
 
+@pytest.mark.mpi(sizes=(2, 3))
+def test_calls_in_shared_memory_and_by_mpi_meet_and_all_raise(comm: Communicator) -> None:
+    """Many times: nobody gets a call ahead of the others."""
+    odd = comm.rank == comm.size - 1
+    for _ in range(50):
+        x = np.ones(10)
+        with pytest.raises(hpccomm.MismatchError, match=f"rank {comm.size - 1} called"):
+            comm.Allreduce(MPI.IN_PLACE, x, MPI.MAX if odd else MPI.SUM, algorithm="shared" if odd else "native")
+        for algorithm in ("shared", "native"):
+            x[:] = 1
+            comm.Allreduce(MPI.IN_PLACE, x, algorithm=algorithm)
+            assert (x == comm.size).all()
+
+
 def test_bound_calls_are_bounded_in_number(comm: Communicator) -> None:
     for n in range(1, 300):
         comm.Allreduce(MPI.IN_PLACE, np.ones(n), algorithm="ring")

@@ -18,6 +18,7 @@ and ``close`` are collective.  Binding and running are not: what differs between
     bind_bcast(address, nbytes, root, signature)
     bind_alltoall(send, recv, send_counts, send_places, recv_counts, recv_places, signature)       bytes
     bind_barrier(signature)
+    bind_meeting(signature)                            calls that go elsewhere: meets others of its kind, whatever they call
 
     shared.empty(shape, dtype)                         # registered: visible to all ranks, reduced without a copy
     shared.view(address, nbytes)                       # memory where all ranks see one result of a registered array
@@ -486,6 +487,12 @@ class SharedMemory:
         if self.size == 1:
             return moving(0, 0, 0)
         return self._plan("barrier", self._call(("barrier",), signature))
+
+    def bind_meeting(self, signature: int) -> Plan:
+        """Wait for everybody who is about to make calls elsewhere, whatever they are; other calls here differ."""
+        call = self._call(("meeting",), signature)
+        put(call, kernels.CALL_CHECK, zlib.crc32(b"meeting"))
+        return self._plan("barrier", call)
 
     def _across(self, nbytes: int, least_of_two: int) -> bool:
         """Whether a call goes from process to process."""
