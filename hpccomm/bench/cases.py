@@ -357,6 +357,7 @@ CASES: dict[str, Case] = {
         Calling("Alltoall", lambda s, send, recv: (from_either(s, send), recv)),
         without_own,
         parts=True,
+        algorithms="alltoall",
     ),
     "alltoallv": Case(
         EXCHANGE.format("All-to-Allv"),

@@ -27,6 +27,10 @@ SECONDS = 0.4
 """Time for each algorithm at each size."""
 
 
+COLLECTIVES = (*ALGORITHMS, "alltoall")
+"""What can be decided; for the last one there is shared memory beside native MPI."""
+
+
 class Site(NamedTuple):
     """Where this is measured."""
 
@@ -46,8 +50,9 @@ class Task(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure and where to keep it."""
-    known = ",".join(ALGORITHMS)
+    known = ",".join(COLLECTIVES)
     parser.add_argument("--collective", default=known, metavar="NAMES", help=f"default {known}")
+    parser.add_argument("--algorithm", metavar="NAMES", help="default: all; others keep what the file has of them")
     parser.add_argument("--sizes", metavar="BYTES", help=f"default {SIZES}")
     parser.add_argument("--quick", action="store_true", help=f"fewer sizes: {QUICK}")
     parser.add_argument("--out", metavar="FILE", help="default: ~/.config/hpccomm, by host and MPI, where it is found")
@@ -64,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         raise ArgumentError("one rank has nothing to tune: start it as `mpirun -n 4 hpccomm tune`")
     site = site_of(comm)
     out = Path(args.out) if args.out else tuning.user_file(site.mpi, site.host)
-    rows = measured(comm, site, tasks(args), out.with_name(out.name + ".partial"))
+    wanted = args.algorithm.split(",") if args.algorithm else []
+    rows = measured(comm, site, tasks(args), out.with_name(out.name + ".partial"), wanted)
     if comm.rank == 0:
         finish(rows, site, out)
     return 0
@@ -84,19 +90,24 @@ def site_of(comm: Any) -> Site:
 def tasks(args: argparse.Namespace) -> list[Task]:
     """Every collective at every size, the small ones first."""
     collectives = args.collective.split(",")
-    unknown = [name for name in collectives if name not in ALGORITHMS]
+    unknown = [name for name in collectives if name not in COLLECTIVES]
     if unknown:
-        raise ArgumentError(f"--collective {','.join(unknown)}: take some of {', '.join(ALGORITHMS)}")
+        raise ArgumentError(f"--collective {','.join(unknown)}: take some of {', '.join(COLLECTIVES)}")
     sizes = args.sizes or (QUICK if args.quick else SIZES)
     return [Task(name, int(size_of(size))) for name in collectives for size in sizes.split(",")]
 
 
-def measured(comm: Any, site: Site, todo: Sequence[Task], partial: Path) -> list[Row]:
+def measured(comm: Any, site: Site, todo: Sequence[Task], partial: Path, wanted: Sequence[str] = ()) -> list[Row]:
     """Do what is not done yet; rank 0 has all rows in the end (collective)."""
+    known = {name for task in todo for name in comm.algorithms(task.collective)}
+    if set(wanted) - known:
+        raise ArgumentError(
+            f"--algorithm {','.join(sorted(set(wanted) - known))}: take some of {', '.join(sorted(known))}"
+        )
     rows = comm.bcast(done_before(site, partial) if comm.rank == 0 else None)
     left = [task for task in todo if task not in {Task(row.collective, row.bytes) for row in rows}]
     for task in watched(left, "tuning", "size") if comm.rank == 0 else left:
-        rows += measure_one(comm, site, task)
+        rows += measure_one(comm, site, task, wanted)
         if comm.rank == 0:
             tuning.write(Table(tuple(rows)), partial)
     if comm.rank == 0:
@@ -113,11 +124,11 @@ def done_before(site: Site, partial: Path) -> list[Row]:
     return [row for row in rows if (row.nodes, row.per_node, row.mpi) == site[:3]]
 
 
-def measure_one(comm: Any, site: Site, task: Task) -> Iterator[Row]:
-    """All algorithms of a collective at one size (collective)."""
+def measure_one(comm: Any, site: Site, task: Task, wanted: Sequence[str] = ()) -> Iterator[Row]:
+    """The wanted algorithms of a collective at one size, or all of them (collective)."""
     from hpccomm.bench import Options, measure
 
-    names = [name for name in comm.algorithms(task.collective) if name != "auto"]
+    names = [name for name in comm.algorithms(task.collective) if name != "auto" and (not wanted or name in wanted)]
     options = Options(seconds=SECONDS, bare_native=True)
     for found in measure(comm, task.collective, [task.bytes], algorithms=names, options=options):
         yield Row(
