@@ -18,7 +18,7 @@ and ``close`` are collective.  Binding and running are not: what differs between
     bind_bcast(address, nbytes, root, signature)
     bind_alltoall(send, recv, send_counts, send_places, recv_counts, recv_places, signature)       bytes
     bind_barrier(signature)
-    bind_meeting(signature)                            calls that go elsewhere: meets others of its kind, whatever they call
+    bind_meeting(signature)                            before a call that goes elsewhere: meets its like, whatever it is
 
     shared.empty(shape, dtype)                         # registered: visible to all ranks, reduced without a copy
     shared.view(address, nbytes)                       # memory where all ranks see one result of a registered array
