@@ -24,6 +24,7 @@ from hpccomm.kernels import reductions
 from hpccomm.messages import Message, read
 from hpccomm.resources import Bound, Resources, unknown
 from hpccomm.signature import UNKNOWN, Signature
+from hpccomm.two_levels import Operands
 
 IN_PLACE = MPI.IN_PLACE
 Run = Callable[[], None]
@@ -92,6 +93,14 @@ class Binder:
                     send.address, recv.address, recv.elements, recv.kind, operations.name_of(op), word
                 ),
             )
+        levels = self.resources.two_levels if choice.algorithm == "hierarchical" else None
+        if levels and op.is_predefined and levels.memory.reduces(operations.name_of(op), recv.kind):
+            data = Operands(
+                send.address, recv.address, vector, recv.kind, operations.name_of(op), operations.combiner(op)
+            )
+            levels.memory.late = self.while_missing(levels.memory)
+            plan = levels.bind(data, signature.word)
+            return self.keep(key, signature, [plan], plan.free, vector.nbytes)
         ours = self.resources.algorithms("allreduce")[choice.algorithm]
         plan = self.whole(ours, vector, ours.steps(self.rank, self.size), choice, op, signature)
         copy_in = None if source is None else lambda: np.copyto(vector, source)
@@ -726,18 +735,30 @@ class Binder:
 
         While ranks are missing it drives MPI: they may be waiting for the end of a message that this rank has sent.
         """
-        roll, shared = self.resources.roll, self.shared
-        word, progress = roll.announce(signature) if roll else 0, self.resources.channel.Iprobe
+        roll = self.resources.roll
+        word = roll.announce(signature) if roll else 0
+        progress = self.while_missing(self.shared)
 
         def late(seconds: float, positions: list[int]) -> None:
             if roll:
                 roll.late(word, seconds, positions)
+            progress(seconds, positions)
+
+        self.shared.late = late
+        return bind(signature.word)
+
+    def while_missing(self, memory: Any) -> Callable[[float, list[int]], None]:
+        """Drive MPI for a while, as long as ranks of this node are missing; raise if they will never come."""
+        roll, progress = self.resources.roll, self.resources.channel.Iprobe
+
+        def drive(seconds: float, positions: list[int]) -> None:
+            if roll and roll.inside:
+                roll.raise_if_hopeless()
             until = time.monotonic() + TURN
-            while shared.missing() and time.monotonic() < until:
+            while memory.missing() and time.monotonic() < until:
                 progress()
 
-        shared.late = late
-        return bind(signature.word)
+        return drive
 
     def keep_widened(self, key: Hashable, first: Widened, inner: Bound, last: Widened | None) -> Bound:
         """16-bit floats, reduced in float32 and rounded once."""

@@ -20,12 +20,17 @@ from hpccomm import rollcall, topology
 from hpccomm.collectives import ALGORITHMS, hierarchical, tuning
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
+from hpccomm.kernels.shared import PATIENCE_NS
 from hpccomm.signature import REMEDIES, Signature, complaint
 from hpccomm.transports.mpi import MessageTransport
 from hpccomm.transports.shared_memory import Segment, SharedMemory
+from hpccomm.two_levels import TwoLevels
 
 PLANS = 128
 """Bound calls kept for each communicator."""
+
+HURRY_NS = 100_000
+"""Nanoseconds after which a rank that waits for another of its node looks after its messages to other nodes."""
 
 SETTINGS = ("HPCCOMM_ALGORITHM", "HPCCOMM_TUNING", "HPCCOMM_SHARED_MEMORY", "HPCCOMM_ROLL_CALL")
 """Environment variables that must mean the same on every rank: rank 0's are taken."""
@@ -74,7 +79,7 @@ class Resources:
         self._again = again
         self.rank, self.size = comm.rank, comm.size
         self.channel = plain(comm).Dup()
-        self.node = self.channel.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        self.node = ranks_of_this_node(self.channel)
         self.topology = topology.discover(self.channel, self.node, MPI.Get_processor_name())
         self.members = self.topology.members(int(self.topology.nodes[self.rank]))
         self.settings = self.channel.bcast({name: os.environ.get(name, "") for name in SETTINGS})
@@ -101,19 +106,39 @@ class Resources:
         roll.progress = self.channel.Iprobe
         return roll, segment
 
-    @cached_property
+    @property
     def shared(self) -> SharedMemory | None:
         """Shared memory of all ranks; none across nodes or where it is not to be had."""
-        if self.topology.count > 1 or self.size == 1 or self.settings["HPCCOMM_SHARED_MEMORY"] == "off":
+        memory = self.node_memory
+        return memory if self.topology.count == 1 else None
+
+    @cached_property
+    def node_memory(self) -> SharedMemory | None:
+        """Shared memory of this node's ranks; none anywhere if it is not to be had on some node."""
+        if self.size == 1 or self.settings["HPCCOMM_SHARED_MEMORY"] == "off":
             return None
+        made, trouble = None, ""
         try:
-            made = SharedMemory(self.node)
+            made = SharedMemory(self.node, patience_ns=PATIENCE_NS if self.topology.count == 1 else HURRY_NS)
+            made.mismatch = self.differing
         except TransportError as error:
-            if self.rank == 0:
-                rollcall.tell(f"shared memory is not used, messages are slower: {error}")
+            trouble = str(error)
+        troubles = [each for each in self.channel.allgather(trouble) if each]
+        if not troubles:
+            return made
+        if self.rank == 0:
+            rollcall.tell(f"shared memory is not used, messages are slower: {troubles[0]}")
+        if made:
+            made.close()
+        return None
+
+    @cached_property
+    def two_levels(self) -> TwoLevels | None:
+        """Allreduces in shared memory inside the nodes and by messages between them, where there are several."""
+        if self.topology.count == 1 or self.node_memory is None:
             return None
-        made.mismatch = self.differing
-        return made
+        lanes = hierarchical.lanes_of(self.topology.nodes)
+        return TwoLevels(self.node_memory, self.messages, lanes, self.table.machine.inter)
 
     def differing(self, words: list[int]) -> MismatchError:
         """The error when the ranks of a node brought different calls to shared memory."""
@@ -191,10 +216,16 @@ class Resources:
             self.roll.close()
         if self._segment:
             self._segment.close()
-        if "shared" in self.__dict__ and self.shared:
-            self.shared.close()
+        made: SharedMemory | None = self.__dict__.get("node_memory")
+        if made:
+            made.close()
         self.node.Free()
         self.messages.close()
+
+
+def ranks_of_this_node(comm: MPI.Intracomm) -> MPI.Intracomm:
+    """Those that share memory, in the order of their ranks (collective)."""
+    return MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
 
 
 def plain(comm: MPI.Intracomm) -> MPI.Intracomm:

@@ -93,13 +93,20 @@ def inside(steps: Steps, r: Rank, lanes: Lanes, per_lane: int) -> Iterator[Step]
 
 def between(steps: Steps, r: Rank, lanes: Lanes, per_lane: int) -> Iterator[Step]:
     """A schedule among the twins of one lane; its blocks are the lane's own."""
+    first = lanes.place[r] % lanes.rank.shape[1] * per_lane
+    for step in twins(steps, r, lanes):
+        yield Step(step.to, moved(step.send, first), step.source, moved(step.recv, first), step.reduce)
+
+
+def twins(steps: Steps, r: Rank, lanes: Lanes) -> Iterator[Step]:
+    """A schedule among the twins of one lane, its blocks counted from 0; nothing for ranks beyond the lanes."""
     count, width = lanes.rank.shape
     node, place = lanes.node[r], lanes.place[r]
-    lane, first = place % width, (place % width) * per_lane
+    lane = place % width
     for step in steps(node, count):
         to = only((place < width) & (np.asarray(step.to) >= 0), lanes.rank[step.to, lane])
         source = only((place < width) & (np.asarray(step.source) >= 0), lanes.rank[step.source, lane])
-        yield Step(to, moved(step.send, first), source, moved(step.recv, first), step.reduce)
+        yield Step(to, step.send, source, step.recv, step.reduce)
 
 
 def scaled(blocks: tuple[Rank, Rank], by: int) -> tuple[Rank, Rank]:

@@ -56,7 +56,7 @@ PAYLOAD_BYTES = 48
 
 # What a rank knows of the transport
 MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT = (W * i for i in range(10))
-AROUND, TRIAL, CLOCK, SPENT, STATE_WORDS = (W * i for i in range(10, 15))
+AROUND, TRIAL, CLOCK, SPENT, PATIENCE, STATE_WORDS = (W * i for i in range(10, 16))
 
 # What a rank knows of a call
 STATE, CALL_CHECK, CALL_SIGNATURE, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, WAY, PAST_CACHE = (
@@ -77,8 +77,8 @@ from process to process."""
 DONE, AGAIN, MISMATCH, STUCK, SHUT = 0, 1, 2, 3, 4
 """What a call returns; AGAIN: somebody has not come yet, call again."""
 
-PATIENCE = 50_000_000
-"""Nanoseconds after which a wait for somebody who has not come returns to Python."""
+PATIENCE_NS = 50_000_000
+"""Nanoseconds after which a wait for somebody who has not come returns to Python, where nothing else is said."""
 BRIEF = 20
 """Looks before giving way where ranks share cores."""
 GRAIN = 64
@@ -161,7 +161,7 @@ def meet(call, state):
 def await_rank(state, q, number):
     """Wait for a rank's line, but not for ever."""
     flag, abandoned = line_of(state, q), load(state + MEMORY) + ABANDONED
-    spin, looks, began = load(state + SPIN), 0, 0
+    spin, looks, began, patience = load(state + SPIN), 0, 0, load(state + PATIENCE)
     while load_acquire(flag) < number:
         looks += 1
         if looks < spin:
@@ -173,7 +173,7 @@ def await_rank(state, q, number):
             now = nanoseconds()
             if began == 0:
                 began = now
-            elif now - began > PATIENCE:
+            elif now - began > patience:
                 return AGAIN
         give_way()
     adapt(state, spin, looks)

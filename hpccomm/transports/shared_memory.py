@@ -61,6 +61,7 @@ import numpy.typing as npt
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels import memory, reductions
 from hpccomm.kernels import shared as kernels
+from hpccomm.kernels.shared import PATIENCE_NS
 
 Plan = Callable[[], None]
 Late = Callable[[float, list[int]], None]
@@ -232,11 +233,12 @@ class SharedMemory:
     """The collectives of the ranks of ``node`` (collective); what it offers stands at the top of this module.
 
     ``code`` is ``"auto"``, ``"compiled"`` (Numba) or ``"numpy"``; rank 0's choice holds.  Takes about 1 MB a rank.
+    ``late`` is called after ``patience_ns`` nanoseconds without somebody.
     """
 
     collectives = kernels.COLLECTIVES
 
-    def __init__(self, node: Any, code: str = "auto") -> None:
+    def __init__(self, node: Any, code: str = "auto", patience_ns: int = PATIENCE_NS) -> None:
         self.rank, self.size = node.Get_rank(), node.Get_size()
         self.late: Late | None = None
         self.mismatch: Callable[[list[int]], Exception] = differing_signatures
@@ -247,6 +249,7 @@ class SharedMemory:
         self._region = kernels.SLOTS + kernels.RING * self._slot
         self._segment = Segment(node, self.size * self._region)
         self._state = self._new_state(patience(node))
+        put(self._state, kernels.PATIENCE, patience_ns)
         self._lessons = np.zeros((len(self.collectives) * SIZES, kernels.LESSON_WORDS // kernels.W), np.int64)
         periods = np.where(np.arange(len(self._lessons)) % SIZES < LONG_CALLS, *TRIAL_PERIODS)
         self._lessons[:, kernels.PERIOD // kernels.W] = periods

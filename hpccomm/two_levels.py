@@ -1,0 +1,132 @@
+"""An allreduce in two levels: shared memory inside each node, messages between the nodes.
+
+*N nodes, L lanes: the ranks of the smallest node; n bytes.*  A long vector goes in segments: the ranks of a node reduce
+a segment together, each lane a part of it; the ranks with the same lane on all nodes reduce their parts by messages,
+so that every local rank drives the network; then the ranks of a node gather.  While one segment is between the nodes
+the next is reduced inside.  Messages are short, so that many are on their way in both directions: Open MPI's TCP sends
+one way at a time above 64 KB.
+
+A short vector is reduced inside the node by everybody, and every lane carries all of it: one meeting instead of two.
+Any number of ranks on any node, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.cost import Link
+from hpccomm.collectives.engine import Combine, Lane, Plan, Round, Transport, even_cuts, interleaved, segments
+from hpccomm.collectives.hierarchical import Lanes, twins
+from hpccomm.collectives.schedule import Algorithm
+
+SHORT_BYTES = 2048
+"""Up to here every lane carries the whole vector."""
+MESSAGE_BYTES = 57_344
+"""Longest message between nodes: below 64 KB Open MPI's TCP uses both directions of a link at once."""
+SEGMENT_BYTES, MOST_SEGMENTS = 1 << 20, 16
+"""What is reduced inside a node while the segment before it is between the nodes."""
+
+
+class Operands(NamedTuple):
+    """A reduction's memory: addresses of what goes in and of what comes out, the latter also as a vector."""
+
+    send: int
+    recv: int
+    vector: Any
+    kind: str
+    op: str
+    combine: Combine
+
+
+def inter_node(nodes: int, nbytes: float, lanes: int, link: Link) -> Algorithm:
+    """The allreduce of ``nbytes`` bytes between ``nodes`` nodes whose ``lanes`` share a ``link``, by Hockney's model.
+
+    Recursive doubling has fewest messages, a ring carries fewest bytes; halving and doubling has both for a power of
+    two, but its first messages are long: what goes in several messages at a time goes by a ring.
+    """
+    dancing = nodes.bit_length() - 1
+    whole, parts = link.alpha + nbytes * link.beta, 2 * (nodes - 1) / nodes * nbytes * link.beta
+    folding = 0.0 if nodes == 1 << dancing else 2 * whole
+    costs = {
+        "doubling": dancing * whole + folding,
+        "butterfly": 2 * dancing * link.alpha + parts + folding,
+        "ring": 2 * (nodes - 1) * link.alpha + parts,
+    }
+    if nodes > 2 and nbytes > 2 * MESSAGE_BYTES * lanes:
+        costs = {"ring": 0.0}
+    return ALGORITHMS["allreduce"][min(costs, key=costs.__getitem__)]
+
+
+class TwoLevels:
+    """Binds allreduces of ranks on several nodes; ``memory`` is shared by the ranks of this one's node."""
+
+    def __init__(self, memory: Any, transport: Transport, lanes: Lanes, link: Link) -> None:
+        self.memory, self.transport, self.lanes, self.link = memory, transport, lanes, link
+        self.rank = transport.rank
+        self.nodes, self.width = lanes.rank.shape
+        self.place, self.members = int(lanes.place[self.rank]), int(memory.size)
+
+    def bind(self, data: Operands, word: int) -> Plan:
+        """Bind an allreduce; ``word`` is its signature."""
+        nbytes = data.vector.nbytes
+        inter = inter_node(self.nodes, nbytes, self.width, self.link)
+        if nbytes <= SHORT_BYTES:
+            return self.short(data, word, inter)
+        count = min(MOST_SEGMENTS, -(-nbytes // SEGMENT_BYTES))
+        cut = segments(data.vector.size, count)
+        return interleaved([lane for each in cut for lane in self.long(data, word, inter, each)])
+
+    def short(self, data: Operands, word: int, inter: Algorithm) -> Plan:
+        """Every lane carries the whole vector; ranks beyond the lanes get it in the end."""
+        memory, size = self.memory, data.vector.size
+        meet = memory.bind_allreduce(data.send, data.recv, size, data.kind, data.op, word)
+        lane = [Round([], [meet]), *(self.between(inter, data.vector, data.combine, word) if self.drives else [])]
+        if self.members > self.width:
+            lane.append(Round([], [memory.bind_bcast(data.recv, data.vector.nbytes, 0, word)]))
+        return interleaved([lane])
+
+    def long(self, data: Operands, word: int, inter: Algorithm, segment: slice) -> Iterator[list[Round]]:
+        """One segment: reduced inside, exchanged in several messages at a time, gathered inside."""
+        vector, width = data.vector[segment], data.vector.itemsize
+        start, cuts = segment.start * width, even_cuts(vector.size, self.width).tolist()
+        cuts += [cuts[-1]] * (self.members - self.width)
+        counts = np.diff(cuts).tolist()
+        mine = data.recv + start + cuts[self.place] * width
+        reduce = self.memory.bind_reduce_scatter(data.send + start, mine, counts, data.kind, data.op, word)
+        sizes, places = [each * width for each in counts], [each * width for each in cuts[:-1]]
+        gather = self.memory.bind_allgather(mine, data.recv + start, sizes, places, word)
+        first, last = Round([], [reduce]), Round([], [gather])
+        part = vector[cuts[self.place] : cuts[self.place + 1]]
+        if not self.drives:
+            yield [first, last]
+            return
+        messages = max(1, -(-part.nbytes // (MESSAGE_BYTES * inter.blocks(self.nodes))))
+        for number, piece in enumerate(pieces := segments(part.size, messages)):
+            rounds = list(self.between(inter, part[piece], data.combine, word))
+            if number == len(pieces) - 1:
+                rounds = finished(rounds, last)
+            yield [first if number == 0 else Round([], []), *rounds]
+
+    @property
+    def drives(self) -> bool:
+        """Whether this rank has a lane."""
+        return self.place < self.width
+
+    def between(self, inter: Algorithm, part: Any, combine: Combine, word: int) -> Iterator[Round]:
+        """The messages of one lane."""
+        lane = Lane(part, even_cuts(part.size, inter.blocks(self.nodes)), self.transport, combine, word)
+        for step in twins(inter.steps, self.rank, self.lanes):
+            if not lane.skips(step):
+                yield lane.bound(step)
+
+
+def finished(rounds: list[Round], last: Round) -> list[Round]:
+    """``last`` as soon as the last of ``rounds`` is over, before any other lane goes on."""
+    if rounds:
+        rounds[-1].finishes += last.finishes
+        return rounds
+    return [last]
