@@ -7,6 +7,7 @@ import json
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -366,7 +367,7 @@ def parsed(*words: str) -> argparse.Namespace:
 def test_tuning_covers_every_collective_and_size_asked_for() -> None:
     tasks = tune_command.tasks(parsed("--collective", "allreduce,bcast", "--sizes", "4,1Ki"))
     assert tasks == [("allreduce", 4), ("allreduce", 1024), ("bcast", 4), ("bcast", 1024)]
-    assert {task.collective for task in tune_command.tasks(parsed())} == set(ALGORITHMS)
+    assert {task.collective for task in tune_command.tasks(parsed())} == {*ALGORITHMS, "alltoall"}
     assert len(tune_command.tasks(parsed("--quick"))) < len(tune_command.tasks(parsed()))
     with pytest.raises(ArgumentError, match="take some of allreduce"):
         tune_command.tasks(parsed("--collective", "allred"))
@@ -375,7 +376,7 @@ def test_tuning_covers_every_collective_and_size_asked_for() -> None:
 def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial, ran = tmp_path / "t.partial", []
 
-    def measure_one(comm: Any, site: Any, task: Any) -> Any:
+    def measure_one(comm: Any, site: Any, task: Any, wanted: Any) -> Any:
         ran.append(task)
         if len(ran) == 3:
             raise KeyboardInterrupt
@@ -411,3 +412,10 @@ def test_tuning_replaces_what_it_measured_again_and_keeps_the_rest(
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"# 6 measurements on 1 x 4 ranks, {MPI}: {out}"
     assert said[1:] == ["allreduce 4 to 1073741824 bytes: shared"]
+
+
+def test_algorithms_that_are_not_there_cannot_be_tuned(tmp_path: Path) -> None:
+    comm = SimpleNamespace(algorithms=lambda collective: ("auto", "native", "shared", "ring"))
+    todo = [tune_command.Task("allreduce", 4)]
+    with pytest.raises(ArgumentError, match="--algorithm rign: take some of auto, native, ring, shared"):
+        tune_command.measured(comm, SITE, todo, tmp_path / "t.partial", ["ring", "rign"])

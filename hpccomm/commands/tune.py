@@ -99,11 +99,11 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 
 def measured(comm: Any, site: Site, todo: Sequence[Task], partial: Path, wanted: Sequence[str] = ()) -> list[Row]:
     """Do what is not done yet; rank 0 has all rows in the end (collective)."""
-    known = {name for task in todo for name in comm.algorithms(task.collective)}
-    if set(wanted) - known:
-        raise ArgumentError(
-            f"--algorithm {','.join(sorted(set(wanted) - known))}: take some of {', '.join(sorted(known))}"
-        )
+    if wanted:
+        known = {name for task in todo for name in comm.algorithms(task.collective)}
+        unknown = sorted(set(wanted) - known)
+        if unknown:
+            raise ArgumentError(f"--algorithm {','.join(unknown)}: take some of {', '.join(sorted(known))}")
     rows = comm.bcast(done_before(site, partial) if comm.rank == 0 else None)
     left = [task for task in todo if task not in {Task(row.collective, row.bytes) for row in rows}]
     for task in watched(left, "tuning", "size") if comm.rank == 0 else left:
