@@ -15,7 +15,7 @@ import pytest
 
 from hpccomm.collectives import ALGORITHMS, cost, hierarchical, tuning
 from hpccomm.collectives.cost import Link, Machine
-from hpccomm.collectives.tuning import Choice, Row, Table, fit, interpolated, load, read, user_file, write
+from hpccomm.collectives.tuning import SHIPPED, Choice, Row, Table, fit, interpolated, load, read, user_file, write
 from hpccomm.commands import predict as predict_command
 from hpccomm.commands import tune as tune_command
 from hpccomm.errors import ArgumentError
@@ -419,3 +419,15 @@ def test_algorithms_that_are_not_there_cannot_be_tuned(tmp_path: Path) -> None:
     todo = [tune_command.Task("allreduce", 4)]
     with pytest.raises(ArgumentError, match="--algorithm rign: take some of auto, native, ring, shared"):
         tune_command.measured(comm, SITE, todo, tmp_path / "t.partial", ["ring", "rign"])
+
+
+def test_what_is_shipped_takes_shared_memory_for_every_allreduce_on_one_node() -> None:
+    """Registered arrays gain most there, and nothing measured elsewhere may be drawn out to sizes it was not run at."""
+    shipped = read(SHIPPED)
+    for mpi, per_node in {(row.mpi, row.per_node) for row in shipped.rows if row.nodes == 1}:
+        table = shipped.of(mpi)
+        for nbytes in (4, 1000, 1 << 16, 1 << 20, 1 << 24, 1 << 28, 1 << 31):
+            chosen = table.choose(
+                "allreduce", 1, per_node, nbytes, candidates=("native", "shared", "ring", "butterfly")
+            )
+            assert chosen.algorithm == "shared", (mpi, per_node, nbytes, chosen)

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure and where to keep it."""
     known = ",".join(COLLECTIVES)
     parser.add_argument("--collective", default=known, metavar="NAMES", help=f"default {known}")
-    parser.add_argument("--algorithm", metavar="NAMES", help="default: all; others keep what the file has of them")
+    parser.add_argument("--algorithm", metavar="NAMES", help="measure these only (default: all)")
     parser.add_argument("--sizes", metavar="BYTES", help=f"default {SIZES}")
     parser.add_argument("--quick", action="store_true", help=f"fewer sizes: {QUICK}")
     parser.add_argument("--out", metavar="FILE", help="default: ~/.config/hpccomm, by host and MPI, where it is found")
@@ -161,11 +161,14 @@ def known_rows(out: Path) -> tuple[Row, ...]:
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:
-    """The old rows but those that were measured again, and the new ones."""
+    """The new rows, and the old ones of what was not measured again.
+
+    Times compare within a run, where algorithms take turns: nothing older stands beside the new.
+    """
     again = {question(row) for row in new}
     return (*(row for row in old if question(row) not in again), *new)
 
 
 def question(row: Row) -> Row:
-    """What was measured, without what came out, where and when."""
-    return row._replace(us=0.0, segment_bytes=None, host="", when="")
+    """Which decision a row is for."""
+    return row._replace(algorithm="", bytes=0, us=0.0, segment_bytes=None, host="", when="")
