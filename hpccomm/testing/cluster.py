@@ -1,0 +1,461 @@
+"""``scripts/cluster``: a cluster of several nodes on one machine, for whoever has one machine.
+
+*A node is a network namespace; its ranks see a host name of their own and one link, ``eth0``, of a given rate in either
+direction, to a switch that all nodes hang on.*  MPI takes the nodes for what they seem: shared memory inside, TCP
+between.  Everything lies in namespaces made here, the switch too: the machine's own network is not touched, and
+nothing sent reaches it.
+
+::
+
+    with Cluster(nodes=4, rate="1gbit") as cluster:                    # or up() and down()
+        cluster.run(["train.py"], per_node=2)                          # a CompletedProcess
+
+What was made stands in a file from before it is made, so that ``down`` finds it after any end, ``kill -9`` included.
+Needs root, Linux, iproute2 and util-linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpccomm.errors import LaunchError
+from hpccomm.launcher import launch_command, library
+
+FOLDER = Path("/run/hpccomm")
+"""Where the state of each cluster lies, in a folder by its name."""
+HOSTS = Path("/etc/netns")
+"""Here ``ip netns exec`` looks for files that stand for those of /etc inside a namespace."""
+NETWORK = "10.77.0."
+"""Addresses of the nodes, in their namespaces only."""
+FIRST = 10
+MOST_NODES = 200
+TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
+PLACEMENTS = ("block", "cyclic", "random")
+BURST_SECONDS, LEAST_BURST = 1.5e-3, 16384
+"""What a link lets pass at once: less than this at 1 Gbit/s halves its rate, more lets short messages pass for free."""
+END_SECONDS = 5.0
+
+SHAPES = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)bit", re.IGNORECASE)
+
+
+class Made(NamedTuple):
+    """A cluster that stands, or that was begun."""
+
+    name: str
+    nodes: int
+    rate: str
+    processes: tuple[int, ...] = ()
+    """Daemons, each the leader of its session."""
+
+
+class Cluster:
+    """Nodes that are namespaces.  ``rate`` is tc's (``1gbit``, ``100mbit``) or ``""`` for links without limit."""
+
+    def __init__(self, nodes: int = 4, rate: str = "1gbit", name: str = "hpc") -> None:
+        self.made = Made(name, nodes, rate)
+
+    @classmethod
+    def standing(cls, name: str = "hpc") -> Cluster:
+        """The cluster of that name; LaunchError where there is none."""
+        try:
+            found = json.loads((FOLDER / name / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise LaunchError(f"no cluster {name!r} is up: scripts/cluster up --nodes 4 --rate 1gbit") from None
+        cluster = cls()
+        cluster.made = Made(**{**found, "processes": tuple(found["processes"])})
+        return cluster
+
+    def __enter__(self) -> Cluster:
+        self.up()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.down()
+
+    # Names
+
+    @property
+    def folder(self) -> Path:
+        """What belongs to this cluster on disk."""
+        return FOLDER / self.made.name
+
+    @property
+    def hosts(self) -> list[str]:
+        """The nodes' host names."""
+        return [f"n{k}" for k in range(self.made.nodes)]
+
+    def namespace(self, host: str) -> str:
+        """The namespace of a host."""
+        return f"{self.made.name}-{host}"
+
+    def address(self, host: str) -> str:
+        """Where a host is to be reached, inside the namespaces."""
+        return f"{NETWORK}{FIRST + self.hosts.index(host)}"
+
+    @property
+    def namespaces(self) -> list[str]:
+        """All of them, the switch's too."""
+        return [self.namespace(host) for host in (*self.hosts, "switch")]
+
+    # Making and taking away
+
+    def up(self) -> None:
+        """Make the nodes; where they stand already, nothing changes."""
+        reason = missing()
+        if reason:
+            raise LaunchError(reason)
+        rate_of(self.made.rate)
+        if not 1 <= self.made.nodes <= MOST_NODES or not re.fullmatch(r"[a-z][a-z0-9]{0,7}", self.made.name):
+            raise LaunchError(
+                f"{self.made.nodes} nodes named {self.made.name!r}: take 1 to {MOST_NODES} nodes, and a name of up to "
+                "eight small letters and digits"
+            )
+        with locked():
+            if (self.folder / "state.json").exists():
+                self.compare(Cluster.standing(self.made.name).made)
+                return
+            others = [each for each in self.namespaces if each in existing()]
+            if others:
+                raise LaunchError(f"{', '.join(others)}: there are such namespaces, not made here: take another --name")
+            try:
+                self.remember()
+                self.build()
+            except BaseException:
+                self.clear()
+                raise
+
+    def compare(self, standing: Made) -> None:
+        """Refuse another cluster of the same name."""
+        if standing[:3] != self.made[:3]:
+            raise LaunchError(
+                f"cluster {standing.name!r} is up with {standing.nodes} nodes at {standing.rate or 'full speed'}: "
+                f"scripts/cluster down --name {standing.name} first, or take another --name"
+            )
+        self.made = standing
+
+    def remember(self) -> None:
+        """Write down what there is, or will be in a moment."""
+        self.folder.mkdir(exist_ok=True)
+        file = self.folder / "state.json"
+        file.with_suffix(".new").write_text(json.dumps(self.made._asdict()), encoding="utf-8")
+        file.with_suffix(".new").replace(file)
+
+    def build(self) -> None:
+        """Namespaces, links, names."""
+        switch = self.namespace("switch")
+        lines = [f"netns add {each}" for each in self.namespaces]
+        batch(lines)
+        batch(["link add br0 type bridge", "link set br0 up", "link set lo up"], switch)
+        table = "".join(f"{self.address(host)} {host}\n" for host in self.hosts)
+        for k, host in enumerate(self.hosts):
+            inside = self.namespace(host)
+            batch([f"link add v{k} type veth peer name eth0 netns {inside}", f"link set v{k} master br0 up"], switch)
+            batch(["link set lo up", f"addr add {self.address(host)}/24 dev eth0", "link set eth0 up"], inside)
+            for namespace, device in ((inside, "eth0"), (switch, f"v{k}")):
+                shape(namespace, device, self.made.rate)
+            (HOSTS / inside).mkdir(parents=True)
+            (HOSTS / inside / "hosts").write_text(f"127.0.0.1 localhost\n{table}", encoding="utf-8")
+        agent = self.folder / "agent"
+        agent.write_text(AGENT.format(name=self.made.name), encoding="utf-8")
+        agent.chmod(0o755)
+
+    def down(self) -> None:
+        """End what runs there and take everything away; nothing happens where nothing stands."""
+        if self.folder.exists():
+            with locked():
+                self.clear()
+
+    def clear(self) -> None:
+        """Take away what there is, as far as it was made."""
+        for process in self.made.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGTERM)
+        there = existing()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            left = [pid for each in self.namespaces if each in there for pid in pids(each)]
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            wait_until(lambda: not any(pids(each) for each in self.namespaces if each in there), END_SECONDS)
+        for each in self.namespaces:
+            if each in there:
+                ip(["netns", "del", each])
+            shutil.rmtree(HOSTS / each, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            HOSTS.rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            FOLDER.rmdir()
+
+    # Running
+
+    def start(self, host: str, command: Sequence[str], log: Path) -> None:
+        """Start a daemon on a host; it ends with the cluster."""
+        with open(log, "wb") as file:
+            process = subprocess.Popen(
+                self.inside(host, command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+        self.made = self.made._replace(processes=(*self.made.processes, process.pid))
+        self.remember()
+
+    def on(self, host: str, command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[Any]:
+        """Run a command on one host; where Slurm is up its commands work there."""
+        if host not in self.hosts:
+            raise LaunchError(f"there is no host {host}: take one of {', '.join(self.hosts)}")
+        env = {**os.environ, **OPEN_MPI_SETTINGS, **MPICH_SETTINGS, **more.pop("env", {})}
+        if (self.folder / "slurm.conf").exists():
+            env["SLURM_CONF"] = str(self.folder / "slurm.conf")
+        return subprocess.run(self.inside(host, command), env=env, stdin=subprocess.DEVNULL, check=False, **more)
+
+    def command(
+        self, program: Sequence[str], per_node: Sequence[int] | int = 1, placement: str = "block", seed: int = 0
+    ) -> tuple[list[str], dict[str, str]]:
+        """What starts ``program`` on all nodes, and its environment.
+
+        ``per_node`` is the ranks of each node, or of all alike; ``placement`` says in which order ranks go to nodes:
+        one node after the other, in turn, or shuffled by ``seed``.
+        """
+        counts = [per_node] * self.made.nodes if isinstance(per_node, int) else list(per_node)
+        if len(counts) != self.made.nodes or min(counts) < 0 or not sum(counts):
+            raise LaunchError(f"--per-node {counts}: say one number, or one for each of the {self.made.nodes} nodes")
+        order = placed(counts, placement, seed)
+        family = library().family.name
+        settings: dict[str, str] = {}
+        file = self.folder / f"hosts.{os.getpid()}"
+        file.write_text("".join(f"{self.hosts[k]}\n" for k in order), encoding="utf-8")
+        agent = str(self.folder / "agent")
+        if family == "Open MPI":
+            more = ["--hostfile", str(file), "--map-by", "seq", "--bind-to", "none"]
+            settings = OPEN_MPI_SETTINGS | {"PRTE_MCA_plm_ssh_agent": agent}
+        elif family == "MPICH":
+            more = ["-f", str(file), "-launcher", "ssh", "-launcher-exec", agent, "-iface", "eth0"]
+            settings = MPICH_SETTINGS
+        else:
+            raise LaunchError(f"{family} is not known to start here: use an environment with Open MPI or MPICH")
+        command, env = launch_command(len(order), program, more)
+        return self.inside(self.hosts[order[0]], command), env | settings
+
+    def inside(self, host: str, command: Sequence[str]) -> list[str]:
+        """A command as it is started on a host."""
+        words = f"hostname {host}; exec {shlex.join(command)}"
+        return ["ip", "netns", "exec", self.namespace(host), "unshare", "--uts", "bash", "-c", words]
+
+    def run(
+        self,
+        program: Sequence[str],
+        per_node: Sequence[int] | int = 1,
+        placement: str = "block",
+        seed: int = 0,
+        **more: Any,
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a program on all nodes, see :meth:`command`; ``more`` goes to ``subprocess.run``."""
+        command, env = self.command(program, per_node, placement, seed)
+        try:
+            return subprocess.run(command, env=env | more.pop("env", {}), stdin=subprocess.DEVNULL, check=False, **more)
+        finally:
+            (self.folder / f"hosts.{os.getpid()}").unlink(missing_ok=True)
+
+
+AGENT = """#!/bin/bash
+# Stands for ssh: [options] HOST COMMAND...
+while [ "${{1:0:1}}" = - ]; do shift; done
+host=$1; shift
+exec ip netns exec {name}-$host unshare --uts bash -c "hostname $host; $*"
+"""
+
+OPEN_MPI_SETTINGS = {
+    "OMPI_MCA_btl": "self,sm,tcp",
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl_tcp_if_include": "eth0",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "PRTE_MCA_prte_if_include": "eth0",
+}
+MPICH_SETTINGS = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_IFACE": "eth0"}
+"""Its other way, ucx, would go round the links."""
+
+
+def missing() -> str:
+    """Why there can be no cluster here; empty where there can."""
+    if sys.platform != "linux":
+        return f"a virtual cluster is made of Linux namespaces, this is {sys.platform}"
+    if os.geteuid():
+        return "a virtual cluster needs root: sudo scripts/cluster …, or a container with NET_ADMIN and SYS_ADMIN"
+    absent = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
+    if absent:
+        return f"a virtual cluster needs {' and '.join(absent)}: apt-get install {' '.join(absent)}"
+    tried = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True, check=False)
+    return f"this machine allows no namespaces ({tried.stderr.strip()})" if tried.returncode else ""
+
+
+def rate_of(rate: str) -> float:
+    """Bits a second; 0 without a limit."""
+    found = SHAPES.fullmatch(rate)
+    if rate and not found:
+        raise LaunchError(f"--rate {rate}: say it as tc does: 1gbit, 100mbit, 2.5gbit, or nothing for no limit")
+    return float(found[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[found[2].lower()] if found else 0.0
+
+
+def shape(namespace: str, device: str, rate: str) -> None:
+    """Limit what a device sends."""
+    bits = rate_of(rate)
+    if bits:
+        burst = max(LEAST_BURST, int(bits / 8 * BURST_SECONDS))
+        words = f"qdisc add dev {device} root tbf rate {rate} burst {burst} latency 50ms"
+        told(["tc", "-n", namespace, *words.split()])
+
+
+def placed(counts: Sequence[int], placement: str, seed: int = 0) -> list[int]:
+    """The node of each rank."""
+    if placement not in PLACEMENTS:
+        raise LaunchError(f"--placement {placement}: take one of {', '.join(PLACEMENTS)}")
+    block = [node for node, count in enumerate(counts) for _ in range(count)]
+    if placement == "cyclic":
+        return [node for turn in range(max(counts)) for node, count in enumerate(counts) if turn < count]
+    if placement == "random":
+        random.Random(seed).shuffle(block)
+    return block
+
+
+def told(command: Sequence[str], words: str | None = None) -> str:
+    """Run a system command; LaunchError with its own words where it fails."""
+    done = subprocess.run(command, input=words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(f"{shlex.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def ip(words: Sequence[str]) -> str:
+    """``ip`` with these words."""
+    return told(["ip", *words])
+
+
+def batch(lines: Sequence[str], namespace: str | None = None) -> None:
+    """Several lines for ``ip``, in one process."""
+    told(["ip", *(["-n", namespace] if namespace else []), "-batch", "-"], "\n".join(lines) + "\n")
+
+
+def existing() -> set[str]:
+    """The named namespaces of this machine."""
+    return {line.split()[0] for line in ip(["netns", "list"]).splitlines() if line}
+
+
+def pids(namespace: str) -> list[int]:
+    """The processes in a namespace."""
+    return [int(word) for word in ip(["netns", "pids", namespace]).split()]
+
+
+def wait_until(there: Any, seconds: float) -> bool:
+    """Whether something came true in time."""
+    end = time.monotonic() + seconds
+    while not there():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """One process at a time makes or takes away."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    folder = os.open(FOLDER, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+# The command
+
+
+def parser() -> argparse.ArgumentParser:
+    """``scripts/cluster``."""
+    made = argparse.ArgumentParser(prog="scripts/cluster", description="Several nodes on this machine.")
+    commands = made.add_subparsers(dest="action", required=True)
+    up = commands.add_parser("up", help="make the nodes")
+    up.add_argument("--nodes", type=int, default=4)
+    up.add_argument("--rate", default="1gbit", help="of each node's link, either way; '' for no limit (default 1gbit)")
+    run = commands.add_parser("run", help="run a program on them")
+    run.add_argument("--per-node", default="1", metavar="K", help="ranks of every node, or K,K,… of each")
+    run.add_argument("--placement", default="block", choices=PLACEMENTS)
+    run.add_argument("--seed", type=int, default=0, help="for --placement random")
+    run.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM", help="as for hpccomm-run")
+    slurm = commands.add_parser("slurm", help="start Slurm on the nodes")
+    slurm.add_argument("--cpus", type=int, default=8, help="that each node is said to have (default 8)")
+    on = commands.add_parser("on", help="run a command on one host, such as sbatch")
+    on.add_argument("host")
+    on.add_argument("program", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    status = commands.add_parser("status", help="what stands")
+    down = commands.add_parser("down", help="take everything away")
+    for each in (up, run, slurm, on, status, down):
+        each.add_argument("--name", default="hpc", help="which cluster (default hpc)")
+    return made
+
+
+def act(args: argparse.Namespace) -> int:
+    """Do what was asked."""
+    if args.action == "up":
+        began = time.monotonic()
+        cluster = Cluster(args.nodes, args.rate, args.name)
+        cluster.up()
+        rate = args.rate or "no limit"
+        print(f"{args.nodes} nodes ({', '.join(cluster.hosts)}), links of {rate}: {time.monotonic() - began:.1f} s")
+        print("scripts/cluster run --per-node 2 -- -m hpccomm info")
+        return 0
+    if args.action == "down":
+        with contextlib.suppress(LaunchError):
+            Cluster.standing(args.name).down()
+        return 0
+    cluster = Cluster.standing(args.name)
+    if args.action == "status":
+        print(
+            f"{cluster.made.nodes} nodes, links of {cluster.made.rate or 'no limit'}: {', '.join(cluster.namespaces)}"
+        )
+        return 0
+    if args.action == "slurm":
+        from hpccomm.testing import slurm
+
+        began = time.monotonic()
+        slurm.start(cluster, args.cpus)
+        print(f"Slurm is up on {', '.join(cluster.hosts)}: {time.monotonic() - began:.1f} s")
+        print("scripts/cluster on n0 -- sbatch slurm/allreduce.sbatch")
+        return 0
+    program = args.program[1:] if args.program[:1] == ["--"] else args.program
+    if not program:
+        raise LaunchError(f"say what to run: scripts/cluster {args.action} … -- -m hpccomm info")
+    if args.action == "on":
+        return cluster.on(args.host, program).returncode
+    counts = [int(word) for word in args.per_node.split(",")]
+    return cluster.run(program, counts[0] if len(counts) == 1 else counts, args.placement, args.seed).returncode
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``scripts/cluster``."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return act(parser().parse_args(argv))
+    except LaunchError as error:
+        sys.stderr.write(f"scripts/cluster: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Several nodes on one machine: what they are, and that nothing is left of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpccomm.errors import LaunchError
+from hpccomm.testing import cluster as clusters
+from hpccomm.testing.cluster import Cluster, missing, placed, rate_of
+
+COMMAND = [sys.executable, "-m", "hpccomm.testing.cluster"]
+needs_namespaces = pytest.mark.skipif(bool(missing()), reason=missing() or "namespaces are to be had")
+
+REPORT = """
+import json, sys
+import numpy as np
+from mpi4py import MPI
+import hpccomm
+from hpccomm.testing import verifiable
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+right = []
+for algorithm in ("auto", "native", "hierarchical", "ring"):
+    for n in (5, 100_003):
+        a = verifiable.operand(comm.rank, comm.size, n, "f4")
+        comm.Allreduce(MPI.IN_PLACE, a, algorithm=algorithm)
+        right.append(bool((a == verifiable.expected(comm.size, n, "f4")).all()))
+everybody = comm.allgather(all(right))
+if comm.rank == 0:
+    print(json.dumps([comm.topology.nodes.tolist(), comm.topology.names, everybody]))
+"""
+
+
+def left_behind(name: str) -> list[str]:
+    """What still bears a cluster's name."""
+    folders = [folder / each for folder, each in ((clusters.FOLDER, name),)]
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
+    return [
+        *(each for each in clusters.existing() if each.startswith(f"{name}-")),
+        *(str(each) for each in [*folders, *clusters.HOSTS.glob(f"{name}-*")] if each.exists()),
+        *(line for line in links.splitlines() if "br0" in line or ": v0@" in line),
+    ]
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A cluster's name; whatever a failing test leaves is taken away."""
+    made = f"t{os.getpid() % 10**7}"
+    yield made
+    subprocess.run([*COMMAND, "down", "--name", made], check=True)
+
+
+def test_ranks_are_placed_one_node_after_the_other_in_turn_or_shuffled() -> None:
+    assert placed([1, 3], "block") == [0, 1, 1, 1]
+    assert placed([1, 3], "cyclic") == [0, 1, 1, 1]
+    assert placed([2, 2, 1], "cyclic") == [0, 1, 2, 0, 1]
+    shuffled = placed([4, 4], "random", 1)
+    assert sorted(shuffled) == placed([4, 4], "block") != shuffled == placed([4, 4], "random", 1)
+
+
+@pytest.mark.parametrize(
+    ("rate", "bits"), [("1gbit", 1e9), ("100mbit", 1e8), ("2.5gbit", 2.5e9), ("64kbit", 64e3), ("", 0)]
+)
+def test_rates_are_tcs(rate: str, bits: float) -> None:
+    assert rate_of(rate) == bits
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["up", "--rate", "fast"], "1gbit, 100mbit"),
+        (["up", "--nodes", "0"], "take 1 to 200 nodes"),
+        (["up", "--name", "No"], "small letters"),
+        (["run", "--name", "nosuch", "--", "true"], "scripts/cluster up"),
+    ],
+)
+@needs_namespaces
+def test_mistakes_are_told_with_a_remedy(words: list[str], remedy: str) -> None:
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert remedy in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_who_is_not_root_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(LaunchError, match="needs root"):
+        Cluster().up()
+
+
+@needs_namespaces
+def test_nodes_are_nodes_to_mpi_and_nothing_is_left(name: str) -> None:
+    with Cluster(3, "1gbit", name) as cluster:
+        Cluster(3, "1gbit", name).up()
+        with pytest.raises(LaunchError, match="is up with 3 nodes at 1gbit"):
+            Cluster(2, "1gbit", name).up()
+        found = {}
+        for placement, counts in (("block", [1, 2, 1]), ("cyclic", [2, 2, 2])):
+            done = cluster.run(["-c", REPORT], counts, placement, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            found[placement] = json.loads(done.stdout)
+        assert found["block"] == [[0, 1, 1, 2], ["n0", "n1", "n2"], [True] * 4]
+        assert found["cyclic"] == [[0, 1, 2, 0, 1, 2], ["n0", "n1", "n2"], [True] * 6]
+    assert left_behind(name) == []
+
+
+@needs_namespaces
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_interrupted_leaves_nothing(name: str, number: int) -> None:
+    program = f"from hpccomm.testing.cluster import *\nwith Cluster(2, '', {name!r}) as c:\n c.run(['sleep', '60'])"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
+        assert clusters.wait_until((clusters.FOLDER / name / "agent").exists, 20)
+        time.sleep(0.3)
+        process.send_signal(number)
+        process.wait(20)
+    if number == signal.SIGTERM:  # a program's own affair; the file says what to take away
+        Cluster.standing(name).down()
+    assert left_behind(name) == []
+
+
+@needs_namespaces
+def test_what_was_killed_can_be_taken_away(name: str) -> None:
+    subprocess.run([*COMMAND, "up", "--nodes", "2", "--name", name], check=True, stdout=subprocess.DEVNULL)
+    running = [*COMMAND, "run", "--name", name, "--", "sleep", "60"]
+    with subprocess.Popen(running, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        inside = f"{name}-n1"
+        assert clusters.wait_until(lambda: any("sleep" in words_of(pid) for pid in clusters.pids(inside)), 30)
+        process.kill()
+        process.wait(5)
+    assert clusters.pids(inside)
+    subprocess.run([*COMMAND, "down", "--name", name], check=True)
+    assert left_behind(name) == []
+
+
+def words_of(pid: int) -> str:
+    """A process's command line."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+@needs_namespaces
+def test_namespaces_of_others_are_left_alone(name: str) -> None:
+    subprocess.run(["ip", "netns", "add", f"{name}-n1"], check=True)
+    try:
+        with pytest.raises(LaunchError, match=f"{name}-n1: there are such namespaces, not made here"):
+            Cluster(2, "", name).up()
+        Cluster(2, "", name).down()
+        assert clusters.existing() & {f"{name}-n0", f"{name}-n1"} == {f"{name}-n1"}
+    finally:
+        subprocess.run(["ip", "netns", "del", f"{name}-n1"], check=True)
