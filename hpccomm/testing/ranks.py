@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,20 @@ class ThreadCommunicator:
             receive[: sum(counts)] = np.concatenate(parts)
 
         self.together(f"Allgatherv({send.dtype})", send, list, take)
+
+    def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
+        """Give every rank a part of any length, and take one from each, in rank order."""
+        send, receive = vector(sendbuf), vector(recvbuf)
+        ends = np.cumsum([0, *sendbuf[1]]).tolist()
+        mine = [send[lo:hi] for lo, hi in pairwise(ends)]
+
+        def take(parts: list[Any]) -> None:
+            letters = [part[self.rank] for part in parts]
+            if [each.size for each in letters] != list(recvbuf[1]):
+                raise MismatchError(f"rank {self.rank}: Alltoallv expects {list(recvbuf[1])} elements, others are sent")
+            receive[: sum(recvbuf[1])] = np.concatenate(letters)
+
+        self.together(f"Alltoallv({send.dtype})", mine, list, take)
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None) -> None:
         """Copy ``root``'s buffer to all ranks."""

@@ -1,0 +1,191 @@
+"""DGC, deep gradient compression: the largest 0.1 % with momentum correction (Lin, Han, Mao, Wang & Dally, ICLR 2018).
+
+*p ranks; u momentum, v what was not sent yet, m the momentum's factor, d the density, C the clipping norm, λ weight
+decay.*  For every tensor, on every rank, every step::
+
+    g ← g · min(1, C √p / ‖g‖)                    local clipping, over all tensors; in units of a mean over the ranks
+    u ← m u + g,   v ← v + u                      or Nesterov's: u ← m (u + g),  v ← v + u + g
+    send the d n largest elements of v;  there  v ← 0,  u ← 0
+    step = mean over the ranks + w,   w ← m w + λ · weights
+
+What stays dense is averaged first and has its momentum afterwards: tensors of one dimension, and those below
+``smallest`` elements.  While the density is above 1/p, where an allgather carries more than an allreduce, everything is
+dense, and u is the momentum of the mean: so the warm-up 25, 6.25, 1.5625, 0.4 % begins dense on many ranks.
+The optimizer behind is plain descent, without momentum or decay of its own::
+
+    method = chain(dgc(comm, bucket, warmup=400), scale(-0.1))
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from hpccomm.algorithms.compressors import check_density, topk
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
+from hpccomm.algorithms.feedback import FeedbackState, everywhere, feedback
+from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
+from hpccomm.buckets import Bucket
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+STAGES = (0.25, 0.0625, 0.015625, 0.004)
+"""Densities of the warm-up, of equal length (section 3.3)."""
+SMALLEST = 16384
+"""Tensors of fewer elements stay dense: a message about them costs as much as they do."""
+
+
+class DgcState(NamedTuple):
+    """Where a rank stands."""
+
+    sparse: FeedbackState
+    """Of the compressed tensors, one after the other: u is ``moved``, v is ``residual``."""
+    dense: Vector
+    """Momentum of the others."""
+    decay: Vector | None
+    """w: the momentum of weight decay."""
+    steps: int
+    skipped: int
+    """Steps that all ranks left out because a gradient was not finite."""
+    report: ExchangeReport
+    """Of what went densely."""
+
+
+class Layout(NamedTuple):
+    """Which parts of a bucket's vector are compressed, tensor by tensor."""
+
+    thin: list[slice]
+    dense: list[slice]
+    parts: list[slice]
+    """Where the compressed tensors lie when they stand one after the other."""
+
+
+def layout(bucket: Bucket, smallest: int) -> Layout:
+    """Tensors of several dimensions and at least ``smallest`` elements are compressed."""
+    thin, dense, parts, end = [], [], [], 0
+    for slot in bucket.table:
+        place = slice(slot.offset, slot.offset + slot.length)
+        if len(slot.shape) < 2 or slot.length < max(1, smallest):
+            dense.append(place)
+            continue
+        thin.append(place)
+        parts.append(slice(end, end + slot.length))
+        end += slot.length
+    return Layout(thin, dense, parts)
+
+
+def dgc(
+    comm: MPI.Intracomm,
+    bucket: Bucket,
+    density: float = 0.001,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    mask: bool = True,
+    clip: float | None = None,
+    weight_decay: float = 0.0,
+    warmup: int = 0,
+    stages: Sequence[float] = STAGES,
+    smallest: int = SMALLEST,
+    exact: bool = False,
+) -> Transform:
+    """Exchange gradients of a bucket, float32; the step is their mean, with momentum in it.
+
+    ``warmup`` steps are divided over ``stages``.  ``clip`` is C, the norm that the mean gradient is meant to keep;
+    ``weight_decay`` λ counts for tensors whose flag says so.  ``exact`` names the largest elements exactly
+    (:func:`~hpccomm.algorithms.compressors.topk`).  ``density=1, mask=False`` is momentum SGD.  If any rank's gradient
+    is not finite, no rank steps and no state changes but ``steps`` and ``skipped``.
+    """
+    for each in (density, *stages):
+        check_density(each, "dgc")
+    check_decay("dgc: momentum", momentum)
+    require(warmup >= 0, f"dgc: warmup is {warmup}: pass 0 or more steps")
+    require(weight_decay >= 0, f"dgc: weight_decay is {weight_decay}: pass 0 or more")
+    require(clip is None or clip > 0, f"dgc: clip is {clip}: pass a positive norm")
+    places = layout(bucket, smallest)
+    limit = None if clip is None else clip * comm.size**0.5
+
+    @cache
+    def exchange(d: float) -> Transform:
+        return feedback(topk(d, exact=exact), comm, momentum, nesterov=nesterov, mask=mask, parts=places.parts)
+
+    def density_at(step: int) -> float:
+        return stages[step * len(stages) // warmup] if step < warmup else density
+
+    def init(weights: Vector) -> DgcState:
+        require(weights.shape == (bucket.size,), f"dgc: weights of shape {weights.shape}: pass the bucket's vector")
+        sparse = exchange(density).init(joined(weights, places.thin))
+        decay = np.zeros_like(weights) if weight_decay else None
+        return DgcState(sparse, np.zeros_like(joined(weights, places.dense)), decay, 0, 0, ExchangeReport())
+
+    def update(gradient: Vector, state: DgcState, weights: Vector) -> tuple[Vector, DgcState]:
+        check_alike(gradient, weights)
+        norm = math.sqrt(float(np.square(gradient, dtype=np.float64).sum()))
+        state = state._replace(steps=state.steps + 1)
+        if not (everywhere(comm, math.isfinite(norm)) if comm.size > 1 else math.isfinite(norm)):
+            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
+        if limit is not None and norm > limit:
+            gradient = gradient * np.float32(limit / norm)
+        d = density_at(state.steps - 1)
+        large, small = joined(gradient, places.thin), joined(gradient, places.dense)
+        if d * comm.size > 1 or (d == 1 and not mask):
+            large, small, state = densely(large, small, state)
+        else:
+            large, sparse = exchange(d).update(large, state.sparse, large)
+            _, small, state = densely(large[:0], small, state._replace(sparse=sparse))
+        step = np.empty_like(gradient)
+        spread(large, step, places.thin)
+        spread(small, step, places.dense)
+        if state.decay is None:
+            return step, state
+        pull = np.where(bucket.mask("decay"), weights * np.float32(weight_decay), np.float32(0))
+        decay, more = heavy_ball(pull, state.decay, momentum, nesterov)
+        return step + more, state._replace(decay=decay)
+
+    def densely(large: Vector, small: Vector, state: DgcState) -> tuple[Vector, Vector, DgcState]:
+        """Average, then momentum: of the small tensors, and of the large ones where there are any."""
+        began = time.perf_counter()
+        total = np.concatenate([large, small])
+        if comm.size > 1:
+            comm.Allreduce(total.copy(), total)
+            total /= np.float32(comm.size)
+        nbytes = allreduce_bytes(total.nbytes, comm.size)
+        report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes))
+        dense, small = heavy_ball(total[large.size :], state.dense, momentum, nesterov)
+        state = state._replace(dense=dense, report=report)
+        moved = state.sparse.moved
+        if moved is None or not large.size:
+            return total[: large.size], small, state
+        moved, large = heavy_ball(total[: large.size], moved, momentum, nesterov)
+        return large, small, state._replace(sparse=state.sparse._replace(moved=moved))
+
+    return Transform(init, update)
+
+
+def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bool) -> tuple[Vector, Vector]:
+    """The new velocity, and the step."""
+    factor = np.float32(momentum)
+    if nesterov:
+        velocity = factor * (velocity + gradient)
+        return velocity, velocity + gradient
+    velocity = factor * velocity + gradient
+    return velocity, velocity
+
+
+def joined(vector: Vector, places: Sequence[slice]) -> Vector:
+    """These parts one after the other, as a new vector."""
+    return np.concatenate([vector[:0], *(vector[place] for place in places)])
+
+
+def spread(vector: Vector, out: Vector, places: Sequence[slice]) -> None:
+    """Put each part back to its place."""
+    first = 0
+    for place in places:
+        out[place] = vector[first : first + place.stop - place.start]
+        first += place.stop - place.start

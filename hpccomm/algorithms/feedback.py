@@ -1,0 +1,182 @@
+"""Compressed exchange with error feedback: send what the compressor keeps of the backlog, keep the rest for later.
+
+*p ranks; g gradient, e what was not sent yet, C the compressor.*  Without momentum::
+
+    message = C(g + e),   e ← g + e − meaning(message),   step = mean of the ranks' meanings
+
+(Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019).  With momentum μ the velocity is accumulated instead of
+the gradient, and momentum ends where something was sent (Lin et al., ICLR 2018, sections 3.1 and 3.2)::
+
+    u ← μu + g,   v ← v + u,   message = C(v),   v ← v − meaning(message),   u ← 0 where the message names elements
+
+Nothing is lost: what was sent and what is kept add up to all gradients.  Messages differ in length; each rank sends
+its own to all others, by an allgather, and all add them in rank order: the same bits everywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, flat, header_of, kernels
+from hpccomm.algorithms.exchange import ExchangeReport
+from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+NOT_FINITE = -1
+"""Stands for the length of a message of a rank whose gradient is not finite."""
+
+
+class FeedbackState(NamedTuple):
+    """Where a rank stands; every rank has its own."""
+
+    residual: Vector
+    """What was not sent yet: e, with momentum v."""
+    spare: Vector
+    """Memory for the next residual."""
+    moved: Vector | None
+    """u, with momentum."""
+    headers: npt.NDArray[np.uint8]
+    """The first 32 bytes of the last message of each part: adaptive thresholds go on from there."""
+    steps: int
+    skipped: int
+    """Steps that all ranks left out because a gradient was not finite."""
+    report: ExchangeReport
+
+
+class Sent(NamedTuple):
+    """What a rank sent last."""
+
+    nbytes: int
+    elements: int
+    """Named by the messages."""
+    scale: float
+    """The largest threshold, or scale, that was used."""
+    residual_norm: float
+    """Of what is kept."""
+    skipped: int
+    """Steps left out so far."""
+
+
+def feedback(
+    compressor: Compressor,
+    comm: MPI.Intracomm,
+    momentum: float = 0.0,
+    *,
+    nesterov: bool = False,
+    mask: bool = True,
+    reduce: Literal["mean", "sum"] = "mean",
+    parts: Sequence[slice] | None = None,
+) -> Transform:
+    """Exchange gradients of shape (n,), float32, as messages of ``compressor``; the step is their mean, or sum.
+
+    ``momentum`` μ > 0 corrects and, with ``mask``, ends momentum as above; the optimizer behind then has none itself.
+    ``parts`` are compressed one by one, such as the slices of tensors; left out, the vector is one part.  A compressor
+    whose ranks vote concludes by the vote.  If any rank's gradient is not finite, no rank steps and no state changes
+    but ``skipped``.
+
+    Each rank sends its messages to all others, and 8 bytes a part; :func:`sent` tells of it.  Where a run goes on with
+    another number of ranks, give each old residual to one of the new ranks, the others zeros: what is pending is their
+    sum (for a mean, times new ranks by old).  Raises ArgumentError for gradients that are not flat float32, and on all
+    ranks where they bring different compressors.
+    """
+    check_decay("feedback: momentum", momentum)
+    require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
+    require(not nesterov or momentum > 0, "feedback: nesterov needs momentum: pass one above 0")
+
+    def init(weights: Vector) -> FeedbackState:
+        zeros = np.zeros_like(flat(weights, "feedback"))
+        headers = np.zeros((len(pieces(weights)), HEADER_BYTES), np.uint8)
+        moved = np.zeros_like(zeros) if momentum else None
+        return FeedbackState(zeros, np.empty_like(zeros), moved, headers, 0, 0, ExchangeReport())
+
+    def pieces(vector: Vector) -> Sequence[slice]:
+        return [slice(0, vector.size)] if parts is None else parts
+
+    def update(gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
+        check_alike(gradient, weights)
+        began = time.perf_counter()
+        fine = kernels().all_finite(flat(gradient, compressor.name))
+        if momentum and comm.size > 1:
+            fine = everywhere(comm, fine)  # u and v change where they are
+        messages = encoded(gradient, state) if fine else None
+        letters, nbytes = gather_messages(comm, messages, len(state.headers))
+        if letters is None:
+            cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
+            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.plus(cost))
+        total = np.zeros_like(gradient)
+        for number, part in enumerate(pieces(gradient)):
+            compressor.decode_all([each[number] for each in letters], total[part])
+            if reduce == "mean" or compressor.agree is not None:
+                compressor.conclude(total[part], comm.size)
+        cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
+        residual, spare = (state.residual, state.spare) if momentum else (state.spare, state.residual)
+        headers = np.stack([each[:HEADER_BYTES] for each in letters[comm.rank]])
+        report = state.report.plus(cost)
+        return total, FeedbackState(residual, spare, state.moved, headers, state.steps + 1, state.skipped, report)
+
+    def encoded(gradient: Vector, state: FeedbackState) -> list[Message]:
+        messages = []
+        for part, last in zip(pieces(gradient), state.headers, strict=True):
+            if state.moved is None:
+                message = compressor.encode_feedback(
+                    state.residual[part], gradient[part], step=state.steps, last=last, out=state.spare[part]
+                )
+            else:
+                vectors = gradient[part], state.moved[part], state.residual[part]
+                message = compressor.encode_momentum(
+                    *vectors, momentum, nesterov=nesterov, mask=mask, step=state.steps, last=last
+                )
+            messages.append(message)
+        return messages
+
+    return Transform(init, update)
+
+
+def sent(state: FeedbackState) -> Sent:
+    """What a rank sent in its last step that was not left out."""
+    norm = float(np.sqrt(np.square(state.residual, dtype=np.float64).sum()))
+    headers = [header_of(each, "sent") for each in state.headers if each.any()]
+    nbytes = sum(HEADER_BYTES + each.nbytes for each in headers)
+    scale = max((each.scale for each in headers), default=0.0)
+    return Sent(nbytes, sum(each.named for each in headers), scale, norm, state.skipped)
+
+
+def everywhere(comm: MPI.Intracomm, fine: bool) -> bool:
+    """Whether it is so on all ranks (collective)."""
+    from mpi4py import MPI
+
+    told = np.empty(1, np.uint8)
+    comm.Allreduce(np.array([fine], np.uint8), told, MPI.MIN)
+    return bool(told[0])
+
+
+def gather_messages(
+    comm: MPI.Intracomm, messages: Sequence[Message] | None, count: int = 1
+) -> tuple[list[list[Message]] | None, int]:
+    """``count`` messages of any lengths from every rank, and the bytes that this rank sends for it (collective).
+
+    ``None`` on any rank, for want of messages, is ``None`` on all.  The lengths go first, 8 bytes each.
+    """
+    lengths = np.full((comm.size, count), NOT_FINITE, np.int64)
+    mine = lengths[comm.rank].copy() if messages is None else np.array([each.size for each in messages], np.int64)
+    others = comm.size - 1
+    if others:
+        comm.Allgather(mine, lengths)
+    else:
+        lengths[0] = mine
+    if messages is None or (lengths == NOT_FINITE).any():
+        return None, 8 * count * others
+    letter = np.concatenate(messages) if count != 1 else messages[0]
+    letters, counts = letter, lengths.sum(axis=1).tolist()
+    if others:
+        letters = np.empty(sum(counts), np.uint8)
+        comm.Allgatherv(letter, [letters, counts])
+    cut = np.split(letters, np.cumsum(lengths.reshape(-1))[:-1])
+    return [cut[rank * count : (rank + 1) * count] for rank in range(comm.size)], others * (8 * count + letter.size)

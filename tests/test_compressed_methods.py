@@ -1,0 +1,404 @@
+"""GTC, DGC and the 1-bit methods: worked examples bit for bit, nothing lost, the same bits on all ranks.
+
+The worked examples are those of the kernels: two ranks, three steps, eight elements, every number dyadic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import hpccomm
+from hpccomm.algorithms import compressors
+from hpccomm.algorithms.checkpoints import load_state_dict, state_dict
+from hpccomm.algorithms.dgc import dgc
+from hpccomm.algorithms.exchange import synchronous_sgd
+from hpccomm.algorithms.feedback import feedback, gather_messages, sent
+from hpccomm.algorithms.gtc import gtc
+from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_sgd, two_phases
+from hpccomm.algorithms.transforms import Transform, chain, scale
+from hpccomm.buckets import Bucket
+from hpccomm.errors import ArgumentError
+from hpccomm.testing.ranks import run_on_ranks
+
+F32 = np.float32
+GRADIENTS = np.array(
+    [
+        [[0.5, -0.25, 0.125, 1, -0.875, 0, 0.375, -0.125], [-0.25, 0.75, 0.25, 0.5, -0.25, -0.125, 0.125, 0.375]],
+        [[0.25, -0.5, 0.125, -0.25, -0.5, 0.125, 0.25, 0], [0.5, 0.125, -0.125, 0.25, 0.375, -0.625, 0, 0.25]],
+        [
+            [-0.125, -0.25, 0.25, 0.5, 0.25, -0.25, 0.125, -0.375],
+            [0.25, 0.125, 0.375, -0.75, -0.125, 0.25, -0.5, 0.125],
+        ],
+    ],
+    F32,
+)
+"""[step, rank, element]"""
+MATRIX = Bucket({"w": (2, 4)})
+
+METHODS: dict[str, Callable[[Any], Transform]] = {
+    "gtc": lambda comm: gtc(comm, 0.5),
+    "gtc, auto": gtc,
+    "gtc, density": lambda comm: gtc(comm, density=0.05, code="rice", reduce="sum"),
+    "topk": lambda comm: feedback(compressors.topk(0.1), comm),
+    "topk, 16 bits": lambda comm: feedback(compressors.topk(0.1, values="fp16"), comm),
+    "momentum": lambda comm: feedback(compressors.topk(0.1), comm, 0.5),
+    "Nesterov, exact": lambda comm: feedback(compressors.topk(0.1, exact=True), comm, 0.5, nesterov=True),
+    "threshold with momentum": lambda comm: feedback(compressors.threshold(1.0), comm, 0.5),
+    "randomk": lambda comm: feedback(compressors.randomk(0.1), comm),
+    "onebit": onebit_sgd,
+    "ef_signsgd": lambda comm: ef_signsgd(comm, 0.1),
+    "vote": lambda comm: feedback(compressors.sign_majority(), comm),
+    "qsgd": lambda comm: feedback(compressors.qsgd(), comm),
+    "natural": lambda comm: feedback(compressors.natural(), comm),
+    "ternary": lambda comm: feedback(compressors.ternary(), comm),
+    "fp16": lambda comm: feedback(compressors.cast("fp16"), comm),
+    "int8": lambda comm: feedback(compressors.cast("int8"), comm),
+    "powersgd": lambda comm: feedback(compressors.powersgd(2), comm),
+    "onebit_adam": lambda comm: onebit_adam(comm, 0.01, 3),
+}
+
+
+def vector(text: str) -> np.ndarray:
+    return np.array(text.split(), F32)
+
+
+def bucket_of(n: int) -> Bucket:
+    """Two tensors that are compressed and one that is not."""
+    return Bucket({"a": (n // 2, 1), "bias": (n - n // 2 - n // 3,), "b": (n // 3, 1)})
+
+
+def steps_of(method: Transform, comm: Any, gradients: Any, weights: np.ndarray) -> tuple[np.ndarray, Any, list[Any]]:
+    """Run recorded gradients; the weights, the state and every step."""
+    state, steps = method.init(weights), []
+    for each in gradients:
+        step, state = method.update(np.array(each), state, weights)
+        weights = weights + step
+        steps.append(step)
+    return weights, state, steps
+
+
+# Worked examples
+
+
+def test_gtc_sends_half_quanta_of_the_worked_example() -> None:
+    sums = [".5 .5 0 1 -.5 0 0 0", "0 -.5 0 0 -.5 -.5 .5 .5", ".5 0 1 0 0 0 0 -.5"]
+    rest = [".125 0 0 .25 -.125 -.125 .25 0", "0 0 0 0 0 0 -.375 .25"]
+
+    def body(comm: Any) -> None:
+        for reduce in ("sum", "mean"):
+            method = gtc(comm, 0.5, reduce=reduce)
+            _, state, steps = steps_of(method, comm, GRADIENTS[:, comm.rank], np.zeros(8, F32))
+            for step, total in zip(steps, sums, strict=True):
+                assert np.array_equal(step, vector(total) / (1 if reduce == "sum" else 2))
+            assert np.array_equal(state.residual, vector(rest[comm.rank]))
+            assert sent(state)[:3] == (32 + 4, 4, 0.5)  # eight elements take two bits each
+
+    run_on_ranks(2, body)
+
+
+def test_dgc_corrects_and_masks_momentum_as_in_the_worked_example() -> None:
+    thetas = [
+        "0 -.375 0 -.75 .4375 0 0 0",
+        "-.5 .0625 0 -.75 .4375 .40625 0 -.40625",
+        "-.78125 .0625 -.640625 -.75 .4375 .40625 -.578125 -.40625",
+    ]
+    moved = ["-.125 -.25 0 .375 0 -.1875 0 -.40625", "0 .1875 0 -.625 0 .25 -.46875 .125"]
+    kept = ["-.125 -.25 0 .125 -.5 -.0625 0 -.59375", "0 .3125 0 -.375 0 .25 -.28125 .125"]
+
+    def body(comm: Any) -> None:
+        method = chain(dgc(comm, MATRIX, 0.25, momentum=0.5, smallest=0, exact=True), scale(-1))
+        weights, state = np.zeros(8, F32), method.init(np.zeros(8, F32))
+        for gradients, theta in zip(GRADIENTS, thetas, strict=True):
+            step, state = method.update(gradients[comm.rank].copy(), state, weights)
+            weights += step
+            assert np.array_equal(weights, vector(theta))
+        sparse = state[0].sparse
+        assert np.array_equal(sparse.moved, vector(moved[comm.rank]))
+        assert np.array_equal(sparse.residual, vector(kept[comm.rank]))
+
+    run_on_ranks(2, body)
+
+
+def test_dgc_that_sends_everything_is_momentum_descent() -> None:
+    theta = vector("-.84375 -.09375 -.640625 -1.1875 1.015625 .484375 -.4375 -.28125")
+
+    def body(comm: Any) -> None:
+        everything = feedback(compressors.topk(1.0), comm, 0.5, mask=False)
+        for method in (
+            chain(dgc(comm, MATRIX, 1.0, momentum=0.5, mask=False, smallest=0), scale(-1)),
+            chain(everything, scale(-1)),
+            synchronous_sgd(comm, 1.0, momentum=0.5),
+        ):
+            assert np.array_equal(steps_of(method, comm, GRADIENTS[:, comm.rank], np.zeros(8, F32))[0], theta)
+
+    run_on_ranks(2, body)
+
+
+def test_dgc_clips_each_rank_so_that_the_mean_keeps_the_norm() -> None:
+    """The first rank's norm is 1.5, so with C = 1 and two ranks √2/1.5 of it is left."""
+
+    def body(comm: Any) -> None:
+        method = dgc(comm, MATRIX, 1.0, momentum=0.0, clip=1.0, smallest=0)
+        _, _, (step,) = steps_of(method, comm, GRADIENTS[:1, 0], np.zeros(8, F32))
+        assert np.array_equal(step, GRADIENTS[0, 0] * F32(math.sqrt(2) / 1.5))
+
+    run_on_ranks(2, body)
+
+
+def test_dgc_is_dense_while_that_is_cheaper_then_thins_out() -> None:
+    bucket = Bucket({"w": (100, 10), "b": (10,)})
+
+    def body(comm: Any) -> list[int]:
+        method = dgc(comm, bucket, 0.001, warmup=8, smallest=100)
+        state, named = method.init(np.zeros(1010, F32)), []
+        for step in range(10):
+            _, state = method.update(numbers(1010, step, comm.rank), state, np.zeros(1010, F32))
+            named.append(sent(state.sparse).elements)
+        assert state.report.exchanges == 10
+        return named
+
+    assert run_on_ranks(5, body)[0] == [0, 0, 63, 63, 16, 16, 4, 4, 1, 1]
+
+
+def test_decay_has_a_momentum_of_its_own() -> None:
+    """Without gradients: w ← m w + λ·weights for matrices, nothing for biases, whatever is compressed."""
+    bucket = Bucket({"w": (2, 2), "b": (2,)})
+
+    def body(comm: Any) -> None:
+        method = dgc(comm, bucket, 0.5, momentum=0.5, weight_decay=0.25, smallest=0)
+        weights, zero = np.array([4, 8, -4, 0, 4, 4], F32), np.zeros(6, F32)
+        first, state = method.update(zero, method.init(weights), weights)
+        second, _ = method.update(zero, state, weights)
+        assert first.tolist() == [1, 2, -1, 0, 0, 0]
+        assert second.tolist() == [1.5, 3, -1.5, 0, 0, 0]
+
+    run_on_ranks(2, body)
+
+
+def test_onebit_adam_of_the_worked_example() -> None:
+    """m after two steps, with v = 1/4 as it was found."""
+    theta = vector(
+        "-.47119140625 -.06494140625 .06494140625 -.47119140625 .5634765625 .1572265625 -.5634765625 -.1572265625"
+    )
+
+    def body(comm: Any) -> None:
+        method = onebit_adam(comm, 1.0, 0, b1=0.5, eps=0.0)
+        weights = np.zeros(8, F32)
+        state = method.init(weights)._replace(variance=np.full(8, 0.25, F32))
+        for gradients in GRADIENTS[:2]:
+            step, state = method.update(gradients[comm.rank].copy(), state, weights)
+            weights = weights + step
+        assert np.array_equal(weights, theta)
+
+    run_on_ranks(2, body)
+
+
+# What holds for all
+
+
+def numbers(n: int, step: int, rank: int) -> np.ndarray:
+    return np.random.default_rng([n, step, rank]).normal(size=n).astype(F32)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("n", [0, 1, 7, 9, 300])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_ranks_step_alike_and_count_their_bytes(name: str, n: int, size: int) -> None:
+    def body(comm: Any) -> tuple[bytes, int]:
+        method = METHODS[name](comm)
+        gradients = [numbers(n, step, comm.rank) if comm.rank != 1 else np.zeros(n, F32) for step in range(6)]
+        weights, state, _ = steps_of(method, comm, gradients, np.zeros(n, F32))
+        state = state[1] if name == "ef_signsgd" else state
+        assert state.report.exchanges == 6
+        return weights.tobytes(), state.report.wire_bytes
+
+    found = run_on_ranks(size, body)
+    assert len({weights for weights, _ in found}) == 1
+    assert (found[0][1] == 0) == (size == 1)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("onebit_adam", "vote", "ef_signsgd")])
+def test_what_was_sent_and_what_is_kept_are_all_gradients(name: str) -> None:
+    """After a thousand steps: the sum of all steps times p, and all residuals, against the sum of all gradients.
+
+    In float32 each step rounds each element a few times; values stay below 2^9.
+    """
+    size, n, steps = 2, 40, 1000
+    momentum = 0.5 if "momentum" in name or "Nesterov" in name else 0.0
+
+    def body(comm: Any) -> Any:
+        method = METHODS[name](comm)
+        state = method.init(np.zeros(n, F32))
+        total, given = np.zeros(n), np.zeros(n)
+        for step in range(steps):
+            gradient = numbers(n, step, comm.rank) / 8
+            moved = None if state.moved is None else state.moved.astype("f8")
+            given += (
+                gradient
+                if moved is None
+                else momentum * (moved + gradient) + gradient
+                if "N" in name
+                else (momentum * moved + gradient)
+            )
+            agreed, state = method.update(gradient, state, np.zeros(n, F32))
+            total += agreed * (1.0 if "density" in name else size)
+        return total, given, state.residual.astype("f8"), state.steps
+
+    found = run_on_ranks(size, body)
+    sent_in_all, given = found[0][0], sum(each[1] for each in found)
+    kept = sum(each[2] for each in found)
+    assert np.abs(sent_in_all + kept - given).max() < steps * 4 * 2.0**-15
+    assert np.abs(given).max() > 1
+
+
+def test_feedback_of_everything_is_the_mean() -> None:
+    def body(comm: Any) -> None:
+        exchanged, dense = feedback(compressors.none(), comm), synchronous_sgd(comm, 1.0)
+        for step in range(3):
+            gradient = numbers(50, step, comm.rank)
+            zero = np.zeros(50, F32)
+            a, state = exchanged.update(gradient, exchanged.init(zero), zero)
+            b, _ = dense.update(gradient, dense.init(zero), zero)
+            assert np.array_equal(a, -b)
+            assert not state.residual.any()
+
+    run_on_ranks(3, body)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_goes_on_from_its_state(name: str) -> None:
+    def body(comm: Any) -> None:
+        method = METHODS[name](comm)
+        gradients = [numbers(60, step, comm.rank) for step in range(8)]
+        whole, _, _ = steps_of(method, comm, gradients, np.zeros(60, F32))
+        weights, state, _ = steps_of(method, comm, gradients[:5], np.zeros(60, F32))
+        again = METHODS[name](comm)
+        state = load_state_dict(again.init(weights), state_dict(state))
+        for each in gradients[5:]:
+            step, state = again.update(each, state, weights)
+            weights = weights + step
+        assert np.array_equal(weights, whole)
+
+    run_on_ranks(3, body)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "dgc"])
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_one_gradient_that_is_not_finite_stops_no_rank_and_changes_nothing(name: str, odd: float) -> None:
+    def body(comm: Any) -> None:
+        bucket = bucket_of(60)
+        method = dgc(comm, bucket, 0.1, smallest=0, exact=True) if name == "dgc" else METHODS[name](comm)
+        weights = np.zeros(60, F32)
+        _, state = method.update(numbers(60, 0, comm.rank), method.init(weights), weights)
+        before = state_dict(state)
+        gradient = numbers(60, 1, comm.rank)
+        gradient[7] = odd if comm.rank == 1 else gradient[7]
+        step, state = method.update(gradient, state, weights)
+        assert not step.any()
+        after = state_dict(state)
+        changed = {path for path in before if not np.array_equal(before[path], after[path])}
+        assert {path.rpartition(".")[2] for path in changed} <= {
+            "skipped",
+            "exchanges",
+            "seconds",
+            "wire_bytes",
+            "spare",
+            *(["steps"] if name == "dgc" else []),
+        }
+        assert any(path.endswith("skipped") for path in changed)
+
+    run_on_ranks(3, body)
+
+
+def test_ranks_with_different_compressors_are_all_told() -> None:
+    def body(comm: Any) -> None:
+        compressor = compressors.threshold(0.5) if comm.rank else compressors.topk(0.5)
+        method = feedback(compressor, comm)
+        weights = np.zeros(8, F32)
+        state = method.init(weights)
+        with pytest.raises(ArgumentError, match="the ranks use different compressors"):
+            method.update(GRADIENTS[0, comm.rank].copy(), state, weights)
+        assert not state.residual.any()
+
+    run_on_ranks(2, body)
+
+
+def test_messages_of_any_lengths_are_gathered() -> None:
+    def body(comm: Any) -> None:
+        for lengths in ([0, 5, 2], [0, 0, 0], [3, 3, 3]):
+            mine = [np.full(lengths[comm.rank], 10 * comm.rank + k, np.uint8) for k in range(2)]
+            found, nbytes = gather_messages(comm, mine, 2)
+            assert found is not None
+            for rank in range(3):
+                assert [each.tolist() for each in found[rank]] == [[10 * rank + k] * lengths[rank] for k in range(2)]
+            assert nbytes == 2 * (16 + 2 * lengths[comm.rank])
+        assert gather_messages(comm, None if comm.rank == 2 else mine, 2)[0] is None
+
+    run_on_ranks(3, body)
+
+
+def test_two_phases_telescope() -> None:
+    """Σ out = mean Σ x − mean worker errors − server errors, on any number of ranks; chunks may be empty."""
+
+    def body(comm: Any) -> Any:
+        for n in (0, 1, 2, 8, 29):
+            own = n // comm.size + (comm.rank < n % comm.size)
+            worker, server, total, given = np.zeros(n, F32), np.zeros(own, F32), np.zeros(n), np.zeros(n)
+            for step in range(50):
+                x = np.round(numbers(n, step, comm.rank) * 16) / 16
+                found = two_phases(comm, x, worker, server)
+                total, given = total + found.mean, given + x
+            servers = np.concatenate(comm.allgather(server))
+            rest = np.mean(comm.allgather(given - worker), axis=0) - servers
+            assert np.allclose(total, rest, atol=50 * 2.0**-18)  # sums of 50 numbers below 2^5, rounded in float32
+            assert len(set(comm.allgather(total.tobytes()))) == 1
+
+    for size in (1, 2, 3, 5):
+        run_on_ranks(size, body)
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda comm: dgc(comm, MATRIX, 0.0), "density"),
+        (lambda comm: dgc(comm, MATRIX, 1.5), "density"),
+        (lambda comm: dgc(comm, MATRIX, clip=0.0), "positive norm"),
+        (lambda comm: dgc(comm, MATRIX, warmup=-1), "0 or more steps"),
+        (lambda comm: gtc(comm, 0.0), "positive number"),
+        (lambda comm: gtc(comm, -1.0), "positive number"),
+        (lambda comm: feedback(compressors.none(), comm, 1.0), "momentum"),
+        (lambda comm: feedback(compressors.none(), comm, nesterov=True), "nesterov needs momentum"),
+        (lambda comm: feedback(compressors.none(), comm, reduce="max"), "'mean' or 'sum'"),
+        (lambda comm: onebit_adam(comm, 0.1, -1), "number of dense steps"),
+        (lambda comm: gtc(comm).init(np.zeros(3)), "float32"),
+        (lambda comm: gtc(comm).init(np.zeros((3, 3), "f4")), "flat contiguous"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused(make: Callable[[Any], Any], remedy: str) -> None:
+    with pytest.raises(ArgumentError, match=remedy):
+        run_on_ranks(1, make)
+
+
+@pytest.mark.mpi(sizes=(3,))
+def test_over_mpi_the_methods_give_the_bits_of_threads(comm: hpccomm.Communicator) -> None:
+    for name, make in METHODS.items():
+        if name == "onebit_adam":
+            continue  # its dense steps are summed in another order
+
+        def run(each: Any, make: Any = make) -> bytes:
+            gradients = [numbers(100, step, each.rank) for step in range(4)]
+            return steps_of(make(each), each, gradients, np.zeros(100, F32))[0].tobytes()
+
+        assert run(comm) == run_on_ranks(comm.size, run)[0], name
+    weights, _, _ = steps_of(
+        onebit_adam(comm, 0.01, 2), comm, [numbers(100, k, comm.rank) for k in range(5)], np.zeros(100, F32)
+    )
+    assert len(set(comm.allgather(weights.tobytes()))) == 1
+    with pytest.raises(hpccomm.MismatchError):
+        comm.Allreduce(np.zeros(2), np.zeros(2), op=MPI.SUM if comm.rank else MPI.MAX)
