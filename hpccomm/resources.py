@@ -91,7 +91,7 @@ class Resources:
 
     def load_table(self) -> tuning.Table:
         """This machine's decisions."""
-        return tuning.load(mpi_name(), MPI.Get_processor_name())
+        return tuning.load(mpi_name(), MPI.Get_processor_name(), ethernet=not topology.fast_networks())
 
     def call_roll(self) -> tuple[rollcall.RollCall | None, Segment | None]:
         """A roll call over the ranks of this node; none where they share no memory, or are alone."""

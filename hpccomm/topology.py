@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,11 @@ class Topology:
         shape = f"{self.per_node[0]} each" if self.even else "/".join(map(str, self.per_node)) + " each"
         order = "in order" if self.contiguous else "interleaved"
         return f"{self.size} ranks on {self.count} nodes ({shape}, {order}): {', '.join(self.names)}"
+
+
+def fast_networks(folder: Path = Path("/sys/class")) -> list[str]:
+    """Devices of this host that move bytes between nodes without TCP: InfiniBand, RoCE, EFA, Omni-Path, Slingshot."""
+    return sorted(each.name for kind in ("infiniband", "cxi") for each in (folder / kind).glob("*"))
 
 
 def discover(comm: Any, node: Any, name: str) -> Topology:

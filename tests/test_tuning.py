@@ -19,6 +19,7 @@ from hpccomm.collectives.tuning import SHIPPED, Choice, Row, Table, fit, interpo
 from hpccomm.commands import predict as predict_command
 from hpccomm.commands import tune as tune_command
 from hpccomm.errors import ArgumentError
+from hpccomm.topology import fast_networks
 
 MPI = "Open MPI 5.0.11"
 
@@ -431,3 +432,24 @@ def test_what_is_shipped_takes_shared_memory_for_every_allreduce_on_one_node() -
                 "allreduce", 1, per_node, nbytes, candidates=("native", "shared", "ring", "butterfly")
             )
             assert chosen.algorithm == "shared", (mpi, per_node, nbytes, chosen)
+
+
+def test_what_is_shipped_for_several_nodes_counts_over_tcp_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("HPCCOMM_TUNING", raising=False)
+    assert {row.nodes > 1 for row in load(MPI, "anywhere").rows} == {True, False}
+    assert {row.nodes > 1 for row in load(MPI, "anywhere", ethernet=False).rows} == {False}
+
+
+def test_one_node_measured_leaves_what_is_known_of_several() -> None:
+    shipped = Table((*rows("native", {8: 3.0}, nodes=2), *rows("native", {8: 9.0})))
+    assert Table(tuple(NATIVE)).completed(shipped).rows == (*NATIVE, *rows("native", {8: 3.0}, nodes=2))
+
+
+def test_networks_that_need_no_tcp_are_seen(tmp_path: Path) -> None:
+    assert fast_networks(tmp_path) == []
+    for name in ("infiniband/mlx5_1", "infiniband/mlx5_0", "cxi/cxi0", "net/eth0"):
+        (tmp_path / name).mkdir(parents=True)
+    assert fast_networks(tmp_path) == ["cxi0", "mlx5_0", "mlx5_1"]

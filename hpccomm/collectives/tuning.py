@@ -141,17 +141,22 @@ class Table:
         }
 
     def of(self, mpi: str) -> Table:
-        """The rows of this MPI library, of any version; of collectives it was not measured with, all."""
-        same = [row for row in self.rows if family(row.mpi) == family(mpi)]
-        measured = {row.collective for row in same}
-        kept = same + [row for row in self.rows if row.collective not in measured]
-        return Table(tuple(kept), self.machine, self.source)
+        """The rows of this MPI library, of any version; of what it was not measured with, all."""
+        same = Table(tuple(row for row in self.rows if family(row.mpi) == family(mpi)), self.machine, self.source)
+        return same.completed(self)
 
     def completed(self, other: Table) -> Table:
-        """With the other's rows of collectives that have none here, and its machine if none was fitted."""
-        measured = {row.collective for row in self.rows}
-        more = tuple(row for row in other.rows if row.collective not in measured)
+        """With the other's rows of what has none here, and its machine if none was fitted.
+
+        A collective on one node and between nodes are two things.
+        """
+        measured = {(row.collective, row.nodes > 1) for row in self.rows}
+        more = tuple(row for row in other.rows if (row.collective, row.nodes > 1) not in measured)
         return Table(self.rows + more, self.machine or other.machine, self.source)
+
+    def on_one_node(self) -> Table:
+        """Without rows of several nodes."""
+        return Table(tuple(row for row in self.rows if row.nodes == 1), self.machine, self.source)
 
     def explain(self, collective: str, nodes: int, per_node: int, **more: Any) -> list[str]:
         """The decisions from 4 B to 1 GiB, a line for each range with one answer; ``more`` as in choose."""
@@ -225,17 +230,19 @@ def priced_choice(collective: str, shape: Shape, nbytes: int, candidates: Sequen
 # --- files -----------------------------------------------------------------------------------------
 
 
-def load(mpi: str, hostname: str) -> Table:
+def load(mpi: str, hostname: str, *, ethernet: bool = True) -> Table:
     """The table in force: ``HPCCOMM_TUNING``'s, this host's and MPI's, or the package's.
 
     ``mpi`` is the library's name and version, as in ``"Open MPI 5.0.11"``.  On a cluster one rank loads and
-    tells the others, so that all decide alike.  A file that cannot be read is named in one warning, and the
+    tells the others, so that all decide alike.  What the package's table has of several nodes was measured over
+    TCP: without ``ethernet`` it does not count.  A file that cannot be read is named in one warning, and the
     package's table serves.
     """
     setting = os.environ.get("HPCCOMM_TUNING", "")
     if setting == "off":
         return Table(source="HPCCOMM_TUNING=off")
     shipped = replace(read(SHIPPED).of(mpi), machine=Machine(), source="the table that comes with hpccomm")
+    shipped = shipped if ethernet else shipped.on_one_node()
     path = Path(setting).expanduser() if setting else user_file(mpi, hostname)
     if not setting and not path.exists():
         return shipped

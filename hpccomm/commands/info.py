@@ -100,11 +100,14 @@ def launch(comm: Any) -> dict[str, str]:
 
 def transports(comm: Any) -> dict[str, str]:
     """What there is to carry bytes."""
+    from hpccomm.topology import fast_networks
+
     resources = comm.resources
-    shared = resources.shared
+    where = "yes" if comm.topology.count == 1 else "inside the nodes, by the hierarchical allreduce"
     return {
         "messages": "point-to-point, signature of the call in the tag",
-        "shared memory": "yes" if shared else "no" if comm.size > 1 else "not needed (one rank)",
+        "network": ", ".join(fast_networks()) or "no device but Ethernet's: what is shipped for TCP counts",
+        "shared memory": where if resources.node_memory else "no" if comm.size > 1 else "not needed (one rank)",
         "roll call": "ranks of a node compare their calls" if resources.roll else "off",
         "device memory": device(),
     }
