@@ -18,7 +18,7 @@ from hpccomm.algorithms import compressors
 from hpccomm.algorithms.checkpoints import load_state_dict, state_dict
 from hpccomm.algorithms.dgc import dgc
 from hpccomm.algorithms.exchange import synchronous_sgd
-from hpccomm.algorithms.feedback import feedback, gather_messages, sent
+from hpccomm.algorithms.feedback import exchanged, feedback, sent
 from hpccomm.algorithms.gtc import gtc
 from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_sgd, two_phases
 from hpccomm.algorithms.transforms import Transform, chain, scale
@@ -329,16 +329,16 @@ def test_ranks_with_different_compressors_are_all_told() -> None:
     run_on_ranks(2, body)
 
 
-def test_messages_of_any_lengths_are_gathered() -> None:
+def test_messages_of_any_lengths_are_exchanged() -> None:
     def body(comm: Any) -> None:
         for lengths in ([0, 5, 2], [0, 0, 0], [3, 3, 3]):
             mine = [np.full(lengths[comm.rank], 10 * comm.rank + k, np.uint8) for k in range(2)]
-            found, nbytes = gather_messages(comm, mine, 2)
+            found, nbytes = exchanged(comm, mine)
             assert found is not None
             for rank in range(3):
                 assert [each.tolist() for each in found[rank]] == [[10 * rank + k] * lengths[rank] for k in range(2)]
-            assert nbytes == 2 * (16 + 2 * lengths[comm.rank])
-        assert gather_messages(comm, None if comm.rank == 2 else mine, 2)[0] is None
+            assert nbytes == 2 * (8 + 3 * 8 + 2 * lengths[comm.rank])
+        assert exchanged(comm, None if comm.rank == 2 else mine)[0] is None
 
     run_on_ranks(3, body)
 

@@ -25,12 +25,13 @@ import numpy.typing as npt
 from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, flat, header_of, kernels
 from hpccomm.algorithms.exchange import ExchangeReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
+from hpccomm.collectives.sparse import gather_messages
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-NOT_FINITE = -1
-"""Stands for the length of a message of a rank whose gradient is not finite."""
+LENGTH_BYTES = 8
+"""What a rank tells all others before its messages."""
 
 
 class FeedbackState(NamedTuple):
@@ -81,10 +82,10 @@ def feedback(
     whose ranks vote concludes by the vote.  If any rank's gradient is not finite, no rank steps and no state changes
     but ``skipped``.
 
-    Each rank sends its messages to all others, and 8 bytes a part; :func:`sent` tells of it.  Where a run goes on with
-    another number of ranks, give each old residual to one of the new ranks, the others zeros: what is pending is their
-    sum (for a mean, times new ranks by old).  Raises ArgumentError for gradients that are not flat float32, and on all
-    ranks where they bring different compressors.
+    Each rank sends its messages to all others, 8 bytes each with their lengths, and 16 more; :func:`sent` tells of it.
+    Where a run goes on with another number of ranks, give each old residual to one of the new ranks, the others zeros:
+    what is pending is their sum (for a mean, times new ranks by old).  Raises ArgumentError for gradients that are not
+    flat float32, and on all ranks where they bring different compressors.
     """
     check_decay("feedback: momentum", momentum)
     require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
@@ -106,7 +107,7 @@ def feedback(
         if momentum and comm.size > 1:
             fine = everywhere(comm, fine)  # u and v change where they are
         messages = encoded(gradient, state) if fine else None
-        letters, nbytes = gather_messages(comm, messages, len(state.headers))
+        letters, nbytes = exchanged(comm, messages)
         if letters is None:
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.plus(cost))
@@ -157,26 +158,22 @@ def everywhere(comm: MPI.Intracomm, fine: bool) -> bool:
     return bool(told[0])
 
 
-def gather_messages(
-    comm: MPI.Intracomm, messages: Sequence[Message] | None, count: int = 1
-) -> tuple[list[list[Message]] | None, int]:
-    """``count`` messages of any lengths from every rank, and the bytes that this rank sends for it (collective).
+def exchanged(comm: MPI.Intracomm, messages: Sequence[Message] | None) -> tuple[list[list[Message]] | None, int]:
+    """The messages of all ranks, as many from each, and the bytes that this rank sends for it (collective).
 
-    ``None`` on any rank, for want of messages, is ``None`` on all.  The lengths go first, 8 bytes each.
+    ``None`` on any rank, for want of messages, is ``None`` on all.
     """
-    lengths = np.full((comm.size, count), NOT_FINITE, np.int64)
-    mine = lengths[comm.rank].copy() if messages is None else np.array([each.size for each in messages], np.int64)
-    others = comm.size - 1
-    if others:
-        comm.Allgather(mine, lengths)
-    else:
-        lengths[0] = mine
-    if messages is None or (lengths == NOT_FINITE).any():
-        return None, 8 * count * others
-    letter = np.concatenate(messages) if count != 1 else messages[0]
-    letters, counts = letter, lengths.sum(axis=1).tolist()
-    if others:
-        letters = np.empty(sum(counts), np.uint8)
-        comm.Allgatherv(letter, [letters, counts])
-    cut = np.split(letters, np.cumsum(lengths.reshape(-1))[:-1])
-    return [cut[rank * count : (rank + 1) * count] for rank in range(comm.size)], others * (8 * count + letter.size)
+    letter = np.empty(0, np.uint8)
+    if messages is not None:
+        lengths = np.array([len(messages), *(each.size for each in messages)], "<u8")
+        letter = np.concatenate([lengths.view(np.uint8), *messages])
+    letters = gather_messages(comm, letter) if comm.size > 1 else [letter]
+    nbytes = (comm.size - 1) * (LENGTH_BYTES + letter.size)
+    return (None if any(not each.size for each in letters) else [opened(each) for each in letters]), nbytes
+
+
+def opened(letter: Message) -> list[Message]:
+    """The messages in a letter: their number, their lengths, and then they themselves."""
+    count = int(letter[:8].view("<u8")[0])
+    ends = np.cumsum([8 * (count + 1), *letter[8 : 8 * (count + 1)].view("<u8").tolist()])
+    return np.split(letter, ends)[1:-1]
