@@ -1,0 +1,215 @@
+"""``scripts/bench_cluster``: dense allreduce between the nodes of a virtual cluster, beside what its links carry.
+
+For each shape a cluster is made and tuned; then, in every round, one launch measures native MPI and ours in turns, and
+another native MPI with Open MPI's ``han``.  Figures are medians over the rounds; a share of the wire is the least time
+that the nominal rate permits, 2(N-1)/N · bytes/rate, by the time that was measured.  A plain TCP stream runs on the
+same links.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from hpccomm.testing.cluster import Cluster, rate_of
+
+OUT = Path("docs/measurements")
+ALGORITHMS = "native,auto,hierarchical,ring,butterfly"
+SIZES = "8:16777216"
+TUNED = "native,hierarchical,ring,butterfly,doubling"
+HAN = {"OMPI_MCA_coll_han_priority": "100"}
+
+STREAM = """
+import socket, sys, threading, time
+n, chunk = 1 << 26, bytes(1 << 20)
+if sys.argv[1] == "serve":
+    with socket.create_server(("", 5201)) as server:
+        print("ready", flush=True)
+        link, _ = server.accept()
+        while link.recv(1 << 20):
+            pass
+else:
+    link = socket.create_connection((sys.argv[2], 5201))
+    link.sendall(chunk * 4)
+    began = time.perf_counter()
+    for _ in range(n // len(chunk)):
+        link.sendall(chunk)
+    link.shutdown(socket.SHUT_WR)
+    link.recv(1)
+    print(8 * n / (time.perf_counter() - began))
+"""
+"""Bits a second that one connection carries, from its fifth megabyte to the peer's goodbye."""
+
+
+class Shape(NamedTuple):
+    """Where is measured."""
+
+    nodes: int
+    per_node: tuple[int, ...]
+    placement: str
+    rate: str
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        each = set(self.per_node)
+        ranks = str(*each) if len(each) == 1 else "+".join(map(str, self.per_node))
+        order = "" if self.placement == "block" else f", {self.placement}"
+        return f"{self.nodes} x {ranks}{order}, {self.rate}"
+
+
+def shapes(quick: bool) -> list[Shape]:
+    """All shapes, or a few."""
+    if quick:
+        return [Shape(2, (1, 1), "block", "1gbit"), Shape(4, (2,) * 4, "cyclic", "1gbit")]
+    even = [Shape(n, (k,) * n, "block", rate) for rate in ("1gbit", "100mbit") for n in (2, 4, 8) for k in (1, 2)]
+    return [
+        *even,
+        Shape(4, (2,) * 4, "cyclic", "1gbit"),
+        Shape(2, (1, 3), "block", "1gbit"),
+        Shape(3, (2, 1, 3), "cyclic", "1gbit"),
+        Shape(16, (1,) * 16, "block", "100mbit"),
+        Shape(16, (2,) * 16, "block", "100mbit"),
+    ]
+
+
+def measured(shape: Shape, rounds: int, sizes: str) -> dict[str, Any]:
+    """One shape: its rows, and what a TCP stream carries."""
+    with Cluster(shape.nodes, shape.rate) as cluster, tempfile.TemporaryDirectory() as folder:
+        table = Path(folder, "table.json")
+        slow = rate_of(shape.rate) < 5e8
+        most = 1 << (22 if slow else 24)
+        tuned = "4,256,4Ki,32Ki,256Ki,1Mi" + ("" if slow else ",4Mi") + f",{most}"
+        tune = ["hpccomm", "tune", "--collective", "allreduce", "--algorithm", TUNED, "--sizes", tuned]
+        checked(launched(cluster, shape, [*tune, "--out", str(table)], {}))
+        rows = []
+        for number in range(rounds):
+            for names, settings in ((ALGORITHMS, {}), ("native", HAN)):
+                file = Path(folder, "rows.json")
+                bench = ["hpccomm", "bench", "allreduce", "--algorithm", names, "-m", sizes, "--step-factor", "8"]
+                bench += ["-i", "5" if slow else "7", "-x", "2", "-c", "--json", str(file)]
+                checked(launched(cluster, shape, bench, {"HPCCOMM_TUNING": str(table), **settings}))
+                for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+                    name = "native, han" if settings else row["algorithm"]
+                    rows.append({"round": number, "algorithm": name, "bytes": row["bytes"], "p50_us": row["p50_us"]})
+        streams = [stream(cluster) for _ in range(3)]
+    return {**shape._asdict(), "stream_bps": median(streams), "rows": rows}
+
+
+def launched(cluster: Cluster, shape: Shape, program: Sequence[str], env: dict[str, str]) -> Any:
+    """One launch on the cluster."""
+    return cluster.run(program, shape.per_node, shape.placement, env=env, capture_output=True, text=True, timeout=900)
+
+
+def checked(done: subprocess.CompletedProcess[str]) -> None:
+    """Say what went wrong, and stop."""
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, done.args[-1:]))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def stream(cluster: Cluster) -> float:
+    """Bits a second of one TCP connection between two nodes."""
+    serve = cluster.inside("n1", [sys.executable, "-c", STREAM, "serve"])
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        done = cluster.on(
+            "n0", [sys.executable, "-c", STREAM, "send", cluster.address("n1")], capture_output=True, text=True
+        )
+    return float(done.stdout)
+
+
+def wire_us(record: dict[str, Any], nbytes: int) -> float:
+    """The least time that the nominal rate permits."""
+    return 2 * (record["nodes"] - 1) / record["nodes"] * nbytes * 8e6 / rate_of(record["rate"])
+
+
+def table(record: dict[str, Any]) -> str:
+    """One shape's times, and how ours stands to native MPI and to the wire."""
+    names = list(dict.fromkeys(row["algorithm"] for row in record["rows"]))
+    title = Shape(record["nodes"], tuple(record["per_node"]), record["placement"], record["rate"]).title
+    lines = [
+        f"### {title}",
+        "",
+        f"A TCP stream carries {record['stream_bps'] / rate_of(record['rate']):.1%} of the rate.",
+        "",
+    ]
+    lines.append(
+        "| bytes | "
+        + " | ".join(f"{name}, µs" for name in names)
+        + " | best native / auto | of the wire | of a stream |"
+    )
+    lines.append("|" + "---:|" * (len(names) + 4))
+    for nbytes in sorted({row["bytes"] for row in record["rows"]}):
+        times = {name: by_round(record, name, nbytes) for name in names}
+        ratios = sorted(
+            min(times[name][k] for name in names if name.startswith("native")) / times["auto"][k]
+            for k in range(len(times["auto"]))
+        )
+        share = wire_us(record, nbytes) / median(times["auto"])
+        stream_share = share * rate_of(record["rate"]) / record["stream_bps"]
+        cells = [str(nbytes), *(f"{median(times[name]):.4g}" for name in names)]
+        cells.append(f"**{median(ratios):.2f}** ({ratios[0]:.2f}–{ratios[-1]:.2f})")
+        cells += [f"{share:.1%}", f"{stream_share:.1%}"] if nbytes >= 1 << 20 else ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def by_round(record: dict[str, Any], name: str, nbytes: int) -> list[float]:
+    """An algorithm's medians, a round each."""
+    return [row["p50_us"] for row in record["rows"] if (row["algorithm"], row["bytes"]) == (name, nbytes)]
+
+
+def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
+    """Shares of the wire for the longest vectors, a group of bars a shape."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    names = ["native", "native, han", "ring", "butterfly", "hierarchical", "auto"]
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for k, name in enumerate(names):
+        heights = []
+        for record in records:
+            most = max(row["bytes"] for row in record["rows"])
+            times = by_round(record, name, most)
+            heights.append(wire_us(record, most) / median(times) if times else 0.0)
+        axes.bar([x + 0.13 * (k - 2.5) for x in range(len(records))], heights, 0.13, label=name)
+    titles = [Shape(r["nodes"], tuple(r["per_node"]), r["placement"], r["rate"]).title for r in records]
+    axes.set_xticks(range(len(records)), titles, rotation=60, ha="right", fontsize=8)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(ylabel="share of the wire", title="Allreduce of the longest vector, float32 sums")
+    axes.legend(fontsize=8, ncols=3)
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> int:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(prog="scripts/bench_cluster", description=__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="two shapes only")
+    parser.add_argument("--sizes", default=SIZES, help=f"BYTES:BYTES (default {SIZES})")
+    parser.add_argument("--out", type=Path, default=OUT / "cluster-allreduce.json")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    records = []
+    for shape in shapes(args.quick):
+        records.append(measured(shape, args.rounds, args.sizes))
+        sys.stdout.write("\n" + table(records[-1]))
+        sys.stdout.flush()
+        args.out.write_text(json.dumps(records).replace("}, {", "},\n{") + "\n", encoding="utf-8")
+    draw(records, args.out.with_suffix(".svg"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The jobs of ``slurm/`` on a real Slurm, on the nodes of a virtual cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpccomm.testing import cluster as clusters
+from hpccomm.testing import slurm
+from hpccomm.testing.cluster import Cluster
+
+JOBS = Path(__file__).parents[1] / "slurm"
+WHY_NOT = clusters.missing() or slurm.missing()
+SECONDS = 90.0
+
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "Slurm is to be had")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Two nodes with Slurm, and a folder to submit from."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(JOBS, folder / "slurm")
+    with Cluster(2, "", f"s{os.getpid() % 10**6}") as cluster:
+        began = time.monotonic()
+        slurm.start(cluster)
+        assert time.monotonic() - began < slurm.IDLE_SECONDS
+        yield Site(cluster, folder)
+
+
+class Site:
+    """Where jobs are submitted."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+
+    def told(self, *command: str, **env: str) -> str:
+        """What a command says on the first node."""
+        done = self.cluster.on(
+            "n0", ["env", "-C", str(self.folder), *command], env=env, capture_output=True, text=True, timeout=SECONDS
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return str(done.stdout)
+
+    def submitted(self, job: str, *flags: str, **env: str) -> tuple[str, Path]:
+        """Submit a job and wait for its end: what it wrote, and its folder of results."""
+        given = {"PYTHON": sys.executable, **env}
+        number = self.told(
+            "sbatch", "--parsable", "--ntasks-per-node=2", *flags, f"slurm/{job}.sbatch", **given
+        ).strip()
+        ended = clusters.wait_until(lambda: not self.told("squeue", "-h", "-j", number).strip(), SECONDS)
+        said = "".join(each.read_text() for each in sorted(self.folder.glob(f"*-{number}*.out")))
+        assert ended, f"{self.told('squeue')}\n{said}"
+        return said, self.folder / f"results-{number}"
+
+
+def test_the_allreduce_sweep_measures_and_draws(site: Site) -> None:
+    said, results = site.submitted(
+        "allreduce", "--nodes=2", ALGORITHMS="native,auto,hierarchical", SIZES="8:65536", ITERATIONS="3"
+    )
+    rows = json.loads((results / "allreduce.json").read_text())["rows"]
+    assert {row["algorithm"] for row in rows} == {"native", "auto", "hierarchical"}, said
+    assert "4 ranks on 2 nodes (2 each, in order): n0, n1" in said
+    assert "Fail" not in said
+    assert (results / "allreduce.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_osus_benchmarks_print_and_keep_their_tables(site: Site) -> None:
+    said, results = site.submitted(
+        "osu", "--nodes=1", COLLECTIVES="bcast barrier", PAIRS="latency", SIZES="8:64", FLAGS="-i 3 -x 1"
+    )
+    assert sorted(each.name for each in results.iterdir()) == ["osu-barrier.json", "osu-bcast.json", "osu-latency.json"]
+    assert "OSU MPI Broadcast Latency Test" in said
+
+
+def test_an_array_takes_more_nodes_with_each_element(site: Site) -> None:
+    _, results = site.submitted("scaling", "--nodes=2", "--array=0-1", STEPS="1 2", BYTES="65536", EPOCHS="1")
+    ranks = {file.name: json.loads(file.read_text())["ranks"] for file in results.glob("train-*.json")}
+    assert ranks == {"train-1.json": 2, "train-2.json": 4}
+
+
+def test_training_goes_through_its_methods(site: Site) -> None:
+    _, results = site.submitted("train", "--nodes=2", METHODS="dense adam", EPOCHS="1")
+    for method in ("dense", "adam"):
+        assert json.loads((results / f"train-{method}.json").read_text())["method"] == method
+
+
+def test_tuning_writes_the_table_of_this_site(site: Site) -> None:
+    table = site.folder / "table.json"
+    site.submitted("tune", "--nodes=2", COLLECTIVES="bcast", SIZES="64", TABLE=str(table))
+    assert {(row["nodes"], row["per_node"]) for row in json.loads(table.read_text())["rows"]} == {(2, 2)}
+
+
+def test_the_wrong_mpi_of_srun_is_named_with_its_cure(site: Site) -> None:
+    words = ["srun", "--mpi=none", "-N2", "-n4", sys.executable, "-m", "hpccomm", "info"]
+    done = site.cluster.on("n0", words, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode != 0
+    assert "srun started 4 ranks, but every one of them sees a world of one" in done.stderr
+    assert "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2" in done.stderr
