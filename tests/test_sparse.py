@@ -54,3 +54,264 @@ def test_a_message_that_is_none_is_refused_on_every_rank() -> None:
 
 def test_messages_are_gathered_over_mpi(comm: Any) -> None:
     assert_letters(sparse.gather_messages(comm, letter(comm.rank)), comm.size)
+
+
+class Counting:
+    """A communicator that counts what goes through it."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.sent = comm, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.comm, name)
+
+    def Allgather(self, mine: np.ndarray, room: np.ndarray) -> None:
+        self.sent += mine.nbytes * (self.size - 1)
+        self.comm.Allgather(mine, room)
+
+    def Allgatherv(self, mine: np.ndarray, room: Any) -> None:
+        self.sent += mine.nbytes * (self.size - 1)
+        self.comm.Allgatherv(mine, room)
+
+    def Allreduce(self, mine: np.ndarray, room: np.ndarray) -> None:
+        self.sent += round(2 * mine.nbytes * (self.size - 1) / self.size)
+        self.comm.Allreduce(mine, room)
+
+    def Bcast(self, buffer: np.ndarray, root: int) -> None:
+        self.sent += buffer.nbytes * (self.size - 1) * (self.rank == root)
+        self.comm.Bcast(buffer, root)
+
+    def Isend(self, buffer: np.ndarray, to: int, tag: int) -> Any:
+        self.sent += buffer.nbytes
+        return self.comm.Isend(buffer, to, tag)
+
+
+def pairs(rank: int, n: int, density: float, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers (times ``scale``) at random places; rank 1 has nothing to send."""
+    rng = np.random.default_rng([rank, n])
+    index = np.flatnonzero(rng.random(n) < (0 if rank == 1 else density)).astype(np.uint32)
+    return index, (rng.integers(1, 1000, index.size) * rng.choice([-1, 1], index.size) * scale).astype(np.float32)
+
+
+def in_rank_order(size: int, n: int, density: float, scale: float = 1.0) -> np.ndarray:
+    total = np.zeros(n, np.float32)
+    for rank in range(size):
+        index, values = pairs(rank, n, density, scale)
+        total[index] += values
+    return total
+
+
+def dense(n: int, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+    found = np.zeros(n, np.float32)
+    found[indices] = values
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("algorithm", [*sparse.EXACT, "auto"])
+def test_the_sum_is_exact_and_the_bytes_are_those_on_the_transport(size: int, algorithm: str) -> None:
+    def check(comm: Any) -> None:
+        for n in (0, 1, 7, 9, 1000):
+            for density in (0.02, 0.2, 1.0):
+                counting = Counting(comm)
+                got = sparse.sparse_allreduce(counting, *pairs(comm.rank, n, density), n, algorithm=algorithm)
+                np.testing.assert_array_equal(got.total, in_rank_order(size, n, density))
+                assert got.returned[0].size == 0
+                assert got.bytes_sent == counting.sent
+
+    run_on_ranks(size, check)
+
+
+@pytest.mark.parametrize("algorithm", ["allgather", "split"])
+def test_floats_are_added_in_rank_order(algorithm: str) -> None:
+    """0.1 makes every sum round, so another order would show."""
+    want = in_rank_order(7, 500, 0.5, 0.1)
+    for got in run_on_ranks(
+        7, lambda comm: sparse.sparse_allreduce(comm, *pairs(comm.rank, 500, 0.5, 0.1), 500, algorithm=algorithm)
+    ):
+        np.testing.assert_array_equal(got.total, want)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("algorithm", [*sparse.EXACT, *sparse.LOSSY])
+def test_all_ranks_have_the_same_bits(size: int, algorithm: str) -> None:
+    k = 9 if algorithm in sparse.LOSSY else None
+    totals = run_on_ranks(
+        size,
+        lambda comm: sparse.sparse_allreduce(comm, *pairs(comm.rank, 300, 0.1, 0.1), 300, k=k, algorithm=algorithm),
+    )
+    assert len({each.total.tobytes() for each in totals}) == 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("algorithm", sparse.LOSSY)
+def test_of_the_k_largest_nothing_is_lost(size: int, algorithm: str) -> None:
+    """What is in the total and what ranks get back is all that was brought; no rank gets another's bytes counted."""
+
+    def check(comm: Any) -> list[sparse.SparseSum]:
+        found = []
+        for n, k in ((0, 1), (1, 1), (9, 2), (1000, 25), (1000, 5000)):
+            counting = Counting(comm)
+            got = sparse.sparse_allreduce(counting, *pairs(comm.rank, n, 0.1), n, k=k, algorithm=algorithm)
+            assert got.bytes_sent == counting.sent
+            assert np.count_nonzero(got.total) <= k
+            found.append(got)
+        return found
+
+    ranks = run_on_ranks(size, check)
+    for place, n in enumerate((0, 1, 9, 1000, 1000)):
+        together = ranks[0][place].total + sum(dense(n, *rank[place].returned) for rank in ranks)
+        np.testing.assert_array_equal(together, in_rank_order(size, n, 0.1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ok_topk_keeps_the_k_largest_of_the_sum_and_of_equal_ones_the_first(size: int) -> None:
+    def brought(rank: int) -> tuple[np.ndarray, np.ndarray]:
+        index, values = pairs(rank, 400, 0.2)
+        return index, np.sign(values)  # many are equal
+
+    total = sum(dense(400, *brought(rank)) for rank in range(size))
+    order = np.lexsort([np.arange(400), -np.abs(total)])[:30]
+    want = np.zeros(400, np.float32)
+    want[order] = total[order]
+    for got in run_on_ranks(
+        size, lambda comm: sparse.sparse_allreduce(comm, *brought(comm.rank), 400, k=30, algorithm="ok_topk")
+    ):
+        np.testing.assert_array_equal(got.total, want)
+
+
+def test_a_plan_keeps_all_that_reach_its_threshold() -> None:
+    def twice(comm: Any) -> tuple[sparse.SparseSum, sparse.SparseSum]:
+        mine = pairs(comm.rank, 400, 0.2)
+        first = sparse.sparse_allreduce(comm, *mine, 400, k=30, algorithm="ok_topk")
+        return first, sparse.sparse_allreduce(comm, *mine, 400, k=30, algorithm="ok_topk", plan=first.plan)
+
+    total = in_rank_order(3, 400, 0.2)
+    for first, second in run_on_ranks(3, twice):
+        assert first.plan is not None
+        np.testing.assert_array_equal(second.total, np.where(np.abs(total) >= first.plan.threshold, total, 0))
+        assert second.bytes_sent < first.bytes_sent
+
+
+WORKED = [([3, 4], [1, -0.875]), ([1, 3], [0.75, 0.5])]
+
+
+def arrays(pair: tuple[list[int], list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(pair[0], np.uint32), np.array(pair[1], np.float32)
+
+
+def given_back(got: sparse.SparseSum) -> dict[int, float]:
+    return dict(zip(got.returned[0].tolist(), got.returned[1].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("algorithm", sparse.LOSSY)
+def test_the_worked_example_of_the_two_largest(algorithm: str) -> None:
+    ranks = run_on_ranks(
+        2, lambda comm: sparse.sparse_allreduce(comm, *arrays(WORKED[comm.rank]), 8, k=2, algorithm=algorithm)
+    )
+    np.testing.assert_array_equal(ranks[0].total, dense(8, np.array([3, 4]), np.array([1.5, -0.875])))
+    assert [given_back(each) for each in ranks] == [{}, {1: 0.75}]
+
+
+def test_what_a_branch_of_gtopk_pruned_comes_back_although_its_index_got_through() -> None:
+    brought = [([0], [1.0]), ([1], [1.25]), ([0], [1.5]), ([2], [0.25])]
+    ranks = run_on_ranks(
+        4, lambda comm: sparse.sparse_allreduce(comm, *arrays(brought[comm.rank]), 3, k=1, algorithm="gtopk")
+    )
+    np.testing.assert_array_equal(ranks[0].total, np.array([1.5, 0, 0], np.float32))
+    assert [given_back(each) for each in ranks] == [{0: 1.0}, {1: 1.25}, {}, {2: 0.25}]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sparse_vectors_are_gathered_in_rank_order(size: int) -> None:
+    for got in run_on_ranks(size, lambda comm: sparse.sparse_allgather(comm, *pairs(comm.rank, 50, 0.3), 50)):
+        for rank, (index, values) in enumerate(got):
+            np.testing.assert_array_equal(index, pairs(rank, 50, 0.3)[0])
+            np.testing.assert_array_equal(values, pairs(rank, 50, 0.3)[1])
+
+
+def bad(**change: Any) -> dict[str, Any]:
+    good = {"indices": np.array([1, 4], np.uint32), "values": np.ones(2, np.float32), "n": 8, "algorithm": "split"}
+    return good | change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"indices": np.array([4, 1], np.uint32)}, "ascend"),
+        ({"indices": np.array([4, 4], np.uint32)}, "ascend"),
+        ({"indices": np.array([1, 8], np.uint32)}, "ascend"),
+        ({"indices": np.array([1, 4], np.int64)}, "dtype"),
+        ({"indices": np.array([1], np.uint32)}, "length"),
+        ({"values": np.ones(2)}, "dtype"),
+        ({"values": np.array([1, np.nan], np.float32)}, "NaN"),
+        ({"values": np.array([1, np.inf], np.float32)}, "NaN"),
+        ({"n": 9}, "another n than rank 0"),
+        ({"algorithm": "allgather"}, "another algorithm than rank 0"),
+        ({"algorithm": "magic"}, "not there"),
+        ({"algorithm": "gtopk"}, "no k"),
+        ({"k": 0}, "no k"),
+        ({"k": 3}, "another k than rank 0"),
+        ({"plan": sparse.Plan((0, 8), 1.0)}, "a plan for another"),
+    ],
+)
+def test_what_one_rank_gets_wrong_all_ranks_are_told_before_data_moves(change: dict[str, Any], says: str) -> None:
+    def call(comm: Any) -> tuple[str, int]:
+        counting = Counting(comm)
+        with pytest.raises(ArgumentError) as refused:
+            sparse.sparse_allreduce(counting, **bad(**(change if comm.rank == 2 else {})))
+        return str(refused.value), counting.sent
+
+    for text, sent in run_on_ranks(3, call):
+        assert "rank 2" in text
+        assert says in text
+        assert sent == 2 * 6 * 8
+
+
+def test_auto_takes_what_the_formulas_say_is_cheapest() -> None:
+    link = sparse.Link(25.0, 8.4e-4)
+    assert sparse.cheapest(1 << 24, 1 << 24, None, 8, link) == "dense"
+    assert sparse.cheapest(1 << 24, 100, None, 8, link) in ("allgather", "recursive_doubling")
+    assert sparse.times(1 << 24, 1000, None, 1, link)["dense"] == 0
+    # from d = 8/(b p) on a ring with all elements sends less than an allgather of b = 8 bytes an element
+    wire = sparse.Link(0.0, 1.0)
+    below, above = (sparse.times(8000, count, None, 8, wire) for count in (999, 1001))
+    assert below["allgather"] < below["dense"]
+    assert above["allgather"] > above["dense"]
+
+
+@pytest.mark.parametrize("nodes", [[0, 0, 1, 1], [0, 1, 1, 1, 2]])
+def test_in_the_node_dense_between_nodes_sparse(nodes: list[int]) -> None:
+    def between(leaders: Any, x: np.ndarray) -> np.ndarray:
+        index = np.flatnonzero(x).astype(np.uint32)
+        return sparse.sparse_allreduce(leaders, index, x[index], x.size).total
+
+    def call(comm: Any) -> np.ndarray:
+        return sparse.hierarchical(comm, dense(60, *pairs(comm.rank, 60, 0.2)), between)
+
+    for got in run_on_ranks(len(nodes), call, nodes):
+        np.testing.assert_array_equal(got, in_rank_order(len(nodes), 60, 0.2))
+
+
+def test_what_leaders_refuse_all_ranks_are_told() -> None:
+    def between(leaders: Any, x: np.ndarray) -> np.ndarray:
+        return sparse.sparse_allreduce(leaders, np.arange(2, dtype=np.uint32), x, 2).total
+
+    def call(comm: Any) -> None:
+        with pytest.raises(ArgumentError):
+            sparse.hierarchical(comm, np.full(2, np.inf if comm.rank == 3 else 1, np.float32), between)
+
+    run_on_ranks(4, call, [0, 0, 1, 1])
+
+
+def test_sums_over_mpi(comm: Any) -> None:
+    want = in_rank_order(comm.size, 200, 0.1)
+    for algorithm in sparse.EXACT:
+        got = sparse.sparse_allreduce(comm, *pairs(comm.rank, 200, 0.1), 200, algorithm=algorithm)
+        np.testing.assert_array_equal(got.total, want)
+    kept = [
+        sparse.sparse_allreduce(comm, *pairs(comm.rank, 200, 0.1), 200, k=200, algorithm=algorithm).total
+        for algorithm in sparse.LOSSY
+    ]
+    for total in kept:
+        np.testing.assert_array_equal(total, want)

@@ -26,15 +26,12 @@ Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019) s
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
 from itertools import groupby
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -42,6 +39,7 @@ import numpy.typing as npt
 
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import compression_reference as reference
+from hpccomm.kernels import fastest
 from hpccomm.kernels.compression_reference import Indices, Octets, Vector
 
 Message = npt.NDArray[np.uint8]
@@ -236,15 +234,7 @@ class Compressor:
             total /= np.float32(size)
 
 
-@cache
-def kernels() -> ModuleType:
-    """The compiled kernels, or the reference where Numba is not installed."""
-    if importlib.util.find_spec("numba") is None:
-        return reference
-    from hpccomm.kernels import compression
-
-    return compression
-
+kernels = fastest.compression
 
 # Dense
 

@@ -1,0 +1,157 @@
+"""Collectives with one bit an element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_compression_kernels import GRADIENTS, signs, vector
+from test_sparse import SIZES, Counting
+
+from hpccomm.collectives import onebit
+from hpccomm.collectives.sparse import hierarchical
+from hpccomm.errors import ArgumentError
+from hpccomm.testing.ranks import run_on_ranks
+
+F32 = np.float32
+
+
+def errors(n: int, comm: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Where every sequence starts."""
+    return np.zeros(n, F32), np.zeros(onebit.server_elements(n, comm.rank, comm.size), F32)
+
+
+def test_the_worked_example_in_two_phases() -> None:
+    def steps(comm: Any) -> tuple[list[onebit.OneBitMean], np.ndarray, np.ndarray]:
+        worker, server = errors(8, comm)
+        return [onebit.onebit_allreduce(comm, each[comm.rank], worker, server) for each in GRADIENTS], worker, server
+
+    (first, e0, s0), (second, e1, s1) = run_on_ranks(2, steps)
+    assert [each.scale for each in first] == [0.40625, 0.3671875, 0.2890625]
+    assert [each.scale for each in second] == [0.328125, 0.390625, 0.328125]
+    np.testing.assert_array_equal(first[0].mean, F32(0.203125) * signs("+ - + + - + + -"))
+    for got, low, high, pattern in (
+        (first[1], 0.287109375, 0.34765625, "+ + - + - - + +"),
+        (first[2], 0.1904296875, 0.251953125, "- - + + - - - +"),
+    ):
+        np.testing.assert_array_equal(got.mean, np.repeat(F32([low, high]), 4) * signs(pattern))
+    np.testing.assert_array_equal(e0, vector(".140625 .0625 .171875 .1875 -.0625 .125 .265625 -.171875"))
+    np.testing.assert_array_equal(e1, vector(".109375 -.046875 .234375 -.390625 .265625 -.109375 .015625 -.296875"))
+    np.testing.assert_array_equal(s0, vector(".1376953125 .0986328125 .1904296875 .0458984375"))
+    np.testing.assert_array_equal(s1, vector(".138671875 .076171875 -.251953125 -.037109375"))
+
+
+def brought(rank: int, n: int, step: int = 0) -> np.ndarray:
+    """Gaussians; rank 1 brings zeros."""
+    return (np.random.default_rng([rank, n, step]).normal(size=n) * (rank != 1)).astype(F32)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_means_add_up_to_what_was_brought_less_the_errors(size: int) -> None:
+    """Worker and server errors hold all that was not sent; 2e-5 is for 40 roundings of numbers of about 10."""
+
+    def steps(comm: Any) -> dict[int, tuple[np.ndarray, ...]]:
+        found = {}
+        for n in (0, 1, 7, 8, 9, 100):
+            worker, server = errors(n, comm)
+            total = np.zeros(n, np.float64)
+            for step in range(20):
+                counting = Counting(comm)
+                got = onebit.onebit_allreduce(counting, brought(comm.rank, n, step), worker, server)
+                assert got.bytes_sent == counting.sent
+                total += got.mean
+            found[n] = total, worker, server
+        return found
+
+    ranks = run_on_ranks(size, steps)
+    for n in (0, 1, 7, 8, 9, 100):
+        assert len({rank[n][0].tobytes() for rank in ranks}) == 1
+        given = sum(brought(rank, n, step) for rank in range(size) for step in range(20)) / size
+        left = sum(rank[n][1] for rank in ranks) / size + np.concatenate([rank[n][2] for rank in ranks])
+        np.testing.assert_allclose(ranks[0][n][0] + left, given, atol=2e-5)
+
+
+def test_a_rank_sends_a_bit_for_each_element_of_the_others_parts_twice() -> None:
+    n, size = 8000, 4
+    sent = run_on_ranks(
+        size, lambda comm: onebit.onebit_allreduce(comm, brought(comm.rank, n), *errors(n, comm)).bytes_sent
+    )
+    assert sent == [2 * 3 * (2000 // 8 + 4) + 3 * 24] * size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_signs_of_all_ranks_are_added_in_rank_order(size: int) -> None:
+    n = 77
+
+    def mine(rank: int) -> tuple[np.ndarray, float, float]:
+        return np.packbits(brought(rank, n) >= 0), 0.1 * (rank + 1), -0.3 / (rank + 1)
+
+    want = np.zeros(n, F32)
+    for rank in range(size):
+        want += np.where(brought(rank, n) >= 0, F32(mine(rank)[1]), F32(mine(rank)[2]))
+    for got in run_on_ranks(size, lambda comm: onebit.onebit_allgather(comm, *mine(comm.rank), n)):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x, w, s: (x.astype(np.float64), w, s), "dtype"),
+        (lambda x, w, s: (np.append(x[:-1], F32(np.nan)), w, s), "NaN"),
+        (lambda x, w, s: (np.append(x[:-1], F32(np.inf)), w, s), "NaN"),
+        (lambda x, w, s: (np.full_like(x, 3e38), np.full_like(x, 3e38), s), "NaN"),
+        (lambda x, w, s: (x, w[:-1], s), "error state"),
+        (lambda x, w, s: (x, w, np.append(s, F32(0))), "error state"),
+        (lambda x, w, s: (x[:8], w[:8], s[:2]), "another n than rank 0"),
+    ],
+)
+def test_what_one_rank_gets_wrong_all_ranks_are_told_and_no_error_is_touched(change: Any, says: str) -> None:
+    def call(comm: Any) -> int:
+        worker, server = (each + F32(1) for each in errors(9, comm))
+        arguments = np.ones(9, F32), worker, server
+        counting = Counting(comm)
+        with pytest.raises(ArgumentError, match=says) as refused:
+            onebit.onebit_allreduce(counting, *(change(*arguments) if comm.rank == 2 else arguments))
+        assert "rank 2" in str(refused.value)
+        np.testing.assert_array_equal(worker, 1)
+        np.testing.assert_array_equal(server, 1)
+        return counting.sent
+
+    assert run_on_ranks(3, call) == [2 * 24] * 3
+
+
+def test_bits_of_another_length_are_refused_on_every_rank() -> None:
+    def call(comm: Any) -> None:
+        bits = np.zeros(1 if comm.rank == 1 else 2, np.uint8)
+        with pytest.raises(ArgumentError, match="rank 1 brings"):
+            onebit.onebit_allgather(comm, bits, 1.0, -1.0, 9)
+
+    run_on_ranks(3, call)
+
+
+def test_in_the_node_dense_between_nodes_one_bit() -> None:
+    """Three ranks on one node and two on the other: as two ranks that bring the nodes' sums."""
+    n = 33
+    nodes = [0, 0, 0, 1, 1]
+    sums = [sum(brought(rank, n) for rank in range(5) if nodes[rank] == node) for node in (0, 1)]
+
+    def flat(comm: Any) -> np.ndarray:
+        return onebit.onebit_allreduce(comm, sums[comm.rank], *errors(n, comm)).mean
+
+    def levels(comm: Any) -> np.ndarray:
+        return hierarchical(
+            comm,
+            brought(comm.rank, n),
+            lambda leaders, x: onebit.onebit_allreduce(leaders, x, *errors(n, leaders)).mean,
+        )
+
+    want = run_on_ranks(2, flat)[0]
+    for got in run_on_ranks(5, levels, nodes):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_two_phases_over_mpi(comm: Any) -> None:
+    x = np.full(20, comm.rank + 1, F32)
+    got = onebit.onebit_allreduce(comm, x, *errors(20, comm))
+    np.testing.assert_array_equal(got.mean, np.full(20, F32(sum(range(1, comm.size + 1))) / F32(comm.size)))
