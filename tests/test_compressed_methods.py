@@ -20,7 +20,7 @@ from hpccomm.algorithms.dgc import dgc
 from hpccomm.algorithms.exchange import synchronous_sgd
 from hpccomm.algorithms.feedback import exchanged, feedback, sent
 from hpccomm.algorithms.gtc import gtc
-from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_sgd, two_phases
+from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_sgd
 from hpccomm.algorithms.transforms import Transform, chain, scale
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
@@ -341,26 +341,6 @@ def test_messages_of_any_lengths_are_exchanged() -> None:
         assert exchanged(comm, None if comm.rank == 2 else mine)[0] is None
 
     run_on_ranks(3, body)
-
-
-def test_two_phases_telescope() -> None:
-    """Σ out = mean Σ x − mean worker errors − server errors, on any number of ranks; chunks may be empty."""
-
-    def body(comm: Any) -> Any:
-        for n in (0, 1, 2, 8, 29):
-            own = n // comm.size + (comm.rank < n % comm.size)
-            worker, server, total, given = np.zeros(n, F32), np.zeros(own, F32), np.zeros(n), np.zeros(n)
-            for step in range(50):
-                x = np.round(numbers(n, step, comm.rank) * 16) / 16
-                found = two_phases(comm, x, worker, server)
-                total, given = total + found.mean, given + x
-            servers = np.concatenate(comm.allgather(server))
-            rest = np.mean(comm.allgather(given - worker), axis=0) - servers
-            assert np.allclose(total, rest, atol=50 * 2.0**-18)  # sums of 50 numbers below 2^5, rounded in float32
-            assert len(set(comm.allgather(total.tobytes()))) == 1
-
-    for size in (1, 2, 3, 5):
-        run_on_ranks(size, body)
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, flat, header_of, kernels
+from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, flat, header_of
 from hpccomm.algorithms.exchange import ExchangeReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
 from hpccomm.collectives.sparse import gather_messages
+from hpccomm.kernels.fastest import compression as kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -13,26 +13,26 @@ method                 what is sent                                           so
                        has settled
 =====================  =====================================================  =======================================
 
-In two phases (:func:`two_phases`) a rank sends 2(p−1)/p · n/8 bytes, as many as a ring of bits would; an allgather of
-all messages, which the first two use, sends (p−1) · n/8: less for two ranks, more from four on.
+In two phases (:func:`~hpccomm.collectives.onebit.onebit_allreduce`) a rank sends 2(p−1)/p · n/8 bytes, as many as a
+ring of bits would; an allgather of all messages, which the first two use, sends (p−1) · n/8: less for two ranks, more
+from four on.
 """
 
 from __future__ import annotations
 
 import time
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compressors import flat, kernels, onebit
+from hpccomm.algorithms.compressors import flat, onebit
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
 from hpccomm.algorithms.feedback import everywhere, feedback
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, check_decay, require, scale
 from hpccomm.buckets import Bucket
-from hpccomm.collectives.engine import even_cuts
-from hpccomm.errors import ArgumentError
+from hpccomm.collectives.onebit import onebit_allreduce, server_elements
+from hpccomm.kernels.fastest import compression as kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,58 +51,6 @@ def ef_signsgd(comm: MPI.Intracomm, lr: float, bucket: Bucket | None = None) -> 
 def tensors(bucket: Bucket | None) -> list[slice] | None:
     """Where each tensor lies."""
     return None if bucket is None else [slice(slot.offset, slot.offset + slot.length) for slot in bucket.table]
-
-
-class TwoPhases(NamedTuple):
-    """What :func:`two_phases` returns."""
-
-    mean: Vector
-    nbytes: int
-    """Sent by this rank."""
-
-
-def two_phases(comm: MPI.Intracomm, x: Vector, worker: Vector, server: Vector) -> TwoPhases:
-    """A mean over the ranks in one bit an element, twice compressed with feedback (collective).
-
-    ``x`` is float32 of shape (n,); ``worker``, of the same shape, is what this rank has not sent yet, ``server``, of
-    shape (length of this rank's chunk,), what it has not passed on: both are written.  The vector is cut into p chunks
-    whose lengths differ by one at most, longer ones first; rank j averages chunk j.  Every chunk's scale is the mean
-    magnitude of its (n,) vector, the result's that of the chunk.  All ranks get the same bits (Tang et al., ICML 2021,
-    section 4).
-    """
-    size, rank = comm.size, comm.rank
-    cuts = even_cuts(flat(x, "two_phases").size, size).tolist()
-    if worker.shape != x.shape or server.size != cuts[rank + 1] - cuts[rank]:
-        raise ArgumentError(
-            f"two_phases: errors of {worker.size} and {server.size} elements: pass {x.size} and "
-            f"{cuts[rank + 1] - cuts[rank]}, zeros at first"
-        )
-    chunks = [slice(lo, hi) for lo, hi in pairwise(cuts)]
-    widths = [-(-(each.stop - each.start) // 8) for each in chunks]
-    level = np.float32(kernels().sum_magnitudes(worker, x) / max(1, x.size))
-    bits = np.empty(sum(widths), np.uint8)
-    ends = np.cumsum([0, *widths]).tolist()
-    for k, each in enumerate(chunks):
-        out = bits[ends[k] : ends[k + 1]]
-        kernels().pack_signs_feedback(worker[each], x[each], worker[each], float(level), -float(level), out)
-    levels = np.empty(size, np.float32)
-    received = np.empty(size * widths[rank], np.uint8)
-    comm.Allgather(np.array([level]), levels)
-    comm.Alltoallv([bits, widths], [received, [widths[rank]] * size])
-    mean = np.zeros(server.size, np.float32)
-    signs = received.reshape(size, widths[rank])
-    kernels().add_signs([(signs[k], float(levels[k]), -float(levels[k])) for k in range(size)], mean)
-    mean /= np.float32(size)
-    again = np.float32(kernels().sum_magnitudes(server, mean) / max(1, mean.size))
-    mine = np.empty(widths[rank], np.uint8)
-    kernels().pack_signs_feedback(server, mean, server, float(again), -float(again), mine)
-    comm.Allgather(np.array([again]), levels)
-    comm.Allgatherv(mine, [bits, widths])
-    result = np.zeros_like(x)
-    for k, each in enumerate(chunks):
-        kernels().add_signs([(bits[ends[k] : ends[k + 1]], float(levels[k]), -float(levels[k]))], result[each])
-    nbytes = 8 * (size - 1) + sum(widths) - widths[rank] + (size - 1) * widths[rank]
-    return TwoPhases(result, nbytes)
 
 
 class OneBitAdamState(NamedTuple):
@@ -134,7 +82,7 @@ def onebit_adam(
 
     *m, v Adam's moments, k the rank, λ weight decay.*  Until then m and v are those of the mean gradient; after::
 
-        m_k = b1·m + (1 − b1)·g_k;   m = two_phases(m_k);   step = −γ (m / (√v + ε) + λw)
+        m_k = b1·m + (1 − b1)·g_k;   m = onebit_allreduce(m_k);   step = −γ (m / (√v + ε) + λw)
 
     with v as it stands.  There is no bias correction, as in the published code.  Freeze after 15 to 25 % of the steps
     and not before 1/(1 − b2).  An element whose gradient is always 0 keeps v = 0 while bits cannot say 0: such elements
@@ -147,8 +95,7 @@ def onebit_adam(
 
     def init(weights: Vector) -> OneBitAdamState:
         zeros = np.zeros_like(flat(weights, "onebit_adam"))
-        cuts = even_cuts(weights.size, comm.size)
-        server = np.zeros(int(cuts[comm.rank + 1] - cuts[comm.rank]), np.float32)
+        server = np.zeros(server_elements(weights.size, comm.rank, comm.size), np.float32)
         return OneBitAdamState(0, zeros, zeros.copy(), zeros.copy(), server, 0, ExchangeReport())
 
     def update(gradient: Vector, state: OneBitAdamState, weights: Vector) -> tuple[Vector, OneBitAdamState]:
@@ -160,11 +107,12 @@ def onebit_adam(
         one, two = np.float32(1 - b1), np.float32(1 - b2)
         if state.steps < freeze_step:
             mean, nbytes = averaged(comm, gradient)
-            moment = np.float32(b1) * state.mean + one * mean
+            moment: Vector = np.float32(b1) * state.mean + one * mean
             variance = np.float32(b2) * state.variance + two * mean * mean
         else:
-            own = np.float32(b1) * state.mean + one * gradient
-            moment, nbytes = two_phases(comm, own, state.worker, state.server)
+            own: Vector = np.float32(b1) * state.mean + one * gradient
+            found = onebit_allreduce(comm, own, state.worker, state.server)
+            moment, nbytes = found.mean, found.bytes_sent
             variance = state.variance
         rate = lr(state.steps) if callable(lr) else lr
         still = variance == 0
