@@ -20,6 +20,7 @@ from mpi4py import MPI
 
 from hpccomm import launcher
 from hpccomm.binding import Binder
+from hpccomm.collectives import onebit, sparse
 from hpccomm.collectives.tuning import Choice
 from hpccomm.persistent import Persistent
 from hpccomm.resources import Again, Bound, Resources, Run, plain
@@ -455,6 +456,42 @@ class Communicator(MPI.Intracomm):
     def Exscan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over the ranks below this one."""
         self._binder.inherited("Exscan", (sendbuf, recvbuf), op=op)
+
+    # Compressed
+
+    def sparse_allgather(
+        self, indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32], n: int
+    ) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]]:
+        """The sparse vectors of all ranks, in rank order: :func:`hpccomm.collectives.sparse.sparse_allgather`."""
+        return sparse.sparse_allgather(self, indices, values, n)
+
+    def sparse_allreduce(
+        self,
+        indices: npt.NDArray[np.uint32],
+        values: npt.NDArray[np.float32],
+        n: int,
+        *,
+        k: int | None = None,
+        algorithm: str = "auto",
+        plan: sparse.Plan | None = None,
+    ) -> sparse.SparseSum:
+        """The sum of sparse vectors, or its k largest: :func:`hpccomm.collectives.sparse.sparse_allreduce`."""
+        return sparse.sparse_allreduce(self, indices, values, n, k=k, algorithm=algorithm, plan=plan)
+
+    def onebit_allgather(
+        self, bits: npt.NDArray[np.uint8], plus: float, minus: float, n: int
+    ) -> npt.NDArray[np.float32]:
+        """The sum of all ranks' signs times their scales: :func:`hpccomm.collectives.onebit.onebit_allgather`."""
+        return onebit.onebit_allgather(self, bits, plus, minus, n)
+
+    def onebit_allreduce(
+        self,
+        x: npt.NDArray[np.float32],
+        worker_error: npt.NDArray[np.float32],
+        server_error: npt.NDArray[np.float32],
+    ) -> onebit.OneBitMean:
+        """The mean, one bit an element each way: :func:`hpccomm.collectives.onebit.onebit_allreduce`."""
+        return onebit.onebit_allreduce(self, x, worker_error, server_error)
 
 
 def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:

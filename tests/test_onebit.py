@@ -9,6 +9,7 @@ import pytest
 from test_compression_kernels import GRADIENTS, signs, vector
 from test_sparse import SIZES, Counting
 
+from hpccomm import Communicator
 from hpccomm.collectives import onebit
 from hpccomm.collectives.sparse import hierarchical
 from hpccomm.errors import ArgumentError
@@ -152,6 +153,7 @@ def test_in_the_node_dense_between_nodes_one_bit() -> None:
 
 
 def test_two_phases_over_mpi(comm: Any) -> None:
-    x = np.full(20, comm.rank + 1, F32)
-    got = onebit.onebit_allreduce(comm, x, *errors(20, comm))
-    np.testing.assert_array_equal(got.mean, np.full(20, F32(sum(range(1, comm.size + 1))) / F32(comm.size)))
+    ours, x, total = Communicator(comm), np.full(20, comm.rank + 1, F32), sum(range(1, comm.size + 1))
+    got = ours.onebit_allreduce(x, *errors(20, comm))
+    np.testing.assert_array_equal(got.mean, np.full(20, F32(total) / F32(comm.size)))
+    np.testing.assert_array_equal(ours.onebit_allgather(np.packbits(x > 0), comm.rank + 1, 0, 20), np.full(20, total))

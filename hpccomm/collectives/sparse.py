@@ -44,7 +44,7 @@ LONGEST = (1 << 31) - 1
 """Bytes that one call of MPI 3 gathers."""
 
 TAG = 23463
-"""Of all messages from one rank to another."""
+"""Of all messages from one rank to another, on the communicator itself: do not receive ``ANY_TAG`` meanwhile."""
 
 DENSE_FROM = 4
 """A vector is sent with all its elements once n/4 of them are named: merging costs more than adding."""
@@ -580,7 +580,8 @@ def cheapest(n: int, count: int, k: int | None, p: int, link: Link) -> str:
 
 
 def link_of(comm: Any) -> Link:
-    """Between nodes, unless all ranks are known to share one."""
-    topology = getattr(comm, "topology", None)
+    """Between nodes, unless all ranks are known to share one; as measured where the communicator has measurements."""
+    topology, resources = getattr(comm, "topology", None), getattr(comm, "resources", None)
+    machine: Machine = resources.table.machine if resources else Machine()
     alone = isinstance(topology, Topology) and np.unique(topology.nodes).size == 1
-    return Machine().intra if alone else Machine().inter
+    return machine.intra if alone else machine.inter
