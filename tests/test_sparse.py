@@ -281,6 +281,27 @@ def test_auto_takes_what_the_formulas_say_is_cheapest() -> None:
     assert above["allgather"] > above["dense"]
 
 
+def test_auto_goes_dense_when_that_is_cheaper() -> None:
+    n = 1 << 16
+    for density, path in ((1.0, "dense"), (1e-4, "allgather")):
+        for got in run_on_ranks(4, lambda comm, d=density: sparse.sparse_allreduce(comm, *pairs(comm.rank, n, d), n)):
+            np.testing.assert_array_equal(got.total, in_rank_order(4, n, density))
+            assert got.path == path
+
+
+@pytest.mark.parametrize("algorithm", ["allgather", "split"])
+def test_indices_beyond_what_float32_counts_stay_in_their_place(algorithm: str) -> None:
+    n = (1 << 24) + 2
+
+    def call(comm: Any) -> np.ndarray:
+        index = np.array([comm.rank, n - 1], np.uint32)
+        return sparse.sparse_allreduce(comm, index, np.array([3, 4], np.float32), n, algorithm=algorithm).total
+
+    for total in run_on_ranks(2, call):
+        np.testing.assert_array_equal(np.flatnonzero(total), [0, 1, n - 1])
+        assert total[-1] == 8
+
+
 @pytest.mark.parametrize("nodes", [[0, 0, 1, 1], [0, 1, 1, 1, 2]])
 def test_in_the_node_dense_between_nodes_sparse(nodes: list[int]) -> None:
     def between(leaders: Any, x: np.ndarray) -> np.ndarray:

@@ -574,9 +574,9 @@ def times(n: int, count: int, k: int | None, p: int, link: Link) -> dict[str, fl
 
 
 def cheapest(n: int, count: int, k: int | None, p: int, link: Link) -> str:
-    """The algorithm that takes the least time."""
+    """The algorithm that takes the least time; of those within a tenth of it the first, which adds in rank order."""
     found = times(n, count, k, p, link)
-    return min(found, key=lambda name: found[name])
+    return next(name for name, time in found.items() if time <= 1.1 * min(found.values()))
 
 
 def link_of(comm: Any) -> Link:
