@@ -152,6 +152,7 @@ def test_in_the_node_dense_between_nodes_one_bit() -> None:
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.mpi(sizes=(2, 7))
 def test_two_phases_over_mpi(comm: Any) -> None:
     ours, x, total = Communicator(comm), np.full(20, comm.rank + 1, F32), sum(range(1, comm.size + 1))
     got = ours.onebit_allreduce(x, *errors(20, comm))

@@ -53,6 +53,7 @@ def test_a_message_that_is_none_is_refused_on_every_rank() -> None:
     assert all("rank 2 brings no flat uint8" in text for text in run_on_ranks(3, bring))
 
 
+@pytest.mark.mpi(sizes=(3,))
 def test_messages_are_gathered_over_mpi(comm: Any) -> None:
     assert_letters(sparse.gather_messages(comm, letter(comm.rank)), comm.size)
 
@@ -326,6 +327,7 @@ def test_what_leaders_refuse_all_ranks_are_told() -> None:
     run_on_ranks(4, call, [0, 0, 1, 1])
 
 
+@pytest.mark.mpi(sizes=(1, 4, 7))
 def test_sums_over_mpi(comm: Any) -> None:
     want = in_rank_order(comm.size, 200, 0.1)
     ours = Communicator(comm)
