@@ -10,7 +10,8 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm.algorithms.bmuf import bmuf
-from hpccomm.algorithms.exchange import check_replicas, mean, spent
+from hpccomm.algorithms.exchange import check_replicas, mean, reports, spent
+from hpccomm.algorithms.gtc import gtc
 from hpccomm.algorithms.hybrid import hybrid, unsent
 from hpccomm.algorithms.periodic import Periodic
 from hpccomm.algorithms.transforms import Transform, chain, momentum, scale
@@ -217,6 +218,22 @@ def test_what_a_group_has_not_sent_is_what_it_lags_behind_dense_descent() -> Non
             assert pending.any()
 
     run_on_ranks(3, body)
+
+
+def test_exchanges_inside_groups_are_counted_once() -> None:
+    def body(comm: Any) -> None:
+        method = hybrid(comm, lambda group: gtc(group, 0.5), scale(-0.25), 2, period=3)
+        weights = np.zeros(8, "f4")
+        state = method.init(weights)
+        for step in range(7):
+            change, state = method.update(np.full(8, step, "f4"), state, weights)
+            weights += change
+        assert sum(each.exchanges for each in reports(state.inner)) == 7
+        outside = state._replace(inner=())
+        assert spent(state).exchanges == 7 + spent(outside).exchanges
+        assert spent(outside).exchanges == 7 + 2 * 2  # who has a batch; at a block's end who has moved, and how far
+
+    run_on_ranks(4, body)
 
 
 # What holds after every step

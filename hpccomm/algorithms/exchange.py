@@ -84,12 +84,13 @@ def spent(state: Any) -> ExchangeReport:
 
 
 def reports(state: Any) -> Iterator[ExchangeReport]:
-    """Every report inside nested tuples."""
+    """Every report inside nested tuples, but for those of states that are kept to go back to (``began``)."""
     if isinstance(state, ExchangeReport):
         yield state
     elif isinstance(state, tuple):
-        for each in state:
-            yield from reports(each)
+        for name, each in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
+            if name != "began":
+                yield from reports(each)
 
 
 def synchronous_sgd(

@@ -84,6 +84,9 @@ CONTENDERS = (
     Contender(".venv-impi", {}, {"native": "Intel MPI", "auto": "auto on Intel MPI"}),
 )
 OURS = {"auto": "auto on Open MPI", "registered": "registered on Open MPI"}
+REFERENCES = ("Open MPI", "MPICH", "best")
+"""What ours are compared with: the MPI underneath, each its default, and at each size the fastest of all libraries."""
+BEYOND_CACHE = 1 << 24
 
 
 def measured(contender: Contender, ranks: int, sizes: str) -> Times:
@@ -148,30 +151,38 @@ def moved(name: str, nbytes: int, ranks: int) -> int:
     return ((3 if name == "registered" else 5) * ranks + 1) * nbytes
 
 
-def table(found: list[tuple[Times, float]], ranks: int) -> str:
-    """For each size: ours, the linked MPI's, the best of all others, ratios with their range, share of bandwidth."""
+def tables(found: list[tuple[Times, float]], ranks: int) -> str:
+    """Medians in microseconds; then ratios with their range, and the share of the memory's bandwidth."""
     others = sorted({name for times, _ in found for name, _ in times} - {*OURS.values()})
     natives = [name for name in others if not name.startswith(("auto", "registered"))]
     gbps = median(rate for _, rate in found)
-    head = ["bytes", *natives, "auto", "registered", "Open MPI / auto", "MPICH / auto", "best / auto"]
-    head += ["Open MPI / registered", "MPICH / registered", "best / registered"]
-    head += [f"auto, of {gbps:.0f} GB/s", f"registered, of {gbps:.0f} GB/s"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
-    for nbytes in sorted({nbytes for times, _ in found for _, nbytes in times}):
-        cells = [str(nbytes), *(middle(found, name, nbytes) for name in natives)]
-        cells += [middle(found, name, nbytes) for name in OURS.values()]
-        for ours in OURS:
-            for other in ("Open MPI", "MPICH", "best"):
-                cells.append(ratio(found, natives, ours, other, nbytes))
-        for ours, name in OURS.items():
-            shares = [
-                moved(ours, nbytes, ranks) / times[name, nbytes] / 1e3 / rate
-                for times, rate in found
-                if (name, nbytes) in times
-            ]
-            cells.append(f"{median(shares):.0%}" if shares and nbytes >= 1 << 24 else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    sizes = sorted({nbytes for times, _ in found for _, nbytes in times})
+    columns = [*natives, *OURS.values()]
+    lines = [row("bytes", *columns), "|" + "---:|" * (len(columns) + 1)]
+    lines += [row(str(nbytes), *(middle(found, name, nbytes) for name in columns)) for nbytes in sizes]
+    lines += ["", row("bytes", *(f"{other} / {ours}" for ours in OURS for other in REFERENCES), *OURS)]
+    lines += ["|" + "---:|" * (len(OURS) * (len(REFERENCES) + 1) + 1)]
+    for nbytes in sizes:
+        cells = [ratio(found, natives, ours, other, nbytes) for ours in OURS for other in REFERENCES]
+        cells += [share(found, ours, nbytes, ranks) for ours in OURS]
+        lines.append(row(str(nbytes), *cells))
+    told = f"The last two columns: share of the {gbps:.0f} GB/s that all ranks together reach when they copy."
+    return "\n".join([*lines, "", told]) + "\n"
+
+
+def row(*cells: str) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def share(found: list[tuple[Times, float]], ours: str, nbytes: int, ranks: int) -> str:
+    """Bytes that must move by the time they took, of the bandwidth in the same round; for vectors beyond the cache."""
+    shares = [
+        moved(ours, nbytes, ranks) / times[OURS[ours], nbytes] / 1e3 / rate
+        for times, rate in found
+        if (OURS[ours], nbytes) in times
+    ]
+    return f"{median(shares):.0%}" if shares and nbytes >= BEYOND_CACHE else ""
 
 
 def middle(found: list[tuple[Times, float]], name: str, nbytes: int) -> str:
@@ -217,21 +228,37 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench_node", description=__doc__)
     parser.add_argument("rounds", nargs="?", type=int, default=5)
     parser.add_argument("ranks", nargs="*", type=int, default=[2, 4])
+    parser.add_argument("--tables", action="store_true", help="measure nothing, print what the files hold")
     args = parser.parse_args()
     for ranks in args.ranks:
-        found = list(rounds(args.rounds, ranks))
-        rows = [
-            {"round": number, "contender": name, "bytes": nbytes, "p50_us": us}
-            for number, (times, _) in enumerate(found)
-            for (name, nbytes), us in times.items()
-        ]
-        record = {"ranks": ranks, "copy_gbps": [rate for _, rate in found], "rows": rows}
         file = OUT / f"node-p{ranks}.json"
-        file.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
+        if not args.tables:
+            write(list(rounds(args.rounds, ranks)), ranks, file)
+        found = kept(file)
         draw(found, file.with_suffix(".svg"))
-        sys.stdout.write(f"\n{ranks} ranks\n\n{table(found, ranks)}")
+        sys.stdout.write(f"\n## {ranks} ranks\n\n{tables(found, ranks)}")
         sys.stdout.flush()
     return 0
+
+
+def write(found: list[tuple[Times, float]], ranks: int, file: Path) -> None:
+    """All figures, a line each."""
+    rows = [
+        {"round": number, "contender": name, "bytes": nbytes, "p50_us": us}
+        for number, (times, _) in enumerate(found)
+        for (name, nbytes), us in times.items()
+    ]
+    record = {"ranks": ranks, "copy_gbps": [rate for _, rate in found], "rows": rows}
+    file.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
+
+
+def kept(file: Path) -> list[tuple[Times, float]]:
+    """What was written."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    found: list[tuple[Times, float]] = [({}, rate) for rate in record["copy_gbps"]]
+    for each in record["rows"]:
+        found[each["round"]][0][each["contender"], each["bytes"]] = each["p50_us"]
+    return found
 
 
 if __name__ == "__main__":

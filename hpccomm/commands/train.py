@@ -11,57 +11,18 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpccomm.errors import ArgumentError, HpccommError
+from hpccomm.train.methods import METHODS, Plan
 
 if TYPE_CHECKING:
-    from hpccomm.algorithms.transforms import Transform
     from hpccomm.communicator import Communicator
     from hpccomm.train.datasets import Dataset
     from hpccomm.train.loop import Epoch, Settings
 
 SUMMARY = "train a small network on real data and show what the exchange costs"
-
-
-class Method(NamedTuple):
-    """One way to turn gradients into steps."""
-
-    summary: str
-    lr: float
-    """Learning rate when none is given."""
-    make: Callable[[Communicator, float, str], Transform]
-
-
-def sgd(comm: Communicator, lr: float, algorithm: str) -> Transform:
-    """Dense, without momentum."""
-    from hpccomm.algorithms.exchange import synchronous_sgd
-
-    return synchronous_sgd(comm, lr, algorithm=algorithm)
-
-
-def dense(comm: Communicator, lr: float, algorithm: str) -> Transform:
-    """The yardstick: dense, with momentum."""
-    from hpccomm.algorithms.exchange import synchronous_sgd
-
-    return synchronous_sgd(comm, lr, momentum=0.9, algorithm=algorithm)
-
-
-def adam(comm: Communicator, lr: float, algorithm: str) -> Transform:
-    """Dense Adam."""
-    from hpccomm.algorithms.exchange import synchronous_adam
-
-    return synchronous_adam(comm, lr, algorithm=algorithm)
-
-
-METHODS = {
-    "dense": Method("mean gradient, SGD with momentum 0.9", 0.1, dense),
-    "sgd": Method("mean gradient, SGD without momentum", 0.3, sgd),
-    "adam": Method("mean gradient, Adam", 0.003, adam),
-}
-"""To add a method is to add a row."""
 
 
 class Job(NamedTuple):
@@ -79,7 +40,7 @@ JOBS = {
 }
 
 HEADER = f"# {'Epoch':>5}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
-TABLE = f"# {'Method':<9}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
+TABLE = f"# {'Method':<12}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, help="learning rate (default: the method's)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--algorithm", default="auto", help="of the allreduce (default: auto)")
+    parser.add_argument(
+        "--period", type=int, default=16, help="steps of a block, where a method has blocks (default: 16)"
+    )
+    parser.add_argument("--group-size", type=int, help="ranks of a group of the hybrid (default: a node's)")
+    parser.add_argument(
+        "--density", type=float, default=0.01, help="share of the elements gtc and dgc send (default: 0.01)"
+    )
+    parser.add_argument("--servers", type=int, default=1, help="ranks that serve, for ps (default: 1)")
+    parser.add_argument(
+        "--mode", default="bsp", help="of ps: bsp, asp, or ssp:S for workers up to S steps ahead (default: bsp)"
+    )
     parser.add_argument("--progress", action="store_true", help="show a bar under a launcher too (tqdm, stderr)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
 
@@ -110,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     except HpccommError as error:
         say(comm, f"hpccomm train: {error}\n", sys.stderr)
         return 2
-    methods = list(METHODS) if args.method == "all" else [args.method]
+    methods = [name for name in METHODS if name != "ps" or comm.size > 1] if args.method == "all" else [args.method]
     runs = [trained(name, args, data, comm) for name in methods]
     if len(runs) > 1:
         say(comm, "\n" + TABLE + "".join(row(each["method"], each["epochs"]) for each in runs))
@@ -128,13 +100,28 @@ def check(args: argparse.Namespace, comm: Communicator) -> None:
     args.epochs = job.epochs if args.epochs is None else args.epochs
     args.batch_size = job.batch_size if args.batch_size is None else args.batch_size
     args.samples = job.limit if args.samples is None else args.samples
-    for flag, least in {"epochs": 1, "batch_size": 1, "samples": 1, "seed": 0}.items():
+    for flag, least in {"epochs": 1, "batch_size": 1, "samples": 1, "seed": 0, "period": 1, "group_size": 1}.items():
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ArgumentError(f"--{flag.replace('_', '-')} {value}: give {least} or more")
     if args.lr is not None and not 0 < args.lr < float("inf"):
         raise ArgumentError(f"--lr {args.lr}: give a positive number")
+    if not 0 < args.density <= 1:
+        raise ArgumentError(f"--density {args.density}: give a share above 0, at most 1")
+    if args.method == "ps" and not 1 <= args.servers < comm.size:
+        raise ArgumentError(f"--servers {args.servers} of {comm.size} ranks: leave at least one server and one worker")
+    mode_of(args.mode)
     check_file(args.json, comm)
+
+
+def mode_of(given: str) -> Any:
+    """``bsp``, ``asp``, or ``ssp:3`` as the parameter server says it."""
+    kind, _, slack = given.partition(":")
+    if given in ("bsp", "asp"):
+        return given
+    if kind == "ssp" and slack.isdigit():
+        return ("ssp", int(slack))
+    raise ArgumentError(f"--mode {given}: use bsp, asp, or ssp:3 for workers up to 3 steps ahead")
 
 
 def one_of(what: str, value: str, known: Any) -> None:
@@ -175,11 +162,13 @@ def loaded(args: argparse.Namespace, comm: Communicator) -> Dataset:
 
 def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any]:
     """One method's run: the object for ``--json``."""
-    from hpccomm.train.loop import Settings, train
+    from hpccomm.buckets import Bucket
+    from hpccomm.train.loop import Servers, Settings, steps_in, train, train_by_servers
     from hpccomm.train.networks import network_for
 
-    settings = Settings(args.epochs, args.batch_size, args.seed)
-    lr = METHODS[name].lr if args.lr is None else args.lr
+    method, network = METHODS[name], network_for(data)
+    settings = Settings(args.epochs, args.batch_size, args.seed, method.alone)
+    lr = method.lr if args.lr is None else args.lr
     say(comm, headline(name, lr, args, comm) + HEADER)
     bar = progress(comm, len(data.targets), settings, args.progress)
 
@@ -187,8 +176,15 @@ def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
         bar.clear()
         say(comm, line(f"{epoch.epoch:>7}", epoch))
 
-    method = METHODS[name].make(comm, lr, args.algorithm)
-    _, epochs = train(comm, data, network_for(data), method, settings, on_step=bar.update, on_epoch=tell)
+    steps = steps_in(len(data.targets), settings)
+    plan = Plan(comm, Bucket(network.shapes), lr, steps, args.algorithm, args.period, args.group_size, args.density)
+    if name == "ps":
+        served = Servers(args.servers, mode_of(args.mode))
+        epochs = train_by_servers(comm, data, network, method.make(plan), settings, served, on_step=bar.update)[1]
+        tell(epochs[-1])
+    else:
+        made = method.make(plan)
+        epochs = train(comm, data, network, made, settings, on_step=bar.update, on_epoch=tell)[1]
     bar.close()
     return {
         "dataset": args.dataset,
@@ -221,7 +217,7 @@ def row(name: str, epochs: list[dict[str, Any]]) -> str:
     from hpccomm.train.loop import Epoch
 
     times = {key: sum(each[key] for each in epochs) for key in ("compute_s", "communication_s")}
-    return line(f"  {name:<9}", Epoch(**epochs[-1])._replace(**times))
+    return line(f"  {name:<12}", Epoch(**epochs[-1])._replace(**times))
 
 
 class NoBar:

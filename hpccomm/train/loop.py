@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.algorithms.exchange import check_replicas, spent
+from hpccomm.algorithms.periodic import Periodic
 from hpccomm.algorithms.transforms import Transform, Vector
 from hpccomm.buckets import Bucket
 from hpccomm.train.datasets import Dataset
@@ -48,6 +49,8 @@ class Settings(NamedTuple):
     batch_size: int
     """Over all ranks."""
     seed: int
+    alone: bool = False
+    """Each rank divides its gradient by its own samples, as methods with blocks of local steps want it."""
 
 
 class Training:
@@ -58,7 +61,7 @@ class Training:
     ) -> None:
         self.comm, self.data, self.network, self.method, self.settings = comm, data, network, method, settings
         tensors = initial(network.shapes, settings.seed)
-        bucket = Bucket(tensors)
+        self.bucket = bucket = Bucket(tensors)
         self.weights = bucket.flatten(tensors)
         comm.Bcast(self.weights, 0)
         self.gradient = np.empty_like(self.weights)
@@ -69,7 +72,7 @@ class Training:
         """One step of all ranks on a global batch; returns the sum of the losses of this rank's share."""
         mine = np.array_split(batch, self.comm.size)[self.comm.rank]
         loss = self.network.learn(self.tensors, self.data.inputs[mine], self.data.targets[mine], self.gradients)
-        self.gradient *= self.comm.size / len(batch)
+        self.gradient *= 1 / max(1, len(mine)) if self.settings.alone else self.comm.size / len(batch)
         step, self.state = self.method.update(self.gradient, self.state, self.weights)
         self.weights += step
         return loss
@@ -83,23 +86,38 @@ class Training:
             on_step()
         seconds, after = time.perf_counter() - began, spent(self.state)
         talking, sent = after.seconds - before.seconds, after.wire_bytes - before.wire_bytes
-        totals = np.array([loss, self.count_right(), seconds - talking, talking])
+        totals = np.array(
+            [loss, count_right(self.comm, self.data, self.network, self.model), seconds - talking, talking]
+        )
         self.comm.Allreduce(MPI.IN_PLACE, totals)
         shares = [len(self.data.targets), max(1, len(self.data.test_targets)), self.comm.size, self.comm.size]
         loss, accuracy, compute_s, communication_s = map(float, totals / shares)
         return Epoch(number, loss, accuracy, compute_s, communication_s, sent // max(1, steps))
 
-    def count_right(self) -> int:
-        """Right predictions in this rank's share of the test samples."""
-        inputs, targets = (
-            np.array_split(each, self.comm.size)[self.comm.rank]
-            for each in (self.data.test_inputs, self.data.test_targets)
-        )
-        right = 0
-        for first in range(0, len(targets), EVALUATE):
-            scores = self.network.scores(self.tensors, inputs[first : first + EVALUATE])
-            right += int((scores.argmax(axis=1) == targets[first : first + EVALUATE]).sum())
-        return right
+    @property
+    def model(self) -> dict[str, npt.NDArray[Any]]:
+        """The tensors to test: where ranks step alone, those that they agreed on last."""
+        if not isinstance(self.method, Periodic) or self.comm.size == 1:
+            return self.tensors
+        return self.bucket.views(np.ascontiguousarray(self.method.export(self.state), self.weights.dtype))
+
+    def finish(self) -> None:
+        """Where ranks have stepped alone: one last exchange; then all have the same weights."""
+        if isinstance(self.method, Periodic):
+            step, self.state = self.method.finish(self.state, self.weights)
+            self.weights += step
+            if self.comm.size > 1:
+                self.weights[...] = self.method.export(self.state)
+
+
+def count_right(comm: MPI.Intracomm, data: Dataset, network: Network, tensors: dict[str, npt.NDArray[Any]]) -> int:
+    """Right predictions in this rank's share of the test samples."""
+    inputs, targets = (np.array_split(each, comm.size)[comm.rank] for each in (data.test_inputs, data.test_targets))
+    right = 0
+    for first in range(0, len(targets), EVALUATE):
+        scores = network.scores(tensors, inputs[first : first + EVALUATE])
+        right += int((scores.argmax(axis=1) == targets[first : first + EVALUATE]).sum())
+    return right
 
 
 def batches(samples: int, epoch: int, settings: Settings) -> Iterator[npt.NDArray[np.int64]]:
@@ -124,8 +142,66 @@ def train(
     for number in range(1, settings.epochs + 1):
         epochs.append(training.epoch(number, on_step))
         on_epoch(epochs[-1])
+    training.finish()
     check_replicas(comm, training.weights)
     return training.weights, epochs
+
+
+class Servers(NamedTuple):
+    """How a parameter server is run: the first ranks serve, the others work."""
+
+    ranks: int = 1
+    mode: Any = "bsp"
+    """``"bsp"``, ``"asp"`` or ``("ssp", s)``."""
+
+
+def train_by_servers(
+    comm: MPI.Intracomm,
+    data: Dataset,
+    network: Network,
+    optimizer: Transform,
+    settings: Settings,
+    servers: Servers,
+    *,
+    on_step: Callable[[], object] = lambda: None,
+) -> tuple[Vector, list[Epoch]]:
+    """As :func:`train`, by a parameter server; of the epochs only the last one, with the whole run's times."""
+    from hpccomm.algorithms.parameter_server import ParameterServer
+
+    bucket = Bucket(network.shapes)
+    weights = bucket.flatten(initial(network.shapes, settings.seed))
+    server = ParameterServer(comm, weights, optimizer, servers=servers.ranks, mode=servers.mode)
+    loss, seconds, talking, steps = 0.0, 0.0, 0.0, 0
+    if server.serves:
+        server.serve()
+    else:
+        gradient = np.empty_like(weights)
+        place, workers = comm.rank - servers.ranks, comm.size - servers.ranks
+        for number in range(1, settings.epochs + 1):
+            loss = 0.0
+            for batch in batches(len(data.targets), number, settings):
+                mine = np.array_split(batch, workers)[place]
+                began = time.perf_counter()
+                tensors = bucket.views(server.pull())
+                pulled = time.perf_counter()
+                loss += network.learn(tensors, data.inputs[mine], data.targets[mine], bucket.views(gradient))
+                gradient *= workers / len(batch)
+                learnt = time.perf_counter()
+                server.push(gradient)
+                talking += pulled - began + time.perf_counter() - learnt
+                seconds += learnt - pulled
+                steps += 1
+                if comm.rank == servers.ranks:
+                    on_step()
+        weights = server.leave()
+    comm.Bcast(weights, servers.ranks)
+    right = count_right(comm, data, network, bucket.views(weights))
+    totals = np.array([loss, right, seconds, talking, weights.nbytes * (steps > 0)], np.float64)
+    comm.Allreduce(MPI.IN_PLACE, totals)
+    workers = comm.size - servers.ranks
+    shares = [len(data.targets), max(1, len(data.test_targets)), workers, workers, workers]
+    mean_loss, accuracy, compute_s, communication_s, sent = map(float, totals / shares)
+    return weights, [Epoch(settings.epochs, mean_loss, accuracy, compute_s, communication_s, int(sent))]
 
 
 def steps_in(samples: int, settings: Settings) -> int:

@@ -1,0 +1,214 @@
+"""Ways to turn gradients into steps, by name: what ``hpccomm train --method`` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from hpccomm.algorithms.transforms import Transform
+    from hpccomm.buckets import Bucket
+
+
+class Plan(NamedTuple):
+    """What a method is made for."""
+
+    comm: Any
+    bucket: Bucket
+    lr: float
+    steps: int
+    """Of the whole run."""
+    algorithm: str = "auto"
+    """Of dense allreduces."""
+    period: int = 16
+    """Steps of a block."""
+    group_size: int | None = None
+    """Ranks of a group of the hybrid; a node's if not said."""
+    density: float = 0.01
+    """Share of the elements that DGC sends."""
+
+
+class Method(NamedTuple):
+    """One way."""
+
+    summary: str
+    lr: float
+    """Learning rate when none is given."""
+    make: Callable[[Plan], Transform]
+    alone: bool = False
+    """Ranks step on gradients of their own samples."""
+
+
+def heavy_ball(plan: Plan) -> Transform:
+    """What a rank does alone: momentum 0.9."""
+    from hpccomm.algorithms.transforms import chain, momentum, scale
+
+    return chain(momentum(0.9), scale(-plan.lr))
+
+
+def dense(plan: Plan) -> Transform:
+    """The yardstick: dense, with momentum."""
+    from hpccomm.algorithms.exchange import synchronous_sgd
+
+    return synchronous_sgd(plan.comm, plan.lr, momentum=0.9, algorithm=plan.algorithm)
+
+
+def sgd(plan: Plan) -> Transform:
+    """Dense, without momentum."""
+    from hpccomm.algorithms.exchange import synchronous_sgd
+
+    return synchronous_sgd(plan.comm, plan.lr, algorithm=plan.algorithm)
+
+
+def adam(plan: Plan) -> Transform:
+    """Dense Adam."""
+    from hpccomm.algorithms.exchange import synchronous_adam
+
+    return synchronous_adam(plan.comm, plan.lr, algorithm=plan.algorithm)
+
+
+def lars(plan: Plan) -> Transform:
+    """Dense, a trust ratio for each tensor; the trust coefficient is 0.02, these networks' layers being few."""
+    from hpccomm.algorithms.exchange import mean
+    from hpccomm.algorithms.lars import lars as layerwise
+    from hpccomm.algorithms.transforms import chain
+
+    return chain(mean(plan.comm, plan.algorithm), layerwise(plan.bucket, plan.lr, trust=0.02))
+
+
+def lamb(plan: Plan) -> Transform:
+    """Dense Adam with a trust ratio for each tensor."""
+    from hpccomm.algorithms.exchange import mean
+    from hpccomm.algorithms.lamb import lamb as layerwise
+    from hpccomm.algorithms.transforms import chain
+
+    return chain(mean(plan.comm, plan.algorithm), layerwise(plan.bucket, plan.lr))
+
+
+def gtc(plan: Plan) -> Transform:
+    """Threshold compression."""
+    from hpccomm.algorithms.gtc import gtc as exchange
+    from hpccomm.algorithms.transforms import chain, scale
+
+    return chain(exchange(plan.comm, density=plan.density), scale(-plan.lr))
+
+
+def dgc(plan: Plan) -> Transform:
+    """The largest elements, with momentum correction; a fifth of the run warms up; tensors from 1,024 elements on."""
+    from hpccomm.algorithms.dgc import dgc as exchange
+    from hpccomm.algorithms.transforms import chain, scale
+
+    made = exchange(plan.comm, plan.bucket, plan.density, warmup=plan.steps // 5, smallest=1024)
+    return chain(made, scale(-plan.lr))
+
+
+def onebit_sgd(plan: Plan) -> Transform:
+    """Signs of each tensor and two scales; momentum behind the exchange."""
+    from hpccomm.algorithms.onebit import onebit_sgd as exchange
+    from hpccomm.algorithms.transforms import chain
+
+    return chain(exchange(plan.comm, plan.bucket), heavy_ball(plan))
+
+
+def ef_signsgd(plan: Plan) -> Transform:
+    """Signs of each tensor and its mean magnitude."""
+    from hpccomm.algorithms.onebit import ef_signsgd as exchange
+
+    return exchange(plan.comm, plan.lr, plan.bucket)
+
+
+def onebit_adam(plan: Plan) -> Transform:
+    """Adam, its momentum in one bit after a fifth of the run."""
+    from hpccomm.algorithms.onebit import onebit_adam as exchange
+
+    return exchange(plan.comm, plan.lr, plan.steps // 5)
+
+
+def powersgd(plan: Plan) -> Transform:
+    """Each rank's vector as a matrix of rank 4; momentum behind the exchange."""
+    from hpccomm.algorithms.compressors import powersgd as low_rank
+    from hpccomm.algorithms.feedback import feedback
+    from hpccomm.algorithms.transforms import chain
+
+    return chain(feedback(low_rank(4), plan.comm), heavy_ball(plan))
+
+
+def bmuf(plan: Plan) -> Transform:
+    """Blocks of local steps with block momentum; a tenth of the run is synchronous."""
+    from hpccomm.algorithms.bmuf import bmuf as blocks
+
+    return blocks(plan.comm, heavy_ball(plan), plan.period, warmup=plan.steps // 10)
+
+
+def bmuf_adam(plan: Plan) -> Transform:
+    """Blocks of local Adam."""
+    from hpccomm.algorithms.bmuf import bmuf_adam as blocks
+
+    return blocks(plan.comm, plan.lr, plan.period, warmup=plan.steps // 10)
+
+
+def local_sgd(plan: Plan) -> Transform:
+    """Models averaged after each block."""
+    from hpccomm.algorithms.periodic import local_sgd as blocks
+
+    return blocks(plan.comm, heavy_ball(plan), plan.period)
+
+
+def slowmo(plan: Plan) -> Transform:
+    """Slow momentum over the blocks."""
+    from hpccomm.algorithms.periodic import slowmo as blocks
+
+    return blocks(plan.comm, heavy_ball(plan), plan.lr, plan.period)
+
+
+def diloco(plan: Plan) -> Transform:
+    """Nesterov's momentum over blocks of Adam."""
+    from hpccomm.algorithms.periodic import diloco as blocks
+    from hpccomm.algorithms.transforms import adam as inner
+    from hpccomm.algorithms.transforms import chain, scale
+
+    return blocks(plan.comm, chain(inner(), scale(-plan.lr)), plan.period)
+
+
+def hybrid(plan: Plan) -> Transform:
+    """Threshold compression inside groups, block momentum between them."""
+    from hpccomm.algorithms.gtc import gtc as exchange
+    from hpccomm.algorithms.hybrid import hybrid as two_tiers
+    from hpccomm.algorithms.transforms import scale
+
+    return two_tiers(
+        plan.comm,
+        lambda group: exchange(group, density=plan.density),
+        scale(-plan.lr),
+        plan.group_size,
+        period=plan.period,
+        reduce="mean",
+    )
+
+
+def served(plan: Plan) -> Transform:
+    """What a parameter server does with the mean of its workers' gradients."""
+    return heavy_ball(plan)
+
+
+METHODS = {
+    "dense": Method("mean gradient, SGD with momentum 0.9", 0.1, dense),
+    "sgd": Method("mean gradient, SGD without momentum", 0.3, sgd),
+    "adam": Method("mean gradient, Adam", 0.003, adam),
+    "lars": Method("layer-wise trust ratios, momentum 0.9", 0.3, lars),
+    "lamb": Method("layer-wise trust ratios, Adam", 0.01, lamb),
+    "gtc": Method("threshold compression", 1.0, gtc),
+    "dgc": Method("deep gradient compression", 0.1, dgc),
+    "onebit-sgd": Method("1-bit SGD, momentum 0.9", 0.1, onebit_sgd),
+    "ef-signsgd": Method("signs with error feedback", 0.3, ef_signsgd),
+    "onebit-adam": Method("1-bit Adam", 0.003, onebit_adam),
+    "powersgd": Method("rank 4 with error feedback, momentum 0.9", 0.03, powersgd),
+    "local-sgd": Method("models averaged after blocks of local steps", 0.1, local_sgd, alone=True),
+    "bmuf": Method("blocks of local steps, block momentum", 0.02, bmuf, alone=True),
+    "bmuf-adam": Method("blocks of local Adam, block momentum", 0.003, bmuf_adam, alone=True),
+    "slowmo": Method("blocks of local steps, slow momentum", 0.1, slowmo, alone=True),
+    "diloco": Method("blocks of local Adam, Nesterov's momentum", 0.003, diloco, alone=True),
+    "hybrid": Method("gtc inside groups, block momentum between them", 0.5, hybrid, alone=True),
+    "ps": Method("a parameter server, SGD with momentum 0.9", 0.1, served),
+}
+"""To add a method is to add a row."""
