@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+import time
+import zlib
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -18,6 +22,11 @@ COMMANDS = {
     "predict": "price every algorithm of a collective on a cluster of your choice",
     "plot": "print or draw a schedule, or draw benchmark results",
 }
+
+RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+"""Where launchers say which rank this is."""
+PATIENCE = 2.0
+"""Seconds in which all ranks come to the same error."""
 
 
 def parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -36,16 +45,52 @@ def parser(chosen: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments, the same on all ranks; of help and complaints rank 0's are enough."""
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    with contextlib.ExitStack() as stack:
+        if any(os.environ.get(name, "0") != "0" for name in RANK):
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        return parser(chosen).parse_args(words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    chosen = next((word for word in words if not word.startswith("-")), None)
-    args = parser(chosen).parse_args(words)
+    args = parsed(list(sys.argv[1:] if argv is None else argv))
+    status, complaint = 1, ""
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
     except (HpccommError, ImportError) as error:
-        sys.stderr.write(f"hpccomm {args.command}: {error}\n")
-        return 1
+        complaint = f"hpccomm {args.command}: {error}\n"
+    if status and not ended_together(complaint):
+        sys.stderr.write(complaint)
+    return status
+
+
+def ended_together(complaint: str) -> bool:
+    """Where all ranks have the same to complain of, rank 0 says it and MPI ends in order; whether that is so."""
+    module = sys.modules.get("mpi4py.MPI")
+    if module is None or not module.Is_initialized() or module.Is_finalized() or module.COMM_WORLD.size == 1:
+        return False
+    import numpy as np
+
+    world = module.COMM_WORLD
+    mine, all_of_them = np.array([zlib.crc32(complaint.encode())]), np.zeros(world.size, np.int64)
+    request, until = world.Iallgather(mine.astype(np.int64), all_of_them), time.monotonic() + PATIENCE
+    while not request.Test():
+        if time.monotonic() > until:  # others are elsewhere: they must be ended
+            return False
+        time.sleep(0.001)
+    if (all_of_them != all_of_them[0]).any():
+        return False
+    if world.rank == 0:
+        sys.stderr.write(complaint)
+        sys.stderr.flush()
+    world.Barrier()
+    module.Finalize()
+    return True
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 
 from hpccomm import __version__
 from hpccomm.__main__ import COMMANDS, main
+from hpccomm.launcher import launch_command
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -69,3 +70,22 @@ def test_only_the_chosen_command_is_imported_and_no_mpi() -> None:
 def test_python_m_hpccomm_is_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "hpccomm", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["hpccomm", __version__]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["tune", "--collective", "nonsense"], "hpccomm tune: --collective nonsense: take some of allreduce"),
+        (["bench", "allreduce", "--algorithm", "rign"], "hpccomm bench: algorithm 'rign': for allreduce there is auto"),
+        (["train", "mnist"], "hpccomm train: dataset 'mnist' is not known"),
+        (["tune", "--nonsense"], "hpccomm: error: unrecognized arguments: --nonsense"),
+    ],
+)
+def test_what_all_ranks_complain_of_is_said_once(words: list[str], complaint: str) -> None:
+    command, env = launch_command(3, ["-m", "hpccomm", *words])
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert said.count(complaint) == 1
+    assert "MPI_ABORT" not in said
+    assert "application called MPI_Abort" not in said
