@@ -54,6 +54,8 @@ def check_defined(op: MPI.Op, dtype: np.dtype[Any], who: str) -> None:
 def combiner(op: MPI.Op) -> Callable[[Any, Any, Any], Any]:
     """``combine(lower, upper, out)`` for the engine."""
     known = PREDEFINED.get(op.handle)
+    if known and known.ufunc in (np.minimum, np.maximum):  # their result is to be named
+        return lambda lower, upper, out: known.ufunc(lower, upper, out=out)
     if known:
         return known.ufunc
 
