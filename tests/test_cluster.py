@@ -47,6 +47,7 @@ def left_behind(name: str) -> list[str]:
         *(each for each in clusters.existing() if each.startswith(f"{name}-")),
         *(str(each) for each in [*folders, *clusters.HOSTS.glob(f"{name}-*")] if each.exists()),
         *(line for line in links.splitlines() if "br0" in line or ": v0@" in line),
+        *(str(each) for folder in ("/dev/shm", "/tmp") for each in Path(folder).glob("*[.]n[0-9].*")),
     ]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -201,6 +202,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=OUT / "cluster-allreduce.json")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken away
     records = []
     for shape in shapes(args.quick):
         records.append(measured(shape, args.rounds, args.sizes))

@@ -171,7 +171,7 @@ class Cluster:
             (HOSTS / inside).mkdir(parents=True)
             (HOSTS / inside / "hosts").write_text(f"127.0.0.1 localhost\n{table}", encoding="utf-8")
         agent = self.folder / "agent"
-        agent.write_text(AGENT.format(name=self.made.name), encoding="utf-8")
+        agent.write_text(AGENT.format(name=self.made.name, private=PRIVATE), encoding="utf-8")
         agent.chmod(0o755)
 
     def down(self) -> None:
@@ -204,6 +204,11 @@ class Cluster:
 
     # Running
 
+    @property
+    def open_mpi_settings(self) -> dict[str, str]:
+        """TCP between the nodes; its session folders in the cluster's."""
+        return OPEN_MPI_SETTINGS | {"PRTE_MCA_prte_tmpdir_base": str(self.folder)}
+
     def start(self, host: str, command: Sequence[str], log: Path) -> None:
         """Start a daemon on a host; it ends with the cluster."""
         with open(log, "wb") as file:
@@ -217,7 +222,7 @@ class Cluster:
         """Run a command on one host; where Slurm is up its commands work there."""
         if host not in self.hosts:
             raise LaunchError(f"there is no host {host}: take one of {', '.join(self.hosts)}")
-        env = {**os.environ, **OPEN_MPI_SETTINGS, **MPICH_SETTINGS, **more.pop("env", {})}
+        env = {**os.environ, **self.open_mpi_settings, **MPICH_SETTINGS, **more.pop("env", {})}
         if (self.folder / "slurm.conf").exists():
             env["SLURM_CONF"] = str(self.folder / "slurm.conf")
         return subprocess.run(self.inside(host, command), env=env, stdin=subprocess.DEVNULL, check=False, **more)
@@ -241,7 +246,7 @@ class Cluster:
         agent = str(self.folder / "agent")
         if family == "Open MPI":
             more = ["--hostfile", str(file), "--map-by", "seq", "--bind-to", "none"]
-            settings = OPEN_MPI_SETTINGS | {"PRTE_MCA_plm_ssh_agent": agent}
+            settings = self.open_mpi_settings | {"PRTE_MCA_plm_ssh_agent": agent}
         elif family == "MPICH":
             more = ["-f", str(file), "-launcher", "ssh", "-launcher-exec", agent, "-iface", "eth0"]
             settings = MPICH_SETTINGS
@@ -252,7 +257,7 @@ class Cluster:
 
     def inside(self, host: str, command: Sequence[str]) -> list[str]:
         """A command as it is started on a host."""
-        words = f"hostname {host}; exec {shlex.join(command)}"
+        words = f"hostname {host}; {PRIVATE}; exec {shlex.join(command)}"
         return ["ip", "netns", "exec", self.namespace(host), "unshare", "--uts", "bash", "-c", words]
 
     def run(
@@ -275,8 +280,10 @@ AGENT = """#!/bin/bash
 # Stands for ssh: [options] HOST COMMAND...
 while [ "${{1:0:1}}" = - ]; do shift; done
 host=$1; shift
-exec ip netns exec {name}-$host unshare --uts bash -c "hostname $host; $*"
+exec ip netns exec {name}-$host unshare --uts bash -c "hostname $host; {private}; $*"
 """
+PRIVATE = "mount -t tmpfs hpccomm /dev/shm"
+"""In a node's own mount namespace, which ``ip netns exec`` makes: what a job leaves there goes with its processes."""
 
 OPEN_MPI_SETTINGS = {
     "OMPI_MCA_btl": "self,sm,tcp",
