@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,11 @@ from hpccomm.algorithms.exchange import allreduce_bytes, synchronous_adam, synch
 from hpccomm.algorithms.transforms import Transform
 from hpccomm.buckets import Bucket
 from hpccomm.commands import train as command
+from hpccomm.errors import ArgumentError
 from hpccomm.train.datasets import CHARACTERS, CONTEXT, Dataset, digits, encode, stdlib
-from hpccomm.train.loop import Servers, Settings, batches, steps_in, train, train_by_servers
+from hpccomm.train.figure import Curve, curve
+from hpccomm.train.kept import Folder
+from hpccomm.train.loop import Epoch, Servers, Settings, batches, steps_in, train, train_by_servers
 from hpccomm.train.methods import Plan
 from hpccomm.train.networks import Characters, Network, Perceptron, initial, network_for
 
@@ -171,7 +177,27 @@ def test_epochs_report_time_and_bytes(comm: MPI.Intracomm) -> None:
     for epoch in epochs:
         assert epoch.compute_s > 0
         assert (epoch.communication_s > 0) == (comm.size > 1)
+        assert epoch.step_s > 0
         assert epoch.wire_bytes == allreduce_bytes(nbytes, comm.size)
+        assert epoch.ratio == (1 if comm.size > 1 else None)
+
+
+@pytest.mark.mpi(sizes=(3,))
+def test_servers_report_every_epoch_and_the_last_one_is_the_model(comm: MPI.Intracomm) -> None:
+    data, network = SMALL["perceptron"]
+    plan = Plan(comm, Bucket(network.shapes), 0.1, 0)
+    weights, epochs = train_by_servers(
+        comm, data, network, command.METHODS["ps"].make(plan), SETTINGS._replace(epochs=3), Servers()
+    )
+    assert [epoch.epoch for epoch in epochs] == [1, 2, 3]
+    assert epochs[2].loss < epochs[0].loss
+    one = train_by_servers(
+        comm, data, network, command.METHODS["ps"].make(plan), SETTINGS._replace(epochs=1), Servers()
+    )
+    assert one[1][0].loss == pytest.approx(epochs[0].loss, rel=1e-12)  # sums over ranks in any order
+    assert one[1][0].accuracy == epochs[0].accuracy
+    right = network.scores(Bucket(network.shapes).views(weights), data.test_inputs).argmax(axis=1) == data.test_targets
+    assert epochs[2].accuracy == right.mean()
 
 
 def learnt(comm: MPI.Intracomm, data: Any, name: str, settings: Settings) -> tuple[Any, Any]:
@@ -203,6 +229,115 @@ def test_text_is_learnt_beyond_the_frequency_of_characters(comm: MPI.Intracomm, 
     assert epochs[-1].accuracy > np.mean(data.test_targets == shares.argmax())
 
 
+# A run that is interrupted
+
+
+class Impatient(Folder):
+    """One rank is told to stop before a step."""
+
+    at = -1
+
+    def asked(self) -> bool:
+        if self.steps == self.at and self.comm.rank == self.comm.size - 1:
+            self.tell()
+        return super().asked()
+
+
+SAVED = ["adam", "dgc", "onebit-adam", "powersgd", "bmuf-adam", "hybrid"]
+
+
+def interrupted(comm: MPI.Intracomm, name: str, path: Path, at: int) -> tuple[Any, Any]:
+    """12 epochs of 6 steps: told to stop before step ``at``, if that is not negative."""
+    data, network = SMALL["characters"]
+    settings = SETTINGS._replace(epochs=12, alone=command.METHODS[name].alone)
+    plan = Plan(comm, Bucket(network.shapes), 0.01, 12 * 6, period=5, group_size=1)
+    keeper = Impatient(comm, path, name, {"method": name})
+    keeper.at = at
+    return train(comm, data, network, command.METHODS[name].make(plan), settings, keeper=keeper)
+
+
+def without_times(epochs: Any) -> Any:
+    """What does not depend on the clock."""
+    return [(each.epoch, each.loss, each.accuracy, each.wire_bytes, each.ratio) for each in epochs]
+
+
+@pytest.mark.mpi(sizes=(1, 3))
+@pytest.mark.parametrize("name", SAVED)
+def test_an_interrupted_run_goes_on_bit_for_bit(comm: MPI.Intracomm, name: str, tmp_path: Path) -> None:
+    path = Path(comm.bcast(str(tmp_path)))
+    weights, epochs = interrupted(comm, name, path / "whole", -1)
+    half = interrupted(comm, name, path / "halves", 20)[1]
+    assert len(half) == 5  # of 6 steps; asked after 32
+    assert without_times(half) == without_times(epochs[:5])
+    comm.Barrier()  # all have removed what was older
+    assert len(list((path / "halves").iterdir())) == comm.size + 1
+    again, all_of_them = interrupted(comm, name, path / "halves", -1)
+    assert np.array_equal(again, weights)
+    assert without_times(all_of_them) == without_times(epochs)
+    finished, _ = interrupted(comm, name, path / "halves", -1)
+    assert np.array_equal(finished, weights)
+
+
+@pytest.mark.mpi(sizes=(3,))
+def test_a_rank_that_cannot_save_is_named_on_all_ranks(comm: MPI.Intracomm, tmp_path: Path) -> None:
+    path = Path(comm.bcast(str(tmp_path)))
+    if comm.rank == 0:
+        (path / "file").touch()
+    comm.Barrier()
+    with pytest.raises(ArgumentError, match=r"--checkpoint .*: rank 1: "):
+        Folder(comm, path / ("file" if comm.rank == 1 else "folder"), "run", {})
+
+
+@pytest.mark.mpi(sizes=(1, 3))
+@pytest.mark.parametrize(
+    ("note", "complaint"), [("{", "is no note of a saved run"), ('{"run": {"lr": 1}}', "of a run with lr 1, not 2")]
+)
+def test_notes_of_other_runs_are_refused_on_all_ranks(
+    comm: MPI.Intracomm, tmp_path: Path, note: str, complaint: str
+) -> None:
+    path = Path(comm.bcast(str(tmp_path)))
+    folder = Folder(comm, path, "run", {"lr": 2})
+    if comm.rank == 0:
+        folder.note.write_text(note)
+    data, network = SMALL["perceptron"]
+    with pytest.raises(ArgumentError, match=complaint):
+        train(comm, data, network, METHODS["sgd"](comm), SETTINGS, keeper=folder)
+
+
+def test_a_signal_saves_and_ends_a_run_that_the_same_command_finishes(tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "hpccomm",
+        "train",
+        "stdlib",
+        "--samples",
+        "20000",
+        "--epochs",
+        "3",
+        "--method",
+        "adam",
+    ]
+
+    def found(name: str) -> Any:
+        return [without_times([Epoch(**each)]) for each in json.loads((tmp_path / name).read_text())["epochs"]]
+
+    kept = ["--checkpoint", str(tmp_path / "kept"), "--json", str(tmp_path / "halves")]
+    first = subprocess.Popen([*words, *kept], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if line.startswith("      1"):
+            first.send_signal(signal.SIGUSR1)
+            break
+    said = first.stdout.read()
+    first.stdout.close()
+    assert first.wait(timeout=60) == 0
+    assert "stopped in epoch 2 and saved: the same command goes on from there" in said
+    subprocess.run([*words, *kept], check=True, timeout=60, capture_output=True)
+    subprocess.run([*words, "--json", str(tmp_path / "whole")], check=True, timeout=60, capture_output=True)
+    assert found("halves") == found("whole")
+
+
 # The command
 
 
@@ -229,27 +364,35 @@ def test_the_command_writes_what_it_measured(comm: MPI.Intracomm, tmp_path: Path
     assert run("digits", "--epochs", "2", "--method", "adam", "--seed", "5", "--json", str(file)) == 0
     if comm.rank == 0:
         found = json.loads(file.read_text())
-        assert list(found) == ["dataset", "method", "ranks", "seed", "command", "epochs"]
+        assert list(found) == ["dataset", "method", "ranks", "seed", "steps_an_epoch", "command", "epochs"]
         assert (found["dataset"], found["method"], found["ranks"], found["seed"]) == (
             "digits",
             "adam",
             comm.size,
             5,
         )
-        keys = ["epoch", "loss", "accuracy", "compute_s", "communication_s", "wire_bytes"]
+        keys = ["epoch", "loss", "accuracy", "compute_s", "communication_s", "step_s", "wire_bytes", "ratio"]
         assert [list(epoch) for epoch in found["epochs"]] == [keys, keys]
 
 
 @pytest.mark.mpi(sizes=(1, 3))
 def test_all_methods_stand_in_one_table(comm: MPI.Intracomm, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "out.json"
+    picture = tmp_path / "out.svg"
     arguments = ("stdlib", "--method", "all", "--epochs", "1", "--samples", "2000", "--json", str(file))
-    assert run(*arguments) == 0
+    assert run(*arguments, "--plot", str(picture)) == 0
     table = capsys.readouterr().out.rpartition("# Method")[2].splitlines()[1:]
     if comm.rank == 0:
         known = [name for name in command.METHODS if name != "ps" or comm.size > 1]
         assert [row.split()[0] for row in table] == known
         assert [each["method"] for each in json.loads(file.read_text())["runs"]] == known
+        assert picture.read_text().count("<svg ") == 1
+
+
+def test_curves_add_up_the_epochs() -> None:
+    epoch = Epoch(1, 2.0, 0.5, 1.0, 0.25, 0.25, 500_000, 2.0)
+    run = {"method": "gtc", "steps_an_epoch": 4, "epochs": [epoch._asdict(), epoch._replace(loss=1.0)._asdict()]}
+    assert curve(run) == Curve("gtc", [2.0, 1.0], [2.0, 4.0], [1.5, 3.0])
 
 
 @pytest.mark.mpi
@@ -267,6 +410,13 @@ def test_all_methods_stand_in_one_table(comm: MPI.Intracomm, tmp_path: Path, cap
         (("digits", "--mode", "sync"), "--mode sync: use bsp, asp, or ssp:3"),
         (("digits", "--method", "ps", "--servers", "9"), "--servers 9 of "),
         (("digits", "--json", "no/such/folder/out.json"), "--json no/such/folder/out.json: No such file"),
+        (("digits", "--plot", "no/such/folder/out.svg"), "--plot no/such/folder/out.svg: No such file"),
+        (("digits", "--plot", "out.doc"), "--plot out.doc: end the name with .png, .svg or .pdf"),
+        (("digits", "--method", "hybrid", "--group-size", "9"), "--group-size 9 does not divide "),
+        (
+            ("digits", "--method", "all", "--checkpoint", "kept"),
+            "--checkpoint with --method all: servers are not saved",
+        ),
     ],
 )
 def test_mistakes_are_told_by_rank_0_alone(

@@ -134,7 +134,7 @@ def dgc(
             gradient = gradient * np.float32(limit / norm)
         d = density_at(state.steps - 1)
         large, small = joined(gradient, places.thin), joined(gradient, places.dense)
-        if d * comm.size > 1 or (d == 1 and not mask):
+        if not places.parts or d * comm.size > 1 or (d == 1 and not mask):
             large, small, state = densely(large, small, state)
         else:
             large, sparse = exchange(d).update(large, state.sparse, large)

@@ -7,10 +7,13 @@ Only rank 0 prints, and every line is one write.  Every rank computes with one t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +23,7 @@ from hpccomm.train.methods import METHODS, Plan
 if TYPE_CHECKING:
     from hpccomm.communicator import Communicator
     from hpccomm.train.datasets import Dataset
+    from hpccomm.train.kept import Folder
     from hpccomm.train.loop import Epoch, Settings
 
 SUMMARY = "train a small network on real data and show what the exchange costs"
@@ -39,8 +43,12 @@ JOBS = {
     "stdlib": Job(3, 256, 200_000, "the text of Python's standard library, next character from 16"),
 }
 
-HEADER = f"# {'Epoch':>5}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
-TABLE = f"# {'Method':<12}{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Bytes/step':>12}\n"
+COLUMNS = (
+    f"{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Step(s)':>9}"
+    f"{'Bytes/step':>12}{'Dense/sent':>12}\n"
+)
+HEADER = f"# {'Epoch':>5}{COLUMNS}"
+TABLE = f"# {'Method':<12}{COLUMNS}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--progress", action="store_true", help="show a bar under a launcher too (tqdm, stderr)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw loss against bytes and time (png, svg or pdf)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="save there after every epoch, and on SIGUSR1, which ends the run; the same command goes on from it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,11 +98,20 @@ def run(args: argparse.Namespace) -> int:
         say(comm, f"hpccomm train: {error}\n", sys.stderr)
         return 2
     methods = [name for name in METHODS if name != "ps" or comm.size > 1] if args.method == "all" else [args.method]
-    runs = [trained(name, args, data, comm) for name in methods]
+    runs: list[dict[str, Any]] = []
+    for name in methods:
+        found = trained(name, args, data, comm)
+        if found is None:
+            return 0
+        runs.append(found)
     if len(runs) > 1:
         say(comm, "\n" + TABLE + "".join(row(each["method"], each["epochs"]) for each in runs))
     if args.json and comm.rank == 0:
         args.json.write_text(json.dumps({"runs": runs} if args.method == "all" else runs[0], indent=1) + "\n")
+    if args.plot and comm.rank == 0:
+        from hpccomm.train.figure import draw
+
+        draw(runs, args.plot)
     return 0
 
 
@@ -111,7 +135,16 @@ def check(args: argparse.Namespace, comm: Communicator) -> None:
     if args.method == "ps" and not 1 <= args.servers < comm.size:
         raise ArgumentError(f"--servers {args.servers} of {comm.size} ranks: leave at least one server and one worker")
     mode_of(args.mode)
-    check_file(args.json, comm)
+    if args.method in ("hybrid", "all") and args.group_size and comm.size % args.group_size:
+        raise ArgumentError(f"--group-size {args.group_size} does not divide {comm.size} ranks: give a divisor")
+    if args.checkpoint and args.method in ("ps", "all"):
+        raise ArgumentError(f"--checkpoint with --method {args.method}: servers are not saved: name another method")
+    check_file("--json", args.json, comm)
+    if args.plot:
+        from hpccomm.train.figure import drawable
+
+        together(lambda: drawable(args.plot), comm)
+    check_file("--plot", args.plot, comm)
 
 
 def mode_of(given: str) -> Any:
@@ -130,38 +163,43 @@ def one_of(what: str, value: str, known: Any) -> None:
         raise ArgumentError(f"{what} {value!r} is not known: use one of {', '.join(known)}")
 
 
-def check_file(file: Path | None, comm: Communicator) -> None:
+def check_file(flag: str, file: Path | None, comm: Communicator) -> None:
     """Raise on all ranks where rank 0 cannot write the results, before the work and not after it."""
-    problem = None
-    if file and comm.rank == 0:
+
+    def opened() -> None:
         try:
-            file.open("a").close()
+            if file:
+                file.open("a").close()
         except OSError as error:
-            problem = f"--json {file}: {error.strerror}: name a file that can be written"
-    problem = comm.bcast(problem)
-    if problem:
-        raise ArgumentError(problem)
+            raise ArgumentError(f"{flag} {file}: {error.strerror}: name a file that can be written") from None
+
+    together(opened, comm)
+
+
+def together(action: Callable[[], Any], comm: Communicator) -> Any:
+    """What ``action`` gives on rank 0, on all ranks; what it raises there is raised on all."""
+    found: Any = None
+    if comm.rank == 0:
+        try:
+            found = action()
+        except HpccommError as error:
+            found = error
+    found = comm.bcast(found)
+    if isinstance(found, HpccommError):
+        raise found
+    return found
 
 
 def loaded(args: argparse.Namespace, comm: Communicator) -> Dataset:
     """Rank 0's copy of the data on all ranks: nodes may carry other versions of it."""
     from hpccomm.train.datasets import DATASETS
 
-    found: Dataset | HpccommError | None = None
-    if comm.rank == 0:
-        try:
-            found = DATASETS[args.dataset](args.samples)
-        except HpccommError as error:
-            found = error
-    found = comm.bcast(found)
-    if isinstance(found, HpccommError):
-        raise found
-    assert found is not None
-    return found
+    data: Dataset = together(lambda: DATASETS[args.dataset](args.samples), comm)
+    return data
 
 
-def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any]:
-    """One method's run: the object for ``--json``."""
+def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any] | None:
+    """One method's run: the object for ``--json``; None where it was told to stop."""
     from hpccomm.buckets import Bucket
     from hpccomm.train.loop import Servers, Settings, steps_in, train, train_by_servers
     from hpccomm.train.networks import network_for
@@ -178,22 +216,49 @@ def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
 
     steps = steps_in(len(data.targets), settings)
     plan = Plan(comm, Bucket(network.shapes), lr, steps, args.algorithm, args.period, args.group_size, args.density)
+    made = method.make(plan)
     if name == "ps":
         served = Servers(args.servers, mode_of(args.mode))
-        epochs = train_by_servers(comm, data, network, method.make(plan), settings, served, on_step=bar.update)[1]
-        tell(epochs[-1])
+        epochs = train_by_servers(comm, data, network, made, settings, served, on_step=bar.update)[1]
+        for each in epochs:
+            tell(each)
     else:
-        made = method.make(plan)
-        epochs = train(comm, data, network, made, settings, on_step=bar.update, on_epoch=tell)[1]
+        with keeper_for(name, lr, args, comm) as keeper:
+            epochs = train(comm, data, network, made, settings, on_step=bar.update, on_epoch=tell, keeper=keeper)[1]
     bar.close()
+    if len(epochs) < args.epochs:
+        say(comm, f"# stopped in epoch {len(epochs) + 1} and saved: the same command goes on from there\n")
+        return None
     return {
         "dataset": args.dataset,
         "method": name,
         "ranks": comm.size,
         "seed": args.seed,
+        "steps_an_epoch": steps // args.epochs,
         "command": shlex.join(["hpccomm", *sys.argv[1:]]),
         "epochs": [epoch._asdict() for epoch in epochs],
     }
+
+
+SAME = ("dataset", "epochs", "batch_size", "samples", "seed", "algorithm", "period", "group_size", "density")
+"""Arguments that a run goes on with."""
+
+
+@contextlib.contextmanager
+def keeper_for(name: str, lr: float, args: argparse.Namespace, comm: Communicator) -> Iterator[Folder | None]:
+    """Who saves the run, and hears of SIGUSR1."""
+    from hpccomm.train.kept import Folder
+
+    if args.checkpoint is None:
+        yield None
+        return
+    run = {"method": name, "ranks": comm.size, "lr": lr, **{key: getattr(args, key) for key in SAME}}
+    folder = Folder(comm, args.checkpoint, f"{args.dataset}-{name}", run)
+    before = signal.signal(signal.SIGUSR1, folder.tell)
+    try:
+        yield folder
+    finally:
+        signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)
 
 
 def headline(name: str, lr: float, args: argparse.Namespace, comm: Communicator) -> str:
@@ -206,18 +271,21 @@ def headline(name: str, lr: float, args: argparse.Namespace, comm: Communicator)
 
 def line(first: str, epoch: Epoch) -> str:
     """One epoch, or the sum of a run."""
+    ratio = "-" if epoch.ratio is None else f"{epoch.ratio:.2f}"
     return (
         f"{first}{epoch.loss:>10.4f}{epoch.accuracy:>10.2%}{epoch.compute_s:>12.3f}"
-        f"{epoch.communication_s:>13.3f}{epoch.wire_bytes:>12}\n"
+        f"{epoch.communication_s:>13.3f}{epoch.step_s:>9.3f}{epoch.wire_bytes:>12}{ratio:>12}\n"
     )
 
 
 def row(name: str, epochs: list[dict[str, Any]]) -> str:
-    """A run: the last epoch's loss and accuracy, the time of all."""
+    """A run: the last epoch's loss and accuracy, the times of all, the bytes of a mean step."""
     from hpccomm.train.loop import Epoch
 
-    times = {key: sum(each[key] for each in epochs) for key in ("compute_s", "communication_s")}
-    return line(f"  {name:<12}", Epoch(**epochs[-1])._replace(**times))
+    times = {key: sum(each[key] for each in epochs) for key in ("compute_s", "communication_s", "step_s")}
+    sent, last = sum(each["wire_bytes"] for each in epochs) // len(epochs), epochs[-1]
+    ratio = last["ratio"] * last["wire_bytes"] / sent if sent and last["ratio"] else None
+    return line(f"  {name:<12}", Epoch(**last)._replace(**times, wire_bytes=sent, ratio=ratio))
 
 
 class NoBar:

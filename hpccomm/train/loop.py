@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.algorithms.exchange import check_replicas, spent
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, check_replicas, spent
 from hpccomm.algorithms.periodic import Periodic
 from hpccomm.algorithms.transforms import Transform, Vector
 from hpccomm.buckets import Bucket
@@ -27,7 +28,7 @@ EVALUATE = 1024
 
 
 class Epoch(NamedTuple):
-    """One pass through the data."""
+    """One pass through the data; times are means over the ranks, without evaluation."""
 
     epoch: int
     loss: float
@@ -35,11 +36,15 @@ class Epoch(NamedTuple):
     accuracy: float
     """Share of the test samples predicted right."""
     compute_s: float
-    """Mean over the ranks, without evaluation."""
+    """Gradients."""
     communication_s: float
-    """Mean over the ranks: the exchanges, waiting for slower ranks included."""
+    """The exchanges, waiting for slower ranks included."""
+    step_s: float
+    """What the method does beside its exchanges (a compressor's work too), and adding the step."""
     wire_bytes: int
     """Sent by rank 0 in one step, the mean over the epoch."""
+    ratio: float | None
+    """What a dense allreduce sends over that; None where nothing is sent."""
 
 
 class Settings(NamedTuple):
@@ -51,6 +56,18 @@ class Settings(NamedTuple):
     seed: int
     alone: bool = False
     """Each rank divides its gradient by its own samples, as methods with blocks of local steps want it."""
+
+
+class Partial(NamedTuple):
+    """An epoch so far, on this rank."""
+
+    steps: int = 0
+    loss: float = 0.0
+    compute_s: float = 0.0
+    step_s: float = 0.0
+    """The exchanges included."""
+    before: ExchangeReport = ExchangeReport()
+    """When it began."""
 
 
 class Training:
@@ -66,33 +83,47 @@ class Training:
         comm.Bcast(self.weights, 0)
         self.gradient = np.empty_like(self.weights)
         self.tensors, self.gradients = bucket.views(self.weights), bucket.views(self.gradient)
-        self.state = method.init(self.weights)
+        self.state, self.partial = method.init(self.weights), Partial()
 
-    def step(self, batch: npt.NDArray[np.int64]) -> float:
-        """One step of all ranks on a global batch; returns the sum of the losses of this rank's share."""
-        mine = np.array_split(batch, self.comm.size)[self.comm.rank]
+    def step(self, batch: npt.NDArray[np.int64]) -> None:
+        """One step of all ranks on a global batch."""
+        mine, began = np.array_split(batch, self.comm.size)[self.comm.rank], time.perf_counter()
         loss = self.network.learn(self.tensors, self.data.inputs[mine], self.data.targets[mine], self.gradients)
         self.gradient *= 1 / max(1, len(mine)) if self.settings.alone else self.comm.size / len(batch)
+        learnt = time.perf_counter()
         step, self.state = self.method.update(self.gradient, self.state, self.weights)
         self.weights += step
-        return loss
-
-    def epoch(self, number: int, on_step: Callable[[], object]) -> Epoch:
-        """All batches once, then the test samples."""
-        before, began, loss, steps = spent(self.state), time.perf_counter(), 0.0, 0
-        for batch in batches(len(self.data.targets), number, self.settings):
-            loss += self.step(batch)
-            steps += 1
-            on_step()
-        seconds, after = time.perf_counter() - began, spent(self.state)
-        talking, sent = after.seconds - before.seconds, after.wire_bytes - before.wire_bytes
-        totals = np.array(
-            [loss, count_right(self.comm, self.data, self.network, self.model), seconds - talking, talking]
+        so_far = self.partial
+        self.partial = so_far._replace(
+            steps=so_far.steps + 1,
+            loss=so_far.loss + loss,
+            compute_s=so_far.compute_s + learnt - began,
+            step_s=so_far.step_s + time.perf_counter() - learnt,
         )
+
+    def epoch(self, number: int, on_step: Callable[[], object], asked: Callable[[], bool]) -> Epoch | None:
+        """The batches that are left, then the test samples; None where all ranks are asked to stop before the last."""
+        if not self.partial.steps:
+            self.partial = Partial(before=spent(self.state))
+        steps = -(-len(self.data.targets) // self.settings.batch_size)
+        for batch in islice(batches(len(self.data.targets), number, self.settings), self.partial.steps, None):
+            self.step(batch)
+            on_step()
+            if asked() and self.partial.steps < steps:
+                return None
+        done, self.partial = self.partial, Partial()
+        after = spent(self.state)
+        talking, sent = after.seconds - done.before.seconds, after.wire_bytes - done.before.wire_bytes
+        right = count_right(self.comm, self.data, self.network, self.model)
+        ours = sent // max(1, done.steps) if self.comm.rank == 0 else 0
+        totals = np.array([done.loss, right, done.compute_s, talking, done.step_s - talking, ours])
         self.comm.Allreduce(MPI.IN_PLACE, totals)
-        shares = [len(self.data.targets), max(1, len(self.data.test_targets)), self.comm.size, self.comm.size]
-        loss, accuracy, compute_s, communication_s = map(float, totals / shares)
-        return Epoch(number, loss, accuracy, compute_s, communication_s, sent // max(1, steps))
+        return epoch_of(number, totals[:5], self.comm.size, self.data, int(totals[5]), self.dense_bytes)
+
+    @property
+    def dense_bytes(self) -> int:
+        """What a dense allreduce of the gradient sends."""
+        return allreduce_bytes(self.gradient.nbytes, self.comm.size)
 
     @property
     def model(self) -> dict[str, npt.NDArray[Any]]:
@@ -127,6 +158,29 @@ def batches(samples: int, epoch: int, settings: Settings) -> Iterator[npt.NDArra
         yield order[first : first + settings.batch_size]
 
 
+def epoch_of(
+    number: int, totals: npt.NDArray[np.float64], ranks: int, data: Dataset, wire_bytes: int, dense: int
+) -> Epoch:
+    """From the sums over the ranks of loss, right predictions, and seconds computing, exchanging and stepping."""
+    shares = [len(data.targets), max(1, len(data.test_targets)), ranks, ranks, ranks]
+    loss, accuracy, compute_s, communication_s, step_s = map(float, totals / shares)
+    ratio = dense / wire_bytes if wire_bytes else None
+    return Epoch(number, loss, accuracy, compute_s, communication_s, step_s, wire_bytes, ratio)
+
+
+class Keeper(Protocol):
+    """Who keeps a run that may be interrupted, see :class:`hpccomm.train.kept.Folder`."""
+
+    def load(self, training: Training) -> list[Epoch]:
+        """Go on where a run was interrupted, if one was; the epochs that are over (collective)."""
+
+    def save(self, training: Training, epochs: list[Epoch]) -> None:
+        """Keep what is needed to go on (collective)."""
+
+    def asked(self) -> bool:
+        """After each step: whether a rank has been asked to stop; all ranks hear the same (collective)."""
+
+
 def train(
     comm: MPI.Intracomm,
     data: Dataset,
@@ -136,15 +190,32 @@ def train(
     *,
     on_step: Callable[[], object] = lambda: None,
     on_epoch: Callable[[Epoch], object] = lambda epoch: None,
+    keeper: Keeper | None = None,
 ) -> tuple[Vector, list[Epoch]]:
-    """Train, and return the weights as one vector, the same bits on all ranks, and what each epoch gave."""
-    training, epochs = Training(comm, data, network, method, settings), []
-    for number in range(1, settings.epochs + 1):
-        epochs.append(training.epoch(number, on_step))
-        on_epoch(epochs[-1])
+    """Train, and return the weights as one vector, the same bits on all ranks, and what each epoch gave.
+
+    A ``keeper`` saves after every epoch, and when it is asked to stop: then epochs are missing, and the weights are
+    this rank's.
+    """
+    training = Training(comm, data, network, method, settings)
+    epochs = keeper.load(training) if keeper else []
+    for each in epochs:
+        on_epoch(each)
+    while len(epochs) < settings.epochs:
+        found = training.epoch(len(epochs) + 1, on_step, keeper.asked if keeper else lambda: False)
+        if found is not None:
+            epochs.append(found)
+            on_epoch(found)
+        if keeper:
+            keeper.save(training, epochs)
+        if found is None:
+            return training.weights, epochs
     training.finish()
     check_replicas(comm, training.weights)
     return training.weights, epochs
+
+
+# A parameter server
 
 
 class Servers(NamedTuple):
@@ -165,43 +236,63 @@ def train_by_servers(
     *,
     on_step: Callable[[], object] = lambda: None,
 ) -> tuple[Vector, list[Epoch]]:
-    """As :func:`train`, by a parameter server; of the epochs only the last one, with the whole run's times."""
+    """As :func:`train`, by a parameter server.
+
+    The model of an epoch is what the first worker reads next; bytes are those that a worker pushes.
+    """
     from hpccomm.algorithms.parameter_server import ParameterServer
 
     bucket = Bucket(network.shapes)
     weights = bucket.flatten(initial(network.shapes, settings.seed))
     server = ParameterServer(comm, weights, optimizer, servers=servers.ranks, mode=servers.mode)
-    loss, seconds, talking, steps = 0.0, 0.0, 0.0, 0
+    place, workers = comm.rank - servers.ranks, comm.size - servers.ranks
+    sums, models = np.zeros((settings.epochs, 5)), [weights] * settings.epochs
     if server.serves:
         server.serve()
     else:
-        gradient = np.empty_like(weights)
-        place, workers = comm.rank - servers.ranks, comm.size - servers.ranks
-        for number in range(1, settings.epochs + 1):
-            loss = 0.0
-            for batch in batches(len(data.targets), number, settings):
-                mine = np.array_split(batch, workers)[place]
-                began = time.perf_counter()
-                tensors = bucket.views(server.pull())
-                pulled = time.perf_counter()
-                loss += network.learn(tensors, data.inputs[mine], data.targets[mine], bucket.views(gradient))
-                gradient *= workers / len(batch)
-                learnt = time.perf_counter()
-                server.push(gradient)
-                talking += pulled - began + time.perf_counter() - learnt
-                seconds += learnt - pulled
-                steps += 1
-                if comm.rank == servers.ranks:
-                    on_step()
-        weights = server.leave()
-    comm.Bcast(weights, servers.ranks)
-    right = count_right(comm, data, network, bucket.views(weights))
-    totals = np.array([loss, right, seconds, talking, weights.nbytes * (steps > 0)], np.float64)
-    comm.Allreduce(MPI.IN_PLACE, totals)
-    workers = comm.size - servers.ranks
-    shares = [len(data.targets), max(1, len(data.test_targets)), workers, workers, workers]
-    mean_loss, accuracy, compute_s, communication_s, sent = map(float, totals / shares)
-    return weights, [Epoch(settings.epochs, mean_loss, accuracy, compute_s, communication_s, int(sent))]
+        models = worked(server, data, network, settings, (place, workers), sums, on_step)
+    found = []
+    for number, (model, totals) in enumerate(zip(models, sums, strict=True), 1):
+        weights = model.copy()
+        comm.Bcast(weights, servers.ranks)
+        totals[1] = count_right(comm, data, network, bucket.views(weights))
+        comm.Allreduce(MPI.IN_PLACE, totals)
+        dense = allreduce_bytes(weights.nbytes, comm.size)
+        found.append(epoch_of(number, totals, workers, data, weights.nbytes, dense))
+    return weights, found
+
+
+def worked(
+    server: Any,
+    data: Dataset,
+    network: Network,
+    settings: Settings,
+    part: tuple[int, int],
+    sums: npt.NDArray[np.float64],
+    on_step: Callable[[], object],
+) -> list[Vector]:
+    """What a worker does: the model as it was read after each epoch; its loss and times are added to ``sums``."""
+    models: list[Vector] = []
+    bucket = Bucket(network.shapes)
+    gradient = np.empty_like(server.weights)
+    for number, totals in enumerate(sums, 1):
+        for first, batch in enumerate(batches(len(data.targets), number, settings)):
+            mine, began = np.array_split(batch, part[1])[part[0]], time.perf_counter()
+            weights = server.pull()
+            pulled = time.perf_counter()
+            totals[0] += network.learn(
+                bucket.views(weights), data.inputs[mine], data.targets[mine], bucket.views(gradient)
+            )
+            gradient *= part[1] / len(batch)
+            learnt = time.perf_counter()
+            server.push(gradient)
+            totals[3] += pulled - began + time.perf_counter() - learnt
+            totals[2] += learnt - pulled
+            if number > 1 and not first:
+                models.append(weights)
+            if not part[0]:
+                on_step()
+    return [*models, server.leave()]
 
 
 def steps_in(samples: int, settings: Settings) -> int:
