@@ -136,7 +136,7 @@ class Compressor:
     feed_momentum: Callable[..., Message] | None = None
     """(gradient, momentum, velocity, m, nesterov, mask, step) -> message, likewise."""
     agree: Callable[[Vector, int], None] | None = None
-    """(total, size): what ranks agree on, in place of the mean."""
+    """``(total, size)``: what ranks agree on, in place of the mean."""
 
     def encode(self, vector: Vector, step: int = 0, last: Message = NO_MESSAGE) -> Message:
         """The message for a vector of shape (n,), which is not written.
