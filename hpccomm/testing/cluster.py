@@ -28,6 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,11 +82,15 @@ class Cluster:
         return cluster
 
     def __enter__(self) -> Cluster:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, ended)
         self.up()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.down()
+        if signal.getsignal(signal.SIGTERM) == ended:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     # Names
 
@@ -296,6 +301,11 @@ MPICH_SETTINGS = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_I
 """Its other way, ucx, would go round the links."""
 
 
+def ended(*_: object) -> None:
+    """Who is told to end takes away what he made on his way out."""
+    sys.exit(128 + signal.SIGTERM)
+
+
 def missing() -> str:
     """Why there can be no cluster here; empty where there can."""
     if sys.platform != "linux":
@@ -454,7 +464,7 @@ def act(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``scripts/cluster``."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, ended)
     try:
         return act(parser().parse_args(argv))
     except LaunchError as error:
