@@ -1,0 +1,504 @@
+"""The kernels on a CUDA device: same functions, same bits as in NumPy, on vectors that lie on the device.
+
+The sources are the ``.cu`` files beside this one, compiled by NVRTC when first asked for and kept on disk by CuPy.
+:class:`Kernels` makes room, launches and reads counts; whoever launches is a :class:`Library`, so that the same sources
+and the same code run where there is no device.  Vectors are contiguous, and on one device; launches follow the current
+stream.  A function that returns a number of elements, a sum or a truth value waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.kernels import compression_reference as reference
+from hpccomm.kernels.optimizers_reference import BLOCK, LANES, Sums
+from hpccomm.kernels.reductions import DEFINED, code_of
+from hpccomm.kernels.reductions import itemsize as bytes_each
+
+Vector = Any
+"""A vector on the device."""
+
+THREADS = 256
+TILE = 4096
+"""Elements that one block of a selecting kernel takes."""
+BLOCKS_EACH = 32
+"""Blocks for each processor of the device that loop over the elements."""
+ROOM = 3
+"""Words of a selecting kernel's state before those of its tiles."""
+OPTIONS = ("--std=c++17", "--fmad=false")
+"""Every operation is rounded by itself, as in NumPy."""
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+"""What every source is compiled for where there is no device."""
+
+COMBINE = {
+    "sum": "add",
+    "prod": "multiply",
+    "min": "smaller",
+    "max": "larger",
+    "land": "logical_and",
+    "lor": "logical_or",
+    "lxor": "logical_xor",
+    "band": "bitwise_and",
+    "bor": "bitwise_or",
+    "bxor": "bitwise_xor",
+}
+ELEMENT = {
+    "i1": "signed char",
+    "i2": "short",
+    "i4": "int",
+    "i8": "i64",
+    "u1": "u8",
+    "u2": "u16",
+    "u4": "u32",
+    "u8": "u64",
+    "f4": "float",
+    "f8": "double",
+    "f2": "half",
+    "bf16": "brain",
+    "c8": "pair<float>",
+    "c16": "pair<double>",
+    "b1": "u8",
+}
+"""What operations and dtypes are called in ``reductions.cu``."""
+
+
+class Library(Protocol):
+    """Whoever holds arrays and launches kernels: CuPy on a device."""
+
+    @property
+    def xp(self) -> Any:
+        """The array functions: CuPy's, or NumPy's."""
+
+    @property
+    def processors(self) -> int:
+        """Multiprocessors of the device."""
+
+    def launch(self, source: str, kernel: str, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+        """Run a kernel of a source: arrays are passed as addresses, NumPy scalars as they are."""
+
+
+class CupyLibrary:
+    """Kernels compiled by CuPy for the current device."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.xp = cupy
+        self.module = cache(lambda source: cupy.RawModule(code=source, options=OPTIONS))
+
+    @property
+    def processors(self) -> int:
+        """Of the current device."""
+        return int(self.xp.cuda.Device().attributes["MultiProcessorCount"])
+
+    def launch(self, source: str, kernel: str, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+        """On the current stream."""
+        self.module(source).get_function(kernel)((blocks,), (threads,), tuple(arguments))
+
+
+@cache
+def source(name: str) -> str:
+    """The text of ``reductions``, ``compression`` or ``optimizers`` for NVRTC; lines are counted as in the file."""
+    folder = Path(__file__).parent
+    return f'{(folder / "common.cu").read_text()}\n#line 1 "{name}.cu"\n{(folder / f"{name}.cu").read_text()}'
+
+
+@cache
+def reduction_source(*wanted: tuple[str, str]) -> str:
+    """The text of ``reductions`` with the kernels of some operations and dtypes, ``("sum", "f4")``."""
+    asked = (f"REDUCTION({op}, {COMBINE[op]}, {code}, {ELEMENT[code]})" for op, code in wanted)
+    return "\n".join([source("reductions"), *asked])
+
+
+def every_reduction() -> list[tuple[str, str]]:
+    """All operations and dtypes that have a kernel."""
+    return [(op, code) for op, codes in DEFINED.items() for code in codes]
+
+
+@cache
+def kernels() -> Kernels:
+    """The kernels of the current device, by CuPy."""
+    return Kernels(CupyLibrary())
+
+
+class Kernels:
+    """The functions of the NumPy references on a device."""
+
+    def __init__(self, library: Library) -> None:
+        self.library, self.xp = library, library.xp
+
+    def _loop(self, source: str, kernel: str, n: int, *arguments: Any) -> None:
+        """A kernel whose threads loop over n things."""
+        if n:
+            blocks = min(-(-n // THREADS), BLOCKS_EACH * self.library.processors)
+            self.library.launch(source, kernel, blocks, THREADS, arguments)
+
+    # Reductions
+
+    def reduce(self, op: str, dtype: npt.DTypeLike, vectors: Sequence[Vector], out: Vector) -> None:
+        """:func:`hpccomm.kernels.reductions.reduce`: ``out`` may be one of the vectors; bfloat16 as its bits."""
+        code, n = code_of(dtype), int(out.size)
+        addresses = [address(each) for each in vectors]
+        width = 16 // bytes_each(dtype)
+        packs = n // width if all(each % 16 == 0 for each in (*addresses, address(out))) else 0
+        self._loop(
+            reduction_source((op, code)),
+            f"{op}_{code}",
+            max(packs, n - packs * width),
+            self.xp.asarray(np.array(addresses, np.uint64)),
+            np.int32(len(vectors)),
+            out,
+            np.int64(n),
+            np.int64(packs),
+        )
+
+    # Threshold and selection
+
+    def _selected(
+        self, kernel: str, n: int, arguments: Sequence[Any], *dtypes: npt.DTypeLike
+    ) -> tuple[list[Any], bool]:
+        """All that a selecting kernel finds, one array for each dtype, and whether all elements were finite."""
+        tiles = -(-n // TILE)
+        rooms = [self.xp.empty(n, dtype) for dtype in dtypes]
+        state = self.xp.zeros(ROOM + tiles, np.uint64)
+        if n:
+            self.library.launch(source("compression"), kernel, tiles, THREADS, (*arguments, *rooms, np.int64(n), state))
+        _, count, odd = host(state[:ROOM]).tolist()
+        return [room[:count].copy() for room in rooms], not odd
+
+    def threshold_words(
+        self, residual: Vector, gradient: Vector | None, out: Vector, tau: float
+    ) -> tuple[Vector, bool]:
+        """:func:`reference.threshold_words`, in one pass over the vectors."""
+        arguments = residual, given(gradient), out, np.float32(tau)
+        (words,), finite = self._selected("threshold_words", residual.size, arguments, np.uint32)
+        return words, finite
+
+    def add_words(self, words: Vector, tau: float, out: Vector) -> None:
+        """:func:`reference.add_words`."""
+        self._loop(source("compression"), "add_words", words.size, words, np.int64(words.size), np.float32(tau), out)
+
+    def select_threshold(self, x: Vector, threshold: float) -> tuple[Vector, bool]:
+        """:func:`reference.select_threshold`."""
+        (index,), finite = self._selected("select_threshold", x.size, (x, np.float32(threshold)), np.uint32)
+        return index, finite
+
+    def ranked_magnitude(self, values: Vector, rank: int) -> float:
+        """:func:`reference.ranked_magnitude`."""
+        return float(self.xp.sort(self.xp.abs(values))[values.size - rank])
+
+    def sample(self, x: Vector, plan: reference.SamplePlan) -> Vector:
+        """:func:`reference.sample`."""
+        found = self.xp.empty(plan.lines * reference.LINE, np.float32)
+        places = np.int64(plan.start), np.int64(plan.stride), np.int64(reference.LINE)
+        self._loop(source("compression"), "sample", found.size, x, *places, found, np.int64(found.size))
+        return found
+
+    def keep_largest(self, values: Vector, k: int) -> Vector:
+        """:func:`reference.keep_largest`."""
+        xp = self.xp
+        if values.size <= k:
+            return xp.ones(values.size, bool)
+        magnitudes = xp.abs(values)
+        least = np.float32(self.ranked_magnitude(values, k)) if k else np.float32(np.inf)
+        kept = magnitudes > least
+        kept[xp.flatnonzero(magnitudes == least)[: k - int(xp.count_nonzero(kept))]] = True
+        return kept
+
+    def select_largest(self, x: Vector, k: int, step: int = 0, least: float = 1.0) -> tuple[Vector, bool]:
+        """:func:`reference.select_largest`."""
+        plan = reference.sample_plan(x.size, k, step)
+        threshold = 0.0 if plan is None else self.ranked_magnitude(self.sample(x, plan), plan.rank)
+        index, finite = self.select_threshold(x, threshold)
+        if not finite:
+            return index[:0], False
+        index = reference.widened_selection(x, index, threshold, least * k, self.select_threshold)
+        return index[self.keep_largest(x[index], k)], True
+
+    def _momentum(
+        self,
+        gradient: Vector,
+        momentum: Vector,
+        velocity: Vector,
+        m: float,
+        threshold: float,
+        nesterov: bool,
+        mask: bool,
+    ) -> tuple[list[Any], bool]:
+        numbers = np.float32(m), np.float32(threshold), np.int32(nesterov), np.int32(mask)
+        arguments = gradient, momentum, velocity, *numbers
+        return self._selected("momentum_select", gradient.size, arguments, np.uint32, np.float32, np.float32)
+
+    def momentum_select(
+        self,
+        gradient: Vector,
+        momentum: Vector,
+        velocity: Vector,
+        m: float,
+        k: int,
+        *,
+        nesterov: bool = False,
+        mask: bool = True,
+        step: int = 0,
+        least: float = 1.0,
+    ) -> tuple[Vector, Vector, bool]:
+        """:func:`reference.momentum_select`, in one pass unless the threshold was too high."""
+        plan = reference.sample_plan(gradient.size, k, step)
+        threshold = 0.0
+        if plan is not None:
+            g, u, v = (self.sample(each, plan) for each in (gradient, momentum, velocity))
+            self._momentum(g, u, v, m, math.nan, nesterov, mask)  # accumulates: nothing reaches the threshold
+            threshold = self.ranked_magnitude(v, plan.rank)
+        (index, values, kept), finite = self._momentum(gradient, momentum, velocity, m, threshold, nesterov, mask)
+        if not finite:
+            velocity[index], momentum[index] = values, kept
+            return index[:0], values[:0], False
+        if index.size < least * k and threshold > 0:
+            velocity[index], momentum[index] = values, kept
+            index = reference.widened_selection(velocity, index, threshold, least * k, self.select_threshold)
+            index = index[self.keep_largest(velocity[index], k)]
+            return index, reference.take(index, momentum, velocity, mask), True
+        if index.size > k:
+            chosen = self.keep_largest(values, k)
+            back = index[~chosen]
+            velocity[back], momentum[back] = values[~chosen], kept[~chosen]
+            index, values = index[chosen], values[chosen]
+        return index, values, True
+
+    def scatter_add(self, messages: Sequence[tuple[Vector, Vector]], out: Vector) -> None:
+        """:func:`reference.scatter_add`: one launch a message, so that the order is that of the messages."""
+        for index, values in messages:
+            self._loop(source("compression"), "scatter_add", index.size, index, values, np.int64(index.size), out)
+
+    # One bit an element
+
+    def sum_magnitudes(self, residual: Vector, gradient: Vector | None) -> float:
+        """:func:`reference.sum_magnitudes`."""
+        rows = self._rows(residual.size)
+        numbers = np.int64(rows.size), np.int64(residual.size)
+        self._loop(source("compression"), "magnitude_rows", rows.size, residual, given(gradient), rows, *numbers)
+        return self._lane_total(rows)
+
+    def sum_by_sign(self, residual: Vector, gradient: Vector | None) -> tuple[float, float, int]:
+        """:func:`reference.sum_by_sign`."""
+        above, below = self._rows(residual.size), self._rows(residual.size)
+        count = self.xp.zeros(1, np.uint64)
+        arguments = residual, given(gradient), above, below, count, np.int64(above.size), np.int64(residual.size)
+        self._loop(source("compression"), "sign_rows", above.size, *arguments)
+        return self._lane_total(above), self._lane_total(below), int(count[0])
+
+    def _rows(self, n: int) -> Vector:
+        return self.xp.empty(reference.LANES * -(-n // (4 * reference.LANES)), np.float32)
+
+    def _lane_total(self, rows: Vector) -> float:
+        total = self.xp.empty(1, np.float64)
+        count = np.int64(rows.size // reference.LANES)
+        self.library.launch(source("compression"), "lane_total", 1, reference.LANES, (rows, count, total))
+        return float(total[0])
+
+    def pack_signs(self, x: Vector) -> Vector:
+        """:func:`reference.pack_signs`."""
+        bits = self.xp.empty(-(-x.size // 8), np.uint8)
+        self._loop(source("compression"), "pack_signs", bits.size, x, bits, np.int64(x.size))
+        return bits
+
+    def pack_signs_feedback(
+        self, residual: Vector, gradient: Vector | None, out: Vector, plus: float, minus: float, bits: Vector
+    ) -> None:
+        """:func:`reference.pack_signs_feedback`, in one pass."""
+        scales = np.float32(plus), np.float32(minus)
+        arguments = residual, given(gradient), out, *scales, bits, np.int64(residual.size)
+        self._loop(source("compression"), "pack_signs_feedback", bits.size, *arguments)
+
+    def add_signs(self, messages: Sequence[tuple[Vector, float, float]], out: Vector) -> None:
+        """:func:`reference.add_signs`, all messages in one pass."""
+        plus = self.xp.asarray(np.array([high for _, high, _ in messages], np.float32))
+        minus = self.xp.asarray(np.array([low for _, _, low in messages], np.float32))
+        arguments = self._addresses([bits for bits, _, _ in messages]), plus, minus, np.int32(len(messages))
+        self._loop(source("compression"), "add_signs", out.size, *arguments, out, np.int64(out.size))
+
+    def majority(self, messages: Sequence[Vector], n: int) -> Vector:
+        """:func:`reference.majority`."""
+        bits = self.xp.empty(-(-n // 8), np.uint8)
+        arguments = self._addresses(messages), np.int32(len(messages)), bits, np.int64(n)
+        self._loop(source("compression"), "majority", bits.size, *arguments)
+        return bits
+
+    def _addresses(self, vectors: Sequence[Vector]) -> Vector:
+        return self.xp.asarray(np.array([address(each) for each in vectors], np.uint64))
+
+    # Optimizers: as hpccomm.kernels.optimizers_reference; bounds are on the host, rates on either side
+
+    def _tiles(self, bounds: npt.NDArray[np.int64]) -> Tiles:
+        return tiles_on(self.xp, bounds.tobytes())
+
+    def _tensors(self, kernel: str, w: Vector, bounds: npt.NDArray[np.int64], *arguments: Any) -> Tiles:
+        """A kernel that takes a tile of a tensor a block."""
+        tiles = self._tiles(bounds)
+        if tiles.count:
+            name = f"{kernel}_{code_of(w.dtype)}"
+            self.library.launch(source("optimizers"), name, tiles.count, LANES, (*tiles.table, *arguments))
+        return tiles
+
+    def _row_sums(self, partial: Vector, tiles: Tiles, rows: int) -> Sums:
+        sums = self.xp.zeros((rows, 2), np.float64)
+        if rows:
+            arguments = partial, tiles.first_tiles, sums, np.int64(tiles.count)
+            self.library.launch(source("optimizers"), "row_totals", 2 * rows, LANES, arguments)
+        return host(sums)
+
+    def _partial(self, bounds: npt.NDArray[np.int64]) -> Vector:
+        return self.xp.empty(2 * LANES * self._tiles(bounds).count, np.float64)
+
+    def lars_sums(
+        self,
+        w: Vector,
+        g: Vector,
+        v: Vector,
+        bounds: npt.NDArray[np.int64],
+        decay: Any,
+        scale: Any,
+        mu: Any,
+        nesterov: bool,
+        whose: int,
+    ) -> Sums:
+        """:func:`lars_sums <hpccomm.kernels.optimizers_reference.lars_sums>`; the sums come to the host."""
+        partial = self._partial(bounds)
+        numbers = *scalars(w, scale, mu), np.int32(nesterov), np.int32(whose)
+        tiles = self._tensors("lars_sums", w, bounds, w, g, v, self._rates(decay, w), *numbers, partial)
+        return self._row_sums(partial, tiles, len(bounds))
+
+    def lars_step(
+        self,
+        w: Vector,
+        g: Vector,
+        v: Vector,
+        out: Vector,
+        bounds: npt.NDArray[np.int64],
+        decay: Any,
+        first: Any,
+        last: Any,
+        scale: Any,
+        second: Any,
+        mu: Any,
+        nesterov: bool,
+    ) -> None:
+        """:func:`lars_step <hpccomm.kernels.optimizers_reference.lars_step>`."""
+        rates = (self._rates(each, w) for each in (decay, first, last))
+        numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
+        self._tensors("lars_step", w, bounds, w, g, v, out, *rates, *numbers)
+
+    def lars_place(
+        self,
+        w: Vector,
+        g: Vector,
+        v: Vector,
+        bounds: npt.NDArray[np.int64],
+        decay: Any,
+        first: Any,
+        last: Any,
+        scale: Any,
+        second: Any,
+        mu: Any,
+        nesterov: bool,
+    ) -> None:
+        """:func:`lars_place <hpccomm.kernels.optimizers_reference.lars_place>`."""
+        rates = (self._rates(each, w) for each in (decay, first, last))
+        numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
+        self._tensors("lars_place", w, bounds, w, g, v, *rates, *numbers)
+
+    def lamb_moments(
+        self,
+        w: Vector,
+        g: Vector,
+        m: Vector,
+        v: Vector,
+        out: Vector,
+        bounds: npt.NDArray[np.int64],
+        decay: Any,
+        *numbers: Any,
+    ) -> Sums:
+        """:func:`lamb_moments <hpccomm.kernels.optimizers_reference.lamb_moments>`; the sums come to the host."""
+        partial = self._partial(bounds)
+        rates = self._rates(decay, w)
+        tiles = self._tensors("lamb_moments", w, bounds, w, g, m, v, out, rates, *scalars(w, *numbers), partial)
+        return self._row_sums(partial, tiles, len(bounds))
+
+    def adam_step(
+        self,
+        w: Vector,
+        g: Vector,
+        m: Vector,
+        v: Vector,
+        bounds: npt.NDArray[np.int64],
+        decay: Any,
+        *numbers: Any,
+    ) -> None:
+        """:func:`adam_step <hpccomm.kernels.optimizers_reference.adam_step>`."""
+        self._tensors("adam_step", w, bounds, w, g, m, v, self._rates(decay, w), *scalars(w, *numbers))
+
+    def scaled(self, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
+        """:func:`scaled <hpccomm.kernels.optimizers_reference.scaled>`."""
+        self._tensors("scaled", out, bounds, out, self._rates(factor, out), *scalars(out, last))
+
+    def added(self, w: Vector, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
+        """:func:`added <hpccomm.kernels.optimizers_reference.added>`."""
+        self._tensors("added", w, bounds, w, out, self._rates(factor, w), *scalars(w, last))
+
+    def _rates(self, rates: Any, w: Vector) -> Vector:
+        """A number for each tensor, on the device."""
+        return self.xp.asarray(rates, dtype=w.dtype)
+
+
+class Tiles:
+    """A table of tensors cut into tiles, on the device."""
+
+    def __init__(self, xp: Any, bounds: npt.NDArray[np.int64]) -> None:
+        each = -(-(bounds[:, 1] - bounds[:, 0]) // BLOCK)
+        first = np.cumsum([0, *each])
+        rows = np.repeat(np.arange(len(bounds)), each)
+        starts = bounds[rows, 0] + BLOCK * (np.arange(len(rows)) - first[rows])
+        self.count = len(rows)
+        self.first_tiles = xp.asarray(first.astype(np.int64))
+        self.table = (
+            xp.asarray(rows.astype(np.int32)),
+            xp.asarray(starts.astype(np.int64)),
+            xp.asarray(np.ascontiguousarray(bounds[:, 1])),
+        )
+        """Tensor and first element of each tile, end of each tensor."""
+
+
+@cache
+def tiles_on(xp: Any, bounds: bytes) -> Tiles:
+    """The tiles of a table; a training run has one or two tables."""
+    return Tiles(xp, np.frombuffer(bounds, np.int64).reshape(-1, 2))
+
+
+def scalars(w: Vector, *numbers: Any) -> tuple[Any, ...]:
+    """Numbers in the dtype of a vector."""
+    kind: Callable[[Any], Any] = np.dtype(w.dtype).type
+    return tuple(kind(each) for each in numbers)
+
+
+def given(vector: Vector | None) -> Any:
+    """A vector, or the address of none."""
+    return np.uint64(0) if vector is None else vector
+
+
+def address(vector: Vector) -> int:
+    """Where a vector begins, on a device or the host."""
+    known = getattr(vector, "__cuda_array_interface__", None) or vector.__array_interface__
+    return int(known["data"][0])
+
+
+def host(vector: Vector) -> npt.NDArray[Any]:
+    """A vector as NumPy array; waits for the device."""
+    brought: npt.NDArray[Any] = vector.get() if hasattr(vector, "get") else np.asarray(vector)
+    return brought

@@ -1,0 +1,386 @@
+"""The CUDA kernels where there is no device: NVRTC compiles every source, and the same sources, compiled for this
+processor (``cuda_on_cpu.h``), give the NumPy references' bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_compression_kernels import LENGTHS, numbers, same_bits
+
+from hpccomm.kernels import compression_reference, cuda, optimizers_reference, reductions
+from hpccomm.kernels.cuda import ARCHITECTURES, OPTIONS, Kernels, every_reduction, reduction_source, source
+
+F32 = np.float32
+
+SOURCES = {
+    "reductions": reduction_source(*every_reduction()),
+    "compression": source("compression"),
+    "optimizers": source("optimizers"),
+}
+
+
+# NVRTC
+
+
+def nvrtc_library() -> Path | None:
+    """NVIDIA's compiler of one of its wheels."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    found = [each for folder in folders for each in Path(folder).glob("*/lib/libnvrtc.so.*")]
+    return max(found, default=None)
+
+
+class Nvrtc:
+    """As much of NVRTC as compiling takes."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+
+    def call(self, name: str, *arguments: Any) -> int:
+        return int(getattr(self.library, name)(*arguments))
+
+    def compile(self, text: str, architecture: str) -> tuple[bytes, str]:
+        """Machine code (empty where it failed), and what the compiler says."""
+        program = ctypes.c_void_p()
+        assert not self.call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None)
+        options = [f"--gpu-architecture={architecture}".encode(), *(each.encode() for each in OPTIONS)]
+        failed = self.call("nvrtcCompileProgram", program, len(options), (ctypes.c_char_p * len(options))(*options))
+        said = self.read(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode()
+        code = b"" if failed else self.read(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
+        self.call("nvrtcDestroyProgram", ctypes.byref(program))
+        return code, said
+
+    def read(self, program: ctypes.c_void_p, size_of: str, read: str) -> bytes:
+        size = ctypes.c_size_t()
+        assert not self.call(size_of, program, ctypes.byref(size))
+        octets = ctypes.create_string_buffer(size.value)
+        assert not self.call(read, program, octets)
+        return octets.raw
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> Nvrtc:
+    path = nvrtc_library()
+    if path is None:
+        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    return Nvrtc(path)
+
+
+EVERY_TYPE = [(op, code) for op, code in every_reduction() if op == "sum" or code in ("i4", "f4", "b1", "c8")]
+"""Each operation and each dtype at least once: all pairs take half a minute."""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_compiles(nvrtc: Nvrtc, name: str, architecture: str) -> None:
+    text = reduction_source(*EVERY_TYPE) if name == "reductions" else SOURCES[name]
+    code, said = nvrtc.compile(text, architecture)
+    assert code[:4] == b"\x7fELF", said
+    assert "warning" not in said, said
+
+
+def test_a_mistake_is_said_with_file_and_line(nvrtc: Nvrtc) -> None:
+    code, said = nvrtc.compile(source("compression").replace("float tau;", "flaot tau;", 1), "sm_90")
+    assert not code
+    line = (
+        source.__wrapped__("compression").split('#line 1 "compression.cu"\n')[1].split("float tau;")[0].count("\n") + 1
+    )
+    assert f"compression.cu({line})" in said
+
+
+def test_every_operation_and_dtype_has_a_name_in_the_source() -> None:
+    assert set(cuda.COMBINE) == set(reductions.DEFINED)
+    assert set(cuda.ELEMENT) == {code for codes in reductions.DEFINED.values() for code in codes}
+
+
+# The same sources on this processor
+
+
+class Emulated:
+    """Kernels by ``cuda_on_cpu.h``, arrays by NumPy."""
+
+    xp = np
+    processors = 1
+
+    def __init__(self, libraries: dict[str, ctypes.CDLL]) -> None:
+        self.libraries = libraries
+
+    def launch(self, source: str, kernel: str, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+        for each in arguments:
+            assert not isinstance(each, np.ndarray) or each.flags.c_contiguous
+        kept = [
+            np.array(each.__array_interface__["data"][0], np.uint64) if isinstance(each, np.ndarray) else np.array(each)
+            for each in arguments
+        ]
+        addresses = (ctypes.c_void_p * len(kept))(*(each.__array_interface__["data"][0] for each in kept))
+        name = next(name for name in self.libraries if f'#line 1 "{name}.cu"' in source)
+        getattr(self.libraries[name], kernel)(blocks, threads, addresses)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler on this machine: install g++")
+    folder, header = tmp_path_factory.mktemp("cuda"), Path(__file__).parent / "cuda_on_cpu.h"
+    libraries = {}
+    for name, text in SOURCES.items():
+        (folder / f"{name}.cpp").write_text(f'#include "{header}"\n{text}')
+        arguments = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread"]
+        subprocess.run(
+            [compiler, *arguments, "-o", str(folder / f"{name}.so"), str(folder / f"{name}.cpp")], check=True
+        )
+        libraries[name] = ctypes.CDLL(str(folder / f"{name}.so"))
+    return Kernels(Emulated(libraries))
+
+
+def copied(arguments: Sequence[Any]) -> list[Any]:
+    return [each.copy() if isinstance(each, np.ndarray) else each for each in arguments]
+
+
+def agree(kernels: Kernels, reference: Any, name: str, *arguments: Any, **named: Any) -> Any:
+    """Assert that answers and arrays written are the reference's, bit for bit; the answer."""
+    mine, theirs = copied(arguments), copied(arguments)
+    answer, expected = getattr(kernels, name)(*mine, **named), getattr(reference, name)(*theirs, **named)
+    compare(answer, expected, name)
+    for ours, wanted in zip(mine, theirs, strict=True):
+        if isinstance(ours, np.ndarray):
+            compare(ours, wanted, name)
+    return answer
+
+
+def compare(ours: Any, wanted: Any, name: str) -> None:
+    if isinstance(wanted, tuple):
+        assert len(ours) == len(wanted)
+        for a, b in zip(ours, wanted, strict=True):
+            compare(a, b, name)
+    elif isinstance(wanted, np.ndarray):
+        assert same_bits(ours, wanted), name
+    elif isinstance(wanted, float):
+        assert float(ours).hex() == wanted.hex(), name
+    else:
+        assert ours == wanted, name
+
+
+# Reductions
+
+
+def elements(code: str, n: int, seed: int) -> np.ndarray:
+    """Any bits there are, of complex numbers small integers; NaN only as one."""
+    rng = np.random.default_rng([seed, n])
+    dtype = np.dtype("u2" if code == "bf16" else code)
+    octets = rng.integers(0, 256, n * dtype.itemsize, np.uint8)
+    if code == "b1":
+        return (octets & 1).view("b1")
+    if code == "bf16":
+        return np.where((octets.view(dtype) & 0x7F80) == 0x7F80, 0x7FC0, octets.view(dtype)).astype("u2")
+    x = octets.view(dtype).copy()
+    if dtype.kind == "c":  # NumPy fuses some products of complex numbers, so they have to be exact
+        return (rng.integers(-9, 9, n) + 1j * rng.integers(-9, 9, n)).astype(dtype)
+    if dtype.kind == "f":
+        x[~np.isfinite(x)] = 3
+        x[1::7] = np.inf
+        x[::5] = rng.normal(size=len(x[::5]))
+        x[2::11] = np.nan
+    return x
+
+
+def without_payloads(x: np.ndarray, code: str) -> np.ndarray:
+    """All NaN made one."""
+    wide = reductions.widen(x, code) if code in reductions.HALVES else x
+    return np.where(np.isnan(wide), np.nan, wide).astype(wide.dtype) if wide.dtype.kind == "f" else x
+
+
+@pytest.mark.parametrize(("op", "code"), every_reduction())
+def test_reductions_equal_numpy(kernels: Kernels, op: str, code: str) -> None:
+    dtype = "bfloat16" if code == "bf16" else code
+    for n, k, shift in ((0, 2, 0), (1, 3, 0), (37, 1, 0), (301, 2, 0), (300, 5, 1)):
+        vectors = [elements(code, n + shift, seed)[shift:] for seed in range(k)]
+        expected, out = np.empty_like(vectors[0]), np.empty_like(vectors[0])
+        with np.errstate(all="ignore"):
+            reductions.reduce(op, dtype, vectors, expected)
+        kernels.reduce(op, dtype, vectors, out)
+        assert same_bits(without_payloads(out, code), without_payloads(expected, code)), (n, k)
+        kernels.reduce(op, dtype, vectors, vectors[-1])
+        assert same_bits(without_payloads(vectors[-1], code), without_payloads(expected, code)), (n, k)
+
+
+@pytest.mark.parametrize("code", reductions.HALVES)
+def test_every_16_bit_float_is_read_and_written_exactly(kernels: Kernels, code: str) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view("f2" if code == "f2" else "u2")
+    other = np.roll(every, 12345)
+    dtype, out, expected = "bfloat16" if code == "bf16" else code, np.empty_like(every), np.empty_like(every)
+    with np.errstate(all="ignore"):
+        reductions.reduce("sum", dtype, [every, other], expected)
+    kernels.reduce("sum", dtype, [every, other], out)
+    assert same_bits(without_payloads(out, code), without_payloads(expected, code))
+
+
+# Compression
+
+
+ODD = np.nan, np.inf, -np.inf
+
+
+@pytest.mark.parametrize("n", [*LENGTHS, 4095, 4096, 4097, 9000])
+@pytest.mark.parametrize("pending", [False, True])
+def test_threshold_compaction_equals_the_reference(kernels: Kernels, n: int, pending: bool) -> None:
+    residual, gradient = numbers(n, 1), numbers(n, 2) if pending else None
+    for tau in (0.5, 1e-45, 30.0):
+        words, finite = agree(
+            kernels, compression_reference, "threshold_words", residual, gradient, np.zeros(n, F32), tau
+        )
+        assert finite
+        agree(kernels, compression_reference, "add_words", words, tau, numbers(n, 3))
+    in_place = residual.copy()
+    kernels.threshold_words(in_place, gradient, in_place, 0.5)
+    out = np.empty_like(residual)
+    compression_reference.threshold_words(residual, gradient, out, 0.5)
+    assert same_bits(in_place, out)
+
+
+@pytest.mark.parametrize("bad", ODD)
+def test_what_is_not_finite_is_noticed(kernels: Kernels, bad: float) -> None:
+    for place in (0, 4095, 4096, 8999):
+        x = numbers(9000, 4)
+        x[place] = bad
+        assert not kernels.threshold_words(x, None, np.empty_like(x), 0.5)[1]
+        agree(kernels, compression_reference, "select_threshold", x, 0.5)
+        u, v = numbers(9000, 5), numbers(9000, 6)
+        agree(kernels, compression_reference, "momentum_select", x, u, v, 0.9, 90)
+
+
+@pytest.mark.parametrize("n", [0, 1, 9, 4097, 70001])
+def test_selection_equals_the_reference(kernels: Kernels, n: int) -> None:
+    for k in (1, n // 100 + 1, n // 10 + 1, n + 1):
+        for least in (1.0, 0.5):
+            agree(kernels, compression_reference, "select_largest", numbers(n, 7), k, 3, least)
+
+
+@pytest.mark.parametrize("n", [1, 9, 4097, 70001])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+def test_momentum_selection_equals_the_reference(kernels: Kernels, n: int, nesterov: bool, mask: bool) -> None:
+    vectors = numbers(n, 8), numbers(n, 9, 0.5), numbers(n, 10, 2)
+    for k in (1, n // 1000 + 1, n // 4 + 1):
+        agree(kernels, compression_reference, "momentum_select", *vectors, 0.9, k, nesterov=nesterov, mask=mask, step=k)
+
+
+def test_a_threshold_that_sampling_puts_too_high_is_lowered(kernels: Kernels) -> None:
+    n, k = 1 << 16, 300
+    plan = compression_reference.sample_plan(n, k, 0)
+    assert plan is not None
+    gradient = np.full(n, 1e-3, F32) * np.arange(n, 0, -1, dtype=F32)
+    at = plan.start + np.arange(plan.lines) * plan.stride
+    gradient[(at[:, None] + np.arange(16)).ravel()] = 1e6
+    zeros = np.zeros(n, F32)
+    agree(kernels, compression_reference, "momentum_select", gradient, zeros, zeros.copy(), 0.9, k)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_adding_sparse_vectors_equals_the_reference(kernels: Kernels, n: int) -> None:
+    rng = np.random.default_rng(n)
+    messages = []
+    for _ in range(3):
+        index = np.flatnonzero(rng.random(n) < 0.3).astype("u4")
+        messages.append((index, rng.normal(size=index.size).astype(F32)))
+    ours, wanted = numbers(n, 11), numbers(n, 11)
+    kernels.scatter_add(messages, ours)
+    compression_reference.scatter_add(messages, wanted)
+    assert same_bits(ours, wanted)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("pending", [False, True])
+def test_one_bit_equals_the_reference(kernels: Kernels, n: int, pending: bool) -> None:
+    residual, gradient = numbers(n, 12), numbers(n, 13) if pending else None
+    agree(kernels, compression_reference, "pack_signs", residual)
+    bits = np.full(-(-n // 8), 255, np.uint8)
+    out = np.zeros(n, F32)
+    agree(kernels, compression_reference, "pack_signs_feedback", residual, gradient, out, 0.75, -1.25, bits)
+    agree(kernels, compression_reference, "sum_magnitudes", residual, gradient)
+    agree(kernels, compression_reference, "sum_by_sign", residual, gradient)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_adding_one_bit_messages_equals_the_reference(kernels: Kernels, n: int, count: int) -> None:
+    messages = [(compression_reference.pack_signs(numbers(n, k)), 0.1 * k, -0.3 / (k + 1)) for k in range(count)]
+    ours, wanted = numbers(n, 14), numbers(n, 14)
+    kernels.add_signs(messages, ours)
+    compression_reference.add_signs(messages, wanted)
+    assert same_bits(ours, wanted)
+    bits = [each for each, _, _ in messages]
+    assert same_bits(kernels.majority(bits, n), compression_reference.majority(bits, n))
+
+
+def test_compaction_is_right_however_blocks_are_delayed(kernels: Kernels) -> None:
+    x = numbers(24 * 4096, 15)
+    wanted, _ = compression_reference.select_threshold(x, 0.5)
+    for _ in range(3):
+        assert same_bits(kernels.select_threshold(x, 0.5)[0], wanted)
+
+
+# Optimizers
+
+
+Numbers = Callable[[int, int], np.ndarray]
+
+
+@cache
+def table(lengths: tuple[int, ...]) -> np.ndarray:
+    """Tensors one after the other, with a gap behind each."""
+    ends = np.cumsum([each + 3 for each in lengths]) - 3
+    return np.array([[end - each, end] for each, end in zip(lengths, ends, strict=True)], np.int64).reshape(-1, 2)
+
+
+TABLES = [(), (1,), (0, 5), (1023, 1, 1024, 1025, 3000)]
+
+
+@pytest.fixture(params=["f4", "f8"])
+def vectors(request: pytest.FixtureRequest) -> Numbers:
+    def make(n: int, seed: int) -> np.ndarray:
+        return np.random.default_rng([n, seed]).normal(size=n).astype(request.param)
+
+    return make
+
+
+@pytest.mark.parametrize("lengths", TABLES, ids=str)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_lars_equals_the_reference(
+    kernels: Kernels, vectors: Numbers, lengths: tuple[int, ...], nesterov: bool
+) -> None:
+    bounds, k = table(lengths), len(lengths)
+    n = int(bounds.max(initial=0)) + 2
+    w, g, v = (vectors(n, seed) for seed in range(3))
+    kind = w.dtype.type
+    rates = [np.abs(vectors(k, seed)) for seed in (3, 4, 5)]
+    for whose in (optimizers_reference.GRADIENT, optimizers_reference.DECAYED, optimizers_reference.MOVED):
+        numbers = kind(0.7), kind(0.9), nesterov, whose
+        agree(kernels, optimizers_reference, "lars_sums", w, g, v, bounds, rates[0], *numbers)
+    numbers = kind(0.7), kind(0.3), kind(0.9), nesterov
+    agree(kernels, optimizers_reference, "lars_step", w, g, v, vectors(n, 6), bounds, *rates, *numbers)
+    agree(kernels, optimizers_reference, "lars_place", w, g, v, bounds, *rates, *numbers)
+
+
+@pytest.mark.parametrize("lengths", TABLES, ids=str)
+def test_lamb_equals_the_reference(kernels: Kernels, vectors: Numbers, lengths: tuple[int, ...]) -> None:
+    bounds, k = table(lengths), len(lengths)
+    n = int(bounds.max(initial=0)) + 2
+    w, g, m, out = (vectors(n, seed) for seed in (0, 1, 2, 4))
+    v, rates, kind = np.abs(vectors(n, 3)), np.abs(vectors(k, 5)), w.dtype.type
+    numbers = [kind(each) for each in (0.7, 0.9, 0.1, 0.999, 0.001, 0.19, 0.0019, 1e-6)]
+    agree(kernels, optimizers_reference, "lamb_moments", w, g, m, v, out, bounds, rates, *numbers)
+    agree(kernels, optimizers_reference, "adam_step", w, g, m, v, bounds, rates, *numbers, kind(-0.01))
+    agree(kernels, optimizers_reference, "scaled", out, bounds, rates, kind(-0.1))
+    agree(kernels, optimizers_reference, "added", w, out, bounds, rates, kind(-0.1))
