@@ -651,7 +651,7 @@ def powersgd(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> 
 
     The vector is seen as a matrix of ``shape``, by default nearly square and filled up with zeros.  One power iteration
     from a start that follows from ``seed``; the message holds the factors P̂ and Q = Mᵀ P̂.  The two-phase form, whose
-    factors can be averaged by an ordinary allreduce, is :func:`powersgd_exchange`.
+    factors are averaged by ordinary allreduces, is :func:`hpccomm.algorithms.powersgd.powersgd`.
     """
     name = f"powersgd({rank})"
     if rank < 1:
@@ -660,7 +660,8 @@ def powersgd(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> 
     def write(vector: Vector, step: int, last: Message) -> Message:
         demand_finite(kernels().all_finite(vector), name)
         matrix = as_matrix(vector, shape, name)
-        left, right = low_rank_factors(matrix, start_factor(matrix.shape[1], min(rank, *matrix.shape), seed))
+        left = orthonormal(matrix @ start_factor(matrix.shape[1], min(rank, *matrix.shape), seed))
+        right = np.ascontiguousarray(matrix.T @ left)
         sizes = np.array([*matrix.shape, left.shape[1]], "<u8")
         return message_of(Kind.LOW_RANK, vector.size, [sizes, left, right])
 
@@ -685,16 +686,6 @@ def start_factor(columns: int, rank: int, seed: int = 0) -> npt.NDArray[np.float
     return (2 * values - 1).reshape(columns, rank)
 
 
-def low_rank_factors(
-    matrix: npt.NDArray[np.float32],
-    start: npt.NDArray[np.float32],
-    mean: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] = lambda factor: factor,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """P̂ = orthonormal(mean(M Q)), Q = mean(Mᵀ P̂); ``mean`` averages a factor over the ranks."""
-    left = orthonormal(mean(matrix @ start))
-    return left, mean(np.ascontiguousarray(matrix.T @ left))
-
-
 def orthonormal(columns: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Gram-Schmidt in float64, twice; a column that is (nearly) a combination of those before becomes 0."""
     basis = columns.astype(np.float64)
@@ -706,35 +697,6 @@ def orthonormal(columns: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         norm = math.sqrt(float(column @ column))
         basis[:, j] = column / norm if norm > 1e-6 * before else 0
     return basis.astype(np.float32)
-
-
-class LowRankExchange(NamedTuple):
-    """What :func:`powersgd_exchange` returns."""
-
-    mean: Vector
-    """P̂ Qᵀ: on all ranks the same."""
-    residual: Vector
-    """This rank's backlog less the mean."""
-    factor: npt.NDArray[np.float32]
-    """Q, to start from next time."""
-
-
-def powersgd_exchange(
-    backlog: Vector,
-    factor: npt.NDArray[np.float32],
-    mean: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
-    shape: tuple[int, int] | None = None,
-) -> LowRankExchange:
-    """PowerSGD, 4r(rows + columns) bytes: P = M Q is averaged and orthonormalised, then Q = Mᵀ P̂ averaged.
-
-    ``mean(array)`` returns the average over the ranks, the same bits on all of them; it is called twice.  ``factor`` is
-    :func:`start_factor` at first, then what was returned (warm start).  The residual is the backlog less what all ranks
-    apply, as in PyTorch; its mean over the ranks is what no rank has applied.
-    """
-    demand_finite(kernels().all_finite(flat(backlog, "powersgd")), "powersgd")
-    left, right = low_rank_factors(as_matrix(backlog, shape), factor, mean)
-    applied = np.ascontiguousarray(left @ right.T).reshape(-1)[: backlog.size]
-    return LowRankExchange(applied, backlog - applied, right)
 
 
 # Messages

@@ -75,6 +75,16 @@ def allreduce_bytes(nbytes: int, size: int) -> int:
     return round(2 * (size - 1) * nbytes / size)
 
 
+def averaged(comm: MPI.Intracomm, vector: Vector) -> tuple[Vector, int]:
+    """The mean of float32 over the ranks (``vector`` itself where there is one), and the bytes that this one sends."""
+    if comm.size == 1:
+        return vector, 0
+    total: Vector = np.empty_like(vector)
+    comm.Allreduce(vector, total)
+    total /= np.float32(comm.size)
+    return total, allreduce_bytes(total.nbytes, comm.size)
+
+
 def spent(state: Any) -> ExchangeReport:
     """What all exchanges in a state have cost, however deep they sit in chains."""
     total = ExchangeReport()

@@ -1,4 +1,4 @@
-"""One bit an element: 1-bit SGD, EF-signSGD, 1-bit Adam.
+"""One bit an element: 1-bit SGD, EF-signSGD, 1-bit Adam, 1-bit LAMB.
 
 *p ranks, n elements; e what was not sent yet, s a scale.*
 
@@ -11,6 +11,8 @@ method                 what is sent                                           so
                                                                               ICML 2019
 :func:`onebit_adam`    Adam's momentum, in two phases, once its variance      Tang et al., ICML 2021
                        has settled
+:func:`onebit_lamb`    LAMB's momentum likewise, its tensors made equally     Li, Awan, Tang, Rajbhandari & He,
+                       long                                                   HiPC 2022
 =====================  =====================================================  =======================================
 
 In two phases (:func:`~hpccomm.collectives.onebit.onebit_allreduce`) a rank sends 2(p−1)/p · n/8 bytes, as many as a
@@ -20,14 +22,16 @@ from four on.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.compressors import flat, onebit
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
+from hpccomm.algorithms.exchange import ExchangeReport, averaged
 from hpccomm.algorithms.feedback import everywhere, feedback
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, check_decay, require, scale
 from hpccomm.buckets import Bucket
@@ -126,11 +130,144 @@ def onebit_adam(
     return Transform(init, update)
 
 
-def averaged(comm: MPI.Intracomm, gradient: Vector) -> tuple[Vector, int]:
-    """The mean over the ranks, and the bytes that this one sends."""
-    if comm.size == 1:
-        return gradient, 0
-    total: npt.NDArray[np.float32] = np.empty_like(gradient)
-    comm.Allreduce(gradient, total)
-    total /= np.float32(comm.size)
-    return total, allreduce_bytes(total.nbytes, comm.size)
+COEFFICIENTS = (0.01, 10.0)
+"""Bounds of a tensor's trust ratio while it is learnt."""
+FACTORS = (0.5, 4.0)
+"""Bounds of what a frozen trust ratio is multiplied by."""
+FACTOR_CHANGE = 0.1
+"""That factor changes by at most this share in a step."""
+
+
+class OneBitLambState(NamedTuple):
+    """Where a rank stands; all but the errors is the same on all ranks."""
+
+    steps: int
+    mean: Vector
+    """m: Adam's first moment."""
+    variance: Vector
+    """v: frozen after the warm-up."""
+    fresh: Vector
+    """v as it would go on, from the gradients that the momentum says."""
+    ratios: npt.NDArray[np.float64]
+    """(L,) running means of the trust ratios, frozen after the warm-up."""
+    factors: npt.NDArray[np.float64]
+    """(L,) what the ratios were multiplied by last."""
+    scales: npt.NDArray[np.float32]
+    """(L,) by what each tensor's momentum is multiplied before it is sent."""
+    worker: Vector
+    server: Vector
+    skipped: int
+    """Steps that all ranks left out because a gradient was not finite."""
+    report: ExchangeReport
+
+
+def onebit_lamb(
+    comm: MPI.Intracomm,
+    bucket: Bucket,
+    lr: float | Schedule,
+    freeze_step: int,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    ratio_decay: float = 0.9,
+) -> Transform:
+    """LAMB whose momentum travels in one bit an element after ``freeze_step`` dense steps (Li et al., HiPC 2022).
+
+    *L tensors; m, v Adam's moments, k the rank, λ weight decay where a tensor's flag says so, c a trust ratio.*  Until
+    then it is LAMB on the mean gradient, c = ‖w‖/‖u‖ kept within 0.01 and 10, without bias correction::
+
+        u = m/(√v + ε) + λw;   step = −γ c u;   c̄ ← β c̄ + (1 − β) c,   the first c̄ is c
+
+    After it v and c̄ stand.  Each tensor's momentum is multiplied by σ, the mean over the tensors of m's root mean
+    square at the freeze by its own, so that one scale serves all of them, and::
+
+        m_k = b1·m + (1 − b1)·g_k;   m' = onebit_allreduce(σ m_k)/σ;   ĝ = (m' − b1·m)/(1 − b1)
+        ṽ ← b2·ṽ + (1 − b2)·ĝ²;   f = max (√v + ε)/(√ṽ + ε) in each tensor
+        step = −γ c̄ f (m'/(√v + ε) + λw)
+
+    with f between 0.5 and 4 and within 10 % of the last.  Elements whose v is 0 do not move but for their decay.  Steps
+    have their sign: add them to the weights.  Gradients of a bucket, float32.
+    """
+    for name, rate in (("b1", b1), ("b2", b2), ("ratio_decay", ratio_decay)):
+        check_decay(f"onebit_lamb: {name}", rate)
+    require(freeze_step >= 1, f"onebit_lamb: freeze_step is {freeze_step}: pass the number of dense steps, 1 or more")
+    require(weight_decay >= 0, f"onebit_lamb: weight_decay is {weight_decay}: pass 0 or more")
+    places = tensors(bucket) or []
+    decays = np.array([weight_decay * slot.decay for slot in bucket.table], np.float32)
+
+    def init(weights: Vector) -> OneBitLambState:
+        require(flat(weights, "onebit_lamb").size == bucket.size, "onebit_lamb: pass weights of the bucket's size")
+        m, v, fresh, worker = (np.zeros_like(weights) for _ in range(4))
+        server = np.zeros(server_elements(weights.size, comm.rank, comm.size), np.float32)
+        ones = np.ones(len(places))
+        scales = ones.astype(np.float32)
+        return OneBitLambState(0, m, v, fresh, ones, ones, scales, worker, server, 0, ExchangeReport())
+
+    def update(gradient: Vector, state: OneBitLambState, weights: Vector) -> tuple[Vector, OneBitLambState]:
+        check_alike(gradient, weights)
+        began = time.perf_counter()
+        fine = kernels().all_finite(flat(gradient, "onebit_lamb"))
+        if not (everywhere(comm, fine) if comm.size > 1 else fine):
+            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
+        state, direction, rates, nbytes = (warm if state.steps < freeze_step else frozen)(gradient, state, weights)
+        rate = lr(state.steps) if callable(lr) else lr
+        for place, each in zip(places, rates, strict=True):
+            direction[place] *= np.float32(-rate * each)
+        report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes))
+        return direction, state._replace(steps=state.steps + 1, report=report)
+
+    def warm(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
+        mean, nbytes = averaged(comm, gradient)
+        moment: Vector = np.float32(b1) * state.mean + np.float32(1 - b1) * mean
+        variance: Vector = np.float32(b2) * state.variance + np.float32(1 - b2) * mean * mean
+        direction = adapted(moment, variance, weights)
+        found = np.array([trust_ratio(weights[place], direction[place]) for place in places])
+        ratios = found if state.steps == 0 else ratio_decay * state.ratios + (1 - ratio_decay) * found
+        scales = state.scales if state.steps + 1 < freeze_step else equalising(moment, places)
+        state = state._replace(mean=moment, variance=variance, fresh=variance, ratios=ratios, scales=scales)
+        return state, direction, found, nbytes
+
+    def frozen(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
+        own: Vector = np.float32(b1) * state.mean + np.float32(1 - b1) * gradient
+        scales = np.repeat(state.scales, [place.stop - place.start for place in places])
+        sent = onebit_allreduce(comm, own * scales, state.worker, state.server)
+        moment: Vector = sent.mean / scales
+        said = (moment - np.float32(b1) * state.mean) / np.float32(1 - b1)
+        fresh: Vector = np.float32(b2) * state.fresh + np.float32(1 - b2) * said * said
+        growth = (np.sqrt(state.variance) + np.float32(eps)) / (np.sqrt(fresh) + np.float32(eps))
+        most = np.array([growth[place].max(initial=0) for place in places], np.float64)
+        last = state.factors
+        factors = np.clip(np.clip(most, *FACTORS), last * (1 - FACTOR_CHANGE), last * (1 + FACTOR_CHANGE))
+        direction = adapted(moment, state.variance, weights)
+        state = state._replace(mean=moment, fresh=fresh, factors=factors)
+        return state, direction, state.ratios * factors, sent.bytes_sent
+
+    def adapted(moment: Vector, variance: Vector, weights: Vector) -> Vector:
+        """u; 0 where the variance is."""
+        still = variance == 0
+        u: Vector = np.where(still, np.float32(0), moment / np.where(still, 1, np.sqrt(variance) + np.float32(eps)))
+        for place, decay in zip(places, decays, strict=True):
+            u[place] += decay * weights[place]
+        return u
+
+    return Transform(init, update)
+
+
+LambParts = tuple[OneBitLambState, Vector, npt.NDArray[np.float64], int]
+"""The new state, u, what each tensor of it is multiplied by, the bytes that were sent."""
+
+
+def trust_ratio(weights: Vector, step: Vector) -> float:
+    """‖w‖/‖u‖ within :data:`COEFFICIENTS`, 1 where either is 0; squares are summed in a fixed order."""
+    size, length = (math.sqrt(kernels().moments(each)[1]) for each in (weights, step))
+    return min(max(size / length, COEFFICIENTS[0]), COEFFICIENTS[1]) if size and length else 1.0
+
+
+def equalising(moment: Vector, places: Sequence[slice]) -> npt.NDArray[np.float32]:
+    """The factors that give each tensor's momentum the mean of their root mean squares; 1 for zeros."""
+    squares = [kernels().moments(moment[place])[1] / max(1, place.stop - place.start) for place in places]
+    lengths = np.sqrt(np.array(squares, np.float64))
+    mean = lengths.mean() if lengths.size else 0.0
+    return np.where(lengths > 0, mean / np.where(lengths > 0, lengths, 1), 1).astype(np.float32)

@@ -124,13 +124,19 @@ def onebit_adam(plan: Plan) -> Transform:
     return exchange(plan.comm, plan.lr, plan.steps // 5)
 
 
+def onebit_lamb(plan: Plan) -> Transform:
+    """LAMB, its momentum in one bit after a fifth of the run."""
+    from hpccomm.algorithms.onebit import onebit_lamb as exchange
+
+    return exchange(plan.comm, plan.bucket, plan.lr, max(1, plan.steps // 5))
+
+
 def powersgd(plan: Plan) -> Transform:
-    """Each rank's vector as a matrix of rank 4; momentum behind the exchange."""
-    from hpccomm.algorithms.compressors import powersgd as low_rank
-    from hpccomm.algorithms.feedback import feedback
+    """Each matrix as two of rank 4; momentum behind the exchange."""
+    from hpccomm.algorithms.powersgd import powersgd as low_rank
     from hpccomm.algorithms.transforms import chain
 
-    return chain(feedback(low_rank(4), plan.comm), heavy_ball(plan))
+    return chain(low_rank(plan.comm, plan.bucket, 4), heavy_ball(plan))
 
 
 def bmuf(plan: Plan) -> Transform:
@@ -202,6 +208,7 @@ METHODS = {
     "onebit-sgd": Method("1-bit SGD, momentum 0.9", 0.1, onebit_sgd),
     "ef-signsgd": Method("signs with error feedback", 0.3, ef_signsgd),
     "onebit-adam": Method("1-bit Adam", 0.003, onebit_adam),
+    "onebit-lamb": Method("1-bit LAMB", 0.01, onebit_lamb),
     "powersgd": Method("rank 4 with error feedback, momentum 0.9", 0.03, powersgd),
     "local-sgd": Method("models averaged after blocks of local steps", 0.1, local_sgd, alone=True),
     "bmuf": Method("blocks of local steps, block momentum", 0.02, bmuf, alone=True),
