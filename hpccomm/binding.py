@@ -6,6 +6,7 @@ bind it to native MPI, to shared memory, or to one of our schedules on messages.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -757,6 +758,7 @@ class Binder:
             until = time.monotonic() + TURN
             while memory.missing() and time.monotonic() < until:
                 progress()
+                os.sched_yield()
 
         return drive
 

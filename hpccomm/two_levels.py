@@ -3,8 +3,8 @@
 *N nodes, L lanes: the ranks of the smallest node; n bytes.*  A long vector goes in segments: the ranks of a node reduce
 a segment together, each lane a part of it; the ranks with the same lane on all nodes reduce their parts by messages,
 so that every local rank drives the network; then the ranks of a node gather.  While one segment is between the nodes
-the next is reduced inside.  Messages are short, so that many are on their way in both directions: Open MPI's TCP sends
-one way at a time above 64 KB.
+the next is reduced inside, a turn later: whoever waits for messages drives all that are on their way.  Messages are
+short, so that many are on their way in both directions: Open MPI's TCP sends one way at a time above 64 KB.
 
 A short vector is reduced inside the node by everybody, and every lane carries all of it: one meeting instead of two.
 Any number of ranks on any node, in any order.
@@ -78,7 +78,9 @@ class TwoLevels:
             return self.short(data, word, inter)
         count = min(MOST_SEGMENTS, -(-nbytes // SEGMENT_BYTES))
         cut = segments(data.vector.size, count)
-        return interleaved([lane for each in cut for lane in self.long(data, word, inter, each)])
+        found = [list(self.long(data, word, inter, each)) for each in cut]
+        turns = [turn for turn, lanes in enumerate(found) for _ in lanes]
+        return interleaved([lane for lanes in found for lane in lanes], turns)
 
     def short(self, data: Operands, word: int, inter: Algorithm) -> Plan:
         """Every lane carries the whole vector; ranks beyond the lanes get it in the end."""
@@ -102,7 +104,7 @@ class TwoLevels:
         first, last = Round([], [reduce]), Round([], [gather])
         part = vector[cuts[self.place] : cuts[self.place + 1]]
         if not self.drives:
-            yield [first, last]
+            yield [first, *finished([Round([], []) for _ in range(self.rounds(inter))], last)]
             return
         messages = max(1, -(-part.nbytes // (MESSAGE_BYTES * inter.blocks(self.nodes))))
         for number, piece in enumerate(pieces := segments(part.size, messages)):
@@ -115,6 +117,11 @@ class TwoLevels:
     def drives(self) -> bool:
         """Whether this rank has a lane."""
         return self.place < self.width
+
+    def rounds(self, inter: Algorithm) -> int:
+        """How many rounds a lane of this node has: a rank without one takes its turns as the others do."""
+        driver = int(self.lanes.rank[self.lanes.node[self.rank], 0])
+        return sum(int(step.to) >= 0 or int(step.source) >= 0 for step in twins(inter.steps, driver, self.lanes))
 
     def between(self, inter: Algorithm, part: Any, combine: Combine, word: int) -> Iterator[Round]:
         """The messages of one lane."""

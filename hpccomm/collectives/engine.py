@@ -126,14 +126,19 @@ class Round:
         self.finishes = [act for exchange in exchanges for act in exchange.waits] + reductions
 
 
-def interleaved(lanes: list[list[Round]]) -> Plan:
-    """Round k+1 of a lane starts as soon as its round k is finished; meanwhile the other lanes are on their way."""
-    actions: list[Action] = [act for lane in lanes if lane for act in lane[0].starts]
-    for k in range(max((len(lane) for lane in lanes), default=0)):
-        for lane in lanes:
-            if k < len(lane):
+def interleaved(lanes: Sequence[list[Round]], begins: Sequence[int] | None = None) -> Plan:
+    """Round k+1 of a lane starts as soon as its round k is finished; meanwhile the other lanes are on their way.
+
+    ``begins`` are the turns in which lanes begin, not decreasing; all in the first if not said.
+    """
+    begins = begins or [0] * len(lanes)
+    actions: list[Action] = []
+    for turn in range(-1, max((first + len(lane) for first, lane in zip(begins, lanes, strict=True)), default=0)):
+        for first, lane in zip(begins, lanes, strict=True):
+            k = turn - first
+            if 0 <= k < len(lane):
                 actions += lane[k].finishes
-            if k + 1 < len(lane):
+            if 0 <= k + 1 < len(lane):
                 actions += lane[k + 1].starts
     return Plan(actions, [exchange for lane in lanes for each in lane for exchange in each.exchanges])
 
