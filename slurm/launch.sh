@@ -26,11 +26,29 @@ launch() {
     shift
     mapfile -t bound < <(bind_gpu)
     case "${LAUNCHER:-run}" in
-        srun) srun --mpi="${SRUN_MPI:-pmi2}" -n "$ranks" "${bound[@]}" "$PYTHON" -m mpi4py "$@" ;;
-        run) "$(dirname "$(command -v "$PYTHON")")/hpccomm-run" -n "$ranks" "${bound[@]}" "$PYTHON" -m mpi4py "$@" ;;
+        srun) ${RUN:-} srun --mpi="${SRUN_MPI:-pmi2}" -n "$ranks" "${bound[@]}" "$PYTHON" -m mpi4py "$@" ;;
+        run) ${RUN:-} "$(dirname "$(command -v "$PYTHON")")/hpccomm-run" -n "$ranks" "${bound[@]}" "$PYTHON" -m mpi4py "$@" ;;
         *)
             echo "LAUNCHER=$LAUNCHER: take run or srun" >&2
             return 2
             ;;
     esac
+}
+
+# As launch.  The signal USR1 goes to all ranks; when they have saved and ended, the job is queued again.
+interruptible() {
+    local status=0
+    (RUN=exec launch "$@") &
+    child=$!
+    trap 'told=yes; kill -USR1 "$child"' USR1
+    while :; do # a signal ends the waiting, not the program
+        wait "$child" && status=0 || status=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    if [ -n "${told:-}" ]; then
+        echo "told to end: queued again"
+        scontrol requeue "$SLURM_JOB_ID"
+        sleep 60 # until Slurm ends this
+    fi
+    return "$status"
 }

@@ -76,7 +76,8 @@ def test_osus_benchmarks_print_and_keep_their_tables(site: Site) -> None:
     said, results = site.submitted(
         "osu", "--nodes=1", COLLECTIVES="bcast barrier", PAIRS="latency", SIZES="8:64", FLAGS="-i 3 -x 1"
     )
-    assert sorted(each.name for each in results.iterdir()) == ["osu-barrier.json", "osu-bcast.json", "osu-latency.json"]
+    names = ["osu-barrier.json", "osu-bcast.json", "osu-latency.json", "osu.png"]
+    assert sorted(each.name for each in results.iterdir()) == names
     assert "OSU MPI Broadcast Latency Test" in said
 
 
@@ -90,6 +91,22 @@ def test_training_goes_through_its_methods(site: Site) -> None:
     _, results = site.submitted("train", "--nodes=2", METHODS="dense adam", EPOCHS="1")
     for method in ("dense", "adam"):
         assert json.loads((results / f"train-{method}.json").read_text())["method"] == method
+
+
+def test_training_that_is_told_to_end_is_queued_again_and_goes_on(site: Site) -> None:
+    number = site.told(
+        "sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=2", "slurm/train.sbatch",
+        PYTHON=sys.executable, METHODS="adam", DATASET="stdlib", EPOCHS="4", FLAGS="--samples 20000",
+    ).strip()  # fmt: skip
+    results, output = site.folder / f"results-{number}", site.folder / f"train-{number}.out"
+    assert clusters.wait_until(lambda: any(results.glob("checkpoints/*.json")), SECONDS)
+    site.told("scancel", "--batch", "--signal=USR1", number)
+    ended = clusters.wait_until(lambda: not site.told("squeue", "-h", "-j", number).strip(), SECONDS)
+    said = output.read_text()
+    assert ended, said
+    assert "saved: the same command goes on from there" in said
+    assert "told to end: queued again" in said
+    assert len(json.loads((results / "train-adam.json").read_text())["epochs"]) == 4
 
 
 def test_tuning_writes_the_table_of_this_site(site: Site) -> None:
