@@ -43,6 +43,7 @@ from hpccomm.kernels.vectors import (
     no_doubles,
     octets,
     ones,
+    reaches,
     signed_octets,
     splat,
     store,
@@ -56,6 +57,8 @@ EDITION = f"{zlib.crc32(Path(vectors.__file__).read_bytes()):08x}"
 F32, F64, U32, U64, I64 = np.float32, np.float64, np.uint32, np.uint64, np.int64
 GROUP = 64
 """Elements that one mask speaks of."""
+BLOCK = 1 << 13
+"""Elements between two looks whether all were finite."""
 ROOM = 1 << 15
 """Indices that a loop returns at most."""
 INFINITY = F32(np.inf)
@@ -113,20 +116,22 @@ def is_finite(x):
 
 
 @register_jitable
-def odd_lanes(x):
-    """The mask of NaNs and infinities: what x·0 is not at least and at most 0."""
-    nothing = x - x
-    return at_least(nothing, nothing) ^ U64(0xFFFF)
+def nothing_of(x):
+    """0 in each lane, NaN where there was a NaN or an infinity."""
+    return x - x
 
 
 @loop("int64(int64, int64)")
 def all_finite(x, n):
-    odd = U64(0)
     end = whole(n)
-    for i in range(0, end, GROUP):
-        for j in range(i, i + GROUP, 16):
-            odd |= odd_lanes(load(x + 4 * j))
-        if odd:
+    zero = splat(F32(0))
+    for begin in range(0, end, BLOCK):
+        a = b = c = d = zero
+        for i in range(begin, min(end, begin + BLOCK), GROUP):
+            at = x + 4 * i
+            a, b = a + nothing_of(load(at)), b + nothing_of(load(at + 64))
+            c, d = c + nothing_of(load(at + 128)), d + nothing_of(load(at + 192))
+        if at_least((a + b) + (c + d), zero) != U64(0xFFFF):
             return 0
     for i in range(end, n):
         if not is_finite(floats(x)[i]):
@@ -159,14 +164,13 @@ def threshold_words(residual, gradient, out, tau, found, n, state):
     to = words(found)
     i, end = longs(state)[0], whole(n)
     count = 0
-    odd = U64(0)
+    odd = False
     high, low, zero = splat(tau), splat(-tau), splat(F32(0))
     while i < end and count <= ROOM - GROUP:
         a, b = sum_from(residual, gradient, i), sum_from(residual, gradient, i + 16)
         c, d = sum_from(residual, gradient, i + 32), sum_from(residual, gradient, i + 48)
-        odd |= odd_lanes(a) | odd_lanes(b) | odd_lanes(c) | odd_lanes(d)
         pa, pb, pc, pd = at_least(a, high), at_least(b, high), at_least(c, high), at_least(d, high)
-        ma, mb, mc, md = at_least(low, a), at_least(low, b), at_least(low, c), at_least(low, d)
+        ma, mb, mc, md = reaches(low, a), reaches(low, b), reaches(low, c), reaches(low, d)
         store(out + 4 * i, a - choose(pa, high, choose(ma, low, zero)))
         store(out + 4 * (i + 16), b - choose(pb, high, choose(mb, low, zero)))
         store(out + 4 * (i + 32), c - choose(pc, high, choose(mc, low, zero)))
@@ -175,14 +179,17 @@ def threshold_words(residual, gradient, out, tau, found, n, state):
         mask = minus | pa | pb << U64(16) | pc << U64(32) | pd << U64(48)
         while mask:
             j = lowest(mask)
+            rest = floats(out)[i + j]
+            if not is_finite(rest):
+                odd = True
             to[count] = U32((i + j) << 1) | U32(minus >> U64(j) & U64(1))
-            count += 1
+            count += 0 if rest != rest else 1
             mask &= mask - U64(1)
         i += GROUP
     while end <= i < n and count < ROOM:
         p = sum_at(residual, gradient, i)
         if not is_finite(p):
-            odd |= U64(1)
+            odd = True
         rest = p
         if p >= tau:
             to[count] = U32(i << 1)
@@ -200,12 +207,12 @@ def threshold_words(residual, gradient, out, tau, found, n, state):
 
 @register_jitable
 def mask_of_large(a, b, c, d, limit):
-    """The mask of 64 magnitudes that reach a limit."""
+    """The mask of 64 magnitudes that reach a limit, and of NaN: what is not finite is among few, and found there."""
     return (
-        at_least(magnitude(a), limit)
-        | at_least(magnitude(b), limit) << U64(16)
-        | at_least(magnitude(c), limit) << U64(32)
-        | at_least(magnitude(d), limit) << U64(48)
+        reaches(magnitude(a), limit)
+        | reaches(magnitude(b), limit) << U64(16)
+        | reaches(magnitude(c), limit) << U64(32)
+        | reaches(magnitude(d), limit) << U64(48)
     )
 
 
@@ -214,23 +221,26 @@ def select_threshold(x, threshold, found, n, state):
     to = words(found)
     i, end = longs(state)[0], whole(n)
     count = 0
-    odd = U64(0)
+    odd = False
     least = max(threshold, LEAST)
     limit = splat(least)
     while i < end and count <= ROOM - GROUP:
         at = x + 4 * i
         a, b, c, d = load(at), load(at + 64), load(at + 128), load(at + 192)
-        odd |= odd_lanes(a) | odd_lanes(b) | odd_lanes(c) | odd_lanes(d)
         mask = mask_of_large(a, b, c, d, limit)
         while mask:
-            to[count] = U32(i + lowest(mask))
-            count += 1
+            j = i + lowest(mask)
+            value = floats(x)[j]
+            if not is_finite(value):
+                odd = True
+            to[count] = U32(j)
+            count += 0 if value != value else 1
             mask &= mask - U64(1)
         i += GROUP
     while end <= i < n and count < ROOM:
         value = floats(x)[i]
         if not is_finite(value):
-            odd |= U64(1)
+            odd = True
         if abs(value) >= least:
             to[count] = U32(i)
             count += 1
@@ -256,7 +266,7 @@ def momentum_select(
 ):
     i, end = longs(state)[0], whole(n)
     count = 0
-    odd = U64(0)
+    odd = False
     least = max(threshold, LEAST)
     limit, factor = splat(least), splat(m)
     while i < end and count <= ROOM - GROUP:
@@ -270,13 +280,16 @@ def momentum_select(
             else:
                 u = u * factor + g
                 v = v + u
-            odd |= odd_lanes(v)
-            mask |= at_least(magnitude(v), limit) << U64(j)
+            mask |= reaches(magnitude(v), limit) << U64(j)
             store(momentum + at, u)
             store(velocity + at, v)
         while mask:
-            taken(i + lowest(mask), count, momentum, velocity, clear, index, values, kept_momentum)
-            count += 1
+            j = i + lowest(mask)
+            if is_finite(floats(velocity)[j]):
+                taken(j, count, momentum, velocity, clear, index, values, kept_momentum)
+                count += 1
+            else:
+                odd = True
             mask &= mask - U64(1)
         i += GROUP
     g, u, v = floats(gradient), floats(momentum), floats(velocity)
@@ -288,8 +301,8 @@ def momentum_select(
             u[i] = u[i] * m + g[i]
             v[i] = v[i] + u[i]
         if not is_finite(v[i]):
-            odd |= U64(1)
-        if abs(v[i]) >= least:
+            odd = True
+        elif abs(v[i]) >= least:
             taken(i, count, momentum, velocity, clear, index, values, kept_momentum)
             count += 1
         i += 1

@@ -175,6 +175,17 @@ def at_least(context: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
+def reaches(context: Any, a: Any, b: Any) -> Any:
+    """The mask of a ≥ b and of NaN in either."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        holds = builder.fcmp_unordered(">=", args[0], args[1])
+        return builder.zext(builder.bitcast(holds, BITS), I64)
+
+    return types.uint64(float32x16, float32x16), emit
+
+
+@intrinsic
 def choose(context: Any, mask: Any, a: Any, b: Any) -> Any:
     """Lanes of a where the mask has ones, else of b."""
 

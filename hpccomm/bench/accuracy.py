@@ -1,0 +1,148 @@
+"""``scripts/bench_accuracy``: how well models train with compressed gradients, beside dense ones; ranks are threads.
+
+*One run for each dataset, number of ranks, method and seed.*  All methods of a seed begin with the same weights and see
+the same batches, so differences are taken seed by seed.  What was run stands in a file and is not run again:
+``--seconds`` ends one part of the whole, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+OUT = Path("docs/measurements/accuracy.json")
+RANKS, SEEDS, DENSITY = (4, 8), range(5), 0.001
+YARDSTICKS = {
+    "dgc": "dense",
+    "onebit-adam": "adam",
+    "gtc": "dense",
+    "onebit-sgd": "dense",
+    "ef-signsgd": "dense",
+    "powersgd": "dense",
+    "onebit-lamb": "lamb",
+}
+"""Methods, and the dense one that each is compared with."""
+
+Run = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """What is trained."""
+
+    epochs: int
+    batch_size: int
+    samples: int | None
+
+
+JOBS = {"digits": Job(20, 64, None), "stdlib": Job(3, 256, 200_000)}
+
+
+def wanted() -> Iterator[tuple[str, int, str, int]]:
+    """Dataset, ranks, method, seed: the first two pairs everywhere before the others."""
+    names = list(dict.fromkeys(name for pair in YARDSTICKS.items() for name in reversed(pair)))
+    for methods in (names[:4], names[4:]):
+        for dataset in JOBS:
+            for ranks in RANKS:
+                yield from ((dataset, ranks, method, seed) for method in methods for seed in SEEDS)
+
+
+def trained(dataset: str, ranks: int, method: str, seed: int) -> Run:
+    """One run: accuracy on what was not trained on, loss, bytes."""
+    from hpccomm.buckets import Bucket
+    from hpccomm.testing.ranks import run_on_ranks
+    from hpccomm.train.datasets import DATASETS
+    from hpccomm.train.loop import Settings, steps_in, train
+    from hpccomm.train.methods import METHODS, Plan
+    from hpccomm.train.networks import network_for
+
+    job, way = JOBS[dataset], METHODS[method]
+    data = DATASETS[dataset](job.samples)
+    network, settings = network_for(data), Settings(job.epochs, job.batch_size, seed, way.alone)
+
+    def body(comm: Any) -> Any:
+        steps = steps_in(len(data.targets), settings)
+        plan = Plan(comm, Bucket(network.shapes), way.lr, steps, density=DENSITY)
+        return train(comm, data, network, way.make(plan), settings)[1]
+
+    epochs = run_on_ranks(ranks, body, patience=600)[0]
+    return {
+        "dataset": dataset,
+        "ranks": ranks,
+        "method": method,
+        "seed": seed,
+        "lr": way.lr,
+        "accuracy": epochs[-1].accuracy,
+        "loss": epochs[-1].loss,
+        "bytes_a_step": mean(each.wire_bytes for each in epochs),
+        "bytes_of_the_last_epoch": epochs[-1].wire_bytes,
+    }
+
+
+def key(run: Run) -> tuple[Any, ...]:
+    """What tells runs apart."""
+    return run["dataset"], run["ranks"], run["method"], run["seed"]
+
+
+def uncertainty(values: Sequence[float]) -> float:
+    """The standard error of a mean."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def table(runs: Sequence[Run], dataset: str, ranks: int) -> Iterator[str]:
+    """Lines of Markdown: means with their standard errors, in percent; bytes of a step."""
+    here = {(run["method"], run["seed"]): run for run in runs if (run["dataset"], run["ranks"]) == (dataset, ranks)}
+    yield f"### {dataset}, {ranks} ranks"
+    yield ""
+    yield "| method | seeds | accuracy, % | less than dense, points | within one standard error | loss | bytes a step |"
+    yield "|---|---:|---:|---:|---|---:|---:|"
+    for name in dict.fromkeys(name for pair in YARDSTICKS.items() for name in reversed(pair)):
+        seeds = [seed for seed in SEEDS if (name, seed) in here]
+        if not seeds:
+            continue
+        rows = [here[name, seed] for seed in seeds]
+        scores = [100 * row["accuracy"] for row in rows]
+        cells = [name, str(len(seeds)), f"{mean(scores):.2f} ± {uncertainty(scores):.2f}"]
+        base = YARDSTICKS.get(name, "")
+        paired = [
+            100 * here[base, seed]["accuracy"] - scores[k] for k, seed in enumerate(seeds) if (base, seed) in here
+        ]
+        if paired:
+            fine = "yes" if mean(paired) <= uncertainty(paired) else "**no**"
+            cells += [f"{mean(paired):.2f} ± {uncertainty(paired):.2f} ({base})", fine]
+        else:
+            cells += ["", ""]
+        cells += [f"{mean(row['loss'] for row in rows):.4f}", f"{mean(row['bytes_a_step'] for row in rows):,.0f}"]
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def main() -> int:
+    """Run what is missing, for a time; print what there is."""
+    parser = argparse.ArgumentParser(prog="scripts/bench_accuracy", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so many")
+    parser.add_argument("--json", type=Path, default=OUT)
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    runs: list[Run] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else []
+    done, began = {key(run) for run in runs}, time.monotonic()
+    for each in wanted():
+        if each in done or time.monotonic() - began > args.seconds:
+            continue
+        runs.append(trained(*each))
+        args.json.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n", encoding="utf-8")
+    for dataset in JOBS:
+        for ranks in RANKS:
+            sys.stdout.write("\n".join(table(runs, dataset, ranks)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
