@@ -267,6 +267,38 @@ def test_equal_to_optax_in_float64(name: str) -> None:
         assert all(np.array_equal(np.asarray(found[key]), view) for key, view in BUCKET.views(step).items())
 
 
+@pytest.mark.skipif(importlib.util.find_spec("optax") is None, reason="optax is not installed here")
+@pytest.mark.parametrize("name", ["lars", "lars nesterov", "lamb"])
+def test_runs_equal_to_optax_in_float64(name: str) -> None:
+    """Any numbers, ten updates: tensors of one element, whose norms have one order of summation."""
+    import jax
+    import optax
+
+    jax.config.update("jax_enable_x64", True)
+    ones = Bucket({f"w{number}": (1, 1) for number in range(16)} | {"bias": (1,)}, np.float64)
+    mask = {slot.name: slot.decay for slot in ones.table}
+    options: dict[str, Any] = {"momentum": 0.9, "nesterov": name == "lars nesterov"}
+    theirs, ours = {
+        "lars": (
+            optax.lars(0.3, 0.25, weight_decay_mask=mask, trust_coefficient=0.02, trust_ratio_mask=mask, **options),
+            lars(ones, 0.3, weight_decay=0.25, trust=0.02, variant="optax", **options),
+        ),
+        "lamb": (optax.lamb(0.3, weight_decay=0.01, mask=mask), lamb(ones, 0.3, weight_decay=0.01)),
+    }[name.split(maxsplit=1)[0]]
+
+    def tree(vector: Vector) -> dict[str, Vector]:
+        return {key: np.array(view) for key, view in ones.views(vector).items()}
+
+    rng = np.random.default_rng(1)
+    weights = rng.standard_normal(ones.size)
+    state, their_state = ours.init(weights), theirs.init(tree(weights))
+    for gradient in rng.standard_normal((10, ones.size)):
+        step, state = ours.update(gradient, state, weights)
+        found, their_state = theirs.update(tree(gradient), their_state, tree(weights))
+        assert all(np.array_equal(np.asarray(found[key]), view) for key, view in ones.views(step).items())
+        weights += step
+
+
 # Properties
 
 
