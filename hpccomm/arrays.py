@@ -4,7 +4,7 @@
 NumPy array, NumPy or Python scalar     as it is; a scalar comes back as a scalar of its type
 PyTorch tensor on the CPU               read under ``detach``: the result carries no gradient history
 JAX array, anything with DLPack         through DLPack, given back by its own ``asarray``
-array on a device                       refused: copy it to the host first
+array on a CUDA device                  where it lies (:func:`read_device`), brought through the host by the collectives
 list, tuple                             refused: mpi4py's own ``allreduce`` would concatenate lists
 ======================================  ======================================================================
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -131,7 +131,7 @@ def read_scalar(x: Any, who: str) -> tuple[Array, GiveBack]:
 
 def refuse_device(x: Any, who: str) -> None:
     """Raise for an array whose memory the host cannot read."""
-    if hasattr(x, "__cuda_array_interface__") or dlpack_device(x) not in HOST_DEVICES:
+    if lies_on_device(x):
         raise ArgumentError(
             f"{who}: this {type(x).__name__} lies on a device: copy it to the host first, "
             "with x.cpu() (PyTorch), x.get() (CuPy) or np.asarray(x) (JAX)"
@@ -144,6 +144,121 @@ def dlpack_device(x: Any) -> int:
         return int(x.__dlpack_device__()[0])
     except Exception:  # objects without it, and tensors without memory: reading them says what is wrong
         return HOST_DEVICES[0]
+
+
+# Devices
+
+DEFAULT_STREAM = 1
+"""CUDA's handle of the stream of those who name none."""
+
+
+class DeviceArray(NamedTuple):
+    """An array on a CUDA device: where it lies, and what has to be waited for before it is read or written."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    order: str
+    writable: bool
+    streams: tuple[int, ...]
+    """Handles of the streams that work on it."""
+    owner: Any
+
+    @property
+    def size(self) -> int:
+        """How many elements there are."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+def lies_on_device(x: Any) -> bool:
+    """Whether this is an array whose memory the host cannot read."""
+    if x is None or isinstance(x, np.ndarray | np.generic | int | float | list | tuple):
+        return False
+    try:
+        return hasattr(x, "__cuda_array_interface__") or dlpack_device(x) not in HOST_DEVICES
+    except RuntimeError:  # a JAX array whose memory was given away
+        return True
+
+
+def read_device(x: Any, who: str, stream: Any = None) -> DeviceArray:
+    """An array on a CUDA device, as it lies there; ``stream`` is one that works on it, if it does not tell itself.
+
+    A stream is CUDA's handle, or CuPy's or PyTorch's object.  PyTorch's current stream is always waited for, too.
+    Raises :class:`~hpccomm.errors.ArgumentError` for what cannot be read.
+    """
+    try:
+        known, dtype = interface_of(x, who)
+    except (AttributeError, RuntimeError, TypeError, ValueError, BufferError, ImportError) as error:
+        raise ArgumentError(
+            f"{who}: {type(x).__name__} cannot be read as an array on a CUDA device "
+            f"({str(error).partition(chr(10))[0]}): pass a dense array that was not freed, of a dtype that MPI knows"
+        ) from None
+    shape, (address, read_only) = tuple(known["shape"]), known["data"]
+    order = order_of(shape, known.get("strides"), dtype.itemsize)
+    if not order:
+        raise ArgumentError(
+            f"{who}: the array is not contiguous (shape {shape}, strides {known['strides']}): "
+            "pass cupy.ascontiguousarray(x) or x.contiguous()"
+        )
+    named = [handle_of(each) for each in (stream, known.get("stream"), current_torch_stream(x)) if each is not None]
+    immutable = type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
+    streams = tuple(dict.fromkeys(named)) or (DEFAULT_STREAM,)
+    return DeviceArray(int(address or 0), shape, dtype, order, not (read_only or immutable), streams, x)
+
+
+def interface_of(x: Any, who: str) -> tuple[dict[str, Any], np.dtype[Any]]:
+    """CUDA's array interface, and the dtype, which the interface cannot say of bfloat16."""
+    brain = str(getattr(x, "dtype", "")).endswith("bfloat16")
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        x = x.detach().view(torch.int16) if brain else x.detach()
+    if hasattr(x, "block_until_ready"):
+        x.block_until_ready()
+    if not hasattr(x, "__cuda_array_interface__"):
+        import cupy
+
+        x = cupy.from_dlpack(x)
+    known = x.__cuda_array_interface__
+    return known, bfloat16(who) if brain else np.dtype(known["typestr"])
+
+
+def order_of(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> str:
+    """``"C"``, ``"F"``, or nothing for an array that is not contiguous."""
+    if strides is None or 0 in shape:
+        return "C"
+    for order, axes in (("C", reversed(range(len(shape)))), ("F", iter(range(len(shape))))):
+        step = itemsize
+        for axis in axes:
+            if shape[axis] != 1 and strides[axis] != step:
+                break
+            step *= shape[axis]
+        else:
+            return order
+    return ""
+
+
+def handle_of(stream: Any) -> int:
+    """CUDA's handle of a stream."""
+    for name in ("ptr", "cuda_stream"):
+        if hasattr(stream, name):
+            return int(getattr(stream, name))
+    return int(stream)
+
+
+def current_torch_stream(x: Any) -> Any:
+    """The stream that PyTorch works on now, for its tensors."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return None
+    return torch.cuda.current_stream(x.device)
+
+
+def given_back(made: Any, x: Any) -> Any:
+    """An array on a device as one of the library that ``x`` belongs to."""
+    if type(made) is type(x):
+        return made
+    library = namespace(x)
+    return getattr(library, "from_dlpack", library.asarray)(made)
 
 
 def read_torch(x: Any, torch: Any, who: str) -> Array:

@@ -19,9 +19,10 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm import launcher
-from hpccomm.binding import Binder
+from hpccomm.arrays import DeviceArray
 from hpccomm.collectives import onebit, sparse
 from hpccomm.collectives.tuning import Choice
+from hpccomm.device_binding import DeviceBinder, on_stream
 from hpccomm.persistent import Persistent
 from hpccomm.resources import Again, Bound, Resources, Run, plain
 from hpccomm.rollcall import LAST_WORDS
@@ -42,13 +43,13 @@ class Communicator(MPI.Intracomm):
     algorithm: str
     _resources: Resources | None = None
     _again: Again
-    _binder: Binder
+    _binder: DeviceBinder
 
     def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
         self = super().__new__(cls, comm)
         self.algorithm = algorithm
         self._again = Again()
-        self._binder = Binder(self)
+        self._binder = DeviceBinder(self)
         if comm is not None and comm != MPI.COMM_NULL:
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
             end_together()
@@ -114,6 +115,17 @@ class Communicator(MPI.Intracomm):
         made = self.empty(x.shape, x.dtype)
         made[...] = x
         return made
+
+    def beside(self, x: Any, name: str, stream: Any = None) -> tuple[DeviceArray, Any]:
+        """What an array on a device is, and a new one like it; for :mod:`hpccomm.functional`."""
+        return self._binder.beside(x, name, stream)
+
+    def through_host(self, name: str, x: Any, function: Callable[[Any], Any], stream: Any = None) -> Any:
+        """What a function makes of an array on a device when it sees it on the host, on the device again.
+
+        ``name`` is the collective that is compared with what the other ranks call; nothing for none.
+        """
+        return self._binder.through_host(name, x, function, stream)
 
     # Communicators made from this one
 
@@ -229,12 +241,17 @@ class Communicator(MPI.Intracomm):
         op: MPI.Op = MPI.SUM,
         algorithm: str | None = None,
         reproducible: bool = False,
+        stream: Any = None,
     ) -> None:
         """Reduce over all ranks, the result on all.  Buffers as in mpi4py; ``algorithm`` as in :meth:`algorithms`.
 
         ``reproducible=True``: the bits of a sum of floats depend on what is added alone, not on order, placement,
-        algorithm or number of ranks (:mod:`hpccomm.reproducible`); it takes several times as long.
+        algorithm or number of ranks (:mod:`hpccomm.reproducible`); it takes several times as long.  Arrays may lie on
+        a CUDA device, both of them; ``stream`` is one that works on them and that they do not tell of themselves
+        (CUDA's handle, CuPy's or PyTorch's object), here as in the other collectives.
         """
+        if stream is not None:
+            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         if reproducible and self._reproducible("Allreduce", (sendbuf, recvbuf), (op,), op):
             return None
         known = self._again.get(id(recvbuf))
@@ -277,8 +294,11 @@ class Communicator(MPI.Intracomm):
         root: int = 0,
         algorithm: str | None = None,
         reproducible: bool = False,
+        stream: Any = None,
     ) -> None:
         """Reduce over all ranks, the result on ``root``; elsewhere ``recvbuf`` is not looked at."""
+        if stream is not None:
+            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         if reproducible and self._reproducible("Reduce", (sendbuf, recvbuf), (op, root), op):
             return None
         quick = ("Reduce", id(recvbuf), root)
@@ -308,8 +328,11 @@ class Communicator(MPI.Intracomm):
         op: MPI.Op = MPI.SUM,
         algorithm: str | None = None,
         reproducible: bool = False,
+        stream: Any = None,
     ) -> None:
         """Reduce over all ranks, an equal part of the result on each."""
+        if stream is not None:
+            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         if reproducible and self._reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
             return None
         quick = ("Reduce_scatter_block", id(recvbuf))
@@ -340,8 +363,11 @@ class Communicator(MPI.Intracomm):
         op: MPI.Op = MPI.SUM,
         algorithm: str | None = None,
         reproducible: bool = False,
+        stream: Any = None,
     ) -> None:
         """Reduce over all ranks, ``recvcounts[r]`` elements of the result on rank r (asked for when not said)."""
+        if stream is not None:
+            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         told = None if recvcounts is None else tuple(recvcounts)
         if reproducible and self._reproducible("Reduce_scatter", (sendbuf, recvbuf), (told, op), op):
             return None
@@ -367,8 +393,10 @@ class Communicator(MPI.Intracomm):
         bound = self._binder.reduce_scatter_v(None, sendbuf, recvbuf, told, op, algorithm)
         return Persistent(bound, (sendbuf, recvbuf))
 
-    def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
+    def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Collect an equal part from every rank, in rank order, on all."""
+        if stream is not None:
+            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         quick = ("Allgather", id(recvbuf))
         known = self._known(quick, sendbuf, recvbuf, None, algorithm)
         if known:
@@ -383,8 +411,10 @@ class Communicator(MPI.Intracomm):
         """A bound Allgather."""
         return Persistent(self._binder.allgather(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
 
-    def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
+    def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Collect a part of any length from every rank, in rank order, on all."""
+        if stream is not None:
+            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         self._first(self._binder.allgatherv(sendbuf, recvbuf, algorithm), None)
 
     def Allgatherv_init(  # type: ignore[override]
@@ -393,8 +423,10 @@ class Communicator(MPI.Intracomm):
         """A bound Allgatherv."""
         return Persistent(self._binder.allgatherv(sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
 
-    def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None) -> None:
+    def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
+        if stream is not None:
+            (buf,) = on_stream(stream, buf)
         quick = ("Bcast", id(buf), root)
         known = self._known(quick, None, buf, None, algorithm)
         if known:
@@ -409,8 +441,10 @@ class Communicator(MPI.Intracomm):
         """A bound Bcast."""
         return Persistent(self._binder.bcast(None, buf, root, algorithm), (buf,))
 
-    def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
+    def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Give every rank an equal part of one's buffer."""
+        if stream is not None:
+            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         quick = ("Alltoall", id(recvbuf))
         known = self._known(quick, sendbuf, recvbuf, None, algorithm)
         if known:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.arrays import Array, borrow, movable, narrowed, widened
+from hpccomm.arrays import Array, DeviceArray, borrow, given_back, lies_on_device, movable, narrowed, widened
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError, MismatchError
 
@@ -44,6 +44,7 @@ def allreduce(
     comm: MPI.Intracomm | None = None,
     algorithm: str = "auto",
     reproducible: bool = False,
+    stream: Any = None,
 ) -> Any:
     """The sum (``"mean"``, ``"min"``, ``"max"``, ``"prod"``) of ``x`` over all ranks, on all of them.
 
@@ -51,10 +52,17 @@ def allreduce(
     shape and dtype.  ``comm=None`` means all ranks.  The mean of integers and the sum of bools are refused,
     cast them first; min and max of bools are *all* and *any*.  Integers wrap around.  A NaN makes any
     result NaN (with ``algorithm="native"``, min and max may lose it, as MPI's do).  ``reproducible=True`` as in
-    :meth:`Communicator.Allreduce <hpccomm.Communicator.Allreduce>`.
+    :meth:`Communicator.Allreduce <hpccomm.Communicator.Allreduce>`, and ``stream`` where ``x`` lies on a CUDA device,
+    where the result lies then, too.
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: allreduce"
+    if lies_on_device(x):
+        if op != "mean":
+            return summed_on_device(x, op, ranks, algorithm, reproducible, stream)
+        return ranks.through_host(
+            "Allreduce", x, lambda host: allreduce(host, op, ranks, algorithm, reproducible), stream
+        )
     array, give_back = borrow(x, who)
     mpi_op = operation(op, array, who)
     send = reducible(array, op)
@@ -69,6 +77,7 @@ def reduce_scatter(
     comm: MPI.Intracomm | None = None,
     algorithm: str = "auto",
     reproducible: bool = False,
+    stream: Any = None,
 ) -> Any:
     """This rank's rows of what :func:`allreduce` would return, for half the traffic.
 
@@ -77,6 +86,10 @@ def reduce_scatter(
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: reduce_scatter"
+    if lies_on_device(x):
+        return ranks.through_host(
+            "Reduce_scatter", x, lambda host: reduce_scatter(host, op, ranks, algorithm, reproducible), stream
+        )
     array, give_back = borrow(x, who)
     if array.ndim == 0:
         raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
@@ -90,13 +103,15 @@ def reduce_scatter(
     return give_back(finished(mine, op, ranks.size, array))
 
 
-def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Any:
+def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto", stream: Any = None) -> Any:
     """The arrays of all ranks, one after the other along axis 0 in rank order, on all of them.
 
     Ranks may bring different numbers of rows (none, too); all other dimensions and the dtype must agree.  A
     scalar counts as one row: the result has shape ``(p,)``.
     """
     ranks = communicator(comm)
+    if lies_on_device(x):
+        return ranks.through_host("Allgather", x, lambda host: allgather(host, ranks, algorithm), stream)
     array, give_back = borrow(x, f"rank {ranks.rank}: allgather")
     send = np.asarray(array, order="C").reshape(array.shape or (1,))
     rows = agreed_rows(send, ranks)
@@ -106,7 +121,9 @@ def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto"
     return give_back(gathered)
 
 
-def broadcast(x: Any, root: int = 0, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Any:
+def broadcast(
+    x: Any, root: int = 0, comm: MPI.Intracomm | None = None, algorithm: str = "auto", stream: Any = None
+) -> Any:
     """``root``'s array as a new array on all ranks, of the kind that each rank passes.
 
     Other ranks pass an array of the same shape and dtype, whose values do not matter, or ``None`` to get a
@@ -118,6 +135,8 @@ def broadcast(x: Any, root: int = 0, comm: MPI.Intracomm | None = None, algorith
         raise ArgumentError(f"{who}: root {root} is not one of the ranks 0 … {ranks.size - 1}")
     if x is None and ranks.rank == root:
         raise ArgumentError(f"{who}: the root passed None: pass the array to broadcast")
+    if lies_on_device(x):  # not compared: each rank gets the kind that it passes
+        return ranks.through_host("", x, lambda host: broadcast(host, root, ranks, algorithm), stream)
     array, give_back = (None, lambda result: result) if x is None else borrow(x, who)
     shape, dtype = ranks.bcast((array.shape, array.dtype) if array is not None and ranks.rank == root else None, root)
     copy = np.empty(shape, dtype)
@@ -133,6 +152,14 @@ def broadcast(x: Any, root: int = 0, comm: MPI.Intracomm | None = None, algorith
             f"{dtype}{list(shape)}: pass one like it, or None"
         )
     return give_back(copy)
+
+
+def summed_on_device(x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any) -> Any:
+    """:func:`allreduce` of an array on a device, into a new one beside it."""
+    known, total = ranks.beside(x, "allreduce", stream)
+    mpi_op = operation(op, known, f"rank {ranks.rank}: allreduce")
+    ranks.Allreduce(x, total, mpi_op, named(algorithm), reproducible, stream)
+    return given_back(total, x)
 
 
 # What the functions share
@@ -155,7 +182,7 @@ _ours: dict[int, Communicator] = {}
 """By the identity of the user's object, which cannot be a key itself; forgotten with it."""
 
 
-def operation(op: str, array: Array, who: str) -> MPI.Op:
+def operation(op: str, array: Array | DeviceArray, who: str) -> MPI.Op:
     """MPI's operation for ``op`` on this dtype."""
     if op not in REDUCTIONS:
         raise ArgumentError(f"{who}: op={op!r} is not known: use one of {', '.join(map(repr, REDUCTIONS))}")

@@ -19,6 +19,7 @@ REMEDIES = {
     "root": "name the same root on all ranks",
     "order": "bring the arrays into one memory order, np.ascontiguousarray(x), before the call",
     "algorithm": "name the same algorithm on all ranks",
+    "memory": "pass arrays in the same kind of memory on all ranks: x.get() (CuPy) or x.cpu() (PyTorch) bring one home",
 }
 
 
@@ -32,6 +33,8 @@ class Signature(NamedTuple):
     root: str = ""
     order: str = ""
     algorithm: str = ""
+    memory: str = ""
+    """Where the arrays lie, when it is not the host."""
 
     @property
     def word(self) -> int:
@@ -39,7 +42,7 @@ class Signature(NamedTuple):
         return zlib.crc32("|".join(self).encode()) & 0xFFFFFFF
 
     def __str__(self) -> str:
-        amount = " ".join(part for part in (self.count, self.dtype) if part not in ("", UNKNOWN))
+        amount = " ".join(part for part in (self.count, self.dtype, self.memory) if part not in ("", UNKNOWN))
         named = [f"{name}={value}" for name, value in (("root", self.root), ("algorithm", self.algorithm)) if value]
         order = ["Fortran order"] if self.order == "F" else []
         words = [part for part in (self.op, amount) if part not in ("", UNKNOWN)]
@@ -57,7 +60,7 @@ def decode(octets: bytes) -> Signature:
 
 def differs(a: Signature, b: Signature) -> str | None:
     """The first word in which two calls contradict each other, if any."""
-    for field in ("collective", "dtype", "op", "root", "algorithm", "count", "order"):
+    for field in ("collective", "memory", "dtype", "op", "root", "algorithm", "count", "order"):
         mine, theirs = getattr(a, field), getattr(b, field)
         if mine != theirs and UNKNOWN not in (mine, theirs):
             return field

@@ -1,0 +1,234 @@
+"""Memory of a CUDA device: what it takes to bring it to the host and back, in chunks, while messages are under way.
+
+*A chunk is read from the device, goes through a collective of the host, and is written to the device.*  While chunk k
+is with the collective, k + 1 is copied down on one stream and k - 1 up on another::
+
+    down    0   1   2   3
+    host        0   1   2   3
+    up              0   1   2   3
+
+Both ends are pinned memory, two chunks each.  Nothing is read before the streams that wrote it have been waited for,
+and a call returns when its last chunk is on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.errors import TransportError
+
+Octets = npt.NDArray[np.uint8]
+
+LEAST_CHUNK, MOST_CHUNK, FEWEST_CHUNKS = 1 << 20, 8 << 20, 4
+"""Bytes of a chunk; a longer vector goes in at least so many that copies and messages overlap."""
+
+UNREGISTERED, HOST = 0, 1
+"""CUDA's kinds of memory that are not a device's."""
+
+
+class Device(Protocol):
+    """What is asked of a device; streams are CUDA's handles as integers."""
+
+    @property
+    def number(self) -> int:
+        """The device that this rank uses."""
+
+    def where(self, address: int) -> int | None:
+        """The number of the device whose memory begins there; ``None`` for no device's, or freed."""
+
+    def pinned(self, nbytes: int) -> Octets:
+        """Memory of the host that the device copies from and to by itself."""
+
+    def stream(self) -> int:
+        """A stream of one's own."""
+
+    def to_host(self, out: Octets, address: int, stream: int) -> None:
+        """Begin to copy from the device."""
+
+    def to_device(self, address: int, octets: Octets, stream: int) -> None:
+        """Begin to copy to the device."""
+
+    def synchronize(self, stream: int) -> None:
+        """Wait for all that was begun on a stream."""
+
+    def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """A new array of the library that ``x`` belongs to, on the same device."""
+
+
+class CupyDevice:
+    """The current device, by CuPy."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._cupy, self._runtime = cupy, cupy.cuda.runtime
+        self._streams: list[Any] = []
+
+    @property
+    def number(self) -> int:
+        """The current device."""
+        return int(self._runtime.getDevice())
+
+    def where(self, address: int) -> int | None:
+        """As the driver says."""
+        try:
+            found = self._runtime.pointerGetAttributes(address)
+        except self._runtime.CUDARuntimeError:
+            return None
+        return None if found.type in (UNREGISTERED, HOST) else int(found.device)
+
+    def pinned(self, nbytes: int) -> Octets:
+        """From CuPy's pool of pinned memory."""
+        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+
+    def stream(self) -> int:
+        """One that does not wait for the default stream."""
+        self._streams.append(self._cupy.cuda.Stream(non_blocking=True))
+        return int(self._streams[-1].ptr)
+
+    def to_host(self, out: Octets, address: int, stream: int) -> None:
+        """``cudaMemcpyAsync``."""
+        to = out.__array_interface__["data"][0]
+        self._runtime.memcpyAsync(to, address, out.size, self._runtime.memcpyDeviceToHost, stream)
+
+    def to_device(self, address: int, octets: Octets, stream: int) -> None:
+        """``cudaMemcpyAsync``."""
+        source = octets.__array_interface__["data"][0]
+        self._runtime.memcpyAsync(address, source, octets.size, self._runtime.memcpyHostToDevice, stream)
+
+    def synchronize(self, stream: int) -> None:
+        """``cudaStreamSynchronize``."""
+        self._runtime.streamSynchronize(stream)
+
+    def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """CuPy's own, PyTorch's, and for all others CuPy's."""
+        if type(x).__module__.partition(".")[0] == "torch":
+            return x.new_empty(shape)
+        return self._cupy.empty(shape, dtype)
+
+
+@cache
+def device() -> Device:
+    """The device of this process; raises :class:`~hpccomm.errors.TransportError` where there is none."""
+    trouble = missing()
+    if trouble:
+        raise TransportError(trouble)
+    return CupyDevice()
+
+
+@cache
+def missing() -> str:
+    """What is missing for arrays on a device, and what to do; nothing where nothing is."""
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed: pip install 'hpccomm[cuda12]' or 'hpccomm[cuda13]'"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no CUDA driver, or one that is too old ({error}): install NVIDIA's driver"
+    return "" if count else "no CUDA device: is it taken away by CUDA_VISIBLE_DEVICES?"
+
+
+class Piece(NamedTuple):
+    """Bytes that are one piece on the device and in a chunk."""
+
+    address: int
+    """On the device."""
+    first: int
+    """Where it begins in the chunk."""
+    nbytes: int
+
+
+class Chunk(NamedTuple):
+    """What goes through the host at once."""
+
+    reads: Sequence[Piece]
+    body: Callable[[Octets, Octets], Any]
+    """``body(incoming, outgoing)``: a collective from the one into the other."""
+    writes: Sequence[Piece]
+
+
+def size_of(pieces: Iterable[Piece]) -> int:
+    """Bytes of a chunk of these pieces."""
+    return max((each.first + each.nbytes for each in pieces), default=0)
+
+
+def chunk_bytes(nbytes: int) -> int:
+    """How long the chunks of so many bytes are, at most."""
+    return max(LEAST_CHUNK, min(MOST_CHUNK, -(-nbytes // FEWEST_CHUNKS)))
+
+
+class Staging:
+    """Two streams, and pinned memory that grows to what is asked for."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.down, self.up = device.stream(), device.stream()
+        self._rooms: dict[str, list[Octets]] = {}
+
+    def run(self, chunks: Sequence[Chunk], streams: Iterable[int] = ()) -> None:
+        """Bring the chunks through the host; ``streams`` are those on which the arrays are written and read."""
+        device = self.device
+        for stream in dict.fromkeys(streams):
+            device.synchronize(stream)
+        incoming = self.rooms("down", max((size_of(each.reads) for each in chunks), default=0))
+        outgoing = self.rooms("up", max((size_of(each.writes) for each in chunks), default=0))
+        try:
+            for k, chunk in enumerate(chunks):
+                if k == 0:
+                    self.bring(chunk, incoming[0])
+                device.synchronize(self.down)
+                if k + 1 < len(chunks):
+                    self.bring(chunks[k + 1], incoming[(k + 1) % 2])
+                chunk.body(incoming[k % 2][: size_of(chunk.reads)], outgoing[k % 2][: size_of(chunk.writes)])
+                device.synchronize(self.up)
+                for address, first, nbytes in chunk.writes:
+                    device.to_device(address, outgoing[k % 2][first : first + nbytes], self.up)
+        finally:
+            device.synchronize(self.down)
+            device.synchronize(self.up)
+
+    def fetch(self, address: int, out: Octets, streams: Iterable[int]) -> None:
+        """Copy from the device to any memory of the host."""
+        self.run(
+            [Chunk([Piece(address + lo, 0, hi - lo)], filler(out[lo:hi]), []) for lo, hi in cuts(out.size)], streams
+        )
+
+    def store(self, octets: Octets, address: int, streams: Iterable[int]) -> None:
+        """Copy to the device from any memory of the host."""
+        chunks = [Chunk([], source(octets[lo:hi]), [Piece(address + lo, 0, hi - lo)]) for lo, hi in cuts(octets.size)]
+        self.run(chunks, streams)
+
+    def bring(self, chunk: Chunk, room: Octets) -> None:
+        """Begin to copy a chunk to the host."""
+        for address, first, nbytes in chunk.reads:
+            self.device.to_host(room[first : first + nbytes], address, self.down)
+
+    def rooms(self, which: str, nbytes: int) -> list[Octets]:
+        """Pinned memory for two chunks."""
+        rooms = self._rooms.get(which)
+        if rooms is None or rooms[0].size < nbytes:
+            rooms = self._rooms[which] = [self.device.pinned(max(nbytes, LEAST_CHUNK)) for _ in range(2)]
+        return rooms
+
+
+def cuts(nbytes: int) -> Iterable[tuple[int, int]]:
+    """[lo, hi) of the chunks of so many bytes."""
+    step = chunk_bytes(nbytes)
+    return ((lo, min(lo + step, nbytes)) for lo in range(0, nbytes, step))
+
+
+def filler(out: Octets) -> Callable[[Octets, Octets], None]:
+    """The body of a chunk that ends on the host."""
+    return lambda incoming, _: np.copyto(out, incoming)
+
+
+def source(octets: Octets) -> Callable[[Octets, Octets], None]:
+    """The body of a chunk that begins on the host."""
+    return lambda _, outgoing: np.copyto(outgoing, octets)

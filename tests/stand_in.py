@@ -1,0 +1,120 @@
+"""A device without a device: memory of the host behind streams that do nothing before they are waited for.
+
+The latest moment that CUDA allows is the worst one: who reads before waiting reads what was there before, and who
+reuses memory that a copy has not left yet sends what came later.  With ``eager`` everything happens at once, the
+earliest moment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+SIDE = 7001
+"""A stream on which the user's kernels run."""
+
+
+class StandIn:
+    """What :class:`hpccomm.transports.cuda.Device` asks for."""
+
+    def __init__(self, number: int = 0, eager: bool = False) -> None:
+        self.number, self.eager = number, eager
+        self.queues: dict[int, list[Callable[[], Any]]] = {1: [], SIDE: []}
+        self.memory: dict[int, tuple[np.ndarray, int]] = {}
+        self.log: list[str] = []
+
+    # Device
+
+    def where(self, address: int) -> int | None:
+        for begin, (memory, number) in self.memory.items():
+            if begin <= address < begin + max(memory.nbytes, 1):
+                return number
+        return None
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return np.full(nbytes, 0xA5, np.uint8)
+
+    def stream(self) -> int:
+        handle = 100 + len(self.queues)
+        self.queues[handle] = []
+        return handle
+
+    def begin(self, stream: int, act: Callable[[], Any]) -> None:
+        if self.eager:
+            act()
+        else:
+            self.queues[stream].append(act)
+
+    def to_host(self, out: np.ndarray, address: int, stream: int) -> None:
+        self.check(address, out.size)
+        self.begin(stream, lambda: ctypes.memmove(out.ctypes.data, address, out.size))
+
+    def to_device(self, address: int, octets: np.ndarray, stream: int) -> None:
+        self.check(address, octets.size)
+        self.begin(stream, lambda: ctypes.memmove(address, octets.ctypes.data, octets.size))
+
+    def synchronize(self, stream: int) -> None:
+        waiting, self.queues[stream] = self.queues[stream], []
+        self.log.append(f"synchronize {stream}")
+        for act in waiting:
+            act()
+
+    def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype) -> StandInArray:
+        return self.array(np.empty(shape, dtype))
+
+    # Tests
+
+    def check(self, address: int, nbytes: int) -> None:
+        assert nbytes == 0 or (self.where(address) is not None and self.where(address + nbytes - 1) is not None)
+
+    def array(self, values: Any, stream: int = 1, number: int | None = None) -> StandInArray:
+        """An array on this device, or on another one."""
+        memory = np.array(values, order="K")
+        address = memory.ctypes.data
+        self.memory[address] = memory, self.number if number is None else number
+        return StandInArray(self, memory, stream)
+
+    def free(self, x: StandInArray) -> None:
+        del self.memory[x.memory.ctypes.data]
+
+
+class StandInArray:
+    """An array with CUDA's interface, neither NumPy's nor a buffer; what is done to it waits on its stream."""
+
+    def __init__(self, device: StandIn, memory: np.ndarray, stream: int) -> None:
+        self.device, self.memory, self.stream = device, memory, stream
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        known = dict(self.memory.__array_interface__)
+        contiguous = self.memory.flags.c_contiguous
+        strides = None if contiguous else self.memory.strides
+        return {
+            "version": 3,
+            "shape": known["shape"],
+            "typestr": known["typestr"],
+            "data": (known["data"][0], not self.memory.flags.writeable),
+            "strides": strides,
+            "stream": self.stream,
+        }
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.memory.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.memory.shape
+
+    def fill(self, values: Any) -> None:
+        """A kernel that writes the array, some time later."""
+        kept = np.array(values)
+        self.device.begin(self.stream, lambda: np.copyto(self.memory, kept))
+
+    def get(self) -> np.ndarray:
+        """What a kernel that is launched now would see."""
+        self.device.synchronize(self.stream)
+        return self.memory.copy()

@@ -1,0 +1,531 @@
+"""Arrays on a device, without a device: a stand-in whose streams do nothing before they are waited for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from mpi4py import MPI
+from stand_in import SIDE, StandIn, StandInArray
+
+import hpccomm
+from hpccomm import ArgumentError, MismatchError, arrays
+from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.engine import bind_lanes
+from hpccomm.device_binding import DeviceBinder, Stream, columns
+from hpccomm.resources import Bound
+from hpccomm.testing.ranks import run_on_ranks
+from hpccomm.transports import cuda
+from hpccomm.transports.cuda import Chunk, Piece, Staging
+from hpccomm.transports.threads import ThreadTransport, run_on_threads
+
+SIZES = (1, 2, 3, 5, 7)
+F4 = np.dtype("f4")
+
+
+def operand(rank: int, n: int, dtype: Any = "f4") -> np.ndarray:
+    """Distinct per rank and position, small enough that every order of summation is exact."""
+    return ((rank + 1) * 10 + np.arange(n) % 97).astype(dtype)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few elements a chunk, so that a few hundred make many."""
+    monkeypatch.setattr(cuda, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(cuda, "MOST_CHUNK", 160)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    made = StandIn()
+    monkeypatch.setattr(cuda, "device", lambda: made)
+    return made
+
+
+# The way through the host
+
+
+def doubled(incoming: np.ndarray, outgoing: np.ndarray) -> None:
+    outgoing.view(F4)[...] = 2 * incoming.view(F4)
+
+
+def through(device: StandIn, n: int, each: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """What doubling in chunks makes of a vector that a kernel is still writing; and what it should."""
+    x, y = device.array(np.zeros(n, F4), SIDE), device.array(np.zeros(n, F4), SIDE)
+    x.fill(operand(0, n))
+    a, b = (arrays.read_device(side, "test") for side in (x, y))
+    chunks = []
+    for lo in range(0, n, each):
+        nbytes = 4 * (min(lo + each, n) - lo)
+        chunks.append(Chunk([Piece(a.address + 4 * lo, 0, nbytes)], doubled, [Piece(b.address + 4 * lo, 0, nbytes)]))
+    Staging(device).run(chunks, a.streams)
+    return y.get(), 2 * operand(0, n)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 9, 10, 11, 21, 205])
+def test_chunks_arrive_whole_and_in_their_places(n: int, eager: bool) -> None:
+    got, want = through(StandIn(eager=eager), n)
+    assert np.array_equal(got, want)
+
+
+class Impatient(StandIn):
+    """Never waits for one of the streams."""
+
+    def __init__(self, never: int) -> None:
+        super().__init__()
+        self.never = never
+
+    def synchronize(self, stream: int) -> None:
+        if stream != self.never:
+            super().synchronize(stream)
+
+
+@pytest.mark.parametrize("never", [SIDE, 102, 103], ids=["the user's stream", "down", "up"])
+def test_the_stand_in_catches_whoever_does_not_wait(never: int) -> None:
+    device = Impatient(never)
+    x = device.array(np.zeros(50, F4), SIDE)
+    y = device.array(np.zeros(50, F4))
+    x.fill(operand(0, 50))
+    a, b = (arrays.read_device(side, "test") for side in (x, y))
+    staging = Staging(device)
+    assert (staging.down, staging.up) == (102, 103)
+    staging.run([Chunk([Piece(a.address, 0, 200)], doubled, [Piece(b.address, 0, 200)])], a.streams)
+    assert not np.array_equal(y.memory, 2 * operand(0, 50))
+
+
+def test_the_stand_in_catches_a_single_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def single(self: Staging, which: str, nbytes: int) -> list[np.ndarray]:
+        return [self._rooms.setdefault(which, [np.empty(4096, np.uint8)])[0]] * 2
+
+    monkeypatch.setattr(Staging, "rooms", single)
+    got, want = through(StandIn(eager=True), 205)
+    assert not np.array_equal(got, want)
+
+
+def test_copies_overlap_the_collective() -> None:
+    device = StandIn()
+    staging = Staging(device)
+    x = device.array(np.zeros(40, F4))
+    begun: list[tuple[int, int]] = []
+
+    def body(incoming: np.ndarray, outgoing: np.ndarray) -> None:
+        begun.append((len(device.queues[staging.down]), len(device.queues[staging.up])))
+        outgoing[...] = incoming
+
+    address = arrays.read_device(x, "test").address
+    pieces = [Piece(address + 40 * k, 0, 40) for k in range(4)]
+    staging.run([Chunk([piece], body, [piece]) for piece in pieces])
+    assert begun == [(1, 0), (1, 1), (1, 1), (0, 1)]
+
+
+def test_a_failing_collective_leaves_no_copy_behind() -> None:
+    device = StandIn()
+    staging = Staging(device)
+    x = device.array(np.zeros(40, F4))
+
+    def body(incoming: np.ndarray, outgoing: np.ndarray) -> None:
+        raise RuntimeError("a rank is gone")
+
+    piece = Piece(arrays.read_device(x, "test").address, 0, 80)
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        staging.run([Chunk([piece], body, [piece])] * 3)
+    assert not any(device.queues.values())
+
+
+@pytest.mark.parametrize("p", SIZES)
+@pytest.mark.parametrize("name", ALGORITHMS["allreduce"])
+def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> None:
+    algorithm = ALGORITHMS["allreduce"][name]
+
+    def body(transport: ThreadTransport) -> np.ndarray:
+        device, n = StandIn(eager=transport.rank % 2 == 1), 100
+        x = device.array(np.zeros(n, "i8"), SIDE)
+        x.fill(operand(transport.rank, n, "i8"))
+
+        def host(incoming: np.ndarray, outgoing: np.ndarray) -> None:
+            outgoing[...] = incoming
+            steps = algorithm.steps(transport.rank, p)
+            bind_lanes(steps, outgoing.view("i8"), algorithm.blocks(p), 1, transport, np.add)()
+
+        known = arrays.read_device(x, "test")
+        pieces = [Piece(known.address + 8 * lo, 0, 8 * (hi - lo)) for lo, hi in columns(n, 8)]
+        assert len(pieces) > 3
+        Staging(device).run([Chunk([piece], host, [piece]) for piece in pieces], known.streams)
+        return x.get()
+
+    for got in run_on_threads(p, body):
+        assert np.array_equal(got, sum(operand(rank, 100, "i8") for rank in range(p)))
+
+
+# Every collective, ranks as threads
+
+
+class OnThreads(DeviceBinder):
+    """Binds to ranks that are threads, whose communicator chooses no algorithm and compares by itself."""
+
+    def __init__(self, comm: Any, device: StandIn) -> None:
+        host = {
+            "Allreduce": lambda a, b, op, *_: comm.Allreduce(a, b, op),
+            "Reduce": lambda a, b, op, root, *_: comm.Reduce(a, b, op, root),
+            "Reduce_scatter": lambda a, b, counts, op, *_: comm.Reduce_scatter(a, b, counts, op),
+            "Reduce_scatter_block": lambda a, b, op, *_: comm.Reduce_scatter_block(a, b, op),
+            "Bcast": lambda a, root, _: comm.Bcast(a, root),
+            "Allgather": lambda a, b, _: comm.Allgather(a, b),
+            "Allgatherv": lambda a, b, _: comm.Allgatherv(a, b),
+            "Alltoall": lambda a, b, _: comm.Alltoall(a, b),
+        }
+        super().__init__(SimpleNamespace(rank=comm.rank, size=comm.size, **host))
+        self.__dict__["staging"] = Staging(device)
+
+    def compared(self, *_: Any, **__: Any) -> Callable[[], None]:  # type: ignore[override]
+        return lambda: None
+
+
+Case = Callable[[OnThreads, StandIn, int], tuple[Bound, StandInArray | None, Any]]
+"""``case(binder, device, n)``: a call, the array it writes on this rank, and what it should write."""
+
+
+def filled(device: StandIn, values: np.ndarray) -> StandInArray:
+    """An array whose contents a kernel is still writing."""
+    x = device.array(np.zeros_like(values), SIDE)
+    x.fill(values)
+    return x
+
+
+def summed(p: int, n: int) -> np.ndarray:
+    return np.sum([operand(rank, n) for rank in range(p)], axis=0, dtype="f4")
+
+
+def allreduce(binder: OnThreads, device: StandIn, n: int) -> Any:
+    x, y = filled(device, operand(binder.rank, n)), device.array(np.zeros(n, F4))
+    return binder.allreduce(None, x, y, MPI.SUM, None), y, summed(binder.size, n)
+
+
+def allreduce_in_place(binder: OnThreads, device: StandIn, n: int) -> Any:
+    x = filled(device, operand(binder.rank, n))
+    return binder.allreduce(None, MPI.IN_PLACE, x, MPI.SUM, None), x, summed(binder.size, n)
+
+
+def reduce(binder: OnThreads, device: StandIn, n: int) -> Any:
+    root = binder.size - 1
+    x, y = filled(device, operand(binder.rank, n)), device.array(np.zeros(n, F4))
+    here = binder.rank == root
+    bound = binder.reduce(None, x, y if here else None, MPI.SUM, root, None)
+    return bound, y if here else x, summed(binder.size, n) if here else operand(binder.rank, n)
+
+
+def bcast(binder: OnThreads, device: StandIn, n: int) -> Any:
+    x = filled(device, operand(binder.rank, n))
+    return binder.bcast(None, x, binder.size // 2, None), x, operand(binder.size // 2, n)
+
+
+def allgather(binder: OnThreads, device: StandIn, n: int) -> Any:
+    x, y = filled(device, operand(binder.rank, n)), device.array(np.zeros(n * binder.size, F4))
+    return binder.allgather(None, x, y, None), y, np.concatenate([operand(k, n) for k in range(binder.size)])
+
+
+def allgather_in_place(binder: OnThreads, device: StandIn, n: int) -> Any:
+    whole = np.zeros((binder.size, n), F4)
+    whole[binder.rank] = operand(binder.rank, n)
+    x = filled(device, whole)
+    return binder.allgather(None, MPI.IN_PLACE, x, None), x, np.stack([operand(k, n) for k in range(binder.size)])
+
+
+def allgatherv(binder: OnThreads, device: StandIn, n: int) -> Any:
+    counts = [(n + k) % 9 for k in range(binder.size)]
+    displs = [10 * k + 1 for k in range(binder.size)]
+    x, y = filled(device, operand(binder.rank, counts[binder.rank])), filled(device, np.full(10 * binder.size, -1, F4))
+    want = np.full(10 * binder.size, -1, F4)
+    for k, (count, displ) in enumerate(zip(counts, displs, strict=True)):
+        want[displ : displ + count] = operand(k, count)
+    return binder.allgatherv(x, [y, counts, displs, MPI.FLOAT], None), y, want
+
+
+def reduce_scatter_block(binder: OnThreads, device: StandIn, n: int) -> Any:
+    p, r = binder.size, binder.rank
+    x, y = filled(device, operand(r, n * p)), device.array(np.zeros(n, F4))
+    return binder.reduce_scatter_block(None, x, y, MPI.SUM, None), y, summed(p, n * p)[r * n : (r + 1) * n]
+
+
+def reduce_scatter(binder: OnThreads, device: StandIn, n: int) -> Any:
+    counts = tuple((n + k) % 9 for k in range(binder.size))
+    first, total = sum(counts[: binder.rank]), sum(counts)
+    x, y = filled(device, operand(binder.rank, total)), device.array(np.zeros(counts[binder.rank], F4))
+    bound = binder.reduce_scatter_v(None, x, y, counts, MPI.SUM, None)
+    return bound, y, summed(binder.size, total)[first : first + counts[binder.rank]]
+
+
+def alltoall(binder: OnThreads, device: StandIn, n: int) -> Any:
+    p, r = binder.size, binder.rank
+    x, y = filled(device, operand(r, n * p)), device.array(np.zeros(n * p, F4))
+    return (
+        binder.alltoall(None, x, y, None),
+        y,
+        np.concatenate([operand(k, n * p)[r * n : (r + 1) * n] for k in range(p)]),
+    )
+
+
+CASES: list[Case] = [
+    allreduce,
+    allreduce_in_place,
+    reduce,
+    bcast,
+    allgather,
+    allgather_in_place,
+    allgatherv,
+    reduce_scatter_block,
+    reduce_scatter,
+    alltoall,
+]
+
+
+@pytest.mark.parametrize("p", SIZES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_every_collective_brings_device_arrays_through_the_host(case: Case, p: int) -> None:
+    for n, eager in itertools.product((0, 1, 7, 100), (False, True)):
+
+        def body(comm: Any, n: int = n, eager: bool = eager) -> None:
+            device = StandIn(eager=eager)
+            bound, written, want = case(OnThreads(comm, device), device, n)
+            for _ in range(1 if "in_place" in case.__name__ else 2):
+                bound.run()
+            assert written is not None
+            assert np.array_equal(written.get().ravel(), np.ravel(want)), (comm.rank, n)
+
+        run_on_ranks(p, body)
+
+
+# Reading arrays on a device
+
+
+def test_streams_are_told_by_the_array_the_caller_or_not_at_all(device: StandIn) -> None:
+    x = device.array(np.zeros(3), SIDE)
+    assert arrays.read_device(x, "test").streams == (SIDE,)
+    assert arrays.read_device(x, "test", 77).streams == (77, SIDE)
+    assert arrays.read_device(x, "test", SimpleNamespace(ptr=78)).streams == (78, SIDE)
+    assert arrays.read_device(x, "test", SimpleNamespace(cuda_stream=79)).streams == (79, SIDE)
+    x.stream = None  # type: ignore[assignment]
+    assert arrays.read_device(x, "test").streams == (arrays.DEFAULT_STREAM,)
+
+
+@pytest.mark.parametrize(
+    ("strides", "order"),
+    [(None, "C"), ((48, 16, 4), "C"), ((4, 8, 24), "F"), ((48, 16, 8), ""), ((-48, 16, 4), "")],
+)
+def test_memory_order_is_read_from_the_strides(strides: tuple[int, ...] | None, order: str) -> None:
+    assert arrays.order_of((2, 3, 4), strides, 4) == order
+    assert arrays.order_of((1, 3, 4), (999, 16, 4), 4) == "C"
+    assert arrays.order_of((0, 3, 4), (8, 8, 8), 4) == "C"
+
+
+class Deleted:
+    """As JAX's arrays after their memory was given away."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        raise RuntimeError("Array has been deleted")
+
+
+def test_what_cannot_be_read_is_refused_with_a_remedy(device: StandIn) -> None:
+    assert arrays.lies_on_device(Deleted())
+    with pytest.raises(ArgumentError, match=r"test: Deleted cannot be read .*deleted.* not freed"):
+        arrays.read_device(Deleted(), "test")
+    x = device.array(np.zeros((4, 4)))
+    x.memory = x.memory[:, ::2]
+    with pytest.raises(ArgumentError, match=r"test: the array is not contiguous \(shape \(4, 2\).*ascontiguousarray"):
+        arrays.read_device(x, "test")
+
+
+@pytest.mark.parametrize("given", [None, 3, np.zeros(3), [1, 2], MPI.IN_PLACE, bytearray(3), MPI.memory()])
+def test_what_lies_on_the_host_is_not_taken_for_a_device_array(given: Any) -> None:
+    assert not arrays.lies_on_device(given)
+
+
+# The communicator
+
+
+@pytest.fixture
+def ours(comm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[hpccomm.Communicator, StandIn]]:
+    made = StandIn()
+    monkeypatch.setattr(cuda, "device", lambda: made)
+    duplicate = hpccomm.Communicator(comm.Dup())
+    yield duplicate, made
+    duplicate.Free()
+
+
+FEW = pytest.mark.mpi(sizes=(1, 3), timeout=120)
+
+
+@FEW
+def test_allreduce_with_every_algorithm_in_and_out_of_place(ours: Any) -> None:
+    comm, device = ours
+    for algorithm, n in itertools.product(comm.algorithms("allreduce"), (0, 1, 50)):
+        x, y = filled(device, operand(comm.rank, n)), device.array(np.zeros(n, F4), SIDE)
+        comm.Allreduce(x, y, algorithm=algorithm)
+        comm.Allreduce(MPI.IN_PLACE, x, MPI.SUM, algorithm)
+        assert np.array_equal(y.get(), summed(comm.size, n)), algorithm
+        assert np.array_equal(x.get(), summed(comm.size, n)), algorithm
+
+
+@FEW
+@pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16, "c8", "i4"])
+def test_other_dtypes_are_reduced_as_on_the_host(ours: Any, dtype: Any) -> None:
+    comm, device = ours
+    values = (operand(comm.rank, 50, "f4") / 8).astype(dtype)
+    want = np.empty_like(values)
+    comm.Allreduce(values, want)
+    assert np.array_equal(hpccomm.allreduce(filled(device, values), comm=comm).get(), want)
+
+
+@FEW
+def test_all_the_other_collectives_and_their_algorithms(ours: Any) -> None:
+    comm, device = ours
+    p, r, n = comm.size, comm.rank, 23
+    for algorithm in comm.algorithms("allgather"):
+        x, y = filled(device, operand(r, n)), device.array(np.zeros(n * p, F4))
+        comm.Allgather(x, y, algorithm)
+        assert np.array_equal(y.get(), np.concatenate([operand(k, n) for k in range(p)])), algorithm
+        y.fill(np.zeros(n * p))
+        comm.Allgatherv(x, [y, [n] * p], algorithm)
+        assert np.array_equal(y.get(), np.concatenate([operand(k, n) for k in range(p)])), algorithm
+    for algorithm in comm.algorithms("reduce_scatter"):
+        x, y = filled(device, operand(r, n * p)), device.array(np.zeros(n, F4))
+        comm.Reduce_scatter_block(x, y, algorithm=algorithm)
+        assert np.array_equal(y.get(), summed(p, n * p)[r * n : (r + 1) * n]), algorithm
+        comm.Reduce_scatter(x, y, [n] * p, MPI.SUM, algorithm)
+        assert np.array_equal(y.get(), summed(p, n * p)[r * n : (r + 1) * n]), algorithm
+    for algorithm in comm.algorithms("reduce"):
+        x, y = filled(device, operand(r, n)), device.array(np.zeros(n, F4))
+        comm.Reduce(x, y if r == 0 else None, MPI.SUM, 0, algorithm)
+        assert r or np.array_equal(y.get(), summed(p, n)), algorithm
+    for algorithm in comm.algorithms("bcast"):
+        x = filled(device, operand(r, n))
+        comm.Bcast(x, p - 1, algorithm)
+        assert np.array_equal(x.get(), operand(p - 1, n)), algorithm
+    for algorithm in comm.algorithms("alltoall"):
+        x, y = filled(device, operand(r, n * p)), device.array(np.zeros(n * p, F4))
+        comm.Alltoall(x, y, algorithm)
+        assert np.array_equal(y.get(), np.concatenate([operand(k, n * p)[r * n : (r + 1) * n] for k in range(p)]))
+
+
+@FEW
+def test_a_stream_that_the_array_does_not_tell_is_waited_for(ours: Any) -> None:
+    comm, device = ours
+    x, y = device.array(np.zeros(9, F4), SIDE), device.array(np.zeros(9, F4))
+    x.fill(operand(comm.rank, 9))
+    x.stream = 1
+    comm.Allreduce(x, y, stream=SIDE)
+    assert np.array_equal(y.get(), summed(comm.size, 9))
+    x.stream = SIDE
+    x.fill(operand(comm.rank, 9))
+    x.stream = 1
+    assert np.array_equal(hpccomm.allreduce(x, comm=comm, stream=SIDE).get(), summed(comm.size, 9))
+
+
+@FEW
+def test_functions_return_what_they_were_given(ours: Any) -> None:
+    comm, device = ours
+    p, r = comm.size, comm.rank
+    x = filled(device, operand(r, 12).reshape(4, 3))
+    for op, reproducible in (("sum", False), ("mean", False), ("max", False), ("sum", True)):
+        got = hpccomm.allreduce(x, op, comm, reproducible=reproducible)
+        assert isinstance(got, StandInArray)
+        want = hpccomm.allreduce(operand(r, 12).reshape(4, 3), op, comm, reproducible=reproducible)
+        assert got.shape == (4, 3)
+        assert np.array_equal(got.get(), want)
+    host = operand(r, 12).reshape(4, 3)
+    assert np.array_equal(hpccomm.allgather(x, comm).get(), hpccomm.allgather(host, comm))
+    assert np.array_equal(hpccomm.reduce_scatter(x, "sum", comm).get(), hpccomm.reduce_scatter(host, "sum", comm))
+    assert np.array_equal(hpccomm.broadcast(x, p - 1, comm).get(), operand(p - 1, 12).reshape(4, 3))
+    other = hpccomm.broadcast(x if r == 0 else None, 0, comm)
+    assert isinstance(other, np.ndarray if r else StandInArray)
+
+
+@FEW
+def test_persistent_calls_read_what_is_there_when_they_start(ours: Any) -> None:
+    comm, device = ours
+    x, y = device.array(np.zeros(9, F4), SIDE), device.array(np.zeros(9, F4))
+    plan = comm.Allreduce_init(x, y)
+    for step in range(3):
+        x.fill(operand(comm.rank + step, 9))
+        plan.Start()
+        plan.Wait()
+        assert np.array_equal(y.get(), np.sum([operand(k + step, 9) for k in range(comm.size)], axis=0))
+    plan.Free()
+
+
+@FEW
+def test_bad_arrays_are_refused_before_the_first_message(ours: Any) -> None:
+    comm, device = ours
+    fine, freed = device.array(np.zeros(4, F4)), device.array(np.ones(4, F4))
+    elsewhere = device.array(np.zeros(4, F4), number=1)
+    device.free(freed)
+    locked = device.array(np.zeros(4, F4))
+    locked.memory.flags.writeable = False
+    for bad, message in (
+        ((freed, fine), "not on a device, or was freed"),
+        ((elsewhere, fine), r"lies on device 1, this rank uses device 0: copy it, .*Device\(1\)\.use\(\)"),
+        ((np.zeros(4, F4), fine), "one buffer lies on a device, the other, ndarray, on the host"),
+        ((fine, np.zeros(4, F4)), "one buffer lies on a device, the other, ndarray, on the host"),
+        ((fine, device.array(np.zeros(5, F4))), "sends 4 float32, receives 5 float32"),
+        ((fine, locked), "read-only"),
+        ((fine, device.array(np.zeros(4, "f8"))), "sends 4 float32, receives 4 float64"),
+    ):
+        with pytest.raises(ArgumentError, match=f"rank {comm.rank}: Allreduce: .*{message}"):
+            comm.Allreduce(*bad)
+    with pytest.raises(ArgumentError, match="algorithm='nonsense' is not to be had"):
+        comm.Allreduce(fine, device.array(np.zeros(4, F4)), algorithm="nonsense")
+    with pytest.raises(ArgumentError, match=r"Gather: the array lies on a device: copy it to the host first"):
+        comm.Gather(fine, fine)
+    assert np.array_equal(fine.get(), np.zeros(4))
+
+
+@pytest.mark.mpi(sizes=(3,), timeout=120)
+@pytest.mark.parametrize("algorithm", [None, "native"])
+def test_ranks_whose_arrays_lie_in_different_memory_all_learn_of_it(ours: Any, algorithm: str | None) -> None:
+    comm, device = ours
+    x = np.ones(50, F4) if comm.rank == 1 else device.array(np.ones(50, F4))
+    y = np.empty(50, F4) if comm.rank == 1 else device.array(np.zeros(50, F4))
+    with pytest.raises(MismatchError, match=r"float32 on a device.*same kind of memory on all ranks"):
+        comm.Allreduce(x, y, algorithm=algorithm)
+
+
+@FEW
+def test_kernels_in_flight_on_a_side_stream_are_never_overtaken(ours: Any) -> None:
+    comm, device = ours
+    x, y = device.array(np.zeros(30, F4), SIDE), device.array(np.zeros(30, F4), SIDE)
+    for step in range(100):
+        x.fill(operand(comm.rank + step, 30))
+        y.fill(np.full(30, -1))
+        comm.Allreduce(x, y)
+        assert np.array_equal(y.memory, np.sum([operand(k + step, 30) for k in range(comm.size)], axis=0))
+
+
+# Without CuPy, and without a driver
+
+
+def test_an_array_that_cannot_be_reached_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> Any:
+        raise hpccomm.TransportError("CuPy is not installed: pip install 'hpccomm[cuda12]'")
+
+    monkeypatch.setattr(cuda, "device", nothing)
+    x = StandIn().array(np.zeros(3))
+    with pytest.raises(ArgumentError, match=r"Allreduce: the array lies on a device: CuPy is not installed: pip"):
+        hpccomm.Communicator(MPI.COMM_SELF).Allreduce(MPI.IN_PLACE, x)
+
+
+def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: StandIn) -> None:
+    from hpccomm.device_binding import on_stream
+
+    host, there = np.zeros(3), device.array(np.zeros(3))
+    a, b, c = on_stream(5, host, there, MPI.IN_PLACE)
+    assert a is host
+    assert c is MPI.IN_PLACE
+    assert isinstance(b, Stream)
+    assert (b.given, b.stream) == (there, 5)
