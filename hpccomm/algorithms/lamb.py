@@ -95,10 +95,11 @@ def lamb(
         scale = shrink(grad_norm, max_norm, g, norm_reduce)
         numbers = [real(each) for each in (scale, b1, 1 - b1, b2, 1 - b2, k1, k2, eps)]
         groups = list(here.groups()) if norm_reduce is None else [here.rows]
-        room = np.empty(max((each.stop - each.first for each in groups), default=0), w.dtype) if step is None else step
+        placed = [each.stop - each.first for each in groups if norm_reduce is not None or each.adapt.any()]
+        room = np.empty(max(placed, default=0), w.dtype) if step is None else step
         for rows in groups:
             part, rates = slice(rows.first, rows.stop), (weight_decay * rows.decay).astype(w.dtype)
-            if step is None and not rows.adapt.any():
+            if step is None and norm_reduce is None and not rows.adapt.any():
                 kernel("adam_step", code)(
                     w[part], g[part], state.mean[part], state.square[part], rows.bounds, rates, *numbers, last
                 )

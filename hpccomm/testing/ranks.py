@@ -219,6 +219,11 @@ class ThreadCommunicator:
 
         self.together(f"Allgatherv({send.dtype})", send, list, take)
 
+    def Alltoall(self, sendbuf: Any, recvbuf: Any) -> None:
+        """Give every rank an equal part, and take one from each, in rank order."""
+        each = [vector(sendbuf).size // self.size] * self.size
+        self.Alltoallv([sendbuf, each], [recvbuf, each])
+
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give every rank a part of any length, and take one from each, in rank order."""
         send, receive = vector(sendbuf), vector(recvbuf)

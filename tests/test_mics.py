@@ -1,0 +1,634 @@
+"""Model states divided over ranks: the golden step, data parallelism for every group, bytes of each hop, mistakes."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from hpccomm.algorithms.lamb import lamb
+from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.mics import check_placement, mics, partition_groups, per_node, smallest_partition
+from hpccomm.algorithms.transforms import adam, chain, momentum, scale
+from hpccomm.algorithms.zero import LossScale, Sharded, adamw, data_parallel, zero
+from hpccomm.collectives import ring
+from hpccomm.collectives.engine import bind, even_cuts
+from hpccomm.errors import ArgumentError, MismatchError
+from hpccomm.testing.ranks import Meeting, ThreadCommunicator, run_on_ranks, vector
+from hpccomm.transports.threads import Mailboxes, ThreadTransport
+
+GOLDEN = (
+    ([1, 2, 3, 4, 5, 6, 7, 8], [3, 2, 1, 0, -1, -2, -3, -4]),
+    ([1, 0, 1, 0, 1, 0, 1, 0], [1, 1, 1, 1, -1, -1, -1, -1]),
+    ([0, 4, 0, 4, 0, 4, 0, 4], [2, 2, 2, 2, 2, 2, 2, 2]),
+    ([4, 0, 0, 0, 0, 0, 0, 4], [-2, -2, -2, -2, 6, 6, 6, 6]),
+)
+"""Gradients of four ranks in two micro-steps."""
+
+LAYERS = {
+    "embedding": {"table": (7, 3)},
+    "one": {"w": (5, 4), "b": (5,)},
+    "gain": {"scale": (1,)},
+    "out": {"w": (3, 5), "b": (3,), "zeros": (2, 2)},
+}
+"""Units of 21, 25, 1 and 22 elements: no group divides them all, and the third is smaller than any."""
+
+
+def first_weights(dtype: str = "f4") -> dict[str, dict[str, Any]]:
+    """Distinct weights, a tensor of zeros among them."""
+    rng = np.random.default_rng(5)
+    draw = {
+        unit: {name: rng.standard_normal(shape).astype(dtype) for name, shape in tensors.items()}
+        for unit, tensors in LAYERS.items()
+    }
+    draw["out"]["zeros"][...] = 0
+    return draw
+
+
+def gradient(unit: str, step: int, micro: int, rank: int, dtype: Any = "f4") -> dict[str, Any]:
+    """What a rank measures, at any weights: sixteenths, so that float32 adds them exactly in any order."""
+    rng = np.random.default_rng((list(LAYERS).index(unit), step, micro, rank))
+    return {name: (rng.integers(-32, 33, shape) / 16).astype(dtype) for name, shape in LAYERS[unit].items()}
+
+
+def trained(states: Sharded, rank: int, micro_steps: int, steps: int = 3, dtype: Any = "f4") -> dict[str, Any]:
+    """The weights by name after some steps; every unit goes forward and backward as in a network."""
+    order = list(LAYERS)
+    for step in range(steps):
+        for micro in range(micro_steps):
+            walk = [*order, *reversed(order)]
+            for at, unit in enumerate(walk):
+                states.gather(unit, ahead=walk[at + 1] if at + 1 < len(walk) else None)
+                if at >= len(order):
+                    states.reduce_accumulate(unit, gradient(unit, step, micro, rank, dtype))
+                states.release(unit)
+        states.boundary()
+    weights = {f"{unit}.{name}": w.copy() for unit, tensors in states.consolidated() for name, w in tensors.items()}
+    states.close()
+    return weights
+
+
+def nodes_of(ranks: int, partition: int) -> list[int]:
+    """Nodes of as many ranks as a group has, so that none straddles."""
+    return [rank // partition for rank in range(ranks)]
+
+
+# The golden step
+
+
+def golden(states: Sharded, rank: int) -> list[float]:
+    """Two micro-steps and the boundary."""
+    for micro in GOLDEN[rank]:
+        states.reduce_accumulate("all", np.array(micro, "f4"))
+    states.boundary()
+    ((_, tensors),) = states.consolidated()
+    return tensors["w"].tolist()
+
+
+EIGHT = {"all": {"w": np.arange(1, 9, dtype="f4")}}
+
+
+def test_the_golden_step() -> None:
+    def accumulated(comm: Any) -> tuple[list[float], list[list[float]]]:
+        states = mics(comm, EIGHT, scale(-0.5), 2)
+        shards = []
+        for micro in GOLDEN[comm.rank]:
+            states.reduce_accumulate("all", np.array(micro, "f4"))
+            shards.append((states.total / 2).tolist())
+        states.boundary()
+        return next(iter(states.consolidated()))[1]["w"].tolist(), shards
+
+    found = run_on_ranks(4, accumulated, [0, 0, 1, 1])
+    assert [weights for weights, _ in found] == [[0.375, 1.4375, 2.625, 3.4375, 4.25, 5.0625, 6.25, 6.8125]] * 4
+    assert [shards for _, shards in found] == [
+        [[1, 1, 2, 2], [3, 2.5, 3, 2.5]],
+        [[3, 3, 4, 4], [2, 1.5, 2, 1.5]],
+        [[2, 2, 0, 2], [2, 2, 0, 2]],
+        [[0, 2, 0, 4], [4, 6, 4, 8]],
+    ]
+
+
+def test_a_second_hop_in_every_micro_step_is_another_result() -> None:
+    def wrong(comm: Any) -> list[float]:
+        states = mics(comm, EIGHT, scale(-0.5), 2)
+        for micro in GOLDEN[comm.rank]:
+            states.reduce_accumulate("all", np.array(micro, "f4"))
+            states._second(states.part)
+        return (states.total / (2 * 2 * 2)).tolist()
+
+    assert run_on_ranks(4, wrong, [0, 0, 1, 1])[0] == [2, 1.875, 1.25, 2.125]
+
+
+@pytest.mark.parametrize("partition", [1, 2, 4])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_golden_step_for_every_group_and_stage(partition: int, stage: int) -> None:
+    made = run_on_ranks(
+        4,
+        lambda comm: golden(mics(comm, EIGHT, scale(-0.5), partition, stage=stage), comm.rank),
+        nodes_of(4, partition),
+    )
+    assert made == [[0.375, 1.4375, 2.625, 3.4375, 4.25, 5.0625, 6.25, 6.8125]] * 4
+
+
+# Identities
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": scale(-0.1),
+    "momentum": chain(momentum(0.9), scale(-0.1)),
+    "adam": chain(adam(eps=0.1), scale(-0.1)),
+    "adamw": adamw(0.1, eps=0.1, weight_decay=0.01),
+    "lars": lambda bucket, reduce: lars(bucket, 0.1, trust=0.02, weight_decay=0.01, norm_reduce=reduce),
+    "lamb": lambda bucket, reduce: lamb(bucket, 0.1, eps=0.1, norm_reduce=reduce, adapt="flags"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("micro_steps", [1, 2, 4])
+def test_every_group_takes_the_steps_of_data_parallelism(name: str, micro_steps: int) -> None:
+    """fp32, rtol 1e-6 (the sums are exact; norms are summed in another order); the same bits on all ranks."""
+
+    def run(ranks: int, make: Callable[[Any], Sharded], nodes: list[int] | None = None) -> dict[str, Any]:
+        found = run_on_ranks(ranks, lambda comm: trained(make(comm), comm.rank, micro_steps), nodes)
+        for other in found[1:]:
+            assert all(other[tensor].tobytes() == found[0][tensor].tobytes() for tensor in other)
+        return found[0]
+
+    optimizer = OPTIMIZERS[name]
+    for ranks, partitions in ((3, [1, 3]), (4, [1, 2, 4])):
+        wanted = run(ranks, lambda comm: data_parallel(comm, first_weights(), optimizer))
+        made = [lambda comm, p=p: mics(comm, first_weights(), optimizer, p) for p in partitions]
+        made += [lambda comm, stage=stage: zero(comm, first_weights(), optimizer, stage=stage) for stage in (1, 2, 3)]
+        for number, make in enumerate(made):
+            found = run(ranks, make, nodes_of(ranks, partitions[number]) if number < len(partitions) else None)
+            for tensor, values in wanted.items():
+                assert np.allclose(found[tensor], values, rtol=1e-6, atol=1e-7), (name, ranks, number, tensor)
+
+
+def test_data_parallelism_takes_the_steps_of_one_rank_with_all_gradients() -> None:
+    """An oracle without groups: the mean gradient, written out."""
+    ranks, micro_steps, steps = 3, 2, 2
+    weights = {f"{unit}.{name}": w for unit, tensors in first_weights().items() for name, w in tensors.items()}
+    for step in range(steps):
+        for unit, tensors in LAYERS.items():
+            parts = [gradient(unit, step, micro, rank) for micro in range(micro_steps) for rank in range(ranks)]
+            for name in tensors:
+                total = sum(part[name] for part in parts)
+                weights[f"{unit}.{name}"] = weights[f"{unit}.{name}"] - np.float32(0.5) * (total / np.float32(6))
+    for partition in (1, 3):
+        found = run_on_ranks(
+            ranks,
+            lambda comm, p=partition: trained(mics(comm, first_weights(), scale(-0.5), p), comm.rank, 2, steps),
+            nodes_of(3, partition),
+        )
+        assert all(found[0][tensor].tobytes() == weights[tensor].tobytes() for tensor in weights)
+
+
+# Bytes, memory, and what is called how often
+
+
+class Counted(ThreadCommunicator):
+    """Collectives by rings over mailboxes that count bytes."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        super().__init__(meeting, rank)
+        mail = meeting.__dict__.setdefault("mail_of_rings", Mailboxes(meeting.size))
+        self.transport, self.sent, self.calls = ThreadTransport(mail, rank), Counter[str](), Counter[str]()
+
+    def Split(self, color: int = 0, key: int = 0) -> Any:
+        """As counted."""
+        made = super().Split(color, key)
+        return Counted(made.meeting, made.rank)
+
+    def ring(self, name: str, steps: Any, whole: Any) -> None:
+        """Run a ring on a vector."""
+        before = self.transport.mail.bytes_sent[self.rank]
+        cuts = even_cuts(whole.size, self.size)
+        bind(steps(self.rank, self.size), whole, cuts, self.transport, lambda low, up, out: np.add(low, up, out=out))()
+        self.sent[name] += self.transport.mail.bytes_sent[self.rank] - before
+        self.calls[name] += 1
+
+    def mine(self, whole: Any) -> Any:
+        """This rank's block."""
+        return whole.reshape(self.size, -1)[self.rank]
+
+    def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
+        """By a ring."""
+        whole = vector(recvbuf)
+        self.mine(whole)[...] = vector(sendbuf)
+        self.ring("Allgather", ring.allgather, whole)
+
+    def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: Any = None) -> None:
+        """By a ring."""
+        whole = vector(sendbuf).copy()
+        self.ring("Reduce_scatter", ring.reduce_scatter, whole)
+        recvbuf[...] = self.mine(whole)
+
+    def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any = None, algorithm: str | None = None) -> None:
+        """By a ring."""
+        self.ring("Allreduce", ring.allreduce, vector(recvbuf))
+
+
+def counted(ranks: int, body: Callable[[Any], Any]) -> list[Any]:
+    """``body`` on ranks that count."""
+    meeting, found = Meeting(ranks, [0] * ranks, 60.0), [None] * ranks
+
+    def one(rank: int) -> None:
+        try:
+            found[rank] = body(Counted(meeting, rank))
+        except BaseException:
+            meeting.abort()
+            raise
+
+    threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "partition", "micro_steps"), [(4, 2, 1), (4, 2, 4), (6, 3, 2), (6, 2, 2), (4, 4, 3)])
+def test_bytes_of_each_hop_are_those_of_the_formulas(ranks: int, partition: int, micro_steps: int) -> None:
+    """2(p-1)/p, s(p-1)/p and 2(R-1)/(R p) of the model, which all groups here divide."""
+    model = {name: {"w": np.ones((size,), "f4")} for name, size in (("a", 240), ("b", 48), ("c", 960))}
+    nbytes, copies = 4 * (240 + 48 + 960), ranks // partition
+
+    def body(comm: Any) -> Any:
+        states = Sharded(partition_groups(comm, partition), model, scale(-0.5))
+        made = Counter(states.gathering.sent), Counter(states.groups.partition.sent)
+        for _ in range(micro_steps):
+            for unit in ("a", "b", "c", "c", "b", "a"):
+                states.gather(unit)
+                states.release(unit)
+            for unit in ("c", "b", "a"):
+                states.reduce_accumulate(unit, np.ones(model[unit]["w"].size, "f4"))
+        assert "Allreduce" not in states.groups.replication.sent
+        states.boundary()
+        sent = (
+            states.gathering.sent["Allgather"] - made[0]["Allgather"],
+            states.groups.partition.sent["Reduce_scatter"] - made[1]["Reduce_scatter"],
+            states.groups.replication.sent["Allreduce"],
+        )
+        calls = states.groups.replication.calls["Allreduce"]
+        return sent, calls, tuple(hop.wire_bytes for hop in states.hops)
+
+    for sent, calls, told in counted(ranks, body):
+        assert sent == told
+        assert sent[0] == 2 * micro_steps * nbytes * (partition - 1) // partition
+        assert sent[1] == micro_steps * nbytes * (partition - 1) // partition
+        assert sent[2] == 2 * (copies - 1) * nbytes // (copies * partition)
+        assert calls == (copies > 1)
+
+
+@pytest.mark.parametrize(("stage", "hops"), [(1, (1, 1)), (2, (1, 3)), (3, (6, 3))])
+def test_bytes_of_the_stages(stage: int, hops: tuple[int, int]) -> None:
+    """Three micro-steps: so many times 3/4 of the model in gathers, and in reduce-scatters."""
+
+    def body(comm: Any) -> Any:
+        states = zero(comm, {"a": {"w": np.ones((64,), "f4")}}, scale(-0.5), stage=stage)
+        for _ in range(3):
+            for _ in range(2):
+                states.gather("a")
+                states.release("a")
+            states.reduce_accumulate("a", np.ones(64, "f4"))
+        states.boundary()
+        return states.groups.partition.sent["Reduce_scatter"], [hop.wire_bytes for hop in states.hops]
+
+    for reduced, told in counted(4, body):
+        assert reduced == told[1]
+        assert told == [hops[0] * 64 * 4 * 3 // 4, hops[1] * 64 * 4 * 3 // 4, 0]
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", "bfloat16"])
+@pytest.mark.parametrize("partition", [1, 2, 4])
+def test_states_take_16_bytes_a_parameter_of_the_partition(dtype: str, partition: int) -> None:
+    """Weights, gradients and Adam's moments, within 5 %; gathered parameters lie in room for two units."""
+    model = {f"layer{n}": {"w": np.ones((100, 101), "f4"), "b": np.ones((101,), "f4")} for n in range(5)}
+    parameters, unit = 5 * 101 * 101, 101 * 101
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+    def body(comm: Any) -> Any:
+        states = mics(comm, model, adamw(0.1), partition, dtype=kind)
+        states.close()
+        return states.memory
+
+    for memory in run_on_ranks(4, body, nodes_of(4, partition)):
+        assert memory.states == pytest.approx(16 * parameters / partition, rel=0.05)
+        if partition > 1:
+            assert memory.gathered == pytest.approx(2 * unit * kind.itemsize, rel=0.01)
+
+
+@pytest.mark.mpi(sizes=(2, 4))
+def test_steps_allocate_no_vectors(comm: Any) -> None:
+    """Steps of AdamW on 400,000 parameters take less new memory than a hundredth of them."""
+    model = {name: {"w": np.ones((200, 500), "f4")} for name in "abcd"}
+    states = mics(comm, model, adamw(0.1), 2, overlap=False)
+
+    def step() -> None:
+        for name in model:
+            states.gather(name)
+            states.gradient(name)["w"][...] = 1
+            states.reduce_accumulate(name, states.gradient(name))
+            states.release(name)
+        states.boundary()
+
+    step()
+    step()
+    tracemalloc.start()
+    step()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    states.close()
+    assert peak < 16_000
+
+
+@pytest.mark.mpi(sizes=(1, 2, 4, 7))
+def test_real_ranks_take_the_steps_of_threads(comm: Any) -> None:
+    """Bit for bit: all sums are exact, and elements are treated alike."""
+    for partition in {1, comm.size}:
+        for dtype in ("f4", "f2"):
+            groups = partition_groups(comm, partition)
+            states = Sharded(groups, first_weights(), OPTIMIZERS["adamw"], dtype=dtype)
+            found = trained(states, comm.rank, 2, dtype=dtype)
+            if comm.rank == 0:
+                wanted = run_on_ranks(
+                    comm.size,
+                    lambda ranks, p=partition, dtype=dtype: trained(
+                        Sharded(partition_groups(ranks, p), first_weights(), OPTIMIZERS["adamw"], dtype=dtype),
+                        ranks.rank,
+                        2,
+                        dtype=dtype,
+                    ),
+                )[0]
+                assert all(found[tensor].tobytes() == wanted[tensor].tobytes() for tensor in wanted)
+            assert len(set(comm.allgather(b"".join(found[tensor].tobytes() for tensor in found)))) == 1
+
+
+# Where groups lie
+
+
+@pytest.mark.parametrize(
+    ("nodes", "size", "spans"),
+    [
+        ([0, 0, 0, 0], 2, 1),
+        ([0, 0, 1, 1], 1, 1),
+        ([0, 0, 1, 1], 4, 2),
+        ([0, 1, 2, 3], 2, 2),
+        ([0] * 3 + [1] * 3, 3, 1),
+        ([0] * 3 + [1] * 3 + [2] * 3 + [3] * 3, 6, 2),
+        ([0] * 2 + [1] * 4, 2, 1),
+    ],
+)
+def test_groups_inside_nodes_and_of_whole_nodes(nodes: list[int], size: int, spans: int) -> None:
+    assert check_placement("rank 0", nodes, size) == spans
+
+
+@pytest.mark.parametrize(
+    ("nodes", "size", "why"),
+    [
+        ([0, 0, 1, 1], 3, "partition size 3 does not divide 4 ranks: pass one of 1, 2, 4"),
+        ([0, 0, 1, 1], 0, "partition size 0 does not divide 4 ranks"),
+        (
+            [0] * 3 + [1] * 3,
+            2,
+            "ranks 2 to 3, .* nodes 0, 1, .*: pass a divisor of the 3 ranks of a node, or a multiple",
+        ),
+        ([0] * 4 + [1] * 4 + [2] * 4, 6, "ranks 0 to 5, .* pass a divisor of the 4 ranks"),
+        ([0, 1, 0, 1], 2, "ranks 0 to 1, .* start consecutive ranks on one node"),
+        ([0, 0, 0, 1], 2, "ranks 2 to 3, .* start the same number of ranks on every node, here 1 to 3"),
+    ],
+)
+def test_groups_that_straddle_nodes_are_refused(nodes: list[int], size: int, why: str) -> None:
+    def body(comm: Any) -> str:
+        with pytest.raises(ArgumentError, match=why) as caught:
+            mics(comm, first_weights(), scale(-1.0), size)
+        return str(caught.value)
+
+    told = run_on_ranks(len(nodes), body, nodes)
+    assert [text.split(":")[0] for text in told] == [f"rank {rank}" for rank in range(len(nodes))]
+
+
+def test_the_group_is_the_node_where_nothing_is_said() -> None:
+    sizes = run_on_ranks(6, lambda comm: mics(comm, first_weights(), scale(-1.0)).ranks, [0, 0, 0, 1, 1, 1])
+    assert sizes == [3] * 6
+    with pytest.raises(ArgumentError, match="nodes of 1 to 2 ranks: pass partition_size"):
+        per_node(0, np.array([0, 0, 1]))
+
+
+def test_the_smallest_partition_that_fits() -> None:
+    """The example of ZeRO: 7.5 billion parameters take 120 GB of states."""
+    assert smallest_partition(120e9, 32e9, 64, 8) == 4
+    assert smallest_partition(120e9, 32e9, 64, 8, working=24e9) == 16
+    assert smallest_partition(120e9, 200e9, 64, 8) == 1
+    assert smallest_partition(120e9, 32e9, 12, 6) == 6
+    with pytest.raises(ArgumentError, match="use more ranks or a smaller model"):
+        smallest_partition(120e9, 32e9, 64, 8, working=31e9)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", ["f2", "bfloat16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_of_16_bits_are_added_in_32(dtype: str, stage: int) -> None:
+    """2048 + 1 + 1 is 2048 in float16: every addition would lose one."""
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+    def body(comm: Any) -> list[float]:
+        states = zero(comm, {"a": {"w": np.zeros((5,), "f4")}}, scale(-1.0), stage=stage, dtype=kind)
+        for _ in range(2):
+            w = states.gather("a")["w"]
+            assert w.dtype == kind
+            states.reduce_accumulate("a", np.full(5, 2048 if comm.rank == 0 else 1, kind))
+            states.release("a")
+        states.boundary()
+        return next(iter(states.consolidated()))[1]["w"].tolist()
+
+    assert (
+        run_on_ranks(3, body) == [[-(2048 + 1 + 1) / 3 * np.ones(1, "f4")[0]] * 5] * 3
+        or run_on_ranks(3, body) == [np.full(5, np.float32(-4100) / np.float32(6)).tolist()] * 3
+    )
+
+
+def test_gathered_parameters_are_the_masters_rounded_once() -> None:
+    model = {"a": {"w": np.array([1 + 2**-11, 1 + 3 * 2**-11, 1e6, -(2**-24), 5], "f4")}}
+
+    def body(comm: Any) -> Any:
+        states = mics(comm, model, scale(-1.0), 2, dtype="f2")
+        return states.gather("a")["w"].copy(), next(iter(states.consolidated()))[1]["w"]
+
+    for gathered, kept in run_on_ranks(4, body):
+        with np.errstate(over="ignore"):
+            assert gathered.tobytes() == model["a"]["w"].astype("f2").tobytes()
+        assert kept.tobytes() == model["a"]["w"].tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("culprit", range(4))
+def test_an_overflow_anywhere_leaves_the_step_out_everywhere(bad: float, culprit: int) -> None:
+    """The scale halves on all ranks, and doubles after so many good steps."""
+
+    def body(comm: Any) -> Any:
+        states = mics(comm, EIGHT, adamw(0.1), 2, loss_scale=LossScale(1024.0, interval=2), dtype="f2")
+        found = []
+        for step in range(4):
+            given = np.full(8, states.loss_scale.value, "f2")
+            if step == 1 and comm.rank == culprit:
+                given[6] = bad
+            states.reduce_accumulate("all", given)
+            found.append((*states.boundary()[1:], states.steps, states.state.updates))
+        return found, next(iter(states.consolidated()))[1]["w"].tobytes()
+
+    results = run_on_ranks(4, body, [0, 0, 1, 1])
+    assert len({weights for _, weights in results}) == 1
+    for found, _ in results:
+        assert found == [(False, 1024, 1, 1), (True, 512, 1, 1), (False, 512, 2, 2), (False, 1024, 3, 3)]
+
+
+def test_the_loss_scale_divides_out_exactly() -> None:
+    def body(comm: Any, value: float) -> bytes:
+        states = mics(comm, EIGHT, chain(momentum(0.5), scale(-0.5)), 2, loss_scale=LossScale(value))
+        for micro in GOLDEN[comm.rank]:
+            states.reduce_accumulate("all", np.array(micro, "f4") * np.float32(value))
+        states.boundary()
+        return next(iter(states.consolidated()))[1]["w"].tobytes()
+
+    one, many = (run_on_ranks(4, lambda comm, v=v: body(comm, v), [0, 0, 1, 1]) for v in (1.0, 4096.0))
+    assert one == many
+
+
+@pytest.mark.parametrize("partition", [1, 2, 4])
+def test_the_norm_is_that_of_the_mean_gradient_and_clips_it(partition: int) -> None:
+    mean = np.array([1.25, 1.125, 0.75, 1.125, 1.5, 1.875, 1.5, 2.375])
+    norm = np.sqrt((mean**2).sum())
+
+    def body(comm: Any) -> Any:
+        states = mics(comm, EIGHT, scale(-1.0), partition, max_norm=1.0)
+        for micro in GOLDEN[comm.rank]:
+            states.reduce_accumulate("all", np.array(micro, "f4"))
+        return states.boundary().norm, next(iter(states.consolidated()))[1]["w"]
+
+    for found, weights in run_on_ranks(4, body, nodes_of(4, partition)):
+        assert found == pytest.approx(norm, rel=1e-12)  # sums of eight squares in float64, in another order
+        assert np.allclose(weights, np.arange(1, 9) - mean / norm, rtol=1e-6)
+
+
+# Mistakes
+
+
+def refused(body: Callable[[Any], Any], why: str, kind: type[Exception] = ArgumentError, ranks: int = 2) -> None:
+    """All ranks hear of it."""
+    found = []
+
+    def guarded(comm: Any) -> None:
+        with pytest.raises(kind, match=why):
+            body(comm)
+        found.append(comm.rank)
+
+    run_on_ranks(ranks, guarded)
+    assert len(found) == ranks
+
+
+def test_units_gathered_in_different_orders_are_named_and_change_nothing() -> None:
+    """Of one size: only the step's end can know.  Of different sizes: at once."""
+    model = {name: {"w": np.full((size,), size, "f4")} for name, size in (("a", 4), ("b", 4), ("c", 6))}
+
+    def body(comm: Any, order: str) -> None:
+        states = zero(comm, model, scale(-1.0))
+        try:
+            for unit in order if comm.rank == 1 else "abc":
+                states.gather(unit)
+                states.release(unit)
+                states.reduce_accumulate(unit, np.ones(model[unit]["w"].size, "f4"))
+            states.boundary()
+        finally:
+            assert states.master.tolist() == [4, 4, 4, 4, 6, 6, 6] or states.master.size == 7
+            assert set(states.master.tolist()) == {4, 6}
+            states.courier.shutdown()
+
+    refused(
+        lambda comm: body(comm, "bac"),
+        "call 1 of this step was 'gather b' on place 1 of the partition group, 'gather a' on place 0",
+        MismatchError,
+    )
+    refused(lambda comm: body(comm, "cba"), "gathers unit '[ac]' as call 1 of this step: .*same order", MismatchError)
+
+
+def test_mistakes_of_one_call_are_named() -> None:
+    def states_of(comm: Any) -> Sharded:
+        return zero(comm, first_weights(), scale(-1.0), overlap=False)
+
+    def twice(comm: Any) -> None:
+        states = states_of(comm)
+        states.gather("one")
+        states.gather("one")
+
+    def three(comm: Any) -> None:
+        states = states_of(comm)
+        for unit in ("one", "out", "gain"):
+            states.gather(unit)
+
+    def held(comm: Any) -> None:
+        states = states_of(comm)
+        states.gather("one")
+        states.boundary()
+
+    def early(comm: Any) -> None:
+        states = states_of(comm)
+        states.reduce_accumulate("one", gradient("one", 0, 0, 0))
+        states.boundary()
+
+    def wide_gradient(comm: Any) -> None:
+        states_of(comm).reduce_accumulate("one", gradient("one", 0, 0, 0, "f8"))
+
+    def short(comm: Any) -> None:
+        states_of(comm).reduce_accumulate("one", np.zeros(3, "f4"))
+
+    def partial(comm: Any) -> None:
+        states_of(comm).reduce_accumulate("one", {"w": np.zeros((5, 4), "f4"), "v": np.zeros(5, "f4")})
+
+    for body, why in (
+        (lambda comm: states_of(comm).gather("two"), "gather: no unit is called 'two': use one of embedding, one"),
+        (lambda comm: states_of(comm).release("one"), "release: 'one' is not gathered"),
+        (twice, "gather: 'one' is gathered: release it first"),
+        (three, "gather: 'one' and 'out' are gathered, or on their way: release one first"),
+        (held, r"boundary: \['one'\] are gathered, or on their way"),
+        (early, "unit 'embedding' has seen 0 gradients, 'one' 1: reduce_accumulate every unit"),
+        (lambda comm: states_of(comm).boundary(), "has seen 0 gradients"),
+        (wide_gradient, "the gradient of unit 'one' is wrong at w, b: .* in float32"),
+        (short, r"float32 of shape \(3,\): pass float32 of shape \(25,\)"),
+        (partial, "wrong at b, v: pass every tensor, once"),
+        (lambda comm: zero(comm, first_weights(), scale(-1.0), stage=4), "stage is 4: pass 1, 2 or 3"),
+        (lambda comm: zero(comm, first_weights("f2"), scale(-1.0)), "the weights are float16: pass float32"),
+        (lambda comm: zero(comm, first_weights(), scale(-1.0), dtype="i4"), "dtype is int32"),
+        (lambda comm: zero(comm, first_weights(), scale(-1.0), max_norm=0.0), "max_norm is 0.0"),
+        (lambda comm: zero(comm, {}, scale(-1.0)), "a model has one unit or more"),
+        (lambda comm: zero(comm, {"a": {}}, scale(-1.0)), "unit 'a' has no tensors"),
+        (lambda comm: zero(comm, [("a", EIGHT["all"])] * 2, scale(-1.0)), "two units are called 'a'"),
+    ):
+        refused(body, why)
+
+
+def test_a_unit_smaller_than_the_group_leaves_ranks_with_nothing() -> None:
+    """And one without elements leaves all with nothing; both go through every hop."""
+    model = {"small": {"w": np.array([1, 2], "f4")}, "none": {"w": np.zeros((0, 3), "f4")}}
+
+    def body(comm: Any) -> Any:
+        states = mics(comm, model, adamw(0.5), 5, dtype="f4")
+        sizes = states.master.size
+        for unit in model:
+            states.gather(unit)
+            states.release(unit)
+            states.reduce_accumulate(unit, np.full(model[unit]["w"].size, comm.rank, "f4"))
+        states.boundary()
+        return sizes, [tensors["w"].tolist() for _, tensors in states.consolidated()]
+
+    found = run_on_ranks(10, body, [rank // 5 for rank in range(10)])
+    assert [size for size, _ in found] == [1, 1, 0, 0, 0] * 2
+    assert all(weights == [[0.5, 1.5], []] for _, weights in found)
