@@ -10,7 +10,9 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm.algorithms.bmuf import bmuf
+from hpccomm.algorithms.compressors import none
 from hpccomm.algorithms.exchange import check_replicas, mean, reports, spent
+from hpccomm.algorithms.feedback import feedback
 from hpccomm.algorithms.gtc import gtc
 from hpccomm.algorithms.hybrid import hybrid, unsent
 from hpccomm.algorithms.periodic import Periodic
@@ -73,10 +75,14 @@ def centres_of(size: int, n: int = 37) -> Vector:
 
 
 @pytest.mark.parametrize("sliced", [True, False])
-@pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_golden_run(sliced: bool, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("exchange", "dtype"),
+    [(slow_gtc(1.0), "f4"), (slow_gtc(1.0), "f8"), (lambda group: gtc(group, 1.0, reduce="sum"), "f4")],
+    ids=["slow f4", "slow f8", "gtc"],
+)
+def test_golden_run(sliced: bool, exchange: Any, dtype: str) -> None:
     def body(comm: Any) -> Any:
-        method = hybrid(comm, slow_gtc(1.0), scale(-0.25), 2, period=2, sliced_leaders=sliced)
+        method = hybrid(comm, exchange, scale(-0.25), 2, period=2, sliced_leaders=sliced)
         seen, state = run(method, comm, 4, dtype=dtype)
         return [each.tolist() for each in seen], state.inner[0].residual.tolist(), method.export(state).tolist()
 
@@ -151,6 +157,28 @@ def test_one_group_is_its_exchange(size: int) -> None:
         return np.array_equal(ours, seen)
 
     assert all(run_on_ranks(size, body))
+
+
+def test_a_codec_that_says_everything_is_dense_exchange() -> None:
+    def body(comm: Any) -> bool:
+        everything = hybrid(comm, lambda group: feedback(none(), group), scale(-0.25), 2, period=3)
+        dense = hybrid(comm, mean, scale(-0.25), 2, period=3)
+        one, other = (run(method, comm, 7, dtype="f4")[0] for method in (everything, dense))
+        return all(np.array_equal(*pair) for pair in zip(one, other, strict=True))
+
+    assert all(run_on_ranks(4, body))
+
+
+def test_a_threshold_near_zero_sends_signs() -> None:
+    """Not dense descent: τ times the votes of the ranks, wherever a gradient is not zero."""
+    tau, gradients = 2.0**-20, np.array([[1, -2, 0, 0.5], [3, 2, 0, -0.25], [-1, -7, 0, 9]], "f4")
+
+    def body(comm: Any) -> list[float]:
+        exchange = gtc(comm, tau, reduce="sum")
+        weights = np.zeros(4, "f4")
+        return list((exchange.update(gradients[comm.rank], exchange.init(weights), weights)[0] / tau).tolist())
+
+    assert run_on_ranks(3, body) == [[1, -1, 0, 1]] * 3
 
 
 def test_dense_groups_with_one_step_blocks_average_the_group_models() -> None:
