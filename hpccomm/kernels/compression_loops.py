@@ -183,7 +183,7 @@ def threshold_words(residual, gradient, out, tau, found, n, state):
             if not is_finite(rest):
                 odd = True
             to[count] = U32((i + j) << 1) | U32(minus >> U64(j) & U64(1))
-            count += 0 if rest != rest else 1
+            count += 0 if np.isnan(rest) else 1
             mask &= mask - U64(1)
         i += GROUP
     while end <= i < n and count < ROOM:
@@ -234,7 +234,7 @@ def select_threshold(x, threshold, found, n, state):
             if not is_finite(value):
                 odd = True
             to[count] = U32(j)
-            count += 0 if value != value else 1
+            count += 0 if np.isnan(value) else 1
             mask &= mask - U64(1)
         i += GROUP
     while end <= i < n and count < ROOM:
