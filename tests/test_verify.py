@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hpccomm.collectives import ALGORITHMS, hierarchical, ring, tree
+from hpccomm.collectives.cost import HIERARCHICAL
 from hpccomm.collectives.schedule import NOBODY, Algorithm, Step, one_each, whole
 from hpccomm.collectives.verify import ROOTED, VOLUMES, layouts, two_level, verify
 from hpccomm.commands import verify as command
@@ -335,7 +336,7 @@ def run_command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, s
 def test_the_command_prints_a_line_an_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = run_command(capsys, "all", "--size", "1:5")
     assert code == 0
-    assert len(out.splitlines()) == 1 + len(EVERY) + 1
+    assert len(out.splitlines()) == 1 + len(EVERY) + len(HIERARCHICAL)
     code, out = run_command(capsys, "ring", "--size", "7", "--collective", "allreduce")
     assert code == 0
     assert out.splitlines()[1].split() == ["allreduce", "ring", "7", "12", "no", "2(p-1)/p", "n"]

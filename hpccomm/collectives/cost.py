@@ -16,14 +16,14 @@ Appl. 2005).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.collectives import ALGORITHMS, hierarchical
+from hpccomm.collectives import ALGORITHMS, gathers, hierarchical
 from hpccomm.collectives.schedule import Algorithm, Step
 
 Floats = npt.NDArray[np.float64]
@@ -31,6 +31,13 @@ Ints = npt.NDArray[np.int32]
 
 FACTORS = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
 """Bus bandwidth is this times (p-1)/p times bytes per time, elsewhere just bytes per time (nccl-tests)."""
+
+HIERARCHICAL: dict[str, Callable[[Any], Algorithm]] = {
+    "allreduce": hierarchical.on,
+    "reduce_scatter": gathers.reduce_scatter_on,
+    "allgather": gathers.allgather_on,
+}
+"""Algorithms in two levels: where ranks live decides their steps.  Reordering inside a rank is not priced."""
 
 MOST_SEGMENTS = 4096
 SMALLEST_SEGMENT = 1024
@@ -300,7 +307,7 @@ def predict(
 def candidates(collective: str, nodes: int, per_node: int) -> Iterator[str]:
     """What can be priced."""
     yield from ALGORITHMS.get(collective, {})
-    if collective == "allreduce" and nodes > 1 and per_node > 1:
+    if collective in HIERARCHICAL and nodes > 1 and per_node > 1:
         yield "hierarchical"
 
 
@@ -308,7 +315,7 @@ def candidates(collective: str, nodes: int, per_node: int) -> Iterator[str]:
 def prediction(name: str, collective: str, nodes: int, per_node: int, nbytes: float, machine: Machine) -> Prediction:
     """One algorithm on nodes x per_node ranks, in the order of nodes."""
     home = np.repeat(np.arange(nodes), per_node)
-    algorithm = hierarchical.on(home) if name == "hierarchical" else ALGORITHMS[collective][name]
+    algorithm = HIERARCHICAL[collective](home) if name == "hierarchical" else ALGORITHMS[collective][name]
     cost = price(algorithm, home, nbytes, machine)
     algbw = nbytes / cost.us / 1e3 if cost.us else 0.0
     limit = wire_limit(collective, nodes, per_node, nbytes, machine)

@@ -49,6 +49,8 @@ class Algorithm(NamedTuple):
     non-commutative operations."""
     lanes: bool = False
     """Gains from cutting every block into segments that flow one after the other (chains and trees)."""
+    slots: Callable[[int], Any] | None = None
+    """``(p,)`` the block that is each rank's own, where it has not the rank's number (reduce-scatters, allgathers)."""
 
 
 def one_each(p: int) -> int:

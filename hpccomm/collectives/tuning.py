@@ -212,7 +212,7 @@ def interpolated(points: Sequence[tuple[int, float]], nbytes: int) -> float:
 def priced_choice(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:
     """Hierarchical where it is far cheaper than anything flat."""
     native = Choice("native", None, "not measured between nodes, and no price speaks against native MPI")
-    possible = set(cost.candidates(collective, *shape)) & {"hierarchical"}
+    possible = collective == "allreduce" and min(shape) > 1
     if not possible or (candidates and "hierarchical" not in candidates):
         return native
     prices = {

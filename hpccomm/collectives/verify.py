@@ -119,7 +119,7 @@ def verify(algorithm: Algorithm | str, collective: str, p: int, root: int = 0, v
     matched(table, trial)
     if p <= ALONE:
         same_alone(algorithm, collective, table, trial, root)
-    in_order = flow(table, promise(collective, p, blocks, root), trial)
+    in_order = flow(table, promise(collective, p, blocks, root, algorithm.slots), trial)
     if algorithm.ordered and not in_order:
         raise ScheduleError(f"{trial.title}: claims to keep the order of ranks, and does not")
     report = summary(table, blocks, in_order if collective in REDUCES else None)
@@ -288,12 +288,13 @@ def same_alone(algorithm: Algorithm, collective: str, table: Table, trial: Trial
 # --- contents -------------------------------------------------------------------------------------
 
 
-def promise(collective: str, p: int, blocks: int, root: int = 0) -> Promise:
+def promise(collective: str, p: int, blocks: int, root: int = 0, slots: Callable[[int], Any] | None = None) -> Promise:
     """The pre- and postcondition of a collective; nothing is due where the caller does not look."""
     own, everybody = singles(p), singles(p).sum(axis=0, dtype=np.uint64)
     before = np.zeros((p, blocks, own.shape[1]), dtype=np.uint64)
     after, due = before.copy(), np.zeros((p, blocks), dtype=bool)
     rank = np.arange(p)
+    slot = rank if slots is None else np.asarray(slots(p))
     if collective in REDUCES:
         before[:] = own[:, None]
         after[:] = everybody
@@ -301,12 +302,12 @@ def promise(collective: str, p: int, blocks: int, root: int = 0) -> Promise:
         before[root] = own[root]
         after[:] = own[root]
     else:
-        before[rank, rank] = own
-        after[:] = own[None]
+        before[rank, slot] = own
+        after[:, slot] = own[None]
     if collective in ("reduce", "gather"):
         due[root] = True
     elif collective in ("reduce_scatter", "scatter"):
-        due[rank, rank] = True
+        due[rank, slot] = True
     else:
         due[:] = True
     return Promise(before, after, due)
@@ -573,6 +574,13 @@ def two_level(nodes: Iterable[int]) -> Volume:
         lambda p, _: 2 * share(lanes) + 2 * share(count) / lanes + extra,
         lambda p, _: Fraction(2 * (p - 1)),
     )
+
+
+def two_level_half(nodes: Iterable[int]) -> Volume:
+    """What an allgather or reduce-scatter in two levels costs on ``nodes``."""
+    _, ranks = np.unique(np.asarray(list(nodes)), return_counts=True)
+    rounds = int(ranks.size) - 1 + int(ranks[0]) - 1
+    return Volume("(p-1)/p n", lambda p, _: rounds, lambda p, _: share(p), lambda p, _: Fraction(p - 1))
 
 
 def as_promised(report: Report, volume: Volume, p: int, root: int, trial: Trial) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hpccomm.collectives import ALGORITHMS, figure, hierarchical
+from hpccomm.collectives import ALGORITHMS, figure
+from hpccomm.collectives.cost import HIERARCHICAL
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.verify import ROOTED
 from hpccomm.errors import ArgumentError
@@ -66,8 +67,9 @@ def show_schedule(args: argparse.Namespace) -> int:
 
 def chosen(name: str, args: argparse.Namespace) -> tuple[str, Algorithm]:
     """The collective and the algorithm that are meant."""
-    if name == "hierarchical":
-        return "allreduce", hierarchical.on([r // args.per_node for r in range(args.size)])
+    collective = args.collective or "allreduce"
+    if name == "hierarchical" and collective in HIERARCHICAL:
+        return collective, HIERARCHICAL[collective]([r // args.per_node for r in range(args.size)])
     for collective, algorithms in ALGORITHMS.items():
         if name in algorithms and args.collective in (None, collective):
             return collective, algorithms[name]

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
-from hpccomm.collectives.verify import ROOTED, VOLUMES, Report, layouts, two_level, verify
+from hpccomm.collectives.cost import HIERARCHICAL
+from hpccomm.collectives.verify import ROOTED, VOLUMES, Report, layouts, two_level, two_level_half, verify
 from hpccomm.errors import ArgumentError, ScheduleError
 
 SUMMARY = "prove schedules correct for a range of sizes"
@@ -67,7 +68,7 @@ def sizes_in(text: str) -> list[int]:
 def subjects(algorithm: str, collective: str | None) -> list[Subject]:
     """The algorithms that are meant."""
     every = [Subject(each, name) for each, names in ALGORITHMS.items() for name in names]
-    every.append(Subject("allreduce", "hierarchical"))
+    every += [Subject(each, "hierarchical") for each in HIERARCHICAL]
     found = [each for each in every if algorithm in ("all", each.algorithm) and collective in (None, each.collective)]
     if not found:
         names = ", ".join(sorted({each.algorithm for each in every if collective in (None, each.collective)}))
@@ -90,12 +91,20 @@ def proofs(subject: Subject, p: int) -> Iterator[Report]:
     """One size."""
     if subject.algorithm == "hierarchical":
         for nodes in layouts(p).values():
-            yield verify(hierarchical.on(nodes), subject.collective, p, volume=two_level(nodes))
-            yield verify(hierarchical.on(nodes, ALGORITHMS["allreduce"]["butterfly"]), subject.collective, p)
+            yield from two_level_proofs(subject.collective, nodes)
         return
     roots = range(p) if p <= EVERY_ROOT else (0, p - 1)
     for root in roots if subject.collective in ROOTED else (0,):
         yield verify(subject.algorithm, subject.collective, p, root)
+
+
+def two_level_proofs(collective: str, nodes: list[int]) -> Iterator[Report]:
+    """One layout; gathers in two levels are for as many ranks on every node."""
+    if collective == "allreduce":
+        yield verify(hierarchical.on(nodes), collective, len(nodes), volume=two_level(nodes))
+        yield verify(hierarchical.on(nodes, ALGORITHMS["allreduce"]["butterfly"]), collective, len(nodes))
+    elif not hierarchical.lanes_of(nodes).surplus:
+        yield verify(HIERARCHICAL[collective](nodes), collective, len(nodes), volume=two_level_half(nodes))
 
 
 def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
@@ -103,7 +112,8 @@ def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
     rounds = {report.rounds for report in reports}
     orders = {report.ordered for report in reports}
     ordered = "-" if None in orders else "no" if False in orders else "yes"
-    volume = VOLUMES.get((subject.collective, subject.algorithm)) or two_level([0])
+    known = two_level([0]) if subject.collective == "allreduce" else two_level_half([0])
+    volume = VOLUMES.get((subject.collective, subject.algorithm), known)
     span = f"{min(rounds)}-{max(rounds)}" if len(rounds) > 1 else str(max(rounds))
     return f"{subject.collective:<15}{subject.algorithm:<15}{sizes:<10}{span:>10}  {ordered:<8}{volume.text}"
 

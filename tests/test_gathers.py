@@ -1,0 +1,158 @@
+"""Allgather and reduce-scatter in two levels: proved on every layout, equal to flat ones, priced by the formula."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpccomm.__main__ import main
+from hpccomm.collectives import ALGORITHMS, gathers
+from hpccomm.collectives.cost import HIERARCHICAL, Link, Machine, predict, price
+from hpccomm.collectives.engine import bind
+from hpccomm.collectives.schedule import Algorithm
+from hpccomm.collectives.verify import two_level_half, verify
+from hpccomm.errors import ArgumentError, ScheduleError
+from hpccomm.transports.threads import ThreadTransport, run_on_threads
+
+HALVES = ("allgather", "reduce_scatter")
+SHAPES = [(4, 2), (6, 3), (6, 2), (8, 4), (5, 1), (3, 3), (1, 1)]
+"""(p, k): ranks in all and on a node."""
+
+
+def even_layouts(p: int) -> Iterator[list[int]]:
+    """As many ranks on every node: one node after the other, in turn, and shuffled."""
+    for k in (k for k in range(1, p + 1) if p % k == 0):
+        yield [r // k for r in range(p)]
+        yield [r % (p // k) for r in range(p)]
+        yield np.random.default_rng(p + k).permutation([r // k for r in range(p)]).tolist()
+
+
+def padded(vector: Any, p: int) -> Any:
+    """A vector as p equal rows, zeros behind it."""
+    rows = np.zeros((p, -(-vector.size // p)), vector.dtype)
+    rows.reshape(-1)[: vector.size] = vector
+    return rows
+
+
+@pytest.mark.parametrize("collective", HALVES)
+def test_gathers_in_two_levels_are_right_for_1_to_64_ranks(collective: str) -> None:
+    for p in (*range(1, 17), 30, 63, 64):
+        for nodes in even_layouts(p):
+            verify(HIERARCHICAL[collective](nodes), collective, p, volume=two_level_half(nodes))
+
+
+@pytest.mark.parametrize("collective", HALVES)
+def test_a_rank_that_has_another_block_than_said_is_refused(collective: str) -> None:
+    wrong = HIERARCHICAL[collective]([0, 0, 1, 1])._replace(slots=None)
+    with pytest.raises(ScheduleError, match=f"{collective}, p=4: "):
+        verify(wrong, collective, 4)
+
+
+def run_one(transport: ThreadTransport, algorithm: Algorithm, vector: Any) -> None:
+    """Run a schedule on equal blocks."""
+    cuts = np.arange(transport.size + 1) * (vector.size // transport.size)
+    bind(algorithm.steps(transport.rank, transport.size), vector, cuts, transport, np.add)()
+
+
+@pytest.mark.parametrize(("p", "k"), SHAPES)
+@pytest.mark.parametrize("cyclic", [False, True])
+def test_a_gather_in_two_levels_is_a_flat_gather(p: int, k: int, cyclic: bool) -> None:
+    nodes = [r % (p // k) if cyclic else r // k for r in range(p)]
+    algorithm = gathers.allgather_on(nodes)
+    for length in (0, 1, p - 1, p, p + 1, 1000):
+        want = padded(np.arange(length, dtype="i8") + 1, p)
+
+        def gathered(transport: ThreadTransport, want: Any = want) -> Any:
+            blocks = np.full_like(want, -1)
+            blocks[algorithm.slots(p)[transport.rank]] = want[transport.rank]
+            run_one(transport, algorithm, blocks.reshape(-1))
+            return gathers.in_rank_order(blocks, nodes)
+
+        assert all(np.array_equal(found, want) for found in run_on_threads(p, gathered))
+
+
+@pytest.mark.parametrize(("p", "k"), SHAPES)
+@pytest.mark.parametrize("cyclic", [False, True])
+def test_a_reduce_scatter_in_two_levels_is_a_flat_one(p: int, k: int, cyclic: bool) -> None:
+    nodes = [r % (p // k) if cyclic else r // k for r in range(p)]
+    algorithm = gathers.reduce_scatter_on(nodes)
+    for length in (0, 1, p - 1, p, p + 1, 1000):
+        mine = [padded((rank + 1) * 100 + np.arange(length) % 97, p) for rank in range(p)]
+
+        def reduced(transport: ThreadTransport, mine: Any = mine) -> Any:
+            blocks = gathers.in_place_order(mine[transport.rank], nodes)
+            run_one(transport, algorithm, blocks.reshape(-1))
+            return blocks[algorithm.slots(p)[transport.rank]]
+
+        found = run_on_threads(p, reduced)
+        assert np.array_equal(np.array(found), sum(mine))
+
+
+def test_without_the_reordering_chunks_are_out_of_place() -> None:
+    blocks = np.arange(4)[:, None]
+    assert gathers.in_place_order(blocks, [0, 0, 1, 1]).ravel().tolist() == [0, 2, 1, 3]
+    assert gathers.in_rank_order(np.array([[0], [2], [1], [3]]), [0, 0, 1, 1]).ravel().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("p", "k"), [(4, 2), (6, 3), (6, 2), (8, 4), (16, 8)])
+@pytest.mark.parametrize("collective", HALVES)
+def test_what_enters_a_node_is_the_rest_of_the_vector(collective: str, p: int, k: int) -> None:
+    """(p-k)/p of it, counted message by message; a flat ring brings (p-1)/p."""
+    home = np.arange(p) // k
+
+    def entering(algorithm: Algorithm) -> list[int]:
+        found = np.zeros(p // k, dtype=int)
+        for step in algorithm.steps(np.arange(p), p):
+            crosses = (np.asarray(step.source) >= 0) & (home[np.asarray(step.source)] != home)
+            np.add.at(found, home, np.where(crosses, step.recv[1] - step.recv[0], 0))
+        return found.tolist()
+
+    assert entering(HIERARCHICAL[collective](home)) == [p - k] * (p // k)
+    assert entering(ALGORITHMS[collective]["ring"]) == [p - 1] * (p // k)
+
+
+P3DN = Machine(Link(5.0, 1e-3 / 120), Link(20.0, 1e-3 / 10), 0.0, "p3dn.24xlarge: 8 V100, 100 Gbit/s")
+P4D = Machine(Link(5.0, 1e-3 / 230), Link(20.0, 1e-3 / 40), 0.0, "p4d.24xlarge: 8 A100, 400 Gbit/s")
+
+
+@pytest.mark.parametrize("machine", [P3DN, P4D], ids=["p3dn", "p4d"])
+@pytest.mark.parametrize("nbytes", [32e6, 1e9])
+@pytest.mark.parametrize("nodes", [2, 8, 64])
+def test_the_price_is_the_formula(machine: Machine, nbytes: float, nodes: int) -> None:
+    """(m-1) α_e + (m-1)/m n/B_node + (k-1) α_i + (k-1)/k n/B_i; the flat ring (p-1) α_e + (p-1)/p n/B_node."""
+    k, home = 8, np.arange(8 * nodes) // 8
+    inter, intra = machine.inter, machine.intra
+    wanted = (nodes - 1) * (inter.alpha + nbytes / nodes * inter.beta)
+    wanted += (k - 1) * (intra.alpha + nbytes / k * intra.beta)
+    flat = (8 * nodes - 1) * (inter.alpha + nbytes / (8 * nodes) * inter.beta)
+    assert price(gathers.allgather_on(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
+    assert price(gathers.reduce_scatter_on(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
+    assert price(ALGORITHMS["allgather"]["ring"], home, nbytes, machine).us == pytest.approx(flat, rel=1e-9)
+
+
+def test_two_levels_are_among_the_predictions_where_nodes_are_several() -> None:
+    """And cheaper than the flat ring for any size on links as slow as Ethernet's."""
+    for collective in HALVES:
+        assert "hierarchical" not in {each.algorithm for each in predict(collective, 1, 4, 1e6)}
+        for nbytes in (8, 1e4, 1e6, 1e9):
+            found = {each.algorithm: each.us for each in predict(collective, 4, 2, nbytes)}
+            assert found["hierarchical"] < found["ring"]
+
+
+@pytest.mark.parametrize("nodes", [[0, 0, 1], [0, 1, 1, 1]])
+@pytest.mark.parametrize("collective", HALVES)
+def test_nodes_of_different_sizes_are_refused(collective: str, nodes: list[int]) -> None:
+    with pytest.raises(ArgumentError, match=r"as many ranks on every node, here 1 to [23]: use a flat one"):
+        HIERARCHICAL[collective](nodes)
+
+
+def test_the_commands_know_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "hierarchical", "--size", "1:9"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == list(HIERARCHICAL)
+    assert main(["plot", "hierarchical", "--collective", "allgather", "--size", "4"]) == 0
+    assert "allgather, hierarchical, 4 ranks, 4 blocks" in capsys.readouterr().out
+    assert main(["predict", "allgather", "--nodes", "4", "--per-node", "2"]) == 0
+    assert "hierarchical" in capsys.readouterr().out
