@@ -7,6 +7,7 @@ the same shared memory, the same bits.  What cannot be divided goes in one chunk
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -43,7 +44,9 @@ def on_stream(stream: Any, *buffers: Any) -> tuple[Any, ...]:
 
 
 def array_of(given: Any) -> Any:
-    """The device array in a buffer, be it a form or not; ``None`` for all else."""
+    """The device array in a buffer, be it a form or not; ``None`` for all else, and where the host can address it."""
+    if os.environ.get(cuda.TRANSPORT) == cuda.ON_HOST:
+        return None
     data = given.given if isinstance(given, Stream) else given
     data = data[0] if isinstance(data, list | tuple) and data else data
     return data if lies_on_device(data) else None

@@ -520,6 +520,16 @@ def test_an_array_that_cannot_be_reached_says_what_is_missing(monkeypatch: pytes
         hpccomm.Communicator(MPI.COMM_SELF).Allreduce(MPI.IN_PLACE, x)
 
 
+def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cuda.TRANSPORT, cuda.ON_HOST)
+    x, y = StandIn().array(operand(0, 5)), StandIn().array(np.zeros(5, F4))
+    comm = hpccomm.Communicator(MPI.COMM_SELF)
+    comm.Allreduce(x, y)
+    assert y.memory.tolist() == operand(0, 5).tolist()
+    comm.Gather(y, x, 0)
+    assert x.memory.tolist() == operand(0, 5).tolist()
+
+
 def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: StandIn) -> None:
     from hpccomm.device_binding import on_stream
 

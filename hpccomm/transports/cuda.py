@@ -24,6 +24,11 @@ from hpccomm.errors import TransportError
 
 Octets = npt.NDArray[np.uint8]
 
+TRANSPORT = "HPCCOMM_GPU_TRANSPORT"
+"""The environment variable that says how arrays on a device travel."""
+ON_HOST = "host"
+"""Its value for memory that the host can address too: managed memory, and what only looks like a device's."""
+
 LEAST_CHUNK, MOST_CHUNK, FEWEST_CHUNKS = 1 << 20, 8 << 20, 4
 """Bytes of a chunk; a longer vector goes in at least so many that copies and messages overlap."""
 
