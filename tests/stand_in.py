@@ -8,10 +8,16 @@ earliest moment.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hpccomm.kernels import reductions
 
 SIDE = 7001
 """A stream on which the user's kernels run."""
@@ -24,6 +30,7 @@ class StandIn:
         self.number, self.eager = number, eager
         self.queues: dict[int, list[Callable[[], Any]]] = {1: [], SIDE: []}
         self.memory: dict[int, tuple[np.ndarray, int]] = {}
+        self.files: dict[int, Path] = {}
         self.log: list[str] = []
 
     # Device
@@ -65,7 +72,49 @@ class StandIn:
     def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype) -> StandInArray:
         return self.array(np.empty(shape, dtype))
 
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> StandInArray:
+        return self.array(np.empty(shape, dtype))
+
+    def allocate(self, nbytes: int) -> int:
+        file, name = tempfile.mkstemp(dir="/dev/shm")
+        os.ftruncate(file, nbytes)
+        os.close(file)
+        address = self.open(name.encode())
+        self.files[address] = Path(name)
+        return address
+
+    def release(self, address: int) -> None:
+        self.files.pop(address).unlink()
+        self.close(address)
+
+    def handle(self, address: int) -> bytes:
+        return str(self.files[address]).encode()
+
+    def open(self, handle: bytes) -> int:
+        with open(handle.decode(), "r+b") as file:
+            memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+        self.memory[memory.ctypes.data] = memory, self.number
+        return memory.ctypes.data
+
+    def close(self, address: int) -> None:
+        del self.memory[address]
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        for address in (to, source):
+            self.check(address, nbytes)
+        self.begin(stream, lambda: ctypes.memmove(to, source, nbytes))
+
+    def reduce(self, op: str, code: str, vectors: Sequence[int], out: int, n: int, stream: int) -> None:
+        dtype = np.dtype(np.uint16 if code == "bf16" else code)
+        for address in (*vectors, out):
+            self.check(address, n * dtype.itemsize)
+        there = [self.seen(address, n, dtype) for address in (*vectors, out)]
+        self.begin(stream, lambda: reductions.reduce(op, "bfloat16" if code == "bf16" else code, there[:-1], there[-1]))
+
     # Tests
+
+    def seen(self, address: int, n: int, dtype: np.dtype) -> np.ndarray:
+        return np.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(address), dtype)
 
     def check(self, address: int, nbytes: int) -> None:
         assert nbytes == 0 or (self.where(address) is not None and self.where(address + nbytes - 1) is not None)

@@ -144,17 +144,19 @@ class Kernels:
 
     def reduce(self, op: str, dtype: npt.DTypeLike, vectors: Sequence[Vector], out: Vector) -> None:
         """:func:`hpccomm.kernels.reductions.reduce`: ``out`` may be one of the vectors; bfloat16 as its bits."""
-        code, n = code_of(dtype), int(out.size)
-        addresses = [address(each) for each in vectors]
-        width = 16 // bytes_each(dtype)
-        packs = n // width if all(each % 16 == 0 for each in (*addresses, address(out))) else 0
+        self.reduce_at(op, code_of(dtype), [address(each) for each in vectors], address(out), int(out.size))
+
+    def reduce_at(self, op: str, code: str, vectors: Sequence[int], out: int, n: int) -> None:
+        """:meth:`reduce` of vectors that are known by their addresses, ``n`` elements each."""
+        width = 16 // bytes_each("bfloat16" if code == "bf16" else code)
+        packs = n // width if all(each % 16 == 0 for each in (*vectors, out)) else 0
         self._loop(
             reduction_source((op, code)),
             f"{op}_{code}",
             max(packs, n - packs * width),
-            self.xp.asarray(np.array(addresses, np.uint64)),
+            self.xp.asarray(np.array(vectors, np.uint64)),
             np.int32(len(vectors)),
-            out,
+            np.uint64(out),
             np.int64(n),
             np.int64(packs),
         )

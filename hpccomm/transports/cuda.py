@@ -64,6 +64,30 @@ class Device(Protocol):
     def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """A new array of the library that ``x`` belongs to, on the same device."""
 
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """A new array."""
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of memory that other processes may open."""
+
+    def release(self, address: int) -> None:
+        """Give it back."""
+
+    def handle(self, address: int) -> bytes:
+        """What another process opens such memory by."""
+
+    def open(self, handle: bytes) -> int:
+        """The address of another process's memory."""
+
+    def close(self, address: int) -> None:
+        """Let go of another process's memory."""
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        """Begin to copy from device to device."""
+
+    def reduce(self, op: str, code: str, vectors: Sequence[int], out: int, n: int, stream: int) -> None:
+        """Begin to reduce vectors of n elements, ((v0 + v1) + v2) + …"""
+
 
 class CupyDevice:
     """The current device, by CuPy."""
@@ -114,7 +138,42 @@ class CupyDevice:
         """CuPy's own, PyTorch's, and for all others CuPy's."""
         if type(x).__module__.partition(".")[0] == "torch":
             return x.new_empty(shape)
+        return self.empty(shape, dtype)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """CuPy's."""
         return self._cupy.empty(shape, dtype)
+
+    def allocate(self, nbytes: int) -> int:
+        """``cudaMalloc``: memory of CuPy's pool begins somewhere inside what a handle names."""
+        return int(self._runtime.malloc(nbytes))
+
+    def release(self, address: int) -> None:
+        """``cudaFree``."""
+        self._runtime.free(address)
+
+    def handle(self, address: int) -> bytes:
+        """``cudaIpcGetMemHandle``."""
+        return bytes(self._runtime.ipcGetMemHandle(address))
+
+    def open(self, handle: bytes) -> int:
+        """``cudaIpcOpenMemHandle``."""
+        return int(self._runtime.ipcOpenMemHandle(handle))
+
+    def close(self, address: int) -> None:
+        """``cudaIpcCloseMemHandle``."""
+        self._runtime.ipcCloseMemHandle(address)
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        """``cudaMemcpyAsync``."""
+        self._runtime.memcpyAsync(to, source, nbytes, self._runtime.memcpyDeviceToDevice, stream)
+
+    def reduce(self, op: str, code: str, vectors: Sequence[int], out: int, n: int, stream: int) -> None:
+        """By the kernels of ``reductions.cu``."""
+        from hpccomm.kernels.cuda import kernels
+
+        with self._cupy.cuda.ExternalStream(stream):
+            kernels().reduce_at(op, code, vectors, out, n)
 
 
 @cache
