@@ -14,7 +14,15 @@ import pytest
 
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import lars
-from hpccomm.algorithms.mics import check_placement, mics, partition_groups, per_node, smallest_partition
+from hpccomm.algorithms.mics import (
+    TwoLevelGather,
+    TwoLevelReduce,
+    check_placement,
+    mics,
+    partition_groups,
+    per_node,
+    smallest_partition,
+)
 from hpccomm.algorithms.transforms import adam, chain, momentum, scale
 from hpccomm.algorithms.zero import LossScale, Sharded, adamw, data_parallel, zero
 from hpccomm.collectives import ring
@@ -261,7 +269,7 @@ def test_bytes_of_each_hop_are_those_of_the_formulas(ranks: int, partition: int,
 
     def body(comm: Any) -> Any:
         states = Sharded(partition_groups(comm, partition), model, scale(-0.5))
-        made = Counter(states.gathering.sent), Counter(states.groups.partition.sent)
+        made = Counter(states._collect.comm.sent), Counter(states.groups.partition.sent)
         for _ in range(micro_steps):
             for unit in ("a", "b", "c", "c", "b", "a"):
                 states.gather(unit)
@@ -271,7 +279,7 @@ def test_bytes_of_each_hop_are_those_of_the_formulas(ranks: int, partition: int,
         assert "Allreduce" not in states.groups.replication.sent
         states.boundary()
         sent = (
-            states.gathering.sent["Allgather"] - made[0]["Allgather"],
+            states._collect.comm.sent["Allgather"] - made[0]["Allgather"],
             states.groups.partition.sent["Reduce_scatter"] - made[1]["Reduce_scatter"],
             states.groups.replication.sent["Allreduce"],
         )
@@ -429,6 +437,42 @@ def test_the_smallest_partition_that_fits() -> None:
     assert smallest_partition(120e9, 32e9, 12, 6) == 6
     with pytest.raises(ArgumentError, match="use more ranks or a smaller model"):
         smallest_partition(120e9, 32e9, 64, 8, working=31e9)
+
+
+# Groups of whole nodes
+
+
+@pytest.mark.parametrize(("ranks", "size", "each"), [(4, 4, 2), (6, 6, 3), (6, 6, 2), (8, 4, 2), (8, 8, 4)])
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_groups_of_whole_nodes_take_the_steps_of_flat_ones(ranks: int, size: int, each: int, dtype: str) -> None:
+    """Bit for bit: sums are exact, and units of 21, 25, 1 and 22 elements are no multiples of the group."""
+
+    def body(comm: Any, **how: Any) -> Any:
+        states = mics(comm, first_weights(), OPTIMIZERS["adamw"], size, dtype=dtype, **how)
+        return trained(states, comm.rank, 2, 2, dtype), states._collect, tuple(hop.wire_bytes for hop in states.hops)
+
+    nodes = [rank // each for rank in range(ranks)]
+    two, flat = (run_on_ranks(ranks, lambda comm, h=h: body(comm, hierarchical=h), nodes) for h in (True, False))
+    assert all(isinstance(collect, TwoLevelGather) for _, collect, _ in two)
+    assert not any(isinstance(collect, TwoLevelGather) for _, collect, _ in flat)
+    for (weights, _, sent), (wanted, _, sent_flat) in zip(two, flat, strict=True):
+        assert all(weights[name].tobytes() == wanted[name].tobytes() for name in wanted)
+        assert sent[0] == sent_flat[0]
+        wider = (size // each - 1) / (size - 1) if dtype == "f2" else 0  # between nodes sums go in 32 bits
+        assert sent[1] == sent_flat[1] * (1 + wider)
+
+
+@pytest.mark.parametrize(("size", "each", "stage"), [(2, 2, 3), (2, 1, 3), (4, 2, 2)])
+def test_only_gathers_of_several_nodes_of_several_ranks_take_two_levels(size: int, each: int, stage: int) -> None:
+    def body(comm: Any) -> Any:
+        states = mics(comm, first_weights(), scale(-1.0), size, stage=stage)
+        made = states._collect, states._reduce
+        states.close()
+        return made
+
+    for collect, reduce in run_on_ranks(4, body, [rank // each for rank in range(4)]):
+        assert not isinstance(collect, TwoLevelGather)
+        assert isinstance(reduce, TwoLevelReduce) == (size > each > 1)
 
 
 # Precision

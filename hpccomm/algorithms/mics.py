@@ -5,9 +5,10 @@ micro-steps in an optimizer step.*  Parameters are gathered and gradients reduce
 micro-step; only once in an optimizer step is there an allreduce between the copies, of each rank's shards
 (:mod:`hpccomm.algorithms.zero` has both hops).  With p ≤ k everything but that one stays inside nodes.
 
-A group of whole nodes, p > k, gathers in two levels: the ranks with the same place on their nodes first, then each
-node, one gather for the chunks of each of the group's nodes, straight into their places.  Between the nodes travel
-(p−k)/p of a unit for each node instead of (p−1)/p.
+A group of whole nodes, p > k, gathers in two levels (:mod:`hpccomm.collectives.gathers` is the schedule): the ranks
+with the same place on their nodes first, then each node in its shared memory, one gather for the chunks of each of the
+group's nodes, straight into their places.  Gradients take the way back.  Of a unit (p−k)/p enter each node, instead of
+(p−1)/p.
 
 Zhang et al., *MiCS: near-linear scaling for training gigantic model on public cloud*, VLDB 2022.
 """
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpccomm.algorithms.transforms import Vector
-from hpccomm.algorithms.zero import Groups, Optimizer, Sharded, Tensors
+from hpccomm.algorithms.zero import Groups, Optimizer, Sharded, Tensors, registered
+from hpccomm.arrays import movable, wide
 from hpccomm.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -33,22 +35,23 @@ def mics(
     optimizer: Optimizer,
     partition_size: int | None = None,
     *,
-    hierarchical: bool | str = "auto",
+    hierarchical: bool = True,
     **how: Any,
 ) -> Sharded:
     """Model states divided over partition groups of ``partition_size`` ranks, a node's if not said (collective).
 
-    ``comm`` knows its nodes, as an ``hpccomm.Communicator`` does.  ``hierarchical`` gathers in two levels; ``"auto"``
-    where a group spans nodes of several ranks.  What else :class:`~hpccomm.algorithms.zero.Sharded` takes.
+    ``comm`` knows its nodes, as an ``hpccomm.Communicator`` does.  ``hierarchical``: where a group spans nodes of
+    several ranks, gather and reduce in two levels.  What else :class:`~hpccomm.algorithms.zero.Sharded` takes.
     """
     nodes = comm.topology.nodes  # type: ignore[attr-defined]
     size = per_node(comm.rank, nodes) if partition_size is None else partition_size
     spans = check_placement(f"rank {comm.rank}", nodes, size)
     groups = partition_groups(comm, size)
-    collect = None
-    if spans > 1 and (hierarchical is True or (hierarchical == "auto" and spans < size)):
-        collect = TwoLevelGather(groups.partition, size // spans)
-    return Sharded(groups, units, optimizer, collect=collect, **how)
+    if 1 < spans < size and hierarchical:
+        how["reduce"] = TwoLevelReduce(groups.partition, size // spans)
+        if how.get("stage", 3) == 3:
+            how["collect"] = TwoLevelGather(groups.partition, size // spans)
+    return Sharded(groups, units, optimizer, **how)
 
 
 def partition_groups(comm: MPI.Intracomm, size: int) -> Groups:
@@ -109,25 +112,76 @@ def per_node(rank: int, nodes: Vector) -> int:
     return int(counts[0])
 
 
-class TwoLevelGather:
-    """An allgather of a partition group on several nodes of ``each`` ranks: between the nodes, then inside them."""
+class Levels:
+    """A partition group on nodes of ``each`` ranks: who shares this rank's node, and who its place on the others."""
 
     def __init__(self, partition: Any, each: int) -> None:
-        self.nodes = partition.size // each
+        self.nodes, self.each = partition.size // each, each
         self.inside = partition.Split(partition.rank // each, partition.rank)
         self.between = partition.Split(partition.rank % each, partition.rank)
-        self.each = each
-        self._chunks = np.empty(0, np.uint8)
+        self._seen, self._own = self.empty(0, np.dtype("u1")), np.empty(0, np.uint8)
 
-    def __call__(self, shard: Vector, whole: Vector) -> None:
+    @property
+    def nbytes(self) -> int:
+        """As :class:`~hpccomm.algorithms.zero.Way`."""
+        return int(self._seen.nbytes + self._own.nbytes)
+
+    def free(self) -> None:
+        """As :class:`~hpccomm.algorithms.zero.Way`."""
+        self.inside.Free()
+        self.between.Free()
+
+    def empty(self, elements: int, dtype: np.dtype[Any]) -> Vector:
+        """As :class:`~hpccomm.algorithms.zero.Way`."""
+        return registered(self.inside, elements, dtype)
+
+    def chunks(self, shard: int, dtype: np.dtype[Any]) -> Vector:
+        """Shared room for a shard from, or for, each node: made for the longest one, then the same in every call."""
+        nbytes = self.nodes * shard * dtype.itemsize
+        if self._seen.size < nbytes:
+            self._seen = self.empty(nbytes, self._own.dtype)
+        return self._seen[:nbytes].view(dtype).reshape(self.nodes, shard)
+
+    def arrivals(self, elements: int, dtype: np.dtype[Any]) -> Vector:
+        """Room of this rank's own."""
+        nbytes = elements * dtype.itemsize
+        if self._own.size < nbytes:
+            self._own = np.empty(nbytes, np.uint8)
+        return self._own[:nbytes].view(dtype)
+
+
+class TwoLevelGather(Levels):
+    """An allgather: between the nodes, then inside them, each node's chunks straight into their places."""
+
+    def __call__(self, shard: Vector, whole: Vector) -> int:
         """Gather equal shards, in the order of the group's ranks."""
-        if self._chunks.size < self.nodes * shard.nbytes:
-            self._chunks = np.empty(self.nodes * shard.nbytes, np.uint8)
-        chunks = self._chunks[: self.nodes * shard.nbytes].view(shard.dtype)
+        shard, whole = movable(shard), movable(whole)
+        chunks = self.chunks(shard.size, shard.dtype)
         self.between.Allgather(shard, chunks)
-        pairs = zip(chunks.reshape(self.nodes, -1), whole.reshape(self.nodes, -1), strict=True)
-        for chunk, places in pairs:
+        for chunk, places in zip(chunks, whole.reshape(self.nodes, -1), strict=True):
             self.inside.Allgather(chunk, places)
+        return int(shard.nbytes * (self.nodes * self.each - 1))
+
+
+class TwoLevelReduce(Levels):
+    """A reduce-scatter: inside the nodes, a node's chunks at a time, then between them, where 16 bits are 32 by now."""
+
+    def __call__(self, room: Vector, total: Vector) -> int:
+        """Add this rank's shard of the group's sum to ``total``; padding, which ``room`` has, is left out."""
+        kind, shard = wide(room.dtype), room.size // (self.nodes * self.each)
+        chunks = self.chunks(shard, kind)
+        for places, chunk in zip(room.reshape(self.nodes, -1), chunks, strict=True):
+            if room.dtype == kind:
+                self.inside.Reduce_scatter_block(places, chunk)
+            else:
+                arrived = self.arrivals(places.size, room.dtype)
+                self.inside.Alltoall(movable(places), movable(arrived))
+                np.sum(arrived.reshape(self.each, shard), axis=0, dtype=kind, out=chunk)
+        arrived = self.arrivals(shard, kind)
+        self.between.Reduce_scatter_block(chunks.reshape(-1), arrived)
+        total += arrived[: total.size]
+        inside, between = self.nodes * (self.each - 1) * room.itemsize, (self.nodes - 1) * kind.itemsize
+        return int(shard * (inside + between))
 
 
 def smallest_partition(states: float, memory: float, ranks: int, per_node: int, working: float = 0.0) -> int:

@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,10 +47,25 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 Optimizer = Transform | Callable[[Bucket, NormReduce | None], Transform]
 """A transform that treats every element alike, or what makes one of this rank's parts of all tensors and the reduction
 that completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
-Collect = Callable[[Vector, Vector], object]
-"""``collect(shard, whole)``: an allgather in the partition group."""
 SLOTS = 2
 """Gathered units at a time: one is computed with while the next one arrives."""
+
+
+class Way(Protocol):
+    """How a partition group gathers, ``way(shard, whole)``, or adds up, ``way(whole, shard)``; returns bytes sent."""
+
+    def __call__(self, given: Vector, found: Vector, /) -> int:
+        """Gather equal shards into ``whole``; or add this rank's shard of the sum, without padding, to ``shard``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it keeps."""
+
+    def empty(self, elements: int, dtype: np.dtype[Any]) -> Vector:
+        """Memory that it sends from without copies (collective)."""
+
+    def free(self) -> None:
+        """Give back what was made for it (collective)."""
 
 
 class Groups(NamedTuple):
@@ -135,7 +150,66 @@ class Slot:
     def __init__(self, room: Vector) -> None:
         self.room = room
         self.unit: Unit | None = None
-        self.arrival: Future[object] | None = None
+        self.arrival: Future[int] | None = None
+        """In the end it holds the bytes that were sent."""
+
+
+class FlatGather:
+    """An allgather on a communicator of its own."""
+
+    nbytes = 0
+
+    def __init__(self, partition: Any) -> None:
+        self.comm = partition.Dup()
+
+    def __call__(self, shard: Vector, whole: Vector) -> int:
+        """As :class:`Way`."""
+        self.comm.Allgather(movable(shard), movable(whole))
+        return int((self.comm.size - 1) * shard.nbytes)
+
+    def empty(self, elements: int, dtype: np.dtype[Any]) -> Vector:
+        """As :class:`Way`."""
+        return registered(self.comm, elements, dtype)
+
+    def free(self) -> None:
+        """As :class:`Way`."""
+        self.comm.Free()
+
+
+class FlatReduce:
+    """A reduce-scatter of shards of up to ``longest`` elements; 16-bit floats travel as such and are added in 32."""
+
+    def __init__(self, partition: Any, longest: int, dtype: np.dtype[Any]) -> None:
+        self.partition, self.ranks = partition, partition.size
+        self.arrived = np.empty(longest * (1 if dtype == wide(dtype) else self.ranks), dtype)
+        self.nbytes = self.arrived.nbytes
+
+    def __call__(self, room: Vector, total: Vector) -> int:
+        """As :class:`Way`."""
+        shard = room.size // self.ranks
+        if room.dtype == wide(room.dtype):
+            arrived = self.arrived[:shard]
+            self.partition.Reduce_scatter_block(room, arrived)
+            total += arrived[: total.size]
+        else:
+            arrived = self.arrived[: room.size]
+            self.partition.Alltoall(movable(room), movable(arrived))
+            for each in arrived.reshape(self.ranks, shard):
+                total += each[: total.size]
+        return int((self.ranks - 1) * shard * room.itemsize)
+
+    def empty(self, elements: int, dtype: np.dtype[Any]) -> Vector:
+        """As :class:`Way`."""
+        return registered(self.partition, elements, dtype)
+
+    def free(self) -> None:
+        """As :class:`Way`: the communicator is somebody else's."""
+
+
+def registered(comm: Any, elements: int, dtype: np.dtype[Any]) -> Vector:
+    """Memory that the ranks of a node see, where the communicator has such (collective)."""
+    made: Vector = getattr(comm, "empty", np.empty)(elements, dtype)
+    return made
 
 
 class Sharded:
@@ -172,7 +246,8 @@ class Sharded:
         max_norm: float | None = None,
         loss_scale: LossScale | None = None,
         overlap: bool = True,
-        collect: Collect | None = None,
+        collect: Way | None = None,
+        reduce: Way | None = None,
     ) -> None:
         require(stage in (1, 2, 3), f"zero: stage is {stage}: pass 1, 2 or 3; data_parallel divides nothing")
         require(max_norm is None or max_norm > 0, f"zero: max_norm is {max_norm}: pass a positive number, or None")
@@ -187,16 +262,15 @@ class Sharded:
         self.total = np.zeros(self.master.size if stage > 1 else sum(u.size for u in self._all), self.master.dtype)
         """Gradients so far: this rank's shards, at stage 1 the whole units one after the other."""
         bucket = Bucket(dict(self._parts()), self.master.dtype, exempt=list(self._exempt()))
-        reduce = self._summed if self.ranks > 1 else None
-        self.optimizer = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, reduce)
+        norms = self._summed if self.ranks > 1 else None
+        self.optimizer = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, norms)
         self.state = self.optimizer.init(self.master)
         self.steps, self.hops = 0, Hops()
         self.counts = dict.fromkeys(self.units, 0)
         """Gradients that each unit has seen since the last step."""
         self.calls: list[str] = []
         """What was gathered and reduced since the last step, in order: ranks must agree on it."""
-        self.gathering = groups.partition.Dup() if self._gathers else groups.partition
-        self._collect = collect or self.gathering.Allgather
+        self._collect, self._reduce = collect, reduce
         self._make_room(whole, overlap)
 
     # What is where
@@ -209,11 +283,6 @@ class Sharded:
     def _gathers(self) -> bool:
         """Whether gathering sends anything."""
         return self.stage == 3 and self.ranks > 1
-
-    @property
-    def _adds_here(self) -> bool:
-        """Whether the first hop's sums are made here: what travels in 16 bits is added in 32."""
-        return self.stage > 1 and self.ranks > 1 and self.dtype != wide(self.dtype)
 
     def _taken(self, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]) -> tuple[Vector, list[Vector]]:
         """This rank's part of the first weights, and at stages 1 and 2 all of them."""
@@ -234,24 +303,27 @@ class Sharded:
 
     def _make_room(self, whole: list[Vector], overlap: bool) -> None:
         """All memory that steps will need."""
-        longest = max(unit.padded for unit in self._all)
-        empty = getattr(self.gathering, "empty", np.empty)
-        self.slots = [Slot(empty(longest, self.dtype)) for _ in range(SLOTS)] if self._gathers else []
-        self.shard = np.zeros(max(unit.shard for unit in self._all), self.dtype)
+        longest, shard = (max(getattr(unit, what) for unit in self._all) for what in ("padded", "shard"))
+        if self._gathers and self._collect is None:
+            self._collect = FlatGather(self.groups.partition)
+        if self.ranks > 1 and self._reduce is None:
+            kind = self.dtype if self.stage > 1 else self.master.dtype
+            self._reduce = FlatReduce(self.groups.partition, shard, kind)
+        self.slots = [Slot(np.empty(longest, self.dtype)) for _ in range(SLOTS)] if self._gathers else []
+        self.gradients = self._reduce.empty(longest, self.dtype) if self._reduce else np.empty(longest, self.dtype)
+        """A whole unit's gradient."""
+        self.shard = self._collect.empty(shard, self.dtype) if self._collect else np.zeros(shard, self.dtype)
         """A shard on its way out."""
+        if self._collect and self.dtype == self.master.dtype:
+            room = self._collect.empty(sum(unit.shard for unit in self._all), self.dtype)[: self.master.size]
+            room[...] = self.master
+            self.master = room
         self.whole: dict[str, Vector] = {}
         """All parameters, where they are neither gathered nor the master's own."""
         if self.stage < 3 and self.ranks > 1:
             self.whole = {u.name: narrowed(v, self.dtype).copy() for u, v in zip(self._all, whole, strict=True)}
         elif self.ranks == 1 and self.dtype != self.master.dtype:
             self.whole = {unit.name: narrowed(self.master[unit.here], self.dtype) for unit in self._all}
-        shards = self.ranks if self._adds_here else 1
-        self.arrived = np.empty(
-            shards * self.shard.nbytes if shards > 1 else self.shard.size * self.master.itemsize, "u1"
-        )
-        """Gradients of one shard, from all ranks where they are added here."""
-        self.gradients = getattr(self.groups.partition, "empty", np.empty)(longest, self.dtype)
-        """A whole unit's gradient."""
         self.courier = ThreadPoolExecutor(1, "gather") if overlap and self._gathers and threads_may_talk() else None
 
     def _parts(self) -> Iterator[tuple[str, tuple[int]]]:
@@ -275,7 +347,8 @@ class Sharded:
         """What lies on this rank."""
         state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray))
         whole = sum(vector.nbytes for vector in self.whole.values()) + sum(slot.room.nbytes for slot in self.slots)
-        working = self.gradients.nbytes + self.arrived.nbytes + self.shard.nbytes
+        ways = sum(way.nbytes for way in (self._collect, self._reduce) if way)
+        working = self.gradients.nbytes + ways + self.shard.nbytes
         return Memory(self.master.nbytes + self.total.nbytes + state, whole, working)
 
     # Parameters
@@ -295,13 +368,12 @@ class Sharded:
         assert arrival is not None
         began = perf_counter()
         try:
-            arrival.result()
+            sent = arrival.result()
         except MismatchError as error:
             raise MismatchError(
                 f"{self.who} gathers unit {name!r} as call {len(self.calls)} of this step: {error}; "
                 "gather the units in the same order on all ranks"
             ) from error
-        sent = (self.ranks - 1) * unit.shard * self.dtype.itemsize
         self._spent("gather", began, sent)
         if following is not None and following is not unit and any(each.unit is None for each in self.slots):
             self._begin(following)
@@ -331,15 +403,13 @@ class Sharded:
         if self.courier:
             slot.arrival = self.courier.submit(self._fetch, unit, room)
         else:
-            self._fetch(unit, room)
             slot.arrival = Future()
-            slot.arrival.set_result(None)
+            slot.arrival.set_result(self._fetch(unit, room))
         return slot
 
-    def _fetch(self, unit: Unit, room: Vector) -> None:
+    def _fetch(self, unit: Unit, room: Vector) -> int:
         """Gather a unit; one at a time, in the order of the calls."""
-        if unit.size:
-            self._collect(movable(self._outgoing(unit)), movable(room))
+        return self._collect(self._outgoing(unit), room) if unit.size and self._collect else 0
 
     def _outgoing(self, unit: Unit) -> Vector:
         """This rank's shard, as it travels."""
@@ -375,29 +445,22 @@ class Sharded:
             total = self.total[self._at(unit)]
             total += room[: unit.size]
         elif unit.size:
-            self._reduce(unit, room, self.total[unit.here])
+            self._first(unit, room, self.total[unit.here])
 
     def _at(self, unit: Unit) -> slice:
         """Where a whole unit lies among whole units."""
         first = sum(each.size for each in self._all if each.number < unit.number)
         return slice(first, first + unit.size)
 
-    def _reduce(self, unit: Unit, room: Vector, total: Vector) -> None:
+    def _first(self, unit: Unit, room: Vector, total: Vector) -> None:
         """The first hop of a unit: its shard of the sum over the partition group is added to ``total``."""
-        began, shard = perf_counter(), unit.shard
+        assert self._reduce is not None
+        began = perf_counter()
         try:
-            if room.dtype == wide(room.dtype):
-                arrived = self.arrived[: shard * room.itemsize].view(room.dtype)
-                self.groups.partition.Reduce_scatter_block(room, arrived)
-                total += arrived[: total.size]
-            else:
-                arrived = self.arrived[: self.ranks * shard * room.itemsize].view(room.dtype)
-                self.groups.partition.Alltoall(movable(room), movable(arrived))
-                for each in arrived.reshape(self.ranks, shard):
-                    total += each[: total.size]
+            sent = self._reduce(room, total)
         except MismatchError as error:
             raise MismatchError(f"{self.who} reduces unit {unit.name!r}: {error}") from error
-        self._spent("first", began, (self.ranks - 1) * shard * room.itemsize)
+        self._spent("first", began, sent)
 
     # The step
 
@@ -470,7 +533,7 @@ class Sharded:
             room[: unit.size] = self.total[self._at(unit)]
             self.total[unit.here] = 0
             if unit.size:
-                self._reduce(unit, room, self.total[unit.here])
+                self._first(unit, room, self.total[unit.here])
 
     def _second(self, part: Vector) -> None:
         """The second hop: one allreduce of all shards."""
@@ -532,11 +595,12 @@ class Sharded:
         return whole[: unit.size]
 
     def close(self) -> None:
-        """End the thread and give back the communicator that were made for gathering (collective)."""
+        """End the thread and give back the communicators that were made for gathering and adding up (collective)."""
         if self.courier:
             self.courier.shutdown()
-        if self._gathers:
-            self.gathering.Free()
+        for way in (self._collect, self._reduce):
+            if way:
+                way.free()
 
 
 def views(unit: Unit, vector: Vector) -> dict[str, npt.NDArray[Any]]:
