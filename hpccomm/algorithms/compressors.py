@@ -50,6 +50,8 @@ HEADER_BYTES = LAYOUT.size
 LONGEST = 1 << 31
 """Elements that the 31-bit indices of words can name."""
 LARGEST_PAYLOAD = (1 << 32) - 1
+FEW = 32
+"""Of so many elements one is few: a cache line of 64 bytes holds 16."""
 
 NO_MESSAGE: Message = np.zeros(HEADER_BYTES, np.uint8)
 """For ``last`` when nothing was sent before."""
@@ -70,6 +72,10 @@ class Kind(IntEnum):
     RANGE = 8
     CELLS = 9
     LOW_RANK = 10
+
+
+NAMING = {Kind.WORDS, Kind.RICE_WORDS, Kind.SPARSE, Kind.CELLS}
+"""Messages that name elements one by one."""
 
 
 class Values(IntEnum):
@@ -185,18 +191,19 @@ class Compressor:
         mask: bool = True,
         step: int = 0,
         last: Message = NO_MESSAGE,
+        finite: bool = False,
     ) -> Message:
         """DGC's momentum correction: u ← m·u + g, v ← v + u, the message for v; what it does not say stays in v.
 
         With ``nesterov`` u ← m·(u + g), v ← v + u + g.  With ``mask`` u becomes 0 where the message names elements
         (momentum factor masking); a message that names all of them leaves u alone.  ``momentum`` is u, ``velocity``
         v: both are written (Lin et al., ICLR 2018, section 3).  A gradient that is not finite leaves them as they
-        were.
+        were; who has looked says ``finite``.
         """
         n = flat(gradient, self.name).size
         for vector in (momentum, velocity):
             writable(vector, n, self.name)
-        demand_finite(kernels().all_finite(gradient), self.name)
+        demand_finite(finite or kernels().all_finite(gradient), self.name)
         if self.feed_momentum is not None:
             return self.feed_momentum(gradient, momentum, velocity, m, nesterov, mask, step)
         reference.accumulate(gradient, momentum, velocity, m, nesterov)
@@ -226,10 +233,16 @@ class Compressor:
         self.decode(message, out)
         return out
 
-    def conclude(self, total: Vector, size: int) -> None:
-        """Turn the sum of the messages of ``size`` ranks into what they agree on, in place: their mean, or the vote."""
+    def conclude(self, total: Vector, size: int, messages: Sequence[Message] = ()) -> None:
+        """Turn the sum of the messages of ``size`` ranks into what they agree on, in place: their mean, or the vote.
+
+        With the ``messages``, where ``total`` is their sum and nothing else: if they name few elements, only those are
+        divided.
+        """
         if self.agree is not None:
             self.agree(total, size)
+        elif messages and are_few([header_of(each, self.name) for each in messages], total.size):
+            total[np.unique(np.concatenate([named_indices(each) for each in messages]))] /= np.float32(size)
         else:
             total /= np.float32(size)
 
@@ -984,6 +997,11 @@ def named_indices(message: Message) -> Indices:
     if part.add is add_words:
         return part.content[0] >> 1
     return np.empty(0, np.uint32)
+
+
+def are_few(headers: Sequence[Header], n: int) -> bool:
+    """Whether messages name their elements, and few of them."""
+    return {each.kind for each in headers} <= NAMING and FEW * sum(each.named for each in headers) < n
 
 
 # Checks

@@ -112,11 +112,12 @@ def feedback(
         if letters is None:
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.plus(cost))
-        total = np.zeros_like(gradient)
+        total = np.zeros(gradient.size, np.float32)
         for number, part in enumerate(pieces(gradient)):
-            compressor.decode_all([each[number] for each in letters], total[part])
+            messages = [each[number] for each in letters]
+            compressor.decode_all(messages, total[part])
             if reduce == "mean" or compressor.agree is not None:
-                compressor.conclude(total[part], comm.size)
+                compressor.conclude(total[part], comm.size, messages)
         cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
         residual, spare = (state.residual, state.spare) if momentum else (state.spare, state.residual)
         headers = np.stack([each[:HEADER_BYTES] for each in letters[comm.rank]])
@@ -133,7 +134,7 @@ def feedback(
             else:
                 vectors = gradient[part], state.moved[part], state.residual[part]
                 message = compressor.encode_momentum(
-                    *vectors, momentum, nesterov=nesterov, mask=mask, step=state.steps, last=last
+                    *vectors, momentum, nesterov=nesterov, mask=mask, step=state.steps, last=last, finite=True
                 )
             messages.append(message)
         return messages

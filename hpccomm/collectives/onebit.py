@@ -7,6 +7,7 @@ element is at least 0.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -84,10 +85,10 @@ def onebit_allreduce(comm: Any, x: Vector, worker_error: Vector, server_error: V
     array is not such, holds a NaN or an infinity or sums that exceed float32, or n differs.
     """
     wire = Wire(comm)
-    agree(wire, "onebit_allreduce", problem_of(x, worker_error, server_error, wire), 0, n=np.size(x))
+    problem, scale = looked_at(x, worker_error, server_error, wire)
+    agree(wire, "onebit_allreduce", problem, 0, n=np.size(x))
     cuts = even_cuts(x.size, wire.size)
     parts = [slice(int(lo), int(hi)) for lo, hi in pairwise(cuts)]
-    scale = mean_magnitude(worker_error, x)
     letters = [signs_kept(worker_error[part], x[part], scale) for part in parts]
     mine = np.zeros(server_error.size, np.float32)
     kernels().add_signs([read(each) for each in wire.deal(letters)], mine)
@@ -100,21 +101,26 @@ def onebit_allreduce(comm: Any, x: Vector, worker_error: Vector, server_error: V
     return OneBitMean(mean, scale, wire.bytes_sent)
 
 
-def problem_of(x: Any, worker_error: Any, server_error: Any, wire: Wire) -> int:
-    """Which problem the arrays have."""
-    arrays = (x, worker_error, server_error)
-    for array in arrays:
+def looked_at(x: Any, worker_error: Any, server_error: Any, wire: Wire) -> tuple[int, float]:
+    """Which problem the arrays have, and the scale of the first phase."""
+    for array in (x, worker_error, server_error):
         if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != 1:
-            return NOT_FLAT
+            return NOT_FLAT, 0.0
         if not array.flags.c_contiguous:
-            return NOT_FLAT
-    if not kernels().all_finite(x):
-        return NOT_FINITE
+            return NOT_FLAT, 0.0
     lengths = x.size, server_elements(x.size, wire.rank, wire.size)
-    for error, length in zip((worker_error, server_error), lengths, strict=True):
-        if error.size != length or not error.flags.writeable or not kernels().all_finite(error):
-            return BAD_STATE
-    return FINE if np.isfinite(mean_magnitude(worker_error, x)) else NOT_FINITE
+    fit = [
+        error.size == length and error.flags.writeable
+        for error, length in zip((worker_error, server_error), lengths, strict=True)
+    ]
+    scale = mean_magnitude(worker_error, x) if fit[0] else math.nan
+    if not math.isfinite(scale) and not kernels().all_finite(x):
+        return NOT_FINITE, scale
+    if not all(fit) or not kernels().all_finite(server_error):
+        return BAD_STATE, scale
+    if math.isfinite(scale):  # so is every element of both
+        return FINE, scale
+    return (NOT_FINITE if kernels().all_finite(worker_error) else BAD_STATE), scale
 
 
 def mean_magnitude(error: Vector, x: Vector) -> float:

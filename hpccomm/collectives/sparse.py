@@ -284,7 +284,7 @@ def hierarchical(comm: Any, vector: Vector, between: Callable[[Any, Vector], Vec
     Where ``between`` raises on the leaders, all ranks raise :class:`~hpccomm.errors.ArgumentError`.
     """
     node, leaders = comm.intra_node, comm.inter_node
-    total = np.zeros_like(vector)
+    total = np.empty_like(vector)
     node.Reduce(vector, total, root=0)
     failed = np.zeros(1, np.int64)
     error: Exception | None = None
