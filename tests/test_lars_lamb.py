@@ -491,13 +491,42 @@ def test_compiled_kernels_give_the_references_bits(code: str, n: int) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)), name
 
 
-def test_sums_of_squares_are_right_and_see_infinities_and_nans() -> None:
-    integers = np.arange(-1500.0, 1500)
+def test_sums_of_squares_are_exact_where_float32_is_and_see_infinities_and_nans() -> None:
+    integers = np.arange(-1400.0, 1400)
     for x in (integers, integers.astype("f4"), np.full(3, 1e30, "f4"), np.zeros(0)):
         exact = math.fsum(float(each) ** 2 for each in x)
         assert optimizers_reference.sum_of_squares(x) == exact
     assert optimizers_reference.sum_of_squares(np.array([np.inf, 1])) == np.inf
     assert math.isnan(optimizers_reference.sum_of_squares(np.array([np.nan, 1])))
+
+
+def extremes(kind: str) -> Vector:
+    """5000 float32 numbers: whose squares under- or overflow, all of them or a few."""
+    x = np.random.default_rng(5).standard_normal(5000, dtype="f4")
+    few = np.arange(x.size) % 7 == 0
+    return {
+        "tiny": x * np.float32(1e-25),
+        "subnormal": x * np.float32(1e-41),
+        "huge": x * np.float32(1e30),
+        "few huge": np.where(few, x * np.float32(1e25), x),
+        "few only": np.where(few, x, 0).astype("f4"),
+        "all sizes": x * np.float32(10) ** np.linspace(-38, 37, x.size).astype("f4"),
+        "ordinary": x,
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["tiny", "subnormal", "huge", "few huge", "few only", "all sizes", "ordinary"])
+def test_sums_of_squares_of_float32_are_right_over_its_whole_range(kind: str) -> None:
+    """Eight roundings of 2⁻²⁴ in a lane at most, then float64; NumPy's pairwise float32 is no better where it can."""
+    x = extremes(kind)
+    found = optimizers_reference.sum_of_squares(x)
+    exact = math.fsum(float(each) ** 2 for each in x)
+    assert abs(found - exact) <= 2.0**-21 * exact
+    assert optimizers.compiled("sum_of_squares", "f4")(x) == found
+    with np.errstate(over="ignore"):
+        pairwise = float(np.square(x).sum(dtype="f4"))
+    if kind in ("few only", "ordinary"):
+        assert abs(found - exact) <= abs(pairwise - exact) + 2.0**-24 * exact
 
 
 def test_a_nan_is_seen_in_its_tensor_and_nowhere_else() -> None:

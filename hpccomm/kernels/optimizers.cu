@@ -13,20 +13,27 @@ const int GRADIENT = 0, DECAYED = 1;
     _Pragma("unroll") for (int j = 0; j < TIMES; j++) \
         if (i64 i = begin + j * LANES; i < end)
 
-// Squares of a tile: folded in halves to lanes; a lane is a thread
+// Squares of a tile: a thread adds those of its lane one after the other, in float64 where T's range might not do
+
+const double LOW = 0x1p-100, HIGH = 0x1.fffffep127;
 
 template <class T> struct Squares {
-    double of[TIMES];
+    T of[TIMES];
     EVERY Squares()
     {
-        for (int j = 0; j < TIMES; j++) of[j] = 0.0;
+        for (int j = 0; j < TIMES; j++) of[j] = 0;
     }
-    EVERY void take(int j, T x) { of[j] = (double)x * (double)x; }
-    EVERY double folded()
+    EVERY void take(int j, T x) { of[j] = x; }
+    template <class R> EVERY R sum() const
     {
-        for (int half = TIMES / 2; half; half /= 2)
-            for (int j = 0; j < half; j++) of[j] = of[j] + of[j + half];
-        return of[0];
+        R total = 0;
+        for (int j = 0; j < TIMES; j++) total = total + (R)of[j] * (R)of[j];
+        return total;
+    }
+    EVERY double folded() const
+    {
+        double total = sum<T>();
+        return total >= LOW && total <= HIGH ? total : sum<double>();
     }
 };
 

@@ -15,46 +15,39 @@ from numba import types
 from numba.extending import register_jitable
 
 from hpccomm.kernels.compiled import jit, kept
-from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED, GRADIENT, LANES
+from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED, GRADIENT, HIGH, LANES, LOW
 
 # Slices, because LLVM vectorises a loop over a whole array, but not one whose index might be negative
 
 
 @register_jitable
-def square(x):
-    wide = np.float64(x)
-    return wide * wide
-
-
-@register_jitable
-def copied(x, out):
-    for i in range(x.size):
-        out[i] = x[i]
-
-
-@register_jitable
-def fold(x, lanes):
-    """Add the squares of one block to the lanes; three halvings happen before the lanes are touched."""
-    n = LANES
-    a, b, c, d = x[:n], x[n : 2 * n], x[2 * n : 3 * n], x[3 * n : 4 * n]
-    e, f, g, h = x[4 * n : 5 * n], x[5 * n : 6 * n], x[6 * n : 7 * n], x[7 * n : 8 * n]
-    for i in range(lanes.size):
-        even = (square(a[i]) + square(e[i])) + (square(c[i]) + square(g[i]))
-        lanes[i] += even + ((square(b[i]) + square(f[i])) + (square(d[i]) + square(h[i])))
-
-
-@register_jitable
-def fold_all(x, whole, lanes):
-    """Add the squares of one block, or of what is left of it; ``whole`` is room for a block.
-
-    A block should be in the cache: eight streams through memory defeat the processor's prefetching.
-    """
-    if x.size == BLOCK:
-        fold(x, lanes)
+def fold(x, row, lanes):
+    """Add the squares of a block, or of what is left of it, to the lanes; ``row`` is room for as many."""
+    row[:] = 0
+    for lo in range(0, x.size, LANES):
+        part = x[lo : min(lo + LANES, x.size)]
+        for i in range(part.size):
+            row[i] += part[i] * part[i]
+    low, high, sure = row.dtype.type(LOW), row.dtype.type(HIGH), 0
+    for i in range(row.size):
+        sure += (row[i] >= low) & (row[i] <= high)
+    if sure < row.size:
+        fold_doubtful(x, row, lanes)
         return
-    copied(x, whole[: x.size])
-    whole[x.size :] = 0
-    fold(whole, lanes)
+    for i in range(row.size):
+        lanes[i] += np.float64(row[i])
+
+
+@register_jitable
+def fold_doubtful(x, row, lanes):
+    """The end of :func:`fold` where a sum is too small or too large, or not a number: that is done in float64."""
+    for i in range(row.size):
+        total = np.float64(row[i])
+        if not LOW <= total <= HIGH:
+            total = 0.0
+            for j in range(i, x.size, LANES):
+                total += np.float64(x[j]) * np.float64(x[j])
+        lanes[i] += total
 
 
 @register_jitable
@@ -72,17 +65,15 @@ def drained(lanes):
 
 
 @register_jitable
-def swept(x, here, whole, lanes):
-    """Σ x²: blocks are brought into the cache one after the other."""
+def swept(x, row, lanes):
+    """Σ x²."""
     for lo in range(0, x.size, BLOCK):
-        part = x[lo : min(lo + BLOCK, x.size)]
-        copied(part, here[: part.size])
-        fold_all(here[: part.size], whole, lanes)
+        fold(x[lo : min(lo + BLOCK, x.size)], row, lanes)
     return drained(lanes)
 
 
 def sum_of_squares(x):
-    return swept(x, np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype), np.zeros(LANES))
+    return swept(x, np.empty(LANES, x.dtype), np.zeros(LANES))
 
 
 @register_jitable
@@ -93,16 +84,15 @@ def output(s, moved, mu, nesterov):
 def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
     sums = np.zeros((bounds.shape[0], 2))
     ours, others = np.zeros(LANES), np.zeros(LANES)
-    whole, mine, other = np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
-    for row in range(bounds.shape[0]):
+    row, other = np.empty(LANES, w.dtype), np.empty(BLOCK, w.dtype)
+    for k in range(bounds.shape[0]):
         if whose == GRADIENT and scale == 1:  # measured: one vector after the other is quicker than both at once
-            sums[row, 0] = swept(w[bounds[row, 0] : bounds[row, 1]], mine, whole, ours)
-            sums[row, 1] = swept(g[bounds[row, 0] : bounds[row, 1]], mine, whole, ours)
+            sums[k, 0] = swept(w[bounds[k, 0] : bounds[k, 1]], row, ours)
+            sums[k, 1] = swept(g[bounds[k, 0] : bounds[k, 1]], row, ours)
             continue
-        for lo in range(bounds[row, 0], bounds[row, 1], BLOCK):
-            hi = min(lo + BLOCK, bounds[row, 1])
-            ww, gg, vv, oo, rate = mine[: hi - lo], g[lo:hi], v[lo:hi], other[: hi - lo], decay[row]
-            copied(w[lo:hi], ww)
+        for lo in range(bounds[k, 0], bounds[k, 1], BLOCK):
+            hi = min(lo + BLOCK, bounds[k, 1])
+            ww, gg, vv, oo, rate = w[lo:hi], g[lo:hi], v[lo:hi], other[: hi - lo], decay[k]
             if whose == GRADIENT:
                 for i in range(oo.size):
                     oo[i] = gg[i] * scale
@@ -113,9 +103,9 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
                 for i in range(oo.size):
                     s = gg[i] * scale + rate * ww[i]
                     oo[i] = output(s, s + mu * vv[i], mu, nesterov)
-            fold_all(ww, whole, ours)
-            fold_all(oo, whole, others)
-        sums[row, 0], sums[row, 1] = drained(ours), drained(others)
+            fold(ww, row, ours)
+            fold(oo, row, others)
+        sums[k, 0], sums[k, 1] = drained(ours), drained(others)
     return sums
 
 
@@ -145,11 +135,11 @@ def lars_place(w, g, v, bounds, decay, first, last, scale, second, mu, nesterov)
 
 def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps):
     sums = np.zeros((bounds.shape[0], 2))
-    ours, others, whole = np.zeros(LANES), np.zeros(LANES), np.empty(BLOCK, w.dtype)
-    for row in range(bounds.shape[0]):
-        rate = decay[row]
-        for lo in range(bounds[row, 0], bounds[row, 1], BLOCK):
-            hi = min(lo + BLOCK, bounds[row, 1])
+    ours, others, row = np.zeros(LANES), np.zeros(LANES), np.empty(LANES, w.dtype)
+    for k in range(bounds.shape[0]):
+        rate = decay[k]
+        for lo in range(bounds[k, 0], bounds[k, 1], BLOCK):
+            hi = min(lo + BLOCK, bounds[k, 1])
             ww, gg, mm, vv, oo = w[lo:hi], g[lo:hi], m[lo:hi], v[lo:hi], out[lo:hi]
             for i in range(ww.size):
                 x = gg[i] * scale
@@ -157,9 +147,9 @@ def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, 
                 mm[i] = mean
                 vv[i] = mean_square
                 oo[i] = (mean / k1) / (np.sqrt(mean_square / k2) + eps) + rate * ww[i]
-            fold_all(ww, whole, ours)
-            fold_all(oo, whole, others)
-        sums[row, 0], sums[row, 1] = drained(ours), drained(others)
+            fold(ww, row, ours)
+            fold(oo, row, others)
+        sums[k, 0], sums[k, 1] = drained(ours), drained(others)
     return sums
 
 

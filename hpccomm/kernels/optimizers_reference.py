@@ -2,7 +2,8 @@
 
 *w weights, g gradient, m and v moments, u or ``out`` the direction; a table of k tensors: ``bounds`` (k, 2) where each
 begins and ends, rates (k,) of the vectors' dtype.*  Vectors are float32 or float64, contiguous; every scalar is of
-their dtype, and every operation is rounded to it, in the order written here.  Sums of squares are float64.
+their dtype, and every operation is rounded to it, in the order written here.  Sums of squares are float64 beyond eight
+elements: see :func:`sum_of_squares`.
 """
 
 from __future__ import annotations
@@ -17,30 +18,43 @@ Sums = npt.NDArray[np.float64]
 
 BLOCK, LANES = 1024, 128
 
+LOW, HIGH = 2.0**-100, float(np.finfo(np.float32).max)
+"""Between these a sum of eight squares is taken as it is."""
+
 GRADIENT, DECAYED, MOVED = 0, 1, 2
 """Whose norm :func:`lars_sums` takes besides the weights': g, g + λw, or the momentum's output."""
 
 
 def sum_of_squares(x: Vector) -> float:
-    """Σ x² in float64: blocks folded in halves to lanes, the lanes of all blocks added, and folded to one number.
+    """Σ x²: 128 lanes; a block adds eight squares to each in x's own precision, the blocks are added in float64.
 
-    The last block is filled up with zeros.
+    Eight float32 squares are wrong by 2⁻²¹ of their sum at most, whatever the length of x.  A block's lane below 2⁻¹⁰⁰
+    or beyond float32's numbers is summed in float64 instead: nothing over- or underflows.  What the last block lacks is
+    zeros; in the end the lanes are folded in halves.
     """
-    blocks = -(-x.size // BLOCK)
-    squares = np.zeros(blocks * BLOCK)
-    np.square(x, dtype=np.float64, out=squares[: x.size])
+    blocks = np.zeros((-(-x.size // BLOCK), BLOCK // LANES, LANES), x.dtype)
+    blocks.reshape(-1)[: x.size] = x
     lanes = np.zeros(LANES)
-    for block in folded(squares.reshape(blocks, BLOCK), LANES):
+    with np.errstate(over="ignore", under="ignore"):
+        sums = rows_added(np.square(blocks)).astype(np.float64)
+        doubtful = ~((sums >= LOW) & (sums <= HIGH))
+        again = doubtful.any(axis=1)
+        wide = rows_added(np.square(blocks[again], dtype=np.float64))
+    sums[again] = np.where(doubtful[again], wide, sums[again])
+    for block in sums:
         lanes += block
-    return float(folded(lanes[None], 1)[0, 0])
+    while lanes.size > 1:
+        half = lanes.size // 2
+        lanes = lanes[:half] + lanes[half:]
+    return float(lanes[0])
 
 
-def folded(rows: Sums, width: int) -> Sums:
-    """Rows folded in halves until they are so wide."""
-    while rows.shape[1] > width:
-        half = rows.shape[1] // 2
-        rows = rows[:, :half] + rows[:, half:]
-    return rows
+def rows_added(blocks: Vector) -> Vector:
+    """The rows of each block, one after the other."""
+    total = blocks[:, 0].copy()
+    for row in range(1, blocks.shape[1]):
+        total += blocks[:, row]
+    return total
 
 
 def lars_direction(
