@@ -33,6 +33,7 @@ from mpi4py import MPI
 
 from hpccomm.collectives.cost import Link, Machine
 from hpccomm.collectives.engine import even_cuts
+from hpccomm.collectives.thinned import DENSE_FROM
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.compression_reference import Indices, Octets, Vector
 from hpccomm.kernels.fastest import compression as kernels
@@ -45,9 +46,6 @@ LONGEST = (1 << 31) - 1
 
 TAG = 23463
 """Of all messages from one rank to another, on the communicator itself: do not receive ``ANY_TAG`` meanwhile."""
-
-DENSE_FROM = 4
-"""A vector is sent with all its elements once n/4 of them are named: merging costs more than adding."""
 
 FINE, NOT_FLAT, NOT_ASCENDING, NOT_FINITE, NO_K, UNKNOWN, BAD_PLAN, BAD_STATE = range(8)
 PROBLEMS = (

@@ -6,7 +6,8 @@ import argparse
 import re
 import socket
 
-from hpccomm.collectives import ALGORITHMS, tuning
+from hpccomm.algorithms.compressors import check_density
+from hpccomm.collectives import ALGORITHMS, thinned, tuning
 from hpccomm.collectives.cost import Link, Machine, Prediction, predict
 from hpccomm.errors import ArgumentError
 
@@ -22,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
     parser.add_argument("--per-node", type=int, default=1, metavar="K", help="ranks a node (default 1)")
     parser.add_argument("--bytes", default="1M", metavar="SIZE", help="100M, 64Ki, 4 (default 1M)")
+    parser.add_argument(
+        "--density",
+        type=float,
+        metavar="D",
+        help="of an allreduce, too: what is sent of a compressed gradient, as 0.001",
+    )
     group = parser.add_argument_group("the machine", "what is not said comes from this machine's tuning table")
     group.add_argument("--alpha-intra", type=float, metavar="US", help="a message in a node, microseconds")
     group.add_argument("--alpha-inter", type=float, metavar="US", help="a message between nodes, microseconds")
@@ -34,13 +41,30 @@ def run(args: argparse.Namespace) -> int:
     """Print the table, the fastest first."""
     if args.nodes < 1 or args.per_node < 1:
         raise ArgumentError(f"--nodes {args.nodes} --per-node {args.per_node}: both must be 1 or more")
+    if args.density is not None:
+        check_density(args.density, "--density")
+        if args.collective != "allreduce":
+            raise ArgumentError(
+                f"--density with {args.collective}: compressed gradients are priced beside an allreduce"
+            )
     nbytes, machine = size_of(args.bytes), machine_of(args)
     print(heading(args, nbytes, machine))
     titles = ("algorithm", "time", "algbw GB/s", "busbw GB/s", "rounds", "segments", "wire")
-    print("{:<15}{:>12}{:>12}{:>12}{:>8}{:>10}{:>7}".format(*titles))
+    print("{:<21}{:>12}{:>12}{:>12}{:>8}{:>10}{:>7}".format(*titles))
     for each in predict(args.collective, args.nodes, args.per_node, nbytes, machine):
         print(line(each))
+    if args.density is not None:
+        compressed(args, nbytes, machine)
     return 0
+
+
+def compressed(args: argparse.Namespace, nbytes: float, machine: Machine) -> None:
+    """Print what exchanges of compressed gradients take, and from which density on dense is as fast."""
+    print(f"# compressed: {args.density:g} of the float32, or one bit of each; messages alone, without the computing")
+    for each in thinned.predictions(args.nodes, args.per_node, nbytes, args.density, machine):
+        print(line(each))
+    even = thinned.break_even(args.nodes, args.per_node, nbytes, machine)
+    print(f"# sparse takes as long as the fastest dense allreduce at density {even:.2g}")
 
 
 def heading(args: argparse.Namespace, nbytes: float, machine: Machine) -> str:
@@ -58,7 +82,7 @@ def heading(args: argparse.Namespace, nbytes: float, machine: Machine) -> str:
 def line(each: Prediction) -> str:
     """One algorithm."""
     return (
-        f"{each.algorithm:<15}{duration(each.us):>12}{each.algbw:>12.3f}{each.busbw:>12.3f}"
+        f"{each.algorithm:<21}{duration(each.us):>12}{each.algbw:>12.3f}{each.busbw:>12.3f}"
         f"{each.rounds:>8}{each.segments:>10}{each.wire:>7.0%}"
     )
 
