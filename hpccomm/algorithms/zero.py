@@ -562,6 +562,10 @@ class Sharded:
         else:
             step, self.state = self.optimizer.update(part, self.state, self.master)
             self.master += step
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Gather all parameters anew where they are kept whole: after each step, and when others were loaded."""
         for name, vector in self.whole.items():
             unit = self.units[name]
             if self.ranks == 1 or not unit.size:

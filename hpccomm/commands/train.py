@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hpccomm.errors import ArgumentError, HpccommError
 from hpccomm.train.methods import METHODS, Plan
@@ -26,7 +26,20 @@ if TYPE_CHECKING:
     from hpccomm.train.kept import Folder
     from hpccomm.train.loop import Epoch, Settings
 
+Kept = TypeVar("Kept", bound="Folder")
+
 SUMMARY = "train a small network on real data and show what the exchange costs"
+
+
+SHARDED = {
+    "mics": "MiCS, model states divided over --partition-size ranks",
+    "zero1": "ZeRO, optimizer state divided over all ranks",
+    "zero2": "gradients too",
+    "zero3": "parameters too",
+    "ddp": "nothing divided",
+}
+"""Methods of :mod:`hpccomm.train.sharded`, all by the same code."""
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Job(NamedTuple):
@@ -37,6 +50,9 @@ class Job(NamedTuple):
     limit: int | None
     summary: str
 
+
+DEEP = Job(1, 256, 20_000, "")
+"""What the deep network takes instead."""
 
 JOBS = {
     "digits": Job(20, 64, None, "1797 handwritten digits (scikit-learn), perceptron 64-64-10"),
@@ -55,8 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; names are checked in :func:`run`, so that one rank speaks for all."""
     datasets = "; ".join(f"{name}: {job.summary}" for name, job in JOBS.items())
     methods = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+    deep = "; ".join(f"{name}: {summary}" for name, summary in SHARDED.items())
     parser.add_argument("dataset", help=datasets)
-    parser.add_argument("--method", default="dense", help=f"{methods}; all: one table of all (default: dense)")
+    parser.add_argument(
+        "--method",
+        default="dense",
+        help=f"{methods}; all: one table of all these (default: dense); and on a deep network for text: {deep}",
+    )
     parser.add_argument("--epochs", type=int, help="passes through the data")
     parser.add_argument("--batch-size", type=int, help="samples of a step, over all ranks")
     parser.add_argument("--samples", type=int, help="use at most so many training samples")
@@ -74,6 +95,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode", default="bsp", help="of ps: bsp, asp, or ssp:S for workers up to S steps ahead (default: bsp)"
     )
+    group = parser.add_argument_group("the deep network", f"of {', '.join(SHARDED)}")
+    group.add_argument("--partition-size", type=int, metavar="P", help="ranks that share a copy (default: a node's)")
+    group.add_argument("--micro-steps", type=int, default=1, metavar="S", help="parts of a rank's batch (default: 1)")
+    group.add_argument("--width", type=int, default=1024, help="of its layers (default: 1024)")
+    group.add_argument("--layers", type=int, default=10, help="inner ones (default: 10, about 11 M parameters)")
+    group.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="of gathered weights and gradients (default: float32)"
+    )
+    group.add_argument("--export", type=Path, metavar="FILE", help="write the whole model there in the end (npz)")
     parser.add_argument("--progress", action="store_true", help="show a bar under a launcher too (tqdm, stderr)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw loss against bytes and time (png, svg or pdf)")
@@ -100,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     methods = [name for name in METHODS if name != "ps" or comm.size > 1] if args.method == "all" else [args.method]
     runs: list[dict[str, Any]] = []
     for name in methods:
-        found = trained(name, args, data, comm)
+        found = (trained_deep if name in SHARDED else trained)(name, args, data, comm)
         if found is None:
             return 0
         runs.append(found)
@@ -118,13 +148,13 @@ def run(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace, comm: Communicator) -> None:
     """Raise, on every rank alike, for arguments that cannot be used, and fill in what was left out."""
     one_of("dataset", args.dataset, JOBS)
-    one_of("--method", args.method, (*METHODS, "all"))
+    one_of("--method", args.method, (*METHODS, "all", *SHARDED))
     one_of("--algorithm", args.algorithm, comm.algorithms("allreduce"))
-    job = JOBS[args.dataset]
+    job = DEEP if args.method in SHARDED else JOBS[args.dataset]
     args.epochs = job.epochs if args.epochs is None else args.epochs
     args.batch_size = job.batch_size if args.batch_size is None else args.batch_size
     args.samples = job.limit if args.samples is None else args.samples
-    for flag, least in {"epochs": 1, "batch_size": 1, "samples": 1, "seed": 0, "period": 1, "group_size": 1}.items():
+    for flag, least in LEAST.items():
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ArgumentError(f"--{flag.replace('_', '-')} {value}: give {least} or more")
@@ -137,14 +167,29 @@ def check(args: argparse.Namespace, comm: Communicator) -> None:
     mode_of(args.mode)
     if args.method in ("hybrid", "all") and args.group_size and comm.size % args.group_size:
         raise ArgumentError(f"--group-size {args.group_size} does not divide {comm.size} ranks: give a divisor")
+    if args.method in SHARDED and args.dataset != "stdlib":
+        raise ArgumentError(f"--method {args.method} trains a deep network on text: name the dataset stdlib")
+    if args.method == "mics":
+        from hpccomm.algorithms.mics import check_placement, per_node
+
+        nodes = comm.topology.nodes
+        check_placement("--partition-size", nodes, args.partition_size or per_node(comm.rank, nodes))
+    if args.export and args.method not in SHARDED:
+        raise ArgumentError(f"--export with --method {args.method}: it is for {', '.join(SHARDED)}")
     if args.checkpoint and args.method in ("ps", "all"):
         raise ArgumentError(f"--checkpoint with --method {args.method}: servers are not saved: name another method")
     check_file("--json", args.json, comm)
+    together(lambda: check_folder("--export", args.export), comm)
     if args.plot:
         from hpccomm.train.figure import drawable
 
         together(lambda: drawable(args.plot), comm)
     check_file("--plot", args.plot, comm)
+
+
+LEAST = dict.fromkeys(("epochs", "batch_size", "samples", "period", "group_size", "partition_size"), 1)
+LEAST |= {"seed": 0, "micro_steps": 1, "width": 1, "layers": 0}
+"""The smallest value of an argument."""
 
 
 def mode_of(given: str) -> Any:
@@ -176,6 +221,12 @@ def check_file(flag: str, file: Path | None, comm: Communicator) -> None:
     together(opened, comm)
 
 
+def check_folder(flag: str, file: Path | None) -> None:
+    """Raise for a file in a folder that is not there."""
+    if file and not file.parent.is_dir():
+        raise ArgumentError(f"{flag} {file}: there is no folder {file.parent}: name a file that can be written")
+
+
 def together(action: Callable[[], Any], comm: Communicator) -> Any:
     """What ``action`` gives on rank 0, on all ranks; what it raises there is raised on all."""
     found: Any = None
@@ -198,9 +249,13 @@ def loaded(args: argparse.Namespace, comm: Communicator) -> Dataset:
     return data
 
 
+STOPPED = "# stopped in epoch {} and saved: the same command goes on from there\n"
+
+
 def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any] | None:
     """One method's run: the object for ``--json``; None where it was told to stop."""
     from hpccomm.buckets import Bucket
+    from hpccomm.train.kept import Folder
     from hpccomm.train.loop import Servers, Settings, steps_in, train, train_by_servers
     from hpccomm.train.networks import network_for
 
@@ -223,12 +278,70 @@ def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
         for each in epochs:
             tell(each)
     else:
-        with keeper_for(name, lr, args, comm) as keeper:
+        run = {"method": name, "ranks": comm.size, "lr": lr, **{key: getattr(args, key) for key in SAME}}
+        with keeper_for(Folder, name, run, args, comm) as keeper:
             epochs = train(comm, data, network, made, settings, on_step=bar.update, on_epoch=tell, keeper=keeper)[1]
     bar.close()
     if len(epochs) < args.epochs:
-        say(comm, f"# stopped in epoch {len(epochs) + 1} and saved: the same command goes on from there\n")
+        say(comm, STOPPED.format(len(epochs) + 1))
         return None
+    return record(name, args, comm, steps, epochs)
+
+
+def trained_deep(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any] | None:
+    """As :func:`trained`, with divided model states."""
+    from hpccomm.train import sharded
+    from hpccomm.train.kept import ShardFolder
+    from hpccomm.train.layered import deep_network_for
+    from hpccomm.train.loop import Settings, steps_in
+
+    network, settings = (
+        deep_network_for(data, args.width, args.layers),
+        Settings(args.epochs, args.batch_size, args.seed),
+    )
+    job = sharded.Job(name, args.lr or DEEP_LR, args.partition_size, args.micro_steps, args.dtype)
+    states = sharded.states_for(comm, network, settings, job)
+    training = sharded.Training(comm, data, network, states, settings, args.micro_steps)
+    say(comm, deep_headline(job, training, args) + HEADER)
+    bar = progress(comm, len(data.targets), settings, args.progress)
+
+    def tell(epoch: Epoch) -> None:
+        bar.clear()
+        say(comm, line(f"{epoch.epoch:>7}", epoch))
+
+    run = {"method": name, "lr": job.lr, **{key: getattr(args, key) for key in (*SAME_DEEP, *SAME[:5])}}
+    with keeper_for(ShardFolder, name, run, args, comm) as keeper:
+        epochs = sharded.train(training, on_step=bar.update, on_epoch=tell, keeper=keeper)
+    bar.close()
+    if len(epochs) < args.epochs:
+        say(comm, STOPPED.format(len(epochs) + 1))
+        return None
+    spent = sharded.account(training)
+    hops = ", ".join(f"{hop} {each:,}" for hop, each in spent["hops"].items())
+    say(comm, f"# bytes of a rank in a step, at most: {hops}\n")
+    if args.export:
+        from hpccomm.algorithms.shards import export
+
+        export(args.export, states)
+    states.close()
+    return {**record(name, args, comm, steps_in(len(data.targets), settings), epochs), **spent, "deep": job._asdict()}
+
+
+def deep_headline(job: Any, training: Any, args: argparse.Namespace) -> str:
+    """What is trained, how it is divided, and what that takes on rank 0."""
+    states, parameters = training.states, training.network.parameters
+    memory = states.memory
+    return (
+        f"# hpccomm train {args.dataset}: {job.division}, lr {job.lr:g}, batch {args.batch_size} over "
+        f"{training.comm.size} ranks in {job.micro_steps} micro-steps, seed {args.seed}, {job.dtype}\n"
+        f"# {parameters:,} parameters; a copy on {states.ranks} ranks, stage {states.stage}; bytes of rank 0: "
+        f"states {memory.states:,} ({memory.states / parameters:.2f} a parameter), gathered {memory.gathered:,}, "
+        f"working {memory.working:,}\n"
+    )
+
+
+def record(name: str, args: argparse.Namespace, comm: Communicator, steps: int, epochs: list[Epoch]) -> dict[str, Any]:
+    """The object for ``--json``."""
     return {
         "dataset": args.dataset,
         "method": name,
@@ -240,20 +353,21 @@ def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
     }
 
 
+DEEP_LR = 0.001
+SAME_DEEP = ("width", "layers", "dtype", "micro_steps")
 SAME = ("dataset", "epochs", "batch_size", "samples", "seed", "algorithm", "period", "group_size", "density")
 """Arguments that a run goes on with."""
 
 
 @contextlib.contextmanager
-def keeper_for(name: str, lr: float, args: argparse.Namespace, comm: Communicator) -> Iterator[Folder | None]:
+def keeper_for(
+    kind: type[Kept], name: str, run: dict[str, Any], args: argparse.Namespace, comm: Communicator
+) -> Iterator[Kept | None]:
     """Who saves the run, and hears of SIGUSR1."""
-    from hpccomm.train.kept import Folder
-
     if args.checkpoint is None:
         yield None
         return
-    run = {"method": name, "ranks": comm.size, "lr": lr, **{key: getattr(args, key) for key in SAME}}
-    folder = Folder(comm, args.checkpoint, f"{args.dataset}-{name}", run)
+    folder = kind(comm, args.checkpoint, f"{args.dataset}-{name}", run)
     before = signal.signal(signal.SIGUSR1, folder.tell)
     try:
         yield folder

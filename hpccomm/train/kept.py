@@ -9,15 +9,18 @@ after the same step.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mpi4py import MPI
 
-from hpccomm.algorithms.checkpoints import flush_folder, load, save
+from hpccomm.algorithms.checkpoints import load, save
+from hpccomm.algorithms.exchange import ExchangeReport
+from hpccomm.algorithms.shards import everywhere, load_shards, save_shards, write_note
+from hpccomm.algorithms.zero import Hops
 from hpccomm.errors import ArgumentError
+from hpccomm.train import sharded
 from hpccomm.train.loop import Epoch, Training
 
 TOGETHER = 16
@@ -92,22 +95,31 @@ class Folder:
 
     def write(self, note: dict[str, Any]) -> None:
         """The note, whole or not at all."""
-        new = self.note.with_suffix(".new")
-        with new.open("w", encoding="utf-8") as file:
-            json.dump(note, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.note)
-        flush_folder(self.path)
+        write_note(self.note, note)
 
     def everywhere(self, action: Callable[[], Any]) -> Any:
         """What ``action`` returns on this rank; raises on all ranks if it raises on one."""
-        found, problem = None, ""
-        try:
-            found = action()
-        except (ArgumentError, OSError) as error:
-            problem = str(error)
-        for rank, each in enumerate(self.comm.allgather(problem)):
-            if each:
-                raise ArgumentError(f"--checkpoint {self.path}: rank {rank}: {each}")
-        return found
+        return everywhere(self.comm, f"--checkpoint {self.path}", action)
+
+
+class ShardFolder(Folder):
+    """Keeps a run whose model states are divided; another number of ranks may go on with it."""
+
+    def load(self, training: sharded.Training) -> list[Epoch]:  # type: ignore[override]
+        """As :meth:`hpccomm.train.sharded.Keeper.load`."""
+        note = self.comm.bcast(self.everywhere(self.read))
+        if note is None:
+            return []
+        load_shards(self.path, self.name, training.states)
+        steps, loss, seconds = note["epoch_so_far"]
+        hops = [ExchangeReport(*each) for each in note["hops"]]
+        training.spent = sharded.Spent(steps, loss if self.comm.rank == 0 else 0.0, seconds, Hops(*hops))
+        return [Epoch(**each) for each in note["epochs"]]
+
+    def save(self, training: sharded.Training, epochs: list[Epoch]) -> None:  # type: ignore[override]
+        """As :meth:`hpccomm.train.sharded.Keeper.save`; an epoch's costs so far are those of rank 0."""
+        spent = training.spent
+        so_far = [spent.steps, float(sum(self.comm.allgather(spent.loss))), spent.step_s]
+        epochs_so_far = [epoch._asdict() for epoch in epochs]
+        note = {"run": self.run, "epochs": epochs_so_far, "epoch_so_far": so_far, "hops": list(spent.hops)}
+        save_shards(self.path, self.name, training.states, **note)

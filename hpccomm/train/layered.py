@@ -1,0 +1,172 @@
+"""A deep network that is used a layer at a time: no rank ever needs all weights at once.
+
+*b samples; w the width; L inner layers; everything float32, whatever the weights travel in.*  A layer is a table of
+shapes, a way forward, and a way back that writes the layer's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from hpccomm.arrays import narrowed, widened
+from hpccomm.errors import ArgumentError
+from hpccomm.train.datasets import CONTEXT, Dataset
+from hpccomm.train.networks import Array, Shapes, Tensors, cross_entropy, draw
+
+if TYPE_CHECKING:
+    from hpccomm.algorithms.zero import Sharded
+
+EMBEDDING = 16
+"""Numbers that stand for a character."""
+
+
+class Layer(Protocol):
+    """What training asks of a layer."""
+
+    shapes: Shapes
+
+    def forward(self, weights: Tensors, x: Array) -> Array:
+        """From what comes in to what goes out, (b, …) each."""
+
+    def backward(self, weights: Tensors, x: Array, y: Array, error: Array, gradient: Tensors) -> Array:
+        """Write the gradient of the loss, given that by ``y``; returns that by ``x``."""
+
+
+class Embedding:
+    """Characters (b, 16) as numbers side by side, (b, 256)."""
+
+    def __init__(self, classes: int) -> None:
+        self.shapes: Shapes = {"embedding": (classes, EMBEDDING)}
+
+    def forward(self, weights: Tensors, x: Array) -> Array:
+        """As :meth:`Layer.forward`."""
+        return np.asarray(weights["embedding"][x].reshape(len(x), CONTEXT * EMBEDDING))
+
+    def backward(self, weights: Tensors, x: Array, y: Array, error: Array, gradient: Tensors) -> Array:
+        """As :meth:`Layer.backward`; nothing comes before characters."""
+        total = np.zeros(self.shapes["embedding"], error.dtype)
+        np.add.at(total, x, error.reshape(*x.shape, EMBEDDING))
+        put(gradient["embedding"], total)
+        return error
+
+
+class Linear:
+    """x·w + c."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.shapes: Shapes = {"w": (inputs, outputs), "c": (outputs,)}
+
+    def forward(self, weights: Tensors, x: Array) -> Array:
+        """As :meth:`Layer.forward`."""
+        return np.asarray(x @ weights["w"] + weights["c"])
+
+    def backward(self, weights: Tensors, x: Array, y: Array, error: Array, gradient: Tensors) -> Array:
+        """As :meth:`Layer.backward`."""
+        put(gradient["w"], x.T @ error)
+        put(gradient["c"], error.sum(axis=0))
+        return np.asarray(error @ weights["w"].T)
+
+
+class Tanh(Linear):
+    """tanh(x·w + c)."""
+
+    def forward(self, weights: Tensors, x: Array) -> Array:
+        """As :meth:`Layer.forward`."""
+        return np.asarray(np.tanh(super().forward(weights, x)))
+
+    def backward(self, weights: Tensors, x: Array, y: Array, error: Array, gradient: Tensors) -> Array:
+        """As :meth:`Layer.backward`."""
+        return super().backward(weights, x, y, error * (1 - y * y), gradient)
+
+
+class Residual(Tanh):
+    """x + tanh(x·w + c)."""
+
+    def forward(self, weights: Tensors, x: Array) -> Array:
+        """As :meth:`Layer.forward`."""
+        return np.asarray(x + super().forward(weights, x))
+
+    def backward(self, weights: Tensors, x: Array, y: Array, error: Array, gradient: Tensors) -> Array:
+        """As :meth:`Layer.backward`."""
+        return np.asarray(error + super().backward(weights, x, y - x, error, gradient))
+
+
+class Layered:
+    """A network as its layers by name, in the order of the way forward."""
+
+    def __init__(self, layers: dict[str, Layer]) -> None:
+        self.layers = layers
+
+    @property
+    def parameters(self) -> int:
+        """Ψ."""
+        return sum(int(np.prod(shape)) for layer in self.layers.values() for shape in layer.shapes.values())
+
+    def initial(self, seed: int) -> Iterator[tuple[str, dict[str, Array]]]:
+        """First weights, one layer after the other: matrices by 1/√rows, inner ones by 1/√(rows · L) too."""
+        depth = max(1, sum(isinstance(layer, Residual) for layer in self.layers.values()))
+        for number, (name, layer) in enumerate(self.layers.items()):
+            rng = np.random.default_rng((seed, number))
+            shrink = np.sqrt(depth) if isinstance(layer, Residual) else 1.0
+            yield name, {key: (draw(rng, key, s) / shrink).astype(np.float32) for key, s in layer.shapes.items()}
+
+    def scores(self, states: Sharded, inputs: Array) -> Array:
+        """One number for each sample and class (collective in the partition group)."""
+        return self.activity(states, inputs)[-1]
+
+    def activity(self, states: Sharded, inputs: Array) -> list[Array]:
+        """What goes into each layer, and in the end what comes out of the last."""
+        seen, names = [inputs], [*self.layers, None]
+        for name, following in pairwise(names):
+            assert name is not None
+            weights = in_float32(states.gather(name, ahead=following))
+            seen.append(self.layers[name].forward(weights, seen[-1]))
+            states.release(name)
+        return seen
+
+    def learn(self, states: Sharded, inputs: Array, targets: Array, factor: float) -> float:
+        """Add ``factor`` times the gradient of the sum of the samples' losses to the shards; returns that sum.
+
+        One micro-step (collective in the partition group); a rank may have no samples.
+        """
+        seen = self.activity(states, inputs)
+        y = seen.pop()
+        loss, error = cross_entropy(y, targets)
+        error *= factor
+        for name, following in pairwise([*reversed(self.layers), None]):
+            assert name is not None
+            x, weights, gradient = seen.pop(), in_float32(states.gather(name, ahead=following)), states.gradient(name)
+            error = self.layers[name].backward(weights, x, y, error, gradient)
+            states.release(name)
+            states.reduce_accumulate(name, gradient)
+            y = x
+        return loss
+
+
+def put(there: Array, gradient: Array) -> None:
+    """Round to what gradients travel in; what is too large becomes infinite, and the loss scale shrinks."""
+    there[...] = narrowed(gradient, there.dtype)
+
+
+def in_float32(weights: Tensors) -> Tensors:
+    """Weights to compute with: those of 16 bits are widened."""
+    return {name: widened(each) for name, each in weights.items()}
+
+
+def deep_network_for(data: Dataset, width: int, layers: int) -> Layered:
+    """Text: embeddings, ``layers`` inner layers of ``width``², scores."""
+    if data.inputs.dtype != np.uint8:
+        raise ArgumentError("mics, zero and ddp train a deep network on text: name the dataset stdlib")
+    inner: dict[str, Layer] = {f"inner{number}": Residual(width, width) for number in range(layers)}
+    return Layered(
+        {
+            "embedding": Embedding(data.classes),
+            "first": Tanh(CONTEXT * EMBEDDING, width),
+            **inner,
+            "scores": Linear(width, data.classes),
+        }
+    )

@@ -1,0 +1,213 @@
+"""Training with divided model states: MiCS, ZeRO and data parallelism by the same code, on a network of many layers.
+
+*N ranks, s micro-steps; B samples in a global batch.*  Each rank takes its share of every batch in s parts; a part's
+gradient is the sum over its samples times N·s/B, so that the mean over ranks and parts is the mean over the batch,
+however unevenly they divide it.  The batches follow from the seed alone, as everywhere in :mod:`hpccomm.train`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from hpccomm.algorithms.exchange import allreduce_bytes, check_replicas
+from hpccomm.algorithms.mics import mics
+from hpccomm.algorithms.zero import Hops, LossScale, Sharded, adamw, data_parallel, zero
+from hpccomm.train.datasets import Dataset
+from hpccomm.train.layered import Layered
+from hpccomm.train.loop import EVALUATE, Epoch, Settings, batches, epoch_of
+
+MAX_NORM = 1.0
+"""Gradients are clipped there."""
+FIRST_SCALE, STEADY_STEPS = 1024.0, 200
+"""Loss scale of float16, and after how many good steps it doubles."""
+
+
+class Division(NamedTuple):
+    """One way to divide model states."""
+
+    summary: str
+    make: Callable[..., Sharded]
+    """``make(comm, units, optimizer, partition_size, **how)``"""
+
+
+def staged(stage: int) -> Callable[..., Sharded]:
+    """ZeRO, which has no partition size."""
+    return lambda comm, units, optimizer, partition_size, **how: zero(comm, units, optimizer, stage=stage, **how)
+
+
+def undivided(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> Sharded:
+    """Everything on every rank."""
+    return data_parallel(comm, units, optimizer, **how)
+
+
+DIVISIONS = {
+    "mics": Division("model states divided over --partition-size ranks", mics),
+    "zero1": Division("optimizer state divided over all ranks", staged(1)),
+    "zero2": Division("and gradients", staged(2)),
+    "zero3": Division("and parameters", staged(3)),
+    "ddp": Division("nothing divided", undivided),
+}
+"""To add one is to add a row."""
+
+
+class Job(NamedTuple):
+    """What is trained, and how."""
+
+    division: str
+    lr: float
+    partition_size: int | None
+    micro_steps: int
+    dtype: str
+
+
+def states_for(comm: Any, network: Layered, settings: Settings, job: Job) -> Sharded:
+    """The network's first weights, divided; AdamW (collective)."""
+    scale = LossScale(FIRST_SCALE, STEADY_STEPS) if job.dtype == "float16" else None
+    return DIVISIONS[job.division].make(
+        comm,
+        network.initial(settings.seed),
+        adamw(job.lr),
+        job.partition_size,
+        dtype=dtype_of(job.dtype),
+        max_norm=MAX_NORM,
+        loss_scale=scale,
+    )
+
+
+def dtype_of(name: str) -> npt.DTypeLike:
+    """By its name, NumPy's or bfloat16."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+class Spent(NamedTuple):
+    """An epoch so far, on this rank."""
+
+    steps: int = 0
+    loss: float = 0.0
+    step_s: float = 0.0
+    """Exchanges included."""
+    hops: Hops = Hops()
+    """Without those of the evaluation."""
+
+
+class Keeper(Protocol):
+    """Who keeps a run that may be interrupted, see :class:`hpccomm.train.kept.ShardFolder`."""
+
+    def load(self, training: Training) -> list[Epoch]:
+        """Go on where a run was interrupted, if one was; the epochs that are over (collective)."""
+
+    def save(self, training: Training, epochs: list[Epoch]) -> None:
+        """Keep what is needed to go on (collective)."""
+
+    def asked(self) -> bool:
+        """After each step: whether a rank has been asked to stop; all ranks hear the same (collective)."""
+
+
+class Training:
+    """A model in training."""
+
+    def __init__(
+        self, comm: Any, data: Dataset, network: Layered, states: Sharded, settings: Settings, micro_steps: int
+    ) -> None:
+        self.comm, self.data, self.network, self.states = comm, data, network, states
+        self.settings, self.micro_steps = settings, micro_steps
+        self.spent, self.last = Spent(), Spent()
+
+    def step(self, batch: npt.NDArray[np.int64]) -> None:
+        """One optimizer step of all ranks on a global batch."""
+        began, before, loss = time.perf_counter(), self.states.hops, 0.0
+        factor = self.states.loss_scale.value * self.comm.size * self.micro_steps / len(batch)
+        for part in np.array_split(np.array_split(batch, self.comm.size)[self.comm.rank], self.micro_steps):
+            loss += self.network.learn(self.states, self.data.inputs[part], self.data.targets[part], factor)
+        self.states.boundary()
+        so_far = self.spent
+        hops = Hops(*(a.plus(minus(b, c)) for a, b, c in zip(so_far.hops, self.states.hops, before, strict=True)))
+        taken = time.perf_counter() - began
+        self.spent = Spent(so_far.steps + 1, so_far.loss + loss, so_far.step_s + taken, hops)
+
+    def epoch(self, number: int, on_step: Callable[[], object], asked: Callable[[], bool]) -> Epoch | None:
+        """The batches that are left, then the test samples; None where all ranks are asked to stop before the last."""
+        samples = len(self.data.targets)
+        steps = -(-samples // self.settings.batch_size)
+        for batch in islice(batches(samples, number, self.settings), self.spent.steps, None):
+            self.step(batch)
+            on_step()
+            if asked() and self.spent.steps < steps:
+                return None
+        done, self.spent = self.spent, Spent()
+        self.last = done
+        talking = sum(hop.seconds for hop in done.hops)
+        sent = sum(hop.wire_bytes for hop in done.hops) // max(1, done.steps) if self.comm.rank == 0 else 0
+        totals = np.array([done.loss, self.right(), done.step_s - talking, talking, 0.0, sent])
+        self.comm.Allreduce(MPI.IN_PLACE, totals)
+        dense = allreduce_bytes(4 * self.network.parameters, self.comm.size)
+        return epoch_of(number, totals[:5], self.comm.size, self.data, int(totals[5]), dense)
+
+    def right(self) -> int:
+        """Right predictions in this rank's share of the test samples; all ranks go through as many parts."""
+        inputs, targets = self.data.test_inputs, self.data.test_targets
+        each = -(-len(targets) // self.comm.size)
+        mine, right = slice(self.comm.rank * each, (self.comm.rank + 1) * each), 0
+        inputs, targets = inputs[mine], targets[mine]
+        for first in range(0, each, EVALUATE):
+            scores = self.network.scores(self.states, inputs[first : first + EVALUATE])
+            right += int((scores.argmax(axis=1) == targets[first : first + EVALUATE]).sum())
+        return right
+
+
+def minus(after: Any, before: Any) -> Any:
+    """What an exchange has cost between two reports."""
+    return type(after)(*(a - b for a, b in zip(after, before, strict=True)))
+
+
+def train(
+    training: Training,
+    *,
+    on_step: Callable[[], object] = lambda: None,
+    on_epoch: Callable[[Epoch], object] = lambda epoch: None,
+    keeper: Keeper | None = None,
+) -> list[Epoch]:
+    """Train; what each epoch gave.  Raises unless all copies of the model end with the same bits.
+
+    A ``keeper`` saves after every epoch, and when it is asked to stop: then epochs are missing.
+    """
+    epochs = keeper.load(training) if keeper else []
+    for each in epochs:
+        on_epoch(each)
+    while len(epochs) < training.settings.epochs:
+        found = training.epoch(len(epochs) + 1, on_step, keeper.asked if keeper else lambda: False)
+        if found is not None:
+            epochs.append(found)
+            on_epoch(found)
+        if keeper:
+            keeper.save(training, epochs)
+        if found is None:
+            return epochs
+    check_replicas(training.states.groups.replication, training.states.master)
+    return epochs
+
+
+def account(training: Training) -> dict[str, Any]:
+    """Memory of a rank and bytes of a mean step of the last epoch by hop: the most of any rank."""
+    steps = max(1, training.last.steps)
+    mine = [*training.states.memory, *(hop.wire_bytes / steps for hop in training.last.hops)]
+    most = np.empty(len(mine))
+    training.comm.Allreduce(np.array(mine, np.float64), most, MPI.MAX)
+    names = [*training.states.memory._fields, *training.last.hops._fields]
+    found = dict(zip(names, map(int, most), strict=True))
+    return {
+        "parameters": training.network.parameters,
+        "memory": {name: found[name] for name in names[:3]},
+        "hops": {name: found[name] for name in names[3:]},
+    }

@@ -1,0 +1,406 @@
+"""Divided model states in training and on disk: any division trains the same model, any ranks go on with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_mics import OPTIMIZERS, first_weights, gradient, nodes_of
+
+from hpccomm.algorithms import shards
+from hpccomm.algorithms.mics import mics
+from hpccomm.algorithms.shards import export, load_shards, save_shards
+from hpccomm.algorithms.transforms import scale
+from hpccomm.algorithms.zero import LossScale, Sharded, data_parallel, zero
+from hpccomm.commands import train as command
+from hpccomm.errors import ArgumentError
+from hpccomm.testing.ranks import run_on_ranks
+from hpccomm.train.datasets import CONTEXT, Dataset
+from hpccomm.train.layered import deep_network_for
+from hpccomm.train.loop import Epoch, Settings
+from hpccomm.train.sharded import DIVISIONS, Job, Training, account, states_for, train
+
+Make = Callable[[Any], Sharded]
+
+
+def text(samples: int = 53) -> Dataset:
+    """Random characters out of five; the one to predict is the last seen."""
+    rng = np.random.default_rng(0)
+    inputs = rng.integers(0, 5, (samples + 20, CONTEXT)).astype(np.uint8)
+    targets = inputs[:, -1].astype(np.int64)
+    return Dataset(inputs[:samples], targets[:samples], inputs[samples:], targets[samples:], 5)
+
+
+# Training
+
+
+def test_backpropagation_agrees_with_differences_of_the_loss() -> None:
+    data, network = text(7), deep_network_for(text(), 3, 2)
+
+    def body(comm: Any) -> None:
+        units = {unit: {k: t.astype("f8") for k, t in tensors.items()} for unit, tensors in network.initial(1)}
+        states = zero(comm, units, scale(-1.0))
+
+        def loss() -> float:
+            found = network.learn(states, data.inputs, data.targets, 1.0)
+            states.total[...] = 0
+            return found
+
+        network.learn(states, data.inputs, data.targets, 1.0)
+        found, weights, h = states.total.copy(), states.master, 6e-6  # the cube root of float64's epsilon
+        for i in range(0, weights.size, 7):
+            at = weights[i]
+            weights[i] = at + h
+            above = loss()
+            weights[i] = at - h
+            slope = (above - loss()) / (2 * h)
+            weights[i] = at
+            assert abs(slope - found[i]) < 1e-7 * len(data.targets)
+
+    run_on_ranks(1, body)
+
+
+def run(comm: Any, job: Job, epochs: int = 2) -> tuple[list[Epoch], dict[str, Any], bytes]:
+    """Train a small deep network."""
+    data, settings = text(), Settings(epochs, 20, 3)
+    network = deep_network_for(data, 8, 2)
+    training = Training(comm, data, network, states_for(comm, network, settings, job), settings, job.micro_steps)
+    found = (
+        train(training),
+        account(training),
+        b"".join(tensor.tobytes() for _, tensors in training.states.consolidated() for tensor in tensors.values()),
+    )
+    training.states.close()
+    return found
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_every_division_trains_the_model_of_one_rank(micro_steps: int) -> None:
+    """To rounding: a batch of 53 ends with one of 13, which four ranks and their parts share unevenly."""
+    ((wanted, _, _),) = run_on_ranks(1, lambda comm: run(comm, Job("ddp", 0.01, None, 1, "float32")))
+    for name in DIVISIONS:
+        job = Job(name, 0.01, 2, micro_steps, "float32")
+        found = run_on_ranks(4, lambda comm, job=job: run(comm, job), [0, 0, 1, 1])
+        assert len({weights for _, _, weights in found}) == 1
+        for ours, one in zip(found[0][0], wanted, strict=True):
+            assert ours.loss == pytest.approx(one.loss, rel=1e-4)  # float32 sums of a few steps in another order
+            assert ours.accuracy == one.accuracy
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_16_bits_learn_as_well(dtype: str) -> None:
+    """The masters are float32; losses agree to the 8 or 11 bits of what is gathered."""
+    wide, narrow = (
+        run_on_ranks(4, lambda comm, d=d: run(comm, Job("mics", 0.01, 2, 2, d), 4), [0, 0, 1, 1])[0][0]
+        for d in ("float32", dtype)
+    )
+    assert narrow[-1].loss == pytest.approx(wide[-1].loss, rel=0.02)
+    assert narrow[-1].loss < narrow[0].loss
+
+
+def test_the_account_is_memory_and_bytes_of_each_hop() -> None:
+    """Adam: 16 bytes a parameter over p ranks; gathers 2s(p-1)/p, first hop s(p-1)/p, second 2(R-1)/(R p)."""
+    ours, division = run_on_ranks(4, lambda comm: run(comm, Job("mics", 0.01, 2, 2, "float32"))[1], [0, 0, 1, 1]), 2
+    assert all(each == ours[0] for each in ours)
+    nbytes, padding = 4 * ours[0]["parameters"], 1.02  # units of up to two elements more
+    for hop, share in (("gather", 2 * 2 / 2), ("first", 2 / 2), ("second", 1 / 2)):
+        assert nbytes * share <= ours[0]["hops"][hop] <= nbytes * share * padding
+    assert 16 * ours[0]["parameters"] / division <= ours[0]["memory"]["states"] <= 8 * ours[0]["parameters"] * padding
+
+
+# On disk
+
+
+def steps(states: Sharded, rank: int, first: int, count: int) -> None:
+    """Some steps of two micro-steps with gradients that depend on all of these; sums are exact."""
+    for step in range(first, first + count):
+        for micro in range(2):
+            for unit in states.units:
+                states.reduce_accumulate(unit, gradient(unit, step, micro, rank % 2))
+        states.boundary()
+
+
+def weights_of(states: Sharded) -> dict[str, Any]:
+    """By name."""
+    return {f"{unit}.{name}": w.copy() for unit, tensors in states.consolidated() for name, w in tensors.items()}
+
+
+READERS: dict[str, tuple[int, int, Callable[..., Sharded]]] = {
+    "the same": (4, 2, mics),
+    "other partitions": (4, 4, mics),
+    "partitions of one": (4, 1, mics),
+    "more ranks": (6, 3, mics),
+    "fewer ranks": (2, 2, mics),
+    "data parallel": (2, 1, lambda comm, units, optimizer, _: data_parallel(comm, units, optimizer)),
+    "stage 1": (2, 2, lambda comm, units, optimizer, _: zero(comm, units, optimizer, stage=1)),
+    "stage 2": (4, 4, lambda comm, units, optimizer, _: zero(comm, units, optimizer, stage=2)),
+}
+
+
+def saved(tmp_path: Path, optimizer: Any = OPTIMIZERS["adamw"], at: int = 2) -> None:
+    """Steps of four ranks in groups of two, then files."""
+
+    def body(comm: Any) -> None:
+        states = mics(comm, first_weights(), optimizer, 2, loss_scale=LossScale(4.0, 9))
+        steps(states, comm.rank, 0, at)
+        save_shards(tmp_path, "run", states, told={"epoch": at})
+
+    run_on_ranks(4, body, [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_any_number_of_ranks_goes_on_bit_for_bit(reader: str, tmp_path: Path) -> None:
+    ranks, size, make = READERS[reader]
+
+    def body(comm: Any, load: bool) -> Any:
+        states = make(comm, first_weights(), OPTIMIZERS["adamw"], size)
+        states.loss_scale = LossScale(1.0 if load else 4.0)
+        if load:
+            assert load_shards(tmp_path, "run", states)["told"] == {"epoch": 2}
+            assert (states.steps, states.loss_scale) == (2, LossScale(4.0, 9, 2))
+        else:
+            steps(states, comm.rank, 0, 2)
+        states.loss_scale = LossScale()
+        gathered = states.gather("one")["w"].tobytes()
+        states.release("one")
+        assert gathered == weights_of(states)["one.w"].tobytes()
+        steps(states, comm.rank, 2, 2)
+        return weights_of(states)
+
+    saved(tmp_path, at=2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "run.json",
+        "run.step2.shard0of2.npz",
+        "run.step2.shard1of2.npz",
+    ]
+    nodes = nodes_of(ranks, size)
+    found, wanted = (run_on_ranks(ranks, lambda comm, load=load: body(comm, load), nodes) for load in (True, False))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "lars", "lamb", "sgd"])
+def test_the_state_of_every_optimizer_is_kept(optimizer: str, tmp_path: Path) -> None:
+    """Where norms are summed in another order: rtol 1e-6."""
+
+    def body(comm: Any, load: bool) -> Any:
+        states = mics(comm, first_weights(), OPTIMIZERS[optimizer], 4)
+        if load:
+            load_shards(tmp_path, "run", states)
+        else:
+            steps(states, comm.rank, 0, 2)
+        states.loss_scale = LossScale()
+        steps(states, comm.rank, 2, 2)
+        return weights_of(states)
+
+    def written(comm: Any) -> None:
+        states = mics(comm, first_weights(), OPTIMIZERS[optimizer], 2)
+        steps(states, comm.rank, 0, 2)
+        save_shards(tmp_path, "run", states)
+
+    run_on_ranks(4, written, [0, 0, 1, 1])
+    found, wanted = (run_on_ranks(4, lambda comm, load=load: body(comm, load))[0] for load in (True, False))
+    assert all(np.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-7) for name in wanted)
+
+
+def refused(tmp_path: Path, why: str, make: Make | None = None) -> None:
+    """Loading raises on all ranks, and changes nothing."""
+    make = make or (lambda comm: mics(comm, first_weights(), OPTIMIZERS["adamw"], 2))
+    told = []
+
+    def body(comm: Any) -> None:
+        states = make(comm)
+        before = states.master.copy()
+        with pytest.raises(ArgumentError, match=why):
+            load_shards(tmp_path, "run", states)
+        told.append(comm.rank)
+        assert states.master.tobytes() == before.tobytes()
+        assert (states.steps, states.state.updates) == (0, 0)
+
+    run_on_ranks(4, body, [0, 0, 1, 1])
+    assert len(told) == 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_file_that_was_cut_short_is_named(share: float, place: int, tmp_path: Path) -> None:
+    saved(tmp_path)
+    file = tmp_path / f"run.step2.shard{place}of2.npz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    refused(tmp_path, f"load_shards .*rank [0-3]: .*shard{place}of2.npz is no whole file of shards .* cut short")
+
+
+def test_a_file_with_a_wrong_byte_is_named(tmp_path: Path) -> None:
+    """The archive's checksums tell."""
+    saved(tmp_path)
+    file = tmp_path / "run.step2.shard0of2.npz"
+    with np.load(file) as entries:
+        place = file.read_bytes().find(entries["weights.1"].tobytes())
+    content = bytearray(file.read_bytes())
+    content[place + 5] ^= 1
+    file.write_bytes(content)
+    refused(tmp_path, "shard0of2.npz is no whole file of shards with weights.1 .*CRC")
+
+
+def test_a_missing_file_or_note_and_other_models_are_named(tmp_path: Path) -> None:
+    saved(tmp_path)
+    other = {"embedding": {"table": np.ones((7, 4), "f4")}}
+    refused(tmp_path, "saved were units of float32 embedding 21, one 25, gain 1, out 22: load into the same model",
+            lambda comm: mics(comm, other, OPTIMIZERS["adamw"], 2))  # fmt: skip
+    momentum = lambda comm: mics(comm, first_weights(), OPTIMIZERS["lars"], 2)  # noqa: E731
+    refused(tmp_path, "no whole file of shards with state:velocity.0 .*same optimizer", momentum)
+    (tmp_path / "run.step2.shard1of2.npz").unlink()
+    refused(tmp_path, "shard1of2.npz is no whole file of shards .*No such file")
+    note = tmp_path / "run.json"
+    note.write_text(note.read_text()[:40])
+    refused(tmp_path, "run.json is no note of saved shards")
+    note.write_text("{}")
+    refused(tmp_path, "run.json is no note of saved shards")
+    note.unlink()
+    refused(tmp_path, "run.json is no note of saved shards .*No such file")
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_whoever_cannot_write_leaves_the_older_set_whole(
+    culprit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path)
+
+    def full(path: Any, **states: Any) -> None:
+        if f"shard{culprit}" in str(path):
+            raise OSError("No space left on device")
+        keep(path, **states)
+
+    keep = shards.save
+
+    def body(comm: Any) -> None:
+        states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 2)
+        load_shards(tmp_path, "run", states)
+        steps(states, comm.rank, 2, 1)
+        with pytest.raises(ArgumentError, match=f"save_shards .*: rank {culprit}: No space left"):
+            save_shards(tmp_path, "run", states)
+        load_shards(tmp_path, "run", states)
+        assert states.steps == 2
+
+    monkeypatch.setattr(shards, "save", full)
+    run_on_ranks(4, body, [0, 0, 1, 1])
+
+
+def test_an_older_set_goes_when_the_newer_one_is_whole(tmp_path: Path) -> None:
+    saved(tmp_path)
+
+    def body(comm: Any) -> None:
+        states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 4)
+        load_shards(tmp_path, "run", states)
+        save_shards(tmp_path, "run", states)
+
+    run_on_ranks(4, body)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.json", *(
+        f"run.step2.shard{place}of4.npz" for place in range(4)
+    )]  # fmt: skip
+
+
+def test_nothing_is_saved_between_micro_steps(tmp_path: Path) -> None:
+    def body(comm: Any) -> None:
+        states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 2)
+        states.reduce_accumulate("one", gradient("one", 0, 0, 0))
+        with pytest.raises(ArgumentError, match="unit 'one' has seen gradients since the last step: save after"):
+            save_shards(tmp_path, "run", states)
+
+    run_on_ranks(2, body)
+
+
+def test_the_exported_model_is_arrays_by_name(tmp_path: Path) -> None:
+    def body(comm: Any) -> Any:
+        states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 2)
+        steps(states, comm.rank, 0, 1)
+        export(tmp_path / "model.npz", states)
+        return weights_of(states)
+
+    wanted = run_on_ranks(4, body, [0, 0, 1, 1])[0]
+    with np.load(tmp_path / "model.npz") as found:
+        assert sorted(found.files) == sorted(wanted)
+        assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+        assert all(found[name].shape == wanted[name].shape for name in wanted)
+
+
+def test_an_export_that_fails_is_told_on_all_ranks_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    told = []
+
+    def body(comm: Any) -> None:
+        states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 2)
+        with pytest.raises(ArgumentError, match=r"export .*model.npz: rank 0: No space left"):
+            export(tmp_path / "model.npz", states)
+        told.append(comm.rank)
+
+    run_on_ranks(4, body, [0, 0, 1, 1])
+    assert len(told) == 4
+    assert not list(tmp_path.iterdir())
+
+
+# The command
+
+
+def call(*arguments: str) -> int:
+    """``hpccomm train`` with these arguments."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
+
+
+SHORT = ("stdlib", "--samples", "400", "--batch-size", "64", "--width", "16", "--layers", "2")
+
+
+@pytest.mark.mpi(sizes=(1, 4))
+def test_the_command_reports_memory_and_hops_and_goes_on(comm: Any, tmp_path: Path, capsys: Any) -> None:
+    size = str(min(comm.size, 2))
+    arguments = (*SHORT, "--method", "mics", "--partition-size", size, "--micro-steps", "4", "--epochs", "2")
+    kept, file = tmp_path / "kept", tmp_path / "out.json"
+    assert call(*arguments, "--checkpoint", str(kept), "--export", str(tmp_path / "m.npz"), "--json", str(file)) == 0
+    first = capsys.readouterr().out
+    assert call(*arguments[:-6], "--partition-size", "1", "--micro-steps", "4", "--epochs", "2",
+                "--checkpoint", str(kept)) == 0  # fmt: skip
+    again = capsys.readouterr().out
+    if comm.rank:
+        assert not first
+        return
+    found = json.loads(file.read_text())
+    assert (found["deep"]["partition_size"], found["deep"]["micro_steps"]) == (int(size), 4)
+    nbytes = 4 * found["parameters"]
+    assert found["hops"]["gather"] == pytest.approx(8 * nbytes * (comm.size > 1) / 2, rel=0.02)
+    assert found["memory"]["states"] == pytest.approx(4 * nbytes / int(size), rel=0.02)
+    assert f"a copy on {size} ranks, stage 3" in first
+    assert [line for line in first.splitlines() if line[0] == " "] == [
+        line for line in again.splitlines() if line[0] == " "
+    ]
+    with np.load(tmp_path / "m.npz") as model:
+        assert sum(model[name].size for name in model.files) == found["parameters"]
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("digits", "--method", "mics"), "--method mics trains a deep network on text: name the dataset stdlib"),
+        ((*SHORT, "--method", "mics", "--partition-size", "3"), "--partition-size: partition size 3 does not divide 2"),
+        ((*SHORT, "--method", "zero3", "--micro-steps", "0"), "--micro-steps 0: give 1 or more"),
+        ((*SHORT, "--method", "adam", "--export", "m.npz"), "--export with --method adam: it is for mics, zero1,"),
+        ((*SHORT, "--method", "ddp", "--export", "no/m.npz"), "--export no/m.npz: there is no folder no"),
+    ],
+)
+def test_mistakes_are_told_by_rank_0_alone(comm: Any, capsys: Any, arguments: tuple[str, ...], complaint: str) -> None:
+    assert call(*arguments) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"hpccomm train: {complaint}") if comm.rank == 0 else not told.err
