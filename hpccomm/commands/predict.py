@@ -1,4 +1,4 @@
-"""Predict what every algorithm of a collective would cost on a cluster that need not exist."""
+"""Predict what every algorithm of a collective, or a step of a model in parts, would cost on a cluster elsewhere."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import argparse
 import re
 import socket
 
+import numpy as np
+
 from hpccomm.algorithms.compressors import check_density
+from hpccomm.algorithms.mics import check_placement, smallest_partition
+from hpccomm.algorithms.step_cost import STATE_BYTES, Job, Shape, step_cost, through_link
 from hpccomm.collectives import ALGORITHMS, thinned, tuning
 from hpccomm.collectives.cost import Link, Machine, Prediction, predict
 from hpccomm.errors import ArgumentError
 
 SUMMARY = "price every algorithm of a collective on a cluster of your choice"
+STEPS = ("mics", "zero3")
+"""Ways to divide a model, a step of which is priced."""
 
 DECIMAL = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
@@ -19,7 +25,7 @@ BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What, where, how much."""
-    parser.add_argument("collective", choices=sorted(ALGORITHMS))
+    parser.add_argument("collective", choices=[*sorted(ALGORITHMS), *STEPS], help="or a step of a model in parts")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
     parser.add_argument("--per-node", type=int, default=1, metavar="K", help="ranks a node (default 1)")
     parser.add_argument("--bytes", default="1M", metavar="SIZE", help="100M, 64Ki, 4 (default 1M)")
@@ -35,6 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rate-intra", metavar="RATE", help="between ranks of a node: 80gbit, 10GB")
     group.add_argument("--rate", metavar="RATE", help="of a node's link: 100gbit, 1gbit, 12.5GB (per second)")
     group.add_argument("--rate-sum", metavar="RATE", help="at which a rank sums: 10GB")
+    group = parser.add_argument_group("a step", "of mics and zero3: Adam, 16 bytes of states a parameter")
+    group.add_argument("--model", default="1B", metavar="SIZE", help="parameters: 100B, 350M (default 1B)")
+    group.add_argument("--layers", type=int, default=48, help="of one size (default 48)")
+    group.add_argument("--micro-steps", type=int, default=4, metavar="S", help="of a step (default 4)")
+    group.add_argument("--tokens", type=int, default=2048, help="of a rank's micro-step (default 2048)")
+    group.add_argument("--flops", default="170T", help="a rank reaches in a second (default 170T: 54 %% of an A100)")
+    group.add_argument("--partition-size", type=int, metavar="P", help="of mics (default: the smallest that fits)")
+    group.add_argument("--memory", default="40G", metavar="SIZE", help="of a rank (default 40G)")
+    group.add_argument("--working", default="10G", metavar="SIZE", help="of that, not for states (default 10G)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
             raise ArgumentError(
                 f"--density with {args.collective}: compressed gradients are priced beside an allreduce"
             )
+    if args.collective in STEPS:
+        return steps(args)
     nbytes, machine = size_of(args.bytes), machine_of(args)
     print(heading(args, nbytes, machine))
     titles = ("algorithm", "time", "algbw GB/s", "busbw GB/s", "rounds", "segments", "wire")
@@ -65,6 +82,59 @@ def compressed(args: argparse.Namespace, nbytes: float, machine: Machine) -> Non
         print(line(each))
     even = thinned.break_even(args.nodes, args.per_node, nbytes, machine)
     print(f"# sparse takes as long as the fastest dense allreduce at density {even:.2g}")
+
+
+def steps(args: argparse.Namespace) -> int:
+    """Print what a step costs on so many nodes, and on a quarter and half of them."""
+    for flag in ("layers", "micro_steps", "tokens"):
+        if getattr(args, flag) < 1:
+            raise ArgumentError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
+    parameters, machine, k = parameters_of(args.model), machine_of(args), args.per_node
+    forward = 2e6 * parameters / args.layers * args.tokens / size_of(args.flops)
+    job = Job(parameters, args.layers, args.micro_steps, forward)
+    last = shape_for(args, args.nodes * k)
+    intra, inter = machine.intra, machine.inter
+    print(
+        f"# {args.collective}: {parameters:,.0f} parameters in {args.layers} layers, 16-bit, {last.partition} ranks a "
+        f"copy: {STATE_BYTES * parameters / last.partition / 1e9:.3g} GB of states a rank\n"
+        f"# {args.micro_steps} micro-steps of {args.tokens} tokens a rank at {size_of(args.flops) / 1e12:g} TFLOPS, "
+        "forward once more on the way back\n"
+        f"# in a node {intra.alpha:g} us + {rate(intra.beta)}, between nodes {inter.alpha:g} us + {rate(inter.beta)} "
+        f"shared by its ranks; from: {machine.source}"
+    )
+    titles = ("nodes", "step", "computing", "gathers", "first hop", "second hop", "link, GB", "tokens/s", "scaling")
+    print(("{:<8}" + "{:>12}" * 8).format(*titles))
+    first = None
+    for nodes in sorted({max(1, args.nodes // 4), max(1, args.nodes // 2), args.nodes}):
+        shape = shape_for(args, nodes * k)
+        if shape.ranks % shape.partition:
+            continue
+        cost = step_cost(job, shape, machine)
+        first = first or cost.step
+        volume = through_link(shape, args.micro_steps)
+        sent = parameters * (job.word * (volume.gathers + volume.first) + job.shard_word * volume.second)
+        tokens = 1e6 * shape.ranks * args.micro_steps * args.tokens / cost.step
+        cells = [duration(each) for each in cost]
+        cells += [f"{sent / 1e9:.4g}", f"{tokens:.4g}", f"{first / cost.step:.1%}"]
+        print(f"{nodes:<8}" + "".join(f"{cell:>12}" for cell in cells))
+    return 0
+
+
+def shape_for(args: argparse.Namespace, ranks: int) -> Shape:
+    """How so many ranks divide the model."""
+    if args.collective == "zero3":
+        return Shape(ranks, args.per_node, ranks, two_levels=False)
+    most, size = args.nodes * args.per_node, args.partition_size
+    if size is None:
+        states, memory, working = STATE_BYTES * parameters_of(args.model), size_of(args.memory), size_of(args.working)
+        size = smallest_partition(states, memory, most, args.per_node, working)
+    check_placement("--partition-size", np.arange(most) // args.per_node, size)
+    return Shape(ranks, args.per_node, size)
+
+
+def parameters_of(text: str) -> float:
+    """Parameters: ``100B`` are a hundred billion."""
+    return size_of(text[:-1] + "G" if text[-1:] in ("B", "b") else text)
 
 
 def heading(args: argparse.Namespace, nbytes: float, machine: Machine) -> str:
