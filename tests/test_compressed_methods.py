@@ -15,12 +15,13 @@ from mpi4py import MPI
 
 import hpccomm
 from hpccomm.algorithms import compressors
-from hpccomm.algorithms.checkpoints import load_state_dict, state_dict
+from hpccomm.algorithms.checkpoints import for_ranks, load_state_dict, state_dict
 from hpccomm.algorithms.dgc import dgc
 from hpccomm.algorithms.exchange import synchronous_sgd
 from hpccomm.algorithms.feedback import exchanged, feedback, sent
 from hpccomm.algorithms.gtc import gtc
-from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_sgd
+from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_lamb, onebit_sgd
+from hpccomm.algorithms.powersgd import powersgd
 from hpccomm.algorithms.transforms import Transform, chain, scale
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
@@ -207,8 +208,8 @@ def numbers(n: int, step: int, rank: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("n", [0, 1, 7, 9, 300])
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 300])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_ranks_step_alike_and_count_their_bytes(name: str, n: int, size: int) -> None:
     def body(comm: Any) -> tuple[bytes, int]:
         method = METHODS[name](comm)
@@ -251,10 +252,111 @@ def test_what_was_sent_and_what_is_kept_are_all_gradients(name: str) -> None:
         return total, given, state.residual.astype("f8"), state.steps
 
     found = run_on_ranks(size, body)
+    assert np.array_equal(found[0][0], found[1][0])
     sent_in_all, given = found[0][0], sum(each[1] for each in found)
     kept = sum(each[2] for each in found)
     assert np.abs(sent_in_all + kept - given).max() < steps * 4 * 2.0**-15
     assert np.abs(given).max() > 1
+
+
+def long_runs(bucket: Bucket) -> dict[str, Callable[[Any], Transform]]:
+    """Methods, as they are used for a long time."""
+    return {
+        "gtc": lambda comm: chain(gtc(comm, density=0.05), scale(-0.01)),
+        "dgc": lambda comm: chain(
+            dgc(comm, bucket, 0.05, warmup=40, smallest=0, nesterov=True, weight_decay=1e-3, clip=9.0), scale(-0.01)
+        ),
+        "onebit_sgd": lambda comm: chain(onebit_sgd(comm, bucket), scale(-0.01)),
+        "ef_signsgd": lambda comm: ef_signsgd(comm, 0.01, bucket),
+        "onebit_adam": lambda comm: onebit_adam(comm, 0.01, 100),
+        "onebit_adam of tensors": lambda comm: onebit_adam(comm, 0.01, 100, bucket=bucket, weight_decay=0.01),
+        "onebit_lamb": lambda comm: onebit_lamb(comm, bucket, 0.01, 100),
+        "powersgd": lambda comm: chain(powersgd(comm, bucket, 2), scale(-0.01)),
+    }
+
+
+@pytest.mark.parametrize("name", long_runs(MATRIX))
+def test_after_a_thousand_steps_all_ranks_have_the_same_bits(name: str) -> None:
+    size, bucket = 3, Bucket({"a": (5, 4), "bias": (3,), "b": (3, 4)})
+
+    def body(comm: Any) -> bytes:
+        method = long_runs(bucket)[name](comm)
+        weights = numbers(bucket.size, 0, 0)
+        state = method.init(weights)
+        for noise in np.random.default_rng(comm.rank).normal(size=(1000, bucket.size)).astype(F32):
+            step, state = method.update(weights + noise, state, weights)
+            weights = weights + step
+        assert np.isfinite(weights).all()
+        return weights.tobytes()
+
+    assert len(set(run_on_ranks(size, body))) == 1
+
+
+@pytest.mark.parametrize("name", ["gtc", "momentum", "onebit", "onebit_adam"])
+@pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 5), (4, 1), (3, 3)])
+def test_with_another_number_of_ranks_what_is_pending_stays(name: str, old: int, new: int) -> None:
+    """Mean residuals, mean momenta and all server errors, before and after; one rounding of an element each."""
+
+    def pending(states: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        found = {}
+        for path in states[0]:
+            field = path.rpartition(".")[2]
+            if field in ("residual", "moved", "worker"):
+                found[path] = np.mean([each[path].astype("f8") for each in states], axis=0)
+            elif field == "server":
+                found[path] = np.concatenate([each[path] for each in states])
+        return found
+
+    def first(comm: Any) -> tuple[np.ndarray, Any]:
+        gradients = [numbers(61, step, comm.rank) for step in range(6)]
+        weights, state, _ = steps_of(METHODS[name](comm), comm, gradients, np.zeros(61, F32))
+        return weights, state
+
+    found = run_on_ranks(old, first)
+
+    def then(comm: Any) -> tuple[dict[str, Any], bytes]:
+        method, weights = METHODS[name](comm), found[0][0].copy()
+        state = for_ranks([each[1] for each in found], comm.rank, comm.size)
+        kept = state_dict(state)
+        for number in range(6, 9):
+            step, state = method.update(numbers(61, number, comm.rank), state, weights)
+            weights = weights + step
+        return kept, weights.tobytes()
+
+    after = run_on_ranks(new, then)
+    assert len({weights for _, weights in after}) == 1
+    owed, left = pending([state_dict(each[1]) for each in found]), pending([kept for kept, _ in after])
+    assert owed.keys() == left.keys() != set()
+    for path, values in owed.items():
+        assert values.any()
+        np.testing.assert_allclose(left[path], values, rtol=2.0**-23, atol=2.0**-30)
+    if old == new:
+        for rank, (kept, _) in enumerate(after):
+            assert all(np.array_equal(value, state_dict(found[rank][1])[path]) for path, value in kept.items())
+
+
+def test_a_rank_that_is_not_there_gets_no_state() -> None:
+    with pytest.raises(ArgumentError, match="rank 2 of 2"):
+        for_ranks([(np.zeros(3, F32),)], 2, 2)
+
+
+def test_onebit_adam_says_tensors_of_any_size_when_it_knows_them() -> None:
+    """The second tensor's gradients are 1024 times the first's: so are its means, to the rounding of two scales."""
+    bucket = Bucket({"a": (40,), "b": (40,)})
+
+    def body(comm: Any) -> None:
+        for knows in (True, False):
+            method = onebit_adam(comm, 0.01, 2, bucket=bucket if knows else None)
+            weights = np.zeros(80, F32)
+            state = method.init(weights)
+            for step in range(4):
+                small = numbers(40, step, comm.rank)
+                _, state = method.update(np.concatenate([small, 1024 * small]), state, weights)
+            a, b = state.mean[:40], state.mean[40:]
+            assert a.any()
+            assert np.allclose(1024 * a, b, rtol=1e-5) == knows
+
+    run_on_ranks(1, body)
 
 
 def test_feedback_of_everything_is_the_mean() -> None:

@@ -71,6 +71,20 @@ def test_what_sparsifiers_send_and_keep_adds_up_exactly(compressor: Compressor) 
     np.testing.assert_array_equal(sent + backlog, given)
 
 
+@pytest.mark.parametrize("compressor", [each for each in ALL if each.name != "sign_majority()"], ids=named)
+def test_after_a_thousand_steps_nothing_is_lost(compressor: Compressor) -> None:
+    """What was sent and the backlog against all gradients: each step rounds a backlog below 2^7 at most twice."""
+    n, steps = 40, 1000
+    backlog, said, given, last = np.zeros(n, F32), np.zeros(n), np.zeros(n), compressors.NO_MESSAGE
+    for step, gradient in enumerate(np.random.default_rng(7).normal(size=(steps, n)).astype(F32)):
+        last = compressor.encode_feedback(backlog, gradient, step=step, last=last)
+        said += compressor.meaning(last, n)
+        given += gradient
+    assert np.abs(backlog).max() < 2**7
+    assert np.abs(said + backlog - given).max() < steps * 2 * 2.0**-18
+    assert np.abs(said).max() > 1
+
+
 @pytest.mark.parametrize("compressor", ALL, ids=named)
 def test_encoding_depends_on_its_arguments_and_writes_none_of_them(compressor: Compressor) -> None:
     vector = numbers(1000)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -82,6 +82,41 @@ def restored(path: str, like: Any, value: Any) -> Any:
             f"of shape {like.shape}: use the model, the dtype and the number of ranks of the run that saved"
         )
     return array.copy()
+
+
+# Another number of ranks
+
+OWN = ("residual", "moved", "worker")
+"""What compressed exchanges keep of a rank's own gradients: the mean over the ranks is what steps still owe."""
+CUT = ("server",)
+"""What is kept of this rank's part of the vector, the parts in rank order."""
+
+
+def for_ranks(states: Sequence[Any], rank: int, size: int, reduce: Literal["mean", "sum"] = "mean") -> Any:
+    """What rank ``rank`` of ``size`` goes on with, from the states of all old ranks, in rank order.
+
+    For methods that exchange compressed gradients.  Residuals and momenta of a rank's own gradients become the mean of
+    the old ranks', or for an exchange that sums, their sum over ``size``: what is pending stays, to rounding (once an
+    element, after sums in float64).  Server errors are joined and cut anew.  All else is one old rank's, as it is the
+    same on all.  Where ``size`` is the old number, each rank gets its own back.
+    """
+    if not states or not 0 <= rank < size:
+        raise ArgumentError(f"for_ranks: rank {rank} of {size}, {len(states)} states: pass all old ranks' states")
+    if size == len(states):
+        return mapped(lambda path, leaf: restored(path, leaf, leaf), states[rank])
+    all_of_them = [state_dict(each) for each in states]
+    parts = len(states) if reduce == "mean" else size
+
+    def leaf_of(path: str, leaf: Any) -> Any:
+        name = path.rpartition(".")[2]
+        if name in CUT:
+            return np.array_split(np.concatenate([each[path] for each in all_of_them]), size)[rank].copy()
+        if name not in OWN:
+            return restored(path, leaf, leaf)
+        total = np.sum([each[path] for each in all_of_them], axis=0, dtype=np.float64)
+        return (total / parts).astype(leaf.dtype)
+
+    return mapped(leaf_of, states[rank % len(states)])
 
 
 # Files

@@ -84,8 +84,8 @@ def feedback(
     but ``skipped``.
 
     Each rank sends its messages to all others, 8 bytes each with their lengths, and 16 more; :func:`sent` tells of it.
-    Where a run goes on with another number of ranks, give each old residual to one of the new ranks, the others zeros:
-    what is pending is their sum (for a mean, times new ranks by old).  Raises ArgumentError for gradients that are not
+    Where a run goes on with another number of ranks, :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what
+    is pending.  Raises ArgumentError for gradients that are not
     flat float32, and on all ranks where they bring different compressors.
     """
     check_decay("feedback: momentum", momentum)

@@ -65,6 +65,8 @@ class OneBitAdamState(NamedTuple):
     """m: Adam's first moment, the same on all ranks."""
     variance: Vector
     """v: frozen after the warm-up."""
+    scales: npt.NDArray[np.float32]
+    """(L,) by what each tensor's momentum is multiplied before it is sent; none without a bucket."""
     worker: Vector
     server: Vector
     skipped: int
@@ -77,6 +79,7 @@ def onebit_adam(
     lr: float | Schedule,
     freeze_step: int,
     *,
+    bucket: Bucket | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -91,16 +94,23 @@ def onebit_adam(
     with v as it stands.  There is no bias correction, as in the published code.  Freeze after 15 to 25 % of the steps
     and not before 1/(1 − b2).  An element whose gradient is always 0 keeps v = 0 while bits cannot say 0: such elements
     do not move.  Steps have their sign: add them to the weights.
+
+    One scale serves all elements; with a ``bucket`` each tensor's momentum is multiplied by σ, the mean over the
+    tensors of m's root mean square at the freeze by its own, and divided by it again where it arrives, as in
+    :func:`onebit_lamb`, for tensors whose gradients differ in size.
     """
     check_decay("onebit_adam: b1", b1)
     check_decay("onebit_adam: b2", b2)
     require(freeze_step >= 0, f"onebit_adam: freeze_step is {freeze_step}: pass the number of dense steps")
     require(weight_decay >= 0, f"onebit_adam: weight_decay is {weight_decay}: pass 0 or more")
+    places = tensors(bucket) or []
 
     def init(weights: Vector) -> OneBitAdamState:
         zeros = np.zeros_like(flat(weights, "onebit_adam"))
+        require(bucket is None or weights.size == bucket.size, "onebit_adam: pass weights of the bucket's size")
         server = np.zeros(server_elements(weights.size, comm.rank, comm.size), np.float32)
-        return OneBitAdamState(0, zeros, zeros.copy(), zeros.copy(), server, 0, ExchangeReport())
+        scales = np.ones(len(places), np.float32)
+        return OneBitAdamState(0, zeros, zeros.copy(), scales, zeros.copy(), server, 0, ExchangeReport())
 
     def update(gradient: Vector, state: OneBitAdamState, weights: Vector) -> tuple[Vector, OneBitAdamState]:
         check_alike(gradient, weights)
@@ -113,10 +123,15 @@ def onebit_adam(
             mean, nbytes = averaged(comm, gradient)
             moment: Vector = np.float32(b1) * state.mean + one * mean
             variance = np.float32(b2) * state.variance + two * mean * mean
+            if state.steps + 1 == freeze_step:
+                state = state._replace(scales=equalising(moment, places))
         else:
             own: Vector = np.float32(b1) * state.mean + one * gradient
+            factors = spread_over(state.scales, places)
+            own *= factors
             found = onebit_allreduce(comm, own, state.worker, state.server)
             moment, nbytes = found.mean, found.bytes_sent
+            moment /= factors
             variance = state.variance
         rate = lr(state.steps) if callable(lr) else lr
         still = variance == 0
@@ -231,7 +246,7 @@ def onebit_lamb(
 
     def frozen(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
         own: Vector = np.float32(b1) * state.mean + np.float32(1 - b1) * gradient
-        scales = np.repeat(state.scales, [place.stop - place.start for place in places])
+        scales = spread_over(state.scales, places)
         sent = onebit_allreduce(comm, own * scales, state.worker, state.server)
         moment: Vector = sent.mean / scales
         said = (moment - np.float32(b1) * state.mean) / np.float32(1 - b1)
@@ -263,6 +278,13 @@ def trust_ratio(weights: Vector, step: Vector) -> float:
     """‖w‖/‖u‖ within :data:`COEFFICIENTS`, 1 where either is 0; squares are summed in a fixed order."""
     size, length = (math.sqrt(kernels().moments(each)[1]) for each in (weights, step))
     return min(max(size / length, COEFFICIENTS[0]), COEFFICIENTS[1]) if size and length else 1.0
+
+
+def spread_over(scales: npt.NDArray[np.float32], places: Sequence[slice]) -> Vector:
+    """The factor of each element; one 1 for all where there are no tensors."""
+    if not places:
+        return np.ones(1, np.float32)
+    return np.repeat(scales, [place.stop - place.start for place in places])
 
 
 def equalising(moment: Vector, places: Sequence[slice]) -> npt.NDArray[np.float32]:

@@ -94,11 +94,11 @@ def gtc(plan: Plan) -> Transform:
 
 
 def dgc(plan: Plan) -> Transform:
-    """The largest elements, with momentum correction; a fifth of the run warms up; tensors from 1,024 elements on."""
+    """The largest elements, with momentum correction; a fifth of the run warms up; tensors from 2,048 elements on."""
     from hpccomm.algorithms.dgc import dgc as exchange
     from hpccomm.algorithms.transforms import chain, scale
 
-    made = exchange(plan.comm, plan.bucket, plan.density, warmup=plan.steps // 5, smallest=1024)
+    made = exchange(plan.comm, plan.bucket, plan.density, warmup=plan.steps // 5, smallest=2048)
     return chain(made, scale(-plan.lr))
 
 
@@ -121,7 +121,7 @@ def onebit_adam(plan: Plan) -> Transform:
     """Adam, its momentum in one bit after a fifth of the run."""
     from hpccomm.algorithms.onebit import onebit_adam as exchange
 
-    return exchange(plan.comm, plan.lr, plan.steps // 5)
+    return exchange(plan.comm, plan.lr, plan.steps // 5, bucket=plan.bucket)
 
 
 def onebit_lamb(plan: Plan) -> Transform:
