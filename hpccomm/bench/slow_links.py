@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from hpccomm.bench.kernels import where
 from hpccomm.collectives import thinned
-from hpccomm.collectives.cost import Link, Machine, prediction
+from hpccomm.collectives.cost import Link, Machine
 from hpccomm.testing.cluster import Cluster, rate_of
 
 NODES, PER_NODE, ELEMENTS, DENSITY = 4, 2, 1 << 24, 0.001
@@ -343,11 +343,10 @@ def machine_of(rate: str) -> Machine:
 
 
 def messages_of(way: Way, rate: str) -> float:
-    """Seconds that the messages of a way, or a dense allreduce, should take."""
+    """Seconds that the messages of a way should take, or the best dense allreduce."""
     machine = machine_of(rate)
     if way.talk is None:
-        name = "ring" if way.title == "native" else "hierarchical"
-        return 1e-6 * prediction(name, "allreduce", NODES, PER_NODE, 4 * ELEMENTS, machine).us
+        return 1e-6 * thinned.dense(NODES, PER_NODE, 4 * ELEMENTS, machine)
     rows = thinned.flat(NODES, 1 if way.levels else PER_NODE, 4 * ELEMENTS, DENSITY, machine)
     return next(1e-6 * each.us for each in rows if each.algorithm == way.priced)
 
@@ -370,7 +369,7 @@ def table(record: dict[str, Any]) -> Iterator[str]:
             cells += [spread(messages[way.title]), predicted, spread(computing[way.title]), f"{1e3 * both:.4g}"]
         else:
             both = math.nan
-            cells += ["", predicted, "", ""]
+            cells += ["", predicted if way.title == "dense" else "", "", ""]
         cells += [f"{by(record, other) / median(whole[way.title]):.1f}" for other in ("dense", "native")]
         cells.append(f"{by(record, 'dense') / both:.1f}" if way.talk else "")
         yield "| " + " | ".join(cells) + " |"
@@ -491,6 +490,37 @@ def lines(axes: Any, records: Sequence[dict[str, Any]], rate: str) -> None:
     axes.legend(fontsize=8)
 
 
+def draw_when(record: dict[str, Any], out: Path) -> None:
+    """Dense by compressed against the links' rate: messages predicted, computing as measured; nodes of one rank."""
+    import numpy as np
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    from hpccomm.bench.plot import COLOURS
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasSVG(figure)
+    rates = np.geomspace(0.1, 100, 31)
+    for axes, nodes in zip(figure.subplots(1, 3, sharey=True), (2, 8, 32), strict=True):
+        ways = [way for way in WAYS if way.talk and not way.levels and way.title in record["computing"]]
+        for way, colour in zip(ways, COLOURS, strict=False):
+            working = 1e6 * median(record["computing"][way.title])
+            gains = []
+            for rate in rates:
+                machine = Machine(inter=Link(ALPHA_US, 8e-3 / rate / GOODPUT))
+                rows = thinned.flat(nodes, 1, 4 * ELEMENTS, DENSITY, machine)
+                us = next(each.us for each in rows if each.algorithm == way.priced)
+                gains.append(thinned.dense(nodes, 1, 4 * ELEMENTS, machine) / (us + working))
+            axes.plot(rates, gains, color=colour, label=way.title)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("Gbit/s")
+        axes.set_title(f"dense / compressed, {nodes} nodes", fontsize=10, loc="left")
+        axes.legend(fontsize=8)
+    figure.savefig(out, metadata={"Date": None})
+
+
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="scripts/bench_slow_links", description=__doc__)
@@ -533,6 +563,8 @@ def keep(file: Path, part: str, records: Sequence[dict[str, Any]]) -> None:
     found = {**found, **where(["scripts/bench_slow_links", *sys.argv[1:]]), part: both}
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found, file.with_suffix(".svg"))
+    if found.get("records"):
+        draw_when(found["records"][0], file.with_name(f"{file.stem}-when.svg"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""What the measurement over slow links takes for the work of an exchange, and where it finds two lines to cross."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpccomm.algorithms import compressors
+from hpccomm.algorithms.feedback import feedback
+from hpccomm.bench.slow_links import Echo, crossing, led
+from hpccomm.collectives.onebit import onebit_allreduce, server_elements
+from hpccomm.collectives.sparse import sparse_allreduce
+from hpccomm.testing.ranks import run_on_ranks
+
+F32 = np.float32
+N = 64
+
+
+def gradient() -> np.ndarray:
+    return np.random.default_rng(3).integers(-9, 10, N).astype(F32)
+
+
+def compressed(comm: Any) -> np.ndarray:
+    method = feedback(compressors.topk(0.2, exact=True), comm, 0.5)
+    state, total = method.init(gradient()), np.zeros(N, F32)
+    for _ in range(3):
+        step, state = method.update(gradient(), state, gradient())
+        total += step
+    return total
+
+
+def in_phases(comm: Any) -> np.ndarray:
+    worker, server = np.zeros(N, F32), np.zeros(server_elements(N, comm.rank, comm.size), F32)
+    return onebit_allreduce(comm, np.ones(N, F32) * np.tile([1, -1], N // 2).astype(F32), worker, server).mean
+
+
+def sparse(comm: Any) -> np.ndarray:
+    index = np.arange(0, N, 3, dtype=np.uint32)
+    return sparse_allreduce(comm, index, gradient()[index], N, algorithm="allgather").total
+
+
+@pytest.mark.parametrize("exchange", [compressed, in_phases, sparse])
+def test_an_echo_gives_what_ranks_with_equal_gradients_give(exchange: Any) -> None:
+    expected = run_on_ranks(4, exchange)
+    assert expected[0].any()
+    assert np.array_equal(exchange(Echo(1, 4)), expected[1])
+
+
+def test_in_two_levels_an_echo_stands_for_the_other_nodes() -> None:
+    def exchange(comm: Any) -> Any:
+        method = led(lambda nodes, total: lambda: sparse_sum(nodes, total))
+        real = method(comm, gradient())()
+        half = SimpleNamespace(intra_node=comm.intra_node, inter_node=Echo(0, 3))
+        return real, method(half, gradient())()
+
+    def sparse_sum(nodes: Any, total: np.ndarray) -> np.ndarray:
+        index = np.flatnonzero(total).astype(np.uint32)
+        return sparse_allreduce(nodes, index, total[index], N, algorithm="allgather").total
+
+    for real, echoed in run_on_ranks(6, exchange, nodes=[0, 0, 1, 1, 2, 2]):
+        assert np.array_equal(real, 6 * gradient())
+        assert np.array_equal(echoed, real)
+
+
+def test_lines_cross_where_their_logarithms_do() -> None:
+    assert crossing({d: 4 * d for d in (0.01, 0.1, 0.9)}) == pytest.approx(0.25)
+    assert crossing({0.1: 1.0, 0.2: 2.0}) == 0.1
+    assert math.isnan(crossing({0.1: 0.2, 0.2: 0.3}))
