@@ -370,6 +370,39 @@ def test_slices_relieve_the_leaders_link() -> None:
     assert run_on_ranks(4, lambda comm: body(comm, False)) == [120 * 8 + 120 * 8, 0] * 2
 
 
+# A gradient that is not finite
+
+
+def after_a_nan(comm: Any, exchange: Any) -> tuple[Vector, int, Vector]:
+    """Rank 1 of two groups of two computes a NaN in the fourth of eight steps; blocks of two."""
+    method = hybrid(comm, exchange, scale(-0.25), 2, period=2)
+    weights = np.zeros(6, "f4")
+    state = method.init(weights)
+    for number in range(8):
+        gradient = weights - np.float32(comm.rank + 1)
+        if comm.rank == 1 and number == 3:
+            gradient[2] = np.nan
+        step, state = method.update(gradient, state, weights)
+        weights += step
+        if number == 1:
+            model = weights.copy()
+        if number == 3:
+            back = np.array_equal(weights, model)
+    check_replicas(comm, weights)
+    assert np.isfinite(weights).all()
+    return weights, state.abandoned, np.array(back)
+
+
+def test_a_nan_in_one_rank_abandons_the_block_in_all_groups() -> None:
+    for _, abandoned, back in run_on_ranks(4, lambda comm: after_a_nan(comm, mean)):
+        assert (abandoned, bool(back)) == (1, True)
+
+
+def test_a_compressed_exchange_skips_a_nan_before_it_reaches_a_model() -> None:
+    for _, abandoned, back in run_on_ranks(4, lambda comm: after_a_nan(comm, lambda group: gtc(group, 0.5))):
+        assert (abandoned, bool(back)) == (0, False)
+
+
 # Mistakes
 
 

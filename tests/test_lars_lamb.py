@@ -545,6 +545,14 @@ def test_rates_grow_with_the_batch_linearly_or_with_its_root() -> None:
     assert [sqrt_scaling(0.5, batch, 512) for batch in (128, 512, 2048, 32768)] == [0.25, 0.5, 1, 4]
 
 
+def test_the_published_rates_of_bert_are_one_rule() -> None:
+    """You et al. 2020: batch 512·2^i, rate 5e-3 · 2^-(3 − i/2), a share 2^i / 320 of the steps to warm up."""
+    for i in range(7):
+        batch = 512 * 2**i
+        assert sqrt_scaling(6.25e-4, batch, 512) == pytest.approx(5e-3 * 2 ** -(3 - i / 2), rel=1e-15)
+        assert linear_scaling(1 / 320, batch, 512) == 2**i / 320
+
+
 def test_warm_up_reaches_the_rate_with_its_last_update() -> None:
     schedule = warm_up(4, 8.0)
     assert [schedule(t) for t in range(6)] == [2, 4, 6, 8, 8, 8]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm.algorithms.compressors import none, threshold
+from hpccomm.algorithms.compressors import none, threshold, topk
 from hpccomm.algorithms.exchange import synchronous_sgd
 from hpccomm.algorithms.parameter_server import (
     HEADER,
@@ -22,8 +22,11 @@ from hpccomm.algorithms.parameter_server import (
     timeline,
 )
 from hpccomm.algorithms.transforms import Transform, chain, momentum, scale
+from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.engine import bind, even_cuts
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
+from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
 Vector = Any
 DESCENT = chain(momentum(0.5), scale(-0.25))
@@ -280,6 +283,37 @@ def test_servers_keep_state_of_their_slice() -> None:
     assert [len(report.state[0]) for report in found[:2]] == [19, 18]
 
 
+@pytest.mark.parametrize("codec", [None, threshold(0.5), topk(0.25)], ids=["dense", "threshold", "top k"])
+def test_a_run_in_two_parts_is_one_run_bit_for_bit(codec: Any) -> None:
+    """What servers and workers end with is where others go on: weights, momentum, and what was not sent."""
+
+    def body(comm: Any, steps: int, begin: Any) -> Any:
+        weights, kept = begin[comm.rank]
+        ps = ParameterServer(comm, weights, DESCENT, servers=2, codec=codec)
+        if ps.serves:
+            return ps.serve(kept)
+        if kept is not None:
+            ps.backlog = kept
+        centre = centres_of(2)[comm.rank - 2].astype("f4")
+        for _ in range(steps):
+            ps.push(ps.pull() - centre)
+        return ps.leave(), ps.backlog
+
+    first = [(np.linspace(-1, 1, 37).astype("f4"), None)] * 4
+    whole = run_on_ranks(4, lambda comm: body(comm, 9, first))
+    half = run_on_ranks(4, lambda comm: body(comm, 5, first))
+    weights = half[-1][0]
+    later = [(weights, report.state) for report in half[:2]] + [(weights, backlog) for _, backlog in half[2:]]
+    found = run_on_ranks(4, lambda comm: body(comm, 4, later))
+    assert not np.array_equal(found[-1][0], weights)
+    assert all(
+        np.array_equal(a, b)
+        for one, two in zip(found[2:], whole[2:], strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
+    assert all(np.array_equal(one.state[0], two.state[0]) for one, two in zip(found[:2], whole[:2], strict=True))
+
+
 def test_a_header_is_32_bytes() -> None:
     assert HEADER.size == 32
     assert len(packed(PUSH, 1, 2, np.zeros(5, np.uint8))) == 37
@@ -323,6 +357,35 @@ def test_a_gradient_that_cannot_be_pushed_is_refused_before_any_message(gradient
 
     report, final = run_on_ranks(2, body)
     assert (report.version, final.tolist()) == (0, [0, 0, 0])
+
+
+# Without servers: the tree and the butterfly on four ranks
+
+
+def sums_after(name: str, rounds: int) -> list[Vector]:
+    """What four ranks hold of x_r[i] = 10(r+1) + i, n = 8, after so many rounds of an allreduce."""
+    algorithm = ALGORITHMS["allreduce"][name]
+
+    def body(transport: ThreadTransport) -> Vector:
+        vector = 10.0 * (transport.rank + 1) + np.arange(8)
+        steps = list(algorithm.steps(transport.rank, 4))[:rounds]
+        bind(steps, vector, even_cuts(8, algorithm.blocks(4)), transport, np.add)()
+        return vector
+
+    return run_on_threads(4, body)
+
+
+def test_golden_sums_of_tree_and_butterfly() -> None:
+    total = [100.0 + 4 * i for i in range(8)]
+    quarters = [sums_after("butterfly", 2)[rank][2 * part : 2 * part + 2] for part, rank in enumerate([0, 2, 1, 3])]
+    assert [each.tolist() for each in quarters] == [total[2 * part : 2 * part + 2] for part in range(4)]
+    assert sums_after("butterfly", 1)[0][:4].tolist() == [30, 32, 34, 36]
+    assert [each.tolist() for each in sums_after("butterfly", 4)] == [total] * 4
+    first, _, third, _ = sums_after("tree", 1)
+    assert (first[0], third[0]) == (30, 70)
+    root, second, third, fourth = sums_after("tree", 2)
+    assert (root.tolist(), second[0], third[0], fourth[0]) == (total, 20, 70, 40)
+    assert [each.tolist() for each in sums_after("tree", 4)] == [total] * 4
 
 
 # On MPI

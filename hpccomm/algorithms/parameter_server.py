@@ -304,11 +304,15 @@ class ParameterServer:
 
     # A server
 
-    def serve(self) -> ServerReport:
-        """Take pushes and answer reads until all workers have left."""
+    def serve(self, state: Any = None) -> ServerReport:
+        """Take pushes and answer reads until all workers have left.
+
+        ``state``: this server's of an earlier report, whose run goes on with the weights that ``leave`` gave; where
+        there is a ``codec``, each worker then also sets ``backlog`` to what its earlier one held.
+        """
         mine = self.slice_of(self.comm.rank)
         weights = self.weights[mine].copy()
-        state = self.optimizer.init(weights)
+        state = self.optimizer.init(weights) if state is None else state
 
         def apply(gradients: list[Vector]) -> None:
             nonlocal state
