@@ -293,9 +293,11 @@ def to_int8(x: Vector, unit: float) -> npt.NDArray[np.int8]:
     return converted("to_int8", x, np.int8, unit) if unit else np.zeros(x.size, np.int8)
 
 
-def converted(loop: str, x: Vector, dtype: npt.DTypeLike, *numbers: float) -> npt.NDArray[Any]:
-    """Each element made into another."""
-    out = np.empty(x.size, dtype)
+def converted(
+    loop: str, x: Vector, dtype: npt.DTypeLike, *numbers: float, out: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
+    """Each element made into another, in ``out`` or in new memory."""
+    out = np.empty(x.size, dtype) if out is None else out
     machine_code(loop)(at(x), *numbers, at(out), x.size)
     return out
 
