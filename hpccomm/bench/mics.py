@@ -22,8 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from hpccomm.algorithms.step_cost import Job, Shape, congested, second_us, step_cost, through_link
 from hpccomm.bench.kernels import where
-from hpccomm.testing.cluster import Cluster
+from hpccomm.collectives.cost import Link, Machine
+from hpccomm.testing.cluster import Cluster, rate_of
 
 OUT = Path("docs/measurements/mics.json")
 PER_NODE, MICRO_STEPS = 2, 4
@@ -32,6 +34,15 @@ GATHERED = (16384, 131072, 1048576, 8388608)
 """Bytes of a gathered vector."""
 ROUNDS = 5
 LR = 2.0**-10
+GOODPUT = 0.95
+"""Of a link's rate, what is not headers."""
+ALPHA_US = {2: 14.0, 4: 27.0, 8: 61.0}
+"""A round of a ring of four bytes, by nodes of two ranks, on this machine (docs/measurements/cluster.md)."""
+P4D = Machine(Link(5.0, 1e-3 / 230), Link(20.0, 1e-3 / 40), 0.0, "p4d.24xlarge: 8 A100, 400 Gbit/s, assumed rates")
+LARGE = Job(100e9, 80, MICRO_STEPS, 2e6 * 100e9 / 80 * 2048 / 170e12, shard_word=2)
+"""100 billion parameters in 80 layers, 2048 tokens a micro-step at the published 170 TFLOPS; the layers are assumed."""
+ZERO_SCALING = 0.72
+"""Of ZeRO-3 from 128 to 512 GPUs, as published."""
 
 
 class Setting(NamedTuple):
@@ -45,6 +56,7 @@ class Setting(NamedTuple):
     """A layer's computing forward; backward takes twice as long."""
     rate: str
     rounds: int
+    ways: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -57,10 +69,11 @@ class Setting(NamedTuple):
         return 3e-3 * self.wait_ms * self.layers * MICRO_STEPS
 
 
+MICS, ZERO, RINGS, LEVELS, ALONE = "MiCS", "ZeRO-3", "ZeRO-3, rings", "ZeRO-3, two levels", "alone"
 SETTINGS = (
-    Setting("links", 8, 1 << 18, 0.0, "1gbit", 5),
-    Setting("slow links", 8, 1 << 16, 0.0, "100mbit", 5),
-    Setting("device", 8, 1 << 16, 40.0, "1gbit", 3),
+    Setting("links", 8, 1 << 18, 0.0, "1gbit", 5, (MICS, ZERO, RINGS, LEVELS, ALONE)),
+    Setting("slow links", 8, 1 << 16, 0.0, "100mbit", 4, (MICS, ZERO, RINGS, LEVELS, ALONE)),
+    Setting("device", 8, 1 << 16, 40.0, "1gbit", 3, (MICS, ZERO, ALONE)),
 )
 
 Ways = dict[str, Callable[[Any, Any, Any], Any]]
@@ -79,11 +92,11 @@ def ways() -> Ways:
         return Sharded(groups._replace(replication=MPI.COMM_SELF), units, optimizer)
 
     return {
-        "MiCS": lambda comm, units, optimizer: mics(comm, units, optimizer, PER_NODE),
-        "ZeRO-3": zero,
-        "ZeRO-3, rings": lambda comm, units, optimizer: zero(Communicator(comm, "ring"), units, optimizer),
-        "ZeRO-3, two levels": lambda comm, units, optimizer: mics(comm, units, optimizer, comm.size),
-        "alone": alone,
+        MICS: lambda comm, units, optimizer: mics(comm, units, optimizer, PER_NODE),
+        ZERO: zero,
+        RINGS: lambda comm, units, optimizer: zero(Communicator(comm, "ring"), units, optimizer),
+        LEVELS: lambda comm, units, optimizer: mics(comm, units, optimizer, comm.size),
+        ALONE: alone,
     }
 
 
@@ -113,7 +126,7 @@ def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
     from hpccomm.algorithms.transforms import scale
 
     units = {f"layer{n}": {"w": np.full(setting.elements, n, "f4")} for n in range(setting.layers)}
-    made = {title: make(comm, units, scale(-LR)) for title, make in ways().items()}
+    made = {title: ways()[title](comm, units, scale(-LR)) for title in setting.ways}
     for states in made.values():
         states.gradients[...] = comm.rank + 1
     found: dict[str, Any] = {title: {"seconds": [], "sent": []} for title in made}
@@ -128,7 +141,7 @@ def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
                 found[title]["sent"].append(sent_bytes() - before)
     first = (comm.size + 1) / 2
     for title, states in made.items():
-        mean = first if title != "alone" else (comm.rank // PER_NODE * PER_NODE + 1.5) * PER_NODE / comm.size
+        mean = first if title != ALONE else (comm.rank // PER_NODE * PER_NODE + 1.5) * PER_NODE / comm.size
         for n, (name, tensors) in enumerate(states.consolidated()):
             wanted = np.float32(n)
             for _ in range(setting.rounds + 1):
@@ -209,36 +222,187 @@ def measured(name: str, nodes: int, rounds: int) -> dict[str, Any]:
     return {"what": name, "nodes": nodes, "per_node": PER_NODE, "rate": rate, "found": found}
 
 
+# What it says
+
+
+def setting_of(record: dict[str, Any]) -> Setting:
+    """The setting of a record of steps."""
+    return next(each for each in SETTINGS if each.name == record["what"])
+
+
+def shape_of(title: str, nodes: int) -> Shape:
+    """How a way divides the states."""
+    ranks = nodes * PER_NODE
+    if title in (MICS, ALONE):
+        return Shape(ranks, PER_NODE, PER_NODE)
+    return Shape(ranks, PER_NODE, ranks, two_levels=title == LEVELS)
+
+
+def machine_of(nodes: int, rate: str) -> Machine:
+    """The links' nominal rate less headers, and the latency of a round of so many nodes."""
+    beta = 8e6 / rate_of(rate) / GOODPUT
+    return Machine(Link(0.0, 0.0), Link(ALPHA_US[nodes], beta), 0.0, "docs/measurements/cluster.md")
+
+
+def predicted(title: str, record: dict[str, Any]) -> float:
+    """Seconds of a step: what the machine needs alone, and the links by :mod:`hpccomm.algorithms.step_cost`."""
+    setting, nodes = setting_of(record), record["nodes"]
+    alone = median(record["found"][ALONE]["seconds"])
+    if title == ALONE:
+        return alone
+    machine, shape = machine_of(nodes, record["rate"]), shape_of(title, nodes)
+    if title == MICS:
+        return alone + 1e-6 * second_us(shape, setting.nbytes, machine)
+    job = Job(setting.layers * setting.elements, setting.layers, MICRO_STEPS, 1e3 * setting.wait_ms, False, 4, 4)
+    return alone - setting.waits_s + 1e-6 * step_cost(job, shape, machine).step
+
+
+def expected_bytes(title: str, record: dict[str, Any]) -> float:
+    """What a step sends through a node's link by the formulas, headers left out."""
+    if title == ALONE:
+        return 0.0
+    return setting_of(record).nbytes * through_link(shape_of(title, record["nodes"]), MICRO_STEPS).total
+
+
+def steps_table(records: Sequence[dict[str, Any]]) -> str:
+    """Times of one setting, and how they stand to each other and to the formulas."""
+    setting = setting_of(records[0])
+    lines = [
+        f"### {setting.name}: {setting.layers} layers of {4 * setting.elements:,} bytes, {setting.rate}, "
+        f"{1e3 * setting.waits_s:.0f} ms of waits in a step",
+        "",
+        "| nodes | way | ms a step | predicted, ms | measured / predicted | MB through a link | by formula | MiCS is | "
+        "left of 2 nodes |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        found = record["found"]
+        for title, each in found.items():
+            times, guess = each["seconds"], predicted(title, record)
+            ratios = sorted(a / b for a, b in zip(times, found[MICS]["seconds"], strict=True))
+            cells = [str(record["nodes"]), title, spread(1e3, times)]
+            cells += ["", ""] if title == ALONE else [f"{1e3 * guess:.4g}", f"{median(times) / guess:.2f}"]
+            cells += [f"{median(each['sent']) / 1e6:.2f}", f"{expected_bytes(title, record) / 1e6:.2f}"]
+            versus = f"**{median(ratios):.2f}×** ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+            cells.append("" if title in (MICS, ALONE) else versus)
+            first = next((r["found"].get(title) for r in records if r["nodes"] == NODES[0]), None)
+            cells.append(f"{median(first['seconds']) / median(times):.1%}" if first else "")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(unit: float, times: Sequence[float]) -> str:
+    """Median, and in brackets the least and the largest."""
+    return f"**{unit * median(times):.4g}** ({unit * min(times):.4g}–{unit * max(times):.4g})"
+
+
+def gathers_table(records: Sequence[dict[str, Any]]) -> str:
+    """Gathers of all ranks in two levels beside flat ones."""
+    lines = [
+        "### Gathers of all ranks, 1gbit",
+        "",
+        "| nodes | bytes | two levels, µs | flat ring, µs | native, µs | ring / two levels | native / two levels |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        found = record["found"]
+        for nbytes, times in found["two levels"].items():
+            others = [found[title][nbytes] for title in ("flat ring", "native")]
+            cells = [str(record["nodes"]), f"{int(nbytes):,}", *(spread(1e6, each) for each in (times, *others))]
+            cells += [f"{median(each) / median(times):.2f}" for each in others]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def large_cluster() -> str:
+    """The published points beside the model: latency is fitted to ZeRO-3's, the rest is predicted."""
+    before, after = Shape(128, 8, 128, False), Shape(512, 8, 512, False)
+    machine = congested(LARGE, before, after, P4D, ZERO_SCALING)
+    lines = [
+        f"Latency between nodes that leaves ZeRO-3 {ZERO_SCALING:.0%}: {machine.inter.alpha:.1f} µs.",
+        "",
+        "| | 128 GPUs, s a step | 512 GPUs | left | published |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    ways = [("ZeRO-3 (fitted)", before, after, "72 %")]
+    ways += [(f"MiCS, p = {p}", Shape(128, 8, p), Shape(512, 8, p), "99.4 %") for p in (64, 128)]
+    for title, small, large, published in ways:
+        seconds = [1e-6 * step_cost(LARGE, shape, machine).step for shape in (small, large)]
+        lines.append(f"| {title} | {seconds[0]:.1f} | {seconds[1]:.1f} | {seconds[0] / seconds[1]:.1%} | {published} |")
+    return "\n".join(lines) + "\n"
+
+
+def report(records: Sequence[dict[str, Any]]) -> str:
+    """All tables."""
+    tables = []
+    for setting in SETTINGS:
+        found = sorted((each for each in records if each["what"] == setting.name), key=lambda each: int(each["nodes"]))
+        tables += [steps_table(found)] if found else []
+    found = sorted((each for each in records if each["what"] == "gathers"), key=lambda each: int(each["nodes"]))
+    tables += [gathers_table(found)] if found else []
+    return "\n".join([*tables, large_cluster()])
+
+
+def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
+    """Steps against nodes, a panel a setting; marks are predictions."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    from hpccomm.bench.plot import COLOURS
+
+    shown = [each for each in SETTINGS if any(record["what"] == each.name for record in records)]
+    figure = Figure(figsize=(4.2 * len(shown), 4), layout="constrained")
+    FigureCanvasSVG(figure)
+    for axes, setting in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        here = sorted((each for each in records if each["what"] == setting.name), key=lambda each: int(each["nodes"]))
+        nodes = [each["nodes"] for each in here]
+        for number, title in enumerate(here[0]["found"]):
+            seconds = [median(each["found"][title]["seconds"]) for each in here]
+            axes.plot(nodes, seconds, "o-", color=COLOURS[number], markersize=4, label=title)
+            if title != ALONE:
+                guesses = [predicted(title, each) for each in here]
+                axes.plot(nodes, guesses, "_", color=COLOURS[number], markersize=14)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(nodes, map(str, nodes))
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="nodes of two ranks", ylabel="seconds a step")
+        axes.set_title(f"{setting.name}, {setting.rate}", fontsize=10, loc="left")
+        axes.legend(fontsize=8)
+    figure.savefig(out, metadata={"Date": None})
+
+
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="scripts/bench_mics", description=__doc__)
     parser.add_argument("--nodes", type=int, action="append", help=f"default {', '.join(map(str, NODES))}")
-    parser.add_argument("--only", help=f"one of {', '.join(each.name for each in SETTINGS)}, gathers")
+    parser.add_argument(
+        "--only",
+        action="append",
+        help=f"some of {', '.join(each.name for each in SETTINGS)}, gathers; none: only print",
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the gathers (default {ROUNDS})")
     parser.add_argument("--json", type=Path, help=f"what it holds is kept, beside what is measured now (such as {OUT})")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    everything = [*(each.name for each in SETTINGS), "gathers"]
     if args.work:
-        work(args.work, args.only, args.rounds)
+        work(args.work, args.only[0], args.rounds)
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken away
     records: list[dict[str, Any]] = []
     if args.json and args.json.exists():
         records = json.loads(args.json.read_text(encoding="utf-8"))["records"]
-    for name in [args.only] if args.only else [*(each.name for each in SETTINGS), "gathers"]:
+    for name in (each for each in args.only or everything if each != "none"):
         for nodes in args.nodes or NODES:
             made = measured(name, nodes, args.rounds)
             records = [each for each in records if (each["what"], each["nodes"]) != (name, nodes)] + [made]
-            for title, each in made["found"].items():
-                if "seconds" in each:
-                    print(name, nodes, title, f"{median(each['seconds']):.4f}", f"{median(each['sent']):.4g}")
-                else:
-                    print(name, nodes, title, {n: f"{1e3 * median(times):.3g} ms" for n, times in each.items()})
-            sys.stdout.flush()
             if args.json:
                 found = {**where(["scripts/bench_mics", *sys.argv[1:]]), "records": records}
-                args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                args.json.write_text(json.dumps(found).replace('}, {"what"', '},\n{"what"') + "\n", encoding="utf-8")
+    sys.stdout.write(report(records))
+    if args.json:
+        draw(records, args.json.with_suffix(".svg"))
     return 0
 
 
