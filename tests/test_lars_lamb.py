@@ -461,6 +461,7 @@ def test_compiled_kernels_give_the_references_bits(code: str, n: int) -> None:
     bounds = np.array([cuts[:-1], cuts[1:]], np.int64).T.copy()
     decay, first, last = rng.random((3, 4)).astype(code)
     numbers = [real(each) for each in (0.7, 0.9, 0.1, 0.999, 0.001, 0.19, 0.002, 1e-6)]
+    late = [*numbers[:5], real(1), real(1), numbers[-1]]
     calls: list[tuple[str, tuple[Any, ...]]] = [
         ("sum_of_squares", (w,)),
         *[
@@ -477,8 +478,8 @@ def test_compiled_kernels_give_the_references_bits(code: str, n: int) -> None:
             ("lars_place", (w, g, m, bounds, decay, first, last, real(0.7), real(-0.3), real(0.9), nesterov))
             for nesterov in (False, True)
         ],
-        ("lamb_moments", (w, g, m, v, out, bounds, decay, *numbers)),
-        ("adam_step", (w, g, m, v, bounds, decay, *numbers, real(-0.1))),
+        *[("lamb_moments", (w, g, m, v, out, bounds, decay, *each)) for each in (numbers, late)],
+        *[("adam_step", (w, g, m, v, bounds, decay, *each, real(-0.1))) for each in (numbers, late)],
         ("scaled", (out, bounds, first, real(-0.1))),
         ("added", (w, out, bounds, first, real(-0.1))),
     ]

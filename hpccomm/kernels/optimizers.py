@@ -133,9 +133,16 @@ def lars_place(w, g, v, bounds, decay, first, last, scale, second, mu, nesterov)
             ww[i] += output(s, moved, mu, nesterov) * end
 
 
+@register_jitable
+def corrected(x, k, needed):
+    """x / k; the loops are compiled twice, as divisions by 1 take as long as others."""
+    return x / k if needed else x
+
+
 def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps):
     sums = np.zeros((bounds.shape[0], 2))
     ours, others, row = np.zeros(LANES), np.zeros(LANES), np.empty(LANES, w.dtype)
+    early = (k1 != 1) | (k2 != 1)
     for k in range(bounds.shape[0]):
         rate = decay[k]
         for lo in range(bounds[k, 0], bounds[k, 1], BLOCK):
@@ -146,7 +153,8 @@ def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, 
                 mean, mean_square = b1 * mm[i] + c1 * x, b2 * vv[i] + c2 * (x * x)
                 mm[i] = mean
                 vv[i] = mean_square
-                oo[i] = (mean / k1) / (np.sqrt(mean_square / k2) + eps) + rate * ww[i]
+                below = np.sqrt(corrected(mean_square, k2, early)) + eps
+                oo[i] = corrected(mean, k1, early) / below + rate * ww[i]
             fold(ww, row, ours)
             fold(oo, row, others)
         sums[k, 0], sums[k, 1] = drained(ours), drained(others)
@@ -154,6 +162,7 @@ def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, 
 
 
 def adam_step(w, g, m, v, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps, last):
+    early = (k1 != 1) | (k2 != 1)
     for row in range(bounds.shape[0]):
         lo, hi, rate = bounds[row, 0], bounds[row, 1], decay[row]
         ww, gg, mm, vv = w[lo:hi], g[lo:hi], m[lo:hi], v[lo:hi]
@@ -162,7 +171,8 @@ def adam_step(w, g, m, v, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps, las
             mean, mean_square = b1 * mm[i] + c1 * x, b2 * vv[i] + c2 * (x * x)
             mm[i] = mean
             vv[i] = mean_square
-            ww[i] += ((mean / k1) / (np.sqrt(mean_square / k2) + eps) + rate * ww[i]) * last
+            below = np.sqrt(corrected(mean_square, k2, early)) + eps
+            ww[i] += (corrected(mean, k1, early) / below + rate * ww[i]) * last
 
 
 def scaled(out, bounds, factor, last):
