@@ -111,15 +111,15 @@ class ShardFolder(Folder):
         if note is None:
             return []
         load_shards(self.path, self.name, training.states)
-        steps, loss, seconds = note["epoch_so_far"]
+        steps, loss, step_s, boundary_s = note["epoch_so_far"]
         hops = [ExchangeReport(*each) for each in note["hops"]]
-        training.spent = sharded.Spent(steps, loss if self.comm.rank == 0 else 0.0, seconds, Hops(*hops))
+        training.spent = sharded.Spent(steps, loss if self.comm.rank == 0 else 0.0, step_s, boundary_s, Hops(*hops))
         return [Epoch(**each) for each in note["epochs"]]
 
     def save(self, training: sharded.Training, epochs: list[Epoch]) -> None:  # type: ignore[override]
         """As :meth:`hpccomm.train.sharded.Keeper.save`; an epoch's costs so far are those of rank 0."""
         spent = training.spent
-        so_far = [spent.steps, float(sum(self.comm.allgather(spent.loss))), spent.step_s]
+        so_far = [spent.steps, float(sum(self.comm.allgather(spent.loss))), spent.step_s, spent.boundary_s]
         epochs_so_far = [epoch._asdict() for epoch in epochs]
         note = {"run": self.run, "epochs": epochs_so_far, "epoch_so_far": so_far, "hops": list(spent.hops)}
         save_shards(self.path, self.name, training.states, **note)

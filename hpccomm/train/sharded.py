@@ -96,7 +96,9 @@ class Spent(NamedTuple):
     steps: int = 0
     loss: float = 0.0
     step_s: float = 0.0
-    """Exchanges included."""
+    """All of it, exchanges included."""
+    boundary_s: float = 0.0
+    """Of that the optimizer's part, without exchanges."""
     hops: Hops = Hops()
     """Without those of the evaluation."""
 
@@ -130,11 +132,13 @@ class Training:
         factor = self.states.loss_scale.value * self.comm.size * self.micro_steps / len(batch)
         for part in np.array_split(np.array_split(batch, self.comm.size)[self.comm.rank], self.micro_steps):
             loss += self.network.learn(self.states, self.data.inputs[part], self.data.targets[part], factor)
+        learnt, talked = time.perf_counter(), talking(self.states.hops)
         self.states.boundary()
-        so_far = self.spent
+        stepped = time.perf_counter() - learnt - (talking(self.states.hops) - talked)
+        so_far, taken = self.spent, time.perf_counter() - began
         hops = Hops(*(a.plus(minus(b, c)) for a, b, c in zip(so_far.hops, self.states.hops, before, strict=True)))
-        taken = time.perf_counter() - began
-        self.spent = Spent(so_far.steps + 1, so_far.loss + loss, so_far.step_s + taken, hops)
+        seconds = so_far.step_s + taken, so_far.boundary_s + stepped
+        self.spent = Spent(so_far.steps + 1, so_far.loss + loss, *seconds, hops)
 
     def epoch(self, number: int, on_step: Callable[[], object], asked: Callable[[], bool]) -> Epoch | None:
         """The batches that are left, then the test samples; None where all ranks are asked to stop before the last."""
@@ -147,9 +151,10 @@ class Training:
                 return None
         done, self.spent = self.spent, Spent()
         self.last = done
-        talking = sum(hop.seconds for hop in done.hops)
+        talked = talking(done.hops)
         sent = sum(hop.wire_bytes for hop in done.hops) // max(1, done.steps) if self.comm.rank == 0 else 0
-        totals = np.array([done.loss, self.right(), done.step_s - talking, talking, 0.0, sent])
+        computed = done.step_s - talked - done.boundary_s
+        totals = np.array([done.loss, self.right(), computed, talked, done.boundary_s, sent])
         self.comm.Allreduce(MPI.IN_PLACE, totals)
         dense = allreduce_bytes(4 * self.network.parameters, self.comm.size)
         return epoch_of(number, totals[:5], self.comm.size, self.data, int(totals[5]), dense)
@@ -164,6 +169,11 @@ class Training:
             scores = self.network.scores(self.states, inputs[first : first + EVALUATE])
             right += int((scores.argmax(axis=1) == targets[first : first + EVALUATE]).sum())
         return right
+
+
+def talking(hops: Hops) -> float:
+    """Seconds of all hops."""
+    return sum(hop.seconds for hop in hops)
 
 
 def minus(after: Any, before: Any) -> Any:
