@@ -127,6 +127,13 @@ class Communicator(MPI.Intracomm):
         """
         return self._binder.through_host(name, x, function, stream)
 
+    def device_transports(self) -> dict[str, str]:
+        """The ways that arrays on a CUDA device can go here, and why others cannot (the first use is collective).
+
+        Raises TransportError on all ranks where ``HPCCOMM_GPU_TRANSPORT`` names one that does not work.
+        """
+        return self._binder.transports.describe()
+
     # Communicators made from this one
 
     def Dup(self, info: MPI.Info | None = None) -> Communicator:
@@ -178,6 +185,7 @@ class Communicator(MPI.Intracomm):
             if level is not None and level != MPI.COMM_NULL:
                 level.Free()
         if self._resources is not None:
+            self._binder.release()
             self._resources.close()
             self._resources = None
             self._again.clear()

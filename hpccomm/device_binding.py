@@ -1,8 +1,9 @@
-"""Calls on arrays that lie on a CUDA device: compared with what the other ranks call, then brought through the host.
+"""Calls on arrays that lie on a CUDA device: compared with what the other ranks call, then taken one of several ways.
 
-*p ranks; n elements.*  Element-wise collectives go in chunks of elements; those that deal in parts for each rank in
-chunks of columns, the same columns of every part.  On the host a chunk is a call like any other: the same algorithms,
-the same shared memory, the same bits.  What cannot be divided goes in one chunk.
+*p ranks; n elements.*  Which way a call goes is chosen when it runs first (:mod:`hpccomm.device_transports`); here each
+collective says how every way would make it.  Element-wise collectives go in chunks of elements; those that deal in
+parts for each rank in chunks of columns, the same columns of every part.  On the host a chunk is a call like any other:
+the same algorithms, the same shared memory, the same bits.  What cannot be divided goes in one chunk.
 """
 
 from __future__ import annotations
@@ -11,21 +12,25 @@ import os
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm import messages, operations
+from hpccomm import device_transports, messages, operations
 from hpccomm.arrays import DeviceArray, bfloat16, given_back, lies_on_device, read_device
 from hpccomm.binding import IN_PLACE, Binder, is_in_place
+from hpccomm.device_transports import Call, DeviceTransports
 from hpccomm.errors import ArgumentError, TransportError
+from hpccomm.kernels import reductions
 from hpccomm.messages import Message
-from hpccomm.resources import Bound
+from hpccomm.resources import Bound, Run, wanted_algorithm
 from hpccomm.signature import UNKNOWN, Signature
-from hpccomm.transports import cuda
+from hpccomm.transports import cuda, cuda_ipc
+from hpccomm.transports import nccl as nvidia
 from hpccomm.transports.cuda import Chunk, Piece, Staging
+from hpccomm.transports.cuda_ipc import Fold, Take, Turn
 
 Host = Callable[[Any, Any], Any]
 """A collective of host arrays: ``host(send, recv)``."""
@@ -101,7 +106,23 @@ class DeviceBinder(Binder):
     @cached_property
     def staging(self) -> Staging:
         """The way through the host."""
+        device_transports.wanted(self.resources.settings[cuda.TRANSPORT])
         return Staging(cuda.device())
+
+    _transports: DeviceTransports | None = None
+
+    @property
+    def transports(self) -> DeviceTransports:
+        """All ways (the first use is collective: no ``cached_property``, whose lock ranks that are threads share)."""
+        if self._transports is None:
+            self._transports = DeviceTransports(self.resources, self.staging.device)
+        return self._transports
+
+    def release(self) -> None:
+        """Give back what lies behind calls on a device (collective)."""
+        if self._transports:
+            self._transports.free()
+        self._transports = None
 
     def operands(self, who: str, *buffers: Any) -> list[Operand | None] | None:
         """The buffers on a device (``None`` for none and for in place); ``None`` where all are on the host."""
@@ -120,27 +141,59 @@ class DeviceBinder(Binder):
             raise ArgumentError(f"{who}: the array lies on a device: {error}") from None
         return [Operand(each, device, who) if lies else None for each, lies in zip(buffers, there, strict=True)]
 
-    def staged(
+    def taken(
         self,
         name: str,
         operands: Sequence[Operand | None],
-        chunks: Sequence[Chunk],
+        call: Call,
         op: MPI.Op | None = None,
         root: int | None = None,
         count: int | None = None,
         algorithm: str | None = None,
     ) -> Bound:
-        """A bound call: the calls of all ranks are compared, then the chunks go through the host."""
+        """A bound call: the calls of all ranks are compared, then it goes the way that was chosen for it."""
         here = [each for each in operands if each is not None]
         meet = self.compared(name, here[-1].message if here else None, op, root, count, algorithm)
         streams = [stream for each in here for stream in each.array.streams]
-        kept = [each.array.owner for each in here]
+        kept: list[Any] = [each.array.owner for each in here]
+        ready: list[Run] = []
 
         def run() -> None:
             meet()
-            self.staging.run(chunks, streams)
+            if not ready:
+                way = self.transports.way(call)
+                ready.append(device_transports.bind(call, way, self.transports, self.staging, streams))
+            ready[0]()
 
-        return Bound(run, kept.clear)
+        def free() -> None:
+            kept.clear()
+            ready.clear()
+
+        return Bound(run, free)
+
+    def named(self, collective: str, algorithm: str | None) -> str:
+        """The algorithm that is asked for, by the caller, the communicator or the environment; nothing for none."""
+        asked = algorithm or self.comm.algorithm
+        asked = asked if asked != "auto" else wanted_algorithm(self.resources.settings["HPCCOMM_ALGORITHM"], collective)
+        return str(asked)
+
+    def fits(
+        self,
+        collective: str,
+        data: Operand,
+        op: MPI.Op | None,
+        algorithm: str | None,
+        reproducible: bool = False,
+    ) -> Fits:
+        """Which ways can make a call, as far as its dtype, operation and algorithm go."""
+        name = self.named(collective, algorithm)
+        if reproducible or name not in ("", "native"):
+            return Fits(False, False, False)
+        message, code = data.message, reductions.code_of(data.dtype)
+        word = "" if op is None else operations.name_of(op)
+        plain = not message.half and (op is None or (op.is_predefined and not self.cannot_be_native(message, op)))
+        kernel = op is None or reductions.defined(word, data.dtype)
+        return Fits(not name and kernel, plain, not name and (op is None or nvidia.reduces(word, code)))
 
     def compared(
         self,
@@ -213,8 +266,20 @@ class DeviceBinder(Binder):
         def host(a: Any, b: Any) -> None:
             comm.Allreduce(a, b, op, algorithm, reproducible)
 
-        chunks = elementwise(recv.message.elements, send, recv, host)
-        return self.staged("Allreduce", operands, chunks, op, count=recv.message.elements, algorithm=algorithm)
+        n, fits, in_place = (
+            recv.message.elements,
+            self.fits("allreduce", recv, op, algorithm, reproducible),
+            send is recv,
+        )
+        code, word = reductions.code_of(recv.dtype), operations.name_of(op)
+        call = Call(
+            recv.message.nbytes,
+            lambda: elementwise(n, send, recv, host),
+            fits.kernel(lambda room: folded(n, send, recv, word, room)),
+            fits.plain(lambda: Binder.allreduce(self, None, sent(send, in_place), recv.message, op, "native")),
+            fits.dense(lambda nccl: nccl.allreduce(send.message.address, recv.message.address, n, code, word)),
+        )
+        return self.taken("Allreduce", operands, call, op, count=n, algorithm=asked(algorithm, reproducible))
 
     def reduced(self, operands: list[Operand | None], op: MPI.Op, who: str) -> tuple[Operand, Operand]:
         """What goes in and what comes out; the same twice when in place."""
@@ -256,9 +321,22 @@ class DeviceBinder(Binder):
         def host(a: Any, b: Any) -> None:
             comm.Reduce(a, b, op, root, algorithm, reproducible)
 
-        into = recv if self.rank == root else None
-        chunks = elementwise(send.message.elements, send, into, host)
-        return self.staged("Reduce", operands, chunks, op, root, send.message.elements, algorithm)
+        here = self.rank == root
+        into = recv if here else None
+        n, fits, first = (
+            send.message.elements,
+            self.fits("reduce", send, op, algorithm, reproducible),
+            sent(send, here and send is recv),
+        )
+        code, word = reductions.code_of(send.dtype), operations.name_of(op)
+        call = Call(
+            send.message.nbytes,
+            lambda: elementwise(n, send, into, host),
+            fits.kernel(lambda room: folded(n, send, into, word, room)),
+            fits.plain(lambda: Binder.reduce(self, None, first, recv.message if here else None, op, root, "native")),
+            fits.dense(lambda nccl: nccl.reduce(send.message.address, recv.message.address, n, code, word, root)),
+        )
+        return self.taken("Reduce", operands, call, op, root, n, asked(algorithm, reproducible))
 
     def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Bound:
         """Bcast."""
@@ -276,8 +354,15 @@ class DeviceBinder(Binder):
         def host(a: Any, b: Any) -> None:
             comm.Bcast(a if here else b, root, algorithm)
 
-        chunks = elementwise(data.message.elements, data if here else None, None if here else data, host)
-        return self.staged("Bcast", operands, chunks, None, root, data.message.elements, algorithm)
+        message, n, fits = data.message, data.message.elements, self.fits("bcast", data, None, algorithm)
+        call = Call(
+            message.nbytes,
+            lambda: elementwise(n, data if here else None, None if here else data, host),
+            fits.kernel(lambda room: copied(n, data, root, here, room)),
+            fits.plain(lambda: Binder.bcast(self, None, message, root, "native")),
+            fits.dense(lambda nccl: nccl.bcast(message.address, message.nbytes, root)),
+        )
+        return self.taken("Bcast", operands, call, None, root, n, algorithm)
 
     def allgather(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
         """Allgather."""
@@ -296,17 +381,27 @@ class DeviceBinder(Binder):
         def host(a: Any, b: Any) -> None:
             comm.Allgather(a, b, algorithm)
 
-        chunks = [
-            chunk(
-                [send.piece(begin + lo, hi - lo)],
-                [recv.piece(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)],
-                send,
-                recv,
-                host,
-            )
-            for lo, hi in columns(each, p * recv.dtype.itemsize)
-        ]
-        return self.staged("Allgather", operands, chunks, count=each * p, algorithm=algorithm)
+        def chunks() -> list[Chunk]:
+            return [
+                chunk(
+                    [send.piece(begin + lo, hi - lo)],
+                    [recv.piece(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)],
+                    send,
+                    recv,
+                    host,
+                )
+                for lo, hi in columns(each, p * recv.dtype.itemsize)
+            ]
+
+        fits, nbytes = self.fits("allgather", recv, None, algorithm), each * recv.dtype.itemsize
+        call = Call(
+            nbytes * p,
+            chunks,
+            fits.kernel(lambda room: gathered(send, begin, recv, counts, displs, self.rank, room)),
+            fits.plain(lambda: Binder.allgather(self, None, sent(send, first is None), recv.message, "native")),
+            fits.dense(lambda nccl: nccl.allgather(send.piece(begin, each).address, recv.message.address, nbytes)),
+        )
+        return self.taken("Allgather", operands, call, count=each * p, algorithm=algorithm)
 
     def allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
         """Allgatherv, in one chunk."""
@@ -322,14 +417,20 @@ class DeviceBinder(Binder):
         self.check_gathering(send.message, recv.message, counts, displs, first is None, who)
         self.check_algorithm("allgather", recv, None, algorithm, who)
         cuts = np.cumsum([0, *counts]).tolist()
-        reads = [send.piece(displs[me] if first is None else 0, counts[me])]
+        begin = displs[me] if first is None else 0
+        reads = [send.piece(begin, counts[me])]
         writes = [recv.piece(displs[k], counts[k], cuts[k]) for k in range(p)]
 
         def host(a: Any, b: Any) -> None:
             comm.Allgatherv(a, [b, list(counts)], algorithm)
 
-        chunks = [chunk(reads, writes, send, recv, host)]
-        return self.staged("Allgatherv", operands, chunks, count=sum(counts), algorithm=algorithm)
+        fits = self.fits("allgather", recv, None, algorithm)
+        call = Call(
+            cuts[-1] * recv.dtype.itemsize,
+            lambda: [chunk(reads, writes, send, recv, host)],
+            fits.kernel(lambda room: gathered(send, begin, recv, counts, displs, me, room)),
+        )
+        return self.taken("Allgatherv", operands, call, count=sum(counts), algorithm=algorithm)
 
     def moved(self, operands: list[Operand | None], who: str) -> tuple[Operand | None, Operand]:
         """What is sent (``None`` in place) and what is received into."""
@@ -362,13 +463,27 @@ class DeviceBinder(Binder):
         def host(a: Any, b: Any) -> None:
             comm.Alltoall(a, b, algorithm)
 
-        chunks = []
-        for lo, hi in columns(each, p * recv.dtype.itemsize):
-            reads, writes = (
-                [side.piece(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)] for side in (send, recv)
-            )
-            chunks.append(chunk(reads, writes, send, recv, host))
-        return self.staged("Alltoall", operands, chunks, count=each * p, algorithm=algorithm)
+        def pieces(side: Operand, lo: int, hi: int) -> list[Piece]:
+            return [side.piece(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)]
+
+        def chunks() -> list[Chunk]:
+            return [
+                chunk(pieces(send, lo, hi), pieces(recv, lo, hi), send, recv, host)
+                for lo, hi in columns(each, p * recv.dtype.itemsize)
+            ]
+
+        fits, nbytes = self.fits("alltoall", recv, None, algorithm), each * recv.dtype.itemsize
+        call = Call(
+            nbytes * p,
+            chunks,
+            fits.kernel(lambda room: exchanged(send, recv, each, p, self.rank, room)),
+            fits.plain(lambda: Binder.alltoall(self, None, sent(send, first is None), recv.message, "native")),
+            fits.apart(
+                first is not None,
+                lambda nccl: nccl.alltoall(send.message.address, recv.message.address, nbytes),
+            ),
+        )
+        return self.taken("Alltoall", operands, call, count=each * p, algorithm=algorithm)
 
     def reduce_scatter_block(
         self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None
@@ -397,17 +512,34 @@ class DeviceBinder(Binder):
         def host(a: Any, b: Any) -> None:
             comm.Reduce_scatter_block(a, b, op, algorithm, reproducible)
 
-        chunks = [
-            chunk(
-                [send.piece(k * part + lo, hi - lo, k * (hi - lo)) for k in range(p)],
-                [recv.piece(lo, hi - lo)],
-                send,
-                recv,
-                host,
-            )
-            for lo, hi in columns(part, p * recv.dtype.itemsize)
-        ]
-        return self.staged("Reduce_scatter_block", operands, chunks, op, count=part * p, algorithm=algorithm)
+        def chunks() -> list[Chunk]:
+            return [
+                chunk(
+                    [send.piece(k * part + lo, hi - lo, k * (hi - lo)) for k in range(p)],
+                    [recv.piece(lo, hi - lo)],
+                    send,
+                    recv,
+                    host,
+                )
+                for lo, hi in columns(part, p * recv.dtype.itemsize)
+            ]
+
+        fits, in_place = self.fits("reduce_scatter", recv, op, algorithm, reproducible), first is None
+        code, word = reductions.code_of(recv.dtype), operations.name_of(op)
+        call = Call(
+            part * p * recv.dtype.itemsize,
+            chunks,
+            fits.kernel(lambda room: dealt(send, recv, (part,) * p, self.rank, word, room)),
+            fits.plain(
+                lambda: Binder.reduce_scatter_block(self, None, sent(send, in_place), recv.message, op, "native")
+            ),
+            fits.apart(
+                not in_place,
+                lambda nccl: nccl.reduce_scatter(send.message.address, recv.message.address, part, code, word),
+            ),
+        )
+        said = asked(algorithm, reproducible)
+        return self.taken("Reduce_scatter_block", operands, call, op, count=part * p, algorithm=said)
 
     def reduce_scatter_v(
         self,
@@ -451,8 +583,14 @@ class DeviceBinder(Binder):
             comm.Reduce_scatter(a, b, counts, op, algorithm, reproducible)
 
         reads, writes = [send.piece(0, sum(counts))], [recv.piece(0, counts[self.rank])]
-        chunks = [chunk(reads, writes, send, recv, host)]
-        return self.staged("Reduce_scatter", operands, chunks, op, count=sum(counts), algorithm=algorithm)
+        fits, word = self.fits("reduce_scatter", recv, op, algorithm, reproducible), operations.name_of(op)
+        call = Call(
+            sum(counts) * recv.dtype.itemsize,
+            lambda: [chunk(reads, writes, send, recv, host)],
+            fits.kernel(lambda room: dealt(send, recv, counts, self.rank, word, room)),
+        )
+        said = asked(algorithm, reproducible)
+        return self.taken("Reduce_scatter", operands, call, op, count=sum(counts), algorithm=said)
 
     def reproducible(
         self, key: Hashable, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op
@@ -482,6 +620,109 @@ class DeviceBinder(Binder):
                 "x.cpu() (PyTorch)"
             )
         super().inherited(name, buffers, root, op)
+
+
+class Fits(NamedTuple):
+    """Whether a call's dtype, operation and algorithm suit a way; each method leaves out what does not suit."""
+
+    has_kernel: bool
+    is_plain: bool
+    is_dense: bool
+
+    def kernel(self, turns: Callable[[int], Sequence[Turn]]) -> Callable[[int], Sequence[Turn]] | None:
+        """For ranks that read each other's memory."""
+        return turns if self.has_kernel else None
+
+    def plain(self, native: Callable[[], Bound]) -> Callable[[], Bound] | None:
+        """For MPI's own collective."""
+        return native if self.is_plain else None
+
+    def dense(self, body: Callable[[nvidia.Nccl], None]) -> Callable[[nvidia.Nccl], None] | None:
+        """For NCCL."""
+        return body if self.is_dense else None
+
+    def apart(self, holds: bool, body: Callable[[nvidia.Nccl], None]) -> Callable[[nvidia.Nccl], None] | None:
+        """For NCCL, which has it with two buffers only."""
+        return body if self.is_dense and holds else None
+
+
+def asked(algorithm: str | None, reproducible: bool) -> str | None:
+    """What ranks must say alike beside the call itself."""
+    return "reproducible" if reproducible else algorithm
+
+
+def sent(send: Operand, in_place: bool) -> Any:
+    """What MPI is told to send."""
+    return IN_PLACE if in_place else send.message
+
+
+# In turns, each of so many bytes at most
+
+
+def cut(count: int, bytes_each: int, room: int) -> list[tuple[int, int]]:
+    """[lo, hi) of the turns of ``count`` columns; one turn, an empty one, of none."""
+    most = max(1, room // bytes_each)
+    step = most - most % cuda_ipc.ALIGNMENT or most
+    return list(pairwise([*range(0, count, step), count])) or [(0, 0)]
+
+
+def folded(n: int, send: Operand, recv: Operand | None, op: str, room: int) -> list[Turn]:
+    """All vectors reduced, wherever there is something to receive into."""
+    code, turns = reductions.code_of(send.dtype), []
+    for lo, hi in cut(n, send.dtype.itemsize, room):
+        piece = send.piece(lo, hi - lo)
+        into = recv.piece(lo, hi - lo).address if recv else 0
+        turns.append(Turn([piece], [Fold(op, code, 0, piece.nbytes, into)]))
+    return turns
+
+
+def copied(n: int, data: Operand, root: int, here: bool, room: int) -> list[Turn]:
+    """The root's vector."""
+    pieces = [data.piece(lo, hi - lo) for lo, hi in cut(n, data.dtype.itemsize, room)]
+    if here:
+        return [Turn([piece]) for piece in pieces]
+    return [Turn([], takes=[Take(root, 0, piece.nbytes, piece.address)]) for piece in pieces]
+
+
+def gathered(
+    send: Operand, begin: int, recv: Operand, counts: Sequence[int], displs: Sequence[int], me: int, room: int
+) -> list[Turn]:
+    """Everybody's part; this rank's begins at an element of ``send``."""
+    turns = []
+    for lo, hi in cut(max(counts), recv.dtype.itemsize, room):
+        ends = [(min(lo, count), min(hi, count)) for count in counts]
+        pieces = [recv.piece(displ + a, b - a) for displ, (a, b) in zip(displs, ends, strict=True)]
+        takes = [Take(k, 0, piece.nbytes, piece.address) for k, piece in enumerate(pieces)]
+        a, b = ends[me]
+        turns.append(Turn([send.piece(begin + a, b - a)], takes=takes))
+    return turns
+
+
+def exchanged(send: Operand, recv: Operand, each: int, p: int, me: int, room: int) -> list[Turn]:
+    """A part from everybody for everybody."""
+    turns = []
+    for lo, hi in cut(each, p * recv.dtype.itemsize, room):
+        reads = [send.piece(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)]
+        into = [recv.piece(k * each + lo, hi - lo) for k in range(p)]
+        takes = [Take(k, reads[me].first, piece.nbytes, piece.address) for k, piece in enumerate(into)]
+        turns.append(Turn(reads, takes=takes))
+    return turns
+
+
+def dealt(send: Operand, recv: Operand, counts: Sequence[int], me: int, op: str, room: int) -> list[Turn]:
+    """A part of the sum each.  In place the result is written over columns that have been read already."""
+    first, code = np.cumsum([0, *counts]).tolist(), reductions.code_of(recv.dtype)
+    turns = []
+    for lo, hi in cut(max(counts), len(counts) * recv.dtype.itemsize, room):
+        ends = [(min(lo, count), min(hi, count)) for count in counts]
+        reads = [send.piece(first[k] + a, b - a, k * (hi - lo)) for k, (a, b) in enumerate(ends)]
+        a, b = ends[me]
+        into = recv.piece(a, b - a)
+        turns.append(Turn(reads, [Fold(op, code, reads[me].first, into.nbytes, into.address, shared=False)]))
+    return turns
+
+
+# In chunks
 
 
 def columns(count: int, bytes_each: int) -> list[tuple[int, int]]:

@@ -32,7 +32,13 @@ PLANS = 128
 HURRY_NS = 100_000
 """Nanoseconds after which a rank that waits for another of its node looks after its messages to other nodes."""
 
-SETTINGS = ("HPCCOMM_ALGORITHM", "HPCCOMM_TUNING", "HPCCOMM_SHARED_MEMORY", "HPCCOMM_ROLL_CALL")
+SETTINGS = (
+    "HPCCOMM_ALGORITHM",
+    "HPCCOMM_TUNING",
+    "HPCCOMM_SHARED_MEMORY",
+    "HPCCOMM_ROLL_CALL",
+    "HPCCOMM_GPU_TRANSPORT",
+)
 """Environment variables that must mean the same on every rank: rank 0's are taken."""
 
 

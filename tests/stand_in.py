@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mpi4py import MPI
 
 from hpccomm.kernels import reductions
 
@@ -34,6 +35,15 @@ class StandIn:
         self.log: list[str] = []
 
     # Device
+
+    @property
+    def identity(self) -> str:
+        return f"stand-in {self.number}"
+
+    name, driver, count = "stand-in", "no driver", 1
+
+    def use(self, number: int) -> None:
+        self.number = number
 
     def where(self, address: int) -> int | None:
         for begin, (memory, number) in self.memory.items():
@@ -158,6 +168,13 @@ class StandInArray:
     def shape(self) -> tuple[int, ...]:
         return self.memory.shape
 
+    @property
+    def size(self) -> int:
+        return self.memory.size
+
+    def __getitem__(self, part: slice) -> StandInArray:
+        return StandInArray(self.device, self.memory[part], self.stream)
+
     def fill(self, values: Any) -> None:
         """A kernel that writes the array, some time later."""
         kept = np.array(values)
@@ -167,3 +184,87 @@ class StandInArray:
         """What a kernel that is launched now would see."""
         self.device.synchronize(self.stream)
         return self.memory.copy()
+
+
+NCCL_OPERATIONS = (MPI.SUM, MPI.PROD, MPI.MAX, MPI.MIN)
+NCCL_TYPES = tuple(map(np.dtype, ("i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4", "f8")))
+
+
+class StandInNccl:
+    """As much of ``cupy.cuda.nccl`` as is called, on ranks that are threads; collectives wait on their stream."""
+
+    available = True
+    NCCL_SUM, NCCL_PROD, NCCL_MAX, NCCL_MIN = range(4)
+    NCCL_INT8, NCCL_UINT8, NCCL_INT32, NCCL_UINT32, NCCL_INT64, NCCL_UINT64, _, NCCL_FLOAT32, NCCL_FLOAT64 = range(9)
+
+    def __init__(self, comm: Any, device: StandIn, version: int = 22703) -> None:
+        self.comm, self.device, self.version = comm, device, version
+        self.grouped: list[tuple[str, int, int, int, int]] | None = None
+        self.made = 0
+
+    def get_version(self) -> int:
+        return self.version
+
+    def get_unique_id(self) -> tuple[int, ...]:
+        return (self.comm.size,) * 128
+
+    def NcclCommunicator(self, size: int, word: tuple[int, ...], rank: int) -> StandInNccl:
+        assert (size, word, rank) == (self.comm.size, (size,) * 128, self.comm.rank)
+        self.made += 1
+        return self
+
+    def destroy(self) -> None:
+        self.made -= 1
+
+    def groupStart(self) -> None:
+        self.grouped = []
+
+    def groupEnd(self) -> None:
+        if not self.grouped:
+            return
+        sent = {peer: (at, n) for name, at, n, peer, _ in self.grouped if name == "send"}
+        received = {peer: (at, n) for name, at, n, peer, _ in self.grouped if name == "recv"}
+        stream, self.grouped = self.grouped[0][4], None
+        octet = np.dtype(np.uint8)
+
+        def act() -> None:
+            mine = [self.device.seen(*sent[peer], octet).copy() for peer in range(self.comm.size)]
+            parts = self.comm.allgather(mine)
+            for peer, (at, n) in received.items():
+                self.device.seen(at, n, octet)[...] = parts[peer][self.comm.rank]
+
+        self.device.begin(stream, act)
+
+    def send(self, at: int, n: int, kind: int, peer: int, stream: int) -> None:
+        assert self.grouped is not None
+        self.grouped.append(("send", at, n * NCCL_TYPES[kind].itemsize, peer, stream))
+
+    def recv(self, at: int, n: int, kind: int, peer: int, stream: int) -> None:
+        assert self.grouped is not None
+        self.grouped.append(("recv", at, n * NCCL_TYPES[kind].itemsize, peer, stream))
+
+    def _begin(self, stream: int, call: Callable[..., Any], *vectors: tuple[int, int], kind: int) -> None:
+        dtype = NCCL_TYPES[kind]
+        for at, n in vectors:
+            self.device.check(at, n * dtype.itemsize)
+        there = [self.device.seen(at, n, dtype) for at, n in vectors]
+        self.device.begin(stream, lambda: call(*there))
+
+    def allReduce(self, a: int, b: int, n: int, kind: int, op: int, stream: int) -> None:
+        self._begin(stream, lambda x, y: self.comm.Allreduce(x, y, NCCL_OPERATIONS[op]), (a, n), (b, n), kind=kind)
+
+    def reduce(self, a: int, b: int, n: int, kind: int, op: int, root: int, stream: int) -> None:
+        self._begin(stream, lambda x, y: self.comm.Reduce(x, y, NCCL_OPERATIONS[op], root), (a, n), (b, n), kind=kind)
+
+    def reduceScatter(self, a: int, b: int, n: int, kind: int, op: int, stream: int) -> None:
+        def call(x: np.ndarray, y: np.ndarray) -> None:
+            self.comm.Reduce_scatter_block(x, y, NCCL_OPERATIONS[op])
+
+        self._begin(stream, call, (a, n * self.comm.size), (b, n), kind=kind)
+
+    def broadcast(self, a: int, b: int, n: int, kind: int, root: int, stream: int) -> None:
+        assert a == b
+        self._begin(stream, lambda x: self.comm.Bcast(x, root), (a, n), kind=kind)
+
+    def allGather(self, a: int, b: int, n: int, kind: int, stream: int) -> None:
+        self._begin(stream, self.comm.Allgather, (a, n), (b, n * self.comm.size), kind=kind)

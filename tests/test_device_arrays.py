@@ -169,7 +169,7 @@ def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> No
 class OnThreads(DeviceBinder):
     """Binds to ranks that are threads, whose communicator chooses no algorithm and compares by itself."""
 
-    def __init__(self, comm: Any, device: StandIn) -> None:
+    def __init__(self, comm: Any, device: StandIn, transport: str = "staged") -> None:
         host = {
             "Allreduce": lambda a, b, op, *_: comm.Allreduce(a, b, op),
             "Reduce": lambda a, b, op, root, *_: comm.Reduce(a, b, op, root),
@@ -180,7 +180,13 @@ class OnThreads(DeviceBinder):
             "Allgatherv": lambda a, b, _: comm.Allgatherv(a, b),
             "Alltoall": lambda a, b, _: comm.Alltoall(a, b),
         }
-        super().__init__(SimpleNamespace(rank=comm.rank, size=comm.size, **host))
+        found = SimpleNamespace(
+            settings={cuda.TRANSPORT: transport, "HPCCOMM_ALGORITHM": ""},
+            topology=comm.topology,
+            node=comm,
+            channel=comm,
+        )
+        super().__init__(SimpleNamespace(rank=comm.rank, size=comm.size, algorithm="auto", resources=found, **host))
         self.__dict__["staging"] = Staging(device)
 
     def compared(self, *_: Any, **__: Any) -> Callable[[], None]:  # type: ignore[override]
@@ -354,6 +360,7 @@ def test_what_lies_on_the_host_is_not_taken_for_a_device_array(given: Any) -> No
 def ours(comm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[hpccomm.Communicator, StandIn]]:
     made = StandIn()
     monkeypatch.setattr(cuda, "device", lambda: made)
+    monkeypatch.setenv(cuda.TRANSPORT, "staged")
     duplicate = hpccomm.Communicator(comm.Dup())
     yield duplicate, made
     duplicate.Free()

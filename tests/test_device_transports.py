@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
-from stand_in import SIDE, StandIn
+from mpi4py import MPI
+from stand_in import SIDE, StandIn, StandInNccl
+from test_device_arrays import CASES, F4, SIZES, Case, OnThreads, filled, operand, summed
 
-from hpccomm import TransportError, arrays
+import hpccomm
+from hpccomm import ArgumentError, TransportError, arrays, device_transports
+from hpccomm.device_transports import Call, DeviceTransports
 from hpccomm.kernels import reductions
 from hpccomm.testing.ranks import run_on_ranks
+from hpccomm.transports import cuda, cuda_ipc, cuda_probe, nccl
 from hpccomm.transports.cuda import Piece
 from hpccomm.transports.cuda_ipc import Fold, Peers, Take, Turn, divided
 
-SIZES = (1, 2, 3, 5, 7)
 ROOM = 256
 """Bytes of a rank's part in these tests."""
-
-
-def operand(rank: int, n: int, dtype: Any = "f4") -> np.ndarray:
-    """Distinct per rank and position, small enough that every order of summation is exact."""
-    return ((rank + 1) * 10 + np.arange(n) % 97).astype(dtype)
-
-
-def written(device: StandIn, values: np.ndarray) -> Any:
-    """An array whose contents a kernel is still writing."""
-    x = device.array(np.zeros_like(values), SIDE)
-    x.fill(values)
-    return x
 
 
 def address(x: Any) -> int:
@@ -38,14 +37,14 @@ def address(x: Any) -> int:
 # Memory that ranks read of each other
 
 
-def summed(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None) -> None:
+def sums_in_turns(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None) -> None:
     """Sums of n elements in as many turns as it takes, three times over."""
     device = StandIn(eager=eager)
     peers = Peers(device, comm, ROOM)
     width, here = np.dtype(dtype).itemsize, wanted is None or comm.rank == wanted
     step = peers.room // width
     for step_number in range(3):
-        x, y = written(device, operand(comm.rank + step_number, n, dtype)), device.array(np.zeros(n, dtype), SIDE)
+        x, y = filled(device, operand(comm.rank + step_number, n, dtype)), device.array(np.zeros(n, dtype), SIDE)
         turns = []
         for lo in range(0, n, step):
             nbytes = width * (min(lo + step, n) - lo)
@@ -62,8 +61,8 @@ def summed(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None) -> No
 @pytest.mark.parametrize("eager", [False, True])
 def test_peers_reduce_alone_or_divide_the_work(p: int, eager: bool) -> None:
     for n in (0, 1, 31, 32, 33, 200):
-        run_on_ranks(p, lambda comm, n=n: summed(comm, n, "f4", eager))
-    run_on_ranks(p, lambda comm: summed(comm, 21, "f2", eager, wanted=p - 1))
+        run_on_ranks(p, lambda comm, n=n: sums_in_turns(comm, n, "f4", eager))
+    run_on_ranks(p, lambda comm: sums_in_turns(comm, 21, "f2", eager, wanted=p - 1))
 
 
 @pytest.mark.parametrize("p", SIZES)
@@ -71,7 +70,7 @@ def test_peers_take_what_others_have_brought(p: int) -> None:
     def body(comm: Any) -> None:
         device, n = StandIn(), 10
         peers = Peers(device, comm, ROOM)
-        x, y = written(device, operand(comm.rank, n)), device.array(np.zeros(n * p, "f4"))
+        x, y = filled(device, operand(comm.rank, n)), device.array(np.zeros(n * p, "f4"))
         takes = [Take(k, 4 * 3, 4 * 7, address(y) + 4 * n * k) for k in range(p)]
         peers.run([Turn([Piece(address(x), 0, 4 * n)], takes=takes)], [SIDE])
         want = np.zeros((p, n))
@@ -92,7 +91,7 @@ class NoMeeting(Peers):
 def test_peers_that_do_not_wait_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Peers, "meet", NoMeeting.meet)
     with pytest.raises(AssertionError):
-        run_on_ranks(2, lambda comm: summed(comm, 40, "f4", False))
+        run_on_ranks(2, lambda comm: sums_in_turns(comm, 40, "f4", False))
 
 
 @pytest.mark.parametrize("p", [4, 5, 7])
@@ -135,3 +134,395 @@ def test_all_ranks_learn_that_memory_is_not_shared(kind: Any, words: str) -> Non
             left.unlink()
 
     run_on_ranks(3, body)
+
+
+# Every collective by every way
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few elements a turn, so that a hundred make many."""
+    monkeypatch.setattr(cuda_ipc, "PART_BYTES", 2 * ROOM)
+    monkeypatch.setattr(cuda, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(cuda, "MOST_CHUNK", 160)
+
+
+BY_NCCL = ("allreduce", "allreduce_in_place", "reduce", "bcast", "allgather", "allgather_in_place", "alltoall")
+
+
+@pytest.mark.parametrize("p", SIZES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("transport", ["ipc", "nccl"])
+def test_every_collective_goes_the_way_that_is_wanted(
+    transport: str, case: Case, p: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took = []
+
+    def remembered(call: Any, way: str, *rest: Any) -> Any:
+        took.append(way)
+        return bound_by(call, way, *rest)
+
+    bound_by = device_transports.bind
+    monkeypatch.setattr(device_transports, "bind", remembered)
+    libraries: dict[int, StandInNccl] = {}
+    monkeypatch.setattr(nccl, "library", lambda: libraries[threading.get_ident()])
+
+    def body(comm: Any) -> None:
+        device = StandIn(number=comm.rank)
+        libraries[threading.get_ident()] = StandInNccl(comm, device)
+        binder = OnThreads(comm, device, transport)
+        for n, eager in itertools.product((0, 1, 7, 100), (False, True)):
+            device.eager = eager
+            bound, written, want = case(binder, device, n)
+            for _ in range(1 if "in_place" in case.__name__ else 2):
+                bound.run()
+            assert written is not None
+            assert np.array_equal(written.get().ravel(), np.ravel(want)), (comm.rank, n)
+        binder.release()
+        assert not device.files
+
+    run_on_ranks(p, body)
+    dense = transport == "nccl" and case.__name__ not in (*BY_NCCL, "reduce_scatter_block")
+    assert set(took) == {"staged" if dense else transport}
+
+
+def binder_of(comm: Any, transport: str = "ipc") -> tuple[OnThreads, StandIn]:
+    device = StandIn()
+    return OnThreads(comm, device, transport), device
+
+
+@pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16, "c8", "i1", "u8", "?"])
+def test_other_dtypes_are_reduced_by_the_kernels_as_on_the_host(dtype: Any) -> None:
+    def body(comm: Any) -> None:
+        binder, device = binder_of(comm)
+        op = MPI.LOR if dtype == "?" else MPI.SUM
+        values = [(operand(k, 50, "f4") / 8).astype(dtype) for k in range(comm.size)]
+        x, y = filled(device, values[comm.rank]), device.array(np.zeros_like(values[0]))
+        binder.allreduce(None, x, y, op, None).run()
+        want = np.empty_like(values[0])
+        code = reductions.code_of(want.dtype)
+        bits = [each.view(np.uint16) if code == "bf16" else each for each in values]
+        reductions.reduce("lor" if dtype == "?" else "sum", code if code != "bf16" else "bfloat16", bits, bits[0])
+        assert np.array_equal(y.get().view(bits[0].dtype), bits[0])
+        binder.release()
+
+    run_on_ranks(5, body)
+
+
+def test_reduce_scatter_in_place_overwrites_only_what_was_read() -> None:
+    def body(comm: Any) -> None:
+        binder, device = binder_of(comm)
+        p, r, n = comm.size, comm.rank, 90
+        whole = filled(device, operand(r, n * p))
+        binder.reduce_scatter_block(None, MPI.IN_PLACE, whole, MPI.SUM, None).run()
+        assert np.array_equal(whole.get()[:n], summed(p, n * p)[r * n : (r + 1) * n])
+        counts = (3, 200, 1)
+        whole = filled(device, operand(r, sum(counts)))
+        binder.reduce_scatter_v(None, MPI.IN_PLACE, whole, counts, MPI.SUM, None).run()
+        first = sum(counts[:r])
+        assert np.array_equal(whole.get()[: counts[r]], summed(p, sum(counts))[first : first + counts[r]])
+        binder.release()
+
+    run_on_ranks(3, body)
+
+
+# Which way
+
+UNDERSTOOD = cuda_probe.Verdict("", "2026-01-02 03:04")
+DEAD = cuda_probe.Verdict("a child that tried was ended by SIGSEGV", "2026-01-02 03:04")
+
+
+def found(
+    comm: Any,
+    setting: str = "",
+    verdict: cuda_probe.Verdict = UNDERSTOOD,
+    number: int | None = None,
+    version: int = 22703,
+) -> DeviceTransports:
+    """The ways of a rank that is a thread, on a device of its own unless said."""
+    device = StandIn(comm.rank if number is None else number)
+    resources: Any = SimpleNamespace(
+        settings={cuda.TRANSPORT: setting}, topology=comm.topology, node=comm.intra_node, channel=comm
+    )
+    libraries[threading.get_ident()] = StandInNccl(comm, device, version)
+    verdicts[threading.get_ident()] = verdict
+    return DeviceTransports(resources, device)
+
+
+libraries: dict[int, Any] = {}
+verdicts: dict[int, cuda_probe.Verdict] = {}
+
+
+@pytest.fixture
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL, and what the child says, for each rank."""
+    monkeypatch.setattr(nccl, "library", lambda: libraries[threading.get_ident()])
+    monkeypatch.setattr(cuda_probe, "verdict", lambda *_: verdicts[threading.get_ident()])
+
+
+def call(nbytes: int, *able: str) -> Call:
+    """A call that some ways can make."""
+    given = {name: (lambda *_: None) for name in able}
+    return Call(nbytes, lambda: [], given.get("ipc"), given.get("aware"), given.get("nccl"))  # type: ignore[arg-type]
+
+
+FEW, MANY = device_transports.MANY_BYTES - 1, device_transports.MANY_BYTES
+
+
+@pytest.mark.usefixtures("surroundings")
+def test_long_calls_take_the_first_way_that_can_and_short_ones_avoid_meetings() -> None:
+    def body(comm: Any) -> None:
+        ways = found(comm)
+        assert ways.describe() == dict.fromkeys(device_transports.WAYS, "yes")
+        assert ways.way(call(MANY, "nccl", "ipc", "aware")) == "nccl"
+        assert ways.way(call(MANY, "ipc", "aware")) == "ipc"
+        assert ways.way(call(MANY, "aware")) == "aware"
+        assert ways.way(call(MANY)) == "staged"
+        assert ways.way(call(FEW, "nccl", "ipc", "aware")) == "aware"
+        assert ways.way(call(FEW, "nccl", "ipc")) == "staged"
+        ways.free()
+
+    run_on_ranks(3, body)
+
+
+@pytest.mark.usefixtures("surroundings")
+def test_each_way_says_why_it_is_not_to_be_had() -> None:
+    def apart(comm: Any) -> None:
+        ways = found(comm, verdict=DEAD if comm.rank == 2 else UNDERSTOOD, number=0)
+        assert ways.troubles["ipc"] == "the ranks are on 2 nodes"
+        assert (
+            "does not understand pointers of a device (2026-01-02 03:04: a child that tried was ended by SIGSEGV)"
+            in (ways.troubles["aware"])
+        )
+        assert ways.troubles["nccl"].startswith("ranks share a device: that takes NCCL 2.30, NCCL_MULTI_RANK")
+        assert ways.way(call(MANY, "nccl", "ipc", "aware")) == "staged"
+
+    run_on_ranks(4, apart, nodes=[0, 0, 1, 1])
+
+
+@pytest.mark.usefixtures("surroundings")
+def test_ranks_share_a_device_by_nccl_where_it_can_and_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(nccl.SHARING, "1")
+    run_on_ranks(2, lambda comm: found(comm, "nccl", number=0, version=23000).free())
+    for version, setting in ((22907, "nccl"), (23000, "")):
+
+        def body(comm: Any, version: int = version, setting: str = setting) -> None:
+            if setting:
+                with pytest.raises(TransportError, match="TRANSPORT=nccl does not work here: ranks share a device"):
+                    found(comm, setting, number=0, version=version)
+            else:
+                ways = found(comm, setting, number=0, version=version)
+                assert ways.troubles["nccl"].startswith("ranks share a device")
+                ways.free()
+
+        run_on_ranks(2, body)
+
+
+@pytest.mark.usefixtures("surroundings")
+@pytest.mark.parametrize(
+    ("setting", "verdict", "words"),
+    [("ipc", UNDERSTOOD, "the ranks are on 2 nodes"), ("aware", DEAD, "does not understand pointers of a device")],
+)
+def test_a_way_that_is_wanted_and_does_not_work_is_an_error_on_all_ranks(
+    setting: str, verdict: cuda_probe.Verdict, words: str
+) -> None:
+    def body(comm: Any) -> None:
+        with pytest.raises(
+            TransportError, match=f"HPCCOMM_GPU_TRANSPORT={setting} does not work here: .*{words}.*: leave"
+        ):
+            found(comm, setting, verdict)
+
+    run_on_ranks(2, body, nodes=[0, 1])
+
+
+@pytest.mark.usefixtures("surroundings")
+def test_a_way_that_is_wanted_takes_what_it_can_and_leaves_the_rest_to_the_host() -> None:
+    def body(comm: Any) -> None:
+        for setting in ("ipc", "nccl", "aware", "staged"):
+            ways = found(comm, setting)
+            assert ways.way(call(4, "nccl", "ipc", "aware")) == setting
+            assert ways.way(call(MANY)) == "staged"
+            ways.free()
+
+    run_on_ranks(2, body)
+
+
+def test_words_that_mean_nothing_are_refused() -> None:
+    assert device_transports.wanted("") == device_transports.wanted("auto") == "auto"
+    with pytest.raises(ArgumentError, match="HPCCOMM_GPU_TRANSPORT='pcie' is not known: use one of auto, nccl, ipc"):
+        device_transports.wanted("pcie")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "op", "algorithm", "reproducible", "expected"),
+    [
+        ("f4", MPI.SUM, None, False, (True, True, True)),
+        ("f4", MPI.SUM, "auto", False, (True, True, True)),
+        ("f4", MPI.SUM, "ring", False, (False, False, False)),
+        ("f4", MPI.SUM, "native", False, (False, True, False)),
+        ("f4", MPI.SUM, None, True, (False, False, False)),
+        ("f4", MPI.MAX, None, False, (True, False, False)),  # MPI and NCCL may lose a NaN
+        ("i4", MPI.MAX, None, False, (True, True, True)),
+        ("f2", MPI.SUM, None, False, (True, False, False)),
+        ("c8", MPI.SUM, None, False, (True, True, False)),
+        ("f4", None, None, False, (True, True, True)),
+        ("f2", None, None, False, (True, False, True)),
+    ],
+)
+def test_ways_are_open_to_what_they_do_right(
+    dtype: str, op: Any, algorithm: str | None, reproducible: bool, expected: tuple[bool, ...]
+) -> None:
+    def body(comm: Any) -> None:
+        binder, device = binder_of(comm)
+        data = binder.operand_of(device.array(np.zeros(3, dtype)), "test", None)
+        assert binder.fits("allreduce", data, op, algorithm, reproducible) == expected
+
+    run_on_ranks(2, body)
+
+
+def test_an_operation_of_the_users_own_is_never_given_pointers_of_a_device() -> None:
+    def body(comm: Any) -> None:
+        binder, device = binder_of(comm)
+        data = binder.operand_of(device.array(np.zeros(3, F4)), "test", None)
+        own = MPI.Op.Create(lambda a, b, datatype: None)
+        assert binder.fits("allreduce", data, own, None) == (False, False, False)
+        own.Free()
+
+    run_on_ranks(1, body)
+
+
+# The child that may die
+
+
+def child(body: str) -> list[str]:
+    return [sys.executable, "-c", body]
+
+
+IN_A_CHILD = """
+import ctypes, sys
+sys.path.insert(0, {tests!r})
+from stand_in import StandIn
+from hpccomm.transports.cuda_probe import answer
+
+protect = ctypes.CDLL(None).mprotect
+
+class Unreachable(StandIn):
+    '''Memory that only its own copies reach: what a processor sees of a device's.'''
+    def locked(self, address, copy, *arguments):
+        page = ctypes.c_void_p(address), ctypes.c_size_t(4096)
+        protect(*page, 3)
+        copy(*arguments)
+        protect(*page, 0)
+    def to_host(self, out, address, stream):
+        self.locked(address, super().to_host, out, address, stream)
+    def to_device(self, address, octets, stream):
+        self.locked(address, super().to_device, address, octets, stream)
+
+answer({kind}(eager=True))
+"""
+
+
+@pytest.mark.parametrize(("kind", "words"), [("StandIn", ""), ("Unreachable", "a child that tried")])
+def test_an_mpi_that_copies_by_itself_loses_a_child_on_memory_it_cannot_reach(kind: str, words: str) -> None:
+    body = IN_A_CHILD.format(tests=str(Path(__file__).parent), kind=kind)
+    found = cuda_probe.asked(child(body), os.environ)
+    assert found.startswith(words) if words else found == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
+        ("import time; time.sleep(60)", "still waiting after 0.5 s"),
+        ("print('Allreduce of 3 elements gave something else than on the host')", "Allreduce of 3 elements gave"),
+        ("raise SystemExit(3)", "ended with status 3: without a word"),
+    ],
+)
+def test_whatever_becomes_of_the_child_the_job_lives(body: str, words: str) -> None:
+    assert words in cuda_probe.asked(child(body), os.environ, 0.5 if "sleep" in body else 30)
+
+
+def test_no_child_no_trust() -> None:
+    assert "no child could try" in cuda_probe.asked(["/nowhere/python"], os.environ)
+
+
+class Garbling(StandIn):
+    """What arrives is not what MPI wrote."""
+
+    def to_host(self, out: np.ndarray, address: int, stream: int) -> None:
+        super().to_host(out, address, stream)
+        out[0] ^= 1
+
+
+def test_results_are_looked_at() -> None:
+    assert cuda_probe.exercise(StandIn(eager=True), MPI.COMM_SELF) == ""
+    words = cuda_probe.exercise(Garbling(eager=True), MPI.COMM_SELF)
+    assert words == "Sendrecv of 3 elements gave something else than on the host"
+
+
+def test_an_answer_is_kept_until_something_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked: list[int] = []
+
+    def ask() -> str:
+        asked.append(1)
+        return "a child that tried was ended by SIGSEGV"
+
+    for _ in range(2):
+        assert cuda_probe.verdict(0, "driver 1", ask).trouble.endswith("SIGSEGV")
+    assert len(asked) == 1
+    cuda_probe.verdict(0, "driver 2", ask)
+    cuda_probe.verdict(1, "driver 1", ask)
+    monkeypatch.setenv("UCX_TLS", "cuda_ipc")
+    cuda_probe.verdict(0, "driver 1", ask)
+    assert len(asked) == 4
+    for file in (tmp_path / "hpccomm").iterdir():
+        file.write_text("{broken")
+    cuda_probe.verdict(0, "driver 1", ask)
+    assert len(asked) == 5
+
+
+# Ranks that are processes
+
+
+@pytest.mark.mpi(sizes=(1, 3), timeout=60)
+@pytest.mark.parametrize("setting", ["ipc", "aware", "auto"])
+def test_every_collective_between_processes(comm: Any, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    device = StandIn()  # its memory is the host's: every MPI understands its pointers
+    monkeypatch.setattr(cuda, "device", lambda: device)
+    monkeypatch.setattr(cuda_probe, "verdict", lambda *_: UNDERSTOOD)
+    monkeypatch.setattr(device_transports, "MANY_BYTES", 100)
+    monkeypatch.setenv(cuda.TRANSPORT, setting)
+    ours = hpccomm.Communicator(comm.Dup())
+    for case, n in itertools.product(CASES, (0, 1, 90)):
+        bound, written, want = case(ours._binder, device, n)
+        bound.run()
+        assert written is not None
+        assert np.array_equal(written.get().ravel(), np.ravel(want)), (case.__name__, n)
+    found = ours.device_transports()
+    others = f"no: {cuda.TRANSPORT} says {setting}"
+    assert found["staged"] == "yes"
+    assert found["ipc"] == ("yes" if setting in ("ipc", "auto") else others)
+    assert found["aware"] == ("yes" if setting in ("aware", "auto") else others)
+    assert found["nccl"].startswith("no: CuPy has no NCCL" if setting == "auto" else others)
+    ours.Free()
+    assert not device.files
+
+
+@pytest.mark.mpi(sizes=(2,), timeout=60)
+def test_a_word_that_means_nothing_is_refused_before_the_first_message(comm: Any, monkeypatch: Any) -> None:
+    device = StandIn()
+    monkeypatch.setattr(cuda, "device", lambda: device)
+    monkeypatch.setenv(cuda.TRANSPORT, "pcie")
+    ours = hpccomm.Communicator(comm.Dup())
+    with pytest.raises(ArgumentError, match="HPCCOMM_GPU_TRANSPORT='pcie' is not known"):
+        ours.Allreduce(MPI.IN_PLACE, device.array(np.zeros(3, F4)))
+    ours.Free()
+
+
+@pytest.mark.mpi(sizes=(2,), timeout=120)
+def test_a_child_of_a_rank_is_a_world_of_its_own(comm: Any) -> None:
+    body = IN_A_CHILD.format(tests=str(Path(__file__).parent), kind="StandIn")
+    if comm.rank == 0:
+        assert cuda_probe.asked(child(body), os.environ) == ""
+    comm.Barrier()

@@ -43,6 +43,25 @@ class Device(Protocol):
     def number(self) -> int:
         """The device that this rank uses."""
 
+    @property
+    def count(self) -> int:
+        """How many devices this process sees."""
+
+    def use(self, number: int) -> None:
+        """Use another one from now on."""
+
+    @property
+    def name(self) -> str:
+        """What its maker calls it."""
+
+    @property
+    def identity(self) -> str:
+        """A name of the device that all processes of its node agree on."""
+
+    @property
+    def driver(self) -> str:
+        """The driver and what is beside it, in words that change when they do."""
+
     def where(self, address: int) -> int | None:
         """The number of the device whose memory begins there; ``None`` for no device's, or freed."""
 
@@ -96,12 +115,36 @@ class CupyDevice:
         import cupy
 
         self._cupy, self._runtime = cupy, cupy.cuda.runtime
-        self._streams: list[Any] = []
+        self._streams: dict[int, Any] = {}
 
     @property
     def number(self) -> int:
         """The current device."""
         return int(self._runtime.getDevice())
+
+    @property
+    def count(self) -> int:
+        """As many as ``CUDA_VISIBLE_DEVICES`` lets through."""
+        return int(self._runtime.getDeviceCount())
+
+    def use(self, number: int) -> None:
+        """``cudaSetDevice``."""
+        self._runtime.setDevice(number)
+
+    @property
+    def name(self) -> str:
+        """As the driver says."""
+        return str(self._runtime.getDeviceProperties(self.number)["name"].decode())
+
+    @property
+    def identity(self) -> str:
+        """Its place on the bus."""
+        return str(self._runtime.deviceGetPCIBusId(self.number))
+
+    @property
+    def driver(self) -> str:
+        """Versions of the driver and of CuPy."""
+        return f"CUDA driver {self._runtime.driverGetVersion()}, CuPy {self._cupy.__version__}"
 
     def where(self, address: int) -> int | None:
         """As the driver says."""
@@ -117,8 +160,9 @@ class CupyDevice:
 
     def stream(self) -> int:
         """One that does not wait for the default stream."""
-        self._streams.append(self._cupy.cuda.Stream(non_blocking=True))
-        return int(self._streams[-1].ptr)
+        made = self._cupy.cuda.Stream(non_blocking=True)
+        self._streams[int(made.ptr)] = made
+        return int(made.ptr)
 
     def to_host(self, out: Octets, address: int, stream: int) -> None:
         """``cudaMemcpyAsync``."""
@@ -172,7 +216,7 @@ class CupyDevice:
         """By the kernels of ``reductions.cu``."""
         from hpccomm.kernels.cuda import kernels
 
-        with self._cupy.cuda.ExternalStream(stream):
+        with self._streams[stream]:
             kernels().reduce_at(op, code, vectors, out, n)
 
 
@@ -183,6 +227,12 @@ def device() -> Device:
     if trouble:
         raise TransportError(trouble)
     return CupyDevice()
+
+
+def take_turns(place: int) -> None:
+    """Use the device whose turn it is: ranks of a node, by their places on it, take them in turns."""
+    found = device()
+    found.use(place % found.count)
 
 
 @cache
@@ -239,8 +289,7 @@ class Staging:
     def run(self, chunks: Sequence[Chunk], streams: Iterable[int] = ()) -> None:
         """Bring the chunks through the host; ``streams`` are those on which the arrays are written and read."""
         device = self.device
-        for stream in dict.fromkeys(streams):
-            device.synchronize(stream)
+        wait(device, streams)
         incoming = self.rooms("down", max((size_of(each.reads) for each in chunks), default=0))
         outgoing = self.rooms("up", max((size_of(each.writes) for each in chunks), default=0))
         try:
@@ -280,6 +329,12 @@ class Staging:
         if rooms is None or rooms[0].size < nbytes:
             rooms = self._rooms[which] = [self.device.pinned(max(nbytes, LEAST_CHUNK)) for _ in range(2)]
         return rooms
+
+
+def wait(device: Device, streams: Iterable[int]) -> None:
+    """For all that was begun on some streams."""
+    for each in dict.fromkeys(streams):
+        device.synchronize(each)
 
 
 def cuts(nbytes: int) -> Iterable[tuple[int, int]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from hpccomm.errors import TransportError
 from hpccomm.kernels.reductions import itemsize
-from hpccomm.transports.cuda import Device, Piece
+from hpccomm.transports.cuda import Device, Piece, wait
 
 PART_BYTES = 64 << 20
 """Bytes of a rank's part, both halves."""
@@ -126,8 +126,7 @@ class Peers:
 
     def run(self, turns: Sequence[Turn], streams: Iterable[int] = ()) -> None:
         """Take all turns; ``streams`` are those on which the arrays are written and read."""
-        for each in dict.fromkeys(streams):
-            self.device.synchronize(each)
+        wait(self.device, streams)
         for turn in turns:
             self._take(turn, self.room * (self._turn % 2))
             self._turn += 1

@@ -1,0 +1,136 @@
+"""NVIDIA's NCCL for dense collectives between devices, by ``cupy.cuda.nccl``.
+
+Integers, and sums and products of float32 and float64: what NCCL adds in 16 bits is rounded at every step, and its
+minima do not promise to keep a NaN.  Whatever only moves, moves as bytes.  One stream of our own; a call returns when
+its result is there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from hpccomm.errors import TransportError
+from hpccomm.kernels.reductions import FLOATS
+from hpccomm.transports.cuda import Device, wait
+
+TYPES = {
+    "i1": "NCCL_INT8",
+    "u1": "NCCL_UINT8",
+    "i4": "NCCL_INT32",
+    "u4": "NCCL_UINT32",
+    "i8": "NCCL_INT64",
+    "u8": "NCCL_UINT64",
+    "f4": "NCCL_FLOAT32",
+    "f8": "NCCL_FLOAT64",
+}
+OPERATIONS = {"sum": "NCCL_SUM", "prod": "NCCL_PROD", "min": "NCCL_MIN", "max": "NCCL_MAX"}
+
+SHARING, SHARED_SINCE = "NCCL_MULTI_RANK_GPU_ENABLE", 23000
+"""The variable that lets ranks share a device, and the first version that knows it, 2.30."""
+
+
+class Ranks(Protocol):
+    """As much of mpi4py's communicator as is needed."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def bcast(self, obj: Any) -> Any:
+        """Rank 0's thing, on all."""
+
+    def allgather(self, sendobj: Any) -> list[Any]:
+        """One thing of every rank, on all."""
+
+
+def library() -> Any:
+    """CuPy's module; raises TransportError where there is no NCCL."""
+    try:
+        from cupy.cuda import nccl
+    except ImportError as error:
+        raise TransportError(f"CuPy has no NCCL: {error}") from None
+    if not getattr(nccl, "available", False):
+        raise TransportError("CuPy finds no NCCL: pip install nvidia-nccl-cu12 or nvidia-nccl-cu13")
+    return nccl
+
+
+def shareable(nccl: Any) -> bool:
+    """Whether ranks may share a device."""
+    return bool(nccl.get_version() >= SHARED_SINCE and os.environ.get(SHARING) == "1")
+
+
+def reduces(op: str, code: str) -> bool:
+    """Whether NCCL gives the answer that we define."""
+    return code in TYPES and op in OPERATIONS and (op in ("sum", "prod") or code not in FLOATS)
+
+
+class Nccl:
+    """NCCL's communicator of some ranks; creating it is collective.  Raises TransportError on all ranks or none."""
+
+    def __init__(self, device: Device, ranks: Ranks, nccl: Any) -> None:
+        self.device, self.rank, self.size, self.nccl = device, ranks.rank, ranks.size, nccl
+        self.stream, trouble = device.stream(), ""
+        word = ranks.bcast(nccl.get_unique_id() if ranks.rank == 0 else None)
+        try:
+            self.comm = nccl.NcclCommunicator(ranks.size, word, ranks.rank)
+        except RuntimeError as error:
+            trouble = f"rank {ranks.rank}: {error}"
+        troubles = [words for words in ranks.allgather(trouble) if words]
+        if troubles:
+            raise TransportError(f"NCCL does not work between these ranks: {troubles[0]}")
+
+    def run(self, body: Callable[[Nccl], None], streams: Iterable[int]) -> None:
+        """A collective of arrays that are written and read on some streams."""
+        wait(self.device, streams)
+        body(self)
+        self.device.synchronize(self.stream)
+
+    def free(self) -> None:
+        """Give NCCL's memory back (collective)."""
+        self.comm.destroy()
+
+    def _named(self, code: str, op: str) -> tuple[int, int]:
+        """NCCL's numbers of a dtype and an operation."""
+        return getattr(self.nccl, TYPES[code]), getattr(self.nccl, OPERATIONS[op])
+
+    @property
+    def _octet(self) -> int:
+        return int(self.nccl.NCCL_UINT8)
+
+    # Collectives: addresses, elements or bytes
+
+    def allreduce(self, send: int, recv: int, n: int, code: str, op: str) -> None:
+        """n elements."""
+        self.comm.allReduce(send, recv, n, *self._named(code, op), self.stream)
+
+    def reduce(self, send: int, recv: int, n: int, code: str, op: str, root: int) -> None:
+        """n elements; ``recv`` is written on the root only."""
+        self.comm.reduce(send, recv, n, *self._named(code, op), root, self.stream)
+
+    def reduce_scatter(self, send: int, recv: int, n: int, code: str, op: str) -> None:
+        """n elements for each rank."""
+        self.comm.reduceScatter(send, recv, n, *self._named(code, op), self.stream)
+
+    def bcast(self, address: int, nbytes: int, root: int) -> None:
+        """Bytes of the root."""
+        self.comm.broadcast(address, address, nbytes, self._octet, root, self.stream)
+
+    def allgather(self, send: int, recv: int, nbytes: int) -> None:
+        """Bytes from each rank."""
+        self.comm.allGather(send, recv, nbytes, self._octet, self.stream)
+
+    def alltoall(self, send: int, recv: int, nbytes: int) -> None:
+        """Bytes from each rank for each rank."""
+        self.nccl.groupStart()
+        try:
+            for peer in range(self.size):
+                self.comm.send(send + peer * nbytes, nbytes, self._octet, peer, self.stream)
+                self.comm.recv(recv + peer * nbytes, nbytes, self._octet, peer, self.stream)
+        finally:
+            self.nccl.groupEnd()
