@@ -104,23 +104,6 @@ def test_decoding_adds_in_order(compressor: Compressor) -> None:
     np.testing.assert_array_equal(one_by_one, together)
 
 
-@pytest.mark.parametrize(
-    "compressor",
-    [*ALL, compressors.topk(0.001), compressors.topk(0.001, code="rice"), compressors.randomk(0.002)],
-    ids=named,
-)
-def test_dividing_only_what_messages_name_gives_the_bits_of_dividing_all(compressor: Compressor) -> None:
-    n, ranks = 5000, 3
-    messages = [compressor.encode(numbers(n, seed) ** 5) for seed in range(ranks)]
-    whole = np.zeros(n, F32)
-    compressor.decode_all(messages, whole)
-    part = whole.copy()
-    compressor.conclude(whole, ranks)
-    compressor.conclude(part, ranks, messages)
-    assert whole.any()
-    assert part.tobytes() == whole.tobytes()
-
-
 @pytest.mark.parametrize("compressor", [each for each in ALL if each.name != "none()"], ids=named)
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused_and_the_backlog_untouched(compressor: Compressor, odd: float) -> None:

@@ -50,8 +50,6 @@ HEADER_BYTES = LAYOUT.size
 LONGEST = 1 << 31
 """Elements that the 31-bit indices of words can name."""
 LARGEST_PAYLOAD = (1 << 32) - 1
-FEW = 32
-"""Of so many elements one is few: a cache line of 64 bytes holds 16."""
 
 NO_MESSAGE: Message = np.zeros(HEADER_BYTES, np.uint8)
 """For ``last`` when nothing was sent before."""
@@ -72,10 +70,6 @@ class Kind(IntEnum):
     RANGE = 8
     CELLS = 9
     LOW_RANK = 10
-
-
-NAMING = {Kind.WORDS, Kind.RICE_WORDS, Kind.SPARSE, Kind.CELLS}
-"""Messages that name elements one by one."""
 
 
 class Values(IntEnum):
@@ -233,16 +227,10 @@ class Compressor:
         self.decode(message, out)
         return out
 
-    def conclude(self, total: Vector, size: int, messages: Sequence[Message] = ()) -> None:
-        """Turn the sum of the messages of ``size`` ranks into what they agree on, in place: their mean, or the vote.
-
-        With the ``messages``, where ``total`` is their sum and nothing else: if they name few elements, only those are
-        divided.
-        """
+    def conclude(self, total: Vector, size: int) -> None:
+        """Turn the sum of the messages of ``size`` ranks into what they agree on, in place: their mean, or the vote."""
         if self.agree is not None:
             self.agree(total, size)
-        elif messages and are_few([header_of(each, self.name) for each in messages], total.size):
-            total[np.unique(np.concatenate([named_indices(each) for each in messages]))] /= np.float32(size)
         else:
             total /= np.float32(size)
 
@@ -997,11 +985,6 @@ def named_indices(message: Message) -> Indices:
     if part.add is add_words:
         return part.content[0] >> 1
     return np.empty(0, np.uint32)
-
-
-def are_few(headers: Sequence[Header], n: int) -> bool:
-    """Whether messages name their elements, and few of them."""
-    return {each.kind for each in headers} <= NAMING and FEW * sum(each.named for each in headers) < n
 
 
 # Checks

@@ -114,10 +114,9 @@ def feedback(
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.plus(cost))
         total = np.zeros(gradient.size, np.float32)
         for number, part in enumerate(pieces(gradient)):
-            messages = [each[number] for each in letters]
-            compressor.decode_all(messages, total[part])
+            compressor.decode_all([each[number] for each in letters], total[part])
             if reduce == "mean" or compressor.agree is not None:
-                compressor.conclude(total[part], comm.size, messages)
+                compressor.conclude(total[part], comm.size)
         cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
         residual, spare = (state.residual, state.spare) if momentum else (state.spare, state.residual)
         headers = np.stack([each[:HEADER_BYTES] for each in letters[comm.rank]])

@@ -38,7 +38,11 @@ NODES, PER_NODE, ELEMENTS, DENSITY = 4, 2, 1 << 24, 0.001
 RANKS = NODES * PER_NODE
 RATES = ("1gbit", "100mbit")
 EVEN_SHAPES, EVEN_ELEMENTS = ((2, 1), (4, 1), (8, 1), (4, 2)), 1 << 20
-EVEN_DENSITIES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8)
+EVEN_DENSITIES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
+TUNED, TUNED_SIZES = "native,ring,butterfly,bruck", "1Ki,64Ki,1Mi"
+"""Allgathers that are measured first, and the bytes of their results."""
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+"""For glibc: memory that was given back stays with the process, as new pages cost a virtual machine most of all."""
 GOODPUT = 0.95
 """Of a link's rate, what is not headers."""
 ALPHA_US = 25.0
@@ -316,7 +320,7 @@ def work_even(out: Path, rounds: int) -> None:
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            found[name].append(timed(world, call, 2))
+            found[name].append(timed(world, call, 1))
     if world.rank == 0:
         out.write_text(json.dumps(found), encoding="utf-8")
 
@@ -325,15 +329,17 @@ def work_even(out: Path, rounds: int) -> None:
 
 
 def launched(shape: tuple[int, int], rate: str, words: Sequence[str]) -> Any:
-    """What this module's ``--work`` finds on a cluster made for it."""
+    """What this module's ``--work`` finds on a cluster made for it, whose allgathers were tuned."""
     nodes, per_node = shape
     with Cluster(nodes, rate, "slow") as cluster, tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "found.json")
+        file, tuned = Path(folder, "found.json"), Path(folder, "tuned.json")
+        tune = ["hpccomm", "tune", "--collective", "allgather", "--algorithm", TUNED, "--sizes", TUNED_SIZES]
         program = ["-m", "hpccomm.bench.slow_links", "--work", str(file), *words]
-        env = {"OMP_NUM_THREADS": "1"}
-        done = cluster.run(program, per_node, env=env, capture_output=True, text=True, timeout=3600)
-        if done.returncode:
-            raise SystemExit(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        for each in ([*tune, "--out", str(tuned)], program):
+            env = {"OMP_NUM_THREADS": "1", **KEPT, **({"HPCCOMM_TUNING": str(tuned)} if tuned.exists() else {})}
+            done = cluster.run(each, per_node, env=env, capture_output=True, text=True, timeout=3600)
+            if done.returncode:
+                raise SystemExit(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
         return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -487,7 +493,8 @@ def lines(axes: Any, records: Sequence[dict[str, Any]], rate: str) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("density")
     axes.set_title(f"dense / sparse, {rate}: points measured, lines predicted", fontsize=10, loc="left")
-    axes.legend(fontsize=8)
+    if records:
+        axes.legend(fontsize=8)
 
 
 def draw_when(record: dict[str, Any], out: Path) -> None:
