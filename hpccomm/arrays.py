@@ -100,7 +100,9 @@ def wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def widened(x: Array) -> Array:
-    """``x`` in C order and in the dtype to reduce in; ``x`` itself where it is so already."""
+    """``x`` in C order and in the dtype to reduce in; ``x`` itself where it is so already.  Also on a device."""
+    if lies_on_device(x):
+        return x.astype(wide(x.dtype), order="C", copy=False)
     return np.asarray(x, dtype=wide(x.dtype), order="C")
 
 

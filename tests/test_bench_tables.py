@@ -408,10 +408,14 @@ def test_what_makes_no_sense_is_refused_with_a_remedy(line: str, words: str) -> 
         asked(line)
 
 
-def test_cuda_buffers_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
-    with pytest.raises(ArgumentError, match=r"-d cuda needs CuPy: pip install 'hpccomm\[cuda12\]'"):
-        asked("allreduce -d cuda")
+def test_buffers_on_a_device_are_for_collectives_that_take_them() -> None:
+    assert asked("allreduce -d cuda").options.on_device
+    assert asked("latency -d cuda D D").ignored == ""
+    assert asked("latency -d cuda H H").ignored == "H H with -d cuda: the buffers are on the device"
+    with pytest.raises(ArgumentError, match="gather: -d cuda: this collective takes no arrays on a device"):
+        asked("gather -d cuda")
+    with pytest.raises(ArgumentError, match="--registered is for collectives of host memory"):
+        asked("allreduce -d cuda --registered")
 
 
 # --- files and pictures ----------------------------------------------------------------------------

@@ -81,9 +81,9 @@ def parser(collective: str) -> Parser:
     osu.add_argument("-l", "--in-place", action="store_true", help="MPI_IN_PLACE")
     osu.add_argument("-k", "--root-rank", metavar="fixed:R|rotate", help="the root (fixed:0)")
     osu.add_argument(
-        "-d", "--accelerator", choices=("cuda", "managed", "openacc", "rocm"), help="device memory (not yet)"
+        "-d", "--accelerator", choices=("cuda", "managed", "openacc", "rocm"), help="buffers on a device (cuda)"
     )
-    osu.add_argument("placement", nargs="*", metavar="H H", help="host memory on both ends")
+    osu.add_argument("placement", nargs="*", metavar="H H", help="memory of both ends: D D with -d, else H H")
     ours = made.add_argument_group("more")
     ours.add_argument(
         "--algorithm", default="auto", metavar="A,B,…", help="medians side by side: native,auto,ring,… or all"
@@ -166,7 +166,7 @@ def asked(collective: str, words: Sequence[str]) -> Asked:
         args.min_busbw,
         args.json,
         args.version,
-        f"{' '.join(args.placement)} without -d: the buffers are in host memory" if "D" in args.placement else "",
+        placement_ignored(args),
     )
 
 
@@ -174,13 +174,13 @@ def check_flags(collective: str, case: Case, args: argparse.Namespace) -> None:
     """Refuse what a benchmark does not have, as OSU does."""
     nccl = args.format == "nccl"
     missing = {
-        "-d": args.accelerator and why_no_device(args.accelerator),
+        "-d": args.accelerator and why_no_device(args.accelerator, case),
         "-f": args.full and case.ends and "is for collectives",
         "-l": args.in_place and (not case.in_place or nccl) and "there is no such choice here",
         "-k": args.root_rank and not case.rooted and "there is no root",
         "-W": args.window_size and case.ends >= 0 and "is for bw and bibw",
         "-c": args.validation and collective == "barrier" and "there is nothing to check",
-        "--registered": args.registered and case.ends and "is for collectives",
+        "--registered": args.registered and (case.ends or args.accelerator) and "is for collectives of host memory",
         "--algorithm": args.algorithm != "auto" and case.ends and "is for collectives",
         "--format nccl": nccl and (case.ends or collective == "barrier") and "is for collectives that move data",
         "-m": args.message_size and nccl and "say --minbytes and --maxbytes with --format nccl",
@@ -193,18 +193,24 @@ def check_flags(collective: str, case: Case, args: argparse.Namespace) -> None:
             raise ArgumentError(f"{collective}: {flag} {reason}".rstrip())
 
 
-def why_no_device(kind: str) -> str:
-    """The reason, and what to do."""
+def why_no_device(kind: str, case: Case) -> str:
+    """Why buffers cannot be there, whatever this machine has."""
     rest = "leave -d out to measure host memory"
     if kind != "cuda":
         return f"{kind} buffers are not measured: {rest}"
-    try:
-        import cupy
-    except ImportError:
-        return f"cuda needs CuPy: pip install 'hpccomm[cuda12]' or 'hpccomm[cuda13]', or {rest}"
-    if not cupy.cuda.is_available():
-        return f"cuda needs a device, CuPy finds none: {rest}"
-    return f"cuda buffers are not measured yet: {rest}"
+    if not case.ends and not case.algorithms:
+        return f"cuda: this collective takes no arrays on a device: {rest}"
+    return ""
+
+
+def placement_ignored(args: argparse.Namespace) -> str:
+    """What was said of memory that is not so."""
+    words = " ".join(args.placement)
+    if "D" in args.placement and not args.accelerator:
+        return f"{words} without -d: the buffers are in host memory"
+    if "H" in args.placement and args.accelerator:
+        return f"{words} with -d {args.accelerator}: the buffers are on the device"
+    return ""
 
 
 def wrong_placement(words: Sequence[str], case: Case) -> str:
@@ -295,7 +301,8 @@ def options_of(args: argparse.Namespace, nccl: bool, percentiles: tuple[int, ...
         in_place=args.in_place,
         root=root_of(args.root_rank),
         registered=args.registered,
-        bare_native=True,
+        on_device=bool(args.accelerator),
+        bare_native=not args.accelerator,
         streaming=nccl,
         percentiles=percentiles,
         window=args.window_size or 64,

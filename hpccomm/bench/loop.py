@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from inspect import signature
 from time import perf_counter_ns
 from typing import Any
@@ -18,11 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from hpccomm.arrays import read_device
 from hpccomm.bench.cases import CASES, Call, Calling, Case, Shape
 from hpccomm.bench.inputs import SPOILT, VARIANTS, Array, Inputs, Pieces
 from hpccomm.collectives import ALGORITHMS, cost
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError
+from hpccomm.transports import cuda
 
 TURNS = 10
 """How often each algorithm gets its turn at one size."""
@@ -56,6 +59,8 @@ class Options:
     """``None``: the next rank with every call."""
     registered: bool = False
     """Buffers from ``comm.empty``."""
+    on_device: bool = False
+    """Buffers on the CUDA device."""
     bare_native: bool = False
     """``"native"`` is mpi4py's own method, not the communicator's way to it."""
     streaming: bool = False
@@ -165,10 +170,13 @@ class Bench:
         here = self.comm.size, self.comm.rank
         return [Shape(*here, root, count, self.dtype, self.options.in_place, self.options.window) for root in roots]
 
-    def allocate(self, largest: int) -> list[Array]:
+    def allocate(self, largest: int) -> list[Any]:
         """To send from and to receive into: for all sizes and roots, and the same on all ranks."""
         needs = [self.case.layout(shape).lengths() for shape in self.shapes(largest)]
         most = np.max(self.plain.allgather(np.max(needs, axis=0)), axis=0)
+        if self.options.on_device:
+            device = cuda.device()
+            return [device.empty((int(count),), self.dtype) for count in most]
         if not self.options.registered:
             return [aligned(int(count), self.dtype) for count in most]
         if not hasattr(self.comm, "empty"):
@@ -317,7 +325,7 @@ class Bench:
 class Exercise:
     """One size: buffers that are filled before a checked call and looked at after it."""
 
-    def __init__(self, case: Case, shapes: list[Shape], inputs: Inputs, memory: list[Array]) -> None:
+    def __init__(self, case: Case, shapes: list[Shape], inputs: Inputs, memory: list[Any]) -> None:
         self.shapes, self.inputs = shapes, inputs
         self.layouts = [case.layout(shape) for shape in shapes]
         lengths = [max(each) for each in zip(*(layout.lengths() for layout in self.layouts), strict=True)]
@@ -326,29 +334,30 @@ class Exercise:
 
     def rest(self) -> None:
         """For calls that are timed: numbers that do not grow when a sum becomes the next call's input."""
-        self.send.fill(0)
-        self.recv.fill(0)
+        for buffer in (self.send, self.recv):
+            put(buffer, np.zeros(buffer.shape, buffer.dtype))
 
     def fill(self, k: int) -> None:
         """The k-th call's inputs; where its results will be, what no result is."""
         layout, variant = self.layouts[k % len(self.layouts)], k % VARIANTS
-        send, before = self.numbers(layout.send, variant), self.numbers(layout.before, variant)
-        self.send[: send.size] = send
-        self.recv[: before.size] = before
-        self.recv[before.size :] = SPOILT
+        before, content = self.numbers(layout.before, variant), np.full(self.recv.shape, SPOILT, self.recv.dtype)
+        content[: before.size] = before
+        put(self.send, self.numbers(layout.send, variant))
+        put(self.recv, content)
 
     def wrong(self, k: int) -> int:
         """Elements that the k-th call got wrong on this rank."""
         want = self.wanted(k)
-        return int(np.count_nonzero(self.recv[: want.size] != want))
+        return int(np.count_nonzero(seen(self.recv)[: want.size] != want))
 
     def complaint(self, k: int) -> str:
         """The first element that the k-th call got wrong on this rank."""
         want, shape = self.wanted(k), self.shapes[k % len(self.shapes)]
-        bad = np.flatnonzero(self.recv[: want.size] != want)
+        got = seen(self.recv)
+        bad = np.flatnonzero(got[: want.size] != want)
         first = int(bad[0])
         return (
-            f"rank {shape.rank}: element {first} is {self.recv[first]}, should be {want[first]} "
+            f"rank {shape.rank}: element {first} is {got[first]}, should be {want[first]} "
             f"({bad.size} of {want.size} wrong in call {k}, root {shape.root})"
         )
 
@@ -364,6 +373,31 @@ class Exercise:
         if made.size <= KEPT:
             self.kept[pieces, variant] = made
         return made
+
+
+def put(buffer: Any, values: Array) -> None:
+    """Write the beginning of a buffer, wherever it lies."""
+    if isinstance(buffer, np.ndarray):
+        buffer[: values.size] = values
+        return
+    there = read_device(buffer, "bench")
+    staging().store(values.view(np.uint8), there.address, there.streams)
+
+
+def seen(buffer: Any) -> Array:
+    """What a buffer holds, on the host."""
+    if isinstance(buffer, np.ndarray):
+        return buffer
+    there = read_device(buffer, "bench")
+    content: Array = np.empty(there.size, there.dtype)
+    staging().fetch(there.address, content.view(np.uint8), there.streams)
+    return content
+
+
+@cache
+def staging() -> cuda.Staging:
+    """The way to the device of this process."""
+    return cuda.Staging(cuda.device())
 
 
 def timed_calls(sequence: list[Call], between: Call) -> list[int]:

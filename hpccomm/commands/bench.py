@@ -75,7 +75,7 @@ class Printer:
 
 def understood(args: argparse.Namespace, printer: Printer) -> Asked | None:
     """What is asked for; ``None`` if it was only a question."""
-    from hpccomm.bench import flags, osu
+    from hpccomm.bench import flags
     from hpccomm.bench.cases import CASES
 
     if args.help:
@@ -89,7 +89,7 @@ def understood(args: argparse.Namespace, printer: Printer) -> Asked | None:
         return None
     asked = flags.asked(name, args.flags)
     if asked.version:
-        printer.say(osu.title(name))
+        printer.say(title_of(asked))
         return None
     return asked
 
@@ -114,11 +114,24 @@ def fitting(comm: Any, asked: Asked, printer: Printer) -> Asked:
 
     if asked.options.root is not None and asked.options.root >= comm.size:
         raise ArgumentError(f"-k fixed:{asked.options.root}: there are {comm.size} ranks")
+    if asked.options.on_device:
+        on_device(comm, asked)
     names = known_algorithms(comm, asked.collective) if asked.algorithms == ("all",) else asked.algorithms
     check_algorithms(comm, asked.collective, names)
     if asked.ignored:
         printer.complain(f"hpccomm bench: {asked.ignored}")
     return replace(asked, algorithms=tuple(names), sizes=within_memory(comm.size, asked, printer))
+
+
+def on_device(comm: Any, asked: Asked) -> None:
+    """Take a device for each rank; raises on all ranks where one of them has none (collective)."""
+    from hpccomm.transports import cuda
+
+    rest = "leave -d out to measure host memory"
+    cuda.claimed(comm, "-d cuda", rest)
+    if asked.case.ends and comm.device_transports()["aware"] != "yes":
+        why = comm.device_transports()["aware"].removeprefix("no: ")
+        raise ArgumentError(f"{asked.collective}: messages take memory of a device only where MPI does: {why}; {rest}")
 
 
 def within_memory(ranks: int, asked: Asked, printer: Printer) -> tuple[int, ...]:
@@ -177,6 +190,8 @@ class Session:
 
         if self.asked.json and self.comm.rank == 0:
             where = report.describe(self.comm, ["hpccomm", *sys.argv[1:]])
+            if self.asked.options.on_device:
+                where["device"] = cuda_device()
             Path(self.asked.json).write_text(report.text(where, self.rows), encoding="utf-8")
 
 
@@ -187,7 +202,9 @@ def osu_tables(session: Session) -> int:
     asked, say = session.asked, session.say
     columns = osu.columns_of(asked.collective, asked.algorithms, asked.wanted)
     say("")
-    say(osu.title(asked.collective))
+    say(title_of(asked))
+    if asked.options.on_device and asked.case.ends:
+        say("# Send Buffer on DEVICE (D) and Receive Buffer on DEVICE (D)")
     for datatype in asked.datatypes[:1] if asked.collective == "barrier" else asked.datatypes:
         if asked.collective != "barrier":
             say(osu.datatype_line(datatype))
@@ -198,6 +215,22 @@ def osu_tables(session: Session) -> int:
                 say(osu.failure(f"osu_{asked.collective}", rows[0].bytes))
                 return 1
     return 0
+
+
+def title_of(asked: Asked) -> str:
+    """OSU's, which names the kind of memory where it is not the host's."""
+    from hpccomm.bench import osu
+
+    title = osu.title(asked.collective)
+    return title.replace("OSU MPI ", "OSU MPI-CUDA ", 1) if asked.options.on_device else title
+
+
+def cuda_device() -> dict[str, str]:
+    """The device in words."""
+    from hpccomm.transports import cuda
+
+    device = cuda.device()
+    return {"name": device.name, "driver": device.driver}
 
 
 def nccl_tables(session: Session) -> int:

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         "Software": software(),
         "Launch": launch(comm),
         "Ways to move bytes": transports(comm),
+        "GPU": gpu(comm),
         "Settings": settings(comm),
         f"Decisions for {args.collective} (float32)": decisions(comm, args.collective),
     }
@@ -109,19 +110,24 @@ def transports(comm: Any) -> dict[str, str]:
         "network": ", ".join(fast_networks()) or "no device but Ethernet's: what is shipped for TCP counts",
         "shared memory": where if resources.node_memory else "no" if comm.size > 1 else "not needed (one rank)",
         "roll call": "ranks of a node compare their calls" if resources.roll else "off",
-        "device memory": device(),
     }
 
 
-def device() -> str:
-    """Whether there is a device, and whether this MPI takes its pointers."""
+def gpu(comm: Any) -> dict[str, str]:
+    """The device, and which ways its arrays can go (collective)."""
+    from hpccomm.errors import HpccommError
+    from hpccomm.transports import cuda
+
+    missing = [(rank, why) for rank, why in enumerate(comm.allgather(cuda.missing())) if why]
+    if missing:
+        rank, why = missing[0]
+        return {"device": f"none: {why}" if len(missing) == comm.size else f"none on rank {rank}: {why}"}
+    device = cuda.device()
+    rows = {"device": f"{device.name}, number {device.number} on rank {comm.rank}", "driver": device.driver}
     try:
-        import cupy
-    except ImportError:
-        return "CuPy is not installed (pip install 'hpccomm[cuda12]' or 'hpccomm[cuda13]')"
-    if not cupy.cuda.is_available():
-        return "CuPy is installed, no driver or device found"
-    return f"{cupy.cuda.runtime.getDeviceCount()} device(s)"
+        return rows | comm.device_transports()
+    except HpccommError as error:
+        return rows | {"ways": str(error)}
 
 
 def settings(comm: Any) -> dict[str, str]:

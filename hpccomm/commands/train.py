@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -104,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="float32", choices=DTYPES, help="of gathered weights and gradients (default: float32)"
     )
     group.add_argument("--export", type=Path, metavar="FILE", help="write the whole model there in the end (npz)")
+    parser.add_argument("--device", default="cpu", help="who computes: cpu, or cuda by CuPy (default: cpu)")
     parser.add_argument("--progress", action="store_true", help="show a bar under a launcher too (tqdm, stderr)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw loss against bytes and time (png, svg or pdf)")
@@ -178,6 +180,7 @@ def check(args: argparse.Namespace, comm: Communicator) -> None:
         raise ArgumentError(f"--export with --method {args.method}: it is for {', '.join(SHARDED)}")
     if args.checkpoint and args.method in ("ps", "all"):
         raise ArgumentError(f"--checkpoint with --method {args.method}: servers are not saved: name another method")
+    check_device(args, comm)
     check_file("--json", args.json, comm)
     together(lambda: check_folder("--export", args.export), comm)
     if args.plot:
@@ -185,6 +188,25 @@ def check(args: argparse.Namespace, comm: Communicator) -> None:
 
         together(lambda: drawable(args.plot), comm)
     check_file("--plot", args.plot, comm)
+
+
+def check_device(args: argparse.Namespace, comm: Communicator) -> None:
+    """Raise on all ranks for what cannot be trained on a device, or where one of them has none; else take one each."""
+    one_of("--device", args.device, ("cpu", "cuda"))
+    if args.device == "cpu":
+        return
+    from hpccomm.transports.cuda import claimed
+
+    able = [name for name, method in METHODS.items() if method.on_device]
+    if args.method not in able:
+        raise ArgumentError(
+            f"--device cuda with --method {args.method}: its state is the host's: use {', '.join(able)}"
+        )
+    if args.checkpoint:
+        raise ArgumentError(
+            "--checkpoint with --device cuda: what lies on a device is not saved: leave one of them out"
+        )
+    claimed(comm, "--device cuda", "use --device cpu")
 
 
 LEAST = dict.fromkeys(("epochs", "batch_size", "samples", "period", "group_size", "partition_size"), 1)
@@ -260,7 +282,8 @@ def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
     from hpccomm.train.networks import network_for
 
     method, network = METHODS[name], network_for(data)
-    settings = Settings(args.epochs, args.batch_size, args.seed, method.alone)
+    library = import_module("cupy" if args.device == "cuda" else "numpy")
+    settings = Settings(args.epochs, args.batch_size, args.seed, method.alone, library)
     lr = method.lr if args.lr is None else args.lr
     say(comm, headline(name, lr, args, comm) + HEADER)
     bar = progress(comm, len(data.targets), settings, args.progress)
@@ -379,7 +402,7 @@ def headline(name: str, lr: float, args: argparse.Namespace, comm: Communicator)
     """What is trained, and how."""
     return (
         f"# hpccomm train {args.dataset}: {name}, lr {lr:g}, batch {args.batch_size} over {comm.size} ranks, "
-        f"seed {args.seed}, allreduce {args.algorithm}\n"
+        f"seed {args.seed}, allreduce {args.algorithm}{', on ' + args.device if args.device != 'cpu' else ''}\n"
     )
 
 

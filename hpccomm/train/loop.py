@@ -56,6 +56,8 @@ class Settings(NamedTuple):
     seed: int
     alone: bool = False
     """Each rank divides its gradient by its own samples, as methods with blocks of local steps want it."""
+    library: Any = np
+    """Who computes: NumPy, or CuPy on its current device, where samples, weights and gradients lie then."""
 
 
 class Partial(NamedTuple):
@@ -76,19 +78,26 @@ class Training:
     def __init__(
         self, comm: MPI.Intracomm, data: Dataset, network: Network, method: Transform, settings: Settings
     ) -> None:
-        self.comm, self.data, self.network, self.method, self.settings = comm, data, network, method, settings
+        self.comm, self.network, self.method, self.settings = comm, network, method, settings
+        self.data, xp = data, settings.library
         tensors = initial(network.shapes, settings.seed)
         self.bucket = bucket = Bucket(tensors)
         self.weights = bucket.flatten(tensors)
         comm.Bcast(self.weights, 0)
-        self.gradient = np.empty_like(self.weights)
+        if xp is not np:
+            self.weights = xp.asarray(self.weights)
+            self.data = data._replace(
+                **{name: xp.asarray(each) for name, each in data._asdict().items() if isinstance(each, np.ndarray)}
+            )
+        self.gradient = xp.empty_like(self.weights)
         self.tensors, self.gradients = bucket.views(self.weights), bucket.views(self.gradient)
         self.state, self.partial = method.init(self.weights), Partial()
 
     def step(self, batch: npt.NDArray[np.int64]) -> None:
         """One step of all ranks on a global batch."""
         mine, began = np.array_split(batch, self.comm.size)[self.comm.rank], time.perf_counter()
-        loss = self.network.learn(self.tensors, self.data.inputs[mine], self.data.targets[mine], self.gradients)
+        places = self.settings.library.asarray(mine)
+        loss = self.network.learn(self.tensors, self.data.inputs[places], self.data.targets[places], self.gradients)
         self.gradient *= 1 / max(1, len(mine)) if self.settings.alone else self.comm.size / len(batch)
         learnt = time.perf_counter()
         step, self.state = self.method.update(self.gradient, self.state, self.weights)
@@ -211,8 +220,10 @@ def train(
         if found is None:
             return training.weights, epochs
     training.finish()
-    check_replicas(comm, training.weights)
-    return training.weights, epochs
+    weights: Any = training.weights
+    weights = weights if settings.library is np else weights.get()
+    check_replicas(comm, weights)
+    return weights, epochs
 
 
 # A parameter server

@@ -37,6 +37,8 @@ class Method(NamedTuple):
     make: Callable[[Plan], Transform]
     alone: bool = False
     """Ranks step on gradients of their own samples."""
+    on_device: bool = False
+    """Its vectors may lie on a CUDA device."""
 
 
 def heavy_ball(plan: Plan) -> Transform:
@@ -198,9 +200,9 @@ def served(plan: Plan) -> Transform:
 
 
 METHODS = {
-    "dense": Method("mean gradient, SGD with momentum 0.9", 0.1, dense),
-    "sgd": Method("mean gradient, SGD without momentum", 0.3, sgd),
-    "adam": Method("mean gradient, Adam", 0.003, adam),
+    "dense": Method("mean gradient, SGD with momentum 0.9", 0.1, dense, on_device=True),
+    "sgd": Method("mean gradient, SGD without momentum", 0.3, sgd, on_device=True),
+    "adam": Method("mean gradient, Adam", 0.003, adam, on_device=True),
     "lars": Method("layer-wise trust ratios, momentum 0.9", 0.3, lars),
     "lamb": Method("layer-wise trust ratios, Adam", 0.01, lamb),
     "gtc": Method("threshold compression", 1.0, gtc),

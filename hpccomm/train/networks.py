@@ -1,4 +1,4 @@
-"""Two small networks with backpropagation written out, in NumPy.
+"""Two small networks with backpropagation written out, in NumPy or in CuPy: wherever the samples lie.
 
 *b samples, gradients summed over them.*  A network is a table of shapes and three functions of named
 weights, which are views of one flat vector; the gradient is written into such views as well, so nothing is
@@ -7,6 +7,7 @@ packed before the exchange.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -45,7 +46,7 @@ class Perceptron:
 
     def activity(self, weights: Tensors, inputs: Array) -> Array:
         """The hidden layer, (b, hidden)."""
-        return np.tanh(inputs @ weights["hidden"] + weights["hidden_shift"])
+        return library_of(inputs).tanh(inputs @ weights["hidden"] + weights["hidden_shift"])
 
     def scores(self, weights: Tensors, inputs: Array) -> Array:
         """(b, classes)."""
@@ -60,10 +61,11 @@ class Perceptron:
         active = self.activity(weights, inputs)
         loss, error = cross_entropy(active @ weights["out"] + weights["out_shift"], targets)
         slope = (error @ weights["out"].T) * (1 - active * active)
-        np.matmul(active.T, error, out=gradient["out"])
-        np.sum(error, axis=0, out=gradient["out_shift"])
-        np.matmul(inputs.T, slope, out=gradient["hidden"])
-        np.sum(slope, axis=0, out=gradient["hidden_shift"])
+        xp = library_of(inputs)
+        xp.matmul(active.T, error, out=gradient["out"])
+        xp.sum(error, axis=0, out=gradient["out_shift"])
+        xp.matmul(inputs.T, slope, out=gradient["hidden"])
+        xp.sum(slope, axis=0, out=gradient["hidden_shift"])
         return loss, slope
 
 
@@ -88,16 +90,22 @@ class Characters:
         loss, slope = self.body.backward(weights, self.embedded(weights, inputs), targets, gradient)
         by_character = (slope @ weights["hidden"].T).reshape(*inputs.shape, self.width)
         gradient["embedding"][...] = 0
-        np.add.at(gradient["embedding"], inputs, by_character)
+        library_of(inputs).add.at(gradient["embedding"], inputs, by_character)
         return loss
+
+
+def library_of(x: Array) -> Any:
+    """NumPy, or CuPy for what lies on a device."""
+    return sys.modules[type(x).__module__.partition(".")[0]]
 
 
 def cross_entropy(scores: Array, targets: Array) -> tuple[float, Array]:
     """Sum over the samples of -log softmax(scores)[target], and its gradient by the scores."""
-    shifted = scores - scores.max(axis=1, keepdims=True, initial=-np.inf)
-    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    rows = np.arange(len(targets))
-    error = np.exp(logs)
+    xp = library_of(scores)
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    logs = shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
+    rows = xp.arange(len(targets))
+    error = xp.exp(logs)
     error[rows, targets] -= 1
     return -float(logs[rows, targets].sum(dtype=np.float64)), error
 

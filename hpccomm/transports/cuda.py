@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.errors import TransportError
+from hpccomm.errors import ArgumentError, TransportError
 
 Octets = npt.NDArray[np.uint8]
 
@@ -229,10 +229,18 @@ def device() -> Device:
     return CupyDevice()
 
 
-def take_turns(place: int) -> None:
-    """Use the device whose turn it is: ranks of a node, by their places on it, take them in turns."""
+def claimed(comm: Any, flag: str, instead: str) -> Device:
+    """A device for each rank: those of a node take its devices in turns (collective).
+
+    Raises :class:`~hpccomm.errors.ArgumentError` on all ranks where one of them has none.
+    """
+    everyone = comm.allgather(missing())
+    without = [rank for rank, why in enumerate(everyone) if why]
+    if without:
+        raise ArgumentError(f"{flag} needs a device, rank {without[0]} has none: {everyone[without[0]]}; or {instead}")
     found = device()
-    found.use(place % found.count)
+    found.use(int(comm.resources.node.rank) % found.count)
+    return found
 
 
 @cache

@@ -1,0 +1,101 @@
+"""An array library on a device that is the host: NumPy behind a wall like CuPy's, which no NumPy array passes."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+
+class Array(NDArrayOperatorsMixin):
+    """NumPy's array, as far as operators, views and methods go; the host cannot read it but by :meth:`get`."""
+
+    def __init__(self, host: np.ndarray) -> None:
+        self.host = host
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        known = dict(self.host.__array_interface__)
+        strides = None if self.host.flags.c_contiguous else self.host.strides
+        return {**{name: known[name] for name in ("shape", "typestr", "data")}, "version": 3, "strides": strides}
+
+    def get(self) -> np.ndarray:
+        return self.host.copy()
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed")
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **named: Any) -> Any:
+        assert method == "__call__"
+        assert not any(isinstance(each, np.ndarray) and each.ndim for each in inputs), (
+            "NumPy's array among the device's"
+        )
+        out = named.pop("out", None)
+        into = {} if out is None else {"out": tuple(each.host for each in out)}
+        result = ufunc(*map(bare, inputs), **named, **into)
+        return Array(np.asarray(result)) if out is None else out[0]
+
+    def __array_function__(self, function: Any, types: Any, inputs: Any, named: Any) -> Any:
+        if function is np.array_split:
+            return [Array(each) for each in function(bare(inputs[0]), *inputs[1:], **named)]
+        assert function in (np.empty_like, np.zeros_like)
+        return Array(function(*map(bare, inputs), **named))
+
+    def __getitem__(self, key: Any) -> Array:
+        return Array(np.asarray(self.host[tuple(map(bare, key)) if isinstance(key, tuple) else bare(key)]))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.host[tuple(map(bare, key)) if isinstance(key, tuple) else bare(key)] = bare(value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = getattr(self.host, name)
+        if not callable(found):
+            return Array(found) if isinstance(found, np.ndarray) else found
+        return lambda *given, **named: wrapped(found(*map(bare, given), **named))
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def __float__(self) -> float:
+        return float(self.host)
+
+    def __int__(self) -> int:
+        return int(self.host)
+
+
+def bare(x: Any) -> Any:
+    if isinstance(x, np.ndarray) and x.ndim:
+        raise TypeError(f"Unsupported type {type(x)}")
+    return x.host if isinstance(x, Array) else x
+
+
+def wrapped(x: Any) -> Any:
+    return Array(np.asarray(x)) if isinstance(x, np.ndarray | np.generic) else x
+
+
+def asarray(x: Any, dtype: Any = None) -> Array:
+    return x if isinstance(x, Array) else Array(np.array(x, dtype))
+
+
+def add_at(x: Array, index: Array, values: Array) -> None:
+    np.add.at(x.host, index.host, values.host)
+
+
+add = SimpleNamespace(at=add_at)
+
+
+def __getattr__(name: str) -> Any:
+    function = getattr(np, name)
+
+    def call(*given: Any, **named: Any) -> Any:
+        return wrapped(function(*map(bare, given), **{key: bare(each) for key, each in named.items()}))
+
+    return call
+
+
+LIBRARY: ModuleType = sys.modules[__name__]

@@ -1,0 +1,199 @@
+"""The commands where there is a device, by a stand-in, and where there is none."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from stand_in import StandIn
+
+import hpccomm
+from hpccomm import ArgumentError, TransportError
+from hpccomm.__main__ import main
+from hpccomm.bench import loop
+from hpccomm.bench.loop import Options, measure
+from hpccomm.commands import bench, info
+from hpccomm.testing.jobs import run_under_mpi
+from hpccomm.transports import cuda, cuda_probe
+
+NONE = "no CUDA device: is it taken away by CUDA_VISIBLE_DEVICES?"
+
+
+@pytest.fixture
+def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device."""
+    monkeypatch.setattr(cuda, "missing", lambda: NONE)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """One that MPI understands, since it is the host."""
+    made = StandIn()
+    monkeypatch.setattr(cuda, "missing", lambda: "")
+    monkeypatch.setattr(cuda, "device", lambda: made)
+    monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("", "2026-01-02 03:04"))
+    loop.staging.cache_clear()
+    return made
+
+
+# bench
+
+
+COLLECTIVES = ("allreduce", "reduce", "bcast", "reduce_scatter", "reduce_scatter_block", "allgather", "alltoall")
+
+
+@pytest.mark.mpi(sizes=(1, 3), timeout=60)
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_collectives_of_buffers_on_a_device_are_measured_and_checked(
+    comm: Any, device: StandIn, collective: str
+) -> None:
+    ours = hpccomm.Communicator(comm.Dup())
+    options = Options(iterations=2, warmup=1, check=True, check_warmup=1, on_device=True, root=None)
+    sizes = (12, 1200)
+    rows = list(measure(ours, collective, sizes, ["auto", "native"], options))
+    assert [(row.bytes, row.algorithm) for row in rows] == [(n, name) for n in sizes for name in ("auto", "native")]
+    assert all(row.validated and row.avg_us > 0 for row in rows)
+    assert all(isinstance(each, np.ndarray) for each, _ in device.memory.values())
+    ours.Free()
+
+
+class Forgetful(StandIn):
+    """Loses the last byte of what it is given."""
+
+    def to_device(self, address: int, octets: np.ndarray, stream: int) -> None:
+        super().to_device(address, octets[:-1], stream)
+
+
+def test_a_wrong_result_on_a_device_is_seen(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgetful = Forgetful()
+    monkeypatch.setattr(cuda, "device", lambda: forgetful)
+    loop.staging.cache_clear()
+    options = Options(iterations=1, warmup=1, check=True, on_device=True, dtype="i1")
+    (row,) = measure(hpccomm.Communicator(MPI.COMM_SELF), "allreduce", [64], ["auto"], options)
+    assert row.wrong == 1
+    assert "element 63" in row.complaint
+
+
+def test_osus_title_names_the_kind_of_memory() -> None:
+    asked: Any = SimpleNamespace(collective="allreduce", options=Options(on_device=True))
+    assert bench.title_of(asked) == "# OSU MPI-CUDA Allreduce Latency Test v7.4"
+    asked.options = Options()
+    assert bench.title_of(asked) == "# OSU MPI Allreduce Latency Test v7.4"
+
+
+def test_messages_on_a_device_take_an_mpi_that_understands(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    comm, asked = hpccomm.Communicator(MPI.COMM_SELF), bench.understood(question("latency -d cuda D D"), SILENT)
+    assert asked is not None
+    bench.on_device(comm, asked)
+    monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("a child died", "2026-01-02 03:04"))
+    with pytest.raises(
+        ArgumentError, match=r"latency: messages take memory of a device only where MPI does: .*child died"
+    ):
+        bench.on_device(hpccomm.Communicator(MPI.COMM_SELF), asked)
+
+
+SILENT = bench.Printer(False)
+
+
+def question(line: str) -> Any:
+    collective, *flags = line.split()
+    return SimpleNamespace(help=False, collective=collective, flags=flags)
+
+
+def test_without_a_device_bench_says_so_once() -> None:
+    done = run_under_mpi(2, "-m", "hpccomm", "bench", "allreduce", "-d", "cuda", timeout=60)
+    if not cuda.missing():
+        pytest.skip("there is a device on this machine")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("hpccomm bench: -d cuda needs a device, rank 0 has none") == 1
+    assert "leave -d out to measure host memory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# train
+
+
+@pytest.mark.usefixtures("nothing")
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--device cuda", f"--device cuda needs a device, rank 0 has none: {NONE}; or use --device cpu"),
+        (
+            "--device cuda --method gtc",
+            "--device cuda with --method gtc: its state is the host's: use dense, sgd, adam",
+        ),
+        ("--device cuda --checkpoint /tmp", "what lies on a device is not saved"),
+        ("--device gpu", "--device 'gpu' is not known: use one of cpu, cuda"),
+    ],
+)
+def test_what_cannot_be_trained_on_a_device_is_said(line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "digits", *line.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
+# info
+
+
+def rows() -> dict[str, str]:
+    return info.gpu(hpccomm.Communicator(MPI.COMM_SELF))
+
+
+@pytest.mark.usefixtures("nothing")
+def test_info_says_that_there_is_no_device() -> None:
+    assert rows() == {"device": f"none: {NONE}"}
+
+
+def test_info_says_what_there_is_and_which_ways_are_open(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rows()
+    assert found["device"] == "stand-in, number 0 on rank 0"
+    assert [found[name] for name in ("ipc", "aware", "staged")] == ["yes"] * 3
+    assert found["nccl"].startswith("no: ")
+    monkeypatch.setenv(cuda.TRANSPORT, "nccl")
+    assert "HPCCOMM_GPU_TRANSPORT=nccl does not work here" in rows()["ways"]
+
+
+def test_one_rank_without_a_device_is_named() -> None:
+    comm: Any = SimpleNamespace(size=2, rank=0, allgather=lambda mine: ["", NONE])
+    assert info.gpu(comm) == {"device": f"none on rank 1: {NONE}"}
+    comm.resources = SimpleNamespace(node=SimpleNamespace(rank=0))
+    with pytest.raises(ArgumentError, match="flag needs a device, rank 1 has none"):
+        cuda.claimed(comm, "flag", "leave it out")
+
+
+# Importing
+
+
+def test_nothing_is_imported_for_a_device_before_one_is_asked_for() -> None:
+    import subprocess
+
+    body = "import sys, hpccomm, hpccomm.communicator; sys.exit('cupy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", body], check=False, timeout=60).returncode == 0
+
+
+class NoDriverError(RuntimeError):
+    """What CuPy raises."""
+
+
+@pytest.mark.parametrize(("count", "words"), [(None, "no CUDA driver, or one that is too old"), (0, "no CUDA device")])
+def test_a_library_without_a_driver_is_told_from_a_missing_device(
+    monkeypatch: pytest.MonkeyPatch, count: int | None, words: str
+) -> None:
+    def counted() -> int:
+        if count is None:
+            raise NoDriverError("cudaErrorInsufficientDriver")
+        return count
+
+    runtime = SimpleNamespace(getDeviceCount=counted, CUDARuntimeError=NoDriverError)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    cuda.missing.cache_clear()
+    try:
+        assert cuda.missing().startswith(words)
+        with pytest.raises(TransportError, match=words):
+            cuda.device.__wrapped__()
+    finally:
+        cuda.missing.cache_clear()
