@@ -12,6 +12,9 @@ three others, so a ring of 10,000 ranks takes a second. Chains and trees are cut
 pays the whole way, each further one what the busiest link needs for it. The model is Hockney's (Parallel
 Computing 1994) with the reduction term of Thakur, Rabenseifner & Gropp (Int. J. High Perform. Comput.
 Appl. 2005).
+
+A machine that keeps measured rounds of several nodes (:mod:`hpccomm.collectives.curves`) prices by them what they
+know: every algorithm that is not cut into segments, on shapes near the measured ones.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.collectives import ALGORITHMS, gathers, hierarchical
+from hpccomm.collectives import ALGORITHMS, curves, gathers, hierarchical
+from hpccomm.collectives.curves import Curve
 from hpccomm.collectives.schedule import Algorithm, Step
 
 Floats = npt.NDArray[np.float64]
@@ -32,12 +36,18 @@ Ints = npt.NDArray[np.int32]
 FACTORS = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
 """Bus bandwidth is this times (p-1)/p times bytes per time, elsewhere just bytes per time (nccl-tests)."""
 
+COPIED = {"allreduce": "vector", "reduce_scatter": "vector", "allgather": "part"}
+"""What a call copies to where it works, before the first message."""
+
 HIERARCHICAL: dict[str, Callable[[Any], Algorithm]] = {
     "allreduce": hierarchical.on,
     "reduce_scatter": gathers.reduce_scatter_on,
     "allgather": gathers.allgather_on,
 }
 """Algorithms in two levels: where ranks live decides their steps.  Reordering inside a rank is not priced."""
+
+MODEL, MEASURED = "alpha and beta", "measured rounds"
+"""Sources of a prediction."""
 
 MOST_SEGMENTS = 4096
 SMALLEST_SEGMENT = 1024
@@ -64,6 +74,8 @@ class Machine(NamedTuple):
     """Microseconds to sum a byte into another."""
     source: str = "defaults: two-core virtual machine, 10 Gbit/s Ethernet at 95 % of its rate; fit your own with tune"
     """Where the numbers come from."""
+    curves: tuple[Curve, ...] = ()
+    """What rounds took on several nodes."""
 
 
 class Price(NamedTuple):
@@ -88,6 +100,8 @@ class Prediction(NamedTuple):
     """GB/s: what the busiest link carries in the best of algorithms (nccl-tests)."""
     wire: float
     """Share of the fastest time that the node's link permits."""
+    source: str = MODEL
+    """What it was priced by: ``MODEL`` or ``MEASURED``."""
 
 
 def price(
@@ -316,11 +330,28 @@ def prediction(name: str, collective: str, nodes: int, per_node: int, nbytes: fl
     """One algorithm on nodes x per_node ranks, in the order of nodes."""
     home = np.repeat(np.arange(nodes), per_node)
     algorithm = HIERARCHICAL[collective](home) if name == "hierarchical" else ALGORITHMS[collective][name]
-    cost = price(algorithm, home, nbytes, machine)
+    cost, source = price(algorithm, home, nbytes, machine), MODEL
+    measured = by_rounds(name, collective, (nodes, per_node), nbytes, machine)
+    if measured is not None:
+        cost, source = cost._replace(us=measured), MEASURED
     algbw = nbytes / cost.us / 1e3 if cost.us else 0.0
     limit = wire_limit(collective, nodes, per_node, nbytes, machine)
     wire = limit / cost.us if cost.us else 1.0
-    return Prediction(name, *cost, algbw, algbw * bus_factor(collective, nodes * per_node), wire)
+    return Prediction(name, *cost, algbw, algbw * bus_factor(collective, nodes * per_node), wire, source)
+
+
+def by_rounds(name: str, collective: str, shape: tuple[int, int], nbytes: float, machine: Machine) -> float | None:
+    """Microseconds by the machine's measured rounds; None where they do not tell."""
+    known = curves.at_shape(machine.curves, shape)
+    if known is None or not nbytes:
+        return None
+    if (name, collective) == ("hierarchical", "allreduce"):
+        return known.two_levels(nbytes, machine.inter)
+    home = np.repeat(np.arange(shape[0]), shape[1])
+    algorithm = HIERARCHICAL[collective](home) if name == "hierarchical" else ALGORITHMS[collective][name]
+    if algorithm.lanes or collective not in COPIED:
+        return None
+    return known.price(algorithm, home, nbytes, nbytes / (home.size if COPIED[collective] == "part" else 1))
 
 
 def bus_factor(collective: str, p: int) -> float:

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import exp, log, log2
+from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ import numpy as np
 
 from hpccomm.collectives import ALGORITHMS, cost, hierarchical
 from hpccomm.collectives.cost import Link, Machine
+from hpccomm.collectives.curves import REACH, Curve, Kind, Point, Shape, distance, interpolated
 
 SCHEMA = 1
 NOISE = 0.95
@@ -42,13 +43,9 @@ CHECKS = 1.0
 (on the machine of the shipped table: 1.1 µs on two ranks)."""
 TRUST = 0.8
 """A price must be less than this share of native MPI's to be believed."""
-REACH = 2.0
-"""How far away, in powers of two, a measured shape may lie and still count."""
-
 SHIPPED = Path(__file__).with_name("tuning_default.json")
 """The table that comes with the package."""
 
-Shape = tuple[int, int]
 Series = dict[str, list["Row"]]
 
 
@@ -170,13 +167,6 @@ class Table:
         return [f"{collective} {low} to {high} bytes: {algorithm}" for low, high, algorithm in lines]
 
 
-def distance(known: Shape, asked: Shape) -> float:
-    """How far apart shapes are, in powers of two: the worse of nodes and ranks a node."""
-    if (known[0] == 1) != (asked[0] == 1):
-        return float("inf")
-    return max(abs(log2(a / b)) for a, b in zip(known, asked, strict=True))
-
-
 def measured_choice(series: Series, nbytes: int, candidates: Sequence[str]) -> Choice:
     """The fastest of what was measured."""
     times = {
@@ -197,16 +187,6 @@ def measured_choice(series: Series, nbytes: int, candidates: Sequence[str]) -> C
 def nearest_row(rows: Sequence[Row], nbytes: int) -> Row:
     """The row of the nearest size."""
     return min(rows, key=lambda row: abs(log(max(row.bytes, 1)) - log(max(nbytes, 1))))
-
-
-def interpolated(points: Sequence[tuple[int, float]], nbytes: int) -> float:
-    """The time for ``nbytes`` between measured (bytes, time), smallest first."""
-    low = max((point for point in points if point[0] <= nbytes), default=points[0])
-    high = min((point for point in points if point[0] >= nbytes), default=points[-1])
-    if low[0] >= high[0]:
-        return low[1] * max(1.0, nbytes / max(low[0], 1))
-    part = (log(nbytes) - log(max(low[0], 0.5))) / (log(high[0]) - log(max(low[0], 0.5)))
-    return exp(log(low[1]) + part * (log(high[1]) - log(low[1])))
 
 
 def priced_choice(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:
@@ -299,15 +279,33 @@ def machine_in(data: Mapping[str, Any] | None) -> Machine | None:
     """The machine in a file."""
     if data is None:
         return None
-    return Machine(Link(*data["intra"]), Link(*data["inter"]), float(data["gamma"]), str(data["source"]))
+    curves = tuple(map(curve_in, data.get("curves", ())))
+    return Machine(Link(*data["intra"]), Link(*data["inter"]), float(data["gamma"]), str(data["source"]), curves)
+
+
+def curve_in(data: Mapping[str, Any]) -> Curve:
+    """A curve in a file; ``ValueError`` where it has no points, or one takes no time."""
+    points = tuple(Point(int(nbytes), float(first), float(among)) for nbytes, first, among in data["points"])
+    if not points or min(min(point.first, point.next) for point in points) <= 0:
+        raise ValueError(f"a curve of {data['kind']} has no points, or one that takes no time")
+    return Curve(int(data["nodes"]), int(data["per_node"]), Kind(**data["kind"]), points)
+
+
+def curve_told(curve: Curve) -> dict[str, Any]:
+    """A curve as it stands in a file."""
+    points = [(point.bytes, round(point.first, 3), round(point.next, 3)) for point in curve.points]
+    return {**curve._asdict(), "kind": curve.kind._asdict(), "points": points}
 
 
 def write(table: Table, path: Path) -> None:
     """Write a table, a line a row; whoever reads meanwhile sees the old file or the new one."""
-    machine = None if table.machine is None else table.machine._asdict()
+    machine = None
+    if table.machine is not None:
+        machine = table.machine._asdict() | {"curves": [curve_told(each) for each in table.machine.curves]}
     told = ({name: value for name, value in row._asdict().items() if value not in (None, "")} for row in table.rows)
     rows = ",\n".join(map(json.dumps, told))
-    text = f'{{"schema": {SCHEMA},\n"machine": {json.dumps(machine)},\n"rows": [\n{rows}\n]}}\n'
+    costs = json.dumps(machine).replace('{"nodes"', '\n{"nodes"')
+    text = f'{{"schema": {SCHEMA},\n"machine": {costs},\n"rows": [\n{rows}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")

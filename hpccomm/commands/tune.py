@@ -1,7 +1,8 @@
 """Measure which algorithm is fastest here, and remember it.
 
 Run it under ``mpirun`` with as many nodes and ranks as your jobs have.  Every size is measured with native
-MPI and with every algorithm; what is done is kept in a ``.partial`` file, where a stopped run goes on.
+MPI and with every algorithm; what is done is kept in a ``.partial`` file, where a stopped run goes on.  On several
+nodes single rounds are measured too, for predictions, which stand beside the measurements in the end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpccomm.collectives import ALGORITHMS, tuning
+from hpccomm.collectives.cost import HIERARCHICAL, Link, Machine, prediction
+from hpccomm.collectives.curves import Curve
 from hpccomm.collectives.tuning import Row, Table
 from hpccomm.commands.predict import size_of
 from hpccomm.commands.verify import watched
@@ -25,6 +28,8 @@ SIZES = "4,64,1Ki,4Ki,16Ki,64Ki,256Ki,1Mi,4Mi,16Mi,64Mi"
 QUICK = "4,1Ki,16Ki,256Ki,4Mi"
 SECONDS = 0.4
 """Time for each algorithm at each size."""
+NEAR = 0.15
+"""How far a prediction may be from the measurement and still count as near."""
 
 
 COLLECTIVES = (*ALGORITHMS, "alltoall")
@@ -70,10 +75,23 @@ def run(args: argparse.Namespace) -> int:
     site = site_of(comm)
     out = Path(args.out) if args.out else tuning.user_file(site.mpi, site.host)
     wanted = args.algorithm.split(",") if args.algorithm else []
-    rows = measured(comm, site, tasks(args), out.with_name(out.name + ".partial"), wanted)
+    todo = tasks(args)
+    curves, link = rounds_of(comm, todo, wanted)
+    rows = measured(comm, site, todo, out.with_name(out.name + ".partial"), wanted)
     if comm.rank == 0:
-        finish(rows, site, out)
+        finish(rows, site, out, curves, link)
     return 0
+
+
+def rounds_of(comm: Any, todo: Sequence[Task], wanted: Sequence[str]) -> tuple[tuple[Curve, ...], Link | None]:
+    """What the rounds of the allreduces take, and the link by which the running one decides (collective)."""
+    from hpccomm.bench.rounds import measured_curves
+
+    sizes = [task.bytes for task in todo if task.collective == "allreduce"]
+    if not sizes or comm.topology.count == 1:
+        return (), None
+    machine = comm.resources.table.machine
+    return measured_curves(comm, wanted or comm.algorithms("allreduce"), max(sizes)), machine and machine.inter
 
 
 def site_of(comm: Any) -> Site:
@@ -144,20 +162,53 @@ def measure_one(comm: Any, site: Site, task: Task, wanted: Sequence[str] = ()) -
         )
 
 
-def finish(rows: Sequence[Row], site: Site, out: Path) -> None:
-    """Join with what the file has of other shapes, fit, write, and print the decisions."""
-    kept = merged(known_rows(out), rows)
+def finish(rows: Sequence[Row], site: Site, out: Path, curves: Sequence[Curve] = (), link: Link | None = None) -> None:
+    """Join with what the file has of other shapes, fit, write, and print the decisions and the predictions.
+
+    ``link`` is what decided between schedules while the rows were measured.
+    """
+    known = tuning.read(out) if out.exists() else Table()
+    kept = merged(known.rows, rows)
+    old = known.machine.curves if known.machine else ()
+    others = tuple(each for each in old if (each.nodes, each.per_node) != site[:2])
     machine = tuning.fit(kept, f"fitted on {site.host} with {site.mpi}, {site.when}")
+    machine = machine._replace(curves=(*others, *curves) if curves else old)
     table = Table(kept, machine, str(out))
     tuning.write(table, out)
     print(f"# {len(rows)} measurements on {site.nodes} x {site.per_node} ranks, {site.mpi}: {out}")
     for collective in dict.fromkeys(row.collective for row in rows):
         print("\n".join(replace(table, rows=tuple(rows)).explain(collective, site.nodes, site.per_node)))
+    for line in compared(rows, machine._replace(inter=link or machine.inter)):
+        print(line)
 
 
-def known_rows(out: Path) -> tuple[Row, ...]:
-    """What the file has already."""
-    return tuning.read(out).rows if out.exists() else ()
+def compared(rows: Sequence[Row], machine: Machine) -> list[str]:
+    """Prediction beside measurement, a line each, and how many are near; nothing where nothing is predicted."""
+    lines, near = [], 0
+    for row in rows:
+        if not can_be_priced(row):
+            continue
+        found = prediction(row.algorithm, row.collective, row.nodes, row.per_node, row.bytes, machine)
+        ratio = found.us / row.us
+        near += abs(ratio - 1) <= NEAR
+        lines.append(
+            f"{row.collective:<15}{row.algorithm:<14}{row.bytes:>10}{row.us:>13.4g}{found.us:>13.4g}{ratio:>8.2f}"
+            f"  {found.source}"
+        )
+    if not lines:
+        return []
+    titles = ("collective", "algorithm", "bytes", "measured us", "predicted us", "ratio")
+    return [
+        "# {:<13}{:<14}{:>10}{:>13}{:>13}{:>8}  by".format(*titles),
+        *lines,
+        f"# {near} of {len(lines)} predictions within {NEAR:.0%} of what was measured",
+    ]
+
+
+def can_be_priced(row: Row) -> bool:
+    """Whether there is a schedule of what was measured."""
+    two_levels = row.algorithm == "hierarchical" and row.collective in HIERARCHICAL and row.nodes > 1
+    return two_levels or row.algorithm in ALGORITHMS.get(row.collective, {})
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:
