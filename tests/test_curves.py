@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,10 @@ from hpccomm.bench import rounds as bench_rounds
 from hpccomm.collectives import ALGORITHMS, between, cost, tuning
 from hpccomm.collectives.cost import MEASURED, MODEL, Link, Machine
 from hpccomm.collectives.curves import Act, Curve, Kind, Point, Rounds, at_shape, rounds
+from hpccomm.commands import predict as predict_command
 from hpccomm.commands import tune as tune_command
+from hpccomm.errors import LaunchError
+from hpccomm.launcher import FAMILIES, Library
 
 ALLREDUCE = ALGORITHMS["allreduce"]
 
@@ -216,6 +220,38 @@ def test_curves_without_times_are_no_table(points: list[list[float]], tmp_path: 
     (tmp_path / "t.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match="no points, or one that takes no time"):
         tuning.read(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(("words", "source"), [((), MEASURED), (("--rate", "1gbit"), MODEL)])
+def test_predict_says_what_it_priced_by(
+    words: tuple[str, ...], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tuning.write(tuning.Table(machine=machine()), tmp_path / "t.json")
+    monkeypatch.setenv("HPCCOMM_TUNING", str(tmp_path / "t.json"))
+    parser = argparse.ArgumentParser()
+    predict_command.add_arguments(parser)
+    predict_command.run(parser.parse_args(["allreduce", "--nodes", "4", "--per-node", "2", *words]))
+    out = capsys.readouterr().out.splitlines()
+    ends = {line.split()[0]: line for line in out if not line.startswith("#")}
+    assert ends["ring"].endswith(source)
+    assert ends["chain"].endswith(MODEL)
+    assert any("rounds measured on 4 x 2 ranks" in line for line in out) == (source == MEASURED)
+
+
+def test_predict_finds_the_table_of_the_mpi_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"Open MPI": "Open MPI v5.0.11, package: Open MPI", "MPICH": "MPICH Version:      5.0.2"}
+    names = {"Open MPI": "Open MPI 5.0.11", "MPICH": "MPICH 5.0.2"}
+    for family in FAMILIES:
+        if family.library in texts:
+            found = Library(family, texts[family.library], "")
+            monkeypatch.setattr(predict_command, "library", lambda found=found: found)
+            assert predict_command.this_mpi() == names[family.library]
+
+    def none() -> Library:
+        raise LaunchError("no MPI")
+
+    monkeypatch.setattr(predict_command, "library", none)
+    assert predict_command.this_mpi() == ""
 
 
 # --- what tune does --------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from hpccomm.algorithms.mics import check_placement, smallest_partition
 from hpccomm.algorithms.step_cost import STATE_BYTES, Job, Shape, step_cost, through_link
 from hpccomm.collectives import ALGORITHMS, thinned, tuning
 from hpccomm.collectives.cost import Link, Machine, Prediction, predict
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, LaunchError
+from hpccomm.launcher import library
 
 SUMMARY = "price every algorithm of a collective on a cluster of your choice"
 STEPS = ("mics", "zero3")
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     nbytes, machine = size_of(args.bytes), machine_of(args)
     print(heading(args, nbytes, machine))
     titles = ("algorithm", "time", "algbw GB/s", "busbw GB/s", "rounds", "segments", "wire")
-    print("{:<21}{:>12}{:>12}{:>12}{:>8}{:>10}{:>7}".format(*titles))
+    print("{:<21}{:>12}{:>12}{:>12}{:>8}{:>10}{:>7}  by".format(*titles))
     for each in predict(args.collective, args.nodes, args.per_node, nbytes, machine):
         print(line(each))
     if args.density is not None:
@@ -144,16 +145,22 @@ def heading(args: argparse.Namespace, nbytes: float, machine: Machine) -> str:
         f"# {args.collective} of {nbytes:,.0f} bytes on {args.nodes} x {args.per_node} ranks\n"
         f"# in a node {intra.alpha:g} us + {rate(intra.beta)}, between nodes {inter.alpha:g} us + "
         f"{rate(inter.beta)} shared by its ranks, sums {rate(machine.gamma)}\n"
-        f"# from: {machine.source}\n"
+        f"# from: {machine.source}{measured_on(machine)}\n"
         "# wire: the fastest that the link permits, as a share of the time"
     )
+
+
+def measured_on(machine: Machine) -> str:
+    """The shapes whose rounds were measured, for people."""
+    shapes = sorted({(each.nodes, each.per_node) for each in machine.curves})
+    return f"; rounds measured on {', '.join(f'{n} x {k}' for n, k in shapes)} ranks" if shapes else ""
 
 
 def line(each: Prediction) -> str:
     """One algorithm."""
     return (
         f"{each.algorithm:<21}{duration(each.us):>12}{each.algbw:>12.3f}{each.busbw:>12.3f}"
-        f"{each.rounds:>8}{each.segments:>10}{each.wire:>7.0%}"
+        f"{each.rounds:>8}{each.segments:>10}{each.wire:>7.0%}  {each.source}"
     )
 
 
@@ -172,7 +179,7 @@ def rate(beta: float) -> str:
 
 def machine_of(args: argparse.Namespace) -> Machine:
     """This machine's table, and what the command line says instead."""
-    known = tuning.load("", socket.gethostname()).machine or Machine()
+    known = tuning.load(this_mpi(), socket.gethostname()).machine or Machine()
     intra = Link(
         known.intra.alpha if args.alpha_intra is None else args.alpha_intra,
         known.intra.beta if args.rate_intra is None else beta_of(args.rate_intra),
@@ -183,7 +190,17 @@ def machine_of(args: argparse.Namespace) -> Machine:
     )
     gamma = known.gamma if args.rate_sum is None else beta_of(args.rate_sum)
     changed = (intra, inter, gamma) != known[:3]
-    return Machine(intra, inter, gamma, "command line, and " + known.source if changed else known.source)
+    return Machine(intra, inter, gamma, "command line, and " + known.source) if changed else known
+
+
+def this_mpi() -> str:
+    """Name and version of the MPI library, by which tables are found; nothing where there is none."""
+    try:
+        found = library()
+    except LaunchError:
+        return ""
+    number = re.search(r"\d+(\.\d+)+", found.version)
+    return f"{found.family.library} {number[0] if number else ''}".strip()
 
 
 def size_of(text: str) -> float:
