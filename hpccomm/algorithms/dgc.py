@@ -28,7 +28,8 @@ import numpy as np
 
 from hpccomm.algorithms.compressors import check_density, topk
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
-from hpccomm.algorithms.feedback import FeedbackState, everywhere, feedback
+from hpccomm.algorithms.feedback import FeedbackState, Sent, everywhere, feedback
+from hpccomm.algorithms.feedback import sent as sent_sparsely
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
 from hpccomm.buckets import Bucket
 
@@ -55,6 +56,8 @@ class DgcState(NamedTuple):
     """Steps that all ranks left out because a gradient was not finite."""
     report: ExchangeReport
     """Of what went densely."""
+    dense_step: bool
+    """Whether all of the last step did."""
 
 
 class Layout(NamedTuple):
@@ -122,19 +125,21 @@ def dgc(
         require(weights.shape == (bucket.size,), f"dgc: weights of shape {weights.shape}: pass the bucket's vector")
         sparse = exchange(density).init(joined(weights, places.thin))
         decay = np.zeros_like(weights) if weight_decay else None
-        return DgcState(sparse, np.zeros_like(joined(weights, places.dense)), decay, 0, 0, ExchangeReport())
+        return DgcState(sparse, np.zeros_like(joined(weights, places.dense)), decay, 0, 0, ExchangeReport(), True)
 
     def update(gradient: Vector, state: DgcState, weights: Vector) -> tuple[Vector, DgcState]:
         check_alike(gradient, weights)
         norm = math.sqrt(float(np.square(gradient, dtype=np.float64).sum()))
-        state = state._replace(steps=state.steps + 1)
+        asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
+        state = state._replace(steps=state.steps + 1, report=state.report.plus(asked))
         if not (everywhere(comm, math.isfinite(norm)) if comm.size > 1 else math.isfinite(norm)):
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
         if limit is not None and norm > limit:
             gradient = gradient * np.float32(limit / norm)
         d = density_at(state.steps - 1)
         large, small = joined(gradient, places.thin), joined(gradient, places.dense)
-        if not places.parts or d * comm.size > 1 or (d == 1 and not mask):
+        state = state._replace(dense_step=not places.parts or d * comm.size > 1 or (d == 1 and not mask))
+        if state.dense_step:
             large, small, state = densely(large, small, state)
         else:
             large, sparse = exchange(d).update(large, state.sparse, large)
@@ -166,6 +171,15 @@ def dgc(
         return large, small, state._replace(sparse=state.sparse._replace(moved=moved))
 
     return Transform(init, update)
+
+
+def sent(state: DgcState) -> Sent:
+    """What a rank sent in its last step that was not left out; of a dense one the elements, and 4 bytes each."""
+    found = sent_sparsely(state.sparse)._replace(skipped=state.skipped)
+    n, steps = state.sparse.residual.size + state.dense.size, state.steps - state.skipped
+    if state.dense_step:
+        return found._replace(nbytes=4 * n * bool(steps), elements=n * bool(steps), path="dense" if steps else "")
+    return found._replace(nbytes=found.nbytes + 4 * state.dense.size, elements=found.elements + state.dense.size)
 
 
 def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bool) -> tuple[Vector, Vector]:

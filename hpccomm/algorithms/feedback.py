@@ -16,6 +16,7 @@ its own to all others, by an allgather, and all add them in rank order: the same
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, fl
 from hpccomm.algorithms.exchange import ExchangeReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
 from hpccomm.collectives.sparse import gather_messages
+from hpccomm.errors import ArgumentError
 from hpccomm.kernels.fastest import compression as kernels
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ class Sent(NamedTuple):
     """Of what is kept."""
     skipped: int
     """Steps left out so far."""
+    path: str
+    """How it went: "allgather" of messages, "two phases" of bits, "dense" allreduce, "" before the first step."""
 
 
 def feedback(
@@ -83,10 +87,13 @@ def feedback(
     whose ranks vote concludes by the vote.  If any rank's gradient is not finite, no rank steps and no state changes
     but ``skipped``.
 
-    Each rank sends its messages to all others, 8 bytes each with their lengths, and 16 more; :func:`sent` tells of it.
-    Where a run goes on with another number of ranks, :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what
-    is pending.  Raises ArgumentError for gradients that are not
-    flat float32, and on all ranks where they bring different compressors.
+    Each rank sends its messages to all others, 8 bytes each with their lengths, and 16 more, with momentum 32;
+    :func:`sent` tells of it.  Where a run goes on with another number of ranks,
+    :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what is pending.
+
+    Raises ArgumentError for gradients that are not flat float32, and on all ranks where they bring different
+    compressors or a message is damaged.  The state is then as it was, but that u and v have moved on where a message
+    was damaged on its way: go on from a checkpoint.
     """
     check_decay("feedback: momentum", momentum)
     require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
@@ -104,11 +111,12 @@ def feedback(
     def update(gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
         check_alike(gradient, weights)
         began = time.perf_counter()
-        fine = kernels().all_finite(flat(gradient, compressor.name))
-        if momentum and comm.size > 1:
-            fine = everywhere(comm, fine)  # u and v change where they are
+        fine, asked = kernels().all_finite(flat(gradient, compressor.name)), 0
+        if momentum:
+            fine, asked = agreed(comm, fine, compressor.name)  # u and v change where they are
         messages = encoded(gradient, state) if fine else None
         letters, nbytes = exchanged(comm, messages)
+        nbytes += asked
         if letters is None:
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.plus(cost))
@@ -147,7 +155,8 @@ def sent(state: FeedbackState) -> Sent:
     headers = [header_of(each, "sent") for each in state.headers if each.any()]
     nbytes = sum(HEADER_BYTES + each.nbytes for each in headers)
     scale = max((each.scale for each in headers), default=0.0)
-    return Sent(nbytes, sum(each.named for each in headers), scale, norm, state.skipped)
+    path = "allgather" if state.steps else ""
+    return Sent(nbytes, sum(each.named for each in headers), scale, norm, state.skipped, path)
 
 
 def everywhere(comm: MPI.Intracomm, fine: bool) -> bool:
@@ -157,6 +166,22 @@ def everywhere(comm: MPI.Intracomm, fine: bool) -> bool:
     told = np.empty(1, np.uint8)
     comm.Allreduce(np.array([fine], np.uint8), told, MPI.MIN)
     return bool(told[0])
+
+
+def agreed(comm: MPI.Intracomm, fine: bool, name: str) -> tuple[bool, int]:
+    """Whether it is so on all ranks, and the bytes that this one sends to ask (collective).
+
+    Raises ArgumentError on all ranks where they bring different compressors.
+    """
+    if comm.size == 1:
+        return fine, 0
+    mine, rows = np.array([fine, zlib.crc32(name.encode())]), np.empty((comm.size, 2), np.int64)
+    comm.Allgather(mine, rows)
+    for rank in np.flatnonzero(rows[:, 1] != rows[0, 1]):
+        raise ArgumentError(
+            f"{name}: ranks 0 and {rank} use different compressors: make them the same, nothing was sent"
+        )
+    return bool(rows[:, 0].all()), mine.nbytes * (comm.size - 1)
 
 
 def exchanged(comm: MPI.Intracomm, messages: Sequence[Message] | None) -> tuple[list[list[Message]] | None, int]:

@@ -31,8 +31,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.compressors import flat, onebit
-from hpccomm.algorithms.exchange import ExchangeReport, averaged
-from hpccomm.algorithms.feedback import everywhere, feedback
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, averaged
+from hpccomm.algorithms.feedback import Sent, everywhere, feedback
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, check_decay, require, scale
 from hpccomm.buckets import Bucket
 from hpccomm.collectives.onebit import onebit_allreduce, server_elements
@@ -69,6 +69,8 @@ class OneBitAdamState(NamedTuple):
     """(L,) by what each tensor's momentum is multiplied before it is sent; none without a bucket."""
     worker: Vector
     server: Vector
+    scale: float
+    """What this rank's signs stood for last, 0 while steps are dense."""
     skipped: int
     """Steps that all ranks left out because a gradient was not finite."""
     report: ExchangeReport
@@ -110,12 +112,14 @@ def onebit_adam(
         require(bucket is None or weights.size == bucket.size, "onebit_adam: pass weights of the bucket's size")
         server = np.zeros(server_elements(weights.size, comm.rank, comm.size), np.float32)
         scales = np.ones(len(places), np.float32)
-        return OneBitAdamState(0, zeros, zeros.copy(), scales, zeros.copy(), server, 0, ExchangeReport())
+        return OneBitAdamState(0, zeros, zeros.copy(), scales, zeros.copy(), server, 0.0, 0, ExchangeReport())
 
     def update(gradient: Vector, state: OneBitAdamState, weights: Vector) -> tuple[Vector, OneBitAdamState]:
         check_alike(gradient, weights)
         began = time.perf_counter()
         fine = kernels().all_finite(flat(gradient, "onebit_adam"))
+        asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
+        state = state._replace(report=state.report.plus(asked))
         if not (everywhere(comm, fine) if comm.size > 1 else fine):
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
         one, two = np.float32(1 - b1), np.float32(1 - b2)
@@ -133,6 +137,7 @@ def onebit_adam(
             moment, nbytes = found.mean, found.bytes_sent
             moment /= factors
             variance = state.variance
+            state = state._replace(scale=found.scale)
         rate = lr(state.steps) if callable(lr) else lr
         still = variance == 0
         step = np.where(still, np.float32(0), moment / np.where(still, 1, np.sqrt(variance) + np.float32(eps)))
@@ -145,6 +150,16 @@ def onebit_adam(
     return Transform(init, update)
 
 
+def sent(state: OneBitAdamState | OneBitLambState) -> Sent:
+    """What a rank said in its last step that was not left out: of n elements 4n bytes densely, then n/8 and a scale."""
+    n = state.worker.size if state.steps else 0
+    norm = float(np.sqrt(np.square(state.worker, dtype=np.float64).sum()))
+    thin = state.scale > 0
+    nbytes = 4 + -(-n // 8) if thin else 4 * n
+    path = "two phases" if thin else "dense" if state.steps else ""
+    return Sent(nbytes, n, state.scale, norm, state.skipped, path)
+
+
 COEFFICIENTS = (0.01, 10.0)
 """Bounds of a tensor's trust ratio while it is learnt."""
 FACTORS = (0.5, 4.0)
@@ -154,7 +169,7 @@ FACTOR_CHANGE = 0.1
 
 
 class OneBitLambState(NamedTuple):
-    """Where a rank stands; all but the errors is the same on all ranks."""
+    """Where a rank stands; all but the errors and ``scale`` is the same on all ranks."""
 
     steps: int
     mean: Vector
@@ -171,6 +186,8 @@ class OneBitLambState(NamedTuple):
     """(L,) by what each tensor's momentum is multiplied before it is sent."""
     worker: Vector
     server: Vector
+    scale: float
+    """What this rank's signs stood for last, 0 while steps are dense."""
     skipped: int
     """Steps that all ranks left out because a gradient was not finite."""
     report: ExchangeReport
@@ -218,12 +235,14 @@ def onebit_lamb(
         server = np.zeros(server_elements(weights.size, comm.rank, comm.size), np.float32)
         ones = np.ones(len(places))
         scales = ones.astype(np.float32)
-        return OneBitLambState(0, m, v, fresh, ones, ones, scales, worker, server, 0, ExchangeReport())
+        return OneBitLambState(0, m, v, fresh, ones, ones, scales, worker, server, 0.0, 0, ExchangeReport())
 
     def update(gradient: Vector, state: OneBitLambState, weights: Vector) -> tuple[Vector, OneBitLambState]:
         check_alike(gradient, weights)
         began = time.perf_counter()
         fine = kernels().all_finite(flat(gradient, "onebit_lamb"))
+        asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
+        state = state._replace(report=state.report.plus(asked))
         if not (everywhere(comm, fine) if comm.size > 1 else fine):
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
         state, direction, rates, nbytes = (warm if state.steps < freeze_step else frozen)(gradient, state, weights)
@@ -247,8 +266,8 @@ def onebit_lamb(
     def frozen(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
         own: Vector = np.float32(b1) * state.mean + np.float32(1 - b1) * gradient
         scales = spread_over(state.scales, places)
-        sent = onebit_allreduce(comm, own * scales, state.worker, state.server)
-        moment: Vector = sent.mean / scales
+        found = onebit_allreduce(comm, own * scales, state.worker, state.server)
+        moment: Vector = found.mean / scales
         said = (moment - np.float32(b1) * state.mean) / np.float32(1 - b1)
         fresh: Vector = np.float32(b2) * state.fresh + np.float32(1 - b2) * said * said
         growth = (np.sqrt(state.variance) + np.float32(eps)) / (np.sqrt(fresh) + np.float32(eps))
@@ -256,8 +275,8 @@ def onebit_lamb(
         last = state.factors
         factors = np.clip(np.clip(most, *FACTORS), last * (1 - FACTOR_CHANGE), last * (1 + FACTOR_CHANGE))
         direction = adapted(moment, state.variance, weights)
-        state = state._replace(mean=moment, fresh=fresh, factors=factors)
-        return state, direction, state.ratios * factors, sent.bytes_sent
+        state = state._replace(mean=moment, fresh=fresh, factors=factors, scale=found.scale)
+        return state, direction, state.ratios * factors, found.bytes_sent
 
     def adapted(moment: Vector, variance: Vector, weights: Vector) -> Vector:
         """u; 0 where the variance is."""

@@ -103,8 +103,8 @@ def powersgd(
     changes but ``skipped``.  All ranks multiply the same factors, so their steps have the same bits where their
     processors and BLAS are alike.
 
-    Where a run goes on with another number of ranks, give each old residual, times new ranks by old, to one of the new
-    ranks, the others zeros.
+    Where a run goes on with another number of ranks, :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what
+    is pending.
     """
     require(rank >= 1, f"powersgd: rank is {rank}: pass 1 or more")
     thin, dense, errors, lefts, rights = layout(bucket, rank)
