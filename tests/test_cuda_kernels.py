@@ -1,5 +1,5 @@
-"""The CUDA kernels where there is no device: NVRTC compiles every source, and the same sources, compiled for this
-processor (``cuda_on_cpu.h``), give the NumPy references' bits.
+"""The CUDA kernels: NVRTC compiles every source, and the same sources, compiled for this processor (``cuda_on_cpu.h``),
+give the NumPy references' bits; where there is a device, there too.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from test_compression_kernels import LENGTHS, numbers, same_bits
 
+from hpccomm.bench import gpu
 from hpccomm.kernels import compression_reference, cuda, optimizers_reference, reductions
 from hpccomm.kernels.cuda import ARCHITECTURES, OPTIONS, Kernels, every_reduction, reduction_source, source
+from hpccomm.transports.cuda import missing
 
 F32 = np.float32
 
@@ -127,8 +129,44 @@ class Emulated:
         getattr(self.libraries[name], kernel)(blocks, threads, addresses)
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+class OnDevice:
+    """The kernels on the device, for NumPy arrays: brought there, and back with what was written."""
+
+    def __init__(self) -> None:
+        self.kernels = cuda.kernels()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            there: dict[int, tuple[np.ndarray, Any]] = {}
+            answer = getattr(self.kernels, name)(*self.moved(list(given), there), **named)
+            for here, copy in there.values():
+                here[...] = copy.get()
+            return self.brought(answer)
+
+        return call
+
+    def moved(self, x: Any, there: dict[int, tuple[np.ndarray, Any]]) -> Any:
+        """All vectors in lists and tuples, each once; tables of bounds stay on the host."""
+        if isinstance(x, list | tuple):
+            return type(x)(self.moved(each, there) for each in x)
+        if isinstance(x, np.ndarray) and x.ndim == 1:
+            return there.setdefault(id(x), (x, self.kernels.xp.asarray(x)))[1]
+        return x
+
+    def brought(self, x: Any) -> Any:
+        """All vectors in tuples, on the host."""
+        if isinstance(x, tuple):
+            return tuple(self.brought(each) for each in x)
+        return x.get() if hasattr(x, "get") else x
+
+
+PLACES = ["processor"] if missing() else ["processor", "device"]
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if request.param == "device":
+        return OnDevice()
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler on this machine: install g++")
@@ -224,6 +262,15 @@ def test_every_16_bit_float_is_read_and_written_exactly(kernels: Kernels, code: 
         reductions.reduce("sum", dtype, [every, other], expected)
     kernels.reduce("sum", dtype, [every, other], out)
     assert same_bits(without_payloads(out, code), without_payloads(expected, code))
+
+
+@pytest.mark.parametrize("task", gpu.TASKS, ids=lambda task: task.title)
+def test_steps_that_are_measured_on_a_device_run(kernels: Any, task: gpu.Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ELEMENTS", 4104)
+    if isinstance(kernels, OnDevice):
+        task.ours(kernels.kernels.xp, kernels.kernels)()
+    else:
+        task.ours(np, kernels)()
 
 
 # Compression

@@ -14,7 +14,7 @@ from stand_in import StandIn
 import hpccomm
 from hpccomm import ArgumentError, TransportError
 from hpccomm.__main__ import main
-from hpccomm.bench import loop
+from hpccomm.bench import gpu, loop
 from hpccomm.bench.loop import Options, measure
 from hpccomm.commands import bench, info
 from hpccomm.testing.jobs import run_under_mpi
@@ -197,3 +197,59 @@ def test_a_library_without_a_driver_is_told_from_a_missing_device(
             cuda.device.__wrapped__()
     finally:
         cuda.missing.cache_clear()
+
+
+# The run on a device
+
+
+def results(**changed: Any) -> gpu.Results:
+    """Made up."""
+    rows = {
+        (2, "staged"): ([{"bytes": 1024, "p50_us": 40.4, "validated": True}, big(9000.0)], ""),
+        (2, "ipc"): ([big(1500.0)], ""),
+        (2, "nccl"): ([], "ranks share a device"),
+        (4, "staged"): ([{**big(9.0), "validated": False}], ""),
+    }
+    speeds = [gpu.Speed("copy", 50.0, 1.0, None), gpu.Speed("a step", 100.0, 0.8125, 612.0)]
+    found = gpu.Results("NVIDIA X", "CUDA driver 13000", "12 passed", speeds, rows, 100.4, "2026-01-02")
+    return found._replace(**changed)
+
+
+def big(us: float) -> dict[str, Any]:
+    return {"bytes": 64 << 20, "p50_us": us, "validated": True}
+
+
+def test_the_page_says_what_was_measured_and_what_was_meant() -> None:
+    lines = gpu.page(results()).splitlines()
+    assert lines[0] == "# NVIDIA X"
+    assert lines[2].startswith("`scripts/test_gpu`, 2026-01-02, 100 s; CUDA driver 13000;")
+    assert "| copy | 50 | 100% | - | - |" in lines
+    assert "| a step | 100 | 81% | 612 | 6.1× |" in lines
+    assert lines.index("| bytes | staged | ipc |") < lines.index("| 1024 | 40 | - |")
+    assert "| 67108864 | 9000 | 1500 |" in lines
+    assert "| 67108864 | 9 (wrong) |" in lines
+    assert "nccl: ranks share a device" in lines
+    assert "At 64 MiB on 2 ranks IPC or NCCL is 6.0 times as fast as staging; meant: 4." in lines
+    assert "as fast as staging" not in gpu.page(results(collectives={(2, "ipc"): ([big(1.0)], "")}))
+
+
+@pytest.mark.usefixtures("nothing")
+def test_the_run_on_a_device_says_that_there_is_none(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"scripts/test_gpu needs a device: {NONE}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_run_on_a_device_writes_a_page_named_after_it(
+    device: StandIn, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = results()
+    monkeypatch.setattr(device, "name", "NVIDIA X 9", raising=False)
+    monkeypatch.setattr(gpu, "speeds", lambda: iter(made.kernels))
+    monkeypatch.setattr(gpu, "allreduces", lambda ranks, way: made.collectives.get((ranks, way), ([], "none")))
+    for said, status in (("12 passed", 0), ("1 failed, 11 passed", 1), ("not through after 330 s", 1)):
+        monkeypatch.setattr(gpu, "tested", lambda seconds, said=said: said)
+        assert gpu.main(["--out", str(tmp_path)]) == status
+        text = (tmp_path / "gpu-nvidia-x-9.md").read_text()
+        assert text.startswith("# NVIDIA X 9\n")
+        assert f"{said}.\n" in text
