@@ -226,6 +226,17 @@ def numbers(n: int, step: int, rank: int) -> np.ndarray:
     return np.random.default_rng([n, step, rank]).normal(size=n).astype(F32)
 
 
+@pytest.mark.parametrize("n", [0, 1, 8, 9, 300])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_dgc_steps_alike_on_any_number_of_ranks(n: int, size: int) -> None:
+    def body(comm: Any) -> bytes:
+        method = dgc(comm, bucket_of(n), 0.1, warmup=4, smallest=0)
+        gradients = [numbers(n, step, comm.rank) if comm.rank != 1 else np.zeros(n, F32) for step in range(8)]
+        return steps_of(method, comm, gradients, np.zeros(n, F32))[0].tobytes()
+
+    assert len(set(run_on_ranks(size, body))) == 1
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 300])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
@@ -424,14 +435,16 @@ def test_feedback_of_everything_is_the_mean() -> None:
     run_on_ranks(3, body)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *(f"long: {name}" for name in long_runs(MATRIX))])
 def test_a_run_goes_on_from_its_state(name: str) -> None:
+    every = METHODS | {f"long: {key}": make for key, make in long_runs(bucket_of(60)).items()}
+
     def body(comm: Any) -> None:
-        method = METHODS[name](comm)
+        method = every[name](comm)
         gradients = [numbers(60, step, comm.rank) for step in range(8)]
-        whole, _, _ = steps_of(method, comm, gradients, np.zeros(60, F32))
-        weights, state, _ = steps_of(method, comm, gradients[:5], np.zeros(60, F32))
-        again = METHODS[name](comm)
+        whole, _, _ = steps_of(method, comm, gradients, np.ones(60, F32))
+        weights, state, _ = steps_of(method, comm, gradients[:5], np.ones(60, F32))
+        again = every[name](comm)
         state = load_state_dict(again.init(weights), state_dict(state))
         for each in gradients[5:]:
             step, state = again.update(each, state, weights)
@@ -482,6 +495,52 @@ def test_ranks_with_different_compressors_are_all_told(momentum: float) -> None:
         assert state.moved is None or not state.moved.any()
 
     run_on_ranks(2, body)
+
+
+class Altering:
+    """A communicator on which rank 1's message arrives altered, at the same place on all ranks."""
+
+    def __init__(self, comm: Any, place: int, octet: int) -> None:
+        self.comm, self.place, self.octet = comm, place, octet
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.comm, name)
+
+    def Allgatherv(self, mine: np.ndarray, room: Any) -> None:
+        self.comm.Allgatherv(mine, room)
+        buffer, lengths = room
+        buffer[lengths[0] + self.place] = self.octet
+
+
+@pytest.mark.parametrize(
+    ("what", "place", "octet"),
+    [
+        ("cut short", 8, 40),
+        ("magic", 16, 0),
+        ("kind", 20, 6),
+        ("n", 24, 59),
+        ("count", 32, 5),
+        ("length", 44, 44),
+        ("an index out of range", 16 + 32 + 4 * 5, 60),
+        ("unsorted indices", 16 + 32 + 4 * 5, 0),
+    ],
+)
+def test_a_message_that_arrives_altered_is_an_error_on_all_ranks_and_no_state_changes(
+    what: str, place: int, octet: int
+) -> None:
+    def body(comm: Any) -> None:
+        made = compressors.topk(0.1, code="u32")
+        method, weights = feedback(made, comm), np.zeros(60, F32)
+        _, state = method.update(numbers(60, 0, comm.rank), method.init(weights), weights)
+        before = state_dict(state)
+        with pytest.raises(ArgumentError, match="message"):
+            feedback(made, Altering(comm, place, octet)).update(numbers(60, 1, comm.rank), state, weights)
+        after = state_dict(state)
+        assert all(np.array_equal(before[path], after[path]) for path in before if not path.endswith("spare"))
+        step, _ = method.update(numbers(60, 1, comm.rank), state, weights)
+        assert step.any()
+
+    run_on_ranks(3, body)
 
 
 def test_messages_of_any_lengths_are_exchanged() -> None:

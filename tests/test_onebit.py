@@ -158,3 +158,17 @@ def test_two_phases_over_mpi(comm: Any) -> None:
     got = ours.onebit_allreduce(x, *errors(20, comm))
     np.testing.assert_array_equal(got.mean, np.full(20, F32(total) / F32(comm.size)))
     np.testing.assert_array_equal(ours.onebit_allgather(np.packbits(x > 0), comm.rank + 1, 0, 20), np.full(20, total))
+
+
+def test_two_phases_of_2_to_the_24_and_one_elements() -> None:
+    """The last element, which float32 could not count, is the only one below 0."""
+    n = (1 << 24) + 1
+
+    def exchange(comm: Any) -> tuple[np.ndarray, float]:
+        x = np.ones(n, np.float32)
+        x[-1] = -1
+        found = onebit.onebit_allreduce(comm, x, np.zeros(n, np.float32), errors(n, comm)[1])
+        return np.flatnonzero(found.mean != 1), float(found.mean[-1])
+
+    for other, last in run_on_ranks(2, exchange):
+        assert (other.tolist(), last) == ([n - 1], -1.0)
