@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from hpccomm.algorithms import mics as mics_module
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import lars
 from hpccomm.algorithms.mics import (
@@ -491,9 +492,13 @@ def test_the_smallest_partition_that_fits() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "size", "each"), [(4, 4, 2), (6, 6, 3), (6, 6, 2), (8, 4, 2), (8, 8, 4)])
-@pytest.mark.parametrize("dtype", ["f4", "f2"])
-def test_groups_of_whole_nodes_take_the_steps_of_flat_ones(ranks: int, size: int, each: int, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "short"), [("f4", 1 << 18), ("f4", 0), ("f2", 1 << 18), ("f2", 0)])
+def test_groups_of_whole_nodes_take_the_steps_of_flat_ones(
+    ranks: int, size: int, each: int, dtype: str, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit: sums are exact, and units of 21, 25, 1 and 22 elements are no multiples of the group."""
+
+    monkeypatch.setattr(mics_module, "SHORT_BYTES", short)
 
     def body(comm: Any, **how: Any) -> Any:
         states = mics(comm, first_weights(), OPTIMIZERS["adamw"], size, dtype=dtype, **how)

@@ -351,6 +351,8 @@ def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
     from hpccomm.bench.plot import COLOURS
 
     shown = [each for each in SETTINGS if any(record["what"] == each.name for record in records)]
+    if not shown:
+        return
     figure = Figure(figsize=(4.2 * len(shown), 4), layout="constrained")
     FigureCanvasSVG(figure)
     for axes, setting in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
