@@ -148,9 +148,7 @@ def momentum_select(
         return index, reference.take(index, momentum, velocity, mask), True
     if index.size > k:
         chosen = keep_largest(values, k)
-        back = index[~chosen]
-        velocity[back] = values[~chosen]
-        momentum[back] = kept[~chosen]
+        machine_code("put_back")(at(index), at(values), at(kept), at(chosen), index.size, at(momentum), at(velocity))
         index, values = index[chosen], values[chosen]
     return index, values, True
 
@@ -162,8 +160,9 @@ def sampled_velocity_threshold(
     plan = reference.sample_plan(gradient.size, k, step)
     if plan is None:
         return 0.0
-    g, u, v = (sample(each, plan) for each in (gradient, momentum, velocity))
-    reference.accumulate(g, u, v, m, nesterov)
+    v = np.empty(plan.lines * reference.LINE, np.float32)
+    starts = [at(each) + plan.start * each.itemsize for each in (gradient, momentum, velocity)]
+    machine_code("sample_velocity")(*starts, m, nesterov, plan.stride, plan.lines, at(v))
     return ranked_magnitude(v, plan.rank)
 
 

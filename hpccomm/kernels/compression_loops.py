@@ -316,6 +316,24 @@ def sample(x, stride, lines, to):
         store(to + 64 * j, load(x + 4 * j * stride))
 
 
+@loop("void(int64, int64, int64, float32, int64, int64, int64, int64)")
+def sample_velocity(gradient, momentum, velocity, m, nesterov, stride, lines, to):
+    factor = splat(m)
+    for j in range(lines):
+        at = 4 * j * stride
+        g, u, v = load(gradient + at), load(momentum + at), load(velocity + at)
+        store(to + 64 * j, (v + (u + g) * factor) + g if nesterov else v + (u * factor + g))
+
+
+@loop("void(int64, int64, int64, int64, int64, int64, int64)")
+def put_back(index, values, kept_momentum, keep, count, momentum, velocity):
+    for i in range(count):
+        if not octets(keep)[i]:
+            j = words(index)[i]
+            floats(velocity)[j] = floats(values)[i]
+            floats(momentum)[j] = floats(kept_momentum)[i]
+
+
 @register_jitable
 def word_of(x):
     """The bits of a magnitude, which are in the order of magnitudes."""
