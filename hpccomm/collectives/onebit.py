@@ -62,9 +62,9 @@ def onebit_allgather(comm: Any, bits: Octets, plus: float, minus: float, n: int)
         problem = NOT_FLAT
     agree(wire, "onebit_allgather", problem, 0, n=n)
     letters = gather_messages(wire, np.concatenate([scales.view(np.uint8), bits]))
-    total = np.zeros(n, np.float32)
+    total = np.empty(n, np.float32)
     meanings = [each[:8].copy().view(np.float32) for each in letters]
-    kernels().add_signs([(each[8:], *two) for each, two in zip(letters, meanings, strict=True)], total)
+    kernels().add_signs([(each[8:], *two) for each, two in zip(letters, meanings, strict=True)], total, fresh=True)
     return total
 
 
@@ -90,14 +90,14 @@ def onebit_allreduce(comm: Any, x: Vector, worker_error: Vector, server_error: V
     cuts = even_cuts(x.size, wire.size)
     parts = [slice(int(lo), int(hi)) for lo, hi in pairwise(cuts)]
     letters = [signs_kept(worker_error[part], x[part], scale) for part in parts]
-    mine = np.zeros(server_error.size, np.float32)
-    kernels().add_signs([read(each) for each in wire.deal(letters)], mine)
+    mine = np.empty(server_error.size, np.float32)
+    kernels().add_signs([read(each) for each in wire.deal(letters)], mine, fresh=True)
     mine /= np.float32(wire.size)
     answer = signs_kept(server_error, mine, mean_magnitude(server_error, mine))
     lengths = np.array([letter.size for letter in letters], np.int64)
-    mean = np.zeros(x.size, np.float32)
+    mean = np.empty(x.size, np.float32)
     for part, letter in zip(parts, gathered(wire, answer, lengths), strict=True):
-        kernels().add_signs([read(letter)], mean[part])
+        kernels().add_signs([read(letter)], mean[part], fresh=True)
     return OneBitMean(mean, scale, wire.bytes_sent)
 
 

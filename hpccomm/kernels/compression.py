@@ -195,12 +195,12 @@ def pack_signs_feedback(
     loop(at(residual), at(gradient), at(out), plus, minus, at(bits), residual.size)
 
 
-def add_signs(messages: Sequence[tuple[Octets, float, float]], out: Vector) -> None:
+def add_signs(messages: Sequence[tuple[Octets, float, float]], out: Vector, fresh: bool = False) -> None:
     """:func:`reference.add_signs`, all messages in one pass."""
     addresses = np.array([at(bits) for bits, _, _ in messages], np.int64)
     plus = np.array([high for _, high, _ in messages], np.float32)
     minus = np.array([low for _, _, low in messages], np.float32)
-    machine_code("add_signs")(at(addresses), at(plus), at(minus), len(messages), at(out), out.size)
+    machine_code("add_signs")(at(addresses), at(plus), at(minus), len(messages), fresh, at(out), out.size)
 
 
 def majority(messages: Sequence[Octets], n: int) -> Octets:

@@ -576,8 +576,9 @@ LINE = 512
 """Elements that 64 bytes of bits speak of."""
 
 
-@loop("void(int64, int64, int64, int64, int64, int64)")
-def add_signs(addresses, plus, minus, k, out, n):
+@loop("void(int64, int64, int64, int64, int64, int64, int64)")
+def add_signs(addresses, plus, minus, k, fresh, out, n):
+    nothing = splat(F32(0))
     turned = np.empty(64 * k, np.uint8)
     masks = turned.ctypes.data
     end = n - n % LINE
@@ -586,8 +587,10 @@ def add_signs(addresses, plus, minus, k, out, n):
             turn_line(longs(addresses)[j] + begin // 8, masks + 64 * j)
         for part in range(0, LINE, 128):
             at = out + 4 * (begin + part)
-            a, b, c, d = load(at), load(at + 64), load(at + 128), load(at + 192)
-            e, f, g, h = load(at + 256), load(at + 320), load(at + 384), load(at + 448)
+            a = b = c = d = e = f = g = h = nothing
+            if not fresh:
+                a, b, c, d = load(at), load(at + 64), load(at + 128), load(at + 192)
+                e, f, g, h = load(at + 256), load(at + 320), load(at + 384), load(at + 448)
             for j in range(k):
                 mask = masks + 64 * j + part // 8
                 high, low = splat(floats(plus)[j]), splat(floats(minus)[j])
@@ -608,7 +611,7 @@ def add_signs(addresses, plus, minus, k, out, n):
             store(at + 384, g)
             store(at + 448, h)
     for i in range(end, n):
-        total = floats(out)[i]
+        total = F32(0) if fresh else floats(out)[i]
         for j in range(k):
             yes = octets(longs(addresses)[j])[i // 8] >> (7 - i % 8) & 1
             total += floats(plus)[j] if yes else floats(minus)[j]

@@ -311,8 +311,10 @@ def pack_signs_feedback(
     out[...] = p - np.where(above, F32(plus), F32(minus))
 
 
-def add_signs(messages: Sequence[tuple[Octets, float, float]], out: Vector) -> None:
-    """Add 1-bit messages (bits, plus, minus) one after the other."""
+def add_signs(messages: Sequence[tuple[Octets, float, float]], out: Vector, fresh: bool = False) -> None:
+    """Add 1-bit messages (bits, plus, minus) one after the other; ``fresh`` memory counts as zeros."""
+    if fresh:
+        out[...] = 0
     for bits, plus, minus in messages:
         out += np.where(np.unpackbits(bits, count=out.size).view(bool), F32(plus), F32(minus))
 
