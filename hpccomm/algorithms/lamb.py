@@ -74,6 +74,8 @@ def lamb(
     check_range("ratio_clip", ratio_clip)
     check_range("weight_clip", weight_clip)
     here = layers("lamb", bucket, part, decay, adapt)
+    whole = [here.rows]
+    groups = whole if norm_reduce is not None else list(here.groups())
 
     def ratios(rows: Rows, sums: Any) -> Any:
         norm = norms(sums, rows, here.tensors, norm_reduce)
@@ -88,16 +90,15 @@ def lamb(
         check_vectors("lamb", here, gradient, weights)
         g, w, real, code = in_order(gradient), in_order(weights), weights.dtype.type, weights.dtype.str[1:]
         t = state.updates + 1
-        whole = (1 - b1**t, 1 - b2**t)
-        k1, k2 = whole if bias_correction is True else (1.0, 1.0)
+        seen = (1 - b1**t, 1 - b2**t)
+        k1, k2 = seen if bias_correction is True else (1.0, 1.0)
         gamma = float(lr(int(state.updates)) if callable(lr) else lr)
-        last = real(-gamma * math.sqrt(whole[1]) / whole[0] if bias_correction == "in_step" else -gamma)
+        last = real(-gamma * math.sqrt(seen[1]) / seen[0] if bias_correction == "in_step" else -gamma)
         scale = shrink(grad_norm, max_norm, g, norm_reduce)
         numbers = [real(each) for each in (scale, b1, 1 - b1, b2, 1 - b2, k1, k2, eps)]
-        groups = list(here.groups()) if norm_reduce is None else [here.rows]
         placed = [each.stop - each.first for each in groups if norm_reduce is not None or each.adapt.any()]
         room = np.empty(max(placed, default=0), w.dtype) if step is None else step
-        for rows in groups:
+        for rows in groups if placed or step is not None else whole:
             part, rates = slice(rows.first, rows.stop), (weight_decay * rows.decay).astype(w.dtype)
             if step is None and norm_reduce is None and not rows.adapt.any():
                 kernel("adam_step", code)(

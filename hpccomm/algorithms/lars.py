@@ -89,6 +89,7 @@ def lars(
     require(trust > 0, f"lars: trust is {trust}: pass a positive number; 0.001 is usual")
     require(max_norm is None or max_norm > 0, f"lars: max_norm is {max_norm}: pass a positive number, or None")
     here = layers("lars", bucket, part, decay, adapt)
+    groups = [here.rows] if norm_reduce is not None else list(here.groups())
 
     def ratios(rows: Rows, sums: Any, gamma: float) -> Any:
         norm = norms(sums, rows, here.tensors, norm_reduce)
@@ -122,7 +123,7 @@ def lars(
         g, w = in_order(gradient), in_order(weights)
         gamma = float(lr(state.updates) if callable(lr) else lr)
         scale = shrink("none" if max_norm is None else "clip", max_norm or 1.0, g, norm_reduce)
-        for rows in here.groups() if norm_reduce is None else [here.rows]:
+        for rows in groups:
             part = slice(rows.first, rows.stop)
             group(rows, g[part], state.velocity[part], w[part], None if step is None else step[part], gamma, scale)
         if step is not None:
