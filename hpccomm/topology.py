@@ -70,6 +70,23 @@ def fast_networks(folder: Path = Path("/sys/class")) -> list[str]:
     return sorted(each.name for kind in ("infiniband", "cxi") for each in (folder / kind).glob("*"))
 
 
+def ethernets(folder: Path = Path("/sys/class/net")) -> list[str]:
+    """Ethernet links of this host that are up."""
+    return sorted(
+        each.name
+        for each in folder.glob("*")
+        if words_of(each / "type") == "1" and words_of(each / "operstate") == "up"
+    )
+
+
+def words_of(file: Path) -> str:
+    """What the system says in a file; nothing where it says nothing."""
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
 def discover(comm: Any, node: Any, name: str) -> Topology:
     """Find out where the ranks of ``comm`` live (collective).
 

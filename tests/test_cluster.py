@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from hpccomm.errors import LaunchError
+from hpccomm.launcher import library
 from hpccomm.testing import cluster as clusters
 from hpccomm.testing.cluster import Cluster, missing, placed, rate_of
+from hpccomm.topology import ethernets
 
 COMMAND = [sys.executable, "-m", "hpccomm.testing.cluster"]
 needs_namespaces = pytest.mark.skipif(bool(missing()), reason=missing() or "namespaces are to be had")
@@ -120,6 +122,39 @@ def test_nodes_are_nodes_to_mpi_and_nothing_is_left(name: str) -> None:
         assert found["block"] == [[0, 1, 1, 2], ["n0", "n1", "n2"], [True] * 4]
         assert found["cyclic"] == [[0, 1, 2, 0, 1, 2], ["n0", "n1", "n2"], [True] * 6]
     assert left_behind(name) == []
+
+
+@needs_namespaces
+def test_nodes_with_several_links_use_all_of_them(name: str) -> None:
+    program = f"{REPORT}\nfrom hpccomm.topology import ethernets\nassert ethernets() == ['eth0', 'eth1']\n"
+    with Cluster(2, "1gbit", name, nics=2) as cluster:
+        with pytest.raises(LaunchError, match="is up with 2 nodes at 1gbit x 2"):
+            Cluster(2, "1gbit", name).up()
+        before = sent_by_switch(name)
+        done = cluster.run(["-c", program], 2, capture_output=True, text=True, timeout=120)
+        assert json.loads(done.stdout) == [[0, 0, 1, 1], ["n0", "n1"], [True] * 4], done.stderr
+        carried = [after - first for first, after in zip(before, sent_by_switch(name), strict=True)]
+    assert len(carried) == 4
+    assert library().family.name != "Open MPI" or min(carried) > 200_000
+    with pytest.raises(LaunchError, match="take 1 to 8 links"):
+        Cluster(2, "", name, nics=9).up()
+    assert left_behind(name) == []
+
+
+def sent_by_switch(name: str) -> list[int]:
+    """Bytes that each port of the switch has sent to a node."""
+    words = ["ip", "-n", f"{name}-switch", "-s", "-j", "link", "show", "type", "veth"]
+    found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    return [each["stats64"]["tx"]["bytes"] for each in found]
+
+
+def test_links_that_are_up_are_seen(tmp_path: Path) -> None:
+    for link, kind, state in (("eth0", 1, "up"), ("eth1", 1, "down"), ("lo", 772, "unknown"), ("eth2", 1, "up")):
+        (tmp_path / link).mkdir()
+        (tmp_path / link / "type").write_text(f"{kind}\n")
+        (tmp_path / link / "operstate").write_text(f"{state}\n")
+    (tmp_path / "bonding_masters").touch()
+    assert ethernets(tmp_path) == ["eth0", "eth2"]
 
 
 @needs_namespaces

@@ -101,13 +101,14 @@ def launch(comm: Any) -> dict[str, str]:
 
 def transports(comm: Any) -> dict[str, str]:
     """What there is to carry bytes."""
-    from hpccomm.topology import fast_networks
+    from hpccomm.topology import ethernets, fast_networks
 
     resources = comm.resources
+    links = ", ".join(ethernets()) or "none is up"
     where = "yes" if comm.topology.count == 1 else "inside the nodes, by the hierarchical allreduce"
     return {
         "messages": "point-to-point, signature of the call in the tag",
-        "network": ", ".join(fast_networks()) or "no device but Ethernet's: what is shipped for TCP counts",
+        "network": ", ".join(fast_networks()) or f"Ethernet ({links}): what is shipped for TCP counts",
         "shared memory": where if resources.node_memory else "no" if comm.size > 1 else "not needed (one rank)",
         "roll call": "ranks of a node compare their calls" if resources.roll else "off",
     }

@@ -1,9 +1,9 @@
 """``scripts/cluster``: a cluster of several nodes on one machine, for whoever has one machine.
 
-*A node is a network namespace; its ranks see a host name of their own and one link, ``eth0``, of a given rate in either
-direction, to a switch that all nodes hang on.*  MPI takes the nodes for what they seem: shared memory inside, TCP
-between.  Everything lies in namespaces made here, the switch too: the machine's own network is not touched, and
-nothing sent reaches it.
+*A node is a network namespace; its ranks see a host name of their own and a link, ``eth0``, or several of them, of a
+given rate in either direction; each leads to a switch that all nodes hang on.*  MPI takes the nodes for what they seem:
+shared memory inside, TCP between.  Everything lies in namespaces made here, the switches too: the machine's own network
+is not touched, and nothing sent reaches it.
 
 ::
 
@@ -41,10 +41,10 @@ FOLDER = Path("/run/hpccomm")
 """Where the state of each cluster lies, in a folder by its name."""
 HOSTS = Path("/etc/netns")
 """Here ``ip netns exec`` looks for files that stand for those of /etc inside a namespace."""
-NETWORK = "10.77.0."
-"""Addresses of the nodes, in their namespaces only."""
+NETWORK = "10.77."
+"""Addresses of the nodes, in their namespaces only: then the link, then the node."""
 FIRST = 10
-MOST_NODES = 200
+MOST_NODES, MOST_NICS = 200, 8
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
 PLACEMENTS = ("block", "cyclic", "random")
 BURST_SECONDS, LEAST_BURST = 1.5e-3, 16384
@@ -60,15 +60,19 @@ class Made(NamedTuple):
     name: str
     nodes: int
     rate: str
+    nics: int = 1
     processes: tuple[int, ...] = ()
     """Daemons, each the leader of its session."""
 
 
 class Cluster:
-    """Nodes that are namespaces.  ``rate`` is tc's (``1gbit``, ``100mbit``) or ``""`` for links without limit."""
+    """Nodes that are namespaces, each with ``nics`` links to the others.
 
-    def __init__(self, nodes: int = 4, rate: str = "1gbit", name: str = "hpc") -> None:
-        self.made = Made(name, nodes, rate)
+    ``rate`` is that of a link, as tc says it (``1gbit``, ``100mbit``), or ``""`` for links without limit.
+    """
+
+    def __init__(self, nodes: int = 4, rate: str = "1gbit", name: str = "hpc", nics: int = 1) -> None:
+        self.made = Made(name, nodes, rate, nics)
 
     @classmethod
     def standing(cls, name: str = "hpc") -> Cluster:
@@ -108,9 +112,14 @@ class Cluster:
         """The namespace of a host."""
         return f"{self.made.name}-{host}"
 
-    def address(self, host: str) -> str:
+    @property
+    def devices(self) -> list[str]:
+        """Every node's links."""
+        return [f"eth{link}" for link in range(self.made.nics)]
+
+    def address(self, host: str, link: int = 0) -> str:
         """Where a host is to be reached, inside the namespaces."""
-        return f"{NETWORK}{FIRST + self.hosts.index(host)}"
+        return f"{NETWORK}{link}.{FIRST + self.hosts.index(host)}"
 
     @property
     def namespaces(self) -> list[str]:
@@ -125,6 +134,8 @@ class Cluster:
         if reason:
             raise LaunchError(reason)
         rate_of(self.made.rate)
+        if not 1 <= self.made.nics <= MOST_NICS:
+            raise LaunchError(f"--nics {self.made.nics}: take 1 to {MOST_NICS} links a node")
         if not 1 <= self.made.nodes <= MOST_NODES or not re.fullmatch(r"[a-z][a-z0-9]{0,7}", self.made.name):
             raise LaunchError(
                 f"{self.made.nodes} nodes named {self.made.name!r}: take 1 to {MOST_NODES} nodes, and a name of up to "
@@ -146,9 +157,10 @@ class Cluster:
 
     def compare(self, standing: Made) -> None:
         """Refuse another cluster of the same name."""
-        if standing[:3] != self.made[:3]:
+        if standing[:4] != self.made[:4]:
+            rate = (standing.rate or "full speed") + (f" x {standing.nics}" if standing.nics > 1 else "")
             raise LaunchError(
-                f"cluster {standing.name!r} is up with {standing.nodes} nodes at {standing.rate or 'full speed'}: "
+                f"cluster {standing.name!r} is up with {standing.nodes} nodes at {rate}: "
                 f"scripts/cluster down --name {standing.name} first, or take another --name"
             )
         self.made = standing
@@ -165,19 +177,29 @@ class Cluster:
         switch = self.namespace("switch")
         lines = [f"netns add {each}" for each in self.namespaces]
         batch(lines)
-        batch(["link add br0 type bridge", "link set br0 up", "link set lo up"], switch)
+        batch(["link set lo up"], switch)
+        for link in range(self.made.nics):
+            batch([f"link add br{link} type bridge", f"link set br{link} up"], switch)
         table = "".join(f"{self.address(host)} {host}\n" for host in self.hosts)
         for k, host in enumerate(self.hosts):
             inside = self.namespace(host)
-            batch([f"link add v{k} type veth peer name eth0 netns {inside}", f"link set v{k} master br0 up"], switch)
-            batch(["link set lo up", f"addr add {self.address(host)}/24 dev eth0", "link set eth0 up"], inside)
-            for namespace, device in ((inside, "eth0"), (switch, f"v{k}")):
-                shape(namespace, device, self.made.rate)
+            batch(["link set lo up"], inside)
+            for link, device in enumerate(self.devices):
+                self.connect(host, device, f"v{k}" if link == 0 else f"v{k}.{link}", link)
             (HOSTS / inside).mkdir(parents=True)
             (HOSTS / inside / "hosts").write_text(f"127.0.0.1 localhost\n{table}", encoding="utf-8")
         agent = self.folder / "agent"
         agent.write_text(AGENT.format(name=self.made.name, private=PRIVATE), encoding="utf-8")
         agent.chmod(0o755)
+
+    def connect(self, host: str, device: str, port: str, link: int) -> None:
+        """Make one link of a host, and limit both its directions."""
+        inside, switch = self.namespace(host), self.namespace("switch")
+        made = [f"link add {port} type veth peer name {device} netns {inside}", f"link set {port} master br{link} up"]
+        batch(made, switch)
+        batch([f"addr add {self.address(host, link)}/24 dev {device}", f"link set {device} up"], inside)
+        for namespace, end in ((inside, device), (switch, port)):
+            shape(namespace, end, self.made.rate)
 
     def down(self) -> None:
         """End what runs there and take everything away; nothing happens where nothing stands."""
@@ -211,8 +233,9 @@ class Cluster:
 
     @property
     def open_mpi_settings(self) -> dict[str, str]:
-        """TCP between the nodes; its session folders in the cluster's."""
-        return OPEN_MPI_SETTINGS | {"PRTE_MCA_prte_tmpdir_base": str(self.folder)}
+        """TCP between the nodes, over all their links; its session folders in the cluster's."""
+        more = {"OMPI_MCA_btl_tcp_if_include": ",".join(self.devices), "PRTE_MCA_prte_tmpdir_base": str(self.folder)}
+        return OPEN_MPI_SETTINGS | more
 
     def start(self, host: str, command: Sequence[str], log: Path) -> None:
         """Start a daemon on a host; it ends with the cluster."""
@@ -293,7 +316,6 @@ PRIVATE = "mount -t tmpfs hpccomm /dev/shm"
 OPEN_MPI_SETTINGS = {
     "OMPI_MCA_btl": "self,sm,tcp",
     "OMPI_MCA_pml": "ob1",
-    "OMPI_MCA_btl_tcp_if_include": "eth0",
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "PRTE_MCA_prte_if_include": "eth0",
 }
@@ -408,6 +430,7 @@ def parser() -> argparse.ArgumentParser:
     up = commands.add_parser("up", help="make the nodes")
     up.add_argument("--nodes", type=int, default=4)
     up.add_argument("--rate", default="1gbit", help="of each node's link, either way; '' for no limit (default 1gbit)")
+    up.add_argument("--nics", type=int, default=1, help="links of each node, every one of that rate (default 1)")
     run = commands.add_parser("run", help="run a program on them")
     run.add_argument("--per-node", default="1", metavar="K", help="ranks of every node, or K,K,… of each")
     run.add_argument("--placement", default="block", choices=PLACEMENTS)
@@ -429,7 +452,7 @@ def act(args: argparse.Namespace) -> int:
     """Do what was asked."""
     if args.action == "up":
         began = time.monotonic()
-        cluster = Cluster(args.nodes, args.rate, args.name)
+        cluster = Cluster(args.nodes, args.rate, args.name, args.nics)
         cluster.up()
         rate = args.rate or "no limit"
         print(f"{args.nodes} nodes ({', '.join(cluster.hosts)}), links of {rate}: {time.monotonic() - began:.1f} s")
