@@ -6,13 +6,13 @@ so that every local rank drives the network; then the ranks of a node gather.  W
 the next is reduced inside, a turn later: whoever waits for messages drives all that are on their way.  Messages are
 short, so that many are on their way in both directions: Open MPI's TCP sends one way at a time above 64 KB.
 
-A short vector is reduced inside the node by everybody, and every lane carries all of it: one meeting instead of two.
-Any number of ranks on any node, in any order.
+A short vector goes by the first rank of each node alone: fewest messages.  The others wait for the result in shared
+memory, and have nothing to drive.  Any number of ranks on any node, in any order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,12 +23,17 @@ from hpccomm.collectives.engine import Combine, Lane, Plan, Round, Transport, ev
 from hpccomm.collectives.hierarchical import Lanes, twins
 from hpccomm.collectives.schedule import Algorithm
 
-SHORT_BYTES = 2048
-"""Up to here every lane carries the whole vector."""
+SHORT_BYTES = 8192
+"""Up to here one rank of each node carries the vector."""
+IDLE = 2e-3
+"""Seconds for which a rank with no message on its way waits in shared memory before it looks after MPI."""
 MESSAGE_BYTES = 57_344
 """Longest message between nodes: below 64 KB Open MPI's TCP uses both directions of a link at once."""
 SEGMENT_BYTES, MOST_SEGMENTS = 1 << 20, 16
 """What is reduced inside a node while the segment before it is between the nodes."""
+
+
+Late = Callable[[float, list[int]], None]
 
 
 class Operands(NamedTuple):
@@ -62,7 +67,10 @@ def inter_node(nodes: int, nbytes: float, lanes: int, link: Link) -> Algorithm:
 
 
 class TwoLevels:
-    """Binds allreduces of ranks on several nodes; ``memory`` is shared by the ranks of this one's node."""
+    """Binds allreduces of ranks on several nodes; ``memory`` is shared by the ranks of this one's node.
+
+    While ranks of the node are missing, ``memory.late`` has to drive messages.
+    """
 
     def __init__(self, memory: Any, transport: Transport, lanes: Lanes, link: Link) -> None:
         self.memory, self.transport, self.lanes, self.link = memory, transport, lanes, link
@@ -83,13 +91,12 @@ class TwoLevels:
         return interleaved([lane for lanes in found for lane in lanes], turns)
 
     def short(self, data: Operands, word: int, inter: Algorithm) -> Plan:
-        """Every lane carries the whole vector; ranks beyond the lanes get it in the end."""
+        """One rank of each node carries the whole vector."""
         memory, size = self.memory, data.vector.size
-        meet = memory.bind_allreduce(data.send, data.recv, size, data.kind, data.op, word)
-        lane = [Round([], [meet]), *(self.between(inter, data.vector, data.combine, word) if self.drives else [])]
-        if self.members > self.width:
-            lane.append(Round([], [memory.bind_bcast(data.recv, data.vector.nbytes, 0, word)]))
-        return interleaved([lane])
+        meet = memory.bind_reduce(data.send, data.recv, size, data.kind, data.op, 0, word)
+        lane = [Round([], [meet]), *(self.between(inter, data.vector, data.combine, word) if self.place == 0 else [])]
+        share = memory.bind_bcast(data.recv, data.vector.nbytes, 0, word, idle(memory.late))
+        return interleaved([[*lane, Round([], [share])]])
 
     def long(self, data: Operands, word: int, inter: Algorithm, segment: slice) -> Iterator[list[Round]]:
         """One segment: reduced inside, exchanged in several messages at a time, gathered inside."""
@@ -129,6 +136,11 @@ class TwoLevels:
         for step in twins(inter.steps, self.rank, self.lanes):
             if not lane.skips(step):
                 yield lane.bound(step)
+
+
+def idle(late: Late) -> Late:
+    """Look after MPI less soon."""
+    return lambda seconds, missing: late(seconds, missing) if seconds > IDLE else None
 
 
 def finished(rounds: list[Round], last: Round) -> list[Round]:
