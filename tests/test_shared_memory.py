@@ -687,3 +687,16 @@ def test_a_system_that_lets_nobody_in_is_noticed_at_once(comm: MPI.Intracomm, mo
         monkeypatch.setattr(memory, "pull", lambda *_: -1)
     with sharing(comm) as shared:
         assert not shared._reaches
+
+
+def test_short_blocks_take_the_parts_of_a_slot_in_turn() -> None:
+    """So that a rank writes where nobody has just read."""
+    state, slot = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64), 1 << 18
+    shared_memory.put(state, kernels.SLOT, slot)
+    for block in (1, 4096, 5000, 1 << 16, 1 << 18):
+        part = shared_memory.part_bytes(block, slot)
+        assert min(block, slot) <= part <= slot
+        shared_memory.put(state, kernels.PART, part)
+        places = [kernels.slot_of(state.ctypes.data, 0, k) - kernels.SLOTS for k in range(kernels.RING * slot // part)]
+        assert [place // slot for place in places] == [k % kernels.RING for k in range(len(places))]
+        assert sorted(places) == list(range(0, kernels.RING * slot, part))

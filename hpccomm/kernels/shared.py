@@ -7,7 +7,9 @@ with the intrinsics of :mod:`hpccomm.kernels.atomics` in place of those function
 
 * two *lines* that alternate from call to call: the number of the call, written last, with what belongs to the call;
 * two counters, blocks *published* and blocks *finished*, which only grow and which only their owner writes;
-* two small *buffers* that alternate from call to call, and a ring of four *slots* that goes on from call to call.
+* two small *buffers* that alternate from call to call, and a ring of four *slots* that goes on from call to call; a
+  call whose blocks fill only a part of a slot takes another part each time it comes to the slot, so that it writes
+  where nobody has just read: lines that the others' caches still hold would have to be asked back first.
 
 A call begins with a meeting: everybody writes the line and waits for all others' lines.  So who has met in call n+1
 knows that all have left call n, and lines and buffers of call n may be written again in call n+2.  When a rank leaves a
@@ -56,14 +58,14 @@ PAYLOAD_BYTES = 48
 
 # What a rank knows of the transport
 MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT = (W * i for i in range(10))
-AROUND, TRIAL, CLOCK, SPENT, PATIENCE, STATE_WORDS = (W * i for i in range(10, 16))
+AROUND, TRIAL, CLOCK, SPENT, PATIENCE, PART, STATE_WORDS = (W * i for i in range(10, 17))
 
 # What a rank knows of a call
 STATE, CALL_CHECK, CALL_SIGNATURE, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, WAY, PAST_CACHE = (
     W * i for i in range(13)
 )
-ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST, LESSON, ONCE, TABLE = (
-    W * i for i in range(13, 23)
+ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST, LESSON, ONCE, CALL_PART, TABLE = (
+    W * i for i in range(13, 24)
 )
 """From TABLE on: p words for the addresses to reduce, then what the collective needs for each rank."""
 
@@ -104,7 +106,8 @@ def buffer_of(state, q):
 
 
 def slot_of(state, q, block):
-    return region(state, q) + SLOTS + load(state + SLOT) * (block & (RING - 1))
+    size, part = load(state + SLOT), load(state + PART)
+    return region(state, q) + SLOTS + size * (block & (RING - 1)) + (part * (block // RING) & (size - 1))
 
 
 def cut(nbytes, p, q):
@@ -118,6 +121,7 @@ def cut(nbytes, p, q):
 def begin(call, state):
     """Number the call; what is to be read by the others at the meeting is written after this and before arriving."""
     store(state + CALLS, load(state + CALLS) + 1)
+    store(state + PART, load(call + CALL_PART))
     mine = line_of(state, load(state + RANK))
     store(mine + CHECK, load(call + CALL_CHECK))
     if load(mine + SIGNATURE) != load(call + CALL_SIGNATURE):

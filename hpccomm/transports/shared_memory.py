@@ -15,7 +15,7 @@ and ``close`` are collective.  Binding and running are not: what differs between
     bind_reduce(send, recv, count, dtype, op, root, signature)          recv is read on the root only
     bind_reduce_scatter(send, recv, counts, dtype, op, signature)       counts: elements of each rank
     bind_allgather(send, recv, counts, places, signature)               bytes of each rank, and where they belong
-    bind_bcast(address, nbytes, root, signature)
+    bind_bcast(address, nbytes, root, signature, late=None)
     bind_alltoall(send, recv, send_counts, send_places, recv_counts, recv_places, signature)       bytes
     bind_barrier(signature)
     bind_meeting(signature)                            before a call that goes elsewhere: meets its like, whatever it is
@@ -248,7 +248,9 @@ class SharedMemory:
         self._direct = max(kernels.PAYLOAD_BYTES, min(kernels.BUFFER, DIRECT_BYTES // self.size))
         self._region = kernels.SLOTS + kernels.RING * self._slot
         self._segment = Segment(node, self.size * self._region)
-        self._state = self._new_state(patience(node))
+        spin = patience(node)
+        self._crowded = spin == kernels.BRIEF  # who shares a core finds in its cache what the others have read
+        self._state = self._new_state(spin)
         put(self._state, kernels.PATIENCE, patience_ns)
         self._lessons = np.zeros((len(self.collectives) * SIZES, kernels.LESSON_WORDS // kernels.W), np.int64)
         periods = np.where(np.arange(len(self._lessons)) % SIZES < LONG_CALLS, *TRIAL_PERIODS)
@@ -380,7 +382,7 @@ class SharedMemory:
         put(call, kernels.ONCE, once)
         around = send != recv and nbytes * self.size >= PAST_CACHE_BYTES if past_cache is None else past_cache
         put(call, kernels.PAST_CACHE, around)
-        self._vector(call, send, recv, nbytes, self._direct)
+        self._vector(call, send, recv, nbytes, DIRECT_BYTES_OF_TWO if self.size == 2 else self._direct)
         spans = [(send, nbytes)] if once else [(send, nbytes), (recv, nbytes)]
         allocation = self._allocation(*spans) if nbytes >= REGISTERED_BYTES else None
         if nbytes >= REGISTERED_BYTES and call[kernels.WAY // kernels.W] == kernels.BUFFERED:
@@ -449,8 +451,8 @@ class SharedMemory:
             put(call, kernels.WAY, kernels.ACROSS)
         return self._plan("allgather", call, sum(counts))
 
-    def bind_bcast(self, address: int, nbytes: int, root: int, signature: int) -> Plan:
-        """``nbytes`` bytes of ``root`` to everybody."""
+    def bind_bcast(self, address: int, nbytes: int, root: int, signature: int, late: Late | None = None) -> Plan:
+        """``nbytes`` bytes of ``root`` to everybody; ``late`` is called instead of the transport's."""
         if self.size == 1:
             return moving(address, address, 0)
         call = self._call(("bcast", nbytes, root), signature)
@@ -458,7 +460,7 @@ class SharedMemory:
         self._vector(call, address, address, nbytes, kernels.BUFFER)
         if self._across(nbytes, ACROSS_BYTES_OF_TWO):
             put(call, kernels.WAY, kernels.ACROSS)
-        return self._plan("bcast", call, nbytes)
+        return self._plan("bcast", call, nbytes, late=late)
 
     def bind_alltoall(
         self,
@@ -532,7 +534,8 @@ class SharedMemory:
         put(call, kernels.SEND, send)
         put(call, kernels.RECV, recv)
         put(call, kernels.NBYTES, nbytes)
-        put(call, kernels.BLOCK, block_bytes(nbytes, self._slot))
+        put(call, kernels.BLOCK, self._slot)
+        put(call, kernels.CALL_PART, 0 if self._crowded else part_bytes(nbytes, self._slot))
         small = kernels.INLINE if nbytes <= kernels.PAYLOAD_BYTES else kernels.BUFFERED
         put(call, kernels.WAY, small if nbytes <= most else kernels.PIECES)
 
@@ -564,13 +567,18 @@ class SharedMemory:
         return int(self._lessons[row].ctypes.data)
 
     def _plan(
-        self, name: str, call: npt.NDArray[np.int64], nbytes: int = 0, allocation: Allocation | None = None
+        self,
+        name: str,
+        call: npt.NDArray[np.int64],
+        nbytes: int = 0,
+        allocation: Allocation | None = None,
+        late: Late | None = None,
     ) -> Plan:
         """What runs a call; ``nbytes`` says how large it is, for learning."""
         if call[kernels.WAY // kernels.W] not in (kernels.INLINE, kernels.ACROSS) and nbytes >= LEARN_BYTES:
             put(call, kernels.LESSON, self._lesson(name, nbytes))
-        kernel, address, resolve, late = self._kernel(name), call.ctypes.data, self._resolve, self.late
-        held = (self._segment, call, allocation)
+        kernel, address, resolve = self._kernel(name), call.ctypes.data, self._resolve
+        late, held = late or self.late, (self._segment, call, allocation)
 
         def run() -> None:
             try:
@@ -581,6 +589,7 @@ class SharedMemory:
                 self._left(held[1])
                 raise
 
+        run.call = address  # type: ignore[attr-defined]
         return run
 
     # What a call returned
@@ -617,6 +626,11 @@ class SharedMemory:
         )
 
 
+def call_of(plan: Plan) -> int:
+    """The address that a plan passes to its kernel, for measurements."""
+    return int(plan.call)  # type: ignore[attr-defined]
+
+
 SIZES = 40
 """Classes of sizes, powers of two, that learn apart."""
 LEARN_BYTES = 2048
@@ -634,17 +648,19 @@ REGISTERED_BYTES = 8192
 """From here on registered arrays are reduced where they are; below, one meeting instead of two is worth a copy."""
 DIRECT_BYTES = 98304
 """Up to so many bytes of all ranks together, every rank reduces everything: one meeting instead of two."""
+DIRECT_BYTES_OF_TWO = 12288
+"""For an allreduce of two ranks: from 16 KB on half of it copied twice is faster, by half where cores share a cache."""
 PAST_CACHE_BYTES = 1 << 25
 """From so many bytes of all ranks together on, results out of place are written around the cache: they exceed it."""
 
 
-def block_bytes(nbytes: int, slot: int) -> int:
-    """Length of the blocks of a pipeline."""
-    return min(1 << 16, slot) if nbytes <= 1 << 17 else slot
+def part_bytes(nbytes: int, slot: int) -> int:
+    """Length of the parts of a slot that short vectors take in turn; slots are a power of two long, so parts are."""
+    return min(slot, max(PAGE, 1 << (nbytes - 1).bit_length()))
 
 
 def slot_bytes(ranks: int) -> int:
-    """Length of a slot (measured with 2 and 4 ranks); with many, slices are long enough in less memory."""
+    """Length of a slot, a power of two (measured with 2 and 4 ranks); with many, slices are long in less memory."""
     return 1 << 18 if ranks <= 32 else 1 << 17
 
 
