@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from hpccomm.launcher import library
 from hpccomm.testing.cluster import Cluster, rate_of
 
 OUT = Path("docs/measurements")
@@ -67,10 +68,16 @@ class Shape(NamedTuple):
         return f"{self.nodes} x {ranks}{order}, {self.rate}"
 
 
-def shapes(quick: bool) -> list[Shape]:
-    """All shapes, or a few."""
-    if quick:
-        return [Shape(2, (1, 1), "block", "1gbit"), Shape(4, (2,) * 4, "cyclic", "1gbit")]
+def shape_of(text: str) -> Shape:
+    """A shape as on the command line: ``4x2``, ``4x2,100mbit``, ``3x2+1+3,1gbit,cyclic``."""
+    where, rate, placement = [*text.split(","), *("", "1gbit", "block")[text.count(",") + 1 :]]
+    nodes, _, ranks = where.partition("x")
+    per_node = tuple(map(int, ranks.split("+")))
+    return Shape(int(nodes), per_node * int(nodes) if len(per_node) == 1 else per_node, placement, rate)
+
+
+def shapes() -> list[Shape]:
+    """What is measured where nothing is said."""
     even = [Shape(n, (k,) * n, "block", rate) for rate in ("1gbit", "100mbit") for n in (2, 4, 8) for k in (1, 2)]
     return [
         *even,
@@ -82,8 +89,8 @@ def shapes(quick: bool) -> list[Shape]:
     ]
 
 
-def measured(shape: Shape, rounds: int, sizes: str) -> dict[str, Any]:
-    """One shape: its rows, and what a TCP stream carries."""
+def measured(shape: Shape, rounds: int, sizes: str, han: dict[str, str]) -> dict[str, Any]:
+    """One shape: its rows, and what a TCP stream carries; ``han`` turns that on where the MPI has it."""
     with Cluster(shape.nodes, shape.rate) as cluster, tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "table.json")
         slow = rate_of(shape.rate) < 5e8
@@ -93,7 +100,7 @@ def measured(shape: Shape, rounds: int, sizes: str) -> dict[str, Any]:
         checked(launched(cluster, shape, [*tune, "--out", str(table)], {}))
         rows = []
         for number in range(rounds):
-            for names, settings in ((ALGORITHMS, {}), ("native", HAN)):
+            for names, settings in [(ALGORITHMS, {}), *([("native", han)] if han else [])]:
                 file = Path(folder, "rows.json")
                 bench = ["hpccomm", "bench", "allreduce", "--algorithm", names, "-m", sizes, "--step-factor", "8"]
                 bench += ["-i", "5" if slow else "7", "-x", "2", "-c", "--json", str(file)]
@@ -128,6 +135,11 @@ def stream(cluster: Cluster) -> float:
     return float(done.stdout)
 
 
+def title(record: dict[str, Any]) -> str:
+    """A record's shape in words."""
+    return Shape(record["nodes"], tuple(record["per_node"]), record["placement"], record["rate"]).title
+
+
 def wire_us(record: dict[str, Any], nbytes: int) -> float:
     """The least time that the nominal rate permits."""
     return 2 * (record["nodes"] - 1) / record["nodes"] * nbytes * 8e6 / rate_of(record["rate"])
@@ -136,9 +148,8 @@ def wire_us(record: dict[str, Any], nbytes: int) -> float:
 def table(record: dict[str, Any]) -> str:
     """One shape's times, and how ours stands to native MPI and to the wire."""
     names = list(dict.fromkeys(row["algorithm"] for row in record["rows"]))
-    title = Shape(record["nodes"], tuple(record["per_node"]), record["placement"], record["rate"]).title
     lines = [
-        f"### {title}",
+        f"### {title(record)}",
         "",
         f"A TCP stream carries {record['stream_bps'] / rate_of(record['rate']):.1%} of the rate.",
         "",
@@ -185,8 +196,7 @@ def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
             times = by_round(record, name, most)
             heights.append(wire_us(record, most) / median(times) if times else 0.0)
         axes.bar([x + 0.13 * (k - 2.5) for x in range(len(records))], heights, 0.13, label=name)
-    titles = [Shape(r["nodes"], tuple(r["per_node"]), r["placement"], r["rate"]).title for r in records]
-    axes.set_xticks(range(len(records)), titles, rotation=60, ha="right", fontsize=8)
+    axes.set_xticks(range(len(records)), [title(record) for record in records], rotation=60, ha="right", fontsize=8)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(ylabel="share of the wire", title="Allreduce of the longest vector, float32 sums")
     axes.legend(fontsize=8, ncols=3)
@@ -197,19 +207,25 @@ def main() -> int:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(prog="scripts/bench_cluster", description=__doc__)
     parser.add_argument("rounds", nargs="?", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="two shapes only")
+    parser.add_argument(
+        "--shape", action="append", type=shape_of, metavar="NxK[,RATE[,PLACEMENT]]", help="4x2,1gbit,cyclic; several"
+    )
     parser.add_argument("--sizes", default=SIZES, help=f"BYTES:BYTES (default {SIZES})")
-    parser.add_argument("--out", type=Path, default=OUT / "cluster-allreduce.json")
+    parser.add_argument("--out", type=Path, help="what it holds is not measured again (default: by the MPI's name)")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken away
-    records = []
-    for shape in shapes(args.quick):
-        records.append(measured(shape, args.rounds, args.sizes))
-        sys.stdout.write("\n" + table(records[-1]))
-        sys.stdout.flush()
-        args.out.write_text(json.dumps(records).replace("}, {", "},\n{") + "\n", encoding="utf-8")
-    draw(records, args.out.with_suffix(".svg"))
+    mpi = library().family.library
+    out = args.out or OUT / f"cluster-{mpi.replace(' ', '-').lower()}.json"
+    records = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
+    done = {title(record) for record in records}
+    for shape in args.shape or shapes():
+        if shape.title not in done:
+            records.append(measured(shape, args.rounds, args.sizes, HAN if mpi == "Open MPI" else {}))
+            out.write_text(json.dumps(records).replace("}, {", "},\n{") + "\n", encoding="utf-8")
+    for record in records:
+        sys.stdout.write("\n" + table(record))
+    draw(records, out.with_suffix(".svg"))
     return 0
 
 

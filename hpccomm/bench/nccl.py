@@ -14,7 +14,7 @@ import numpy as np
 from hpccomm.bench.cases import CASES
 from hpccomm.bench.loop import Row
 
-TYPES = {"float32": "float", "float64": "double", "int8": "int8", "int32": "int32", "int64": "int64"}
+TYPES = {"float16": "half", "float32": "float", "float64": "double", "int8": "int8", "int32": "int32", "int64": "int64"}
 LEFT = "{:>12}  {:>12}  {:>8}  {:>6}  {:>6}"
 HALF = "  {:>7}  {:>6}  {:>6}  {:>6}"
 

@@ -18,8 +18,9 @@ DATATYPES = {
     "mpi_int": "i4",
     "mpi_float": "f4",
     "mpi_double": "f8",
+    "half": "f2",
 }
-"""NumPy's names of OSU's datatypes, and of one more."""
+"""NumPy's names of OSU's datatypes, and of two more; the last is nccl-tests' word."""
 
 
 class Column(NamedTuple):
