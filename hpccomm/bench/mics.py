@@ -3,7 +3,7 @@
 *N nodes of k = 2 ranks, p = k, s = 4 micro-steps, M bytes of parameters in float32, layers of one size.*  All ways run
 in every round, in turns; a time is that of the slowest rank.  Gradients are constants and a layer's computing is a wait
 of a given length, as for a device that computes: sixteen ranks share the machine's cores, which could not compute for
-all.  After its steps every way has the same weights, bit for bit.  "Alone" is MiCS without a second hop: what the
+all.  Where nothing is computed nothing is gathered ahead.  After its steps every way has the same weights, bit for bit.  "Alone" is MiCS without a second hop: what the
 machine needs where nothing is sent between nodes.  Bytes are those that the first node's link has sent.
 """
 
@@ -76,26 +76,32 @@ SETTINGS = (
     Setting("device", 8, 1 << 16, 40.0, "1gbit", 3, (MICS, ZERO, ALONE)),
 )
 
-Ways = dict[str, Callable[[Any, Any, Any], Any]]
+Ways = dict[str, Callable[[Any, Any, Any, bool], Any]]
 
 
 def ways() -> Ways:
-    """Ways to divide the same states, from (communicator, units, optimizer)."""
+    """Ways to divide the same states, from (communicator, units, optimizer, whether to gather on a thread)."""
     from mpi4py import MPI
 
     from hpccomm.algorithms.mics import mics, partition_groups
     from hpccomm.algorithms.zero import Sharded, zero
     from hpccomm.communicator import Communicator
 
-    def alone(comm: Any, units: Any, optimizer: Any) -> Any:
+    def alone(comm: Any, units: Any, optimizer: Any, overlap: bool) -> Any:
         groups = partition_groups(comm, PER_NODE)
-        return Sharded(groups._replace(replication=MPI.COMM_SELF), units, optimizer)
+        return Sharded(groups._replace(replication=MPI.COMM_SELF), units, optimizer, overlap=overlap)
+
+    def in_groups(size: int | None) -> Callable[[Any, Any, Any, bool], Any]:
+        return lambda comm, units, by, overlap: mics(comm, units, by, size or comm.size, overlap=overlap)
+
+    def with_all(algorithm: str) -> Callable[[Any, Any, Any, bool], Any]:
+        return lambda comm, units, by, overlap: zero(Communicator(comm, algorithm), units, by, overlap=overlap)
 
     return {
-        MICS: lambda comm, units, optimizer: mics(comm, units, optimizer, PER_NODE),
-        ZERO: zero,
-        RINGS: lambda comm, units, optimizer: zero(Communicator(comm, "ring"), units, optimizer),
-        LEVELS: lambda comm, units, optimizer: mics(comm, units, optimizer, comm.size),
+        MICS: in_groups(PER_NODE),
+        ZERO: with_all("auto"),
+        RINGS: with_all("ring"),
+        LEVELS: in_groups(None),
         ALONE: alone,
     }
 
@@ -126,7 +132,7 @@ def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
     from hpccomm.algorithms.transforms import scale
 
     units = {f"layer{n}": {"w": np.full(setting.elements, n, "f4")} for n in range(setting.layers)}
-    made = {title: ways()[title](comm, units, scale(-LR)) for title in setting.ways}
+    made = {title: ways()[title](comm, units, scale(-LR), setting.wait_ms > 0) for title in setting.ways}
     for states in made.values():
         states.gradients[...] = comm.rank + 1
     found: dict[str, Any] = {title: {"seconds": [], "sent": []} for title in made}
