@@ -405,6 +405,7 @@ SHORT = ("stdlib", "--samples", "400", "--batch-size", "64", "--width", "16", "-
 @pytest.mark.mpi(sizes=(4,))
 def test_the_command_reports_memory_and_hops_and_goes_on(comm: Any, tmp_path: Path, capsys: Any) -> None:
     arguments = (*SHORT, "--method", "mics", "--partition-size", "2", "--micro-steps", "4", "--epochs", "2")
+    tmp_path = comm.bcast(tmp_path)
     kept, file = tmp_path / "kept", tmp_path / "out.json"
     assert call(*arguments, "--checkpoint", str(kept), "--export", str(tmp_path / "m.npz"), "--json", str(file)) == 0
     first = capsys.readouterr().out

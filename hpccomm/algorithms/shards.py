@@ -42,7 +42,7 @@ def everywhere(comm: Any, what: str, action: Callable[[], Any]) -> Any:
 
 
 def save_shards(folder: Path, name: str, states: Sharded, **note: Any) -> None:
-    """Keep divided states, and ``note`` in JSON beside them (collective).
+    """Keep divided states, and ``note`` in JSON beside them, in a folder that all ranks see (collective).
 
     Call it between optimizer steps, not between micro-steps.  Raises on all ranks where one cannot write; then what was
     saved before is still whole.
