@@ -3,8 +3,9 @@
 *N nodes of k = 2 ranks, p = k, s = 4 micro-steps, M bytes of parameters in float32, layers of one size.*  All ways run
 in every round, in turns; a time is that of the slowest rank.  Gradients are constants and a layer's computing is a wait
 of a given length, as for a device that computes: sixteen ranks share the machine's cores, which could not compute for
-all.  Where nothing is computed nothing is gathered ahead.  After its steps every way has the same weights, bit for bit.  "Alone" is MiCS without a second hop: what the
-machine needs where nothing is sent between nodes.  Bytes are those that the first node's link has sent.
+all.  Where nothing is computed nothing is gathered ahead.  After its steps every way has the same weights, bit for bit.
+"Alone" is MiCS without a second hop: what the machine needs where nothing is sent between nodes.  Bytes are those that
+the first node's link has sent.
 """
 
 from __future__ import annotations
