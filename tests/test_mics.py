@@ -280,7 +280,7 @@ class Counted(ThreadCommunicator):
         self.mine(whole)[...] = vector(sendbuf)
         self.ring("Allgather", ring.allgather, whole)
 
-    def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: Any = None) -> None:
+    def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: Any = None, algorithm: str | None = None) -> None:
         """By a ring."""
         whole = vector(sendbuf).copy()
         self.ring("Reduce_scatter", ring.reduce_scatter, whole)

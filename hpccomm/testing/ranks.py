@@ -197,7 +197,9 @@ class ThreadCommunicator:
             lambda total: np.copyto(receive, total[first : first + counts[self.rank]]),
         )
 
-    def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
+    def Reduce_scatter_block(
+        self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None
+    ) -> None:
         """Reduce over all ranks, an equal part of the result on each."""
         self.Reduce_scatter(sendbuf, recvbuf, op=op)
 
