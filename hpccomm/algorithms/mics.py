@@ -32,7 +32,7 @@ SHORT_BYTES = 1 << 18
 """Up to here one call inside the node and a copy that puts chunks in order are faster than a call for each node."""
 
 
-def between(nbytes: int) -> str:
+def between_nodes(nbytes: int) -> str:
     """The algorithm between nodes: a ring for long vectors, as a link carries both directions at once then."""
     return "auto" if nbytes <= SHORT_BYTES else "ring"
 
@@ -172,7 +172,7 @@ class TwoLevelGather(Levels):
         """Gather equal shards, in the order of the group's ranks."""
         shard, whole = movable(shard), movable(whole)
         chunks = self.chunks(shard.size, shard.dtype)
-        self.between.Allgather(shard, chunks.reshape(-1), algorithm=between(whole.nbytes))
+        self.between.Allgather(shard, chunks.reshape(-1), algorithm=between_nodes(whole.nbytes))
         if whole.nbytes <= SHORT_BYTES:
             turned = self.turned(shard.size, shard.dtype)
             self.inside.Allgather(chunks.reshape(-1), turned.reshape(-1))
@@ -201,10 +201,10 @@ class TwoLevelReduce(Levels):
             for places, chunk in zip(room.reshape(self.nodes, -1), chunks, strict=True):
                 self._in_node(places, chunk)
         arrived = self.arrivals(shard, kind)
-        self.between.Reduce_scatter_block(chunks.reshape(-1), arrived, algorithm=between(room.nbytes))
+        self.between.Reduce_scatter_block(chunks.reshape(-1), arrived, algorithm=between_nodes(room.nbytes))
         total += arrived[: total.size]
-        inside, between = self.nodes * (self.each - 1) * room.itemsize, (self.nodes - 1) * kind.itemsize
-        return int(shard * (inside + between))
+        near, far = self.nodes * (self.each - 1) * room.itemsize, (self.nodes - 1) * kind.itemsize
+        return int(shard * (near + far))
 
     def _in_node(self, places: Vector, chunk: Vector) -> None:
         """The node's sum of the shards of one node's ranks: this rank's place of it."""
