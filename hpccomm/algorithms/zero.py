@@ -220,7 +220,8 @@ class Sharded:
     ``optimizer``: see :data:`Optimizer`; :func:`adamw` steps in place.  ``dtype`` is that of gathered parameters and
     of gradients: float32, float16 or bfloat16; the master's if not said.  ``max_norm`` clips the global gradient.
     ``loss_scale`` is for float16.  ``ahead=`` of :meth:`gather` works on a thread of its own where the MPI library
-    permits it; ``overlap=False`` does without.
+    permits it; ``overlap=False`` does without.  ``collect`` and ``reduce`` say how the partition group gathers and adds
+    up (:class:`Way`), flat if not said; :func:`hpccomm.algorithms.mics.mics` passes others.
 
     >>> import numpy as np
     >>> from mpi4py import MPI
