@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpccomm import two_levels
+from hpccomm import Communicator, resources, two_levels
 from hpccomm.bench import rounds as bench_rounds
 from hpccomm.collectives import ALGORITHMS, between, cost, tuning
 from hpccomm.collectives.cost import MEASURED, MODEL, Link, Machine
-from hpccomm.collectives.curves import Act, Curve, Kind, Point, Rounds, at_shape, rounds
+from hpccomm.collectives.curves import Curve, Kind, Point, Rounds, at_shape, rounds
 from hpccomm.commands import predict as predict_command
 from hpccomm.commands import tune as tune_command
 from hpccomm.errors import LaunchError
@@ -25,9 +25,9 @@ ALLREDUCE = ALGORITHMS["allreduce"]
 
 
 def straight(kind: Kind, alpha: float, beta: float, shape: tuple[int, int] = (4, 2), start: float = 0.0) -> Curve:
-    """A kind whose times lie on a line."""
-    points = [Point(n, start + alpha + n * beta, alpha + n * beta) for n in (4, 64, 1024, 1 << 14, 1 << 18, 1 << 22)]
-    return Curve(*shape, kind, tuple(points))
+    """A kind whose times lie on a line; a call that begins with it takes ``start`` longer."""
+    lengths = (4, 64, 1024, 1 << 14, 1 << 18, 1 << 22)
+    return Curve(*shape, kind, tuple(Point(n, start + alpha + n * beta, alpha + n * beta) for n in lengths))
 
 
 def kinds(name: str, nodes: list[int], nbytes: float) -> list[tuple[Any, ...]]:
@@ -85,7 +85,7 @@ def test_rounds_carry_what_the_steps_say(name: str, p: int) -> None:
 # --- prices ----------------------------------------------------------------------------------------
 
 
-def test_without_savings_a_price_is_the_sum_of_its_rounds() -> None:
+def test_a_price_is_the_sum_of_its_rounds() -> None:
     summed = straight(Kind("round", 1, 1, 8, False, True), 30.0, 0.01)
     moved = straight(Kind("round", 1, 1, 8, False, False), 20.0, 0.01)
     known = Rounds([summed, moved], 4, 2)
@@ -94,31 +94,20 @@ def test_without_savings_a_price_is_the_sum_of_its_rounds() -> None:
     assert found == pytest.approx(7 * (30 + 20 + 2 * (1 << 18) * 0.01), rel=1e-9)
 
 
-def test_calls_copies_and_leaving_the_barrier_are_paid_once() -> None:
-    exchange = straight(Kind("round", 1, 0, 2, True, True), 30.0, 0.01, (2, 1), start=7.0)
-    call = Curve(2, 1, Kind("call"), (Point(0, 5.0, 3.0),))
-    copy = straight(Kind("copy"), 1.0, 1e-4, (2, 1))
-    known = Rounds([exchange, call, copy], 2, 1)
-    found = known.price(ALLREDUCE["doubling"], [0, 1], 1024, 1024)
-    assert found == pytest.approx(7 + 3 + 1 + 1024e-4 + 30 + 10.24, rel=1e-9)
+def test_what_begins_a_call_is_paid_once() -> None:
+    exchange = straight(Kind("round", 1, 0, 4, True, True), 30.0, 0.01, (4, 1), start=7.0)
+    call = Curve(4, 1, Kind("call"), (Point(0, 3.0, 1.0),))
+    copy = straight(Kind("copy"), 1.0, 1e-4, (4, 1))
+    known = Rounds([exchange, call, copy], 4, 1)
+    found = known.price(ALLREDUCE["doubling"], range(4), 1024, 1024)
+    assert found == pytest.approx(7 + 3 + 1 + 1024e-4 + 2 * (30 + 10.24), rel=1e-9)
 
 
-def test_a_link_that_saved_up_lets_a_burst_pass_and_rests_between_calls() -> None:
-    """1 us a byte, up to 100 bytes saved, of which a barrier of 40 us brings back 40: the wire needs all but those."""
-    known = Rounds([Curve(2, 1, Kind("barrier"), (Point(0, 40.0, 40.0),))], 2, 1)
-    known.beta, known.burst = 1.0, 100.0
-    assert known.total([Act(10.0, 50.0, 50.0)]) == pytest.approx(10.0)
-    assert known.total([Act(10.0, 100.0, 100.0)]) == pytest.approx(60.0)
-    assert known.total([Act(10.0, 100.0, 100.0)] * 4) == pytest.approx(360.0)
-    assert known.total([Act(10.0, 1000.0, 1000.0)] * 4) == pytest.approx(3960.0)
-
-
-def test_rate_and_burst_are_read_from_the_longest_rounds() -> None:
-    points = [Point(n, 20 + max(0.0, (n - 1e5) * 0.01), 20 + n * 0.01) for n in (4, 1 << 18, 1 << 20, 1 << 22)]
-    known = Rounds([Curve(2, 1, Kind("round", 1, 0, 2, True, False), tuple(points))], 2, 1)
-    assert known.beta == pytest.approx(0.01, rel=1e-3)
-    assert known.burst == pytest.approx(1e5, rel=1e-2)
-    assert Rounds([], 2, 1).total([Act(1.0, 2.0, 3.0)]) == 2.0
+def test_the_first_round_that_leaves_a_node_finds_a_rested_link() -> None:
+    inside = straight(Kind("round", 0, 2, 8, True, True), 3.0, 0.0, start=100.0)
+    across = straight(Kind("round", 2, 0, 8, True, True), 30.0, 0.0, start=-10.0)
+    found = Rounds([inside, across], 4, 2).price(ALLREDUCE["doubling"], np.repeat(np.arange(4), 2), 1024, 0)
+    assert found == pytest.approx(3 + 30 - 10 + 30, rel=1e-9)
 
 
 def test_the_kind_most_alike_speaks_for_what_was_not_measured() -> None:
@@ -139,12 +128,12 @@ def test_the_kind_most_alike_speaks_for_what_was_not_measured() -> None:
 
 def levels(nodes: int, lanes: int, **times: float) -> Rounds:
     shape = nodes, lanes
-    made = [straight(Kind(what), times.get(what, 0.0) or 1e-6, 0.0, shape) for what in ("scatter", "gather")]
-    made.append(Curve(*shape, Kind("meeting"), (Point(2048, times.get("meeting", 1e-6), 1e-6),)))
+    made = [straight(Kind(what), times.get(what, 1e-6), 0.0, shape) for what in ("scatter", "gather")]
     for reduce in (False, True):
         pair, ring = nodes == 2, nodes * lanes
         made.append(straight(Kind("pieces", lanes, 0, ring, pair, reduce), times["alpha"], times["beta"], shape))
-        made.append(straight(Kind("short", 1, 0, nodes, True, reduce), times["alpha"], 0.0, shape))
+        short = Point(2048, times["alpha"] + times.get("meeting", 0.0), times["alpha"])
+        made.append(Curve(*shape, Kind("short", 1, 0, nodes, True, reduce), (short,)))
     return Rounds(made, nodes, lanes)
 
 
@@ -155,7 +144,6 @@ def test_a_short_vector_meets_inside_and_goes_by_the_leaders() -> None:
 
 def test_one_segment_is_reduced_exchanged_and_gathered() -> None:
     known = levels(2, 2, scatter=100.0, gather=50.0, alpha=30.0, beta=0.01)
-    known.beta = 0.0
     # between points a line is not one on logarithmic scales: here it is 2e-5 off
     assert known.two_levels(1 << 19, Link(25, 1e-3)) == pytest.approx(100 + 30 + (1 << 18) * 0.01 + 50, rel=1e-4)
 
@@ -163,7 +151,6 @@ def test_one_segment_is_reduced_exchanged_and_gathered() -> None:
 def test_segments_overlap_so_that_the_link_is_what_counts() -> None:
     """16 segments between 4 nodes: their bytes over the link, and the inside of little more than the first and last."""
     known = levels(4, 1, scatter=10.0, gather=10.0, alpha=1e-3, beta=0.01)
-    known.beta = 0.0
     wire = 2 * 3 / 4 * (1 << 24) * 0.01
     found = known.two_levels(1 << 24, Link(25, 1e-3))
     assert found is not None
@@ -293,7 +280,7 @@ def test_what_is_measured_are_the_rounds_of_the_algorithms_and_never_all_of_one(
     assert Kind("short", 1, 0, 4, True, True) in found
     assert max(max(task.lengths) for task in tasks if task.kind.what == "round") == 1 << 20
     assert {task.kind.what for task in bench_rounds.wanted(nodes, ["ring"], 1 << 20, True)} == {
-        "barrier", "call", "copy", "round",
+        "call", "copy", "round",
     }  # fmt: skip
 
 
@@ -327,3 +314,38 @@ def test_between_nodes_few_bytes_double_many_go_round_in_short_messages() -> Non
     assert between.inter_node(2, 1 << 24, 1, link) is ALLREDUCE["doubling"]
     assert [between.segment_count(n) for n in (1, 1 << 20, (1 << 20) + 1, 1 << 30)] == [1, 1, 2, 16]
     assert [between.message_count(n, 4) for n in (0, 229_376, 229_377)] == [1, 1, 2]
+
+
+# --- measuring -------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi(sizes=(2, 4))
+def test_rounds_are_measured_and_leave_the_communicator_as_it_was(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On nodes that are made believe."""
+    for name, value in {"SECONDS": 1e-4, "VISITS": 2, "MOST": 2}.items():
+        monkeypatch.setattr(bench_rounds, name, value)
+    here = 2 * comm.rank // comm.size
+    monkeypatch.setattr(resources, "ranks_of_this_node", lambda channel: channel.Split(here, channel.rank))
+    nodes, names = Communicator(comm.Dup()), ("ring", "butterfly", "hierarchical")
+    found = bench_rounds.measured_curves(nodes, names, 1 << 17)
+    assert len(set(comm.allgather(found))) == 1
+    tasks = list(bench_rounds.wanted(nodes.topology.nodes, names, 1 << 17, nodes.resources.two_levels is not None))
+    assert [(each.kind, tuple(point.bytes for point in each.points)) for each in found] == [
+        (task.kind, task.lengths) for task in tasks
+    ]
+    assert {(each.nodes, each.per_node) for each in found} == {(2, comm.size // 2)}
+    assert min(min(point.first, point.next) for each in found for point in each.points) > 0
+    for name in names:
+        assert cost.prediction(name, "allreduce", 2, comm.size // 2, 1e5, Machine(curves=found)).source == MEASURED
+    total = np.empty(1000, "f4")
+    nodes.Allreduce(np.full(1000, comm.rank + 1, "f4"), total, algorithm="hierarchical")
+    assert (total == comm.size * (comm.size + 1) / 2).all()
+    nodes.Free()
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_one_node_has_no_rounds_between_nodes(comm: Communicator) -> None:
+    assert comm.topology.count == 1
+    assert bench_rounds.measured_curves(comm, ("ring",), 1 << 10) == ()

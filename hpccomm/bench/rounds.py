@@ -1,8 +1,9 @@
 """Measures single rounds on several nodes by the length of their messages, for :mod:`hpccomm.collectives.curves`.
 
-All ranks take part.  Each length is timed twice: one round alone, after barriers that last as long as a link needs to
-save up all that it lets pass at once; and many rounds, one after the other, of which the first ones do not count.  A
-time is the mean over the ranks, then the median over the repetitions.  No collective is run, only rounds of its kind.
+All ranks take part.  Each length is timed in calls of one round and of a few, a barrier before each as in all our
+benchmarks; the difference is what a further round takes.  A time is the mean over the ranks, then the median over all
+calls; everything is visited several times, so that a disturbance does not spoil one length alone.  No collective is
+run, only rounds of its kind.
 """
 
 from __future__ import annotations
@@ -32,26 +33,20 @@ FLIGHTS = (4096, 16384, 32768, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 <<
 SEGMENTS = (16384, 1 << 16, 1 << 18, 1 << 20)
 """Bytes that are reduced and gathered inside a node."""
 SHORT = (4, 64, 512, SHORT_BYTES // 4, SHORT_BYTES)
-ADDED = 8
-"""Rounds by which a short vector's call is made longer."""
 COPIES = (4, 4096, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 
-REST_US = 4000.0
-"""How long a link rests before a single round."""
-SECONDS = 0.06
-"""For many rounds of one length, each time."""
-TIMES, SINGLES = 5, 11
-"""How often many rounds, and one, are timed; less where that takes long."""
-LONG = 0.5
-"""Seconds that one length may take either way."""
-BATCH = 4
-"""Rounds that are bound together."""
-MOST = 400
-"""Batches that follow one another at most."""
+SECONDS = 0.03
+"""For calls of one length, each visit."""
+VISITS, MOST = 3, 60
+"""How often each length is visited, and the most calls of a visit."""
+FEW = 4
+"""Rounds of the longer calls."""
 WORD = 1
 """The tag, and the word in shared memory, of all that is measured here."""
 
 Call = Callable[[], object]
+Times = tuple[list[float], list[float]]
+"""Microseconds of calls of one round, and of a few."""
 Vector = npt.NDArray[np.float32]
 
 
@@ -74,14 +69,24 @@ def measured_curves(comm: Any, algorithms: Sequence[str], most: int) -> tuple[Cu
         return ()
     bench = Rounds(comm)
     tasks = list(wanted(topology.nodes, algorithms, most, bench.levels is not None))
-    found = [bench.curve(task) for task in tasks]
+    visits = [[bench.visit(task) for task in tasks] for _ in range(VISITS)]
+    shape = topology.count, topology.per_node[0]
+    found = [Curve(*shape, task.kind, joined(task, times)) for task, *times in zip(tasks, *visits, strict=True)]
     agreed: tuple[Curve, ...] = comm.bcast(tuple(found))
     return agreed
 
 
+def joined(task: Task, visits: Sequence[Sequence[Times]]) -> tuple[Point, ...]:
+    """The points of a kind: medians over all calls of all visits."""
+    points = []
+    for nbytes, *found in zip(task.lengths, *visits, strict=True):
+        one, few = (median([us for times in found for us in times[k]]) for k in (0, 1))
+        points.append(Point(nbytes, one, max((few - one) / (FEW - 1), few / FEW**2)))
+    return tuple(points)
+
+
 def wanted(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, levels: bool) -> Iterator[Task]:
     """Everything whose price is needed: the fixed ones, the rounds of the schedules, what two levels are made of."""
-    yield Task(Kind("barrier"), None, (0,))
     yield Task(Kind("call"), None, (0,))
     yield Task(Kind("copy"), None, up_to(COPIES, most))
     flat = [ALGORITHMS["allreduce"][name] for name in algorithms if name in ALGORITHMS["allreduce"]]
@@ -89,15 +94,21 @@ def wanted(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, l
     if not levels or "hierarchical" not in algorithms:
         return
     ends, lanes = np.arange(int(nodes.max()) + 1), lanes_of(nodes).rank.shape[1]
-    inter = [ALGORITHMS["allreduce"][name] for name in ("doubling", "ring", "butterfly")]
-    yield Task(Kind("meeting"), None, SHORT)
-    yield from of_rounds(inter, ends, SHORT_BYTES, "short", SHORT)
+    inter = ALGORITHMS["allreduce"]
+    yield from of_rounds([inter["doubling"], inter["butterfly"]], ends, SHORT_BYTES, "short", SHORT)
     if most > SHORT_BYTES:
         yield Task(Kind("scatter"), None, up_to(SEGMENTS, most))
         yield Task(Kind("gather"), None, up_to(SEGMENTS, most))
-        for task in of_rounds(inter, ends, most // lanes, "pieces", FLIGHTS):
-            kind = task.kind._replace(crossing=lanes * task.kind.crossing, messages=lanes * task.kind.messages)
-            yield task._replace(kind=kind)
+        in_one = most if ends.size == 2 else min(most, 2 * MESSAGE_BYTES * lanes)
+        pieces = {
+            task.kind: task
+            for name, nbytes in (("doubling", in_one), ("butterfly", in_one), ("ring", most))
+            for task in of_rounds([inter[name]], ends, nbytes // lanes, "pieces", FLIGHTS)
+        }
+        for kind, task in pieces.items():
+            if kind.messages >= ends.size:
+                on_all = kind._replace(crossing=lanes * kind.crossing, messages=lanes * kind.messages)
+                yield task._replace(kind=on_all)
 
 
 def of_rounds(
@@ -125,63 +136,42 @@ class Rounds:
 
     def __init__(self, comm: Any) -> None:
         self.comm, self.plain = comm, MPI.Intracomm(comm)
-        self.shape = comm.topology.count, max(comm.topology.per_node)
         self.levels: TwoLevels | None = comm.resources.two_levels
         self.held: list[Vector] = []
         self.combine = operations.combiner(MPI.SUM)
         few = np.zeros(1, np.float32)
         if self.levels:
             comm.Allreduce(few, few.copy(), algorithm="hierarchical")  # from now on waiting ranks drive messages
-        self.rest = 1
-        self.rest = max(1, int(REST_US / self.single(self.plain.Barrier)))
 
-    def curve(self, task: Task) -> Curve:
+    def visit(self, task: Task) -> list[Times]:
         """One kind at all its lengths (collective)."""
-        measure = self.added if task.kind.what == "short" else self.point
-        found = Curve(*self.shape, task.kind, tuple(measure(task, nbytes) for nbytes in task.lengths))
+        found = [(self.timed(*self.call(task, n, 1)), self.timed(*self.call(task, n, FEW))) for n in task.lengths]
         self.held.clear()
         return found
 
-    def point(self, task: Task, nbytes: int) -> Point:
-        """One length: a single round, and many."""
-        if task.kind.what in ("round", "pieces"):
-            one, many = (self.rounds(task, nbytes, count) for count in (1, BATCH))
-            first, among = self.single(one), self.many(many) / BATCH
-            one.free()
-            many.free()
-            return Point(nbytes, first, among)
-        call = self.other(task, nbytes)
-        return Point(nbytes, self.single(call), self.many(call))
-
-    def added(self, task: Task, nbytes: int) -> Point:
-        """What a round between the nodes adds to a short vector's call, some ranks of which may only wait."""
-        without, longer = (self.short(2 * nbytes, self.pattern(task, count)) for count in (0, ADDED))
-        each = max((self.single(longer) - self.single(without)) / ADDED, 1e-3)
-        without.free()
-        longer.free()
-        return Point(nbytes, each, each)
-
     # What is run
 
-    def other(self, task: Task, nbytes: int) -> Call:
-        """What is no round between ranks."""
+    def call(self, task: Task, nbytes: int, count: int) -> tuple[Call, Call]:
+        """A call of ``count`` rounds of a kind, and what gives back what it holds."""
         what = task.kind.what
-        if what == "barrier":
-            return self.plain.Barrier
+        if what in ("round", "pieces", "short"):
+            plan = {"round": self.rounds, "pieces": self.pieces, "short": self.short}[what](task, nbytes, count)
+            return plan, plan.free
+        once = self.other(what, nbytes)
+        return (lambda: [once() for _ in range(count)]), nothing
+
+    def other(self, what: str, nbytes: int) -> Call:
+        """What is no round between ranks."""
         if what == "call":
             none = np.empty(0, np.float32)
             return lambda: self.comm.Allreduce(none, none, algorithm="ring")
-        if what == "meeting":
-            return self.short(nbytes, self.pattern(task, 0))
         if what == "copy":
             a, b = zeros(nbytes), zeros(nbytes)
             return lambda: np.copyto(a, b)
         return self.inside(what, nbytes)
 
     def rounds(self, task: Task, nbytes: int, count: int) -> Plan:
-        """``count`` rounds of one kind."""
-        if task.kind.what == "pieces":
-            return self.pieces(task, nbytes, count)
+        """Rounds of a schedule that runs as it stands."""
         vector = zeros(2 * nbytes)
         steps = self.pattern(task, count).steps(self.comm.rank, self.comm.size)
         half = vector.size // 2
@@ -189,8 +179,8 @@ class Rounds:
 
     def pattern(self, task: Task, count: int) -> Algorithm:
         """The same round again and again; where not everybody sends and receives it goes to and fro."""
-        nobody = np.full(self.comm.size, -1)
-        there, back = (task.like.to, task.like.source) if task.like else (nobody, nobody)
+        assert task.like is not None
+        there, back = task.like.to, task.like.source
         to_and_fro = bool(((there < 0) != (back < 0)).any())
 
         def steps(r: int, p: int) -> Iterator[Step]:
@@ -210,13 +200,12 @@ class Rounds:
             lanes.append(list(levels.between(schedule, part, self.combine, WORD)) if levels.drives else [])
         return interleaved(lanes)
 
-    def short(self, nbytes: int, inter: Algorithm) -> Plan:
-        """A short vector's call, with any rounds between the nodes."""
-        vector, source = zeros(nbytes), zeros(nbytes)
+    def short(self, task: Task, nbytes: int, count: int) -> Plan:
+        """A short vector's call, with any number of rounds between the nodes."""
+        vector, source = zeros(2 * nbytes), zeros(2 * nbytes)
         data = Operands(address_of(source), address_of(vector), vector, "float32", "sum", self.combine)
-        plan = self.two_levels.short(data, WORD, inter)
         self.held += [vector, source]
-        return plan
+        return self.two_levels.short(data, WORD, self.pattern(task, count))
 
     def inside(self, what: str, nbytes: int) -> Call:
         """A reduce-scatter or an allgather inside each node."""
@@ -242,34 +231,22 @@ class Rounds:
 
     # How it is timed
 
-    def single(self, call: Call) -> float:
-        """Microseconds of one call after a rest."""
-        call()
-        took, times = 0.0, list[float]()
-        while len(times) < SINGLES and not (len(times) > 2 and took > LONG):
-            for _ in range(self.rest):
-                self.plain.Barrier()
-            times.append(self.agreed(call, 1))
-            took += times[-1] / 1e6
-        return median(times)
+    def timed(self, call: Call, free: Call) -> list[float]:
+        """Microseconds of some calls, each the mean over the ranks."""
+        [first] = self.times(call, 1)
+        found = self.times(call, int(min(MOST, max(1, SECONDS * 1e6 / first))))
+        free()
+        return found
 
-    def many(self, call: Call) -> float:
-        """Microseconds of one call among many."""
-        self.plain.Barrier()
-        count = int(min(MOST, max(1, SECONDS * 1e6 / self.agreed(call, 2))))
-        took, times = 0.0, list[float]()
-        while len(times) < TIMES and not (len(times) > 1 and took > LONG):
-            times.append(self.agreed(call, count))
-            took += count * times[-1] / 1e6
-        return median(times[1:])
-
-    def agreed(self, call: Call, count: int) -> float:
-        """Microseconds of each of some calls, the mean over the ranks."""
-        began = perf_counter_ns()
+    def times(self, call: Call, count: int) -> list[float]:
+        """Microseconds of ``count`` calls, a barrier before each; the same on all ranks."""
+        mine = []
         for _ in range(count):
+            self.plain.Barrier()
+            began = perf_counter_ns()
             call()
-        mine = (perf_counter_ns() - began) / 1e3 / count
-        return max(sum(self.plain.allgather(mine)) / self.comm.size, 1e-3)
+            mine.append((perf_counter_ns() - began) / 1e3)
+        return [max(sum(each) / len(each), 1e-3) for each in zip(*self.plain.allgather(mine), strict=True)]
 
 
 def zeros(nbytes: int) -> Vector:
@@ -280,3 +257,7 @@ def zeros(nbytes: int) -> Vector:
 def address_of(vector: Vector) -> int:
     """Where it begins."""
     return int(vector.ctypes.data)
+
+
+def nothing() -> None:
+    """There is nothing to give back."""

@@ -4,11 +4,10 @@
 stay inside one, whether ranks meet in pairs, and whether they sum what arrives.*  No straight line tells what a round
 takes: TCP changes its protocol with a message's length, links let short bursts pass, ranks share cores.  So each kind
 is measured as a curve, with all ranks taking part (parametrised LogP: Kielmann, Bal & Verstoep, IPDPS workshops 2000).
-A point has two times: of a single round after a rest, and of one among many that follow one another.
-
-What a link saved up while it rested passes at once: a bucket of tokens, which rounds empty and time fills.  The share
-of a round's bytes that finds tokens takes the time of a single round, the rest that of many.  Calls are priced as they
-are measured: one after the other, a barrier between them.
+A
+point has two times: of a call that is one such round, and of each further one when a few follow one another.  So what
+begins a call counts once: ranks that leave a barrier one after the other, bytes that a rested link lets pass for free,
+both directions of a link in use as long as its ends keep step.
 
 Never is a collective itself a point: a price is a sum over its rounds.
 """
@@ -37,18 +36,17 @@ ITEM = 4
 """Bytes of an element: blocks are cut between elements."""
 LOADED = 1 << 17
 """Bytes of a node from which a round shows what its link carries."""
-FULL = 1.25
-"""How much more than the link's least time a round may take and still count as limited by it alone."""
+FULL = 1.15
+"""How much more than the link's least time a round may take and still leave the cores to other work."""
 
 
 class Kind(NamedTuple):
     """What was measured.
 
     ``what`` is ``"round"``: one message a rank at most; ``"pieces"``: as many messages of at most
-    ``between.MESSAGE_BYTES`` as the bytes need, between the nodes; ``"meeting"``: all that an allreduce of a short
-    vector in two levels does inside the nodes; ``"short"``: what a round between them adds to it; ``"scatter"`` and
-    ``"gather"``: a reduce-scatter and an allgather inside the nodes; ``"copy"``; ``"call"``: of no elements;
-    ``"barrier"``.
+    ``between.MESSAGE_BYTES`` as the bytes need, between the nodes; ``"short"``: such a round in the two-level allreduce
+    of a short vector, with what that does inside the nodes; ``"scatter"`` and ``"gather"``: a reduce-scatter and an
+    allgather inside the nodes; ``"copy"``; ``"call"``: of no elements.
     """
 
     what: str
@@ -70,9 +68,9 @@ class Point(NamedTuple):
     bytes: int
     """Of a message; of a rank in all for pieces; of the vector elsewhere."""
     first: float
-    """A single one after a rest, from a barrier on."""
+    """A call of one, from a barrier on."""
     next: float
-    """One of many that follow one another."""
+    """Each further one of the same call."""
 
 
 class Curve(NamedTuple):
@@ -85,18 +83,12 @@ class Curve(NamedTuple):
     """The shortest first."""
 
     def first(self, nbytes: float) -> float:
-        """Microseconds of a single one."""
+        """Microseconds of a call of one."""
         return interpolated([(point.bytes, point.first) for point in self.points], nbytes)
 
     def next(self, nbytes: float) -> float:
-        """Microseconds of one among many."""
+        """Microseconds of each further one."""
         return interpolated([(point.bytes, point.next) for point in self.points], nbytes)
-
-    @property
-    def start(self) -> float:
-        """What beginning costs beyond the round itself: ranks leave a barrier one after the other."""
-        shortest = self.points[0]
-        return max(0.0, shortest.first - shortest.next)
 
 
 class Round(NamedTuple):
@@ -169,27 +161,14 @@ def round_of(what: str, home: Any, source: Any, into: Any, nbytes: float, reduce
 # --- prices ----------------------------------------------------------------------------------------
 
 
-class Act(NamedTuple):
-    """Something that takes time on the way of a call."""
-
-    single: float
-    """Microseconds where the link has tokens."""
-    among: float
-    """Microseconds where it has none."""
-    load: float = 0.0
-    """Bytes through a node's link."""
-
-
 class Rounds:
     """What was measured at one shape, ready to price."""
 
     def __init__(self, curves: Sequence[Curve], nodes: int, lanes: int) -> None:
         self.curves, self.nodes, self.lanes = curves, nodes, lanes
-        loads = [(curve, point) for curve in curves for point in curve.points if through(curve.kind, point) >= LOADED]
-        self.beta = min((point.next / through(curve.kind, point) for curve, point in loads), default=0.0)
-        full = [each for each in loads if each[1].next < FULL * self.beta * through(each[0].kind, each[1])]
-        saved = [(point.next - point.first + curve.start) / self.beta for curve, point in full]
-        self.burst = max(0.0, float(np.median(saved))) if saved else 0.0
+        loads = [(through(curve.kind, point), point) for curve in curves for point in curve.points]
+        self.beta = min((point.next / load for load, point in loads if load >= LOADED), default=0.0)
+        self.short_bytes = max((each.points[-1].bytes for each in curves if each.kind.what == "short"), default=0)
 
     def nearest(self, kind: Kind) -> Curve | None:
         """The curve of the kind most like this one."""
@@ -197,107 +176,79 @@ class Rounds:
         return min(known, key=lambda curve: unlike(curve.kind, kind), default=None)
 
     def fixed(self, what: str, nbytes: float = 0.0) -> float:
-        """Microseconds of something that uses no link."""
+        """Microseconds of something between no ranks."""
+        curve = self.nearest(Kind(what))
+        return 0.0 if curve is None else curve.first(nbytes)
+
+    def inside(self, what: str, nbytes: float) -> float:
+        """Microseconds of something inside a node that follows other things."""
         curve = self.nearest(Kind(what))
         return 0.0 if curve is None else curve.next(nbytes)
 
-    def act(self, kind: Kind, nbytes: float) -> Act | None:
-        """A round of messages of ``nbytes`` bytes; None where nothing like it was measured."""
-        curve = self.nearest(kind)
-        if curve is None:
-            return None
-        among, load = curve.next(nbytes), kind.crossing * nbytes
-        if not load:
-            return Act(among, among)
-        return Act(min(among, max(curve.first(nbytes) - curve.start, 0.0)), among, load)
-
-    def total(self, acts: Sequence[Act]) -> float:
-        """Microseconds of a call that is repeated, a barrier between each two."""
-        full = self.burst if self.beta else 0.0
-        tokens, us = full, 0.0
-        for _ in range(SETTLED):
-            us = 0.0
-            for act in acts:
-                share = min(1.0, tokens / act.load) if act.load else 0.0
-                took = max(act.single, (1 - share) * act.among)
-                tokens = self.filled(tokens - act.load, took)
-                us += took
-            tokens = self.filled(tokens, self.fixed("barrier"))
-        return us
-
-    def filled(self, tokens: float, us: float) -> float:
-        """Tokens after so much time."""
-        return min(self.burst, max(0.0, tokens + us / self.beta)) if self.beta else 0.0
-
     def price(self, algorithm: Algorithm, nodes: Iterable[int], nbytes: float, copied: float) -> float | None:
         """Microseconds of a schedule that runs as it stands, after copying ``copied`` bytes."""
-        found = list(rounds(algorithm, nodes, nbytes))
-        acts = [self.act(each.kind, each.bytes) for each in found]
-        known = [act for act in acts if act is not None]
-        if not found or len(known) < len(acts):
-            return None
-        opening = self.nearest(found[0].kind)
-        start = opening.start if opening else 0.0
-        begun = Act(*[self.fixed("call") + start + (self.fixed("copy", copied) if copied else 0.0)] * 2)
-        return self.total([begun, *known])
+        us = self.sum(list(rounds(algorithm, nodes, nbytes)))
+        copying = self.fixed("copy", copied) if copied else 0.0
+        return None if us is None else self.fixed("call") + copying + us
+
+    def sum(self, found: Sequence[Round]) -> float | None:
+        """Microseconds of rounds, one after the other; None where nothing like them was measured.
+
+        The first that leaves a node counts as one that begins a call: until then its link has rested.
+        """
+        opening = next((k for k, each in enumerate(found) if each.kind.crossing), 0)
+        us = 0.0
+        for k, each in enumerate(found):
+            curve = self.nearest(each.kind)
+            if curve is None:
+                return None
+            us += curve.first(each.bytes) if k == opening else curve.next(each.bytes)
+        return us
 
     def two_levels(self, nbytes: float, link: Link) -> float | None:
         """Microseconds of the allreduce in two levels, as it runs; ``link`` decides between schedules as there."""
-        inter, meeting = between.inter_node(self.nodes, nbytes, self.lanes, link), self.nearest(Kind("meeting"))
-        if meeting is None:
-            return None
-        return self.short(meeting, inter, nbytes) if nbytes <= meeting.points[-1].bytes else self.long(inter, nbytes)
+        inter = between.inter_node(self.nodes, nbytes, self.lanes, link)
+        us = self.short(inter, nbytes) if nbytes <= self.short_bytes else self.long(inter, nbytes)
+        return None if us is None else self.fixed("call") + us
 
-    def short(self, meeting: Curve, inter: Algorithm, nbytes: float) -> float | None:
-        """A vector in one piece, not longer than any meeting that was measured."""
-        acts = [self.act(each.kind, each.bytes) for each in rounds(inter, range(self.nodes), nbytes, "short")]
-        known = [act for act in acts if act is not None]
-        if len(known) < len(acts):
-            return None
-        begun = Act(*[self.fixed("call") + meeting.first(nbytes)] * 2)
-        return self.total([begun, *known])
+    def short(self, inter: Algorithm, nbytes: float) -> float | None:
+        """A vector in one piece."""
+        return self.sum(list(rounds(inter, range(self.nodes), nbytes, "short")))
 
     def long(self, inter: Algorithm, nbytes: float) -> float | None:
-        """Segments that overlap: each turn one more is reduced inside, and all on their way go one round on."""
+        """Segments that overlap: each turn one more is reduced inside, and all on their way go one round on.
+
+        Work inside the nodes hides behind messages that wait for the link, not behind those that keep the cores busy.
+        """
         count = between.segment_count(nbytes)
         segment = nbytes / count
-        part = segment / self.lanes
-        pieces = between.message_count(part, inter.blocks(self.nodes))
-        walk = list(rounds(inter, range(self.nodes), part / pieces, "pieces"))
-        acts = []
+        pieces = between.message_count(segment / self.lanes, inter.blocks(self.nodes))
+        walk = list(rounds(inter, range(self.nodes), segment / self.lanes / pieces, "pieces"))
+        us = 0.0
         for turn in range(count + len(walk)):
             sent = [walk[turn - 1 - k] for k in range(count) if 0 <= turn - 1 - k < len(walk)]
-            inside = self.fixed("scatter", segment) if turn < count else 0.0
-            inside += self.fixed("gather", segment) if turn >= len(walk) else 0.0
-            flown = self.flown(sent, pieces)
+            work = self.inside("scatter", segment) if turn < count else 0.0
+            work += self.inside("gather", segment) if turn >= len(walk) else 0.0
+            flown = self.flown(sent, pieces, opening=turn == 1)
             if flown is None:
                 return None
-            acts.append(Act(flown.single + inside, max(flown.among, flown.single + inside), flown.load))
-        first = self.nearest(self.on_all_lanes(walk[0].kind))
-        opening = first.start if first else 0.0
-        return self.total([Act(*[self.fixed("call") + opening] * 2), *acts])
+            wire = self.beta * self.lanes * pieces * sum(each.bytes for each in sent)
+            us += max(flown, work) if 1 < turn < count and flown < FULL * wire else flown + work
+        return us
 
-    def on_all_lanes(self, kind: Kind) -> Kind:
-        """A round between nodes, of which each lane has one."""
-        return kind._replace(crossing=self.lanes * kind.crossing, messages=self.lanes * kind.messages)
-
-    def flown(self, sent: Sequence[Round], pieces: int) -> Act | None:
-        """What is on its way at the same time: the mean of the kinds by their bytes."""
-        total = sum(each.bytes for each in sent) * pieces
-        if not total:
-            return Act(0.0, 0.0)
-        single = among = 0.0
+    def flown(self, sent: Sequence[Round], pieces: int, opening: bool) -> float | None:
+        """Microseconds of what is on its way at the same time: the mean of the kinds by their bytes."""
+        total = sum(each.bytes for each in sent)
+        us = 0.0
         for each in sent:
-            act = self.act(self.on_all_lanes(each.kind), total)
-            if act is None:
+            lanes = self.lanes
+            kind = each.kind._replace(crossing=lanes * each.kind.crossing, messages=lanes * each.kind.messages)
+            curve = self.nearest(kind)
+            if curve is None:
                 return None
-            share = each.bytes * pieces / total
-            single, among = single + share * act.single, among + share * act.among
-        return Act(single, among, self.lanes * total)
-
-
-SETTLED = 8
-"""Calls after which tokens begin each further one alike."""
+            took = curve.first(total * pieces) if opening else curve.next(total * pieces)
+            us += took * each.bytes / total
+        return us
 
 
 def through(kind: Kind, point: Point) -> float:
