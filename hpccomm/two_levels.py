@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.between import inter_node, message_count, segment_count
 from hpccomm.collectives.cost import Link
 from hpccomm.collectives.engine import Combine, Lane, Plan, Round, Transport, even_cuts, interleaved, segments
 from hpccomm.collectives.hierarchical import Lanes, twins
@@ -27,10 +27,6 @@ SHORT_BYTES = 8192
 """Up to here one rank of each node carries the vector."""
 IDLE = 2e-3
 """Seconds for which a rank with no message on its way waits in shared memory before it looks after MPI."""
-MESSAGE_BYTES = 57_344
-"""Longest message between nodes: below 64 KB Open MPI's TCP uses both directions of a link at once."""
-SEGMENT_BYTES, MOST_SEGMENTS = 1 << 20, 16
-"""What is reduced inside a node while the segment before it is between the nodes."""
 
 
 Late = Callable[[float, list[int]], None]
@@ -45,25 +41,6 @@ class Operands(NamedTuple):
     kind: str
     op: str
     combine: Combine
-
-
-def inter_node(nodes: int, nbytes: float, lanes: int, link: Link) -> Algorithm:
-    """The allreduce of ``nbytes`` bytes between ``nodes`` nodes whose ``lanes`` share a ``link``, by Hockney's model.
-
-    Recursive doubling has fewest messages, a ring carries fewest bytes; halving and doubling has both for a power of
-    two, but its first messages are long: what goes in several messages at a time goes by a ring.
-    """
-    dancing = nodes.bit_length() - 1
-    whole, parts = link.alpha + nbytes * link.beta, 2 * (nodes - 1) / nodes * nbytes * link.beta
-    folding = 0.0 if nodes == 1 << dancing else 2 * whole
-    costs = {
-        "doubling": dancing * whole + folding,
-        "butterfly": 2 * dancing * link.alpha + parts + folding,
-        "ring": 2 * (nodes - 1) * link.alpha + parts,
-    }
-    if nodes > 2 and nbytes > 2 * MESSAGE_BYTES * lanes:
-        costs = {"ring": 0.0}
-    return ALGORITHMS["allreduce"][min(costs, key=costs.__getitem__)]
 
 
 class TwoLevels:
@@ -84,8 +61,7 @@ class TwoLevels:
         inter = inter_node(self.nodes, nbytes, self.width, self.link)
         if nbytes <= SHORT_BYTES:
             return self.short(data, word, inter)
-        count = min(MOST_SEGMENTS, -(-nbytes // SEGMENT_BYTES))
-        cut = segments(data.vector.size, count)
+        cut = segments(data.vector.size, segment_count(nbytes))
         found = [list(self.long(data, word, inter, each)) for each in cut]
         turns = [turn for turn, lanes in enumerate(found) for _ in lanes]
         return interleaved([lane for lanes in found for lane in lanes], turns)
@@ -113,7 +89,7 @@ class TwoLevels:
         if not self.drives:
             yield [first, *finished([Round([], []) for _ in range(self.rounds(inter))], last)]
             return
-        messages = max(1, -(-part.nbytes // (MESSAGE_BYTES * inter.blocks(self.nodes))))
+        messages = message_count(part.nbytes, inter.blocks(self.nodes))
         for number, piece in enumerate(pieces := segments(part.size, messages)):
             rounds = list(self.between(inter, part[piece], data.combine, word))
             if number == len(pieces) - 1:

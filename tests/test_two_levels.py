@@ -10,9 +10,10 @@ from mpi4py import MPI
 
 from hpccomm import Communicator, resources
 from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.between import MESSAGE_BYTES, SEGMENT_BYTES, inter_node
 from hpccomm.collectives.cost import Link
 from hpccomm.testing import verifiable
-from hpccomm.two_levels import MESSAGE_BYTES, SEGMENT_BYTES, SHORT_BYTES, inter_node
+from hpccomm.two_levels import SHORT_BYTES
 
 PLACEMENTS = {
     2: ("01",),

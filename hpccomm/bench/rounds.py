@@ -24,9 +24,9 @@ from hpccomm.collectives.engine import Plan, bind, interleaved, segments
 from hpccomm.collectives.hierarchical import lanes_of
 from hpccomm.collectives.schedule import Algorithm, Step
 from hpccomm.errors import ArgumentError
-from hpccomm.two_levels import MESSAGE_BYTES, SHORT_BYTES, Operands, TwoLevels
+from hpccomm.two_levels import SHORT_BYTES, Operands, TwoLevels
 
-LENGTHS = (4, 64, 1024, 4096, 8192, 16384, 32768, MESSAGE_BYTES, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22)
+LENGTHS = (4, 64, 1024, 4096, 8192, 16384, 32768, between.MESSAGE_BYTES, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22)
 """Bytes of the messages that are measured; close together where transports change their ways."""
 FLIGHTS = (4096, 16384, 32768, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 << 21)
 """Bytes that are on their way from a rank at the same time, in pieces."""
@@ -99,7 +99,7 @@ def wanted(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, l
     if most > SHORT_BYTES:
         yield Task(Kind("scatter"), None, up_to(SEGMENTS, most))
         yield Task(Kind("gather"), None, up_to(SEGMENTS, most))
-        in_one = most if ends.size == 2 else min(most, 2 * MESSAGE_BYTES * lanes)
+        in_one = most if ends.size == 2 else min(most, 2 * between.MESSAGE_BYTES * lanes)
         pieces = {
             task.kind: task
             for name, nbytes in (("doubling", in_one), ("butterfly", in_one), ("ring", most))
