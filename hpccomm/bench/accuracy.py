@@ -121,7 +121,11 @@ def uncertainty(values: Sequence[float]) -> float:
 
 
 def table(runs: Sequence[Run], dataset: str, ranks: int) -> Iterator[str]:
-    """Lines of Markdown: means with their standard errors, in percent; bytes of a step."""
+    """Lines of Markdown: means with their standard errors, in percent; bytes of a step.
+
+    Whether a method is within one standard error of its yardstick is said of the differences seed by seed, and of the
+    difference of the two means as if the seeds had nothing to do with each other.
+    """
     here = {key(run)[2:4]: run for run in runs if key(run)[:2] == (dataset, ranks)}
     yield f"### {dataset}, {ranks} ranks"
     yield ""
@@ -139,8 +143,15 @@ def table(runs: Sequence[Run], dataset: str, ranks: int) -> Iterator[str]:
             100 * here[base, seed]["accuracy"] - scores[k] for k, seed in enumerate(seeds) if (base, seed) in here
         ]
         if paired:
-            fine = "yes" if mean(paired) <= uncertainty(paired) else "**no**"
-            cells += [f"{mean(paired):.2f} ± {uncertainty(paired):.2f} ({base})", fine]
+            apart = math.hypot(
+                uncertainty(scores),
+                uncertainty([100 * here[base, seed]["accuracy"] for seed in seeds if (base, seed) in here]),
+            )
+            fine = ["yes" if mean(paired) <= error else "**no**" for error in (uncertainty(paired), apart)]
+            cells += [
+                f"{mean(paired):.2f} ± {uncertainty(paired):.2f} ({base})",
+                f"{fine[0]}, {fine[1]} (± {apart:.2f})",
+            ]
         else:
             cells += ["", ""]
         cells += [f"{mean(row['loss'] for row in rows):.4f}", f"{mean(row['bytes_a_step'] for row in rows):,.0f}"]

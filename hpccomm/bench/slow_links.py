@@ -401,6 +401,11 @@ def crossing(ratios: dict[float, float]) -> float:
     return math.nan
 
 
+def even_at(density: float) -> str:
+    """For people."""
+    return f"above {EVEN_DENSITIES[-1]:g}" if math.isnan(density) else f"{density:.2g}"
+
+
 def even_of(record: dict[str, Any]) -> tuple[dict[float, float], dict[float, float]]:
     """Sparse by dense at each density: measured and predicted."""
     (nodes, per_node), found = record["shape"], record["seconds"]
@@ -428,7 +433,7 @@ def even_table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         cells = [record["rate"], f"{nodes} x {per_node}"]
         cells.append(f"{1e3 * median(record['seconds']['dense']):.4g} ({1e-3 * limit:.4g})")
         cells += [f"{measured[each]:.2g} ({predicted[each]:.2g})" for each in EVEN_DENSITIES]
-        cells.append(f"**{crossing(measured):.2g}** ({crossing(predicted):.2g})")
+        cells.append("**{}** ({})".format(*(even_at(crossing(each)) for each in (measured, predicted))))
         yield "| " + " | ".join(cells) + " |"
     yield ""
 
