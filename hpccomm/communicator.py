@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Hashable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -116,9 +117,19 @@ class Communicator(MPI.Intracomm):
         made[...] = x
         return made
 
-    def beside(self, x: Any, name: str, stream: Any = None) -> tuple[DeviceArray, Any]:
-        """What an array on a device is, and a new one like it; for :mod:`hpccomm.functional`."""
-        return self._binder.beside(x, name, stream)
+    # For hpccomm.functional
+
+    def on_device(self, x: Any, name: str, stream: Any = None) -> DeviceArray:
+        """What an array on a device is; ``name`` is the function that it was handed to."""
+        return self._binder.operand_of(x, name, stream).array
+
+    def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """A new array on the device, in C order, of ``x``'s library where that can make one."""
+        return self._binder.staging.device.like(x, shape, dtype)
+
+    def divide(self, x: Any) -> None:
+        """Divide an array of float32 or float64 on the device by the number of ranks."""
+        self._binder.divide(x)
 
     def through_host(self, name: str, x: Any, function: Callable[[Any], Any], stream: Any = None) -> Any:
         """What a function makes of an array on a device when it sees it on the host, on the device again.
@@ -499,13 +510,15 @@ class Communicator(MPI.Intracomm):
         """Reduce over the ranks below this one."""
         self._binder.inherited("Exscan", (sendbuf, recvbuf), op=op)
 
-    # Compressed
+    # Compressed: arrays on a device are brought to the host, and results back
 
     def sparse_allgather(
         self, indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32], n: int
     ) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]]:
         """The sparse vectors of all ranks, in rank order: :func:`hpccomm.collectives.sparse.sparse_allgather`."""
-        return sparse.sparse_allgather(self, indices, values, n)
+        body = partial(sparse.sparse_allgather, self, n=n)
+        found: list[Any] = self._binder.beheld("sparse_allgather", body, (indices, values))
+        return found
 
     def sparse_allreduce(
         self,
@@ -518,13 +531,17 @@ class Communicator(MPI.Intracomm):
         plan: sparse.Plan | None = None,
     ) -> sparse.SparseSum:
         """The sum of sparse vectors, or its k largest: :func:`hpccomm.collectives.sparse.sparse_allreduce`."""
-        return sparse.sparse_allreduce(self, indices, values, n, k=k, algorithm=algorithm, plan=plan)
+        body = partial(sparse.sparse_allreduce, self, n=n, k=k, algorithm=algorithm, plan=plan)
+        summed: sparse.SparseSum = self._binder.beheld("sparse_allreduce", body, (indices, values))
+        return summed
 
     def onebit_allgather(
         self, bits: npt.NDArray[np.uint8], plus: float, minus: float, n: int
     ) -> npt.NDArray[np.float32]:
         """The sum of all ranks' signs times their scales: :func:`hpccomm.collectives.onebit.onebit_allgather`."""
-        return onebit.onebit_allgather(self, bits, plus, minus, n)
+        body = partial(onebit.onebit_allgather, self, plus=plus, minus=minus, n=n)
+        total: npt.NDArray[np.float32] = self._binder.beheld("onebit_allgather", body, (bits,))
+        return total
 
     def onebit_allreduce(
         self,
@@ -533,7 +550,9 @@ class Communicator(MPI.Intracomm):
         server_error: npt.NDArray[np.float32],
     ) -> onebit.OneBitMean:
         """The mean, one bit an element each way: :func:`hpccomm.collectives.onebit.onebit_allreduce`."""
-        return onebit.onebit_allreduce(self, x, worker_error, server_error)
+        body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)
+        mean: onebit.OneBitMean = self._binder.beheld("onebit_allreduce", body, arrays, written=2)
+        return mean
 
 
 def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:

@@ -96,7 +96,7 @@ def check_place(array: DeviceArray, device: cuda.Device, who: str) -> None:
     if place != device.number:
         raise ArgumentError(
             f"{who}: the array lies on device {place}, this rank uses device {device.number}: "
-            f"copy it, or select the device before the call, cupy.cuda.Device({place}).use()"
+            f"copy it, or select the device before the first call, cupy.cuda.Device({place}).use()"
         )
 
 
@@ -135,10 +135,7 @@ class DeviceBinder(Binder):
                     f"{who}: one buffer lies on a device, the other, {type(each).__name__}, on the host: "
                     "pass both of one kind"
                 )
-        try:
-            device = self.staging.device
-        except TransportError as error:
-            raise ArgumentError(f"{who}: the array lies on a device: {error}") from None
+        device = self.reached(who)
         return [Operand(each, device, who) if lies else None for each, lies in zip(buffers, there, strict=True)]
 
     def taken(
@@ -224,10 +221,12 @@ class DeviceBinder(Binder):
         assert operands[0] is not None
         return operands[0]
 
-    def beside(self, x: Any, name: str, stream: Any = None) -> tuple[DeviceArray, Any]:
-        """What an array on a device is, and a new one like it, in C order."""
-        array = self.operand_of(x, name, stream).array
-        return array, self.staging.device.like(x, array.shape, array.dtype)
+    def divide(self, x: Any) -> None:
+        """Divide by the number of ranks, where the array lies."""
+        there, staging = read_device(x, self.who("mean")), self.staging
+        cuda.wait(staging.device, there.streams)
+        staging.device.divide(there.address, there.size, there.dtype, self.size, staging.up)
+        staging.device.synchronize(staging.up)
 
     def through_host(self, name: str, x: Any, function: Callable[[Any], Any], stream: Any = None) -> Any:
         """What ``function`` makes of the array when it sees it on the host, on the device again."""
@@ -613,13 +612,65 @@ class DeviceBinder(Binder):
         return super().allreduce_view(key, buf, op)
 
     def inherited(self, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None) -> None:
-        """MPI's own collectives take no device memory here."""
-        if any(array_of(each) is not None for each in buffers):
-            raise ArgumentError(
-                f"{self.who(name)}: the array lies on a device: copy it to the host first, x.get() (CuPy) or "
-                "x.cpu() (PyTorch)"
-            )
-        super().inherited(name, buffers, root, op)
+        """MPI's own collectives see copies on the host; a rank may have its arrays here, another there."""
+        if all(array_of(each) is None for each in buffers):
+            super().inherited(name, buffers, root, op)
+            return
+        who = self.who(name)
+        both = [self.brought(each, who) for each in buffers]
+        into = both[1][1]
+        if into and not into.writable:
+            raise ArgumentError(f"{who}: the array to receive into is read-only: pass one that can be written")
+        super().inherited(name, tuple(form for form, _ in both), root, op)
+        if into:
+            received = both[1][0][0] if isinstance(both[1][0], list) else both[1][0]
+            self.staging.store(received.ravel(into.order).view(np.uint8), into.address, into.streams)
+
+    def brought(self, form: Any, who: str) -> tuple[Any, DeviceArray | None]:
+        """A buffer with a copy on the host in place of its array, and that array; else the buffer as it is."""
+        if array_of(form) is None:
+            return form, None
+        known = Operand(form, self.reached(who), who).array
+        copy = np.empty(known.shape, known.dtype, "F" if known.order == "F" else "C")
+        self.staging.fetch(known.address, copy.ravel("K").view(np.uint8), known.streams)
+        data = form.given if isinstance(form, Stream) else form
+        return [copy, *data[1:]] if isinstance(data, list | tuple) else copy, known
+
+    def beheld(self, name: str, function: Callable[..., Any], arrays: Sequence[Any], written: int = 0) -> Any:
+        """What a function of NumPy arrays makes of arrays that may lie on a device: then its answer's arrays do, too.
+
+        It writes the last ``written`` of them.
+        """
+        if all(array_of(each) is None for each in arrays):
+            return function(*arrays)
+        both = [self.brought(each, self.who(name)) for each in arrays]
+        answer = function(*(copy for copy, _ in both))
+        for copy, known in both[len(both) - written :]:
+            if known:
+                self.staging.store(copy.view(np.uint8), known.address, known.streams)
+        like = next(each for each in arrays if array_of(each) is not None)
+        if hasattr(answer, "_asdict"):
+            fields = {field: self.raised(each, like) for field, each in answer._asdict().items()}
+            return answer._replace(**fields)
+        return self.raised(answer, like)
+
+    def raised(self, x: Any, like: Any) -> Any:
+        """An array, or all those in a list or a tuple, on the device, as ``like``'s library has them."""
+        if type(x) in (list, tuple):
+            return type(x)(self.raised(each, like) for each in x)
+        if not isinstance(x, np.ndarray):
+            return x
+        made = self.staging.device.empty(x.shape, x.dtype)
+        there = read_device(made, self.who("result"))
+        self.staging.store(np.ascontiguousarray(x).reshape(-1).view(np.uint8), there.address, there.streams)
+        return given_back(made, like)
+
+    def reached(self, who: str) -> cuda.Device:
+        """The device; raises where there is none."""
+        try:
+            return self.staging.device
+        except TransportError as error:
+            raise ArgumentError(f"{who}: the array lies on a device: {error}") from None
 
 
 class Fits(NamedTuple):

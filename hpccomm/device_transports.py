@@ -71,7 +71,7 @@ class DeviceTransports:
                 self.troubles[name] = ""
             except TransportError as error:
                 self.troubles[name] = str(error)
-        if self.wanted != "auto" and self.troubles[self.wanted]:
+        if self.troubles.get(self.wanted):
             self.free()
             raise TransportError(
                 f"{TRANSPORT}={self.wanted} does not work here: {self.troubles[self.wanted]}: leave it out"
@@ -85,8 +85,12 @@ class DeviceTransports:
 
     def _ask_mpi(self) -> None:
         """A child on each node; all must have lived."""
-        node = self.resources.node
-        found = cuda_probe.verdict(self.device.number, self.device.driver) if node.rank == 0 else None
+        node, found = self.resources.node, None
+        if node.rank == 0:
+            try:
+                found = cuda_probe.verdict(self.device.number, self.device.driver)
+            except (OSError, RuntimeError) as error:  # no home, no driver: the others wait for an answer
+                found = cuda_probe.Verdict(str(error), "not asked")
         for each in self.resources.channel.allgather(node.bcast(found)):
             if each.trouble:
                 raise TransportError(

@@ -6,8 +6,10 @@ arrays in C order.  The 16-bit floats are reduced in float32 and rounded once (:
 
 from __future__ import annotations
 
+import math
 import weakref
 import zlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,11 +60,7 @@ def allreduce(
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: allreduce"
     if lies_on_device(x):
-        if op != "mean":
-            return summed_on_device(x, op, ranks, algorithm, reproducible, stream)
-        return ranks.through_host(
-            "Allreduce", x, lambda host: allreduce(host, op, ranks, algorithm, reproducible), stream
-        )
+        return reduced_on_device(x, op, ranks, algorithm, reproducible, stream)
     array, give_back = borrow(x, who)
     mpi_op = operation(op, array, who)
     send = reducible(array, op)
@@ -87,15 +85,13 @@ def reduce_scatter(
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: reduce_scatter"
     if lies_on_device(x):
-        return ranks.through_host(
-            "Reduce_scatter", x, lambda host: reduce_scatter(host, op, ranks, algorithm, reproducible), stream
-        )
+        return scattered_on_device(x, op, ranks, algorithm, reproducible, stream)
     array, give_back = borrow(x, who)
     if array.ndim == 0:
         raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
     mpi_op = operation(op, array, who)
     send = reducible(array, op)
-    rows = [len(share) for share in np.array_split(np.empty(len(send), "u1"), ranks.size)]
+    rows = dealt_rows(len(send), ranks.size)
     mine = np.empty((rows[ranks.rank], *send.shape[1:]), send.dtype)
     row = int(np.prod(send.shape[1:], dtype=np.int64))
     counts = [each * row for each in rows]
@@ -111,10 +107,10 @@ def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto"
     """
     ranks = communicator(comm)
     if lies_on_device(x):
-        return ranks.through_host("Allgather", x, lambda host: allgather(host, ranks, algorithm), stream)
+        return gathered_on_device(x, ranks, algorithm, stream)
     array, give_back = borrow(x, f"rank {ranks.rank}: allgather")
     send = np.asarray(array, order="C").reshape(array.shape or (1,))
-    rows = agreed_rows(send, ranks)
+    rows = agreed_rows(send.shape, send.dtype, ranks)
     gathered = np.empty((sum(rows), *send.shape[1:]), send.dtype)
     row = int(np.prod(send.shape[1:], dtype=np.int64))
     ranks.Allgatherv(movable(send), [movable(gathered), [each * row for each in rows]], algorithm=named(algorithm))
@@ -154,12 +150,61 @@ def broadcast(
     return give_back(copy)
 
 
-def summed_on_device(x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any) -> Any:
+# Arrays on a device
+
+DIVIDED = "fd"
+"""NumPy's letters of the dtypes whose means are divided on the device; other means are taken on the host."""
+
+
+def reduced_on_device(x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any) -> Any:
     """:func:`allreduce` of an array on a device, into a new one beside it."""
-    known, total = ranks.beside(x, "allreduce", stream)
+    x, known = in_c_order(x, "allreduce", ranks, stream)
     mpi_op = operation(op, known, f"rank {ranks.rank}: allreduce")
+    if op == "mean" and known.dtype.char not in DIVIDED:
+        body = partial(allreduce, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
+        return ranks.through_host("Allreduce", x, body, stream)
+    total = ranks.like(x, known.shape, known.dtype)
     ranks.Allreduce(x, total, mpi_op, named(algorithm), reproducible, stream)
+    if op == "mean":
+        ranks.divide(total)
     return given_back(total, x)
+
+
+def scattered_on_device(x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any) -> Any:
+    """:func:`reduce_scatter` of an array on a device."""
+    x, known = in_c_order(x, "reduce_scatter", ranks, stream)
+    who = f"rank {ranks.rank}: reduce_scatter"
+    if not known.shape:
+        raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
+    mpi_op = operation(op, known, who)
+    if op == "mean" and known.dtype.char not in DIVIDED:
+        body = partial(reduce_scatter, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
+        return ranks.through_host("Reduce_scatter", x, body, stream)
+    rows, row = dealt_rows(known.shape[0], ranks.size), math.prod(known.shape[1:])
+    mine = ranks.like(x, (rows[ranks.rank], *known.shape[1:]), known.dtype)
+    ranks.Reduce_scatter(x, mine, [each * row for each in rows], mpi_op, named(algorithm), reproducible, stream)
+    if op == "mean":
+        ranks.divide(mine)
+    return given_back(mine, x)
+
+
+def gathered_on_device(x: Any, ranks: Communicator, algorithm: str, stream: Any) -> Any:
+    """:func:`allgather` of an array on a device."""
+    x, known = in_c_order(x, "allgather", ranks, stream)
+    shape = known.shape or (1,)
+    rows, row = agreed_rows(shape, known.dtype, ranks), math.prod(shape[1:])
+    gathered = ranks.like(x, (sum(rows), *shape[1:]), known.dtype)
+    ranks.Allgatherv(x, [gathered, [each * row for each in rows]], named(algorithm), stream)
+    return given_back(gathered, x)
+
+
+def in_c_order(x: Any, name: str, ranks: Communicator, stream: Any) -> tuple[Any, DeviceArray]:
+    """The array and what it is; one in Fortran's order is brought through the host into C's."""
+    known = ranks.on_device(x, name, stream)
+    if known.order == "C":
+        return x, known
+    turned = ranks.through_host("", x, np.ascontiguousarray, stream)
+    return turned, ranks.on_device(turned, name, stream)
 
 
 # What the functions share
@@ -209,18 +254,23 @@ def finished(total: Array, op: str, size: int, given: Array) -> Array:
     return narrowed(total, given.dtype)
 
 
-def agreed_rows(send: Array, ranks: Communicator) -> list[int]:
+def dealt_rows(rows: int, ranks: int) -> list[int]:
+    """Rows that each rank gets."""
+    return [len(share) for share in np.array_split(np.empty(rows, "u1"), ranks)]
+
+
+def agreed_rows(shape: tuple[int, ...], dtype: np.dtype[Any], ranks: Communicator) -> list[int]:
     """Rows that each rank brings; raises where the ranks bring arrays that do not fit together."""
-    form = (send.shape[1:], send.dtype.name)
-    mine = np.array([len(send), zlib.crc32(repr(form).encode())], np.int64)
+    form = (shape[1:], dtype.name)
+    mine = np.array([shape[0], zlib.crc32(repr(form).encode())], np.int64)
     everyone = np.empty((ranks.size, 2), np.int64)
     ranks.Allgather(mine, everyone)
     odd = np.flatnonzero(everyone[:, 1] != everyone[0, 1])
     if odd.size:
         forms = ranks.allgather(form)
-        (shape, dtype), (other_shape, other_dtype) = forms[0], forms[odd[0]]
+        (its_shape, its_dtype), (other_shape, other_dtype) = forms[0], forms[odd[0]]
         raise MismatchError(
             f"allgather: rank {odd[0]} brings rows of {other_dtype}{list(other_shape)}, rank 0 rows of "
-            f"{dtype}{list(shape)}: make all dimensions but the first, and the dtype, agree"
+            f"{its_dtype}{list(its_shape)}: make all dimensions but the first, and the dtype, agree"
         )
     return [int(rows) for rows in everyone[:, 0]]

@@ -121,6 +121,11 @@ class StandIn:
         there = [self.seen(address, n, dtype) for address in (*vectors, out)]
         self.begin(stream, lambda: reductions.reduce(op, "bfloat16" if code == "bf16" else code, there[:-1], there[-1]))
 
+    def divide(self, address: int, n: int, dtype: np.dtype, by: int, stream: int) -> None:
+        self.check(address, n * dtype.itemsize)
+        there = self.seen(address, n, dtype)
+        self.begin(stream, lambda: np.true_divide(there, dtype.type(by), out=there))
+
     # Tests
 
     def seen(self, address: int, n: int, dtype: np.dtype) -> np.ndarray:

@@ -422,6 +422,64 @@ def test_all_the_other_collectives_and_their_algorithms(ours: Any) -> None:
 
 
 @FEW
+def test_mpis_own_collectives_see_copies_on_the_host(ours: Any) -> None:
+    comm, device = ours
+    p, r, n = comm.size, comm.rank, 6
+    parts, total = [operand(k, n) for k in range(p)], operand(r, n * p)
+    counts, displs = [n] * p, [n * k for k in range(p)]
+
+    def array(values: Any) -> StandInArray:
+        return filled(device, np.asarray(values, F4))
+
+    x, y = array(parts[r]), array(np.full(n * p, -1))
+    comm.Gather(x, y if r == 0 else None, 0)
+    comm.Gatherv(x, [y, counts, displs, MPI.FLOAT] if r == 0 else None, 0)
+    assert np.array_equal(y.get(), np.concatenate(parts) if r == 0 else np.full(n * p, -1))
+    comm.Scatter(array(operand(7, n * p)) if r == 0 else None, x, 0)
+    assert np.array_equal(x.get(), operand(7, n * p)[r * n : (r + 1) * n])
+    comm.Scatterv([array(operand(8, n * p)), counts, displs, MPI.FLOAT] if r == 0 else None, x, 0)
+    assert np.array_equal(x.get(), operand(8, n * p)[r * n : (r + 1) * n])
+    comm.Alltoallv([array(total), counts], [y, counts])
+    assert np.array_equal(y.get(), np.concatenate([operand(k, n * p)[r * n : (r + 1) * n] for k in range(p)]))
+    x = array(parts[r])
+    comm.Scan(MPI.IN_PLACE, x)
+    assert np.array_equal(x.get(), np.sum(parts[: r + 1], axis=0))
+    x = array(np.zeros(n))
+    comm.Exscan(parts[r], x)  # one array here, the other there
+    assert np.array_equal(x.get(), np.sum(parts[:r], axis=0) if r else np.zeros(n))
+
+
+@FEW
+def test_compressed_collectives_take_arrays_on_a_device_and_return_such(ours: Any) -> None:
+    comm, device = ours
+    n, r = 40, comm.rank
+    index, values = np.arange(r, n, 5 + r, dtype=np.uint32), operand(r, len(range(r, n, 5 + r)))
+    there = filled(device, index), filled(device, values)
+    for want, got in zip(comm.sparse_allgather(index, values, n), comm.sparse_allgather(*there, n), strict=True):
+        for a, b in zip(want, got, strict=True):
+            assert isinstance(b, StandInArray)
+            assert np.array_equal(a, b.get())
+    for algorithm, k in (("split", None), ("ok_topk", 7)):
+        want = comm.sparse_allreduce(index, values, n, k=k, algorithm=algorithm)
+        got = comm.sparse_allreduce(*there, n, k=k, algorithm=algorithm)
+        assert np.array_equal(want.total, got.total.get())
+        assert [np.array_equal(a, b.get()) for a, b in zip(want.returned, got.returned, strict=True)] == [True] * 2
+        assert (want.path, want.bytes_sent) == (got.path, got.bytes_sent)
+        again = comm.sparse_allreduce(*there, n, k=k, algorithm=algorithm, plan=got.plan)
+        assert np.array_equal(want.total, again.total.get()) or k
+    bits = np.packbits(operand(r, n) % 2 == 0)
+    want = comm.onebit_allgather(bits, 1.0, -2.0, n)
+    assert np.array_equal(want, comm.onebit_allgather(filled(device, bits), 1.0, -2.0, n).get())
+    errors = np.zeros(n, "f4"), np.zeros(n // comm.size + (r < n % comm.size), "f4")
+    here = [filled(device, each) for each in (operand(r, n), *errors)]
+    want, got = comm.onebit_allreduce(operand(r, n), *errors), comm.onebit_allreduce(*here)
+    assert np.array_equal(want.mean, got.mean.get())
+    assert (want.scale, want.bytes_sent) == (got.scale, got.bytes_sent)
+    for a, b in zip(errors, here[1:], strict=True):
+        assert np.array_equal(a, b.get())
+
+
+@FEW
 def test_a_stream_that_the_array_does_not_tell_is_waited_for(ours: Any) -> None:
     comm, device = ours
     x, y = device.array(np.zeros(9, F4), SIDE), device.array(np.zeros(9, F4))
@@ -447,6 +505,24 @@ def test_functions_return_what_they_were_given(ours: Any) -> None:
         assert got.shape == (4, 3)
         assert np.array_equal(got.get(), want)
     host = operand(r, 12).reshape(4, 3)
+    half, turned = filled(device, host.astype("f2")), filled(device, np.asfortranarray(host))
+    want = hpccomm.allreduce(host.astype("f2"), "mean", comm)
+    assert np.array_equal(hpccomm.allreduce(half, "mean", comm).get(), want)
+    assert np.array_equal(hpccomm.allreduce(turned, "mean", comm).get(), hpccomm.allreduce(host, "mean", comm))
+    assert np.array_equal(hpccomm.allgather(turned, comm).get(), hpccomm.allgather(host, comm))
+    for op in ("mean", "max"):
+        want = hpccomm.reduce_scatter(host, op, comm)
+        assert np.array_equal(hpccomm.reduce_scatter(turned, op, comm).get(), want)
+    want = hpccomm.reduce_scatter(host.astype("f2"), "mean", comm)
+    assert np.array_equal(hpccomm.reduce_scatter(half, "mean", comm).get(), want)
+    scalar = hpccomm.allgather(filled(device, np.float32(r + 1)), comm)
+    assert scalar.get().tolist() == [k + 1 for k in range(p)]
+    with pytest.raises(ArgumentError, match="reduce_scatter: a scalar cannot be divided"):
+        hpccomm.reduce_scatter(filled(device, np.float32(1)), "sum", comm)
+    uneven = filled(device, operand(r, 3 * r).reshape(r, 3))
+    assert np.array_equal(
+        hpccomm.allgather(uneven, comm).get(), hpccomm.allgather(operand(r, 3 * r).reshape(r, 3), comm)
+    )
     assert np.array_equal(hpccomm.allgather(x, comm).get(), hpccomm.allgather(host, comm))
     assert np.array_equal(hpccomm.reduce_scatter(x, "sum", comm).get(), hpccomm.reduce_scatter(host, "sum", comm))
     assert np.array_equal(hpccomm.broadcast(x, p - 1, comm).get(), operand(p - 1, 12).reshape(4, 3))
@@ -488,8 +564,10 @@ def test_bad_arrays_are_refused_before_the_first_message(ours: Any) -> None:
             comm.Allreduce(*bad)
     with pytest.raises(ArgumentError, match="algorithm='nonsense' is not to be had"):
         comm.Allreduce(fine, device.array(np.zeros(4, F4)), algorithm="nonsense")
-    with pytest.raises(ArgumentError, match=r"Gather: the array lies on a device: copy it to the host first"):
-        comm.Gather(fine, fine)
+    with pytest.raises(ArgumentError, match=r"Scan: the array to receive into is read-only"):
+        comm.Scan(fine, locked)
+    with pytest.raises(ArgumentError, match=r"Gather: the array's memory is not on a device, or was freed"):
+        comm.Gather(freed, fine)
     assert np.array_equal(fine.get(), np.zeros(4))
 
 

@@ -124,8 +124,8 @@ def test_without_a_device_bench_says_so_once() -> None:
     [
         ("--device cuda", f"--device cuda needs a device, rank 0 has none: {NONE}; or use --device cpu"),
         (
-            "--device cuda --method gtc",
-            "--device cuda with --method gtc: its state is the host's: use dense, sgd, adam",
+            "--device cuda --method bmuf",
+            "--device cuda with --method bmuf: its models are the host's: use dense, sgd",
         ),
         ("--device cuda --checkpoint /tmp", "what lies on a device is not saved"),
         ("--device gpu", "--device 'gpu' is not known: use one of cpu, cuda"),

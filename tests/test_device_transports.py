@@ -301,6 +301,21 @@ def test_each_way_says_why_it_is_not_to_be_had() -> None:
 
 
 @pytest.mark.usefixtures("surroundings")
+def test_a_question_that_fails_is_answered_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(*_: Any) -> Any:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cuda_probe, "verdict", homeless)
+
+    def body(comm: Any) -> str:
+        ways = found(comm)
+        ways.free()
+        return ways.troubles["aware"]
+
+    assert all("not asked: Could not determine home directory." in each for each in run_on_ranks(2, body))
+
+
+@pytest.mark.usefixtures("surroundings")
 def test_ranks_share_a_device_by_nccl_where_it_can_and_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(nccl.SHARING, "1")
     run_on_ranks(2, lambda comm: found(comm, "nccl", number=0, version=23000).free())
@@ -345,6 +360,13 @@ def test_a_way_that_is_wanted_takes_what_it_can_and_leaves_the_rest_to_the_host(
             ways.free()
 
     run_on_ranks(2, body)
+
+
+@pytest.mark.usefixtures("surroundings")
+def test_memory_that_the_host_can_address_has_no_ways() -> None:
+    ways = run_on_ranks(2, lambda comm: found(comm, cuda.ON_HOST))[0]
+    assert ways.describe()["ipc"] == "no: HPCCOMM_GPU_TRANSPORT says host"
+    assert ways.way(call(MANY, "nccl", "ipc", "aware")) == "staged"
 
 
 def test_words_that_mean_nothing_are_refused() -> None:

@@ -197,11 +197,10 @@ def check_device(args: argparse.Namespace, comm: Communicator) -> None:
         return
     from hpccomm.transports.cuda import claimed
 
-    able = [name for name, method in METHODS.items() if method.on_device]
+    able = [name for name, method in METHODS.items() if not method.alone and name != "ps"]
     if args.method not in able:
-        raise ArgumentError(
-            f"--device cuda with --method {args.method}: its state is the host's: use {', '.join(able)}"
-        )
+        why = f"--device cuda with --method {args.method}: its models are the host's"
+        raise ArgumentError(f"{why}: use {', '.join(able)}")
     if args.checkpoint:
         raise ArgumentError(
             "--checkpoint with --device cuda: what lies on a device is not saved: leave one of them out"
@@ -276,6 +275,7 @@ STOPPED = "# stopped in epoch {} and saved: the same command goes on from there\
 
 def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any] | None:
     """One method's run: the object for ``--json``; None where it was told to stop."""
+    from hpccomm.algorithms.device import on_host
     from hpccomm.buckets import Bucket
     from hpccomm.train.kept import Folder
     from hpccomm.train.loop import Servers, Settings, steps_in, train, train_by_servers
@@ -295,6 +295,8 @@ def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
     steps = steps_in(len(data.targets), settings)
     plan = Plan(comm, Bucket(network.shapes), lr, steps, args.algorithm, args.period, args.group_size, args.density)
     made = method.make(plan)
+    if args.device == "cuda" and not method.on_device:
+        made = on_host(made)
     if name == "ps":
         served = Servers(args.servers, mode_of(args.mode))
         epochs = train_by_servers(comm, data, network, made, settings, served, on_step=bar.update)[1]

@@ -96,8 +96,12 @@ class Training:
     def step(self, batch: npt.NDArray[np.int64]) -> None:
         """One step of all ranks on a global batch."""
         mine, began = np.array_split(batch, self.comm.size)[self.comm.rank], time.perf_counter()
-        places = self.settings.library.asarray(mine)
-        loss = self.network.learn(self.tensors, self.data.inputs[places], self.data.targets[places], self.gradients)
+        loss, places = 0.0, self.settings.library.asarray(mine)
+        if len(mine):
+            inputs, targets = self.data.inputs[places], self.data.targets[places]
+            loss = self.network.learn(self.tensors, inputs, targets, self.gradients)
+        else:  # a library may have no maximum of nothing
+            self.gradient[...] = 0
         self.gradient *= 1 / max(1, len(mine)) if self.settings.alone else self.comm.size / len(batch)
         learnt = time.perf_counter()
         step, self.state = self.method.update(self.gradient, self.state, self.weights)

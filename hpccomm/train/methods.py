@@ -38,7 +38,7 @@ class Method(NamedTuple):
     alone: bool = False
     """Ranks step on gradients of their own samples."""
     on_device: bool = False
-    """Its vectors may lie on a CUDA device."""
+    """It is arithmetic on vectors, which may lie on a CUDA device; others bring them to the host."""
 
 
 def heavy_ball(plan: Plan) -> Transform:

@@ -104,23 +104,31 @@ class Device(Protocol):
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
         """Begin to copy from device to device."""
 
+    def divide(self, address: int, n: int, dtype: np.dtype[Any], by: int, stream: int) -> None:
+        """Begin to divide n elements by a number, in place."""
+
     def reduce(self, op: str, code: str, vectors: Sequence[int], out: int, n: int, stream: int) -> None:
         """Begin to reduce vectors of n elements, ((v0 + v1) + v2) + …"""
 
 
 class CupyDevice:
-    """The current device, by CuPy."""
+    """The device that is current when it is made, by CuPy."""
 
     def __init__(self) -> None:
         import cupy
 
         self._cupy, self._runtime = cupy, cupy.cuda.runtime
         self._streams: dict[int, Any] = {}
+        self._number = int(self._runtime.getDevice())
 
     @property
     def number(self) -> int:
-        """The current device."""
-        return int(self._runtime.getDevice())
+        """Whatever else is current by now."""
+        return self._number
+
+    def _current(self) -> Any:
+        """A block in which the device is current."""
+        return self._cupy.cuda.Device(self._number)
 
     @property
     def count(self) -> int:
@@ -130,6 +138,7 @@ class CupyDevice:
     def use(self, number: int) -> None:
         """``cudaSetDevice``."""
         self._runtime.setDevice(number)
+        self._number = number
 
     @property
     def name(self) -> str:
@@ -160,7 +169,8 @@ class CupyDevice:
 
     def stream(self) -> int:
         """One that does not wait for the default stream."""
-        made = self._cupy.cuda.Stream(non_blocking=True)
+        with self._current():
+            made = self._cupy.cuda.Stream(non_blocking=True)
         self._streams[int(made.ptr)] = made
         return int(made.ptr)
 
@@ -186,11 +196,13 @@ class CupyDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """CuPy's."""
-        return self._cupy.empty(shape, dtype)
+        with self._current():
+            return self._cupy.empty(shape, dtype)
 
     def allocate(self, nbytes: int) -> int:
         """``cudaMalloc``: memory of CuPy's pool begins somewhere inside what a handle names."""
-        return int(self._runtime.malloc(nbytes))
+        with self._current():
+            return int(self._runtime.malloc(nbytes))
 
     def release(self, address: int) -> None:
         """``cudaFree``."""
@@ -202,7 +214,8 @@ class CupyDevice:
 
     def open(self, handle: bytes) -> int:
         """``cudaIpcOpenMemHandle``."""
-        return int(self._runtime.ipcOpenMemHandle(handle))
+        with self._current():
+            return int(self._runtime.ipcOpenMemHandle(handle))
 
     def close(self, address: int) -> None:
         """``cudaIpcCloseMemHandle``."""
@@ -212,11 +225,20 @@ class CupyDevice:
         """``cudaMemcpyAsync``."""
         self._runtime.memcpyAsync(to, source, nbytes, self._runtime.memcpyDeviceToDevice, stream)
 
+    def divide(self, address: int, n: int, dtype: np.dtype[Any], by: int, stream: int) -> None:
+        """CuPy's division, rounded as IEEE says."""
+        if not n:
+            return
+        memory = self._cupy.cuda.UnownedMemory(address, n * dtype.itemsize, None)
+        vector = self._cupy.ndarray((n,), dtype, self._cupy.cuda.MemoryPointer(memory, 0))
+        with self._current(), self._streams[stream]:
+            self._cupy.true_divide(vector, dtype.type(by), out=vector)
+
     def reduce(self, op: str, code: str, vectors: Sequence[int], out: int, n: int, stream: int) -> None:
         """By the kernels of ``reductions.cu``."""
         from hpccomm.kernels.cuda import kernels
 
-        with self._streams[stream]:
+        with self._current(), self._streams[stream]:
             kernels().reduce_at(op, code, vectors, out, n)
 
 

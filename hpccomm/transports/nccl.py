@@ -77,6 +77,7 @@ class Nccl:
         self.device, self.rank, self.size, self.nccl = device, ranks.rank, ranks.size, nccl
         self.stream, trouble = device.stream(), ""
         word = ranks.bcast(nccl.get_unique_id() if ranks.rank == 0 else None)
+        device.use(device.number)
         try:
             self.comm = nccl.NcclCommunicator(ranks.size, word, ranks.rank)
         except RuntimeError as error:
