@@ -1,8 +1,8 @@
 """``scripts/test_gpu``: all that takes a CUDA device, in one run, into a page of ``docs/measurements``.
 
-Tests on 1, 2 and 4 ranks that share the device; then the kernels on 100 MB of float32 as a share of the device's own
-copy bandwidth, beside PyTorch's composition of the same step; then an allreduce by every way.  A kernel's bandwidth is
-counted on the bytes that its step must at least read and write.
+The kernels on 100 MB of float32 as a share of the device's own copy bandwidth, beside PyTorch's composition of the same
+step; an allreduce by every way; then the tests on 1, 2 and 4 ranks that share the device, in the time that is left.  A
+kernel's bandwidth is counted on the bytes that its step must at least read and write.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import numpy as np
 from hpccomm.bench.report import versions
 from hpccomm.errors import HpccommError
 from hpccomm.kernels.cuda import kernels
-from hpccomm.launcher import launch_command
+from hpccomm.testing.jobs import run_under_mpi
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import TRANSPORT
 
@@ -34,7 +35,8 @@ ELEMENTS = 25_000_000
 LAUNCHES, ROUNDS, WARMUP = 10, 7, 3
 DENSITY, MESSAGES, VECTORS = 0.001, 8, 4
 TESTS = ("tests/test_gpu.py", "tests/test_cuda_kernels.py")
-TEST_SECONDS, BENCH_SECONDS = 330, 60
+SECONDS, BENCH_SECONDS = 570.0, 40.0
+"""Of the whole run, and of one way's allreduces at most."""
 WAYS = ("staged", "ipc", "nccl", "aware")
 SHARE_WANTED, TORCH_WANTED, IPC_WANTED, IPC_BYTES = 0.8, 5.0, 4.0, 64 << 20
 
@@ -300,30 +302,32 @@ def speeds() -> Iterator[Speed]:
 def tested(seconds: float) -> str:
     """The tests' last line; what failed is on the screen."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"not through after {seconds:g} s"
-    sys.stdout.write(done.stdout[-4000:] + done.stderr[-2000:])
-    lines = [line for line in done.stdout.splitlines() if line]
-    return re.sub(r" in [\d.]+s.*", "", lines[-1]).strip("= ") if lines else f"ended with status {done.returncode}"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
+        try:
+            said = tests.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            tests.send_signal(signal.SIGINT)  # so that it ends its ranks
+            sys.stdout.write(tests.communicate()[0][-4000:])
+            return f"not through after {seconds:.0f} s"
+    sys.stdout.write(said[-4000:])
+    lines = [line for line in said.splitlines() if line]
+    return re.sub(r" in [\d.]+s.*", "", lines[-1]).strip("= ") if lines else f"ended with status {tests.returncode}"
 
 
-def allreduces(ranks: int, way: str, seconds: float = BENCH_SECONDS) -> tuple[list[dict[str, Any]], str]:
+def allreduces(ranks: int, way: str) -> tuple[list[dict[str, Any]], str]:
     """Rows of ``hpccomm bench allreduce -d cuda`` by one way, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         flags = ["-m", "1Ki:64Mi", "--stepfactor", "16", "-i", "20", "-x", "5", "-c", "-u", "1", "--json", str(file)]
-        command, environ = launch_command(
-            ranks, ["-m", "hpccomm", "bench", "allreduce", "-d", "cuda", *flags], environ={**os.environ, TRANSPORT: way}
-        )
+        command, environ = ["-m", "hpccomm", "bench", "allreduce", "-d", "cuda", *flags], {**os.environ, TRANSPORT: way}
         try:
-            done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=seconds)
+            done = run_under_mpi(ranks, *command, timeout=BENCH_SECONDS, environ=environ)
         except subprocess.TimeoutExpired:
-            return [], f"not through after {seconds:g} s"
+            return [], f"not through after {BENCH_SECONDS:g} s"
         sys.stdout.write(done.stdout)
         if done.returncode or not file.exists():
-            return [], (done.stderr.strip() or done.stdout.strip() or "without a word").rsplit("\n", 1)[-1]
+            said = [line for line in done.stderr.splitlines() if line.startswith("hpccomm")]
+            return [], said[0] if said else f"ended with status {done.returncode}"
         return json.loads(file.read_text(encoding="utf-8"))["rows"], ""
 
 
@@ -424,12 +428,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"scripts/test_gpu needs a device: {cuda.missing()}\n")
         return 1
     began, device = time.monotonic(), cuda.device()
-    tests = tested(TEST_SECONDS)
     found = list(speeds())
     try:
         collectives = {(ranks, way): allreduces(ranks, way) for ranks in (2, 4) for way in WAYS}
     except HpccommError as error:
         collectives = {(2, way): ([], str(error)) for way in WAYS}
+    tests = tested(SECONDS - (time.monotonic() - began))
     date = time.strftime("%Y-%m-%d", time.gmtime())
     results = Results(device.name, device.driver, tests, found, collectives, time.monotonic() - began, date)
     text, file = page(results), args.out / f"gpu-{slug(device.name)}.md"
