@@ -215,7 +215,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken away
-    mpi = library().family.library
+    mpi = library().family.name
     out = args.out or OUT / f"cluster-{mpi.replace(' ', '-').lower()}.json"
     records = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
     done = {title(record) for record in records}
