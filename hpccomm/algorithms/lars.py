@@ -94,8 +94,7 @@ def lars(
     def ratios(rows: Rows, sums: Any, gamma: float) -> Any:
         norm = norms(sums, rows, here.tensors, norm_reduce)
         rate = weight_decay * rows.decay if NORM[variant] == GRADIENT else 0.0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = trust * norm[:, 0] / (norm[:, 1] + rate * norm[:, 0] + eps)
+        ratio = trust * norm[:, 0] / (norm[:, 1] + rate * norm[:, 0] + eps)
         ratio = np.minimum(ratio / gamma, 1) if clip else ratio
         return np.where(rows.adapt, where_both(norm, ratio), 1.0)
 
@@ -107,11 +106,13 @@ def lars(
             w, g, v, rows.bounds, rates, real(scale), real(momentum), nesterov, NORM[variant]
         )
         phi = ratios(rows, sums, gamma).astype(w.dtype)
-        ones = np.ones_like(phi)
-        inside = variant in ("paper", "optax", "torch")
-        first, second = (phi if inside else ones), (1.0 if variant not in ("paper", "optax") else -gamma)
-        last = {"paper": ones, "optax": ones, "torch": ones * real(-gamma)}.get(variant)
-        last = phi * real(-gamma) if last is None else last
+        first, second, last = np.ones_like(phi), 1.0, np.ones_like(phi)
+        if variant in ("paper", "optax"):
+            first, second = phi, -gamma
+        elif variant == "torch":
+            first, last = phi, last * real(-gamma)
+        else:
+            last = phi * real(-gamma)
         where = ("lars_place", (w, g, v)) if out is None else ("lars_step", (w, g, v, out))
         kernel(where[0], w.dtype.str[1:])(
             *where[1], rows.bounds, rates, first, last, real(scale), real(second), real(momentum), nesterov
@@ -123,9 +124,10 @@ def lars(
         g, w = in_order(gradient), in_order(weights)
         gamma = float(lr(state.updates) if callable(lr) else lr)
         scale = shrink("none" if max_norm is None else "clip", max_norm or 1.0, g, norm_reduce)
-        for rows in groups:
-            part = slice(rows.first, rows.stop)
-            group(rows, g[part], state.velocity[part], w[part], None if step is None else step[part], gamma, scale)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for rows in groups:
+                part = slice(rows.first, rows.stop)
+                group(rows, g[part], state.velocity[part], w[part], None if step is None else step[part], gamma, scale)
         if step is not None:
             step[here.rows.stop :] = 0
         elif w is not weights:
