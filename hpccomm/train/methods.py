@@ -96,11 +96,11 @@ def gtc(plan: Plan) -> Transform:
 
 
 def dgc(plan: Plan) -> Transform:
-    """The largest elements, with momentum correction; a fifth of the run warms up; tensors from 2,048 elements on."""
+    """The largest elements of tensors from 2,048 on, Nesterov's momentum corrected; a fifth of the run warms up."""
     from hpccomm.algorithms.dgc import dgc as exchange
     from hpccomm.algorithms.transforms import chain, scale
 
-    made = exchange(plan.comm, plan.bucket, plan.density, warmup=plan.steps // 5, smallest=2048)
+    made = exchange(plan.comm, plan.bucket, plan.density, nesterov=True, warmup=plan.steps // 5, smallest=2048)
     return chain(made, scale(-plan.lr))
 
 
