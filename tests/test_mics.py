@@ -409,7 +409,7 @@ def test_steps_allocate_no_vectors(comm: Any) -> None:
 def test_real_ranks_take_the_steps_of_threads(comm: Any) -> None:
     """Bit for bit: all sums are exact, and elements are treated alike."""
     for partition in {1, comm.size}:
-        for dtype in ("f4", "f2"):
+        for dtype in ("f4", "f2", ml_dtypes.bfloat16):
             groups = partition_groups(comm, partition)
             states = Sharded(groups, first_weights(), OPTIMIZERS["adamw"], dtype=dtype)
             found = trained(states, comm.rank, 2, dtype=dtype)
