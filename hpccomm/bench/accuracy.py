@@ -45,7 +45,12 @@ class Job(NamedTuple):
 JOBS = {"digits": Job(40, 64, None), "stdlib": Job(3, 256, 200_000)}
 
 
-RATES: dict[tuple[str, str], float] = {}
+RATES: dict[tuple[str, str], float] = {
+    ("stdlib", "dense"): 0.3,
+    ("stdlib", "dgc"): 0.3,
+    ("stdlib", "adam"): 0.005,
+    ("stdlib", "onebit-adam"): 0.005,
+}
 """Dataset and method: where tuning found another rate than the method's own."""
 TUNING_SEEDS = (100,)
 """Runs that rates were chosen by, apart from those that are reported."""
