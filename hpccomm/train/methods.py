@@ -120,7 +120,7 @@ def ef_signsgd(plan: Plan) -> Transform:
 
 
 def onebit_adam(plan: Plan) -> Transform:
-    """Adam, its momentum in one bit after a fifth of the run; eps spares weights that rarely move the noise of signs."""
+    """Adam, its momentum in one bit after a fifth of the run; eps spares what rarely moves the noise of signs."""
     from hpccomm.algorithms.onebit import onebit_adam as exchange
 
     return exchange(plan.comm, plan.lr, plan.steps // 5, bucket=plan.bucket, eps=1e-3)
