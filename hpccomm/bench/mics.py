@@ -73,7 +73,6 @@ class Setting(NamedTuple):
 MICS, ZERO, RINGS, LEVELS, ALONE = "MiCS", "ZeRO-3", "ZeRO-3, rings", "ZeRO-3, two levels", "alone"
 SETTINGS = (
     Setting("links", 8, 1 << 18, 0.0, "1gbit", 5, (MICS, ZERO, RINGS, LEVELS, ALONE)),
-    Setting("slow links", 8, 1 << 16, 0.0, "100mbit", 4, (MICS, ZERO, RINGS, LEVELS, ALONE)),
     Setting("device", 8, 1 << 16, 40.0, "1gbit", 3, (MICS, ZERO, ALONE)),
 )
 
