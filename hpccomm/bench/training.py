@@ -2,7 +2,8 @@
 
 Every method trains the same network on the same text with as many passes, in turns over the seeds.  A time is the mean
 over the ranks of computing, exchanging and stepping, from the beginning to the end of the first pass after which the
-accuracy on the samples held out is reached; the goal is what the dense method has at its end, less one point.
+accuracy on the samples held out is reached; the goal is what the dense method has at its end, less one point.  Divided
+model states go with a network of their own, and are compared with ``ddp``, which divides nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from hpccomm.bench.node import row
 from hpccomm.testing.cluster import Cluster
 from hpccomm.train.figure import curve
 
-METHODS = "dense,adam,gtc,dgc,onebit-adam,powersgd,bmuf,hybrid,mics"
+METHODS = "dense,gtc,dgc,onebit-adam,powersgd,bmuf,hybrid,ddp,mics"
+BASELINES = {"ddp": "ddp", "mics": "ddp"}
+"""What else than ``dense`` a method is compared with."""
+LAYERED = ["--width", "128", "--layers", "2"]
+"""A network for these that the links carry: some 300,000 weights."""
 POINT = 0.01
 """By how much less than the dense method's last accuracy is good enough."""
 
@@ -34,7 +39,8 @@ def trained(cluster: Cluster, shape: Shape, method: str, seed: int, more: Sequen
     """One training on the cluster: what ``hpccomm train --json`` keeps of it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "run.json")
-        train = ["hpccomm", "train", "stdlib", "--method", method, "--seed", str(seed), *more, "--json", str(file)]
+        train = ["hpccomm", "train", "stdlib", "--method", method, "--seed", str(seed), "--json", str(file)]
+        train += [*more, *(LAYERED if method in BASELINES else [])]
         checked(launched(cluster, shape, train, {}))
         run: Run = json.loads(file.read_text(encoding="utf-8"))
     return {"shape": shape.title, **run}
@@ -50,11 +56,11 @@ def table(runs: Sequence[Run], shape: str) -> str:
     """A line a method: medians over the seeds."""
     here = [run for run in runs if run["shape"] == shape]
     names = list(dict.fromkeys(run["method"] for run in here))
-    dense = {run["seed"]: run for run in here if run["method"] == "dense"}
     titles = ("method", "accuracy at the end", "bytes a step", "exchange, ms a step", "time a step, ms")
     lines = [f"### {shape}", "", row(*titles, "s to the goal", "dense's time by it"), "|---|" + "---:|" * 6]
     for name in names:
         mine = [run for run in here if run["method"] == name]
+        dense = {run["seed"]: run for run in here if run["method"] == BASELINES.get(name, "dense")}
         last = [run["epochs"][-1] for run in mine]
         steps = [run["steps_an_epoch"] * len(run["epochs"]) for run in mine]
         talking = [
@@ -98,7 +104,7 @@ def main() -> int:
     parser.add_argument(
         "--shape", action="append", type=shape_of, metavar="NxK[,RATE]", help="default: 4x2,100mbit and 4x2,1gbit"
     )
-    parser.add_argument("--methods", default=METHODS, help=f"the first is dense (default {METHODS})")
+    parser.add_argument("--methods", default=METHODS, help=f"what others are compared with first (default {METHODS})")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--samples", type=int, default=20_000)
