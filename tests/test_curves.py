@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hpccomm import Communicator, resources, two_levels
+from hpccomm import Communicator, resources
 from hpccomm.bench import rounds as bench_rounds
 from hpccomm.collectives import ALGORITHMS, between, cost, tuning
 from hpccomm.collectives.cost import MEASURED, MODEL, Link, Machine
@@ -304,11 +303,6 @@ def test_lengths_end_at_the_first_that_reaches_what_is_needed() -> None:
 
 def test_between_nodes_few_bytes_double_many_go_round_in_short_messages() -> None:
     link = Link(25.0, 8.4e-3)
-    for nodes, nbytes, lanes in product((2, 3, 4, 8), (8, 1 << 12, 1 << 16, 1 << 18, 1 << 22), (1, 2)):
-        runs = two_levels.inter_node(nodes, nbytes, lanes, link)
-        assert between.inter_node(nodes, nbytes, lanes, link) is runs
-    for name in ("MESSAGE_BYTES", "SEGMENT_BYTES", "MOST_SEGMENTS"):
-        assert getattr(between, name) == getattr(two_levels, name)
     assert between.inter_node(8, 64, 2, link) is ALLREDUCE["doubling"]
     assert between.inter_node(8, 1 << 20, 2, link) is ALLREDUCE["ring"]
     assert between.inter_node(2, 1 << 24, 1, link) is ALLREDUCE["doubling"]
