@@ -24,7 +24,7 @@ from hpccomm.launcher import library
 from hpccomm.testing.cluster import Cluster, rate_of
 
 OUT = Path("docs/measurements")
-ALGORITHMS = "native,auto,hierarchical,ring,butterfly"
+ALGORITHMS = "native,auto,hierarchical,ring,butterfly,doubling"
 SIZES = "8:16777216"
 TUNED = "native,hierarchical,ring,butterfly,doubling"
 HAN = {"OMPI_MCA_coll_han_priority": "100"}
@@ -107,7 +107,8 @@ def measured(shape: Shape, rounds: int, sizes: str, han: dict[str, str]) -> dict
                 checked(launched(cluster, shape, bench, {"HPCCOMM_TUNING": str(table), **settings}))
                 for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
                     name = "native, han" if settings else row["algorithm"]
-                    rows.append({"round": number, "algorithm": name, "bytes": row["bytes"], "p50_us": row["p50_us"]})
+                    kept = {key: row[key] for key in ("bytes", "p50_us", "predicted_us")}
+                    rows.append({"round": number, "algorithm": name, **kept})
         streams = [stream(cluster) for _ in range(3)]
     return {**shape._asdict(), "stream_bps": median(streams), "rows": rows}
 
@@ -151,7 +152,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         f"### {title(record)}",
         "",
-        f"A TCP stream carries {record['stream_bps'] / rate_of(record['rate']):.1%} of the rate.",
+        f"A TCP stream carries {record['stream_bps'] / rate_of(record['rate']):.1%} of the rate. {foreseen(record)}",
         "",
     ]
     lines.append(
@@ -173,6 +174,18 @@ def table(record: dict[str, Any]) -> str:
         cells += [f"{share:.1%}", f"{stream_share:.1%}"] if nbytes >= 1 << 20 else ["", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def foreseen(record: dict[str, Any]) -> str:
+    """How many of our algorithms' times were predicted within 15 %."""
+    found = []
+    for name in TUNED.split(",")[1:]:
+        for nbytes in sorted({row["bytes"] for row in record["rows"]}):
+            here = [row for row in record["rows"] if (row["algorithm"], row["bytes"]) == (name, nbytes)]
+            if here and here[0]["predicted_us"]:
+                found.append(here[0]["predicted_us"] / median(row["p50_us"] for row in here))
+    near = sum(abs(ratio - 1) <= 0.15 for ratio in found)
+    return f"Predicted within 15 %: {near} of {len(found)} times of our algorithms."
 
 
 def by_round(record: dict[str, Any], name: str, nbytes: int) -> list[float]:
