@@ -1,9 +1,9 @@
 """``scripts/bench_cluster``: dense allreduce between the nodes of a virtual cluster, beside what its links carry.
 
-For each shape a cluster is made and tuned; then, in every round, one launch measures native MPI and ours in turns, and
-another native MPI with Open MPI's ``han``.  Figures are medians over the rounds; a share of the wire is the least time
-that the nominal rate permits, 2(N-1)/N · bytes/rate, by the time that was measured.  A plain TCP stream runs on the
-same links.
+For each shape a cluster is made and, unless ``--untuned``, tuned; then, in every round, one launch measures native MPI
+and ours in turns, and another native MPI with Open MPI's ``han``.  Figures are medians over the rounds; a share of the
+wire is the least time that the nominal rate permits, 2(N-1)/N · bytes/rate, by the time that was measured.  A plain TCP
+stream runs on the same links.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def shapes() -> list[Shape]:
     ]
 
 
-def measured(shape: Shape, rounds: int, sizes: str, han: dict[str, str]) -> dict[str, Any]:
+def measured(shape: Shape, args: argparse.Namespace, han: dict[str, str]) -> dict[str, Any]:
     """One shape: its rows, and what a TCP stream carries; ``han`` turns that on where the MPI has it."""
     with Cluster(shape.nodes, shape.rate) as cluster, tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "table.json")
@@ -97,14 +97,16 @@ def measured(shape: Shape, rounds: int, sizes: str, han: dict[str, str]) -> dict
         most = 1 << (22 if slow else 24)
         tuned = "4,256,4Ki,32Ki,256Ki,1Mi" + ("" if slow else ",4Mi") + f",{most}"
         tune = ["hpccomm", "tune", "--collective", "allreduce", "--algorithm", TUNED, "--sizes", tuned]
-        checked(launched(cluster, shape, [*tune, "--out", str(table)], {}))
+        if not args.untuned:
+            checked(launched(cluster, shape, [*tune, "--out", str(table)], {}))
+        tables = {} if args.untuned else {"HPCCOMM_TUNING": str(table)}
         rows = []
-        for number in range(rounds):
-            for names, settings in [(ALGORITHMS, {}), *([("native", han)] if han else [])]:
+        for number in range(args.rounds):
+            for names, settings in [(args.algorithm, {}), *([("native", han)] if han else [])]:
                 file = Path(folder, "rows.json")
-                bench = ["hpccomm", "bench", "allreduce", "--algorithm", names, "-m", sizes, "--step-factor", "8"]
-                bench += ["-i", "5" if slow else "7", "-x", "2", "-c", "--json", str(file)]
-                checked(launched(cluster, shape, bench, {"HPCCOMM_TUNING": str(table), **settings}))
+                bench = ["hpccomm", "bench", "allreduce", "--algorithm", names, "-m", args.sizes, "--step-factor", "8"]
+                bench += ["-i", str(args.calls), "-x", "2", "-c", "--json", str(file)]
+                checked(launched(cluster, shape, bench, {**tables, **settings}))
                 for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
                     name = "native, han" if settings else row["algorithm"]
                     kept = {key: row[key] for key in ("bytes", "p50_us", "predicted_us")}
@@ -149,6 +151,7 @@ def wire_us(record: dict[str, Any], nbytes: int) -> float:
 def table(record: dict[str, Any]) -> str:
     """One shape's times, and how ours stands to native MPI and to the wire."""
     names = list(dict.fromkeys(row["algorithm"] for row in record["rows"]))
+    ours = "auto" if "auto" in names else next(name for name in names if not name.startswith("native"))
     lines = [
         f"### {title(record)}",
         "",
@@ -158,16 +161,16 @@ def table(record: dict[str, Any]) -> str:
     lines.append(
         "| bytes | "
         + " | ".join(f"{name}, µs" for name in names)
-        + " | best native / auto | of the wire | of a stream |"
+        + f" | best native / {ours} | of the wire | of a stream |"
     )
     lines.append("|" + "---:|" * (len(names) + 4))
     for nbytes in sorted({row["bytes"] for row in record["rows"]}):
         times = {name: by_round(record, name, nbytes) for name in names}
         ratios = sorted(
-            min(times[name][k] for name in names if name.startswith("native")) / times["auto"][k]
-            for k in range(len(times["auto"]))
+            min(times[name][k] for name in names if name.startswith("native")) / times[ours][k]
+            for k in range(len(times[ours]))
         )
-        share = wire_us(record, nbytes) / median(times["auto"])
+        share = wire_us(record, nbytes) / median(times[ours])
         stream_share = share * rate_of(record["rate"]) / record["stream_bps"]
         cells = [str(nbytes), *(f"{median(times[name]):.4g}" for name in names)]
         cells.append(f"**{median(ratios):.2f}** ({ratios[0]:.2f}–{ratios[-1]:.2f})")
@@ -223,6 +226,9 @@ def main() -> int:
     parser.add_argument(
         "--shape", action="append", type=shape_of, metavar="NxK[,RATE[,PLACEMENT]]", help="4x2,1gbit,cyclic; several"
     )
+    parser.add_argument("--algorithm", default=ALGORITHMS, metavar="NAMES", help=f"default {ALGORITHMS}")
+    parser.add_argument("--calls", type=int, default=7, help="timed for each algorithm and size (default 7)")
+    parser.add_argument("--untuned", action="store_true", help="by the table at hand, not by one made for each shape")
     parser.add_argument("--sizes", default=SIZES, help=f"BYTES:BYTES (default {SIZES})")
     parser.add_argument("--out", type=Path, help="what it holds is not measured again (default: by the MPI's name)")
     args = parser.parse_args()
@@ -234,7 +240,7 @@ def main() -> int:
     done = {title(record) for record in records}
     for shape in args.shape or shapes():
         if shape.title not in done:
-            records.append(measured(shape, args.rounds, args.sizes, HAN if mpi == "Open MPI" else {}))
+            records.append(measured(shape, args, HAN if mpi == "Open MPI" else {}))
             out.write_text(json.dumps(records).replace("}, {", "},\n{") + "\n", encoding="utf-8")
     for record in records:
         sys.stdout.write("\n" + table(record))
