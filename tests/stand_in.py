@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class StandIn:
         os.close(file)
         address = self.open(name.encode())
         self.files[address] = Path(name)
+        weakref.finalize(self, Path(name).unlink, missing_ok=True)
         return address
 
     def release(self, address: int) -> None:
