@@ -28,7 +28,7 @@ METHODS = "dense,gtc,dgc,onebit-adam,powersgd,bmuf,hybrid,ddp,mics"
 BASELINES = {"ddp": "ddp", "mics": "ddp"}
 """What else than ``dense`` a method is compared with."""
 LAYERED = ["--width", "128", "--layers", "2"]
-"""A network for these that the links carry: some 300,000 weights."""
+"""A network for these that the links carry: some 80,000 weights."""
 POINT = 0.01
 """By how much less than the dense method's last accuracy is good enough."""
 
