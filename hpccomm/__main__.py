@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import time
@@ -27,6 +28,8 @@ RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 """Where launchers say which rank this is."""
 PATIENCE = 2.0
 """Seconds in which all ranks come to the same error."""
+RANK_0_SPEAKS = 10.0
+"""Seconds in which rank 0 has started, has said what is wrong with the arguments, and its end has ended the others."""
 
 
 def parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -46,14 +49,23 @@ def parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def parsed(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments, the same on all ranks; of help and complaints rank 0's are enough."""
+    """The arguments, the same on all ranks; of help and complaints rank 0's are enough.
+
+    The first rank that fails ends the others: with a complaint of its own each waits until rank 0 has spoken, and
+    speaks where rank 0 has nothing to complain of.
+    """
     chosen = next((word for word in words if not word.startswith("-")), None)
-    with contextlib.ExitStack() as stack:
-        if any(os.environ.get(name, "0") != "0" for name in RANK):
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+    if all(os.environ.get(name, "0") == "0" for name in RANK):
         return parser(chosen).parse_args(words)
+    with io.StringIO() as said:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                return parser(chosen).parse_args(words)
+        except SystemExit as end:
+            if end.code:
+                time.sleep(RANK_0_SPEAKS)
+                sys.stderr.write(said.getvalue())
+            raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:

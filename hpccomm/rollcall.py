@@ -209,7 +209,7 @@ class RollCall:
                     if elsewhere
                     else f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
                 )
-        if seconds > patience() and self._warned != (seq, word):
+        if positions and seconds > patience() and self._warned != (seq, word):
             self._warned = (seq, word)
             absent = ranks([self._members[position] for position in positions])
             tell(f"rank {self._me}: {call} not complete after {seconds:.0f} s; missing: {absent}")

@@ -9,6 +9,7 @@ from importlib import import_module
 
 import pytest
 
+from hpccomm import __main__ as command_line
 from hpccomm import __version__
 from hpccomm.__main__ import COMMANDS, main
 from hpccomm.launcher import launch_command
@@ -89,3 +90,16 @@ def test_what_all_ranks_complain_of_is_said_once(words: list[str], complaint: st
     assert said.count(complaint) == 1
     assert "MPI_ABORT" not in said
     assert "application called MPI_Abort" not in said
+
+
+def test_a_complaint_that_only_another_rank_has_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setattr(command_line, "RANK_0_SPEAKS", 0.0)
+    with pytest.raises(SystemExit, match="2"):
+        main(["tune", "--nonsense"])
+    assert capsys.readouterr().err.count("unrecognized arguments: --nonsense") == 1
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert capsys.readouterr() == ("", "")

@@ -386,8 +386,8 @@ def test_a_late_rank_is_named_while_the_others_wait(comm: MPI.Intracomm, code: s
                 time.sleep(0.4)
             plan()
             assert np.array_equal(x, reduced(n, comm.size))
-            assert comm.rank == late or told[-1][1] == [late]
-            assert comm.rank == late or 0.02 < told[-1][0] < 30
+            # others may be late as well where cores are few, and the last word may come after the last rank
+            assert comm.rank == late or any(missing == [late] and 0.02 < after < 30 for after, missing in told)
 
 
 @pytest.mark.mpi(min_size=2)
