@@ -283,6 +283,16 @@ def test_what_is_measured_are_the_rounds_of_the_algorithms_and_never_all_of_one(
     }  # fmt: skip
 
 
+def test_rounds_are_measured_with_the_partners_that_follow_one_another() -> None:
+    nodes = np.repeat(np.arange(4), 2)
+    tasks = list(bench_rounds.wanted(nodes, ["doubling"], 1 << 20, True))
+    [across] = [task for task in tasks if task.kind.crossing]
+    assert [each.to.tolist() for each in across.turns] == [[2, 3, 0, 1, 6, 7, 4, 5], [4, 5, 6, 7, 0, 1, 2, 3]]
+    tasks = list(bench_rounds.wanted(np.arange(3), ["ring"], 8, True))
+    ends = [task for task in tasks if task.kind.messages == 2 and task.kind.reduce]
+    assert [each.to.tolist() for task in ends for each in task.turns] == [[-1, 2, 0], [1, -1, 0]]
+
+
 def test_the_price_knows_every_kind_that_is_measured_for_it() -> None:
     nodes, names = np.repeat(np.arange(4), 2), ["ring", "doubling", "butterfly", "hierarchical"]
     tasks = bench_rounds.wanted(nodes, names, 1 << 24, True)

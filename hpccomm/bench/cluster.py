@@ -92,7 +92,7 @@ def shapes() -> list[Shape]:
 def measured(shape: Shape, args: argparse.Namespace, han: dict[str, str]) -> dict[str, Any]:
     """One shape: its rows, and what a TCP stream carries; ``han`` turns that on where the MPI has it."""
     with Cluster(shape.nodes, shape.rate) as cluster, tempfile.TemporaryDirectory() as folder:
-        table = Path(folder, "table.json")
+        table = Path(args.tables or folder, f"{shape.title.replace(' ', '')}.json")
         slow = rate_of(shape.rate) < 5e8
         most = 1 << (22 if slow else 24)
         tuned = "4,256,4Ki,32Ki,256Ki,1Mi" + ("" if slow else ",4Mi") + f",{most}"
@@ -230,6 +230,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=7, help="timed for each algorithm and size (default 7)")
     parser.add_argument("--untuned", action="store_true", help="by the table at hand, not by one made for each shape")
     parser.add_argument("--sizes", default=SIZES, help=f"BYTES:BYTES (default {SIZES})")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="keep the tables that tuning makes")
     parser.add_argument("--out", type=Path, help="what it holds is not measured again (default: by the MPI's name)")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,14 +1,19 @@
 """Measures single rounds on several nodes by the length of their messages, for :mod:`hpccomm.collectives.curves`.
 
 All ranks take part.  Each length is timed in calls of one round and of a few, a barrier before each as in all our
-benchmarks; the difference is what a further round takes.  A time is the mean over the ranks, then the median over all
-calls; everything is visited several times, so that a disturbance does not spoil one length alone.  No collective is
-run, only rounds of its kind.
+benchmarks; the difference is what a further round takes.  A time is the mean over the ranks, of rounds in which only
+some take part the longest, then the median over all calls; everything is visited several times, so that a disturbance
+does not spoil one length alone.  No collective is run, only rounds of its kind.
+
+What a rank does for itself or with its node alone is timed once more with a round between the nodes after it: where
+ranks share cores the others wait for it in that round, longer than it takes itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from statistics import fmean as mean
 from statistics import median
 from time import perf_counter_ns
 from typing import Any, NamedTuple
@@ -37,7 +42,7 @@ COPIES = (4, 4096, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 
 SECONDS = 0.03
 """For calls of one length, each visit."""
-VISITS, MOST = 3, 60
+VISITS, MOST = 3, 400
 """How often each length is visited, and the most calls of a visit."""
 FEW = 4
 """Rounds of the longer calls."""
@@ -45,17 +50,30 @@ WORD = 1
 """The tag, and the word in shared memory, of all that is measured here."""
 
 Call = Callable[[], object]
-Times = tuple[list[float], list[float]]
-"""Microseconds of calls of one round, and of a few."""
+Times = tuple[list[float], ...]
+"""Microseconds of calls of one round, and of a few; of what stays inside a node also with a round between the nodes
+after each, and of those rounds alone."""
+Over = Callable[[Sequence[float]], float]
+"""How the times of the ranks become one."""
 Vector = npt.NDArray[np.float32]
 
 
 class Task(NamedTuple):
-    """A kind, a round of it, and how long its messages become."""
+    """A kind, the rounds of it that follow one another, and how long their messages become."""
 
     kind: Kind
-    like: Round | None
+    turns: tuple[Round, ...]
     lengths: tuple[int, ...]
+
+    @property
+    def local(self) -> bool:
+        """Whether nothing of it leaves a node, though the rest of the call does."""
+        return self.kind.what in ("call", "copy") or (self.kind.what == "round" and not self.kind.crossing)
+
+    @property
+    def partial(self) -> bool:
+        """Whether only some ranks take part."""
+        return any((each.to < 0).any() for each in self.turns)
 
 
 def measured_curves(comm: Any, algorithms: Sequence[str], most: int) -> tuple[Curve, ...]:
@@ -80,15 +98,20 @@ def joined(task: Task, visits: Sequence[Sequence[Times]]) -> tuple[Point, ...]:
     """The points of a kind: medians over all calls of all visits."""
     points = []
     for nbytes, *found in zip(task.lengths, *visits, strict=True):
-        one, few = (median([us for times in found for us in times[k]]) for k in (0, 1))
-        points.append(Point(nbytes, one, max((few - one) / (FEW - 1), few / FEW**2)))
+        one, few, *more = (median(chain.from_iterable(each)) for each in zip(*found, strict=True))
+        first, following = one, max((few - one) / (FEW - 1), few / FEW**2)
+        if more:
+            one_and_across, few_and_across, across, few_across = more
+            first = max(first, one_and_across - across)
+            following = max(following, (few_and_across - few_across) / FEW)
+        points.append(Point(nbytes, first, following))
     return tuple(points)
 
 
 def wanted(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, levels: bool) -> Iterator[Task]:
     """Everything whose price is needed: the fixed ones, the rounds of the schedules, what two levels are made of."""
-    yield Task(Kind("call"), None, (0,))
-    yield Task(Kind("copy"), None, up_to(COPIES, most))
+    yield Task(Kind("call"), (), (0,))
+    yield Task(Kind("copy"), (), up_to(COPIES, most))
     flat = [ALGORITHMS["allreduce"][name] for name in algorithms if name in ALGORITHMS["allreduce"]]
     yield from of_rounds([each for each in flat if not each.lanes], nodes, most, "round", LENGTHS)
     if not levels or "hierarchical" not in algorithms:
@@ -97,8 +120,8 @@ def wanted(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, l
     inter = ALGORITHMS["allreduce"]
     yield from of_rounds([inter["doubling"], inter["butterfly"]], ends, SHORT_BYTES, "short", SHORT)
     if most > SHORT_BYTES:
-        yield Task(Kind("scatter"), None, up_to(SEGMENTS, most))
-        yield Task(Kind("gather"), None, up_to(SEGMENTS, most))
+        yield Task(Kind("scatter"), (), up_to(SEGMENTS, most))
+        yield Task(Kind("gather"), (), up_to(SEGMENTS, most))
         in_one = most if ends.size == 2 else min(most, 2 * between.MESSAGE_BYTES * lanes)
         pieces = {
             task.kind: task
@@ -114,15 +137,16 @@ def wanted(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, l
 def of_rounds(
     schedules: Sequence[Algorithm], nodes: npt.NDArray[np.int64], most: int, what: str, lengths: Sequence[int]
 ) -> Iterator[Task]:
-    """Every kind of round of some schedules, at lengths that occur."""
-    longest: dict[Kind, Round] = {}
+    """Every kind of round of some schedules, with whom ranks meet in them, at lengths that occur."""
+    longest: dict[Kind, float] = {}
+    partners: dict[Kind, dict[bytes, Round]] = {}
     for schedule in schedules:
         for nbytes in (2 * ITEM, most):
             for each in rounds(schedule, nodes, nbytes, what):
-                known = longest.get(each.kind)
-                longest[each.kind] = each._replace(bytes=max(each.bytes, known.bytes if known else 0.0))
-    for kind, like in longest.items():
-        yield Task(kind, like, up_to(lengths, like.bytes))
+                longest[each.kind] = max(each.bytes, longest.get(each.kind, 0.0))
+                partners.setdefault(each.kind, {}).setdefault(each.to.tobytes(), each)
+    for kind, above in longest.items():
+        yield Task(kind, tuple(partners[kind].values()), up_to(lengths, above))
 
 
 def up_to(lengths: Sequence[int], most: float) -> tuple[int, ...]:
@@ -145,9 +169,35 @@ class Rounds:
 
     def visit(self, task: Task) -> list[Times]:
         """One kind at all its lengths (collective)."""
-        found = [(self.timed(*self.call(task, n, 1)), self.timed(*self.call(task, n, FEW))) for n in task.lengths]
+        found = [self.times_of(task, nbytes) for nbytes in task.lengths]
         self.held.clear()
         return found
+
+    def times_of(self, task: Task, nbytes: int) -> Times:
+        """One kind at one length (collective)."""
+        over: Over = max if task.partial else mean
+        one, few = self.timed(*self.call(task, nbytes, 1), over), self.timed(*self.call(task, nbytes, FEW), over)
+        if not task.local:
+            return one, few
+        across = self.rounds(self.across, ITEM, 1)
+        call, free = self.call(task, nbytes, 1)
+
+        def both() -> None:
+            call()
+            across()
+
+        more = [self.timed(times(n, what), nothing, mean) for what in (both, across) for n in (1, FEW)]
+        free()
+        across.free()
+        return one, few, *more
+
+    @property
+    def across(self) -> Task:
+        """A round in which every rank sends to the next node."""
+        p, width = self.comm.size, self.comm.topology.per_node[0]
+        to, source = (np.arange(p) + width) % p, (np.arange(p) - width) % p
+        kind = Kind("round", width, 0, p, self.comm.topology.count == 2)
+        return Task(kind, (Round(kind, ITEM, to, source),), (ITEM,))
 
     # What is run
 
@@ -157,8 +207,7 @@ class Rounds:
         if what in ("round", "pieces", "short"):
             plan = {"round": self.rounds, "pieces": self.pieces, "short": self.short}[what](task, nbytes, count)
             return plan, plan.free
-        once = self.other(what, nbytes)
-        return (lambda: [once() for _ in range(count)]), nothing
+        return times(count, self.other(what, nbytes)), nothing
 
     def other(self, what: str, nbytes: int) -> Call:
         """What is no round between ranks."""
@@ -178,14 +227,17 @@ class Rounds:
         return bind(steps, vector, [0, half, 2 * half], self.comm.resources.messages, self.combine, WORD)
 
     def pattern(self, task: Task, count: int) -> Algorithm:
-        """The same round again and again; where not everybody sends and receives it goes to and fro."""
-        assert task.like is not None
-        there, back = task.like.to, task.like.source
-        to_and_fro = bool(((there < 0) != (back < 0)).any())
+        """Rounds of one kind: ranks meet the partners of a schedule in turn, for who comes late keeps others waiting.
+
+        Where there is one round alone, and not everybody sends and receives in it, it goes to and fro.
+        """
+        turns = [(each.to, each.source) for each in task.turns]
+        if len(turns) == 1:
+            [(there, back)] = turns
+            turns = [(there, back), (back, there)] if ((there < 0) != (back < 0)).any() else turns
 
         def steps(r: int, p: int) -> Iterator[Step]:
-            for k in range(count):
-                to, source = (back, there) if to_and_fro and k % 2 else (there, back)
+            for to, source in (turns[k % len(turns)] for k in range(count)):
                 yield Step(to[r], (0, 1), source[r], (1, 2), task.kind.reduce)
 
         return Algorithm(steps, lambda p: 2)
@@ -231,14 +283,14 @@ class Rounds:
 
     # How it is timed
 
-    def timed(self, call: Call, free: Call) -> list[float]:
-        """Microseconds of some calls, each the mean over the ranks."""
-        [first] = self.times(call, 1)
-        found = self.times(call, int(min(MOST, max(1, SECONDS * 1e6 / first))))
+    def timed(self, call: Call, free: Call, over: Over) -> list[float]:
+        """Microseconds of some calls, each joined over the ranks."""
+        [first] = self.times(call, 1, over)
+        found = self.times(call, int(min(MOST, max(1, SECONDS * 1e6 / first))), over)
         free()
         return found
 
-    def times(self, call: Call, count: int) -> list[float]:
+    def times(self, call: Call, count: int, over: Over) -> list[float]:
         """Microseconds of ``count`` calls, a barrier before each; the same on all ranks."""
         mine = []
         for _ in range(count):
@@ -246,7 +298,17 @@ class Rounds:
             began = perf_counter_ns()
             call()
             mine.append((perf_counter_ns() - began) / 1e3)
-        return [max(sum(each) / len(each), 1e-3) for each in zip(*self.plain.allgather(mine), strict=True)]
+        return [max(over(each), 1e-3) for each in zip(*self.plain.allgather(mine), strict=True)]
+
+
+def times(count: int, call: Call) -> Call:
+    """A call again and again."""
+
+    def run() -> None:
+        for _ in range(count):
+            call()
+
+    return run
 
 
 def zeros(nbytes: int) -> Vector:
