@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hpccomm.bench import cluster as benchmark
 from hpccomm.errors import LaunchError
 from hpccomm.launcher import library
 from hpccomm.testing import cluster as clusters
@@ -168,6 +169,28 @@ def test_who_is_interrupted_leaves_nothing(name: str, number: int) -> None:
         time.sleep(0.3)
         process.send_signal(number)
         process.wait(20)
+    assert left_behind(name) == []
+
+
+def test_the_benchmark_times_more_calls_of_short_vectors() -> None:
+    assert list(benchmark.parts("8:16777216", 3)) == [("8:262144", 30), ("2097152:16777216", 3)]
+    assert list(benchmark.parts("4:100", 7)) == [("4:32", 70)]
+    assert list(benchmark.parts("1048576:1048576", 7)) == [("1048576:1048576", 7)]
+    shape = benchmark.shape_of("3x2+1+3,100mbit,cyclic")
+    assert shape == (3, (2, 1, 3), "cyclic", "100mbit")
+    assert shape.title == "3 x 2+1+3, cyclic, 100mbit"
+
+
+@needs_namespaces
+def test_a_signal_while_nodes_are_taken_away_waits(name: str) -> None:
+    program = (
+        "import os, signal; from hpccomm.testing import cluster\n"
+        "found = cluster.pids\n"
+        "def pids(space):\n os.kill(os.getpid(), signal.SIGTERM)\n return found(space)\n"
+        f"with cluster.Cluster(2, '', {name!r}):\n cluster.pids = pids"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
     assert left_behind(name) == []
 
 

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,6 +26,10 @@ from hpccomm.testing.cluster import Cluster, rate_of
 OUT = Path("docs/measurements")
 ALGORITHMS = "native,auto,hierarchical,ring,butterfly,doubling"
 SIZES = "8:16777216"
+FACTOR, LONG = 8, 1 << 20
+"""From one size to the next; bytes from which a call keeps links busy for long."""
+SHORT_CALLS = 10
+"""Timed calls of shorter vectors for each of a long one."""
 TUNED = "native,hierarchical,ring,butterfly,doubling"
 HAN = {"OMPI_MCA_coll_han_priority": "100"}
 
@@ -97,22 +101,37 @@ def measured(shape: Shape, args: argparse.Namespace, han: dict[str, str]) -> dic
         most = 1 << (22 if slow else 24)
         tuned = "4,256,4Ki,32Ki,256Ki,1Mi" + ("" if slow else ",4Mi") + f",{most}"
         tune = ["hpccomm", "tune", "--collective", "allreduce", "--algorithm", TUNED, "--sizes", tuned]
-        if not args.untuned:
+        if not args.untuned and not table.exists():
             checked(launched(cluster, shape, [*tune, "--out", str(table)], {}))
         tables = {} if args.untuned else {"HPCCOMM_TUNING": str(table)}
         rows = []
         for number in range(args.rounds):
             for names, settings in [(args.algorithm, {}), *([("native", han)] if han else [])]:
-                file = Path(folder, "rows.json")
-                bench = ["hpccomm", "bench", "allreduce", "--algorithm", names, "-m", args.sizes, "--step-factor", "8"]
-                bench += ["-i", str(args.calls), "-x", "2", "-c", "--json", str(file)]
-                checked(launched(cluster, shape, bench, {**tables, **settings}))
-                for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
-                    name = "native, han" if settings else row["algorithm"]
-                    kept = {key: row[key] for key in ("bytes", "p50_us", "predicted_us")}
-                    rows.append({"round": number, "algorithm": name, **kept})
+                for sizes, calls in parts(args.sizes, args.calls):
+                    file = Path(folder, "rows.json")
+                    bench = ["hpccomm", "bench", "allreduce", "--algorithm", names, "-m", sizes, "-i", str(calls)]
+                    bench += ["--step-factor", str(FACTOR), "-x", "2", "-c", "--json", str(file)]
+                    checked(launched(cluster, shape, bench, {**tables, **settings}))
+                    for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+                        name = "native, han" if settings else row["algorithm"]
+                        kept = {key: row[key] for key in ("bytes", "p50_us", "predicted_us")}
+                        rows.append({"round": number, "algorithm": name, **kept})
         streams = [stream(cluster) for _ in range(3)]
-    return {**shape._asdict(), "stream_bps": median(streams), "rows": rows}
+    return {**shape._asdict(), "tuned": not args.untuned, "stream_bps": median(streams), "rows": rows}
+
+
+def parts(sizes: str, calls: int) -> Iterator[tuple[str, int]]:
+    """Ranges of sizes, and how many calls are timed: many where a rested link lets the first ones pass for free."""
+    least, most = map(int, sizes.split(":"))
+    ladder = [least]
+    while ladder[-1] * FACTOR <= most:
+        ladder.append(ladder[-1] * FACTOR)
+    for part, count in (
+        ([n for n in ladder if n < LONG], SHORT_CALLS * calls),
+        ([n for n in ladder if n >= LONG], calls),
+    ):
+        if part:
+            yield f"{part[0]}:{part[-1]}", count
 
 
 def launched(cluster: Cluster, shape: Shape, program: Sequence[str], env: dict[str, str]) -> Any:
@@ -180,7 +199,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 def foreseen(record: dict[str, Any]) -> str:
-    """How many of our algorithms' times were predicted within 15 %."""
+    """How many of our algorithms' times were predicted within 15 %; nothing by prices that were not measured there."""
+    if not record["tuned"]:
+        return ""
     found = []
     for name in TUNED.split(",")[1:]:
         for nbytes in sorted({row["bytes"] for row in record["rows"]}):
@@ -227,10 +248,17 @@ def main() -> int:
         "--shape", action="append", type=shape_of, metavar="NxK[,RATE[,PLACEMENT]]", help="4x2,1gbit,cyclic; several"
     )
     parser.add_argument("--algorithm", default=ALGORITHMS, metavar="NAMES", help=f"default {ALGORITHMS}")
-    parser.add_argument("--calls", type=int, default=7, help="timed for each algorithm and size (default 7)")
+    parser.add_argument(
+        "--calls",
+        type=int,
+        default=7,
+        help="timed for each algorithm from 1 MiB on; below ten times as many (default 7)",
+    )
     parser.add_argument("--untuned", action="store_true", help="by the table at hand, not by one made for each shape")
     parser.add_argument("--sizes", default=SIZES, help=f"BYTES:BYTES (default {SIZES})")
-    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="keep the tables that tuning makes")
+    parser.add_argument(
+        "--tables", type=Path, metavar="FOLDER", help="keep what tuning makes; what is there is not tuned again"
+    )
     parser.add_argument("--out", type=Path, help="what it holds is not measured again (default: by the MPI's name)")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

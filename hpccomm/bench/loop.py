@@ -31,6 +31,8 @@ TURNS = 10
 """How often each algorithm gets its turn at one size."""
 FEWEST = 10
 """Calls that are timed even if they take longer than they should."""
+LONG_CALL = 0.05
+"""Seconds from which what ran before a call no longer counts."""
 ALIGNMENT = 64
 """Bytes, of buffers."""
 KEPT = 1 << 20
@@ -189,9 +191,8 @@ class Bench:
         calls = {name: self.calls(exercise, name) for name in algorithms}
         exercise.rest()
         timed, untimed = self.repeats(size, calls)
-        for each in calls.values():
-            self.time(each, untimed)
-        times = self.take_turns(calls, timed)
+        longest = max(max(self.time(each, untimed), default=0) for each in calls.values())
+        times = self.take_turns(calls, timed, self.agreed(longest) < LONG_CALL)
         found = {name: self.check(exercise, each, timed) for name, each in calls.items()}
         return [self.row(size, name, times[name], found[name]) for name in algorithms]
 
@@ -213,18 +214,21 @@ class Bench:
 
     def slowest(self, calls: dict[str, list[Call]]) -> float:
         """Seconds of the slowest algorithm's second call: the first one prepares."""
-        longest = max(self.time(each, 2)[-1] for each in calls.values())
-        return max(1e-9, float(self.plain.allreduce(longest, MPI.MAX)) / 1e9)
+        return max(1e-9, self.agreed(max(self.time(each, 2)[-1] for each in calls.values())))
 
-    def take_turns(self, calls: dict[str, list[Call]], timed: int) -> dict[str, list[int]]:
-        """Times in nanoseconds; another algorithm begins each turn, and a turn begins with a call that is not timed."""
+    def agreed(self, nanoseconds: int) -> float:
+        """The longest time of any rank, in seconds (collective)."""
+        return float(self.plain.allreduce(nanoseconds, MPI.MAX)) / 1e9
+
+    def take_turns(self, calls: dict[str, list[Call]], timed: int, short: bool) -> dict[str, list[int]]:
+        """Times in nanoseconds; another algorithm begins each turn; of short calls the first of a turn is not timed."""
         times: dict[str, list[int]] = {name: [] for name in calls}
         names = list(calls)
         turns = min(TURNS, timed) if len(names) > 1 else 1
         for turn in range(turns):
             length = timed * (turn + 1) // turns - timed * turn // turns
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                warm = int(turns > 1)
+                warm = int(short and turns > 1)
                 times[name] += self.time(calls[name], length + warm, len(times[name]))[warm:]
         return times
 

@@ -208,7 +208,12 @@ class Cluster:
                 self.clear()
 
     def clear(self) -> None:
-        """Take away what there is, as far as it was made."""
+        """Take away what there is, as far as it was made; who interrupts waits until that is done."""
+        with undisturbed():
+            self.take_away()
+
+    def take_away(self) -> None:
+        """End the processes, then remove namespaces and files."""
         for process in self.made.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGTERM)
@@ -326,6 +331,16 @@ MPICH_SETTINGS = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_I
 def ended(*_: object) -> None:
     """Who is told to end takes away what he made on his way out."""
     sys.exit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No signal that asks for an end arrives in the middle; it does afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def missing() -> str:
