@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from hpccomm.kernels import reductions
 from hpccomm.messages import Message, read
 from hpccomm.resources import Bound, Resources, unknown
 from hpccomm.signature import UNKNOWN, Signature
+from hpccomm.two_level_gathers import TwoLevelGathers
 from hpccomm.two_levels import Operands
 
 IN_PLACE = MPI.IN_PLACE
@@ -237,9 +239,7 @@ class Binder:
         signature = self.signature(name, send, choice, algorithm, op, count="+".join(map(str, shortened(counts))))
         if choice.algorithm == "native":
             return self.native(key, signature, name, (send, recv), arguments)
-        total, mine = sum(counts), counts[self.rank]
-        cuts = np.cumsum([0, *counts])
-        into, source = recv.vector(mine), send.vector(total)
+        into, source = recv.vector(counts[self.rank]), send.vector(sum(counts))
         if choice.algorithm == "shared":
             return self.keep_shared(
                 key,
@@ -248,12 +248,26 @@ class Binder:
                     send.address, recv.address, counts, send.kind, operations.name_of(op), word
                 ),
             )
-        work = np.empty_like(source)
-        ours = self.resources.algorithms("reduce_scatter")[choice.algorithm]
-        steps = ours.steps(self.rank, self.size)
+        ours, levels = self.resources.algorithms("reduce_scatter")[choice.algorithm], self.levels(choice, op, send.kind)
+        order = levels.order if levels else order_of(ours, self.size)
+        cuts = cuts_of(counts, order)
+        work = source if levels and order == sorted(order) else np.empty_like(source)
+        copy_in = None if work is source else sorter(work, source, counts, order)
+        if levels:
+            data = Operands(
+                messages.address_of(work),
+                recv.address,
+                into,
+                send.kind,
+                operations.name_of(op),
+                operations.combiner(op),
+            )
+            plan = levels.bind_reduce_scatter(data, cuts, signature.word)
+            return self.keep(key, signature, [copy_in, plan], plan.free, work.nbytes)
+        steps, me = ours.steps(self.rank, self.size), order.index(self.rank)
         plan = bind(steps, work, cuts, self.resources.messages, operations.combiner(op), signature.word)
-        part = work[cuts[self.rank] : cuts[self.rank + 1]]
-        moves: list[Run | None] = [lambda: np.copyto(work, source), plan, lambda: np.copyto(into, part)]
+        part = work[cuts[me] : cuts[me + 1]]
+        moves: list[Run | None] = [copy_in, plan, lambda: np.copyto(into, part)]
         return self.keep(key, signature, moves, plan.free, work.nbytes)
 
     def reproducible(
@@ -344,10 +358,6 @@ class Binder:
         if choice.algorithm == "native":
             return self.native(key, signature, name, (recv if in_place else send, recv), ())
         assert recv.dtype is not None
-        cuts = np.cumsum([0, *counts])
-        straight = list(displs) == cuts[:-1].tolist()
-        work = recv.vector(int(cuts[-1])) if straight else np.empty(int(cuts[-1]), recv.dtype)
-        mine = work[cuts[me] : cuts[me + 1]]
         if choice.algorithm == "shared":
             width = recv.dtype.itemsize
             own = recv.address + displs[me] * width if in_place else send.address
@@ -355,12 +365,19 @@ class Binder:
             return self.keep_shared(
                 key, signature, lambda word: self.shared.bind_allgather(own, recv.address, sizes, places, word)
             )
+        ours, levels = self.resources.algorithms("allgather")[choice.algorithm], self.levels(choice)
+        order = levels.order if levels else order_of(ours, self.size)
+        cuts, block = cuts_of(counts, order), order.index(me)
+        straight = [displs[rank] for rank in order] == cuts[:-1]
+        work = recv.vector(cuts[-1]) if straight else np.empty(cuts[-1], recv.dtype)
+        mine = work[cuts[block] : cuts[block + 1]]
         source = recv.vector(counts[me], displs[me]) if in_place else send.vector(send.elements)
         copy_in = None if in_place and straight else lambda: np.copyto(mine.view("u1"), source.view("u1"))
-        spread = None if straight else spreader(work, cuts, recv, counts, displs)
-        ours = self.resources.algorithms("allgather")[choice.algorithm]
-        steps = ours.steps(me, self.size)
-        plan = bind(steps, work, cuts, self.resources.messages, None, signature.word)
+        spread = None if straight else spreader(work, cuts, recv, [(counts[rank], displs[rank]) for rank in order])
+        if levels:
+            plan = levels.bind_allgather(work, cuts, signature.word)
+        else:
+            plan = bind(ours.steps(me, self.size), work, cuts, self.resources.messages, None, signature.word)
         return self.keep(key, signature, [copy_in, plan, spread], plan.free, octets)
 
     def packed_gathering(self, send: Message, recv: Message, algorithm: str | None, in_place: bool) -> Bound:
@@ -562,6 +579,16 @@ class Binder:
                 f"{counts[self.rank] * recv.dtype.itemsize} for this rank: make them agree"
             )
         self.check_apart(send, recv, who)
+
+    def levels(self, choice: Choice, op: MPI.Op | None = None, kind: str = "") -> TwoLevelGathers | None:
+        """What takes an allgather or a reduce-scatter in two levels; ``None`` where our schedule has to."""
+        found = self.resources.two_level_gathers if choice.algorithm == "hierarchical" else None
+        if found is None:
+            return None
+        if op is not None and not (op.is_predefined and found.memory.reduces(operations.name_of(op), kind)):
+            return None
+        found.memory.late = self.while_missing(found.memory)
+        return found
 
     @property
     def shared(self) -> Any:
@@ -952,11 +979,11 @@ def in_turn(moves: list[Run | None]) -> Run:
     return run
 
 
-def spreader(work: npt.NDArray[Any], cuts: Any, recv: Message, counts: tuple[int, ...], displs: tuple[int, ...]) -> Run:
-    """Copy what was gathered side by side to where the user wants each part."""
+def spreader(work: npt.NDArray[Any], cuts: list[int], recv: Message, parts: list[tuple[int, int]]) -> Run:
+    """Copy what was gathered side by side to where the user wants each part, (count, displacement)."""
     pairs = [
-        (recv.vector(count, displ), work[cuts[k] : cuts[k + 1]])
-        for k, (count, displ) in enumerate(zip(counts, displs, strict=True))
+        (recv.vector(count, displ), work[lo:hi])
+        for (count, displ), (lo, hi) in zip(parts, pairwise(cuts), strict=True)
         if count
     ]
 
@@ -965,6 +992,32 @@ def spreader(work: npt.NDArray[Any], cuts: Any, recv: Message, counts: tuple[int
             part[...] = gathered
 
     return spread
+
+
+def order_of(algorithm: Algorithm, p: int) -> list[int]:
+    """The rank of each block."""
+    return list(range(p)) if algorithm.slots is None else np.argsort(algorithm.slots(p)).tolist()
+
+
+def cuts_of(counts: tuple[int, ...], order: list[int]) -> list[int]:
+    """Offsets of blocks of these ranks, side by side."""
+    return [0, *np.cumsum([counts[rank] for rank in order]).tolist()]
+
+
+def sorter(work: npt.NDArray[Any], source: npt.NDArray[Any], counts: tuple[int, ...], order: list[int]) -> Run:
+    """Copy the ranks' parts of a vector side by side in another order."""
+    if order == sorted(order):
+        return lambda: np.copyto(work, source)
+    parts = list(pairwise([0, *np.cumsum(counts).tolist()]))
+    pairs = [
+        (slice(*to), slice(*parts[rank])) for to, rank in zip(pairwise(cuts_of(counts, order)), order, strict=True)
+    ]
+
+    def sort() -> None:
+        for to, part in pairs:
+            work[to] = source[part]
+
+    return sort
 
 
 def shortened(counts: tuple[int, ...]) -> tuple[Any, ...]:

@@ -18,12 +18,14 @@ from mpi4py import MPI
 
 from hpccomm import rollcall, topology
 from hpccomm.collectives import ALGORITHMS, hierarchical, tuning
+from hpccomm.collectives.cost import HIERARCHICAL
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels.shared import PATIENCE_NS
 from hpccomm.signature import REMEDIES, Signature, complaint
 from hpccomm.transports.mpi import MessageTransport
 from hpccomm.transports.shared_memory import Segment, SharedMemory
+from hpccomm.two_level_gathers import TwoLevelGathers
 from hpccomm.two_levels import TwoLevels
 
 PLANS = 128
@@ -146,6 +148,12 @@ class Resources:
         lanes = hierarchical.lanes_of(self.topology.nodes)
         return TwoLevels(self.node_memory, self.messages, lanes, self.table.machine.inter)
 
+    @cached_property
+    def two_level_gathers(self) -> TwoLevelGathers | None:
+        """Allgathers and reduce-scatters that go the same way."""
+        levels = self.two_levels
+        return TwoLevelGathers(levels.memory, levels.transport, levels.lanes) if levels else None
+
     def differing(self, words: list[int]) -> MismatchError:
         """The error when the ranks of a node brought different calls to shared memory."""
         calls = {rank: self.called(rank, word) for rank, word in zip(self.members, words, strict=True)}
@@ -156,15 +164,15 @@ class Resources:
         return self.roll.called(rank, word) if self.roll else None
 
     @cached_property
-    def hierarchical(self) -> Algorithm:
-        """The hierarchical allreduce of this placement."""
-        return hierarchical.on(self.topology.nodes)
+    def hierarchical(self) -> dict[str, Algorithm]:
+        """The algorithm in two levels for this placement, by collective."""
+        return {collective: on(self.topology.nodes) for collective, on in HIERARCHICAL.items()}
 
     def algorithms(self, collective: str) -> dict[str, Algorithm]:
         """Our algorithms for a collective, by name."""
         found = dict(ALGORITHMS.get(collective, {}))
-        if collective == "allreduce":
-            found["hierarchical"] = self.hierarchical
+        if collective in self.hierarchical:
+            found["hierarchical"] = self.hierarchical[collective]
         return found
 
     def names(self, collective: str) -> tuple[str, ...]:

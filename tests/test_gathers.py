@@ -14,12 +14,14 @@ from hpccomm.collectives.cost import HIERARCHICAL, Link, Machine, predict, price
 from hpccomm.collectives.engine import bind
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.verify import two_level_half, verify
-from hpccomm.errors import ArgumentError, ScheduleError
+from hpccomm.errors import ScheduleError
 from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
 HALVES = ("allgather", "reduce_scatter")
 SHAPES = [(4, 2), (6, 3), (6, 2), (8, 4), (5, 1), (3, 3), (1, 1)]
 """(p, k): ranks in all and on a node."""
+LAYOUTS = [[r // k for r in range(p)] for p, k in SHAPES] + [[r % (p // k) for r in range(p)] for p, k in SHAPES[:4]]
+LAYOUTS += [[0, 1, 1], [1, 0, 1, 1, 1], [0, 0, 0, 0, 1, 2, 2]]
 
 
 def even_layouts(p: int) -> Iterator[list[int]]:
@@ -57,11 +59,9 @@ def run_one(transport: ThreadTransport, algorithm: Algorithm, vector: Any) -> No
     bind(algorithm.steps(transport.rank, transport.size), vector, cuts, transport, np.add)()
 
 
-@pytest.mark.parametrize(("p", "k"), SHAPES)
-@pytest.mark.parametrize("cyclic", [False, True])
-def test_a_gather_in_two_levels_is_a_flat_gather(p: int, k: int, cyclic: bool) -> None:
-    nodes = [r % (p // k) if cyclic else r // k for r in range(p)]
-    algorithm = gathers.allgather_on(nodes)
+@pytest.mark.parametrize("nodes", LAYOUTS, ids=str)
+def test_a_gather_in_two_levels_is_a_flat_gather(nodes: list[int]) -> None:
+    p, algorithm = len(nodes), gathers.allgather_on(nodes)
     for length in (0, 1, p - 1, p, p + 1, 1000):
         want = padded(np.arange(length, dtype="i8") + 1, p)
 
@@ -74,11 +74,9 @@ def test_a_gather_in_two_levels_is_a_flat_gather(p: int, k: int, cyclic: bool) -
         assert all(np.array_equal(found, want) for found in run_on_threads(p, gathered))
 
 
-@pytest.mark.parametrize(("p", "k"), SHAPES)
-@pytest.mark.parametrize("cyclic", [False, True])
-def test_a_reduce_scatter_in_two_levels_is_a_flat_one(p: int, k: int, cyclic: bool) -> None:
-    nodes = [r % (p // k) if cyclic else r // k for r in range(p)]
-    algorithm = gathers.reduce_scatter_on(nodes)
+@pytest.mark.parametrize("nodes", LAYOUTS, ids=str)
+def test_a_reduce_scatter_in_two_levels_is_a_flat_one(nodes: list[int]) -> None:
+    p, algorithm = len(nodes), gathers.reduce_scatter_on(nodes)
     for length in (0, 1, p - 1, p, p + 1, 1000):
         mine = [padded((rank + 1) * 100 + np.arange(length) % 97, p) for rank in range(p)]
 
@@ -142,11 +140,19 @@ def test_two_levels_are_among_the_predictions_where_nodes_are_several() -> None:
             assert found["hierarchical"] < found["ring"]
 
 
-@pytest.mark.parametrize("nodes", [[0, 0, 1], [0, 1, 1, 1]])
+def uneven_layouts(p: int) -> Iterator[list[int]]:
+    """One rank alone on its node, a node that has most, and any."""
+    yield [0] + [1] * (p - 1)
+    yield [1 if r == p // 2 else 0 for r in range(p)]
+    yield [r % 3 if r < p - 2 else 0 for r in range(p)]
+    yield np.random.default_rng(p).integers(0, 3, p).tolist()
+
+
 @pytest.mark.parametrize("collective", HALVES)
-def test_nodes_of_different_sizes_are_refused(collective: str, nodes: list[int]) -> None:
-    with pytest.raises(ArgumentError, match=r"as many ranks on every node, here 1 to [23]: use a flat one"):
-        HIERARCHICAL[collective](nodes)
+def test_nodes_may_have_different_numbers_of_ranks(collective: str) -> None:
+    for p in (*range(2, 14), 30, 63):
+        for nodes in uneven_layouts(p):
+            verify(HIERARCHICAL[collective](nodes), collective, p)
 
 
 def test_the_commands_know_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.between import MESSAGE_BYTES, SEGMENT_BYTES, inter_node
 from hpccomm.collectives.cost import Link
 from hpccomm.testing import verifiable
+from hpccomm.two_level_gathers import SHORT_BYTES as GATHERS_SHORT
 from hpccomm.two_levels import SHORT_BYTES
 
 PLACEMENTS = {
@@ -85,6 +86,76 @@ def test_sixteen_bits_users_operations_and_other_collectives(placed: list[Commun
 def view(memory: MPI.memory) -> np.ndarray:
     """The numbers that an operation was given."""
     return np.frombuffer(memory, "f8")
+
+
+GATHERED = (0, 1, 3, GATHERS_SHORT // 28, 60_001, 300_007)
+"""Elements of four bytes a rank: by the first ranks of the nodes, by all lanes in one message a round, in several."""
+
+
+def parts_of(p: int, n: int, uneven: bool) -> list[int]:
+    """Elements of each rank; uneven ones with an empty part among them."""
+    return [n * (rank % 3) + rank if uneven else n for rank in range(p)]
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_allgathers_of_every_placement_and_length(placed: list[Communicator], uneven: bool) -> None:
+    for comm in placed:
+        for n in GATHERED:
+            counts = parts_of(comm.size, n, uneven)
+            parts = [verifiable.operand(rank, comm.size, count, "i4", "sum") for rank, count in enumerate(counts)]
+            whole, mine = np.full(sum(counts), -1, "i4"), parts[comm.rank].copy()
+            for _ in range(2):
+                if uneven:
+                    comm.Allgatherv(mine, [whole, counts])
+                else:
+                    comm.Allgather(mine, whole)
+                assert np.array_equal(whole, np.concatenate(parts))
+                lo = sum(counts[: comm.rank])
+                whole[:lo], whole[lo + counts[comm.rank] :] = -1, -1
+                if uneven:
+                    comm.Allgatherv(MPI.IN_PLACE, [whole, counts])
+                else:
+                    comm.Allgather(MPI.IN_PLACE, whole)
+                assert np.array_equal(whole, np.concatenate(parts))
+            assert np.array_equal(mine, parts[comm.rank])
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_reduce_scatters_of_every_placement_length_and_type(placed: list[Communicator], uneven: bool) -> None:
+    for comm in placed:
+        cases = [(n, "i4", "sum") for n in GATHERED] + [(300, "f8", "max"), (7, "c16", "prod"), (300, "f2", "sum")]
+        for n, dtype, op in cases:
+            counts = parts_of(comm.size, n, uneven)
+            total, lo = sum(counts), sum(counts[: comm.rank])
+            given = verifiable.operand(comm.rank, comm.size, total, dtype, op)
+            want = verifiable.expected(comm.size, total, dtype, op)[lo : lo + counts[comm.rank]]
+            a, b = given.copy(), np.empty(counts[comm.rank], dtype)
+            for _ in range(2):
+                comm.Reduce_scatter(a, b, counts, getattr(MPI, op.upper()))
+                assert np.array_equal(b, want)
+                assert a.tobytes() == given.tobytes()
+            if not uneven:
+                comm.Reduce_scatter_block(a, b, getattr(MPI, op.upper()))
+                assert np.array_equal(b, want)
+                comm.Reduce_scatter_block(MPI.IN_PLACE, a, getattr(MPI, op.upper()))
+                assert np.array_equal(a[: counts[comm.rank]], want)
+
+
+@pytest.mark.mpi(sizes=(3,))
+def test_gathers_with_displacements_and_users_operations(placed: list[Communicator]) -> None:
+    largest = MPI.Op.Create(lambda a, b, _: np.maximum(view(a), view(b), out=view(b)), commute=True)
+    for comm in placed:
+        whole = np.full(9, -1, "i4")
+        comm.Allgatherv(np.full(comm.rank, comm.rank, "i4"), [whole, [0, 1, 2], [0, 7, 2]])
+        assert whole.tolist() == [-1, -1, 2, 2, -1, -1, -1, 1, -1]
+        most = np.empty(2)
+        comm.Reduce_scatter_block(np.arange(6.0) * (comm.rank + 1), most, largest)
+        assert most.tolist() == [6.0 * comm.rank, 6.0 * comm.rank + 3]
+        assert "hierarchical" in comm.algorithms("allgather")
+        assert "hierarchical" in comm.algorithms("reduce_scatter")
+    largest.Free()
 
 
 def test_between_nodes_goes_what_costs_least() -> None:

@@ -99,12 +99,13 @@ def proofs(subject: Subject, p: int) -> Iterator[Report]:
 
 
 def two_level_proofs(collective: str, nodes: list[int]) -> Iterator[Report]:
-    """One layout; gathers in two levels are for as many ranks on every node."""
+    """One layout."""
     if collective == "allreduce":
         yield verify(hierarchical.on(nodes), collective, len(nodes), volume=two_level(nodes))
         yield verify(hierarchical.on(nodes, ALGORITHMS["allreduce"]["butterfly"]), collective, len(nodes))
-    elif not hierarchical.lanes_of(nodes).surplus:
-        yield verify(HIERARCHICAL[collective](nodes), collective, len(nodes), volume=two_level_half(nodes))
+    else:
+        volume = None if hierarchical.lanes_of(nodes).surplus else two_level_half(nodes)
+        yield verify(HIERARCHICAL[collective](nodes), collective, len(nodes), volume=volume)
 
 
 def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
