@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from hpccomm.bench.mics import ALONE, MICS, SETTINGS, ZERO, draw, expected_bytes, machine_of, predicted, report
+from hpccomm.bench.mics import ALONE, MICS, RINGS, SETTINGS, ZERO, draw, expected_bytes, machine_of, predicted, report
 
 LINKS = SETTINGS[0]
 
 
 def record(nodes: int, mics: float, zero: float) -> dict[str, Any]:
     """Steps on so many nodes, three rounds."""
-    times = {MICS: mics, ZERO: zero, ALONE: 0.5}
+    times = {MICS: mics, ZERO: 2 * zero, RINGS: zero, ALONE: 0.5}
     found = {title: {"seconds": [0.9 * s, s, 1.1 * s], "sent": [2e6] * 3} for title, s in times.items()}
     return {"what": LINKS.name, "nodes": nodes, "per_node": 2, "rate": LINKS.rate, "found": found}
 
@@ -26,19 +26,22 @@ def test_predictions_are_what_the_machine_needs_alone_and_the_links_time() -> No
     second = 2 * 7 * 61 + 2 * 7 / 8 * model * beta
     assert predicted(MICS, measured) == pytest.approx(0.5 + 1e-6 * second)
     ring = 15 * 61 + 15 / 16 * layer * beta
-    assert predicted(ZERO, measured) == pytest.approx(0.5 + 1e-6 * ring * (3 * 4 * 8 + 1))
+    assert predicted(RINGS, measured) == pytest.approx(0.5 + 1e-6 * ring * (3 * 4 * 8 + 1))
     assert expected_bytes(MICS, measured) == 2 * 7 / 8 * model
-    assert expected_bytes(ZERO, measured) == 3 * 4 * 15 / 16 * model
+    assert expected_bytes(RINGS, measured) == 3 * 4 * 15 / 16 * model
 
 
 def test_the_report_has_a_row_a_way_and_its_ratios(tmp_path: Any) -> None:
     gathers = {title: {"16384": [s, s]} for title, s in (("two levels", 1e-3), ("flat ring", 2e-3), ("native", 3e-3))}
     records = [record(2, 0.8, 1.6), record(8, 1.0, 3.0), {"what": "gathers", "nodes": 4, "found": gathers}]
+    records.append({"what": "scatters", "nodes": 4, "found": gathers})
     said = report(records)
-    assert "| 8 | ZeRO-3 | **3000** (2700–3300) |" in said
+    assert "| 8 | ZeRO-3 | **6000** (5400–6600) |  |  |" in said
+    assert "| 8 | ZeRO-3, rings | **3000** (2700–3300) |" in said
     assert "**3.00×** (3.00–3.00) | 53.3% |" in said
+    assert "8 nodes: MiCS is 3.00× as fast as ZeRO-3, rings, the fastest of them." in said
     assert "**1.00×**" not in said
-    assert "| 4 | 16,384 | **1000** (1000–1000) |" in said
+    assert said.count("| 4 | 16,384 | **1000** (1000–1000) |") == 2
     assert "| 2.00 | 3.00 |" in said
     assert "| ZeRO-3 (fitted) |" in said
     draw(records, tmp_path / "steps.svg")

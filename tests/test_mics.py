@@ -12,12 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hpccomm.algorithms import mics as mics_module
+from hpccomm import Communicator, resources
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import lars
 from hpccomm.algorithms.mics import (
-    TwoLevelGather,
-    TwoLevelReduce,
     check_placement,
     mics,
     partition_groups,
@@ -492,57 +490,52 @@ def test_the_smallest_partition_that_fits() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "size", "each"), [(4, 4, 2), (6, 6, 3), (6, 6, 2), (8, 4, 2), (8, 8, 4)])
-@pytest.mark.parametrize(("dtype", "short"), [("f4", 1 << 18), ("f4", 0), ("f2", 1 << 18), ("f2", 0)])
-def test_groups_of_whole_nodes_take_the_steps_of_flat_ones(
-    ranks: int, size: int, each: int, dtype: str, short: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_groups_of_whole_nodes_take_the_steps_of_flat_ones(ranks: int, size: int, each: int, dtype: str) -> None:
     """Bit for bit: sums are exact, and units of 21, 25, 1 and 22 elements are no multiples of the group."""
-
-    monkeypatch.setattr(mics_module, "SHORT_BYTES", short)
 
     def body(comm: Any, **how: Any) -> Any:
         states = mics(comm, first_weights(), OPTIMIZERS["adamw"], size, dtype=dtype, **how)
-        return trained(states, comm.rank, 2, 2, dtype), states._collect, tuple(hop.wire_bytes for hop in states.hops)
+        return (
+            trained(states, comm.rank, 2, 2, dtype),
+            states._collect.how,
+            tuple(hop.wire_bytes for hop in states.hops),
+        )
 
     nodes = [rank // each for rank in range(ranks)]
     two, flat = (run_on_ranks(ranks, lambda comm, h=h: body(comm, hierarchical=h), nodes) for h in (True, False))
-    assert all(isinstance(collect, TwoLevelGather) for _, collect, _ in two)
-    assert not any(isinstance(collect, TwoLevelGather) for _, collect, _ in flat)
+    assert all(how == {"algorithm": "hierarchical"} for _, how, _ in two)
+    assert all(how == {} for _, how, _ in flat)
     for (weights, _, sent), (wanted, _, sent_flat) in zip(two, flat, strict=True):
         assert all(weights[name].tobytes() == wanted[name].tobytes() for name in wanted)
         assert sent[0] == sent_flat[0]
-        wider = (size // each - 1) / (size - 1) if dtype == "f2" else 0  # between nodes sums go in 32 bits
-        assert sent[1] == sent_flat[1] * (1 + wider)
+        assert sent[1] == sent_flat[1] * (2 if dtype == "f2" else 1)  # what adds on the way does so in 32 bits
 
 
-def test_rooms_of_two_levels_are_made_once() -> None:
-    def body(comm: Any) -> Any:
-        states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 4, dtype="f2", overlap=False)
-        found = []
-        for step in range(3):
-            for unit in LAYERS:
-                states.gather(unit)
-                states.release(unit)
-                states.reduce_accumulate(unit, gradient(unit, step, 0, comm.rank, "f2"))
-            states.boundary()
-            found.append([(id(way._seen), id(way._own), way.nbytes) for way in (states._collect, states._reduce)])
-        return found
-
-    for first, second, third in run_on_ranks(4, body, [0, 0, 1, 1]):
-        assert first == second == third
+@pytest.mark.mpi(sizes=(4,))
+def test_real_ranks_on_two_nodes_take_the_steps_of_threads(comm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "ranks_of_this_node", lambda channel: channel.Split(channel.rank // 2, channel.rank))
+    nodes = Communicator(comm.Dup())
+    for dtype in ("f4", "f2"):
+        states = mics(nodes, first_weights(), OPTIMIZERS["adamw"], 4, dtype=dtype)
+        found = trained(states, comm.rank, 2, dtype=dtype)
+        states.close()
+        make = lambda each, d=dtype: mics(each, first_weights(), OPTIMIZERS["adamw"], 4, dtype=d)  # noqa: E731
+        wanted = run_on_ranks(4, lambda each, m=make, d=dtype: trained(m(each), each.rank, 2, dtype=d), [0, 0, 1, 1])
+        assert all(found[name].tobytes() == wanted[0][name].tobytes() for name in found)
+    nodes.Free()
 
 
-@pytest.mark.parametrize(("size", "each", "stage"), [(2, 2, 3), (2, 1, 3), (4, 2, 2)])
-def test_only_gathers_of_several_nodes_of_several_ranks_take_two_levels(size: int, each: int, stage: int) -> None:
+@pytest.mark.parametrize(("size", "each"), [(2, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_only_groups_of_several_nodes_of_several_ranks_take_two_levels(size: int, each: int, stage: int) -> None:
     def body(comm: Any) -> Any:
         states = mics(comm, first_weights(), scale(-1.0), size, stage=stage)
-        made = states._collect, states._reduce
         states.close()
-        return made
+        return states._reduce
 
-    for collect, reduce in run_on_ranks(4, body, [rank // each for rank in range(4)]):
-        assert not isinstance(collect, TwoLevelGather)
-        assert isinstance(reduce, TwoLevelReduce) == (size > each > 1)
+    for reduce in run_on_ranks(4, body, [rank // each for rank in range(4)]):
+        assert reduce.how == ({"algorithm": "hierarchical"} if size > each > 1 else {})
 
 
 # Precision

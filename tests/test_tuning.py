@@ -136,6 +136,16 @@ def test_between_nodes_a_much_cheaper_price_decides() -> None:
     assert choose(Table(), 1 << 24, 7, 6).algorithm == "native"
 
 
+@pytest.mark.parametrize("collective", ["allgather", "reduce_scatter"])
+def test_gathers_go_in_two_levels_where_a_wire_is_shared_by_few_nodes(collective: str) -> None:
+    """Of two nodes of two ranks a flat ring sends half as much again: 3/4 of the vector, not 1/2."""
+    table = Table(machine=Machine(Link(1, 1e-5), Link(50, 8e-3), 0))
+    for nbytes in (1 << 14, 1 << 24):
+        assert table.choose(collective, 2, 2, nbytes).algorithm == "hierarchical"
+    assert table.choose(collective, 64, 2, 1 << 24).algorithm == "native"
+    assert table.choose(collective, 4, 1, 1 << 24).algorithm == "native"
+
+
 def test_one_rank_has_nothing_to_choose() -> None:
     assert choose(TABLE, 1 << 20, 1, 1).algorithm == "native"
 

@@ -5,10 +5,8 @@ micro-steps in an optimizer step.*  Parameters are gathered and gradients reduce
 micro-step; only once in an optimizer step is there an allreduce between the copies, of each rank's shards
 (:mod:`hpccomm.algorithms.zero` has both hops).  With p ≤ k everything but that one stays inside nodes.
 
-A group of whole nodes, p > k, gathers in two levels (:mod:`hpccomm.collectives.gathers` is the schedule): the ranks
-with the same place on their nodes first, then each node in its shared memory, one gather for the chunks of each of the
-group's nodes, straight into their places.  Gradients take the way back.  Of a unit (p−k)/p enter each node, instead of
-(p−1)/p.
+A group of whole nodes, p > k, gathers and reduces in two levels (:mod:`hpccomm.two_level_gathers`): between the nodes,
+and inside each in its shared memory.  Of a unit (p−k)/p enter each node, instead of (p−1)/p.
 
 Zhang et al., *MiCS: near-linear scaling for training gigantic model on public cloud*, VLDB 2022.
 """
@@ -21,20 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpccomm.algorithms.transforms import Vector
-from hpccomm.algorithms.zero import Groups, Optimizer, Sharded, Tensors, registered
-from hpccomm.arrays import movable, wide
+from hpccomm.algorithms.zero import Groups, Optimizer, Sharded, Tensors
 from hpccomm.errors import ArgumentError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-SHORT_BYTES = 1 << 18
-"""Up to here one call inside the node and a copy that puts chunks in order are faster than a call for each node."""
-
-
-def between_nodes(nbytes: int) -> str:
-    """The algorithm between nodes: a ring for long vectors, as a link carries both directions at once then."""
-    return "auto" if nbytes <= SHORT_BYTES else "ring"
 
 
 def mics(
@@ -56,9 +45,7 @@ def mics(
     spans = check_placement(f"rank {comm.rank}", nodes, size)
     groups = partition_groups(comm, size)
     if 1 < spans < size and hierarchical:
-        how["reduce"] = TwoLevelReduce(groups.partition, size // spans)
-        if how.get("stage", 3) == 3:
-            how["collect"] = TwoLevelGather(groups.partition, size // spans)
+        how.setdefault("algorithm", "hierarchical")
     return Sharded(groups, units, optimizer, **how)
 
 
@@ -118,102 +105,6 @@ def per_node(rank: int, nodes: Vector) -> int:
             "number of ranks on every node"
         )
     return int(counts[0])
-
-
-class Levels:
-    """A partition group on nodes of ``each`` ranks: who shares this rank's node, and who its place on the others."""
-
-    def __init__(self, partition: Any, each: int) -> None:
-        self.nodes, self.each = partition.size // each, each
-        self.inside = partition.Split(partition.rank // each, partition.rank)
-        self.between = partition.Split(partition.rank % each, partition.rank)
-        self._seen, self._own = self.empty(0, np.dtype("u1")), np.empty(0, np.uint8)
-
-    @property
-    def nbytes(self) -> int:
-        """As :class:`~hpccomm.algorithms.zero.Way`."""
-        return int(self._seen.nbytes + self._own.nbytes)
-
-    def free(self) -> None:
-        """As :class:`~hpccomm.algorithms.zero.Way`."""
-        self.inside.Free()
-        self.between.Free()
-
-    def empty(self, elements: int, dtype: np.dtype[Any]) -> Vector:
-        """As :class:`~hpccomm.algorithms.zero.Way`."""
-        return registered(self.inside, elements, dtype)
-
-    def chunks(self, shard: int, dtype: np.dtype[Any]) -> Vector:
-        """Shared room for a shard from, or for, each node: made for the longest one, then the same in every call."""
-        nbytes = self.nodes * shard * dtype.itemsize
-        if self._seen.size < nbytes:
-            self._seen = self.empty(nbytes, self._own.dtype)
-        return self._seen[:nbytes].view(dtype).reshape(self.nodes, shard)
-
-    def arrivals(self, elements: int, dtype: np.dtype[Any]) -> Vector:
-        """Room of this rank's own."""
-        nbytes = elements * dtype.itemsize
-        if self._own.size < nbytes:
-            self._own = np.empty(nbytes, np.uint8)
-        return self._own[:nbytes].view(dtype)
-
-    def turned(self, shard: int, dtype: np.dtype[Any]) -> Vector:
-        """Room for a short vector in the order of places, for one call inside the node: (each, nodes, shard)."""
-        return self.arrivals(self.nodes * self.each * shard, dtype).reshape(self.each, self.nodes, shard)
-
-
-class TwoLevelGather(Levels):
-    """An allgather: between the nodes, then inside them, each node's chunks straight into their places.
-
-    A short vector is gathered in one call inside the node and put in order afterwards.
-    """
-
-    def __call__(self, shard: Vector, whole: Vector) -> int:
-        """Gather equal shards, in the order of the group's ranks."""
-        shard, whole = movable(shard), movable(whole)
-        chunks = self.chunks(shard.size, shard.dtype)
-        self.between.Allgather(shard, chunks.reshape(-1), algorithm=between_nodes(whole.nbytes))
-        if whole.nbytes <= SHORT_BYTES:
-            turned = self.turned(shard.size, shard.dtype)
-            self.inside.Allgather(chunks.reshape(-1), turned.reshape(-1))
-            whole.reshape(self.nodes, self.each, shard.size)[...] = turned.swapaxes(0, 1)
-        else:
-            for chunk, places in zip(chunks, whole.reshape(self.nodes, -1), strict=True):
-                self.inside.Allgather(chunk, places)
-        return int(shard.nbytes * (self.nodes * self.each - 1))
-
-
-class TwoLevelReduce(Levels):
-    """A reduce-scatter: inside the nodes, a node's chunks at a time, then between them, where 16 bits are 32 by now.
-
-    A short vector is put in order first, and reduced in one call inside the node.
-    """
-
-    def __call__(self, room: Vector, total: Vector) -> int:
-        """Add this rank's shard of the group's sum to ``total``; padding, which ``room`` has, is left out."""
-        kind, shard = wide(room.dtype), room.size // (self.nodes * self.each)
-        chunks = self.chunks(shard, kind)
-        if room.nbytes <= SHORT_BYTES and room.dtype == kind:
-            turned = self.turned(shard, kind)
-            turned[...] = room.reshape(self.nodes, self.each, shard).swapaxes(0, 1)
-            self.inside.Reduce_scatter_block(turned.reshape(-1), chunks.reshape(-1))
-        else:
-            for places, chunk in zip(room.reshape(self.nodes, -1), chunks, strict=True):
-                self._in_node(places, chunk)
-        arrived = self.arrivals(shard, kind)
-        self.between.Reduce_scatter_block(chunks.reshape(-1), arrived, algorithm=between_nodes(room.nbytes))
-        total += arrived[: total.size]
-        near, far = self.nodes * (self.each - 1) * room.itemsize, (self.nodes - 1) * kind.itemsize
-        return int(shard * (near + far))
-
-    def _in_node(self, places: Vector, chunk: Vector) -> None:
-        """The node's sum of the shards of one node's ranks: this rank's place of it."""
-        if places.dtype == chunk.dtype:
-            self.inside.Reduce_scatter_block(places, chunk)
-            return
-        arrived = self.arrivals(places.size, places.dtype)
-        self.inside.Alltoall(movable(places), movable(arrived))
-        np.sum(arrived.reshape(self.each, -1), axis=0, dtype=chunk.dtype, out=chunk)
 
 
 def smallest_partition(states: float, memory: float, ranks: int, per_node: int, working: float = 0.0) -> int:

@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,23 +49,6 @@ Optimizer = Transform | Callable[[Bucket, NormReduce | None], Transform]
 that completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
 SLOTS = 2
 """Gathered units at a time: one is computed with while the next one arrives."""
-
-
-class Way(Protocol):
-    """How a partition group gathers, ``way(shard, whole)``, or adds up, ``way(whole, shard)``; returns bytes sent."""
-
-    def __call__(self, given: Vector, found: Vector, /) -> int:
-        """Gather equal shards into ``whole``; or add this rank's shard of the sum, without padding, to ``shard``."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it keeps."""
-
-    def empty(self, elements: int, dtype: np.dtype[Any]) -> Vector:
-        """Memory that it sends from without copies (collective)."""
-
-    def free(self) -> None:
-        """Give back what was made for it (collective)."""
 
 
 class Groups(NamedTuple):
@@ -154,56 +137,54 @@ class Slot:
         """In the end it holds the bytes that were sent."""
 
 
-class FlatGather:
-    """An allgather on a communicator of its own."""
+class Gather:
+    """Allgathers in the partition group, on a communicator of their own; ``algorithm`` as its communicator names it."""
 
-    nbytes = 0
-
-    def __init__(self, partition: Any) -> None:
-        self.comm = partition.Dup()
+    def __init__(self, partition: Any, algorithm: str) -> None:
+        self.comm, self.how = partition.Dup(), how(algorithm)
 
     def __call__(self, shard: Vector, whole: Vector) -> int:
-        """As :class:`Way`."""
-        self.comm.Allgather(movable(shard), movable(whole))
+        """Gather equal shards, in the order of ranks; returns bytes sent."""
+        self.comm.Allgather(movable(shard), movable(whole), **self.how)
         return int((self.comm.size - 1) * shard.nbytes)
 
-    def empty(self, elements: int, dtype: np.dtype[Any]) -> Vector:
-        """As :class:`Way`."""
-        return registered(self.comm, elements, dtype)
 
-    def free(self) -> None:
-        """As :class:`Way`."""
-        self.comm.Free()
+class Reduce:
+    """Reduce-scatters of shards of up to ``longest`` elements; 16-bit floats are added in 32 bits.
 
+    They travel in 16, each rank's to whom it is for; but by a named ``algorithm``, which adds on the way, in 32.
+    """
 
-class FlatReduce:
-    """A reduce-scatter of shards of up to ``longest`` elements; 16-bit floats travel as such and are added in 32."""
-
-    def __init__(self, partition: Any, longest: int, dtype: np.dtype[Any]) -> None:
-        self.partition, self.ranks = partition, partition.size
-        self.arrived = np.empty(longest * (1 if dtype == wide(dtype) else self.ranks), dtype)
-        self.nbytes = self.arrived.nbytes
+    def __init__(self, partition: Any, algorithm: str, longest: int, dtype: np.dtype[Any]) -> None:
+        self.partition, self.ranks, self.how = partition, partition.size, how(algorithm)
+        self.letters = dtype != wide(dtype) and not algorithm
+        whole = longest * self.ranks
+        self.arrived = np.empty(whole if self.letters else longest, dtype if self.letters else wide(dtype))
+        self.widened = np.empty(0 if self.letters or dtype == wide(dtype) else whole, wide(dtype))
+        self.nbytes = self.arrived.nbytes + self.widened.nbytes
 
     def __call__(self, room: Vector, total: Vector) -> int:
-        """As :class:`Way`."""
+        """Add this rank's shard of the sum, without padding, to ``total``; returns bytes sent."""
         shard = room.size // self.ranks
-        if room.dtype == wide(room.dtype):
-            arrived = self.arrived[:shard]
-            self.partition.Reduce_scatter_block(room, arrived)
-            total += arrived[: total.size]
-        else:
+        if self.letters:
             arrived = self.arrived[: room.size]
             self.partition.Alltoall(movable(room), movable(arrived))
             for each in arrived.reshape(self.ranks, shard):
                 total += each[: total.size]
+            return int((self.ranks - 1) * shard * room.itemsize)
+        if self.widened.size:
+            wider = self.widened[: room.size]
+            wider[...] = room
+            room = wider
+        arrived = self.arrived[:shard]
+        self.partition.Reduce_scatter_block(room, arrived, **self.how)
+        total += arrived[: total.size]
         return int((self.ranks - 1) * shard * room.itemsize)
 
-    def empty(self, elements: int, dtype: np.dtype[Any]) -> Vector:
-        """As :class:`Way`."""
-        return registered(self.partition, elements, dtype)
 
-    def free(self) -> None:
-        """As :class:`Way`: the communicator is somebody else's."""
+def how(algorithm: str) -> dict[str, str]:
+    """What names an algorithm; MPI's own communicators know none."""
+    return {"algorithm": algorithm} if algorithm else {}
 
 
 def registered(comm: Any, elements: int, dtype: np.dtype[Any]) -> Vector:
@@ -220,8 +201,8 @@ class Sharded:
     ``optimizer``: see :data:`Optimizer`; :func:`adamw` steps in place.  ``dtype`` is that of gathered parameters and
     of gradients: float32, float16 or bfloat16; the master's if not said.  ``max_norm`` clips the global gradient.
     ``loss_scale`` is for float16.  ``ahead=`` of :meth:`gather` works on a thread of its own where the MPI library
-    permits it; ``overlap=False`` does without.  ``collect`` and ``reduce`` say how the partition group gathers and adds
-    up (:class:`Way`), flat if not said; :func:`hpccomm.algorithms.mics.mics` passes others.
+    permits it; ``overlap=False`` does without.  ``algorithm`` is that by which the partition group gathers and adds up,
+    as its communicator names it; the communicator's choice if not said.
 
     >>> import numpy as np
     >>> from mpi4py import MPI
@@ -247,8 +228,7 @@ class Sharded:
         max_norm: float | None = None,
         loss_scale: LossScale | None = None,
         overlap: bool = True,
-        collect: Way | None = None,
-        reduce: Way | None = None,
+        algorithm: str = "",
     ) -> None:
         require(stage in (1, 2, 3), f"zero: stage is {stage}: pass 1, 2 or 3; data_parallel divides nothing")
         require(max_norm is None or max_norm > 0, f"zero: max_norm is {max_norm}: pass a positive number, or None")
@@ -271,8 +251,7 @@ class Sharded:
         """Gradients that each unit has seen since the last step."""
         self.calls: list[str] = []
         """What was gathered and reduced since the last step, in order: ranks must agree on it."""
-        self._collect, self._reduce = collect, reduce
-        self._make_room(whole, overlap)
+        self._make_room(whole, overlap, algorithm)
 
     # What is where
 
@@ -302,23 +281,21 @@ class Sharded:
         require(len(kinds) == 1, f"{self.who}: units of {', '.join(map(str, kinds))}: cast them to one dtype")
         return np.concatenate(parts), whole
 
-    def _make_room(self, whole: list[Vector], overlap: bool) -> None:
+    def _make_room(self, whole: list[Vector], overlap: bool, algorithm: str) -> None:
         """All memory that steps will need."""
         longest, shard = (max(getattr(unit, what) for unit in self._all) for what in ("padded", "shard"))
-        if self._gathers and self._collect is None:
-            self._collect = FlatGather(self.groups.partition)
-        if self.ranks > 1 and self._reduce is None:
-            kind = self.dtype if self.stage > 1 else self.master.dtype
-            self._reduce = FlatReduce(self.groups.partition, shard, kind)
+        self._collect = Gather(self.groups.partition, algorithm) if self._gathers else None
+        kind = self.dtype if self.stage > 1 else self.master.dtype
+        self._reduce = Reduce(self.groups.partition, algorithm, shard, kind) if self.ranks > 1 else None
         self.slots = [Slot(np.empty(longest, self.dtype)) for _ in range(SLOTS)] if self._gathers else []
-        self.gradients = self._reduce.empty(longest, self.dtype) if self._reduce else np.empty(longest, self.dtype)
+        self.gradients = registered(self.groups.partition, longest, self.dtype)
         """A whole unit's gradient."""
-        self.shard = self._collect.empty(shard, self.dtype) if self._collect else np.zeros(shard, self.dtype)
+        self.shard = registered(self._collect.comm, shard, self.dtype) if self._collect else np.zeros(shard, self.dtype)
         """A shard on its way out."""
         if self._collect and self.dtype == self.master.dtype:
-            room = self._collect.empty(sum(unit.shard for unit in self._all), self.dtype)[: self.master.size]
-            room[...] = self.master
-            self.master = room
+            room = registered(self._collect.comm, sum(unit.shard for unit in self._all), self.dtype)
+            room[: self.master.size] = self.master
+            self.master = room[: self.master.size]
         self.whole: dict[str, Vector] = {}
         """All parameters, where they are neither gathered nor the master's own."""
         if self.stage < 3 and self.ranks > 1:
@@ -348,8 +325,7 @@ class Sharded:
         """What lies on this rank."""
         state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray))
         whole = sum(vector.nbytes for vector in self.whole.values()) + sum(slot.room.nbytes for slot in self.slots)
-        ways = sum(way.nbytes for way in (self._collect, self._reduce) if way)
-        working = self.gradients.nbytes + ways + self.shard.nbytes
+        working = self.gradients.nbytes + self.shard.nbytes + (self._reduce.nbytes if self._reduce else 0)
         return Memory(self.master.nbytes + self.total.nbytes + state, whole, working)
 
     # Parameters
@@ -600,12 +576,11 @@ class Sharded:
         return whole[: unit.size]
 
     def close(self) -> None:
-        """End the thread and give back the communicators that were made for gathering and adding up (collective)."""
+        """End the thread and give back the communicator that was made for gathering (collective)."""
         if self.courier:
             self.courier.shutdown()
-        for way in (self._collect, self._reduce):
-            if way:
-                way.free()
+        if self._collect:
+            self._collect.comm.Free()
 
 
 def views(unit: Unit, vector: Vector) -> dict[str, npt.NDArray[Any]]:

@@ -1,4 +1,5 @@
-"""``scripts/bench_mics``: steps of MiCS and ZeRO-3 on the nodes of a virtual cluster, and gathers in two levels.
+"""``scripts/bench_mics``: steps of MiCS and ZeRO-3 on nodes of a virtual cluster, and gathers and reductions in two
+levels.
 
 *N nodes of k = 2 ranks, p = k, s = 4 micro-steps, M bytes of parameters in float32, layers of one size.*  All ways run
 in every round, in turns; a time is that of the slowest rank.  Gradients are constants and a layer's computing is a wait
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from hpccomm.algorithms.step_cost import Job, Shape, congested, second_us, step_cost, through_link
 from hpccomm.bench.kernels import where
 from hpccomm.collectives.cost import Link, Machine
+from hpccomm.testing import verifiable
 from hpccomm.testing.cluster import Cluster, rate_of
 
 OUT = Path("docs/measurements/mics.json")
@@ -73,8 +75,14 @@ class Setting(NamedTuple):
 MICS, ZERO, RINGS, LEVELS, ALONE = "MiCS", "ZeRO-3", "ZeRO-3, rings", "ZeRO-3, two levels", "alone"
 SETTINGS = (
     Setting("links", 8, 1 << 18, 0.0, "1gbit", 5, (MICS, ZERO, RINGS, LEVELS, ALONE)),
-    Setting("device", 8, 1 << 16, 40.0, "1gbit", 3, (MICS, ZERO, ALONE)),
+    Setting("slow-links", 8, 1 << 16, 0.0, "250mbit", 5, (MICS, ZERO, RINGS, LEVELS, ALONE)),
+    Setting("device", 8, 1 << 13, 40.0, "125mbit", 3, (MICS, ZERO, RINGS, ALONE)),
 )
+"""All nodes share this machine's cores, which a cluster has once a node: with links slower and layers shorter in the
+same measure links take as long as before, and the cores a part of it.  The device computes for long enough that
+communication is little of a step, as with large models."""
+UNPRICED = (ZERO, ALONE)
+"""By an algorithm that MPI keeps to itself; or what predictions start from."""
 
 Ways = dict[str, Callable[[Any, Any, Any, bool], Any]]
 
@@ -173,31 +181,35 @@ def timed(comm: Any, call: Callable[[], Any], repeats: int = 1) -> float:
     return float(most[0])
 
 
-def gathers_of(comm: Any, rounds: int) -> dict[str, dict[int, list[float]]]:
-    """A vector gathered by all ranks, in two levels and flat: seconds by way and length."""
+TWO, FLAT, NATIVE = "two levels", "flat ring", "native"
+ALGORITHM = {TWO: "hierarchical", FLAT: "ring", NATIVE: "native"}
+HALVES = {"gathers": "Gathers", "scatters": "Reduce-scatters"}
+EVERYTHING = (*(each.name for each in SETTINGS), *HALVES)
+
+
+def halves_of(comm: Any, name: str, rounds: int) -> dict[str, dict[int, list[float]]]:
+    """A vector gathered by all ranks, or reduced and scattered: seconds by way and length."""
     import numpy as np
 
-    from hpccomm.algorithms.mics import TwoLevelGather
-
-    two = TwoLevelGather(comm, PER_NODE)
-    calls: dict[str, Callable[[Any, Any], Any]] = {
-        "two levels": two,
-        "flat ring": lambda shard, whole: comm.Allgather(shard, whole, algorithm="ring"),
-        "native": lambda shard, whole: comm.Allgather(shard, whole, algorithm="native"),
-    }
-    found: dict[str, dict[int, list[float]]] = {title: {} for title in calls}
+    found: dict[str, dict[int, list[float]]] = {title: {} for title in ALGORITHM}
     for nbytes in GATHERED:
-        shard = np.full(nbytes // 4 // comm.size, comm.rank, "f4")
-        whole = np.empty(shard.size * comm.size, "f4")
+        count = nbytes // 4 // comm.size
+        parts = [verifiable.operand(rank, comm.size, count * comm.size, "f4", "sum") for rank in range(comm.size)]
+        total, lo = verifiable.expected(comm.size, count * comm.size, "f4", "sum"), comm.rank * count
+        if name == "gathers":
+            given, want = parts[comm.rank][:count].copy(), np.concatenate([part[:count] for part in parts])
+        else:
+            given, want = parts[comm.rank], total[lo : lo + count]
+        into = np.empty_like(want)
+        run = comm.Allgather if name == "gathers" else comm.Reduce_scatter_block
         repeats = max(1, min(20, (1 << 22) // nbytes))
         for number in range(rounds + 1):
-            for title, call in calls.items():
-                whole[...] = -1
-                taken = timed(comm, partial(call, shard, whole), repeats)
-                assert (whole == np.repeat(np.arange(comm.size), shard.size)).all(), title
+            for title, algorithm in ALGORITHM.items():
+                into[...] = -1
+                taken = timed(comm, partial(run, given, into, algorithm=algorithm), repeats)
+                assert np.array_equal(into, want), (title, nbytes)
                 if number:
                     found[title].setdefault(nbytes, []).append(taken)
-    two.free()
     return found
 
 
@@ -209,13 +221,13 @@ def work(out: Path, name: str, rounds: int) -> None:
 
     world = Communicator(MPI.COMM_WORLD)
     setting = next((each for each in SETTINGS if each.name == name), None)
-    found: Any = steps_of(world, setting) if setting else gathers_of(world, rounds)
+    found: Any = steps_of(world, setting) if setting else halves_of(world, name, rounds)
     if world.rank == 0:
         out.write_text(json.dumps(found), encoding="utf-8")
 
 
 def measured(name: str, nodes: int, rounds: int) -> dict[str, Any]:
-    """One setting, or the gathers, on so many nodes."""
+    """One setting, or gathers, or reduce-scatters, on so many nodes."""
     setting = next((each for each in SETTINGS if each.name == name), None)
     rate = setting.rate if setting else "1gbit"
     with Cluster(nodes, rate, "mics") as cluster, tempfile.TemporaryDirectory() as folder:
@@ -287,14 +299,24 @@ def steps_table(records: Sequence[dict[str, Any]]) -> str:
             times, guess = each["seconds"], predicted(title, record)
             ratios = sorted(a / b for a, b in zip(times, found[MICS]["seconds"], strict=True))
             cells = [str(record["nodes"]), title, spread(1e3, times)]
-            cells += ["", ""] if title == ALONE else [f"{1e3 * guess:.4g}", f"{median(times) / guess:.2f}"]
+            cells += ["", ""] if title in UNPRICED else [f"{1e3 * guess:.4g}", f"{median(times) / guess:.2f}"]
             cells += [f"{median(each['sent']) / 1e6:.2f}", f"{expected_bytes(title, record) / 1e6:.2f}"]
             versus = f"**{median(ratios):.2f}×** ({ratios[0]:.2f}–{ratios[-1]:.2f})"
             cells.append("" if title in (MICS, ALONE) else versus)
             first = next((r["found"].get(title) for r in records if r["nodes"] == NODES[0]), None)
             cells.append(f"{median(first['seconds']) / median(times):.1%}" if first else "")
             lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(fastest_zero(record) for record in records)]
     return "\n".join(lines) + "\n"
+
+
+def fastest_zero(record: dict[str, Any]) -> str:
+    """MiCS beside the fastest of all ways that ZeRO-3 was run."""
+    found = record["found"]
+    title = min((each for each in found if each.startswith(ZERO)), key=lambda each: median(found[each]["seconds"]))
+    pairs = zip(found[title]["seconds"], found[MICS]["seconds"], strict=True)
+    ratio = median(a / b for a, b in pairs)
+    return f"{record['nodes']} nodes: MiCS is {ratio:.2f}× as fast as {title}, the fastest of them.  "
 
 
 def spread(unit: float, times: Sequence[float]) -> str:
@@ -302,18 +324,18 @@ def spread(unit: float, times: Sequence[float]) -> str:
     return f"**{unit * median(times):.4g}** ({unit * min(times):.4g}–{unit * max(times):.4g})"
 
 
-def gathers_table(records: Sequence[dict[str, Any]]) -> str:
-    """Gathers of all ranks in two levels beside flat ones."""
+def halves_table(name: str, records: Sequence[dict[str, Any]]) -> str:
+    """Gathers of all ranks, or reduce-scatters, in two levels beside flat ones."""
     lines = [
-        "### Gathers of all ranks, 1gbit",
+        f"### {HALVES[name]} of all ranks, 1gbit",
         "",
         "| nodes | bytes | two levels, µs | flat ring, µs | native, µs | ring / two levels | native / two levels |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for record in records:
         found = record["found"]
-        for nbytes, times in found["two levels"].items():
-            others = [found[title][nbytes] for title in ("flat ring", "native")]
+        for nbytes, times in found[TWO].items():
+            others = [found[title][nbytes] for title in (FLAT, NATIVE)]
             cells = [str(record["nodes"]), f"{int(nbytes):,}", *(spread(1e6, each) for each in (times, *others))]
             cells += [f"{median(each) / median(times):.2f}" for each in others]
             lines.append("| " + " | ".join(cells) + " |")
@@ -344,8 +366,9 @@ def report(records: Sequence[dict[str, Any]]) -> str:
     for setting in SETTINGS:
         found = sorted((each for each in records if each["what"] == setting.name), key=lambda each: int(each["nodes"]))
         tables += [steps_table(found)] if found else []
-    found = sorted((each for each in records if each["what"] == "gathers"), key=lambda each: int(each["nodes"]))
-    tables += [gathers_table(found)] if found else []
+    for name in HALVES:
+        found = sorted((each for each in records if each["what"] == name), key=lambda each: int(each["nodes"]))
+        tables += [halves_table(name, found)] if found else []
     return "\n".join([*tables, large_cluster()])
 
 
@@ -367,7 +390,7 @@ def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
         for number, title in enumerate(here[0]["found"]):
             seconds = [median(each["found"][title]["seconds"]) for each in here]
             axes.plot(nodes, seconds, "o-", color=COLOURS[number], markersize=4, label=title)
-            if title != ALONE:
+            if title not in UNPRICED:
                 guesses = [predicted(title, each) for each in here]
                 axes.plot(nodes, guesses, "_", color=COLOURS[number], markersize=14)
         axes.set_xscale("log", base=2)
@@ -386,14 +409,13 @@ def main() -> int:
     parser.add_argument(
         "--only",
         action="append",
-        help=f"some of {', '.join(each.name for each in SETTINGS)}, gathers; none: only print",
+        help=f"some of {', '.join(EVERYTHING)}; none: only print",
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the gathers (default {ROUNDS})")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of {', '.join(HALVES)} (default {ROUNDS})")
     parser.add_argument("--json", type=Path, help=f"what it holds is kept, beside what is measured now (such as {OUT})")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    everything = [*(each.name for each in SETTINGS), "gathers"]
     if args.work:
         work(args.work, args.only[0], args.rounds)
         return 0
@@ -401,7 +423,7 @@ def main() -> int:
     records: list[dict[str, Any]] = []
     if args.json and args.json.exists():
         records = json.loads(args.json.read_text(encoding="utf-8"))["records"]
-    for name in (each for each in args.only or everything if each != "none"):
+    for name in (each for each in args.only or EVERYTHING if each != "none"):
         for nodes in args.nodes or NODES:
             made = measured(name, nodes, args.rounds)
             records = [each for each in records if (each["what"], each["nodes"]) != (name, nodes)] + [made]

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.collectives import ALGORITHMS, cost, hierarchical
+from hpccomm.collectives import ALGORITHMS, cost
 from hpccomm.collectives.cost import Link, Machine
 from hpccomm.collectives.curves import REACH, Curve, Kind, Point, Shape, distance, interpolated
 
@@ -43,6 +43,8 @@ CHECKS = 1.0
 (on the machine of the shipped table: 1.1 µs on two ranks)."""
 TRUST = 0.8
 """A price must be less than this share of native MPI's to be believed."""
+FLAT = ("ring", "butterfly", "doubling", "bruck")
+"""What native MPI is taken to be between nodes, where nothing was measured."""
 SHIPPED = Path(__file__).with_name("tuning_default.json")
 """The table that comes with the package."""
 
@@ -192,13 +194,11 @@ def nearest_row(rows: Sequence[Row], nbytes: int) -> Row:
 def priced_choice(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:
     """Hierarchical where it is far cheaper than anything flat."""
     native = Choice("native", None, "not measured between nodes, and no price speaks against native MPI")
-    possible = collective == "allreduce" and min(shape) > 1
+    possible = collective in cost.HIERARCHICAL and min(shape) > 1
     if not possible or (candidates and "hierarchical" not in candidates):
         return native
-    prices = {
-        name: cost.prediction(name, collective, *shape, nbytes, machine).us
-        for name in ("hierarchical", "ring", "butterfly", "doubling")
-    }
+    names = ("hierarchical", *(name for name in FLAT if name in ALGORITHMS[collective]))
+    prices = {name: cost.prediction(name, collective, *shape, nbytes, machine).us for name in names}
     ours, flat = prices["hierarchical"], min(us for name, us in prices.items() if name != "hierarchical")
     if ours >= TRUST * flat:
         return native
@@ -344,7 +344,7 @@ def fit(rows: Iterable[Row], source: str = "fitted") -> Machine:
 def schedule_of(row: Row) -> Any:
     """The schedule that was measured, if it is one that can be priced as it ran."""
     if row.algorithm == "hierarchical":
-        return hierarchical.on(np.repeat(np.arange(row.nodes), row.per_node))
+        return cost.HIERARCHICAL[row.collective](np.repeat(np.arange(row.nodes), row.per_node))
     algorithm = ALGORITHMS.get(row.collective, {}).get(row.algorithm)
     return None if algorithm is None or algorithm.lanes or row.nodes * row.per_node == 1 else algorithm
 
