@@ -349,7 +349,7 @@ class Communicator(MPI.Intracomm):
         reproducible: bool = False,
         stream: Any = None,
     ) -> None:
-        """Reduce over all ranks, an equal part of the result on each."""
+        """Reduce over all ranks, an equal part of the result on each; ``algorithm`` as in :meth:`algorithms`."""
         if stream is not None:
             sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         if reproducible and self._reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
@@ -384,7 +384,11 @@ class Communicator(MPI.Intracomm):
         reproducible: bool = False,
         stream: Any = None,
     ) -> None:
-        """Reduce over all ranks, ``recvcounts[r]`` elements of the result on rank r (asked for when not said)."""
+        """Reduce over all ranks, ``recvcounts[r]`` elements of the result on rank r (asked for when not said).
+
+        ``algorithm`` as in :meth:`algorithms`; ``"hierarchical"`` reduces inside the nodes first (Zhang et al., VLDB
+        2022).
+        """
         if stream is not None:
             sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         told = None if recvcounts is None else tuple(recvcounts)
@@ -413,7 +417,11 @@ class Communicator(MPI.Intracomm):
         return Persistent(bound, (sendbuf, recvbuf))
 
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
-        """Collect an equal part from every rank, in rank order, on all."""
+        """Collect an equal part from every rank, in rank order, on all.
+
+        ``algorithm`` as in :meth:`algorithms`; ``"hierarchical"`` gathers between nodes and in the shared memory of
+        each (Zhang et al., VLDB 2022).
+        """
         if stream is not None:
             sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         quick = ("Allgather", id(recvbuf))
@@ -431,7 +439,7 @@ class Communicator(MPI.Intracomm):
         return Persistent(self._binder.allgather(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
-        """Collect a part of any length from every rank, in rank order, on all."""
+        """Collect a part of any length from every rank, in rank order, on all; else as :meth:`Allgather`."""
         if stream is not None:
             sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
         self._first(self._binder.allgatherv(sendbuf, recvbuf, algorithm), None)
