@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from hpccomm.bench.mics import ALONE, MICS, RINGS, SETTINGS, ZERO, draw, expected_bytes, machine_of, predicted, report
+from hpccomm.bench.mics import ALONE, AUTO, MICS, RINGS, SETTINGS, draw, expected_bytes, machine_of, predicted, report
 
 LINKS = SETTINGS[0]
 
 
 def record(nodes: int, mics: float, zero: float) -> dict[str, Any]:
     """Steps on so many nodes, three rounds."""
-    times = {MICS: mics, ZERO: 2 * zero, RINGS: zero, ALONE: 0.5}
+    times = {MICS: mics, AUTO: 2 * zero, RINGS: zero, ALONE: 0.5}
     found = {title: {"seconds": [0.9 * s, s, 1.1 * s], "sent": [2e6] * 3} for title, s in times.items()}
     return {"what": LINKS.name, "nodes": nodes, "per_node": 2, "rate": LINKS.rate, "found": found}
 
@@ -36,7 +36,7 @@ def test_the_report_has_a_row_a_way_and_its_ratios(tmp_path: Any) -> None:
     records = [record(2, 0.8, 1.6), record(8, 1.0, 3.0), {"what": "gathers", "nodes": 4, "found": gathers}]
     records.append({"what": "scatters", "nodes": 4, "found": gathers})
     said = report(records)
-    assert "| 8 | ZeRO-3 | **6000** (5400–6600) |  |  |" in said
+    assert "| 8 | ZeRO-3, auto | **6000** (5400–6600) |  |  |" in said
     assert "| 8 | ZeRO-3, rings | **3000** (2700–3300) |" in said
     assert "**3.00×** (3.00–3.00) | 53.3% |" in said
     assert "8 nodes: MiCS is 3.00× as fast as ZeRO-3, rings, the fastest of them." in said

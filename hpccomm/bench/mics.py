@@ -72,19 +72,20 @@ class Setting(NamedTuple):
         return 3e-3 * self.wait_ms * self.layers * MICRO_STEPS
 
 
-MICS, ZERO, RINGS, LEVELS, ALONE = "MiCS", "ZeRO-3", "ZeRO-3, rings", "ZeRO-3, two levels", "alone"
+MICS, ALONE, ZERO = "MiCS", "alone", "ZeRO-3"
+AUTO, MPIS, RINGS, LEVELS = (f"{ZERO}, {how}" for how in ("auto", "native", "rings", "two levels"))
 SETTINGS = (
-    Setting("links", 8, 1 << 18, 0.0, "1gbit", 5, (MICS, ZERO, RINGS, LEVELS, ALONE)),
-    Setting("slow-links", 8, 1 << 16, 0.0, "250mbit", 5, (MICS, ZERO, RINGS, LEVELS, ALONE)),
-    Setting("device", 8, 1 << 13, 40.0, "125mbit", 3, (MICS, ZERO, RINGS, ALONE)),
+    Setting("links", 8, 1 << 18, 0.0, "1gbit", 5, (MICS, AUTO, MPIS, RINGS, LEVELS, ALONE)),
+    Setting("slow-links", 8, 1 << 15, 0.0, "125mbit", 5, (MICS, AUTO, MPIS, RINGS, LEVELS, ALONE)),
+    Setting("device", 8, 1 << 13, 40.0, "125mbit", 3, (MICS, AUTO, RINGS, ALONE)),
 )
 """All nodes share this machine's cores, which a cluster has once a node: with links slower and layers shorter in the
 same measure links take as long as before, and the cores a part of it.  The device computes for long enough that
 communication is little of a step, as with large models."""
 SECOND_HOP = "allreduce=hierarchical"
 """By name: what was measured at one rate does not decide at another."""
-UNPRICED = (ZERO, ALONE)
-"""By an algorithm that MPI keeps to itself; or what predictions start from."""
+UNPRICED = (AUTO, MPIS, ALONE)
+"""By an algorithm that changes, or that MPI keeps to itself; or what predictions start from."""
 
 Ways = dict[str, Callable[[Any, Any, Any, bool], Any]]
 
@@ -109,7 +110,8 @@ def ways() -> Ways:
 
     return {
         MICS: in_groups(PER_NODE),
-        ZERO: with_all("auto"),
+        AUTO: with_all("auto"),
+        MPIS: with_all("native"),
         RINGS: with_all("ring"),
         LEVELS: in_groups(None),
         ALONE: alone,
