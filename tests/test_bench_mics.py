@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 
-from hpccomm.bench.mics import ALONE, AUTO, MICS, RINGS, SETTINGS, draw, expected_bytes, machine_of, predicted, report
+from hpccomm.bench.mics import (
+    ALONE,
+    AUTO,
+    LEVELS,
+    MICS,
+    RINGS,
+    SETTINGS,
+    draw,
+    expected_bytes,
+    machine_of,
+    predicted,
+    report,
+)
 
 LINKS = SETTINGS[0]
 
@@ -27,6 +39,8 @@ def test_predictions_are_what_the_machine_needs_alone_and_the_links_time() -> No
     assert predicted(MICS, measured) == pytest.approx(0.5 + 1e-6 * second)
     ring = 15 * 61 + 15 / 16 * layer * beta
     assert predicted(RINGS, measured) == pytest.approx(0.5 + 1e-6 * ring * (3 * 4 * 8 + 1))
+    levels = 7 * 61 + 14 / 16 * layer * beta
+    assert predicted(LEVELS, measured) == pytest.approx(1e-6 * levels * (3 * 4 * 8 + 1))
     assert expected_bytes(MICS, measured) == 2 * 7 / 8 * model
     assert expected_bytes(RINGS, measured) == 3 * 4 * 15 / 16 * model
 

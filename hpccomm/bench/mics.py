@@ -268,7 +268,10 @@ def machine_of(nodes: int, rate: str) -> Machine:
 
 
 def predicted(title: str, record: dict[str, Any]) -> float:
-    """Seconds of a step: what the machine needs alone, and the links by :mod:`hpccomm.algorithms.step_cost`."""
+    """Seconds of a step: what the machine needs alone, and the links by :mod:`hpccomm.algorithms.step_cost`.
+
+    Gathers in two levels copy inside the nodes while messages are on their way, so that the longer of both counts.
+    """
     setting, nodes = setting_of(record), record["nodes"]
     alone = median(record["found"][ALONE]["seconds"])
     if title == ALONE:
@@ -277,7 +280,8 @@ def predicted(title: str, record: dict[str, Any]) -> float:
     if title == MICS:
         return alone + 1e-6 * second_us(shape, setting.nbytes, machine)
     job = Job(setting.layers * setting.elements, setting.layers, MICRO_STEPS, 1e3 * setting.wait_ms, False, 4, 4)
-    return alone - setting.waits_s + 1e-6 * step_cost(job, shape, machine).step
+    links = 1e-6 * step_cost(job, shape, machine).step
+    return max(alone, links) if title == LEVELS else alone - setting.waits_s + links
 
 
 def expected_bytes(title: str, record: dict[str, Any]) -> float:
