@@ -519,7 +519,6 @@ def test_real_ranks_on_two_nodes_take_the_steps_of_threads(comm: Any, monkeypatc
     for dtype in ("f4", "f2"):
         states = mics(nodes, first_weights(), OPTIMIZERS["adamw"], 4, dtype=dtype)
         found = trained(states, comm.rank, 2, dtype=dtype)
-        states.close()
         make = lambda each, d=dtype: mics(each, first_weights(), OPTIMIZERS["adamw"], 4, dtype=d)  # noqa: E731
         wanted = run_on_ranks(4, lambda each, m=make, d=dtype: trained(m(each), each.rank, 2, dtype=d), [0, 0, 1, 1])
         assert all(found[name].tobytes() == wanted[0][name].tobytes() for name in found)
