@@ -230,7 +230,7 @@ class Binder:
         """Both reduce-scatters, once the parts are known."""
         send, recv = buffers
         op = arguments[-1]
-        choice = self.choose("reduce_scatter", send, op, algorithm, self.who(name), sum(counts))
+        choice = self.choose("reduce_scatter", send, op, algorithm, self.who(name))
         if send.half and choice.algorithm != "shared":
             a = Widened(send)
             b = Widened(recv) if recv is not send else a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,6 +157,33 @@ def test_gathers_with_displacements_and_users_operations(placed: list[Communicat
         assert "hierarchical" in comm.algorithms("allgather")
         assert "hierarchical" in comm.algorithms("reduce_scatter")
     largest.Free()
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_a_reduce_scatter_is_chosen_by_its_bytes(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes, asked = Communicator(comm.Dup()), []
+    decide = nodes.resources.decide
+
+    def noted(collective: str, nbytes: int, *rest: Any) -> Any:
+        asked.append((collective, nbytes))
+        return decide(collective, nbytes, *rest)
+
+    monkeypatch.setattr(nodes.resources, "decide", noted)
+    nodes.Reduce_scatter_block(np.ones(6, "f8"), np.empty(3))
+    nodes.Reduce_scatter(np.ones(5, "f4"), np.empty(2 + comm.rank, "f4"), [2, 3])
+    assert asked == [("reduce_scatter", 48), ("reduce_scatter", 20)]
+    nodes.Free()
+
+
+@pytest.mark.mpi(sizes=(1, 3))
+def test_on_one_node_the_schedule_goes_by_messages(comm: Communicator) -> None:
+    for n in (0, 1, 5):
+        whole = np.empty(n * comm.size, "i4")
+        comm.Allgather(np.full(n, comm.rank, "i4"), whole, algorithm="hierarchical")
+        assert np.array_equal(whole, np.repeat(np.arange(comm.size), n))
+        total = np.empty(n, "i4")
+        comm.Reduce_scatter_block(whole, total, algorithm="hierarchical")
+        assert np.array_equal(total, np.full(n, comm.rank * comm.size))
 
 
 def test_between_nodes_goes_what_costs_least() -> None:

@@ -76,7 +76,7 @@ MICS, ALONE, ZERO = "MiCS", "alone", "ZeRO-3"
 AUTO, MPIS, RINGS, LEVELS = (f"{ZERO}, {how}" for how in ("auto", "native", "rings", "two levels"))
 SETTINGS = (
     Setting("links", 8, 1 << 18, 0.0, "1gbit", 5, (MICS, AUTO, MPIS, RINGS, LEVELS, ALONE)),
-    Setting("slow-links", 8, 1 << 15, 0.0, "125mbit", 5, (MICS, AUTO, MPIS, RINGS, LEVELS, ALONE)),
+    Setting("slow-links", 8, 1 << 16, 0.0, "250mbit", 5, (MICS, AUTO, MPIS, RINGS, LEVELS, ALONE)),
     Setting("device", 8, 1 << 13, 40.0, "125mbit", 3, (MICS, AUTO, RINGS, ALONE)),
 )
 """All nodes share this machine's cores, which a cluster has once a node: with links slower and layers shorter in the
