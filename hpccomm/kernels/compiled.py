@@ -14,7 +14,8 @@ import numba
 
 from hpccomm.kernels import atomics, folds, shared
 
-EDITION = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(Path(atomics.__file__).read_bytes()):08x}"
+_made_of = b"".join(Path(__file__).with_name(each).read_bytes() for each in ("atomics.py", "vectors.py"))
+EDITION = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_made_of):08x}"
 """What the machine code depends on besides its own source: the processor and the instructions it is made of."""
 
 jit = partial(numba.njit, nogil=True, error_model="numpy")

@@ -11,17 +11,15 @@ every call: the first write to a page of 2 MB costs more than a pass over a mill
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import carray
 from numba.extending import register_jitable
 
-from hpccomm.kernels import folds, vectors
+from hpccomm.kernels import folds
 from hpccomm.kernels.atomics import bits, element, float_of, set_element
 from hpccomm.kernels.compiled import jit, kept
 from hpccomm.kernels.compression_reference import LEAST_NORM, LONGEST_QUOTIENT
@@ -53,7 +51,6 @@ from hpccomm.kernels.vectors import (
     words,
 )
 
-EDITION = f"{zlib.crc32(Path(vectors.__file__).read_bytes()):08x}"
 F32, F64, U32, U64, I64 = np.float32, np.float64, np.uint32, np.uint64, np.int64
 GROUP = 64
 """Elements that one mask speaks of."""
@@ -82,7 +79,7 @@ def loop(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def machine_code(name: str) -> Any:
     """A loop, compiled now unless that was done before."""
     signature, function = SOURCES[name]
-    dispatcher = kept(jit, function, f"{name}_{EDITION}")
+    dispatcher = kept(jit, function, name)
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     (only,) = dispatcher.overloads.values()

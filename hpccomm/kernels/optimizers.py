@@ -16,52 +16,122 @@ from numba.extending import register_jitable
 
 from hpccomm.kernels.compiled import jit, kept
 from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED, GRADIENT, HIGH, LANES, LOW
+from hpccomm.kernels.vectors import (
+    at_least,
+    floats,
+    keep_order,
+    load,
+    load_doubles,
+    lower,
+    no_doubles,
+    splat,
+    store_doubles,
+    upper,
+)
 
 # Slices, because LLVM vectorises a loop over a whole array, but not one whose index might be negative
 
 
+@register_jitable(forceinline=True)
+def fold(x, lo, hi, room, lanes):
+    """Add the squares of [lo, hi), a block or what is left of it, to the lanes; ``room`` is for a block."""
+    at, to = x.ctypes.data + x.itemsize * lo, lanes.ctypes.data
+    if hi - lo < BLOCK:
+        at = filled_up(x[lo:hi], room)
+    if x.itemsize == 8:
+        fold_doubles(at, to)
+        fold_doubles(at + 4 * LANES, to + 4 * LANES)
+    elif not fold_floats(at, to):
+        fold_doubtful(at, lanes)
+
+
 @register_jitable
-def copied(x, out):
+def filled_up(x, room):
+    """Copy what is less than a block, with zeros behind; the address."""
     for i in range(x.size):
-        out[i] = x[i]
+        room[i] = x[i]
+    room[x.size :] = 0
+    return room.ctypes.data
 
 
 @register_jitable
-def fold(x, row, lanes):
-    """Add the squares of a block, or of what is left of it, to the lanes; ``row`` is room for as many.
-
-    A block should be in the cache: two streams, and stores between them, halve what comes from memory.
-    """
-    row[:] = 0
-    pairs = x.size - x.size % (2 * LANES)
-    for lo in range(0, pairs, 2 * LANES):
-        one, two = x[lo : lo + LANES], x[lo + LANES : lo + 2 * LANES]
-        for i in range(row.size):
-            row[i] = (row[i] + one[i] * one[i]) + two[i] * two[i]
-    for lo in range(pairs, x.size, LANES):
-        part = x[lo : min(lo + LANES, x.size)]
-        for i in range(part.size):
-            row[i] += part[i] * part[i]
-    low, high, sure = row.dtype.type(LOW), row.dtype.type(HIGH), 0
-    for i in range(row.size):
-        sure += (row[i] >= low) & (row[i] <= high)
-    if sure < row.size:
-        fold_doubtful(x, row, lanes)
-        return
-    for i in range(row.size):
-        lanes[i] += np.float64(row[i])
+def fold_floats(x, lanes):
+    """A block of float32, in registers; nothing is added if a sum is too small or too large, or not a number."""
+    a = b = c = d = e = f = g = h = splat(np.float32(0))
+    for row in range(BLOCK // LANES):
+        at = x + 4 * LANES * row
+        keep_order()
+        p, q, r, s = load(at), load(at + 64), load(at + 128), load(at + 192)
+        t, u, v, w = load(at + 256), load(at + 320), load(at + 384), load(at + 448)
+        a, b, c, d = a + p * p, b + q * q, c + r * r, d + s * s
+        e, f, g, h = e + t * t, f + u * u, g + v * v, h + w * w
+    if not (sure(a) & sure(b) & sure(c) & sure(d) & sure(e) & sure(f) & sure(g) & sure(h)):
+        return False
+    add_singles(lanes, a)
+    add_singles(lanes + 128, b)
+    add_singles(lanes + 256, c)
+    add_singles(lanes + 384, d)
+    add_singles(lanes + 512, e)
+    add_singles(lanes + 640, f)
+    add_singles(lanes + 768, g)
+    add_singles(lanes + 896, h)
+    return True
 
 
 @register_jitable
-def fold_doubtful(x, row, lanes):
-    """The end of :func:`fold` where a sum is too small or too large, or not a number: that is done in float64."""
-    for i in range(row.size):
-        total = np.float64(row[i])
-        if not LOW <= total <= HIGH:
-            total = 0.0
-            for j in range(i, x.size, LANES):
-                total += np.float64(x[j]) * np.float64(x[j])
-        lanes[i] += total
+def sure(sums):
+    """Whether sixteen sums of squares are right as they are."""
+    return at_least(sums, splat(np.float32(LOW))) & at_least(splat(np.float32(HIGH)), sums) == np.uint64(0xFFFF)
+
+
+@register_jitable
+def add_singles(to, x):
+    """Add sixteen float32 to as many float64."""
+    store_doubles(to, load_doubles(to) + lower(x))
+    store_doubles(to + 64, load_doubles(to + 64) + upper(x))
+
+
+@register_jitable
+def fold_doubles(x, lanes):
+    """Half the lanes of a block of float64."""
+    a = b = c = d = e = f = g = h = no_doubles()
+    for row in range(BLOCK // LANES):
+        at = x + 8 * LANES * row
+        keep_order()
+        p, q, r, s = load_doubles(at), load_doubles(at + 64), load_doubles(at + 128), load_doubles(at + 192)
+        t, u, v, w = load_doubles(at + 256), load_doubles(at + 320), load_doubles(at + 384), load_doubles(at + 448)
+        a, b, c, d = a + p * p, b + q * q, c + r * r, d + s * s
+        e, f, g, h = e + t * t, f + u * u, g + v * v, h + w * w
+    add_doubles(lanes, a)
+    add_doubles(lanes + 64, b)
+    add_doubles(lanes + 128, c)
+    add_doubles(lanes + 192, d)
+    add_doubles(lanes + 256, e)
+    add_doubles(lanes + 320, f)
+    add_doubles(lanes + 384, g)
+    add_doubles(lanes + 448, h)
+
+
+@register_jitable
+def add_doubles(to, x):
+    """Add eight float64."""
+    store_doubles(to, load_doubles(to) + x)
+
+
+@register_jitable
+def fold_doubtful(x, lanes):
+    """A block of float32 once more: sums that are not sure are done in float64."""
+    a = floats(x)
+    for i in range(LANES):
+        total = np.float32(0)
+        for j in range(i, BLOCK, LANES):
+            total += a[j] * a[j]
+        whole = np.float64(total)
+        if not LOW <= whole <= HIGH:
+            whole = 0.0
+            for j in range(i, BLOCK, LANES):
+                whole += np.float64(a[j]) * np.float64(a[j])
+        lanes[i] += whole
 
 
 @register_jitable
@@ -78,18 +148,11 @@ def drained(lanes):
     return total
 
 
-@register_jitable
-def swept(x, here, row, lanes):
-    """Σ x²: blocks are brought into the cache one after the other."""
-    for lo in range(0, x.size, BLOCK):
-        part = x[lo : min(lo + BLOCK, x.size)]
-        copied(part, here[: part.size])
-        fold(here[: part.size], row, lanes)
-    return drained(lanes)
-
-
 def sum_of_squares(x):
-    return swept(x, np.empty(BLOCK, x.dtype), np.empty(LANES, x.dtype), np.zeros(LANES))
+    room, lanes = np.empty(BLOCK, x.dtype), np.zeros(LANES)
+    for lo in range(0, x.size, BLOCK):
+        fold(x, lo, min(lo + BLOCK, x.size), room, lanes)
+    return drained(lanes)
 
 
 @register_jitable
@@ -100,15 +163,15 @@ def output(s, moved, mu, nesterov):
 def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
     sums = np.zeros((bounds.shape[0], 2))
     ours, others = np.zeros(LANES), np.zeros(LANES)
-    row, other = np.empty(LANES, w.dtype), np.empty(BLOCK, w.dtype)
+    room, other = np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
     for k in range(bounds.shape[0]):
-        if whose == GRADIENT and scale == 1:  # measured: one vector after the other is quicker than both at once
-            sums[k, 0] = swept(w[bounds[k, 0] : bounds[k, 1]], other, row, ours)
-            sums[k, 1] = swept(g[bounds[k, 0] : bounds[k, 1]], other, row, ours)
-            continue
         for lo in range(bounds[k, 0], bounds[k, 1], BLOCK):
             hi = min(lo + BLOCK, bounds[k, 1])
             ww, gg, vv, oo, rate = w[lo:hi], g[lo:hi], v[lo:hi], other[: hi - lo], decay[k]
+            fold(w, lo, hi, room, ours)
+            if whose == GRADIENT and scale == 1:
+                fold(g, lo, hi, room, others)
+                continue
             if whose == GRADIENT:
                 for i in range(oo.size):
                     oo[i] = gg[i] * scale
@@ -119,8 +182,7 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
                 for i in range(oo.size):
                     s = gg[i] * scale + rate * ww[i]
                     oo[i] = output(s, s + mu * vv[i], mu, nesterov)
-            fold(ww, row, ours)
-            fold(oo, row, others)
+            fold(other, 0, hi - lo, room, others)
         sums[k, 0], sums[k, 1] = drained(ours), drained(others)
     return sums
 
@@ -157,7 +219,7 @@ def corrected(x, k, needed):
 
 def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps):
     sums = np.zeros((bounds.shape[0], 2))
-    ours, others, row = np.zeros(LANES), np.zeros(LANES), np.empty(LANES, w.dtype)
+    ours, others, room = np.zeros(LANES), np.zeros(LANES), np.empty(BLOCK, w.dtype)
     early = (k1 != 1) | (k2 != 1)
     for k in range(bounds.shape[0]):
         rate = decay[k]
@@ -171,8 +233,8 @@ def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, 
                 vv[i] = mean_square
                 below = np.sqrt(corrected(mean_square, k2, early)) + eps
                 oo[i] = corrected(mean, k1, early) / below + rate * ww[i]
-            fold(ww, row, ours)
-            fold(oo, row, others)
+            fold(w, lo, hi, room, ours)
+            fold(out, lo, hi, room, others)
         sums[k, 0], sums[k, 1] = drained(ours), drained(others)
     return sums
 
