@@ -541,6 +541,15 @@ def test_compiled_selection_equals_the_reference(n: int, part: str) -> None:
         agree("ranked_magnitude", x, k)
 
 
+@pytest.mark.parametrize("n", [15, 4096, 4097, 30001])
+def test_compiled_ranks_equal_the_references_with_ties_infinities_and_nans(n: int) -> None:
+    for x in (numbers(n, 3), numbers(n, 4).round(), np.zeros(n, F32), np.ones(n, F32), np.arange(n, 0, -1).astype(F32)):
+        for odd, count in ((0, 0), (np.inf, 5), (np.nan, 3)):
+            x[7 : 7 + count] = odd
+            for k in {1, 3, 4, 5, 9, n // 100 + 1, 112, 113, n // 2, n} & set(range(n + 1)):
+                agree("ranked_magnitude", x, k)
+
+
 @pytest.mark.parametrize("n", [1, 9, 5000, 70001])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("mask", [False, True])

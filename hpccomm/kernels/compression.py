@@ -119,7 +119,9 @@ def select_largest(x: Vector, k: int, step: int = 0, least: float = 1.0) -> tupl
     if not finite:
         return index[:0], False
     index = reference.widened_selection(x, index, threshold, least * k, select_threshold)
-    return index[keep_largest(x[index], k)], True
+    if index.size > k:
+        machine_code("keep_largest_at")(at(x), at(index), index.size, k)
+    return index[:k], True
 
 
 def momentum_select(
@@ -147,10 +149,9 @@ def momentum_select(
         index = index[keep_largest(velocity[index], k)]
         return index, reference.take(index, momentum, velocity, mask), True
     if index.size > k:
-        chosen = keep_largest(values, k)
-        machine_code("put_back")(at(index), at(values), at(kept), at(chosen), index.size, at(momentum), at(velocity))
-        index, values = index[chosen], values[chosen]
-    return index, values, True
+        taken = at(index), at(values), at(kept), index.size, k
+        machine_code("keep_largest_taken")(*taken, at(momentum), at(velocity))
+    return index[:k], values[:k], True
 
 
 def sampled_velocity_threshold(

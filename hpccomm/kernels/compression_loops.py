@@ -56,11 +56,13 @@ GROUP = 64
 """Elements that one mask speaks of."""
 BLOCK = 1 << 13
 """Elements between two looks whether all were finite."""
-ROOM = 1 << 15
+ROOM = 1 << 14
 """Indices that a loop returns at most."""
 INFINITY = F32(np.inf)
 LEAST = F32(2.0**-149)
 """The smallest magnitude that is not 0."""
+LANES = 16
+"""Elements of a vector."""
 
 SOURCES: dict[str, tuple[str, Callable[..., Any]]] = {}
 
@@ -247,6 +249,24 @@ def select_threshold(x, threshold, found, n, state):
 
 
 @register_jitable
+def moved_group(gradient, momentum, velocity, factor, nesterov, limit):
+    """A step of momentum and velocity, and the mask of velocities that reach the limit, or are not a number."""
+    mask = U64(0)
+    for j in range(0, GROUP, LANES):
+        g, u, v = load(gradient + 4 * j), load(momentum + 4 * j), load(velocity + 4 * j)
+        if nesterov:
+            u = (u + g) * factor
+            v = (v + u) + g
+        else:
+            u = u * factor + g
+            v = v + u
+        mask |= reaches(magnitude(v), limit) << U64(j)
+        store(momentum + 4 * j, u)
+        store(velocity + 4 * j, v)
+    return mask
+
+
+@register_jitable
 def taken(i, count, momentum, velocity, clear, index, values, kept_momentum):
     """Note element i and clear it."""
     words(index)[count] = U32(i)
@@ -267,19 +287,7 @@ def momentum_select(
     least = max(threshold, LEAST)
     limit, factor = splat(least), splat(m)
     while i < end and count <= ROOM - GROUP:
-        mask = U64(0)
-        for j in range(0, GROUP, 16):
-            at = 4 * (i + j)
-            g, u, v = load(gradient + at), load(momentum + at), load(velocity + at)
-            if nesterov:
-                u = (u + g) * factor
-                v = (v + u) + g
-            else:
-                u = u * factor + g
-                v = v + u
-            mask |= reaches(magnitude(v), limit) << U64(j)
-            store(momentum + at, u)
-            store(velocity + at, v)
+        mask = moved_group(gradient + 4 * i, momentum + 4 * i, velocity + 4 * i, factor, nesterov, limit)
         while mask:
             j = i + lowest(mask)
             if is_finite(floats(velocity)[j]):
@@ -322,15 +330,6 @@ def sample_velocity(gradient, momentum, velocity, m, nesterov, stride, lines, to
         store(to + 64 * j, (v + (u + g) * factor) + g if nesterov else v + (u * factor + g))
 
 
-@loop("void(int64, int64, int64, int64, int64, int64, int64)")
-def put_back(index, values, kept_momentum, keep, count, momentum, velocity):
-    for i in range(count):
-        if not octets(keep)[i]:
-            j = words(index)[i]
-            floats(velocity)[j] = floats(values)[i]
-            floats(momentum)[j] = floats(kept_momentum)[i]
-
-
 @register_jitable
 def word_of(x):
     """The bits of a magnitude, which are in the order of magnitudes."""
@@ -346,8 +345,91 @@ def part_of(counts, part, rank):
     return part, rank
 
 
+FEW = 1 << 12
+"""Elements whose ranks are found by bisection."""
+INFINITE = U32(0x7F800000)
+"""The bits of infinity."""
+MOST_RANKED = 112
+"""Ranks that are looked for among those that reach a bound: the magnitude of this rank of 128 maxima."""
+
+
 @loop("float64(int64, int64, int64)")
+@register_jitable
 def ranked_magnitude(x, n, rank):
+    few = np.empty(FEW, np.float32)
+    if n > FEW and rank <= MOST_RANKED:
+        count = candidates(x, n, rank, few)
+        if count <= FEW:
+            return bisected_magnitude(few.ctypes.data, count, rank)
+    return bisected_magnitude(x, n, rank) if n <= FEW else counted_magnitude(x, n, rank)
+
+
+@register_jitable
+def candidates(x, n, rank, found):
+    """Elements among which those of this rank and above are, if they are at most ``found.size``; how many.
+
+    Of the maxima of 128 disjoint parts as many as the rank reach the magnitude of that rank among them, so what does
+    not reach it ranks lower.
+    """
+    a = b = c = d = e = f = g = h = splat(F32(0))
+    for i in range(0, n - n % 128, 128):
+        at = x + 4 * i
+        a, b = larger(a, magnitude(load(at))), larger(b, magnitude(load(at + 64)))
+        c, d = larger(c, magnitude(load(at + 128))), larger(d, magnitude(load(at + 192)))
+        e, f = larger(e, magnitude(load(at + 256))), larger(f, magnitude(load(at + 320)))
+        g, h = larger(g, magnitude(load(at + 384))), larger(h, magnitude(load(at + 448)))
+    to = found.ctypes.data
+    for at, each in ((0, a), (64, b), (128, c), (192, d), (256, e), (320, f), (384, g), (448, h)):
+        store(to + at, each)
+    least = F32(bisected_magnitude(to, 128, rank))
+    limit, count = splat(least), 0
+    end = n - n % LANES
+    for i in range(0, end, LANES):
+        mask = reaches(magnitude(load(x + 4 * i)), limit)
+        while mask:
+            if count < found.size:
+                found[count] = floats(x)[i + lowest(mask)]
+            count += 1
+            mask &= mask - U64(1)
+    for i in range(end, n):
+        if not abs(floats(x)[i]) < least:
+            if count < found.size:
+                found[count] = floats(x)[i]
+            count += 1
+    return count
+
+
+@register_jitable
+def bisected_magnitude(x, n, rank):
+    """The largest magnitude that as many as ``rank`` elements reach, one bit after the other; NaN reaches all."""
+    top = U32(0)
+    for bit in range(30, -1, -1):
+        trial = U32(top | U32(1 << bit))
+        if trial <= INFINITE and count_reaching(x, n, float_of(trial)) >= rank:
+            top = trial
+    if top == INFINITE:
+        numbers = 0
+        for i in range(n):
+            numbers += abs(floats(x)[i]) <= INFINITY
+        if n - numbers >= rank:
+            return F64(np.nan)
+    return F64(float_of(top))
+
+
+@register_jitable
+def count_reaching(x, n, least):
+    """How many magnitudes reach this one, or are NaN."""
+    limit, count = splat(least), 0
+    end = n - n % LANES
+    for i in range(0, end, LANES):
+        count += ones(reaches(magnitude(load(x + 4 * i)), limit))
+    for i in range(end, n):
+        count += 0 if abs(floats(x)[i]) < least else 1
+    return count
+
+
+@register_jitable
+def counted_magnitude(x, n, rank):
     """Find the magnitude of a rank by its bits: the highest 11 of all, 10 and 10 of those that are alike in them.
 
     Four tables count in turns, as one would wait for itself.
@@ -390,6 +472,51 @@ def ranked_magnitude(x, n, rank):
         part, rank = part_of(counts, 1023, rank)
         prefix = U32(prefix << U32(10)) | U32(part)
     return F64(float_of(prefix))
+
+
+@register_jitable
+def split_by_rank(values, count, k, chosen, dropped):
+    """The places of the k largest of more values, of equal ones the first, and the places of the others.
+
+    Without branches: each would be foreseen as often as not.
+    """
+    least = F32(ranked_magnitude(values, count, k)) if k else INFINITY
+    above = 0
+    for i in range(count):
+        above += abs(floats(values)[i]) > least
+    alike, c, d = k - above, 0, 0
+    for i in range(count):
+        size = abs(floats(values)[i])
+        first = (size == least) & (alike > 0)
+        alike -= first
+        chosen[c] = dropped[d] = i
+        c += (size > least) | first
+        d = i + 1 - c
+
+
+@loop("void(int64, int64, int64, int64)")
+def keep_largest_at(x, index, count, k):
+    """Of more indices those of the k largest move to the front."""
+    values = np.empty(count, np.float32)
+    for i in range(count):
+        values[i] = floats(x)[words(index)[i]]
+    chosen, dropped = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
+    split_by_rank(values.ctypes.data, count, k, chosen, dropped)
+    for i in range(k):
+        words(index)[i] = words(index)[chosen[i]]
+
+
+@loop("void(int64, int64, int64, int64, int64, int64, int64)")
+def keep_largest_taken(index, values, kept_momentum, count, k, momentum, velocity):
+    """Of more elements that were taken the k largest move to the front, the others are put back."""
+    chosen, dropped = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
+    split_by_rank(values, count, k, chosen, dropped)
+    for i in range(count - k):
+        place = words(index)[dropped[i]]
+        floats(velocity)[place] = floats(values)[dropped[i]]
+        floats(momentum)[place] = floats(kept_momentum)[dropped[i]]
+    for i in range(k):
+        words(index)[i], floats(values)[i] = words(index)[chosen[i]], floats(values)[chosen[i]]
 
 
 @loop("int64(int64, int64, int64)")
