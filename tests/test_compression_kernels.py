@@ -550,6 +550,18 @@ def test_compiled_ranks_equal_the_references_with_ties_infinities_and_nans(n: in
                 agree("ranked_magnitude", x, k)
 
 
+def test_compiled_int8_rounds_as_division_does() -> None:
+    rng = np.random.default_rng(7)
+    halves = np.arange(-128, 129, 0.5)
+    edges = (2.0**-61, 2.0**-60, 2.0**60, 2.0**61, 1e-42, 3e38, 1.0, 0.1, 16777215.0, 8388609.0)
+    for unit in np.concatenate([edges, 10.0 ** rng.uniform(-18, 18, 200)]).astype(F32):
+        with np.errstate(over="ignore", under="ignore"):
+            near = (halves * unit).astype(F32)
+        near = near[np.isfinite(near)]
+        far = np.array([0, -0.0, 1e-45, -1e-45, 3e38, -3e38], F32)
+        agree("to_int8", np.concatenate([near, np.nextafter(near, F32(0)), np.nextafter(near, 2 * near), far]), unit)
+
+
 @pytest.mark.parametrize("n", [1, 9, 5000, 70001])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("mask", [False, True])

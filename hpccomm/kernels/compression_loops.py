@@ -24,12 +24,16 @@ from hpccomm.kernels.atomics import bits, element, float_of, set_element
 from hpccomm.kernels.compiled import jit, kept
 from hpccomm.kernels.compression_reference import LEAST_NORM, LONGEST_QUOTIENT
 from hpccomm.kernels.vectors import (
+    add_square,
+    address,
     at_least,
     choose,
     doubles,
     floats,
     folded,
+    fused,
     halves,
+    hold,
     load,
     load_bits,
     load_mask,
@@ -55,9 +59,11 @@ F32, F64, U32, U64, I64 = np.float32, np.float64, np.uint32, np.uint64, np.int64
 GROUP = 64
 """Elements that one mask speaks of."""
 BLOCK = 1 << 13
-"""Elements between two looks whether all were finite."""
+"""Elements between two looks whether all were finite, and in one go where a loop runs from the end."""
 ROOM = 1 << 14
 """Indices that a loop returns at most."""
+HIGHER = U64(0xAAAAAAAAAAAAAAAA)
+"""The higher bit of each pair of bits."""
 INFINITY = F32(np.inf)
 LEAST = F32(2.0**-149)
 """The smallest magnitude that is not 0."""
@@ -356,12 +362,13 @@ MOST_RANKED = 112
 @loop("float64(int64, int64, int64)")
 @register_jitable
 def ranked_magnitude(x, n, rank):
+    if n <= FEW:
+        return bisected_magnitude(x, n, rank)
     few = np.empty(FEW, np.float32)
-    if n > FEW and rank <= MOST_RANKED:
-        count = candidates(x, n, rank, few)
-        if count <= FEW:
-            return bisected_magnitude(few.ctypes.data, count, rank)
-    return bisected_magnitude(x, n, rank) if n <= FEW else counted_magnitude(x, n, rank)
+    count = candidates(x, n, rank, few) if rank <= MOST_RANKED else n
+    found = bisected_magnitude(address(few), count, rank) if count <= FEW else counted_magnitude(x, n, rank)
+    hold(few)
+    return found
 
 
 @register_jitable
@@ -378,7 +385,7 @@ def candidates(x, n, rank, found):
         c, d = larger(c, magnitude(load(at + 128))), larger(d, magnitude(load(at + 192)))
         e, f = larger(e, magnitude(load(at + 256))), larger(f, magnitude(load(at + 320)))
         g, h = larger(g, magnitude(load(at + 384))), larger(h, magnitude(load(at + 448)))
-    to = found.ctypes.data
+    to = address(found)
     for at, each in ((0, a), (64, b), (128, c), (192, d), (256, e), (320, f), (384, g), (448, h)):
         store(to + at, each)
     least = F32(bisected_magnitude(to, 128, rank))
@@ -501,7 +508,8 @@ def keep_largest_at(x, index, count, k):
     for i in range(count):
         values[i] = floats(x)[words(index)[i]]
     chosen, dropped = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
-    split_by_rank(values.ctypes.data, count, k, chosen, dropped)
+    split_by_rank(address(values), count, k, chosen, dropped)
+    hold(values)
     for i in range(k):
         words(index)[i] = words(index)[chosen[i]]
 
@@ -557,7 +565,7 @@ def rest_of(residual, gradient, begin, n, to):
     """The last, incomplete part of residual + gradient, filled up with zeros; its address."""
     for j in range(to.size):
         to[j] = sum_at(residual, gradient, begin + j) if begin + j < n else F32(0)
-    return to.ctypes.data
+    return address(to)
 
 
 @register_jitable
@@ -635,8 +643,8 @@ def sums_of(x, n, tail):
         pl, pu, ql, qu = lower(p), upper(p), lower(q), upper(q)
         rl, ru, sl, su = lower(r), upper(r), lower(s), upper(s)
         a, b, c, d, e, f, g, h = a + pl, b + pu, c + ql, d + qu, e + rl, f + ru, g + sl, h + su
-        k, l, m, o = k + pl * pl, l + pu * pu, m + ql * ql, o + qu * qu  # noqa: E741
-        t, u, v, w = t + rl * rl, u + ru * ru, v + sl * sl, w + su * su
+        k, l, m, o = add_square(k, pl), add_square(l, pu), add_square(m, ql), add_square(o, qu)  # noqa: E741
+        t, u, v, w = add_square(t, rl), add_square(u, ru), add_square(v, sl), add_square(w, su)
     return joined(a, b, c, d, e, f, g, h), joined(k, l, m, o, t, u, v, w)
 
 
@@ -680,16 +688,18 @@ def pack_signs(x, to, n):
 
 @loop("void(int64, int64, int64, float32, float32, int64, int64)")
 def pack_signs_feedback(residual, gradient, out, plus, minus, to, n):
+    """From the end to the beginning: what the sum before read last is in the cache."""
     end = whole(n)
     zero, high, low = splat(F32(0)), splat(plus), splat(minus)
-    for i in range(0, end, GROUP):
-        mask = U64(0)
-        for j in range(0, GROUP, 16):
-            p = sum_from(residual, gradient, i + j)
-            above = at_least(p, zero)
-            mask |= above << U64(j)
-            store(out + 4 * (i + j), p - choose(above, high, low))
-        store_bits(to + i // 8, mask)
+    for begin in range((end - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        for i in range(begin, min(end, begin + BLOCK), GROUP):
+            mask = U64(0)
+            for j in range(0, GROUP, LANES):
+                p = sum_from(residual, gradient, i + j)
+                above = at_least(p, zero)
+                mask |= above << U64(j)
+                store(out + 4 * (i + j), p - choose(above, high, low))
+            store_bits(to + i // 8, mask)
     for i in range(end, n):
         p = sum_at(residual, gradient, i)
         set_bit(octets(to), i, p >= 0)
@@ -704,7 +714,7 @@ LINE = 512
 def add_signs(addresses, plus, minus, k, fresh, out, n):
     nothing = splat(F32(0))
     turned = np.empty(64 * k, np.uint8)
-    masks = turned.ctypes.data
+    masks = address(turned)
     end = n - n % LINE
     for begin in range(0, end, LINE):
         for j in range(k):
@@ -734,6 +744,7 @@ def add_signs(addresses, plus, minus, k, fresh, out, n):
             store(at + 320, f)
             store(at + 384, g)
             store(at + 448, h)
+    hold(turned)
     for i in range(end, n):
         total = F32(0) if fresh else floats(out)[i]
         for j in range(k):
@@ -969,17 +980,23 @@ def kept_finite(word, infinity):
 @loop("void(int64, int64, int64, int64)")
 def to_half(x, finite, to, n):
     a, b = floats(x), halves(to)
-    infinity = np.uint16(0x7C00) if finite else np.uint16(0xFFFF)
+    if finite:
+        for i in range(n):
+            set_element(b, i, kept_finite(np.uint16(_half_write(element(a, i))), np.uint16(0x7C00)))
+        return
     for i in range(n):
-        set_element(b, i, kept_finite(np.uint16(_half_write(element(a, i))), infinity))
+        set_element(b, i, np.uint16(_half_write(element(a, i))))
 
 
 @loop("void(int64, int64, int64, int64)")
 def to_brain(x, finite, to, n):
     a, b = floats(x), halves(to)
-    infinity = np.uint16(0x7F80) if finite else np.uint16(0xFFFF)
+    if finite:
+        for i in range(n):
+            set_element(b, i, kept_finite(np.uint16(_brain_write(element(a, i))), np.uint16(0x7F80)))
+        return
     for i in range(n):
-        set_element(b, i, kept_finite(np.uint16(_brain_write(element(a, i))), infinity))
+        set_element(b, i, np.uint16(_brain_write(element(a, i))))
 
 
 @loop("void(int64, int64, int64)")
@@ -998,9 +1015,23 @@ def add_brain(x, out, n):
 
 @loop("void(int64, float32, int64, int64)")
 def to_int8(x, unit, to, n):
+    """Quotients without division, which takes longer than all else, yet rounded as it rounds.
+
+    1/unit in two parts gives a quotient next to the true one, and with its exact remainder (Markstein, IBM Journal of
+    Research and Development 34, 1990) the true one rounded; where neither can over- or underflow.
+    """
     a, b = floats(x), signed_octets(to)
+    if not F32(2.0**-60) <= unit <= F32(2.0**60):
+        for i in range(n):
+            set_element(b, i, np.int8(np.int32(max(F32(-127), min(F32(127), nearest(element(a, i) / unit))))))
+        return
+    inverse, most = F32(1) / unit, F32(127) * unit
+    rest = fused(-inverse, unit, F32(1)) * inverse
     for i in range(n):
-        set_element(b, i, np.int8(np.int32(max(F32(-127), min(F32(127), nearest(element(a, i) / unit))))))
+        value = max(-most, min(most, element(a, i)))
+        quotient = fused(value, inverse, value * rest)
+        exact = fused(fused(-quotient, unit, value), inverse, quotient)
+        set_element(b, i, np.int8(np.int32(nearest(exact))))
 
 
 @loop("void(int64, float32, int64, int64)")
@@ -1023,8 +1054,8 @@ def extremes(x, found, n):
             e, f, g, h = larger(e, p), larger(f, q), larger(g, r), larger(h, s)
         least, most = smaller(smaller(a, b), smaller(c, d)), larger(larger(e, f), larger(g, h))
         lanes = np.empty(32, np.float32)
-        store(lanes.ctypes.data, least)
-        store(lanes.ctypes.data + 64, most)
+        store(address(lanes), least)
+        store(address(lanes) + 64, most)
         low, high = lanes[:16].min(), lanes[16:].max()
     for i in range(end, n):
         low, high = min(low, floats(x)[i]), max(high, floats(x)[i])
@@ -1043,11 +1074,13 @@ def larger(a, b):
 
 @loop("void(int64, float32, float32, int64, int64)")
 def range_codes(x, scale, most, to, n):
-    a, b = floats(x), octets(to)
+    """From the end to the beginning: what :func:`extremes` read last is in the cache."""
     least = most - F32(255)
-    for i in range(n):
-        code = min(nearest(element(a, i) * scale), most) - least
-        set_element(b, i, np.uint8(np.int32(max(F32(0), min(F32(255), code)))))
+    for begin in range((n - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        a, b = floats(x + 4 * begin), octets(to + begin)
+        for i in range(min(n - begin, BLOCK)):
+            code = min(nearest(element(a, i) * scale), most) - least
+            set_element(b, i, np.uint8(np.int32(max(F32(0), min(F32(255), code)))))
 
 
 @loop("void(int64, float64, float64, int64, int64)")
@@ -1063,11 +1096,17 @@ def add_range(codes, scale, least, out, n):
 @register_jitable
 def uniform(i, key):
     """The number of :func:`hpccomm.kernels.compression_reference.uniforms`."""
+    return F32(uniform_word(i, key)) * F32(2.0**-24)
+
+
+@register_jitable
+def uniform_word(i, key):
+    """That times 2²⁴."""
     word = U32(U32(i) ^ key)
     word = U32(U32(word ^ (word >> U32(16))) * U32(0x7FEB352D))
     word = U32(U32(word ^ (word >> U32(15))) * U32(0x846CA68B))
     word = U32(word ^ (word >> U32(16)))
-    return F32(word >> U32(8)) * F32(2.0**-24)
+    return U32(word >> U32(8))
 
 
 @loop("void(int64, int64, int64, int64, uint32, int64, int64)")
@@ -1081,19 +1120,19 @@ def qsgd(x, norms, bucket, levels, key, to, n):
             value = element(a, i)
             exact = abs(value) * factor
             level = np.int32(exact)
-            level += np.int32(1) if uniform(i, key) < exact - F32(level) else np.int32(0)
+            level = np.int32(level + np.int32(uniform(i, key) < exact - F32(level)))
             level = min(level, np.int32(levels))
-            set_element(b, i, np.int8(-level if value < 0 else level))
+            set_element(b, i, np.int8(np.int32(-level) if value < 0 else level))
 
 
 @loop("void(int64, uint32, int64, int64)")
 def natural(x, key, to, n):
+    """u/2²⁴ < m/2²³ as u < 2m, in integers."""
     a, b = floats(x), octets(to)
     for i in range(n):
         word = bits(element(a, i))
         exponent = U32(U32(word >> U32(23)) & U32(255))
-        fraction = F32(word & U32(0x7FFFFF)) * F32(2.0**-23)
-        exponent += U32(1) if uniform(i, key) < fraction else U32(0)
+        exponent = U32(exponent + U32(uniform_word(i, key) < U32(U32(word & U32(0x7FFFFF)) << U32(1))))
         set_element(b, i, np.uint8(min(exponent, U32(254))))
 
 
@@ -1120,21 +1159,30 @@ def add_natural(exponents, signs, out, n):
             b[begin + j] += float_of(U32(power | minus[j]))
 
 
+@register_jitable(forceinline=True)
+def ternary_codes(x, first, count, clip, scale, key, codes):
+    """2 minus, 3 plus, 0 nothing."""
+    a, b = floats(x), octets(codes)
+    for j in range(count):
+        value = element(a, j)
+        kept = uniform(U32(first + U32(j)), key) * scale < min(abs(value), clip)
+        set_element(b, j, np.uint8(np.uint8(np.uint8(3) - np.uint8(value < 0)) * np.uint8(kept)))
+
+
 @loop("int64(int64, float32, float32, uint32, int64, int64)")
 def ternary(x, clip, scale, key, to, n):
-    codes = np.zeros(GROUP, np.uint8)
-    four = codes.view(np.uint32)
+    codes, packed = np.zeros(GROUP, np.uint8), np.zeros(GROUP // 4, np.uint8)
+    at, four, high = address(codes), codes.view(np.uint32), packed.view(np.uint64)
     count = 0
     for begin in range(0, n, GROUP):
-        end = min(GROUP, n - begin)
-        for j in range(end):
-            value = floats(x)[begin + j]
-            kept = uniform(begin + j, key) * scale < min(abs(value), clip)
-            code = np.uint8(2) if value < 0 else np.uint8(3)
-            codes[j] = code if kept else np.uint8(0)
-        codes[end:] = 0
-        for j in range(GROUP):
-            count += codes[j] >> 1
-        for j in range((end + 15) // 16 * 4):
-            octets(to)[begin // 4 + j] = np.uint8(U32(four[j] * U32(0x40100401)) >> U32(24))
+        if begin + GROUP <= n:
+            ternary_codes(x + 4 * begin, U32(begin), GROUP, clip, scale, key, at)
+        else:
+            codes[:] = 0
+            ternary_codes(x + 4 * begin, U32(begin), n - begin, clip, scale, key, at)
+        for j in range(four.size):
+            packed[j] = np.uint8(U32(four[j] * U32(0x40100401)) >> U32(24))
+        count += ones(high[0] & HIGHER) + ones(high[1] & HIGHER)
+        for j in range(min(GROUP, (n - begin + 15) // 16 * 16) // 4):
+            octets(to)[begin // 4 + j] = packed[j]
     return count

@@ -17,6 +17,7 @@ from numba.extending import register_jitable
 from hpccomm.kernels.compiled import jit, kept
 from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED, GRADIENT, HIGH, LANES, LOW
 from hpccomm.kernels.vectors import (
+    address,
     at_least,
     floats,
     keep_order,
@@ -35,7 +36,7 @@ from hpccomm.kernels.vectors import (
 @register_jitable(forceinline=True)
 def fold(x, lo, hi, room, lanes):
     """Add the squares of [lo, hi), a block or what is left of it, to the lanes; ``room`` is for a block."""
-    at, to = x.ctypes.data + x.itemsize * lo, lanes.ctypes.data
+    at, to = address(x) + x.itemsize * lo, address(lanes)
     if hi - lo < BLOCK:
         at = filled_up(x[lo:hi], room)
     if x.itemsize == 8:
@@ -51,7 +52,7 @@ def filled_up(x, room):
     for i in range(x.size):
         room[i] = x[i]
     room[x.size :] = 0
-    return room.ctypes.data
+    return address(room)
 
 
 @register_jitable

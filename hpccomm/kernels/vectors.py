@@ -10,10 +10,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.datamodel import models, register_default
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, overload, register_jitable
 
 from hpccomm.kernels.atomics import I8, I64, external, pointer
 
@@ -154,6 +155,17 @@ def no_doubles(context: Any) -> Any:
         return ir.Constant(DOUBLES, [0.0] * (LANES // 2))
 
     return float64x8(), emit
+
+
+@intrinsic
+def add_square(context: Any, total: Any, x: Any) -> Any:
+    """total + x², rounded once; where x was float32 the square is exact anyway."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        total, x = args
+        return builder.call(external(builder, "llvm.fma.v8f64", DOUBLES, [DOUBLES] * 3), [x, x, total])
+
+    return float64x8(float64x8, float64x8), emit
 
 
 def half(first: int) -> Any:
@@ -306,6 +318,17 @@ def lowest(context: Any, mask: Any) -> Any:
 
 
 @intrinsic
+def fused(context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c of float32, rounded once."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        single = ir.FloatType()
+        return builder.call(external(builder, "llvm.fma.f32", single, [single] * 3), args)
+
+    return types.float32(types.float32, types.float32, types.float32), emit
+
+
+@intrinsic
 def nearest(context: Any, value: Any) -> Any:
     """A float32 rounded to an integer, ties to even."""
 
@@ -327,6 +350,25 @@ def pointer_to(kind: Any) -> Any:
         return types.CPointer(kind)(types.int64), emit
 
     return pointer_at
+
+
+@register_jitable
+def address(x):  # type: ignore[no-untyped-def]
+    """Where an array lies.  Signed as all addresses here: with an unsigned one Numba would add in float64.
+
+    An address does not keep its array: see :func:`hold`.
+    """
+    return np.int64(x.ctypes.data)
+
+
+@intrinsic
+def hold(context: Any, array: Any) -> Any:
+    """Nothing, but the memory of the array is not given back before."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(array), emit
 
 
 floats = pointer_to(types.float32)
