@@ -87,6 +87,21 @@ def dgc(kernels: ModuleType, n: int) -> Step:
     return lambda: kernels.momentum_select(g, u, v, MOMENTUM, kept(n), step=next(steps), least=0.8)
 
 
+def dgc_pass(kernels: ModuleType, n: int) -> Step:
+    """Momentum and velocity alone: no threshold, nothing that reaches it."""
+    g, u, v = (numbers(n, seed) for seed in range(3))
+
+    def step() -> Any:
+        if kernels is reference:
+            reference.accumulate(g, u, v, MOMENTUM, nesterov=False)
+        else:
+            addresses = [kernels.at(each) for each in (g, u, v)]
+            kernels.collected("momentum_select", (*addresses, MOMENTUM, F32(np.inf), False, True), n, *[F32] * 3)
+        return u, v
+
+    return step
+
+
 def dgc_numpy(n: int) -> Step:
     """The threshold from one element in a hundred, as in the publication."""
     (g, u, v), k, magnitude = (numbers(n, seed) for seed in range(3)), kept(n), np.empty(n, F32)
@@ -462,6 +477,7 @@ def pack_numpy(n: int) -> Step:
 
 TASKS = (
     Task("DGC: momentum, velocity, threshold, selection, masking", 20, dgc, dgc_numpy, dgc_torch, {NUMPY: 3, TORCH: 6}),
+    Task("DGC: momentum and velocity alone", 20, dgc_pass),
     Task("GTC: residual, threshold, words", 12, gtc, gtc_numpy, gtc_torch, {NUMPY: 3, TORCH: 6}),
     Task("1-bit with error feedback", 20.125, onebit, onebit_numpy, onebit_torch, {NUMPY: 10, TORCH: 10}),
     Task("the largest 0.1 %, sampled", 4, largest, largest_numpy, largest_torch, {NUMPY: 20, TORCH: 50}),
