@@ -122,17 +122,14 @@ def add_doubles(to, x):
 @register_jitable
 def fold_doubtful(x, lanes):
     """A block of float32 once more: sums that are not sure are done in float64."""
-    a = floats(x)
-    for i in range(LANES):
-        total = np.float32(0)
-        for j in range(i, BLOCK, LANES):
-            total += a[j] * a[j]
-        whole = np.float64(total)
-        if not LOW <= whole <= HIGH:
-            whole = 0.0
-            for j in range(i, BLOCK, LANES):
-                whole += np.float64(a[j]) * np.float64(a[j])
-        lanes[i] += whole
+    sums, wide = np.zeros(LANES, np.float32), np.zeros(LANES)
+    for row in range(BLOCK // LANES):
+        a = floats(x + 4 * LANES * row)
+        for i in range(sums.size):
+            sums[i] += a[i] * a[i]
+            wide[i] += np.float64(a[i]) * np.float64(a[i])
+    for i in range(sums.size):
+        lanes[i] += np.float64(sums[i]) if LOW <= sums[i] <= HIGH else wide[i]
 
 
 @register_jitable
