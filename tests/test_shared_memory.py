@@ -653,7 +653,8 @@ def test_copies_from_process_to_process(
 ) -> None:
     """Where the system refuses in the middle, all ranks fall back together."""
     monkeypatch.setattr(shared_memory, "ACROSS_BYTES", 10_000)
-    monkeypatch.setattr(shared_memory, "ACROSS_BYTES_OF_TWO", 10_000)
+    monkeypatch.setattr(shared_memory, "ACROSS_BYTES_OF_TWO", dict.fromkeys(("bcast", "allgather", "alltoall"), 10_000))
+    monkeypatch.setattr(shared_memory, "STRETCH_BYTES", 65_536)
     p, r, n = comm.size, comm.rank, 300_001
     with sharing(comm, code) as shared:
         if not shared._reaches:
@@ -672,6 +673,13 @@ def test_copies_from_process_to_process(
         x = pattern(n, r, "i4")
         shared.bind_allgather(at(x), at(y), [4 * n] * p, [4 * n * q for q in range(p)], 2)()
         assert np.array_equal(y, want)
+        counts = [4 * n // (1 + q) for q in range(p)]
+        ends = np.cumsum([0, *counts])
+        want = np.concatenate([pattern(count, q, "u1") for q, count in enumerate(counts)])
+        z = np.zeros_like(want)
+        z[ends[r] : ends[r + 1]] = pattern(counts[r], r, "u1")
+        shared.bind_allgather(at(z) + int(ends[r]), at(z), counts, [int(end) for end in ends[:-1]], 5)()
+        assert np.array_equal(z, want)
         each = n // p
         sizes, places = [4 * each] * p, [4 * each * q for q in range(p)]
         shared.bind_alltoall(at(x), at(y), sizes, places, sizes, places, 3)()
@@ -700,3 +708,23 @@ def test_short_blocks_take_the_parts_of_a_slot_in_turn() -> None:
         places = [kernels.slot_of(state.ctypes.data, 0, k) - kernels.SLOTS for k in range(kernels.RING * slot // part)]
         assert [place // slot for place in places] == [k % kernels.RING for k in range(len(places))]
         assert sorted(places) == list(range(0, kernels.RING * slot, part))
+
+
+def test_the_first_trial_comes_when_every_part_of_every_slot_was_used() -> None:
+    """Before, nobody's cache holds what is written, and the wrong way looks like the right one."""
+    slot = 1 << 18
+    rows = shared_memory.new_lessons(slot).reshape(len(kernels.COLLECTIVES), shared_memory.SIZES, -1)
+    for name, nbytes in (("allreduce", 16384), ("bcast", 1 << 16), ("reduce", 100_000), ("bcast", 1 << 24)):
+        lesson = rows[kernels.COLLECTIVES.index(name), nbytes.bit_length()]
+        state, line = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64), np.zeros(kernels.LINE, np.int64)
+        shared_memory.put(state, kernels.SLOT, slot)
+        shared_memory.put(state, kernels.PART, shared_memory.part_bytes(nbytes, slot))
+        blocks, used = -(-nbytes // slot), set[int]()
+        for call in range(300):
+            kernels.begin_lesson(lesson.ctypes.data, line.ctypes.data, state.ctypes.data)
+            if state[kernels.TRIAL // kernels.W]:
+                break
+            assert state[kernels.AROUND // kernels.W] == 1
+            used |= {kernels.slot_of(state.ctypes.data, 0, call * blocks + k) for k in range(blocks)}
+        size = int(state[kernels.PART // kernels.W])
+        assert len(used) == kernels.RING * slot // size, (name, nbytes)

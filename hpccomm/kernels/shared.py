@@ -64,9 +64,8 @@ AROUND, TRIAL, CLOCK, SPENT, PATIENCE, PART, STATE_WORDS = (W * i for i in range
 STATE, CALL_CHECK, CALL_SIGNATURE, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, WAY, PAST_CACHE = (
     W * i for i in range(13)
 )
-ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST, LESSON, ONCE, CALL_PART, TABLE = (
-    W * i for i in range(13, 24)
-)
+ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST = (W * i for i in range(13, 20))
+LESSON, ONCE, CALL_PART, STRETCH, TABLE = (W * i for i in range(20, 25))
 """From TABLE on: p words for the addresses to reduce, then what the collective needs for each rank."""
 
 # What was learned of calls of one kind and size
@@ -610,9 +609,9 @@ def allgather(call):
     code = meet(call, state)
     if code != DONE:
         return code
-    copy_own(load(call + RECV) + place(call, state, r), load(call + SEND), gathered(call, state, r))
     if across:
         return allgather_across(call, state)
+    copy_own(load(call + RECV) + place(call, state, r), load(call + SEND), gathered(call, state, r))
     if not direct:
         return allgather_pieces(call, state)
     for i in range(1, load(state + RANKS)):
@@ -670,13 +669,26 @@ def allgather_pieces(call, state):
 
 
 def allgather_across(call, state):
-    """Everybody's part straight from its memory; in pieces where the system refuses."""
-    p, r, refused = load(state + RANKS), load(state + RANK), 0
-    for i in range(1, p):
-        q = (r + i) % p
-        to, source = load(call + RECV) + place(call, state, q), load(line_of(state, q) + SEND_AT)
-        refused += 1 - reached(state, q, to, source, gathered(call, state, q), 0)
-    code = all_reached(state, refused)
+    """Everybody's part straight from its memory; in pieces where the system refuses.
+
+    All go through the parts in step, a stretch at a time: what its owner has just copied the others find in the cache
+    that they share, so it is read from memory once.
+    """
+    p, r, stretch, longest, refused, k = load(state + RANKS), load(state + RANK), load(call + STRETCH), 0, 0, 0
+    for q in range(p):
+        longest = max(longest, gathered(call, state, q))
+    for lo in range(0, longest, stretch):
+        if k > 0 and not in_step(state, k):
+            return STUCK
+        for i in range(p):
+            q = (r + i) % p
+            n, to = min(stretch, gathered(call, state, q) - lo), load(call + RECV) + place(call, state, q) + lo
+            if n > 0 and i == 0:
+                copy_own(to, load(call + SEND) + lo, n)
+            elif n > 0:
+                refused += 1 - reached(state, q, to, load(line_of(state, q) + SEND_AT) + lo, n, 0)
+        k += 1
+    code = all_reached(state, refused, k)
     if code != AGAIN:
         return code
     publish_piece(call, state, 0)
@@ -760,7 +772,7 @@ def bcast_across(call, state, root):
             q = (r + i) % p
             to = load(line_of(state, q) + SEND_AT) + lo
             refused += 1 - reached(state, q, load(call + SEND) + lo, to, nbytes - lo, 1)
-    code = all_reached(state, refused)
+    code = all_reached(state, refused, 1)
     if code != AGAIN:
         return code
     if r == root:
@@ -768,15 +780,19 @@ def bcast_across(call, state, root):
     return bcast_pieces(call, state, root)
 
 
-def all_reached(state, refused):
-    """Wait until everybody has copied what it had to; AGAIN where somebody was refused."""
-    p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
-    store(line_of(state, r) + TROUBLE, refused)
-    say(state, FINISHED, g + 1)
-    if not await_all(state, FINISHED, g + 1):
+def in_step(state, k):
+    """Wait until everybody has come through k stretches of this call."""
+    say(state, FINISHED, load(state + BLOCKS) + k)
+    return await_all(state, FINISHED, load(state + BLOCKS) + k)
+
+
+def all_reached(state, refused, k):
+    """After the last of k stretches wait until everybody has copied what it had to; AGAIN where one was refused."""
+    store(line_of(state, load(state + RANK)) + TROUBLE, refused)
+    if not in_step(state, k):
         return STUCK
-    store(state + BLOCKS, g + 1)
-    for q in range(p):
+    store(state + BLOCKS, load(state + BLOCKS) + k)
+    for q in range(load(state + RANKS)):
         if load(line_of(state, q) + TROUBLE) != 0:
             return AGAIN
     return DONE
@@ -826,7 +842,7 @@ def alltoall_across(call, state):
         n = entry(call, state, 3, q)
         source = load(line_of(state, q) + SEND_AT) + r * n
         refused += 1 - reached(state, q, load(call + RECV) + entry(call, state, 4, q), source, n, 0)
-    code = all_reached(state, refused)
+    code = all_reached(state, refused, 1)
     if code != AGAIN:
         return code
     publish_letters(call, state, 0)

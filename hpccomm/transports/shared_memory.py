@@ -252,10 +252,7 @@ class SharedMemory:
         self._crowded = spin == kernels.BRIEF  # who shares a core finds in its cache what the others have read
         self._state = self._new_state(spin)
         put(self._state, kernels.PATIENCE, patience_ns)
-        self._lessons = np.zeros((len(self.collectives) * SIZES, kernels.LESSON_WORDS // kernels.W), np.int64)
-        periods = np.where(np.arange(len(self._lessons)) % SIZES < LONG_CALLS, *TRIAL_PERIODS)
-        self._lessons[:, kernels.PERIOD // kernels.W] = periods
-        self._lessons[:, kernels.COUNT // kernels.W] = periods - WARM_UP
+        self._lessons = new_lessons(self._slot)
         self._registered: dict[int, Allocation] = {}
         self._allocations = 0
         self._reaches = self._can_reach()
@@ -447,7 +444,8 @@ class SharedMemory:
         put(call, kernels.RECV, recv)
         put(call, kernels.WAY, kernels.DIRECT if max(counts) <= kernels.BUFFER else kernels.PIECES)
         put(call, kernels.BLOCK, self._slot)
-        if self._across(sum(counts), ACROSS_BYTES):
+        put(call, kernels.STRETCH, STRETCH_BYTES if self.size > 2 else max(1, *counts))
+        if self._across("allgather", sum(counts)):
             put(call, kernels.WAY, kernels.ACROSS)
         return self._plan("allgather", call, sum(counts))
 
@@ -458,7 +456,7 @@ class SharedMemory:
         call = self._call(("bcast", nbytes, root), signature)
         put(call, kernels.ROOT, root)
         self._vector(call, address, address, nbytes, kernels.BUFFER)
-        if self._across(nbytes, ACROSS_BYTES_OF_TWO):
+        if self._across("bcast", nbytes):
             put(call, kernels.WAY, kernels.ACROSS)
         return self._plan("bcast", call, nbytes, late=late)
 
@@ -477,7 +475,7 @@ class SharedMemory:
             return moving(recv + recv_places[0], send + send_places[0], send_counts[0])
         even = [send_counts[0] * q for q in range(self.size)]
         alike = list(send_places) == even and len({*send_counts, *recv_counts}) == 1
-        across = alike and self._across(sum(send_counts), ACROSS_BYTES_OF_TWO)
+        across = alike and self._across("alltoall", sum(send_counts))
         what = ("alltoall", across)
         call = self._call(what, signature, [*send_counts, *send_places, *recv_counts, *recv_places])
         put(call, kernels.SEND, send)
@@ -499,9 +497,9 @@ class SharedMemory:
         put(call, kernels.CALL_CHECK, zlib.crc32(b"meeting"))
         return self._plan("barrier", call)
 
-    def _across(self, nbytes: int, least_of_two: int) -> bool:
+    def _across(self, name: str, nbytes: int) -> bool:
         """Whether a call goes from process to process."""
-        return self._reaches and nbytes >= (ACROSS_BYTES if self.size > 2 else least_of_two)
+        return self._reaches and nbytes >= (ACROSS_BYTES if self.size > 2 else ACROSS_BYTES_OF_TWO[name])
 
     def _share(self) -> int:
         """Bytes of a slot for each rank."""
@@ -637,13 +635,16 @@ LEARN_BYTES = 2048
 """From here on calls learn how to fill slots and buffers; below, lines go through the cache."""
 LONG_CALLS, TRIAL_PERIODS = 17, (4096, 256)
 """After how many calls it is tried again: below the class of 64 KB, and from there on."""
-ACROSS_BYTES, ACROSS_BYTES_OF_TWO = 1 << 23, 1 << 18
-"""From so many bytes on what is only copied goes from process to process: one copy instead of two, for a system call.
-
-The second is for broadcast and all-to-all between two ranks, whose slots would keep both of them busy all the time.
-"""
 WARM_UP = 8
-"""Calls before the first trial: pages are touched for the first time."""
+"""Calls before the first trial, but for those that take the parts of slots in turn: pages are touched for the first
+time."""
+ACROSS_BYTES = 1 << 25
+"""From so many bytes on what is only copied goes from process to process: one copy, not two, for a system call."""
+ACROSS_BYTES_OF_TWO = {"bcast": 1 << 18, "alltoall": 1 << 20, "allgather": 1 << 22}
+"""The same between two ranks, whose slots would keep both of them busy all the time."""
+STRETCH_BYTES = 1 << 20
+"""Bytes of each rank that an allgather among more than two copies across before anybody goes on: whole parts would no
+longer be in a cache when the last rank comes for them (16 MB of each of four ranks: 14.8 ms so, 18.8 without)."""
 REGISTERED_BYTES = 8192
 """From here on registered arrays are reduced where they are; below, one meeting instead of two is worth a copy."""
 DIRECT_BYTES = 98304
@@ -652,6 +653,26 @@ DIRECT_BYTES_OF_TWO = 12288
 """For an allreduce of two ranks: from 16 KB on half of it copied twice is faster, by half where cores share a cache."""
 PAST_CACHE_BYTES = 1 << 25
 """From so many bytes of all ranks together on, results out of place are written around the cache: they exceed it."""
+
+
+def new_lessons(slot: int) -> npt.NDArray[np.int64]:
+    """A row for each collective and class of sizes, where nothing was learned yet.
+
+    A trial is worth something when slots are as they stay: read by the others before.  So the first one waits until all
+    parts of the ring were used.  Until then slots are filled around the cache: where that is wrong it costs up to half
+    as much again, the other way four to six times as much (measured; two cores, when they share a cache and when not).
+    """
+    rows = np.zeros((len(kernels.COLLECTIVES), SIZES, kernels.LESSON_WORDS // kernels.W), np.int64)
+    for name, lessons in zip(kernels.COLLECTIVES, rows, strict=True):
+        buffered = DIRECT_BYTES_OF_TWO if name == "allreduce" else kernels.BUFFER
+        for size in range(1, SIZES):
+            least, period = 1 << (size - 1), TRIAL_PERIODS[size >= LONG_CALLS]
+            in_slots = least > buffered
+            warm_up = 2 + kernels.RING * slot // part_bytes(least, slot) if in_slots else WARM_UP
+            put(lessons[size], kernels.PERIOD, period)
+            put(lessons[size], kernels.COUNT, period - warm_up)
+            put(lessons[size], kernels.CHOICE, in_slots)
+    return rows.reshape(-1, rows.shape[-1])
 
 
 def part_bytes(nbytes: int, slot: int) -> int:
