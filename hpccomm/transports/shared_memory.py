@@ -659,19 +659,19 @@ def new_lessons(slot: int) -> npt.NDArray[np.int64]:
     """A row for each collective and class of sizes, where nothing was learned yet.
 
     A trial is worth something when slots are as they stay: read by the others before.  So the first one waits until all
-    parts of the ring were used.  Until then slots are filled around the cache: where that is wrong it costs up to half
-    as much again, the other way four to six times as much (measured; two cores, when they share a cache and when not).
+    parts of the ring were used.  Until then long calls fill slots around the cache: where that is wrong it costs up to
+    twice the time, the other way four to six times (measured; two cores, when they share a cache and when not).
     """
     rows = np.zeros((len(kernels.COLLECTIVES), SIZES, kernels.LESSON_WORDS // kernels.W), np.int64)
     for name, lessons in zip(kernels.COLLECTIVES, rows, strict=True):
         buffered = DIRECT_BYTES_OF_TWO if name == "allreduce" else kernels.BUFFER
         for size in range(1, SIZES):
-            least, period = 1 << (size - 1), TRIAL_PERIODS[size >= LONG_CALLS]
-            in_slots = least > buffered
-            warm_up = 2 + kernels.RING * slot // part_bytes(least, slot) if in_slots else WARM_UP
+            least, long = 1 << (size - 1), size >= LONG_CALLS
+            period = TRIAL_PERIODS[long]
+            warm_up = 2 + kernels.RING * slot // part_bytes(least, slot) if least > buffered else WARM_UP
             put(lessons[size], kernels.PERIOD, period)
             put(lessons[size], kernels.COUNT, period - warm_up)
-            put(lessons[size], kernels.CHOICE, in_slots)
+            put(lessons[size], kernels.CHOICE, long)
     return rows.reshape(-1, rows.shape[-1])
 
 
