@@ -444,10 +444,11 @@ class SharedMemory:
         put(call, kernels.RECV, recv)
         put(call, kernels.WAY, kernels.DIRECT if max(counts) <= kernels.BUFFER else kernels.PIECES)
         put(call, kernels.BLOCK, self._slot)
+        put(call, kernels.CALL_PART, self._part(max(counts)))
         put(call, kernels.STRETCH, STRETCH_BYTES if self.size > 2 else max(1, *counts))
         if self._across("allgather", sum(counts)):
             put(call, kernels.WAY, kernels.ACROSS)
-        return self._plan("allgather", call, sum(counts))
+        return self._plan("allgather", call, max(counts))
 
     def bind_bcast(self, address: int, nbytes: int, root: int, signature: int, late: Late | None = None) -> Plan:
         """``nbytes`` bytes of ``root`` to everybody; ``late`` is called instead of the transport's."""
@@ -501,6 +502,10 @@ class SharedMemory:
         """Whether a call goes from process to process."""
         return self._reaches and nbytes >= (ACROSS_BYTES if self.size > 2 else ACROSS_BYTES_OF_TWO[name])
 
+    def _part(self, nbytes: int) -> int:
+        """Length of the parts of a slot that a vector takes in turn, 0 for none."""
+        return 0 if self._crowded else part_bytes(nbytes, self._slot)
+
     def _share(self) -> int:
         """Bytes of a slot for each rank."""
         return self._slot // self.size // kernels.GRAIN * kernels.GRAIN
@@ -533,7 +538,7 @@ class SharedMemory:
         put(call, kernels.RECV, recv)
         put(call, kernels.NBYTES, nbytes)
         put(call, kernels.BLOCK, self._slot)
-        put(call, kernels.CALL_PART, 0 if self._crowded else part_bytes(nbytes, self._slot))
+        put(call, kernels.CALL_PART, self._part(nbytes))
         small = kernels.INLINE if nbytes <= kernels.PAYLOAD_BYTES else kernels.BUFFERED
         put(call, kernels.WAY, small if nbytes <= most else kernels.PIECES)
 
