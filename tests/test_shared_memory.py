@@ -652,8 +652,8 @@ def test_copies_from_process_to_process(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, system: str, code: str
 ) -> None:
     """Where the system refuses in the middle, all ranks fall back together."""
-    monkeypatch.setattr(shared_memory, "ACROSS_BYTES", 10_000)
-    monkeypatch.setattr(shared_memory, "ACROSS_BYTES_OF_TWO", dict.fromkeys(("bcast", "allgather", "alltoall"), 10_000))
+    for name in ("ACROSS_BYTES", "ACROSS_BYTES_OF_TWO"):
+        monkeypatch.setattr(shared_memory, name, dict.fromkeys(("bcast", "allgather", "alltoall"), 10_000))
     monkeypatch.setattr(shared_memory, "STRETCH_BYTES", 65_536)
     p, r, n = comm.size, comm.rank, 300_001
     with sharing(comm, code) as shared:

@@ -500,7 +500,7 @@ class SharedMemory:
 
     def _across(self, name: str, nbytes: int) -> bool:
         """Whether a call goes from process to process."""
-        return self._reaches and nbytes >= (ACROSS_BYTES if self.size > 2 else ACROSS_BYTES_OF_TWO[name])
+        return self._reaches and nbytes >= (ACROSS_BYTES if self.size > 2 else ACROSS_BYTES_OF_TWO)[name]
 
     def _part(self, nbytes: int) -> int:
         """Length of the parts of a slot that a vector takes in turn, 0 for none."""
@@ -643,7 +643,7 @@ LONG_CALLS, TRIAL_PERIODS = 17, (4096, 256)
 WARM_UP = 8
 """Calls before the first trial, but for those that take the parts of slots in turn: pages are touched for the first
 time."""
-ACROSS_BYTES = 1 << 25
+ACROSS_BYTES = {"bcast": 1 << 23, "alltoall": 1 << 23, "allgather": 1 << 25}
 """From so many bytes on what is only copied goes from process to process: one copy, not two, for a system call."""
 ACROSS_BYTES_OF_TWO = {"bcast": 1 << 18, "alltoall": 1 << 20, "allgather": 1 << 22}
 """The same between two ranks, whose slots would keep both of them busy all the time."""
