@@ -59,7 +59,7 @@ F32, F64, U32, U64, I64 = np.float32, np.float64, np.uint32, np.uint64, np.int64
 GROUP = 64
 """Elements that one mask speaks of."""
 BLOCK = 1 << 13
-"""Elements between two looks whether all were finite, and in one go where a loop runs from the end."""
+"""Elements between two looks whether all were finite."""
 ROOM = 1 << 14
 """Indices that a loop returns at most."""
 HIGHER = U64(0xAAAAAAAAAAAAAAAA)
@@ -688,18 +688,16 @@ def pack_signs(x, to, n):
 
 @loop("void(int64, int64, int64, float32, float32, int64, int64)")
 def pack_signs_feedback(residual, gradient, out, plus, minus, to, n):
-    """From the end to the beginning: what the sum before read last is in the cache."""
     end = whole(n)
     zero, high, low = splat(F32(0)), splat(plus), splat(minus)
-    for begin in range((end - 1) // BLOCK * BLOCK, -1, -BLOCK):
-        for i in range(begin, min(end, begin + BLOCK), GROUP):
-            mask = U64(0)
-            for j in range(0, GROUP, LANES):
-                p = sum_from(residual, gradient, i + j)
-                above = at_least(p, zero)
-                mask |= above << U64(j)
-                store(out + 4 * (i + j), p - choose(above, high, low))
-            store_bits(to + i // 8, mask)
+    for i in range(0, end, GROUP):
+        mask = U64(0)
+        for j in range(0, GROUP, LANES):
+            p = sum_from(residual, gradient, i + j)
+            above = at_least(p, zero)
+            mask |= above << U64(j)
+            store(out + 4 * (i + j), p - choose(above, high, low))
+        store_bits(to + i // 8, mask)
     for i in range(end, n):
         p = sum_at(residual, gradient, i)
         set_bit(octets(to), i, p >= 0)
@@ -1074,13 +1072,11 @@ def larger(a, b):
 
 @loop("void(int64, float32, float32, int64, int64)")
 def range_codes(x, scale, most, to, n):
-    """From the end to the beginning: what :func:`extremes` read last is in the cache."""
+    a, b = floats(x), octets(to)
     least = most - F32(255)
-    for begin in range((n - 1) // BLOCK * BLOCK, -1, -BLOCK):
-        a, b = floats(x + 4 * begin), octets(to + begin)
-        for i in range(min(n - begin, BLOCK)):
-            code = min(nearest(element(a, i) * scale), most) - least
-            set_element(b, i, np.uint8(np.int32(max(F32(0), min(F32(255), code)))))
+    for i in range(n):
+        code = min(nearest(element(a, i) * scale), most) - least
+        set_element(b, i, np.uint8(np.int32(max(F32(0), min(F32(255), code)))))
 
 
 @loop("void(int64, float64, float64, int64, int64)")
