@@ -182,6 +182,24 @@ def lies_on_device(x: Any) -> bool:
         return True
 
 
+def brought(x: Any) -> Array:
+    """An array on the host; one that lies there already is not copied.  The stream that wrote it is waited for."""
+    if not lies_on_device(x):
+        return x  # type: ignore[no-any-return]
+    copy: Array = x.get() if hasattr(x, "get") else x.detach().cpu().numpy()
+    return copy
+
+
+def beside(x: Any, like: Any) -> Any:
+    """An array of the host where ``like`` lies, as one of its library (CuPy, PyTorch)."""
+    if not lies_on_device(like):
+        return x
+    library: Any = sys.modules[type(like).__module__.partition(".")[0]]
+    if hasattr(library, "as_tensor"):
+        return library.as_tensor(np.ascontiguousarray(x), device=like.device)
+    return library.asarray(x)
+
+
 def read_device(x: Any, who: str, stream: Any = None) -> DeviceArray:
     """An array on a CUDA device, as it lies there; ``stream`` is one that works on it, if it does not tell itself.
 

@@ -23,7 +23,7 @@ from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
 from hpccomm.collectives import onebit, sparse
 from hpccomm.collectives.tuning import Choice
-from hpccomm.device_binding import DeviceBinder, on_stream
+from hpccomm.device_binding import DeviceBinder
 from hpccomm.persistent import Persistent
 from hpccomm.resources import Again, Bound, Resources, Run, plain
 from hpccomm.rollcall import LAST_WORDS
@@ -270,7 +270,7 @@ class Communicator(MPI.Intracomm):
         (CUDA's handle, CuPy's or PyTorch's object), here as in the other collectives.
         """
         if stream is not None:
-            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
         if reproducible and self._reproducible("Allreduce", (sendbuf, recvbuf), (op,), op):
             return None
         known = self._again.get(id(recvbuf))
@@ -317,7 +317,7 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Reduce over all ranks, the result on ``root``; elsewhere ``recvbuf`` is not looked at."""
         if stream is not None:
-            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
         if reproducible and self._reproducible("Reduce", (sendbuf, recvbuf), (op, root), op):
             return None
         quick = ("Reduce", id(recvbuf), root)
@@ -351,7 +351,7 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Reduce over all ranks, an equal part of the result on each; ``algorithm`` as in :meth:`algorithms`."""
         if stream is not None:
-            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
         if reproducible and self._reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
             return None
         quick = ("Reduce_scatter_block", id(recvbuf))
@@ -390,7 +390,7 @@ class Communicator(MPI.Intracomm):
         2022).
         """
         if stream is not None:
-            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
         told = None if recvcounts is None else tuple(recvcounts)
         if reproducible and self._reproducible("Reduce_scatter", (sendbuf, recvbuf), (told, op), op):
             return None
@@ -423,7 +423,7 @@ class Communicator(MPI.Intracomm):
         each (Zhang et al., VLDB 2022).
         """
         if stream is not None:
-            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
         quick = ("Allgather", id(recvbuf))
         known = self._known(quick, sendbuf, recvbuf, None, algorithm)
         if known:
@@ -441,7 +441,7 @@ class Communicator(MPI.Intracomm):
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Collect a part of any length from every rank, in rank order, on all; else as :meth:`Allgather`."""
         if stream is not None:
-            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
         self._first(self._binder.allgatherv(sendbuf, recvbuf, algorithm), None)
 
     def Allgatherv_init(  # type: ignore[override]
@@ -453,7 +453,7 @@ class Communicator(MPI.Intracomm):
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
         if stream is not None:
-            (buf,) = on_stream(stream, buf)
+            (buf,) = self._binder.on_stream(stream, buf)
         quick = ("Bcast", id(buf), root)
         known = self._known(quick, None, buf, None, algorithm)
         if known:
@@ -471,7 +471,7 @@ class Communicator(MPI.Intracomm):
     def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Give every rank an equal part of one's buffer."""
         if stream is not None:
-            sendbuf, recvbuf = on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
         quick = ("Alltoall", id(recvbuf))
         known = self._known(quick, sendbuf, recvbuf, None, algorithm)
         if known:

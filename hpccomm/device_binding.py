@@ -8,7 +8,6 @@ the same algorithms, the same shared memory, the same bits.  What cannot be divi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -43,15 +42,8 @@ class Stream:
         self.given, self.stream = given, stream
 
 
-def on_stream(stream: Any, *buffers: Any) -> tuple[Any, ...]:
-    """The buffers, bound to a stream where they are arrays on a device."""
-    return tuple(Stream(each, stream) if array_of(each) is not None else each for each in buffers)
-
-
 def array_of(given: Any) -> Any:
-    """The device array in a buffer, be it a form or not; ``None`` for all else, and where the host can address it."""
-    if os.environ.get(cuda.TRANSPORT) == cuda.ON_HOST:
-        return None
+    """The device array in a buffer, be it a form or not; ``None`` for all else."""
     data = given.given if isinstance(given, Stream) else given
     data = data[0] if isinstance(data, list | tuple) and data else data
     return data if lies_on_device(data) else None
@@ -115,7 +107,7 @@ class DeviceBinder(Binder):
     def transports(self) -> DeviceTransports:
         """All ways (the first use is collective: no ``cached_property``, whose lock ranks that are threads share)."""
         if self._transports is None:
-            self._transports = DeviceTransports(self.resources, self.staging.device)
+            self._transports = DeviceTransports(self.resources, self.staging)
         return self._transports
 
     def release(self) -> None:
@@ -124,9 +116,17 @@ class DeviceBinder(Binder):
             self._transports.free()
         self._transports = None
 
+    def there(self, given: Any) -> bool:
+        """Whether a buffer lies on a device, and not where rank 0 says that the host can address it (collective)."""
+        return array_of(given) is not None and self.resources.settings[cuda.TRANSPORT] != cuda.ON_HOST
+
+    def on_stream(self, stream: Any, *buffers: Any) -> tuple[Any, ...]:
+        """The buffers, bound to a stream where they are arrays on a device (collective)."""
+        return tuple(Stream(each, stream) if self.there(each) else each for each in buffers)
+
     def operands(self, who: str, *buffers: Any) -> list[Operand | None] | None:
         """The buffers on a device (``None`` for none and for in place); ``None`` where all are on the host."""
-        there = [array_of(each) is not None for each in buffers]
+        there = [self.there(each) for each in buffers]
         if not any(there):
             return None
         for each, lies in zip(buffers, there, strict=True):
@@ -158,8 +158,7 @@ class DeviceBinder(Binder):
         def run() -> None:
             meet()
             if not ready:
-                way = self.transports.way(call)
-                ready.append(device_transports.bind(call, way, self.transports, self.staging, streams))
+                ready.append(self.transports.bind(call, streams))
             ready[0]()
 
         def free() -> None:
@@ -217,8 +216,11 @@ class DeviceBinder(Binder):
     def operand_of(self, x: Any, name: str, stream: Any) -> Operand:
         """One array on a device."""
         operands = self.operands(self.who(name), Stream(x, stream))
-        assert operands is not None
-        assert operands[0] is not None
+        if operands is None or operands[0] is None:
+            raise ArgumentError(
+                f"{self.who(name)}: {cuda.TRANSPORT}={cuda.ON_HOST} is for the methods of Communicator: "
+                "pass the array's memory as NumPy's"
+            )
         return operands[0]
 
     def divide(self, x: Any) -> None:
@@ -607,13 +609,13 @@ class DeviceBinder(Binder):
 
     def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Bound:
         """Allreduce_view is for registered memory, which is the host's."""
-        if array_of(buf) is not None:
+        if self.there(buf):
             raise ArgumentError(f"{self.who('Allreduce_view')}: the array lies on a device: use Allreduce")
         return super().allreduce_view(key, buf, op)
 
     def inherited(self, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None) -> None:
         """MPI's own collectives see copies on the host; a rank may have its arrays here, another there."""
-        if all(array_of(each) is None for each in buffers):
+        if not any(self.there(each) for each in buffers):
             super().inherited(name, buffers, root, op)
             return
         who = self.who(name)
@@ -628,7 +630,7 @@ class DeviceBinder(Binder):
 
     def brought(self, form: Any, who: str) -> tuple[Any, DeviceArray | None]:
         """A buffer with a copy on the host in place of its array, and that array; else the buffer as it is."""
-        if array_of(form) is None:
+        if not self.there(form):
             return form, None
         known = Operand(form, self.reached(who), who).array
         copy = np.empty(known.shape, known.dtype, "F" if known.order == "F" else "C")
@@ -641,7 +643,7 @@ class DeviceBinder(Binder):
 
         It writes the last ``written`` of them.
         """
-        if all(array_of(each) is None for each in arrays):
+        if not any(self.there(each) for each in arrays):
             return function(*arrays)
         both = [self.brought(each, self.who(name)) for each in arrays]
         answer = function(*(copy for copy, _ in both))

@@ -14,7 +14,7 @@ does not work at all.  A call that names an algorithm, or wants reproducible bit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.resources import Bound, Resources, Run, mpi_name
@@ -22,16 +22,12 @@ from hpccomm.transports import cuda, cuda_probe, nccl
 from hpccomm.transports.cuda import TRANSPORT, Chunk, Staging, wait
 from hpccomm.transports.cuda_ipc import Peers, Turn
 
-WAYS = ("nccl", "ipc", "aware", "staged")
-"""In the order of preference for many bytes."""
-SETTINGS = ("auto", *WAYS, cuda.ON_HOST)
-
 MANY_BYTES = 1 << 16
 """From here on bandwidth counts more than meetings of all ranks: an estimate, not measured."""
 
 
 class Call(NamedTuple):
-    """One collective, and how each way would make it; ``None`` for a way that cannot."""
+    """One collective, and what each way would make of it; ``None`` where its dtype, operation or algorithm forbid."""
 
     nbytes: int
     """The same on all ranks, as all that the choice depends on."""
@@ -40,6 +36,117 @@ class Call(NamedTuple):
     """Of so many bytes at most."""
     native: Callable[[], Bound] | None = None
     dense: Callable[[nccl.Nccl], None] | None = None
+
+
+class Way(Protocol):
+    """How calls go: it says which it takes, and makes them ready to run."""
+
+    meets: bool
+    """All ranks meet more than once in a call: too slow for short ones."""
+
+    def takes(self, call: Call) -> bool:
+        """Whether it can make this call; the same on all ranks."""
+
+    def bind(self, call: Call, streams: Sequence[int]) -> Run:
+        """What makes a call that it takes; arrays are written and read on some streams."""
+
+    def free(self) -> None:
+        """Give back what it holds (collective)."""
+
+
+class ByNccl:
+    """NCCL between devices: what it reduces as we define it, and what only moves."""
+
+    meets = True
+
+    def __init__(self, ranks: nccl.Nccl) -> None:
+        self.ranks = ranks
+
+    def takes(self, call: Call) -> bool:
+        """Dense collectives."""
+        return call.dense is not None
+
+    def bind(self, call: Call, streams: Sequence[int]) -> Run:
+        """One call of NCCL's."""
+        ranks, dense = self.ranks, call.dense
+        assert dense is not None
+        return lambda: ranks.run(dense, streams)
+
+    def free(self) -> None:
+        """NCCL's memory."""
+        self.ranks.free()
+
+
+class ByPeers:
+    """Ranks of a node that read each other's memory: reductions with a kernel, and what only moves."""
+
+    meets = True
+
+    def __init__(self, peers: Peers) -> None:
+        self.peers = peers
+
+    def takes(self, call: Call) -> bool:
+        """What goes in turns."""
+        return call.turns is not None
+
+    def bind(self, call: Call, streams: Sequence[int]) -> Run:
+        """Turns as long as a part has room."""
+        assert call.turns is not None
+        peers, turns = self.peers, call.turns(self.peers.room)
+        return lambda: peers.run(turns, streams)
+
+    def free(self) -> None:
+        """The parts."""
+        self.peers.free()
+
+
+class ByMpi:
+    """An MPI that understands pointers of a device: its own collectives of plain dtypes."""
+
+    meets = False
+
+    def __init__(self, device: cuda.Device) -> None:
+        self.device = device
+
+    def takes(self, call: Call) -> bool:
+        """What MPI does right."""
+        return call.native is not None
+
+    def bind(self, call: Call, streams: Sequence[int]) -> Run:
+        """Between two waits for the streams."""
+        assert call.native is not None
+        bound, device = call.native(), self.device
+
+        def run() -> None:
+            wait(device, streams)
+            bound.run()
+            wait(device, streams)
+
+        return run
+
+    def free(self) -> None:
+        """Nothing."""
+
+
+class ByHost:
+    """Through pinned memory of the host, in chunks: every call."""
+
+    meets = False
+
+    def __init__(self, staging: Staging) -> None:
+        self.staging = staging
+
+    def takes(self, call: Call) -> bool:
+        """All."""
+        return True
+
+    def bind(self, call: Call, streams: Sequence[int]) -> Run:
+        """Chunk by chunk."""
+        staging, chunks = self.staging, call.chunks()
+        return lambda: staging.run(chunks, streams)
+
+    def free(self) -> None:
+        """Nothing: others stage, too."""
 
 
 def wanted(setting: str) -> str:
@@ -55,19 +162,21 @@ class DeviceTransports:
     Raises :class:`~hpccomm.errors.TransportError` on all ranks where the way that is wanted does not work.
     """
 
-    def __init__(self, resources: Resources, device: cuda.Device) -> None:
-        self.resources, self.device = resources, device
+    def __init__(self, resources: Resources, staging: Staging) -> None:
+        self.resources, self.staging, self.device = resources, staging, staging.device
         self.wanted = wanted(resources.settings[TRANSPORT])
-        self.peers: Peers | None = None
-        self.nccl: nccl.Nccl | None = None
-        self.troubles = {"staged": ""}
+        self.ways: dict[str, Way] = {}
+        """Those that are to be had, in the order of preference for many bytes."""
+        self.troubles: dict[str, str] = {}
         """Why a way is not to be had; nothing where it is."""
-        for name, look in {"nccl": self._find_nccl, "ipc": self._find_peers, "aware": self._ask_mpi}.items():
-            if self.wanted not in ("auto", name):
+        self.remarks: dict[str, str] = {}
+        """What else is known of a way."""
+        for name, look in WAYS.items():
+            if self.wanted not in ("auto", name) and name != LAST:
                 self.troubles[name] = f"{TRANSPORT} says {self.wanted}"
                 continue
             try:
-                look()
+                self.ways[name] = look(self)
                 self.troubles[name] = ""
             except TransportError as error:
                 self.troubles[name] = str(error)
@@ -77,27 +186,7 @@ class DeviceTransports:
                 f"{TRANSPORT}={self.wanted} does not work here: {self.troubles[self.wanted]}: leave it out"
             )
 
-    def _find_peers(self) -> None:
-        count = self.resources.topology.count
-        if count > 1:
-            raise TransportError(f"the ranks are on {count} nodes")
-        self.peers = Peers(self.device, self.resources.node)
-
-    def _ask_mpi(self) -> None:
-        """A child on each node; all must have lived."""
-        node, found = self.resources.node, None
-        if node.rank == 0:
-            try:
-                found = cuda_probe.verdict(self.device.number, self.device.driver)
-            except (OSError, RuntimeError) as error:  # no home, no driver: the others wait for an answer
-                found = cuda_probe.Verdict(str(error), "not asked")
-        for each in self.resources.channel.allgather(node.bcast(found)):
-            if each.trouble:
-                raise TransportError(
-                    f"{mpi_name()} does not understand pointers of a device ({each.when}: {each.trouble})"
-                )
-
-    def _find_nccl(self) -> None:
+    def find_nccl(self) -> Way:
         """Between different devices; ranks that share one must be allowed to, and want it."""
         channel, library, trouble = self.resources.channel, None, ""
         try:
@@ -115,46 +204,67 @@ class DeviceTransports:
             raise TransportError(
                 f"ranks share a device: that takes NCCL 2.30, {nccl.SHARING}=1 and {TRANSPORT}=nccl on all ranks"
             )
-        self.nccl = nccl.Nccl(self.device, channel, library)
+        return ByNccl(nccl.Nccl(self.device, channel, library))
+
+    def find_peers(self) -> Way:
+        """Between ranks of one node."""
+        count = self.resources.topology.count
+        if count > 1:
+            raise TransportError(f"the ranks are on {count} nodes")
+        return ByPeers(Peers(self.device, self.resources.node))
+
+    def ask_mpi(self) -> Way:
+        """Children on each node; all must have lived."""
+        node, found = self.resources.node, None
+        if node.rank == 0:
+            try:
+                found = cuda_probe.verdict(self.device.number, self.device.driver)
+            except (OSError, RuntimeError) as error:  # no home, no driver: the others wait for an answer
+                found = cuda_probe.Verdict(str(error), "not asked")
+        for each in self.resources.channel.allgather(node.bcast(found)):
+            if each.trouble:
+                raise TransportError(
+                    f"{mpi_name()} does not understand pointers of a device ({each.when}: {each.trouble})"
+                )
+            if each.alone:
+                self.remarks["aware"] = f"asked of one process only: {each.alone}"
+        return ByMpi(self.device)
 
     def way(self, call: Call) -> str:
         """Which way a call goes, the same on all ranks."""
-        able = {"nccl": call.dense, "ipc": call.turns, "aware": call.native, "staged": call.chunks}
-        open_ways = [name for name in WAYS if able[name] is not None and not self.troubles[name]]
+        able = [name for name, each in self.ways.items() if each.takes(call)]
         if self.wanted != "auto":
-            return self.wanted if self.wanted in open_ways else "staged"
-        few = [name for name in open_ways if name in ("aware", "staged")]
-        return few[0] if call.nbytes < MANY_BYTES else open_ways[0]
+            return self.wanted if self.wanted in able else LAST
+        if call.nbytes < MANY_BYTES:
+            able = [name for name in able if not self.ways[name].meets]
+        return able[0]
+
+    def bind(self, call: Call, streams: Sequence[int]) -> Run:
+        """What makes a call its way; arrays are written and read on some streams."""
+        return self.ways[self.way(call)].bind(call, streams)
 
     def describe(self) -> dict[str, str]:
         """Each way, and why it is not to be had where it is not."""
-        return {name: f"no: {self.troubles[name]}" if self.troubles[name] else "yes" for name in WAYS}
+        return {name: f"no: {why}" if why else self.said_of(name) for name, why in self.troubles.items()}
+
+    def said_of(self, name: str) -> str:
+        """That a way is to be had, and what else is known of it."""
+        return f"yes ({self.remarks[name]})" if name in self.remarks else "yes"
 
     def free(self) -> None:
         """Give everything back (collective)."""
-        if self.peers:
-            self.peers.free()
-        if self.nccl:
-            self.nccl.free()
-        self.peers = self.nccl = None
+        for each in self.ways.values():
+            each.free()
+        self.ways = {}
 
 
-def bind(call: Call, way: str, transports: DeviceTransports, staging: Staging, streams: Sequence[int]) -> Run:
-    """What makes a call its way; arrays are written and read on some streams."""
-    if way == "ipc" and call.turns and transports.peers:
-        peers, turns = transports.peers, call.turns(transports.peers.room)
-        return lambda: peers.run(turns, streams)
-    if way == "nccl" and call.dense and transports.nccl:
-        ranks, dense = transports.nccl, call.dense
-        return lambda: ranks.run(dense, streams)
-    if way == "aware" and call.native:
-        bound, device = call.native(), transports.device
-
-        def run() -> None:
-            wait(device, streams)
-            bound.run()
-            wait(device, streams)
-
-        return run
-    chunks = call.chunks()
-    return lambda: staging.run(chunks, streams)
+LAST = "staged"
+"""What takes all that is left."""
+WAYS: dict[str, Callable[[DeviceTransports], Way]] = {
+    "nccl": DeviceTransports.find_nccl,
+    "ipc": DeviceTransports.find_peers,
+    "aware": DeviceTransports.ask_mpi,
+    LAST: lambda transports: ByHost(transports.staging),
+}
+"""What looks for each, in the order of preference for many bytes; it raises TransportError on all ranks or none."""
+SETTINGS = ("auto", *WAYS, cuda.ON_HOST)

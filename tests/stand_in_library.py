@@ -41,8 +41,8 @@ class Array(NDArrayOperatorsMixin):
     def __array_function__(self, function: Any, types: Any, inputs: Any, named: Any) -> Any:
         if function is np.array_split:
             return [Array(each) for each in function(bare(inputs[0]), *inputs[1:], **named)]
-        assert function in (np.empty_like, np.zeros_like)
-        return Array(function(*map(bare, inputs), **named))
+        assert function in AS_CUPY
+        return wrapped(function(*map(bare, inputs), **named))
 
     def __getitem__(self, key: Any) -> Array:
         return Array(np.asarray(self.host[tuple(map(bare, key)) if isinstance(key, tuple) else bare(key)]))
@@ -61,6 +61,9 @@ class Array(NDArrayOperatorsMixin):
     def __len__(self) -> int:
         return len(self.host)
 
+    def __bool__(self) -> bool:
+        return bool(self.host)
+
     def __float__(self) -> float:
         return float(self.host)
 
@@ -68,7 +71,22 @@ class Array(NDArrayOperatorsMixin):
         return int(self.host)
 
 
+AS_CUPY = (
+    np.empty_like,
+    np.zeros_like,
+    np.ones_like,
+    np.concatenate,
+    np.where,
+    np.repeat,
+    np.may_share_memory,
+    np.size,
+)
+"""NumPy's functions that hand CuPy's arrays on to CuPy."""
+
+
 def bare(x: Any) -> Any:
+    if isinstance(x, list):
+        return [bare(each) for each in x]
     if isinstance(x, np.ndarray) and x.ndim:
         raise TypeError(f"Unsupported type {type(x)}")
     return x.host if isinstance(x, Array) else x

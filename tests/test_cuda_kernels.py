@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated import Emulated
 from test_compression_kernels import LENGTHS, numbers, same_bits
 
 from hpccomm.bench import gpu
@@ -24,11 +23,7 @@ from hpccomm.transports.cuda import missing
 
 F32 = np.float32
 
-SOURCES = {
-    "reductions": reduction_source(*every_reduction()),
-    "compression": source("compression"),
-    "optimizers": source("optimizers"),
-}
+SOURCES = ("reductions", "compression", "optimizers")
 
 
 # NVRTC
@@ -85,7 +80,7 @@ EVERY_TYPE = [(op, code) for op, code in every_reduction() if op == "sum" or cod
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_source_compiles(nvrtc: Nvrtc, name: str, architecture: str) -> None:
-    text = reduction_source(*EVERY_TYPE) if name == "reductions" else SOURCES[name]
+    text = reduction_source(*EVERY_TYPE) if name == "reductions" else source(name)
     code, said = nvrtc.compile(text, architecture)
     assert code[:4] == b"\x7fELF", said
     assert "warning" not in said, said
@@ -106,27 +101,6 @@ def test_every_operation_and_dtype_has_a_name_in_the_source() -> None:
 
 
 # The same sources on this processor
-
-
-class Emulated:
-    """Kernels by ``cuda_on_cpu.h``, arrays by NumPy."""
-
-    xp = np
-    processors = 1
-
-    def __init__(self, libraries: dict[str, ctypes.CDLL]) -> None:
-        self.libraries = libraries
-
-    def launch(self, source: str, kernel: str, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
-        for each in arguments:
-            assert not isinstance(each, np.ndarray) or each.flags.c_contiguous
-        kept = [
-            np.array(each.__array_interface__["data"][0], np.uint64) if isinstance(each, np.ndarray) else np.array(each)
-            for each in arguments
-        ]
-        addresses = (ctypes.c_void_p * len(kept))(*(each.__array_interface__["data"][0] for each in kept))
-        name = next(name for name in self.libraries if f'#line 1 "{name}.cu"' in source)
-        getattr(self.libraries[name], kernel)(blocks, threads, addresses)
 
 
 class OnDevice:
@@ -164,22 +138,10 @@ PLACES = ["processor"] if missing() else ["processor", "device"]
 
 
 @pytest.fixture(scope="module", params=PLACES)
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def kernels(request: pytest.FixtureRequest) -> Any:
     if request.param == "device":
         return OnDevice()
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler on this machine: install g++")
-    folder, header = tmp_path_factory.mktemp("cuda"), Path(__file__).parent / "cuda_on_cpu.h"
-    libraries = {}
-    for name, text in SOURCES.items():
-        (folder / f"{name}.cpp").write_text(f'#include "{header}"\n{text}')
-        arguments = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread"]
-        subprocess.run(
-            [compiler, *arguments, "-o", str(folder / f"{name}.so"), str(folder / f"{name}.cpp")], check=True
-        )
-        libraries[name] = ctypes.CDLL(str(folder / f"{name}.so"))
-    return Kernels(Emulated(libraries))
+    return Kernels(Emulated())
 
 
 def copied(arguments: Sequence[Any]) -> list[Any]:
@@ -357,6 +319,7 @@ def test_one_bit_equals_the_reference(kernels: Kernels, n: int, pending: bool) -
     agree(kernels, compression_reference, "pack_signs_feedback", residual, gradient, out, 0.75, -1.25, bits)
     agree(kernels, compression_reference, "sum_magnitudes", residual, gradient)
     agree(kernels, compression_reference, "sum_by_sign", residual, gradient)
+    agree(kernels, compression_reference, "moments", residual)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -415,6 +378,7 @@ def test_lars_equals_the_reference(
     for whose in (optimizers_reference.GRADIENT, optimizers_reference.DECAYED, optimizers_reference.MOVED):
         numbers = kind(0.7), kind(0.9), nesterov, whose
         agree(kernels, optimizers_reference, "lars_sums", w, g, v, bounds, rates[0], *numbers)
+    agree(kernels, optimizers_reference, "sum_of_squares", g)
     numbers = kind(0.7), kind(0.3), kind(0.9), nesterov
     agree(kernels, optimizers_reference, "lars_step", w, g, v, vectors(n, 6), bounds, *rates, *numbers)
     agree(kernels, optimizers_reference, "lars_place", w, g, v, bounds, *rates, *numbers)

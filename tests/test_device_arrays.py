@@ -616,10 +616,8 @@ def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.Mo
 
 
 def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: StandIn) -> None:
-    from hpccomm.device_binding import on_stream
-
     host, there = np.zeros(3), device.array(np.zeros(3))
-    a, b, c = on_stream(5, host, there, MPI.IN_PLACE)
+    a, b, c = hpccomm.Communicator(MPI.COMM_SELF)._binder.on_stream(5, host, there, MPI.IN_PLACE)
     assert a is host
     assert c is MPI.IN_PLACE
     assert isinstance(b, Stream)

@@ -233,6 +233,32 @@ def test_the_page_says_what_was_measured_and_what_was_meant() -> None:
     assert "as fast as staging" not in gpu.page(results(collectives={(2, "ipc"): ([big(1.0)], "")}))
 
 
+def test_kernels_that_end_their_process_leave_what_was_measured_before() -> None:
+    rows = [["copy", 50.0, 1.0, None], ["a step", 100.0, 0.5, 200.0, ""]]
+    body = f"import json, os; [print(json.dumps(row), flush=True) for row in {rows!r}]; os.kill(os.getpid(), 11)"
+    found = gpu.speeds_of_child([sys.executable, "-c", body])
+    assert [each.title for each in found] == ["copy", "a step", "the next"]
+    assert found[1] == gpu.Speed("a step", 100.0, 0.5, 200.0)
+    assert gpu.kernel_line(found[2]) == "| the next | the child ended with status -11 | - | - | - |"
+
+
+def test_a_step_that_fails_says_why_and_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(xp: Any, k: Any) -> Any:
+        raise RuntimeError("no such kernel\nat all")
+
+    pool = SimpleNamespace(free_all_blocks=lambda: None)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(get_default_memory_pool=lambda: pool))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(gpu, "kernels", lambda: None)
+    monkeypatch.setattr(gpu, "copy_microseconds", lambda xp: 50.0)
+    monkeypatch.setattr(gpu, "microseconds", lambda xp, step: step())
+    monkeypatch.setattr(gpu, "TASKS", (gpu.Task("one", 8, broken), gpu.Task("two", 8, lambda xp, k: lambda: 100.0)))
+    copy, one, two = gpu.speeds()
+    assert one.trouble == "RuntimeError: no such kernel"
+    assert (two.us, two.share, two.trouble) == (100.0, 0.5, "")
+    assert copy.us == 50.0
+
+
 @pytest.mark.usefixtures("nothing")
 def test_the_run_on_a_device_says_that_there_is_none(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--out", str(tmp_path)]) == 1
@@ -245,7 +271,7 @@ def test_the_run_on_a_device_writes_a_page_named_after_it(
 ) -> None:
     made = results()
     monkeypatch.setattr(device, "name", "NVIDIA X 9", raising=False)
-    monkeypatch.setattr(gpu, "speeds", lambda: iter(made.kernels))
+    monkeypatch.setattr(gpu, "speeds_of_child", lambda: made.kernels)
     monkeypatch.setattr(gpu, "allreduces", lambda ranks, way: made.collectives.get((ranks, way), ([], "none")))
     for said, status in (("12 passed", 0), ("1 failed, 11 passed", 1), ("not through after 330 s", 1)):
         monkeypatch.setattr(gpu, "tested", lambda seconds, said=said: said)

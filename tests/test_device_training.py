@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated import Emulated
 from stand_in import StandIn
 from stand_in_library import LIBRARY, Array
 
@@ -13,6 +14,7 @@ import hpccomm
 from hpccomm.algorithms.device import on_host
 from hpccomm.arrays import lies_on_device
 from hpccomm.buckets import Bucket
+from hpccomm.kernels import cuda as cuda_kernels
 from hpccomm.train.datasets import Dataset
 from hpccomm.train.loop import Settings, train
 from hpccomm.train.methods import METHODS, Plan
@@ -43,12 +45,13 @@ def text(samples: int) -> Dataset:
 
 
 @pytest.mark.mpi(sizes=(2,), timeout=60)
-@pytest.mark.parametrize("method", ["dense", "adam", "lars", "gtc"])
+@pytest.mark.parametrize("method", ["dense", "adam", "lars", "gtc", "dgc", "onebit-adam", "powersgd"])
 @pytest.mark.parametrize("make", [images, text])
 def test_a_run_on_the_device_gives_the_bits_of_a_run_on_the_host(
     comm: Any, monkeypatch: pytest.MonkeyPatch, method: str, make: Any
 ) -> None:
     monkeypatch.setattr(cuda, "device", Everywhere)
+    monkeypatch.setattr(cuda_kernels, "kernels", lambda: cuda_kernels.Kernels(Emulated(LIBRARY)))
     ours, data = hpccomm.Communicator(comm.Dup()), make(25)  # the last batch of 8 has one sample: a rank has none
     found = []
     for library in (np, LIBRARY):

@@ -20,10 +20,11 @@ from test_device_arrays import CASES, F4, SIZES, Case, OnThreads, filled, operan
 import hpccomm
 from hpccomm import ArgumentError, TransportError, arrays, device_transports
 from hpccomm.device_transports import Call, DeviceTransports
+from hpccomm.errors import LaunchError
 from hpccomm.kernels import reductions
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda, cuda_ipc, cuda_probe, nccl
-from hpccomm.transports.cuda import Piece
+from hpccomm.transports.cuda import Piece, Staging
 from hpccomm.transports.cuda_ipc import Fold, Peers, Take, Turn, divided
 
 ROOM = 256
@@ -158,12 +159,12 @@ def test_every_collective_goes_the_way_that_is_wanted(
 ) -> None:
     took = []
 
-    def remembered(call: Any, way: str, *rest: Any) -> Any:
-        took.append(way)
-        return bound_by(call, way, *rest)
+    def remembered(ways: DeviceTransports, call: Call) -> str:
+        took.append(chosen(ways, call))
+        return took[-1]
 
-    bound_by = device_transports.bind
-    monkeypatch.setattr(device_transports, "bind", remembered)
+    chosen = DeviceTransports.way
+    monkeypatch.setattr(DeviceTransports, "way", remembered)
     libraries: dict[int, StandInNccl] = {}
     monkeypatch.setattr(nccl, "library", lambda: libraries[threading.get_ident()])
 
@@ -246,7 +247,7 @@ def found(
     )
     libraries[threading.get_ident()] = StandInNccl(comm, device, version)
     verdicts[threading.get_ident()] = verdict
-    return DeviceTransports(resources, device)
+    return DeviceTransports(resources, Staging(device))
 
 
 libraries: dict[int, Any] = {}
@@ -440,6 +441,14 @@ class Unreachable(StandIn):
     def to_device(self, address, octets, stream):
         self.locked(address, super().to_device, address, octets, stream)
 
+class Deaf(StandIn):
+    '''What comes from another process is lost on rank 1.'''
+    def to_host(self, out, address, stream):
+        super().to_host(out, address, stream)
+        from mpi4py import MPI
+        if MPI.COMM_WORLD.rank == 1:
+            out[:] = 0
+
 answer({kind}(eager=True))
 """
 
@@ -486,9 +495,9 @@ def test_an_answer_is_kept_until_something_changes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked: list[int] = []
 
-    def ask() -> str:
+    def ask() -> tuple[str, str]:
         asked.append(1)
-        return "a child that tried was ended by SIGSEGV"
+        return "a child that tried was ended by SIGSEGV", ""
 
     for _ in range(2):
         assert cuda_probe.verdict(0, "driver 1", ask).trouble.endswith("SIGSEGV")
@@ -540,6 +549,54 @@ def test_a_word_that_means_nothing_is_refused_before_the_first_message(comm: Any
     with pytest.raises(ArgumentError, match="HPCCOMM_GPU_TRANSPORT='pcie' is not known"):
         ours.Allreduce(MPI.IN_PLACE, device.array(np.zeros(3, F4)))
     ours.Free()
+
+
+def pair(tmp_path: Path, kind: str) -> list[str]:
+    """A program whose two ranks give each other memory of a stand-in's."""
+    file = tmp_path / "pair.py"
+    file.write_text(IN_A_CHILD.format(tests=str(Path(__file__).parent), kind=kind))
+    return [str(file)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("StandIn", ""), ("Deaf", "two children that tried between them ended with status 0: Sendrecv")]
+)
+def test_two_children_exchange_what_one_alone_did_not(tmp_path: Path, kind: str, words: str) -> None:
+    trouble, alone = cuda_probe.asked_of_two(pair(tmp_path, kind), os.environ)
+    assert (trouble.startswith(words) and trouble.endswith("on rank 1")) if words else trouble == ""
+    assert not alone
+
+
+def test_without_a_launcher_one_child_is_asked_and_info_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise LaunchError("no launcher of Open MPI was found")
+
+    monkeypatch.setattr(cuda_probe, "launch_command", missing)
+    assert cuda_probe.asked_of_two(["-c", ""], os.environ) == ("", "no launcher of Open MPI was found")
+    monkeypatch.setattr(nccl, "library", lambda: libraries[threading.get_ident()])
+    monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("", "", "no launcher was found"))
+    said = run_on_ranks(1, lambda comm: found(comm, "aware").describe())[0]
+    assert said["aware"] == "yes (asked of one process only: no launcher was found)"
+
+
+def test_one_child_that_dies_spares_the_other_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_probe, "asked", lambda *_: "a child that tried was ended by SIGSEGV")
+    monkeypatch.setattr(cuda_probe, "asked_of_two", lambda *_: pytest.fail("asked all the same"))
+    assert cuda_probe.ask_all(0) == ("a child that tried was ended by SIGSEGV", "")
+
+
+@pytest.mark.mpi(sizes=(2,), timeout=60)
+def test_rank_0_says_for_all_whether_the_host_can_address_arrays(comm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = StandIn(eager=True)
+    monkeypatch.setattr(cuda, "device", lambda: device)
+    for mine, theirs, staged in (("staged", "host", True), ("host", "staged", False)):
+        monkeypatch.setenv(cuda.TRANSPORT, mine if comm.rank == 0 else theirs)
+        ours, x = hpccomm.Communicator(comm.Dup()), device.array(operand(comm.rank, 5))
+        device.log.clear()
+        ours.Allreduce(MPI.IN_PLACE, x, stream=SIDE)
+        assert np.array_equal(x.memory, summed(2, 5))
+        assert bool(device.log) == staged
+        ours.Free()
 
 
 @pytest.mark.mpi(sizes=(2,), timeout=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from test_device_arrays import CASES, operand
+from test_device_methods import BUCKET, METHODS, leaves, same, trained
 
 import hpccomm
 from hpccomm import ArgumentError, TransportError
+from hpccomm.algorithms.lamb import lamb
+from hpccomm.algorithms.lars import lars
 from hpccomm.kernels import reductions
 from hpccomm.transports import cuda
 
@@ -138,6 +142,34 @@ def test_kernels_in_flight_on_a_side_stream_are_never_overtaken(ours: hpccomm.Co
         x.fill(np.full(n, np.nan, "f4"), 0)  # on the side stream again: what was sent must have been read
         want = np.sum([operand(k + step % 7, n) for k in range(ours.size)], axis=0)
         assert np.array_equal(y.get(), want), step
+
+
+@RANKS
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_leave_everything_on_the_device_and_give_the_hosts_bits(
+    comm: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cupy
+
+    monkeypatch.setenv(cuda.TRANSPORT, "staged")  # sums of floats round as the host's do
+    ours = hpccomm.Communicator(comm.Dup())
+    (steps, state, _), (found, kept, _) = (trained(ours, METHODS[name](ours), xp, odd=4) for xp in (np, cupy))
+    assert all(isinstance(each, cupy.ndarray) for each in found)
+    assert all(same(a, b) for a, b in zip(found, steps, strict=True))
+    assert all(same(a, b) for a, b in zip(leaves(kept), leaves(state), strict=True))
+    ours.Free()
+
+
+@pytest.mark.parametrize("make", [lambda: lars(BUCKET, 0.1, weight_decay=0.1), lambda: lamb(BUCKET, 0.1)])
+def test_layerwise_steps_stay_on_the_device_and_give_the_hosts_bits(make: Any) -> None:
+    import cupy
+
+    made = make()
+    (steps, state, _), (found, kept, _) = (
+        trained(SimpleNamespace(rank=0, size=1), made, xp, odd=None) for xp in (np, cupy)
+    )
+    assert all(isinstance(each, cupy.ndarray) for each in [*found, *leaves(kept)])
+    assert all(same(a, b) for a, b in zip([*found, *leaves(kept)], [*steps, *leaves(state)], strict=True))
 
 
 @pytest.mark.mpi(sizes=(2,), timeout=60)

@@ -37,6 +37,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.arrays import beside, brought, lies_on_device
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import compression_reference as reference
 from hpccomm.kernels import fastest
@@ -137,6 +138,8 @@ class Compressor:
     """(gradient, momentum, velocity, m, nesterov, mask, step) -> message, likewise."""
     agree: Callable[[Vector, int], None] | None = None
     """``(total, size)``: what ranks agree on, in place of the mean."""
+    on_device: bool = False
+    """It takes CuPy's vectors, too, and leaves them where they lie; messages are on the host."""
 
     def encode(self, vector: Vector, step: int = 0, last: Message = NO_MESSAGE) -> Message:
         """The message for a vector of shape (n,), which is not written.
@@ -145,7 +148,7 @@ class Compressor:
         compressor's seed).  ``last`` is what this rank encoded before, or its first 32 bytes: an adaptive threshold
         goes on from there, all others ignore it.
         """
-        return self.write(flat(vector, self.name), step, last)
+        return self.write(flat(vector, self.name, self.on_device), step, last)
 
     def encode_feedback(
         self,
@@ -161,8 +164,9 @@ class Compressor:
         The new backlog goes to ``out``, or replaces ``backlog`` where ``out`` is left out; each of its elements is
         rounded once after the sum and once after the difference.  An error leaves ``backlog`` as it was.
         """
-        target = writable(backlog if out is None else out, flat(backlog, self.name).size, self.name)
-        if gradient is not None and flat(gradient, self.name).size != backlog.size:
+        n = flat(backlog, self.name, self.on_device).size
+        target = writable(backlog if out is None else out, n, self.name, self.on_device)
+        if gradient is not None and flat(gradient, self.name, self.on_device).size != n:
             raise ArgumentError(
                 f"{self.name}: the gradient has {gradient.size} elements, the backlog {backlog.size}: "
                 "pass equal lengths"
@@ -194,16 +198,16 @@ class Compressor:
         v: both are written (Lin et al., ICLR 2018, section 3).  A gradient that is not finite leaves them as they
         were; who has looked says ``finite``.
         """
-        n = flat(gradient, self.name).size
+        n = flat(gradient, self.name, self.on_device).size
         for vector in (momentum, velocity):
-            writable(vector, n, self.name)
-        demand_finite(finite or kernels().all_finite(gradient), self.name)
+            writable(vector, n, self.name, self.on_device)
+        demand_finite(finite or kernels(gradient).all_finite(gradient), self.name)
         if self.feed_momentum is not None:
             return self.feed_momentum(gradient, momentum, velocity, m, nesterov, mask, step)
         reference.accumulate(gradient, momentum, velocity, m, nesterov)
         message = self.encode_feedback(velocity, step=step, last=last)
         if mask:
-            momentum[named_indices(message)] = 0
+            momentum[beside(named_indices(message), momentum)] = 0
         return message
 
     def decode(self, message: Message, out: Vector) -> None:
@@ -216,7 +220,7 @@ class Compressor:
 
     def decode_all(self, messages: Sequence[Message], out: Vector) -> None:
         """Add messages one after the other: the same bits as by ``decode`` in this order, in one pass where it pays."""
-        writable(out, None, self.name)
+        writable(out, None, self.name, self.on_device)
         parts = [read(message, out.size, self.kinds, self.name) for message in messages]
         for add, group in groupby(parts, key=lambda part: part.add):
             add([part.content for part in group], out)
@@ -367,23 +371,23 @@ def threshold(
         if density is None and last[:HEADER_BYTES].any():
             before = header_of(last, name)
             return float(np.float32(adapted(before.scale, before.named / max(1, before.n))))
-        return kernels().density_threshold(backlog, gradient, density or FIRST_DENSITY, step) or 1.0
+        return kernels(backlog).density_threshold(backlog, gradient, density or FIRST_DENSITY, step) or 1.0
 
     def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
         if backlog.size >= LONGEST:
             raise ArgumentError(f"{name}: {backlog.size} elements: split them into buckets below 2**31")
         if np.may_share_memory(out, backlog):
-            demand_finite(kernels().all_finite(backlog if gradient is None else gradient), name)
+            demand_finite(kernels(backlog).all_finite(backlog if gradient is None else gradient), name)
         chosen = choose(backlog, gradient, step, last)
         demand_finite(math.isfinite(chosen), name)
-        words, finite = kernels().threshold_words(backlog, gradient, out, chosen)
+        words, finite = kernels(backlog).threshold_words(backlog, gradient, out, chosen)
         demand_finite(finite, name)
         return words_message(words, backlog.size, chosen, code)
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         return feed(vector, None, np.empty_like(vector), step, last)
 
-    return Compressor(name, frozenset({Kind.WORDS, Kind.RICE_WORDS, Kind.PAIRS}), write, feed)
+    return Compressor(name, frozenset({Kind.WORDS, Kind.RICE_WORDS, Kind.PAIRS}), write, feed, on_device=True)
 
 
 def words_message(words: Indices, n: int, tau: float, code: str) -> Message:
@@ -437,10 +441,10 @@ def topk(
 
     def select(p: Vector, step: int) -> tuple[Indices, Vector]:
         if not p.size:
-            return np.empty(0, np.uint32), p
-        index, finite = kernels().select_largest(p, count_of(density, p.size), step, least)
+            return np.empty(0, np.uint32), brought(p)
+        index, finite = kernels(p).select_largest(p, count_of(density, p.size), step, least)
         demand_finite(finite, name)
-        return index, p[index]
+        return index, brought(p[beside(index, p)])
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         return message(vector.size, *select(vector, step))[0]
@@ -449,12 +453,13 @@ def topk(
         in_place = np.may_share_memory(out, backlog)
         if gradient is not None:
             if in_place:
-                demand_finite(kernels().all_finite(gradient), name)
+                demand_finite(kernels(gradient).all_finite(gradient), name)
             np.add(backlog, gradient, out=out)
         elif not in_place:
             out[...] = backlog
         index, chosen = select(out, step)
-        written, out[index] = message(out.size, index, chosen)
+        written, rest = message(out.size, index, chosen)
+        out[beside(index, out)] = beside(rest, out)
         return written
 
     def feed_momentum(
@@ -463,14 +468,15 @@ def topk(
         n = gradient.size
         if not n:
             return write(gradient, step, NO_MESSAGE)
-        index, chosen, finite = kernels().momentum_select(
+        index, chosen, finite = kernels(gradient).momentum_select(
             gradient, momentum, velocity, m, count_of(density, n), nesterov=nesterov, mask=mask, step=step, least=least
         )
         demand_finite(finite, name)
-        written, velocity[index] = message(n, index, chosen)
+        written, rest = message(n, index, chosen)
+        velocity[beside(index, velocity)] = beside(rest, velocity)
         return written
 
-    return Compressor(name, frozenset({Kind.SPARSE}), write, feed, feed_momentum)
+    return Compressor(name, frozenset({Kind.SPARSE}), write, feed, feed_momentum, on_device=True)
 
 
 def randomk(density: float, seed: int = 0) -> Compressor:
@@ -519,26 +525,26 @@ def onebit(scale: Literal["l1", "per-sign"] = "l1") -> Compressor:
 
     def scales(backlog: Vector, gradient: Vector | None) -> tuple[float, float]:
         if scale == "l1":
-            total = kernels().sum_magnitudes(backlog, gradient)
+            total = kernels(backlog).sum_magnitudes(backlog, gradient)
             demand_finite(math.isfinite(total), name)
             mean = float(np.float32(total / max(1, backlog.size)))
             return mean, -mean
-        above, below, count = kernels().sum_by_sign(backlog, gradient)
+        above, below, count = kernels(backlog).sum_by_sign(backlog, gradient)
         demand_finite(math.isfinite(above) and math.isfinite(below), name)
         return float(np.float32(above / max(1, count))), float(np.float32(below / max(1, backlog.size - count)))
 
     def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
         plus, minus = scales(backlog, gradient)
         message, bits = signs_message(backlog.size, plus, minus)
-        kernels().pack_signs_feedback(backlog, gradient, out, plus, minus, bits)
+        kernels(backlog).pack_signs_feedback(backlog, gradient, out, plus, minus, bits)
         return message
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         message, bits = signs_message(vector.size, *scales(vector, None))
-        bits[...] = kernels().pack_signs(vector)
+        bits[...] = kernels(vector).pack_signs(vector)
         return message
 
-    return Compressor(name, frozenset({Kind.SIGNS}), write, feed)
+    return Compressor(name, frozenset({Kind.SIGNS}), write, feed, on_device=True)
 
 
 def sign_majority() -> Compressor:
@@ -912,17 +918,17 @@ def add_dense(contents: list[tuple[Callable[..., None], tuple[Any, ...]]], out: 
 def add_words(contents: list[tuple[Indices, float]], out: Vector) -> None:
     """Add words."""
     for words, tau in contents:
-        kernels().add_words(words, tau, out)
+        kernels(out).add_words(words, tau, out)
 
 
 def add_sparse(contents: list[tuple[Indices, Vector]], out: Vector) -> None:
     """Add sparse vectors."""
-    kernels().scatter_add(contents, out)
+    kernels(out).scatter_add(contents, out)
 
 
 def add_signs(contents: list[tuple[Octets, float, float]], out: Vector) -> None:
     """Add signs."""
-    kernels().add_signs(contents, out)
+    kernels(out).add_signs(contents, out)
 
 
 READERS: dict[Kind, Callable[[Header, Octets, str], Part]] = {
@@ -990,10 +996,21 @@ def named_indices(message: Message) -> Indices:
 # Checks
 
 
-def flat(vector: Any, who: str) -> Vector:
-    """The vector itself, if it is flat float32 in C order."""
+def flat(vector: Any, who: str, on_device: bool = False) -> Vector:
+    """The vector itself, if it is flat float32 in C order, on the host or, where that may be, on a device."""
+    there = lies_on_device(vector)
+    if there and not on_device:
+        raise ArgumentError(
+            f"{who}: this {type(vector).__name__} lies on a device, which {who} does not take: "
+            "wrap the transform with hpccomm.algorithms.device.on_host"
+        )
+    if there and not hasattr(vector, "flags"):
+        raise ArgumentError(
+            f"{who}: this {type(vector).__name__} is not CuPy's: wrap the transform with "
+            "hpccomm.algorithms.device.by_cupy"
+        )
     if (
-        not isinstance(vector, np.ndarray)
+        not (there or isinstance(vector, np.ndarray))
         or vector.dtype != np.float32
         or vector.ndim != 1
         or not vector.flags.c_contiguous
@@ -1005,9 +1022,9 @@ def flat(vector: Any, who: str) -> Vector:
     return vector
 
 
-def writable(vector: Any, n: int | None, who: str) -> Vector:
+def writable(vector: Any, n: int | None, who: str, on_device: bool = False) -> Vector:
     """The vector itself, if it may be written and has the length."""
-    if not flat(vector, who).flags.writeable:
+    if not getattr(flat(vector, who, on_device).flags, "writeable", True):  # CuPy's always are
         raise ArgumentError(f"{who}: the vector is read-only: pass a copy")
     if n is not None and vector.size != n:
         raise ArgumentError(f"{who}: a vector has {vector.size} elements, another {n}: pass equal lengths")
@@ -1016,7 +1033,7 @@ def writable(vector: Any, n: int | None, who: str) -> Vector:
 
 def described(x: Any) -> str:
     """What it is, for an error."""
-    if not isinstance(x, np.ndarray):
+    if not (isinstance(x, np.ndarray) or lies_on_device(x)):
         return type(x).__name__
     return f"{x.dtype} of shape {x.shape}{'' if x.flags.c_contiguous else ', not contiguous'}"
 

@@ -1,18 +1,25 @@
 """Transforms and vectors that lie on a CUDA device.
 
-What is arithmetic takes CuPy's vectors as they are: ``scale``, ``momentum``, ``adam``, the dense ``mean``.  Vectors for
-what calls the compiled kernels of the host are brought down by :func:`on_host`, and its step goes up.
+=====================================  ================================================================================
+``scale``, ``momentum``, ``adam``, …,  CuPy's arithmetic; an allreduce of what lies on the device
+dense ``mean``
+``gtc``, ``dgc``, ``onebit_sgd``,      gradients and state stay on the device, the kernels of
+``ef_signsgd``, ``onebit_adam``,       :mod:`hpccomm.kernels.cuda` run there; messages are made of what they found and
+``onebit_lamb``                        pass through the host
+``lars``, ``lamb``                     norms and steps by those kernels; a few numbers for each tensor come to the host
+all others                             :func:`on_host`: vectors come down, the step goes up
+=====================================  ================================================================================
+
+The first three take CuPy's vectors as they are, and :func:`by_cupy` makes them take PyTorch's and JAX's.  Bits are the
+host's.  Exchanges of what lies on a device take a :class:`hpccomm.Communicator`, not mpi4py's.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-import numpy as np
-
 from hpccomm.algorithms.transforms import Transform
-from hpccomm.arrays import Array, lies_on_device
+from hpccomm.arrays import beside, brought, given_back
 
 
 def on_host(inner: Transform) -> Transform:
@@ -26,24 +33,21 @@ def on_host(inner: Transform) -> Transform:
 
     def update(gradient: Any, state: Any, weights: Any) -> tuple[Any, Any]:
         step, state = inner.update(brought(gradient), state, brought(weights))
-        return returned(step, weights), state
+        return beside(step, weights), state
 
     return Transform(init, update)
 
 
-def brought(x: Any) -> Array:
-    """A vector on the host; one that lies there already is not copied."""
-    if not lies_on_device(x):
-        return x  # type: ignore[no-any-return]
-    copy: Array = x.get() if hasattr(x, "get") else x.detach().cpu().numpy()
-    return copy
+def by_cupy(inner: Transform) -> Transform:
+    """A transform of CuPy's vectors for those of any library that speaks DLPack; no element is copied.
 
+    The state is CuPy's.  Kernels run on CuPy's current stream; by DLPack it waits for the other library's when
+    vectors are handed over, and that one for CuPy's when the step is.
+    """
+    import cupy
 
-def returned(step: Array, like: Any) -> Any:
-    """A vector of the host as one of ``like``'s library, where that lies."""
-    if not lies_on_device(like):
-        return step
-    library: Any = sys.modules[type(like).__module__.partition(".")[0]]
-    if hasattr(library, "as_tensor"):
-        return library.as_tensor(np.ascontiguousarray(step), device=like.device)
-    return library.asarray(step)
+    def update(gradient: Any, state: Any, weights: Any) -> tuple[Any, Any]:
+        step, state = inner.update(cupy.from_dlpack(gradient), state, cupy.from_dlpack(weights))
+        return given_back(step, weights), state
+
+    return Transform(lambda weights: inner.init(cupy.from_dlpack(weights)), update)

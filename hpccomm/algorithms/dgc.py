@@ -30,6 +30,7 @@ from hpccomm.algorithms.compressors import check_density, topk
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
 from hpccomm.algorithms.feedback import FeedbackState, Sent, everywhere, feedback
 from hpccomm.algorithms.feedback import sent as sent_sparsely
+from hpccomm.algorithms.layerwise import global_norm
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
 from hpccomm.buckets import Bucket
 
@@ -129,7 +130,7 @@ def dgc(
 
     def update(gradient: Vector, state: DgcState, weights: Vector) -> tuple[Vector, DgcState]:
         check_alike(gradient, weights)
-        norm = math.sqrt(float(np.square(gradient, dtype=np.float64).sum()))
+        norm = global_norm(gradient, None)
         asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
         state = state._replace(steps=state.steps + 1, report=state.report.plus(asked))
         if not (everywhere(comm, math.isfinite(norm)) if comm.size > 1 else math.isfinite(norm)):
@@ -149,8 +150,7 @@ def dgc(
         spread(small, step, places.dense)
         if state.decay is None:
             return step, state
-        pull = np.where(bucket.mask("decay"), weights * np.float32(weight_decay), np.float32(0))
-        decay, more = heavy_ball(pull, state.decay, momentum, nesterov)
+        decay, more = heavy_ball(pulled(weights, weight_decay, bucket), state.decay, momentum, nesterov)
         return step + more, state._replace(decay=decay)
 
     def densely(large: Vector, small: Vector, state: DgcState) -> tuple[Vector, Vector, DgcState]:
@@ -180,6 +180,15 @@ def sent(state: DgcState) -> Sent:
     if state.dense_step:
         return found._replace(nbytes=4 * n * bool(steps), elements=n * bool(steps), path="dense" if steps else "")
     return found._replace(nbytes=found.nbytes + 4 * state.dense.size, elements=found.elements + state.dense.size)
+
+
+def pulled(weights: Vector, rate: float, bucket: Bucket) -> Vector:
+    """λ · weights; 0 for tensors that do not decay."""
+    pull: Vector = weights * np.float32(rate)
+    for slot in bucket.table:
+        if not slot.decay:
+            pull[slot.offset : slot.offset + slot.length] = 0
+    return pull
 
 
 def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bool) -> tuple[Vector, Vector]:

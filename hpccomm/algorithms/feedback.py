@@ -88,7 +88,8 @@ def feedback(
     but ``skipped``.
 
     Each rank sends its messages to all others, 8 bytes each with their lengths, and 16 more, with momentum 32;
-    :func:`sent` tells of it.  Where a run goes on with another number of ranks,
+    :func:`sent` tells of it.  Gradients of CuPy's and what is kept of them stay on the device, messages pass
+    through the host (compressors with ``on_device``).  Where a run goes on with another number of ranks,
     :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what is pending.
 
     Raises ArgumentError for gradients that are not flat float32, and on all ranks where they bring different
@@ -100,7 +101,7 @@ def feedback(
     require(not nesterov or momentum > 0, "feedback: nesterov needs momentum: pass one above 0")
 
     def init(weights: Vector) -> FeedbackState:
-        zeros = np.zeros_like(flat(weights, "feedback"))
+        zeros = np.zeros_like(flat(weights, compressor.name, compressor.on_device))
         headers = np.zeros((len(pieces(weights)), HEADER_BYTES), np.uint8)
         moved = np.zeros_like(zeros) if momentum else None
         return FeedbackState(zeros, np.empty_like(zeros), moved, headers, 0, 0, ExchangeReport())
@@ -111,7 +112,8 @@ def feedback(
     def update(gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
         check_alike(gradient, weights)
         began = time.perf_counter()
-        fine, asked = kernels().all_finite(flat(gradient, compressor.name)), 0
+        flat(gradient, compressor.name, compressor.on_device)
+        fine, asked = kernels(gradient).all_finite(gradient), 0
         if momentum:
             fine, asked = agreed(comm, fine, compressor.name)  # u and v change where they are
         messages = encoded(gradient, state) if fine else None
@@ -120,7 +122,7 @@ def feedback(
         if letters is None:
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.plus(cost))
-        total = np.zeros(gradient.size, np.float32)
+        total = np.zeros_like(gradient)
         for number, part in enumerate(pieces(gradient)):
             compressor.decode_all([each[number] for each in letters], total[part])
             if reduce == "mean" or compressor.agree is not None:

@@ -32,6 +32,7 @@ from hpccomm.algorithms.layerwise import (
     where_both,
 )
 from hpccomm.algorithms.transforms import AdamState, Schedule, Vector, check_decay, require
+from hpccomm.arrays import lies_on_device
 from hpccomm.buckets import Bucket
 
 
@@ -75,7 +76,7 @@ def lamb(
     check_range("weight_clip", weight_clip)
     here = layers("lamb", bucket, part, decay, adapt)
     whole = [here.rows]
-    groups = whole if norm_reduce is not None else list(here.groups())
+    cached = whole if norm_reduce is not None else list(here.groups())
 
     def ratios(rows: Rows, sums: Any) -> Any:
         norm = norms(sums, rows, here.tensors, norm_reduce)
@@ -88,7 +89,8 @@ def lamb(
     def walk(gradient: Vector, state: AdamState, weights: Vector, step: Vector | None) -> None:
         """All tensors: into ``step``, or, without one, onto the weights; the moments are written."""
         check_vectors("lamb", here, gradient, weights)
-        g, w, real, code = in_order(gradient), in_order(weights), weights.dtype.type, weights.dtype.str[1:]
+        g, w, real = in_order(gradient), in_order(weights), weights.dtype.type
+        groups = whole if lies_on_device(w) else cached
         t = state.updates + 1
         seen = (1 - b1**t, 1 - b2**t)
         k1, k2 = seen if bias_correction is True else (1.0, 1.0)
@@ -97,23 +99,23 @@ def lamb(
         scale = shrink(grad_norm, max_norm, g, norm_reduce)
         numbers = [real(each) for each in (scale, b1, 1 - b1, b2, 1 - b2, k1, k2, eps)]
         placed = [each.stop - each.first for each in groups if norm_reduce is not None or each.adapt.any()]
-        room = np.empty(max(placed, default=0), w.dtype) if step is None else step
+        room = np.empty_like(w, shape=(max(placed, default=0),)) if step is None else step
         for rows in groups if placed or step is not None else whole:
             part, rates = slice(rows.first, rows.stop), (weight_decay * rows.decay).astype(w.dtype)
             if step is None and norm_reduce is None and not rows.adapt.any():
-                kernel("adam_step", code)(
+                kernel("adam_step", w)(
                     w[part], g[part], state.mean[part], state.square[part], rows.bounds, rates, *numbers, last
                 )
                 continue
             out = room[: rows.stop - rows.first] if step is None else step[part]
-            sums = kernel("lamb_moments", code)(
+            sums = kernel("lamb_moments", w)(
                 w[part], g[part], state.mean[part], state.square[part], out, rows.bounds, rates, *numbers
             )
             phi = ratios(rows, sums).astype(w.dtype)
             if step is None:
-                kernel("added", code)(w[part], out, rows.bounds, phi, last)
+                kernel("added", w)(w[part], out, rows.bounds, phi, last)
             else:
-                kernel("scaled", code)(out, rows.bounds, phi, last)
+                kernel("scaled", w)(out, rows.bounds, phi, last)
         if step is not None:
             step[here.rows.stop :] = 0
         elif w is not weights:
@@ -121,7 +123,7 @@ def lamb(
 
     def update(gradient: Vector, state: AdamState, weights: Vector) -> tuple[Vector, AdamState]:
         after = AdamState(state.updates, state.mean.copy(), state.square.copy())
-        step = np.empty(weights.shape, weights.dtype)
+        step = np.empty_like(weights)
         walk(gradient, after, weights, step)
         return step, after._replace(updates=state.updates + 1)
 
@@ -130,7 +132,7 @@ def lamb(
         return state._replace(updates=state.updates + 1)
 
     def init(weights: Vector) -> AdamState:
-        return AdamState(0, np.zeros(weights.shape, weights.dtype), np.zeros(weights.shape, weights.dtype))
+        return AdamState(0, np.zeros_like(weights), np.zeros_like(weights))
 
     return Layerwise(init, update, apply)
 

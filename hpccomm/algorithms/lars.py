@@ -36,6 +36,7 @@ from hpccomm.algorithms.layerwise import (
     where_both,
 )
 from hpccomm.algorithms.transforms import Schedule, Vector, check_decay, require
+from hpccomm.arrays import lies_on_device
 from hpccomm.buckets import Bucket
 from hpccomm.kernels.optimizers_reference import DECAYED, GRADIENT, MOVED
 
@@ -102,9 +103,7 @@ def lars(
         """One step of some tensors: v is written, and the step into out, or, without one, onto w."""
         real = w.dtype.type
         rates = (weight_decay * rows.decay).astype(w.dtype)
-        sums = kernel("lars_sums", w.dtype.str[1:])(
-            w, g, v, rows.bounds, rates, real(scale), real(momentum), nesterov, NORM[variant]
-        )
+        sums = kernel("lars_sums", w)(w, g, v, rows.bounds, rates, real(scale), real(momentum), nesterov, NORM[variant])
         phi = ratios(rows, sums, gamma).astype(w.dtype)
         first, second, last = np.ones_like(phi), 1.0, np.ones_like(phi)
         if variant in ("paper", "optax"):
@@ -114,7 +113,7 @@ def lars(
         else:
             last = phi * real(-gamma)
         where = ("lars_place", (w, g, v)) if out is None else ("lars_step", (w, g, v, out))
-        kernel(where[0], w.dtype.str[1:])(
+        kernel(where[0], w)(
             *where[1], rows.bounds, rates, first, last, real(scale), real(second), real(momentum), nesterov
         )
 
@@ -125,7 +124,7 @@ def lars(
         gamma = float(lr(state.updates) if callable(lr) else lr)
         scale = shrink("none" if max_norm is None else "clip", max_norm or 1.0, g, norm_reduce)
         with np.errstate(divide="ignore", invalid="ignore"):
-            for rows in groups:
+            for rows in [here.rows] if lies_on_device(w) else groups:
                 part = slice(rows.first, rows.stop)
                 group(rows, g[part], state.velocity[part], w[part], None if step is None else step[part], gamma, scale)
         if step is not None:
@@ -135,7 +134,7 @@ def lars(
 
     def update(gradient: Vector, state: LarsState, weights: Vector) -> tuple[Vector, LarsState]:
         after = LarsState(state.updates, state.velocity.copy())
-        step = np.empty(weights.shape, weights.dtype)
+        step = np.empty_like(weights)
         walk(gradient, after, weights, step)
         return step, after._replace(updates=state.updates + 1)
 
@@ -143,4 +142,4 @@ def lars(
         walk(gradient, state, weights, None)
         return state._replace(updates=state.updates + 1)
 
-    return Layerwise(lambda weights: LarsState(0, np.zeros(weights.shape, weights.dtype)), update, apply)
+    return Layerwise(lambda weights: LarsState(0, np.zeros_like(weights)), update, apply)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
+from hpccomm.arrays import lies_on_device
 from hpccomm.buckets import Bucket, Slot
 
 NormReduce = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
@@ -52,7 +53,7 @@ class Layers(NamedTuple):
     rows: Rows
 
     def groups(self) -> Iterator[Rows]:
-        """Tensors that fit into the cache together, and large ones alone."""
+        """Tensors that fit into the host's cache together, and large ones alone."""
         rows, begin = self.rows, 0
         for end in range(1, len(rows.tensors) + 1):
             full = end == len(rows.tensors) or rows.bounds[end, 1] - rows.bounds[begin, 0] > CACHED
@@ -137,11 +138,22 @@ def check_vectors(who: str, here: Layers, gradient: Vector, weights: Vector) -> 
 
 def in_order(vector: Vector) -> Vector:
     """The vector itself, or an aligned copy in C order."""
+    if lies_on_device(vector):
+        return vector if vector.flags.c_contiguous else vector.copy()
     return np.require(vector, requirements=("C", "A"))
 
 
+def kernel(name: str, vector: Vector) -> Callable[..., Any]:
+    """A function of :mod:`hpccomm.kernels.optimizers_reference`, with its bits, for a vector where it lies."""
+    if not lies_on_device(vector):
+        return on_host(name, vector.dtype.str[1:])
+    from hpccomm.kernels.cuda import kernels
+
+    return getattr(kernels(), name)  # type: ignore[no-any-return]
+
+
 @cache
-def kernel(name: str, code: str) -> Callable[..., Any]:
+def on_host(name: str, code: str) -> Callable[..., Any]:
     """A function of :mod:`hpccomm.kernels.optimizers`, or NumPy's where Numba is not installed."""
     from hpccomm.kernels import optimizers_reference
 
@@ -168,7 +180,7 @@ def where_both(norm: npt.NDArray[np.float64], ratio: npt.NDArray[np.float64]) ->
 
 def global_norm(gradient: Vector, reduce: NormReduce | None) -> float:
     """‖g‖ of the whole vector (collective where it is divided)."""
-    squares = np.array([kernel("sum_of_squares", gradient.dtype.str[1:])(gradient)])
+    squares = np.array([kernel("sum_of_squares", gradient)(gradient)])
     return math.sqrt(float((squares if reduce is None else reduce(squares))[0]))
 
 

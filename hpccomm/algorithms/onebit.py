@@ -34,6 +34,7 @@ from hpccomm.algorithms.compressors import flat, onebit
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, averaged
 from hpccomm.algorithms.feedback import Sent, everywhere, feedback
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, check_decay, require, scale
+from hpccomm.arrays import beside
 from hpccomm.buckets import Bucket
 from hpccomm.collectives.onebit import onebit_allreduce, server_elements
 from hpccomm.kernels.fastest import compression as kernels
@@ -108,16 +109,16 @@ def onebit_adam(
     places = tensors(bucket) or []
 
     def init(weights: Vector) -> OneBitAdamState:
-        zeros = np.zeros_like(flat(weights, "onebit_adam"))
+        zeros = np.zeros_like(flat(weights, "onebit_adam", True))
         require(bucket is None or weights.size == bucket.size, "onebit_adam: pass weights of the bucket's size")
-        server = np.zeros(server_elements(weights.size, comm.rank, comm.size), np.float32)
+        server = np.zeros_like(weights, shape=(server_elements(weights.size, comm.rank, comm.size),))
         scales = np.ones(len(places), np.float32)
         return OneBitAdamState(0, zeros, zeros.copy(), scales, zeros.copy(), server, 0.0, 0, ExchangeReport())
 
     def update(gradient: Vector, state: OneBitAdamState, weights: Vector) -> tuple[Vector, OneBitAdamState]:
         check_alike(gradient, weights)
         began = time.perf_counter()
-        fine = kernels().all_finite(flat(gradient, "onebit_adam"))
+        fine = kernels(gradient).all_finite(flat(gradient, "onebit_adam", True))
         asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
         state = state._replace(report=state.report.plus(asked))
         if not (everywhere(comm, fine) if comm.size > 1 else fine):
@@ -131,7 +132,7 @@ def onebit_adam(
                 state = state._replace(scales=equalising(moment, places))
         else:
             own: Vector = np.float32(b1) * state.mean + one * gradient
-            factors = spread_over(state.scales, places)
+            factors = spread_over(beside(state.scales, own), places)
             own *= factors
             found = onebit_allreduce(comm, own, state.worker, state.server)
             moment, nbytes = found.mean, found.bytes_sent
@@ -230,17 +231,17 @@ def onebit_lamb(
     decays = np.array([weight_decay * slot.decay for slot in bucket.table], np.float32)
 
     def init(weights: Vector) -> OneBitLambState:
-        require(flat(weights, "onebit_lamb").size == bucket.size, "onebit_lamb: pass weights of the bucket's size")
+        fits = flat(weights, "onebit_lamb", True).size == bucket.size
+        require(fits, "onebit_lamb: pass weights of the bucket's size")
         m, v, fresh, worker = (np.zeros_like(weights) for _ in range(4))
-        server = np.zeros(server_elements(weights.size, comm.rank, comm.size), np.float32)
-        ones = np.ones(len(places))
-        scales = ones.astype(np.float32)
+        server = np.zeros_like(weights, shape=(server_elements(weights.size, comm.rank, comm.size),))
+        ones, scales = np.ones(len(places)), np.ones(len(places), np.float32)
         return OneBitLambState(0, m, v, fresh, ones, ones, scales, worker, server, 0.0, 0, ExchangeReport())
 
     def update(gradient: Vector, state: OneBitLambState, weights: Vector) -> tuple[Vector, OneBitLambState]:
         check_alike(gradient, weights)
         began = time.perf_counter()
-        fine = kernels().all_finite(flat(gradient, "onebit_lamb"))
+        fine = kernels(gradient).all_finite(flat(gradient, "onebit_lamb", True))
         asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
         state = state._replace(report=state.report.plus(asked))
         if not (everywhere(comm, fine) if comm.size > 1 else fine):
@@ -265,13 +266,13 @@ def onebit_lamb(
 
     def frozen(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
         own: Vector = np.float32(b1) * state.mean + np.float32(1 - b1) * gradient
-        scales = spread_over(state.scales, places)
+        scales = spread_over(beside(state.scales, own), places)
         found = onebit_allreduce(comm, own * scales, state.worker, state.server)
         moment: Vector = found.mean / scales
         said = (moment - np.float32(b1) * state.mean) / np.float32(1 - b1)
         fresh: Vector = np.float32(b2) * state.fresh + np.float32(1 - b2) * said * said
         growth = (np.sqrt(state.variance) + np.float32(eps)) / (np.sqrt(fresh) + np.float32(eps))
-        most = np.array([growth[place].max(initial=0) for place in places], np.float64)
+        most = np.array([float(growth[place].max()) if growth[place].size else 0.0 for place in places])
         last = state.factors
         factors = np.clip(np.clip(most, *FACTORS), last * (1 - FACTOR_CHANGE), last * (1 + FACTOR_CHANGE))
         direction = adapted(moment, state.variance, weights)
@@ -295,20 +296,20 @@ LambParts = tuple[OneBitLambState, Vector, npt.NDArray[np.float64], int]
 
 def trust_ratio(weights: Vector, step: Vector) -> float:
     """‖w‖/‖u‖ within :data:`COEFFICIENTS`, 1 where either is 0; squares are summed in a fixed order."""
-    size, length = (math.sqrt(kernels().moments(each)[1]) for each in (weights, step))
+    size, length = (math.sqrt(kernels(each).moments(each)[1]) for each in (weights, step))
     return min(max(size / length, COEFFICIENTS[0]), COEFFICIENTS[1]) if size and length else 1.0
 
 
 def spread_over(scales: npt.NDArray[np.float32], places: Sequence[slice]) -> Vector:
     """The factor of each element; one 1 for all where there are no tensors."""
     if not places:
-        return np.ones(1, np.float32)
+        return np.ones_like(scales, shape=(1,))
     return np.repeat(scales, [place.stop - place.start for place in places])
 
 
 def equalising(moment: Vector, places: Sequence[slice]) -> npt.NDArray[np.float32]:
     """The factors that give each tensor's momentum the mean of their root mean squares; 1 for zeros."""
-    squares = [kernels().moments(moment[place])[1] / max(1, place.stop - place.start) for place in places]
+    squares = [kernels(moment).moments(moment[place])[1] / max(1, place.stop - place.start) for place in places]
     lengths = np.sqrt(np.array(squares, np.float64))
     mean = lengths.mean() if lengths.size else 0.0
     return np.where(lengths > 0, mean / np.where(lengths > 0, lengths, 1), 1).astype(np.float32)

@@ -2,19 +2,22 @@
 
 The kernels on 100 MB of float32 as a share of the device's own copy bandwidth, beside PyTorch's composition of the same
 step; an allreduce by every way; then the tests on 1, 2 and 4 ranks that share the device, in the time that is left.  A
-kernel's bandwidth is counted on the bytes that its step must at least read and write.
+kernel's bandwidth is counted on the bytes that its step must at least read and write.  Kernels run in a child, ranks in
+jobs of their own, and the page is written again after each part: what fails or dies leaves the others' results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,8 +38,8 @@ ELEMENTS = 25_000_000
 LAUNCHES, ROUNDS, WARMUP = 10, 7, 3
 DENSITY, MESSAGES, VECTORS = 0.001, 8, 4
 TESTS = ("tests/test_gpu.py", "tests/test_cuda_kernels.py")
-SECONDS, BENCH_SECONDS = 570.0, 40.0
-"""Of the whole run, and of one way's allreduces at most."""
+SECONDS, BENCH_SECONDS, KERNEL_SECONDS = 570.0, 40.0, 150.0
+"""Of the whole run, and at most of one way's allreduces and of all kernels."""
 WAYS = ("staged", "ipc", "nccl", "aware")
 SHARE_WANTED, TORCH_WANTED, IPC_WANTED, IPC_BYTES = 0.8, 5.0, 4.0, 64 << 20
 
@@ -63,6 +66,8 @@ class Speed(NamedTuple):
     share: float
     """Of the copy's bandwidth."""
     torch_us: float | None
+    trouble: str = ""
+    """What went wrong, if something did: the other numbers say nothing then."""
 
 
 # Steps
@@ -294,9 +299,35 @@ def speeds() -> Iterator[Speed]:
     copy = copy_microseconds(cupy)
     yield Speed("copy", copy, 1.0, None)
     for task in TASKS:
-        us = microseconds(cupy, task.ours(cupy, kernels()))
-        by_torch = torch_microseconds(torch, task.torch(torch)) if torch and task.torch else None
-        yield Speed(task.title, us, task.bytes / us / (8 / copy), by_torch)
+        us, by_torch, trouble = math.inf, None, ""
+        try:
+            us = microseconds(cupy, task.ours(cupy, kernels()))
+            by_torch = torch_microseconds(torch, task.torch(torch)) if torch and task.torch else None
+        except Exception as error:  # CuPy's, PyTorch's or the compiler's: the next task may be fine
+            trouble = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        yield Speed(task.title, us, task.bytes / us / (8 / copy), by_torch, trouble)
+        cupy.get_default_memory_pool().free_all_blocks()
+
+
+def speeds_of_child(command: Sequence[str] = (sys.executable, "-m", "hpccomm.bench.gpu", "--kernels")) -> list[Speed]:
+    """:func:`speeds` of a child, as far as it came; the last says what became of it if it did not end well."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        clock = threading.Timer(KERNEL_SECONDS, child.kill)
+        clock.start()
+        assert child.stdout is not None
+        found = [Speed(*json.loads(line)) for line in child.stdout if line.startswith("[")]
+        clock.cancel()
+    if child.returncode:
+        found.append(Speed("the next", math.inf, 0.0, None, f"the child ended with status {child.returncode}"))
+    return found
+
+
+def print_speeds() -> int:
+    """In the child: a line of JSON for each."""
+    for each in speeds():
+        sys.stdout.write(json.dumps(each) + "\n")
+        sys.stdout.flush()
+    return 0
 
 
 def tested(seconds: float) -> str:
@@ -381,6 +412,8 @@ def page(found: Results) -> str:
 
 def kernel_line(speed: Speed) -> str:
     """One row."""
+    if speed.trouble:
+        return f"| {speed.title} | {speed.trouble} | - | - | - |"
     by_torch = ("-", "-") if speed.torch_us is None else (f"{speed.torch_us:.0f}", f"{speed.torch_us / speed.us:.1f}×")
     return f"| {speed.title} | {speed.us:.0f} | {speed.share:.0%} | {by_torch[0]} | {by_torch[1]} |"
 
@@ -423,23 +456,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """All of it."""
     parser = argparse.ArgumentParser(prog="scripts/test_gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the page (docs/measurements)")
+    parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if cuda.missing():
         sys.stderr.write(f"scripts/test_gpu needs a device: {cuda.missing()}\n")
         return 1
+    if args.kernels:
+        return print_speeds()
     began, device = time.monotonic(), cuda.device()
-    found = list(speeds())
+    file, date = args.out / f"gpu-{slug(device.name)}.md", time.strftime("%Y-%m-%d", time.gmtime())
+    results = Results(device.name, device.driver, "not begun", [], {}, 0.0, date)
+
+    def keep(**more: Any) -> Results:
+        now = results._replace(seconds=time.monotonic() - began, **more)
+        file.write_text(page(now) + "\n", encoding="utf-8")
+        return now
+
+    results = keep(kernels=speeds_of_child())
+    for ranks in (2, 4):
+        for way in WAYS:
+            results = keep(collectives={**results.collectives, (ranks, way): tried(ranks, way)})
+    results = keep(tests=tested(SECONDS - (time.monotonic() - began)))
+    sys.stdout.write(f"{page(results)}\nwritten to {file}\n")
+    return int(any(word in results.tests for word in ("failed", "error", "not through")))
+
+
+def tried(ranks: int, way: str) -> tuple[list[dict[str, Any]], str]:
+    """:func:`allreduces`, or why not even a launcher was found."""
     try:
-        collectives = {(ranks, way): allreduces(ranks, way) for ranks in (2, 4) for way in WAYS}
+        return allreduces(ranks, way)
     except HpccommError as error:
-        collectives = {(2, way): ([], str(error)) for way in WAYS}
-    tests = tested(SECONDS - (time.monotonic() - began))
-    date = time.strftime("%Y-%m-%d", time.gmtime())
-    results = Results(device.name, device.driver, tests, found, collectives, time.monotonic() - began, date)
-    text, file = page(results), args.out / f"gpu-{slug(device.name)}.md"
-    file.write_text(text + "\n", encoding="utf-8")
-    sys.stdout.write(f"{text}\nwritten to {file}\n")
-    return 0 if "failed" not in tests and "error" not in tests and "not through" not in tests else 1
+        return [], str(error)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpccomm.arrays import lies_on_device
 from hpccomm.collectives.engine import even_cuts
 from hpccomm.collectives.sparse import (
     BAD_STATE,
@@ -62,7 +63,7 @@ def onebit_allgather(comm: Any, bits: Octets, plus: float, minus: float, n: int)
         problem = NOT_FLAT
     agree(wire, "onebit_allgather", problem, 0, n=n)
     letters = gather_messages(wire, np.concatenate([scales.view(np.uint8), bits]))
-    total = np.empty(n, np.float32)
+    total: Vector = np.empty(n, np.float32)
     meanings = [each[:8].copy().view(np.float32) for each in letters]
     kernels().add_signs([(each[8:], *two) for each, two in zip(letters, meanings, strict=True)], total, fresh=True)
     return total
@@ -80,6 +81,7 @@ def onebit_allreduce(comm: Any, x: Vector, worker_error: Vector, server_error: V
     ``x``, ``worker_error``: float32 of shape (n,); ``server_error``: float32 of :func:`server_elements`.  Both errors
     are zeros at first, are written, and belong to this rank.  A rank sends ⌈part/8⌉ + 4 bytes to each other rank in
     each phase, and 40 of what is compared.
+    Arrays of CuPy's, all three, stay on the device; bits pass through the host.
 
     Raises :class:`~hpccomm.errors.ArgumentError` on every rank, before data moves and the errors untouched, where an
     array is not such, holds a NaN or an infinity or sums that exceed float32, or n differs.
@@ -90,51 +92,52 @@ def onebit_allreduce(comm: Any, x: Vector, worker_error: Vector, server_error: V
     cuts = even_cuts(x.size, wire.size)
     parts = [slice(int(lo), int(hi)) for lo, hi in pairwise(cuts)]
     letters = [signs_kept(worker_error[part], x[part], scale) for part in parts]
-    mine = np.empty(server_error.size, np.float32)
-    kernels().add_signs([read(each) for each in wire.deal(letters)], mine, fresh=True)
+    mine = np.empty_like(server_error)
+    kernels(mine).add_signs([read(each) for each in wire.deal(letters)], mine, fresh=True)
     mine /= np.float32(wire.size)
     answer = signs_kept(server_error, mine, mean_magnitude(server_error, mine))
     lengths = np.array([letter.size for letter in letters], np.int64)
-    mean = np.empty(x.size, np.float32)
+    mean = np.empty_like(x)
     for part, letter in zip(parts, gathered(wire, answer, lengths), strict=True):
-        kernels().add_signs([read(letter)], mean[part], fresh=True)
+        kernels(mean).add_signs([read(letter)], mean[part], fresh=True)
     return OneBitMean(mean, scale, wire.bytes_sent)
 
 
 def looked_at(x: Any, worker_error: Any, server_error: Any, wire: Wire) -> tuple[int, float]:
     """Which problem the arrays have, and the scale of the first phase."""
+    kind = type(x) if lies_on_device(x) else np.ndarray
     for array in (x, worker_error, server_error):
-        if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != 1:
+        if not isinstance(array, kind) or array.dtype != np.float32 or array.ndim != 1:
             return NOT_FLAT, 0.0
         if not array.flags.c_contiguous:
             return NOT_FLAT, 0.0
     lengths = x.size, server_elements(x.size, wire.rank, wire.size)
     fit = [
-        error.size == length and error.flags.writeable
+        error.size == length and getattr(error.flags, "writeable", True)
         for error, length in zip((worker_error, server_error), lengths, strict=True)
     ]
     scale = mean_magnitude(worker_error, x) if fit[0] else math.nan
-    if not math.isfinite(scale) and not kernels().all_finite(x):
+    if not math.isfinite(scale) and not kernels(x).all_finite(x):
         return NOT_FINITE, scale
-    if not all(fit) or not kernels().all_finite(server_error):
+    if not all(fit) or not kernels(x).all_finite(server_error):
         return BAD_STATE, scale
     if math.isfinite(scale):  # so is every element of both
         return FINE, scale
-    return (NOT_FINITE if kernels().all_finite(worker_error) else BAD_STATE), scale
+    return (NOT_FINITE if kernels(x).all_finite(worker_error) else BAD_STATE), scale
 
 
 def mean_magnitude(error: Vector, x: Vector) -> float:
     """Of error + x; 0 where there are no elements, not finite where the sum of them is not."""
     if not x.size:
         return 0.0
-    return float(np.float32(kernels().sum_magnitudes(error, x) / x.size))
+    return float(np.float32(kernels(x).sum_magnitudes(error, x) / x.size))
 
 
 def signs_kept(error: Vector, x: Vector, scale: float) -> Octets:
     """The scale and the signs of error + x; the error becomes what they do not say."""
     letter = np.empty(4 + -(-x.size // 8), np.uint8)
     letter[:4] = np.array([scale], np.float32).view(np.uint8)
-    kernels().pack_signs_feedback(error, x, error, scale, -scale, letter[4:])
+    kernels(x).pack_signs_feedback(error, x, error, scale, -scale, letter[4:])
     return letter
 
 

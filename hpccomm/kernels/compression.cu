@@ -252,6 +252,31 @@ KERNEL(lane_total, const float *rows, i64 count, double *total)  // one block of
     if (threadIdx.x == 0) *total = lanes[0];
 }
 
+KERNEL(moment_totals, const float *x, i64 n, double *totals)  // Σ x and Σ x²; one block of 64 threads
+{
+    __shared__ double sums[LANES], squares[LANES];
+    double sum = 0.0, square = 0.0;
+#pragma unroll 16
+    for (i64 i = threadIdx.x; i < n; i += LANES) {
+        double term = (double)x[i];
+        sum += term;
+        square += term * term;
+    }
+    sums[threadIdx.x] = sum;
+    squares[threadIdx.x] = square;
+    for (int half = LANES / 2; half; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) {
+            sums[threadIdx.x] += sums[threadIdx.x + half];
+            squares[threadIdx.x] += squares[threadIdx.x + half];
+        }
+    }
+    if (threadIdx.x == 0) {
+        totals[0] = sums[0];
+        totals[1] = squares[0];
+    }
+}
+
 // One bit an element, 1 for p ≥ 0, first element highest; a thread makes a byte
 
 KERNEL(pack_signs, const float *x, u8 *bits, i64 n)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels.optimizers_reference import BLOCK, LANES, Sums
+from hpccomm.kernels.optimizers_reference import BLOCK, GRADIENT, LANES, Sums
 from hpccomm.kernels.reductions import DEFINED, code_of
 from hpccomm.kernels.reductions import itemsize as bytes_each
 
@@ -305,6 +305,14 @@ class Kernels:
         self.library.launch(source("compression"), "lane_total", 1, reference.LANES, (rows, count, total))
         return float(total[0])
 
+    def moments(self, x: Vector) -> tuple[float, float]:
+        """:func:`reference.moments`; one block, since each lane adds its elements in order."""
+        totals = self.xp.empty(2, np.float64)
+        arguments = x, np.int64(x.size), totals
+        self.library.launch(source("compression"), "moment_totals", 1, reference.LANES, arguments)
+        total, squares = host(totals).tolist()
+        return total, squares
+
     def pack_signs(self, x: Vector) -> Vector:
         """:func:`reference.pack_signs`."""
         bits = self.xp.empty(-(-x.size // 8), np.uint8)
@@ -358,6 +366,10 @@ class Kernels:
 
     def _partial(self, bounds: npt.NDArray[np.int64]) -> Vector:
         return self.xp.empty(2 * LANES * self._tiles(bounds).count, np.float64)
+
+    def sum_of_squares(self, x: Vector) -> float:
+        """:func:`sum_of_squares <hpccomm.kernels.optimizers_reference.sum_of_squares>`."""
+        return float(self.lars_sums(x, x, x, np.array([[0, x.size]], np.int64), [0], 1, 0, False, GRADIENT)[0, 0])
 
     def lars_sums(
         self,

@@ -1,17 +1,31 @@
-"""The compiled kernels, or their NumPy reference where Numba is not installed."""
+"""The kernels for a vector: the device's where it lies on one, else the compiled ones, else their NumPy reference."""
 
 from __future__ import annotations
 
 import importlib.util
 from functools import cache
 from types import ModuleType
+from typing import Any
 
+from hpccomm.arrays import lies_on_device
 from hpccomm.kernels import compression_reference
 
 
+def compression(vector: Any = None) -> Any:
+    """The functions of :mod:`hpccomm.kernels.compression_reference`, with their bits, where ``vector`` lies.
+
+    On a device they are those of :class:`~hpccomm.kernels.device_compression.DeviceCompression`.
+    """
+    if not lies_on_device(vector):
+        return on_host()
+    from hpccomm.kernels.device_compression import on_device
+
+    return on_device()
+
+
 @cache
-def compression() -> ModuleType:
-    """:mod:`hpccomm.kernels.compression` or :mod:`hpccomm.kernels.compression_reference`: same functions, same bits."""
+def on_host() -> ModuleType:
+    """:mod:`hpccomm.kernels.compression`, or its reference where Numba is not installed."""
     if importlib.util.find_spec("numba") is None:
         return compression_reference
     from hpccomm.kernels import compression as compiled

@@ -38,7 +38,7 @@ class Method(NamedTuple):
     alone: bool = False
     """Ranks step on gradients of their own samples."""
     on_device: bool = False
-    """It is arithmetic on vectors, which may lie on a CUDA device; others bring them to the host."""
+    """It takes CuPy's vectors as they are; for others they are brought to the host."""
 
 
 def heavy_ball(plan: Plan) -> Transform:
@@ -203,14 +203,14 @@ METHODS = {
     "dense": Method("mean gradient, SGD with momentum 0.9", 0.1, dense, on_device=True),
     "sgd": Method("mean gradient, SGD without momentum", 0.3, sgd, on_device=True),
     "adam": Method("mean gradient, Adam", 0.003, adam, on_device=True),
-    "lars": Method("layer-wise trust ratios, momentum 0.9", 0.3, lars),
-    "lamb": Method("layer-wise trust ratios, Adam", 0.01, lamb),
-    "gtc": Method("threshold compression", 1.0, gtc),
-    "dgc": Method("deep gradient compression", 0.1, dgc),
-    "onebit-sgd": Method("1-bit SGD, momentum 0.9", 0.1, onebit_sgd),
-    "ef-signsgd": Method("signs with error feedback", 0.3, ef_signsgd),
-    "onebit-adam": Method("1-bit Adam", 0.003, onebit_adam),
-    "onebit-lamb": Method("1-bit LAMB", 0.01, onebit_lamb),
+    "lars": Method("layer-wise trust ratios, momentum 0.9", 0.3, lars, on_device=True),
+    "lamb": Method("layer-wise trust ratios, Adam", 0.01, lamb, on_device=True),
+    "gtc": Method("threshold compression", 1.0, gtc, on_device=True),
+    "dgc": Method("deep gradient compression", 0.1, dgc, on_device=True),
+    "onebit-sgd": Method("1-bit SGD, momentum 0.9", 0.1, onebit_sgd, on_device=True),
+    "ef-signsgd": Method("signs with error feedback", 0.3, ef_signsgd, on_device=True),
+    "onebit-adam": Method("1-bit Adam", 0.003, onebit_adam, on_device=True),
+    "onebit-lamb": Method("1-bit LAMB", 0.01, onebit_lamb, on_device=True),
     "powersgd": Method("rank 4 with error feedback, momentum 0.9", 0.03, powersgd),
     "local-sgd": Method("models averaged after blocks of local steps", 0.1, local_sgd, alone=True),
     "bmuf": Method("blocks of local steps, block momentum", 0.02, bmuf, alone=True),

@@ -2,8 +2,10 @@
 
 What an MPI says of itself is not believed: one built without CUDA may stand on a UCX that has it, and one built with it
 may find no driver.  A child, a world of one, hands every kind of call that we would make to MPI and looks at what came
-out.  One that does not understand copies with the processor and is ended by the kernel; the job lives.  The answer is
-kept on disk until the library, the driver or the settings change.
+out; then two children do so between them, on the same device, since what one process copies to itself goes another way
+than what goes to a neighbour.  One that does not understand copies with the processor and is ended by the kernel; the
+job lives.  Two take MPI's launcher: where none is found, the answer is that of one, and says so.  The answer is kept on
+disk until the library, the driver or the settings change.
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.launcher import fresh
+from hpccomm.errors import LaunchError
+from hpccomm.launcher import fresh, launch_command
 from hpccomm.transports import cuda
 
 PATIENCE = 60.0
 """Seconds that a child may take."""
+LAST_SECONDS = 5.0
+"""That it then has to end."""
+CHILD, PAIR = "a child that tried", "two children that tried between them"
 UNDERSTOOD = "this MPI understands pointers of a device"
 LENGTHS = (3, 1 << 18)
 """Elements of four bytes: by the eager and by the rendezvous protocol."""
@@ -54,13 +60,15 @@ class Verdict(NamedTuple):
     """Nothing where MPI understands; why not, otherwise."""
     when: str
     """Date and time of asking, UTC."""
+    alone: str = ""
+    """Why it was not asked between two processes; nothing where it was."""
 
 
 # In the child
 
 
 def exercise(device: cuda.Device, comm: Any) -> str:
-    """All calls that we make, on memory of the device; what is wrong with the first that goes wrong."""
+    """All calls that we make, on memory of the device; what is wrong with the first that goes wrong (collective)."""
     p = comm.size
     stream = device.stream()
     for n in LENGTHS:
@@ -74,8 +82,10 @@ def exercise(device: cuda.Device, comm: Any) -> str:
             device.to_host(found.view(np.uint8), recv, stream)
             device.synchronize(stream)
             call(given, want)
-            if not np.array_equal(found, want):
-                return f"{name} of {n} elements gave something else than on the host"
+            odd = [rank for rank, wrong in enumerate(comm.allgather(not np.array_equal(found, want))) if wrong]
+            if odd:
+                where = f" on rank {odd[0]}" if p > 1 else ""
+                return f"{name} of {n} elements gave something else than on the host{where}"
     return ""
 
 
@@ -94,13 +104,13 @@ def calls(comm: Any, n: int) -> dict[str, Callable[[Any, Any], None]]:
 
 
 def form(address: int, n: int) -> list[Any]:
-    """Memory as mpi4py takes it."""
-    return [MPI.memory.fromaddress(address, 4 * n), n, MPI.INT32_T]
+    """Memory as mpi4py takes it; a count would be that of one rank's part in some calls, of all in others."""
+    return [MPI.memory.fromaddress(address, 4 * n), MPI.INT32_T]
 
 
 def part(buffer: Any, n: int) -> Any:
     """The first n elements."""
-    return buffer[:n] if isinstance(buffer, np.ndarray) else [buffer[0], n, buffer[2]]
+    return buffer[:n] if isinstance(buffer, np.ndarray) else [buffer[0][: 4 * n], buffer[1]]
 
 
 def put(device: cuda.Device, address: int, values: Any, stream: int) -> None:
@@ -110,46 +120,79 @@ def put(device: cuda.Device, address: int, values: Any, stream: int) -> None:
 
 
 def answer(device: cuda.Device) -> None:
-    """Say what came out; no core file if this is the end."""
+    """Say what came out, of all children; no core file if this is the end."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.stdout.write(exercise(device, MPI.COMM_SELF) or UNDERSTOOD)
+    said = exercise(device, MPI.COMM_WORLD) or UNDERSTOOD
+    if MPI.COMM_WORLD.rank == 0:
+        sys.stdout.write(said)
 
 
 # In the parent
 
 
-def command(number: int) -> list[str]:
+def program(number: int) -> list[str]:
     """What asks on a device."""
-    return [sys.executable, "-m", "hpccomm.transports.cuda_probe", str(number)]
+    return ["-m", "hpccomm.transports.cuda_probe", str(number)]
 
 
-def asked(command: Sequence[str], environ: Mapping[str, str], patience: float = PATIENCE) -> str:
-    """Nothing where a child finds that MPI understands; why not, otherwise."""
+def asked(command: Sequence[str], environ: Mapping[str, str], patience: float = PATIENCE, who: str = CHILD) -> str:
+    """Nothing where a child, or what it launches, finds that MPI understands; why not, otherwise."""
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        child = subprocess.run(
-            command, env=fresh(environ), capture_output=True, text=True, check=False, timeout=patience
-        )
-    except subprocess.TimeoutExpired:
-        return f"a child that tried was still waiting after {patience:g} s"
+        child = subprocess.Popen(command, env=fresh(environ), text=True, **pipes)
     except OSError as error:
         return f"no child could try: {error}"
-    if child.stdout.endswith(UNDERSTOOD) and child.returncode == 0:
+    with child:
+        try:
+            out, err = child.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            end(child)
+            return f"{who} was still waiting after {patience:g} s"
+    status = child.returncode
+    if out.strip().endswith(UNDERSTOOD) and status == 0:
         return ""
-    if child.returncode < 0:
-        return f"a child that tried was ended by {signal.Signals(-child.returncode).name}"
-    said = (child.stdout.strip() or child.stderr.strip() or "without a word").rsplit("\n", 1)[-1]
-    return f"a child that tried ended with status {child.returncode}: {said}"
+    number = -status if status < 0 else status - 128
+    if number in set(signal.Signals):
+        return f"{who} was ended by {signal.Signals(number).name}"
+    said = (out.strip() or err.strip() or "without a word").rsplit("\n", 1)[-1]
+    return f"{who} ended with status {status}: {said}"
 
 
-def verdict(number: int, driver: str, ask: Callable[[], str] | None = None) -> Verdict:
+def end(child: subprocess.Popen[str]) -> None:
+    """Gently first: a launcher that is told to ends its ranks."""
+    for act in (child.terminate, child.kill):
+        act()
+        try:
+            child.communicate(timeout=LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def asked_of_two(program: Sequence[str], environ: Mapping[str, str], patience: float = PATIENCE) -> tuple[str, str]:
+    """What is wrong between two processes, and why they were not asked where they were not."""
+    try:
+        command, env = launch_command(2, program, environ=environ)
+    except LaunchError as error:
+        return "", str(error)
+    return asked(command, env, patience, PAIR), ""
+
+
+def ask_all(number: int) -> tuple[str, str]:
+    """Of one process, and if it lived of two: as :func:`asked_of_two`."""
+    alone = asked([sys.executable, *program(number)], os.environ)
+    return (alone, "") if alone else asked_of_two(program(number), os.environ)
+
+
+def verdict(number: int, driver: str, ask: Callable[[], tuple[str, str]] | None = None) -> Verdict:
     """The answer for a device of this process, from disk if nothing has changed since."""
     file = kept_in(os.environ, MPI.Get_library_version(), driver, number)
     try:
         return Verdict(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         pass
-    trouble = (ask or (lambda: asked(command(number), os.environ)))()
-    found = Verdict(trouble, time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
+    trouble, alone = ask() if ask else ask_all(number)
+    found = Verdict(trouble, time.strftime("%Y-%m-%d %H:%M", time.gmtime()), alone)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
@@ -164,7 +207,7 @@ def kept_in(environ: Mapping[str, str], library: str, driver: str, number: int) 
     """The file for this library, driver, device and environment."""
     home = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     settings = sorted(f"{name}={value}" for name, value in fresh(environ).items() if name.startswith(SETTINGS))
-    words = "\n".join([library, driver, str(number), os.uname().nodename, sys.executable, *settings])
+    words = "\n".join(["between two", library, driver, str(number), os.uname().nodename, sys.executable, *settings])
     return home / "hpccomm" / f"device-pointers-{hashlib.blake2b(words.encode(), digest_size=8).hexdigest()}.json"
 
 

@@ -1,0 +1,225 @@
+"""Methods whose gradients lie on a device: all stays there, the kernels' own sources run, the host's bits come out.
+
+The device is NumPy behind a wall (``stand_in_library.py``), the kernels run by ``emulated.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from emulated import Emulated
+from stand_in_library import LIBRARY, Array
+
+from hpccomm import ArgumentError
+from hpccomm.algorithms import compressors
+from hpccomm.algorithms.device import by_cupy
+from hpccomm.algorithms.dgc import dgc
+from hpccomm.algorithms.dgc import sent as sent_by_dgc
+from hpccomm.algorithms.feedback import FeedbackState, feedback, sent
+from hpccomm.algorithms.gtc import gtc
+from hpccomm.algorithms.lamb import lamb
+from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_lamb, onebit_sgd
+from hpccomm.algorithms.transforms import Transform
+from hpccomm.buckets import Bucket
+from hpccomm.kernels import cuda
+from hpccomm.testing.ranks import run_on_ranks
+
+BUCKET = Bucket({"a": (40, 60), "b": (61,), "none": (0, 3), "c": (37, 31)})
+SIZES = (1, 3)
+
+
+class OfDevice:
+    """Ranks whose allreduce takes the stand-in's arrays, as :class:`hpccomm.Communicator` takes CuPy's."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.comm, name)
+
+    def Allreduce(self, send: Any, recv: Any, *rest: Any) -> None:
+        assert type(send) is type(recv), "one buffer on the device, one on the host"
+        self.comm.Allreduce(getattr(send, "host", send), getattr(recv, "host", recv), *rest)
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    made = Emulated(LIBRARY)
+    monkeypatch.setattr(cuda, "kernels", lambda: cuda.Kernels(made))
+    return made
+
+
+def gradient_of(rank: int, step: int, n: int = BUCKET.size) -> np.ndarray:
+    rng = np.random.default_rng([rank, step])
+    return (rng.normal(size=n) * rng.choice([0, 0.01, 1, 30], n)).astype("f4")
+
+
+def leaves(state: Any) -> list[Any]:
+    """All arrays in nested tuples, but for memory that is written before it is read."""
+    if isinstance(state, tuple):
+        names = getattr(state, "_fields", range(len(state)))
+        return [leaf for name, each in zip(names, state, strict=True) if name != "spare" for leaf in leaves(each)]
+    return [state] if getattr(state, "ndim", 0) else []
+
+
+def same(ours: Any, wanted: np.ndarray) -> bool:
+    found = ours.get() if hasattr(ours, "get") else ours
+    return found.dtype == wanted.dtype and found.tobytes() == wanted.tobytes()
+
+
+def trained(comm: Any, method: Transform, library: Any, odd: int | None = None) -> tuple[list[Any], Any, int]:
+    """The steps and weights of a short run, and its last state; in step ``odd`` the last rank has an infinity."""
+    weights, made = library.asarray(gradient_of(9, 9)), []
+    state = method.init(weights)
+    for step in range(6):
+        gradient = gradient_of(comm.rank, step)
+        if step == odd and comm.rank == comm.size - 1:
+            gradient[17] = np.inf
+        given = library.asarray(gradient)
+        found, state = method.update(given, state, weights)
+        weights = weights + found
+        made.append(found)
+        assert same(given, gradient), "the gradient was written"
+    return [*made, weights], state, len(leaves(state))
+
+
+METHODS: dict[str, Callable[[Any], Transform]] = {
+    "gtc auto": gtc,
+    "gtc sum, rice": lambda comm: gtc(comm, 0.5, reduce="sum", code="rice"),
+    "gtc by density": lambda comm: gtc(comm, density=0.2),
+    "threshold with momentum": lambda comm: feedback(compressors.threshold(0.5), comm, 0.9),
+    "top k": lambda comm: feedback(compressors.topk(0.02, values="fp16"), comm),
+    "top k, bf16, momentum": lambda comm: feedback(compressors.topk(0.3, values="bf16"), comm, 0.9, nesterov=True),
+    "dgc": lambda comm: dgc(comm, BUCKET, 0.01, smallest=1000, clip=2.0, weight_decay=0.1),
+    "dgc, warming up": lambda comm: dgc(
+        comm, BUCKET, 0.02, smallest=1000, nesterov=True, warmup=4, stages=(1.0, 0.1), exact=True, mask=False
+    ),
+    "1-bit SGD": lambda comm: onebit_sgd(comm, BUCKET),
+    "EF-signSGD": lambda comm: ef_signsgd(comm, 0.1),
+    "1-bit Adam": lambda comm: onebit_adam(comm, 0.01, 3, weight_decay=0.1),
+    "1-bit Adam by tensor": lambda comm: onebit_adam(comm, lambda step: 0.1 / (1 + step), 2, bucket=BUCKET),
+    "1-bit LAMB": lambda comm: onebit_lamb(comm, BUCKET, 0.01, 3),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", METHODS)
+def test_an_exchange_on_the_device_gives_the_hosts_bits(launcher: Emulated, name: str, size: int) -> None:
+    on_host = run_on_ranks(size, lambda comm: trained(comm, METHODS[name](comm), np, odd=4))
+    there = run_on_ranks(size, lambda comm: trained(comm, METHODS[name](OfDevice(comm)), LIBRARY, odd=4))
+    for (steps, state, count), (ours, kept, number) in zip(on_host, there, strict=True):
+        assert all(isinstance(each, Array) for each in ours), "a step on the host"
+        assert all(same(a, b) for a, b in zip(ours, steps, strict=True))
+        assert number == count
+        assert all(same(a, b) for a, b in zip(leaves(kept), leaves(state), strict=True))
+        large = [each for each in leaves(kept) if each.size >= 1000 and each.dtype == np.float32]
+        assert large
+        assert all(isinstance(each, Array) for each in large), "state on the host"
+    assert launcher.launched
+
+
+@pytest.mark.parametrize(
+    ("make", "kernel"),
+    [
+        (lambda comm: gtc(comm, 0.5), "threshold_words"),
+        (lambda comm: dgc(comm, BUCKET, 0.01, smallest=1000), "momentum_select"),
+        (onebit_sgd, "pack_signs_feedback"),
+        (lambda comm: onebit_adam(comm, 0.1, 0), "add_signs"),
+    ],
+)
+def test_the_kernel_of_a_method_runs_on_the_device(launcher: Emulated, make: Any, kernel: str) -> None:
+    run_on_ranks(2, lambda comm: trained(comm, make(OfDevice(comm)), LIBRARY))
+    assert kernel in launcher.launched
+
+
+@pytest.mark.parametrize(
+    ("method", "kernels"),
+    [
+        (lars(BUCKET, 0.1, nesterov=True, weight_decay=0.1, max_norm=1.0), {"lars_sums", "lars_step", "lars_place"}),
+        (lars(BUCKET, 0.1, variant="simclr", weight_decay=0.1), {"lars_sums", "lars_step", "lars_place"}),
+        (lars(BUCKET, 0.1, variant="torch", clip=True), {"lars_sums", "lars_step", "lars_place"}),
+        (lamb(BUCKET, 0.1, grad_norm="clip"), {"lamb_moments", "scaled", "added"}),
+        (lamb(BUCKET, 0.1, adapt=(), bias_correction="in_step"), {"adam_step"}),
+    ],
+    ids=["lars", "lars, simclr", "larc", "lamb", "adamw"],
+)
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_layerwise_steps_on_the_device_give_the_hosts_bits(
+    launcher: Emulated, method: Any, kernels: set[str], dtype: str
+) -> None:
+    found = []
+    for library in (np, LIBRARY):
+        weights, placed = (library.asarray(gradient_of(9, 9).astype(dtype)) for _ in range(2))
+        state, used = method.init(weights), method.init(placed)
+        for step in range(3):
+            gradient = library.asarray(gradient_of(0, step).astype(dtype))
+            delta, state = method.update(gradient, state, weights)
+            weights = weights + delta
+            used = method.apply(gradient, used, placed)
+        found.append([weights, placed, *leaves(state), *leaves(used)])
+    assert all(isinstance(each, Array) for each in found[1])
+    assert all(same(ours, wanted) for ours, wanted in zip(found[1], found[0], strict=True))
+    assert {each.removesuffix(f"_{dtype}") for each in launcher.launched} >= kernels
+
+
+def test_what_was_sent_is_told_of_state_on_the_device(launcher: Emulated) -> None:
+    for make, told in (
+        (lambda comm: gtc(comm, 0.5), sent),
+        (lambda comm: dgc(comm, BUCKET, smallest=1000), sent_by_dgc),
+    ):
+        (_, host, _), (_, device, _) = (
+            run_on_ranks(1, lambda comm, xp=xp: trained(comm, make(OfDevice(comm)), xp))[0] for xp in (np, LIBRARY)
+        )
+        assert told(device)._replace(residual_norm=0.0) == told(host)._replace(residual_norm=0.0)
+        assert told(device).residual_norm == pytest.approx(told(host).residual_norm)  # the order of the sum is free
+
+
+def test_a_compressor_of_the_host_says_so() -> None:
+    vector = LIBRARY.asarray(np.ones(5, "f4"))
+    with pytest.raises(ArgumentError, match=r"qsgd.*lies on a device.*on_host"):
+        compressors.qsgd().encode(vector)
+    with pytest.raises(ArgumentError, match="float64 of shape"):
+        compressors.threshold(0.5).encode(LIBRARY.asarray(np.ones(5)))
+
+
+def test_a_damaged_gradient_leaves_the_state_on_the_device_alone(launcher: Emulated) -> None:
+    method = feedback(compressors.topk(0.1), OfDevice(run_on_ranks(1, lambda comm: comm)[0]), 0.9)
+    state: FeedbackState = method.init(LIBRARY.asarray(gradient_of(0, 0)))
+    _, state = method.update(LIBRARY.asarray(gradient_of(0, 1)), state, LIBRARY.asarray(gradient_of(0, 0)))
+    before = [each.copy() for each in leaves(state)]
+    odd = gradient_of(0, 2)
+    odd[-1] = np.nan
+    step, after = method.update(LIBRARY.asarray(odd), state, LIBRARY.asarray(odd))
+    assert after.skipped == 1
+    assert not step.get().any()
+    assert all(same(a, b.get() if isinstance(b, Array) else b) for a, b in zip(leaves(after), before, strict=True))
+
+
+class Foreign:
+    """A vector of a library that only lends by DLPack."""
+
+    def __init__(self, lent: Array) -> None:
+        self.lent = lent
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __array_namespace__(self) -> Any:
+        return SimpleNamespace(from_dlpack=Foreign, asarray=None)
+
+
+def test_vectors_of_other_libraries_are_lent_to_cupy(launcher: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(from_dlpack=lambda x: x.lent))
+    method = lars(BUCKET, 0.1)
+    weights, gradient = (LIBRARY.asarray(gradient_of(0, step)) for step in range(2))
+    wanted, _ = method.update(gradient, method.init(weights), weights)
+    lent = by_cupy(method)
+    step, _ = lent.update(Foreign(gradient), lent.init(Foreign(weights)), Foreign(weights))
+    assert isinstance(step, Foreign)
+    assert same(step.lent, wanted.get())
