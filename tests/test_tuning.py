@@ -77,6 +77,12 @@ def test_native_keeps_what_is_within_the_noise() -> None:
     assert choose(Table((*rows("native", {8: 100.0}), *rows("ring", {8: 90.0}))), 8).algorithm == "ring"
 
 
+def test_native_on_one_node_was_measured_without_our_checks_on_several_with_them() -> None:
+    for nodes, chosen in ((1, "ring"), (2, "native")):
+        table = Table((*rows("native", {8: 10.0}, nodes), *rows("ring", {8: 10.2}, nodes)))
+        assert table.choose("allreduce", nodes, 4, 8).algorithm == chosen
+
+
 def test_nothing_measured_in_a_node_means_native_however_cheap_the_price() -> None:
     for nbytes in (8, 1 << 30):
         found = choose(Table(machine=Machine()), nbytes)

@@ -147,7 +147,7 @@ def measure_one(comm: Any, site: Site, task: Task, wanted: Sequence[str] = ()) -
     from hpccomm.bench import Options, measure
 
     names = [name for name in comm.algorithms(task.collective) if name != "auto" and (not wanted or name in wanted)]
-    options = Options(seconds=SECONDS, bare_native=True)
+    options = Options(seconds=SECONDS, bare_native=site.nodes == 1)
     for found in measure(comm, task.collective, [task.bytes], algorithms=names, options=options):
         yield Row(
             task.collective,
