@@ -42,7 +42,7 @@ COPIES = (4, 4096, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 
 SECONDS = 0.03
 """For calls of one length, each visit."""
-VISITS, MOST = 3, 400
+VISITS, MOST = 3, 150
 """How often each length is visited, and the most calls of a visit."""
 FEW = 4
 """Rounds of the longer calls."""
