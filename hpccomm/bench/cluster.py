@@ -110,7 +110,7 @@ def measured(shape: Shape, args: argparse.Namespace, han: dict[str, str]) -> dic
                 for sizes, calls in parts(args.sizes, args.calls):
                     file = Path(folder, "rows.json")
                     bench = ["hpccomm", "bench", "allreduce", "--algorithm", names, "-m", sizes, "-i", str(calls)]
-                    bench += ["--step-factor", str(FACTOR), "-x", "2", "-c", "--json", str(file)]
+                    bench += ["--step-factor", str(FACTOR), "-x", "2", "-c", "-u", "0", "--json", str(file)]
                     checked(launched(cluster, shape, bench, {**tables, **settings}))
                     for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
                         name = "native, han" if settings else row["algorithm"]
