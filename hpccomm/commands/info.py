@@ -105,7 +105,7 @@ def transports(comm: Any) -> dict[str, str]:
 
     resources = comm.resources
     links = ", ".join(ethernets()) or "none is up"
-    where = "yes" if comm.topology.count == 1 else "inside the nodes, by the hierarchical allreduce"
+    where = "yes" if comm.topology.count == 1 else "inside the nodes, by the hierarchical algorithms"
     return {
         "messages": "point-to-point, signature of the call in the tag",
         "network": ", ".join(fast_networks()) or f"Ethernet ({links}): what is shipped for TCP counts",
