@@ -34,6 +34,7 @@ from hpccomm.kernels.vectors import (
     fused,
     halves,
     hold,
+    keep_order,
     load,
     load_bits,
     load_mask,
@@ -569,11 +570,27 @@ def rest_of(residual, gradient, begin, n, to):
 
 
 @register_jitable
-def four_magnitudes(x, y):
-    """(a + b) + (c + d) of sixteen elements of four rows of 64."""
-    a, b = magnitude(sum_from(x, y, 0)), magnitude(sum_from(x, y, 64))
-    c, d = magnitude(sum_from(x, y, 128)), magnitude(sum_from(x, y, 192))
-    return (a + b) + (c + d)
+def four_lines(x, y):
+    """Four lines of residual + gradient, one after the other."""
+    keep_order()
+    return sum_from(x, y, 0), sum_from(x, y, 16), sum_from(x, y, 32), sum_from(x, y, 48)
+
+
+@register_jitable
+def rows_of_four(x, y):
+    """Four rows of 64 elements, in the order of memory."""
+    return (
+        four_lines(x, y),
+        four_lines(x + 256, further(y, 64)),
+        four_lines(x + 512, further(y, 128)),
+        four_lines(x + 768, further(y, 192)),
+    )
+
+
+@register_jitable
+def four_magnitudes(a, b, c, d):
+    """(a + b) + (c + d)."""
+    return (magnitude(a) + magnitude(b)) + (magnitude(c) + magnitude(d))
 
 
 @register_jitable
@@ -590,18 +607,22 @@ def sum_magnitudes(residual, gradient, n):
         x, y = residual + 4 * i, further(gradient, i)
         if i + 4 * GROUP > n:
             x, y = rest_of(residual, gradient, i, n, tail), 0
-        p, q = four_magnitudes(x, y), four_magnitudes(x + 64, further(y, 16))
-        r, s = four_magnitudes(x + 128, further(y, 32)), four_magnitudes(x + 192, further(y, 48))
+        first, second, third, fourth = rows_of_four(x, y)
+        p, q, r, s = (
+            four_magnitudes(first[0], second[0], third[0], fourth[0]),
+            four_magnitudes(first[1], second[1], third[1], fourth[1]),
+            four_magnitudes(first[2], second[2], third[2], fourth[2]),
+            four_magnitudes(first[3], second[3], third[3], fourth[3]),
+        )
         a, b, c, d = a + lower(p), b + upper(p), c + lower(q), d + upper(q)
         e, f, g, h = e + lower(r), f + upper(r), g + lower(s), h + upper(s)
     return joined(a, b, c, d, e, f, g, h)
 
 
 @register_jitable
-def four_by_sign(x, y):
-    """(a + b) + (c + d) of the elements ≥ 0 and of all others, of four rows of 64; and how many are ≥ 0."""
+def four_by_sign(a, b, c, d):
+    """(a + b) + (c + d) of the elements ≥ 0 and of all others; and how many are ≥ 0."""
     zero = splat(F32(0))
-    a, b, c, d = sum_from(x, y, 0), sum_from(x, y, 64), sum_from(x, y, 128), sum_from(x, y, 192)
     ma, mb, mc, md = at_least(a, zero), at_least(b, zero), at_least(c, zero), at_least(d, zero)
     plus = (choose(ma, a, zero) + choose(mb, b, zero)) + (choose(mc, c, zero) + choose(md, d, zero))
     minus = (choose(ma, zero, a) + choose(mb, zero, b)) + (choose(mc, zero, c) + choose(md, zero, d))
@@ -619,8 +640,11 @@ def sum_by_sign(residual, gradient, sums, n):
         if i + 4 * GROUP > n:
             x, y = rest_of(residual, gradient, i, n, tail), 0
             count -= i + 4 * GROUP - n
-        (pp, pm, pn), (qp, qm, qn) = four_by_sign(x, y), four_by_sign(x + 64, further(y, 16))
-        (rp, rm, rn), (sp, sm, sn) = four_by_sign(x + 128, further(y, 32)), four_by_sign(x + 192, further(y, 48))
+        first, second, third, fourth = rows_of_four(x, y)
+        pp, pm, pn = four_by_sign(first[0], second[0], third[0], fourth[0])
+        qp, qm, qn = four_by_sign(first[1], second[1], third[1], fourth[1])
+        rp, rm, rn = four_by_sign(first[2], second[2], third[2], fourth[2])
+        sp, sm, sn = four_by_sign(first[3], second[3], third[3], fourth[3])
         count += pn + qn + rn + sn
         a, b, c, d = a + lower(pp), b + upper(pp), c + lower(qp), d + upper(qp)
         e, f, g, h = e + lower(rp), f + upper(rp), g + lower(sp), h + upper(sp)
