@@ -112,6 +112,18 @@ def test_the_nearest_shape_speaks_up_to_a_factor_of_four() -> None:
     assert choose(table, 8, per_node=65).algorithm == "native"
 
 
+def test_of_shapes_as_far_away_the_one_that_differs_less_speaks() -> None:
+    shapes = ((4, 1, "ring"), (4, 2, "hierarchical"), (16, 4, "butterfly"))
+    table = Table(
+        tuple(
+            row
+            for nodes, per_node, name in shapes
+            for row in (*rows("native", {8: 10.0}, nodes, per_node), *rows(name, {8: 1.0}, nodes, per_node))
+        )
+    )
+    assert table.choose("allreduce", 8, 2, 8).algorithm == "hierarchical"
+
+
 def test_one_node_does_not_speak_for_two() -> None:
     assert choose(TABLE, 1 << 20, nodes=2).algorithm == "native"
     between = Table((*rows("native", {8: 9.0}, 4, 2), *rows("hierarchical", {8: 3.0}, 4, 2)))

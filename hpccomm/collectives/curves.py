@@ -110,6 +110,12 @@ def distance(known: Shape, asked: Shape) -> float:
     return max(abs(log2(a / b)) for a, b in zip(known, asked, strict=True))
 
 
+def apart(known: Shape, asked: Shape) -> tuple[float, float]:
+    """The same, and where that is alike, both together."""
+    both = sum(abs(log2(a / b)) for a, b in zip(known, asked, strict=True))
+    return distance(known, asked), both
+
+
 def interpolated(points: Sequence[tuple[int, float]], nbytes: float) -> float:
     """The time for ``nbytes`` between measured (bytes, time), smallest first."""
     low = max((point for point in points if point[0] <= nbytes), default=points[0])
@@ -274,7 +280,7 @@ def unlike(known: Kind, asked: Kind) -> tuple[float, ...]:
 def at_shape(curves: Sequence[Curve], shape: Shape) -> Rounds | None:
     """The curves of the measured shape nearest to one, if it lies within reach."""
     shapes = sorted({(curve.nodes, curve.per_node) for curve in curves})
-    near = min(shapes, key=lambda known: distance(known, shape), default=None)
+    near = min(shapes, key=lambda known: apart(known, shape), default=None)
     if near is None or shape[0] == 1 or distance(near, shape) > REACH:
         return None
     return Rounds([curve for curve in curves if (curve.nodes, curve.per_node) == near], *shape)

@@ -33,7 +33,7 @@ import numpy as np
 
 from hpccomm.collectives import ALGORITHMS, cost
 from hpccomm.collectives.cost import Link, Machine
-from hpccomm.collectives.curves import REACH, Curve, Kind, Point, Shape, distance, interpolated
+from hpccomm.collectives.curves import REACH, Curve, Kind, Point, Shape, apart, distance, interpolated
 
 SCHEMA = 1
 NOISE = 0.95
@@ -123,7 +123,7 @@ class Table:
         """The measurements at the shape nearest to ``shape``, by algorithm, the smallest size first."""
         for each in dict.fromkeys((dtype, "f4")):
             shapes = self.series.get((collective, each, memory), {})
-            near = min(shapes, key=lambda known: (distance(known, shape), known), default=None)
+            near = min(shapes, key=lambda known: (apart(known, shape), known), default=None)
             if near and distance(near, shape) <= REACH:
                 return shapes[near]
         return None
