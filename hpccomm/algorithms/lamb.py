@@ -29,10 +29,10 @@ from hpccomm.algorithms.layerwise import (
     layers,
     norms,
     shrink,
+    walk_order,
     where_both,
 )
 from hpccomm.algorithms.transforms import AdamState, Schedule, Vector, check_decay, require
-from hpccomm.arrays import lies_on_device
 from hpccomm.buckets import Bucket
 
 
@@ -75,8 +75,7 @@ def lamb(
     check_range("ratio_clip", ratio_clip)
     check_range("weight_clip", weight_clip)
     here = layers("lamb", bucket, part, decay, adapt)
-    whole = [here.rows]
-    cached = whole if norm_reduce is not None else list(here.groups())
+    order = walk_order(here, norm_reduce is not None)
 
     def ratios(rows: Rows, sums: Any) -> Any:
         norm = norms(sums, rows, here.tensors, norm_reduce)
@@ -90,7 +89,7 @@ def lamb(
         """All tensors: into ``step``, or, without one, onto the weights; the moments are written."""
         check_vectors("lamb", here, gradient, weights)
         g, w, real = in_order(gradient), in_order(weights), weights.dtype.type
-        groups = whole if lies_on_device(w) else cached
+        groups = order(w)
         t = state.updates + 1
         seen = (1 - b1**t, 1 - b2**t)
         k1, k2 = seen if bias_correction is True else (1.0, 1.0)
@@ -100,7 +99,7 @@ def lamb(
         numbers = [real(each) for each in (scale, b1, 1 - b1, b2, 1 - b2, k1, k2, eps)]
         placed = [each.stop - each.first for each in groups if norm_reduce is not None or each.adapt.any()]
         room = np.empty_like(w, shape=(max(placed, default=0),)) if step is None else step
-        for rows in groups if placed or step is not None else whole:
+        for rows in groups if placed or step is not None else [here.rows]:
             part, rates = slice(rows.first, rows.stop), (weight_decay * rows.decay).astype(w.dtype)
             if step is None and norm_reduce is None and not rows.adapt.any():
                 kernel("adam_step", w)(

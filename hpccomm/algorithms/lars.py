@@ -33,10 +33,10 @@ from hpccomm.algorithms.layerwise import (
     layers,
     norms,
     shrink,
+    walk_order,
     where_both,
 )
 from hpccomm.algorithms.transforms import Schedule, Vector, check_decay, require
-from hpccomm.arrays import lies_on_device
 from hpccomm.buckets import Bucket
 from hpccomm.kernels.optimizers_reference import DECAYED, GRADIENT, MOVED
 
@@ -90,7 +90,7 @@ def lars(
     require(trust > 0, f"lars: trust is {trust}: pass a positive number; 0.001 is usual")
     require(max_norm is None or max_norm > 0, f"lars: max_norm is {max_norm}: pass a positive number, or None")
     here = layers("lars", bucket, part, decay, adapt)
-    groups = [here.rows] if norm_reduce is not None else list(here.groups())
+    order = walk_order(here, norm_reduce is not None)
 
     def ratios(rows: Rows, sums: Any, gamma: float) -> Any:
         norm = norms(sums, rows, here.tensors, norm_reduce)
@@ -124,7 +124,7 @@ def lars(
         gamma = float(lr(state.updates) if callable(lr) else lr)
         scale = shrink("none" if max_norm is None else "clip", max_norm or 1.0, g, norm_reduce)
         with np.errstate(divide="ignore", invalid="ignore"):
-            for rows in [here.rows] if lies_on_device(w) else groups:
+            for rows in order(w):
                 part = slice(rows.first, rows.stop)
                 group(rows, g[part], state.velocity[part], w[part], None if step is None else step[part], gamma, scale)
         if step is not None:

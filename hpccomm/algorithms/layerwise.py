@@ -143,6 +143,13 @@ def in_order(vector: Vector) -> Vector:
     return np.require(vector, requirements=("C", "A"))
 
 
+def walk_order(here: Layers, divided: bool) -> Callable[[Vector], list[Rows]]:
+    """Which tensors to go through together, by where a vector lies: all, on a device or where ranks divide it."""
+    whole = [here.rows]
+    cached = whole if divided else list(here.groups())
+    return lambda vector: whole if lies_on_device(vector) else cached
+
+
 def kernel(name: str, vector: Vector) -> Callable[..., Any]:
     """A function of :mod:`hpccomm.kernels.optimizers_reference`, with its bits, for a vector where it lies."""
     if not lies_on_device(vector):

@@ -186,7 +186,7 @@ class Rounds:
             call()
             across()
 
-        more = [self.timed(times(n, what), nothing, mean) for what in (both, across) for n in (1, FEW)]
+        more = [self.timed(repeated(n, what), nothing, mean) for what in (both, across) for n in (1, FEW)]
         free()
         across.free()
         return one, few, *more
@@ -207,7 +207,7 @@ class Rounds:
         if what in ("round", "pieces", "short"):
             plan = {"round": self.rounds, "pieces": self.pieces, "short": self.short}[what](task, nbytes, count)
             return plan, plan.free
-        return times(count, self.other(what, nbytes)), nothing
+        return repeated(count, self.other(what, nbytes)), nothing
 
     def other(self, what: str, nbytes: int) -> Call:
         """What is no round between ranks."""
@@ -301,7 +301,7 @@ class Rounds:
         return [max(over(each), 1e-3) for each in zip(*self.plain.allgather(mine), strict=True)]
 
 
-def times(count: int, call: Call) -> Call:
+def repeated(count: int, call: Call) -> Call:
     """A call again and again."""
 
     def run() -> None:

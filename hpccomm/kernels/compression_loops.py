@@ -577,14 +577,11 @@ def four_lines(x, y):
 
 
 @register_jitable
-def rows_of_four(x, y):
-    """Four rows of 64 elements, in the order of memory."""
-    return (
-        four_lines(x, y),
-        four_lines(x + 256, further(y, 64)),
-        four_lines(x + 512, further(y, 128)),
-        four_lines(x + 768, further(y, 192)),
-    )
+def four_columns(x, y):
+    """Four rows of 64 elements, read in the order of memory: the four lines of each column."""
+    a, b = four_lines(x, y), four_lines(x + 256, further(y, 64))
+    c, d = four_lines(x + 512, further(y, 128)), four_lines(x + 768, further(y, 192))
+    return (a[0], b[0], c[0], d[0]), (a[1], b[1], c[1], d[1]), (a[2], b[2], c[2], d[2]), (a[3], b[3], c[3], d[3])
 
 
 @register_jitable
@@ -607,13 +604,9 @@ def sum_magnitudes(residual, gradient, n):
         x, y = residual + 4 * i, further(gradient, i)
         if i + 4 * GROUP > n:
             x, y = rest_of(residual, gradient, i, n, tail), 0
-        first, second, third, fourth = rows_of_four(x, y)
-        p, q, r, s = (
-            four_magnitudes(first[0], second[0], third[0], fourth[0]),
-            four_magnitudes(first[1], second[1], third[1], fourth[1]),
-            four_magnitudes(first[2], second[2], third[2], fourth[2]),
-            four_magnitudes(first[3], second[3], third[3], fourth[3]),
-        )
+        first, second, third, fourth = four_columns(x, y)
+        p, q = four_magnitudes(*first), four_magnitudes(*second)
+        r, s = four_magnitudes(*third), four_magnitudes(*fourth)
         a, b, c, d = a + lower(p), b + upper(p), c + lower(q), d + upper(q)
         e, f, g, h = e + lower(r), f + upper(r), g + lower(s), h + upper(s)
     return joined(a, b, c, d, e, f, g, h)
@@ -640,11 +633,9 @@ def sum_by_sign(residual, gradient, sums, n):
         if i + 4 * GROUP > n:
             x, y = rest_of(residual, gradient, i, n, tail), 0
             count -= i + 4 * GROUP - n
-        first, second, third, fourth = rows_of_four(x, y)
-        pp, pm, pn = four_by_sign(first[0], second[0], third[0], fourth[0])
-        qp, qm, qn = four_by_sign(first[1], second[1], third[1], fourth[1])
-        rp, rm, rn = four_by_sign(first[2], second[2], third[2], fourth[2])
-        sp, sm, sn = four_by_sign(first[3], second[3], third[3], fourth[3])
+        first, second, third, fourth = four_columns(x, y)
+        (pp, pm, pn), (qp, qm, qn) = four_by_sign(*first), four_by_sign(*second)
+        (rp, rm, rn), (sp, sm, sn) = four_by_sign(*third), four_by_sign(*fourth)
         count += pn + qn + rn + sn
         a, b, c, d = a + lower(pp), b + upper(pp), c + lower(qp), d + upper(qp)
         e, f, g, h = e + lower(rp), f + upper(rp), g + lower(sp), h + upper(sp)

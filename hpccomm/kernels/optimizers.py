@@ -68,14 +68,9 @@ def fold_floats(x, lanes):
         e, f, g, h = e + t * t, f + u * u, g + v * v, h + w * w
     if not (sure(a) & sure(b) & sure(c) & sure(d) & sure(e) & sure(f) & sure(g) & sure(h)):
         return False
-    add_singles(lanes, a)
-    add_singles(lanes + 128, b)
-    add_singles(lanes + 256, c)
-    add_singles(lanes + 384, d)
-    add_singles(lanes + 512, e)
-    add_singles(lanes + 640, f)
-    add_singles(lanes + 768, g)
-    add_singles(lanes + 896, h)
+    for number, each in enumerate((a, b, c, d, e, f, g, h)):
+        add_doubles(lanes + 128 * number, lower(each))
+        add_doubles(lanes + 128 * number + 64, upper(each))
     return True
 
 
@@ -83,13 +78,6 @@ def fold_floats(x, lanes):
 def sure(sums):
     """Whether sixteen sums of squares are right as they are."""
     return at_least(sums, splat(np.float32(LOW))) & at_least(splat(np.float32(HIGH)), sums) == np.uint64(0xFFFF)
-
-
-@register_jitable
-def add_singles(to, x):
-    """Add sixteen float32 to as many float64."""
-    store_doubles(to, load_doubles(to) + lower(x))
-    store_doubles(to + 64, load_doubles(to + 64) + upper(x))
 
 
 @register_jitable
@@ -103,14 +91,8 @@ def fold_doubles(x, lanes):
         t, u, v, w = load_doubles(at + 256), load_doubles(at + 320), load_doubles(at + 384), load_doubles(at + 448)
         a, b, c, d = a + p * p, b + q * q, c + r * r, d + s * s
         e, f, g, h = e + t * t, f + u * u, g + v * v, h + w * w
-    add_doubles(lanes, a)
-    add_doubles(lanes + 64, b)
-    add_doubles(lanes + 128, c)
-    add_doubles(lanes + 192, d)
-    add_doubles(lanes + 256, e)
-    add_doubles(lanes + 320, f)
-    add_doubles(lanes + 384, g)
-    add_doubles(lanes + 448, h)
+    for number, each in enumerate((a, b, c, d, e, f, g, h)):
+        add_doubles(lanes + 64 * number, each)
 
 
 @register_jitable
