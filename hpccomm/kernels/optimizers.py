@@ -128,10 +128,16 @@ def drained(lanes):
     return total
 
 
+@register_jitable
+def fold_all(x, first, stop, room, lanes):
+    """Add the squares of [first, stop) to the lanes."""
+    for lo in range(first, stop, BLOCK):
+        fold(x, lo, min(lo + BLOCK, stop), room, lanes)
+
+
 def sum_of_squares(x):
     room, lanes = np.empty(BLOCK, x.dtype), np.zeros(LANES)
-    for lo in range(0, x.size, BLOCK):
-        fold(x, lo, min(lo + BLOCK, x.size), room, lanes)
+    fold_all(x, 0, x.size, room, lanes)
     return drained(lanes)
 
 
@@ -145,13 +151,15 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
     ours, others = np.zeros(LANES), np.zeros(LANES)
     room, other = np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
     for k in range(bounds.shape[0]):
+        if whose == GRADIENT and scale == 1:
+            fold_all(w, bounds[k, 0], bounds[k, 1], room, ours)
+            fold_all(g, bounds[k, 0], bounds[k, 1], room, others)
+            sums[k, 0], sums[k, 1] = drained(ours), drained(others)
+            continue
         for lo in range(bounds[k, 0], bounds[k, 1], BLOCK):
             hi = min(lo + BLOCK, bounds[k, 1])
             ww, gg, vv, oo, rate = w[lo:hi], g[lo:hi], v[lo:hi], other[: hi - lo], decay[k]
             fold(w, lo, hi, room, ours)
-            if whose == GRADIENT and scale == 1:
-                fold(g, lo, hi, room, others)
-                continue
             if whose == GRADIENT:
                 for i in range(oo.size):
                     oo[i] = gg[i] * scale
