@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -580,6 +582,18 @@ def test_memory_that_is_not_to_be_had_is_an_error_on_all_ranks(
     before = holdings()
     fails_together(comm, TransportError, lambda: Segment(node, 1 << 20), f"local rank {odd}: [Errno 28]")
     assert holdings() == before
+
+
+def test_pages_are_at_hand_when_the_first_call_comes() -> None:
+    if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < (5, 14):
+        pytest.skip("this kernel fills page tables only when a page is used: it needs Linux 5.14")
+    pages, segment = 512, Segment(MPI.COMM_SELF, 512 * mmap.PAGESIZE)
+    segment.touch()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    segment.buffer[:: mmap.PAGESIZE] = bytes(pages)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    segment.close()
+    assert faults < pages // 8  # the interpreter's own; without touch one for each page
 
 
 def test_free_memory_is_the_least_of_all_limits_around(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ Plan = Callable[[], None]
 Late = Callable[[float, list[int]], None]
 
 PAGE = mmap.PAGESIZE
+MADV_POPULATE_WRITE = 23  # Linux's mman.h
 WORD_MASK = (1 << 63) - 1
 
 SPIN = 2000
@@ -102,6 +103,11 @@ class Segment:
             self._forget()
             raise
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+
+    def touch(self) -> None:
+        """Have all pages at hand: the first call that comes to one would wait for it (kernels before 5.14 cannot)."""
+        with suppress(OSError):
+            self.buffer.madvise(MADV_POPULATE_WRITE)
 
     def close(self) -> None:
         """Give the memory back; arrays that lie in it keep it until they are gone."""
@@ -248,6 +254,7 @@ class SharedMemory:
         self._direct = max(kernels.PAYLOAD_BYTES, min(kernels.BUFFER, DIRECT_BYTES // self.size))
         self._region = kernels.SLOTS + kernels.RING * self._slot
         self._segment = Segment(node, self.size * self._region)
+        self._segment.touch()
         spin = patience(node)
         self._crowded = spin == kernels.BRIEF  # who shares a core finds in its cache what the others have read
         self._state = self._new_state(spin)
