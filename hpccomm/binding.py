@@ -23,8 +23,8 @@ from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.tuning import Choice
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import reductions
-from hpccomm.messages import Message, read
-from hpccomm.resources import Bound, Resources, unknown
+from hpccomm.messages import Message, begun, read
+from hpccomm.resources import Bound, Resources, unknown, wanted_algorithm
 from hpccomm.signature import UNKNOWN, Signature
 from hpccomm.two_level_gathers import TwoLevelGathers
 from hpccomm.two_levels import Operands
@@ -210,7 +210,7 @@ class Binder:
             raise ArgumentError(f"{who}: in place it cannot know who gets how much: pass recvcounts")
         counts = told
         if counts is None:
-            counts = tuple(self.resources.channel.allgather(recv.elements))
+            counts = self.resources.counts(recv.elements)
         if not (send.opaque or recv.opaque):
             self.check_parts(send, recv, counts, in_place, who)
         return self.reduce_scatter(
@@ -294,7 +294,7 @@ class Binder:
         if name == "Reduce_scatter":
             counts, method = arguments[0], "reduce_scatter_v"
             if counts is None:
-                counts = tuple(self.resources.channel.allgather(result.elements))
+                counts = self.resources.counts(result.elements)
             first, result = sum(counts[: self.rank]), replace(result, count=counts[self.rank])
             arguments = (tuple(width * each for each in counts), *arguments[1:])
         elif name == "Reduce_scatter_block":
@@ -324,15 +324,15 @@ class Binder:
         counts = (each,) * self.size
         return self.gathering(key, "Allgather", send, recv, counts, algorithm, is_in_place(sendbuf))
 
-    def allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
+    def allgatherv(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
         """Allgatherv."""
         who = self.who("Allgatherv")
-        recv = self.buffer(recvbuf, who, writable=True)
+        recv = self.buffer(recvbuf, who, writable=True, parts=True)
         send = recv if is_in_place(sendbuf) else self.buffer(sendbuf, who)
         counts = (0,) * self.size if recv.opaque else recv.parts(self.size)[0]
         if len(counts) != self.size:
             raise ArgumentError(f"{who}: {len(counts)} counts for {self.size} ranks: pass one a rank")
-        return self.gathering(None, "Allgatherv", send, recv, counts, algorithm, is_in_place(sendbuf))
+        return self.gathering(key, "Allgatherv", send, recv, counts, algorithm, is_in_place(sendbuf))
 
     def gathering(
         self,
@@ -451,29 +451,28 @@ class Binder:
         )
 
     def barrier(self, key: Hashable) -> Bound:
-        """Barrier."""
-        fits = ("shared",) if self.shared else ()
-        wanted = self.comm.algorithm
-        decided = self.resources.decide("barrier", 0, "B", ("native", *fits), self.who("Barrier")).algorithm
-        signature = Signature("Barrier")
-        if (wanted if wanted in ("native", *fits) else decided) == "shared":
+        """Barrier: wherever all ranks share memory a meeting there, which compares the calls at the same time."""
+        comm, signature = self.comm, Signature("Barrier")
+        setting = wanted_algorithm(self.resources.settings["HPCCOMM_ALGORITHM"], "barrier")
+        if self.shared and "native" not in (comm.algorithm, setting):
             return self.keep_shared(key, signature, self.shared.bind_barrier)
-        comm = self.comm
         return self.resources.keep(
             key, Bound(self.checked(signature, lambda: MPI.Intracomm.Barrier(comm), lockstep=False))
         )
 
-    def inherited(self, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None) -> None:
-        """Run a collective that is MPI's own, with the calls compared."""
+    def inherited(
+        self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
+    ) -> Bound:
+        """A collective that is MPI's own, with the calls compared."""
         who = self.who(name)
         if root is not None:
             self.check_root(root, who)
-        dtype = count = ""
+        dtype, count, known = "", "", []
         if name != "Alltoallw":
-            messages = [read(each, who) for each in buffers]
-            buffers = tuple(known.raw for known in messages)
+            known = [read(each, who) for each in buffers]
+            buffers = tuple(each.raw for each in known)
         if op is not None:
-            first = messages[1]
+            first = known[1]
             dtype = UNKNOWN if first.dtype is None else first.kind
             count = UNKNOWN if first.dtype is None else str(first.elements)
             if first.half:
@@ -483,16 +482,33 @@ class Binder:
         op_name = "" if op is None else operations.name_of(op)
         signature = Signature(name, op_name, count, dtype, "" if root is None else str(root))
         arguments = [each for each in (op, root) if each is not None]
+        reusable = key is not None and all(self.stands(name, k, each) for k, each in enumerate(known))
+        if reusable:
+            buffers = tuple(self.form(name, k, each) for k, each in enumerate(known))
         call, comm = getattr(MPI.Intracomm, name), self.comm
-        self.checked(signature, lambda: call(comm, *buffers, *arguments), False)()
+        bound = Bound(self.checked(signature, lambda: call(comm, *buffers, *arguments), False))
+        return self.resources.keep(key, bound) if reusable else bound
+
+    def stands(self, name: str, number: int, buffer: Message) -> bool:
+        """Whether a form without the user's array can stand for a buffer of a call, the first or the second."""
+        if buffer.dtype is None:
+            return buffer.raw is None or buffer.raw is IN_PLACE
+        return buffer.count is not None or number not in parted(name, False) or buffer.size % self.size == 0
+
+    def form(self, name: str, number: int, buffer: Message) -> Any:
+        """That form."""
+        if buffer.dtype is None:
+            return buffer.raw
+        one = buffer if number in VARIED.get(name, ()) else begun(buffer, self.who(name))
+        return standing(one, self.amount(name, number, one, False))
 
     def who(self, name: str) -> str:
         """How errors of this call begin."""
         return f"rank {self.rank}: {name}"
 
-    def buffer(self, given: Any, who: str, writable: bool = False) -> Message:
-        """A buffer that can be sent, or received into."""
-        message = read(given, who)
+    def buffer(self, given: Any, who: str, writable: bool = False, parts: bool = False) -> Message:
+        """A buffer that can be sent, or received into; with a part for each rank, that lie where its form says."""
+        message = read(given, who) if parts else begun(read(given, who), who)
         if writable and not message.writable:
             raise ArgumentError(f"{who}: the buffer to receive into is read-only: pass a writable copy")
         if message.dtype is not None and message.count is not None and message.count > message.size:
@@ -726,13 +742,18 @@ class Binder:
         forms = [IN_PLACE if same else first.raw, *(each.raw for each in buffers[1:])]
         reusable = key is not None and all(each.dtype is not None for each in buffers)
         if reusable:
-            divided = parted(name, same)
             forms = [
-                IN_PLACE if same and k == 0 else standing(each, each.part(self.size) if k in divided else each.elements)
+                IN_PLACE if same and k == 0 else standing(each, self.amount(name, k, each, same))
                 for k, each in enumerate(buffers)
             ]
         run = self.checked(signature, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING)
         return self.resources.keep(key, Bound(run)) if reusable else Bound(run)
+
+    def amount(self, name: str, number: int, buffer: Message, in_place: bool) -> Any:
+        """What a form of MPI's says of how much its buffer, the first or second of a call, holds for each rank."""
+        if number in VARIED.get(name, ()):
+            return buffer.parts(self.size)
+        return buffer.part(self.size) if number in parted(name, in_place) else buffer.elements
 
     def keep(
         self,
@@ -950,20 +971,30 @@ def gathered_octets(recv: Message, p: int) -> int:
     return octets * p if recv.count is not None else octets
 
 
+VARIED = {"Allgatherv": (1,), "Alltoallv": (0, 1), "Gatherv": (1,), "Scatterv": (0,)}
+"""Which buffers of an MPI call have a part of any length for each rank."""
+
+
 def parted(name: str, in_place: bool) -> tuple[int, ...]:
     """Which buffers of an MPI call are counted in elements a rank."""
-    whole = {"Allgather": (1,), "Alltoall": (0, 1), "Reduce_scatter_block": (int(in_place),)}
+    whole = {
+        "Allgather": (1,),
+        "Alltoall": (0, 1),
+        "Gather": (1,),
+        "Reduce_scatter_block": (int(in_place),),
+        "Scatter": (0,),
+    }
     return whole.get(name, ())
 
 
-def standing(message: Message, count: int) -> Any:
+def standing(message: Message, amount: Any) -> Any:
     """A form for mpi4py that does not keep the user's array alive."""
     assert message.dtype is not None
     try:
         datatype = MPI.Datatype.fromcode(message.dtype.char)
     except (KeyError, ValueError):
         return message.raw
-    return [MPI.memory.fromaddress(message.address, message.size * message.dtype.itemsize), count, datatype]
+    return [MPI.memory.fromaddress(message.address, message.size * message.dtype.itemsize), amount, datatype]
 
 
 def in_turn(moves: list[Run | None]) -> Run:

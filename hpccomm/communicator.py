@@ -21,9 +21,12 @@ from mpi4py import MPI
 
 from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
+from hpccomm.binding import is_in_place
 from hpccomm.collectives import onebit, sparse
 from hpccomm.collectives.tuning import Choice
 from hpccomm.device_binding import DeviceBinder
+from hpccomm.errors import ArgumentError
+from hpccomm.messages import numpy_dtype, read
 from hpccomm.persistent import Persistent
 from hpccomm.resources import Again, Bound, Resources, Run, plain
 from hpccomm.rollcall import LAST_WORDS
@@ -41,20 +44,31 @@ class Communicator(MPI.Intracomm):
     the handle of the communicator it is made from.  The first collective call sets things up, on all ranks together.
     """
 
-    algorithm: str
+    _algorithm: str
     _resources: Resources | None = None
     _again: Again
     _binder: DeviceBinder
 
     def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
         self = super().__new__(cls, comm)
-        self.algorithm = algorithm
+        self._algorithm = algorithm
         self._again = Again()
         self._binder = DeviceBinder(self)
         if comm is not None and comm != MPI.COMM_NULL:
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
             end_together()
         return self
+
+    @property
+    def algorithm(self) -> str:
+        """What takes the calls that name no algorithm."""
+        return self._algorithm
+
+    @algorithm.setter
+    def algorithm(self, name: str) -> None:
+        self._algorithm = name
+        if self._resources:
+            self._resources.forget()
 
     # What was found
 
@@ -199,7 +213,6 @@ class Communicator(MPI.Intracomm):
             self._binder.release()
             self._resources.close()
             self._resources = None
-            self._again.clear()
 
     # Calls that were made before
 
@@ -391,7 +404,7 @@ class Communicator(MPI.Intracomm):
         """
         if stream is not None:
             sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
-        told = None if recvcounts is None else tuple(recvcounts)
+        told = self._counts(sendbuf, recvbuf) if recvcounts is None else tuple(recvcounts)
         if reproducible and self._reproducible("Reduce_scatter", (sendbuf, recvbuf), (told, op), op):
             return None
         quick = ("Reduce_scatter", id(recvbuf), told)
@@ -401,6 +414,12 @@ class Communicator(MPI.Intracomm):
         key = None if told is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, told)
         bound = self._bound(key) or self._binder.reduce_scatter_v(key, sendbuf, recvbuf, told, op, algorithm)
         return self._first(bound, key, quick, sendbuf, recvbuf, op, algorithm)
+
+    def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
+        """What each rank receives, where that can be asked before anything is bound: into NumPy arrays."""
+        if type(recvbuf) is not np.ndarray or sendbuf is recvbuf or is_in_place(sendbuf):
+            return None
+        return self.resources.counts(recvbuf.size)
 
     def Reduce_scatter_init(  # type: ignore[override]
         self,
@@ -442,13 +461,19 @@ class Communicator(MPI.Intracomm):
         """Collect a part of any length from every rank, in rank order, on all; else as :meth:`Allgather`."""
         if stream is not None:
             sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
-        self._first(self._binder.allgatherv(sendbuf, recvbuf, algorithm), None)
+        quick = ("Allgatherv", id(recvbuf))
+        known = self._known(quick, sendbuf, recvbuf, None, algorithm)
+        if known:
+            return known()
+        key = call_key("Allgatherv", sendbuf, recvbuf, 0, algorithm)
+        bound = self._bound(key) or self._binder.allgatherv(key, sendbuf, recvbuf, algorithm)
+        return self._first(bound, key, quick, sendbuf, recvbuf, None, algorithm)
 
     def Allgatherv_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
     ) -> Persistent:
         """A bound Allgatherv."""
-        return Persistent(self._binder.allgatherv(sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
+        return Persistent(self._binder.allgatherv(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
@@ -486,37 +511,45 @@ class Communicator(MPI.Intracomm):
 
     # Collectives where the MPI library's own algorithm does the work; the calls are compared all the same
 
+    def _inherited(
+        self, name: str, buffers: tuple[Any, Any], root: int | None = None, op: MPI.Op | None = None
+    ) -> None:
+        """Run MPI's own."""
+        strange = name == "Alltoallw" or (op is not None and not op.is_predefined)
+        key = None if strange else call_key(name, *buffers, root, None if op is None else op.handle)
+        (self._bound(key) or self._binder.inherited(key, name, buffers, root, op)).run()
+
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Collect an equal part from every rank on ``root``."""
-        self._binder.inherited("Gather", (sendbuf, recvbuf), root)
+        self._inherited("Gather", (sendbuf, recvbuf), root)
 
     def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Collect a part of any length from every rank on ``root``."""
-        self._binder.inherited("Gatherv", (sendbuf, recvbuf), root)
+        self._inherited("Gatherv", (sendbuf, recvbuf), root)
 
     def Scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Give every rank an equal part of ``root``'s buffer."""
-        self._binder.inherited("Scatter", (sendbuf, recvbuf), root)
+        self._inherited("Scatter", (sendbuf, recvbuf), root)
 
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Give every rank a part of any length of ``root``'s buffer."""
-        self._binder.inherited("Scatterv", (sendbuf, recvbuf), root)
+        self._inherited("Scatterv", (sendbuf, recvbuf), root)
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give every rank a part of any length of one's buffer."""
-        self._binder.inherited("Alltoallv", (sendbuf, recvbuf))
+        self._inherited("Alltoallv", (sendbuf, recvbuf))
 
     def Alltoallw(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give every rank a part of any length and datatype of one's buffer."""
-        self._binder.inherited("Alltoallw", (sendbuf, recvbuf))
+        self._inherited("Alltoallw", (sendbuf, recvbuf))
 
     def Scan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over the ranks up to this one."""
-        self._binder.inherited("Scan", (sendbuf, recvbuf), op=op)
+        self._inherited("Scan", (sendbuf, recvbuf), op=op)
 
     def Exscan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over the ranks below this one."""
-        self._binder.inherited("Exscan", (sendbuf, recvbuf), op=op)
+        self._inherited("Exscan", (sendbuf, recvbuf), op=op)
 
     # Compressed: arrays on a device are brought to the host, and results back
 
@@ -564,19 +597,56 @@ class Communicator(MPI.Intracomm):
 
 
 def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:
-    """What makes two calls of one communicator the same; ``None`` for buffers that are not plain arrays."""
+    """What makes two calls of one communicator the same; ``None`` for what is to be bound each time, or refused.
+
+    That is what is not contiguous, of a derived datatype or of none, or on a device.
+    """
     try:
+        recv: Hashable
         if type(recvbuf) is np.ndarray:
             recv = (address(recvbuf), recvbuf.size, recvbuf.dtype, recvbuf.flags.num)
-        elif recvbuf is IN_PLACE or recvbuf is None:
-            recv = None
         else:
-            return None
+            recv = None if recvbuf is IN_PLACE or recvbuf is None else form_key(recvbuf)
         if type(sendbuf) is np.ndarray:
             return (name, address(sendbuf), sendbuf.size, sendbuf.dtype, sendbuf.flags.num, recv, rest)
-        return (name, recv, rest) if sendbuf is IN_PLACE else None
-    except (BufferError, ValueError, KeyError):  # not contiguous, or of no datatype: to be refused with a reason
+        send = None if sendbuf is IN_PLACE or sendbuf is None else form_key(sendbuf)
+        return (name, send, recv, rest)
+    except (ArgumentError, BufferError, KeyError, RuntimeError, TypeError, ValueError):
         return None
+
+
+def form_key(buffer: Any) -> Hashable:
+    """mpi4py's forms and other libraries' arrays: where they lie, and what they say.  Raises where that is not all."""
+    data = buffer[0] if isinstance(buffer, list | tuple) and buffer else buffer
+    if type(data) is np.ndarray and data is not buffer:
+        return (address(data), data.size, data.dtype, data.flags.num, *map(said, buffer[1:]))
+    known = read(buffer, "")
+    if known.opaque or isinstance(data, np.generic):  # a number of NumPy's is copied to be read
+        raise ValueError
+    form = (known.count, known.counts, known.displs)
+    return (known.address, known.size, known.dtype, known.half, known.writable, known.order, *form)
+
+
+def said(member: Any) -> Hashable:
+    """What follows the data in one of mpi4py's forms; raises for a datatype that NumPy does not know."""
+    if isinstance(member, MPI.Datatype):
+        return DTYPES.get(member.handle) or found(member)
+    if isinstance(member, list | tuple | np.ndarray):
+        return tuple(map(said, member))
+    return member  # type: ignore[no-any-return]
+
+
+DTYPES: dict[int, np.dtype[Any]] = {}
+"""Of MPI's own datatypes, which are never freed, by their handles."""
+
+
+def found(datatype: MPI.Datatype) -> np.dtype[Any]:
+    """NumPy's name of a datatype, from now on at hand; raises for one that it does not know."""
+    dtype = numpy_dtype(datatype)
+    if dtype is None:
+        raise ValueError
+    DTYPES[datatype.handle] = dtype
+    return dtype
 
 
 _installed: list[Any] = []

@@ -124,8 +124,11 @@ class DeviceBinder(Binder):
         """The buffers, bound to a stream where they are arrays on a device (collective)."""
         return tuple(Stream(each, stream) if self.there(each) else each for each in buffers)
 
-    def operands(self, who: str, *buffers: Any) -> list[Operand | None] | None:
-        """The buffers on a device (``None`` for none and for in place); ``None`` where all are on the host."""
+    def operands(self, who: str, *buffers: Any, parts: bool = False) -> list[Operand | None] | None:
+        """The buffers on a device (``None`` for none and for in place); ``None`` where all are on the host.
+
+        ``parts``: the last one has a part for each rank, that lie where its form says.
+        """
         there = [self.there(each) for each in buffers]
         if not any(there):
             return None
@@ -136,7 +139,11 @@ class DeviceBinder(Binder):
                     "pass both of one kind"
                 )
         device = self.reached(who)
-        return [Operand(each, device, who) if lies else None for each, lies in zip(buffers, there, strict=True)]
+        found = [Operand(each, device, who) if lies else None for each, lies in zip(buffers, there, strict=True)]
+        for each in found[: len(found) - parts]:
+            if each:
+                each.message = messages.begun(each.message, who)
+        return found
 
     def taken(
         self,
@@ -404,12 +411,12 @@ class DeviceBinder(Binder):
         )
         return self.taken("Allgather", operands, call, count=each * p, algorithm=algorithm)
 
-    def allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
+    def allgatherv(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
         """Allgatherv, in one chunk."""
         who, comm, p, me = self.who("Allgatherv"), self.comm, self.size, self.rank
-        operands = self.operands(who, sendbuf, recvbuf)
+        operands = self.operands(who, sendbuf, recvbuf, parts=True)
         if operands is None:
-            return super().allgatherv(sendbuf, recvbuf, algorithm)
+            return super().allgatherv(key, sendbuf, recvbuf, algorithm)
         first, recv = self.moved(operands, who)
         counts, displs = recv.message.parts(p)
         if len(counts) != p:
@@ -576,7 +583,7 @@ class DeviceBinder(Binder):
             self.operand(each.message, op, who)
         if told is None and first is None:
             raise ArgumentError(f"{who}: in place it cannot know who gets how much: pass recvcounts")
-        counts = tuple(self.resources.channel.allgather(recv.message.elements)) if told is None else told
+        counts = self.resources.counts(recv.message.elements) if told is None else told
         self.check_parts(send.message, recv.message, counts, first is None, who)
         self.check_algorithm("reduce_scatter", recv, op, algorithm, who)
 
@@ -613,20 +620,26 @@ class DeviceBinder(Binder):
             raise ArgumentError(f"{self.who('Allreduce_view')}: the array lies on a device: use Allreduce")
         return super().allreduce_view(key, buf, op)
 
-    def inherited(self, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None) -> None:
+    def inherited(
+        self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
+    ) -> Bound:
         """MPI's own collectives see copies on the host; a rank may have its arrays here, another there."""
         if not any(self.there(each) for each in buffers):
-            super().inherited(name, buffers, root, op)
-            return
+            return super().inherited(key, name, buffers, root, op)
         who = self.who(name)
         both = [self.brought(each, who) for each in buffers]
         into = both[1][1]
         if into and not into.writable:
             raise ArgumentError(f"{who}: the array to receive into is read-only: pass one that can be written")
-        super().inherited(name, tuple(form for form, _ in both), root, op)
-        if into:
-            received = both[1][0][0] if isinstance(both[1][0], list) else both[1][0]
-            self.staging.store(received.ravel(into.order).view(np.uint8), into.address, into.streams)
+        inner = super().inherited(None, name, tuple(form for form, _ in both), root, op)
+
+        def run() -> None:
+            inner.run()
+            if into:
+                received = both[1][0][0] if isinstance(both[1][0], list) else both[1][0]
+                self.staging.store(received.ravel(into.order).view(np.uint8), into.address, into.streams)
+
+        return Bound(run)
 
     def brought(self, form: Any, who: str) -> tuple[Any, DeviceArray | None]:
         """A buffer with a copy on the host in place of its array, and that array; else the buffer as it is."""

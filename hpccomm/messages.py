@@ -7,7 +7,7 @@ Takes every form mpi4py takes.  A form whose bytes do not simply follow one anot
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -124,6 +124,18 @@ def read(given: Any, who: str) -> Message:
     if given is None or given is MPI.BOTTOM or given is MPI.IN_PLACE or isinstance(given, int):
         return Message(given)
     return read_provider(given, who)
+
+
+def begun(message: Message, who: str) -> Message:
+    """A buffer without parts for each rank, where ``[data, count, displacement, datatype]`` lets it begin."""
+    if message.dtype is None or not isinstance(message.displs, int):
+        return message
+    first = message.displs
+    if not 0 <= first <= message.size:
+        raise ArgumentError(f"{who}: displacement {first} in a buffer of {message.size} elements: pass one inside it")
+    return replace(
+        message, address=message.address + first * message.dtype.itemsize, size=message.size - first, displs=None
+    )
 
 
 def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Message:

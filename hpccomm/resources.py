@@ -65,6 +65,10 @@ the algorithm; the dtype of what is received (else sent: arrays can be given ano
 identities true, since an entry goes when its arrays go.  A plain tuple: it is taken apart in half the time."""
 
 
+IDENTIFIED = (np.ndarray, type(MPI.IN_PLACE), type(None))
+"""What is told by its identity: a form is a new list at every call, and may say something else."""
+
+
 class Again(dict[Hashable, Known]):
     """Calls found by the identity of their arguments, the quickest way there is; keeps no array alive."""
 
@@ -72,6 +76,8 @@ class Again(dict[Hashable, Known]):
         self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None, run: Run
     ) -> None:
         """Find this call by its arguments from now on; ``key`` names the collective and ``recvbuf``'s identity."""
+        if type(sendbuf) not in IDENTIFIED or type(recvbuf) not in IDENTIFIED:
+            return
         if op is not None and not op.is_predefined:
             return
         arrays = [each for each in (sendbuf, recvbuf) if isinstance(each, np.ndarray)]
@@ -100,6 +106,12 @@ class Resources:
     def load_table(self) -> tuning.Table:
         """This machine's decisions."""
         return tuning.load(mpi_name(), MPI.Get_processor_name(), ethernet=not topology.fast_networks())
+
+    def counts(self, elements: int) -> tuple[int, ...]:
+        """How many elements each rank says (collective)."""
+        said = np.empty(self.size, np.int64)
+        self.channel.Allgather(np.array([elements], np.int64), said)
+        return tuple(said.tolist())
 
     def call_roll(self) -> tuple[rollcall.RollCall | None, Segment | None]:
         """A roll call over the ranks of this node; none where they share no memory, or are alone."""
@@ -221,11 +233,16 @@ class Resources:
             oldest.free()
         return bound
 
-    def close(self) -> None:
-        """Give everything back (collective)."""
+    def forget(self) -> None:
+        """Give up all bound calls."""
+        self._again.clear()
         for bound in self.plans.values():
             bound.free()
         self.plans.clear()
+
+    def close(self) -> None:
+        """Give everything back (collective)."""
+        self.forget()
         if self.roll:
             self.roll.close()
         if self._segment:

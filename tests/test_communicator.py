@@ -191,9 +191,12 @@ def test_reduce_scatter_gives_every_rank_its_part(comm: Communicator) -> None:
         want = total(comm.size, int(ends[-1]), "f8")[ends[comm.rank] : ends[comm.rank + 1]]
         comm.Reduce_scatter(a, b, counts, algorithm=algorithm)
         assert np.array_equal(b, want)
-        b[...] = 0
-        comm.Reduce_scatter(a, b, algorithm=algorithm)
-        assert np.array_equal(b, want)
+        bound = set(comm.resources.plans)
+        for buffer in (b, [b, MPI.DOUBLE] if comm.rank == 0 else b):
+            b[...] = 0
+            comm.Reduce_scatter(a, buffer, algorithm=algorithm)
+            assert np.array_equal(b, want)
+        assert set(comm.resources.plans) == bound  # what was bound with the counts said
         assert np.array_equal(a, operand(comm.rank, int(ends[-1]), "f8"))
 
 
@@ -449,6 +452,69 @@ def test_inherited_collectives_do_what_mpi4py_does(comm: Communicator) -> None:
     assert total[0] == (r + 1) * (r + 2) // 2
 
 
+def calls_by_form(comm: Any, x: dict[str, Any]) -> Any:
+    """Calls in mpi4py's other spellings, one after the other; ``x["wide"]`` has room between parts."""
+    p, r, f, here = comm.size, comm.rank, MPI.FLOAT, MPI.IN_PLACE
+    a, b, part, own, wide = x["a"], x["b"], x["part"], x["own"], x["wide"]
+    counts = [5 + k for k in range(p)]
+    apart = [sum(counts[:k]) + 2 * k for k in range(p)]
+    few, spread = [3] * p, [4 * k for k in range(p)]
+    yield comm.Allreduce([a, f], [b, f])
+    yield comm.Allreduce((a, a.size - 1), (b, b.size - 1))
+    yield comm.Allreduce([a, 5, 2, "f"], [b, 5, 3, f])
+    yield comm.Allreduce(memoryview(a), memoryview(b), op=MPI.MAX)
+    yield comm.Bcast([a, 3, 4, f], root=p - 1)
+    yield comm.Bcast(memoryview(a).cast("B"))
+    yield comm.Reduce([a, f], [b, f] if r == 0 else None)
+    yield comm.Allgather([part, f], [b, f])
+    yield comm.Allgather(here, [b, part.size, f])
+    yield comm.Allgatherv(own, [wide, counts, apart, f])
+    yield comm.Allgatherv(here, [wide, (counts, apart), f])
+    yield comm.Allgatherv(part, b)
+    yield comm.Reduce_scatter_block([a, f], [part, f])
+    yield comm.Reduce_scatter([wide[: sum(counts)], f], [own, f])
+    yield comm.Alltoall([a, f], [b, f])
+    yield comm.Gather([part, 3, 2, f], [b, 3, f])
+    yield comm.Gather(here if r == 0 else part, b)
+    yield comm.Scatter([a, part.size, f] if r == p - 1 else None, [part, f], root=p - 1)
+    yield comm.Gatherv(own, [wide, counts, apart, f] if r == 0 else None)
+    yield comm.Scatterv([wide, counts, apart, f] if r == 0 else None, own)
+    yield comm.Alltoallv([a, few, spread, f], [b, few, spread, f])
+    yield comm.Scan(a, [b, f])
+    yield comm.Exscan([a, f], b)
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3, 4))
+def test_every_spelling_does_what_mpi4py_does_and_is_bound_once(comm: Communicator) -> None:
+    def arrays() -> dict[str, Any]:
+        p, lengths = comm.size, {"part": 12, "own": 5 + comm.rank}
+        lengths |= {"a": 12 * p, "b": 12 * p, "wide": sum(7 + k for k in range(p))}
+        return {name: np.zeros(length, "f4") for name, length in lengths.items()}
+
+    ours, bound = arrays(), []
+    for turn in range(3):
+        theirs = arrays()
+        for k, name in enumerate(ours):
+            ours[name][...] = theirs[name][...] = verifiable.operand(comm.rank, 16, ours[name].size, "f4") + turn - k
+        for _ in zip(calls_by_form(comm, ours), calls_by_form(MPI.Intracomm(comm), theirs), strict=True):
+            assert {name: each.tolist() for name, each in ours.items()} == {n: e.tolist() for n, e in theirs.items()}
+        bound.append(len(comm.resources.plans))
+    assert bound[0] == bound[1] == bound[2] >= 20
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_another_algorithm_for_all_calls_takes_those_that_were_bound_before(comm: Communicator) -> None:
+    a, b = operand(comm.rank, 100, "f4"), np.empty(100, "f4")
+    for name in ("auto", "ring", "native", "tree"):
+        if comm.rank == 0:
+            comm.resources.forget()  # a rank that binds anew does what those do that need not
+        comm.algorithm = name
+        for _ in range(2):
+            comm.Allreduce(a, b)
+            comm.Barrier()
+            assert np.array_equal(b, total(comm.size, 100, "f4"))
+
+
 def test_what_one_rank_can_know_is_refused_before_the_first_message(comm: Communicator) -> None:
     """Every rank makes the same mistake, so every rank is refused; the next call works."""
     x, y = np.ones(8, "f4"), np.ones(8, "f4")
@@ -456,6 +522,7 @@ def test_what_one_rank_can_know_is_refused_before_the_first_message(comm: Commun
     frozen.flags.writeable = False
     mistakes = [
         (lambda: comm.Allreduce(x[::2], y[:4]), "ascontiguousarray"),
+        (lambda: comm.Bcast([y, 1, 9, MPI.FLOAT]), "displacement 9"),
         (lambda: comm.Allreduce(x, frozen), "read-only"),
         (lambda: comm.Allreduce(y[:6], y[2:]), "overlap"),
         (lambda: comm.Allreduce(x.astype(">f4"), y), "byte order"),
