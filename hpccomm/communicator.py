@@ -30,11 +30,16 @@ from hpccomm.messages import numpy_dtype, read
 from hpccomm.persistent import Persistent
 from hpccomm.resources import Again, Bound, Resources, Run, plain
 from hpccomm.rollcall import LAST_WORDS
+from hpccomm.stand_ins import StandIns
 from hpccomm.topology import Topology
 
 IN_PLACE = MPI.IN_PLACE
 
 address = MPI.Get_address
+
+
+MADE = Bound(lambda: None)
+"""In place of a call that needs no more to be run."""
 
 
 class Communicator(MPI.Intracomm):
@@ -47,12 +52,14 @@ class Communicator(MPI.Intracomm):
     _algorithm: str
     _resources: Resources | None = None
     _again: Again
+    _stand_ins: StandIns
     _binder: DeviceBinder
 
     def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
         self = super().__new__(cls, comm)
         self._algorithm = algorithm
         self._again = Again()
+        self._stand_ins = StandIns()
         self._binder = DeviceBinder(self)
         if comm is not None and comm != MPI.COMM_NULL:
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
@@ -238,6 +245,8 @@ class Communicator(MPI.Intracomm):
         algorithm: str | None = None,
     ) -> None:
         """Run a call; the next time it is found by its arguments, if it is kept."""
+        if bound is MADE:
+            return None
         if key is not None:
             self._again.remember(quick, sendbuf, recvbuf, op, algorithm, bound.run)
             return bound.run()
@@ -263,6 +272,12 @@ class Communicator(MPI.Intracomm):
     def _bound(self, key: Hashable) -> Bound | None:
         """A call on the same memory."""
         return self._resources.plans.get(key) if self._resources and key is not None else None
+
+    def _stood_in(self, key: Any, call: Callable[[Any, Any], None], sendbuf: Any, recvbuf: Any) -> Bound | None:
+        """A call that was made already, through arrays that stand in for its own."""
+        if key is not None and self._stand_ins.run((key[0], key[-1]), call, sendbuf, recvbuf):
+            return MADE
+        return None
 
     # Collectives
 
@@ -292,7 +307,11 @@ class Communicator(MPI.Intracomm):
             if sender == id(sendbuf) and same_op is op and same_algorithm is algorithm and recvbuf.dtype is dtype:
                 return run()
         key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
-        bound = self._bound(key) or self._binder.allreduce(key, sendbuf, recvbuf, op, algorithm)
+        bound = (
+            self._bound(key)
+            or self._stood_in(key, lambda a, b: self.Allreduce(a, b, op, algorithm), sendbuf, recvbuf)
+            or self._binder.allreduce(key, sendbuf, recvbuf, op, algorithm)
+        )
         return self._first(bound, key, id(recvbuf), sendbuf, recvbuf, op, algorithm)
 
     def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op = MPI.SUM) -> npt.NDArray[Any]:
@@ -338,7 +357,16 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
-        bound = self._bound(key) or self._binder.reduce(key, sendbuf, recvbuf, op, root, algorithm)
+        bound = (
+            self._bound(key)
+            or self._stood_in(
+                key,
+                lambda a, b: self.Reduce(a, b, op, root, algorithm),
+                sendbuf,
+                recvbuf if self.rank == root else None,
+            )
+            or self._binder.reduce(key, sendbuf, recvbuf, op, root, algorithm)
+        )
         return self._first(bound, key, quick, sendbuf, recvbuf, op, algorithm)
 
     def Reduce_init(  # type: ignore[override]
@@ -372,7 +400,11 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
-        bound = self._bound(key) or self._binder.reduce_scatter_block(key, sendbuf, recvbuf, op, algorithm)
+        bound = (
+            self._bound(key)
+            or self._stood_in(key, lambda a, b: self.Reduce_scatter_block(a, b, op, algorithm), sendbuf, recvbuf)
+            or self._binder.reduce_scatter_block(key, sendbuf, recvbuf, op, algorithm)
+        )
         return self._first(bound, key, quick, sendbuf, recvbuf, op, algorithm)
 
     def Reduce_scatter_block_init(  # type: ignore[override]
@@ -412,7 +444,11 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = None if told is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, told)
-        bound = self._bound(key) or self._binder.reduce_scatter_v(key, sendbuf, recvbuf, told, op, algorithm)
+        bound = (
+            self._bound(key)
+            or self._stood_in(key, lambda a, b: self.Reduce_scatter(a, b, told, op, algorithm), sendbuf, recvbuf)
+            or self._binder.reduce_scatter_v(key, sendbuf, recvbuf, told, op, algorithm)
+        )
         return self._first(bound, key, quick, sendbuf, recvbuf, op, algorithm)
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
@@ -448,7 +484,11 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Allgather", sendbuf, recvbuf, 0, algorithm)
-        bound = self._bound(key) or self._binder.allgather(key, sendbuf, recvbuf, algorithm)
+        bound = (
+            self._bound(key)
+            or self._stood_in(key, lambda a, b: self.Allgather(a, b, algorithm), sendbuf, recvbuf)
+            or self._binder.allgather(key, sendbuf, recvbuf, algorithm)
+        )
         return self._first(bound, key, quick, sendbuf, recvbuf, None, algorithm)
 
     def Allgather_init(  # type: ignore[override]
@@ -466,7 +506,11 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Allgatherv", sendbuf, recvbuf, 0, algorithm)
-        bound = self._bound(key) or self._binder.allgatherv(key, sendbuf, recvbuf, algorithm)
+        bound = (
+            self._bound(key)
+            or self._stood_in(key, lambda a, b: self.Allgatherv(a, b, algorithm), sendbuf, recvbuf)
+            or self._binder.allgatherv(key, sendbuf, recvbuf, algorithm)
+        )
         return self._first(bound, key, quick, sendbuf, recvbuf, None, algorithm)
 
     def Allgatherv_init(  # type: ignore[override]
@@ -484,7 +528,11 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Bcast", buf, IN_PLACE, 0, algorithm, root)
-        bound = self._bound(key) or self._binder.bcast(key, buf, root, algorithm)
+        bound = (
+            self._bound(key)
+            or self._stood_in(key, lambda a, b: self.Bcast(b, root, algorithm), None, buf)
+            or self._binder.bcast(key, buf, root, algorithm)
+        )
         return self._first(bound, key, quick, None, buf, None, algorithm)
 
     def Bcast_init(  # type: ignore[override]
@@ -502,7 +550,11 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Alltoall", sendbuf, recvbuf, 0, algorithm)
-        bound = self._bound(key) or self._binder.alltoall(key, sendbuf, recvbuf, algorithm)
+        bound = (
+            self._bound(key)
+            or self._stood_in(key, lambda a, b: self.Alltoall(a, b, algorithm), sendbuf, recvbuf)
+            or self._binder.alltoall(key, sendbuf, recvbuf, algorithm)
+        )
         return self._first(bound, key, quick, sendbuf, recvbuf, None, algorithm)
 
     def Barrier(self) -> None:

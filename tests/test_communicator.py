@@ -502,6 +502,41 @@ def test_every_spelling_does_what_mpi4py_does_and_is_bound_once(comm: Communicat
     assert bound[0] == bound[1] == bound[2] >= 20
 
 
+@pytest.mark.mpi(sizes=(1, 2, 3))
+def test_short_calls_on_new_arrays_are_bound_to_arrays_that_stand_in(comm: Communicator) -> None:
+    p, r, held, bound = comm.size, comm.rank, [], []
+    for turn in range(6):
+        a, b = operand(r, 5 * p, "f4") + turn, np.full(5 * p, -1, "f4")
+        want = total(p, 5 * p, "f4") + p * turn
+        mine = want[5 * r : 5 * r + 5]
+        whole, part, own, other = a.copy(), np.zeros(5, "f4"), a[:5].copy(), np.full(5 * p, 7, "f4")
+        table = np.asfortranarray(a.reshape(p, 5))
+        comm.Allreduce(a, b)
+        assert np.array_equal(b, want)
+        comm.Allreduce(MPI.IN_PLACE, whole, op=MPI.MAX)
+        assert np.array_equal(whole, np.max([operand(k, 5 * p, "f4") + turn for k in range(p)], axis=0))
+        comm.Allreduce(table, turned := np.empty_like(table))
+        assert np.array_equal(turned, want.reshape(p, 5))
+        comm.Reduce(a, other, root=p - 1)
+        assert np.array_equal(other, want if r == p - 1 else np.full(5 * p, 7))
+        comm.Reduce_scatter_block(a, part)
+        assert np.array_equal(part, mine)
+        comm.Reduce_scatter(a, part)
+        assert np.array_equal(part, mine)
+        comm.Allgather(own, b)
+        assert np.array_equal(b, np.concatenate([operand(k, 5 * p, "f4")[:5] + turn for k in range(p)]))
+        comm.Alltoall(a, b)
+        assert np.array_equal(b, np.concatenate([operand(k, 5 * p, "f4")[5 * r : 5 * r + 5] + turn for k in range(p)]))
+        told = a.copy()
+        told.flags.writeable = r != 0
+        comm.Bcast(told)
+        assert np.array_equal(told, operand(0, 5 * p, "f4") + turn)
+        held += [a, b, whole, part, own, other, table, turned, told]  # so that each turn's lie elsewhere
+        bound.append(len(comm.resources.plans))
+    kept = (r == 0) + (p > 1)  # a root's array that cannot be written and a table in columns are bound each time
+    assert bound[5] - bound[3] == 2 * kept < bound[1] - bound[0]
+
+
 @pytest.mark.mpi(sizes=(2, 3))
 def test_another_algorithm_for_all_calls_takes_those_that_were_bound_before(comm: Communicator) -> None:
     a, b = operand(comm.rank, 100, "f4"), np.empty(100, "f4")
