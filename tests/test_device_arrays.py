@@ -250,7 +250,7 @@ def allgatherv(binder: OnThreads, device: StandIn, n: int) -> Any:
     want = np.full(10 * binder.size, -1, F4)
     for k, (count, displ) in enumerate(zip(counts, displs, strict=True)):
         want[displ : displ + count] = operand(k, count)
-    return binder.allgatherv(x, [y, counts, displs, MPI.FLOAT], None), y, want
+    return binder.allgatherv(None, x, [y, counts, displs, MPI.FLOAT], None), y, want
 
 
 def reduce_scatter_block(binder: OnThreads, device: StandIn, n: int) -> Any:
