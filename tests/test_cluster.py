@@ -161,7 +161,10 @@ def test_links_that_are_up_are_seen(tmp_path: Path) -> None:
 @needs_namespaces
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_is_interrupted_leaves_nothing(name: str, number: int) -> None:
-    program = f"from hpccomm.testing.cluster import *\nwith Cluster(2, '', {name!r}) as c:\n c.run(['sleep', '60'])"
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests may run with it ignored
+        f"from hpccomm.testing.cluster import *\nwith Cluster(2, '', {name!r}) as c:\n c.run(['sleep', '60'])"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", program], start_new_session=True, stderr=subprocess.DEVNULL
     ) as process:
