@@ -495,12 +495,14 @@ class Binder:
             return buffer.raw is None or buffer.raw is IN_PLACE
         return buffer.count is not None or number not in parted(name, False) or buffer.size % self.size == 0
 
-    def form(self, name: str, number: int, buffer: Message) -> Any:
+    def form(self, name: str, number: int, buffer: Message, in_place: bool = False) -> Any:
         """That form."""
         if buffer.dtype is None:
             return buffer.raw
-        one = buffer if number in VARIED.get(name, ()) else begun(buffer, self.who(name))
-        return standing(one, self.amount(name, number, one, False))
+        if number in VARIED.get(name, ()):
+            return standing(buffer, buffer.parts(self.size))
+        one = begun(buffer, self.who(name))
+        return standing(one, one.part(self.size) if number in parted(name, in_place) else one.elements)
 
     def who(self, name: str) -> str:
         """How errors of this call begin."""
@@ -742,18 +744,9 @@ class Binder:
         forms = [IN_PLACE if same else first.raw, *(each.raw for each in buffers[1:])]
         reusable = key is not None and all(each.dtype is not None for each in buffers)
         if reusable:
-            forms = [
-                IN_PLACE if same and k == 0 else standing(each, self.amount(name, k, each, same))
-                for k, each in enumerate(buffers)
-            ]
+            forms = [IN_PLACE if same and k == 0 else self.form(name, k, each, same) for k, each in enumerate(buffers)]
         run = self.checked(signature, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING)
         return self.resources.keep(key, Bound(run)) if reusable else Bound(run)
-
-    def amount(self, name: str, number: int, buffer: Message, in_place: bool) -> Any:
-        """What a form of MPI's says of how much its buffer, the first or second of a call, holds for each rank."""
-        if number in VARIED.get(name, ()):
-            return buffer.parts(self.size)
-        return buffer.part(self.size) if number in parted(name, in_place) else buffer.elements
 
     def keep(
         self,

@@ -38,10 +38,6 @@ IN_PLACE = MPI.IN_PLACE
 address = MPI.Get_address
 
 
-MADE = Bound(lambda: None)
-"""In place of a call that needs no more to be run."""
-
-
 class Communicator(MPI.Intracomm):
     """``MPI.Intracomm`` with our collectives: ``Communicator(MPI.COMM_WORLD)``.
 
@@ -234,19 +230,29 @@ class Communicator(MPI.Intracomm):
         same = sender == id(sendbuf) and same_op is op and same_algorithm is algorithm
         return run if same and dtype is (sendbuf if recvbuf is None else recvbuf).dtype else None
 
-    def _first(
+    def _anew(
         self,
-        bound: Bound,
-        key: Hashable,
-        quick: Hashable = None,
-        sendbuf: Any = None,
-        recvbuf: Any = None,
-        op: MPI.Op | None = None,
-        algorithm: str | None = None,
+        key: Any,
+        quick: Hashable,
+        buffers: tuple[Any, Any],
+        op: MPI.Op | None,
+        algorithm: str | None,
+        call: Callable[[Any, Any], None],
+        bind: Callable[[], Bound],
+        receives: bool = True,
     ) -> None:
-        """Run a call; the next time it is found by its arguments, if it is kept."""
-        if bound is MADE:
-            return None
+        """Make a call on other objects than before: bound to their memory, through arrays that stand in, or bound now.
+
+        The next time it is found by its arguments, if it is kept.  ``call`` makes it on other buffers; unless this rank
+        ``receives``, its second one is not looked at.
+        """
+        sendbuf, recvbuf = buffers
+        bound = self._bound(key)
+        if bound is None:
+            into = recvbuf if receives else None
+            if key is not None and self._stand_ins.run((key[0], key[-1]), call, sendbuf, into):
+                return None
+            bound = bind()
         if key is not None:
             self._again.remember(quick, sendbuf, recvbuf, op, algorithm, bound.run)
             return bound.run()
@@ -254,6 +260,27 @@ class Communicator(MPI.Intracomm):
             return bound.run()
         finally:
             bound.free()
+
+    def _moved(
+        self,
+        call: Callable[[Any, Any, str | None], None],
+        bind: Callable[[Hashable, Any, Any, str | None], Bound],
+        quick: tuple[str, int],
+        sendbuf: Any,
+        recvbuf: Any,
+        algorithm: str | None,
+    ) -> None:
+        """Make a call on other objects than before that reduces nothing and has no root."""
+        key = call_key(quick[0], sendbuf, recvbuf, 0, algorithm)
+        return self._anew(
+            key,
+            quick,
+            (sendbuf, recvbuf),
+            None,
+            algorithm,
+            lambda a, b: call(a, b, algorithm),
+            lambda: bind(key, sendbuf, recvbuf, algorithm),
+        )
 
     def _reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; whether there was need."""
@@ -272,12 +299,6 @@ class Communicator(MPI.Intracomm):
     def _bound(self, key: Hashable) -> Bound | None:
         """A call on the same memory."""
         return self._resources.plans.get(key) if self._resources and key is not None else None
-
-    def _stood_in(self, key: Any, call: Callable[[Any, Any], None], sendbuf: Any, recvbuf: Any) -> Bound | None:
-        """A call that was made already, through arrays that stand in for its own."""
-        if key is not None and self._stand_ins.run((key[0], key[-1]), call, sendbuf, recvbuf):
-            return MADE
-        return None
 
     # Collectives
 
@@ -307,12 +328,15 @@ class Communicator(MPI.Intracomm):
             if sender == id(sendbuf) and same_op is op and same_algorithm is algorithm and recvbuf.dtype is dtype:
                 return run()
         key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
-        bound = (
-            self._bound(key)
-            or self._stood_in(key, lambda a, b: self.Allreduce(a, b, op, algorithm), sendbuf, recvbuf)
-            or self._binder.allreduce(key, sendbuf, recvbuf, op, algorithm)
+        return self._anew(
+            key,
+            id(recvbuf),
+            (sendbuf, recvbuf),
+            op,
+            algorithm,
+            lambda a, b: self.Allreduce(a, b, op, algorithm),
+            lambda: self._binder.allreduce(key, sendbuf, recvbuf, op, algorithm),
         )
-        return self._first(bound, key, id(recvbuf), sendbuf, recvbuf, op, algorithm)
 
     def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op = MPI.SUM) -> npt.NDArray[Any]:
         """Reduce registered arrays over all ranks into one result that the ranks of a node share.
@@ -357,17 +381,16 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
-        bound = (
-            self._bound(key)
-            or self._stood_in(
-                key,
-                lambda a, b: self.Reduce(a, b, op, root, algorithm),
-                sendbuf,
-                recvbuf if self.rank == root else None,
-            )
-            or self._binder.reduce(key, sendbuf, recvbuf, op, root, algorithm)
+        return self._anew(
+            key,
+            quick,
+            (sendbuf, recvbuf),
+            op,
+            algorithm,
+            lambda a, b: self.Reduce(a, b, op, root, algorithm),
+            lambda: self._binder.reduce(key, sendbuf, recvbuf, op, root, algorithm),
+            self.rank == root,
         )
-        return self._first(bound, key, quick, sendbuf, recvbuf, op, algorithm)
 
     def Reduce_init(  # type: ignore[override]
         self,
@@ -400,12 +423,15 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
-        bound = (
-            self._bound(key)
-            or self._stood_in(key, lambda a, b: self.Reduce_scatter_block(a, b, op, algorithm), sendbuf, recvbuf)
-            or self._binder.reduce_scatter_block(key, sendbuf, recvbuf, op, algorithm)
+        return self._anew(
+            key,
+            quick,
+            (sendbuf, recvbuf),
+            op,
+            algorithm,
+            lambda a, b: self.Reduce_scatter_block(a, b, op, algorithm),
+            lambda: self._binder.reduce_scatter_block(key, sendbuf, recvbuf, op, algorithm),
         )
-        return self._first(bound, key, quick, sendbuf, recvbuf, op, algorithm)
 
     def Reduce_scatter_block_init(  # type: ignore[override]
         self,
@@ -444,12 +470,15 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = None if told is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, told)
-        bound = (
-            self._bound(key)
-            or self._stood_in(key, lambda a, b: self.Reduce_scatter(a, b, told, op, algorithm), sendbuf, recvbuf)
-            or self._binder.reduce_scatter_v(key, sendbuf, recvbuf, told, op, algorithm)
+        return self._anew(
+            key,
+            quick,
+            (sendbuf, recvbuf),
+            op,
+            algorithm,
+            lambda a, b: self.Reduce_scatter(a, b, told, op, algorithm),
+            lambda: self._binder.reduce_scatter_v(key, sendbuf, recvbuf, told, op, algorithm),
         )
-        return self._first(bound, key, quick, sendbuf, recvbuf, op, algorithm)
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
         """What each rank receives, where that can be asked before anything is bound: into NumPy arrays."""
@@ -483,13 +512,7 @@ class Communicator(MPI.Intracomm):
         known = self._known(quick, sendbuf, recvbuf, None, algorithm)
         if known:
             return known()
-        key = call_key("Allgather", sendbuf, recvbuf, 0, algorithm)
-        bound = (
-            self._bound(key)
-            or self._stood_in(key, lambda a, b: self.Allgather(a, b, algorithm), sendbuf, recvbuf)
-            or self._binder.allgather(key, sendbuf, recvbuf, algorithm)
-        )
-        return self._first(bound, key, quick, sendbuf, recvbuf, None, algorithm)
+        return self._moved(self.Allgather, self._binder.allgather, quick, sendbuf, recvbuf, algorithm)
 
     def Allgather_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
@@ -505,13 +528,7 @@ class Communicator(MPI.Intracomm):
         known = self._known(quick, sendbuf, recvbuf, None, algorithm)
         if known:
             return known()
-        key = call_key("Allgatherv", sendbuf, recvbuf, 0, algorithm)
-        bound = (
-            self._bound(key)
-            or self._stood_in(key, lambda a, b: self.Allgatherv(a, b, algorithm), sendbuf, recvbuf)
-            or self._binder.allgatherv(key, sendbuf, recvbuf, algorithm)
-        )
-        return self._first(bound, key, quick, sendbuf, recvbuf, None, algorithm)
+        return self._moved(self.Allgatherv, self._binder.allgatherv, quick, sendbuf, recvbuf, algorithm)
 
     def Allgatherv_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
@@ -528,12 +545,15 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Bcast", buf, IN_PLACE, 0, algorithm, root)
-        bound = (
-            self._bound(key)
-            or self._stood_in(key, lambda a, b: self.Bcast(b, root, algorithm), None, buf)
-            or self._binder.bcast(key, buf, root, algorithm)
+        return self._anew(
+            key,
+            quick,
+            (None, buf),
+            None,
+            algorithm,
+            lambda a, b: self.Bcast(b, root, algorithm),
+            lambda: self._binder.bcast(key, buf, root, algorithm),
         )
-        return self._first(bound, key, quick, None, buf, None, algorithm)
 
     def Bcast_init(  # type: ignore[override]
         self, buf: Any, root: int = 0, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
@@ -549,13 +569,7 @@ class Communicator(MPI.Intracomm):
         known = self._known(quick, sendbuf, recvbuf, None, algorithm)
         if known:
             return known()
-        key = call_key("Alltoall", sendbuf, recvbuf, 0, algorithm)
-        bound = (
-            self._bound(key)
-            or self._stood_in(key, lambda a, b: self.Alltoall(a, b, algorithm), sendbuf, recvbuf)
-            or self._binder.alltoall(key, sendbuf, recvbuf, algorithm)
-        )
-        return self._first(bound, key, quick, sendbuf, recvbuf, None, algorithm)
+        return self._moved(self.Alltoall, self._binder.alltoall, quick, sendbuf, recvbuf, algorithm)
 
     def Barrier(self) -> None:
         """Wait for all ranks."""
