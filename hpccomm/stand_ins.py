@@ -29,8 +29,10 @@ class StandIns:
         self._arrays: dict[Hashable, tuple[Any, Any]] = {}
         self._own: set[int] = set()
 
-    def run(self, kind: Hashable, call: Callable[[Any, Any], None], sendbuf: Any, recvbuf: Any) -> bool:
-        """Make a call on arrays that stand in for these, if it is time to; whether it was made.
+    def run(
+        self, kind: Hashable, call: Callable[..., None], sendbuf: Any, recvbuf: Any, rest: tuple[Any, ...] = ()
+    ) -> bool:
+        """Make a call on arrays that stand in for these, with ``rest``, if it is time to; whether it was made.
 
         Buffers are plain arrays, ``IN_PLACE`` or ``None``.  All of ``recvbuf`` goes in as well, and comes out.
         """
@@ -51,7 +53,7 @@ class StandIns:
         if source is not into:
             copied(source, sendbuf)
         copied(into, recvbuf)
-        call(source, into)
+        call(source, into, *rest)
         copied(recvbuf, into)
         return True
 

@@ -27,6 +27,7 @@ from hpccomm.algorithms.onebit import sent as told_bits
 from hpccomm.algorithms.powersgd import powersgd
 from hpccomm.algorithms.transforms import Transform, chain, scale
 from hpccomm.buckets import Bucket
+from hpccomm.collectives.sparse import MessageGather
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 
@@ -506,10 +507,9 @@ class Altering:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.comm, name)
 
-    def Allgatherv(self, mine: np.ndarray, room: Any) -> None:
-        self.comm.Allgatherv(mine, room)
-        buffer, lengths = room
-        buffer[lengths[0] + self.place] = self.octet
+    def Allgather(self, mine: np.ndarray, everyone: np.ndarray) -> None:
+        self.comm.Allgather(mine, everyone)
+        everyone[mine.size + 8 + self.place] = self.octet  # behind rank 1's length
 
 
 @pytest.mark.parametrize(
@@ -547,12 +547,12 @@ def test_messages_of_any_lengths_are_exchanged() -> None:
     def body(comm: Any) -> None:
         for lengths in ([0, 5, 2], [0, 0, 0], [3, 3, 3]):
             mine = [np.full(lengths[comm.rank], 10 * comm.rank + k, np.uint8) for k in range(2)]
-            found, nbytes = exchanged(comm, mine)
+            found, nbytes = exchanged(MessageGather(comm), mine)
             assert found is not None
             for rank in range(3):
                 assert [each.tolist() for each in found[rank]] == [[10 * rank + k] * lengths[rank] for k in range(2)]
             assert nbytes == 2 * (8 + 3 * 8 + 2 * lengths[comm.rank])
-        assert exchanged(comm, None if comm.rank == 2 else mine)[0] is None
+        assert exchanged(MessageGather(comm), None if comm.rank == 2 else mine)[0] is None
 
     run_on_ranks(3, body)
 

@@ -58,20 +58,89 @@ def test_messages_are_gathered_over_mpi(comm: Any) -> None:
     assert_letters(sparse.gather_messages(comm, letter(comm.rank)), comm.size)
 
 
+def lengths_over_time(rank: int) -> list[int]:
+    """Alike, growing, suddenly longer on one rank, too long for a room, short again, nothing."""
+    lengths = [40, 40, 41, 60, 60, 5000 if rank == 1 else 60, 60, sparse.SHORT_ROOM + 1, 100, 100]
+    return [*lengths, 8 * rank, 0 if rank == 1 else 90, 0, 0, 3]
+
+
+def gathered_over_time(comm: Any) -> None:
+    counting = Counting(comm)
+    gather = sparse.MessageGather(counting)
+    for step, length in enumerate(lengths_over_time(comm.rank)):
+        found, nbytes = gather.gather(((np.arange(length) + step + 31 * comm.rank) % 251).astype(np.uint8))
+        assert nbytes == counting.sent
+        counting.sent = 0
+        for rank, each in enumerate(found):
+            expected = (np.arange(lengths_over_time(rank)[step]) + step + 31 * rank) % 251
+            assert each.dtype == np.uint8
+            assert each.flags.writeable
+            np.testing.assert_array_equal(each, expected)
+            each[...] = 255  # belongs to who asked
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_messages_of_lengths_that_change_from_call_to_call_arrive_whole(size: int) -> None:
+    run_on_ranks(size, gathered_over_time)
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_messages_of_lengths_that_change_arrive_whole_over_mpi(comm: Any) -> None:
+    gathered_over_time(Communicator(comm))
+
+
+def test_messages_as_long_as_the_last_ones_travel_in_one_call() -> None:
+    def calls(comm: Any) -> list[list[str]]:
+        counting = Counting(comm)
+        gather = sparse.MessageGather(counting)
+        found = []
+        for length in (100, 100, 105, 90, 200, 200):
+            counting.calls = []
+            gather.gather(np.zeros(length - comm.rank, np.uint8))
+            found.append(counting.calls)
+        return found
+
+    both, one = ["Allgather", "Allgatherv"], ["Allgather"]
+    assert run_on_ranks(3, calls)[0] == [both, one, one, one, both, one]
+
+
+def test_what_is_no_message_is_refused_in_a_room_too() -> None:
+    def bring(comm: Any) -> None:
+        gather = sparse.MessageGather(comm)
+        gather.gather(np.zeros(64, np.uint8))
+        with pytest.raises(ArgumentError, match="rank 2 brings no flat uint8"):
+            gather.gather(np.zeros(4, np.float32 if comm.rank == 2 else np.uint8))
+        assert [each.size for each in gather.gather(np.zeros(64, np.uint8))[0]] == [64, 64, 64]
+
+    run_on_ranks(3, bring)
+
+
+@pytest.mark.parametrize("longest", [0, 1, 7, 8, 100, 1000, sparse.SHORT_ROOM])
+def test_rooms_hold_what_was_longest_and_no_quarter_more(longest: int) -> None:
+    room = sparse.room_after(longest, 0)
+    assert longest <= room <= max(1.25 * longest, longest + 8)
+    assert room % 8 == 0
+    assert sparse.room_after(longest, room) == room
+    assert sparse.room_after(sparse.SHORT_ROOM + 1, room) == 0
+
+
 class Counting:
     """A communicator that counts what goes through it."""
 
     def __init__(self, comm: Any) -> None:
         self.comm, self.sent = comm, 0
+        self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.comm, name)
 
     def Allgather(self, mine: np.ndarray, room: np.ndarray) -> None:
+        self.calls.append("Allgather")
         self.sent += mine.nbytes * (self.size - 1)
         self.comm.Allgather(mine, room)
 
     def Allgatherv(self, mine: np.ndarray, room: Any) -> None:
+        self.calls.append("Allgatherv")
         self.sent += mine.nbytes * (self.size - 1)
         self.comm.Allgatherv(mine, room)
 

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -41,6 +41,10 @@ STAGES = (0.25, 0.0625, 0.015625, 0.004)
 """Densities of the warm-up, of equal length (section 3.3)."""
 SMALLEST = 16384
 """Tensors of fewer elements stay dense: a message about them costs as much as they do."""
+
+
+Two = tuple[Vector, Vector]
+"""The new velocity, and the step."""
 
 
 class DgcState(NamedTuple):
@@ -114,6 +118,7 @@ def dgc(
     require(clip is None or clip > 0, f"dgc: clip is {clip}: pass a positive norm")
     places = layout(bucket, smallest)
     limit = None if clip is None else clip * comm.size**0.5
+    ball = partial(heavy_ball, momentum=momentum, nesterov=nesterov)
 
     @cache
     def exchange(d: float) -> Transform:
@@ -131,46 +136,59 @@ def dgc(
     def update(gradient: Vector, state: DgcState, weights: Vector) -> tuple[Vector, DgcState]:
         check_alike(gradient, weights)
         norm = global_norm(gradient, None)
-        asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
-        state = state._replace(steps=state.steps + 1, report=state.report.plus(asked))
-        if not (everywhere(comm, math.isfinite(norm)) if comm.size > 1 else math.isfinite(norm)):
-            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
-        if limit is not None and norm > limit:
+        fine = math.isfinite(norm)
+        d = density_at(state.steps)
+        dense_step = not places.parts or d * comm.size > 1 or (d == 1 and not mask)
+        state = state._replace(steps=state.steps + 1)
+        if fine and limit is not None and norm > limit:
             gradient = gradient * np.float32(limit / norm)
-        d = density_at(state.steps - 1)
         large, small = joined(gradient, places.thin), joined(gradient, places.dense)
-        state = state._replace(dense_step=not places.parts or d * comm.size > 1 or (d == 1 and not mask))
-        if state.dense_step:
-            large, small, state = densely(large, small, state)
+        if dense_step:
+            asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
+            state = state._replace(report=state.report.plus(asked))
+            fine = everywhere(comm, fine) if comm.size > 1 else fine
         else:
+            if not fine:
+                large[:1] = np.nan  # also where the others of this rank are not, or only the norm: the exchange asks
             large, sparse = exchange(d).update(large, state.sparse, large)
-            _, small, state = densely(large[:0], small, state._replace(sparse=sparse))
+            fine = sparse.skipped == state.sparse.skipped
+            state = state._replace(sparse=sparse if fine else state.sparse._replace(report=sparse.report))
+        if not fine:
+            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
+        state = state._replace(dense_step=dense_step)
+        if dense_step:
+            large, small, state = densely(comm, ball, large, small, state)
+        else:
+            _, small, state = densely(comm, ball, large[:0], small, state)
         step = np.empty_like(gradient)
         spread(large, step, places.thin)
         spread(small, step, places.dense)
         if state.decay is None:
             return step, state
-        decay, more = heavy_ball(pulled(weights, weight_decay, bucket), state.decay, momentum, nesterov)
+        decay, more = ball(pulled(weights, weight_decay, bucket), state.decay)
         return step + more, state._replace(decay=decay)
 
-    def densely(large: Vector, small: Vector, state: DgcState) -> tuple[Vector, Vector, DgcState]:
-        """Average, then momentum: of the small tensors, and of the large ones where there are any."""
-        began = time.perf_counter()
-        total = np.concatenate([large, small])
-        if comm.size > 1:
-            comm.Allreduce(total.copy(), total)
-            total /= np.float32(comm.size)
-        nbytes = allreduce_bytes(total.nbytes, comm.size)
-        report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes))
-        dense, small = heavy_ball(total[large.size :], state.dense, momentum, nesterov)
-        state = state._replace(dense=dense, report=report)
-        moved = state.sparse.moved
-        if moved is None or not large.size:
-            return total[: large.size], small, state
-        moved, large = heavy_ball(total[: large.size], moved, momentum, nesterov)
-        return large, small, state._replace(sparse=state.sparse._replace(moved=moved))
-
     return Transform(init, update)
+
+
+def densely(
+    comm: MPI.Intracomm, ball: Callable[[Vector, Vector], Two], large: Vector, small: Vector, state: DgcState
+) -> tuple[Vector, Vector, DgcState]:
+    """Average, then momentum: of the small tensors, and of the large ones where there are any."""
+    began = time.perf_counter()
+    total = np.concatenate([large, small])
+    if comm.size > 1 and total.size:
+        comm.Allreduce(total.copy(), total)
+        total /= np.float32(comm.size)
+    nbytes = allreduce_bytes(total.nbytes, comm.size)
+    report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes))
+    dense, small = ball(total[large.size :], state.dense)
+    state = state._replace(dense=dense, report=report)
+    moved = state.sparse.moved
+    if moved is None or not large.size:
+        return total[: large.size], small, state
+    moved, large = ball(total[: large.size], moved)
+    return large, small, state._replace(sparse=state.sparse._replace(moved=moved))
 
 
 def sent(state: DgcState) -> Sent:
@@ -191,8 +209,8 @@ def pulled(weights: Vector, rate: float, bucket: Bucket) -> Vector:
     return pull
 
 
-def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bool) -> tuple[Vector, Vector]:
-    """The new velocity, and the step."""
+def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bool) -> Two:
+    """Momentum's."""
     factor = np.float32(momentum)
     if nesterov:
         velocity = factor * (velocity + gradient)

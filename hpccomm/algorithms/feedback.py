@@ -26,15 +26,12 @@ import numpy.typing as npt
 from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, flat, header_of
 from hpccomm.algorithms.exchange import ExchangeReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
-from hpccomm.collectives.sparse import gather_messages
+from hpccomm.collectives.sparse import MessageGather
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.fastest import compression as kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-LENGTH_BYTES = 8
-"""What a rank tells all others before its messages."""
 
 
 class FeedbackState(NamedTuple):
@@ -52,6 +49,8 @@ class FeedbackState(NamedTuple):
     skipped: int
     """Steps that all ranks left out because a gradient was not finite."""
     report: ExchangeReport
+    room: int
+    """Bytes of a rank's messages that travel in the next exchange's first call."""
 
 
 class Sent(NamedTuple):
@@ -88,8 +87,9 @@ def feedback(
     but ``skipped``.
 
     Each rank sends its messages to all others, 8 bytes each with their lengths, and 16 more, with momentum 32;
-    :func:`sent` tells of it.  Gradients of CuPy's and what is kept of them stay on the device, messages pass
-    through the host (compressors with ``on_device``).  Where a run goes on with another number of ranks,
+    short ones are filled up to a common length (:class:`~hpccomm.collectives.sparse.MessageGather`).  :func:`sent`
+    tells of it.  Gradients of CuPy's and what is kept of them stay on the device, messages pass through the host
+    (compressors with ``on_device``).  Where a run goes on with another number of ranks,
     :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what is pending.
 
     Raises ArgumentError for gradients that are not flat float32, and on all ranks where they bring different
@@ -99,12 +99,13 @@ def feedback(
     check_decay("feedback: momentum", momentum)
     require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
     require(not nesterov or momentum > 0, "feedback: nesterov needs momentum: pass one above 0")
+    everyone = MessageGather(comm)
 
     def init(weights: Vector) -> FeedbackState:
         zeros = np.zeros_like(flat(weights, compressor.name, compressor.on_device))
         headers = np.zeros((len(pieces(weights)), HEADER_BYTES), np.uint8)
         moved = np.zeros_like(zeros) if momentum else None
-        return FeedbackState(zeros, np.empty_like(zeros), moved, headers, 0, 0, ExchangeReport())
+        return FeedbackState(zeros, np.empty_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0)
 
     def pieces(vector: Vector) -> Sequence[slice]:
         return [slice(0, vector.size)] if parts is None else parts
@@ -117,7 +118,8 @@ def feedback(
         if momentum:
             fine, asked = agreed(comm, fine, compressor.name)  # u and v change where they are
         messages = encoded(gradient, state) if fine else None
-        letters, nbytes = exchanged(comm, messages)
+        everyone.make_room(state.room)
+        letters, nbytes = exchanged(everyone, messages)
         nbytes += asked
         if letters is None:
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
@@ -131,7 +133,8 @@ def feedback(
         residual, spare = (state.residual, state.spare) if momentum else (state.spare, state.residual)
         headers = np.stack([each[:HEADER_BYTES] for each in letters[comm.rank]])
         report = state.report.plus(cost)
-        return total, FeedbackState(residual, spare, state.moved, headers, state.steps + 1, state.skipped, report)
+        steps = state.steps + 1
+        return total, FeedbackState(residual, spare, state.moved, headers, steps, state.skipped, report, everyone.room)
 
     def encoded(gradient: Vector, state: FeedbackState) -> list[Message]:
         messages = []
@@ -186,7 +189,7 @@ def agreed(comm: MPI.Intracomm, fine: bool, name: str) -> tuple[bool, int]:
     return bool(rows[:, 0].all()), mine.nbytes * (comm.size - 1)
 
 
-def exchanged(comm: MPI.Intracomm, messages: Sequence[Message] | None) -> tuple[list[list[Message]] | None, int]:
+def exchanged(everyone: MessageGather, messages: Sequence[Message] | None) -> tuple[list[list[Message]] | None, int]:
     """The messages of all ranks, as many from each, and the bytes that this rank sends for it (collective).
 
     ``None`` on any rank, for want of messages, is ``None`` on all.
@@ -195,8 +198,7 @@ def exchanged(comm: MPI.Intracomm, messages: Sequence[Message] | None) -> tuple[
     if messages is not None:
         lengths = np.array([len(messages), *(each.size for each in messages)], "<u8")
         letter = np.concatenate([lengths.view(np.uint8), *messages])
-    letters = gather_messages(comm, letter) if comm.size > 1 else [letter]
-    nbytes = (comm.size - 1) * (LENGTH_BYTES + letter.size)
+    letters, nbytes = everyone.gather(letter) if everyone.comm.size > 1 else ([letter], 0)
     return (None if any(not each.size for each in letters) else [opened(each) for each in letters]), nbytes
 
 

@@ -22,7 +22,6 @@ from hpccomm.collectives.sparse import (
     NOT_FLAT,
     Wire,
     agree,
-    gather_messages,
     gathered,
 )
 from hpccomm.kernels.compression_reference import Octets, Vector
@@ -50,8 +49,9 @@ def onebit_allgather(comm: Any, bits: Octets, plus: float, minus: float, n: int)
     """The sum of the 1-bit vectors of all ranks, added in rank order, on every rank with the same bits (collective).
 
     ``bits``: uint8 of shape (⌈n/8⌉,); a 1 stands for ``plus``, a 0 for ``minus`` (scale and -scale, or Seide's two
-    means).  Returns float32 of shape (n,).  A rank sends 8 + 24 bytes of what is compared and ⌈n/8⌉ + 8 to each
-    other.  One rank's error feedback: p = x + error, bits and scales of p, error = p - what they mean.
+    means).  Returns float32 of shape (n,).  A rank sends 24 bytes of what is compared and ⌈n/8⌉ + 8 to each other, as
+    :func:`~hpccomm.collectives.sparse.gather_messages`.  One rank's error feedback: p = x + error, bits and scales of
+    p, error = p - what they mean.
 
     Raises :class:`~hpccomm.errors.ArgumentError` on every rank, before data moves, where a rank's ``bits`` are not
     such, ``plus`` or ``minus`` is not finite, or ``n`` differs.
@@ -62,7 +62,7 @@ def onebit_allgather(comm: Any, bits: Octets, plus: float, minus: float, n: int)
     if not isinstance(bits, np.ndarray) or bits.dtype != np.uint8 or bits.shape != (-(-n // 8),):
         problem = NOT_FLAT
     agree(wire, "onebit_allgather", problem, 0, n=n)
-    letters = gather_messages(wire, np.concatenate([scales.view(np.uint8), bits]))
+    letters = wire.gather(np.concatenate([scales.view(np.uint8), bits]))
     total: Vector = np.empty(n, np.float32)
     meanings = [each[:8].copy().view(np.float32) for each in letters]
     kernels().add_signs([(each[8:], *two) for each, two in zip(letters, meanings, strict=True)], total, fresh=True)

@@ -89,6 +89,12 @@ class Wire:
     def __init__(self, comm: Any) -> None:
         self.comm, self.rank, self.size, self.bytes_sent = comm, comm.rank, comm.size, 0
 
+    def gather(self, message: Octets) -> list[Octets]:
+        """The messages of all ranks, in rank order."""
+        found, nbytes = messages_of(self.comm).gather(message)
+        self.bytes_sent += nbytes
+        return found
+
     def Allgather(self, mine: npt.NDArray[Any], room: npt.NDArray[Any]) -> None:
         """Mine goes to each other rank."""
         self.bytes_sent += mine.nbytes * (self.size - 1)
@@ -131,10 +137,15 @@ class Wire:
 
     def deal(self, messages: list[Octets]) -> list[Octets]:
         """Message j goes to rank j; returns what came from each rank, in rank order."""
+        turns = range(1, self.size)
+        ahead = [(self.rank + turn) % self.size for turn in turns]
+        requests = [self.post(messages[to], to) for to in ahead]
         received = list(messages)
-        for turn in range(1, self.size):
-            to, source = (self.rank + turn) % self.size, (self.rank - turn) % self.size
-            received[source] = self.swap(messages[to], to, source)
+        for turn in turns:
+            source = (self.rank - turn) % self.size
+            received[source] = self.fetch(source)
+        for request in requests:
+            request.Wait()
         return received
 
 
@@ -163,26 +174,98 @@ def number_of(name: Any) -> int:
 # Messages of any length
 
 
+SHORT_ROOM = 1 << 14
+"""Bytes of a message up to which filling messages up to one length costs less than a second call."""
+UNIT = 8
+"""Lengths travel as 8 bytes, and parts begin at multiples of that."""
+
+
+class MessageGather:
+    """Messages of any length from every rank to all, by one call where they are about as long as the last ones.
+
+    All ranks know how long the last messages were, so they agree, without asking, on a room for the next: in the first
+    call travel each message's length and as much of it as the room holds, always between the same two arrays, so that
+    the call is bound once; what does not fit follows in a second.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.room = comm, 0
+        self.arrays: tuple[Octets, Octets] | None = None
+
+    def gather(self, message: Octets) -> tuple[list[Octets], int]:
+        """The messages of all ranks in rank order, and the bytes that this rank sent (collective)."""
+        fits = isinstance(message, np.ndarray) and message.dtype == np.uint8 and message.ndim == 1
+        mine, everyone = self.arrays or self.made()
+        mine[:UNIT].view(np.int64)[0] = message.size if fits else -1
+        first = message[: self.room] if fits else mine[:0]
+        mine[UNIT : UNIT + first.size] = first
+        self.comm.Allgather(mine, everyone)
+        rows = everyone.reshape(self.comm.size, mine.size)
+        lengths = rows[:, :UNIT].copy().view(np.int64)[:, 0]
+        if (lengths < 0).any():
+            raise ArgumentError(
+                f"gather_messages: rank {int(np.argmin(lengths))} brings no flat uint8 array: "
+                "pass message.view(np.uint8)"
+            )
+        nbytes, longest, room = (self.comm.size - 1) * mine.size, int(lengths.max()), self.room
+        if longest <= room:
+            block = rows[:, UNIT:].copy()
+            found = [block[rank, :length] for rank, length in enumerate(lengths.tolist())]
+        else:
+            firsts = [row[UNIT : UNIT + min(room, length)].copy() for row, length in zip(rows, lengths, strict=True)]
+            rest = rests(self.comm, np.ascontiguousarray(message[room:]), np.maximum(lengths - room, 0))
+            found = [np.concatenate(each) for each in zip(firsts, rest, strict=True)] if room else rest
+            nbytes += (self.comm.size - 1) * max(0, message.size - room)
+        self.make_room(room_after(longest, room))
+        return found, nbytes
+
+    def made(self) -> tuple[Octets, Octets]:
+        """Arrays for the room that there is."""
+        size = UNIT + self.room
+        self.arrays = np.zeros(size, np.uint8), np.empty(self.comm.size * size, np.uint8)
+        return self.arrays
+
+    def make_room(self, room: int) -> None:
+        """This many bytes of a message travel in the next first call: the same on all ranks."""
+        if room != self.room:
+            self.room, self.arrays = room, None
+
+
+def room_after(longest: int, room: int) -> int:
+    """The room for the messages after those of which the longest had this many bytes.
+
+    A sixteenth more than that, in steps of an eighth; none for long ones.  It stays while it holds the longest and is
+    not twice what is needed.
+    """
+    wanted = longest + longest // 16
+    step = max(UNIT, 1 << max(0, wanted.bit_length() - 4))
+    needed = -(-wanted // step) * step if longest <= SHORT_ROOM else 0
+    return needed if longest > room or needed < room // 2 else room
+
+
 def gather_messages(comm: Any, message: Octets) -> list[Octets]:
     """The messages of all ranks in rank order, on every rank (collective).
 
     ``message``: flat uint8, of any length, which may differ between ranks and be 0.  ``comm``: anything with mpi4py's
-    ``Allgather`` and ``Allgatherv``.  A rank's message goes to p - 1 others: 8 + its length bytes to each.  What is
-    returned may be written; all parts lie in one block of memory.
+    ``Allgather`` and ``Allgatherv``.  A rank's message goes to p - 1 others: 8 + its length bytes to each, or 8 + the
+    room of a :class:`MessageGather` that ``comm`` keeps as ``message_gather``.  What is returned may be written.
 
     Raises :class:`~hpccomm.errors.ArgumentError` on every rank, before a message moves, where a rank's is not flat
     uint8.
     """
-    fits = isinstance(message, np.ndarray) and message.dtype == np.uint8 and message.ndim == 1
-    lengths = np.empty(comm.size, np.int64)
-    comm.Allgather(np.array([message.size if fits else -1], np.int64), lengths)
-    if (lengths < 0).any():
-        raise ArgumentError(
-            f"gather_messages: rank {int(np.argmin(lengths))} brings no flat uint8 array: pass message.view(np.uint8)"
-        )
-    if int(lengths.sum()) <= LONGEST:
-        return gathered(comm, np.ascontiguousarray(message), lengths)
-    return gathered_in_pieces(comm, message, lengths)
+    return messages_of(comm).gather(message)[0]
+
+
+def messages_of(comm: Any) -> MessageGather:
+    """What a communicator gathers messages with."""
+    kept = getattr(comm, "message_gather", None)
+    return kept if isinstance(kept, MessageGather) else MessageGather(comm)
+
+
+def rests(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Octets]:
+    """Messages of known lengths."""
+    whole = int(lengths.sum()) <= LONGEST
+    return (gathered if whole else gathered_in_pieces)(comm, message, lengths)
 
 
 def gathered(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Octets]:
@@ -211,14 +294,14 @@ def sparse_allgather(comm: Any, indices: Indices, values: Vector, n: int) -> lis
     """The sparse vectors of all ranks in rank order, on every rank (collective).
 
     ``indices``: uint32, ascending, below ``n``; ``values``: float32; both flat, of any length, 0 too.  NaN and infinity
-    travel as they are.  A rank sends 32 + 8k bytes to each other: 8 of the length, 24 of what is compared.
+    travel as they are.  A rank sends 24 bytes of what is compared to each other, and 8k as :func:`gather_messages`.
 
     Raises :class:`~hpccomm.errors.ArgumentError` on every rank, before data moves, where a rank's arrays are not such
     or ``n`` differs.
     """
     wire = Wire(comm)
     agree(wire, "sparse_allgather", trouble(indices, values, n, finite=False), 0, n=n)
-    return [pairs_in(each) for each in gather_messages(wire, octets_of(indices, values))]
+    return [pairs_in(each) for each in wire.gather(octets_of(indices, values))]
 
 
 def sparse_allreduce(
@@ -366,7 +449,7 @@ def merged(a: tuple[Indices, Vector], b: tuple[Indices, Vector]) -> tuple[Indice
 def by_allgather(wire: Wire, indices: Indices, values: Vector, n: int) -> Vector:
     """Everything to everyone."""
     total = np.zeros(n, np.float32)
-    kernels().scatter_add([pairs_in(each) for each in gather_messages(wire, octets_of(indices, values))], total)
+    kernels().scatter_add([pairs_in(each) for each in wire.gather(octets_of(indices, values))], total)
     return total
 
 
@@ -414,7 +497,7 @@ def by_split(wire: Wire, indices: Indices, values: Vector, n: int) -> Vector:
     cuts = even_cuts(n, wire.size)
     mine = part_of_sum(wire, indices, values, cuts)
     named = np.flatnonzero(mine).astype(np.uint32)
-    parts = gather_messages(wire, packed(named, mine[named], mine.size))
+    parts = wire.gather(packed(named, mine[named], mine.size))
     total = np.zeros(n, np.float32)
     for rank, part in enumerate(parts):
         add_packed(part, total[cuts[rank] : cuts[rank + 1]])
@@ -450,7 +533,7 @@ def by_ok_topk(wire: Wire, indices: Indices, values: Vector, n: int, k: int, pla
     keep = magnitudes >= threshold if plan is not None else exactly_k(wire, magnitudes, threshold, k)
     named = named[keep]
     letter = octets_of(named + np.uint32(cuts[wire.rank]), mine[named])
-    parts = [pairs_in(each) for each in gather_messages(wire, letter)]
+    parts = [pairs_in(each) for each in wire.gather(letter)]
     total = np.zeros(n, np.float32)
     kernels().scatter_add(parts, total)
     back = ~np.isin(indices, np.concatenate([part[0] for part in parts]))
