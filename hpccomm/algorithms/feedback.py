@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -204,6 +205,6 @@ def exchanged(everyone: MessageGather, messages: Sequence[Message] | None) -> tu
 
 def opened(letter: Message) -> list[Message]:
     """The messages in a letter: their number, their lengths, and then they themselves."""
-    count = int(letter[:8].view("<u8")[0])
-    ends = np.cumsum([8 * (count + 1), *letter[8 : 8 * (count + 1)].view("<u8").tolist()])
-    return np.split(letter, ends)[1:-1]
+    first = 8 * (int(letter[:8].view("<u8")[0]) + 1)
+    ends = accumulate(letter[8:first].view("<u8").tolist(), initial=first)
+    return [letter[lo:hi] for lo, hi in pairwise(ends)]

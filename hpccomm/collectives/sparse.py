@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -270,9 +271,9 @@ def rests(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Oc
 
 def gathered(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Octets]:
     """Messages of known lengths in one call."""
-    room = np.empty(int(lengths.sum()), np.uint8)
-    comm.Allgatherv(message, [room, [int(each) for each in lengths]])
-    return np.split(room, np.cumsum(lengths)[:-1])
+    room, counts = np.empty(int(lengths.sum()), np.uint8), lengths.tolist()
+    comm.Allgatherv(message, [room, counts])
+    return [room[lo:hi] for lo, hi in pairwise(accumulate(counts, initial=0))]
 
 
 def gathered_in_pieces(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Octets]:
