@@ -57,7 +57,7 @@ def measured(ranks: int, words: Sequence[str]) -> Launch:
         command = [f"{Path(sys.executable).parent}/hpccomm-run", "-n", str(ranks), *bench]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found: Launch = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    return {**found, "command": found["command"].replace(f"{folder}/", "")}
 
 
 def missing(found: Launches, rounds: int, wanted: Sequence[str]) -> Iterator[str]:

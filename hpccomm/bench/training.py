@@ -44,7 +44,7 @@ def trained(cluster: Cluster, shape: Shape, method: str, seed: int, more: Sequen
         train += [*more, *(LAYERED if method in BASELINES else [])]
         checked(launched(cluster, shape, train, {}))
         run: Run = json.loads(file.read_text(encoding="utf-8"))
-    return {"shape": shape.title, **run, "command": run["command"].replace(folder + "/", "")}
+    return {"shape": shape.title, **run, "command": run["command"].replace(f"{folder}/", "")}
 
 
 def passes(run: Run) -> list[float]:
