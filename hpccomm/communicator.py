@@ -241,7 +241,6 @@ class Communicator(MPI.Intracomm):
         quick: Hashable,
         buffers: tuple[Any, Any],
         op: MPI.Op | None,
-        algorithm: str | None,
         call: Callable[..., None],
         bind: Callable[..., Bound],
         rest: tuple[Any, ...],
@@ -250,9 +249,9 @@ class Communicator(MPI.Intracomm):
         """Make a call on other objects than before: bound to their memory, through arrays that stand in, or bound now.
 
         The next time it is found by its arguments, if it is kept.  ``call(sendbuf, recvbuf, *rest)`` makes it on other
-        buffers, ``bind(key, sendbuf, recvbuf, *rest)`` binds it; unless this rank ``receives``, the second buffer is
-        not looked at.  What is passed on here is not enclosed in functions there: a name that a function encloses costs
-        every call of the method that has it 20 ns, found or not.
+        buffers, ``bind(key, sendbuf, recvbuf, *rest)`` binds it, ``rest`` ending with the algorithm; unless this rank
+        ``receives``, the second buffer is not looked at.  What is passed on here is not enclosed in functions there: a
+        name that a function encloses costs every call of the method that has it 20 ns, found or not.
         """
         sendbuf, recvbuf = buffers
         bound = self._bound(key)
@@ -262,7 +261,7 @@ class Communicator(MPI.Intracomm):
                 return None
             bound = bind(key, sendbuf, recvbuf, *rest)
         if key is not None:
-            self._again.remember(quick, sendbuf, recvbuf, op, algorithm, bound.run)
+            self._again.remember(quick, sendbuf, recvbuf, op, rest[-1], bound.run)
             return bound.run()
         try:
             return bound.run()
@@ -280,16 +279,7 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Make a call on other objects than before that reduces nothing and has no root."""
         key = call_key(quick[0], sendbuf, recvbuf, 0, algorithm)
-        return self._anew(
-            key,
-            quick,
-            (sendbuf, recvbuf),
-            None,
-            algorithm,
-            call,
-            bind,
-            (algorithm,),
-        )
+        return self._anew(key, quick, (sendbuf, recvbuf), None, call, bind, (algorithm,))
 
     def _reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; whether there was need."""
@@ -338,14 +328,7 @@ class Communicator(MPI.Intracomm):
                 return run()
         key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
         return self._anew(
-            key,
-            id(recvbuf),
-            (sendbuf, recvbuf),
-            op,
-            algorithm,
-            self.Allreduce,
-            self._binder.allreduce,
-            (op, algorithm),
+            key, id(recvbuf), (sendbuf, recvbuf), op, self.Allreduce, self._binder.allreduce, (op, algorithm)
         )
 
     def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op = MPI.SUM) -> npt.NDArray[Any]:
@@ -391,17 +374,8 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
-        return self._anew(
-            key,
-            quick,
-            (sendbuf, recvbuf),
-            op,
-            algorithm,
-            self.Reduce,
-            self._binder.reduce,
-            (op, root, algorithm),
-            self.rank == root,
-        )
+        rest = (op, root, algorithm)
+        return self._anew(key, quick, (sendbuf, recvbuf), op, self.Reduce, self._binder.reduce, rest, self.rank == root)
 
     def Reduce_init(  # type: ignore[override]
         self,
@@ -434,15 +408,9 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
+        rest = (op, algorithm)
         return self._anew(
-            key,
-            quick,
-            (sendbuf, recvbuf),
-            op,
-            algorithm,
-            self.Reduce_scatter_block,
-            self._binder.reduce_scatter_block,
-            (op, algorithm),
+            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter_block, self._binder.reduce_scatter_block, rest
         )
 
     def Reduce_scatter_block_init(  # type: ignore[override]
@@ -482,16 +450,8 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = None if told is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, told)
-        return self._anew(
-            key,
-            quick,
-            (sendbuf, recvbuf),
-            op,
-            algorithm,
-            self.Reduce_scatter,
-            self._binder.reduce_scatter_v,
-            (told, op, algorithm),
-        )
+        rest = (told, op, algorithm)
+        return self._anew(key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._binder.reduce_scatter_v, rest)
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
         """What each rank receives, where that can be asked before anything is bound: into NumPy arrays."""
@@ -558,16 +518,7 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         key = call_key("Bcast", buf, IN_PLACE, 0, algorithm, root)
-        return self._anew(
-            key,
-            quick,
-            (None, buf),
-            None,
-            algorithm,
-            self._bcast,
-            self._bind_bcast,
-            (root, algorithm),
-        )
+        return self._anew(key, quick, (None, buf), None, self._bcast, self._bind_bcast, (root, algorithm))
 
     def _bcast(self, nothing: None, buf: Any, root: int, algorithm: str | None) -> None:
         """A Bcast with the buffers that other collectives have."""

@@ -29,9 +29,7 @@ class StandIns:
         self._arrays: dict[Hashable, tuple[Any, Any]] = {}
         self._own: set[int] = set()
 
-    def run(
-        self, kind: Hashable, call: Callable[..., None], sendbuf: Any, recvbuf: Any, rest: tuple[Any, ...] = ()
-    ) -> bool:
+    def run(self, kind: Hashable, call: Callable[..., None], sendbuf: Any, recvbuf: Any, rest: tuple[Any, ...]) -> bool:
         """Make a call on arrays that stand in for these, with ``rest``, if it is time to; whether it was made.
 
         Buffers are plain arrays, ``IN_PLACE`` or ``None``.  All of ``recvbuf`` goes in as well, and comes out.

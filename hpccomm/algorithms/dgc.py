@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from hpccomm.algorithms.compressors import check_density, topk
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, averaged
 from hpccomm.algorithms.feedback import FeedbackState, Sent, everywhere, feedback
 from hpccomm.algorithms.feedback import sent as sent_sparsely
 from hpccomm.algorithms.layerwise import global_norm
@@ -41,10 +41,6 @@ STAGES = (0.25, 0.0625, 0.015625, 0.004)
 """Densities of the warm-up, of equal length (section 3.3)."""
 SMALLEST = 16384
 """Tensors of fewer elements stay dense: a message about them costs as much as they do."""
-
-
-Two = tuple[Vector, Vector]
-"""The new velocity, and the step."""
 
 
 class DgcState(NamedTuple):
@@ -172,15 +168,15 @@ def dgc(
 
 
 def densely(
-    comm: MPI.Intracomm, ball: Callable[[Vector, Vector], Two], large: Vector, small: Vector, state: DgcState
+    comm: MPI.Intracomm,
+    ball: Callable[[Vector, Vector], tuple[Vector, Vector]],
+    large: Vector,
+    small: Vector,
+    state: DgcState,
 ) -> tuple[Vector, Vector, DgcState]:
     """Average, then momentum: of the small tensors, and of the large ones where there are any."""
     began = time.perf_counter()
-    total = np.concatenate([large, small])
-    if comm.size > 1 and total.size:
-        comm.Allreduce(total.copy(), total)
-        total /= np.float32(comm.size)
-    nbytes = allreduce_bytes(total.nbytes, comm.size)
+    total, nbytes = averaged(comm, np.concatenate([large, small]))
     report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes))
     dense, small = ball(total[large.size :], state.dense)
     state = state._replace(dense=dense, report=report)
@@ -209,8 +205,8 @@ def pulled(weights: Vector, rate: float, bucket: Bucket) -> Vector:
     return pull
 
 
-def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bool) -> Two:
-    """Momentum's."""
+def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bool) -> tuple[Vector, Vector]:
+    """The new velocity, and the step."""
     factor = np.float32(momentum)
     if nesterov:
         velocity = factor * (velocity + gradient)

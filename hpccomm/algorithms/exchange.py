@@ -77,7 +77,7 @@ def allreduce_bytes(nbytes: int, size: int) -> int:
 
 def averaged(comm: MPI.Intracomm, vector: Vector) -> tuple[Vector, int]:
     """The mean of float32 over the ranks (``vector`` itself where there is one), and the bytes that this one sends."""
-    if comm.size == 1:
+    if comm.size == 1 or not vector.size:
         return vector, 0
     total: Vector = np.empty_like(vector)
     comm.Allreduce(vector, total)

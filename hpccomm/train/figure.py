@@ -33,9 +33,14 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
 def curve(run: Run) -> Curve:
     """Sums over the epochs."""
     epochs = run["epochs"]
-    times = (each["compute_s"] + each["communication_s"] + each["step_s"] for each in epochs)
+    times = map(seconds_of, epochs)
     sent = (each["wire_bytes"] * run["steps_an_epoch"] / 1e6 for each in epochs)
     return Curve(run["method"], [each["loss"] for each in epochs], list(accumulate(sent)), list(accumulate(times)))
+
+
+def seconds_of(epoch: dict[str, Any]) -> float:
+    """All of an epoch: computing, exchanging and stepping."""
+    return float(epoch["compute_s"] + epoch["communication_s"] + epoch["step_s"])
 
 
 def drawable(file: Path) -> None:
