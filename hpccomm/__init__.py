@@ -1,89 +1,45 @@
 """Faster, safer collectives and gradient synchronisation for training on MPI clusters.
 
-Importing this starts no MPI and loads no CuPy, PyTorch or Numba: every name is fetched from its home when first used.
+Importing this package starts no MPI and loads no CuPy, PyTorch or Numba: every public name is imported when it is
+first used.  Type checkers read the same names from ``__init__.pyi``.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from hpccomm.errors import (
-    ArgumentError,
-    HpccommError,
-    LaunchError,
-    MismatchError,
-    ScheduleError,
-    TransportError,
-)
-
-if TYPE_CHECKING:
-    from hpccomm.algorithms.exchange import mean, synchronous_adam, synchronous_sgd
-    from hpccomm.algorithms.transforms import (
-        Transform,
-        adam,
-        chain,
-        clip,
-        every,
-        momentum,
-        scale,
-        scale_by_schedule,
-        weight_decay,
-    )
-    from hpccomm.buckets import Bucket
-    from hpccomm.communicator import Communicator
-    from hpccomm.functional import allgather, allreduce, broadcast, reduce_scatter
-    from hpccomm.topology import Topology
+from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "hpccomm.communicator": ("Communicator",),
-    "hpccomm.topology": ("Topology",),
-    "hpccomm.functional": ("allgather", "allreduce", "broadcast", "reduce_scatter"),
-    "hpccomm.buckets": ("Bucket",),
-    "hpccomm.algorithms.transforms": (
-        "Transform",
-        "adam",
-        "chain",
-        "clip",
-        "every",
-        "momentum",
-        "scale",
-        "scale_by_schedule",
-        "weight_decay",
-    ),
-    "hpccomm.algorithms.exchange": ("mean", "synchronous_adam", "synchronous_sgd"),
+_MODULES = {
+    "communicator": "Communicator",
+    "functional": "allgather allreduce broadcast reduce_scatter",
+    "buckets": "Bucket",
+    "layout": "Layout",
+    "errors": "ArgumentError HpccommError LaunchError MismatchError ScheduleError TransportError",
+    "algorithms.transforms": "Transform adam chain clip every momentum scale scale_by_schedule weight_decay",
+    "algorithms.exchange": "mean synchronous_adam synchronous_sgd",
+    "algorithms.error_feedback": "feedback",
+    "algorithms.threshold_compression": "gtc",
+    "algorithms.deep_gradient_compression": "dgc",
+    "algorithms.onebit": "ef_signsgd onebit_adam onebit_lamb onebit_sgd",
+    "algorithms.power_sgd": "powersgd",
+    "algorithms.blockwise_filtering": "bmuf bmuf_adam",
+    "algorithms.two_tier": "hybrid",
+    "algorithms.local_steps": "diloco local_sgd post_local_sgd slowmo",
+    "algorithms.sharded.groups": "mics",
+    "algorithms.sharded.units": "data_parallel zero",
+    "algorithms.lars": "lars",
+    "algorithms.lamb": "lamb",
+    "algorithms.parameter_server": "ParameterServer",
+    "algorithms.compressors": "cast low_rank natural none onebit qsgd randomk sign_majority ternary threshold topk",
+    "algorithms.checkpoints": "for_ranks load load_state_dict save state_dict",
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+"""Where the public names are defined, module by module."""
 
-__all__ = [
-    "ArgumentError",
-    "Bucket",
-    "Communicator",
-    "HpccommError",
-    "LaunchError",
-    "MismatchError",
-    "ScheduleError",
-    "Topology",
-    "Transform",
-    "TransportError",
-    "adam",
-    "allgather",
-    "allreduce",
-    "broadcast",
-    "chain",
-    "clip",
-    "every",
-    "mean",
-    "momentum",
-    "reduce_scatter",
-    "scale",
-    "scale_by_schedule",
-    "synchronous_adam",
-    "synchronous_sgd",
-    "weight_decay",
-]
+_HOME = {name: f"hpccomm.{module}" for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

@@ -21,21 +21,18 @@ from mpi4py import MPI
 
 from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
-from hpccomm.binding import is_in_place
-from hpccomm.collectives import onebit, sparse
-from hpccomm.collectives.tuning import Choice
-from hpccomm.device_binding import DeviceBinder
-from hpccomm.errors import ArgumentError
-from hpccomm.messages import numpy_dtype, read
-from hpccomm.persistent import Persistent
-from hpccomm.resources import Again, Bound, Resources, Run, plain
-from hpccomm.rollcall import LAST_WORDS
-from hpccomm.stand_ins import StandIns
-from hpccomm.topology import Topology
+from hpccomm.calls.bounce_buffers import StandIns
+from hpccomm.calls.consistency import LAST_WORDS
+from hpccomm.calls.plans import Again, Bound, Run, call_key
+from hpccomm.collectives.compressed import onebit, sparse
+from hpccomm.context import Context, plain
+from hpccomm.device_planner import DeviceBinder
+from hpccomm.layout import Layout, Link
+from hpccomm.performance.tuning import Choice
+from hpccomm.planner import is_in_place
+from hpccomm.requests import Persistent
 
 IN_PLACE = MPI.IN_PLACE
-
-address = MPI.Get_address
 
 
 class Communicator(MPI.Intracomm):
@@ -46,7 +43,7 @@ class Communicator(MPI.Intracomm):
     """
 
     _algorithm: str
-    _resources: Resources | None = None
+    _context: Context | None = None
     _again: Again
     _stand_ins: StandIns
     _binder: DeviceBinder
@@ -70,32 +67,38 @@ class Communicator(MPI.Intracomm):
     @algorithm.setter
     def algorithm(self, name: str) -> None:
         self._algorithm = name
-        if self._resources:
-            self._resources.forget()
+        if self._context:
+            self._context.forget()
 
     # What was found
 
     @property
-    def resources(self) -> Resources:
+    def context(self) -> Context:
         """What lies behind the collectives (the first use is collective)."""
-        if self._resources is None:
-            self._resources = Resources(self, self._again)
-        return self._resources
+        if self._context is None:
+            self._context = Context(self, self._again)
+        return self._context
 
     @property
-    def topology(self) -> Topology:  # type: ignore[override]
+    def layout(self) -> Layout:
         """Which ranks share a node (the first use is collective)."""
-        return self.resources.topology
+        return self.context.layout
+
+    @property
+    def link(self) -> Link:
+        """What messages between these ranks cost: inside the node where they share one, else between nodes."""
+        machine = self.context.table.machine
+        return machine.intra if self.layout.count == 1 else machine.inter
 
     @property
     def intra_node(self) -> Communicator:
         """The ranks of this node (the first use is collective)."""
-        return self._level("_intra_node", lambda: (int(self.topology.nodes[self.rank]), self.rank))
+        return self._level("_intra_node", lambda: (int(self.layout.nodes[self.rank]), self.rank))
 
     @property
     def inter_node(self) -> Communicator:
         """The ranks with the same place on their nodes (the first use is collective)."""
-        return self._level("_inter_node", lambda: (self.topology.place(self.rank), self.rank))
+        return self._level("_inter_node", lambda: (self.layout.place(self.rank), self.rank))
 
     def _level(self, name: str, color_and_key: Callable[[], tuple[int, int]]) -> Communicator:
         if name not in self.__dict__:
@@ -110,12 +113,12 @@ class Communicator(MPI.Intracomm):
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
         """What ``algorithm=`` may say for ``"allreduce"``, ``"bcast"``, … here (the first use is collective)."""
-        return self.resources.names(collective)
+        return self.context.names(collective)
 
     def explain(self, collective: str, nbytes: int, dtype: str = "f4") -> Choice:
         """Which algorithm takes a call of ``nbytes`` bytes, and why (the first use is collective)."""
-        names = self.resources.names(collective)[1:]
-        return self.resources.decide(collective, nbytes, dtype, names, f"rank {self.rank}: {collective}")
+        names = self.context.names(collective)[1:]
+        return self.context.decide(collective, nbytes, dtype, names, f"rank {self.rank}: {collective}")
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
         """Registered memory: seen by every rank of the node, so that an Allreduce in place copies nothing (collective).
@@ -217,10 +220,10 @@ class Communicator(MPI.Intracomm):
             level = self.__dict__.pop(name, None)
             if level is not None and level != MPI.COMM_NULL:
                 level.Free()
-        if self._resources is not None:
+        if self._context is not None:
             self._binder.release()
-            self._resources.close()
-            self._resources = None
+            self._context.close()
+            self._context = None
 
     # Calls that were made before
 
@@ -297,7 +300,7 @@ class Communicator(MPI.Intracomm):
 
     def _bound(self, key: Hashable) -> Bound | None:
         """A call on the same memory."""
-        return self._resources.plans.get(key) if self._resources and key is not None else None
+        return self._context.plans.get(key) if self._context and key is not None else None
 
     # Collectives
 
@@ -313,7 +316,8 @@ class Communicator(MPI.Intracomm):
         """Reduce over all ranks, the result on all.  Buffers as in mpi4py; ``algorithm`` as in :meth:`algorithms`.
 
         ``reproducible=True``: the bits of a sum of floats depend on what is added alone, not on order, placement,
-        algorithm or number of ranks (:mod:`hpccomm.reproducible`); it takes several times as long.  Arrays may lie on
+        algorithm or number of ranks (:mod:`hpccomm.kernels.reproducible`); it takes several times as long.  Arrays may
+        lie on
         a CUDA device, both of them; ``stream`` is one that works on them and that they do not tell of themselves
         (CUDA's handle, CuPy's or PyTorch's object), here as in the other collectives.
         """
@@ -457,7 +461,7 @@ class Communicator(MPI.Intracomm):
         """What each rank receives, where that can be asked before anything is bound: into NumPy arrays."""
         if type(recvbuf) is not np.ndarray or sendbuf is recvbuf or is_in_place(sendbuf):
             return None
-        return self.resources.counts(recvbuf.size)
+        return self.context.counts(recvbuf.size)
 
     def Reduce_scatter_init(  # type: ignore[override]
         self,
@@ -595,7 +599,7 @@ class Communicator(MPI.Intracomm):
     def sparse_allgather(
         self, indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32], n: int
     ) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]]:
-        """The sparse vectors of all ranks, in rank order: :func:`hpccomm.collectives.sparse.sparse_allgather`."""
+        """The sparse vectors of all ranks, in rank order (:mod:`hpccomm.collectives.compressed.sparse`)."""
         body = partial(sparse.sparse_allgather, self, n=n)
         found: list[Any] = self._binder.beheld("sparse_allgather", body, (indices, values))
         return found
@@ -610,7 +614,7 @@ class Communicator(MPI.Intracomm):
         algorithm: str = "auto",
         plan: sparse.Plan | None = None,
     ) -> sparse.SparseSum:
-        """The sum of sparse vectors, or its k largest: :func:`hpccomm.collectives.sparse.sparse_allreduce`."""
+        """The sum of sparse vectors, or its k largest (:mod:`hpccomm.collectives.compressed.sparse`)."""
         body = partial(sparse.sparse_allreduce, self, n=n, k=k, algorithm=algorithm, plan=plan)
         summed: sparse.SparseSum = self._binder.beheld("sparse_allreduce", body, (indices, values))
         return summed
@@ -618,7 +622,7 @@ class Communicator(MPI.Intracomm):
     def onebit_allgather(
         self, bits: npt.NDArray[np.uint8], plus: float, minus: float, n: int
     ) -> npt.NDArray[np.float32]:
-        """The sum of all ranks' signs times their scales: :func:`hpccomm.collectives.onebit.onebit_allgather`."""
+        """The sum of all ranks' signs times their scales (:mod:`hpccomm.collectives.compressed.onebit`)."""
         body = partial(onebit.onebit_allgather, self, plus=plus, minus=minus, n=n)
         total: npt.NDArray[np.float32] = self._binder.beheld("onebit_allgather", body, (bits,))
         return total
@@ -629,63 +633,10 @@ class Communicator(MPI.Intracomm):
         worker_error: npt.NDArray[np.float32],
         server_error: npt.NDArray[np.float32],
     ) -> onebit.OneBitMean:
-        """The mean, one bit an element each way: :func:`hpccomm.collectives.onebit.onebit_allreduce`."""
+        """The mean, one bit an element each way: :func:`hpccomm.collectives.compressed.onebit.onebit_allreduce`."""
         body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)
         mean: onebit.OneBitMean = self._binder.beheld("onebit_allreduce", body, arrays, written=2)
         return mean
-
-
-def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:
-    """What makes two calls of one communicator the same; ``None`` for what is to be bound each time, or refused.
-
-    That is what is not contiguous, of a derived datatype or of none, or on a device.
-    """
-    try:
-        recv: Hashable
-        if type(recvbuf) is np.ndarray:
-            recv = (address(recvbuf), recvbuf.size, recvbuf.dtype, recvbuf.flags.num)
-        else:
-            recv = None if recvbuf is IN_PLACE or recvbuf is None else form_key(recvbuf)
-        if type(sendbuf) is np.ndarray:
-            return (name, address(sendbuf), sendbuf.size, sendbuf.dtype, sendbuf.flags.num, recv, rest)
-        send = None if sendbuf is IN_PLACE or sendbuf is None else form_key(sendbuf)
-        return (name, send, recv, rest)
-    except (ArgumentError, BufferError, KeyError, RuntimeError, TypeError, ValueError):
-        return None
-
-
-def form_key(buffer: Any) -> Hashable:
-    """mpi4py's forms and other libraries' arrays: where they lie, and what they say.  Raises where that is not all."""
-    data = buffer[0] if isinstance(buffer, list | tuple) and buffer else buffer
-    if type(data) is np.ndarray and data is not buffer:
-        return (address(data), data.size, data.dtype, data.flags.num, *map(said, buffer[1:]))
-    known = read(buffer, "")
-    if known.opaque or isinstance(data, np.generic):  # a number of NumPy's is copied to be read
-        raise ValueError
-    form = (known.count, known.counts, known.displs)
-    return (known.address, known.size, known.dtype, known.half, known.writable, known.order, *form)
-
-
-def said(member: Any) -> Hashable:
-    """What follows the data in one of mpi4py's forms; raises for a datatype that NumPy does not know."""
-    if isinstance(member, MPI.Datatype):
-        return DTYPES.get(member.handle) or found(member)
-    if isinstance(member, list | tuple | np.ndarray):
-        return tuple(map(said, member))
-    return member  # type: ignore[no-any-return]
-
-
-DTYPES: dict[int, np.dtype[Any]] = {}
-"""Of MPI's own datatypes, which are never freed, by their handles."""
-
-
-def found(datatype: MPI.Datatype) -> np.dtype[Any]:
-    """NumPy's name of a datatype, from now on at hand; raises for one that it does not know."""
-    dtype = numpy_dtype(datatype)
-    if dtype is None:
-        raise ValueError
-    DTYPES[datatype.handle] = dtype
-    return dtype
 
 
 _installed: list[Any] = []

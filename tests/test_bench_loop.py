@@ -83,7 +83,7 @@ def test_rows_are_the_same_everywhere_and_their_numbers_belong_together(comm: An
     ]
     for row in rows:
         assert row.ranks == 3
-        assert row.nodes == comm.topology.count
+        assert row.nodes == comm.layout.count
         assert row.iterations == 4
         assert 0 < row.min_us <= row.avg_us <= row.max_us
         assert row.tails[0] == row.p50_us <= row.tails[1] <= row.p99_us

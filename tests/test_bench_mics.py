@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpccomm.bench.mics import (
+from benchmarks.mics import (
     ALONE,
     AUTO,
     LEVELS,

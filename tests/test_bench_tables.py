@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import collectives
 from hpccomm import ArgumentError
-from hpccomm.bench import collectives, flags, nccl, osu, plot, report
+from hpccomm.bench import flags, nccl, osu, plot, report
 from hpccomm.bench.cases import CASES
 from hpccomm.bench.loop import Row, percentile
 

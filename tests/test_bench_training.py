@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpccomm.bench.training import passes, reached, table
+from benchmarks.training import passes, reached, table
 
 
 def run(method: str, accuracies: list[float], first: float = 9.0, seed: int = 0) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm.algorithms.bmuf import bmuf, bmuf_adam, extrapolation
+from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam, extrapolation
 from hpccomm.algorithms.exchange import check_replicas, mean, spent, synchronous_sgd
-from hpccomm.algorithms.periodic import (
+from hpccomm.algorithms.local_steps import (
     Landing,
     Periodic,
     diloco,

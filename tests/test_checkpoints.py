@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from hpccomm.algorithms.bmuf import bmuf, bmuf_adam
+from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam
 from hpccomm.algorithms.checkpoints import leaves, load, load_state_dict, mapped, save, state_dict
 from hpccomm.algorithms.exchange import synchronous_adam
-from hpccomm.algorithms.hybrid import hybrid
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import lars
-from hpccomm.algorithms.periodic import diloco, post_local_sgd, slowmo
-from hpccomm.algorithms.schedules import polynomial, warm_up
+from hpccomm.algorithms.local_steps import diloco, post_local_sgd, slowmo
+from hpccomm.algorithms.lr_schedules import polynomial, warm_up
 from hpccomm.algorithms.transforms import adam, chain, every, momentum, scale
+from hpccomm.algorithms.two_tier import hybrid
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks

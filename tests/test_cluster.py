@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from hpccomm.bench import cluster as benchmark
+from benchmarks import cluster as benchmark
+from hpccomm.cluster import nodes as clusters
+from hpccomm.cluster.nodes import Cluster, missing, placed, rate_of
 from hpccomm.errors import LaunchError
 from hpccomm.launcher import library
-from hpccomm.testing import cluster as clusters
-from hpccomm.testing.cluster import Cluster, missing, placed, rate_of
-from hpccomm.topology import ethernets
+from hpccomm.layout import ethernets
 
-COMMAND = [sys.executable, "-m", "hpccomm.testing.cluster"]
+COMMAND = [sys.executable, "-m", "hpccomm.cluster"]
 needs_namespaces = pytest.mark.skipif(bool(missing()), reason=missing() or "namespaces are to be had")
 
 REPORT = """
@@ -38,7 +38,7 @@ for algorithm in ("auto", "native", "hierarchical", "ring"):
         right.append(bool((a == verifiable.expected(comm.size, n, "f4")).all()))
 everybody = comm.allgather(all(right))
 if comm.rank == 0:
-    print(json.dumps([comm.topology.nodes.tolist(), comm.topology.names, everybody]))
+    print(json.dumps([comm.layout.nodes.tolist(), comm.layout.names, everybody]))
 """
 
 
@@ -127,7 +127,7 @@ def test_nodes_are_nodes_to_mpi_and_nothing_is_left(name: str) -> None:
 
 @needs_namespaces
 def test_nodes_with_several_links_use_all_of_them(name: str) -> None:
-    program = f"{REPORT}\nfrom hpccomm.topology import ethernets\nassert ethernets() == ['eth0', 'eth1']\n"
+    program = f"{REPORT}\nfrom hpccomm.layout import ethernets\nassert ethernets() == ['eth0', 'eth1']\n"
     with Cluster(2, "1gbit", name, nics=2) as cluster:
         with pytest.raises(LaunchError, match="is up with 2 nodes at 1gbit x 2"):
             Cluster(2, "1gbit", name).up()
@@ -163,7 +163,7 @@ def test_links_that_are_up_are_seen(tmp_path: Path) -> None:
 def test_who_is_interrupted_leaves_nothing(name: str, number: int) -> None:
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests may run with it ignored
-        f"from hpccomm.testing.cluster import *\nwith Cluster(2, '', {name!r}) as c:\n c.run(['sleep', '60'])"
+        f"from hpccomm.cluster.nodes import *\nwith Cluster(2, '', {name!r}) as c:\n c.run(['sleep', '60'])"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], start_new_session=True, stderr=subprocess.DEVNULL

@@ -191,12 +191,12 @@ def test_reduce_scatter_gives_every_rank_its_part(comm: Communicator) -> None:
         want = total(comm.size, int(ends[-1]), "f8")[ends[comm.rank] : ends[comm.rank + 1]]
         comm.Reduce_scatter(a, b, counts, algorithm=algorithm)
         assert np.array_equal(b, want)
-        bound = set(comm.resources.plans)
+        bound = set(comm.context.plans)
         for buffer in (b, [b, MPI.DOUBLE] if comm.rank == 0 else b):
             b[...] = 0
             comm.Reduce_scatter(a, buffer, algorithm=algorithm)
             assert np.array_equal(b, want)
-        assert set(comm.resources.plans) == bound  # what was bound with the counts said
+        assert set(comm.context.plans) == bound  # what was bound with the counts said
         assert np.array_equal(a, operand(comm.rank, int(ends[-1]), "f8"))
 
 
@@ -236,7 +236,7 @@ def test_a_view_is_one_result_for_all_ranks_of_a_node(comm: Communicator) -> Non
 
 @pytest.mark.mpi(min_size=2)
 def test_registered_memory_is_of_one_shape(comm: Communicator) -> None:
-    if comm.resources.shared is None:
+    if comm.context.shared is None:
         pytest.skip("these ranks share no memory")
     with pytest.raises(hpccomm.MismatchError, match=r"local rank 0: \[4\] .f4; local rank 1: \[5\] .f4"):
         comm.empty(4 + comm.rank)
@@ -348,7 +348,7 @@ def test_nobody_leaves_a_barrier_before_all_have_come(comm: Communicator) -> Non
             other.Barrier()
             times = comm.allgather((came, time.monotonic()))
             assert max(came for came, _ in times) <= min(left for _, left in times), algorithm
-        other.resources.close()
+        other.context.close()
 
 
 def test_a_non_commutative_operation_is_applied_in_rank_order(comm: Communicator) -> None:
@@ -432,9 +432,9 @@ def test_communicators_made_from_ours_are_ours(comm: Communicator) -> None:
 
 
 def test_levels_of_the_topology(comm: Communicator) -> None:
-    assert sum(comm.topology.per_node) == comm.size
-    assert comm.intra_node.size == comm.topology.per_node[comm.topology.nodes[comm.rank]]
-    assert comm.inter_node.size == comm.topology.count
+    assert sum(comm.layout.per_node) == comm.size
+    assert comm.intra_node.size == comm.layout.per_node[comm.layout.nodes[comm.rank]]
+    assert comm.inter_node.size == comm.layout.count
 
 
 def test_inherited_collectives_do_what_mpi4py_does(comm: Communicator) -> None:
@@ -498,7 +498,7 @@ def test_every_spelling_does_what_mpi4py_does_and_is_bound_once(comm: Communicat
             ours[name][...] = theirs[name][...] = verifiable.operand(comm.rank, 16, ours[name].size, "f4") + turn - k
         for _ in zip(calls_by_form(comm, ours), calls_by_form(MPI.Intracomm(comm), theirs), strict=True):
             assert {name: each.tolist() for name, each in ours.items()} == {n: e.tolist() for n, e in theirs.items()}
-        bound.append(len(comm.resources.plans))
+        bound.append(len(comm.context.plans))
     assert bound[0] == bound[1] == bound[2] >= 20
 
 
@@ -532,7 +532,7 @@ def test_short_calls_on_new_arrays_are_bound_to_arrays_that_stand_in(comm: Commu
         comm.Bcast(told)
         assert np.array_equal(told, operand(0, 5 * p, "f4") + turn)
         held += [a, b, whole, part, own, other, table, turned, told]  # so that each turn's lie elsewhere
-        bound.append(len(comm.resources.plans))
+        bound.append(len(comm.context.plans))
     kept = (r == 0) + (p > 1)  # a root's array that cannot be written and a table in columns are bound each time
     assert bound[5] - bound[3] == 2 * kept < bound[1] - bound[0]
 
@@ -542,7 +542,7 @@ def test_another_algorithm_for_all_calls_takes_those_that_were_bound_before(comm
     a, b = operand(comm.rank, 100, "f4"), np.empty(100, "f4")
     for name in ("auto", "ring", "native", "tree"):
         if comm.rank == 0:
-            comm.resources.forget()  # a rank that binds anew does what those do that need not
+            comm.context.forget()  # a rank that binds anew does what those do that need not
         comm.algorithm = name
         for _ in range(2):
             comm.Allreduce(a, b)
@@ -621,7 +621,7 @@ def test_calls_in_shared_memory_and_by_mpi_meet_and_all_raise(comm: Communicator
 def test_bound_calls_are_bounded_in_number(comm: Communicator) -> None:
     for n in range(1, 300):
         comm.Allreduce(MPI.IN_PLACE, np.ones(n), algorithm="ring")
-    assert len(comm.resources.plans) <= 128
+    assert len(comm.context.plans) <= 128
 
 
 def test_an_array_that_moved_is_not_mistaken_for_an_older_one(comm: Communicator) -> None:
@@ -638,7 +638,7 @@ def test_the_communicators_own_algorithm_is_used_where_it_can(comm: Communicator
     preferring.Allreduce(MPI.IN_PLACE, a)
     assert (a == comm.size).all()
     preferring.Bcast(a, 0)
-    preferring.resources.close()
+    preferring.context.close()
 
 
 @pytest.mark.mpi(min_size=2)

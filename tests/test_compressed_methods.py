@@ -17,17 +17,17 @@ from test_sparse import Counting
 import hpccomm
 from hpccomm.algorithms import compressors
 from hpccomm.algorithms.checkpoints import for_ranks, load_state_dict, state_dict
-from hpccomm.algorithms.dgc import dgc
-from hpccomm.algorithms.dgc import sent as told
+from hpccomm.algorithms.deep_gradient_compression import dgc
+from hpccomm.algorithms.deep_gradient_compression import sent as told
+from hpccomm.algorithms.error_feedback import exchanged, feedback, sent
 from hpccomm.algorithms.exchange import spent, synchronous_sgd
-from hpccomm.algorithms.feedback import exchanged, feedback, sent
-from hpccomm.algorithms.gtc import gtc
 from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_lamb, onebit_sgd
 from hpccomm.algorithms.onebit import sent as told_bits
-from hpccomm.algorithms.powersgd import powersgd
+from hpccomm.algorithms.power_sgd import powersgd
+from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import Transform, chain, scale
 from hpccomm.buckets import Bucket
-from hpccomm.collectives.sparse import MessageGather
+from hpccomm.collectives.compressed.sparse import MessageGather
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 
@@ -64,7 +64,7 @@ METHODS: dict[str, Callable[[Any], Transform]] = {
     "ternary": lambda comm: feedback(compressors.ternary(), comm),
     "fp16": lambda comm: feedback(compressors.cast("fp16"), comm),
     "int8": lambda comm: feedback(compressors.cast("int8"), comm),
-    "powersgd": lambda comm: feedback(compressors.powersgd(2), comm),
+    "powersgd": lambda comm: feedback(compressors.low_rank(2), comm),
     "onebit_adam": lambda comm: onebit_adam(comm, 0.01, 3),
 }
 

@@ -34,7 +34,7 @@ ALL = [
     compressors.ternary(),
     compressors.qsgd(),
     compressors.natural(),
-    compressors.powersgd(2),
+    compressors.low_rank(2),
 ]
 SPARSIFIERS = [each for each in ALL if each.name.startswith(("none", "randomk", "topk"))]
 LENGTHS = (0, 1, 7, 8, 9, 1000)

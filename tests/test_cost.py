@@ -9,10 +9,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from hpccomm.collectives import ALGORITHMS, cost, hierarchical
-from hpccomm.collectives.cost import Link, Machine, Price, candidates, cuts, predict, price, wire_limit
+from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.schedule import power_of_two
 from hpccomm.collectives.verify import layouts
+from hpccomm.layout import Link
+from hpccomm.performance import cost
+from hpccomm.performance.cost import Price, candidates, cuts, predict, price, wire_limit
+from hpccomm.performance.machine import Machine
 
 ALPHA, BETA, GAMMA = 3.0, 7e-4, 1.1e-4
 FLAT = Machine(Link(ALPHA, BETA), Link(50.0, 1e-2), GAMMA, "test")

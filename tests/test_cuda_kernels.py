@@ -16,7 +16,7 @@ import pytest
 from emulated import Emulated
 from test_compression_kernels import LENGTHS, numbers, same_bits
 
-from hpccomm.bench import gpu
+from benchmarks import gpu
 from hpccomm.kernels import compression_reference, cuda, optimizers_reference, reductions
 from hpccomm.kernels.cuda import ARCHITECTURES, OPTIONS, Kernels, every_reduction, reduction_source, source
 from hpccomm.transports.cuda import missing

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpccomm import Communicator, resources
+from hpccomm import Communicator, context
 from hpccomm.bench import rounds as bench_rounds
-from hpccomm.collectives import ALGORITHMS, between, cost, tuning
-from hpccomm.collectives.cost import MEASURED, MODEL, Link, Machine
-from hpccomm.collectives.curves import Curve, Kind, Point, Rounds, at_shape, rounds
+from hpccomm.collectives import ALGORITHMS
 from hpccomm.commands import predict as predict_command
 from hpccomm.commands import tune as tune_command
 from hpccomm.errors import LaunchError
 from hpccomm.launcher import FAMILIES, Library
+from hpccomm.layout import Link
+from hpccomm.performance import cost, inter_node, tuning
+from hpccomm.performance.cost import MEASURED, MODEL
+from hpccomm.performance.machine import Machine
+from hpccomm.performance.measured import Curve, Kind, Point, Rounds, at_shape, rounds
 
 ALLREDUCE = ALGORITHMS["allreduce"]
 
@@ -313,11 +316,11 @@ def test_lengths_end_at_the_first_that_reaches_what_is_needed() -> None:
 
 def test_between_nodes_few_bytes_double_many_go_round_in_short_messages() -> None:
     link = Link(25.0, 8.4e-3)
-    assert between.inter_node(8, 64, 2, link) is ALLREDUCE["doubling"]
-    assert between.inter_node(8, 1 << 20, 2, link) is ALLREDUCE["ring"]
-    assert between.inter_node(2, 1 << 24, 1, link) is ALLREDUCE["doubling"]
-    assert [between.segment_count(n) for n in (1, 1 << 20, (1 << 20) + 1, 1 << 30)] == [1, 1, 2, 16]
-    assert [between.message_count(n, 4) for n in (0, 229_376, 229_377)] == [1, 1, 2]
+    assert inter_node.inter_node(8, 64, 2, link) is ALLREDUCE["doubling"]
+    assert inter_node.inter_node(8, 1 << 20, 2, link) is ALLREDUCE["ring"]
+    assert inter_node.inter_node(2, 1 << 24, 1, link) is ALLREDUCE["doubling"]
+    assert [inter_node.segment_count(n) for n in (1, 1 << 20, (1 << 20) + 1, 1 << 30)] == [1, 1, 2, 16]
+    assert [inter_node.message_count(n, 4) for n in (0, 229_376, 229_377)] == [1, 1, 2]
 
 
 # --- measuring -------------------------------------------------------------------------------------
@@ -331,11 +334,11 @@ def test_rounds_are_measured_and_leave_the_communicator_as_it_was(
     for name, value in {"SECONDS": 1e-4, "VISITS": 2, "MOST": 2}.items():
         monkeypatch.setattr(bench_rounds, name, value)
     here = 2 * comm.rank // comm.size
-    monkeypatch.setattr(resources, "ranks_of_this_node", lambda channel: channel.Split(here, channel.rank))
+    monkeypatch.setattr(context, "ranks_of_this_node", lambda channel: channel.Split(here, channel.rank))
     nodes, names = Communicator(comm.Dup()), ("ring", "butterfly", "hierarchical")
     found = bench_rounds.measured_curves(nodes, names, 1 << 17)
     assert len(set(comm.allgather(found))) == 1
-    tasks = list(bench_rounds.wanted(nodes.topology.nodes, names, 1 << 17, nodes.resources.two_levels is not None))
+    tasks = list(bench_rounds.wanted(nodes.layout.nodes, names, 1 << 17, nodes.context.two_levels is not None))
     assert [(each.kind, tuple(point.bytes for point in each.points)) for each in found] == [
         (task.kind, task.lengths) for task in tasks
     ]
@@ -351,5 +354,5 @@ def test_rounds_are_measured_and_leave_the_communicator_as_it_was(
 
 @pytest.mark.mpi(sizes=(2,))
 def test_one_node_has_no_rounds_between_nodes(comm: Communicator) -> None:
-    assert comm.topology.count == 1
+    assert comm.layout.count == 1
     assert bench_rounds.measured_curves(comm, ("ring",), 1 << 10) == ()

@@ -15,10 +15,10 @@ from stand_in import SIDE, StandIn, StandInArray
 
 import hpccomm
 from hpccomm import ArgumentError, MismatchError, arrays
+from hpccomm.calls.plans import Bound
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind_lanes
-from hpccomm.device_binding import DeviceBinder, Stream, columns
-from hpccomm.resources import Bound
+from hpccomm.device_planner import DeviceBinder, Stream, columns
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Piece, Staging
@@ -182,7 +182,7 @@ class OnThreads(DeviceBinder):
         }
         found = SimpleNamespace(
             settings={cuda.TRANSPORT: transport, "HPCCOMM_ALGORITHM": ""},
-            topology=comm.topology,
+            topology=comm.layout,
             node=comm,
             channel=comm,
         )

@@ -12,9 +12,10 @@ from mpi4py import MPI
 from stand_in import StandIn
 
 import hpccomm
+from benchmarks import gpu
 from hpccomm import ArgumentError, TransportError
 from hpccomm.__main__ import main
-from hpccomm.bench import gpu, loop
+from hpccomm.bench import loop
 from hpccomm.bench.loop import Options, measure
 from hpccomm.commands import bench, info
 from hpccomm.testing.jobs import run_under_mpi
@@ -160,7 +161,7 @@ def test_info_says_what_there_is_and_which_ways_are_open(device: StandIn, monkey
 def test_one_rank_without_a_device_is_named() -> None:
     comm: Any = SimpleNamespace(size=2, rank=0, allgather=lambda mine: ["", NONE])
     assert info.gpu(comm) == {"device": f"none on rank 1: {NONE}"}
-    comm.resources = SimpleNamespace(node=SimpleNamespace(rank=0))
+    comm.context = SimpleNamespace(node=SimpleNamespace(rank=0))
     with pytest.raises(ArgumentError, match="flag needs a device, rank 1 has none"):
         cuda.claimed(comm, "flag", "leave it out")
 

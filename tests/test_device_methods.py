@@ -17,14 +17,14 @@ from stand_in_library import LIBRARY, Array
 
 from hpccomm import ArgumentError
 from hpccomm.algorithms import compressors
+from hpccomm.algorithms.deep_gradient_compression import dgc
+from hpccomm.algorithms.deep_gradient_compression import sent as sent_by_dgc
 from hpccomm.algorithms.device import by_cupy
-from hpccomm.algorithms.dgc import dgc
-from hpccomm.algorithms.dgc import sent as sent_by_dgc
-from hpccomm.algorithms.feedback import FeedbackState, feedback, sent
-from hpccomm.algorithms.gtc import gtc
+from hpccomm.algorithms.error_feedback import FeedbackState, feedback, sent
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import lars
 from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_lamb, onebit_sgd
+from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import Transform
 from hpccomm.buckets import Bucket
 from hpccomm.kernels import cuda

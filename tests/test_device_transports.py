@@ -18,14 +18,15 @@ from stand_in import SIDE, StandIn, StandInNccl
 from test_device_arrays import CASES, F4, SIZES, Case, OnThreads, filled, operand, summed
 
 import hpccomm
-from hpccomm import ArgumentError, TransportError, arrays, device_transports
-from hpccomm.device_transports import Call, DeviceTransports
+from hpccomm import ArgumentError, TransportError, arrays
+from hpccomm.backends import cuda_ipc, device_selection, nccl
+from hpccomm.backends.cuda_ipc import Fold, Peers, Take, Turn, divided
+from hpccomm.backends.device_selection import Call, DeviceTransports
 from hpccomm.errors import LaunchError
 from hpccomm.kernels import reductions
 from hpccomm.testing.ranks import run_on_ranks
-from hpccomm.transports import cuda, cuda_ipc, cuda_probe, nccl
+from hpccomm.transports import cuda, cuda_probe
 from hpccomm.transports.cuda import Piece, Staging
-from hpccomm.transports.cuda_ipc import Fold, Peers, Take, Turn, divided
 
 ROOM = 256
 """Bytes of a rank's part in these tests."""
@@ -243,7 +244,7 @@ def found(
     """The ways of a rank that is a thread, on a device of its own unless said."""
     device = StandIn(comm.rank if number is None else number)
     resources: Any = SimpleNamespace(
-        settings={cuda.TRANSPORT: setting}, topology=comm.topology, node=comm.intra_node, channel=comm
+        settings={cuda.TRANSPORT: setting}, topology=comm.layout, node=comm.intra_node, channel=comm
     )
     libraries[threading.get_ident()] = StandInNccl(comm, device, version)
     verdicts[threading.get_ident()] = verdict
@@ -267,14 +268,14 @@ def call(nbytes: int, *able: str) -> Call:
     return Call(nbytes, lambda: [], given.get("ipc"), given.get("aware"), given.get("nccl"))  # type: ignore[arg-type]
 
 
-FEW, MANY = device_transports.MANY_BYTES - 1, device_transports.MANY_BYTES
+FEW, MANY = device_selection.MANY_BYTES - 1, device_selection.MANY_BYTES
 
 
 @pytest.mark.usefixtures("surroundings")
 def test_long_calls_take_the_first_way_that_can_and_short_ones_avoid_meetings() -> None:
     def body(comm: Any) -> None:
         ways = found(comm)
-        assert ways.describe() == dict.fromkeys(device_transports.WAYS, "yes")
+        assert ways.describe() == dict.fromkeys(device_selection.WAYS, "yes")
         assert ways.way(call(MANY, "nccl", "ipc", "aware")) == "nccl"
         assert ways.way(call(MANY, "ipc", "aware")) == "ipc"
         assert ways.way(call(MANY, "aware")) == "aware"
@@ -371,9 +372,9 @@ def test_memory_that_the_host_can_address_has_no_ways() -> None:
 
 
 def test_words_that_mean_nothing_are_refused() -> None:
-    assert device_transports.wanted("") == device_transports.wanted("auto") == "auto"
+    assert device_selection.wanted("") == device_selection.wanted("auto") == "auto"
     with pytest.raises(ArgumentError, match="HPCCOMM_GPU_TRANSPORT='pcie' is not known: use one of auto, nccl, ipc"):
-        device_transports.wanted("pcie")
+        device_selection.wanted("pcie")
 
 
 @pytest.mark.parametrize(
@@ -522,7 +523,7 @@ def test_every_collective_between_processes(comm: Any, monkeypatch: pytest.Monke
     device = StandIn()  # its memory is the host's: every MPI understands its pointers
     monkeypatch.setattr(cuda, "device", lambda: device)
     monkeypatch.setattr(cuda_probe, "verdict", lambda *_: UNDERSTOOD)
-    monkeypatch.setattr(device_transports, "MANY_BYTES", 100)
+    monkeypatch.setattr(device_selection, "MANY_BYTES", 100)
     monkeypatch.setenv(cuda.TRANSPORT, setting)
     ours = hpccomm.Communicator(comm.Dup())
     for case, n in itertools.product(CASES, (0, 1, 90)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpccomm.collectives import ALGORITHMS, figure
+from hpccomm.collectives import ALGORITHMS, draw
 from hpccomm.collectives.verify import verify
 from hpccomm.commands import plot
 from hpccomm.errors import ArgumentError
@@ -50,7 +50,7 @@ def test_the_root_and_the_collective_can_be_named(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("name", ALGORITHMS["allreduce"])
 def test_every_message_is_shown_once(name: str) -> None:
-    lines = list(figure.text(ALGORITHMS["allreduce"][name], 7))
+    lines = list(draw.text(ALGORITHMS["allreduce"][name], 7))
     assert sum(line.count("->") for line in lines) == verify(name, "allreduce", 7).messages
 
 
@@ -65,7 +65,7 @@ def test_a_drawing_is_a_file_of_its_kind(
 
 def test_a_drawing_has_an_arrow_and_a_label_a_message(tmp_path: Path) -> None:
     out = tmp_path / "tree.svg"
-    figure.draw(ALGORITHMS["bcast"]["tree"], 5, out, "a title", 2)
+    draw.draw(ALGORITHMS["bcast"]["tree"], 5, out, "a title", 2)
     drawing = out.read_text(encoding="utf-8")
     assert drawing.count('id="patch_') >= verify("tree", "bcast", 5, 2).messages
     assert "<!-- a title -->" in drawing
@@ -75,13 +75,13 @@ def test_a_drawing_has_an_arrow_and_a_label_a_message(tmp_path: Path) -> None:
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'hpccomm\[plot\]'"):
-        figure.draw(ALGORITHMS["allreduce"]["ring"], 4, tmp_path / "x.png", "ring")
+        draw.draw(ALGORITHMS["allreduce"]["ring"], 4, tmp_path / "x.png", "ring")
 
 
 def test_importing_the_figure_does_not_import_matplotlib() -> None:
     import subprocess
 
-    code = "import sys, hpccomm.collectives.figure, hpccomm.commands.plot; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, hpccomm.collectives.draw, hpccomm.commands.plot; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

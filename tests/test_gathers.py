@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from hpccomm.__main__ import main
-from hpccomm.collectives import ALGORITHMS, gathers
-from hpccomm.collectives.cost import HIERARCHICAL, Link, Machine, predict, price
+from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind
+from hpccomm.collectives.hierarchical_gathers import allgather_on, in_place_order, in_rank_order, reduce_scatter_on
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.verify import two_level_half, verify
 from hpccomm.errors import ScheduleError
+from hpccomm.layout import Link
+from hpccomm.performance.cost import HIERARCHICAL, predict, price
+from hpccomm.performance.machine import Machine
 from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
 HALVES = ("allgather", "reduce_scatter")
@@ -61,7 +64,7 @@ def run_one(transport: ThreadTransport, algorithm: Algorithm, vector: Any) -> No
 
 @pytest.mark.parametrize("nodes", LAYOUTS, ids=str)
 def test_a_gather_in_two_levels_is_a_flat_gather(nodes: list[int]) -> None:
-    p, algorithm = len(nodes), gathers.allgather_on(nodes)
+    p, algorithm = len(nodes), allgather_on(nodes)
     for length in (0, 1, p - 1, p, p + 1, 1000):
         want = padded(np.arange(length, dtype="i8") + 1, p)
 
@@ -69,19 +72,19 @@ def test_a_gather_in_two_levels_is_a_flat_gather(nodes: list[int]) -> None:
             blocks = np.full_like(want, -1)
             blocks[algorithm.slots(p)[transport.rank]] = want[transport.rank]
             run_one(transport, algorithm, blocks.reshape(-1))
-            return gathers.in_rank_order(blocks, nodes)
+            return in_rank_order(blocks, nodes)
 
         assert all(np.array_equal(found, want) for found in run_on_threads(p, gathered))
 
 
 @pytest.mark.parametrize("nodes", LAYOUTS, ids=str)
 def test_a_reduce_scatter_in_two_levels_is_a_flat_one(nodes: list[int]) -> None:
-    p, algorithm = len(nodes), gathers.reduce_scatter_on(nodes)
+    p, algorithm = len(nodes), reduce_scatter_on(nodes)
     for length in (0, 1, p - 1, p, p + 1, 1000):
         mine = [padded((rank + 1) * 100 + np.arange(length) % 97, p) for rank in range(p)]
 
         def reduced(transport: ThreadTransport, mine: Any = mine) -> Any:
-            blocks = gathers.in_place_order(mine[transport.rank], nodes)
+            blocks = in_place_order(mine[transport.rank], nodes)
             run_one(transport, algorithm, blocks.reshape(-1))
             return blocks[algorithm.slots(p)[transport.rank]]
 
@@ -91,8 +94,13 @@ def test_a_reduce_scatter_in_two_levels_is_a_flat_one(nodes: list[int]) -> None:
 
 def test_without_the_reordering_chunks_are_out_of_place() -> None:
     blocks = np.arange(4)[:, None]
-    assert gathers.in_place_order(blocks, [0, 0, 1, 1]).ravel().tolist() == [0, 2, 1, 3]
-    assert gathers.in_rank_order(np.array([[0], [2], [1], [3]]), [0, 0, 1, 1]).ravel().tolist() == [0, 1, 2, 3]
+    assert in_place_order(blocks, [0, 0, 1, 1]).ravel().tolist() == [0, 2, 1, 3]
+    assert in_rank_order(np.array([[0], [2], [1], [3]]), [0, 0, 1, 1]).ravel().tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 @pytest.mark.parametrize(("p", "k"), [(4, 2), (6, 3), (6, 2), (8, 4), (16, 8)])
@@ -126,8 +134,8 @@ def test_the_price_is_the_formula(machine: Machine, nbytes: float, nodes: int) -
     wanted = (nodes - 1) * (inter.alpha + nbytes / nodes * inter.beta)
     wanted += (k - 1) * (intra.alpha + nbytes / k * intra.beta)
     flat = (8 * nodes - 1) * (inter.alpha + nbytes / (8 * nodes) * inter.beta)
-    assert price(gathers.allgather_on(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
-    assert price(gathers.reduce_scatter_on(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
+    assert price(allgather_on(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
+    assert price(reduce_scatter_on(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
     assert price(ALGORITHMS["allgather"]["ring"], home, nbytes, machine).us == pytest.approx(flat, rel=1e-9)
 
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm.algorithms.bmuf import bmuf
+from hpccomm.algorithms.blockwise_filtering import bmuf
 from hpccomm.algorithms.compressors import none
+from hpccomm.algorithms.error_feedback import feedback
 from hpccomm.algorithms.exchange import check_replicas, mean, reports, spent
-from hpccomm.algorithms.feedback import feedback
-from hpccomm.algorithms.gtc import gtc
-from hpccomm.algorithms.hybrid import hybrid, unsent
-from hpccomm.algorithms.periodic import Periodic
+from hpccomm.algorithms.local_steps import Periodic
+from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import Transform, chain, momentum, scale
+from hpccomm.algorithms.two_tier import hybrid, unsent
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 

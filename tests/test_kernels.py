@@ -159,18 +159,18 @@ def test_what_has_no_kernel_is_said_so() -> None:
 def test_python_and_compiled_agree_on_words_and_clocks() -> None:
     import numba
 
-    from hpccomm.kernels import atomics
+    from hpccomm.kernels import intrinsics
 
     words = np.zeros(16, np.int64)
     address = words.ctypes.data
 
     @numba.njit
     def write(address: int) -> int:
-        atomics.store(address, 7)
-        atomics.store_release(address + 8, atomics.load(address) + 1)
-        atomics.copy(address + 16, address, 16)
-        atomics.copy_past_cache(address + 32, address, 32)
-        return atomics.load_acquire(address + 8) + 0 * atomics.nanoseconds()
+        intrinsics.store(address, 7)
+        intrinsics.store_release(address + 8, intrinsics.load(address) + 1)
+        intrinsics.copy(address + 16, address, 16)
+        intrinsics.copy_past_cache(address + 32, address, 32)
+        return intrinsics.load_acquire(address + 8) + 0 * intrinsics.nanoseconds()
 
     assert write(address) == memory.load_acquire(address + 8) == 8
     assert words.tolist() == [7, 8, 7, 8, 7, 8, 7, 8] + 8 * [0]
@@ -179,11 +179,11 @@ def test_python_and_compiled_agree_on_words_and_clocks() -> None:
 def test_copies_past_the_cache_are_exact_at_any_alignment() -> None:
     import numba
 
-    from hpccomm.kernels import atomics
+    from hpccomm.kernels import intrinsics
 
     @numba.njit
     def move(to: int, source: int, nbytes: int) -> None:
-        atomics.copy_past_cache(to, source, nbytes)
+        intrinsics.copy_past_cache(to, source, nbytes)
 
     source = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
     for shift in (0, 1, 7, 63):

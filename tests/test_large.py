@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm import ArgumentError, Communicator, binding
-from hpccomm.binding import LARGE_COUNTS, Binder
-from hpccomm.collectives.tuning import Choice
-from hpccomm.messages import read
-from hpccomm.transports.shared_memory import free_bytes
+from hpccomm import ArgumentError, Communicator, planner
+from hpccomm.calls.buffers import read
+from hpccomm.performance.tuning import Choice
+from hpccomm.planner import LARGE_COUNTS, Binder
+from hpccomm.transports.segment import free_bytes
 
 N = 2**31 + 8
 NEEDED = 5 * N
@@ -47,9 +47,9 @@ def test_more_than_two_to_the_31_bytes(comm: Communicator) -> None:
 @pytest.mark.mpi
 def test_an_mpi_that_counts_in_ints_is_not_asked_for_more(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     """An MPI of version 3 that counts up to 1000."""
-    monkeypatch.setattr(binding, "INT_MAX", 1000)
-    monkeypatch.setattr(binding, "LARGE_COUNTS", MPI.VERSION + 1)
-    monkeypatch.setattr(comm.resources, "decide", lambda *_: Choice("native", None, "the table says so"))
+    monkeypatch.setattr(planner, "INT_MAX", 1000)
+    monkeypatch.setattr(planner, "LARGE_COUNTS", MPI.VERSION + 1)
+    monkeypatch.setattr(comm.context, "decide", lambda *_: Choice("native", None, "the table says so"))
     binder = Binder(comm)
     for n, native in ((1000, True), (1001, False)):
         a = np.ones(n)

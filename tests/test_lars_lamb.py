@@ -12,9 +12,9 @@ import pytest
 
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import NORM, lars
-from hpccomm.algorithms.layerwise import CACHED, Layerwise
-from hpccomm.algorithms.schedules import constant, joined, linear_scaling, polynomial, sqrt_scaling, warm_up
+from hpccomm.algorithms.lr_schedules import constant, joined, linear_scaling, polynomial, sqrt_scaling, warm_up
 from hpccomm.algorithms.transforms import adam, chain, scale, weight_decay
+from hpccomm.algorithms.trust_ratio import CACHED, Layerwise
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import optimizers, optimizers_reference

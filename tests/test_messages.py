@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from hpccomm.calls.buffers import read
 from hpccomm.errors import ArgumentError
-from hpccomm.messages import read
 
 X = np.arange(8, dtype="f4")
 

@@ -12,18 +12,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hpccomm import Communicator, resources
+from hpccomm import Communicator, context
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import lars
-from hpccomm.algorithms.mics import (
+from hpccomm.algorithms.sharded.groups import (
     check_placement,
     mics,
     partition_groups,
     per_node,
     smallest_partition,
 )
+from hpccomm.algorithms.sharded.units import LossScale, Sharded, adamw, data_parallel, zero
 from hpccomm.algorithms.transforms import adam, chain, momentum, scale
-from hpccomm.algorithms.zero import LossScale, Sharded, adamw, data_parallel, zero
 from hpccomm.buckets import Bucket
 from hpccomm.collectives import ring
 from hpccomm.collectives.engine import bind, even_cuts
@@ -514,7 +514,7 @@ def test_groups_of_whole_nodes_take_the_steps_of_flat_ones(ranks: int, size: int
 
 @pytest.mark.mpi(sizes=(4,))
 def test_real_ranks_on_two_nodes_take_the_steps_of_threads(comm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "ranks_of_this_node", lambda channel: channel.Split(channel.rank // 2, channel.rank))
+    monkeypatch.setattr(context, "ranks_of_this_node", lambda channel: channel.Split(channel.rank // 2, channel.rank))
     nodes = Communicator(comm.Dup())
     for dtype in ("f4", "f2"):
         states = mics(nodes, first_weights(), OPTIMIZERS["adamw"], 4, dtype=dtype)

@@ -10,8 +10,8 @@ from test_compression_kernels import GRADIENTS, signs, vector
 from test_sparse import SIZES, Counting
 
 from hpccomm import Communicator
-from hpccomm.collectives import onebit
-from hpccomm.collectives.sparse import hierarchical
+from hpccomm.collectives.compressed import onebit
+from hpccomm.collectives.compressed.sparse import hierarchical
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 

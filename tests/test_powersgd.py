@@ -10,7 +10,7 @@ from test_compressed_methods import GRADIENTS, numbers, steps_of
 
 from hpccomm.algorithms.checkpoints import load_state_dict, state_dict
 from hpccomm.algorithms.exchange import allreduce_bytes, synchronous_sgd
-from hpccomm.algorithms.powersgd import LEAST_SAVING, layout, powersgd
+from hpccomm.algorithms.power_sgd import LEAST_SAVING, layout, powersgd
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
@@ -22,7 +22,7 @@ THIN = 16 * 12 + 8 * 16
 
 def test_the_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 from Q = [1, 0]: figures of six digits, so half of the last one is allowed."""
-    monkeypatch.setattr("hpccomm.algorithms.powersgd.LEAST_SAVING", 1.0)
+    monkeypatch.setattr("hpccomm.algorithms.power_sgd.LEAST_SAVING", 1.0)
     bucket = Bucket({"w": (4, 2)})
     out = [0.125, 0.069318, 0.1875, 0.103977, -0.5625, -0.311932, 0.25, 0.138636]
     kept = [0.375, -0.319318, -0.0625, 0.896023, -0.3125, 0.311932, 0.125, -0.263636]
@@ -40,7 +40,7 @@ def test_the_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_worked_example_with_errors_of_ones_own_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpccomm.algorithms.powersgd.LEAST_SAVING", 1.0)
+    monkeypatch.setattr("hpccomm.algorithms.power_sgd.LEAST_SAVING", 1.0)
 
     def body(comm: Any) -> np.ndarray:
         method, weights = powersgd(comm, Bucket({"w": (4, 2)}), 1, local_error=True), np.zeros(8, F32)

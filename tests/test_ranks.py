@@ -53,7 +53,7 @@ def test_split_follows_color_and_key_and_nodes_make_levels() -> None:
         part = comm.Split(comm.rank % 2, -comm.rank)
         alone = comm.Split(0 if comm.rank == 1 else MPI.UNDEFINED)
         assert (alone == MPI.COMM_NULL) == (comm.rank != 1)
-        return part.size, part.rank, comm.intra_node.size, comm.inter_node.size, comm.topology.per_node
+        return part.size, part.rank, comm.intra_node.size, comm.inter_node.size, comm.layout.per_node
 
     expected = [(3, 2, 2, 3), (2, 1, 2, 2), (3, 1, 2, 3), (2, 0, 2, 2), (3, 0, 1, 3)]
     assert run_on_ranks(5, body, nodes=[0, 0, 1, 1, 2]) == [(*each, (2, 2, 1)) for each in expected]

@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 import hpccomm
 from hpccomm import ArgumentError, Communicator
-from hpccomm.reproducible import exponents, joined, limbs, split
+from hpccomm.kernels.reproducible import exponents, joined, limbs, split
 
 FLOATS = (np.dtype("f2"), np.dtype(ml_dtypes.bfloat16), np.dtype("f4"), np.dtype("f8"))
 PIECES = 12
@@ -96,7 +96,7 @@ def test_bits_do_not_depend_on_who_brings_what_nor_on_the_algorithm(comm: Commun
             a = dealt(comm, dtype, turn)
             chosen.Allreduce(MPI.IN_PLACE, a, reproducible=True)
             assert a.tobytes() == want.tobytes(), algorithm
-        chosen.resources.close()
+        chosen.context.close()
 
 
 @pytest.mark.mpi(min_size=2)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from hpccomm import rollcall
+from hpccomm.calls import consistency
+from hpccomm.calls.consistency import RollCall
+from hpccomm.calls.fingerprint import UNKNOWN, Signature, complaint, decode, differs
 from hpccomm.errors import MismatchError
-from hpccomm.rollcall import RollCall
-from hpccomm.signature import UNKNOWN, Signature, complaint, decode, differs
 
 SUM = Signature("Allreduce", "sum", "8", "float32", "", "C", "")
 
@@ -22,7 +22,7 @@ def node() -> Iterator[Callable[[int], list[RollCall]]]:
     made: list[RollCall] = []
 
     def table(p: int) -> list[RollCall]:
-        memory = bytearray(rollcall.bytes_needed(p))
+        memory = bytearray(consistency.bytes_needed(p))
         made.extend(RollCall(memory, tuple(range(p)), me) for me in range(p))
         return made
 
@@ -124,7 +124,7 @@ def test_missing_ranks_are_those_that_have_not_come(node: Table) -> None:
 def test_a_rank_far_ahead_is_not_compared(node: Table) -> None:
     ahead, behind = node(2)
     word = ahead.announce(SUM)
-    for _ in range(rollcall.CALLS + 3):
+    for _ in range(consistency.CALLS + 3):
         ahead.enter(word)
     behind.enter(behind.announce(SUM._replace(count="4")))
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from test_mics import OPTIMIZERS, first_weights, gradient, nodes_of
 
-from hpccomm.algorithms import shards
-from hpccomm.algorithms.mics import mics
-from hpccomm.algorithms.shards import export, load_shards, save_shards
+from hpccomm.algorithms.sharded import checkpoints
+from hpccomm.algorithms.sharded.checkpoints import export, load_shards, save_shards
+from hpccomm.algorithms.sharded.groups import mics
+from hpccomm.algorithms.sharded.units import LossScale, Sharded, data_parallel, zero
 from hpccomm.algorithms.transforms import scale
-from hpccomm.algorithms.zero import LossScale, Sharded, data_parallel, zero
 from hpccomm.commands import train as command
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
@@ -316,7 +316,7 @@ def test_whoever_cannot_write_leaves_the_older_set_whole(
             raise OSError("No space left on device")
         keep(path, **states)
 
-    keep = shards.save
+    keep = checkpoints.save
 
     def body(comm: Any) -> None:
         states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 2)
@@ -327,7 +327,7 @@ def test_whoever_cannot_write_leaves_the_older_set_whole(
         load_shards(tmp_path, "run", states)
         assert states.steps == 2
 
-    monkeypatch.setattr(shards, "save", full)
+    monkeypatch.setattr(checkpoints, "save", full)
     run_on_ranks(4, body, [0, 0, 1, 1])
 
 

@@ -16,11 +16,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels import memory, reductions
-from hpccomm.kernels import shared as kernels
-from hpccomm.transports import shared_memory
-from hpccomm.transports.shared_memory import (
+from hpccomm.backends import shared_memory
+from hpccomm.backends.shared_memory import (
     GROUP_V2,
     Segment,
     SharedMemory,
@@ -28,6 +25,9 @@ from hpccomm.transports.shared_memory import (
     free_bytes,
     free_in_group,
 )
+from hpccomm.errors import MismatchError, TransportError
+from hpccomm.kernels import memory, reductions
+from hpccomm.kernels import shared as kernels
 
 at = MPI.Get_address
 CODES = ("compiled", "numpy")

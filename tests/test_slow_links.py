@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.slow_links import Echo, crossing, led
 from hpccomm.algorithms import compressors
-from hpccomm.algorithms.feedback import feedback
-from hpccomm.bench.slow_links import Echo, crossing, led
-from hpccomm.collectives.onebit import onebit_allreduce, server_elements
-from hpccomm.collectives.sparse import sparse_allreduce
+from hpccomm.algorithms.error_feedback import feedback
+from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
+from hpccomm.collectives.compressed.sparse import sparse_allreduce
 from hpccomm.testing.ranks import run_on_ranks
 
 F32 = np.float32

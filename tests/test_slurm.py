@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hpccomm.testing import cluster as clusters
-from hpccomm.testing import slurm
-from hpccomm.testing.cluster import Cluster
+from hpccomm.cluster import nodes as clusters
+from hpccomm.cluster import slurm
+from hpccomm.cluster.nodes import Cluster
 
 JOBS = Path(__file__).parents[1] / "slurm"
 WHY_NOT = clusters.missing() or slurm.missing()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hpccomm import Communicator
-from hpccomm.collectives import sparse
+from hpccomm.collectives.compressed import sparse
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 

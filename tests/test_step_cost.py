@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hpccomm.__main__ import main
-from hpccomm.algorithms.step_cost import (
+from hpccomm.algorithms.sharded.cost import (
     Job,
     Shape,
     congested,
@@ -17,7 +17,8 @@ from hpccomm.algorithms.step_cost import (
     through_link,
     weak_scaling,
 )
-from hpccomm.collectives.cost import Link, Machine
+from hpccomm.layout import Link
+from hpccomm.performance.machine import Machine
 
 P4D = Machine(Link(5.0, 1e-3 / 230), Link(20.0, 1e-3 / 40), 0.0, "p4d.24xlarge: 8 A100, 400 Gbit/s")
 P3DN = Machine(Link(5.0, 1e-3 / 120), Link(20.0, 1e-3 / 10), 0.0, "p3dn.24xlarge: 8 V100, 100 Gbit/s")

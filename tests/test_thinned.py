@@ -5,21 +5,22 @@ from __future__ import annotations
 import pytest
 
 from hpccomm.__main__ import main
-from hpccomm.collectives import thinned
-from hpccomm.collectives.cost import Link, Machine
+from hpccomm.layout import Link
+from hpccomm.performance import sparse_cost
+from hpccomm.performance.machine import Machine
 
 NBYTES = 64 * 2**20
 BANDWIDTH_ONLY = Machine(Link(0, 0), Link(0, 1e-3), 0, "a test")
 
 
 def by_name(nodes: int, per_node: int, density: float, machine: Machine = BANDWIDTH_ONLY) -> dict[str, float]:
-    return {each.algorithm: each.us for each in thinned.predictions(nodes, per_node, NBYTES, density, machine)}
+    return {each.algorithm: each.us for each in sparse_cost.predictions(nodes, per_node, NBYTES, density, machine)}
 
 
 @pytest.mark.parametrize("p", [2, 3, 5, 8])
 @pytest.mark.parametrize("density", [0.001, 0.1])
 def test_on_nodes_of_one_rank_bytes_are_those_of_the_formulas(p: int, density: float) -> None:
-    n, found, header = NBYTES / 4, by_name(p, 1, density), thinned.HEADERS
+    n, found, header = NBYTES / 4, by_name(p, 1, density), sparse_cost.HEADERS
     assert found["sparse"] == pytest.approx((p - 1) * (header + 8 * density * n) * 1e-3)
     assert found["words"] == pytest.approx((p - 1) * (header + 4 * density * n) * 1e-3)
     assert found["onebit"] == pytest.approx((p - 1) * (header + n / 8) * 1e-3)
@@ -28,7 +29,7 @@ def test_on_nodes_of_one_rank_bytes_are_those_of_the_formulas(p: int, density: f
 
 def test_ranks_of_a_node_share_its_link() -> None:
     found = by_name(4, 2, 0.001)
-    n, header = NBYTES / 4, thinned.HEADERS
+    n, header = NBYTES / 4, sparse_cost.HEADERS
     # each of two ranks deals six parts to other nodes; then six parts from elsewhere enter a node
     assert found["onebit_phases"] == pytest.approx((12 + 6) * (header + n / 64) * 1e-3)
     assert found["onebit_phases + node"] < found["onebit_phases"]
@@ -36,13 +37,13 @@ def test_ranks_of_a_node_share_its_link() -> None:
 
 @pytest.mark.parametrize("p", [2, 3, 5, 8, 32])
 def test_sparse_pays_below_one_in_p(p: int) -> None:
-    assert thinned.break_even(p, 1, NBYTES, BANDWIDTH_ONLY) == pytest.approx(1 / p, rel=0.02)
+    assert sparse_cost.break_even(p, 1, NBYTES, BANDWIDTH_ONLY) == pytest.approx(1 / p, rel=0.02)
 
 
 def test_where_bytes_cost_nothing_fewer_rounds_always_pay() -> None:
-    assert thinned.break_even(1, 1, NBYTES, BANDWIDTH_ONLY) == 1.0
+    assert sparse_cost.break_even(1, 1, NBYTES, BANDWIDTH_ONLY) == 1.0
     slow_to_start = Machine(Link(0, 0), Link(1e6, 0), 0, "a test")
-    assert thinned.break_even(4, 1, NBYTES, slow_to_start) == 1.0
+    assert sparse_cost.break_even(4, 1, NBYTES, slow_to_start) == 1.0
 
 
 def test_predict_prints_them(capsys: pytest.CaptureFixture[str]) -> None:

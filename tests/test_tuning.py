@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpccomm.collectives import ALGORITHMS, cost, hierarchical, tuning
-from hpccomm.collectives.cost import Link, Machine
-from hpccomm.collectives.tuning import SHIPPED, Choice, Row, Table, fit, interpolated, load, read, user_file, write
+from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.commands import predict as predict_command
 from hpccomm.commands import tune as tune_command
 from hpccomm.errors import ArgumentError
-from hpccomm.topology import fast_networks
+from hpccomm.layout import Link, fast_networks
+from hpccomm.performance import cost, tuning, units
+from hpccomm.performance.machine import Machine
+from hpccomm.performance.tuning import SHIPPED, Choice, Row, Table, fit, interpolated, load, read, user_file, write
 
 MPI = "Open MPI 5.0.11"
 
@@ -359,12 +360,12 @@ def test_predict_prints_every_algorithm_the_fastest_first(capsys: pytest.Capture
     [("4", 4), ("100M", 1e8), ("64Ki", 65536), ("1.5k", 1500), ("2 GiB", 2**31), ("1MB", 1e6)],
 )
 def test_sizes_are_understood(text: str, nbytes: float) -> None:
-    assert predict_command.size_of(text) == nbytes
+    assert units.size_of(text) == nbytes
 
 
 @pytest.mark.parametrize(("text", "beta"), [("100gbit", 8e-5), ("12.5GB", 8e-5), ("1gbit/s", 8e-3), ("1Gbps", 1e-3)])
 def test_rates_are_understood(text: str, beta: float) -> None:
-    assert predict_command.beta_of(text) == pytest.approx(beta)
+    assert units.beta_of(text) == pytest.approx(beta)
 
 
 @pytest.mark.parametrize("words", [["--bytes", "many"], ["--rate", "fast"], ["--nodes", "0"], ["--rate", "0gbit"]])

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm import Communicator, resources
+from hpccomm import Communicator, context
+from hpccomm.backends.hierarchical import SHORT_BYTES
+from hpccomm.backends.hierarchical_gathers import SHORT_BYTES as GATHERS_SHORT
 from hpccomm.collectives import ALGORITHMS
-from hpccomm.collectives.between import MESSAGE_BYTES, SEGMENT_BYTES, inter_node
-from hpccomm.collectives.cost import Link
+from hpccomm.layout import Link
+from hpccomm.performance.inter_node import MESSAGE_BYTES, SEGMENT_BYTES, inter_node
 from hpccomm.testing import verifiable
-from hpccomm.two_level_gathers import SHORT_BYTES as GATHERS_SHORT
-from hpccomm.two_levels import SHORT_BYTES
 
 PLACEMENTS = {
     2: ("01",),
@@ -33,11 +33,9 @@ def placed(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[list
     made = []
     for nodes in PLACEMENTS.get(comm.size, ()):
         here = int(nodes[comm.rank])
-        monkeypatch.setattr(
-            resources, "ranks_of_this_node", lambda channel, here=here: channel.Split(here, channel.rank)
-        )
+        monkeypatch.setattr(context, "ranks_of_this_node", lambda channel, here=here: channel.Split(here, channel.rank))
         each = Communicator(comm.Dup(), algorithm="hierarchical")
-        assert each.topology.count == len(set(nodes))
+        assert each.layout.count == len(set(nodes))
         made.append(each)
     yield made
     for each in made:
@@ -162,13 +160,13 @@ def test_gathers_with_displacements_and_users_operations(placed: list[Communicat
 @pytest.mark.mpi(sizes=(2,))
 def test_a_reduce_scatter_is_chosen_by_its_bytes(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes, asked = Communicator(comm.Dup()), []
-    decide = nodes.resources.decide
+    decide = nodes.context.decide
 
     def noted(collective: str, nbytes: int, *rest: Any) -> Any:
         asked.append((collective, nbytes))
         return decide(collective, nbytes, *rest)
 
-    monkeypatch.setattr(nodes.resources, "decide", noted)
+    monkeypatch.setattr(nodes.context, "decide", noted)
     nodes.Reduce_scatter_block(np.ones(6, "f8"), np.empty(3))
     nodes.Reduce_scatter(np.ones(5, "f4"), np.empty(2 + comm.rank, "f4"), [2, 3])
     assert asked == [("reduce_scatter", 48), ("reduce_scatter", 20)]

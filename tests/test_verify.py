@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from hpccomm.collectives import ALGORITHMS, hierarchical, ring, tree
-from hpccomm.collectives.cost import HIERARCHICAL
 from hpccomm.collectives.schedule import NOBODY, Algorithm, Step, one_each, whole
 from hpccomm.collectives.verify import ROOTED, VOLUMES, layouts, two_level, verify
 from hpccomm.commands import verify as command
 from hpccomm.errors import ArgumentError, ScheduleError
+from hpccomm.performance.cost import HIERARCHICAL
 
 EVERY = [(collective, name) for collective, names in ALGORITHMS.items() for name in names]
 RING = ALGORITHMS["allreduce"]["ring"]

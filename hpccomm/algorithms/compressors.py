@@ -17,7 +17,7 @@ compressor                            what a message means                      
 :func:`ternary`                       ± the largest magnitude or 0, at random             n/4
 :func:`qsgd`                          one of 2s + 1 levels of the norm, at random         n + 4n/bucket
 :func:`natural`                       ± a power of two, at random                         9n/8
-:func:`powersgd`                      a matrix of rank r                                  4r(rows + columns)
+:func:`low_rank`                      a matrix of rank r                                  4r(rows + columns)
 ====================================  ==================================================  =====================
 
 Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019) sends ``encode(backlog)`` and keeps
@@ -40,7 +40,7 @@ import numpy.typing as npt
 from hpccomm.arrays import beside, brought, lies_on_device
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels import fastest
+from hpccomm.kernels import dispatch
 from hpccomm.kernels.compression_reference import Indices, Octets, Vector
 
 Message = npt.NDArray[np.uint8]
@@ -239,7 +239,7 @@ class Compressor:
             total /= np.float32(size)
 
 
-kernels = fastest.compression
+kernels = dispatch.compression
 
 # Dense
 
@@ -653,14 +653,14 @@ def natural(seed: int = 0) -> Compressor:
 # Low rank
 
 
-def powersgd(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> Compressor:
+def low_rank(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> Compressor:
     """A matrix of ``rank`` near the best approximation of the vector: PowerSGD (Vogels et al., NeurIPS 2019).
 
     The vector is seen as a matrix of ``shape``, by default nearly square and filled up with zeros.  One power iteration
     from a start that follows from ``seed``; the message holds the factors P̂ and Q = Mᵀ P̂.  The two-phase form, whose
-    factors are averaged by ordinary allreduces, is :func:`hpccomm.algorithms.powersgd.powersgd`.
+    factors are averaged by ordinary allreduces, is :func:`hpccomm.algorithms.power_sgd.powersgd`.
     """
-    name = f"powersgd({rank})"
+    name = f"low_rank({rank})"
     if rank < 1:
         raise ArgumentError(f"{name}: pass a rank of 1 or more")
 
@@ -675,7 +675,7 @@ def powersgd(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> 
     return Compressor(name, frozenset({Kind.LOW_RANK}), write)
 
 
-def as_matrix(vector: Vector, shape: tuple[int, int] | None, name: str = "powersgd") -> npt.NDArray[np.float32]:
+def as_matrix(vector: Vector, shape: tuple[int, int] | None, name: str = "low_rank") -> npt.NDArray[np.float32]:
     """The vector in rows; nearly square where no shape is given, filled up with zeros."""
     n = vector.size
     if shape is not None:

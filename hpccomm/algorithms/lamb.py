@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hpccomm.algorithms.layerwise import (
+from hpccomm.algorithms.transforms import AdamState, Schedule, Vector, check_decay, require
+from hpccomm.algorithms.trust_ratio import (
     Layerwise,
     NormReduce,
     Rows,
@@ -32,7 +33,6 @@ from hpccomm.algorithms.layerwise import (
     walk_order,
     where_both,
 )
-from hpccomm.algorithms.transforms import AdamState, Schedule, Vector, check_decay, require
 from hpccomm.buckets import Bucket
 
 
@@ -61,7 +61,7 @@ def lamb(
     clipped to ``max_norm`` (apex) or divided by its norm (NVLAMB).  ``decay`` and ``adapt`` say which tensors:
     ``"flags"`` of the bucket, ``"all"`` (as optax adapts), ``"decayed"`` (apex, timm), or a list of names; with
     ``adapt=()`` it is AdamW.  ``part=(lo, hi)`` and ``norm_reduce`` are for a rank that holds these elements
-    only: see :mod:`hpccomm.algorithms.layerwise`.
+    only: see :mod:`hpccomm.algorithms.trust_ratio`.
 
     >>> bucket = Bucket({"w": (2, 2)})
     >>> method = lamb(bucket, 0.5, weight_decay=0, eps=0)

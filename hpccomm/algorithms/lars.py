@@ -23,7 +23,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from hpccomm.algorithms.layerwise import (
+from hpccomm.algorithms.transforms import Schedule, Vector, check_decay, require
+from hpccomm.algorithms.trust_ratio import (
     Layerwise,
     NormReduce,
     Rows,
@@ -36,7 +37,6 @@ from hpccomm.algorithms.layerwise import (
     walk_order,
     where_both,
 )
-from hpccomm.algorithms.transforms import Schedule, Vector, check_decay, require
 from hpccomm.buckets import Bucket
 from hpccomm.kernels.optimizers_reference import DECAYED, GRADIENT, MOVED
 
@@ -74,7 +74,7 @@ def lars(
     ``clip`` is LARC's: φ ← min(φ/γ, 1), so that no tensor steps further than γ alone would.  ``max_norm``
     clips the whole gradient first.  ``decay`` and ``adapt`` say which tensors: ``"flags"`` of the bucket,
     ``"all"``, ``"decayed"``, or a list of names.  ``part=(lo, hi)`` and ``norm_reduce`` are for a rank that
-    holds these elements of the vector only: see :mod:`hpccomm.algorithms.layerwise`.
+    holds these elements of the vector only: see :mod:`hpccomm.algorithms.trust_ratio`.
 
     >>> bucket = Bucket({"w": (2, 2), "b": (2,)})
     >>> method = lars(bucket, 1.0, trust=0.5)

@@ -15,7 +15,8 @@ method                 what is sent                                           so
                        long                                                   HiPC 2022
 =====================  =====================================================  =======================================
 
-In two phases (:func:`~hpccomm.collectives.onebit.onebit_allreduce`) a rank sends 2(p−1)/p · n/8 bytes, as many as a
+In two phases (:func:`~hpccomm.collectives.compressed.onebit.onebit_allreduce`) a rank sends 2(p−1)/p · n/8 bytes, as
+many as a
 ring of bits would; an allgather of all messages, which the first two use, sends (p−1) · n/8: less for two ranks, more
 from four on.
 """
@@ -31,13 +32,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.compressors import flat, onebit
+from hpccomm.algorithms.error_feedback import Sent, everywhere, feedback
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, averaged
-from hpccomm.algorithms.feedback import Sent, everywhere, feedback
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, check_decay, require, scale
 from hpccomm.arrays import beside
 from hpccomm.buckets import Bucket
-from hpccomm.collectives.onebit import onebit_allreduce, server_elements
-from hpccomm.kernels.fastest import compression as kernels
+from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
+from hpccomm.kernels.dispatch import compression as kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI

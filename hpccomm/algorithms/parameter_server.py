@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.bmuf import lengths
+from hpccomm.algorithms.blockwise_filtering import lengths
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
 from hpccomm.errors import MismatchError
 

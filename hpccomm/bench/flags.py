@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from hpccomm.bench.cases import CASES, Case
 from hpccomm.bench.loop import Options
 from hpccomm.bench.osu import DATATYPES, Wanted
-from hpccomm.commands.predict import size_of
 from hpccomm.errors import ArgumentError
+from hpccomm.performance.units import size_of
 
 USUAL_PERCENTILES = "50,90,99"
 MOST_PERCENTILES = 5

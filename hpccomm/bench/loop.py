@@ -22,9 +22,10 @@ from mpi4py import MPI
 from hpccomm.arrays import read_device
 from hpccomm.bench.cases import CASES, Call, Calling, Case, Shape
 from hpccomm.bench.inputs import SPOILT, VARIANTS, Array, Inputs, Pieces
-from hpccomm.collectives import ALGORITHMS, cost
+from hpccomm.collectives import ALGORITHMS
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError
+from hpccomm.performance import cost
 from hpccomm.transports import cuda
 
 TURNS = 10
@@ -443,17 +444,17 @@ def aligned(count: int, dtype: np.dtype[Any]) -> Array:
 def count_nodes(comm: Any) -> int:
     """Nodes of a communicator (collective)."""
     if isinstance(comm, Communicator):
-        return int(comm.topology.count)
+        return int(comm.layout.count)
     return len(set(comm.allgather(MPI.Get_processor_name())))
 
 
 def predicted(comm: Any, case: Case, algorithm: str, nbytes: int) -> float | None:
     """The model's price of an algorithm, or of the one that ``"auto"`` takes, where it has one."""
-    if not isinstance(comm, Communicator) or not case.algorithms or comm.size == 1 or not comm.topology.even:
+    if not isinstance(comm, Communicator) or not case.algorithms or comm.size == 1 or not comm.layout.even:
         return None
-    machine = comm.resources.table.machine
+    machine = comm.context.table.machine
     name = comm.explain(case.algorithms, nbytes).algorithm if algorithm == "auto" else algorithm
     if machine is None or name not in (*ALGORITHMS.get(case.algorithms, {}), "hierarchical"):
         return None
-    shape = comm.topology.count, comm.topology.per_node[0]
+    shape = comm.layout.count, comm.layout.per_node[0]
     return float(cost.prediction(name, case.algorithms, *shape, nbytes, machine).us)

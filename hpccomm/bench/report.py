@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from hpccomm.bench.loop import Row
-from hpccomm.resources import mpi_name
+from hpccomm.transports.mpi import mpi_name
 
 
 def describe(comm: Any, command: Sequence[str]) -> dict[str, Any]:
     """Where, with what, when, by which command (the first use of a communicator's topology is collective)."""
     return {
         "machine": {
-            "hosts": list(comm.topology.names),
-            "ranks": comm.topology.describe(),
+            "hosts": list(comm.layout.names),
+            "ranks": comm.layout.describe(),
             "processor": processor(),
             "cores": len(os.sched_getaffinity(0)),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",

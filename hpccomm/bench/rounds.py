@@ -1,4 +1,4 @@
-"""Measures single rounds on several nodes by the length of their messages, for :mod:`hpccomm.collectives.curves`.
+"""Measures single rounds on several nodes by the length of their messages, for :mod:`hpccomm.performance.measured`.
 
 All ranks take part.  Each length is timed in calls of one round and of a few, a barrier before each as in all our
 benchmarks; the difference is what a further round takes.  A time is the mean over the ranks, of rounds in which only
@@ -22,16 +22,17 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm import operations
-from hpccomm.collectives import ALGORITHMS, between
-from hpccomm.collectives.curves import ITEM, Curve, Kind, Point, Round, rounds
+from hpccomm.backends.hierarchical import SHORT_BYTES, Operands, TwoLevels
+from hpccomm.calls import operations
+from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import Plan, bind, interleaved, segments
 from hpccomm.collectives.hierarchical import lanes_of
 from hpccomm.collectives.schedule import Algorithm, Step
 from hpccomm.errors import ArgumentError
-from hpccomm.two_levels import SHORT_BYTES, Operands, TwoLevels
+from hpccomm.performance import inter_node
+from hpccomm.performance.measured import ITEM, Curve, Kind, Point, Round, rounds
 
-LENGTHS = (4, 64, 1024, 4096, 8192, 16384, 32768, between.MESSAGE_BYTES, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22)
+LENGTHS = (4, 64, 1024, 4096, 8192, 16384, 32768, inter_node.MESSAGE_BYTES, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22)
 """Bytes of the messages that are measured; close together where transports change their ways."""
 FLIGHTS = (4096, 16384, 32768, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 << 21)
 """Bytes that are on their way from a rank at the same time, in pieces."""
@@ -82,13 +83,13 @@ def measured_curves(comm: Any, algorithms: Sequence[str], most: int) -> tuple[Cu
     ``comm`` is a Communicator on several nodes with equally many ranks, one node after the other; elsewhere there are
     none.  The same on all ranks.
     """
-    topology = comm.topology
-    if topology.count == 1 or not (topology.even and topology.contiguous):
+    layout = comm.layout
+    if layout.count == 1 or not (layout.even and layout.contiguous):
         return ()
     bench = Rounds(comm)
-    tasks = list(wanted(topology.nodes, algorithms, most, bench.levels is not None))
+    tasks = list(wanted(layout.nodes, algorithms, most, bench.levels is not None))
     visits = [[bench.visit(task) for task in tasks] for _ in range(VISITS)]
-    shape = topology.count, topology.per_node[0]
+    shape = layout.count, layout.per_node[0]
     found = [Curve(*shape, task.kind, joined(task, times)) for task, *times in zip(tasks, *visits, strict=True)]
     agreed: tuple[Curve, ...] = comm.bcast(tuple(found))
     return agreed
@@ -122,7 +123,7 @@ def wanted(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, l
     if most > SHORT_BYTES:
         yield Task(Kind("scatter"), (), up_to(SEGMENTS, most))
         yield Task(Kind("gather"), (), up_to(SEGMENTS, most))
-        in_one = most if ends.size == 2 else min(most, 2 * between.MESSAGE_BYTES * lanes)
+        in_one = most if ends.size == 2 else min(most, 2 * inter_node.MESSAGE_BYTES * lanes)
         pieces = {
             task.kind: task
             for name, nbytes in (("doubling", in_one), ("butterfly", in_one), ("ring", most))
@@ -160,7 +161,7 @@ class Rounds:
 
     def __init__(self, comm: Any) -> None:
         self.comm, self.plain = comm, MPI.Intracomm(comm)
-        self.levels: TwoLevels | None = comm.resources.two_levels
+        self.levels: TwoLevels | None = comm.context.two_levels
         self.held: list[Vector] = []
         self.combine = operations.combiner(MPI.SUM)
         few = np.zeros(1, np.float32)
@@ -194,9 +195,9 @@ class Rounds:
     @property
     def across(self) -> Task:
         """A round in which every rank sends to the next node."""
-        p, width = self.comm.size, self.comm.topology.per_node[0]
+        p, width = self.comm.size, self.comm.layout.per_node[0]
         to, source = (np.arange(p) + width) % p, (np.arange(p) - width) % p
-        kind = Kind("round", width, 0, p, self.comm.topology.count == 2)
+        kind = Kind("round", width, 0, p, self.comm.layout.count == 2)
         return Task(kind, (Round(kind, ITEM, to, source),), (ITEM,))
 
     # What is run
@@ -224,7 +225,7 @@ class Rounds:
         vector = zeros(2 * nbytes)
         steps = self.pattern(task, count).steps(self.comm.rank, self.comm.size)
         half = vector.size // 2
-        return bind(steps, vector, [0, half, 2 * half], self.comm.resources.messages, self.combine, WORD)
+        return bind(steps, vector, [0, half, 2 * half], self.comm.context.messages, self.combine, WORD)
 
     def pattern(self, task: Task, count: int) -> Algorithm:
         """Rounds of one kind: ranks meet the partners of a schedule in turn, for who comes late keeps others waiting.
@@ -247,7 +248,7 @@ class Rounds:
         levels = self.two_levels
         schedule, lanes = self.pattern(task, count), []
         vector = zeros(2 * nbytes)
-        for piece in segments(vector.size // 2, between.message_count(nbytes, 1)):
+        for piece in segments(vector.size // 2, inter_node.message_count(nbytes, 1)):
             part = vector[2 * piece.start : 2 * piece.stop]
             lanes.append(list(levels.between(schedule, part, self.combine, WORD)) if levels.drives else [])
         return interleaved(lanes)

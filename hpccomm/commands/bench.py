@@ -283,7 +283,7 @@ def places(comm: Any) -> list[str]:
     """A line a rank (collective)."""
     from hpccomm.bench import nccl, report
 
-    name = comm.topology.names[int(comm.topology.nodes[comm.rank])]
+    name = comm.layout.names[int(comm.layout.nodes[comm.rank])]
     mine = nccl.Place(comm.rank, os.getpid(), name, report.processor())
     return [nccl.device_line(nccl.Place(*each)) for each in comm.allgather(tuple(mine))]
 
@@ -291,6 +291,6 @@ def places(comm: Any) -> list[str]:
 def software() -> str:
     """Who measures."""
     import hpccomm
-    from hpccomm.resources import mpi_name
+    from hpccomm.transports.mpi import mpi_name
 
     return f"hpccomm {hpccomm.__version__} on {mpi_name()}"

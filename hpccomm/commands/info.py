@@ -86,14 +86,14 @@ def version_of(package: str) -> str:
 def launch(comm: Any) -> dict[str, str]:
     """Who started the ranks, and where they are."""
     _, launcher = started_ranks(os.environ)
-    cores = len(set().union(*comm.resources.node.allgather(os.sched_getaffinity(0))))
-    crowd = max(comm.topology.per_node)
+    cores = len(set().union(*comm.context.node.allgather(os.sched_getaffinity(0))))
+    crowd = max(comm.layout.per_node)
     ranks = f"{cores} for the ranks of this node" + (
         " (fewer than ranks on the node: waiting yields)" if crowd > cores else ""
     )
     return {
         "started by": launcher or "no launcher (one rank)",
-        "ranks": comm.topology.describe(),
+        "ranks": comm.layout.describe(),
         "cores": ranks,
         "threads a rank": os.environ.get("OMP_NUM_THREADS", "not set (OMP_NUM_THREADS)"),
     }
@@ -101,11 +101,11 @@ def launch(comm: Any) -> dict[str, str]:
 
 def transports(comm: Any) -> dict[str, str]:
     """What there is to carry bytes."""
-    from hpccomm.topology import ethernets, fast_networks
+    from hpccomm.layout import ethernets, fast_networks
 
-    resources = comm.resources
+    resources = comm.context
     links = ", ".join(ethernets()) or "none is up"
-    where = "yes" if comm.topology.count == 1 else "inside the nodes, by the hierarchical algorithms"
+    where = "yes" if comm.layout.count == 1 else "inside the nodes, by the hierarchical algorithms"
     return {
         "messages": "point-to-point, signature of the call in the tag",
         "network": ", ".join(fast_networks()) or f"Ethernet ({links}): what is shipped for TCP counts",
@@ -133,9 +133,9 @@ def gpu(comm: Any) -> dict[str, str]:
 
 def settings(comm: Any) -> dict[str, str]:
     """The variables in force, rank 0's, and the table."""
-    rows = {name: value or "not set" for name, value in comm.resources.settings.items()}
+    rows = {name: value or "not set" for name, value in comm.context.settings.items()}
     rows["HPCCOMM_STALL_SECONDS"] = os.environ.get("HPCCOMM_STALL_SECONDS", "not set (60)")
-    rows["tuning table"] = comm.resources.table.source
+    rows["tuning table"] = comm.context.table.source
     return rows
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hpccomm.collectives import ALGORITHMS, figure
-from hpccomm.collectives.cost import HIERARCHICAL
+from hpccomm.collectives import ALGORITHMS, draw
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.verify import ROOTED
 from hpccomm.errors import ArgumentError
+from hpccomm.performance.cost import HIERARCHICAL
 
 SUMMARY = "print or draw a schedule, or draw benchmark results"
 
@@ -59,9 +59,9 @@ def show_schedule(args: argparse.Namespace) -> int:
     root = (args.root,) if collective in ROOTED else ()
     title = f"{collective}, {name}, {args.size} ranks" + (f", root {args.root}" if root else "")
     print(f"{title}, {algorithm.blocks(args.size)} blocks")
-    print("\n".join(figure.text(algorithm, args.size, *root)))
+    print("\n".join(draw.text(algorithm, args.size, *root)))
     if args.out:
-        figure.draw(algorithm, args.size, args.out, title, *root)
+        draw.draw(algorithm, args.size, args.out, title, *root)
     return 0
 
 

@@ -9,19 +9,20 @@ import socket
 import numpy as np
 
 from hpccomm.algorithms.compressors import check_density
-from hpccomm.algorithms.mics import check_placement, smallest_partition
-from hpccomm.algorithms.step_cost import STATE_BYTES, Job, Shape, step_cost, through_link
-from hpccomm.collectives import ALGORITHMS, thinned, tuning
-from hpccomm.collectives.cost import Link, Machine, Prediction, predict
+from hpccomm.algorithms.sharded.cost import STATE_BYTES, Job, Shape, step_cost, through_link
+from hpccomm.algorithms.sharded.groups import check_placement, smallest_partition
+from hpccomm.collectives import ALGORITHMS
 from hpccomm.errors import ArgumentError, LaunchError
 from hpccomm.launcher import library
+from hpccomm.layout import Link
+from hpccomm.performance import sparse_cost, tuning
+from hpccomm.performance.cost import Prediction, predict
+from hpccomm.performance.machine import Machine
+from hpccomm.performance.units import beta_of, size_of
 
 SUMMARY = "price every algorithm of a collective on a cluster of your choice"
 STEPS = ("mics", "zero3")
 """Ways to divide a model, a step of which is priced."""
-
-DECIMAL = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +80,9 @@ def run(args: argparse.Namespace) -> int:
 def compressed(args: argparse.Namespace, nbytes: float, machine: Machine) -> None:
     """Print what exchanges of compressed gradients take, and from which density on dense is as fast."""
     print(f"# compressed: {args.density:g} of the float32, or one bit of each; messages alone, without the computing")
-    for each in thinned.predictions(args.nodes, args.per_node, nbytes, args.density, machine):
+    for each in sparse_cost.predictions(args.nodes, args.per_node, nbytes, args.density, machine):
         print(line(each))
-    even = thinned.break_even(args.nodes, args.per_node, nbytes, machine)
+    even = sparse_cost.break_even(args.nodes, args.per_node, nbytes, machine)
     print(f"# sparse takes as long as the fastest dense allreduce at density {even:.2g}")
 
 
@@ -201,23 +202,3 @@ def this_mpi() -> str:
         return ""
     number = re.search(r"\d+(\.\d+)+", found.version)
     return f"{found.family.library} {number[0] if number else ''}".strip()
-
-
-def size_of(text: str) -> float:
-    """Bytes: ``100M`` is a hundred million, ``64Ki`` is 65,536."""
-    match = re.fullmatch(r"([\d.]+)\s*([kmgt]|ki|mi|gi)?b?", text.strip().lower())
-    try:
-        number, unit = match.groups() if match else ("", "")
-        return float(number) * {**DECIMAL, **BINARY}[unit or ""]
-    except ValueError:
-        raise ArgumentError(f"{text!r} is no size: write 4, 64Ki, 100M") from None
-
-
-def beta_of(text: str) -> float:
-    """Microseconds a byte of a rate: ``100gbit`` in bits, ``12.5GB`` in bytes, a second."""
-    match = re.fullmatch(r"([\d.]+)\s*([kmgt]?)(bit|b)(/s|ps)?", text.strip().lower())
-    try:
-        number, unit, what = match.groups()[:3] if match else ("", "", "")
-        return 1e6 * (8 if what == "bit" else 1) / (float(number) * DECIMAL[unit])
-    except (ValueError, ZeroDivisionError):
-        raise ArgumentError(f"{text!r} is no rate: write 100gbit or 12.5GB") from None

@@ -172,9 +172,9 @@ def check(args: argparse.Namespace, comm: Communicator) -> None:
     if args.method in SHARDED and args.dataset != "stdlib":
         raise ArgumentError(f"--method {args.method} trains a deep network on text: name the dataset stdlib")
     if args.method == "mics":
-        from hpccomm.algorithms.mics import check_placement, per_node
+        from hpccomm.algorithms.sharded.groups import check_placement, per_node
 
-        nodes = comm.topology.nodes
+        nodes = comm.layout.nodes
         check_placement("--partition-size", nodes, args.partition_size or per_node(comm.rank, nodes))
     if args.export and args.method not in SHARDED:
         raise ArgumentError(f"--export with --method {args.method}: it is for {', '.join(SHARDED)}")
@@ -345,7 +345,7 @@ def trained_deep(name: str, args: argparse.Namespace, data: Dataset, comm: Commu
     hops = ", ".join(f"{hop} {each:,}" for hop, each in spent["hops"].items())
     say(comm, f"# bytes of a rank in a step, at most: {hops}\n")
     if args.export:
-        from hpccomm.algorithms.shards import export
+        from hpccomm.algorithms.sharded.checkpoints import export
 
         export(args.export, states)
     states.close()

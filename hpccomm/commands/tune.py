@@ -14,13 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpccomm.collectives import ALGORITHMS, tuning
-from hpccomm.collectives.cost import HIERARCHICAL, Link, Machine, prediction
-from hpccomm.collectives.curves import Curve
-from hpccomm.collectives.tuning import Row, Table
-from hpccomm.commands.predict import size_of
+from hpccomm.collectives import ALGORITHMS
 from hpccomm.commands.verify import watched
 from hpccomm.errors import ArgumentError
+from hpccomm.layout import Link
+from hpccomm.performance import tuning
+from hpccomm.performance.cost import HIERARCHICAL, prediction
+from hpccomm.performance.machine import Machine
+from hpccomm.performance.measured import Curve
+from hpccomm.performance.tuning import Row, Table
+from hpccomm.performance.units import size_of
 
 SUMMARY = "measure which algorithm is fastest on this machine, and remember it"
 
@@ -88,9 +91,9 @@ def rounds_of(comm: Any, todo: Sequence[Task], wanted: Sequence[str]) -> tuple[t
     from hpccomm.bench.rounds import measured_curves
 
     sizes = [task.bytes for task in todo if task.collective == "allreduce"]
-    if not sizes or comm.topology.count == 1:
+    if not sizes or comm.layout.count == 1:
         return (), None
-    machine = comm.resources.table.machine
+    machine = comm.context.table.machine
     return measured_curves(comm, wanted or comm.algorithms("allreduce"), max(sizes)), machine and machine.inter
 
 
@@ -98,10 +101,10 @@ def site_of(comm: Any) -> Site:
     """Rank 0's name for where all of them are (collective)."""
     from mpi4py import MPI
 
-    from hpccomm.resources import mpi_name
+    from hpccomm.transports.mpi import mpi_name
 
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    site = Site(comm.topology.count, max(comm.topology.per_node), mpi_name(), MPI.Get_processor_name(), today)
+    site = Site(comm.layout.count, max(comm.layout.per_node), mpi_name(), MPI.Get_processor_name(), today)
     return Site(*comm.bcast(tuple(site)))
 
 

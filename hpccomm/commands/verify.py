@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
-from hpccomm.collectives.cost import HIERARCHICAL
 from hpccomm.collectives.verify import ROOTED, VOLUMES, Report, layouts, two_level, two_level_half, verify
 from hpccomm.errors import ArgumentError, ScheduleError
+from hpccomm.performance.cost import HIERARCHICAL
 
 SUMMARY = "prove schedules correct for a range of sizes"
 

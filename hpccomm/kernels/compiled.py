@@ -12,9 +12,9 @@ from typing import Any
 import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 
-from hpccomm.kernels import atomics, folds, shared
+from hpccomm.kernels import folds, intrinsics, shared
 
-_made_of = b"".join(Path(__file__).with_name(each).read_bytes() for each in ("atomics.py", "vectors.py"))
+_made_of = b"".join(Path(__file__).with_name(each).read_bytes() for each in ("intrinsics.py", "simd.py"))
 EDITION = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_made_of):08x}"
 """What the machine code depends on besides its own source: the processor and the instructions it is made of."""
 
@@ -45,7 +45,7 @@ def instructions(instead: Mapping[str, Callable[..., Any]] = MappingProxyType({}
             continue
         here = FunctionType(instead.get(name, function).__code__, scope, name)
         if function.__module__ != shared.__name__:
-            scope[name] = getattr(atomics, name)
+            scope[name] = getattr(intrinsics, name)
         elif name in shared.COLLECTIVES:
             scope[name] = jit()(here) if instead else kept(jit, here, name)
         else:

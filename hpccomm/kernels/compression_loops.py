@@ -20,10 +20,10 @@ from numba import carray
 from numba.extending import register_jitable
 
 from hpccomm.kernels import folds
-from hpccomm.kernels.atomics import bits, element, float_of, set_element
 from hpccomm.kernels.compiled import jit, kept
 from hpccomm.kernels.compression_reference import LEAST_NORM, LONGEST_QUOTIENT
-from hpccomm.kernels.vectors import (
+from hpccomm.kernels.intrinsics import bits, element, float_of, set_element
+from hpccomm.kernels.simd import (
     add_square,
     address,
     at_least,

@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
-from hpccomm.kernels.atomics import (
+from hpccomm.kernels.intrinsics import (
     HALF_INSTRUCTIONS,
     ROOM,
     bits,
@@ -150,7 +150,7 @@ STORED: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
 
 
 def compiled(op: str, code: str, compile: Callable[..., Any]) -> Any:
-    """A C function for :func:`hpccomm.kernels.atomics.fold`; ``compile(compiler, function, name)`` makes it."""
+    """A C function for :func:`hpccomm.kernels.intrinsics.fold`; ``compile(compiler, function, name)`` makes it."""
     kind, read, write = STORED.get(code) or (numba.from_dtype(np.dtype(code)), same, same)
     return compile(c_function(kind), reduction(COMBINE[op], read, write), f"{op}_{code}")
 

@@ -1,6 +1,6 @@
 """What a collective over shared memory does to memory, in plain Python: read a word, write a word, copy, wait, fold.
 
-Addresses and words are 64-bit integers.  :mod:`hpccomm.kernels.atomics` holds functions of the same names for Numba.
+Addresses and words are 64-bit integers.  :mod:`hpccomm.kernels.intrinsics` holds functions of the same names for Numba.
 These here are right where the processor keeps stores, and loads, in order (x86); elsewhere Numba is needed.
 """
 

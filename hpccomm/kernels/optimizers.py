@@ -16,7 +16,7 @@ from numba.extending import register_jitable
 
 from hpccomm.kernels.compiled import jit, kept
 from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED, GRADIENT, HIGH, LANES, LOW
-from hpccomm.kernels.vectors import (
+from hpccomm.kernels.simd import (
     address,
     at_least,
     floats,

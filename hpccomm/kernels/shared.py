@@ -3,7 +3,7 @@
 *p ranks, r this one, q another; k a block of this call, g the blocks of all calls before it.*
 
 Every function works on words at addresses (:mod:`hpccomm.kernels.memory`), so that it runs as it stands in Python and,
-with the intrinsics of :mod:`hpccomm.kernels.atomics` in place of those functions, compiled.  A rank's region holds
+with the intrinsics of :mod:`hpccomm.kernels.intrinsics` in place of those functions, compiled.  A rank's region holds
 
 * two *lines* that alternate from call to call: the number of the call, written last, with what belongs to the call;
 * two counters, blocks *published* and blocks *finished*, which only grow and which only their owner writes;

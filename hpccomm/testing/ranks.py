@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from hpccomm.calls.operations import combiner, name_of
 from hpccomm.errors import MismatchError
-from hpccomm.operations import combiner, name_of
-from hpccomm.topology import Topology
+from hpccomm.layout import ETHERNET, SHARED_MEMORY, Layout, Link
 
 IN_PLACE = MPI.IN_PLACE
 TURN = 5e-4
@@ -112,20 +112,25 @@ class ThreadCommunicator:
     # Where the ranks live
 
     @property
-    def topology(self) -> Topology:
+    def layout(self) -> Layout:
         """Which ranks share a node."""
         known = sorted(set(self.meeting.nodes))
-        return Topology(np.array([known.index(each) for each in self.meeting.nodes]), tuple(f"node{n}" for n in known))
+        return Layout(np.array([known.index(each) for each in self.meeting.nodes]), tuple(f"node{n}" for n in known))
+
+    @property
+    def link(self) -> Link:
+        """What messages between these ranks cost."""
+        return SHARED_MEMORY if self.layout.count == 1 else ETHERNET
 
     @property
     def intra_node(self) -> ThreadCommunicator:
         """The ranks of this node (the first use is collective)."""
-        return self._level("intra", int(self.topology.nodes[self.rank]))
+        return self._level("intra", int(self.layout.nodes[self.rank]))
 
     @property
     def inter_node(self) -> ThreadCommunicator:
         """The ranks with the same place on their nodes (the first use is collective)."""
-        return self._level("inter", self.topology.place(self.rank))
+        return self._level("inter", self.layout.place(self.rank))
 
     def _level(self, name: str, color: int) -> ThreadCommunicator:
         if name not in self._levels:

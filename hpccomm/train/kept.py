@@ -17,8 +17,8 @@ from mpi4py import MPI
 
 from hpccomm.algorithms.checkpoints import load, save
 from hpccomm.algorithms.exchange import ExchangeReport
-from hpccomm.algorithms.shards import everywhere, load_shards, save_shards, write_note
-from hpccomm.algorithms.zero import Hops
+from hpccomm.algorithms.sharded.checkpoints import everywhere, load_shards, save_shards, write_note
+from hpccomm.algorithms.sharded.units import Hops
 from hpccomm.errors import ArgumentError
 from hpccomm.train import sharded
 from hpccomm.train.loop import Epoch, Training

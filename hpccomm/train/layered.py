@@ -18,7 +18,7 @@ from hpccomm.train.datasets import CONTEXT, Dataset
 from hpccomm.train.networks import Array, Shapes, Tensors, cross_entropy, draw
 
 if TYPE_CHECKING:
-    from hpccomm.algorithms.zero import Sharded
+    from hpccomm.algorithms.sharded.units import Sharded
 
 EMBEDDING = 16
 """Numbers that stand for a character."""

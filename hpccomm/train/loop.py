@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, check_replicas, spent
-from hpccomm.algorithms.periodic import Periodic
+from hpccomm.algorithms.local_steps import Periodic
 from hpccomm.algorithms.transforms import Transform, Vector
 from hpccomm.buckets import Bucket
 from hpccomm.train.datasets import Dataset

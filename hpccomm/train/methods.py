@@ -89,7 +89,7 @@ def lamb(plan: Plan) -> Transform:
 
 def gtc(plan: Plan) -> Transform:
     """Threshold compression."""
-    from hpccomm.algorithms.gtc import gtc as exchange
+    from hpccomm.algorithms.threshold_compression import gtc as exchange
     from hpccomm.algorithms.transforms import chain, scale
 
     return chain(exchange(plan.comm, density=plan.density), scale(-plan.lr))
@@ -97,7 +97,7 @@ def gtc(plan: Plan) -> Transform:
 
 def dgc(plan: Plan) -> Transform:
     """The largest elements of tensors from 2,048 on, Nesterov's momentum corrected; a fifth of the run warms up."""
-    from hpccomm.algorithms.dgc import dgc as exchange
+    from hpccomm.algorithms.deep_gradient_compression import dgc as exchange
     from hpccomm.algorithms.transforms import chain, scale
 
     made = exchange(plan.comm, plan.bucket, plan.density, nesterov=True, warmup=plan.steps // 5, smallest=2048)
@@ -135,7 +135,7 @@ def onebit_lamb(plan: Plan) -> Transform:
 
 def powersgd(plan: Plan) -> Transform:
     """Each matrix as two of rank 4; momentum behind the exchange."""
-    from hpccomm.algorithms.powersgd import powersgd as low_rank
+    from hpccomm.algorithms.power_sgd import powersgd as low_rank
     from hpccomm.algorithms.transforms import chain
 
     return chain(low_rank(plan.comm, plan.bucket, 4), heavy_ball(plan))
@@ -143,35 +143,35 @@ def powersgd(plan: Plan) -> Transform:
 
 def bmuf(plan: Plan) -> Transform:
     """Blocks of local steps with block momentum; a tenth of the run is synchronous."""
-    from hpccomm.algorithms.bmuf import bmuf as blocks
+    from hpccomm.algorithms.blockwise_filtering import bmuf as blocks
 
     return blocks(plan.comm, heavy_ball(plan), plan.period, warmup=plan.steps // 10)
 
 
 def bmuf_adam(plan: Plan) -> Transform:
     """Blocks of local Adam."""
-    from hpccomm.algorithms.bmuf import bmuf_adam as blocks
+    from hpccomm.algorithms.blockwise_filtering import bmuf_adam as blocks
 
     return blocks(plan.comm, plan.lr, plan.period, warmup=plan.steps // 10)
 
 
 def local_sgd(plan: Plan) -> Transform:
     """Models averaged after each block."""
-    from hpccomm.algorithms.periodic import local_sgd as blocks
+    from hpccomm.algorithms.local_steps import local_sgd as blocks
 
     return blocks(plan.comm, heavy_ball(plan), plan.period)
 
 
 def slowmo(plan: Plan) -> Transform:
     """Slow momentum over the blocks."""
-    from hpccomm.algorithms.periodic import slowmo as blocks
+    from hpccomm.algorithms.local_steps import slowmo as blocks
 
     return blocks(plan.comm, heavy_ball(plan), plan.lr, plan.period)
 
 
 def diloco(plan: Plan) -> Transform:
     """Nesterov's momentum over blocks of Adam."""
-    from hpccomm.algorithms.periodic import diloco as blocks
+    from hpccomm.algorithms.local_steps import diloco as blocks
     from hpccomm.algorithms.transforms import adam as inner
     from hpccomm.algorithms.transforms import chain, scale
 
@@ -180,9 +180,9 @@ def diloco(plan: Plan) -> Transform:
 
 def hybrid(plan: Plan) -> Transform:
     """Threshold compression inside groups, block momentum between them."""
-    from hpccomm.algorithms.gtc import gtc as exchange
-    from hpccomm.algorithms.hybrid import hybrid as two_tiers
+    from hpccomm.algorithms.threshold_compression import gtc as exchange
     from hpccomm.algorithms.transforms import scale
+    from hpccomm.algorithms.two_tier import hybrid as two_tiers
 
     return two_tiers(
         plan.comm,

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.algorithms.exchange import allreduce_bytes, check_replicas
-from hpccomm.algorithms.mics import mics
-from hpccomm.algorithms.zero import Hops, LossScale, Sharded, adamw, data_parallel, zero
+from hpccomm.algorithms.sharded.groups import mics
+from hpccomm.algorithms.sharded.units import Hops, LossScale, Sharded, adamw, data_parallel, zero
 from hpccomm.train.datasets import Dataset
 from hpccomm.train.layered import Layered
 from hpccomm.train.loop import EVALUATE, Epoch, Settings, batches, epoch_of

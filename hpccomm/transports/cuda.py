@@ -261,7 +261,7 @@ def claimed(comm: Any, flag: str, instead: str) -> Device:
     if without:
         raise ArgumentError(f"{flag} needs a device, rank {without[0]} has none: {everyone[without[0]]}; or {instead}")
     found = device()
-    found.use(int(comm.resources.node.rank) % found.count)
+    found.use(int(comm.context.node.rank) % found.count)
     return found
 
 

@@ -86,3 +86,15 @@ def pieces(vector: Vector | None) -> Iterator[Any]:
     octets = np.ascontiguousarray(vector).view(np.uint8) if vector.size else vector[:0].view(np.uint8)
     for first in range(0, octets.size, PIECE):
         yield octets[first : first + PIECE]
+
+
+def mpi_name() -> str:
+    """Name and version of the MPI library."""
+    return " ".join((MPI.get_vendor()[0], ".".join(map(str, MPI.get_vendor()[1]))))
+
+
+def probe_bytes(comm: MPI.Intracomm, source: int, tag: int) -> int:
+    """How many bytes the next message from a rank has; waits for it."""
+    status = MPI.Status()
+    comm.Probe(source, tag, status)
+    return status.Get_elements(MPI.BYTE)

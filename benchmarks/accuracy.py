@@ -1,0 +1,249 @@
+"""``scripts/bench_accuracy``: how well models train with compressed gradients, beside dense ones; ranks are threads.
+
+*One run for each job (a dataset and its passes), number of ranks, method and seed.*  All methods of a seed begin with
+the same weights and see the same batches, so differences are taken seed by seed.  What was run stands in a file and is
+not run again: ``--seconds`` ends one part of the whole, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+OUT = Path("docs/measurements/accuracy.json")
+RANKS, DENSITY = (4, 8), 0.001
+YARDSTICKS = {
+    "dgc": ("dense",),
+    "onebit-adam": ("adam", "dense"),
+    "gtc": ("dense",),
+    "onebit-sgd": ("dense",),
+    "ef-signsgd": ("dense",),
+    "powersgd": ("dense",),
+    "onebit-lamb": ("lamb",),
+}
+"""Methods, and the dense ones that each is compared with."""
+NAMES = ("dense", "dgc", "adam", "onebit-adam", "gtc", "onebit-sgd", "ef-signsgd", "powersgd", "lamb", "onebit-lamb")
+"""In the order of the tables."""
+
+Run = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """What is trained."""
+
+    dataset: str
+    epochs: int
+    batch_size: int
+    samples: int | None
+    seeds: int
+    """Where one image more or less is a quarter of a point, five do not tell methods apart."""
+
+
+JOBS = {
+    "digits": Job("digits", 100, 64, None, 10),
+    "stdlib": Job("stdlib", 5, 256, 200_000, 5),
+    "digits, 40 passes": Job("digits", 40, 64, None, 10),
+    "stdlib, 3 passes": Job("stdlib", 3, 256, 200_000, 5),
+}
+
+
+RATES: dict[tuple[str, str], float] = {
+    ("stdlib", "dense"): 0.3,
+    ("stdlib", "dgc"): 0.3,
+    ("stdlib", "adam"): 0.005,
+    ("stdlib", "onebit-adam"): 0.005,
+}
+"""Dataset and method: where tuning found another rate than the method's own."""
+TUNING_SEEDS = (100,)
+"""Runs that rates were chosen by, apart from those that are reported."""
+
+
+def wanted() -> Iterator[tuple[str, int, str, int]]:
+    """Job, ranks, method, seed: DGC and 1-bit Adam with their yardsticks everywhere before the others."""
+    for methods in (NAMES[:4], NAMES[4:]):
+        for name, job in JOBS.items():
+            for ranks in RANKS:
+                yield from ((name, ranks, method, seed) for seed in range(job.seeds) for method in methods)
+
+
+def trained(name: str, ranks: int, method: str, seed: int, lr: float | None = None) -> Run:
+    """One run: accuracy on what was not trained on, loss, bytes.  ``lr`` stands for the method's own."""
+    from hpccomm.algorithms.lr_schedules import polynomial
+    from hpccomm.algorithms.transforms import chain, scale_by_schedule
+    from hpccomm.buckets import Bucket
+    from hpccomm.testing.ranks import run_on_ranks
+    from hpccomm.train.datasets import DATASETS
+    from hpccomm.train.loop import Settings, steps_in, train
+    from hpccomm.train.methods import METHODS, Plan
+    from hpccomm.train.networks import network_for
+
+    job, way = JOBS[name], METHODS[method]
+    data = DATASETS[job.dataset](job.samples)
+    network, settings = network_for(data), Settings(job.epochs, job.batch_size, seed, way.alone)
+    rate, began = RATES.get((job.dataset, method), way.lr) if lr is None else lr, time.monotonic()
+
+    def body(comm: Any) -> Any:
+        steps = steps_in(len(data.targets), settings)
+        plan = Plan(comm, Bucket(network.shapes), rate, steps, density=DENSITY)
+        falling = chain(way.make(plan), scale_by_schedule(polynomial(1.0, steps)))
+        return train(comm, data, network, falling, settings)[1]
+
+    epochs = run_on_ranks(ranks, body, patience=600)[0]
+    return {
+        "job": name,
+        "ranks": ranks,
+        "method": method,
+        "seed": seed,
+        "lr": rate,
+        "accuracy": epochs[-1].accuracy,
+        "loss": epochs[-1].loss,
+        "bytes_a_step": mean(each.wire_bytes for each in epochs),
+        "bytes_of_the_last_epoch": epochs[-1].wire_bytes,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def tuning(rates: str, methods: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Job, ranks, method, seed, rate."""
+    numbers = [float(each) for each in rates.split(",")]
+    return [
+        (name, RANKS[0], method, seed, rate)
+        for name in JOBS
+        for method in methods
+        for rate in numbers
+        for seed in TUNING_SEEDS
+    ]
+
+
+def key(run: Run) -> tuple[Any, ...]:
+    """What tells runs apart; the rate, of those that are to find it."""
+    rate = run["lr"] if run["seed"] in TUNING_SEEDS else None
+    return run["job"], run["ranks"], run["method"], run["seed"], rate
+
+
+def uncertainty(values: Sequence[float]) -> float:
+    """The standard error of a mean."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def table(runs: Sequence[Run], job: str, ranks: int) -> Iterator[str]:
+    """Lines of Markdown: means with their standard errors, in percent; bytes of a step.
+
+    Whether a method is within one standard error of its yardstick is said of the differences seed by seed, and of the
+    difference of the two means as if the seeds had nothing to do with each other.
+    """
+    here = {key(run)[2:4]: run for run in runs if key(run)[:2] == (job, ranks)}
+    yield f"### {job}, {ranks} ranks"
+    yield ""
+    yield "| method | seeds | accuracy, % | less than dense, points | within one standard error | loss | bytes a step |"
+    yield "|---|---:|---:|---:|---|---:|---:|"
+    for name in NAMES:
+        seeds = [seed for seed in range(JOBS[job].seeds) if (name, seed) in here]
+        if not seeds:
+            continue
+        rows = [here[name, seed] for seed in seeds]
+        scores = [100 * row["accuracy"] for row in rows]
+        spread = f" ± {uncertainty(scores):.2f}" if len(scores) > 1 else ""
+        cells = [name, str(len(seeds)), f"{mean(scores):.2f}{spread}"]
+        scored = dict(zip(seeds, scores, strict=True))
+        found = [apart(here, scored, base) for base in YARDSTICKS.get(name, ())]
+        cells += ["; ".join(each) for each in zip(*filter(None, found), strict=True)] or ["", ""]
+        cells += [f"{mean(row['loss'] for row in rows):.4f}", f"{mean(row['bytes_a_step'] for row in rows):,.0f}"]
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def apart(here: dict[tuple[str, int], Run], scores: dict[int, float], base: str) -> tuple[str, str] | None:
+    """How far below ``base`` these seeds are, and whether that is within one standard error, both ways."""
+    theirs = {seed: 100 * here[base, seed]["accuracy"] for seed in scores if (base, seed) in here}
+    if not theirs:
+        return None
+    less = [theirs[seed] - scores[seed] for seed in theirs]
+    if len(less) == 1:
+        return f"{less[0]:.2f} ({base})", "one seed"
+    error = math.hypot(uncertainty(list(scores.values())), uncertainty(list(theirs.values())))
+    fine = ["yes" if mean(less) <= each else "**no**" for each in (uncertainty(less), error)]
+    return f"{mean(less):.2f} ± {uncertainty(less):.2f} ({base})", f"{fine[0]}, {fine[1]} (± {error:.2f})"
+
+
+def tuning_table(runs: Sequence[Run], job: str) -> Iterator[str]:
+    """Lines of Markdown: mean accuracy and loss by method and rate, on the seeds for tuning."""
+    here = [run for run in runs if run["job"] == job and run["seed"] in TUNING_SEEDS]
+    if not here:
+        return
+    yield f"### Rates, {job}, {RANKS[0]} ranks, seeds {' and '.join(map(str, TUNING_SEEDS))}"
+    yield ""
+    yield "| method | rate | accuracy, % | loss |"
+    yield "|---|---:|---:|---:|"
+    for method, rate in sorted({(run["method"], run["lr"]) for run in here}):
+        rows = [run for run in here if (run["method"], run["lr"]) == (method, rate)]
+        score = 100 * mean(row["accuracy"] for row in rows)
+        yield f"| {method} | {rate:g} | {score:.2f} | {mean(row['loss'] for row in rows):.4f} |"
+    yield ""
+
+
+def draw(runs: Sequence[Run], out: Path) -> None:
+    """Accuracy with its standard error against bytes a step, a panel for each job and number of ranks."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    from hpccomm.bench.plot import COLOURS
+
+    figure = Figure(figsize=(11, 4 * len(JOBS)), layout="constrained")
+    FigureCanvasSVG(figure)
+    for row, job in zip(figure.subplots(len(JOBS), len(RANKS), squeeze=False), JOBS, strict=True):
+        for axes, ranks in zip(row, RANKS, strict=True):
+            for number, name in enumerate(NAMES):
+                here = [run for run in runs if key(run)[:3] == (job, ranks, name) and run["seed"] not in TUNING_SEEDS]
+                if not here:
+                    continue
+                scores = [100 * run["accuracy"] for run in here]
+                shape = "o" if name in YARDSTICKS else "s"
+                colour = COLOURS[number % len(COLOURS)]
+                place, error = mean(run["bytes_a_step"] for run in here), uncertainty(scores)
+                axes.errorbar(place, mean(scores), error, fmt=shape, color=colour, capsize=3)
+                axes.annotate(name, (place, mean(scores)), (5, 4), textcoords="offset points", fontsize=8)
+            axes.set_xscale("log")
+            axes.set_xlabel("bytes a rank sends in a step")
+            axes.set_ylabel("accuracy, %")
+            axes.set_title(f"{job}, {ranks} ranks", fontsize=10, loc="left")
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> int:
+    """Run what is missing, for a time; print what there is."""
+    parser = argparse.ArgumentParser(prog="scripts/bench_accuracy", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so many")
+    parser.add_argument("--json", type=Path, default=OUT)
+    parser.add_argument("--job", choices=JOBS, help="only this one")
+    parser.add_argument("--method", action="append", help="only these")
+    parser.add_argument("--tune", metavar="RATES", help="instead: these rates, 0.1,0.2, on seeds that are not reported")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    runs: list[Run] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else []
+    done, began = {key(run) for run in runs}, time.monotonic()
+    for each in tuning(args.tune, args.method) if args.tune else [(*job, None) for job in wanted()]:
+        asked = args.job in (None, each[0]) and (not args.method or each[2] in args.method)
+        if each in done or not asked or time.monotonic() - began > args.seconds:
+            continue
+        runs.append(trained(*each))
+        args.json.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n", encoding="utf-8")
+    for name in JOBS:
+        for ranks in RANKS:
+            sys.stdout.write("\n".join(table(runs, name, ranks)) + "\n")
+        sys.stdout.write("\n".join(tuning_table(runs, name)) + "\n")
+    if runs:
+        draw(runs, args.json.with_suffix(".svg"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,450 @@
+"""``scripts/bench_mics``: steps of MiCS and ZeRO-3 on nodes of a virtual cluster, and gathers and reductions in two
+levels.
+
+*N nodes of k = 2 ranks, p = k, s = 4 micro-steps, M bytes of parameters in float32, layers of one size.*  All ways run
+in every round, in turns; a time is that of the slowest rank.  Gradients are constants and a layer's computing is a wait
+of a given length, as for a device that computes: sixteen ranks share the machine's cores, which could not compute for
+all.  Where nothing is computed nothing is gathered ahead.  After its steps every way has the same weights, bit for bit.
+"Alone" is MiCS without a second hop: what the machine needs where nothing is sent between nodes.  Bytes are those that
+the first node's link has sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from benchmarks.kernels import where
+from hpccomm.algorithms.sharded.cost import Job, Shape, congested, second_us, step_cost, through_link
+from hpccomm.cluster.nodes import Cluster, rate_of
+from hpccomm.layout import Link
+from hpccomm.performance.machine import Machine
+from hpccomm.testing import verifiable
+
+OUT = Path("docs/measurements/mics.json")
+PER_NODE, MICRO_STEPS = 2, 4
+NODES = (2, 4, 8)
+GATHERED = (16384, 131072, 1048576, 8388608)
+"""Bytes of a gathered vector."""
+ROUNDS = 5
+LR = 2.0**-10
+GOODPUT = 0.95
+"""Of a link's rate, what is not headers."""
+ALPHA_US = {2: 14.0, 4: 27.0, 8: 61.0}
+"""A round of a ring of four bytes, by nodes of two ranks, on this machine (docs/measurements/cluster.md)."""
+P4D = Machine(Link(5.0, 1e-3 / 230), Link(20.0, 1e-3 / 40), 0.0, "p4d.24xlarge: 8 A100, 400 Gbit/s, assumed rates")
+LARGE = Job(100e9, 80, MICRO_STEPS, 2e6 * 100e9 / 80 * 2048 / 170e12, shard_word=2)
+"""100 billion parameters in 80 layers, 2048 tokens a micro-step at the published 170 TFLOPS; the layers are assumed."""
+ZERO_SCALING = 0.72
+"""Of ZeRO-3 from 128 to 512 GPUs, as published."""
+
+
+class Setting(NamedTuple):
+    """What is trained."""
+
+    name: str
+    layers: int
+    elements: int
+    """Of a layer."""
+    wait_ms: float
+    """A layer's computing forward; backward takes twice as long."""
+    rate: str
+    rounds: int
+    ways: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """M."""
+        return 4 * self.layers * self.elements
+
+    @property
+    def waits_s(self) -> float:
+        """All computing of a step."""
+        return 3e-3 * self.wait_ms * self.layers * MICRO_STEPS
+
+
+MICS, ALONE, ZERO = "MiCS", "alone", "ZeRO-3"
+AUTO, MPIS, RINGS, LEVELS = (f"{ZERO}, {how}" for how in ("auto", "native", "rings", "two levels"))
+SETTINGS = (
+    Setting("links", 8, 1 << 18, 0.0, "1gbit", 5, (MICS, AUTO, MPIS, RINGS, LEVELS, ALONE)),
+    Setting("slow-links", 8, 1 << 16, 0.0, "250mbit", 5, (MICS, AUTO, MPIS, RINGS, LEVELS, ALONE)),
+    Setting("device", 8, 1 << 13, 40.0, "125mbit", 3, (MICS, AUTO, RINGS, ALONE)),
+)
+"""All nodes share this machine's cores, which a cluster has once a node: with links slower and layers shorter in the
+same measure links take as long as before, and the cores a part of it.  The device computes for long enough that
+communication is little of a step, as with large models."""
+SECOND_HOP = "allreduce=hierarchical"
+"""By name: what was measured at one rate does not decide at another."""
+UNPRICED = (AUTO, MPIS, ALONE)
+"""By an algorithm that changes, or that MPI keeps to itself; or what predictions start from."""
+
+Ways = dict[str, Callable[[Any, Any, Any, bool], Any]]
+
+
+def ways() -> Ways:
+    """Ways to divide the same states, from (communicator, units, optimizer, whether to gather on a thread)."""
+    from mpi4py import MPI
+
+    from hpccomm.algorithms.sharded.groups import mics, partition_groups
+    from hpccomm.algorithms.sharded.units import Sharded, zero
+    from hpccomm.communicator import Communicator
+
+    def alone(comm: Any, units: Any, optimizer: Any, overlap: bool) -> Any:
+        groups = partition_groups(comm, PER_NODE)
+        return Sharded(groups._replace(replication=MPI.COMM_SELF), units, optimizer, overlap=overlap)
+
+    def in_groups(size: int | None) -> Callable[[Any, Any, Any, bool], Any]:
+        return lambda comm, units, by, overlap: mics(comm, units, by, size or comm.size, overlap=overlap)
+
+    def with_all(algorithm: str) -> Callable[[Any, Any, Any, bool], Any]:
+        return lambda comm, units, by, overlap: zero(Communicator(comm, algorithm), units, by, overlap=overlap)
+
+    return {
+        MICS: in_groups(PER_NODE),
+        AUTO: with_all("auto"),
+        MPIS: with_all("native"),
+        RINGS: with_all("ring"),
+        LEVELS: in_groups(None),
+        ALONE: alone,
+    }
+
+
+def step(states: Any, names: Sequence[str], wait: float) -> None:
+    """Four micro-steps and the boundary."""
+    for _ in range(MICRO_STEPS):
+        walk = [*names, *reversed(names)]
+        for at, name in enumerate(walk):
+            backward = at >= len(names)
+            states.gather(name, ahead=walk[at + 1] if at + 1 < len(walk) else None)
+            time.sleep(wait * (2 if backward else 1)) if wait else None
+            states.release(name)
+            if backward:
+                states.reduce_accumulate(name, states.gradient(name))
+    states.boundary()
+
+
+def sent_bytes() -> int:
+    """What this node's link has sent."""
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text(encoding="ascii"))
+
+
+def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
+    """All ways in turns: seconds of a step, bytes on the link, and bytes by formula of each hop."""
+    import numpy as np
+
+    from hpccomm.algorithms.transforms import scale
+
+    units = {f"layer{n}": {"w": np.full(setting.elements, n, "f4")} for n in range(setting.layers)}
+    made = {title: ways()[title](comm, units, scale(-LR), setting.wait_ms > 0) for title in setting.ways}
+    for states in made.values():
+        states.gradients[...] = comm.rank + 1
+    found: dict[str, Any] = {title: {"seconds": [], "sent": []} for title in made}
+    for number in range(setting.rounds + 1):
+        for title, states in made.items():
+            comm.Barrier()
+            before = sent_bytes()
+            taken = timed(comm, partial(step, states, list(units), 1e-3 * setting.wait_ms))
+            comm.Barrier()
+            if number:
+                found[title]["seconds"].append(taken)
+                found[title]["sent"].append(sent_bytes() - before)
+    first = (comm.size + 1) / 2
+    for title, states in made.items():
+        mean = first if title != ALONE else (comm.rank // PER_NODE * PER_NODE + 1.5) * PER_NODE / comm.size
+        for n, (name, tensors) in enumerate(states.consolidated()):
+            wanted = np.float32(n)
+            for _ in range(setting.rounds + 1):
+                wanted -= np.float32(LR) * np.float32(mean)
+            assert (tensors["w"] == wanted).all(), (title, name, tensors["w"][0], wanted)
+        found[title]["hops"] = {hop: each.wire_bytes / each.exchanges for hop, each in states.hops._asdict().items()
+                                if each.exchanges}  # fmt: skip
+        states.close()
+    return found
+
+
+def timed(comm: Any, call: Callable[[], Any], repeats: int = 1) -> float:
+    """Seconds a call on the slowest rank."""
+    import numpy as np
+    from mpi4py import MPI
+
+    comm.Barrier()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    mine, most = np.array([(time.perf_counter() - began) / repeats]), np.empty(1)
+    MPI.Intracomm(comm).Allreduce(mine, most, MPI.MAX)
+    return float(most[0])
+
+
+TWO, FLAT, NATIVE = "two levels", "flat ring", "native"
+ALGORITHM = {TWO: "hierarchical", FLAT: "ring", NATIVE: "native"}
+HALVES = {"gathers": "Gathers", "scatters": "Reduce-scatters"}
+EVERYTHING = (*(each.name for each in SETTINGS), *HALVES)
+
+
+def halves_of(comm: Any, name: str, rounds: int) -> dict[str, dict[int, list[float]]]:
+    """A vector gathered by all ranks, or reduced and scattered: seconds by way and length."""
+    import numpy as np
+
+    found: dict[str, dict[int, list[float]]] = {title: {} for title in ALGORITHM}
+    for nbytes in GATHERED:
+        count = nbytes // 4 // comm.size
+        parts = [verifiable.operand(rank, comm.size, count * comm.size, "f4", "sum") for rank in range(comm.size)]
+        total, lo = verifiable.expected(comm.size, count * comm.size, "f4", "sum"), comm.rank * count
+        if name == "gathers":
+            given, want = parts[comm.rank][:count].copy(), np.concatenate([part[:count] for part in parts])
+        else:
+            given, want = parts[comm.rank], total[lo : lo + count]
+        into = np.empty_like(want)
+        run = comm.Allgather if name == "gathers" else comm.Reduce_scatter_block
+        repeats = max(1, min(20, (1 << 22) // nbytes))
+        for number in range(rounds + 1):
+            for title, algorithm in ALGORITHM.items():
+                into[...] = -1
+                taken = timed(comm, partial(run, given, into, algorithm=algorithm), repeats)
+                assert np.array_equal(into, want), (title, nbytes)
+                if number:
+                    found[title].setdefault(nbytes, []).append(taken)
+    return found
+
+
+def work(out: Path, name: str, rounds: int) -> None:
+    """What each rank does; rank 0 writes."""
+    from mpi4py import MPI
+
+    from hpccomm.communicator import Communicator
+
+    world = Communicator(MPI.COMM_WORLD)
+    setting = next((each for each in SETTINGS if each.name == name), None)
+    found: Any = steps_of(world, setting) if setting else halves_of(world, name, rounds)
+    if world.rank == 0:
+        out.write_text(json.dumps(found), encoding="utf-8")
+
+
+def measured(name: str, nodes: int, rounds: int) -> dict[str, Any]:
+    """One setting, or gathers, or reduce-scatters, on so many nodes."""
+    setting = next((each for each in SETTINGS if each.name == name), None)
+    rate = setting.rate if setting else "1gbit"
+    with Cluster(nodes, rate, "mics") as cluster, tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "found.json")
+        program = ["-m", "benchmarks.mics", "--work", str(file), "--only", name, "--rounds", str(rounds)]
+        env = {"OMP_NUM_THREADS": "1", "HPCCOMM_ALGORITHM": SECOND_HOP}
+        done = cluster.run(program, PER_NODE, env=env, capture_output=True, text=True, timeout=900)
+        if done.returncode:
+            raise SystemExit(f"{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        found = json.loads(file.read_text(encoding="utf-8"))
+    return {"what": name, "nodes": nodes, "per_node": PER_NODE, "rate": rate, "found": found}
+
+
+# What it says
+
+
+def setting_of(record: dict[str, Any]) -> Setting:
+    """The setting of a record of steps."""
+    return next(each for each in SETTINGS if each.name == record["what"])
+
+
+def shape_of(title: str, nodes: int) -> Shape:
+    """How a way divides the states."""
+    ranks = nodes * PER_NODE
+    if title in (MICS, ALONE):
+        return Shape(ranks, PER_NODE, PER_NODE)
+    return Shape(ranks, PER_NODE, ranks, two_levels=title == LEVELS)
+
+
+def machine_of(nodes: int, rate: str) -> Machine:
+    """The links' nominal rate less headers, and the latency of a round of so many nodes."""
+    beta = 8e6 / rate_of(rate) / GOODPUT
+    return Machine(Link(0.0, 0.0), Link(ALPHA_US[nodes], beta), 0.0, "docs/measurements/cluster.md")
+
+
+def predicted(title: str, record: dict[str, Any]) -> float:
+    """Seconds of a step: what the machine needs alone, and the links by :mod:`hpccomm.algorithms.sharded.cost`.
+
+    Gathers in two levels copy inside the nodes while messages are on their way, so that the longer of both counts.
+    """
+    setting, nodes = setting_of(record), record["nodes"]
+    alone = median(record["found"][ALONE]["seconds"])
+    if title == ALONE:
+        return alone
+    machine, shape = machine_of(nodes, record["rate"]), shape_of(title, nodes)
+    if title == MICS:
+        return alone + 1e-6 * second_us(shape, setting.nbytes, machine)
+    job = Job(setting.layers * setting.elements, setting.layers, MICRO_STEPS, 1e3 * setting.wait_ms, False, 4, 4)
+    links = 1e-6 * step_cost(job, shape, machine).step
+    return max(alone, links) if title == LEVELS else alone - setting.waits_s + links
+
+
+def expected_bytes(title: str, record: dict[str, Any]) -> float:
+    """What a step sends through a node's link by the formulas, headers left out."""
+    if title == ALONE:
+        return 0.0
+    return setting_of(record).nbytes * through_link(shape_of(title, record["nodes"]), MICRO_STEPS).total
+
+
+def steps_table(records: Sequence[dict[str, Any]]) -> str:
+    """Times of one setting, and how they stand to each other and to the formulas."""
+    setting = setting_of(records[0])
+    lines = [
+        f"### {setting.name}: {setting.layers} layers of {4 * setting.elements:,} bytes, {setting.rate}, "
+        f"{1e3 * setting.waits_s:.0f} ms of waits in a step",
+        "",
+        "| nodes | way | ms a step | predicted, ms | measured / predicted | MB through a link | by formula | MiCS is | "
+        "left of 2 nodes |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        found = record["found"]
+        for title, each in found.items():
+            times, guess = each["seconds"], predicted(title, record)
+            ratios = sorted(a / b for a, b in zip(times, found[MICS]["seconds"], strict=True))
+            cells = [str(record["nodes"]), title, spread(1e3, times)]
+            cells += ["", ""] if title in UNPRICED else [f"{1e3 * guess:.4g}", f"{median(times) / guess:.2f}"]
+            cells += [f"{median(each['sent']) / 1e6:.2f}", f"{expected_bytes(title, record) / 1e6:.2f}"]
+            versus = f"**{median(ratios):.2f}×** ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+            cells.append("" if title in (MICS, ALONE) else versus)
+            first = next((r["found"].get(title) for r in records if r["nodes"] == NODES[0]), None)
+            cells.append(f"{median(first['seconds']) / median(times):.1%}" if first else "")
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(fastest_zero(record) for record in records)]
+    return "\n".join(lines) + "\n"
+
+
+def fastest_zero(record: dict[str, Any]) -> str:
+    """MiCS beside the fastest of all ways that ZeRO-3 was run."""
+    found = record["found"]
+    title = min((each for each in found if each.startswith(ZERO)), key=lambda each: median(found[each]["seconds"]))
+    pairs = zip(found[title]["seconds"], found[MICS]["seconds"], strict=True)
+    ratio = median(a / b for a, b in pairs)
+    return f"{record['nodes']} nodes: MiCS is {ratio:.2f}× as fast as {title}, the fastest of them.  "
+
+
+def spread(unit: float, times: Sequence[float]) -> str:
+    """Median, and in brackets the least and the largest."""
+    return f"**{unit * median(times):.4g}** ({unit * min(times):.4g}–{unit * max(times):.4g})"
+
+
+def halves_table(name: str, records: Sequence[dict[str, Any]]) -> str:
+    """Gathers of all ranks, or reduce-scatters, in two levels beside flat ones."""
+    lines = [
+        f"### {HALVES[name]} of all ranks, 1gbit",
+        "",
+        "| nodes | bytes | two levels, µs | flat ring, µs | native, µs | ring / two levels | native / two levels |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        found = record["found"]
+        for nbytes, times in found[TWO].items():
+            others = [found[title][nbytes] for title in (FLAT, NATIVE)]
+            cells = [str(record["nodes"]), f"{int(nbytes):,}", *(spread(1e6, each) for each in (times, *others))]
+            cells += [f"{median(each) / median(times):.2f}" for each in others]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def large_cluster() -> str:
+    """The published points beside the model: latency is fitted to ZeRO-3's, the rest is predicted."""
+    before, after = Shape(128, 8, 128, False), Shape(512, 8, 512, False)
+    machine = congested(LARGE, before, after, P4D, ZERO_SCALING)
+    lines = [
+        f"Latency between nodes that leaves ZeRO-3 {ZERO_SCALING:.0%}: {machine.inter.alpha:.1f} µs.",
+        "",
+        "| | 128 GPUs, s a step | 512 GPUs | left | published |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    ways = [("ZeRO-3 (fitted)", before, after, "72 %")]
+    ways += [(f"MiCS, p = {p}", Shape(128, 8, p), Shape(512, 8, p), "99.4 %") for p in (64, 128)]
+    for title, small, large, published in ways:
+        seconds = [1e-6 * step_cost(LARGE, shape, machine).step for shape in (small, large)]
+        lines.append(f"| {title} | {seconds[0]:.1f} | {seconds[1]:.1f} | {seconds[0] / seconds[1]:.1%} | {published} |")
+    return "\n".join(lines) + "\n"
+
+
+def report(records: Sequence[dict[str, Any]]) -> str:
+    """All tables."""
+    tables = []
+    for setting in SETTINGS:
+        found = sorted((each for each in records if each["what"] == setting.name), key=lambda each: int(each["nodes"]))
+        tables += [steps_table(found)] if found else []
+    for name in HALVES:
+        found = sorted((each for each in records if each["what"] == name), key=lambda each: int(each["nodes"]))
+        tables += [halves_table(name, found)] if found else []
+    return "\n".join([*tables, large_cluster()])
+
+
+def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
+    """Steps against nodes, a panel a setting; marks are predictions."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    from hpccomm.bench.plot import COLOURS
+
+    shown = [each for each in SETTINGS if any(record["what"] == each.name for record in records)]
+    if not shown:
+        return
+    figure = Figure(figsize=(4.2 * len(shown), 4), layout="constrained")
+    FigureCanvasSVG(figure)
+    for axes, setting in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        here = sorted((each for each in records if each["what"] == setting.name), key=lambda each: int(each["nodes"]))
+        nodes = [each["nodes"] for each in here]
+        for number, title in enumerate(here[0]["found"]):
+            seconds = [median(each["found"][title]["seconds"]) for each in here]
+            axes.plot(nodes, seconds, "o-", color=COLOURS[number], markersize=4, label=title)
+            if title not in UNPRICED:
+                guesses = [predicted(title, each) for each in here]
+                axes.plot(nodes, guesses, "_", color=COLOURS[number], markersize=14)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(nodes, map(str, nodes))
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="nodes of two ranks", ylabel="seconds a step")
+        axes.set_title(f"{setting.name}, {setting.rate}", fontsize=10, loc="left")
+        axes.legend(fontsize=8)
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="scripts/bench_mics", description=__doc__)
+    parser.add_argument("--nodes", type=int, action="append", help=f"default {', '.join(map(str, NODES))}")
+    parser.add_argument(
+        "--only",
+        action="append",
+        help=f"some of {', '.join(EVERYTHING)}; none: only print",
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of {', '.join(HALVES)} (default {ROUNDS})")
+    parser.add_argument("--json", type=Path, help=f"what it holds is kept, beside what is measured now (such as {OUT})")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.work:
+        work(args.work, args.only[0], args.rounds)
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken away
+    records: list[dict[str, Any]] = []
+    if args.json and args.json.exists():
+        records = json.loads(args.json.read_text(encoding="utf-8"))["records"]
+    for name in (each for each in args.only or EVERYTHING if each != "none"):
+        for nodes in args.nodes or NODES:
+            made = measured(name, nodes, args.rounds)
+            records = [each for each in records if (each["what"], each["nodes"]) != (name, nodes)] + [made]
+            if args.json:
+                found = {**where(["scripts/bench_mics", *sys.argv[1:]]), "records": records}
+                args.json.write_text(json.dumps(found).replace('}, {"what"', '},\n{"what"') + "\n", encoding="utf-8")
+    sys.stdout.write(report(records))
+    if args.json:
+        draw(records, args.json.with_suffix(".svg"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

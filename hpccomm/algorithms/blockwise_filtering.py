@@ -1,0 +1,260 @@
+"""Blockwise model-update filtering: average the models now and then, and filter how far their mean moved.
+
+*N participants, τ (``period``) steps a block, η block momentum, ζ block rate* (Chen & Huo, ICASSP 2016)::
+
+    G(t) = mean_i w_i − W_g(t−1)          how far the mean model moved
+    Δ(t) = η Δ(t−1) + ζ G(t)
+    W(t) = W(t−1) + Δ(t)                  the global model: what is tested and exported
+    W_g(t) = W(t)                         classical block momentum
+    W_g(t) = W(t) + η Δ(t)                Nesterov's: the next block begins ahead
+
+Averaging divides every rank's progress by N, the filter multiplies it by ζ/(1−η): so η = 1 − 1/N, and the inner
+learning rate stays that of one rank.  One allreduce of the model a block.
+
+Codes that call themselves BMUF differ (*mean G; the gain is what one unit of G moves the model in the end*)::
+
+    nesterov=False                                        Δ = ηΔ + ζG,  W_g += Δ            ζ/(1−η)
+    nesterov="paper"                                      W_g = W + ηΔ                      ζ/(1−η)
+    nesterov="lookahead"                                  W_g += (1+η)Δ, no W (fairseq)     (1+η)ζ/(1−η)
+    nesterov="lookahead", lr=(1−η)·N·ζ                    the same (CNTK, sums of updates)  (1+η)Nζ
+    nesterov="lookahead", lr=(1−η)·ζ                      the same (PIKA)                   (1+η)ζ
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from hpccomm.algorithms import local_steps
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, descend, mean
+from hpccomm.algorithms.local_steps import LocalState, Periodic, PeriodicState, Weigh, averaged, landing
+from hpccomm.algorithms.transforms import (
+    AdamState,
+    Schedule,
+    Transform,
+    Vector,
+    adam,
+    chain,
+    check_decay,
+    require,
+)
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Nesterov = Literal[False, "paper", "lookahead"]
+
+
+class FilterState(NamedTuple):
+    """The global model W and the smoothed movement Δ."""
+
+    model: Vector
+    moved: Vector
+
+
+def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -> Transform:
+    """The filter as an outer transform: it sees −G and steps from W_g(t−1) to W_g(t); see the formulas above."""
+    check_decay("bmuf: momentum", momentum)
+    require(lr > 0, f"bmuf: lr is {lr}: pass a positive block rate; 1 is usual")
+    require(
+        nesterov in (False, "paper", "lookahead"), f"bmuf: nesterov is {nesterov!r}: pass False, 'paper' or 'lookahead'"
+    )
+
+    def init(weights: Vector) -> FilterState:
+        return FilterState(weights.copy(), np.zeros_like(weights))
+
+    def update(behind: Vector, state: FilterState, start: Vector) -> tuple[Vector, FilterState]:
+        moved = momentum * state.moved - lr * behind
+        if nesterov == "lookahead":
+            ahead = start + (1 + momentum) * moved
+            return landing(start, ahead), FilterState(ahead, moved)
+        model = state.model + moved
+        ahead = model + momentum * moved if nesterov else model
+        return landing(start, ahead), FilterState(model, moved)
+
+    return Transform(init, update)
+
+
+def bmuf(
+    comm: MPI.Intracomm,
+    inner: Transform,
+    period: int = 50,
+    *,
+    momentum: float | None = None,
+    lr: float = 1.0,
+    nesterov: Nesterov = False,
+    weight_by: Weigh = "workers",
+    local_state: Literal["keep", "reset", "average"] | LocalState = "keep",
+    shard_state: bool = False,
+    warmup: int = 0,
+    check: bool = False,
+) -> Periodic:
+    """Blockwise model-update filtering around ``inner``, an optimizer that knows nothing of other ranks.
+
+    ``momentum`` η, left out 1 − 1/p; ``lr`` ζ.  ``nesterov`` and the rates of other codes: above.
+    ``weight_by``, ``warmup``, ``check`` as in :func:`~hpccomm.algorithms.local_steps.periodic`.  ``local_state``:
+    at the end of a block the inner state is kept, reset, averaged over the ranks, or what a policy makes of it.
+    ``shard_state`` divides W and Δ over the ranks: as many bytes travel, each rank holds 1/p of them.
+
+    ``finish`` and ``export`` of what is returned end a run: ``step, state = method.finish(state, weights)``,
+    ``model = method.export(state)``.  A rank alone steps with ``inner`` only.
+
+    >>> from mpi4py import MPI
+    >>> from hpccomm.algorithms.transforms import scale
+    >>> method = bmuf(MPI.COMM_SELF, scale(-0.5), period=2)
+    >>> state = method.init(np.ones(1))
+    >>> step, state = method.update(np.ones(1), state, np.ones(1))
+    >>> step.tolist()
+    [-0.5]
+
+    Chen & Huo, *Scalable training of deep learning machines by incremental block training with intra-block
+    parallel optimization and blockwise model-update filtering*, ICASSP 2016.
+    """
+    eta = 1 - 1 / comm.size if momentum is None else momentum
+    kept = block_filter(eta, lr, nesterov)
+    outer = sharded_filter(comm, kept) if shard_state and comm.size > 1 else chain(mean(comm), kept)
+    return local_steps.periodic(
+        comm,
+        period,
+        inner,
+        outer,
+        local_state=policy(local_state, comm, inner),
+        weight_by=weight_by,
+        warmup=warmup,
+        export=lambda state: exported(state, comm),
+        check=check,
+    )
+
+
+def exported(state: PeriodicState, comm: MPI.Intracomm) -> Vector:
+    """W of the filter (collective where it is sharded); a rank alone has no filter."""
+    if comm.size == 1:
+        return state.start
+    kept = state.outer[-1]
+    assert isinstance(kept, FilterState)
+    return gathered(kept.model, state.start.size, comm) if isinstance(state.outer, ShardState) else kept.model
+
+
+# W and Δ divided over the ranks
+
+
+class ShardState(NamedTuple):
+    """What sharding has cost, and the filter's state of this rank's shard."""
+
+    report: ExchangeReport
+    kept: FilterState
+
+
+def sharded_filter(comm: MPI.Intracomm, kept: Transform) -> Transform:
+    """Reduce-scatter −G, filter this rank's shard, allgather W_g."""
+
+    def init(weights: Vector) -> ShardState:
+        return ShardState(ExchangeReport(), kept.init(weights[shard(weights.size, comm)]))
+
+    def update(behind: Vector, state: ShardState, start: Vector) -> tuple[Vector, ShardState]:
+        began, mine = time.perf_counter(), shard(start.size, comm)
+        part = np.empty(mine.stop - mine.start, behind.dtype)
+        comm.Reduce_scatter(behind, part, lengths(start.size, comm.size))
+        step, after = kept.update(part / comm.size, state.kept, start[mine])
+        ahead = gathered(start[mine] + step, start.size, comm)
+        cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(behind.nbytes, comm.size))
+        return landing(start, ahead), ShardState(state.report.plus(cost), after)
+
+    return Transform(init, update)
+
+
+def lengths(n: int, parts: int) -> list[int]:
+    """How n elements are divided: the first parts get one more where they do not divide evenly."""
+    return [n // parts + (part < n % parts) for part in range(parts)]
+
+
+def shard(n: int, comm: MPI.Intracomm) -> slice:
+    """This rank's part."""
+    counts = lengths(n, comm.size)
+    first = sum(counts[: comm.rank])
+    return slice(first, first + counts[comm.rank])
+
+
+def gathered(part: Vector, n: int, comm: MPI.Intracomm) -> Vector:
+    """All parts."""
+    whole = np.empty(n, part.dtype)
+    comm.Allgatherv(part, [whole, lengths(n, comm.size)])
+    return whole
+
+
+# The inner optimizer's state at the end of a block
+
+
+def policy(local_state: str | LocalState, comm: MPI.Intracomm, inner: Transform) -> LocalState:
+    """The policy of a name."""
+    if isinstance(local_state, LocalState):
+        return local_state
+    known: dict[str, Callable[[], LocalState]] = {
+        "keep": local_steps.keep,
+        "reset": lambda: local_steps.reset(inner),
+        "average": lambda: local_steps.average(comm),
+    }
+    require(local_state in known, f"bmuf: local_state is {local_state!r}: pass one of {', '.join(map(repr, known))}")
+    return known[local_state]()
+
+
+def bmuf_adam(
+    comm: MPI.Intracomm,
+    lr: float | Schedule,
+    period: int = 50,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    momentum: float | None = None,
+    block_lr: float = 1.0,
+    nesterov: Nesterov = False,
+    warmup: int = 0,
+    check: bool = False,
+) -> Periodic:
+    """BMUF around Adam, whose means go on as if they had seen the steps that the filter adds; ``lr`` is Adam's.
+
+    Three vectors travel at the end of a block instead of one (Chen, Ding & Huo, ICASSP 2020).
+    """
+    eta = 1 - 1 / comm.size if momentum is None else momentum
+    inner = chain(adam(b1, b2, eps), descend(lr))
+    return bmuf(
+        comm,
+        inner,
+        period,
+        momentum=eta,
+        lr=block_lr,
+        nesterov=nesterov,
+        local_state=extrapolation(comm, eta, b1, b2),
+        warmup=warmup,
+        check=check,
+    )
+
+
+def extrapolation(comm: MPI.Intracomm, eta: float, b1: float, b2: float) -> LocalState:
+    """What Adam's means become; the memory is ρ(n) = η ρ(n−1) + τ, and the filter adds ηρ(n) virtual steps."""
+
+    def settle(began: Any, ended: Any, start: Vector, rho: float, steps: int) -> tuple[Any, float]:
+        rho = eta * rho + steps
+        first, then = began[0], ended[0]
+        mean_now, square_now = averaged(then.mean, comm), averaged(then.square, comm)
+        gone_on = AdamState(
+            first.updates + steps + eta * rho,
+            extrapolated(first.mean, mean_now, b1, steps, eta * rho),
+            np.maximum(extrapolated(first.square, square_now, b2, steps, eta * rho), 0),
+        )
+        return (gone_on, *ended[1:]), rho
+
+    return LocalState(lambda weights: 0.0, settle)
+
+
+def extrapolated(began: Vector, ended: Vector, beta: float, steps: int, virtual: float) -> Vector:
+    """A running mean that went from ``began`` to ``ended`` in some steps, as many virtual ones later.
+
+    The steps' mean input follows from the two; it is what the virtual steps see, too.
+    """
+    whole = 1 - beta**steps
+    return began * (beta**steps * (beta**virtual - 1) / whole) + ended * ((1 - beta ** (steps + virtual)) / whole)

@@ -1,0 +1,228 @@
+"""DGC, deep gradient compression: the largest 0.1 % with momentum correction (Lin, Han, Mao, Wang & Dally, ICLR 2018).
+
+*p ranks; u momentum, v what was not sent yet, m the momentum's factor, d the density, C the clipping norm, λ weight
+decay.*  For every tensor, on every rank, every step::
+
+    g ← g · min(1, C √p / ‖g‖)                    local clipping, over all tensors; in units of a mean over the ranks
+    u ← m u + g,   v ← v + u                      or Nesterov's: u ← m (u + g),  v ← v + u + g
+    send the d n largest elements of v;  there  v ← 0,  u ← 0
+    step = mean over the ranks + w,   w ← m w + λ · weights
+
+What stays dense is averaged first and has its momentum afterwards: tensors of one dimension, and those below
+``smallest`` elements.  While the density is above 1/p, where an allgather carries more than an allreduce, everything is
+dense, and u is the momentum of the mean: so the warm-up 25, 6.25, 1.5625, 0.4 % begins dense on many ranks.
+The optimizer behind is plain descent, without momentum or decay of its own::
+
+    method = chain(dgc(comm, bucket, warmup=400), scale(-0.1))
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from hpccomm.algorithms.compressors import check_density, topk
+from hpccomm.algorithms.error_feedback import FeedbackState, Sent, everywhere, feedback
+from hpccomm.algorithms.error_feedback import sent as sent_sparsely
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, averaged
+from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
+from hpccomm.algorithms.trust_ratio import global_norm
+from hpccomm.buckets import Bucket
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+STAGES = (0.25, 0.0625, 0.015625, 0.004)
+"""Densities of the warm-up, of equal length (section 3.3)."""
+SMALLEST = 16384
+"""Tensors of fewer elements stay dense: a message about them costs as much as they do."""
+
+
+class DgcState(NamedTuple):
+    """Where a rank stands."""
+
+    sparse: FeedbackState
+    """Of the compressed tensors, one after the other: u is ``moved``, v is ``residual``."""
+    dense: Vector
+    """Momentum of the others."""
+    decay: Vector | None
+    """w: the momentum of weight decay."""
+    steps: int
+    skipped: int
+    """Steps that all ranks left out because a gradient was not finite."""
+    report: ExchangeReport
+    """Of what went densely."""
+    dense_step: bool
+    """Whether all of the last step did."""
+
+
+class Layout(NamedTuple):
+    """Which parts of a bucket's vector are compressed, tensor by tensor."""
+
+    thin: list[slice]
+    dense: list[slice]
+    parts: list[slice]
+    """Where the compressed tensors lie when they stand one after the other."""
+
+
+def layout(bucket: Bucket, smallest: int) -> Layout:
+    """Tensors of several dimensions and at least ``smallest`` elements are compressed."""
+    thin, dense, parts, end = [], [], [], 0
+    for slot in bucket.table:
+        place = slice(slot.offset, slot.offset + slot.length)
+        if len(slot.shape) < 2 or slot.length < max(1, smallest):
+            dense.append(place)
+            continue
+        thin.append(place)
+        parts.append(slice(end, end + slot.length))
+        end += slot.length
+    return Layout(thin, dense, parts)
+
+
+def dgc(
+    comm: MPI.Intracomm,
+    bucket: Bucket,
+    density: float = 0.001,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    mask: bool = True,
+    clip: float | None = None,
+    weight_decay: float = 0.0,
+    warmup: int = 0,
+    stages: Sequence[float] = STAGES,
+    smallest: int = SMALLEST,
+    exact: bool = False,
+) -> Transform:
+    """Exchange gradients of a bucket, float32; the step is their mean, with momentum in it.
+
+    ``warmup`` steps are divided over ``stages``.  ``clip`` is C, the norm that the mean gradient is meant to keep;
+    ``weight_decay`` λ counts for tensors whose flag says so.  ``exact`` names the largest elements exactly
+    (:func:`~hpccomm.algorithms.compressors.topk`).  ``density=1, mask=False`` is momentum SGD.  If any rank's gradient
+    is not finite, no rank steps and no state changes but ``steps`` and ``skipped``.
+    """
+    for each in (density, *stages):
+        check_density(each, "dgc")
+    check_decay("dgc: momentum", momentum)
+    require(warmup >= 0, f"dgc: warmup is {warmup}: pass 0 or more steps")
+    require(weight_decay >= 0, f"dgc: weight_decay is {weight_decay}: pass 0 or more")
+    require(clip is None or clip > 0, f"dgc: clip is {clip}: pass a positive norm")
+    places = layout(bucket, smallest)
+    limit = None if clip is None else clip * comm.size**0.5
+    ball = partial(heavy_ball, momentum=momentum, nesterov=nesterov)
+
+    @cache
+    def exchange(d: float) -> Transform:
+        return feedback(topk(d, exact=exact), comm, momentum, nesterov=nesterov, mask=mask, parts=places.parts)
+
+    def density_at(step: int) -> float:
+        return stages[step * len(stages) // warmup] if step < warmup else density
+
+    def init(weights: Vector) -> DgcState:
+        require(weights.shape == (bucket.size,), f"dgc: weights of shape {weights.shape}: pass the bucket's vector")
+        sparse = exchange(density).init(joined(weights, places.thin))
+        decay = np.zeros_like(weights) if weight_decay else None
+        return DgcState(sparse, np.zeros_like(joined(weights, places.dense)), decay, 0, 0, ExchangeReport(), True)
+
+    def update(gradient: Vector, state: DgcState, weights: Vector) -> tuple[Vector, DgcState]:
+        check_alike(gradient, weights)
+        norm = global_norm(gradient, None)
+        fine = math.isfinite(norm)
+        d = density_at(state.steps)
+        dense_step = not places.parts or d * comm.size > 1 or (d == 1 and not mask)
+        state = state._replace(steps=state.steps + 1)
+        if fine and limit is not None and norm > limit:
+            gradient = gradient * np.float32(limit / norm)
+        large, small = joined(gradient, places.thin), joined(gradient, places.dense)
+        if dense_step:
+            asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
+            state = state._replace(report=state.report.plus(asked))
+            fine = everywhere(comm, fine) if comm.size > 1 else fine
+        else:
+            if not fine:
+                large[:1] = np.nan  # also where the others of this rank are not, or only the norm: the exchange asks
+            large, sparse = exchange(d).update(large, state.sparse, large)
+            fine = sparse.skipped == state.sparse.skipped
+            state = state._replace(sparse=sparse if fine else state.sparse._replace(report=sparse.report))
+        if not fine:
+            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
+        state = state._replace(dense_step=dense_step)
+        if dense_step:
+            large, small, state = densely(comm, ball, large, small, state)
+        else:
+            _, small, state = densely(comm, ball, large[:0], small, state)
+        step = np.empty_like(gradient)
+        spread(large, step, places.thin)
+        spread(small, step, places.dense)
+        if state.decay is None:
+            return step, state
+        decay, more = ball(pulled(weights, weight_decay, bucket), state.decay)
+        return step + more, state._replace(decay=decay)
+
+    return Transform(init, update)
+
+
+def densely(
+    comm: MPI.Intracomm,
+    ball: Callable[[Vector, Vector], tuple[Vector, Vector]],
+    large: Vector,
+    small: Vector,
+    state: DgcState,
+) -> tuple[Vector, Vector, DgcState]:
+    """Average, then momentum: of the small tensors, and of the large ones where there are any."""
+    began = time.perf_counter()
+    total, nbytes = averaged(comm, np.concatenate([large, small]))
+    report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes))
+    dense, small = ball(total[large.size :], state.dense)
+    state = state._replace(dense=dense, report=report)
+    moved = state.sparse.moved
+    if moved is None or not large.size:
+        return total[: large.size], small, state
+    moved, large = ball(total[: large.size], moved)
+    return large, small, state._replace(sparse=state.sparse._replace(moved=moved))
+
+
+def sent(state: DgcState) -> Sent:
+    """What a rank sent in its last step that was not left out; of a dense one the elements, and 4 bytes each."""
+    found = sent_sparsely(state.sparse)._replace(skipped=state.skipped)
+    n, steps = state.sparse.residual.size + state.dense.size, state.steps - state.skipped
+    if state.dense_step:
+        return found._replace(nbytes=4 * n * bool(steps), elements=n * bool(steps), path="dense" if steps else "")
+    return found._replace(nbytes=found.nbytes + 4 * state.dense.size, elements=found.elements + state.dense.size)
+
+
+def pulled(weights: Vector, rate: float, bucket: Bucket) -> Vector:
+    """λ · weights; 0 for tensors that do not decay."""
+    pull: Vector = weights * np.float32(rate)
+    for slot in bucket.table:
+        if not slot.decay:
+            pull[slot.offset : slot.offset + slot.length] = 0
+    return pull
+
+
+def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bool) -> tuple[Vector, Vector]:
+    """The new velocity, and the step."""
+    factor = np.float32(momentum)
+    if nesterov:
+        velocity = factor * (velocity + gradient)
+        return velocity, velocity + gradient
+    velocity = factor * velocity + gradient
+    return velocity, velocity
+
+
+def joined(vector: Vector, places: Sequence[slice]) -> Vector:
+    """These parts one after the other, as a new vector."""
+    return np.concatenate([vector[:0], *(vector[place] for place in places)])
+
+
+def spread(vector: Vector, out: Vector, places: Sequence[slice]) -> None:
+    """Put each part back to its place."""
+    first = 0
+    for place in places:
+        out[place] = vector[first : first + place.stop - place.start]
+        first += place.stop - place.start

@@ -1,0 +1,211 @@
+"""Compressed exchange with error feedback: send what the compressor keeps of the backlog, keep the rest for later.
+
+*p ranks; g gradient, e what was not sent yet, C the compressor.*  Without momentum::
+
+    message = C(g + e),   e ← g + e − meaning(message),   step = mean of the ranks' meanings
+
+(Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019).  With momentum μ the velocity is accumulated instead of
+the gradient, and momentum ends where something was sent (Lin et al., ICLR 2018, sections 3.1 and 3.2)::
+
+    u ← μu + g,   v ← v + u,   message = C(v),   v ← v − meaning(message),   u ← 0 where the message names elements
+
+Nothing is lost: what was sent and what is kept add up to all gradients.  Messages differ in length; each rank sends
+its own to all others, by an allgather, and all add them in rank order: the same bits everywhere.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, flat, header_of
+from hpccomm.algorithms.exchange import ExchangeReport
+from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
+from hpccomm.collectives.compressed.sparse import MessageGather
+from hpccomm.errors import ArgumentError
+from hpccomm.kernels.dispatch import compression as kernels
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class FeedbackState(NamedTuple):
+    """Where a rank stands; every rank has its own."""
+
+    residual: Vector
+    """What was not sent yet: e, with momentum v."""
+    spare: Vector
+    """Memory for the next residual."""
+    moved: Vector | None
+    """u, with momentum."""
+    headers: npt.NDArray[np.uint8]
+    """The first 32 bytes of the last message of each part: adaptive thresholds go on from there."""
+    steps: int
+    skipped: int
+    """Steps that all ranks left out because a gradient was not finite."""
+    report: ExchangeReport
+    room: int
+    """Bytes of a rank's messages that travel in the next exchange's first call."""
+
+
+class Sent(NamedTuple):
+    """What a rank sent last."""
+
+    nbytes: int
+    elements: int
+    """Named by the messages."""
+    scale: float
+    """The largest threshold, or scale, that was used."""
+    residual_norm: float
+    """Of what is kept."""
+    skipped: int
+    """Steps left out so far."""
+    path: str
+    """How it went: "allgather" of messages, "two phases" of bits, "dense" allreduce, "" before the first step."""
+
+
+def feedback(
+    compressor: Compressor,
+    comm: MPI.Intracomm,
+    momentum: float = 0.0,
+    *,
+    nesterov: bool = False,
+    mask: bool = True,
+    reduce: Literal["mean", "sum"] = "mean",
+    parts: Sequence[slice] | None = None,
+) -> Transform:
+    """Exchange gradients of shape (n,), float32, as messages of ``compressor``; the step is their mean, or sum.
+
+    ``momentum`` μ > 0 corrects and, with ``mask``, ends momentum as above; the optimizer behind then has none itself.
+    ``parts`` are compressed one by one, such as the slices of tensors; left out, the vector is one part.  A compressor
+    whose ranks vote concludes by the vote.  If any rank's gradient is not finite, no rank steps and no state changes
+    but ``skipped``.
+
+    Each rank sends its messages to all others, 8 bytes each with their lengths, and 16 more, with momentum 32;
+    short ones are filled up to a common length (:class:`~hpccomm.collectives.compressed.sparse.MessageGather`).
+    :func:`sent`
+    tells of it.  Gradients of CuPy's and what is kept of them stay on the device, messages pass through the host
+    (compressors with ``on_device``).  Where a run goes on with another number of ranks,
+    :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what is pending.
+
+    Raises ArgumentError for gradients that are not flat float32, and on all ranks where they bring different
+    compressors or a message is damaged.  The state is then as it was, but that u and v have moved on where a message
+    was damaged on its way: go on from a checkpoint.
+    """
+    check_decay("feedback: momentum", momentum)
+    require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
+    require(not nesterov or momentum > 0, "feedback: nesterov needs momentum: pass one above 0")
+    everyone = MessageGather(comm)
+
+    def init(weights: Vector) -> FeedbackState:
+        zeros = np.zeros_like(flat(weights, compressor.name, compressor.on_device))
+        headers = np.zeros((len(pieces(weights)), HEADER_BYTES), np.uint8)
+        moved = np.zeros_like(zeros) if momentum else None
+        return FeedbackState(zeros, np.empty_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0)
+
+    def pieces(vector: Vector) -> Sequence[slice]:
+        return [slice(0, vector.size)] if parts is None else parts
+
+    def update(gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
+        check_alike(gradient, weights)
+        began = time.perf_counter()
+        flat(gradient, compressor.name, compressor.on_device)
+        fine, asked = kernels(gradient).all_finite(gradient), 0
+        if momentum:
+            fine, asked = agreed(comm, fine, compressor.name)  # u and v change where they are
+        messages = encoded(gradient, state) if fine else None
+        everyone.make_room(state.room)
+        letters, nbytes = exchanged(everyone, messages)
+        nbytes += asked
+        if letters is None:
+            cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
+            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.plus(cost))
+        total = np.zeros_like(gradient)
+        for number, part in enumerate(pieces(gradient)):
+            compressor.decode_all([each[number] for each in letters], total[part])
+            if reduce == "mean" or compressor.agree is not None:
+                compressor.conclude(total[part], comm.size)
+        cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
+        residual, spare = (state.residual, state.spare) if momentum else (state.spare, state.residual)
+        headers = np.stack([each[:HEADER_BYTES] for each in letters[comm.rank]])
+        report = state.report.plus(cost)
+        steps = state.steps + 1
+        return total, FeedbackState(residual, spare, state.moved, headers, steps, state.skipped, report, everyone.room)
+
+    def encoded(gradient: Vector, state: FeedbackState) -> list[Message]:
+        messages = []
+        for part, last in zip(pieces(gradient), state.headers, strict=True):
+            if state.moved is None:
+                message = compressor.encode_feedback(
+                    state.residual[part], gradient[part], step=state.steps, last=last, out=state.spare[part]
+                )
+            else:
+                vectors = gradient[part], state.moved[part], state.residual[part]
+                message = compressor.encode_momentum(
+                    *vectors, momentum, nesterov=nesterov, mask=mask, step=state.steps, last=last, finite=True
+                )
+            messages.append(message)
+        return messages
+
+    return Transform(init, update)
+
+
+def sent(state: FeedbackState) -> Sent:
+    """What a rank sent in its last step that was not left out."""
+    norm = float(np.sqrt(np.square(state.residual, dtype=np.float64).sum()))
+    headers = [header_of(each, "sent") for each in state.headers if each.any()]
+    nbytes = sum(HEADER_BYTES + each.nbytes for each in headers)
+    scale = max((each.scale for each in headers), default=0.0)
+    path = "allgather" if state.steps else ""
+    return Sent(nbytes, sum(each.named for each in headers), scale, norm, state.skipped, path)
+
+
+def everywhere(comm: MPI.Intracomm, fine: bool) -> bool:
+    """Whether it is so on all ranks (collective)."""
+    from mpi4py import MPI
+
+    told = np.empty(1, np.uint8)
+    comm.Allreduce(np.array([fine], np.uint8), told, MPI.MIN)
+    return bool(told[0])
+
+
+def agreed(comm: MPI.Intracomm, fine: bool, name: str) -> tuple[bool, int]:
+    """Whether it is so on all ranks, and the bytes that this one sends to ask (collective).
+
+    Raises ArgumentError on all ranks where they bring different compressors.
+    """
+    if comm.size == 1:
+        return fine, 0
+    mine, rows = np.array([fine, zlib.crc32(name.encode())]), np.empty((comm.size, 2), np.int64)
+    comm.Allgather(mine, rows)
+    for rank in np.flatnonzero(rows[:, 1] != rows[0, 1]):
+        raise ArgumentError(
+            f"{name}: ranks 0 and {rank} use different compressors: make them the same, nothing was sent"
+        )
+    return bool(rows[:, 0].all()), mine.nbytes * (comm.size - 1)
+
+
+def exchanged(everyone: MessageGather, messages: Sequence[Message] | None) -> tuple[list[list[Message]] | None, int]:
+    """The messages of all ranks, as many from each, and the bytes that this rank sends for it (collective).
+
+    ``None`` on any rank, for want of messages, is ``None`` on all.
+    """
+    letter = np.empty(0, np.uint8)
+    if messages is not None:
+        lengths = np.array([len(messages), *(each.size for each in messages)], "<u8")
+        letter = np.concatenate([lengths.view(np.uint8), *messages])
+    letters, nbytes = everyone.gather(letter) if everyone.comm.size > 1 else ([letter], 0)
+    return (None if any(not each.size for each in letters) else [opened(each) for each in letters]), nbytes
+
+
+def opened(letter: Message) -> list[Message]:
+    """The messages in a letter: their number, their lengths, and then they themselves."""
+    first = 8 * (int(letter[:8].view("<u8")[0]) + 1)
+    ends = accumulate(letter[8:first].view("<u8").tolist(), initial=first)
+    return [letter[lo:hi] for lo, hi in pairwise(ends)]

@@ -1,0 +1,165 @@
+"""PowerSGD: each matrix of the gradient as a product of two thin ones (Vogels, Karimireddy & Jaggi, NeurIPS 2019).
+
+*M a rank's gradient of one tensor and what was not applied yet, a × b; Q the right factor of the step before, b × r.*
+Algorithm 1 of the publication, for all tensors at once, in two allreduces::
+
+    P = mean(M Q),   P̂ = orthonormal(P),   Q ← mean(Mᵀ P̂),   step = P̂ Qᵀ,   e ← M − step
+
+A sum of factors is a factor of the sum, so this travels in ordinary allreduces, 4r(a + b) bytes a tensor, and does not
+grow with the number of ranks.  Tensors of one dimension, and those that would not shrink enough, are averaged whole,
+with the first factors in one message.  The optimizer behind has the momentum::
+
+    method = chain(powersgd(comm, bucket, rank=4), momentum(0.9), scale(-0.1))
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.algorithms.compressors import flat, orthonormal, start_factor
+from hpccomm.algorithms.deep_gradient_compression import joined, spread
+from hpccomm.algorithms.exchange import ExchangeReport, averaged
+from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
+from hpccomm.buckets import Bucket
+from hpccomm.kernels.dispatch import compression as kernels
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+LEAST_SAVING = 2.0
+"""A tensor is compressed where its factors have this many times fewer elements."""
+
+Matrix = npt.NDArray[np.float32]
+
+
+class PowerSgdState(NamedTuple):
+    """Where a rank stands."""
+
+    residual: Vector
+    """e of each compressed tensor, one after the other: what this rank's gradients hold and no step has applied."""
+    factors: Vector
+    """Q of each compressed tensor, the same on all ranks."""
+    steps: int
+    skipped: int
+    """Steps that all ranks left out because a gradient was not finite."""
+    report: ExchangeReport
+
+
+class Place(NamedTuple):
+    """One compressed tensor."""
+
+    inside: slice
+    """Of the bucket's vector."""
+    error: slice
+    """Of the residual."""
+    left: slice
+    """Of all left factors."""
+    right: slice
+    """Of all right factors."""
+    shape: tuple[int, int]
+    rank: int
+
+
+class Layout(NamedTuple):
+    """Which tensors are compressed, where the others lie, and how long vectors are."""
+
+    thin: list[Place]
+    dense: list[slice]
+    errors: int
+    lefts: int
+    rights: int
+
+
+def layout(bucket: Bucket, rank: int) -> Layout:
+    """Matrices whose factors are :data:`LEAST_SAVING` times as short are compressed."""
+    thin, dense, error, left, right = [], [], 0, 0, 0
+    for slot in bucket.table:
+        inside = slice(slot.offset, slot.offset + slot.length)
+        rows = slot.shape[0] if len(slot.shape) > 1 else 0
+        columns = slot.length // rows if rows else 0
+        r = min(rank, rows, columns)
+        if not rows or (rows + columns) * r * LEAST_SAVING >= slot.length:
+            dense.append(inside)
+            continue
+        ends = error + slot.length, left + rows * r, right + columns * r
+        own, p, q = slice(error, ends[0]), slice(left, ends[1]), slice(right, ends[2])
+        thin.append(Place(inside, own, p, q, (rows, columns), r))
+        error, left, right = ends
+    return Layout(thin, dense, error, left, right)
+
+
+def powersgd(
+    comm: MPI.Intracomm, bucket: Bucket, rank: int = 4, *, local_error: bool = False, seed: int = 0
+) -> Transform:
+    """Exchange gradients of a bucket, float32, as matrices of ``rank``; the step is the mean of what they stand for.
+
+    A tensor is a matrix of its first dimension times all others.  The first Q follows from ``seed``, the same on all
+    ranks.  With ``local_error`` a rank keeps M − P̂ (Mᵀ P̂)ᵀ, what its own factors would have missed, as the authors'
+    package does: the sum over the ranks is the same.  If any rank's gradient is not finite, no rank steps and no state
+    changes but ``skipped``.  All ranks multiply the same factors, so their steps have the same bits where their
+    processors and BLAS are alike.
+
+    Where a run goes on with another number of ranks, :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what
+    is pending.
+    """
+    require(rank >= 1, f"powersgd: rank is {rank}: pass 1 or more")
+    thin, dense, errors, lefts, rights = layout(bucket, rank)
+
+    def init(weights: Vector) -> PowerSgdState:
+        require(flat(weights, "powersgd").size == bucket.size, "powersgd: pass weights of the bucket's size")
+        factors = np.empty(rights, np.float32)
+        for number, place in enumerate(thin):
+            factors[place.right] = start_factor(place.shape[1], place.rank, seed + number).reshape(-1)
+        return PowerSgdState(np.zeros(errors, np.float32), factors, 0, 0, ExchangeReport())
+
+    def update(gradient: Vector, state: PowerSgdState, weights: Vector) -> tuple[Vector, PowerSgdState]:
+        check_alike(gradient, weights)
+        began = time.perf_counter()
+        fine = kernels().all_finite(flat(gradient, "powersgd"))
+        backlog = state.residual + joined(gradient, [place.inside for place in thin])
+        first = np.concatenate([np.empty(lefts, np.float32), joined(gradient, dense)])
+        if fine:
+            for place in thin:
+                np.matmul(matrix(backlog, place), right(state.factors, place), out=left(first, place))
+        else:
+            first[...] = np.nan  # so that all ranks see it
+        first, nbytes = averaged(comm, first)
+        if not kernels().all_finite(first):
+            cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
+            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.plus(cost))
+        own = np.empty(rights, np.float32)
+        for place in thin:
+            basis = left(first, place)
+            basis[...] = orthonormal(basis)
+            np.matmul(matrix(backlog, place).T, basis, out=right(own, place))
+        factors, more = averaged(comm, own)
+        step = np.empty_like(gradient)
+        for place in thin:
+            applied = step[place.inside].reshape(place.shape)
+            np.matmul(left(first, place), right(factors, place).T, out=applied)
+            missed = left(first, place) @ right(own, place).T if local_error else applied
+            matrix(backlog, place)[...] -= missed
+        spread(first[lefts:], step, dense)
+        report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes + more))
+        return step, PowerSgdState(backlog, factors, state.steps + 1, state.skipped, report)
+
+    return Transform(init, update)
+
+
+def matrix(vector: Vector, place: Place) -> Matrix:
+    """One tensor's backlog, a view."""
+    return vector[place.error].reshape(place.shape)
+
+
+def left(vector: Vector, place: Place) -> Matrix:
+    """One tensor's P, a view."""
+    return vector[place.left].reshape(place.shape[0], place.rank)
+
+
+def right(vector: Vector, place: Place) -> Matrix:
+    """One tensor's Q, a view."""
+    return vector[place.right].reshape(place.shape[1], place.rank)

@@ -1,0 +1,1 @@
+"""Model states sharded over groups of ranks: ZeRO and MiCS."""

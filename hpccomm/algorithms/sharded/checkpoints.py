@@ -1,0 +1,229 @@
+"""Divided model states on disk: one copy of the model, whatever number of ranks divides it when it is read.
+
+*p ranks of a partition group; Ψ parameters.*  Only the first partition group writes, each of its ranks a file of its
+shards; a note in JSON, which says what belongs together, is written by rank 0 when all files lie there, and only then
+are older ones removed.  So whatever ends a run, and whenever, the note names a whole set.  Whoever reads takes from
+those files the elements that it holds now: any number of ranks, any partition size, any stage, and any Python that has
+NumPy, as :func:`export` writes the weights as arrays by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpccomm.algorithms.checkpoints import flush_folder, leaves, mapped, save
+from hpccomm.algorithms.sharded.units import LossScale, Sharded, Unit, bounds
+from hpccomm.algorithms.transforms import Vector
+from hpccomm.errors import ArgumentError
+
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def everywhere(comm: Any, what: str, action: Callable[[], Any]) -> Any:
+    """What ``action`` returns on this rank; raises on all ranks if it raises on one (collective)."""
+    found, problem = None, ""
+    try:
+        found = action()
+    except (ArgumentError, OSError) as error:
+        problem = str(error)
+    for rank, each in enumerate(comm.allgather(problem)):
+        if each:
+            raise ArgumentError(f"{what}: rank {rank}: {each}")
+    return found
+
+
+def save_shards(folder: Path, name: str, states: Sharded, **note: Any) -> None:
+    """Keep divided states, and ``note`` in JSON beside them, in a folder that all ranks see (collective).
+
+    Call it between optimizer steps, not between micro-steps.  Raises on all ranks where one cannot write; then what was
+    saved before is still whole.
+    """
+    comm, writes = states.groups.everybody, states.groups.replication.rank == 0
+    taken = [name for name, count in states.counts.items() if count]
+    what = f"save_shards {folder}"
+    if taken:
+        raise ArgumentError(f"{what}: unit {taken[0]!r} has seen gradients since the last step: save after boundary()")
+    before = everywhere(comm, what, lambda: files_of(folder, name) if comm.rank == 0 else [])
+    part = file_of(folder, name, states.steps, states.place, states.ranks)
+    everywhere(comm, what, lambda: save(part, **contents(states)) if writes else None)
+    written = {
+        "steps": states.steps,
+        "ranks": states.ranks,
+        "loss_scale": list(states.loss_scale),
+        "units": {unit.name: unit.size for unit in states.units.values()},
+        "dtype": str(states.master.dtype),
+        **note,
+    }
+    everywhere(comm, what, lambda: write_note(folder / f"{name}.json", written) if comm.rank == 0 else None)
+    if comm.rank == 0:
+        for file in set(before) - set(files_of(folder, name)):
+            file.unlink(missing_ok=True)
+
+
+def files_of(folder: Path, name: str) -> list[Path]:
+    """The files that the note names; none where there is no note yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / f"{name}.json"
+    if not note.exists():
+        return []
+    saved = read_note(note)
+    return [file_of(folder, name, saved["steps"], place, saved["ranks"]) for place in range(saved["ranks"])]
+
+
+def file_of(folder: Path, name: str, steps: int, place: int, ranks: int) -> Path:
+    """One rank's shards."""
+    return folder / f"{name}.step{steps}.shard{place}of{ranks}.npz"
+
+
+def contents(states: Sharded) -> dict[str, Any]:
+    """This rank's shards by name, a tuple of units each, and the numbers of the optimizer's state."""
+    found: dict[str, Any] = {"weights": by_unit(states, states.master)}
+    for path, leaf in leaves(states.state):
+        found[f"state:{path}"] = by_unit(states, leaf) if divided(path, leaf, states) else leaf
+    return found
+
+
+def divided(path: str, leaf: Any, states: Sharded) -> bool:
+    """Whether a leaf of the optimizer's state has a number for each weight; raises for other arrays."""
+    if not isinstance(leaf, np.ndarray) or leaf.ndim == 0:
+        return False
+    if leaf.shape != states.master.shape:
+        raise ArgumentError(f"the optimizer's {path} has shape {leaf.shape}, weights {states.master.shape}: save alone")
+    return True
+
+
+def by_unit(states: Sharded, vector: Vector) -> tuple[Vector, ...]:
+    """A vector of all shards as one of each unit."""
+    return tuple(vector[unit.here] for unit in states.units.values())
+
+
+def write_note(file: Path, note: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    new = file.with_suffix(".new")
+    with new.open("w", encoding="utf-8") as stream:
+        json.dump(note, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(file)
+    flush_folder(file.parent)
+
+
+def read_note(file: Path) -> dict[str, Any]:
+    """What :func:`save_shards` noted; raises for anything else."""
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+        complete = {"steps", "ranks", "loss_scale", "units", "dtype"} <= note.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArgumentError(f"{file} is no note of saved shards ({error}): name another folder") from None
+    if not complete:
+        raise ArgumentError(f"{file} is no note of saved shards: name another folder")
+    return dict(note)
+
+
+def load_shards(folder: Path, name: str, states: Sharded) -> dict[str, Any]:
+    """Go on from :func:`save_shards`, with any number of ranks; returns the note (collective).
+
+    Raises on all ranks for another model or optimizer and for files that are missing or cut short; then nothing has
+    changed.
+    """
+    what = f"load_shards {folder}"
+    note, master, state = everywhere(states.groups.everybody, what, lambda: found(folder, name, states))
+    states.master[...], states.state = master, state
+    states.steps, states.loss_scale = note["steps"], LossScale(*note["loss_scale"])
+    states.refresh()
+    return dict(note)
+
+
+def found(folder: Path, name: str, states: Sharded) -> tuple[dict[str, Any], Vector, Any]:
+    """The note, and this rank's weights and optimizer state, put together from the files."""
+    note = read_note(folder / f"{name}.json")
+    sizes = {unit.name: unit.size for unit in states.units.values()}
+    if sizes != note["units"] or str(states.master.dtype) != note["dtype"]:
+        saved = ", ".join(f"{unit} {size}" for unit, size in note["units"].items())
+        raise ArgumentError(f"saved were units of {note['dtype']} {saved}: load into the same model")
+    files = files_of(folder, name)
+    opened: dict[int, Any] = {}
+
+    def entry(place: int, key: str) -> Any:
+        try:
+            if place not in opened:
+                opened[place] = np.load(files[place], allow_pickle=False)
+            return opened[place][key]
+        except UNREADABLE as error:
+            raise ArgumentError(
+                f"{files[place]} is no whole file of shards with {key} ({error}): load what the same optimizer saved, "
+                "from another folder if this one was cut short"
+            ) from None
+
+    def vector(key: str) -> Vector:
+        parts = [piece for unit in states.units.values() for piece in pieces(unit, note["ranks"], key, entry)]
+        return np.concatenate(parts) if parts else np.empty(0, states.master.dtype)
+
+    def leaf(path: str, like: Any) -> Any:
+        if divided(path, like, states):
+            return vector(f"state:{path}").astype(like.dtype, copy=False)
+        value = entry(0, f"state:{path}")
+        return value if isinstance(like, np.ndarray) else type(like)(value.item())
+
+    try:
+        return note, vector("weights"), mapped(leaf, states.state)
+    finally:
+        for each in opened.values():
+            each.close()
+
+
+def pieces(unit: Unit, ranks: int, key: str, entry: Callable[[int, str], Any]) -> Iterator[Vector]:
+    """What this rank holds of a unit, from the files of ``ranks`` ranks."""
+    for place in range(ranks):
+        lo, hi = bounds(unit.size, ranks, place)
+        first, stop = max(lo, unit.lo), min(hi, unit.hi)
+        if first < stop:
+            yield entry(place, f"{key}.{unit.number}")[first - lo : stop - lo]
+
+
+def export(path: str | os.PathLike[str], states: Sharded) -> None:
+    """The whole model's weights, ``"layer.tensor"`` each, for ``numpy.load`` (collective).
+
+    Rank 0 writes, a unit at a time, and never holds more than one.  The file is there whole or not at all.
+    """
+    what = f"export {os.fspath(path)}"
+    if states.groups.replication.rank == 0:
+        if states.groups.everybody.rank == 0:
+            everywhere(states.groups.everybody, what, lambda: written(Path(path), states))
+            return
+        for _ in states.consolidated():
+            pass
+    everywhere(states.groups.everybody, what, lambda: None)
+
+
+def written(target: Path, states: Sharded) -> None:
+    """Write the file on rank 0; what goes wrong is told when all units have been gathered."""
+    units = states.consolidated()
+    handle, temporary = None, None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        with os.fdopen(handle, "wb") as file:
+            with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+                for unit, tensors in units:
+                    for name, tensor in tensors.items():
+                        with archive.open(f"{unit}.{name}.npy", "w", force_zip64=True) as stream:
+                            np.lib.format.write_array(stream, tensor, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        flush_folder(target.parent)
+    except BaseException:
+        for _ in units:
+            pass
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,659 @@
+"""Model states divided over ranks, in flat units of a layer each (ZeRO: Rajbhandari et al., SC 2020).
+
+*N ranks; a partition group of p of them holds one copy of what is divided, the R = N/p ranks with the same place in
+their groups, a replication group, hold the same part of it; Ψ parameters, M bytes of them as they travel; s
+micro-steps in an optimizer step.*  A unit is padded to p equal shards; shard j lies on place j of every group::
+
+    gather(unit)              allgather in the partition group               (p−1)/p · M
+    reduce_accumulate(unit)   first hop: reduce-scatter there, add to shard  (p−1)/p · M
+    boundary()                second hop: one allreduce of all shards
+                              in the replication group                       2(R−1)/(R·p) · M
+                              ÷ (N·s), norm, clipping, optimizer on the shard
+
+Per rank, in each micro-step that gathers in forward and in backward, but for the second hop, which comes once in an
+optimizer step.  What is divided is said by the ``stage``: 3 parameters, gradients and optimizer state; 2 gradients and
+optimizer state; 1 optimizer state.  Groups of all ranks are ZeRO, groups of one are data parallelism, others MiCS
+(:mod:`hpccomm.algorithms.sharded.groups`).
+
+Gradients are added up in float32, whatever they travel in, and the optimizer works on a float32 master copy, from
+which parameters of 16 bits are rounded anew for every gather.  So a rank holds 4 bytes of gradient, 4 of weights and
+what its optimizer wants, for Adam 8: 16Ψ/p.  A step that finds a gradient that is not finite is left out on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.algorithms.checkpoints import leaves
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
+from hpccomm.algorithms.transforms import Schedule, Transform, Vector, require
+from hpccomm.algorithms.trust_ratio import Layerwise, NormReduce, global_norm
+from hpccomm.arrays import movable, narrowed, wide
+from hpccomm.buckets import Bucket
+from hpccomm.errors import ArgumentError, MismatchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+Optimizer = Transform | Callable[[Bucket, NormReduce | None], Transform]
+"""A transform that treats every element alike, or what makes one of this rank's parts of all tensors and the reduction
+that completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
+SLOTS = 2
+"""Gathered units at a time: one is computed with while the next one arrives."""
+
+
+class Groups(NamedTuple):
+    """Who divides a copy of the model with this rank, and who holds the same part of it."""
+
+    everybody: Any
+    partition: Any
+    replication: Any
+
+
+class LossScale(NamedTuple):
+    """By what losses are multiplied so that gradients of 16 bits do not vanish; all ranks agree on it."""
+
+    value: float = 1.0
+    interval: int = 0
+    """After so many steps without overflow it doubles; 0 keeps it for ever.  After one with overflow it halves."""
+    good: int = 0
+    """Steps since it changed."""
+
+    def after(self, overflow: bool) -> LossScale:
+        """What the next step takes."""
+        if not self.interval:
+            return self
+        if overflow:
+            return self._replace(value=max(1.0, self.value / 2), good=0)
+        if self.good + 1 == self.interval:
+            return self._replace(value=min(2.0**24, self.value * 2), good=0)
+        return self._replace(good=self.good + 1)
+
+
+class Outcome(NamedTuple):
+    """What an optimizer step found, the same on all ranks."""
+
+    norm: float
+    """Of the mean gradient of all ranks, before it is clipped."""
+    overflow: bool
+    """It was not finite, and the step is left out."""
+    loss_scale: float
+    """For the next step."""
+
+
+class Hops(NamedTuple):
+    """What each kind of exchange has cost this rank: seconds waited for it, bytes sent by its formula."""
+
+    gather: ExchangeReport = ExchangeReport()
+    first: ExchangeReport = ExchangeReport()
+    second: ExchangeReport = ExchangeReport()
+
+
+class Memory(NamedTuple):
+    """Bytes on this rank."""
+
+    states: int
+    """Weights, gradients, optimizer state."""
+    gathered: int
+    """Room for whole units: those gathered, or at stages 1 and 2 the whole model."""
+    working: int
+    """Room for a whole unit's gradient, and for shards on their way."""
+
+
+class Unit:
+    """One layer's tensors as a flat vector of ``size`` elements, padded to equal shards; this rank holds [lo, hi)."""
+
+    def __init__(self, name: str, number: int, bucket: Bucket, ranks: int, place: int, first: int) -> None:
+        self.name, self.number, self.bucket = name, number, bucket
+        self.size, self.shard = bucket.size, -(-bucket.size // ranks)
+        self.padded = ranks * self.shard
+        self.lo, self.hi = bounds(self.size, ranks, place)
+        self.here = slice(first, first + self.hi - self.lo)
+        """Where this rank's part lies in its vectors."""
+
+
+def bounds(size: int, ranks: int, place: int) -> tuple[int, int]:
+    """What shard ``place`` of ``ranks`` holds of a unit, without padding."""
+    shard = -(-size // ranks)
+    return min(place * shard, size), min((place + 1) * shard, size)
+
+
+class Slot:
+    """Room for a gathered unit."""
+
+    def __init__(self, room: Vector) -> None:
+        self.room = room
+        self.unit: Unit | None = None
+        self.arrival: Future[int] | None = None
+        """In the end it holds the bytes that were sent."""
+
+
+class Gather:
+    """Allgathers in the partition group, on a communicator of their own; ``algorithm`` as its communicator names it."""
+
+    def __init__(self, partition: Any, algorithm: str) -> None:
+        self.comm, self.how = partition.Dup(), how(algorithm)
+
+    def __call__(self, shard: Vector, whole: Vector) -> int:
+        """Gather equal shards, in the order of ranks; returns bytes sent."""
+        self.comm.Allgather(movable(shard), movable(whole), **self.how)
+        return int((self.comm.size - 1) * shard.nbytes)
+
+
+class Reduce:
+    """Reduce-scatters of shards of up to ``longest`` elements; 16-bit floats are added in 32 bits.
+
+    They travel in 16, each rank's to whom it is for; but by a named ``algorithm``, which adds on the way, in 32.
+    """
+
+    def __init__(self, partition: Any, algorithm: str, longest: int, dtype: np.dtype[Any]) -> None:
+        self.partition, self.ranks, self.how = partition, partition.size, how(algorithm)
+        self.letters = dtype != wide(dtype) and not algorithm
+        whole = longest * self.ranks
+        self.arrived = np.empty(whole if self.letters else longest, dtype if self.letters else wide(dtype))
+        self.widened = np.empty(0 if self.letters or dtype == wide(dtype) else whole, wide(dtype))
+        self.nbytes = self.arrived.nbytes + self.widened.nbytes
+
+    def __call__(self, room: Vector, total: Vector) -> int:
+        """Add this rank's shard of the sum, without padding, to ``total``; returns bytes sent."""
+        shard = room.size // self.ranks
+        if self.letters:
+            arrived = self.arrived[: room.size]
+            self.partition.Alltoall(movable(room), movable(arrived))
+            for each in arrived.reshape(self.ranks, shard):
+                total += each[: total.size]
+            return int((self.ranks - 1) * shard * room.itemsize)
+        if self.widened.size:
+            wider = self.widened[: room.size]
+            wider[...] = room
+            room = wider
+        arrived = self.arrived[:shard]
+        self.partition.Reduce_scatter_block(room, arrived, **self.how)
+        total += arrived[: total.size]
+        return int((self.ranks - 1) * shard * room.itemsize)
+
+
+def how(algorithm: str) -> dict[str, str]:
+    """What names an algorithm; MPI's own communicators know none."""
+    return {"algorithm": algorithm} if algorithm else {}
+
+
+def registered(comm: Any, elements: int, dtype: np.dtype[Any]) -> Vector:
+    """Memory that the ranks of a node see, where the communicator has such (collective)."""
+    made: Vector = getattr(comm, "empty", np.empty)(elements, dtype)
+    return made
+
+
+class Sharded:
+    """A model in training whose states are divided over the ranks (creating it is collective).
+
+    ``units`` are the layers, ``{"layer0": {"w": array, "b": array}, …}`` or an iterable of such pairs, which is asked
+    for one at a time, so that no rank ever holds the whole model; float32 or float64, and rank 0's values count.
+    ``optimizer``: see :data:`Optimizer`; :func:`adamw` steps in place.  ``dtype`` is that of gathered parameters and
+    of gradients: float32, float16 or bfloat16; the master's if not said.  ``max_norm`` clips the global gradient.
+    ``loss_scale`` is for float16.  ``ahead=`` of :meth:`gather` works on a thread of its own where the MPI library
+    permits it; ``overlap=False`` does without.  ``algorithm`` is that by which the partition group gathers and adds up,
+    as its communicator names it; the communicator's choice if not said.
+
+    >>> import numpy as np
+    >>> from mpi4py import MPI
+    >>> from hpccomm.algorithms.transforms import scale
+    >>> states = zero(MPI.COMM_SELF, {"layer": {"w": np.array([1, 2], "f4")}}, scale(-0.5))
+    >>> w = states.gather("layer")["w"]
+    >>> states.reduce_accumulate("layer", {"w": 2 * w})
+    >>> states.release("layer")
+    >>> states.boundary().overflow
+    False
+    >>> states.gather("layer")["w"].tolist()
+    [0.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]],
+        optimizer: Optimizer,
+        *,
+        stage: int = 3,
+        dtype: npt.DTypeLike | None = None,
+        max_norm: float | None = None,
+        loss_scale: LossScale | None = None,
+        overlap: bool = True,
+        algorithm: str = "",
+    ) -> None:
+        require(stage in (1, 2, 3), f"zero: stage is {stage}: pass 1, 2 or 3; data_parallel divides nothing")
+        require(max_norm is None or max_norm > 0, f"zero: max_norm is {max_norm}: pass a positive number, or None")
+        self.groups, self.stage, self.max_norm = groups, stage, max_norm
+        self.loss_scale = loss_scale or LossScale()
+        self.ranks, self.place = groups.partition.size, groups.partition.rank
+        self.who = f"rank {groups.everybody.rank}"
+        self.units: dict[str, Unit] = {}
+        self.master, whole = self._taken(units)
+        self.dtype = self.master.dtype if dtype is None else np.dtype(dtype)
+        check_dtypes(self.master.dtype, self.dtype)
+        self.total = np.zeros(self.master.size if stage > 1 else sum(u.size for u in self._all), self.master.dtype)
+        """Gradients so far: this rank's shards, at stage 1 the whole units one after the other."""
+        bucket = Bucket(dict(self._parts()), self.master.dtype, exempt=list(self._exempt()))
+        norms = self._summed if self.ranks > 1 else None
+        self.optimizer = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, norms)
+        self.state = self.optimizer.init(self.master)
+        self.steps, self.hops = 0, Hops()
+        self.counts = dict.fromkeys(self.units, 0)
+        """Gradients that each unit has seen since the last step."""
+        self.calls: list[str] = []
+        """What was gathered and reduced since the last step, in order: ranks must agree on it."""
+        self._make_room(whole, overlap, algorithm)
+
+    # What is where
+
+    @property
+    def _all(self) -> Iterable[Unit]:
+        return self.units.values()
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether gathering sends anything."""
+        return self.stage == 3 and self.ranks > 1
+
+    def _taken(self, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]) -> tuple[Vector, list[Vector]]:
+        """This rank's part of the first weights, and at stages 1 and 2 all of them."""
+        parts, whole, first = [], [], 0
+        for name, tensors in units.items() if isinstance(units, Mapping) else units:
+            require(name not in self.units, f"{self.who}: two units are called {name!r}: give each a name of its own")
+            require(bool(tensors), f"{self.who}: unit {name!r} has no tensors: leave it out")
+            unit = Unit(name, len(self.units), Bucket(tensors), self.ranks, self.place, first)
+            vector = unit.bucket.flatten(tensors)
+            self.groups.everybody.Bcast(vector, 0)
+            parts.append(vector[unit.lo : unit.hi].copy())
+            whole += [vector] if self.stage < 3 and self.ranks > 1 else []
+            self.units[name], first = unit, unit.here.stop
+        require(bool(parts), f"{self.who}: a model has one unit or more: pass {{name: tensors}}")
+        kinds = {part.dtype for part in parts}
+        require(len(kinds) == 1, f"{self.who}: units of {', '.join(map(str, kinds))}: cast them to one dtype")
+        return np.concatenate(parts), whole
+
+    def _make_room(self, whole: list[Vector], overlap: bool, algorithm: str) -> None:
+        """All memory that steps will need."""
+        longest, shard = (max(getattr(unit, what) for unit in self._all) for what in ("padded", "shard"))
+        self._collect = Gather(self.groups.partition, algorithm) if self._gathers else None
+        kind = self.dtype if self.stage > 1 else self.master.dtype
+        self._reduce = Reduce(self.groups.partition, algorithm, shard, kind) if self.ranks > 1 else None
+        self.slots = [Slot(np.empty(longest, self.dtype)) for _ in range(SLOTS)] if self._gathers else []
+        self.gradients = registered(self.groups.partition, longest, self.dtype)
+        """A whole unit's gradient."""
+        self.shard = registered(self._collect.comm, shard, self.dtype) if self._collect else np.zeros(shard, self.dtype)
+        """A shard on its way out."""
+        if self._collect and self.dtype == self.master.dtype:
+            room = registered(self._collect.comm, sum(unit.shard for unit in self._all), self.dtype)
+            room[: self.master.size] = self.master
+            self.master = room[: self.master.size]
+        self.whole: dict[str, Vector] = {}
+        """All parameters, where they are neither gathered nor the master's own."""
+        if self.stage < 3 and self.ranks > 1:
+            self.whole = {u.name: narrowed(v, self.dtype).copy() for u, v in zip(self._all, whole, strict=True)}
+        elif self.ranks == 1 and self.dtype != self.master.dtype:
+            self.whole = {unit.name: narrowed(self.master[unit.here], self.dtype) for unit in self._all}
+        self.courier = ThreadPoolExecutor(1, "gather") if overlap and self._gathers and threads_may_talk() else None
+
+    def _parts(self) -> Iterator[tuple[str, tuple[int]]]:
+        """All tensors by name, with as many elements as this rank holds of each."""
+        for unit in self._all:
+            for slot in unit.bucket.table:
+                lo, hi = max(slot.offset, unit.lo), min(slot.offset + slot.length, unit.hi)
+                yield f"{unit.name}.{slot.name}", (max(0, hi - lo),)
+
+    def _exempt(self) -> Iterator[str]:
+        """Tensors that neither decay nor adapt."""
+        return (f"{unit.name}.{slot.name}" for unit in self._all for slot in unit.bucket.table if not slot.decay)
+
+    def _unit(self, name: str, verb: str) -> Unit:
+        if name not in self.units:
+            raise ArgumentError(f"{self.who}: {verb}: no unit is called {name!r}: use one of {', '.join(self.units)}")
+        return self.units[name]
+
+    @property
+    def memory(self) -> Memory:
+        """What lies on this rank."""
+        state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray))
+        whole = sum(vector.nbytes for vector in self.whole.values()) + sum(slot.room.nbytes for slot in self.slots)
+        working = self.gradients.nbytes + self.shard.nbytes + (self._reduce.nbytes if self._reduce else 0)
+        return Memory(self.master.nbytes + self.total.nbytes + state, whole, working)
+
+    # Parameters
+
+    def gather(self, name: str, ahead: str | None = None) -> dict[str, npt.NDArray[Any]]:
+        """The unit's parameters by name, to be read until :meth:`release` (collective in the partition group).
+
+        ``ahead`` names the unit that will be gathered next: it begins to arrive now.  All ranks of a partition group
+        gather the same units in the same order.
+        """
+        unit, following = self._unit(name, "gather"), None if ahead is None else self._unit(ahead, "gather: ahead")
+        if not self._gathers:
+            return views(unit, self.whole[name] if self.whole else self.master[unit.here])
+        slot = self._holding(unit) or self._begin(unit)
+        arrival, slot.arrival = slot.arrival, None
+        require(arrival is not None, f"{self.who}: gather: {name!r} is gathered: release it first")
+        assert arrival is not None
+        began = perf_counter()
+        try:
+            sent = arrival.result()
+        except MismatchError as error:
+            raise MismatchError(
+                f"{self.who} gathers unit {name!r} as call {len(self.calls)} of this step: {error}; "
+                "gather the units in the same order on all ranks"
+            ) from error
+        self._spent("gather", began, sent)
+        if following is not None and following is not unit and any(each.unit is None for each in self.slots):
+            self._begin(following)
+        return views(unit, slot.room)
+
+    def release(self, name: str) -> None:
+        """The unit's parameters are not read any more; the next gather may use their room."""
+        unit = self._unit(name, "release")
+        if not self._gathers:
+            return
+        slot = self._holding(unit)
+        if slot is None or slot.arrival is not None:
+            raise ArgumentError(f"{self.who}: release: {name!r} is not gathered: gather it first, release it once")
+        slot.unit = None
+
+    def _holding(self, unit: Unit) -> Slot | None:
+        return next((slot for slot in self.slots if slot.unit is unit), None)
+
+    def _begin(self, unit: Unit) -> Slot:
+        """Let a unit arrive in a free slot."""
+        slot = next((each for each in self.slots if each.unit is None), None)
+        if slot is None:
+            held = " and ".join(repr(each.unit.name) for each in self.slots if each.unit)
+            raise ArgumentError(f"{self.who}: gather: {held} are gathered, or on their way: release one first")
+        slot.unit, room = unit, slot.room[: unit.padded]
+        self.calls.append(f"gather {unit.name}")
+        if self.courier:
+            slot.arrival = self.courier.submit(self._fetch, unit, room)
+        else:
+            slot.arrival = Future()
+            slot.arrival.set_result(self._fetch(unit, room))
+        return slot
+
+    def _fetch(self, unit: Unit, room: Vector) -> int:
+        """Gather a unit; one at a time, in the order of the calls."""
+        return self._collect(self._outgoing(unit), room) if unit.size and self._collect else 0
+
+    def _outgoing(self, unit: Unit) -> Vector:
+        """This rank's shard, as it travels."""
+        mine = self.master[unit.here]
+        if mine.size == unit.shard and mine.dtype == self.dtype:
+            return mine
+        shard = self.shard[: unit.shard]
+        shard[: mine.size] = narrowed(mine, self.dtype)
+        shard[mine.size :] = 0
+        return shard
+
+    # Gradients
+
+    def gradient(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        """Room for the unit's gradient by name, to be written and given to :meth:`reduce_accumulate` as it is.
+
+        There is one such room: the next unit's lies on the same memory.
+        """
+        return views(self._unit(name, "gradient"), self.gradients)
+
+    def reduce_accumulate(self, name: str, gradient: Tensors | Vector) -> None:
+        """Add a micro-step's gradient, of the dtype that was said, to the shard (collective in the partition group).
+
+        ``gradient``: what :meth:`gradient` gave, or tensors by name, or a flat vector; the mean over this rank's
+        samples, times the loss scale.
+        """
+        unit = self._unit(name, "reduce_accumulate")
+        room = self.gradients[: unit.padded]
+        place(unit, gradient, room, self.who)
+        self.counts[name] += 1
+        self.calls.append(f"reduce {name}")
+        if self.stage == 1 or self.ranks == 1:
+            total = self.total[self._at(unit)]
+            total += room[: unit.size]
+        elif unit.size:
+            self._first(unit, room, self.total[unit.here])
+
+    def _at(self, unit: Unit) -> slice:
+        """Where a whole unit lies among whole units."""
+        first = sum(each.size for each in self._all if each.number < unit.number)
+        return slice(first, first + unit.size)
+
+    def _first(self, unit: Unit, room: Vector, total: Vector) -> None:
+        """The first hop of a unit: its shard of the sum over the partition group is added to ``total``."""
+        assert self._reduce is not None
+        began = perf_counter()
+        try:
+            sent = self._reduce(room, total)
+        except MismatchError as error:
+            raise MismatchError(f"{self.who} reduces unit {unit.name!r}: {error}") from error
+        self._spent("first", began, sent)
+
+    # The step
+
+    def boundary(self) -> Outcome:
+        """The second hop and the optimizer's step (collective).
+
+        Every unit has seen the same number of gradients, on all ranks, and none is gathered.
+        """
+        micro_steps = self._checked()
+        if self.stage == 1 and self.ranks > 1:
+            self._divide()
+        part = self.part
+        if self.groups.replication.size > 1:
+            self._second(part)
+        part /= self.groups.everybody.size * micro_steps * self.loss_scale.value
+        norm = global_norm(part, self._summed)
+        overflow = not math.isfinite(norm)
+        self.loss_scale = self.loss_scale.after(overflow)
+        if not overflow:
+            if self.max_norm is not None and norm > self.max_norm:
+                part *= part.dtype.type(self.max_norm / norm)
+            self._step(part)
+            self.steps += 1
+        self.total[...] = 0
+        self.counts = dict.fromkeys(self.units, 0)
+        self.calls.clear()
+        return Outcome(norm, overflow, self.loss_scale.value)
+
+    def _checked(self) -> int:
+        """How many micro-steps there were; raises where ranks or units disagree, before anything is sent or changed."""
+        held = [slot.unit.name for slot in self.slots if slot.unit]
+        require(not held, f"{self.who}: boundary: {held} are gathered, or on their way: release them first")
+        few, most = min(self.units, key=self.counts.__getitem__), max(self.units, key=self.counts.__getitem__)
+        if self.counts[few] != self.counts[most] or not self.counts[few]:
+            raise ArgumentError(
+                f"{self.who}: boundary: unit {few!r} has seen {self.counts[few]} gradients, {most!r} "
+                f"{self.counts[most]}: reduce_accumulate every unit in every micro-step"
+            )
+        if self.ranks > 1:
+            self._same_calls()
+        return self.counts[few]
+
+    def _same_calls(self) -> None:
+        """Raise on all ranks of the partition group unless they made the same calls in the same order."""
+        partition = self.groups.partition
+        mine = np.array([len(self.calls), zlib.crc32("\n".join(self.calls).encode())], np.int64)
+        everyone = np.empty((self.ranks, 2), np.int64)
+        partition.Allgather(mine, everyone)
+        if (everyone == everyone[0]).all():
+            return
+        lists = partition.allgather(self.calls)
+        other = next(rank for rank, calls in enumerate(lists) if calls != lists[0])
+        pairs = zip([*lists[0], "nothing"], [*lists[other], "nothing"], strict=False)
+        at, (first, its) = next((at, pair) for at, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+        raise MismatchError(
+            f"{self.who}: boundary: call {at} of this step was {its!r} on place {other} of the partition group, "
+            f"{first!r} on place 0: gather and reduce the units in the same order on all ranks; the weights are as "
+            "they were"
+        )
+
+    @property
+    def part(self) -> Vector:
+        """This rank's shards of the gradient."""
+        return self.total if self.stage > 1 or self.ranks == 1 else self.total[: self.master.size]
+
+    def _divide(self) -> None:
+        """Stage 1: the first hop of all units, their shards to the front of ``total``, which each leaves room for."""
+        for unit in self._all:
+            room = np.zeros(unit.padded, self.total.dtype)
+            room[: unit.size] = self.total[self._at(unit)]
+            self.total[unit.here] = 0
+            if unit.size:
+                self._first(unit, room, self.total[unit.here])
+
+    def _second(self, part: Vector) -> None:
+        """The second hop: one allreduce of all shards."""
+        from mpi4py import MPI
+
+        began = perf_counter()
+        if part.size:
+            self.groups.replication.Allreduce(MPI.IN_PLACE, part)
+        self._spent("second", began, allreduce_bytes(part.nbytes, self.groups.replication.size))
+
+    def _summed(self, table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The sum over the partition group in the order of its ranks: the same bits in every group."""
+        if self.ranks == 1:
+            return table
+        everyone = np.empty((self.ranks, *table.shape))
+        self.groups.partition.Allgather(table, everyone)
+        total = everyone[0]
+        for each in everyone[1:]:
+            total += each
+        return total
+
+    def _step(self, part: Vector) -> None:
+        """The optimizer on the shards; at stages 1 and 2 all parameters are gathered afterwards."""
+        if isinstance(self.optimizer, Layerwise):
+            self.state = self.optimizer.apply(part, self.state, self.master)
+        else:
+            step, self.state = self.optimizer.update(part, self.state, self.master)
+            self.master += step
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Gather all parameters anew where they are kept whole: after each step, and when others were loaded."""
+        for name, vector in self.whole.items():
+            unit = self.units[name]
+            if self.ranks == 1 or not unit.size:
+                vector[...] = narrowed(self.master[unit.here], self.dtype)
+                continue
+            began, room = perf_counter(), self.gradients[: unit.padded]
+            self.groups.partition.Allgather(movable(self._outgoing(unit)), movable(room))
+            vector[...] = room[: unit.size]
+            self._spent("gather", began, (self.ranks - 1) * unit.shard * self.dtype.itemsize)
+
+    def _spent(self, hop: str, began: float, sent: int) -> None:
+        cost = ExchangeReport(1, perf_counter() - began, sent)
+        self.hops = self.hops._replace(**{hop: getattr(self.hops, hop).plus(cost)})
+
+    # The model as a whole
+
+    def consolidated(self) -> Iterator[tuple[str, dict[str, npt.NDArray[Any]]]]:
+        """Each unit's name and master weights by tensor, one unit after the other (collective in the partition group).
+
+        New arrays on every rank; a loop that ends early must do so on all ranks.
+        """
+        for unit in self._all:
+            yield unit.name, unit.bucket.views(self._assembled(unit))
+
+    def _assembled(self, unit: Unit) -> Vector:
+        mine = np.zeros(unit.shard, self.master.dtype)
+        mine[: unit.hi - unit.lo] = self.master[unit.here]
+        whole = np.empty(unit.padded, self.master.dtype)
+        if unit.size:
+            self.groups.partition.Allgather(mine, whole)
+        return whole[: unit.size]
+
+    def close(self) -> None:
+        """End the thread and give back the communicator that was made for gathering (collective)."""
+        if self.courier:
+            self.courier.shutdown()
+        if self._collect:
+            self._collect.comm.Free()
+
+
+def views(unit: Unit, vector: Vector) -> dict[str, npt.NDArray[Any]]:
+    """The unit's tensors in a vector that begins with them, of any dtype."""
+    return {
+        slot.name: vector[slot.offset : slot.offset + slot.length].reshape(slot.shape) for slot in unit.bucket.table
+    }
+
+
+def place(unit: Unit, gradient: Tensors | Vector, room: Vector, who: str) -> None:
+    """Put a unit's gradient into ``room``, zeros behind it; raises for what is not one."""
+    if not isinstance(gradient, Mapping):
+        if gradient.shape != (unit.size,) or gradient.dtype != room.dtype:
+            raise ArgumentError(
+                f"{who}: the gradient of unit {unit.name!r} is {gradient.dtype} of shape {gradient.shape}: "
+                f"pass {room.dtype} of shape ({unit.size},), or tensors by name"
+            )
+        room[: unit.size] = gradient
+    else:
+        there = views(unit, room)
+        wrong = [name for name in there if name not in gradient or gradient[name].shape != there[name].shape]
+        wrong += [name for name in gradient if name not in there]
+        wrong += [name for name in there if name not in wrong and gradient[name].dtype != room.dtype]
+        if wrong:
+            raise ArgumentError(
+                f"{who}: the gradient of unit {unit.name!r} is wrong at {', '.join(wrong)}: pass every tensor, once, "
+                f"in {room.dtype} and in its shape"
+            )
+        for name, tensor in there.items():
+            if gradient[name].__array_interface__["data"] != tensor.__array_interface__["data"]:
+                tensor[...] = gradient[name]
+    room[unit.size :] = 0
+
+
+def check_dtypes(master: np.dtype[Any], travels: np.dtype[Any]) -> None:
+    """Raise for weights or parameters that are no floats of the sizes known here."""
+    require(master in (np.float32, np.float64), f"zero: the weights are {master}: pass float32, or float64")
+    require(
+        travels == master or wide(travels) == np.float32,
+        f"zero: dtype is {travels}, the weights {master}: pass float32, float16 or bfloat16, or leave it out",
+    )
+
+
+def threads_may_talk() -> bool:
+    """Whether a second thread may call MPI."""
+    from mpi4py import MPI
+
+    return MPI.Query_thread() == MPI.THREAD_MULTIPLE
+
+
+def adamw(
+    lr: float | Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Callable[[Bucket, NormReduce | None], Transform]:
+    """AdamW for :class:`Sharded`, in place: no memory beside its two moments."""
+    from hpccomm.algorithms.lamb import lamb
+
+    return lambda bucket, reduce: lamb(bucket, lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, adapt=())
+
+
+def zero(
+    comm: MPI.Intracomm, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]], optimizer: Optimizer, **how: Any
+) -> Sharded:
+    """ZeRO: model states divided over all ranks; ``stage=3`` and what else :class:`Sharded` takes (collective)."""
+    return Sharded(Groups(comm, comm, comm.Split(comm.rank, 0)), units, optimizer, **how)
+
+
+def data_parallel(
+    comm: MPI.Intracomm, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]], optimizer: Optimizer, **how: Any
+) -> Sharded:
+    """Every rank holds everything; gradients are allreduced once in an optimizer step (collective)."""
+    return Sharded(Groups(comm, comm.Split(comm.rank, 0), comm), units, optimizer, **how)

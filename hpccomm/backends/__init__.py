@@ -1,0 +1,1 @@
+"""Who runs a call: shared memory, schedules in two levels, CUDA IPC, NCCL."""

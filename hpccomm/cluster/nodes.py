@@ -1,0 +1,434 @@
+"""``scripts/cluster``: a cluster of several nodes on one machine, for whoever has one machine.
+
+*A node is a network namespace; its ranks see a host name of their own and a link, ``eth0``, or several of them, of a
+given rate in either direction; each leads to a switch that all nodes hang on.*  MPI takes the nodes for what they seem:
+shared memory inside, TCP between.  Everything lies in namespaces made here, the switches too: the machine's own network
+is not touched, and nothing sent reaches it.
+
+::
+
+    with Cluster(nodes=4, rate="1gbit") as cluster:                    # or up() and down()
+        cluster.run(["train.py"], per_node=2)                          # a CompletedProcess
+
+What was made stands in a file from before it is made, so that ``down`` finds it after any end, ``kill -9`` included.
+Needs root, Linux, iproute2 and util-linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpccomm.errors import LaunchError
+from hpccomm.launcher import launch_command, library
+
+FOLDER = Path("/run/hpccomm")
+"""Where the state of each cluster lies, in a folder by its name."""
+HOSTS = Path("/etc/netns")
+"""Here ``ip netns exec`` looks for files that stand for those of /etc inside a namespace."""
+NETWORK = "10.77."
+"""Addresses of the nodes, in their namespaces only: then the link, then the node."""
+FIRST = 10
+MOST_NODES, MOST_NICS = 200, 8
+TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
+PLACEMENTS = ("block", "cyclic", "random")
+BURST_SECONDS, LEAST_BURST = 1.5e-3, 16384
+"""What a link lets pass at once: less than this at 1 Gbit/s halves its rate, more lets short messages pass for free."""
+END_SECONDS = 5.0
+
+SHAPES = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)bit", re.IGNORECASE)
+
+
+class Made(NamedTuple):
+    """A cluster that stands, or that was begun."""
+
+    name: str
+    nodes: int
+    rate: str
+    nics: int = 1
+    processes: tuple[int, ...] = ()
+    """Daemons, each the leader of its session."""
+
+
+class Cluster:
+    """Nodes that are namespaces, each with ``nics`` links to the others.
+
+    ``rate`` is that of a link, as tc says it (``1gbit``, ``100mbit``), or ``""`` for links without limit.
+    """
+
+    def __init__(self, nodes: int = 4, rate: str = "1gbit", name: str = "hpc", nics: int = 1) -> None:
+        self.made = Made(name, nodes, rate, nics)
+
+    @classmethod
+    def standing(cls, name: str = "hpc") -> Cluster:
+        """The cluster of that name; LaunchError where there is none."""
+        try:
+            found = json.loads((FOLDER / name / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise LaunchError(f"no cluster {name!r} is up: scripts/cluster up --nodes 4 --rate 1gbit") from None
+        cluster = cls()
+        cluster.made = Made(**{**found, "processes": tuple(found["processes"])})
+        return cluster
+
+    def __enter__(self) -> Cluster:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, ended)
+        self.up()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.down()
+        if signal.getsignal(signal.SIGTERM) == ended:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    # Names
+
+    @property
+    def folder(self) -> Path:
+        """What belongs to this cluster on disk."""
+        return FOLDER / self.made.name
+
+    @property
+    def hosts(self) -> list[str]:
+        """The nodes' host names."""
+        return [f"n{k}" for k in range(self.made.nodes)]
+
+    def namespace(self, host: str) -> str:
+        """The namespace of a host."""
+        return f"{self.made.name}-{host}"
+
+    @property
+    def devices(self) -> list[str]:
+        """Every node's links."""
+        return [f"eth{link}" for link in range(self.made.nics)]
+
+    def address(self, host: str, link: int = 0) -> str:
+        """Where a host is to be reached, inside the namespaces."""
+        return f"{NETWORK}{link}.{FIRST + self.hosts.index(host)}"
+
+    @property
+    def namespaces(self) -> list[str]:
+        """All of them, the switch's too."""
+        return [self.namespace(host) for host in (*self.hosts, "switch")]
+
+    # Making and taking away
+
+    def up(self) -> None:
+        """Make the nodes; where they stand already, nothing changes."""
+        reason = missing()
+        if reason:
+            raise LaunchError(reason)
+        rate_of(self.made.rate)
+        if not 1 <= self.made.nics <= MOST_NICS:
+            raise LaunchError(f"--nics {self.made.nics}: take 1 to {MOST_NICS} links a node")
+        if not 1 <= self.made.nodes <= MOST_NODES or not re.fullmatch(r"[a-z][a-z0-9]{0,7}", self.made.name):
+            raise LaunchError(
+                f"{self.made.nodes} nodes named {self.made.name!r}: take 1 to {MOST_NODES} nodes, and a name of up to "
+                "eight small letters and digits"
+            )
+        with locked():
+            if (self.folder / "state.json").exists():
+                self.compare(Cluster.standing(self.made.name).made)
+                return
+            others = [each for each in self.namespaces if each in existing()]
+            if others:
+                raise LaunchError(f"{', '.join(others)}: there are such namespaces, not made here: take another --name")
+            try:
+                self.remember()
+                self.build()
+            except BaseException:
+                self.clear()
+                raise
+
+    def compare(self, standing: Made) -> None:
+        """Refuse another cluster of the same name."""
+        if standing[:4] != self.made[:4]:
+            rate = (standing.rate or "full speed") + (f" x {standing.nics}" if standing.nics > 1 else "")
+            raise LaunchError(
+                f"cluster {standing.name!r} is up with {standing.nodes} nodes at {rate}: "
+                f"scripts/cluster down --name {standing.name} first, or take another --name"
+            )
+        self.made = standing
+
+    def remember(self) -> None:
+        """Write down what there is, or will be in a moment."""
+        self.folder.mkdir(exist_ok=True)
+        file = self.folder / "state.json"
+        file.with_suffix(".new").write_text(json.dumps(self.made._asdict()), encoding="utf-8")
+        file.with_suffix(".new").replace(file)
+
+    def build(self) -> None:
+        """Namespaces, links, names."""
+        switch = self.namespace("switch")
+        lines = [f"netns add {each}" for each in self.namespaces]
+        batch(lines)
+        batch(["link set lo up"], switch)
+        for link in range(self.made.nics):
+            batch([f"link add br{link} type bridge", f"link set br{link} up"], switch)
+        table = "".join(f"{self.address(host)} {host}\n" for host in self.hosts)
+        for k, host in enumerate(self.hosts):
+            inside = self.namespace(host)
+            batch(["link set lo up"], inside)
+            for link, device in enumerate(self.devices):
+                self.connect(host, device, f"v{k}" if link == 0 else f"v{k}.{link}", link)
+            (HOSTS / inside).mkdir(parents=True)
+            (HOSTS / inside / "hosts").write_text(f"127.0.0.1 localhost\n{table}", encoding="utf-8")
+        agent = self.folder / "agent"
+        agent.write_text(AGENT.format(name=self.made.name, private=PRIVATE), encoding="utf-8")
+        agent.chmod(0o755)
+
+    def connect(self, host: str, device: str, port: str, link: int) -> None:
+        """Make one link of a host, and limit both its directions."""
+        inside, switch = self.namespace(host), self.namespace("switch")
+        made = [f"link add {port} type veth peer name {device} netns {inside}", f"link set {port} master br{link} up"]
+        batch(made, switch)
+        batch([f"addr add {self.address(host, link)}/24 dev {device}", f"link set {device} up"], inside)
+        for namespace, end in ((inside, device), (switch, port)):
+            shape(namespace, end, self.made.rate)
+
+    def down(self) -> None:
+        """End what runs there and take everything away; nothing happens where nothing stands."""
+        if self.folder.exists():
+            with locked():
+                self.clear()
+
+    def clear(self) -> None:
+        """Take away what there is, as far as it was made; who interrupts waits until that is done."""
+        with undisturbed():
+            self.take_away()
+
+    def take_away(self) -> None:
+        """End the processes, then remove namespaces and files."""
+        for process in self.made.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGTERM)
+        there = existing()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            left = [pid for each in self.namespaces if each in there for pid in pids(each)]
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            wait_until(lambda: not any(pids(each) for each in self.namespaces if each in there), END_SECONDS)
+        for each in self.namespaces:
+            if each in there:
+                ip(["netns", "del", each])
+            shutil.rmtree(HOSTS / each, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            HOSTS.rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            FOLDER.rmdir()
+
+    # Running
+
+    @property
+    def open_mpi_settings(self) -> dict[str, str]:
+        """TCP between the nodes, over all their links; its session folders in the cluster's."""
+        more = {"OMPI_MCA_btl_tcp_if_include": ",".join(self.devices), "PRTE_MCA_prte_tmpdir_base": str(self.folder)}
+        return OPEN_MPI_SETTINGS | more
+
+    def start(self, host: str, command: Sequence[str], log: Path) -> None:
+        """Start a daemon on a host; it ends with the cluster."""
+        with open(log, "wb") as file:
+            process = subprocess.Popen(
+                self.inside(host, command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+        self.made = self.made._replace(processes=(*self.made.processes, process.pid))
+        self.remember()
+
+    def on(self, host: str, command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[Any]:
+        """Run a command on one host; where Slurm is up its commands work there."""
+        if host not in self.hosts:
+            raise LaunchError(f"there is no host {host}: take one of {', '.join(self.hosts)}")
+        env = {**os.environ, **self.open_mpi_settings, **MPICH_SETTINGS, **more.pop("env", {})}
+        if (self.folder / "slurm.conf").exists():
+            env["SLURM_CONF"] = str(self.folder / "slurm.conf")
+        return subprocess.run(self.inside(host, command), env=env, stdin=subprocess.DEVNULL, check=False, **more)
+
+    def command(
+        self, program: Sequence[str], per_node: Sequence[int] | int = 1, placement: str = "block", seed: int = 0
+    ) -> tuple[list[str], dict[str, str]]:
+        """What starts ``program`` on all nodes, and its environment.
+
+        ``per_node`` is the ranks of each node, or of all alike; ``placement`` says in which order ranks go to nodes:
+        one node after the other, in turn, or shuffled by ``seed``.
+        """
+        counts = [per_node] * self.made.nodes if isinstance(per_node, int) else list(per_node)
+        if len(counts) != self.made.nodes or min(counts) < 0 or not sum(counts):
+            raise LaunchError(f"--per-node {counts}: say one number, or one for each of the {self.made.nodes} nodes")
+        order = placed(counts, placement, seed)
+        family = library().family.name
+        settings: dict[str, str] = {}
+        file = self.folder / f"hosts.{os.getpid()}"
+        file.write_text("".join(f"{self.hosts[k]}\n" for k in order), encoding="utf-8")
+        agent = str(self.folder / "agent")
+        if family == "Open MPI":
+            more = ["--hostfile", str(file), "--map-by", "seq", "--bind-to", "none"]
+            settings = self.open_mpi_settings | {"PRTE_MCA_plm_ssh_agent": agent}
+        elif family == "MPICH":
+            more = ["-f", str(file), "-launcher", "ssh", "-launcher-exec", agent, "-iface", "eth0"]
+            settings = MPICH_SETTINGS
+        else:
+            raise LaunchError(f"{family} is not known to start here: use an environment with Open MPI or MPICH")
+        command, env = launch_command(len(order), program, more)
+        return self.inside(self.hosts[order[0]], command), env | settings
+
+    def inside(self, host: str, command: Sequence[str]) -> list[str]:
+        """A command as it is started on a host."""
+        words = f"hostname {host}; {PRIVATE}; exec {shlex.join(command)}"
+        return ["ip", "netns", "exec", self.namespace(host), "unshare", "--uts", "bash", "-c", words]
+
+    def run(
+        self,
+        program: Sequence[str],
+        per_node: Sequence[int] | int = 1,
+        placement: str = "block",
+        seed: int = 0,
+        **more: Any,
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a program on all nodes, see :meth:`command`; ``more`` goes to ``subprocess.run``."""
+        command, env = self.command(program, per_node, placement, seed)
+        try:
+            return subprocess.run(command, env=env | more.pop("env", {}), stdin=subprocess.DEVNULL, check=False, **more)
+        finally:
+            (self.folder / f"hosts.{os.getpid()}").unlink(missing_ok=True)
+
+
+AGENT = """#!/bin/bash
+# Stands for ssh: [options] HOST COMMAND...
+while [ "${{1:0:1}}" = - ]; do shift; done
+host=$1; shift
+exec ip netns exec {name}-$host unshare --uts bash -c "hostname $host; {private}; $*"
+"""
+PRIVATE = "mount -t tmpfs hpccomm /dev/shm"
+"""In a node's own mount namespace, which ``ip netns exec`` makes: what a job leaves there goes with its processes."""
+
+OPEN_MPI_SETTINGS = {
+    "OMPI_MCA_btl": "self,sm,tcp",
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "PRTE_MCA_prte_if_include": "eth0",
+}
+MPICH_SETTINGS = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_IFACE": "eth0"}
+"""Its other way, ucx, would go round the links."""
+
+
+def ended(*_: object) -> None:
+    """Who is told to end takes away what he made on his way out."""
+    sys.exit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No signal that asks for an end arrives in the middle; it does afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def missing() -> str:
+    """Why there can be no cluster here; empty where there can."""
+    if sys.platform != "linux":
+        return f"a virtual cluster is made of Linux namespaces, this is {sys.platform}"
+    if os.geteuid():
+        return "a virtual cluster needs root: sudo scripts/cluster …, or a container with NET_ADMIN and SYS_ADMIN"
+    absent = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
+    if absent:
+        return f"a virtual cluster needs {' and '.join(absent)}: apt-get install {' '.join(absent)}"
+    tried = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True, check=False)
+    return f"this machine allows no namespaces ({tried.stderr.strip()})" if tried.returncode else ""
+
+
+def rate_of(rate: str) -> float:
+    """Bits a second; 0 without a limit."""
+    found = SHAPES.fullmatch(rate)
+    if rate and not found:
+        raise LaunchError(f"--rate {rate}: say it as tc does: 1gbit, 100mbit, 2.5gbit, or nothing for no limit")
+    return float(found[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[found[2].lower()] if found else 0.0
+
+
+def shape(namespace: str, device: str, rate: str) -> None:
+    """Limit what a device sends."""
+    bits = rate_of(rate)
+    if bits:
+        burst = max(LEAST_BURST, int(bits / 8 * BURST_SECONDS))
+        words = f"qdisc add dev {device} root tbf rate {rate} burst {burst} latency 50ms"
+        told(["tc", "-n", namespace, *words.split()])
+
+
+def placed(counts: Sequence[int], placement: str, seed: int = 0) -> list[int]:
+    """The node of each rank."""
+    if placement not in PLACEMENTS:
+        raise LaunchError(f"--placement {placement}: take one of {', '.join(PLACEMENTS)}")
+    block = [node for node, count in enumerate(counts) for _ in range(count)]
+    if placement == "cyclic":
+        return [node for turn in range(max(counts)) for node, count in enumerate(counts) if turn < count]
+    if placement == "random":
+        random.Random(seed).shuffle(block)
+    return block
+
+
+def told(command: Sequence[str], words: str | None = None) -> str:
+    """Run a system command; LaunchError with its own words where it fails."""
+    done = subprocess.run(command, input=words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(f"{shlex.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def ip(words: Sequence[str]) -> str:
+    """``ip`` with these words."""
+    return told(["ip", *words])
+
+
+def batch(lines: Sequence[str], namespace: str | None = None) -> None:
+    """Several lines for ``ip``, in one process."""
+    told(["ip", *(["-n", namespace] if namespace else []), "-batch", "-"], "\n".join(lines) + "\n")
+
+
+def existing() -> set[str]:
+    """The named namespaces of this machine."""
+    return {line.split()[0] for line in ip(["netns", "list"]).splitlines() if line}
+
+
+def pids(namespace: str) -> list[int]:
+    """The processes in a namespace."""
+    return [int(word) for word in ip(["netns", "pids", namespace]).split()]
+
+
+def wait_until(there: Any, seconds: float) -> bool:
+    """Whether something came true in time."""
+    end = time.monotonic() + seconds
+    while not there():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """One process at a time makes or takes away."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    folder = os.open(FOLDER, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

@@ -1,0 +1,1 @@
+"""Allgathers and allreduces of what compressors make: sparse vectors and signs."""

@@ -1,0 +1,113 @@
+"""Which ranks share a node.
+
+*p ranks on N nodes; nodes are numbered in the order of their lowest rank.*
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Link(NamedTuple):
+    """One level of the network."""
+
+    alpha: float
+    """Microseconds for a message however short."""
+    beta: float
+    """Microseconds for a byte."""
+
+
+SHARED_MEMORY, ETHERNET = Link(1.5, 1.2e-4), Link(25.0, 8.4e-4)
+"""Inside a node and between nodes, where nothing was measured: a two-core virtual machine, 10 Gbit/s at 95 %."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the ranks of one communicator live."""
+
+    nodes: npt.NDArray[np.int64]
+    """``(p,)`` the node of each rank, 0 … N-1."""
+    names: tuple[str, ...]
+    """The host name of each node."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return int(self.nodes.size)
+
+    @property
+    def count(self) -> int:
+        """How many nodes there are."""
+        return len(self.names)
+
+    @cached_property
+    def per_node(self) -> tuple[int, ...]:
+        """How many ranks each node has."""
+        return tuple(np.bincount(self.nodes, minlength=self.count).tolist())
+
+    @property
+    def even(self) -> bool:
+        """Whether all nodes have the same number of ranks."""
+        return len(set(self.per_node)) == 1
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the ranks of each node follow one another."""
+        return bool((np.diff(self.nodes) >= 0).all())
+
+    def members(self, node: int) -> tuple[int, ...]:
+        """The ranks on a node, in order."""
+        return tuple(np.flatnonzero(self.nodes == node).tolist())
+
+    def place(self, rank: int) -> int:
+        """Which of its node's ranks this one is: 0, 1, 2 …"""
+        return self.members(int(self.nodes[rank])).index(rank)
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.count == 1:
+            return f"{self.size} ranks on one node ({self.names[0]})"
+        shape = f"{self.per_node[0]} each" if self.even else "/".join(map(str, self.per_node)) + " each"
+        order = "in order" if self.contiguous else "interleaved"
+        return f"{self.size} ranks on {self.count} nodes ({shape}, {order}): {', '.join(self.names)}"
+
+
+def fast_networks(folder: Path = Path("/sys/class")) -> list[str]:
+    """Devices of this host that move bytes between nodes without TCP: InfiniBand, RoCE, EFA, Omni-Path, Slingshot."""
+    return sorted(each.name for kind in ("infiniband", "cxi") for each in (folder / kind).glob("*"))
+
+
+def ethernets(folder: Path = Path("/sys/class/net")) -> list[str]:
+    """Ethernet links of this host that are up."""
+    return sorted(
+        each.name
+        for each in folder.glob("*")
+        if words_of(each / "type") == "1" and words_of(each / "operstate") == "up"
+    )
+
+
+def words_of(file: Path) -> str:
+    """What the system says in a file; nothing where it says nothing."""
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def discover(comm: Any, node: Any, name: str) -> Layout:
+    """Find out where the ranks of ``comm`` live (collective).
+
+    ``node`` is the communicator of the ranks that share this rank's memory, ``name`` this host's name.
+    """
+    leader = node.bcast(comm.Get_rank(), root=0)
+    found = comm.allgather((leader, name))
+    leaders = [leader for leader, _ in found]
+    order = sorted(set(leaders))
+    nodes = np.array([order.index(leader) for leader in leaders], dtype=np.int64)
+    return Layout(nodes, tuple(found[leader][1] for leader in order))

@@ -1,0 +1,342 @@
+"""Prices a schedule on a topology: latency and bandwidth in and between nodes, links that ranks share.
+
+*p ranks on N nodes, n bytes, k the round; alpha is what a message costs however short it is, beta what
+each of its bytes costs, gamma what summing a byte costs; all in microseconds.* A message passes when both
+its ends are ready and then takes alpha + bytes x beta; ranks of a node that send between nodes in the
+same round share the node's link; links carry both directions at once. The receiver sums afterwards. A
+rank begins its next round when its part of this one is done: waves, chains and stragglers come out as
+they are, no barrier stands between rounds.
+
+Schedules in which every node (or rank) does the same are simulated for one node only, and checked on
+three others, so a ring of 10,000 ranks takes a second. Chains and trees are cut into segments: the first
+pays the whole way, each further one what the busiest link needs for it. The model is Hockney's (Parallel
+Computing 1994) with the reduction term of Thakur, Rabenseifner & Gropp (Int. J. High Perform. Comput.
+Appl. 2005).
+
+A machine that keeps measured rounds of several nodes (:mod:`hpccomm.performance.measured`) prices by them what they
+know: every algorithm that is not cut into segments, on shapes near the measured ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.collectives import ALGORITHMS, hierarchical, hierarchical_gathers
+from hpccomm.collectives.schedule import Algorithm, Step
+from hpccomm.performance.machine import Machine
+from hpccomm.performance.measured import at_shape
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+
+FACTORS = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
+"""Bus bandwidth is this times (p-1)/p times bytes per time, elsewhere just bytes per time (nccl-tests)."""
+
+COPIED = {"allreduce": "vector", "reduce_scatter": "vector", "allgather": "part"}
+"""What a call copies to where it works, before the first message."""
+
+HIERARCHICAL: dict[str, Callable[[Any], Algorithm]] = {
+    "allreduce": hierarchical.on,
+    "reduce_scatter": hierarchical_gathers.reduce_scatter_on,
+    "allgather": hierarchical_gathers.allgather_on,
+}
+"""Algorithms in two levels: where ranks live decides their steps.  Reordering inside a rank is not priced."""
+
+MODEL, MEASURED = "alpha and beta", "measured rounds"
+"""Sources of a prediction."""
+
+MOST_SEGMENTS = 4096
+SMALLEST_SEGMENT = 1024
+"""Bytes below which cutting further is not worth a message."""
+
+
+class Price(NamedTuple):
+    """What a collective costs."""
+
+    us: float
+    rounds: int
+    segments: int
+    """Into how many segments every block is best cut (1 where that does not help)."""
+
+
+class Prediction(NamedTuple):
+    """One line of a comparison."""
+
+    algorithm: str
+    us: float
+    rounds: int
+    segments: int
+    algbw: float
+    """GB/s: bytes of the collective per time."""
+    busbw: float
+    """GB/s: what the busiest link carries in the best of algorithms (nccl-tests)."""
+    wire: float
+    """Share of the fastest time that the node's link permits."""
+    source: str = MODEL
+    """What it was priced by: ``MODEL`` or ``MEASURED``."""
+
+
+def price(
+    algorithm: Algorithm,
+    nodes: Iterable[int],
+    nbytes: float,
+    machine: Machine | None = None,
+    root: int | None = None,
+    segments: int | None = None,
+) -> Price:
+    """Price ``nbytes`` bytes on ranks that live on ``nodes`` (any integers, one a rank).
+
+    ``nbytes`` is the whole vector: the input of a reduce-scatter, the result of an allgather.  ``root`` is
+    for schedules that have one (0 if not said).  ``segments`` None looks for the best number.  The schedule
+    must be right: verify it first.
+    """
+    home = np.unique(np.asarray(list(nodes)), return_inverse=True)[1].astype(np.int32)
+    rooted = () if root is None else (root,)
+    choices = cuts(algorithm, nbytes) if segments is None else [segments]
+    load = Load(nbytes, np.array(choices))
+    walk = walked(algorithm, home, load, machine or Machine(), rooted)
+    total = walk.ready.max(axis=1) + (load.segments - 1) * walk.busiest()
+    best = int(np.argmin(total))
+    return Price(float(total[best]), walk.rounds, choices[best])
+
+
+def cuts(algorithm: Algorithm, nbytes: float) -> list[int]:
+    """Numbers of segments worth a look."""
+    most = max(1, min(MOST_SEGMENTS, int(nbytes) // SMALLEST_SEGMENT)) if algorithm.lanes else 1
+    return [1 << k for k in range(most.bit_length())]
+
+
+# --- the walk --------------------------------------------------------------------------------------
+
+
+class AsymmetryError(Exception):
+    """The schedule does not repeat itself from node to node: all ranks must be simulated."""
+
+
+class Load(NamedTuple):
+    """What is to be moved."""
+
+    nbytes: float
+    segments: Ints
+    """Numbers of segments into which it may be cut, all of which are tried."""
+
+
+class Wires(NamedTuple):
+    """The messages of one round; times have a row for each vector size."""
+
+    into: Any
+    """Who receives."""
+    out: Any
+    """Who sends it to them."""
+    wire: Floats
+    """How long the message takes beside the others of this round."""
+    busy: Floats
+    """How long it takes alone."""
+    sums: Floats
+    """How long the receiver sums."""
+    leaves: Floats
+    """Blocks out of and into each node."""
+
+
+class Walk:
+    """All ranks on their way through the rounds, for several vector sizes at once.
+
+    Ranks repeat with ``period``: rank r does what rank r mod period does, as far round the circle.
+    """
+
+    def __init__(self, home: Ints, period: int, load: Load, blocks: int, machine: Machine) -> None:
+        self.home, self.p, self.period, self.machine = home, home.size, period, machine
+        self.block = load.nbytes / load.segments / blocks
+        self.segmented = bool(load.segments.max() > 1)
+        self.nodes = int(home.max()) + 1
+        self.alike = max(1, self.p // (self.nodes * period))
+        self.copies = np.unique([0, 1, self.p // period // 2, self.p // period - 1]) * period % self.p
+        if period == self.p:
+            self.copies = np.zeros(1, dtype=np.int64)
+        self.rounds = 0
+        self.ready = np.zeros((load.segments.size, period))
+        self.sends, self.receives = np.zeros_like(self.ready), np.zeros_like(self.ready)
+        self.leaves = np.zeros((2, self.nodes if period == self.p else 1))
+        self.ranks = (self.copies[:, None] + np.arange(period)).astype(np.int32).ravel()
+        self.last: tuple[Ints, Any, bool] | None = None
+
+    def go(self, step: Step) -> None:
+        """One round."""
+        self.rounds += 1
+        source, count = self.turned(step.source), self.same(step.recv[1] - step.recv[0])
+        if not self.repeats(source, count, step.reduce):
+            self.wires = self.laid(source, count, step.reduce)
+        if self.wires.out.size:
+            self.pass_on(self.wires)
+
+    def pass_on(self, ends: Wires) -> None:
+        """Move time on for the two ends of every message."""
+        senders = np.take(self.ready, ends.out, axis=1)
+        done = np.maximum(senders, self.ready[:, ends.into]) + ends.wire
+        self.ready[:, ends.into] = done + ends.sums
+        self.ready[:, ends.out] = np.maximum(np.take(self.ready, ends.out, axis=1), done)
+        if self.segmented:
+            self.sends[:, ends.out] += ends.busy
+            self.receives[:, ends.into] += ends.busy + ends.sums
+            self.leaves += ends.leaves
+
+    def repeats(self, source: Ints, count: Any, reduce: bool) -> bool:
+        """Whether this round costs what the last one did: the same ranks exchange as many blocks."""
+        last, self.last = self.last, (source, count, reduce)
+        return (
+            last is not None
+            and last[2] == reduce
+            and np.array_equal(last[0], source)
+            and np.array_equal(last[1], count)
+        )
+
+    def laid(self, source: Ints, count: Any, reduce: bool) -> Wires:
+        """Who receives from whom in a round, over what, for how long."""
+        into = np.flatnonzero(source >= 0)
+        source, count = source[into], count[into] if np.ndim(count) else count
+        crosses = self.home[source] != self.home[into]
+        intra, inter = self.machine.intra, self.machine.inter
+        alpha, beta = np.where(crosses, inter.alpha, intra.alpha), np.where(crosses, inter.beta, intra.beta)
+        nbytes = self.block[:, None] * count
+        link = self.crowds(source, into, crosses) if crosses.any() else 1
+        sums = self.machine.gamma * nbytes if reduce else np.zeros((1, 1))
+        leaves = self.leaving(source, into, np.where(crosses, count, 0))
+        wire = alpha + nbytes * beta
+        everybody = slice(None) if into.size == self.period else into
+        return Wires(everybody, source % self.period, wire + nbytes * beta * (link - 1), wire, sums, leaves)
+
+    def turned(self, peer: Any) -> Any:
+        """The peers of one period, after seeing that its copies' peers lie as far round the circle."""
+        each = np.broadcast_to(peer, self.ranks.shape).reshape(self.copies.size, self.period)
+        if self.copies.size > 1:
+            turned = np.where(each < 0, each, (each - self.copies[:, None]) % self.p)
+            if (turned != turned[0]).any():
+                raise AsymmetryError
+        return each[0]
+
+    def same(self, count: Any) -> Any:
+        """The numbers of blocks of one period, after seeing that the copies have the same."""
+        if np.ndim(count) == 0:
+            return count
+        each = np.reshape(count, (self.copies.size, self.period))
+        if self.copies.size > 1 and (each != each[0]).any():
+            raise AsymmetryError
+        return each[0]
+
+    def crowds(self, source: Ints, into: Any, crosses: Any) -> Any:
+        """How many messages share the busier of the two node links that each message takes."""
+        if self.period < self.p:
+            return np.where(crosses, self.alike * np.count_nonzero(crosses), 1)
+        away, home = self.home[source], self.home[into]
+        leaving = np.bincount(away[crosses], minlength=self.nodes)
+        entering = np.bincount(home[crosses], minlength=self.nodes)
+        return np.where(crosses, np.maximum(leaving[away], entering[home]), 1)
+
+    def leaving(self, source: Ints, into: Any, crossing: Any) -> Floats:
+        """Blocks that leave and blocks that enter each node."""
+        if self.period < self.p:
+            return np.full((2, 1), self.alike * crossing.sum())
+        away = np.bincount(self.home[source], weights=crossing, minlength=self.nodes)
+        home = np.bincount(self.home[into], weights=crossing, minlength=self.nodes)
+        return np.stack([away, home])
+
+    def busiest(self) -> Floats:
+        """For how long the busiest rank or node link is busy with one segment, for each size."""
+        ranks = np.maximum(self.sends, self.receives).max(axis=1)
+        return np.maximum(ranks, self.leaves.max() * self.block * self.machine.inter.beta)
+
+
+def walked(algorithm: Algorithm, home: Ints, load: Load, machine: Machine, rooted: tuple[int, ...]) -> Walk:
+    """Walk one period if the schedule repeats itself from node to node or rank to rank, else all ranks."""
+    for period in periods(home):
+        walk = Walk(home, period, load, algorithm.blocks(home.size), machine)
+        try:
+            for step in algorithm.steps(walk.ranks, home.size, *rooted):
+                walk.go(step)
+        except AsymmetryError:
+            continue
+        return walk
+    raise AssertionError("the last period is all ranks")
+
+
+def periods(home: Ints) -> list[int]:
+    """Turns of the circle of ranks under which ranks that share a node still do; the whole circle last."""
+    p, nodes = home.size, int(home.max()) + 1
+    turns = [1] if p > 1 and preserves(home, 1) else []
+    lanes = p // nodes
+    if 1 < lanes < p and p % lanes == 0 and (home.reshape(-1, lanes) == home[::lanes, None]).all():
+        turns.append(lanes)
+    return [*turns, p]
+
+
+def preserves(home: Ints, turn: int) -> bool:
+    """Whether nodes go to nodes when every rank moves on by ``turn``."""
+    pairs = home.astype(np.int64) * home.size + np.roll(home, -turn)
+    return bool(np.unique(pairs).size == int(home.max()) + 1)
+
+
+# --- comparisons -----------------------------------------------------------------------------------
+
+
+def predict(
+    collective: str, nodes: int, per_node: int, nbytes: float, machine: Machine | None = None
+) -> list[Prediction]:
+    """All algorithms of a collective on ``nodes`` x ``per_node`` ranks, the fastest first."""
+    machine = machine or Machine()
+    found = [
+        prediction(name, collective, nodes, per_node, nbytes, machine)
+        for name in candidates(collective, nodes, per_node)
+    ]
+    return sorted(found, key=lambda each: each.us)
+
+
+def candidates(collective: str, nodes: int, per_node: int) -> Iterator[str]:
+    """What can be priced."""
+    yield from ALGORITHMS.get(collective, {})
+    if collective in HIERARCHICAL and nodes > 1 and per_node > 1:
+        yield "hierarchical"
+
+
+@lru_cache(maxsize=1024)
+def prediction(name: str, collective: str, nodes: int, per_node: int, nbytes: float, machine: Machine) -> Prediction:
+    """One algorithm on nodes x per_node ranks, in the order of nodes."""
+    home = np.repeat(np.arange(nodes), per_node)
+    algorithm = HIERARCHICAL[collective](home) if name == "hierarchical" else ALGORITHMS[collective][name]
+    cost, source = price(algorithm, home, nbytes, machine), MODEL
+    measured = by_rounds(name, collective, (nodes, per_node), nbytes, machine)
+    if measured is not None:
+        cost, source = cost._replace(us=measured), MEASURED
+    algbw = nbytes / cost.us / 1e3 if cost.us else 0.0
+    limit = wire_limit(collective, nodes, per_node, nbytes, machine)
+    wire = limit / cost.us if cost.us else 1.0
+    return Prediction(name, *cost, algbw, algbw * bus_factor(collective, nodes * per_node), wire, source)
+
+
+def by_rounds(name: str, collective: str, shape: tuple[int, int], nbytes: float, machine: Machine) -> float | None:
+    """Microseconds by the machine's measured rounds; None where they do not tell."""
+    known = at_shape(machine.curves, shape)
+    if known is None or not nbytes:
+        return None
+    if (name, collective) == ("hierarchical", "allreduce"):
+        return known.two_levels(nbytes, machine.inter)
+    home = np.repeat(np.arange(shape[0]), shape[1])
+    algorithm = HIERARCHICAL[collective](home) if name == "hierarchical" else ALGORITHMS[collective][name]
+    if algorithm.lanes or collective not in COPIED:
+        return None
+    return known.price(algorithm, home, nbytes, nbytes / (home.size if COPIED[collective] == "part" else 1))
+
+
+def bus_factor(collective: str, p: int) -> float:
+    """What turns algbw into busbw."""
+    return FACTORS[collective] * (p - 1) / p if collective in FACTORS else 1.0
+
+
+def wire_limit(collective: str, nodes: int, per_node: int, nbytes: float, machine: Machine) -> float:
+    """The least time, in microseconds, that the links between nodes (on one node: between ranks) permit."""
+    ends, link = (nodes, machine.inter) if nodes > 1 else (per_node, machine.intra)
+    return bus_factor(collective, ends) * nbytes * link.beta if ends > 1 else 0.0

@@ -1,0 +1,286 @@
+"""Prices a collective by rounds that were measured: how long one takes, by the length of its messages.
+
+*A round is what all ranks do between two of their waits; its kind says how many messages leave a node in it, how many
+stay inside one, whether ranks meet in pairs, and whether they sum what arrives.*  No straight line tells what a round
+takes: TCP changes its protocol with a message's length, links let short bursts pass, ranks share cores.  So each kind
+is measured as a curve, with all ranks taking part (parametrised LogP: Kielmann, Bal & Verstoep, IPDPS workshops 2000).
+A
+point has two times: of a call that is one such round, and of each further one when a few follow one another.  So what
+begins a call counts once: ranks that leave a barrier one after the other, bytes that a rested link lets pass for free,
+both directions of a link in use as long as its ends keep step.
+
+Never is a collective itself a point: a price is a sum over its rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import exp, log, log2
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.collectives.schedule import Algorithm
+from hpccomm.performance import inter_node
+
+if TYPE_CHECKING:
+    from hpccomm.layout import Link
+
+Shape = tuple[int, int]
+"""Nodes, and ranks a node."""
+
+REACH = 2.0
+"""How far away, in powers of two, a measured shape may lie and still count."""
+ITEM = 4
+"""Bytes of an element: blocks are cut between elements."""
+LOADED = 1 << 17
+"""Bytes of a node from which a round shows what its link carries."""
+FULL = 1.15
+"""How much more than the link's least time a round may take and still leave the cores to other work."""
+
+
+class Kind(NamedTuple):
+    """What was measured.
+
+    ``what`` is ``"round"``: one message a rank at most; ``"pieces"``: as many messages of at most
+    ``between.MESSAGE_BYTES`` as the bytes need, between the nodes; ``"short"``: such a round in the two-level allreduce
+    of a short vector, with what that does inside the nodes; ``"scatter"`` and ``"gather"``: a reduce-scatter and an
+    allgather inside the nodes; ``"copy"``; ``"call"``: of no elements.
+    """
+
+    what: str
+    crossing: int = 0
+    """Messages that leave a node, or enter it: the most of any."""
+    inside: int = 0
+    """Messages inside a node: the most of any."""
+    messages: int = 0
+    """In all."""
+    paired: bool = False
+    """Whether who sends also receives from the same rank."""
+    reduce: bool = False
+    """Whether what arrives is summed."""
+
+
+class Point(NamedTuple):
+    """Microseconds by length."""
+
+    bytes: int
+    """Of a message; of a rank in all for pieces; of the vector elsewhere."""
+    first: float
+    """A call of one, from a barrier on."""
+    next: float
+    """Each further one of the same call."""
+
+
+class Curve(NamedTuple):
+    """One kind, measured on nodes x per_node ranks."""
+
+    nodes: int
+    per_node: int
+    kind: Kind
+    points: tuple[Point, ...]
+    """The shortest first."""
+
+    def first(self, nbytes: float) -> float:
+        """Microseconds of a call of one."""
+        return interpolated([(point.bytes, point.first) for point in self.points], nbytes)
+
+    def next(self, nbytes: float) -> float:
+        """Microseconds of each further one."""
+        return interpolated([(point.bytes, point.next) for point in self.points], nbytes)
+
+
+class Round(NamedTuple):
+    """A round of a schedule, and where its messages go."""
+
+    kind: Kind
+    bytes: float
+    """Of its longest message."""
+    to: npt.NDArray[np.int64]
+    """``(p,)``: to whom each rank sends, -1 for nobody."""
+    source: npt.NDArray[np.int64]
+    """``(p,)``: from whom each rank receives, -1 for nobody."""
+
+
+def distance(known: Shape, asked: Shape) -> float:
+    """How far apart shapes are, in powers of two: the worse of nodes and ranks a node."""
+    if (known[0] == 1) != (asked[0] == 1):
+        return float("inf")
+    return max(abs(log2(a / b)) for a, b in zip(known, asked, strict=True))
+
+
+def apart(known: Shape, asked: Shape) -> tuple[float, float]:
+    """The same, and where that is alike, both together."""
+    both = sum(abs(log2(a / b)) for a, b in zip(known, asked, strict=True))
+    return distance(known, asked), both
+
+
+def interpolated(points: Sequence[tuple[int, float]], nbytes: float) -> float:
+    """The time for ``nbytes`` between measured (bytes, time), smallest first."""
+    low = max((point for point in points if point[0] <= nbytes), default=points[0])
+    high = min((point for point in points if point[0] >= nbytes), default=points[-1])
+    if low[0] >= high[0]:
+        return low[1] * max(1.0, nbytes / max(low[0], 1))
+    part = (log(nbytes) - log(max(low[0], 0.5))) / (log(high[0]) - log(max(low[0], 0.5)))
+    return exp(log(low[1]) + part * (log(high[1]) - log(low[1])))
+
+
+# --- rounds of a schedule --------------------------------------------------------------------------
+
+
+def rounds(algorithm: Algorithm, nodes: Iterable[int], nbytes: float, what: str = "round") -> Iterator[Round]:
+    """The rounds in which ranks that live on ``nodes``, one a rank, move ``nbytes`` bytes; none where all is empty."""
+    home = np.unique(np.asarray(list(nodes)), return_inverse=True)[1]
+    p = home.size
+    ranks, blocks = np.arange(p), algorithm.blocks(p)
+    ends = ends_of(max(1, round(nbytes / ITEM)), blocks)
+    for step in algorithm.steps(ranks, p):
+        source, first = np.broadcast_to(step.source, p), np.broadcast_to(step.recv[0], p) % blocks
+        length = np.broadcast_to(np.subtract(step.recv[1], step.recv[0]), p)
+        sizes = ITEM * np.where(source >= 0, ends[first + length] - ends[first], 0)
+        into = np.flatnonzero(sizes)
+        if into.size:
+            yield round_of(what, home, source[into], into, float(sizes.max()), bool(np.any(step.reduce)))
+
+
+def ends_of(count: int, blocks: int) -> npt.NDArray[np.int64]:
+    """Where blocks begin and end, as the engine cuts them; twice round the circle, since intervals may wrap."""
+    base, longer = divmod(count, blocks)
+    block = np.arange(blocks + 1, dtype=np.int64)
+    once = block * base + np.minimum(block, longer)
+    return np.concatenate([once, once[1:] + count])
+
+
+def round_of(what: str, home: Any, source: Any, into: Any, nbytes: float, reduce: bool) -> Round:
+    """What kind of round it is in which ``into`` receive from ``source``."""
+    to, origin = np.full(home.size, -1), np.full(home.size, -1)
+    to[source], origin[into] = into, source
+    crosses = home[source] != home[into]
+    leaving, entering = np.bincount(home[source[crosses]], minlength=1), np.bincount(home[into[crosses]], minlength=1)
+    inside = np.bincount(home[into[~crosses]], minlength=1)
+    crossing = max(int(leaving.max()), int(entering.max()))
+    kind = Kind(what, crossing, int(inside.max()), into.size, bool((to == origin).all()), reduce)
+    return Round(kind, nbytes, to, origin)
+
+
+# --- prices ----------------------------------------------------------------------------------------
+
+
+class Rounds:
+    """What was measured at one shape, ready to price."""
+
+    def __init__(self, curves: Sequence[Curve], nodes: int, lanes: int) -> None:
+        self.curves, self.nodes, self.lanes = curves, nodes, lanes
+        loads = [(through(curve.kind, point), point) for curve in curves for point in curve.points]
+        self.beta = min((point.next / load for load, point in loads if load >= LOADED), default=0.0)
+        self.short_bytes = max((each.points[-1].bytes for each in curves if each.kind.what == "short"), default=0)
+
+    def nearest(self, kind: Kind) -> Curve | None:
+        """The curve of the kind most like this one."""
+        known = [each for each in self.curves if each.kind.what == kind.what]
+        return min(known, key=lambda curve: unlike(curve.kind, kind), default=None)
+
+    def fixed(self, what: str, nbytes: float = 0.0) -> float:
+        """Microseconds of something between no ranks."""
+        curve = self.nearest(Kind(what))
+        return 0.0 if curve is None else curve.first(nbytes)
+
+    def inside(self, what: str, nbytes: float) -> float:
+        """Microseconds of something inside a node that follows other things."""
+        curve = self.nearest(Kind(what))
+        return 0.0 if curve is None else curve.next(nbytes)
+
+    def price(self, algorithm: Algorithm, nodes: Iterable[int], nbytes: float, copied: float) -> float | None:
+        """Microseconds of a schedule that runs as it stands, after copying ``copied`` bytes."""
+        us = self.sum(list(rounds(algorithm, nodes, nbytes)))
+        copying = self.fixed("copy", copied) if copied else 0.0
+        return None if us is None else self.fixed("call") + copying + us
+
+    def sum(self, found: Sequence[Round]) -> float | None:
+        """Microseconds of rounds, one after the other; None where nothing like them was measured.
+
+        The first that leaves a node counts as one that begins a call: until then its link has rested.
+        """
+        opening = next((k for k, each in enumerate(found) if each.kind.crossing), 0)
+        us = 0.0
+        for k, each in enumerate(found):
+            curve = self.nearest(each.kind)
+            if curve is None:
+                return None
+            us += curve.first(each.bytes) if k == opening else curve.next(each.bytes)
+        return us
+
+    def two_levels(self, nbytes: float, link: Link) -> float | None:
+        """Microseconds of the allreduce in two levels, as it runs; ``link`` decides between schedules as there."""
+        inter = inter_node.inter_node(self.nodes, nbytes, self.lanes, link)
+        us = self.short(inter, nbytes) if nbytes <= self.short_bytes else self.long(inter, nbytes)
+        return None if us is None else self.fixed("call") + us
+
+    def short(self, inter: Algorithm, nbytes: float) -> float | None:
+        """A vector in one piece."""
+        return self.sum(list(rounds(inter, range(self.nodes), nbytes, "short")))
+
+    def long(self, inter: Algorithm, nbytes: float) -> float | None:
+        """Segments that overlap: each turn one more is reduced inside, and all on their way go one round on.
+
+        Work inside the nodes hides behind messages that wait for the link, not behind those that keep the cores busy.
+        """
+        count = inter_node.segment_count(nbytes)
+        segment = nbytes / count
+        pieces = inter_node.message_count(segment / self.lanes, inter.blocks(self.nodes))
+        walk = list(rounds(inter, range(self.nodes), segment / self.lanes / pieces, "pieces"))
+        us = 0.0
+        for turn in range(count + len(walk)):
+            sent = [walk[turn - 1 - k] for k in range(count) if 0 <= turn - 1 - k < len(walk)]
+            work = self.inside("scatter", segment) if turn < count else 0.0
+            work += self.inside("gather", segment) if turn >= len(walk) else 0.0
+            flown = self.flown(sent, pieces, opening=turn == 1)
+            if flown is None:
+                return None
+            wire = self.beta * self.lanes * pieces * sum(each.bytes for each in sent)
+            us += max(flown, work) if 1 < turn < count and flown < FULL * wire else flown + work
+        return us
+
+    def flown(self, sent: Sequence[Round], pieces: int, opening: bool) -> float | None:
+        """Microseconds of what is on its way at the same time: the mean of the kinds by their bytes."""
+        total = sum(each.bytes for each in sent)
+        us = 0.0
+        for each in sent:
+            lanes = self.lanes
+            kind = each.kind._replace(crossing=lanes * each.kind.crossing, messages=lanes * each.kind.messages)
+            curve = self.nearest(kind)
+            if curve is None:
+                return None
+            took = curve.first(total * pieces) if opening else curve.next(total * pieces)
+            us += took * each.bytes / total
+        return us
+
+
+def through(kind: Kind, point: Point) -> float:
+    """Bytes that leave a node in a round."""
+    return float(kind.crossing * point.bytes)
+
+
+def unlike(known: Kind, asked: Kind) -> tuple[float, ...]:
+    """How far a kind is from what is asked for, what matters most first."""
+
+    def far(a: int, b: int) -> float:
+        return abs(log2((a + 0.5) / (b + 0.5)))
+
+    return (
+        bool(known.crossing) != bool(asked.crossing),
+        known.reduce != asked.reduce,
+        far(known.crossing, asked.crossing) + far(known.messages, asked.messages),
+        far(known.inside, asked.inside),
+        known.paired != asked.paired,
+    )
+
+
+def at_shape(curves: Sequence[Curve], shape: Shape) -> Rounds | None:
+    """The curves of the measured shape nearest to one, if it lies within reach."""
+    shapes = sorted({(curve.nodes, curve.per_node) for curve in curves})
+    near = min(shapes, key=lambda known: apart(known, shape), default=None)
+    if near is None or shape[0] == 1 or distance(near, shape) > REACH:
+        return None
+    return Rounds([curve for curve in curves if (curve.nodes, curve.per_node) == near], *shape)

@@ -1,0 +1,121 @@
+"""Prices exchanges of compressed gradients on a topology, beside dense allreduces of the same vector.
+
+*N nodes of k ranks, p = N·k; n float32; d density; links as in* :mod:`hpccomm.performance.cost`.  Only messages are
+priced: choosing what to send, packing and adding take time of the ranks' own.
+
+====================  =====================================================================  ===========================
+exchange              messages                                                               bytes into a node
+====================  =====================================================================  ===========================
+``sparse``            allgather of indices and values: DGC, top-k                            8dn, of ranks elsewhere
+``words``             allgather of words: GTC                                                4dn, of ranks elsewhere
+``split``             SparCML: a part of the indices to each rank, sums of parts to all      8dn(p-k)k/p, and the sums
+``onebit``            allgather of signs: 1-bit SGD                                          n/8, of ranks elsewhere
+``onebit_phases``     parts of the signs to each rank, signs of the means to all: 1-bit Adam  n/4 k(p-k)/p at best
+====================  =====================================================================  ===========================
+
+In an allgather ranks of a node get their messages separately unless the schedule is one in two levels.  ``+ node``:
+dense inside the nodes, compressed between them (:func:`~hpccomm.collectives.compressed.sparse.hierarchical`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from hpccomm.collectives.compressed.sparse import DENSE_FROM
+from hpccomm.performance.cost import Prediction, bus_factor, predict, prediction, wire_limit
+from hpccomm.performance.machine import Machine
+
+HEADERS = 48
+"""Bytes of a message beside what it says: its header and lengths."""
+
+
+def predictions(
+    nodes: int, per_node: int, nbytes: float, density: float, machine: Machine | None = None
+) -> list[Prediction]:
+    """All exchanges of a vector of ``nbytes`` as float32 on ``nodes`` x ``per_node`` ranks, the fastest first.
+
+    ``wire`` is by the least time of a dense allreduce, so beyond 100 % where sending less pays.
+    """
+    machine = machine or Machine()
+    found = list(flat(nodes, per_node, nbytes, density, machine))
+    if nodes > 1 and per_node > 1:
+        found += in_levels(nodes, per_node, nbytes, density, machine)
+    return sorted(found, key=lambda each: each.us)
+
+
+def flat(nodes: int, per_node: int, nbytes: float, density: float, machine: Machine) -> Iterator[Prediction]:
+    """Every rank compresses its own vector."""
+    n, p = nbytes / 4, nodes * per_node
+
+    def row(name: str, us: float, rounds: int) -> Prediction:
+        algbw = nbytes / us / 1e3 if us else 0.0
+        limit = wire_limit("allreduce", nodes, per_node, nbytes, machine)
+        return Prediction(name, us, rounds, 1, algbw, algbw * bus_factor("allreduce", p), limit / us if us else 1.0)
+
+    def gathered(name: str, each: float) -> Prediction:
+        return row(name, *gathering(nodes, per_node, HEADERS + each, machine))
+
+    yield gathered("sparse", 8 * density * n)
+    yield gathered("words", 4 * density * n)
+    yield gathered("onebit", n / 8)
+    filled = 1 - (1 - density) ** p
+    part = 4 * n / p * (2 * filled if DENSE_FROM * filled < 1 else 1)
+    for name, there, back in (("split", 8 * density * n / p, part), ("onebit_phases", n / 8 / p, n / 8 / p)):
+        dealt, rounds = dealing(nodes, per_node, HEADERS + there, machine)
+        us, more = gathering(nodes, per_node, HEADERS + back, machine)
+        yield row(name, dealt + us, rounds + more)
+
+
+def in_levels(nodes: int, per_node: int, nbytes: float, density: float, machine: Machine) -> Iterator[Prediction]:
+    """A dense reduce inside the nodes, the exchange between their first ranks, a broadcast."""
+    inside = sum(
+        min(prediction(name, what, 1, per_node, nbytes, machine).us for name in ("tree", "chain"))
+        for what in ("reduce", "bcast")
+    )
+    for each in flat(nodes, 1, nbytes, density, machine):
+        us = each.us + inside
+        algbw = nbytes / us / 1e3
+        busbw = algbw * bus_factor("allreduce", nodes * per_node)
+        wire = wire_limit("allreduce", nodes, per_node, nbytes, machine) / us
+        yield Prediction(f"{each.algorithm} + node", us, each.rounds + 2, 1, algbw, busbw, wire)
+
+
+def gathering(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:
+    """Microseconds and rounds in which messages of ``each`` bytes get from all ranks to all."""
+    best = predict("allgather", nodes, per_node, nodes * per_node * each, machine)[0]
+    return best.us, best.rounds
+
+
+def dealing(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:
+    """As :func:`gathering`, of a message from each rank for each other rank, one after the other."""
+    p = nodes * per_node
+    link, crossing = (machine.inter, per_node * (p - per_node)) if nodes > 1 else (machine.intra, p - 1)
+    return (p - 1) * link.alpha + crossing * each * link.beta, p - 1
+
+
+def dense(nodes: int, per_node: int, nbytes: float, machine: Machine) -> float:
+    """Microseconds of the best dense allreduce."""
+    return predict("allreduce", nodes, per_node, nbytes, machine)[0].us
+
+
+def break_even(nodes: int, per_node: int, nbytes: float, machine: Machine | None = None) -> float:
+    """The density at which ``sparse`` takes as long as the best dense allreduce: 1 where it always pays, 0 where never.
+
+    About 1/p: 8dn(p-1) bytes of an allgather are then the 8n(p-1)/p of a ring.
+    """
+    machine = machine or Machine()
+    limit = dense(nodes, per_node, nbytes, machine)
+
+    def pays(density: float) -> bool:
+        return gathering(nodes, per_node, HEADERS + 2 * density * nbytes, machine)[0] <= limit
+
+    low, high = 4 / nbytes, 1.0
+    if pays(high):
+        return 1.0
+    if not pays(low):
+        return 0.0
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if pays(middle) else (low, middle)
+    return low

@@ -1,0 +1,30 @@
+"""Sizes and rates as people write them: ``64Ki``, ``100M``, ``100gbit``."""
+
+from __future__ import annotations
+
+import re
+
+from hpccomm.errors import ArgumentError
+
+DECIMAL = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
+
+
+def size_of(text: str) -> float:
+    """Bytes: ``100M`` is a hundred million, ``64Ki`` is 65,536."""
+    match = re.fullmatch(r"([\d.]+)\s*([kmgt]|ki|mi|gi)?b?", text.strip().lower())
+    try:
+        number, unit = match.groups() if match else ("", "")
+        return float(number) * {**DECIMAL, **BINARY}[unit or ""]
+    except ValueError:
+        raise ArgumentError(f"{text!r} is no size: write 4, 64Ki, 100M") from None
+
+
+def beta_of(text: str) -> float:
+    """Microseconds a byte of a rate: ``100gbit`` in bits, ``12.5GB`` in bytes, a second."""
+    match = re.fullmatch(r"([\d.]+)\s*([kmgt]?)(bit|b)(/s|ps)?", text.strip().lower())
+    try:
+        number, unit, what = match.groups()[:3] if match else ("", "", "")
+        return 1e6 * (8 if what == "bit" else 1) / (float(number) * DECIMAL[unit])
+    except (ValueError, ZeroDivisionError):
+        raise ArgumentError(f"{text!r} is no rate: write 100gbit or 12.5GB") from None

@@ -1,0 +1,173 @@
+"""Memory that the ranks of a node share: pages of an anonymous file that every rank maps.
+
+*p ranks on one node, r this one.*
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import tempfile
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hpccomm.errors import TransportError
+
+PAGE = mmap.PAGESIZE
+MADV_POPULATE_WRITE = 23  # Linux's mman.h
+
+
+class Segment:
+    """``nbytes`` zeroed bytes that all ranks of ``node`` share (collective).
+
+    An anonymous file of rank 0 that the others open, else a file in /dev/shm that loses its name at once: nothing stays
+    behind when a job is killed.  What is free is asked before anything is reserved: for an anonymous file the kernel
+    would rather kill processes than refuse.  Then every rank reserves an equal part, so that nothing is missing later
+    and pages lie close to who reserved them.
+    """
+
+    def __init__(self, node: Any, nbytes: int) -> None:
+        self.size = -(-max(1, nbytes) // PAGE) * PAGE
+        free = free_bytes()
+        agree(node, self.size, f"{free:,} bytes are free" if self.size > free else "")
+        self.file = open_together(node, self.size)
+        self._forget = weakref.finalize(self, os.close, self.file)
+        try:
+            self.buffer = mapped_together(node, self.file, self.size)
+        except TransportError:
+            self._forget()
+            raise
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+
+    def touch(self) -> None:
+        """Have all pages at hand: the first call that comes to one would wait for it (kernels before 5.14 cannot)."""
+        with suppress(OSError):
+            self.buffer.madvise(MADV_POPULATE_WRITE)
+
+    def close(self) -> None:
+        """Give the memory back; arrays that lie in it keep it until they are gone."""
+        self._forget()
+        with suppress(BufferError):
+            self.buffer.close()
+
+
+def free_bytes() -> int:
+    """Memory that this process may still take: the machine's, or its control groups' if that is less."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                free = min(free, free_in_group("/sys/fs/cgroup/memory", path, *GROUP_V1))
+            elif not controllers:
+                free = min(free, free_in_group("/sys/fs/cgroup", path, *GROUP_V2))
+    return free
+
+
+GROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+GROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def free_in_group(root: str, path: str, limit: str, used: str, cached: str) -> int:
+    """The least that a control group or one of those around it has left; file cache counts as free."""
+    least, folder = 1 << 62, Path(root + path)
+    for group in (folder, *folder.parents):
+        with suppress(OSError, ValueError):
+            most, taken = int((group / limit).read_text()), int((group / used).read_text())
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            least = min(least, most - taken + int(statistics.get(cached, 0)))
+        if str(group) == root:
+            break
+    return least
+
+
+def open_together(node: Any, size: int) -> int:
+    """One file of ``size`` bytes opened by all ranks."""
+    file = offered(node, size)
+    return named(node, size) if file < 0 else file
+
+
+def offered(node: Any, size: int) -> int:
+    """An anonymous file of rank 0; -1 on all ranks where one of them cannot open it."""
+    file, offer = -1, None
+    if node.Get_rank() == 0:
+        with suppress(OSError, AttributeError):
+            file = os.memfd_create("hpccomm", os.MFD_CLOEXEC)
+            os.ftruncate(file, size)
+            offer = (os.getpid(), file, os.fstat(file).st_ino)
+    offer = node.bcast(offer)
+    if offer and file < 0:
+        file = taken(*offer)
+    if node.allreduce(int(file >= 0)) == node.Get_size():
+        return file
+    if file >= 0:
+        os.close(file)
+    return -1
+
+
+def taken(pid: int, file: int, inode: int) -> int:
+    """Open another process's file; -1 where that is forbidden or it is not that process."""
+    try:
+        mine = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    if os.fstat(mine).st_ino == inode:
+        return mine
+    os.close(mine)
+    return -1
+
+
+def named(node: Any, size: int) -> int:
+    """A file in /dev/shm whose name is gone when this returns."""
+    file, path, trouble = -1, None, ""
+    if node.Get_rank() == 0:
+        try:
+            file, path = tempfile.mkstemp(prefix="hpccomm-", dir="/dev/shm")
+            os.ftruncate(file, size)
+        except OSError as error:
+            trouble = str(error)
+    path = node.bcast(path)
+    try:
+        if file < 0 and path:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        trouble = str(error)
+    node.Barrier()
+    if path and node.Get_rank() == 0:
+        os.unlink(path)
+    try:
+        agree(node, size, trouble)
+    except TransportError:
+        if file >= 0:
+            os.close(file)
+        raise
+    return file
+
+
+def mapped_together(node: Any, file: int, size: int) -> mmap.mmap:
+    """The file as memory; every rank takes its part of the pages."""
+    p, r, pages, trouble = node.Get_size(), node.Get_rank(), size // PAGE, ""
+    first, last = pages * r // p * PAGE, pages * (r + 1) // p * PAGE
+    try:
+        if first < last:
+            os.posix_fallocate(file, first, last - first)
+        memory = mmap.mmap(file, size)
+    except (OSError, OverflowError, ValueError) as error:
+        trouble = str(error)
+    agree(node, size, trouble)
+    return memory
+
+
+def agree(node: Any, size: int, trouble: str) -> None:
+    """Raise on all ranks when one of them is in trouble."""
+    found = [(rank, each) for rank, each in enumerate(node.allgather(trouble)) if each]
+    if found:
+        raise TransportError(
+            f"{size:,} bytes of memory shared by {node.Get_size()} ranks are not to be had (local rank {found[0][0]}: "
+            f"{found[0][1]}): allow the job or container more memory (docker run --shm-size), "
+            "or use algorithm='native'"
+        )
