@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 OUT = Path("docs/measurements/accuracy.json")
 RANKS, DENSITY = (4, 8), 0.001
-YARDSTICKS = {
+BASELINES = {
     "dgc": ("dense",),
     "onebit-adam": ("adam", "dense"),
     "gtc": ("dense",),
@@ -66,7 +66,7 @@ TUNING_SEEDS = (100,)
 """Runs that rates were chosen by, apart from those that are reported."""
 
 
-def wanted() -> Iterator[tuple[str, int, str, int]]:
+def list_runs() -> Iterator[tuple[str, int, str, int]]:
     """Job, ranks, method, seed: DGC and 1-bit Adam with their yardsticks everywhere before the others."""
     for methods in (NAMES[:4], NAMES[4:]):
         for name, job in JOBS.items():
@@ -74,25 +74,25 @@ def wanted() -> Iterator[tuple[str, int, str, int]]:
                 yield from ((name, ranks, method, seed) for seed in range(job.seeds) for method in methods)
 
 
-def trained(name: str, ranks: int, method: str, seed: int, lr: float | None = None) -> Run:
+def train_run(name: str, ranks: int, method: str, seed: int, lr: float | None = None) -> Run:
     """One run: accuracy on what was not trained on, loss, bytes.  ``lr`` stands for the method's own."""
     from hpccomm.algorithms.lr_schedules import polynomial
     from hpccomm.algorithms.transforms import chain, scale_by_schedule
     from hpccomm.buckets import Bucket
     from hpccomm.testing.ranks import run_on_ranks
     from hpccomm.train.datasets import DATASETS
-    from hpccomm.train.loop import Settings, steps_in, train
-    from hpccomm.train.methods import METHODS, Plan
+    from hpccomm.train.loop import Settings, count_steps, train
+    from hpccomm.train.methods import METHODS, MethodSetup
     from hpccomm.train.networks import network_for
 
     job, way = JOBS[name], METHODS[method]
     data = DATASETS[job.dataset](job.samples)
-    network, settings = network_for(data), Settings(job.epochs, job.batch_size, seed, way.alone)
+    network, settings = network_for(data), Settings(job.epochs, job.batch_size, seed, way.steps_locally)
     rate, began = RATES.get((job.dataset, method), way.lr) if lr is None else lr, time.monotonic()
 
     def body(comm: Any) -> Any:
-        steps = steps_in(len(data.targets), settings)
-        plan = Plan(comm, Bucket(network.shapes), rate, steps, density=DENSITY)
+        steps = count_steps(len(data.targets), settings)
+        plan = MethodSetup(comm, Bucket(network.shapes), rate, steps, density=DENSITY)
         falling = chain(way.make(plan), scale_by_schedule(polynomial(1.0, steps)))
         return train(comm, data, network, falling, settings)[1]
 
@@ -111,7 +111,7 @@ def trained(name: str, ranks: int, method: str, seed: int, lr: float | None = No
     }
 
 
-def tuning(rates: str, methods: Sequence[str]) -> list[tuple[Any, ...]]:
+def tuning_runs(rates: str, methods: Sequence[str]) -> list[tuple[Any, ...]]:
     """Job, ranks, method, seed, rate."""
     numbers = [float(each) for each in rates.split(",")]
     return [
@@ -154,14 +154,16 @@ def table(runs: Sequence[Run], job: str, ranks: int) -> Iterator[str]:
         spread = f" ± {uncertainty(scores):.2f}" if len(scores) > 1 else ""
         cells = [name, str(len(seeds)), f"{mean(scores):.2f}{spread}"]
         scored = dict(zip(seeds, scores, strict=True))
-        found = [apart(here, scored, base) for base in YARDSTICKS.get(name, ())]
+        found = [compare_to_baseline(here, scored, base) for base in BASELINES.get(name, ())]
         cells += ["; ".join(each) for each in zip(*filter(None, found), strict=True)] or ["", ""]
         cells += [f"{mean(row['loss'] for row in rows):.4f}", f"{mean(row['bytes_a_step'] for row in rows):,.0f}"]
         yield "| " + " | ".join(cells) + " |"
     yield ""
 
 
-def apart(here: dict[tuple[str, int], Run], scores: dict[int, float], base: str) -> tuple[str, str] | None:
+def compare_to_baseline(
+    here: dict[tuple[str, int], Run], scores: dict[int, float], base: str
+) -> tuple[str, str] | None:
     """How far below ``base`` these seeds are, and whether that is within one standard error, both ways."""
     theirs = {seed: 100 * here[base, seed]["accuracy"] for seed in scores if (base, seed) in here}
     if not theirs:
@@ -206,7 +208,7 @@ def draw(runs: Sequence[Run], out: Path) -> None:
                 if not here:
                     continue
                 scores = [100 * run["accuracy"] for run in here]
-                shape = "o" if name in YARDSTICKS else "s"
+                shape = "o" if name in BASELINES else "s"
                 colour = COLOURS[number % len(COLOURS)]
                 place, error = mean(run["bytes_a_step"] for run in here), uncertainty(scores)
                 axes.errorbar(place, mean(scores), error, fmt=shape, color=colour, capsize=3)
@@ -230,11 +232,11 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     runs: list[Run] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else []
     done, began = {key(run) for run in runs}, time.monotonic()
-    for each in tuning(args.tune, args.method) if args.tune else [(*job, None) for job in wanted()]:
+    for each in tuning_runs(args.tune, args.method) if args.tune else [(*job, None) for job in list_runs()]:
         asked = args.job in (None, each[0]) and (not args.method or each[2] in args.method)
         if each in done or not asked or time.monotonic() - began > args.seconds:
             continue
-        runs.append(trained(*each))
+        runs.append(train_run(*each))
         args.json.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n", encoding="utf-8")
     for name in JOBS:
         for ranks in RANKS:

@@ -93,7 +93,7 @@ def shapes() -> list[Shape]:
     ]
 
 
-def measured(shape: Shape, args: argparse.Namespace, han: dict[str, str]) -> dict[str, Any]:
+def measure_shape(shape: Shape, args: argparse.Namespace, han: dict[str, str]) -> dict[str, Any]:
     """One shape: its rows, and what a TCP stream carries; ``han`` turns that on where the MPI has it."""
     with Cluster(shape.nodes, shape.rate) as cluster, tempfile.TemporaryDirectory() as folder:
         table = Path(args.tables or folder, f"{shape.title.replace(' ', '')}.json")
@@ -102,25 +102,25 @@ def measured(shape: Shape, args: argparse.Namespace, han: dict[str, str]) -> dic
         tuned = "4,256,4Ki,32Ki,256Ki,1Mi" + ("" if slow else ",4Mi") + f",{most}"
         tune = ["hpccomm", "tune", "--collective", "allreduce", "--algorithm", TUNED, "--sizes", tuned]
         if not args.untuned and not table.exists():
-            checked(launched(cluster, shape, [*tune, "--out", str(table)], {}))
+            check_exit(launch(cluster, shape, [*tune, "--out", str(table)], {}))
         tables = {} if args.untuned else {"HPCCOMM_TUNING": str(table)}
         rows = []
         for number in range(args.rounds):
             for names, settings in [(args.algorithm, {}), *([("native", han)] if han else [])]:
-                for sizes, calls in parts(args.sizes, args.calls):
+                for sizes, calls in size_ranges(args.sizes, args.calls):
                     file = Path(folder, "rows.json")
                     bench = ["hpccomm", "bench", "allreduce", "--algorithm", names, "-m", sizes, "-i", str(calls)]
                     bench += ["--step-factor", str(FACTOR), "-x", "2", "-c", "-u", "0", "--json", str(file)]
-                    checked(launched(cluster, shape, bench, {**tables, **settings}))
+                    check_exit(launch(cluster, shape, bench, {**tables, **settings}))
                     for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
                         name = "native, han" if settings else row["algorithm"]
                         kept = {key: row[key] for key in ("bytes", "p50_us", "predicted_us")}
                         rows.append({"round": number, "algorithm": name, **kept})
-        streams = [stream(cluster) for _ in range(3)]
+        streams = [measure_stream(cluster) for _ in range(3)]
     return {**shape._asdict(), "tuned": not args.untuned, "stream_bps": median(streams), "rows": rows}
 
 
-def parts(sizes: str, calls: int) -> Iterator[tuple[str, int]]:
+def size_ranges(sizes: str, calls: int) -> Iterator[tuple[str, int]]:
     """Ranges of sizes, and how many calls are timed: many where a rested link lets the first ones pass for free."""
     least, most = map(int, sizes.split(":"))
     ladder = [least]
@@ -134,24 +134,24 @@ def parts(sizes: str, calls: int) -> Iterator[tuple[str, int]]:
             yield f"{part[0]}:{part[-1]}", count
 
 
-def launched(cluster: Cluster, shape: Shape, program: Sequence[str], env: dict[str, str]) -> Any:
+def launch(cluster: Cluster, shape: Shape, program: Sequence[str], env: dict[str, str]) -> Any:
     """One launch on the cluster."""
     return cluster.run(program, shape.per_node, shape.placement, env=env, capture_output=True, text=True, timeout=900)
 
 
-def checked(done: subprocess.CompletedProcess[str]) -> None:
+def check_exit(done: subprocess.CompletedProcess[str]) -> None:
     """Say what went wrong, and stop."""
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, done.args[-1:]))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def stream(cluster: Cluster) -> float:
+def measure_stream(cluster: Cluster) -> float:
     """Bits a second of one TCP connection between two nodes."""
-    serve = cluster.inside("n1", [sys.executable, "-c", STREAM, "serve"])
+    serve = cluster.host_command("n1", [sys.executable, "-c", STREAM, "serve"])
     with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         server.stdout.readline()
-        done = cluster.on(
+        done = cluster.run_on(
             "n0", [sys.executable, "-c", STREAM, "send", cluster.address("n1")], capture_output=True, text=True
         )
     return float(done.stdout)
@@ -174,7 +174,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         f"### {title(record)}",
         "",
-        f"A TCP stream carries {record['stream_bps'] / rate_of(record['rate']):.1%} of the rate. {foreseen(record)}",
+        f"A TCP stream carries {record['stream_bps'] / rate_of(record['rate']):.1%} of the rate. {prediction_summary(record)}",
         "",
     ]
     lines.append(
@@ -184,7 +184,7 @@ def table(record: dict[str, Any]) -> str:
     )
     lines.append("|" + "---:|" * (len(names) + 4))
     for nbytes in sorted({row["bytes"] for row in record["rows"]}):
-        times = {name: by_round(record, name, nbytes) for name in names}
+        times = {name: round_medians(record, name, nbytes) for name in names}
         ratios = sorted(
             min(times[name][k] for name in names if name.startswith("native")) / times[ours][k]
             for k in range(len(times[ours]))
@@ -198,7 +198,7 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def foreseen(record: dict[str, Any]) -> str:
+def prediction_summary(record: dict[str, Any]) -> str:
     """How many of our algorithms' times were predicted within 15 %; nothing by prices that were not measured there."""
     if not record["tuned"]:
         return ""
@@ -212,7 +212,7 @@ def foreseen(record: dict[str, Any]) -> str:
     return f"Predicted within 15 %: {near} of {len(found)} times of our algorithms."
 
 
-def by_round(record: dict[str, Any], name: str, nbytes: int) -> list[float]:
+def round_medians(record: dict[str, Any], name: str, nbytes: int) -> list[float]:
     """An algorithm's medians, a round each."""
     return [row["p50_us"] for row in record["rows"] if (row["algorithm"], row["bytes"]) == (name, nbytes)]
 
@@ -230,7 +230,7 @@ def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
         heights = []
         for record in records:
             most = max(row["bytes"] for row in record["rows"])
-            times = by_round(record, name, most)
+            times = round_medians(record, name, most)
             heights.append(wire_us(record, most) / median(times) if times else 0.0)
         axes.bar([x + 0.13 * (k - 2.5) for x in range(len(records))], heights, 0.13, label=name)
     axes.set_xticks(range(len(records)), [title(record) for record in records], rotation=60, ha="right", fontsize=8)
@@ -269,7 +269,7 @@ def main() -> int:
     done = {title(record) for record in records}
     for shape in args.shape or shapes():
         if shape.title not in done:
-            records.append(measured(shape, args, HAN if mpi == "Open MPI" else {}))
+            records.append(measure_shape(shape, args, HAN if mpi == "Open MPI" else {}))
             out.write_text(json.dumps(records).replace("}, {", "},\n{") + "\n", encoding="utf-8")
     for record in records:
         sys.stdout.write("\n" + table(record))

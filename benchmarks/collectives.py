@@ -48,7 +48,7 @@ Launches = dict[str, list[Launch]]
 """Of each case."""
 
 
-def measured(ranks: int, words: Sequence[str]) -> Launch:
+def launch_case(ranks: int, words: Sequence[str]) -> Launch:
     """What one launch's ``--json`` says."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows.json")
@@ -60,7 +60,7 @@ def measured(ranks: int, words: Sequence[str]) -> Launch:
     return {**found, "command": found["command"].replace(f"{folder}/", "")}
 
 
-def missing(found: Launches, rounds: int, wanted: Sequence[str]) -> Iterator[str]:
+def pending_cases(found: Launches, rounds: int, wanted: Sequence[str]) -> Iterator[str]:
     """The cases to be launched next, round by round; whoever launches adds to ``found``."""
     for number in range(1, rounds + 1):
         for name in wanted:
@@ -87,12 +87,14 @@ def speeds(launches: Launches) -> str:
     found = [launch["rows"] for each in launches.values() for launch in each]
     for size in sorted({each["bytes"] for rows in found for each in rows if each["bytes"] >= BEYOND_CACHE}):
         for algorithm in ("native", "auto"):
-            cells = [f"{median(speed(each, algorithm, size)):.0f}" if each else "" for each in launches.values()]
+            cells = [
+                f"{median(launch_speeds(each, algorithm, size)):.0f}" if each else "" for each in launches.values()
+            ]
             lines.append(row(str(size), algorithm, *cells))
     return "\n".join(lines) + "\n"
 
 
-def speed(launches: list[Launch], algorithm: str, size: int) -> list[float]:
+def launch_speeds(launches: list[Launch], algorithm: str, size: int) -> list[float]:
     """GB/s launch by launch."""
     rows = [each for launch in launches for each in launch["rows"]]
     mine = [each for each in rows if (each["algorithm"], each["bytes"]) == (algorithm, size)]
@@ -113,10 +115,10 @@ def main() -> int:
     kept: dict[str, Launches] = json.loads(out.read_text(encoding="utf-8")) if args.more and out.exists() else {}
     for ranks in args.ranks:
         found = kept.setdefault(str(ranks), {})
-        for name in missing(found, args.rounds, args.case or list(CASES)):
+        for name in pending_cases(found, args.rounds, args.case or list(CASES)):
             if time.monotonic() > end:
                 break
-            found[name].append(measured(ranks, CASES[name]))
+            found[name].append(launch_case(ranks, CASES[name]))
             out.write_text(json.dumps(kept).replace("}, {", "},\n{") + "\n", encoding="utf-8")
         sys.stdout.write(f"\n### {mpi}, {ranks} ranks\n\n{table(found)}\n{speeds(found)}")
         sys.stdout.flush()

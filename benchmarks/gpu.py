@@ -40,8 +40,8 @@ DENSITY, MESSAGES, VECTORS = 0.001, 8, 4
 TESTS = ("tests/test_gpu.py", "tests/test_cuda_kernels.py")
 SECONDS, BENCH_SECONDS, KERNEL_SECONDS = 570.0, 40.0, 150.0
 """Of the whole run, and at most of one way's allreduces and of all kernels."""
-WAYS = ("staged", "ipc", "nccl", "aware")
-SHARE_WANTED, TORCH_WANTED, IPC_WANTED, IPC_BYTES = 0.8, 5.0, 4.0, 64 << 20
+TRANSPORTS = ("staged", "ipc", "nccl", "aware")
+SHARE_GOAL, TORCH_GOAL, IPC_GOAL, IPC_BYTES = 0.8, 5.0, 4.0, 64 << 20
 
 Step = Callable[[], Any]
 
@@ -85,7 +85,7 @@ def tensors(torch: Any, count: int, dtype: str = "float32") -> list[Any]:
     return [torch.randn(ELEMENTS, device="cuda", generator=made).to(getattr(torch, dtype)) for _ in range(count)]
 
 
-def summed(dtype: str) -> Callable[[Any, Any], Step]:
+def sum_vectors(dtype: str) -> Callable[[Any, Any], Step]:
     """A reduction of several vectors in one pass."""
 
     def ours(xp: Any, k: Any) -> Step:
@@ -95,7 +95,7 @@ def summed(dtype: str) -> Callable[[Any, Any], Step]:
     return ours
 
 
-def summed_by_torch(dtype: str) -> Callable[[Any], Step]:
+def sum_vectors_by_torch(dtype: str) -> Callable[[Any], Step]:
     """One addition after the other, in float32."""
 
     def step(torch: Any) -> Step:
@@ -155,13 +155,13 @@ def momentum_by_torch(torch: Any) -> Step:
     return run
 
 
-def packed(xp: Any, k: Any) -> Step:
+def pack_signs(xp: Any, k: Any) -> Step:
     """1-bit SGD's: scales, bits and what they miss."""
     (residual, gradient), bits = gaussians(xp, 2), xp.empty(-(-ELEMENTS // 8), np.uint8)
     return lambda: k.pack_signs_feedback(residual, gradient, residual, 0.8, -0.8, bits)
 
 
-def packed_by_torch(torch: Any) -> Step:
+def pack_signs_by_torch(torch: Any) -> Step:
     """Likewise."""
     residual, gradient = tensors(torch, 2)
     places = 2 ** torch.arange(8, device="cuda", dtype=torch.uint8)
@@ -175,13 +175,13 @@ def packed_by_torch(torch: Any) -> Step:
     return run
 
 
-def unpacked(xp: Any, k: Any) -> Step:
+def add_messages(xp: Any, k: Any) -> Step:
     """Several messages added in one pass."""
     (out,), messages = gaussians(xp, 1), [(k.pack_signs(each), 0.8, -0.8) for each in gaussians(xp, MESSAGES)]
     return lambda: k.add_signs(messages, out)
 
 
-def unpacked_by_torch(torch: Any) -> Step:
+def add_messages_by_torch(torch: Any) -> Step:
     """One after the other."""
     (out,) = tensors(torch, 1)
     octets = [torch.randint(256, (ELEMENTS // 8,), device="cuda", dtype=torch.uint8) for _ in range(MESSAGES)]
@@ -199,7 +199,7 @@ def lars(xp: Any, k: Any) -> Step:
     """The update, once the norms are known."""
     w, g, v = gaussians(xp, 3)
     bounds, rate = np.array([[0, ELEMENTS]], np.int64), xp.full(1, 1e-4, "f4")
-    return lambda: k.lars_place(w, g, v, bounds, rate, rate, rate, 1e-3, 1e-3, 0.9, False)
+    return lambda: k.lars_apply(w, g, v, bounds, rate, rate, rate, 1e-3, 1e-3, 0.9, False)
 
 
 def lars_by_torch(torch: Any) -> Step:
@@ -235,12 +235,17 @@ def adam_by_torch(torch: Any) -> Step:
 
 
 TASKS = (
-    Task(f"sum of {VECTORS} vectors, float32", 4 * (VECTORS + 1), summed("f4"), summed_by_torch("float32")),
-    Task(f"sum of {VECTORS} vectors, float16 by float32", 2 * (VECTORS + 1), summed("f2"), summed_by_torch("float16")),
+    Task(f"sum of {VECTORS} vectors, float32", 4 * (VECTORS + 1), sum_vectors("f4"), sum_vectors_by_torch("float32")),
+    Task(
+        f"sum of {VECTORS} vectors, float16 by float32",
+        2 * (VECTORS + 1),
+        sum_vectors("f2"),
+        sum_vectors_by_torch("float16"),
+    ),
     Task("GTC: add, compare, compact, keep the rest", 12, threshold, threshold_by_torch),
     Task("DGC: momentum, threshold, compact, mask", 20, momentum, momentum_by_torch),
-    Task("1 bit: add, pack, keep the rest", 12 + 1 / 8, packed, packed_by_torch),
-    Task(f"1 bit: add {MESSAGES} messages", 8 + MESSAGES / 8, unpacked, unpacked_by_torch),
+    Task("1 bit: add, pack, keep the rest", 12 + 1 / 8, pack_signs, pack_signs_by_torch),
+    Task(f"1 bit: add {MESSAGES} messages", 8 + MESSAGES / 8, add_messages, add_messages_by_torch),
     Task("LARS: update in place", 20, lars, lars_by_torch),
     Task("Adam, LAMB: update in place", 28, adam, adam_by_torch),
 )
@@ -288,7 +293,7 @@ def copy_microseconds(xp: Any) -> float:
     return microseconds(xp, lambda: to.data.copy_from_device_async(source.data, size, xp.cuda.get_current_stream()))
 
 
-def speeds() -> Iterator[Speed]:
+def measure_speeds() -> Iterator[Speed]:
     """The copy, then all tasks."""
     import cupy
 
@@ -309,8 +314,10 @@ def speeds() -> Iterator[Speed]:
         cupy.get_default_memory_pool().free_all_blocks()
 
 
-def speeds_of_child(command: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu", "--kernels")) -> list[Speed]:
-    """:func:`speeds` of a child, as far as it came; the last says what became of it if it did not end well."""
+def measure_in_subprocess(
+    command: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu", "--kernels"),
+) -> list[Speed]:
+    """:func:`measure_speeds` of a child, as far as it came; the last says what became of it if it did not end well."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         clock = threading.Timer(KERNEL_SECONDS, child.kill)
         clock.start()
@@ -324,13 +331,13 @@ def speeds_of_child(command: Sequence[str] = (sys.executable, "-m", "benchmarks.
 
 def print_speeds() -> int:
     """In the child: a line of JSON for each."""
-    for each in speeds():
+    for each in measure_speeds():
         sys.stdout.write(json.dumps(each) + "\n")
         sys.stdout.flush()
     return 0
 
 
-def tested(seconds: float) -> str:
+def run_tests(seconds: float) -> str:
     """The tests' last line; what failed is on the screen."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
@@ -345,7 +352,7 @@ def tested(seconds: float) -> str:
     return re.sub(r" in [\d.]+s.*", "", lines[-1]).strip("= ") if lines else f"ended with status {tests.returncode}"
 
 
-def allreduces(ranks: int, way: str) -> tuple[list[dict[str, Any]], str]:
+def bench_allreduce(ranks: int, way: str) -> tuple[list[dict[str, Any]], str]:
     """Rows of ``hpccomm bench allreduce -d cuda`` by one way, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
@@ -394,7 +401,7 @@ def page(found: Results) -> str:
         "|---|---:|---:|---:|---:|",
         *(kernel_line(each) for each in found.kernels),
         "",
-        f"Meant: {SHARE_WANTED:.0%} of the copy's bandwidth, {TORCH_WANTED:g} times PyTorch.",
+        f"Meant: {SHARE_GOAL:.0%} of the copy's bandwidth, {TORCH_GOAL:g} times PyTorch.",
         "",
         "## Allreduce (float32, µs, median of 20)",
         "",
@@ -404,7 +411,7 @@ def page(found: Results) -> str:
     ratio = ipc_ratio(found)
     if ratio is not None:
         lines += [
-            f"At 64 MiB on 2 ranks IPC or NCCL is {ratio:.1f} times as fast as staging; meant: {IPC_WANTED:g}.",
+            f"At 64 MiB on 2 ranks IPC or NCCL is {ratio:.1f} times as fast as staging; meant: {IPC_GOAL:g}.",
             "",
         ]
     return "\n".join(lines)
@@ -458,8 +465,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the page (docs/measurements)")
     parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if cuda.missing():
-        sys.stderr.write(f"scripts/test_gpu needs a device: {cuda.missing()}\n")
+    if cuda.unavailable_reason():
+        sys.stderr.write(f"scripts/test_gpu needs a device: {cuda.unavailable_reason()}\n")
         return 1
     if args.kernels:
         return print_speeds()
@@ -472,19 +479,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         file.write_text(page(now) + "\n", encoding="utf-8")
         return now
 
-    results = keep(kernels=speeds_of_child())
+    results = keep(kernels=measure_in_subprocess())
     for ranks in (2, 4):
-        for way in WAYS:
-            results = keep(collectives={**results.collectives, (ranks, way): tried(ranks, way)})
-    results = keep(tests=tested(SECONDS - (time.monotonic() - began)))
+        for way in TRANSPORTS:
+            results = keep(collectives={**results.collectives, (ranks, way): try_bench_allreduce(ranks, way)})
+    results = keep(tests=run_tests(SECONDS - (time.monotonic() - began)))
     sys.stdout.write(f"{page(results)}\nwritten to {file}\n")
     return int(any(word in results.tests for word in ("failed", "error", "not through")))
 
 
-def tried(ranks: int, way: str) -> tuple[list[dict[str, Any]], str]:
-    """:func:`allreduces`, or why not even a launcher was found."""
+def try_bench_allreduce(ranks: int, way: str) -> tuple[list[dict[str, Any]], str]:
+    """:func:`bench_allreduce`, or why not even a launcher was found."""
     try:
-        return allreduces(ranks, way)
+        return bench_allreduce(ranks, way)
     except HpccommError as error:
         return [], str(error)
 

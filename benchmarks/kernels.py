@@ -34,13 +34,13 @@ from hpccomm.kernels.dispatch import compression
 OUT = Path("docs/measurements/kernels.json")
 SIZES = (25_000_000, 1_000_000)
 DENSITY, MOMENTUM, MESSAGES, BUCKET = 0.001, 0.9, 8, 512
-REACHED = 3.29
+THRESHOLD = 3.29
 """Standard deviations that 0.1 % of Gaussians reach."""
 TAU = 400.0
 """Of threshold compression, in standard deviations of the gradient: of backlogs anywhere below it 0.1 % get there."""
 OURS, NUMPY, TORCH, ADD = "ours", "NumPy", "PyTorch", "add"
 F32 = np.float32
-CACHED = 1 << 22
+CACHE_ELEMENTS = 1 << 22
 """Elements up to which the vectors of a task stay in caches."""
 
 Step = Callable[[], Any]
@@ -56,7 +56,7 @@ class Task(NamedTuple):
     """By the compiled kernels, or by their reference."""
     numpy: Callable[[int], Step] | None = None
     torch: Callable[[int], Step] | None = None
-    wanted: dict[str, float] = {}  # noqa: RUF012  # not written
+    goals: dict[str, float] = {}  # noqa: RUF012  # not written
     """How many times as fast it is meant to be."""
 
 
@@ -72,7 +72,7 @@ def tensor(n: int, seed: int) -> Any:
     return torch.from_numpy(numbers(n, seed))
 
 
-def kept(n: int) -> int:
+def selection_size(n: int) -> int:
     """Elements that are sent."""
     return max(1, round(DENSITY * n))
 
@@ -84,7 +84,7 @@ def dgc(kernels: ModuleType, n: int) -> Step:
     """In one pass."""
     g, u, v = (numbers(n, seed) for seed in range(3))
     steps = iter(range(1 << 30))
-    return lambda: kernels.momentum_select(g, u, v, MOMENTUM, kept(n), step=next(steps), least=0.8)
+    return lambda: kernels.momentum_select(g, u, v, MOMENTUM, selection_size(n), step=next(steps), least=0.8)
 
 
 def dgc_pass(kernels: ModuleType, n: int) -> Step:
@@ -104,7 +104,7 @@ def dgc_pass(kernels: ModuleType, n: int) -> Step:
 
 def dgc_numpy(n: int) -> Step:
     """The threshold from one element in a hundred, as in the publication."""
-    (g, u, v), k, magnitude = (numbers(n, seed) for seed in range(3)), kept(n), np.empty(n, F32)
+    (g, u, v), k, magnitude = (numbers(n, seed) for seed in range(3)), selection_size(n), np.empty(n, F32)
 
     def step() -> Any:
         np.multiply(u, F32(MOMENTUM), out=u)
@@ -123,7 +123,7 @@ def dgc_numpy(n: int) -> Step:
 
 def dgc_torch(n: int) -> Step:
     """Likewise."""
-    (g, u, v), k = (tensor(n, seed) for seed in range(3)), kept(n)
+    (g, u, v), k = (tensor(n, seed) for seed in range(3)), selection_size(n)
 
     def step() -> Any:
         u.mul_(MOMENTUM).add_(g)
@@ -238,37 +238,37 @@ def onebit_torch(n: int) -> Step:
 def largest(kernels: ModuleType, n: int) -> Step:
     """By a sampled threshold."""
     x, steps = numbers(n, 0), iter(range(1 << 30))
-    return lambda: kernels.select_largest(x, kept(n), next(steps), 0.8)
+    return lambda: kernels.select_largest(x, selection_size(n), next(steps), 0.8)
 
 
 def largest_numpy(n: int) -> Step:
     """Exactly."""
     x = numbers(n, 0)
-    return lambda: np.argpartition(np.abs(x), n - kept(n))[n - kept(n) :]
+    return lambda: np.argpartition(np.abs(x), n - selection_size(n))[n - selection_size(n) :]
 
 
 def largest_torch(n: int) -> Step:
     """Exactly."""
     x = tensor(n, 0)
-    return lambda: x.abs().topk(kept(n), sorted=False).indices
+    return lambda: x.abs().topk(selection_size(n), sorted=False).indices
 
 
 def select(kernels: ModuleType, n: int) -> Step:
     """Where elements reach a threshold."""
     x = numbers(n, 0)
-    return lambda: kernels.select_threshold(x, REACHED)
+    return lambda: kernels.select_threshold(x, THRESHOLD)
 
 
 def select_numpy(n: int) -> Step:
     """Likewise."""
     x = numbers(n, 0)
-    return lambda: np.flatnonzero(np.abs(x) >= F32(REACHED)).astype(np.uint32)
+    return lambda: np.flatnonzero(np.abs(x) >= F32(THRESHOLD)).astype(np.uint32)
 
 
 def select_torch(n: int) -> Step:
     """Likewise."""
     x = tensor(n, 0)
-    return lambda: (x.abs() >= REACHED).nonzero().flatten()
+    return lambda: (x.abs() >= THRESHOLD).nonzero().flatten()
 
 
 # Sums of messages
@@ -306,7 +306,7 @@ def sparse_messages(n: int) -> list[tuple[Any, Any]]:
     """0.1 % of the elements each."""
     found = []
     for seed in range(MESSAGES):
-        index = reference.cell_indices(n, kept(n), seed)
+        index = reference.cell_indices(n, selection_size(n), seed)
         found.append((index, numbers(index.size, seed)))
     return found
 
@@ -353,7 +353,7 @@ def scatter_torch(n: int) -> Step:
 # One kernel on one vector
 
 
-def reading(name: str) -> Callable[[ModuleType, int], Step]:
+def read_kernel(name: str) -> Callable[[ModuleType, int], Step]:
     """A kernel that reads a vector."""
 
     def make(kernels: ModuleType, n: int) -> Step:
@@ -363,7 +363,7 @@ def reading(name: str) -> Callable[[ModuleType, int], Step]:
     return make
 
 
-def making(name: str, *arguments: Any) -> Callable[[ModuleType, int], Step]:
+def encode_kernel(name: str, *arguments: Any) -> Callable[[ModuleType, int], Step]:
     """A kernel that makes a narrower vector, in new memory."""
 
     def make(kernels: ModuleType, n: int) -> Step:
@@ -373,19 +373,19 @@ def making(name: str, *arguments: Any) -> Callable[[ModuleType, int], Step]:
     return make
 
 
-def narrowing(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, int], Step]:
+def encode_into_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, int], Step]:
     """Likewise, in memory that was written before: the first write to a page of new memory costs more than the rest."""
 
     def make(kernels: ModuleType, n: int) -> Step:
         if kernels is reference:
-            return making(name, *arguments)(kernels, n)
+            return encode_kernel(name, *arguments)(kernels, n)
         x, room = numbers(n, 0), np.zeros(n, dtype)
         return lambda: kernels.converted(name, x, dtype, *arguments, out=room)
 
     return make
 
 
-def adding(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, int], Step]:
+def add_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, int], Step]:
     """A kernel that adds a narrower vector."""
 
     def make(kernels: ModuleType, n: int) -> Step:
@@ -400,10 +400,10 @@ def adding(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, int]
     return make
 
 
-def over_range(kernels: ModuleType, n: int) -> Step:
+def range_codes(kernels: ModuleType, n: int) -> Step:
     """The extremes, and codes between them, likewise."""
     if kernels is reference:
-        return making("range_codes")(kernels, n)
+        return encode_kernel("range_codes")(kernels, n)
     x, room = numbers(n, 0), np.zeros(n, np.uint8)
 
     def step() -> Any:
@@ -432,7 +432,7 @@ def half_torch(n: int) -> Step:
     return lambda: room.copy_(x)
 
 
-def brain_torch(n: int) -> Step:
+def bfloat16_torch(n: int) -> Step:
     """To bfloat16."""
     x = tensor(n, 0)
     room = x.bfloat16()
@@ -451,7 +451,7 @@ def add_half_torch(n: int) -> Step:
     return lambda: out.add_(x)
 
 
-def add_brain_torch(n: int) -> Step:
+def add_bfloat16_torch(n: int) -> Step:
     """From bfloat16."""
     x, out = tensor(n, 0).bfloat16(), tensor(n, 1)
     return lambda: out.add_(x)
@@ -484,20 +484,20 @@ TASKS = (
     Task("threshold selection", 4, select, select_numpy, select_torch),
     Task("unpack and add 8 1-bit messages", 9, add_signs, add_signs_numpy, None, {NUMPY: 20}),
     Task("scatter-add 8 × 0.1 %", 0, scatter, scatter_numpy, scatter_torch),
-    Task("pack signs", 4.125, making("pack_signs"), pack_numpy),
-    Task("all finite?", 4, reading("all_finite"), finite_numpy, finite_torch),
-    Task("largest magnitude", 4, reading("largest_magnitude")),
-    Task("sums of elements and squares", 4, reading("moments")),
-    Task("to float16", 6, narrowing("to_half", np.uint16, False), half_numpy, half_torch),
-    Task("to bfloat16", 6, narrowing("to_brain", np.uint16, False), None, brain_torch),
-    Task("to int8", 5, narrowing("to_int8", np.int8, 0.04)),
-    Task("256 values over the range", 9, over_range),
-    Task("add float16", 10, adding("add_half", np.uint16), add_half_numpy, add_half_torch),
-    Task("add bfloat16", 10, adding("add_brain", np.uint16), None, add_brain_torch),
-    Task("add int8", 9, adding("add_int8", np.int8, 0.25)),
+    Task("pack signs", 4.125, encode_kernel("pack_signs"), pack_numpy),
+    Task("all finite?", 4, read_kernel("all_finite"), finite_numpy, finite_torch),
+    Task("largest magnitude", 4, read_kernel("largest_magnitude")),
+    Task("sums of elements and squares", 4, read_kernel("moments")),
+    Task("to float16", 6, encode_into_kernel("to_half", np.uint16, False), half_numpy, half_torch),
+    Task("to bfloat16", 6, encode_into_kernel("to_bfloat16", np.uint16, False), None, bfloat16_torch),
+    Task("to int8", 5, encode_into_kernel("to_int8", np.int8, 0.04)),
+    Task("256 values over the range", 9, range_codes),
+    Task("add float16", 10, add_kernel("add_half", np.uint16), add_half_numpy, add_half_torch),
+    Task("add bfloat16", 10, add_kernel("add_bfloat16", np.uint16), None, add_bfloat16_torch),
+    Task("add int8", 9, add_kernel("add_int8", np.int8, 0.25)),
     Task("QSGD, 127 levels", 9, qsgd),
-    Task("natural compression", 5, narrowing("natural", np.uint8, 5)),
-    Task("ternary", 4.25, making("ternary", 2.5, 4.0, 5)),
+    Task("natural compression", 5, encode_into_kernel("natural", np.uint8, 5)),
+    Task("ternary", 4.25, encode_kernel("ternary", 2.5, 4.0, 5)),
 )
 
 
@@ -527,7 +527,7 @@ class Row(NamedTuple):
     def record(self) -> dict[str, Any]:
         """For JSON."""
         found: dict[str, Any] = {"kernel": self.task.title, "elements": self.n, "bytes": self.task.bytes * self.n}
-        found["wanted"] = self.task.wanted
+        found["wanted"] = self.task.goals
         return {**found, "ms": {name: [round(each, 4) for each in times] for name, times in self.ms.items()}}
 
 
@@ -535,18 +535,18 @@ def check(task: Task, n: int) -> None:
     """Raise unless the compiled kernel gives the reference's bits, twice."""
     ours, theirs = task.ours(compression(), n), task.ours(reference, n)
     for _ in range(2):
-        if not same(ours(), theirs()):
+        if not has_same_bits(ours(), theirs()):
             raise HpccommError(f"{task.title}: the compiled kernel differs from its reference at {n} elements")
 
 
-def same(a: Any, b: Any) -> bool:
+def has_same_bits(a: Any, b: Any) -> bool:
     """Whether two answers have the same bits."""
     if isinstance(a, tuple):
-        return all(same(x, y) for x, y in zip(a, b, strict=True))
+        return all(has_same_bits(x, y) for x, y in zip(a, b, strict=True))
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def measured(task: Task, n: int, rounds: int) -> Row:
+def measure_task(task: Task, n: int, rounds: int) -> Row:
     """All contenders in turns; one round warms up."""
     steps: dict[str, Step] = {ADD: plain_add(n), OURS: task.ours(compression(), n)}
     if task.numpy:
@@ -556,11 +556,11 @@ def measured(task: Task, n: int, rounds: int) -> Row:
     ms: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
-            ms[name].append(turn(step, 1 if n > CACHED else 5))
+            ms[name].append(time_run(step, 1 if n > CACHE_ELEMENTS else 5))
     return Row(task, n, {name: times[1:] for name, times in ms.items()})
 
 
-def turn(step: Step, runs: int) -> float:
+def time_run(step: Step, runs: int) -> float:
     """Milliseconds of a run; of several the median without the first."""
     found = []
     for _ in range(runs):
@@ -570,7 +570,7 @@ def turn(step: Step, runs: int) -> float:
     return median(found[1:] or found)
 
 
-def spread(values: Sequence[float], form: str) -> str:
+def format_spread(values: Sequence[float], form: str) -> str:
     """Median, least and largest."""
     return f"**{median(values):{form}}** ({min(values):{form}}–{max(values):{form}})"
 
@@ -582,16 +582,16 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield "| kernel | ms | GB/s | of an add | NumPy / ours | PyTorch / ours |"
     yield "|---|---:|---:|---:|---:|---:|"
     for row in rows:
-        cells = [row.task.title, spread(row.ms[OURS], ".3g")]
+        cells = [row.task.title, format_spread(row.ms[OURS], ".3g")]
         moved = row.task.bytes * row.n
         cells.append(f"{moved / median(row.ms[OURS]) / 1e6:.1f}" if moved else "")
-        cells.append(spread(row.shares, ".0%") if moved else "")
+        cells.append(format_spread(row.shares, ".0%") if moved else "")
         for other in (NUMPY, TORCH):
             if other not in row.ms:
                 cells.append("")
                 continue
-            wanted = row.task.wanted.get(other)
-            cells.append(spread(row.ratios(other), ".1f") + (f", wanted {wanted:g}" if wanted else ""))
+            wanted = row.task.goals.get(other)
+            cells.append(format_spread(row.ratios(other), ".1f") + (f", wanted {wanted:g}" if wanted else ""))
         yield "| " + " | ".join(cells) + " |"
     yield ""
 
@@ -616,7 +616,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
         for axes, other in zip(others, (NUMPY, TORCH), strict=True):
             heights = [median(row.ratios(other)) if other in row.ms else 0 for row in here]
             axes.barh(places, heights, 0.36, color=colour)
-            axes.plot([row.task.wanted.get(other, float("nan")) for row in here], places, "k|", markersize=9)
+            axes.plot([row.task.goals.get(other, float("nan")) for row in here], places, "k|", markersize=9)
     left.axvline(0.9, color="black", linewidth=0.8)
     left.set_title("bandwidth by that of an add (line: 0.9)", fontsize=10, loc="left")
     for axes, other in zip(others, (NUMPY, TORCH), strict=True):
@@ -628,7 +628,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
     figure.savefig(out, metadata={"Date": None})
 
 
-def where(command: Sequence[str]) -> dict[str, Any]:
+def describe_run(command: Sequence[str]) -> dict[str, Any]:
     """Machine, versions, command, date."""
     return {
         "machine": {
@@ -660,13 +660,13 @@ def main() -> int:
         for task in TASKS:
             if args.only in task.title:
                 check(task, min(n, 1 << 20))
-                here.append(measured(task, n, args.rounds if n > CACHED else 2 * args.rounds))
+                here.append(measure_task(task, n, args.rounds if n > CACHE_ELEMENTS else 2 * args.rounds))
         rows += here
         sys.stdout.write("\n".join(table(here)) + "\n")
         sys.stdout.flush()
     if args.json:
         lines = ",\n".join("  " + json.dumps(row.record(), ensure_ascii=False) for row in rows)
-        head = json.dumps(where(["scripts/bench_kernels", *sys.argv[1:]]), indent=1).removesuffix("\n}")
+        head = json.dumps(describe_run(["scripts/bench_kernels", *sys.argv[1:]]), indent=1).removesuffix("\n}")
         args.json.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
         draw(rows, args.json.with_suffix(".svg"))
     return 0

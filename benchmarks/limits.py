@@ -39,7 +39,7 @@ RATIOS = ("times native", "at most", "of that reached")
 Times = dict[str, float]
 
 
-def loops() -> dict[str, Callable[[int, int], None]]:
+def kernel_loops() -> dict[str, Callable[[int, int], None]]:
     """Loops that call a kernel: as it is, with nobody waiting, and a meeting."""
     from hpccomm.kernels import compiled
 
@@ -50,27 +50,31 @@ def loops() -> dict[str, Callable[[int, int], None]]:
 
         return compiled.jit("void(int64, int64)")(loop)
 
-    here: dict[str, Callable[..., Any]] = {"await_rank": came, "await_count": went, "await_all": passed}
-    waiting, hasty = compiled.instructions(), compiled.instructions(here)
+    here: dict[str, Callable[..., Any]] = {
+        "await_rank": skip_rank_wait,
+        "await_count": skip_count_wait,
+        "await_all": skip_all_wait,
+    }
+    waiting, hasty = compiled.compile_globals(), compiled.compile_globals(here)
     return {"no Python": on(waiting["allreduce"]), "no waiting": on(hasty["allreduce"]), "meet": on(waiting["barrier"])}
 
 
-def came(state, q, number):  # type: ignore[no-untyped-def]
+def skip_rank_wait(state, q, number):  # type: ignore[no-untyped-def]
     """In place of waiting for a rank at the beginning."""
     return 0
 
 
-def went(state, q, counter, count):  # type: ignore[no-untyped-def]
+def skip_count_wait(state, q, counter, count):  # type: ignore[no-untyped-def]
     """In place of waiting for a block of a rank."""
     return True
 
 
-def passed(state, counter, count):  # type: ignore[no-untyped-def]
+def skip_all_wait(state, counter, count):  # type: ignore[no-untyped-def]
     """In place of waiting for a block of all ranks."""
     return True
 
 
-def timed(comm: Any, run: Callable[[int], None], calls: int) -> float:
+def time_call(comm: Any, run: Callable[[int], None], calls: int) -> float:
     """Microseconds a call, on the slowest rank (collective)."""
     comm.Barrier()
     began = time.perf_counter()
@@ -78,15 +82,15 @@ def timed(comm: Any, run: Callable[[int], None], calls: int) -> float:
     return float(comm.allreduce((time.perf_counter() - began) / calls * 1e6, op=max))
 
 
-def measured(sizes: list[int]) -> list[dict[str, Any]]:
+def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
     """One launch: medians over the turns, for each size (collective)."""
     from mpi4py import MPI
 
     from hpccomm import Communicator
     from hpccomm.backends.shared_memory import SharedMemory, call_of
 
-    comm, loop = Communicator(MPI.COMM_WORLD), loops()
-    shared = comm.context.shared
+    comm, loop = Communicator(MPI.COMM_WORLD), kernel_loops()
+    shared = comm.context.shared_memory
     assert shared is not None, "this needs memory that the ranks share"
     meeting, alone = call_of(shared.bind_barrier(0)), MPI.COMM_SELF
     rows = []
@@ -94,9 +98,9 @@ def measured(sizes: list[int]) -> list[dict[str, Any]]:
         n, hasty = nbytes // 4, SharedMemory(comm.context.node)  # in which ranks that do not wait lose count
         a, b, r, h = np.ones(n, "f4"), np.empty(n, "f4"), comm.zeros(n, "f4"), hasty.empty(n, "f4")
         runs: dict[str, Callable[[int], None]] = {
-            "native": repeated(partial(MPI.COMM_WORLD.Allreduce, a, b)),
-            "auto": repeated(partial(comm.Allreduce, a, b)),
-            "registered": repeated(partial(comm.Allreduce, MPI.IN_PLACE, r)),
+            "native": repeat(partial(MPI.COMM_WORLD.Allreduce, a, b)),
+            "auto": repeat(partial(comm.Allreduce, a, b)),
+            "registered": repeat(partial(comm.Allreduce, MPI.IN_PLACE, r)),
         }
         plans = []
         for how, memory, x in (("no Python", shared, r), ("no waiting", hasty, h)):
@@ -105,13 +109,13 @@ def measured(sizes: list[int]) -> list[dict[str, Any]]:
                 runs[f"{name}, {how}"] = partial(loop[how], call_of(plans[-1]))
         if nbytes <= SMALL:
             runs["a meeting"] = partial(loop["meet"], meeting)
-            runs["native, one rank"] = repeated(partial(alone.Allreduce, a, b))
-        rows.append({"bytes": nbytes, **in_turns(comm, runs)})
+            runs["native, one rank"] = repeat(partial(alone.Allreduce, a, b))
+        rows.append({"bytes": nbytes, **take_turns(comm, runs)})
         hasty.close()
     return rows
 
 
-def repeated(call: Callable[[], Any]) -> Callable[[int], None]:
+def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
     """A call, as often as is said."""
 
     def run(calls: int) -> None:
@@ -121,16 +125,16 @@ def repeated(call: Callable[[], Any]) -> Callable[[int], None]:
     return run
 
 
-def in_turns(comm: Any, runs: dict[str, Callable[[int], None]]) -> Times:
+def take_turns(comm: Any, runs: dict[str, Callable[[int], None]]) -> Times:
     """Medians over the turns; what was never called before is called first (collective)."""
-    calls = {name: max(timed(comm, run, 3), 0.1) for name, run in runs.items()}
+    calls = {name: max(time_call(comm, run, 3), 0.1) for name, run in runs.items()}
     calls = {name: max(1, min(MOST_CALLS, int(SECONDS * 1e6 / us))) for name, us in calls.items()}
     calls = comm.bcast(calls)
-    found = [{name: timed(comm, run, calls[name]) for name, run in runs.items()} for _ in range(TURNS)]
+    found = [{name: time_call(comm, run, calls[name]) for name, run in runs.items()} for _ in range(TURNS)]
     return {name: median(each[name] for each in found) for name in runs}
 
 
-def floor(times: Times, ours: str) -> float:
+def lower_bound(times: Times, ours: str) -> float:
     """What stays however ours is built: the bytes moved; for few bytes, arguments read and ranks that meet."""
     return max(times[f"{ours}, no waiting"], times.get("a meeting", 0.0) + times.get("native, one rank", 0.0))
 
@@ -147,8 +151,8 @@ def table(rounds: list[list[dict[str, Any]]]) -> str:
         cells = []
         for ours in OURS:
             reached = median(each["native"] / each[ours] for each in at)
-            possible = median(each["native"] / floor(each, ours) for each in at)
-            part = median(floor(each, ours) / each[ours] for each in at)
+            possible = median(each["native"] / lower_bound(each, ours) for each in at)
+            part = median(lower_bound(each, ours) / each[ours] for each in at)
             cells += [f"{reached:.2f}", f"{possible:.2f}", f"{part:.0%}"]
         lines.append(row(str(at[0]["bytes"]), *cells))
     return "\n".join(lines) + "\n"
@@ -164,7 +168,7 @@ def main() -> int:
     if args.inside:
         from mpi4py import MPI
 
-        rows = measured(SIZES)
+        rows = measure_sizes(SIZES)
         if MPI.COMM_WORLD.rank == 0:
             Path(args.inside).write_text(json.dumps(rows), encoding="utf-8")
         return 0

@@ -24,8 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.kernels import where
-from hpccomm.algorithms.sharded.cost import Job, Shape, congested, second_us, step_cost, through_link
+from benchmarks.kernels import describe_run
+from hpccomm.algorithms.sharded.cost import Job, Shape, fit_latency, link_volume, second_us, step_cost
 from hpccomm.cluster.nodes import Cluster, rate_of
 from hpccomm.layout import Link
 from hpccomm.performance.machine import Machine
@@ -34,7 +34,7 @@ from hpccomm.testing import verifiable
 OUT = Path("docs/measurements/mics.json")
 PER_NODE, MICRO_STEPS = 2, 4
 NODES = (2, 4, 8)
-GATHERED = (16384, 131072, 1048576, 8388608)
+GATHER_BYTES = (16384, 131072, 1048576, 8388608)
 """Bytes of a gathered vector."""
 ROUNDS = 5
 LR = 2.0**-10
@@ -60,7 +60,7 @@ class Setting(NamedTuple):
     """A layer's computing forward; backward takes twice as long."""
     rate: str
     rounds: int
-    ways: tuple[str, ...]
+    methods: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -68,16 +68,16 @@ class Setting(NamedTuple):
         return 4 * self.layers * self.elements
 
     @property
-    def waits_s(self) -> float:
+    def compute_s(self) -> float:
         """All computing of a step."""
         return 3e-3 * self.wait_ms * self.layers * MICRO_STEPS
 
 
 MICS, ALONE, ZERO = "MiCS", "alone", "ZeRO-3"
-AUTO, MPIS, RINGS, LEVELS = (f"{ZERO}, {how}" for how in ("auto", "native", "rings", "two levels"))
+AUTO, NATIVE_MPI, RINGS, LEVELS = (f"{ZERO}, {how}" for how in ("auto", "native", "rings", "two levels"))
 SETTINGS = (
-    Setting("links", 8, 1 << 18, 0.0, "1gbit", 5, (MICS, AUTO, MPIS, RINGS, LEVELS, ALONE)),
-    Setting("slow-links", 8, 1 << 16, 0.0, "250mbit", 5, (MICS, AUTO, MPIS, RINGS, LEVELS, ALONE)),
+    Setting("links", 8, 1 << 18, 0.0, "1gbit", 5, (MICS, AUTO, NATIVE_MPI, RINGS, LEVELS, ALONE)),
+    Setting("slow-links", 8, 1 << 16, 0.0, "250mbit", 5, (MICS, AUTO, NATIVE_MPI, RINGS, LEVELS, ALONE)),
     Setting("device", 8, 1 << 13, 40.0, "125mbit", 3, (MICS, AUTO, RINGS, ALONE)),
 )
 """All nodes share this machine's cores, which a cluster has once a node: with links slower and layers shorter in the
@@ -85,23 +85,23 @@ same measure links take as long as before, and the cores a part of it.  The devi
 communication is little of a step, as with large models."""
 SECOND_HOP = "allreduce=hierarchical"
 """By name: what was measured at one rate does not decide at another."""
-UNPRICED = (AUTO, MPIS, ALONE)
+UNPREDICTED = (AUTO, NATIVE_MPI, ALONE)
 """By an algorithm that changes, or that MPI keeps to itself; or what predictions start from."""
 
-Ways = dict[str, Callable[[Any, Any, Any, bool], Any]]
+Shardings = dict[str, Callable[[Any, Any, Any, bool], Any]]
 
 
-def ways() -> Ways:
+def shardings() -> Shardings:
     """Ways to divide the same states, from (communicator, units, optimizer, whether to gather on a thread)."""
     from mpi4py import MPI
 
     from hpccomm.algorithms.sharded.groups import mics, partition_groups
-    from hpccomm.algorithms.sharded.units import Sharded, zero
+    from hpccomm.algorithms.sharded.units import ShardedModel, zero
     from hpccomm.communicator import Communicator
 
     def alone(comm: Any, units: Any, optimizer: Any, overlap: bool) -> Any:
         groups = partition_groups(comm, PER_NODE)
-        return Sharded(groups._replace(replication=MPI.COMM_SELF), units, optimizer, overlap=overlap)
+        return ShardedModel(groups._replace(replication=MPI.COMM_SELF), units, optimizer, overlap=overlap)
 
     def in_groups(size: int | None) -> Callable[[Any, Any, Any, bool], Any]:
         return lambda comm, units, by, overlap: mics(comm, units, by, size or comm.size, overlap=overlap)
@@ -112,7 +112,7 @@ def ways() -> Ways:
     return {
         MICS: in_groups(PER_NODE),
         AUTO: with_all("auto"),
-        MPIS: with_all("native"),
+        NATIVE_MPI: with_all("native"),
         RINGS: with_all("ring"),
         LEVELS: in_groups(None),
         ALONE: alone,
@@ -133,7 +133,7 @@ def step(states: Any, names: Sequence[str], wait: float) -> None:
     states.boundary()
 
 
-def sent_bytes() -> int:
+def read_link_bytes() -> int:
     """What this node's link has sent."""
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text(encoding="ascii"))
 
@@ -145,23 +145,23 @@ def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
     from hpccomm.algorithms.transforms import scale
 
     units = {f"layer{n}": {"w": np.full(setting.elements, n, "f4")} for n in range(setting.layers)}
-    made = {title: ways()[title](comm, units, scale(-LR), setting.wait_ms > 0) for title in setting.ways}
+    made = {title: shardings()[title](comm, units, scale(-LR), setting.wait_ms > 0) for title in setting.methods}
     for states in made.values():
         states.gradients[...] = comm.rank + 1
     found: dict[str, Any] = {title: {"seconds": [], "sent": []} for title in made}
     for number in range(setting.rounds + 1):
         for title, states in made.items():
             comm.Barrier()
-            before = sent_bytes()
-            taken = timed(comm, partial(step, states, list(units), 1e-3 * setting.wait_ms))
+            before = read_link_bytes()
+            taken = time_call(comm, partial(step, states, list(units), 1e-3 * setting.wait_ms))
             comm.Barrier()
             if number:
                 found[title]["seconds"].append(taken)
-                found[title]["sent"].append(sent_bytes() - before)
+                found[title]["sent"].append(read_link_bytes() - before)
     first = (comm.size + 1) / 2
     for title, states in made.items():
         mean = first if title != ALONE else (comm.rank // PER_NODE * PER_NODE + 1.5) * PER_NODE / comm.size
-        for n, (name, tensors) in enumerate(states.consolidated()):
+        for n, (name, tensors) in enumerate(states.consolidate()):
             wanted = np.float32(n)
             for _ in range(setting.rounds + 1):
                 wanted -= np.float32(LR) * np.float32(mean)
@@ -172,7 +172,7 @@ def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
     return found
 
 
-def timed(comm: Any, call: Callable[[], Any], repeats: int = 1) -> float:
+def time_call(comm: Any, call: Callable[[], Any], repeats: int = 1) -> float:
     """Seconds a call on the slowest rank."""
     import numpy as np
     from mpi4py import MPI
@@ -186,10 +186,10 @@ def timed(comm: Any, call: Callable[[], Any], repeats: int = 1) -> float:
     return float(most[0])
 
 
-TWO, FLAT, NATIVE = "two levels", "flat ring", "native"
-ALGORITHM = {TWO: "hierarchical", FLAT: "ring", NATIVE: "native"}
+TWO_LEVELS, FLAT, NATIVE = "two levels", "flat ring", "native"
+ALGORITHM = {TWO_LEVELS: "hierarchical", FLAT: "ring", NATIVE: "native"}
 HALVES = {"gathers": "Gathers", "scatters": "Reduce-scatters"}
-EVERYTHING = (*(each.name for each in SETTINGS), *HALVES)
+ALL_MEASUREMENTS = (*(each.name for each in SETTINGS), *HALVES)
 
 
 def halves_of(comm: Any, name: str, rounds: int) -> dict[str, dict[int, list[float]]]:
@@ -197,10 +197,10 @@ def halves_of(comm: Any, name: str, rounds: int) -> dict[str, dict[int, list[flo
     import numpy as np
 
     found: dict[str, dict[int, list[float]]] = {title: {} for title in ALGORITHM}
-    for nbytes in GATHERED:
+    for nbytes in GATHER_BYTES:
         count = nbytes // 4 // comm.size
         parts = [verifiable.operand(rank, comm.size, count * comm.size, "f4", "sum") for rank in range(comm.size)]
-        total, lo = verifiable.expected(comm.size, count * comm.size, "f4", "sum"), comm.rank * count
+        total, lo = verifiable.reduction(comm.size, count * comm.size, "f4", "sum"), comm.rank * count
         if name == "gathers":
             given, want = parts[comm.rank][:count].copy(), np.concatenate([part[:count] for part in parts])
         else:
@@ -211,7 +211,7 @@ def halves_of(comm: Any, name: str, rounds: int) -> dict[str, dict[int, list[flo
         for number in range(rounds + 1):
             for title, algorithm in ALGORITHM.items():
                 into[...] = -1
-                taken = timed(comm, partial(run, given, into, algorithm=algorithm), repeats)
+                taken = time_call(comm, partial(run, given, into, algorithm=algorithm), repeats)
                 assert np.array_equal(into, want), (title, nbytes)
                 if number:
                     found[title].setdefault(nbytes, []).append(taken)
@@ -231,7 +231,7 @@ def work(out: Path, name: str, rounds: int) -> None:
         out.write_text(json.dumps(found), encoding="utf-8")
 
 
-def measured(name: str, nodes: int, rounds: int) -> dict[str, Any]:
+def measure_nodes(name: str, nodes: int, rounds: int) -> dict[str, Any]:
     """One setting, or gathers, or reduce-scatters, on so many nodes."""
     setting = next((each for each in SETTINGS if each.name == name), None)
     rate = setting.rate if setting else "1gbit"
@@ -268,7 +268,7 @@ def machine_of(nodes: int, rate: str) -> Machine:
     return Machine(Link(0.0, 0.0), Link(ALPHA_US[nodes], beta), 0.0, "docs/measurements/cluster.md")
 
 
-def predicted(title: str, record: dict[str, Any]) -> float:
+def predict_step(title: str, record: dict[str, Any]) -> float:
     """Seconds of a step: what the machine needs alone, and the links by :mod:`hpccomm.algorithms.sharded.cost`.
 
     Gathers in two levels copy inside the nodes while messages are on their way, so that the longer of both counts.
@@ -282,14 +282,14 @@ def predicted(title: str, record: dict[str, Any]) -> float:
         return alone + 1e-6 * second_us(shape, setting.nbytes, machine)
     job = Job(setting.layers * setting.elements, setting.layers, MICRO_STEPS, 1e3 * setting.wait_ms, False, 4, 4)
     links = 1e-6 * step_cost(job, shape, machine).step
-    return max(alone, links) if title == LEVELS else alone - setting.waits_s + links
+    return max(alone, links) if title == LEVELS else alone - setting.compute_s + links
 
 
-def expected_bytes(title: str, record: dict[str, Any]) -> float:
+def predict_bytes(title: str, record: dict[str, Any]) -> float:
     """What a step sends through a node's link by the formulas, headers left out."""
     if title == ALONE:
         return 0.0
-    return setting_of(record).nbytes * through_link(shape_of(title, record["nodes"]), MICRO_STEPS).total
+    return setting_of(record).nbytes * link_volume(shape_of(title, record["nodes"]), MICRO_STEPS).total
 
 
 def steps_table(records: Sequence[dict[str, Any]]) -> str:
@@ -297,7 +297,7 @@ def steps_table(records: Sequence[dict[str, Any]]) -> str:
     setting = setting_of(records[0])
     lines = [
         f"### {setting.name}: {setting.layers} layers of {4 * setting.elements:,} bytes, {setting.rate}, "
-        f"{1e3 * setting.waits_s:.0f} ms of waits in a step",
+        f"{1e3 * setting.compute_s:.0f} ms of waits in a step",
         "",
         "| nodes | way | ms a step | predicted, ms | measured / predicted | MB through a link | by formula | MiCS is | "
         "left of 2 nodes |",
@@ -306,21 +306,21 @@ def steps_table(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         found = record["found"]
         for title, each in found.items():
-            times, guess = each["seconds"], predicted(title, record)
+            times, guess = each["seconds"], predict_step(title, record)
             ratios = sorted(a / b for a, b in zip(times, found[MICS]["seconds"], strict=True))
-            cells = [str(record["nodes"]), title, spread(1e3, times)]
-            cells += ["", ""] if title in UNPRICED else [f"{1e3 * guess:.4g}", f"{median(times) / guess:.2f}"]
-            cells += [f"{median(each['sent']) / 1e6:.2f}", f"{expected_bytes(title, record) / 1e6:.2f}"]
+            cells = [str(record["nodes"]), title, format_spread(1e3, times)]
+            cells += ["", ""] if title in UNPREDICTED else [f"{1e3 * guess:.4g}", f"{median(times) / guess:.2f}"]
+            cells += [f"{median(each['sent']) / 1e6:.2f}", f"{predict_bytes(title, record) / 1e6:.2f}"]
             versus = f"**{median(ratios):.2f}×** ({ratios[0]:.2f}–{ratios[-1]:.2f})"
             cells.append("" if title in (MICS, ALONE) else versus)
             first = next((r["found"].get(title) for r in records if r["nodes"] == NODES[0]), None)
             cells.append(f"{median(first['seconds']) / median(times):.1%}" if first else "")
             lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *(fastest_zero(record) for record in records)]
+    lines += ["", *(compare_fastest_zero(record) for record in records)]
     return "\n".join(lines) + "\n"
 
 
-def fastest_zero(record: dict[str, Any]) -> str:
+def compare_fastest_zero(record: dict[str, Any]) -> str:
     """MiCS beside the fastest of all ways that ZeRO-3 was run."""
     found = record["found"]
     title = min((each for each in found if each.startswith(ZERO)), key=lambda each: median(found[each]["seconds"]))
@@ -329,7 +329,7 @@ def fastest_zero(record: dict[str, Any]) -> str:
     return f"{record['nodes']} nodes: MiCS is {ratio:.2f}× as fast as {title}, the fastest of them.  "
 
 
-def spread(unit: float, times: Sequence[float]) -> str:
+def format_spread(unit: float, times: Sequence[float]) -> str:
     """Median, and in brackets the least and the largest."""
     return f"**{unit * median(times):.4g}** ({unit * min(times):.4g}–{unit * max(times):.4g})"
 
@@ -344,9 +344,9 @@ def halves_table(name: str, records: Sequence[dict[str, Any]]) -> str:
     ]
     for record in records:
         found = record["found"]
-        for nbytes, times in found[TWO].items():
+        for nbytes, times in found[TWO_LEVELS].items():
             others = [found[title][nbytes] for title in (FLAT, NATIVE)]
-            cells = [str(record["nodes"]), f"{int(nbytes):,}", *(spread(1e6, each) for each in (times, *others))]
+            cells = [str(record["nodes"]), f"{int(nbytes):,}", *(format_spread(1e6, each) for each in (times, *others))]
             cells += [f"{median(each) / median(times):.2f}" for each in others]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -355,7 +355,7 @@ def halves_table(name: str, records: Sequence[dict[str, Any]]) -> str:
 def large_cluster() -> str:
     """The published points beside the model: latency is fitted to ZeRO-3's, the rest is predicted."""
     before, after = Shape(128, 8, 128, False), Shape(512, 8, 512, False)
-    machine = congested(LARGE, before, after, P4D, ZERO_SCALING)
+    machine = fit_latency(LARGE, before, after, P4D, ZERO_SCALING)
     lines = [
         f"Latency between nodes that leaves ZeRO-3 {ZERO_SCALING:.0%}: {machine.inter.alpha:.1f} µs.",
         "",
@@ -400,8 +400,8 @@ def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
         for number, title in enumerate(here[0]["found"]):
             seconds = [median(each["found"][title]["seconds"]) for each in here]
             axes.plot(nodes, seconds, "o-", color=COLOURS[number], markersize=4, label=title)
-            if title not in UNPRICED:
-                guesses = [predicted(title, each) for each in here]
+            if title not in UNPREDICTED:
+                guesses = [predict_step(title, each) for each in here]
                 axes.plot(nodes, guesses, "_", color=COLOURS[number], markersize=14)
         axes.set_xscale("log", base=2)
         axes.set_xticks(nodes, map(str, nodes))
@@ -419,7 +419,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         action="append",
-        help=f"some of {', '.join(EVERYTHING)}; none: only print",
+        help=f"some of {', '.join(ALL_MEASUREMENTS)}; none: only print",
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of {', '.join(HALVES)} (default {ROUNDS})")
     parser.add_argument("--json", type=Path, help=f"what it holds is kept, beside what is measured now (such as {OUT})")
@@ -433,12 +433,12 @@ def main() -> int:
     records: list[dict[str, Any]] = []
     if args.json and args.json.exists():
         records = json.loads(args.json.read_text(encoding="utf-8"))["records"]
-    for name in (each for each in args.only or EVERYTHING if each != "none"):
+    for name in (each for each in args.only or ALL_MEASUREMENTS if each != "none"):
         for nodes in args.nodes or NODES:
-            made = measured(name, nodes, args.rounds)
+            made = measure_nodes(name, nodes, args.rounds)
             records = [each for each in records if (each["what"], each["nodes"]) != (name, nodes)] + [made]
             if args.json:
-                found = {**where(["scripts/bench_mics", *sys.argv[1:]]), "records": records}
+                found = {**describe_run(["scripts/bench_mics", *sys.argv[1:]]), "records": records}
                 args.json.write_text(json.dumps(found).replace('}, {"what"', '},\n{"what"') + "\n", encoding="utf-8")
     sys.stdout.write(report(records))
     if args.json:

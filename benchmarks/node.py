@@ -88,7 +88,7 @@ REFERENCES = ("Open MPI", "MPICH", "best")
 BEYOND_CACHE = 1 << 24
 
 
-def measured(contender: Contender, ranks: int, sizes: str) -> Times:
+def launch_contender(contender: Contender, ranks: int, sizes: str) -> Times:
     """One launch; nothing where the library cannot run here."""
     calls, warmup = CALLS[sizes]
     with tempfile.TemporaryDirectory() as folder:
@@ -139,13 +139,13 @@ def rounds(count: int, ranks: int) -> Iterator[tuple[Times, float]]:
         found: Times = {}
         for sizes in CALLS:
             for contender in CONTENDERS:
-                found |= measured(contender, ranks, sizes)
+                found |= launch_contender(contender, ranks, sizes)
             found |= gloo(ranks, sizes)
         yield found, bandwidth(ranks)
         sys.stderr.write(f"{ranks} ranks: round {number + 1} of {count} done\n")
 
 
-def moved(name: str, nbytes: int, ranks: int) -> int:
+def traffic_bytes(name: str, nbytes: int, ranks: int) -> int:
     """Bytes that must be read and written: (5k+1)·S through slots, (3k+1)·S in registered memory (k ranks)."""
     return ((3 if name == "registered" else 5) * ranks + 1) * nbytes
 
@@ -158,12 +158,12 @@ def tables(found: list[tuple[Times, float]], ranks: int) -> str:
     sizes = sorted({nbytes for times, _ in found for _, nbytes in times})
     columns = [*natives, *OURS.values()]
     lines = [row("bytes", *columns), "|" + "---:|" * (len(columns) + 1)]
-    lines += [row(str(nbytes), *(middle(found, name, nbytes) for name in columns)) for nbytes in sizes]
+    lines += [row(str(nbytes), *(median_us(found, name, nbytes) for name in columns)) for nbytes in sizes]
     lines += ["", row("bytes", *(f"{other} / {ours}" for ours in OURS for other in REFERENCES), *OURS)]
     lines += ["|" + "---:|" * (len(OURS) * (len(REFERENCES) + 1) + 1)]
     for nbytes in sizes:
         cells = [ratio(found, natives, ours, other, nbytes) for ours in OURS for other in REFERENCES]
-        cells += [share(found, ours, nbytes, ranks) for ours in OURS]
+        cells += [bandwidth_share(found, ours, nbytes, ranks) for ours in OURS]
         lines.append(row(str(nbytes), *cells))
     told = f"The last two columns: share of the {gbps:.0f} GB/s that all ranks together reach when they copy."
     return "\n".join([*lines, "", told]) + "\n"
@@ -174,17 +174,17 @@ def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def share(found: list[tuple[Times, float]], ours: str, nbytes: int, ranks: int) -> str:
+def bandwidth_share(found: list[tuple[Times, float]], ours: str, nbytes: int, ranks: int) -> str:
     """Bytes that must move by the time they took, of the bandwidth in the same round; for vectors beyond the cache."""
     shares = [
-        moved(ours, nbytes, ranks) / times[OURS[ours], nbytes] / 1e3 / rate
+        traffic_bytes(ours, nbytes, ranks) / times[OURS[ours], nbytes] / 1e3 / rate
         for times, rate in found
         if (OURS[ours], nbytes) in times
     ]
     return f"{median(shares):.0%}" if shares and nbytes >= BEYOND_CACHE else ""
 
 
-def middle(found: list[tuple[Times, float]], name: str, nbytes: int) -> str:
+def median_us(found: list[tuple[Times, float]], name: str, nbytes: int) -> str:
     """A contender's median in microseconds."""
     values = [times[name, nbytes] for times, _ in found if (name, nbytes) in times]
     return f"{median(values):.4g}" if values else "–"
@@ -233,7 +233,7 @@ def main() -> int:
         file = OUT / f"node-p{ranks}.json"
         if not args.tables:
             write(list(rounds(args.rounds, ranks)), ranks, file)
-        found = kept(file)
+        found = read(file)
         draw(found, file.with_suffix(".svg"))
         sys.stdout.write(f"\n## {ranks} ranks\n\n{tables(found, ranks)}")
         sys.stdout.flush()
@@ -251,7 +251,7 @@ def write(found: list[tuple[Times, float]], ranks: int, file: Path) -> None:
     file.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
 
 
-def kept(file: Path) -> list[tuple[Times, float]]:
+def read(file: Path) -> list[tuple[Times, float]]:
     """What was written."""
     record = json.loads(file.read_text(encoding="utf-8"))
     found: list[tuple[Times, float]] = [({}, rate) for rate in record["copy_gbps"]]

@@ -29,7 +29,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from benchmarks.kernels import where
+from benchmarks.kernels import describe_run
 from hpccomm.cluster.nodes import Cluster, rate_of
 from hpccomm.layout import Link
 from hpccomm.performance import sparse_cost
@@ -38,11 +38,11 @@ from hpccomm.performance.machine import Machine
 NODES, PER_NODE, ELEMENTS, DENSITY = 4, 2, 1 << 24, 0.001
 RANKS = NODES * PER_NODE
 RATES = ("1gbit", "100mbit")
-EVEN_SHAPES, EVEN_ELEMENTS = ((2, 1), (4, 1), (8, 1), (4, 2)), 1 << 20
-EVEN_DENSITIES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
+BREAK_EVEN_SHAPES, BREAK_EVEN_ELEMENTS = ((2, 1), (4, 1), (8, 1), (4, 2)), 1 << 20
+BREAK_EVEN_DENSITIES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
 TUNED, TUNED_SIZES = "native,ring,butterfly,bruck", "1Ki,64Ki,1Mi"
 """Allgathers that are measured first, and the bytes of their results."""
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 """For glibc: memory that was given back stays with the process, as new pages cost a virtual machine most of all."""
 GOODPUT = 0.95
 """Of a link's rate, what is not headers."""
@@ -55,14 +55,14 @@ Make = Callable[[Any, Any], Call]
 """(communicator, gradient) -> a call that exchanges once."""
 
 
-class Way(NamedTuple):
+class ExchangeMethod(NamedTuple):
     """One way to exchange a gradient."""
 
     title: str
     make: Make
     talk: Callable[[Any], Call] | None = None
     """(communicator) -> a call that sends messages as long; None for dense ones."""
-    priced: str = ""
+    price_name: str = ""
     """By which name :mod:`hpccomm.performance.sparse_cost` prices the messages."""
     levels: bool = False
     """Dense in the node; the nodes' first ranks compress and exchange."""
@@ -125,7 +125,7 @@ def dense(comm: Any, gradient: Any) -> Call:
     return lambda: comm.Allreduce(gradient, out)
 
 
-def fed(compressor: Callable[[], Any], momentum: float = 0.0) -> Make:
+def feedback_exchange(compressor: Callable[[], Any], momentum: float = 0.0) -> Make:
     """Every rank compresses its own gradient."""
 
     def make(comm: Any, gradient: Any) -> Call:
@@ -168,13 +168,13 @@ def phases(comm: Any, gradient: Any) -> Call:
     return lambda: onebit_allreduce(comm, gradient, worker, server).mean
 
 
-def led(make: Make) -> Make:
+def leader_exchange(make: Make) -> Make:
     """Dense in the node, between the nodes as ``make`` says."""
 
     def levels(comm: Any, gradient: Any) -> Call:
         import numpy as np
 
-        from hpccomm.collectives.compressed.sparse import hierarchical
+        from hpccomm.collectives.compressed.sparse import hierarchical_allreduce
 
         total, node, nodes = np.empty_like(gradient), comm.intra_node, comm.inter_node
         leaders = make(nodes, total) if node.rank == 0 else None
@@ -184,12 +184,12 @@ def led(make: Make) -> Make:
             assert leaders is not None
             return leaders()
 
-        return lambda: hierarchical(comm, gradient, between)
+        return lambda: hierarchical_allreduce(comm, gradient, between)
 
     return levels
 
 
-def gathers(element_bytes: float) -> Callable[[Any], Call]:
+def allgather_messages(element_bytes: float) -> Callable[[Any], Call]:
     """Messages of 0.1 % of the elements to all."""
 
     def talk(comm: Any) -> Call:
@@ -203,40 +203,54 @@ def gathers(element_bytes: float) -> Callable[[Any], Call]:
     return talk
 
 
-def deals(comm: Any) -> Call:
+def alltoall_messages(comm: Any) -> Call:
     """A part of the bits for each rank, and back."""
     import numpy as np
 
-    from hpccomm.collectives.compressed.sparse import Wire, gathered
+    from hpccomm.collectives.compressed.sparse import CountingComm, allgatherv
 
-    wire = Wire(comm)
+    wire = CountingComm(comm)
     letter = np.zeros(4 + ELEMENTS // 8 // comm.size, np.uint8)
     lengths = np.full(comm.size, letter.size)
-    return lambda: (wire.deal([letter] * comm.size), gathered(wire, letter, lengths))
+    return lambda: (wire.alltoall([letter] * comm.size), allgatherv(wire, letter, lengths))
 
 
-WAYS = (
-    Way("native", native),
-    Way("dense", dense),
-    Way("DGC 0.1 %", fed(topk, 0.9), gathers(8), "sparse"),
-    Way("DGC 0.1 %, dense in the node", led(fed(topk, 0.9)), gathers(8), "sparse", True),
-    Way("GTC 0.1 %", fed(threshold), gathers(4), "words"),
-    Way("GTC 0.1 %, dense in the node", led(fed(threshold)), gathers(4), "words", True),
-    Way("1-bit, two phases", phases, deals, "onebit_phases"),
-    Way("1-bit, two phases, dense in the node", led(phases), deals, "onebit_phases", True),
+EXCHANGE_METHODS = (
+    ExchangeMethod("native", native),
+    ExchangeMethod("dense", dense),
+    ExchangeMethod("DGC 0.1 %", feedback_exchange(topk, 0.9), allgather_messages(8), "sparse"),
+    ExchangeMethod(
+        "DGC 0.1 %, dense in the node",
+        leader_exchange(feedback_exchange(topk, 0.9)),
+        allgather_messages(8),
+        "sparse",
+        True,
+    ),
+    ExchangeMethod("GTC 0.1 %", feedback_exchange(threshold), allgather_messages(4), "words"),
+    ExchangeMethod(
+        "GTC 0.1 %, dense in the node",
+        leader_exchange(feedback_exchange(threshold)),
+        allgather_messages(4),
+        "words",
+        True,
+    ),
+    ExchangeMethod("1-bit, two phases", phases, alltoall_messages, "onebit_phases"),
+    ExchangeMethod(
+        "1-bit, two phases, dense in the node", leader_exchange(phases), alltoall_messages, "onebit_phases", True
+    ),
 )
 
 
 # What each rank does
 
 
-def timed(comm: Any, call: Call, repeats: int) -> float:
+def time_call(comm: Any, call: Call, repeats: int) -> float:
     """Seconds a call on the slowest rank."""
     comm.Barrier()
-    return slowest(comm, spent(call, repeats))
+    return max_over_ranks(comm, time_local(call, repeats))
 
 
-def spent(call: Call, repeats: int) -> float:
+def time_local(call: Call, repeats: int) -> float:
     """Seconds a call here."""
     began = time.perf_counter()
     for _ in range(repeats):
@@ -244,7 +258,7 @@ def spent(call: Call, repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def slowest(comm: Any, mine: float) -> float:
+def max_over_ranks(comm: Any, mine: float) -> float:
     """The largest of all ranks."""
     import numpy as np
     from mpi4py import MPI
@@ -254,7 +268,7 @@ def slowest(comm: Any, mine: float) -> float:
     return float(most[0])
 
 
-def rest(comm: Any) -> None:
+def wait_idle(comm: Any) -> None:
     """A barrier that leaves the processor to others."""
     request = comm.Ibarrier()
     while not request.Test():
@@ -271,14 +285,14 @@ def work(out: Path, rounds: int, only: str) -> None:
     world = Communicator(MPI.COMM_WORLD)
     node, nodes = world.intra_node, world.inter_node
     gradient = np.random.default_rng(world.rank).standard_normal(ELEMENTS, np.float32)
-    here = [way for way in WAYS if only in way.title]
+    here = [way for way in EXCHANGE_METHODS if only in way.title]
     calls = {way.title: way.make(world, gradient) for way in here}
     echo = Echo(world.rank, world.size)
     levels = SimpleNamespace(intra_node=node, inter_node=Echo(nodes.rank, nodes.size))
     works = {way.title: way.make(levels if way.levels else echo, gradient) for way in here if way.talk}
     found: dict[str, dict[str, list[float]]] = {"all": {}, "messages": {}, "computing": {}}
 
-    def note(what: str, way: Way, seconds: float, number: int) -> None:
+    def note(what: str, way: ExchangeMethod, seconds: float, number: int) -> None:
         if number:
             found[what].setdefault(way.title, []).append(seconds)
 
@@ -286,23 +300,23 @@ def work(out: Path, rounds: int, only: str) -> None:
         for way in here:
             if way.talk is None:
                 if number:
-                    note("all", way, timed(world, calls[way.title], 1), number)
+                    note("all", way, time_call(world, calls[way.title], 1), number)
                 continue
-            note("all", way, timed(world, calls[way.title], BACK_TO_BACK), number)
+            note("all", way, time_call(world, calls[way.title], BACK_TO_BACK), number)
             talks = way.talk(nodes if way.levels else world) if node.rank == 0 or not way.levels else int
-            note("messages", way, timed(world, talks, 2 * BACK_TO_BACK), number)
+            note("messages", way, time_call(world, talks, 2 * BACK_TO_BACK), number)
             mine = 0.0
             for turn in range(nodes.size):
-                rest(world)
+                wait_idle(world)
                 if nodes.rank == turn:
-                    mine = spent(works[way.title], BACK_TO_BACK)
-            rest(world)
-            note("computing", way, slowest(world, mine), number)
+                    mine = time_local(works[way.title], BACK_TO_BACK)
+            wait_idle(world)
+            note("computing", way, max_over_ranks(world, mine), number)
     if world.rank == 0:
         out.write_text(json.dumps(found), encoding="utf-8")
 
 
-def work_even(out: Path, rounds: int) -> None:
+def work_break_even(out: Path, rounds: int) -> None:
     """A dense allreduce, and sparse ones of rising density."""
     import numpy as np
     from mpi4py import MPI
@@ -312,16 +326,16 @@ def work_even(out: Path, rounds: int) -> None:
     from hpccomm.kernels.compression_reference import cell_indices
 
     world = Communicator(MPI.COMM_WORLD)
-    n = EVEN_ELEMENTS
+    n = BREAK_EVEN_ELEMENTS
     gradient = np.random.default_rng(world.rank).standard_normal(n, np.float32)
     calls: dict[str, Call] = {"dense": dense(world, gradient)}
-    for density in EVEN_DENSITIES:
+    for density in BREAK_EVEN_DENSITIES:
         index = cell_indices(n, round(density * n), world.rank)
         calls[str(density)] = partial(sparse_allreduce, world, index, gradient[index], n, algorithm="allgather")
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            found[name].append(timed(world, call, 1))
+            found[name].append(time_call(world, call, 1))
     if world.rank == 0:
         out.write_text(json.dumps(found), encoding="utf-8")
 
@@ -329,7 +343,7 @@ def work_even(out: Path, rounds: int) -> None:
 # What is measured
 
 
-def launched(shape: tuple[int, int], rate: str, words: Sequence[str]) -> Any:
+def launch_work(shape: tuple[int, int], rate: str, words: Sequence[str]) -> Any:
     """What this module's ``--work`` finds on a cluster made for it, whose allgathers were tuned."""
     nodes, per_node = shape
     with Cluster(nodes, rate, "slow") as cluster, tempfile.TemporaryDirectory() as folder:
@@ -337,7 +351,7 @@ def launched(shape: tuple[int, int], rate: str, words: Sequence[str]) -> Any:
         tune = ["hpccomm", "tune", "--collective", "allgather", "--algorithm", TUNED, "--sizes", TUNED_SIZES]
         program = ["-m", "benchmarks.slow_links", "--work", str(file), *words]
         for each in ([*tune, "--out", str(tuned)], program):
-            env = {"OMP_NUM_THREADS": "1", **KEPT, **({"HPCCOMM_TUNING": str(tuned)} if tuned.exists() else {})}
+            env = {"OMP_NUM_THREADS": "1", **MALLOC_ENV, **({"HPCCOMM_TUNING": str(tuned)} if tuned.exists() else {})}
             done = cluster.run(each, per_node, env=env, capture_output=True, text=True, timeout=3600)
             if done.returncode:
                 raise SystemExit(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -349,13 +363,13 @@ def machine_of(rate: str) -> Machine:
     return Machine(inter=Link(ALPHA_US, 8e6 / rate_of(rate) / GOODPUT))
 
 
-def messages_of(way: Way, rate: str) -> float:
+def messages_of(way: ExchangeMethod, rate: str) -> float:
     """Seconds that the messages of a way should take, or the best dense allreduce."""
     machine = machine_of(rate)
     if way.talk is None:
-        return 1e-6 * sparse_cost.dense(NODES, PER_NODE, 4 * ELEMENTS, machine)
-    rows = sparse_cost.flat(NODES, 1 if way.levels else PER_NODE, 4 * ELEMENTS, DENSITY, machine)
-    return next(1e-6 * each.us for each in rows if each.algorithm == way.priced)
+        return 1e-6 * sparse_cost.dense_cost(NODES, PER_NODE, 4 * ELEMENTS, machine)
+    rows = sparse_cost.flat_predictions(NODES, 1 if way.levels else PER_NODE, 4 * ELEMENTS, DENSITY, machine)
+    return next(1e-6 * each.us for each in rows if each.algorithm == way.price_name)
 
 
 def table(record: dict[str, Any]) -> Iterator[str]:
@@ -366,34 +380,39 @@ def table(record: dict[str, Any]) -> Iterator[str]:
     times = "all, ms | messages, ms | predicted | computing, ms | both, ms"
     yield f"| way | {times} | dense / all | native / all | dense / both |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
-    for way in WAYS:
+    for way in EXCHANGE_METHODS:
         if way.title not in whole:
             continue
-        cells = [way.title, spread(whole[way.title])]
+        cells = [way.title, format_spread(whole[way.title])]
         predicted = f"{1e3 * messages_of(way, record['rate']):.4g}"
         if way.talk:
             both = median(messages[way.title]) + median(computing[way.title])
-            cells += [spread(messages[way.title]), predicted, spread(computing[way.title]), f"{1e3 * both:.4g}"]
+            cells += [
+                format_spread(messages[way.title]),
+                predicted,
+                format_spread(computing[way.title]),
+                f"{1e3 * both:.4g}",
+            ]
         else:
             both = math.nan
             cells += ["", predicted if way.title == "dense" else "", "", ""]
-        cells += [f"{by(record, other) / median(whole[way.title]):.1f}" for other in ("dense", "native")]
-        cells.append(f"{by(record, 'dense') / both:.1f}" if way.talk else "")
+        cells += [f"{median_seconds(record, other) / median(whole[way.title]):.1f}" for other in ("dense", "native")]
+        cells.append(f"{median_seconds(record, 'dense') / both:.1f}" if way.talk else "")
         yield "| " + " | ".join(cells) + " |"
     yield ""
 
 
-def by(record: dict[str, Any], title: str) -> float:
+def median_seconds(record: dict[str, Any], title: str) -> float:
     """A way's seconds, NaN where it did not run."""
     return median(record["all"].get(title, [math.nan]))
 
 
-def spread(seconds: Sequence[float]) -> str:
+def format_spread(seconds: Sequence[float]) -> str:
     """Milliseconds: median, least, largest."""
     return f"**{1e3 * median(seconds):.4g}** ({1e3 * min(seconds):.4g}–{1e3 * max(seconds):.4g})"
 
 
-def crossing(ratios: dict[float, float]) -> float:
+def break_even_density(ratios: dict[float, float]) -> float:
     """The density at which the ratio becomes 1, between neighbours on logarithmic scales; NaN where it does not."""
     for (low, a), (high, b) in pairwise(sorted(ratios.items())):
         if a <= 1 <= b:
@@ -402,39 +421,41 @@ def crossing(ratios: dict[float, float]) -> float:
     return math.nan
 
 
-def even_at(density: float) -> str:
+def format_density(density: float) -> str:
     """For people."""
-    return f"above {EVEN_DENSITIES[-1]:g}" if math.isnan(density) else f"{density:.2g}"
+    return f"above {BREAK_EVEN_DENSITIES[-1]:g}" if math.isnan(density) else f"{density:.2g}"
 
 
-def even_of(record: dict[str, Any]) -> tuple[dict[float, float], dict[float, float]]:
+def density_ratios(record: dict[str, Any]) -> tuple[dict[float, float], dict[float, float]]:
     """Sparse by dense at each density: measured and predicted."""
     (nodes, per_node), found = record["shape"], record["seconds"]
-    machine, nbytes = machine_of(record["rate"]), 4 * EVEN_ELEMENTS
-    limit = sparse_cost.dense(nodes, per_node, nbytes, machine)
+    machine, nbytes = machine_of(record["rate"]), 4 * BREAK_EVEN_ELEMENTS
+    limit = sparse_cost.dense_cost(nodes, per_node, nbytes, machine)
     measured, predicted = {}, {}
-    for density in EVEN_DENSITIES:
+    for density in BREAK_EVEN_DENSITIES:
         measured[density] = median(found[str(density)]) / median(found["dense"])
         each = sparse_cost.HEADERS + 2 * density * nbytes
-        predicted[density] = sparse_cost.gathering(nodes, per_node, each, machine)[0] / limit
+        predicted[density] = sparse_cost.bind_allgather(nodes, per_node, each, machine)[0] / limit
     return measured, predicted
 
 
-def even_table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+def break_even_table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Sparse by dense, measured and predicted, and where they are even."""
-    heads = " | ".join(f"d = {density:g}" for density in EVEN_DENSITIES)
-    yield f"### Sparse by dense, {4 * EVEN_ELEMENTS:,} bytes: measured (predicted)"
+    heads = " | ".join(f"d = {density:g}" for density in BREAK_EVEN_DENSITIES)
+    yield f"### Sparse by dense, {4 * BREAK_EVEN_ELEMENTS:,} bytes: measured (predicted)"
     yield ""
     yield f"| link | nodes x ranks | dense, ms | {heads} | even at |"
-    yield "|---|---:|---:|" + "---:|" * (len(EVEN_DENSITIES) + 1)
+    yield "|---|---:|---:|" + "---:|" * (len(BREAK_EVEN_DENSITIES) + 1)
     for record in records:
-        measured, predicted = even_of(record)
+        measured, predicted = density_ratios(record)
         nodes, per_node = record["shape"]
-        limit = sparse_cost.dense(nodes, per_node, 4 * EVEN_ELEMENTS, machine_of(record["rate"]))
+        limit = sparse_cost.dense_cost(nodes, per_node, 4 * BREAK_EVEN_ELEMENTS, machine_of(record["rate"]))
         cells = [record["rate"], f"{nodes} x {per_node}"]
         cells.append(f"{1e3 * median(record['seconds']['dense']):.4g} ({1e-3 * limit:.4g})")
-        cells += [f"{measured[each]:.2g} ({predicted[each]:.2g})" for each in EVEN_DENSITIES]
-        cells.append("**{}** ({})".format(*(even_at(crossing(each)) for each in (measured, predicted))))
+        cells += [f"{measured[each]:.2g} ({predicted[each]:.2g})" for each in BREAK_EVEN_DENSITIES]
+        cells.append(
+            "**{}** ({})".format(*(format_density(break_even_density(each)) for each in (measured, predicted)))
+        )
         yield "| " + " | ".join(cells) + " |"
     yield ""
 
@@ -451,21 +472,21 @@ def draw(found: dict[str, Any], out: Path) -> None:
     FigureCanvasSVG(figure)
     above, below = figure.subplots(2, len(RATES), squeeze=False)
     for axes, record in zip(above, found.get("records", []), strict=False):
-        bars(axes, record)
+        draw_bars(axes, record)
     for axes, rate in zip(below, RATES, strict=True):
-        lines(axes, [each for each in found.get("even", []) if each["rate"] == rate], rate)
+        draw_lines(axes, [each for each in found.get("even", []) if each["rate"] == rate], rate)
     figure.savefig(out, metadata={"Date": None})
 
 
-def bars(axes: Any, record: dict[str, Any]) -> None:
+def draw_bars(axes: Any, record: dict[str, Any]) -> None:
     """All, and messages and computing on machines of their own."""
     from hpccomm.bench.plot import COLOURS
 
-    ways = [way for way in WAYS if way.title in record["all"]][::-1]
+    ways = [way for way in EXCHANGE_METHODS if way.title in record["all"]][::-1]
     places = range(len(ways))
     axes.barh(
         [place + 0.2 for place in places],
-        [by(record, way.title) for way in ways],
+        [median_seconds(record, way.title) for way in ways],
         0.38,
         color=COLOURS[0],
         label="all on one machine",
@@ -484,12 +505,12 @@ def bars(axes: Any, record: dict[str, Any]) -> None:
     axes.legend(fontsize=7)
 
 
-def lines(axes: Any, records: Sequence[dict[str, Any]], rate: str) -> None:
+def draw_lines(axes: Any, records: Sequence[dict[str, Any]], rate: str) -> None:
     """Dense by sparse: points measured, lines predicted."""
     from hpccomm.bench.plot import COLOURS
 
     for record, colour in zip(records, COLOURS, strict=False):
-        measured, predicted = even_of(record)
+        measured, predicted = density_ratios(record)
         nodes, per_node = record["shape"]
         axes.plot(list(predicted), [1 / each for each in predicted.values()], color=colour)
         points = [1 / each for each in measured.values()]
@@ -503,7 +524,7 @@ def lines(axes: Any, records: Sequence[dict[str, Any]], rate: str) -> None:
         axes.legend(fontsize=8)
 
 
-def draw_when(record: dict[str, Any], out: Path) -> None:
+def draw_by_rate(record: dict[str, Any], out: Path) -> None:
     """Dense by compressed against the links' rate: messages predicted, computing as measured; nodes of one rank."""
     import numpy as np
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -515,15 +536,15 @@ def draw_when(record: dict[str, Any], out: Path) -> None:
     FigureCanvasSVG(figure)
     rates = np.geomspace(0.1, 100, 31)
     for axes, nodes in zip(figure.subplots(1, 3, sharey=True), (2, 8, 32), strict=True):
-        ways = [way for way in WAYS if way.talk and not way.levels and way.title in record["computing"]]
+        ways = [way for way in EXCHANGE_METHODS if way.talk and not way.levels and way.title in record["computing"]]
         for way, colour in zip(ways, COLOURS, strict=False):
             working = 1e6 * median(record["computing"][way.title])
             gains = []
             for rate in rates:
                 machine = Machine(inter=Link(ALPHA_US, 8e-3 / rate / GOODPUT))
-                rows = sparse_cost.flat(nodes, 1, 4 * ELEMENTS, DENSITY, machine)
-                us = next(each.us for each in rows if each.algorithm == way.priced)
-                gains.append(sparse_cost.dense(nodes, 1, 4 * ELEMENTS, machine) / (us + working))
+                rows = sparse_cost.flat_predictions(nodes, 1, 4 * ELEMENTS, DENSITY, machine)
+                us = next(each.us for each in rows if each.algorithm == way.price_name)
+                gains.append(sparse_cost.dense_cost(nodes, 1, 4 * ELEMENTS, machine) / (us + working))
             axes.plot(rates, gains, color=colour, label=way.title)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log")
@@ -547,7 +568,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.work:
         if args.even:
-            work_even(args.work, args.rounds)
+            work_break_even(args.work, args.rounds)
         else:
             work(args.work, args.rounds, args.only)
         return 0
@@ -555,13 +576,13 @@ def main() -> int:
     records = []
     for rate in args.rate or RATES:
         if args.even:
-            records += [{"rate": rate, "shape": s, "seconds": launched(s, rate, words)} for s in EVEN_SHAPES]
+            records += [{"rate": rate, "shape": s, "seconds": launch_work(s, rate, words)} for s in BREAK_EVEN_SHAPES]
         else:
-            records.append({"rate": rate, **launched((NODES, PER_NODE), rate, words)})
+            records.append({"rate": rate, **launch_work((NODES, PER_NODE), rate, words)})
             sys.stdout.write("\n".join(table(records[-1])) + "\n")
             sys.stdout.flush()
     if args.even:
-        sys.stdout.write("\n".join(even_table(records)) + "\n")
+        sys.stdout.write("\n".join(break_even_table(records)) + "\n")
     if args.json:
         keep(args.json, "even" if args.even else "records", records)
     return 0
@@ -573,11 +594,11 @@ def keep(file: Path, part: str, records: Sequence[dict[str, Any]]) -> None:
     rates = {each["rate"] for each in records}
     old = [each for each in found.get(part, []) if each["rate"] not in rates]
     both = sorted([*old, *records], key=lambda each: -rate_of(each["rate"]))
-    found = {**found, **where(["scripts/bench_slow_links", *sys.argv[1:]]), part: both}
+    found = {**found, **describe_run(["scripts/bench_slow_links", *sys.argv[1:]]), part: both}
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found, file.with_suffix(".svg"))
     if found.get("records"):
-        draw_when(found["records"][0], file.with_name(f"{file.stem}-when.svg"))
+        draw_by_rate(found["records"][0], file.with_name(f"{file.stem}-when.svg"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cluster import OUT, Shape, checked, launched, shape_of
+from benchmarks.cluster import OUT, Shape, check_exit, launch, shape_of
 from benchmarks.node import row
 from hpccomm.cluster.nodes import Cluster
 from hpccomm.train.figure import seconds_of
@@ -29,7 +29,7 @@ from hpccomm.train.figure import seconds_of
 METHODS = "dense,gtc,dgc,onebit-adam,powersgd,bmuf,hybrid,ddp,mics"
 BASELINES = {"ddp": "ddp", "mics": "ddp"}
 """What else than ``dense`` a method is compared with."""
-LAYERED = ["--width", "128", "--layers", "2"]
+NETWORK_FLAGS = ["--width", "128", "--layers", "2"]
 """A network for these that the links carry: some 80,000 weights."""
 POINT = 0.01
 """By how much less than the dense method's last accuracy is good enough."""
@@ -37,31 +37,31 @@ POINT = 0.01
 Run = dict[str, Any]
 
 
-def trained(cluster: Cluster, shape: Shape, method: str, seed: int, more: Sequence[str]) -> Run:
+def train_on_cluster(cluster: Cluster, shape: Shape, method: str, seed: int, more: Sequence[str]) -> Run:
     """One training on the cluster: what ``hpccomm train --json`` keeps of it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "run.json")
         train = ["hpccomm", "train", "stdlib", "--method", method, "--seed", str(seed), "--json", str(file)]
-        train += [*more, *(LAYERED if method in BASELINES else [])]
-        checked(launched(cluster, shape, train, {}))
+        train += [*more, *(NETWORK_FLAGS if method in BASELINES else [])]
+        check_exit(launch(cluster, shape, train, {}))
         run: Run = json.loads(file.read_text(encoding="utf-8"))
     return {"shape": shape.title, **run, "command": run["command"].replace(f"{folder}/", "")}
 
 
-def passes(run: Run) -> list[float]:
+def epoch_times(run: Run) -> list[float]:
     """Seconds of each pass, the first one as long as the second."""
     times = [seconds_of(each) for each in run["epochs"]]
     return [*times[1:2], *times[1:]] or times
 
 
-def seconds(run: Run) -> list[float]:
+def end_times(run: Run) -> list[float]:
     """From the beginning to the end of each pass."""
-    return list(accumulate(passes(run)))
+    return list(accumulate(epoch_times(run)))
 
 
-def reached(run: Run, goal: float) -> float | None:
+def time_to_accuracy(run: Run, goal: float) -> float | None:
     """Seconds to the end of the first pass that comes to ``goal``."""
-    times = seconds(run)
+    times = end_times(run)
     return next((spent for each, spent in zip(run["epochs"], times, strict=True) if each["accuracy"] >= goal), None)
 
 
@@ -77,10 +77,10 @@ def table(runs: Sequence[Run], shape: str) -> str:
         last = [run["epochs"][-1] for run in mine]
         steps = [run["steps_an_epoch"] for run in mine]
         talking = [each["communication_s"] / n for each, n in zip(last, steps, strict=True)]
-        whole = [passes(run)[-1] / n for run, n in zip(mine, steps, strict=True)]
+        whole = [epoch_times(run)[-1] / n for run, n in zip(mine, steps, strict=True)]
         goals = [dense[run["seed"]]["epochs"][-1]["accuracy"] - POINT for run in mine]
-        times = [reached(run, goal) for run, goal in zip(mine, goals, strict=True)]
-        beside = [reached(dense[run["seed"]], goal) for run, goal in zip(mine, goals, strict=True)]
+        times = [time_to_accuracy(run, goal) for run, goal in zip(mine, goals, strict=True)]
+        beside = [time_to_accuracy(dense[run["seed"]], goal) for run, goal in zip(mine, goals, strict=True)]
         ratios = [theirs / own for theirs, own in zip(beside, times, strict=True) if theirs and own]
         found = [each for each in times if each is not None]
         cells = [f"{median(each['accuracy'] for each in last):.2%}", f"{median(e['wire_bytes'] for e in last):,.0f}"]
@@ -102,7 +102,7 @@ def draw(runs: Sequence[Run], out: Path) -> None:
         here = [run for run in runs if run["shape"] == shape]
         for run in (each for each in here if each["seed"] == here[0]["seed"]):
             points = [100 * each["accuracy"] for each in run["epochs"]]
-            axes.plot(seconds(run), points, ".-", label=run["method"])
+            axes.plot(end_times(run), points, ".-", label=run["method"])
         axes.set(title=shape, xlabel="seconds", ylabel="accuracy, %", xscale="log")
         axes.grid(True, color="#dddddd", linewidth=0.7)
         axes.legend(fontsize=7, frameon=False)
@@ -131,7 +131,7 @@ def main() -> int:
             for seed in map(int, args.seeds.split(",")):
                 for method in args.methods.split(","):
                     if (shape.title, method, seed) not in done:
-                        runs.append(trained(cluster, shape, method, seed, more))
+                        runs.append(train_on_cluster(cluster, shape, method, seed, more))
                         args.out.write_text(json.dumps(runs).replace("}, {", "},\n{") + "\n", encoding="utf-8")
     for title in dict.fromkeys(run["shape"] for run in runs):
         sys.stdout.write("\n" + table(runs, title))

@@ -24,11 +24,11 @@ COMMANDS = {
     "plot": "print or draw a schedule, or draw benchmark results",
 }
 
-RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 """Where launchers say which rank this is."""
-PATIENCE = 2.0
+AGREEMENT_SECONDS = 2.0
 """Seconds in which all ranks come to the same error."""
-RANK_0_SPEAKS = 10.0
+RANK_0_SECONDS = 10.0
 """Seconds in which rank 0 has started, has said what is wrong with the arguments, and its end has ended the others."""
 
 
@@ -48,14 +48,14 @@ def parser(chosen: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def parsed(words: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """The arguments, the same on all ranks; of help and complaints rank 0's are enough.
 
     The first rank that fails ends the others: with a complaint of its own each waits until rank 0 has spoken, and
     speaks where rank 0 has nothing to complain of.
     """
     chosen = next((word for word in words if not word.startswith("-")), None)
-    if all(os.environ.get(name, "0") == "0" for name in RANK):
+    if all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES):
         return parser(chosen).parse_args(words)
     with io.StringIO() as said:
         try:
@@ -63,25 +63,25 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
                 return parser(chosen).parse_args(words)
         except SystemExit as end:
             if end.code:
-                time.sleep(RANK_0_SPEAKS)
+                time.sleep(RANK_0_SECONDS)
                 sys.stderr.write(said.getvalue())
             raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    args = parsed(list(sys.argv[1:] if argv is None else argv))
+    args = parse_arguments(list(sys.argv[1:] if argv is None else argv))
     status, complaint = 1, ""
     try:
         status = int(args.run(args))
     except (HpccommError, ImportError) as error:
         complaint = f"hpccomm {args.command}: {error}\n"
-    if status and not ended_together(complaint):
+    if status and not exit_together(complaint):
         sys.stderr.write(complaint)
     return status
 
 
-def ended_together(complaint: str) -> bool:
+def exit_together(complaint: str) -> bool:
     """Where all ranks have the same to complain of, rank 0 says it and MPI ends in order; whether that is so."""
     module = sys.modules.get("mpi4py.MPI")
     if module is None or not module.Is_initialized() or module.Is_finalized() or module.COMM_WORLD.size == 1:
@@ -90,7 +90,7 @@ def ended_together(complaint: str) -> bool:
 
     world = module.COMM_WORLD
     mine, all_of_them = np.array([zlib.crc32(complaint.encode())]), np.zeros(world.size, np.int64)
-    request, until = world.Iallgather(mine.astype(np.int64), all_of_them), time.monotonic() + PATIENCE
+    request, until = world.Iallgather(mine.astype(np.int64), all_of_them), time.monotonic() + AGREEMENT_SECONDS
     while not request.Test():
         if time.monotonic() > until:  # others are elsewhere: they must be ended
             return False

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from hpccomm.errors import ArgumentError
 
 Array = npt.NDArray[Any]
-GiveBack = Callable[[Array], Any]
+Converter = Callable[[Array], Any]
 
 HOST_DEVICES = (1, 3, 11)
 """DLPack's numbers of memory that the host may read: the host's own, and what CUDA or ROCm pinned there."""
@@ -42,14 +42,14 @@ REMEDIES = {
 }
 
 
-def borrow(x: Any, who: str = "hpccomm") -> tuple[Array, GiveBack]:
+def borrow(x: Any, who: str = "hpccomm") -> tuple[Array, Converter]:
     """A NumPy view of ``x``, and the function that turns a result into the caller's kind.
 
     The view may be read-only and of any strides: read it, never write it.  ``who`` begins every error.
     Raises :class:`~hpccomm.errors.ArgumentError` for what cannot be read, with what to do instead.
     """
     if isinstance(x, np.ndarray):
-        return checked(x, who), itself
+        return check_array(x, who), identity
     if isinstance(x, np.generic | bool | int | float | complex):
         return read_scalar(x, who)
     if isinstance(x, list | tuple):
@@ -61,12 +61,12 @@ def borrow(x: Any, who: str = "hpccomm") -> tuple[Array, GiveBack]:
     return read_dlpack(x, who)
 
 
-def itself(result: Array) -> Array:
+def identity(result: Array) -> Array:
     """NumPy in, NumPy out."""
     return result
 
 
-def checked(x: Array, who: str) -> Array:
+def check_array(x: Array, who: str) -> Array:
     """A NumPy array whose elements MPI can move and reduce."""
     if isinstance(x, np.ma.MaskedArray):
         raise ArgumentError(f"{who}: a masked array would lose its mask: pass x.filled(value)")
@@ -94,46 +94,46 @@ def is_registered(dtype: np.dtype[Any]) -> bool:
 # Precision
 
 
-def wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def reduction_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype to reduce in: float32 for the 16-bit floats, itself for all others."""
     return np.dtype(np.float32) if dtype == np.float16 or is_bfloat16(dtype) else dtype
 
 
-def widened(x: Array) -> Array:
+def widen(x: Array) -> Array:
     """``x`` in C order and in the dtype to reduce in; ``x`` itself where it is so already.  Also on a device."""
-    if lies_on_device(x):
-        return x.astype(wide(x.dtype), order="C", copy=False)
-    return np.asarray(x, dtype=wide(x.dtype), order="C")
+    if is_on_device(x):
+        return x.astype(reduction_dtype(x.dtype), order="C", copy=False)
+    return np.asarray(x, dtype=reduction_dtype(x.dtype), order="C")
 
 
-def narrowed(x: Array, dtype: np.dtype[Any]) -> Array:
+def narrow(x: Array, dtype: np.dtype[Any]) -> Array:
     """``x`` rounded to ``dtype``; ``x`` itself where it has that dtype."""
     with np.errstate(over="ignore"):
         return x.astype(dtype, copy=False)
 
 
-def movable(x: Array) -> Array:
+def view_for_mpi(x: Array) -> Array:
     """A C-ordered array seen as elements that every MPI has a datatype for."""
-    return x.view(np.uint16) if wide(x.dtype) != x.dtype else x
+    return x.view(np.uint16) if reduction_dtype(x.dtype) != x.dtype else x
 
 
 # Scalars and the other libraries
 
 
-def read_scalar(x: Any, who: str) -> tuple[Array, GiveBack]:
+def read_scalar(x: Any, who: str) -> tuple[Array, Converter]:
     """A scalar as an array of shape ``()``; Python's integers are int64."""
     try:
         array = np.array(x, dtype=np.int64 if type(x) is int else None)
     except OverflowError:
         raise ArgumentError(f"{who}: {x} does not fit into 64 bits: pass float({x})") from None
     if isinstance(x, np.generic):
-        return checked(array, who), lambda result: result[()]
+        return check_array(array, who), lambda result: result[()]
     return array, lambda result: result.item() if result.ndim == 0 else result
 
 
 def refuse_device(x: Any, who: str) -> None:
     """Raise for an array whose memory the host cannot read."""
-    if lies_on_device(x):
+    if is_on_device(x):
         raise ArgumentError(
             f"{who}: this {type(x).__name__} lies on a device: copy it to the host first, "
             "with x.cpu() (PyTorch), x.get() (CuPy) or np.asarray(x) (JAX)"
@@ -172,7 +172,7 @@ class DeviceArray(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64))
 
 
-def lies_on_device(x: Any) -> bool:
+def is_on_device(x: Any) -> bool:
     """Whether this is an array whose memory the host cannot read."""
     if x is None or isinstance(x, np.ndarray | np.generic | int | float | list | tuple):
         return False
@@ -182,17 +182,17 @@ def lies_on_device(x: Any) -> bool:
         return True
 
 
-def brought(x: Any) -> Array:
+def to_host(x: Any) -> Array:
     """An array on the host; one that lies there already is not copied.  The stream that wrote it is waited for."""
-    if not lies_on_device(x):
+    if not is_on_device(x):
         return x  # type: ignore[no-any-return]
     copy: Array = x.get() if hasattr(x, "get") else x.detach().cpu().numpy()
     return copy
 
 
-def beside(x: Any, like: Any) -> Any:
+def to_device_like(x: Any, like: Any) -> Any:
     """An array of the host where ``like`` lies, as one of its library (CuPy, PyTorch)."""
-    if not lies_on_device(like):
+    if not is_on_device(like):
         return x
     library: Any = sys.modules[type(like).__module__.partition(".")[0]]
     if hasattr(library, "as_tensor"):
@@ -214,7 +214,7 @@ def read_device(x: Any, who: str, stream: Any = None) -> DeviceArray:
             f"({str(error).partition(chr(10))[0]}): pass a dense array that was not freed, of a dtype that MPI knows"
         ) from None
     shape, (address, read_only) = tuple(known["shape"]), known["data"]
-    order = order_of(shape, known.get("strides"), dtype.itemsize)
+    order = memory_order(shape, known.get("strides"), dtype.itemsize)
     if not order:
         raise ArgumentError(
             f"{who}: the array is not contiguous (shape {shape}, strides {known['strides']}): "
@@ -242,7 +242,7 @@ def interface_of(x: Any, who: str) -> tuple[dict[str, Any], np.dtype[Any]]:
     return known, bfloat16(who) if brain else np.dtype(known["typestr"])
 
 
-def order_of(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> str:
+def memory_order(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> str:
     """``"C"``, ``"F"``, or nothing for an array that is not contiguous."""
     if strides is None or 0 in shape:
         return "C"
@@ -273,7 +273,7 @@ def current_torch_stream(x: Any) -> Any:
     return torch.cuda.current_stream(x.device)
 
 
-def given_back(made: Any, x: Any) -> Any:
+def convert_like(made: Any, x: Any) -> Any:
     """An array on a device as one of the library that ``x`` belongs to."""
     if type(made) is type(x):
         return made
@@ -287,9 +287,9 @@ def read_torch(x: Any, torch: Any, who: str) -> Array:
         data = x.detach().resolve_conj().resolve_neg()
         if data.dtype == torch.bfloat16:
             return data.view(torch.int16).numpy().view(bfloat16(who))
-        return checked(data.numpy(), who)
+        return check_array(data.numpy(), who)
     except (TypeError, RuntimeError) as error:
-        raise unreadable(x, error, who) from None
+        raise read_error(x, error, who) from None
 
 
 def to_torch(result: Array) -> Any:
@@ -309,7 +309,7 @@ def bfloat16(who: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def read_dlpack(x: Any, who: str) -> tuple[Array, GiveBack]:
+def read_dlpack(x: Any, who: str) -> tuple[Array, Converter]:
     """An array of any other library on the host."""
     if not hasattr(x, "__dlpack__"):
         raise ArgumentError(f"{who}: {type(x).__name__} is not an array: pass np.asarray(x)")
@@ -318,9 +318,9 @@ def read_dlpack(x: Any, who: str) -> tuple[Array, GiveBack]:
     if back is None:
         raise ArgumentError(f"{who}: no way back to {type(x).__name__}: pass np.from_dlpack(x)")
     try:
-        return checked(host_view(x), who), back
+        return check_array(host_view(x), who), back
     except (TypeError, RuntimeError, BufferError) as error:
-        raise unreadable(x, error, who) from None
+        raise read_error(x, error, who) from None
 
 
 def namespace(x: Any) -> ModuleType | Any:
@@ -340,7 +340,7 @@ def host_view(x: Any) -> Array:
         return np.asarray(x)
 
 
-def unreadable(x: Any, error: Exception, who: str) -> ArgumentError:
+def read_error(x: Any, error: Exception, who: str) -> ArgumentError:
     """The error for a tensor that does not give its memory away."""
     reason = str(error).partition("\n")[0]
     return ArgumentError(

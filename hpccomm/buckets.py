@@ -19,7 +19,7 @@ from hpccomm.errors import ArgumentError
 Vector = npt.NDArray[Any]
 
 
-class Slot(NamedTuple):
+class TensorEntry(NamedTuple):
     """Where one tensor lies, and what optimizers may do to it."""
 
     name: str
@@ -52,22 +52,22 @@ class Bucket:
         if unknown:
             raise ArgumentError(f"Bucket: exempt names {', '.join(unknown)}, which are not in the bucket")
         self.dtype = np.dtype(dtype) if dtype is not None else common_dtype(tensors)
-        self.table = tuple(slots(shapes, exempt))
+        self.table = tuple(table_entries(shapes, exempt))
         self.size = sum(slot.length for slot in self.table)
 
     def flatten(self, tensors: Mapping[str, Any], out: Vector | None = None) -> Vector:
         """All tensors as one vector of shape ``(size,)``: ``out``, or a new one."""
         self._check_names(tensors)
-        arrays = [self._checked(slot, tensors[slot.name]) for slot in self.table]
-        out = np.empty(self.size, self.dtype) if out is None else self._fitting(out, "flatten")
+        arrays = [self._check_tensor(slot, tensors[slot.name]) for slot in self.table]
+        out = np.empty(self.size, self.dtype) if out is None else self._check_vector(out, "flatten")
         for slot, array in zip(self.table, arrays, strict=True):
-            part(out, slot)[...] = array
+            tensor_view(out, slot)[...] = array
         return out
 
     def views(self, vector: Vector) -> dict[str, npt.NDArray[Any]]:
         """Each tensor as a view of ``vector``: writing one writes the other."""
-        self._fitting(vector, "views")
-        return {slot.name: part(vector, slot) for slot in self.table}
+        self._check_vector(vector, "views")
+        return {slot.name: tensor_view(vector, slot) for slot in self.table}
 
     def mask(self, flag: str) -> npt.NDArray[np.bool_]:
         """For each element whether its tensor carries the flag ``"decay"`` or ``"adapt"``."""
@@ -82,7 +82,7 @@ class Bucket:
                 f"Bucket.flatten: missing {missing}, not in the bucket {extra}: pass every tensor, once"
             )
 
-    def _checked(self, slot: Slot, tensor: Any) -> npt.NDArray[Any]:
+    def _check_tensor(self, slot: TensorEntry, tensor: Any) -> npt.NDArray[Any]:
         array, _ = borrow(tensor, f"Bucket.flatten: {slot.name}")
         if array.shape != slot.shape:
             raise ArgumentError(f"Bucket.flatten: {slot.name} has shape {array.shape}, its place is {slot.shape}")
@@ -93,7 +93,7 @@ class Bucket:
             )
         return array
 
-    def _fitting(self, vector: Vector, who: str) -> Vector:
+    def _check_vector(self, vector: Vector, who: str) -> Vector:
         if vector.shape != (self.size,) or vector.dtype != self.dtype or not vector.flags.c_contiguous:
             raise ArgumentError(
                 f"Bucket.{who}: the vector is {vector.dtype} of shape {vector.shape}: "
@@ -102,16 +102,16 @@ class Bucket:
         return vector
 
 
-def slots(shapes: Mapping[str, tuple[int, ...]], exempt: Collection[str] | None) -> Iterator[Slot]:
+def table_entries(shapes: Mapping[str, tuple[int, ...]], exempt: Collection[str] | None) -> Iterator[TensorEntry]:
     """The rows of the table."""
     offset = 0
     for name, shape in shapes.items():
         flag = len(shape) > 1 if exempt is None else name not in exempt
-        yield Slot(name, offset, prod(shape), shape, decay=flag, adapt=flag)
+        yield TensorEntry(name, offset, prod(shape), shape, decay=flag, adapt=flag)
         offset += prod(shape)
 
 
-def part(vector: Vector, slot: Slot) -> npt.NDArray[Any]:
+def tensor_view(vector: Vector, slot: TensorEntry) -> npt.NDArray[Any]:
     """One tensor's place in the vector."""
     return vector[slot.offset : slot.offset + slot.length].reshape(slot.shape)
 
@@ -130,11 +130,11 @@ def common_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
         name: borrow(each, f"Bucket: {name}")[0].dtype for name, each in tensors.items() if hasattr(each, "shape")
     }
     if len(set(dtypes.values())) > 1:
-        listed = ", ".join(f"{name} {dtype}" for name, dtype in unlike(dtypes).items())
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in examples_by_dtype(dtypes).items())
         raise ArgumentError(f"Bucket: mixed dtypes ({listed}): cast them, or make one bucket for each dtype")
     return next(iter(dtypes.values()), np.dtype(np.float32))
 
 
-def unlike(dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, np.dtype[Any]]:
+def examples_by_dtype(dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, np.dtype[Any]]:
     """One name for each dtype."""
     return {name: dtype for dtype, name in {dtype: name for name, dtype in dtypes.items()}.items()}

@@ -21,11 +21,11 @@ from mpi4py import MPI
 
 from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
-from hpccomm.calls.bounce_buffers import StandIns
-from hpccomm.calls.consistency import LAST_WORDS
-from hpccomm.calls.plans import Again, Bound, Run, call_key
+from hpccomm.calls.bounce_buffers import BounceBuffers
+from hpccomm.calls.consistency import FLUSH_SECONDS
+from hpccomm.calls.plans import Plan, PlanCache, Run, call_key
 from hpccomm.collectives.compressed import onebit, sparse
-from hpccomm.context import Context, plain
+from hpccomm.context import Context, unwrap
 from hpccomm.device_planner import DeviceBinder
 from hpccomm.layout import Layout, Link
 from hpccomm.performance.tuning import Choice
@@ -44,19 +44,19 @@ class Communicator(MPI.Intracomm):
 
     _algorithm: str
     _context: Context | None = None
-    _again: Again
-    _stand_ins: StandIns
+    _plan_cache: PlanCache
+    _bounce_buffers: BounceBuffers
     _binder: DeviceBinder
 
     def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
         self = super().__new__(cls, comm)
         self._algorithm = algorithm
-        self._again = Again()
-        self._stand_ins = StandIns()
+        self._plan_cache = PlanCache()
+        self._bounce_buffers = BounceBuffers()
         self._binder = DeviceBinder(self)
         if comm is not None and comm != MPI.COMM_NULL:
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
-            end_together()
+            install_abort_hook()
         return self
 
     @property
@@ -76,7 +76,7 @@ class Communicator(MPI.Intracomm):
     def context(self) -> Context:
         """What lies behind the collectives (the first use is collective)."""
         if self._context is None:
-            self._context = Context(self, self._again)
+            self._context = Context(self, self._plan_cache)
         return self._context
 
     @property
@@ -98,7 +98,7 @@ class Communicator(MPI.Intracomm):
     @property
     def inter_node(self) -> Communicator:
         """The ranks with the same place on their nodes (the first use is collective)."""
-        return self._level("_inter_node", lambda: (self.layout.place(self.rank), self.rank))
+        return self._level("_inter_node", lambda: (self.layout.local_rank(self.rank), self.rank))
 
     def _level(self, name: str, color_and_key: Callable[[], tuple[int, int]]) -> Communicator:
         if name not in self.__dict__:
@@ -127,7 +127,7 @@ class Communicator(MPI.Intracomm):
 
         An ordinary array where the ranks do not share memory.
         """
-        shared = self._binder.shared
+        shared = self._binder.shared_memory
         return shared.empty(shape, dtype) if shared else np.empty(shape, dtype)
 
     def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
@@ -144,24 +144,24 @@ class Communicator(MPI.Intracomm):
 
     # For hpccomm.functional
 
-    def on_device(self, x: Any, name: str, stream: Any = None) -> DeviceArray:
+    def device_array(self, x: Any, name: str, stream: Any = None) -> DeviceArray:
         """What an array on a device is; ``name`` is the function that it was handed to."""
         return self._binder.operand_of(x, name, stream).array
 
-    def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    def empty_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """A new array on the device, in C order, of ``x``'s library where that can make one."""
-        return self._binder.staging.device.like(x, shape, dtype)
+        return self._binder.staging.device.allocate_like(x, shape, dtype)
 
     def divide(self, x: Any) -> None:
         """Divide an array of float32 or float64 on the device by the number of ranks."""
         self._binder.divide(x)
 
-    def through_host(self, name: str, x: Any, function: Callable[[Any], Any], stream: Any = None) -> Any:
+    def call_on_host(self, name: str, x: Any, function: Callable[[Any], Any], stream: Any = None) -> Any:
         """What a function makes of an array on a device when it sees it on the host, on the device again.
 
         ``name`` is the collective that is compared with what the other ranks call; nothing for none.
         """
-        return self._binder.through_host(name, x, function, stream)
+        return self._binder.call_on_host(name, x, function, stream)
 
     def device_transports(self) -> dict[str, str]:
         """The ways that arrays on a CUDA device can go here, and why others cannot (the first use is collective).
@@ -174,33 +174,33 @@ class Communicator(MPI.Intracomm):
 
     def Dup(self, info: MPI.Info | None = None) -> Communicator:
         """A communicator of the same ranks."""
-        return self._like(plain(self).Dup(info))
+        return self._wrap(unwrap(self).Dup(info))
 
     def Clone(self) -> Communicator:
         """A communicator of the same ranks."""
-        return self._like(plain(self).Clone())
+        return self._wrap(unwrap(self).Clone())
 
     def Dup_with_info(self, info: MPI.Info) -> Communicator:
         """A communicator of the same ranks with new hints."""
-        return self._like(plain(self).Dup_with_info(info))
+        return self._wrap(unwrap(self).Dup_with_info(info))
 
     def Split(self, color: int = 0, key: int = 0) -> Communicator:
         """One communicator for each color."""
-        return self._like(plain(self).Split(color, key))
+        return self._wrap(unwrap(self).Split(color, key))
 
     def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> Communicator:
         """One communicator for each group of ranks that share something."""
-        return self._like(plain(self).Split_type(split_type, key, info))
+        return self._wrap(unwrap(self).Split_type(split_type, key, info))
 
     def Create(self, group: MPI.Group) -> Communicator:
         """A communicator of some of the ranks."""
-        return self._like(plain(self).Create(group))
+        return self._wrap(unwrap(self).Create(group))
 
     def Create_group(self, group: MPI.Group, tag: int = 0) -> Communicator:
         """A communicator of some of the ranks, made by them alone."""
-        return self._like(plain(self).Create_group(group, tag))
+        return self._wrap(unwrap(self).Create_group(group, tag))
 
-    def _like(self, comm: MPI.Comm) -> Any:
+    def _wrap(self, comm: MPI.Comm) -> Any:
         if comm == MPI.COMM_NULL or not isinstance(comm, MPI.Intracomm):
             return comm
         return type(self)(comm, self.algorithm)
@@ -227,25 +227,25 @@ class Communicator(MPI.Intracomm):
 
     # Calls that were made before
 
-    def _known(
+    def _cached_run(
         self, quick: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None
     ) -> Run | None:
         """What runs a call with the very same objects."""
-        known = self._again.get(quick)
+        known = self._plan_cache.get(quick)
         if known is None:
             return None
         run, sender, same_op, same_algorithm, dtype, _ = known
         same = sender == id(sendbuf) and same_op is op and same_algorithm is algorithm
         return run if same and dtype is (sendbuf if recvbuf is None else recvbuf).dtype else None
 
-    def _anew(
+    def _run_uncached(
         self,
         key: Any,
         quick: Hashable,
         buffers: tuple[Any, Any],
         op: MPI.Op | None,
         call: Callable[..., None],
-        bind: Callable[..., Bound],
+        bind: Callable[..., Plan],
         rest: tuple[Any, ...],
         receives: bool = True,
     ) -> None:
@@ -257,24 +257,24 @@ class Communicator(MPI.Intracomm):
         name that a function encloses costs every call of the method that has it 20 ns, found or not.
         """
         sendbuf, recvbuf = buffers
-        bound = self._bound(key)
+        bound = self._cached_plan(key)
         if bound is None:
             into = recvbuf if receives else None
-            if key is not None and self._stand_ins.run((key[0], key[-1]), call, sendbuf, into, rest):
+            if key is not None and self._bounce_buffers.run((key[0], key[-1]), call, sendbuf, into, rest):
                 return None
             bound = bind(key, sendbuf, recvbuf, *rest)
         if key is not None:
-            self._again.remember(quick, sendbuf, recvbuf, op, rest[-1], bound.run)
+            self._plan_cache.store(quick, sendbuf, recvbuf, op, rest[-1], bound.run)
             return bound.run()
         try:
             return bound.run()
         finally:
             bound.free()
 
-    def _moved(
+    def _run_movement(
         self,
         call: Callable[[Any, Any, str | None], None],
-        bind: Callable[[Hashable, Any, Any, str | None], Bound],
+        bind: Callable[[Hashable, Any, Any, str | None], Plan],
         quick: tuple[str, int],
         sendbuf: Any,
         recvbuf: Any,
@@ -282,13 +282,13 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Make a call on other objects than before that reduces nothing and has no root."""
         key = call_key(quick[0], sendbuf, recvbuf, 0, algorithm)
-        return self._anew(key, quick, (sendbuf, recvbuf), None, call, bind, (algorithm,))
+        return self._run_uncached(key, quick, (sendbuf, recvbuf), None, call, bind, (algorithm,))
 
-    def _reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
+    def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; whether there was need."""
         rest = [each for each in arguments if each is not op]
         key = None if None in rest else call_key(name, *buffers, "reproducible", op.handle, *rest)
-        bound = self._bound(key) or self._binder.reproducible(key, name, buffers, arguments, op)
+        bound = self._cached_plan(key) or self._binder.bind_reproducible(key, name, buffers, arguments, op)
         if bound is None:
             return False
         try:
@@ -298,7 +298,7 @@ class Communicator(MPI.Intracomm):
                 bound.free()
         return True
 
-    def _bound(self, key: Hashable) -> Bound | None:
+    def _cached_plan(self, key: Hashable) -> Plan | None:
         """A call on the same memory."""
         return self._context.plans.get(key) if self._context and key is not None else None
 
@@ -322,16 +322,16 @@ class Communicator(MPI.Intracomm):
         (CUDA's handle, CuPy's or PyTorch's object), here as in the other collectives.
         """
         if stream is not None:
-            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
-        if reproducible and self._reproducible("Allreduce", (sendbuf, recvbuf), (op,), op):
+            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
+        if reproducible and self._run_reproducible("Allreduce", (sendbuf, recvbuf), (op,), op):
             return None
-        known = self._again.get(id(recvbuf))
+        known = self._plan_cache.get(id(recvbuf))
         if known is not None:  # as _known, spelled out: calls on few bytes take less time than a call of Python's
             run, sender, same_op, same_algorithm, dtype, _ = known
             if sender == id(sendbuf) and same_op is op and same_algorithm is algorithm and recvbuf.dtype is dtype:
                 return run()
         key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
-        return self._anew(
+        return self._run_uncached(
             key, id(recvbuf), (sendbuf, recvbuf), op, self.Allreduce, self._binder.allreduce, (op, algorithm)
         )
 
@@ -342,7 +342,7 @@ class Communicator(MPI.Intracomm):
         the next such call on ``buf``.
         """
         key = call_key("Allreduce_view", buf, IN_PLACE, op.handle)
-        bound = self._bound(key) or self._binder.allreduce_view(key, buf, op)
+        bound = self._cached_plan(key) or self._binder.allreduce_view(key, buf, op)
         bound.run()
         result: npt.NDArray[Any] = bound.result
         return result
@@ -370,16 +370,18 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Reduce over all ranks, the result on ``root``; elsewhere ``recvbuf`` is not looked at."""
         if stream is not None:
-            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
-        if reproducible and self._reproducible("Reduce", (sendbuf, recvbuf), (op, root), op):
+            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
+        if reproducible and self._run_reproducible("Reduce", (sendbuf, recvbuf), (op, root), op):
             return None
         quick = ("Reduce", id(recvbuf), root)
-        known = self._known(quick, sendbuf, recvbuf, op, algorithm)
+        known = self._cached_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
         key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
         rest = (op, root, algorithm)
-        return self._anew(key, quick, (sendbuf, recvbuf), op, self.Reduce, self._binder.reduce, rest, self.rank == root)
+        return self._run_uncached(
+            key, quick, (sendbuf, recvbuf), op, self.Reduce, self._binder.reduce, rest, self.rank == root
+        )
 
     def Reduce_init(  # type: ignore[override]
         self,
@@ -404,16 +406,16 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Reduce over all ranks, an equal part of the result on each; ``algorithm`` as in :meth:`algorithms`."""
         if stream is not None:
-            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
-        if reproducible and self._reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
+            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
+        if reproducible and self._run_reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
             return None
         quick = ("Reduce_scatter_block", id(recvbuf))
-        known = self._known(quick, sendbuf, recvbuf, op, algorithm)
+        known = self._cached_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
         key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
         rest = (op, algorithm)
-        return self._anew(
+        return self._run_uncached(
             key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter_block, self._binder.reduce_scatter_block, rest
         )
 
@@ -445,17 +447,19 @@ class Communicator(MPI.Intracomm):
         2022).
         """
         if stream is not None:
-            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
         told = self._counts(sendbuf, recvbuf) if recvcounts is None else tuple(recvcounts)
-        if reproducible and self._reproducible("Reduce_scatter", (sendbuf, recvbuf), (told, op), op):
+        if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (told, op), op):
             return None
         quick = ("Reduce_scatter", id(recvbuf), told)
-        known = self._known(quick, sendbuf, recvbuf, op, algorithm) if told else None
+        known = self._cached_run(quick, sendbuf, recvbuf, op, algorithm) if told else None
         if known:
             return known()
         key = None if told is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, told)
         rest = (told, op, algorithm)
-        return self._anew(key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._binder.reduce_scatter_v, rest)
+        return self._run_uncached(
+            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._binder.reduce_scatter_v, rest
+        )
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
         """What each rank receives, where that can be asked before anything is bound: into NumPy arrays."""
@@ -484,12 +488,12 @@ class Communicator(MPI.Intracomm):
         each (Zhang et al., VLDB 2022).
         """
         if stream is not None:
-            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
         quick = ("Allgather", id(recvbuf))
-        known = self._known(quick, sendbuf, recvbuf, None, algorithm)
+        known = self._cached_run(quick, sendbuf, recvbuf, None, algorithm)
         if known:
             return known()
-        return self._moved(self.Allgather, self._binder.allgather, quick, sendbuf, recvbuf, algorithm)
+        return self._run_movement(self.Allgather, self._binder.allgather, quick, sendbuf, recvbuf, algorithm)
 
     def Allgather_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
@@ -500,12 +504,12 @@ class Communicator(MPI.Intracomm):
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Collect a part of any length from every rank, in rank order, on all; else as :meth:`Allgather`."""
         if stream is not None:
-            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
         quick = ("Allgatherv", id(recvbuf))
-        known = self._known(quick, sendbuf, recvbuf, None, algorithm)
+        known = self._cached_run(quick, sendbuf, recvbuf, None, algorithm)
         if known:
             return known()
-        return self._moved(self.Allgatherv, self._binder.allgatherv, quick, sendbuf, recvbuf, algorithm)
+        return self._run_movement(self.Allgatherv, self._binder.allgatherv, quick, sendbuf, recvbuf, algorithm)
 
     def Allgatherv_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
@@ -516,19 +520,19 @@ class Communicator(MPI.Intracomm):
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
         if stream is not None:
-            (buf,) = self._binder.on_stream(stream, buf)
+            (buf,) = self._binder.attach_stream(stream, buf)
         quick = ("Bcast", id(buf), root)
-        known = self._known(quick, None, buf, None, algorithm)
+        known = self._cached_run(quick, None, buf, None, algorithm)
         if known:
             return known()
         key = call_key("Bcast", buf, IN_PLACE, 0, algorithm, root)
-        return self._anew(key, quick, (None, buf), None, self._bcast, self._bind_bcast, (root, algorithm))
+        return self._run_uncached(key, quick, (None, buf), None, self._bcast, self._bind_bcast, (root, algorithm))
 
     def _bcast(self, nothing: None, buf: Any, root: int, algorithm: str | None) -> None:
         """A Bcast with the buffers that other collectives have."""
         self.Bcast(buf, root, algorithm)
 
-    def _bind_bcast(self, key: Hashable, nothing: None, buf: Any, root: int, algorithm: str | None) -> Bound:
+    def _bind_bcast(self, key: Hashable, nothing: None, buf: Any, root: int, algorithm: str | None) -> Plan:
         """The same, bound."""
         return self._binder.bcast(key, buf, root, algorithm)
 
@@ -541,58 +545,58 @@ class Communicator(MPI.Intracomm):
     def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Give every rank an equal part of one's buffer."""
         if stream is not None:
-            sendbuf, recvbuf = self._binder.on_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
         quick = ("Alltoall", id(recvbuf))
-        known = self._known(quick, sendbuf, recvbuf, None, algorithm)
+        known = self._cached_run(quick, sendbuf, recvbuf, None, algorithm)
         if known:
             return known()
-        return self._moved(self.Alltoall, self._binder.alltoall, quick, sendbuf, recvbuf, algorithm)
+        return self._run_movement(self.Alltoall, self._binder.alltoall, quick, sendbuf, recvbuf, algorithm)
 
     def Barrier(self) -> None:
         """Wait for all ranks."""
-        (self._bound("Barrier") or self._binder.barrier("Barrier")).run()
+        (self._cached_plan("Barrier") or self._binder.barrier("Barrier")).run()
 
     # Collectives where the MPI library's own algorithm does the work; the calls are compared all the same
 
-    def _inherited(
+    def _run_inherited(
         self, name: str, buffers: tuple[Any, Any], root: int | None = None, op: MPI.Op | None = None
     ) -> None:
         """Run MPI's own."""
         strange = name == "Alltoallw" or (op is not None and not op.is_predefined)
         key = None if strange else call_key(name, *buffers, root, None if op is None else op.handle)
-        (self._bound(key) or self._binder.inherited(key, name, buffers, root, op)).run()
+        (self._cached_plan(key) or self._binder.bind_inherited(key, name, buffers, root, op)).run()
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Collect an equal part from every rank on ``root``."""
-        self._inherited("Gather", (sendbuf, recvbuf), root)
+        self._run_inherited("Gather", (sendbuf, recvbuf), root)
 
     def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Collect a part of any length from every rank on ``root``."""
-        self._inherited("Gatherv", (sendbuf, recvbuf), root)
+        self._run_inherited("Gatherv", (sendbuf, recvbuf), root)
 
     def Scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Give every rank an equal part of ``root``'s buffer."""
-        self._inherited("Scatter", (sendbuf, recvbuf), root)
+        self._run_inherited("Scatter", (sendbuf, recvbuf), root)
 
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Give every rank a part of any length of ``root``'s buffer."""
-        self._inherited("Scatterv", (sendbuf, recvbuf), root)
+        self._run_inherited("Scatterv", (sendbuf, recvbuf), root)
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give every rank a part of any length of one's buffer."""
-        self._inherited("Alltoallv", (sendbuf, recvbuf))
+        self._run_inherited("Alltoallv", (sendbuf, recvbuf))
 
     def Alltoallw(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give every rank a part of any length and datatype of one's buffer."""
-        self._inherited("Alltoallw", (sendbuf, recvbuf))
+        self._run_inherited("Alltoallw", (sendbuf, recvbuf))
 
     def Scan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over the ranks up to this one."""
-        self._inherited("Scan", (sendbuf, recvbuf), op=op)
+        self._run_inherited("Scan", (sendbuf, recvbuf), op=op)
 
     def Exscan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
         """Reduce over the ranks below this one."""
-        self._inherited("Exscan", (sendbuf, recvbuf), op=op)
+        self._run_inherited("Exscan", (sendbuf, recvbuf), op=op)
 
     # Compressed: arrays on a device are brought to the host, and results back
 
@@ -601,7 +605,7 @@ class Communicator(MPI.Intracomm):
     ) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]]:
         """The sparse vectors of all ranks, in rank order (:mod:`hpccomm.collectives.compressed.sparse`)."""
         body = partial(sparse.sparse_allgather, self, n=n)
-        found: list[Any] = self._binder.beheld("sparse_allgather", body, (indices, values))
+        found: list[Any] = self._binder.apply_to_copies("sparse_allgather", body, (indices, values))
         return found
 
     def sparse_allreduce(
@@ -612,11 +616,11 @@ class Communicator(MPI.Intracomm):
         *,
         k: int | None = None,
         algorithm: str = "auto",
-        plan: sparse.Plan | None = None,
+        plan: sparse.SparsePlan | None = None,
     ) -> sparse.SparseSum:
         """The sum of sparse vectors, or its k largest (:mod:`hpccomm.collectives.compressed.sparse`)."""
         body = partial(sparse.sparse_allreduce, self, n=n, k=k, algorithm=algorithm, plan=plan)
-        summed: sparse.SparseSum = self._binder.beheld("sparse_allreduce", body, (indices, values))
+        summed: sparse.SparseSum = self._binder.apply_to_copies("sparse_allreduce", body, (indices, values))
         return summed
 
     def onebit_allgather(
@@ -624,7 +628,7 @@ class Communicator(MPI.Intracomm):
     ) -> npt.NDArray[np.float32]:
         """The sum of all ranks' signs times their scales (:mod:`hpccomm.collectives.compressed.onebit`)."""
         body = partial(onebit.onebit_allgather, self, plus=plus, minus=minus, n=n)
-        total: npt.NDArray[np.float32] = self._binder.beheld("onebit_allgather", body, (bits,))
+        total: npt.NDArray[np.float32] = self._binder.apply_to_copies("onebit_allgather", body, (bits,))
         return total
 
     def onebit_allreduce(
@@ -635,24 +639,24 @@ class Communicator(MPI.Intracomm):
     ) -> onebit.OneBitMean:
         """The mean, one bit an element each way: :func:`hpccomm.collectives.compressed.onebit.onebit_allreduce`."""
         body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)
-        mean: onebit.OneBitMean = self._binder.beheld("onebit_allreduce", body, arrays, written=2)
+        mean: onebit.OneBitMean = self._binder.apply_to_copies("onebit_allreduce", body, arrays, written=2)
         return mean
 
 
-_installed: list[Any] = []
+_hooks: list[Any] = []
 
 
-def end_together() -> None:
+def install_abort_hook() -> None:
     """From now on an uncaught exception on one rank ends all of them, with that rank's traceback."""
-    if _installed or MPI.COMM_WORLD.size == 1:
+    if _hooks or MPI.COMM_WORLD.size == 1:
         return
-    _installed.append(sys.excepthook)
+    _hooks.append(sys.excepthook)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         lines = traceback.format_exception(kind, error, trace)
         sys.stderr.write(f"[hpccomm] rank {MPI.COMM_WORLD.rank} ends all ranks:\n{''.join(lines)}")
         sys.stderr.flush()
-        time.sleep(LAST_WORDS)
+        time.sleep(FLUSH_SECONDS)
         MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook

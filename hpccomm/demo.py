@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def trained(run: dict[str, Any]) -> list[str]:
+def training_lines(run: dict[str, Any]) -> list[str]:
     """What the training job did."""
     last = run["epochs"][-1]
     return [
@@ -20,7 +20,7 @@ def trained(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def measured(bench: dict[str, Any]) -> list[str]:
+def benchmark_lines(bench: dict[str, Any]) -> list[str]:
     """How fast allreduce is, and the MPI underneath."""
     lines = [
         f"Measured: allreduce of float32 on {bench['machine']['ranks']}, every result checked",
@@ -38,7 +38,7 @@ def main() -> int:
     """Read the two files and print."""
     train, bench = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
     runs = train.get("runs", [train])
-    lines = ["", *(line for run in runs for line in trained(run)), "", *measured(bench), ""]
+    lines = ["", *(line for run in runs for line in training_lines(run)), "", *benchmark_lines(bench), ""]
     lines += [f"({bench['mpi']}; medians; this machine now: shared or busy cores make any number worse)"]
     print("\n".join(lines))
     return 0

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.arrays import Array, DeviceArray, borrow, given_back, lies_on_device, movable, narrowed, widened
+from hpccomm.arrays import Array, DeviceArray, borrow, convert_like, is_on_device, narrow, view_for_mpi, widen
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError, MismatchError
 
@@ -59,14 +59,14 @@ def allreduce(
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: allreduce"
-    if lies_on_device(x):
-        return reduced_on_device(x, op, ranks, algorithm, reproducible, stream)
+    if is_on_device(x):
+        return allreduce_on_device(x, op, ranks, algorithm, reproducible, stream)
     array, give_back = borrow(x, who)
     mpi_op = operation(op, array, who)
-    send = reducible(array, op)
+    send = prepare_reduction(array, op)
     total = np.empty_like(send)
-    ranks.Allreduce(send, total, op=mpi_op, algorithm=named(algorithm), reproducible=reproducible)
-    return give_back(finished(total, op, ranks.size, array))
+    ranks.Allreduce(send, total, op=mpi_op, algorithm=algorithm_argument(algorithm), reproducible=reproducible)
+    return give_back(finish(total, op, ranks.size, array))
 
 
 def reduce_scatter(
@@ -84,19 +84,21 @@ def reduce_scatter(
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: reduce_scatter"
-    if lies_on_device(x):
-        return scattered_on_device(x, op, ranks, algorithm, reproducible, stream)
+    if is_on_device(x):
+        return reduce_scatter_on_device(x, op, ranks, algorithm, reproducible, stream)
     array, give_back = borrow(x, who)
     if array.ndim == 0:
         raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
     mpi_op = operation(op, array, who)
-    send = reducible(array, op)
-    rows = dealt_rows(len(send), ranks.size)
+    send = prepare_reduction(array, op)
+    rows = rows_per_rank(len(send), ranks.size)
     mine = np.empty((rows[ranks.rank], *send.shape[1:]), send.dtype)
     row = int(np.prod(send.shape[1:], dtype=np.int64))
     counts = [each * row for each in rows]
-    ranks.Reduce_scatter(send, mine, counts, op=mpi_op, algorithm=named(algorithm), reproducible=reproducible)
-    return give_back(finished(mine, op, ranks.size, array))
+    ranks.Reduce_scatter(
+        send, mine, counts, op=mpi_op, algorithm=algorithm_argument(algorithm), reproducible=reproducible
+    )
+    return give_back(finish(mine, op, ranks.size, array))
 
 
 def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto", stream: Any = None) -> Any:
@@ -106,14 +108,18 @@ def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto"
     scalar counts as one row: the result has shape ``(p,)``.
     """
     ranks = communicator(comm)
-    if lies_on_device(x):
-        return gathered_on_device(x, ranks, algorithm, stream)
+    if is_on_device(x):
+        return allgather_on_device(x, ranks, algorithm, stream)
     array, give_back = borrow(x, f"rank {ranks.rank}: allgather")
     send = np.asarray(array, order="C").reshape(array.shape or (1,))
-    rows = agreed_rows(send.shape, send.dtype, ranks)
+    rows = exchange_row_counts(send.shape, send.dtype, ranks)
     gathered = np.empty((sum(rows), *send.shape[1:]), send.dtype)
     row = int(np.prod(send.shape[1:], dtype=np.int64))
-    ranks.Allgatherv(movable(send), [movable(gathered), [each * row for each in rows]], algorithm=named(algorithm))
+    ranks.Allgatherv(
+        view_for_mpi(send),
+        [view_for_mpi(gathered), [each * row for each in rows]],
+        algorithm=algorithm_argument(algorithm),
+    )
     return give_back(gathered)
 
 
@@ -131,14 +137,14 @@ def broadcast(
         raise ArgumentError(f"{who}: root {root} is not one of the ranks 0 … {ranks.size - 1}")
     if x is None and ranks.rank == root:
         raise ArgumentError(f"{who}: the root passed None: pass the array to broadcast")
-    if lies_on_device(x):  # not compared: each rank gets the kind that it passes
-        return ranks.through_host("", x, lambda host: broadcast(host, root, ranks, algorithm), stream)
+    if is_on_device(x):  # not compared: each rank gets the kind that it passes
+        return ranks.call_on_host("", x, lambda host: broadcast(host, root, ranks, algorithm), stream)
     array, give_back = (None, lambda result: result) if x is None else borrow(x, who)
     shape, dtype = ranks.bcast((array.shape, array.dtype) if array is not None and ranks.rank == root else None, root)
     copy = np.empty(shape, dtype)
     if array is not None and ranks.rank == root:
         copy[...] = array
-    ranks.Bcast(movable(copy), root, algorithm=named(algorithm))
+    ranks.Bcast(view_for_mpi(copy), root, algorithm=algorithm_argument(algorithm))
     if array is not None and (array.shape, array.dtype) != (
         shape,
         dtype,
@@ -152,59 +158,63 @@ def broadcast(
 
 # Arrays on a device
 
-DIVIDED = "fd"
+DEVICE_MEANS = "fd"
 """NumPy's letters of the dtypes whose means are divided on the device; other means are taken on the host."""
 
 
-def reduced_on_device(x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any) -> Any:
+def allreduce_on_device(x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any) -> Any:
     """:func:`allreduce` of an array on a device, into a new one beside it."""
-    x, known = in_c_order(x, "allreduce", ranks, stream)
+    x, known = to_c_order(x, "allreduce", ranks, stream)
     mpi_op = operation(op, known, f"rank {ranks.rank}: allreduce")
-    if op == "mean" and known.dtype.char not in DIVIDED:
+    if op == "mean" and known.dtype.char not in DEVICE_MEANS:
         body = partial(allreduce, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
-        return ranks.through_host("Allreduce", x, body, stream)
-    total = ranks.like(x, known.shape, known.dtype)
-    ranks.Allreduce(x, total, mpi_op, named(algorithm), reproducible, stream)
+        return ranks.call_on_host("Allreduce", x, body, stream)
+    total = ranks.empty_like(x, known.shape, known.dtype)
+    ranks.Allreduce(x, total, mpi_op, algorithm_argument(algorithm), reproducible, stream)
     if op == "mean":
         ranks.divide(total)
-    return given_back(total, x)
+    return convert_like(total, x)
 
 
-def scattered_on_device(x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any) -> Any:
+def reduce_scatter_on_device(
+    x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any
+) -> Any:
     """:func:`reduce_scatter` of an array on a device."""
-    x, known = in_c_order(x, "reduce_scatter", ranks, stream)
+    x, known = to_c_order(x, "reduce_scatter", ranks, stream)
     who = f"rank {ranks.rank}: reduce_scatter"
     if not known.shape:
         raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
     mpi_op = operation(op, known, who)
-    if op == "mean" and known.dtype.char not in DIVIDED:
+    if op == "mean" and known.dtype.char not in DEVICE_MEANS:
         body = partial(reduce_scatter, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
-        return ranks.through_host("Reduce_scatter", x, body, stream)
-    rows, row = dealt_rows(known.shape[0], ranks.size), math.prod(known.shape[1:])
-    mine = ranks.like(x, (rows[ranks.rank], *known.shape[1:]), known.dtype)
-    ranks.Reduce_scatter(x, mine, [each * row for each in rows], mpi_op, named(algorithm), reproducible, stream)
+        return ranks.call_on_host("Reduce_scatter", x, body, stream)
+    rows, row = rows_per_rank(known.shape[0], ranks.size), math.prod(known.shape[1:])
+    mine = ranks.empty_like(x, (rows[ranks.rank], *known.shape[1:]), known.dtype)
+    ranks.Reduce_scatter(
+        x, mine, [each * row for each in rows], mpi_op, algorithm_argument(algorithm), reproducible, stream
+    )
     if op == "mean":
         ranks.divide(mine)
-    return given_back(mine, x)
+    return convert_like(mine, x)
 
 
-def gathered_on_device(x: Any, ranks: Communicator, algorithm: str, stream: Any) -> Any:
+def allgather_on_device(x: Any, ranks: Communicator, algorithm: str, stream: Any) -> Any:
     """:func:`allgather` of an array on a device."""
-    x, known = in_c_order(x, "allgather", ranks, stream)
+    x, known = to_c_order(x, "allgather", ranks, stream)
     shape = known.shape or (1,)
-    rows, row = agreed_rows(shape, known.dtype, ranks), math.prod(shape[1:])
-    gathered = ranks.like(x, (sum(rows), *shape[1:]), known.dtype)
-    ranks.Allgatherv(x, [gathered, [each * row for each in rows]], named(algorithm), stream)
-    return given_back(gathered, x)
+    rows, row = exchange_row_counts(shape, known.dtype, ranks), math.prod(shape[1:])
+    gathered = ranks.empty_like(x, (sum(rows), *shape[1:]), known.dtype)
+    ranks.Allgatherv(x, [gathered, [each * row for each in rows]], algorithm_argument(algorithm), stream)
+    return convert_like(gathered, x)
 
 
-def in_c_order(x: Any, name: str, ranks: Communicator, stream: Any) -> tuple[Any, DeviceArray]:
+def to_c_order(x: Any, name: str, ranks: Communicator, stream: Any) -> tuple[Any, DeviceArray]:
     """The array and what it is; one in Fortran's order is brought through the host into C's."""
-    known = ranks.on_device(x, name, stream)
+    known = ranks.device_array(x, name, stream)
     if known.order == "C":
         return x, known
-    turned = ranks.through_host("", x, np.ascontiguousarray, stream)
-    return turned, ranks.on_device(turned, name, stream)
+    turned = ranks.call_on_host("", x, np.ascontiguousarray, stream)
+    return turned, ranks.device_array(turned, name, stream)
 
 
 # What the functions share
@@ -217,13 +227,13 @@ def communicator(comm: MPI.Intracomm | None = None) -> Communicator:
         return comm
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         raise ArgumentError(f"comm is {comm!r}: pass an MPI.Intracomm, an hpccomm.Communicator, or None for all ranks")
-    if id(comm) not in _ours:
-        _ours[id(comm)] = Communicator(comm)
-        weakref.finalize(comm, _ours.pop, id(comm), None)
-    return _ours[id(comm)]
+    if id(comm) not in _communicators:
+        _communicators[id(comm)] = Communicator(comm)
+        weakref.finalize(comm, _communicators.pop, id(comm), None)
+    return _communicators[id(comm)]
 
 
-_ours: dict[int, Communicator] = {}
+_communicators: dict[int, Communicator] = {}
 """By the identity of the user's object, which cannot be a key itself; forgotten with it."""
 
 
@@ -237,29 +247,29 @@ def operation(op: str, array: Array | DeviceArray, who: str) -> MPI.Op:
     return known.logical if kind == "b" and known.logical else known.op
 
 
-def reducible(array: Array, op: str) -> Array:
+def prepare_reduction(array: Array, op: str) -> Array:
     """In C order; wide where more is done to the result before it is rounded."""
-    return widened(array) if op == "mean" else np.asarray(array, order="C")
+    return widen(array) if op == "mean" else np.asarray(array, order="C")
 
 
-def named(algorithm: str) -> str | None:
+def algorithm_argument(algorithm: str) -> str | None:
     """``"auto"`` leaves the choice to the communicator."""
     return None if algorithm == "auto" else algorithm
 
 
-def finished(total: Array, op: str, size: int, given: Array) -> Array:
+def finish(total: Array, op: str, size: int, given: Array) -> Array:
     """Divide a mean, round to the caller's dtype."""
     if op == "mean":
         np.true_divide(total, size, out=total)
-    return narrowed(total, given.dtype)
+    return narrow(total, given.dtype)
 
 
-def dealt_rows(rows: int, ranks: int) -> list[int]:
+def rows_per_rank(rows: int, ranks: int) -> list[int]:
     """Rows that each rank gets."""
     return [len(share) for share in np.array_split(np.empty(rows, "u1"), ranks)]
 
 
-def agreed_rows(shape: tuple[int, ...], dtype: np.dtype[Any], ranks: Communicator) -> list[int]:
+def exchange_row_counts(shape: tuple[int, ...], dtype: np.dtype[Any], ranks: Communicator) -> list[int]:
     """Rows that each rank brings; raises where the ranks bring arrays that do not fit together."""
     form = (shape[1:], dtype.name)
     mine = np.array([shape[0], zlib.crc32(repr(form).encode())], np.int64)

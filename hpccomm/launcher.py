@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from hpccomm.errors import LaunchError
 
-ASK = """
+PROBE_SCRIPT = """
 import mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
@@ -52,7 +52,7 @@ ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_MCPU_HOSTS", "PE_HOSTFILE")
 
 ONE_THREAD = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 
-RANKS_OWN = (
+RANK_PREFIXES = (
     "OMPI_COMM_WORLD_",
     "OMPI_WORLD_",
     "OMPI_UNIVERSE_",
@@ -79,7 +79,7 @@ class Library(NamedTuple):
 @functools.cache
 def library() -> Library:
     """Ask a child process, so that this one never starts MPI."""
-    asked = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=False)
+    asked = subprocess.run([sys.executable, "-c", PROBE_SCRIPT], capture_output=True, text=True, check=False)
     if asked.returncode:
         why = asked.stderr.strip().rsplit("\n", 1)[-1]
         raise LaunchError(
@@ -129,24 +129,24 @@ def launch_command(
     ``program`` is a script with its arguments, ``-m module …``, ``-c code …``, or a command; ``more`` goes to
     the launcher; ``environ`` stands for ``os.environ``.  Raises LaunchError when there is no launcher.
     """
-    env = fresh(os.environ if environ is None else environ)
+    env = clean_environment(os.environ if environ is None else environ)
     found = library()
     launcher = [find_launcher(found)]
     for variable in ONE_THREAD:
         env.setdefault(variable, "1")
     if found.family.name == "Open MPI":
-        launcher += open_mpi_flags(crowded(ranks, env))
+        launcher += open_mpi_flags(is_oversubscribed(ranks, env))
         if os.geteuid() == 0:
             env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return [*launcher, *more, "-n", str(ranks), *python_command(program)], env
 
 
-def fresh(environ: Mapping[str, str]) -> dict[str, str]:
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without what belongs to a rank."""
-    return {k: v for k, v in environ.items() if k.startswith("PMIX_MCA_") or not k.startswith(RANKS_OWN)}
+    return {k: v for k, v in environ.items() if k.startswith("PMIX_MCA_") or not k.startswith(RANK_PREFIXES)}
 
 
-def crowded(ranks: int, environ: Mapping[str, str]) -> bool:
+def is_oversubscribed(ranks: int, environ: Mapping[str, str]) -> bool:
     """Whether ranks will outnumber cores, as far as this machine can say."""
     return ranks > len(os.sched_getaffinity(0)) and not any(name in environ for name in ALLOCATIONS)
 
@@ -179,7 +179,7 @@ def is_program(words: Sequence[str]) -> bool:
     return bool(words) and (words[0] in ("-m", "-c") or not words[0].startswith("-"))
 
 
-def started_ranks(environ: Mapping[str, str]) -> tuple[int, str]:
+def read_launch_size(environ: Mapping[str, str]) -> tuple[int, str]:
     """How many ranks the launcher nearest to this process says it started, and its name; ``(1, "")`` without."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return int(environ["OMPI_COMM_WORLD_SIZE"]), "mpirun of Open MPI"
@@ -193,7 +193,7 @@ def started_ranks(environ: Mapping[str, str]) -> tuple[int, str]:
 
 def check_world(comm_size: int, environ: Mapping[str, str]) -> None:
     """Raise LaunchError where MPI sees one rank although a launcher started more."""
-    started, launcher = started_ranks(environ)
+    started, launcher = read_launch_size(environ)
     if comm_size != 1 or started <= 1:
         return
     raise LaunchError(
@@ -218,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Our own flags, and the program with everything that follows it."""
     k = 0
     while k < len(argv) and argv[k] not in ("-m", "-c", "--") and argv[k].startswith("-"):
@@ -228,7 +228,7 @@ def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``hpccomm-run``: becomes the launcher."""
-    own, program = divided(sys.argv[1:] if argv is None else argv)
+    own, program = split_arguments(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(own)
     if not program or args.ranks < 1:
         parser().error("say how many ranks, and of what: hpccomm-run -n 4 train.py")

@@ -65,7 +65,7 @@ class Layout:
         """The ranks on a node, in order."""
         return tuple(np.flatnonzero(self.nodes == node).tolist())
 
-    def place(self, rank: int) -> int:
+    def local_rank(self, rank: int) -> int:
         """Which of its node's ranks this one is: 0, 1, 2 …"""
         return self.members(int(self.nodes[rank])).index(rank)
 
@@ -88,11 +88,11 @@ def ethernets(folder: Path = Path("/sys/class/net")) -> list[str]:
     return sorted(
         each.name
         for each in folder.glob("*")
-        if words_of(each / "type") == "1" and words_of(each / "operstate") == "up"
+        if read_attribute(each / "type") == "1" and read_attribute(each / "operstate") == "up"
     )
 
 
-def words_of(file: Path) -> str:
+def read_attribute(file: Path) -> str:
     """What the system says in a file; nothing where it says nothing."""
     try:
         return file.read_text(encoding="utf-8").strip()

@@ -20,12 +20,12 @@ from mpi4py import MPI
 from hpccomm.backends.hierarchical import Operands
 from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.calls import operations
-from hpccomm.calls.buffers import Message, address_of, begun, read
-from hpccomm.calls.fingerprint import UNKNOWN, Signature
-from hpccomm.calls.plans import Bound
-from hpccomm.collectives.engine import bind, bind_lanes
+from hpccomm.calls.buffers import Message, address_of, apply_displacement, read
+from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
+from hpccomm.calls.plans import Plan
+from hpccomm.collectives.engine import bind, bind_segments
 from hpccomm.collectives.schedule import Algorithm
-from hpccomm.context import Context, unknown, wanted_algorithm
+from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import reductions, reproducible
 from hpccomm.performance.tuning import Choice
@@ -40,7 +40,7 @@ LOCKSTEP_BYTES = 1 << 23
 """From here on our algorithms on messages compare all calls before the first message; below, the waiting would show
 (measured: 40-60 µs on four ranks that share two cores, a sixth of 1 MiB by a ring), and the tags tell as well."""
 
-INSTEAD = ("shared", "butterfly", "tree", "ring")
+FALLBACKS = ("shared", "butterfly", "tree", "ring")
 """What takes a call that native MPI cannot; the first that can."""
 
 INT_MAX, LARGE_COUNTS = (1 << 31) - 1, 4
@@ -50,7 +50,7 @@ SEGMENT_BYTES = 1 << 17
 """Length of a segment in chains and trees where the table does not say."""
 
 
-TURN = 0.05
+PROGRESS_SECONDS = 0.05
 """Seconds for which a rank that waits in shared memory drives MPI before it looks at who is missing."""
 
 
@@ -76,24 +76,24 @@ class Binder:
         made: Context = self.comm.context
         return made
 
-    def allreduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None) -> Bound:
+    def allreduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None) -> Plan:
         """Allreduce."""
-        who = self.who("Allreduce")
+        who = self.call_label("Allreduce")
         send, recv = self.reduction_buffers(sendbuf, recvbuf, op, who)
         choice = self.choose("allreduce", recv, op, algorithm, who)
         if recv.half and choice.algorithm != "shared":
-            a, b = Widened(send), Widened(recv)
-            inner = self.allreduce(None, IN_PLACE if send is recv else a.wide, b.wide, op, choice.algorithm)
+            a, b = Float32Copy(send), Float32Copy(recv)
+            inner = self.allreduce(None, IN_PLACE if send is recv else a.message, b.message, op, choice.algorithm)
             return self.keep_widened(key, b if send is recv else a, inner, b)
-        signature = self.signature("Allreduce", recv, choice, algorithm, op)
+        signature = self.fingerprint("Allreduce", recv, choice, algorithm, op)
         if choice.algorithm == "native":
-            return self.native(key, signature, "Allreduce", (send, recv), (op,))
+            return self.bind_native(key, signature, "Allreduce", (send, recv), (op,))
         vector, source = recv.vector(), None if send is recv else send.vector()
         if choice.algorithm == "shared":
             return self.keep_shared(
                 key,
                 signature,
-                lambda word: self.shared.bind_allreduce(
+                lambda word: self.shared_memory.bind_allreduce(
                     send.address, recv.address, recv.elements, recv.kind, operations.name_of(op), word
                 ),
             )
@@ -102,30 +102,30 @@ class Binder:
             data = Operands(
                 send.address, recv.address, vector, recv.kind, operations.name_of(op), operations.combiner(op)
             )
-            levels.memory.late = self.while_missing(levels.memory)
-            plan = levels.bind(data, signature.word)
+            levels.memory.stall_handler = self.progress_driver(levels.memory)
+            plan = levels.bind(data, signature.digest)
             return self.keep(key, signature, [plan], plan.free, vector.nbytes)
         ours = self.context.algorithms("allreduce")[choice.algorithm]
-        plan = self.whole(ours, vector, ours.steps(self.rank, self.size), choice, op, signature)
+        plan = self.bind_schedule(ours, vector, ours.steps(self.rank, self.size), choice, op, signature)
         copy_in = None if source is None else lambda: np.copyto(vector, source)
         return self.keep(key, signature, [copy_in, plan], plan.free, vector.nbytes)
 
-    def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Bound:
+    def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Plan:
         """Allreduce into one result for all ranks of a node, or into one's own where they share no memory."""
-        who = self.who("Allreduce_view")
-        send, shared = self.operand(buf, op, who), self.shared
+        who = self.call_label("Allreduce_view")
+        send, shared = self.operand(buf, op, who), self.shared_memory
         if send.dtype is None:
             raise ArgumentError(f"{who}: it needs an array: pass comm.empty(shape, dtype)")
         if shared is None or not shared.reduces(operations.name_of(op), send.kind):
             result = np.empty(np.shape(buf), buf.dtype)
             inner = self.allreduce(None, buf, result, op, None)
-            return self.context.keep(key, Bound(inner.run, inner.free, read_only(result)))
+            return self.context.keep(key, Plan(inner.run, inner.free, read_only_view(result)))
         view = shared.view(send.address, send.nbytes)
         if view is None:
             raise ArgumentError(f"{who}: the array is not registered: get it from comm.empty, zeros or register")
         segment, place = view
         result = np.frombuffer(segment.buffer, buf.dtype, send.elements, place).reshape(np.shape(buf))
-        signature = Signature("Allreduce_view", operations.name_of(op), str(send.elements), send.kind)
+        signature = Fingerprint("Allreduce_view", operations.name_of(op), str(send.elements), send.kind)
         bound = self.keep_shared(
             key,
             signature,
@@ -139,12 +139,12 @@ class Binder:
                 once=True,
             ),
         )
-        bound.result = read_only(result)
+        bound.result = read_only_view(result)
         return bound
 
-    def reduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str | None) -> Bound:
+    def reduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str | None) -> Plan:
         """Reduce; ranks other than the root work in memory of their own."""
-        who = self.who("Reduce")
+        who = self.call_label("Reduce")
         self.check_root(root, who)
         if self.rank == root:
             send, recv = self.reduction_buffers(sendbuf, recvbuf, op, who)
@@ -152,45 +152,45 @@ class Binder:
             send = recv = self.operand(sendbuf, op, who)
         choice = self.choose("reduce", send, op, algorithm, who)
         if send.half and choice.algorithm != "shared":
-            here, a = self.rank == root, Widened(send)
-            b = a if send is recv else Widened(recv)
-            result = b.wide if here else None
-            inner = self.reduce(None, IN_PLACE if here and b is a else a.wide, result, op, root, choice.algorithm)
+            here, a = self.rank == root, Float32Copy(send)
+            b = a if send is recv else Float32Copy(recv)
+            result = b.message if here else None
+            inner = self.reduce(None, IN_PLACE if here and b is a else a.message, result, op, root, choice.algorithm)
             return self.keep_widened(key, a, inner, b if here else None)
-        signature = self.signature("Reduce", send, choice, algorithm, op, root)
+        signature = self.fingerprint("Reduce", send, choice, algorithm, op, root)
         if choice.algorithm == "native":
             arrives = recv if self.rank == root else Message(recvbuf)
-            return self.native(key, signature, "Reduce", (send, arrives), (op, root))
+            return self.bind_native(key, signature, "Reduce", (send, arrives), (op, root))
         source = send.vector()
         if choice.algorithm == "shared":
             into = recv.address if self.rank == root else 0
             return self.keep_shared(
                 key,
                 signature,
-                lambda word: self.shared.bind_reduce(
+                lambda word: self.shared_memory.bind_reduce(
                     send.address, into, send.elements, send.kind, operations.name_of(op), root, word
                 ),
             )
         work = recv.vector() if self.rank == root else np.empty_like(source)
         ours = self.context.algorithms("reduce")[choice.algorithm]
-        plan = self.whole(ours, work, ours.steps(self.rank, self.size, root), choice, op, signature)
+        plan = self.bind_schedule(ours, work, ours.steps(self.rank, self.size, root), choice, op, signature)
         in_place = self.rank == root and send is recv
         copy_in = None if in_place else lambda: np.copyto(work, source)
         return self.keep(key, signature, [copy_in, plan], plan.free, 0)
 
     def reduce_scatter_block(
         self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None
-    ) -> Bound:
+    ) -> Plan:
         """Reduce_scatter_block."""
-        who = self.who("Reduce_scatter_block")
+        who = self.call_label("Reduce_scatter_block")
         recv = self.operand(recvbuf, op, who, writable=True)
         in_place = is_in_place(sendbuf) or sendbuf is recvbuf
         send = recv if in_place else self.operand(sendbuf, op, who)
         if send.opaque or recv.opaque:
             counts = (0,) * self.size
         else:
-            counts = ((recv.part(self.size) if in_place else recv.elements),) * self.size
-            self.check_parts(send, recv, counts, in_place, who)
+            counts = ((recv.block_length(self.size) if in_place else recv.elements),) * self.size
+            self.check_blocks(send, recv, counts, in_place, who)
         return self.reduce_scatter(key, "Reduce_scatter_block", (send, recv), counts, (op,), algorithm, in_place)
 
     def reduce_scatter_v(
@@ -201,9 +201,9 @@ class Binder:
         told: tuple[int, ...] | None,
         op: MPI.Op,
         algorithm: str | None,
-    ) -> Bound:
+    ) -> Plan:
         """Reduce_scatter; ``told`` are the counts, where the user said them."""
-        who = self.who("Reduce_scatter")
+        who = self.call_label("Reduce_scatter")
         recv = self.operand(recvbuf, op, who, writable=True)
         in_place = is_in_place(sendbuf) or sendbuf is recvbuf
         send = recv if in_place else self.operand(sendbuf, op, who)
@@ -213,7 +213,7 @@ class Binder:
         if counts is None:
             counts = self.context.counts(recv.elements)
         if not (send.opaque or recv.opaque):
-            self.check_parts(send, recv, counts, in_place, who)
+            self.check_blocks(send, recv, counts, in_place, who)
         return self.reduce_scatter(
             key, "Reduce_scatter", (send, recv), counts, (told if recv.opaque else counts, op), algorithm, in_place
         )
@@ -227,30 +227,32 @@ class Binder:
         arguments: tuple[Any, ...],
         algorithm: str | None,
         in_place: bool,
-    ) -> Bound:
+    ) -> Plan:
         """Both reduce-scatters, once the parts are known."""
         send, recv = buffers
         op = arguments[-1]
-        choice = self.choose("reduce_scatter", send, op, algorithm, self.who(name))
+        choice = self.choose("reduce_scatter", send, op, algorithm, self.call_label(name))
         if send.half and choice.algorithm != "shared":
-            a = Widened(send)
-            b = Widened(recv) if recv is not send else a
-            inner = self.reduce_scatter(None, name, (a.wide, b.wide), counts, arguments, choice.algorithm, in_place)
+            a = Float32Copy(send)
+            b = Float32Copy(recv) if recv is not send else a
+            inner = self.reduce_scatter(
+                None, name, (a.message, b.message), counts, arguments, choice.algorithm, in_place
+            )
             return self.keep_widened(key, a, inner, b)
-        signature = self.signature(name, send, choice, algorithm, op, count="+".join(map(str, shortened(counts))))
+        signature = self.fingerprint(name, send, choice, algorithm, op, count="+".join(map(str, shorten(counts))))
         if choice.algorithm == "native":
-            return self.native(key, signature, name, (send, recv), arguments)
+            return self.bind_native(key, signature, name, (send, recv), arguments)
         into, source = recv.vector(counts[self.rank]), send.vector(sum(counts))
         if choice.algorithm == "shared":
             return self.keep_shared(
                 key,
                 signature,
-                lambda word: self.shared.bind_reduce_scatter(
+                lambda word: self.shared_memory.bind_reduce_scatter(
                     send.address, recv.address, counts, send.kind, operations.name_of(op), word
                 ),
             )
         ours, levels = self.context.algorithms("reduce_scatter")[choice.algorithm], self.levels(choice, op, send.kind)
-        order = levels.order if levels else order_of(ours, self.size)
+        order = levels.order if levels else block_order(ours, self.size)
         cuts = cuts_of(counts, order)
         work = source if levels and order == sorted(order) else np.empty_like(source)
         copy_in = None if work is source else sorter(work, source, counts, order)
@@ -263,22 +265,22 @@ class Binder:
                 operations.name_of(op),
                 operations.combiner(op),
             )
-            plan = levels.bind_reduce_scatter(data, cuts, signature.word)
+            plan = levels.bind_reduce_scatter(data, cuts, signature.digest)
             return self.keep(key, signature, [copy_in, plan], plan.free, work.nbytes)
         steps, me = ours.steps(self.rank, self.size), order.index(self.rank)
-        plan = bind(steps, work, cuts, self.context.messages, operations.combiner(op), signature.word)
+        plan = bind(steps, work, cuts, self.context.messages, operations.combiner(op), signature.digest)
         part = work[cuts[me] : cuts[me + 1]]
         moves: list[Run | None] = [copy_in, plan, lambda: np.copyto(into, part)]
         return self.keep(key, signature, moves, plan.free, work.nbytes)
 
-    def reproducible(
+    def bind_reproducible(
         self, key: Hashable, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op
-    ) -> Bound | None:
+    ) -> Plan | None:
         """A reduction whose bits do not depend on order; ``None`` where any order gives the same bits.
 
         ``arguments`` are those that follow the buffers: counts, the operation, a root.
         """
-        who, (sendbuf, recvbuf) = self.who(name), buffers
+        who, (sendbuf, recvbuf) = self.call_label(name), buffers
         message = self.operand(recvbuf if is_in_place(sendbuf) else sendbuf, op, who)
         if message.dtype is None or message.dtype.char in "gG":
             raise ArgumentError(f"{who}: reproducible=True adds floats of up to 64 bits: pass them as a plain array")
@@ -302,7 +304,7 @@ class Binder:
             each = message.elements // self.size
             first, result = self.rank * each, replace(result, count=each)
         whole, total = ExactSum(message), ExactSum(result)
-        inner = [self.allreduce(None, IN_PLACE, whole.agreed, MPI.MAX, None)]
+        inner = [self.allreduce(None, IN_PLACE, whole.exponents, MPI.MAX, None)]
         for part, into in zip(whole.parts, total.totals, strict=True):
             inner.append(getattr(self, method)(None, part, into if here else None, *arguments, None))
         place = slice(width * first, width * first + total.elements)
@@ -313,29 +315,29 @@ class Binder:
             for each in inner:
                 each.free()
 
-        bound = Bound(in_turn(steps), free)
+        bound = Plan(compose(steps), free)
         return bound if key is None else self.context.keep(key, bound)
 
-    def allgather(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
+    def allgather(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
         """Allgather."""
-        who = self.who("Allgather")
+        who = self.call_label("Allgather")
         recv = self.buffer(recvbuf, who, writable=True)
         send = recv if is_in_place(sendbuf) else self.buffer(sendbuf, who)
-        each = 0 if recv.opaque else recv.part(self.size)
+        each = 0 if recv.opaque else recv.block_length(self.size)
         counts = (each,) * self.size
-        return self.gathering(key, "Allgather", send, recv, counts, algorithm, is_in_place(sendbuf))
+        return self.bind_allgather(key, "Allgather", send, recv, counts, algorithm, is_in_place(sendbuf))
 
-    def allgatherv(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
+    def allgatherv(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
         """Allgatherv."""
-        who = self.who("Allgatherv")
+        who = self.call_label("Allgatherv")
         recv = self.buffer(recvbuf, who, writable=True, parts=True)
         send = recv if is_in_place(sendbuf) else self.buffer(sendbuf, who)
-        counts = (0,) * self.size if recv.opaque else recv.parts(self.size)[0]
+        counts = (0,) * self.size if recv.opaque else recv.blocks(self.size)[0]
         if len(counts) != self.size:
             raise ArgumentError(f"{who}: {len(counts)} counts for {self.size} ranks: pass one a rank")
-        return self.gathering(key, "Allgatherv", send, recv, counts, algorithm, is_in_place(sendbuf))
+        return self.bind_allgather(key, "Allgatherv", send, recv, counts, algorithm, is_in_place(sendbuf))
 
-    def gathering(
+    def bind_allgather(
         self,
         key: Hashable,
         name: str,
@@ -344,128 +346,132 @@ class Binder:
         counts: tuple[int, ...],
         algorithm: str | None,
         in_place: bool,
-    ) -> Bound:
+    ) -> Plan:
         """Both allgathers, once the parts are known."""
-        who, me = self.who(name), self.rank
-        octets = gathered_octets(recv, self.size) if recv.dtype is None else sum(counts) * recv.dtype.itemsize
+        who, me = self.call_label(name), self.rank
+        octets = gather_bytes(recv, self.size) if recv.dtype is None else sum(counts) * recv.dtype.itemsize
         choice = self.choose("allgather", recv, None, algorithm, who, octets)
         opaque = recv.opaque or send.opaque
-        signature = self.signature(name, recv, choice, algorithm, count=gathered(recv, counts, octets))
-        displs = recv.parts(self.size)[1] if name == "Allgatherv" else tuple(k * counts[0] for k in range(self.size))
+        signature = self.fingerprint(name, recv, choice, algorithm, count=gather_count(recv, counts, octets))
+        displs = recv.blocks(self.size)[1] if name == "Allgatherv" else tuple(k * counts[0] for k in range(self.size))
         if not opaque:
-            self.check_gathering(send, recv, counts, displs, in_place, who)
+            self.check_allgather(send, recv, counts, displs, in_place, who)
         if opaque and choice.algorithm != "native":
-            return self.packed_gathering(send, recv, algorithm, in_place)
+            return self.bind_packed_allgather(send, recv, algorithm, in_place)
         if choice.algorithm == "native":
-            return self.native(key, signature, name, (recv if in_place else send, recv), ())
+            return self.bind_native(key, signature, name, (recv if in_place else send, recv), ())
         assert recv.dtype is not None
         if choice.algorithm == "shared":
             width = recv.dtype.itemsize
             own = recv.address + displs[me] * width if in_place else send.address
             sizes, places = [each * width for each in counts], [each * width for each in displs]
             return self.keep_shared(
-                key, signature, lambda word: self.shared.bind_allgather(own, recv.address, sizes, places, word)
+                key, signature, lambda word: self.shared_memory.bind_allgather(own, recv.address, sizes, places, word)
             )
         ours, levels = self.context.algorithms("allgather")[choice.algorithm], self.levels(choice)
-        order = levels.order if levels else order_of(ours, self.size)
+        order = levels.order if levels else block_order(ours, self.size)
         cuts, block = cuts_of(counts, order), order.index(me)
         straight = [displs[rank] for rank in order] == cuts[:-1]
         work = recv.vector(cuts[-1]) if straight else np.empty(cuts[-1], recv.dtype)
         mine = work[cuts[block] : cuts[block + 1]]
         source = recv.vector(counts[me], displs[me]) if in_place else send.vector(send.elements)
         copy_in = None if in_place and straight else lambda: np.copyto(mine.view("u1"), source.view("u1"))
-        spread = None if straight else spreader(work, cuts, recv, [(counts[rank], displs[rank]) for rank in order])
+        spread = None if straight else block_copier(work, cuts, recv, [(counts[rank], displs[rank]) for rank in order])
         if levels:
-            plan = levels.bind_allgather(work, cuts, signature.word)
+            plan = levels.bind_allgather(work, cuts, signature.digest)
         else:
-            plan = bind(ours.steps(me, self.size), work, cuts, self.context.messages, None, signature.word)
+            plan = bind(ours.steps(me, self.size), work, cuts, self.context.messages, None, signature.digest)
         return self.keep(key, signature, [copy_in, plan, spread], plan.free, octets)
 
-    def packed_gathering(self, send: Message, recv: Message, algorithm: str | None, in_place: bool) -> Bound:
+    def bind_packed_allgather(self, send: Message, recv: Message, algorithm: str | None, in_place: bool) -> Plan:
         """Allgather of a derived datatype: as bytes, so that it goes the way of ranks that have plain memory."""
-        total = gathered_octets(recv, self.size)
-        into = Packed(recv, self.comm, total)
+        total = gather_bytes(recv, self.size)
+        into = PackedBuffer(recv, self.comm, total)
         dtype = recv.dtype or recv.base or np.dtype("u1")
         whole = into.octets.view(dtype)
-        out = into if in_place else Packed(send, self.comm, total // self.size)
+        out = into if in_place else PackedBuffer(send, self.comm, total // self.size)
         parts = (whole.size // self.size,) * self.size
         mine, all_of_it = read(out.octets.view(dtype), ""), read(whole, "")
-        inner = self.gathering(None, "Allgather", mine, all_of_it, parts, algorithm, in_place)
-        return Bound(in_turn([out.pack, inner.run, into.unpack]), inner.free)
+        inner = self.bind_allgather(None, "Allgather", mine, all_of_it, parts, algorithm, in_place)
+        return Plan(compose([out.pack, inner.run, into.unpack]), inner.free)
 
-    def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Bound:
+    def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Plan:
         """Bcast."""
-        who = self.who("Bcast")
+        who = self.call_label("Bcast")
         self.check_root(root, who)
         data = self.buffer(buf, who, writable=self.rank != root)
         choice = self.choose("bcast", data, None, algorithm, who, data.nbytes)
-        signature = self.signature("Bcast", data, choice, algorithm, None, root)
+        signature = self.fingerprint("Bcast", data, choice, algorithm, None, root)
         if choice.algorithm == "native":
-            return self.native(key, signature, "Bcast", (data,), (root,))
-        packed = Packed(data, self.comm, data.nbytes) if data.opaque else None
+            return self.bind_native(key, signature, "Bcast", (data,), (root,))
+        packed = PackedBuffer(data, self.comm, data.nbytes) if data.opaque else None
         vector = packed.octets if packed else data.vector()
         before = packed.pack if packed and self.rank == root else None
         after = packed.unpack if packed and self.rank != root else None
         if choice.algorithm == "shared":
             start = address_of(vector) if packed else data.address
             return self.keep_shared(
-                key, signature, lambda word: self.shared.bind_bcast(start, data.nbytes, root, word), before, after
+                key,
+                signature,
+                lambda word: self.shared_memory.bind_bcast(start, data.nbytes, root, word),
+                before,
+                after,
             )
         ours = self.context.algorithms("bcast")[choice.algorithm]
         steps = ours.steps(self.rank, self.size, root)
-        plan = self.whole(ours, vector.view("u1"), steps, choice, None, signature)
+        plan = self.bind_schedule(ours, vector.view("u1"), steps, choice, None, signature)
         return self.keep(key, signature, [before, plan, after], plan.free, 0)
 
-    def alltoall(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Bound:
+    def alltoall(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
         """Alltoall; in place it goes through a copy."""
-        who, in_place = self.who("Alltoall"), is_in_place(sendbuf)
+        who, in_place = self.call_label("Alltoall"), is_in_place(sendbuf)
         recv = self.buffer(recvbuf, who, writable=True)
         send = recv if in_place else self.buffer(sendbuf, who)
-        sent, received = gathered_octets(send, self.size), gathered_octets(recv, self.size)
+        sent, received = gather_bytes(send, self.size), gather_bytes(recv, self.size)
         choice = self.choose("alltoall", recv, None, algorithm, who, received)
-        count = gathered(recv, (0,) if recv.dtype is None else (recv.part(self.size),) * self.size, received)
-        signature = self.signature("Alltoall", recv, choice, algorithm, count=count)
+        count = gather_count(
+            recv, (0,) if recv.dtype is None else (recv.block_length(self.size),) * self.size, received
+        )
+        signature = self.fingerprint("Alltoall", recv, choice, algorithm, count=count)
         if choice.algorithm == "native":
-            return self.native(key, signature, "Alltoall", (send, recv), ())
+            return self.bind_native(key, signature, "Alltoall", (send, recv), ())
         if sent != received or sent % self.size:
             raise ArgumentError(f"{who}: sends {sent} bytes, receives {received}: make them agree")
         if not in_place:
-            self.check_apart(send, recv, who)
-        letters = Packed(send, self.comm, sent) if send.opaque else None
-        answers = Packed(recv, self.comm, received) if recv.opaque else None
+            self.check_overlap(send, recv, who)
+        letters = PackedBuffer(send, self.comm, sent) if send.opaque else None
+        answers = PackedBuffer(recv, self.comm, received) if recv.opaque else None
         copied = np.empty(sent, "u1") if in_place and letters is None else None
         source = letters.octets if letters else copied
         start = send.address if source is None else address_of(source)
         into = address_of(answers.octets) if answers else recv.address
         before: Run | None = letters.pack if letters else None
         if copied is not None:
-            octets = recv.vector(recv.part(self.size) * self.size).view("u1")
+            octets = recv.vector(recv.block_length(self.size) * self.size).view("u1")
             before = lambda: np.copyto(copied, octets)  # noqa: E731
         each = sent // self.size
         sizes, places = [each] * self.size, [each * k for k in range(self.size)]
         return self.keep_shared(
             key,
             signature,
-            lambda word: self.shared.bind_alltoall(start, into, sizes, places, sizes, places, word),
+            lambda word: self.shared_memory.bind_alltoall(start, into, sizes, places, sizes, places, word),
             before,
             answers.unpack if answers else None,
         )
 
-    def barrier(self, key: Hashable) -> Bound:
+    def barrier(self, key: Hashable) -> Plan:
         """Barrier: wherever all ranks share memory a meeting there, which compares the calls at the same time."""
-        comm, signature = self.comm, Signature("Barrier")
-        setting = wanted_algorithm(self.context.settings["HPCCOMM_ALGORITHM"], "barrier")
-        if self.shared and "native" not in (comm.algorithm, setting):
-            return self.keep_shared(key, signature, self.shared.bind_barrier)
-        return self.context.keep(
-            key, Bound(self.checked(signature, lambda: MPI.Intracomm.Barrier(comm), lockstep=False))
-        )
+        comm, signature = self.comm, Fingerprint("Barrier")
+        setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], "barrier")
+        if self.shared_memory and "native" not in (comm.algorithm, setting):
+            return self.keep_shared(key, signature, self.shared_memory.bind_barrier)
+        return self.context.keep(key, Plan(self.guard(signature, lambda: MPI.Intracomm.Barrier(comm), lockstep=False)))
 
-    def inherited(
+    def bind_inherited(
         self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
-    ) -> Bound:
+    ) -> Plan:
         """A collective that is MPI's own, with the calls compared."""
-        who = self.who(name)
+        who = self.call_label(name)
         if root is not None:
             self.check_root(root, who)
         dtype, count, known = "", "", []
@@ -481,37 +487,37 @@ class Binder:
             if first.dtype is not None:
                 operations.check_defined(op, first.dtype, who)
         op_name = "" if op is None else operations.name_of(op)
-        signature = Signature(name, op_name, count, dtype, "" if root is None else str(root))
+        signature = Fingerprint(name, op_name, count, dtype, "" if root is None else str(root))
         arguments = [each for each in (op, root) if each is not None]
-        reusable = key is not None and all(self.stands(name, k, each) for k, each in enumerate(known))
+        reusable = key is not None and all(self.has_weak_form(name, k, each) for k, each in enumerate(known))
         if reusable:
             buffers = tuple(self.form(name, k, each) for k, each in enumerate(known))
         call, comm = getattr(MPI.Intracomm, name), self.comm
-        bound = Bound(self.checked(signature, lambda: call(comm, *buffers, *arguments), False))
+        bound = Plan(self.guard(signature, lambda: call(comm, *buffers, *arguments), False))
         return self.context.keep(key, bound) if reusable else bound
 
-    def stands(self, name: str, number: int, buffer: Message) -> bool:
+    def has_weak_form(self, name: str, number: int, buffer: Message) -> bool:
         """Whether a form without the user's array can stand for a buffer of a call, the first or the second."""
         if buffer.dtype is None:
             return buffer.raw is None or buffer.raw is IN_PLACE
-        return buffer.count is not None or number not in parted(name, False) or buffer.size % self.size == 0
+        return buffer.count is not None or number not in equal_blocks(name, False) or buffer.size % self.size == 0
 
     def form(self, name: str, number: int, buffer: Message, in_place: bool = False) -> Any:
         """That form."""
         if buffer.dtype is None:
             return buffer.raw
-        if number in VARIED.get(name, ()):
-            return standing(buffer, buffer.parts(self.size))
-        one = begun(buffer, self.who(name))
-        return standing(one, one.part(self.size) if number in parted(name, in_place) else one.elements)
+        if number in VARIABLE_BLOCKS.get(name, ()):
+            return weak_form(buffer, buffer.blocks(self.size))
+        one = apply_displacement(buffer, self.call_label(name))
+        return weak_form(one, one.block_length(self.size) if number in equal_blocks(name, in_place) else one.elements)
 
-    def who(self, name: str) -> str:
+    def call_label(self, name: str) -> str:
         """How errors of this call begin."""
         return f"rank {self.rank}: {name}"
 
     def buffer(self, given: Any, who: str, writable: bool = False, parts: bool = False) -> Message:
         """A buffer that can be sent, or received into; with a part for each rank, that lie where its form says."""
-        message = read(given, who) if parts else begun(read(given, who), who)
+        message = read(given, who) if parts else apply_displacement(read(given, who), who)
         if writable and not message.writable:
             raise ArgumentError(f"{who}: the buffer to receive into is read-only: pass a writable copy")
         if message.dtype is not None and message.count is not None and message.count > message.size:
@@ -550,10 +556,10 @@ class Binder:
             )
         if send.address == recv.address:
             return recv, recv
-        self.check_apart(send, recv, who)
+        self.check_overlap(send, recv, who)
         return send, recv
 
-    def check_apart(self, send: Message, recv: Message, who: str) -> None:
+    def check_overlap(self, send: Message, recv: Message, who: str) -> None:
         """Refuse buffers that share bytes."""
         if send.overlaps(recv):
             raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
@@ -563,7 +569,7 @@ class Binder:
         if not 0 <= root < self.size:
             raise ArgumentError(f"{who}: root {root} is not one of the ranks 0 … {self.size - 1}")
 
-    def check_parts(self, send: Message, recv: Message, counts: tuple[int, ...], in_place: bool, who: str) -> None:
+    def check_blocks(self, send: Message, recv: Message, counts: tuple[int, ...], in_place: bool, who: str) -> None:
         """Refuse parts of a reduce-scatter that do not fit the buffers."""
         if len(counts) != self.size or min(counts) < 0:
             raise ArgumentError(f"{who}: recvcounts {counts} for {self.size} ranks: pass one count a rank")
@@ -574,9 +580,9 @@ class Binder:
                 f"are {total} in all and {counts[self.rank]} here: make them agree"
             )
         if not in_place:
-            self.check_apart(send, recv, who)
+            self.check_overlap(send, recv, who)
 
-    def check_gathering(
+    def check_allgather(
         self,
         send: Message,
         recv: Message,
@@ -597,7 +603,7 @@ class Binder:
                 f"{who}: sends {send.nbytes} bytes, the buffer to receive into has "
                 f"{counts[self.rank] * recv.dtype.itemsize} for this rank: make them agree"
             )
-        self.check_apart(send, recv, who)
+        self.check_overlap(send, recv, who)
 
     def levels(self, choice: Choice, op: MPI.Op | None = None, kind: str = "") -> TwoLevelGathers | None:
         """What takes an allgather or a reduce-scatter in two levels; ``None`` where our schedule has to."""
@@ -606,13 +612,13 @@ class Binder:
             return None
         if op is not None and not (op.is_predefined and found.memory.reduces(operations.name_of(op), kind)):
             return None
-        found.memory.late = self.while_missing(found.memory)
+        found.memory.stall_handler = self.progress_driver(found.memory)
         return found
 
     @property
-    def shared(self) -> Any:
+    def shared_memory(self) -> Any:
         """Shared memory of all ranks, where there is any."""
-        return self.context.shared
+        return self.context.shared_memory
 
     def choose(
         self,
@@ -626,14 +632,14 @@ class Binder:
         """Who takes this call: as the caller says, as the communicator says, or as the table says."""
         names = self.context.names(collective)
         if algorithm is not None and algorithm not in names:
-            raise unknown(who, algorithm, names)
-        fits = self.fitting(collective, data, op)
+            raise unknown_algorithm_error(who, algorithm, names)
+        fits = self.candidates(collective, data, op)
         if algorithm is not None and algorithm not in ("auto", "native", *fits):
-            raise ArgumentError(self.unfit(who, algorithm, data, fits))
+            raise ArgumentError(self.why_unfit(who, algorithm, data, fits))
         wanted = algorithm or self.comm.algorithm
-        if algorithm == "native" and self.too_many(data, op):
+        if algorithm == "native" and self.why_too_many(data, op):
             raise ArgumentError(
-                f"{who}: {self.too_many(data, op)}: leave the algorithm out, or use one of {', '.join(fits)}"
+                f"{who}: {self.why_too_many(data, op)}: leave the algorithm out, or use one of {', '.join(fits)}"
             )
         if wanted in ("native", *fits):
             return Choice(wanted, None, "named by the caller")
@@ -643,16 +649,16 @@ class Binder:
             choice = Choice("native", None, "nothing to choose")
         else:
             choice = self.context.decide(collective, data.nbytes if nbytes is None else nbytes, dtype, allowed, who)
-        reason = self.cannot_be_native(data, op) if choice.algorithm == "native" else ""
-        return Choice(next(name for name in INSTEAD if name in fits), None, reason) if reason and fits else choice
+        reason = self.why_not_native(data, op) if choice.algorithm == "native" else ""
+        return Choice(next(name for name in FALLBACKS if name in fits), None, reason) if reason and fits else choice
 
-    def cannot_be_native(self, data: Message, op: MPI.Op | None) -> str:
+    def why_not_native(self, data: Message, op: MPI.Op | None) -> str:
         """Why MPI's own algorithm shall not take a call, if there is a reason."""
         if self.size > 1 and self.loses_nan(data, op):
             return "MPI's own min and max may lose a NaN"
-        return self.too_many(data, op)
+        return self.why_too_many(data, op)
 
-    def too_many(self, data: Message, op: MPI.Op | None) -> str:
+    def why_too_many(self, data: Message, op: MPI.Op | None) -> str:
         """Why MPI's own reductions cannot take so many elements; mpi4py helps where they only move."""
         if op is not None and MPI.VERSION < LARGE_COUNTS and data.elements > INT_MAX:
             return f"reductions of MPI {MPI.VERSION} count up to {INT_MAX} elements"
@@ -663,21 +669,21 @@ class Binder:
         extreme = op is not None and operations.name_of(op) in ("min", "max")
         return extreme and bool(data.half or (data.dtype is not None and data.dtype.kind == "f"))
 
-    def fitting(self, collective: str, data: Message, op: MPI.Op | None) -> tuple[str, ...]:
+    def candidates(self, collective: str, data: Message, op: MPI.Op | None) -> tuple[str, ...]:
         """Our algorithms that can do this call."""
         ours = self.context.algorithms(collective)
         if op is None:
             movable = data.dtype is not None or data.datatype is not None
-            return (*ours, *(["shared"] if self.shared else [])) if movable else ()
+            return (*ours, *(["shared"] if self.shared_memory else [])) if movable else ()
         if data.dtype is None or data.dtype.kind not in "biufc":
             return ()
         fits = tuple(name for name, each in ours.items() if each.ordered or op.Is_commutative())
-        shared = self.shared
+        shared = self.shared_memory
         if shared and op.is_predefined and shared.reduces(operations.name_of(op), data.kind):
             return (*fits, "shared")
         return fits
 
-    def unfit(self, who: str, wanted: str, data: Message, fits: tuple[str, ...]) -> str:
+    def why_unfit(self, who: str, wanted: str, data: Message, fits: tuple[str, ...]) -> str:
         """Why a named algorithm cannot take a call."""
         if data.opaque:
             return f"{who}: algorithm={wanted!r} cannot reduce a derived datatype: leave the algorithm out"
@@ -686,7 +692,7 @@ class Binder:
             f"{who}: algorithm={wanted!r} cannot do this operation in rank order on {data.dtype}: use one of {others}"
         )
 
-    def signature(
+    def fingerprint(
         self,
         name: str,
         data: Message,
@@ -695,45 +701,45 @@ class Binder:
         op: MPI.Op | None = None,
         root: int | None = None,
         count: str | None = None,
-    ) -> Signature:
+    ) -> Fingerprint:
         """The call in words that the other ranks' can be compared with."""
         dtype = data.dtype or data.base
         if count is None:
             count = UNKNOWN if dtype is None else str(data.nbytes // dtype.itemsize)
-        return Signature(
+        return Fingerprint(
             name,
             operations.name_of(op) if op is not None else "",
             count,
-            UNKNOWN if dtype is None else data.travels_as or data.kind if data.dtype is not None else dtype.name,
+            UNKNOWN if dtype is None else data.element_name or data.kind if data.dtype is not None else dtype.name,
             "" if root is None else str(root),
             UNKNOWN if dtype is None else data.order,
             choice.algorithm if algorithm else "",
         )
 
-    def whole(
+    def bind_schedule(
         self,
         ours: Algorithm,
         vector: npt.NDArray[Any],
         steps: Any,
         choice: Choice,
         op: MPI.Op | None,
-        signature: Signature,
+        signature: Fingerprint,
     ) -> Any:
         """Bind one of ours whose blocks may lie anywhere, in segments where it gains from them."""
-        segment = choice.segment_bytes or (SEGMENT_BYTES if ours.lanes else 0)
+        segment = choice.segment_bytes or (SEGMENT_BYTES if ours.segmented else 0)
         lanes = -(-vector.nbytes // segment) if segment and vector.nbytes else 1
         combine = None if op is None else operations.combiner(op)
         blocks = ours.blocks(self.size)
-        return bind_lanes(steps, vector, blocks, lanes, self.context.messages, combine, signature.word)
+        return bind_segments(steps, vector, blocks, lanes, self.context.messages, combine, signature.digest)
 
-    def native(
+    def bind_native(
         self,
         key: Hashable,
-        signature: Signature,
+        signature: Fingerprint,
         name: str,
         buffers: tuple[Message, ...],
         arguments: tuple[Any, ...],
-    ) -> Bound:
+    ) -> Plan:
         """Bind MPI's own algorithm; forms of plain memory can be kept, they do not keep the user's array alive.
 
         Where nobody may leave before all have come, the calls are compared first: of counts that differ MPI makes wrong
@@ -746,82 +752,86 @@ class Binder:
         reusable = key is not None and all(each.dtype is not None for each in buffers)
         if reusable:
             forms = [IN_PLACE if same and k == 0 else self.form(name, k, each, same) for k, each in enumerate(buffers)]
-        run = self.checked(signature, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING)
-        return self.context.keep(key, Bound(run)) if reusable else Bound(run)
+        run = self.guard(signature, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING)
+        return self.context.keep(key, Plan(run)) if reusable else Plan(run)
 
     def keep(
         self,
         key: Hashable,
-        signature: Signature,
+        signature: Fingerprint,
         moves: list[Run | None],
         free: Run,
         lockstep_bytes: int,
-    ) -> Bound:
+    ) -> Plan:
         """A bound call of ours on messages, kept under its key."""
-        bound = Bound(self.checked(signature, in_turn(moves), lockstep_bytes >= LOCKSTEP_BYTES), free)
+        bound = Plan(self.guard(signature, compose(moves), lockstep_bytes >= LOCKSTEP_BYTES), free)
         return bound if key is None else self.context.keep(key, bound)
 
     def keep_shared(
         self,
         key: Hashable,
-        signature: Signature,
+        signature: Fingerprint,
         bind: Callable[[int], Run],
         before: Run | None = None,
         after: Run | None = None,
-    ) -> Bound:
+    ) -> Plan:
         """A bound call in shared memory, kept under its key; it compares the calls itself."""
-        bound = Bound(in_turn([before, self.in_shared_memory(signature, bind), after]))
+        bound = Plan(compose([before, self.bind_shared(signature, bind), after]))
         return bound if key is None else self.context.keep(key, bound)
 
-    def in_shared_memory(self, signature: Signature, bind: Callable[[int], Run]) -> Run:
+    def bind_shared(self, signature: Fingerprint, bind: Callable[[int], Run]) -> Run:
         """Bind a call in shared memory.
 
         While ranks are missing it drives MPI: they may be waiting for the end of a message that this rank has sent.
         """
-        roll = self.context.roll
+        roll = self.context.consistency
         word = roll.announce(signature) if roll else 0
-        progress = self.while_missing(self.shared)
+        progress = self.progress_driver(self.shared_memory)
 
         def late(seconds: float, positions: list[int]) -> None:
             if roll:
-                roll.late(word, seconds, positions)
+                roll.check_stall(word, seconds, positions)
             progress(seconds, positions)
 
-        self.shared.late = late
-        return bind(signature.word)
+        self.shared_memory.stall_handler = late
+        return bind(signature.digest)
 
-    def while_missing(self, memory: Any) -> Callable[[float, list[int]], None]:
+    def progress_driver(self, memory: Any) -> Callable[[float, list[int]], None]:
         """Drive MPI for a while, as long as ranks of this node are missing; raise if they will never come."""
-        roll, progress = self.context.roll, self.context.channel.Iprobe
+        roll, progress = self.context.consistency, self.context.private_comm.Iprobe
 
         def drive(seconds: float, positions: list[int]) -> None:
-            if roll and roll.inside:
-                roll.raise_if_hopeless()
-            until = time.monotonic() + TURN
-            while memory.missing() and time.monotonic() < until:
+            if roll and roll.active_seq:
+                roll.raise_if_deadlocked()
+            until = time.monotonic() + PROGRESS_SECONDS
+            while memory.missing_ranks() and time.monotonic() < until:
                 progress()
                 os.sched_yield()
 
         return drive
 
-    def keep_widened(self, key: Hashable, first: Widened, inner: Bound, last: Widened | None) -> Bound:
+    def keep_widened(self, key: Hashable, first: Float32Copy, inner: Plan, last: Float32Copy | None) -> Plan:
         """16-bit floats, reduced in float32 and rounded once."""
-        bound = Bound(in_turn([first.widen, inner.run, last.narrow if last else None]), inner.free)
+        bound = Plan(compose([first.widen, inner.run, last.narrow if last else None]), inner.free)
         return bound if key is None else self.context.keep(key, bound)
 
-    def checked(self, signature: Signature, body: Run, lockstep: bool) -> Run:
+    def guard(self, signature: Fingerprint, body: Run, lockstep: bool) -> Run:
         """``body`` between the two looks at what the other ranks call.
 
         In lockstep nobody begins before all calls have been compared.  Where the ranks share memory they meet there
         first: others may have brought a call that takes place there, and then all of them learn of it together.
         """
-        roll = self.context.roll
+        roll = self.context.consistency
         if roll is None:
             return body
         word = roll.announce(signature)
         enter = roll.begin if signature.collective in SYNCHRONISING else roll.enter
         leave, wait = roll.leave, roll.wait
-        meet = self.in_shared_memory(signature, self.shared.bind_meeting) if lockstep and self.shared else None
+        meet = (
+            self.bind_shared(signature, self.shared_memory.bind_entry_barrier)
+            if lockstep and self.shared_memory
+            else None
+        )
 
         def run() -> None:
             if meet:
@@ -833,10 +843,10 @@ class Binder:
                 body()
                 leave(word)
             except MPI.Exception as failure:
-                roll.inside = 0
+                roll.active_seq = 0
                 roll.blame(word, failure)
             except BaseException:
-                roll.inside = 0
+                roll.active_seq = 0
                 raise
 
         return run
@@ -847,14 +857,14 @@ def is_in_place(sendbuf: Any) -> bool:
     return sendbuf is None or sendbuf is IN_PLACE
 
 
-def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def read_only_view(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A view that cannot be written."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
-class Widened:
+class Float32Copy:
     """16-bit floats as float32."""
 
     def __init__(self, message: Message) -> None:
@@ -862,7 +872,7 @@ class Widened:
         stored = message.vector()
         self._stored = stored if self._code == "bf16" else stored.view(message.half)
         self._values = np.empty(stored.size, "f4")
-        self.wide = replace(read(self._values, ""), order=message.order, travels_as=f"{message.half} in float32")
+        self.message = replace(read(self._values, ""), order=message.order, element_name=f"{message.half} in float32")
 
     def widen(self) -> None:
         """From the user's memory."""
@@ -884,28 +894,28 @@ class ExactSum:
             stored = stored.view(f"f{message.dtype.itemsize // 2}")
         self._stored = stored.view(message.half) if message.half == "float16" else stored
         self.elements = len(stored)
-        self._agreed = np.empty(self.elements, np.int16)
+        self._exponents = np.empty(self.elements, np.int16)
         self._parts = np.empty((reproducible.limbs("f2" if self._half else stored.dtype), self.elements), np.int64)
         self._totals = np.empty_like(self._parts)
         self._words, self._order = f"{message.kind} reproducibly", message.order
 
-    def _as(self, array: npt.NDArray[Any]) -> Message:
-        return replace(read(array, ""), order=self._order, travels_as=self._words)
+    def _message(self, array: npt.NDArray[Any]) -> Message:
+        return replace(read(array, ""), order=self._order, element_name=self._words)
 
     @property
-    def agreed(self) -> Message:
+    def exponents(self) -> Message:
         """The exponents."""
-        return self._as(self._agreed)
+        return self._message(self._exponents)
 
     @property
     def parts(self) -> list[Message]:
         """The integers."""
-        return [self._as(part) for part in self._parts]
+        return [self._message(part) for part in self._parts]
 
     @property
     def totals(self) -> list[Message]:
         """Room for their sums."""
-        return [self._as(part) for part in self._totals]
+        return [self._message(part) for part in self._totals]
 
     def _values(self) -> npt.NDArray[np.float64]:
         wide = reductions.widen(self._stored, self._half) if self._half else self._stored
@@ -913,25 +923,25 @@ class ExactSum:
 
     def find_exponents(self) -> None:
         """This rank's."""
-        self._agreed[...] = reproducible.exponents(self._values())
+        self._exponents[...] = reproducible.exponents(self._values())
 
     def split(self) -> None:
         """By the exponents that all agreed on."""
-        self._parts[...] = reproducible.split(self._values(), self._agreed, len(self._parts))
+        self._parts[...] = reproducible.split(self._values(), self._exponents, len(self._parts))
 
     def exponents_of(self, place: slice) -> npt.NDArray[np.int16]:
         """What all agreed on, of a part."""
-        return self._agreed[place]
+        return self._exponents[place]
 
     def store(self, exponents: npt.NDArray[np.int16]) -> None:
         """The sums, into the user's memory."""
-        value = reproducible.joined(self._totals, exponents)
+        value = reproducible.join(self._totals, exponents)
         with np.errstate(over="ignore"):
             narrow = reductions.narrow(value.astype("f4"), self._half) if self._half else value
             self._stored[...] = narrow
 
 
-class Packed:
+class PackedBuffer:
     """Data as plain bytes, whatever its datatype."""
 
     def __init__(self, data: Message, comm: MPI.Intracomm, nbytes: int) -> None:
@@ -950,26 +960,26 @@ class Packed:
         self._datatype.Unpack(self.octets, 0, self._memory, self._comm)
 
 
-def gathered(recv: Message, counts: tuple[int, ...], octets: int) -> str:
+def gather_count(recv: Message, counts: tuple[int, ...], octets: int) -> str:
     """How many elements an allgather collects, in words."""
     if recv.dtype is not None:
         return str(sum(counts))
     return UNKNOWN if recv.base is None else str(octets // recv.base.itemsize)
 
 
-def gathered_octets(recv: Message, p: int) -> int:
+def gather_bytes(recv: Message, p: int) -> int:
     """Bytes that an allgather collects: the user says how much from each rank, or nothing."""
     if recv.dtype is not None:
-        return recv.part(p) * p * recv.dtype.itemsize
+        return recv.block_length(p) * p * recv.dtype.itemsize
     octets = recv.octets or 0
     return octets * p if recv.count is not None else octets
 
 
-VARIED = {"Allgatherv": (1,), "Alltoallv": (0, 1), "Gatherv": (1,), "Scatterv": (0,)}
+VARIABLE_BLOCKS = {"Allgatherv": (1,), "Alltoallv": (0, 1), "Gatherv": (1,), "Scatterv": (0,)}
 """Which buffers of an MPI call have a part of any length for each rank."""
 
 
-def parted(name: str, in_place: bool) -> tuple[int, ...]:
+def equal_blocks(name: str, in_place: bool) -> tuple[int, ...]:
     """Which buffers of an MPI call are counted in elements a rank."""
     whole = {
         "Allgather": (1,),
@@ -981,7 +991,7 @@ def parted(name: str, in_place: bool) -> tuple[int, ...]:
     return whole.get(name, ())
 
 
-def standing(message: Message, amount: Any) -> Any:
+def weak_form(message: Message, amount: Any) -> Any:
     """A form for mpi4py that does not keep the user's array alive."""
     assert message.dtype is not None
     try:
@@ -991,7 +1001,7 @@ def standing(message: Message, amount: Any) -> Any:
     return [MPI.memory.fromaddress(message.address, message.size * message.dtype.itemsize), amount, datatype]
 
 
-def in_turn(moves: list[Run | None]) -> Run:
+def compose(moves: list[Run | None]) -> Run:
     """One after the other."""
     acts = [move for move in moves if move is not None]
     if len(acts) == 1:
@@ -1004,7 +1014,7 @@ def in_turn(moves: list[Run | None]) -> Run:
     return run
 
 
-def spreader(work: npt.NDArray[Any], cuts: list[int], recv: Message, parts: list[tuple[int, int]]) -> Run:
+def block_copier(work: npt.NDArray[Any], cuts: list[int], recv: Message, parts: list[tuple[int, int]]) -> Run:
     """Copy what was gathered side by side to where the user wants each part, (count, displacement)."""
     pairs = [
         (recv.vector(count, displ), work[lo:hi])
@@ -1019,9 +1029,9 @@ def spreader(work: npt.NDArray[Any], cuts: list[int], recv: Message, parts: list
     return spread
 
 
-def order_of(algorithm: Algorithm, p: int) -> list[int]:
+def block_order(algorithm: Algorithm, p: int) -> list[int]:
     """The rank of each block."""
-    return list(range(p)) if algorithm.slots is None else np.argsort(algorithm.slots(p)).tolist()
+    return list(range(p)) if algorithm.own_blocks is None else np.argsort(algorithm.own_blocks(p)).tolist()
 
 
 def cuts_of(counts: tuple[int, ...], order: list[int]) -> list[int]:
@@ -1045,6 +1055,6 @@ def sorter(work: npt.NDArray[Any], source: npt.NDArray[Any], counts: tuple[int, 
     return sort
 
 
-def shortened(counts: tuple[int, ...]) -> tuple[Any, ...]:
+def shorten(counts: tuple[int, ...]) -> tuple[Any, ...]:
     """Counts for a signature: all of them where they are few."""
     return counts if len(counts) <= 8 else (*counts[:8], f"and {len(counts) - 8} more", hash(counts))

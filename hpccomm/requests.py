@@ -6,7 +6,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from hpccomm.calls.plans import Bound
+from hpccomm.calls.plans import Plan
 from hpccomm.errors import ArgumentError
 
 
@@ -16,22 +16,22 @@ class Persistent:
     The work is done inside :meth:`Wait` and :meth:`Test`, as in MPI libraries without a progress thread.
     """
 
-    def __init__(self, bound: Bound, buffers: tuple[Any, ...]) -> None:
-        self._bound: Bound | None = bound
+    def __init__(self, bound: Plan, buffers: tuple[Any, ...]) -> None:
+        self._plan: Plan | None = bound
         self._buffers = buffers
         self._started = False
 
     def Start(self) -> None:
         """Begin; the buffers belong to the call until it is waited for."""
-        if self._bound is None or self._started:
+        if self._plan is None or self._started:
             raise ArgumentError("Start of a request that is freed or running: Wait for it first")
         self._started = True
 
     def Wait(self, status: MPI.Status | None = None) -> bool:
         """Return when this rank's part is done."""
-        if self._started and self._bound is not None:
+        if self._started and self._plan is not None:
             self._started = False
-            self._bound.run()
+            self._plan.run()
         return True
 
     def Test(self, status: MPI.Status | None = None) -> bool:
@@ -40,12 +40,12 @@ class Persistent:
 
     def Free(self) -> None:
         """Give back what was bound."""
-        if self._bound is not None:
-            self._bound.free()
-            self._bound = None
+        if self._plan is not None:
+            self._plan.free()
+            self._plan = None
             self._buffers = ()
 
     wait, test = Wait, Test
 
     def __bool__(self) -> bool:
-        return self._bound is not None
+        return self._plan is not None

@@ -46,16 +46,16 @@ class StandIn:
     def use(self, number: int) -> None:
         self.number = number
 
-    def where(self, address: int) -> int | None:
+    def find_device(self, address: int) -> int | None:
         for begin, (memory, number) in self.memory.items():
             if begin <= address < begin + max(memory.nbytes, 1):
                 return number
         return None
 
-    def pinned(self, nbytes: int) -> np.ndarray:
+    def allocate_pinned(self, nbytes: int) -> np.ndarray:
         return np.full(nbytes, 0xA5, np.uint8)
 
-    def stream(self) -> int:
+    def create_stream(self) -> int:
         handle = 100 + len(self.queues)
         self.queues[handle] = []
         return handle
@@ -80,7 +80,7 @@ class StandIn:
         for act in waiting:
             act()
 
-    def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype) -> StandInArray:
+    def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype) -> StandInArray:
         return self.array(np.empty(shape, dtype))
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> StandInArray:
@@ -130,7 +130,7 @@ class StandIn:
 
     # Tests
 
-    def seen(self, address: int, n: int, dtype: np.dtype) -> np.ndarray:
+    def memory_at(self, address: int, n: int, dtype: np.dtype) -> np.ndarray:
         return np.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(address), dtype)
 
     def check(self, address: int, nbytes: int) -> None:

@@ -35,20 +35,20 @@ class Array(NDArrayOperatorsMixin):
         )
         out = named.pop("out", None)
         into = {} if out is None else {"out": tuple(each.host for each in out)}
-        result = ufunc(*map(bare, inputs), **named, **into)
+        result = ufunc(*map(to_numpy, inputs), **named, **into)
         return Array(np.asarray(result)) if out is None else out[0]
 
     def __array_function__(self, function: Any, types: Any, inputs: Any, named: Any) -> Any:
         if function is np.array_split:
-            return [Array(each) for each in function(bare(inputs[0]), *inputs[1:], **named)]
+            return [Array(each) for each in function(to_numpy(inputs[0]), *inputs[1:], **named)]
         assert function in AS_CUPY
-        return wrapped(function(*map(bare, inputs), **named))
+        return from_numpy(function(*map(to_numpy, inputs), **named))
 
     def __getitem__(self, key: Any) -> Array:
-        return Array(np.asarray(self.host[tuple(map(bare, key)) if isinstance(key, tuple) else bare(key)]))
+        return Array(np.asarray(self.host[tuple(map(to_numpy, key)) if isinstance(key, tuple) else to_numpy(key)]))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.host[tuple(map(bare, key)) if isinstance(key, tuple) else bare(key)] = bare(value)
+        self.host[tuple(map(to_numpy, key)) if isinstance(key, tuple) else to_numpy(key)] = to_numpy(value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -56,7 +56,7 @@ class Array(NDArrayOperatorsMixin):
         found = getattr(self.host, name)
         if not callable(found):
             return Array(found) if isinstance(found, np.ndarray) else found
-        return lambda *given, **named: wrapped(found(*map(bare, given), **named))
+        return lambda *given, **named: from_numpy(found(*map(to_numpy, given), **named))
 
     def __len__(self) -> int:
         return len(self.host)
@@ -84,15 +84,15 @@ AS_CUPY = (
 """NumPy's functions that hand CuPy's arrays on to CuPy."""
 
 
-def bare(x: Any) -> Any:
+def to_numpy(x: Any) -> Any:
     if isinstance(x, list):
-        return [bare(each) for each in x]
+        return [to_numpy(each) for each in x]
     if isinstance(x, np.ndarray) and x.ndim:
         raise TypeError(f"Unsupported type {type(x)}")
     return x.host if isinstance(x, Array) else x
 
 
-def wrapped(x: Any) -> Any:
+def from_numpy(x: Any) -> Any:
     return Array(np.asarray(x)) if isinstance(x, np.ndarray | np.generic) else x
 
 
@@ -111,7 +111,7 @@ def __getattr__(name: str) -> Any:
     function = getattr(np, name)
 
     def call(*given: Any, **named: Any) -> Any:
-        return wrapped(function(*map(bare, given), **{key: bare(each) for key, each in named.items()}))
+        return from_numpy(function(*map(to_numpy, given), **{key: to_numpy(each) for key, each in named.items()}))
 
     return call
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hpccomm.arrays import borrow, movable, narrowed, wide, widened
+from hpccomm.arrays import borrow, narrow, reduction_dtype, view_for_mpi, widen
 from hpccomm.errors import ArgumentError
 
 DTYPES = ["?", "i1", "u8", "f2", "f4", "f8", "g", "F", "D", ml_dtypes.bfloat16]
@@ -110,15 +110,15 @@ def test_remedies_work() -> None:
 def test_only_the_16_bit_floats_are_widened(dtype: Any) -> None:
     x = np.ones((2, 3), dtype)
     if x.dtype in (np.float16, ml_dtypes.bfloat16):
-        assert widened(x).dtype == wide(x.dtype) == np.float32
+        assert widen(x).dtype == reduction_dtype(x.dtype) == np.float32
     else:
-        assert widened(x) is x
+        assert widen(x) is x
 
 
 def test_widening_puts_any_strides_in_c_order() -> None:
     x = np.asfortranarray(np.arange(6.0).reshape(2, 3))
-    assert widened(x).flags.c_contiguous
-    assert np.array_equal(widened(x), x)
+    assert widen(x).flags.c_contiguous
+    assert np.array_equal(widen(x), x)
 
 
 def test_every_16_bit_float_survives_widening_and_narrowing() -> None:
@@ -126,18 +126,18 @@ def test_every_16_bit_float_survives_widening_and_narrowing() -> None:
     for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
         numbers = words.view(dtype)
         numbers = numbers[~np.isnan(numbers.astype("f4"))]
-        assert narrowed(widened(numbers), dtype).view(np.uint16).tolist() == numbers.view(np.uint16).tolist()
+        assert narrow(widen(numbers), dtype).view(np.uint16).tolist() == numbers.view(np.uint16).tolist()
 
 
 def test_narrowing_rounds_to_nearest_even_and_overflows_to_infinity() -> None:
-    assert narrowed(np.array([2049, 2051, 1e6], "f4"), np.dtype("f2")).tolist() == [2048, 2052, np.inf]
+    assert narrow(np.array([2049, 2051, 1e6], "f4"), np.dtype("f2")).tolist() == [2048, 2052, np.inf]
 
 
 def test_16_bit_floats_move_as_words_without_a_copy() -> None:
     for dtype in (np.float16, ml_dtypes.bfloat16):
         x = np.ones((2, 3), dtype)
-        assert movable(x).dtype == np.uint16
-        assert np.shares_memory(movable(x), x)
+        assert view_for_mpi(x).dtype == np.uint16
+        assert np.shares_memory(view_for_mpi(x), x)
 
 
 def test_torch_tensors_come_back_as_tensors() -> None:

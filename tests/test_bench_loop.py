@@ -33,7 +33,7 @@ def test_every_algorithm_of_every_collective_is_right(comm: Any, collective: str
     case = CASES[collective]
     names = comm.algorithms(case.algorithms) if case.algorithms else ("auto", "native")
     for in_place in {False, case.in_place}:
-        for root in (comm.size - 1, None) if case.rooted else (0,):
+        for root in (comm.size - 1, None) if case.has_root else (0,):
             chosen = options(dtype=dtype, in_place=in_place, root=root, whole=False)
             rows = list(measure(comm, collective, [4, 60, 4000], names, chosen))
             assert [row.complaint for row in rows if not row.validated] == []
@@ -111,7 +111,7 @@ def test_a_time_that_is_given_is_kept(comm: Any) -> None:
 # --- in turns --------------------------------------------------------------------------------------
 
 
-class Logged(MPI.Intracomm):
+class LoggingComm(MPI.Intracomm):
     """Writes down which algorithm is called."""
 
     calls: list[str]
@@ -126,7 +126,7 @@ class Logged(MPI.Intracomm):
 
 @pytest.mark.mpi(sizes=(2,))
 def test_algorithms_take_turns_and_none_is_always_first(comm: Any) -> None:
-    logged = Logged(comm)
+    logged = LoggingComm(comm)
     logged.calls = []
     chosen = Options(iterations=40, warmup=0, seconds=None)
     list(measure(logged, "allreduce", [64], ("one", "two", "three"), chosen))
@@ -153,7 +153,7 @@ def test_the_root_moves_on_with_every_call(comm: Any) -> None:
 # --- wrong -----------------------------------------------------------------------------------------
 
 
-def weighted(*weights: int) -> type[MPI.Intracomm]:
+def weighted_comm(*weights: int) -> type[MPI.Intracomm]:
     """Counts some ranks more than once, and others not at all."""
 
     class Weighted(MPI.Intracomm):
@@ -163,7 +163,7 @@ def weighted(*weights: int) -> type[MPI.Intracomm]:
     return Weighted
 
 
-class LastBit(MPI.Intracomm):
+class LastBitComm(MPI.Intracomm):
     """One element of one rank is the next number that there is."""
 
     def Allreduce(self, send: Any, recv: Any, op: MPI.Op = MPI.SUM) -> None:
@@ -172,7 +172,7 @@ class LastBit(MPI.Intracomm):
             recv[-1] = np.nextafter(recv[-1], np.float32(np.inf))
 
 
-class Swapped(MPI.Intracomm):
+class SwappingComm(MPI.Intracomm):
     """Two parts changed places."""
 
     def Allgather(self, send: Any, recv: Any) -> None:
@@ -181,7 +181,7 @@ class Swapped(MPI.Intracomm):
         recv[:n], recv[n : 2 * n] = recv[n : 2 * n].copy(), recv[:n].copy()
 
 
-class Stale(MPI.Intracomm):
+class StaleComm(MPI.Intracomm):
     """Every other call returns what the last one did."""
 
     calls = 0
@@ -195,21 +195,21 @@ class Stale(MPI.Intracomm):
         self.last = buf.copy()
 
 
-class Lazy(MPI.Intracomm):
+class LazyComm(MPI.Intracomm):
     """Does nothing."""
 
     def Alltoall(self, send: Any, recv: Any) -> None:
         pass
 
 
-class Mine(MPI.Intracomm):
+class RootBlockComm(MPI.Intracomm):
     """Gives everybody the part that is meant for rank 0."""
 
     def Scatter(self, send: Any, recv: Any, root: int = 0) -> None:
         super().Scatter(None if send is None else np.tile(send[: recv.size], self.size), recv, root)
 
 
-def only(kind: type[MPI.Intracomm], comm: Any, collective: str, **more: Any) -> Row:
+def measure_one(kind: type[MPI.Intracomm], comm: Any, collective: str, **more: Any) -> Row:
     chosen = options(check_warmup=0, **more)
     [row] = measure(kind(comm), collective, [more.pop("size", 64)], ("native",), chosen)
     return row
@@ -221,32 +221,38 @@ def test_a_rank_counted_twice_while_another_is_dropped_is_wrong_in_every_element
     for weights in ((2, 0, 1, 1), (1, 1, 0, 2), (0, 1, 2, 1)):
         for count in (1, 25):
             size = count * np.dtype(dtype).itemsize
-            [row] = measure(weighted(*weights)(comm), "allreduce", [size], ("native",), options(dtype=dtype))
+            [row] = measure(weighted_comm(*weights)(comm), "allreduce", [size], ("native",), options(dtype=dtype))
             assert row.validated is False
             assert row.wrong == count * comm.size * row.iterations
 
 
 @pytest.mark.mpi(sizes=(4,))
 def test_pairs_that_would_cancel_are_wrong_too(comm: Any) -> None:
-    assert only(weighted(2, 0, 0, 2), comm, "allreduce").validated is False
-    assert only(weighted(0, 2, 2, 0), comm, "allreduce").validated is False
-    assert only(weighted(1, 1, 1, 1), comm, "allreduce").validated is True
+    assert measure_one(weighted_comm(2, 0, 0, 2), comm, "allreduce").validated is False
+    assert measure_one(weighted_comm(0, 2, 2, 0), comm, "allreduce").validated is False
+    assert measure_one(weighted_comm(1, 1, 1, 1), comm, "allreduce").validated is True
 
 
 @pytest.mark.mpi(sizes=(3,))
 @pytest.mark.parametrize(
     ("kind", "collective"),
-    [(LastBit, "allreduce"), (Swapped, "allgather"), (Stale, "bcast"), (Lazy, "alltoall"), (Mine, "scatter")],
+    [
+        (LastBitComm, "allreduce"),
+        (SwappingComm, "allgather"),
+        (StaleComm, "bcast"),
+        (LazyComm, "alltoall"),
+        (RootBlockComm, "scatter"),
+    ],
 )
 def test_whatever_else_is_wrong_is_found(comm: Any, kind: Callable[..., Any], collective: str) -> None:
-    row = only(kind, comm, collective)
+    row = measure_one(kind, comm, collective)
     assert row.validated is False
     assert all(each == row for each in comm.allgather(row))
 
 
 @pytest.mark.mpi(sizes=(3,))
 def test_the_first_wrong_element_is_named(comm: Any) -> None:
-    row = only(LastBit, comm, "allreduce")
+    row = measure_one(LastBitComm, comm, "allreduce")
     assert row.wrong == row.iterations
     assert row.complaint.startswith("native: rank 1: element 15 is ")
     assert "1 of 16 wrong in call 0" in row.complaint

@@ -14,9 +14,9 @@ from benchmarks.mics import (
     RINGS,
     SETTINGS,
     draw,
-    expected_bytes,
     machine_of,
-    predicted,
+    predict_bytes,
+    predict_step,
     report,
 )
 
@@ -36,13 +36,13 @@ def test_predictions_are_what_the_machine_needs_alone_and_the_links_time() -> No
     beta = machine_of(8, "1gbit").inter.beta
     assert beta == pytest.approx(8e6 / 1e9 / 0.95)
     second = 2 * 7 * 61 + 2 * 7 / 8 * model * beta
-    assert predicted(MICS, measured) == pytest.approx(0.5 + 1e-6 * second)
+    assert predict_step(MICS, measured) == pytest.approx(0.5 + 1e-6 * second)
     ring = 15 * 61 + 15 / 16 * layer * beta
-    assert predicted(RINGS, measured) == pytest.approx(0.5 + 1e-6 * ring * (3 * 4 * 8 + 1))
+    assert predict_step(RINGS, measured) == pytest.approx(0.5 + 1e-6 * ring * (3 * 4 * 8 + 1))
     levels = 7 * 61 + 14 / 16 * layer * beta
-    assert predicted(LEVELS, measured) == pytest.approx(1e-6 * levels * (3 * 4 * 8 + 1))
-    assert expected_bytes(MICS, measured) == 2 * 7 / 8 * model
-    assert expected_bytes(RINGS, measured) == 3 * 4 * 15 / 16 * model
+    assert predict_step(LEVELS, measured) == pytest.approx(1e-6 * levels * (3 * 4 * 8 + 1))
+    assert predict_bytes(MICS, measured) == 2 * 7 / 8 * model
+    assert predict_bytes(RINGS, measured) == 3 * 4 * 15 / 16 * model
 
 
 def test_the_report_has_a_row_a_way_and_its_ratios(tmp_path: Any) -> None:

@@ -39,7 +39,7 @@ ROW = Row(
 
 
 def table(collective: str, algorithms: list[str], rows: list[Row], **wanted: Any) -> list[str]:
-    columns = osu.columns_of(collective, algorithms, osu.Wanted(**wanted))
+    columns = osu.columns_of(collective, algorithms, osu.ColumnOptions(**wanted))
     return [osu.header(columns), osu.line(columns, rows)]
 
 
@@ -159,12 +159,12 @@ def test_the_failure_line() -> None:
 
 
 def test_repeats_are_osus() -> None:
-    assert CASES["allreduce"].repeats.at(8192) == (1000, 100)
-    assert CASES["allreduce"].repeats.at(8193) == (100, 10)
-    assert CASES["latency"].repeats.at(1) == (10000, 100)
-    assert CASES["latency"].repeats.at(1 << 20) == (1000, 10)
-    assert CASES["bw"].repeats.at(1) == (100, 10)
-    assert CASES["bibw"].repeats.at(1 << 20) == (20, 2)
+    assert CASES["allreduce"].repeats.counts(8192) == (1000, 100)
+    assert CASES["allreduce"].repeats.counts(8193) == (100, 10)
+    assert CASES["latency"].repeats.counts(1) == (10000, 100)
+    assert CASES["latency"].repeats.counts(1 << 20) == (1000, 10)
+    assert CASES["bw"].repeats.counts(1) == (100, 10)
+    assert CASES["bibw"].repeats.counts(1 << 20) == (20, 2)
 
 
 # --- nccl-tests ------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_size_is_the_whole_and_count_one_ranks_share(
     ],
 )
 def test_numbers_fit(value: float, width: int, text: str) -> None:
-    assert nccl.fitted(value, width) == text
+    assert nccl.fit_number(value, width) == text
 
 
 def test_an_unchecked_row_still_has_thirteen_words() -> None:
@@ -288,7 +288,7 @@ def flagperf(text: str) -> float:
 
 
 def osu_text(collective: str, rows: list[Row], **wanted: Any) -> str:
-    columns = osu.columns_of(collective, ["auto"], osu.Wanted(**wanted))
+    columns = osu.columns_of(collective, ["auto"], osu.ColumnOptions(**wanted))
     comment = [] if collective == "barrier" else [osu.datatype_line("mpi_float")]
     head = ["", osu.title(collective), *comment, osu.header(columns)]
     return "\n".join([*head, *(osu.line(columns, [row]) for row in rows)]) + "\n"
@@ -313,9 +313,9 @@ def test_superbench_and_flagperf_read_the_bus_bandwidth() -> None:
 # --- flags -----------------------------------------------------------------------------------------
 
 
-def asked(line: str) -> flags.Asked:
+def parse_line(line: str) -> flags.BenchArguments:
     collective, *words = line.split()
-    return flags.asked(collective, words)
+    return flags.parse_flags(collective, words)
 
 
 @pytest.mark.parametrize(
@@ -337,45 +337,45 @@ def asked(line: str) -> flags.Asked:
     ],
 )
 def test_sizes(line: str, first: int, last: int) -> None:
-    sizes = asked(line).sizes
+    sizes = parse_line(line).sizes
     assert (sizes[0], sizes[-1]) == (first, last)
     assert all(b in (2 * a, 4 * a, 1) for a, b in pairwise(sizes))
 
 
 def test_a_flag_with_an_attached_value_leaves_the_next_word_alone() -> None:
-    assert asked("allreduce").wanted.percentiles == ()
-    assert asked("allreduce -z -f").wanted.percentiles == (50, 90, 99)
-    assert asked("allreduce -z10,100 -i 5").wanted.percentiles == (10, 100)
-    reframes = asked("osu_bw".removeprefix("osu_") + " -m 4194304 -x 10 -i 1000 -c D D")
+    assert parse_line("allreduce").columns.percentiles == ()
+    assert parse_line("allreduce -z -f").columns.percentiles == (50, 90, 99)
+    assert parse_line("allreduce -z10,100 -i 5").columns.percentiles == (10, 100)
+    reframes = parse_line("osu_bw".removeprefix("osu_") + " -m 4194304 -x 10 -i 1000 -c D D")
     assert reframes.options.check
-    assert "host memory" in reframes.ignored
-    assert asked("latency -c -z H H").ignored == ""
+    assert "host memory" in reframes.warning
+    assert parse_line("latency -c -z H H").warning == ""
 
 
 def test_datatypes_are_osus_words() -> None:
-    assert asked("allreduce").datatypes == ("mpi_float",)
-    assert asked("latency").datatypes == ("mpi_char",)
-    assert asked("allreduce -T MPI_CHAR -T mpi_double").datatypes == ("mpi_char", "mpi_double")
-    assert asked("bcast -T all").datatypes == ("mpi_char", "mpi_int", "mpi_float")
+    assert parse_line("allreduce").datatypes == ("mpi_float",)
+    assert parse_line("latency").datatypes == ("mpi_char",)
+    assert parse_line("allreduce -T MPI_CHAR -T mpi_double").datatypes == ("mpi_char", "mpi_double")
+    assert parse_line("bcast -T all").datatypes == ("mpi_char", "mpi_int", "mpi_float")
 
 
 def test_flags_reach_the_loop() -> None:
-    options = asked("reduce -i 7 -x 0 -c -u 2 -l -k rotate --registered").options
+    options = parse_line("reduce -i 7 -x 0 -c -u 2 -l -k rotate --registered").options
     assert (options.iterations, options.warmup, options.check_warmup) == (7, 0, 2)
     assert (options.check, options.in_place, options.root, options.registered) == (True, True, None, True)
     assert (options.whole, options.seconds, options.streaming, options.bare_native) == (False, None, False, True)
-    assert asked("bcast -k fixed:3").options.root == 3
-    assert asked("bw -W 16").options.window == 16
-    streaming = asked("allreduce --format nccl").options
+    assert parse_line("bcast -k fixed:3").options.root == 3
+    assert parse_line("bw -W 16").options.window == 16
+    streaming = parse_line("allreduce --format nccl").options
     assert (streaming.whole, streaming.streaming, streaming.check) == (True, True, True)
     assert (streaming.iterations, streaming.warmup) == (20, 5)
 
 
 def test_times_of_single_calls_are_collected_only_where_somebody_asks() -> None:
-    assert asked("allreduce").options.percentiles == ()
-    assert asked("allreduce -z99").options.percentiles == (99,)
-    assert asked("allreduce --json out.json").options.percentiles
-    assert asked("allreduce --algorithm native,ring").options.percentiles
+    assert parse_line("allreduce").options.percentiles == ()
+    assert parse_line("allreduce -z99").options.percentiles == (99,)
+    assert parse_line("allreduce --json out.json").options.percentiles
+    assert parse_line("allreduce --algorithm native,ring").options.percentiles
 
 
 @pytest.mark.parametrize(
@@ -407,17 +407,17 @@ def test_times_of_single_calls_are_collected_only_where_somebody_asks() -> None:
 )
 def test_what_makes_no_sense_is_refused_with_a_remedy(line: str, words: str) -> None:
     with pytest.raises(ArgumentError, match=re.escape(words)):
-        asked(line)
+        parse_line(line)
 
 
 def test_buffers_on_a_device_are_for_collectives_that_take_them() -> None:
-    assert asked("allreduce -d cuda").options.on_device
-    assert asked("latency -d cuda D D").ignored == ""
-    assert asked("latency -d cuda H H").ignored == "H H with -d cuda: the buffers are on the device"
+    assert parse_line("allreduce -d cuda").options.on_device
+    assert parse_line("latency -d cuda D D").warning == ""
+    assert parse_line("latency -d cuda H H").warning == "H H with -d cuda: the buffers are on the device"
     with pytest.raises(ArgumentError, match="gather: -d cuda: this collective takes no arrays on a device"):
-        asked("gather -d cuda")
+        parse_line("gather -d cuda")
     with pytest.raises(ArgumentError, match="--registered is for collectives of host memory"):
-        asked("allreduce -d cuda --registered")
+        parse_line("allreduce -d cuda --registered")
 
 
 # --- files and pictures ----------------------------------------------------------------------------
@@ -433,7 +433,7 @@ WHERE = {
 }
 
 
-def written(tmp_path: Any, name: str, rows: list[Row]) -> str:
+def write_rows(tmp_path: Any, name: str, rows: list[Row]) -> str:
     path = tmp_path / f"{name}.json"
     path.write_text(report.text(WHERE, rows))
     return str(path)
@@ -453,11 +453,14 @@ def test_lines_are_told_apart_by_what_differs(tmp_path: Any) -> None:
         for size in (8, 16)
         for name, us in (("native", 2.0), ("ring", 1.0))
     ]
-    one = {"one": plot.read(written(tmp_path, "one", rows))}
+    one = {"one": plot.read(write_rows(tmp_path, "one", rows))}
     native, ring = plot.lines(one)
     assert (native.label, ring.label) == ("native", "ring")
     assert (ring.sizes, ring.us, ring.ratio, native.ratio) == ([8, 16], [8.0, 16.0], [2.0, 2.0], [])
-    two = {**one, "other": plot.read(written(tmp_path, "other", [replace(row, in_place=True) for row in rows[1::2]]))}
+    two = {
+        **one,
+        "other": plot.read(write_rows(tmp_path, "other", [replace(row, in_place=True) for row in rows[1::2]])),
+    }
     assert [line.label for line in plot.lines(two)] == ["native, one", "ring, one", "ring, other"]
     assert plot.lines(two)[2].ratio == []
 
@@ -467,7 +470,7 @@ def test_a_picture_is_drawn(tmp_path: Any, ending: str) -> None:
     pytest.importorskip("matplotlib")
     rows = [replace(ROW, algorithm=name, bytes=4 << k) for k in range(10) for name in ("native", "auto", "ring")]
     out = tmp_path / f"out.{ending}"
-    plot.draw([written(tmp_path, "a", rows), written(tmp_path, "b", rows[1::3])], str(out))
+    plot.draw([write_rows(tmp_path, "a", rows), write_rows(tmp_path, "b", rows[1::3])], str(out))
     assert out.stat().st_size > 1000
 
 
@@ -503,7 +506,7 @@ def test_launches_are_kept_one_by_one_and_those_missing_are_added(
 
     monkeypatch.setattr(collectives, "CASES", {"bcast": ["bcast"], "reduce": ["reduce"]})
     monkeypatch.setattr(collectives, "OUT", tmp_path)
-    monkeypatch.setattr(collectives, "measured", measured)
+    monkeypatch.setattr(collectives, "launch_case", measured)
     monkeypatch.setattr(collectives, "library", lambda: SimpleNamespace(family=SimpleNamespace(name="Some MPI")))
     monkeypatch.setattr(collectives.time, "monotonic", lambda: next(clock))  # a second from look to look
     assert run("2", "3", "--seconds", "3.5") == {"3": {"bcast": 2, "reduce": 1}}

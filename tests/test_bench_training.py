@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.training import passes, reached, table
+from benchmarks.training import epoch_times, table, time_to_accuracy
 
 
 def run(method: str, accuracies: list[float], first: float = 9.0, seed: int = 0) -> dict[str, Any]:
@@ -18,13 +18,13 @@ def run(method: str, accuracies: list[float], first: float = 9.0, seed: int = 0)
 
 
 def test_the_first_pass_counts_as_long_as_the_second() -> None:
-    assert passes(run("dense", [0.1, 0.2, 0.3])) == [4.0, 4.0, 4.0]
-    assert passes(run("dense", [0.1])) == [9.0]
+    assert epoch_times(run("dense", [0.1, 0.2, 0.3])) == [4.0, 4.0, 4.0]
+    assert epoch_times(run("dense", [0.1])) == [9.0]
 
 
 def test_a_goal_is_reached_at_the_end_of_a_pass_or_never() -> None:
     found = run("dense", [0.1, 0.2, 0.3])
-    assert [reached(found, goal) for goal in (0.05, 0.2, 0.25, 0.4)] == [4.0, 8.0, 12.0, None]
+    assert [time_to_accuracy(found, goal) for goal in (0.05, 0.2, 0.25, 0.4)] == [4.0, 8.0, 12.0, None]
 
 
 def test_a_table_compares_with_dense_and_says_who_does_not_get_there() -> None:

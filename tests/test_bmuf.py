@@ -11,14 +11,14 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam, extrapolation
-from hpccomm.algorithms.exchange import check_replicas, mean, spent, synchronous_sgd
+from hpccomm.algorithms.exchange import check_replicas, mean, sum_reports, synchronous_sgd
 from hpccomm.algorithms.local_steps import (
-    Landing,
-    Periodic,
+    ExactStep,
+    PeriodicTransform,
     diloco,
-    landing,
+    exact_step,
     local_sgd,
-    periodic,
+    periodic_transform,
     post_local_sgd,
     slowmo,
 )
@@ -30,7 +30,7 @@ Vector = Any
 CENTRES = np.array([[1, 2, 3, -1, 0, 4], [3, 0, 1, 1, -2, 2]], "f8")
 MIDDLE = np.array([2, 1, 2, 0, -1, 3], "f8")
 HALF = scale(-0.5)
-METHODS: dict[str, Callable[[Any], Periodic]] = {
+METHODS: dict[str, Callable[[Any], PeriodicTransform]] = {
     "local_sgd": lambda comm: local_sgd(comm, HALF, 2),
     "post_local_sgd": lambda comm: post_local_sgd(comm, chain(momentum(0.5), HALF), 2, after=3),
     "slowmo": lambda comm: slowmo(comm, HALF, 0.5, 2, beta=0.25),
@@ -45,7 +45,7 @@ METHODS: dict[str, Callable[[Any], Periodic]] = {
 }
 
 
-def quadratic(method: Periodic, comm: Any, steps: int, centres: Vector = CENTRES, dtype: str = "f8") -> Any:
+def quadratic(method: PeriodicTransform, comm: Any, steps: int, centres: Vector = CENTRES, dtype: str = "f8") -> Any:
     """Minimise ½‖w − c_r‖²; the weights and the exported model after each step, and the last state."""
     centre = centres[comm.rank % len(centres)].astype(dtype)
     weights = np.zeros(centre.size, dtype)
@@ -58,14 +58,14 @@ def quadratic(method: Periodic, comm: Any, steps: int, centres: Vector = CENTRES
     return seen, models, state
 
 
-def differing(comm: Any, seed: int = 0) -> Vector:
+def draw_centres(comm: Any, seed: int = 0) -> Vector:
     """Centres with many bits that are not shared by the ranks."""
     return np.random.default_rng(seed).standard_normal((comm.size, 37))
 
 
 # The golden table: two workers, ½‖w − c‖², rate ½, τ = 2, η = ½, ζ = 1; everything is a multiple of the middle
 
-GOLDEN: dict[str, tuple[Callable[[Any], Periodic], list[float], list[float]]] = {
+GOLDEN: dict[str, tuple[Callable[[Any], PeriodicTransform], list[float], list[float]]] = {
     "averaging": (lambda comm: local_sgd(comm, HALF, 2), [0.75, 0.9375, 0.984375], [0.75, 0.9375, 0.984375]),
     "averaging is momentum 0": (
         lambda comm: bmuf(comm, HALF, 2, momentum=0),
@@ -174,7 +174,7 @@ def test_nesterov_variants_agree_in_the_first_block_and_not_in_the_second() -> N
 
 def test_nesterov_without_momentum_is_averaging() -> None:
     def body(comm: Any) -> bool:
-        centres = differing(comm)
+        centres = draw_centres(comm)
         ahead, plain = (
             quadratic(bmuf(comm, HALF, 2, momentum=0, nesterov=n), comm, 6, centres)[0] for n in ("paper", False)
         )
@@ -189,7 +189,7 @@ def test_slow_momentum_rescales_old_momentum_when_the_rate_changes() -> None:
 
     def body(comm: Any) -> float:
         centre, weights, count = CENTRES[comm.rank][:1], np.zeros(1), iter(rates)
-        method = slowmo(comm, stepping(count), lambda update: rates[update], 2, beta=0.5)
+        method = slowmo(comm, scale_by_rates(count), lambda update: rates[update], 2, beta=0.5)
         state = method.init(weights)
         for _ in range(6):
             step, state = method.update(weights - centre, state, weights)
@@ -206,14 +206,14 @@ def test_slow_momentum_rescales_old_momentum_when_the_rate_changes() -> None:
     assert run_on_ranks(2, body) == [x, x]
 
 
-def stepping(rates: Any) -> Transform:
+def scale_by_rates(rates: Any) -> Transform:
     """SGD whose rate is the next of some."""
     return Transform(lambda weights: (), lambda gradient, state, weights: (-next(rates) * gradient, state))
 
 
 def test_a_rank_alone_steps_with_the_inner_optimizer_only() -> None:
     inner = chain(momentum(0.5), scale(-0.3))
-    centre, weights, expected = differing(MPI.COMM_SELF), np.zeros(37), np.zeros(37)
+    centre, weights, expected = draw_centres(MPI.COMM_SELF), np.zeros(37), np.zeros(37)
     method = bmuf(MPI.COMM_SELF, inner, 2, momentum=0.9)
     state, plain = method.init(weights), inner.init(expected)
     for _ in range(5):
@@ -236,7 +236,7 @@ def test_a_rank_alone_steps_with_the_inner_optimizer_only() -> None:
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_all_ranks_hold_the_same_bits_after_every_exchange(name: str, size: int, dtype: str) -> None:
     def body(comm: Any) -> None:
-        method, centres = METHODS[name](comm), differing(comm)
+        method, centres = METHODS[name](comm), draw_centres(comm)
         weights = np.zeros(37, dtype)
         state, exchanges = method.init(weights), 0
         for _ in range(13):
@@ -271,7 +271,7 @@ def test_models_smaller_than_the_number_of_ranks(n: int) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_gradient_weights_and_state_are_not_written(name: str) -> None:
     def body(comm: Any) -> None:
-        method, centres = METHODS[name](comm), differing(comm)
+        method, centres = METHODS[name](comm), draw_centres(comm)
         weights, gradient = np.zeros(37), -centres[comm.rank]
         weights.flags.writeable = gradient.flags.writeable = False
         state = method.init(weights)
@@ -288,7 +288,7 @@ def test_exchanges_and_bytes_are_counted() -> None:
     """n = 6 float64, τ = 2: an allreduce every second step, 40 bytes to each other rank to agree."""
 
     def body(comm: Any) -> tuple[int, int]:
-        report = spent(quadratic(bmuf(comm, HALF, 2), comm, 6)[2])
+        report = sum_reports(quadratic(bmuf(comm, HALF, 2), comm, 6)[2])
         return report.exchanges, report.wire_bytes
 
     assert run_on_ranks(2, body) == [(3 + 3, 3 * 6 * 8 + 3 * 40)] * 2
@@ -366,7 +366,7 @@ def test_warm_up_is_synchronous_and_blocks_are_counted_from_its_end() -> None:
 @pytest.mark.parametrize("batches", [[0, 0], [5, 0], [0, 7], [4, 4], [1, 9], [3, 8, 5], [10, 2, 0, 7, 1, 6, 3]])
 def test_ranks_with_different_numbers_of_batches_end_with_the_same_model(name: str, batches: list[int]) -> None:
     def body(comm: Any) -> bytes:
-        method, centres = METHODS[name](comm), differing(comm)
+        method, centres = METHODS[name](comm), draw_centres(comm)
         weights = np.zeros(37)
         state = method.init(weights)
         for _ in range(batches[comm.rank]):
@@ -436,12 +436,12 @@ def test_a_block_with_a_model_that_is_not_finite_is_abandoned_on_all_ranks(bad: 
             weights += step
             if number == 1:
                 kept, model = before._replace(), method.export(state).copy()
-                began, moved = state.inner, state.outer[-1].moved.copy()
+                began, moved = state.inner, state.outer[-1].velocity.copy()
             if number == 3:
                 assert state.abandoned == 1
                 assert np.array_equal(weights, model)
                 assert np.array_equal(method.export(state), model)
-                assert np.array_equal(state.outer[-1].moved, moved)
+                assert np.array_equal(state.outer[-1].velocity, moved)
                 assert state.inner is began
                 assert kept is not state
         assert state.abandoned == 1
@@ -459,8 +459,8 @@ def test_weights_plus_a_landing_is_the_target_where_no_number_leads() -> None:
     weights, target = np.array([1, 1e10, -3, np.nan], "f4"), np.array([1e-9, 1e-5, 7, 2], "f4")
     plain = target - weights
     assert not np.array_equal(weights + plain, target)
-    step = landing(weights, target)
-    assert isinstance(step, Landing)
+    step = exact_step(weights, target)
+    assert isinstance(step, ExactStep)
     assert np.array_equal(weights + step, target)
     there = weights.copy()[None][0]
     there[3] = 0
@@ -471,7 +471,7 @@ def test_weights_plus_a_landing_is_the_target_where_no_number_leads() -> None:
 
 def test_a_landing_is_an_ordinary_array_everywhere_else() -> None:
     weights, target = np.array([1, 2.5]), np.array([4, 0.5])
-    step = landing(weights, target)
+    step = exact_step(weights, target)
     assert type(step * 2) is np.ndarray
     assert (step * 2).tolist() == [6, -4]
     assert (step[:1] + weights[:1]).tolist() == [4]
@@ -519,7 +519,7 @@ def test_check_names_a_rank_that_strays() -> None:
 
     def body(comm: Any) -> None:
         astray = chain(mean(comm), scale(-1.0 - comm.rank // 2))
-        quadratic(periodic(comm, 1, HALF, astray, check=True), comm, 1)
+        quadratic(periodic_transform(comm, 1, HALF, astray, check=True), comm, 1)
 
     with pytest.raises(MismatchError, match="ranks 2 differ from those of rank 0"):
         run_on_ranks(3, body)
@@ -530,7 +530,7 @@ def test_check_names_a_rank_that_strays() -> None:
 
 @pytest.mark.mpi
 def test_blocks_over_mpi_give_the_same_bits_on_all_ranks(comm: MPI.Intracomm) -> None:
-    centres = differing(comm)
+    centres = draw_centres(comm)
     for name in ("bmuf nesterov", "bmuf sharded", "bmuf average", "diloco"):
         method = METHODS[name](comm)
         weights = np.zeros(37)

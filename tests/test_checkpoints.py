@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam
-from hpccomm.algorithms.checkpoints import leaves, load, load_state_dict, mapped, save, state_dict
+from hpccomm.algorithms.checkpoints import leaves, load, load_state_dict, map_leaves, save, state_dict
 from hpccomm.algorithms.exchange import synchronous_adam
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import lars
@@ -42,7 +42,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def go_on(method: Any, state: Any, weights: Vector, rank: int, steps: range) -> tuple[Any, Vector]:
+def continue_run(method: Any, state: Any, weights: Vector, rank: int, steps: range) -> tuple[Any, Vector]:
     """Noisy gradients of ½‖w − c_r‖² that follow from rank and step alone."""
     weights = weights.copy()
     for number in steps:
@@ -59,14 +59,14 @@ def test_a_run_goes_on_bit_for_bit(name: str, at: int, tmp_path: Path) -> None:
 
     def body(comm: Any) -> None:
         method, begin = METHODS[name](comm), np.linspace(-1, 1, 37)
-        whole, expected = go_on(method, method.init(begin), begin, comm.rank, range(14))
-        state, weights = go_on(method, method.init(begin), begin, comm.rank, range(at))
+        whole, expected = continue_run(method, method.init(begin), begin, comm.rank, range(14))
+        state, weights = continue_run(method, method.init(begin), begin, comm.rank, range(at))
         path = tmp_path / f"rank{comm.rank}.npz"
         save(path, weights=weights, method=state)
         again = METHODS[name](comm)
         blank = np.zeros(37)
         weights, state = load(path, weights=blank, method=again.init(blank))
-        after, found = go_on(again, state, weights, comm.rank, range(at, 14))
+        after, found = continue_run(again, state, weights, comm.rank, range(at, 14))
         assert np.array_equal(found, expected)
         timed = [path for path, _ in leaves(whole) if path.endswith("seconds")]
         one, other = state_dict(whole), state_dict(after)
@@ -90,7 +90,7 @@ def test_paths_name_the_leaves() -> None:
 
 
 def test_mapping_keeps_the_form() -> None:
-    doubled = mapped(lambda path, leaf: leaf * 2, STATE)
+    doubled = map_leaves(lambda path, leaf: leaf * 2, STATE)
     assert doubled[0] == Pair(6, 0.2)
     assert doubled[1][0].tolist() == [0, 2, 4]
     assert (doubled[2], doubled[3]) == ((), None)

@@ -15,13 +15,15 @@ import pytest
 
 from benchmarks import cluster as benchmark
 from hpccomm.cluster import nodes as clusters
-from hpccomm.cluster.nodes import Cluster, missing, placed, rate_of
+from hpccomm.cluster.nodes import Cluster, place_ranks, rate_of, unavailable_reason
 from hpccomm.errors import LaunchError
 from hpccomm.launcher import library
 from hpccomm.layout import ethernets
 
 COMMAND = [sys.executable, "-m", "hpccomm.cluster"]
-needs_namespaces = pytest.mark.skipif(bool(missing()), reason=missing() or "namespaces are to be had")
+needs_namespaces = pytest.mark.skipif(
+    bool(unavailable_reason()), reason=unavailable_reason() or "namespaces are to be had"
+)
 
 REPORT = """
 import json, sys
@@ -42,12 +44,12 @@ if comm.rank == 0:
 """
 
 
-def left_behind(name: str) -> list[str]:
+def find_leftovers(name: str) -> list[str]:
     """What still bears a cluster's name."""
     folders = [folder / each for folder, each in ((clusters.FOLDER, name),)]
     links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
     return [
-        *(each for each in clusters.existing() if each.startswith(f"{name}-")),
+        *(each for each in clusters.list_namespaces() if each.startswith(f"{name}-")),
         *(str(each) for each in [*folders, *clusters.HOSTS.glob(f"{name}-*")] if each.exists()),
         *(line for line in links.splitlines() if "br0" in line or ": v0@" in line),
         *(each for each in hosts_files() if each not in BEFORE),
@@ -72,11 +74,11 @@ def name() -> Iterator[str]:
 
 
 def test_ranks_are_placed_one_node_after_the_other_in_turn_or_shuffled() -> None:
-    assert placed([1, 3], "block") == [0, 1, 1, 1]
-    assert placed([1, 3], "cyclic") == [0, 1, 1, 1]
-    assert placed([2, 2, 1], "cyclic") == [0, 1, 2, 0, 1]
-    shuffled = placed([4, 4], "random", 1)
-    assert sorted(shuffled) == placed([4, 4], "block") != shuffled == placed([4, 4], "random", 1)
+    assert place_ranks([1, 3], "block") == [0, 1, 1, 1]
+    assert place_ranks([1, 3], "cyclic") == [0, 1, 1, 1]
+    assert place_ranks([2, 2, 1], "cyclic") == [0, 1, 2, 0, 1]
+    shuffled = place_ranks([4, 4], "random", 1)
+    assert sorted(shuffled) == place_ranks([4, 4], "block") != shuffled == place_ranks([4, 4], "random", 1)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_nodes_are_nodes_to_mpi_and_nothing_is_left(name: str) -> None:
             found[placement] = json.loads(done.stdout)
         assert found["block"] == [[0, 1, 1, 2], ["n0", "n1", "n2"], [True] * 4]
         assert found["cyclic"] == [[0, 1, 2, 0, 1, 2], ["n0", "n1", "n2"], [True] * 6]
-    assert left_behind(name) == []
+    assert find_leftovers(name) == []
 
 
 @needs_namespaces
@@ -131,18 +133,18 @@ def test_nodes_with_several_links_use_all_of_them(name: str) -> None:
     with Cluster(2, "1gbit", name, nics=2) as cluster:
         with pytest.raises(LaunchError, match="is up with 2 nodes at 1gbit x 2"):
             Cluster(2, "1gbit", name).up()
-        before = sent_by_switch(name)
+        before = switch_bytes(name)
         done = cluster.run(["-c", program], 2, capture_output=True, text=True, timeout=120)
         assert json.loads(done.stdout) == [[0, 0, 1, 1], ["n0", "n1"], [True] * 4], done.stderr
-        carried = [after - first for first, after in zip(before, sent_by_switch(name), strict=True)]
+        carried = [after - first for first, after in zip(before, switch_bytes(name), strict=True)]
     assert len(carried) == 4
     assert library().family.name != "Open MPI" or min(carried) > 200_000
     with pytest.raises(LaunchError, match="take 1 to 8 links"):
         Cluster(2, "", name, nics=9).up()
-    assert left_behind(name) == []
+    assert find_leftovers(name) == []
 
 
-def sent_by_switch(name: str) -> list[int]:
+def switch_bytes(name: str) -> list[int]:
     """Bytes that each port of the switch has sent to a node."""
     words = ["ip", "-n", f"{name}-switch", "-s", "-j", "link", "show", "type", "veth"]
     found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
@@ -172,13 +174,13 @@ def test_who_is_interrupted_leaves_nothing(name: str, number: int) -> None:
         time.sleep(0.3)
         process.send_signal(number)
         process.wait(20)
-    assert left_behind(name) == []
+    assert find_leftovers(name) == []
 
 
 def test_the_benchmark_times_more_calls_of_short_vectors() -> None:
-    assert list(benchmark.parts("8:16777216", 3)) == [("8:262144", 30), ("2097152:16777216", 3)]
-    assert list(benchmark.parts("4:100", 7)) == [("4:32", 70)]
-    assert list(benchmark.parts("1048576:1048576", 7)) == [("1048576:1048576", 7)]
+    assert list(benchmark.size_ranges("8:16777216", 3)) == [("8:262144", 30), ("2097152:16777216", 3)]
+    assert list(benchmark.size_ranges("4:100", 7)) == [("4:32", 70)]
+    assert list(benchmark.size_ranges("1048576:1048576", 7)) == [("1048576:1048576", 7)]
     shape = benchmark.shape_of("3x2+1+3,100mbit,cyclic")
     assert shape == (3, (2, 1, 3), "cyclic", "100mbit")
     assert shape.title == "3 x 2+1+3, cyclic, 100mbit"
@@ -194,7 +196,7 @@ def test_a_signal_while_nodes_are_taken_away_waits(name: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
     assert done.returncode == 128 + signal.SIGTERM
-    assert left_behind(name) == []
+    assert find_leftovers(name) == []
 
 
 @needs_namespaces
@@ -208,7 +210,7 @@ def test_what_was_killed_can_be_taken_away(name: str) -> None:
         process.wait(5)
     assert clusters.pids(inside)
     subprocess.run([*COMMAND, "down", "--name", name], check=True)
-    assert left_behind(name) == []
+    assert find_leftovers(name) == []
 
 
 def words_of(pid: int) -> str:
@@ -226,6 +228,6 @@ def test_namespaces_of_others_are_left_alone(name: str) -> None:
         with pytest.raises(LaunchError, match=f"{name}-n1: there are such namespaces, not made here"):
             Cluster(2, "", name).up()
         Cluster(2, "", name).down()
-        assert clusters.existing() & {f"{name}-n0", f"{name}-n1"} == {f"{name}-n1"}
+        assert clusters.list_namespaces() & {f"{name}-n0", f"{name}-n1"} == {f"{name}-n1"}
     finally:
         subprocess.run(["ip", "netns", "del", f"{name}-n1"], check=True)

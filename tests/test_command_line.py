@@ -96,7 +96,7 @@ def test_a_complaint_that_only_another_rank_has_is_not_lost(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
-    monkeypatch.setattr(command_line, "RANK_0_SPEAKS", 0.0)
+    monkeypatch.setattr(command_line, "RANK_0_SECONDS", 0.0)
     with pytest.raises(SystemExit, match="2"):
         main(["tune", "--nonsense"])
     assert capsys.readouterr().err.count("unrecognized arguments: --nonsense") == 1

@@ -36,7 +36,7 @@ def total(p: int, n: int, dtype: Any) -> Any:
     return sum((operand(rank, n, dtype) for rank in range(1, p)), operand(0, n, dtype)).astype(dtype)
 
 
-def same_on_all(comm: Communicator, array: Any) -> bool:
+def is_same_on_all(comm: Communicator, array: Any) -> bool:
     """Whether all ranks hold the same bits."""
     return len(set(comm.allgather(hashlib.sha256(array).digest()))) == 1
 
@@ -45,14 +45,14 @@ def check_allreduce(comm: Communicator, n: int, dtype: Any, op: str) -> None:
     """Every algorithm, out of place and in place (twice), against numbers that are exact in any order."""
     mine, want = (
         verifiable.operand(comm.rank, comm.size, n, dtype, op),
-        verifiable.expected(comm.size, n, dtype, op),
+        verifiable.reduction(comm.size, n, dtype, op),
     )
     for algorithm in comm.algorithms("allreduce"):
         a, b = mine.copy(), np.empty(n, dtype)
         comm.Allreduce(a, b, OPERATIONS[op], algorithm=algorithm)
         assert np.array_equal(a, mine), "the input was touched"
         assert np.array_equal(b, want), (algorithm, n, dtype, op)
-        assert same_on_all(comm, b)
+        assert is_same_on_all(comm, b)
         for _ in range(2):
             a[...] = mine
             comm.Allreduce(MPI.IN_PLACE, a, OPERATIONS[op], algorithm=algorithm)
@@ -111,7 +111,7 @@ def test_the_other_collectives_are_exact_with_a_million_elements(comm: Communica
     mine = slice(ends[me], ends[me + 1])
     for dtype in verifiable.DTYPES:
         op = "lxor" if dtype == "?" else "sum"
-        a, want = verifiable.operand(me, p, n, dtype, op), verifiable.expected(p, n, dtype, op)
+        a, want = verifiable.operand(me, p, n, dtype, op), verifiable.reduction(p, n, dtype, op)
         for algorithm in comm.algorithms("reduce"):
             b = np.zeros(n, dtype)
             comm.Reduce(a, b, OPERATIONS[op], p - 1, algorithm=algorithm)
@@ -236,7 +236,7 @@ def test_a_view_is_one_result_for_all_ranks_of_a_node(comm: Communicator) -> Non
 
 @pytest.mark.mpi(min_size=2)
 def test_registered_memory_is_of_one_shape(comm: Communicator) -> None:
-    if comm.context.shared is None:
+    if comm.context.shared_memory is None:
         pytest.skip("these ranks share no memory")
     with pytest.raises(hpccomm.MismatchError, match=r"local rank 0: \[4\] .f4; local rank 1: \[5\] .f4"):
         comm.empty(4 + comm.rank)

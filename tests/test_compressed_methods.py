@@ -18,11 +18,11 @@ import hpccomm
 from hpccomm.algorithms import compressors
 from hpccomm.algorithms.checkpoints import for_ranks, load_state_dict, state_dict
 from hpccomm.algorithms.deep_gradient_compression import dgc
-from hpccomm.algorithms.deep_gradient_compression import sent as told
-from hpccomm.algorithms.error_feedback import exchanged, feedback, sent
-from hpccomm.algorithms.exchange import spent, synchronous_sgd
+from hpccomm.algorithms.deep_gradient_compression import message_report as told
+from hpccomm.algorithms.error_feedback import exchange_messages, feedback, message_report
+from hpccomm.algorithms.exchange import sum_reports, synchronous_sgd
 from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_lamb, onebit_sgd
-from hpccomm.algorithms.onebit import sent as told_bits
+from hpccomm.algorithms.onebit import message_report as told_bits
 from hpccomm.algorithms.power_sgd import powersgd
 from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import Transform, chain, scale
@@ -118,7 +118,7 @@ def test_gtc_sends_half_quanta_of_the_worked_example() -> None:
             for step, total in zip(steps, sums, strict=True):
                 assert np.array_equal(step, vector(total) / (1 if reduce == "sum" else 2))
             assert np.array_equal(state.residual, vector(rest[comm.rank]))
-            assert sent(state)[:3] == (32 + 4, 4, 0.5)  # eight elements take two bits each
+            assert message_report(state)[:3] == (32 + 4, 4, 0.5)  # eight elements take two bits each
 
     run_on_ranks(2, body)
 
@@ -140,7 +140,7 @@ def test_dgc_corrects_and_masks_momentum_as_in_the_worked_example() -> None:
             weights += step
             assert np.array_equal(weights, vector(theta))
         sparse = state[0].sparse
-        assert np.array_equal(sparse.moved, vector(moved[comm.rank]))
+        assert np.array_equal(sparse.momentum, vector(moved[comm.rank]))
         assert np.array_equal(sparse.residual, vector(kept[comm.rank]))
 
     run_on_ranks(2, body)
@@ -180,7 +180,7 @@ def test_dgc_is_dense_while_that_is_cheaper_then_thins_out() -> None:
         state, named = method.init(np.zeros(1010, F32)), []
         for step in range(10):
             _, state = method.update(numbers(1010, step, comm.rank), state, np.zeros(1010, F32))
-            named.append(sent(state.sparse).elements)
+            named.append(message_report(state.sparse).elements)
         assert state.report.exchanges == 10
         return named
 
@@ -255,7 +255,7 @@ def test_ranks_step_alike_and_count_their_bytes(name: str, n: int, size: int) ->
     assert (found[0][1] == 0) == (size == 1)
 
 
-class CountingAll(Counting):
+class VoteCountingProxy(Counting):
     """Counts votes, too."""
 
     def Allreduce(self, mine: np.ndarray, room: np.ndarray, op: MPI.Op = MPI.SUM) -> None:
@@ -270,12 +270,12 @@ def test_reported_bytes_are_those_on_the_transport(name: str, size: int) -> None
     bucket = Bucket({"a": (20, 10), "bias": (5,), "b": (8, 12)})
 
     def body(comm: Any) -> None:
-        counting = CountingAll(comm)
+        counting = VoteCountingProxy(comm)
         method = long_runs(bucket)[name[6:]](counting) if name.startswith("long: ") else METHODS[name](counting)
         gradients = [numbers(n, step, comm.rank) for step in range(50)]
         gradients[7][3] = np.nan if comm.rank == 1 else 0
         _, state, _ = steps_of(method, counting, gradients, np.ones(n, F32))
-        assert spent(state).wire_bytes == counting.sent > 0
+        assert sum_reports(state).wire_bytes == counting.sent > 0
 
     run_on_ranks(size, body)
 
@@ -298,7 +298,7 @@ def test_reports_tell_the_path_taken() -> None:
             _, state = method.update(numbers(104, step, comm.rank), state, weights)
             paths.append((told_bits(state).path, told_bits(state).nbytes))
         assert paths == [("dense", 416)] * 2 + [("two phases", 4 + 13)] * 2
-        assert sent(gtc(comm, 0.5).init(weights)).path == ""
+        assert message_report(gtc(comm, 0.5).init(weights)).path == ""
 
     run_on_ranks(5, body)
 
@@ -318,7 +318,7 @@ def test_what_was_sent_and_what_is_kept_are_all_gradients(name: str) -> None:
         total, given = np.zeros(n), np.zeros(n)
         for step in range(steps):
             gradient = numbers(n, step, comm.rank) / 8
-            moved = None if state.moved is None else state.moved.astype("f8")
+            moved = None if state.momentum is None else state.momentum.astype("f8")
             given += (
                 gradient
                 if moved is None
@@ -493,12 +493,12 @@ def test_ranks_with_different_compressors_are_all_told(momentum: float) -> None:
         with pytest.raises(ArgumentError, match="use different compressors"):
             method.update(GRADIENTS[0, comm.rank].copy(), state, weights)
         assert not state.residual.any()
-        assert state.moved is None or not state.moved.any()
+        assert state.momentum is None or not state.momentum.any()
 
     run_on_ranks(2, body)
 
 
-class Altering:
+class AlteringComm:
     """A communicator on which rank 1's message arrives altered, at the same place on all ranks."""
 
     def __init__(self, comm: Any, place: int, octet: int) -> None:
@@ -534,7 +534,7 @@ def test_a_message_that_arrives_altered_is_an_error_on_all_ranks_and_no_state_ch
         _, state = method.update(numbers(60, 0, comm.rank), method.init(weights), weights)
         before = state_dict(state)
         with pytest.raises(ArgumentError, match="message"):
-            feedback(made, Altering(comm, place, octet)).update(numbers(60, 1, comm.rank), state, weights)
+            feedback(made, AlteringComm(comm, place, octet)).update(numbers(60, 1, comm.rank), state, weights)
         after = state_dict(state)
         assert all(np.array_equal(before[path], after[path]) for path in before if not path.endswith("spare"))
         step, _ = method.update(numbers(60, 1, comm.rank), state, weights)
@@ -547,12 +547,12 @@ def test_messages_of_any_lengths_are_exchanged() -> None:
     def body(comm: Any) -> None:
         for lengths in ([0, 5, 2], [0, 0, 0], [3, 3, 3]):
             mine = [np.full(lengths[comm.rank], 10 * comm.rank + k, np.uint8) for k in range(2)]
-            found, nbytes = exchanged(MessageGather(comm), mine)
+            found, nbytes = exchange_messages(MessageGather(comm), mine)
             assert found is not None
             for rank in range(3):
                 assert [each.tolist() for each in found[rank]] == [[10 * rank + k] * lengths[rank] for k in range(2)]
             assert nbytes == 2 * (8 + 3 * 8 + 2 * lengths[comm.rank])
-        assert exchanged(MessageGather(comm), None if comm.rank == 2 else mine)[0] is None
+        assert exchange_messages(MessageGather(comm), None if comm.rank == 2 else mine)[0] is None
 
     run_on_ranks(3, body)
 

@@ -63,12 +63,12 @@ def numbers(n: int, seed: int, scale: float = 1.0) -> np.ndarray:
     return x
 
 
-def same_bits(a: Any, b: Any) -> bool:
+def has_same_bits(a: Any, b: Any) -> bool:
     a, b = np.asarray(a), np.asarray(b)
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def both(name: str, *args: Any, **named: Any) -> tuple[Any, Any]:
+def call_both(name: str, *args: Any, **named: Any) -> tuple[Any, Any]:
     """What the two modules answer to the same call on copies of the same arrays; written arrays are appended."""
     results = []
     for module in (compression_reference, compression):
@@ -87,13 +87,13 @@ def agree(name: str, *args: Any, **named: Any) -> Any:
             for x, y in zip(a, b, strict=True):
                 compare(x, y)
         elif isinstance(a, np.ndarray):
-            assert same_bits(a, b), name
+            assert has_same_bits(a, b), name
         elif isinstance(a, float):
             assert a.hex() == b.hex(), name
         else:
             assert a == b, name
 
-    first, second = both(name, *args, **named)
+    first, second = call_both(name, *args, **named)
     compare(first, second)
     return first[0]
 
@@ -130,7 +130,7 @@ def gtc_words(kernels: ModuleType) -> list[list[np.ndarray]]:
             expected, rest = GTC[step][rank]
             assert finite
             assert words.tolist() == expected
-            assert same_bits(residuals[rank] + 0, vector(rest))
+            assert has_same_bits(residuals[rank] + 0, vector(rest))
             kernels.add_words(words, 0.5, total)
             sent[-1].append(words)
         assert np.array_equal(total, vector(GTC_SUMS[step]))
@@ -147,10 +147,10 @@ def test_threshold_codes_of_the_same_words(kernels: ModuleType) -> None:
     for step, rank, expected in ((0, 0, "1040"), (0, 1, "48"), (1, 0, "7280"), (2, 1, "0010")):
         sent = words[step][rank]
         assert kernels.rice_encode(sent >> 1, 1, sent & 1).tolist() == octets(expected)
-        assert same_bits(kernels.rice_decode(np.array(octets(expected), "u1"), sent.size, 1, 8, True), sent)
+        assert has_same_bits(kernels.rice_decode(np.array(octets(expected), "u1"), sent.size, 1, 8, True), sent)
     for rank, expected in enumerate(("c3800000", "33000000")):
         assert kernels.pack_pairs(words[0][rank], 8).tolist() == octets(expected)
-        assert same_bits(kernels.unpack_pairs(np.array(octets(expected), "u1"), 8), words[0][rank])
+        assert has_same_bits(kernels.unpack_pairs(np.array(octets(expected), "u1"), 8), words[0][rank])
 
 
 # The largest with momentum, m = 1/2, two a rank
@@ -298,9 +298,9 @@ def test_index_codes(kernels: ModuleType) -> None:
     assert bitmap[0] == 0x18
     for k, bits in ((5, 59), (6, 49), (7, 47), (8, 48), (9, 51)):
         assert kernels.rice_encode(INDEX, k).size == -(-bits // 8)
-        assert same_bits(kernels.rice_decode(kernels.rice_encode(INDEX, k), 5, k, 1024), INDEX)
-    assert same_bits(kernels.leb128_decode(kernels.leb128_encode(INDEX), 5, 1024), INDEX)
-    assert same_bits(kernels.bitmap_decode(bitmap, 5, 1024), INDEX)
+        assert has_same_bits(kernels.rice_decode(kernels.rice_encode(INDEX, k), 5, k, 1024), INDEX)
+    assert has_same_bits(kernels.leb128_decode(kernels.leb128_encode(INDEX), 5, 1024), INDEX)
+    assert has_same_bits(kernels.bitmap_decode(bitmap, 5, 1024), INDEX)
 
 
 def test_rice_sizes_in_bits() -> None:
@@ -325,7 +325,7 @@ def test_index_codes_refuse_what_no_encoder_writes(kernels: ModuleType, name: st
     }[name]
     index = np.array([3, 4, 17, 30, 36], "u4")
     whole = encode(index, 40)
-    assert same_bits(decode(whole, 5, 40), index)
+    assert has_same_bits(decode(whole, 5, 40), index)
     assert decode(whole[:-1], 5, 40) is None
     assert decode(np.append(whole, np.uint8(1)), 5, 40) is None
     assert decode(whole, 6, 40) is None
@@ -342,7 +342,7 @@ def test_rice_escapes_long_quotients(kernels: ModuleType) -> None:
     index = np.array([47, 96, 200, (1 << 31) - 1], "u4")
     data = kernels.rice_encode(index, 0)
     assert data.size == -(-(48 + (48 + 32) + (48 + 32) + (48 + 32)) // 8)
-    assert same_bits(kernels.rice_decode(data, 4, 0, 1 << 31), index)
+    assert has_same_bits(kernels.rice_decode(data, 4, 0, 1 << 31), index)
 
 
 # Narrow elements and quantisers
@@ -377,7 +377,7 @@ def test_eight_bits_over_a_range(kernels: ModuleType) -> None:
     assert np.allclose(decoded, W0, atol=5e-7)  # the example claims six digits
 
 
-def half_decided_key(fractions: np.ndarray) -> int:
+def half_rounding_key(fractions: np.ndarray) -> int:
     """A key whose uniforms round every fraction as 1/2 would."""
     asked = fractions > 0
     return next(
@@ -393,7 +393,7 @@ def test_qsgd(kernels: ModuleType) -> None:
     norms = kernels.bucket_norms(W0, 512)
     assert norms.tolist() == [1.5]
     exact = np.abs(W0) * 4 / 1.5
-    key = half_decided_key(exact - np.floor(exact))
+    key = half_rounding_key(exact - np.floor(exact))
     codes = kernels.qsgd(W0, norms, 512, 4, key)
     assert codes.tolist() == [1, -1, 0, 3, -2, 0, 1, 0]
     out = np.zeros(8, F32)
@@ -403,7 +403,7 @@ def test_qsgd(kernels: ModuleType) -> None:
 
 def test_natural(kernels: ModuleType) -> None:
     mantissas = np.frexp(np.abs(W0))[0] * 2 - 1
-    key = half_decided_key(np.where(W0 == 0, 0, mantissas))
+    key = half_rounding_key(np.where(W0 == 0, 0, mantissas))
     out = np.zeros(8, F32)
     kernels.add_natural(kernels.natural(W0, key), kernels.pack_signs(W0), out)
     assert np.array_equal(out, vector(".5 -.25 .125 1 -1 0 .25 -.125"))
@@ -432,13 +432,13 @@ def test_compiled_streams_equal_the_reference(n: int) -> None:
         agree("extremes", r)
     codes = agree("range_codes", numbers(n, 3, 1e4))
     agree("add_range", codes[0], codes[1] or 1.0, codes[2], r)
-    for name in ("to_half", "to_brain"):
+    for name in ("to_half", "to_bfloat16"):
         agree(name, numbers(n, 3, 1e4))
         agree(name, np.where(np.arange(n) % 7 == 0, F32(-3.4e38), numbers(n, 3, 1e36)), True)
     agree("to_int8", r, 0.01)
     agree("add_int8", np.arange(n).astype("i1"), 0.37, r)
     words = np.random.default_rng(n).integers(0, 1 << 16, n).astype("u2")
-    agree("add_brain", np.where((words & 0x7F80) == 0x7F80, 0, words).astype("u2"), r)
+    agree("add_bfloat16", np.where((words & 0x7F80) == 0x7F80, 0, words).astype("u2"), r)
     agree("add_half", np.where((words & 0x7C00) == 0x7C00, 0, words).astype("u2"), r)
 
 
@@ -448,13 +448,13 @@ def test_in_place_equals_out_of_place(kernels: ModuleType, n: int) -> None:
     out, bits, again = np.empty(n, F32), np.empty(-(-n // 8), "u1"), np.empty(-(-n // 8), "u1")
     words, _ = kernels.threshold_words(r, g, out, 0.75)
     place = r.copy()
-    assert same_bits(kernels.threshold_words(place, g, place, 0.75)[0], words)
-    assert same_bits(place, out)
+    assert has_same_bits(kernels.threshold_words(place, g, place, 0.75)[0], words)
+    assert has_same_bits(place, out)
     kernels.pack_signs_feedback(r, g, out, 0.5, -0.5, bits)
     place = r.copy()
     kernels.pack_signs_feedback(place, g, place, 0.5, -0.5, again)
-    assert same_bits(place, out)
-    assert same_bits(bits, again)
+    assert has_same_bits(place, out)
+    assert has_same_bits(bits, again)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -475,9 +475,9 @@ def test_adding_messages_equals_the_reference(n: int, messages: int) -> None:
         module.add_signs(signed, new, fresh=True)
         alone = np.zeros(n, F32)
         module.add_signs(signed, alone)
-        assert same_bits(new, alone)
+        assert has_same_bits(new, alone)
         outs.append(mine)
-    assert same_bits(*outs)
+    assert has_same_bits(*outs)
     agree("majority", bits, n)
 
 
@@ -489,15 +489,15 @@ def test_compiled_codes_equal_the_reference(n: int) -> None:
         words = (index << 1 | rng.integers(0, 2, index.size)).astype("u4")
         for k in (0, 1, 7, 31):
             data = agree("rice_encode", index, k)
-            assert same_bits(agree("rice_decode", data, index.size, k, n), index)
+            assert has_same_bits(agree("rice_decode", data, index.size, k, n), index)
             data = agree("rice_encode", index, k, words & 1)
-            assert same_bits(agree("rice_decode", data, index.size, k, n, True), words)
-        assert same_bits(agree("leb128_decode", agree("leb128_encode", index), index.size, n), index)
-        assert same_bits(agree("bitmap_decode", agree("bitmap_encode", index, n), index.size, n), index)
-        assert same_bits(agree("unpack_pairs", agree("pack_pairs", words, n), n), words)
-        agree("ascending", index, n)
-        agree("ascending", index, max(0, n - 1))
-        agree("ascending", index[::-1].copy(), n)
+            assert has_same_bits(agree("rice_decode", data, index.size, k, n, True), words)
+        assert has_same_bits(agree("leb128_decode", agree("leb128_encode", index), index.size, n), index)
+        assert has_same_bits(agree("bitmap_decode", agree("bitmap_encode", index, n), index.size, n), index)
+        assert has_same_bits(agree("unpack_pairs", agree("pack_pairs", words, n), n), words)
+        agree("is_ascending", index, n)
+        agree("is_ascending", index, max(0, n - 1))
+        agree("is_ascending", index[::-1].copy(), n)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -538,7 +538,7 @@ def test_compiled_selection_equals_the_reference(n: int, part: str) -> None:
             if least == 1:
                 assert np.array_equal(index, np.sort(order[x[order] != 0]))
         agree("keep_largest", x, k)
-        agree("ranked_magnitude", x, k)
+        agree("kth_magnitude", x, k)
 
 
 @pytest.mark.parametrize("n", [15, 4096, 4097, 30001])
@@ -547,7 +547,7 @@ def test_compiled_ranks_equal_the_references_with_ties_infinities_and_nans(n: in
         for odd, count in ((0, 0), (np.inf, 5), (np.nan, 3)):
             x[7 : 7 + count] = odd
             for k in {1, 3, 4, 5, 9, n // 100 + 1, 112, 113, n // 2, n} & set(range(n + 1)):
-                agree("ranked_magnitude", x, k)
+                agree("kth_magnitude", x, k)
 
 
 def test_compiled_int8_rounds_as_division_does() -> None:
@@ -622,7 +622,7 @@ def test_uniforms_are_uniform() -> None:
 def test_cells_hold_one_index_each(n: int, k: int) -> None:
     index = compression_reference.cell_indices(n, k, 5)
     assert index.size == k
-    assert compression_reference.ascending(index, n)
+    assert compression_reference.is_ascending(index, n)
     cells = [n * j // k for j in range(k + 1)]
     assert all(cells[j] <= i < cells[j + 1] for j, i in enumerate(index.tolist()))
 
@@ -637,7 +637,7 @@ def test_more_than_two_to_the_24_elements(kernels: ModuleType) -> None:
     index, _ = kernels.select_largest(x, 2)
     assert index.tolist() == [n - 2, n - 1]
     data = kernels.leb128_encode(index)
-    assert same_bits(kernels.leb128_decode(data, 2, n), index)
+    assert has_same_bits(kernels.leb128_decode(data, 2, n), index)
     assert kernels.sum_magnitudes(x, None) == 6
     assert kernels.pack_signs(x).size == n // 8 + 1
     out = np.zeros(n, F32)

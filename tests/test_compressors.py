@@ -40,7 +40,7 @@ SPARSIFIERS = [each for each in ALL if each.name.startswith(("none", "randomk", 
 LENGTHS = (0, 1, 7, 8, 9, 1000)
 
 
-def named(each: Compressor) -> str:
+def id_of(each: Compressor) -> str:
     return each.name
 
 
@@ -50,17 +50,17 @@ def numbers(n: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-@pytest.mark.parametrize("compressor", ALL, ids=named)
+@pytest.mark.parametrize("compressor", ALL, ids=id_of)
 def test_what_is_kept_is_what_the_message_does_not_say(compressor: Compressor, n: int) -> None:
     backlog, gradient = numbers(n), numbers(n, 1)
     p = backlog + gradient
     message = compressor.encode_feedback(backlog, gradient, step=3)
-    np.testing.assert_array_equal(backlog, p - compressor.meaning(message, n))
+    np.testing.assert_array_equal(backlog, p - compressor.decode_vector(message, n))
     header = header_of(message)
     assert (header.n, header.nbytes) == (n, message.size - HEADER_BYTES)
 
 
-@pytest.mark.parametrize("compressor", SPARSIFIERS, ids=named)
+@pytest.mark.parametrize("compressor", SPARSIFIERS, ids=id_of)
 def test_what_sparsifiers_send_and_keep_adds_up_exactly(compressor: Compressor) -> None:
     """Over 50 steps the meanings and the last backlog are the sum of the gradients, bit for bit."""
     backlog, sent, given = (np.zeros(1000, F32) for _ in range(3))
@@ -71,21 +71,21 @@ def test_what_sparsifiers_send_and_keep_adds_up_exactly(compressor: Compressor) 
     np.testing.assert_array_equal(sent + backlog, given)
 
 
-@pytest.mark.parametrize("compressor", [each for each in ALL if each.name != "sign_majority()"], ids=named)
+@pytest.mark.parametrize("compressor", [each for each in ALL if each.name != "sign_majority()"], ids=id_of)
 def test_after_a_thousand_steps_nothing_is_lost(compressor: Compressor) -> None:
     """What was sent and the backlog against all gradients: each step rounds a backlog below 2^7 at most twice."""
     n, steps = 40, 1000
     backlog, said, given, last = np.zeros(n, F32), np.zeros(n), np.zeros(n), compressors.NO_MESSAGE
     for step, gradient in enumerate(np.random.default_rng(7).normal(size=(steps, n)).astype(F32)):
         last = compressor.encode_feedback(backlog, gradient, step=step, last=last)
-        said += compressor.meaning(last, n)
+        said += compressor.decode_vector(last, n)
         given += gradient
     assert np.abs(backlog).max() < 2**7
     assert np.abs(said + backlog - given).max() < steps * 2 * 2.0**-18
     assert np.abs(said).max() > 1
 
 
-@pytest.mark.parametrize("compressor", ALL, ids=named)
+@pytest.mark.parametrize("compressor", ALL, ids=id_of)
 def test_encoding_depends_on_its_arguments_and_writes_none_of_them(compressor: Compressor) -> None:
     vector = numbers(1000)
     before = vector.copy()
@@ -94,7 +94,7 @@ def test_encoding_depends_on_its_arguments_and_writes_none_of_them(compressor: C
     np.testing.assert_array_equal(message, compressor.encode(vector, step=2))
 
 
-@pytest.mark.parametrize("compressor", ALL, ids=named)
+@pytest.mark.parametrize("compressor", ALL, ids=id_of)
 def test_decoding_adds_in_order(compressor: Compressor) -> None:
     messages = [compressor.encode(numbers(1000, seed), step=seed) for seed in range(3)]
     one_by_one, together = numbers(1000, 9), numbers(1000, 9)
@@ -104,7 +104,7 @@ def test_decoding_adds_in_order(compressor: Compressor) -> None:
     np.testing.assert_array_equal(one_by_one, together)
 
 
-@pytest.mark.parametrize("compressor", [each for each in ALL if each.name != "none()"], ids=named)
+@pytest.mark.parametrize("compressor", [each for each in ALL if each.name != "none()"], ids=id_of)
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused_and_the_backlog_untouched(compressor: Compressor, odd: float) -> None:
     backlog, gradient = numbers(100), numbers(100, 1)
@@ -125,14 +125,14 @@ def put(offset: int, form: str, value: float | bytes) -> Callable[[np.ndarray], 
     return change
 
 
-def refused(compressor: Compressor, message: np.ndarray, says: str, n: int = 1000) -> None:
+def check_refused(compressor: Compressor, message: np.ndarray, says: str, n: int = 1000) -> None:
     out = numbers(n, 5)
     with pytest.raises(ArgumentError, match=says):
         compressor.decode(message, out)
     np.testing.assert_array_equal(out, numbers(n, 5))
 
 
-@pytest.mark.parametrize("compressor", ALL, ids=named)
+@pytest.mark.parametrize("compressor", ALL, ids=id_of)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -152,7 +152,7 @@ def refused(compressor: Compressor, message: np.ndarray, says: str, n: int = 100
 def test_damaged_messages_are_refused_and_nothing_is_added(
     compressor: Compressor, change: Callable[[np.ndarray], np.ndarray], says: str
 ) -> None:
-    refused(compressor, change(compressor.encode(numbers(1000))), says)
+    check_refused(compressor, change(compressor.encode(numbers(1000))), says)
 
 
 @pytest.mark.parametrize(
@@ -167,15 +167,15 @@ def test_damaged_messages_are_refused_and_nothing_is_added(
 )
 def test_altered_indices_are_refused(change: Callable[[np.ndarray], np.ndarray], what: str) -> None:
     compressor = compressors.topk(0.1, code="u32")
-    refused(compressor, change(compressor.encode(numbers(1000))), "damaged")
+    check_refused(compressor, change(compressor.encode(numbers(1000))), "damaged")
 
 
-@pytest.mark.parametrize("compressor", ALL, ids=named)
+@pytest.mark.parametrize("compressor", ALL, ids=id_of)
 def test_messages_of_another_compressor_are_refused(compressor: Compressor) -> None:
     others = [each for each in ALL if not each.kinds & compressor.kinds]
     assert others
     for other in others:
-        refused(compressor, other.encode(numbers(1000)), "different compressors")
+        check_refused(compressor, other.encode(numbers(1000)), "different compressors")
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.001, float("nan")])
@@ -191,20 +191,20 @@ def test_thresholds_that_are_not_positive_are_refused(tau: float) -> None:
         compressors.threshold(tau)
 
 
-@pytest.mark.parametrize("compressor", ALL, ids=named)
+@pytest.mark.parametrize("compressor", ALL, ids=id_of)
 @pytest.mark.parametrize("vector", [np.zeros(8), np.zeros((2, 4), F32), np.zeros(16, F32)[::2], [0.0]])
 def test_vectors_that_are_not_flat_float32_are_refused(compressor: Compressor, vector: np.ndarray) -> None:
     with pytest.raises(ArgumentError, match="flat contiguous float32"):
         compressor.encode(vector)
 
 
-@pytest.mark.parametrize("compressor", [compressors.topk(1e-6, exact=True), compressors.threshold(3.5)], ids=named)
+@pytest.mark.parametrize("compressor", [compressors.topk(1e-6, exact=True), compressors.threshold(3.5)], ids=id_of)
 def test_indices_beyond_what_float32_counts_survive(compressor: Compressor) -> None:
     """2**24 + 1 is no float32: an index that passed through one would move."""
     n = (1 << 24) + 2
     vector = np.zeros(n, F32)
     vector[-1] = 4
-    got = np.flatnonzero(compressor.meaning(compressor.encode(vector), n))
+    got = np.flatnonzero(compressor.decode_vector(compressor.encode(vector), n))
     np.testing.assert_array_equal(got, [n - 1])
 
 
@@ -214,4 +214,4 @@ def test_onebit_of_2_to_the_24_and_one_elements() -> None:
     vector[-1] = -1
     message = compressors.onebit().encode(vector)
     assert message.size == HEADER_BYTES + 4 + (1 << 21) + 1
-    np.testing.assert_array_equal(compressors.onebit().meaning(message, n), vector)
+    np.testing.assert_array_equal(compressors.onebit().decode_vector(message, n), vector)

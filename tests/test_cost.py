@@ -14,7 +14,7 @@ from hpccomm.collectives.schedule import power_of_two
 from hpccomm.collectives.verify import layouts
 from hpccomm.layout import Link
 from hpccomm.performance import cost
-from hpccomm.performance.cost import Price, candidates, cuts, predict, price, wire_limit
+from hpccomm.performance.cost import Price, candidates, predict, price, segment_counts, wire_limit
 from hpccomm.performance.machine import Machine
 
 ALPHA, BETA, GAMMA = 3.0, 7e-4, 1.1e-4
@@ -33,33 +33,33 @@ def share(p: int, n: float) -> float:
     return (p - 1) / p * n
 
 
-def sendings(rounds: float, nbytes: float, summed: float) -> float:
+def exchange_us(rounds: float, nbytes: float, summed: float) -> float:
     return rounds * ALPHA + nbytes * BETA + summed * GAMMA
 
 
 ANY_SIZE: dict[tuple[str, str], Formula] = {
-    ("reduce_scatter", "ring"): lambda p, n: sendings(p - 1, share(p, n), share(p, n)),
-    ("reduce_scatter", "direct"): lambda p, n: sendings(p - 1, share(p, n), share(p, n)),
-    ("allgather", "ring"): lambda p, n: sendings(p - 1, share(p, n), 0),
-    ("allgather", "direct"): lambda p, n: sendings(p - 1, share(p, n), 0),
-    ("allgather", "bruck"): lambda p, n: sendings(lg(p), share(p, n), 0),
-    ("allreduce", "ring"): lambda p, n: sendings(2 * (p - 1), 2 * share(p, n), share(p, n)),
-    ("bcast", "tree"): lambda p, n: sendings(lg(p), lg(p) * n, 0),
-    ("bcast", "chain"): lambda p, n: sendings(p - 1, (p - 1) * n, 0),
-    ("reduce", "tree"): lambda p, n: sendings(lg(p), lg(p) * n, lg(p) * n),
-    ("reduce", "chain"): lambda p, n: sendings(p - 1, (p - 1) * n, (p - 1) * n),
-    ("allreduce", "tree"): lambda p, n: sendings(2 * lg(p), 2 * lg(p) * n, lg(p) * n),
+    ("reduce_scatter", "ring"): lambda p, n: exchange_us(p - 1, share(p, n), share(p, n)),
+    ("reduce_scatter", "direct"): lambda p, n: exchange_us(p - 1, share(p, n), share(p, n)),
+    ("allgather", "ring"): lambda p, n: exchange_us(p - 1, share(p, n), 0),
+    ("allgather", "direct"): lambda p, n: exchange_us(p - 1, share(p, n), 0),
+    ("allgather", "bruck"): lambda p, n: exchange_us(lg(p), share(p, n), 0),
+    ("allreduce", "ring"): lambda p, n: exchange_us(2 * (p - 1), 2 * share(p, n), share(p, n)),
+    ("bcast", "tree"): lambda p, n: exchange_us(lg(p), lg(p) * n, 0),
+    ("bcast", "chain"): lambda p, n: exchange_us(p - 1, (p - 1) * n, 0),
+    ("reduce", "tree"): lambda p, n: exchange_us(lg(p), lg(p) * n, lg(p) * n),
+    ("reduce", "chain"): lambda p, n: exchange_us(p - 1, (p - 1) * n, (p - 1) * n),
+    ("allreduce", "tree"): lambda p, n: exchange_us(2 * lg(p), 2 * lg(p) * n, lg(p) * n),
 }
 POWER_OF_TWO: dict[tuple[str, str], Formula] = {
-    ("allreduce", "doubling"): lambda p, n: sendings(lg(p), lg(p) * n, lg(p) * n),
-    ("allreduce", "butterfly"): lambda p, n: sendings(2 * lg(p), 2 * share(p, n), share(p, n)),
-    ("reduce_scatter", "butterfly"): lambda p, n: sendings(lg(p), share(p, n), share(p, n)),
-    ("allgather", "butterfly"): lambda p, n: sendings(lg(p), share(p, n), 0),
-    ("bcast", "ring"): lambda p, n: sendings(lg(p) + p - 1, 2 * share(p, n), 0),
+    ("allreduce", "doubling"): lambda p, n: exchange_us(lg(p), lg(p) * n, lg(p) * n),
+    ("allreduce", "butterfly"): lambda p, n: exchange_us(2 * lg(p), 2 * share(p, n), share(p, n)),
+    ("reduce_scatter", "butterfly"): lambda p, n: exchange_us(lg(p), share(p, n), share(p, n)),
+    ("allgather", "butterfly"): lambda p, n: exchange_us(lg(p), share(p, n), 0),
+    ("bcast", "ring"): lambda p, n: exchange_us(lg(p) + p - 1, 2 * share(p, n), 0),
 }
 
 
-def on_one_node(key: tuple[str, str], p: int, n: float, segments: int | None = 1) -> Price:
+def one_node_price(key: tuple[str, str], p: int, n: float, segments: int | None = 1) -> Price:
     return price(ALGORITHMS[key[0]][key[1]], [0] * p, n, FLAT, segments=segments)
 
 
@@ -67,21 +67,21 @@ def on_one_node(key: tuple[str, str], p: int, n: float, segments: int | None = 1
 @pytest.mark.parametrize("p", [1, 2, 3, 7, 8, 16, 61])
 @pytest.mark.parametrize("n", [8.0, 1e8])
 def test_price_is_the_formula_for_any_size(key: tuple[str, str], p: int, n: float) -> None:
-    assert on_one_node(key, p, n).us == pytest.approx(ANY_SIZE[key](p, n), rel=1e-9)
+    assert one_node_price(key, p, n).us == pytest.approx(ANY_SIZE[key](p, n), rel=1e-9)
 
 
 @pytest.mark.parametrize("key", POWER_OF_TWO)
 @pytest.mark.parametrize("p", [2, 4, 8, 64, 1024])
 @pytest.mark.parametrize("n", [8.0, 1e8])
 def test_price_is_the_formula_for_powers_of_two(key: tuple[str, str], p: int, n: float) -> None:
-    assert on_one_node(key, p, n).us == pytest.approx(POWER_OF_TWO[key](p, n), rel=1e-9)
+    assert one_node_price(key, p, n).us == pytest.approx(POWER_OF_TWO[key](p, n), rel=1e-9)
 
 
 @pytest.mark.parametrize("p", [3, 5, 7, 12, 63])
 def test_a_folded_butterfly_pays_the_vector_once_in_and_once_out(p: int) -> None:
     s, n = power_of_two(p), 1e6
-    folded = sendings(2 * lg(s) + 2, 2 * share(s, n) + 2 * n, share(s, n) + n)
-    assert on_one_node(("allreduce", "butterfly"), p, n).us == pytest.approx(folded, rel=1e-9)
+    folded = exchange_us(2 * lg(s) + 2, 2 * share(s, n) + 2 * n, share(s, n) + n)
+    assert one_node_price(("allreduce", "butterfly"), p, n).us == pytest.approx(folded, rel=1e-9)
 
 
 @pytest.mark.parametrize("p", [3, 8, 33])
@@ -89,23 +89,23 @@ def test_a_folded_butterfly_pays_the_vector_once_in_and_once_out(p: int) -> None
 def test_a_chain_in_segments_takes_p_minus_2_plus_s_of_them(p: int, segments: int) -> None:
     n = 1e7
     formula = (p - 2 + segments) * (ALPHA + n / segments * BETA)
-    assert on_one_node(("bcast", "chain"), p, n, segments).us == pytest.approx(formula, rel=1e-9)
+    assert one_node_price(("bcast", "chain"), p, n, segments).us == pytest.approx(formula, rel=1e-9)
 
 
 @pytest.mark.parametrize("p", [4, 16, 100])
 def test_the_number_of_segments_is_near_the_best(p: int) -> None:
     n = 1e7
     best = (math.sqrt((p - 2) * ALPHA) + math.sqrt(n * BETA)) ** 2
-    found = on_one_node(("bcast", "chain"), p, n, None)
+    found = one_node_price(("bcast", "chain"), p, n, None)
     assert found.segments > 1
     assert best <= found.us < 1.07 * best
 
 
 def test_two_trees_in_segments_reach_two_vectors() -> None:
     n = 1e9
-    found = on_one_node(("allreduce", "double_tree"), 64, n, None)
+    found = one_node_price(("allreduce", "double_tree"), 64, n, None)
     assert found.us == pytest.approx(2 * n * (BETA + GAMMA / 2), rel=0.15)
-    assert found.us < on_one_node(("allreduce", "tree"), 64, n, None).us / 2
+    assert found.us < one_node_price(("allreduce", "tree"), 64, n, None).us / 2
 
 
 def test_ranks_of_a_node_share_its_link() -> None:
@@ -123,7 +123,7 @@ def test_hierarchical_is_two_rings_inside_and_one_between_on_all_lanes(nodes: in
     inside = 2 * ((lanes - 1) * m.intra.alpha + share(lanes, n) * m.intra.beta) + share(lanes, n) * m.gamma
     between = 2 * ((nodes - 1) * m.inter.alpha + share(nodes, n) * m.inter.beta)
     between += share(nodes, n / lanes) * m.gamma
-    assert price(hierarchical.on(home), home, n, m).us == pytest.approx(inside + between, rel=1e-9)
+    assert price(hierarchical.build_allreduce(home), home, n, m).us == pytest.approx(inside + between, rel=1e-9)
 
 
 @pytest.mark.parametrize(("collective", "name"), EVERY)
@@ -154,10 +154,10 @@ def test_rounds_cost_what_rank_by_rank_bookkeeping_says(collective: str, name: s
     for p in (3, 8, 11):
         for home in (layouts(p)["block"], layouts(p)["random"]):
             found = price(ALGORITHMS[collective][name], home, 1e5, TWO_LEVEL, segments=1)
-            assert found.us == pytest.approx(bookkeeping(collective, name, home, 1e5), rel=1e-9)
+            assert found.us == pytest.approx(simulate_us(collective, name, home, 1e5), rel=1e-9)
 
 
-def bookkeeping(collective: str, name: str, home: list[int], n: float) -> float:
+def simulate_us(collective: str, name: str, home: list[int], n: float) -> float:
     p, algorithm = len(home), ALGORITHMS[collective][name]
     block, ready = n / algorithm.blocks(p), [0.0] * p
     for steps in zip(*(algorithm.steps(r, p) for r in range(p)), strict=True):
@@ -196,9 +196,9 @@ def test_predictions_are_sorted_and_complete() -> None:
 
 
 def test_only_chains_and_trees_are_cut() -> None:
-    assert cuts(ALGORITHMS["allreduce"]["ring"], 1e8) == [1]
-    assert cuts(ALGORITHMS["bcast"]["chain"], 100) == [1]
-    assert cuts(ALGORITHMS["bcast"]["chain"], 8192) == [1, 2, 4, 8]
+    assert segment_counts(ALGORITHMS["allreduce"]["ring"], 1e8) == [1]
+    assert segment_counts(ALGORITHMS["bcast"]["chain"], 100) == [1]
+    assert segment_counts(ALGORITHMS["bcast"]["chain"], 8192) == [1, 2, 4, 8]
 
 
 def test_ten_thousand_ranks_take_seconds() -> None:
@@ -206,6 +206,6 @@ def test_ten_thousand_ranks_take_seconds() -> None:
     home, began = np.repeat(np.arange(1250), 8), time.process_time()
     for name in ("ring", "butterfly", "double_tree"):
         price(ALGORITHMS["allreduce"][name], home, 1e8)
-    price(hierarchical.on(home), home, 1e8)
+    price(hierarchical.build_allreduce(home), home, 1e8)
     price(ALGORITHMS["bcast"]["chain"], home, 1e8)
     assert time.process_time() - began < limit

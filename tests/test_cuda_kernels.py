@@ -19,7 +19,7 @@ from test_compression_kernels import LENGTHS, numbers, same_bits
 from benchmarks import gpu
 from hpccomm.kernels import compression_reference, cuda, optimizers_reference, reductions
 from hpccomm.kernels.cuda import ARCHITECTURES, OPTIONS, Kernels, every_reduction, reduction_source, source
-from hpccomm.transports.cuda import missing
+from hpccomm.transports.cuda import unavailable_reason
 
 F32 = np.float32
 
@@ -96,14 +96,14 @@ def test_a_mistake_is_said_with_file_and_line(nvrtc: Nvrtc) -> None:
 
 
 def test_every_operation_and_dtype_has_a_name_in_the_source() -> None:
-    assert set(cuda.COMBINE) == set(reductions.DEFINED)
-    assert set(cuda.ELEMENT) == {code for codes in reductions.DEFINED.values() for code in codes}
+    assert set(cuda.COMBINE) == set(reductions.DTYPES)
+    assert set(cuda.ELEMENT) == {code for codes in reductions.DTYPES.values() for code in codes}
 
 
 # The same sources on this processor
 
 
-class OnDevice:
+class DeviceKernels:
     """The kernels on the device, for NumPy arrays: brought there, and back with what was written."""
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class OnDevice:
 
         return call
 
-    def moved(self, x: Any, there: dict[int, tuple[np.ndarray, Any]]) -> Any:
+    def to_device(self, x: Any, there: dict[int, tuple[np.ndarray, Any]]) -> Any:
         """All vectors in lists and tuples, each once; tables of bounds stay on the host."""
         if isinstance(x, list | tuple):
             return type(x)(self.moved(each, there) for each in x)
@@ -127,30 +127,30 @@ class OnDevice:
             return there.setdefault(id(x), (x, self.kernels.xp.asarray(x)))[1]
         return x
 
-    def brought(self, x: Any) -> Any:
+    def to_host(self, x: Any) -> Any:
         """All vectors in tuples, on the host."""
         if isinstance(x, tuple):
             return tuple(self.brought(each) for each in x)
         return x.get() if hasattr(x, "get") else x
 
 
-PLACES = ["processor"] if missing() else ["processor", "device"]
+PLACES = ["processor"] if unavailable_reason() else ["processor", "device"]
 
 
 @pytest.fixture(scope="module", params=PLACES)
 def kernels(request: pytest.FixtureRequest) -> Any:
     if request.param == "device":
-        return OnDevice()
+        return DeviceKernels()
     return Kernels(Emulated())
 
 
-def copied(arguments: Sequence[Any]) -> list[Any]:
+def copy_arrays(arguments: Sequence[Any]) -> list[Any]:
     return [each.copy() if isinstance(each, np.ndarray) else each for each in arguments]
 
 
 def agree(kernels: Kernels, reference: Any, name: str, *arguments: Any, **named: Any) -> Any:
     """Assert that answers and arrays written are the reference's, bit for bit; the answer."""
-    mine, theirs = copied(arguments), copied(arguments)
+    mine, theirs = copy_arrays(arguments), copy_arrays(arguments)
     answer, expected = getattr(kernels, name)(*mine, **named), getattr(reference, name)(*theirs, **named)
     compare(answer, expected, name)
     for ours, wanted in zip(mine, theirs, strict=True):
@@ -195,7 +195,7 @@ def elements(code: str, n: int, seed: int) -> np.ndarray:
     return x
 
 
-def without_payloads(x: np.ndarray, code: str) -> np.ndarray:
+def unify_nans(x: np.ndarray, code: str) -> np.ndarray:
     """All NaN made one."""
     wide = reductions.widen(x, code) if code in reductions.HALVES else x
     return np.where(np.isnan(wide), np.nan, wide).astype(wide.dtype) if wide.dtype.kind == "f" else x
@@ -210,9 +210,9 @@ def test_reductions_equal_numpy(kernels: Kernels, op: str, code: str) -> None:
         with np.errstate(all="ignore"):
             reductions.reduce(op, dtype, vectors, expected)
         kernels.reduce(op, dtype, vectors, out)
-        assert same_bits(without_payloads(out, code), without_payloads(expected, code)), (n, k)
+        assert same_bits(unify_nans(out, code), unify_nans(expected, code)), (n, k)
         kernels.reduce(op, dtype, vectors, vectors[-1])
-        assert same_bits(without_payloads(vectors[-1], code), without_payloads(expected, code)), (n, k)
+        assert same_bits(unify_nans(vectors[-1], code), unify_nans(expected, code)), (n, k)
 
 
 @pytest.mark.parametrize("code", reductions.HALVES)
@@ -223,13 +223,13 @@ def test_every_16_bit_float_is_read_and_written_exactly(kernels: Kernels, code: 
     with np.errstate(all="ignore"):
         reductions.reduce("sum", dtype, [every, other], expected)
     kernels.reduce("sum", dtype, [every, other], out)
-    assert same_bits(without_payloads(out, code), without_payloads(expected, code))
+    assert same_bits(unify_nans(out, code), unify_nans(expected, code))
 
 
 @pytest.mark.parametrize("task", gpu.TASKS, ids=lambda task: task.title)
 def test_steps_that_are_measured_on_a_device_run(kernels: Any, task: gpu.Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ELEMENTS", 4104)
-    if isinstance(kernels, OnDevice):
+    if isinstance(kernels, DeviceKernels):
         task.ours(kernels.kernels.xp, kernels.kernels)()
     else:
         task.ours(np, kernels)()
@@ -375,13 +375,13 @@ def test_lars_equals_the_reference(
     w, g, v = (vectors(n, seed) for seed in range(3))
     kind = w.dtype.type
     rates = [np.abs(vectors(k, seed)) for seed in (3, 4, 5)]
-    for whose in (optimizers_reference.GRADIENT, optimizers_reference.DECAYED, optimizers_reference.MOVED):
+    for whose in (optimizers_reference.GRADIENT, optimizers_reference.DECAYED_GRADIENT, optimizers_reference.UPDATE):
         numbers = kind(0.7), kind(0.9), nesterov, whose
         agree(kernels, optimizers_reference, "lars_sums", w, g, v, bounds, rates[0], *numbers)
     agree(kernels, optimizers_reference, "sum_of_squares", g)
     numbers = kind(0.7), kind(0.3), kind(0.9), nesterov
     agree(kernels, optimizers_reference, "lars_step", w, g, v, vectors(n, 6), bounds, *rates, *numbers)
-    agree(kernels, optimizers_reference, "lars_place", w, g, v, bounds, *rates, *numbers)
+    agree(kernels, optimizers_reference, "lars_apply", w, g, v, bounds, *rates, *numbers)
 
 
 @pytest.mark.parametrize("lengths", TABLES, ids=str)
@@ -393,5 +393,5 @@ def test_lamb_equals_the_reference(kernels: Kernels, vectors: Numbers, lengths: 
     numbers = [kind(each) for each in (0.7, 0.9, 0.1, 0.999, 0.001, 0.19, 0.0019, 1e-6)]
     agree(kernels, optimizers_reference, "lamb_moments", w, g, m, v, out, bounds, rates, *numbers)
     agree(kernels, optimizers_reference, "adam_step", w, g, m, v, bounds, rates, *numbers, kind(-0.01))
-    agree(kernels, optimizers_reference, "scaled", out, bounds, rates, kind(-0.1))
-    agree(kernels, optimizers_reference, "added", w, out, bounds, rates, kind(-0.1))
+    agree(kernels, optimizers_reference, "scale_tensors", out, bounds, rates, kind(-0.1))
+    agree(kernels, optimizers_reference, "add_scaled", w, out, bounds, rates, kind(-0.1))

@@ -21,15 +21,17 @@ from hpccomm.layout import Link
 from hpccomm.performance import cost, inter_node, tuning
 from hpccomm.performance.cost import MEASURED, MODEL
 from hpccomm.performance.machine import Machine
-from hpccomm.performance.measured import Curve, Kind, Point, Rounds, at_shape, rounds
+from hpccomm.performance.measured import CostCurve, Point, RoundCosts, RoundType, costs_for_shape, rounds
 
 ALLREDUCE = ALGORITHMS["allreduce"]
 
 
-def straight(kind: Kind, alpha: float, beta: float, shape: tuple[int, int] = (4, 2), start: float = 0.0) -> Curve:
+def linear_curve(
+    kind: RoundType, alpha: float, beta: float, shape: tuple[int, int] = (4, 2), start: float = 0.0
+) -> CostCurve:
     """A kind whose times lie on a line; a call that begins with it takes ``start`` longer."""
     lengths = (4, 64, 1024, 1 << 14, 1 << 18, 1 << 22)
-    return Curve(*shape, kind, tuple(Point(n, start + alpha + n * beta, alpha + n * beta) for n in lengths))
+    return CostCurve(*shape, kind, tuple(Point(n, start + alpha + n * beta, alpha + n * beta) for n in lengths))
 
 
 def kinds(name: str, nodes: list[int], nbytes: float) -> list[tuple[Any, ...]]:
@@ -88,87 +90,89 @@ def test_rounds_carry_what_the_steps_say(name: str, p: int) -> None:
 
 
 def test_a_price_is_the_sum_of_its_rounds() -> None:
-    summed = straight(Kind("round", 1, 1, 8, False, True), 30.0, 0.01)
-    moved = straight(Kind("round", 1, 1, 8, False, False), 20.0, 0.01)
-    known = Rounds([summed, moved], 4, 2)
+    summed = linear_curve(RoundType("round", 1, 1, 8, False, True), 30.0, 0.01)
+    moved = linear_curve(RoundType("round", 1, 1, 8, False, False), 20.0, 0.01)
+    known = RoundCosts([summed, moved], 4, 2)
     home, nbytes = np.repeat(np.arange(4), 2), 8 << 18
     found = known.price(ALLREDUCE["ring"], home, nbytes, 0.0)
     assert found == pytest.approx(7 * (30 + 20 + 2 * (1 << 18) * 0.01), rel=1e-9)
 
 
 def test_what_begins_a_call_is_paid_once() -> None:
-    exchange = straight(Kind("round", 1, 0, 4, True, True), 30.0, 0.01, (4, 1), start=7.0)
-    call = Curve(4, 1, Kind("call"), (Point(0, 3.0, 1.0),))
-    copy = straight(Kind("copy"), 1.0, 1e-4, (4, 1))
-    known = Rounds([exchange, call, copy], 4, 1)
+    exchange = linear_curve(RoundType("round", 1, 0, 4, True, True), 30.0, 0.01, (4, 1), start=7.0)
+    call = CostCurve(4, 1, RoundType("call"), (Point(0, 3.0, 1.0),))
+    copy = linear_curve(RoundType("copy"), 1.0, 1e-4, (4, 1))
+    known = RoundCosts([exchange, call, copy], 4, 1)
     found = known.price(ALLREDUCE["doubling"], range(4), 1024, 1024)
     assert found == pytest.approx(7 + 3 + 1 + 1024e-4 + 2 * (30 + 10.24), rel=1e-9)
 
 
 def test_the_first_round_that_leaves_a_node_finds_a_rested_link() -> None:
-    inside = straight(Kind("round", 0, 2, 8, True, True), 3.0, 0.0, start=100.0)
-    across = straight(Kind("round", 2, 0, 8, True, True), 30.0, 0.0, start=-10.0)
-    found = Rounds([inside, across], 4, 2).price(ALLREDUCE["doubling"], np.repeat(np.arange(4), 2), 1024, 0)
+    inside = linear_curve(RoundType("round", 0, 2, 8, True, True), 3.0, 0.0, start=100.0)
+    across = linear_curve(RoundType("round", 2, 0, 8, True, True), 30.0, 0.0, start=-10.0)
+    found = RoundCosts([inside, across], 4, 2).price(ALLREDUCE["doubling"], np.repeat(np.arange(4), 2), 1024, 0)
     assert found == pytest.approx(3 + 30 - 10 + 30, rel=1e-9)
 
 
 def test_the_kind_most_alike_speaks_for_what_was_not_measured() -> None:
-    crossing = straight(Kind("round", 2, 0, 8, True, True), 30.0, 0.01)
-    inside = straight(Kind("round", 0, 2, 8, True, True), 3.0, 0.001)
-    moved = straight(Kind("round", 2, 0, 8, True, False), 20.0, 0.01)
-    known = Rounds([crossing, inside, moved], 4, 2)
-    assert known.nearest(Kind("round", 4, 0, 16, True, True)) is crossing
-    assert known.nearest(Kind("round", 0, 4, 16, False, True)) is inside
-    assert known.nearest(Kind("round", 1, 1, 8, False, False)) is moved
-    assert known.nearest(Kind("pieces", 2, 0, 8, True, True)) is None
+    crossing = linear_curve(RoundType("round", 2, 0, 8, True, True), 30.0, 0.01)
+    inside = linear_curve(RoundType("round", 0, 2, 8, True, True), 3.0, 0.001)
+    moved = linear_curve(RoundType("round", 2, 0, 8, True, False), 20.0, 0.01)
+    known = RoundCosts([crossing, inside, moved], 4, 2)
+    assert known.find_curve(RoundType("round", 4, 0, 16, True, True)) is crossing
+    assert known.find_curve(RoundType("round", 0, 4, 16, False, True)) is inside
+    assert known.find_curve(RoundType("round", 1, 1, 8, False, False)) is moved
+    assert known.find_curve(RoundType("pieces", 2, 0, 8, True, True)) is None
     assert known.price(ALLREDUCE["ring"], range(8), 1e6, 0.0) is not None
-    assert Rounds([], 4, 2).price(ALLREDUCE["ring"], range(8), 1e6, 0.0) is None
+    assert RoundCosts([], 4, 2).price(ALLREDUCE["ring"], range(8), 1e6, 0.0) is None
 
 
 # --- two levels ------------------------------------------------------------------------------------
 
 
-def levels(nodes: int, lanes: int, **times: float) -> Rounds:
+def levels(nodes: int, lanes: int, **times: float) -> RoundCosts:
     shape = nodes, lanes
-    made = [straight(Kind(what), times.get(what, 1e-6), 0.0, shape) for what in ("scatter", "gather")]
+    made = [linear_curve(RoundType(what), times.get(what, 1e-6), 0.0, shape) for what in ("scatter", "gather")]
     for reduce in (False, True):
         pair, ring = nodes == 2, nodes * lanes
-        made.append(straight(Kind("pieces", lanes, 0, ring, pair, reduce), times["alpha"], times["beta"], shape))
+        made.append(
+            linear_curve(RoundType("pieces", lanes, 0, ring, pair, reduce), times["alpha"], times["beta"], shape)
+        )
         short = Point(2048, times["alpha"] + times.get("meeting", 0.0), times["alpha"])
-        made.append(Curve(*shape, Kind("short", 1, 0, nodes, True, reduce), (short,)))
-    return Rounds(made, nodes, lanes)
+        made.append(CostCurve(*shape, RoundType("short", 1, 0, nodes, True, reduce), (short,)))
+    return RoundCosts(made, nodes, lanes)
 
 
 def test_a_short_vector_meets_inside_and_goes_by_the_leaders() -> None:
     known = levels(8, 2, meeting=11.0, alpha=30.0, beta=0.01)
-    assert known.two_levels(64, Link(25, 1e-3)) == pytest.approx(11 + 3 * 30, rel=1e-6)
+    assert known.price_two_level(64, Link(25, 1e-3)) == pytest.approx(11 + 3 * 30, rel=1e-6)
 
 
 def test_one_segment_is_reduced_exchanged_and_gathered() -> None:
     known = levels(2, 2, scatter=100.0, gather=50.0, alpha=30.0, beta=0.01)
     # between points a line is not one on logarithmic scales: here it is 2e-5 off
-    assert known.two_levels(1 << 19, Link(25, 1e-3)) == pytest.approx(100 + 30 + (1 << 18) * 0.01 + 50, rel=1e-4)
+    assert known.price_two_level(1 << 19, Link(25, 1e-3)) == pytest.approx(100 + 30 + (1 << 18) * 0.01 + 50, rel=1e-4)
 
 
 def test_segments_overlap_so_that_the_link_is_what_counts() -> None:
     """16 segments between 4 nodes: their bytes over the link, and the inside of little more than the first and last."""
     known = levels(4, 1, scatter=10.0, gather=10.0, alpha=1e-3, beta=0.01)
     wire = 2 * 3 / 4 * (1 << 24) * 0.01
-    found = known.two_levels(1 << 24, Link(25, 1e-3))
+    found = known.price_two_level(1 << 24, Link(25, 1e-3))
     assert found is not None
     assert wire <= found <= 1.05 * wire
 
 
 def test_two_levels_cannot_be_priced_by_what_was_not_measured() -> None:
-    assert Rounds([], 4, 2).two_levels(64, Link(25, 1e-3)) is None
-    assert Rounds([], 4, 2).two_levels(1 << 20, Link(25, 1e-3)) is None
+    assert RoundCosts([], 4, 2).price_two_level(64, Link(25, 1e-3)) is None
+    assert RoundCosts([], 4, 2).price_two_level(1 << 20, Link(25, 1e-3)) is None
 
 
 # --- predictions -----------------------------------------------------------------------------------
 
 
 def machine(shape: tuple[int, int] = (4, 2)) -> Machine:
-    ring = [straight(Kind("round", 1, 1, 8, False, reduce), 30.0, 0.01, shape) for reduce in (False, True)]
+    ring = [linear_curve(RoundType("round", 1, 1, 8, False, reduce), 30.0, 0.01, shape) for reduce in (False, True)]
     return Machine(curves=tuple(ring))
 
 
@@ -183,7 +187,7 @@ def test_measured_rounds_count_near_their_shape_and_for_whole_vectors_only() -> 
     assert source("double_tree", 4, 2, machine()) == MODEL
     assert source("hierarchical", 4, 2, machine()) == MODEL
     assert source("ring", 4, 2, Machine()) == MODEL
-    assert at_shape((), (4, 2)) is None
+    assert costs_for_shape((), (4, 2)) is None
 
 
 def test_what_stands_beside_the_ring_is_priced_as_before() -> None:
@@ -274,32 +278,32 @@ def test_tuning_prints_prediction_beside_measurement_and_keeps_the_curves(
 
 def test_what_is_measured_are_the_rounds_of_the_algorithms_and_never_all_of_one() -> None:
     nodes = np.repeat(np.arange(4), 2)
-    tasks = list(bench_rounds.wanted(nodes, ["native", "ring", "doubling", "hierarchical", "chain"], 1 << 20, True))
+    tasks = list(bench_rounds.cost_tasks(nodes, ["native", "ring", "doubling", "hierarchical", "chain"], 1 << 20, True))
     found = {task.kind for task in tasks}
-    assert Kind("round", 1, 1, 8, False, True) in found
-    assert Kind("round", 2, 0, 8, True, True) in found
-    assert Kind("pieces", 2, 0, 8, False, True) in found
-    assert Kind("short", 1, 0, 4, True, True) in found
+    assert RoundType("round", 1, 1, 8, False, True) in found
+    assert RoundType("round", 2, 0, 8, True, True) in found
+    assert RoundType("pieces", 2, 0, 8, False, True) in found
+    assert RoundType("short", 1, 0, 4, True, True) in found
     assert max(max(task.lengths) for task in tasks if task.kind.what == "round") == 1 << 20
-    assert {task.kind.what for task in bench_rounds.wanted(nodes, ["ring"], 1 << 20, True)} == {
+    assert {task.kind.what for task in bench_rounds.cost_tasks(nodes, ["ring"], 1 << 20, True)} == {
         "call", "copy", "round",
     }  # fmt: skip
 
 
 def test_rounds_are_measured_with_the_partners_that_follow_one_another() -> None:
     nodes = np.repeat(np.arange(4), 2)
-    tasks = list(bench_rounds.wanted(nodes, ["doubling"], 1 << 20, True))
+    tasks = list(bench_rounds.cost_tasks(nodes, ["doubling"], 1 << 20, True))
     [across] = [task for task in tasks if task.kind.crossing]
     assert [each.to.tolist() for each in across.turns] == [[2, 3, 0, 1, 6, 7, 4, 5], [4, 5, 6, 7, 0, 1, 2, 3]]
-    tasks = list(bench_rounds.wanted(np.arange(3), ["ring"], 8, True))
+    tasks = list(bench_rounds.cost_tasks(np.arange(3), ["ring"], 8, True))
     ends = [task for task in tasks if task.kind.messages == 2 and task.kind.reduce]
     assert [each.to.tolist() for task in ends for each in task.turns] == [[-1, 2, 0], [1, -1, 0]]
 
 
 def test_the_price_knows_every_kind_that_is_measured_for_it() -> None:
     nodes, names = np.repeat(np.arange(4), 2), ["ring", "doubling", "butterfly", "hierarchical"]
-    tasks = bench_rounds.wanted(nodes, names, 1 << 24, True)
-    known = {task.kind: Curve(4, 2, task.kind, tuple(Point(n, 9.0, 9.0) for n in task.lengths)) for task in tasks}
+    tasks = bench_rounds.cost_tasks(nodes, names, 1 << 24, True)
+    known = {task.kind: CostCurve(4, 2, task.kind, tuple(Point(n, 9.0, 9.0) for n in task.lengths)) for task in tasks}
     measured = Machine(curves=tuple(known.values()))
     for name in names:
         for nbytes in (8, 64, 1 << 12, 1 << 15, 1 << 24):
@@ -309,16 +313,16 @@ def test_the_price_knows_every_kind_that_is_measured_for_it() -> None:
 
 
 def test_lengths_end_at_the_first_that_reaches_what_is_needed() -> None:
-    assert bench_rounds.up_to((4, 64, 1024), 100) == (4, 64, 1024)
-    assert bench_rounds.up_to((4, 64, 1024), 64) == (4, 64)
-    assert bench_rounds.up_to((4, 64, 1024), 5000) == (4, 64, 1024)
+    assert bench_rounds.lengths_up_to((4, 64, 1024), 100) == (4, 64, 1024)
+    assert bench_rounds.lengths_up_to((4, 64, 1024), 64) == (4, 64)
+    assert bench_rounds.lengths_up_to((4, 64, 1024), 5000) == (4, 64, 1024)
 
 
 def test_between_nodes_few_bytes_double_many_go_round_in_short_messages() -> None:
     link = Link(25.0, 8.4e-3)
-    assert inter_node.inter_node(8, 64, 2, link) is ALLREDUCE["doubling"]
-    assert inter_node.inter_node(8, 1 << 20, 2, link) is ALLREDUCE["ring"]
-    assert inter_node.inter_node(2, 1 << 24, 1, link) is ALLREDUCE["doubling"]
+    assert inter_node.select_inter_node(8, 64, 2, link) is ALLREDUCE["doubling"]
+    assert inter_node.select_inter_node(8, 1 << 20, 2, link) is ALLREDUCE["ring"]
+    assert inter_node.select_inter_node(2, 1 << 24, 1, link) is ALLREDUCE["doubling"]
     assert [inter_node.segment_count(n) for n in (1, 1 << 20, (1 << 20) + 1, 1 << 30)] == [1, 1, 2, 16]
     assert [inter_node.message_count(n, 4) for n in (0, 229_376, 229_377)] == [1, 1, 2]
 
@@ -331,19 +335,19 @@ def test_rounds_are_measured_and_leave_the_communicator_as_it_was(
     comm: Communicator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On nodes that are made believe."""
-    for name, value in {"SECONDS": 1e-4, "VISITS": 2, "MOST": 2}.items():
+    for name, value in {"SECONDS": 1e-4, "REPETITIONS": 2, "MOST": 2}.items():
         monkeypatch.setattr(bench_rounds, name, value)
     here = 2 * comm.rank // comm.size
     monkeypatch.setattr(context, "ranks_of_this_node", lambda channel: channel.Split(here, channel.rank))
     nodes, names = Communicator(comm.Dup()), ("ring", "butterfly", "hierarchical")
-    found = bench_rounds.measured_curves(nodes, names, 1 << 17)
+    found = bench_rounds.measure_round_costs(nodes, names, 1 << 17)
     assert len(set(comm.allgather(found))) == 1
-    tasks = list(bench_rounds.wanted(nodes.layout.nodes, names, 1 << 17, nodes.context.two_levels is not None))
+    tasks = list(bench_rounds.cost_tasks(nodes.layout.nodes, names, 1 << 17, nodes.context.two_levels is not None))
     assert [(each.kind, tuple(point.bytes for point in each.points)) for each in found] == [
         (task.kind, task.lengths) for task in tasks
     ]
     assert {(each.nodes, each.per_node) for each in found} == {(2, comm.size // 2)}
-    assert min(min(point.first, point.next) for each in found for point in each.points) > 0
+    assert min(min(point.cold, point.warm) for each in found for point in each.points) > 0
     for name in names:
         assert cost.prediction(name, "allreduce", 2, comm.size // 2, 1e5, Machine(curves=found)).source == MEASURED
     total = np.empty(1000, "f4")
@@ -355,4 +359,4 @@ def test_rounds_are_measured_and_leave_the_communicator_as_it_was(
 @pytest.mark.mpi(sizes=(2,))
 def test_one_node_has_no_rounds_between_nodes(comm: Communicator) -> None:
     assert comm.layout.count == 1
-    assert bench_rounds.measured_curves(comm, ("ring",), 1 << 10) == ()
+    assert bench_rounds.measure_round_costs(comm, ("ring",), 1 << 10) == ()

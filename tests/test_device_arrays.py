@@ -15,13 +15,13 @@ from stand_in import SIDE, StandIn, StandInArray
 
 import hpccomm
 from hpccomm import ArgumentError, MismatchError, arrays
-from hpccomm.calls.plans import Bound
+from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS
-from hpccomm.collectives.engine import bind_lanes
-from hpccomm.device_planner import DeviceBinder, Stream, columns
+from hpccomm.collectives.engine import bind_segments
+from hpccomm.device_planner import DeviceBinder, StreamBuffer, columns
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda
-from hpccomm.transports.cuda import Chunk, Piece, Staging
+from hpccomm.transports.cuda import Chunk, Extent, Staging
 from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
 SIZES = (1, 2, 3, 5, 7)
@@ -50,11 +50,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 # The way through the host
 
 
-def doubled(incoming: np.ndarray, outgoing: np.ndarray) -> None:
+def double(incoming: np.ndarray, outgoing: np.ndarray) -> None:
     outgoing.view(F4)[...] = 2 * incoming.view(F4)
 
 
-def through(device: StandIn, n: int, each: int = 10) -> tuple[np.ndarray, np.ndarray]:
+def run_doubling(device: StandIn, n: int, each: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """What doubling in chunks makes of a vector that a kernel is still writing; and what it should."""
     x, y = device.array(np.zeros(n, F4), SIDE), device.array(np.zeros(n, F4), SIDE)
     x.fill(operand(0, n))
@@ -62,7 +62,7 @@ def through(device: StandIn, n: int, each: int = 10) -> tuple[np.ndarray, np.nda
     chunks = []
     for lo in range(0, n, each):
         nbytes = 4 * (min(lo + each, n) - lo)
-        chunks.append(Chunk([Piece(a.address + 4 * lo, 0, nbytes)], doubled, [Piece(b.address + 4 * lo, 0, nbytes)]))
+        chunks.append(Chunk([Extent(a.address + 4 * lo, 0, nbytes)], double, [Extent(b.address + 4 * lo, 0, nbytes)]))
     Staging(device).run(chunks, a.streams)
     return y.get(), 2 * operand(0, n)
 
@@ -70,11 +70,11 @@ def through(device: StandIn, n: int, each: int = 10) -> tuple[np.ndarray, np.nda
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("n", [0, 1, 9, 10, 11, 21, 205])
 def test_chunks_arrive_whole_and_in_their_places(n: int, eager: bool) -> None:
-    got, want = through(StandIn(eager=eager), n)
+    got, want = run_doubling(StandIn(eager=eager), n)
     assert np.array_equal(got, want)
 
 
-class Impatient(StandIn):
+class ImpatientDevice(StandIn):
     """Never waits for one of the streams."""
 
     def __init__(self, never: int) -> None:
@@ -88,14 +88,14 @@ class Impatient(StandIn):
 
 @pytest.mark.parametrize("never", [SIDE, 102, 103], ids=["the user's stream", "down", "up"])
 def test_the_stand_in_catches_whoever_does_not_wait(never: int) -> None:
-    device = Impatient(never)
+    device = ImpatientDevice(never)
     x = device.array(np.zeros(50, F4), SIDE)
     y = device.array(np.zeros(50, F4))
     x.fill(operand(0, 50))
     a, b = (arrays.read_device(side, "test") for side in (x, y))
     staging = Staging(device)
     assert (staging.down, staging.up) == (102, 103)
-    staging.run([Chunk([Piece(a.address, 0, 200)], doubled, [Piece(b.address, 0, 200)])], a.streams)
+    staging.run([Chunk([Extent(a.address, 0, 200)], double, [Extent(b.address, 0, 200)])], a.streams)
     assert not np.array_equal(y.memory, 2 * operand(0, 50))
 
 
@@ -103,8 +103,8 @@ def test_the_stand_in_catches_a_single_buffer(monkeypatch: pytest.MonkeyPatch) -
     def single(self: Staging, which: str, nbytes: int) -> list[np.ndarray]:
         return [self._rooms.setdefault(which, [np.empty(4096, np.uint8)])[0]] * 2
 
-    monkeypatch.setattr(Staging, "rooms", single)
-    got, want = through(StandIn(eager=True), 205)
+    monkeypatch.setattr(Staging, "bounce_buffers", single)
+    got, want = run_doubling(StandIn(eager=True), 205)
     assert not np.array_equal(got, want)
 
 
@@ -119,7 +119,7 @@ def test_copies_overlap_the_collective() -> None:
         outgoing[...] = incoming
 
     address = arrays.read_device(x, "test").address
-    pieces = [Piece(address + 40 * k, 0, 40) for k in range(4)]
+    pieces = [Extent(address + 40 * k, 0, 40) for k in range(4)]
     staging.run([Chunk([piece], body, [piece]) for piece in pieces])
     assert begun == [(1, 0), (1, 1), (1, 1), (0, 1)]
 
@@ -132,7 +132,7 @@ def test_a_failing_collective_leaves_no_copy_behind() -> None:
     def body(incoming: np.ndarray, outgoing: np.ndarray) -> None:
         raise RuntimeError("a rank is gone")
 
-    piece = Piece(arrays.read_device(x, "test").address, 0, 80)
+    piece = Extent(arrays.read_device(x, "test").address, 0, 80)
     with pytest.raises(RuntimeError, match="a rank is gone"):
         staging.run([Chunk([piece], body, [piece])] * 3)
     assert not any(device.queues.values())
@@ -151,10 +151,10 @@ def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> No
         def host(incoming: np.ndarray, outgoing: np.ndarray) -> None:
             outgoing[...] = incoming
             steps = algorithm.steps(transport.rank, p)
-            bind_lanes(steps, outgoing.view("i8"), algorithm.blocks(p), 1, transport, np.add)()
+            bind_segments(steps, outgoing.view("i8"), algorithm.blocks(p), 1, transport, np.add)()
 
         known = arrays.read_device(x, "test")
-        pieces = [Piece(known.address + 8 * lo, 0, 8 * (hi - lo)) for lo, hi in columns(n, 8)]
+        pieces = [Extent(known.address + 8 * lo, 0, 8 * (hi - lo)) for lo, hi in columns(n, 8)]
         assert len(pieces) > 3
         Staging(device).run([Chunk([piece], host, [piece]) for piece in pieces], known.streams)
         return x.get()
@@ -166,7 +166,7 @@ def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> No
 # Every collective, ranks as threads
 
 
-class OnThreads(DeviceBinder):
+class ThreadBinder(DeviceBinder):
     """Binds to ranks that are threads, whose communicator chooses no algorithm and compares by itself."""
 
     def __init__(self, comm: Any, device: StandIn, transport: str = "staged") -> None:
@@ -189,87 +189,90 @@ class OnThreads(DeviceBinder):
         super().__init__(SimpleNamespace(rank=comm.rank, size=comm.size, algorithm="auto", resources=found, **host))
         self.__dict__["staging"] = Staging(device)
 
-    def compared(self, *_: Any, **__: Any) -> Callable[[], None]:  # type: ignore[override]
+    def bind_check(self, *_: Any, **__: Any) -> Callable[[], None]:  # type: ignore[override]
         return lambda: None
 
 
-Case = Callable[[OnThreads, StandIn, int], tuple[Bound, StandInArray | None, Any]]
+Case = Callable[[ThreadBinder, StandIn, int], tuple[Plan, StandInArray | None, Any]]
 """``case(binder, device, n)``: a call, the array it writes on this rank, and what it should write."""
 
 
-def filled(device: StandIn, values: np.ndarray) -> StandInArray:
+def pending_array(device: StandIn, values: np.ndarray) -> StandInArray:
     """An array whose contents a kernel is still writing."""
     x = device.array(np.zeros_like(values), SIDE)
     x.fill(values)
     return x
 
 
-def summed(p: int, n: int) -> np.ndarray:
+def operand_sum(p: int, n: int) -> np.ndarray:
     return np.sum([operand(rank, n) for rank in range(p)], axis=0, dtype="f4")
 
 
-def allreduce(binder: OnThreads, device: StandIn, n: int) -> Any:
-    x, y = filled(device, operand(binder.rank, n)), device.array(np.zeros(n, F4))
-    return binder.allreduce(None, x, y, MPI.SUM, None), y, summed(binder.size, n)
+def allreduce(binder: ThreadBinder, device: StandIn, n: int) -> Any:
+    x, y = pending_array(device, operand(binder.rank, n)), device.array(np.zeros(n, F4))
+    return binder.allreduce(None, x, y, MPI.SUM, None), y, operand_sum(binder.size, n)
 
 
-def allreduce_in_place(binder: OnThreads, device: StandIn, n: int) -> Any:
-    x = filled(device, operand(binder.rank, n))
-    return binder.allreduce(None, MPI.IN_PLACE, x, MPI.SUM, None), x, summed(binder.size, n)
+def allreduce_in_place(binder: ThreadBinder, device: StandIn, n: int) -> Any:
+    x = pending_array(device, operand(binder.rank, n))
+    return binder.allreduce(None, MPI.IN_PLACE, x, MPI.SUM, None), x, operand_sum(binder.size, n)
 
 
-def reduce(binder: OnThreads, device: StandIn, n: int) -> Any:
+def reduce(binder: ThreadBinder, device: StandIn, n: int) -> Any:
     root = binder.size - 1
-    x, y = filled(device, operand(binder.rank, n)), device.array(np.zeros(n, F4))
+    x, y = pending_array(device, operand(binder.rank, n)), device.array(np.zeros(n, F4))
     here = binder.rank == root
     bound = binder.reduce(None, x, y if here else None, MPI.SUM, root, None)
-    return bound, y if here else x, summed(binder.size, n) if here else operand(binder.rank, n)
+    return bound, y if here else x, operand_sum(binder.size, n) if here else operand(binder.rank, n)
 
 
-def bcast(binder: OnThreads, device: StandIn, n: int) -> Any:
-    x = filled(device, operand(binder.rank, n))
+def bcast(binder: ThreadBinder, device: StandIn, n: int) -> Any:
+    x = pending_array(device, operand(binder.rank, n))
     return binder.bcast(None, x, binder.size // 2, None), x, operand(binder.size // 2, n)
 
 
-def allgather(binder: OnThreads, device: StandIn, n: int) -> Any:
-    x, y = filled(device, operand(binder.rank, n)), device.array(np.zeros(n * binder.size, F4))
+def allgather(binder: ThreadBinder, device: StandIn, n: int) -> Any:
+    x, y = pending_array(device, operand(binder.rank, n)), device.array(np.zeros(n * binder.size, F4))
     return binder.allgather(None, x, y, None), y, np.concatenate([operand(k, n) for k in range(binder.size)])
 
 
-def allgather_in_place(binder: OnThreads, device: StandIn, n: int) -> Any:
+def allgather_in_place(binder: ThreadBinder, device: StandIn, n: int) -> Any:
     whole = np.zeros((binder.size, n), F4)
     whole[binder.rank] = operand(binder.rank, n)
-    x = filled(device, whole)
+    x = pending_array(device, whole)
     return binder.allgather(None, MPI.IN_PLACE, x, None), x, np.stack([operand(k, n) for k in range(binder.size)])
 
 
-def allgatherv(binder: OnThreads, device: StandIn, n: int) -> Any:
+def allgatherv(binder: ThreadBinder, device: StandIn, n: int) -> Any:
     counts = [(n + k) % 9 for k in range(binder.size)]
     displs = [10 * k + 1 for k in range(binder.size)]
-    x, y = filled(device, operand(binder.rank, counts[binder.rank])), filled(device, np.full(10 * binder.size, -1, F4))
+    x, y = (
+        pending_array(device, operand(binder.rank, counts[binder.rank])),
+        pending_array(device, np.full(10 * binder.size, -1, F4)),
+    )
     want = np.full(10 * binder.size, -1, F4)
     for k, (count, displ) in enumerate(zip(counts, displs, strict=True)):
         want[displ : displ + count] = operand(k, count)
     return binder.allgatherv(None, x, [y, counts, displs, MPI.FLOAT], None), y, want
 
 
-def reduce_scatter_block(binder: OnThreads, device: StandIn, n: int) -> Any:
+def reduce_scatter_block(binder: ThreadBinder, device: StandIn, n: int) -> Any:
     p, r = binder.size, binder.rank
-    x, y = filled(device, operand(r, n * p)), device.array(np.zeros(n, F4))
-    return binder.reduce_scatter_block(None, x, y, MPI.SUM, None), y, summed(p, n * p)[r * n : (r + 1) * n]
+    x, y = pending_array(device, operand(r, n * p)), device.array(np.zeros(n, F4))
+    return binder.reduce_scatter_block(None, x, y, MPI.SUM, None), y, operand_sum(p, n * p)[r * n : (r + 1) * n]
 
 
-def reduce_scatter(binder: OnThreads, device: StandIn, n: int) -> Any:
+def reduce_scatter(binder: ThreadBinder, device: StandIn, n: int) -> Any:
     counts = tuple((n + k) % 9 for k in range(binder.size))
     first, total = sum(counts[: binder.rank]), sum(counts)
-    x, y = filled(device, operand(binder.rank, total)), device.array(np.zeros(counts[binder.rank], F4))
+    x, y = pending_array(device, operand(binder.rank, total)), device.array(np.zeros(counts[binder.rank], F4))
     bound = binder.reduce_scatter_v(None, x, y, counts, MPI.SUM, None)
-    return bound, y, summed(binder.size, total)[first : first + counts[binder.rank]]
+    return bound, y, operand_sum(binder.size, total)[first : first + counts[binder.rank]]
 
 
-def alltoall(binder: OnThreads, device: StandIn, n: int) -> Any:
+def alltoall(binder: ThreadBinder, device: StandIn, n: int) -> Any:
     p, r = binder.size, binder.rank
-    x, y = filled(device, operand(r, n * p)), device.array(np.zeros(n * p, F4))
+    x, y = pending_array(device, operand(r, n * p)), device.array(np.zeros(n * p, F4))
     return (
         binder.alltoall(None, x, y, None),
         y,
@@ -298,7 +301,7 @@ def test_every_collective_brings_device_arrays_through_the_host(case: Case, p: i
 
         def body(comm: Any, n: int = n, eager: bool = eager) -> None:
             device = StandIn(eager=eager)
-            bound, written, want = case(OnThreads(comm, device), device, n)
+            bound, written, want = case(ThreadBinder(comm, device), device, n)
             for _ in range(1 if "in_place" in case.__name__ else 2):
                 bound.run()
             assert written is not None
@@ -325,12 +328,12 @@ def test_streams_are_told_by_the_array_the_caller_or_not_at_all(device: StandIn)
     [(None, "C"), ((48, 16, 4), "C"), ((4, 8, 24), "F"), ((48, 16, 8), ""), ((-48, 16, 4), "")],
 )
 def test_memory_order_is_read_from_the_strides(strides: tuple[int, ...] | None, order: str) -> None:
-    assert arrays.order_of((2, 3, 4), strides, 4) == order
-    assert arrays.order_of((1, 3, 4), (999, 16, 4), 4) == "C"
-    assert arrays.order_of((0, 3, 4), (8, 8, 8), 4) == "C"
+    assert arrays.memory_order((2, 3, 4), strides, 4) == order
+    assert arrays.memory_order((1, 3, 4), (999, 16, 4), 4) == "C"
+    assert arrays.memory_order((0, 3, 4), (8, 8, 8), 4) == "C"
 
 
-class Deleted:
+class DeletedArray:
     """As JAX's arrays after their memory was given away."""
 
     @property
@@ -339,9 +342,9 @@ class Deleted:
 
 
 def test_what_cannot_be_read_is_refused_with_a_remedy(device: StandIn) -> None:
-    assert arrays.lies_on_device(Deleted())
+    assert arrays.is_on_device(DeletedArray())
     with pytest.raises(ArgumentError, match=r"test: Deleted cannot be read .*deleted.* not freed"):
-        arrays.read_device(Deleted(), "test")
+        arrays.read_device(DeletedArray(), "test")
     x = device.array(np.zeros((4, 4)))
     x.memory = x.memory[:, ::2]
     with pytest.raises(ArgumentError, match=r"test: the array is not contiguous \(shape \(4, 2\).*ascontiguousarray"):
@@ -350,7 +353,7 @@ def test_what_cannot_be_read_is_refused_with_a_remedy(device: StandIn) -> None:
 
 @pytest.mark.parametrize("given", [None, 3, np.zeros(3), [1, 2], MPI.IN_PLACE, bytearray(3), MPI.memory()])
 def test_what_lies_on_the_host_is_not_taken_for_a_device_array(given: Any) -> None:
-    assert not arrays.lies_on_device(given)
+    assert not arrays.is_on_device(given)
 
 
 # The communicator
@@ -373,11 +376,11 @@ FEW = pytest.mark.mpi(sizes=(1, 3), timeout=120)
 def test_allreduce_with_every_algorithm_in_and_out_of_place(ours: Any) -> None:
     comm, device = ours
     for algorithm, n in itertools.product(comm.algorithms("allreduce"), (0, 1, 50)):
-        x, y = filled(device, operand(comm.rank, n)), device.array(np.zeros(n, F4), SIDE)
+        x, y = pending_array(device, operand(comm.rank, n)), device.array(np.zeros(n, F4), SIDE)
         comm.Allreduce(x, y, algorithm=algorithm)
         comm.Allreduce(MPI.IN_PLACE, x, MPI.SUM, algorithm)
-        assert np.array_equal(y.get(), summed(comm.size, n)), algorithm
-        assert np.array_equal(x.get(), summed(comm.size, n)), algorithm
+        assert np.array_equal(y.get(), operand_sum(comm.size, n)), algorithm
+        assert np.array_equal(x.get(), operand_sum(comm.size, n)), algorithm
 
 
 @FEW
@@ -387,7 +390,7 @@ def test_other_dtypes_are_reduced_as_on_the_host(ours: Any, dtype: Any) -> None:
     values = (operand(comm.rank, 50, "f4") / 8).astype(dtype)
     want = np.empty_like(values)
     comm.Allreduce(values, want)
-    assert np.array_equal(hpccomm.allreduce(filled(device, values), comm=comm).get(), want)
+    assert np.array_equal(hpccomm.allreduce(pending_array(device, values), comm=comm).get(), want)
 
 
 @FEW
@@ -395,28 +398,28 @@ def test_all_the_other_collectives_and_their_algorithms(ours: Any) -> None:
     comm, device = ours
     p, r, n = comm.size, comm.rank, 23
     for algorithm in comm.algorithms("allgather"):
-        x, y = filled(device, operand(r, n)), device.array(np.zeros(n * p, F4))
+        x, y = pending_array(device, operand(r, n)), device.array(np.zeros(n * p, F4))
         comm.Allgather(x, y, algorithm)
         assert np.array_equal(y.get(), np.concatenate([operand(k, n) for k in range(p)])), algorithm
         y.fill(np.zeros(n * p))
         comm.Allgatherv(x, [y, [n] * p], algorithm)
         assert np.array_equal(y.get(), np.concatenate([operand(k, n) for k in range(p)])), algorithm
     for algorithm in comm.algorithms("reduce_scatter"):
-        x, y = filled(device, operand(r, n * p)), device.array(np.zeros(n, F4))
+        x, y = pending_array(device, operand(r, n * p)), device.array(np.zeros(n, F4))
         comm.Reduce_scatter_block(x, y, algorithm=algorithm)
-        assert np.array_equal(y.get(), summed(p, n * p)[r * n : (r + 1) * n]), algorithm
+        assert np.array_equal(y.get(), operand_sum(p, n * p)[r * n : (r + 1) * n]), algorithm
         comm.Reduce_scatter(x, y, [n] * p, MPI.SUM, algorithm)
-        assert np.array_equal(y.get(), summed(p, n * p)[r * n : (r + 1) * n]), algorithm
+        assert np.array_equal(y.get(), operand_sum(p, n * p)[r * n : (r + 1) * n]), algorithm
     for algorithm in comm.algorithms("reduce"):
-        x, y = filled(device, operand(r, n)), device.array(np.zeros(n, F4))
+        x, y = pending_array(device, operand(r, n)), device.array(np.zeros(n, F4))
         comm.Reduce(x, y if r == 0 else None, MPI.SUM, 0, algorithm)
-        assert r or np.array_equal(y.get(), summed(p, n)), algorithm
+        assert r or np.array_equal(y.get(), operand_sum(p, n)), algorithm
     for algorithm in comm.algorithms("bcast"):
-        x = filled(device, operand(r, n))
+        x = pending_array(device, operand(r, n))
         comm.Bcast(x, p - 1, algorithm)
         assert np.array_equal(x.get(), operand(p - 1, n)), algorithm
     for algorithm in comm.algorithms("alltoall"):
-        x, y = filled(device, operand(r, n * p)), device.array(np.zeros(n * p, F4))
+        x, y = pending_array(device, operand(r, n * p)), device.array(np.zeros(n * p, F4))
         comm.Alltoall(x, y, algorithm)
         assert np.array_equal(y.get(), np.concatenate([operand(k, n * p)[r * n : (r + 1) * n] for k in range(p)]))
 
@@ -429,7 +432,7 @@ def test_mpis_own_collectives_see_copies_on_the_host(ours: Any) -> None:
     counts, displs = [n] * p, [n * k for k in range(p)]
 
     def array(values: Any) -> StandInArray:
-        return filled(device, np.asarray(values, F4))
+        return pending_array(device, np.asarray(values, F4))
 
     x, y = array(parts[r]), array(np.full(n * p, -1))
     comm.Gather(x, y if r == 0 else None, 0)
@@ -454,26 +457,26 @@ def test_compressed_collectives_take_arrays_on_a_device_and_return_such(ours: An
     comm, device = ours
     n, r = 40, comm.rank
     index, values = np.arange(r, n, 5 + r, dtype=np.uint32), operand(r, len(range(r, n, 5 + r)))
-    there = filled(device, index), filled(device, values)
+    there = pending_array(device, index), pending_array(device, values)
     for want, got in zip(comm.sparse_allgather(index, values, n), comm.sparse_allgather(*there, n), strict=True):
         for a, b in zip(want, got, strict=True):
             assert isinstance(b, StandInArray)
             assert np.array_equal(a, b.get())
     for algorithm, k in (("split", None), ("ok_topk", 7)):
-        comm.message_gather.make_room(0)  # as at first: bytes depend on how long the last messages were
+        comm.message_gather.set_room(0)  # as at first: bytes depend on how long the last messages were
         want = comm.sparse_allreduce(index, values, n, k=k, algorithm=algorithm)
-        comm.message_gather.make_room(0)
+        comm.message_gather.set_room(0)
         got = comm.sparse_allreduce(*there, n, k=k, algorithm=algorithm)
         assert np.array_equal(want.total, got.total.get())
-        assert [np.array_equal(a, b.get()) for a, b in zip(want.returned, got.returned, strict=True)] == [True] * 2
+        assert [np.array_equal(a, b.get()) for a, b in zip(want.remainder, got.remainder, strict=True)] == [True] * 2
         assert (want.path, want.bytes_sent) == (got.path, got.bytes_sent)
         again = comm.sparse_allreduce(*there, n, k=k, algorithm=algorithm, plan=got.plan)
         assert np.array_equal(want.total, again.total.get()) or k
     bits = np.packbits(operand(r, n) % 2 == 0)
     want = comm.onebit_allgather(bits, 1.0, -2.0, n)
-    assert np.array_equal(want, comm.onebit_allgather(filled(device, bits), 1.0, -2.0, n).get())
+    assert np.array_equal(want, comm.onebit_allgather(pending_array(device, bits), 1.0, -2.0, n).get())
     errors = np.zeros(n, "f4"), np.zeros(n // comm.size + (r < n % comm.size), "f4")
-    here = [filled(device, each) for each in (operand(r, n), *errors)]
+    here = [pending_array(device, each) for each in (operand(r, n), *errors)]
     want, got = comm.onebit_allreduce(operand(r, n), *errors), comm.onebit_allreduce(*here)
     assert np.array_equal(want.mean, got.mean.get())
     assert (want.scale, want.bytes_sent) == (got.scale, got.bytes_sent)
@@ -488,18 +491,18 @@ def test_a_stream_that_the_array_does_not_tell_is_waited_for(ours: Any) -> None:
     x.fill(operand(comm.rank, 9))
     x.stream = 1
     comm.Allreduce(x, y, stream=SIDE)
-    assert np.array_equal(y.get(), summed(comm.size, 9))
+    assert np.array_equal(y.get(), operand_sum(comm.size, 9))
     x.stream = SIDE
     x.fill(operand(comm.rank, 9))
     x.stream = 1
-    assert np.array_equal(hpccomm.allreduce(x, comm=comm, stream=SIDE).get(), summed(comm.size, 9))
+    assert np.array_equal(hpccomm.allreduce(x, comm=comm, stream=SIDE).get(), operand_sum(comm.size, 9))
 
 
 @FEW
 def test_functions_return_what_they_were_given(ours: Any) -> None:
     comm, device = ours
     p, r = comm.size, comm.rank
-    x = filled(device, operand(r, 12).reshape(4, 3))
+    x = pending_array(device, operand(r, 12).reshape(4, 3))
     for op, reproducible in (("sum", False), ("mean", False), ("max", False), ("sum", True)):
         got = hpccomm.allreduce(x, op, comm, reproducible=reproducible)
         assert isinstance(got, StandInArray)
@@ -507,7 +510,7 @@ def test_functions_return_what_they_were_given(ours: Any) -> None:
         assert got.shape == (4, 3)
         assert np.array_equal(got.get(), want)
     host = operand(r, 12).reshape(4, 3)
-    half, turned = filled(device, host.astype("f2")), filled(device, np.asfortranarray(host))
+    half, turned = pending_array(device, host.astype("f2")), pending_array(device, np.asfortranarray(host))
     want = hpccomm.allreduce(host.astype("f2"), "mean", comm)
     assert np.array_equal(hpccomm.allreduce(half, "mean", comm).get(), want)
     assert np.array_equal(hpccomm.allreduce(turned, "mean", comm).get(), hpccomm.allreduce(host, "mean", comm))
@@ -517,11 +520,11 @@ def test_functions_return_what_they_were_given(ours: Any) -> None:
         assert np.array_equal(hpccomm.reduce_scatter(turned, op, comm).get(), want)
     want = hpccomm.reduce_scatter(host.astype("f2"), "mean", comm)
     assert np.array_equal(hpccomm.reduce_scatter(half, "mean", comm).get(), want)
-    scalar = hpccomm.allgather(filled(device, np.float32(r + 1)), comm)
+    scalar = hpccomm.allgather(pending_array(device, np.float32(r + 1)), comm)
     assert scalar.get().tolist() == [k + 1 for k in range(p)]
     with pytest.raises(ArgumentError, match="reduce_scatter: a scalar cannot be divided"):
-        hpccomm.reduce_scatter(filled(device, np.float32(1)), "sum", comm)
-    uneven = filled(device, operand(r, 3 * r).reshape(r, 3))
+        hpccomm.reduce_scatter(pending_array(device, np.float32(1)), "sum", comm)
+    uneven = pending_array(device, operand(r, 3 * r).reshape(r, 3))
     assert np.array_equal(
         hpccomm.allgather(uneven, comm).get(), hpccomm.allgather(operand(r, 3 * r).reshape(r, 3), comm)
     )
@@ -619,8 +622,8 @@ def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.Mo
 
 def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: StandIn) -> None:
     host, there = np.zeros(3), device.array(np.zeros(3))
-    a, b, c = hpccomm.Communicator(MPI.COMM_SELF)._binder.on_stream(5, host, there, MPI.IN_PLACE)
+    a, b, c = hpccomm.Communicator(MPI.COMM_SELF)._binder.attach_stream(5, host, there, MPI.IN_PLACE)
     assert a is host
     assert c is MPI.IN_PLACE
-    assert isinstance(b, Stream)
-    assert (b.given, b.stream) == (there, 5)
+    assert isinstance(b, StreamBuffer)
+    assert (b.buffer, b.stream) == (there, 5)

@@ -27,14 +27,14 @@ NONE = "no CUDA device: is it taken away by CUDA_VISIBLE_DEVICES?"
 @pytest.fixture
 def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device."""
-    monkeypatch.setattr(cuda, "missing", lambda: NONE)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: NONE)
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """One that MPI understands, since it is the host."""
     made = StandIn()
-    monkeypatch.setattr(cuda, "missing", lambda: "")
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: "")
     monkeypatch.setattr(cuda, "device", lambda: made)
     monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("", "2026-01-02 03:04"))
     loop.staging.cache_clear()
@@ -62,7 +62,7 @@ def test_collectives_of_buffers_on_a_device_are_measured_and_checked(
     ours.Free()
 
 
-class Forgetful(StandIn):
+class ForgetfulDevice(StandIn):
     """Loses the last byte of what it is given."""
 
     def to_device(self, address: int, octets: np.ndarray, stream: int) -> None:
@@ -70,7 +70,7 @@ class Forgetful(StandIn):
 
 
 def test_a_wrong_result_on_a_device_is_seen(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    forgetful = Forgetful()
+    forgetful = ForgetfulDevice()
     monkeypatch.setattr(cuda, "device", lambda: forgetful)
     loop.staging.cache_clear()
     options = Options(iterations=1, warmup=1, check=True, on_device=True, dtype="i1")
@@ -87,27 +87,30 @@ def test_osus_title_names_the_kind_of_memory() -> None:
 
 
 def test_messages_on_a_device_take_an_mpi_that_understands(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    comm, asked = hpccomm.Communicator(MPI.COMM_SELF), bench.understood(question("latency -d cuda D D"), SILENT)
+    comm, asked = (
+        hpccomm.Communicator(MPI.COMM_SELF),
+        bench.parse_command(bench_arguments("latency -d cuda D D"), SILENT),
+    )
     assert asked is not None
-    bench.on_device(comm, asked)
+    bench.claim_devices(comm, asked)
     monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("a child died", "2026-01-02 03:04"))
     with pytest.raises(
         ArgumentError, match=r"latency: messages take memory of a device only where MPI does: .*child died"
     ):
-        bench.on_device(hpccomm.Communicator(MPI.COMM_SELF), asked)
+        bench.claim_devices(hpccomm.Communicator(MPI.COMM_SELF), asked)
 
 
 SILENT = bench.Printer(False)
 
 
-def question(line: str) -> Any:
+def bench_arguments(line: str) -> Any:
     collective, *flags = line.split()
     return SimpleNamespace(help=False, collective=collective, flags=flags)
 
 
 def test_without_a_device_bench_says_so_once() -> None:
     done = run_under_mpi(2, "-m", "hpccomm", "bench", "allreduce", "-d", "cuda", timeout=60)
-    if not cuda.missing():
+    if not cuda.unavailable_reason():
         pytest.skip("there is a device on this machine")
     assert done.returncode == 1
     assert done.stdout == ""
@@ -163,7 +166,7 @@ def test_one_rank_without_a_device_is_named() -> None:
     assert info.gpu(comm) == {"device": f"none on rank 1: {NONE}"}
     comm.context = SimpleNamespace(node=SimpleNamespace(rank=0))
     with pytest.raises(ArgumentError, match="flag needs a device, rank 1 has none"):
-        cuda.claimed(comm, "flag", "leave it out")
+        cuda.claim_device(comm, "flag", "leave it out")
 
 
 # Importing
@@ -191,13 +194,13 @@ def test_a_library_without_a_driver_is_told_from_a_missing_device(
 
     runtime = SimpleNamespace(getDeviceCount=counted, CUDARuntimeError=NoDriverError)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
-    cuda.missing.cache_clear()
+    cuda.unavailable_reason.cache_clear()
     try:
-        assert cuda.missing().startswith(words)
+        assert cuda.unavailable_reason().startswith(words)
         with pytest.raises(TransportError, match=words):
             cuda.device.__wrapped__()
     finally:
-        cuda.missing.cache_clear()
+        cuda.unavailable_reason.cache_clear()
 
 
 # The run on a device
@@ -206,17 +209,17 @@ def test_a_library_without_a_driver_is_told_from_a_missing_device(
 def results(**changed: Any) -> gpu.Results:
     """Made up."""
     rows = {
-        (2, "staged"): ([{"bytes": 1024, "p50_us": 40.4, "validated": True}, big(9000.0)], ""),
-        (2, "ipc"): ([big(1500.0)], ""),
+        (2, "staged"): ([{"bytes": 1024, "p50_us": 40.4, "validated": True}, large_row(9000.0)], ""),
+        (2, "ipc"): ([large_row(1500.0)], ""),
         (2, "nccl"): ([], "ranks share a device"),
-        (4, "staged"): ([{**big(9.0), "validated": False}], ""),
+        (4, "staged"): ([{**large_row(9.0), "validated": False}], ""),
     }
     speeds = [gpu.Speed("copy", 50.0, 1.0, None), gpu.Speed("a step", 100.0, 0.8125, 612.0)]
     found = gpu.Results("NVIDIA X", "CUDA driver 13000", "12 passed", speeds, rows, 100.4, "2026-01-02")
     return found._replace(**changed)
 
 
-def big(us: float) -> dict[str, Any]:
+def large_row(us: float) -> dict[str, Any]:
     return {"bytes": 64 << 20, "p50_us": us, "validated": True}
 
 
@@ -231,13 +234,13 @@ def test_the_page_says_what_was_measured_and_what_was_meant() -> None:
     assert "| 67108864 | 9 (wrong) |" in lines
     assert "nccl: ranks share a device" in lines
     assert "At 64 MiB on 2 ranks IPC or NCCL is 6.0 times as fast as staging; meant: 4." in lines
-    assert "as fast as staging" not in gpu.page(results(collectives={(2, "ipc"): ([big(1.0)], "")}))
+    assert "as fast as staging" not in gpu.page(results(collectives={(2, "ipc"): ([large_row(1.0)], "")}))
 
 
 def test_kernels_that_end_their_process_leave_what_was_measured_before() -> None:
     rows = [["copy", 50.0, 1.0, None], ["a step", 100.0, 0.5, 200.0, ""]]
     body = f"import json, os; [print(json.dumps(row), flush=True) for row in {rows!r}]; os.kill(os.getpid(), 11)"
-    found = gpu.speeds_of_child([sys.executable, "-c", body])
+    found = gpu.measure_in_subprocess([sys.executable, "-c", body])
     assert [each.title for each in found] == ["copy", "a step", "the next"]
     assert found[1] == gpu.Speed("a step", 100.0, 0.5, 200.0)
     assert gpu.kernel_line(found[2]) == "| the next | the child ended with status -11 | - | - | - |"
@@ -254,7 +257,7 @@ def test_a_step_that_fails_says_why_and_leaves_the_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu, "copy_microseconds", lambda xp: 50.0)
     monkeypatch.setattr(gpu, "microseconds", lambda xp, step: step())
     monkeypatch.setattr(gpu, "TASKS", (gpu.Task("one", 8, broken), gpu.Task("two", 8, lambda xp, k: lambda: 100.0)))
-    copy, one, two = gpu.speeds()
+    copy, one, two = gpu.measure_speeds()
     assert one.trouble == "RuntimeError: no such kernel"
     assert (two.us, two.share, two.trouble) == (100.0, 0.5, "")
     assert copy.us == 50.0
@@ -272,10 +275,10 @@ def test_the_run_on_a_device_writes_a_page_named_after_it(
 ) -> None:
     made = results()
     monkeypatch.setattr(device, "name", "NVIDIA X 9", raising=False)
-    monkeypatch.setattr(gpu, "speeds_of_child", lambda: made.kernels)
-    monkeypatch.setattr(gpu, "allreduces", lambda ranks, way: made.collectives.get((ranks, way), ([], "none")))
+    monkeypatch.setattr(gpu, "measure_in_subprocess", lambda: made.kernels)
+    monkeypatch.setattr(gpu, "bench_allreduce", lambda ranks, way: made.collectives.get((ranks, way), ([], "none")))
     for said, status in (("12 passed", 0), ("1 failed, 11 passed", 1), ("not through after 330 s", 1)):
-        monkeypatch.setattr(gpu, "tested", lambda seconds, said=said: said)
+        monkeypatch.setattr(gpu, "run_tests", lambda seconds, said=said: said)
         assert gpu.main(["--out", str(tmp_path)]) == status
         text = (tmp_path / "gpu-nvidia-x-9.md").read_text()
         assert text.startswith("# NVIDIA X 9\n")

@@ -18,9 +18,9 @@ from stand_in_library import LIBRARY, Array
 from hpccomm import ArgumentError
 from hpccomm.algorithms import compressors
 from hpccomm.algorithms.deep_gradient_compression import dgc
-from hpccomm.algorithms.deep_gradient_compression import sent as sent_by_dgc
-from hpccomm.algorithms.device import by_cupy
-from hpccomm.algorithms.error_feedback import FeedbackState, feedback, sent
+from hpccomm.algorithms.deep_gradient_compression import message_report as sent_by_dgc
+from hpccomm.algorithms.device import run_with_cupy
+from hpccomm.algorithms.error_feedback import FeedbackState, feedback, message_report
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import lars
 from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_lamb, onebit_sgd
@@ -34,7 +34,7 @@ BUCKET = Bucket({"a": (40, 60), "b": (61,), "none": (0, 3), "c": (37, 31)})
 SIZES = (1, 3)
 
 
-class OfDevice:
+class DeviceComm:
     """Ranks whose allreduce takes the stand-in's arrays, as :class:`hpccomm.Communicator` takes CuPy's."""
 
     def __init__(self, comm: Any) -> None:
@@ -68,12 +68,12 @@ def leaves(state: Any) -> list[Any]:
     return [state] if getattr(state, "ndim", 0) else []
 
 
-def same(ours: Any, wanted: np.ndarray) -> bool:
+def has_same_bits(ours: Any, wanted: np.ndarray) -> bool:
     found = ours.get() if hasattr(ours, "get") else ours
     return found.dtype == wanted.dtype and found.tobytes() == wanted.tobytes()
 
 
-def trained(comm: Any, method: Transform, library: Any, odd: int | None = None) -> tuple[list[Any], Any, int]:
+def run_steps(comm: Any, method: Transform, library: Any, odd: int | None = None) -> tuple[list[Any], Any, int]:
     """The steps and weights of a short run, and its last state; in step ``odd`` the last rank has an infinity."""
     weights, made = library.asarray(gradient_of(9, 9)), []
     state = method.init(weights)
@@ -85,7 +85,7 @@ def trained(comm: Any, method: Transform, library: Any, odd: int | None = None) 
         found, state = method.update(given, state, weights)
         weights = weights + found
         made.append(found)
-        assert same(given, gradient), "the gradient was written"
+        assert has_same_bits(given, gradient), "the gradient was written"
     return [*made, weights], state, len(leaves(state))
 
 
@@ -111,13 +111,13 @@ METHODS: dict[str, Callable[[Any], Transform]] = {
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", METHODS)
 def test_an_exchange_on_the_device_gives_the_hosts_bits(launcher: Emulated, name: str, size: int) -> None:
-    on_host = run_on_ranks(size, lambda comm: trained(comm, METHODS[name](comm), np, odd=4))
-    there = run_on_ranks(size, lambda comm: trained(comm, METHODS[name](OfDevice(comm)), LIBRARY, odd=4))
+    on_host = run_on_ranks(size, lambda comm: run_steps(comm, METHODS[name](comm), np, odd=4))
+    there = run_on_ranks(size, lambda comm: run_steps(comm, METHODS[name](DeviceComm(comm)), LIBRARY, odd=4))
     for (steps, state, count), (ours, kept, number) in zip(on_host, there, strict=True):
         assert all(isinstance(each, Array) for each in ours), "a step on the host"
-        assert all(same(a, b) for a, b in zip(ours, steps, strict=True))
+        assert all(has_same_bits(a, b) for a, b in zip(ours, steps, strict=True))
         assert number == count
-        assert all(same(a, b) for a, b in zip(leaves(kept), leaves(state), strict=True))
+        assert all(has_same_bits(a, b) for a, b in zip(leaves(kept), leaves(state), strict=True))
         large = [each for each in leaves(kept) if each.size >= 1000 and each.dtype == np.float32]
         assert large
         assert all(isinstance(each, Array) for each in large), "state on the host"
@@ -134,7 +134,7 @@ def test_an_exchange_on_the_device_gives_the_hosts_bits(launcher: Emulated, name
     ],
 )
 def test_the_kernel_of_a_method_runs_on_the_device(launcher: Emulated, make: Any, kernel: str) -> None:
-    run_on_ranks(2, lambda comm: trained(comm, make(OfDevice(comm)), LIBRARY))
+    run_on_ranks(2, lambda comm: run_steps(comm, make(DeviceComm(comm)), LIBRARY))
     assert kernel in launcher.launched
 
 
@@ -164,17 +164,17 @@ def test_layerwise_steps_on_the_device_give_the_hosts_bits(
             used = method.apply(gradient, used, placed)
         found.append([weights, placed, *leaves(state), *leaves(used)])
     assert all(isinstance(each, Array) for each in found[1])
-    assert all(same(ours, wanted) for ours, wanted in zip(found[1], found[0], strict=True))
+    assert all(has_same_bits(ours, wanted) for ours, wanted in zip(found[1], found[0], strict=True))
     assert {each.removesuffix(f"_{dtype}") for each in launcher.launched} >= kernels
 
 
 def test_what_was_sent_is_told_of_state_on_the_device(launcher: Emulated) -> None:
     for make, told in (
-        (lambda comm: gtc(comm, 0.5), sent),
+        (lambda comm: gtc(comm, 0.5), message_report),
         (lambda comm: dgc(comm, BUCKET, smallest=1000), sent_by_dgc),
     ):
         (_, host, _), (_, device, _) = (
-            run_on_ranks(1, lambda comm, xp=xp: trained(comm, make(OfDevice(comm)), xp))[0] for xp in (np, LIBRARY)
+            run_on_ranks(1, lambda comm, xp=xp: run_steps(comm, make(DeviceComm(comm)), xp))[0] for xp in (np, LIBRARY)
         )
         assert told(device)._replace(residual_norm=0.0) == told(host)._replace(residual_norm=0.0)
         assert told(device).residual_norm == pytest.approx(told(host).residual_norm)  # the order of the sum is free
@@ -189,7 +189,7 @@ def test_a_compressor_of_the_host_says_so() -> None:
 
 
 def test_a_damaged_gradient_leaves_the_state_on_the_device_alone(launcher: Emulated) -> None:
-    method = feedback(compressors.topk(0.1), OfDevice(run_on_ranks(1, lambda comm: comm)[0]), 0.9)
+    method = feedback(compressors.topk(0.1), DeviceComm(run_on_ranks(1, lambda comm: comm)[0]), 0.9)
     state: FeedbackState = method.init(LIBRARY.asarray(gradient_of(0, 0)))
     _, state = method.update(LIBRARY.asarray(gradient_of(0, 1)), state, LIBRARY.asarray(gradient_of(0, 0)))
     before = [each.copy() for each in leaves(state)]
@@ -198,10 +198,12 @@ def test_a_damaged_gradient_leaves_the_state_on_the_device_alone(launcher: Emula
     step, after = method.update(LIBRARY.asarray(odd), state, LIBRARY.asarray(odd))
     assert after.skipped == 1
     assert not step.get().any()
-    assert all(same(a, b.get() if isinstance(b, Array) else b) for a, b in zip(leaves(after), before, strict=True))
+    assert all(
+        has_same_bits(a, b.get() if isinstance(b, Array) else b) for a, b in zip(leaves(after), before, strict=True)
+    )
 
 
-class Foreign:
+class ForeignVector:
     """A vector of a library that only lends by DLPack."""
 
     def __init__(self, lent: Array) -> None:
@@ -211,7 +213,7 @@ class Foreign:
         return 2, 0
 
     def __array_namespace__(self) -> Any:
-        return SimpleNamespace(from_dlpack=Foreign, asarray=None)
+        return SimpleNamespace(from_dlpack=ForeignVector, asarray=None)
 
 
 def test_vectors_of_other_libraries_are_lent_to_cupy(launcher: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +221,7 @@ def test_vectors_of_other_libraries_are_lent_to_cupy(launcher: Emulated, monkeyp
     method = lars(BUCKET, 0.1)
     weights, gradient = (LIBRARY.asarray(gradient_of(0, step)) for step in range(2))
     wanted, _ = method.update(gradient, method.init(weights), weights)
-    lent = by_cupy(method)
-    step, _ = lent.update(Foreign(gradient), lent.init(Foreign(weights)), Foreign(weights))
-    assert isinstance(step, Foreign)
-    assert same(step.lent, wanted.get())
+    lent = run_with_cupy(method)
+    step, _ = lent.update(ForeignVector(gradient), lent.init(ForeignVector(weights)), ForeignVector(weights))
+    assert isinstance(step, ForeignVector)
+    assert has_same_bits(step.lent, wanted.get())

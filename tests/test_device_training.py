@@ -11,24 +11,24 @@ from stand_in import StandIn
 from stand_in_library import LIBRARY, Array
 
 import hpccomm
-from hpccomm.algorithms.device import on_host
-from hpccomm.arrays import lies_on_device
+from hpccomm.algorithms.device import run_on_host
+from hpccomm.arrays import is_on_device
 from hpccomm.buckets import Bucket
 from hpccomm.kernels import cuda as cuda_kernels
 from hpccomm.train.datasets import Dataset
 from hpccomm.train.loop import Settings, train
-from hpccomm.train.methods import METHODS, Plan
+from hpccomm.train.methods import METHODS, MethodSetup
 from hpccomm.train.networks import Characters, Perceptron
 from hpccomm.transports import cuda
 
 
-class Everywhere(StandIn):
+class DeviceEverywhere(StandIn):
     """All memory is the device's."""
 
-    def where(self, address: int) -> int | None:
+    def find_device(self, address: int) -> int | None:
         return self.number
 
-    def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         return Array(np.empty(shape, dtype))
 
 
@@ -50,15 +50,15 @@ def text(samples: int) -> Dataset:
 def test_a_run_on_the_device_gives_the_bits_of_a_run_on_the_host(
     comm: Any, monkeypatch: pytest.MonkeyPatch, method: str, make: Any
 ) -> None:
-    monkeypatch.setattr(cuda, "device", Everywhere)
+    monkeypatch.setattr(cuda, "device", DeviceEverywhere)
     monkeypatch.setattr(cuda_kernels, "kernels", lambda: cuda_kernels.Kernels(Emulated(LIBRARY)))
     ours, data = hpccomm.Communicator(comm.Dup()), make(25)  # the last batch of 8 has one sample: a rank has none
     found = []
     for library in (np, LIBRARY):
         network = Perceptron(9, 3, 4) if make is images else Characters(5, 2, 3)
-        made = METHODS[method].make(Plan(ours, Bucket(network.shapes), 0.1, 8))
+        made = METHODS[method].make(MethodSetup(ours, Bucket(network.shapes), 0.1, 8))
         if library is LIBRARY and not METHODS[method].on_device:
-            made = on_host(made)
+            made = run_on_host(made)
         weights, epochs = train(ours, data, network, made, Settings(2, 8, 1, library=library))
         assert isinstance(weights, np.ndarray)
         found.append((weights, [(epoch.loss, epoch.accuracy, epoch.wire_bytes) for epoch in epochs]))
@@ -69,7 +69,7 @@ def test_a_run_on_the_device_gives_the_bits_of_a_run_on_the_host(
 
 def test_the_stand_in_keeps_the_host_out() -> None:
     x = LIBRARY.asarray(np.arange(3.0))
-    assert lies_on_device(x)
+    assert is_on_device(x)
     with pytest.raises(TypeError, match="Implicit conversion"):
         np.asarray(x)
     with pytest.raises(AssertionError, match="NumPy's array among the device's"):

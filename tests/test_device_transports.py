@@ -20,13 +20,13 @@ from test_device_arrays import CASES, F4, SIZES, Case, OnThreads, filled, operan
 import hpccomm
 from hpccomm import ArgumentError, TransportError, arrays
 from hpccomm.backends import cuda_ipc, device_selection, nccl
-from hpccomm.backends.cuda_ipc import Fold, Peers, Take, Turn, divided
+from hpccomm.backends.cuda_ipc import Fold, PeerCopy, Peers, Phase, divide_bytes
 from hpccomm.backends.device_selection import Call, DeviceTransports
 from hpccomm.errors import LaunchError
 from hpccomm.kernels import reductions
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda, cuda_probe
-from hpccomm.transports.cuda import Piece, Staging
+from hpccomm.transports.cuda import Extent, Staging
 
 ROOM = 256
 """Bytes of a rank's part in these tests."""
@@ -39,7 +39,7 @@ def address(x: Any) -> int:
 # Memory that ranks read of each other
 
 
-def sums_in_turns(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None) -> None:
+def check_sums(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None) -> None:
     """Sums of n elements in as many turns as it takes, three times over."""
     device = StandIn(eager=eager)
     peers = Peers(device, comm, ROOM)
@@ -51,7 +51,7 @@ def sums_in_turns(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None
         for lo in range(0, n, step):
             nbytes = width * (min(lo + step, n) - lo)
             fold = Fold("sum", reductions.code_of(dtype), 0, nbytes, address(y) + width * lo if here else 0)
-            turns.append(Turn([Piece(address(x) + width * lo, 0, nbytes)], [fold]))
+            turns.append(Phase([Extent(address(x) + width * lo, 0, nbytes)], [fold]))
         peers.run(turns, [SIDE])
         want = np.sum([operand(k + step_number, n, dtype) for k in range(comm.size)], axis=0, dtype=dtype)
         assert np.array_equal(y.memory, want if here else np.zeros(n)), (comm.rank, n)
@@ -63,8 +63,8 @@ def sums_in_turns(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None
 @pytest.mark.parametrize("eager", [False, True])
 def test_peers_reduce_alone_or_divide_the_work(p: int, eager: bool) -> None:
     for n in (0, 1, 31, 32, 33, 200):
-        run_on_ranks(p, lambda comm, n=n: sums_in_turns(comm, n, "f4", eager))
-    run_on_ranks(p, lambda comm: sums_in_turns(comm, 21, "f2", eager, wanted=p - 1))
+        run_on_ranks(p, lambda comm, n=n: check_sums(comm, n, "f4", eager))
+    run_on_ranks(p, lambda comm: check_sums(comm, 21, "f2", eager, wanted=p - 1))
 
 
 @pytest.mark.parametrize("p", SIZES)
@@ -73,8 +73,8 @@ def test_peers_take_what_others_have_brought(p: int) -> None:
         device, n = StandIn(), 10
         peers = Peers(device, comm, ROOM)
         x, y = filled(device, operand(comm.rank, n)), device.array(np.zeros(n * p, "f4"))
-        takes = [Take(k, 4 * 3, 4 * 7, address(y) + 4 * n * k) for k in range(p)]
-        peers.run([Turn([Piece(address(x), 0, 4 * n)], takes=takes)], [SIDE])
+        takes = [PeerCopy(k, 4 * 3, 4 * 7, address(y) + 4 * n * k) for k in range(p)]
+        peers.run([Phase([Extent(address(x), 0, 4 * n)], takes=takes)], [SIDE])
         want = np.zeros((p, n))
         want[:, :7] = [operand(k, n)[3:] for k in range(p)]
         assert np.array_equal(y.memory, want.ravel())
@@ -83,30 +83,30 @@ def test_peers_take_what_others_have_brought(p: int) -> None:
     run_on_ranks(p, body)
 
 
-class NoMeeting(Peers):
+class NoBarrierPeers(Peers):
     """Forgets to wait for its own copies before it tells the others."""
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         self.ranks.Barrier()
 
 
 def test_peers_that_do_not_wait_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Peers, "meet", NoMeeting.meet)
+    monkeypatch.setattr(Peers, "barrier", NoBarrierPeers.barrier)
     with pytest.raises(AssertionError):
-        run_on_ranks(2, lambda comm: sums_in_turns(comm, 40, "f4", False))
+        run_on_ranks(2, lambda comm: check_sums(comm, 40, "f4", False))
 
 
 @pytest.mark.parametrize("p", [4, 5, 7])
 @pytest.mark.parametrize("nbytes", [0, 2, 16, 62, 64, 1000])
 def test_shares_cover_every_byte_once(p: int, nbytes: int) -> None:
-    shares = divided(nbytes, p)
+    shares = divide_bytes(nbytes, p)
     assert len(shares) == p
     assert [lo for lo, _ in shares][1:] == [hi for _, hi in shares][:-1]
     assert (shares[0][0], shares[-1][1]) == (0, nbytes)
     assert all(lo % 16 == 0 for lo, _ in shares if lo < nbytes)
 
 
-class Blind(StandIn):
+class BlindDevice(StandIn):
     """Opens the memory of somebody else."""
 
     def open(self, handle: bytes) -> int:
@@ -117,7 +117,7 @@ class Blind(StandIn):
         return memory.ctypes.data
 
 
-class Refusing(StandIn):
+class RefusingDevice(StandIn):
     """A device whose driver opens no other process's memory."""
 
     def open(self, handle: bytes) -> int:
@@ -126,7 +126,9 @@ class Refusing(StandIn):
         return super().open(handle)
 
 
-@pytest.mark.parametrize(("kind", "words"), [(Blind, "does not see what rank"), (Refusing, "cudaErrorNotSupported")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [(BlindDevice, "does not see what rank"), (RefusingDevice, "cudaErrorNotSupported")]
+)
 def test_all_ranks_learn_that_memory_is_not_shared(kind: Any, words: str) -> None:
     def body(comm: Any) -> None:
         device = (kind if comm.rank == 1 else StandIn)()
@@ -164,8 +166,8 @@ def test_every_collective_goes_the_way_that_is_wanted(
         took.append(chosen(ways, call))
         return took[-1]
 
-    chosen = DeviceTransports.way
-    monkeypatch.setattr(DeviceTransports, "way", remembered)
+    chosen = DeviceTransports.choose
+    monkeypatch.setattr(DeviceTransports, "choose", remembered)
     libraries: dict[int, StandInNccl] = {}
     monkeypatch.setattr(nccl, "library", lambda: libraries[threading.get_ident()])
 
@@ -234,7 +236,7 @@ UNDERSTOOD = cuda_probe.Verdict("", "2026-01-02 03:04")
 DEAD = cuda_probe.Verdict("a child that tried was ended by SIGSEGV", "2026-01-02 03:04")
 
 
-def found(
+def find_transports(
     comm: Any,
     setting: str = "",
     verdict: cuda_probe.Verdict = UNDERSTOOD,
@@ -274,14 +276,14 @@ FEW, MANY = device_selection.MANY_BYTES - 1, device_selection.MANY_BYTES
 @pytest.mark.usefixtures("surroundings")
 def test_long_calls_take_the_first_way_that_can_and_short_ones_avoid_meetings() -> None:
     def body(comm: Any) -> None:
-        ways = found(comm)
-        assert ways.describe() == dict.fromkeys(device_selection.WAYS, "yes")
-        assert ways.way(call(MANY, "nccl", "ipc", "aware")) == "nccl"
-        assert ways.way(call(MANY, "ipc", "aware")) == "ipc"
-        assert ways.way(call(MANY, "aware")) == "aware"
-        assert ways.way(call(MANY)) == "staged"
-        assert ways.way(call(FEW, "nccl", "ipc", "aware")) == "aware"
-        assert ways.way(call(FEW, "nccl", "ipc")) == "staged"
+        ways = find_transports(comm)
+        assert ways.describe() == dict.fromkeys(device_selection.BACKENDS, "yes")
+        assert ways.choose(call(MANY, "nccl", "ipc", "aware")) == "nccl"
+        assert ways.choose(call(MANY, "ipc", "aware")) == "ipc"
+        assert ways.choose(call(MANY, "aware")) == "aware"
+        assert ways.choose(call(MANY)) == "staged"
+        assert ways.choose(call(FEW, "nccl", "ipc", "aware")) == "aware"
+        assert ways.choose(call(FEW, "nccl", "ipc")) == "staged"
         ways.free()
 
     run_on_ranks(3, body)
@@ -290,14 +292,14 @@ def test_long_calls_take_the_first_way_that_can_and_short_ones_avoid_meetings() 
 @pytest.mark.usefixtures("surroundings")
 def test_each_way_says_why_it_is_not_to_be_had() -> None:
     def apart(comm: Any) -> None:
-        ways = found(comm, verdict=DEAD if comm.rank == 2 else UNDERSTOOD, number=0)
+        ways = find_transports(comm, verdict=DEAD if comm.rank == 2 else UNDERSTOOD, number=0)
         assert ways.troubles["ipc"] == "the ranks are on 2 nodes"
         assert (
             "does not understand pointers of a device (2026-01-02 03:04: a child that tried was ended by SIGSEGV)"
             in (ways.troubles["aware"])
         )
         assert ways.troubles["nccl"].startswith("ranks share a device: that takes NCCL 2.30, NCCL_MULTI_RANK")
-        assert ways.way(call(MANY, "nccl", "ipc", "aware")) == "staged"
+        assert ways.choose(call(MANY, "nccl", "ipc", "aware")) == "staged"
 
     run_on_ranks(4, apart, nodes=[0, 0, 1, 1])
 
@@ -310,7 +312,7 @@ def test_a_question_that_fails_is_answered_on_all_ranks(monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda_probe, "verdict", homeless)
 
     def body(comm: Any) -> str:
-        ways = found(comm)
+        ways = find_transports(comm)
         ways.free()
         return ways.troubles["aware"]
 
@@ -320,15 +322,15 @@ def test_a_question_that_fails_is_answered_on_all_ranks(monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("surroundings")
 def test_ranks_share_a_device_by_nccl_where_it_can_and_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(nccl.SHARING, "1")
-    run_on_ranks(2, lambda comm: found(comm, "nccl", number=0, version=23000).free())
+    run_on_ranks(2, lambda comm: find_transports(comm, "nccl", number=0, version=23000).free())
     for version, setting in ((22907, "nccl"), (23000, "")):
 
         def body(comm: Any, version: int = version, setting: str = setting) -> None:
             if setting:
                 with pytest.raises(TransportError, match="TRANSPORT=nccl does not work here: ranks share a device"):
-                    found(comm, setting, number=0, version=version)
+                    find_transports(comm, setting, number=0, version=version)
             else:
-                ways = found(comm, setting, number=0, version=version)
+                ways = find_transports(comm, setting, number=0, version=version)
                 assert ways.troubles["nccl"].startswith("ranks share a device")
                 ways.free()
 
@@ -347,7 +349,7 @@ def test_a_way_that_is_wanted_and_does_not_work_is_an_error_on_all_ranks(
         with pytest.raises(
             TransportError, match=f"HPCCOMM_GPU_TRANSPORT={setting} does not work here: .*{words}.*: leave"
         ):
-            found(comm, setting, verdict)
+            find_transports(comm, setting, verdict)
 
     run_on_ranks(2, body, nodes=[0, 1])
 
@@ -356,9 +358,9 @@ def test_a_way_that_is_wanted_and_does_not_work_is_an_error_on_all_ranks(
 def test_a_way_that_is_wanted_takes_what_it_can_and_leaves_the_rest_to_the_host() -> None:
     def body(comm: Any) -> None:
         for setting in ("ipc", "nccl", "aware", "staged"):
-            ways = found(comm, setting)
-            assert ways.way(call(4, "nccl", "ipc", "aware")) == setting
-            assert ways.way(call(MANY)) == "staged"
+            ways = find_transports(comm, setting)
+            assert ways.choose(call(4, "nccl", "ipc", "aware")) == setting
+            assert ways.choose(call(MANY)) == "staged"
             ways.free()
 
     run_on_ranks(2, body)
@@ -366,15 +368,15 @@ def test_a_way_that_is_wanted_takes_what_it_can_and_leaves_the_rest_to_the_host(
 
 @pytest.mark.usefixtures("surroundings")
 def test_memory_that_the_host_can_address_has_no_ways() -> None:
-    ways = run_on_ranks(2, lambda comm: found(comm, cuda.ON_HOST))[0]
+    ways = run_on_ranks(2, lambda comm: find_transports(comm, cuda.ON_HOST))[0]
     assert ways.describe()["ipc"] == "no: HPCCOMM_GPU_TRANSPORT says host"
-    assert ways.way(call(MANY, "nccl", "ipc", "aware")) == "staged"
+    assert ways.choose(call(MANY, "nccl", "ipc", "aware")) == "staged"
 
 
 def test_words_that_mean_nothing_are_refused() -> None:
-    assert device_selection.wanted("") == device_selection.wanted("auto") == "auto"
+    assert device_selection.read_setting("") == device_selection.read_setting("auto") == "auto"
     with pytest.raises(ArgumentError, match="HPCCOMM_GPU_TRANSPORT='pcie' is not known: use one of auto, nccl, ipc"):
-        device_selection.wanted("pcie")
+        device_selection.read_setting("pcie")
 
 
 @pytest.mark.parametrize(
@@ -399,7 +401,7 @@ def test_ways_are_open_to_what_they_do_right(
     def body(comm: Any) -> None:
         binder, device = binder_of(comm)
         data = binder.operand_of(device.array(np.zeros(3, dtype)), "test", None)
-        assert binder.fits("allreduce", data, op, algorithm, reproducible) == expected
+        assert binder.eligibility("allreduce", data, op, algorithm, reproducible) == expected
 
     run_on_ranks(2, body)
 
@@ -409,7 +411,7 @@ def test_an_operation_of_the_users_own_is_never_given_pointers_of_a_device() -> 
         binder, device = binder_of(comm)
         data = binder.operand_of(device.array(np.zeros(3, F4)), "test", None)
         own = MPI.Op.Create(lambda a, b, datatype: None)
-        assert binder.fits("allreduce", data, own, None) == (False, False, False)
+        assert binder.eligibility("allreduce", data, own, None) == (False, False, False)
         own.Free()
 
     run_on_ranks(1, body)
@@ -418,11 +420,11 @@ def test_an_operation_of_the_users_own_is_never_given_pointers_of_a_device() -> 
 # The child that may die
 
 
-def child(body: str) -> list[str]:
+def child_command(body: str) -> list[str]:
     return [sys.executable, "-c", body]
 
 
-IN_A_CHILD = """
+CHILD_PROGRAM = """
 import ctypes, sys
 sys.path.insert(0, {tests!r})
 from stand_in import StandIn
@@ -456,8 +458,8 @@ answer({kind}(eager=True))
 
 @pytest.mark.parametrize(("kind", "words"), [("StandIn", ""), ("Unreachable", "a child that tried")])
 def test_an_mpi_that_copies_by_itself_loses_a_child_on_memory_it_cannot_reach(kind: str, words: str) -> None:
-    body = IN_A_CHILD.format(tests=str(Path(__file__).parent), kind=kind)
-    found = cuda_probe.asked(child(body), os.environ)
+    body = CHILD_PROGRAM.format(tests=str(Path(__file__).parent), kind=kind)
+    found = cuda_probe.run_probe(child_command(body), os.environ)
     assert found.startswith(words) if words else found == ""
 
 
@@ -471,14 +473,14 @@ def test_an_mpi_that_copies_by_itself_loses_a_child_on_memory_it_cannot_reach(ki
     ],
 )
 def test_whatever_becomes_of_the_child_the_job_lives(body: str, words: str) -> None:
-    assert words in cuda_probe.asked(child(body), os.environ, 0.5 if "sleep" in body else 30)
+    assert words in cuda_probe.run_probe(child_command(body), os.environ, 0.5 if "sleep" in body else 30)
 
 
 def test_no_child_no_trust() -> None:
-    assert "no child could try" in cuda_probe.asked(["/nowhere/python"], os.environ)
+    assert "no child could try" in cuda_probe.run_probe(["/nowhere/python"], os.environ)
 
 
-class Garbling(StandIn):
+class GarblingDevice(StandIn):
     """What arrives is not what MPI wrote."""
 
     def to_host(self, out: np.ndarray, address: int, stream: int) -> None:
@@ -488,7 +490,7 @@ class Garbling(StandIn):
 
 def test_results_are_looked_at() -> None:
     assert cuda_probe.exercise(StandIn(eager=True), MPI.COMM_SELF) == ""
-    words = cuda_probe.exercise(Garbling(eager=True), MPI.COMM_SELF)
+    words = cuda_probe.exercise(GarblingDevice(eager=True), MPI.COMM_SELF)
     assert words == "Sendrecv of 3 elements gave something else than on the host"
 
 
@@ -555,7 +557,7 @@ def test_a_word_that_means_nothing_is_refused_before_the_first_message(comm: Any
 def pair(tmp_path: Path, kind: str) -> list[str]:
     """A program whose two ranks give each other memory of a stand-in's."""
     file = tmp_path / "pair.py"
-    file.write_text(IN_A_CHILD.format(tests=str(Path(__file__).parent), kind=kind))
+    file.write_text(CHILD_PROGRAM.format(tests=str(Path(__file__).parent), kind=kind))
     return [str(file)]
 
 
@@ -563,7 +565,7 @@ def pair(tmp_path: Path, kind: str) -> list[str]:
     ("kind", "words"), [("StandIn", ""), ("Deaf", "two children that tried between them ended with status 0: Sendrecv")]
 )
 def test_two_children_exchange_what_one_alone_did_not(tmp_path: Path, kind: str, words: str) -> None:
-    trouble, alone = cuda_probe.asked_of_two(pair(tmp_path, kind), os.environ)
+    trouble, alone = cuda_probe.run_pair_probe(pair(tmp_path, kind), os.environ)
     assert (trouble.startswith(words) and trouble.endswith("on rank 1")) if words else trouble == ""
     assert not alone
 
@@ -573,17 +575,17 @@ def test_without_a_launcher_one_child_is_asked_and_info_says_so(monkeypatch: pyt
         raise LaunchError("no launcher of Open MPI was found")
 
     monkeypatch.setattr(cuda_probe, "launch_command", missing)
-    assert cuda_probe.asked_of_two(["-c", ""], os.environ) == ("", "no launcher of Open MPI was found")
+    assert cuda_probe.run_pair_probe(["-c", ""], os.environ) == ("", "no launcher of Open MPI was found")
     monkeypatch.setattr(nccl, "library", lambda: libraries[threading.get_ident()])
     monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("", "", "no launcher was found"))
-    said = run_on_ranks(1, lambda comm: found(comm, "aware").describe())[0]
+    said = run_on_ranks(1, lambda comm: find_transports(comm, "aware").describe())[0]
     assert said["aware"] == "yes (asked of one process only: no launcher was found)"
 
 
 def test_one_child_that_dies_spares_the_other_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_probe, "asked", lambda *_: "a child that tried was ended by SIGSEGV")
-    monkeypatch.setattr(cuda_probe, "asked_of_two", lambda *_: pytest.fail("asked all the same"))
-    assert cuda_probe.ask_all(0) == ("a child that tried was ended by SIGSEGV", "")
+    monkeypatch.setattr(cuda_probe, "run_probe", lambda *_: "a child that tried was ended by SIGSEGV")
+    monkeypatch.setattr(cuda_probe, "run_pair_probe", lambda *_: pytest.fail("asked all the same"))
+    assert cuda_probe.run_probes(0) == ("a child that tried was ended by SIGSEGV", "")
 
 
 @pytest.mark.mpi(sizes=(2,), timeout=60)
@@ -602,7 +604,7 @@ def test_rank_0_says_for_all_whether_the_host_can_address_arrays(comm: Any, monk
 
 @pytest.mark.mpi(sizes=(2,), timeout=120)
 def test_a_child_of_a_rank_is_a_world_of_its_own(comm: Any) -> None:
-    body = IN_A_CHILD.format(tests=str(Path(__file__).parent), kind="StandIn")
+    body = CHILD_PROGRAM.format(tests=str(Path(__file__).parent), kind="StandIn")
     if comm.rank == 0:
-        assert cuda_probe.asked(child(body), os.environ) == ""
+        assert cuda_probe.run_probe(child_command(body), os.environ) == ""
     comm.Barrier()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
-from hpccomm.collectives.engine import bind, bind_lanes, even_cuts
+from hpccomm.collectives.engine import bind, bind_segments, even_cuts
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import MismatchError
 from hpccomm.transports.threads import ThreadTransport, run_on_threads
@@ -45,15 +45,15 @@ def imperative_ring(transport: ThreadTransport, vector: Any) -> None:
 def test_allreduce_sums_every_rank_once_at_every_length(name: str, p: int) -> None:
     algorithm = ALGORITHMS["allreduce"][name]
     for n, lanes in itertools.product(lengths(p), (1, 3)):
-        got = run_on_threads(p, lambda t, n=n, lanes=lanes: allreduced(algorithm, t, operand(t.rank, n), lanes))
+        got = run_on_threads(p, lambda t, n=n, lanes=lanes: run_allreduce(algorithm, t, operand(t.rank, n), lanes))
         want = sum(operand(rank, n) for rank in range(p))
         assert all(np.array_equal(vector, want) for vector in got), (n, lanes)
 
 
-def allreduced(algorithm: Algorithm, transport: ThreadTransport, vector: Any, lanes: int = 1) -> Any:
+def run_allreduce(algorithm: Algorithm, transport: ThreadTransport, vector: Any, lanes: int = 1) -> Any:
     p = transport.size
     steps = algorithm.steps(transport.rank, p)
-    plan = bind_lanes(steps, vector, algorithm.blocks(p), lanes, transport, np.add)
+    plan = bind_segments(steps, vector, algorithm.blocks(p), lanes, transport, np.add)
     plan()
     plan.free()
     return vector
@@ -65,7 +65,7 @@ def test_ring_equals_an_oracle_without_schedules(p: int) -> None:
         a = operand(transport.rank, 1000, "f4")
         b = a.copy()
         imperative_ring(transport, a)
-        return a, allreduced(ALGORITHMS["allreduce"]["ring"], transport, b)
+        return a, run_allreduce(ALGORITHMS["allreduce"]["ring"], transport, b)
 
     for oracle, ours in run_on_threads(p, both):
         assert oracle.tobytes() == ours.tobytes()
@@ -74,10 +74,10 @@ def test_ring_equals_an_oracle_without_schedules(p: int) -> None:
 @pytest.mark.parametrize("nodes", [[0, 0], [0, 1], [0, 1, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0, 1], [2, 1, 0, 2, 1, 0, 1]])
 @pytest.mark.parametrize("inter", ["ring", "butterfly", "doubling"])
 def test_hierarchical_allreduce_is_right_for_any_mapping(nodes: list[int], inter: str) -> None:
-    algorithm = hierarchical.on(nodes, ALGORITHMS["allreduce"][inter])
+    algorithm = hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"][inter])
     p = len(nodes)
     for n in lengths(p):
-        got = run_on_threads(p, lambda t, n=n: allreduced(algorithm, t, operand(t.rank, n)))
+        got = run_on_threads(p, lambda t, n=n: run_allreduce(algorithm, t, operand(t.rank, n)))
         assert all(np.array_equal(vector, sum(operand(rank, n) for rank in range(p))) for vector in got)
 
 
@@ -145,7 +145,7 @@ def test_rooted_collectives_work_from_every_root(collective: str, p: int) -> Non
         def body(transport: ThreadTransport, algorithm: Algorithm = algorithm, root: int = root) -> Any:
             vector = operand(transport.rank, 1000)
             steps = algorithm.steps(transport.rank, p, root)
-            bind_lanes(steps, vector, algorithm.blocks(p), 4, transport, np.add)()
+            bind_segments(steps, vector, algorithm.blocks(p), 4, transport, np.add)()
             return vector
 
         got = run_on_threads(p, body)
@@ -158,7 +158,7 @@ def test_rooted_collectives_work_from_every_root(collective: str, p: int) -> Non
 def test_a_plan_may_run_many_times() -> None:
     def body(transport: ThreadTransport) -> Any:
         vector = np.ones(10, "i8")
-        plan = bind_lanes(ALGORITHMS["allreduce"]["ring"].steps(transport.rank, 3), vector, 3, 1, transport, np.add)
+        plan = bind_segments(ALGORITHMS["allreduce"]["ring"].steps(transport.rank, 3), vector, 3, 1, transport, np.add)
         for _ in range(4):
             plan()
         return vector

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm.arrays import wide
+from hpccomm.arrays import reduction_dtype
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError, MismatchError
 from hpccomm.functional import allgather, allreduce, broadcast, communicator, reduce_scatter
@@ -27,11 +27,11 @@ def numbers(rank: int, n: int, dtype: Any = "f8") -> Any:
     return ((np.arange(n) * 5 + rank * 3) % 7 % 3 + 1).astype(dtype)
 
 
-def over_ranks(op: str, size: int, n: int, dtype: Any) -> Any:
+def rank_reduction(op: str, size: int, n: int, dtype: Any) -> Any:
     """What the collective should give: exact, and a mean divided and rounded as it is documented."""
     everyone = np.stack([numbers(rank, n, "i8") for rank in range(size)])
     if op == "mean":
-        return (everyone.sum(axis=0).astype(wide(np.dtype(dtype))) / size).astype(dtype)
+        return (everyone.sum(axis=0).astype(reduction_dtype(np.dtype(dtype))) / size).astype(dtype)
     return np.asarray(OPS[op](everyone, axis=0)).astype(dtype)
 
 
@@ -48,7 +48,7 @@ def test_allreduce_gives_the_exact_result(comm: MPI.Intracomm, op: str, dtype: A
         x = numbers(comm.rank, n, dtype)
         x.flags.writeable = False
         y = allreduce(x, op, comm)
-        expected = over_ranks(op, comm.size, n, x.dtype)
+        expected = rank_reduction(op, comm.size, n, x.dtype)
         assert y.dtype == x.dtype
         assert np.array_equal(y, expected)
         assert y is not x
@@ -84,7 +84,7 @@ def test_min_and_max_of_bools_are_all_and_any(comm: MPI.Intracomm) -> None:
 def test_ranks_with_other_memory_orders_add_the_same_elements(comm: MPI.Intracomm) -> None:
     x = numbers(comm.rank, 12).reshape(3, 4)
     mine = [x, np.asfortranarray(x), x.repeat(2, axis=1)[:, ::2], x[::-1][::-1]][comm.rank % 4]
-    assert np.array_equal(allreduce(mine, comm=comm), over_ranks("sum", comm.size, 12, "f8").reshape(3, 4))
+    assert np.array_equal(allreduce(mine, comm=comm), rank_reduction("sum", comm.size, 12, "f8").reshape(3, 4))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_reduce_scatter_is_this_ranks_part_of_allreduce(comm: MPI.Intracomm, op:
         for width in ((), (3,)):
             n = rows * int(np.prod(width))
             x = numbers(comm.rank, n, dtype).reshape(rows, *width)
-            whole = over_ranks(op, comm.size, n, x.dtype).reshape(x.shape)
+            whole = rank_reduction(op, comm.size, n, x.dtype).reshape(x.shape)
             assert np.array_equal(reduce_scatter(x, op, comm), np.array_split(whole, comm.size)[comm.rank])
 
 
@@ -187,7 +187,7 @@ def test_broadcast_refuses_a_root_that_is_no_rank(comm: MPI.Intracomm) -> None:
 def test_a_named_algorithm_gives_the_same(comm: MPI.Intracomm) -> None:
     x = numbers(comm.rank, 100)
     for name in communicator(comm).algorithms("allreduce"):
-        assert np.array_equal(allreduce(x, "sum", comm, name), over_ranks("sum", comm.size, 100, "f8"))
+        assert np.array_equal(allreduce(x, "sum", comm, name), rank_reduction("sum", comm.size, 100, "f8"))
 
 
 def test_a_plain_communicator_is_wrapped_once(comm: MPI.Intracomm) -> None:

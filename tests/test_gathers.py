@@ -11,9 +11,14 @@ import pytest
 from hpccomm.__main__ import main
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind
-from hpccomm.collectives.hierarchical_gathers import allgather_on, in_place_order, in_rank_order, reduce_scatter_on
+from hpccomm.collectives.hierarchical_gathers import (
+    build_allgather,
+    build_reduce_scatter,
+    reorder_by_block,
+    reorder_by_rank,
+)
 from hpccomm.collectives.schedule import Algorithm
-from hpccomm.collectives.verify import two_level_half, verify
+from hpccomm.collectives.verify import two_level_half_volume, verify
 from hpccomm.errors import ScheduleError
 from hpccomm.layout import Link
 from hpccomm.performance.cost import HIERARCHICAL, predict, price
@@ -35,7 +40,7 @@ def even_layouts(p: int) -> Iterator[list[int]]:
         yield np.random.default_rng(p + k).permutation([r // k for r in range(p)]).tolist()
 
 
-def padded(vector: Any, p: int) -> Any:
+def pad(vector: Any, p: int) -> Any:
     """A vector as p equal rows, zeros behind it."""
     rows = np.zeros((p, -(-vector.size // p)), vector.dtype)
     rows.reshape(-1)[: vector.size] = vector
@@ -46,12 +51,12 @@ def padded(vector: Any, p: int) -> Any:
 def test_gathers_in_two_levels_are_right_for_1_to_64_ranks(collective: str) -> None:
     for p in (*range(1, 17), 30, 63, 64):
         for nodes in even_layouts(p):
-            verify(HIERARCHICAL[collective](nodes), collective, p, volume=two_level_half(nodes))
+            verify(HIERARCHICAL[collective](nodes), collective, p, volume=two_level_half_volume(nodes))
 
 
 @pytest.mark.parametrize("collective", HALVES)
 def test_a_rank_that_has_another_block_than_said_is_refused(collective: str) -> None:
-    wrong = HIERARCHICAL[collective]([0, 0, 1, 1])._replace(slots=None)
+    wrong = HIERARCHICAL[collective]([0, 0, 1, 1])._replace(own_blocks=None)
     with pytest.raises(ScheduleError, match=f"{collective}, p=4: "):
         verify(wrong, collective, 4)
 
@@ -64,29 +69,29 @@ def run_one(transport: ThreadTransport, algorithm: Algorithm, vector: Any) -> No
 
 @pytest.mark.parametrize("nodes", LAYOUTS, ids=str)
 def test_a_gather_in_two_levels_is_a_flat_gather(nodes: list[int]) -> None:
-    p, algorithm = len(nodes), allgather_on(nodes)
+    p, algorithm = len(nodes), build_allgather(nodes)
     for length in (0, 1, p - 1, p, p + 1, 1000):
-        want = padded(np.arange(length, dtype="i8") + 1, p)
+        want = pad(np.arange(length, dtype="i8") + 1, p)
 
         def gathered(transport: ThreadTransport, want: Any = want) -> Any:
             blocks = np.full_like(want, -1)
-            blocks[algorithm.slots(p)[transport.rank]] = want[transport.rank]
+            blocks[algorithm.own_blocks(p)[transport.rank]] = want[transport.rank]
             run_one(transport, algorithm, blocks.reshape(-1))
-            return in_rank_order(blocks, nodes)
+            return reorder_by_rank(blocks, nodes)
 
         assert all(np.array_equal(found, want) for found in run_on_threads(p, gathered))
 
 
 @pytest.mark.parametrize("nodes", LAYOUTS, ids=str)
 def test_a_reduce_scatter_in_two_levels_is_a_flat_one(nodes: list[int]) -> None:
-    p, algorithm = len(nodes), reduce_scatter_on(nodes)
+    p, algorithm = len(nodes), build_reduce_scatter(nodes)
     for length in (0, 1, p - 1, p, p + 1, 1000):
-        mine = [padded((rank + 1) * 100 + np.arange(length) % 97, p) for rank in range(p)]
+        mine = [pad((rank + 1) * 100 + np.arange(length) % 97, p) for rank in range(p)]
 
         def reduced(transport: ThreadTransport, mine: Any = mine) -> Any:
-            blocks = in_place_order(mine[transport.rank], nodes)
+            blocks = reorder_by_block(mine[transport.rank], nodes)
             run_one(transport, algorithm, blocks.reshape(-1))
-            return blocks[algorithm.slots(p)[transport.rank]]
+            return blocks[algorithm.own_blocks(p)[transport.rank]]
 
         found = run_on_threads(p, reduced)
         assert np.array_equal(np.array(found), sum(mine))
@@ -94,8 +99,8 @@ def test_a_reduce_scatter_in_two_levels_is_a_flat_one(nodes: list[int]) -> None:
 
 def test_without_the_reordering_chunks_are_out_of_place() -> None:
     blocks = np.arange(4)[:, None]
-    assert in_place_order(blocks, [0, 0, 1, 1]).ravel().tolist() == [0, 2, 1, 3]
-    assert in_rank_order(np.array([[0], [2], [1], [3]]), [0, 0, 1, 1]).ravel().tolist() == [
+    assert reorder_by_block(blocks, [0, 0, 1, 1]).ravel().tolist() == [0, 2, 1, 3]
+    assert reorder_by_rank(np.array([[0], [2], [1], [3]]), [0, 0, 1, 1]).ravel().tolist() == [
         0,
         1,
         2,
@@ -134,8 +139,8 @@ def test_the_price_is_the_formula(machine: Machine, nbytes: float, nodes: int) -
     wanted = (nodes - 1) * (inter.alpha + nbytes / nodes * inter.beta)
     wanted += (k - 1) * (intra.alpha + nbytes / k * intra.beta)
     flat = (8 * nodes - 1) * (inter.alpha + nbytes / (8 * nodes) * inter.beta)
-    assert price(allgather_on(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
-    assert price(reduce_scatter_on(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
+    assert price(build_allgather(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
+    assert price(build_reduce_scatter(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
     assert price(ALGORITHMS["allgather"]["ring"], home, nbytes, machine).us == pytest.approx(flat, rel=1e-9)
 
 

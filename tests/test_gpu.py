@@ -20,8 +20,8 @@ from hpccomm.algorithms.lars import lars
 from hpccomm.kernels import reductions
 from hpccomm.transports import cuda
 
-if cuda.missing():
-    pytest.skip(cuda.missing(), allow_module_level=True)
+if cuda.unavailable_reason():
+    pytest.skip(cuda.unavailable_reason(), allow_module_level=True)
 
 RANKS = pytest.mark.mpi(sizes=(1, 2, 4), timeout=120)
 RUNS = {2: 1000}

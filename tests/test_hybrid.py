@@ -12,11 +12,11 @@ from mpi4py import MPI
 from hpccomm.algorithms.blockwise_filtering import bmuf
 from hpccomm.algorithms.compressors import none
 from hpccomm.algorithms.error_feedback import feedback
-from hpccomm.algorithms.exchange import check_replicas, mean, reports, spent
-from hpccomm.algorithms.local_steps import Periodic
+from hpccomm.algorithms.exchange import check_replicas, mean, reports, sum_reports
+from hpccomm.algorithms.local_steps import PeriodicTransform
 from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import Transform, chain, momentum, scale
-from hpccomm.algorithms.two_tier import hybrid, unsent
+from hpccomm.algorithms.two_tier import hybrid, residual_norm
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 
@@ -27,7 +27,7 @@ CENTRES = (
 )
 
 
-class Unsent(NamedTuple):
+class SlowState(NamedTuple):
     """The state of the slow exchange below."""
 
     residual: Vector
@@ -38,7 +38,7 @@ def slow_gtc(theta: float) -> Callable[[Any], Transform]:
     """Threshold compression as its paper says it, dense on the wire: ±θ where the backlog lies beyond, summed."""
 
     def exchange(group: Any) -> Transform:
-        def update(gradient: Vector, state: Unsent, weights: Vector) -> tuple[Vector, Unsent]:
+        def update(gradient: Vector, state: SlowState, weights: Vector) -> tuple[Vector, SlowState]:
             backlog = state.residual + gradient
             quanta = theta * (np.sign(backlog) * (np.abs(backlog) > theta)).astype(weights.dtype)
             everyone = np.empty((group.size, weights.size), weights.dtype)
@@ -46,15 +46,15 @@ def slow_gtc(theta: float) -> Callable[[Any], Transform]:
             total = everyone[0].copy()
             for each in everyone[1:]:
                 total += each
-            return total, Unsent(backlog - quanta, state.sent + int(np.count_nonzero(quanta)))
+            return total, SlowState(backlog - quanta, state.sent + int(np.count_nonzero(quanta)))
 
-        return Transform(lambda weights: Unsent(np.zeros_like(weights), 0), update)
+        return Transform(lambda weights: SlowState(np.zeros_like(weights), 0), update)
 
     return exchange
 
 
 def run(
-    method: Periodic, comm: Any, steps: int, centres: Vector = CENTRES, dtype: str = "f8"
+    method: PeriodicTransform, comm: Any, steps: int, centres: Vector = CENTRES, dtype: str = "f8"
 ) -> tuple[list[Vector], Any]:
     """Minimise ½‖w − c_r‖²; the weights after each step, and the last state."""
     centre = centres[comm.rank].astype(dtype)
@@ -258,8 +258,10 @@ def test_exchanges_inside_groups_are_counted_once() -> None:
             weights += change
         assert sum(each.exchanges for each in reports(state.inner)) == 7
         outside = state._replace(inner=())
-        assert spent(state).exchanges == 7 + spent(outside).exchanges
-        assert spent(outside).exchanges == 7 + 2 * 2  # who has a batch; at a block's end who has moved, and how far
+        assert sum_reports(state).exchanges == 7 + sum_reports(outside).exchanges
+        assert (
+            sum_reports(outside).exchanges == 7 + 2 * 2
+        )  # who has a batch; at a block's end who has moved, and how far
 
     run_on_ranks(4, body)
 
@@ -323,7 +325,7 @@ def test_what_becomes_of_residuals() -> None:
         method = hybrid(comm, slow_gtc(4.0), scale(-0.25), 2, period=1, residual=policy)
         weights = np.zeros(2)
         step, state = method.update(np.array([1.0, -2]) * (comm.rank + 1), method.init(weights), weights)
-        assert unsent(state) == np.linalg.norm(state.inner[0].residual)
+        assert residual_norm(state) == np.linalg.norm(state.inner[0].residual)
         return [*state.inner[0].residual.tolist(), *(weights + step).tolist()]
 
     kept = [[1.0, -2, 0, 1], [2, -4, 0, 1], [3, -2, 0, 1], [4, -4, 0, 1]]
@@ -364,7 +366,7 @@ def test_slices_relieve_the_leaders_link() -> None:
 
     def body(comm: Any, sliced: bool) -> int:
         method = hybrid(comm, lambda group: scale(1.0), scale(-0.25), 2, period=1, sliced_leaders=sliced)
-        return spent(run(method, comm, 1, np.ones((4, 120)))[1]).wire_bytes - 3 * 40 - 8
+        return sum_reports(run(method, comm, 1, np.ones((4, 120)))[1]).wire_bytes - 3 * 40 - 8
 
     assert run_on_ranks(4, lambda comm: body(comm, True)) == [60 * 8 + 60 * 8] * 4
     assert run_on_ranks(4, lambda comm: body(comm, False)) == [120 * 8 + 120 * 8, 0] * 2
@@ -373,7 +375,7 @@ def test_slices_relieve_the_leaders_link() -> None:
 # A gradient that is not finite
 
 
-def after_a_nan(comm: Any, exchange: Any) -> tuple[Vector, int, Vector]:
+def run_with_nan(comm: Any, exchange: Any) -> tuple[Vector, int, Vector]:
     """Rank 1 of two groups of two computes a NaN in the fourth of eight steps; blocks of two."""
     method = hybrid(comm, exchange, scale(-0.25), 2, period=2)
     weights = np.zeros(6, "f4")
@@ -394,12 +396,12 @@ def after_a_nan(comm: Any, exchange: Any) -> tuple[Vector, int, Vector]:
 
 
 def test_a_nan_in_one_rank_abandons_the_block_in_all_groups() -> None:
-    for _, abandoned, back in run_on_ranks(4, lambda comm: after_a_nan(comm, mean)):
+    for _, abandoned, back in run_on_ranks(4, lambda comm: run_with_nan(comm, mean)):
         assert (abandoned, bool(back)) == (1, True)
 
 
 def test_a_compressed_exchange_skips_a_nan_before_it_reaches_a_model() -> None:
-    for _, abandoned, back in run_on_ranks(4, lambda comm: after_a_nan(comm, lambda group: gtc(group, 0.5))):
+    for _, abandoned, back in run_on_ranks(4, lambda comm: run_with_nan(comm, lambda group: gtc(group, 0.5))):
         assert (abandoned, bool(back)) == (0, False)
 
 

@@ -13,22 +13,22 @@ import pytest
 
 from hpccomm.kernels import memory, reductions
 
-CASES = [("sum", code) for code in reductions.DEFINED["sum"]] + [
+CASES = [("sum", code) for code in reductions.DTYPES["sum"]] + [
     (op, code)
-    for op, codes in reductions.DEFINED.items()
+    for op, codes in reductions.DTYPES.items()
     for code in ("i2", "u8", "f4", "bf16", "b1")
     if op != "sum" and code in codes
 ]
 
 
-def stored(code: str) -> np.dtype[Any]:
+def storage_dtype(code: str) -> np.dtype[Any]:
     return np.dtype("u2" if code == "bf16" else code)
 
 
 def numbers(code: str, n: int, seed: int) -> np.ndarray:
     """Any bits for integers; small and large numbers, infinities and NaNs for floats."""
     rng = np.random.default_rng(seed)
-    dtype = stored(code)
+    dtype = storage_dtype(code)
     if dtype.kind in "iu" and code != "bf16":
         return rng.integers(0, 256, n * dtype.itemsize, np.uint8).view(dtype)
     if dtype.kind == "b":
@@ -42,18 +42,18 @@ def numbers(code: str, n: int, seed: int) -> np.ndarray:
         return reductions.narrow(values.astype("f4"), code) if code == "bf16" else values.astype(dtype)
 
 
-def compiled_fold(op: str, code: str, vectors: list[np.ndarray], out: np.ndarray, first: int = 0) -> None:
+def call_fold(op: str, code: str, vectors: list[np.ndarray], out: np.ndarray, first: int = 0) -> None:
     """Call the C function as the collectives do."""
     import ctypes
 
     from hpccomm.kernels import compiled
 
-    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold(op, code).address)
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold_kernel(op, code).address)
     table = np.array([vector.ctypes.data for vector in vectors])
     function(table.ctypes.data, len(vectors), first, out.ctypes.data, out.size)
 
 
-def same(a: np.ndarray, b: np.ndarray, code: str) -> bool:
+def has_same_bits(a: np.ndarray, b: np.ndarray, code: str) -> bool:
     """Equal bits, but one NaN is as good as another."""
     if code == "bf16":
         a, b = reductions.widen(a, code), reductions.widen(b, code)
@@ -64,26 +64,26 @@ def same(a: np.ndarray, b: np.ndarray, code: str) -> bool:
 def test_compiled_reductions_equal_numpy(op: str, code: str) -> None:
     for k, n in ((2, 1), (2, 5000), (3, 2049), (5, 333)):
         vectors = [numbers(code, n, seed) for seed in range(k)]
-        expected, out = np.empty(n, stored(code)), np.empty(n, stored(code))
+        expected, out = np.empty(n, storage_dtype(code)), np.empty(n, storage_dtype(code))
         with np.errstate(all="ignore"):
             reductions.reduce(op, "bfloat16" if code == "bf16" else code, vectors, expected)
-        compiled_fold(op, code, vectors, out)
-        assert same(out, expected, code), (k, n)
+        call_fold(op, code, vectors, out)
+        assert has_same_bits(out, expected, code), (k, n)
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_the_result_may_replace_any_source(position: int) -> None:
     vectors = [numbers("f8", 5000, seed) for seed in range(3)]
     expected = (vectors[0] + vectors[1]) + vectors[2]
-    compiled_fold("sum", "f8", vectors, vectors[position])
+    call_fold("sum", "f8", vectors, vectors[position])
     assert np.array_equal(vectors[position], expected, equal_nan=True)
 
 
 def test_a_reduction_may_begin_anywhere_and_be_empty() -> None:
     a, b, out = np.arange(10.0), np.arange(10.0), np.zeros(3)
-    compiled_fold("sum", "f8", [a, b], out, first=4)
+    call_fold("sum", "f8", [a, b], out, first=4)
     assert out.tolist() == [8, 10, 12]
-    compiled_fold("sum", "f8", [a, b], out[:0])
+    call_fold("sum", "f8", [a, b], out[:0])
     assert out.tolist() == [8, 10, 12]
 
 
@@ -92,8 +92,10 @@ def test_every_16_bit_float_is_read_and_written_exactly(code: str) -> None:
     words = np.arange(1 << 16, dtype="u2")
     nothing = np.full(1 << 16, 0x8000, "u2")  # -0 + x is x, also for x = -0
     out = np.empty_like(words)
-    compiled_fold("sum", code, [words.view(stored(code)), nothing.view(stored(code))], out.view(stored(code)))
-    assert same(out.view(stored(code)), words.view(stored(code)), code)
+    call_fold(
+        "sum", code, [words.view(storage_dtype(code)), nothing.view(storage_dtype(code))], out.view(storage_dtype(code))
+    )
+    assert has_same_bits(out.view(storage_dtype(code)), words.view(storage_dtype(code)), code)
 
 
 def test_float16_by_arithmetic_gives_the_same_bits() -> None:
@@ -113,7 +115,7 @@ def test_float16_by_arithmetic_gives_the_same_bits() -> None:
         reductions.reduce("sum", "f2", vectors, expected)
     table = np.array([vector.ctypes.data for vector in vectors])
     ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(function.address)(table.ctypes.data, 2, 0, out.ctypes.data, out.size)
-    assert same(out, expected, "f2")
+    assert has_same_bits(out, expected, "f2")
 
 
 @pytest.mark.parametrize("code", reductions.HALVES)
@@ -121,8 +123,8 @@ def test_16_bit_sums_are_rounded_once(code: str) -> None:
     one, tiny = (1.0, 2.0**-12) if code == "f2" else (1.0, 2.0**-9)
     values = [one, tiny, tiny, tiny, tiny, tiny]  # each alone is rounded away
     vectors = [reductions.narrow(np.full(4, v, "f4"), code) for v in values]
-    out = np.empty(4, stored(code))
-    compiled_fold("sum", code, vectors, out)
+    out = np.empty(4, storage_dtype(code))
+    call_fold("sum", code, vectors, out)
     assert (reductions.widen(out, code) > 1).all()
     reference = np.empty_like(out)
     reductions.reduce("sum", "bfloat16" if code == "bf16" else code, vectors, reference)
@@ -135,7 +137,7 @@ def test_a_nan_is_kept_wherever_it_is() -> None:
             vectors = [np.full(8, float(k)) for k in range(3)]
             vectors[position][5] = np.nan
             out = np.empty(8)
-            compiled_fold(op, "f8", vectors, out)
+            call_fold(op, "f8", vectors, out)
             assert np.isnan(out).tolist() == [k == 5 for k in range(8)]
 
 
@@ -148,12 +150,12 @@ def test_bfloat16_is_known_by_name_and_by_dtype() -> None:
 
 
 def test_what_has_no_kernel_is_said_so() -> None:
-    assert reductions.defined("sum", np.float32)
-    assert not reductions.defined("sum", np.longdouble)
-    assert not reductions.defined("sum", ">f4")
-    assert not reductions.defined("min", np.complex128)
-    assert not reductions.defined("band", np.float32)
-    assert not reductions.defined("user-defined", np.float32)
+    assert reductions.has_kernel("sum", np.float32)
+    assert not reductions.has_kernel("sum", np.longdouble)
+    assert not reductions.has_kernel("sum", ">f4")
+    assert not reductions.has_kernel("min", np.complex128)
+    assert not reductions.has_kernel("band", np.float32)
+    assert not reductions.has_kernel("user-defined", np.float32)
 
 
 def test_python_and_compiled_agree_on_words_and_clocks() -> None:
@@ -169,7 +171,7 @@ def test_python_and_compiled_agree_on_words_and_clocks() -> None:
         intrinsics.store(address, 7)
         intrinsics.store_release(address + 8, intrinsics.load(address) + 1)
         intrinsics.copy(address + 16, address, 16)
-        intrinsics.copy_past_cache(address + 32, address, 32)
+        intrinsics.copy_nontemporal(address + 32, address, 32)
         return intrinsics.load_acquire(address + 8) + 0 * intrinsics.nanoseconds()
 
     assert write(address) == memory.load_acquire(address + 8) == 8
@@ -183,7 +185,7 @@ def test_copies_past_the_cache_are_exact_at_any_alignment() -> None:
 
     @numba.njit
     def move(to: int, source: int, nbytes: int) -> None:
-        intrinsics.copy_past_cache(to, source, nbytes)
+        intrinsics.copy_nontemporal(to, source, nbytes)
 
     source = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
     for shift in (0, 1, 7, 63):

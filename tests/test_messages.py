@@ -53,7 +53,7 @@ def test_simple_forms(form: Any, elements: int, dtype: str) -> None:
     ],
 )
 def test_vector_forms_are_completed_as_mpi4py_does(form: Any, parts: Any) -> None:
-    assert read(form, "rank 0: call").parts(3) == parts
+    assert read(form, "rank 0: call").blocks(3) == parts
 
 
 def test_a_derived_datatype_is_opaque_but_its_bytes_are_counted() -> None:

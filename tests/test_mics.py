@@ -19,16 +19,16 @@ from hpccomm.algorithms.sharded.groups import (
     check_placement,
     mics,
     partition_groups,
-    per_node,
+    ranks_per_node,
     smallest_partition,
 )
-from hpccomm.algorithms.sharded.units import LossScale, Sharded, adamw, data_parallel, zero
+from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, adamw, data_parallel, zero
 from hpccomm.algorithms.transforms import adam, chain, momentum, scale
 from hpccomm.buckets import Bucket
 from hpccomm.collectives import ring
 from hpccomm.collectives.engine import bind, even_cuts
 from hpccomm.errors import ArgumentError, MismatchError
-from hpccomm.testing.ranks import Meeting, ThreadCommunicator, run_on_ranks, vector
+from hpccomm.testing.ranks import RankGroup, ThreadCommunicator, run_on_ranks, vector
 from hpccomm.transports.threads import Mailboxes, ThreadTransport
 
 GOLDEN = (
@@ -65,7 +65,7 @@ def gradient(unit: str, step: int, micro: int, rank: int, dtype: Any = "f4") -> 
     return {name: (rng.integers(-32, 33, shape) / 16).astype(dtype) for name, shape in LAYERS[unit].items()}
 
 
-def trained(states: Sharded, rank: int, micro_steps: int, steps: int = 3, dtype: Any = "f4") -> dict[str, Any]:
+def run_steps(states: ShardedModel, rank: int, micro_steps: int, steps: int = 3, dtype: Any = "f4") -> dict[str, Any]:
     """The weights by name after some steps; every unit goes forward and backward as in a network."""
     order = list(LAYERS)
     for step in range(steps):
@@ -77,7 +77,7 @@ def trained(states: Sharded, rank: int, micro_steps: int, steps: int = 3, dtype:
                     states.reduce_accumulate(unit, gradient(unit, step, micro, rank, dtype))
                 states.release(unit)
         states.boundary()
-    weights = {f"{unit}.{name}": w.copy() for unit, tensors in states.consolidated() for name, w in tensors.items()}
+    weights = {f"{unit}.{name}": w.copy() for unit, tensors in states.consolidate() for name, w in tensors.items()}
     states.close()
     return weights
 
@@ -90,12 +90,12 @@ def nodes_of(ranks: int, partition: int) -> list[int]:
 # The golden step
 
 
-def golden(states: Sharded, rank: int) -> list[float]:
+def run_golden(states: ShardedModel, rank: int) -> list[float]:
     """Two micro-steps and the boundary."""
     for micro in GOLDEN[rank]:
         states.reduce_accumulate("all", np.array(micro, "f4"))
     states.boundary()
-    ((_, tensors),) = states.consolidated()
+    ((_, tensors),) = states.consolidate()
     return tensors["w"].tolist()
 
 
@@ -110,7 +110,7 @@ def test_the_golden_step() -> None:
             states.reduce_accumulate("all", np.array(micro, "f4"))
             shards.append((states.total / 2).tolist())
         states.boundary()
-        return next(iter(states.consolidated()))[1]["w"].tolist(), shards
+        return next(iter(states.consolidate()))[1]["w"].tolist(), shards
 
     found = run_on_ranks(4, accumulated, [0, 0, 1, 1])
     assert [weights for weights, _ in found] == [[0.375, 1.4375, 2.625, 3.4375, 4.25, 5.0625, 6.25, 6.8125]] * 4
@@ -127,7 +127,7 @@ def test_a_second_hop_in_every_micro_step_is_another_result() -> None:
         states = mics(comm, EIGHT, scale(-0.5), 2)
         for micro in GOLDEN[comm.rank]:
             states.reduce_accumulate("all", np.array(micro, "f4"))
-            states._second(states.part)
+            states._allreduce_shards(states.gradient_shard)
         return (states.total / (2 * 2 * 2)).tolist()
 
     assert run_on_ranks(4, wrong, [0, 0, 1, 1])[0] == [2, 1.875, 1.25, 2.125]
@@ -142,7 +142,7 @@ def test_a_second_hop_of_the_newest_shards_only_is_another_result() -> None:
         earlier = states.total.copy()
         states.total[...] = 0
         states.reduce_accumulate("all", np.array(GOLDEN[comm.rank][1], "f4"))
-        states._second(states.part)
+        states._allreduce_shards(states.gradient_shard)
         return ((earlier + states.total) / (2 * 2 * 2)).tolist()
 
     right = [[1.25, 1.125, 0.75, 1.125], [1.5, 1.875, 1.5, 2.375]]
@@ -159,7 +159,7 @@ def test_a_norm_over_all_ranks_counts_every_copy() -> None:
         for micro in GOLDEN[comm.rank]:
             states.reduce_accumulate("all", np.array(micro, "f4"))
         if world:
-            states._summed = lambda table: sum(comm.allgather(table))  # type: ignore[method-assign]
+            states._sum_over_partition = lambda table: sum(comm.allgather(table))  # type: ignore[method-assign]
         return states.boundary().norm
 
     right, wrong = (run_on_ranks(4, lambda comm, w=w: norm(comm, w), [0, 0, 1, 1])[0] for w in (False, True))
@@ -173,7 +173,7 @@ def test_a_shard_taken_for_a_layer_is_another_result(name: str) -> None:
     def body(comm: Any, whole: bool) -> dict[str, Any]:
         right = OPTIMIZERS[name]
         wrong = lambda bucket, reduce: kinds[name](Bucket({"flat": (bucket.size,)}), 0.1)  # noqa: E731
-        return trained(mics(comm, first_weights(), right if whole else wrong, 2), comm.rank, 1, 1)
+        return run_steps(mics(comm, first_weights(), right if whole else wrong, 2), comm.rank, 1, 1)
 
     right, wrong = (run_on_ranks(4, lambda comm, w=w: body(comm, w), [0, 0, 1, 1])[0] for w in (True, False))
     assert not np.allclose(right["one.w"], wrong["one.w"], rtol=1e-3)
@@ -184,7 +184,7 @@ def test_a_shard_taken_for_a_layer_is_another_result(name: str) -> None:
 def test_the_golden_step_for_every_group_and_stage(partition: int, stage: int) -> None:
     made = run_on_ranks(
         4,
-        lambda comm: golden(mics(comm, EIGHT, scale(-0.5), partition, stage=stage), comm.rank),
+        lambda comm: run_golden(mics(comm, EIGHT, scale(-0.5), partition, stage=stage), comm.rank),
         nodes_of(4, partition),
     )
     assert made == [[0.375, 1.4375, 2.625, 3.4375, 4.25, 5.0625, 6.25, 6.8125]] * 4
@@ -207,8 +207,8 @@ OPTIMIZERS: dict[str, Any] = {
 def test_every_group_takes_the_steps_of_data_parallelism(name: str, micro_steps: int) -> None:
     """fp32, rtol 1e-6 (the sums are exact; norms are summed in another order); the same bits on all ranks."""
 
-    def run(ranks: int, make: Callable[[Any], Sharded], nodes: list[int] | None = None) -> dict[str, Any]:
-        found = run_on_ranks(ranks, lambda comm: trained(make(comm), comm.rank, micro_steps), nodes)
+    def run(ranks: int, make: Callable[[Any], ShardedModel], nodes: list[int] | None = None) -> dict[str, Any]:
+        found = run_on_ranks(ranks, lambda comm: run_steps(make(comm), comm.rank, micro_steps), nodes)
         for other in found[1:]:
             assert all(other[tensor].tobytes() == found[0][tensor].tobytes() for tensor in other)
         return found[0]
@@ -238,7 +238,7 @@ def test_data_parallelism_takes_the_steps_of_one_rank_with_all_gradients() -> No
     for partition in (1, 3):
         found = run_on_ranks(
             ranks,
-            lambda comm, p=partition: trained(mics(comm, first_weights(), scale(-0.5), p), comm.rank, 2, steps),
+            lambda comm, p=partition: run_steps(mics(comm, first_weights(), scale(-0.5), p), comm.rank, 2, steps),
             nodes_of(3, partition),
         )
         assert all(found[0][tensor].tobytes() == weights[tensor].tobytes() for tensor in weights)
@@ -247,10 +247,10 @@ def test_data_parallelism_takes_the_steps_of_one_rank_with_all_gradients() -> No
 # Bytes, memory, and what is called how often
 
 
-class Counted(ThreadCommunicator):
+class RingComm(ThreadCommunicator):
     """Collectives by rings over mailboxes that count bytes."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
+    def __init__(self, meeting: RankGroup, rank: int) -> None:
         super().__init__(meeting, rank)
         mail = meeting.__dict__.setdefault("mail_of_rings", Mailboxes(meeting.size))
         self.transport, self.sent, self.calls = ThreadTransport(mail, rank), Counter[str](), Counter[str]()
@@ -258,7 +258,7 @@ class Counted(ThreadCommunicator):
     def Split(self, color: int = 0, key: int = 0) -> Any:
         """As counted."""
         made = super().Split(color, key)
-        return Counted(made.meeting, made.rank)
+        return RingComm(made.group, made.rank)
 
     def ring(self, name: str, steps: Any, whole: Any) -> None:
         """Run a ring on a vector."""
@@ -268,7 +268,7 @@ class Counted(ThreadCommunicator):
         self.sent[name] += self.transport.mail.bytes_sent[self.rank] - before
         self.calls[name] += 1
 
-    def mine(self, whole: Any) -> Any:
+    def own_block(self, whole: Any) -> Any:
         """This rank's block."""
         return whole.reshape(self.size, -1)[self.rank]
 
@@ -289,13 +289,13 @@ class Counted(ThreadCommunicator):
         self.ring("Allreduce", ring.allreduce, vector(recvbuf))
 
 
-def counted(ranks: int, body: Callable[[Any], Any]) -> list[Any]:
+def run_on_rings(ranks: int, body: Callable[[Any], Any]) -> list[Any]:
     """``body`` on ranks that count."""
-    meeting, found = Meeting(ranks, [0] * ranks, 60.0), [None] * ranks
+    meeting, found = RankGroup(ranks, [0] * ranks, 60.0), [None] * ranks
 
     def one(rank: int) -> None:
         try:
-            found[rank] = body(Counted(meeting, rank))
+            found[rank] = body(RingComm(meeting, rank))
         except BaseException:
             meeting.abort()
             raise
@@ -315,25 +315,25 @@ def test_bytes_of_each_hop_are_those_of_the_formulas(ranks: int, partition: int,
     nbytes, copies = 4 * (240 + 48 + 960), ranks // partition
 
     def body(comm: Any) -> Any:
-        states = Sharded(partition_groups(comm, partition), model, scale(-0.5))
-        made = Counter(states._collect.comm.sent), Counter(states.groups.partition.sent)
+        states = ShardedModel(partition_groups(comm, partition), model, scale(-0.5))
+        made = Counter(states._collect.comm.sent_bytes), Counter(states.groups.partition.sent_bytes)
         for _ in range(micro_steps):
             for unit in ("a", "b", "c", "c", "b", "a"):
                 states.gather(unit)
                 states.release(unit)
             for unit in ("c", "b", "a"):
                 states.reduce_accumulate(unit, np.ones(model[unit]["w"].size, "f4"))
-        assert "Allreduce" not in states.groups.replication.sent
+        assert "Allreduce" not in states.groups.replication.sent_bytes
         states.boundary()
         sent = (
-            states._collect.comm.sent["Allgather"] - made[0]["Allgather"],
-            states.groups.partition.sent["Reduce_scatter"] - made[1]["Reduce_scatter"],
-            states.groups.replication.sent["Allreduce"],
+            states._collect.comm.sent_bytes["Allgather"] - made[0]["Allgather"],
+            states.groups.partition.sent_bytes["Reduce_scatter"] - made[1]["Reduce_scatter"],
+            states.groups.replication.sent_bytes["Allreduce"],
         )
         calls = states.groups.replication.calls["Allreduce"]
         return sent, calls, tuple(hop.wire_bytes for hop in states.hops)
 
-    for sent, calls, told in counted(ranks, body):
+    for sent, calls, told in run_on_rings(ranks, body):
         assert sent == told
         assert sent[0] == 2 * micro_steps * nbytes * (partition - 1) // partition
         assert sent[1] == micro_steps * nbytes * (partition - 1) // partition
@@ -353,9 +353,9 @@ def test_bytes_of_the_stages(stage: int, hops: tuple[int, int]) -> None:
                 states.release("a")
             states.reduce_accumulate("a", np.ones(64, "f4"))
         states.boundary()
-        return states.groups.partition.sent["Reduce_scatter"], [hop.wire_bytes for hop in states.hops]
+        return states.groups.partition.sent_bytes["Reduce_scatter"], [hop.wire_bytes for hop in states.hops]
 
-    for reduced, told in counted(4, body):
+    for reduced, told in run_on_rings(4, body):
         assert reduced == told[1]
         assert told == [hops[0] * 64 * 4 * 3 // 4, hops[1] * 64 * 4 * 3 // 4, 0]
 
@@ -376,7 +376,7 @@ def test_states_take_16_bytes_a_parameter_of_the_partition(dtype: str, partition
     for memory in run_on_ranks(4, body, nodes_of(4, partition)):
         assert memory.states == pytest.approx(16 * parameters / partition, rel=0.05)
         if partition > 1:
-            assert memory.gathered == pytest.approx(2 * unit * kind.itemsize, rel=0.01)
+            assert memory.parameters == pytest.approx(2 * unit * kind.itemsize, rel=0.01)
 
 
 @pytest.mark.mpi(sizes=(4,))
@@ -409,13 +409,13 @@ def test_real_ranks_take_the_steps_of_threads(comm: Any) -> None:
     for partition in {1, comm.size}:
         for dtype in ("f4", "f2", ml_dtypes.bfloat16):
             groups = partition_groups(comm, partition)
-            states = Sharded(groups, first_weights(), OPTIMIZERS["adamw"], dtype=dtype)
-            found = trained(states, comm.rank, 2, dtype=dtype)
+            states = ShardedModel(groups, first_weights(), OPTIMIZERS["adamw"], dtype=dtype)
+            found = run_steps(states, comm.rank, 2, dtype=dtype)
             if comm.rank == 0:
                 wanted = run_on_ranks(
                     comm.size,
-                    lambda ranks, p=partition, dtype=dtype: trained(
-                        Sharded(partition_groups(ranks, p), first_weights(), OPTIMIZERS["adamw"], dtype=dtype),
+                    lambda ranks, p=partition, dtype=dtype: run_steps(
+                        ShardedModel(partition_groups(ranks, p), first_weights(), OPTIMIZERS["adamw"], dtype=dtype),
                         ranks.rank,
                         2,
                         dtype=dtype,
@@ -473,7 +473,7 @@ def test_the_group_is_the_node_where_nothing_is_said() -> None:
     sizes = run_on_ranks(6, lambda comm: mics(comm, first_weights(), scale(-1.0)).ranks, [0, 0, 0, 1, 1, 1])
     assert sizes == [3] * 6
     with pytest.raises(ArgumentError, match="nodes of 1 to 2 ranks: pass partition_size"):
-        per_node(0, np.array([0, 0, 1]))
+        ranks_per_node(0, np.array([0, 0, 1]))
 
 
 def test_the_smallest_partition_that_fits() -> None:
@@ -497,8 +497,8 @@ def test_groups_of_whole_nodes_take_the_steps_of_flat_ones(ranks: int, size: int
     def body(comm: Any, **how: Any) -> Any:
         states = mics(comm, first_weights(), OPTIMIZERS["adamw"], size, dtype=dtype, **how)
         return (
-            trained(states, comm.rank, 2, 2, dtype),
-            states._collect.how,
+            run_steps(states, comm.rank, 2, 2, dtype),
+            states._collect.kwargs,
             tuple(hop.wire_bytes for hop in states.hops),
         )
 
@@ -518,9 +518,9 @@ def test_real_ranks_on_two_nodes_take_the_steps_of_threads(comm: Any, monkeypatc
     nodes = Communicator(comm.Dup())
     for dtype in ("f4", "f2"):
         states = mics(nodes, first_weights(), OPTIMIZERS["adamw"], 4, dtype=dtype)
-        found = trained(states, comm.rank, 2, dtype=dtype)
+        found = run_steps(states, comm.rank, 2, dtype=dtype)
         make = lambda each, d=dtype: mics(each, first_weights(), OPTIMIZERS["adamw"], 4, dtype=d)  # noqa: E731
-        wanted = run_on_ranks(4, lambda each, m=make, d=dtype: trained(m(each), each.rank, 2, dtype=d), [0, 0, 1, 1])
+        wanted = run_on_ranks(4, lambda each, m=make, d=dtype: run_steps(m(each), each.rank, 2, dtype=d), [0, 0, 1, 1])
         assert all(found[name].tobytes() == wanted[0][name].tobytes() for name in found)
     nodes.Free()
 
@@ -534,7 +534,7 @@ def test_only_groups_of_several_nodes_of_several_ranks_take_two_levels(size: int
         return states._reduce
 
     for reduce in run_on_ranks(4, body, [rank // each for rank in range(4)]):
-        assert reduce.how == ({"algorithm": "hierarchical"} if size > each > 1 else {})
+        assert reduce.kwargs == ({"algorithm": "hierarchical"} if size > each > 1 else {})
 
 
 # Precision
@@ -554,7 +554,7 @@ def test_gradients_of_16_bits_are_added_in_32(dtype: str, stage: int) -> None:
             states.reduce_accumulate("a", np.full(5, 2048 if comm.rank == 0 else 1, kind))
             states.release("a")
         states.boundary()
-        return next(iter(states.consolidated()))[1]["w"].tolist()
+        return next(iter(states.consolidate()))[1]["w"].tolist()
 
     assert run_on_ranks(3, body) == [(np.full(5, -4100, "f4") / np.float32(6)).tolist()] * 3
 
@@ -564,7 +564,7 @@ def test_gathered_parameters_are_the_masters_rounded_once() -> None:
 
     def body(comm: Any) -> Any:
         states = mics(comm, model, scale(-1.0), 2, dtype="f2")
-        return states.gather("a")["w"].copy(), next(iter(states.consolidated()))[1]["w"]
+        return states.gather("a")["w"].copy(), next(iter(states.consolidate()))[1]["w"]
 
     for gathered, kept in run_on_ranks(4, body):
         with np.errstate(over="ignore"):
@@ -586,7 +586,7 @@ def test_an_overflow_anywhere_leaves_the_step_out_everywhere(bad: float, culprit
                 given[6] = bad
             states.reduce_accumulate("all", given)
             found.append((*states.boundary()[1:], states.steps, states.state.updates))
-        return found, next(iter(states.consolidated()))[1]["w"].tobytes()
+        return found, next(iter(states.consolidate()))[1]["w"].tobytes()
 
     results = run_on_ranks(4, body, [0, 0, 1, 1])
     assert len({weights for _, weights in results}) == 1
@@ -600,7 +600,7 @@ def test_the_loss_scale_divides_out_exactly() -> None:
         for micro in GOLDEN[comm.rank]:
             states.reduce_accumulate("all", np.array(micro, "f4") * np.float32(value))
         states.boundary()
-        return next(iter(states.consolidated()))[1]["w"].tobytes()
+        return next(iter(states.consolidate()))[1]["w"].tobytes()
 
     one, many = (run_on_ranks(4, lambda comm, v=v: body(comm, v), [0, 0, 1, 1]) for v in (1.0, 4096.0))
     assert one == many
@@ -615,7 +615,7 @@ def test_the_norm_is_that_of_the_mean_gradient_and_clips_it(partition: int) -> N
         states = mics(comm, EIGHT, scale(-1.0), partition, max_norm=1.0)
         for micro in GOLDEN[comm.rank]:
             states.reduce_accumulate("all", np.array(micro, "f4"))
-        return states.boundary().norm, next(iter(states.consolidated()))[1]["w"]
+        return states.boundary().norm, next(iter(states.consolidate()))[1]["w"]
 
     for found, weights in run_on_ranks(4, body, nodes_of(4, partition)):
         assert found == pytest.approx(norm, rel=1e-12)  # sums of eight squares in float64, in another order
@@ -625,7 +625,7 @@ def test_the_norm_is_that_of_the_mean_gradient_and_clips_it(partition: int) -> N
 # Mistakes
 
 
-def refused(body: Callable[[Any], Any], why: str, kind: type[Exception] = ArgumentError, ranks: int = 2) -> None:
+def check_refused(body: Callable[[Any], Any], why: str, kind: type[Exception] = ArgumentError, ranks: int = 2) -> None:
     """All ranks hear of it."""
     found = []
 
@@ -653,21 +653,23 @@ def test_units_gathered_in_different_orders_are_named_and_change_nothing() -> No
         finally:
             assert states.master.tolist() == [4, 4, 4, 4, 6, 6, 6] or states.master.size == 7
             assert set(states.master.tolist()) == {4, 6}
-            states.courier.shutdown()
+            states.prefetcher.shutdown()
 
-    refused(
+    check_refused(
         lambda comm: body(comm, "bac"),
         "call 1 of this step was 'gather b' on place 1 of the partition group, 'gather a' on place 0",
         MismatchError,
     )
-    refused(lambda comm: body(comm, "cba"), "gathers unit '[ac]' as call 1 of this step: .*same order", MismatchError)
+    check_refused(
+        lambda comm: body(comm, "cba"), "gathers unit '[ac]' as call 1 of this step: .*same order", MismatchError
+    )
 
 
 @pytest.mark.mpi(sizes=(4,))
 def test_real_ranks_that_gather_in_different_orders_are_named_too(comm: Any) -> None:
     """Ranks of two groups; nobody hangs."""
     model = {name: {"w": np.full((4,), 1, "f4")} for name in "ab"}
-    states = Sharded(partition_groups(comm, 2), model, scale(-1.0))
+    states = ShardedModel(partition_groups(comm, 2), model, scale(-1.0))
     for unit in "ba" if comm.rank % 2 else "ab":
         states.gather(unit)
         states.release(unit)
@@ -679,7 +681,7 @@ def test_real_ranks_that_gather_in_different_orders_are_named_too(comm: Any) -> 
 
 
 def test_mistakes_of_one_call_are_named() -> None:
-    def states_of(comm: Any) -> Sharded:
+    def states_of(comm: Any) -> ShardedModel:
         return zero(comm, first_weights(), scale(-1.0), overlap=False)
 
     def twice(comm: Any) -> None:
@@ -730,7 +732,7 @@ def test_mistakes_of_one_call_are_named() -> None:
         (lambda comm: zero(comm, {"a": {}}, scale(-1.0)), "unit 'a' has no tensors"),
         (lambda comm: zero(comm, [("a", EIGHT["all"])] * 2, scale(-1.0)), "two units are called 'a'"),
     ):
-        refused(body, why)
+        check_refused(body, why)
 
 
 def test_a_unit_smaller_than_the_group_leaves_ranks_with_nothing() -> None:
@@ -745,7 +747,7 @@ def test_a_unit_smaller_than_the_group_leaves_ranks_with_nothing() -> None:
             states.release(unit)
             states.reduce_accumulate(unit, np.full(model[unit]["w"].size, comm.rank, "f4"))
         states.boundary()
-        return sizes, [tensors["w"].tolist() for _, tensors in states.consolidated()]
+        return sizes, [tensors["w"].tolist() for _, tensors in states.consolidate()]
 
     found = run_on_ranks(10, body, [rank // 5 for rank in range(10)])
     assert [size for size, _ in found] == [1, 1, 0, 0, 0] * 2

@@ -11,7 +11,7 @@ from test_sparse import SIZES, Counting
 
 from hpccomm import Communicator
 from hpccomm.collectives.compressed import onebit
-from hpccomm.collectives.compressed.sparse import hierarchical
+from hpccomm.collectives.compressed.sparse import hierarchical_allreduce
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 
@@ -43,7 +43,7 @@ def test_the_worked_example_in_two_phases() -> None:
     np.testing.assert_array_equal(s1, vector(".138671875 .076171875 -.251953125 -.037109375"))
 
 
-def brought(rank: int, n: int, step: int = 0) -> np.ndarray:
+def contribution(rank: int, n: int, step: int = 0) -> np.ndarray:
     """Gaussians; rank 1 brings zeros."""
     return (np.random.default_rng([rank, n, step]).normal(size=n) * (rank != 1)).astype(F32)
 
@@ -59,8 +59,8 @@ def test_means_add_up_to_what_was_brought_less_the_errors(size: int) -> None:
             total = np.zeros(n, np.float64)
             for step in range(20):
                 counting = Counting(comm)
-                got = onebit.onebit_allreduce(counting, brought(comm.rank, n, step), worker, server)
-                assert got.bytes_sent == counting.sent
+                got = onebit.onebit_allreduce(counting, contribution(comm.rank, n, step), worker, server)
+                assert got.bytes_sent == counting.sent_bytes
                 total += got.mean
             found[n] = total, worker, server
         return found
@@ -68,7 +68,7 @@ def test_means_add_up_to_what_was_brought_less_the_errors(size: int) -> None:
     ranks = run_on_ranks(size, steps)
     for n in (0, 1, 7, 8, 9, 100):
         assert len({rank[n][0].tobytes() for rank in ranks}) == 1
-        given = sum(brought(rank, n, step) for rank in range(size) for step in range(20)) / size
+        given = sum(contribution(rank, n, step) for rank in range(size) for step in range(20)) / size
         left = sum(rank[n][1] for rank in ranks) / size + np.concatenate([rank[n][2] for rank in ranks])
         np.testing.assert_allclose(ranks[0][n][0] + left, given, atol=2e-5)
 
@@ -76,7 +76,7 @@ def test_means_add_up_to_what_was_brought_less_the_errors(size: int) -> None:
 def test_a_rank_sends_a_bit_for_each_element_of_the_others_parts_twice() -> None:
     n, size = 8000, 4
     sent = run_on_ranks(
-        size, lambda comm: onebit.onebit_allreduce(comm, brought(comm.rank, n), *errors(n, comm)).bytes_sent
+        size, lambda comm: onebit.onebit_allreduce(comm, contribution(comm.rank, n), *errors(n, comm)).bytes_sent
     )
     assert sent == [2 * 3 * (2000 // 8 + 4) + 3 * 24] * size
 
@@ -86,11 +86,11 @@ def test_signs_of_all_ranks_are_added_in_rank_order(size: int) -> None:
     n = 77
 
     def mine(rank: int) -> tuple[np.ndarray, float, float]:
-        return np.packbits(brought(rank, n) >= 0), 0.1 * (rank + 1), -0.3 / (rank + 1)
+        return np.packbits(contribution(rank, n) >= 0), 0.1 * (rank + 1), -0.3 / (rank + 1)
 
     want = np.zeros(n, F32)
     for rank in range(size):
-        want += np.where(brought(rank, n) >= 0, F32(mine(rank)[1]), F32(mine(rank)[2]))
+        want += np.where(contribution(rank, n) >= 0, F32(mine(rank)[1]), F32(mine(rank)[2]))
     for got in run_on_ranks(size, lambda comm: onebit.onebit_allgather(comm, *mine(comm.rank), n)):
         np.testing.assert_array_equal(got, want)
 
@@ -117,7 +117,7 @@ def test_what_one_rank_gets_wrong_all_ranks_are_told_and_no_error_is_touched(cha
         assert "rank 2" in str(refused.value)
         np.testing.assert_array_equal(worker, 1)
         np.testing.assert_array_equal(server, 1)
-        return counting.sent
+        return counting.sent_bytes
 
     assert run_on_ranks(3, call) == [2 * 24] * 3
 
@@ -135,15 +135,15 @@ def test_in_the_node_dense_between_nodes_one_bit() -> None:
     """Three ranks on one node and two on the other: as two ranks that bring the nodes' sums."""
     n = 33
     nodes = [0, 0, 0, 1, 1]
-    sums = [sum(brought(rank, n) for rank in range(5) if nodes[rank] == node) for node in (0, 1)]
+    sums = [sum(contribution(rank, n) for rank in range(5) if nodes[rank] == node) for node in (0, 1)]
 
     def flat(comm: Any) -> np.ndarray:
         return onebit.onebit_allreduce(comm, sums[comm.rank], *errors(n, comm)).mean
 
     def levels(comm: Any) -> np.ndarray:
-        return hierarchical(
+        return hierarchical_allreduce(
             comm,
-            brought(comm.rank, n),
+            contribution(comm.rank, n),
             lambda leaders, x: onebit.onebit_allreduce(leaders, x, *errors(n, leaders)).mean,
         )
 

@@ -36,7 +36,7 @@ def test_until_the_freeze_it_is_lamb() -> None:
     run_on_ranks(3, body)
 
 
-def written_out(gradients: np.ndarray, freeze: int) -> np.ndarray:
+def run_formulas(gradients: np.ndarray, freeze: int) -> np.ndarray:
     """The weights of one rank after all gradients, by the formulas: b1 = b2 = 0.5, ε = 0.125, λ = 0, γ = 0.1."""
     w, m, v, fresh = WEIGHTS.astype("f8"), *np.zeros((3, 53))
     ratio, factor, sigma = np.ones((3, 4))
@@ -82,7 +82,7 @@ def test_after_the_freeze_it_is_what_the_formulas_say() -> None:
         return steps_of(method, comm, gradients, WEIGHTS)[:2]
 
     weights, state = run_on_ranks(1, body)[0]
-    np.testing.assert_allclose(weights, written_out(gradients, 4), atol=1e-4)
+    np.testing.assert_allclose(weights, run_formulas(gradients, 4), atol=1e-4)
     assert np.abs(weights - WEIGHTS).max() > 0.1
     assert not np.array_equal(state.factors, np.ones(4))
 

@@ -17,7 +17,7 @@ from hpccomm.algorithms.parameter_server import (
     ParameterServer,
     Push,
     ServerReport,
-    packed,
+    pack_message,
     rules_of,
     timeline,
 )
@@ -316,7 +316,7 @@ def test_a_run_in_two_parts_is_one_run_bit_for_bit(codec: Any) -> None:
 
 def test_a_header_is_32_bytes() -> None:
     assert HEADER.size == 32
-    assert len(packed(PUSH, 1, 2, np.zeros(5, np.uint8))) == 37
+    assert len(pack_message(PUSH, 1, 2, np.zeros(5, np.uint8))) == 37
 
 
 # Mistakes

@@ -10,7 +10,7 @@ from test_compressed_methods import GRADIENTS, numbers, steps_of
 
 from hpccomm.algorithms.checkpoints import load_state_dict, state_dict
 from hpccomm.algorithms.exchange import allreduce_bytes, synchronous_sgd
-from hpccomm.algorithms.power_sgd import LEAST_SAVING, layout, powersgd
+from hpccomm.algorithms.power_sgd import LEAST_SAVING, powersgd, split_matrices
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
@@ -51,10 +51,10 @@ def test_the_worked_example_with_errors_of_ones_own_factors(monkeypatch: pytest.
 
 
 def test_tensors_that_would_not_shrink_stay_whole() -> None:
-    found = layout(BUCKET, 2)
-    assert [place.shape for place in found.thin] == [(16, 12), (8, 16)]
+    found = split_matrices(BUCKET, 2)
+    assert [place.shape for place in found.matrices] == [(16, 12), (8, 16)]
     assert [BUCKET.table[k].offset for k in (1, 3)] == [place.start for place in found.dense]
-    assert all(2 * sum(place.shape) * LEAST_SAVING < place.shape[0] * place.shape[1] for place in found.thin)
+    assert all(2 * sum(place.shape) * LEAST_SAVING < place.shape[0] * place.shape[1] for place in found.matrices)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -76,8 +76,8 @@ def test_what_is_applied_and_what_is_kept_are_all_gradients(size: int, local: bo
     assert len({each[2].factors.tobytes() for each in found}) == 1
     given = sum(each[1] for each in found) / size
     left = sum(each[2].residual.astype("f8") for each in found) / size
-    places = layout(BUCKET, 2)
-    for place in places.thin:
+    places = split_matrices(BUCKET, 2)
+    for place in places.matrices:
         np.testing.assert_allclose(
             found[0][0][place.inside] + left[place.error], given[place.inside], atol=steps * 4 * 2.0**-18
         )

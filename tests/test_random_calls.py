@@ -29,7 +29,7 @@ class Draw:
     def __init__(self, *seed: int) -> None:
         self.random = np.random.default_rng(seed)
 
-    def of(self, choices: Any) -> Any:
+    def pick(self, choices: Any) -> Any:
         return choices[int(self.random.integers(len(choices)))]
 
     def length(self) -> int:
@@ -66,7 +66,7 @@ def one_call(comm: Communicator, draw: Draw, registered: Any) -> None:
     n, root, in_place = draw.length(), int(draw.random.integers(p)) if p > 1 else 0, draw.random.random() < 0.5
     kind = draw.of(("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier"))
     algorithm = draw.of(comm.algorithms(kind)) if draw.random.random() < 0.3 and kind != "barrier" else None
-    a, want = verifiable.operand(me, p, n, dtype, op), verifiable.expected(p, n, dtype, op)
+    a, want = verifiable.operand(me, p, n, dtype, op), verifiable.reduction(p, n, dtype, op)
     b = memory(draw, registered, n, dtype)
     b[...] = 0
     if kind == "allreduce":
@@ -101,7 +101,7 @@ def one_call(comm: Communicator, draw: Draw, registered: Any) -> None:
         comm.Barrier()
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes of this process in memory."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -117,8 +117,8 @@ def test_random_calls_are_right_and_leave_nothing_behind(comm: Communicator, poo
         one_call(pool.comms[which], draw, pool.registered[which])
         if k == CALLS // 2:
             gc.collect()
-            middle, files = resident(), len(os.listdir("/proc/self/fd"))
+            middle, files = resident_bytes(), len(os.listdir("/proc/self/fd"))
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= files
-    assert resident() - middle < 64 << 20, "bound calls are bounded in number, and their memory with them"
+    assert resident_bytes() - middle < 64 << 20, "bound calls are bounded in number, and their memory with them"
     assert {name for name in os.listdir("/dev/shm") if name.startswith("hpccomm")} <= names

@@ -15,85 +15,86 @@ from mpi4py import MPI
 
 import hpccomm
 from hpccomm import ArgumentError, Communicator
-from hpccomm.kernels.reproducible import exponents, joined, limbs, split
+from hpccomm.kernels.reproducible import exponents, join, limbs, split
 
 FLOATS = (np.dtype("f2"), np.dtype(ml_dtypes.bfloat16), np.dtype("f4"), np.dtype("f8"))
-PIECES = 12
+ADDENDS = 12
 """Vectors to be added, dealt out over the ranks."""
 N = 501
 
 
-def piece(k: int, dtype: Any) -> Any:
+def addend(k: int, dtype: Any) -> Any:
     """Of all magnitudes, so that the order of an ordinary sum shows."""
     drawn = np.random.default_rng(k)
     return (drawn.standard_normal(N) * np.exp2(drawn.integers(-9, 9, N))).astype(dtype)
 
 
-def exact(values: list[float]) -> Fraction:
+def exact_sum(values: list[float]) -> Fraction:
     return sum((Fraction(value) for value in values), Fraction(0))
 
 
-def added(values: list[float], dtype: Any = "f8") -> float:
+def reproducible_sum(values: list[float], dtype: Any = "f8") -> float:
     """By the module's functions, one vector of one element a value."""
     vectors = [np.array([value], "f8") for value in values]
     e = np.max([exponents(each) for each in vectors], axis=0)
-    return float(joined(sum(split(each, e, limbs(dtype)) for each in vectors), e)[0])
+    return float(join(sum(split(each, e, limbs(dtype)) for each in vectors), e)[0])
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=30), st.randoms())
 def test_single_precision_is_added_nearly_exactly_and_in_any_order(values: list[float], random: Any) -> None:
     """Every operand is rounded once to 46 bits below the largest, and the sum once: so much may be missing."""
-    total = added(values, "f4")
+    total = reproducible_sum(values, "f4")
     random.shuffle(values)
-    assert added(values, "f4") == total
+    assert reproducible_sum(values, "f4") == total
     largest = max(abs(value) for value in values)
     assert (
-        abs(Fraction(total) - exact(values)) <= Fraction(largest) * len(values) / 2**46 + abs(Fraction(total)) / 2**52
+        abs(Fraction(total) - exact_sum(values))
+        <= Fraction(largest) * len(values) / 2**46 + abs(Fraction(total)) / 2**52
     )
 
 
 @given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=30), st.randoms())
 def test_double_precision_is_added_nearly_exactly_and_in_any_order(values: list[float], random: Any) -> None:
-    total = added(values)
+    total = reproducible_sum(values)
     random.shuffle(values)
-    assert added(values) == total
+    assert reproducible_sum(values) == total
     largest = max(abs(value) for value in values)
     slack = Fraction(largest) * len(values) / 2**91 + abs(Fraction(total)) / 2**51 + Fraction(5e-324)
-    assert abs(Fraction(total) - exact(values)) <= slack
+    assert abs(Fraction(total) - exact_sum(values)) <= slack
 
 
 def test_what_cancels_is_gone_and_what_is_small_stays() -> None:
-    assert added([1e20, 1.0, -1e20]) == 1.0
-    assert added([0.0, -0.0]) == 0.0
-    assert added([5e-324, 5e-324]) == 1e-323
-    assert added([1.5]) == 1.5
-    assert added([math.inf, 1.0]) == math.inf
-    assert added([-math.inf] * 3) == -math.inf
-    assert math.isnan(added([math.inf, -math.inf]))
-    assert math.isnan(added([math.nan, 1.0]))
-    assert added([1.7e308, 1.7e308]) == math.inf
+    assert reproducible_sum([1e20, 1.0, -1e20]) == 1.0
+    assert reproducible_sum([0.0, -0.0]) == 0.0
+    assert reproducible_sum([5e-324, 5e-324]) == 1e-323
+    assert reproducible_sum([1.5]) == 1.5
+    assert reproducible_sum([math.inf, 1.0]) == math.inf
+    assert reproducible_sum([-math.inf] * 3) == -math.inf
+    assert math.isnan(reproducible_sum([math.inf, -math.inf]))
+    assert math.isnan(reproducible_sum([math.nan, 1.0]))
+    assert reproducible_sum([1.7e308, 1.7e308]) == math.inf
 
 
-def dealt(comm: Communicator, dtype: Any, turn: int) -> Any:
+def own_addend(comm: Communicator, dtype: Any, turn: int) -> Any:
     """This rank's piece of an order; those that have none bring zeros."""
     order = np.random.default_rng(turn).permutation(comm.size)
-    return piece(int(order[comm.rank]), dtype) if order[comm.rank] < PIECES else np.zeros(N, dtype)
+    return addend(int(order[comm.rank]), dtype) if order[comm.rank] < ADDENDS else np.zeros(N, dtype)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_bits_do_not_depend_on_who_brings_what_nor_on_the_algorithm(comm: Communicator, dtype: Any) -> None:
-    parts = [piece(k, dtype).astype("f8") for k in range(comm.size)]
+    parts = [addend(k, dtype).astype("f8") for k in range(comm.size)]
     e = np.max([exponents(each) for each in parts], axis=0)
-    want = joined(sum(split(each, e, limbs(dtype)) for each in parts), e)
+    want = join(sum(split(each, e, limbs(dtype)) for each in parts), e)
     want = want.astype("f4").astype(dtype) if dtype.itemsize == 2 else want.astype(dtype)
     for turn, algorithm in enumerate(comm.algorithms("allreduce")):
-        a, chosen = dealt(comm, dtype, turn), Communicator(comm, algorithm)
+        a, chosen = own_addend(comm, dtype, turn), Communicator(comm, algorithm)
         chosen.Allreduce(a, b := np.empty(N, dtype), reproducible=True)
         assert b.tobytes() == want.tobytes(), algorithm
-        assert a.tobytes() == dealt(comm, dtype, turn).tobytes()
+        assert a.tobytes() == own_addend(comm, dtype, turn).tobytes()
         for _ in range(2):
-            a = dealt(comm, dtype, turn)
+            a = own_addend(comm, dtype, turn)
             chosen.Allreduce(MPI.IN_PLACE, a, reproducible=True)
             assert a.tobytes() == want.tobytes(), algorithm
         chosen.context.close()
@@ -103,7 +104,7 @@ def test_bits_do_not_depend_on_who_brings_what_nor_on_the_algorithm(comm: Commun
 def test_ranks_that_bring_nothing_do_not_show(comm: Communicator) -> None:
     """The sum over two ranks, and over all."""
     pair = comm.Split(0 if comm.rank < 2 else MPI.UNDEFINED)
-    a = piece(comm.rank, "f4") if comm.rank < 2 else np.zeros(N, "f4")
+    a = addend(comm.rank, "f4") if comm.rank < 2 else np.zeros(N, "f4")
     comm.Allreduce(a, whole := np.empty(N, "f4"), reproducible=True)
     if pair != MPI.COMM_NULL:
         pair.Allreduce(a, two := np.empty(N, "f4"), reproducible=True)
@@ -115,9 +116,9 @@ def test_ranks_that_bring_nothing_do_not_show(comm: Communicator) -> None:
 @pytest.mark.parametrize("dtype", ["f4", "c16"])
 def test_the_other_reductions_give_the_same_bits(comm: Communicator, dtype: str) -> None:
     p, me, n = comm.size, comm.rank, N // comm.size * comm.size
-    a = piece(me, "f8").astype(dtype)[:n]
+    a = addend(me, "f8").astype(dtype)[:n]
     if dtype == "c16":
-        a += 1j * piece(me + 50, "f8")[:n]
+        a += 1j * addend(me + 50, "f8")[:n]
     comm.Allreduce(a, want := np.empty(n, dtype), reproducible=True)
     for root in (0, p - 1):
         comm.Reduce(a, b := np.zeros(n, dtype) if me == root else None, root=root, reproducible=True)

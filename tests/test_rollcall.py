@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 
 from hpccomm.calls import consistency
-from hpccomm.calls.consistency import RollCall
-from hpccomm.calls.fingerprint import UNKNOWN, Signature, complaint, decode, differs
+from hpccomm.calls.consistency import ConsistencyTable
+from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint, decode, first_difference, mismatch_message
 from hpccomm.errors import MismatchError
 
-SUM = Signature("Allreduce", "sum", "8", "float32", "", "C", "")
+SUM = Fingerprint("Allreduce", "sum", "8", "float32", "", "C", "")
 
 
 @pytest.fixture
-def node() -> Iterator[Callable[[int], list[RollCall]]]:
+def node() -> Iterator[Callable[[int], list[ConsistencyTable]]]:
     """A table of p ranks; closed afterwards, or the watchdog would end a rank that is left inside a call."""
-    made: list[RollCall] = []
+    made: list[ConsistencyTable] = []
 
-    def table(p: int) -> list[RollCall]:
+    def table(p: int) -> list[ConsistencyTable]:
         memory = bytearray(consistency.bytes_needed(p))
-        made.extend(RollCall(memory, tuple(range(p)), me) for me in range(p))
+        made.extend(ConsistencyTable(memory, tuple(range(p)), me) for me in range(p))
         return made
 
     yield table
@@ -31,7 +31,7 @@ def node() -> Iterator[Callable[[int], list[RollCall]]]:
         roll.close()
 
 
-Table = Callable[[int], list[RollCall]]
+Table = Callable[[int], list[ConsistencyTable]]
 
 
 def test_equal_calls_pass_in_any_order(node: Table) -> None:
@@ -108,17 +108,17 @@ def test_words_that_nobody_can_compare_are_no_mismatch(node: Table) -> None:
 def test_a_rank_that_has_left_makes_a_call_hopeless(node: Table) -> None:
     here, gone = node(2)
     here.enter(here.announce(SUM))
-    assert here.hopeless() is None
+    assert here.deadlock_reason() is None
     gone.mark_left()
-    assert "rank 1 has left the program" in str(here.hopeless())
+    assert "rank 1 has left the program" in str(here.deadlock_reason())
 
 
 def test_missing_ranks_are_those_that_have_not_come(node: Table) -> None:
     rolls = node(3)
     for me in (0, 2):
         rolls[me].enter(rolls[me].announce(SUM))
-    assert rolls[0].missing() == [1]
-    assert rolls[0].current() == "Allreduce(sum, 8 float32) (call 1)"
+    assert rolls[0].missing_ranks() == [1]
+    assert rolls[0].describe_call() == "Allreduce(sum, 8 float32) (call 1)"
 
 
 def test_a_rank_far_ahead_is_not_compared(node: Table) -> None:
@@ -131,16 +131,16 @@ def test_a_rank_far_ahead_is_not_compared(node: Table) -> None:
 
 def test_a_signature_survives_the_table() -> None:
     assert decode(SUM.encode()) == SUM
-    assert 0 <= SUM.word < 2**28
+    assert 0 <= SUM.digest < 2**28
 
 
 def test_signatures_differ_in_one_named_word() -> None:
-    assert differs(SUM, SUM) is None
-    assert differs(SUM, SUM._replace(op="max")) == "op"
+    assert first_difference(SUM, SUM) is None
+    assert first_difference(SUM, SUM._replace(op="max")) == "op"
 
 
 def test_a_complaint_groups_ranks_by_call() -> None:
-    text = complaint({0: SUM, 1: SUM, 2: SUM._replace(dtype="int32"), 3: None}, 0)
+    text = mismatch_message({0: SUM, 1: SUM, 2: SUM._replace(dtype="int32"), 3: None}, 0)
     assert text == (
         "ranks 0, 1 called Allreduce(sum, 8 float32), rank 2 called Allreduce(sum, 8 int32), "
         "rank 3 called something else: cast before the call (noticed by rank 0)"

@@ -15,7 +15,7 @@ from test_mics import OPTIMIZERS, first_weights, gradient, nodes_of
 from hpccomm.algorithms.sharded import checkpoints
 from hpccomm.algorithms.sharded.checkpoints import export, load_shards, save_shards
 from hpccomm.algorithms.sharded.groups import mics
-from hpccomm.algorithms.sharded.units import LossScale, Sharded, data_parallel, zero
+from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, data_parallel, zero
 from hpccomm.algorithms.transforms import scale
 from hpccomm.commands import train as command
 from hpccomm.errors import ArgumentError
@@ -26,7 +26,7 @@ from hpccomm.train.layered import deep_network_for
 from hpccomm.train.loop import Epoch, Settings
 from hpccomm.train.sharded import DIVISIONS, Job, Training, account, states_for, train
 
-Make = Callable[[Any], Sharded]
+Make = Callable[[Any], ShardedModel]
 
 
 def text(samples: int = 53) -> Dataset:
@@ -44,7 +44,7 @@ def test_backpropagation_agrees_with_differences_of_the_loss() -> None:
     data, network = text(7), deep_network_for(text(), 3, 2)
 
     def body(comm: Any) -> None:
-        units = {unit: {k: t.astype("f8") for k, t in tensors.items()} for unit, tensors in network.initial(1)}
+        units = {unit: {k: t.astype("f8") for k, t in tensors.items()} for unit, tensors in network.initial_weights(1)}
         states = zero(comm, units, scale(-1.0))
 
         def loss() -> float:
@@ -74,7 +74,7 @@ def run(comm: Any, job: Job, epochs: int = 2) -> tuple[list[Epoch], dict[str, An
     found = (
         train(training),
         account(training),
-        b"".join(tensor.tobytes() for _, tensors in training.states.consolidated() for tensor in tensors.values()),
+        b"".join(tensor.tobytes() for _, tensors in training.states.consolidate() for tensor in tensors.values()),
     )
     training.states.close()
     return found
@@ -114,7 +114,7 @@ def test_the_account_is_memory_and_bytes_of_each_hop() -> None:
     assert 16 * ours[0]["parameters"] / division <= ours[0]["memory"]["states"] <= 8 * ours[0]["parameters"] * padding
 
 
-class Interrupted(ShardFolder):
+class InterruptedFolder(ShardFolder):
     """Is told to stop after the fourth step."""
 
     def asked(self) -> bool:
@@ -133,7 +133,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(partition: int, tmp_path: Pa
         training = Training(comm, data, network, states_for(comm, network, settings, job), settings, 2)
         keeper = kind and kind(comm, tmp_path, "run", {"lr": 0.01})
         epochs = train(training, keeper=keeper)
-        found = epochs, np.concatenate([t.ravel() for _, u in training.states.consolidated() for t in u.values()])
+        found = epochs, np.concatenate([t.ravel() for _, u in training.states.consolidate() for t in u.values()])
         training.states.close()
         return found
 
@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(partition: int, tmp_path: Pa
     whole = run_on_ranks(4, lambda comm: body(comm, None, 2, settings), [0, 0, 1, 1])[0]
     halves = [
         run_on_ranks(4, lambda comm, k=k, p=p: body(comm, k, p, settings), nodes_of(4, p))[0]
-        for k, p in ((Interrupted, 2), (ShardFolder, partition))
+        for k, p in ((InterruptedFolder, 2), (ShardFolder, partition))
     ]
     assert [len(epochs) for epochs, _ in halves] == [1, 2]
     if partition == 2:
@@ -155,7 +155,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(partition: int, tmp_path: Pa
 # On disk
 
 
-def steps(states: Sharded, rank: int, first: int, count: int) -> None:
+def run_steps(states: ShardedModel, rank: int, first: int, count: int) -> None:
     """Some steps of two micro-steps with gradients that depend on all of these; sums are exact."""
     for step in range(first, first + count):
         for micro in range(2):
@@ -164,12 +164,12 @@ def steps(states: Sharded, rank: int, first: int, count: int) -> None:
         states.boundary()
 
 
-def weights_of(states: Sharded) -> dict[str, Any]:
+def weights_of(states: ShardedModel) -> dict[str, Any]:
     """By name."""
-    return {f"{unit}.{name}": w.copy() for unit, tensors in states.consolidated() for name, w in tensors.items()}
+    return {f"{unit}.{name}": w.copy() for unit, tensors in states.consolidate() for name, w in tensors.items()}
 
 
-READERS: dict[str, tuple[int, int, Callable[..., Sharded]]] = {
+READERS: dict[str, tuple[int, int, Callable[..., ShardedModel]]] = {
     "the same": (4, 2, mics),
     "other partitions": (4, 4, mics),
     "partitions of one": (4, 1, mics),
@@ -181,12 +181,12 @@ READERS: dict[str, tuple[int, int, Callable[..., Sharded]]] = {
 }
 
 
-def saved(tmp_path: Path, optimizer: Any = OPTIMIZERS["adamw"], at: int = 2) -> None:
+def save_run(tmp_path: Path, optimizer: Any = OPTIMIZERS["adamw"], at: int = 2) -> None:
     """Steps of four ranks in groups of two, then files."""
 
     def body(comm: Any) -> None:
         states = mics(comm, first_weights(), optimizer, 2, loss_scale=LossScale(4.0, 9))
-        steps(states, comm.rank, 0, at)
+        run_steps(states, comm.rank, 0, at)
         save_shards(tmp_path, "run", states, told={"epoch": at})
 
     run_on_ranks(4, body, [0, 0, 1, 1])
@@ -203,15 +203,15 @@ def test_any_number_of_ranks_goes_on_bit_for_bit(reader: str, tmp_path: Path) ->
             assert load_shards(tmp_path, "run", states)["told"] == {"epoch": 2}
             assert (states.steps, states.loss_scale) == (2, LossScale(4.0, 9, 2))
         else:
-            steps(states, comm.rank, 0, 2)
+            run_steps(states, comm.rank, 0, 2)
         states.loss_scale = LossScale()
         gathered = states.gather("one")["w"].tobytes()
         states.release("one")
         assert gathered == weights_of(states)["one.w"].tobytes()
-        steps(states, comm.rank, 2, 2)
+        run_steps(states, comm.rank, 2, 2)
         return weights_of(states)
 
-    saved(tmp_path, at=2)
+    save_run(tmp_path, at=2)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "run.json",
         "run.step2.shard0of2.npz",
@@ -232,14 +232,14 @@ def test_the_state_of_every_optimizer_is_kept(optimizer: str, tmp_path: Path) ->
         if load:
             load_shards(tmp_path, "run", states)
         else:
-            steps(states, comm.rank, 0, 2)
+            run_steps(states, comm.rank, 0, 2)
         states.loss_scale = LossScale()
-        steps(states, comm.rank, 2, 2)
+        run_steps(states, comm.rank, 2, 2)
         return weights_of(states)
 
     def written(comm: Any) -> None:
         states = mics(comm, first_weights(), OPTIMIZERS[optimizer], 2)
-        steps(states, comm.rank, 0, 2)
+        run_steps(states, comm.rank, 0, 2)
         save_shards(tmp_path, "run", states)
 
     run_on_ranks(4, written, [0, 0, 1, 1])
@@ -247,7 +247,7 @@ def test_the_state_of_every_optimizer_is_kept(optimizer: str, tmp_path: Path) ->
     assert all(np.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-7) for name in wanted)
 
 
-def refused(tmp_path: Path, why: str, make: Make | None = None) -> None:
+def check_refused(tmp_path: Path, why: str, make: Make | None = None) -> None:
     """Loading raises on all ranks, and changes nothing."""
     make = make or (lambda comm: mics(comm, first_weights(), OPTIMIZERS["adamw"], 2))
     told = []
@@ -268,48 +268,49 @@ def refused(tmp_path: Path, why: str, make: Make | None = None) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_file_that_was_cut_short_is_named(share: float, place: int, tmp_path: Path) -> None:
-    saved(tmp_path)
+    save_run(tmp_path)
     file = tmp_path / f"run.step2.shard{place}of2.npz"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
-    refused(tmp_path, f"load_shards .*rank [0-3]: .*shard{place}of2.npz is no whole file of shards .* cut short")
+    check_refused(tmp_path, f"load_shards .*rank [0-3]: .*shard{place}of2.npz is no whole file of shards .* cut short")
 
 
 def test_a_file_with_a_wrong_byte_is_named(tmp_path: Path) -> None:
     """The archive's checksums tell."""
-    saved(tmp_path)
+    save_run(tmp_path)
     file = tmp_path / "run.step2.shard0of2.npz"
     with np.load(file) as entries:
         place = file.read_bytes().find(entries["weights.1"].tobytes())
     content = bytearray(file.read_bytes())
     content[place + 5] ^= 1
     file.write_bytes(content)
-    refused(tmp_path, "shard0of2.npz is no whole file of shards with weights.1 .*CRC")
+    check_refused(tmp_path, "shard0of2.npz is no whole file of shards with weights.1 .*CRC")
 
 
 def test_a_missing_file_or_note_and_other_models_are_named(tmp_path: Path) -> None:
-    saved(tmp_path)
+    save_run(tmp_path)
     other = {"embedding": {"table": np.ones((7, 4), "f4")}}
-    refused(tmp_path, "saved were units of float32 embedding 21, one 25, gain 1, out 22: load into the same model",
+    check_refused(tmp_path, "saved were units of float32 embedding 21, one 25, gain 1, out 22: load into the same
+    model",
             lambda comm: mics(comm, other, OPTIMIZERS["adamw"], 2))  # fmt: skip
     momentum = lambda comm: mics(comm, first_weights(), OPTIMIZERS["lars"], 2)  # noqa: E731
-    refused(tmp_path, "no whole file of shards with state:velocity.0 .*same optimizer", momentum)
+    check_refused(tmp_path, "no whole file of shards with state:velocity.0 .*same optimizer", momentum)
     (tmp_path / "run.step2.shard1of2.npz").unlink()
-    refused(tmp_path, "shard1of2.npz is no whole file of shards .*No such file")
+    check_refused(tmp_path, "shard1of2.npz is no whole file of shards .*No such file")
     note = tmp_path / "run.json"
     note.write_text(note.read_text()[:40])
-    refused(tmp_path, "run.json is no note of saved shards")
+    check_refused(tmp_path, "run.json is no note of saved shards")
     note.write_text("{}")
-    refused(tmp_path, "run.json is no note of saved shards")
+    check_refused(tmp_path, "run.json is no note of saved shards")
     note.unlink()
-    refused(tmp_path, "run.json is no note of saved shards .*No such file")
+    check_refused(tmp_path, "run.json is no note of saved shards .*No such file")
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_whoever_cannot_write_leaves_the_older_set_whole(
     culprit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved(tmp_path)
+    save_run(tmp_path)
 
     def full(path: Any, **states: Any) -> None:
         if f"shard{culprit}" in str(path):
@@ -321,7 +322,7 @@ def test_whoever_cannot_write_leaves_the_older_set_whole(
     def body(comm: Any) -> None:
         states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 2)
         load_shards(tmp_path, "run", states)
-        steps(states, comm.rank, 2, 1)
+        run_steps(states, comm.rank, 2, 1)
         with pytest.raises(ArgumentError, match=f"save_shards .*: rank {culprit}: No space left"):
             save_shards(tmp_path, "run", states)
         load_shards(tmp_path, "run", states)
@@ -332,7 +333,7 @@ def test_whoever_cannot_write_leaves_the_older_set_whole(
 
 
 def test_an_older_set_goes_when_the_newer_one_is_whole(tmp_path: Path) -> None:
-    saved(tmp_path)
+    save_run(tmp_path)
 
     def body(comm: Any) -> None:
         states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 4)
@@ -358,7 +359,7 @@ def test_nothing_is_saved_between_micro_steps(tmp_path: Path) -> None:
 def test_the_exported_model_is_arrays_by_name(tmp_path: Path) -> None:
     def body(comm: Any) -> Any:
         states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 2)
-        steps(states, comm.rank, 0, 1)
+        run_steps(states, comm.rank, 0, 1)
         export(tmp_path / "model.npz", states)
         return weights_of(states)
 

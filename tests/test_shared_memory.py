@@ -36,7 +36,7 @@ LENGTHS = (0, 1, 2, 5, 12, 13, 1000, 8193, 70001)
 
 
 @contextmanager
-def sharing(comm: MPI.Intracomm, code: str = "compiled") -> Iterator[SharedMemory]:
+def open_memory(comm: MPI.Intracomm, code: str = "compiled") -> Iterator[SharedMemory]:
     shared = SharedMemory(MPI.Intracomm(comm), code)
     yield shared
     shared.close()
@@ -47,13 +47,13 @@ def pattern(n: int, rank: int, dtype: Any = "f4") -> np.ndarray:
     return ((np.arange(n) * 31 + 17 * rank) % 61).astype(dtype)
 
 
-def reduced(n: int, size: int, dtype: Any = "f4", op: str = "sum") -> np.ndarray:
+def pattern_sum(n: int, size: int, dtype: Any = "f4", op: str = "sum") -> np.ndarray:
     out = np.empty(n, dtype)
     reductions.reduce(op, dtype, [pattern(n, q, dtype) for q in range(size)], out)
     return out
 
 
-def fails_together(comm: MPI.Intracomm, kind: type[Exception], act: Any, match: str = "") -> None:
+def check_all_raise(comm: MPI.Intracomm, kind: type[Exception], act: Any, match: str = "") -> None:
     """Every rank raises."""
     try:
         act()
@@ -67,7 +67,7 @@ def fails_together(comm: MPI.Intracomm, kind: type[Exception], act: Any, match: 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
 def test_allreduce_is_exact(comm: MPI.Intracomm, code: str) -> None:
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         for n in LENGTHS:
             x, y = pattern(n, comm.rank), np.zeros(n, "f4")
             plan = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 1)
@@ -75,7 +75,7 @@ def test_allreduce_is_exact(comm: MPI.Intracomm, code: str) -> None:
             for _ in range(2):
                 y[:] = -1
                 plan()
-                assert np.array_equal(y, reduced(n, comm.size)), n
+                assert np.array_equal(y, pattern_sum(n, comm.size)), n
             assert np.array_equal(x, pattern(n, comm.rank))
             in_place()
             assert np.array_equal(x, y), n
@@ -83,16 +83,16 @@ def test_allreduce_is_exact(comm: MPI.Intracomm, code: str) -> None:
 
 @pytest.mark.mpi(sizes=(3,))
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("op", reductions.DEFINED)
+@pytest.mark.parametrize("op", reductions.DTYPES)
 def test_every_operation_and_dtype(comm: MPI.Intracomm, code: str, op: str) -> None:
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         for name in ("i1", "u8", "f4", "f2", "c16", "b1"):
             if not shared.reduces(op, name):
                 continue
             for n in (3, 500, 30000):
                 x = pattern(n, comm.rank, name)
                 shared.bind_allreduce(at(x), at(x), n, name, op, 3)()
-                assert np.array_equal(x, reduced(n, comm.size, name, op)), (op, name, n)
+                assert np.array_equal(x, pattern_sum(n, comm.size, name, op)), (op, name, n)
 
 
 @pytest.mark.mpi
@@ -101,7 +101,7 @@ def test_sums_run_in_rank_order_on_every_rank(comm: MPI.Intracomm) -> None:
     expected = vectors[0].copy()
     for vector in vectors[1:]:
         expected += vector
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         for n in (5, 900, 70001):
             y = np.empty(n)
             x = vectors[comm.rank][:n].copy()
@@ -115,40 +115,40 @@ def test_sums_run_in_rank_order_on_every_rank(comm: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi
 def test_brain_floats_are_summed_in_float32(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         x = reductions.narrow(pattern(3000, comm.rank), "bf16")
         shared.bind_allreduce(at(x), at(x), x.size, "bfloat16", "sum", 1)()
-        assert np.array_equal(x, reductions.narrow(reduced(3000, comm.size), "bf16"))
+        assert np.array_equal(x, reductions.narrow(pattern_sum(3000, comm.size), "bf16"))
 
 
 @pytest.mark.mpi
 def test_results_written_around_the_cache_are_the_same(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         n = 400_003
         x, y = pattern(n, comm.rank), np.zeros(n + 1, "f4")
         shared.bind_allreduce(at(x), at(y[1:]), n, "f4", "sum", 1, past_cache=True)()
-        assert np.array_equal(y[1:], reduced(n, comm.size))
+        assert np.array_equal(y[1:], pattern_sum(n, comm.size))
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
 def test_reduce_is_exact_for_every_root(comm: MPI.Intracomm, code: str) -> None:
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         for root in range(comm.size):
             for n in (1, 300, 70001, 200_003):
                 x, y = pattern(n, comm.rank), np.zeros(n, "f4")
                 recv = at(y) if comm.rank == root else 0
                 shared.bind_reduce(at(x), recv, n, "f4", "sum", root, 4)()
-                assert comm.rank != root or np.array_equal(y, reduced(n, comm.size))
+                assert comm.rank != root or np.array_equal(y, pattern_sum(n, comm.size))
                 recv = at(x) if comm.rank == root else 0
                 shared.bind_reduce(at(x), recv, n, "f4", "sum", root, 5)()
-                assert np.array_equal(x, reduced(n, comm.size) if comm.rank == root else pattern(n, comm.rank))
+                assert np.array_equal(x, pattern_sum(n, comm.size) if comm.rank == root else pattern(n, comm.rank))
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
 def test_reduce_scatter_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: str) -> None:
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         for unit in (0, 1, 700, 60001):
             counts = [unit * (q % 3) + q for q in range(comm.size)]
             cuts = np.cumsum([0, *counts])
@@ -156,16 +156,16 @@ def test_reduce_scatter_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: st
             part = slice(cuts[comm.rank], cuts[comm.rank + 1])
             x, y = pattern(n, comm.rank), np.zeros(counts[comm.rank], "f4")
             shared.bind_reduce_scatter(at(x), at(y), counts, "f4", "sum", 6)()
-            assert np.array_equal(y, reduced(n, comm.size)[part])
+            assert np.array_equal(y, pattern_sum(n, comm.size)[part])
             assert np.array_equal(x, pattern(n, comm.rank))
             shared.bind_reduce_scatter(at(x), at(x), counts, "f4", "sum", 7)()
-            assert np.array_equal(x[: counts[comm.rank]], reduced(n, comm.size)[part])
+            assert np.array_equal(x[: counts[comm.rank]], pattern_sum(n, comm.size)[part])
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
 def test_allgather_is_exact_with_uneven_parts_and_gaps(comm: MPI.Intracomm, code: str) -> None:
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         for unit in (0, 3, 5000, 150_001):
             counts = [unit * (q % 3 + 1) + q for q in range(comm.size)]
             places = [int(place) for place in np.cumsum([1, *(count + 2 for count in counts)])[:-1]]
@@ -184,7 +184,7 @@ def test_allgather_is_exact_with_uneven_parts_and_gaps(comm: MPI.Intracomm, code
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
 def test_bcast_is_exact_from_every_root(comm: MPI.Intracomm, code: str) -> None:
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         for root in range(comm.size):
             for n in (0, 5, 48, 49, 32768, 32769, 1_000_003):
                 x = pattern(n, comm.rank, "u1")
@@ -203,7 +203,7 @@ def test_alltoall_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: str) -> 
     def letter(source: int, to: int, unit: int) -> np.ndarray:
         return pattern(length(source, to, unit), 7 * source + to, "u1")
 
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         for unit in (0, 10, 300_001):
             send_counts, recv_counts = (
                 [length(r, q, unit) for q in range(p)],
@@ -222,7 +222,7 @@ def starts(counts: Sequence[int]) -> list[int]:
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
 def test_nobody_leaves_a_barrier_before_all_have_come(comm: MPI.Intracomm, code: str) -> None:
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         barrier, came = shared.bind_barrier(12), shared.empty(1, "i8")
         came[0] = 0
         comm.Barrier()
@@ -246,7 +246,7 @@ def test_a_thousand_mixed_calls_in_any_order(comm: MPI.Intracomm) -> None:
     """Calls of all kinds and sizes follow each other at once; lines, buffers and slots are never reused too early."""
     rng = np.random.default_rng(comm.size)
     p, r = comm.size, comm.rank
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         registered = shared.empty(50_000, "i4")
         for turn in range(1500):
             kind, root = int(rng.integers(7)), int(rng.integers(p))
@@ -290,7 +290,7 @@ def test_a_thousand_mixed_calls_in_any_order(comm: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi
 def test_a_plan_may_run_thousands_of_times(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         small, large = np.zeros(4, "i8"), np.zeros(20_000, "i8")
         plans = [shared.bind_allreduce(at(x), at(x), x.size, "i8", "max", 1) for x in (small, large)]
         turns = 3000 if comm.size <= 2 else 300
@@ -309,24 +309,24 @@ def test_a_plan_may_run_thousands_of_times(comm: MPI.Intracomm) -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_different_signatures_raise_on_all_ranks_and_the_next_call_is_fine(comm: MPI.Intracomm, code: str) -> None:
     odd = comm.size - 1
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         for n in (4, 1000, 100_000):
             x, y = pattern(n, comm.rank), np.full(n, -1, "f4")
             wrong = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 100 + (comm.rank == odd))
             right = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 7)
             for _ in range(3):
                 y[:] = -1
-                fails_together(comm, MismatchError, wrong, f"local ranks {odd}: 0x65")
-                assert shared.peers_signatures() == [100 + (q == odd) for q in range(comm.size)]
+                check_all_raise(comm, MismatchError, wrong, f"local ranks {odd}: 0x65")
+                assert shared.peer_fingerprints() == [100 + (q == odd) for q in range(comm.size)]
                 assert (y == -1).all()
                 right()
-                assert np.array_equal(y, reduced(n, comm.size))
+                assert np.array_equal(y, pattern_sum(n, comm.size))
 
 
 @pytest.mark.mpi(min_size=2)
 def test_different_calls_are_noticed_even_under_one_signature(comm: MPI.Intracomm) -> None:
     x, y = pattern(9000, comm.rank), np.zeros(9000, "f4")
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         odd = comm.rank == comm.size // 2
         pairs = [
             (shared.bind_barrier(1), shared.bind_bcast(at(y), 9000, 0, 1)),
@@ -355,18 +355,18 @@ def test_different_calls_are_noticed_even_under_one_signature(comm: MPI.Intracom
         ]
         right = shared.bind_allreduce(at(x), at(x), 9000, "f4", "max", 2)
         for usual, other in pairs:
-            fails_together(comm, MismatchError, other if odd else usual)
+            check_all_raise(comm, MismatchError, other if odd else usual)
             assert not y.any()
             right()
-        assert np.array_equal(x, reduced(9000, comm.size, op="max"))
+        assert np.array_equal(x, pattern_sum(9000, comm.size, op="max"))
 
 
 @pytest.mark.mpi(min_size=2)
 def test_the_caller_makes_the_error(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         shared.mismatch = lambda signatures: MismatchError(f"calls {signatures}")
         wrong = shared.bind_barrier(comm.rank)
-        fails_together(comm, MismatchError, wrong, f"calls {list(range(comm.size))}")
+        check_all_raise(comm, MismatchError, wrong, f"calls {list(range(comm.size))}")
 
 
 # Waiting
@@ -376,9 +376,9 @@ def test_the_caller_makes_the_error(comm: MPI.Intracomm) -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_a_late_rank_is_named_while_the_others_wait(comm: MPI.Intracomm, code: str) -> None:
     late = comm.size - 1
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         told: list[tuple[float, list[int]]] = []
-        shared.late = lambda seconds, missing: told.append((seconds, missing))
+        shared.stall_handler = lambda seconds, missing: told.append((seconds, missing))
         for n in (4, 1000, 100_000):
             x = pattern(n, comm.rank)
             plan = shared.bind_allreduce(at(x), at(x), n, "f4", "sum", 1)
@@ -387,7 +387,7 @@ def test_a_late_rank_is_named_while_the_others_wait(comm: MPI.Intracomm, code: s
             if comm.rank == late:
                 time.sleep(0.4)
             plan()
-            assert np.array_equal(x, reduced(n, comm.size))
+            assert np.array_equal(x, pattern_sum(n, comm.size))
             # others may be late as well where cores are few, and the last word may come after the last rank
             assert comm.rank == late or any(missing == [late] and 0.02 < after < 30 for after, missing in told)
 
@@ -402,29 +402,29 @@ def test_a_call_given_up_makes_the_others_raise_instead_of_waiting(comm: MPI.Int
         if comm.rank == 0:
             raise EnoughError
 
-    with sharing(comm, code) as shared:
-        shared.late = give_up
+    with open_memory(comm, code) as shared:
+        shared.stall_handler = give_up
         x = pattern(100_000, comm.rank)
         plan = shared.bind_allreduce(at(x), at(x), x.size, "f4", "sum", 1)
         if comm.rank == comm.size - 1:
             time.sleep(0.5)
         with pytest.raises(EnoughError if comm.rank == 0 else TransportError):
             plan()
-        fails_together(comm, TransportError, plan, "local rank 0 left a collective half done")
-    with sharing(comm, code) as shared:
+        check_all_raise(comm, TransportError, plan, "local rank 0 left a collective half done")
+    with open_memory(comm, code) as shared:
         shared.bind_barrier(1)()
 
 
 @pytest.mark.mpi(sizes=(4,))
 def test_parts_of_a_communicator_work_at_the_same_time(comm: MPI.Intracomm) -> None:
     half = MPI.Intracomm(comm).Split(comm.rank % 2, -comm.rank)
-    with sharing(half) as ours, sharing(comm) as all_ranks:
+    with open_memory(half) as ours, open_memory(comm) as all_ranks:
         for turn in range(50):
             x, y = pattern(30_000, half.rank + turn), pattern(100, comm.rank)
             ours.bind_allreduce(at(x), at(x), x.size, "f4", "sum", turn)()
             all_ranks.bind_allreduce(at(y), at(y), y.size, "f4", "sum", turn)()
             assert np.array_equal(x, sum(pattern(30_000, q + turn) for q in range(half.size)))
-            assert np.array_equal(y, reduced(100, comm.size))
+            assert np.array_equal(y, pattern_sum(100, comm.size))
     half.Free()
 
 
@@ -433,13 +433,13 @@ def test_parts_of_a_communicator_work_at_the_same_time(comm: MPI.Intracomm) -> N
 
 @pytest.mark.mpi
 def test_registered_arrays_give_the_same_bits(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         a, b = shared.empty((7, 9001), "f4"), shared.empty(63_007, "f4")
         assert a.shape == (7, 9001)
         for lo, hi in ((0, 63_007), (5, 5 + 2048), (1, 40_000), (3, 3)):
             a.ravel()[:], b[:] = pattern(63_007, comm.rank), -1
             x, n = a.ravel()[lo:hi], hi - lo
-            expected = reduced(63_007, comm.size)[lo:hi]
+            expected = pattern_sum(63_007, comm.size)[lo:hi]
             shared.bind_allreduce(at(x), at(b), n, "f4", "sum", 1)()  # two allocations: by way of the slots
             assert np.array_equal(b[:n], expected)
             assert (b[n:] == -1).all()
@@ -449,7 +449,7 @@ def test_registered_arrays_give_the_same_bits(comm: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi
 def test_registered_and_ordinary_arrays_may_meet(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         a, b = shared.empty(50_000, "f4"), shared.empty(50_000, "f4")
         for n in (2500, 50_000):
             for turn in range(2 * comm.size):
@@ -457,36 +457,36 @@ def test_registered_and_ordinary_arrays_may_meet(comm: MPI.Intracomm) -> None:
                 x = (a, b, np.empty(50_000, "f4"))[kind][turn : turn + n]
                 x[:] = pattern(x.size, comm.rank)
                 shared.bind_allreduce(at(x), at(x), 2500, "f4", "sum", turn)()
-                assert np.array_equal(x[:2500], reduced(x.size, comm.size)[:2500])
+                assert np.array_equal(x[:2500], pattern_sum(x.size, comm.size)[:2500])
 
 
 @pytest.mark.mpi
 def test_ranks_may_pass_different_places_of_one_registered_array(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         a = shared.empty(100_000, "f4")
         a[:] = -1
         x = a[100 * comm.rank :][:50_000]
         x[:] = pattern(50_000, comm.rank)
         shared.bind_allreduce(at(x), at(x), 50_000, "f4", "sum", 1)()
-        assert np.array_equal(x, reduced(50_000, comm.size))
+        assert np.array_equal(x, pattern_sum(50_000, comm.size))
         assert (a[: 100 * comm.rank] == -1).all()
         assert (a[100 * comm.rank + 50_000 :] == -1).all()
 
 
 @pytest.mark.mpi
 def test_out_of_place_between_parts_of_one_registered_array(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         a = shared.empty((2, 50_000), "f4")
         a[0], a[1] = pattern(50_000, comm.rank), -1
         shared.bind_allreduce(at(a[0]), at(a[1]), 50_000, "f4", "sum", 1)()
         assert np.array_equal(a[0], pattern(50_000, comm.rank))
-        assert np.array_equal(a[1], reduced(50_000, comm.size))
+        assert np.array_equal(a[1], pattern_sum(50_000, comm.size))
 
 
 @pytest.mark.mpi
 def test_a_plan_outlives_its_registered_array_harmlessly(comm: MPI.Intracomm) -> None:
     """A cached plan may find an ordinary array where a registered one was, on some ranks or all."""
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         a = shared.empty(50_000, "f4")
         plan = shared.bind_allreduce(at(a), at(a), a.size, "f4", "sum", 1)
         (allocation,) = shared._registered.values()
@@ -495,12 +495,12 @@ def test_a_plan_outlives_its_registered_array_harmlessly(comm: MPI.Intracomm) ->
                 forget(shared._registered, allocation)
             a[:] = pattern(50_000, comm.rank)
             plan()
-            assert np.array_equal(a, reduced(50_000, comm.size))
+            assert np.array_equal(a, pattern_sum(50_000, comm.size))
 
 
 @pytest.mark.mpi
 def test_a_registered_array_is_forgotten_with_its_last_view(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         a = shared.empty(50_000, "f4")
         (allocation,) = shared._registered.values()
         view = a[100:]
@@ -546,7 +546,7 @@ def test_nothing_leaks(comm: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi
 def test_arrays_outlive_the_transport(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         a = shared.empty(1000)
         a[:] = comm.rank
     assert (a == comm.rank).all()
@@ -554,7 +554,7 @@ def test_arrays_outlive_the_transport(comm: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi(min_size=2)
 def test_a_plan_that_outlives_the_transport_raises(comm: MPI.Intracomm) -> None:
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         plan = shared.bind_barrier(1)
         plan()
     with pytest.raises(TransportError, match="outlived"):
@@ -576,11 +576,11 @@ def test_memory_that_is_not_to_be_had_is_an_error_on_all_ranks(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    fails_together(comm, TransportError, lambda: Segment(node, 1 << 60), "bytes are free")
+    check_all_raise(comm, TransportError, lambda: Segment(node, 1 << 60), "bytes are free")
     if comm.rank != odd:
         monkeypatch.undo()
     before = holdings()
-    fails_together(comm, TransportError, lambda: Segment(node, 1 << 20), f"local rank {odd}: [Errno 28]")
+    check_all_raise(comm, TransportError, lambda: Segment(node, 1 << 20), f"local rank {odd}: [Errno 28]")
     assert holdings() == before
 
 
@@ -588,7 +588,7 @@ def test_pages_are_at_hand_when_the_first_call_comes() -> None:
     if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < (5, 14):
         pytest.skip("this kernel fills page tables only when a page is used: it needs Linux 5.14")
     pages, segment = 512, Segment(MPI.COMM_SELF, 512 * mmap.PAGESIZE)
-    segment.touch()
+    segment.prefault()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     segment.buffer[:: mmap.PAGESIZE] = bytes(pages)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -615,43 +615,43 @@ def test_without_anonymous_files_a_named_one_loses_its_name_at_once(
     """So a job that is killed leaves nothing in /dev/shm."""
     monkeypatch.delattr(os, "memfd_create")
     ours = {name for name in os.listdir("/dev/shm") if name.startswith("hpccomm-")}
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         comm.Barrier()
         assert {name for name in os.listdir("/dev/shm") if name.startswith("hpccomm-")} <= ours
         x = pattern(100_000, comm.rank)
         shared.bind_allreduce(at(x), at(x), x.size, "f4", "sum", 1)()
-        assert np.array_equal(x, reduced(x.size, comm.size))
+        assert np.array_equal(x, pattern_sum(x.size, comm.size))
 
 
 @pytest.mark.mpi
 def test_all_ranks_run_the_same_code_whatever_each_asks_for(comm: MPI.Intracomm) -> None:
-    with sharing(comm, CODES[comm.rank % 2]) as shared:
+    with open_memory(comm, CODES[comm.rank % 2]) as shared:
         assert shared._compiled == (CODES[0] == "compiled")
         x = pattern(10_000, comm.rank)
         shared.bind_allreduce(at(x), at(x), x.size, "f4", "sum", 1)()
-        assert np.array_equal(x, reduced(x.size, comm.size))
+        assert np.array_equal(x, pattern_sum(x.size, comm.size))
 
 
 @pytest.mark.mpi(sizes=(2,))
 def test_where_stores_are_not_ordered_python_refuses(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    fails_together(comm, TransportError, lambda: SharedMemory(MPI.Intracomm(comm), "numpy"), "pip install numba")
+    check_all_raise(comm, TransportError, lambda: SharedMemory(MPI.Intracomm(comm), "numpy"), "pip install numba")
 
 
 @pytest.mark.mpi(min_size=2)
 def test_ranks_learn_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> None:
     """Both ways are tried, the faster one for the slowest rank is taken by all, and results are right throughout."""
     n, rounds = 40_000, 256 + 30
-    with sharing(comm) as shared:
-        x, y, expected = pattern(n, comm.rank), np.zeros(n, "f4"), reduced(n, comm.size)
+    with open_memory(comm) as shared:
+        x, y, expected = pattern(n, comm.rank), np.zeros(n, "f4"), pattern_sum(n, comm.size)
         plan = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 1)
-        lesson = shared._lessons[(4 * n).bit_length()]
+        lesson = shared._tuning[(4 * n).bit_length()]
         for _ in range(rounds):
             y[:] = 0
             plan()
             assert np.array_equal(y, expected)
         assert lesson[kernels.PERIOD // kernels.W] == 256
-        ways = [each // kernels.W for each in (kernels.TIME_CACHED, kernels.TIME_AROUND)]
+        ways = [each // kernels.W for each in (kernels.TIME_CACHED, kernels.TIME_NONTEMPORAL)]
         times = comm.allgather(lesson[ways].tolist())
         slowest = [max(each) for each in zip(*times, strict=True)]
         assert min(min(each) for each in times) > 0
@@ -666,16 +666,16 @@ def test_copies_from_process_to_process(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, system: str, code: str
 ) -> None:
     """Where the system refuses in the middle, all ranks fall back together."""
-    for name in ("ACROSS_BYTES", "ACROSS_BYTES_OF_TWO"):
+    for name in ("SINGLE_COPY_BYTES", "SINGLE_COPY_BYTES_OF_TWO"):
         monkeypatch.setattr(shared_memory, name, dict.fromkeys(("bcast", "allgather", "alltoall"), 10_000))
-    monkeypatch.setattr(shared_memory, "STRETCH_BYTES", 65_536)
+    monkeypatch.setattr(shared_memory, "ALLGATHER_SEGMENT_BYTES", 65_536)
     p, r, n = comm.size, comm.rank, 300_001
-    with sharing(comm, code) as shared:
+    with open_memory(comm, code) as shared:
         if not shared._reaches:
             pytest.skip("this system lets no process read another's memory")
         if system == "refuses" or (system == "refuses one rank" and r == p - 1):
             nobody = 2**22 + 1  # more than Linux ever counts to
-            kernels.store(shared._segment.address + r * shared._region + kernels.PROCESS, nobody)
+            kernels.store(shared._segment.address + r * shared._region + kernels.PID, nobody)
         for root in range(p):
             x = pattern(n, r, "i4")
             plan = shared.bind_bcast(at(x), x.nbytes, root, 1)
@@ -707,7 +707,7 @@ def test_copies_from_process_to_process(
 def test_a_system_that_lets_nobody_in_is_noticed_at_once(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
     if comm.rank == 0:
         monkeypatch.setattr(memory, "pull", lambda *_: -1)
-    with sharing(comm) as shared:
+    with open_memory(comm) as shared:
         assert not shared._reaches
 
 
@@ -716,9 +716,9 @@ def test_short_blocks_take_the_parts_of_a_slot_in_turn() -> None:
     state, slot = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64), 1 << 18
     shared_memory.put(state, kernels.SLOT, slot)
     for block in (1, 4096, 5000, 1 << 16, 1 << 18):
-        part = shared_memory.part_bytes(block, slot)
+        part = shared_memory.slot_stride(block, slot)
         assert min(block, slot) <= part <= slot
-        shared_memory.put(state, kernels.PART, part)
+        shared_memory.put(state, kernels.SLOT_STRIDE, part)
         places = [kernels.slot_of(state.ctypes.data, 0, k) - kernels.SLOTS for k in range(kernels.RING * slot // part)]
         assert [place // slot for place in places] == [k % kernels.RING for k in range(len(places))]
         assert sorted(places) == list(range(0, kernels.RING * slot, part))
@@ -727,18 +727,18 @@ def test_short_blocks_take_the_parts_of_a_slot_in_turn() -> None:
 def test_the_first_trial_comes_when_every_part_of_every_slot_was_used() -> None:
     """Before, nobody's cache holds what is written, and the wrong way looks like the right one."""
     slot = 1 << 18
-    rows = shared_memory.new_lessons(slot).reshape(len(kernels.COLLECTIVES), shared_memory.SIZES, -1)
+    rows = shared_memory.new_tuning_table(slot).reshape(len(kernels.COLLECTIVES), shared_memory.SIZE_CLASSES, -1)
     for name, nbytes in (("allreduce", 16384), ("bcast", 1 << 16), ("reduce", 100_000), ("bcast", 1 << 24)):
         lesson = rows[kernels.COLLECTIVES.index(name), nbytes.bit_length()]
         state, line = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64), np.zeros(kernels.LINE, np.int64)
         shared_memory.put(state, kernels.SLOT, slot)
-        shared_memory.put(state, kernels.PART, shared_memory.part_bytes(nbytes, slot))
+        shared_memory.put(state, kernels.SLOT_STRIDE, shared_memory.slot_stride(nbytes, slot))
         blocks, used = -(-nbytes // slot), set[int]()
         for call in range(300):
-            kernels.begin_lesson(lesson.ctypes.data, line.ctypes.data, state.ctypes.data)
-            if state[kernels.TRIAL // kernels.W]:
+            kernels.begin_probe(lesson.ctypes.data, line.ctypes.data, state.ctypes.data)
+            if state[kernels.PROBE // kernels.W]:
                 break
-            assert state[kernels.AROUND // kernels.W] == (nbytes >= 1 << 16)
+            assert state[kernels.NONTEMPORAL_FILL // kernels.W] == (nbytes >= 1 << 16)
             used |= {kernels.slot_of(state.ctypes.data, 0, call * blocks + k) for k in range(blocks)}
-        size = int(state[kernels.PART // kernels.W])
+        size = int(state[kernels.SLOT_STRIDE // kernels.W])
         assert len(used) == kernels.RING * slot // size, (name, nbytes)

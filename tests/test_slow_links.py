@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.slow_links import Echo, crossing, led
+from benchmarks.slow_links import Echo, break_even_density, leader_exchange
 from hpccomm.algorithms import compressors
 from hpccomm.algorithms.error_feedback import feedback
 from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
@@ -24,7 +24,7 @@ def gradient() -> np.ndarray:
     return np.random.default_rng(3).integers(-9, 10, N).astype(F32)
 
 
-def compressed(comm: Any) -> np.ndarray:
+def run_topk(comm: Any) -> np.ndarray:
     method = feedback(compressors.topk(0.2, exact=True), comm, 0.5)
     state, total = method.init(gradient()), np.zeros(N, F32)
     for _ in range(3):
@@ -33,17 +33,17 @@ def compressed(comm: Any) -> np.ndarray:
     return total
 
 
-def in_phases(comm: Any) -> np.ndarray:
+def run_onebit(comm: Any) -> np.ndarray:
     worker, server = np.zeros(N, F32), np.zeros(server_elements(N, comm.rank, comm.size), F32)
     return onebit_allreduce(comm, np.ones(N, F32) * np.tile([1, -1], N // 2).astype(F32), worker, server).mean
 
 
-def sparse(comm: Any) -> np.ndarray:
+def run_sparse(comm: Any) -> np.ndarray:
     index = np.arange(0, N, 3, dtype=np.uint32)
     return sparse_allreduce(comm, index, gradient()[index], N, algorithm="allgather").total
 
 
-@pytest.mark.parametrize("exchange", [compressed, in_phases, sparse])
+@pytest.mark.parametrize("exchange", [run_topk, run_onebit, run_sparse])
 def test_an_echo_gives_what_ranks_with_equal_gradients_give(exchange: Any) -> None:
     expected = run_on_ranks(4, exchange)
     assert expected[0].any()
@@ -52,7 +52,7 @@ def test_an_echo_gives_what_ranks_with_equal_gradients_give(exchange: Any) -> No
 
 def test_in_two_levels_an_echo_stands_for_the_other_nodes() -> None:
     def exchange(comm: Any) -> Any:
-        method = led(lambda nodes, total: lambda: sparse_sum(nodes, total))
+        method = leader_exchange(lambda nodes, total: lambda: sparse_sum(nodes, total))
         real = method(comm, gradient())()
         half = SimpleNamespace(intra_node=comm.intra_node, inter_node=Echo(0, 3))
         return real, method(half, gradient())()
@@ -67,6 +67,6 @@ def test_in_two_levels_an_echo_stands_for_the_other_nodes() -> None:
 
 
 def test_lines_cross_where_their_logarithms_do() -> None:
-    assert crossing({d: 4 * d for d in (0.01, 0.1, 0.9)}) == pytest.approx(0.25)
-    assert crossing({0.1: 1.0, 0.2: 2.0}) == 0.1
-    assert math.isnan(crossing({0.1: 0.2, 0.2: 0.3}))
+    assert break_even_density({d: 4 * d for d in (0.01, 0.1, 0.9)}) == pytest.approx(0.25)
+    assert break_even_density({0.1: 1.0, 0.2: 2.0}) == 0.1
+    assert math.isnan(break_even_density({0.1: 0.2, 0.2: 0.3}))

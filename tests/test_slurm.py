@@ -17,7 +17,7 @@ from hpccomm.cluster import slurm
 from hpccomm.cluster.nodes import Cluster
 
 JOBS = Path(__file__).parents[1] / "slurm"
-WHY_NOT = clusters.missing() or slurm.missing()
+WHY_NOT = clusters.unavailable_reason() or slurm.unavailable_reason()
 SECONDS = 90.0
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "Slurm is to be had")
@@ -41,15 +41,15 @@ class Site:
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
 
-    def told(self, *command: str, **env: str) -> str:
+    def run(self, *command: str, **env: str) -> str:
         """What a command says on the first node."""
-        done = self.cluster.on(
+        done = self.cluster.run_on(
             "n0", ["env", "-C", str(self.folder), *command], env=env, capture_output=True, text=True, timeout=SECONDS
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return str(done.stdout)
 
-    def submitted(self, job: str, *flags: str, **env: str) -> tuple[str, Path]:
+    def submit(self, job: str, *flags: str, **env: str) -> tuple[str, Path]:
         """Submit a job and wait for its end: what it wrote, and its folder of results."""
         given = {"PYTHON": sys.executable, **env}
         number = self.told(
@@ -117,7 +117,7 @@ def test_tuning_writes_the_table_of_this_site(site: Site) -> None:
 
 def test_the_wrong_mpi_of_srun_is_named_with_its_cure(site: Site) -> None:
     words = ["srun", "--mpi=none", "-N2", "-n4", sys.executable, "-m", "hpccomm", "info"]
-    done = site.cluster.on("n0", words, capture_output=True, text=True, timeout=SECONDS)
+    done = site.cluster.run_on("n0", words, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode != 0
     assert "srun started 4 ranks, but every one of them sees a world of one" in done.stderr
     assert "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2" in done.stderr

@@ -39,7 +39,7 @@ def test_messages_of_nothing_are_gathered() -> None:
 
 
 def test_messages_longer_together_than_one_call_takes_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "LONGEST", 10)
+    monkeypatch.setattr(sparse, "MAX_GATHER_BYTES", 10)
     for got in run_on_ranks(3, lambda comm: sparse.gather_messages(comm, letter(comm.rank))):
         assert_letters(got, 3)
 
@@ -64,8 +64,8 @@ def lengths_over_time(rank: int) -> list[int]:
     return [*lengths, 8 * rank, 0 if rank == 1 else 90, 0, 0, 3]
 
 
-def gathered_over_time(comm: Any) -> None:
-    counting = Counting(comm)
+def gather_over_time(comm: Any) -> None:
+    counting = CountingProxy(comm)
     gather = sparse.MessageGather(counting)
     for step, length in enumerate(lengths_over_time(comm.rank)):
         found, nbytes = gather.gather(((np.arange(length) + step + 31 * comm.rank) % 251).astype(np.uint8))
@@ -81,17 +81,17 @@ def gathered_over_time(comm: Any) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_messages_of_lengths_that_change_from_call_to_call_arrive_whole(size: int) -> None:
-    run_on_ranks(size, gathered_over_time)
+    run_on_ranks(size, gather_over_time)
 
 
 @pytest.mark.mpi(sizes=(2, 3))
 def test_messages_of_lengths_that_change_arrive_whole_over_mpi(comm: Any) -> None:
-    gathered_over_time(Communicator(comm))
+    gather_over_time(Communicator(comm))
 
 
 def test_messages_as_long_as_the_last_ones_travel_in_one_call() -> None:
     def calls(comm: Any) -> list[list[str]]:
-        counting = Counting(comm)
+        counting = CountingProxy(comm)
         gather = sparse.MessageGather(counting)
         found = []
         for length in (100, 100, 105, 90, 200, 200):
@@ -124,7 +124,7 @@ def test_rooms_hold_what_was_longest_and_no_quarter_more(longest: int) -> None:
     assert sparse.room_after(sparse.SHORT_ROOM + 1, room) == 0
 
 
-class Counting:
+class CountingProxy:
     """A communicator that counts what goes through it."""
 
     def __init__(self, comm: Any) -> None:
@@ -164,7 +164,7 @@ def pairs(rank: int, n: int, density: float, scale: float = 1.0) -> tuple[np.nda
     return index, (rng.integers(1, 1000, index.size) * rng.choice([-1, 1], index.size) * scale).astype(np.float32)
 
 
-def in_rank_order(size: int, n: int, density: float, scale: float = 1.0) -> np.ndarray:
+def sum_in_order(size: int, n: int, density: float, scale: float = 1.0) -> np.ndarray:
     total = np.zeros(n, np.float32)
     for rank in range(size):
         index, values = pairs(rank, n, density, scale)
@@ -172,22 +172,22 @@ def in_rank_order(size: int, n: int, density: float, scale: float = 1.0) -> np.n
     return total
 
 
-def dense(n: int, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+def to_dense(n: int, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
     found = np.zeros(n, np.float32)
     found[indices] = values
     return found
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("algorithm", [*sparse.EXACT, "auto"])
+@pytest.mark.parametrize("algorithm", [*sparse.EXACT_ALGORITHMS, "auto"])
 def test_the_sum_is_exact_and_the_bytes_are_those_on_the_transport(size: int, algorithm: str) -> None:
     def check(comm: Any) -> None:
         for n in (0, 1, 7, 9, 1000):
             for density in (0.02, 0.2, 1.0):
-                counting = Counting(comm)
+                counting = CountingProxy(comm)
                 got = sparse.sparse_allreduce(counting, *pairs(comm.rank, n, density), n, algorithm=algorithm)
-                np.testing.assert_array_equal(got.total, in_rank_order(size, n, density))
-                assert got.returned[0].size == 0
+                np.testing.assert_array_equal(got.total, sum_in_order(size, n, density))
+                assert got.remainder[0].size == 0
                 assert got.bytes_sent == counting.sent
 
     run_on_ranks(size, check)
@@ -196,7 +196,7 @@ def test_the_sum_is_exact_and_the_bytes_are_those_on_the_transport(size: int, al
 @pytest.mark.parametrize("algorithm", ["allgather", "split"])
 def test_floats_are_added_in_rank_order(algorithm: str) -> None:
     """0.1 makes every sum round, so another order would show."""
-    want = in_rank_order(7, 500, 0.5, 0.1)
+    want = sum_in_order(7, 500, 0.5, 0.1)
     for got in run_on_ranks(
         7, lambda comm: sparse.sparse_allreduce(comm, *pairs(comm.rank, 500, 0.5, 0.1), 500, algorithm=algorithm)
     ):
@@ -204,9 +204,9 @@ def test_floats_are_added_in_rank_order(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("algorithm", [*sparse.EXACT, *sparse.LOSSY])
+@pytest.mark.parametrize("algorithm", [*sparse.EXACT_ALGORITHMS, *sparse.LOSSY_ALGORITHMS])
 def test_all_ranks_have_the_same_bits(size: int, algorithm: str) -> None:
-    k = 9 if algorithm in sparse.LOSSY else None
+    k = 9 if algorithm in sparse.LOSSY_ALGORITHMS else None
     totals = run_on_ranks(
         size,
         lambda comm: sparse.sparse_allreduce(comm, *pairs(comm.rank, 300, 0.1, 0.1), 300, k=k, algorithm=algorithm),
@@ -215,14 +215,14 @@ def test_all_ranks_have_the_same_bits(size: int, algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("algorithm", sparse.LOSSY)
+@pytest.mark.parametrize("algorithm", sparse.LOSSY_ALGORITHMS)
 def test_of_the_k_largest_nothing_is_lost(size: int, algorithm: str) -> None:
     """What is in the total and what ranks get back is all that was brought; no rank gets another's bytes counted."""
 
     def check(comm: Any) -> list[sparse.SparseSum]:
         found = []
         for n, k in ((0, 1), (1, 1), (9, 2), (1000, 25), (1000, 5000)):
-            counting = Counting(comm)
+            counting = CountingProxy(comm)
             got = sparse.sparse_allreduce(counting, *pairs(comm.rank, n, 0.1), n, k=k, algorithm=algorithm)
             assert got.bytes_sent == counting.sent
             assert np.count_nonzero(got.total) <= k
@@ -231,8 +231,8 @@ def test_of_the_k_largest_nothing_is_lost(size: int, algorithm: str) -> None:
 
     ranks = run_on_ranks(size, check)
     for place, n in enumerate((0, 1, 9, 1000, 1000)):
-        together = ranks[0][place].total + sum(dense(n, *rank[place].returned) for rank in ranks)
-        np.testing.assert_array_equal(together, in_rank_order(size, n, 0.1))
+        together = ranks[0][place].total + sum(to_dense(n, *rank[place].remainder) for rank in ranks)
+        np.testing.assert_array_equal(together, sum_in_order(size, n, 0.1))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -241,7 +241,7 @@ def test_ok_topk_keeps_the_k_largest_of_the_sum_and_of_equal_ones_the_first(size
         index, values = pairs(rank, 400, 0.2)
         return index, np.sign(values)  # many are equal
 
-    total = sum(dense(400, *brought(rank)) for rank in range(size))
+    total = sum(to_dense(400, *brought(rank)) for rank in range(size))
     order = np.lexsort([np.arange(400), -np.abs(total)])[:30]
     want = np.zeros(400, np.float32)
     want[order] = total[order]
@@ -257,7 +257,7 @@ def test_a_plan_keeps_all_that_reach_its_threshold() -> None:
         first = sparse.sparse_allreduce(comm, *mine, 400, k=30, algorithm="ok_topk")
         return first, sparse.sparse_allreduce(comm, *mine, 400, k=30, algorithm="ok_topk", plan=first.plan)
 
-    total = in_rank_order(3, 400, 0.2)
+    total = sum_in_order(3, 400, 0.2)
     for first, second in run_on_ranks(3, twice):
         assert first.plan is not None
         np.testing.assert_array_equal(second.total, np.where(np.abs(total) >= first.plan.threshold, total, 0))
@@ -271,17 +271,17 @@ def arrays(pair: tuple[list[int], list[float]]) -> tuple[np.ndarray, np.ndarray]
     return np.array(pair[0], np.uint32), np.array(pair[1], np.float32)
 
 
-def given_back(got: sparse.SparseSum) -> dict[int, float]:
-    return dict(zip(got.returned[0].tolist(), got.returned[1].tolist(), strict=True))
+def returned_values(got: sparse.SparseSum) -> dict[int, float]:
+    return dict(zip(got.remainder[0].tolist(), got.remainder[1].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("algorithm", sparse.LOSSY)
+@pytest.mark.parametrize("algorithm", sparse.LOSSY_ALGORITHMS)
 def test_the_worked_example_of_the_two_largest(algorithm: str) -> None:
     ranks = run_on_ranks(
         2, lambda comm: sparse.sparse_allreduce(comm, *arrays(WORKED[comm.rank]), 8, k=2, algorithm=algorithm)
     )
-    np.testing.assert_array_equal(ranks[0].total, dense(8, np.array([3, 4]), np.array([1.5, -0.875])))
-    assert [given_back(each) for each in ranks] == [{}, {1: 0.75}]
+    np.testing.assert_array_equal(ranks[0].total, to_dense(8, np.array([3, 4]), np.array([1.5, -0.875])))
+    assert [returned_values(each) for each in ranks] == [{}, {1: 0.75}]
 
 
 def test_what_a_branch_of_gtopk_pruned_comes_back_although_its_index_got_through() -> None:
@@ -290,7 +290,7 @@ def test_what_a_branch_of_gtopk_pruned_comes_back_although_its_index_got_through
         4, lambda comm: sparse.sparse_allreduce(comm, *arrays(brought[comm.rank]), 3, k=1, algorithm="gtopk")
     )
     np.testing.assert_array_equal(ranks[0].total, np.array([1.5, 0, 0], np.float32))
-    assert [given_back(each) for each in ranks] == [{0: 1.0}, {1: 1.25}, {}, {2: 0.25}]
+    assert [returned_values(each) for each in ranks] == [{0: 1.0}, {1: 1.25}, {}, {2: 0.25}]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -301,7 +301,7 @@ def test_sparse_vectors_are_gathered_in_rank_order(size: int) -> None:
             np.testing.assert_array_equal(values, pairs(rank, 50, 0.3)[1])
 
 
-def bad(**change: Any) -> dict[str, Any]:
+def bad_arguments(**change: Any) -> dict[str, Any]:
     good = {"indices": np.array([1, 4], np.uint32), "values": np.ones(2, np.float32), "n": 8, "algorithm": "split"}
     return good | change
 
@@ -323,14 +323,14 @@ def bad(**change: Any) -> dict[str, Any]:
         ({"algorithm": "gtopk"}, "no k"),
         ({"k": 0}, "no k"),
         ({"k": 3}, "another k than rank 0"),
-        ({"plan": sparse.Plan((0, 8), 1.0)}, "a plan for another"),
+        ({"plan": sparse.SparsePlan((0, 8), 1.0)}, "a plan for another"),
     ],
 )
 def test_what_one_rank_gets_wrong_all_ranks_are_told_before_data_moves(change: dict[str, Any], says: str) -> None:
     def call(comm: Any) -> tuple[str, int]:
-        counting = Counting(comm)
+        counting = CountingProxy(comm)
         with pytest.raises(ArgumentError) as refused:
-            sparse.sparse_allreduce(counting, **bad(**(change if comm.rank == 2 else {})))
+            sparse.sparse_allreduce(counting, **bad_arguments(**(change if comm.rank == 2 else {})))
         return str(refused.value), counting.sent
 
     for text, sent in run_on_ranks(3, call):
@@ -341,8 +341,8 @@ def test_what_one_rank_gets_wrong_all_ranks_are_told_before_data_moves(change: d
 
 def test_auto_takes_what_the_formulas_say_is_cheapest() -> None:
     link = sparse.Link(25.0, 8.4e-4)
-    assert sparse.cheapest(1 << 24, 1 << 24, None, 8, link) == "dense"
-    assert sparse.cheapest(1 << 24, 100, None, 8, link) in ("allgather", "recursive_doubling")
+    assert sparse.select_algorithm(1 << 24, 1 << 24, None, 8, link) == "dense"
+    assert sparse.select_algorithm(1 << 24, 100, None, 8, link) in ("allgather", "recursive_doubling")
     assert sparse.times(1 << 24, 1000, None, 1, link)["dense"] == 0
     # from d = 8/(b p) on a ring with all elements sends less than an allgather of b = 8 bytes an element
     wire = sparse.Link(0.0, 1.0)
@@ -355,7 +355,7 @@ def test_auto_goes_dense_when_that_is_cheaper() -> None:
     n = 1 << 16
     for density, path in ((1.0, "dense"), (1e-4, "allgather")):
         for got in run_on_ranks(4, lambda comm, d=density: sparse.sparse_allreduce(comm, *pairs(comm.rank, n, d), n)):
-            np.testing.assert_array_equal(got.total, in_rank_order(4, n, density))
+            np.testing.assert_array_equal(got.total, sum_in_order(4, n, density))
             assert got.path == path
 
 
@@ -379,10 +379,10 @@ def test_in_the_node_dense_between_nodes_sparse(nodes: list[int]) -> None:
         return sparse.sparse_allreduce(leaders, index, x[index], x.size).total
 
     def call(comm: Any) -> np.ndarray:
-        return sparse.hierarchical(comm, dense(60, *pairs(comm.rank, 60, 0.2)), between)
+        return sparse.hierarchical_allreduce(comm, to_dense(60, *pairs(comm.rank, 60, 0.2)), between)
 
     for got in run_on_ranks(len(nodes), call, nodes):
-        np.testing.assert_array_equal(got, in_rank_order(len(nodes), 60, 0.2))
+        np.testing.assert_array_equal(got, sum_in_order(len(nodes), 60, 0.2))
 
 
 def test_what_leaders_refuse_all_ranks_are_told() -> None:
@@ -391,17 +391,17 @@ def test_what_leaders_refuse_all_ranks_are_told() -> None:
 
     def call(comm: Any) -> None:
         with pytest.raises(ArgumentError):
-            sparse.hierarchical(comm, np.full(2, np.inf if comm.rank == 3 else 1, np.float32), between)
+            sparse.hierarchical_allreduce(comm, np.full(2, np.inf if comm.rank == 3 else 1, np.float32), between)
 
     run_on_ranks(4, call, [0, 0, 1, 1])
 
 
 @pytest.mark.mpi(sizes=(1, 4, 7))
 def test_sums_over_mpi(comm: Any) -> None:
-    want = in_rank_order(comm.size, 200, 0.1)
+    want = sum_in_order(comm.size, 200, 0.1)
     ours = Communicator(comm)
-    for algorithm in [*sparse.EXACT, *sparse.LOSSY]:
-        k = 200 if algorithm in sparse.LOSSY else None
+    for algorithm in [*sparse.EXACT_ALGORITHMS, *sparse.LOSSY_ALGORITHMS]:
+        k = 200 if algorithm in sparse.LOSSY_ALGORITHMS else None
         got = ours.sparse_allreduce(*pairs(comm.rank, 200, 0.1), 200, k=k, algorithm=algorithm)
         np.testing.assert_array_equal(got.total, want)
     parts = ours.sparse_allgather(*pairs(comm.rank, 200, 0.1), 200)

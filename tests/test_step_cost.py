@@ -8,13 +8,13 @@ from hpccomm.__main__ import main
 from hpccomm.algorithms.sharded.cost import (
     Job,
     Shape,
-    congested,
+    fit_latency,
     gather_us,
+    link_volume,
+    rank_volume,
     reduce_us,
     second_us,
-    sent,
     step_cost,
-    through_link,
     weak_scaling,
 )
 from hpccomm.layout import Link
@@ -36,16 +36,16 @@ def test_bytes_through_a_node_s_link_are_those_of_the_formulas(
     ranks: int, partition: int, zero: float, mics: float
 ) -> None:
     """Four micro-steps, nodes of eight; reduce-scatters flat, as in the paper: never fewer bytes than in two levels."""
-    assert through_link(flat(ranks), 4).total == pytest.approx(zero, abs=0.006)
-    found = through_link(Shape(ranks, 8, partition), 4, flat_reduce=True).total
+    assert link_volume(flat(ranks), 4).total == pytest.approx(zero, abs=0.006)
+    found = link_volume(Shape(ranks, 8, partition), 4, flat_reduce=True).total
     assert found == pytest.approx(mics, abs=0.006)
-    assert through_link(Shape(ranks, 8, partition), 4).total <= found
+    assert link_volume(Shape(ranks, 8, partition), 4).total <= found
 
 
 def test_bytes_that_a_rank_sends() -> None:
-    assert sent(Shape(8, 2, 8, False), 4) == (2 * 4 * 7 / 8, 4 * 7 / 8, 0)
-    assert sent(Shape(8, 2, 2), 4) == (4, 2, 2 * 3 / 4 / 2)
-    assert sent(Shape(8, 2, 1), 4) == (0, 0, 2 * 7 / 8)
+    assert rank_volume(Shape(8, 2, 8, False), 4) == (2 * 4 * 7 / 8, 4 * 7 / 8, 0)
+    assert rank_volume(Shape(8, 2, 2), 4) == (4, 2, 2 * 3 / 4 / 2)
+    assert rank_volume(Shape(8, 2, 1), 4) == (0, 0, 2 * 7 / 8)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_the_second_hop_is_a_ring_with_all_ranks_of_a_node_on_its_link() -> None
 
 
 def test_a_step_hides_what_is_gathered_behind_what_is_computed() -> None:
-    job, shape = Job(1e9, 10, 3, 1e6, recomputed=False), Shape(16, 8, 8)
+    job, shape = Job(1e9, 10, 3, 1e6, recompute=False), Shape(16, 8, 8)
     gather, reduce = gather_us(shape, 2e8, P4D), reduce_us(shape, 2e8, P4D)
     second = second_us(shape, 4e9, P4D)
     assert step_cost(job, shape, P4D).step == pytest.approx(3 * 10 * 3e6 + gather + second)
     idle = job._replace(forward_us=0.0)
     assert step_cost(idle, shape, P4D).step == pytest.approx(3 * 10 * (2 * gather + reduce) + gather + second)
-    assert step_cost(job._replace(recomputed=True), shape, P4D).computing == 3 * 10 * 4e6
+    assert step_cost(job._replace(recompute=True), shape, P4D).computing == 3 * 10 * 4e6
 
 
 def test_latency_that_explains_zero_3_leaves_mics_its_scaling() -> None:
@@ -89,7 +89,7 @@ def test_latency_that_explains_zero_3_leaves_mics_its_scaling() -> None:
     MiCS then keeps what the paper says, 99.4 %, to half a percent, whichever of the partitions that fit is taken.
     """
     job = Job(100e9, 80, 4, 2e6 * 100e9 / 80 * 2048 / 170e12, shard_word=2)
-    machine = congested(job, flat(128), flat(512), P4D, 0.72)
+    machine = fit_latency(job, flat(128), flat(512), P4D, 0.72)
     assert weak_scaling(job, flat(128), flat(512), machine) == pytest.approx(0.72, abs=1e-3)
     assert 20 < machine.inter.alpha < 100
     for partition in (64, 128):

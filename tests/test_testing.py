@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hpccomm.testing.jobs import RankLog, ending, own_frames, run_under_mpi
+from hpccomm.testing.jobs import RankLog, describe_exit, run_under_mpi, test_frames
 
 CONFTEST = 'pytest_plugins = ["hpccomm.testing.lockstep"]\n'
 
@@ -187,7 +187,7 @@ def project(folder: Path, tests: str) -> Path:
     return folder
 
 
-def outer(folder: Path, *words: str) -> Session:
+def run_pytest(folder: Path, *words: str) -> Session:
     """Run pytest as people do."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml=junit.xml", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
@@ -201,14 +201,14 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sick(tmp_path_factory: pytest.TempPathFactory) -> Session:
-    return outer(project(tmp_path_factory.mktemp("sick"), SICK), "--mpi-timeout=5")
+    return run_pytest(project(tmp_path_factory.mktemp("sick"), SICK), "--mpi-timeout=5")
 
 
 pytestmark = pytest.mark.mpi_skip  # these tests start ranks of their own
 
 
 def test_a_test_is_one_result_a_size_and_serial_tests_come_first(healthy: Path) -> None:
-    session = outer(healthy, "-v", "-k", "not (p4 or p5 or p7)")
+    session = run_pytest(healthy, "-v", "-k", "not (p4 or p5 or p7)")
     everybody = [f"test_everybody[p{n}-{x}]" for n in (1, 2, 3) for x in "ab"]
     others = ["test_pairs[p2]", "test_three[p3]", "test_serial", "test_serial_after_mpi_in_the_file"]
     assert session.outcomes == {name: ["passed"] for name in [*everybody, *others]}
@@ -232,7 +232,7 @@ def test_a_test_is_one_result_a_size_and_serial_tests_come_first(healthy: Path) 
     ],
 )
 def test_what_was_chosen_runs_and_nothing_else(healthy: Path, words: list[str], names: list[str]) -> None:
-    session = outer(healthy, *words)
+    session = run_pytest(healthy, *words)
     assert session.outcomes == {f"test_{name}": ["passed"] for name in names}
     assert session.counts["passed"] == len(names)
 
@@ -300,13 +300,13 @@ def test_errors_of_fixtures_name_the_rank(sick: Session) -> None:
 
 
 def test_the_first_failure_ends_the_session_when_asked(tmp_path: Path) -> None:
-    session = outer(project(tmp_path, SICK), "-x", "-q", "-k", "first or assert")
+    session = run_pytest(project(tmp_path, SICK), "-x", "-q", "-k", "first or assert")
     assert session.counts == {"failed": 1, "passed": 1, "deselected": 14}
 
 
 def test_ranks_that_cannot_begin_fail_all_tests_of_their_size_at_once(tmp_path: Path) -> None:
     tests = "import os\nif 'PMIX_RANK' in os.environ or 'PMI_RANK' in os.environ:\n    raise OSError('no disk')\n"
-    session = outer(project(tmp_path, tests + HEALTHY), "--mpi-sizes=2")
+    session = run_pytest(project(tmp_path, tests + HEALTHY), "--mpi-sizes=2")
     assert session.counts == {"failed": 3, "passed": 2, "deselected": 2}
     assert "no disk" in session.texts["test_everybody[p2-a]"]
     assert "the job of 2 ranks" in session.texts["test_pairs[p2]"]
@@ -319,20 +319,20 @@ def test_a_rank_that_dies_after_the_last_test_is_an_error_of_its_own(tmp_path: P
         "def test_only(comm):",
         "    atexit.register(os._exit, 7)",
     )
-    session = outer(project(tmp_path, "\n".join(lines)))
+    session = run_pytest(project(tmp_path, "\n".join(lines)))
     assert session.counts == {"passed": 1, "error": 1}
     assert "the job of 2 ranks ended with status 7 after its last test" in session.terminal
 
 
 def test_a_test_that_takes_comm_must_say_that_it_is_an_mpi_test(tmp_path: Path) -> None:
-    session = outer(project(tmp_path, "def test_unmarked(comm): pass\n"))
+    session = run_pytest(project(tmp_path, "def test_unmarked(comm): pass\n"))
     assert session.outcomes == {"test_unmarked": ["error"]}
     assert "needs @pytest.mark.mpi" in session.texts["test_unmarked"]
 
 
 def test_ranks_that_the_user_started_report_once_and_together(tmp_path: Path) -> None:
     names = "first or assert or skips or expected or setup"
-    done = together(project(tmp_path, SICK), 3, "-k", names, "--junitxml=junit.xml")
+    done = run_together(project(tmp_path, SICK), 3, "-k", names, "--junitxml=junit.xml")
     assert done.returncode != 0
     assert done.stdout.count("test session starts") == 1
     assert "2 failed, 2 passed, 1 skipped, 11 deselected, 1 xfailed, 1 error" in done.stdout, done.stdout
@@ -343,17 +343,17 @@ def test_ranks_that_the_user_started_report_once_and_together(tmp_path: Path) ->
 
 
 def test_ranks_that_the_user_started_all_stop_at_the_first_failure(tmp_path: Path) -> None:
-    done = together(project(tmp_path, SICK), 3, "-x", "-k", "first or assert")
+    done = run_together(project(tmp_path, SICK), 3, "-x", "-k", "first or assert")
     assert "1 failed, 1 passed" in done.stdout
 
 
 def test_ranks_that_the_user_started_end_a_hang_with_their_stacks(tmp_path: Path) -> None:
-    done = together(project(tmp_path, SICK), 3, "-k", "hangs", "--mpi-timeout=4")
+    done = run_together(project(tmp_path, SICK), 3, "-k", "hangs", "--mpi-timeout=4")
     assert done.returncode != 0
     assert "in waits_for_godot" in done.stderr
 
 
-def together(folder: Path, size: int, *words: str) -> subprocess.CompletedProcess[str]:
+def run_together(folder: Path, size: int, *words: str) -> subprocess.CompletedProcess[str]:
     """``mpirun -n size python -m pytest --with-mpi`` in a folder."""
     options = ["--with-mpi", "--color=no", "-p", "no:cacheprovider", f"--rootdir={folder}", *words]
     return run_under_mpi(size, "-m", "pytest", *options, str(folder / "test_it.py"), cwd=folder)
@@ -365,7 +365,7 @@ def test_another_launcher_can_be_chosen(healthy: Path, monkeypatch: pytest.Monke
     wrapper.write_text(f'#!/bin/sh\necho "$@" > {said}\nshift 2\nexec "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("HPCCOMM_TEST_LAUNCHER", f"{wrapper} --ranks {{n}}")
-    session = outer(healthy, "--mpi-sizes=1", "-k", "everybody")
+    session = run_pytest(healthy, "--mpi-sizes=1", "-k", "everybody")
     assert session.counts["passed"] == 2
     assert said.read_text().startswith("--ranks 1 ")
 
@@ -381,14 +381,14 @@ def test_a_line_that_is_half_written_is_read_when_it_is_whole(tmp_path: Path) ->
         with log.path.open("a") as file:
             file.write(part)
         log.listen()
-    assert log.ended == {"tëst"}
+    assert log.finished_tests == {"tëst"}
     assert not log.listen()
 
 
 def test_a_stack_ends_where_the_test_runner_begins() -> None:
     own, runner = '  File "a.py", line 1 in f\n', '  File "/x/_pytest/p.py", line 2 in g\n'
     dumped = f"Current thread 0x00007f (most recent call first):\n{own}{runner}"
-    assert own_frames(dumped) == 'Current thread (most recent call first):\n  File "a.py", line 1 in f'
+    assert test_frames(dumped) == 'Current thread (most recent call first):\n  File "a.py", line 1 in f'
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_a_stack_ends_where_the_test_runner_begins() -> None:
     ],
 )
 def test_an_exit_status_is_told_in_words(status: int, words: str) -> None:
-    assert ending(status) == words
+    assert describe_exit(status) == words
 
 
 def test_a_job_that_takes_too_long_is_ended_with_its_ranks() -> None:

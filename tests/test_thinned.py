@@ -13,14 +13,14 @@ NBYTES = 64 * 2**20
 BANDWIDTH_ONLY = Machine(Link(0, 0), Link(0, 1e-3), 0, "a test")
 
 
-def by_name(nodes: int, per_node: int, density: float, machine: Machine = BANDWIDTH_ONLY) -> dict[str, float]:
+def price_by_name(nodes: int, per_node: int, density: float, machine: Machine = BANDWIDTH_ONLY) -> dict[str, float]:
     return {each.algorithm: each.us for each in sparse_cost.predictions(nodes, per_node, NBYTES, density, machine)}
 
 
 @pytest.mark.parametrize("p", [2, 3, 5, 8])
 @pytest.mark.parametrize("density", [0.001, 0.1])
 def test_on_nodes_of_one_rank_bytes_are_those_of_the_formulas(p: int, density: float) -> None:
-    n, found, header = NBYTES / 4, by_name(p, 1, density), sparse_cost.HEADERS
+    n, found, header = NBYTES / 4, price_by_name(p, 1, density), sparse_cost.HEADERS
     assert found["sparse"] == pytest.approx((p - 1) * (header + 8 * density * n) * 1e-3)
     assert found["words"] == pytest.approx((p - 1) * (header + 4 * density * n) * 1e-3)
     assert found["onebit"] == pytest.approx((p - 1) * (header + n / 8) * 1e-3)
@@ -28,7 +28,7 @@ def test_on_nodes_of_one_rank_bytes_are_those_of_the_formulas(p: int, density: f
 
 
 def test_ranks_of_a_node_share_its_link() -> None:
-    found = by_name(4, 2, 0.001)
+    found = price_by_name(4, 2, 0.001)
     n, header = NBYTES / 4, sparse_cost.HEADERS
     # each of two ranks deals six parts to other nodes; then six parts from elsewhere enter a node
     assert found["onebit_phases"] == pytest.approx((12 + 6) * (header + n / 64) * 1e-3)

@@ -24,9 +24,9 @@ from hpccomm.errors import ArgumentError
 from hpccomm.train.datasets import CHARACTERS, CONTEXT, Dataset, digits, encode, stdlib
 from hpccomm.train.figure import Curve, curve
 from hpccomm.train.kept import Folder
-from hpccomm.train.loop import Epoch, Servers, Settings, batches, steps_in, train, train_by_servers
-from hpccomm.train.methods import Plan
-from hpccomm.train.networks import Characters, Network, Perceptron, initial, network_for
+from hpccomm.train.loop import Epoch, Servers, Settings, batches, count_steps, train, train_by_servers
+from hpccomm.train.methods import MethodSetup
+from hpccomm.train.networks import Characters, Network, Perceptron, initial_weights, network_for
 
 SETTINGS = Settings(epochs=2, batch_size=10, seed=3)
 
@@ -65,7 +65,7 @@ SMALL: dict[str, tuple[Dataset, Network]] = {
 @pytest.mark.parametrize("name", SMALL)
 def test_backpropagation_agrees_with_differences_of_the_loss(name: str) -> None:
     data, network = SMALL[name]
-    tensors = {key: each.astype(np.float64) for key, each in initial(network.shapes, 1).items()}
+    tensors = {key: each.astype(np.float64) for key, each in initial_weights(network.shapes, 1).items()}
     bucket = Bucket(tensors)
     weights, gradient = bucket.flatten(tensors), np.empty(bucket.size)
     inputs = data.inputs if data.inputs.dtype == np.uint8 else data.inputs.astype(np.float64)
@@ -126,7 +126,7 @@ def test_the_target_is_the_character_after_the_context() -> None:
 # All ranks
 
 
-def trained(comm: MPI.Intracomm, name: str, method: str) -> tuple[Any, Any]:
+def train_briefly(comm: MPI.Intracomm, name: str, method: str) -> tuple[Any, Any]:
     """Weights and epochs of a short run."""
     data, network = SMALL[name]
     return train(comm, data, network, METHODS[method](comm), SETTINGS)
@@ -141,8 +141,8 @@ def test_any_number_of_ranks_trains_the_model_of_one(comm: MPI.Intracomm, name: 
     Terms are below 1 here, a step is lr times the gradient and momentum 0.9 adds up ten of them at most,
     Adam divides by eps = 0.1 at most: in all below B · epsilon a step, which training carries on.
     """
-    weights, epochs = trained(comm, name, method)
-    alone, epochs_alone = trained(MPI.COMM_SELF, name, method)
+    weights, epochs = train_briefly(comm, name, method)
+    alone, epochs_alone = train_briefly(MPI.COMM_SELF, name, method)
     steps = SETTINGS.epochs * math.ceil(53 / SETTINGS.batch_size)
     tolerance = steps * SETTINGS.batch_size * float(np.finfo(np.float32).eps)
     assert np.abs(weights - alone).max() <= tolerance * np.abs(alone).max()
@@ -154,13 +154,13 @@ def test_any_number_of_ranks_trains_the_model_of_one(comm: MPI.Intracomm, name: 
 @pytest.mark.mpi
 @pytest.mark.parametrize("method", METHODS)
 def test_all_ranks_end_with_the_same_bits(comm: MPI.Intracomm, method: str) -> None:
-    weights, _ = trained(comm, "characters", method)
+    weights, _ = train_briefly(comm, "characters", method)
     assert len(set(comm.allgather(weights.tobytes()))) == 1
 
 
 @pytest.mark.mpi
 def test_the_same_run_gives_the_same_bits_again(comm: MPI.Intracomm) -> None:
-    assert np.array_equal(trained(comm, "perceptron", "adam")[0], trained(comm, "perceptron", "adam")[0])
+    assert np.array_equal(train_briefly(comm, "perceptron", "adam")[0], train_briefly(comm, "perceptron", "adam")[0])
 
 
 @pytest.mark.mpi
@@ -172,7 +172,7 @@ def test_the_seed_decides(comm: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi
 def test_epochs_report_time_and_bytes(comm: MPI.Intracomm) -> None:
-    _, epochs = trained(comm, "perceptron", "sgd")
+    _, epochs = train_briefly(comm, "perceptron", "sgd")
     nbytes = 4 * Bucket(SMALL["perceptron"][1].shapes).size
     for epoch in epochs:
         assert epoch.compute_s > 0
@@ -185,7 +185,7 @@ def test_epochs_report_time_and_bytes(comm: MPI.Intracomm) -> None:
 @pytest.mark.mpi(sizes=(3,))
 def test_servers_report_every_epoch_and_the_last_one_is_the_model(comm: MPI.Intracomm) -> None:
     data, network = SMALL["perceptron"]
-    plan = Plan(comm, Bucket(network.shapes), 0.1, 0)
+    plan = MethodSetup(comm, Bucket(network.shapes), 0.1, 0)
     weights, epochs = train_by_servers(
         comm, data, network, command.METHODS["ps"].make(plan), SETTINGS._replace(epochs=3), Servers()
     )
@@ -200,14 +200,16 @@ def test_servers_report_every_epoch_and_the_last_one_is_the_model(comm: MPI.Intr
     assert epochs[2].accuracy == right.mean()
 
 
-def learnt(comm: MPI.Intracomm, data: Any, name: str, settings: Settings) -> tuple[Any, Any]:
+def train_as_command(comm: MPI.Intracomm, data: Any, name: str, settings: Settings) -> tuple[Any, Any]:
     """A run as the command makes it; one rank has nobody to serve."""
     method, network = command.METHODS[name], network_for(data)
     if name == "ps" and comm.size > 1:
-        plan = Plan(comm, Bucket(network.shapes), method.lr, 0)
+        plan = MethodSetup(comm, Bucket(network.shapes), method.lr, 0)
         return train_by_servers(comm, data, network, method.make(plan), settings, Servers())
-    steps = steps_in(len(data.targets), settings)
-    made = method.make(Plan(comm, Bucket(network.shapes), method.lr, steps, group_size=2 if comm.size > 1 else 1))
+    steps = count_steps(len(data.targets), settings)
+    made = method.make(
+        MethodSetup(comm, Bucket(network.shapes), method.lr, steps, group_size=2 if comm.size > 1 else 1)
+    )
     return train(comm, data, network, made, settings)
 
 
@@ -215,7 +217,7 @@ def learnt(comm: MPI.Intracomm, data: Any, name: str, settings: Settings) -> tup
 @pytest.mark.parametrize("name", command.METHODS)
 def test_digits_are_learnt(comm: MPI.Intracomm, name: str) -> None:
     data, method = digits(), command.METHODS[name]
-    _, epochs = learnt(comm, data, name, Settings(20, 64, 0, method.alone))
+    _, epochs = train_as_command(comm, data, name, Settings(20, 64, 0, method.steps_locally))
     assert epochs[-1].accuracy >= 0.93
 
 
@@ -223,7 +225,7 @@ def test_digits_are_learnt(comm: MPI.Intracomm, name: str) -> None:
 @pytest.mark.parametrize("name", ["dense", "lamb", "dgc", "onebit-adam", "bmuf", "hybrid"])
 def test_text_is_learnt_beyond_the_frequency_of_characters(comm: MPI.Intracomm, name: str) -> None:
     data, method = stdlib(20_000), command.METHODS[name]
-    _, epochs = learnt(comm, data, name, Settings(1, 64, 0, method.alone))
+    _, epochs = train_as_command(comm, data, name, Settings(1, 64, 0, method.steps_locally))
     shares = np.bincount(data.targets) / len(data.targets)
     assert epochs[-1].loss < -float((shares[shares > 0] * np.log(shares[shares > 0])).sum())
     assert epochs[-1].accuracy > np.mean(data.test_targets == shares.argmax())
@@ -232,31 +234,31 @@ def test_text_is_learnt_beyond_the_frequency_of_characters(comm: MPI.Intracomm, 
 # A run that is interrupted
 
 
-class Impatient(Folder):
+class ImpatientFolder(Folder):
     """One rank is told to stop before a step."""
 
     at = -1
 
     def asked(self) -> bool:
         if self.steps == self.at and self.comm.rank == self.comm.size - 1:
-            self.tell()
+            self.request_stop()
         return super().asked()
 
 
 SAVED = ["adam", "dgc", "onebit-adam", "powersgd", "bmuf-adam", "hybrid"]
 
 
-def interrupted(comm: MPI.Intracomm, name: str, path: Path, at: int) -> tuple[Any, Any]:
+def train_interrupted(comm: MPI.Intracomm, name: str, path: Path, at: int) -> tuple[Any, Any]:
     """12 epochs of 6 steps: told to stop before step ``at``, if that is not negative."""
     data, network = SMALL["characters"]
-    settings = SETTINGS._replace(epochs=12, alone=command.METHODS[name].alone)
-    plan = Plan(comm, Bucket(network.shapes), 0.01, 12 * 6, period=5, group_size=1)
-    keeper = Impatient(comm, path, name, {"method": name})
+    settings = SETTINGS._replace(epochs=12, local_mean=command.METHODS[name].steps_locally)
+    plan = MethodSetup(comm, Bucket(network.shapes), 0.01, 12 * 6, period=5, group_size=1)
+    keeper = ImpatientFolder(comm, path, name, {"method": name})
     keeper.at = at
     return train(comm, data, network, command.METHODS[name].make(plan), settings, keeper=keeper)
 
 
-def without_times(epochs: Any) -> Any:
+def strip_times(epochs: Any) -> Any:
     """What does not depend on the clock."""
     return [(each.epoch, each.loss, each.accuracy, each.wire_bytes, each.ratio) for each in epochs]
 
@@ -265,16 +267,16 @@ def without_times(epochs: Any) -> Any:
 @pytest.mark.parametrize("name", SAVED)
 def test_an_interrupted_run_goes_on_bit_for_bit(comm: MPI.Intracomm, name: str, tmp_path: Path) -> None:
     path = Path(comm.bcast(str(tmp_path)))
-    weights, epochs = interrupted(comm, name, path / "whole", -1)
-    half = interrupted(comm, name, path / "halves", 20)[1]
+    weights, epochs = train_interrupted(comm, name, path / "whole", -1)
+    half = train_interrupted(comm, name, path / "halves", 20)[1]
     assert len(half) == 5  # of 6 steps; asked after 32
-    assert without_times(half) == without_times(epochs[:5])
+    assert strip_times(half) == strip_times(epochs[:5])
     comm.Barrier()  # all have removed what was older
     assert len(list((path / "halves").iterdir())) == comm.size + 1
-    again, all_of_them = interrupted(comm, name, path / "halves", -1)
+    again, all_of_them = train_interrupted(comm, name, path / "halves", -1)
     assert np.array_equal(again, weights)
-    assert without_times(all_of_them) == without_times(epochs)
-    finished, _ = interrupted(comm, name, path / "halves", -1)
+    assert strip_times(all_of_them) == strip_times(epochs)
+    finished, _ = train_interrupted(comm, name, path / "halves", -1)
     assert np.array_equal(finished, weights)
 
 
@@ -320,7 +322,7 @@ def test_a_signal_saves_and_ends_a_run_that_the_same_command_finishes(tmp_path: 
     ]
 
     def found(name: str) -> Any:
-        return [without_times([Epoch(**each)]) for each in json.loads((tmp_path / name).read_text())["epochs"]]
+        return [strip_times([Epoch(**each)]) for each in json.loads((tmp_path / name).read_text())["epochs"]]
 
     kept = ["--checkpoint", str(tmp_path / "kept"), "--json", str(tmp_path / "halves")]
     first = subprocess.Popen([*words, *kept], stdout=subprocess.PIPE, text=True)

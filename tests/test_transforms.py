@@ -15,7 +15,7 @@ from hpccomm.algorithms.exchange import (
     allreduce_bytes,
     check_replicas,
     mean,
-    spent,
+    sum_reports,
     synchronous_adam,
     synchronous_sgd,
 )
@@ -62,7 +62,7 @@ def steps(transform: Transform, weights: Vector = WEIGHTS) -> list[Vector]:
     return found
 
 
-def same(left: Transform, right: Transform) -> bool:
+def has_same_steps(left: Transform, right: Transform) -> bool:
     """Whether two transforms give the same bits."""
     return all(np.array_equal(a, b) for a, b in zip(steps(left), steps(right), strict=True))
 
@@ -86,16 +86,16 @@ def test_steps_have_the_dtype_and_shape_of_the_weights(name: str, dtype: str) ->
 
 
 def test_an_empty_chain_is_the_identity() -> None:
-    assert same(chain(), scale(1))
+    assert has_same_steps(chain(), scale(1))
 
 
 def test_a_chain_of_chains_is_one_chain() -> None:
     parts = scale(2), momentum(0.5), scale(-0.25)
-    assert same(chain(*parts), chain(parts[0], chain(*parts[1:])))
+    assert has_same_steps(chain(*parts), chain(parts[0], chain(*parts[1:])))
 
 
 def test_a_constant_schedule_is_scale() -> None:
-    assert same(scale_by_schedule(lambda count: -0.5), scale(-0.5))
+    assert has_same_steps(scale_by_schedule(lambda count: -0.5), scale(-0.5))
 
 
 def test_a_schedule_counts_updates_from_zero() -> None:
@@ -106,7 +106,7 @@ def test_a_schedule_counts_updates_from_zero() -> None:
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_momentum_zero_is_the_identity(nesterov: bool) -> None:
-    assert same(momentum(0, nesterov), scale(1))
+    assert has_same_steps(momentum(0, nesterov), scale(1))
 
 
 def test_momentum_is_a_geometric_sum_of_gradients() -> None:
@@ -169,7 +169,7 @@ def test_adam_follows_algorithm_1() -> None:
 
 
 def test_every_one_is_its_inner() -> None:
-    assert same(every(1, momentum(0.5)), momentum(0.5))
+    assert has_same_steps(every(1, momentum(0.5)), momentum(0.5))
 
 
 def test_every_two_steps_on_the_sum_of_two_gradients() -> None:
@@ -182,11 +182,11 @@ def test_every_two_steps_on_the_sum_of_two_gradients() -> None:
 
 
 def test_sgd_is_minus_lr_times_the_gradient() -> None:
-    assert same(synchronous_sgd(MPI.COMM_SELF, 0.5), scale(-0.5))
+    assert has_same_steps(synchronous_sgd(MPI.COMM_SELF, 0.5), scale(-0.5))
 
 
 def test_adam_with_decay_is_adamw() -> None:
-    assert same(
+    assert has_same_steps(
         synchronous_adam(MPI.COMM_SELF, 0.5, weight_decay=0.25),
         chain(adam(), weight_decay(0.25), scale(-0.5)),
     )
@@ -219,7 +219,7 @@ def test_a_gradient_unlike_the_weights_is_refused() -> None:
 def test_one_rank_sends_nothing() -> None:
     transform = mean(MPI.COMM_SELF)
     _, state = transform.update(WEIGHTS, transform.init(WEIGHTS), WEIGHTS)
-    assert spent(state) == ExchangeReport(0, 0.0, 0)
+    assert sum_reports(state) == ExchangeReport(0, 0.0, 0)
 
 
 def test_allreduce_bytes_are_those_of_a_ring() -> None:
@@ -229,7 +229,7 @@ def test_allreduce_bytes_are_those_of_a_ring() -> None:
 def test_reports_are_found_however_deep() -> None:
     report = ExchangeReport(1, 0.5, 100)
     state = (MeanState(np.ones(1), report), (0, (MeanState(np.ones(1), report), np.ones(2))))
-    assert spent(state) == ExchangeReport(2, 1.0, 200)
+    assert sum_reports(state) == ExchangeReport(2, 1.0, 200)
 
 
 # On several ranks: rank r brings r + 1 times a vector of small integers, so every order of addition is exact
@@ -265,7 +265,7 @@ def test_the_report_counts_the_least_bytes(comm: MPI.Intracomm) -> None:
     state = transform.init(np.zeros(comm.size * 10))
     for _ in range(3):
         _, state = transform.update(np.ones(comm.size * 10), state, np.zeros(comm.size * 10))
-    report = spent(state)
+    report = sum_reports(state)
     assert report.exchanges == (3 if comm.size > 1 else 0)
     assert report.wire_bytes == 3 * 2 * (comm.size - 1) * 10 * 8
     assert (report.seconds > 0) == (comm.size > 1)
@@ -277,7 +277,7 @@ def test_an_exchange_inside_every_talks_once_in_k(comm: MPI.Intracomm) -> None:
     state = transform.init(np.zeros(2))
     for _ in range(7):
         _, state = transform.update(np.ones(2), state, np.zeros(2))
-    assert spent(state).exchanges == (2 if comm.size > 1 else 0)
+    assert sum_reports(state).exchanges == (2 if comm.size > 1 else 0)
 
 
 @pytest.mark.mpi

@@ -20,7 +20,18 @@ from hpccomm.errors import ArgumentError
 from hpccomm.layout import Link, fast_networks
 from hpccomm.performance import cost, tuning, units
 from hpccomm.performance.machine import Machine
-from hpccomm.performance.tuning import SHIPPED, Choice, Row, Table, fit, interpolated, load, read, user_file, write
+from hpccomm.performance.tuning import (
+    DEFAULT_TABLE,
+    Choice,
+    Row,
+    Table,
+    fit,
+    interpolated,
+    load,
+    read,
+    user_file,
+    write,
+)
 
 MPI = "Open MPI 5.0.11"
 
@@ -273,13 +284,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_rows_of_the_same_mpi_come_first_and_others_fill_the_gaps() -> None:
     other = [row._replace(mpi="MPICH 5.0.2", us=row.us / 2) for row in NATIVE]
     bcast = [row._replace(mpi="MPICH 5.0.2", collective="bcast") for row in NATIVE]
-    assert Table((*NATIVE, *other, *bcast)).of("Open MPI 4.1").rows == (*NATIVE, *bcast)
+    assert Table((*NATIVE, *other, *bcast)).select_mpi("Open MPI 4.1").rows == (*NATIVE, *bcast)
 
 
 def test_collectives_that_were_not_measured_come_from_the_package() -> None:
     bcast = tuple(row._replace(collective="bcast") for row in NATIVE)
     other = tuple(row._replace(us=7) for row in NATIVE)
-    assert Table(tuple(NATIVE)).completed(Table((*other, *bcast), Machine())).rows == (*NATIVE, *bcast)
+    assert Table(tuple(NATIVE)).fill_from(Table((*other, *bcast), Machine())).rows == (*NATIVE, *bcast)
 
 
 def test_hosts_of_a_cluster_share_a_file(tmp_path: Path) -> None:
@@ -293,11 +304,11 @@ def test_hosts_of_a_cluster_share_a_file(tmp_path: Path) -> None:
 TRUE = Machine(Link(2.5, 3e-4), Link(31.0, 2e-3), 7e-5, "fitted")
 
 
-def measured(nodes: int, per_node: int, names: list[tuple[str, str]]) -> list[Row]:
+def simulate_rows(nodes: int, per_node: int, names: list[tuple[str, str]]) -> list[Row]:
     home = np.repeat(np.arange(nodes), per_node)
     found = []
     for collective, name in names:
-        algorithm = hierarchical.on(home) if name == "hierarchical" else ALGORITHMS[collective][name]
+        algorithm = hierarchical.build_allreduce(home) if name == "hierarchical" else ALGORITHMS[collective][name]
         for nbytes in (64, 1 << 14, 1 << 22):
             us = cost.price(algorithm, home, nbytes, TRUE).us
             found.append(Row(collective, name, nodes, per_node, nbytes, us))
@@ -308,7 +319,7 @@ FLAT = [("allreduce", "ring"), ("allreduce", "doubling"), ("allgather", "bruck")
 
 
 def test_fitting_finds_the_machine_that_was_measured() -> None:
-    rows = measured(1, 8, FLAT) + measured(8, 1, FLAT) + measured(4, 1, FLAT)
+    rows = simulate_rows(1, 8, FLAT) + simulate_rows(8, 1, FLAT) + simulate_rows(4, 1, FLAT)
     found = fit(rows)
     assert found.intra == pytest.approx(TRUE.intra, rel=1e-6)
     assert found.inter == pytest.approx(TRUE.inter, rel=1e-6)
@@ -316,13 +327,13 @@ def test_fitting_finds_the_machine_that_was_measured() -> None:
 
 
 def test_fitting_two_levels_at_once_comes_near() -> None:
-    found = fit(measured(4, 4, [*FLAT, ("allreduce", "hierarchical")]) + measured(1, 4, FLAT))
+    found = fit(simulate_rows(4, 4, [*FLAT, ("allreduce", "hierarchical")]) + simulate_rows(1, 4, FLAT))
     assert found.inter.beta == pytest.approx(TRUE.inter.beta, rel=0.1)
     assert found.inter.alpha == pytest.approx(TRUE.inter.alpha, rel=0.2)
 
 
 def test_what_was_not_measured_keeps_its_default() -> None:
-    found = fit(measured(1, 8, [("allgather", "ring")]) + rows("native", {8: 1.0}))
+    found = fit(simulate_rows(1, 8, [("allgather", "ring")]) + rows("native", {8: 1.0}))
     assert found.inter == Machine().inter
     assert found.gamma == Machine().gamma
     assert fit([])[:3] == Machine()[:3]
@@ -330,7 +341,10 @@ def test_what_was_not_measured_keeps_its_default() -> None:
 
 def test_nothing_fitted_is_negative() -> None:
     random = np.random.default_rng(7)
-    noisy = [row._replace(us=row.us * random.uniform(0.2, 5)) for row in measured(1, 8, FLAT) + measured(4, 2, FLAT)]
+    noisy = [
+        row._replace(us=row.us * random.uniform(0.2, 5))
+        for row in simulate_rows(1, 8, FLAT) + simulate_rows(4, 2, FLAT)
+    ]
     found = fit(noisy)
     assert min(*found.intra, *found.inter, found.gamma) >= 0
 
@@ -338,7 +352,7 @@ def test_nothing_fitted_is_negative() -> None:
 # --- predict ---------------------------------------------------------------------------------------
 
 
-def predicted(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+def run_predict(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     parser = argparse.ArgumentParser()
     predict_command.add_arguments(parser)
     assert predict_command.run(parser.parse_args(words)) == 0
@@ -346,7 +360,7 @@ def predicted(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
 
 
 def test_predict_prints_every_algorithm_the_fastest_first(capsys: pytest.CaptureFixture[str]) -> None:
-    out = predicted(capsys, "allreduce", "--nodes", "8", "--per-node", "2", "--bytes", "16M", "--rate", "1gbit")
+    out = run_predict(capsys, "allreduce", "--nodes", "8", "--per-node", "2", "--bytes", "16M", "--rate", "1gbit")
     assert "allreduce of 16,000,000 bytes on 8 x 2 ranks" in out[0]
     assert "0.125 GB/s shared" in out[1]
     names = [line.split()[0] for line in out if not line.startswith("#")][1:]
@@ -371,7 +385,7 @@ def test_rates_are_understood(text: str, beta: float) -> None:
 @pytest.mark.parametrize("words", [["--bytes", "many"], ["--rate", "fast"], ["--nodes", "0"], ["--rate", "0gbit"]])
 def test_mistakes_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ArgumentError, match=words[1]):
-        predicted(capsys, "allreduce", *words)
+        run_predict(capsys, "allreduce", *words)
 
 
 # --- tune ------------------------------------------------------------------------------------------
@@ -388,19 +402,19 @@ class OneRank:
         return value
 
 
-def parsed(*words: str) -> argparse.Namespace:
+def parse_arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     tune_command.add_arguments(parser)
     return parser.parse_args(words)
 
 
 def test_tuning_covers_every_collective_and_size_asked_for() -> None:
-    tasks = tune_command.tasks(parsed("--collective", "allreduce,bcast", "--sizes", "4,1Ki"))
+    tasks = tune_command.tasks(parse_arguments("--collective", "allreduce,bcast", "--sizes", "4,1Ki"))
     assert tasks == [("allreduce", 4), ("allreduce", 1024), ("bcast", 4), ("bcast", 1024)]
-    assert {task.collective for task in tune_command.tasks(parsed())} == {*ALGORITHMS, "alltoall"}
-    assert len(tune_command.tasks(parsed("--quick"))) < len(tune_command.tasks(parsed()))
+    assert {task.collective for task in tune_command.tasks(parse_arguments())} == {*ALGORITHMS, "alltoall"}
+    assert len(tune_command.tasks(parse_arguments("--quick"))) < len(tune_command.tasks(parse_arguments()))
     with pytest.raises(ArgumentError, match="take some of allreduce"):
-        tune_command.tasks(parsed("--collective", "allred"))
+        tune_command.tasks(parse_arguments("--collective", "allred"))
 
 
 def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,8 +429,8 @@ def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(tune_command, "measure_one", measure_one)
     todo = [tune_command.Task("allreduce", nbytes) for nbytes in (4, 64, 1024, 4096)]
     with pytest.raises(KeyboardInterrupt):
-        tune_command.measured(OneRank(), SITE, todo, partial)
-    found = tune_command.measured(OneRank(), SITE, todo, partial)
+        tune_command.run_sizes(OneRank(), SITE, todo, partial)
+    found = tune_command.run_sizes(OneRank(), SITE, todo, partial)
     assert [task.bytes for task in ran] == [4, 64, 1024, 1024, 4096]
     assert [row.bytes for row in found] == [4, 4, 64, 64, 1024, 1024, 4096, 4096]
     assert not partial.exists()
@@ -424,10 +438,10 @@ def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest
 
 def test_what_another_shape_left_is_not_taken_over(tmp_path: Path) -> None:
     write(TABLE, tmp_path / "t.partial")
-    assert tune_command.done_before(SITE, tmp_path / "t.partial") == list(TABLE.rows)
-    assert tune_command.done_before(SITE._replace(per_node=8), tmp_path / "t.partial") == []
+    assert tune_command.read_partial(SITE, tmp_path / "t.partial") == list(TABLE.rows)
+    assert tune_command.read_partial(SITE._replace(per_node=8), tmp_path / "t.partial") == []
     (tmp_path / "t.partial").write_text("{")
-    assert tune_command.done_before(SITE, tmp_path / "t.partial") == []
+    assert tune_command.read_partial(SITE, tmp_path / "t.partial") == []
 
 
 def test_tuning_replaces_what_it_measured_again_and_keeps_the_rest(
@@ -448,14 +462,14 @@ def test_algorithms_that_are_not_there_cannot_be_tuned(tmp_path: Path) -> None:
     comm = SimpleNamespace(algorithms=lambda collective: ("auto", "native", "shared", "ring"))
     todo = [tune_command.Task("allreduce", 4)]
     with pytest.raises(ArgumentError, match="--algorithm rign: take some of auto, native, ring, shared"):
-        tune_command.measured(comm, SITE, todo, tmp_path / "t.partial", ["ring", "rign"])
+        tune_command.run_sizes(comm, SITE, todo, tmp_path / "t.partial", ["ring", "rign"])
 
 
 def test_what_is_shipped_takes_shared_memory_for_every_allreduce_on_one_node() -> None:
     """Registered arrays gain most there, and nothing measured elsewhere may be drawn out to sizes it was not run at."""
-    shipped = read(SHIPPED)
+    shipped = read(DEFAULT_TABLE)
     for mpi, per_node in {(row.mpi, row.per_node) for row in shipped.rows if row.nodes == 1}:
-        table = shipped.of(mpi)
+        table = shipped.select_mpi(mpi)
         for nbytes in (4, 1000, 1 << 16, 1 << 20, 1 << 24, 1 << 28, 1 << 31):
             chosen = table.choose(
                 "allreduce", 1, per_node, nbytes, candidates=("native", "shared", "ring", "butterfly")
@@ -474,7 +488,7 @@ def test_what_is_shipped_for_several_nodes_counts_over_tcp_only(
 
 def test_one_node_measured_leaves_what_is_known_of_several() -> None:
     shipped = Table((*rows("native", {8: 3.0}, nodes=2), *rows("native", {8: 9.0})))
-    assert Table(tuple(NATIVE)).completed(shipped).rows == (*NATIVE, *rows("native", {8: 3.0}, nodes=2))
+    assert Table(tuple(NATIVE)).fill_from(shipped).rows == (*NATIVE, *rows("native", {8: 3.0}, nodes=2))
 
 
 def test_networks_that_need_no_tcp_are_seen(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hpccomm.backends.hierarchical import SHORT_BYTES
 from hpccomm.backends.hierarchical_gathers import SHORT_BYTES as GATHERS_SHORT
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.layout import Link
-from hpccomm.performance.inter_node import MESSAGE_BYTES, SEGMENT_BYTES, inter_node
+from hpccomm.performance.inter_node import MESSAGE_BYTES, SEGMENT_BYTES, select_inter_node
 from hpccomm.testing import verifiable
 
 PLACEMENTS = {
@@ -51,7 +51,7 @@ def test_every_placement_length_and_type(placed: list[Communicator]) -> None:
             given = verifiable.operand(comm.rank, comm.size, n, dtype, op)
             a, b = given.copy(), np.empty_like(given)
             comm.Allreduce(MPI.IN_PLACE if in_place else a, a if in_place else b, getattr(MPI, op.upper()))
-            assert np.array_equal(a if in_place else b, verifiable.expected(comm.size, n, dtype, op))
+            assert np.array_equal(a if in_place else b, verifiable.reduction(comm.size, n, dtype, op))
             assert in_place or a.tobytes() == given.tobytes()
 
 
@@ -129,7 +129,7 @@ def test_reduce_scatters_of_every_placement_length_and_type(placed: list[Communi
             counts = parts_of(comm.size, n, uneven)
             total, lo = sum(counts), sum(counts[: comm.rank])
             given = verifiable.operand(comm.rank, comm.size, total, dtype, op)
-            want = verifiable.expected(comm.size, total, dtype, op)[lo : lo + counts[comm.rank]]
+            want = verifiable.reduction(comm.size, total, dtype, op)[lo : lo + counts[comm.rank]]
             a, b = given.copy(), np.empty(counts[comm.rank], dtype)
             for _ in range(2):
                 comm.Reduce_scatter(a, b, counts, getattr(MPI, op.upper()))
@@ -189,7 +189,7 @@ def test_between_nodes_goes_what_costs_least() -> None:
     names = {id(each): name for name, each in ALGORITHMS["allreduce"].items()}
 
     def chosen(nodes: int, nbytes: int) -> str:
-        return names[id(inter_node(nodes, nbytes, 2, link))]
+        return names[id(select_inter_node(nodes, nbytes, 2, link))]
 
     assert [chosen(nodes, 8) for nodes in (2, 3, 4, 8)] == ["doubling"] * 4
     assert [chosen(nodes, 1 << 24) for nodes in (2, 3, 4, 8)] == ["doubling", "ring", "ring", "ring"]

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from hpccomm.testing.agree import collective_assert
-from hpccomm.testing.verifiable import DTYPES, FOLDS, expected, operand, operations
+from hpccomm.testing.verifiable import DTYPES, FOLDS, operand, operations, reduction
 
 SIZES = (1, 2, 3, 4, 7, 47, 64)
 CASES = [(dtype, op) for dtype in DTYPES for op in operations(dtype)]
 
 
-def in_pairs(op: str, parts: list[Any]) -> Any:
+def reduce_in_pairs(op: str, parts: list[Any]) -> Any:
     """Neighbours first, then neighbours of the results."""
     while len(parts) > 1:
         parts = [FOLDS[op](*parts[k : k + 2]) if k + 1 < len(parts) else parts[k] for k in range(0, len(parts), 2)]
@@ -28,11 +28,11 @@ def test_every_order_gives_the_same_bits_and_none_overflows(dtype: str, op: str)
     for size in SIZES:
         for n in (0, 1, 100):
             parts = [operand(rank, size, n, dtype, op) for rank in range(size)]
-            want = expected(size, n, dtype, op)
+            want = reduction(size, n, dtype, op)
             assert want.dtype == np.dtype(dtype)
             assert want.shape == (n,)
             for arranged in (parts[::-1], parts[size // 2 :] + parts[: size // 2], parts[::2] + parts[1::2]):
-                assert np.array_equal(in_pairs(op, arranged).astype(dtype), want)
+                assert np.array_equal(reduce_in_pairs(op, arranged).astype(dtype), want)
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "?"])
@@ -44,7 +44,7 @@ def test_sums_and_products_are_those_of_exact_arithmetic(dtype: str) -> None:
                 part = operand(rank, size, 20, dtype, op)
                 as_exact = part.astype(complex) if dtype[0] == "c" else [Fraction(x) for x in part.tolist()]
                 exact = FOLDS[op](exact, np.array(as_exact, object))
-            assert expected(size, 20, dtype, op).tolist() == exact.tolist()
+            assert reduction(size, 20, dtype, op).tolist() == exact.tolist()
 
 
 @pytest.mark.parametrize(("dtype", "op"), CASES)
@@ -52,9 +52,9 @@ def test_a_rank_that_is_left_out_or_counted_twice_is_noticed(dtype: str, op: str
     idempotent = op in ("min", "max", "land", "lor", "band", "bor")
     for size in (2, 3, 4, 7):
         parts = [operand(rank, size, 1000, dtype, op) for rank in range(size)]
-        want = expected(size, 1000, dtype, op)
+        want = reduction(size, 1000, dtype, op)
         for rank in range(size):
-            without = in_pairs(op, [*parts[:rank], *parts[rank + 1 :]]).astype(dtype)
+            without = reduce_in_pairs(op, [*parts[:rank], *parts[rank + 1 :]]).astype(dtype)
             assert size == 1 or not np.array_equal(without, want), "left out"
             if not idempotent:
                 assert not np.array_equal(FOLDS[op](want, parts[rank]).astype(dtype), want), "twice"
@@ -83,7 +83,7 @@ def test_mpi_agrees_with_what_is_expected(comm: Any) -> None:
     for dtype, op in CASES:
         out = np.empty(33, dtype)
         MPI.Intracomm.Allreduce(comm, operand(comm.rank, comm.size, 33, dtype, op), out, getattr(MPI, op.upper()))
-        collective_assert(comm, np.array_equal(out, expected(comm.size, 33, dtype, op)), f"{op} of {dtype}: {out}")
+        collective_assert(comm, np.array_equal(out, reduction(comm.size, 33, dtype, op)), f"{op} of {dtype}: {out}")
 
 
 @pytest.mark.mpi

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from hpccomm.collectives import ALGORITHMS, hierarchical, ring, tree
-from hpccomm.collectives.schedule import NOBODY, Algorithm, Step, one_each, whole
-from hpccomm.collectives.verify import ROOTED, VOLUMES, layouts, two_level, verify
+from hpccomm.collectives.schedule import NOBODY, Algorithm, Step, block_per_rank, one_block
+from hpccomm.collectives.verify import ROOTED_COLLECTIVES, VOLUMES, layouts, two_level_volume, verify
 from hpccomm.commands import verify as command
 from hpccomm.errors import ArgumentError, ScheduleError
 from hpccomm.performance.cost import HIERARCHICAL
@@ -30,7 +30,7 @@ def test_every_algorithm_is_right_for_1_to_64_ranks(collective: str, name: str) 
         verify(name, collective, p)
 
 
-@pytest.mark.parametrize(("collective", "name"), [each for each in EVERY if each[0] in ROOTED])
+@pytest.mark.parametrize(("collective", "name"), [each for each in EVERY if each[0] in ROOTED_COLLECTIVES])
 def test_every_root_is_right(collective: str, name: str) -> None:
     for p in range(1, 10):
         for root in range(p):
@@ -41,15 +41,15 @@ def test_every_root_is_right(collective: str, name: str) -> None:
 def test_scatter_and_gather_are_right_for_every_root(steps: Any) -> None:
     for p in range(1, 18):
         for root in range(p):
-            verify(Algorithm(steps, one_each), steps.__name__, p, root)
+            verify(Algorithm(steps, block_per_rank), steps.__name__, p, root)
 
 
 @pytest.mark.parametrize("inter", ["ring", "butterfly", "doubling", "double_tree"])
 def test_hierarchical_is_right_on_every_layout(inter: str) -> None:
     for p in (*range(1, 17), 33, 64):
         for nodes in layouts(p).values():
-            volume = two_level(nodes) if inter == "ring" else None
-            verify(hierarchical.on(nodes, ALGORITHMS["allreduce"][inter]), "allreduce", p, volume=volume)
+            volume = two_level_volume(nodes) if inter == "ring" else None
+            verify(hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"][inter]), "allreduce", p, volume=volume)
 
 
 def test_all_of_it_takes_seconds() -> None:
@@ -59,7 +59,7 @@ def test_all_of_it_takes_seconds() -> None:
         for p in range(1, 65):
             verify(name, collective, p)
     for p in range(1, 65):
-        verify(hierarchical.on(layouts(p)["block"]), "allreduce", p)
+        verify(hierarchical.build_allreduce(layouts(p)["block"]), "allreduce", p)
     assert time.process_time() - began < limit
 
 
@@ -69,7 +69,7 @@ def test_every_algorithm_has_a_formula() -> None:
 
 @pytest.mark.parametrize(("collective", "name"), EVERY)
 def test_whoever_keeps_order_for_all_sizes_and_roots_says_so(collective: str, name: str) -> None:
-    roots = [(p, root) for p in range(1, 10) for root in (range(p) if collective in ROOTED else (0,))]
+    roots = [(p, root) for p in range(1, 10) for root in (range(p) if collective in ROOTED_COLLECTIVES else (0,))]
     kept = all(verify(name, collective, p, root).ordered for p, root in roots)
     assert ALGORITHMS[collective][name].ordered == kept
 
@@ -97,7 +97,7 @@ def test_more_ranks_than_bits_in_a_word() -> None:
 # --- broken on purpose ----------------------------------------------------------------------------
 
 
-def broken(algorithm: Algorithm, edit: Edit) -> Algorithm:
+def edit_steps(algorithm: Algorithm, edit: Edit) -> Algorithm:
     """The algorithm with the list of its steps edited, for one rank as for all."""
 
     def steps(r: Any, p: int, *root: int) -> Any:
@@ -117,7 +117,7 @@ def column(step: Step, r: Any) -> Step:
                 (of(step.recv[0]), of(step.recv[1])), step.reduce)  # fmt: skip
 
 
-def at(k: int, change: Callable[[Step], Step]) -> Edit:
+def edit_round(k: int, change: Callable[[Step], Step]) -> Edit:
     """Change round k."""
     return lambda steps: [change(step) if i == k else step for i, step in enumerate(steps)]
 
@@ -137,18 +137,18 @@ def refusal(algorithm: Algorithm, collective: str = "allreduce", p: int = 5) -> 
 
 
 def test_a_wrong_peer_is_refused() -> None:
-    said = refusal(broken(RING, at(2, lambda step: step._replace(to=put(step.to, 1, 3)))))
+    said = refusal(edit_steps(RING, edit_round(2, lambda step: step._replace(to=put(step.to, 1, 3)))))
     assert "round 2, rank 1, block 3: is sent to rank 3, which receives from rank 2 in this round" in said
     assert "would wait for ever" in said
 
 
 def test_a_peer_that_does_not_exist_is_refused() -> None:
-    said = refusal(broken(RING, at(2, lambda step: step._replace(to=put(step.to, 1, 9)))))
+    said = refusal(edit_steps(RING, edit_round(2, lambda step: step._replace(to=put(step.to, 1, 9)))))
     assert "round 2, rank 1, block 3: sends to rank 9" in said
 
 
 def test_a_message_to_oneself_is_refused() -> None:
-    said = refusal(broken(RING, at(0, lambda step: step._replace(source=put(step.source, 4, 4)))))
+    said = refusal(edit_steps(RING, edit_round(0, lambda step: step._replace(source=put(step.source, 4, 4)))))
     assert "round 0, rank 4" in said
     assert "receives from rank 4" in said
 
@@ -157,7 +157,7 @@ def test_a_receive_that_nobody_sends_is_refused() -> None:
     def edit(step: Step) -> Step:
         return step._replace(to=put(step.to, 1, NOBODY))
 
-    said = refusal(broken(RING, at(2, edit)))
+    said = refusal(edit_steps(RING, edit_round(2, edit)))
     assert "round 2, rank 2, block 3: is awaited from rank 1, which sends to nobody in this round" in said
 
 
@@ -165,7 +165,7 @@ def test_different_blocks_at_the_two_ends_are_refused() -> None:
     def edit(step: Step) -> Step:
         return step._replace(recv=(put(step.recv[0], 3, 2), put(step.recv[1], 3, 3)))
 
-    said = refusal(broken(RING, at(1, edit)))
+    said = refusal(edit_steps(RING, edit_round(1, edit)))
     assert "round 1, rank 3, block 2: expects blocks [2, 3) from rank 2, which sends [0, 1)" in said
 
 
@@ -175,43 +175,43 @@ def test_a_wrong_block_at_both_ends_is_refused() -> None:
     def edit(step: Step) -> Step:
         return step._replace(send=(step.send[0] + 1, step.send[1] + 1), recv=(step.recv[0] + 1, step.recv[1] + 1))
 
-    said = refusal(broken(RING, at(1, edit)))
+    said = refusal(edit_steps(RING, edit_round(1, edit)))
     assert "round 1, rank 1, block 4: counts the contribution of rank 0 twice" in said
 
 
 def test_reducing_where_one_should_replace_is_refused() -> None:
-    said = refusal(broken(RING, at(4, lambda step: step._replace(reduce=True))))
+    said = refusal(edit_steps(RING, edit_round(4, lambda step: step._replace(reduce=True))))
     assert "round 4, rank 1, block 0: counts the contribution of rank 1 twice" in said
 
 
 def test_replacing_where_one_should_reduce_is_refused() -> None:
-    said = refusal(broken(RING, at(2, lambda step: step._replace(reduce=False))))
+    said = refusal(edit_steps(RING, edit_round(2, lambda step: step._replace(reduce=False))))
     assert "round 2, rank 1, block 2: is replaced and loses the contribution of rank 1" in said
 
 
 @pytest.mark.parametrize("dropped", range(8))
 def test_a_dropped_round_is_refused(dropped: int) -> None:
-    said = refusal(broken(RING, lambda steps: steps[:dropped] + steps[dropped + 1 :]))
+    said = refusal(edit_steps(RING, lambda steps: steps[:dropped] + steps[dropped + 1 :]))
     assert all(word in said for word in ("round", "rank", "block"))
 
 
 def test_a_dropped_last_round_names_what_is_missing() -> None:
-    said = refusal(broken(ALGORITHMS["allreduce"]["doubling"], lambda steps: steps[:-1]), p=4)
+    said = refusal(edit_steps(ALGORITHMS["allreduce"]["doubling"], lambda steps: steps[:-1]), p=4)
     assert "round 0, rank 0, block 0: in the end misses the contributions of ranks [2, 3]" in said
 
 
 def test_a_rank_counted_twice_is_refused() -> None:
-    said = refusal(broken(ALGORITHMS["allreduce"]["doubling"], lambda steps: [*steps, steps[-1]]), p=4)
+    said = refusal(edit_steps(ALGORITHMS["allreduce"]["doubling"], lambda steps: [*steps, steps[-1]]), p=4)
     assert "round 2, rank 2, block 0: counts the contribution of rank 0 twice" in said
 
 
 def test_garbage_is_not_sent() -> None:
-    reverse = broken(ALGORITHMS["bcast"]["chain"], lambda steps: steps[::-1])
+    reverse = edit_steps(ALGORITHMS["bcast"]["chain"], lambda steps: steps[::-1])
     assert "round 0, rank 3, block 0: is sent before anything is there" in refusal(reverse, "bcast")
 
 
 def test_garbage_is_not_summed_into() -> None:
-    added = broken(ALGORITHMS["bcast"]["chain"], at(0, lambda step: step._replace(reduce=True)))
+    added = edit_steps(ALGORITHMS["bcast"]["chain"], edit_round(0, lambda step: step._replace(reduce=True)))
     assert "round 0, rank 1, block 0: is summed into before anything is there" in refusal(added, "bcast")
 
 
@@ -221,14 +221,14 @@ def test_a_broadcast_of_somebody_elses_block_is_refused() -> None:
     def steps(r: Any, p: int, root: int = 0) -> Any:
         return tree.broadcast(r, p, root + 1)
 
-    assert "is sent before anything is there" in refusal(Algorithm(steps, whole), "bcast")
+    assert "is sent before anything is there" in refusal(Algorithm(steps, one_block), "bcast")
 
 
 def test_a_message_that_lands_on_what_is_being_sent_is_refused() -> None:
     def steps(r: Any, p: int) -> Any:
         yield Step(1 - r, (0, 1), 1 - r, (0, 1), reduce=False)
 
-    said = refusal(Algorithm(steps, whole), "allreduce", p=2)
+    said = refusal(Algorithm(steps, one_block), "allreduce", p=2)
     assert "round 0, rank 0, block 0: is sent and replaced in the same round" in said
 
 
@@ -241,7 +241,7 @@ def test_a_round_that_meets_another_round_is_refused_although_nobody_would_wait_
         yield Step(np.where(here == 0, 1, NOBODY), (0, 1), nobody, (0, 1), reduce=False)
         yield Step(nobody, (0, 1), np.where(here == 1, 0, NOBODY), (0, 1), reduce=False)
 
-    assert "messages of different rounds would meet" in refusal(Algorithm(steps, whole), "bcast", p=2)
+    assert "messages of different rounds would meet" in refusal(Algorithm(steps, one_block), "bcast", p=2)
 
 
 def test_a_rank_that_alone_takes_other_steps_is_refused() -> None:
@@ -249,11 +249,11 @@ def test_a_rank_that_alone_takes_other_steps_is_refused() -> None:
         rounds = list(ring.allreduce(r, p))
         return iter(rounds if np.ndim(r) else rounds[::-1])
 
-    assert "alone the rank takes another step than among all" in refusal(Algorithm(steps, one_each))
+    assert "alone the rank takes another step than among all" in refusal(Algorithm(steps, block_per_rank))
 
 
 def test_too_few_blocks_are_refused() -> None:
-    said = refusal(Algorithm(ring.reduce_scatter, whole), "reduce_scatter")
+    said = refusal(Algorithm(ring.reduce_scatter, one_block), "reduce_scatter")
     assert "cuts the vector into 1 blocks; reduce_scatter needs one a rank" in said
 
 
@@ -343,7 +343,7 @@ def test_the_command_prints_a_line_an_algorithm(capsys: pytest.CaptureFixture[st
 
 
 def test_the_command_fails_with_the_reason(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    wrong = broken(RING, at(2, lambda step: step._replace(reduce=False)))
+    wrong = edit_steps(RING, edit_round(2, lambda step: step._replace(reduce=False)))
     monkeypatch.setitem(ALGORITHMS["allreduce"], "ring", wrong)
     code, out = run_command(capsys, "ring", "--size", "5", "--collective", "allreduce")
     assert code == 1

@@ -30,7 +30,14 @@ import numpy as np
 
 from hpccomm.algorithms import local_steps
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, descend, mean
-from hpccomm.algorithms.local_steps import LocalState, Periodic, PeriodicState, Weigh, averaged, landing
+from hpccomm.algorithms.local_steps import (
+    LocalStatePolicy,
+    PeriodicState,
+    PeriodicTransform,
+    Weighting,
+    average_leaf,
+    exact_step,
+)
 from hpccomm.algorithms.transforms import (
     AdamState,
     Schedule,
@@ -52,7 +59,7 @@ class FilterState(NamedTuple):
     """The global model W and the smoothed movement Δ."""
 
     model: Vector
-    moved: Vector
+    velocity: Vector
 
 
 def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -> Transform:
@@ -67,13 +74,13 @@ def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -
         return FilterState(weights.copy(), np.zeros_like(weights))
 
     def update(behind: Vector, state: FilterState, start: Vector) -> tuple[Vector, FilterState]:
-        moved = momentum * state.moved - lr * behind
+        moved = momentum * state.velocity - lr * behind
         if nesterov == "lookahead":
             ahead = start + (1 + momentum) * moved
-            return landing(start, ahead), FilterState(ahead, moved)
+            return exact_step(start, ahead), FilterState(ahead, moved)
         model = state.model + moved
         ahead = model + momentum * moved if nesterov else model
-        return landing(start, ahead), FilterState(model, moved)
+        return exact_step(start, ahead), FilterState(model, moved)
 
     return Transform(init, update)
 
@@ -86,16 +93,17 @@ def bmuf(
     momentum: float | None = None,
     lr: float = 1.0,
     nesterov: Nesterov = False,
-    weight_by: Weigh = "workers",
-    local_state: Literal["keep", "reset", "average"] | LocalState = "keep",
+    weight_by: Weighting = "workers",
+    local_state: Literal["keep", "reset", "average"] | LocalStatePolicy = "keep",
     shard_state: bool = False,
     warmup: int = 0,
     check: bool = False,
-) -> Periodic:
+) -> PeriodicTransform:
     """Blockwise model-update filtering around ``inner``, an optimizer that knows nothing of other ranks.
 
     ``momentum`` η, left out 1 − 1/p; ``lr`` ζ.  ``nesterov`` and the rates of other codes: above.
-    ``weight_by``, ``warmup``, ``check`` as in :func:`~hpccomm.algorithms.local_steps.periodic`.  ``local_state``:
+    ``weight_by``, ``warmup``, ``check`` as in :func:`~hpccomm.algorithms.local_steps.periodic_transform`. 
+    ``local_state``:
     at the end of a block the inner state is kept, reset, averaged over the ranks, or what a policy makes of it.
     ``shard_state`` divides W and Δ over the ranks: as many bytes travel, each rank holds 1/p of them.
 
@@ -116,7 +124,7 @@ def bmuf(
     eta = 1 - 1 / comm.size if momentum is None else momentum
     kept = block_filter(eta, lr, nesterov)
     outer = sharded_filter(comm, kept) if shard_state and comm.size > 1 else chain(mean(comm), kept)
-    return local_steps.periodic(
+    return local_steps.periodic_transform(
         comm,
         period,
         inner,
@@ -124,18 +132,18 @@ def bmuf(
         local_state=policy(local_state, comm, inner),
         weight_by=weight_by,
         warmup=warmup,
-        export=lambda state: exported(state, comm),
+        export=lambda state: global_model(state, comm),
         check=check,
     )
 
 
-def exported(state: PeriodicState, comm: MPI.Intracomm) -> Vector:
+def global_model(state: PeriodicState, comm: MPI.Intracomm) -> Vector:
     """W of the filter (collective where it is sharded); a rank alone has no filter."""
     if comm.size == 1:
         return state.start
     kept = state.outer[-1]
     assert isinstance(kept, FilterState)
-    return gathered(kept.model, state.start.size, comm) if isinstance(state.outer, ShardState) else kept.model
+    return gather_shards(kept.model, state.start.size, comm) if isinstance(state.outer, ShardState) else kept.model
 
 
 # W and Δ divided over the ranks
@@ -145,7 +153,7 @@ class ShardState(NamedTuple):
     """What sharding has cost, and the filter's state of this rank's shard."""
 
     report: ExchangeReport
-    kept: FilterState
+    filter_state: FilterState
 
 
 def sharded_filter(comm: MPI.Intracomm, kept: Transform) -> Transform:
@@ -158,10 +166,10 @@ def sharded_filter(comm: MPI.Intracomm, kept: Transform) -> Transform:
         began, mine = time.perf_counter(), shard(start.size, comm)
         part = np.empty(mine.stop - mine.start, behind.dtype)
         comm.Reduce_scatter(behind, part, lengths(start.size, comm.size))
-        step, after = kept.update(part / comm.size, state.kept, start[mine])
-        ahead = gathered(start[mine] + step, start.size, comm)
+        step, after = kept.update(part / comm.size, state.filter_state, start[mine])
+        ahead = gather_shards(start[mine] + step, start.size, comm)
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(behind.nbytes, comm.size))
-        return landing(start, ahead), ShardState(state.report.plus(cost), after)
+        return exact_step(start, ahead), ShardState(state.report.add(cost), after)
 
     return Transform(init, update)
 
@@ -178,7 +186,7 @@ def shard(n: int, comm: MPI.Intracomm) -> slice:
     return slice(first, first + counts[comm.rank])
 
 
-def gathered(part: Vector, n: int, comm: MPI.Intracomm) -> Vector:
+def gather_shards(part: Vector, n: int, comm: MPI.Intracomm) -> Vector:
     """All parts."""
     whole = np.empty(n, part.dtype)
     comm.Allgatherv(part, [whole, lengths(n, comm.size)])
@@ -188,11 +196,11 @@ def gathered(part: Vector, n: int, comm: MPI.Intracomm) -> Vector:
 # The inner optimizer's state at the end of a block
 
 
-def policy(local_state: str | LocalState, comm: MPI.Intracomm, inner: Transform) -> LocalState:
+def policy(local_state: str | LocalStatePolicy, comm: MPI.Intracomm, inner: Transform) -> LocalStatePolicy:
     """The policy of a name."""
-    if isinstance(local_state, LocalState):
+    if isinstance(local_state, LocalStatePolicy):
         return local_state
-    known: dict[str, Callable[[], LocalState]] = {
+    known: dict[str, Callable[[], LocalStatePolicy]] = {
         "keep": local_steps.keep,
         "reset": lambda: local_steps.reset(inner),
         "average": lambda: local_steps.average(comm),
@@ -214,7 +222,7 @@ def bmuf_adam(
     nesterov: Nesterov = False,
     warmup: int = 0,
     check: bool = False,
-) -> Periodic:
+) -> PeriodicTransform:
     """BMUF around Adam, whose means go on as if they had seen the steps that the filter adds; ``lr`` is Adam's.
 
     Three vectors travel at the end of a block instead of one (Chen, Ding & Huo, ICASSP 2020).
@@ -234,24 +242,24 @@ def bmuf_adam(
     )
 
 
-def extrapolation(comm: MPI.Intracomm, eta: float, b1: float, b2: float) -> LocalState:
+def extrapolation(comm: MPI.Intracomm, eta: float, b1: float, b2: float) -> LocalStatePolicy:
     """What Adam's means become; the memory is ρ(n) = η ρ(n−1) + τ, and the filter adds ηρ(n) virtual steps."""
 
     def settle(began: Any, ended: Any, start: Vector, rho: float, steps: int) -> tuple[Any, float]:
         rho = eta * rho + steps
         first, then = began[0], ended[0]
-        mean_now, square_now = averaged(then.mean, comm), averaged(then.square, comm)
+        mean_now, square_now = average_leaf(then.mean, comm), average_leaf(then.square, comm)
         gone_on = AdamState(
             first.updates + steps + eta * rho,
-            extrapolated(first.mean, mean_now, b1, steps, eta * rho),
-            np.maximum(extrapolated(first.square, square_now, b2, steps, eta * rho), 0),
+            extrapolate(first.mean, mean_now, b1, steps, eta * rho),
+            np.maximum(extrapolate(first.square, square_now, b2, steps, eta * rho), 0),
         )
         return (gone_on, *ended[1:]), rho
 
-    return LocalState(lambda weights: 0.0, settle)
+    return LocalStatePolicy(lambda weights: 0.0, settle)
 
 
-def extrapolated(began: Vector, ended: Vector, beta: float, steps: int, virtual: float) -> Vector:
+def extrapolate(began: Vector, ended: Vector, beta: float, steps: int, virtual: float) -> Vector:
     """A running mean that went from ``began`` to ``ended`` in some steps, as many virtual ones later.
 
     The steps' mean input follows from the two; it is what the virtual steps see, too.

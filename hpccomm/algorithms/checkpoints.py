@@ -31,13 +31,14 @@ def leaves(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, state
 
 
-def mapped(function: Callable[[str, Any], Any], state: Any, path: str = "") -> Any:
+def map_leaves(function: Callable[[str, Any], Any], state: Any, path: str = "") -> Any:
     """A state of the same form whose leaves are ``function(path, leaf)``."""
     if state is None or not isinstance(state, tuple):
         return state if state is None else function(path, state)
     names = getattr(state, "_fields", range(len(state)))
     parts = [
-        mapped(function, each, f"{path}.{name}" if path else str(name)) for name, each in zip(names, state, strict=True)
+        map_leaves(function, each, f"{path}.{name}" if path else str(name))
+        for name, each in zip(names, state, strict=True)
     ]
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
@@ -66,10 +67,10 @@ def load_state_dict(like: Any, saved: dict[str, Any]) -> Any:
         raise ArgumentError(
             f"load_state_dict: missing {missing}, not in this method's state {extra}: load into the method that saved"
         )
-    return mapped(lambda path, leaf: restored(path, leaf, saved[path]), like)
+    return map_leaves(lambda path, leaf: restore_leaf(path, leaf, saved[path]), like)
 
 
-def restored(path: str, like: Any, value: Any) -> Any:
+def restore_leaf(path: str, like: Any, value: Any) -> Any:
     """One leaf: an array of the same shape and dtype, or a number."""
     if not isinstance(like, np.ndarray):
         return np.asarray(value).item() if isinstance(like, NUMBERS) else np.asarray(value)[()]
@@ -86,9 +87,9 @@ def restored(path: str, like: Any, value: Any) -> Any:
 
 # Another number of ranks
 
-OWN = ("residual", "moved", "worker")
+LOCAL_FIELDS = ("residual", "momentum", "worker")
 """What compressed exchanges keep of a rank's own gradients: the mean over the ranks is what steps still owe."""
-CUT = ("server",)
+SHARDED_FIELDS = ("server",)
 """What is kept of this rank's part of the vector, the parts in rank order."""
 
 
@@ -103,20 +104,20 @@ def for_ranks(states: Sequence[Any], rank: int, size: int, reduce: Literal["mean
     if not states or not 0 <= rank < size:
         raise ArgumentError(f"for_ranks: rank {rank} of {size}, {len(states)} states: pass all old ranks' states")
     if size == len(states):
-        return mapped(lambda path, leaf: restored(path, leaf, leaf), states[rank])
+        return map_leaves(lambda path, leaf: restore_leaf(path, leaf, leaf), states[rank])
     all_of_them = [state_dict(each) for each in states]
     parts = len(states) if reduce == "mean" else size
 
     def leaf_of(path: str, leaf: Any) -> Any:
         name = path.rpartition(".")[2]
-        if name in CUT:
+        if name in SHARDED_FIELDS:
             return np.array_split(np.concatenate([each[path] for each in all_of_them]), size)[rank].copy()
-        if name not in OWN:
-            return restored(path, leaf, leaf)
+        if name not in LOCAL_FIELDS:
+            return restore_leaf(path, leaf, leaf)
         total = np.sum([each[path] for each in all_of_them], axis=0, dtype=np.float64)
         return (total / parts).astype(leaf.dtype)
 
-    return mapped(leaf_of, states[rank % len(states)])
+    return map_leaves(leaf_of, states[rank % len(states)])
 
 
 # Files
@@ -131,7 +132,7 @@ def save(path: str | os.PathLike[str], **states: Any) -> None:
     target = Path(path)
     found = state_dict(tuple(states.values()))
     names = list(states)
-    entries = {renamed(path, names): value for path, value in found.items()}
+    entries = {entry_name(path, names): value for path, value in found.items()}
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -158,13 +159,13 @@ def load(path: str | os.PathLike[str], **like: Any) -> tuple[Any, ...]:
             f"load: {os.fspath(path)} is no checkpoint ({error}): name a file that save wrote"
         ) from None
     names = list(like)
-    known = {renamed(path, names): path for path, _ in leaves(tuple(like.values()))}
+    known = {entry_name(path, names): path for path, _ in leaves(tuple(like.values()))}
     saved = {known.get(name, name): value for name, value in entries.items()}
     found: tuple[Any, ...] = load_state_dict(tuple(like.values()), saved)
     return found
 
 
-def renamed(path: str, names: list[str]) -> str:
+def entry_name(path: str, names: list[str]) -> str:
     """A leaf's path with the name of its state in place of its number."""
     first, dot, rest = path.partition(".")
     return f"{names[int(first)]}{dot}{rest}"

@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.arrays import beside, brought, lies_on_device
+from hpccomm.arrays import is_on_device, to_device_like, to_host
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import compression_reference as reference
 from hpccomm.kernels import dispatch
@@ -46,9 +46,9 @@ from hpccomm.kernels.compression_reference import Indices, Octets, Vector
 Message = npt.NDArray[np.uint8]
 
 MAGIC = b"GCM1"
-LAYOUT = struct.Struct("<4s4BQQfI")
-HEADER_BYTES = LAYOUT.size
-LONGEST = 1 << 31
+HEADER_FORMAT = struct.Struct("<4s4BQQfI")
+HEADER_BYTES = HEADER_FORMAT.size
+MAX_ELEMENTS = 1 << 31
 """Elements that the 31-bit indices of words can name."""
 LARGEST_PAYLOAD = (1 << 32) - 1
 
@@ -92,7 +92,7 @@ class Code(IntEnum):
     RICE = 3
 
 
-STORED: dict[Values, np.dtype[Any]] = {
+VALUE_DTYPES: dict[Values, np.dtype[Any]] = {
     Values.F32: np.dtype("<f4"),
     Values.F16: np.dtype("<u2"),
     Values.BF16: np.dtype("<u2"),
@@ -110,7 +110,7 @@ class Header(NamedTuple):
     """Of the code: Rice's k, QSGD's levels, PowerSGD's rank."""
     n: int
     """Elements of the vector."""
-    named: int
+    elements: int
     """Elements that the message names."""
     scale: float
     """τ, the scale or the threshold that was used."""
@@ -148,7 +148,7 @@ class Compressor:
         compressor's seed).  ``last`` is what this rank encoded before, or its first 32 bytes: an adaptive threshold
         goes on from there, all others ignore it.
         """
-        return self.write(flat(vector, self.name, self.on_device), step, last)
+        return self.write(check_flat(vector, self.name, self.on_device), step, last)
 
     def encode_feedback(
         self,
@@ -164,9 +164,9 @@ class Compressor:
         The new backlog goes to ``out``, or replaces ``backlog`` where ``out`` is left out; each of its elements is
         rounded once after the sum and once after the difference.  An error leaves ``backlog`` as it was.
         """
-        n = flat(backlog, self.name, self.on_device).size
-        target = writable(backlog if out is None else out, n, self.name, self.on_device)
-        if gradient is not None and flat(gradient, self.name, self.on_device).size != n:
+        n = check_flat(backlog, self.name, self.on_device).size
+        target = check_writable(backlog if out is None else out, n, self.name, self.on_device)
+        if gradient is not None and check_flat(gradient, self.name, self.on_device).size != n:
             raise ArgumentError(
                 f"{self.name}: the gradient has {gradient.size} elements, the backlog {backlog.size}: "
                 "pass equal lengths"
@@ -175,7 +175,7 @@ class Compressor:
             return self.feed(backlog, gradient, target, step, last)
         p = reference.backlog_of(backlog, gradient)
         message = self.write(p, step, last)
-        np.subtract(p, self.meaning(message, p.size), out=target)
+        np.subtract(p, self.decode_vector(message, p.size), out=target)
         return message
 
     def encode_momentum(
@@ -198,16 +198,16 @@ class Compressor:
         v: both are written (Lin et al., ICLR 2018, section 3).  A gradient that is not finite leaves them as they
         were; who has looked says ``finite``.
         """
-        n = flat(gradient, self.name, self.on_device).size
+        n = check_flat(gradient, self.name, self.on_device).size
         for vector in (momentum, velocity):
-            writable(vector, n, self.name, self.on_device)
+            check_writable(vector, n, self.name, self.on_device)
         demand_finite(finite or kernels(gradient).all_finite(gradient), self.name)
         if self.feed_momentum is not None:
             return self.feed_momentum(gradient, momentum, velocity, m, nesterov, mask, step)
         reference.accumulate(gradient, momentum, velocity, m, nesterov)
         message = self.encode_feedback(velocity, step=step, last=last)
         if mask:
-            momentum[beside(named_indices(message), momentum)] = 0
+            momentum[to_device_like(read_indices(message), momentum)] = 0
         return message
 
     def decode(self, message: Message, out: Vector) -> None:
@@ -220,12 +220,12 @@ class Compressor:
 
     def decode_all(self, messages: Sequence[Message], out: Vector) -> None:
         """Add messages one after the other: the same bits as by ``decode`` in this order, in one pass where it pays."""
-        writable(out, None, self.name, self.on_device)
+        check_writable(out, None, self.name, self.on_device)
         parts = [read(message, out.size, self.kinds, self.name) for message in messages]
         for add, group in groupby(parts, key=lambda part: part.add):
             add([part.content for part in group], out)
 
-    def meaning(self, message: Message, n: int) -> Vector:
+    def decode_vector(self, message: Message, n: int) -> Vector:
         """What a message means, as a new vector."""
         out = np.zeros(n, np.float32)
         self.decode(message, out)
@@ -284,7 +284,7 @@ def write_range(vector: Vector) -> Message:
     return message_of(Kind.RANGE, vector.size, [np.array([lower], "<i8"), codes], scale=scale)
 
 
-def narrowed_values(vector: Vector, values: Values) -> npt.NDArray[Any]:
+def narrow_values(vector: Vector, values: Values) -> npt.NDArray[Any]:
     """Finite elements as they are stored; what would round to infinity becomes the largest finite value."""
     if values is Values.F32:
         return vector
@@ -303,7 +303,7 @@ def add_stored(stored: npt.NDArray[Any], values: int, scale: float, out: Vector)
         np.add(out, stored, out=out)
 
 
-def widened_values(stored: npt.NDArray[Any], values: int) -> Vector:
+def widen_values(stored: npt.NDArray[Any], values: int) -> Vector:
     """Stored elements as float32; those of -0 as 0."""
     if values == Values.F32:
         return stored
@@ -314,7 +314,7 @@ def widened_values(stored: npt.NDArray[Any], values: int) -> Vector:
 
 def write_half(values: Values) -> Callable[[Vector], Message]:
     """Dense in 16 bits."""
-    return lambda vector: message_of(Kind.DENSE, vector.size, [narrowed_values(vector, values)], values=values)
+    return lambda vector: message_of(Kind.DENSE, vector.size, [narrow_values(vector, values)], values=values)
 
 
 CASTS: dict[str, tuple[Callable[[Vector], Message], Kind]] = {
@@ -329,10 +329,12 @@ CASTS: dict[str, tuple[Callable[[Vector], Message], Kind]] = {
 
 
 DECAY = 0.5 ** (1 / 20)
-FEWEST, MOST, FIRST_DENSITY = 1e-4, 1e-2, 1e-3
+MIN_DENSITY, MAX_DENSITY, FIRST_DENSITY = 1e-4, 1e-2, 1e-3
 
 
-def adapted(tau: float, density: float, fewest: float = FEWEST, most: float = MOST, decay: float = DECAY) -> float:
+def adapt_tau(
+    tau: float, density: float, fewest: float = MIN_DENSITY, most: float = MAX_DENSITY, decay: float = DECAY
+) -> float:
     """The next τ after a message of this density: smaller below ``fewest``, larger above ``most`` (DL4J's rule)."""
     if density < fewest:
         return tau * decay
@@ -370,11 +372,11 @@ def threshold(
             return float(np.float32(tau))
         if density is None and last[:HEADER_BYTES].any():
             before = header_of(last, name)
-            return float(np.float32(adapted(before.scale, before.named / max(1, before.n))))
+            return float(np.float32(adapt_tau(before.scale, before.elements / max(1, before.n))))
         return kernels(backlog).density_threshold(backlog, gradient, density or FIRST_DENSITY, step) or 1.0
 
     def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
-        if backlog.size >= LONGEST:
+        if backlog.size >= MAX_ELEMENTS:
             raise ArgumentError(f"{name}: {backlog.size} elements: split them into buckets below 2**31")
         if np.may_share_memory(out, backlog):
             demand_finite(kernels(backlog).all_finite(backlog if gradient is None else gradient), name)
@@ -423,28 +425,28 @@ def topk(
     """
     name = f"topk({density})"
     check_density(density, name)
-    if values not in VALUES_NAMED or code not in ("auto", *CODES_NAMED):
+    if values not in VALUES_BY_NAME or code not in ("auto", *CODES_BY_NAME):
         raise ArgumentError(
-            f"{name}: values={values!r}, code={code!r}: pass one of {', '.join(VALUES_NAMED)} and one of auto, "
-            f"{', '.join(CODES_NAMED)}"
+            f"{name}: values={values!r}, code={code!r}: pass one of {', '.join(VALUES_BY_NAME)} and one of auto, "
+            f"{', '.join(CODES_BY_NAME)}"
         )
-    stored, least = VALUES_NAMED[values], 1.0 if exact else 0.8
+    stored, least = VALUES_BY_NAME[values], 1.0 if exact else 0.8
 
     def message(n: int, index: Indices, chosen: Vector) -> tuple[Message, Vector]:
         """The message, and what it does not say of the chosen elements."""
-        narrow = narrowed_values(chosen, stored)
-        which = CODES_NAMED[code] if code != "auto" else Code.U32 if 32 * index.size < n else Code.BITMAP
+        narrow = narrow_values(chosen, stored)
+        which = CODES_BY_NAME[code] if code != "auto" else Code.U32 if 32 * index.size < n else Code.BITMAP
         octets, parameter = ENCODERS[which](index, n)
-        parts = [octets, narrow.astype(STORED[stored], copy=False)]
-        rest = chosen - widened_values(narrow, stored)
+        parts = [octets, narrow.astype(VALUE_DTYPES[stored], copy=False)]
+        rest = chosen - widen_values(narrow, stored)
         return message_of(Kind.SPARSE, n, parts, values=stored, code=which, parameter=parameter, count=index.size), rest
 
     def select(p: Vector, step: int) -> tuple[Indices, Vector]:
         if not p.size:
-            return np.empty(0, np.uint32), brought(p)
+            return np.empty(0, np.uint32), to_host(p)
         index, finite = kernels(p).select_largest(p, count_of(density, p.size), step, least)
         demand_finite(finite, name)
-        return index, brought(p[beside(index, p)])
+        return index, to_host(p[to_device_like(index, p)])
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         return message(vector.size, *select(vector, step))[0]
@@ -459,7 +461,7 @@ def topk(
             out[...] = backlog
         index, chosen = select(out, step)
         written, rest = message(out.size, index, chosen)
-        out[beside(index, out)] = beside(rest, out)
+        out[to_device_like(index, out)] = to_device_like(rest, out)
         return written
 
     def feed_momentum(
@@ -473,7 +475,7 @@ def topk(
         )
         demand_finite(finite, name)
         written, rest = message(n, index, chosen)
-        velocity[beside(index, velocity)] = beside(rest, velocity)
+        velocity[to_device_like(index, velocity)] = to_device_like(rest, velocity)
         return written
 
     return Compressor(name, frozenset({Kind.SPARSE}), write, feed, feed_momentum, on_device=True)
@@ -499,7 +501,7 @@ def randomk(density: float, seed: int = 0) -> Compressor:
         p = reference.backlog_of(backlog, gradient)
         written = write(p, step, last)
         out[...] = p
-        out[named_indices(written)] = 0
+        out[read_indices(written)] = 0
         return written
 
     return Compressor(name, frozenset({Kind.CELLS}), write, feed)
@@ -589,11 +591,11 @@ def ternary(clip: float | None = 2.5, seed: int = 0, scale: float | None = None)
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         n = vector.size
-        if n >= LONGEST:
+        if n >= MAX_ELEMENTS:
             raise ArgumentError(f"{name}: {n} elements: split them into buckets below 2**31")
         demand_finite(kernels().all_finite(vector), name)
         largest = kernels().largest_magnitude(vector)
-        limit = largest if clip is None else min(largest, clipped_at(vector, clip))
+        limit = largest if clip is None else min(largest, clip_limit(vector, clip))
         unit = float(np.float32(limit if scale is None else scale))
         if unit < limit:
             raise ArgumentError(
@@ -605,7 +607,7 @@ def ternary(clip: float | None = 2.5, seed: int = 0, scale: float | None = None)
     return Compressor(name, frozenset({Kind.PAIRS}), write)
 
 
-def clipped_at(vector: Vector, clip: float) -> float:
+def clip_limit(vector: Vector, clip: float) -> float:
     """``clip`` standard deviations."""
     total, squares = kernels().moments(vector)
     n = max(1, vector.size)
@@ -667,7 +669,7 @@ def low_rank(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> 
     def write(vector: Vector, step: int, last: Message) -> Message:
         demand_finite(kernels().all_finite(vector), name)
         matrix = as_matrix(vector, shape, name)
-        left = orthonormal(matrix @ start_factor(matrix.shape[1], min(rank, *matrix.shape), seed))
+        left = orthonormalise(matrix @ start_factor(matrix.shape[1], min(rank, *matrix.shape), seed))
         right = np.ascontiguousarray(matrix.T @ left)
         sizes = np.array([*matrix.shape, left.shape[1]], "<u8")
         return message_of(Kind.LOW_RANK, vector.size, [sizes, left, right])
@@ -693,7 +695,7 @@ def start_factor(columns: int, rank: int, seed: int = 0) -> npt.NDArray[np.float
     return (2 * values - 1).reshape(columns, rank)
 
 
-def orthonormal(columns: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def orthonormalise(columns: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Gram-Schmidt in float64, twice; a column that is (nearly) a combination of those before becomes 0."""
     basis = columns.astype(np.float64)
     for j in range(basis.shape[1]):
@@ -725,7 +727,7 @@ def message_of(
     if nbytes > LARGEST_PAYLOAD:
         raise ArgumentError(f"encode: a message of {nbytes} bytes: split the vector into buckets below 4 GiB")
     message = np.empty(HEADER_BYTES + nbytes, np.uint8)
-    LAYOUT.pack_into(
+    HEADER_FORMAT.pack_into(
         message.data, 0, MAGIC, kind, values, code, parameter, n, n if count is None else count, scale, nbytes
     )
     at = HEADER_BYTES
@@ -738,12 +740,12 @@ def message_of(
 def header_of(message: Message, who: str = "decode") -> Header:
     """The header of a message (or of its first 32 bytes); raises where it is none."""
     if not isinstance(message, np.ndarray) or message.dtype != np.uint8 or message.ndim != 1:
-        raise ArgumentError(f"{who}: a message is a flat uint8 array, this is {described(message)}")
+        raise ArgumentError(f"{who}: a message is a flat uint8 array, this is {describe(message)}")
     if message.size < HEADER_BYTES:
         raise ArgumentError(
             f"{who}: the message is cut short: {message.size} bytes, its header alone has {HEADER_BYTES}"
         )
-    magic, *fields = LAYOUT.unpack(message[:HEADER_BYTES].tobytes())
+    magic, *fields = HEADER_FORMAT.unpack(message[:HEADER_BYTES].tobytes())
     if magic != MAGIC:
         raise ArgumentError(
             f"{who}: the message begins with {bytes(magic)!r}, not {MAGIC!r}: it is damaged, or none of ours"
@@ -751,14 +753,14 @@ def header_of(message: Message, who: str = "decode") -> Header:
     return Header(*fields)
 
 
-class Part(NamedTuple):
+class DecodedMessage(NamedTuple):
     """A message that was read: what it says, and who adds such things."""
 
     add: Callable[[list[Any], Vector], None]
     content: Any
 
 
-def read(message: Message, n: int, kinds: frozenset[Kind], who: str) -> Part:
+def read(message: Message, n: int, kinds: frozenset[Kind], who: str) -> DecodedMessage:
     """A message for ``n`` elements, checked as a whole."""
     header = header_of(message, who)
     if header.n != n:
@@ -771,12 +773,12 @@ def read(message: Message, n: int, kinds: frozenset[Kind], who: str) -> Part:
             f"{who}: the message has {message.size} bytes, its header says {HEADER_BYTES + header.nbytes}: "
             "cut short, or displacements do not fit"
         )
-    if header.named > n or not math.isfinite(header.scale):
-        raise damaged(who, f"{header.named} of {n} elements, scale {header.scale}")
+    if header.elements > n or not math.isfinite(header.scale):
+        raise damage_error(who, f"{header.elements} of {n} elements, scale {header.scale}")
     return READERS[Kind(header.kind)](header, np.ascontiguousarray(message[HEADER_BYTES:]), who)
 
 
-def damaged(who: str, what: str) -> ArgumentError:
+def damage_error(who: str, what: str) -> ArgumentError:
     """The error for contents that no encoder writes."""
     return ArgumentError(f"{who}: the message is damaged ({what}): send it again, and check the transport")
 
@@ -786,127 +788,131 @@ def section(payload: Octets, at: int, count: int, dtype: npt.DTypeLike, who: str
     kind = np.dtype(dtype)
     end = at + count * kind.itemsize
     if end > payload.size:
-        raise damaged(who, f"{payload.size} bytes of payload, at least {end} needed")
+        raise damage_error(who, f"{payload.size} bytes of payload, at least {end} needed")
     octets = payload[at:end]
     return octets.view(kind) if octets.ctypes.data % kind.itemsize == 0 else octets.copy().view(kind)
 
 
-def exactly(payload: Octets, nbytes: int, who: str) -> None:
+def check_length(payload: Octets, nbytes: int, who: str) -> None:
     """Raise unless the payload has this length."""
     if payload.size != nbytes:
-        raise damaged(who, f"{payload.size} bytes of payload, {nbytes} expected")
+        raise damage_error(who, f"{payload.size} bytes of payload, {nbytes} expected")
 
 
-def read_dense(header: Header, payload: Octets, who: str) -> Part:
+def read_dense(header: Header, payload: Octets, who: str) -> DecodedMessage:
     """All elements."""
     if header.values not in list(Values)[1:]:
-        raise damaged(who, f"element type {header.values}")
-    dtype = STORED[Values(header.values)]
-    exactly(payload, header.n * dtype.itemsize, who)
-    return Part(add_dense, (add_stored, (section(payload, 0, header.n, dtype, who), header.values, header.scale)))
+        raise damage_error(who, f"element type {header.values}")
+    dtype = VALUE_DTYPES[Values(header.values)]
+    check_length(payload, header.n * dtype.itemsize, who)
+    return DecodedMessage(
+        add_dense, (add_stored, (section(payload, 0, header.n, dtype, who), header.values, header.scale))
+    )
 
 
-def read_range(header: Header, payload: Octets, who: str) -> Part:
+def read_range(header: Header, payload: Octets, who: str) -> DecodedMessage:
     """Codes over a range."""
-    exactly(payload, 8 + header.n, who)
+    check_length(payload, 8 + header.n, who)
     if header.n and not header.scale > 0:
-        raise damaged(who, f"scale {header.scale}")
+        raise damage_error(who, f"scale {header.scale}")
     lower = int(section(payload, 0, 1, "<i8", who)[0])
-    return Part(add_dense, (kernels().add_range, (payload[8:], header.scale or 1.0, lower)))
+    return DecodedMessage(add_dense, (kernels().add_range, (payload[8:], header.scale or 1.0, lower)))
 
 
-def read_words(header: Header, payload: Octets, who: str) -> Part:
+def read_words(header: Header, payload: Octets, who: str) -> DecodedMessage:
     """Words, however they are coded."""
     if not header.scale > 0:
-        raise damaged(who, f"threshold {header.scale}")
+        raise damage_error(who, f"threshold {header.scale}")
     if header.kind == Kind.WORDS:
-        exactly(payload, 4 * header.named, who)
-        words = section(payload, 0, header.named, "<u4", who)
+        check_length(payload, 4 * header.elements, who)
+        words = section(payload, 0, header.elements, "<u4", who)
         if not kernels().ascending(words >> 1, header.n):
-            raise damaged(who, "indices out of range or order")
-        return Part(add_words, (words, header.scale))
+            raise damage_error(who, "indices out of range or order")
+        return DecodedMessage(add_words, (words, header.scale))
     if header.kind == Kind.RICE_WORDS:
         decoded = None
         if header.parameter < 32:
-            decoded = kernels().rice_decode(payload, header.named, header.parameter, header.n, True)
+            decoded = kernels().rice_decode(payload, header.elements, header.parameter, header.n, True)
     else:
-        exactly(payload, 4 * -(-header.n // 16), who)
+        check_length(payload, 4 * -(-header.n // 16), who)
         decoded = kernels().unpack_pairs(payload, header.n)
-    if decoded is None or decoded.size != header.named:
-        raise damaged(who, f"no codes of {header.named} elements below {header.n}")
-    return Part(add_words, (decoded, header.scale))
+    if decoded is None or decoded.size != header.elements:
+        raise damage_error(who, f"no codes of {header.elements} elements below {header.n}")
+    return DecodedMessage(add_words, (decoded, header.scale))
 
 
-def read_ternary(header: Header, payload: Octets, who: str) -> Part:
+def read_ternary(header: Header, payload: Octets, who: str) -> DecodedMessage:
     """Pairs; a vector of zeros has scale 0."""
-    return read_words(header if header.scale or header.named else header._replace(scale=1.0), payload, who)
+    return read_words(header if header.scale or header.elements else header._replace(scale=1.0), payload, who)
 
 
-def read_sparse(header: Header, payload: Octets, who: str) -> Part:
+def read_sparse(header: Header, payload: Octets, who: str) -> DecodedMessage:
     """Indices and values."""
     if header.values not in (Values.F32, Values.F16, Values.BF16) or header.code not in list(Code):
-        raise damaged(who, f"element type {header.values}, index code {header.code}")
-    dtype = STORED[Values(header.values)]
-    begin = payload.size - header.named * dtype.itemsize
+        raise damage_error(who, f"element type {header.values}, index code {header.code}")
+    dtype = VALUE_DTYPES[Values(header.values)]
+    begin = payload.size - header.elements * dtype.itemsize
     if begin < 0:
-        raise damaged(who, f"{payload.size} bytes of payload for {header.named} elements")
+        raise damage_error(who, f"{payload.size} bytes of payload for {header.elements} elements")
     index = DECODERS[Code(header.code)](payload[:begin], header)
     if index is None:
-        raise damaged(who, f"indices out of range or order, or codes of other than {header.named} elements")
-    return Part(add_sparse, (index, widened_values(section(payload, begin, header.named, dtype, who), header.values)))
+        raise damage_error(who, f"indices out of range or order, or codes of other than {header.elements} elements")
+    return DecodedMessage(
+        add_sparse, (index, widen_values(section(payload, begin, header.elements, dtype, who), header.values))
+    )
 
 
-def read_cells(header: Header, payload: Octets, who: str) -> Part:
+def read_cells(header: Header, payload: Octets, who: str) -> DecodedMessage:
     """Values whose places follow from a key."""
-    exactly(payload, 8 + 4 * header.named, who)
+    check_length(payload, 8 + 4 * header.elements, who)
     key = int(section(payload, 0, 1, "<u8", who)[0])
     if key >> 32:
-        raise damaged(who, f"key {key}")
-    index = reference.cell_indices(header.n, header.named, key)
-    return Part(add_sparse, (index, section(payload, 8, header.named, "<f4", who)))
+        raise damage_error(who, f"key {key}")
+    index = reference.cell_indices(header.n, header.elements, key)
+    return DecodedMessage(add_sparse, (index, section(payload, 8, header.elements, "<f4", who)))
 
 
-def read_signs(header: Header, payload: Octets, who: str) -> Part:
+def read_signs(header: Header, payload: Octets, who: str) -> DecodedMessage:
     """Bits and what they stand for."""
-    exactly(payload, 4 + -(-header.n // 8), who)
+    check_length(payload, 4 + -(-header.n // 8), who)
     minus = float(section(payload, 0, 1, "<f4", who)[0])
     if not math.isfinite(minus):
-        raise damaged(who, f"scale {minus}")
-    return Part(add_signs, (payload[4:], header.scale, minus))
+        raise damage_error(who, f"scale {minus}")
+    return DecodedMessage(add_signs, (payload[4:], header.scale, minus))
 
 
-def read_levels(header: Header, payload: Octets, who: str) -> Part:
+def read_levels(header: Header, payload: Octets, who: str) -> DecodedMessage:
     """QSGD."""
     bucket = int(section(payload, 0, 1, "<u8", who)[0])
     if not bucket or not 1 <= header.parameter <= 127:
-        raise damaged(who, f"buckets of {bucket}, {header.parameter} levels")
+        raise damage_error(who, f"buckets of {bucket}, {header.parameter} levels")
     buckets = -(-header.n // bucket)
-    exactly(payload, 8 + 4 * buckets + header.n, who)
+    check_length(payload, 8 + 4 * buckets + header.n, who)
     norms = section(payload, 8, buckets, "<f4", who)
     codes = section(payload, 8 + 4 * buckets, header.n, "i1", who)
     if not np.isfinite(norms).all() or max(codes.max(initial=0), -int(codes.min(initial=0))) > header.parameter:
-        raise damaged(who, "a norm or a level out of range")
-    return Part(add_dense, (kernels().add_levels, (codes, norms, bucket, header.parameter)))
+        raise damage_error(who, "a norm or a level out of range")
+    return DecodedMessage(add_dense, (kernels().add_levels, (codes, norms, bucket, header.parameter)))
 
 
-def read_natural(header: Header, payload: Octets, who: str) -> Part:
+def read_natural(header: Header, payload: Octets, who: str) -> DecodedMessage:
     """Exponents and signs."""
-    exactly(payload, header.n + -(-header.n // 8), who)
+    check_length(payload, header.n + -(-header.n // 8), who)
     if (payload[: header.n] == 255).any():
-        raise damaged(who, "an exponent of infinity")
-    return Part(add_dense, (kernels().add_natural, (payload[: header.n], payload[header.n :])))
+        raise damage_error(who, "an exponent of infinity")
+    return DecodedMessage(add_dense, (kernels().add_natural, (payload[: header.n], payload[header.n :])))
 
 
-def read_low_rank(header: Header, payload: Octets, who: str) -> Part:
+def read_low_rank(header: Header, payload: Octets, who: str) -> DecodedMessage:
     """The product of two factors."""
     rows, columns, rank = (int(each) for each in section(payload, 0, 3, "<u8", who))
     if not header.n <= rows * columns <= 4 * header.n or rank > min(rows, columns):
-        raise damaged(who, f"a matrix of {rows} times {columns}, rank {rank}")
-    exactly(payload, 24 + 4 * rank * (rows + columns), who)
+        raise damage_error(who, f"a matrix of {rows} times {columns}, rank {rank}")
+    check_length(payload, 24 + 4 * rank * (rows + columns), who)
     left = section(payload, 24, rows * rank, "<f4", who).reshape(rows, rank)
     right = section(payload, 24 + 4 * rows * rank, columns * rank, "<f4", who).reshape(columns, rank)
     product = np.ascontiguousarray(left @ right.T).reshape(-1)[: header.n]
-    return Part(add_dense, (add_stored, (product, Values.F32, 0.0)))
+    return DecodedMessage(add_dense, (add_stored, (product, Values.F32, 0.0)))
 
 
 def add_dense(contents: list[tuple[Callable[..., None], tuple[Any, ...]]], out: Vector) -> None:
@@ -931,7 +937,7 @@ def add_signs(contents: list[tuple[Octets, float, float]], out: Vector) -> None:
     kernels(out).add_signs(contents, out)
 
 
-READERS: dict[Kind, Callable[[Header, Octets, str], Part]] = {
+READERS: dict[Kind, Callable[[Header, Octets, str], DecodedMessage]] = {
     Kind.DENSE: read_dense,
     Kind.WORDS: read_words,
     Kind.RICE_WORDS: read_words,
@@ -945,21 +951,21 @@ READERS: dict[Kind, Callable[[Header, Octets, str], Part]] = {
     Kind.LOW_RANK: read_low_rank,
 }
 
-VALUES_NAMED = {"fp32": Values.F32, "fp16": Values.F16, "bf16": Values.BF16}
-CODES_NAMED = {"u32": Code.U32, "bitmap": Code.BITMAP, "leb128": Code.LEB128, "rice": Code.RICE}
+VALUES_BY_NAME = {"fp32": Values.F32, "fp16": Values.F16, "bf16": Values.BF16}
+CODES_BY_NAME = {"u32": Code.U32, "bitmap": Code.BITMAP, "leb128": Code.LEB128, "rice": Code.RICE}
 
 
-def rice_coded(index: Indices, n: int) -> tuple[Octets, int]:
+def encode_rice(index: Indices, n: int) -> tuple[Octets, int]:
     """Rice codes and their parameter."""
     k = reference.rice_parameter(n, index.size)
     return kernels().rice_encode(index, k), k
 
 
-def u32_decoded(octets: Octets, header: Header) -> Indices | None:
+def decode_u32(octets: Octets, header: Header) -> Indices | None:
     """Plain indices, checked."""
-    if octets.size != 4 * header.named:
+    if octets.size != 4 * header.elements:
         return None
-    index = section(octets, 0, header.named, "<u4", "decode")
+    index = section(octets, 0, header.elements, "<u4", "decode")
     return index if kernels().ascending(index, header.n) else None
 
 
@@ -967,22 +973,22 @@ ENCODERS: dict[Code, Callable[[Indices, int], tuple[npt.NDArray[Any], int]]] = {
     Code.U32: lambda index, n: (index.astype("<u4", copy=False), 0),
     Code.BITMAP: lambda index, n: (kernels().bitmap_encode(index, n), 0),
     Code.LEB128: lambda index, n: (kernels().leb128_encode(index), 0),
-    Code.RICE: rice_coded,
+    Code.RICE: encode_rice,
 }
 """Indices to bytes and the code's parameter."""
 
 DECODERS: dict[Code, Callable[[Octets, Header], Indices | None]] = {
-    Code.U32: u32_decoded,
-    Code.BITMAP: lambda octets, header: kernels().bitmap_decode(octets, header.named, header.n),
-    Code.LEB128: lambda octets, header: kernels().leb128_decode(octets, header.named, header.n),
+    Code.U32: decode_u32,
+    Code.BITMAP: lambda octets, header: kernels().bitmap_decode(octets, header.elements, header.n),
+    Code.LEB128: lambda octets, header: kernels().leb128_decode(octets, header.elements, header.n),
     Code.RICE: lambda octets, header: (
-        kernels().rice_decode(octets, header.named, header.parameter, header.n) if header.parameter < 32 else None
+        kernels().rice_decode(octets, header.elements, header.parameter, header.n) if header.parameter < 32 else None
     ),
 }
 """Bytes to indices, None where they are not what an encoder writes."""
 
 
-def named_indices(message: Message) -> Indices:
+def read_indices(message: Message) -> Indices:
     """The elements that a message names one by one; none where it speaks of all."""
     header = header_of(message, "named_indices")
     part = read(message, header.n, frozenset(Kind), "named_indices")
@@ -996,18 +1002,18 @@ def named_indices(message: Message) -> Indices:
 # Checks
 
 
-def flat(vector: Any, who: str, on_device: bool = False) -> Vector:
+def check_flat(vector: Any, who: str, on_device: bool = False) -> Vector:
     """The vector itself, if it is flat float32 in C order, on the host or, where that may be, on a device."""
-    there = lies_on_device(vector)
+    there = is_on_device(vector)
     if there and not on_device:
         raise ArgumentError(
             f"{who}: this {type(vector).__name__} lies on a device, which {who} does not take: "
-            "wrap the transform with hpccomm.algorithms.device.on_host"
+            "wrap the transform with hpccomm.algorithms.device.run_on_host"
         )
     if there and not hasattr(vector, "flags"):
         raise ArgumentError(
             f"{who}: this {type(vector).__name__} is not CuPy's: wrap the transform with "
-            "hpccomm.algorithms.device.by_cupy"
+            "hpccomm.algorithms.device.run_with_cupy"
         )
     if (
         not (there or isinstance(vector, np.ndarray))
@@ -1016,24 +1022,24 @@ def flat(vector: Any, who: str, on_device: bool = False) -> Vector:
         or not vector.flags.c_contiguous
     ):
         raise ArgumentError(
-            f"{who}: pass a flat contiguous float32 array, this is {described(vector)}: "
+            f"{who}: pass a flat contiguous float32 array, this is {describe(vector)}: "
             "np.ascontiguousarray(x, np.float32).reshape(-1), or hpccomm.Bucket"
         )
     return vector
 
 
-def writable(vector: Any, n: int | None, who: str, on_device: bool = False) -> Vector:
+def check_writable(vector: Any, n: int | None, who: str, on_device: bool = False) -> Vector:
     """The vector itself, if it may be written and has the length."""
-    if not getattr(flat(vector, who, on_device).flags, "writeable", True):  # CuPy's always are
+    if not getattr(check_flat(vector, who, on_device).flags, "writeable", True):  # CuPy's always are
         raise ArgumentError(f"{who}: the vector is read-only: pass a copy")
     if n is not None and vector.size != n:
         raise ArgumentError(f"{who}: a vector has {vector.size} elements, another {n}: pass equal lengths")
     return vector
 
 
-def described(x: Any) -> str:
+def describe(x: Any) -> str:
     """What it is, for an error."""
-    if not (isinstance(x, np.ndarray) or lies_on_device(x)):
+    if not (isinstance(x, np.ndarray) or is_on_device(x)):
         return type(x).__name__
     return f"{x.dtype} of shape {x.shape}{'' if x.flags.c_contiguous else ', not contiguous'}"
 

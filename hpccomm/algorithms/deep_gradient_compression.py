@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from hpccomm.algorithms.compressors import check_density, topk
-from hpccomm.algorithms.error_feedback import FeedbackState, Sent, everywhere, feedback
-from hpccomm.algorithms.error_feedback import sent as sent_sparsely
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, averaged
+from hpccomm.algorithms.error_feedback import FeedbackState, MessageReport, all_ranks_true, feedback
+from hpccomm.algorithms.error_feedback import message_report as sent_sparsely
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, allreduce_mean
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
 from hpccomm.algorithms.trust_ratio import global_norm
 from hpccomm.buckets import Bucket
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 STAGES = (0.25, 0.0625, 0.015625, 0.004)
 """Densities of the warm-up, of equal length (section 3.3)."""
-SMALLEST = 16384
+MIN_ELEMENTS = 16384
 """Tensors of fewer elements stay dense: a message about them costs as much as they do."""
 
 
@@ -61,16 +61,16 @@ class DgcState(NamedTuple):
     """Whether all of the last step did."""
 
 
-class Layout(NamedTuple):
+class TensorSplit(NamedTuple):
     """Which parts of a bucket's vector are compressed, tensor by tensor."""
 
-    thin: list[slice]
+    sparse: list[slice]
     dense: list[slice]
-    parts: list[slice]
+    packed_slices: list[slice]
     """Where the compressed tensors lie when they stand one after the other."""
 
 
-def layout(bucket: Bucket, smallest: int) -> Layout:
+def split_tensors(bucket: Bucket, smallest: int) -> TensorSplit:
     """Tensors of several dimensions and at least ``smallest`` elements are compressed."""
     thin, dense, parts, end = [], [], [], 0
     for slot in bucket.table:
@@ -81,7 +81,7 @@ def layout(bucket: Bucket, smallest: int) -> Layout:
         thin.append(place)
         parts.append(slice(end, end + slot.length))
         end += slot.length
-    return Layout(thin, dense, parts)
+    return TensorSplit(thin, dense, parts)
 
 
 def dgc(
@@ -96,7 +96,7 @@ def dgc(
     weight_decay: float = 0.0,
     warmup: int = 0,
     stages: Sequence[float] = STAGES,
-    smallest: int = SMALLEST,
+    smallest: int = MIN_ELEMENTS,
     exact: bool = False,
 ) -> Transform:
     """Exchange gradients of a bucket, float32; the step is their mean, with momentum in it.
@@ -112,37 +112,37 @@ def dgc(
     require(warmup >= 0, f"dgc: warmup is {warmup}: pass 0 or more steps")
     require(weight_decay >= 0, f"dgc: weight_decay is {weight_decay}: pass 0 or more")
     require(clip is None or clip > 0, f"dgc: clip is {clip}: pass a positive norm")
-    places = layout(bucket, smallest)
+    places = split_tensors(bucket, smallest)
     limit = None if clip is None else clip * comm.size**0.5
     ball = partial(heavy_ball, momentum=momentum, nesterov=nesterov)
 
     @cache
     def exchange(d: float) -> Transform:
-        return feedback(topk(d, exact=exact), comm, momentum, nesterov=nesterov, mask=mask, parts=places.parts)
+        return feedback(topk(d, exact=exact), comm, momentum, nesterov=nesterov, mask=mask, parts=places.packed_slices)
 
     def density_at(step: int) -> float:
         return stages[step * len(stages) // warmup] if step < warmup else density
 
     def init(weights: Vector) -> DgcState:
         require(weights.shape == (bucket.size,), f"dgc: weights of shape {weights.shape}: pass the bucket's vector")
-        sparse = exchange(density).init(joined(weights, places.thin))
+        sparse = exchange(density).init(pack_slices(weights, places.sparse))
         decay = np.zeros_like(weights) if weight_decay else None
-        return DgcState(sparse, np.zeros_like(joined(weights, places.dense)), decay, 0, 0, ExchangeReport(), True)
+        return DgcState(sparse, np.zeros_like(pack_slices(weights, places.dense)), decay, 0, 0, ExchangeReport(), True)
 
     def update(gradient: Vector, state: DgcState, weights: Vector) -> tuple[Vector, DgcState]:
         check_alike(gradient, weights)
         norm = global_norm(gradient, None)
         fine = math.isfinite(norm)
         d = density_at(state.steps)
-        dense_step = not places.parts or d * comm.size > 1 or (d == 1 and not mask)
+        dense_step = not places.packed_slices or d * comm.size > 1 or (d == 1 and not mask)
         state = state._replace(steps=state.steps + 1)
         if fine and limit is not None and norm > limit:
             gradient = gradient * np.float32(limit / norm)
-        large, small = joined(gradient, places.thin), joined(gradient, places.dense)
+        large, small = pack_slices(gradient, places.sparse), pack_slices(gradient, places.dense)
         if dense_step:
             asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
-            state = state._replace(report=state.report.plus(asked))
-            fine = everywhere(comm, fine) if comm.size > 1 else fine
+            state = state._replace(report=state.report.add(asked))
+            fine = all_ranks_true(comm, fine) if comm.size > 1 else fine
         else:
             if not fine:
                 large[:1] = np.nan  # also where the others of this rank are not, or only the norm: the exchange asks
@@ -153,21 +153,21 @@ def dgc(
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
         state = state._replace(dense_step=dense_step)
         if dense_step:
-            large, small, state = densely(comm, ball, large, small, state)
+            large, small, state = average_dense(comm, ball, large, small, state)
         else:
-            _, small, state = densely(comm, ball, large[:0], small, state)
+            _, small, state = average_dense(comm, ball, large[:0], small, state)
         step = np.empty_like(gradient)
-        spread(large, step, places.thin)
-        spread(small, step, places.dense)
+        unpack_slices(large, step, places.sparse)
+        unpack_slices(small, step, places.dense)
         if state.decay is None:
             return step, state
-        decay, more = ball(pulled(weights, weight_decay, bucket), state.decay)
+        decay, more = ball(decay_term(weights, weight_decay, bucket), state.decay)
         return step + more, state._replace(decay=decay)
 
     return Transform(init, update)
 
 
-def densely(
+def average_dense(
     comm: MPI.Intracomm,
     ball: Callable[[Vector, Vector], tuple[Vector, Vector]],
     large: Vector,
@@ -176,18 +176,18 @@ def densely(
 ) -> tuple[Vector, Vector, DgcState]:
     """Average, then momentum: of the small tensors, and of the large ones where there are any."""
     began = time.perf_counter()
-    total, nbytes = averaged(comm, np.concatenate([large, small]))
-    report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes))
+    total, nbytes = allreduce_mean(comm, np.concatenate([large, small]))
+    report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes))
     dense, small = ball(total[large.size :], state.dense)
     state = state._replace(dense=dense, report=report)
-    moved = state.sparse.moved
+    moved = state.sparse.momentum
     if moved is None or not large.size:
         return total[: large.size], small, state
     moved, large = ball(total[: large.size], moved)
-    return large, small, state._replace(sparse=state.sparse._replace(moved=moved))
+    return large, small, state._replace(sparse=state.sparse._replace(momentum=moved))
 
 
-def sent(state: DgcState) -> Sent:
+def message_report(state: DgcState) -> MessageReport:
     """What a rank sent in its last step that was not left out; of a dense one the elements, and 4 bytes each."""
     found = sent_sparsely(state.sparse)._replace(skipped=state.skipped)
     n, steps = state.sparse.residual.size + state.dense.size, state.steps - state.skipped
@@ -196,7 +196,7 @@ def sent(state: DgcState) -> Sent:
     return found._replace(nbytes=found.nbytes + 4 * state.dense.size, elements=found.elements + state.dense.size)
 
 
-def pulled(weights: Vector, rate: float, bucket: Bucket) -> Vector:
+def decay_term(weights: Vector, rate: float, bucket: Bucket) -> Vector:
     """λ · weights; 0 for tensors that do not decay."""
     pull: Vector = weights * np.float32(rate)
     for slot in bucket.table:
@@ -215,12 +215,12 @@ def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bo
     return velocity, velocity
 
 
-def joined(vector: Vector, places: Sequence[slice]) -> Vector:
+def pack_slices(vector: Vector, places: Sequence[slice]) -> Vector:
     """These parts one after the other, as a new vector."""
     return np.concatenate([vector[:0], *(vector[place] for place in places)])
 
 
-def spread(vector: Vector, out: Vector, places: Sequence[slice]) -> None:
+def unpack_slices(vector: Vector, out: Vector, places: Sequence[slice]) -> None:
     """Put each part back to its place."""
     first = 0
     for place in places:

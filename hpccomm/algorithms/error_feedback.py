@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, flat, header_of
+from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, check_flat, header_of
 from hpccomm.algorithms.exchange import ExchangeReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
 from hpccomm.collectives.compressed.sparse import MessageGather
@@ -42,7 +42,7 @@ class FeedbackState(NamedTuple):
     """What was not sent yet: e, with momentum v."""
     spare: Vector
     """Memory for the next residual."""
-    moved: Vector | None
+    momentum: Vector | None
     """u, with momentum."""
     headers: npt.NDArray[np.uint8]
     """The first 32 bytes of the last message of each part: adaptive thresholds go on from there."""
@@ -54,7 +54,7 @@ class FeedbackState(NamedTuple):
     """Bytes of a rank's messages that travel in the next exchange's first call."""
 
 
-class Sent(NamedTuple):
+class MessageReport(NamedTuple):
     """What a rank sent last."""
 
     nbytes: int
@@ -89,7 +89,7 @@ def feedback(
 
     Each rank sends its messages to all others, 8 bytes each with their lengths, and 16 more, with momentum 32;
     short ones are filled up to a common length (:class:`~hpccomm.collectives.compressed.sparse.MessageGather`).
-    :func:`sent`
+    :func:`message_report`
     tells of it.  Gradients of CuPy's and what is kept of them stay on the device, messages pass through the host
     (compressors with ``on_device``).  Where a run goes on with another number of ranks,
     :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what is pending.
@@ -104,7 +104,7 @@ def feedback(
     everyone = MessageGather(comm)
 
     def init(weights: Vector) -> FeedbackState:
-        zeros = np.zeros_like(flat(weights, compressor.name, compressor.on_device))
+        zeros = np.zeros_like(check_flat(weights, compressor.name, compressor.on_device))
         headers = np.zeros((len(pieces(weights)), HEADER_BYTES), np.uint8)
         moved = np.zeros_like(zeros) if momentum else None
         return FeedbackState(zeros, np.empty_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0)
@@ -115,17 +115,17 @@ def feedback(
     def update(gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
         check_alike(gradient, weights)
         began = time.perf_counter()
-        flat(gradient, compressor.name, compressor.on_device)
+        check_flat(gradient, compressor.name, compressor.on_device)
         fine, asked = kernels(gradient).all_finite(gradient), 0
         if momentum:
-            fine, asked = agreed(comm, fine, compressor.name)  # u and v change where they are
+            fine, asked = check_agreement(comm, fine, compressor.name)  # u and v change where they are
         messages = encoded(gradient, state) if fine else None
-        everyone.make_room(state.room)
-        letters, nbytes = exchanged(everyone, messages)
+        everyone.set_room(state.room)
+        letters, nbytes = exchange_messages(everyone, messages)
         nbytes += asked
         if letters is None:
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
-            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.plus(cost))
+            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.add(cost))
         total = np.zeros_like(gradient)
         for number, part in enumerate(pieces(gradient)):
             compressor.decode_all([each[number] for each in letters], total[part])
@@ -134,19 +134,21 @@ def feedback(
         cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
         residual, spare = (state.residual, state.spare) if momentum else (state.spare, state.residual)
         headers = np.stack([each[:HEADER_BYTES] for each in letters[comm.rank]])
-        report = state.report.plus(cost)
+        report = state.report.add(cost)
         steps = state.steps + 1
-        return total, FeedbackState(residual, spare, state.moved, headers, steps, state.skipped, report, everyone.room)
+        return total, FeedbackState(
+            residual, spare, state.momentum, headers, steps, state.skipped, report, everyone.room
+        )
 
     def encoded(gradient: Vector, state: FeedbackState) -> list[Message]:
         messages = []
         for part, last in zip(pieces(gradient), state.headers, strict=True):
-            if state.moved is None:
+            if state.momentum is None:
                 message = compressor.encode_feedback(
                     state.residual[part], gradient[part], step=state.steps, last=last, out=state.spare[part]
                 )
             else:
-                vectors = gradient[part], state.moved[part], state.residual[part]
+                vectors = gradient[part], state.momentum[part], state.residual[part]
                 message = compressor.encode_momentum(
                     *vectors, momentum, nesterov=nesterov, mask=mask, step=state.steps, last=last, finite=True
                 )
@@ -156,17 +158,17 @@ def feedback(
     return Transform(init, update)
 
 
-def sent(state: FeedbackState) -> Sent:
+def message_report(state: FeedbackState) -> MessageReport:
     """What a rank sent in its last step that was not left out."""
     norm = float(np.sqrt(np.square(state.residual, dtype=np.float64).sum()))
     headers = [header_of(each, "sent") for each in state.headers if each.any()]
     nbytes = sum(HEADER_BYTES + each.nbytes for each in headers)
     scale = max((each.scale for each in headers), default=0.0)
     path = "allgather" if state.steps else ""
-    return Sent(nbytes, sum(each.named for each in headers), scale, norm, state.skipped, path)
+    return MessageReport(nbytes, sum(each.elements for each in headers), scale, norm, state.skipped, path)
 
 
-def everywhere(comm: MPI.Intracomm, fine: bool) -> bool:
+def all_ranks_true(comm: MPI.Intracomm, fine: bool) -> bool:
     """Whether it is so on all ranks (collective)."""
     from mpi4py import MPI
 
@@ -175,7 +177,7 @@ def everywhere(comm: MPI.Intracomm, fine: bool) -> bool:
     return bool(told[0])
 
 
-def agreed(comm: MPI.Intracomm, fine: bool, name: str) -> tuple[bool, int]:
+def check_agreement(comm: MPI.Intracomm, fine: bool, name: str) -> tuple[bool, int]:
     """Whether it is so on all ranks, and the bytes that this one sends to ask (collective).
 
     Raises ArgumentError on all ranks where they bring different compressors.
@@ -191,7 +193,9 @@ def agreed(comm: MPI.Intracomm, fine: bool, name: str) -> tuple[bool, int]:
     return bool(rows[:, 0].all()), mine.nbytes * (comm.size - 1)
 
 
-def exchanged(everyone: MessageGather, messages: Sequence[Message] | None) -> tuple[list[list[Message]] | None, int]:
+def exchange_messages(
+    everyone: MessageGather, messages: Sequence[Message] | None
+) -> tuple[list[list[Message]] | None, int]:
     """The messages of all ranks, as many from each, and the bytes that this rank sends for it (collective).
 
     ``None`` on any rank, for want of messages, is ``None`` on all.
@@ -201,10 +205,10 @@ def exchanged(everyone: MessageGather, messages: Sequence[Message] | None) -> tu
         lengths = np.array([len(messages), *(each.size for each in messages)], "<u8")
         letter = np.concatenate([lengths.view(np.uint8), *messages])
     letters, nbytes = everyone.gather(letter) if everyone.comm.size > 1 else ([letter], 0)
-    return (None if any(not each.size for each in letters) else [opened(each) for each in letters]), nbytes
+    return (None if any(not each.size for each in letters) else [unpack_messages(each) for each in letters]), nbytes
 
 
-def opened(letter: Message) -> list[Message]:
+def unpack_messages(letter: Message) -> list[Message]:
     """The messages in a letter: their number, their lengths, and then they themselves."""
     first = 8 * (int(letter[:8].view("<u8")[0]) + 1)
     ends = accumulate(letter[8:first].view("<u8").tolist(), initial=first)

@@ -16,7 +16,7 @@ import numpy as np
 
 from hpccomm.algorithms import transforms
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike
-from hpccomm.arrays import narrowed, wide, widened
+from hpccomm.arrays import narrow, reduction_dtype, widen
 from hpccomm.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class ExchangeReport(NamedTuple):
     wire_bytes: int = 0
     """Sent by this rank, by the exchange's formula."""
 
-    def plus(self, other: ExchangeReport) -> ExchangeReport:
+    def add(self, other: ExchangeReport) -> ExchangeReport:
         """The cost of both."""
         return ExchangeReport(
             self.exchanges + other.exchanges,
@@ -56,16 +56,16 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
     named: dict[str, Any] = {} if algorithm == "auto" else {"algorithm": algorithm}
 
     def init(weights: Vector) -> MeanState:
-        return MeanState(np.empty_like(weights, dtype=wide(weights.dtype)), ExchangeReport())
+        return MeanState(np.empty_like(weights, dtype=reduction_dtype(weights.dtype)), ExchangeReport())
 
     def update(gradient: Vector, state: MeanState, weights: Vector) -> tuple[Vector, MeanState]:
         check_alike(gradient, weights)
         if comm.size == 1:
             return gradient, state
         began = time.perf_counter()
-        comm.Allreduce(widened(gradient), state.total, **named)
+        comm.Allreduce(widen(gradient), state.total, **named)
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(state.total.nbytes, comm.size))
-        return narrowed(state.total / comm.size, gradient.dtype), MeanState(state.total, state.report.plus(cost))
+        return narrow(state.total / comm.size, gradient.dtype), MeanState(state.total, state.report.add(cost))
 
     return Transform(init, update)
 
@@ -75,7 +75,7 @@ def allreduce_bytes(nbytes: int, size: int) -> int:
     return round(2 * (size - 1) * nbytes / size)
 
 
-def averaged(comm: MPI.Intracomm, vector: Vector) -> tuple[Vector, int]:
+def allreduce_mean(comm: MPI.Intracomm, vector: Vector) -> tuple[Vector, int]:
     """The mean of float32 over the ranks (``vector`` itself where there is one), and the bytes that this one sends."""
     if comm.size == 1 or not vector.size:
         return vector, 0
@@ -85,11 +85,11 @@ def averaged(comm: MPI.Intracomm, vector: Vector) -> tuple[Vector, int]:
     return total, allreduce_bytes(total.nbytes, comm.size)
 
 
-def spent(state: Any) -> ExchangeReport:
+def sum_reports(state: Any) -> ExchangeReport:
     """What all exchanges in a state have cost, however deep they sit in chains."""
     total = ExchangeReport()
     for report in reports(state):
-        total = total.plus(report)
+        total = total.add(report)
     return total
 
 
@@ -99,7 +99,7 @@ def reports(state: Any) -> Iterator[ExchangeReport]:
         yield state
     elif isinstance(state, tuple):
         for name, each in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
-            if name != "began":
+            if name != "inner_start":
                 yield from reports(each)
 
 

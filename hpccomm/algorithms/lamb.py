@@ -21,17 +21,17 @@ import numpy as np
 
 from hpccomm.algorithms.transforms import AdamState, Schedule, Vector, check_decay, require
 from hpccomm.algorithms.trust_ratio import (
-    Layerwise,
+    InPlaceTransform,
     NormReduce,
     Rows,
     check_vectors,
-    in_order,
+    guard_zero_norms,
     kernel,
     layers,
     norms,
     shrink,
+    to_contiguous,
     walk_order,
-    where_both,
 )
 from hpccomm.buckets import Bucket
 
@@ -53,7 +53,7 @@ def lamb(
     adapt: Collection[str] | str = "all",
     part: tuple[int, int] | None = None,
     norm_reduce: NormReduce | None = None,
-) -> Layerwise:
+) -> InPlaceTransform:
     """LAMB on a bucket's vector, float32 or float64: the step with sign, to be added to the weights.
 
     ``lr`` γ, a number or a function of the update's count.  ``ratio_clip`` bounds φ (DeepSpeed (0.01, 10),
@@ -82,13 +82,13 @@ def lamb(
         size = norm[:, 0] if weight_clip is None else np.clip(norm[:, 0], *weight_clip)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = size / norm[:, 1]
-        ratio = where_both(norm, ratio)
+        ratio = guard_zero_norms(norm, ratio)
         return np.where(rows.adapt, ratio if ratio_clip is None else np.clip(ratio, *ratio_clip), 1.0)
 
     def walk(gradient: Vector, state: AdamState, weights: Vector, step: Vector | None) -> None:
         """All tensors: into ``step``, or, without one, onto the weights; the moments are written."""
         check_vectors("lamb", here, gradient, weights)
-        g, w, real = in_order(gradient), in_order(weights), weights.dtype.type
+        g, w, real = to_contiguous(gradient), to_contiguous(weights), weights.dtype.type
         groups = order(w)
         t = state.updates + 1
         seen = (1 - b1**t, 1 - b2**t)
@@ -112,9 +112,9 @@ def lamb(
             )
             phi = ratios(rows, sums).astype(w.dtype)
             if step is None:
-                kernel("added", w)(w[part], out, rows.bounds, phi, last)
+                kernel("add_scaled", w)(w[part], out, rows.bounds, phi, last)
             else:
-                kernel("scaled", w)(out, rows.bounds, phi, last)
+                kernel("scale_tensors", w)(out, rows.bounds, phi, last)
         if step is not None:
             step[here.rows.stop :] = 0
         elif w is not weights:
@@ -133,7 +133,7 @@ def lamb(
     def init(weights: Vector) -> AdamState:
         return AdamState(0, np.zeros_like(weights), np.zeros_like(weights))
 
-    return Layerwise(init, update, apply)
+    return InPlaceTransform(init, update, apply)
 
 
 def check_numbers(

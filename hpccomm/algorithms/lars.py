@@ -25,23 +25,23 @@ import numpy as np
 
 from hpccomm.algorithms.transforms import Schedule, Vector, check_decay, require
 from hpccomm.algorithms.trust_ratio import (
-    Layerwise,
+    InPlaceTransform,
     NormReduce,
     Rows,
     check_vectors,
-    in_order,
+    guard_zero_norms,
     kernel,
     layers,
     norms,
     shrink,
+    to_contiguous,
     walk_order,
-    where_both,
 )
 from hpccomm.buckets import Bucket
-from hpccomm.kernels.optimizers_reference import DECAYED, GRADIENT, MOVED
+from hpccomm.kernels.optimizers_reference import DECAYED_GRADIENT, GRADIENT, UPDATE
 
 Variant = Literal["paper", "optax", "torch", "mlperf", "simclr"]
-NORM = {"paper": GRADIENT, "optax": DECAYED, "torch": GRADIENT, "mlperf": GRADIENT, "simclr": MOVED}
+NORM = {"paper": GRADIENT, "optax": DECAYED_GRADIENT, "torch": GRADIENT, "mlperf": GRADIENT, "simclr": UPDATE}
 
 
 class LarsState(NamedTuple):
@@ -67,7 +67,7 @@ def lars(
     adapt: Collection[str] | str = "flags",
     part: tuple[int, int] | None = None,
     norm_reduce: NormReduce | None = None,
-) -> Layerwise:
+) -> InPlaceTransform:
     """LARS on a bucket's vector, float32 or float64: the step with sign, to be added to the weights.
 
     ``lr`` γ, a number or a function of the update's count; ``momentum`` μ; ``weight_decay`` λ; ``trust`` c.
@@ -97,7 +97,7 @@ def lars(
         rate = weight_decay * rows.decay if NORM[variant] == GRADIENT else 0.0
         ratio = trust * norm[:, 0] / (norm[:, 1] + rate * norm[:, 0] + eps)
         ratio = np.minimum(ratio / gamma, 1) if clip else ratio
-        return np.where(rows.adapt, where_both(norm, ratio), 1.0)
+        return np.where(rows.adapt, guard_zero_norms(norm, ratio), 1.0)
 
     def group(rows: Rows, g: Vector, v: Vector, w: Vector, out: Vector | None, gamma: float, scale: float) -> None:
         """One step of some tensors: v is written, and the step into out, or, without one, onto w."""
@@ -112,7 +112,7 @@ def lars(
             first, last = phi, last * real(-gamma)
         else:
             last = phi * real(-gamma)
-        where = ("lars_place", (w, g, v)) if out is None else ("lars_step", (w, g, v, out))
+        where = ("lars_apply", (w, g, v)) if out is None else ("lars_step", (w, g, v, out))
         kernel(where[0], w)(
             *where[1], rows.bounds, rates, first, last, real(scale), real(second), real(momentum), nesterov
         )
@@ -120,7 +120,7 @@ def lars(
     def walk(gradient: Vector, state: LarsState, weights: Vector, step: Vector | None) -> None:
         """All tensors: into ``step``, or, without one, onto the weights; the velocity is written."""
         check_vectors("lars", here, gradient, weights)
-        g, w = in_order(gradient), in_order(weights)
+        g, w = to_contiguous(gradient), to_contiguous(weights)
         gamma = float(lr(state.updates) if callable(lr) else lr)
         scale = shrink("none" if max_norm is None else "clip", max_norm or 1.0, g, norm_reduce)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -142,4 +142,4 @@ def lars(
         walk(gradient, state, weights, None)
         return state._replace(updates=state.updates + 1)
 
-    return Layerwise(lambda weights: LarsState(0, np.zeros_like(weights)), update, apply)
+    return InPlaceTransform(lambda weights: LarsState(0, np.zeros_like(weights)), update, apply)

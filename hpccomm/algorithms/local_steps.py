@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.checkpoints import mapped
+from hpccomm.algorithms.checkpoints import map_leaves
 from hpccomm.algorithms.exchange import ExchangeReport, check_replicas, mean
 from hpccomm.algorithms.transforms import (
     Schedule,
@@ -43,19 +43,19 @@ from hpccomm.algorithms.transforms import (
     scale,
     scale_by_schedule,
 )
-from hpccomm.arrays import narrowed, widened
+from hpccomm.arrays import narrow, widen
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-Weigh = Literal["workers", "batches"] | Callable[[], float]
+Weighting = Literal["workers", "batches"] | Callable[[], float]
 """What a rank's movement counts: all the same, by its batches in the block, or by a running total of samples."""
 
 
 # A step that ends exactly where it should
 
 
-class Landing(np.ndarray[Any, np.dtype[Any]]):
+class ExactStep(np.ndarray[Any, np.dtype[Any]]):
     """A step whose sum with the weights it was made for is ``target``, bit for bit.
 
     ``weights + (target − weights)`` is rounded, differently on ranks whose weights differ, and where a weight
@@ -70,14 +70,14 @@ class Landing(np.ndarray[Any, np.dtype[Any]]):
         self.target = self.origin = None
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        if ufunc is np.add and method == "__call__" and inputs[1] is self and self.lands_from(inputs[0]):
+        if ufunc is np.add and method == "__call__" and inputs[1] is self and self.starts_from(inputs[0]):
             inputs, ufunc = (self.target,), np.positive
-        plain = [np.asarray(each) if isinstance(each, Landing) else each for each in inputs]
+        plain = [np.asarray(each) if isinstance(each, ExactStep) else each for each in inputs]
         if "out" in kwargs:
-            kwargs["out"] = tuple(np.asarray(each) if isinstance(each, Landing) else each for each in kwargs["out"])
+            kwargs["out"] = tuple(np.asarray(each) if isinstance(each, ExactStep) else each for each in kwargs["out"])
         return getattr(ufunc, method)(*plain, **kwargs)
 
-    def lands_from(self, weights: Any) -> bool:
+    def starts_from(self, weights: Any) -> bool:
         """Whether these are the weights that the step was made for."""
         return (
             self.origin is not None
@@ -87,11 +87,11 @@ class Landing(np.ndarray[Any, np.dtype[Any]]):
         )
 
 
-def landing(weights: Vector, target: Vector) -> Vector:
+def exact_step(weights: Vector, target: Vector) -> Vector:
     """The step from ``weights`` to ``target``, rounded to the weights' dtype."""
-    target = narrowed(target, weights.dtype)
+    target = narrow(target, weights.dtype)
     with np.errstate(invalid="ignore", over="ignore"):
-        step: Any = np.subtract(target, weights).view(Landing)
+        step: Any = np.subtract(target, weights).view(ExactStep)
     step.target, step.origin = target, weights
     return step
 
@@ -99,7 +99,7 @@ def landing(weights: Vector, target: Vector) -> Vector:
 # What becomes of the inner optimizer's state when a block ends
 
 
-class LocalState(NamedTuple):
+class LocalStatePolicy(NamedTuple):
     """A policy: ``settle(began, ended, start, memory, steps) -> (inner, memory)``; the memory is its own state.
 
     ``steps`` are those of the rank that took most in the block, the same number on all ranks.
@@ -109,33 +109,33 @@ class LocalState(NamedTuple):
     settle: Callable[[Any, Any, Vector, Any, int], tuple[Any, Any]]
 
 
-def keep() -> LocalState:
+def keep() -> LocalStatePolicy:
     """Every rank goes on with its own (DiLoCo)."""
-    return LocalState(lambda weights: (), lambda began, ended, start, memory, steps: (ended, memory))
+    return LocalStatePolicy(lambda weights: (), lambda began, ended, start, memory, steps: (ended, memory))
 
 
-def reset(inner: Transform) -> LocalState:
+def reset(inner: Transform) -> LocalStatePolicy:
     """Every rank begins afresh, with zero momentum."""
-    return LocalState(lambda weights: (), lambda began, ended, start, memory, steps: (inner.init(start), memory))
+    return LocalStatePolicy(lambda weights: (), lambda began, ended, start, memory, steps: (inner.init(start), memory))
 
 
-def average(comm: MPI.Intracomm) -> LocalState:
+def average(comm: MPI.Intracomm) -> LocalStatePolicy:
     """All floating vectors in the state become their means over the ranks; counters stay."""
 
     def settle(began: Any, ended: Any, start: Vector, memory: Any, steps: int) -> tuple[Any, Any]:
-        return mapped(lambda path, leaf: averaged(leaf, comm), ended), memory
+        return map_leaves(lambda path, leaf: average_leaf(leaf, comm), ended), memory
 
-    return LocalState(lambda weights: (), settle)
+    return LocalStatePolicy(lambda weights: (), settle)
 
 
-def averaged(leaf: Any, comm: MPI.Intracomm) -> Any:
+def average_leaf(leaf: Any, comm: MPI.Intracomm) -> Any:
     """The mean of a floating array over the ranks; anything else as it is."""
     if not isinstance(leaf, np.ndarray) or leaf.dtype.kind != "f" or comm.size == 1:
         return leaf
-    send = widened(leaf)
+    send = widen(leaf)
     total = np.empty_like(send)
     comm.Allreduce(send, total)
-    return narrowed(total / comm.size, leaf.dtype)
+    return narrow(total / comm.size, leaf.dtype)
 
 
 # The combinator
@@ -150,24 +150,24 @@ class PeriodicState(NamedTuple):
     """Since the block began."""
     batches: int
     """As ``steps``, without those that only kept others company."""
-    counted: float
+    weight_at_start: float
     """The running total that ``weight_by`` returned when the block began."""
     start: Vector
     """W_g: the model that the block began from."""
-    began: Any
+    inner_start: Any
     """The inner state that the block began from."""
     inner: Any
     outer: Any
     memory: Any
     """What the policy for the inner state remembers."""
-    joint: Any
+    mean_state: Any
     """Of the exchange of synchronous steps."""
     abandoned: int
     """Blocks that were thrown away because a rank's model was not finite."""
     report: ExchangeReport
 
 
-class Periodic(Transform):
+class PeriodicTransform(Transform):
     """A transform whose blocks end together, with two functions more.
 
     ``finish(state, weights) -> (step, state)`` (collective): call it once, when this rank has no more batches.
@@ -178,26 +178,26 @@ class Periodic(Transform):
     finish: Callable[[Any, Vector], tuple[Vector, Any]]
     export: Callable[[Any], Vector]
 
-    def __new__(cls, blocks: Blocks) -> Periodic:
+    def __new__(cls, blocks: PeriodicSteps) -> PeriodicTransform:
         made = super().__new__(cls, blocks.init, blocks.update)
         made.finish, made.export = blocks.finish, blocks.export
         return made
 
 
-def periodic(
+def periodic_transform(
     comm: MPI.Intracomm,
     period: int,
     inner: Transform,
     outer: Transform,
     *,
-    local_state: LocalState | None = None,
-    weight_by: Weigh = "workers",
+    local_state: LocalStatePolicy | None = None,
+    weight_by: Weighting = "workers",
     warmup: int = 0,
     group: MPI.Intracomm | None = None,
     closing: Callable[[Vector, Any], tuple[Vector, Any]] | None = None,
     export: Callable[[PeriodicState], Vector] = lambda state: state.start,
     check: bool = False,
-) -> Periodic:
+) -> PeriodicTransform:
     """``period`` inner steps alone, then one outer step on how far the model moved, for all ranks of ``comm``.
 
     ``outer`` sees W_g − w_i times a factor that makes its mean over the ranks the weighted mean: 1 where all
@@ -212,7 +212,7 @@ def periodic(
     ranks go back to where it began (``abandoned`` counts it).
 
     Start all ranks from the same weights.  Adding the step that ends a block to the weights gives the same
-    bits on all ranks, see :class:`Landing`; copy ``export(state)`` where something else stands in between.
+    bits on all ranks, see :class:`ExactStep`; copy ``export(state)`` where something else stands in between.
     """
     require(isinstance(period, int) and period >= 1, f"periodic: period is {period}: pass an integer, 1 or more")
     require(warmup >= 0, f"periodic: warmup is {warmup}: pass 0 or more synchronous steps")
@@ -223,24 +223,26 @@ def periodic(
     )
     require(not (warmup and group is not None), "periodic: synchronous steps and a group exclude each other")
     policy = local_state or keep()
-    return Periodic(Blocks(comm, period, inner, outer, policy, weight_by, warmup, group, closing, export, check))
+    return PeriodicTransform(
+        PeriodicSteps(comm, period, inner, outer, policy, weight_by, warmup, group, closing, export, check)
+    )
 
 
-class Roll(NamedTuple):
+class Agreement(NamedTuple):
     """What the ranks said at a roll call."""
 
-    share: float
+    weight: float
     """By which this rank's group multiplies its movement; 0 where nobody moved."""
-    moved: bool
+    has_movement: bool
     finite: bool
-    finished: bool
+    is_finished: bool
     """Whether no rank has a batch left."""
     steps: int
     """Of the rank that took most."""
 
 
-class Blocks:
-    """What :func:`periodic` is told, and the functions that follow from it."""
+class PeriodicSteps:
+    """What :func:`periodic_transform` is told, and the functions that follow from it."""
 
     def __init__(
         self,
@@ -248,8 +250,8 @@ class Blocks:
         period: int,
         inner: Transform,
         outer: Transform,
-        local: LocalState,
-        weight_by: Weigh,
+        local: LocalStatePolicy,
+        weight_by: Weighting,
         warmup: int,
         group: MPI.Intracomm | None,
         closing: Callable[[Vector, Any], tuple[Vector, Any]] | None,
@@ -258,28 +260,28 @@ class Blocks:
     ) -> None:
         self.comm, self.period, self.inner, self.outer, self.local = comm, period, inner, outer, local
         self.weight_by, self.warmup, self.group, self.export, self.check = weight_by, warmup, group, export, check
-        self.mean, self.closing = mean(comm), closing
-        self.team = comm.rank if group is None else group.allgather(comm.rank)[0]
-        self.alone = comm.size == (1 if group is None else group.size)
+        self.mean, self.finish_pending = mean(comm), closing
+        self.group_id = comm.rank if group is None else group.allgather(comm.rank)[0]
+        self.is_alone = comm.size == (1 if group is None else group.size)
 
     # The transform
 
     def init(self, weights: Vector) -> PeriodicState:
         """A block begins."""
-        start, inner = widened(weights).copy(), self.inner.init(weights)
+        start, inner = widen(weights).copy(), self.inner.init(weights)
         joint = self.mean.init(weights) if self.warmup else ()
         counted = float(self.weight_by()) if callable(self.weight_by) else 0.0
         return PeriodicState(
             updates=0,
             steps=0,
             batches=0,
-            counted=counted,
+            weight_at_start=counted,
             start=start,
-            began=inner,
+            inner_start=inner,
             inner=inner,
             outer=self.outer.init(start),
             memory=self.local.init(weights),
-            joint=joint,
+            mean_state=joint,
             abandoned=0,
             report=ExchangeReport(),
         )
@@ -287,15 +289,15 @@ class Blocks:
     def update(self, gradient: Vector, state: PeriodicState, weights: Vector) -> tuple[Vector, PeriodicState]:
         """One step; the last one of a block ends it."""
         check_alike(gradient, weights)
-        company = self.company(state)
-        alive, state = self.call_company(company, True, state)
+        company = self.step_comm(state)
+        alive, state = self.count_active(company, True, state)
         return self.step(gradient, state, weights, company, alive, batches=1)
 
     def finish(self, state: PeriodicState, weights: Vector) -> tuple[Vector, PeriodicState]:
         """Keep the others company until nobody has a batch left."""
         local = weights.copy()
-        while (company := self.company(state)) is not None:
-            alive, state = self.call_company(company, False, state)
+        while (company := self.step_comm(state)) is not None:
+            alive, state = self.count_active(company, False, state)
             if not alive:
                 break
             step, state = self.step(np.zeros_like(local), state, local, company, alive, batches=0)
@@ -303,24 +305,24 @@ class Blocks:
         finished = False
         while not finished:
             target, state, finished = self.end_block(local, state, last=True)
-            local = narrowed(target, weights.dtype)
-        return landing(weights, local), state
+            local = narrow(target, weights.dtype)
+        return exact_step(weights, local), state
 
     # One step
 
-    def company(self, state: PeriodicState) -> MPI.Intracomm | None:
+    def step_comm(self, state: PeriodicState) -> MPI.Intracomm | None:
         """The ranks that step together with this one."""
         if state.updates < self.warmup and self.comm.size > 1:
             return self.comm
         return self.group if self.group is not None and self.group.size > 1 else None
 
-    def call_company(
+    def count_active(
         self, company: MPI.Intracomm | None, here: bool, state: PeriodicState
     ) -> tuple[int, PeriodicState]:
         """How many of the ranks that step together have a batch."""
         if company is None:
             return 1, state
-        found, state = self.gathered(company, np.array([float(here)]), state)
+        found, state = self.allgather_rows(company, np.array([float(here)]), state)
         return int(found.sum()), state
 
     def step(
@@ -333,63 +335,65 @@ class Blocks:
         batches: int,
     ) -> tuple[Vector, PeriodicState]:
         """An inner step, and the end of the block if it is one."""
-        warm, joint = state.updates < self.warmup, state.joint
+        warm, joint = state.updates < self.warmup, state.mean_state
         if warm and company is not None:
             gradient = gradient if alive == company.size else gradient * (company.size / alive)
             gradient, joint = self.mean.update(gradient, joint, weights)
         step, inner = self.inner.update(gradient, state.inner, weights)
-        state = state._replace(updates=state.updates + 1, inner=inner, joint=joint)
+        state = state._replace(updates=state.updates + 1, inner=inner, mean_state=joint)
         if warm:
-            return step, state._replace(start=widened(weights + step), began=inner)
+            return step, state._replace(start=widen(weights + step), inner_start=inner)
         state = state._replace(steps=state.steps + 1, batches=state.batches + batches)
         if state.steps < self.period:
             return step, state
         target, state, _ = self.end_block(weights + step, state, last=False)
-        return landing(weights, target), state
+        return exact_step(weights, target), state
 
     # The end of a block
 
     def end_block(self, local: Vector, state: PeriodicState, last: bool) -> tuple[Vector, PeriodicState, bool]:
         """The model that the next block begins from, and whether no rank has a batch left."""
-        if self.alone:
-            start = widened(local)
-            return local, state._replace(steps=0, batches=0, start=start, began=state.inner), last
-        if self.closing is not None and state.steps:
-            local, inner = self.closing(local, state.inner)
+        if self.is_alone:
+            start = widen(local)
+            return local, state._replace(steps=0, batches=0, start=start, inner_start=state.inner), last
+        if self.finish_pending is not None and state.steps:
+            local, inner = self.finish_pending(local, state.inner)
             state = state._replace(inner=inner)
         with np.errstate(invalid="ignore", over="ignore"):
-            behind = state.start - widened(local)
+            behind = state.start - widen(local)
         counted = float(self.weight_by()) if callable(self.weight_by) else 0.0
-        roll, state = self.roll_call(behind, counted, state, last)
-        next_block = state._replace(steps=0, batches=0, counted=counted)
+        roll, state = self.agree_on_block(behind, counted, state, last)
+        next_block = state._replace(steps=0, batches=0, weight_at_start=counted)
         if not roll.finite:
-            back = next_block._replace(inner=state.began, abandoned=state.abandoned + 1)
-            return state.start, back, roll.finished
-        if not roll.moved:
-            return state.start, next_block, roll.finished
-        if roll.share != 1:
-            behind *= roll.share
+            back = next_block._replace(inner=state.inner_start, abandoned=state.abandoned + 1)
+            return state.start, back, roll.is_finished
+        if not roll.has_movement:
+            return state.start, next_block, roll.is_finished
+        if roll.weight != 1:
+            behind *= roll.weight
         step, outer = self.outer.update(behind, state.outer, state.start)
         start = state.start + step
         inner, memory = self.local.settle(
-            state.began, state.inner, narrowed(start, local.dtype), state.memory, roll.steps
+            state.inner_start, state.inner, narrow(start, local.dtype), state.memory, roll.steps
         )
         if self.check:
             check_replicas(self.comm, start)
         return (
             start,
-            next_block._replace(start=start, began=inner, inner=inner, outer=outer, memory=memory),
-            roll.finished,
+            next_block._replace(start=start, inner_start=inner, inner=inner, outer=outer, memory=memory),
+            roll.is_finished,
         )
 
-    def roll_call(self, behind: Vector, counted: float, state: PeriodicState, last: bool) -> tuple[Roll, PeriodicState]:
+    def agree_on_block(
+        self, behind: Vector, counted: float, state: PeriodicState, last: bool
+    ) -> tuple[Agreement, PeriodicState]:
         """Agree on what every rank's movement weighs, on whether all are finite, and on whether this was the end."""
         finite = float(np.isfinite(behind).all())
-        mine = [self.weight(counted, state), finite, float(last), float(self.team), float(state.steps)]
-        rows, state = self.gathered(self.comm, np.array(mine), state)
+        mine = [self.weight(counted, state), finite, float(last), float(self.group_id), float(state.steps)]
+        rows, state = self.allgather_rows(self.comm, np.array(mine), state)
         total, teams = rows[:, 0].sum(), np.unique(rows[:, 3]).size
-        share = rows[rows[:, 3] == self.team, 0].sum() * teams / total if total > 0 else 0.0
-        roll = Roll(
+        share = rows[rows[:, 3] == self.group_id, 0].sum() * teams / total if total > 0 else 0.0
+        roll = Agreement(
             float(share), bool(total > 0), bool(rows[:, 1].all()), bool(rows[:, 2].all()), int(rows[:, 4].max())
         )
         return roll, state
@@ -397,10 +401,10 @@ class Blocks:
     def weight(self, counted: float, state: PeriodicState) -> float:
         """What this rank's movement counts."""
         if callable(self.weight_by):
-            return counted - state.counted
+            return counted - state.weight_at_start
         return float(state.batches if self.weight_by == "batches" else state.batches > 0)
 
-    def gathered(
+    def allgather_rows(
         self, comm: MPI.Intracomm, mine: npt.NDArray[np.float64], state: PeriodicState
     ) -> tuple[npt.NDArray[np.float64], PeriodicState]:
         """Some numbers of every rank, (p, k)."""
@@ -408,22 +412,24 @@ class Blocks:
         rows = np.empty((comm.size, mine.size))
         comm.Allgather(mine, rows)
         cost = ExchangeReport(1, time.perf_counter() - began, mine.nbytes * (comm.size - 1))
-        return rows, state._replace(report=state.report.plus(cost))
+        return rows, state._replace(report=state.report.add(cost))
 
 
 # Published methods that are one line of the above
 
 
 def local_sgd(
-    comm: MPI.Intracomm, inner: Transform, period: int, *, weight_by: Weigh = "workers", check: bool = False
-) -> Periodic:
+    comm: MPI.Intracomm, inner: Transform, period: int, *, weight_by: Weighting = "workers", check: bool = False
+) -> PeriodicTransform:
     """The models are averaged every ``period`` steps (Stich, ICLR 2019, algorithm 1; model averaging, FedAvg)."""
-    return periodic(comm, period, inner, chain(mean(comm), scale(-1)), weight_by=weight_by, check=check)
+    return periodic_transform(comm, period, inner, chain(mean(comm), scale(-1)), weight_by=weight_by, check=check)
 
 
-def post_local_sgd(comm: MPI.Intracomm, inner: Transform, period: int, after: int, *, check: bool = False) -> Periodic:
+def post_local_sgd(
+    comm: MPI.Intracomm, inner: Transform, period: int, after: int, *, check: bool = False
+) -> PeriodicTransform:
     """Synchronous for ``after`` steps, local SGD from there (Lin et al., ICLR 2020, section 3)."""
-    return periodic(comm, period, inner, chain(mean(comm), scale(-1)), warmup=after, check=check)
+    return periodic_transform(comm, period, inner, chain(mean(comm), scale(-1)), warmup=after, check=check)
 
 
 def slowmo(
@@ -436,7 +442,7 @@ def slowmo(
     slow_lr: float = 1.0,
     warmup: int = 0,
     check: bool = False,
-) -> Periodic:
+) -> PeriodicTransform:
     """Slow momentum (Wang et al., ICLR 2020, algorithm 1): u ← βu + (W_g − w̄)/γ, W_g ← W_g − αγu.
 
     ``lr`` is γ, the rate that ``inner`` steps with: a number, or its function of the update's count, of which
@@ -454,7 +460,7 @@ def slowmo(
         momentum(beta),
         scale_by_schedule(lambda block: -slow_lr * gamma(block)),
     )
-    return periodic(comm, period, inner, outer, warmup=warmup, check=check)
+    return periodic_transform(comm, period, inner, outer, warmup=warmup, check=check)
 
 
 def diloco(
@@ -465,7 +471,9 @@ def diloco(
     lr: float = 0.7,
     beta: float = 0.9,
     check: bool = False,
-) -> Periodic:
+) -> PeriodicTransform:
     """Nesterov's momentum on how far the models moved, around AdamW (Douillard et al., 2023, algorithm 1)."""
     check_decay("diloco: beta", beta)
-    return periodic(comm, period, inner, chain(mean(comm), momentum(beta, nesterov=True), scale(-lr)), check=check)
+    return periodic_transform(
+        comm, period, inner, chain(mean(comm), momentum(beta, nesterov=True), scale(-lr)), check=check
+    )

@@ -46,7 +46,7 @@ def polynomial(lr: float, steps: int, power: float = 1.0, end: float = 0.0) -> S
     return lambda t: end + (lr - end) * (1 - min(t, steps) / steps) ** power
 
 
-def joined(*phases: tuple[int, Schedule]) -> Schedule:
+def join_schedules(*phases: tuple[int, Schedule]) -> Schedule:
     """One schedule after the other, each for so many updates with its own count; the last one goes on.
 
     For batches that change on the way, with a new warm-up at the change.

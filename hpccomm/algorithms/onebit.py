@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compressors import flat, onebit
-from hpccomm.algorithms.error_feedback import Sent, everywhere, feedback
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, averaged
+from hpccomm.algorithms.compressors import check_flat, onebit
+from hpccomm.algorithms.error_feedback import MessageReport, all_ranks_true, feedback
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, allreduce_mean
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, check_decay, require, scale
-from hpccomm.arrays import beside
+from hpccomm.arrays import to_device_like
 from hpccomm.buckets import Bucket
 from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
 from hpccomm.kernels.dispatch import compression as kernels
@@ -46,15 +46,15 @@ if TYPE_CHECKING:
 
 def onebit_sgd(comm: MPI.Intracomm, bucket: Bucket | None = None) -> Transform:
     """The mean of the ranks' signs, each tensor of ``bucket`` with two scales of its own, or the vector with two."""
-    return feedback(onebit("per-sign"), comm, parts=tensors(bucket))
+    return feedback(onebit("per-sign"), comm, parts=tensor_slices(bucket))
 
 
 def ef_signsgd(comm: MPI.Intracomm, lr: float, bucket: Bucket | None = None) -> Transform:
     """Steps −mean of s·sign(lr·g + e): the rate stands before the feedback, so that a new one spares the backlog."""
-    return chain(scale(lr), feedback(onebit("l1"), comm, parts=tensors(bucket)), scale(-1))
+    return chain(scale(lr), feedback(onebit("l1"), comm, parts=tensor_slices(bucket)), scale(-1))
 
 
-def tensors(bucket: Bucket | None) -> list[slice] | None:
+def tensor_slices(bucket: Bucket | None) -> list[slice] | None:
     """Where each tensor lies."""
     return None if bucket is None else [slice(slot.offset, slot.offset + slot.length) for slot in bucket.table]
 
@@ -107,10 +107,10 @@ def onebit_adam(
     check_decay("onebit_adam: b2", b2)
     require(freeze_step >= 0, f"onebit_adam: freeze_step is {freeze_step}: pass the number of dense steps")
     require(weight_decay >= 0, f"onebit_adam: weight_decay is {weight_decay}: pass 0 or more")
-    places = tensors(bucket) or []
+    places = tensor_slices(bucket) or []
 
     def init(weights: Vector) -> OneBitAdamState:
-        zeros = np.zeros_like(flat(weights, "onebit_adam", True))
+        zeros = np.zeros_like(check_flat(weights, "onebit_adam", True))
         require(bucket is None or weights.size == bucket.size, "onebit_adam: pass weights of the bucket's size")
         server = np.zeros_like(weights, shape=(server_elements(weights.size, comm.rank, comm.size),))
         scales = np.ones(len(places), np.float32)
@@ -119,21 +119,21 @@ def onebit_adam(
     def update(gradient: Vector, state: OneBitAdamState, weights: Vector) -> tuple[Vector, OneBitAdamState]:
         check_alike(gradient, weights)
         began = time.perf_counter()
-        fine = kernels(gradient).all_finite(flat(gradient, "onebit_adam", True))
+        fine = kernels(gradient).all_finite(check_flat(gradient, "onebit_adam", True))
         asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
-        state = state._replace(report=state.report.plus(asked))
-        if not (everywhere(comm, fine) if comm.size > 1 else fine):
+        state = state._replace(report=state.report.add(asked))
+        if not (all_ranks_true(comm, fine) if comm.size > 1 else fine):
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
         one, two = np.float32(1 - b1), np.float32(1 - b2)
         if state.steps < freeze_step:
-            mean, nbytes = averaged(comm, gradient)
+            mean, nbytes = allreduce_mean(comm, gradient)
             moment: Vector = np.float32(b1) * state.mean + one * mean
             variance = np.float32(b2) * state.variance + two * mean * mean
             if state.steps + 1 == freeze_step:
-                state = state._replace(scales=equalising(moment, places))
+                state = state._replace(scales=momentum_scales(moment, places))
         else:
             own: Vector = np.float32(b1) * state.mean + one * gradient
-            factors = spread_over(beside(state.scales, own), places)
+            factors = expand_scales(to_device_like(state.scales, own), places)
             own *= factors
             found = onebit_allreduce(comm, own, state.worker, state.server)
             moment, nbytes = found.mean, found.bytes_sent
@@ -145,21 +145,21 @@ def onebit_adam(
         step = np.where(still, np.float32(0), moment / np.where(still, 1, np.sqrt(variance) + np.float32(eps)))
         if weight_decay:
             step += np.float32(weight_decay) * weights
-        report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes))
+        report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes))
         after = state._replace(steps=state.steps + 1, mean=moment, variance=variance, report=report)
         return (step * np.float32(-rate)).astype(weights.dtype, copy=False), after
 
     return Transform(init, update)
 
 
-def sent(state: OneBitAdamState | OneBitLambState) -> Sent:
+def message_report(state: OneBitAdamState | OneBitLambState) -> MessageReport:
     """What a rank said in its last step that was not left out: of n elements 4n bytes densely, then n/8 and a scale."""
     n = state.worker.size if state.steps else 0
     norm = float(np.sqrt(np.square(state.worker, dtype=np.float64).sum()))
     thin = state.scale > 0
     nbytes = 4 + -(-n // 8) if thin else 4 * n
     path = "two phases" if thin else "dense" if state.steps else ""
-    return Sent(nbytes, n, state.scale, norm, state.skipped, path)
+    return MessageReport(nbytes, n, state.scale, norm, state.skipped, path)
 
 
 COEFFICIENTS = (0.01, 10.0)
@@ -178,7 +178,7 @@ class OneBitLambState(NamedTuple):
     """m: Adam's first moment."""
     variance: Vector
     """v: frozen after the warm-up."""
-    fresh: Vector
+    fresh_variance: Vector
     """v as it would go on, from the gradients that the momentum says."""
     ratios: npt.NDArray[np.float64]
     """(L,) running means of the trust ratios, frozen after the warm-up."""
@@ -228,11 +228,11 @@ def onebit_lamb(
         check_decay(f"onebit_lamb: {name}", rate)
     require(freeze_step >= 1, f"onebit_lamb: freeze_step is {freeze_step}: pass the number of dense steps, 1 or more")
     require(weight_decay >= 0, f"onebit_lamb: weight_decay is {weight_decay}: pass 0 or more")
-    places = tensors(bucket) or []
+    places = tensor_slices(bucket) or []
     decays = np.array([weight_decay * slot.decay for slot in bucket.table], np.float32)
 
     def init(weights: Vector) -> OneBitLambState:
-        fits = flat(weights, "onebit_lamb", True).size == bucket.size
+        fits = check_flat(weights, "onebit_lamb", True).size == bucket.size
         require(fits, "onebit_lamb: pass weights of the bucket's size")
         m, v, fresh, worker = (np.zeros_like(weights) for _ in range(4))
         server = np.zeros_like(weights, shape=(server_elements(weights.size, comm.rank, comm.size),))
@@ -242,42 +242,42 @@ def onebit_lamb(
     def update(gradient: Vector, state: OneBitLambState, weights: Vector) -> tuple[Vector, OneBitLambState]:
         check_alike(gradient, weights)
         began = time.perf_counter()
-        fine = kernels(gradient).all_finite(flat(gradient, "onebit_lamb", True))
+        fine = kernels(gradient).all_finite(check_flat(gradient, "onebit_lamb", True))
         asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
-        state = state._replace(report=state.report.plus(asked))
-        if not (everywhere(comm, fine) if comm.size > 1 else fine):
+        state = state._replace(report=state.report.add(asked))
+        if not (all_ranks_true(comm, fine) if comm.size > 1 else fine):
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
         state, direction, rates, nbytes = (warm if state.steps < freeze_step else frozen)(gradient, state, weights)
         rate = lr(state.steps) if callable(lr) else lr
         for place, each in zip(places, rates, strict=True):
             direction[place] *= np.float32(-rate * each)
-        report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes))
+        report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes))
         return direction, state._replace(steps=state.steps + 1, report=report)
 
     def warm(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
-        mean, nbytes = averaged(comm, gradient)
+        mean, nbytes = allreduce_mean(comm, gradient)
         moment: Vector = np.float32(b1) * state.mean + np.float32(1 - b1) * mean
         variance: Vector = np.float32(b2) * state.variance + np.float32(1 - b2) * mean * mean
         direction = adapted(moment, variance, weights)
         found = np.array([trust_ratio(weights[place], direction[place]) for place in places])
         ratios = found if state.steps == 0 else ratio_decay * state.ratios + (1 - ratio_decay) * found
-        scales = state.scales if state.steps + 1 < freeze_step else equalising(moment, places)
-        state = state._replace(mean=moment, variance=variance, fresh=variance, ratios=ratios, scales=scales)
+        scales = state.scales if state.steps + 1 < freeze_step else momentum_scales(moment, places)
+        state = state._replace(mean=moment, variance=variance, fresh_variance=variance, ratios=ratios, scales=scales)
         return state, direction, found, nbytes
 
     def frozen(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
         own: Vector = np.float32(b1) * state.mean + np.float32(1 - b1) * gradient
-        scales = spread_over(beside(state.scales, own), places)
+        scales = expand_scales(to_device_like(state.scales, own), places)
         found = onebit_allreduce(comm, own * scales, state.worker, state.server)
         moment: Vector = found.mean / scales
         said = (moment - np.float32(b1) * state.mean) / np.float32(1 - b1)
-        fresh: Vector = np.float32(b2) * state.fresh + np.float32(1 - b2) * said * said
+        fresh: Vector = np.float32(b2) * state.fresh_variance + np.float32(1 - b2) * said * said
         growth = (np.sqrt(state.variance) + np.float32(eps)) / (np.sqrt(fresh) + np.float32(eps))
         most = np.array([float(growth[place].max()) if growth[place].size else 0.0 for place in places])
         last = state.factors
         factors = np.clip(np.clip(most, *FACTORS), last * (1 - FACTOR_CHANGE), last * (1 + FACTOR_CHANGE))
         direction = adapted(moment, state.variance, weights)
-        state = state._replace(mean=moment, fresh=fresh, factors=factors, scale=found.scale)
+        state = state._replace(mean=moment, fresh_variance=fresh, factors=factors, scale=found.scale)
         return state, direction, state.ratios * factors, found.bytes_sent
 
     def adapted(moment: Vector, variance: Vector, weights: Vector) -> Vector:
@@ -301,14 +301,14 @@ def trust_ratio(weights: Vector, step: Vector) -> float:
     return min(max(size / length, COEFFICIENTS[0]), COEFFICIENTS[1]) if size and length else 1.0
 
 
-def spread_over(scales: npt.NDArray[np.float32], places: Sequence[slice]) -> Vector:
+def expand_scales(scales: npt.NDArray[np.float32], places: Sequence[slice]) -> Vector:
     """The factor of each element; one 1 for all where there are no tensors."""
     if not places:
         return np.ones_like(scales, shape=(1,))
     return np.repeat(scales, [place.stop - place.start for place in places])
 
 
-def equalising(moment: Vector, places: Sequence[slice]) -> npt.NDArray[np.float32]:
+def momentum_scales(moment: Vector, places: Sequence[slice]) -> npt.NDArray[np.float32]:
     """The factors that give each tensor's momentum the mean of their root mean squares; 1 for zeros."""
     squares = [kernels(moment).moments(moment[place])[1] / max(1, place.stop - place.start) for place in places]
     lengths = np.sqrt(np.array(squares, np.float64))

@@ -64,7 +64,7 @@ class Rules(NamedTuple):
 
     slack: float
     """Clocks that a worker may be ahead of the slowest: 0 for BSP, infinity for ASP."""
-    together: bool
+    synchronous: bool
     """Whether the pushes of a clock are applied together."""
     backup: int = 0
     """Pushes of a clock that are not waited for."""
@@ -86,9 +86,9 @@ def rules_of(mode: Mode, **options: Any) -> Rules:
         f"ParameterServer: mode is {mode!r}: pass 'bsp', 'asp', or ('ssp', s) with s of 0 or more",
     )
     slack = mode[1] if isinstance(mode, tuple) else 0 if mode == "bsp" else math.inf
-    rules = Rules(slack, together=slack == 0, **options)
+    rules = Rules(slack, synchronous=slack == 0, **options)
     require(rules.backup >= 0, f"ParameterServer: backup is {rules.backup}: pass 0 or more workers")
-    require(not rules.backup or rules.together, "ParameterServer: only 'bsp' has backup workers")
+    require(not rules.backup or rules.synchronous, "ParameterServer: only 'bsp' has backup workers")
     return rules
 
 
@@ -98,7 +98,7 @@ class Ledger:
     def __init__(self, workers: int, rules: Rules, apply: Callable[[list[Vector]], None]) -> None:
         self.rules, self.apply = rules, apply
         self.clocks: list[float] = [0] * workers
-        self.waiting: dict[int, dict[int, Vector]] = {}
+        self.pending_pushes: dict[int, dict[int, Vector]] = {}
         self.version = 0
         """Clocks applied in BSP, else pushes applied."""
         self.staleness: Counter[int] = Counter()
@@ -107,7 +107,7 @@ class Ledger:
 
     def may_read(self, worker: int) -> bool:
         """Whether what the worker would see is fresh enough."""
-        if self.rules.together:
+        if self.rules.synchronous:
             return self.version >= self.clocks[worker] or self.all_left()
         return min(self.clocks) >= self.clocks[worker] - self.rules.slack
 
@@ -116,10 +116,10 @@ class Ledger:
         clock, stale = int(self.clocks[worker]), self.version - version
         self.clocks[worker] += 1
         self.staleness[stale] += 1
-        if (self.rules.together and clock < self.version) or stale > self.rules.limit:
+        if (self.rules.synchronous and clock < self.version) or stale > self.rules.limit:
             self.dropped += 1
-        elif self.rules.together:
-            self.waiting.setdefault(clock, {})[worker] = gradient
+        elif self.rules.synchronous:
+            self.pending_pushes.setdefault(clock, {})[worker] = gradient
             self.settle()
         else:
             damped = gradient if self.rules.damp is None else gradient * self.rules.damp(stale)
@@ -129,17 +129,17 @@ class Ledger:
     def leave(self, worker: int) -> None:
         """The worker pushes no more: nobody waits for it."""
         self.clocks[worker] = math.inf
-        if self.rules.together:
+        if self.rules.synchronous:
             self.settle()
 
     def settle(self) -> None:
         """Apply clocks that are complete, in rank order."""
-        while self.version in self.waiting:
-            pushes = self.waiting[self.version]
+        while self.version in self.pending_pushes:
+            pushes = self.pending_pushes[self.version]
             missing = sum(clock <= self.version for clock in self.clocks)
             if missing > self.rules.backup:
                 return
-            del self.waiting[self.version]
+            del self.pending_pushes[self.version]
             self.step([pushes[worker] for worker in sorted(pushes)])
 
     def step(self, gradients: list[Vector]) -> None:
@@ -279,7 +279,7 @@ class ParameterServer:
             f"rank {self.comm.rank}: ParameterServer.push: the gradient is not finite: push zeros, or skip the batch",
         )
         for server in range(self.servers):
-            self._send(server, PUSH, self._written(gradient, self.slice_of(server)), self.version[server])
+            self._send(server, PUSH, self._encode(gradient, self.slice_of(server)), self.version[server])
         self.clock += 1
 
     def leave(self) -> Vector:
@@ -288,7 +288,7 @@ class ParameterServer:
         self.comm.Free()
         return final
 
-    def _written(self, gradient: Vector, part: slice) -> npt.NDArray[np.uint8]:
+    def _encode(self, gradient: Vector, part: slice) -> npt.NDArray[np.uint8]:
         if self.codec is None:
             return np.ascontiguousarray(gradient[part]).view(np.uint8)
         return self.codec.encode_feedback(self.backlog[part], np.ascontiguousarray(gradient[part]))
@@ -320,7 +320,7 @@ class ParameterServer:
             for each in gradients[1:]:
                 total += each
             if self.rules.mean:
-                total /= len(gradients) if self.rules.together else self.workers
+                total /= len(gradients) if self.rules.synchronous else self.workers
             step, state = self.optimizer.update(total, state, weights)
             weights[...] += step
 
@@ -330,10 +330,10 @@ class ParameterServer:
         sent: list[tuple[MPI.Request, Any]] = []
         turn = 0
         while len(leaving) < self.workers:
-            worker, what, version, payload = self._next(turn)
+            worker, what, version, payload = self._receive_next(turn)
             turn = worker + 1
             if what == PUSH:
-                ledger.push(worker, self._read(payload, weights), version)
+                ledger.push(worker, self._decode(payload, weights), version)
             elif what == LEAVE:
                 leaving.append(worker)
                 ledger.leave(worker)
@@ -349,7 +349,7 @@ class ParameterServer:
         self.comm.Free()
         return ServerReport(weights, state, ledger.version, dict(ledger.staleness), ledger.dropped)
 
-    def _next(self, turn: int) -> tuple[int, int, int, npt.NDArray[np.uint8]]:
+    def _receive_next(self, turn: int) -> tuple[int, int, int, npt.NDArray[np.uint8]]:
         """The next message; who was served last comes last."""
         order = [(turn + k) % self.workers for k in range(self.workers)]
         waits = (worker for worker in order if self.comm.Iprobe(self.servers + worker, TAG))
@@ -357,7 +357,7 @@ class ParameterServer:
         source, what, _, version, payload = self._receive(None if worker is None else self.servers + worker)
         return source - self.servers, what, version, payload
 
-    def _read(self, payload: npt.NDArray[np.uint8], weights: Vector) -> Vector:
+    def _decode(self, payload: npt.NDArray[np.uint8], weights: Vector) -> Vector:
         if self.codec is None:
             return payload.view(weights.dtype)
         out = np.zeros_like(weights)
@@ -365,13 +365,13 @@ class ParameterServer:
         return out
 
     def _answer(self, worker: int, weights: Vector, version: int) -> tuple[MPI.Request, Any]:
-        letter = packed(REPLY, 0, version, weights.view(np.uint8))
+        letter = pack_message(REPLY, 0, version, weights.view(np.uint8))
         return self.comm.Isend(letter, self.servers + worker, TAG), letter
 
     # Both
 
     def _send(self, to: int, what: int, payload: npt.NDArray[np.uint8], version: int) -> None:
-        self.comm.Send(packed(what, self.clock, version, payload), to, TAG)
+        self.comm.Send(pack_message(what, self.clock, version, payload), to, TAG)
 
     def _receive(self, source: int | None) -> tuple[int, int, int, int, npt.NDArray[np.uint8]]:
         """(source, what, clock, version, payload) of a message, from anybody for None."""
@@ -391,7 +391,7 @@ class ParameterServer:
         return status.source, what, clock, version, payload
 
 
-def packed(what: int, clock: int, version: int, payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def pack_message(what: int, clock: int, version: int, payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Header and payload as one message."""
     letter = np.empty(HEADER.size + payload.size, np.uint8)
     letter[: HEADER.size] = np.frombuffer(HEADER.pack(MARK, what, clock, version, payload.size), np.uint8)

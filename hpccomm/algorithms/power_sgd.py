@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compressors import flat, orthonormal, start_factor
-from hpccomm.algorithms.deep_gradient_compression import joined, spread
-from hpccomm.algorithms.exchange import ExchangeReport, averaged
+from hpccomm.algorithms.compressors import check_flat, orthonormalise, start_factor
+from hpccomm.algorithms.deep_gradient_compression import pack_slices, unpack_slices
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_mean
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
 from hpccomm.buckets import Bucket
 from hpccomm.kernels.dispatch import compression as kernels
@@ -49,7 +49,7 @@ class PowerSgdState(NamedTuple):
     report: ExchangeReport
 
 
-class Place(NamedTuple):
+class MatrixSlices(NamedTuple):
     """One compressed tensor."""
 
     inside: slice
@@ -64,17 +64,17 @@ class Place(NamedTuple):
     rank: int
 
 
-class Layout(NamedTuple):
+class MatrixSplit(NamedTuple):
     """Which tensors are compressed, where the others lie, and how long vectors are."""
 
-    thin: list[Place]
+    matrices: list[MatrixSlices]
     dense: list[slice]
     errors: int
     lefts: int
     rights: int
 
 
-def layout(bucket: Bucket, rank: int) -> Layout:
+def split_matrices(bucket: Bucket, rank: int) -> MatrixSplit:
     """Matrices whose factors are :data:`LEAST_SAVING` times as short are compressed."""
     thin, dense, error, left, right = [], [], 0, 0, 0
     for slot in bucket.table:
@@ -87,9 +87,9 @@ def layout(bucket: Bucket, rank: int) -> Layout:
             continue
         ends = error + slot.length, left + rows * r, right + columns * r
         own, p, q = slice(error, ends[0]), slice(left, ends[1]), slice(right, ends[2])
-        thin.append(Place(inside, own, p, q, (rows, columns), r))
+        thin.append(MatrixSlices(inside, own, p, q, (rows, columns), r))
         error, left, right = ends
-    return Layout(thin, dense, error, left, right)
+    return MatrixSplit(thin, dense, error, left, right)
 
 
 def powersgd(
@@ -107,10 +107,10 @@ def powersgd(
     is pending.
     """
     require(rank >= 1, f"powersgd: rank is {rank}: pass 1 or more")
-    thin, dense, errors, lefts, rights = layout(bucket, rank)
+    thin, dense, errors, lefts, rights = split_matrices(bucket, rank)
 
     def init(weights: Vector) -> PowerSgdState:
-        require(flat(weights, "powersgd").size == bucket.size, "powersgd: pass weights of the bucket's size")
+        require(check_flat(weights, "powersgd").size == bucket.size, "powersgd: pass weights of the bucket's size")
         factors = np.empty(rights, np.float32)
         for number, place in enumerate(thin):
             factors[place.right] = start_factor(place.shape[1], place.rank, seed + number).reshape(-1)
@@ -119,47 +119,47 @@ def powersgd(
     def update(gradient: Vector, state: PowerSgdState, weights: Vector) -> tuple[Vector, PowerSgdState]:
         check_alike(gradient, weights)
         began = time.perf_counter()
-        fine = kernels().all_finite(flat(gradient, "powersgd"))
-        backlog = state.residual + joined(gradient, [place.inside for place in thin])
-        first = np.concatenate([np.empty(lefts, np.float32), joined(gradient, dense)])
+        fine = kernels().all_finite(check_flat(gradient, "powersgd"))
+        backlog = state.residual + pack_slices(gradient, [place.inside for place in thin])
+        first = np.concatenate([np.empty(lefts, np.float32), pack_slices(gradient, dense)])
         if fine:
             for place in thin:
-                np.matmul(matrix(backlog, place), right(state.factors, place), out=left(first, place))
+                np.matmul(matrix(backlog, place), right_factor(state.factors, place), out=left_factor(first, place))
         else:
             first[...] = np.nan  # so that all ranks see it
-        first, nbytes = averaged(comm, first)
+        first, nbytes = allreduce_mean(comm, first)
         if not kernels().all_finite(first):
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
-            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.plus(cost))
+            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.add(cost))
         own = np.empty(rights, np.float32)
         for place in thin:
-            basis = left(first, place)
-            basis[...] = orthonormal(basis)
-            np.matmul(matrix(backlog, place).T, basis, out=right(own, place))
-        factors, more = averaged(comm, own)
+            basis = left_factor(first, place)
+            basis[...] = orthonormalise(basis)
+            np.matmul(matrix(backlog, place).T, basis, out=right_factor(own, place))
+        factors, more = allreduce_mean(comm, own)
         step = np.empty_like(gradient)
         for place in thin:
             applied = step[place.inside].reshape(place.shape)
-            np.matmul(left(first, place), right(factors, place).T, out=applied)
-            missed = left(first, place) @ right(own, place).T if local_error else applied
+            np.matmul(left_factor(first, place), right_factor(factors, place).T, out=applied)
+            missed = left_factor(first, place) @ right_factor(own, place).T if local_error else applied
             matrix(backlog, place)[...] -= missed
-        spread(first[lefts:], step, dense)
-        report = state.report.plus(ExchangeReport(1, time.perf_counter() - began, nbytes + more))
+        unpack_slices(first[lefts:], step, dense)
+        report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes + more))
         return step, PowerSgdState(backlog, factors, state.steps + 1, state.skipped, report)
 
     return Transform(init, update)
 
 
-def matrix(vector: Vector, place: Place) -> Matrix:
+def matrix(vector: Vector, place: MatrixSlices) -> Matrix:
     """One tensor's backlog, a view."""
     return vector[place.error].reshape(place.shape)
 
 
-def left(vector: Vector, place: Place) -> Matrix:
+def left_factor(vector: Vector, place: MatrixSlices) -> Matrix:
     """One tensor's P, a view."""
     return vector[place.left].reshape(place.shape[0], place.rank)
 
 
-def right(vector: Vector, place: Place) -> Matrix:
+def right_factor(vector: Vector, place: MatrixSlices) -> Matrix:
     """One tensor's Q, a view."""
     return vector[place.right].reshape(place.shape[1], place.rank)

@@ -137,7 +137,7 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
 class EveryState(NamedTuple):
     """Gradients seen since the last step, their sum, and the inner state."""
 
-    seen: int
+    micro_steps: int
     total: Vector
     inner: Any
 
@@ -155,8 +155,8 @@ def every(k: int, inner: Transform) -> Transform:
 
     def update(gradient: Vector, state: EveryState, weights: Vector) -> tuple[Vector, EveryState]:
         total = state.total + gradient
-        if state.seen + 1 < k:
-            return np.zeros_like(weights), EveryState(state.seen + 1, total, state.inner)
+        if state.micro_steps + 1 < k:
+            return np.zeros_like(weights), EveryState(state.micro_steps + 1, total, state.inner)
         step, after = inner.update(total, state.inner, weights)
         return step, EveryState(0, np.zeros_like(weights), after)
 

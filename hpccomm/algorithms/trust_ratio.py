@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
-from hpccomm.arrays import lies_on_device
-from hpccomm.buckets import Bucket, Slot
+from hpccomm.arrays import is_on_device
+from hpccomm.buckets import Bucket, TensorEntry
 
 NormReduce = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 """Sums of squares of this rank's part → those of the whole, the same bits on all ranks that hold parts."""
 
-CACHED = 1 << 18
+CACHE_ELEMENTS = 1 << 18
 """Elements of small tensors that go through the cache together."""
 
 
@@ -56,7 +56,7 @@ class Layers(NamedTuple):
         """Tensors that fit into the host's cache together, and large ones alone."""
         rows, begin = self.rows, 0
         for end in range(1, len(rows.tensors) + 1):
-            full = end == len(rows.tensors) or rows.bounds[end, 1] - rows.bounds[begin, 0] > CACHED
+            full = end == len(rows.tensors) or rows.bounds[end, 1] - rows.bounds[begin, 0] > CACHE_ELEMENTS
             if full:
                 first, stop = int(rows.bounds[begin, 0]), int(rows.bounds[end - 1, 1])
                 part = slice(begin, end)
@@ -66,7 +66,7 @@ class Layers(NamedTuple):
                 begin = end
 
 
-class Layerwise(Transform):
+class InPlaceTransform(Transform):
     """A transform that can also step in place.
 
     ``apply(gradient, state, weights) -> state`` writes the weights and over the arrays of the state, which is
@@ -80,7 +80,7 @@ class Layerwise(Transform):
         init: Callable[[Vector], Any],
         update: Callable[[Vector, Any, Vector], tuple[Vector, Any]],
         apply: Callable[[Vector, Any, Vector], Any],
-    ) -> Layerwise:
+    ) -> InPlaceTransform:
         made = super().__new__(cls, init, update)
         made.apply = apply
         return made
@@ -96,21 +96,23 @@ def layers(
     """The layout of elements [lo, hi) of the bucket's vector; what lies beyond its end is padding."""
     lo, hi = part or (0, bucket.size)
     require(0 <= lo <= hi, f"{who}: part is {part}: pass (lo, hi) with 0 <= lo <= hi")
-    decays = chosen(who, "decay", bucket, decay, [slot.decay for slot in bucket.table])
-    adapts = chosen(who, "adapt", bucket, adapt, decays if adapt == "decayed" else [s.adapt for s in bucket.table])
+    decays = select_tensors(who, "decay", bucket, decay, [slot.decay for slot in bucket.table])
+    adapts = select_tensors(
+        who, "adapt", bucket, adapt, decays if adapt == "decayed" else [s.adapt for s in bucket.table]
+    )
     here = [row for row, slot in enumerate(bucket.table) if max(lo, slot.offset) < min(hi, slot.offset + slot.length)]
-    bounds = np.array([clipped(bucket.table[row], lo, hi) for row in here], np.int64).reshape(-1, 2)
+    bounds = np.array([clip_bounds(bucket.table[row], lo, hi) for row in here], np.int64).reshape(-1, 2)
     stop = int(bounds[-1, 1]) if here else 0
     rows = Rows(0, stop, bounds, np.array(here, np.int64), np.array(decays, bool)[here], np.array(adapts, bool)[here])
     return Layers(hi - lo, len(bucket.table), rows)
 
 
-def clipped(slot: Slot, lo: int, hi: int) -> tuple[int, int]:
+def clip_bounds(slot: TensorEntry, lo: int, hi: int) -> tuple[int, int]:
     """Where the part of a tensor inside [lo, hi) lies, counted from lo."""
     return max(lo, slot.offset) - lo, min(hi, slot.offset + slot.length) - lo
 
 
-def chosen(who: str, what: str, bucket: Bucket, names: Collection[str] | str, flags: list[bool]) -> list[bool]:
+def select_tensors(who: str, what: str, bucket: Bucket, names: Collection[str] | str, flags: list[bool]) -> list[bool]:
     """For each tensor whether it is meant: by the bucket's flags, all of them, or those named."""
     if isinstance(names, str):
         require(
@@ -136,9 +138,9 @@ def check_vectors(who: str, here: Layers, gradient: Vector, weights: Vector) -> 
     )
 
 
-def in_order(vector: Vector) -> Vector:
+def to_contiguous(vector: Vector) -> Vector:
     """The vector itself, or an aligned copy in C order."""
-    if lies_on_device(vector):
+    if is_on_device(vector):
         return vector if vector.flags.c_contiguous else vector.copy()
     return np.require(vector, requirements=("C", "A"))
 
@@ -147,20 +149,20 @@ def walk_order(here: Layers, divided: bool) -> Callable[[Vector], list[Rows]]:
     """Which tensors to go through together, by where a vector lies: all, on a device or where ranks divide it."""
     whole = [here.rows]
     cached = whole if divided else list(here.groups())
-    return lambda vector: whole if lies_on_device(vector) else cached
+    return lambda vector: whole if is_on_device(vector) else cached
 
 
 def kernel(name: str, vector: Vector) -> Callable[..., Any]:
     """A function of :mod:`hpccomm.kernels.optimizers_reference`, with its bits, for a vector where it lies."""
-    if not lies_on_device(vector):
-        return on_host(name, vector.dtype.str[1:])
+    if not is_on_device(vector):
+        return host_kernel(name, vector.dtype.str[1:])
     from hpccomm.kernels.cuda import kernels
 
     return getattr(kernels(), name)  # type: ignore[no-any-return]
 
 
 @cache
-def on_host(name: str, code: str) -> Callable[..., Any]:
+def host_kernel(name: str, code: str) -> Callable[..., Any]:
     """A function of :mod:`hpccomm.kernels.optimizers`, or NumPy's where Numba is not installed."""
     from hpccomm.kernels import optimizers_reference
 
@@ -168,7 +170,7 @@ def on_host(name: str, code: str) -> Callable[..., Any]:
         return getattr(optimizers_reference, name)  # type: ignore[no-any-return]
     from hpccomm.kernels import optimizers
 
-    return optimizers.compiled(name, code)
+    return optimizers.compile_kernel(name, code)
 
 
 def norms(sums: npt.NDArray[np.float64], here: Rows, count: int, reduce: NormReduce | None) -> npt.NDArray[np.float64]:
@@ -180,7 +182,7 @@ def norms(sums: npt.NDArray[np.float64], here: Rows, count: int, reduce: NormRed
     return np.sqrt(reduce(table)[here.tensors])
 
 
-def where_both(norm: npt.NDArray[np.float64], ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def guard_zero_norms(norm: npt.NDArray[np.float64], ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """1 where either norm is zero: a tensor of zeros steps like one that does not adapt."""
     return np.where((norm[:, 0] == 0) | (norm[:, 1] == 0), 1.0, ratio)
 

@@ -23,9 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from hpccomm.algorithms.blockwise_filtering import FilterState, Nesterov, block_filter, lengths
-from hpccomm.algorithms.checkpoints import leaves, mapped
+from hpccomm.algorithms.checkpoints import leaves, map_leaves
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
-from hpccomm.algorithms.local_steps import LocalState, Periodic, PeriodicState, Weigh, periodic
+from hpccomm.algorithms.local_steps import (
+    LocalStatePolicy,
+    PeriodicState,
+    PeriodicTransform,
+    Weighting,
+    periodic_transform,
+)
 from hpccomm.algorithms.transforms import Transform, Vector, chain, require
 
 if TYPE_CHECKING:
@@ -50,10 +56,10 @@ def hybrid(
     momentum: float | None = None,
     lr: float = 1.0,
     nesterov: Nesterov = False,
-    weight_by: Weigh = "workers",
+    weight_by: Weighting = "workers",
     local_state: Literal["keep", "reset"] = "keep",
     check: bool = False,
-) -> Periodic:
+) -> PeriodicTransform:
     """``exchange(group)`` and ``descent`` in every step, the block filter between the groups every ``period`` steps.
 
     ``exchange`` makes the transform that a group's ranks exchange gradients with, ``descent`` turns what they agree
@@ -61,43 +67,43 @@ def hybrid(
     another; left out, a group is a node.  ``residual`` as above; ``reduce`` says whether the exchange sums or
     averages over the group, and a flush does the same.  ``momentum`` η (left out 1 − 1/N), ``lr`` ζ and ``nesterov``
     are :func:`~hpccomm.algorithms.blockwise_filtering.bmuf`'s, ``weight_by`` and ``check`` those of
-    :func:`~hpccomm.algorithms.local_steps.periodic`; a group weighs what its ranks weigh.  ``local_state="reset"``
+    :func:`~hpccomm.algorithms.local_steps.periodic_transform`; a group weighs what its ranks weigh.  ``local_state="reset"``
     begins every block with a fresh ``descent``.
 
     One group never takes an outer step.  End a run with ``finish`` and ``export`` of what is returned; what ranks have
-    not sent by then is lost, see :func:`unsent`.
+    not sent by then is lost, see :func:`residual_norm`.
     """
     check_residual(residual)
     require(reduce in ("sum", "mean"), f"hybrid: reduce is {reduce!r}: pass 'sum' or 'mean'")
     require(local_state in ("keep", "reset"), f"hybrid: local_state is {local_state!r}: pass 'keep' or 'reset'")
-    group = groups(comm, group_size)
+    group = find_group(comm, group_size)
     teams = len(set(comm.allgather(group.allgather(comm.rank)[0])))
     inside = exchange(group)
     kept = block_filter(1 - 1 / teams if momentum is None else momentum, lr, nesterov)
-    return periodic(
+    return periodic_transform(
         comm,
         period,
         Transform(
-            lambda weights: check_state(residual, inside.init(weights), descent, weights), stepping(inside, descent)
+            lambda weights: check_state(residual, inside.init(weights), descent, weights), group_update(inside, descent)
         ),
-        chain(between(comm, group, sliced_leaders), kept),
+        chain(mean_of_groups(comm, group, sliced_leaders), kept),
         local_state=policy(residual, local_state, descent),
         weight_by=weight_by,
         group=group,
-        closing=flushing(group, descent, reduce) if residual == "flush" else None,
-        export=lambda state: exported(state, teams),
+        closing=make_flush(group, descent, reduce) if residual == "flush" else None,
+        export=lambda state: global_model(state, teams),
         check=check,
     )
 
 
-def exported(state: PeriodicState, teams: int) -> Vector:
+def global_model(state: PeriodicState, teams: int) -> Vector:
     """W of the filter; one group has none."""
     kept = state.outer[-1]
     assert isinstance(kept, FilterState)
     return kept.model if teams > 1 else state.start
 
 
-def groups(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
+def find_group(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
     """This rank's group: its node, or ``group_size`` ranks that follow one another (collective)."""
     if group_size is None:
         found: Any = getattr(comm, "intra_node", None)
@@ -126,7 +132,7 @@ def check_state(residual: Residual, inside: Any, descent: Transform, weights: Ve
     return inside, descent.init(weights)
 
 
-def stepping(inside: Transform, descent: Transform) -> Callable[[Vector, Any, Vector], tuple[Vector, Any]]:
+def group_update(inside: Transform, descent: Transform) -> Callable[[Vector, Any, Vector], tuple[Vector, Any]]:
     """Exchange, then descend."""
     return chain(inside, descent).update
 
@@ -136,13 +142,13 @@ def is_residual(path: str) -> bool:
     return path.rpartition(".")[2] in RESIDUALS
 
 
-def unsent(state: PeriodicState) -> float:
+def residual_norm(state: PeriodicState) -> float:
     """The Euclidean norm of what this rank has not sent, in the exchange's units."""
     squares = (np.square(leaf, dtype=np.float64).sum() for path, leaf in leaves(state.inner[0]) if is_residual(path))
     return math.sqrt(sum(map(float, squares)))
 
 
-def flushing(group: MPI.Intracomm, descent: Transform, reduce: str) -> Callable[[Vector, Any], tuple[Vector, Any]]:
+def make_flush(group: MPI.Intracomm, descent: Transform, reduce: str) -> Callable[[Vector, Any], tuple[Vector, Any]]:
     """Exchange all residuals densely, step on them, and go on without any."""
 
     def closing(local: Vector, inner: tuple[Any, Any]) -> tuple[Vector, tuple[Any, Any]]:
@@ -153,25 +159,25 @@ def flushing(group: MPI.Intracomm, descent: Transform, reduce: str) -> Callable[
             group.Allreduce(each, everyone)
             total += everyone if reduce == "sum" else everyone / group.size
         step, after = descent.update(total, inner[1], local)
-        return local + step, (scaled_residuals(inner[0], 0.0), after)
+        return local + step, (scale_residuals(inner[0], 0.0), after)
 
     return closing
 
 
-def scaled_residuals(inside: Any, factor: float) -> Any:
+def scale_residuals(inside: Any, factor: float) -> Any:
     """The exchange's state with its residuals multiplied by a number."""
-    return mapped(lambda path, leaf: leaf * leaf.dtype.type(factor) if is_residual(path) else leaf, inside)
+    return map_leaves(lambda path, leaf: leaf * leaf.dtype.type(factor) if is_residual(path) else leaf, inside)
 
 
-def policy(residual: Residual, local_state: str, descent: Transform) -> LocalState:
+def policy(residual: Residual, local_state: str, descent: Transform) -> LocalStatePolicy:
     """What becomes of residuals and of the descent's state when a block ends."""
     factor = {"keep": 1.0, "flush": 1.0, "zero": 0.0}[residual] if isinstance(residual, str) else residual[1]
 
     def settle(began: Any, ended: Any, start: Vector, memory: Any, steps: int) -> tuple[Any, Any]:
-        inside = ended[0] if factor == 1 else scaled_residuals(ended[0], factor)
+        inside = ended[0] if factor == 1 else scale_residuals(ended[0], factor)
         return (inside, descent.init(start) if local_state == "reset" else ended[1]), memory
 
-    return LocalState(lambda weights: (), settle)
+    return LocalStatePolicy(lambda weights: (), settle)
 
 
 def check_residual(residual: Residual) -> None:
@@ -186,7 +192,7 @@ def check_residual(residual: Residual) -> None:
 # Between groups
 
 
-def between(comm: MPI.Intracomm, group: MPI.Intracomm, sliced: bool) -> Transform:
+def mean_of_groups(comm: MPI.Intracomm, group: MPI.Intracomm, sliced: bool) -> Transform:
     """The mean over the groups of what is the same on all ranks of each (collective).
 
     As many members as the smallest group has take a slice each; the members beyond receive only.
@@ -203,14 +209,14 @@ def between(comm: MPI.Intracomm, group: MPI.Intracomm, sliced: bool) -> Transfor
         if group.rank < lanes:
             peers.Allreduce(np.ascontiguousarray(mine), total)
             total /= peers.size
-        whole = spread(group, total, behind, counts, lanes)
+        whole = allgather_slices(group, total, behind, counts, lanes)
         sent = allreduce_bytes(total.nbytes, peers.size) + total.nbytes * (group.size - 1)
-        return whole, report.plus(ExchangeReport(1, time.perf_counter() - began, sent))
+        return whole, report.add(ExchangeReport(1, time.perf_counter() - began, sent))
 
     return Transform(lambda weights: ExchangeReport(), update)
 
 
-def spread(group: MPI.Intracomm, mine: Vector, like: Vector, counts: list[int], lanes: int) -> Vector:
+def allgather_slices(group: MPI.Intracomm, mine: Vector, like: Vector, counts: list[int], lanes: int) -> Vector:
     """All slices on all members of a group."""
     whole = np.empty_like(like)
     if lanes == 1:

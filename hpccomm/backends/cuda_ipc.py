@@ -18,7 +18,7 @@ import numpy as np
 
 from hpccomm.errors import TransportError
 from hpccomm.kernels.reductions import itemsize
-from hpccomm.transports.cuda import Device, Piece, wait
+from hpccomm.transports.cuda import Device, Extent, wait
 
 PART_BYTES = 64 << 20
 """Bytes of a rank's part, both halves."""
@@ -29,7 +29,7 @@ MARK_BYTES = 64
 """Written and looked for to see whether memory is really shared."""
 
 
-class Together(Protocol):
+class NodeRanks(Protocol):
     """The ranks of a node, as much of them as peers need: mpi4py's communicator."""
 
     @property
@@ -47,7 +47,7 @@ class Together(Protocol):
         """Wait for all ranks."""
 
 
-class Take(NamedTuple):
+class PeerCopy(NamedTuple):
     """Bytes of a peer's part, and where they belong."""
 
     rank: int
@@ -70,12 +70,12 @@ class Fold(NamedTuple):
     """Whether other ranks want the same bytes, so that work can be divided."""
 
 
-class Turn(NamedTuple):
+class Phase(NamedTuple):
     """What is brought and taken at once."""
 
-    reads: Sequence[Piece]
+    reads: Sequence[Extent]
     folds: Sequence[Fold] = ()
-    takes: Sequence[Take] = ()
+    takes: Sequence[PeerCopy] = ()
 
 
 class Peers:
@@ -85,21 +85,21 @@ class Peers:
     looked for by all.
     """
 
-    def __init__(self, device: Device, ranks: Together, nbytes: int | None = None) -> None:
+    def __init__(self, device: Device, ranks: NodeRanks, nbytes: int | None = None) -> None:
         self.device, self.ranks = device, ranks
         self.room = (PART_BYTES if nbytes is None else nbytes) // 2
         """Bytes that a turn may bring."""
-        self.stream, self._turn = device.stream(), 0
+        self.stream, self._turn = device.create_stream(), 0
         self._mine, self._parts = 0, list[int]()
-        handle, trouble = self._offered()
+        handle, trouble = self._offer()
         offers = ranks.allgather((handle, trouble))
-        trouble = next((words for _, words in offers if words), "") or self._opened([each for each, _ in offers])
+        trouble = next((words for _, words in offers if words), "") or self._open_peers([each for each, _ in offers])
         troubles = [words for words in ranks.allgather(trouble) if words]
         if troubles:
             self.free()
             raise TransportError(f"CUDA IPC does not work between these ranks: {troubles[0]}")
 
-    def _offered(self) -> tuple[bytes, str]:
+    def _offer(self) -> tuple[bytes, str]:
         """This rank's part, marked with its rank; or why there is none."""
         try:
             self._mine = self.device.allocate(2 * self.room)
@@ -110,7 +110,7 @@ class Peers:
         except (RuntimeError, MemoryError) as error:
             return b"", f"rank {self.ranks.rank}: {error}"
 
-    def _opened(self, handles: Sequence[bytes]) -> str:
+    def _open_peers(self, handles: Sequence[bytes]) -> str:
         """Open the peers' parts and look for their marks; why they cannot be read, if so."""
         try:
             for rank, handle in enumerate(handles):
@@ -124,20 +124,20 @@ class Peers:
             return f"rank {self.ranks.rank}: {error}"
         return ""
 
-    def run(self, turns: Sequence[Turn], streams: Iterable[int] = ()) -> None:
+    def run(self, turns: Sequence[Phase], streams: Iterable[int] = ()) -> None:
         """Take all turns; ``streams`` are those on which the arrays are written and read."""
         wait(self.device, streams)
         for turn in turns:
-            self._take(turn, self.room * (self._turn % 2))
+            self._run_phase(turn, self.room * (self._turn % 2))
             self._turn += 1
         self.device.synchronize(self.stream)
 
-    def _take(self, turn: Turn, half: int) -> None:
+    def _run_phase(self, turn: Phase, half: int) -> None:
         """One turn in one half of the parts."""
         device, parts = self.device, [each + half for each in self._parts]
         for address, first, nbytes in turn.reads:
             device.copy(parts[self.ranks.rank] + first, address, nbytes, self.stream)
-        self.meet()
+        self.barrier()
         for fold in turn.folds:
             self._fold(fold, parts)
         for rank, first, nbytes, address in turn.takes:
@@ -149,10 +149,10 @@ class Peers:
             if fold.address:
                 self._reduce(fold, parts, 0, fold.nbytes, fold.address)
             return
-        shares = divided(fold.nbytes, len(parts))
+        shares = divide_bytes(fold.nbytes, len(parts))
         lo, hi = shares[self.ranks.rank]
         self._reduce(fold, parts, lo, hi, parts[self.ranks.rank] + fold.first + lo)  # bytes that nobody else reads
-        self.meet()
+        self.barrier()
         if fold.address:
             for part, (lo, hi) in zip(parts, shares, strict=True):
                 self.device.copy(fold.address + lo, part + fold.first + lo, hi - lo, self.stream)
@@ -164,7 +164,7 @@ class Peers:
             vectors = [part + fold.first + lo for part in parts]
             self.device.reduce(fold.op, fold.code, vectors, out, n, self.stream)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """What every rank has begun is done, and all know it."""
         self.device.synchronize(self.stream)
         self.ranks.Barrier()
@@ -185,7 +185,7 @@ def mark_of(rank: int) -> int:
     return rank % 255 + 1
 
 
-def divided(nbytes: int, ranks: int) -> list[tuple[int, int]]:
+def divide_bytes(nbytes: int, ranks: int) -> list[tuple[int, int]]:
     """[lo, hi) of each rank's share of some bytes, whole elements each."""
     step = -(-nbytes // (ranks * ALIGNMENT)) * ALIGNMENT
     return [(min(k * step, nbytes), min((k + 1) * step, nbytes)) for k in range(ranks)]

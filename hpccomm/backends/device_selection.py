@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from hpccomm.backends import nccl
-from hpccomm.backends.cuda_ipc import Peers, Turn
-from hpccomm.calls.plans import Bound, Run
+from hpccomm.backends.cuda_ipc import Peers, Phase
+from hpccomm.calls.plans import Plan, Run
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.transports import cuda, cuda_probe
 from hpccomm.transports.cuda import TRANSPORT, Chunk, Staging, wait
@@ -37,16 +37,16 @@ class Call(NamedTuple):
     nbytes: int
     """The same on all ranks, as all that the choice depends on."""
     chunks: Callable[[], Sequence[Chunk]]
-    turns: Callable[[int], Sequence[Turn]] | None = None
+    turns: Callable[[int], Sequence[Phase]] | None = None
     """Of so many bytes at most."""
-    native: Callable[[], Bound] | None = None
+    native: Callable[[], Plan] | None = None
     dense: Callable[[nccl.Nccl], None] | None = None
 
 
-class Way(Protocol):
+class Backend(Protocol):
     """How calls go: it says which it takes, and makes them ready to run."""
 
-    meets: bool
+    needs_barriers: bool
     """All ranks meet more than once in a call: too slow for short ones."""
 
     def takes(self, call: Call) -> bool:
@@ -59,10 +59,10 @@ class Way(Protocol):
         """Give back what it holds (collective)."""
 
 
-class ByNccl:
+class NcclBackend:
     """NCCL between devices: what it reduces as we define it, and what only moves."""
 
-    meets = True
+    needs_barriers = True
 
     def __init__(self, ranks: nccl.Nccl) -> None:
         self.ranks = ranks
@@ -82,10 +82,10 @@ class ByNccl:
         self.ranks.free()
 
 
-class ByPeers:
+class IpcBackend:
     """Ranks of a node that read each other's memory: reductions with a kernel, and what only moves."""
 
-    meets = True
+    needs_barriers = True
 
     def __init__(self, peers: Peers) -> None:
         self.peers = peers
@@ -105,10 +105,10 @@ class ByPeers:
         self.peers.free()
 
 
-class ByMpi:
+class MpiBackend:
     """An MPI that understands pointers of a device: its own collectives of plain dtypes."""
 
-    meets = False
+    needs_barriers = False
 
     def __init__(self, device: cuda.Device) -> None:
         self.device = device
@@ -133,10 +133,10 @@ class ByMpi:
         """Nothing."""
 
 
-class ByHost:
+class StagedBackend:
     """Through pinned memory of the host, in chunks: every call."""
 
-    meets = False
+    needs_barriers = False
 
     def __init__(self, staging: Staging) -> None:
         self.staging = staging
@@ -154,7 +154,7 @@ class ByHost:
         """Nothing: others stage, too."""
 
 
-def wanted(setting: str) -> str:
+def read_setting(setting: str) -> str:
     """What ``HPCCOMM_GPU_TRANSPORT`` says; raises ArgumentError for other words."""
     if setting and setting not in SETTINGS:
         raise ArgumentError(f"{TRANSPORT}={setting!r} is not known: use one of {', '.join(SETTINGS)}")
@@ -169,37 +169,37 @@ class DeviceTransports:
 
     def __init__(self, resources: Context, staging: Staging) -> None:
         self.context, self.staging, self.device = resources, staging, staging.device
-        self.wanted = wanted(resources.settings[TRANSPORT])
-        self.ways: dict[str, Way] = {}
+        self.setting = read_setting(resources.settings[TRANSPORT])
+        self.backends: dict[str, Backend] = {}
         """Those that are to be had, in the order of preference for many bytes."""
         self.troubles: dict[str, str] = {}
         """Why a way is not to be had; nothing where it is."""
         self.remarks: dict[str, str] = {}
         """What else is known of a way."""
-        for name, look in WAYS.items():
-            if self.wanted not in ("auto", name) and name != LAST:
-                self.troubles[name] = f"{TRANSPORT} says {self.wanted}"
+        for name, look in BACKENDS.items():
+            if self.setting not in ("auto", name) and name != FALLBACK:
+                self.troubles[name] = f"{TRANSPORT} says {self.setting}"
                 continue
             try:
-                self.ways[name] = look(self)
+                self.backends[name] = look(self)
                 self.troubles[name] = ""
             except TransportError as error:
                 self.troubles[name] = str(error)
-        if self.troubles.get(self.wanted):
+        if self.troubles.get(self.setting):
             self.free()
             raise TransportError(
-                f"{TRANSPORT}={self.wanted} does not work here: {self.troubles[self.wanted]}: leave it out"
+                f"{TRANSPORT}={self.setting} does not work here: {self.troubles[self.setting]}: leave it out"
             )
 
-    def find_nccl(self) -> Way:
+    def find_nccl(self) -> Backend:
         """Between different devices; ranks that share one must be allowed to, and want it."""
-        channel, library, trouble = self.context.channel, None, ""
+        channel, library, trouble = self.context.private_comm, None, ""
         try:
             library = nccl.library()
         except TransportError as error:
             trouble = str(error)
         place = (int(self.context.layout.nodes[channel.rank]), self.device.identity)
-        shared = library is not None and self.wanted == "nccl" and nccl.shareable(library)
+        shared = library is not None and self.setting == "nccl" and nccl.can_share_device(library)
         everyone = channel.allgather((trouble, place, shared))
         for each, _, _ in everyone:
             if each:
@@ -209,16 +209,16 @@ class DeviceTransports:
             raise TransportError(
                 f"ranks share a device: that takes NCCL 2.30, {nccl.SHARING}=1 and {TRANSPORT}=nccl on all ranks"
             )
-        return ByNccl(nccl.Nccl(self.device, channel, library))
+        return NcclBackend(nccl.Nccl(self.device, channel, library))
 
-    def find_peers(self) -> Way:
+    def find_peers(self) -> Backend:
         """Between ranks of one node."""
         count = self.context.layout.count
         if count > 1:
             raise TransportError(f"the ranks are on {count} nodes")
-        return ByPeers(Peers(self.device, self.context.node))
+        return IpcBackend(Peers(self.device, self.context.node))
 
-    def ask_mpi(self) -> Way:
+    def find_mpi(self) -> Backend:
         """Children on each node; all must have lived."""
         node, found = self.context.node, None
         if node.rank == 0:
@@ -226,50 +226,50 @@ class DeviceTransports:
                 found = cuda_probe.verdict(self.device.number, self.device.driver)
             except (OSError, RuntimeError) as error:  # no home, no driver: the others wait for an answer
                 found = cuda_probe.Verdict(str(error), "not asked")
-        for each in self.context.channel.allgather(node.bcast(found)):
+        for each in self.context.private_comm.allgather(node.bcast(found)):
             if each.trouble:
                 raise TransportError(
                     f"{mpi_name()} does not understand pointers of a device ({each.when}: {each.trouble})"
                 )
             if each.alone:
                 self.remarks["aware"] = f"asked of one process only: {each.alone}"
-        return ByMpi(self.device)
+        return MpiBackend(self.device)
 
-    def way(self, call: Call) -> str:
+    def choose(self, call: Call) -> str:
         """Which way a call goes, the same on all ranks."""
-        able = [name for name, each in self.ways.items() if each.takes(call)]
-        if self.wanted != "auto":
-            return self.wanted if self.wanted in able else LAST
+        able = [name for name, each in self.backends.items() if each.takes(call)]
+        if self.setting != "auto":
+            return self.setting if self.setting in able else FALLBACK
         if call.nbytes < MANY_BYTES:
-            able = [name for name in able if not self.ways[name].meets]
+            able = [name for name in able if not self.backends[name].needs_barriers]
         return able[0]
 
     def bind(self, call: Call, streams: Sequence[int]) -> Run:
         """What makes a call its way; arrays are written and read on some streams."""
-        return self.ways[self.way(call)].bind(call, streams)
+        return self.backends[self.choose(call)].bind(call, streams)
 
     def describe(self) -> dict[str, str]:
         """Each way, and why it is not to be had where it is not."""
-        return {name: f"no: {why}" if why else self.said_of(name) for name, why in self.troubles.items()}
+        return {name: f"no: {why}" if why else self.availability(name) for name, why in self.troubles.items()}
 
-    def said_of(self, name: str) -> str:
+    def availability(self, name: str) -> str:
         """That a way is to be had, and what else is known of it."""
         return f"yes ({self.remarks[name]})" if name in self.remarks else "yes"
 
     def free(self) -> None:
         """Give everything back (collective)."""
-        for each in self.ways.values():
+        for each in self.backends.values():
             each.free()
-        self.ways = {}
+        self.backends = {}
 
 
-LAST = "staged"
+FALLBACK = "staged"
 """What takes all that is left."""
-WAYS: dict[str, Callable[[DeviceTransports], Way]] = {
+BACKENDS: dict[str, Callable[[DeviceTransports], Backend]] = {
     "nccl": DeviceTransports.find_nccl,
     "ipc": DeviceTransports.find_peers,
-    "aware": DeviceTransports.ask_mpi,
-    LAST: lambda transports: ByHost(transports.staging),
+    "aware": DeviceTransports.find_mpi,
+    FALLBACK: lambda transports: StagedBackend(transports.staging),
 }
 """What looks for each, in the order of preference for many bytes; it raises TransportError on all ranks or none."""
-SETTINGS = ("auto", *WAYS, cuda.ON_HOST)
+SETTINGS = ("auto", *BACKENDS, cuda.ON_HOST)

@@ -17,19 +17,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.collectives.engine import Combine, Lane, Plan, Round, Transport, even_cuts, interleaved, segments
-from hpccomm.collectives.hierarchical import Lanes, twins
+from hpccomm.collectives.engine import (
+    Combine,
+    Plan,
+    RoundActions,
+    Transport,
+    VectorSegment,
+    even_cuts,
+    interleave,
+    segments,
+)
+from hpccomm.collectives.hierarchical import Channels, channel_steps
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.layout import Link
-from hpccomm.performance.inter_node import inter_node, message_count, segment_count
+from hpccomm.performance.inter_node import message_count, segment_count, select_inter_node
 
 SHORT_BYTES = 8192
 """Up to here one rank of each node carries the vector."""
-IDLE = 2e-3
+IDLE_SECONDS = 2e-3
 """Seconds for which a rank with no message on its way waits in shared memory before it looks after MPI."""
 
 
-Late = Callable[[float, list[int]], None]
+Watchdog = Callable[[float, list[int]], None]
 
 
 class Operands(NamedTuple):
@@ -49,77 +58,82 @@ class TwoLevels:
     While ranks of the node are missing, ``memory.late`` has to drive messages.
     """
 
-    def __init__(self, memory: Any, transport: Transport, lanes: Lanes, link: Link) -> None:
-        self.memory, self.transport, self.lanes, self.link = memory, transport, lanes, link
+    def __init__(self, memory: Any, transport: Transport, lanes: Channels, link: Link) -> None:
+        self.memory, self.transport, self.channels, self.link = memory, transport, lanes, link
         self.rank = transport.rank
         self.nodes, self.width = lanes.rank.shape
-        self.place, self.members = int(lanes.place[self.rank]), int(memory.size)
+        self.local_rank, self.members = int(lanes.place[self.rank]), int(memory.size)
 
     def bind(self, data: Operands, word: int) -> Plan:
         """Bind an allreduce; ``word`` is its signature."""
         nbytes = data.vector.nbytes
-        inter = inter_node(self.nodes, nbytes, self.width, self.link)
+        inter = select_inter_node(self.nodes, nbytes, self.width, self.link)
         if nbytes <= SHORT_BYTES:
-            return self.short(data, word, inter)
+            return self.bind_short(data, word, inter)
         cut = segments(data.vector.size, segment_count(nbytes))
-        found = [list(self.long(data, word, inter, each)) for each in cut]
+        found = [list(self.bind_long(data, word, inter, each)) for each in cut]
         turns = [turn for turn, lanes in enumerate(found) for _ in lanes]
-        return interleaved([lane for lanes in found for lane in lanes], turns)
+        return interleave([lane for lanes in found for lane in lanes], turns)
 
-    def short(self, data: Operands, word: int, inter: Algorithm) -> Plan:
+    def bind_short(self, data: Operands, word: int, inter: Algorithm) -> Plan:
         """One rank of each node carries the whole vector."""
         memory, size = self.memory, data.vector.size
         meet = memory.bind_reduce(data.send, data.recv, size, data.kind, data.op, 0, word)
-        lane = [Round([], [meet]), *(self.between(inter, data.vector, data.combine, word) if self.place == 0 else [])]
-        share = memory.bind_bcast(data.recv, data.vector.nbytes, 0, word, idle(memory.late))
-        return interleaved([[*lane, Round([], [share])]])
+        lane = [
+            RoundActions([], [meet]),
+            *(self.inter_node_rounds(inter, data.vector, data.combine, word) if self.local_rank == 0 else []),
+        ]
+        share = memory.bind_bcast(data.recv, data.vector.nbytes, 0, word, delay_watchdog(memory.stall_handler))
+        return interleave([[*lane, RoundActions([], [share])]])
 
-    def long(self, data: Operands, word: int, inter: Algorithm, segment: slice) -> Iterator[list[Round]]:
+    def bind_long(self, data: Operands, word: int, inter: Algorithm, segment: slice) -> Iterator[list[RoundActions]]:
         """One segment: reduced inside, exchanged in several messages at a time, gathered inside."""
         vector, width = data.vector[segment], data.vector.itemsize
         start, cuts = segment.start * width, even_cuts(vector.size, self.width).tolist()
         cuts += [cuts[-1]] * (self.members - self.width)
         counts = np.diff(cuts).tolist()
-        mine = data.recv + start + cuts[self.place] * width
+        mine = data.recv + start + cuts[self.local_rank] * width
         reduce = self.memory.bind_reduce_scatter(data.send + start, mine, counts, data.kind, data.op, word)
         sizes, places = [each * width for each in counts], [each * width for each in cuts[:-1]]
         gather = self.memory.bind_allgather(mine, data.recv + start, sizes, places, word)
-        first, last = Round([], [reduce]), Round([], [gather])
-        part = vector[cuts[self.place] : cuts[self.place + 1]]
-        if not self.drives:
-            yield [first, *finished([Round([], []) for _ in range(self.rounds(inter))], last)]
+        first, last = RoundActions([], [reduce]), RoundActions([], [gather])
+        part = vector[cuts[self.local_rank] : cuts[self.local_rank + 1]]
+        if not self.has_channel:
+            yield [first, *finish_with([RoundActions([], []) for _ in range(self.rounds(inter))], last)]
             return
         messages = message_count(part.nbytes, inter.blocks(self.nodes))
         for number, piece in enumerate(pieces := segments(part.size, messages)):
-            rounds = list(self.between(inter, part[piece], data.combine, word))
+            rounds = list(self.inter_node_rounds(inter, part[piece], data.combine, word))
             if number == len(pieces) - 1:
-                rounds = finished(rounds, last)
-            yield [first if number == 0 else Round([], []), *rounds]
+                rounds = finish_with(rounds, last)
+            yield [first if number == 0 else RoundActions([], []), *rounds]
 
     @property
-    def drives(self) -> bool:
+    def has_channel(self) -> bool:
         """Whether this rank has a lane."""
-        return self.place < self.width
+        return self.local_rank < self.width
 
     def rounds(self, inter: Algorithm) -> int:
         """How many rounds a lane of this node has: a rank without one takes its turns as the others do."""
-        driver = int(self.lanes.rank[self.lanes.node[self.rank], 0])
-        return sum(int(step.to) >= 0 or int(step.source) >= 0 for step in twins(inter.steps, driver, self.lanes))
+        driver = int(self.channels.rank[self.channels.node[self.rank], 0])
+        return sum(
+            int(step.to) >= 0 or int(step.source) >= 0 for step in channel_steps(inter.steps, driver, self.channels)
+        )
 
-    def between(self, inter: Algorithm, part: Any, combine: Combine, word: int) -> Iterator[Round]:
+    def inter_node_rounds(self, inter: Algorithm, part: Any, combine: Combine, word: int) -> Iterator[RoundActions]:
         """The messages of one lane."""
-        lane = Lane(part, even_cuts(part.size, inter.blocks(self.nodes)), self.transport, combine, word)
-        for step in twins(inter.steps, self.rank, self.lanes):
-            if not lane.skips(step):
-                yield lane.bound(step)
+        lane = VectorSegment(part, even_cuts(part.size, inter.blocks(self.nodes)), self.transport, combine, word)
+        for step in channel_steps(inter.steps, self.rank, self.channels):
+            if not lane.is_idle(step):
+                yield lane.bind_step(step)
 
 
-def idle(late: Late) -> Late:
+def delay_watchdog(late: Watchdog) -> Watchdog:
     """Look after MPI less soon."""
-    return lambda seconds, missing: late(seconds, missing) if seconds > IDLE else None
+    return lambda seconds, missing: late(seconds, missing) if seconds > IDLE_SECONDS else None
 
 
-def finished(rounds: list[Round], last: Round) -> list[Round]:
+def finish_with(rounds: list[RoundActions], last: RoundActions) -> list[RoundActions]:
     """``last`` as soon as the last of ``rounds`` is over, before any other lane goes on."""
     if rounds:
         rounds[-1].finishes += last.finishes

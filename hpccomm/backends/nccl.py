@@ -60,7 +60,7 @@ def library() -> Any:
     return nccl
 
 
-def shareable(nccl: Any) -> bool:
+def can_share_device(nccl: Any) -> bool:
     """Whether ranks may share a device."""
     return bool(nccl.get_version() >= SHARED_SINCE and os.environ.get(SHARING) == "1")
 
@@ -75,7 +75,7 @@ class Nccl:
 
     def __init__(self, device: Device, ranks: Ranks, nccl: Any) -> None:
         self.device, self.rank, self.size, self.nccl = device, ranks.rank, ranks.size, nccl
-        self.stream, trouble = device.stream(), ""
+        self.stream, trouble = device.create_stream(), ""
         word = ranks.bcast(nccl.get_unique_id() if ranks.rank == 0 else None)
         device.use(device.number)
         try:
@@ -96,7 +96,7 @@ class Nccl:
         """Give NCCL's memory back (collective)."""
         self.comm.destroy()
 
-    def _named(self, code: str, op: str) -> tuple[int, int]:
+    def _nccl_types(self, code: str, op: str) -> tuple[int, int]:
         """NCCL's numbers of a dtype and an operation."""
         return getattr(self.nccl, TYPES[code]), getattr(self.nccl, OPERATIONS[op])
 
@@ -108,15 +108,15 @@ class Nccl:
 
     def allreduce(self, send: int, recv: int, n: int, code: str, op: str) -> None:
         """n elements."""
-        self.comm.allReduce(send, recv, n, *self._named(code, op), self.stream)
+        self.comm.allReduce(send, recv, n, *self._nccl_types(code, op), self.stream)
 
     def reduce(self, send: int, recv: int, n: int, code: str, op: str, root: int) -> None:
         """n elements; ``recv`` is written on the root only."""
-        self.comm.reduce(send, recv, n, *self._named(code, op), root, self.stream)
+        self.comm.reduce(send, recv, n, *self._nccl_types(code, op), root, self.stream)
 
     def reduce_scatter(self, send: int, recv: int, n: int, code: str, op: str) -> None:
         """n elements for each rank."""
-        self.comm.reduceScatter(send, recv, n, *self._named(code, op), self.stream)
+        self.comm.reduceScatter(send, recv, n, *self._nccl_types(code, op), self.stream)
 
     def bcast(self, address: int, nbytes: int, root: int) -> None:
         """Bytes of the root."""

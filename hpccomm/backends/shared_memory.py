@@ -57,15 +57,15 @@ import numpy.typing as npt
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels import memory, reductions
 from hpccomm.kernels import shared as kernels
-from hpccomm.kernels.shared import PATIENCE_NS
-from hpccomm.transports.segment import PAGE, Segment
+from hpccomm.kernels.shared import MAX_WAIT_NS
+from hpccomm.transports.segment import PAGE, SharedSegment
 
 Plan = Callable[[], None]
-Late = Callable[[float, list[int]], None]
+StallHandler = Callable[[float, list[int]], None]
 
 WORD_MASK = (1 << 63) - 1
 
-SPIN = 2000
+MAX_SPIN = 2000
 """Looks at a flag before the core is given away, at most, where every rank has a core.
 
 Too many cost twentyfold where ranks share cores with each other, or with other jobs: so this adapts, see there.
@@ -73,7 +73,7 @@ Too many cost twentyfold where ranks share cores with each other, or with other 
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 """Where launchers say how many ranks they started on this node."""
 
-ORDERED_STORES = ("x86_64", "amd64", "i686", "s390x")
+TSO_MACHINES = ("x86_64", "amd64", "i686", "s390x")
 """Machines whose processors keep stores, and loads, in order."""
 
 
@@ -86,22 +86,22 @@ class SharedMemory:
 
     collectives = kernels.COLLECTIVES
 
-    def __init__(self, node: Any, code: str = "auto", patience_ns: int = PATIENCE_NS) -> None:
+    def __init__(self, node: Any, code: str = "auto", patience_ns: int = MAX_WAIT_NS) -> None:
         self.rank, self.size = node.Get_rank(), node.Get_size()
-        self.late: Late | None = None
-        self.mismatch: Callable[[list[int]], Exception] = differing_signatures
+        self.stall_handler: StallHandler | None = None
+        self.mismatch: Callable[[list[int]], Exception] = fingerprint_mismatch
         self._node = node
-        self._compiled = agreed_code(node, code)
+        self._compiled = agree_on_code(node, code)
         self._slot = slot_bytes(self.size)
         self._direct = max(kernels.PAYLOAD_BYTES, min(kernels.BUFFER, DIRECT_BYTES // self.size))
         self._region = kernels.SLOTS + kernels.RING * self._slot
-        self._segment = Segment(node, self.size * self._region)
-        self._segment.touch()
-        spin = patience(node)
-        self._crowded = spin == kernels.BRIEF  # who shares a core finds in its cache what the others have read
+        self._segment = SharedSegment(node, self.size * self._region)
+        self._segment.prefault()
+        spin = spin_count(node)
+        self._crowded = spin == kernels.MIN_SPIN  # who shares a core finds in its cache what the others have read
         self._state = self._new_state(spin)
-        put(self._state, kernels.PATIENCE, patience_ns)
-        self._lessons = new_lessons(self._slot)
+        put(self._state, kernels.MAX_WAIT, patience_ns)
+        self._tuning = new_tuning_table(self._slot)
         self._registered: dict[int, Allocation] = {}
         self._allocations = 0
         self._reaches = self._can_reach()
@@ -120,7 +120,7 @@ class SharedMemory:
     def _can_reach(self) -> bool:
         """Whether all ranks may copy from each other's memory, which a system can forbid (collective)."""
         secret = np.random.default_rng().integers(1, 1 << 62, 1)
-        memory.store(self._segment.address + self.rank * self._region + kernels.PROCESS, os.getpid())
+        memory.store(self._segment.address + self.rank * self._region + kernels.PID, os.getpid())
         told = self._node.allgather((int(secret[0]), secret.ctypes.data, os.getpid()))
         wanted, address, pid = told[(self.rank + 1) % self.size]
         seen = np.zeros(1, np.int64)
@@ -138,13 +138,13 @@ class SharedMemory:
 
     def reduces(self, op: str, dtype: npt.DTypeLike) -> bool:
         """Whether there is a kernel for an operation on a dtype."""
-        return reductions.defined(op, dtype)
+        return reductions.has_kernel(op, dtype)
 
-    def peers_signatures(self) -> list[int]:
+    def peer_fingerprints(self) -> list[int]:
         """The signature that each rank passed to the call that is running or was the last to run."""
-        return [self._word(q, kernels.SIGNATURE) for q in range(self.size)]
+        return [self._word(q, kernels.FINGERPRINT) for q in range(self.size)]
 
-    def missing(self) -> list[int]:
+    def missing_ranks(self) -> list[int]:
         """The ranks that have not come to the call that is running."""
         number = self._call_number()
         return [q for q in range(self.size) if self._word(q, 0) < number]
@@ -177,14 +177,14 @@ class SharedMemory:
             wants = "; ".join(f"local rank {rank}: {list(each[0])} {each[1]}" for rank, each in enumerate(asked))
             raise MismatchError(f"registered memory of different shapes ({wants}): ask for the same on all ranks")
         stride = -(-max(1, count * kind.itemsize) // PAGE) * PAGE
-        segment = Segment(self._node, stride * self.size)
+        segment = SharedSegment(self._node, stride * self.size)
         self._allocations += 1
         allocation = Allocation(self._allocations, segment.address, stride, self.rank)
         self._registered[allocation.number] = allocation
         weakref.finalize(segment.buffer, forget, self._registered, allocation)
         return np.frombuffer(segment.buffer, kind, count, stride * self.rank).reshape(extent)
 
-    def view(self, address: int, nbytes: int) -> tuple[Segment, int] | None:
+    def view(self, address: int, nbytes: int) -> tuple[SharedSegment, int] | None:
         """One result that all ranks see, of calls on a registered array (collective); ``None`` for any other array.
 
         The segment, and how far into it the result of this part of the array belongs.
@@ -193,7 +193,7 @@ class SharedMemory:
         if allocation is None:
             return None
         if allocation.result is None:
-            allocation.result = Segment(self._node, allocation.stride)
+            allocation.result = SharedSegment(self._node, allocation.stride)
         return allocation.result, address - allocation.mine
 
     def _allocation(self, *spans: tuple[int, int]) -> Allocation | None:
@@ -223,16 +223,16 @@ class SharedMemory:
         """
         nbytes = count * reductions.itemsize(dtype)
         if self.size == 1:
-            return moving(recv, send, nbytes)
+            return copy_plan(recv, send, nbytes)
         call = self._reduction(("allreduce", count, once), dtype, op, signature)
         put(call, kernels.ONCE, once)
-        around = send != recv and nbytes * self.size >= PAST_CACHE_BYTES if past_cache is None else past_cache
-        put(call, kernels.PAST_CACHE, around)
+        around = send != recv and nbytes * self.size >= NONTEMPORAL_BYTES if past_cache is None else past_cache
+        put(call, kernels.NONTEMPORAL_OUT, around)
         self._vector(call, send, recv, nbytes, DIRECT_BYTES_OF_TWO if self.size == 2 else self._direct)
         spans = [(send, nbytes)] if once else [(send, nbytes), (recv, nbytes)]
         allocation = self._allocation(*spans) if nbytes >= REGISTERED_BYTES else None
-        if nbytes >= REGISTERED_BYTES and call[kernels.WAY // kernels.W] == kernels.BUFFERED:
-            put(call, kernels.WAY, kernels.DIRECT)
+        if nbytes >= REGISTERED_BYTES and call[kernels.PROTOCOL // kernels.W] == kernels.BUFFERED:
+            put(call, kernels.PROTOCOL, kernels.DIRECT)
         if allocation:
             put(call, kernels.ALLOCATION, allocation.number)
             put(call, kernels.ALIVE, allocation.alive.ctypes.data)
@@ -248,7 +248,7 @@ class SharedMemory:
         """Reduce to ``root``."""
         nbytes = count * reductions.itemsize(dtype)
         if self.size == 1:
-            return moving(recv, send, nbytes)
+            return copy_plan(recv, send, nbytes)
         call = self._reduction(("reduce", count, root), dtype, op, signature)
         put(call, kernels.ROOT, root)
         self._vector(call, send, recv, nbytes, self._direct)
@@ -262,19 +262,19 @@ class SharedMemory:
         cuts = [item * int(each) for each in np.cumsum([0, *counts])]
         mine = cuts[self.rank + 1] - cuts[self.rank]
         if self.size == 1:
-            return moving(recv, send, mine)
+            return copy_plan(recv, send, mine)
         call = self._reduction(("reduce_scatter", tuple(counts)), dtype, op, signature, cuts)
         put(call, kernels.SEND, send)
         put(call, kernels.NBYTES, cuts[-1])
-        put(call, kernels.WAY, kernels.DIRECT if cuts[-1] <= kernels.BUFFER else kernels.PIECES)
-        put(call, kernels.BLOCK, self._share())
+        put(call, kernels.PROTOCOL, kernels.DIRECT if cuts[-1] <= kernels.BUFFER else kernels.PIPELINE)
+        put(call, kernels.BLOCK, self._rank_slot_bytes())
         apart = recv + mine <= send or send + cuts[-1] <= recv or recv == send + cuts[self.rank]
         if apart:
             put(call, kernels.RECV, recv)
             return self._plan("reduce_scatter", call, cuts[-1])
         part = np.empty(mine, np.uint8)  # recv lies over what the others have still to read
         put(call, kernels.RECV, part.ctypes.data)
-        run, copy_back = self._plan("reduce_scatter", call, cuts[-1]), moving(recv, part.ctypes.data, mine, part)
+        run, copy_back = self._plan("reduce_scatter", call, cuts[-1]), copy_plan(recv, part.ctypes.data, mine, part)
 
         def both() -> None:
             run()
@@ -287,27 +287,29 @@ class SharedMemory:
     ) -> Plan:
         """``counts[q]`` bytes of rank q to byte ``places[q]`` of ``recv``; ``places`` may differ between ranks."""
         if self.size == 1:
-            return moving(recv + places[0], send, counts[0])
+            return copy_plan(recv + places[0], send, counts[0])
         call = self._call(("allgather", tuple(counts)), signature, [*counts, *places])
         put(call, kernels.SEND, send)
         put(call, kernels.RECV, recv)
-        put(call, kernels.WAY, kernels.DIRECT if max(counts) <= kernels.BUFFER else kernels.PIECES)
+        put(call, kernels.PROTOCOL, kernels.DIRECT if max(counts) <= kernels.BUFFER else kernels.PIPELINE)
         put(call, kernels.BLOCK, self._slot)
-        put(call, kernels.CALL_PART, self._part(max(counts)))
-        put(call, kernels.STRETCH, STRETCH_BYTES if self.size > 2 else max(1, *counts))
-        if self._across("allgather", sum(counts)):
-            put(call, kernels.WAY, kernels.ACROSS)
+        put(call, kernels.CALL_SLOT_STRIDE, self._slot_stride(max(counts)))
+        put(call, kernels.SEGMENT, ALLGATHER_SEGMENT_BYTES if self.size > 2 else max(1, *counts))
+        if self._uses_single_copy("allgather", sum(counts)):
+            put(call, kernels.PROTOCOL, kernels.SINGLE_COPY)
         return self._plan("allgather", call, max(counts))
 
-    def bind_bcast(self, address: int, nbytes: int, root: int, signature: int, late: Late | None = None) -> Plan:
+    def bind_bcast(
+        self, address: int, nbytes: int, root: int, signature: int, late: StallHandler | None = None
+    ) -> Plan:
         """``nbytes`` bytes of ``root`` to everybody; ``late`` is called instead of the transport's."""
         if self.size == 1:
-            return moving(address, address, 0)
+            return copy_plan(address, address, 0)
         call = self._call(("bcast", nbytes, root), signature)
         put(call, kernels.ROOT, root)
         self._vector(call, address, address, nbytes, kernels.BUFFER)
-        if self._across("bcast", nbytes):
-            put(call, kernels.WAY, kernels.ACROSS)
+        if self._uses_single_copy("bcast", nbytes):
+            put(call, kernels.PROTOCOL, kernels.SINGLE_COPY)
         return self._plan("bcast", call, nbytes, late=late)
 
     def bind_alltoall(
@@ -322,49 +324,49 @@ class SharedMemory:
     ) -> Plan:
         """``send_counts[q]`` bytes at ``send_places[q]`` to rank q, which expects as many; buffers do not overlap."""
         if self.size == 1:
-            return moving(recv + recv_places[0], send + send_places[0], send_counts[0])
+            return copy_plan(recv + recv_places[0], send + send_places[0], send_counts[0])
         even = [send_counts[0] * q for q in range(self.size)]
         alike = list(send_places) == even and len({*send_counts, *recv_counts}) == 1
-        across = alike and self._across("alltoall", sum(send_counts))
+        across = alike and self._uses_single_copy("alltoall", sum(send_counts))
         what = ("alltoall", across)
         call = self._call(what, signature, [*send_counts, *send_places, *recv_counts, *recv_places])
         put(call, kernels.SEND, send)
         put(call, kernels.RECV, recv)
-        put(call, kernels.BLOCK, self._share())
+        put(call, kernels.BLOCK, self._rank_slot_bytes())
         put(call, kernels.CALL_LONGEST, max(*send_counts, *recv_counts))
-        put(call, kernels.WAY, kernels.ACROSS if across else kernels.PIECES)
+        put(call, kernels.PROTOCOL, kernels.SINGLE_COPY if across else kernels.PIPELINE)
         return self._plan("alltoall", call, sum(send_counts))
 
     def bind_barrier(self, signature: int) -> Plan:
         """Wait for everybody."""
         if self.size == 1:
-            return moving(0, 0, 0)
+            return copy_plan(0, 0, 0)
         return self._plan("barrier", self._call(("barrier",), signature))
 
-    def bind_meeting(self, signature: int) -> Plan:
+    def bind_entry_barrier(self, signature: int) -> Plan:
         """Wait for everybody who is about to make calls elsewhere, whatever they are; other calls here differ."""
         call = self._call(("meeting",), signature)
         put(call, kernels.CALL_CHECK, zlib.crc32(b"meeting"))
         return self._plan("barrier", call)
 
-    def _across(self, name: str, nbytes: int) -> bool:
+    def _uses_single_copy(self, name: str, nbytes: int) -> bool:
         """Whether a call goes from process to process."""
-        return self._reaches and nbytes >= (ACROSS_BYTES if self.size > 2 else ACROSS_BYTES_OF_TWO)[name]
+        return self._reaches and nbytes >= (SINGLE_COPY_BYTES if self.size > 2 else SINGLE_COPY_BYTES_OF_TWO)[name]
 
-    def _part(self, nbytes: int) -> int:
+    def _slot_stride(self, nbytes: int) -> int:
         """Length of the parts of a slot that a vector takes in turn, 0 for none."""
-        return 0 if self._crowded else part_bytes(nbytes, self._slot)
+        return 0 if self._crowded else slot_stride(nbytes, self._slot)
 
-    def _share(self) -> int:
+    def _rank_slot_bytes(self) -> int:
         """Bytes of a slot for each rank."""
-        return self._slot // self.size // kernels.GRAIN * kernels.GRAIN
+        return self._slot // self.size // kernels.ALIGNMENT * kernels.ALIGNMENT
 
     def _call(self, what: tuple[Any, ...], signature: int, rows: Sequence[int] = ()) -> npt.NDArray[np.int64]:
         """The words of a call; ``what`` must be the same on all ranks."""
         call = np.zeros(kernels.TABLE // kernels.W + self.size + len(rows), np.int64)
         call[len(call) - len(rows) :] = rows
         put(call, kernels.STATE, self._state.ctypes.data)
-        put(call, kernels.CALL_SIGNATURE, signature)
+        put(call, kernels.CALL_FINGERPRINT, signature)
         put(
             call,
             kernels.CALL_CHECK,
@@ -387,9 +389,9 @@ class SharedMemory:
         put(call, kernels.RECV, recv)
         put(call, kernels.NBYTES, nbytes)
         put(call, kernels.BLOCK, self._slot)
-        put(call, kernels.CALL_PART, self._part(nbytes))
+        put(call, kernels.CALL_SLOT_STRIDE, self._slot_stride(nbytes))
         small = kernels.INLINE if nbytes <= kernels.PAYLOAD_BYTES else kernels.BUFFERED
-        put(call, kernels.WAY, small if nbytes <= most else kernels.PIECES)
+        put(call, kernels.PROTOCOL, small if nbytes <= most else kernels.PIPELINE)
 
     # Code
 
@@ -398,8 +400,8 @@ class SharedMemory:
             return reductions.numpy_handle(op, code)
         from hpccomm.kernels import compiled
 
-        with self._turn():
-            return int(compiled.fold(op, code).address)
+        with self._compile_lock():
+            return int(compiled.fold_kernel(op, code).address)
 
     def _kernel(self, name: str) -> Callable[[int], int]:
         if not self._compiled:
@@ -407,16 +409,16 @@ class SharedMemory:
             return function
         from hpccomm.kernels import compiled
 
-        with self._turn():
+        with self._compile_lock():
             return compiled.kernel(name)
 
-    def _turn(self) -> Turn:
-        return Turn(self._segment.file)
+    def _compile_lock(self) -> FileLock:
+        return FileLock(self._segment.file)
 
-    def _lesson(self, name: str, nbytes: int) -> int:
+    def _tuning_row(self, name: str, nbytes: int) -> int:
         """Where it stands what was learned of such calls."""
-        row = self.collectives.index(name) * SIZES + min(SIZES - 1, nbytes.bit_length())
-        return int(self._lessons[row].ctypes.data)
+        row = self.collectives.index(name) * SIZE_CLASSES + min(SIZE_CLASSES - 1, nbytes.bit_length())
+        return int(self._tuning[row].ctypes.data)
 
     def _plan(
         self,
@@ -424,13 +426,16 @@ class SharedMemory:
         call: npt.NDArray[np.int64],
         nbytes: int = 0,
         allocation: Allocation | None = None,
-        late: Late | None = None,
+        late: StallHandler | None = None,
     ) -> Plan:
         """What runs a call; ``nbytes`` says how large it is, for learning."""
-        if call[kernels.WAY // kernels.W] not in (kernels.INLINE, kernels.ACROSS) and nbytes >= LEARN_BYTES:
-            put(call, kernels.LESSON, self._lesson(name, nbytes))
+        if (
+            call[kernels.PROTOCOL // kernels.W] not in (kernels.INLINE, kernels.SINGLE_COPY)
+            and nbytes >= AUTOTUNE_BYTES
+        ):
+            put(call, kernels.TUNING, self._tuning_row(name, nbytes))
         kernel, address, resolve = self._kernel(name), call.ctypes.data, self._resolve
-        late, held = late or self.late, (self._segment, call, allocation)
+        late, held = late or self.stall_handler, (self._segment, call, allocation)
 
         def run() -> None:
             try:
@@ -438,7 +443,7 @@ class SharedMemory:
                 if code:
                     resolve(code, kernel, address, late)
             except BaseException:
-                self._left(held[1])
+                self._handle_exception(held[1])
                 raise
 
         run.call = address  # type: ignore[attr-defined]
@@ -446,20 +451,20 @@ class SharedMemory:
 
     # What a call returned
 
-    def _resolve(self, code: int, kernel: Callable[[int], int], address: int, late: Late | None) -> None:
+    def _resolve(self, code: int, kernel: Callable[[int], int], address: int, late: StallHandler | None) -> None:
         began = time.monotonic()
-        while code == kernels.AGAIN:
+        while code == kernels.RETRY:
             if late:
-                late(time.monotonic() - began, self.missing())
+                late(time.monotonic() - began, self.missing_ranks())
             code = kernel(address)
         if code == kernels.MISMATCH:
-            raise self.mismatch(self.peers_signatures())
+            raise self.mismatch(self.peer_fingerprints())
         if code == kernels.SHUT:
             raise TransportError(f"rank {self.rank}: a plan outlived its shared memory: bind it again on a new one")
         if code == kernels.STUCK:
-            raise self._stuck()
+            raise self._stuck_error()
 
-    def _left(self, call: npt.NDArray[np.int64]) -> None:
+    def _handle_exception(self, call: npt.NDArray[np.int64]) -> None:
         """An exception, such as Ctrl-C, ended a call; if that was before all had come, nobody can go on."""
         if call[kernels.WAITING // kernels.W]:
             put(call, kernels.WAITING, 0)
@@ -470,7 +475,7 @@ class SharedMemory:
         if not memory.load(flag):
             memory.store(flag, 1 + self.rank)
 
-    def _stuck(self) -> TransportError:
+    def _stuck_error(self) -> TransportError:
         culprit = memory.load(self._segment.address + kernels.ABANDONED) - 1
         return TransportError(
             f"rank {self.rank}: local rank {culprit} left a collective half done after an error, so this shared memory "
@@ -483,20 +488,20 @@ def call_of(plan: Plan) -> int:
     return int(plan.call)  # type: ignore[attr-defined]
 
 
-SIZES = 40
+SIZE_CLASSES = 40
 """Classes of sizes, powers of two, that learn apart."""
-LEARN_BYTES = 2048
+AUTOTUNE_BYTES = 2048
 """From here on calls learn how to fill slots and buffers; below, lines go through the cache."""
-LONG_CALLS, TRIAL_PERIODS = 17, (4096, 256)
+LONG_CALLS, PROBE_PERIODS = 17, (4096, 256)
 """After how many calls it is tried again: below the class of 64 KB, and from there on."""
 WARM_UP = 8
 """Calls before the first trial, but for those that take the parts of slots in turn: pages are touched for the first
 time."""
-ACROSS_BYTES = {"bcast": 1 << 23, "alltoall": 1 << 23, "allgather": 1 << 25}
+SINGLE_COPY_BYTES = {"bcast": 1 << 23, "alltoall": 1 << 23, "allgather": 1 << 25}
 """From so many bytes on what is only copied goes from process to process: one copy, not two, for a system call."""
-ACROSS_BYTES_OF_TWO = {"bcast": 1 << 18, "alltoall": 1 << 20, "allgather": 1 << 22}
+SINGLE_COPY_BYTES_OF_TWO = {"bcast": 1 << 18, "alltoall": 1 << 20, "allgather": 1 << 22}
 """The same between two ranks, whose slots would keep both of them busy all the time."""
-STRETCH_BYTES = 1 << 20
+ALLGATHER_SEGMENT_BYTES = 1 << 20
 """Bytes of each rank that an allgather among more than two copies across before anybody goes on: whole parts would no
 longer be in a cache when the last rank comes for them (16 MB of each of four ranks: 14.8 ms so, 18.8 without)."""
 REGISTERED_BYTES = 8192
@@ -505,31 +510,31 @@ DIRECT_BYTES = 98304
 """Up to so many bytes of all ranks together, every rank reduces everything: one meeting instead of two."""
 DIRECT_BYTES_OF_TWO = 12288
 """For an allreduce of two ranks: from 16 KB on half of it copied twice is faster, by half where cores share a cache."""
-PAST_CACHE_BYTES = 1 << 25
+NONTEMPORAL_BYTES = 1 << 25
 """From so many bytes of all ranks together on, results out of place are written around the cache: they exceed it."""
 
 
-def new_lessons(slot: int) -> npt.NDArray[np.int64]:
+def new_tuning_table(slot: int) -> npt.NDArray[np.int64]:
     """A row for each collective and class of sizes, where nothing was learned yet.
 
     A trial is worth something when slots are as they stay: read by the others before.  So the first one waits until all
     parts of the ring were used.  Until then long calls fill slots around the cache: where that is wrong it costs up to
     twice the time, the other way four to six times (measured; two cores, when they share a cache and when not).
     """
-    rows = np.zeros((len(kernels.COLLECTIVES), SIZES, kernels.LESSON_WORDS // kernels.W), np.int64)
+    rows = np.zeros((len(kernels.COLLECTIVES), SIZE_CLASSES, kernels.TUNING_WORDS // kernels.W), np.int64)
     for name, lessons in zip(kernels.COLLECTIVES, rows, strict=True):
         buffered = DIRECT_BYTES_OF_TWO if name == "allreduce" else kernels.BUFFER
-        for size in range(1, SIZES):
+        for size in range(1, SIZE_CLASSES):
             least, long = 1 << (size - 1), size >= LONG_CALLS
-            period = TRIAL_PERIODS[long]
-            warm_up = 2 + kernels.RING * slot // part_bytes(least, slot) if least > buffered else WARM_UP
+            period = PROBE_PERIODS[long]
+            warm_up = 2 + kernels.RING * slot // slot_stride(least, slot) if least > buffered else WARM_UP
             put(lessons[size], kernels.PERIOD, period)
             put(lessons[size], kernels.COUNT, period - warm_up)
             put(lessons[size], kernels.CHOICE, long)
     return rows.reshape(-1, rows.shape[-1])
 
 
-def part_bytes(nbytes: int, slot: int) -> int:
+def slot_stride(nbytes: int, slot: int) -> int:
     """Length of the parts of a slot that short vectors take in turn; slots are a power of two long, so parts are."""
     return min(slot, max(PAGE, 1 << (nbytes - 1).bit_length()))
 
@@ -545,7 +550,7 @@ class Allocation:
     def __init__(self, number: int, copies: int, stride: int, rank: int) -> None:
         self.number, self.copies, self.stride = number, copies, stride
         self.mine = copies + rank * stride
-        self.result: Segment | None = None
+        self.result: SharedSegment | None = None
         """Room for one result, once it was asked for."""
         self.alive = np.ones(1, np.int64)
         """Zero when the arrays are gone: another array may come to lie at their address."""
@@ -558,7 +563,7 @@ def forget(registered: dict[int, Allocation], allocation: Allocation) -> None:
     registered.pop(allocation.number, None)
 
 
-class Turn:
+class FileLock:
     """One process at a time, by a lock on a file that all have open: the first compiles, the others load."""
 
     def __init__(self, file: int) -> None:
@@ -576,7 +581,7 @@ def put(words: npt.NDArray[np.int64], offset: int, value: int) -> None:
     words[offset // kernels.W] = value
 
 
-def moving(to: int, source: int, nbytes: int, *held: Any) -> Plan:
+def copy_plan(to: int, source: int, nbytes: int, *held: Any) -> Plan:
     """A plan that copies."""
 
     def move() -> None:
@@ -587,15 +592,15 @@ def moving(to: int, source: int, nbytes: int, *held: Any) -> Plan:
     return move
 
 
-def patience(node: Any) -> int:
+def spin_count(node: Any) -> int:
     """How often to look at a flag before giving way; the same on all ranks."""
     masks = node.allgather(os.sched_getaffinity(0))
     started = max(int(os.environ.get(name, "0")) for name in LOCAL_RANKS)
     shared = len(set().union(*masks)) < node.Get_size() or (os.cpu_count() or 1) < started
-    return kernels.BRIEF if any(node.allgather(shared)) else SPIN
+    return kernels.MIN_SPIN if any(node.allgather(shared)) else MAX_SPIN
 
 
-def agreed_code(node: Any, code: str) -> bool:
+def agree_on_code(node: Any, code: str) -> bool:
     """Whether the kernels are compiled; all ranks do the same."""
     wanted = node.bcast(code)
     found = "Numba is not installed" if importlib.util.find_spec("numba") is None else ""
@@ -607,7 +612,7 @@ def agreed_code(node: Any, code: str) -> bool:
     troubles = [each for each in node.allgather(found) if each]
     if wanted != "numpy" and not troubles:
         return True
-    if wanted == "compiled" or platform.machine().lower() not in ORDERED_STORES:
+    if wanted == "compiled" or platform.machine().lower() not in TSO_MACHINES:
         # without Numba there is no acquire and release, so a flag could be seen before the data it speaks of
         raise TransportError(
             f"shared memory needs Numba on {platform.machine()} ({(troubles or ['not wanted'])[0]}): "
@@ -616,7 +621,7 @@ def agreed_code(node: Any, code: str) -> bool:
     return False
 
 
-def differing_signatures(signatures: list[int]) -> MismatchError:
+def fingerprint_mismatch(signatures: list[int]) -> MismatchError:
     """Who passed what."""
     groups: dict[int, list[int]] = {}
     for rank, signature in enumerate(signatures):

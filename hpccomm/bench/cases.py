@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.bench.inputs import EVERYBODY, NOBODY, Array, Piece, Pieces
+from hpccomm.bench.inputs import ALL_RANKS, NO_RANK, Array, Block, Blocks
 
 Call = Callable[[], object]
 
-APART = 7919
+PEER_STRIDE = 7919
 """Distance of what one rank sends to one rank from what it sends to the next."""
 
 
@@ -36,28 +36,28 @@ class Shape:
     """Messages in flight in the bandwidth tests."""
 
     @property
-    def here(self) -> bool:
+    def is_root(self) -> bool:
         """Whether this rank is the root."""
         return self.rank == self.root
 
     @property
-    def cuts(self) -> list[int]:
+    def counts(self) -> list[int]:
         """Elements of a vector for each rank; the first ranks take what is left over."""
         return [self.count // self.ranks + (rank < self.count % self.ranks) for rank in range(self.ranks)]
 
-    def parts(self, buffer: Array) -> list[Any]:
+    def vector_buffer(self, buffer: Array) -> list[Any]:
         """A buffer of equal parts, as the calls for unequal parts want it."""
         counts, displs = [self.count] * self.ranks, [self.count * rank for rank in range(self.ranks)]
         return [buffer, counts, displs, MPI.Datatype.fromcode(self.dtype.char)]
 
 
-class Layout(NamedTuple):
+class Contents(NamedTuple):
     """Numbers in a rank's buffers."""
 
-    send: Pieces = ()
-    before: Pieces = ()
+    send: Blocks = ()
+    before: Blocks = ()
     """In the buffer that is received into, from its beginning; the rest is spoilt."""
-    after: Pieces = ()
+    after: Blocks = ()
     """There after the call."""
 
     def lengths(self) -> tuple[int, int]:
@@ -66,81 +66,81 @@ class Layout(NamedTuple):
         return send, max(before, after)
 
 
-def allreduce(s: Shape) -> Layout:
+def allreduce(s: Shape) -> Contents:
     """Everybody's vectors become the sum."""
-    mine = (Piece(s.rank, 0, s.count),)
-    total = (Piece(EVERYBODY, 0, s.count),)
-    return Layout(before=mine, after=total) if s.in_place else Layout(send=mine, after=total)
+    mine = (Block(s.rank, 0, s.count),)
+    total = (Block(ALL_RANKS, 0, s.count),)
+    return Contents(before=mine, after=total) if s.in_place else Contents(send=mine, after=total)
 
 
-def reduce(s: Shape) -> Layout:
+def reduce(s: Shape) -> Contents:
     """The sum, on the root."""
-    return allreduce(s) if s.here else Layout(send=(Piece(s.rank, 0, s.count),))
+    return allreduce(s) if s.is_root else Contents(send=(Block(s.rank, 0, s.count),))
 
 
-def bcast(s: Shape) -> Layout:
+def bcast(s: Shape) -> Contents:
     """The root's vector, everywhere."""
-    vector = (Piece(s.root, 0, s.count),)
-    return Layout(before=vector if s.here else (), after=vector)
+    vector = (Block(s.root, 0, s.count),)
+    return Contents(before=vector if s.is_root else (), after=vector)
 
 
-def scattered(s: Shape, cuts: Sequence[int]) -> Layout:
+def scatter_sum(s: Shape, cuts: Sequence[int]) -> Contents:
     """A part of the sum each."""
-    mine = (Piece(s.rank, 0, sum(cuts)),)
-    part = (Piece(EVERYBODY, sum(cuts[: s.rank]), cuts[s.rank]),)
-    return Layout(before=mine, after=part) if s.in_place else Layout(send=mine, after=part)
+    mine = (Block(s.rank, 0, sum(cuts)),)
+    part = (Block(ALL_RANKS, sum(cuts[: s.rank]), cuts[s.rank]),)
+    return Contents(before=mine, after=part) if s.in_place else Contents(send=mine, after=part)
 
 
-def reduce_scatter(s: Shape) -> Layout:
+def reduce_scatter(s: Shape) -> Contents:
     """Parts that differ by one where they must."""
-    return scattered(s, s.cuts)
+    return scatter_sum(s, s.counts)
 
 
-def reduce_scatter_block(s: Shape) -> Layout:
+def reduce_scatter_block(s: Shape) -> Contents:
     """Equal parts; what is left over takes no part."""
-    return scattered(s, [s.count // s.ranks] * s.ranks)
+    return scatter_sum(s, [s.count // s.ranks] * s.ranks)
 
 
-def allgather(s: Shape) -> Layout:
+def allgather(s: Shape) -> Contents:
     """Everybody's part, everywhere."""
-    mine, gap = Piece(s.rank, 0, s.count), Piece(NOBODY, 0, s.count * s.rank)
-    after = tuple(Piece(rank, 0, s.count) for rank in range(s.ranks))
-    return Layout(before=(gap, mine), after=after) if s.in_place else Layout(send=(mine,), after=after)
+    mine, gap = Block(s.rank, 0, s.count), Block(NO_RANK, 0, s.count * s.rank)
+    after = tuple(Block(rank, 0, s.count) for rank in range(s.ranks))
+    return Contents(before=(gap, mine), after=after) if s.in_place else Contents(send=(mine,), after=after)
 
 
-def gather(s: Shape) -> Layout:
+def gather(s: Shape) -> Contents:
     """Everybody's part, on the root."""
-    return allgather(s) if s.here else Layout(send=(Piece(s.rank, 0, s.count),))
+    return allgather(s) if s.is_root else Contents(send=(Block(s.rank, 0, s.count),))
 
 
-def alltoall(s: Shape) -> Layout:
+def alltoall(s: Shape) -> Contents:
     """A part from everybody for everybody."""
-    mine = tuple(Piece(s.rank, APART * peer, s.count) for peer in range(s.ranks))
-    after = tuple(Piece(peer, APART * s.rank, s.count) for peer in range(s.ranks))
-    return Layout(before=mine, after=after) if s.in_place else Layout(send=mine, after=after)
+    mine = tuple(Block(s.rank, PEER_STRIDE * peer, s.count) for peer in range(s.ranks))
+    after = tuple(Block(peer, PEER_STRIDE * s.rank, s.count) for peer in range(s.ranks))
+    return Contents(before=mine, after=after) if s.in_place else Contents(send=mine, after=after)
 
 
-def scatter(s: Shape) -> Layout:
+def scatter(s: Shape) -> Contents:
     """A part of the root's for everybody."""
-    send = tuple(Piece(s.root, APART * peer, s.count) for peer in range(s.ranks)) if s.here else ()
-    kept = s.here and s.in_place
-    return Layout(send=send, after=() if kept else (Piece(s.root, APART * s.rank, s.count),))
+    send = tuple(Block(s.root, PEER_STRIDE * peer, s.count) for peer in range(s.ranks)) if s.is_root else ()
+    kept = s.is_root and s.in_place
+    return Contents(send=send, after=() if kept else (Block(s.root, PEER_STRIDE * s.rank, s.count),))
 
 
-def barrier(s: Shape) -> Layout:
+def barrier(s: Shape) -> Contents:
     """Nothing."""
-    return Layout()
+    return Contents()
 
 
-def one_way(s: Shape) -> Layout:
+def unidirectional(s: Shape) -> Contents:
     """Rank 0's message, on rank 1."""
-    message = (Piece(0, 0, s.count),)
-    return Layout(send=message) if s.rank == 0 else Layout(after=message)
+    message = (Block(0, 0, s.count),)
+    return Contents(send=message) if s.rank == 0 else Contents(after=message)
 
 
-def both_ways(s: Shape) -> Layout:
+def bidirectional(s: Shape) -> Contents:
     """Each rank's message, on the other."""
-    return Layout(send=(Piece(s.rank, 0, s.count),), after=(Piece(1 - s.rank, 0, s.count),))
+    return Contents(send=(Block(s.rank, 0, s.count),), after=(Block(1 - s.rank, 0, s.count),))
 
 
 # --- calls -----------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ Bind = Callable[[Any, Shape, Array, Array, tuple[str, ...]], Call]
 
 
 @dataclass(frozen=True)
-class Calling:
+class MethodCall:
     """A method of a communicator and what it is called with; everything is prepared, nothing but the call is timed."""
 
     method: str
@@ -160,19 +160,19 @@ class Calling:
         return partial(getattr(comm, self.method), *self.arguments(s, send, recv), *named)
 
 
-def from_either(s: Shape, send: Any) -> Any:
+def send_buffer(s: Shape, send: Any) -> Any:
     """What is sent."""
     return MPI.IN_PLACE if s.in_place else send
 
 
-def from_rank(s: Shape, send: Any) -> Any:
+def rooted_buffer(s: Shape, send: Any) -> Any:
     """What is sent to the root; only there it can be in place."""
-    return MPI.IN_PLACE if s.in_place and s.here else send
+    return MPI.IN_PLACE if s.in_place and s.is_root else send
 
 
-def at_root(s: Shape, buffer: Any) -> Any:
+def root_buffer(s: Shape, buffer: Any) -> Any:
     """What only the root has."""
-    return buffer if s.here else None
+    return buffer if s.is_root else None
 
 
 def ping_pong(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, ...]) -> Call:
@@ -189,7 +189,7 @@ def ping_pong(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, .
     return serve if s.rank == 0 else answer
 
 
-def window_one_way(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, ...]) -> Call:
+def send_window(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, ...]) -> Call:
     """A window of messages to rank 1, a short answer back."""
     window, wait_all, answer = range(s.window), MPI.Request.Waitall, bytearray(1)
 
@@ -204,7 +204,7 @@ def window_one_way(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[s
     return send_all if s.rank == 0 else receive_all
 
 
-def window_both_ways(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, ...]) -> Call:
+def exchange_windows(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, ...]) -> Call:
     """A window of messages each way, a short answer to rank 0."""
     window, wait_all, answer, peer = range(s.window), MPI.Request.Waitall, bytearray(1), 1 - s.rank
 
@@ -231,7 +231,7 @@ class Repeats(NamedTuple):
     timed_large: int
     untimed_large: int
 
-    def at(self, size: int) -> tuple[int, int]:
+    def counts(self, size: int) -> tuple[int, int]:
         """Timed and untimed calls."""
         return self[:2] if size <= LARGE else self[2:]
 
@@ -241,17 +241,17 @@ LARGE = 8192
 COLLECTIVE, LATENCY, BANDWIDTH = Repeats(1000, 100, 100, 10), Repeats(10000, 100, 1000, 10), Repeats(100, 10, 20, 2)
 
 
-def once(p: int) -> float:
+def unit_factor(p: int) -> float:
     """The vector crosses the busiest link once."""
     return 1.0
 
 
-def without_own(p: int) -> float:
+def allgather_factor(p: int) -> float:
     """Every rank keeps a p-th."""
     return (p - 1) / p
 
 
-def there_and_back(p: int) -> float:
+def allreduce_factor(p: int) -> float:
     """Reduced, then gathered."""
     return 2 * (p - 1) / p
 
@@ -262,13 +262,13 @@ class Case:
 
     title: str
     """In OSU's header."""
-    layout: Callable[[Shape], Layout]
+    contents: Callable[[Shape], Contents]
     bind: Bind
-    bus: Callable[[int], float] = once
+    bus: Callable[[int], float] = unit_factor
     """Bus bandwidth is algbw times this (nccl-tests, PERFORMANCE.md)."""
-    parts: bool = False
+    size_per_rank: bool = False
     """Whether Size is one rank's part."""
-    rooted: bool = False
+    has_root: bool = False
     reduces: bool = False
     in_place: bool = True
     """Whether MPI has it in place."""
@@ -276,16 +276,16 @@ class Case:
     """The collective under whose name its algorithms are listed, if they can be named."""
     ends: int = 0
     """Of a test between two ranks: messages whose time one call takes (-1: the window)."""
-    ways: int = 1
+    directions: int = 1
     repeats: Repeats = COLLECTIVE
 
     def count(self, size: int, itemsize: int, ranks: int, whole: bool) -> int:
         """Elements of a size, which is that of the ``whole`` vector, or OSU's."""
-        return size // itemsize // (ranks if self.parts and whole else 1)
+        return size // itemsize // (ranks if self.size_per_rank and whole else 1)
 
     def nbytes(self, count: int, itemsize: int, ranks: int) -> int:
         """Bytes of the whole vector: what bandwidth is counted on."""
-        return count * itemsize * self.ways * (ranks if self.parts else 1)
+        return count * itemsize * self.directions * (ranks if self.size_per_rank else 1)
 
     def messages(self, window: int) -> int:
         """Parts of a call's time that are reported."""
@@ -298,116 +298,120 @@ CASES: dict[str, Case] = {
     "allreduce": Case(
         "Allreduce Latency Test",
         allreduce,
-        Calling("Allreduce", lambda s, send, recv: (from_either(s, send), recv, MPI.SUM)),
-        there_and_back,
+        MethodCall("Allreduce", lambda s, send, recv: (send_buffer(s, send), recv, MPI.SUM)),
+        allreduce_factor,
         reduces=True,
         algorithms="allreduce",
     ),
     "reduce": Case(
         "Reduce Latency Test",
         reduce,
-        Calling("Reduce", lambda s, send, recv: (from_rank(s, send), at_root(s, recv), MPI.SUM, s.root)),
-        rooted=True,
+        MethodCall("Reduce", lambda s, send, recv: (rooted_buffer(s, send), root_buffer(s, recv), MPI.SUM, s.root)),
+        has_root=True,
         reduces=True,
         algorithms="reduce",
     ),
     "bcast": Case(
         "Broadcast Latency Test",
         bcast,
-        Calling("Bcast", lambda s, send, recv: (recv, s.root)),
-        rooted=True,
+        MethodCall("Bcast", lambda s, send, recv: (recv, s.root)),
+        has_root=True,
         in_place=False,
         algorithms="bcast",
     ),
     "reduce_scatter": Case(
         "Reduce_scatter Latency Test",
         reduce_scatter,
-        Calling("Reduce_scatter", lambda s, send, recv: (from_either(s, send), recv, s.cuts, MPI.SUM)),
-        without_own,
+        MethodCall("Reduce_scatter", lambda s, send, recv: (send_buffer(s, send), recv, s.counts, MPI.SUM)),
+        allgather_factor,
         reduces=True,
         algorithms="reduce_scatter",
     ),
     "reduce_scatter_block": Case(
         "Reduce_scatter_block Latency Test",
         reduce_scatter_block,
-        Calling("Reduce_scatter_block", lambda s, send, recv: (from_either(s, send), recv, MPI.SUM)),
-        without_own,
+        MethodCall("Reduce_scatter_block", lambda s, send, recv: (send_buffer(s, send), recv, MPI.SUM)),
+        allgather_factor,
         reduces=True,
         algorithms="reduce_scatter",
     ),
     "allgather": Case(
         "Allgather Latency Test",
         allgather,
-        Calling("Allgather", lambda s, send, recv: (from_either(s, send), recv)),
-        without_own,
-        parts=True,
+        MethodCall("Allgather", lambda s, send, recv: (send_buffer(s, send), recv)),
+        allgather_factor,
+        size_per_rank=True,
         algorithms="allgather",
     ),
     "allgatherv": Case(
         "Allgatherv Latency Test",
         allgather,
-        Calling("Allgatherv", lambda s, send, recv: (from_either(s, send), s.parts(recv))),
-        without_own,
-        parts=True,
+        MethodCall("Allgatherv", lambda s, send, recv: (send_buffer(s, send), s.vector_buffer(recv))),
+        allgather_factor,
+        size_per_rank=True,
         algorithms="allgather",
     ),
     "alltoall": Case(
         EXCHANGE.format("All-to-All"),
         alltoall,
-        Calling("Alltoall", lambda s, send, recv: (from_either(s, send), recv)),
-        without_own,
-        parts=True,
+        MethodCall("Alltoall", lambda s, send, recv: (send_buffer(s, send), recv)),
+        allgather_factor,
+        size_per_rank=True,
         algorithms="alltoall",
     ),
     "alltoallv": Case(
         EXCHANGE.format("All-to-Allv"),
         alltoall,
-        Calling("Alltoallv", lambda s, send, recv: (from_either(s, s.parts(send)), s.parts(recv))),
-        without_own,
-        parts=True,
+        MethodCall("Alltoallv", lambda s, send, recv: (send_buffer(s, s.vector_buffer(send)), s.vector_buffer(recv))),
+        allgather_factor,
+        size_per_rank=True,
     ),
     "gather": Case(
         "Gather Latency Test",
         gather,
-        Calling("Gather", lambda s, send, recv: (from_rank(s, send), at_root(s, recv), s.root)),
-        without_own,
-        parts=True,
-        rooted=True,
+        MethodCall("Gather", lambda s, send, recv: (rooted_buffer(s, send), root_buffer(s, recv), s.root)),
+        allgather_factor,
+        size_per_rank=True,
+        has_root=True,
     ),
     "gatherv": Case(
         "Gatherv Latency Test",
         gather,
-        Calling("Gatherv", lambda s, send, recv: (from_rank(s, send), at_root(s, s.parts(recv)), s.root)),
-        without_own,
-        parts=True,
-        rooted=True,
+        MethodCall(
+            "Gatherv", lambda s, send, recv: (rooted_buffer(s, send), root_buffer(s, s.vector_buffer(recv)), s.root)
+        ),
+        allgather_factor,
+        size_per_rank=True,
+        has_root=True,
     ),
     "scatter": Case(
         "Scatter Latency Test",
         scatter,
-        Calling("Scatter", lambda s, send, recv: (at_root(s, send), from_rank(s, recv), s.root)),
-        without_own,
-        parts=True,
-        rooted=True,
+        MethodCall("Scatter", lambda s, send, recv: (root_buffer(s, send), rooted_buffer(s, recv), s.root)),
+        allgather_factor,
+        size_per_rank=True,
+        has_root=True,
     ),
     "scatterv": Case(
         "Scatterv Latency Test",
         scatter,
-        Calling("Scatterv", lambda s, send, recv: (at_root(s, s.parts(send)), from_rank(s, recv), s.root)),
-        without_own,
-        parts=True,
-        rooted=True,
+        MethodCall(
+            "Scatterv", lambda s, send, recv: (root_buffer(s, s.vector_buffer(send)), rooted_buffer(s, recv), s.root)
+        ),
+        allgather_factor,
+        size_per_rank=True,
+        has_root=True,
     ),
-    "barrier": Case("Barrier Latency Test", barrier, Calling("Barrier", lambda s, send, recv: ()), in_place=False),
-    "latency": Case("Latency Test", both_ways, ping_pong, in_place=False, ends=2, repeats=LATENCY),
-    "bw": Case("Bandwidth Test", one_way, window_one_way, in_place=False, ends=-1, repeats=BANDWIDTH),
+    "barrier": Case("Barrier Latency Test", barrier, MethodCall("Barrier", lambda s, send, recv: ()), in_place=False),
+    "latency": Case("Latency Test", bidirectional, ping_pong, in_place=False, ends=2, repeats=LATENCY),
+    "bw": Case("Bandwidth Test", unidirectional, send_window, in_place=False, ends=-1, repeats=BANDWIDTH),
     "bibw": Case(
         "Bi-Directional Bandwidth Test",
-        both_ways,
-        window_both_ways,
+        bidirectional,
+        exchange_windows,
         in_place=False,
         ends=-1,
-        ways=2,
+        directions=2,
         repeats=BANDWIDTH,
     ),
 }

@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 
 from hpccomm.bench.cases import CASES, Case
 from hpccomm.bench.loop import Options
-from hpccomm.bench.osu import DATATYPES, Wanted
+from hpccomm.bench.osu import DATATYPES, ColumnOptions
 from hpccomm.errors import ArgumentError
 from hpccomm.performance.units import size_of
 
-USUAL_PERCENTILES = "50,90,99"
-MOST_PERCENTILES = 5
+DEFAULT_PERCENTILES = "50,90,99"
+MAX_PERCENTILES = 5
 MEMORY_LIMIT = 512 << 20
 LARGEST, LARGEST_MESSAGE = 1 << 20, 1 << 22
 """Where OSU's sizes end: for collectives, between two ranks."""
@@ -24,7 +24,7 @@ NCCL_BYTES, NCCL_CALLS = 32 << 20, (20, 5)
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchArguments:
     """What a command line asks for."""
 
     collective: str
@@ -32,14 +32,14 @@ class Asked:
     datatypes: tuple[str, ...]
     algorithms: tuple[str, ...]
     options: Options
-    wanted: Wanted
+    columns: ColumnOptions
     nccl: bool
     factor: int
     memory_limit: int
     least: float | None
     json: str | None
     version: bool
-    ignored: str
+    warning: str
     """What was said but means nothing here, in words."""
 
     @property
@@ -130,21 +130,21 @@ def binary_bytes_of(text: str) -> int:
     return bytes_of(re.sub(r"(?i)([kmg])b?$", r"\1i", text))
 
 
-def attached(words: Sequence[str]) -> list[str]:
+def attach_values(words: Sequence[str]) -> list[str]:
     """Flags whose values, if any, are attached, as argparse wants them: ``-z50,99``, ``-z``."""
-    return [tailed(word) for word in words]
+    return [expand_tail_flag(word) for word in words]
 
 
-def tailed(word: str) -> str:
+def expand_tail_flag(word: str) -> str:
     """``-z`` and ``--tail-lat`` with what they mean alone."""
     if word in ("-z", "--tail-lat"):
-        return f"--tail-lat={USUAL_PERCENTILES}"
+        return f"--tail-lat={DEFAULT_PERCENTILES}"
     return f"--tail-lat={word[2:]}" if re.fullmatch(r"-z[\d,]+", word) else word
 
 
-def asked(collective: str, words: Sequence[str]) -> Asked:
+def parse_flags(collective: str, words: Sequence[str]) -> BenchArguments:
     """Understand a command line; raises ArgumentError."""
-    args = parser(collective).parse_intermixed_args(attached(words))
+    args = parser(collective).parse_intermixed_args(attach_values(words))
     case = CASES[collective]
     check_flags(collective, case, args)
     nccl = args.format == "nccl"
@@ -153,20 +153,20 @@ def asked(collective: str, words: Sequence[str]) -> Asked:
         ("native",) if case.ends else tuple(args.algorithm.split(",")),
     )
     collected = percentiles or ((50,) if args.json or len(algorithms) > 1 or algorithms == ("all",) else ())
-    return Asked(
+    return BenchArguments(
         collective,
         nccl_sizes(args) if nccl else sizes_of(collective, args),
         datatypes_of(args, "mpi_char" if case.ends else "mpi_float"),
         algorithms,
         options_of(args, nccl, collected),
-        Wanted(args.full, args.validation, percentiles),
+        ColumnOptions(args.full, args.validation, percentiles),
         nccl,
         args.stepfactor or 2,
         args.mem_limit or MEMORY_LIMIT,
         args.min_busbw,
         args.json,
         args.version,
-        placement_ignored(args),
+        placement_warning(args),
     )
 
 
@@ -174,10 +174,10 @@ def check_flags(collective: str, case: Case, args: argparse.Namespace) -> None:
     """Refuse what a benchmark does not have, as OSU does."""
     nccl = args.format == "nccl"
     missing = {
-        "-d": args.accelerator and why_no_device(args.accelerator, case),
+        "-d": args.accelerator and device_error(args.accelerator, case),
         "-f": args.full and case.ends and "is for collectives",
         "-l": args.in_place and (not case.in_place or nccl) and "there is no such choice here",
-        "-k": args.root_rank and not case.rooted and "there is no root",
+        "-k": args.root_rank and not case.has_root and "there is no root",
         "-W": args.window_size and case.ends >= 0 and "is for bw and bibw",
         "-c": args.validation and collective == "barrier" and "there is nothing to check",
         "--registered": args.registered and (case.ends or args.accelerator) and "is for collectives of host memory",
@@ -186,14 +186,14 @@ def check_flags(collective: str, case: Case, args: argparse.Namespace) -> None:
         "-m": args.message_size and nccl and "say --minbytes and --maxbytes with --format nccl",
         "-b, -e": (args.minbytes or args.maxbytes) and not nccl and "are for --format nccl: say -m MIN:MAX",
         "--min-busbw": args.min_busbw and not nccl and "is for --format nccl",
-        " ".join(args.placement): wrong_placement(args.placement, case),
+        " ".join(args.placement): placement_error(args.placement, case),
     }
     for flag, reason in missing.items():
         if reason:
             raise ArgumentError(f"{collective}: {flag} {reason}".rstrip())
 
 
-def why_no_device(kind: str, case: Case) -> str:
+def device_error(kind: str, case: Case) -> str:
     """Why buffers cannot be there, whatever this machine has."""
     rest = "leave -d out to measure host memory"
     if kind != "cuda":
@@ -203,7 +203,7 @@ def why_no_device(kind: str, case: Case) -> str:
     return ""
 
 
-def placement_ignored(args: argparse.Namespace) -> str:
+def placement_warning(args: argparse.Namespace) -> str:
     """What was said of memory that is not so."""
     words = " ".join(args.placement)
     if "D" in args.placement and not args.accelerator:
@@ -213,7 +213,7 @@ def placement_ignored(args: argparse.Namespace) -> str:
     return ""
 
 
-def wrong_placement(words: Sequence[str], case: Case) -> str:
+def placement_error(words: Sequence[str], case: Case) -> str:
     """Why buffers cannot be placed so."""
     if not words or (case.ends and len(words) == 2 and set(words) <= {"H", "D"}):
         return ""
@@ -271,7 +271,7 @@ def percentiles_of(text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()
     words = text.split(",")
-    if len(words) > MOST_PERCENTILES or not all(word.isdigit() and int(word) <= 100 for word in words):
+    if len(words) > MAX_PERCENTILES or not all(word.isdigit() and int(word) <= 100 for word in words):
         raise ArgumentError(f"-z{text}: attach up to five percentiles from 0 to 100: -z50,90,99")
     return tuple(int(word) for word in words)
 

@@ -28,13 +28,13 @@ SPARSE = (31, 3)
 VARIANTS = 3
 """Numbers of three calls in turn: implementations with two or four buffers cannot meet their own leftovers unseen."""
 
-EVERYBODY, NOBODY = -1, -2
+ALL_RANKS, NO_RANK = -1, -2
 """Not the numbers of one rank but the sums over all of them; nothing in particular."""
-SPOILT = -1
+POISON = -1
 """What stands where nothing in particular shall stand: no number of any rank."""
 
 
-class Piece(NamedTuple):
+class Block(NamedTuple):
     """A run of one rank's numbers."""
 
     origin: int
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
     length: int
 
 
-Pieces = tuple[Piece, ...]
+Blocks = tuple[Block, ...]
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class Inputs:
     @cached_property
     def modulus(self) -> tuple[int, int]:
         """The largest prime that keeps all sums exact, and its root."""
-        return next((each for each in MODULI if self.ranks * (each[0] - 1) <= self.room), SPARSE)
+        return next((each for each in MODULI if self.ranks * (each[0] - 1) <= self.max_exact_integer), SPARSE)
 
     @cached_property
-    def sparse(self) -> int:
+    def sparsity(self) -> int:
         """At each position, one rank in so many holds a number."""
-        return max(1, -(-self.ranks // (self.room // (self.modulus[0] - 1))))
+        return max(1, -(-self.ranks // (self.max_exact_integer // (self.modulus[0] - 1))))
 
     @property
-    def room(self) -> int:
+    def max_exact_integer(self) -> int:
         """Up to here the datatype holds every integer."""
         if self.dtype.kind == "f":
             return int(2 ** (np.finfo(self.dtype).nmant + 1))
@@ -74,8 +74,8 @@ class Inputs:
         m, g = self.modulus
         shift = rank // (m - 1)  # beyond m - 1 ranks powers repeat: other positions then
         position = (np.arange(count) + first) % PERIOD
-        made = hashed((position + shift) % PERIOD, m) * pow(g, rank + 1, m) % m
-        return np.where((position + rank) % self.sparse, 0, made) if self.sparse > 1 else made
+        made = hash_positions((position + shift) % PERIOD, m) * pow(g, rank + 1, m) % m
+        return np.where((position + rank) % self.sparsity, 0, made) if self.sparsity > 1 else made
 
     @cached_property
     def sums(self) -> npt.NDArray[np.int64]:
@@ -85,24 +85,24 @@ class Inputs:
             total += self.numbers(rank, 0, PERIOD)
         return total
 
-    def piece(self, piece: Piece, variant: int) -> Array:
+    def block(self, piece: Block, variant: int) -> Array:
         """The numbers of a piece."""
         first = (piece.first + variant * (PERIOD // VARIANTS)) % PERIOD
         short = min(piece.length, PERIOD)
-        if piece.origin == NOBODY:
-            return np.full(piece.length, SPOILT, self.dtype)
-        if piece.origin == EVERYBODY:
+        if piece.origin == NO_RANK:
+            return np.full(piece.length, POISON, self.dtype)
+        if piece.origin == ALL_RANKS:
             found = self.sums[(np.arange(short) + first) % PERIOD]
         else:
             found = self.numbers(piece.origin, first, short)
         return np.resize(found.astype(self.dtype), piece.length)
 
-    def content(self, pieces: Pieces, variant: int) -> Array:
+    def content(self, pieces: Blocks, variant: int) -> Array:
         """Pieces side by side."""
-        return np.concatenate([np.empty(0, self.dtype), *(self.piece(each, variant) for each in pieces)])
+        return np.concatenate([np.empty(0, self.dtype), *(self.block(each, variant) for each in pieces)])
 
 
-def hashed(positions: npt.NDArray[np.int64], modulus: int) -> npt.NDArray[np.int64]:
+def hash_positions(positions: npt.NDArray[np.int64], modulus: int) -> npt.NDArray[np.int64]:
     """A number between 1 and modulus − 1 for each position (the finaliser of SplitMix64; Steele, Lea & Flood 2014)."""
     x = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -22,10 +22,10 @@ def medians(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for file in files:
         for row in file["rows"]:
             groups.setdefault((row["algorithm"], row["bytes"]), []).append(row)
-    return [{name: middle([row[name] for row in rows]) for name in rows[0]} for rows in groups.values()]
+    return [{name: merge_values([row[name] for row in rows]) for name in rows[0]} for rows in groups.values()]
 
 
-def middle(values: list[Any]) -> Any:
+def merge_values(values: list[Any]) -> Any:
     """What all launches agree on; else the median of numbers, and nothing of what else differs."""
     if all(value == values[0] for value in values):
         return values[0]

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.arrays import read_device
-from hpccomm.bench.cases import CASES, Call, Calling, Case, Shape
-from hpccomm.bench.inputs import SPOILT, VARIANTS, Array, Inputs, Pieces
+from hpccomm.bench.cases import CASES, Call, Case, MethodCall, Shape
+from hpccomm.bench.inputs import POISON, VARIANTS, Array, Blocks, Inputs
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError
@@ -30,13 +30,13 @@ from hpccomm.transports import cuda
 
 TURNS = 10
 """How often each algorithm gets its turn at one size."""
-FEWEST = 10
+MIN_CALLS = 10
 """Calls that are timed even if they take longer than they should."""
 LONG_CALL = 0.05
 """Seconds from which what ran before a call no longer counts."""
 ALIGNMENT = 64
 """Bytes, of buffers."""
-KEPT = 1 << 20
+MAX_CACHED = 1 << 20
 """Numbers that are kept rather than made again for every checked call."""
 
 
@@ -175,13 +175,13 @@ class Bench:
 
     def allocate(self, largest: int) -> list[Any]:
         """To send from and to receive into: for all sizes and roots, and the same on all ranks."""
-        needs = [self.case.layout(shape).lengths() for shape in self.shapes(largest)]
+        needs = [self.case.contents(shape).lengths() for shape in self.shapes(largest)]
         most = np.max(self.plain.allgather(np.max(needs, axis=0)), axis=0)
         if self.options.on_device:
             device = cuda.device()
             return [device.empty((int(count),), self.dtype) for count in most]
         if not self.options.registered:
-            return [aligned(int(count), self.dtype) for count in most]
+            return [allocate_aligned(int(count), self.dtype) for count in most]
         if not hasattr(self.comm, "empty"):
             raise ArgumentError("registered memory comes from comm.empty, which a plain MPI communicator has not")
         return [self.comm.empty(int(count), self.dtype) for count in most]
@@ -190,10 +190,10 @@ class Bench:
         """All algorithms at one size."""
         exercise = Exercise(self.case, self.shapes(size), self.inputs, self.memory)
         calls = {name: self.calls(exercise, name) for name in algorithms}
-        exercise.rest()
+        exercise.clear_buffers()
         timed, untimed = self.repeats(size, calls)
         longest = max(max(self.time(each, untimed), default=0) for each in calls.values())
-        times = self.take_turns(calls, timed, self.agreed(longest) < LONG_CALL)
+        times = self.take_turns(calls, timed, self.max_over_ranks(longest) < LONG_CALL)
         found = {name: self.check(exercise, each, timed) for name, each in calls.items()}
         return [self.row(size, name, times[name], found[name]) for name in algorithms]
 
@@ -201,23 +201,23 @@ class Bench:
         """The calls of an algorithm, one a root."""
         comm = self.plain if algorithm == "native" and self.options.bare_native else self.comm
         bind = self.case.bind
-        named = (algorithm,) if isinstance(bind, Calling) and can_name(getattr(comm, bind.method)) else ()
+        named = (algorithm,) if isinstance(bind, MethodCall) and takes_algorithm(getattr(comm, bind.method)) else ()
         return [bind(comm, shape, exercise.send, exercise.recv, named) for shape in exercise.shapes]
 
     def repeats(self, size: int, calls: dict[str, list[Call]]) -> tuple[int, int]:
         """Timed and untimed calls."""
         options = self.options
-        timed, untimed = self.case.repeats.at(size)
+        timed, untimed = self.case.repeats.counts(size)
         if options.seconds is not None and options.iterations is None:
-            most = int(options.seconds / self.slowest(calls))
-            timed, untimed = min(timed, max(FEWEST, most)), min(untimed, max(2, most // 10))
+            most = int(options.seconds / self.time_slowest(calls))
+            timed, untimed = min(timed, max(MIN_CALLS, most)), min(untimed, max(2, most // 10))
         return options.iterations or timed, untimed if options.warmup is None else options.warmup
 
-    def slowest(self, calls: dict[str, list[Call]]) -> float:
+    def time_slowest(self, calls: dict[str, list[Call]]) -> float:
         """Seconds of the slowest algorithm's second call: the first one prepares."""
-        return max(1e-9, self.agreed(max(self.time(each, 2)[-1] for each in calls.values())))
+        return max(1e-9, self.max_over_ranks(max(self.time(each, 2)[-1] for each in calls.values())))
 
-    def agreed(self, nanoseconds: int) -> float:
+    def max_over_ranks(self, nanoseconds: int) -> float:
         """The longest time of any rank, in seconds (collective)."""
         return float(self.plain.allreduce(nanoseconds, MPI.MAX)) / 1e9
 
@@ -236,12 +236,12 @@ class Bench:
     def time(self, calls: list[Call], count: int, first: int = 0) -> list[int]:
         """Nanoseconds of ``count`` calls."""
         sequence = [calls[k % len(calls)] for k in range(first, first + count)]
-        between = nothing if self.options.streaming or self.case.ends or self.collective == "barrier" else self.barrier
+        between = no_op if self.options.streaming or self.case.ends or self.collective == "barrier" else self.barrier
         self.barrier()
         collecting = gc.isenabled()
         gc.disable()
         try:
-            return timed_calls(sequence, between)
+            return time_calls(sequence, between)
         finally:
             if collecting:
                 gc.enable()
@@ -266,8 +266,8 @@ class Bench:
             self.barrier()
             call()
             self.barrier()
-            bad = exercise.wrong(k)
-            complaint = complaint or (exercise.complaint(k) if bad else "")
+            bad = exercise.count_wrong(k)
+            complaint = complaint or (exercise.describe_error(k) if bad else "")
             wrong += bad
         found = self.plain.allgather((wrong, complaint))
         return sum(each for each, _ in found), next((words for _, words in found if words), "")
@@ -321,7 +321,7 @@ class Bench:
             algbw_GBps=algbw,
             busbw_GBps=algbw * case.bus(p),
             validated=None,
-            predicted_us=predicted(self.comm, case, algorithm, nbytes) if self.comm.rank == 0 else None,
+            predicted_us=predict_us(self.comm, case, algorithm, nbytes) if self.comm.rank == 0 else None,
             in_place=self.options.in_place,
             registered=self.options.registered,
         )
@@ -332,33 +332,33 @@ class Exercise:
 
     def __init__(self, case: Case, shapes: list[Shape], inputs: Inputs, memory: list[Any]) -> None:
         self.shapes, self.inputs = shapes, inputs
-        self.layouts = [case.layout(shape) for shape in shapes]
-        lengths = [max(each) for each in zip(*(layout.lengths() for layout in self.layouts), strict=True)]
+        self.contents = [case.contents(shape) for shape in shapes]
+        lengths = [max(each) for each in zip(*(layout.lengths() for layout in self.contents), strict=True)]
         self.send, self.recv = (buffer[:length] for buffer, length in zip(memory, lengths, strict=True))
-        self.kept: dict[tuple[Pieces, int], Array] = {}
+        self.cache: dict[tuple[Blocks, int], Array] = {}
 
-    def rest(self) -> None:
+    def clear_buffers(self) -> None:
         """For calls that are timed: numbers that do not grow when a sum becomes the next call's input."""
         for buffer in (self.send, self.recv):
-            put(buffer, np.zeros(buffer.shape, buffer.dtype))
+            write_buffer(buffer, np.zeros(buffer.shape, buffer.dtype))
 
     def fill(self, k: int) -> None:
         """The k-th call's inputs; where its results will be, what no result is."""
-        layout, variant = self.layouts[k % len(self.layouts)], k % VARIANTS
-        before, content = self.numbers(layout.before, variant), np.full(self.recv.shape, SPOILT, self.recv.dtype)
+        layout, variant = self.contents[k % len(self.contents)], k % VARIANTS
+        before, content = self.numbers(layout.before, variant), np.full(self.recv.shape, POISON, self.recv.dtype)
         content[: before.size] = before
-        put(self.send, self.numbers(layout.send, variant))
-        put(self.recv, content)
+        write_buffer(self.send, self.numbers(layout.send, variant))
+        write_buffer(self.recv, content)
 
-    def wrong(self, k: int) -> int:
+    def count_wrong(self, k: int) -> int:
         """Elements that the k-th call got wrong on this rank."""
-        want = self.wanted(k)
-        return int(np.count_nonzero(seen(self.recv)[: want.size] != want))
+        want = self.reference(k)
+        return int(np.count_nonzero(fetch_buffer(self.recv)[: want.size] != want))
 
-    def complaint(self, k: int) -> str:
+    def describe_error(self, k: int) -> str:
         """The first element that the k-th call got wrong on this rank."""
-        want, shape = self.wanted(k), self.shapes[k % len(self.shapes)]
-        got = seen(self.recv)
+        want, shape = self.reference(k), self.shapes[k % len(self.shapes)]
+        got = fetch_buffer(self.recv)
         bad = np.flatnonzero(got[: want.size] != want)
         first = int(bad[0])
         return (
@@ -366,21 +366,21 @@ class Exercise:
             f"({bad.size} of {want.size} wrong in call {k}, root {shape.root})"
         )
 
-    def wanted(self, k: int) -> Array:
+    def reference(self, k: int) -> Array:
         """What must have come out of the k-th call."""
-        return self.numbers(self.layouts[k % len(self.layouts)].after, k % VARIANTS)
+        return self.numbers(self.contents[k % len(self.contents)].after, k % VARIANTS)
 
-    def numbers(self, pieces: Pieces, variant: int) -> Array:
+    def numbers(self, pieces: Blocks, variant: int) -> Array:
         """The numbers of pieces, kept while they are few."""
-        if (pieces, variant) in self.kept:
-            return self.kept[pieces, variant]
+        if (pieces, variant) in self.cache:
+            return self.cache[pieces, variant]
         made = self.inputs.content(pieces, variant)
-        if made.size <= KEPT:
-            self.kept[pieces, variant] = made
+        if made.size <= MAX_CACHED:
+            self.cache[pieces, variant] = made
         return made
 
 
-def put(buffer: Any, values: Array) -> None:
+def write_buffer(buffer: Any, values: Array) -> None:
     """Write the beginning of a buffer, wherever it lies."""
     if isinstance(buffer, np.ndarray):
         buffer[: values.size] = values
@@ -389,7 +389,7 @@ def put(buffer: Any, values: Array) -> None:
     staging().store(values.view(np.uint8), there.address, there.streams)
 
 
-def seen(buffer: Any) -> Array:
+def fetch_buffer(buffer: Any) -> Array:
     """What a buffer holds, on the host."""
     if isinstance(buffer, np.ndarray):
         return buffer
@@ -405,7 +405,7 @@ def staging() -> cuda.Staging:
     return cuda.Staging(cuda.device())
 
 
-def timed_calls(sequence: list[Call], between: Call) -> list[int]:
+def time_calls(sequence: list[Call], between: Call) -> list[int]:
     """Nanoseconds of each call; what is between them is not timed."""
     now, times = perf_counter_ns, list[int]()
     keep = times.append
@@ -417,11 +417,11 @@ def timed_calls(sequence: list[Call], between: Call) -> list[int]:
     return times
 
 
-def nothing() -> None:
+def no_op() -> None:
     """Calls follow one another."""
 
 
-def can_name(method: Any) -> bool:
+def takes_algorithm(method: Any) -> bool:
     """Whether a method takes ``algorithm``."""
     try:
         return "algorithm" in signature(method).parameters
@@ -434,7 +434,7 @@ def percentile(samples: npt.NDArray[np.float64], p: int) -> float:
     return float(np.sort(samples)[max(0, samples.size * p // 100 - 1)])
 
 
-def aligned(count: int, dtype: np.dtype[Any]) -> Array:
+def allocate_aligned(count: int, dtype: np.dtype[Any]) -> Array:
     """An array that begins at a cache line."""
     raw = np.empty(count * dtype.itemsize + ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % ALIGNMENT
@@ -448,7 +448,7 @@ def count_nodes(comm: Any) -> int:
     return len(set(comm.allgather(MPI.Get_processor_name())))
 
 
-def predicted(comm: Any, case: Case, algorithm: str, nbytes: int) -> float | None:
+def predict_us(comm: Any, case: Case, algorithm: str, nbytes: int) -> float | None:
     """The model's price of an algorithm, or of the one that ``"auto"`` takes, where it has one."""
     if not isinstance(comm, Communicator) or not case.algorithms or comm.size == 1 or not comm.layout.even:
         return None

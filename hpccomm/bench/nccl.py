@@ -76,10 +76,10 @@ def line(apart: Row, in_place: Row, root: int) -> str:
     """One size: thirteen words."""
     case, width = CASES[apart.collective], np.dtype(apart.datatype).itemsize
     elements = apart.bytes // width
-    divided = case.parts or apart.collective.startswith("reduce_scatter")
+    divided = case.size_per_rank or apart.collective.startswith("reduce_scatter")
     count = elements // apart.ranks if divided else elements
-    size = (count * apart.ranks if case.parts else elements) * width
-    op, shown = "sum" if case.reduces else "none", root if case.rooted else -1
+    size = (count * apart.ranks if case.size_per_rank else elements) * width
+    op, shown = "sum" if case.reduces else "none", root if case.has_root else -1
     left = LEFT.format(size, count, TYPES.get(apart.datatype, apart.datatype), op, shown)
     return left + half(apart) + half(in_place)
 
@@ -87,10 +87,10 @@ def line(apart: Row, in_place: Row, root: int) -> str:
 def half(row: Row) -> str:
     """Time, algbw, busbw, wrong elements."""
     wrong = "N/A" if row.validated is None else f"{row.wrong:g}"
-    return HALF.format(fitted(row.avg_us, 7), fitted(row.algbw_GBps, 6), fitted(row.busbw_GBps, 6), wrong)
+    return HALF.format(fit_number(row.avg_us, 7), fit_number(row.algbw_GBps, 6), fit_number(row.busbw_GBps, 6), wrong)
 
 
-def fitted(value: float, width: int) -> str:
+def fit_number(value: float, width: int) -> str:
     """As many decimals, up to two, as there is room for."""
     for digits in (2, 1, 0):
         text = f"{value:.{digits}f}"

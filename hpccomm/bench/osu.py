@@ -31,7 +31,7 @@ class Column(NamedTuple):
     width: int = WIDTH
 
 
-class Wanted(NamedTuple):
+class ColumnOptions(NamedTuple):
     """Columns that are asked for."""
 
     full: bool = False
@@ -63,16 +63,16 @@ def line(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     return start + "".join(column.text(rows).rjust(column.width) for column in rest)
 
 
-def columns_of(collective: str, algorithms: Sequence[str], wanted: Wanted) -> list[Column]:
+def columns_of(collective: str, algorithms: Sequence[str], wanted: ColumnOptions) -> list[Column]:
     """The table of one algorithm as OSU prints it, or of several."""
-    found = single(collective, wanted) if len(algorithms) == 1 else compared(algorithms, wanted)
+    found = osu_columns(collective, wanted) if len(algorithms) == 1 else comparison_columns(algorithms, wanted)
     if collective != "barrier":
         return [Column("# Size", lambda rows: str(rows[0].bytes), 10), *found]
     first = found[0]
     return [first._replace(title=f"# {first.title}", width=max(17, len(first.title) + 2)), *found[1:]]
 
 
-def single(collective: str, wanted: Wanted) -> list[Column]:
+def osu_columns(collective: str, wanted: ColumnOptions) -> list[Column]:
     """OSU's columns."""
     if is_bandwidth(collective):
         found = [Column("Bandwidth (MB/s)", lambda rows: number(rows[0].algbw_GBps * 1e3))]
@@ -91,22 +91,24 @@ def single(collective: str, wanted: Wanted) -> list[Column]:
     ]
 
 
-def compared(algorithms: Sequence[str], wanted: Wanted) -> list[Column]:
+def comparison_columns(algorithms: Sequence[str], wanted: ColumnOptions) -> list[Column]:
     """For each algorithm its median latency; then how many times as fast as native each is."""
     found: list[Column] = []
     for k, name in enumerate(algorithms):
-        found.append(wide(f"{name} P50(us)", lambda rows, k=k: number(median(rows[k]))))
+        found.append(wide_column(f"{name} P50(us)", lambda rows, k=k: number(median(rows[k]))))
         if wanted.full:
-            found.append(wide(f"{name} Avg(us)", lambda rows, k=k: number(rows[k].avg_us)))
-            found.append(wide(f"{name} Min(us)", lambda rows, k=k: number(rows[k].min_us)))
-            found.append(wide(f"{name} Max(us)", lambda rows, k=k: number(rows[k].max_us)))
+            found.append(wide_column(f"{name} Avg(us)", lambda rows, k=k: number(rows[k].avg_us)))
+            found.append(wide_column(f"{name} Min(us)", lambda rows, k=k: number(rows[k].min_us)))
+            found.append(wide_column(f"{name} Max(us)", lambda rows, k=k: number(rows[k].max_us)))
         for j, p in enumerate(wanted.percentiles):
-            found.append(wide(f"{name} P{p}(us)", lambda rows, k=k, j=j: number(rows[k].tails[j])))
+            found.append(wide_column(f"{name} P{p}(us)", lambda rows, k=k, j=j: number(rows[k].tails[j])))
     if "native" in algorithms:
         native = list(algorithms).index("native")
         for k, name in enumerate(algorithms):
             if k != native:
-                found.append(wide(f"native/{name}", lambda rows, k=k: number(median(rows[native]) / median(rows[k]))))
+                found.append(
+                    wide_column(f"native/{name}", lambda rows, k=k: number(median(rows[native]) / median(rows[k])))
+                )
     if wanted.full:
         found.append(Column("Iterations", iterations, 12))
     return [*found, Column("Validation", validation)] if wanted.check else found
@@ -118,7 +120,7 @@ def median(row: Row) -> float:
     return row.p50_us
 
 
-def wide(name: str, text: Callable[..., str]) -> Column:
+def wide_column(name: str, text: Callable[..., str]) -> Column:
     """A column that is wide enough for its title."""
     return Column(name, text, max(WIDTH, len(name) + 2))
 

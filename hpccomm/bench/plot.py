@@ -65,7 +65,7 @@ def draw(paths: Sequence[str], out: str) -> None:
     panels = [panel for panel in PANELS if any(getattr(line, panel.values) for line in found)]
     figure = Figure(figsize=(4.6 * len(panels) + 1.2, 5.2), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        fill(axes, panel, found)
+        draw_panel(axes, panel, found)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     figure.suptitle(heading(list(files.values())), fontsize=11, x=0.01, ha="left")
@@ -96,7 +96,7 @@ def lines(files: Mapping[str, Values]) -> list[Line]:
     keys = [dict(zip(KEYS, each, strict=True)) for each in grouped]
     differ = [key for key in KEYS if varies(key, keys)] or ["algorithm"]
     return [
-        line(key, labelled(key, differ), rows, grouped.get((*values[:-1], NATIVE), []))
+        line(key, label_of(key, differ), rows, grouped.get((*values[:-1], NATIVE), []))
         for key, (values, rows) in zip(keys, grouped.items(), strict=True)
     ]
 
@@ -110,7 +110,7 @@ def varies(key: str, keys: Sequence[Values]) -> bool:
     )
 
 
-def labelled(key: Values, differ: Sequence[str]) -> str:
+def label_of(key: Values, differ: Sequence[str]) -> str:
     """What is particular about a line."""
     words = {
         "algorithm": str(key["algorithm"]),
@@ -124,24 +124,24 @@ def labelled(key: Values, differ: Sequence[str]) -> str:
 def line(key: Values, label: str, rows: Sequence[Values], native: Sequence[Values]) -> Line:
     """The numbers of a line, the smallest size first."""
     rows = sorted((row for row in rows if row["bytes"]), key=lambda row: row["bytes"])
-    yardstick = {row["bytes"]: middle(row) for row in native}
+    yardstick = {row["bytes"]: row_us(row) for row in native}
     comparable = key["algorithm"] != NATIVE and all(row["bytes"] in yardstick for row in rows)
     return Line(
         key,
         label,
         [row["bytes"] for row in rows],
-        [middle(row) for row in rows],
-        [row["busbw_GBps"] * row["avg_us"] / middle(row) for row in rows],
-        [yardstick[row["bytes"]] / middle(row) for row in rows] if comparable else [],
+        [row_us(row) for row in rows],
+        [row["busbw_GBps"] * row["avg_us"] / row_us(row) for row in rows],
+        [yardstick[row["bytes"]] / row_us(row) for row in rows] if comparable else [],
     )
 
 
-def middle(row: Values) -> float:
+def row_us(row: Values) -> float:
     """The median time, or the mean."""
     return float(row["p50_us"] or row["avg_us"])
 
 
-def fill(axes: Any, panel: Panel, found: Sequence[Line]) -> None:
+def draw_panel(axes: Any, panel: Panel, found: Sequence[Line]) -> None:
     """One panel."""
     algorithms = [name for name in dict.fromkeys(line.key["algorithm"] for line in found) if name != NATIVE]
     kinds = list(dict.fromkeys(kind(line) for line in found))
@@ -182,7 +182,7 @@ def name_axes(axes: Any, panel: Panel) -> None:
 
     axes.set_xlabel("bytes", fontsize=9)
     axes.xaxis.set_major_locator(LogLocator(base=4, numticks=9))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: readable(size)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 100 * low else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -195,7 +195,7 @@ def name_axes(axes: Any, panel: Panel) -> None:
         axes.spines[side].set_visible(False)
 
 
-def readable(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes for people."""
     for unit in ("", "Ki", "Mi", "Gi"):
         if size < 1024 or unit == "Gi":
@@ -207,11 +207,11 @@ def readable(size: float) -> str:
 def heading(files: Sequence[Values]) -> str:
     """What was measured, and where."""
     whats = dict.fromkeys(f"{row['collective']} of {row['datatype']}" for file in files for row in file["rows"])
-    wheres = dict.fromkeys(place(file) for file in files)
+    wheres = dict.fromkeys(describe_machine(file) for file in files)
     return "; ".join(whats) + "\n" + "\n".join(wheres)
 
 
-def place(file: Values) -> str:
+def describe_machine(file: Values) -> str:
     """A machine, for people."""
     machine = file["machine"]
     return f"{machine.get('ranks', '')}, {machine.get('processor', '')}, {file['mpi']}"

@@ -25,12 +25,12 @@ from mpi4py import MPI
 from hpccomm.backends.hierarchical import SHORT_BYTES, Operands, TwoLevels
 from hpccomm.calls import operations
 from hpccomm.collectives import ALGORITHMS
-from hpccomm.collectives.engine import Plan, bind, interleaved, segments
-from hpccomm.collectives.hierarchical import lanes_of
+from hpccomm.collectives.engine import Plan, bind, interleave, segments
+from hpccomm.collectives.hierarchical import channels_of
 from hpccomm.collectives.schedule import Algorithm, Step
 from hpccomm.errors import ArgumentError
 from hpccomm.performance import inter_node
-from hpccomm.performance.measured import ITEM, Curve, Kind, Point, Round, rounds
+from hpccomm.performance.measured import ITEM, CostCurve, Point, Round, RoundType, rounds
 
 LENGTHS = (4, 64, 1024, 4096, 8192, 16384, 32768, inter_node.MESSAGE_BYTES, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22)
 """Bytes of the messages that are measured; close together where transports change their ways."""
@@ -43,7 +43,7 @@ COPIES = (4, 4096, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 
 SECONDS = 0.03
 """For calls of one length, each visit."""
-VISITS, MOST = 3, 150
+REPETITIONS, MOST = 3, 150
 """How often each length is visited, and the most calls of a visit."""
 FEW = 4
 """Rounds of the longer calls."""
@@ -54,7 +54,7 @@ Call = Callable[[], object]
 Times = tuple[list[float], ...]
 """Microseconds of calls of one round, and of a few; of what stays inside a node also with a round between the nodes
 after each, and of those rounds alone."""
-Over = Callable[[Sequence[float]], float]
+Aggregate = Callable[[Sequence[float]], float]
 """How the times of the ranks become one."""
 Vector = npt.NDArray[np.float32]
 
@@ -62,7 +62,7 @@ Vector = npt.NDArray[np.float32]
 class Task(NamedTuple):
     """A kind, the rounds of it that follow one another, and how long their messages become."""
 
-    kind: Kind
+    kind: RoundType
     turns: tuple[Round, ...]
     lengths: tuple[int, ...]
 
@@ -77,7 +77,7 @@ class Task(NamedTuple):
         return any((each.to < 0).any() for each in self.turns)
 
 
-def measured_curves(comm: Any, algorithms: Sequence[str], most: int) -> tuple[Curve, ...]:
+def measure_round_costs(comm: Any, algorithms: Sequence[str], most: int) -> tuple[CostCurve, ...]:
     """The rounds of these allreduces of up to ``most`` bytes, on the nodes at hand (collective).
 
     ``comm`` is a Communicator on several nodes with equally many ranks, one node after the other; elsewhere there are
@@ -87,15 +87,17 @@ def measured_curves(comm: Any, algorithms: Sequence[str], most: int) -> tuple[Cu
     if layout.count == 1 or not (layout.even and layout.contiguous):
         return ()
     bench = Rounds(comm)
-    tasks = list(wanted(layout.nodes, algorithms, most, bench.levels is not None))
-    visits = [[bench.visit(task) for task in tasks] for _ in range(VISITS)]
+    tasks = list(cost_tasks(layout.nodes, algorithms, most, bench.levels is not None))
+    visits = [[bench.visit(task) for task in tasks] for _ in range(REPETITIONS)]
     shape = layout.count, layout.per_node[0]
-    found = [Curve(*shape, task.kind, joined(task, times)) for task, *times in zip(tasks, *visits, strict=True)]
-    agreed: tuple[Curve, ...] = comm.bcast(tuple(found))
+    found = [
+        CostCurve(*shape, task.kind, merge_visits(task, times)) for task, *times in zip(tasks, *visits, strict=True)
+    ]
+    agreed: tuple[CostCurve, ...] = comm.bcast(tuple(found))
     return agreed
 
 
-def joined(task: Task, visits: Sequence[Sequence[Times]]) -> tuple[Point, ...]:
+def merge_visits(task: Task, visits: Sequence[Sequence[Times]]) -> tuple[Point, ...]:
     """The points of a kind: medians over all calls of all visits."""
     points = []
     for nbytes, *found in zip(task.lengths, *visits, strict=True):
@@ -109,25 +111,25 @@ def joined(task: Task, visits: Sequence[Sequence[Times]]) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def wanted(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, levels: bool) -> Iterator[Task]:
+def cost_tasks(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, levels: bool) -> Iterator[Task]:
     """Everything whose price is needed: the fixed ones, the rounds of the schedules, what two levels are made of."""
-    yield Task(Kind("call"), (), (0,))
-    yield Task(Kind("copy"), (), up_to(COPIES, most))
+    yield Task(RoundType("call"), (), (0,))
+    yield Task(RoundType("copy"), (), lengths_up_to(COPIES, most))
     flat = [ALGORITHMS["allreduce"][name] for name in algorithms if name in ALGORITHMS["allreduce"]]
-    yield from of_rounds([each for each in flat if not each.lanes], nodes, most, "round", LENGTHS)
+    yield from round_tasks([each for each in flat if not each.segmented], nodes, most, "round", LENGTHS)
     if not levels or "hierarchical" not in algorithms:
         return
-    ends, lanes = np.arange(int(nodes.max()) + 1), lanes_of(nodes).rank.shape[1]
+    ends, lanes = np.arange(int(nodes.max()) + 1), channels_of(nodes).rank.shape[1]
     inter = ALGORITHMS["allreduce"]
-    yield from of_rounds([inter["doubling"], inter["butterfly"]], ends, SHORT_BYTES, "short", SHORT)
+    yield from round_tasks([inter["doubling"], inter["butterfly"]], ends, SHORT_BYTES, "short", SHORT)
     if most > SHORT_BYTES:
-        yield Task(Kind("scatter"), (), up_to(SEGMENTS, most))
-        yield Task(Kind("gather"), (), up_to(SEGMENTS, most))
+        yield Task(RoundType("scatter"), (), lengths_up_to(SEGMENTS, most))
+        yield Task(RoundType("gather"), (), lengths_up_to(SEGMENTS, most))
         in_one = most if ends.size == 2 else min(most, 2 * inter_node.MESSAGE_BYTES * lanes)
         pieces = {
             task.kind: task
             for name, nbytes in (("doubling", in_one), ("butterfly", in_one), ("ring", most))
-            for task in of_rounds([inter[name]], ends, nbytes // lanes, "pieces", FLIGHTS)
+            for task in round_tasks([inter[name]], ends, nbytes // lanes, "pieces", FLIGHTS)
         }
         for kind, task in pieces.items():
             if kind.messages >= ends.size:
@@ -135,22 +137,22 @@ def wanted(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, l
                 yield task._replace(kind=on_all)
 
 
-def of_rounds(
+def round_tasks(
     schedules: Sequence[Algorithm], nodes: npt.NDArray[np.int64], most: int, what: str, lengths: Sequence[int]
 ) -> Iterator[Task]:
     """Every kind of round of some schedules, with whom ranks meet in them, at lengths that occur."""
-    longest: dict[Kind, float] = {}
-    partners: dict[Kind, dict[bytes, Round]] = {}
+    longest: dict[RoundType, float] = {}
+    partners: dict[RoundType, dict[bytes, Round]] = {}
     for schedule in schedules:
         for nbytes in (2 * ITEM, most):
             for each in rounds(schedule, nodes, nbytes, what):
                 longest[each.kind] = max(each.bytes, longest.get(each.kind, 0.0))
                 partners.setdefault(each.kind, {}).setdefault(each.to.tobytes(), each)
     for kind, above in longest.items():
-        yield Task(kind, tuple(partners[kind].values()), up_to(lengths, above))
+        yield Task(kind, tuple(partners[kind].values()), lengths_up_to(lengths, above))
 
 
-def up_to(lengths: Sequence[int], most: float) -> tuple[int, ...]:
+def lengths_up_to(lengths: Sequence[int], most: float) -> tuple[int, ...]:
     """The lengths not above ``most``, and the next one."""
     above = [each for each in lengths if each >= most][:1]
     return (*(each for each in lengths if each < most), *above)
@@ -162,7 +164,7 @@ class Rounds:
     def __init__(self, comm: Any) -> None:
         self.comm, self.plain = comm, MPI.Intracomm(comm)
         self.levels: TwoLevels | None = comm.context.two_levels
-        self.held: list[Vector] = []
+        self.buffers: list[Vector] = []
         self.combine = operations.combiner(MPI.SUM)
         few = np.zeros(1, np.float32)
         if self.levels:
@@ -171,33 +173,33 @@ class Rounds:
     def visit(self, task: Task) -> list[Times]:
         """One kind at all its lengths (collective)."""
         found = [self.times_of(task, nbytes) for nbytes in task.lengths]
-        self.held.clear()
+        self.buffers.clear()
         return found
 
     def times_of(self, task: Task, nbytes: int) -> Times:
         """One kind at one length (collective)."""
-        over: Over = max if task.partial else mean
-        one, few = self.timed(*self.call(task, nbytes, 1), over), self.timed(*self.call(task, nbytes, FEW), over)
+        over: Aggregate = max if task.partial else mean
+        one, few = self.measure(*self.call(task, nbytes, 1), over), self.measure(*self.call(task, nbytes, FEW), over)
         if not task.local:
             return one, few
-        across = self.rounds(self.across, ITEM, 1)
+        across = self.rounds(self.inter_node_round, ITEM, 1)
         call, free = self.call(task, nbytes, 1)
 
         def both() -> None:
             call()
             across()
 
-        more = [self.timed(repeated(n, what), nothing, mean) for what in (both, across) for n in (1, FEW)]
+        more = [self.measure(repeat(n, what), no_op, mean) for what in (both, across) for n in (1, FEW)]
         free()
         across.free()
         return one, few, *more
 
     @property
-    def across(self) -> Task:
+    def inter_node_round(self) -> Task:
         """A round in which every rank sends to the next node."""
         p, width = self.comm.size, self.comm.layout.per_node[0]
         to, source = (np.arange(p) + width) % p, (np.arange(p) - width) % p
-        kind = Kind("round", width, 0, p, self.comm.layout.count == 2)
+        kind = RoundType("round", width, 0, p, self.comm.layout.count == 2)
         return Task(kind, (Round(kind, ITEM, to, source),), (ITEM,))
 
     # What is run
@@ -206,11 +208,13 @@ class Rounds:
         """A call of ``count`` rounds of a kind, and what gives back what it holds."""
         what = task.kind.what
         if what in ("round", "pieces", "short"):
-            plan = {"round": self.rounds, "pieces": self.pieces, "short": self.short}[what](task, nbytes, count)
+            plan = {"round": self.rounds, "pieces": self.channel_rounds, "short": self.short_call}[what](
+                task, nbytes, count
+            )
             return plan, plan.free
-        return repeated(count, self.other(what, nbytes)), nothing
+        return repeat(count, self.local_call(what, nbytes)), no_op
 
-    def other(self, what: str, nbytes: int) -> Call:
+    def local_call(self, what: str, nbytes: int) -> Call:
         """What is no round between ranks."""
         if what == "call":
             none = np.empty(0, np.float32)
@@ -218,7 +222,7 @@ class Rounds:
         if what == "copy":
             a, b = zeros(nbytes), zeros(nbytes)
             return lambda: np.copyto(a, b)
-        return self.inside(what, nbytes)
+        return self.intra_node_call(what, nbytes)
 
     def rounds(self, task: Task, nbytes: int, count: int) -> Plan:
         """Rounds of a schedule that runs as it stands."""
@@ -243,36 +247,38 @@ class Rounds:
 
         return Algorithm(steps, lambda p: 2)
 
-    def pieces(self, task: Task, nbytes: int, count: int) -> Plan:
+    def channel_rounds(self, task: Task, nbytes: int, count: int) -> Plan:
         """Rounds between the nodes of all lanes, each in several messages at a time."""
         levels = self.two_levels
         schedule, lanes = self.pattern(task, count), []
         vector = zeros(2 * nbytes)
         for piece in segments(vector.size // 2, inter_node.message_count(nbytes, 1)):
             part = vector[2 * piece.start : 2 * piece.stop]
-            lanes.append(list(levels.between(schedule, part, self.combine, WORD)) if levels.drives else [])
-        return interleaved(lanes)
+            lanes.append(
+                list(levels.inter_node_rounds(schedule, part, self.combine, WORD)) if levels.has_channel else []
+            )
+        return interleave(lanes)
 
-    def short(self, task: Task, nbytes: int, count: int) -> Plan:
+    def short_call(self, task: Task, nbytes: int, count: int) -> Plan:
         """A short vector's call, with any number of rounds between the nodes."""
         vector, source = zeros(2 * nbytes), zeros(2 * nbytes)
         data = Operands(address_of(source), address_of(vector), vector, "float32", "sum", self.combine)
-        self.held += [vector, source]
-        return self.two_levels.short(data, WORD, self.pattern(task, count))
+        self.buffers += [vector, source]
+        return self.two_levels.bind_short(data, WORD, self.pattern(task, count))
 
-    def inside(self, what: str, nbytes: int) -> Call:
+    def intra_node_call(self, what: str, nbytes: int) -> Call:
         """A reduce-scatter or an allgather inside each node."""
         levels, vector, source = self.two_levels, zeros(nbytes), zeros(nbytes)
         memory, width = levels.memory, levels.members
         cuts = [vector.size * k // width for k in range(width + 1)]
         counts = np.diff(cuts).tolist()
-        mine = address_of(vector) + ITEM * cuts[levels.place]
+        mine = address_of(vector) + ITEM * cuts[levels.local_rank]
         if what == "scatter":
             run = memory.bind_reduce_scatter(address_of(source), mine, counts, "float32", "sum", WORD)
         else:
             sizes, places = [ITEM * each for each in counts], [ITEM * each for each in cuts[:-1]]
             run = memory.bind_allgather(mine, address_of(vector), sizes, places, WORD)
-        self.held += [vector, source]
+        self.buffers += [vector, source]
         return run
 
     @property
@@ -284,14 +290,14 @@ class Rounds:
 
     # How it is timed
 
-    def timed(self, call: Call, free: Call, over: Over) -> list[float]:
+    def measure(self, call: Call, free: Call, over: Aggregate) -> list[float]:
         """Microseconds of some calls, each joined over the ranks."""
         [first] = self.times(call, 1, over)
         found = self.times(call, int(min(MOST, max(1, SECONDS * 1e6 / first))), over)
         free()
         return found
 
-    def times(self, call: Call, count: int, over: Over) -> list[float]:
+    def times(self, call: Call, count: int, over: Aggregate) -> list[float]:
         """Microseconds of ``count`` calls, a barrier before each; the same on all ranks."""
         mine = []
         for _ in range(count):
@@ -302,7 +308,7 @@ class Rounds:
         return [max(over(each), 1e-3) for each in zip(*self.plain.allgather(mine), strict=True)]
 
 
-def repeated(count: int, call: Call) -> Call:
+def repeat(count: int, call: Call) -> Call:
     """A call again and again."""
 
     def run() -> None:
@@ -322,5 +328,5 @@ def address_of(vector: Vector) -> int:
     return int(vector.ctypes.data)
 
 
-def nothing() -> None:
+def no_op() -> None:
     """There is nothing to give back."""

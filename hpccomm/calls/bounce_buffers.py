@@ -21,7 +21,7 @@ KINDS = 128
 """Of calls that are remembered."""
 
 
-class StandIns:
+class BounceBuffers:
     """Of one communicator, by the kind of call: its name, lengths, dtypes and arguments."""
 
     def __init__(self) -> None:
@@ -42,20 +42,20 @@ class StandIns:
         kind = (kind, None if in_place else lengths(sendbuf), lengths(recvbuf))
         known = self._arrays.get(kind)
         if known is None:
-            if not self.due(kind):
+            if not self.count_call(kind):
                 return False
-            into = like(recvbuf)
-            known = self._arrays[kind] = (into if in_place else like(sendbuf), into)
+            into = empty_like(recvbuf)
+            known = self._arrays[kind] = (into if in_place else empty_like(sendbuf), into)
             self._own.update(id(each) for each in known if type(each) is np.ndarray)
         source, into = known
         if source is not into:
-            copied(source, sendbuf)
-        copied(into, recvbuf)
+            copy_array(source, sendbuf)
+        copy_array(into, recvbuf)
         call(source, into, *rest)
-        copied(recvbuf, into)
+        copy_array(recvbuf, into)
         return True
 
-    def due(self, kind: Hashable) -> bool:
+    def count_call(self, kind: Hashable) -> bool:
         """Count a call that would be bound to its own arrays; whether others should stand in."""
         if len(self._calls) >= KINDS:
             self._calls.clear()
@@ -77,12 +77,12 @@ def lengths(buffer: Any) -> Hashable:
     return (buffer.size, buffer.dtype) if type(buffer) is np.ndarray else buffer is None
 
 
-def like(buffer: Any) -> Any:
+def empty_like(buffer: Any) -> Any:
     """An array of the same length and dtype; what is no array stands for itself."""
     return np.empty(buffer.size, buffer.dtype) if type(buffer) is np.ndarray else buffer
 
 
-def copied(to: Any, source: Any) -> None:
+def copy_array(to: Any, source: Any) -> None:
     """Copy an array; nothing where there is none."""
     if type(to) is np.ndarray:
         to.reshape(-1)[...] = source.reshape(-1)

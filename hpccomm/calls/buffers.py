@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from hpccomm.errors import ArgumentError
 
-PLAIN = "biufc"
+MPI_KINDS = "biufc"
 """NumPy's letters of the kinds of dtype that MPI knows."""
 
 
@@ -33,7 +33,7 @@ class Message:
     """``None`` when opaque; unsigned for 16-bit floats, of which :attr:`half` tells the kind."""
     half: str = ""
     """``"float16"`` or ``"bfloat16"``: moved as integers of as many bits, added in float32."""
-    travels_as: str = ""
+    element_name: str = ""
     """What to call its elements where they stand for others."""
     writable: bool = True
     order: str = "C"
@@ -74,11 +74,11 @@ class Message:
             return self.octets or 0
         return self.elements * self.dtype.itemsize
 
-    def part(self, ranks: int) -> int:
+    def block_length(self, ranks: int) -> int:
         """Elements for each of ``ranks`` ranks."""
         return self.size // ranks if self.count is None else self.count
 
-    def parts(self, ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def blocks(self, ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Elements for each rank and where they begin, as mpi4py completes what was left out."""
         counts = self.counts
         if counts is None and self.count is not None:
@@ -102,10 +102,10 @@ class Message:
         """The elements, as a view that does not keep the user's array alive."""
         assert self.dtype is not None
         count = self.elements if count is None else count
-        return at(self.address + first * self.dtype.itemsize, count, self.dtype)
+        return view_at(self.address + first * self.dtype.itemsize, count, self.dtype)
 
 
-def at(address: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def view_at(address: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """``count`` elements at an address."""
     if not count:
         return np.empty(0, dtype)
@@ -126,7 +126,7 @@ def read(given: Any, who: str) -> Message:
     return read_provider(given, who)
 
 
-def begun(message: Message, who: str) -> Message:
+def apply_displacement(message: Message, who: str) -> Message:
     """A buffer without parts for each rank, where ``[data, count, displacement, datatype]`` lets it begin."""
     if message.dtype is None or not isinstance(message.displs, int):
         return message
@@ -143,8 +143,8 @@ def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Message:
     if isinstance(raw, np.ma.MaskedArray):
         raise ArgumentError(f"{who}: a masked array would lose its mask: pass x.filled(value)")
     half = half_of(array.dtype)
-    if array.dtype.kind not in PLAIN and not half:
-        raise ArgumentError(f"{who}: MPI has no datatype for {array.dtype}: {instead_of(array.dtype)}")
+    if array.dtype.kind not in MPI_KINDS and not half:
+        raise ArgumentError(f"{who}: MPI has no datatype for {array.dtype}: {remedy_for(array.dtype)}")
     if not array.dtype.isnative:
         raise ArgumentError(
             f"{who}: {array.dtype.str} has another byte order than this machine: "
@@ -159,7 +159,7 @@ def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Message:
     message = Message(
         raw, address_of(array), array.size, array.dtype, writable=array.flags.writeable, order=order, owner=array
     )
-    return halved(message, half) if half else message
+    return to_uint16(message, half) if half else message
 
 
 def half_of(dtype: np.dtype[Any]) -> str:
@@ -167,14 +167,14 @@ def half_of(dtype: np.dtype[Any]) -> str:
     return dtype.name if dtype == np.float16 or dtype.name == "bfloat16" else ""
 
 
-def halved(message: Message, half: str) -> Message:
+def to_uint16(message: Message, half: str) -> Message:
     """16-bit floats as the integers that every MPI can move."""
     message.half, message.dtype = half, np.dtype("u2")
     message.raw = [MPI.memory.fromaddress(message.address, 2 * message.size), MPI.UINT16_T]
     return message
 
 
-def instead_of(dtype: np.dtype[Any]) -> str:
+def remedy_for(dtype: np.dtype[Any]) -> str:
     """What to do with a dtype that MPI does not know."""
     if dtype.kind == "O":
         return "use the lower-case method, which pickles, or a numeric dtype"
@@ -195,7 +195,7 @@ def read_provider(given: Any, who: str) -> Message:
     if not view.contiguous:
         raise ArgumentError(f"{who}: the buffer is not contiguous: pass a contiguous copy")
     array = np.asarray(view) if view.format != "B" or view.itemsize != 1 else np.frombuffer(view, "u1")
-    if array.dtype.kind not in PLAIN:
+    if array.dtype.kind not in MPI_KINDS:
         return Message(given)
     order = "C" if view.c_contiguous else "F"
     return Message(
@@ -222,7 +222,7 @@ def read_dlpack(given: Any, who: str) -> Message:
             "cast it to float32"
         )
     message = Message(given, memory.address, memory.nbytes // dtype.itemsize, dtype, owner=given)
-    return halved(message, half) if half else message
+    return to_uint16(message, half) if half else message
 
 
 DLPACK_HOST, DLPACK_FLOAT, DLPACK_BFLOAT = 1, 2, 4
@@ -260,13 +260,13 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Message:
     """mpi4py's ``[data, count(s), displacement(s), datatype]`` and its shorter forms."""
     if not 2 <= len(form) <= 4 or form[0] is None or form[0] is MPI.BOTTOM:
         return Message(form)
-    data, count, displs, datatype = members(form)
+    data, count, displs, datatype = split_form(form)
     base = read_data(data, who)
     if base.opaque:
         return Message(form)
     dtype = numpy_dtype(datatype) if datatype is not None else base.dtype
     if dtype is None:
-        return derived(form, base, count, datatype)
+        return read_derived(form, base, count, datatype)
     size = base.size * base.dtype.itemsize // dtype.itemsize if base.dtype is not None else 0
     message = Message(form, base.address, size, dtype, writable=base.writable, order=base.order, owner=base.owner)
     if datatype is None and base.half:
@@ -283,7 +283,7 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Message:
     return message
 
 
-def derived(form: Any, base: Message, count: Any, datatype: Any) -> Message:
+def read_derived(form: Any, base: Message, count: Any, datatype: Any) -> Message:
     """An opaque form whose bytes can at least be counted."""
     if not isinstance(datatype, MPI.Datatype) or not (count is None or isinstance(count, int)):
         return Message(form)
@@ -297,11 +297,11 @@ def derived(form: Any, base: Message, count: Any, datatype: Any) -> Message:
         octets=items * datatype.Get_size(),
         datatype=datatype,
         count=count,
-        base=made_of(datatype),
+        base=base_dtype(datatype),
     )
 
 
-def made_of(datatype: MPI.Datatype) -> np.dtype[Any] | None:
+def base_dtype(datatype: MPI.Datatype) -> np.dtype[Any] | None:
     """The one predefined datatype that a derived one repeats."""
     while not datatype.is_predefined:
         datatype, combiner, _ = datatype.decode()
@@ -312,13 +312,13 @@ def made_of(datatype: MPI.Datatype) -> np.dtype[Any] | None:
 
 def read_data(data: Any, who: str) -> Message:
     """The memory of a form; its own element type does not matter when a datatype is named."""
-    strange = isinstance(data, np.ndarray) and data.dtype.kind not in PLAIN and not half_of(data.dtype)
+    strange = isinstance(data, np.ndarray) and data.dtype.kind not in MPI_KINDS and not half_of(data.dtype)
     if strange and data.flags.c_contiguous:
         return Message(data, address_of(data), data.nbytes, np.dtype("u1"), writable=data.flags.writeable, owner=data)
     return read(data, who)
 
 
-def members(form: list[Any] | tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
+def split_form(form: list[Any] | tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
     """Data, count or counts, displacement or displacements, datatype."""
     data, *rest = form
     datatype = rest.pop() if isinstance(rest[-1], MPI.Datatype | str) else None
@@ -344,4 +344,4 @@ def numpy_dtype(datatype: MPI.Datatype | str) -> np.dtype[Any] | None:
         dtype = np.dtype(datatype.tocode())
     except (TypeError, ValueError):
         return None
-    return dtype if dtype.kind in PLAIN and dtype.itemsize == datatype.Get_size() else None
+    return dtype if dtype.kind in MPI_KINDS and dtype.itemsize == datatype.Get_size() else None

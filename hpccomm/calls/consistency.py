@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from hpccomm.calls.fingerprint import Signature, complaint, decode, differs, ranks
+from hpccomm.calls.fingerprint import Fingerprint, decode, first_difference, format_ranks, mismatch_message
 from hpccomm.errors import MismatchError
 
 CALLS = 64
@@ -25,22 +25,22 @@ CALLS = 64
 TEXTS = 32
 TEXT_BYTES = 248
 STATUS, LEFT, GAVE_UP = CALLS, CALLS + 1, CALLS + 2
-LINE = CALLS + 16 + TEXTS * (TEXT_BYTES // 8 + 1)
+ROW_WORDS = CALLS + 16 + TEXTS * (TEXT_BYTES // 8 + 1)
 """64-bit words a rank."""
 
 PERIOD = 0.25
 """Seconds between two looks of the watchdog."""
 
-LAST_WORDS = 0.5
+FLUSH_SECONDS = 0.5
 """Seconds between a last sentence and the end: launchers drop what they have not read by then (seen with hydra)."""
 
 
 def bytes_needed(members: int) -> int:
     """Shared bytes for the ranks of one node."""
-    return members * LINE * 8
+    return members * ROW_WORDS * 8
 
 
-class RollCall:
+class ConsistencyTable:
     """One rank's view of its node's table.
 
     ``memory`` is zeroed memory that all members share, ``members`` their ranks in the communicator, ``me`` this one.
@@ -50,23 +50,23 @@ class RollCall:
         self._octets = memoryview(memory)
         self._words = self._octets.cast("q")
         self._members, self._me = members, me
-        self._base = members.index(me) * LINE
-        self._peers = [k * LINE for k, rank in enumerate(members) if rank != me]
-        self._known: dict[int, Signature] = {}
-        self._fine: set[tuple[int, int]] = set()
+        self._base = members.index(me) * ROW_WORDS
+        self._peers = [k * ROW_WORDS for k, rank in enumerate(members) if rank != me]
+        self._fingerprints: dict[int, Fingerprint] = {}
+        self._compatible: set[tuple[int, int]] = set()
         self._warned = (0, 0)
         self.progress: Callable[[], Any] = lambda: None
         """Lets MPI move what is under way."""
         self._seq = 0
-        self.inside = 0
+        self.active_seq = 0
         """The number of the call that this rank is in; 0 outside."""
         watch(self)
 
-    def announce(self, signature: Signature) -> int:
+    def announce(self, signature: Fingerprint) -> int:
         """Write the words of a call that will be made; returns its number for :meth:`enter`."""
-        word = signature.word
-        if self._known.get(word) != signature:
-            self._known[word] = signature
+        word = signature.digest
+        if self._fingerprints.get(word) != signature:
+            self._fingerprints[word] = signature
             start = 8 * (self._base + CALLS + 16 + (word % TEXTS) * (TEXT_BYTES // 8 + 1))
             text = signature.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
             self._octets[start + 8 : start + 8 + TEXT_BYTES] = text
@@ -79,7 +79,7 @@ class RollCall:
         self._seq = seq = self._seq + 1
         slot, mine = seq % CALLS, (seq << 31) | word
         words[self._base + slot] = mine
-        words[self._base + STATUS] = self.inside = seq
+        words[self._base + STATUS] = self.active_seq = seq
         for peer in self._peers:
             theirs = words[peer + slot]
             if theirs != mine and theirs >> 31 == seq:
@@ -90,7 +90,7 @@ class RollCall:
         words = self._words
         self._seq = seq = self._seq + 1
         words[self._base + seq % CALLS] = (seq << 31) | word
-        words[self._base + STATUS] = self.inside = seq
+        words[self._base + STATUS] = self.active_seq = seq
 
     def leave(self, word: int) -> None:
         """The call is over: raise if it was not what the others called."""
@@ -100,7 +100,7 @@ class RollCall:
             theirs = words[peer + slot]
             if theirs != mine and theirs >> 31 == seq:
                 self.compare(word, theirs, peer)
-        self.inside = 0
+        self.active_seq = 0
         words[self._base + STATUS] = -seq
 
     def wait(self) -> None:
@@ -119,7 +119,7 @@ class RollCall:
                     os.sched_yield()
                     self.progress()
                 if spins % 2000 == 0:
-                    self.raise_if_hopeless()
+                    self.raise_if_deadlocked()
         for peer in self._peers:
             theirs = words[peer + slot]
             if theirs != mine and theirs >> 31 == seq:
@@ -136,44 +136,44 @@ class RollCall:
     def compare(self, word: int, theirs: int, peer: int) -> None:
         """The numbers differ: do the words contradict each other?"""
         other = theirs & 0x7FFFFFFF
-        if word == other or (word, other) in self._fine:
+        if word == other or (word, other) in self._compatible:
             return
-        a, b = self._known.get(word), self.text(peer, other)
-        if a is not None and b is not None and differs(a, b) is None:
-            self._fine.add((word, other))
+        a, b = self._fingerprints.get(word), self.text(peer, other)
+        if a is not None and b is not None and first_difference(a, b) is None:
+            self._compatible.add((word, other))
             return
         raise MismatchError(self.explain())
 
-    def text(self, line: int, word: int) -> Signature | None:
+    def text(self, line: int, word: int) -> Fingerprint | None:
         """The words a rank wrote for its call, unless they have been overwritten."""
         start = 8 * (line + CALLS + 16 + (word % TEXTS) * (TEXT_BYTES // 8 + 1))
         if self._words[start // 8] != word:
             return None
         return decode(bytes(self._octets[start + 8 : start + 8 + TEXT_BYTES]).rstrip())
 
-    def called(self, rank: int, word: int) -> Signature | None:
+    def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
         """What a rank of this node wrote for a signature."""
         if rank not in self._members:
-            return self._known.get(word)
-        return self.text(self._members.index(rank) * LINE, word)
+            return self._fingerprints.get(word)
+        return self.text(self._members.index(rank) * ROW_WORDS, word)
 
     def explain(self) -> str:
         """Who called what as the current call."""
         slot = self._seq % CALLS
-        calls: dict[int, Signature | None] = {}
+        calls: dict[int, Fingerprint | None] = {}
         for k, rank in enumerate(self._members):
-            entry = self._words[k * LINE + slot]
+            entry = self._words[k * ROW_WORDS + slot]
             if entry >> 31 == self._seq:
-                calls[rank] = self.text(k * LINE, entry & 0x7FFFFFFF)
-        return complaint(calls, self._me)
+                calls[rank] = self.text(k * ROW_WORDS, entry & 0x7FFFFFFF)
+        return mismatch_message(calls, self._me)
 
-    def raise_if_hopeless(self) -> None:
+    def raise_if_deadlocked(self) -> None:
         """Raise when the current call can never be completed."""
-        reason = self.hopeless()
+        reason = self.deadlock_reason()
         if reason:
             raise MismatchError(reason)
 
-    def hopeless(self) -> str | None:
+    def deadlock_reason(self) -> str | None:
         """Why the current call can never be completed, if that is certain."""
         seq = self._seq
         slot = seq % CALLS
@@ -187,46 +187,49 @@ class RollCall:
                     return str(error)
             gave_up = self._words[peer + GAVE_UP]
             if gave_up and gave_up >> 31 == seq - 1:
-                calls = {self._me: self._known.get(mine & 0x7FFFFFFF), rank: self.text(peer, gave_up & 0x7FFFFFFF)}
-                return complaint(calls, self._me)
+                calls = {
+                    self._me: self._fingerprints.get(mine & 0x7FFFFFFF),
+                    rank: self.text(peer, gave_up & 0x7FFFFFFF),
+                }
+                return mismatch_message(calls, self._me)
             if self._words[peer + LEFT] and abs(self._words[peer + STATUS]) < seq:
-                call = self._known.get(mine & 0x7FFFFFFF)
+                call = self._fingerprints.get(mine & 0x7FFFFFFF)
                 return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
         return None
 
-    def late(self, word: int, seconds: float, positions: list[int]) -> None:
+    def check_stall(self, word: int, seconds: float, positions: list[int]) -> None:
         """Some members have not come to a call in shared memory: raise when they never will."""
         words, seq = self._words, self._seq
-        call = self._known.get(word)
+        call = self._fingerprints.get(word)
         for position in positions:
-            rank, line = self._members[position], position * LINE
+            rank, line = self._members[position], position * ROW_WORDS
             status = words[line + STATUS]
             elsewhere = self.text(line, words[line + (seq + 1) % CALLS] & 0x7FFFFFFF) if status == seq + 1 else None
             if elsewhere or words[line + LEFT]:
                 words[self._base + GAVE_UP] = (seq << 31) | word
                 raise MismatchError(
-                    complaint({self._me: call, rank: elsewhere}, self._me)
+                    mismatch_message({self._me: call, rank: elsewhere}, self._me)
                     if elsewhere
                     else f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
                 )
-        if positions and seconds > patience() and self._warned != (seq, word):
+        if positions and seconds > stall_seconds() and self._warned != (seq, word):
             self._warned = (seq, word)
-            absent = ranks([self._members[position] for position in positions])
-            tell(f"rank {self._me}: {call} not complete after {seconds:.0f} s; missing: {absent}")
+            absent = format_ranks([self._members[position] for position in positions])
+            log_line(f"rank {self._me}: {call} not complete after {seconds:.0f} s; missing: {absent}")
 
-    def missing(self) -> list[int]:
+    def missing_ranks(self) -> list[int]:
         """The members that have not come to the current call."""
-        reached = [abs(self._words[k * LINE + STATUS]) for k in range(len(self._members))]
+        reached = [abs(self._words[k * ROW_WORDS + STATUS]) for k in range(len(self._members))]
         return [rank for rank, seq in zip(self._members, reached, strict=True) if seq < self._seq]
 
-    def current(self) -> str:
+    def describe_call(self) -> str:
         """The current call in words."""
-        call = self._known.get(self._words[self._base + self._seq % CALLS] & 0x7FFFFFFF)
+        call = self._fingerprints.get(self._words[self._base + self._seq % CALLS] & 0x7FFFFFFF)
         return f"{call} (call {self._seq})"
 
     def close(self) -> None:
         """Stop watching; the memory belongs to somebody else."""
-        _watched.discard(self)
+        _tables.discard(self)
         self._words.release()
         self._octets.release()
 
@@ -236,67 +239,67 @@ class RollCall:
             self._words[self._base + LEFT] = 1
 
 
-_watched: weakref.WeakSet[RollCall] = weakref.WeakSet()
-_dog: list[threading.Thread] = []
+_tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()
+_watchdog: list[threading.Thread] = []
 
 
-def watch(roll: RollCall) -> None:
+def watch(roll: ConsistencyTable) -> None:
     """Let the watchdog look after a roll call; it starts with the first one."""
-    _watched.add(roll)
-    if not _dog:
-        _dog.append(threading.Thread(target=look, name="hpccomm-watchdog", daemon=True))
-        _dog[0].start()
-        atexit.register(say_goodbye)
+    _tables.add(roll)
+    if not _watchdog:
+        _watchdog.append(threading.Thread(target=run_watchdog, name="hpccomm-watchdog", daemon=True))
+        _watchdog[0].start()
+        atexit.register(mark_all_left)
 
 
-def say_goodbye() -> None:
+def mark_all_left() -> None:
     """At exit: the others shall know."""
-    for roll in list(_watched):
+    for roll in list(_tables):
         roll.mark_left()
 
 
-def patience() -> float:
+def stall_seconds() -> float:
     """Seconds after which the watchdog names the ranks that are missing (``HPCCOMM_STALL_SECONDS``, 60)."""
     return float(os.environ.get("HPCCOMM_STALL_SECONDS", "60"))
 
 
-def look() -> None:
+def run_watchdog() -> None:
     """The watchdog: end what cannot end by itself, and say why; warn of what lasts."""
-    since: weakref.WeakKeyDictionary[RollCall, tuple[int, float]] = weakref.WeakKeyDictionary()
-    warned: weakref.WeakKeyDictionary[RollCall, int] = weakref.WeakKeyDictionary()
+    since: weakref.WeakKeyDictionary[ConsistencyTable, tuple[int, float]] = weakref.WeakKeyDictionary()
+    warned: weakref.WeakKeyDictionary[ConsistencyTable, int] = weakref.WeakKeyDictionary()
     while True:
         time.sleep(PERIOD)
-        for roll in list(_watched):
-            seq = roll.inside
+        for roll in list(_tables):
+            seq = roll.active_seq
             before, began = since.get(roll, (0, 0.0))
             if not seq or seq != before:
                 since[roll] = (seq, time.monotonic())
                 continue
             with contextlib.suppress(ValueError):
-                judge(roll, seq, time.monotonic() - began, warned)
+                check_progress(roll, seq, time.monotonic() - began, warned)
 
 
-def judge(roll: RollCall, seq: int, waited: float, warned: Any) -> None:
+def check_progress(roll: ConsistencyTable, seq: int, waited: float, warned: Any) -> None:
     """This rank has been in one call for at least one period."""
-    reason = roll.hopeless()
-    if reason and waited > 2 * PERIOD and roll.inside == seq:
-        end_all(reason)
-    if waited > patience() and warned.get(roll) != seq:
+    reason = roll.deadlock_reason()
+    if reason and waited > 2 * PERIOD and roll.active_seq == seq:
+        abort_all(reason)
+    if waited > stall_seconds() and warned.get(roll) != seq:
         warned[roll] = seq
-        names = ranks(roll.missing()) if roll.missing() else "no rank of this node"
-        tell(f"rank {roll._me}: {roll.current()} not complete after {waited:.0f} s; missing: {names}")
+        names = format_ranks(roll.missing_ranks()) if roll.missing_ranks() else "no rank of this node"
+        log_line(f"rank {roll._me}: {roll.describe_call()} not complete after {waited:.0f} s; missing: {names}")
 
 
-def tell(sentence: str) -> None:
+def log_line(sentence: str) -> None:
     """One line on stderr, in one piece."""
     sys.stderr.write(f"[hpccomm] {sentence}\n")
     sys.stderr.flush()
 
 
-def end_all(reason: str) -> None:
+def abort_all(reason: str) -> None:
     """Nobody can go on: say why, and end all ranks."""
     from mpi4py import MPI
 
-    tell(reason)
-    time.sleep(LAST_WORDS)
+    log_line(reason)
+    time.sleep(FLUSH_SECONDS)
     MPI.COMM_WORLD.Abort(1)

@@ -23,7 +23,7 @@ REMEDIES = {
 }
 
 
-class Signature(NamedTuple):
+class Fingerprint(NamedTuple):
     """One rank's call."""
 
     collective: str
@@ -37,7 +37,7 @@ class Signature(NamedTuple):
     """Where the arrays lie, when it is not the host."""
 
     @property
-    def word(self) -> int:
+    def digest(self) -> int:
         """28 bits that stand for it: what every MPI in use takes as a tag."""
         return zlib.crc32("|".join(self).encode()) & 0xFFFFFFF
 
@@ -53,12 +53,12 @@ class Signature(NamedTuple):
         return "|".join(self).encode()
 
 
-def decode(octets: bytes) -> Signature:
+def decode(octets: bytes) -> Fingerprint:
     """What a peer wrote."""
-    return Signature(*octets.decode(errors="replace").split("|"))
+    return Fingerprint(*octets.decode(errors="replace").split("|"))
 
 
-def differs(a: Signature, b: Signature) -> str | None:
+def first_difference(a: Fingerprint, b: Fingerprint) -> str | None:
     """The first word in which two calls contradict each other, if any."""
     for field in ("collective", "memory", "dtype", "op", "root", "algorithm", "count", "order"):
         mine, theirs = getattr(a, field), getattr(b, field)
@@ -67,19 +67,19 @@ def differs(a: Signature, b: Signature) -> str | None:
     return None
 
 
-def complaint(calls: dict[int, Signature | None], me: int) -> str:
+def mismatch_message(calls: dict[int, Fingerprint | None], me: int) -> str:
     """One sentence that names the ranks, what each called, and the remedy."""
     groups: dict[str, list[int]] = {}
     for rank, call in sorted(calls.items()):
         groups.setdefault("something else" if call is None else str(call), []).append(rank)
-    said = [f"{ranks(members)} called {call}" for call, members in groups.items()]
+    said = [f"{format_ranks(members)} called {call}" for call, members in groups.items()]
     mine = calls[me]
-    fields = [differs(mine, other) for other in calls.values() if mine is not None and other is not None]
+    fields = [first_difference(mine, other) for other in calls.values() if mine is not None and other is not None]
     field = next((field for field in fields if field), "collective")
     return f"{', '.join(said)}: {REMEDIES[field]} (noticed by rank {me})"
 
 
-def ranks(members: list[int]) -> str:
+def format_ranks(members: list[int]) -> str:
     """``rank 3`` or ``ranks 0, 2, 3``; long lists are cut short."""
     if len(members) == 1:
         return f"rank {members[0]}"

@@ -20,7 +20,7 @@ class Operation(NamedTuple):
     ufunc: Callable[..., Any]
     kinds: str
     """NumPy's letters of the kinds of dtype it is defined for."""
-    instead: str
+    remedy: str
     """What to do when it is not."""
 
 
@@ -48,7 +48,7 @@ def check_defined(op: MPI.Op, dtype: np.dtype[Any], who: str) -> None:
     """Raise where MPI does not define a predefined operation for a dtype."""
     known = PREDEFINED.get(op.handle)
     if known and dtype.kind not in known.kinds:
-        raise ArgumentError(f"{who}: MPI does not define {known.name} for {dtype}: {known.instead}")
+        raise ArgumentError(f"{who}: MPI does not define {known.name} for {dtype}: {known.remedy}")
 
 
 def combiner(op: MPI.Op) -> Callable[[Any, Any, Any], Any]:

@@ -19,7 +19,7 @@ address = MPI.Get_address
 Run = Callable[[], None]
 
 
-class Bound:
+class Plan:
     """A call that is ready to run."""
 
     __slots__ = ("free", "result", "run")
@@ -31,24 +31,24 @@ class Bound:
         """What the call returns, where it returns something."""
 
 
-Known = tuple[Run, int, MPI.Op | None, str | None, "np.dtype[Any]", tuple[Any, ...]]
+CachedCall = tuple[Run, int, MPI.Op | None, str | None, "np.dtype[Any]", tuple[Any, ...]]
 """A call that was made before with the very same objects: what runs it; the identity of what is sent, the operation and
 the algorithm; the dtype of what is received (else sent: arrays can be given another one in place); and what keeps the
 identities true, since an entry goes when its arrays go.  A plain tuple: it is taken apart in half the time."""
 
 
-IDENTIFIED = (np.ndarray, type(MPI.IN_PLACE), type(None))
+IDENTITY_TYPES = (np.ndarray, type(MPI.IN_PLACE), type(None))
 """What is told by its identity: a form is a new list at every call, and may say something else."""
 
 
-class Again(dict[Hashable, Known]):
+class PlanCache(dict[Hashable, CachedCall]):
     """Calls found by the identity of their arguments, the quickest way there is; keeps no array alive."""
 
-    def remember(
+    def store(
         self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None, run: Run
     ) -> None:
         """Find this call by its arguments from now on; ``key`` names the collective and ``recvbuf``'s identity."""
-        if type(sendbuf) not in IDENTIFIED or type(recvbuf) not in IDENTIFIED:
+        if type(sendbuf) not in IDENTITY_TYPES or type(recvbuf) not in IDENTITY_TYPES:
             return
         if op is not None and not op.is_predefined:
             return
@@ -81,7 +81,7 @@ def form_key(buffer: Any) -> Hashable:
     """mpi4py's forms and other libraries' arrays: where they lie, and what they say.  Raises where that is not all."""
     data = buffer[0] if isinstance(buffer, list | tuple) and buffer else buffer
     if type(data) is np.ndarray and data is not buffer:
-        return (address(data), data.size, data.dtype, data.flags.num, *map(said, buffer[1:]))
+        return (address(data), data.size, data.dtype, data.flags.num, *map(member_key, buffer[1:]))
     known = read(buffer, "")
     if known.opaque or isinstance(data, np.generic):  # a number of NumPy's is copied to be read
         raise ValueError
@@ -89,12 +89,12 @@ def form_key(buffer: Any) -> Hashable:
     return (known.address, known.size, known.dtype, known.half, known.writable, known.order, *form)
 
 
-def said(member: Any) -> Hashable:
+def member_key(member: Any) -> Hashable:
     """What follows the data in one of mpi4py's forms; raises for a datatype that NumPy does not know."""
     if isinstance(member, MPI.Datatype):
-        return DTYPES.get(member.handle) or found(member)
+        return DTYPES.get(member.handle) or find_dtype(member)
     if isinstance(member, list | tuple | np.ndarray):
-        return tuple(map(said, member))
+        return tuple(map(member_key, member))
     return member  # type: ignore[no-any-return]
 
 
@@ -102,7 +102,7 @@ DTYPES: dict[int, np.dtype[Any]] = {}
 """Of MPI's own datatypes, which are never freed, by their handles."""
 
 
-def found(datatype: MPI.Datatype) -> np.dtype[Any]:
+def find_dtype(datatype: MPI.Datatype) -> np.dtype[Any]:
     """NumPy's name of a datatype, from now on at hand; raises for one that it does not know."""
     dtype = numpy_dtype(datatype)
     if dtype is None:

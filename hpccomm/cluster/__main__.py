@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from hpccomm.cluster import slurm
-from hpccomm.cluster.nodes import PLACEMENTS, Cluster, ended
+from hpccomm.cluster.nodes import PLACEMENTS, Cluster, exit_on_signal
 from hpccomm.errors import LaunchError
 
 
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def act(args: argparse.Namespace) -> int:
+def execute(args: argparse.Namespace) -> int:
     """Do what was asked."""
     if args.action == "up":
         began = time.monotonic()
@@ -51,12 +51,12 @@ def act(args: argparse.Namespace) -> int:
         return 0
     if args.action == "down":
         with contextlib.suppress(LaunchError):
-            Cluster.standing(args.name).down()
+            Cluster.find(args.name).down()
         return 0
-    cluster = Cluster.standing(args.name)
+    cluster = Cluster.find(args.name)
     if args.action == "status":
         print(
-            f"{cluster.made.nodes} nodes, links of {cluster.made.rate or 'no limit'}: {', '.join(cluster.namespaces)}"
+            f"{cluster.state.nodes} nodes, links of {cluster.state.rate or 'no limit'}: {', '.join(cluster.namespaces)}"
         )
         return 0
     if args.action == "slurm":
@@ -69,16 +69,16 @@ def act(args: argparse.Namespace) -> int:
     if not program:
         raise LaunchError(f"say what to run: scripts/cluster {args.action} … -- -m hpccomm info")
     if args.action == "on":
-        return cluster.on(args.host, program).returncode
+        return cluster.run_on(args.host, program).returncode
     counts = [int(word) for word in args.per_node.split(",")]
     return cluster.run(program, counts[0] if len(counts) == 1 else counts, args.placement, args.seed).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``scripts/cluster``."""
-    signal.signal(signal.SIGTERM, ended)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     try:
-        return act(parser().parse_args(argv))
+        return execute(parser().parse_args(argv))
     except LaunchError as error:
         sys.stderr.write(f"scripts/cluster: {error}\n")
         return 1

@@ -50,10 +50,10 @@ BURST_SECONDS, LEAST_BURST = 1.5e-3, 16384
 """What a link lets pass at once: less than this at 1 Gbit/s halves its rate, more lets short messages pass for free."""
 END_SECONDS = 5.0
 
-SHAPES = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)bit", re.IGNORECASE)
+RATE_PATTERN = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)bit", re.IGNORECASE)
 
 
-class Made(NamedTuple):
+class ClusterState(NamedTuple):
     """A cluster that stands, or that was begun."""
 
     name: str
@@ -71,28 +71,28 @@ class Cluster:
     """
 
     def __init__(self, nodes: int = 4, rate: str = "1gbit", name: str = "hpc", nics: int = 1) -> None:
-        self.made = Made(name, nodes, rate, nics)
+        self.state = ClusterState(name, nodes, rate, nics)
 
     @classmethod
-    def standing(cls, name: str = "hpc") -> Cluster:
+    def find(cls, name: str = "hpc") -> Cluster:
         """The cluster of that name; LaunchError where there is none."""
         try:
             found = json.loads((FOLDER / name / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise LaunchError(f"no cluster {name!r} is up: scripts/cluster up --nodes 4 --rate 1gbit") from None
         cluster = cls()
-        cluster.made = Made(**{**found, "processes": tuple(found["processes"])})
+        cluster.state = ClusterState(**{**found, "processes": tuple(found["processes"])})
         return cluster
 
     def __enter__(self) -> Cluster:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, ended)
+            signal.signal(signal.SIGTERM, exit_on_signal)
         self.up()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.down()
-        if signal.getsignal(signal.SIGTERM) == ended:
+        if signal.getsignal(signal.SIGTERM) == exit_on_signal:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     # Names
@@ -100,21 +100,21 @@ class Cluster:
     @property
     def folder(self) -> Path:
         """What belongs to this cluster on disk."""
-        return FOLDER / self.made.name
+        return FOLDER / self.state.name
 
     @property
     def hosts(self) -> list[str]:
         """The nodes' host names."""
-        return [f"n{k}" for k in range(self.made.nodes)]
+        return [f"n{k}" for k in range(self.state.nodes)]
 
     def namespace(self, host: str) -> str:
         """The namespace of a host."""
-        return f"{self.made.name}-{host}"
+        return f"{self.state.name}-{host}"
 
     @property
     def devices(self) -> list[str]:
         """Every node's links."""
-        return [f"eth{link}" for link in range(self.made.nics)]
+        return [f"eth{link}" for link in range(self.state.nics)]
 
     def address(self, host: str, link: int = 0) -> str:
         """Where a host is to be reached, inside the namespaces."""
@@ -129,46 +129,46 @@ class Cluster:
 
     def up(self) -> None:
         """Make the nodes; where they stand already, nothing changes."""
-        reason = missing()
+        reason = unavailable_reason()
         if reason:
             raise LaunchError(reason)
-        rate_of(self.made.rate)
-        if not 1 <= self.made.nics <= MOST_NICS:
-            raise LaunchError(f"--nics {self.made.nics}: take 1 to {MOST_NICS} links a node")
-        if not 1 <= self.made.nodes <= MOST_NODES or not re.fullmatch(r"[a-z][a-z0-9]{0,7}", self.made.name):
+        rate_of(self.state.rate)
+        if not 1 <= self.state.nics <= MOST_NICS:
+            raise LaunchError(f"--nics {self.state.nics}: take 1 to {MOST_NICS} links a node")
+        if not 1 <= self.state.nodes <= MOST_NODES or not re.fullmatch(r"[a-z][a-z0-9]{0,7}", self.state.name):
             raise LaunchError(
-                f"{self.made.nodes} nodes named {self.made.name!r}: take 1 to {MOST_NODES} nodes, and a name of up to "
+                f"{self.state.nodes} nodes named {self.state.name!r}: take 1 to {MOST_NODES} nodes, and a name of up to "
                 "eight small letters and digits"
             )
-        with locked():
+        with hold_lock():
             if (self.folder / "state.json").exists():
-                self.compare(Cluster.standing(self.made.name).made)
+                self.compare(Cluster.find(self.state.name).state)
                 return
-            others = [each for each in self.namespaces if each in existing()]
+            others = [each for each in self.namespaces if each in list_namespaces()]
             if others:
                 raise LaunchError(f"{', '.join(others)}: there are such namespaces, not made here: take another --name")
             try:
-                self.remember()
+                self.save_state()
                 self.build()
             except BaseException:
                 self.clear()
                 raise
 
-    def compare(self, standing: Made) -> None:
+    def compare(self, standing: ClusterState) -> None:
         """Refuse another cluster of the same name."""
-        if standing[:4] != self.made[:4]:
+        if standing[:4] != self.state[:4]:
             rate = (standing.rate or "full speed") + (f" x {standing.nics}" if standing.nics > 1 else "")
             raise LaunchError(
                 f"cluster {standing.name!r} is up with {standing.nodes} nodes at {rate}: "
                 f"scripts/cluster down --name {standing.name} first, or take another --name"
             )
-        self.made = standing
+        self.state = standing
 
-    def remember(self) -> None:
+    def save_state(self) -> None:
         """Write down what there is, or will be in a moment."""
         self.folder.mkdir(exist_ok=True)
         file = self.folder / "state.json"
-        file.with_suffix(".new").write_text(json.dumps(self.made._asdict()), encoding="utf-8")
+        file.with_suffix(".new").write_text(json.dumps(self.state._asdict()), encoding="utf-8")
         file.with_suffix(".new").replace(file)
 
     def build(self) -> None:
@@ -177,7 +177,7 @@ class Cluster:
         lines = [f"netns add {each}" for each in self.namespaces]
         batch(lines)
         batch(["link set lo up"], switch)
-        for link in range(self.made.nics):
+        for link in range(self.state.nics):
             batch([f"link add br{link} type bridge", f"link set br{link} up"], switch)
         table = "".join(f"{self.address(host)} {host}\n" for host in self.hosts)
         for k, host in enumerate(self.hosts):
@@ -188,7 +188,7 @@ class Cluster:
             (HOSTS / inside).mkdir(parents=True)
             (HOSTS / inside / "hosts").write_text(f"127.0.0.1 localhost\n{table}", encoding="utf-8")
         agent = self.folder / "agent"
-        agent.write_text(AGENT.format(name=self.made.name, private=PRIVATE), encoding="utf-8")
+        agent.write_text(AGENT.format(name=self.state.name, private=PRIVATE), encoding="utf-8")
         agent.chmod(0o755)
 
     def connect(self, host: str, device: str, port: str, link: int) -> None:
@@ -198,25 +198,25 @@ class Cluster:
         batch(made, switch)
         batch([f"addr add {self.address(host, link)}/24 dev {device}", f"link set {device} up"], inside)
         for namespace, end in ((inside, device), (switch, port)):
-            shape(namespace, end, self.made.rate)
+            shape(namespace, end, self.state.rate)
 
     def down(self) -> None:
         """End what runs there and take everything away; nothing happens where nothing stands."""
         if self.folder.exists():
-            with locked():
+            with hold_lock():
                 self.clear()
 
     def clear(self) -> None:
         """Take away what there is, as far as it was made; who interrupts waits until that is done."""
-        with undisturbed():
+        with defer_signals():
             self.take_away()
 
     def take_away(self) -> None:
         """End the processes, then remove namespaces and files."""
-        for process in self.made.processes:
+        for process in self.state.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGTERM)
-        there = existing()
+        there = list_namespaces()
         for number in (signal.SIGTERM, signal.SIGKILL):
             left = [pid for each in self.namespaces if each in there for pid in pids(each)]
             for pid in left:
@@ -245,19 +245,23 @@ class Cluster:
         """Start a daemon on a host; it ends with the cluster."""
         with open(log, "wb") as file:
             process = subprocess.Popen(
-                self.inside(host, command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                self.host_command(host, command),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
-        self.made = self.made._replace(processes=(*self.made.processes, process.pid))
-        self.remember()
+        self.state = self.state._replace(processes=(*self.state.processes, process.pid))
+        self.save_state()
 
-    def on(self, host: str, command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[Any]:
+    def run_on(self, host: str, command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[Any]:
         """Run a command on one host; where Slurm is up its commands work there."""
         if host not in self.hosts:
             raise LaunchError(f"there is no host {host}: take one of {', '.join(self.hosts)}")
         env = {**os.environ, **self.open_mpi_settings, **MPICH_SETTINGS, **more.pop("env", {})}
         if (self.folder / "slurm.conf").exists():
             env["SLURM_CONF"] = str(self.folder / "slurm.conf")
-        return subprocess.run(self.inside(host, command), env=env, stdin=subprocess.DEVNULL, check=False, **more)
+        return subprocess.run(self.host_command(host, command), env=env, stdin=subprocess.DEVNULL, check=False, **more)
 
     def command(
         self, program: Sequence[str], per_node: Sequence[int] | int = 1, placement: str = "block", seed: int = 0
@@ -267,10 +271,10 @@ class Cluster:
         ``per_node`` is the ranks of each node, or of all alike; ``placement`` says in which order ranks go to nodes:
         one node after the other, in turn, or shuffled by ``seed``.
         """
-        counts = [per_node] * self.made.nodes if isinstance(per_node, int) else list(per_node)
-        if len(counts) != self.made.nodes or min(counts) < 0 or not sum(counts):
-            raise LaunchError(f"--per-node {counts}: say one number, or one for each of the {self.made.nodes} nodes")
-        order = placed(counts, placement, seed)
+        counts = [per_node] * self.state.nodes if isinstance(per_node, int) else list(per_node)
+        if len(counts) != self.state.nodes or min(counts) < 0 or not sum(counts):
+            raise LaunchError(f"--per-node {counts}: say one number, or one for each of the {self.state.nodes} nodes")
+        order = place_ranks(counts, placement, seed)
         family = library().family.name
         settings: dict[str, str] = {}
         file = self.folder / f"hosts.{os.getpid()}"
@@ -285,9 +289,9 @@ class Cluster:
         else:
             raise LaunchError(f"{family} is not known to start here: use an environment with Open MPI or MPICH")
         command, env = launch_command(len(order), program, more)
-        return self.inside(self.hosts[order[0]], command), env | settings
+        return self.host_command(self.hosts[order[0]], command), env | settings
 
-    def inside(self, host: str, command: Sequence[str]) -> list[str]:
+    def host_command(self, host: str, command: Sequence[str]) -> list[str]:
         """A command as it is started on a host."""
         words = f"hostname {host}; {PRIVATE}; exec {shlex.join(command)}"
         return ["ip", "netns", "exec", self.namespace(host), "unshare", "--uts", "bash", "-c", words]
@@ -327,13 +331,13 @@ MPICH_SETTINGS = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_I
 """Its other way, ucx, would go round the links."""
 
 
-def ended(*_: object) -> None:
+def exit_on_signal(*_: object) -> None:
     """Who is told to end takes away what he made on his way out."""
     sys.exit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """No signal that asks for an end arrives in the middle; it does afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -342,7 +346,7 @@ def undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def missing() -> str:
+def unavailable_reason() -> str:
     """Why there can be no cluster here; empty where there can."""
     if sys.platform != "linux":
         return f"a virtual cluster is made of Linux namespaces, this is {sys.platform}"
@@ -357,7 +361,7 @@ def missing() -> str:
 
 def rate_of(rate: str) -> float:
     """Bits a second; 0 without a limit."""
-    found = SHAPES.fullmatch(rate)
+    found = RATE_PATTERN.fullmatch(rate)
     if rate and not found:
         raise LaunchError(f"--rate {rate}: say it as tc does: 1gbit, 100mbit, 2.5gbit, or nothing for no limit")
     return float(found[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[found[2].lower()] if found else 0.0
@@ -369,10 +373,10 @@ def shape(namespace: str, device: str, rate: str) -> None:
     if bits:
         burst = max(LEAST_BURST, int(bits / 8 * BURST_SECONDS))
         words = f"qdisc add dev {device} root tbf rate {rate} burst {burst} latency 50ms"
-        told(["tc", "-n", namespace, *words.split()])
+        run_command(["tc", "-n", namespace, *words.split()])
 
 
-def placed(counts: Sequence[int], placement: str, seed: int = 0) -> list[int]:
+def place_ranks(counts: Sequence[int], placement: str, seed: int = 0) -> list[int]:
     """The node of each rank."""
     if placement not in PLACEMENTS:
         raise LaunchError(f"--placement {placement}: take one of {', '.join(PLACEMENTS)}")
@@ -384,7 +388,7 @@ def placed(counts: Sequence[int], placement: str, seed: int = 0) -> list[int]:
     return block
 
 
-def told(command: Sequence[str], words: str | None = None) -> str:
+def run_command(command: Sequence[str], words: str | None = None) -> str:
     """Run a system command; LaunchError with its own words where it fails."""
     done = subprocess.run(command, input=words, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -394,15 +398,15 @@ def told(command: Sequence[str], words: str | None = None) -> str:
 
 def ip(words: Sequence[str]) -> str:
     """``ip`` with these words."""
-    return told(["ip", *words])
+    return run_command(["ip", *words])
 
 
 def batch(lines: Sequence[str], namespace: str | None = None) -> None:
     """Several lines for ``ip``, in one process."""
-    told(["ip", *(["-n", namespace] if namespace else []), "-batch", "-"], "\n".join(lines) + "\n")
+    run_command(["ip", *(["-n", namespace] if namespace else []), "-batch", "-"], "\n".join(lines) + "\n")
 
 
-def existing() -> set[str]:
+def list_namespaces() -> set[str]:
     """The named namespaces of this machine."""
     return {line.split()[0] for line in ip(["netns", "list"]).splitlines() if line}
 
@@ -423,7 +427,7 @@ def wait_until(there: Any, seconds: float) -> bool:
 
 
 @contextlib.contextmanager
-def locked() -> Iterator[None]:
+def hold_lock() -> Iterator[None]:
     """One process at a time makes or takes away."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     folder = os.open(FOLDER, os.O_RDONLY)

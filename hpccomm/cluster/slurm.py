@@ -49,7 +49,7 @@ CgroupAutomount=yes
 """
 
 
-def missing() -> str:
+def unavailable_reason() -> str:
     """Why there can be no Slurm here; empty where there can."""
     absent = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
     return f"Slurm needs {' and '.join(absent)}: apt-get install {' '.join(absent)}" if absent else ""
@@ -57,11 +57,11 @@ def missing() -> str:
 
 def start(cluster: Cluster, cpus: int = 8) -> None:
     """Start the daemons and wait until all nodes are idle; nothing happens where they are."""
-    reason = missing()
+    reason = unavailable_reason()
     if reason:
         raise LaunchError(reason)
     folder = cluster.folder
-    if (folder / "slurm.conf").exists() and idle(cluster):
+    if (folder / "slurm.conf").exists() and is_idle(cluster):
         return
     configure(cluster, cpus)
     start_munge(cluster)
@@ -69,7 +69,7 @@ def start(cluster: Cluster, cpus: int = 8) -> None:
     for host in cluster.hosts:
         daemon = ["slurmd", "-D", "-N", host, "-f", f"{folder}/slurm.conf"]
         cluster.start(host, daemon, folder / f"slurmd.{host}.log")
-    if not wait_until(lambda: idle(cluster), IDLE_SECONDS):
+    if not wait_until(lambda: is_idle(cluster), IDLE_SECONDS):
         last = {file.name: file.read_text(errors="replace").splitlines()[-3:] for file in folder.glob("slurm*.log")}
         raise LaunchError(f"not all nodes were idle after {IDLE_SECONDS:.0f} s: {last}")
 
@@ -82,7 +82,7 @@ def configure(cluster: Cluster, cpus: int) -> None:
         f"NodeName={host} NodeAddr={address} CPUs={cpus} State=UNKNOWN" for host, address in addresses.items()
     )
     first = cluster.hosts[0]
-    words = {"name": cluster.made.name, "first": first, "address": addresses[first], "folder": folder, "nodes": nodes}
+    words = {"name": cluster.state.name, "first": first, "address": addresses[first], "folder": folder, "nodes": nodes}
     (folder / "slurm.conf").write_text(CONFIGURATION.format(**words), encoding="utf-8")
     (folder / "cgroup.conf").write_text(CGROUPS.format(folder=folder), encoding="utf-8")
     for each in ("state", "cgroup", *(f"spool.{host}" for host in cluster.hosts)):
@@ -105,7 +105,7 @@ def start_munge(cluster: Cluster) -> None:
         raise LaunchError(f"munged did not start: {Path(folder / 'munged.out').read_text(errors='replace').strip()}")
 
 
-def idle(cluster: Cluster) -> bool:
+def is_idle(cluster: Cluster) -> bool:
     """Whether every node waits for work."""
-    done = cluster.on(cluster.hosts[0], ["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True)
+    done = cluster.run_on(cluster.hosts[0], ["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True)
     return done.stdout.split() == ["idle"] * len(cluster.hosts)

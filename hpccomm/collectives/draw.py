@@ -14,7 +14,7 @@ import numpy as np
 
 from hpccomm.collectives.schedule import Algorithm
 
-WIDEST = 48.0
+MAX_INCHES = 48.0
 """Inches."""
 
 
@@ -34,7 +34,7 @@ class Message(NamedTuple):
         return str(self.first) if self.size == 1 else f"{self.first}..{last}"
 
 
-class Round(NamedTuple):
+class RoundColumn(NamedTuple):
     """One column."""
 
     number: int
@@ -42,7 +42,7 @@ class Round(NamedTuple):
     messages: list[Message]
 
 
-def rounds(algorithm: Algorithm, p: int, *root: int) -> Iterator[Round]:
+def rounds(algorithm: Algorithm, p: int, *root: int) -> Iterator[RoundColumn]:
     """The rounds of a schedule in which anything moves."""
     blocks = algorithm.blocks(p)
     for k, step in enumerate(algorithm.steps(np.arange(p), p, *root)):
@@ -53,7 +53,7 @@ def rounds(algorithm: Algorithm, p: int, *root: int) -> Iterator[Round]:
             if to[r] >= 0 and hi[r] > lo[r]
         ]
         if messages:
-            yield Round(k, step.reduce, messages)
+            yield RoundColumn(k, step.reduce, messages)
 
 
 def text(algorithm: Algorithm, p: int, *root: int) -> Iterator[str]:
@@ -74,7 +74,7 @@ def draw(algorithm: Algorithm, p: int, out: str | Path, title: str, *root: int) 
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'hpccomm[plot]'") from error
     columns = list(rounds(algorithm, p, *root))
-    width, height = min(WIDEST, 1.6 + 1.25 * max(len(columns), 2)), min(WIDEST, 1.5 + 0.55 * max(p, 2))
+    width, height = min(MAX_INCHES, 1.6 + 1.25 * max(len(columns), 2)), min(MAX_INCHES, 1.5 + 0.55 * max(p, 2))
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     for x, column in enumerate(columns):
@@ -83,7 +83,7 @@ def draw(algorithm: Algorithm, p: int, out: str | Path, title: str, *root: int) 
     figure.savefig(out, dpi=150)
 
 
-def draw_round(axes: Any, x: int, column: Round, blocks: int) -> None:
+def draw_round(axes: Any, x: int, column: RoundColumn, blocks: int) -> None:
     """One column of arrows, each with the name of its blocks at the tail, where no other arrow begins."""
     axes.axvspan(x, x + 1, color="#fff3e0" if column.reduce else "#e3f2fd", zorder=0, linewidth=0)
     line = "-" if column.reduce else (0, (4, 2))
@@ -105,7 +105,7 @@ def colour_of(block: int, blocks: int) -> Any:
     return colormaps["tab10"](block) if blocks <= few else colormaps["turbo"](block / (blocks - 1) * 0.9 + 0.05)
 
 
-def frame(axes: Any, columns: list[Round], p: int, title: str) -> None:
+def frame(axes: Any, columns: list[RoundColumn], p: int, title: str) -> None:
     """Ranks at the left, rounds on top, lanes of ranks behind."""
     axes.set_xlim(0, max(len(columns), 1))
     axes.set_ylim(p - 0.5, -0.5)

@@ -94,11 +94,11 @@ def bind(
     tag: int = 0,
 ) -> Plan:
     """Bind one lane: ``cuts`` are the offsets of the blocks in ``vector``, one more than there are blocks."""
-    lane = Lane(vector, cuts, transport, combine, tag)
-    return interleaved([[lane.bound(step) for step in steps if not lane.skips(step)]])
+    lane = VectorSegment(vector, cuts, transport, combine, tag)
+    return interleave([[lane.bind_step(step) for step in steps if not lane.is_idle(step)]])
 
 
-def bind_lanes(
+def bind_segments(
     steps: Iterable[Step],
     vector: Vector,
     blocks: int,
@@ -112,12 +112,12 @@ def bind_lanes(
     bound = []
     for segment in segments(vector.size, lanes):
         part = vector[segment]
-        lane = Lane(part, even_cuts(part.size, blocks), transport, combine, tag)
-        bound.append([lane.bound(step) for step in script if not lane.skips(step)])
-    return interleaved(bound)
+        lane = VectorSegment(part, even_cuts(part.size, blocks), transport, combine, tag)
+        bound.append([lane.bind_step(step) for step in script if not lane.is_idle(step)])
+    return interleave(bound)
 
 
-class Round:
+class RoundActions:
     """One step of one lane, bound: what starts it, what finishes it, what must be given back."""
 
     def __init__(self, exchanges: list[Exchange], reductions: list[Action]) -> None:
@@ -126,7 +126,7 @@ class Round:
         self.finishes = [act for exchange in exchanges for act in exchange.waits] + reductions
 
 
-def interleaved(lanes: Sequence[list[Round]], begins: Sequence[int] | None = None) -> Plan:
+def interleave(lanes: Sequence[list[RoundActions]], begins: Sequence[int] | None = None) -> Plan:
     """Round k+1 of a lane starts as soon as its round k is finished; meanwhile the other lanes are on their way.
 
     ``begins`` are the turns in which lanes begin, not decreasing; all in the first if not said.
@@ -143,7 +143,7 @@ def interleaved(lanes: Sequence[list[Round]], begins: Sequence[int] | None = Non
     return Plan(actions, [exchange for lane in lanes for each in lane for exchange in each.exchanges])
 
 
-class Lane:
+class VectorSegment:
     """One segment of the vector on its way through a schedule."""
 
     def __init__(self, vector: Vector, cuts: Any, transport: Transport, combine: Combine | None, tag: int) -> None:
@@ -151,28 +151,30 @@ class Lane:
         self.cuts = [int(cut) for cut in cuts]
         self._spare = np.empty(0, vector.dtype)
 
-    def pieces(self, blocks: tuple[Any, Any]) -> list[Vector]:
+    def block_views(self, blocks: tuple[Any, Any]) -> list[Vector]:
         """The parts of the vector that blocks [lo, hi) cover: none, one, or two where the interval wraps around."""
         count = len(self.cuts) - 1
         first, length = int(blocks[0]) % count, int(blocks[1]) - int(blocks[0])
         spans = [(first, min(first + length, count)), (0, max(0, first + length - count))]
         return [self.vector[self.cuts[lo] : self.cuts[hi]] for lo, hi in spans if lo < hi]
 
-    def skips(self, step: Step) -> bool:
+    def is_idle(self, step: Step) -> bool:
         """Whether this rank moves nothing in this round."""
         return int(step.to) < 0 and int(step.source) < 0
 
-    def bound(self, step: Step) -> Round:
+    def bind_step(self, step: Step) -> RoundActions:
         """The step with its slices cut, its messages bound and its reduction ready."""
         to, source = int(step.to), int(step.source)
-        out = [piece for piece in self.pieces(step.send) if to >= 0 and piece.size]
-        into = [piece for piece in self.pieces(step.recv) if source >= 0 and piece.size]
-        landing = self.landing(into) if step.reduce else into
-        exchanges = [self.transport.exchange(send, to, recv, source, self.tag) for send, recv in paired(out, landing)]
+        out = [piece for piece in self.block_views(step.send) if to >= 0 and piece.size]
+        into = [piece for piece in self.block_views(step.recv) if source >= 0 and piece.size]
+        landing = self.receive_buffers(into) if step.reduce else into
+        exchanges = [
+            self.transport.exchange(send, to, recv, source, self.tag) for send, recv in pair_messages(out, landing)
+        ]
         operands = zip(landing, into, strict=True) if step.reduce else ()
-        return Round(exchanges, [self.reduction(new, mine, source) for new, mine in operands])
+        return RoundActions(exchanges, [self.reduction(new, mine, source) for new, mine in operands])
 
-    def landing(self, into: list[Vector]) -> list[Vector]:
+    def receive_buffers(self, into: list[Vector]) -> list[Vector]:
         """Where operands arrive; the same memory in every round, so it stays in cache."""
         need = sum(piece.size for piece in into)
         if self._spare.size < need:
@@ -189,7 +191,7 @@ class Lane:
         return lambda: combine(mine, new, mine)
 
 
-def paired(out: list[Vector], into: list[Vector]) -> Iterable[tuple[Vector | None, Vector | None]]:
+def pair_messages(out: list[Vector], into: list[Vector]) -> Iterable[tuple[Vector | None, Vector | None]]:
     """Messages out and in, side by side."""
     for k in range(max(len(out), len(into))):
         yield (out[k] if k < len(out) else None), (into[k] if k < len(into) else None)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpccomm.collectives import ring
-from hpccomm.collectives.schedule import Algorithm, Rank, Step, Steps, one_each, only
+from hpccomm.collectives.schedule import Algorithm, Rank, Step, Steps, block_per_rank, select_peer
 
 
-class Lanes(NamedTuple):
+class Channels(NamedTuple):
     """Which rank drives which lane of which node."""
 
     node: Any
@@ -30,7 +30,7 @@ class Lanes(NamedTuple):
     """Ranks of the largest node beyond L."""
 
 
-def lanes_of(nodes: Any) -> Lanes:
+def channels_of(nodes: Any) -> Channels:
     """The lanes of ranks that live on ``nodes`` (any integers, one a rank)."""
     _, node, counts = np.unique(np.asarray(nodes), return_inverse=True, return_counts=True)
     place = np.zeros(node.size, dtype=np.int64)
@@ -38,42 +38,42 @@ def lanes_of(nodes: Any) -> Lanes:
         place[node == each] = np.arange(counts[each])
     width = int(counts.min())
     rank = np.array([np.flatnonzero(node == each)[:width] for each in range(counts.size)])
-    return Lanes(node, place, rank, int(counts.max()) - width)
+    return Channels(node, place, rank, int(counts.max()) - width)
 
 
-def on(nodes: Any, inter: Algorithm | None = None) -> Algorithm:
+def build_allreduce(nodes: Any, inter: Algorithm | None = None) -> Algorithm:
     """The allreduce of ranks that live on ``nodes``; ``inter`` is the allreduce between twins, a ring if not said."""
-    inter = inter or Algorithm(ring.allreduce, one_each)
-    lanes = lanes_of(nodes)
+    inter = inter or Algorithm(ring.allreduce, block_per_rank)
+    lanes = channels_of(nodes)
     count, width = lanes.rank.shape
     per_lane = inter.blocks(count)
 
     def steps(r: Rank, p: int) -> Iterator[Step]:
-        yield from folds(r, lanes, width * per_lane, into_lane=True)
-        yield from inside(ring.reduce_scatter, r, lanes, per_lane)
-        yield from between(inter.steps, r, lanes, per_lane)
-        yield from inside(ring.allgather, r, lanes, per_lane)
-        yield from folds(r, lanes, width * per_lane, into_lane=False)
+        yield from fold_surplus(r, lanes, width * per_lane, into_lane=True)
+        yield from intra_node_steps(ring.reduce_scatter, r, lanes, per_lane)
+        yield from inter_node_steps(inter.steps, r, lanes, per_lane)
+        yield from intra_node_steps(ring.allgather, r, lanes, per_lane)
+        yield from fold_surplus(r, lanes, width * per_lane, into_lane=False)
 
     return Algorithm(steps, lambda p: width * per_lane)
 
 
-def folds(r: Rank, lanes: Lanes, blocks: int, into_lane: bool) -> Iterator[Step]:
+def fold_surplus(r: Rank, lanes: Channels, blocks: int, into_lane: bool) -> Iterator[Step]:
     """Ranks beyond the lanes hand their vector in, or get the result; L of them a round."""
     width = lanes.rank.shape[1]
     node, place = lanes.node[r], lanes.place[r]
     for first in range(width, width + lanes.surplus, width):
         extra = (place >= first) & (place < first + width)
         lane = lanes.rank[node, place % width]
-        partner = seated(lanes, node, first + place)
-        partner = only(place < width, partner)
+        partner = rank_at_place(lanes, node, first + place)
+        partner = select_peer(place < width, partner)
         if into_lane:
-            yield Step(only(extra, lane), (0, blocks), partner, (0, blocks), reduce=True)
+            yield Step(select_peer(extra, lane), (0, blocks), partner, (0, blocks), reduce=True)
         else:
-            yield Step(partner, (0, blocks), only(extra, lane), (0, blocks), reduce=False)
+            yield Step(partner, (0, blocks), select_peer(extra, lane), (0, blocks), reduce=False)
 
 
-def seated(lanes: Lanes, node: Rank, place: Rank) -> Rank:
+def rank_at_place(lanes: Channels, node: Rank, place: Rank) -> Rank:
     """Who has this place in this node; nobody where the node is smaller."""
     size = int(lanes.place.max()) + 1
     table = np.full((lanes.rank.shape[0], 2 * size + lanes.rank.shape[1]), -1)
@@ -81,39 +81,39 @@ def seated(lanes: Lanes, node: Rank, place: Rank) -> Rank:
     return table[node, place]
 
 
-def inside(steps: Steps, r: Rank, lanes: Lanes, per_lane: int) -> Iterator[Step]:
+def intra_node_steps(steps: Steps, r: Rank, lanes: Channels, per_lane: int) -> Iterator[Step]:
     """A schedule among the lanes of one's node; its block is everything of a lane."""
     width = lanes.rank.shape[1]
     node, place = lanes.node[r], lanes.place[r]
     for step in steps(place, width):
-        to = only(place < width, lanes.rank[node, step.to % width])
-        source = only(place < width, lanes.rank[node, step.source % width])
-        yield Step(to, scaled(step.send, per_lane), source, scaled(step.recv, per_lane), step.reduce)
+        to = select_peer(place < width, lanes.rank[node, step.to % width])
+        source = select_peer(place < width, lanes.rank[node, step.source % width])
+        yield Step(to, scale_blocks(step.send, per_lane), source, scale_blocks(step.recv, per_lane), step.reduce)
 
 
-def between(steps: Steps, r: Rank, lanes: Lanes, per_lane: int) -> Iterator[Step]:
+def inter_node_steps(steps: Steps, r: Rank, lanes: Channels, per_lane: int) -> Iterator[Step]:
     """A schedule among the twins of one lane; its blocks are the lane's own."""
     first = lanes.place[r] % lanes.rank.shape[1] * per_lane
-    for step in twins(steps, r, lanes):
-        yield Step(step.to, moved(step.send, first), step.source, moved(step.recv, first), step.reduce)
+    for step in channel_steps(steps, r, lanes):
+        yield Step(step.to, shift_blocks(step.send, first), step.source, shift_blocks(step.recv, first), step.reduce)
 
 
-def twins(steps: Steps, r: Rank, lanes: Lanes) -> Iterator[Step]:
+def channel_steps(steps: Steps, r: Rank, lanes: Channels) -> Iterator[Step]:
     """A schedule among the twins of one lane, its blocks counted from 0; nothing for ranks beyond the lanes."""
     count, width = lanes.rank.shape
     node, place = lanes.node[r], lanes.place[r]
     lane = place % width
     for step in steps(node, count):
-        to = only((place < width) & (np.asarray(step.to) >= 0), lanes.rank[step.to, lane])
-        source = only((place < width) & (np.asarray(step.source) >= 0), lanes.rank[step.source, lane])
+        to = select_peer((place < width) & (np.asarray(step.to) >= 0), lanes.rank[step.to, lane])
+        source = select_peer((place < width) & (np.asarray(step.source) >= 0), lanes.rank[step.source, lane])
         yield Step(to, step.send, source, step.recv, step.reduce)
 
 
-def scaled(blocks: tuple[Rank, Rank], by: int) -> tuple[Rank, Rank]:
+def scale_blocks(blocks: tuple[Rank, Rank], by: int) -> tuple[Rank, Rank]:
     """Blocks counted in finer blocks."""
     return blocks[0] * by, blocks[1] * by
 
 
-def moved(blocks: tuple[Rank, Rank], by: Rank) -> tuple[Rank, Rank]:
+def shift_blocks(blocks: tuple[Rank, Rank], by: Rank) -> tuple[Rank, Rank]:
     """Blocks counted from another beginning."""
     return blocks[0] + by, blocks[1] + by

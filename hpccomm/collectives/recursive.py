@@ -25,20 +25,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.collectives.schedule import Rank, Step, only, power_of_two
+from hpccomm.collectives.schedule import Rank, Step, power_of_two, select_peer
 
 
-class Dance(NamedTuple):
+class Participants(NamedTuple):
     """Who dances: ``size`` dancers, a power of two, and ``pairs`` pairs of ranks that send one dancer each."""
 
     size: int
     pairs: int
 
-    def number(self, r: Rank) -> Rank:
+    def position(self, r: Rank) -> Rank:
         """The dancer's number of rank r (of a rank that sits out: its partner's)."""
         return np.where(np.asarray(r) < 2 * self.pairs, np.asarray(r) // 2, np.asarray(r) - self.pairs)
 
-    def dances(self, r: Rank) -> Any:
+    def is_active(self, r: Rank) -> Any:
         """Whether rank r dances: all but the even one of each pair."""
         return (np.asarray(r) >= 2 * self.pairs) | (np.asarray(r) % 2 == 1)
 
@@ -51,10 +51,10 @@ class Dance(NamedTuple):
         return np.where(np.asarray(q) < self.pairs, 2 * np.asarray(q), np.asarray(q) + self.pairs)
 
 
-def dance(p: int) -> Dance:
+def participants(p: int) -> Participants:
     """The dancers among p ranks."""
     size = power_of_two(p)
-    return Dance(size, p - size)
+    return Participants(size, p - size)
 
 
 def masks(size: int) -> list[int]:
@@ -62,46 +62,46 @@ def masks(size: int) -> list[int]:
     return [1 << k for k in range(size.bit_length() - 1)]
 
 
-def fold(r: Rank, d: Dance, send: tuple[Rank, Rank], recv: tuple[Rank, Rank], reduce: bool) -> Iterator[Step]:
+def fold(r: Rank, d: Participants, send: tuple[Rank, Rank], recv: tuple[Rank, Rank], reduce: bool) -> Iterator[Step]:
     """The even rank of each pair hands over blocks ``send``, which its odd partner knows as ``recv``."""
     if d.pairs:
         paired, even = np.asarray(r) < 2 * d.pairs, np.asarray(r) % 2 == 0
-        yield Step(only(paired & even, r + 1), send, only(paired & ~even, r - 1), recv, reduce)
+        yield Step(select_peer(paired & even, r + 1), send, select_peer(paired & ~even, r - 1), recv, reduce)
 
 
-def unfold(r: Rank, d: Dance, send: tuple[Rank, Rank], recv: tuple[Rank, Rank]) -> Iterator[Step]:
+def unfold(r: Rank, d: Participants, send: tuple[Rank, Rank], recv: tuple[Rank, Rank]) -> Iterator[Step]:
     """The odd rank of each pair gives blocks ``send`` back."""
     if d.pairs:
         paired, even = np.asarray(r) < 2 * d.pairs, np.asarray(r) % 2 == 0
-        yield Step(only(paired & ~even, r - 1), send, only(paired & even, r + 1), recv, reduce=False)
+        yield Step(select_peer(paired & ~even, r - 1), send, select_peer(paired & even, r + 1), recv, reduce=False)
 
 
 def doubling(r: Rank, p: int) -> Iterator[Step]:
     """Allreduce of few bytes: partners swap everything they have; one block."""
-    d, all_of_it = dance(p), (0, 1)
+    d, all_of_it = participants(p), (0, 1)
     yield from fold(r, d, all_of_it, all_of_it, reduce=True)
     for mask in masks(d.size):
-        peer = only(d.dances(r), d.rank(d.number(r) ^ mask))
+        peer = select_peer(d.is_active(r), d.rank(d.position(r) ^ mask))
         yield Step(peer, all_of_it, peer, all_of_it, reduce=True)
     yield from unfold(r, d, all_of_it, all_of_it)
 
 
 def halving_doubling(r: Rank, p: int) -> Iterator[Step]:
     """Allreduce of many bytes: halve what one is responsible for every round, then collect it the same way back."""
-    d = dance(p)
-    q, lo, half = d.number(r), np.zeros_like(r), d.size
+    d = participants(p)
+    q, lo, half = d.position(r), np.zeros_like(r), d.size
     yield from fold(r, d, (0, d.size), (0, d.size), reduce=True)
     for mask in masks(d.size):
         half //= 2
         upper = (q & mask) // mask
         keep, give = lo + upper * half, lo + (1 - upper) * half
-        peer = only(d.dances(r), d.rank(q ^ mask))
+        peer = select_peer(d.is_active(r), d.rank(q ^ mask))
         yield Step(peer, (give, give + half), peer, (keep, keep + half), reduce=True)
         lo = keep
     for mask in reversed(masks(d.size)):
         upper = (q & mask) // mask
         other = lo + (1 - 2 * upper) * half
-        peer = only(d.dances(r), d.rank(q ^ mask))
+        peer = select_peer(d.is_active(r), d.rank(q ^ mask))
         yield Step(peer, (lo, lo + half), peer, (other, other + half), reduce=False)
         lo, half = np.minimum(lo, other), 2 * half
     yield from unfold(r, d, (0, d.size), (0, d.size))
@@ -109,29 +109,29 @@ def halving_doubling(r: Rank, p: int) -> Iterator[Step]:
 
 def reduce_scatter(r: Rank, p: int) -> Iterator[Step]:
     """Recursive halving: keep the half of the dancers that one belongs to; far partners first, so order is not kept."""
-    d = dance(p)
-    q = d.number(r)
+    d = participants(p)
+    q = d.position(r)
     yield from fold(r, d, (0, p), (0, p), reduce=True)
     for mask in reversed(masks(d.size)):
         keep, give = q & ~(mask - 1), (q ^ mask) & ~(mask - 1)
-        peer = only(d.dances(r), d.rank(q ^ mask))
-        yield Step(peer, dancers_blocks(d, give, mask), peer, dancers_blocks(d, keep, mask), reduce=True)
+        peer = select_peer(d.is_active(r), d.rank(q ^ mask))
+        yield Step(peer, block_range(d, give, mask), peer, block_range(d, keep, mask), reduce=True)
     yield from unfold(r, d, (r - 1, r), (r, r + 1))
 
 
 def allgather(r: Rank, p: int) -> Iterator[Step]:
     """Recursive doubling: partners swap all blocks they have, neighbours first."""
-    d = dance(p)
-    q = d.number(r)
+    d = participants(p)
+    q = d.position(r)
     yield from fold(r, d, (r, r + 1), (r - 1, r), reduce=False)
     for mask in masks(d.size):
         mine, theirs = q & ~(mask - 1), (q ^ mask) & ~(mask - 1)
-        peer = only(d.dances(r), d.rank(q ^ mask))
-        yield Step(peer, dancers_blocks(d, mine, mask), peer, dancers_blocks(d, theirs, mask), reduce=False)
+        peer = select_peer(d.is_active(r), d.rank(q ^ mask))
+        yield Step(peer, block_range(d, mine, mask), peer, block_range(d, theirs, mask), reduce=False)
     yield from unfold(r, d, (0, p), (0, p))
 
 
-def dancers_blocks(d: Dance, q: Rank, count: int) -> tuple[Rank, Rank]:
+def block_range(d: Participants, q: Rank, count: int) -> tuple[Rank, Rank]:
     """The blocks of ``count`` dancers from number q on."""
     return d.first_block(q), d.first_block(q + count)
 

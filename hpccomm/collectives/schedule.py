@@ -47,18 +47,18 @@ class Algorithm(NamedTuple):
     ordered: bool = False
     """Every reduction joins neighbouring ranges of ranks, lower on the left, whatever the root: right for
     non-commutative operations."""
-    lanes: bool = False
+    segmented: bool = False
     """Gains from cutting every block into segments that flow one after the other (chains and trees)."""
-    slots: Callable[[int], Any] | None = None
+    own_blocks: Callable[[int], Any] | None = None
     """``(p,)`` the block that is each rank's own, where it has not the rank's number (reduce-scatters, allgathers)."""
 
 
-def one_each(p: int) -> int:
+def block_per_rank(p: int) -> int:
     """A block a rank."""
     return p
 
 
-def whole(p: int) -> int:
+def one_block(p: int) -> int:
     """The vector in one piece."""
     return 1
 
@@ -68,12 +68,12 @@ def power_of_two(p: int) -> int:
     return 1 << (p.bit_length() - 1)
 
 
-def only(active: Any, peer: Rank) -> Rank:
+def select_peer(active: Any, peer: Rank) -> Rank:
     """``peer`` where ``active`` holds, nobody elsewhere."""
     return np.where(active, peer, NOBODY)
 
 
-def idle(r: Rank) -> Step:
+def idle_step(r: Rank) -> Step:
     """A round in which nobody moves anything."""
     nobody = np.full(np.shape(r), NOBODY)
     return Step(nobody, (0, 0), nobody, (0, 0), False)

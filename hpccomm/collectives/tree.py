@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hpccomm.collectives import ring
-from hpccomm.collectives.schedule import NOBODY, Rank, Step, only
+from hpccomm.collectives.schedule import NOBODY, Rank, Step, select_peer
 
 ALL = (0, 1)
 
@@ -31,8 +31,8 @@ def broadcast(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
     """Whoever has it sends it as far again as it has come: 1, 2, 4 … places."""
     v = (np.asarray(r) - root) % p
     for mask in distances(p):
-        to = only((v < mask) & (v + mask < p), (r + mask) % p)
-        source = only((v >= mask) & (v < 2 * mask), (r - mask) % p)
+        to = select_peer((v < mask) & (v + mask < p), (r + mask) % p)
+        source = select_peer((v >= mask) & (v < 2 * mask), (r - mask) % p)
         yield Step(to, ALL, source, ALL, reduce=False)
 
 
@@ -40,8 +40,8 @@ def reduce(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
     """Neighbours first, so every partial result covers neighbouring places."""
     v = (np.asarray(r) - root) % p
     for mask in distances(p):
-        to = only(v % (2 * mask) == mask, (r - mask) % p)
-        source = only((v % (2 * mask) == 0) & (v + mask < p), (r + mask) % p)
+        to = select_peer(v % (2 * mask) == mask, (r - mask) % p)
+        source = select_peer((v % (2 * mask) == 0) & (v + mask < p), (r + mask) % p)
         yield Step(to, ALL, source, ALL, reduce=True)
 
 
@@ -50,7 +50,7 @@ def reduce_in_order(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
     yield from reduce(r, p)
     if root:
         here = np.asarray(r)
-        yield Step(only(here == 0, root), ALL, only(here == root, 0), ALL, reduce=False)
+        yield Step(select_peer(here == 0, root), ALL, select_peer(here == root, 0), ALL, reduce=False)
 
 
 def allreduce(r: Rank, p: int) -> Iterator[Step]:
@@ -63,8 +63,8 @@ def scatter(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
     """Hand on the far half of the blocks one holds; block b is for rank b."""
     v = (np.asarray(r) - root) % p
     for mask in reversed(distances(p)):
-        to = only((v % (2 * mask) == 0) & (v + mask < p), (r + mask) % p)
-        source = only(v % (2 * mask) == mask, (r - mask) % p)
+        to = select_peer((v % (2 * mask) == 0) & (v + mask < p), (r + mask) % p)
+        source = select_peer(v % (2 * mask) == mask, (r - mask) % p)
         yield Step(to, places(v + mask, mask, p, root), source, places(v, mask, p, root), reduce=False)
 
 
@@ -84,14 +84,14 @@ def chain_broadcast(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
     """From each place to the next one."""
     v = (np.asarray(r) - root) % p
     for k in range(p - 1):
-        yield Step(only(v == k, (r + 1) % p), ALL, only(v == k + 1, (r - 1) % p), ALL, reduce=False)
+        yield Step(select_peer(v == k, (r + 1) % p), ALL, select_peer(v == k + 1, (r - 1) % p), ALL, reduce=False)
 
 
 def chain_reduce(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
     """From the last place towards the root."""
     v = (np.asarray(r) - root) % p
     for k in reversed(range(p - 1)):
-        yield Step(only(v == k + 1, (r - 1) % p), ALL, only(v == k, (r + 1) % p), ALL, reduce=True)
+        yield Step(select_peer(v == k + 1, (r - 1) % p), ALL, select_peer(v == k, (r + 1) % p), ALL, reduce=True)
 
 
 def chain_allreduce(r: Rank, p: int) -> Iterator[Step]:
@@ -111,13 +111,13 @@ def double_allreduce(r: Rank, p: int) -> Iterator[Step]:
 def climb(r: Rank, p: int, mask: int, from_left: bool) -> Iterator[Step]:
     """In both trees, the children of one level on one side of their parents send what they have gathered."""
     for block in (0, 1):
-        place = seat(r, p, block)
+        place = position_of(r, p, block)
         parent = parent_of(place, p)
         goes = climbs(place, parent, p, mask, from_left)
         child = np.where(from_left, place - mask, place + mask)
         comes = (child > 0) & (child < p) & climbs(child, parent_of(child, p), p, mask, from_left)
         comes &= parent_of(child, p) == place
-        to, source = only(goes, rank_at(parent, p, block)), only(comes, rank_at(child, p, block))
+        to, source = select_peer(goes, rank_at(parent, p, block)), select_peer(comes, rank_at(child, p, block))
         yield Step(to, (block, block + 1), source, (block, block + 1), reduce=True)
 
 
@@ -134,7 +134,7 @@ def parent_of(place: Rank, p: int) -> Rank:
     return np.where(place <= 0, NOBODY, np.where(above < p, above, place ^ low))
 
 
-def seat(r: Rank, p: int, tree: int) -> Rank:
+def position_of(r: Rank, p: int, tree: int) -> Rank:
     """Where rank r sits: in order in the first tree; mirrored (p even) or one further (p odd) in the second."""
     if tree == 0:
         return np.asarray(r)

@@ -29,10 +29,10 @@ from hpccomm.errors import ArgumentError, ScheduleError
 Ints = npt.NDArray[np.int64]
 Sets = npt.NDArray[np.uint64]
 
-ALONE = 8
+SINGLE_RANK_LIMIT = 8
 """Up to this many ranks, each rank's own steps are compared with the whole round's."""
-REDUCES = frozenset({"allreduce", "reduce_scatter", "reduce"})
-ROOTED = frozenset({"bcast", "reduce", "scatter", "gather"})
+REDUCING_COLLECTIVES = frozenset({"allreduce", "reduce_scatter", "reduce"})
+ROOTED_COLLECTIVES = frozenset({"bcast", "reduce", "scatter", "gather"})
 BLOCK_IS_RANK = frozenset({"reduce_scatter", "allgather", "scatter", "gather"})
 COLLECTIVES = ("allreduce", "reduce_scatter", "allgather", "bcast", "reduce", "scatter", "gather")
 
@@ -51,7 +51,7 @@ class Report(NamedTuple):
     """Whether rank order is kept for this p and root; ``None`` where nothing is reduced."""
 
 
-class Table(NamedTuple):
+class ScheduleTable(NamedTuple):
     """A whole schedule as arrays: a row a round, a column a rank."""
 
     to: Ints
@@ -75,7 +75,7 @@ class Moves(NamedTuple):
     starts: list[int]
 
 
-class Promise(NamedTuple):
+class Contract(NamedTuple):
     """A collective: what each cell holds before, and what it must hold afterwards, where anything is due."""
 
     before: Sets
@@ -92,7 +92,7 @@ class Volume(NamedTuple):
     total: Callable[[int, int], Fraction]
 
 
-class Trial(NamedTuple):
+class Verification(NamedTuple):
     """What is being verified, for the messages."""
 
     title: str
@@ -109,27 +109,29 @@ def verify(algorithm: Algorithm | str, collective: str, p: int, root: int = 0, v
     Rounds and bytes are compared with ``volume``, or with the known one of an algorithm of our own.
     Raises :class:`ScheduleError` naming round, rank, block and what was expected.
     """
-    name, algorithm = named(algorithm, collective)
+    name, algorithm = find_algorithm(algorithm, collective)
     blocks = algorithm.blocks(p)
-    trial = Trial(f"{name} {collective}, p={p}" + (f", root={root}" if collective in ROOTED else ""), blocks)
+    trial = Verification(
+        f"{name} {collective}, p={p}" + (f", root={root}" if collective in ROOTED_COLLECTIVES else ""), blocks
+    )
     if collective in BLOCK_IS_RANK and blocks != p:
         raise ScheduleError(f"{trial.title}: cuts the vector into {blocks} blocks; {collective} needs one a rank")
-    table = tabulate(algorithm.steps(np.arange(p), p, *rooted(collective, root)), p)
-    well_formed(table, trial)
-    matched(table, trial)
-    if p <= ALONE:
-        same_alone(algorithm, collective, table, trial, root)
-    in_order = flow(table, promise(collective, p, blocks, root, algorithm.slots), trial)
+    table = tabulate(algorithm.steps(np.arange(p), p, *root_argument(collective, root)), p)
+    check_messages(table, trial)
+    check_matching(table, trial)
+    if p <= SINGLE_RANK_LIMIT:
+        check_single_ranks(algorithm, collective, table, trial, root)
+    in_order = flow(table, contract(collective, p, blocks, root, algorithm.own_blocks), trial)
     if algorithm.ordered and not in_order:
         raise ScheduleError(f"{trial.title}: claims to keep the order of ranks, and does not")
-    report = summary(table, blocks, in_order if collective in REDUCES else None)
+    report = summary(table, blocks, in_order if collective in REDUCING_COLLECTIVES else None)
     volume = volume or VOLUMES.get((collective, name))
     if volume:
-        as_promised(report, volume, p, root, trial)
+        check_volume(report, volume, p, root, trial)
     return report
 
 
-def named(algorithm: Algorithm | str, collective: str) -> tuple[str, Algorithm]:
+def find_algorithm(algorithm: Algorithm | str, collective: str) -> tuple[str, Algorithm]:
     """The algorithm and the name it has in the table (else of its function)."""
     if collective not in COLLECTIVES:
         raise ArgumentError(f"no collective is called {collective!r}: take one of {', '.join(COLLECTIVES)}")
@@ -144,12 +146,12 @@ def named(algorithm: Algorithm | str, collective: str) -> tuple[str, Algorithm]:
     return getattr(algorithm.steps, "__name__", "schedule"), algorithm
 
 
-def rooted(collective: str, root: int) -> tuple[int, ...]:
+def root_argument(collective: str, root: int) -> tuple[int, ...]:
     """The further arguments of a schedule."""
-    return (root,) if collective in ROOTED else ()
+    return (root,) if collective in ROOTED_COLLECTIVES else ()
 
 
-def tabulate(steps: Iterable[Step], p: int) -> Table:
+def tabulate(steps: Iterable[Step], p: int) -> ScheduleTable:
     """All rounds of all ranks."""
     rounds = list(steps)
     to, first, end, source, at, until = np.empty((6, len(rounds), p), dtype=np.int64)
@@ -158,10 +160,10 @@ def tabulate(steps: Iterable[Step], p: int) -> Table:
         first[k], end[k] = step.send
         at[k], until[k] = step.recv
     reduce = np.array([step.reduce for step in rounds], dtype=bool)
-    return Table(to, first, end - first, source, at, until - at, reduce)
+    return ScheduleTable(to, first, end - first, source, at, until - at, reduce)
 
 
-def summary(table: Table, blocks: int, ordered: bool | None) -> Report:
+def summary(table: ScheduleTable, blocks: int, ordered: bool | None) -> Report:
     """The counts of a verified schedule."""
     sent = np.where(table.to >= 0, table.gives, 0).sum(axis=0)
     messages = int(((table.to >= 0) & (table.gives > 0)).sum())
@@ -171,7 +173,7 @@ def summary(table: Table, blocks: int, ordered: bool | None) -> Report:
 # --- messages -------------------------------------------------------------------------------------
 
 
-def well_formed(table: Table, trial: Trial) -> None:
+def check_messages(table: ScheduleTable, trial: Verification) -> None:
     """Peers exist and are somebody else; intervals have at most b blocks."""
     p = table.to.shape[1]
     rank = np.arange(p)
@@ -186,10 +188,10 @@ def well_formed(table: Table, trial: Trial) -> None:
             k, r = first_of(wrong)
             what = f"{verb} rank {peer[k, r]} {count[k, r]} of {trial.blocks} blocks: no such message"
             trial.refuse(k, r, first[k, r] % trial.blocks, what)
-    within_itself(table, trial)
+    check_overlap(table, trial)
 
 
-def within_itself(table: Table, trial: Trial) -> None:
+def check_overlap(table: ScheduleTable, trial: Verification) -> None:
     """What arrives to replace blocks must not land on blocks that are being sent."""
     after = (table.at - table.first) % trial.blocks
     before = (table.first - table.at) % trial.blocks
@@ -201,7 +203,7 @@ def within_itself(table: Table, trial: Trial) -> None:
         trial.refuse(k, r, block % trial.blocks, "is sent and replaced in the same round")
 
 
-def matched(table: Table, trial: Trial) -> None:
+def check_matching(table: ScheduleTable, trial: Verification) -> None:
     """In every round, what a rank sends is what its peer waits for, and the other way round."""
     rank, k = np.arange(table.to.shape[1]), np.arange(len(table.reduce))[:, None]
     sends, receives = table.to >= 0, table.source >= 0
@@ -211,16 +213,16 @@ def matched(table: Table, trial: Trial) -> None:
         at, r = first_of(lost)
         to = table.to[at, r]
         why = f"is sent to rank {to}, which receives from {peer_name(table.source[at, to])}"
-        trial.refuse(at, r, table.first[at, r] % trial.blocks, f"{why} in this round{consequence(table)}")
+        trial.refuse(at, r, table.first[at, r] % trial.blocks, f"{why} in this round{describe_deadlock(table)}")
     if awaited.any():
         at, r = first_of(awaited)
         source = table.source[at, r]
         why = f"is awaited from rank {source}, which sends to {peer_name(table.to[at, source])}"
-        trial.refuse(at, r, table.at[at, r] % trial.blocks, f"{why} in this round{consequence(table)}")
-    same_blocks(table, trial)
+        trial.refuse(at, r, table.at[at, r] % trial.blocks, f"{why} in this round{describe_deadlock(table)}")
+    check_blocks(table, trial)
 
 
-def same_blocks(table: Table, trial: Trial) -> None:
+def check_blocks(table: ScheduleTable, trial: Verification) -> None:
     """Sender and receiver mean the same blocks."""
     k, receives = np.arange(len(table.reduce))[:, None], table.source >= 0
     source = np.where(receives, table.source, 0)
@@ -229,8 +231,8 @@ def same_blocks(table: Table, trial: Trial) -> None:
     if differs.any():
         at, r = first_of(differs)
         s = table.source[at, r]
-        sent = span(table.first[at, s], table.gives[at, s], trial.blocks)
-        expected = span(table.at[at, r], table.takes[at, r], trial.blocks)
+        sent = format_interval(table.first[at, s], table.gives[at, s], trial.blocks)
+        expected = format_interval(table.at[at, r], table.takes[at, r], trial.blocks)
         trial.refuse(
             at,
             r,
@@ -239,16 +241,16 @@ def same_blocks(table: Table, trial: Trial) -> None:
         )
 
 
-def consequence(table: Table) -> str:
+def describe_deadlock(table: ScheduleTable) -> str:
     """What would happen if each rank ran at its own pace, every send waiting to be received."""
-    stuck = stuck_at(table)
+    stuck = find_deadlock(table)
     if not stuck:
         return ": messages of different rounds would meet"
     rank, k = next(iter(stuck.items()))
     return f": {len(stuck)} ranks would wait for ever, rank {rank} in round {k}"
 
 
-def stuck_at(table: Table) -> dict[int, int]:
+def find_deadlock(table: ScheduleTable) -> dict[int, int]:
     """Run all ranks, each at its own pace; the ranks that never finish and the round in which each waits."""
     rounds, p = table.to.shape
     rank, nobody = np.arange(p), np.full((1, p), NOBODY)
@@ -268,11 +270,13 @@ def stuck_at(table: Table) -> dict[int, int]:
         got &= ~done
 
 
-def same_alone(algorithm: Algorithm, collective: str, table: Table, trial: Trial, root: int) -> None:
+def check_single_ranks(
+    algorithm: Algorithm, collective: str, table: ScheduleTable, trial: Verification, root: int
+) -> None:
     """The steps of rank r alone are column r."""
     p = table.to.shape[1]
     for r in range(p):
-        alone = tabulate(algorithm.steps(r, p, *rooted(collective, root)), 1)
+        alone = tabulate(algorithm.steps(r, p, *root_argument(collective, root)), 1)
         if len(alone.reduce) != len(table.reduce):
             trial.refuse(0, r, 0, f"alone the rank has {len(alone.reduce)} rounds, among all {len(table.reduce)}")
         sends, receives = table.to[:, r] >= 0, table.source[:, r] >= 0
@@ -288,14 +292,16 @@ def same_alone(algorithm: Algorithm, collective: str, table: Table, trial: Trial
 # --- contents -------------------------------------------------------------------------------------
 
 
-def promise(collective: str, p: int, blocks: int, root: int = 0, slots: Callable[[int], Any] | None = None) -> Promise:
+def contract(
+    collective: str, p: int, blocks: int, root: int = 0, slots: Callable[[int], Any] | None = None
+) -> Contract:
     """The pre- and postcondition of a collective; nothing is due where the caller does not look."""
-    own, everybody = singles(p), singles(p).sum(axis=0, dtype=np.uint64)
+    own, everybody = singleton_sets(p), singleton_sets(p).sum(axis=0, dtype=np.uint64)
     before = np.zeros((p, blocks, own.shape[1]), dtype=np.uint64)
     after, due = before.copy(), np.zeros((p, blocks), dtype=bool)
     rank = np.arange(p)
     slot = rank if slots is None else np.asarray(slots(p))
-    if collective in REDUCES:
+    if collective in REDUCING_COLLECTIVES:
         before[:] = own[:, None]
         after[:] = everybody
     elif collective in ("bcast", "scatter"):
@@ -310,10 +316,10 @@ def promise(collective: str, p: int, blocks: int, root: int = 0, slots: Callable
         due[rank, slot] = True
     else:
         due[:] = True
-    return Promise(before, after, due)
+    return Contract(before, after, due)
 
 
-def singles(p: int) -> Sets:
+def singleton_sets(p: int) -> Sets:
     """For each rank the set of itself: one bit in as many 64-bit words as p ranks need."""
     rank = np.arange(p)
     bits = np.zeros((p, -(-p // 64)), dtype=np.uint64)
@@ -321,17 +327,17 @@ def singles(p: int) -> Sets:
     return bits
 
 
-def flow(table: Table, promised: Promise, trial: Trial) -> bool:
+def flow(table: ScheduleTable, promised: Contract, trial: Verification) -> bool:
     """Move contributions round by round; whether rank order was kept wherever something is due."""
-    moves, cells = expanded(table, trial.blocks), Cells(promised, trial)
+    moves, cells = expand_moves(table, trial.blocks), Cells(promised, trial)
     for k, reduce in enumerate(table.reduce.tolist()):
         lo, hi = moves.starts[k], moves.starts[k + 1]
         if lo < hi:
             cells.move(k, moves.source[lo:hi], moves.into[lo:hi], moves.from_lower[lo:hi], reduce)
-    return cells.kept(promised)
+    return cells.check_result(promised)
 
 
-def expanded(table: Table, blocks: int) -> Moves:
+def expand_moves(table: ScheduleTable, blocks: int) -> Moves:
     """Every block of every message."""
     k, sender = np.nonzero((table.to >= 0) & (table.gives > 0))
     to, first, count = table.to[k, sender], table.first[k, sender], table.gives[k, sender]
@@ -344,7 +350,7 @@ def expanded(table: Table, blocks: int) -> Moves:
 EMPTY, UNTIDY, NEVER = -1, 1 << 60, -2
 
 
-class Held(NamedTuple):
+class CellContents(NamedTuple):
     """What some cells hold."""
 
     sets: Sets
@@ -355,7 +361,7 @@ class Held(NamedTuple):
 class Cells:
     """What each cell holds: a set of ranks; while that is a range joined in order, its [begin, end)."""
 
-    def __init__(self, promised: Promise, trial: Trial) -> None:
+    def __init__(self, promised: Contract, trial: Verification) -> None:
         p, blocks, words = promised.before.shape
         rank = np.repeat(np.arange(p), blocks)
         self.trial = trial
@@ -364,17 +370,17 @@ class Cells:
         self.end = rank + 1
         self.written = np.zeros(rank.size, dtype=np.int64)
 
-    def at(self, cells: Ints) -> Held:
+    def get(self, cells: Ints) -> CellContents:
         """A copy of what some cells hold."""
-        return Held(self.held[cells], self.begin[cells], self.end[cells])
+        return CellContents(self.held[cells], self.begin[cells], self.end[cells])
 
-    def put(self, cells: Ints, what: Held) -> None:
+    def put(self, cells: Ints, what: CellContents) -> None:
         """Write it there."""
         self.held[cells], self.begin[cells], self.end[cells] = what
 
     def move(self, k: int, source: Ints, into: Ints, from_lower: Any, reduce: bool) -> None:
         """One round: what is sent is what stood there before it."""
-        new, mine = self.at(source), self.at(into)
+        new, mine = self.get(source), self.get(into)
         if new.begin.min() == EMPTY:
             self.refuse(k, source, new.begin == EMPTY, "is sent before anything is there")
         if reduce:
@@ -386,7 +392,7 @@ class Cells:
             self.put(into, new)
         self.written[into] = k
 
-    def join(self, k: int, into: Ints, new: Held, mine: Held, from_lower: Any) -> None:
+    def join(self, k: int, into: Ints, new: CellContents, mine: CellContents, from_lower: Any) -> None:
         """Sum what arrives into what is here, the lower rank's part on the left."""
         if mine.begin.min() == EMPTY:
             self.refuse(k, into, mine.begin == EMPTY, "is summed into before anything is there")
@@ -396,9 +402,9 @@ class Cells:
         tidy = np.where(from_lower, new.end, mine.end) == np.where(from_lower, mine.begin, new.begin)
         begin = np.where(tidy, np.minimum(new.begin, mine.begin), UNTIDY)
         end = np.where(tidy, np.maximum(new.end, mine.end), NEVER)
-        self.put(into, Held(new.sets | mine.sets, begin, end))
+        self.put(into, CellContents(new.sets | mine.sets, begin, end))
 
-    def kept(self, promised: Promise) -> bool:
+    def check_result(self, promised: Contract) -> bool:
         """Check the postcondition; whether everything due is in order from rank 0 to the last."""
         due, after = promised.due.ravel(), promised.after.reshape(self.held.shape)
         wrong = due & (self.held != after).any(axis=1)
@@ -431,7 +437,7 @@ def first_of(wrong: npt.NDArray[np.bool_]) -> tuple[int, int]:
     return int(k), int(r)
 
 
-def span(first: Any, count: Any, blocks: int) -> str:
+def format_interval(first: Any, count: Any, blocks: int) -> str:
     """An interval of blocks, for people: ``[3, 5)``."""
     return f"[{int(first) % blocks}, {int(first) % blocks + int(count)})"
 
@@ -444,12 +450,12 @@ def peer_name(peer: Any) -> str:
 # --- volumes --------------------------------------------------------------------------------------
 
 
-def lg(p: int) -> int:
+def floor_lg(p: int) -> int:
     """⌊lg p⌋."""
     return p.bit_length() - 1
 
 
-def up(p: int) -> int:
+def ceil_lg(p: int) -> int:
     """⌈lg p⌉."""
     return (p - 1).bit_length()
 
@@ -459,55 +465,55 @@ def pairs(p: int) -> int:
     return p - power_of_two(p)
 
 
-def folded(p: int) -> int:
+def has_fold(p: int) -> int:
     """1 where a butterfly folds at all."""
     return int(pairs(p) > 0)
 
 
-def share(p: int) -> Fraction:
+def ring_fraction(p: int) -> Fraction:
     """(p-1)/p."""
     return Fraction(p - 1, p)
 
 
-def some(p: int) -> Fraction:
+def has_peers(p: int) -> Fraction:
     """1 where there is anybody to send to."""
     return Fraction(int(p > 1))
 
 
-def gathered(p: int) -> Fraction:
+def gather_volume(p: int) -> Fraction:
     """What the first dancer of an allgather sends while its run of blocks doubles, pairs counting twice."""
-    return Fraction(sum(mask + min(mask, pairs(p)) for mask in (1 << k for k in range(lg(p)))), p)
+    return Fraction(sum(mask + min(mask, pairs(p)) for mask in (1 << k for k in range(floor_lg(p)))), p)
 
 
-def scattered(p: int) -> Fraction:
+def scatter_volume(p: int) -> Fraction:
     """What all together send down a binomial tree that scatters: every place's own subtree, once."""
     return Fraction(sum(min(v & -v, p - v) for v in range(1, p)), p)
 
 
-NEIGHBOURS = Volume(
-    "2(p-1)/p n", lambda p, _: 2 * (p - 1), lambda p, _: 2 * share(p), lambda p, _: Fraction(2 * (p - 1))
+FULL_VOLUME = Volume(
+    "2(p-1)/p n", lambda p, _: 2 * (p - 1), lambda p, _: 2 * ring_fraction(p), lambda p, _: Fraction(2 * (p - 1))
 )
-HALF = Volume("(p-1)/p n", lambda p, _: p - 1, lambda p, _: share(p), lambda p, _: Fraction(p - 1))
+HALF_VOLUME = Volume("(p-1)/p n", lambda p, _: p - 1, lambda p, _: ring_fraction(p), lambda p, _: Fraction(p - 1))
 
 VOLUMES: dict[tuple[str, str], Volume] = {
-    ("allreduce", "ring"): NEIGHBOURS,
-    ("allreduce", "direct"): NEIGHBOURS,
+    ("allreduce", "ring"): FULL_VOLUME,
+    ("allreduce", "direct"): FULL_VOLUME,
     ("allreduce", "butterfly"): Volume(
         "2(s-1)/s n, +n if folded",
-        lambda p, _: 2 * lg(p) + 2 * folded(p),
-        lambda p, _: 2 * share(power_of_two(p)) + folded(p),
+        lambda p, _: 2 * floor_lg(p) + 2 * has_fold(p),
+        lambda p, _: 2 * ring_fraction(power_of_two(p)) + has_fold(p),
         lambda p, _: Fraction(2 * (p - 1)),
     ),
     ("allreduce", "doubling"): Volume(
         "n lg s, +n if folded",
-        lambda p, _: lg(p) + 2 * folded(p),
-        lambda p, _: Fraction(lg(p) + folded(p)),
-        lambda p, _: Fraction(power_of_two(p) * lg(p) + 2 * pairs(p)),
+        lambda p, _: floor_lg(p) + 2 * has_fold(p),
+        lambda p, _: Fraction(floor_lg(p) + has_fold(p)),
+        lambda p, _: Fraction(power_of_two(p) * floor_lg(p) + 2 * pairs(p)),
     ),
     ("allreduce", "tree"): Volume(
         "n ⌈lg p⌉ (root)",
-        lambda p, _: 2 * up(p),
-        lambda p, _: Fraction(up(p)),
+        lambda p, _: 2 * ceil_lg(p),
+        lambda p, _: Fraction(ceil_lg(p)),
         lambda p, _: Fraction(2 * (p - 1)),
     ),
     ("allreduce", "chain"): Volume(
@@ -518,52 +524,52 @@ VOLUMES: dict[tuple[str, str], Volume] = {
     ),
     ("allreduce", "double_tree"): Volume(
         "2n (p > 3)",
-        lambda p, _: 8 * up(p),
-        lambda p, _: some(p) * Fraction(min(p, 4), 2),
+        lambda p, _: 8 * ceil_lg(p),
+        lambda p, _: has_peers(p) * Fraction(min(p, 4), 2),
         lambda p, _: Fraction(2 * (p - 1)),
     ),
-    ("reduce_scatter", "ring"): HALF,
-    ("reduce_scatter", "direct"): HALF,
+    ("reduce_scatter", "ring"): HALF_VOLUME,
+    ("reduce_scatter", "direct"): HALF_VOLUME,
     ("reduce_scatter", "butterfly"): Volume(
         "(p-1)/p n, n by those folded in",
-        lambda p, _: lg(p) + 2 * folded(p),
-        lambda p, _: Fraction(1) if folded(p) else share(p),
-        lambda p, _: power_of_two(p) * share(p) + pairs(p),
+        lambda p, _: floor_lg(p) + 2 * has_fold(p),
+        lambda p, _: Fraction(1) if has_fold(p) else ring_fraction(p),
+        lambda p, _: power_of_two(p) * ring_fraction(p) + pairs(p),
     ),
-    ("allgather", "ring"): HALF,
-    ("allgather", "direct"): HALF,
+    ("allgather", "ring"): HALF_VOLUME,
+    ("allgather", "direct"): HALF_VOLUME,
     ("allgather", "bruck"): Volume(
-        "(p-1)/p n", lambda p, _: up(p), lambda p, _: share(p), lambda p, _: Fraction(p - 1)
+        "(p-1)/p n", lambda p, _: ceil_lg(p), lambda p, _: ring_fraction(p), lambda p, _: Fraction(p - 1)
     ),
     ("allgather", "butterfly"): Volume(
         "(p-1)/p n, < 3n if folded",
-        lambda p, _: lg(p) + 2 * folded(p),
-        lambda p, _: gathered(p) + folded(p),
+        lambda p, _: floor_lg(p) + 2 * has_fold(p),
+        lambda p, _: gather_volume(p) + has_fold(p),
         lambda p, _: Fraction(pairs(p), p) + power_of_two(p) - 1 + pairs(p),
     ),
     ("bcast", "tree"): Volume(
-        "n ⌈lg p⌉ (root)", lambda p, _: up(p), lambda p, _: Fraction(up(p)), lambda p, _: Fraction(p - 1)
+        "n ⌈lg p⌉ (root)", lambda p, _: ceil_lg(p), lambda p, _: Fraction(ceil_lg(p)), lambda p, _: Fraction(p - 1)
     ),
-    ("bcast", "chain"): Volume("n", lambda p, _: p - 1, lambda p, _: some(p), lambda p, _: Fraction(p - 1)),
+    ("bcast", "chain"): Volume("n", lambda p, _: p - 1, lambda p, _: has_peers(p), lambda p, _: Fraction(p - 1)),
     ("bcast", "ring"): Volume(
         "2(p-1)/p n (root)",
-        lambda p, _: up(p) + p - 1,
-        lambda p, _: 2 * share(p),
-        lambda p, _: scattered(p) + p - 1,
+        lambda p, _: ceil_lg(p) + p - 1,
+        lambda p, _: 2 * ring_fraction(p),
+        lambda p, _: scatter_volume(p) + p - 1,
     ),
-    ("reduce", "tree"): Volume("n", lambda p, _: up(p), lambda p, _: some(p), lambda p, _: Fraction(p - 1)),
+    ("reduce", "tree"): Volume("n", lambda p, _: ceil_lg(p), lambda p, _: has_peers(p), lambda p, _: Fraction(p - 1)),
     ("reduce", "tree_in_order"): Volume(
         "n",
-        lambda p, root: up(p) + (root > 0),
-        lambda p, _: some(p),
+        lambda p, root: ceil_lg(p) + (root > 0),
+        lambda p, _: has_peers(p),
         lambda p, root: Fraction(p - 1 + (root > 0)),
     ),
-    ("reduce", "chain"): Volume("n", lambda p, _: p - 1, lambda p, _: some(p), lambda p, _: Fraction(p - 1)),
+    ("reduce", "chain"): Volume("n", lambda p, _: p - 1, lambda p, _: has_peers(p), lambda p, _: Fraction(p - 1)),
 }
 """What each algorithm is known to cost; s is the largest power of two not above p, "folded" means p > s."""
 
 
-def two_level(nodes: Iterable[int]) -> Volume:
+def two_level_volume(nodes: Iterable[int]) -> Volume:
     """What a hierarchical allreduce with a ring between ``nodes`` costs."""
     _, ranks = np.unique(np.asarray(list(nodes)), return_counts=True)
     count, lanes, surplus = int(ranks.size), int(ranks.min()), int(ranks.max() - ranks.min())
@@ -571,19 +577,19 @@ def two_level(nodes: Iterable[int]) -> Volume:
     return Volume(
         "2(p-1)/p n, +n a rank too many",
         lambda p, _: 2 * (lanes - 1) + 2 * (count - 1) + 2 * extra,
-        lambda p, _: 2 * share(lanes) + 2 * share(count) / lanes + extra,
+        lambda p, _: 2 * ring_fraction(lanes) + 2 * ring_fraction(count) / lanes + extra,
         lambda p, _: Fraction(2 * (p - 1)),
     )
 
 
-def two_level_half(nodes: Iterable[int]) -> Volume:
+def two_level_half_volume(nodes: Iterable[int]) -> Volume:
     """What an allgather or reduce-scatter in two levels costs on ``nodes``."""
     _, ranks = np.unique(np.asarray(list(nodes)), return_counts=True)
     rounds = int(ranks.size) - 1 + int(ranks[0]) - 1
-    return Volume("(p-1)/p n", lambda p, _: rounds, lambda p, _: share(p), lambda p, _: Fraction(p - 1))
+    return Volume("(p-1)/p n", lambda p, _: rounds, lambda p, _: ring_fraction(p), lambda p, _: Fraction(p - 1))
 
 
-def as_promised(report: Report, volume: Volume, p: int, root: int, trial: Trial) -> None:
+def check_volume(report: Report, volume: Volume, p: int, root: int, trial: Verification) -> None:
     """Rounds and bytes are what the formula says."""
     for what, is_, should in (
         ("rounds", Fraction(report.rounds), Fraction(volume.rounds(p, root))),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hpccomm.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from hpccomm.bench.flags import Asked
+    from hpccomm.bench.flags import BenchArguments
     from hpccomm.bench.loop import Row
 
 SUMMARY = "measure collectives and messages, in OSU's or nccl-tests' format"
@@ -39,15 +39,15 @@ def run(args: argparse.Namespace) -> int:
     world = MPI.COMM_WORLD
     printer = Printer(world.rank == 0)
     try:
-        asked = understood(args, printer)
+        asked = parse_command(args, printer)
         if asked is None:
             return 0
-        if wrong_number(asked, world.size):
-            return refused(world, printer, wrong_number(asked, world.size))
+        if rank_count_error(asked, world.size):
+            return refuse(world, printer, rank_count_error(asked, world.size))
         comm = hpccomm.Communicator(world)
-        asked = fitting(comm, asked, printer)
+        asked = fit_to_ranks(comm, asked, printer)
     except ArgumentError as error:
-        return refused(world, printer, f"hpccomm bench: {error}")
+        return refuse(world, printer, f"hpccomm bench: {error}")
     session = Session(comm, asked, printer)
     status = nccl_tables(session) if asked.nccl else osu_tables(session)
     session.write_json()
@@ -58,88 +58,88 @@ def run(args: argparse.Namespace) -> int:
 class Printer:
     """Rank 0's voice; every line is one write."""
 
-    speaks: bool
+    enabled: bool
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """A line of the table."""
-        if self.speaks:
+        if self.enabled:
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
 
-    def complain(self, line: str) -> None:
+    def print_error(self, line: str) -> None:
         """A line about it."""
-        if self.speaks:
+        if self.enabled:
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
 
 
-def understood(args: argparse.Namespace, printer: Printer) -> Asked | None:
+def parse_command(args: argparse.Namespace, printer: Printer) -> BenchArguments | None:
     """What is asked for; ``None`` if it was only a question."""
     from hpccomm.bench import flags
     from hpccomm.bench.cases import CASES
 
     if args.help:
-        printer.say(f"{args.help_text()}\nmeasured: {', '.join(CASES)}")
+        printer.print_line(f"{args.help_text()}\nmeasured: {', '.join(CASES)}")
         return None
     name = (args.collective or "").removeprefix("osu_")
     if name not in CASES:
         raise ArgumentError(f"say what to measure: {', '.join(CASES)} (not {args.collective!r})")
     if {"-h", "--help"} & set(args.flags):
-        printer.say(flags.parser(name).format_help())
+        printer.print_line(flags.parser(name).format_help())
         return None
-    asked = flags.asked(name, args.flags)
+    asked = flags.parse_flags(name, args.flags)
     if asked.version:
-        printer.say(title_of(asked))
+        printer.print_line(title_of(asked))
         return None
     return asked
 
 
-def refused(world: Any, printer: Printer, why: str) -> int:
+def refuse(world: Any, printer: Printer, why: str) -> int:
     """All ranks know alike; one of them speaks, before any of them ends."""
-    printer.complain(why)
+    printer.print_error(why)
     world.Barrier()
     return 1
 
 
-def wrong_number(asked: Asked, ranks: int) -> str:
+def rank_count_error(asked: BenchArguments, ranks: int) -> str:
     """OSU's words where there are too few ranks, or too many."""
     if asked.case.ends:
         return "" if ranks == 2 else "This test requires exactly two processes"
     return "" if ranks > 1 else "This test requires at least two processes"
 
 
-def fitting(comm: Any, asked: Asked, printer: Printer) -> Asked:
+def fit_to_ranks(comm: Any, asked: BenchArguments, printer: Printer) -> BenchArguments:
     """With what these ranks have: algorithms, roots, memory."""
     from hpccomm.bench.loop import check_algorithms, known_algorithms
 
     if asked.options.root is not None and asked.options.root >= comm.size:
         raise ArgumentError(f"-k fixed:{asked.options.root}: there are {comm.size} ranks")
     if asked.options.on_device:
-        on_device(comm, asked)
+        claim_devices(comm, asked)
     names = known_algorithms(comm, asked.collective) if asked.algorithms == ("all",) else asked.algorithms
     check_algorithms(comm, asked.collective, names)
-    if asked.ignored:
-        printer.complain(f"hpccomm bench: {asked.ignored}")
-    return replace(asked, algorithms=tuple(names), sizes=within_memory(comm.size, asked, printer))
+    if asked.warning:
+        printer.print_error(f"hpccomm bench: {asked.warning}")
+    return replace(asked, algorithms=tuple(names), sizes=limit_sizes(comm.size, asked, printer))
 
 
-def on_device(comm: Any, asked: Asked) -> None:
+def claim_devices(comm: Any, asked: BenchArguments) -> None:
     """Take a device for each rank; raises on all ranks where one of them has none (collective)."""
     from hpccomm.transports import cuda
 
     rest = "leave -d out to measure host memory"
-    cuda.claimed(comm, "-d cuda", rest)
+    cuda.claim_device(comm, "-d cuda", rest)
     if asked.case.ends and comm.device_transports()["aware"] != "yes":
         why = comm.device_transports()["aware"].removeprefix("no: ")
         raise ArgumentError(f"{asked.collective}: messages take memory of a device only where MPI does: {why}; {rest}")
 
 
-def within_memory(ranks: int, asked: Asked, printer: Printer) -> tuple[int, ...]:
+def limit_sizes(ranks: int, asked: BenchArguments, printer: Printer) -> tuple[int, ...]:
     """Sizes that a rank has room for."""
-    each = asked.memory_limit // (ranks if asked.case.parts and not asked.nccl else 1)
+    each = asked.memory_limit // (ranks if asked.case.size_per_rank and not asked.nccl else 1)
     kept = tuple(size for size in asked.sizes if size <= each)
     if len(kept) < len(asked.sizes):
-        printer.complain(
+        printer.print_error(
             f"Warning! Limiting max message size to: {each}. Increase -M, --mem-limit for higher message sizes."
         )
     return kept
@@ -148,12 +148,12 @@ def within_memory(ranks: int, asked: Asked, printer: Printer) -> tuple[int, ...]
 class Session:
     """One command on its ranks, and the rows it has measured."""
 
-    def __init__(self, comm: Any, asked: Asked, printer: Printer) -> None:
+    def __init__(self, comm: Any, asked: BenchArguments, printer: Printer) -> None:
         self.comm, self.asked, self.printer = comm, asked, printer
-        self.say = printer.say
+        self.print_line = printer.print_line
         self.rows: list[Row] = []
 
-    def measured(self, datatype: str, algorithms: Sequence[str], **options: Any) -> Iterator[list[Row]]:
+    def run_sizes(self, datatype: str, algorithms: Sequence[str], **options: Any) -> Iterator[list[Row]]:
         """The rows of each size, while a bar shows how far it is."""
         from hpccomm.bench.loop import measure
         from hpccomm.bench.osu import DATATYPES
@@ -162,11 +162,11 @@ class Session:
         chosen = replace(asked.options, dtype=DATATYPES[datatype], **options)
         found = measure(self.comm, asked.collective, asked.sizes, algorithms, chosen)
         sizes = itertools.groupby(found, key=lambda row: row.bytes)
-        for _, rows in self.watched((size, list(rows)) for size, rows in sizes):
+        for _, rows in self.show_progress((size, list(rows)) for size, rows in sizes):
             self.rows += rows
             yield rows
 
-    def watched(self, sizes: Iterable[Any]) -> Iterable[Any]:
+    def show_progress(self, sizes: Iterable[Any]) -> Iterable[Any]:
         """With a progress bar on rank 0's stderr, where somebody can see it."""
         if self.comm.rank or not sys.stderr.isatty():
             return sizes
@@ -177,11 +177,11 @@ class Session:
         bar: Iterable[Any] = tqdm(sizes, total=len(self.asked.sizes), unit="size", leave=False, delay=2)
         return bar
 
-    def bad(self, rows: Sequence[Row]) -> bool:
+    def report_wrong(self, rows: Sequence[Row]) -> bool:
         """Whether a result is wrong; on stderr what exactly."""
         for row in rows:
             if row.wrong:
-                self.printer.complain(f"hpccomm bench: {row.collective} of {row.bytes} bytes, {row.complaint}")
+                self.printer.print_error(f"hpccomm bench: {row.collective} of {row.bytes} bytes, {row.complaint}")
         return any(row.wrong for row in rows)
 
     def write_json(self) -> None:
@@ -199,8 +199,8 @@ def osu_tables(session: Session) -> int:
     """OSU's table, again for each datatype; stops at the first wrong result."""
     from hpccomm.bench import osu
 
-    asked, say = session.asked, session.say
-    columns = osu.columns_of(asked.collective, asked.algorithms, asked.wanted)
+    asked, say = session.asked, session.print_line
+    columns = osu.columns_of(asked.collective, asked.algorithms, asked.columns)
     say("")
     say(title_of(asked))
     if asked.options.on_device and asked.case.ends:
@@ -209,15 +209,15 @@ def osu_tables(session: Session) -> int:
         if asked.collective != "barrier":
             say(osu.datatype_line(datatype))
         say(osu.header(columns))
-        for rows in session.measured(datatype, asked.algorithms):
+        for rows in session.run_sizes(datatype, asked.algorithms):
             say(osu.line(columns, rows))
-            if session.bad(rows):
+            if session.report_wrong(rows):
                 say(osu.failure(f"osu_{asked.collective}", rows[0].bytes))
                 return 1
     return 0
 
 
-def title_of(asked: Asked) -> str:
+def title_of(asked: BenchArguments) -> str:
     """OSU's, which names the kind of memory where it is not the host's."""
     from hpccomm.bench import osu
 
@@ -242,11 +242,11 @@ def nccl_tables(session: Session) -> int:
     for datatype, algorithm in itertools.product(asked.datatypes, asked.algorithms):
         run = nccl_run(session, f"{asked.collective} {algorithm}")
         for line in [*nccl.preamble(run, software()), *places(session.comm), *nccl.header()]:
-            session.say(line)
+            session.print_line(line)
         rows = list(nccl_rows(session, datatype, algorithm))
         for line in nccl.footer(run, rows, asked.least):
-            session.say(line)
-        wrong = session.bad(rows)
+            session.print_line(line)
+        wrong = session.report_wrong(rows)
         status |= wrong or not nccl.fast_enough(rows, asked.least)
     return int(status)
 
@@ -260,10 +260,10 @@ def nccl_rows(session: Session, datatype: str, algorithm: str) -> Iterator[Row]:
         pair: list[Row] = []
         one = Session(session.comm, replace(asked, sizes=(size,)), session.printer)
         for in_place in (False, asked.case.in_place):
-            for rows in one.measured(datatype, [algorithm], in_place=in_place):
+            for rows in one.run_sizes(datatype, [algorithm], in_place=in_place):
                 pair += rows
         if pair:
-            session.say(nccl.line(pair[0], pair[1], asked.options.root or 0))
+            session.print_line(nccl.line(pair[0], pair[1], asked.options.root or 0))
             session.rows += pair
             yield from pair
 

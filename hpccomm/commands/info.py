@@ -8,7 +8,7 @@ import platform
 import sys
 from typing import Any
 
-from hpccomm.launcher import started_ranks
+from hpccomm.launcher import read_launch_size
 
 SUMMARY = "what was found here, what is in force, and why"
 
@@ -37,12 +37,12 @@ def run(args: argparse.Namespace) -> int:
         f"Decisions for {args.collective} (float32)": decisions(comm, args.collective),
     }
     if comm.rank == 0:
-        sys.stdout.write(rendered(sections))
+        sys.stdout.write(render(sections))
         sys.stdout.flush()
     return 0
 
 
-def rendered(sections: dict[str, dict[str, str]]) -> str:
+def render(sections: dict[str, dict[str, str]]) -> str:
     """Titles, and names beside values."""
     width = max(len(name) for rows in sections.values() for name in rows)
     lines = []
@@ -85,7 +85,7 @@ def version_of(package: str) -> str:
 
 def launch(comm: Any) -> dict[str, str]:
     """Who started the ranks, and where they are."""
-    _, launcher = started_ranks(os.environ)
+    _, launcher = read_launch_size(os.environ)
     cores = len(set().union(*comm.context.node.allgather(os.sched_getaffinity(0))))
     crowd = max(comm.layout.per_node)
     ranks = f"{cores} for the ranks of this node" + (
@@ -110,7 +110,7 @@ def transports(comm: Any) -> dict[str, str]:
         "messages": "point-to-point, signature of the call in the tag",
         "network": ", ".join(fast_networks()) or f"Ethernet ({links}): what is shipped for TCP counts",
         "shared memory": where if resources.node_memory else "no" if comm.size > 1 else "not needed (one rank)",
-        "roll call": "ranks of a node compare their calls" if resources.roll else "off",
+        "roll call": "ranks of a node compare their calls" if resources.consistency else "off",
     }
 
 
@@ -119,7 +119,7 @@ def gpu(comm: Any) -> dict[str, str]:
     from hpccomm.errors import HpccommError
     from hpccomm.transports import cuda
 
-    missing = [(rank, why) for rank, why in enumerate(comm.allgather(cuda.missing())) if why]
+    missing = [(rank, why) for rank, why in enumerate(comm.allgather(cuda.unavailable_reason())) if why]
     if missing:
         rank, why = missing[0]
         return {"device": f"none: {why}" if len(missing) == comm.size else f"none on rank {rank}: {why}"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hpccomm.collectives import ALGORITHMS, draw
 from hpccomm.collectives.schedule import Algorithm
-from hpccomm.collectives.verify import ROOTED
+from hpccomm.collectives.verify import ROOTED_COLLECTIVES
 from hpccomm.errors import ArgumentError
 from hpccomm.performance.cost import HIERARCHICAL
 
@@ -55,8 +55,8 @@ def show_schedule(args: argparse.Namespace) -> int:
         raise ArgumentError(
             f"--size {args.size} --root {args.root} --per-node {args.per_node}: the root is one of the ranks"
         )
-    collective, algorithm = chosen(name, args)
-    root = (args.root,) if collective in ROOTED else ()
+    collective, algorithm = resolve_algorithm(name, args)
+    root = (args.root,) if collective in ROOTED_COLLECTIVES else ()
     title = f"{collective}, {name}, {args.size} ranks" + (f", root {args.root}" if root else "")
     print(f"{title}, {algorithm.blocks(args.size)} blocks")
     print("\n".join(draw.text(algorithm, args.size, *root)))
@@ -65,7 +65,7 @@ def show_schedule(args: argparse.Namespace) -> int:
     return 0
 
 
-def chosen(name: str, args: argparse.Namespace) -> tuple[str, Algorithm]:
+def resolve_algorithm(name: str, args: argparse.Namespace) -> tuple[str, Algorithm]:
     """The collective and the algorithm that are meant."""
     collective = args.collective or "allreduce"
     if name == "hierarchical" and collective in HIERARCHICAL:

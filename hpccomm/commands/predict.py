@@ -9,7 +9,7 @@ import socket
 import numpy as np
 
 from hpccomm.algorithms.compressors import check_density
-from hpccomm.algorithms.sharded.cost import STATE_BYTES, Job, Shape, step_cost, through_link
+from hpccomm.algorithms.sharded.cost import STATE_BYTES, Job, Shape, link_volume, step_cost
 from hpccomm.algorithms.sharded.groups import check_placement, smallest_partition
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.errors import ArgumentError, LaunchError
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--density with {args.collective}: compressed gradients are priced beside an allreduce"
             )
     if args.collective in STEPS:
-        return steps(args)
+        return print_steps(args)
     nbytes, machine = size_of(args.bytes), machine_of(args)
     print(heading(args, nbytes, machine))
     titles = ("algorithm", "time", "algbw GB/s", "busbw GB/s", "rounds", "segments", "wire")
@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     for each in predict(args.collective, args.nodes, args.per_node, nbytes, machine):
         print(line(each))
     if args.density is not None:
-        compressed(args, nbytes, machine)
+        print_compressed(args, nbytes, machine)
     return 0
 
 
-def compressed(args: argparse.Namespace, nbytes: float, machine: Machine) -> None:
+def print_compressed(args: argparse.Namespace, nbytes: float, machine: Machine) -> None:
     """Print what exchanges of compressed gradients take, and from which density on dense is as fast."""
     print(f"# compressed: {args.density:g} of the float32, or one bit of each; messages alone, without the computing")
     for each in sparse_cost.predictions(args.nodes, args.per_node, nbytes, args.density, machine):
@@ -86,7 +86,7 @@ def compressed(args: argparse.Namespace, nbytes: float, machine: Machine) -> Non
     print(f"# sparse takes as long as the fastest dense allreduce at density {even:.2g}")
 
 
-def steps(args: argparse.Namespace) -> int:
+def print_steps(args: argparse.Namespace) -> int:
     """Print what a step costs on so many nodes, and on a quarter and half of them."""
     for flag in ("layers", "micro_steps", "tokens"):
         if getattr(args, flag) < 1:
@@ -113,7 +113,7 @@ def steps(args: argparse.Namespace) -> int:
             continue
         cost = step_cost(job, shape, machine)
         first = first or cost.step
-        volume = through_link(shape, args.micro_steps)
+        volume = link_volume(shape, args.micro_steps)
         sent = parameters * (job.word * (volume.gathers + volume.first) + job.shard_word * volume.second)
         tokens = 1e6 * shape.ranks * args.micro_steps * args.tokens / cost.step
         cells = [duration(each) for each in cost]
@@ -146,12 +146,12 @@ def heading(args: argparse.Namespace, nbytes: float, machine: Machine) -> str:
         f"# {args.collective} of {nbytes:,.0f} bytes on {args.nodes} x {args.per_node} ranks\n"
         f"# in a node {intra.alpha:g} us + {rate(intra.beta)}, between nodes {inter.alpha:g} us + "
         f"{rate(inter.beta)} shared by its ranks, sums {rate(machine.gamma)}\n"
-        f"# from: {machine.source}{measured_on(machine)}\n"
+        f"# from: {machine.source}{format_shapes(machine)}\n"
         "# wire: the fastest that the link permits, as a share of the time"
     )
 
 
-def measured_on(machine: Machine) -> str:
+def format_shapes(machine: Machine) -> str:
     """The shapes whose rounds were measured, for people."""
     shapes = sorted({(each.nodes, each.per_node) for each in machine.curves})
     return f"; rounds measured on {', '.join(f'{n} x {k}' for n, k in shapes)} ranks" if shapes else ""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hpccomm.errors import ArgumentError, HpccommError
-from hpccomm.train.methods import METHODS, Plan
+from hpccomm.train.methods import METHODS, MethodSetup
 
 if TYPE_CHECKING:
     from hpccomm.communicator import Communicator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hpccomm.train.kept import Folder
     from hpccomm.train.loop import Epoch, Settings
 
-Kept = TypeVar("Kept", bound="Folder")
+FolderType = TypeVar("FolderType", bound="Folder")
 
 SUMMARY = "train a small network on real data and show what the exchange costs"
 
@@ -125,19 +125,19 @@ def run(args: argparse.Namespace) -> int:
     comm = communicator()
     try:
         check(args, comm)
-        data = loaded(args, comm)
+        data = load_data(args, comm)
     except HpccommError as error:
-        say(comm, f"hpccomm train: {error}\n", sys.stderr)
+        print_on_root(comm, f"hpccomm train: {error}\n", sys.stderr)
         return 2
     methods = [name for name in METHODS if name != "ps" or comm.size > 1] if args.method == "all" else [args.method]
     runs: list[dict[str, Any]] = []
     for name in methods:
-        found = (trained_deep if name in SHARDED else trained)(name, args, data, comm)
+        found = (train_sharded if name in SHARDED else train_method)(name, args, data, comm)
         if found is None:
             return 0
         runs.append(found)
     if len(runs) > 1:
-        say(comm, "\n" + TABLE + "".join(row(each["method"], each["epochs"]) for each in runs))
+        print_on_root(comm, "\n" + TABLE + "".join(row(each["method"], each["epochs"]) for each in runs))
     if args.json and comm.rank == 0:
         args.json.write_text(json.dumps({"runs": runs} if args.method == "all" else runs[0], indent=1) + "\n")
     if args.plot and comm.rank == 0:
@@ -149,14 +149,14 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace, comm: Communicator) -> None:
     """Raise, on every rank alike, for arguments that cannot be used, and fill in what was left out."""
-    one_of("dataset", args.dataset, JOBS)
-    one_of("--method", args.method, (*METHODS, "all", *SHARDED))
-    one_of("--algorithm", args.algorithm, comm.algorithms("allreduce"))
+    check_choice("dataset", args.dataset, JOBS)
+    check_choice("--method", args.method, (*METHODS, "all", *SHARDED))
+    check_choice("--algorithm", args.algorithm, comm.algorithms("allreduce"))
     job = DEEP if args.method in SHARDED else JOBS[args.dataset]
     args.epochs = job.epochs if args.epochs is None else args.epochs
     args.batch_size = job.batch_size if args.batch_size is None else args.batch_size
     args.samples = job.limit if args.samples is None else args.samples
-    for flag, least in LEAST.items():
+    for flag, least in MINIMUMS.items():
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ArgumentError(f"--{flag.replace('_', '-')} {value}: give {least} or more")
@@ -172,32 +172,32 @@ def check(args: argparse.Namespace, comm: Communicator) -> None:
     if args.method in SHARDED and args.dataset != "stdlib":
         raise ArgumentError(f"--method {args.method} trains a deep network on text: name the dataset stdlib")
     if args.method == "mics":
-        from hpccomm.algorithms.sharded.groups import check_placement, per_node
+        from hpccomm.algorithms.sharded.groups import check_placement, ranks_per_node
 
         nodes = comm.layout.nodes
-        check_placement("--partition-size", nodes, args.partition_size or per_node(comm.rank, nodes))
+        check_placement("--partition-size", nodes, args.partition_size or ranks_per_node(comm.rank, nodes))
     if args.export and args.method not in SHARDED:
         raise ArgumentError(f"--export with --method {args.method}: it is for {', '.join(SHARDED)}")
     if args.checkpoint and args.method in ("ps", "all"):
         raise ArgumentError(f"--checkpoint with --method {args.method}: servers are not saved: name another method")
     check_device(args, comm)
     check_file("--json", args.json, comm)
-    together(lambda: check_folder("--export", args.export), comm)
+    run_on_root(lambda: check_folder("--export", args.export), comm)
     if args.plot:
-        from hpccomm.train.figure import drawable
+        from hpccomm.train.figure import check_drawable
 
-        together(lambda: drawable(args.plot), comm)
+        run_on_root(lambda: check_drawable(args.plot), comm)
     check_file("--plot", args.plot, comm)
 
 
 def check_device(args: argparse.Namespace, comm: Communicator) -> None:
     """Raise on all ranks for what cannot be trained on a device, or where one of them has none; else take one each."""
-    one_of("--device", args.device, ("cpu", "cuda"))
+    check_choice("--device", args.device, ("cpu", "cuda"))
     if args.device == "cpu":
         return
-    from hpccomm.transports.cuda import claimed
+    from hpccomm.transports.cuda import claim_device
 
-    able = [name for name, method in METHODS.items() if not method.alone and name != "ps"]
+    able = [name for name, method in METHODS.items() if not method.steps_locally and name != "ps"]
     if args.method not in able:
         why = f"--device cuda with --method {args.method}: its models are the host's"
         raise ArgumentError(f"{why}: use {', '.join(able)}")
@@ -205,11 +205,11 @@ def check_device(args: argparse.Namespace, comm: Communicator) -> None:
         raise ArgumentError(
             "--checkpoint with --device cuda: what lies on a device is not saved: leave one of them out"
         )
-    claimed(comm, "--device cuda", "use --device cpu")
+    claim_device(comm, "--device cuda", "use --device cpu")
 
 
-LEAST = dict.fromkeys(("epochs", "batch_size", "samples", "period", "group_size", "partition_size"), 1)
-LEAST |= {"seed": 0, "micro_steps": 1, "width": 1, "layers": 0}
+MINIMUMS = dict.fromkeys(("epochs", "batch_size", "samples", "period", "group_size", "partition_size"), 1)
+MINIMUMS |= {"seed": 0, "micro_steps": 1, "width": 1, "layers": 0}
 """The smallest value of an argument."""
 
 
@@ -223,7 +223,7 @@ def mode_of(given: str) -> Any:
     raise ArgumentError(f"--mode {given}: use bsp, asp, or ssp:3 for workers up to 3 steps ahead")
 
 
-def one_of(what: str, value: str, known: Any) -> None:
+def check_choice(what: str, value: str, known: Any) -> None:
     """Raise for a name that is not known."""
     if value not in known:
         raise ArgumentError(f"{what} {value!r} is not known: use one of {', '.join(known)}")
@@ -239,7 +239,7 @@ def check_file(flag: str, file: Path | None, comm: Communicator) -> None:
         except OSError as error:
             raise ArgumentError(f"{flag} {file}: {error.strerror}: name a file that can be written") from None
 
-    together(opened, comm)
+    run_on_root(opened, comm)
 
 
 def check_folder(flag: str, file: Path | None) -> None:
@@ -248,7 +248,7 @@ def check_folder(flag: str, file: Path | None) -> None:
         raise ArgumentError(f"{flag} {file}: there is no folder {file.parent}: name a file that can be written")
 
 
-def together(action: Callable[[], Any], comm: Communicator) -> Any:
+def run_on_root(action: Callable[[], Any], comm: Communicator) -> Any:
     """What ``action`` gives on rank 0, on all ranks; what it raises there is raised on all."""
     found: Any = None
     if comm.rank == 0:
@@ -262,63 +262,65 @@ def together(action: Callable[[], Any], comm: Communicator) -> Any:
     return found
 
 
-def loaded(args: argparse.Namespace, comm: Communicator) -> Dataset:
+def load_data(args: argparse.Namespace, comm: Communicator) -> Dataset:
     """Rank 0's copy of the data on all ranks: nodes may carry other versions of it."""
     from hpccomm.train.datasets import DATASETS
 
-    data: Dataset = together(lambda: DATASETS[args.dataset](args.samples), comm)
+    data: Dataset = run_on_root(lambda: DATASETS[args.dataset](args.samples), comm)
     return data
 
 
-STOPPED = "# stopped in epoch {} and saved: the same command goes on from there\n"
+STOPPED_MESSAGE = "# stopped in epoch {} and saved: the same command goes on from there\n"
 
 
-def trained(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any] | None:
+def train_method(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any] | None:
     """One method's run: the object for ``--json``; None where it was told to stop."""
-    from hpccomm.algorithms.device import on_host
+    from hpccomm.algorithms.device import run_on_host
     from hpccomm.buckets import Bucket
     from hpccomm.train.kept import Folder
-    from hpccomm.train.loop import Servers, Settings, steps_in, train, train_by_servers
+    from hpccomm.train.loop import Servers, Settings, count_steps, train, train_by_servers
     from hpccomm.train.networks import network_for
 
     method, network = METHODS[name], network_for(data)
     library = import_module("cupy" if args.device == "cuda" else "numpy")
-    settings = Settings(args.epochs, args.batch_size, args.seed, method.alone, library)
+    settings = Settings(args.epochs, args.batch_size, args.seed, method.steps_locally, library)
     lr = method.lr if args.lr is None else args.lr
-    say(comm, headline(name, lr, args, comm) + HEADER)
-    bar = progress(comm, len(data.targets), settings, args.progress)
+    print_on_root(comm, headline(name, lr, args, comm) + HEADER)
+    bar = progress_bar(comm, len(data.targets), settings, args.progress)
 
     def tell(epoch: Epoch) -> None:
         bar.clear()
-        say(comm, line(f"{epoch.epoch:>7}", epoch))
+        print_on_root(comm, line(f"{epoch.epoch:>7}", epoch))
 
-    steps = steps_in(len(data.targets), settings)
-    plan = Plan(comm, Bucket(network.shapes), lr, steps, args.algorithm, args.period, args.group_size, args.density)
+    steps = count_steps(len(data.targets), settings)
+    plan = MethodSetup(
+        comm, Bucket(network.shapes), lr, steps, args.algorithm, args.period, args.group_size, args.density
+    )
     made = method.make(plan)
     if args.device == "cuda" and not method.on_device:
-        made = on_host(made)
+        made = run_on_host(made)
     if name == "ps":
         served = Servers(args.servers, mode_of(args.mode))
         epochs = train_by_servers(comm, data, network, made, settings, served, on_step=bar.update)[1]
         for each in epochs:
             tell(each)
     else:
-        run = {"method": name, "ranks": comm.size, "lr": lr, **{key: getattr(args, key) for key in SAME}}
+        run = {"method": name, "ranks": comm.size, "lr": lr, **{key: getattr(args, key) for key in RUN_ARGUMENTS}}
         with keeper_for(Folder, name, run, args, comm) as keeper:
             epochs = train(comm, data, network, made, settings, on_step=bar.update, on_epoch=tell, keeper=keeper)[1]
     bar.close()
     if len(epochs) < args.epochs:
-        say(comm, STOPPED.format(len(epochs) + 1))
+        print_on_root(comm, STOPPED_MESSAGE.format(len(epochs) + 1))
         return None
     return record(name, args, comm, steps, epochs)
 
 
-def trained_deep(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any] | None:
-    """As :func:`trained`, with divided model states."""
+def train_sharded(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> dict[str, Any] | None:
+    """As :func:`train_method`, with divided model states."""
     from hpccomm.train import sharded
     from hpccomm.train.kept import ShardFolder
     from hpccomm.train.layered import deep_network_for
-    from hpccomm.train.loop import Settings, steps_in
+    from hpccomm.train.loop import Settings, count_steps
 
     network, settings = (
         deep_network_for(data, args.width, args.layers),
@@ -327,29 +329,33 @@ def trained_deep(name: str, args: argparse.Namespace, data: Dataset, comm: Commu
     job = sharded.Job(name, args.lr or DEEP_LR, args.partition_size, args.micro_steps, args.dtype)
     states = sharded.states_for(comm, network, settings, job)
     training = sharded.Training(comm, data, network, states, settings, args.micro_steps)
-    say(comm, deep_headline(job, training, args) + HEADER)
-    bar = progress(comm, len(data.targets), settings, args.progress)
+    print_on_root(comm, deep_headline(job, training, args) + HEADER)
+    bar = progress_bar(comm, len(data.targets), settings, args.progress)
 
     def tell(epoch: Epoch) -> None:
         bar.clear()
-        say(comm, line(f"{epoch.epoch:>7}", epoch))
+        print_on_root(comm, line(f"{epoch.epoch:>7}", epoch))
 
-    run = {"method": name, "lr": job.lr, **{key: getattr(args, key) for key in (*SAME_DEEP, *SAME[:5])}}
+    run = {"method": name, "lr": job.lr, **{key: getattr(args, key) for key in (*DEEP_ARGUMENTS, *RUN_ARGUMENTS[:5])}}
     with keeper_for(ShardFolder, name, run, args, comm) as keeper:
         epochs = sharded.train(training, on_step=bar.update, on_epoch=tell, keeper=keeper)
     bar.close()
     if len(epochs) < args.epochs:
-        say(comm, STOPPED.format(len(epochs) + 1))
+        print_on_root(comm, STOPPED_MESSAGE.format(len(epochs) + 1))
         return None
     spent = sharded.account(training)
     hops = ", ".join(f"{hop} {each:,}" for hop, each in spent["hops"].items())
-    say(comm, f"# bytes of a rank in a step, at most: {hops}\n")
+    print_on_root(comm, f"# bytes of a rank in a step, at most: {hops}\n")
     if args.export:
         from hpccomm.algorithms.sharded.checkpoints import export
 
         export(args.export, states)
     states.close()
-    return {**record(name, args, comm, steps_in(len(data.targets), settings), epochs), **spent, "deep": job._asdict()}
+    return {
+        **record(name, args, comm, count_steps(len(data.targets), settings), epochs),
+        **spent,
+        "deep": job._asdict(),
+    }
 
 
 def deep_headline(job: Any, training: Any, args: argparse.Namespace) -> str:
@@ -360,8 +366,8 @@ def deep_headline(job: Any, training: Any, args: argparse.Namespace) -> str:
         f"# hpccomm train {args.dataset}: {job.division}, lr {job.lr:g}, batch {args.batch_size} over "
         f"{training.comm.size} ranks in {job.micro_steps} micro-steps, seed {args.seed}, {job.dtype}\n"
         f"# {parameters:,} parameters; a copy on {states.ranks} ranks, stage {states.stage}; bytes of rank 0: "
-        f"states {memory.states:,} ({memory.states / parameters:.2f} a parameter), gathered {memory.gathered:,}, "
-        f"working {memory.working:,}\n"
+        f"states {memory.states:,} ({memory.states / parameters:.2f} a parameter), gathered {memory.parameters:,}, "
+        f"working {memory.workspace:,}\n"
     )
 
 
@@ -379,21 +385,21 @@ def record(name: str, args: argparse.Namespace, comm: Communicator, steps: int, 
 
 
 DEEP_LR = 0.001
-SAME_DEEP = ("width", "layers", "dtype", "micro_steps")
-SAME = ("dataset", "epochs", "batch_size", "samples", "seed", "algorithm", "period", "group_size", "density")
+DEEP_ARGUMENTS = ("width", "layers", "dtype", "micro_steps")
+RUN_ARGUMENTS = ("dataset", "epochs", "batch_size", "samples", "seed", "algorithm", "period", "group_size", "density")
 """Arguments that a run goes on with."""
 
 
 @contextlib.contextmanager
 def keeper_for(
-    kind: type[Kept], name: str, run: dict[str, Any], args: argparse.Namespace, comm: Communicator
-) -> Iterator[Kept | None]:
+    kind: type[FolderType], name: str, run: dict[str, Any], args: argparse.Namespace, comm: Communicator
+) -> Iterator[FolderType | None]:
     """Who saves the run, and hears of SIGUSR1."""
     if args.checkpoint is None:
         yield None
         return
     folder = kind(comm, args.checkpoint, f"{args.dataset}-{name}", run)
-    before = signal.signal(signal.SIGUSR1, folder.tell)
+    before = signal.signal(signal.SIGUSR1, folder.request_stop)
     try:
         yield folder
     finally:
@@ -440,9 +446,9 @@ class NoBar:
         """All steps are done."""
 
 
-def progress(comm: Communicator, samples: int, settings: Settings, wanted: bool) -> NoBar:
+def progress_bar(comm: Communicator, samples: int, settings: Settings, wanted: bool) -> NoBar:
     """A bar on rank 0's terminal, or where ``wanted``: most launchers hide the terminal.  Needs tqdm."""
-    from hpccomm.train.loop import steps_in
+    from hpccomm.train.loop import count_steps
 
     if comm.rank or not (wanted or sys.stderr.isatty()):
         return NoBar()
@@ -450,11 +456,11 @@ def progress(comm: Communicator, samples: int, settings: Settings, wanted: bool)
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
         return NoBar()
-    bar: NoBar = tqdm(total=steps_in(samples, settings), unit="step", leave=False, file=sys.stderr)
+    bar: NoBar = tqdm(total=count_steps(samples, settings), unit="step", leave=False, file=sys.stderr)
     return bar
 
 
-def say(comm: Communicator, text: str, stream: Any = None) -> None:
+def print_on_root(comm: Communicator, text: str, stream: Any = None) -> None:
     """Rank 0 writes, at once."""
     if comm.rank == 0:
         stream = stream or sys.stdout

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpccomm.collectives import ALGORITHMS
-from hpccomm.commands.verify import watched
+from hpccomm.commands.verify import show_progress
 from hpccomm.errors import ArgumentError
 from hpccomm.layout import Link
 from hpccomm.performance import tuning
 from hpccomm.performance.cost import HIERARCHICAL, prediction
 from hpccomm.performance.machine import Machine
-from hpccomm.performance.measured import Curve
+from hpccomm.performance.measured import CostCurve
 from hpccomm.performance.tuning import Row, Table
 from hpccomm.performance.units import size_of
 
@@ -31,7 +31,7 @@ SIZES = "4,64,1Ki,4Ki,16Ki,64Ki,256Ki,1Mi,4Mi,16Mi,64Mi"
 QUICK = "4,1Ki,16Ki,256Ki,4Mi"
 SECONDS = 0.4
 """Time for each algorithm at each size."""
-NEAR = 0.15
+NEAR_RATIO = 0.15
 """How far a prediction may be from the measurement and still count as near."""
 
 
@@ -80,21 +80,21 @@ def run(args: argparse.Namespace) -> int:
     wanted = args.algorithm.split(",") if args.algorithm else []
     todo = tasks(args)
     curves, link = rounds_of(comm, todo, wanted)
-    rows = measured(comm, site, todo, out.with_name(out.name + ".partial"), wanted)
+    rows = measure_tasks(comm, site, todo, out.with_name(out.name + ".partial"), wanted)
     if comm.rank == 0:
         finish(rows, site, out, curves, link)
     return 0
 
 
-def rounds_of(comm: Any, todo: Sequence[Task], wanted: Sequence[str]) -> tuple[tuple[Curve, ...], Link | None]:
+def rounds_of(comm: Any, todo: Sequence[Task], wanted: Sequence[str]) -> tuple[tuple[CostCurve, ...], Link | None]:
     """What the rounds of the allreduces take, and the link by which the running one decides (collective)."""
-    from hpccomm.bench.rounds import measured_curves
+    from hpccomm.bench.rounds import measure_round_costs
 
     sizes = [task.bytes for task in todo if task.collective == "allreduce"]
     if not sizes or comm.layout.count == 1:
         return (), None
     machine = comm.context.table.machine
-    return measured_curves(comm, wanted or comm.algorithms("allreduce"), max(sizes)), machine and machine.inter
+    return measure_round_costs(comm, wanted or comm.algorithms("allreduce"), max(sizes)), machine and machine.inter
 
 
 def site_of(comm: Any) -> Site:
@@ -118,16 +118,16 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     return [Task(name, int(size_of(size))) for name in collectives for size in sizes.split(",")]
 
 
-def measured(comm: Any, site: Site, todo: Sequence[Task], partial: Path, wanted: Sequence[str] = ()) -> list[Row]:
+def measure_tasks(comm: Any, site: Site, todo: Sequence[Task], partial: Path, wanted: Sequence[str] = ()) -> list[Row]:
     """Do what is not done yet; rank 0 has all rows in the end (collective)."""
     if wanted:
         known = {name for task in todo for name in comm.algorithms(task.collective)}
         unknown = sorted(set(wanted) - known)
         if unknown:
             raise ArgumentError(f"--algorithm {','.join(unknown)}: take some of {', '.join(sorted(known))}")
-    rows = comm.bcast(done_before(site, partial) if comm.rank == 0 else None)
+    rows = comm.bcast(read_partial(site, partial) if comm.rank == 0 else None)
     left = [task for task in todo if task not in {Task(row.collective, row.bytes) for row in rows}]
-    for task in watched(left, "tuning", "size") if comm.rank == 0 else left:
+    for task in show_progress(left, "tuning", "size") if comm.rank == 0 else left:
         rows += measure_one(comm, site, task, wanted)
         if comm.rank == 0:
             tuning.write(Table(tuple(rows)), partial)
@@ -136,7 +136,7 @@ def measured(comm: Any, site: Site, todo: Sequence[Task], partial: Path, wanted:
     return rows
 
 
-def done_before(site: Site, partial: Path) -> list[Row]:
+def read_partial(site: Site, partial: Path) -> list[Row]:
     """What a run that was stopped has left, if it was of the same shape and MPI."""
     try:
         rows = tuning.read(partial).rows
@@ -165,13 +165,15 @@ def measure_one(comm: Any, site: Site, task: Task, wanted: Sequence[str] = ()) -
         )
 
 
-def finish(rows: Sequence[Row], site: Site, out: Path, curves: Sequence[Curve] = (), link: Link | None = None) -> None:
+def finish(
+    rows: Sequence[Row], site: Site, out: Path, curves: Sequence[CostCurve] = (), link: Link | None = None
+) -> None:
     """Join with what the file has of other shapes, fit, write, and print the decisions and the predictions.
 
     ``link`` is what decided between schedules while the rows were measured.
     """
     known = tuning.read(out) if out.exists() else Table()
-    kept = merged(known.rows, rows)
+    kept = merge_rows(known.rows, rows)
     old = known.machine.curves if known.machine else ()
     others = tuple(each for each in old if (each.nodes, each.per_node) != site[:2])
     machine = tuning.fit(kept, f"fitted on {site.host} with {site.mpi}, {site.when}")
@@ -181,11 +183,11 @@ def finish(rows: Sequence[Row], site: Site, out: Path, curves: Sequence[Curve] =
     print(f"# {len(rows)} measurements on {site.nodes} x {site.per_node} ranks, {site.mpi}: {out}")
     for collective in dict.fromkeys(row.collective for row in rows):
         print("\n".join(replace(table, rows=tuple(rows)).explain(collective, site.nodes, site.per_node)))
-    for line in compared(rows, machine._replace(inter=link or machine.inter)):
+    for line in compare_predictions(rows, machine._replace(inter=link or machine.inter)):
         print(line)
 
 
-def compared(rows: Sequence[Row], machine: Machine) -> list[str]:
+def compare_predictions(rows: Sequence[Row], machine: Machine) -> list[str]:
     """Prediction beside measurement, a line each, and how many are near; nothing where nothing is predicted."""
     lines, near = [], 0
     for row in rows:
@@ -193,7 +195,7 @@ def compared(rows: Sequence[Row], machine: Machine) -> list[str]:
             continue
         found = prediction(row.algorithm, row.collective, row.nodes, row.per_node, row.bytes, machine)
         ratio = found.us / row.us
-        near += abs(ratio - 1) <= NEAR
+        near += abs(ratio - 1) <= NEAR_RATIO
         lines.append(
             f"{row.collective:<15}{row.algorithm:<14}{row.bytes:>10}{row.us:>13.4g}{found.us:>13.4g}{ratio:>8.2f}"
             f"  {found.source}"
@@ -204,7 +206,7 @@ def compared(rows: Sequence[Row], machine: Machine) -> list[str]:
     return [
         "# {:<13}{:<14}{:>10}{:>13}{:>13}{:>8}  by".format(*titles),
         *lines,
-        f"# {near} of {len(lines)} predictions within {NEAR:.0%} of what was measured",
+        f"# {near} of {len(lines)} predictions within {NEAR_RATIO:.0%} of what was measured",
     ]
 
 
@@ -214,15 +216,15 @@ def can_be_priced(row: Row) -> bool:
     return two_levels or row.algorithm in ALGORITHMS.get(row.collective, {})
 
 
-def merged(old: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:
+def merge_rows(old: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:
     """The new rows, and the old ones of what was not measured again.
 
     Times compare within a run, where algorithms take turns: nothing older stands beside the new.
     """
-    again = {question(row) for row in new}
-    return (*(row for row in old if question(row) not in again), *new)
+    again = {decision_key(row) for row in new}
+    return (*(row for row in old if decision_key(row) not in again), *new)
 
 
-def question(row: Row) -> Row:
+def decision_key(row: Row) -> Row:
     """Which decision a row is for."""
     return row._replace(algorithm="", bytes=0, us=0.0, segment_bytes=None, host="", when="")

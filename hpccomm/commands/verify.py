@@ -8,7 +8,15 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
-from hpccomm.collectives.verify import ROOTED, VOLUMES, Report, layouts, two_level, two_level_half, verify
+from hpccomm.collectives.verify import (
+    ROOTED_COLLECTIVES,
+    VOLUMES,
+    Report,
+    layouts,
+    two_level_half_volume,
+    two_level_volume,
+    verify,
+)
 from hpccomm.errors import ArgumentError, ScheduleError
 from hpccomm.performance.cost import HIERARCHICAL
 
@@ -37,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """One line an algorithm; 1 if any is wrong."""
-    sizes = sizes_in(args.size)
+    sizes = parse_sizes(args.size)
     chosen = subjects(args.algorithm, args.collective)
     wrong = 0
     print(f"{'collective':<15}{'algorithm':<15}{'sizes':<10}{'rounds':>10}  {'ordered':<8}busiest rank sends")
@@ -50,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def sizes_in(text: str) -> list[int]:
+def parse_sizes(text: str) -> list[int]:
     """``7``, ``1:64`` (both ends included) or ``1,2,7``."""
     try:
         if ":" in text:
@@ -82,7 +90,7 @@ def prove(subject: Subject, sizes: Sequence[int]) -> list[Report]:
     """All sizes, and all roots or layouts that belong to the subject."""
     return [
         report
-        for p in watched(sizes, f"{subject.collective} {subject.algorithm}", "size")
+        for p in show_progress(sizes, f"{subject.collective} {subject.algorithm}", "size")
         for report in proofs(subject, p)
     ]
 
@@ -94,17 +102,17 @@ def proofs(subject: Subject, p: int) -> Iterator[Report]:
             yield from two_level_proofs(subject.collective, nodes)
         return
     roots = range(p) if p <= EVERY_ROOT else (0, p - 1)
-    for root in roots if subject.collective in ROOTED else (0,):
+    for root in roots if subject.collective in ROOTED_COLLECTIVES else (0,):
         yield verify(subject.algorithm, subject.collective, p, root)
 
 
 def two_level_proofs(collective: str, nodes: list[int]) -> Iterator[Report]:
     """One layout."""
     if collective == "allreduce":
-        yield verify(hierarchical.on(nodes), collective, len(nodes), volume=two_level(nodes))
-        yield verify(hierarchical.on(nodes, ALGORITHMS["allreduce"]["butterfly"]), collective, len(nodes))
+        yield verify(hierarchical.build_allreduce(nodes), collective, len(nodes), volume=two_level_volume(nodes))
+        yield verify(hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"]["butterfly"]), collective, len(nodes))
     else:
-        volume = None if hierarchical.lanes_of(nodes).surplus else two_level_half(nodes)
+        volume = None if hierarchical.channels_of(nodes).surplus else two_level_half_volume(nodes)
         yield verify(HIERARCHICAL[collective](nodes), collective, len(nodes), volume=volume)
 
 
@@ -113,13 +121,13 @@ def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
     rounds = {report.rounds for report in reports}
     orders = {report.ordered for report in reports}
     ordered = "-" if None in orders else "no" if False in orders else "yes"
-    known = two_level([0]) if subject.collective == "allreduce" else two_level_half([0])
+    known = two_level_volume([0]) if subject.collective == "allreduce" else two_level_half_volume([0])
     volume = VOLUMES.get((subject.collective, subject.algorithm), known)
     span = f"{min(rounds)}-{max(rounds)}" if len(rounds) > 1 else str(max(rounds))
     return f"{subject.collective:<15}{subject.algorithm:<15}{sizes:<10}{span:>10}  {ordered:<8}{volume.text}"
 
 
-def watched(items: Sequence[Item], label: str, unit: str) -> Iterator[Item]:
+def show_progress(items: Sequence[Item], label: str, unit: str) -> Iterator[Item]:
     """The items, with a progress bar if somebody watches and tqdm is there."""
     if not sys.stderr.isatty():
         return iter(items)

@@ -14,27 +14,27 @@ import numba
 
 from hpccomm.kernels import folds, intrinsics, shared
 
-_made_of = b"".join(Path(__file__).with_name(each).read_bytes() for each in ("intrinsics.py", "simd.py"))
-EDITION = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_made_of):08x}"
+_sources = b"".join(Path(__file__).with_name(each).read_bytes() for each in ("intrinsics.py", "simd.py"))
+CACHE_TAG = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_sources):08x}"
 """What the machine code depends on besides its own source: the processor and the instructions it is made of."""
 
 jit = partial(numba.njit, nogil=True, error_model="numpy")
 
 
-def kept(compiler: Callable[..., Any], function: Callable[..., Any], name: str) -> Any:
+def compile_cached(compiler: Callable[..., Any], function: Callable[..., Any], name: str) -> Any:
     """Compile, keeping the machine code on disk where there is a place for it.
 
     Numba numbers what it keeps of one function, so two processes that compile it for different operations or processors
     at the same time would write one file: they need different names.
     """
-    function.__qualname__ = f"{name}_{EDITION}"
+    function.__qualname__ = f"{name}_{CACHE_TAG}"
     try:
         return compiler(cache=True)(function)
     except RuntimeError:  # no folder to write to
         return compiler()(function)
 
 
-def instructions(instead: Mapping[str, Callable[..., Any]] = MappingProxyType({})) -> dict[str, Any]:
+def compile_globals(instead: Mapping[str, Callable[..., Any]] = MappingProxyType({})) -> dict[str, Any]:
     """The globals of :mod:`hpccomm.kernels.shared` with everything that runs there compiled.
 
     ``instead``: functions that stand for those of the same name, for measurements; then nothing is kept on disk.
@@ -47,13 +47,13 @@ def instructions(instead: Mapping[str, Callable[..., Any]] = MappingProxyType({}
         if function.__module__ != shared.__name__:
             scope[name] = getattr(intrinsics, name)
         elif name in shared.COLLECTIVES:
-            scope[name] = jit()(here) if instead else kept(jit, here, name)
+            scope[name] = jit()(here) if instead else compile_cached(jit, here, name)
         else:
             scope[name] = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)(here)
     return scope
 
 
-_scope = instructions()
+_scope = compile_globals()
 
 
 @cache
@@ -67,6 +67,6 @@ def kernel(name: str) -> Callable[[int], int]:
 
 
 @cache
-def fold(op: str, code: str) -> Any:
+def fold_kernel(op: str, code: str) -> Any:
     """A reduction as a C function, whose ``address`` the kernels call; compiled now unless that was done before."""
-    return folds.compiled(op, code, kept)
+    return folds.compile_fold(op, code, compile_cached)

@@ -12,24 +12,24 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels.compression_loops import ROOM, machine_code
+from hpccomm.kernels.compression_loops import CAPACITY, machine_code
 from hpccomm.kernels.compression_reference import Indices, Octets, Vector
 
 
-def at(x: npt.NDArray[Any] | None) -> int:
+def address_of(x: npt.NDArray[Any] | None) -> int:
     """The address of an array; 0 for none."""
     return 0 if x is None else int(x.__array_interface__["data"][0])
 
 
-def collected(
+def collect(
     loop: str, arguments: Sequence[float], n: int, *dtypes: npt.DTypeLike
 ) -> tuple[list[npt.NDArray[Any]], bool]:
     """All that a selecting loop finds, one array for each dtype, and whether all elements were finite."""
-    rooms = [np.empty(ROOM, dtype) for dtype in dtypes]
+    rooms = [np.empty(CAPACITY, dtype) for dtype in dtypes]
     state = np.zeros(2, np.int64)
     parts: list[list[npt.NDArray[Any]]] = []
     while not parts or state[0] < n:
-        count = machine_code(loop)(*arguments, *map(at, rooms), n, at(state))
+        count = machine_code(loop)(*arguments, *map(address_of, rooms), n, address_of(state))
         parts.append([room[:count].copy() for room in rooms])
     whole = parts[0] if len(parts) == 1 else [np.concatenate(each) for each in zip(*parts, strict=True)]
     return whole, not state[1]
@@ -40,30 +40,30 @@ def collected(
 
 def all_finite(x: Vector) -> bool:
     """:func:`reference.all_finite`."""
-    return bool(machine_code("all_finite")(at(x), x.size))
+    return bool(machine_code("all_finite")(address_of(x), x.size))
 
 
 def largest_magnitude(x: Vector) -> float:
     """:func:`reference.largest_magnitude`."""
-    return float(machine_code("largest_magnitude")(at(x), x.size))
+    return float(machine_code("largest_magnitude")(address_of(x), x.size))
 
 
 def moments(x: Vector) -> tuple[float, float]:
     """:func:`reference.moments`."""
     sums = np.empty(2)
-    machine_code("moments")(at(x), at(sums), x.size)
+    machine_code("moments")(address_of(x), address_of(sums), x.size)
     return float(sums[0]), float(sums[1])
 
 
 def sum_magnitudes(residual: Vector, gradient: Vector | None) -> float:
     """:func:`reference.sum_magnitudes`."""
-    return float(machine_code("sum_magnitudes")(at(residual), at(gradient), residual.size))
+    return float(machine_code("sum_magnitudes")(address_of(residual), address_of(gradient), residual.size))
 
 
 def sum_by_sign(residual: Vector, gradient: Vector | None) -> tuple[float, float, int]:
     """:func:`reference.sum_by_sign`."""
     sums = np.empty(2)
-    count = machine_code("sum_by_sign")(at(residual), at(gradient), at(sums), residual.size)
+    count = machine_code("sum_by_sign")(address_of(residual), address_of(gradient), address_of(sums), residual.size)
     return float(sums[0]), float(sums[1]), int(count)
 
 
@@ -72,55 +72,55 @@ def sum_by_sign(residual: Vector, gradient: Vector | None) -> tuple[float, float
 
 def threshold_words(residual: Vector, gradient: Vector | None, out: Vector, tau: float) -> tuple[Indices, bool]:
     """:func:`reference.threshold_words`."""
-    arguments = at(residual), at(gradient), at(out), tau
-    (words,), finite = collected("threshold_words", arguments, residual.size, np.uint32)
+    arguments = address_of(residual), address_of(gradient), address_of(out), tau
+    (words,), finite = collect("threshold_words", arguments, residual.size, np.uint32)
     return words, finite
 
 
 def add_words(words: Indices, tau: float, out: Vector) -> None:
     """:func:`reference.add_words`."""
-    machine_code("add_words")(at(words), words.size, tau, at(out))
+    machine_code("add_words")(address_of(words), words.size, tau, address_of(out))
 
 
-def ranked_magnitude(values: Vector, rank: int) -> float:
+def kth_magnitude(values: Vector, rank: int) -> float:
     """:func:`reference.ranked_magnitude`."""
     values = np.ascontiguousarray(values)
-    return float(machine_code("ranked_magnitude")(at(values), values.size, rank))
+    return float(machine_code("kth_magnitude")(address_of(values), values.size, rank))
 
 
 def density_threshold(residual: Vector, gradient: Vector | None, density: float, step: int) -> float:
     """:func:`reference.density_threshold`."""
-    return reference.density_threshold(residual, gradient, density, step, ranked_magnitude)
+    return reference.density_threshold(residual, gradient, density, step, kth_magnitude)
 
 
 def sample(x: Vector, plan: reference.SamplePlan) -> Vector:
     """:func:`reference.sample`."""
     found = np.empty(plan.lines * reference.LINE, np.float32)
-    machine_code("sample")(at(x) + plan.start * x.itemsize, plan.stride, plan.lines, at(found))
+    machine_code("sample")(address_of(x) + plan.start * x.itemsize, plan.stride, plan.lines, address_of(found))
     return found
 
 
 def select_threshold(x: Vector, threshold: float) -> tuple[Indices, bool]:
     """:func:`reference.select_threshold`."""
-    (index,), finite = collected("select_threshold", (at(x), threshold), x.size, np.uint32)
+    (index,), finite = collect("select_threshold", (address_of(x), threshold), x.size, np.uint32)
     return index, finite
 
 
 def keep_largest(values: Vector, k: int) -> npt.NDArray[np.bool_]:
     """:func:`reference.keep_largest`."""
-    return reference.keep_largest(values, k, ranked_magnitude)
+    return reference.keep_largest(values, k, kth_magnitude)
 
 
 def select_largest(x: Vector, k: int, step: int = 0, least: float = 1.0) -> tuple[Indices, bool]:
     """:func:`reference.select_largest`."""
     plan = reference.sample_plan(x.size, k, step)
-    threshold = 0.0 if plan is None else ranked_magnitude(sample(x, plan), plan.rank)
+    threshold = 0.0 if plan is None else kth_magnitude(sample(x, plan), plan.rank)
     index, finite = select_threshold(x, threshold)
     if not finite:
         return index[:0], False
-    index = reference.widened_selection(x, index, threshold, least * k, select_threshold)
+    index = reference.widen_selection(x, index, threshold, least * k, select_threshold)
     if index.size > k:
-        machine_code("keep_largest_at")(at(x), at(index), index.size, k)
+        machine_code("keep_largest_at")(address_of(x), address_of(index), index.size, k)
     return index[:k], True
 
 
@@ -138,23 +138,23 @@ def momentum_select(
 ) -> tuple[Indices, Vector, bool]:
     """:func:`reference.momentum_select`, in one pass unless the threshold was too high."""
     n = gradient.size
-    threshold = sampled_velocity_threshold(gradient, momentum, velocity, m, k, nesterov, step)
-    arguments = at(gradient), at(momentum), at(velocity), m, threshold, nesterov, mask
-    (index, values, kept), finite = collected("momentum_select", arguments, n, np.uint32, np.float32, np.float32)
+    threshold = estimate_velocity_threshold(gradient, momentum, velocity, m, k, nesterov, step)
+    arguments = address_of(gradient), address_of(momentum), address_of(velocity), m, threshold, nesterov, mask
+    (index, values, kept), finite = collect("momentum_select", arguments, n, np.uint32, np.float32, np.float32)
     if not finite:
         return index[:0], values[:0], False
     if index.size < least * k and threshold > 0:
         velocity[index], momentum[index] = values, kept
-        index = reference.widened_selection(velocity, index, threshold, least * k, select_threshold)
+        index = reference.widen_selection(velocity, index, threshold, least * k, select_threshold)
         index = index[keep_largest(velocity[index], k)]
         return index, reference.take(index, momentum, velocity, mask), True
     if index.size > k:
-        taken = at(index), at(values), at(kept), index.size, k
-        machine_code("keep_largest_taken")(*taken, at(momentum), at(velocity))
+        taken = address_of(index), address_of(values), address_of(kept), index.size, k
+        machine_code("keep_largest_taken")(*taken, address_of(momentum), address_of(velocity))
     return index[:k], values[:k], True
 
 
-def sampled_velocity_threshold(
+def estimate_velocity_threshold(
     gradient: Vector, momentum: Vector, velocity: Vector, m: float, k: int, nesterov: bool, step: int
 ) -> float:
     """:func:`reference.sampled_threshold` of the velocity to come."""
@@ -162,20 +162,20 @@ def sampled_velocity_threshold(
     if plan is None:
         return 0.0
     v = np.empty(plan.lines * reference.LINE, np.float32)
-    starts = [at(each) + plan.start * each.itemsize for each in (gradient, momentum, velocity)]
-    machine_code("sample_velocity")(*starts, m, nesterov, plan.stride, plan.lines, at(v))
-    return ranked_magnitude(v, plan.rank)
+    starts = [address_of(each) + plan.start * each.itemsize for each in (gradient, momentum, velocity)]
+    machine_code("sample_velocity")(*starts, m, nesterov, plan.stride, plan.lines, address_of(v))
+    return kth_magnitude(v, plan.rank)
 
 
 def scatter_add(messages: Sequence[tuple[Indices, Vector]], out: Vector) -> None:
     """:func:`reference.scatter_add`."""
     for index, values in messages:
-        machine_code("scatter_add")(at(index), at(values), index.size, at(out))
+        machine_code("scatter_add")(address_of(index), address_of(values), index.size, address_of(out))
 
 
-def ascending(index: Indices, n: int) -> bool:
+def is_ascending(index: Indices, n: int) -> bool:
     """:func:`reference.ascending`."""
-    return bool(machine_code("ascending")(at(index), n, index.size))
+    return bool(machine_code("is_ascending")(address_of(index), n, index.size))
 
 
 # One bit an element
@@ -184,7 +184,7 @@ def ascending(index: Indices, n: int) -> bool:
 def pack_signs(x: Vector) -> Octets:
     """:func:`reference.pack_signs`."""
     bits = np.empty(-(-x.size // 8), np.uint8)
-    machine_code("pack_signs")(at(x), at(bits), x.size)
+    machine_code("pack_signs")(address_of(x), address_of(bits), x.size)
     return bits
 
 
@@ -193,22 +193,24 @@ def pack_signs_feedback(
 ) -> None:
     """:func:`reference.pack_signs_feedback`."""
     loop = machine_code("pack_signs_feedback")
-    loop(at(residual), at(gradient), at(out), plus, minus, at(bits), residual.size)
+    loop(address_of(residual), address_of(gradient), address_of(out), plus, minus, address_of(bits), residual.size)
 
 
 def add_signs(messages: Sequence[tuple[Octets, float, float]], out: Vector, fresh: bool = False) -> None:
     """:func:`reference.add_signs`, all messages in one pass."""
-    addresses = np.array([at(bits) for bits, _, _ in messages], np.int64)
+    addresses = np.array([address_of(bits) for bits, _, _ in messages], np.int64)
     plus = np.array([high for _, high, _ in messages], np.float32)
     minus = np.array([low for _, _, low in messages], np.float32)
-    machine_code("add_signs")(at(addresses), at(plus), at(minus), len(messages), fresh, at(out), out.size)
+    machine_code("add_signs")(
+        address_of(addresses), address_of(plus), address_of(minus), len(messages), fresh, address_of(out), out.size
+    )
 
 
 def majority(messages: Sequence[Octets], n: int) -> Octets:
     """:func:`reference.majority`."""
     bits = np.empty(-(-n // 8), np.uint8)
-    addresses = np.array([at(each) for each in messages], np.int64)
-    machine_code("majority")(at(addresses), len(messages), at(bits), bits.size)
+    addresses = np.array([address_of(each) for each in messages], np.int64)
+    machine_code("majority")(address_of(addresses), len(messages), address_of(bits), bits.size)
     if n % 8:
         bits[-1] &= 256 - (1 << -n % 8)
     return bits
@@ -220,14 +222,14 @@ def majority(messages: Sequence[Octets], n: int) -> Octets:
 def pack_pairs(words: Indices, n: int) -> Octets:
     """:func:`reference.pack_pairs`."""
     octets = np.zeros(4 * -(-n // 16), np.uint8)
-    machine_code("pack_pairs")(at(words), words.size, at(octets))
+    machine_code("pack_pairs")(address_of(words), words.size, address_of(octets))
     return octets
 
 
 def unpack_pairs(octets: Octets, n: int) -> Indices | None:
     """:func:`reference.unpack_pairs`."""
     words = np.empty(n, np.uint32)
-    count = machine_code("unpack_pairs")(at(octets), octets.size, at(words), n)
+    count = machine_code("unpack_pairs")(address_of(octets), octets.size, address_of(words), n)
     return None if count < 0 else words[:count].copy()
 
 
@@ -238,33 +240,41 @@ def rice_encode(index: Indices, k: int, signs: npt.NDArray[Any] | None = None) -
     """:func:`reference.rice_encode`."""
     index = np.ascontiguousarray(index, np.uint32)
     minus = None if signs is None else np.ascontiguousarray(signs, np.uint32)
-    octets = np.zeros(-(-machine_code("rice_length")(at(index), at(minus), index.size, k) // 8), np.uint8)
-    machine_code("rice_encode")(at(index), at(minus), index.size, k, at(octets))
+    octets = np.zeros(
+        -(-machine_code("rice_length")(address_of(index), address_of(minus), index.size, k) // 8), np.uint8
+    )
+    machine_code("rice_encode")(address_of(index), address_of(minus), index.size, k, address_of(octets))
     return octets
 
 
 def rice_decode(octets: Octets, count: int, k: int, n: int, signed: bool = False) -> Indices | None:
     """:func:`reference.rice_decode`."""
     found = np.empty(count, np.uint32)
-    return found if machine_code("rice_decode")(at(octets), octets.size, count, k, n, signed, at(found)) else None
+    return (
+        found
+        if machine_code("rice_decode")(address_of(octets), octets.size, count, k, n, signed, address_of(found))
+        else None
+    )
 
 
 def leb128_encode(index: Indices) -> Octets:
     """:func:`reference.leb128_encode`."""
     octets = np.empty(5 * index.size, np.uint8)
-    return octets[: machine_code("leb128_encode")(at(index), index.size, at(octets))].copy()
+    return octets[: machine_code("leb128_encode")(address_of(index), index.size, address_of(octets))].copy()
 
 
 def leb128_decode(octets: Octets, count: int, n: int) -> Indices | None:
     """:func:`reference.leb128_decode`."""
     found = np.empty(count, np.uint32)
-    return found if machine_code("leb128_decode")(at(octets), octets.size, count, n, at(found)) else None
+    return (
+        found if machine_code("leb128_decode")(address_of(octets), octets.size, count, n, address_of(found)) else None
+    )
 
 
 def bitmap_encode(index: Indices, n: int) -> Octets:
     """:func:`reference.bitmap_encode`."""
     octets = np.zeros(-(-n // 8), np.uint8)
-    machine_code("bitmap_encode")(at(index), index.size, at(octets))
+    machine_code("bitmap_encode")(address_of(index), index.size, address_of(octets))
     return octets
 
 
@@ -272,7 +282,11 @@ def bitmap_decode(octets: Octets, count: int, n: int) -> Indices | None:
     """:func:`reference.bitmap_decode`."""
     found = np.empty(count, np.uint32)
     whole = octets.size == -(-n // 8)
-    return found if whole and machine_code("bitmap_decode")(at(octets), octets.size, count, n, at(found)) else None
+    return (
+        found
+        if whole and machine_code("bitmap_decode")(address_of(octets), octets.size, count, n, address_of(found))
+        else None
+    )
 
 
 # Narrow elements
@@ -280,59 +294,59 @@ def bitmap_decode(octets: Octets, count: int, n: int) -> Indices | None:
 
 def to_half(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
     """:func:`reference.to_half`."""
-    return converted("to_half", x, np.uint16, finite)
+    return convert("to_half", x, np.uint16, finite)
 
 
-def to_brain(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
-    """:func:`reference.to_brain`."""
-    return converted("to_brain", x, np.uint16, finite)
+def to_bfloat16(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
+    """:func:`reference.to_bfloat16`."""
+    return convert("to_bfloat16", x, np.uint16, finite)
 
 
 def to_int8(x: Vector, unit: float) -> npt.NDArray[np.int8]:
     """:func:`reference.to_int8`."""
-    return converted("to_int8", x, np.int8, unit) if unit else np.zeros(x.size, np.int8)
+    return convert("to_int8", x, np.int8, unit) if unit else np.zeros(x.size, np.int8)
 
 
-def converted(
+def convert(
     loop: str, x: Vector, dtype: npt.DTypeLike, *numbers: float, out: npt.NDArray[Any] | None = None
 ) -> npt.NDArray[Any]:
     """Each element made into another, in ``out`` or in new memory."""
     out = np.empty(x.size, dtype) if out is None else out
-    machine_code(loop)(at(x), *numbers, at(out), x.size)
+    machine_code(loop)(address_of(x), *numbers, address_of(out), x.size)
     return out
 
 
 def add_half(words: npt.NDArray[np.uint16], out: Vector) -> None:
     """:func:`reference.add_half`."""
-    machine_code("add_half")(at(words), at(out), out.size)
+    machine_code("add_half")(address_of(words), address_of(out), out.size)
 
 
-def add_brain(words: npt.NDArray[np.uint16], out: Vector) -> None:
-    """:func:`reference.add_brain`."""
-    machine_code("add_brain")(at(words), at(out), out.size)
+def add_bfloat16(words: npt.NDArray[np.uint16], out: Vector) -> None:
+    """:func:`reference.add_bfloat16`."""
+    machine_code("add_bfloat16")(address_of(words), address_of(out), out.size)
 
 
 def add_int8(codes: npt.NDArray[np.int8], unit: float, out: Vector) -> None:
     """:func:`reference.add_int8`."""
-    machine_code("add_int8")(at(codes), unit, at(out), out.size)
+    machine_code("add_int8")(address_of(codes), unit, address_of(out), out.size)
 
 
 def extremes(x: Vector) -> tuple[float, float]:
     """:func:`reference.extremes`."""
     found = np.empty(2, np.float32)
-    machine_code("extremes")(at(x), at(found), x.size)
+    machine_code("extremes")(address_of(x), address_of(found), x.size)
     return float(found[0]), float(found[1])
 
 
 def range_codes(x: Vector) -> tuple[Octets, float, int]:
     """:func:`reference.range_codes`."""
     scale, upper = reference.range_of(*extremes(x)) if x.size else (0.0, 0.0)
-    return converted("range_codes", x, np.uint8, scale, upper), scale, int(upper) - 255
+    return convert("range_codes", x, np.uint8, scale, upper), scale, int(upper) - 255
 
 
 def add_range(codes: Octets, scale: float, lower: int, out: Vector) -> None:
     """:func:`reference.add_range`."""
-    machine_code("add_range")(at(codes), scale, lower, at(out), out.size)
+    machine_code("add_range")(address_of(codes), scale, lower, address_of(out), out.size)
 
 
 # Randomised rounding
@@ -341,33 +355,33 @@ def add_range(codes: Octets, scale: float, lower: int, out: Vector) -> None:
 def bucket_norms(x: Vector, bucket: int) -> Vector:
     """:func:`reference.bucket_norms`."""
     norms = np.empty(-(-x.size // bucket), np.float32)
-    machine_code("bucket_norms")(at(x), bucket, at(norms), x.size)
+    machine_code("bucket_norms")(address_of(x), bucket, address_of(norms), x.size)
     return norms
 
 
 def qsgd(x: Vector, norms: Vector, bucket: int, levels: int, key: int) -> npt.NDArray[np.int8]:
     """:func:`reference.qsgd`."""
     codes = np.empty(x.size, np.int8)
-    machine_code("qsgd")(at(x), at(norms), bucket, levels, key, at(codes), x.size)
+    machine_code("qsgd")(address_of(x), address_of(norms), bucket, levels, key, address_of(codes), x.size)
     return codes
 
 
 def add_levels(codes: npt.NDArray[np.int8], norms: Vector, bucket: int, levels: int, out: Vector) -> None:
     """:func:`reference.add_levels`."""
-    machine_code("add_levels")(at(codes), at(norms), bucket, levels, at(out), out.size)
+    machine_code("add_levels")(address_of(codes), address_of(norms), bucket, levels, address_of(out), out.size)
 
 
 def natural(x: Vector, key: int) -> Octets:
     """:func:`reference.natural`."""
-    return converted("natural", x, np.uint8, key)
+    return convert("natural", x, np.uint8, key)
 
 
 def add_natural(exponents: Octets, bits: Octets, out: Vector) -> None:
     """:func:`reference.add_natural`."""
-    machine_code("add_natural")(at(exponents), at(bits), at(out), out.size)
+    machine_code("add_natural")(address_of(exponents), address_of(bits), address_of(out), out.size)
 
 
 def ternary(x: Vector, clip: float, scale: float, key: int) -> tuple[Octets, int]:
     """:func:`reference.ternary`."""
     pairs = np.empty(4 * -(-x.size // 16), np.uint8)
-    return pairs, int(machine_code("ternary")(at(x), clip, scale, key, at(pairs), x.size))
+    return pairs, int(machine_code("ternary")(address_of(x), clip, scale, key, address_of(pairs), x.size))

@@ -20,53 +20,53 @@ from numba import carray
 from numba.extending import register_jitable
 
 from hpccomm.kernels import folds
-from hpccomm.kernels.compiled import jit, kept
+from hpccomm.kernels.compiled import compile_cached, jit
 from hpccomm.kernels.compression_reference import LEAST_NORM, LONGEST_QUOTIENT
 from hpccomm.kernels.intrinsics import bits, element, float_of, set_element
 from hpccomm.kernels.simd import (
     add_square,
-    address,
-    at_least,
+    address_of,
     choose,
+    compiler_fence,
+    copy_reversed,
     doubles,
     floats,
-    folded,
-    fused,
+    fma,
+    greater_equal,
     halves,
     hold,
-    keep_order,
     load,
     load_bits,
     load_mask,
     longs,
-    lower,
-    lowest,
+    lower_half,
+    lowest_bit,
     magnitude,
-    nearest,
-    no_doubles,
+    not_less,
     octets,
-    ones,
-    reaches,
+    popcount,
+    reduce_add,
+    rint,
     signed_octets,
     splat,
     store,
     store_bits,
-    turn_line,
-    upper,
+    upper_half,
     words,
+    zero_doubles,
 )
 
 F32, F64, U32, U64, I64 = np.float32, np.float64, np.uint32, np.uint64, np.int64
 GROUP = 64
 """Elements that one mask speaks of."""
-BLOCK = 1 << 13
+CHECK_INTERVAL = 1 << 13
 """Elements between two looks whether all were finite."""
-ROOM = 1 << 14
+CAPACITY = 1 << 14
 """Indices that a loop returns at most."""
-HIGHER = U64(0xAAAAAAAAAAAAAAAA)
+PAIR_HIGH_BITS = U64(0xAAAAAAAAAAAAAAAA)
 """The higher bit of each pair of bits."""
 INFINITY = F32(np.inf)
-LEAST = F32(2.0**-149)
+SMALLEST_SUBNORMAL = F32(2.0**-149)
 """The smallest magnitude that is not 0."""
 LANES = 16
 """Elements of a vector."""
@@ -88,7 +88,7 @@ def loop(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def machine_code(name: str) -> Any:
     """A loop, compiled now unless that was done before."""
     signature, function = SOURCES[name]
-    dispatcher = kept(jit, function, name)
+    dispatcher = compile_cached(jit, function, name)
     dispatcher.compile(signature)
     dispatcher.disable_compile()
     (only,) = dispatcher.overloads.values()
@@ -99,7 +99,7 @@ def machine_code(name: str) -> Any:
 
 
 @register_jitable
-def whole(n):
+def round_down(n):
     """As far as whole groups go."""
     return n - n % GROUP
 
@@ -122,22 +122,22 @@ def is_finite(x):
 
 
 @register_jitable
-def nothing_of(x):
+def zero_or_nan(x):
     """0 in each lane, NaN where there was a NaN or an infinity."""
     return x - x
 
 
 @loop("int64(int64, int64)")
 def all_finite(x, n):
-    end = whole(n)
+    end = round_down(n)
     zero = splat(F32(0))
-    for begin in range(0, end, BLOCK):
+    for begin in range(0, end, CHECK_INTERVAL):
         a = b = c = d = zero
-        for i in range(begin, min(end, begin + BLOCK), GROUP):
+        for i in range(begin, min(end, begin + CHECK_INTERVAL), GROUP):
             at = x + 4 * i
-            a, b = a + nothing_of(load(at)), b + nothing_of(load(at + 64))
-            c, d = c + nothing_of(load(at + 128)), d + nothing_of(load(at + 192))
-        if at_least((a + b) + (c + d), zero) != U64(0xFFFF):
+            a, b = a + zero_or_nan(load(at)), b + zero_or_nan(load(at + 64))
+            c, d = c + zero_or_nan(load(at + 128)), d + zero_or_nan(load(at + 192))
+        if greater_equal((a + b) + (c + d), zero) != U64(0xFFFF):
             return 0
     for i in range(end, n):
         if not is_finite(floats(x)[i]):
@@ -158,7 +158,7 @@ def largest_magnitude(x, n):
 
 
 @register_jitable
-def noted(state, position, odd):
+def write_state(state, position, odd):
     """Where to go on, and whether something was not finite."""
     longs(state)[0] = position
     if odd:
@@ -168,15 +168,15 @@ def noted(state, position, odd):
 @loop("int64(int64, int64, int64, float32, int64, int64, int64)")
 def threshold_words(residual, gradient, out, tau, found, n, state):
     to = words(found)
-    i, end = longs(state)[0], whole(n)
+    i, end = longs(state)[0], round_down(n)
     count = 0
     odd = False
     high, low, zero = splat(tau), splat(-tau), splat(F32(0))
-    while i < end and count <= ROOM - GROUP:
+    while i < end and count <= CAPACITY - GROUP:
         a, b = sum_from(residual, gradient, i), sum_from(residual, gradient, i + 16)
         c, d = sum_from(residual, gradient, i + 32), sum_from(residual, gradient, i + 48)
-        pa, pb, pc, pd = at_least(a, high), at_least(b, high), at_least(c, high), at_least(d, high)
-        ma, mb, mc, md = reaches(low, a), reaches(low, b), reaches(low, c), reaches(low, d)
+        pa, pb, pc, pd = greater_equal(a, high), greater_equal(b, high), greater_equal(c, high), greater_equal(d, high)
+        ma, mb, mc, md = not_less(low, a), not_less(low, b), not_less(low, c), not_less(low, d)
         store(out + 4 * i, a - choose(pa, high, choose(ma, low, zero)))
         store(out + 4 * (i + 16), b - choose(pb, high, choose(mb, low, zero)))
         store(out + 4 * (i + 32), c - choose(pc, high, choose(mc, low, zero)))
@@ -184,7 +184,7 @@ def threshold_words(residual, gradient, out, tau, found, n, state):
         minus = ma | mb << U64(16) | mc << U64(32) | md << U64(48)
         mask = minus | pa | pb << U64(16) | pc << U64(32) | pd << U64(48)
         while mask:
-            j = lowest(mask)
+            j = lowest_bit(mask)
             rest = floats(out)[i + j]
             if not is_finite(rest):
                 odd = True
@@ -192,7 +192,7 @@ def threshold_words(residual, gradient, out, tau, found, n, state):
             count += 0 if np.isnan(rest) else 1
             mask &= mask - U64(1)
         i += GROUP
-    while end <= i < n and count < ROOM:
+    while end <= i < n and count < CAPACITY:
         p = sum_at(residual, gradient, i)
         if not is_finite(p):
             odd = True
@@ -207,7 +207,7 @@ def threshold_words(residual, gradient, out, tau, found, n, state):
             rest = p + tau
         floats(out)[i] = rest
         i += 1
-    noted(state, i, odd)
+    write_state(state, i, odd)
     return count
 
 
@@ -215,27 +215,27 @@ def threshold_words(residual, gradient, out, tau, found, n, state):
 def mask_of_large(a, b, c, d, limit):
     """The mask of 64 magnitudes that reach a limit, and of NaN: what is not finite is among few, and found there."""
     return (
-        reaches(magnitude(a), limit)
-        | reaches(magnitude(b), limit) << U64(16)
-        | reaches(magnitude(c), limit) << U64(32)
-        | reaches(magnitude(d), limit) << U64(48)
+        not_less(magnitude(a), limit)
+        | not_less(magnitude(b), limit) << U64(16)
+        | not_less(magnitude(c), limit) << U64(32)
+        | not_less(magnitude(d), limit) << U64(48)
     )
 
 
 @loop("int64(int64, float32, int64, int64, int64)")
 def select_threshold(x, threshold, found, n, state):
     to = words(found)
-    i, end = longs(state)[0], whole(n)
+    i, end = longs(state)[0], round_down(n)
     count = 0
     odd = False
-    least = max(threshold, LEAST)
+    least = max(threshold, SMALLEST_SUBNORMAL)
     limit = splat(least)
-    while i < end and count <= ROOM - GROUP:
+    while i < end and count <= CAPACITY - GROUP:
         at = x + 4 * i
         a, b, c, d = load(at), load(at + 64), load(at + 128), load(at + 192)
         mask = mask_of_large(a, b, c, d, limit)
         while mask:
-            j = i + lowest(mask)
+            j = i + lowest_bit(mask)
             value = floats(x)[j]
             if not is_finite(value):
                 odd = True
@@ -243,7 +243,7 @@ def select_threshold(x, threshold, found, n, state):
             count += 0 if np.isnan(value) else 1
             mask &= mask - U64(1)
         i += GROUP
-    while end <= i < n and count < ROOM:
+    while end <= i < n and count < CAPACITY:
         value = floats(x)[i]
         if not is_finite(value):
             odd = True
@@ -251,12 +251,12 @@ def select_threshold(x, threshold, found, n, state):
             to[count] = U32(i)
             count += 1
         i += 1
-    noted(state, i, odd)
+    write_state(state, i, odd)
     return count
 
 
 @register_jitable
-def moved_group(gradient, momentum, velocity, factor, nesterov, limit):
+def accumulate_group(gradient, momentum, velocity, factor, nesterov, limit):
     """A step of momentum and velocity, and the mask of velocities that reach the limit, or are not a number."""
     mask = U64(0)
     for j in range(0, GROUP, LANES):
@@ -267,14 +267,14 @@ def moved_group(gradient, momentum, velocity, factor, nesterov, limit):
         else:
             u = u * factor + g
             v = v + u
-        mask |= reaches(magnitude(v), limit) << U64(j)
+        mask |= not_less(magnitude(v), limit) << U64(j)
         store(momentum + 4 * j, u)
         store(velocity + 4 * j, v)
     return mask
 
 
 @register_jitable
-def taken(i, count, momentum, velocity, clear, index, values, kept_momentum):
+def take_element(i, count, momentum, velocity, clear, index, values, kept_momentum):
     """Note element i and clear it."""
     words(index)[count] = U32(i)
     floats(values)[count] = floats(velocity)[i]
@@ -288,24 +288,24 @@ def taken(i, count, momentum, velocity, clear, index, values, kept_momentum):
 def momentum_select(
     gradient, momentum, velocity, m, threshold, nesterov, clear, index, values, kept_momentum, n, state
 ):
-    i, end = longs(state)[0], whole(n)
+    i, end = longs(state)[0], round_down(n)
     count = 0
     odd = False
-    least = max(threshold, LEAST)
+    least = max(threshold, SMALLEST_SUBNORMAL)
     limit, factor = splat(least), splat(m)
-    while i < end and count <= ROOM - GROUP:
-        mask = moved_group(gradient + 4 * i, momentum + 4 * i, velocity + 4 * i, factor, nesterov, limit)
+    while i < end and count <= CAPACITY - GROUP:
+        mask = accumulate_group(gradient + 4 * i, momentum + 4 * i, velocity + 4 * i, factor, nesterov, limit)
         while mask:
-            j = i + lowest(mask)
+            j = i + lowest_bit(mask)
             if is_finite(floats(velocity)[j]):
-                taken(j, count, momentum, velocity, clear, index, values, kept_momentum)
+                take_element(j, count, momentum, velocity, clear, index, values, kept_momentum)
                 count += 1
             else:
                 odd = True
             mask &= mask - U64(1)
         i += GROUP
     g, u, v = floats(gradient), floats(momentum), floats(velocity)
-    while end <= i < n and count < ROOM:
+    while end <= i < n and count < CAPACITY:
         if nesterov:
             u[i] = (u[i] + g[i]) * m
             v[i] = (v[i] + u[i]) + g[i]
@@ -315,10 +315,10 @@ def momentum_select(
         if not is_finite(v[i]):
             odd = True
         elif abs(v[i]) >= least:
-            taken(i, count, momentum, velocity, clear, index, values, kept_momentum)
+            take_element(i, count, momentum, velocity, clear, index, values, kept_momentum)
             count += 1
         i += 1
-    noted(state, i, odd)
+    write_state(state, i, odd)
     return count
 
 
@@ -344,7 +344,7 @@ def word_of(x):
 
 
 @register_jitable
-def part_of(counts, part, rank):
+def find_bin(counts, part, rank):
     """In which part, from the given one down, the rank lies, and its rank there."""
     while counts[part] < rank:
         rank -= I64(counts[part])
@@ -352,28 +352,28 @@ def part_of(counts, part, rank):
     return part, rank
 
 
-FEW = 1 << 12
+BISECTION_SIZE = 1 << 12
 """Elements whose ranks are found by bisection."""
-INFINITE = U32(0x7F800000)
+INFINITY_BITS = U32(0x7F800000)
 """The bits of infinity."""
-MOST_RANKED = 112
+MAX_RANK = 112
 """Ranks that are looked for among those that reach a bound: the magnitude of this rank of 128 maxima."""
 
 
 @loop("float64(int64, int64, int64)")
 @register_jitable
-def ranked_magnitude(x, n, rank):
-    if n <= FEW:
-        return bisected_magnitude(x, n, rank)
-    few = np.empty(FEW, np.float32)
-    count = candidates(x, n, rank, few) if rank <= MOST_RANKED else n
-    found = bisected_magnitude(address(few), count, rank) if count <= FEW else counted_magnitude(x, n, rank)
+def kth_magnitude(x, n, rank):
+    if n <= BISECTION_SIZE:
+        return bisect_magnitude(x, n, rank)
+    few = np.empty(BISECTION_SIZE, np.float32)
+    count = find_candidates(x, n, rank, few) if rank <= MAX_RANK else n
+    found = bisect_magnitude(address_of(few), count, rank) if count <= BISECTION_SIZE else radix_select(x, n, rank)
     hold(few)
     return found
 
 
 @register_jitable
-def candidates(x, n, rank, found):
+def find_candidates(x, n, rank, found):
     """Elements among which those of this rank and above are, if they are at most ``found.size``; how many.
 
     Of the maxima of 128 disjoint parts as many as the rank reach the magnitude of that rank among them, so what does
@@ -382,21 +382,21 @@ def candidates(x, n, rank, found):
     a = b = c = d = e = f = g = h = splat(F32(0))
     for i in range(0, n - n % 128, 128):
         at = x + 4 * i
-        a, b = larger(a, magnitude(load(at))), larger(b, magnitude(load(at + 64)))
-        c, d = larger(c, magnitude(load(at + 128))), larger(d, magnitude(load(at + 192)))
-        e, f = larger(e, magnitude(load(at + 256))), larger(f, magnitude(load(at + 320)))
-        g, h = larger(g, magnitude(load(at + 384))), larger(h, magnitude(load(at + 448)))
-    to = address(found)
+        a, b = maximum(a, magnitude(load(at))), maximum(b, magnitude(load(at + 64)))
+        c, d = maximum(c, magnitude(load(at + 128))), maximum(d, magnitude(load(at + 192)))
+        e, f = maximum(e, magnitude(load(at + 256))), maximum(f, magnitude(load(at + 320)))
+        g, h = maximum(g, magnitude(load(at + 384))), maximum(h, magnitude(load(at + 448)))
+    to = address_of(found)
     for at, each in ((0, a), (64, b), (128, c), (192, d), (256, e), (320, f), (384, g), (448, h)):
         store(to + at, each)
-    least = F32(bisected_magnitude(to, 128, rank))
+    least = F32(bisect_magnitude(to, 128, rank))
     limit, count = splat(least), 0
     end = n - n % LANES
     for i in range(0, end, LANES):
-        mask = reaches(magnitude(load(x + 4 * i)), limit)
+        mask = not_less(magnitude(load(x + 4 * i)), limit)
         while mask:
             if count < found.size:
-                found[count] = floats(x)[i + lowest(mask)]
+                found[count] = floats(x)[i + lowest_bit(mask)]
             count += 1
             mask &= mask - U64(1)
     for i in range(end, n):
@@ -408,14 +408,14 @@ def candidates(x, n, rank, found):
 
 
 @register_jitable
-def bisected_magnitude(x, n, rank):
+def bisect_magnitude(x, n, rank):
     """The largest magnitude that as many as ``rank`` elements reach, one bit after the other; NaN reaches all."""
     top = U32(0)
     for bit in range(30, -1, -1):
         trial = U32(top | U32(1 << bit))
-        if trial <= INFINITE and count_reaching(x, n, float_of(trial)) >= rank:
+        if trial <= INFINITY_BITS and count_reaching(x, n, float_of(trial)) >= rank:
             top = trial
-    if top == INFINITE:
+    if top == INFINITY_BITS:
         numbers = 0
         for i in range(n):
             numbers += abs(floats(x)[i]) <= INFINITY
@@ -430,14 +430,14 @@ def count_reaching(x, n, least):
     limit, count = splat(least), 0
     end = n - n % LANES
     for i in range(0, end, LANES):
-        count += ones(reaches(magnitude(load(x + 4 * i)), limit))
+        count += popcount(not_less(magnitude(load(x + 4 * i)), limit))
     for i in range(end, n):
         count += 0 if abs(floats(x)[i]) < least else 1
     return count
 
 
 @register_jitable
-def counted_magnitude(x, n, rank):
+def radix_select(x, n, rank):
     """Find the magnitude of a rank by its bits: the highest 11 of all, 10 and 10 of those that are alike in them.
 
     Four tables count in turns, as one would wait for itself.
@@ -455,13 +455,13 @@ def counted_magnitude(x, n, rank):
     counts = tables[0]
     for part in range(2048):
         counts[part] += tables[1, part] + tables[2, part] + tables[3, part]
-    part, rank = part_of(counts, 2047, rank)
+    part, rank = find_bin(counts, 2047, rank)
     alike, count = np.empty(counts[part], np.uint32), 0
     limit = splat(float_of(U32(part << 20)))
     for i in range(0, end, 16):
-        mask = reaches(magnitude(load(x + 4 * i)), limit)
+        mask = not_less(magnitude(load(x + 4 * i)), limit)
         while mask:
-            word = word_of(a[i + lowest(mask)])
+            word = word_of(a[i + lowest_bit(mask)])
             if word >> U32(20) == part:
                 alike[count] = word
                 count += 1
@@ -477,7 +477,7 @@ def counted_magnitude(x, n, rank):
         for word in alike:
             if word >> U32(shift + 10) == prefix:
                 counts[word >> U32(shift) & U32(1023)] += 1
-        part, rank = part_of(counts, 1023, rank)
+        part, rank = find_bin(counts, 1023, rank)
         prefix = U32(prefix << U32(10)) | U32(part)
     return F64(float_of(prefix))
 
@@ -488,7 +488,7 @@ def split_by_rank(values, count, k, chosen, dropped):
 
     Without branches: each would be foreseen as often as not.
     """
-    least = F32(ranked_magnitude(values, count, k)) if k else INFINITY
+    least = F32(kth_magnitude(values, count, k)) if k else INFINITY
     above = 0
     for i in range(count):
         above += abs(floats(values)[i]) > least
@@ -509,7 +509,7 @@ def keep_largest_at(x, index, count, k):
     for i in range(count):
         values[i] = floats(x)[words(index)[i]]
     chosen, dropped = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
-    split_by_rank(address(values), count, k, chosen, dropped)
+    split_by_rank(address_of(values), count, k, chosen, dropped)
     hold(values)
     for i in range(k):
         words(index)[i] = words(index)[chosen[i]]
@@ -529,7 +529,7 @@ def keep_largest_taken(index, values, kept_momentum, count, k, momentum, velocit
 
 
 @loop("int64(int64, int64, int64)")
-def ascending(index, n, count):
+def is_ascending(index, n, count):
     a = carray(words(index), count)
     wrong = False
     for i in range(1, count):
@@ -556,31 +556,31 @@ def add_words(found, count, tau, out):
 
 
 @register_jitable
-def joined(a, b, c, d, e, f, g, h):
+def sum_lanes(a, b, c, d, e, f, g, h):
     """The sum of all lanes, by halves."""
-    return folded(((a + e) + (c + g)) + ((b + f) + (d + h)))
+    return reduce_add(((a + e) + (c + g)) + ((b + f) + (d + h)))
 
 
 @register_jitable
-def rest_of(residual, gradient, begin, n, to):
+def pad_tail(residual, gradient, begin, n, to):
     """The last, incomplete part of residual + gradient, filled up with zeros; its address."""
     for j in range(to.size):
         to[j] = sum_at(residual, gradient, begin + j) if begin + j < n else F32(0)
-    return address(to)
+    return address_of(to)
 
 
 @register_jitable
 def four_lines(x, y):
     """Four lines of residual + gradient, one after the other."""
-    keep_order()
+    compiler_fence()
     return sum_from(x, y, 0), sum_from(x, y, 16), sum_from(x, y, 32), sum_from(x, y, 48)
 
 
 @register_jitable
 def four_columns(x, y):
     """Four rows of 64 elements, read in the order of memory: the four lines of each column."""
-    a, b = four_lines(x, y), four_lines(x + 256, further(y, 64))
-    c, d = four_lines(x + 512, further(y, 128)), four_lines(x + 768, further(y, 192))
+    a, b = four_lines(x, y), four_lines(x + 256, advance(y, 64))
+    c, d = four_lines(x + 512, advance(y, 128)), four_lines(x + 768, advance(y, 192))
     return (a[0], b[0], c[0], d[0]), (a[1], b[1], c[1], d[1]), (a[2], b[2], c[2], d[2]), (a[3], b[3], c[3], d[3])
 
 
@@ -591,7 +591,7 @@ def four_magnitudes(a, b, c, d):
 
 
 @register_jitable
-def further(address, elements):
+def advance(address, elements):
     """An address so many elements on; 0 stays 0."""
     return address + 4 * elements if address else 0
 
@@ -599,68 +599,68 @@ def further(address, elements):
 @loop("float64(int64, int64, int64)")
 def sum_magnitudes(residual, gradient, n):
     tail = np.empty(4 * GROUP, np.float32)
-    a = b = c = d = e = f = g = h = no_doubles()
+    a = b = c = d = e = f = g = h = zero_doubles()
     for i in range(0, n, 4 * GROUP):
-        x, y = residual + 4 * i, further(gradient, i)
+        x, y = residual + 4 * i, advance(gradient, i)
         if i + 4 * GROUP > n:
-            x, y = rest_of(residual, gradient, i, n, tail), 0
+            x, y = pad_tail(residual, gradient, i, n, tail), 0
         first, second, third, fourth = four_columns(x, y)
         p, q = four_magnitudes(*first), four_magnitudes(*second)
         r, s = four_magnitudes(*third), four_magnitudes(*fourth)
-        a, b, c, d = a + lower(p), b + upper(p), c + lower(q), d + upper(q)
-        e, f, g, h = e + lower(r), f + upper(r), g + lower(s), h + upper(s)
-    return joined(a, b, c, d, e, f, g, h)
+        a, b, c, d = a + lower_half(p), b + upper_half(p), c + lower_half(q), d + upper_half(q)
+        e, f, g, h = e + lower_half(r), f + upper_half(r), g + lower_half(s), h + upper_half(s)
+    return sum_lanes(a, b, c, d, e, f, g, h)
 
 
 @register_jitable
 def four_by_sign(a, b, c, d):
     """(a + b) + (c + d) of the elements ≥ 0 and of all others; and how many are ≥ 0."""
     zero = splat(F32(0))
-    ma, mb, mc, md = at_least(a, zero), at_least(b, zero), at_least(c, zero), at_least(d, zero)
+    ma, mb, mc, md = greater_equal(a, zero), greater_equal(b, zero), greater_equal(c, zero), greater_equal(d, zero)
     plus = (choose(ma, a, zero) + choose(mb, b, zero)) + (choose(mc, c, zero) + choose(md, d, zero))
     minus = (choose(ma, zero, a) + choose(mb, zero, b)) + (choose(mc, zero, c) + choose(md, zero, d))
-    return plus, minus, ones(ma | mb << U64(16) | mc << U64(32) | md << U64(48))
+    return plus, minus, popcount(ma | mb << U64(16) | mc << U64(32) | md << U64(48))
 
 
 @loop("int64(int64, int64, int64, int64)")
 def sum_by_sign(residual, gradient, sums, n):
     tail = np.empty(4 * GROUP, np.float32)
     count = 0
-    a = b = c = d = e = f = g = h = no_doubles()
-    k = l = m = o = t = u = v = w = no_doubles()  # noqa: E741
+    a = b = c = d = e = f = g = h = zero_doubles()
+    k = l = m = o = t = u = v = w = zero_doubles()  # noqa: E741
     for i in range(0, n, 4 * GROUP):
-        x, y = residual + 4 * i, further(gradient, i)
+        x, y = residual + 4 * i, advance(gradient, i)
         if i + 4 * GROUP > n:
-            x, y = rest_of(residual, gradient, i, n, tail), 0
+            x, y = pad_tail(residual, gradient, i, n, tail), 0
             count -= i + 4 * GROUP - n
         first, second, third, fourth = four_columns(x, y)
         (pp, pm, pn), (qp, qm, qn) = four_by_sign(*first), four_by_sign(*second)
         (rp, rm, rn), (sp, sm, sn) = four_by_sign(*third), four_by_sign(*fourth)
         count += pn + qn + rn + sn
-        a, b, c, d = a + lower(pp), b + upper(pp), c + lower(qp), d + upper(qp)
-        e, f, g, h = e + lower(rp), f + upper(rp), g + lower(sp), h + upper(sp)
-        k, l, m, o = k + lower(pm), l + upper(pm), m + lower(qm), o + upper(qm)  # noqa: E741
-        t, u, v, w = t + lower(rm), u + upper(rm), v + lower(sm), w + upper(sm)
-    doubles(sums)[0], doubles(sums)[1] = joined(a, b, c, d, e, f, g, h), joined(k, l, m, o, t, u, v, w)
+        a, b, c, d = a + lower_half(pp), b + upper_half(pp), c + lower_half(qp), d + upper_half(qp)
+        e, f, g, h = e + lower_half(rp), f + upper_half(rp), g + lower_half(sp), h + upper_half(sp)
+        k, l, m, o = k + lower_half(pm), l + upper_half(pm), m + lower_half(qm), o + upper_half(qm)  # noqa: E741
+        t, u, v, w = t + lower_half(rm), u + upper_half(rm), v + lower_half(sm), w + upper_half(sm)
+    doubles(sums)[0], doubles(sums)[1] = sum_lanes(a, b, c, d, e, f, g, h), sum_lanes(k, l, m, o, t, u, v, w)
     return count
 
 
 @register_jitable
 def sums_of(x, n, tail):
     """Σ x and Σ x²."""
-    a = b = c = d = e = f = g = h = no_doubles()
-    k = l = m = o = t = u = v = w = no_doubles()  # noqa: E741
+    a = b = c = d = e = f = g = h = zero_doubles()
+    k = l = m = o = t = u = v = w = zero_doubles()  # noqa: E741
     for i in range(0, n, GROUP):
         at = x + 4 * i
         if i + GROUP > n:
-            at = rest_of(x, 0, i, n, tail)
+            at = pad_tail(x, 0, i, n, tail)
         p, q, r, s = load(at), load(at + 64), load(at + 128), load(at + 192)
-        pl, pu, ql, qu = lower(p), upper(p), lower(q), upper(q)
-        rl, ru, sl, su = lower(r), upper(r), lower(s), upper(s)
+        pl, pu, ql, qu = lower_half(p), upper_half(p), lower_half(q), upper_half(q)
+        rl, ru, sl, su = lower_half(r), upper_half(r), lower_half(s), upper_half(s)
         a, b, c, d, e, f, g, h = a + pl, b + pu, c + ql, d + qu, e + rl, f + ru, g + sl, h + su
         k, l, m, o = add_square(k, pl), add_square(l, pu), add_square(m, ql), add_square(o, qu)  # noqa: E741
         t, u, v, w = add_square(t, rl), add_square(u, ru), add_square(v, sl), add_square(w, su)
-    return joined(a, b, c, d, e, f, g, h), joined(k, l, m, o, t, u, v, w)
+    return sum_lanes(a, b, c, d, e, f, g, h), sum_lanes(k, l, m, o, t, u, v, w)
 
 
 @loop("void(int64, int64, int64)")
@@ -690,12 +690,12 @@ def set_bit(to, i, yes):
 
 @loop("void(int64, int64, int64)")
 def pack_signs(x, to, n):
-    end = whole(n)
+    end = round_down(n)
     zero = splat(F32(0))
     for i in range(0, end, GROUP):
         mask = U64(0)
         for j in range(0, GROUP, 16):
-            mask |= at_least(load(x + 4 * (i + j)), zero) << U64(j)
+            mask |= greater_equal(load(x + 4 * (i + j)), zero) << U64(j)
         store_bits(to + i // 8, mask)
     for i in range(end, n):
         set_bit(octets(to), i, floats(x)[i] >= 0)
@@ -703,13 +703,13 @@ def pack_signs(x, to, n):
 
 @loop("void(int64, int64, int64, float32, float32, int64, int64)")
 def pack_signs_feedback(residual, gradient, out, plus, minus, to, n):
-    end = whole(n)
+    end = round_down(n)
     zero, high, low = splat(F32(0)), splat(plus), splat(minus)
     for i in range(0, end, GROUP):
         mask = U64(0)
         for j in range(0, GROUP, LANES):
             p = sum_from(residual, gradient, i + j)
-            above = at_least(p, zero)
+            above = greater_equal(p, zero)
             mask |= above << U64(j)
             store(out + 4 * (i + j), p - choose(above, high, low))
         store_bits(to + i // 8, mask)
@@ -727,11 +727,11 @@ LINE = 512
 def add_signs(addresses, plus, minus, k, fresh, out, n):
     nothing = splat(F32(0))
     turned = np.empty(64 * k, np.uint8)
-    masks = address(turned)
+    masks = address_of(turned)
     end = n - n % LINE
     for begin in range(0, end, LINE):
         for j in range(k):
-            turn_line(longs(addresses)[j] + begin // 8, masks + 64 * j)
+            copy_reversed(longs(addresses)[j] + begin // 8, masks + 64 * j)
         for part in range(0, LINE, 128):
             at = out + 4 * (begin + part)
             a = b = c = d = e = f = g = h = nothing
@@ -968,7 +968,7 @@ def bitmap_decode(source, nbytes, count, n, found):
             for i in range(8 * j, 8 * nbytes):
                 mask |= U64(bit_at(octets(source), i)) << U64(i - 8 * j)
         while mask:
-            i = 8 * j + lowest(mask)
+            i = 8 * j + lowest_bit(mask)
             if i >= n or seen == count:
                 return 0
             words(found)[seen] = U32(i)
@@ -979,12 +979,12 @@ def bitmap_decode(source, nbytes, count, n, found):
 
 # Narrow elements
 
-_half_read, _half_write = folds.STORED["f2"][1:]
-_brain_read, _brain_write = folds.STORED["bf16"][1:]
+_half_read, _half_write = folds.STORAGE["f2"][1:]
+_bfloat16_read, _bfloat16_write = folds.STORAGE["bf16"][1:]
 
 
 @register_jitable
-def kept_finite(word, infinity):
+def saturate(word, infinity):
     """The largest finite value in place of infinity."""
     magnitude = np.uint16(word & np.uint16(0x7FFF))
     return np.uint16(word - np.uint16(1)) if magnitude == infinity else np.uint16(word)
@@ -995,21 +995,21 @@ def to_half(x, finite, to, n):
     a, b = floats(x), halves(to)
     if finite:
         for i in range(n):
-            set_element(b, i, kept_finite(np.uint16(_half_write(element(a, i))), np.uint16(0x7C00)))
+            set_element(b, i, saturate(np.uint16(_half_write(element(a, i))), np.uint16(0x7C00)))
         return
     for i in range(n):
         set_element(b, i, np.uint16(_half_write(element(a, i))))
 
 
 @loop("void(int64, int64, int64, int64)")
-def to_brain(x, finite, to, n):
+def to_bfloat16(x, finite, to, n):
     a, b = floats(x), halves(to)
     if finite:
         for i in range(n):
-            set_element(b, i, kept_finite(np.uint16(_brain_write(element(a, i))), np.uint16(0x7F80)))
+            set_element(b, i, saturate(np.uint16(_bfloat16_write(element(a, i))), np.uint16(0x7F80)))
         return
     for i in range(n):
-        set_element(b, i, np.uint16(_brain_write(element(a, i))))
+        set_element(b, i, np.uint16(_bfloat16_write(element(a, i))))
 
 
 @loop("void(int64, int64, int64)")
@@ -1020,10 +1020,10 @@ def add_half(x, out, n):
 
 
 @loop("void(int64, int64, int64)")
-def add_brain(x, out, n):
+def add_bfloat16(x, out, n):
     a, b = halves(x), floats(out)
     for i in range(n):
-        set_element(b, i, b[i] + _brain_read(element(a, i)))
+        set_element(b, i, b[i] + _bfloat16_read(element(a, i)))
 
 
 @loop("void(int64, float32, int64, int64)")
@@ -1036,15 +1036,15 @@ def to_int8(x, unit, to, n):
     a, b = floats(x), signed_octets(to)
     if not F32(2.0**-60) <= unit <= F32(2.0**60):
         for i in range(n):
-            set_element(b, i, np.int8(np.int32(max(F32(-127), min(F32(127), nearest(element(a, i) / unit))))))
+            set_element(b, i, np.int8(np.int32(max(F32(-127), min(F32(127), rint(element(a, i) / unit))))))
         return
     inverse, most = F32(1) / unit, F32(127) * unit
-    rest = fused(-inverse, unit, F32(1)) * inverse
+    rest = fma(-inverse, unit, F32(1)) * inverse
     for i in range(n):
         value = max(-most, min(most, element(a, i)))
-        quotient = fused(value, inverse, value * rest)
-        exact = fused(fused(-quotient, unit, value), inverse, quotient)
-        set_element(b, i, np.int8(np.int32(nearest(exact))))
+        quotient = fma(value, inverse, value * rest)
+        exact = fma(fma(-quotient, unit, value), inverse, quotient)
+        set_element(b, i, np.int8(np.int32(rint(exact))))
 
 
 @loop("void(int64, float32, int64, int64)")
@@ -1057,18 +1057,18 @@ def add_int8(codes, unit, out, n):
 @loop("void(int64, int64, int64)")
 def extremes(x, found, n):
     low = high = floats(x)[0]
-    end = whole(n)
+    end = round_down(n)
     if end:
         a = b = c = d = e = f = g = h = splat(low)
         for i in range(0, end, GROUP):
             at = x + 4 * i
             p, q, r, s = load(at), load(at + 64), load(at + 128), load(at + 192)
-            a, b, c, d = smaller(a, p), smaller(b, q), smaller(c, r), smaller(d, s)
-            e, f, g, h = larger(e, p), larger(f, q), larger(g, r), larger(h, s)
-        least, most = smaller(smaller(a, b), smaller(c, d)), larger(larger(e, f), larger(g, h))
+            a, b, c, d = minimum(a, p), minimum(b, q), minimum(c, r), minimum(d, s)
+            e, f, g, h = maximum(e, p), maximum(f, q), maximum(g, r), maximum(h, s)
+        least, most = minimum(minimum(a, b), minimum(c, d)), maximum(maximum(e, f), maximum(g, h))
         lanes = np.empty(32, np.float32)
-        store(address(lanes), least)
-        store(address(lanes) + 64, most)
+        store(address_of(lanes), least)
+        store(address_of(lanes) + 64, most)
         low, high = lanes[:16].min(), lanes[16:].max()
     for i in range(end, n):
         low, high = min(low, floats(x)[i]), max(high, floats(x)[i])
@@ -1076,13 +1076,13 @@ def extremes(x, found, n):
 
 
 @register_jitable
-def smaller(a, b):
-    return choose(at_least(b, a), a, b)
+def minimum(a, b):
+    return choose(greater_equal(b, a), a, b)
 
 
 @register_jitable
-def larger(a, b):
-    return choose(at_least(a, b), a, b)
+def maximum(a, b):
+    return choose(greater_equal(a, b), a, b)
 
 
 @loop("void(int64, float32, float32, int64, int64)")
@@ -1090,7 +1090,7 @@ def range_codes(x, scale, most, to, n):
     a, b = floats(x), octets(to)
     least = most - F32(255)
     for i in range(n):
-        code = min(nearest(element(a, i) * scale), most) - least
+        code = min(rint(element(a, i) * scale), most) - least
         set_element(b, i, np.uint8(np.int32(max(F32(0), min(F32(255), code)))))
 
 
@@ -1183,7 +1183,7 @@ def ternary_codes(x, first, count, clip, scale, key, codes):
 @loop("int64(int64, float32, float32, uint32, int64, int64)")
 def ternary(x, clip, scale, key, to, n):
     codes, packed = np.zeros(GROUP, np.uint8), np.zeros(GROUP // 4, np.uint8)
-    at, four, high = address(codes), codes.view(np.uint32), packed.view(np.uint64)
+    at, four, high = address_of(codes), codes.view(np.uint32), packed.view(np.uint64)
     count = 0
     for begin in range(0, n, GROUP):
         if begin + GROUP <= n:
@@ -1193,7 +1193,7 @@ def ternary(x, clip, scale, key, to, n):
             ternary_codes(x + 4 * begin, U32(begin), n - begin, clip, scale, key, at)
         for j in range(four.size):
             packed[j] = np.uint8(U32(four[j] * U32(0x40100401)) >> U32(24))
-        count += ones(high[0] & HIGHER) + ones(high[1] & HIGHER)
+        count += popcount(high[0] & PAIR_HIGH_BITS) + popcount(high[1] & PAIR_HIGH_BITS)
         for j in range(min(GROUP, (n - begin + 15) // 16 * 16) // 4):
             octets(to)[begin // 4 + j] = packed[j]
     return count

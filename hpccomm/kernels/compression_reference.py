@@ -142,20 +142,20 @@ def sample(x: npt.NDArray[Any], plan: SamplePlan) -> npt.NDArray[Any]:
     return runs.reshape(-1)
 
 
-def ranked_magnitude(values: Vector, rank: int) -> float:
+def kth_magnitude(values: Vector, rank: int) -> float:
     """The magnitude of this rank, the largest being 1."""
     magnitudes = np.abs(values)
     return float(np.partition(magnitudes, values.size - rank)[values.size - rank])
 
 
-Ranked = Callable[[Vector, int], float]
+KthMagnitude = Callable[[Vector, int], float]
 Select = Callable[[Vector, float], tuple[Indices, bool]]
 
 
-def sampled_threshold(x: Vector, k: int, step: int) -> float:
+def estimate_threshold(x: Vector, k: int, step: int) -> float:
     """A threshold that more than k elements reach in all likelihood; 0 where sampling does not pay."""
     plan = sample_plan(x.size, k, step)
-    return 0.0 if plan is None else ranked_magnitude(sample(x, plan), plan.rank)
+    return 0.0 if plan is None else kth_magnitude(sample(x, plan), plan.rank)
 
 
 def select_threshold(x: Vector, threshold: float) -> tuple[Indices, bool]:
@@ -165,7 +165,7 @@ def select_threshold(x: Vector, threshold: float) -> tuple[Indices, bool]:
     return index, all_finite(x)
 
 
-def keep_largest(values: Vector, k: int, ranked: Ranked = ranked_magnitude) -> npt.NDArray[np.bool_]:
+def keep_largest(values: Vector, k: int, ranked: KthMagnitude = kth_magnitude) -> npt.NDArray[np.bool_]:
     """Which of the values are the k largest in magnitude; of equal ones the first."""
     if values.size <= k:
         return np.ones(values.size, bool)
@@ -183,13 +183,13 @@ def select_largest(x: Vector, k: int, step: int = 0, least: float = 1.0) -> tupl
     with ``least`` 1, and with less it may be the largest ``least * k`` elements or a few more.  Also whether all
     elements are finite; if not, no index is returned.
     """
-    threshold = sampled_threshold(x, k, step)
+    threshold = estimate_threshold(x, k, step)
     index, finite = select_threshold(x, threshold)
-    index = widened_selection(x, index, threshold, least * k) if finite else index[:0]
+    index = widen_selection(x, index, threshold, least * k) if finite else index[:0]
     return index[keep_largest(x[index], k)], finite
 
 
-def widened_selection(
+def widen_selection(
     x: Vector, index: Indices, threshold: float, enough: float, select: Select = select_threshold
 ) -> Indices:
     """The selection by the largest of threshold, threshold/2, threshold/4, …, 0 that is enough."""
@@ -246,7 +246,7 @@ def take(index: Indices, momentum: Vector, velocity: Vector, mask: bool) -> Vect
 
 
 def density_threshold(
-    residual: Vector, gradient: Vector | None, density: float, step: int, ranked: Ranked = ranked_magnitude
+    residual: Vector, gradient: Vector | None, density: float, step: int, ranked: KthMagnitude = kth_magnitude
 ) -> float:
     """The magnitude that about ``density`` of the elements of residual + gradient reach; 0 if there is none but 0.
 
@@ -266,7 +266,7 @@ def scatter_add(messages: Sequence[tuple[Indices, Vector]], out: Vector) -> None
         out[index] += values
 
 
-def ascending(index: Indices, n: int) -> bool:
+def is_ascending(index: Indices, n: int) -> bool:
     """Whether indices are distinct, ascending and below n."""
     return bool((index[1:] > index[:-1]).all() and (index.size == 0 or index[-1] < n))
 
@@ -465,18 +465,18 @@ def to_half(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
     """float16, to nearest even, as its bits; beyond its range infinite, or with ``finite`` its largest value."""
     with np.errstate(all="ignore"):
         words = x.astype("f2").view("u2")
-    return kept_finite(words, 0x7C00) if finite else words
+    return saturate(words, 0x7C00) if finite else words
 
 
-def to_brain(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
+def to_bfloat16(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
     """bfloat16, to nearest even, as its bits; a NaN stays one, quiet; ``finite`` as for :func:`to_half`."""
     word = x.view("u4")
     rounded = (word + np.uint32(0x7FFF) + ((word >> 16) & 1)) >> 16
     words = np.where(np.isnan(x), (word >> 16) | 0x40, rounded).astype("u2")
-    return kept_finite(words, 0x7F80) if finite else words
+    return saturate(words, 0x7F80) if finite else words
 
 
-def kept_finite(words: npt.NDArray[np.uint16], infinity: int) -> npt.NDArray[np.uint16]:
+def saturate(words: npt.NDArray[np.uint16], infinity: int) -> npt.NDArray[np.uint16]:
     """The largest finite value in place of infinity; not for NaN."""
     return words - ((words & 0x7FFF) == infinity)
 
@@ -486,7 +486,7 @@ def add_half(words: npt.NDArray[np.uint16], out: Vector) -> None:
     out += words.view("f2").astype("f4")
 
 
-def add_brain(words: npt.NDArray[np.uint16], out: Vector) -> None:
+def add_bfloat16(words: npt.NDArray[np.uint16], out: Vector) -> None:
     """Add bfloat16."""
     out += (words.astype("u4") << 16).view("f4")
 

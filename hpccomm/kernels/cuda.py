@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hpccomm.kernels import compression_reference as reference
 from hpccomm.kernels.optimizers_reference import BLOCK, GRADIENT, LANES, Sums
-from hpccomm.kernels.reductions import DEFINED, code_of
+from hpccomm.kernels.reductions import DTYPES, code_of
 from hpccomm.kernels.reductions import itemsize as bytes_each
 
 Vector = Any
@@ -30,7 +30,7 @@ TILE = 4096
 """Elements that one block of a selecting kernel takes."""
 BLOCKS_EACH = 32
 """Blocks for each processor of the device that loop over the elements."""
-ROOM = 3
+HEADER_WORDS = 3
 """Words of a selecting kernel's state before those of its tiles."""
 OPTIONS = ("--std=c++17", "--fmad=false")
 """Every operation is rounded by itself, as in NumPy."""
@@ -119,7 +119,7 @@ def reduction_source(*wanted: tuple[str, str]) -> str:
 
 def every_reduction() -> list[tuple[str, str]]:
     """All operations and dtypes that have a kernel."""
-    return [(op, code) for op, codes in DEFINED.items() for code in codes]
+    return [(op, code) for op, codes in DTYPES.items() for code in codes]
 
 
 @cache
@@ -134,7 +134,7 @@ class Kernels:
     def __init__(self, library: Library) -> None:
         self.library, self.xp = library, library.xp
 
-    def _loop(self, source: str, kernel: str, n: int, *arguments: Any) -> None:
+    def _launch_loop(self, source: str, kernel: str, n: int, *arguments: Any) -> None:
         """A kernel whose threads loop over n things."""
         if n:
             blocks = min(-(-n // THREADS), BLOCKS_EACH * self.library.processors)
@@ -144,13 +144,13 @@ class Kernels:
 
     def reduce(self, op: str, dtype: npt.DTypeLike, vectors: Sequence[Vector], out: Vector) -> None:
         """:func:`hpccomm.kernels.reductions.reduce`: ``out`` may be one of the vectors; bfloat16 as its bits."""
-        self.reduce_at(op, code_of(dtype), [address(each) for each in vectors], address(out), int(out.size))
+        self.reduce_at(op, code_of(dtype), [address_of(each) for each in vectors], address_of(out), int(out.size))
 
     def reduce_at(self, op: str, code: str, vectors: Sequence[int], out: int, n: int) -> None:
         """:meth:`reduce` of vectors that are known by their addresses, ``n`` elements each."""
         width = 16 // bytes_each("bfloat16" if code == "bf16" else code)
         packs = n // width if all(each % 16 == 0 for each in (*vectors, out)) else 0
-        self._loop(
+        self._launch_loop(
             reduction_source((op, code)),
             f"{op}_{code}",
             max(packs, n - packs * width),
@@ -163,36 +163,36 @@ class Kernels:
 
     # Threshold and selection
 
-    def _selected(
-        self, kernel: str, n: int, arguments: Sequence[Any], *dtypes: npt.DTypeLike
-    ) -> tuple[list[Any], bool]:
+    def _select(self, kernel: str, n: int, arguments: Sequence[Any], *dtypes: npt.DTypeLike) -> tuple[list[Any], bool]:
         """All that a selecting kernel finds, one array for each dtype, and whether all elements were finite."""
         tiles = -(-n // TILE)
         rooms = [self.xp.empty(n, dtype) for dtype in dtypes]
-        state = self.xp.zeros(ROOM + tiles, np.uint64)
+        state = self.xp.zeros(HEADER_WORDS + tiles, np.uint64)
         if n:
             self.library.launch(source("compression"), kernel, tiles, THREADS, (*arguments, *rooms, np.int64(n), state))
-        _, count, odd = host(state[:ROOM]).tolist()
+        _, count, odd = to_host(state[:HEADER_WORDS]).tolist()
         return [room[:count].copy() for room in rooms], not odd
 
     def threshold_words(
         self, residual: Vector, gradient: Vector | None, out: Vector, tau: float
     ) -> tuple[Vector, bool]:
         """:func:`reference.threshold_words`, in one pass over the vectors."""
-        arguments = residual, given(gradient), out, np.float32(tau)
-        (words,), finite = self._selected("threshold_words", residual.size, arguments, np.uint32)
+        arguments = residual, null_if_none(gradient), out, np.float32(tau)
+        (words,), finite = self._select("threshold_words", residual.size, arguments, np.uint32)
         return words, finite
 
     def add_words(self, words: Vector, tau: float, out: Vector) -> None:
         """:func:`reference.add_words`."""
-        self._loop(source("compression"), "add_words", words.size, words, np.int64(words.size), np.float32(tau), out)
+        self._launch_loop(
+            source("compression"), "add_words", words.size, words, np.int64(words.size), np.float32(tau), out
+        )
 
     def select_threshold(self, x: Vector, threshold: float) -> tuple[Vector, bool]:
         """:func:`reference.select_threshold`."""
-        (index,), finite = self._selected("select_threshold", x.size, (x, np.float32(threshold)), np.uint32)
+        (index,), finite = self._select("select_threshold", x.size, (x, np.float32(threshold)), np.uint32)
         return index, finite
 
-    def ranked_magnitude(self, values: Vector, rank: int) -> float:
+    def kth_magnitude(self, values: Vector, rank: int) -> float:
         """:func:`reference.ranked_magnitude`."""
         return float(self.xp.sort(self.xp.abs(values))[values.size - rank])
 
@@ -200,7 +200,7 @@ class Kernels:
         """:func:`reference.sample`."""
         found = self.xp.empty(plan.lines * reference.LINE, np.float32)
         places = np.int64(plan.start), np.int64(plan.stride), np.int64(reference.LINE)
-        self._loop(source("compression"), "sample", found.size, x, *places, found, np.int64(found.size))
+        self._launch_loop(source("compression"), "sample", found.size, x, *places, found, np.int64(found.size))
         return found
 
     def keep_largest(self, values: Vector, k: int) -> Vector:
@@ -209,7 +209,7 @@ class Kernels:
         if values.size <= k:
             return xp.ones(values.size, bool)
         magnitudes = xp.abs(values)
-        least = np.float32(self.ranked_magnitude(values, k)) if k else np.float32(np.inf)
+        least = np.float32(self.kth_magnitude(values, k)) if k else np.float32(np.inf)
         kept = magnitudes > least
         kept[xp.flatnonzero(magnitudes == least)[: k - int(xp.count_nonzero(kept))]] = True
         return kept
@@ -217,14 +217,14 @@ class Kernels:
     def select_largest(self, x: Vector, k: int, step: int = 0, least: float = 1.0) -> tuple[Vector, bool]:
         """:func:`reference.select_largest`."""
         plan = reference.sample_plan(x.size, k, step)
-        threshold = 0.0 if plan is None else self.ranked_magnitude(self.sample(x, plan), plan.rank)
+        threshold = 0.0 if plan is None else self.kth_magnitude(self.sample(x, plan), plan.rank)
         index, finite = self.select_threshold(x, threshold)
         if not finite:
             return index[:0], False
-        index = reference.widened_selection(x, index, threshold, least * k, self.select_threshold)
+        index = reference.widen_selection(x, index, threshold, least * k, self.select_threshold)
         return index[self.keep_largest(x[index], k)], True
 
-    def _momentum(
+    def _launch_momentum(
         self,
         gradient: Vector,
         momentum: Vector,
@@ -236,7 +236,7 @@ class Kernels:
     ) -> tuple[list[Any], bool]:
         numbers = np.float32(m), np.float32(threshold), np.int32(nesterov), np.int32(mask)
         arguments = gradient, momentum, velocity, *numbers
-        return self._selected("momentum_select", gradient.size, arguments, np.uint32, np.float32, np.float32)
+        return self._select("momentum_select", gradient.size, arguments, np.uint32, np.float32, np.float32)
 
     def momentum_select(
         self,
@@ -256,15 +256,17 @@ class Kernels:
         threshold = 0.0
         if plan is not None:
             g, u, v = (self.sample(each, plan) for each in (gradient, momentum, velocity))
-            self._momentum(g, u, v, m, math.nan, nesterov, mask)  # accumulates: nothing reaches the threshold
-            threshold = self.ranked_magnitude(v, plan.rank)
-        (index, values, kept), finite = self._momentum(gradient, momentum, velocity, m, threshold, nesterov, mask)
+            self._launch_momentum(g, u, v, m, math.nan, nesterov, mask)  # accumulates: nothing reaches the threshold
+            threshold = self.kth_magnitude(v, plan.rank)
+        (index, values, kept), finite = self._launch_momentum(
+            gradient, momentum, velocity, m, threshold, nesterov, mask
+        )
         if not finite:
             velocity[index], momentum[index] = values, kept
             return index[:0], values[:0], False
         if index.size < least * k and threshold > 0:
             velocity[index], momentum[index] = values, kept
-            index = reference.widened_selection(velocity, index, threshold, least * k, self.select_threshold)
+            index = reference.widen_selection(velocity, index, threshold, least * k, self.select_threshold)
             index = index[self.keep_largest(velocity[index], k)]
             return index, reference.take(index, momentum, velocity, mask), True
         if index.size > k:
@@ -277,7 +279,9 @@ class Kernels:
     def scatter_add(self, messages: Sequence[tuple[Vector, Vector]], out: Vector) -> None:
         """:func:`reference.scatter_add`: one launch a message, so that the order is that of the messages."""
         for index, values in messages:
-            self._loop(source("compression"), "scatter_add", index.size, index, values, np.int64(index.size), out)
+            self._launch_loop(
+                source("compression"), "scatter_add", index.size, index, values, np.int64(index.size), out
+            )
 
     # One bit an element
 
@@ -285,15 +289,17 @@ class Kernels:
         """:func:`reference.sum_magnitudes`."""
         rows = self._rows(residual.size)
         numbers = np.int64(rows.size), np.int64(residual.size)
-        self._loop(source("compression"), "magnitude_rows", rows.size, residual, given(gradient), rows, *numbers)
+        self._launch_loop(
+            source("compression"), "magnitude_rows", rows.size, residual, null_if_none(gradient), rows, *numbers
+        )
         return self._lane_total(rows)
 
     def sum_by_sign(self, residual: Vector, gradient: Vector | None) -> tuple[float, float, int]:
         """:func:`reference.sum_by_sign`."""
         above, below = self._rows(residual.size), self._rows(residual.size)
         count = self.xp.zeros(1, np.uint64)
-        arguments = residual, given(gradient), above, below, count, np.int64(above.size), np.int64(residual.size)
-        self._loop(source("compression"), "sign_rows", above.size, *arguments)
+        arguments = residual, null_if_none(gradient), above, below, count, np.int64(above.size), np.int64(residual.size)
+        self._launch_loop(source("compression"), "sign_rows", above.size, *arguments)
         return self._lane_total(above), self._lane_total(below), int(count[0])
 
     def _rows(self, n: int) -> Vector:
@@ -310,13 +316,13 @@ class Kernels:
         totals = self.xp.empty(2, np.float64)
         arguments = x, np.int64(x.size), totals
         self.library.launch(source("compression"), "moment_totals", 1, reference.LANES, arguments)
-        total, squares = host(totals).tolist()
+        total, squares = to_host(totals).tolist()
         return total, squares
 
     def pack_signs(self, x: Vector) -> Vector:
         """:func:`reference.pack_signs`."""
         bits = self.xp.empty(-(-x.size // 8), np.uint8)
-        self._loop(source("compression"), "pack_signs", bits.size, x, bits, np.int64(x.size))
+        self._launch_loop(source("compression"), "pack_signs", bits.size, x, bits, np.int64(x.size))
         return bits
 
     def pack_signs_feedback(
@@ -324,32 +330,32 @@ class Kernels:
     ) -> None:
         """:func:`reference.pack_signs_feedback`, in one pass."""
         scales = np.float32(plus), np.float32(minus)
-        arguments = residual, given(gradient), out, *scales, bits, np.int64(residual.size)
-        self._loop(source("compression"), "pack_signs_feedback", bits.size, *arguments)
+        arguments = residual, null_if_none(gradient), out, *scales, bits, np.int64(residual.size)
+        self._launch_loop(source("compression"), "pack_signs_feedback", bits.size, *arguments)
 
     def add_signs(self, messages: Sequence[tuple[Vector, float, float]], out: Vector) -> None:
         """:func:`reference.add_signs`, all messages in one pass."""
         plus = self.xp.asarray(np.array([high for _, high, _ in messages], np.float32))
         minus = self.xp.asarray(np.array([low for _, _, low in messages], np.float32))
         arguments = self._addresses([bits for bits, _, _ in messages]), plus, minus, np.int32(len(messages))
-        self._loop(source("compression"), "add_signs", out.size, *arguments, out, np.int64(out.size))
+        self._launch_loop(source("compression"), "add_signs", out.size, *arguments, out, np.int64(out.size))
 
     def majority(self, messages: Sequence[Vector], n: int) -> Vector:
         """:func:`reference.majority`."""
         bits = self.xp.empty(-(-n // 8), np.uint8)
         arguments = self._addresses(messages), np.int32(len(messages)), bits, np.int64(n)
-        self._loop(source("compression"), "majority", bits.size, *arguments)
+        self._launch_loop(source("compression"), "majority", bits.size, *arguments)
         return bits
 
     def _addresses(self, vectors: Sequence[Vector]) -> Vector:
-        return self.xp.asarray(np.array([address(each) for each in vectors], np.uint64))
+        return self.xp.asarray(np.array([address_of(each) for each in vectors], np.uint64))
 
     # Optimizers: as hpccomm.kernels.optimizers_reference; bounds are on the host, rates on either side
 
     def _tiles(self, bounds: npt.NDArray[np.int64]) -> Tiles:
         return tiles_on(self.xp, bounds.tobytes())
 
-    def _tensors(self, kernel: str, w: Vector, bounds: npt.NDArray[np.int64], *arguments: Any) -> Tiles:
+    def _launch_tiles(self, kernel: str, w: Vector, bounds: npt.NDArray[np.int64], *arguments: Any) -> Tiles:
         """A kernel that takes a tile of a tensor a block."""
         tiles = self._tiles(bounds)
         if tiles.count:
@@ -362,9 +368,9 @@ class Kernels:
         if rows:
             arguments = partial, tiles.first_tiles, sums, np.int64(tiles.count)
             self.library.launch(source("optimizers"), "row_totals", 2 * rows, LANES, arguments)
-        return host(sums)
+        return to_host(sums)
 
-    def _partial(self, bounds: npt.NDArray[np.int64]) -> Vector:
+    def _partial_sums(self, bounds: npt.NDArray[np.int64]) -> Vector:
         return self.xp.empty(2 * LANES * self._tiles(bounds).count, np.float64)
 
     def sum_of_squares(self, x: Vector) -> float:
@@ -384,9 +390,9 @@ class Kernels:
         whose: int,
     ) -> Sums:
         """:func:`lars_sums <hpccomm.kernels.optimizers_reference.lars_sums>`; the sums come to the host."""
-        partial = self._partial(bounds)
+        partial = self._partial_sums(bounds)
         numbers = *scalars(w, scale, mu), np.int32(nesterov), np.int32(whose)
-        tiles = self._tensors("lars_sums", w, bounds, w, g, v, self._rates(decay, w), *numbers, partial)
+        tiles = self._launch_tiles("lars_sums", w, bounds, w, g, v, self._rates(decay, w), *numbers, partial)
         return self._row_sums(partial, tiles, len(bounds))
 
     def lars_step(
@@ -407,9 +413,9 @@ class Kernels:
         """:func:`lars_step <hpccomm.kernels.optimizers_reference.lars_step>`."""
         rates = (self._rates(each, w) for each in (decay, first, last))
         numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
-        self._tensors("lars_step", w, bounds, w, g, v, out, *rates, *numbers)
+        self._launch_tiles("lars_step", w, bounds, w, g, v, out, *rates, *numbers)
 
-    def lars_place(
+    def lars_apply(
         self,
         w: Vector,
         g: Vector,
@@ -423,10 +429,10 @@ class Kernels:
         mu: Any,
         nesterov: bool,
     ) -> None:
-        """:func:`lars_place <hpccomm.kernels.optimizers_reference.lars_place>`."""
+        """:func:`lars_place <hpccomm.kernels.optimizers_reference.lars_apply>`."""
         rates = (self._rates(each, w) for each in (decay, first, last))
         numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
-        self._tensors("lars_place", w, bounds, w, g, v, *rates, *numbers)
+        self._launch_tiles("lars_place", w, bounds, w, g, v, *rates, *numbers)
 
     def lamb_moments(
         self,
@@ -440,9 +446,9 @@ class Kernels:
         *numbers: Any,
     ) -> Sums:
         """:func:`lamb_moments <hpccomm.kernels.optimizers_reference.lamb_moments>`; the sums come to the host."""
-        partial = self._partial(bounds)
+        partial = self._partial_sums(bounds)
         rates = self._rates(decay, w)
-        tiles = self._tensors("lamb_moments", w, bounds, w, g, m, v, out, rates, *scalars(w, *numbers), partial)
+        tiles = self._launch_tiles("lamb_moments", w, bounds, w, g, m, v, out, rates, *scalars(w, *numbers), partial)
         return self._row_sums(partial, tiles, len(bounds))
 
     def adam_step(
@@ -456,15 +462,15 @@ class Kernels:
         *numbers: Any,
     ) -> None:
         """:func:`adam_step <hpccomm.kernels.optimizers_reference.adam_step>`."""
-        self._tensors("adam_step", w, bounds, w, g, m, v, self._rates(decay, w), *scalars(w, *numbers))
+        self._launch_tiles("adam_step", w, bounds, w, g, m, v, self._rates(decay, w), *scalars(w, *numbers))
 
-    def scaled(self, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
-        """:func:`scaled <hpccomm.kernels.optimizers_reference.scaled>`."""
-        self._tensors("scaled", out, bounds, out, self._rates(factor, out), *scalars(out, last))
+    def scale_tensors(self, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
+        """:func:`scaled <hpccomm.kernels.optimizers_reference.scale_tensors>`."""
+        self._launch_tiles("scaled", out, bounds, out, self._rates(factor, out), *scalars(out, last))
 
-    def added(self, w: Vector, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
-        """:func:`added <hpccomm.kernels.optimizers_reference.added>`."""
-        self._tensors("added", w, bounds, w, out, self._rates(factor, w), *scalars(w, last))
+    def add_scaled(self, w: Vector, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
+        """:func:`added <hpccomm.kernels.optimizers_reference.add_scaled>`."""
+        self._launch_tiles("added", w, bounds, w, out, self._rates(factor, w), *scalars(w, last))
 
     def _rates(self, rates: Any, w: Vector) -> Vector:
         """A number for each tensor, on the device."""
@@ -501,18 +507,18 @@ def scalars(w: Vector, *numbers: Any) -> tuple[Any, ...]:
     return tuple(kind(each) for each in numbers)
 
 
-def given(vector: Vector | None) -> Any:
+def null_if_none(vector: Vector | None) -> Any:
     """A vector, or the address of none."""
     return np.uint64(0) if vector is None else vector
 
 
-def address(vector: Vector) -> int:
+def address_of(vector: Vector) -> int:
     """Where a vector begins, on a device or the host."""
     known = getattr(vector, "__cuda_array_interface__", None) or vector.__array_interface__
     return int(known["data"][0])
 
 
-def host(vector: Vector) -> npt.NDArray[Any]:
+def to_host(vector: Vector) -> npt.NDArray[Any]:
     """A vector as NumPy array; waits for the device."""
     brought: npt.NDArray[Any] = vector.get() if hasattr(vector, "get") else np.asarray(vector)
     return brought

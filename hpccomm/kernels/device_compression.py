@@ -15,7 +15,7 @@ import numpy as np
 from hpccomm.kernels import compression_reference as reference
 from hpccomm.kernels import cuda
 from hpccomm.kernels.compression_reference import Indices, Octets
-from hpccomm.kernels.cuda import Kernels, Vector, host
+from hpccomm.kernels.cuda import Kernels, Vector, to_host
 
 
 class DeviceCompression:
@@ -42,14 +42,14 @@ class DeviceCompression:
             residual = self.kernels.sample(residual, plan)
             gradient = None if gradient is None else self.kernels.sample(gradient, plan)
         p = reference.backlog_of(residual, gradient)
-        return self.kernels.ranked_magnitude(p, max(1, math.ceil(density * p.size))) if n else 0.0
+        return self.kernels.kth_magnitude(p, max(1, math.ceil(density * p.size))) if n else 0.0
 
     def threshold_words(
         self, residual: Vector, gradient: Vector | None, out: Vector, tau: float
     ) -> tuple[Indices, bool]:
         """:func:`reference.threshold_words`: the words are on the host."""
         words, finite = self.kernels.threshold_words(residual, gradient, out, tau)
-        return host(words), finite
+        return to_host(words), finite
 
     def add_words(self, words: Indices, tau: float, out: Vector) -> None:
         """:func:`reference.add_words`."""
@@ -58,14 +58,14 @@ class DeviceCompression:
     def select_largest(self, x: Vector, k: int, step: int = 0, least: float = 1.0) -> tuple[Indices, bool]:
         """:func:`reference.select_largest`: the indices are on the host."""
         index, finite = self.kernels.select_largest(x, k, step, least)
-        return host(index), finite
+        return to_host(index), finite
 
     def momentum_select(
         self, gradient: Vector, momentum: Vector, velocity: Vector, m: float, k: int, **named: Any
     ) -> tuple[Indices, reference.Vector, bool]:
         """:func:`reference.momentum_select`: indices and values are on the host."""
         index, values, finite = self.kernels.momentum_select(gradient, momentum, velocity, m, k, **named)
-        return host(index), host(values), finite
+        return to_host(index), to_host(values), finite
 
     def scatter_add(self, messages: Sequence[tuple[Indices, reference.Vector]], out: Vector) -> None:
         """:func:`reference.scatter_add`."""
@@ -84,7 +84,7 @@ class DeviceCompression:
 
     def pack_signs(self, x: Vector) -> Octets:
         """:func:`reference.pack_signs`: the bits are on the host."""
-        return host(self.kernels.pack_signs(x))
+        return to_host(self.kernels.pack_signs(x))
 
     def pack_signs_feedback(
         self, residual: Vector, gradient: Vector | None, out: Vector, plus: float, minus: float, bits: Octets
@@ -92,7 +92,7 @@ class DeviceCompression:
         """:func:`reference.pack_signs_feedback`: the bits are on the host."""
         made = self.xp.empty(bits.size, np.uint8)
         self.kernels.pack_signs_feedback(residual, gradient, out, plus, minus, made)
-        bits[...] = host(made)
+        bits[...] = to_host(made)
 
     def add_signs(self, messages: Sequence[tuple[Octets, float, float]], out: Vector, fresh: bool = False) -> None:
         """:func:`reference.add_signs`."""
@@ -101,6 +101,6 @@ class DeviceCompression:
         self.kernels.add_signs([(self.xp.asarray(bits), plus, minus) for bits, plus, minus in messages], out)
 
 
-def on_device() -> DeviceCompression:
+def device_kernels() -> DeviceCompression:
     """By the kernels of the current device."""
     return DeviceCompression(cuda.kernels())

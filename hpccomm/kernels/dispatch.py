@@ -7,7 +7,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from hpccomm.arrays import lies_on_device
+from hpccomm.arrays import is_on_device
 from hpccomm.kernels import compression_reference
 
 
@@ -16,15 +16,15 @@ def compression(vector: Any = None) -> Any:
 
     On a device they are those of :class:`~hpccomm.kernels.device_compression.DeviceCompression`.
     """
-    if not lies_on_device(vector):
-        return on_host()
-    from hpccomm.kernels.device_compression import on_device
+    if not is_on_device(vector):
+        return host_kernels()
+    from hpccomm.kernels.device_compression import device_kernels
 
-    return on_device()
+    return device_kernels()
 
 
 @cache
-def on_host() -> ModuleType:
+def host_kernels() -> ModuleType:
     """:mod:`hpccomm.kernels.compression`, or its reference where Numba is not installed."""
     if importlib.util.find_spec("numba") is None:
         return compression_reference

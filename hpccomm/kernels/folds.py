@@ -13,14 +13,14 @@ from numba.extending import register_jitable
 
 from hpccomm.kernels.intrinsics import (
     HALF_INSTRUCTIONS,
-    ROOM,
+    STACK_ELEMENTS,
     bits,
     element,
     float_of,
-    narrowed,
-    room,
+    float_to_half,
+    half_to_float,
     set_element,
-    widened,
+    stack_buffer,
 )
 
 
@@ -35,12 +35,12 @@ def multiply(a, b):
 
 
 @register_jitable
-def smaller(a, b):
+def minimum(a, b):
     return a if a <= b or a != a else b  # noqa: PLR0124
 
 
 @register_jitable
-def larger(a, b):
+def maximum(a, b):
     return a if a >= b or a != a else b  # noqa: PLR0124
 
 
@@ -77,8 +77,8 @@ def bitwise_xor(a, b):
 COMBINE = {
     "sum": add,
     "prod": multiply,
-    "min": smaller,
-    "max": larger,
+    "min": minimum,
+    "max": maximum,
     "land": logical_and,
     "lor": logical_or,
     "lxor": logical_xor,
@@ -89,7 +89,7 @@ COMBINE = {
 
 
 @register_jitable
-def same(a):
+def pass_through(a):
     return a
 
 
@@ -97,12 +97,12 @@ U32, F32 = np.uint32, np.float32
 
 
 @register_jitable
-def from_brain(word):
+def from_bfloat16(word):
     return float_of(U32(U32(word) << U32(16)))
 
 
 @register_jitable
-def to_brain(value):
+def to_bfloat16(value):
     word = bits(value)
     high = U32(word >> U32(16))
     rounded = U32(U32(word + U32(0x7FFF)) + (high & U32(1))) >> U32(16)
@@ -133,25 +133,25 @@ def to_half(value):
 
 @register_jitable
 def widen(word):
-    return widened(word)
+    return half_to_float(word)
 
 
 @register_jitable
 def narrow(value):
-    return narrowed(value)
+    return float_to_half(value)
 
 
-STORED: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
+STORAGE: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
     "f2": (types.uint16, widen, narrow) if HALF_INSTRUCTIONS else (types.uint16, from_half, to_half),
-    "bf16": (types.uint16, from_brain, to_brain),
-    "b1": (types.uint8, same, same),
+    "bf16": (types.uint16, from_bfloat16, to_bfloat16),
+    "b1": (types.uint8, pass_through, pass_through),
 }
 """Element type in memory, how it is read and how it is written, where that is not obvious."""
 
 
-def compiled(op: str, code: str, compile: Callable[..., Any]) -> Any:
+def compile_fold(op: str, code: str, compile: Callable[..., Any]) -> Any:
     """A C function for :func:`hpccomm.kernels.intrinsics.fold`; ``compile(compiler, function, name)`` makes it."""
-    kind, read, write = STORED.get(code) or (numba.from_dtype(np.dtype(code)), same, same)
+    kind, read, write = STORAGE.get(code) or (numba.from_dtype(np.dtype(code)), pass_through, pass_through)
     return compile(c_function(kind), reduction(COMBINE[op], read, write), f"{op}_{code}")
 
 
@@ -179,9 +179,9 @@ def reduction(combine: Callable[..., Any], read: Callable[..., Any], write: Call
                 three = combine(combine(read(element(a, j)), read(element(b, j))), read(element(c, j)))
                 set_element(out, i, write(combine(three, read(element(d, j)))))
             return
-        part = room(read(sources[0][first]))
-        for lo in range(0, n, ROOM):
-            m = min(ROOM, n - lo)
+        part = stack_buffer(read(sources[0][first]))
+        for lo in range(0, n, STACK_ELEMENTS):
+            m = min(STACK_ELEMENTS, n - lo)
             begin = first + lo
             a, b = sources[0], sources[1]
             for i in range(m):

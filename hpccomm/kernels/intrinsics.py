@@ -22,11 +22,11 @@ MACHINE = platform.machine().lower()
 X86 = MACHINE in ("x86_64", "amd64")
 ARM = MACHINE in ("aarch64", "arm64")
 CLOCK_MONOTONIC = 1
-LANES = 64
+VECTOR_BYTES = 64
 """Bytes of one vector."""
 UNROLL = 4
 """Vectors under way at a time."""
-ROOM = 2048
+STACK_ELEMENTS = 2048
 """Elements that are reduced together, in the first-level cache."""
 
 
@@ -95,21 +95,21 @@ def copy(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
 
 @intrinsic
-def copy_past_cache(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
+def copy_nontemporal(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
     """Copy bytes that will not be read soon, with non-temporal stores."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         to, source, nbytes = args
-        vector = ir.VectorType(I64, LANES // 8)
+        vector = ir.VectorType(I64, VECTOR_BYTES // 8)
         hint = builder.module.add_metadata([ir.Constant(I32, 1)])
-        misfit = builder.and_(builder.neg(to), ir.Constant(I64, LANES - 1))
+        misfit = builder.and_(builder.neg(to), ir.Constant(I64, VECTOR_BYTES - 1))
         head = builder.select(builder.icmp_signed("<", misfit, nbytes), misfit, nbytes)
         memcpy(builder, to, source, head)
-        body = builder.and_(builder.sub(nbytes, head), ir.Constant(I64, -LANES))
+        body = builder.and_(builder.sub(nbytes, head), ir.Constant(I64, -VECTOR_BYTES))
         end = builder.add(head, body)
-        with cgutils.for_range_slice(builder, head, end, ir.Constant(I64, LANES), I64) as (at, _):
+        with cgutils.for_range_slice(builder, head, end, ir.Constant(I64, VECTOR_BYTES), I64) as (at, _):
             line = builder.load(pointer(builder, builder.add(source, at), vector), align=1)
-            write = builder.store(line, pointer(builder, builder.add(to, at), vector), align=LANES)
+            write = builder.store(line, pointer(builder, builder.add(to, at), vector), align=VECTOR_BYTES)
             write.set_metadata("nontemporal", hint)
         memcpy(builder, builder.add(to, end), builder.add(source, end), builder.sub(nbytes, end))
         if X86:
@@ -129,11 +129,11 @@ def fetch(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         to, source, nbytes = args
-        vector = ir.VectorType(I64, LANES // 8)
-        step = ir.Constant(I64, UNROLL * LANES)
-        body = builder.and_(nbytes, ir.Constant(I64, -UNROLL * LANES))
+        vector = ir.VectorType(I64, VECTOR_BYTES // 8)
+        step = ir.Constant(I64, UNROLL * VECTOR_BYTES)
+        body = builder.and_(nbytes, ir.Constant(I64, -UNROLL * VECTOR_BYTES))
         with cgutils.for_range_slice(builder, ir.Constant(I64, 0), body, step, I64) as (at, _):
-            places = [builder.add(at, ir.Constant(I64, LANES * k)) for k in range(UNROLL)]
+            places = [builder.add(at, ir.Constant(I64, VECTOR_BYTES * k)) for k in range(UNROLL)]
             lines = [builder.load(pointer(builder, builder.add(source, each), vector), align=1) for each in places]
             for line, each in zip(lines, places, strict=True):
                 builder.store(line, pointer(builder, builder.add(to, each), vector), align=1)
@@ -143,7 +143,7 @@ def fetch(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
     return none(int64, int64, int64), emit
 
 
-def reach(builder: Any, call: str, pid: Any, here: Any, there: Any, nbytes: Any) -> Any:
+def call_process_vm(builder: Any, call: str, pid: Any, here: Any, there: Any, nbytes: Any) -> Any:
     """``process_vm_readv`` or ``process_vm_writev`` with one ``struct iovec`` on either side."""
     span = ir.ArrayType(I64, 2)
     spans = []
@@ -162,7 +162,7 @@ def pull(context: Any, pid: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pid, to, source, nbytes = args
-        return reach(builder, "process_vm_readv", pid, to, source, nbytes)
+        return call_process_vm(builder, "process_vm_readv", pid, to, source, nbytes)
 
     return int64(int64, int64, int64, int64), emit
 
@@ -173,7 +173,7 @@ def push(context: Any, pid: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pid, to, source, nbytes = args
-        return reach(builder, "process_vm_writev", pid, source, to, nbytes)
+        return call_process_vm(builder, "process_vm_writev", pid, source, to, nbytes)
 
     return int64(int64, int64, int64, int64), emit
 
@@ -198,7 +198,7 @@ def pause(context: Any) -> Any:
 
 
 @intrinsic
-def give_way(context: Any) -> Any:
+def yield_cpu(context: Any) -> Any:
     """Let another process have the core."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -237,13 +237,13 @@ def fold(context: Any, handle: Any, sources: Any, k: Any, first: Any, out: Any, 
 
 
 @intrinsic
-def room(context: Any, sample: Any) -> Any:
+def stack_buffer(context: Any, sample: Any) -> Any:
     """``ROOM`` elements of the type of ``sample`` on the stack."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element = context.get_data_type(sample)
-        array = cgutils.alloca_once(builder, ir.ArrayType(element, ROOM))
-        array.align = LANES
+        array = cgutils.alloca_once(builder, ir.ArrayType(element, STACK_ELEMENTS))
+        array.align = VECTOR_BYTES
         return builder.bitcast(array, element.as_pointer())
 
     return types.CPointer(sample)(sample), emit
@@ -312,7 +312,7 @@ HALF_INSTRUCTIONS = ARM or (X86 and F16C)
 
 
 @intrinsic
-def widened(context: Any, word: Any) -> Any:
+def half_to_float(context: Any, word: Any) -> Any:
     """The float32 of a float16 given as its bits."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -322,7 +322,7 @@ def widened(context: Any, word: Any) -> Any:
 
 
 @intrinsic
-def narrowed(context: Any, value: Any) -> Any:
+def float_to_half(context: Any, value: Any) -> Any:
     """The bits of the float16 nearest to a float32."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -48,12 +48,12 @@ def fetch(to: int, source: int, nbytes: int) -> None:
     ctypes.memmove(to, source, nbytes)
 
 
-def copy_past_cache(to: int, source: int, nbytes: int) -> None:
+def copy_nontemporal(to: int, source: int, nbytes: int) -> None:
     """Copy bytes that will not be read soon."""
     ctypes.memmove(to, source, nbytes)
 
 
-class Span(ctypes.Structure):
+class Iovec(ctypes.Structure):
     """``struct iovec``."""
 
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
@@ -62,31 +62,31 @@ class Span(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def reach(call: str, pid: int, here: int, there: int, nbytes: int) -> int:
+def call_process_vm(call: str, pid: int, here: int, there: int, nbytes: int) -> int:
     """Copy between this process and another; the bytes that were copied, or -1."""
     function = getattr(_libc, call, None)
     if function is None:
         return -1
     function.restype = ctypes.c_ssize_t
-    function.argtypes = (ctypes.c_int, *[ctypes.POINTER(Span), ctypes.c_ulong] * 2, ctypes.c_ulong)
-    return int(function(pid, Span(here, nbytes), 1, Span(there, nbytes), 1, 0))
+    function.argtypes = (ctypes.c_int, *[ctypes.POINTER(Iovec), ctypes.c_ulong] * 2, ctypes.c_ulong)
+    return int(function(pid, Iovec(here, nbytes), 1, Iovec(there, nbytes), 1, 0))
 
 
 def pull(pid: int, to: int, source: int, nbytes: int) -> int:
     """Copy bytes of another process; how many, or -1."""
-    return reach("process_vm_readv", pid, to, source, nbytes)
+    return call_process_vm("process_vm_readv", pid, to, source, nbytes)
 
 
 def push(pid: int, to: int, source: int, nbytes: int) -> int:
     """Copy bytes into another process; how many, or -1."""
-    return reach("process_vm_writev", pid, source, to, nbytes)
+    return call_process_vm("process_vm_writev", pid, source, to, nbytes)
 
 
 def pause() -> None:
     """Nothing, for a moment."""
 
 
-def give_way() -> None:
+def yield_cpu() -> None:
     """Let another process have the core."""
     os.sched_yield()
 
@@ -105,11 +105,11 @@ def fold(handle: int, sources: int, k: int, first: int, out: int, n: int) -> Non
     """Reduce elements [first, first+n) of k vectors, in order; ``sources`` points to their addresses."""
     dtype, reduce = FOLDS[handle]
     size = dtype.itemsize
-    vectors = [at(load(sources + 8 * j) + first * size, n, dtype) for j in range(k)]
-    reduce(vectors, at(out, n, dtype))
+    vectors = [array_at(load(sources + 8 * j) + first * size, n, dtype) for j in range(k)]
+    reduce(vectors, array_at(out, n, dtype))
 
 
-def at(address: int, n: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def array_at(address: int, n: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """``n`` elements at an address."""
     octets: Any = (ctypes.c_char * (n * dtype.itemsize)).from_address(address)
     return np.frombuffer(octets, dtype)

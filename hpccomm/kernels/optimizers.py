@@ -14,20 +14,20 @@ import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
-from hpccomm.kernels.compiled import jit, kept
-from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED, GRADIENT, HIGH, LANES, LOW
+from hpccomm.kernels.compiled import compile_cached, jit
+from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED_GRADIENT, GRADIENT, HIGH, LANES, LOW
 from hpccomm.kernels.simd import (
-    address,
-    at_least,
+    address_of,
+    compiler_fence,
     floats,
-    keep_order,
+    greater_equal,
     load,
     load_doubles,
-    lower,
-    no_doubles,
+    lower_half,
     splat,
     store_doubles,
-    upper,
+    upper_half,
+    zero_doubles,
 )
 
 # Slices, because LLVM vectorises a loop over a whole array, but not one whose index might be negative
@@ -36,9 +36,9 @@ from hpccomm.kernels.simd import (
 @register_jitable(forceinline=True)
 def fold(x, lo, hi, room, lanes):
     """Add the squares of [lo, hi), a block or what is left of it, to the lanes; ``room`` is for a block."""
-    at, to = address(x) + x.itemsize * lo, address(lanes)
+    at, to = address_of(x) + x.itemsize * lo, address_of(lanes)
     if hi - lo < BLOCK:
-        at = filled_up(x[lo:hi], room)
+        at = pad_block(x[lo:hi], room)
     if x.itemsize == 8:
         fold_doubles(at, to)
         fold_doubles(at + 4 * LANES, to + 4 * LANES)
@@ -47,12 +47,12 @@ def fold(x, lo, hi, room, lanes):
 
 
 @register_jitable
-def filled_up(x, room):
+def pad_block(x, room):
     """Copy what is less than a block, with zeros behind; the address."""
     for i in range(x.size):
         room[i] = x[i]
     room[x.size :] = 0
-    return address(room)
+    return address_of(room)
 
 
 @register_jitable
@@ -61,32 +61,43 @@ def fold_floats(x, lanes):
     a = b = c = d = e = f = g = h = splat(np.float32(0))
     for row in range(BLOCK // LANES):
         at = x + 4 * LANES * row
-        keep_order()
+        compiler_fence()
         p, q, r, s = load(at), load(at + 64), load(at + 128), load(at + 192)
         t, u, v, w = load(at + 256), load(at + 320), load(at + 384), load(at + 448)
         a, b, c, d = a + p * p, b + q * q, c + r * r, d + s * s
         e, f, g, h = e + t * t, f + u * u, g + v * v, h + w * w
-    if not (sure(a) & sure(b) & sure(c) & sure(d) & sure(e) & sure(f) & sure(g) & sure(h)):
+    if not (
+        is_in_range(a)
+        & is_in_range(b)
+        & is_in_range(c)
+        & is_in_range(d)
+        & is_in_range(e)
+        & is_in_range(f)
+        & is_in_range(g)
+        & is_in_range(h)
+    ):
         return False
     for number, each in enumerate((a, b, c, d, e, f, g, h)):
-        add_doubles(lanes + 128 * number, lower(each))
-        add_doubles(lanes + 128 * number + 64, upper(each))
+        add_doubles(lanes + 128 * number, lower_half(each))
+        add_doubles(lanes + 128 * number + 64, upper_half(each))
     return True
 
 
 @register_jitable
-def sure(sums):
+def is_in_range(sums):
     """Whether sixteen sums of squares are right as they are."""
-    return at_least(sums, splat(np.float32(LOW))) & at_least(splat(np.float32(HIGH)), sums) == np.uint64(0xFFFF)
+    return greater_equal(sums, splat(np.float32(LOW))) & greater_equal(splat(np.float32(HIGH)), sums) == np.uint64(
+        0xFFFF
+    )
 
 
 @register_jitable
 def fold_doubles(x, lanes):
     """Half the lanes of a block of float64."""
-    a = b = c = d = e = f = g = h = no_doubles()
+    a = b = c = d = e = f = g = h = zero_doubles()
     for row in range(BLOCK // LANES):
         at = x + 8 * LANES * row
-        keep_order()
+        compiler_fence()
         p, q, r, s = load_doubles(at), load_doubles(at + 64), load_doubles(at + 128), load_doubles(at + 192)
         t, u, v, w = load_doubles(at + 256), load_doubles(at + 320), load_doubles(at + 384), load_doubles(at + 448)
         a, b, c, d = a + p * p, b + q * q, c + r * r, d + s * s
@@ -115,7 +126,7 @@ def fold_doubtful(x, lanes):
 
 
 @register_jitable
-def drained(lanes):
+def drain(lanes):
     """The sum of the lanes, folded in halves; they are zero afterwards."""
     n = lanes.size
     while n > 1:
@@ -138,7 +149,7 @@ def fold_all(x, first, stop, room, lanes):
 def sum_of_squares(x):
     room, lanes = np.empty(BLOCK, x.dtype), np.zeros(LANES)
     fold_all(x, 0, x.size, room, lanes)
-    return drained(lanes)
+    return drain(lanes)
 
 
 @register_jitable
@@ -154,7 +165,7 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
         if whose == GRADIENT and scale == 1:
             fold_all(w, bounds[k, 0], bounds[k, 1], room, ours)
             fold_all(g, bounds[k, 0], bounds[k, 1], room, others)
-            sums[k, 0], sums[k, 1] = drained(ours), drained(others)
+            sums[k, 0], sums[k, 1] = drain(ours), drain(others)
             continue
         for lo in range(bounds[k, 0], bounds[k, 1], BLOCK):
             hi = min(lo + BLOCK, bounds[k, 1])
@@ -163,7 +174,7 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
             if whose == GRADIENT:
                 for i in range(oo.size):
                     oo[i] = gg[i] * scale
-            elif whose == DECAYED:
+            elif whose == DECAYED_GRADIENT:
                 for i in range(oo.size):
                     oo[i] = gg[i] * scale + rate * ww[i]
             else:
@@ -171,7 +182,7 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
                     s = gg[i] * scale + rate * ww[i]
                     oo[i] = output(s, s + mu * vv[i], mu, nesterov)
             fold(other, 0, hi - lo, room, others)
-        sums[k, 0], sums[k, 1] = drained(ours), drained(others)
+        sums[k, 0], sums[k, 1] = drain(ours), drain(others)
     return sums
 
 
@@ -187,7 +198,7 @@ def lars_step(w, g, v, out, bounds, decay, first, last, scale, second, mu, neste
             oo[i] = output(s, moved, mu, nesterov) * end
 
 
-def lars_place(w, g, v, bounds, decay, first, last, scale, second, mu, nesterov):
+def lars_apply(w, g, v, bounds, decay, first, last, scale, second, mu, nesterov):
     for row in range(bounds.shape[0]):
         lo, hi = bounds[row, 0], bounds[row, 1]
         ww, gg, vv = w[lo:hi], g[lo:hi], v[lo:hi]
@@ -200,7 +211,7 @@ def lars_place(w, g, v, bounds, decay, first, last, scale, second, mu, nesterov)
 
 
 @register_jitable
-def corrected(x, k, needed):
+def correct_bias(x, k, needed):
     """x / k; the loops are compiled twice, as divisions by 1 take as long as others."""
     return x / k if needed else x
 
@@ -219,11 +230,11 @@ def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, 
                 mean, mean_square = b1 * mm[i] + c1 * x, b2 * vv[i] + c2 * (x * x)
                 mm[i] = mean
                 vv[i] = mean_square
-                below = np.sqrt(corrected(mean_square, k2, early)) + eps
-                oo[i] = corrected(mean, k1, early) / below + rate * ww[i]
+                below = np.sqrt(correct_bias(mean_square, k2, early)) + eps
+                oo[i] = correct_bias(mean, k1, early) / below + rate * ww[i]
             fold(w, lo, hi, room, ours)
             fold(out, lo, hi, room, others)
-        sums[k, 0], sums[k, 1] = drained(ours), drained(others)
+        sums[k, 0], sums[k, 1] = drain(ours), drain(others)
     return sums
 
 
@@ -237,18 +248,18 @@ def adam_step(w, g, m, v, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps, las
             mean, mean_square = b1 * mm[i] + c1 * x, b2 * vv[i] + c2 * (x * x)
             mm[i] = mean
             vv[i] = mean_square
-            below = np.sqrt(corrected(mean_square, k2, early)) + eps
-            ww[i] += (corrected(mean, k1, early) / below + rate * ww[i]) * last
+            below = np.sqrt(correct_bias(mean_square, k2, early)) + eps
+            ww[i] += (correct_bias(mean, k1, early) / below + rate * ww[i]) * last
 
 
-def scaled(out, bounds, factor, last):
+def scale_tensors(out, bounds, factor, last):
     for row in range(bounds.shape[0]):
         oo, each = out[bounds[row, 0] : bounds[row, 1]], factor[row]
         for i in range(oo.size):
             oo[i] = (oo[i] * each) * last
 
 
-def added(w, out, bounds, factor, last):
+def add_scaled(w, out, bounds, factor, last):
     for row in range(bounds.shape[0]):
         ww, oo = w[bounds[row, 0] : bounds[row, 1]], out[bounds[row, 0] : bounds[row, 1]]
         each = factor[row]
@@ -260,19 +271,19 @@ ARGUMENTS = {
     "sum_of_squares": "r",
     "lars_sums": "rrrbrssti",
     "lars_step": "rrwwbrrrssst",
-    "lars_place": "wrwbrrrssst",
+    "lars_apply": "wrwbrrrssst",
     "lamb_moments": "rrwwwbrssssssss",
     "adam_step": "wrwwbrsssssssss",
-    "scaled": "wbrs",
-    "added": "wrbrs",
+    "scale_tensors": "wbrs",
+    "add_scaled": "wrbrs",
 }
 """What each takes: a vector that is read, one that is written, bounds, a scalar, a truth value, an integer."""
 
 
 @cache
-def compiled(name: str, code: str) -> Callable[..., Any]:
+def compile_kernel(name: str, code: str) -> Callable[..., Any]:
     """One of the functions above for ``"f4"`` or ``"f8"``."""
-    function: Any = kept(jit, globals()[name], f"{name}_{code}")
+    function: Any = compile_cached(jit, globals()[name], f"{name}_{code}")
     number = numba.from_dtype(np.dtype(code))
     read = types.Array(number, 1, "C", readonly=True)
     kinds = {

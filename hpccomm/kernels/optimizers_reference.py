@@ -21,7 +21,7 @@ BLOCK, LANES = 1024, 128
 LOW, HIGH = 2.0**-100, float(np.finfo(np.float32).max)
 """Between these a sum of eight squares is taken as it is."""
 
-GRADIENT, DECAYED, MOVED = 0, 1, 2
+GRADIENT, DECAYED_GRADIENT, UPDATE = 0, 1, 2
 """Whose norm :func:`lars_sums` takes besides the weights': g, g + λw, or the momentum's output."""
 
 
@@ -36,10 +36,10 @@ def sum_of_squares(x: Vector) -> float:
     blocks.reshape(-1)[: x.size] = x
     lanes = np.zeros(LANES)
     with np.errstate(over="ignore", under="ignore"):
-        sums = rows_added(np.square(blocks)).astype(np.float64)
+        sums = add_rows(np.square(blocks)).astype(np.float64)
         doubtful = ~((sums >= LOW) & (sums <= HIGH))
         again = doubtful.any(axis=1)
-        wide = rows_added(np.square(blocks[again], dtype=np.float64))
+        wide = add_rows(np.square(blocks[again], dtype=np.float64))
     sums[again] = np.where(doubtful[again], wide, sums[again])
     for block in sums:
         lanes += block
@@ -49,7 +49,7 @@ def sum_of_squares(x: Vector) -> float:
     return float(lanes[0])
 
 
-def rows_added(blocks: Vector) -> Vector:
+def add_rows(blocks: Vector) -> Vector:
     """The rows of each block, one after the other."""
     total = blocks[:, 0].copy()
     for row in range(1, blocks.shape[1]):
@@ -83,7 +83,7 @@ def lars_sums(
         part = slice(lo, hi)
         if whose == GRADIENT:
             other = g[part] * scale
-        elif whose == DECAYED:
+        elif whose == DECAYED_GRADIENT:
             other = g[part] * scale + decay[row] * w[part]
         else:
             _, other = lars_direction(w[part], g[part], v[part], scale, decay[row], one, one, mu, nesterov)
@@ -114,7 +114,7 @@ def lars_step(
         out[part] = direction * last[row]
 
 
-def lars_place(
+def lars_apply(
     w: Vector,
     g: Vector,
     v: Vector,
@@ -181,13 +181,13 @@ def adam_step(
         w[part] += adam_direction(w[part], g[part], m[part], v[part], decay[row], *numbers[:-1]) * numbers[-1]
 
 
-def scaled(out: Vector, bounds: npt.NDArray[np.int64], factor: Vector, last: Any) -> None:
+def scale_tensors(out: Vector, bounds: npt.NDArray[np.int64], factor: Vector, last: Any) -> None:
     """out ← (out·factor)·last, a factor for each tensor."""
     for row, (lo, hi) in enumerate(bounds):
         out[lo:hi] = (out[lo:hi] * factor[row]) * last
 
 
-def added(w: Vector, out: Vector, bounds: npt.NDArray[np.int64], factor: Vector, last: Any) -> None:
+def add_scaled(w: Vector, out: Vector, bounds: npt.NDArray[np.int64], factor: Vector, last: Any) -> None:
     """w ← w + (out·factor)·last, a factor for each tensor."""
     for row, (lo, hi) in enumerate(bounds):
         w[lo:hi] += (out[lo:hi] * factor[row]) * last

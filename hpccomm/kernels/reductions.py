@@ -20,7 +20,7 @@ FLOATS = ("f4", "f8")
 HALVES = ("f2", "bf16")
 COMPLEX = ("c8", "c16")
 
-DEFINED = {
+DTYPES = {
     "sum": (*INTEGERS, *FLOATS, *HALVES, *COMPLEX),
     "prod": (*INTEGERS, *FLOATS, *HALVES, *COMPLEX),
     "min": (*INTEGERS, *FLOATS, *HALVES),
@@ -52,9 +52,9 @@ def code_of(dtype: npt.DTypeLike) -> str:
     return native.str[1:] if native.isnative else native.str
 
 
-def defined(op: str, dtype: npt.DTypeLike) -> bool:
+def has_kernel(op: str, dtype: npt.DTypeLike) -> bool:
     """Whether there is a kernel for it."""
-    return code_of(dtype) in DEFINED.get(op, ())
+    return code_of(dtype) in DTYPES.get(op, ())
 
 
 def itemsize(dtype: npt.DTypeLike) -> int:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 LIMB = 46
 """Bits of one integer that carry an operand."""
-NOTHING, SPECIAL = -(1 << 14), 1 << 14
+ZERO, SPECIAL = -(1 << 14), 1 << 14
 """In place of exponents: zero; infinite or no number."""
 POSITIVE, NEGATIVE, NAN = 1, 1 << 20, 1 << 40
 """What stands for infinities and NaN in a sum where there is one."""
@@ -39,7 +39,7 @@ def limbs(dtype: npt.DTypeLike) -> int:
 def exponents(x: Floats) -> npt.NDArray[np.int16]:
     """e with |x| < 2^e, smallest, for each element."""
     found = np.frexp(x)[1].astype(np.int16)
-    found[x == 0] = NOTHING
+    found[x == 0] = ZERO
     found[~np.isfinite(x)] = SPECIAL
     return found
 
@@ -47,7 +47,7 @@ def exponents(x: Floats) -> npt.NDArray[np.int16]:
 def split(x: Floats, e: npt.NDArray[np.int16], count: int) -> Integers:
     """The integers of each element: shape (count, n), int64."""
     special = e == SPECIAL
-    rest = np.ldexp(np.where(special, 0, x), np.where(e == NOTHING, 0, LIMB - e.astype(np.int32)))
+    rest = np.ldexp(np.where(special, 0, x), np.where(e == ZERO, 0, LIMB - e.astype(np.int32)))
     parts = np.empty((count, len(x)), np.int64)
     for part in parts:
         whole = np.rint(rest)
@@ -60,9 +60,9 @@ def split(x: Floats, e: npt.NDArray[np.int16], count: int) -> Integers:
     return parts
 
 
-def joined(parts: Integers, e: npt.NDArray[np.int16]) -> Floats:
+def join(parts: Integers, e: npt.NDArray[np.int16]) -> Floats:
     """The floats that sums of integers stand for."""
-    whole, scale = parts[0].copy(), np.where(e == NOTHING, 0, e.astype(np.int32) - LIMB)
+    whole, scale = parts[0].copy(), np.where(e == ZERO, 0, e.astype(np.int32) - LIMB)
     fraction = np.zeros(len(whole))
     if len(parts) > 1:
         whole += parts[1] >> LIMB
@@ -72,11 +72,11 @@ def joined(parts: Integers, e: npt.NDArray[np.int16]) -> Floats:
         value = np.ldexp(high.astype(np.float64) + (low + fraction), scale)
     special = e == SPECIAL
     if special.any():
-        value[special] = infinite(parts[0, special])
+        value[special] = special_values(parts[0, special])
     return value
 
 
-def infinite(words: Integers) -> Floats:
+def special_values(words: Integers) -> Floats:
     """Infinities and NaN."""
     value = np.where(words % NEGATIVE > 0, np.inf, -np.inf)
     mixed = (words % NEGATIVE > 0) & (words % NAN >= NEGATIVE)

@@ -21,10 +21,9 @@ from __future__ import annotations
 
 from hpccomm.kernels.memory import (
     copy,
-    copy_past_cache,
+    copy_nontemporal,
     fetch,
     fold,
-    give_way,
     load,
     load_acquire,
     nanoseconds,
@@ -33,6 +32,7 @@ from hpccomm.kernels.memory import (
     push,
     store,
     store_release,
+    yield_cpu,
 )
 
 W = 8
@@ -43,7 +43,7 @@ LINE = 128
 PUBLISHED, FINISHED = 2 * LINE, 3 * LINE
 ABANDONED = 4 * LINE
 """In rank 0's region: 1 + a rank that left a call half done; nobody can go on."""
-PROCESS = 5 * LINE
+PID = 5 * LINE
 """The rank's process number."""
 BUFFERS = 4096
 BUFFER = 32768
@@ -51,44 +51,44 @@ SLOTS = BUFFERS + 2 * BUFFER
 RING = 4
 
 # A line; what small calls read is in its first 64 bytes
-CHECK, PAYLOAD, SIGNATURE, ARRAY, SEND_AT, RECV_AT, LONGEST, CACHED_TOOK, AROUND_TOOK, TROUBLE = (
+CHECK, PAYLOAD, FINGERPRINT, ARRAY, SEND_AT, RECV_AT, LONGEST, LINE_TIME_CACHED, LINE_TIME_NONTEMPORAL, REFUSALS = (
     W * i for i in (1, 2, *range(8, 16))
 )
 PAYLOAD_BYTES = 48
 
 # What a rank knows of the transport
 MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT = (W * i for i in range(10))
-AROUND, TRIAL, CLOCK, SPENT, PATIENCE, PART, STATE_WORDS = (W * i for i in range(10, 17))
+NONTEMPORAL_FILL, PROBE, CLOCK, ELAPSED, MAX_WAIT, SLOT_STRIDE, STATE_WORDS = (W * i for i in range(10, 17))
 
 # What a rank knows of a call
-STATE, CALL_CHECK, CALL_SIGNATURE, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, WAY, PAST_CACHE = (
+STATE, CALL_CHECK, CALL_FINGERPRINT, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, PROTOCOL, NONTEMPORAL_OUT = (
     W * i for i in range(13)
 )
 ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST = (W * i for i in range(13, 20))
-LESSON, ONCE, CALL_PART, STRETCH, TABLE = (W * i for i in range(20, 25))
+TUNING, ONCE, CALL_SLOT_STRIDE, SEGMENT, TABLE = (W * i for i in range(20, 25))
 """From TABLE on: p words for the addresses to reduce, then what the collective needs for each rank."""
 
 # What was learned of calls of one kind and size
-COUNT, PERIOD, CHOICE, TIME_CACHED, TIME_AROUND, LESSON_WORDS = (W * i for i in range(6))
+COUNT, PERIOD, CHOICE, TIME_CACHED, TIME_NONTEMPORAL, TUNING_WORDS = (W * i for i in range(6))
 
 COLLECTIVES = ("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier")
-INLINE, DIRECT, PIECES, BUFFERED, ACROSS = range(5)
+INLINE, DIRECT, PIPELINE, BUFFERED, SINGLE_COPY = range(5)
 """How a vector goes: in the line; in the buffer, or in place where it is registered; in blocks; always in the buffer;
 from process to process."""
-DONE, AGAIN, MISMATCH, STUCK, SHUT = 0, 1, 2, 3, 4
+DONE, RETRY, MISMATCH, STUCK, SHUT = 0, 1, 2, 3, 4
 """What a call returns; AGAIN: somebody has not come yet, call again."""
 
-PATIENCE_NS = 50_000_000
+MAX_WAIT_NS = 50_000_000
 """Nanoseconds after which a wait for somebody who has not come returns to Python, where nothing else is said."""
-BRIEF = 20
+MIN_SPIN = 20
 """Looks before giving way where ranks share cores."""
-GRAIN = 64
+ALIGNMENT = 64
 """Slices begin at multiples of this, so that no cache line is written by two ranks."""
-TRIALS = 4
+PROBE_CALLS = 4
 """Calls tried each way."""
-LONGEST_REACH = 1 << 30
+MAX_SINGLE_COPY = 1 << 30
 """Bytes copied from process to process in one go (Linux allows a little less than 2 GiB)."""
-CACHED = 16384
+CACHE_BLOCK = 16384
 """Bytes reduced at a time, so that a result is in the first-level cache while it is copied on."""
 
 
@@ -105,13 +105,13 @@ def buffer_of(state, q):
 
 
 def slot_of(state, q, block):
-    size, part = load(state + SLOT), load(state + PART)
+    size, part = load(state + SLOT), load(state + SLOT_STRIDE)
     return region(state, q) + SLOTS + size * (block & (RING - 1)) + (part * (block // RING) & (size - 1))
 
 
-def cut(nbytes, p, q):
+def slice_start(nbytes, p, q):
     """Where slice q of p begins."""
-    return min(nbytes, q * (((nbytes + p - 1) // p + GRAIN - 1) // GRAIN * GRAIN))
+    return min(nbytes, q * (((nbytes + p - 1) // p + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT))
 
 
 # Waiting
@@ -120,17 +120,17 @@ def cut(nbytes, p, q):
 def begin(call, state):
     """Number the call; what is to be read by the others at the meeting is written after this and before arriving."""
     store(state + CALLS, load(state + CALLS) + 1)
-    store(state + PART, load(call + CALL_PART))
+    store(state + SLOT_STRIDE, load(call + CALL_SLOT_STRIDE))
     mine = line_of(state, load(state + RANK))
     store(mine + CHECK, load(call + CALL_CHECK))
-    if load(mine + SIGNATURE) != load(call + CALL_SIGNATURE):
-        store(mine + SIGNATURE, load(call + CALL_SIGNATURE))
-    lesson = load(call + LESSON)
+    if load(mine + FINGERPRINT) != load(call + CALL_FINGERPRINT):
+        store(mine + FINGERPRINT, load(call + CALL_FINGERPRINT))
+    lesson = load(call + TUNING)
     if lesson != 0:
-        begin_lesson(lesson, mine, state)
+        begin_probe(lesson, mine, state)
     else:
-        store(state + AROUND, 0)
-        store(state + TRIAL, 0)
+        store(state + NONTEMPORAL_FILL, 0)
+        store(state + PROBE, 0)
 
 
 def arrive(state):
@@ -138,11 +138,11 @@ def arrive(state):
     store_release(line_of(state, load(state + RANK)), load(state + CALLS))
 
 
-def meet(call, state):
+def await_barrier(call, state):
     """Wait until everybody is in this call, then compare: nobody goes on unless all make the same call."""
     p, r, number = load(state + RANKS), load(state + RANK), load(state + CALLS)
-    if load(state + TRIAL) != 0 and load(call + WAITING) == 0:
-        store(state + SPENT, nanoseconds() - load(state + CLOCK))
+    if load(state + PROBE) != 0 and load(call + WAITING) == 0:
+        store(state + ELAPSED, nanoseconds() - load(state + CLOCK))
     for i in range(1, p):
         code = await_rank(state, (r + i) % p, number)
         if code != DONE:
@@ -154,9 +154,9 @@ def meet(call, state):
         if load(line_of(state, q) + CHECK) != mine:
             store(state + BLOCKS, load(state + BLOCKS) + 1)
             return MISMATCH
-    if load(call + LESSON) != 0:
-        decide(load(call + LESSON), state)
-    if load(state + TRIAL) != 0:
+    if load(call + TUNING) != 0:
+        decide(load(call + TUNING), state)
+    if load(state + PROBE) != 0:
         store(state + CLOCK, nanoseconds())
     return DONE
 
@@ -164,7 +164,7 @@ def meet(call, state):
 def await_rank(state, q, number):
     """Wait for a rank's line, but not for ever."""
     flag, abandoned = line_of(state, q), load(state + MEMORY) + ABANDONED
-    spin, looks, began, patience = load(state + SPIN), 0, 0, load(state + PATIENCE)
+    spin, looks, began, patience = load(state + SPIN), 0, 0, load(state + MAX_WAIT)
     while load_acquire(flag) < number:
         looks += 1
         if looks < spin:
@@ -177,8 +177,8 @@ def await_rank(state, q, number):
             if began == 0:
                 began = now
             elif now - began > patience:
-                return AGAIN
-        give_way()
+                return RETRY
+        yield_cpu()
     adapt(state, spin, looks)
     return DONE
 
@@ -186,7 +186,7 @@ def await_rank(state, q, number):
 def adapt(state, spin, looks):
     """Spin less after spinning in vain, longer after success: in vain means that ranks share cores."""
     if looks >= spin:
-        store(state + SPIN, max(BRIEF, spin >> 1))
+        store(state + SPIN, max(MIN_SPIN, spin >> 1))
     elif looks > 0:
         store(state + SPIN, min(load(state + SPIN_LIMIT), spin + (spin >> 3) + 1))
 
@@ -202,7 +202,7 @@ def await_count(state, q, counter, count):
         else:
             if looks % 64 == 0 and load_acquire(abandoned) != 0:
                 return False
-            give_way()
+            yield_cpu()
     adapt(state, spin, looks)
     return True
 
@@ -215,7 +215,7 @@ def await_all(state, counter, count):
     return came
 
 
-def say(state, counter, count):
+def signal(state, counter, count):
     """Count one's own blocks."""
     store_release(region(state, load(state + RANK)) + counter, count)
 
@@ -229,53 +229,55 @@ def fill(state, slot, source, nbytes):
     Which is faster depends on where the cores are: up to fivefold either way, on one virtual machine within minutes
     (measured).  So it is tried.
     """
-    if load(state + AROUND) != 0:
-        copy_past_cache(slot, source, nbytes)
+    if load(state + NONTEMPORAL_FILL) != 0:
+        copy_nontemporal(slot, source, nbytes)
     else:
         fetch(slot, source, nbytes)
 
 
-def begin_lesson(lesson, mine, state):
+def begin_probe(lesson, mine, state):
     """How this call fills slots: some calls each way, then for long as was faster; and what the others shall know."""
     turn = load(lesson + COUNT) % load(lesson + PERIOD)
     store(lesson + COUNT, load(lesson + COUNT) + 1)
-    store(state + TRIAL, 1 + turn if turn < 2 * TRIALS else 0)
-    if turn < 2 * TRIALS:
-        store(state + AROUND, 0 if turn < TRIALS else 1)
+    store(state + PROBE, 1 + turn if turn < 2 * PROBE_CALLS else 0)
+    if turn < 2 * PROBE_CALLS:
+        store(state + NONTEMPORAL_FILL, 0 if turn < PROBE_CALLS else 1)
         store(state + CLOCK, nanoseconds())
         return
-    store(state + AROUND, load(lesson + CHOICE))
-    if turn == 2 * TRIALS:
-        store(mine + CACHED_TOOK, load(lesson + TIME_CACHED))
-        store(mine + AROUND_TOOK, load(lesson + TIME_AROUND))
+    store(state + NONTEMPORAL_FILL, load(lesson + CHOICE))
+    if turn == 2 * PROBE_CALLS:
+        store(mine + LINE_TIME_CACHED, load(lesson + TIME_CACHED))
+        store(mine + LINE_TIME_NONTEMPORAL, load(lesson + TIME_NONTEMPORAL))
 
 
 def decide(lesson, state):
     """After the trials, take what was faster for the slowest rank; all ranks read the same times."""
-    if (load(lesson + COUNT) - 1) % load(lesson + PERIOD) != 2 * TRIALS:
+    if (load(lesson + COUNT) - 1) % load(lesson + PERIOD) != 2 * PROBE_CALLS:
         return
     cached, around = 0, 0
     for q in range(load(state + RANKS)):
-        cached = max(cached, load(line_of(state, q) + CACHED_TOOK))
-        around = max(around, load(line_of(state, q) + AROUND_TOOK))
+        cached = max(cached, load(line_of(state, q) + LINE_TIME_CACHED))
+        around = max(around, load(line_of(state, q) + LINE_TIME_NONTEMPORAL))
     store(lesson + CHOICE, 1 if around < cached else 0)
 
 
-def end_lesson(call, state):
+def end_probe(call, state):
     """In a trial note the best time, in which waiting for late ranks does not count."""
-    turn = load(state + TRIAL) - 1
+    turn = load(state + PROBE) - 1
     if turn < 0:
         return
-    spent = load(state + SPENT) + nanoseconds() - load(state + CLOCK)
-    best = load(call + LESSON) + (TIME_CACHED if turn < TRIALS else TIME_AROUND)
-    if turn % TRIALS <= 1 or spent < load(best):  # the first call each way finds the caches as the other way left them
+    spent = load(state + ELAPSED) + nanoseconds() - load(state + CLOCK)
+    best = load(call + TUNING) + (TIME_CACHED if turn < PROBE_CALLS else TIME_NONTEMPORAL)
+    if turn % PROBE_CALLS <= 1 or spent < load(
+        best
+    ):  # the first call each way finds the caches as the other way left them
         store(best, spent)
 
 
 def finish(call, state, blocks):
     """Count the blocks."""
     store(state + BLOCKS, load(state + BLOCKS) + max(1, blocks))
-    end_lesson(call, state)
+    end_probe(call, state)
 
 
 def enter(call, state):
@@ -298,12 +300,12 @@ def allreduce(call):
         if code != DONE:
             return code
         begin(call, state)
-        bring(call, state)
+        publish(call, state)
         arrive(state)
-    code = meet(call, state)
+    code = await_barrier(call, state)
     if code != DONE:
         return code
-    way = load(call + WAY)
+    way = load(call + PROTOCOL)
     if way in (INLINE, BUFFERED):
         return fold_lines(call, state) if way == INLINE else fold_buffers(call, state)
     registered = registration(state)
@@ -312,12 +314,12 @@ def allreduce(call):
     if way == DIRECT and registered == 0:
         return fold_buffers(call, state)
     mine = load(line_of(state, load(state + RANK)) + ARRAY)
-    return allreduce_pieces(call, state, way == PIECES and mine == 0)
+    return allreduce_pipelined(call, state, way == PIPELINE and mine == 0)
 
 
-def bring(call, state):
+def publish(call, state):
     """Put one's vector, or its first block, where the others read it; a registered array stays where it is."""
-    r, send, nbytes, way = load(state + RANK), load(call + SEND), load(call + NBYTES), load(call + WAY)
+    r, send, nbytes, way = load(state + RANK), load(call + SEND), load(call + NBYTES), load(call + PROTOCOL)
     mine = line_of(state, r)
     if way == INLINE:
         copy(mine + PAYLOAD, send, nbytes)
@@ -364,11 +366,11 @@ def fold_buffers(call, state):
         store(table + W * q, buffer_of(state, q))
     store(table + W * load(state + RANK), load(call + SEND))
     fold(load(call + FOLD), table, p, 0, load(call + RECV), load(call + NBYTES) // load(call + ITEM))
-    end_lesson(call, state)
+    end_probe(call, state)
     return DONE
 
 
-def allreduce_pieces(call, state, first_is_out):
+def allreduce_pipelined(call, state, first_is_out):
     """Copy block k in, reduce my slice of block k-1, copy block k-2 out.
 
     Copying out comes first, so who publishes block k has left block k-2 and knows from the counters it waited for that
@@ -395,11 +397,11 @@ def publish_rest(call, state, k):
     """All of block k but one's own slice, which nobody else reads."""
     r, g, block = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     n = min(block, load(call + NBYTES) - k * block)
-    lo, hi = cut(n, load(state + RANKS), r), cut(n, load(state + RANKS), r + 1)
+    lo, hi = slice_start(n, load(state + RANKS), r), slice_start(n, load(state + RANKS), r + 1)
     source, slot = load(call + SEND) + k * block, slot_of(state, r, g + k)
     fill(state, slot, source, lo)
     fill(state, slot + hi, source + hi, n - hi)
-    say(state, PUBLISHED, g + k + 1)
+    signal(state, PUBLISHED, g + k + 1)
 
 
 def fold_slice(call, state, k):
@@ -410,12 +412,12 @@ def fold_slice(call, state, k):
     for q in range(p):
         store(table + W * q, slot_of(state, q, g + k))
     store(table + W * r, load(call + SEND) + k * block)
-    hi, slot = cut(n, p, r + 1), slot_of(state, r, g + k)
-    for lo in range(cut(n, p, r), hi, CACHED):
-        size, out = min(CACHED, hi - lo), load(call + RECV) + k * block + lo
+    hi, slot = slice_start(n, p, r + 1), slot_of(state, r, g + k)
+    for lo in range(slice_start(n, p, r), hi, CACHE_BLOCK):
+        size, out = min(CACHE_BLOCK, hi - lo), load(call + RECV) + k * block + lo
         fold(load(call + FOLD), table, p, lo // item, out, size // item)
         fill(state, slot + lo, out, size)
-    say(state, FINISHED, g + k + 1)
+    signal(state, FINISHED, g + k + 1)
 
 
 def copy_out(call, state, k):
@@ -424,9 +426,9 @@ def copy_out(call, state, k):
     n = min(block, load(call + NBYTES) - k * block)
     for i in range(1, p):
         q = (r + i) % p
-        lo, hi = cut(n, p, q), cut(n, p, q + 1)
-        if load(call + PAST_CACHE) != 0:
-            copy_past_cache(load(call + RECV) + k * block + lo, slot_of(state, q, g + k) + lo, hi - lo)
+        lo, hi = slice_start(n, p, q), slice_start(n, p, q + 1)
+        if load(call + NONTEMPORAL_OUT) != 0:
+            copy_nontemporal(load(call + RECV) + k * block + lo, slot_of(state, q, g + k) + lo, hi - lo)
         else:
             fetch(load(call + RECV) + k * block + lo, slot_of(state, q, g + k) + lo, hi - lo)
 
@@ -438,14 +440,14 @@ def allreduce_registered(call, state):
     nbytes, item, recv = load(call + NBYTES), load(call + ITEM), load(call + RECV)
     for q in range(p):
         store(table + W * q, copies + q * stride + load(line_of(state, q) + SEND_AT))
-    hi = cut(nbytes, p, r + 1)
-    for lo in range(cut(nbytes, p, r), hi, CACHED):
-        size = min(CACHED, hi - lo)
+    hi = slice_start(nbytes, p, r + 1)
+    for lo in range(slice_start(nbytes, p, r), hi, CACHE_BLOCK):
+        size = min(CACHE_BLOCK, hi - lo)
         fold(load(call + FOLD), table, p, lo // item, recv + lo, size // item)
         for i in range(1, p if load(call + ONCE) == 0 else 1):
             q = (r + i) % p
             copy(copies + q * stride + load(line_of(state, q) + RECV_AT) + lo, recv + lo, size)
-    say(state, FINISHED, g + 1)
+    signal(state, FINISHED, g + 1)
     if not await_all(state, FINISHED, g + 1):
         return STUCK
     store(state + BLOCKS, g + 1)
@@ -463,24 +465,24 @@ def reduce(call):
         if code != DONE:
             return code
         begin(call, state)
-        if load(call + WAY) != PIECES:
-            bring(call, state)
+        if load(call + PROTOCOL) != PIPELINE:
+            publish(call, state)
         elif load(call + ROOT) != load(state + RANK):
             publish_block(call, state, 0)
         arrive(state)
-    code = meet(call, state)
+    code = await_barrier(call, state)
     if code != DONE:
         return code
     root = load(call + ROOT) == load(state + RANK)
-    if load(call + WAY) == PIECES:
-        return fold_pieces(call, state) if root else publish_pieces(call, state)
+    if load(call + PROTOCOL) == PIPELINE:
+        return fold_blocks(call, state) if root else publish_blocks(call, state)
     if not root:
-        end_lesson(call, state)
+        end_probe(call, state)
         return DONE
-    return fold_lines(call, state) if load(call + WAY) == INLINE else fold_buffers(call, state)
+    return fold_lines(call, state) if load(call + PROTOCOL) == INLINE else fold_buffers(call, state)
 
 
-def publish_pieces(call, state):
+def publish_blocks(call, state):
     """Publish block k when the root has finished block k-3."""
     nbytes, block, g = load(call + NBYTES), load(call + BLOCK), load(state + BLOCKS)
     blocks, root = (nbytes + block - 1) // block, load(call + ROOT)
@@ -492,7 +494,7 @@ def publish_pieces(call, state):
     return DONE
 
 
-def fold_pieces(call, state):
+def fold_blocks(call, state):
     """The root alone reduces: all others' slices would be written to slots and read once more."""
     p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
     nbytes, block, item, table = load(call + NBYTES), load(call + BLOCK), load(call + ITEM), call + TABLE
@@ -505,7 +507,7 @@ def fold_pieces(call, state):
         store(table + W * r, load(call + SEND) + k * block)
         n = min(block, nbytes - k * block)
         fold(load(call + FOLD), table, p, 0, load(call + RECV) + k * block, n // item)
-        say(state, FINISHED, g + k + 1)
+        signal(state, FINISHED, g + k + 1)
     finish(call, state, blocks)
     return DONE
 
@@ -516,7 +518,7 @@ def fold_pieces(call, state):
 def reduce_scatter(call):
     """Reduce, and leave each rank its part."""
     state = load(call + STATE)
-    direct = load(call + WAY) == DIRECT
+    direct = load(call + PROTOCOL) == DIRECT
     if load(call + WAITING) == 0:
         code = enter(call, state)
         if code != DONE:
@@ -525,44 +527,44 @@ def reduce_scatter(call):
         if direct:
             fill(state, buffer_of(state, load(state + RANK)), load(call + SEND), load(call + NBYTES))
         else:
-            publish_parts(call, state, 0)
+            publish_scatter(call, state, 0)
         arrive(state)
-    code = meet(call, state)
+    code = await_barrier(call, state)
     if code != DONE:
         return code
-    return fold_part(call, state) if direct else reduce_scatter_pieces(call, state)
+    return fold_own_block(call, state) if direct else reduce_scatter_pipelined(call, state)
 
 
-def part(call, state, q):
+def block_start(call, state, q):
     """Where the part of rank q begins."""
     return load(call + TABLE + W * (load(state + RANKS) + q))
 
 
-def fold_part(call, state):
+def fold_own_block(call, state):
     """Reduce one's own part of what the buffers hold."""
     p, r, table, item = load(state + RANKS), load(state + RANK), call + TABLE, load(call + ITEM)
     for q in range(p):
         store(table + W * q, buffer_of(state, q))
     store(table + W * r, load(call + SEND))
-    lo, hi = part(call, state, r), part(call, state, r + 1)
+    lo, hi = block_start(call, state, r), block_start(call, state, r + 1)
     fold(load(call + FOLD), table, p, lo // item, load(call + RECV), (hi - lo) // item)
-    end_lesson(call, state)
+    end_probe(call, state)
     return DONE
 
 
-def publish_parts(call, state, k):
+def publish_scatter(call, state, k):
     """Piece k of every other rank's part, side by side."""
     p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     slot, send = slot_of(state, r, g + k), load(call + SEND)
     for i in range(1, p):
         q = (r + i) % p
-        lo, hi = part(call, state, q) + k * size, part(call, state, q + 1)
+        lo, hi = block_start(call, state, q) + k * size, block_start(call, state, q + 1)
         if lo < hi:
             fill(state, slot + q * size, send + lo, min(size, hi - lo))
-    say(state, PUBLISHED, g + k + 1)
+    signal(state, PUBLISHED, g + k + 1)
 
 
-def reduce_scatter_pieces(call, state):
+def reduce_scatter_pipelined(call, state):
     """Publish piece k, reduce piece k-1.
 
     Who has waited for all to publish block k-2 knows that all have reduced block k-4.
@@ -570,15 +572,15 @@ def reduce_scatter_pieces(call, state):
     p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     item, table, blocks = load(call + ITEM), call + TABLE, 0
     for q in range(p):
-        blocks = max(blocks, (part(call, state, q + 1) - part(call, state, q) + size - 1) // size)
+        blocks = max(blocks, (block_start(call, state, q + 1) - block_start(call, state, q) + size - 1) // size)
     for k in range(blocks + 1):
         if 0 < k < blocks:
-            publish_parts(call, state, k)
+            publish_scatter(call, state, k)
         if k == 0:
             continue
         if not await_all(state, PUBLISHED, g + k):
             return STUCK
-        lo, hi = part(call, state, r) + (k - 1) * size, part(call, state, r + 1)
+        lo, hi = block_start(call, state, r) + (k - 1) * size, block_start(call, state, r + 1)
         for q in range(p):
             store(table + W * q, slot_of(state, q, g + k - 1) + r * size)
         store(table + W * r, load(call + SEND) + lo)
@@ -594,39 +596,39 @@ def reduce_scatter_pieces(call, state):
 def allgather(call):
     """Everybody's part to everybody."""
     state = load(call + STATE)
-    r, direct, across = load(state + RANK), load(call + WAY) == DIRECT, load(call + WAY) == ACROSS
+    r, direct, across = load(state + RANK), load(call + PROTOCOL) == DIRECT, load(call + PROTOCOL) == SINGLE_COPY
     if load(call + WAITING) == 0:
         code = enter(call, state)
         if code != DONE:
             return code
         begin(call, state)
         if direct:
-            fill(state, buffer_of(state, r), load(call + SEND), gathered(call, state, r))
+            fill(state, buffer_of(state, r), load(call + SEND), block_bytes(call, state, r))
         elif not across:
-            publish_piece(call, state, 0)
+            publish_segment(call, state, 0)
         store(line_of(state, r) + SEND_AT, load(call + SEND))
         arrive(state)
-    code = meet(call, state)
+    code = await_barrier(call, state)
     if code != DONE:
         return code
     if across:
-        return allgather_across(call, state)
-    copy_own(load(call + RECV) + place(call, state, r), load(call + SEND), gathered(call, state, r))
+        return allgather_single_copy(call, state)
+    copy_own(load(call + RECV) + displacement(call, state, r), load(call + SEND), block_bytes(call, state, r))
     if not direct:
-        return allgather_pieces(call, state)
+        return allgather_pipelined(call, state)
     for i in range(1, load(state + RANKS)):
         q = (r + i) % load(state + RANKS)
-        fetch(load(call + RECV) + place(call, state, q), buffer_of(state, q), gathered(call, state, q))
-    end_lesson(call, state)
+        fetch(load(call + RECV) + displacement(call, state, q), buffer_of(state, q), block_bytes(call, state, q))
+    end_probe(call, state)
     return DONE
 
 
-def gathered(call, state, q):
+def block_bytes(call, state, q):
     """Bytes of rank q."""
     return load(call + TABLE + W * (load(state + RANKS) + q))
 
 
-def place(call, state, q):
+def displacement(call, state, q):
     """Where they belong."""
     return load(call + TABLE + W * (2 * load(state + RANKS) + q))
 
@@ -637,62 +639,65 @@ def copy_own(to, source, nbytes):
         copy(to, source, nbytes)
 
 
-def publish_piece(call, state, k):
+def publish_segment(call, state, k):
     """Piece k of one's own part."""
     r, g, size = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
-    n = gathered(call, state, r) - k * size
+    n = block_bytes(call, state, r) - k * size
     if n > 0:
         fill(state, slot_of(state, r, g + k), load(call + SEND) + k * size, min(size, n))
-    say(state, PUBLISHED, g + k + 1)
+    signal(state, PUBLISHED, g + k + 1)
 
 
-def allgather_pieces(call, state):
+def allgather_pipelined(call, state):
     """Publish piece k, copy everybody's piece k-1; slots are safe as in reduce-scatter."""
     p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     blocks = 0
     for q in range(p):
-        blocks = max(blocks, (gathered(call, state, q) + size - 1) // size)
+        blocks = max(blocks, (block_bytes(call, state, q) + size - 1) // size)
     for k in range(blocks + 1):
         if 0 < k < blocks:
-            publish_piece(call, state, k)
+            publish_segment(call, state, k)
         for i in range(1, p):
             q = (r + i) % p
-            n = gathered(call, state, q) - (k - 1) * size
+            n = block_bytes(call, state, q) - (k - 1) * size
             if k > 0:
                 if not await_count(state, q, PUBLISHED, g + k):
                     return STUCK
                 if n > 0:
-                    to = load(call + RECV) + place(call, state, q) + (k - 1) * size
+                    to = load(call + RECV) + displacement(call, state, q) + (k - 1) * size
                     fetch(to, slot_of(state, q, g + k - 1), min(size, n))
     finish(call, state, blocks)
     return DONE
 
 
-def allgather_across(call, state):
+def allgather_single_copy(call, state):
     """Everybody's part straight from its memory; in pieces where the system refuses.
 
     All go through the parts in step, a stretch at a time: what its owner has just copied the others find in the cache
     that they share, so it is read from memory once.
     """
-    p, r, stretch, longest, refused, k = load(state + RANKS), load(state + RANK), load(call + STRETCH), 0, 0, 0
+    p, r, stretch, longest, refused, k = load(state + RANKS), load(state + RANK), load(call + SEGMENT), 0, 0, 0
     for q in range(p):
-        longest = max(longest, gathered(call, state, q))
+        longest = max(longest, block_bytes(call, state, q))
     for lo in range(0, longest, stretch):
-        if k > 0 and not in_step(state, k):
+        if k > 0 and not await_step(state, k):
             return STUCK
         for i in range(p):
             q = (r + i) % p
-            n, to = min(stretch, gathered(call, state, q) - lo), load(call + RECV) + place(call, state, q) + lo
+            n, to = (
+                min(stretch, block_bytes(call, state, q) - lo),
+                load(call + RECV) + displacement(call, state, q) + lo,
+            )
             if n > 0 and i == 0:
                 copy_own(to, load(call + SEND) + lo, n)
             elif n > 0:
-                refused += 1 - reached(state, q, to, load(line_of(state, q) + SEND_AT) + lo, n, 0)
+                refused += 1 - copy_single(state, q, to, load(line_of(state, q) + SEND_AT) + lo, n, 0)
         k += 1
-    code = all_reached(state, refused, k)
-    if code != AGAIN:
+    code = finish_single_copy(state, refused, k)
+    if code != RETRY:
         return code
-    publish_piece(call, state, 0)
-    return allgather_pieces(call, state)
+    publish_segment(call, state, 0)
+    return allgather_pipelined(call, state)
 
 
 # Broadcast
@@ -701,7 +706,7 @@ def allgather_across(call, state):
 def bcast(call):
     """The root's bytes to everybody."""
     state = load(call + STATE)
-    r, way, nbytes, mine = load(state + RANK), load(call + WAY), load(call + NBYTES), load(call + SEND)
+    r, way, nbytes, mine = load(state + RANK), load(call + PROTOCOL), load(call + NBYTES), load(call + SEND)
     root = load(call + ROOT)
     if load(call + WAITING) == 0:
         code = enter(call, state)
@@ -713,20 +718,20 @@ def bcast(call):
                 copy(line_of(state, r) + PAYLOAD, mine, nbytes)
             elif way == BUFFERED:
                 fill(state, buffer_of(state, r), mine, nbytes)
-            elif way == PIECES:
+            elif way == PIPELINE:
                 publish_block(call, state, 0)
         store(line_of(state, r) + SEND_AT, mine)
         arrive(state)
-    code = meet(call, state)
+    code = await_barrier(call, state)
     if code != DONE:
         return code
-    if way == ACROSS:
-        return bcast_across(call, state, root)
-    if way == PIECES:
-        return bcast_pieces(call, state, root)
+    if way == SINGLE_COPY:
+        return bcast_single_copy(call, state, root)
+    if way == PIPELINE:
+        return bcast_pipelined(call, state, root)
     if r != root:
         fetch(mine, line_of(state, root) + PAYLOAD if way == INLINE else buffer_of(state, root), nbytes)
-    end_lesson(call, state)
+    end_probe(call, state)
     return DONE
 
 
@@ -735,10 +740,10 @@ def publish_block(call, state, k):
     r, g, block = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     n = min(block, load(call + NBYTES) - k * block)
     fill(state, slot_of(state, r, g + k), load(call + SEND) + k * block, n)
-    say(state, PUBLISHED, g + k + 1)
+    signal(state, PUBLISHED, g + k + 1)
 
 
-def bcast_pieces(call, state, root):
+def bcast_pipelined(call, state, root):
     """The root publishes block k when all have finished block k-3."""
     nbytes, block, g = load(call + NBYTES), load(call + BLOCK), load(state + BLOCKS)
     blocks = (nbytes + block - 1) // block
@@ -748,7 +753,7 @@ def bcast_pieces(call, state, root):
                 return STUCK
             n = min(block, nbytes - k * block)
             fetch(load(call + SEND) + k * block, slot_of(state, root, g + k), n)
-            say(state, FINISHED, g + k + 1)
+            signal(state, FINISHED, g + k + 1)
         elif k > 0:
             if k >= RING - 1 and not await_all(state, FINISHED, g + k - 2):
                 return STUCK
@@ -757,7 +762,7 @@ def bcast_pieces(call, state, root):
     return DONE
 
 
-def bcast_across(call, state, root):
+def bcast_single_copy(call, state, root):
     """Straight from the root's memory: every rank copies the same number of bytes, the root into the others' memory.
 
     Where the system refuses, which is then known to all, it goes in blocks.
@@ -766,43 +771,43 @@ def bcast_across(call, state, root):
     lo = nbytes - nbytes // p // 4096 * 4096
     refused = 0
     if r != root:
-        refused = 1 - reached(state, root, load(call + SEND), load(line_of(state, root) + SEND_AT), lo, 0)
+        refused = 1 - copy_single(state, root, load(call + SEND), load(line_of(state, root) + SEND_AT), lo, 0)
     else:
         for i in range(1, p):
             q = (r + i) % p
             to = load(line_of(state, q) + SEND_AT) + lo
-            refused += 1 - reached(state, q, load(call + SEND) + lo, to, nbytes - lo, 1)
-    code = all_reached(state, refused, 1)
-    if code != AGAIN:
+            refused += 1 - copy_single(state, q, load(call + SEND) + lo, to, nbytes - lo, 1)
+    code = finish_single_copy(state, refused, 1)
+    if code != RETRY:
         return code
     if r == root:
         publish_block(call, state, 0)
-    return bcast_pieces(call, state, root)
+    return bcast_pipelined(call, state, root)
 
 
-def in_step(state, k):
+def await_step(state, k):
     """Wait until everybody has come through k stretches of this call."""
-    say(state, FINISHED, load(state + BLOCKS) + k)
+    signal(state, FINISHED, load(state + BLOCKS) + k)
     return await_all(state, FINISHED, load(state + BLOCKS) + k)
 
 
-def all_reached(state, refused, k):
+def finish_single_copy(state, refused, k):
     """After the last of k stretches wait until everybody has copied what it had to; AGAIN where one was refused."""
-    store(line_of(state, load(state + RANK)) + TROUBLE, refused)
-    if not in_step(state, k):
+    store(line_of(state, load(state + RANK)) + REFUSALS, refused)
+    if not await_step(state, k):
         return STUCK
     store(state + BLOCKS, load(state + BLOCKS) + k)
     for q in range(load(state + RANKS)):
-        if load(line_of(state, q) + TROUBLE) != 0:
-            return AGAIN
+        if load(line_of(state, q) + REFUSALS) != 0:
+            return RETRY
     return DONE
 
 
-def reached(state, q, here, there, nbytes, outward):
+def copy_single(state, q, here, there, nbytes, outward):
     """Copy between this process and that of rank q; 1 if all of it was copied."""
-    pid = load(region(state, q) + PROCESS)
-    for lo in range(0, nbytes, LONGEST_REACH):
-        size = min(LONGEST_REACH, nbytes - lo)
+    pid = load(region(state, q) + PID)
+    for lo in range(0, nbytes, MAX_SINGLE_COPY):
+        size = min(MAX_SINGLE_COPY, nbytes - lo)
         moved = push(pid, there + lo, here + lo, size) if outward != 0 else pull(pid, here + lo, there + lo, size)
         if moved != size:
             return 0
@@ -822,51 +827,53 @@ def alltoall(call):
         begin(call, state)
         store(line_of(state, load(state + RANK)) + LONGEST, load(call + CALL_LONGEST))
         store(line_of(state, load(state + RANK)) + SEND_AT, load(call + SEND))
-        if load(call + WAY) != ACROSS:
-            publish_letters(call, state, 0)
+        if load(call + PROTOCOL) != SINGLE_COPY:
+            publish_messages(call, state, 0)
         arrive(state)
-    code = meet(call, state)
+    code = await_barrier(call, state)
     if code != DONE:
         return code
     r = load(state + RANK)
-    to, source = load(call + RECV) + entry(call, state, 4, r), load(call + SEND) + entry(call, state, 2, r)
-    copy_own(to, source, min(entry(call, state, 1, r), entry(call, state, 3, r)))
-    return alltoall_across(call, state) if load(call + WAY) == ACROSS else alltoall_pieces(call, state)
+    to, source = load(call + RECV) + table_word(call, state, 4, r), load(call + SEND) + table_word(call, state, 2, r)
+    copy_own(to, source, min(table_word(call, state, 1, r), table_word(call, state, 3, r)))
+    return (
+        alltoall_single_copy(call, state) if load(call + PROTOCOL) == SINGLE_COPY else alltoall_pipelined(call, state)
+    )
 
 
-def alltoall_across(call, state):
+def alltoall_single_copy(call, state):
     """Parts of one length, side by side, straight from everybody's memory; in pieces where the system refuses."""
     p, r, refused = load(state + RANKS), load(state + RANK), 0
     for i in range(1, p):
         q = (r + i) % p
-        n = entry(call, state, 3, q)
+        n = table_word(call, state, 3, q)
         source = load(line_of(state, q) + SEND_AT) + r * n
-        refused += 1 - reached(state, q, load(call + RECV) + entry(call, state, 4, q), source, n, 0)
-    code = all_reached(state, refused, 1)
-    if code != AGAIN:
+        refused += 1 - copy_single(state, q, load(call + RECV) + table_word(call, state, 4, q), source, n, 0)
+    code = finish_single_copy(state, refused, 1)
+    if code != RETRY:
         return code
-    publish_letters(call, state, 0)
-    return alltoall_pieces(call, state)
+    publish_messages(call, state, 0)
+    return alltoall_pipelined(call, state)
 
 
-def entry(call, state, row, q):
+def table_word(call, state, row, q):
     """A word of the table."""
     return load(call + TABLE + W * (row * load(state + RANKS) + q))
 
 
-def publish_letters(call, state, k):
+def publish_messages(call, state, k):
     """Piece k of what goes to each other rank, side by side."""
     p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     slot = slot_of(state, r, g + k)
     for i in range(1, p):
         q = (r + i) % p
-        n = entry(call, state, 1, q) - k * size
+        n = table_word(call, state, 1, q) - k * size
         if n > 0:
-            fill(state, slot + q * size, load(call + SEND) + entry(call, state, 2, q) + k * size, min(size, n))
-    say(state, PUBLISHED, g + k + 1)
+            fill(state, slot + q * size, load(call + SEND) + table_word(call, state, 2, q) + k * size, min(size, n))
+    signal(state, PUBLISHED, g + k + 1)
 
 
-def alltoall_pieces(call, state):
+def alltoall_pipelined(call, state):
     """Publish piece k, copy what is for me of everybody's piece k-1; slots are safe as in reduce-scatter."""
     p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     blocks = 0
@@ -874,15 +881,15 @@ def alltoall_pieces(call, state):
         blocks = max(blocks, (load(line_of(state, q) + LONGEST) + size - 1) // size)
     for k in range(blocks + 1):
         if 0 < k < blocks:
-            publish_letters(call, state, k)
+            publish_messages(call, state, k)
         for i in range(1, p):
             q = (r + i) % p
-            n = entry(call, state, 3, q) - (k - 1) * size
+            n = table_word(call, state, 3, q) - (k - 1) * size
             if k > 0:
                 if not await_count(state, q, PUBLISHED, g + k):
                     return STUCK
                 if n > 0:
-                    to = load(call + RECV) + entry(call, state, 4, q) + (k - 1) * size
+                    to = load(call + RECV) + table_word(call, state, 4, q) + (k - 1) * size
                     fetch(to, slot_of(state, q, g + k - 1) + r * size, min(size, n))
     finish(call, state, blocks)
     return DONE
@@ -900,4 +907,4 @@ def barrier(call):
             return code
         begin(call, state)
         arrive(state)
-    return meet(call, state)
+    return await_barrier(call, state)

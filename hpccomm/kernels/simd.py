@@ -31,7 +31,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
     def __init__(self, name: str, stored: Any) -> None:
         super().__init__(name=name)
-        self.stored = stored
+        self.llvm_type = stored
 
 
 float32x16 = Vector("float32x16", SINGLES)
@@ -43,7 +43,7 @@ class VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     """How it lies in a register."""
 
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, kind.stored)
+        super().__init__(manager, kind, kind.llvm_type)
 
 
 @intrinsic
@@ -89,7 +89,7 @@ def store_doubles(context: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
-def keep_order(context: Any) -> Any:
+def compiler_fence(context: Any) -> Any:
     """The compiler moves no load or store across; the processor may.
 
     Where it unrolls a loop over lines of memory it mixes their loads, and lines that do not come in order are not
@@ -115,7 +115,7 @@ def splat(context: Any, value: Any) -> Any:
     return float32x16(types.float32), emit
 
 
-def lanewise(kind: Vector, instruction: str) -> Any:
+def binary_intrinsic(kind: Vector, instruction: str) -> Any:
     """An intrinsic of two vectors."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -128,9 +128,9 @@ def lanewise(kind: Vector, instruction: str) -> Any:
     return both
 
 
-def overloaded(instruction: str) -> Callable[..., Any]:
+def make_overload(instruction: str) -> Callable[..., Any]:
     """What Numba asks whether an operator is defined for two types."""
-    single, double = lanewise(float32x16, instruction), lanewise(float64x8, instruction)
+    single, double = binary_intrinsic(float32x16, instruction), binary_intrinsic(float64x8, instruction)
 
     def defined(a, b):  # type: ignore[no-untyped-def]
         both = single if a is float32x16 else double
@@ -144,11 +144,11 @@ def overloaded(instruction: str) -> Callable[..., Any]:
 
 
 for _operator, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
-    overload(_operator)(overloaded(_instruction))
+    overload(_operator)(make_overload(_instruction))
 
 
 @intrinsic
-def no_doubles(context: Any) -> Any:
+def zero_doubles(context: Any) -> Any:
     """Eight zeros."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -168,7 +168,7 @@ def add_square(context: Any, total: Any, x: Any) -> Any:
     return float64x8(float64x8, float64x8), emit
 
 
-def half(first: int) -> Any:
+def half_intrinsic(first: int) -> Any:
     """An intrinsic that takes eight of sixteen float32 as float64."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -182,11 +182,11 @@ def half(first: int) -> Any:
     return taken
 
 
-lower, upper = half(0), half(LANES // 2)
+lower_half, upper_half = half_intrinsic(0), half_intrinsic(LANES // 2)
 
 
 @intrinsic
-def folded(context: Any, value: Any) -> Any:
+def reduce_add(context: Any, value: Any) -> Any:
     """The sum of eight lanes: halves are added until one is left."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -212,7 +212,7 @@ def magnitude(context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def at_least(context: Any, a: Any, b: Any) -> Any:
+def greater_equal(context: Any, a: Any, b: Any) -> Any:
     """The mask of a ≥ b; NaN is not."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -223,7 +223,7 @@ def at_least(context: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def reaches(context: Any, a: Any, b: Any) -> Any:
+def not_less(context: Any, a: Any, b: Any) -> Any:
     """The mask of a ≥ b and of NaN in either."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -250,7 +250,7 @@ def load_bits(context: Any, address: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = builder.load(pointer(builder, args[0], I64), align=1)
-        return bits_turned(builder, word)
+        return reverse_bits(builder, word)
 
     return types.uint64(types.int64), emit
 
@@ -260,13 +260,13 @@ def store_bits(context: Any, address: Any, mask: Any) -> Any:
     """Write a mask of 64 as eight bytes, the highest bit of each first."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(bits_turned(builder, args[1]), pointer(builder, args[0], I64), align=1)
+        builder.store(reverse_bits(builder, args[1]), pointer(builder, args[0], I64), align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.uint64), emit
 
 
-def bits_turned(builder: Any, word: Any) -> Any:
+def reverse_bits(builder: Any, word: Any) -> Any:
     """The bits of each byte in the other order."""
     eight = ir.VectorType(I8, 8)
     turned = builder.call(external(builder, "llvm.bitreverse.v8i8", eight, [eight]), [builder.bitcast(word, eight)])
@@ -274,7 +274,7 @@ def bits_turned(builder: Any, word: Any) -> Any:
 
 
 @intrinsic
-def turn_line(context: Any, source: Any, to: Any) -> Any:
+def copy_reversed(context: Any, source: Any, to: Any) -> Any:
     """Copy 64 bytes, the bits of each in the other order."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -297,7 +297,7 @@ def load_mask(context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def ones(context: Any, mask: Any) -> Any:
+def popcount(context: Any, mask: Any) -> Any:
     """How many ones a mask has."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -307,7 +307,7 @@ def ones(context: Any, mask: Any) -> Any:
 
 
 @intrinsic
-def lowest(context: Any, mask: Any) -> Any:
+def lowest_bit(context: Any, mask: Any) -> Any:
     """The place of the lowest one of a mask that has one."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -318,7 +318,7 @@ def lowest(context: Any, mask: Any) -> Any:
 
 
 @intrinsic
-def fused(context: Any, a: Any, b: Any, c: Any) -> Any:
+def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
     """a·b + c of float32, rounded once."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -329,7 +329,7 @@ def fused(context: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def nearest(context: Any, value: Any) -> Any:
+def rint(context: Any, value: Any) -> Any:
     """A float32 rounded to an integer, ties to even."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -353,7 +353,7 @@ def pointer_to(kind: Any) -> Any:
 
 
 @register_jitable
-def address(x):  # type: ignore[no-untyped-def]
+def address_of(x):  # type: ignore[no-untyped-def]
     """Where an array lies.  Signed as all addresses here: with an unsigned one Numba would add in float64.
 
     An address does not keep its array: see :func:`hold`.

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from hpccomm.collectives import ALGORITHMS, hierarchical, hierarchical_gathers
 from hpccomm.collectives.schedule import Algorithm, Step
 from hpccomm.performance.machine import Machine
-from hpccomm.performance.measured import at_shape
+from hpccomm.performance.measured import costs_for_shape
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -37,13 +37,13 @@ Ints = npt.NDArray[np.int32]
 FACTORS = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
 """Bus bandwidth is this times (p-1)/p times bytes per time, elsewhere just bytes per time (nccl-tests)."""
 
-COPIED = {"allreduce": "vector", "reduce_scatter": "vector", "allgather": "part"}
+INPUT_COPIES = {"allreduce": "vector", "reduce_scatter": "vector", "allgather": "part"}
 """What a call copies to where it works, before the first message."""
 
 HIERARCHICAL: dict[str, Callable[[Any], Algorithm]] = {
-    "allreduce": hierarchical.on,
-    "reduce_scatter": hierarchical_gathers.reduce_scatter_on,
-    "allgather": hierarchical_gathers.allgather_on,
+    "allreduce": hierarchical.build_allreduce,
+    "reduce_scatter": hierarchical_gathers.build_reduce_scatter,
+    "allgather": hierarchical_gathers.build_allgather,
 }
 """Algorithms in two levels: where ranks live decides their steps.  Reordering inside a rank is not priced."""
 
@@ -97,17 +97,17 @@ def price(
     """
     home = np.unique(np.asarray(list(nodes)), return_inverse=True)[1].astype(np.int32)
     rooted = () if root is None else (root,)
-    choices = cuts(algorithm, nbytes) if segments is None else [segments]
+    choices = segment_counts(algorithm, nbytes) if segments is None else [segments]
     load = Load(nbytes, np.array(choices))
-    walk = walked(algorithm, home, load, machine or Machine(), rooted)
-    total = walk.ready.max(axis=1) + (load.segments - 1) * walk.busiest()
+    walk = simulate(algorithm, home, load, machine or Machine(), rooted)
+    total = walk.ready.max(axis=1) + (load.segments - 1) * walk.busy_time()
     best = int(np.argmin(total))
     return Price(float(total[best]), walk.rounds, choices[best])
 
 
-def cuts(algorithm: Algorithm, nbytes: float) -> list[int]:
+def segment_counts(algorithm: Algorithm, nbytes: float) -> list[int]:
     """Numbers of segments worth a look."""
-    most = max(1, min(MOST_SEGMENTS, int(nbytes) // SMALLEST_SEGMENT)) if algorithm.lanes else 1
+    most = max(1, min(MOST_SEGMENTS, int(nbytes) // SMALLEST_SEGMENT)) if algorithm.segmented else 1
     return [1 << k for k in range(most.bit_length())]
 
 
@@ -126,7 +126,7 @@ class Load(NamedTuple):
     """Numbers of segments into which it may be cut, all of which are tried."""
 
 
-class Wires(NamedTuple):
+class RoundMessages(NamedTuple):
     """The messages of one round; times have a row for each vector size."""
 
     into: Any
@@ -143,7 +143,7 @@ class Wires(NamedTuple):
     """Blocks out of and into each node."""
 
 
-class Walk:
+class Simulation:
     """All ranks on their way through the rounds, for several vector sizes at once.
 
     Ranks repeat with ``period``: rank r does what rank r mod period does, as far round the circle.
@@ -165,16 +165,16 @@ class Walk:
         self.ranks = (self.copies[:, None] + np.arange(period)).astype(np.int32).ravel()
         self.last: tuple[Ints, Any, bool] | None = None
 
-    def go(self, step: Step) -> None:
+    def run_round(self, step: Step) -> None:
         """One round."""
         self.rounds += 1
-        source, count = self.turned(step.source), self.same(step.recv[1] - step.recv[0])
-        if not self.repeats(source, count, step.reduce):
-            self.wires = self.laid(source, count, step.reduce)
+        source, count = self.peers_of_period(step.source), self.counts_of_period(step.recv[1] - step.recv[0])
+        if not self.is_repeat(source, count, step.reduce):
+            self.wires = self.messages_of_round(source, count, step.reduce)
         if self.wires.out.size:
-            self.pass_on(self.wires)
+            self.advance_clocks(self.wires)
 
-    def pass_on(self, ends: Wires) -> None:
+    def advance_clocks(self, ends: RoundMessages) -> None:
         """Move time on for the two ends of every message."""
         senders = np.take(self.ready, ends.out, axis=1)
         done = np.maximum(senders, self.ready[:, ends.into]) + ends.wire
@@ -185,7 +185,7 @@ class Walk:
             self.receives[:, ends.into] += ends.busy + ends.sums
             self.leaves += ends.leaves
 
-    def repeats(self, source: Ints, count: Any, reduce: bool) -> bool:
+    def is_repeat(self, source: Ints, count: Any, reduce: bool) -> bool:
         """Whether this round costs what the last one did: the same ranks exchange as many blocks."""
         last, self.last = self.last, (source, count, reduce)
         return (
@@ -195,7 +195,7 @@ class Walk:
             and np.array_equal(last[1], count)
         )
 
-    def laid(self, source: Ints, count: Any, reduce: bool) -> Wires:
+    def messages_of_round(self, source: Ints, count: Any, reduce: bool) -> RoundMessages:
         """Who receives from whom in a round, over what, for how long."""
         into = np.flatnonzero(source >= 0)
         source, count = source[into], count[into] if np.ndim(count) else count
@@ -203,14 +203,14 @@ class Walk:
         intra, inter = self.machine.intra, self.machine.inter
         alpha, beta = np.where(crosses, inter.alpha, intra.alpha), np.where(crosses, inter.beta, intra.beta)
         nbytes = self.block[:, None] * count
-        link = self.crowds(source, into, crosses) if crosses.any() else 1
+        link = self.count_link_sharers(source, into, crosses) if crosses.any() else 1
         sums = self.machine.gamma * nbytes if reduce else np.zeros((1, 1))
-        leaves = self.leaving(source, into, np.where(crosses, count, 0))
+        leaves = self.count_crossing_blocks(source, into, np.where(crosses, count, 0))
         wire = alpha + nbytes * beta
         everybody = slice(None) if into.size == self.period else into
-        return Wires(everybody, source % self.period, wire + nbytes * beta * (link - 1), wire, sums, leaves)
+        return RoundMessages(everybody, source % self.period, wire + nbytes * beta * (link - 1), wire, sums, leaves)
 
-    def turned(self, peer: Any) -> Any:
+    def peers_of_period(self, peer: Any) -> Any:
         """The peers of one period, after seeing that its copies' peers lie as far round the circle."""
         each = np.broadcast_to(peer, self.ranks.shape).reshape(self.copies.size, self.period)
         if self.copies.size > 1:
@@ -219,7 +219,7 @@ class Walk:
                 raise AsymmetryError
         return each[0]
 
-    def same(self, count: Any) -> Any:
+    def counts_of_period(self, count: Any) -> Any:
         """The numbers of blocks of one period, after seeing that the copies have the same."""
         if np.ndim(count) == 0:
             return count
@@ -228,7 +228,7 @@ class Walk:
             raise AsymmetryError
         return each[0]
 
-    def crowds(self, source: Ints, into: Any, crosses: Any) -> Any:
+    def count_link_sharers(self, source: Ints, into: Any, crosses: Any) -> Any:
         """How many messages share the busier of the two node links that each message takes."""
         if self.period < self.p:
             return np.where(crosses, self.alike * np.count_nonzero(crosses), 1)
@@ -237,7 +237,7 @@ class Walk:
         entering = np.bincount(home[crosses], minlength=self.nodes)
         return np.where(crosses, np.maximum(leaving[away], entering[home]), 1)
 
-    def leaving(self, source: Ints, into: Any, crossing: Any) -> Floats:
+    def count_crossing_blocks(self, source: Ints, into: Any, crossing: Any) -> Floats:
         """Blocks that leave and blocks that enter each node."""
         if self.period < self.p:
             return np.full((2, 1), self.alike * crossing.sum())
@@ -245,19 +245,19 @@ class Walk:
         home = np.bincount(self.home[into], weights=crossing, minlength=self.nodes)
         return np.stack([away, home])
 
-    def busiest(self) -> Floats:
+    def busy_time(self) -> Floats:
         """For how long the busiest rank or node link is busy with one segment, for each size."""
         ranks = np.maximum(self.sends, self.receives).max(axis=1)
         return np.maximum(ranks, self.leaves.max() * self.block * self.machine.inter.beta)
 
 
-def walked(algorithm: Algorithm, home: Ints, load: Load, machine: Machine, rooted: tuple[int, ...]) -> Walk:
+def simulate(algorithm: Algorithm, home: Ints, load: Load, machine: Machine, rooted: tuple[int, ...]) -> Simulation:
     """Walk one period if the schedule repeats itself from node to node or rank to rank, else all ranks."""
     for period in periods(home):
-        walk = Walk(home, period, load, algorithm.blocks(home.size), machine)
+        walk = Simulation(home, period, load, algorithm.blocks(home.size), machine)
         try:
             for step in algorithm.steps(walk.ranks, home.size, *rooted):
-                walk.go(step)
+                walk.run_round(step)
         except AsymmetryError:
             continue
         return walk
@@ -308,7 +308,7 @@ def prediction(name: str, collective: str, nodes: int, per_node: int, nbytes: fl
     home = np.repeat(np.arange(nodes), per_node)
     algorithm = HIERARCHICAL[collective](home) if name == "hierarchical" else ALGORITHMS[collective][name]
     cost, source = price(algorithm, home, nbytes, machine), MODEL
-    measured = by_rounds(name, collective, (nodes, per_node), nbytes, machine)
+    measured = measured_price(name, collective, (nodes, per_node), nbytes, machine)
     if measured is not None:
         cost, source = cost._replace(us=measured), MEASURED
     algbw = nbytes / cost.us / 1e3 if cost.us else 0.0
@@ -317,18 +317,18 @@ def prediction(name: str, collective: str, nodes: int, per_node: int, nbytes: fl
     return Prediction(name, *cost, algbw, algbw * bus_factor(collective, nodes * per_node), wire, source)
 
 
-def by_rounds(name: str, collective: str, shape: tuple[int, int], nbytes: float, machine: Machine) -> float | None:
+def measured_price(name: str, collective: str, shape: tuple[int, int], nbytes: float, machine: Machine) -> float | None:
     """Microseconds by the machine's measured rounds; None where they do not tell."""
-    known = at_shape(machine.curves, shape)
+    known = costs_for_shape(machine.curves, shape)
     if known is None or not nbytes:
         return None
     if (name, collective) == ("hierarchical", "allreduce"):
-        return known.two_levels(nbytes, machine.inter)
+        return known.price_two_level(nbytes, machine.inter)
     home = np.repeat(np.arange(shape[0]), shape[1])
     algorithm = HIERARCHICAL[collective](home) if name == "hierarchical" else ALGORITHMS[collective][name]
-    if algorithm.lanes or collective not in COPIED:
+    if algorithm.segmented or collective not in INPUT_COPIES:
         return None
-    return known.price(algorithm, home, nbytes, nbytes / (home.size if COPIED[collective] == "part" else 1))
+    return known.price(algorithm, home, nbytes, nbytes / (home.size if INPUT_COPIES[collective] == "part" else 1))
 
 
 def bus_factor(collective: str, p: int) -> float:

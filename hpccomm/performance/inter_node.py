@@ -19,7 +19,7 @@ SEGMENT_BYTES, MOST_SEGMENTS = 1 << 20, 16
 """What is reduced inside a node while the segment before it is between the nodes."""
 
 
-def inter_node(nodes: int, nbytes: float, lanes: int, link: Link) -> Algorithm:
+def select_inter_node(nodes: int, nbytes: float, lanes: int, link: Link) -> Algorithm:
     """The allreduce of ``nbytes`` bytes between ``nodes`` nodes whose ``lanes`` share a ``link``, by Hockney's model.
 
     Recursive doubling has fewest messages, a ring carries fewest bytes; halving and doubling has both for a power of

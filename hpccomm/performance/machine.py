@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hpccomm.layout import ETHERNET, SHARED_MEMORY, Link
-from hpccomm.performance.measured import Curve
+from hpccomm.performance.measured import CostCurve
 
 
 class Machine(NamedTuple):
@@ -19,5 +19,5 @@ class Machine(NamedTuple):
     """Microseconds to sum a byte into another."""
     source: str = "defaults: two-core virtual machine, 10 Gbit/s Ethernet at 95 % of its rate; fit your own with tune"
     """Where the numbers come from."""
-    curves: tuple[Curve, ...] = ()
+    curves: tuple[CostCurve, ...] = ()
     """What rounds took on several nodes."""

@@ -34,13 +34,13 @@ REACH = 2.0
 """How far away, in powers of two, a measured shape may lie and still count."""
 ITEM = 4
 """Bytes of an element: blocks are cut between elements."""
-LOADED = 1 << 17
+LOADED_LINK_BYTES = 1 << 17
 """Bytes of a node from which a round shows what its link carries."""
-FULL = 1.15
+LINK_BOUND_RATIO = 1.15
 """How much more than the link's least time a round may take and still leave the cores to other work."""
 
 
-class Kind(NamedTuple):
+class RoundType(NamedTuple):
     """What was measured.
 
     ``what`` is ``"round"``: one message a rank at most; ``"pieces"``: as many messages of at most
@@ -67,34 +67,34 @@ class Point(NamedTuple):
 
     bytes: int
     """Of a message; of a rank in all for pieces; of the vector elsewhere."""
-    first: float
+    cold: float
     """A call of one, from a barrier on."""
-    next: float
+    warm: float
     """Each further one of the same call."""
 
 
-class Curve(NamedTuple):
+class CostCurve(NamedTuple):
     """One kind, measured on nodes x per_node ranks."""
 
     nodes: int
     per_node: int
-    kind: Kind
+    kind: RoundType
     points: tuple[Point, ...]
     """The shortest first."""
 
-    def first(self, nbytes: float) -> float:
+    def cold_us(self, nbytes: float) -> float:
         """Microseconds of a call of one."""
-        return interpolated([(point.bytes, point.first) for point in self.points], nbytes)
+        return interpolate([(point.bytes, point.cold) for point in self.points], nbytes)
 
-    def next(self, nbytes: float) -> float:
+    def warm_us(self, nbytes: float) -> float:
         """Microseconds of each further one."""
-        return interpolated([(point.bytes, point.next) for point in self.points], nbytes)
+        return interpolate([(point.bytes, point.warm) for point in self.points], nbytes)
 
 
 class Round(NamedTuple):
     """A round of a schedule, and where its messages go."""
 
-    kind: Kind
+    kind: RoundType
     bytes: float
     """Of its longest message."""
     to: npt.NDArray[np.int64]
@@ -110,13 +110,13 @@ def distance(known: Shape, asked: Shape) -> float:
     return max(abs(log2(a / b)) for a, b in zip(known, asked, strict=True))
 
 
-def apart(known: Shape, asked: Shape) -> tuple[float, float]:
+def distance_key(known: Shape, asked: Shape) -> tuple[float, float]:
     """The same, and where that is alike, both together."""
     both = sum(abs(log2(a / b)) for a, b in zip(known, asked, strict=True))
     return distance(known, asked), both
 
 
-def interpolated(points: Sequence[tuple[int, float]], nbytes: float) -> float:
+def interpolate(points: Sequence[tuple[int, float]], nbytes: float) -> float:
     """The time for ``nbytes`` between measured (bytes, time), smallest first."""
     low = max((point for point in points if point[0] <= nbytes), default=points[0])
     high = min((point for point in points if point[0] >= nbytes), default=points[-1])
@@ -134,7 +134,7 @@ def rounds(algorithm: Algorithm, nodes: Iterable[int], nbytes: float, what: str 
     home = np.unique(np.asarray(list(nodes)), return_inverse=True)[1]
     p = home.size
     ranks, blocks = np.arange(p), algorithm.blocks(p)
-    ends = ends_of(max(1, round(nbytes / ITEM)), blocks)
+    ends = block_ends(max(1, round(nbytes / ITEM)), blocks)
     for step in algorithm.steps(ranks, p):
         source, first = np.broadcast_to(step.source, p), np.broadcast_to(step.recv[0], p) % blocks
         length = np.broadcast_to(np.subtract(step.recv[1], step.recv[0]), p)
@@ -144,7 +144,7 @@ def rounds(algorithm: Algorithm, nodes: Iterable[int], nbytes: float, what: str 
             yield round_of(what, home, source[into], into, float(sizes.max()), bool(np.any(step.reduce)))
 
 
-def ends_of(count: int, blocks: int) -> npt.NDArray[np.int64]:
+def block_ends(count: int, blocks: int) -> npt.NDArray[np.int64]:
     """Where blocks begin and end, as the engine cuts them; twice round the circle, since intervals may wrap."""
     base, longer = divmod(count, blocks)
     block = np.arange(blocks + 1, dtype=np.int64)
@@ -160,44 +160,44 @@ def round_of(what: str, home: Any, source: Any, into: Any, nbytes: float, reduce
     leaving, entering = np.bincount(home[source[crosses]], minlength=1), np.bincount(home[into[crosses]], minlength=1)
     inside = np.bincount(home[into[~crosses]], minlength=1)
     crossing = max(int(leaving.max()), int(entering.max()))
-    kind = Kind(what, crossing, int(inside.max()), into.size, bool((to == origin).all()), reduce)
+    kind = RoundType(what, crossing, int(inside.max()), into.size, bool((to == origin).all()), reduce)
     return Round(kind, nbytes, to, origin)
 
 
 # --- prices ----------------------------------------------------------------------------------------
 
 
-class Rounds:
+class RoundCosts:
     """What was measured at one shape, ready to price."""
 
-    def __init__(self, curves: Sequence[Curve], nodes: int, lanes: int) -> None:
-        self.curves, self.nodes, self.lanes = curves, nodes, lanes
-        loads = [(through(curve.kind, point), point) for curve in curves for point in curve.points]
-        self.beta = min((point.next / load for load, point in loads if load >= LOADED), default=0.0)
+    def __init__(self, curves: Sequence[CostCurve], nodes: int, lanes: int) -> None:
+        self.curves, self.nodes, self.channels = curves, nodes, lanes
+        loads = [(crossing_bytes(curve.kind, point), point) for curve in curves for point in curve.points]
+        self.beta = min((point.warm / load for load, point in loads if load >= LOADED_LINK_BYTES), default=0.0)
         self.short_bytes = max((each.points[-1].bytes for each in curves if each.kind.what == "short"), default=0)
 
-    def nearest(self, kind: Kind) -> Curve | None:
+    def find_curve(self, kind: RoundType) -> CostCurve | None:
         """The curve of the kind most like this one."""
         known = [each for each in self.curves if each.kind.what == kind.what]
-        return min(known, key=lambda curve: unlike(curve.kind, kind), default=None)
+        return min(known, key=lambda curve: dissimilarity(curve.kind, kind), default=None)
 
-    def fixed(self, what: str, nbytes: float = 0.0) -> float:
+    def fixed_cost(self, what: str, nbytes: float = 0.0) -> float:
         """Microseconds of something between no ranks."""
-        curve = self.nearest(Kind(what))
-        return 0.0 if curve is None else curve.first(nbytes)
+        curve = self.find_curve(RoundType(what))
+        return 0.0 if curve is None else curve.cold_us(nbytes)
 
-    def inside(self, what: str, nbytes: float) -> float:
+    def intra_node_cost(self, what: str, nbytes: float) -> float:
         """Microseconds of something inside a node that follows other things."""
-        curve = self.nearest(Kind(what))
-        return 0.0 if curve is None else curve.next(nbytes)
+        curve = self.find_curve(RoundType(what))
+        return 0.0 if curve is None else curve.warm_us(nbytes)
 
     def price(self, algorithm: Algorithm, nodes: Iterable[int], nbytes: float, copied: float) -> float | None:
         """Microseconds of a schedule that runs as it stands, after copying ``copied`` bytes."""
-        us = self.sum(list(rounds(algorithm, nodes, nbytes)))
-        copying = self.fixed("copy", copied) if copied else 0.0
-        return None if us is None else self.fixed("call") + copying + us
+        us = self.price_rounds(list(rounds(algorithm, nodes, nbytes)))
+        copying = self.fixed_cost("copy", copied) if copied else 0.0
+        return None if us is None else self.fixed_cost("call") + copying + us
 
-    def sum(self, found: Sequence[Round]) -> float | None:
+    def price_rounds(self, found: Sequence[Round]) -> float | None:
         """Microseconds of rounds, one after the other; None where nothing like them was measured.
 
         The first that leaves a node counts as one that begins a call: until then its link has rested.
@@ -205,64 +205,64 @@ class Rounds:
         opening = next((k for k, each in enumerate(found) if each.kind.crossing), 0)
         us = 0.0
         for k, each in enumerate(found):
-            curve = self.nearest(each.kind)
+            curve = self.find_curve(each.kind)
             if curve is None:
                 return None
-            us += curve.first(each.bytes) if k == opening else curve.next(each.bytes)
+            us += curve.cold_us(each.bytes) if k == opening else curve.warm_us(each.bytes)
         return us
 
-    def two_levels(self, nbytes: float, link: Link) -> float | None:
+    def price_two_level(self, nbytes: float, link: Link) -> float | None:
         """Microseconds of the allreduce in two levels, as it runs; ``link`` decides between schedules as there."""
-        inter = inter_node.inter_node(self.nodes, nbytes, self.lanes, link)
-        us = self.short(inter, nbytes) if nbytes <= self.short_bytes else self.long(inter, nbytes)
-        return None if us is None else self.fixed("call") + us
+        inter = inter_node.select_inter_node(self.nodes, nbytes, self.channels, link)
+        us = self.price_short(inter, nbytes) if nbytes <= self.short_bytes else self.price_long(inter, nbytes)
+        return None if us is None else self.fixed_cost("call") + us
 
-    def short(self, inter: Algorithm, nbytes: float) -> float | None:
+    def price_short(self, inter: Algorithm, nbytes: float) -> float | None:
         """A vector in one piece."""
-        return self.sum(list(rounds(inter, range(self.nodes), nbytes, "short")))
+        return self.price_rounds(list(rounds(inter, range(self.nodes), nbytes, "short")))
 
-    def long(self, inter: Algorithm, nbytes: float) -> float | None:
+    def price_long(self, inter: Algorithm, nbytes: float) -> float | None:
         """Segments that overlap: each turn one more is reduced inside, and all on their way go one round on.
 
         Work inside the nodes hides behind messages that wait for the link, not behind those that keep the cores busy.
         """
         count = inter_node.segment_count(nbytes)
         segment = nbytes / count
-        pieces = inter_node.message_count(segment / self.lanes, inter.blocks(self.nodes))
-        walk = list(rounds(inter, range(self.nodes), segment / self.lanes / pieces, "pieces"))
+        pieces = inter_node.message_count(segment / self.channels, inter.blocks(self.nodes))
+        walk = list(rounds(inter, range(self.nodes), segment / self.channels / pieces, "pieces"))
         us = 0.0
         for turn in range(count + len(walk)):
             sent = [walk[turn - 1 - k] for k in range(count) if 0 <= turn - 1 - k < len(walk)]
-            work = self.inside("scatter", segment) if turn < count else 0.0
-            work += self.inside("gather", segment) if turn >= len(walk) else 0.0
-            flown = self.flown(sent, pieces, opening=turn == 1)
+            work = self.intra_node_cost("scatter", segment) if turn < count else 0.0
+            work += self.intra_node_cost("gather", segment) if turn >= len(walk) else 0.0
+            flown = self.price_in_flight(sent, pieces, opening=turn == 1)
             if flown is None:
                 return None
-            wire = self.beta * self.lanes * pieces * sum(each.bytes for each in sent)
-            us += max(flown, work) if 1 < turn < count and flown < FULL * wire else flown + work
+            wire = self.beta * self.channels * pieces * sum(each.bytes for each in sent)
+            us += max(flown, work) if 1 < turn < count and flown < LINK_BOUND_RATIO * wire else flown + work
         return us
 
-    def flown(self, sent: Sequence[Round], pieces: int, opening: bool) -> float | None:
+    def price_in_flight(self, sent: Sequence[Round], pieces: int, opening: bool) -> float | None:
         """Microseconds of what is on its way at the same time: the mean of the kinds by their bytes."""
         total = sum(each.bytes for each in sent)
         us = 0.0
         for each in sent:
-            lanes = self.lanes
+            lanes = self.channels
             kind = each.kind._replace(crossing=lanes * each.kind.crossing, messages=lanes * each.kind.messages)
-            curve = self.nearest(kind)
+            curve = self.find_curve(kind)
             if curve is None:
                 return None
-            took = curve.first(total * pieces) if opening else curve.next(total * pieces)
+            took = curve.cold_us(total * pieces) if opening else curve.warm_us(total * pieces)
             us += took * each.bytes / total
         return us
 
 
-def through(kind: Kind, point: Point) -> float:
+def crossing_bytes(kind: RoundType, point: Point) -> float:
     """Bytes that leave a node in a round."""
     return float(kind.crossing * point.bytes)
 
 
-def unlike(known: Kind, asked: Kind) -> tuple[float, ...]:
+def dissimilarity(known: RoundType, asked: RoundType) -> tuple[float, ...]:
     """How far a kind is from what is asked for, what matters most first."""
 
     def far(a: int, b: int) -> float:
@@ -277,10 +277,10 @@ def unlike(known: Kind, asked: Kind) -> tuple[float, ...]:
     )
 
 
-def at_shape(curves: Sequence[Curve], shape: Shape) -> Rounds | None:
+def costs_for_shape(curves: Sequence[CostCurve], shape: Shape) -> RoundCosts | None:
     """The curves of the measured shape nearest to one, if it lies within reach."""
     shapes = sorted({(curve.nodes, curve.per_node) for curve in curves})
-    near = min(shapes, key=lambda known: apart(known, shape), default=None)
+    near = min(shapes, key=lambda known: distance_key(known, shape), default=None)
     if near is None or shape[0] == 1 or distance(near, shape) > REACH:
         return None
-    return Rounds([curve for curve in curves if (curve.nodes, curve.per_node) == near], *shape)
+    return RoundCosts([curve for curve in curves if (curve.nodes, curve.per_node) == near], *shape)

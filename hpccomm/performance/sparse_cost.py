@@ -14,7 +14,7 @@ exchange              messages                                                  
 ====================  =====================================================================  ===========================
 
 In an allgather ranks of a node get their messages separately unless the schedule is one in two levels.  ``+ node``:
-dense inside the nodes, compressed between them (:func:`~hpccomm.collectives.compressed.sparse.hierarchical`).
+dense inside the nodes, compressed between them (:func:`~hpccomm.collectives.compressed.sparse.hierarchical_allreduce`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ def predictions(
     ``wire`` is by the least time of a dense allreduce, so beyond 100 % where sending less pays.
     """
     machine = machine or Machine()
-    found = list(flat(nodes, per_node, nbytes, density, machine))
+    found = list(flat_predictions(nodes, per_node, nbytes, density, machine))
     if nodes > 1 and per_node > 1:
-        found += in_levels(nodes, per_node, nbytes, density, machine)
+        found += two_level_predictions(nodes, per_node, nbytes, density, machine)
     return sorted(found, key=lambda each: each.us)
 
 
-def flat(nodes: int, per_node: int, nbytes: float, density: float, machine: Machine) -> Iterator[Prediction]:
+def flat_predictions(
+    nodes: int, per_node: int, nbytes: float, density: float, machine: Machine
+) -> Iterator[Prediction]:
     """Every rank compresses its own vector."""
     n, p = nbytes / 4, nodes * per_node
 
@@ -54,7 +56,7 @@ def flat(nodes: int, per_node: int, nbytes: float, density: float, machine: Mach
         return Prediction(name, us, rounds, 1, algbw, algbw * bus_factor("allreduce", p), limit / us if us else 1.0)
 
     def gathered(name: str, each: float) -> Prediction:
-        return row(name, *gathering(nodes, per_node, HEADERS + each, machine))
+        return row(name, *allgather_cost(nodes, per_node, HEADERS + each, machine))
 
     yield gathered("sparse", 8 * density * n)
     yield gathered("words", 4 * density * n)
@@ -62,18 +64,20 @@ def flat(nodes: int, per_node: int, nbytes: float, density: float, machine: Mach
     filled = 1 - (1 - density) ** p
     part = 4 * n / p * (2 * filled if DENSE_FROM * filled < 1 else 1)
     for name, there, back in (("split", 8 * density * n / p, part), ("onebit_phases", n / 8 / p, n / 8 / p)):
-        dealt, rounds = dealing(nodes, per_node, HEADERS + there, machine)
-        us, more = gathering(nodes, per_node, HEADERS + back, machine)
+        dealt, rounds = alltoall_cost(nodes, per_node, HEADERS + there, machine)
+        us, more = allgather_cost(nodes, per_node, HEADERS + back, machine)
         yield row(name, dealt + us, rounds + more)
 
 
-def in_levels(nodes: int, per_node: int, nbytes: float, density: float, machine: Machine) -> Iterator[Prediction]:
+def two_level_predictions(
+    nodes: int, per_node: int, nbytes: float, density: float, machine: Machine
+) -> Iterator[Prediction]:
     """A dense reduce inside the nodes, the exchange between their first ranks, a broadcast."""
     inside = sum(
         min(prediction(name, what, 1, per_node, nbytes, machine).us for name in ("tree", "chain"))
         for what in ("reduce", "bcast")
     )
-    for each in flat(nodes, 1, nbytes, density, machine):
+    for each in flat_predictions(nodes, 1, nbytes, density, machine):
         us = each.us + inside
         algbw = nbytes / us / 1e3
         busbw = algbw * bus_factor("allreduce", nodes * per_node)
@@ -81,20 +85,20 @@ def in_levels(nodes: int, per_node: int, nbytes: float, density: float, machine:
         yield Prediction(f"{each.algorithm} + node", us, each.rounds + 2, 1, algbw, busbw, wire)
 
 
-def gathering(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:
+def allgather_cost(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:
     """Microseconds and rounds in which messages of ``each`` bytes get from all ranks to all."""
     best = predict("allgather", nodes, per_node, nodes * per_node * each, machine)[0]
     return best.us, best.rounds
 
 
-def dealing(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:
-    """As :func:`gathering`, of a message from each rank for each other rank, one after the other."""
+def alltoall_cost(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:
+    """As :func:`allgather_cost`, of a message from each rank for each other rank, one after the other."""
     p = nodes * per_node
     link, crossing = (machine.inter, per_node * (p - per_node)) if nodes > 1 else (machine.intra, p - 1)
     return (p - 1) * link.alpha + crossing * each * link.beta, p - 1
 
 
-def dense(nodes: int, per_node: int, nbytes: float, machine: Machine) -> float:
+def dense_cost(nodes: int, per_node: int, nbytes: float, machine: Machine) -> float:
     """Microseconds of the best dense allreduce."""
     return predict("allreduce", nodes, per_node, nbytes, machine)[0].us
 
@@ -105,10 +109,10 @@ def break_even(nodes: int, per_node: int, nbytes: float, machine: Machine | None
     About 1/p: 8dn(p-1) bytes of an allgather are then the 8n(p-1)/p of a ring.
     """
     machine = machine or Machine()
-    limit = dense(nodes, per_node, nbytes, machine)
+    limit = dense_cost(nodes, per_node, nbytes, machine)
 
     def pays(density: float) -> bool:
-        return gathering(nodes, per_node, HEADERS + 2 * density * nbytes, machine)[0] <= limit
+        return allgather_cost(nodes, per_node, HEADERS + 2 * density * nbytes, machine)[0] <= limit
 
     low, high = 4 / nbytes, 1.0
     if pays(high):

@@ -35,7 +35,7 @@ from hpccomm.collectives import ALGORITHMS
 from hpccomm.layout import Link
 from hpccomm.performance import cost
 from hpccomm.performance.machine import Machine
-from hpccomm.performance.measured import REACH, Curve, Kind, Point, Shape, apart, distance, interpolated
+from hpccomm.performance.measured import REACH, CostCurve, Point, RoundType, Shape, distance, distance_key, interpolate
 
 SCHEMA = 1
 NOISE = 0.95
@@ -46,9 +46,9 @@ the machine of the shipped table: 1.1 µs on two ranks).  On several nodes rows 
 share cores, comparing calls with the node's other ranks takes as long as these wait for a core."""
 TRUST = 0.8
 """A price must be less than this share of native MPI's to be believed."""
-FLAT = ("ring", "butterfly", "doubling", "bruck")
+FLAT_ALGORITHMS = ("ring", "butterfly", "doubling", "bruck")
 """What native MPI is taken to be between nodes, where nothing was measured."""
-SHIPPED = Path(__file__).with_name("tuning_default.json")
+DEFAULT_TABLE = Path(__file__).with_name("tuning_default.json")
 """The table that comes with the package."""
 
 Series = dict[str, list["Row"]]
@@ -114,18 +114,18 @@ class Table:
         """
         if nodes * per_node == 1:
             return Choice("native", None, "one rank has nobody to talk to")
-        found = self.nearest(collective, (nodes, per_node), dtype, memory)
+        found = self.find_series(collective, (nodes, per_node), dtype, memory)
         if found:
-            return measured_choice(found, nbytes, candidates)
+            return choose_measured(found, nbytes, candidates)
         if nodes > 1 and memory == "host" and self.machine is not None:
-            return priced_choice(collective, (nodes, per_node), nbytes, candidates, self.machine)
+            return choose_priced(collective, (nodes, per_node), nbytes, candidates, self.machine)
         return Choice("native", None, f"nothing was measured ({self.source}): `hpccomm tune` does")
 
-    def nearest(self, collective: str, shape: Shape, dtype: str, memory: str) -> Series | None:
+    def find_series(self, collective: str, shape: Shape, dtype: str, memory: str) -> Series | None:
         """The measurements at the shape nearest to ``shape``, by algorithm, the smallest size first."""
         for each in dict.fromkeys((dtype, "f4")):
             shapes = self.series.get((collective, each, memory), {})
-            near = min(shapes, key=lambda known: (apart(known, shape), known), default=None)
+            near = min(shapes, key=lambda known: (distance_key(known, shape), known), default=None)
             if near and distance(near, shape) <= REACH:
                 return shapes[near]
         return None
@@ -142,12 +142,12 @@ class Table:
             for key, shapes in found.items()
         }
 
-    def of(self, mpi: str) -> Table:
+    def select_mpi(self, mpi: str) -> Table:
         """The rows of this MPI library, of any version; of what it was not measured with, all."""
         same = Table(tuple(row for row in self.rows if family(row.mpi) == family(mpi)), self.machine, self.source)
-        return same.completed(self)
+        return same.fill_from(self)
 
-    def completed(self, other: Table) -> Table:
+    def fill_from(self, other: Table) -> Table:
         """With the other's rows of what has none here, and its machine if none was fitted.
 
         A collective on one node and between nodes are two things.
@@ -156,7 +156,7 @@ class Table:
         more = tuple(row for row in other.rows if (row.collective, row.nodes > 1) not in measured)
         return Table(self.rows + more, self.machine or other.machine, self.source)
 
-    def on_one_node(self) -> Table:
+    def select_single_node(self) -> Table:
         """Without rows of several nodes."""
         return Table(tuple(row for row in self.rows if row.nodes == 1), self.machine, self.source)
 
@@ -172,10 +172,10 @@ class Table:
         return [f"{collective} {low} to {high} bytes: {algorithm}" for low, high, algorithm in lines]
 
 
-def measured_choice(series: Series, nbytes: int, candidates: Sequence[str]) -> Choice:
+def choose_measured(series: Series, nbytes: int, candidates: Sequence[str]) -> Choice:
     """The fastest of what was measured."""
     times = {
-        name: interpolated([(row.bytes, row.us) for row in rows], nbytes)
+        name: interpolate([(row.bytes, row.us) for row in rows], nbytes)
         for name, rows in series.items()
         if name == "native" or not candidates or name in candidates
     }
@@ -195,13 +195,13 @@ def nearest_row(rows: Sequence[Row], nbytes: int) -> Row:
     return min(rows, key=lambda row: abs(log(max(row.bytes, 1)) - log(max(nbytes, 1))))
 
 
-def priced_choice(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:
+def choose_priced(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:
     """Hierarchical where it is far cheaper than anything flat."""
     native = Choice("native", None, "not measured between nodes, and no price speaks against native MPI")
     possible = collective in cost.HIERARCHICAL and min(shape) > 1
     if not possible or (candidates and "hierarchical" not in candidates):
         return native
-    names = ("hierarchical", *(name for name in FLAT if name in ALGORITHMS[collective]))
+    names = ("hierarchical", *(name for name in FLAT_ALGORITHMS if name in ALGORITHMS[collective]))
     prices = {name: cost.prediction(name, collective, *shape, nbytes, machine).us for name in names}
     ours, flat = prices["hierarchical"], min(us for name, us in prices.items() if name != "hierarchical")
     if ours >= TRUST * flat:
@@ -225,13 +225,15 @@ def load(mpi: str, hostname: str, *, ethernet: bool = True) -> Table:
     setting = os.environ.get("HPCCOMM_TUNING", "")
     if setting == "off":
         return Table(source="HPCCOMM_TUNING=off")
-    shipped = replace(read(SHIPPED).of(mpi), machine=Machine(), source="the table that comes with hpccomm")
-    shipped = shipped if ethernet else shipped.on_one_node()
+    shipped = replace(
+        read(DEFAULT_TABLE).select_mpi(mpi), machine=Machine(), source="the table that comes with hpccomm"
+    )
+    shipped = shipped if ethernet else shipped.select_single_node()
     path = Path(setting).expanduser() if setting else user_file(mpi, hostname)
     if not setting and not path.exists():
         return shipped
     try:
-        return read(path).completed(shipped)
+        return read(path).fill_from(shipped)
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "write it again with `hpccomm tune`, or set HPCCOMM_TUNING=off"
         warnings.warn(f"{path} is no tuning table ({error}): {remedy}", RuntimeWarning, stacklevel=2)
@@ -265,11 +267,11 @@ def read(path: Path) -> Table:
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
         raise ValueError(f"it has not the schema {SCHEMA}")
-    rows = tuple(checked(Row(**row)) for row in data["rows"])
-    return Table(rows, machine_in(data["machine"]), str(path))
+    rows = tuple(check_row(Row(**row)) for row in data["rows"])
+    return Table(rows, parse_machine(data["machine"]), str(path))
 
 
-def checked(row: Row) -> Row:
+def check_row(row: Row) -> Row:
     """The row, if its numbers are numbers."""
     numbers = (row.nodes, row.per_node, row.bytes, row.us)
     if not all(isinstance(number, (int, float)) for number in numbers) or min(row.nodes, row.per_node) < 1:
@@ -279,25 +281,25 @@ def checked(row: Row) -> Row:
     return row
 
 
-def machine_in(data: Mapping[str, Any] | None) -> Machine | None:
+def parse_machine(data: Mapping[str, Any] | None) -> Machine | None:
     """The machine in a file."""
     if data is None:
         return None
-    curves = tuple(map(curve_in, data.get("curves", ())))
+    curves = tuple(map(parse_curve, data.get("curves", ())))
     return Machine(Link(*data["intra"]), Link(*data["inter"]), float(data["gamma"]), str(data["source"]), curves)
 
 
-def curve_in(data: Mapping[str, Any]) -> Curve:
+def parse_curve(data: Mapping[str, Any]) -> CostCurve:
     """A curve in a file; ``ValueError`` where it has no points, or one takes no time."""
     points = tuple(Point(int(nbytes), float(first), float(among)) for nbytes, first, among in data["points"])
-    if not points or min(min(point.first, point.next) for point in points) <= 0:
+    if not points or min(min(point.cold, point.warm) for point in points) <= 0:
         raise ValueError(f"a curve of {data['kind']} has no points, or one that takes no time")
-    return Curve(int(data["nodes"]), int(data["per_node"]), Kind(**data["kind"]), points)
+    return CostCurve(int(data["nodes"]), int(data["per_node"]), RoundType(**data["kind"]), points)
 
 
-def curve_told(curve: Curve) -> dict[str, Any]:
+def dump_curve(curve: CostCurve) -> dict[str, Any]:
     """A curve as it stands in a file."""
-    points = [(point.bytes, round(point.first, 3), round(point.next, 3)) for point in curve.points]
+    points = [(point.bytes, round(point.cold, 3), round(point.warm, 3)) for point in curve.points]
     return {**curve._asdict(), "kind": curve.kind._asdict(), "points": points}
 
 
@@ -305,7 +307,7 @@ def write(table: Table, path: Path) -> None:
     """Write a table, a line a row; whoever reads meanwhile sees the old file or the new one."""
     machine = None
     if table.machine is not None:
-        machine = table.machine._asdict() | {"curves": [curve_told(each) for each in table.machine.curves]}
+        machine = table.machine._asdict() | {"curves": [dump_curve(each) for each in table.machine.curves]}
     told = ({name: value for name, value in row._asdict().items() if value not in (None, "")} for row in table.rows)
     rows = ",\n".join(map(json.dumps, told))
     costs = json.dumps(machine).replace('{"nodes"', '\n{"nodes"')
@@ -338,9 +340,9 @@ def fit(rows: Iterable[Row], source: str = "fitted") -> Machine:
     defaults = Machine()
     values = np.array([*defaults.intra, *defaults.inter, defaults.gamma])
     if known:
-        design = np.array([priced(row) for row in known]) / np.array([[row.us] for row in known])
+        design = np.array([cost_coefficients(row) for row in known]) / np.array([[row.us] for row in known])
         seen = (design > 0).any(axis=0)
-        values[seen] = not_negative(design[:, seen])
+        values[seen] = solve_nonnegative(design[:, seen])
     intra_alpha, intra_beta, inter_alpha, inter_beta, gamma = values.tolist()
     return Machine(Link(intra_alpha, intra_beta), Link(inter_alpha, inter_beta), gamma, source)
 
@@ -350,16 +352,16 @@ def schedule_of(row: Row) -> Any:
     if row.algorithm == "hierarchical":
         return cost.HIERARCHICAL[row.collective](np.repeat(np.arange(row.nodes), row.per_node))
     algorithm = ALGORITHMS.get(row.collective, {}).get(row.algorithm)
-    return None if algorithm is None or algorithm.lanes or row.nodes * row.per_node == 1 else algorithm
+    return None if algorithm is None or algorithm.segmented or row.nodes * row.per_node == 1 else algorithm
 
 
-def priced(row: Row) -> list[float]:
+def cost_coefficients(row: Row) -> list[float]:
     """How often the measured run pays each number of a machine."""
     home = np.repeat(np.arange(row.nodes), row.per_node)
     return [cost.price(schedule_of(row), home, row.bytes, unit).us for unit in UNITS]
 
 
-def not_negative(design: Any) -> Any:
+def solve_nonnegative(design: Any) -> Any:
     """x >= 0 with design x nearest to 1; whatever would be negative is taken as 0, the rest fitted again."""
     scale = np.abs(design).max(axis=0)
     active = np.ones(scale.size, dtype=bool)

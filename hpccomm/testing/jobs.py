@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpccomm.launcher import fresh, launch_command, python_command
+from hpccomm.launcher import clean_environment, launch_command, python_command
 
 START_SECONDS = 120.0
 """Within this time all ranks of a job have begun."""
@@ -43,7 +43,7 @@ def start(ranks: int, program: Sequence[str], environ: Mapping[str, str] | None 
     chosen = environ.get("HPCCOMM_TEST_LAUNCHER")
     if chosen:
         command = [*shlex.split(chosen.format(n=ranks)), *python_command(program)]
-        env = fresh(environ)
+        env = clean_environment(environ)
     else:
         command, env = launch_command(ranks, program, environ=environ)
     return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, **popen)
@@ -83,7 +83,7 @@ class RankLog:
         self.path = folder / f"rank-{rank}.jsonl"
         self.stack = folder / f"rank-{rank}.stack"
         self.ready = False
-        self.ended: set[str] = set()
+        self.finished_tests: set[str] = set()
         self.reports: dict[str, list[dict[str, Any]]] = {}
         self._read = 0
 
@@ -95,40 +95,40 @@ class RankLog:
             file.seek(self._read)
             complete = file.read().rpartition(b"\n")[0]
         for line in complete.splitlines():
-            self._understand(json.loads(line))
+            self._apply_line(json.loads(line))
         self._read += len(complete) + 1 if complete else 0
         return bool(complete)
 
-    def _understand(self, line: dict[str, Any]) -> None:
+    def _apply_line(self, line: dict[str, Any]) -> None:
         self.ready = True
         if "end" in line:
-            self.ended.add(line["end"])
+            self.finished_tests.add(line["end"])
         elif "report" in line:
             self.reports.setdefault(line["test"], []).append(line["report"])
 
-    def failed(self, test: str) -> bool:
+    def has_failed(self, test: str) -> bool:
         """Whether a phase of a test has failed on this rank."""
         return any(report["outcome"] == "failed" for report in self.reports.get(test, []))
 
-    def through(self, test: str) -> bool:
+    def has_finished(self, test: str) -> bool:
         """Whether this rank has done its part of a test."""
         return any(report["when"] == "teardown" for report in self.reports.get(test, []))
 
-    def dumped(self) -> str:
+    def read_stacks(self) -> str:
         """The stacks that this rank has dumped, without the test runner's own frames."""
         text = self.stack.read_text(errors="replace") if self.stack.exists() else ""
         threads = re.split(r"\n\n|\n(?=Thread |Current thread )", text.strip())
-        return "\n".join(own_frames(each) for each in threads if not each.startswith("Extension modules"))
+        return "\n".join(test_frames(each) for each in threads if not each.startswith("Extension modules"))
 
 
-def own_frames(thread: str) -> str:
+def test_frames(thread: str) -> str:
     """A dumped stack up to the frame where the test runner called the test, without addresses."""
-    lines = without_addresses(thread).split("\n")
+    lines = strip_addresses(thread).split("\n")
     runner = (k for k, line in enumerate(lines) if "/_pytest/" in line or "/pluggy/" in line)
     return "\n".join(lines[: next(runner, len(lines))])
 
 
-def without_addresses(text: str) -> str:
+def strip_addresses(text: str) -> str:
     """A text that is the same for all ranks that do the same."""
     return re.sub(r" ?(at )?0x[0-9a-f]+", "", text)
 
@@ -147,51 +147,49 @@ class Job:
             self.process = start(
                 size, [*program, str(self.folder)], cwd=cwd, stdout=stream, stderr=stream and subprocess.STDOUT
             )
-        self.began = self.heard = time.monotonic()
+        self.start_time = self.last_progress = time.monotonic()
 
     def wait(self, test: str, patience: float) -> str:
         """Until every rank has finished a test: the empty string; or what is wrong, as a sentence."""
         while True:
             alive = self.process.poll() is None
             if any([log.listen() for log in self.logs]):
-                self.heard = time.monotonic()
-            if all(test in log.ended for log in self.logs):
+                self.last_progress = time.monotonic()
+            if all(test in log.finished_tests for log in self.logs):
                 return ""
-            wrong = self._wrong(test, patience, alive)
+            wrong = self._find_problem(test, patience, alive)
             if wrong:
                 return wrong
             time.sleep(0.005)
 
-    def _wrong(self, test: str, patience: float, alive: bool) -> str:
+    def _find_problem(self, test: str, patience: float, alive: bool) -> str:
         now = time.monotonic()
         name = f"the job of {self.size} ranks"
         if not alive:
-            return (
-                f"{name} {ending(self.process.returncode)} {'in this' if self.all_ready() else 'before its first'} test"
-            )
+            return f"{name} {describe_exit(self.process.returncode)} {'in this' if self.all_ready() else 'before its first'} test"
         if not self.all_ready():
-            return f"{name} did not begin within {START_SECONDS:g} s" if now - self.began > START_SECONDS else ""
-        if any(log.failed(test) for log in self.logs):
+            return f"{name} did not begin within {START_SECONDS:g} s" if now - self.start_time > START_SECONDS else ""
+        if any(log.has_failed(test) for log in self.logs):
             patience = min(patience, FAILED_SECONDS)
-        return f"{name} made no progress for {patience:g} s" if now - self.heard > patience else ""
+        return f"{name} made no progress for {patience:g} s" if now - self.last_progress > patience else ""
 
     def all_ready(self) -> bool:
         """Whether every rank has begun."""
         return all(log.ready for log in self.logs)
 
-    def standing(self, test: str) -> list[str]:
+    def dump_stacks(self, test: str) -> list[str]:
         """End the job; where each rank stood in a test."""
-        late = [log for log in self.logs if not log.through(test)]
+        late = [log for log in self.logs if not log.has_finished(test)]
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGUSR1)  # launchers pass it on to the ranks
             until = time.monotonic() + DUMP_SECONDS
-            while time.monotonic() < until and not all(log.dumped() for log in late):
+            while time.monotonic() < until and not all(log.read_stacks() for log in late):
                 time.sleep(0.1)
         stop(self.process)
         waits = "through with this test, waits for the others"
-        return [(log.dumped() or "(no stack)") if log in late else waits for log in self.logs]
+        return [(log.read_stacks() or "(no stack)") if log in late else waits for log in self.logs]
 
-    def last_words(self) -> str:
+    def output_tail(self) -> str:
         """The end of what launcher and ranks wrote."""
         lines = self.output.read_text(errors="replace").replace("\0", "").strip().split("\n")
         return "\n".join(lines[-OUTPUT_LINES:])
@@ -202,7 +200,7 @@ class Job:
             status = self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             return f"the job of {self.size} ranks did not end within {END_SECONDS:g} s after its last test"
-        return f"the job of {self.size} ranks {ending(status)} after its last test" if status else ""
+        return f"the job of {self.size} ranks {describe_exit(status)} after its last test" if status else ""
 
     def close(self) -> None:
         """End the job, whatever it does."""
@@ -210,7 +208,7 @@ class Job:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def ending(status: int) -> str:
+def describe_exit(status: int) -> str:
     """How a process ended."""
     number = -status if status < 0 else status - 128
     if number in set(signal.Signals):

@@ -41,7 +41,7 @@ from _pytest.runner import runtestprotocol
 from hpccomm.errors import LaunchError
 from hpccomm.launcher import check_world
 from hpccomm.testing.agree import use_mpi_profile
-from hpccomm.testing.jobs import Job, without_addresses
+from hpccomm.testing.jobs import Job, strip_addresses
 
 DEFAULT_SIZES = (1, 2, 3, 4, 7)
 PHASES = ("setup", "call", "teardown")
@@ -49,7 +49,7 @@ SEVERITY = {"skipped": 0, "passed": 1, "xfailed": 2, "failed": 3}
 
 RESTRICTED = pytest.StashKey[bool]()
 SIZES = pytest.StashKey[tuple[int, ...]]()
-FRESH = pytest.StashKey[list[Any]]()
+TEST_COMMS = pytest.StashKey[list[Any]]()
 
 
 # Options, marks, the fixture
@@ -73,19 +73,19 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "mpi_skip: not to be run under MPI")
     asked = tuple(int(size) for size in config.getoption("--mpi-sizes").split(",") if size)
-    config.stash[FRESH] = []
+    config.stash[TEST_COMMS] = []
     folder = config.getoption("--mpi-worker")
-    inside = under_mpi(config)
+    inside = is_under_mpi(config)
     config.stash[SIZES] = (world().size,) if inside else asked or DEFAULT_SIZES
     config.stash[RESTRICTED] = bool(inside or asked)
     if not inside:
-        config.pluginmanager.register(Outer(config), "lockstep-outer")
+        config.pluginmanager.register(Coordinator(config), "lockstep-outer")
         return
     use_mpi_profile()
-    config.pluginmanager.register(Worker(config, Path(folder)) if folder else Together(config), "lockstep-ranks")
+    config.pluginmanager.register(Worker(config, Path(folder)) if folder else StandaloneRank(config), "lockstep-ranks")
 
 
-def under_mpi(config: pytest.Config) -> bool:
+def is_under_mpi(config: pytest.Config) -> bool:
     """Whether this pytest is one of several ranks."""
     return bool(config.getoption("--with-mpi", False) or config.getoption("--mpi-worker"))
 
@@ -117,12 +117,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Serial tests first, then one world size after the other, without the sizes that were not asked for."""
-    kept = [item for item in items if not left_out(item, config)]
-    config.hook.pytest_deselected(items=[item for item in items if left_out(item, config)])
+    kept = [item for item in items if not is_excluded(item, config)]
+    config.hook.pytest_deselected(items=[item for item in items if is_excluded(item, config)])
     items[:] = sorted(kept, key=size_of)
 
 
-def left_out(item: pytest.Item, config: pytest.Config) -> bool:
+def is_excluded(item: pytest.Item, config: pytest.Config) -> bool:
     """Whether an MPI test is for another world size than those asked for."""
     return config.stash[RESTRICTED] and size_of(item) not in (0, *config.stash[SIZES])
 
@@ -136,12 +136,12 @@ def size_of(item: pytest.Item) -> int:
 @pytest.fixture
 def comm(request: pytest.FixtureRequest) -> Any:
     """A communicator of all ranks that no other test uses; freed when all ranks are through with the test."""
-    if not (under_mpi(request.config) or size_of(request.node)):
+    if not (is_under_mpi(request.config) or size_of(request.node)):
         pytest.fail("a test that takes comm needs @pytest.mark.mpi, or it would only ever see one rank", pytrace=False)
     from hpccomm import Communicator
 
     made = Communicator(world()).Dup()
-    request.config.stash[FRESH].append(made)
+    request.config.stash[TEST_COMMS].append(made)
     return made
 
 
@@ -155,7 +155,7 @@ class Ranks:
         self.config = config
         self.private = world().Dup()
 
-    def anybody(self, flag: bool) -> bool:
+    def any_flag(self, flag: bool) -> bool:
         """Wait for the others without burning their cores; whether anybody came with a flag."""
         from mpi4py import MPI
 
@@ -167,8 +167,8 @@ class Ranks:
 
     def settle(self, failed: bool) -> None:
         """All ranks are through: free what they used, unless somebody failed and may have left messages behind."""
-        fresh = self.config.stash[FRESH]
-        if not self.anybody(failed):
+        fresh = self.config.stash[TEST_COMMS]
+        if not self.any_flag(failed):
             for communicator in fresh:
                 communicator.Free()
         fresh.clear()
@@ -222,7 +222,7 @@ class Worker(Ranks):
             session.exitstatus = pytest.ExitCode.OK
 
 
-class Together(Ranks):
+class StandaloneRank(Ranks):
     """A rank that the user started: all ranks know every result, and rank 0 prints it."""
 
     def __init__(self, config: pytest.Config) -> None:
@@ -237,23 +237,23 @@ class Together(Ranks):
         """Run a test, wait for the others, and report what happened to all."""
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        end = self.patience(item)
+        end = self.start_timeout(item)
         reports = runtestprotocol(item, log=False, nextitem=nextitem)
         self.settle(any(report.failed for report in reports))
         everyone = self.private.allgather(
             [hook.pytest_report_to_serializable(config=self.config, report=report) for report in reports]
         )
         end()
-        for report in merged(restored(self.config, everyone)):
+        for report in merge_reports(restore_reports(self.config, everyone)):
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
     def pytest_unconfigure(self) -> None:
         """Nobody leaves before rank 0 has printed: a rank that leaves with an error takes the others along."""
-        self.anybody(False)
+        self.any_flag(False)
 
-    def patience(self, item: pytest.Item) -> Callable[[], None]:
+    def start_timeout(self, item: pytest.Item) -> Callable[[], None]:
         """After the time-out dump this rank's stack, and soon after it end the job; returns what calls that off."""
         seconds = timeout_of(item)
         faulthandler.dump_traceback_later(seconds, file=self.stderr)
@@ -278,13 +278,13 @@ def timeout_of(item: pytest.Item) -> float:
 # Outside
 
 
-class Outer:
+class Coordinator:
     """The pytest that people start."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.job: Job | None = None
-        self.hopeless: dict[int, str] = {}
+        self.start_failures: dict[int, str] = {}
         """World sizes of which no job begins, and why."""
 
     @pytest.hookimpl(tryfirst=True)
@@ -300,17 +300,17 @@ class Outer:
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """One report a phase, for all ranks."""
-        if size_of(item) in self.hopeless:
-            return [failed(item, [(self.hopeless[size_of(item)], "")])]
+        if size_of(item) in self.start_failures:
+            return [failure_report(item, [(self.start_failures[size_of(item)], "")])]
         job = self.job = self.job or self.start(item)
         wrong = job.wait(item.nodeid, timeout_of(item))
         if wrong:
             return self.give_up(item, job, wrong)
-        reports = merged(self.reports_of(job, item.nodeid))
+        reports = merge_reports(self.reports_of(job, item.nodeid))
         if item.nodeid == job.tests[-1]:
             self.job = None
             wrong = job.finish()  # the next one has the cores for itself
-            reports += [failed(item, [(wrong, job.last_words())], "teardown")] if wrong else []
+            reports += [failure_report(item, [(wrong, job.output_tail())], "teardown")] if wrong else []
             job.close()
         return reports
 
@@ -329,16 +329,16 @@ class Outer:
         self.job = None
         ready = job.all_ready()
         parts = [*tracebacks(self.reports_of(job, item.nodeid)), (wrong, "")]
-        parts += grouped(job.standing(item.nodeid), job.size) if ready else []
-        parts.append(("end of the output", job.last_words()))
+        parts += group_texts(job.dump_stacks(item.nodeid), job.size) if ready else []
+        parts.append(("end of the output", job.output_tail()))
         if not ready:
-            self.hopeless[job.size] = f"{wrong}, as told above"
+            self.start_failures[job.size] = f"{wrong}, as told above"
         job.close()
-        return [failed(item, parts)]
+        return [failure_report(item, parts)]
 
     def reports_of(self, job: Job, test: str) -> list[list[pytest.TestReport]]:
         """What each rank has reported about a test."""
-        return restored(self.config, [log.reports.get(test, []) for log in job.logs])
+        return restore_reports(self.config, [log.reports.get(test, []) for log in job.logs])
 
     def pytest_sessionfinish(self) -> None:
         """End what still runs (after ``-x`` or Ctrl-C)."""
@@ -389,7 +389,9 @@ class Tracebacks:
         return "\n".join(f"--- {title} ---\n{part}" for title, part in self.parts)
 
 
-def restored(config: pytest.Config, everyone: Sequence[Sequence[dict[str, Any]]]) -> list[list[pytest.TestReport]]:
+def restore_reports(
+    config: pytest.Config, everyone: Sequence[Sequence[dict[str, Any]]]
+) -> list[list[pytest.TestReport]]:
     """The reports that ranks have written."""
     back = config.hook.pytest_report_from_serializable
     everyones = [[back(config=config, data=data) for data in reports] for reports in everyone]
@@ -399,7 +401,7 @@ def restored(config: pytest.Config, everyone: Sequence[Sequence[dict[str, Any]]]
     return everyones
 
 
-def merged(everyone: list[list[pytest.TestReport]]) -> list[pytest.TestReport]:
+def merge_reports(everyone: list[list[pytest.TestReport]]) -> list[pytest.TestReport]:
     """One report a phase for all ranks; no call where somebody's setup failed or skipped."""
     done: list[pytest.TestReport] = []
     for when in PHASES:
@@ -408,12 +410,12 @@ def merged(everyone: list[list[pytest.TestReport]]) -> list[pytest.TestReport]:
         columns = [[report for report in reports if report.when == when] for reports in everyone]
         for k in range(max(map(len, columns), default=0)):
             done.append(
-                joined({rank: column[k] for rank, column in enumerate(columns) if k < len(column)}, len(columns))
+                merge_phase({rank: column[k] for rank, column in enumerate(columns) if k < len(column)}, len(columns))
             )
     return done
 
 
-def joined(reports: dict[int, pytest.TestReport], size: int) -> pytest.TestReport:
+def merge_phase(reports: dict[int, pytest.TestReport], size: int) -> pytest.TestReport:
     """A phase fails where it fails on any rank, and passes where it fails on none and passes on any."""
     worst = max(reports.values(), key=severity)
     worst.duration = max(report.duration for report in reports.values())
@@ -434,29 +436,31 @@ def tracebacks(everyone: list[list[pytest.TestReport]]) -> list[Part]:
     """The failures, told once where ranks fail alike."""
     failures = [(rank, report) for rank, reports in enumerate(everyone) for report in reports if report.failed]
     return [
-        (named([failures[k][0] for k in alike], len(everyone)), failures[alike[0]][1].longrepr)
-        for alike in groups([without_addresses(report.longreprtext) for _, report in failures])
+        (name_ranks([failures[k][0] for k in alike], len(everyone)), failures[alike[0]][1].longrepr)
+        for alike in equal_groups([strip_addresses(report.longreprtext) for _, report in failures])
     ]
 
 
-def grouped(texts: list[str], size: int) -> list[Part]:
+def group_texts(texts: list[str], size: int) -> list[Part]:
     """A text of each rank, told once where they are alike."""
-    return [(named(alike, size), texts[alike[0]]) for alike in groups(texts)]
+    return [(name_ranks(alike, size), texts[alike[0]]) for alike in equal_groups(texts)]
 
 
-def groups(texts: Sequence[str]) -> list[list[int]]:
+def equal_groups(texts: Sequence[str]) -> list[list[int]]:
     """Which of them are equal, in order of the first."""
     return [[k for k, each in enumerate(texts) if each == text] for text in dict.fromkeys(texts)]
 
 
-def named(ranks: Sequence[int], size: int) -> str:
+def name_ranks(ranks: Sequence[int], size: int) -> str:
     """``rank 1 of 4``, ``ranks 0, 2 of 4``, ``all 4 ranks``."""
     if len(ranks) == size > 1:
         return f"all {size} ranks"
     return f"rank{'s'[: len(ranks) > 1]} {', '.join(map(str, ranks))} of {size}"
 
 
-def failed(item: pytest.Item, parts: list[Part], when: Literal["call", "teardown"] = "call") -> pytest.TestReport:
+def failure_report(
+    item: pytest.Item, parts: list[Part], when: Literal["call", "teardown"] = "call"
+) -> pytest.TestReport:
     """The report of a test, or of a job after its last test, that could not end well by itself."""
     longrepr: Any = Tracebacks(parts)
     keywords: dict[str, Any] = dict.fromkeys(item.keywords, 1)

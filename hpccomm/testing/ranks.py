@@ -22,41 +22,41 @@ from hpccomm.errors import MismatchError
 from hpccomm.layout import ETHERNET, SHARED_MEMORY, Layout, Link
 
 IN_PLACE = MPI.IN_PLACE
-TURN = 5e-4
+SWITCH_SECONDS = 5e-4
 """Seconds after which a rank hands on the interpreter: with Python's 5 ms small steps take three times as long."""
 
 
-class Meeting:
+class RankGroup:
     """Where the ranks of one communicator meet."""
 
     def __init__(self, size: int, nodes: Sequence[int], patience: float) -> None:
         self.size, self.nodes, self.patience = size, list(nodes), patience
-        self.brought: list[Any] = [None] * size
-        self.agreed: Any = None
-        self.doing: Callable[[list[Any]], Any] = list
-        self.barrier = threading.Barrier(size, self.agree, timeout=patience)
-        self.done = threading.Barrier(size, timeout=patience)
+        self.contributions: list[Any] = [None] * size
+        self.result: Any = None
+        self.combine: Callable[[list[Any]], Any] = list
+        self.barrier = threading.Barrier(size, self.run_combine, timeout=patience)
+        self.exit_barrier = threading.Barrier(size, timeout=patience)
         self.mail = threading.Condition()
         self.boxes: list[list[tuple[int, int, bytes]]] = [[] for _ in range(size)]
-        self.parts: list[Meeting] = []
+        self.subgroups: list[RankGroup] = []
 
-    def agree(self) -> None:
+    def run_combine(self) -> None:
         """The last to come combines what all have brought."""
-        names = [name for name, _ in self.brought]
+        names = [name for name, _ in self.contributions]
         odd = next((rank for rank, name in enumerate(names) if name != names[0]), None)
         if odd is not None:
-            self.agreed = MismatchError(f"rank {odd} called {names[odd]}, rank 0 {names[0]}: make the calls the same")
+            self.result = MismatchError(f"rank {odd} called {names[odd]}, rank 0 {names[0]}: make the calls the same")
             return
         try:
-            self.agreed = self.doing([part for _, part in self.brought])
+            self.result = self.combine([part for _, part in self.contributions])
         except Exception as error:  # raised again by all
-            self.agreed = error
+            self.result = error
 
     def abort(self) -> None:
         """Let nobody wait for a rank that has ended with an error."""
         self.barrier.abort()
-        self.done.abort()
-        for part in self.parts:
+        self.exit_barrier.abort()
+        for part in self.subgroups:
             part.abort()
 
 
@@ -66,34 +66,34 @@ class ThreadCommunicator:
     Buffers are C-contiguous arrays, or ``[array, counts]`` where MPI takes counts.
     """
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self.meeting, self.rank, self.size = meeting, rank, meeting.size
+    def __init__(self, meeting: RankGroup, rank: int) -> None:
+        self.group, self.rank, self.size = meeting, rank, meeting.size
         self._levels: dict[str, ThreadCommunicator] = {}
 
     # One meeting
 
-    def meet(self, name: str, mine: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
+    def enter(self, name: str, mine: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
         """What ``combine`` makes of the parts of all ranks; the parts stay as they are until :meth:`leave`."""
-        meeting = self.meeting
-        meeting.brought[self.rank] = (name, mine)
-        meeting.doing = combine
+        meeting = self.group
+        meeting.contributions[self.rank] = (name, mine)
+        meeting.combine = combine
         try:
             meeting.barrier.wait()
         except threading.BrokenBarrierError:
             raise TimeoutError(
                 f"rank {self.rank} waited in {name} for ranks that did not come: let every rank make the call"
             ) from None
-        return meeting.agreed
+        return meeting.result
 
     def leave(self) -> None:
         """Wait until all have taken what is theirs."""
-        self.meeting.done.wait()
+        self.group.exit_barrier.wait()
 
-    def together(
+    def run_collective(
         self, name: str, mine: Any, combine: Callable[[list[Any]], Any], take: Callable[[Any], Any] = lambda it: it
     ) -> Any:
         """One meeting from coming to leaving; returns what ``take`` makes of the agreed."""
-        agreed = self.meet(name, mine, combine)
+        agreed = self.enter(name, mine, combine)
         try:
             if isinstance(agreed, Exception):
                 raise agreed
@@ -114,8 +114,8 @@ class ThreadCommunicator:
     @property
     def layout(self) -> Layout:
         """Which ranks share a node."""
-        known = sorted(set(self.meeting.nodes))
-        return Layout(np.array([known.index(each) for each in self.meeting.nodes]), tuple(f"node{n}" for n in known))
+        known = sorted(set(self.group.nodes))
+        return Layout(np.array([known.index(each) for each in self.group.nodes]), tuple(f"node{n}" for n in known))
 
     @property
     def link(self) -> Link:
@@ -130,7 +130,7 @@ class ThreadCommunicator:
     @property
     def inter_node(self) -> ThreadCommunicator:
         """The ranks with the same place on their nodes (the first use is collective)."""
-        return self._level("inter", self.layout.place(self.rank))
+        return self._level("inter", self.layout.local_rank(self.rank))
 
     def _level(self, name: str, color: int) -> ThreadCommunicator:
         if name not in self._levels:
@@ -141,20 +141,20 @@ class ThreadCommunicator:
 
     def Split(self, color: int = 0, key: int = 0) -> Any:
         """One communicator for each color; ``MPI.COMM_NULL`` for ``MPI.UNDEFINED``."""
-        meetings = self.together("Split", (color, key), self._divide)
+        meetings = self.run_collective("Split", (color, key), self._divide)
         if color == MPI.UNDEFINED:
             return MPI.COMM_NULL
         meeting, members = meetings[color]
         return ThreadCommunicator(meeting, members.index(self.rank))
 
-    def _divide(self, asked: list[tuple[int, int]]) -> dict[int, tuple[Meeting, list[int]]]:
+    def _divide(self, asked: list[tuple[int, int]]) -> dict[int, tuple[RankGroup, list[int]]]:
         found = {}
         for color in {color for color, _ in asked} - {MPI.UNDEFINED}:
             members = sorted((key, rank) for rank, (its, key) in enumerate(asked) if its == color)
             ranks = [rank for _, rank in members]
-            nodes = [self.meeting.nodes[rank] for rank in ranks]
-            found[color] = (Meeting(len(ranks), nodes, self.meeting.patience), ranks)
-            self.meeting.parts.append(found[color][0])
+            nodes = [self.group.nodes[rank] for rank in ranks]
+            found[color] = (RankGroup(len(ranks), nodes, self.group.patience), ranks)
+            self.group.subgroups.append(found[color][0])
         return found
 
     def Dup(self) -> ThreadCommunicator:
@@ -169,14 +169,14 @@ class ThreadCommunicator:
 
     def Barrier(self) -> None:
         """Wait for all ranks."""
-        self.together("Barrier", None, list)
+        self.run_collective("Barrier", None, list)
 
     def Allreduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None) -> None:
         """Reduce over all ranks, the result on all."""
         receive = vector(recvbuf)
         send = receive if sendbuf is IN_PLACE else vector(sendbuf)
         form = f"Allreduce({send.size} {send.dtype}, {name_of(op)})"
-        self.together(form, send, lambda parts: folded(parts, op), lambda total: np.copyto(receive, total))
+        self.run_collective(form, send, lambda parts: fold_in_order(parts, op), lambda total: np.copyto(receive, total))
 
     def Reduce(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, root: int = 0) -> None:
         """Reduce over all ranks, the result on ``root``."""
@@ -186,7 +186,9 @@ class ThreadCommunicator:
             if self.rank == root:
                 vector(recvbuf)[...] = total
 
-        self.together(f"Reduce({send.size} {send.dtype}, root {root})", send, lambda parts: folded(parts, op), take)
+        self.run_collective(
+            f"Reduce({send.size} {send.dtype}, root {root})", send, lambda parts: fold_in_order(parts, op), take
+        )
 
     def Reduce_scatter(
         self, sendbuf: Any, recvbuf: Any, recvcounts: Sequence[int] | None = None, op: MPI.Op = MPI.SUM
@@ -195,10 +197,10 @@ class ThreadCommunicator:
         send, receive = vector(sendbuf), vector(recvbuf)
         counts = [receive.size] * self.size if recvcounts is None else list(recvcounts)
         first = sum(counts[: self.rank])
-        self.together(
+        self.run_collective(
             f"Reduce_scatter({counts} {send.dtype})",
             send,
-            lambda parts: folded(parts, op),
+            lambda parts: fold_in_order(parts, op),
             lambda total: np.copyto(receive, total[first : first + counts[self.rank]]),
         )
 
@@ -212,7 +214,9 @@ class ThreadCommunicator:
         """Collect an equal part from every rank, in rank order, on all."""
         send, receive = vector(sendbuf), vector(recvbuf)
         form = f"Allgather({send.nbytes} bytes)"
-        self.together(form, send, list, lambda parts: np.copyto(receive, np.concatenate(parts).view(receive.dtype)))
+        self.run_collective(
+            form, send, list, lambda parts: np.copyto(receive, np.concatenate(parts).view(receive.dtype))
+        )
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
         """Collect a part of any length from every rank, in rank order, on all."""
@@ -227,7 +231,7 @@ class ThreadCommunicator:
                 )
             receive[: sum(counts)] = np.concatenate(parts)
 
-        self.together(f"Allgatherv({send.dtype})", send, list, take)
+        self.run_collective(f"Allgatherv({send.dtype})", send, list, take)
 
     def Alltoall(self, sendbuf: Any, recvbuf: Any) -> None:
         """Give every rank an equal part, and take one from each, in rank order."""
@@ -246,30 +250,30 @@ class ThreadCommunicator:
                 raise MismatchError(f"rank {self.rank}: Alltoallv expects {list(recvbuf[1])} elements, others are sent")
             receive[: sum(recvbuf[1])] = np.concatenate(letters)
 
-        self.together(f"Alltoallv({send.dtype})", mine, list, take)
+        self.run_collective(f"Alltoallv({send.dtype})", mine, list, take)
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
         array = vector(buf)
         form = f"Bcast({array.size} {array.dtype}, root {root})"
-        self.together(form, array, lambda parts: parts[root].copy(), lambda given: np.copyto(array, given))
+        self.run_collective(form, array, lambda parts: parts[root].copy(), lambda given: np.copyto(array, given))
 
     def allgather(self, thing: Any) -> list[Any]:
         """The objects of all ranks."""
-        found: list[Any] = self.together("allgather", thing, list, list)
+        found: list[Any] = self.run_collective("allgather", thing, list, list)
         return found
 
     def bcast(self, thing: Any, root: int = 0) -> Any:
         """``root``'s object."""
-        return self.together(f"bcast(root {root})", thing, lambda parts: parts[root])
+        return self.run_collective(f"bcast(root {root})", thing, lambda parts: parts[root])
 
     # Messages
 
     def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
         """Put a copy into the receiver's box; never waits."""
-        with self.meeting.mail:
-            self.meeting.boxes[dest].append((self.rank, tag, vector(buf).tobytes()))
-            self.meeting.mail.notify_all()
+        with self.group.mail:
+            self.group.boxes[dest].append((self.rank, tag, vector(buf).tobytes()))
+            self.group.mail.notify_all()
 
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> MPI.Request:
         """As :meth:`Send`; the request is done."""
@@ -278,23 +282,23 @@ class ThreadCommunicator:
 
     def Iprobe(self, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG, status: MPI.Status | None = None) -> bool:
         """Whether a message waits, and in ``status`` which."""
-        with self.meeting.mail:
+        with self.group.mail:
             found = self._find(source, tag)
         if found is not None and status is not None:
-            say(status, found)
+            fill_status(status, found)
         return found is not None
 
     def Probe(self, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG, status: MPI.Status | None = None) -> bool:
         """Wait for a message."""
-        until = time.monotonic() + self.meeting.patience
-        with self.meeting.mail:
+        until = time.monotonic() + self.group.patience
+        with self.group.mail:
             while (found := self._find(source, tag)) is None:
                 left = until - time.monotonic()
-                self.meeting.mail.wait(min(max(left, 0), 1.0))
-                if self.meeting.done.broken or left <= 0:
+                self.group.mail.wait(min(max(left, 0), 1.0))
+                if self.group.exit_barrier.broken or left <= 0:
                     raise TimeoutError(f"rank {self.rank} waited for a message from {source} with tag {tag}")
         if status is not None:
-            say(status, found)
+            fill_status(status, found)
         return True
 
     def Recv(
@@ -302,16 +306,16 @@ class ThreadCommunicator:
     ) -> None:
         """Wait for a message and take it."""
         self.Probe(source, tag)
-        with self.meeting.mail:
+        with self.group.mail:
             found = self._find(source, tag)
             assert found is not None
-            self.meeting.boxes[self.rank].remove(found)
-        bytes_of(buf)[: len(found[2])] = np.frombuffer(found[2], np.uint8)
+            self.group.boxes[self.rank].remove(found)
+        byte_view(buf)[: len(found[2])] = np.frombuffer(found[2], np.uint8)
         if status is not None:
-            say(status, found)
+            fill_status(status, found)
 
     def _find(self, source: int, tag: int) -> tuple[int, int, bytes] | None:
-        for letter in self.meeting.boxes[self.rank]:
+        for letter in self.group.boxes[self.rank]:
             if source in (MPI.ANY_SOURCE, letter[0]) and tag in (MPI.ANY_TAG, letter[1]):
                 return letter
         return None
@@ -323,18 +327,18 @@ def vector(buffer: Any) -> Any:
     return np.asarray(array).reshape(-1)
 
 
-def bytes_of(buffer: Any) -> Any:
+def byte_view(buffer: Any) -> Any:
     """A buffer as a flat array of bytes on the same memory."""
     return vector(buffer).view(np.uint8)
 
 
-def say(status: MPI.Status, letter: tuple[int, int, bytes]) -> None:
+def fill_status(status: MPI.Status, letter: tuple[int, int, bytes]) -> None:
     """Fill in a status."""
     status.source, status.tag = letter[0], letter[1]
     status.Set_elements(MPI.BYTE, len(letter[2]))
 
 
-def folded(parts: list[Any], op: MPI.Op) -> Any:
+def fold_in_order(parts: list[Any], op: MPI.Op) -> Any:
     """((x0 op x1) op x2) …"""
     total, combine = parts[0].copy(), combiner(op)
     for part in parts[1:]:
@@ -352,7 +356,7 @@ def run_on_ranks(
 
     The first rank's exception is raised here; ranks that then wait for it end, too.
     """
-    meeting = Meeting(size, [0] * size if nodes is None else nodes, patience)
+    meeting = RankGroup(size, [0] * size if nodes is None else nodes, patience)
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
 
@@ -365,7 +369,7 @@ def run_on_ranks(
 
     threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
     before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, TURN))
+    sys.setswitchinterval(min(before, SWITCH_SECONDS))
     try:
         for thread in threads:
             thread.start()

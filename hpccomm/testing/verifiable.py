@@ -46,11 +46,11 @@ def operations(dtype: npt.DTypeLike) -> tuple[str, ...]:
 
 def operand(rank: int, size: int, n: int, dtype: npt.DTypeLike, op: str = "sum") -> Array:
     """What rank ``rank`` of ``size`` (at most 64 for exact results) brings: shape (n,), of ``dtype``."""
-    made = VALUES.get(op, counted)(rank, size, np.arange(n), np.dtype(dtype))
+    made = VALUES.get(op, sum_values)(rank, size, np.arange(n), np.dtype(dtype))
     return np.asarray(made).astype(dtype)
 
 
-def expected(size: int, n: int, dtype: npt.DTypeLike, op: str = "sum") -> Array:
+def reduction(size: int, n: int, dtype: npt.DTypeLike, op: str = "sum") -> Array:
     """The reduction of all operands: shape (n,), of ``dtype``."""
     result = operand(0, size, n, dtype, op)
     for rank in range(1, size):
@@ -58,7 +58,7 @@ def expected(size: int, n: int, dtype: npt.DTypeLike, op: str = "sum") -> Array:
     return result
 
 
-def largest(dtype: np.dtype[Any]) -> int:
+def max_exact_integer(dtype: np.dtype[Any]) -> int:
     """Up to here the type holds every integer."""
     if dtype.kind in "iu":
         return int(np.iinfo(dtype).max)
@@ -71,15 +71,15 @@ def counter(rank: int, size: int, i: Array, values: int) -> Array:
     return np.asarray((rank + stride * i) % values)
 
 
-def counted(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
+def sum_values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
     """For sums: both signs where the type has them; the imaginary part counts elsewhere."""
-    values = min(largest(dtype) // size + 1, 1 << 24)
+    values = min(max_exact_integer(dtype) // size + 1, 1 << 24)
     shift = 0 if dtype.kind == "u" else values // 2
     real = counter(rank, size, i, values) - shift
     return np.asarray(real + 1j * np.roll(real, 1) if dtype.kind == "c" else real)
 
 
-def ranked(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
+def minmax_values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
     """For minima and maxima."""
     return counter(rank, size, i, 127) - (0 if dtype.kind == "u" else 63)
 
@@ -92,7 +92,7 @@ def factors(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
     return np.asarray(others[(rank + i) % (size + 1)] * np.array(units)[turns])
 
 
-def truth(default: bool) -> Values:
+def truth_values(default: bool) -> Values:
     """Truth values (integers of several sizes) that are ``default`` but for one rank at most positions."""
 
     def values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
@@ -107,7 +107,7 @@ def parity(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
     return counter(rank, size, i, 7) * (counter(rank, size, i, 11) % 2)
 
 
-def bits(default: bool) -> Values:
+def bit_patterns(default: bool) -> Values:
     """All bits ``default`` but for one, another one at every rank and position."""
 
     def values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
@@ -119,19 +119,19 @@ def bits(default: bool) -> Values:
     return values
 
 
-def mixed_bits(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
+def any_bits(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
     """Any bits."""
-    return counter(rank, size, i, min(largest(dtype), 1 << 24))
+    return counter(rank, size, i, min(max_exact_integer(dtype), 1 << 24))
 
 
 VALUES: dict[str, Values] = {
     "prod": factors,
-    "min": ranked,
-    "max": ranked,
-    "land": truth(True),
-    "lor": truth(False),
+    "min": minmax_values,
+    "max": minmax_values,
+    "land": truth_values(True),
+    "lor": truth_values(False),
     "lxor": parity,
-    "band": bits(True),
-    "bor": bits(False),
-    "bxor": mixed_bits,
+    "band": bit_patterns(True),
+    "bor": bit_patterns(False),
+    "bxor": any_bits,
 }

@@ -59,7 +59,7 @@ def stdlib(limit: int | None = 60_000) -> Dataset:
     wanted = None if limit is None else limit + CONTEXT
     for number, text in enumerate(sources()):
         (test if number % TEST_EVERY == TEST_EVERY - 1 else train).append(text)
-        if wanted is not None and long_enough(train, wanted) and long_enough(test, wanted // TEST_SHARE):
+        if wanted is not None and is_long_enough(train, wanted) and is_long_enough(test, wanted // TEST_SHARE):
             break
     test_limit = None if limit is None else max(1, limit // TEST_SHARE)
     return Dataset(*windows(train, limit), *windows(test, test_limit), len(CHARACTERS) + 1)
@@ -77,7 +77,7 @@ def sources() -> Iterator[str]:
         yield file.read_text(encoding="utf-8", errors="replace")
 
 
-def long_enough(texts: list[str], characters: int) -> bool:
+def is_long_enough(texts: list[str], characters: int) -> bool:
     """Whether there is text enough."""
     return sum(map(len, texts)) > characters
 

@@ -43,7 +43,7 @@ def seconds_of(epoch: dict[str, Any]) -> float:
     return float(epoch["compute_s"] + epoch["communication_s"] + epoch["step_s"])
 
 
-def drawable(file: Path) -> None:
+def check_drawable(file: Path) -> None:
     """Raise where no picture can be drawn of the kind that the file's ending says."""
     kinds = canvas().get_supported_filetypes()
     if file.suffix[1:] not in kinds:

@@ -2,7 +2,7 @@
 
 A folder holds one file a rank for the last step that was saved, and a note in JSON that rank 0 writes when all
 files lie there; only then are older ones removed.  Whatever ends a run, and whenever, the note names a whole set.
-Ranks ask each other every :data:`TOGETHER` steps whether one of them has been told to stop, so that all stop
+Ranks ask each other every :data:`STOP_CHECK_STEPS` steps whether one of them has been told to stop, so that all stop
 after the same step.
 """
 
@@ -17,13 +17,13 @@ from mpi4py import MPI
 
 from hpccomm.algorithms.checkpoints import load, save
 from hpccomm.algorithms.exchange import ExchangeReport
-from hpccomm.algorithms.sharded.checkpoints import everywhere, load_shards, save_shards, write_note
+from hpccomm.algorithms.sharded.checkpoints import load_shards, run_collectively, save_shards, write_note
 from hpccomm.algorithms.sharded.units import Hops
 from hpccomm.errors import ArgumentError
 from hpccomm.train import sharded
 from hpccomm.train.loop import Epoch, Training
 
-TOGETHER = 16
+STOP_CHECK_STEPS = 16
 """Steps between two questions."""
 
 
@@ -36,42 +36,44 @@ class Folder:
 
     def __init__(self, comm: MPI.Intracomm, path: Path, name: str, run: dict[str, Any]) -> None:
         self.comm, self.path, self.name, self.run = comm, path, name, run
-        self.told = False
+        self.stop_requested = False
         """Whether this rank has been told to stop; a signal's handler may set it."""
         self.steps = 0
         self.note = path / f"{name}.json"
-        self.saved: Path | None = None
-        self.everywhere(lambda: path.mkdir(parents=True, exist_ok=True))
+        self.saved_file: Path | None = None
+        self.run_collectively(lambda: path.mkdir(parents=True, exist_ok=True))
 
-    def tell(self, *_: object) -> None:
+    def request_stop(self, *_: object) -> None:
         """Stop after one of the next steps; serves as a signal's handler."""
-        self.told = True
+        self.stop_requested = True
 
-    def asked(self) -> bool:
-        """As :meth:`~hpccomm.train.loop.Keeper.asked`."""
+    def should_stop(self) -> bool:
+        """As :meth:`~hpccomm.train.loop.Keeper.should_stop`."""
         self.steps += 1
-        return self.steps % TOGETHER == 0 and any(self.comm.allgather(self.told))
+        return self.steps % STOP_CHECK_STEPS == 0 and any(self.comm.allgather(self.stop_requested))
 
     def load(self, training: Training) -> list[Epoch]:
         """As :meth:`~hpccomm.train.loop.Keeper.load`; raises on all ranks for the files of another run."""
-        note = self.comm.bcast(self.everywhere(self.read))
+        note = self.comm.bcast(self.run_collectively(self.read))
         if note is None:
             return []
-        self.saved = self.file(note["step"])
-        like = {"weights": training.weights, "method": training.state, "partial": training.partial}
-        weights, training.state, training.partial = self.everywhere(lambda: load(str(self.saved), **like))
+        self.saved_file = self.file(note["step"])
+        like = {"weights": training.weights, "method": training.state, "partial": training.progress}
+        weights, training.state, training.progress = self.run_collectively(lambda: load(str(self.saved_file), **like))
         training.weights[...] = weights
         return [Epoch(**each) for each in note["epochs"]]
 
     def save(self, training: Training, epochs: list[Epoch]) -> None:
         """As :meth:`~hpccomm.train.loop.Keeper.save`."""
         each = -(-len(training.data.targets) // training.settings.batch_size)
-        before = self.saved
-        step = len(epochs) * each + training.partial.steps
-        file = self.saved = self.file(step)
-        self.everywhere(lambda: save(file, weights=training.weights, method=training.state, partial=training.partial))
+        before = self.saved_file
+        step = len(epochs) * each + training.progress.steps
+        file = self.saved_file = self.file(step)
+        self.run_collectively(
+            lambda: save(file, weights=training.weights, method=training.state, partial=training.progress)
+        )
         note = {"run": self.run, "step": step, "epochs": [epoch._asdict() for epoch in epochs]}
-        self.everywhere(lambda: self.write(note) if self.comm.rank == 0 else None)
+        self.run_collectively(lambda: self.write(note) if self.comm.rank == 0 else None)
         if before and before != file:
             before.unlink(missing_ok=True)
 
@@ -97,9 +99,9 @@ class Folder:
         """The note, whole or not at all."""
         write_note(self.note, note)
 
-    def everywhere(self, action: Callable[[], Any]) -> Any:
+    def run_collectively(self, action: Callable[[], Any]) -> Any:
         """What ``action`` returns on this rank; raises on all ranks if it raises on one."""
-        return everywhere(self.comm, f"--checkpoint {self.path}", action)
+        return run_collectively(self.comm, f"--checkpoint {self.path}", action)
 
 
 class ShardFolder(Folder):
@@ -107,18 +109,20 @@ class ShardFolder(Folder):
 
     def load(self, training: sharded.Training) -> list[Epoch]:  # type: ignore[override]
         """As :meth:`hpccomm.train.sharded.Keeper.load`."""
-        note = self.comm.bcast(self.everywhere(self.read))
+        note = self.comm.bcast(self.run_collectively(self.read))
         if note is None:
             return []
         load_shards(self.path, self.name, training.states)
         steps, loss, step_s, boundary_s = note["epoch_so_far"]
         hops = [ExchangeReport(*each) for each in note["hops"]]
-        training.spent = sharded.Spent(steps, loss if self.comm.rank == 0 else 0.0, step_s, boundary_s, Hops(*hops))
+        training.progress = sharded.EpochProgress(
+            steps, loss if self.comm.rank == 0 else 0.0, step_s, boundary_s, Hops(*hops)
+        )
         return [Epoch(**each) for each in note["epochs"]]
 
     def save(self, training: sharded.Training, epochs: list[Epoch]) -> None:  # type: ignore[override]
         """As :meth:`hpccomm.train.sharded.Keeper.save`; an epoch's costs so far are those of rank 0."""
-        spent = training.spent
+        spent = training.progress
         so_far = [spent.steps, float(sum(self.comm.allgather(spent.loss))), spent.step_s, spent.boundary_s]
         epochs_so_far = [epoch._asdict() for epoch in epochs]
         note = {"run": self.run, "epochs": epochs_so_far, "epoch_so_far": so_far, "hops": list(spent.hops)}

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from hpccomm.arrays import narrowed, widened
+from hpccomm.arrays import narrow, widen
 from hpccomm.errors import ArgumentError
 from hpccomm.train.datasets import CONTEXT, Dataset
-from hpccomm.train.networks import Array, Shapes, Tensors, cross_entropy, draw
+from hpccomm.train.networks import Array, Shapes, Tensors, cross_entropy, draw_tensor
 
 if TYPE_CHECKING:
-    from hpccomm.algorithms.sharded.units import Sharded
+    from hpccomm.algorithms.sharded.units import ShardedModel
 
 EMBEDDING = 16
 """Numbers that stand for a character."""
@@ -50,7 +50,7 @@ class Embedding:
         """As :meth:`Layer.backward`; nothing comes before characters."""
         total = np.zeros(self.shapes["embedding"], error.dtype)
         np.add.at(total, x, error.reshape(*x.shape, EMBEDDING))
-        put(gradient["embedding"], total)
+        store_gradient(gradient["embedding"], total)
         return error
 
 
@@ -66,8 +66,8 @@ class Linear:
 
     def backward(self, weights: Tensors, x: Array, y: Array, error: Array, gradient: Tensors) -> Array:
         """As :meth:`Layer.backward`."""
-        put(gradient["w"], x.T @ error)
-        put(gradient["c"], error.sum(axis=0))
+        store_gradient(gradient["w"], x.T @ error)
+        store_gradient(gradient["c"], error.sum(axis=0))
         return np.asarray(error @ weights["w"].T)
 
 
@@ -95,7 +95,7 @@ class Residual(Tanh):
         return np.asarray(error + super().backward(weights, x, y - x, error, gradient))
 
 
-class Layered:
+class LayeredNetwork:
     """A network as its layers by name, in the order of the way forward."""
 
     def __init__(self, layers: dict[str, Layer]) -> None:
@@ -106,40 +106,40 @@ class Layered:
         """Ψ."""
         return sum(int(np.prod(shape)) for layer in self.layers.values() for shape in layer.shapes.values())
 
-    def initial(self, seed: int) -> Iterator[tuple[str, dict[str, Array]]]:
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, dict[str, Array]]]:
         """First weights, one layer after the other: matrices by 1/√rows, inner ones by 1/√(rows · L) too."""
         depth = max(1, sum(isinstance(layer, Residual) for layer in self.layers.values()))
         for number, (name, layer) in enumerate(self.layers.items()):
             rng = np.random.default_rng((seed, number))
             shrink = np.sqrt(depth) if isinstance(layer, Residual) else 1.0
-            yield name, {key: (draw(rng, key, s) / shrink).astype(np.float32) for key, s in layer.shapes.items()}
+            yield name, {key: (draw_tensor(rng, key, s) / shrink).astype(np.float32) for key, s in layer.shapes.items()}
 
-    def scores(self, states: Sharded, inputs: Array) -> Array:
+    def scores(self, states: ShardedModel, inputs: Array) -> Array:
         """One number for each sample and class (collective in the partition group)."""
-        return self.activity(states, inputs)[-1]
+        return self.activations(states, inputs)[-1]
 
-    def activity(self, states: Sharded, inputs: Array) -> list[Array]:
+    def activations(self, states: ShardedModel, inputs: Array) -> list[Array]:
         """What goes into each layer, and in the end what comes out of the last."""
         seen, names = [inputs], [*self.layers, None]
         for name, following in pairwise(names):
             assert name is not None
-            weights = in_float32(states.gather(name, ahead=following))
+            weights = to_float32(states.gather(name, ahead=following))
             seen.append(self.layers[name].forward(weights, seen[-1]))
             states.release(name)
         return seen
 
-    def learn(self, states: Sharded, inputs: Array, targets: Array, factor: float) -> float:
+    def learn(self, states: ShardedModel, inputs: Array, targets: Array, factor: float) -> float:
         """Add ``factor`` times the gradient of the sum of the samples' losses to the shards; returns that sum.
 
         One micro-step (collective in the partition group); a rank may have no samples.
         """
-        seen = self.activity(states, inputs)
+        seen = self.activations(states, inputs)
         y = seen.pop()
         loss, error = cross_entropy(y, targets)
         error *= factor
         for name, following in pairwise([*reversed(self.layers), None]):
             assert name is not None
-            x, weights, gradient = seen.pop(), in_float32(states.gather(name, ahead=following)), states.gradient(name)
+            x, weights, gradient = seen.pop(), to_float32(states.gather(name, ahead=following)), states.gradient(name)
             error = self.layers[name].backward(weights, x, y, error, gradient)
             states.release(name)
             states.reduce_accumulate(name, gradient)
@@ -147,22 +147,22 @@ class Layered:
         return loss
 
 
-def put(there: Array, gradient: Array) -> None:
+def store_gradient(there: Array, gradient: Array) -> None:
     """Round to what gradients travel in; what is too large becomes infinite, and the loss scale shrinks."""
-    there[...] = narrowed(gradient, there.dtype)
+    there[...] = narrow(gradient, there.dtype)
 
 
-def in_float32(weights: Tensors) -> Tensors:
+def to_float32(weights: Tensors) -> Tensors:
     """Weights to compute with: those of 16 bits are widened."""
-    return {name: widened(each) for name, each in weights.items()}
+    return {name: widen(each) for name, each in weights.items()}
 
 
-def deep_network_for(data: Dataset, width: int, layers: int) -> Layered:
+def deep_network_for(data: Dataset, width: int, layers: int) -> LayeredNetwork:
     """Text: embeddings, ``layers`` inner layers of ``width``², scores."""
     if data.inputs.dtype != np.uint8:
         raise ArgumentError("mics, zero and ddp train a deep network on text: name the dataset stdlib")
     inner: dict[str, Layer] = {f"inner{number}": Residual(width, width) for number in range(layers)}
-    return Layered(
+    return LayeredNetwork(
         {
             "embedding": Embedding(data.classes),
             "first": Tanh(CONTEXT * EMBEDDING, width),

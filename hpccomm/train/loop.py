@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, check_replicas, spent
-from hpccomm.algorithms.local_steps import Periodic
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, check_replicas, sum_reports
+from hpccomm.algorithms.local_steps import PeriodicTransform
 from hpccomm.algorithms.transforms import Transform, Vector
 from hpccomm.buckets import Bucket
 from hpccomm.train.datasets import Dataset
-from hpccomm.train.networks import Network, initial
+from hpccomm.train.networks import Network, initial_weights
 
-EVALUATE = 1024
+EVALUATION_BATCH = 1024
 """Test samples that go through a network at once."""
 
 
@@ -54,13 +54,13 @@ class Settings(NamedTuple):
     batch_size: int
     """Over all ranks."""
     seed: int
-    alone: bool = False
+    local_mean: bool = False
     """Each rank divides its gradient by its own samples, as methods with blocks of local steps want it."""
     library: Any = np
     """Who computes: NumPy, or CuPy on its current device, where samples, weights and gradients lie then."""
 
 
-class Partial(NamedTuple):
+class EpochProgress(NamedTuple):
     """An epoch so far, on this rank."""
 
     steps: int = 0
@@ -68,7 +68,7 @@ class Partial(NamedTuple):
     compute_s: float = 0.0
     step_s: float = 0.0
     """The exchanges included."""
-    before: ExchangeReport = ExchangeReport()
+    start_report: ExchangeReport = ExchangeReport()
     """When it began."""
 
 
@@ -80,7 +80,7 @@ class Training:
     ) -> None:
         self.comm, self.network, self.method, self.settings = comm, network, method, settings
         self.data, xp = data, settings.library
-        tensors = initial(network.shapes, settings.seed)
+        tensors = initial_weights(network.shapes, settings.seed)
         self.bucket = bucket = Bucket(tensors)
         self.weights = bucket.flatten(tensors)
         comm.Bcast(self.weights, 0)
@@ -91,7 +91,7 @@ class Training:
             )
         self.gradient = xp.empty_like(self.weights)
         self.tensors, self.gradients = bucket.views(self.weights), bucket.views(self.gradient)
-        self.state, self.partial = method.init(self.weights), Partial()
+        self.state, self.progress = method.init(self.weights), EpochProgress()
 
     def step(self, batch: npt.NDArray[np.int64]) -> None:
         """One step of all ranks on a global batch."""
@@ -102,12 +102,12 @@ class Training:
             loss = self.network.learn(self.tensors, inputs, targets, self.gradients)
         else:  # a library may have no maximum of nothing
             self.gradient[...] = 0
-        self.gradient *= 1 / max(1, len(mine)) if self.settings.alone else self.comm.size / len(batch)
+        self.gradient *= 1 / max(1, len(mine)) if self.settings.local_mean else self.comm.size / len(batch)
         learnt = time.perf_counter()
         step, self.state = self.method.update(self.gradient, self.state, self.weights)
         self.weights += step
-        so_far = self.partial
-        self.partial = so_far._replace(
+        so_far = self.progress
+        self.progress = so_far._replace(
             steps=so_far.steps + 1,
             loss=so_far.loss + loss,
             compute_s=so_far.compute_s + learnt - began,
@@ -116,17 +116,17 @@ class Training:
 
     def epoch(self, number: int, on_step: Callable[[], object], asked: Callable[[], bool]) -> Epoch | None:
         """The batches that are left, then the test samples; None where all ranks are asked to stop before the last."""
-        if not self.partial.steps:
-            self.partial = Partial(before=spent(self.state))
+        if not self.progress.steps:
+            self.progress = EpochProgress(start_report=sum_reports(self.state))
         steps = -(-len(self.data.targets) // self.settings.batch_size)
-        for batch in islice(batches(len(self.data.targets), number, self.settings), self.partial.steps, None):
+        for batch in islice(batches(len(self.data.targets), number, self.settings), self.progress.steps, None):
             self.step(batch)
             on_step()
-            if asked() and self.partial.steps < steps:
+            if asked() and self.progress.steps < steps:
                 return None
-        done, self.partial = self.partial, Partial()
-        after = spent(self.state)
-        talking, sent = after.seconds - done.before.seconds, after.wire_bytes - done.before.wire_bytes
+        done, self.progress = self.progress, EpochProgress()
+        after = sum_reports(self.state)
+        talking, sent = after.seconds - done.start_report.seconds, after.wire_bytes - done.start_report.wire_bytes
         right = count_right(self.comm, self.data, self.network, self.model)
         ours = sent // max(1, done.steps) if self.comm.rank == 0 else 0
         totals = np.array([done.loss, right, done.compute_s, talking, done.step_s - talking, ours])
@@ -141,13 +141,13 @@ class Training:
     @property
     def model(self) -> dict[str, npt.NDArray[Any]]:
         """The tensors to test: where ranks step alone, those that they agreed on last."""
-        if not isinstance(self.method, Periodic) or self.comm.size == 1:
+        if not isinstance(self.method, PeriodicTransform) or self.comm.size == 1:
             return self.tensors
         return self.bucket.views(np.ascontiguousarray(self.method.export(self.state), self.weights.dtype))
 
     def finish(self) -> None:
         """Where ranks have stepped alone: one last exchange; then all have the same weights."""
-        if isinstance(self.method, Periodic):
+        if isinstance(self.method, PeriodicTransform):
             step, self.state = self.method.finish(self.state, self.weights)
             self.weights += step
             if self.comm.size > 1:
@@ -158,9 +158,9 @@ def count_right(comm: MPI.Intracomm, data: Dataset, network: Network, tensors: d
     """Right predictions in this rank's share of the test samples."""
     inputs, targets = (np.array_split(each, comm.size)[comm.rank] for each in (data.test_inputs, data.test_targets))
     right = 0
-    for first in range(0, len(targets), EVALUATE):
-        scores = network.scores(tensors, inputs[first : first + EVALUATE])
-        right += int((scores.argmax(axis=1) == targets[first : first + EVALUATE]).sum())
+    for first in range(0, len(targets), EVALUATION_BATCH):
+        scores = network.scores(tensors, inputs[first : first + EVALUATION_BATCH])
+        right += int((scores.argmax(axis=1) == targets[first : first + EVALUATION_BATCH]).sum())
     return right
 
 
@@ -190,7 +190,7 @@ class Keeper(Protocol):
     def save(self, training: Training, epochs: list[Epoch]) -> None:
         """Keep what is needed to go on (collective)."""
 
-    def asked(self) -> bool:
+    def should_stop(self) -> bool:
         """After each step: whether a rank has been asked to stop; all ranks hear the same (collective)."""
 
 
@@ -215,7 +215,7 @@ def train(
     for each in epochs:
         on_epoch(each)
     while len(epochs) < settings.epochs:
-        found = training.epoch(len(epochs) + 1, on_step, keeper.asked if keeper else lambda: False)
+        found = training.epoch(len(epochs) + 1, on_step, keeper.should_stop if keeper else lambda: False)
         if found is not None:
             epochs.append(found)
             on_epoch(found)
@@ -258,14 +258,14 @@ def train_by_servers(
     from hpccomm.algorithms.parameter_server import ParameterServer
 
     bucket = Bucket(network.shapes)
-    weights = bucket.flatten(initial(network.shapes, settings.seed))
+    weights = bucket.flatten(initial_weights(network.shapes, settings.seed))
     server = ParameterServer(comm, weights, optimizer, servers=servers.ranks, mode=servers.mode)
     place, workers = comm.rank - servers.ranks, comm.size - servers.ranks
     sums, models = np.zeros((settings.epochs, 5)), [weights] * settings.epochs
     if server.serves:
         server.serve()
     else:
-        models = worked(server, data, network, settings, (place, workers), sums, on_step)
+        models = run_worker(server, data, network, settings, (place, workers), sums, on_step)
     found = []
     for number, (model, totals) in enumerate(zip(models, sums, strict=True), 1):
         weights = model.copy()
@@ -277,7 +277,7 @@ def train_by_servers(
     return weights, found
 
 
-def worked(
+def run_worker(
     server: Any,
     data: Dataset,
     network: Network,
@@ -310,6 +310,6 @@ def worked(
     return [*models, server.leave()]
 
 
-def steps_in(samples: int, settings: Settings) -> int:
+def count_steps(samples: int, settings: Settings) -> int:
     """Steps of a whole run."""
     return settings.epochs * -(-samples // settings.batch_size)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hpccomm.buckets import Bucket
 
 
-class Plan(NamedTuple):
+class MethodSetup(NamedTuple):
     """What a method is made for."""
 
     comm: Any
@@ -34,42 +34,42 @@ class Method(NamedTuple):
     summary: str
     lr: float
     """Learning rate when none is given."""
-    make: Callable[[Plan], Transform]
-    alone: bool = False
+    make: Callable[[MethodSetup], Transform]
+    steps_locally: bool = False
     """Ranks step on gradients of their own samples."""
     on_device: bool = False
     """It takes CuPy's vectors as they are; for others they are brought to the host."""
 
 
-def heavy_ball(plan: Plan) -> Transform:
+def heavy_ball(plan: MethodSetup) -> Transform:
     """What a rank does alone: momentum 0.9."""
     from hpccomm.algorithms.transforms import chain, momentum, scale
 
     return chain(momentum(0.9), scale(-plan.lr))
 
 
-def dense(plan: Plan) -> Transform:
+def dense(plan: MethodSetup) -> Transform:
     """The yardstick: dense, with momentum."""
     from hpccomm.algorithms.exchange import synchronous_sgd
 
     return synchronous_sgd(plan.comm, plan.lr, momentum=0.9, algorithm=plan.algorithm)
 
 
-def sgd(plan: Plan) -> Transform:
+def sgd(plan: MethodSetup) -> Transform:
     """Dense, without momentum."""
     from hpccomm.algorithms.exchange import synchronous_sgd
 
     return synchronous_sgd(plan.comm, plan.lr, algorithm=plan.algorithm)
 
 
-def adam(plan: Plan) -> Transform:
+def adam(plan: MethodSetup) -> Transform:
     """Dense Adam."""
     from hpccomm.algorithms.exchange import synchronous_adam
 
     return synchronous_adam(plan.comm, plan.lr, algorithm=plan.algorithm)
 
 
-def lars(plan: Plan) -> Transform:
+def lars(plan: MethodSetup) -> Transform:
     """Dense, a trust ratio for each tensor; the trust coefficient is 0.02, these networks' layers being few."""
     from hpccomm.algorithms.exchange import mean
     from hpccomm.algorithms.lars import lars as layerwise
@@ -78,7 +78,7 @@ def lars(plan: Plan) -> Transform:
     return chain(mean(plan.comm, plan.algorithm), layerwise(plan.bucket, plan.lr, trust=0.02))
 
 
-def lamb(plan: Plan) -> Transform:
+def lamb(plan: MethodSetup) -> Transform:
     """Dense Adam with a trust ratio for each tensor."""
     from hpccomm.algorithms.exchange import mean
     from hpccomm.algorithms.lamb import lamb as layerwise
@@ -87,7 +87,7 @@ def lamb(plan: Plan) -> Transform:
     return chain(mean(plan.comm, plan.algorithm), layerwise(plan.bucket, plan.lr))
 
 
-def gtc(plan: Plan) -> Transform:
+def gtc(plan: MethodSetup) -> Transform:
     """Threshold compression."""
     from hpccomm.algorithms.threshold_compression import gtc as exchange
     from hpccomm.algorithms.transforms import chain, scale
@@ -95,7 +95,7 @@ def gtc(plan: Plan) -> Transform:
     return chain(exchange(plan.comm, density=plan.density), scale(-plan.lr))
 
 
-def dgc(plan: Plan) -> Transform:
+def dgc(plan: MethodSetup) -> Transform:
     """The largest elements of tensors from 2,048 on, Nesterov's momentum corrected; a fifth of the run warms up."""
     from hpccomm.algorithms.deep_gradient_compression import dgc as exchange
     from hpccomm.algorithms.transforms import chain, scale
@@ -104,7 +104,7 @@ def dgc(plan: Plan) -> Transform:
     return chain(made, scale(-plan.lr))
 
 
-def onebit_sgd(plan: Plan) -> Transform:
+def onebit_sgd(plan: MethodSetup) -> Transform:
     """Signs of each tensor and two scales; momentum behind the exchange."""
     from hpccomm.algorithms.onebit import onebit_sgd as exchange
     from hpccomm.algorithms.transforms import chain
@@ -112,28 +112,28 @@ def onebit_sgd(plan: Plan) -> Transform:
     return chain(exchange(plan.comm, plan.bucket), heavy_ball(plan))
 
 
-def ef_signsgd(plan: Plan) -> Transform:
+def ef_signsgd(plan: MethodSetup) -> Transform:
     """Signs of each tensor and its mean magnitude."""
     from hpccomm.algorithms.onebit import ef_signsgd as exchange
 
     return exchange(plan.comm, plan.lr, plan.bucket)
 
 
-def onebit_adam(plan: Plan) -> Transform:
+def onebit_adam(plan: MethodSetup) -> Transform:
     """Adam, its momentum in one bit after a fifth of the run; eps spares what rarely moves the noise of signs."""
     from hpccomm.algorithms.onebit import onebit_adam as exchange
 
     return exchange(plan.comm, plan.lr, plan.steps // 5, bucket=plan.bucket, eps=1e-3)
 
 
-def onebit_lamb(plan: Plan) -> Transform:
+def onebit_lamb(plan: MethodSetup) -> Transform:
     """LAMB, its momentum in one bit after a fifth of the run."""
     from hpccomm.algorithms.onebit import onebit_lamb as exchange
 
     return exchange(plan.comm, plan.bucket, plan.lr, max(1, plan.steps // 5))
 
 
-def powersgd(plan: Plan) -> Transform:
+def powersgd(plan: MethodSetup) -> Transform:
     """Each matrix as two of rank 4; momentum behind the exchange."""
     from hpccomm.algorithms.power_sgd import powersgd as low_rank
     from hpccomm.algorithms.transforms import chain
@@ -141,35 +141,35 @@ def powersgd(plan: Plan) -> Transform:
     return chain(low_rank(plan.comm, plan.bucket, 4), heavy_ball(plan))
 
 
-def bmuf(plan: Plan) -> Transform:
+def bmuf(plan: MethodSetup) -> Transform:
     """Blocks of local steps with block momentum; a tenth of the run is synchronous."""
     from hpccomm.algorithms.blockwise_filtering import bmuf as blocks
 
     return blocks(plan.comm, heavy_ball(plan), plan.period, warmup=plan.steps // 10)
 
 
-def bmuf_adam(plan: Plan) -> Transform:
+def bmuf_adam(plan: MethodSetup) -> Transform:
     """Blocks of local Adam."""
     from hpccomm.algorithms.blockwise_filtering import bmuf_adam as blocks
 
     return blocks(plan.comm, plan.lr, plan.period, warmup=plan.steps // 10)
 
 
-def local_sgd(plan: Plan) -> Transform:
+def local_sgd(plan: MethodSetup) -> Transform:
     """Models averaged after each block."""
     from hpccomm.algorithms.local_steps import local_sgd as blocks
 
     return blocks(plan.comm, heavy_ball(plan), plan.period)
 
 
-def slowmo(plan: Plan) -> Transform:
+def slowmo(plan: MethodSetup) -> Transform:
     """Slow momentum over the blocks."""
     from hpccomm.algorithms.local_steps import slowmo as blocks
 
     return blocks(plan.comm, heavy_ball(plan), plan.lr, plan.period)
 
 
-def diloco(plan: Plan) -> Transform:
+def diloco(plan: MethodSetup) -> Transform:
     """Nesterov's momentum over blocks of Adam."""
     from hpccomm.algorithms.local_steps import diloco as blocks
     from hpccomm.algorithms.transforms import adam as inner
@@ -178,7 +178,7 @@ def diloco(plan: Plan) -> Transform:
     return blocks(plan.comm, chain(inner(), scale(-plan.lr)), plan.period)
 
 
-def hybrid(plan: Plan) -> Transform:
+def hybrid(plan: MethodSetup) -> Transform:
     """Threshold compression inside groups, block momentum between them."""
     from hpccomm.algorithms.threshold_compression import gtc as exchange
     from hpccomm.algorithms.transforms import scale
@@ -194,7 +194,7 @@ def hybrid(plan: Plan) -> Transform:
     )
 
 
-def served(plan: Plan) -> Transform:
+def server_optimizer(plan: MethodSetup) -> Transform:
     """What a parameter server does with the mean of its workers' gradients."""
     return heavy_ball(plan)
 
@@ -212,12 +212,12 @@ METHODS = {
     "onebit-adam": Method("1-bit Adam", 0.003, onebit_adam, on_device=True),
     "onebit-lamb": Method("1-bit LAMB", 0.01, onebit_lamb, on_device=True),
     "powersgd": Method("rank 4 with error feedback, momentum 0.9", 0.03, powersgd),
-    "local-sgd": Method("models averaged after blocks of local steps", 0.1, local_sgd, alone=True),
-    "bmuf": Method("blocks of local steps, block momentum", 0.02, bmuf, alone=True),
-    "bmuf-adam": Method("blocks of local Adam, block momentum", 0.003, bmuf_adam, alone=True),
-    "slowmo": Method("blocks of local steps, slow momentum", 0.1, slowmo, alone=True),
-    "diloco": Method("blocks of local Adam, Nesterov's momentum", 0.003, diloco, alone=True),
-    "hybrid": Method("gtc inside groups, block momentum between them", 0.5, hybrid, alone=True),
-    "ps": Method("a parameter server, SGD with momentum 0.9", 0.1, served),
+    "local-sgd": Method("models averaged after blocks of local steps", 0.1, local_sgd, steps_locally=True),
+    "bmuf": Method("blocks of local steps, block momentum", 0.02, bmuf, steps_locally=True),
+    "bmuf-adam": Method("blocks of local Adam, block momentum", 0.003, bmuf_adam, steps_locally=True),
+    "slowmo": Method("blocks of local steps, slow momentum", 0.1, slowmo, steps_locally=True),
+    "diloco": Method("blocks of local Adam, Nesterov's momentum", 0.003, diloco, steps_locally=True),
+    "hybrid": Method("gtc inside groups, block momentum between them", 0.5, hybrid, steps_locally=True),
+    "ps": Method("a parameter server, SGD with momentum 0.9", 0.1, server_optimizer),
 }
 """To add a method is to add a row."""

@@ -44,13 +44,13 @@ class Perceptron:
             "out_shift": (classes,),
         }
 
-    def activity(self, weights: Tensors, inputs: Array) -> Array:
+    def activations(self, weights: Tensors, inputs: Array) -> Array:
         """The hidden layer, (b, hidden)."""
         return library_of(inputs).tanh(inputs @ weights["hidden"] + weights["hidden_shift"])
 
     def scores(self, weights: Tensors, inputs: Array) -> Array:
         """(b, classes)."""
-        return self.activity(weights, inputs) @ weights["out"] + weights["out_shift"]
+        return self.activations(weights, inputs) @ weights["out"] + weights["out_shift"]
 
     def learn(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> float:
         """As :meth:`Network.learn`."""
@@ -58,7 +58,7 @@ class Perceptron:
 
     def backward(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> tuple[float, Array]:
         """The loss, and its gradient by the hidden layer's sums, (b, hidden)."""
-        active = self.activity(weights, inputs)
+        active = self.activations(weights, inputs)
         loss, error = cross_entropy(active @ weights["out"] + weights["out_shift"], targets)
         slope = (error @ weights["out"].T) * (1 - active * active)
         xp = library_of(inputs)
@@ -77,17 +77,17 @@ class Characters:
         self.body = Perceptron(CONTEXT * width, hidden, classes)
         self.shapes: Shapes = {"embedding": (classes, width), **self.body.shapes}
 
-    def embedded(self, weights: Tensors, inputs: Array) -> Array:
+    def embed(self, weights: Tensors, inputs: Array) -> Array:
         """(b, 16 · width)."""
         return weights["embedding"][inputs].reshape(len(inputs), CONTEXT * self.width)
 
     def scores(self, weights: Tensors, inputs: Array) -> Array:
         """(b, classes)."""
-        return self.body.scores(weights, self.embedded(weights, inputs))
+        return self.body.scores(weights, self.embed(weights, inputs))
 
     def learn(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> float:
         """As :meth:`Network.learn`."""
-        loss, slope = self.body.backward(weights, self.embedded(weights, inputs), targets, gradient)
+        loss, slope = self.body.backward(weights, self.embed(weights, inputs), targets, gradient)
         by_character = (slope @ weights["hidden"].T).reshape(*inputs.shape, self.width)
         gradient["embedding"][...] = 0
         library_of(inputs).add.at(gradient["embedding"], inputs, by_character)
@@ -110,13 +110,13 @@ def cross_entropy(scores: Array, targets: Array) -> tuple[float, Array]:
     return -float(logs[rows, targets].sum(dtype=np.float64)), error
 
 
-def initial(shapes: Shapes, seed: int) -> dict[str, Array]:
+def initial_weights(shapes: Shapes, seed: int) -> dict[str, Array]:
     """Weights in float32 that keep the size of what passes through: matrices by 1/√rows, vectors zero."""
     rng = np.random.default_rng(seed)
-    return {name: draw(rng, name, shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: draw_tensor(rng, name, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
+def draw_tensor(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
     """One tensor."""
     if len(shape) == 1:
         return np.zeros(shape)

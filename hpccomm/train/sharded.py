@@ -18,10 +18,10 @@ from mpi4py import MPI
 
 from hpccomm.algorithms.exchange import allreduce_bytes, check_replicas
 from hpccomm.algorithms.sharded.groups import mics
-from hpccomm.algorithms.sharded.units import Hops, LossScale, Sharded, adamw, data_parallel, zero
+from hpccomm.algorithms.sharded.units import Hops, LossScale, ShardedModel, adamw, data_parallel, zero
 from hpccomm.train.datasets import Dataset
-from hpccomm.train.layered import Layered
-from hpccomm.train.loop import EVALUATE, Epoch, Settings, batches, epoch_of
+from hpccomm.train.layered import LayeredNetwork
+from hpccomm.train.loop import EVALUATION_BATCH, Epoch, Settings, batches, epoch_of
 
 MAX_NORM = 1.0
 """Gradients are clipped there."""
@@ -33,26 +33,26 @@ class Division(NamedTuple):
     """One way to divide model states."""
 
     summary: str
-    make: Callable[..., Sharded]
+    make: Callable[..., ShardedModel]
     """``make(comm, units, optimizer, partition_size, **how)``"""
 
 
-def staged(stage: int) -> Callable[..., Sharded]:
+def zero_stage(stage: int) -> Callable[..., ShardedModel]:
     """ZeRO, which has no partition size."""
     return lambda comm, units, optimizer, partition_size, **how: zero(comm, units, optimizer, stage=stage, **how)
 
 
-def undivided(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> Sharded:
+def replicate(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:
     """Everything on every rank."""
     return data_parallel(comm, units, optimizer, **how)
 
 
 DIVISIONS = {
     "mics": Division("model states divided over --partition-size ranks", mics),
-    "zero1": Division("optimizer state divided over all ranks", staged(1)),
-    "zero2": Division("and gradients", staged(2)),
-    "zero3": Division("and parameters", staged(3)),
-    "ddp": Division("nothing divided", undivided),
+    "zero1": Division("optimizer state divided over all ranks", zero_stage(1)),
+    "zero2": Division("and gradients", zero_stage(2)),
+    "zero3": Division("and parameters", zero_stage(3)),
+    "ddp": Division("nothing divided", replicate),
 }
 """To add one is to add a row."""
 
@@ -67,12 +67,12 @@ class Job(NamedTuple):
     dtype: str
 
 
-def states_for(comm: Any, network: Layered, settings: Settings, job: Job) -> Sharded:
+def states_for(comm: Any, network: LayeredNetwork, settings: Settings, job: Job) -> ShardedModel:
     """The network's first weights, divided; AdamW (collective)."""
     scale = LossScale(FIRST_SCALE, STEADY_STEPS) if job.dtype == "float16" else None
     return DIVISIONS[job.division].make(
         comm,
-        network.initial(settings.seed),
+        network.initial_weights(settings.seed),
         adamw(job.lr),
         job.partition_size,
         dtype=dtype_of(job.dtype),
@@ -90,7 +90,7 @@ def dtype_of(name: str) -> npt.DTypeLike:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-class Spent(NamedTuple):
+class EpochProgress(NamedTuple):
     """An epoch so far, on this rank."""
 
     steps: int = 0
@@ -112,7 +112,7 @@ class Keeper(Protocol):
     def save(self, training: Training, epochs: list[Epoch]) -> None:
         """Keep what is needed to go on (collective)."""
 
-    def asked(self) -> bool:
+    def should_stop(self) -> bool:
         """After each step: whether a rank has been asked to stop; all ranks hear the same (collective)."""
 
 
@@ -120,11 +120,17 @@ class Training:
     """A model in training."""
 
     def __init__(
-        self, comm: Any, data: Dataset, network: Layered, states: Sharded, settings: Settings, micro_steps: int
+        self,
+        comm: Any,
+        data: Dataset,
+        network: LayeredNetwork,
+        states: ShardedModel,
+        settings: Settings,
+        micro_steps: int,
     ) -> None:
         self.comm, self.data, self.network, self.states = comm, data, network, states
         self.settings, self.micro_steps = settings, micro_steps
-        self.spent, self.last = Spent(), Spent()
+        self.progress, self.last_epoch = EpochProgress(), EpochProgress()
 
     def step(self, batch: npt.NDArray[np.int64]) -> None:
         """One optimizer step of all ranks on a global batch."""
@@ -132,51 +138,51 @@ class Training:
         factor = self.states.loss_scale.value * self.comm.size * self.micro_steps / len(batch)
         for part in np.array_split(np.array_split(batch, self.comm.size)[self.comm.rank], self.micro_steps):
             loss += self.network.learn(self.states, self.data.inputs[part], self.data.targets[part], factor)
-        learnt, talked = time.perf_counter(), talking(self.states.hops)
+        learnt, talked = time.perf_counter(), exchange_seconds(self.states.hops)
         self.states.boundary()
-        stepped = time.perf_counter() - learnt - (talking(self.states.hops) - talked)
-        so_far, taken = self.spent, time.perf_counter() - began
-        hops = Hops(*(a.plus(minus(b, c)) for a, b, c in zip(so_far.hops, self.states.hops, before, strict=True)))
+        stepped = time.perf_counter() - learnt - (exchange_seconds(self.states.hops) - talked)
+        so_far, taken = self.progress, time.perf_counter() - began
+        hops = Hops(*(a.add(subtract(b, c)) for a, b, c in zip(so_far.hops, self.states.hops, before, strict=True)))
         seconds = so_far.step_s + taken, so_far.boundary_s + stepped
-        self.spent = Spent(so_far.steps + 1, so_far.loss + loss, *seconds, hops)
+        self.progress = EpochProgress(so_far.steps + 1, so_far.loss + loss, *seconds, hops)
 
     def epoch(self, number: int, on_step: Callable[[], object], asked: Callable[[], bool]) -> Epoch | None:
         """The batches that are left, then the test samples; None where all ranks are asked to stop before the last."""
         samples = len(self.data.targets)
         steps = -(-samples // self.settings.batch_size)
-        for batch in islice(batches(samples, number, self.settings), self.spent.steps, None):
+        for batch in islice(batches(samples, number, self.settings), self.progress.steps, None):
             self.step(batch)
             on_step()
-            if asked() and self.spent.steps < steps:
+            if asked() and self.progress.steps < steps:
                 return None
-        done, self.spent = self.spent, Spent()
-        self.last = done
-        talked = talking(done.hops)
+        done, self.progress = self.progress, EpochProgress()
+        self.last_epoch = done
+        talked = exchange_seconds(done.hops)
         sent = sum(hop.wire_bytes for hop in done.hops) // max(1, done.steps) if self.comm.rank == 0 else 0
         computed = done.step_s - talked - done.boundary_s
-        totals = np.array([done.loss, self.right(), computed, talked, done.boundary_s, sent])
+        totals = np.array([done.loss, self.count_right(), computed, talked, done.boundary_s, sent])
         self.comm.Allreduce(MPI.IN_PLACE, totals)
         dense = allreduce_bytes(4 * self.network.parameters, self.comm.size)
         return epoch_of(number, totals[:5], self.comm.size, self.data, int(totals[5]), dense)
 
-    def right(self) -> int:
+    def count_right(self) -> int:
         """Right predictions in this rank's share of the test samples; all ranks go through as many parts."""
         inputs, targets = self.data.test_inputs, self.data.test_targets
         each = -(-len(targets) // self.comm.size)
         mine, right = slice(self.comm.rank * each, (self.comm.rank + 1) * each), 0
         inputs, targets = inputs[mine], targets[mine]
-        for first in range(0, each, EVALUATE):
-            scores = self.network.scores(self.states, inputs[first : first + EVALUATE])
-            right += int((scores.argmax(axis=1) == targets[first : first + EVALUATE]).sum())
+        for first in range(0, each, EVALUATION_BATCH):
+            scores = self.network.scores(self.states, inputs[first : first + EVALUATION_BATCH])
+            right += int((scores.argmax(axis=1) == targets[first : first + EVALUATION_BATCH]).sum())
         return right
 
 
-def talking(hops: Hops) -> float:
+def exchange_seconds(hops: Hops) -> float:
     """Seconds of all hops."""
     return sum(hop.seconds for hop in hops)
 
 
-def minus(after: Any, before: Any) -> Any:
+def subtract(after: Any, before: Any) -> Any:
     """What an exchange has cost between two reports."""
     return type(after)(*(a - b for a, b in zip(after, before, strict=True)))
 
@@ -196,7 +202,7 @@ def train(
     for each in epochs:
         on_epoch(each)
     while len(epochs) < training.settings.epochs:
-        found = training.epoch(len(epochs) + 1, on_step, keeper.asked if keeper else lambda: False)
+        found = training.epoch(len(epochs) + 1, on_step, keeper.should_stop if keeper else lambda: False)
         if found is not None:
             epochs.append(found)
             on_epoch(found)
@@ -210,11 +216,11 @@ def train(
 
 def account(training: Training) -> dict[str, Any]:
     """Memory of a rank and bytes of a mean step of the last epoch by hop: the most of any rank."""
-    steps = max(1, training.last.steps)
-    mine = [*training.states.memory, *(hop.wire_bytes / steps for hop in training.last.hops)]
+    steps = max(1, training.last_epoch.steps)
+    mine = [*training.states.memory, *(hop.wire_bytes / steps for hop in training.last_epoch.hops)]
     most = np.empty(len(mine))
     training.comm.Allreduce(np.array(mine, np.float64), most, MPI.MAX)
-    names = [*training.states.memory._fields, *training.last.hops._fields]
+    names = [*training.states.memory._fields, *training.last_epoch.hops._fields]
     found = dict(zip(names, map(int, most), strict=True))
     return {
         "parameters": training.network.parameters,

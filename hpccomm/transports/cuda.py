@@ -62,13 +62,13 @@ class Device(Protocol):
     def driver(self) -> str:
         """The driver and what is beside it, in words that change when they do."""
 
-    def where(self, address: int) -> int | None:
+    def find_device(self, address: int) -> int | None:
         """The number of the device whose memory begins there; ``None`` for no device's, or freed."""
 
-    def pinned(self, nbytes: int) -> Octets:
+    def allocate_pinned(self, nbytes: int) -> Octets:
         """Memory of the host that the device copies from and to by itself."""
 
-    def stream(self) -> int:
+    def create_stream(self) -> int:
         """A stream of one's own."""
 
     def to_host(self, out: Octets, address: int, stream: int) -> None:
@@ -80,7 +80,7 @@ class Device(Protocol):
     def synchronize(self, stream: int) -> None:
         """Wait for all that was begun on a stream."""
 
-    def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """A new array of the library that ``x`` belongs to, on the same device."""
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -126,7 +126,7 @@ class CupyDevice:
         """Whatever else is current by now."""
         return self._number
 
-    def _current(self) -> Any:
+    def _activate(self) -> Any:
         """A block in which the device is current."""
         return self._cupy.cuda.Device(self._number)
 
@@ -155,7 +155,7 @@ class CupyDevice:
         """Versions of the driver and of CuPy."""
         return f"CUDA driver {self._runtime.driverGetVersion()}, CuPy {self._cupy.__version__}"
 
-    def where(self, address: int) -> int | None:
+    def find_device(self, address: int) -> int | None:
         """As the driver says."""
         try:
             found = self._runtime.pointerGetAttributes(address)
@@ -163,13 +163,13 @@ class CupyDevice:
             return None
         return None if found.type in (UNREGISTERED, HOST) else int(found.device)
 
-    def pinned(self, nbytes: int) -> Octets:
+    def allocate_pinned(self, nbytes: int) -> Octets:
         """From CuPy's pool of pinned memory."""
         return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
-    def stream(self) -> int:
+    def create_stream(self) -> int:
         """One that does not wait for the default stream."""
-        with self._current():
+        with self._activate():
             made = self._cupy.cuda.Stream(non_blocking=True)
         self._streams[int(made.ptr)] = made
         return int(made.ptr)
@@ -188,7 +188,7 @@ class CupyDevice:
         """``cudaStreamSynchronize``."""
         self._runtime.streamSynchronize(stream)
 
-    def like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """CuPy's own, PyTorch's, and for all others CuPy's."""
         if type(x).__module__.partition(".")[0] == "torch":
             return x.new_empty(shape)
@@ -196,12 +196,12 @@ class CupyDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """CuPy's."""
-        with self._current():
+        with self._activate():
             return self._cupy.empty(shape, dtype)
 
     def allocate(self, nbytes: int) -> int:
         """``cudaMalloc``: memory of CuPy's pool begins somewhere inside what a handle names."""
-        with self._current():
+        with self._activate():
             return int(self._runtime.malloc(nbytes))
 
     def release(self, address: int) -> None:
@@ -214,7 +214,7 @@ class CupyDevice:
 
     def open(self, handle: bytes) -> int:
         """``cudaIpcOpenMemHandle``."""
-        with self._current():
+        with self._activate():
             return int(self._runtime.ipcOpenMemHandle(handle))
 
     def close(self, address: int) -> None:
@@ -231,32 +231,32 @@ class CupyDevice:
             return
         memory = self._cupy.cuda.UnownedMemory(address, n * dtype.itemsize, None)
         vector = self._cupy.ndarray((n,), dtype, self._cupy.cuda.MemoryPointer(memory, 0))
-        with self._current(), self._streams[stream]:
+        with self._activate(), self._streams[stream]:
             self._cupy.true_divide(vector, dtype.type(by), out=vector)
 
     def reduce(self, op: str, code: str, vectors: Sequence[int], out: int, n: int, stream: int) -> None:
         """By the kernels of ``reductions.cu``."""
         from hpccomm.kernels.cuda import kernels
 
-        with self._current(), self._streams[stream]:
+        with self._activate(), self._streams[stream]:
             kernels().reduce_at(op, code, vectors, out, n)
 
 
 @cache
 def device() -> Device:
     """The device of this process; raises :class:`~hpccomm.errors.TransportError` where there is none."""
-    trouble = missing()
+    trouble = unavailable_reason()
     if trouble:
         raise TransportError(trouble)
     return CupyDevice()
 
 
-def claimed(comm: Any, flag: str, instead: str) -> Device:
+def claim_device(comm: Any, flag: str, instead: str) -> Device:
     """A device for each rank: those of a node take its devices in turns (collective).
 
     Raises :class:`~hpccomm.errors.ArgumentError` on all ranks where one of them has none.
     """
-    everyone = comm.allgather(missing())
+    everyone = comm.allgather(unavailable_reason())
     without = [rank for rank, why in enumerate(everyone) if why]
     if without:
         raise ArgumentError(f"{flag} needs a device, rank {without[0]} has none: {everyone[without[0]]}; or {instead}")
@@ -266,7 +266,7 @@ def claimed(comm: Any, flag: str, instead: str) -> Device:
 
 
 @cache
-def missing() -> str:
+def unavailable_reason() -> str:
     """What is missing for arrays on a device, and what to do; nothing where nothing is."""
     try:
         import cupy
@@ -279,7 +279,7 @@ def missing() -> str:
     return "" if count else "no CUDA device: is it taken away by CUDA_VISIBLE_DEVICES?"
 
 
-class Piece(NamedTuple):
+class Extent(NamedTuple):
     """Bytes that are one piece on the device and in a chunk."""
 
     address: int
@@ -292,13 +292,13 @@ class Piece(NamedTuple):
 class Chunk(NamedTuple):
     """What goes through the host at once."""
 
-    reads: Sequence[Piece]
+    reads: Sequence[Extent]
     body: Callable[[Octets, Octets], Any]
     """``body(incoming, outgoing)``: a collective from the one into the other."""
-    writes: Sequence[Piece]
+    writes: Sequence[Extent]
 
 
-def size_of(pieces: Iterable[Piece]) -> int:
+def size_of(pieces: Iterable[Extent]) -> int:
     """Bytes of a chunk of these pieces."""
     return max((each.first + each.nbytes for each in pieces), default=0)
 
@@ -313,22 +313,22 @@ class Staging:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.down, self.up = device.stream(), device.stream()
+        self.down, self.up = device.create_stream(), device.create_stream()
         self._rooms: dict[str, list[Octets]] = {}
 
     def run(self, chunks: Sequence[Chunk], streams: Iterable[int] = ()) -> None:
         """Bring the chunks through the host; ``streams`` are those on which the arrays are written and read."""
         device = self.device
         wait(device, streams)
-        incoming = self.rooms("down", max((size_of(each.reads) for each in chunks), default=0))
-        outgoing = self.rooms("up", max((size_of(each.writes) for each in chunks), default=0))
+        incoming = self.bounce_buffers("down", max((size_of(each.reads) for each in chunks), default=0))
+        outgoing = self.bounce_buffers("up", max((size_of(each.writes) for each in chunks), default=0))
         try:
             for k, chunk in enumerate(chunks):
                 if k == 0:
-                    self.bring(chunk, incoming[0])
+                    self.start_read(chunk, incoming[0])
                 device.synchronize(self.down)
                 if k + 1 < len(chunks):
-                    self.bring(chunks[k + 1], incoming[(k + 1) % 2])
+                    self.start_read(chunks[k + 1], incoming[(k + 1) % 2])
                 chunk.body(incoming[k % 2][: size_of(chunk.reads)], outgoing[k % 2][: size_of(chunk.writes)])
                 device.synchronize(self.up)
                 for address, first, nbytes in chunk.writes:
@@ -340,24 +340,28 @@ class Staging:
     def fetch(self, address: int, out: Octets, streams: Iterable[int]) -> None:
         """Copy from the device to any memory of the host."""
         self.run(
-            [Chunk([Piece(address + lo, 0, hi - lo)], filler(out[lo:hi]), []) for lo, hi in cuts(out.size)], streams
+            [Chunk([Extent(address + lo, 0, hi - lo)], copy_to(out[lo:hi]), []) for lo, hi in chunk_ranges(out.size)],
+            streams,
         )
 
     def store(self, octets: Octets, address: int, streams: Iterable[int]) -> None:
         """Copy to the device from any memory of the host."""
-        chunks = [Chunk([], source(octets[lo:hi]), [Piece(address + lo, 0, hi - lo)]) for lo, hi in cuts(octets.size)]
+        chunks = [
+            Chunk([], copy_from(octets[lo:hi]), [Extent(address + lo, 0, hi - lo)])
+            for lo, hi in chunk_ranges(octets.size)
+        ]
         self.run(chunks, streams)
 
-    def bring(self, chunk: Chunk, room: Octets) -> None:
+    def start_read(self, chunk: Chunk, room: Octets) -> None:
         """Begin to copy a chunk to the host."""
         for address, first, nbytes in chunk.reads:
             self.device.to_host(room[first : first + nbytes], address, self.down)
 
-    def rooms(self, which: str, nbytes: int) -> list[Octets]:
+    def bounce_buffers(self, which: str, nbytes: int) -> list[Octets]:
         """Pinned memory for two chunks."""
         rooms = self._rooms.get(which)
         if rooms is None or rooms[0].size < nbytes:
-            rooms = self._rooms[which] = [self.device.pinned(max(nbytes, LEAST_CHUNK)) for _ in range(2)]
+            rooms = self._rooms[which] = [self.device.allocate_pinned(max(nbytes, LEAST_CHUNK)) for _ in range(2)]
         return rooms
 
 
@@ -367,17 +371,17 @@ def wait(device: Device, streams: Iterable[int]) -> None:
         device.synchronize(each)
 
 
-def cuts(nbytes: int) -> Iterable[tuple[int, int]]:
+def chunk_ranges(nbytes: int) -> Iterable[tuple[int, int]]:
     """[lo, hi) of the chunks of so many bytes."""
     step = chunk_bytes(nbytes)
     return ((lo, min(lo + step, nbytes)) for lo in range(0, nbytes, step))
 
 
-def filler(out: Octets) -> Callable[[Octets, Octets], None]:
+def copy_to(out: Octets) -> Callable[[Octets, Octets], None]:
     """The body of a chunk that ends on the host."""
     return lambda incoming, _: np.copyto(out, incoming)
 
 
-def source(octets: Octets) -> Callable[[Octets, Octets], None]:
+def copy_from(octets: Octets) -> Callable[[Octets, Octets], None]:
     """The body of a chunk that begins on the host."""
     return lambda _, outgoing: np.copyto(outgoing, octets)

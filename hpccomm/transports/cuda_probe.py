@@ -26,15 +26,15 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm.errors import LaunchError
-from hpccomm.launcher import fresh, launch_command
+from hpccomm.launcher import clean_environment, launch_command
 from hpccomm.transports import cuda
 
 PATIENCE = 60.0
 """Seconds that a child may take."""
 LAST_SECONDS = 5.0
 """That it then has to end."""
-CHILD, PAIR = "a child that tried", "two children that tried between them"
-UNDERSTOOD = "this MPI understands pointers of a device"
+SINGLE_PROBE, PAIR_PROBE = "a child that tried", "two children that tried between them"
+SUCCESS = "this MPI understands pointers of a device"
 LENGTHS = (3, 1 << 18)
 """Elements of four bytes: by the eager and by the rendezvous protocol."""
 SETTINGS = (
@@ -70,14 +70,14 @@ class Verdict(NamedTuple):
 def exercise(device: cuda.Device, comm: Any) -> str:
     """All calls that we make, on memory of the device; what is wrong with the first that goes wrong (collective)."""
     p = comm.size
-    stream = device.stream()
+    stream = device.create_stream()
     for n in LENGTHS:
         send, recv = device.allocate(4 * n * p), device.allocate(4 * n * p)
         for name, call in calls(comm, n).items():
             given = (np.arange(n * p, dtype=np.int32) + 7 * comm.rank) % 1009
             put(device, send, given, stream)
             put(device, recv, np.full(n * p, -1, np.int32), stream)
-            call(form(send, n * p), form(recv, n * p))
+            call(mpi_buffer(send, n * p), mpi_buffer(recv, n * p))
             found, want = np.empty_like(given), np.full_like(given, -1)
             device.to_host(found.view(np.uint8), recv, stream)
             device.synchronize(stream)
@@ -97,18 +97,18 @@ def calls(comm: Any, n: int) -> dict[str, Callable[[Any, Any], None]]:
         "Allreduce": comm.Allreduce,
         "Reduce": lambda a, b: comm.Reduce(a, b if comm.rank == 0 else None),
         "Bcast": lambda a, b: comm.Bcast(a if comm.rank == 0 else b),
-        "Allgather": lambda a, b: comm.Allgather(part(a, n), b),
+        "Allgather": lambda a, b: comm.Allgather(first_elements(a, n), b),
         "Alltoall": comm.Alltoall,
-        "Reduce_scatter_block": lambda a, b: comm.Reduce_scatter_block(a, part(b, n)),
+        "Reduce_scatter_block": lambda a, b: comm.Reduce_scatter_block(a, first_elements(b, n)),
     }
 
 
-def form(address: int, n: int) -> list[Any]:
+def mpi_buffer(address: int, n: int) -> list[Any]:
     """Memory as mpi4py takes it; a count would be that of one rank's part in some calls, of all in others."""
     return [MPI.memory.fromaddress(address, 4 * n), MPI.INT32_T]
 
 
-def part(buffer: Any, n: int) -> Any:
+def first_elements(buffer: Any, n: int) -> Any:
     """The first n elements."""
     return buffer[:n] if isinstance(buffer, np.ndarray) else [buffer[0][: 4 * n], buffer[1]]
 
@@ -122,7 +122,7 @@ def put(device: cuda.Device, address: int, values: Any, stream: int) -> None:
 def answer(device: cuda.Device) -> None:
     """Say what came out, of all children; no core file if this is the end."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    said = exercise(device, MPI.COMM_WORLD) or UNDERSTOOD
+    said = exercise(device, MPI.COMM_WORLD) or SUCCESS
     if MPI.COMM_WORLD.rank == 0:
         sys.stdout.write(said)
 
@@ -135,11 +135,13 @@ def program(number: int) -> list[str]:
     return ["-m", "hpccomm.transports.cuda_probe", str(number)]
 
 
-def asked(command: Sequence[str], environ: Mapping[str, str], patience: float = PATIENCE, who: str = CHILD) -> str:
+def run_probe(
+    command: Sequence[str], environ: Mapping[str, str], patience: float = PATIENCE, who: str = SINGLE_PROBE
+) -> str:
     """Nothing where a child, or what it launches, finds that MPI understands; why not, otherwise."""
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        child = subprocess.Popen(command, env=fresh(environ), text=True, **pipes)
+        child = subprocess.Popen(command, env=clean_environment(environ), text=True, **pipes)
     except OSError as error:
         return f"no child could try: {error}"
     with child:
@@ -149,7 +151,7 @@ def asked(command: Sequence[str], environ: Mapping[str, str], patience: float = 
             end(child)
             return f"{who} was still waiting after {patience:g} s"
     status = child.returncode
-    if out.strip().endswith(UNDERSTOOD) and status == 0:
+    if out.strip().endswith(SUCCESS) and status == 0:
         return ""
     number = -status if status < 0 else status - 128
     if number in set(signal.Signals):
@@ -169,29 +171,29 @@ def end(child: subprocess.Popen[str]) -> None:
         return
 
 
-def asked_of_two(program: Sequence[str], environ: Mapping[str, str], patience: float = PATIENCE) -> tuple[str, str]:
+def run_pair_probe(program: Sequence[str], environ: Mapping[str, str], patience: float = PATIENCE) -> tuple[str, str]:
     """What is wrong between two processes, and why they were not asked where they were not."""
     try:
         command, env = launch_command(2, program, environ=environ)
     except LaunchError as error:
         return "", str(error)
-    return asked(command, env, patience, PAIR), ""
+    return run_probe(command, env, patience, PAIR_PROBE), ""
 
 
-def ask_all(number: int) -> tuple[str, str]:
-    """Of one process, and if it lived of two: as :func:`asked_of_two`."""
-    alone = asked([sys.executable, *program(number)], os.environ)
-    return (alone, "") if alone else asked_of_two(program(number), os.environ)
+def run_probes(number: int) -> tuple[str, str]:
+    """Of one process, and if it lived of two: as :func:`run_pair_probe`."""
+    alone = run_probe([sys.executable, *program(number)], os.environ)
+    return (alone, "") if alone else run_pair_probe(program(number), os.environ)
 
 
 def verdict(number: int, driver: str, ask: Callable[[], tuple[str, str]] | None = None) -> Verdict:
     """The answer for a device of this process, from disk if nothing has changed since."""
-    file = kept_in(os.environ, MPI.Get_library_version(), driver, number)
+    file = cache_file(os.environ, MPI.Get_library_version(), driver, number)
     try:
         return Verdict(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         pass
-    trouble, alone = ask() if ask else ask_all(number)
+    trouble, alone = ask() if ask else run_probes(number)
     found = Verdict(trouble, time.strftime("%Y-%m-%d %H:%M", time.gmtime()), alone)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -203,10 +205,12 @@ def verdict(number: int, driver: str, ask: Callable[[], tuple[str, str]] | None 
     return found
 
 
-def kept_in(environ: Mapping[str, str], library: str, driver: str, number: int) -> Path:
+def cache_file(environ: Mapping[str, str], library: str, driver: str, number: int) -> Path:
     """The file for this library, driver, device and environment."""
     home = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    settings = sorted(f"{name}={value}" for name, value in fresh(environ).items() if name.startswith(SETTINGS))
+    settings = sorted(
+        f"{name}={value}" for name, value in clean_environment(environ).items() if name.startswith(SETTINGS)
+    )
     words = "\n".join(["between two", library, driver, str(number), os.uname().nodename, sys.executable, *settings])
     return home / "hpccomm" / f"device-pointers-{hashlib.blake2b(words.encode(), digest_size=8).hexdigest()}.json"
 

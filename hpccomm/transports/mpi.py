@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-PIECE = 1 << 30
+MAX_MESSAGE_BYTES = 1 << 30
 """Bytes of the longest single message."""
 
 Vector = npt.NDArray[Any]
-Stranger = Callable[[int, int, int], Exception]
+StrayMessageFactory = Callable[[int, int, int], Exception]
 """``stranger(rank, tag, expected)``: the error to raise when a rank's message belongs to another call."""
 
 
@@ -28,8 +28,8 @@ class MessageTransport:
     ``stranger`` makes the error for a message that belongs to another call.
     """
 
-    def __init__(self, comm: MPI.Intracomm, stranger: Stranger) -> None:
-        self.comm, self.stranger = comm, stranger
+    def __init__(self, comm: MPI.Intracomm, stranger: StrayMessageFactory) -> None:
+        self.comm, self.stray_message_error = comm, stranger
         self.rank, self.size = comm.rank, comm.size
         self.tags = int(comm.Get_attr(MPI.TAG_UB) or 32767)
 
@@ -49,8 +49,8 @@ class Messages:
         self, via: MessageTransport, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int
     ) -> None:
         self._via, self._source, self._tag = via, source, tag
-        incoming = [via.comm.Recv_init([piece, MPI.BYTE], source, MPI.ANY_TAG) for piece in pieces(recv)]
-        outgoing = [via.comm.Send_init([piece, MPI.BYTE], to, tag) for piece in pieces(send)]
+        incoming = [via.comm.Recv_init([piece, MPI.BYTE], source, MPI.ANY_TAG) for piece in chunks(recv)]
+        outgoing = [via.comm.Send_init([piece, MPI.BYTE], to, tag) for piece in chunks(send)]
         self._requests = [*incoming, *outgoing]
         self._status = MPI.Status()
         self.starts = [request.Start for request in self._requests]
@@ -66,9 +66,9 @@ class Messages:
             except MPI.Exception as failure:
                 if failure.Get_error_class() != MPI.ERR_TRUNCATE:
                     raise
-                raise self._via.stranger(self._source, status.tag, tag) from None
+                raise self._via.stray_message_error(self._source, status.tag, tag) from None
             if status.tag != tag:
-                raise self._via.stranger(self._source, status.tag, tag)
+                raise self._via.stray_message_error(self._source, status.tag, tag)
 
         return arrive
 
@@ -79,13 +79,13 @@ class Messages:
         self._requests = []
 
 
-def pieces(vector: Vector | None) -> Iterator[Any]:
+def chunks(vector: Vector | None) -> Iterator[Any]:
     """The vector's bytes, a message each."""
     if vector is None:
         return
     octets = np.ascontiguousarray(vector).view(np.uint8) if vector.size else vector[:0].view(np.uint8)
-    for first in range(0, octets.size, PIECE):
-        yield octets[first : first + PIECE]
+    for first in range(0, octets.size, MAX_MESSAGE_BYTES):
+        yield octets[first : first + MAX_MESSAGE_BYTES]
 
 
 def mpi_name() -> str:

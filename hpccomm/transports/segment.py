@@ -20,7 +20,7 @@ PAGE = mmap.PAGESIZE
 MADV_POPULATE_WRITE = 23  # Linux's mman.h
 
 
-class Segment:
+class SharedSegment:
     """``nbytes`` zeroed bytes that all ranks of ``node`` share (collective).
 
     An anonymous file of rank 0 that the others open, else a file in /dev/shm that loses its name at once: nothing stays
@@ -32,17 +32,17 @@ class Segment:
     def __init__(self, node: Any, nbytes: int) -> None:
         self.size = -(-max(1, nbytes) // PAGE) * PAGE
         free = free_bytes()
-        agree(node, self.size, f"{free:,} bytes are free" if self.size > free else "")
+        raise_together(node, self.size, f"{free:,} bytes are free" if self.size > free else "")
         self.file = open_together(node, self.size)
         self._forget = weakref.finalize(self, os.close, self.file)
         try:
-            self.buffer = mapped_together(node, self.file, self.size)
+            self.buffer = map_together(node, self.file, self.size)
         except TransportError:
             self._forget()
             raise
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
 
-    def touch(self) -> None:
+    def prefault(self) -> None:
         """Have all pages at hand: the first call that comes to one would wait for it (kernels before 5.14 cannot)."""
         with suppress(OSError):
             self.buffer.madvise(MADV_POPULATE_WRITE)
@@ -87,11 +87,11 @@ def free_in_group(root: str, path: str, limit: str, used: str, cached: str) -> i
 
 def open_together(node: Any, size: int) -> int:
     """One file of ``size`` bytes opened by all ranks."""
-    file = offered(node, size)
-    return named(node, size) if file < 0 else file
+    file = open_memfd(node, size)
+    return open_shm_file(node, size) if file < 0 else file
 
 
-def offered(node: Any, size: int) -> int:
+def open_memfd(node: Any, size: int) -> int:
     """An anonymous file of rank 0; -1 on all ranks where one of them cannot open it."""
     file, offer = -1, None
     if node.Get_rank() == 0:
@@ -101,7 +101,7 @@ def offered(node: Any, size: int) -> int:
             offer = (os.getpid(), file, os.fstat(file).st_ino)
     offer = node.bcast(offer)
     if offer and file < 0:
-        file = taken(*offer)
+        file = open_peer_file(*offer)
     if node.allreduce(int(file >= 0)) == node.Get_size():
         return file
     if file >= 0:
@@ -109,7 +109,7 @@ def offered(node: Any, size: int) -> int:
     return -1
 
 
-def taken(pid: int, file: int, inode: int) -> int:
+def open_peer_file(pid: int, file: int, inode: int) -> int:
     """Open another process's file; -1 where that is forbidden or it is not that process."""
     try:
         mine = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
@@ -121,7 +121,7 @@ def taken(pid: int, file: int, inode: int) -> int:
     return -1
 
 
-def named(node: Any, size: int) -> int:
+def open_shm_file(node: Any, size: int) -> int:
     """A file in /dev/shm whose name is gone when this returns."""
     file, path, trouble = -1, None, ""
     if node.Get_rank() == 0:
@@ -140,7 +140,7 @@ def named(node: Any, size: int) -> int:
     if path and node.Get_rank() == 0:
         os.unlink(path)
     try:
-        agree(node, size, trouble)
+        raise_together(node, size, trouble)
     except TransportError:
         if file >= 0:
             os.close(file)
@@ -148,7 +148,7 @@ def named(node: Any, size: int) -> int:
     return file
 
 
-def mapped_together(node: Any, file: int, size: int) -> mmap.mmap:
+def map_together(node: Any, file: int, size: int) -> mmap.mmap:
     """The file as memory; every rank takes its part of the pages."""
     p, r, pages, trouble = node.Get_size(), node.Get_rank(), size // PAGE, ""
     first, last = pages * r // p * PAGE, pages * (r + 1) // p * PAGE
@@ -158,11 +158,11 @@ def mapped_together(node: Any, file: int, size: int) -> mmap.mmap:
         memory = mmap.mmap(file, size)
     except (OSError, OverflowError, ValueError) as error:
         trouble = str(error)
-    agree(node, size, trouble)
+    raise_together(node, size, trouble)
     return memory
 
 
-def agree(node: Any, size: int, trouble: str) -> None:
+def raise_together(node: Any, size: int, trouble: str) -> None:
     """Raise on all ranks when one of them is in trouble."""
     found = [(rank, each) for rank, each in enumerate(node.allgather(trouble)) if each]
     if found:

@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.algorithms.checkpoints import flush_folder, leaves, mapped, save
-from hpccomm.algorithms.sharded.units import LossScale, Sharded, Unit, bounds
+from hpccomm.algorithms.checkpoints import flush_folder, leaves, map_leaves, save
+from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, Unit, bounds
 from hpccomm.algorithms.transforms import Vector
 from hpccomm.errors import ArgumentError
 
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def everywhere(comm: Any, what: str, action: Callable[[], Any]) -> Any:
+def run_collectively(comm: Any, what: str, action: Callable[[], Any]) -> Any:
     """What ``action`` returns on this rank; raises on all ranks if it raises on one (collective)."""
     found, problem = None, ""
     try:
@@ -41,20 +41,20 @@ def everywhere(comm: Any, what: str, action: Callable[[], Any]) -> Any:
     return found
 
 
-def save_shards(folder: Path, name: str, states: Sharded, **note: Any) -> None:
+def save_shards(folder: Path, name: str, states: ShardedModel, **note: Any) -> None:
     """Keep divided states, and ``note`` in JSON beside them, in a folder that all ranks see (collective).
 
     Call it between optimizer steps, not between micro-steps.  Raises on all ranks where one cannot write; then what was
     saved before is still whole.
     """
-    comm, writes = states.groups.everybody, states.groups.replication.rank == 0
+    comm, writes = states.groups.world, states.groups.replication.rank == 0
     taken = [name for name, count in states.counts.items() if count]
     what = f"save_shards {folder}"
     if taken:
         raise ArgumentError(f"{what}: unit {taken[0]!r} has seen gradients since the last step: save after boundary()")
-    before = everywhere(comm, what, lambda: files_of(folder, name) if comm.rank == 0 else [])
+    before = run_collectively(comm, what, lambda: files_of(folder, name) if comm.rank == 0 else [])
     part = file_of(folder, name, states.steps, states.place, states.ranks)
-    everywhere(comm, what, lambda: save(part, **contents(states)) if writes else None)
+    run_collectively(comm, what, lambda: save(part, **contents(states)) if writes else None)
     written = {
         "steps": states.steps,
         "ranks": states.ranks,
@@ -63,7 +63,7 @@ def save_shards(folder: Path, name: str, states: Sharded, **note: Any) -> None:
         "dtype": str(states.master.dtype),
         **note,
     }
-    everywhere(comm, what, lambda: write_note(folder / f"{name}.json", written) if comm.rank == 0 else None)
+    run_collectively(comm, what, lambda: write_note(folder / f"{name}.json", written) if comm.rank == 0 else None)
     if comm.rank == 0:
         for file in set(before) - set(files_of(folder, name)):
             file.unlink(missing_ok=True)
@@ -84,15 +84,15 @@ def file_of(folder: Path, name: str, steps: int, place: int, ranks: int) -> Path
     return folder / f"{name}.step{steps}.shard{place}of{ranks}.npz"
 
 
-def contents(states: Sharded) -> dict[str, Any]:
+def contents(states: ShardedModel) -> dict[str, Any]:
     """This rank's shards by name, a tuple of units each, and the numbers of the optimizer's state."""
-    found: dict[str, Any] = {"weights": by_unit(states, states.master)}
+    found: dict[str, Any] = {"weights": split_by_unit(states, states.master)}
     for path, leaf in leaves(states.state):
-        found[f"state:{path}"] = by_unit(states, leaf) if divided(path, leaf, states) else leaf
+        found[f"state:{path}"] = split_by_unit(states, leaf) if is_sharded(path, leaf, states) else leaf
     return found
 
 
-def divided(path: str, leaf: Any, states: Sharded) -> bool:
+def is_sharded(path: str, leaf: Any, states: ShardedModel) -> bool:
     """Whether a leaf of the optimizer's state has a number for each weight; raises for other arrays."""
     if not isinstance(leaf, np.ndarray) or leaf.ndim == 0:
         return False
@@ -101,9 +101,9 @@ def divided(path: str, leaf: Any, states: Sharded) -> bool:
     return True
 
 
-def by_unit(states: Sharded, vector: Vector) -> tuple[Vector, ...]:
+def split_by_unit(states: ShardedModel, vector: Vector) -> tuple[Vector, ...]:
     """A vector of all shards as one of each unit."""
-    return tuple(vector[unit.here] for unit in states.units.values())
+    return tuple(vector[unit.own_slice] for unit in states.units.values())
 
 
 def write_note(file: Path, note: dict[str, Any]) -> None:
@@ -129,21 +129,21 @@ def read_note(file: Path) -> dict[str, Any]:
     return dict(note)
 
 
-def load_shards(folder: Path, name: str, states: Sharded) -> dict[str, Any]:
+def load_shards(folder: Path, name: str, states: ShardedModel) -> dict[str, Any]:
     """Go on from :func:`save_shards`, with any number of ranks; returns the note (collective).
 
     Raises on all ranks for another model or optimizer and for files that are missing or cut short; then nothing has
     changed.
     """
     what = f"load_shards {folder}"
-    note, master, state = everywhere(states.groups.everybody, what, lambda: found(folder, name, states))
+    note, master, state = run_collectively(states.groups.world, what, lambda: read_states(folder, name, states))
     states.master[...], states.state = master, state
     states.steps, states.loss_scale = note["steps"], LossScale(*note["loss_scale"])
     states.refresh()
     return dict(note)
 
 
-def found(folder: Path, name: str, states: Sharded) -> tuple[dict[str, Any], Vector, Any]:
+def read_states(folder: Path, name: str, states: ShardedModel) -> tuple[dict[str, Any], Vector, Any]:
     """The note, and this rank's weights and optimizer state, put together from the files."""
     note = read_note(folder / f"{name}.json")
     sizes = {unit.name: unit.size for unit in states.units.values()}
@@ -158,30 +158,30 @@ def found(folder: Path, name: str, states: Sharded) -> tuple[dict[str, Any], Vec
             if place not in opened:
                 opened[place] = np.load(files[place], allow_pickle=False)
             return opened[place][key]
-        except UNREADABLE as error:
+        except READ_ERRORS as error:
             raise ArgumentError(
                 f"{files[place]} is no whole file of shards with {key} ({error}): load what the same optimizer saved, "
                 "from another folder if this one was cut short"
             ) from None
 
     def vector(key: str) -> Vector:
-        parts = [piece for unit in states.units.values() for piece in pieces(unit, note["ranks"], key, entry)]
+        parts = [piece for unit in states.units.values() for piece in read_blocks(unit, note["ranks"], key, entry)]
         return np.concatenate(parts) if parts else np.empty(0, states.master.dtype)
 
     def leaf(path: str, like: Any) -> Any:
-        if divided(path, like, states):
+        if is_sharded(path, like, states):
             return vector(f"state:{path}").astype(like.dtype, copy=False)
         value = entry(0, f"state:{path}")
         return value if isinstance(like, np.ndarray) else type(like)(value.item())
 
     try:
-        return note, vector("weights"), mapped(leaf, states.state)
+        return note, vector("weights"), map_leaves(leaf, states.state)
     finally:
         for each in opened.values():
             each.close()
 
 
-def pieces(unit: Unit, ranks: int, key: str, entry: Callable[[int, str], Any]) -> Iterator[Vector]:
+def read_blocks(unit: Unit, ranks: int, key: str, entry: Callable[[int, str], Any]) -> Iterator[Vector]:
     """What this rank holds of a unit, from the files of ``ranks`` ranks."""
     for place in range(ranks):
         lo, hi = bounds(unit.size, ranks, place)
@@ -190,24 +190,24 @@ def pieces(unit: Unit, ranks: int, key: str, entry: Callable[[int, str], Any]) -
             yield entry(place, f"{key}.{unit.number}")[first - lo : stop - lo]
 
 
-def export(path: str | os.PathLike[str], states: Sharded) -> None:
+def export(path: str | os.PathLike[str], states: ShardedModel) -> None:
     """The whole model's weights, ``"layer.tensor"`` each, for ``numpy.load`` (collective).
 
     Rank 0 writes, a unit at a time, and never holds more than one.  The file is there whole or not at all.
     """
     what = f"export {os.fspath(path)}"
     if states.groups.replication.rank == 0:
-        if states.groups.everybody.rank == 0:
-            everywhere(states.groups.everybody, what, lambda: written(Path(path), states))
+        if states.groups.world.rank == 0:
+            run_collectively(states.groups.world, what, lambda: write_export(Path(path), states))
             return
-        for _ in states.consolidated():
+        for _ in states.consolidate():
             pass
-    everywhere(states.groups.everybody, what, lambda: None)
+    run_collectively(states.groups.world, what, lambda: None)
 
 
-def written(target: Path, states: Sharded) -> None:
+def write_export(target: Path, states: ShardedModel) -> None:
     """Write the file on rank 0; what goes wrong is told when all units have been gathered."""
-    units = states.consolidated()
+    units = states.consolidate()
     handle, temporary = None, None
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

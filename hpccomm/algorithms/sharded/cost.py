@@ -59,7 +59,7 @@ class Job(NamedTuple):
     micro_steps: int
     forward_us: float
     """A layer's computing on the way forward, for a micro-step of one rank."""
-    recomputed: bool = True
+    recompute: bool = True
     """Forward once more on the way back."""
     word: int = 2
     """Bytes of a parameter, and of its gradient, on their way in the partition group."""
@@ -91,13 +91,13 @@ class Volume(NamedTuple):
         return sum(self)
 
 
-def sent(shape: Shape, micro_steps: int) -> Volume:
+def rank_volume(shape: Shape, micro_steps: int) -> Volume:
     """What a rank sends: 2s(p-1)/p, s(p-1)/p, 2(R-1)/(R p)."""
     share, copies = (shape.partition - 1) / shape.partition, shape.copies
     return Volume(2 * micro_steps * share, micro_steps * share, 2 * (copies - 1) / (copies * shape.partition))
 
 
-def through_link(shape: Shape, micro_steps: int, *, flat_reduce: bool = False) -> Volume:
+def link_volume(shape: Shape, micro_steps: int, *, flat_reduce: bool = False) -> Volume:
     """What passes a node's link in either direction.
 
     (p-k)/p a gather or reduction in two levels, (p-1)/p a flat one, nothing inside nodes; 2(R-1)/R · k/p.  With
@@ -114,18 +114,18 @@ def through_link(shape: Shape, micro_steps: int, *, flat_reduce: bool = False) -
 def gather_us(shape: Shape, nbytes: float, machine: Machine) -> float:
     """One unit's gather."""
     if shape.spans and shape.two_levels and shape.per_node > 1:
-        return price(hierarchical_gathers.allgather_on(homes(shape)), homes(shape), nbytes, machine).us
-    return in_group(RING["allgather"], shape, nbytes, machine)
+        return price(hierarchical_gathers.build_allgather(homes(shape)), homes(shape), nbytes, machine).us
+    return group_us(RING["allgather"], shape, nbytes, machine)
 
 
 def reduce_us(shape: Shape, nbytes: float, machine: Machine) -> float:
     """One unit's reduce-scatter."""
     if shape.spans and shape.two_levels and shape.per_node > 1:
-        return price(hierarchical_gathers.reduce_scatter_on(homes(shape)), homes(shape), nbytes, machine).us
-    return in_group(RING["reduce_scatter"], shape, nbytes, machine)
+        return price(hierarchical_gathers.build_reduce_scatter(homes(shape)), homes(shape), nbytes, machine).us
+    return group_us(RING["reduce_scatter"], shape, nbytes, machine)
 
 
-def in_group(algorithm: Algorithm, shape: Shape, nbytes: float, machine: Machine) -> float:
+def group_us(algorithm: Algorithm, shape: Shape, nbytes: float, machine: Machine) -> float:
     """One call of a partition group."""
     return price(algorithm, homes(shape), nbytes, machine).us if shape.partition > 1 else 0.0
 
@@ -149,7 +149,7 @@ def step_cost(job: Job, shape: Shape, machine: Machine) -> Cost:
     nbytes, s = job.parameters * job.word / job.layers, job.micro_steps
     gather, first = gather_us(shape, nbytes, machine), reduce_us(shape, nbytes, machine)
     second = second_us(shape, job.parameters * job.shard_word, machine)
-    back_us = job.forward_us * (3 if job.recomputed else 2)
+    back_us = job.forward_us * (3 if job.recompute else 2)
     micro = job.layers * (max(job.forward_us, gather) + max(back_us, gather + first))
     computing = s * job.layers * (job.forward_us + back_us)
     return Cost(s * micro + gather + second, computing, 2 * s * job.layers * gather, s * job.layers * first, second)
@@ -160,7 +160,7 @@ def weak_scaling(job: Job, before: Shape, after: Shape, machine: Machine) -> flo
     return step_cost(job, before, machine).step / step_cost(job, after, machine).step
 
 
-def congested(job: Job, before: Shape, after: Shape, machine: Machine, left: float) -> Machine:
+def fit_latency(job: Job, before: Shape, after: Shape, machine: Machine, left: float) -> Machine:
     """The machine whose latency between nodes leaves just ``left`` of the throughput (0 to 1 ms; by bisection)."""
     low, high = 0.0, 1e3
     for _ in range(16):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpccomm.algorithms.sharded.units import Groups, Optimizer, Sharded, Tensors
+from hpccomm.algorithms.sharded.units import Groups, Optimizer, ShardedModel, Tensors
 from hpccomm.algorithms.transforms import Vector
 from hpccomm.errors import ArgumentError
 
@@ -35,19 +35,20 @@ def mics(
     *,
     hierarchical: bool = True,
     **how: Any,
-) -> Sharded:
+) -> ShardedModel:
     """Model states divided over partition groups of ``partition_size`` ranks, a node's if not said (collective).
 
     ``comm`` knows its nodes, as an ``hpccomm.Communicator`` does.  ``hierarchical``: where a group spans nodes of
-    several ranks, gather and reduce in two levels.  What else :class:`~hpccomm.algorithms.sharded.units.Sharded` takes.
+    several ranks, gather and reduce in two levels.  What else :class:`~hpccomm.algorithms.sharded.units.ShardedModel`
+    takes.
     """
     nodes = comm.layout.nodes  # type: ignore[attr-defined]
-    size = per_node(comm.rank, nodes) if partition_size is None else partition_size
+    size = ranks_per_node(comm.rank, nodes) if partition_size is None else partition_size
     spans = check_placement(f"rank {comm.rank}", nodes, size)
     groups = partition_groups(comm, size)
     if 1 < spans < size and hierarchical:
         how.setdefault("algorithm", "hierarchical")
-    return Sharded(groups, units, optimizer, **how)
+    return ShardedModel(groups, units, optimizer, **how)
 
 
 def partition_groups(comm: MPI.Intracomm, size: int) -> Groups:
@@ -97,7 +98,7 @@ def remedy(home: Vector) -> str:
     return f"pass a divisor of the {each} ranks of a node, or a multiple of {each}"
 
 
-def per_node(rank: int, nodes: Vector) -> int:
+def ranks_per_node(rank: int, nodes: Vector) -> int:
     """Ranks of a node."""
     counts = np.unique(nodes, return_counts=True)[1]
     if len(set(counts.tolist())) > 1:

@@ -35,8 +35,8 @@ import numpy.typing as npt
 from hpccomm.algorithms.checkpoints import leaves
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, require
-from hpccomm.algorithms.trust_ratio import Layerwise, NormReduce, global_norm
-from hpccomm.arrays import movable, narrowed, wide
+from hpccomm.algorithms.trust_ratio import InPlaceTransform, NormReduce, global_norm
+from hpccomm.arrays import narrow, reduction_dtype, view_for_mpi
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError, MismatchError
 
@@ -47,14 +47,14 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 Optimizer = Transform | Callable[[Bucket, NormReduce | None], Transform]
 """A transform that treats every element alike, or what makes one of this rank's parts of all tensors and the reduction
 that completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
-SLOTS = 2
+UNIT_BUFFERS = 2
 """Gathered units at a time: one is computed with while the next one arrives."""
 
 
 class Groups(NamedTuple):
     """Who divides a copy of the model with this rank, and who holds the same part of it."""
 
-    everybody: Any
+    world: Any
     partition: Any
     replication: Any
 
@@ -65,18 +65,18 @@ class LossScale(NamedTuple):
     value: float = 1.0
     interval: int = 0
     """After so many steps without overflow it doubles; 0 keeps it for ever.  After one with overflow it halves."""
-    good: int = 0
+    good_steps: int = 0
     """Steps since it changed."""
 
-    def after(self, overflow: bool) -> LossScale:
+    def update(self, overflow: bool) -> LossScale:
         """What the next step takes."""
         if not self.interval:
             return self
         if overflow:
-            return self._replace(value=max(1.0, self.value / 2), good=0)
-        if self.good + 1 == self.interval:
-            return self._replace(value=min(2.0**24, self.value * 2), good=0)
-        return self._replace(good=self.good + 1)
+            return self._replace(value=max(1.0, self.value / 2), good_steps=0)
+        if self.good_steps + 1 == self.interval:
+            return self._replace(value=min(2.0**24, self.value * 2), good_steps=0)
+        return self._replace(good_steps=self.good_steps + 1)
 
 
 class Outcome(NamedTuple):
@@ -103,9 +103,9 @@ class Memory(NamedTuple):
 
     states: int
     """Weights, gradients, optimizer state."""
-    gathered: int
+    parameters: int
     """Room for whole units: those gathered, or at stages 1 and 2 the whole model."""
-    working: int
+    workspace: int
     """Room for a whole unit's gradient, and for shards on their way."""
 
 
@@ -114,10 +114,10 @@ class Unit:
 
     def __init__(self, name: str, number: int, bucket: Bucket, ranks: int, place: int, first: int) -> None:
         self.name, self.number, self.bucket = name, number, bucket
-        self.size, self.shard = bucket.size, -(-bucket.size // ranks)
-        self.padded = ranks * self.shard
+        self.size, self.shard_size = bucket.size, -(-bucket.size // ranks)
+        self.padded_size = ranks * self.shard_size
         self.lo, self.hi = bounds(self.size, ranks, place)
-        self.here = slice(first, first + self.hi - self.lo)
+        self.own_slice = slice(first, first + self.hi - self.lo)
         """Where this rank's part lies in its vectors."""
 
 
@@ -127,7 +127,7 @@ def bounds(size: int, ranks: int, place: int) -> tuple[int, int]:
     return min(place * shard, size), min((place + 1) * shard, size)
 
 
-class Slot:
+class UnitBuffer:
     """Room for a gathered unit."""
 
     def __init__(self, room: Vector) -> None:
@@ -141,11 +141,11 @@ class Gather:
     """Allgathers in the partition group, on a communicator of their own; ``algorithm`` as its communicator names it."""
 
     def __init__(self, partition: Any, algorithm: str) -> None:
-        self.comm, self.how = partition.Dup(), how(algorithm)
+        self.comm, self.kwargs = partition.Dup(), algorithm_kwargs(algorithm)
 
     def __call__(self, shard: Vector, whole: Vector) -> int:
         """Gather equal shards, in the order of ranks; returns bytes sent."""
-        self.comm.Allgather(movable(shard), movable(whole), **self.how)
+        self.comm.Allgather(view_for_mpi(shard), view_for_mpi(whole), **self.kwargs)
         return int((self.comm.size - 1) * shard.nbytes)
 
 
@@ -156,44 +156,48 @@ class Reduce:
     """
 
     def __init__(self, partition: Any, algorithm: str, longest: int, dtype: np.dtype[Any]) -> None:
-        self.partition, self.ranks, self.how = partition, partition.size, how(algorithm)
-        self.letters = dtype != wide(dtype) and not algorithm
+        self.partition, self.ranks, self.kwargs = partition, partition.size, algorithm_kwargs(algorithm)
+        self.uses_alltoall = dtype != reduction_dtype(dtype) and not algorithm
         whole = longest * self.ranks
-        self.arrived = np.empty(whole if self.letters else longest, dtype if self.letters else wide(dtype))
-        self.widened = np.empty(0 if self.letters or dtype == wide(dtype) else whole, wide(dtype))
-        self.nbytes = self.arrived.nbytes + self.widened.nbytes
+        self.receive_buffer = np.empty(
+            whole if self.uses_alltoall else longest, dtype if self.uses_alltoall else reduction_dtype(dtype)
+        )
+        self.wide_buffer = np.empty(
+            0 if self.uses_alltoall or dtype == reduction_dtype(dtype) else whole, reduction_dtype(dtype)
+        )
+        self.nbytes = self.receive_buffer.nbytes + self.wide_buffer.nbytes
 
     def __call__(self, room: Vector, total: Vector) -> int:
         """Add this rank's shard of the sum, without padding, to ``total``; returns bytes sent."""
         shard = room.size // self.ranks
-        if self.letters:
-            arrived = self.arrived[: room.size]
-            self.partition.Alltoall(movable(room), movable(arrived))
+        if self.uses_alltoall:
+            arrived = self.receive_buffer[: room.size]
+            self.partition.Alltoall(view_for_mpi(room), view_for_mpi(arrived))
             for each in arrived.reshape(self.ranks, shard):
                 total += each[: total.size]
             return int((self.ranks - 1) * shard * room.itemsize)
-        if self.widened.size:
-            wider = self.widened[: room.size]
+        if self.wide_buffer.size:
+            wider = self.wide_buffer[: room.size]
             wider[...] = room
             room = wider
-        arrived = self.arrived[:shard]
-        self.partition.Reduce_scatter_block(room, arrived, **self.how)
+        arrived = self.receive_buffer[:shard]
+        self.partition.Reduce_scatter_block(room, arrived, **self.kwargs)
         total += arrived[: total.size]
         return int((self.ranks - 1) * shard * room.itemsize)
 
 
-def how(algorithm: str) -> dict[str, str]:
+def algorithm_kwargs(algorithm: str) -> dict[str, str]:
     """What names an algorithm; MPI's own communicators know none."""
     return {"algorithm": algorithm} if algorithm else {}
 
 
-def registered(comm: Any, elements: int, dtype: np.dtype[Any]) -> Vector:
+def allocate_shared(comm: Any, elements: int, dtype: np.dtype[Any]) -> Vector:
     """Memory that the ranks of a node see, where the communicator has such (collective)."""
     made: Vector = getattr(comm, "empty", np.empty)(elements, dtype)
     return made
 
 
-class Sharded:
+class ShardedModel:
     """A model in training whose states are divided over the ranks (creating it is collective).
 
     ``units`` are the layers, ``{"layer0": {"w": array, "b": array}, …}`` or an iterable of such pairs, which is asked
@@ -235,15 +239,17 @@ class Sharded:
         self.groups, self.stage, self.max_norm = groups, stage, max_norm
         self.loss_scale = loss_scale or LossScale()
         self.ranks, self.place = groups.partition.size, groups.partition.rank
-        self.who = f"rank {groups.everybody.rank}"
+        self.who = f"rank {groups.world.rank}"
         self.units: dict[str, Unit] = {}
-        self.master, whole = self._taken(units)
+        self.master, whole = self._take_shards(units)
         self.dtype = self.master.dtype if dtype is None else np.dtype(dtype)
         check_dtypes(self.master.dtype, self.dtype)
-        self.total = np.zeros(self.master.size if stage > 1 else sum(u.size for u in self._all), self.master.dtype)
+        self.total = np.zeros(
+            self.master.size if stage > 1 else sum(u.size for u in self._unit_list), self.master.dtype
+        )
         """Gradients so far: this rank's shards, at stage 1 the whole units one after the other."""
-        bucket = Bucket(dict(self._parts()), self.master.dtype, exempt=list(self._exempt()))
-        norms = self._summed if self.ranks > 1 else None
+        bucket = Bucket(dict(self._shard_sizes()), self.master.dtype, exempt=list(self._exempt_names()))
+        norms = self._sum_over_partition if self.ranks > 1 else None
         self.optimizer = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, norms)
         self.state = self.optimizer.init(self.master)
         self.steps, self.hops = 0, Hops()
@@ -256,7 +262,7 @@ class Sharded:
     # What is where
 
     @property
-    def _all(self) -> Iterable[Unit]:
+    def _unit_list(self) -> Iterable[Unit]:
         return self.units.values()
 
     @property
@@ -264,7 +270,7 @@ class Sharded:
         """Whether gathering sends anything."""
         return self.stage == 3 and self.ranks > 1
 
-    def _taken(self, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]) -> tuple[Vector, list[Vector]]:
+    def _take_shards(self, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]) -> tuple[Vector, list[Vector]]:
         """This rank's part of the first weights, and at stages 1 and 2 all of them."""
         parts, whole, first = [], [], 0
         for name, tensors in units.items() if isinstance(units, Mapping) else units:
@@ -272,10 +278,10 @@ class Sharded:
             require(bool(tensors), f"{self.who}: unit {name!r} has no tensors: leave it out")
             unit = Unit(name, len(self.units), Bucket(tensors), self.ranks, self.place, first)
             vector = unit.bucket.flatten(tensors)
-            self.groups.everybody.Bcast(vector, 0)
+            self.groups.world.Bcast(vector, 0)
             parts.append(vector[unit.lo : unit.hi].copy())
             whole += [vector] if self.stage < 3 and self.ranks > 1 else []
-            self.units[name], first = unit, unit.here.stop
+            self.units[name], first = unit, unit.own_slice.stop
         require(bool(parts), f"{self.who}: a model has one unit or more: pass {{name: tensors}}")
         kinds = {part.dtype for part in parts}
         require(len(kinds) == 1, f"{self.who}: units of {', '.join(map(str, kinds))}: cast them to one dtype")
@@ -283,37 +289,41 @@ class Sharded:
 
     def _make_room(self, whole: list[Vector], overlap: bool, algorithm: str) -> None:
         """All memory that steps will need."""
-        longest, shard = (max(getattr(unit, what) for unit in self._all) for what in ("padded", "shard"))
+        longest, shard = (max(getattr(unit, what) for unit in self._unit_list) for what in ("padded_size", "shard_size"))
         self._collect = Gather(self.groups.partition, algorithm) if self._gathers else None
         kind = self.dtype if self.stage > 1 else self.master.dtype
         self._reduce = Reduce(self.groups.partition, algorithm, shard, kind) if self.ranks > 1 else None
-        self.slots = [Slot(np.empty(longest, self.dtype)) for _ in range(SLOTS)] if self._gathers else []
-        self.gradients = registered(self.groups.partition, longest, self.dtype)
+        self.buffers = [UnitBuffer(np.empty(longest, self.dtype)) for _ in range(UNIT_BUFFERS)] if self._gathers else []
+        self.gradients = allocate_shared(self.groups.partition, longest, self.dtype)
         """A whole unit's gradient."""
-        self.shard = registered(self._collect.comm, shard, self.dtype) if self._collect else np.zeros(shard, self.dtype)
+        self.shard = (
+            allocate_shared(self._collect.comm, shard, self.dtype) if self._collect else np.zeros(shard, self.dtype)
+        )
         """A shard on its way out."""
         if self._collect and self.dtype == self.master.dtype:
-            room = registered(self._collect.comm, sum(unit.shard for unit in self._all), self.dtype)
+            room = allocate_shared(self._collect.comm, sum(unit.shard_size for unit in self._unit_list), self.dtype)
             room[: self.master.size] = self.master
             self.master = room[: self.master.size]
-        self.whole: dict[str, Vector] = {}
+        self.parameters: dict[str, Vector] = {}
         """All parameters, where they are neither gathered nor the master's own."""
         if self.stage < 3 and self.ranks > 1:
-            self.whole = {u.name: narrowed(v, self.dtype).copy() for u, v in zip(self._all, whole, strict=True)}
+            self.parameters = {
+                u.name: narrow(v, self.dtype).copy() for u, v in zip(self._unit_list, whole, strict=True)
+            }
         elif self.ranks == 1 and self.dtype != self.master.dtype:
-            self.whole = {unit.name: narrowed(self.master[unit.here], self.dtype) for unit in self._all}
-        self.courier = ThreadPoolExecutor(1, "gather") if overlap and self._gathers and threads_may_talk() else None
+            self.parameters = {unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in self._unit_list}
+        self.prefetcher = ThreadPoolExecutor(1, "gather") if overlap and self._gathers and threads_may_talk() else None
 
-    def _parts(self) -> Iterator[tuple[str, tuple[int]]]:
+    def _shard_sizes(self) -> Iterator[tuple[str, tuple[int]]]:
         """All tensors by name, with as many elements as this rank holds of each."""
-        for unit in self._all:
+        for unit in self._unit_list:
             for slot in unit.bucket.table:
                 lo, hi = max(slot.offset, unit.lo), min(slot.offset + slot.length, unit.hi)
                 yield f"{unit.name}.{slot.name}", (max(0, hi - lo),)
 
-    def _exempt(self) -> Iterator[str]:
+    def _exempt_names(self) -> Iterator[str]:
         """Tensors that neither decay nor adapt."""
-        return (f"{unit.name}.{slot.name}" for unit in self._all for slot in unit.bucket.table if not slot.decay)
+        return (f"{unit.name}.{slot.name}" for unit in self._unit_list for slot in unit.bucket.table if not slot.decay)
 
     def _unit(self, name: str, verb: str) -> Unit:
         if name not in self.units:
@@ -324,7 +334,9 @@ class Sharded:
     def memory(self) -> Memory:
         """What lies on this rank."""
         state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray))
-        whole = sum(vector.nbytes for vector in self.whole.values()) + sum(slot.room.nbytes for slot in self.slots)
+        whole = sum(vector.nbytes for vector in self.parameters.values()) + sum(
+            slot.room.nbytes for slot in self.buffers
+        )
         working = self.gradients.nbytes + self.shard.nbytes + (self._reduce.nbytes if self._reduce else 0)
         return Memory(self.master.nbytes + self.total.nbytes + state, whole, working)
 
@@ -338,8 +350,8 @@ class Sharded:
         """
         unit, following = self._unit(name, "gather"), None if ahead is None else self._unit(ahead, "gather: ahead")
         if not self._gathers:
-            return views(unit, self.whole[name] if self.whole else self.master[unit.here])
-        slot = self._holding(unit) or self._begin(unit)
+            return views(unit, self.parameters[name] if self.parameters else self.master[unit.own_slice])
+        slot = self._find_buffer(unit) or self._begin(unit)
         arrival, slot.arrival = slot.arrival, None
         require(arrival is not None, f"{self.who}: gather: {name!r} is gathered: release it first")
         assert arrival is not None
@@ -351,8 +363,8 @@ class Sharded:
                 f"{self.who} gathers unit {name!r} as call {len(self.calls)} of this step: {error}; "
                 "gather the units in the same order on all ranks"
             ) from error
-        self._spent("gather", began, sent)
-        if following is not None and following is not unit and any(each.unit is None for each in self.slots):
+        self._record_cost("gather", began, sent)
+        if following is not None and following is not unit and any(each.unit is None for each in self.buffers):
             self._begin(following)
         return views(unit, slot.room)
 
@@ -361,24 +373,24 @@ class Sharded:
         unit = self._unit(name, "release")
         if not self._gathers:
             return
-        slot = self._holding(unit)
+        slot = self._find_buffer(unit)
         if slot is None or slot.arrival is not None:
             raise ArgumentError(f"{self.who}: release: {name!r} is not gathered: gather it first, release it once")
         slot.unit = None
 
-    def _holding(self, unit: Unit) -> Slot | None:
-        return next((slot for slot in self.slots if slot.unit is unit), None)
+    def _find_buffer(self, unit: Unit) -> UnitBuffer | None:
+        return next((slot for slot in self.buffers if slot.unit is unit), None)
 
-    def _begin(self, unit: Unit) -> Slot:
+    def _begin(self, unit: Unit) -> UnitBuffer:
         """Let a unit arrive in a free slot."""
-        slot = next((each for each in self.slots if each.unit is None), None)
+        slot = next((each for each in self.buffers if each.unit is None), None)
         if slot is None:
-            held = " and ".join(repr(each.unit.name) for each in self.slots if each.unit)
+            held = " and ".join(repr(each.unit.name) for each in self.buffers if each.unit)
             raise ArgumentError(f"{self.who}: gather: {held} are gathered, or on their way: release one first")
-        slot.unit, room = unit, slot.room[: unit.padded]
+        slot.unit, room = unit, slot.room[: unit.padded_size]
         self.calls.append(f"gather {unit.name}")
-        if self.courier:
-            slot.arrival = self.courier.submit(self._fetch, unit, room)
+        if self.prefetcher:
+            slot.arrival = self.prefetcher.submit(self._fetch, unit, room)
         else:
             slot.arrival = Future()
             slot.arrival.set_result(self._fetch(unit, room))
@@ -386,15 +398,15 @@ class Sharded:
 
     def _fetch(self, unit: Unit, room: Vector) -> int:
         """Gather a unit; one at a time, in the order of the calls."""
-        return self._collect(self._outgoing(unit), room) if unit.size and self._collect else 0
+        return self._collect(self._cast_shard(unit), room) if unit.size and self._collect else 0
 
-    def _outgoing(self, unit: Unit) -> Vector:
+    def _cast_shard(self, unit: Unit) -> Vector:
         """This rank's shard, as it travels."""
-        mine = self.master[unit.here]
-        if mine.size == unit.shard and mine.dtype == self.dtype:
+        mine = self.master[unit.own_slice]
+        if mine.size == unit.shard_size and mine.dtype == self.dtype:
             return mine
-        shard = self.shard[: unit.shard]
-        shard[: mine.size] = narrowed(mine, self.dtype)
+        shard = self.shard[: unit.shard_size]
+        shard[: mine.size] = narrow(mine, self.dtype)
         shard[mine.size :] = 0
         return shard
 
@@ -414,22 +426,22 @@ class Sharded:
         samples, times the loss scale.
         """
         unit = self._unit(name, "reduce_accumulate")
-        room = self.gradients[: unit.padded]
-        place(unit, gradient, room, self.who)
+        room = self.gradients[: unit.padded_size]
+        copy_gradient(unit, gradient, room, self.who)
         self.counts[name] += 1
         self.calls.append(f"reduce {name}")
         if self.stage == 1 or self.ranks == 1:
-            total = self.total[self._at(unit)]
+            total = self.total[self._unit_slice(unit)]
             total += room[: unit.size]
         elif unit.size:
-            self._first(unit, room, self.total[unit.here])
+            self._reduce_unit(unit, room, self.total[unit.own_slice])
 
-    def _at(self, unit: Unit) -> slice:
+    def _unit_slice(self, unit: Unit) -> slice:
         """Where a whole unit lies among whole units."""
-        first = sum(each.size for each in self._all if each.number < unit.number)
+        first = sum(each.size for each in self._unit_list if each.number < unit.number)
         return slice(first, first + unit.size)
 
-    def _first(self, unit: Unit, room: Vector, total: Vector) -> None:
+    def _reduce_unit(self, unit: Unit, room: Vector, total: Vector) -> None:
         """The first hop of a unit: its shard of the sum over the partition group is added to ``total``."""
         assert self._reduce is not None
         began = perf_counter()
@@ -437,7 +449,7 @@ class Sharded:
             sent = self._reduce(room, total)
         except MismatchError as error:
             raise MismatchError(f"{self.who} reduces unit {unit.name!r}: {error}") from error
-        self._spent("first", began, sent)
+        self._record_cost("first", began, sent)
 
     # The step
 
@@ -446,16 +458,16 @@ class Sharded:
 
         Every unit has seen the same number of gradients, on all ranks, and none is gathered.
         """
-        micro_steps = self._checked()
+        micro_steps = self._count_micro_steps()
         if self.stage == 1 and self.ranks > 1:
             self._divide()
-        part = self.part
+        part = self.gradient_shard
         if self.groups.replication.size > 1:
-            self._second(part)
-        part /= self.groups.everybody.size * micro_steps * self.loss_scale.value
-        norm = global_norm(part, self._summed)
+            self._allreduce_shards(part)
+        part /= self.groups.world.size * micro_steps * self.loss_scale.value
+        norm = global_norm(part, self._sum_over_partition)
         overflow = not math.isfinite(norm)
-        self.loss_scale = self.loss_scale.after(overflow)
+        self.loss_scale = self.loss_scale.update(overflow)
         if not overflow:
             if self.max_norm is not None and norm > self.max_norm:
                 part *= part.dtype.type(self.max_norm / norm)
@@ -466,9 +478,9 @@ class Sharded:
         self.calls.clear()
         return Outcome(norm, overflow, self.loss_scale.value)
 
-    def _checked(self) -> int:
+    def _count_micro_steps(self) -> int:
         """How many micro-steps there were; raises where ranks or units disagree, before anything is sent or changed."""
-        held = [slot.unit.name for slot in self.slots if slot.unit]
+        held = [slot.unit.name for slot in self.buffers if slot.unit]
         require(not held, f"{self.who}: boundary: {held} are gathered, or on their way: release them first")
         few, most = min(self.units, key=self.counts.__getitem__), max(self.units, key=self.counts.__getitem__)
         if self.counts[few] != self.counts[most] or not self.counts[few]:
@@ -477,10 +489,10 @@ class Sharded:
                 f"{self.counts[most]}: reduce_accumulate every unit in every micro-step"
             )
         if self.ranks > 1:
-            self._same_calls()
+            self._check_same_calls()
         return self.counts[few]
 
-    def _same_calls(self) -> None:
+    def _check_same_calls(self) -> None:
         """Raise on all ranks of the partition group unless they made the same calls in the same order."""
         partition = self.groups.partition
         mine = np.array([len(self.calls), zlib.crc32("\n".join(self.calls).encode())], np.int64)
@@ -499,29 +511,29 @@ class Sharded:
         )
 
     @property
-    def part(self) -> Vector:
+    def gradient_shard(self) -> Vector:
         """This rank's shards of the gradient."""
         return self.total if self.stage > 1 or self.ranks == 1 else self.total[: self.master.size]
 
     def _divide(self) -> None:
         """Stage 1: the first hop of all units, their shards to the front of ``total``, which each leaves room for."""
-        for unit in self._all:
-            room = np.zeros(unit.padded, self.total.dtype)
-            room[: unit.size] = self.total[self._at(unit)]
-            self.total[unit.here] = 0
+        for unit in self._unit_list:
+            room = np.zeros(unit.padded_size, self.total.dtype)
+            room[: unit.size] = self.total[self._unit_slice(unit)]
+            self.total[unit.own_slice] = 0
             if unit.size:
-                self._first(unit, room, self.total[unit.here])
+                self._reduce_unit(unit, room, self.total[unit.own_slice])
 
-    def _second(self, part: Vector) -> None:
+    def _allreduce_shards(self, part: Vector) -> None:
         """The second hop: one allreduce of all shards."""
         from mpi4py import MPI
 
         began = perf_counter()
         if part.size:
             self.groups.replication.Allreduce(MPI.IN_PLACE, part)
-        self._spent("second", began, allreduce_bytes(part.nbytes, self.groups.replication.size))
+        self._record_cost("second", began, allreduce_bytes(part.nbytes, self.groups.replication.size))
 
-    def _summed(self, table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def _sum_over_partition(self, table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The sum over the partition group in the order of its ranks: the same bits in every group."""
         if self.ranks == 1:
             return table
@@ -534,7 +546,7 @@ class Sharded:
 
     def _step(self, part: Vector) -> None:
         """The optimizer on the shards; at stages 1 and 2 all parameters are gathered afterwards."""
-        if isinstance(self.optimizer, Layerwise):
+        if isinstance(self.optimizer, InPlaceTransform):
             self.state = self.optimizer.apply(part, self.state, self.master)
         else:
             step, self.state = self.optimizer.update(part, self.state, self.master)
@@ -543,42 +555,42 @@ class Sharded:
 
     def refresh(self) -> None:
         """Gather all parameters anew where they are kept whole: after each step, and when others were loaded."""
-        for name, vector in self.whole.items():
+        for name, vector in self.parameters.items():
             unit = self.units[name]
             if self.ranks == 1 or not unit.size:
-                vector[...] = narrowed(self.master[unit.here], self.dtype)
+                vector[...] = narrow(self.master[unit.own_slice], self.dtype)
                 continue
-            began, room = perf_counter(), self.gradients[: unit.padded]
-            self.groups.partition.Allgather(movable(self._outgoing(unit)), movable(room))
+            began, room = perf_counter(), self.gradients[: unit.padded_size]
+            self.groups.partition.Allgather(view_for_mpi(self._cast_shard(unit)), view_for_mpi(room))
             vector[...] = room[: unit.size]
-            self._spent("gather", began, (self.ranks - 1) * unit.shard * self.dtype.itemsize)
+            self._record_cost("gather", began, (self.ranks - 1) * unit.shard_size * self.dtype.itemsize)
 
-    def _spent(self, hop: str, began: float, sent: int) -> None:
+    def _record_cost(self, hop: str, began: float, sent: int) -> None:
         cost = ExchangeReport(1, perf_counter() - began, sent)
-        self.hops = self.hops._replace(**{hop: getattr(self.hops, hop).plus(cost)})
+        self.hops = self.hops._replace(**{hop: getattr(self.hops, hop).add(cost)})
 
     # The model as a whole
 
-    def consolidated(self) -> Iterator[tuple[str, dict[str, npt.NDArray[Any]]]]:
+    def consolidate(self) -> Iterator[tuple[str, dict[str, npt.NDArray[Any]]]]:
         """Each unit's name and master weights by tensor, one unit after the other (collective in the partition group).
 
         New arrays on every rank; a loop that ends early must do so on all ranks.
         """
-        for unit in self._all:
-            yield unit.name, unit.bucket.views(self._assembled(unit))
+        for unit in self._unit_list:
+            yield unit.name, unit.bucket.views(self._assemble(unit))
 
-    def _assembled(self, unit: Unit) -> Vector:
-        mine = np.zeros(unit.shard, self.master.dtype)
-        mine[: unit.hi - unit.lo] = self.master[unit.here]
-        whole = np.empty(unit.padded, self.master.dtype)
+    def _assemble(self, unit: Unit) -> Vector:
+        mine = np.zeros(unit.shard_size, self.master.dtype)
+        mine[: unit.hi - unit.lo] = self.master[unit.own_slice]
+        whole = np.empty(unit.padded_size, self.master.dtype)
         if unit.size:
             self.groups.partition.Allgather(mine, whole)
         return whole[: unit.size]
 
     def close(self) -> None:
         """End the thread and give back the communicator that was made for gathering (collective)."""
-        if self.courier:
-            self.courier.shutdown()
+        if self.prefetcher:
+            self.prefetcher.shutdown()
         if self._collect:
             self._collect.comm.Free()
 
@@ -590,7 +602,7 @@ def views(unit: Unit, vector: Vector) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def place(unit: Unit, gradient: Tensors | Vector, room: Vector, who: str) -> None:
+def copy_gradient(unit: Unit, gradient: Tensors | Vector, room: Vector, who: str) -> None:
     """Put a unit's gradient into ``room``, zeros behind it; raises for what is not one."""
     if not isinstance(gradient, Mapping):
         if gradient.shape != (unit.size,) or gradient.dtype != room.dtype:
@@ -619,7 +631,7 @@ def check_dtypes(master: np.dtype[Any], travels: np.dtype[Any]) -> None:
     """Raise for weights or parameters that are no floats of the sizes known here."""
     require(master in (np.float32, np.float64), f"zero: the weights are {master}: pass float32, or float64")
     require(
-        travels == master or wide(travels) == np.float32,
+        travels == master or reduction_dtype(travels) == np.float32,
         f"zero: dtype is {travels}, the weights {master}: pass float32, float16 or bfloat16, or leave it out",
     )
 
@@ -639,7 +651,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Callable[[Bucket, NormReduce | None], Transform]:
-    """AdamW for :class:`Sharded`, in place: no memory beside its two moments."""
+    """AdamW for :class:`ShardedModel`, in place: no memory beside its two moments."""
     from hpccomm.algorithms.lamb import lamb
 
     return lambda bucket, reduce: lamb(bucket, lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, adapt=())
@@ -647,13 +659,13 @@ def adamw(
 
 def zero(
     comm: MPI.Intracomm, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]], optimizer: Optimizer, **how: Any
-) -> Sharded:
-    """ZeRO: model states divided over all ranks; ``stage=3`` and what else :class:`Sharded` takes (collective)."""
-    return Sharded(Groups(comm, comm, comm.Split(comm.rank, 0)), units, optimizer, **how)
+) -> ShardedModel:
+    """ZeRO: model states divided over all ranks; ``stage=3`` and what else :class:`ShardedModel` takes (collective)."""
+    return ShardedModel(Groups(comm, comm, comm.Split(comm.rank, 0)), units, optimizer, **how)
 
 
 def data_parallel(
     comm: MPI.Intracomm, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]], optimizer: Optimizer, **how: Any
-) -> Sharded:
+) -> ShardedModel:
     """Every rank holds everything; gradients are allreduced once in an optimizer step (collective)."""
-    return Sharded(Groups(comm, comm.Split(comm.rank, 0), comm), units, optimizer, **how)
+    return ShardedModel(Groups(comm, comm.Split(comm.rank, 0), comm), units, optimizer, **how)

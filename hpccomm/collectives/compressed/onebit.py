@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.arrays import lies_on_device
+from hpccomm.arrays import is_on_device
 from hpccomm.collectives.compressed.sparse import (
     BAD_STATE,
-    FINE,
     NOT_FINITE,
     NOT_FLAT,
-    Wire,
-    agree,
-    gathered,
+    OK,
+    CountingComm,
+    allgatherv,
+    check_arguments,
 )
 from hpccomm.collectives.engine import even_cuts
 from hpccomm.kernels.compression_reference import Octets, Vector
@@ -57,12 +57,12 @@ def onebit_allgather(comm: Any, bits: Octets, plus: float, minus: float, n: int)
     Raises :class:`~hpccomm.errors.ArgumentError` on every rank, before data moves, where a rank's ``bits`` are not
     such, ``plus`` or ``minus`` is not finite, or ``n`` differs.
     """
-    wire = Wire(comm)
+    wire = CountingComm(comm)
     scales = np.array([plus, minus], np.float32)
-    problem = FINE if np.isfinite(scales).all() else NOT_FINITE
+    problem = OK if np.isfinite(scales).all() else NOT_FINITE
     if not isinstance(bits, np.ndarray) or bits.dtype != np.uint8 or bits.shape != (-(-n // 8),):
         problem = NOT_FLAT
-    agree(wire, "onebit_allgather", problem, 0, n=n)
+    check_arguments(wire, "onebit_allgather", problem, 0, n=n)
     letters = wire.gather(np.concatenate([scales.view(np.uint8), bits]))
     total: Vector = np.empty(n, np.float32)
     meanings = [each[:8].copy().view(np.float32) for each in letters]
@@ -87,26 +87,26 @@ def onebit_allreduce(comm: Any, x: Vector, worker_error: Vector, server_error: V
     Raises :class:`~hpccomm.errors.ArgumentError` on every rank, before data moves and the errors untouched, where an
     array is not such, holds a NaN or an infinity or sums that exceed float32, or n differs.
     """
-    wire = Wire(comm)
-    problem, scale = looked_at(x, worker_error, server_error, wire)
-    agree(wire, "onebit_allreduce", problem, 0, n=np.size(x))
+    wire = CountingComm(comm)
+    problem, scale = check_inputs(x, worker_error, server_error, wire)
+    check_arguments(wire, "onebit_allreduce", problem, 0, n=np.size(x))
     cuts = even_cuts(x.size, wire.size)
     parts = [slice(int(lo), int(hi)) for lo, hi in pairwise(cuts)]
-    letters = [signs_kept(worker_error[part], x[part], scale) for part in parts]
+    letters = [encode_signs(worker_error[part], x[part], scale) for part in parts]
     mine = np.empty_like(server_error)
-    kernels(mine).add_signs([read(each) for each in wire.deal(letters)], mine, fresh=True)
+    kernels(mine).add_signs([decode_signs(each) for each in wire.alltoall(letters)], mine, fresh=True)
     mine /= np.float32(wire.size)
-    answer = signs_kept(server_error, mine, mean_magnitude(server_error, mine))
+    answer = encode_signs(server_error, mine, mean_magnitude(server_error, mine))
     lengths = np.array([letter.size for letter in letters], np.int64)
     mean = np.empty_like(x)
-    for part, letter in zip(parts, gathered(wire, answer, lengths), strict=True):
-        kernels(mean).add_signs([read(letter)], mean[part], fresh=True)
+    for part, letter in zip(parts, allgatherv(wire, answer, lengths), strict=True):
+        kernels(mean).add_signs([decode_signs(letter)], mean[part], fresh=True)
     return OneBitMean(mean, scale, wire.bytes_sent)
 
 
-def looked_at(x: Any, worker_error: Any, server_error: Any, wire: Wire) -> tuple[int, float]:
+def check_inputs(x: Any, worker_error: Any, server_error: Any, wire: CountingComm) -> tuple[int, float]:
     """Which problem the arrays have, and the scale of the first phase."""
-    kind = type(x) if lies_on_device(x) else np.ndarray
+    kind = type(x) if is_on_device(x) else np.ndarray
     for array in (x, worker_error, server_error):
         if not isinstance(array, kind) or array.dtype != np.float32 or array.ndim != 1:
             return NOT_FLAT, 0.0
@@ -123,7 +123,7 @@ def looked_at(x: Any, worker_error: Any, server_error: Any, wire: Wire) -> tuple
     if not all(fit) or not kernels(x).all_finite(server_error):
         return BAD_STATE, scale
     if math.isfinite(scale):  # so is every element of both
-        return FINE, scale
+        return OK, scale
     return (NOT_FINITE if kernels(x).all_finite(worker_error) else BAD_STATE), scale
 
 
@@ -134,7 +134,7 @@ def mean_magnitude(error: Vector, x: Vector) -> float:
     return float(np.float32(kernels(x).sum_magnitudes(error, x) / x.size))
 
 
-def signs_kept(error: Vector, x: Vector, scale: float) -> Octets:
+def encode_signs(error: Vector, x: Vector, scale: float) -> Octets:
     """The scale and the signs of error + x; the error becomes what they do not say."""
     letter = np.empty(4 + -(-x.size // 8), np.uint8)
     letter[:4] = np.array([scale], np.float32).view(np.uint8)
@@ -142,7 +142,7 @@ def signs_kept(error: Vector, x: Vector, scale: float) -> Octets:
     return letter
 
 
-def read(letter: Octets) -> tuple[Octets, float, float]:
+def decode_signs(letter: Octets) -> tuple[Octets, float, float]:
     """Bits and what they stand for."""
     scale = float(letter[:4].copy().view(np.float32)[0])
     return letter[4:], scale, -scale

@@ -37,9 +37,9 @@ from hpccomm.kernels.compression_reference import Indices, Octets, Vector
 from hpccomm.kernels.dispatch import compression as kernels
 from hpccomm.layout import ETHERNET, Link
 
-Whole = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int64]
 
-LONGEST = (1 << 31) - 1
+MAX_GATHER_BYTES = (1 << 31) - 1
 """Bytes that one call of MPI 3 gathers."""
 
 DENSE_FROM = 4
@@ -48,7 +48,7 @@ DENSE_FROM = 4
 TAG = 23463
 """Of all messages from one rank to another, on the communicator itself: do not receive ``ANY_TAG`` meanwhile."""
 
-FINE, NOT_FLAT, NOT_ASCENDING, NOT_FINITE, NO_K, UNKNOWN, BAD_PLAN, BAD_STATE = range(8)
+OK, NOT_FLAT, NOT_ASCENDING, NOT_FINITE, NO_K, UNKNOWN, BAD_PLAN, BAD_STATE = range(8)
 PROBLEMS = (
     "",
     "arrays of another dtype, shape or length: pass flat contiguous arrays as documented",
@@ -61,7 +61,7 @@ PROBLEMS = (
 )
 
 
-class Plan(NamedTuple):
+class SparsePlan(NamedTuple):
     """What Ok-Topk found out and may use again: where the ranks' parts begin and end, and from which size it keeps."""
 
     cuts: tuple[int, ...]
@@ -73,18 +73,18 @@ class SparseSum(NamedTuple):
 
     total: Vector
     """Float32 of shape (n,), the same bits on all ranks."""
-    returned: tuple[Indices, Vector]
+    remainder: tuple[Indices, Vector]
     """What was brought here and is not in ``total``: add it to the residual.  Over all ranks ``total`` and the
     returned are all that was brought.  Empty after an exact algorithm."""
     path: str
     """The algorithm that ran."""
     bytes_sent: int
     """By this rank."""
-    plan: Plan | None = None
+    plan: SparsePlan | None = None
     """Of Ok-Topk, for the next call."""
 
 
-class Wire:
+class CountingComm:
     """A communicator that counts the bytes that this rank sends."""
 
     def __init__(self, comm: Any) -> None:
@@ -92,7 +92,7 @@ class Wire:
 
     def gather(self, message: Octets) -> list[Octets]:
         """The messages of all ranks, in rank order."""
-        found, nbytes = messages_of(self.comm).gather(message)
+        found, nbytes = message_gather_of(self.comm).gather(message)
         self.bytes_sent += nbytes
         return found
 
@@ -129,14 +129,14 @@ class Wire:
         self.comm.Recv(message, source, TAG)
         return message
 
-    def swap(self, message: Octets, to: int, source: int) -> Octets:
+    def sendrecv(self, message: Octets, to: int, source: int) -> Octets:
         """Send one message, receive another."""
         request = self.post(message, to)
         received = self.fetch(source)
         request.Wait()
         return received
 
-    def deal(self, messages: list[Octets]) -> list[Octets]:
+    def alltoall(self, messages: list[Octets]) -> list[Octets]:
         """Message j goes to rank j; returns what came from each rank, in rank order."""
         turns = range(1, self.size)
         ahead = [(self.rank + turn) % self.size for turn in turns]
@@ -150,7 +150,7 @@ class Wire:
         return received
 
 
-def agree(wire: Wire, who: str, problem: int, own: int, **alike: int) -> Whole:
+def check_arguments(wire: CountingComm, who: str, problem: int, own: int, **alike: int) -> Ints:
     """``own`` of all ranks; raises on all where one has a problem or brings other arguments than rank 0."""
     mine = np.array([problem, own, *alike.values()], np.int64)
     table = np.empty(wire.size * mine.size, np.int64)
@@ -196,7 +196,7 @@ class MessageGather:
     def gather(self, message: Octets) -> tuple[list[Octets], int]:
         """The messages of all ranks in rank order, and the bytes that this rank sent (collective)."""
         fits = isinstance(message, np.ndarray) and message.dtype == np.uint8 and message.ndim == 1
-        mine, everyone = self.arrays or self.made()
+        mine, everyone = self.arrays or self.allocate()
         mine[:UNIT].view(np.int64)[0] = message.size if fits else -1
         first = message[: self.room] if fits else mine[:0]
         mine[UNIT : UNIT + first.size] = first
@@ -214,19 +214,19 @@ class MessageGather:
             found = [block[rank, :length] for rank, length in enumerate(lengths.tolist())]
         else:
             firsts = [row[UNIT : UNIT + min(room, length)].copy() for row, length in zip(rows, lengths, strict=True)]
-            rest = rests(self.comm, np.ascontiguousarray(message[room:]), np.maximum(lengths - room, 0))
+            rest = gather_rest(self.comm, np.ascontiguousarray(message[room:]), np.maximum(lengths - room, 0))
             found = [np.concatenate(each) for each in zip(firsts, rest, strict=True)] if room else rest
             nbytes += (self.comm.size - 1) * max(0, message.size - room)
-        self.make_room(room_after(longest, room))
+        self.set_room(room_after(longest, room))
         return found, nbytes
 
-    def made(self) -> tuple[Octets, Octets]:
+    def allocate(self) -> tuple[Octets, Octets]:
         """Arrays for the room that there is."""
         size = UNIT + self.room
         self.arrays = np.zeros(size, np.uint8), np.empty(self.comm.size * size, np.uint8)
         return self.arrays
 
-    def make_room(self, room: int) -> None:
+    def set_room(self, room: int) -> None:
         """This many bytes of a message travel in the next first call: the same on all ranks."""
         if room != self.room:
             self.room, self.arrays = room, None
@@ -254,36 +254,36 @@ def gather_messages(comm: Any, message: Octets) -> list[Octets]:
     Raises :class:`~hpccomm.errors.ArgumentError` on every rank, before a message moves, where a rank's is not flat
     uint8.
     """
-    return messages_of(comm).gather(message)[0]
+    return message_gather_of(comm).gather(message)[0]
 
 
-def messages_of(comm: Any) -> MessageGather:
+def message_gather_of(comm: Any) -> MessageGather:
     """What a communicator gathers messages with."""
     kept = getattr(comm, "message_gather", None)
     return kept if isinstance(kept, MessageGather) else MessageGather(comm)
 
 
-def rests(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Octets]:
+def gather_rest(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Octets]:
     """Messages of known lengths."""
-    whole = int(lengths.sum()) <= LONGEST
-    return (gathered if whole else gathered_in_pieces)(comm, message, lengths)
+    whole = int(lengths.sum()) <= MAX_GATHER_BYTES
+    return (allgatherv if whole else allgatherv_chunked)(comm, message, lengths)
 
 
-def gathered(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Octets]:
+def allgatherv(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Octets]:
     """Messages of known lengths in one call."""
     room, counts = np.empty(int(lengths.sum()), np.uint8), lengths.tolist()
     comm.Allgatherv(message, [room, counts])
     return [room[lo:hi] for lo, hi in pairwise(accumulate(counts, initial=0))]
 
 
-def gathered_in_pieces(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Octets]:
+def allgatherv_chunked(comm: Any, message: Octets, lengths: npt.NDArray[np.int64]) -> list[Octets]:
     """Messages of known lengths in as many calls as their sum needs."""
-    piece = max(1, LONGEST // comm.size)
+    piece = max(1, MAX_GATHER_BYTES // comm.size)
     found: list[list[Octets]] = [[] for _ in range(comm.size)]
     for start in range(0, int(lengths.max()), piece):
         now = np.clip(lengths - start, 0, piece)
         mine = np.ascontiguousarray(message[start : start + piece])
-        for parts, part in zip(found, gathered(comm, mine, now), strict=True):
+        for parts, part in zip(found, allgatherv(comm, mine, now), strict=True):
             parts.append(part)
     return [np.concatenate(parts) for parts in found]
 
@@ -300,8 +300,8 @@ def sparse_allgather(comm: Any, indices: Indices, values: Vector, n: int) -> lis
     Raises :class:`~hpccomm.errors.ArgumentError` on every rank, before data moves, where a rank's arrays are not such
     or ``n`` differs.
     """
-    wire = Wire(comm)
-    agree(wire, "sparse_allgather", trouble(indices, values, n, finite=False), 0, n=n)
+    wire = CountingComm(comm)
+    check_arguments(wire, "sparse_allgather", find_vector_problem(indices, values, n, finite=False), 0, n=n)
     return [pairs_in(each) for each in wire.gather(octets_of(indices, values))]
 
 
@@ -313,7 +313,7 @@ def sparse_allreduce(
     *,
     k: int | None = None,
     algorithm: str = "auto",
-    plan: Plan | None = None,
+    plan: SparsePlan | None = None,
 ) -> SparseSum:
     """The sum of the sparse vectors of all ranks, dense, on every rank with the same bits (collective).
 
@@ -335,11 +335,13 @@ def sparse_allreduce(
     -0.0 becomes 0.0.  Raises :class:`~hpccomm.errors.ArgumentError` on every rank, before data moves, where a rank's
     arrays are not such, hold a NaN or an infinity, or ``n``, ``k``, ``algorithm`` or ``plan`` differ.
     """
-    wire = Wire(comm)
-    counts = agree(
+    wire = CountingComm(comm)
+    counts = check_arguments(
         wire,
         "sparse_allreduce",
-        trouble(indices, values, n) or asked_wrongly(algorithm, k) or misplanned(plan, n, wire.size),
+        find_vector_problem(indices, values, n)
+        or find_argument_problem(algorithm, k)
+        or find_plan_problem(plan, n, wire.size),
         np.size(indices),
         n=n,
         k=k or 0,
@@ -349,18 +351,18 @@ def sparse_allreduce(
     path = (
         algorithm
         if algorithm != "auto"
-        else cheapest(n, int(counts.max()), k, wire.size, getattr(comm, "link", ETHERNET))
+        else select_algorithm(n, int(counts.max()), k, wire.size, getattr(comm, "link", ETHERNET))
     )
     values = values + np.float32(0)
-    if path in LOSSY:
+    if path in LOSSY_ALGORITHMS:
         assert k is not None
-        total, returned, found = LOSSY[path](wire, indices, values, n, k, plan)
+        total, returned, found = LOSSY_ALGORITHMS[path](wire, indices, values, n, k, plan)
         return SparseSum(total, returned, path, wire.bytes_sent, found)
-    total = EXACT[path](wire, indices, values, n)
+    total = EXACT_ALGORITHMS[path](wire, indices, values, n)
     return SparseSum(total, (indices[:0], values[:0]), path, wire.bytes_sent)
 
 
-def hierarchical(comm: Any, vector: Vector, between: Callable[[Any, Vector], Vector]) -> Vector:
+def hierarchical_allreduce(comm: Any, vector: Vector, between: Callable[[Any, Vector], Vector]) -> Vector:
     """Dense in the node, compressed between nodes: one result for all ranks (collective).
 
     The ranks of a node sum ``vector`` (float32 of shape (n,)); the first rank of each node calls ``between(leaders,
@@ -386,7 +388,7 @@ def hierarchical(comm: Any, vector: Vector, between: Callable[[Any, Vector], Vec
     return total
 
 
-def trouble(indices: Any, values: Any, n: int, finite: bool = True) -> int:
+def find_vector_problem(indices: Any, values: Any, n: int, finite: bool = True) -> int:
     """Which problem a sparse vector has."""
     for array, dtype in ((indices, np.uint32), (values, np.float32)):
         if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
@@ -395,20 +397,20 @@ def trouble(indices: Any, values: Any, n: int, finite: bool = True) -> int:
         return NOT_FLAT
     if not kernels().ascending(indices, n):
         return NOT_ASCENDING
-    return NOT_FINITE if finite and not kernels().all_finite(values) else FINE
+    return NOT_FINITE if finite and not kernels().all_finite(values) else OK
 
 
-def asked_wrongly(algorithm: str, k: int | None) -> int:
+def find_argument_problem(algorithm: str, k: int | None) -> int:
     """Which problem the other arguments have."""
-    if algorithm not in (*EXACT, *LOSSY, "auto"):
+    if algorithm not in (*EXACT_ALGORITHMS, *LOSSY_ALGORITHMS, "auto"):
         return UNKNOWN
-    return NO_K if (algorithm in LOSSY and k is None) or (k is not None and k < 1) else FINE
+    return NO_K if (algorithm in LOSSY_ALGORITHMS and k is None) or (k is not None and k < 1) else OK
 
 
-def misplanned(plan: Plan | None, n: int, p: int) -> int:
+def find_plan_problem(plan: SparsePlan | None, n: int, p: int) -> int:
     """Which problem a plan has."""
     fits = plan is None or (len(plan.cuts) == p + 1 and list(plan.cuts) == sorted(plan.cuts) and plan.cuts[-1] == n)
-    return FINE if fits and (plan is None or plan.cuts[0] == 0) else BAD_PLAN
+    return OK if fits and (plan is None or plan.cuts[0] == 0) else BAD_PLAN
 
 
 def octets_of(indices: Indices, values: Vector) -> Octets:
@@ -422,7 +424,7 @@ def pairs_in(octets: Octets) -> tuple[Indices, Vector]:
     return octets[:half].view(np.uint32), octets[half:].view(np.float32)
 
 
-def packed(indices: Indices, values: Vector, n: int) -> Octets:
+def pack_vector(indices: Indices, values: Vector, n: int) -> Octets:
     """A vector of n elements, sparse while that is well below the 4n bytes by which a dense one is known."""
     if indices.size * DENSE_FROM < n:
         return octets_of(indices, values)
@@ -431,15 +433,15 @@ def packed(indices: Indices, values: Vector, n: int) -> Octets:
     return dense.view(np.uint8)
 
 
-def add_packed(octets: Octets, out: Vector) -> None:
-    """Add a vector as :func:`packed` wrote it."""
+def add_vector(octets: Octets, out: Vector) -> None:
+    """Add a vector as :func:`pack_vector` wrote it."""
     if octets.size == out.nbytes:
         out += octets.view(np.float32)
     else:
         kernels().scatter_add([pairs_in(octets)], out)
 
 
-def merged(a: tuple[Indices, Vector], b: tuple[Indices, Vector]) -> tuple[Indices, Vector]:
+def merge_sparse(a: tuple[Indices, Vector], b: tuple[Indices, Vector]) -> tuple[Indices, Vector]:
     """The sum of two sparse vectors."""
     indices, places = np.unique(np.concatenate([a[0], b[0]]), return_inverse=True)
     values = np.zeros(indices.size, np.float32)
@@ -451,14 +453,14 @@ def merged(a: tuple[Indices, Vector], b: tuple[Indices, Vector]) -> tuple[Indice
 # Exact sums
 
 
-def by_allgather(wire: Wire, indices: Indices, values: Vector, n: int) -> Vector:
+def sum_by_allgather(wire: CountingComm, indices: Indices, values: Vector, n: int) -> Vector:
     """Everything to everyone."""
     total = np.zeros(n, np.float32)
     kernels().scatter_add([pairs_in(each) for each in wire.gather(octets_of(indices, values))], total)
     return total
 
 
-def by_allreduce(wire: Wire, indices: Indices, values: Vector, n: int) -> Vector:
+def sum_by_allreduce(wire: CountingComm, indices: Indices, values: Vector, n: int) -> Vector:
     """All elements."""
     mine, total = np.zeros(n, np.float32), np.zeros(n, np.float32)
     mine[indices] = values
@@ -466,50 +468,50 @@ def by_allreduce(wire: Wire, indices: Indices, values: Vector, n: int) -> Vector
     return total
 
 
-def by_doubling(wire: Wire, indices: Indices, values: Vector, n: int) -> Vector:
+def sum_by_doubling(wire: CountingComm, indices: Indices, values: Vector, n: int) -> Vector:
     """Sums of two ranks, of four, …; ranks beyond the last power of two give theirs to one below and get the result."""
     rank, inner = wire.rank, 1 << (wire.size.bit_length() - 1)
-    piece = packed(indices, values, n)
+    piece = pack_vector(indices, values, n)
     if rank >= inner:
-        piece = wire.swap(piece, rank - inner, rank - inner)
+        piece = wire.sendrecv(piece, rank - inner, rank - inner)
     else:
         if rank + inner < wire.size:
             piece = sum_of(piece, wire.fetch(rank + inner), n)
         distance = 1
         while distance < inner:
-            theirs = wire.swap(piece, rank ^ distance, rank ^ distance)
+            theirs = wire.sendrecv(piece, rank ^ distance, rank ^ distance)
             piece = sum_of(*((piece, theirs) if rank & distance == 0 else (theirs, piece)), n)
             distance *= 2
         if rank + inner < wire.size:
             wire.post(piece, rank + inner).Wait()
     total = np.zeros(n, np.float32)
-    add_packed(piece, total)
+    add_vector(piece, total)
     return total
 
 
 def sum_of(a: Octets, b: Octets, n: int) -> Octets:
     """The sum of two packed vectors, packed."""
     if 4 * n not in (a.size, b.size):
-        return packed(*merged(pairs_in(a), pairs_in(b)), n)
+        return pack_vector(*merge_sparse(pairs_in(a), pairs_in(b)), n)
     total = np.zeros(n, np.float32)
-    add_packed(a, total)
-    add_packed(b, total)
+    add_vector(a, total)
+    add_vector(b, total)
     return total.view(np.uint8)
 
 
-def by_split(wire: Wire, indices: Indices, values: Vector, n: int) -> Vector:
+def sum_by_split(wire: CountingComm, indices: Indices, values: Vector, n: int) -> Vector:
     """Each rank sums a part, then the parts go to everyone."""
     cuts = even_cuts(n, wire.size)
-    mine = part_of_sum(wire, indices, values, cuts)
+    mine = reduce_block(wire, indices, values, cuts)
     named = np.flatnonzero(mine).astype(np.uint32)
-    parts = wire.gather(packed(named, mine[named], mine.size))
+    parts = wire.gather(pack_vector(named, mine[named], mine.size))
     total = np.zeros(n, np.float32)
     for rank, part in enumerate(parts):
-        add_packed(part, total[cuts[rank] : cuts[rank + 1]])
+        add_vector(part, total[cuts[rank] : cuts[rank + 1]])
     return total
 
 
-def part_of_sum(wire: Wire, indices: Indices, values: Vector, cuts: Whole) -> Vector:
+def reduce_block(wire: CountingComm, indices: Indices, values: Vector, cuts: Ints) -> Vector:
     """This rank's part of the sum, added in rank order."""
     at = np.searchsorted(indices, cuts)
     letters = [
@@ -517,35 +519,37 @@ def part_of_sum(wire: Wire, indices: Indices, values: Vector, cuts: Whole) -> Ve
         for lo, hi, first in zip(at[:-1], at[1:], cuts[:-1], strict=True)
     ]
     mine = np.zeros(int(cuts[wire.rank + 1] - cuts[wire.rank]), np.float32)
-    kernels().scatter_add([pairs_in(each) for each in wire.deal(letters)], mine)
+    kernels().scatter_add([pairs_in(each) for each in wire.alltoall(letters)], mine)
     return mine
 
 
 # The k largest
 
 
-Kept = tuple[Vector, tuple[Indices, Vector], Plan | None]
+LossyResult = tuple[Vector, tuple[Indices, Vector], SparsePlan | None]
 """The sum, what this rank gets back, what Ok-Topk found out."""
 
 
-def by_ok_topk(wire: Wire, indices: Indices, values: Vector, n: int, k: int, plan: Plan | None) -> Kept:
+def sum_by_ok_topk(
+    wire: CountingComm, indices: Indices, values: Vector, n: int, k: int, plan: SparsePlan | None
+) -> LossyResult:
     """Each rank sums a part; of the parts the k largest elements go to everyone."""
     cuts = balanced_cuts(wire, indices, n) if plan is None else np.array(plan.cuts, np.int64)
-    mine = part_of_sum(wire, indices, values, cuts)
+    mine = reduce_block(wire, indices, values, cuts)
     named = np.flatnonzero(mine).astype(np.uint32)
     magnitudes = np.abs(mine[named])
     threshold = kth_largest(wire, magnitudes, k) if plan is None else plan.threshold
-    keep = magnitudes >= threshold if plan is not None else exactly_k(wire, magnitudes, threshold, k)
+    keep = magnitudes >= threshold if plan is not None else select_k(wire, magnitudes, threshold, k)
     named = named[keep]
     letter = octets_of(named + np.uint32(cuts[wire.rank]), mine[named])
     parts = [pairs_in(each) for each in wire.gather(letter)]
     total = np.zeros(n, np.float32)
     kernels().scatter_add(parts, total)
     back = ~np.isin(indices, np.concatenate([part[0] for part in parts]))
-    return total, (indices[back], values[back]), Plan(tuple(int(each) for each in cuts), threshold)
+    return total, (indices[back], values[back]), SparsePlan(tuple(int(each) for each in cuts), threshold)
 
 
-def balanced_cuts(wire: Wire, indices: Indices, n: int) -> Whole:
+def balanced_cuts(wire: CountingComm, indices: Indices, n: int) -> Ints:
     """Cuts at the mean of where the ranks would cut their own indices into equal parts."""
     mine = even_cuts(n, wire.size)
     if indices.size:
@@ -555,7 +559,7 @@ def balanced_cuts(wire: Wire, indices: Indices, n: int) -> Whole:
     return table.reshape(wire.size, mine.size).sum(axis=0) // wire.size
 
 
-def kth_largest(wire: Wire, magnitudes: Vector, k: int) -> float:
+def kth_largest(wire: CountingComm, magnitudes: Vector, k: int) -> float:
     """The k-th largest magnitude of all ranks, 0 where there are fewer: a byte a round, counted together."""
     bits = magnitudes.view(np.uint32)
     prefix, left = 0, k
@@ -573,7 +577,7 @@ def kth_largest(wire: Wire, magnitudes: Vector, k: int) -> float:
     return float(np.uint32(prefix).view(np.float32))
 
 
-def exactly_k(wire: Wire, magnitudes: Vector, threshold: float, k: int) -> npt.NDArray[np.bool_]:
+def select_k(wire: CountingComm, magnitudes: Vector, threshold: float, k: int) -> npt.NDArray[np.bool_]:
     """Which elements of this part are among the k largest; of those equal to the threshold the first."""
     keep, equal = magnitudes > threshold, np.flatnonzero(magnitudes == threshold)
     table = np.empty(2 * wire.size, np.int64)
@@ -584,17 +588,19 @@ def exactly_k(wire: Wire, magnitudes: Vector, threshold: float, k: int) -> npt.N
     return keep
 
 
-def by_gtopk(wire: Wire, indices: Indices, values: Vector, n: int, k: int, plan: Plan | None) -> Kept:
+def sum_by_gtopk(
+    wire: CountingComm, indices: Indices, values: Vector, n: int, k: int, plan: SparsePlan | None
+) -> LossyResult:
     """Sums of two prune to k, up a binomial tree; rank 0's goes to everyone."""
     rank, distance = wire.rank, 1
-    held, lost = pruned((indices, values), k)
+    held, lost = prune((indices, values), k)
     while distance < wire.size:
         if rank & distance:
             wire.post(octets_of(*held), rank - distance).Wait()
             break
         if rank + distance < wire.size:
-            held, more = pruned(merged(held, pairs_in(wire.fetch(rank + distance))), k)
-            lost = merged(lost, more)
+            held, more = prune(merge_sparse(held, pairs_in(wire.fetch(rank + distance))), k)
+            lost = merge_sparse(lost, more)
         distance *= 2
     length = np.array([8 * held[0].size], np.int64)
     wire.Bcast(length)
@@ -604,25 +610,25 @@ def by_gtopk(wire: Wire, indices: Indices, values: Vector, n: int, k: int, plan:
     total = np.zeros(n, np.float32)
     total[final] = sums
     mine, through = ~np.isin(indices, final), np.isin(lost[0], final)
-    return total, merged((indices[mine], values[mine]), (lost[0][through], lost[1][through])), None
+    return total, merge_sparse((indices[mine], values[mine]), (lost[0][through], lost[1][through])), None
 
 
-def pruned(pairs: tuple[Indices, Vector], k: int) -> tuple[tuple[Indices, Vector], tuple[Indices, Vector]]:
+def prune(pairs: tuple[Indices, Vector], k: int) -> tuple[tuple[Indices, Vector], tuple[Indices, Vector]]:
     """The k largest, and the others."""
     indices, values = pairs
     keep = kernels().keep_largest(values, k)
     return (indices[keep], values[keep]), (indices[~keep], values[~keep])
 
 
-EXACT: dict[str, Callable[[Wire, Indices, Vector, int], Vector]] = {
-    "allgather": by_allgather,
-    "recursive_doubling": by_doubling,
-    "split": by_split,
-    "dense": by_allreduce,
+EXACT_ALGORITHMS: dict[str, Callable[[CountingComm, Indices, Vector, int], Vector]] = {
+    "allgather": sum_by_allgather,
+    "recursive_doubling": sum_by_doubling,
+    "split": sum_by_split,
+    "dense": sum_by_allreduce,
 }
-LOSSY: dict[str, Callable[[Wire, Indices, Vector, int, int, Plan | None], Kept]] = {
-    "ok_topk": by_ok_topk,
-    "gtopk": by_gtopk,
+LOSSY_ALGORITHMS: dict[str, Callable[[CountingComm, Indices, Vector, int, int, SparsePlan | None], LossyResult]] = {
+    "ok_topk": sum_by_ok_topk,
+    "gtopk": sum_by_gtopk,
 }
 
 
@@ -636,7 +642,7 @@ def times(n: int, count: int, k: int | None, p: int, link: Link) -> dict[str, fl
     1 - (1-d)^p of n.
     """
     if p == 1:
-        return dict.fromkeys(EXACT if k is None else LOSSY, 0.0)
+        return dict.fromkeys(EXACT_ALGORITHMS if k is None else LOSSY_ALGORITHMS, 0.0)
     rounds, others, density = math.ceil(math.log2(p)), p - 1, min(1.0, count / max(n, 1))
 
     def nbytes(ranks: int, elements: float = n) -> float:
@@ -659,7 +665,7 @@ def times(n: int, count: int, k: int | None, p: int, link: Link) -> dict[str, fl
     }
 
 
-def cheapest(n: int, count: int, k: int | None, p: int, link: Link) -> str:
+def select_algorithm(n: int, count: int, k: int | None, p: int, link: Link) -> str:
     """The algorithm that takes the least time; of those within a tenth of it the first, which adds in rank order."""
     found = times(n, count, k, p, link)
     return next(name for name, time in found.items() if time <= 1.1 * min(found.values()))
