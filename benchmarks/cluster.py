@@ -174,7 +174,8 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         f"### {title(record)}",
         "",
-        f"A TCP stream carries {record['stream_bps'] / rate_of(record['rate']):.1%} of the rate. {prediction_summary(record)}",
+        f"A TCP stream carries {record['stream_bps'] / rate_of(record['rate']):.1%} of the rate. "
+        f"{prediction_summary(record)}",
         "",
     ]
     lines.append(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
-from test_sparse import Counting
+from test_sparse import CountingProxy
 
 import hpccomm
 from hpccomm.algorithms import compressors
@@ -255,7 +255,7 @@ def test_ranks_step_alike_and_count_their_bytes(name: str, n: int, size: int) ->
     assert (found[0][1] == 0) == (size == 1)
 
 
-class VoteCountingProxy(Counting):
+class VoteCountingProxy(CountingProxy):
     """Counts votes, too."""
 
     def Allreduce(self, mine: np.ndarray, room: np.ndarray, op: MPI.Op = MPI.SUM) -> None:
@@ -364,7 +364,7 @@ def test_with_another_number_of_ranks_what_is_pending_stays(name: str, old: int,
         found = {}
         for path in states[0]:
             field = path.rpartition(".")[2]
-            if field in ("residual", "moved", "worker"):
+            if field in ("residual", "momentum", "worker"):
                 found[path] = np.mean([each[path].astype("f8") for each in states], axis=0)
             elif field == "server":
                 found[path] = np.concatenate([each[path] for each in states])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emulated import Emulated
-from test_compression_kernels import LENGTHS, numbers, same_bits
+from test_compression_kernels import LENGTHS, has_same_bits, numbers
 
 from benchmarks import gpu
 from hpccomm.kernels import compression_reference, cuda, optimizers_reference, reductions
@@ -165,7 +165,7 @@ def compare(ours: Any, wanted: Any, name: str) -> None:
         for a, b in zip(ours, wanted, strict=True):
             compare(a, b, name)
     elif isinstance(wanted, np.ndarray):
-        assert same_bits(ours, wanted), name
+        assert has_same_bits(ours, wanted), name
     elif isinstance(wanted, float):
         assert float(ours).hex() == wanted.hex(), name
     else:
@@ -210,9 +210,9 @@ def test_reductions_equal_numpy(kernels: Kernels, op: str, code: str) -> None:
         with np.errstate(all="ignore"):
             reductions.reduce(op, dtype, vectors, expected)
         kernels.reduce(op, dtype, vectors, out)
-        assert same_bits(unify_nans(out, code), unify_nans(expected, code)), (n, k)
+        assert has_same_bits(unify_nans(out, code), unify_nans(expected, code)), (n, k)
         kernels.reduce(op, dtype, vectors, vectors[-1])
-        assert same_bits(unify_nans(vectors[-1], code), unify_nans(expected, code)), (n, k)
+        assert has_same_bits(unify_nans(vectors[-1], code), unify_nans(expected, code)), (n, k)
 
 
 @pytest.mark.parametrize("code", reductions.HALVES)
@@ -223,7 +223,7 @@ def test_every_16_bit_float_is_read_and_written_exactly(kernels: Kernels, code: 
     with np.errstate(all="ignore"):
         reductions.reduce("sum", dtype, [every, other], expected)
     kernels.reduce("sum", dtype, [every, other], out)
-    assert same_bits(unify_nans(out, code), unify_nans(expected, code))
+    assert has_same_bits(unify_nans(out, code), unify_nans(expected, code))
 
 
 @pytest.mark.parametrize("task", gpu.TASKS, ids=lambda task: task.title)
@@ -255,7 +255,7 @@ def test_threshold_compaction_equals_the_reference(kernels: Kernels, n: int, pen
     kernels.threshold_words(in_place, gradient, in_place, 0.5)
     out = np.empty_like(residual)
     compression_reference.threshold_words(residual, gradient, out, 0.5)
-    assert same_bits(in_place, out)
+    assert has_same_bits(in_place, out)
 
 
 @pytest.mark.parametrize("bad", ODD)
@@ -306,7 +306,7 @@ def test_adding_sparse_vectors_equals_the_reference(kernels: Kernels, n: int) ->
     ours, wanted = numbers(n, 11), numbers(n, 11)
     kernels.scatter_add(messages, ours)
     compression_reference.scatter_add(messages, wanted)
-    assert same_bits(ours, wanted)
+    assert has_same_bits(ours, wanted)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -329,16 +329,16 @@ def test_adding_one_bit_messages_equals_the_reference(kernels: Kernels, n: int, 
     ours, wanted = numbers(n, 14), numbers(n, 14)
     kernels.add_signs(messages, ours)
     compression_reference.add_signs(messages, wanted)
-    assert same_bits(ours, wanted)
+    assert has_same_bits(ours, wanted)
     bits = [each for each, _, _ in messages]
-    assert same_bits(kernels.majority(bits, n), compression_reference.majority(bits, n))
+    assert has_same_bits(kernels.majority(bits, n), compression_reference.majority(bits, n))
 
 
 def test_compaction_is_right_however_blocks_are_delayed(kernels: Kernels) -> None:
     x = numbers(24 * 4096, 15)
     wanted, _ = compression_reference.select_threshold(x, 0.5)
     for _ in range(3):
-        assert same_bits(kernels.select_threshold(x, 0.5)[0], wanted)
+        assert has_same_bits(kernels.select_threshold(x, 0.5)[0], wanted)
 
 
 # Optimizers

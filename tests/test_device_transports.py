@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from stand_in import SIDE, StandIn, StandInNccl
-from test_device_arrays import CASES, F4, SIZES, Case, OnThreads, filled, operand, summed
+from test_device_arrays import CASES, F4, SIZES, Case, ThreadBinder, operand, operand_sum, pending_array
 
 import hpccomm
 from hpccomm import ArgumentError, TransportError, arrays
@@ -46,7 +46,7 @@ def check_sums(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None) -
     width, here = np.dtype(dtype).itemsize, wanted is None or comm.rank == wanted
     step = peers.room // width
     for step_number in range(3):
-        x, y = filled(device, operand(comm.rank + step_number, n, dtype)), device.array(np.zeros(n, dtype), SIDE)
+        x, y = pending_array(device, operand(comm.rank + step_number, n, dtype)), device.array(np.zeros(n, dtype), SIDE)
         turns = []
         for lo in range(0, n, step):
             nbytes = width * (min(lo + step, n) - lo)
@@ -72,7 +72,7 @@ def test_peers_take_what_others_have_brought(p: int) -> None:
     def body(comm: Any) -> None:
         device, n = StandIn(), 10
         peers = Peers(device, comm, ROOM)
-        x, y = filled(device, operand(comm.rank, n)), device.array(np.zeros(n * p, "f4"))
+        x, y = pending_array(device, operand(comm.rank, n)), device.array(np.zeros(n * p, "f4"))
         takes = [PeerCopy(k, 4 * 3, 4 * 7, address(y) + 4 * n * k) for k in range(p)]
         peers.run([Phase([Extent(address(x), 0, 4 * n)], takes=takes)], [SIDE])
         want = np.zeros((p, n))
@@ -174,7 +174,7 @@ def test_every_collective_goes_the_way_that_is_wanted(
     def body(comm: Any) -> None:
         device = StandIn(number=comm.rank)
         libraries[threading.get_ident()] = StandInNccl(comm, device)
-        binder = OnThreads(comm, device, transport)
+        binder = ThreadBinder(comm, device, transport)
         for n, eager in itertools.product((0, 1, 7, 100), (False, True)):
             device.eager = eager
             bound, written, want = case(binder, device, n)
@@ -190,9 +190,9 @@ def test_every_collective_goes_the_way_that_is_wanted(
     assert set(took) == {"staged" if dense else transport}
 
 
-def binder_of(comm: Any, transport: str = "ipc") -> tuple[OnThreads, StandIn]:
+def binder_of(comm: Any, transport: str = "ipc") -> tuple[ThreadBinder, StandIn]:
     device = StandIn()
-    return OnThreads(comm, device, transport), device
+    return ThreadBinder(comm, device, transport), device
 
 
 @pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16, "c8", "i1", "u8", "?"])
@@ -201,7 +201,7 @@ def test_other_dtypes_are_reduced_by_the_kernels_as_on_the_host(dtype: Any) -> N
         binder, device = binder_of(comm)
         op = MPI.LOR if dtype == "?" else MPI.SUM
         values = [(operand(k, 50, "f4") / 8).astype(dtype) for k in range(comm.size)]
-        x, y = filled(device, values[comm.rank]), device.array(np.zeros_like(values[0]))
+        x, y = pending_array(device, values[comm.rank]), device.array(np.zeros_like(values[0]))
         binder.allreduce(None, x, y, op, None).run()
         want = np.empty_like(values[0])
         code = reductions.code_of(want.dtype)
@@ -217,14 +217,14 @@ def test_reduce_scatter_in_place_overwrites_only_what_was_read() -> None:
     def body(comm: Any) -> None:
         binder, device = binder_of(comm)
         p, r, n = comm.size, comm.rank, 90
-        whole = filled(device, operand(r, n * p))
+        whole = pending_array(device, operand(r, n * p))
         binder.reduce_scatter_block(None, MPI.IN_PLACE, whole, MPI.SUM, None).run()
-        assert np.array_equal(whole.get()[:n], summed(p, n * p)[r * n : (r + 1) * n])
+        assert np.array_equal(whole.get()[:n], operand_sum(p, n * p)[r * n : (r + 1) * n])
         counts = (3, 200, 1)
-        whole = filled(device, operand(r, sum(counts)))
+        whole = pending_array(device, operand(r, sum(counts)))
         binder.reduce_scatter_v(None, MPI.IN_PLACE, whole, counts, MPI.SUM, None).run()
         first = sum(counts[:r])
-        assert np.array_equal(whole.get()[: counts[r]], summed(p, sum(counts))[first : first + counts[r]])
+        assert np.array_equal(whole.get()[: counts[r]], operand_sum(p, sum(counts))[first : first + counts[r]])
         binder.release()
 
     run_on_ranks(3, body)
@@ -597,7 +597,7 @@ def test_rank_0_says_for_all_whether_the_host_can_address_arrays(comm: Any, monk
         ours, x = hpccomm.Communicator(comm.Dup()), device.array(operand(comm.rank, 5))
         device.log.clear()
         ours.Allreduce(MPI.IN_PLACE, x, stream=SIDE)
-        assert np.array_equal(x.memory, summed(2, 5))
+        assert np.array_equal(x.memory, operand_sum(2, 5))
         assert bool(device.log) == staged
         ours.Free()
 

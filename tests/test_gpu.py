@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from test_device_arrays import CASES, operand
-from test_device_methods import BUCKET, METHODS, leaves, same, trained
+from test_device_methods import BUCKET, METHODS, has_same_bits, leaves, run_steps
 
 import hpccomm
 from hpccomm import ArgumentError, TransportError
@@ -153,10 +153,10 @@ def test_methods_leave_everything_on_the_device_and_give_the_hosts_bits(
 
     monkeypatch.setenv(cuda.TRANSPORT, "staged")  # sums of floats round as the host's do
     ours = hpccomm.Communicator(comm.Dup())
-    (steps, state, _), (found, kept, _) = (trained(ours, METHODS[name](ours), xp, odd=4) for xp in (np, cupy))
+    (steps, state, _), (found, kept, _) = (run_steps(ours, METHODS[name](ours), xp, odd=4) for xp in (np, cupy))
     assert all(isinstance(each, cupy.ndarray) for each in found)
-    assert all(same(a, b) for a, b in zip(found, steps, strict=True))
-    assert all(same(a, b) for a, b in zip(leaves(kept), leaves(state), strict=True))
+    assert all(has_same_bits(a, b) for a, b in zip(found, steps, strict=True))
+    assert all(has_same_bits(a, b) for a, b in zip(leaves(kept), leaves(state), strict=True))
     ours.Free()
 
 
@@ -166,10 +166,10 @@ def test_layerwise_steps_stay_on_the_device_and_give_the_hosts_bits(make: Any) -
 
     made = make()
     (steps, state, _), (found, kept, _) = (
-        trained(SimpleNamespace(rank=0, size=1), made, xp, odd=None) for xp in (np, cupy)
+        run_steps(SimpleNamespace(rank=0, size=1), made, xp, odd=None) for xp in (np, cupy)
     )
     assert all(isinstance(each, cupy.ndarray) for each in [*found, *leaves(kept)])
-    assert all(same(a, b) for a, b in zip([*found, *leaves(kept)], [*steps, *leaves(state)], strict=True))
+    assert all(has_same_bits(a, b) for a, b in zip([*found, *leaves(kept)], [*steps, *leaves(state)], strict=True))
 
 
 @pytest.mark.mpi(sizes=(2,), timeout=60)

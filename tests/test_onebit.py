@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_compression_kernels import GRADIENTS, signs, vector
-from test_sparse import SIZES, Counting
+from test_sparse import SIZES, CountingProxy
 
 from hpccomm import Communicator
 from hpccomm.collectives.compressed import onebit
@@ -58,7 +58,7 @@ def test_means_add_up_to_what_was_brought_less_the_errors(size: int) -> None:
             worker, server = errors(n, comm)
             total = np.zeros(n, np.float64)
             for step in range(20):
-                counting = Counting(comm)
+                counting = CountingProxy(comm)
                 got = onebit.onebit_allreduce(counting, contribution(comm.rank, n, step), worker, server)
                 assert got.bytes_sent == counting.sent_bytes
                 total += got.mean
@@ -111,7 +111,7 @@ def test_what_one_rank_gets_wrong_all_ranks_are_told_and_no_error_is_touched(cha
     def call(comm: Any) -> int:
         worker, server = (each + F32(1) for each in errors(9, comm))
         arguments = np.ones(9, F32), worker, server
-        counting = Counting(comm)
+        counting = CountingProxy(comm)
         with pytest.raises(ArgumentError, match=says) as refused:
             onebit.onebit_allreduce(counting, *(change(*arguments) if comm.rank == 2 else arguments))
         assert "rank 2" in str(refused.value)

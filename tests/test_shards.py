@@ -290,9 +290,8 @@ def test_a_file_with_a_wrong_byte_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_or_note_and_other_models_are_named(tmp_path: Path) -> None:
     save_run(tmp_path)
     other = {"embedding": {"table": np.ones((7, 4), "f4")}}
-    check_refused(tmp_path, "saved were units of float32 embedding 21, one 25, gain 1, out 22: load into the same
-    model",
-            lambda comm: mics(comm, other, OPTIMIZERS["adamw"], 2))  # fmt: skip
+    saved = "saved were units of float32 embedding 21, one 25, gain 1, out 22: load into the same model"
+    check_refused(tmp_path, saved, lambda comm: mics(comm, other, OPTIMIZERS["adamw"], 2))
     momentum = lambda comm: mics(comm, first_weights(), OPTIMIZERS["lars"], 2)  # noqa: E731
     check_refused(tmp_path, "no whole file of shards with state:velocity.0 .*same optimizer", momentum)
     (tmp_path / "run.step2.shard1of2.npz").unlink()

@@ -18,16 +18,13 @@ from mpi4py import MPI
 
 from hpccomm.backends import shared_memory
 from hpccomm.backends.shared_memory import (
-    GROUP_V2,
-    Segment,
     SharedMemory,
     forget,
-    free_bytes,
-    free_in_group,
 )
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels import memory, reductions
 from hpccomm.kernels import shared as kernels
+from hpccomm.transports.segment import GROUP_V2, SharedSegment, free_bytes, free_in_group
 
 at = MPI.Get_address
 CODES = ("compiled", "numpy")
@@ -568,7 +565,7 @@ def test_memory_that_is_not_to_be_had_is_an_error_on_all_ranks(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node, odd = MPI.Intracomm(comm), comm.size - 1
-    segment = Segment(node, 5000)
+    segment = SharedSegment(node, 5000)
     assert len(segment.buffer) == 8192
     segment.close()
 
@@ -576,18 +573,18 @@ def test_memory_that_is_not_to_be_had_is_an_error_on_all_ranks(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    check_all_raise(comm, TransportError, lambda: Segment(node, 1 << 60), "bytes are free")
+    check_all_raise(comm, TransportError, lambda: SharedSegment(node, 1 << 60), "bytes are free")
     if comm.rank != odd:
         monkeypatch.undo()
     before = holdings()
-    check_all_raise(comm, TransportError, lambda: Segment(node, 1 << 20), f"local rank {odd}: [Errno 28]")
+    check_all_raise(comm, TransportError, lambda: SharedSegment(node, 1 << 20), f"local rank {odd}: [Errno 28]")
     assert holdings() == before
 
 
 def test_pages_are_at_hand_when_the_first_call_comes() -> None:
     if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < (5, 14):
         pytest.skip("this kernel fills page tables only when a page is used: it needs Linux 5.14")
-    pages, segment = 512, Segment(MPI.COMM_SELF, 512 * mmap.PAGESIZE)
+    pages, segment = 512, SharedSegment(MPI.COMM_SELF, 512 * mmap.PAGESIZE)
     segment.prefault()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     segment.buffer[:: mmap.PAGESIZE] = bytes(pages)

@@ -26,7 +26,7 @@ from hpccomm.performance.tuning import (
     Row,
     Table,
     fit,
-    interpolated,
+    interpolate,
     load,
     read,
     user_file,
@@ -69,12 +69,12 @@ def test_the_fastest_measured_wins_size_by_size() -> None:
 
 def test_between_sizes_times_are_interpolated_on_logarithmic_scales() -> None:
     points = [(10, 1.0), (1000, 100.0)]
-    assert interpolated(points, 100) == pytest.approx(10.0)
-    assert interpolated(points, 10) == 1.0
-    assert interpolated(points, 1) == 1.0
-    assert interpolated(points, 2000) == pytest.approx(200.0)
-    assert interpolated(points, 0) == 1.0
-    assert interpolated([(0, 1.0), (8, 2.0)], 8) == pytest.approx(2.0)
+    assert interpolate(points, 100) == pytest.approx(10.0)
+    assert interpolate(points, 10) == 1.0
+    assert interpolate(points, 1) == 1.0
+    assert interpolate(points, 2000) == pytest.approx(200.0)
+    assert interpolate(points, 0) == 1.0
+    assert interpolate([(0, 1.0), (8, 2.0)], 8) == pytest.approx(2.0)
 
 
 def test_the_crossing_lies_where_the_lines_cross() -> None:

@@ -102,7 +102,7 @@ def bmuf(
     """Blockwise model-update filtering around ``inner``, an optimizer that knows nothing of other ranks.
 
     ``momentum`` η, left out 1 − 1/p; ``lr`` ζ.  ``nesterov`` and the rates of other codes: above.
-    ``weight_by``, ``warmup``, ``check`` as in :func:`~hpccomm.algorithms.local_steps.periodic_transform`. 
+    ``weight_by``, ``warmup``, ``check`` as in :func:`~hpccomm.algorithms.local_steps.periodic_transform`.
     ``local_state``:
     at the end of a block the inner state is kept, reset, averaged over the ranks, or what a policy makes of it.
     ``shard_state`` divides W and Δ over the ranks: as many bytes travel, each rank holds 1/p of them.

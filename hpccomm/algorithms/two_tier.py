@@ -67,8 +67,8 @@ def hybrid(
     another; left out, a group is a node.  ``residual`` as above; ``reduce`` says whether the exchange sums or
     averages over the group, and a flush does the same.  ``momentum`` η (left out 1 − 1/N), ``lr`` ζ and ``nesterov``
     are :func:`~hpccomm.algorithms.blockwise_filtering.bmuf`'s, ``weight_by`` and ``check`` those of
-    :func:`~hpccomm.algorithms.local_steps.periodic_transform`; a group weighs what its ranks weigh.  ``local_state="reset"``
-    begins every block with a fresh ``descent``.
+    :func:`~hpccomm.algorithms.local_steps.periodic_transform`; a group weighs what its ranks weigh.
+    ``local_state="reset"`` begins every block with a fresh ``descent``.
 
     One group never takes an outer step.  End a run with ``finish`` and ``export`` of what is returned; what ranks have
     not sent by then is lost, see :func:`residual_norm`.

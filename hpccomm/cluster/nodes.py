@@ -137,8 +137,8 @@ class Cluster:
             raise LaunchError(f"--nics {self.state.nics}: take 1 to {MOST_NICS} links a node")
         if not 1 <= self.state.nodes <= MOST_NODES or not re.fullmatch(r"[a-z][a-z0-9]{0,7}", self.state.name):
             raise LaunchError(
-                f"{self.state.nodes} nodes named {self.state.name!r}: take 1 to {MOST_NODES} nodes, and a name of up to "
-                "eight small letters and digits"
+                f"{self.state.nodes} nodes named {self.state.name!r}: take 1 to {MOST_NODES} nodes, and a name "
+                "of up to eight small letters and digits"
             )
         with hold_lock():
             if (self.folder / "state.json").exists():

@@ -166,7 +166,8 @@ class Job:
         now = time.monotonic()
         name = f"the job of {self.size} ranks"
         if not alive:
-            return f"{name} {describe_exit(self.process.returncode)} {'in this' if self.all_ready() else 'before its first'} test"
+            when = "in this" if self.all_ready() else "before its first"
+            return f"{name} {describe_exit(self.process.returncode)} {when} test"
         if not self.all_ready():
             return f"{name} did not begin within {START_SECONDS:g} s" if now - self.start_time > START_SECONDS else ""
         if any(log.has_failed(test) for log in self.logs):

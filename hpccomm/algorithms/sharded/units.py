@@ -289,7 +289,9 @@ class ShardedModel:
 
     def _make_room(self, whole: list[Vector], overlap: bool, algorithm: str) -> None:
         """All memory that steps will need."""
-        longest, shard = (max(getattr(unit, what) for unit in self._unit_list) for what in ("padded_size", "shard_size"))
+        longest, shard = (
+            max(getattr(unit, what) for unit in self._unit_list) for what in ("padded_size", "shard_size")
+        )
         self._collect = Gather(self.groups.partition, algorithm) if self._gathers else None
         kind = self.dtype if self.stage > 1 else self.master.dtype
         self._reduce = Reduce(self.groups.partition, algorithm, shard, kind) if self.ranks > 1 else None
