@@ -52,9 +52,7 @@ class Site:
     def submit(self, job: str, *flags: str, **env: str) -> tuple[str, Path]:
         """Submit a job and wait for its end: what it wrote, and its folder of results."""
         given = {"PYTHON": sys.executable, **env}
-        number = self.run(
-            "sbatch", "--parsable", "--ntasks-per-node=2", *flags, f"slurm/{job}.sbatch", **given
-        ).strip()
+        number = self.run("sbatch", "--parsable", "--ntasks-per-node=2", *flags, f"slurm/{job}.sbatch", **given).strip()
         ended = clusters.wait_until(lambda: not self.run("squeue", "-h", "-j", number).strip(), SECONDS)
         said = "".join(each.read_text() for each in sorted(self.folder.glob(f"*-{number}*.out")))
         assert ended, f"{self.run('squeue')}\n{said}"
