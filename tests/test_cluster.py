@@ -37,7 +37,7 @@ for algorithm in ("auto", "native", "hierarchical", "ring"):
     for n in (5, 100_003):
         a = verifiable.operand(comm.rank, comm.size, n, "f4")
         comm.Allreduce(MPI.IN_PLACE, a, algorithm=algorithm)
-        right.append(bool((a == verifiable.expected(comm.size, n, "f4")).all()))
+        right.append(bool((a == verifiable.reduction(comm.size, n, "f4")).all()))
 everybody = comm.allgather(all(right))
 if comm.rank == 0:
     print(json.dumps([comm.layout.nodes.tolist(), comm.layout.names, everybody]))
