@@ -110,8 +110,10 @@ def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
     rounds = {report.rounds for report in reports}
     orders = {report.ordered for report in reports}
     ordered = "-" if None in orders else "no" if False in orders else "yes"
-    built = {"hierarchical": HIERARCHICAL[each]([0]) for each in HIERARCHICAL if each == subject.collective}
-    volume = (ALGORITHMS[subject.collective] | built)[subject.algorithm].volume
+    if subject.algorithm == "hierarchical":
+        volume = HIERARCHICAL[subject.collective]([0]).volume
+    else:
+        volume = ALGORITHMS[subject.collective][subject.algorithm].volume
     sends = volume.text if volume else "not declared"
     span = f"{min(rounds)}-{max(rounds)}" if len(rounds) > 1 else str(max(rounds))
     return f"{subject.collective:<15}{subject.algorithm:<15}{sizes:<10}{span:>10}  {ordered:<8}{sends}"
