@@ -161,7 +161,7 @@ def test_between_nodes_a_much_cheaper_price_decides() -> None:
     flat = min(us for name, us in prices.items() if name != "hierarchical")
     assert prices["hierarchical"] < tuning.TRUST * flat
     assert odd.algorithm == "hierarchical"
-    assert "priced" in odd.reason
+    assert "predict" in odd.reason
     assert choose(table, 1 << 24, 7, 6, candidates=("native", "ring")).algorithm == "native"
     assert choose(Table(), 1 << 24, 7, 6).algorithm == "native"
 
