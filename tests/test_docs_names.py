@@ -102,7 +102,11 @@ def source() -> str:
 
 
 def test_environment_variables_are_read_somewhere(page: Page) -> None:
-    assert not sorted(name for name in set(VARIABLE.findall(page.text)) if f'"{name}"' not in source() and f"${{{name}" not in source())
+    assert not sorted(
+        name
+        for name in set(VARIABLE.findall(page.text))
+        if f'"{name}"' not in source() and f"${{{name}" not in source()
+    )
 
 
 def test_links_lead_to_files(page: Page) -> None:
