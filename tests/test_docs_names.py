@@ -29,7 +29,7 @@ WRITTEN = re.compile(r"docs/(_build|measurements/.*)|.*\.(json|png)|hpccomm/coll
 
 
 class Page(NamedTuple):
-    """A page, with words that begin on one line and end on the next joined."""
+    """One page of the documentation."""
 
     name: str
     text: str
@@ -54,7 +54,7 @@ def resolve(dotted: str) -> Any:
 
 
 def is_real(dotted: str) -> bool:
-    """Whether a name can be imported, or is a file of the package such as ``hpccomm.kernels``."""
+    """Whether a name can be imported."""
     try:
         resolve(dotted)
     except ImportError:
@@ -71,6 +71,12 @@ def test_dotted_names_exist(page: Page) -> None:
 def test_files_exist(page: Page) -> None:
     named = {each for each in FILE.findall(page.text) if not WRITTEN.fullmatch(each)}
     assert not sorted(each for each in named if not (ROOT / each).exists())
+
+
+def test_names_beside_a_file_are_defined_in_it(page: Page) -> None:
+    pairs = re.findall(r"`hpccomm/([\w/]+)\.py`, `([\w.]+)`", page.text)
+    names = [f"hpccomm.{path.replace('/', '.').removesuffix('.__init__')}.{name}" for path, name in pairs]
+    assert not sorted(name for name in names if not is_real(name))
 
 
 @cache
