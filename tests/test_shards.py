@@ -117,8 +117,8 @@ def test_the_account_is_memory_and_bytes_of_each_hop() -> None:
 class InterruptedFolder(ShardFolder):
     """Is told to stop after the fourth step."""
 
-    def asked(self) -> bool:
-        """As :meth:`ShardFolder.asked`."""
+    def should_stop(self) -> bool:
+        """As :meth:`ShardFolder.should_stop`."""
         self.steps += 1
         return self.steps == 4
 

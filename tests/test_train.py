@@ -239,10 +239,10 @@ class ImpatientFolder(Folder):
 
     at = -1
 
-    def asked(self) -> bool:
+    def should_stop(self) -> bool:
         if self.steps == self.at and self.comm.rank == self.comm.size - 1:
             self.request_stop()
-        return super().asked()
+        return super().should_stop()
 
 
 SAVED = ["adam", "dgc", "onebit-adam", "powersgd", "bmuf-adam", "hybrid"]

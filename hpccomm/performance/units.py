@@ -1,4 +1,4 @@
-"""Sizes and rates as people write them: ``64Ki``, ``100M``, ``100gbit``."""
+"""Sizes, rates, times and counts as people write them: ``64Ki``, ``100gbit``, ``8.76 ms``, ``1 rank``."""
 
 from __future__ import annotations
 
@@ -28,3 +28,16 @@ def beta_of(text: str) -> float:
         return 1e6 * (8 if what == "bit" else 1) / (float(number) * DECIMAL[unit])
     except (ValueError, ZeroDivisionError):
         raise ArgumentError(f"{text!r} is no rate: write 100gbit or 12.5GB") from None
+
+
+def format_time(us: float) -> str:
+    """A time in the largest unit of which it holds at least one: ``13.8 us``, ``8.76 ms``."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if us >= size:
+            return f"{us / size:.4g} {unit}"
+    return f"{us:.4g} us"
+
+
+def format_count(number: int, noun: str) -> str:
+    """A number of things: ``1 rank``, ``4 ranks``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
