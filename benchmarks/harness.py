@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeVar
@@ -203,18 +204,22 @@ class Record:
             progress(f"measured {key}")
         return row
 
-    def recall_all(self, keys: Iterable[Hashable], measure: Callable[[Any], Any]) -> None:
+    def recall_all(self, keys: Iterable[Hashable], measure: Callable[[Any], Any], into: str = "") -> None:
         """Measure the keys that the file lacks, until the time is over."""
         try:
             for key in keys:
-                self.recall(key, lambda key=key: measure(key))  # type: ignore[misc]
+                self.recall(key, partial(measure, key), into)
         except OutOfTimeError:
             progress("out of time: the same command measures the rest")
 
-    def replace(self, row: Any, into: str = "") -> None:
-        """Keep a row that was measured again in place of the old one."""
-        rows = self.lists[into] if into else self.rows
-        rows[:] = [*(each for each in rows if self.identify(each) != self.identify(row)), row]
+    def lacks(self, keys: Iterable[Hashable]) -> bool:
+        """Whether some key has no row yet."""
+        there = {self.identify(row) for rows in self.lists.values() for row in rows}
+        return not there.issuperset(keys)
+
+    def add(self, row: Any) -> None:
+        """Keep one more row."""
+        self.rows.append(row)
         self.write()
 
     def write(self) -> None:
@@ -319,11 +324,43 @@ def parser(name: str, doc: str | None, rounds: int | None = None, ranks: str = "
 
 def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
     """Read the command line; SIGTERM then unwinds the program, so that virtual clusters are removed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    args = made.parse_args()
-    args.file = Path(args.json) if args.json else None
-    args.plot = args.plot or (args.file and args.file.with_suffix(".svg"))
+    args, unknown = parse_known(made)
+    if unknown:
+        made.error(f"unknown: {' '.join(unknown)}")
     return args
+
+
+def parse_known(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """Likewise, and the words that are not ours."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    args, unknown = made.parse_known_args()
+    args.file = Path(args.json) if args.json else None
+    return args, unknown
+
+
+def add_shapes(made: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """``--shape``, several times, for programs on virtual clusters."""
+    made.add_argument(
+        "--shape",
+        action=AppendShape,
+        default=[shape_of(each) for each in default],
+        metavar="NxK[,RATE[,PLACEMENT]]",
+        help=f"nodes x ranks, may come several times (default {' '.join(default)})",
+    )
+
+
+class AppendShape(argparse.Action):
+    """The first shape on the command line replaces the default ones."""
+
+    def __call__(self, parser: Any, namespace: Any, text: Any, option: Any = None) -> None:
+        """Add a shape."""
+        old = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if old is self.default else old), shape_of(text)])
+
+
+def plot_file(args: argparse.Namespace, file: Path) -> Path:
+    """Where the picture goes."""
+    return Path(args.plot or file.with_suffix(".svg"))
 
 
 def results_file(args: argparse.Namespace, **names: Any) -> Path:

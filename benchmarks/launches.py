@@ -1,32 +1,33 @@
-"""Several launches of one benchmark as one: medians, ratios launch by launch, and how far they scatter.
+"""The same ``hpccomm bench`` in several launches as one: medians, and ratios to native launch by launch.
 
-``python -m hpccomm.bench.launches a.json b.json … --out all.json`` writes the medians in the form of ``bench --json``
-and prints a table in Markdown; ``scripts/bench_launches`` makes the launches.
+``scripts/bench launches --rounds 3 --ranks 4 allreduce --algorithm native,ring -m 1Mi:64Mi`` takes the flags of
+``hpccomm bench``; the file holds the medians in the form of ``hpccomm bench --json``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-Key = tuple[str, int]
+from benchmarks import harness
+
+Launch = dict[str, Any]
 
 
-def medians(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def medians(launches: Sequence[Launch]) -> list[dict[str, Any]]:
     """A row for each algorithm and size: the median of every number over the launches."""
-    groups: dict[Key, list[dict[str, Any]]] = {}
-    for file in files:
-        for row in file["rows"]:
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for each in launches:
+        for row in each["rows"]:
             groups.setdefault((row["algorithm"], row["bytes"]), []).append(row)
     return [{name: merge_values([row[name] for row in rows]) for name in rows[0]} for rows in groups.values()]
 
 
 def merge_values(values: list[Any]) -> Any:
-    """What all launches agree on; else the median of numbers, and nothing of what else differs."""
+    """The value on which all launches agree; else the median of numbers, and None for anything else."""
     if all(value == values[0] for value in values):
         return values[0]
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
@@ -34,44 +35,47 @@ def merge_values(values: list[Any]) -> Any:
     return None
 
 
-def ratios(files: list[dict[str, Any]], algorithm: str, size: int) -> list[float]:
+def ratios_to_native(launches: Sequence[Launch], algorithm: str, size: int) -> list[float]:
     """How many times as fast as native, launch by launch."""
     found = []
-    for file in files:
-        times = {row["algorithm"]: row["p50_us"] for row in file["rows"] if row["bytes"] == size}
+    for each in launches:
+        times = {row["algorithm"]: row["p50_us"] for row in each["rows"] if row["bytes"] == size}
         if "native" in times and algorithm in times:
             found.append(times["native"] / times[algorithm])
     return found
 
 
-def table(files: list[dict[str, Any]]) -> str:
+def report(launches: Sequence[Launch]) -> str:
     """Bytes, medians in microseconds, ratios to native with their range."""
-    rows = medians(files)
-    names = list(dict.fromkeys(row["algorithm"] for row in rows))
+    times = {(row["algorithm"], row["bytes"]): row["p50_us"] for row in medians(launches)}
+    names = list(dict.fromkeys(name for name, _ in times))
     others = [name for name in names if name != "native"]
     head = ["bytes", *(f"{name}, µs" for name in names), *(f"native / {name} (range)" for name in others)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
-    for size in dict.fromkeys(row["bytes"] for row in rows):
-        times = {row["algorithm"]: row["p50_us"] for row in rows if row["bytes"] == size}
-        cells = [str(size), *(f"{times[name]:.4g}" for name in names)]
-        for name in others:
-            found = ratios(files, name, size)
-            cells.append(f"**{median(found):.2f}** ({min(found):.2f}–{max(found):.2f})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return harness.table(
+        head,
+        [
+            [
+                str(size),
+                *(f"{times[name, size]:.4g}" for name in names),
+                *(harness.spread(ratios_to_native(launches, name, size), ".2f") for name in others),
+            ]
+            for size in dict.fromkeys(size for _, size in times)
+        ],
+    )
 
 
 def main() -> int:
-    """Read, join, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="+", help="what bench --json wrote, a file a launch")
-    parser.add_argument("--out", help="write the medians here")
-    args = parser.parse_args()
-    files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in args.files]
-    if args.out:
-        joined = {**files[0], "launches": len(files), "rows": medians(files)}
-        Path(args.out).write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(table(files))
+    """Launch, write the medians, print the table."""
+    parser = harness.parser("launches", __doc__, rounds=3, ranks="4", file="launches.json")
+    parser.add_argument("collective")
+    args, flags = harness.parse_known(parser)
+    run = harness.on_node(args.ranks[0])
+    bench = ["-m", "hpccomm", "bench", args.collective, *flags]
+    found = [harness.launch(run, bench) for _ in range(args.rounds)]
+    args.file.parent.mkdir(parents=True, exist_ok=True)
+    joined = {**found[0], "launches": len(found), "rows": medians(found)}
+    args.file.write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
+    harness.emit(report(found))
     return 0
 
 
