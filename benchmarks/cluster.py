@@ -62,7 +62,7 @@ def measure_shape(shape: harness.Shape, args: argparse.Namespace, mpi: str) -> d
         tuning = Path(args.tables or folder, f"{shape.title.replace(' ', '')}.json")
         if not args.untuned and not tuning.exists():
             tune = ["hpccomm", "tune", "--collective", "allreduce", "--algorithm", TUNED]
-            done = harness.on_cluster(cluster, shape)([*tune, "--sizes", tuned_sizes(shape), "--out", str(tuning)])
+            done = harness.on_cluster(cluster, shape)([*tune, "--sizes", sizes_to_tune(shape), "--out", str(tuning)])
             if done.returncode:
                 raise harness.LaunchError(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
         settings = {} if args.untuned else {"HPCCOMM_TUNING": str(tuning)}
@@ -79,7 +79,7 @@ def measure_shape(shape: harness.Shape, args: argparse.Namespace, mpi: str) -> d
     return {**shape._asdict(), "tuned": not args.untuned, "stream_bps": median(streams), "rows": rows}
 
 
-def tuned_sizes(shape: harness.Shape) -> str:
+def sizes_to_tune(shape: harness.Shape) -> str:
     """Bytes at which a shape is tuned: up to 4 MiB over slow links, else up to 16 MiB."""
     return "4,256,4Ki,32Ki,256Ki,1Mi,4Mi" + ("" if rate_of(shape.rate) < 5e8 else ",16Mi")
 

@@ -30,7 +30,7 @@ from hpccomm.bench.report import processor, versions
 from hpccomm.cluster.nodes import Cluster
 
 RESULTS = Path("bench-results")
-"""Where results go unless ``--json`` names a file; the committed ones stand in docs/measurements."""
+"""Where results go unless ``--json`` names a file; the committed ones are in docs/measurements."""
 T = TypeVar("T")
 Row = dict[str, Any]
 

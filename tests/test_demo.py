@@ -1,4 +1,4 @@
-"""The demo's last words: what was trained and measured, taken from the files that the commands write."""
+"""The summary of the demo: training and benchmark results, taken from the files that the commands write."""
 
 from __future__ import annotations
 
