@@ -102,7 +102,7 @@ def test_training_that_is_told_to_end_is_queued_again_and_goes_on(site: Site) ->
     ended = clusters.wait_until(lambda: not site.run("squeue", "-h", "-j", number).strip(), SECONDS)
     said = output.read_text()
     assert ended, said
-    assert "saved: the same command goes on from there" in said
+    assert "saved: run the same command again to resume" in said
     assert "told to end: queued again" in said
     assert len(json.loads((results / "train-adam.json").read_text())["epochs"]) == 4
 

@@ -41,3 +41,11 @@ def format_time(us: float) -> str:
 def format_count(number: int, noun: str) -> str:
     """A number of things: ``1 rank``, ``4 ranks``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes in the largest decimal unit of which they fill at least one: ``512 B``, ``1.28 MB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes:.3g} B"
