@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, check_flat, header_of
+from hpccomm.algorithms.compression.format import HEADER_BYTES, Compressor, Message, check_flat, header_of
 from hpccomm.algorithms.exchange import ExchangeReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
 from hpccomm.collectives.compressed.sparse import MessageGather
