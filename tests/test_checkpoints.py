@@ -12,8 +12,7 @@ import pytest
 from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam
 from hpccomm.algorithms.checkpoints import leaves, load, load_state_dict, map_leaves, save, state_dict
 from hpccomm.algorithms.exchange import synchronous_adam
-from hpccomm.algorithms.lamb import lamb
-from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.local_steps import diloco, post_local_sgd, slowmo
 from hpccomm.algorithms.lr_schedules import polynomial, warm_up
 from hpccomm.algorithms.transforms import adam, chain, every, momentum, scale

@@ -15,7 +15,6 @@ from mpi4py import MPI
 from test_sparse import CountingProxy
 
 import hpccomm
-import hpccomm
 from hpccomm.algorithms.checkpoints import for_ranks, load_state_dict, state_dict
 from hpccomm.algorithms.deep_gradient_compression import dgc
 from hpccomm.algorithms.deep_gradient_compression import message_report as told

@@ -15,14 +15,13 @@ import pytest
 from emulated import Emulated
 from stand_in_library import LIBRARY, Array
 
-from hpccomm import ArgumentError
 import hpccomm
+from hpccomm import ArgumentError
 from hpccomm.algorithms.deep_gradient_compression import dgc
 from hpccomm.algorithms.deep_gradient_compression import message_report as sent_by_dgc
 from hpccomm.algorithms.device import run_with_cupy
 from hpccomm.algorithms.error_feedback import FeedbackState, feedback, message_report
-from hpccomm.algorithms.lamb import lamb
-from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_lamb, onebit_sgd
 from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import Transform

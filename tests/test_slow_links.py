@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.slow_links import Echo, break_even_density, leader_exchange
 import hpccomm
+from benchmarks.slow_links import Echo, break_even_density, leader_exchange
 from hpccomm.algorithms.error_feedback import feedback
 from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
 from hpccomm.collectives.compressed.sparse import sparse_allreduce

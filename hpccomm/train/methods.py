@@ -72,19 +72,19 @@ def adam(plan: MethodSetup) -> Transform:
 def lars(plan: MethodSetup) -> Transform:
     """Dense, a trust ratio for each tensor; the trust coefficient is 0.02, these networks' layers being few."""
     from hpccomm.algorithms.exchange import mean
-    from hpccomm.algorithms.lars import lars as layerwise
+    from hpccomm.algorithms.large_batch import lars as optimizer
     from hpccomm.algorithms.transforms import chain
 
-    return chain(mean(plan.comm, plan.algorithm), layerwise(plan.bucket, plan.lr, trust=0.02))
+    return chain(mean(plan.comm, plan.algorithm), optimizer(plan.bucket, plan.lr, trust=0.02))
 
 
 def lamb(plan: MethodSetup) -> Transform:
     """Dense Adam with a trust ratio for each tensor."""
     from hpccomm.algorithms.exchange import mean
-    from hpccomm.algorithms.lamb import lamb as layerwise
+    from hpccomm.algorithms.large_batch import lamb as optimizer
     from hpccomm.algorithms.transforms import chain
 
-    return chain(mean(plan.comm, plan.algorithm), layerwise(plan.bucket, plan.lr))
+    return chain(mean(plan.comm, plan.algorithm), optimizer(plan.bucket, plan.lr))
 
 
 def gtc(plan: MethodSetup) -> Transform:
