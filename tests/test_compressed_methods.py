@@ -397,6 +397,19 @@ def test_with_another_number_of_ranks_what_is_pending_stays(name: str, old: int,
             assert all(np.array_equal(value, state_dict(found[rank][1])[path]) for path, value in kept.items())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_no_state_holds_memory_that_was_never_written(name: str, empty_arrays_are_nan: None) -> None:
+    """Such memory differs from run to run, and where it holds a NaN a state does not equal its copy."""
+
+    def body(comm: Any) -> list[dict[str, Any]]:
+        method, weights = METHODS[name](comm), np.zeros(61, F32)
+        state = method.init(weights)
+        return [state_dict(state), state_dict(method.update(numbers(61, 0, comm.rank), state, weights)[1])]
+
+    for states in run_on_ranks(3, body):
+        assert all(np.isfinite(leaf).all() for state in states for leaf in state.values())
+
+
 def test_a_rank_that_is_not_there_gets_no_state() -> None:
     with pytest.raises(ArgumentError, match="rank 2 of 2"):
         for_ranks([(np.zeros(3, F32),)], 2, 2)

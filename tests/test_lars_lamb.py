@@ -18,6 +18,7 @@ from hpccomm.algorithms.trust_ratio import CACHE_ELEMENTS, layers, scale_by_trus
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import optimizers, optimizers_reference
+from hpccomm.kernels.optimizers_reference import DECAYED_GRADIENT, GRADIENT, UPDATE
 from hpccomm.testing.ranks import run_on_ranks
 
 Vector = Any

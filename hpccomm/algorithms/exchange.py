@@ -56,7 +56,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
     named: dict[str, Any] = {} if algorithm == "auto" else {"algorithm": algorithm}
 
     def init(weights: Vector) -> MeanState:
-        return MeanState(np.empty_like(weights, dtype=reduction_dtype(weights.dtype)), ExchangeReport())
+        return MeanState(np.zeros_like(weights, dtype=reduction_dtype(weights.dtype)), ExchangeReport())
 
     def update(gradient: Vector, state: MeanState, weights: Vector) -> tuple[Vector, MeanState]:
         check_alike(gradient, weights)
