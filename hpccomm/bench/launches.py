@@ -1,7 +1,7 @@
-"""Several launches of one benchmark as one: medians, ratios launch by launch, and how far they scatter.
+"""Merge several launches of one benchmark: medians over the launches, and the ratios to native with their range.
 
 ``python -m hpccomm.bench.launches a.json b.json … --out all.json`` writes the medians in the form of ``bench --json``
-and prints a table in Markdown; ``scripts/bench_launches`` makes the launches.
+and prints a table in Markdown; ``scripts/bench_launches`` starts the launches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Key = tuple[str, int]
 
 
 def medians(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each algorithm and size: the median of every number over the launches."""
+    """One row for each algorithm and size, which holds the median of every number over the launches."""
     groups: dict[Key, list[dict[str, Any]]] = {}
     for file in files:
         for row in file["rows"]:
@@ -26,7 +26,7 @@ def medians(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def merge_values(values: list[Any]) -> Any:
-    """What all launches agree on; else the median of numbers, and nothing of what else differs."""
+    """The value that all launches share; else the median of numbers; else None."""
     if all(value == values[0] for value in values):
         return values[0]
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
@@ -35,7 +35,7 @@ def merge_values(values: list[Any]) -> Any:
 
 
 def ratios(files: list[dict[str, Any]], algorithm: str, size: int) -> list[float]:
-    """How many times as fast as native, launch by launch."""
+    """The speed of an algorithm as a multiple of native's, for each launch."""
     found = []
     for file in files:
         times = {row["algorithm"]: row["p50_us"] for row in file["rows"] if row["bytes"] == size}
@@ -45,7 +45,7 @@ def ratios(files: list[dict[str, Any]], algorithm: str, size: int) -> list[float
 
 
 def table(files: list[dict[str, Any]]) -> str:
-    """Bytes, medians in microseconds, ratios to native with their range."""
+    """The table in Markdown: bytes, medians in microseconds, ratios to native with their range."""
     rows = medians(files)
     names = list(dict.fromkeys(row["algorithm"] for row in rows))
     others = [name for name in names if name != "native"]
@@ -62,15 +62,15 @@ def table(files: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Read, join, print."""
+    """Read the files, merge them, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="+", help="what bench --json wrote, a file a launch")
-    parser.add_argument("--out", help="write the medians here")
+    parser.add_argument("files", nargs="+", help="files written by hpccomm bench --json, one for each launch")
+    parser.add_argument("--out", help="write the medians into this file")
     args = parser.parse_args()
     files = [json.loads(Path(path).read_text(encoding="utf-8")) for path in args.files]
     if args.out:
-        joined = {**files[0], "launches": len(files), "rows": medians(files)}
-        Path(args.out).write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
+        merged = {**files[0], "launches": len(files), "rows": medians(files)}
+        Path(args.out).write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(table(files))
     return 0
 
