@@ -145,14 +145,14 @@ def feedback_exchange(compressor: Callable[[], Any], momentum: float = 0.0) -> M
 
 def topk() -> Any:
     """The largest 0.1 %."""
-    from hpccomm.algorithms.compressors import topk as made
+    from hpccomm import topk as made
 
     return made(DENSITY)
 
 
 def threshold() -> Any:
     """GTC's threshold that 0.1 % reach."""
-    from hpccomm.algorithms.compressors import threshold as made
+    from hpccomm import threshold as made
 
     return made(density=DENSITY)
 
@@ -195,7 +195,7 @@ def allgather_messages(element_bytes: float) -> Callable[[Any], Call]:
     def talk(comm: Any) -> Call:
         import numpy as np
 
-        from hpccomm.collectives.compressed.sparse import gather_messages
+        from hpccomm.collectives.compressed.messages import gather_messages
 
         letter = np.zeros(sparse_cost.HEADERS + round(element_bytes * DENSITY * ELEMENTS), np.uint8)
         return lambda: gather_messages(comm, letter)
@@ -207,7 +207,7 @@ def alltoall_messages(comm: Any) -> Call:
     """A part of the bits for each rank, and back."""
     import numpy as np
 
-    from hpccomm.collectives.compressed.sparse import CountingComm, allgatherv
+    from hpccomm.collectives.compressed.messages import CountingComm, allgatherv
 
     wire = CountingComm(comm)
     letter = np.zeros(4 + ELEMENTS // 8 // comm.size, np.uint8)
