@@ -24,13 +24,13 @@ from hpccomm.backends import nccl as nvidia
 from hpccomm.backends.cuda_ipc import Fold, PeerCopy, Phase
 from hpccomm.backends.device_selection import Call, DeviceTransports
 from hpccomm.calls import operations
-from hpccomm.calls.buffers import Message, apply_displacement, read, view_at
+from hpccomm.calls.buffers import Buffer, apply_displacement, read, view_at
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Plan, Run
 from hpccomm.context import algorithm_setting
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels import reductions
-from hpccomm.planner import IN_PLACE, Binder, is_in_place
+from hpccomm.planner import IN_PLACE, Planner, is_in_place
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging
 
@@ -53,7 +53,7 @@ def array_of(given: Any) -> Any:
 
 
 class Operand:
-    """A buffer on a device as the binder understands buffers; its memory is never looked at from here."""
+    """A buffer on a device as the planner understands buffers; its memory is never looked at from here."""
 
     def __init__(self, given: Any, device: cuda.Device, who: str) -> None:
         stream = given.stream if isinstance(given, StreamBuffer) else None
@@ -62,23 +62,23 @@ class Operand:
         check_place(self.array, device, who)
         view = view_at(self.array.address, self.array.size, self.array.dtype)
         view.flags.writeable = self.array.writable
-        self.message: Message = read([view, *form[1:]] if isinstance(form, list | tuple) else view, who)
-        if self.message.opaque:
+        self.buffer: Buffer = read([view, *form[1:]] if isinstance(form, list | tuple) else view, who)
+        if self.buffer.opaque:
             raise ArgumentError(f"{who}: a derived datatype on a device: pass a contiguous array of a plain dtype")
-        self.message.order = self.array.order
+        self.buffer.order = self.array.order
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the host's arrays that stand for it."""
-        assert self.message.dtype is not None
-        if self.message.half == "bfloat16":
+        assert self.buffer.dtype is not None
+        if self.buffer.half == "bfloat16":
             return bfloat16("a device's array")
-        return np.dtype(self.message.half) if self.message.half else self.message.dtype
+        return np.dtype(self.buffer.half) if self.buffer.half else self.buffer.dtype
 
     def extent(self, first: int, count: int, at: int = 0) -> Extent:
         """Elements [first, first + count), at element ``at`` of a chunk."""
         width = self.dtype.itemsize
-        return Extent(self.message.address + first * width, at * width, count * width)
+        return Extent(self.buffer.address + first * width, at * width, count * width)
 
 
 def check_place(array: DeviceArray, device: cuda.Device, who: str) -> None:
@@ -95,8 +95,8 @@ def check_place(array: DeviceArray, device: cuda.Device, who: str) -> None:
         )
 
 
-class DeviceBinder(Binder):
-    """A binder that takes arrays on a device, too."""
+class DevicePlanner(Planner):
+    """A planner that takes arrays on a device, too."""
 
     @cached_property
     def staging(self) -> Staging:
@@ -145,7 +145,7 @@ class DeviceBinder(Binder):
         found = [Operand(each, device, who) if lies else None for each, lies in zip(buffers, there, strict=True)]
         for each in found[: len(found) - parts]:
             if each:
-                each.message = apply_displacement(each.message, who)
+                each.buffer = apply_displacement(each.buffer, who)
         return found
 
     def bind_call(
@@ -160,7 +160,7 @@ class DeviceBinder(Binder):
     ) -> Plan:
         """A bound call: the calls of all ranks are compared, then it goes the way that was chosen for it."""
         here = [each for each in operands if each is not None]
-        meet = self.bind_check(name, here[-1].message if here else None, op, root, count, algorithm)
+        meet = self.bind_check(name, here[-1].buffer if here else None, op, root, count, algorithm)
         streams = [stream for each in here for stream in each.array.streams]
         kept: list[Any] = [each.array.owner for each in here]
         ready: list[Run] = []
@@ -195,23 +195,23 @@ class DeviceBinder(Binder):
         name = self.algorithm_name(collective, algorithm)
         if reproducible or name not in ("", "native"):
             return Eligibility(False, False, False)
-        message, code = data.message, reductions.code_of(data.dtype)
-        word = "" if op is None else operations.name_of(op)
-        plain = not message.half and (op is None or (op.is_predefined and not self.why_not_native(message, op)))
-        kernel = op is None or reductions.has_kernel(word, data.dtype)
-        return Eligibility(not name and kernel, plain, not name and (op is None or nvidia.reduces(word, code)))
+        buffer, code = data.buffer, reductions.code_of(data.dtype)
+        op_name = "" if op is None else operations.name_of(op)
+        plain = not buffer.half and (op is None or (op.is_predefined and not self.why_not_native(buffer, op)))
+        kernel = op is None or reductions.has_kernel(op_name, data.dtype)
+        return Eligibility(not name and kernel, plain, not name and (op is None or nvidia.reduces(op_name, code)))
 
     def bind_check(
         self,
         name: str,
-        data: Message | None,
+        data: Buffer | None,
         op: MPI.Op | None = None,
         root: int | None = None,
         count: int | None = None,
         algorithm: str | None = None,
     ) -> Callable[[], None]:
         """A meeting of all ranks that raises on each of them where their calls differ, or the memory they are for."""
-        signature = Fingerprint(
+        fingerprint = Fingerprint(
             name,
             operations.name_of(op) if op is not None else "",
             UNKNOWN if count is None else str(count),
@@ -221,7 +221,7 @@ class DeviceBinder(Binder):
             algorithm or "",
             "on a device",
         )
-        return self.guard(signature, lambda: None, lockstep=True)
+        return self.guard(fingerprint, lambda: None, lockstep=True)
 
     def operand_of(self, x: Any, name: str, stream: Any) -> Operand:
         """One array on a device."""
@@ -245,7 +245,7 @@ class DeviceBinder(Binder):
         side = self.operand_of(x, name, stream)
         array, staging = side.array, self.staging
         if name:
-            self.bind_check(name, side.message)()
+            self.bind_check(name, side.buffer)()
         seen = np.empty(array.size, array.dtype)
         staging.fetch(array.address, seen.view(np.uint8), array.streams)
         result = np.ascontiguousarray(function(seen.reshape(array.shape, order="F" if array.order == "F" else "C")))
@@ -278,19 +278,19 @@ class DeviceBinder(Binder):
             comm.Allreduce(a, b, op, algorithm, reproducible)
 
         n, fits, in_place = (
-            recv.message.elements,
+            recv.buffer.elements,
             self.eligibility("allreduce", recv, op, algorithm, reproducible),
             send is recv,
         )
-        code, word = reductions.code_of(recv.dtype), operations.name_of(op)
+        code, op_name = reductions.code_of(recv.dtype), operations.name_of(op)
         call = Call(
-            recv.message.nbytes,
+            recv.buffer.nbytes,
             lambda: elementwise_chunks(n, send, recv, host),
-            fits.kernel(lambda room: plan_reduce(n, send, recv, word, room)),
+            fits.kernel(lambda room: plan_reduce(n, send, recv, op_name, room)),
             fits.native(
-                lambda: Binder.allreduce(self, None, send_argument(send, in_place), recv.message, op, "native")
+                lambda: Planner.allreduce(self, None, send_argument(send, in_place), recv.buffer, op, "native")
             ),
-            fits.dense(lambda nccl: nccl.allreduce(send.message.address, recv.message.address, n, code, word)),
+            fits.dense(lambda nccl: nccl.allreduce(send.buffer.address, recv.buffer.address, n, code, op_name)),
         )
         return self.bind_call(
             "Allreduce", operands, call, op, count=n, algorithm=algorithm_label(algorithm, reproducible)
@@ -302,13 +302,13 @@ class DeviceBinder(Binder):
         if recv is None:
             raise ArgumentError(f"{who}: the buffer to receive into is None: pass an array")
         send = recv if first is None else first
-        self.reduction_buffers(IN_PLACE if first is None else send.message, recv.message, op, who)
+        self.reduction_buffers(IN_PLACE if first is None else send.buffer, recv.buffer, op, who)
         return send, recv
 
     def check_algorithm(self, collective: str, data: Operand, op: Any, algorithm: str | None, who: str) -> None:
-        """Refuse a name before the first message, as on the host."""
+        """Refuse a name before the first buffer, as on the host."""
         if algorithm is not None:
-            self.choose(collective, data.message, op, algorithm, who)
+            self.choose(collective, data.buffer, op, algorithm, who)
 
     def reduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str | None) -> Plan:
         """Reduce."""
@@ -330,7 +330,7 @@ class DeviceBinder(Binder):
         else:
             assert operands[0] is not None
             send = recv = operands[0]
-            self.operand(send.message, op, who)
+            self.read_operand(send.buffer, op, who)
         self.check_algorithm("reduce", send, op, algorithm, who)
 
         def host(a: Any, b: Any) -> None:
@@ -339,17 +339,17 @@ class DeviceBinder(Binder):
         here = self.rank == root
         into = recv if here else None
         n, fits, first = (
-            send.message.elements,
+            send.buffer.elements,
             self.eligibility("reduce", send, op, algorithm, reproducible),
             send_argument(send, here and send is recv),
         )
-        code, word = reductions.code_of(send.dtype), operations.name_of(op)
+        code, op_name = reductions.code_of(send.dtype), operations.name_of(op)
         call = Call(
-            send.message.nbytes,
+            send.buffer.nbytes,
             lambda: elementwise_chunks(n, send, into, host),
-            fits.kernel(lambda room: plan_reduce(n, send, into, word, room)),
-            fits.native(lambda: Binder.reduce(self, None, first, recv.message if here else None, op, root, "native")),
-            fits.dense(lambda nccl: nccl.reduce(send.message.address, recv.message.address, n, code, word, root)),
+            fits.kernel(lambda room: plan_reduce(n, send, into, op_name, room)),
+            fits.native(lambda: Planner.reduce(self, None, first, recv.buffer if here else None, op, root, "native")),
+            fits.dense(lambda nccl: nccl.reduce(send.buffer.address, recv.buffer.address, n, code, op_name, root)),
         )
         return self.bind_call("Reduce", operands, call, op, root, n, algorithm_label(algorithm, reproducible))
 
@@ -362,20 +362,20 @@ class DeviceBinder(Binder):
         (data,) = operands
         assert data is not None
         self.check_root(root, who)
-        self.buffer(data.message, who, writable=self.rank != root)
+        self.read_buffer(data.buffer, who, writable=self.rank != root)
         self.check_algorithm("bcast", data, None, algorithm, who)
         here = self.rank == root
 
         def host(a: Any, b: Any) -> None:
             comm.Bcast(a if here else b, root, algorithm)
 
-        message, n, fits = data.message, data.message.elements, self.eligibility("bcast", data, None, algorithm)
+        buffer, n, fits = data.buffer, data.buffer.elements, self.eligibility("bcast", data, None, algorithm)
         call = Call(
-            message.nbytes,
+            buffer.nbytes,
             lambda: elementwise_chunks(n, data if here else None, None if here else data, host),
             fits.kernel(lambda room: plan_broadcast(n, data, root, here, room)),
-            fits.native(lambda: Binder.bcast(self, None, message, root, "native")),
-            fits.dense(lambda nccl: nccl.bcast(message.address, message.nbytes, root)),
+            fits.native(lambda: Planner.bcast(self, None, buffer, root, "native")),
+            fits.dense(lambda nccl: nccl.bcast(buffer.address, buffer.nbytes, root)),
         )
         return self.bind_call("Bcast", operands, call, None, root, n, algorithm)
 
@@ -386,10 +386,10 @@ class DeviceBinder(Binder):
         if operands is None:
             return super().allgather(key, sendbuf, recvbuf, algorithm)
         first, recv = self.transfer_operands(operands, who)
-        each = recv.message.block_length(p)
+        each = recv.buffer.block_length(p)
         counts, displs = (each,) * p, tuple(each * k for k in range(p))
         send = recv if first is None else first
-        self.check_allgather(send.message, recv.message, counts, displs, first is None, who)
+        self.check_allgather(send.buffer, recv.buffer, counts, displs, first is None, who)
         self.check_algorithm("allgather", recv, None, algorithm, who)
         begin = self.rank * each if first is None else 0
 
@@ -414,9 +414,9 @@ class DeviceBinder(Binder):
             chunks,
             fits.kernel(lambda room: plan_allgather(send, begin, recv, counts, displs, self.rank, room)),
             fits.native(
-                lambda: Binder.allgather(self, None, send_argument(send, first is None), recv.message, "native")
+                lambda: Planner.allgather(self, None, send_argument(send, first is None), recv.buffer, "native")
             ),
-            fits.dense(lambda nccl: nccl.allgather(send.extent(begin, each).address, recv.message.address, nbytes)),
+            fits.dense(lambda nccl: nccl.allgather(send.extent(begin, each).address, recv.buffer.address, nbytes)),
         )
         return self.bind_call("Allgather", operands, call, count=each * p, algorithm=algorithm)
 
@@ -427,11 +427,11 @@ class DeviceBinder(Binder):
         if operands is None:
             return super().allgatherv(key, sendbuf, recvbuf, algorithm)
         first, recv = self.transfer_operands(operands, who)
-        counts, displs = recv.message.blocks(p)
+        counts, displs = recv.buffer.blocks(p)
         if len(counts) != p:
             raise ArgumentError(f"{who}: {len(counts)} counts for {p} ranks: pass one a rank")
         send = recv if first is None else first
-        self.check_allgather(send.message, recv.message, counts, displs, first is None, who)
+        self.check_allgather(send.buffer, recv.buffer, counts, displs, first is None, who)
         self.check_algorithm("allgather", recv, None, algorithm, who)
         cuts = np.cumsum([0, *counts]).tolist()
         begin = displs[me] if first is None else 0
@@ -454,9 +454,9 @@ class DeviceBinder(Binder):
         send, recv = operands
         if recv is None:
             raise ArgumentError(f"{who}: the buffer to receive into is None: pass an array")
-        self.buffer(recv.message, who, writable=True)
+        self.read_buffer(recv.buffer, who, writable=True)
         if send is not None:
-            self.buffer(send.message, who)
+            self.read_buffer(send.buffer, who)
         return send, recv
 
     def alltoall(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
@@ -467,14 +467,14 @@ class DeviceBinder(Binder):
             return super().alltoall(key, sendbuf, recvbuf, algorithm)
         first, recv = self.transfer_operands(operands, who)
         send = recv if first is None else first
-        each = recv.message.block_length(p)
-        if send.message.block_length(p) * send.dtype.itemsize != each * recv.dtype.itemsize or send.dtype != recv.dtype:
+        each = recv.buffer.block_length(p)
+        if send.buffer.block_length(p) * send.dtype.itemsize != each * recv.dtype.itemsize or send.dtype != recv.dtype:
             raise ArgumentError(
-                f"{who}: sends {send.message.block_length(p)} {send.message.kind} to each rank, receives {each} "
-                f"{recv.message.kind}: make them agree"
+                f"{who}: sends {send.buffer.block_length(p)} {send.buffer.kind} to each rank, receives {each} "
+                f"{recv.buffer.kind}: make them agree"
             )
         if first is not None:
-            self.check_overlap(send.message, recv.message, who)
+            self.check_overlap(send.buffer, recv.buffer, who)
         self.check_algorithm("alltoall", recv, None, algorithm, who)
 
         def host(a: Any, b: Any) -> None:
@@ -495,11 +495,11 @@ class DeviceBinder(Binder):
             chunks,
             fits.kernel(lambda room: plan_alltoall(send, recv, each, p, self.rank, room)),
             fits.native(
-                lambda: Binder.alltoall(self, None, send_argument(send, first is None), recv.message, "native")
+                lambda: Planner.alltoall(self, None, send_argument(send, first is None), recv.buffer, "native")
             ),
             fits.dense_out_of_place(
                 first is not None,
-                lambda nccl: nccl.alltoall(send.message.address, recv.message.address, nbytes),
+                lambda nccl: nccl.alltoall(send.buffer.address, recv.buffer.address, nbytes),
             ),
         )
         return self.bind_call("Alltoall", operands, call, count=each * p, algorithm=algorithm)
@@ -523,9 +523,9 @@ class DeviceBinder(Binder):
         first, recv = self.transfer_operands(operands, who)
         send = recv if first is None else first
         for each in (send, recv):
-            self.operand(each.message, op, who)
-        part = recv.message.block_length(p) if first is None else recv.message.elements
-        self.check_blocks(send.message, recv.message, (part,) * p, first is None, who)
+            self.read_operand(each.buffer, op, who)
+        part = recv.buffer.block_length(p) if first is None else recv.buffer.elements
+        self.check_blocks(send.buffer, recv.buffer, (part,) * p, first is None, who)
         self.check_algorithm("reduce_scatter", recv, op, algorithm, who)
 
         def host(a: Any, b: Any) -> None:
@@ -544,19 +544,19 @@ class DeviceBinder(Binder):
             ]
 
         fits, in_place = self.eligibility("reduce_scatter", recv, op, algorithm, reproducible), first is None
-        code, word = reductions.code_of(recv.dtype), operations.name_of(op)
+        code, op_name = reductions.code_of(recv.dtype), operations.name_of(op)
         call = Call(
             part * p * recv.dtype.itemsize,
             chunks,
-            fits.kernel(lambda room: plan_reduce_scatter(send, recv, (part,) * p, self.rank, word, room)),
+            fits.kernel(lambda room: plan_reduce_scatter(send, recv, (part,) * p, self.rank, op_name, room)),
             fits.native(
-                lambda: Binder.reduce_scatter_block(
-                    self, None, send_argument(send, in_place), recv.message, op, "native"
+                lambda: Planner.reduce_scatter_block(
+                    self, None, send_argument(send, in_place), recv.buffer, op, "native"
                 )
             ),
             fits.dense_out_of_place(
                 not in_place,
-                lambda nccl: nccl.reduce_scatter(send.message.address, recv.message.address, part, code, word),
+                lambda nccl: nccl.reduce_scatter(send.buffer.address, recv.buffer.address, part, code, op_name),
             ),
         )
         said = algorithm_label(algorithm, reproducible)
@@ -593,22 +593,22 @@ class DeviceBinder(Binder):
         first, recv = self.transfer_operands(operands, who)
         send = recv if first is None else first
         for each in (send, recv):
-            self.operand(each.message, op, who)
+            self.read_operand(each.buffer, op, who)
         if told is None and first is None:
             raise ArgumentError(f"{who}: in place it cannot know who gets how much: pass recvcounts")
-        counts = self.context.counts(recv.message.elements) if told is None else told
-        self.check_blocks(send.message, recv.message, counts, first is None, who)
+        counts = self.context.counts(recv.buffer.elements) if told is None else told
+        self.check_blocks(send.buffer, recv.buffer, counts, first is None, who)
         self.check_algorithm("reduce_scatter", recv, op, algorithm, who)
 
         def host(a: Any, b: Any) -> None:
             comm.Reduce_scatter(a, b, counts, op, algorithm, reproducible)
 
         reads, writes = [send.extent(0, sum(counts))], [recv.extent(0, counts[self.rank])]
-        fits, word = self.eligibility("reduce_scatter", recv, op, algorithm, reproducible), operations.name_of(op)
+        fits, op_name = self.eligibility("reduce_scatter", recv, op, algorithm, reproducible), operations.name_of(op)
         call = Call(
             sum(counts) * recv.dtype.itemsize,
             lambda: [chunk(reads, writes, send, recv, host)],
-            fits.kernel(lambda room: plan_reduce_scatter(send, recv, counts, self.rank, word, room)),
+            fits.kernel(lambda room: plan_reduce_scatter(send, recv, counts, self.rank, op_name, room)),
         )
         said = algorithm_label(algorithm, reproducible)
         return self.bind_call("Reduce_scatter", operands, call, op, count=sum(counts), algorithm=said)
@@ -708,9 +708,9 @@ class Eligibility(NamedTuple):
     is_plain: bool
     is_dense: bool
 
-    def kernel(self, turns: Callable[[int], Sequence[Phase]]) -> Callable[[int], Sequence[Phase]] | None:
+    def kernel(self, phases: Callable[[int], Sequence[Phase]]) -> Callable[[int], Sequence[Phase]] | None:
         """For ranks that read each other's memory."""
-        return turns if self.has_kernel else None
+        return phases if self.has_kernel else None
 
     def native(self, native: Callable[[], Plan]) -> Callable[[], Plan] | None:
         """For MPI's own collective."""
@@ -734,14 +734,14 @@ def algorithm_label(algorithm: str | None, reproducible: bool) -> str | None:
 
 def send_argument(send: Operand, in_place: bool) -> Any:
     """What MPI is told to send."""
-    return IN_PLACE if in_place else send.message
+    return IN_PLACE if in_place else send.buffer
 
 
-# In turns, each of so many bytes at most
+# In phases, each of so many bytes at most
 
 
 def cut(count: int, bytes_each: int, room: int) -> list[tuple[int, int]]:
-    """[lo, hi) of the turns of ``count`` columns; one turn, an empty one, of none."""
+    """[lo, hi) of the phases of ``count`` columns; one turn, an empty one, of none."""
     most = max(1, room // bytes_each)
     step = most - most % cuda_ipc.ALIGNMENT or most
     return list(pairwise([*range(0, count, step), count])) or [(0, 0)]
@@ -749,12 +749,12 @@ def cut(count: int, bytes_each: int, room: int) -> list[tuple[int, int]]:
 
 def plan_reduce(n: int, send: Operand, recv: Operand | None, op: str, room: int) -> list[Phase]:
     """All vectors reduced, wherever there is something to receive into."""
-    code, turns = reductions.code_of(send.dtype), []
+    code, phases = reductions.code_of(send.dtype), []
     for lo, hi in cut(n, send.dtype.itemsize, room):
         piece = send.extent(lo, hi - lo)
         into = recv.extent(lo, hi - lo).address if recv else 0
-        turns.append(Phase([piece], [Fold(op, code, 0, piece.nbytes, into)]))
-    return turns
+        phases.append(Phase([piece], [Fold(op, code, 0, piece.nbytes, into)]))
+    return phases
 
 
 def plan_broadcast(n: int, data: Operand, root: int, here: bool, room: int) -> list[Phase]:
@@ -769,25 +769,25 @@ def plan_allgather(
     send: Operand, begin: int, recv: Operand, counts: Sequence[int], displs: Sequence[int], me: int, room: int
 ) -> list[Phase]:
     """Everybody's part; this rank's begins at an element of ``send``."""
-    turns = []
+    phases = []
     for lo, hi in cut(max(counts), recv.dtype.itemsize, room):
         ends = [(min(lo, count), min(hi, count)) for count in counts]
         pieces = [recv.extent(displ + a, b - a) for displ, (a, b) in zip(displs, ends, strict=True)]
         takes = [PeerCopy(k, 0, piece.nbytes, piece.address) for k, piece in enumerate(pieces)]
         a, b = ends[me]
-        turns.append(Phase([send.extent(begin + a, b - a)], takes=takes))
-    return turns
+        phases.append(Phase([send.extent(begin + a, b - a)], takes=takes))
+    return phases
 
 
 def plan_alltoall(send: Operand, recv: Operand, each: int, p: int, me: int, room: int) -> list[Phase]:
     """A part from everybody for everybody."""
-    turns = []
+    phases = []
     for lo, hi in cut(each, p * recv.dtype.itemsize, room):
         reads = [send.extent(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)]
         into = [recv.extent(k * each + lo, hi - lo) for k in range(p)]
         takes = [PeerCopy(k, reads[me].first, piece.nbytes, piece.address) for k, piece in enumerate(into)]
-        turns.append(Phase(reads, takes=takes))
-    return turns
+        phases.append(Phase(reads, takes=takes))
+    return phases
 
 
 def plan_reduce_scatter(
@@ -795,14 +795,14 @@ def plan_reduce_scatter(
 ) -> list[Phase]:
     """A part of the sum each.  In place the result is written over columns that have been read already."""
     first, code = np.cumsum([0, *counts]).tolist(), reductions.code_of(recv.dtype)
-    turns = []
+    phases = []
     for lo, hi in cut(max(counts), len(counts) * recv.dtype.itemsize, room):
         ends = [(min(lo, count), min(hi, count)) for count in counts]
         reads = [send.extent(first[k] + a, b - a, k * (hi - lo)) for k, (a, b) in enumerate(ends)]
         a, b = ends[me]
         into = recv.extent(a, b - a)
-        turns.append(Phase(reads, [Fold(op, code, reads[me].first, into.nbytes, into.address, shared=False)]))
-    return turns
+        phases.append(Phase(reads, [Fold(op, code, reads[me].first, into.nbytes, into.address, shared=False)]))
+    return phases
 
 
 # In chunks

@@ -1,4 +1,4 @@
-"""Arrays on a device, without a device: a stand-in whose streams do nothing before they are waited for."""
+"""Arrays on a device, without a device: a fake whose streams do nothing before they are waited for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
-from stand_in import SIDE, StandIn, StandInArray
+from fake_device import SIDE, FakeDevice, FakeArray
 
 import hpccomm
 from hpccomm import ArgumentError, MismatchError, arrays
 from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind_segments
-from hpccomm.device_planner import DeviceBinder, StreamBuffer, columns
+from hpccomm.device_planner import DevicePlanner, StreamBuffer, columns
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging
@@ -41,8 +41,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    made = StandIn()
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    made = FakeDevice()
     monkeypatch.setattr(cuda, "device", lambda: made)
     return made
 
@@ -54,7 +54,7 @@ def double(incoming: np.ndarray, outgoing: np.ndarray) -> None:
     outgoing.view(F4)[...] = 2 * incoming.view(F4)
 
 
-def run_doubling(device: StandIn, n: int, each: int = 10) -> tuple[np.ndarray, np.ndarray]:
+def run_doubling(device: FakeDevice, n: int, each: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """What doubling in chunks makes of a vector that a kernel is still writing; and what it should."""
     x, y = device.array(np.zeros(n, F4), SIDE), device.array(np.zeros(n, F4), SIDE)
     x.fill(operand(0, n))
@@ -70,11 +70,11 @@ def run_doubling(device: StandIn, n: int, each: int = 10) -> tuple[np.ndarray, n
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("n", [0, 1, 9, 10, 11, 21, 205])
 def test_chunks_arrive_whole_and_in_their_places(n: int, eager: bool) -> None:
-    got, want = run_doubling(StandIn(eager=eager), n)
+    got, want = run_doubling(FakeDevice(eager=eager), n)
     assert np.array_equal(got, want)
 
 
-class ImpatientDevice(StandIn):
+class ImpatientDevice(FakeDevice):
     """Never waits for one of the streams."""
 
     def __init__(self, never: int) -> None:
@@ -104,12 +104,12 @@ def test_the_stand_in_catches_a_single_buffer(monkeypatch: pytest.MonkeyPatch) -
         return [self._rooms.setdefault(which, [np.empty(4096, np.uint8)])[0]] * 2
 
     monkeypatch.setattr(Staging, "bounce_buffers", single)
-    got, want = run_doubling(StandIn(eager=True), 205)
+    got, want = run_doubling(FakeDevice(eager=True), 205)
     assert not np.array_equal(got, want)
 
 
 def test_copies_overlap_the_collective() -> None:
-    device = StandIn()
+    device = FakeDevice()
     staging = Staging(device)
     x = device.array(np.zeros(40, F4))
     begun: list[tuple[int, int]] = []
@@ -125,7 +125,7 @@ def test_copies_overlap_the_collective() -> None:
 
 
 def test_a_failing_collective_leaves_no_copy_behind() -> None:
-    device = StandIn()
+    device = FakeDevice()
     staging = Staging(device)
     x = device.array(np.zeros(40, F4))
 
@@ -144,7 +144,7 @@ def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> No
     algorithm = ALGORITHMS["allreduce"][name]
 
     def body(transport: ThreadTransport) -> np.ndarray:
-        device, n = StandIn(eager=transport.rank % 2 == 1), 100
+        device, n = FakeDevice(eager=transport.rank % 2 == 1), 100
         x = device.array(np.zeros(n, "i8"), SIDE)
         x.fill(operand(transport.rank, n, "i8"))
 
@@ -166,10 +166,10 @@ def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> No
 # Every collective, ranks as threads
 
 
-class ThreadBinder(DeviceBinder):
+class ThreadPlanner(DevicePlanner):
     """Binds to ranks that are threads, whose communicator chooses no algorithm and compares by itself."""
 
-    def __init__(self, comm: Any, device: StandIn, transport: str = "staged") -> None:
+    def __init__(self, comm: Any, device: FakeDevice, transport: str = "staged") -> None:
         host = {
             "Allreduce": lambda a, b, op, *_: comm.Allreduce(a, b, op),
             "Reduce": lambda a, b, op, root, *_: comm.Reduce(a, b, op, root),
@@ -193,11 +193,11 @@ class ThreadBinder(DeviceBinder):
         return lambda: None
 
 
-Case = Callable[[ThreadBinder, StandIn, int], tuple[Plan, StandInArray | None, Any]]
-"""``case(binder, device, n)``: a call, the array it writes on this rank, and what it should write."""
+Case = Callable[[ThreadPlanner, FakeDevice, int], tuple[Plan, FakeArray | None, Any]]
+"""``case(planner, device, n)``: a call, the array it writes on this rank, and what it should write."""
 
 
-def pending_array(device: StandIn, values: np.ndarray) -> StandInArray:
+def pending_array(device: FakeDevice, values: np.ndarray) -> FakeArray:
     """An array whose contents a kernel is still writing."""
     x = device.array(np.zeros_like(values), SIDE)
     x.fill(values)
@@ -208,73 +208,73 @@ def operand_sum(p: int, n: int) -> np.ndarray:
     return np.sum([operand(rank, n) for rank in range(p)], axis=0, dtype="f4")
 
 
-def allreduce(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    x, y = pending_array(device, operand(binder.rank, n)), device.array(np.zeros(n, F4))
-    return binder.allreduce(None, x, y, MPI.SUM, None), y, operand_sum(binder.size, n)
+def allreduce(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    x, y = pending_array(device, operand(planner.rank, n)), device.array(np.zeros(n, F4))
+    return planner.allreduce(None, x, y, MPI.SUM, None), y, operand_sum(planner.size, n)
 
 
-def allreduce_in_place(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    x = pending_array(device, operand(binder.rank, n))
-    return binder.allreduce(None, MPI.IN_PLACE, x, MPI.SUM, None), x, operand_sum(binder.size, n)
+def allreduce_in_place(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    x = pending_array(device, operand(planner.rank, n))
+    return planner.allreduce(None, MPI.IN_PLACE, x, MPI.SUM, None), x, operand_sum(planner.size, n)
 
 
-def reduce(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    root = binder.size - 1
-    x, y = pending_array(device, operand(binder.rank, n)), device.array(np.zeros(n, F4))
-    here = binder.rank == root
-    bound = binder.reduce(None, x, y if here else None, MPI.SUM, root, None)
-    return bound, y if here else x, operand_sum(binder.size, n) if here else operand(binder.rank, n)
+def reduce(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    root = planner.size - 1
+    x, y = pending_array(device, operand(planner.rank, n)), device.array(np.zeros(n, F4))
+    here = planner.rank == root
+    bound = planner.reduce(None, x, y if here else None, MPI.SUM, root, None)
+    return bound, y if here else x, operand_sum(planner.size, n) if here else operand(planner.rank, n)
 
 
-def bcast(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    x = pending_array(device, operand(binder.rank, n))
-    return binder.bcast(None, x, binder.size // 2, None), x, operand(binder.size // 2, n)
+def bcast(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    x = pending_array(device, operand(planner.rank, n))
+    return planner.bcast(None, x, planner.size // 2, None), x, operand(planner.size // 2, n)
 
 
-def allgather(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    x, y = pending_array(device, operand(binder.rank, n)), device.array(np.zeros(n * binder.size, F4))
-    return binder.allgather(None, x, y, None), y, np.concatenate([operand(k, n) for k in range(binder.size)])
+def allgather(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    x, y = pending_array(device, operand(planner.rank, n)), device.array(np.zeros(n * planner.size, F4))
+    return planner.allgather(None, x, y, None), y, np.concatenate([operand(k, n) for k in range(planner.size)])
 
 
-def allgather_in_place(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    whole = np.zeros((binder.size, n), F4)
-    whole[binder.rank] = operand(binder.rank, n)
+def allgather_in_place(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    whole = np.zeros((planner.size, n), F4)
+    whole[planner.rank] = operand(planner.rank, n)
     x = pending_array(device, whole)
-    return binder.allgather(None, MPI.IN_PLACE, x, None), x, np.stack([operand(k, n) for k in range(binder.size)])
+    return planner.allgather(None, MPI.IN_PLACE, x, None), x, np.stack([operand(k, n) for k in range(planner.size)])
 
 
-def allgatherv(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    counts = [(n + k) % 9 for k in range(binder.size)]
-    displs = [10 * k + 1 for k in range(binder.size)]
+def allgatherv(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    counts = [(n + k) % 9 for k in range(planner.size)]
+    displs = [10 * k + 1 for k in range(planner.size)]
     x, y = (
-        pending_array(device, operand(binder.rank, counts[binder.rank])),
-        pending_array(device, np.full(10 * binder.size, -1, F4)),
+        pending_array(device, operand(planner.rank, counts[planner.rank])),
+        pending_array(device, np.full(10 * planner.size, -1, F4)),
     )
-    want = np.full(10 * binder.size, -1, F4)
+    want = np.full(10 * planner.size, -1, F4)
     for k, (count, displ) in enumerate(zip(counts, displs, strict=True)):
         want[displ : displ + count] = operand(k, count)
-    return binder.allgatherv(None, x, [y, counts, displs, MPI.FLOAT], None), y, want
+    return planner.allgatherv(None, x, [y, counts, displs, MPI.FLOAT], None), y, want
 
 
-def reduce_scatter_block(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    p, r = binder.size, binder.rank
+def reduce_scatter_block(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    p, r = planner.size, planner.rank
     x, y = pending_array(device, operand(r, n * p)), device.array(np.zeros(n, F4))
-    return binder.reduce_scatter_block(None, x, y, MPI.SUM, None), y, operand_sum(p, n * p)[r * n : (r + 1) * n]
+    return planner.reduce_scatter_block(None, x, y, MPI.SUM, None), y, operand_sum(p, n * p)[r * n : (r + 1) * n]
 
 
-def reduce_scatter(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    counts = tuple((n + k) % 9 for k in range(binder.size))
-    first, total = sum(counts[: binder.rank]), sum(counts)
-    x, y = pending_array(device, operand(binder.rank, total)), device.array(np.zeros(counts[binder.rank], F4))
-    bound = binder.reduce_scatter_v(None, x, y, counts, MPI.SUM, None)
-    return bound, y, operand_sum(binder.size, total)[first : first + counts[binder.rank]]
+def reduce_scatter(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    counts = tuple((n + k) % 9 for k in range(planner.size))
+    first, total = sum(counts[: planner.rank]), sum(counts)
+    x, y = pending_array(device, operand(planner.rank, total)), device.array(np.zeros(counts[planner.rank], F4))
+    bound = planner.reduce_scatter_v(None, x, y, counts, MPI.SUM, None)
+    return bound, y, operand_sum(planner.size, total)[first : first + counts[planner.rank]]
 
 
-def alltoall(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    p, r = binder.size, binder.rank
+def alltoall(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    p, r = planner.size, planner.rank
     x, y = pending_array(device, operand(r, n * p)), device.array(np.zeros(n * p, F4))
     return (
-        binder.alltoall(None, x, y, None),
+        planner.alltoall(None, x, y, None),
         y,
         np.concatenate([operand(k, n * p)[r * n : (r + 1) * n] for k in range(p)]),
     )
@@ -300,8 +300,8 @@ def test_every_collective_brings_device_arrays_through_the_host(case: Case, p: i
     for n, eager in itertools.product((0, 1, 7, 100), (False, True)):
 
         def body(comm: Any, n: int = n, eager: bool = eager) -> None:
-            device = StandIn(eager=eager)
-            bound, written, want = case(ThreadBinder(comm, device), device, n)
+            device = FakeDevice(eager=eager)
+            bound, written, want = case(ThreadPlanner(comm, device), device, n)
             for _ in range(1 if "in_place" in case.__name__ else 2):
                 bound.run()
             assert written is not None
@@ -313,7 +313,7 @@ def test_every_collective_brings_device_arrays_through_the_host(case: Case, p: i
 # Reading arrays on a device
 
 
-def test_streams_are_told_by_the_array_the_caller_or_not_at_all(device: StandIn) -> None:
+def test_streams_are_told_by_the_array_the_caller_or_not_at_all(device: FakeDevice) -> None:
     x = device.array(np.zeros(3), SIDE)
     assert arrays.read_device(x, "test").streams == (SIDE,)
     assert arrays.read_device(x, "test", 77).streams == (77, SIDE)
@@ -341,7 +341,7 @@ class DeletedArray:
         raise RuntimeError("Array has been deleted")
 
 
-def test_what_cannot_be_read_is_refused_with_a_remedy(device: StandIn) -> None:
+def test_what_cannot_be_read_is_refused_with_a_remedy(device: FakeDevice) -> None:
     assert arrays.is_on_device(DeletedArray())
     with pytest.raises(ArgumentError, match=r"test: Deleted cannot be read .*deleted.* not freed"):
         arrays.read_device(DeletedArray(), "test")
@@ -360,8 +360,8 @@ def test_what_lies_on_the_host_is_not_taken_for_a_device_array(given: Any) -> No
 
 
 @pytest.fixture
-def ours(comm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[hpccomm.Communicator, StandIn]]:
-    made = StandIn()
+def ours(comm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[hpccomm.Communicator, FakeDevice]]:
+    made = FakeDevice()
     monkeypatch.setattr(cuda, "device", lambda: made)
     monkeypatch.setenv(cuda.TRANSPORT, "staged")
     duplicate = hpccomm.Communicator(comm.Dup())
@@ -431,7 +431,7 @@ def test_mpis_own_collectives_see_copies_on_the_host(ours: Any) -> None:
     parts, total = [operand(k, n) for k in range(p)], operand(r, n * p)
     counts, displs = [n] * p, [n * k for k in range(p)]
 
-    def array(values: Any) -> StandInArray:
+    def array(values: Any) -> FakeArray:
         return pending_array(device, np.asarray(values, F4))
 
     x, y = array(parts[r]), array(np.full(n * p, -1))
@@ -460,7 +460,7 @@ def test_compressed_collectives_take_arrays_on_a_device_and_return_such(ours: An
     there = pending_array(device, index), pending_array(device, values)
     for want, got in zip(comm.sparse_allgather(index, values, n), comm.sparse_allgather(*there, n), strict=True):
         for a, b in zip(want, got, strict=True):
-            assert isinstance(b, StandInArray)
+            assert isinstance(b, FakeArray)
             assert np.array_equal(a, b.get())
     for algorithm, k in (("split", None), ("ok_topk", 7)):
         comm.message_gather.set_room(0)  # as at first: bytes depend on how long the last messages were
@@ -505,7 +505,7 @@ def test_functions_return_what_they_were_given(ours: Any) -> None:
     x = pending_array(device, operand(r, 12).reshape(4, 3))
     for op, reproducible in (("sum", False), ("mean", False), ("max", False), ("sum", True)):
         got = hpccomm.allreduce(x, op, comm, reproducible=reproducible)
-        assert isinstance(got, StandInArray)
+        assert isinstance(got, FakeArray)
         want = hpccomm.allreduce(operand(r, 12).reshape(4, 3), op, comm, reproducible=reproducible)
         assert got.shape == (4, 3)
         assert np.array_equal(got.get(), want)
@@ -532,7 +532,7 @@ def test_functions_return_what_they_were_given(ours: Any) -> None:
     assert np.array_equal(hpccomm.reduce_scatter(x, "sum", comm).get(), hpccomm.reduce_scatter(host, "sum", comm))
     assert np.array_equal(hpccomm.broadcast(x, p - 1, comm).get(), operand(p - 1, 12).reshape(4, 3))
     other = hpccomm.broadcast(x if r == 0 else None, 0, comm)
-    assert isinstance(other, np.ndarray if r else StandInArray)
+    assert isinstance(other, np.ndarray if r else FakeArray)
 
 
 @FEW
@@ -567,7 +567,7 @@ def test_bad_arrays_are_refused_before_the_first_message(ours: Any) -> None:
     ):
         with pytest.raises(ArgumentError, match=f"rank {comm.rank}: Allreduce: .*{message}"):
             comm.Allreduce(*bad)
-    with pytest.raises(ArgumentError, match="algorithm='nonsense' is not to be had"):
+    with pytest.raises(ArgumentError, match="algorithm='nonsense' is not available"):
         comm.Allreduce(fine, device.array(np.zeros(4, F4)), algorithm="nonsense")
     with pytest.raises(ArgumentError, match=r"Scan: the array to receive into is read-only"):
         comm.Scan(fine, locked)
@@ -582,7 +582,7 @@ def test_ranks_whose_arrays_lie_in_different_memory_all_learn_of_it(ours: Any, a
     comm, device = ours
     x = np.ones(50, F4) if comm.rank == 1 else device.array(np.ones(50, F4))
     y = np.empty(50, F4) if comm.rank == 1 else device.array(np.zeros(50, F4))
-    with pytest.raises(MismatchError, match=r"float32 on a device.*same kind of memory on all ranks"):
+    with pytest.raises(MismatchError, match=r"float32 on a device.*same memory on all ranks"):
         comm.Allreduce(x, y, algorithm=algorithm)
 
 
@@ -605,14 +605,14 @@ def test_an_array_that_cannot_be_reached_says_what_is_missing(monkeypatch: pytes
         raise hpccomm.TransportError("CuPy is not installed: pip install 'hpccomm[cuda12]'")
 
     monkeypatch.setattr(cuda, "device", nothing)
-    x = StandIn().array(np.zeros(3))
+    x = FakeDevice().array(np.zeros(3))
     with pytest.raises(ArgumentError, match=r"Allreduce: the array lies on a device: CuPy is not installed: pip"):
         hpccomm.Communicator(MPI.COMM_SELF).Allreduce(MPI.IN_PLACE, x)
 
 
 def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cuda.TRANSPORT, cuda.ON_HOST)
-    x, y = StandIn().array(operand(0, 5)), StandIn().array(np.zeros(5, F4))
+    x, y = FakeDevice().array(operand(0, 5)), FakeDevice().array(np.zeros(5, F4))
     comm = hpccomm.Communicator(MPI.COMM_SELF)
     comm.Allreduce(x, y)
     assert y.memory.tolist() == operand(0, 5).tolist()
@@ -620,9 +620,9 @@ def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.Mo
     assert x.memory.tolist() == operand(0, 5).tolist()
 
 
-def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: StandIn) -> None:
+def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: FakeDevice) -> None:
     host, there = np.zeros(3), device.array(np.zeros(3))
-    a, b, c = hpccomm.Communicator(MPI.COMM_SELF)._binder.attach_stream(5, host, there, MPI.IN_PLACE)
+    a, b, c = hpccomm.Communicator(MPI.COMM_SELF)._planner.attach_stream(5, host, there, MPI.IN_PLACE)
     assert a is host
     assert c is MPI.IN_PLACE
     assert isinstance(b, StreamBuffer)

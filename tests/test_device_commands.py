@@ -1,4 +1,4 @@
-"""The commands where there is a device, by a stand-in, and where there is none."""
+"""The commands where there is a device, by a fake, and where there is none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
-from stand_in import StandIn
+from fake_device import FakeDevice
 
 import hpccomm
 from benchmarks import gpu
@@ -31,9 +31,9 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     """One that MPI understands, since it is the host."""
-    made = StandIn()
+    made = FakeDevice()
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: "")
     monkeypatch.setattr(cuda, "device", lambda: made)
     monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("", "2026-01-02 03:04"))
@@ -50,7 +50,7 @@ COLLECTIVES = ("allreduce", "reduce", "bcast", "reduce_scatter", "reduce_scatter
 @pytest.mark.mpi(sizes=(1, 3), timeout=60)
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_collectives_of_buffers_on_a_device_are_measured_and_checked(
-    comm: Any, device: StandIn, collective: str
+    comm: Any, device: FakeDevice, collective: str
 ) -> None:
     ours = hpccomm.Communicator(comm.Dup())
     options = Options(iterations=2, warmup=1, check=True, check_warmup=1, on_device=True, root=None)
@@ -62,14 +62,14 @@ def test_collectives_of_buffers_on_a_device_are_measured_and_checked(
     ours.Free()
 
 
-class ForgetfulDevice(StandIn):
+class ForgetfulDevice(FakeDevice):
     """Loses the last byte of what it is given."""
 
     def to_device(self, address: int, octets: np.ndarray, stream: int) -> None:
         super().to_device(address, octets[:-1], stream)
 
 
-def test_a_wrong_result_on_a_device_is_seen(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_on_a_device_is_seen(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     forgetful = ForgetfulDevice()
     monkeypatch.setattr(cuda, "device", lambda: forgetful)
     loop.staging.cache_clear()
@@ -86,7 +86,7 @@ def test_osus_title_names_the_kind_of_memory() -> None:
     assert bench.title_of(asked) == "# OSU MPI Allreduce Latency Test v7.4"
 
 
-def test_messages_on_a_device_take_an_mpi_that_understands(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_on_a_device_take_an_mpi_that_understands(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     comm, asked = (
         hpccomm.Communicator(MPI.COMM_SELF),
         bench.parse_command(bench_arguments("latency -d cuda D D"), SILENT),
@@ -152,9 +152,9 @@ def test_info_says_that_there_is_no_device() -> None:
     assert rows() == {"device": f"none: {NONE}"}
 
 
-def test_info_says_what_there_is_and_which_ways_are_open(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_says_what_there_is_and_which_ways_are_open(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     found = rows()
-    assert found["device"] == "stand-in, number 0 on rank 0"
+    assert found["device"] == "fake, number 0 on rank 0"
     assert [found[name] for name in ("ipc", "aware", "staged")] == ["yes"] * 3
     assert found["nccl"].startswith("no: ")
     monkeypatch.setenv(cuda.TRANSPORT, "nccl")
@@ -271,7 +271,7 @@ def test_the_run_on_a_device_says_that_there_is_none(tmp_path: Any, capsys: pyte
 
 
 def test_the_run_on_a_device_writes_a_page_named_after_it(
-    device: StandIn, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    device: FakeDevice, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = results()
     monkeypatch.setattr(device, "name", "NVIDIA X 9", raising=False)

@@ -1,4 +1,4 @@
-"""Training on a device, with a library that is a stand-in: the same bits as on the host."""
+"""Training on a device, with a library that is a fake: the same bits as on the host."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from emulated import Emulated
-from stand_in import StandIn
-from stand_in_library import LIBRARY, Array
+from fake_device import FakeDevice
+from fake_library import LIBRARY, Array
 
 import hpccomm
 from hpccomm.algorithms.device import run_on_host
@@ -22,7 +22,7 @@ from hpccomm.train.networks import Characters, Perceptron
 from hpccomm.transports import cuda
 
 
-class DeviceEverywhere(StandIn):
+class DeviceEverywhere(FakeDevice):
     """All memory is the device's."""
 
     def find_device(self, address: int) -> int | None:

@@ -1,4 +1,4 @@
-"""Other ways than through the host: memory that ranks read of each other, MPI and NCCL; with a stand-in device."""
+"""Other ways than through the host: memory that ranks read of each other, MPI and NCCL; with a fake device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
-from stand_in import SIDE, StandIn, StandInNccl
-from test_device_arrays import CASES, F4, SIZES, Case, ThreadBinder, operand, operand_sum, pending_array
+from fake_device import SIDE, FakeDevice, FakeNccl
+from test_device_arrays import CASES, F4, SIZES, Case, ThreadPlanner, operand, operand_sum, pending_array
 
 import hpccomm
 from hpccomm import ArgumentError, TransportError, arrays
@@ -41,7 +41,7 @@ def address(x: Any) -> int:
 
 def check_sums(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None) -> None:
     """Sums of n elements in as many turns as it takes, three times over."""
-    device = StandIn(eager=eager)
+    device = FakeDevice(eager=eager)
     peers = Peers(device, comm, ROOM)
     width, here = np.dtype(dtype).itemsize, wanted is None or comm.rank == wanted
     step = peers.room // width
@@ -70,7 +70,7 @@ def test_peers_reduce_alone_or_divide_the_work(p: int, eager: bool) -> None:
 @pytest.mark.parametrize("p", SIZES)
 def test_peers_take_what_others_have_brought(p: int) -> None:
     def body(comm: Any) -> None:
-        device, n = StandIn(), 10
+        device, n = FakeDevice(), 10
         peers = Peers(device, comm, ROOM)
         x, y = pending_array(device, operand(comm.rank, n)), device.array(np.zeros(n * p, "f4"))
         takes = [PeerCopy(k, 4 * 3, 4 * 7, address(y) + 4 * n * k) for k in range(p)]
@@ -106,7 +106,7 @@ def test_shares_cover_every_byte_once(p: int, nbytes: int) -> None:
     assert all(lo % 16 == 0 for lo, _ in shares if lo < nbytes)
 
 
-class BlindDevice(StandIn):
+class BlindDevice(FakeDevice):
     """Opens the memory of somebody else."""
 
     def open(self, handle: bytes) -> int:
@@ -117,7 +117,7 @@ class BlindDevice(StandIn):
         return memory.ctypes.data
 
 
-class RefusingDevice(StandIn):
+class RefusingDevice(FakeDevice):
     """A device whose driver opens no other process's memory."""
 
     def open(self, handle: bytes) -> int:
@@ -131,7 +131,7 @@ class RefusingDevice(StandIn):
 )
 def test_all_ranks_learn_that_memory_is_not_shared(kind: Any, words: str) -> None:
     def body(comm: Any) -> None:
-        device = (kind if comm.rank == 1 else StandIn)()
+        device = (kind if comm.rank == 1 else FakeDevice)()
         with pytest.raises(TransportError, match=f"CUDA IPC does not work between these ranks: rank 1.*{words}"):
             Peers(device, comm, ROOM)
         for left in device.files.values():
@@ -168,21 +168,21 @@ def test_every_collective_goes_the_way_that_is_wanted(
 
     chosen = DeviceTransports.choose
     monkeypatch.setattr(DeviceTransports, "choose", remembered)
-    libraries: dict[int, StandInNccl] = {}
+    libraries: dict[int, FakeNccl] = {}
     monkeypatch.setattr(nccl, "library", lambda: libraries[threading.get_ident()])
 
     def body(comm: Any) -> None:
-        device = StandIn(number=comm.rank)
-        libraries[threading.get_ident()] = StandInNccl(comm, device)
-        binder = ThreadBinder(comm, device, transport)
+        device = FakeDevice(number=comm.rank)
+        libraries[threading.get_ident()] = FakeNccl(comm, device)
+        planner = ThreadPlanner(comm, device, transport)
         for n, eager in itertools.product((0, 1, 7, 100), (False, True)):
             device.eager = eager
-            bound, written, want = case(binder, device, n)
+            bound, written, want = case(planner, device, n)
             for _ in range(1 if "in_place" in case.__name__ else 2):
                 bound.run()
             assert written is not None
             assert np.array_equal(written.get().ravel(), np.ravel(want)), (comm.rank, n)
-        binder.release()
+        planner.release()
         assert not device.files
 
     run_on_ranks(p, body)
@@ -190,42 +190,42 @@ def test_every_collective_goes_the_way_that_is_wanted(
     assert set(took) == {"staged" if dense else transport}
 
 
-def binder_of(comm: Any, transport: str = "ipc") -> tuple[ThreadBinder, StandIn]:
-    device = StandIn()
-    return ThreadBinder(comm, device, transport), device
+def binder_of(comm: Any, transport: str = "ipc") -> tuple[ThreadPlanner, FakeDevice]:
+    device = FakeDevice()
+    return ThreadPlanner(comm, device, transport), device
 
 
 @pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16, "c8", "i1", "u8", "?"])
 def test_other_dtypes_are_reduced_by_the_kernels_as_on_the_host(dtype: Any) -> None:
     def body(comm: Any) -> None:
-        binder, device = binder_of(comm)
+        planner, device = binder_of(comm)
         op = MPI.LOR if dtype == "?" else MPI.SUM
         values = [(operand(k, 50, "f4") / 8).astype(dtype) for k in range(comm.size)]
         x, y = pending_array(device, values[comm.rank]), device.array(np.zeros_like(values[0]))
-        binder.allreduce(None, x, y, op, None).run()
+        planner.allreduce(None, x, y, op, None).run()
         want = np.empty_like(values[0])
         code = reductions.code_of(want.dtype)
         bits = [each.view(np.uint16) if code == "bf16" else each for each in values]
         reductions.reduce("lor" if dtype == "?" else "sum", code if code != "bf16" else "bfloat16", bits, bits[0])
         assert np.array_equal(y.get().view(bits[0].dtype), bits[0])
-        binder.release()
+        planner.release()
 
     run_on_ranks(5, body)
 
 
 def test_reduce_scatter_in_place_overwrites_only_what_was_read() -> None:
     def body(comm: Any) -> None:
-        binder, device = binder_of(comm)
+        planner, device = binder_of(comm)
         p, r, n = comm.size, comm.rank, 90
         whole = pending_array(device, operand(r, n * p))
-        binder.reduce_scatter_block(None, MPI.IN_PLACE, whole, MPI.SUM, None).run()
+        planner.reduce_scatter_block(None, MPI.IN_PLACE, whole, MPI.SUM, None).run()
         assert np.array_equal(whole.get()[:n], operand_sum(p, n * p)[r * n : (r + 1) * n])
         counts = (3, 200, 1)
         whole = pending_array(device, operand(r, sum(counts)))
-        binder.reduce_scatter_v(None, MPI.IN_PLACE, whole, counts, MPI.SUM, None).run()
+        planner.reduce_scatter_v(None, MPI.IN_PLACE, whole, counts, MPI.SUM, None).run()
         first = sum(counts[:r])
         assert np.array_equal(whole.get()[: counts[r]], operand_sum(p, sum(counts))[first : first + counts[r]])
-        binder.release()
+        planner.release()
 
     run_on_ranks(3, body)
 
@@ -244,11 +244,11 @@ def find_transports(
     version: int = 22703,
 ) -> DeviceTransports:
     """The ways of a rank that is a thread, on a device of its own unless said."""
-    device = StandIn(comm.rank if number is None else number)
+    device = FakeDevice(comm.rank if number is None else number)
     resources: Any = SimpleNamespace(
         settings={cuda.TRANSPORT: setting}, topology=comm.layout, node=comm.intra_node, channel=comm
     )
-    libraries[threading.get_ident()] = StandInNccl(comm, device, version)
+    libraries[threading.get_ident()] = FakeNccl(comm, device, version)
     verdicts[threading.get_ident()] = verdict
     return DeviceTransports(resources, Staging(device))
 
@@ -399,19 +399,19 @@ def test_ways_are_open_to_what_they_do_right(
     dtype: str, op: Any, algorithm: str | None, reproducible: bool, expected: tuple[bool, ...]
 ) -> None:
     def body(comm: Any) -> None:
-        binder, device = binder_of(comm)
-        data = binder.operand_of(device.array(np.zeros(3, dtype)), "test", None)
-        assert binder.eligibility("allreduce", data, op, algorithm, reproducible) == expected
+        planner, device = binder_of(comm)
+        data = planner.operand_of(device.array(np.zeros(3, dtype)), "test", None)
+        assert planner.eligibility("allreduce", data, op, algorithm, reproducible) == expected
 
     run_on_ranks(2, body)
 
 
 def test_an_operation_of_the_users_own_is_never_given_pointers_of_a_device() -> None:
     def body(comm: Any) -> None:
-        binder, device = binder_of(comm)
-        data = binder.operand_of(device.array(np.zeros(3, F4)), "test", None)
+        planner, device = binder_of(comm)
+        data = planner.operand_of(device.array(np.zeros(3, F4)), "test", None)
         own = MPI.Op.Create(lambda a, b, datatype: None)
-        assert binder.eligibility("allreduce", data, own, None) == (False, False, False)
+        assert planner.eligibility("allreduce", data, own, None) == (False, False, False)
         own.Free()
 
     run_on_ranks(1, body)
@@ -427,12 +427,12 @@ def child_command(body: str) -> list[str]:
 CHILD_PROGRAM = """
 import ctypes, sys
 sys.path.insert(0, {tests!r})
-from stand_in import StandIn
+from fake_device import FakeDevice
 from hpccomm.transports.cuda_probe import answer
 
 protect = ctypes.CDLL(None).mprotect
 
-class Unreachable(StandIn):
+class Unreachable(FakeDevice):
     '''Memory that only its own copies reach: what a processor sees of a device's.'''
     def locked(self, address, copy, *arguments):
         page = ctypes.c_void_p(address), ctypes.c_size_t(4096)
@@ -444,7 +444,7 @@ class Unreachable(StandIn):
     def to_device(self, address, octets, stream):
         self.locked(address, super().to_device, address, octets, stream)
 
-class Deaf(StandIn):
+class Deaf(FakeDevice):
     '''What comes from another process is lost on rank 1.'''
     def to_host(self, out, address, stream):
         super().to_host(out, address, stream)
@@ -456,7 +456,7 @@ answer({kind}(eager=True))
 """
 
 
-@pytest.mark.parametrize(("kind", "words"), [("StandIn", ""), ("Unreachable", "a child that tried")])
+@pytest.mark.parametrize(("kind", "words"), [("FakeDevice", ""), ("Unreachable", "a child that tried")])
 def test_an_mpi_that_copies_by_itself_loses_a_child_on_memory_it_cannot_reach(kind: str, words: str) -> None:
     body = CHILD_PROGRAM.format(tests=str(Path(__file__).parent), kind=kind)
     found = cuda_probe.run_probe(child_command(body), os.environ)
@@ -480,7 +480,7 @@ def test_no_child_no_trust() -> None:
     assert "no child could try" in cuda_probe.run_probe(["/nowhere/python"], os.environ)
 
 
-class GarblingDevice(StandIn):
+class GarblingDevice(FakeDevice):
     """What arrives is not what MPI wrote."""
 
     def to_host(self, out: np.ndarray, address: int, stream: int) -> None:
@@ -489,7 +489,7 @@ class GarblingDevice(StandIn):
 
 
 def test_results_are_looked_at() -> None:
-    assert cuda_probe.exercise(StandIn(eager=True), MPI.COMM_SELF) == ""
+    assert cuda_probe.exercise(FakeDevice(eager=True), MPI.COMM_SELF) == ""
     words = cuda_probe.exercise(GarblingDevice(eager=True), MPI.COMM_SELF)
     assert words == "Sendrecv of 3 elements gave something else than on the host"
 
@@ -522,14 +522,14 @@ def test_an_answer_is_kept_until_something_changes(monkeypatch: pytest.MonkeyPat
 @pytest.mark.mpi(sizes=(1, 3), timeout=60)
 @pytest.mark.parametrize("setting", ["ipc", "aware", "auto"])
 def test_every_collective_between_processes(comm: Any, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
-    device = StandIn()  # its memory is the host's: every MPI understands its pointers
+    device = FakeDevice()  # its memory is the host's: every MPI understands its pointers
     monkeypatch.setattr(cuda, "device", lambda: device)
     monkeypatch.setattr(cuda_probe, "verdict", lambda *_: UNDERSTOOD)
     monkeypatch.setattr(device_selection, "MANY_BYTES", 100)
     monkeypatch.setenv(cuda.TRANSPORT, setting)
     ours = hpccomm.Communicator(comm.Dup())
     for case, n in itertools.product(CASES, (0, 1, 90)):
-        bound, written, want = case(ours._binder, device, n)
+        bound, written, want = case(ours._planner, device, n)
         bound.run()
         assert written is not None
         assert np.array_equal(written.get().ravel(), np.ravel(want)), (case.__name__, n)
@@ -545,7 +545,7 @@ def test_every_collective_between_processes(comm: Any, monkeypatch: pytest.Monke
 
 @pytest.mark.mpi(sizes=(2,), timeout=60)
 def test_a_word_that_means_nothing_is_refused_before_the_first_message(comm: Any, monkeypatch: Any) -> None:
-    device = StandIn()
+    device = FakeDevice()
     monkeypatch.setattr(cuda, "device", lambda: device)
     monkeypatch.setenv(cuda.TRANSPORT, "pcie")
     ours = hpccomm.Communicator(comm.Dup())
@@ -555,14 +555,14 @@ def test_a_word_that_means_nothing_is_refused_before_the_first_message(comm: Any
 
 
 def pair(tmp_path: Path, kind: str) -> list[str]:
-    """A program whose two ranks give each other memory of a stand-in's."""
+    """A program whose two ranks give each other memory of a fake's."""
     file = tmp_path / "pair.py"
     file.write_text(CHILD_PROGRAM.format(tests=str(Path(__file__).parent), kind=kind))
     return [str(file)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("StandIn", ""), ("Deaf", "two children that tried between them ended with status 0: Sendrecv")]
+    ("kind", "words"), [("FakeDevice", ""), ("Deaf", "two children that tried between them ended with status 0: Sendrecv")]
 )
 def test_two_children_exchange_what_one_alone_did_not(tmp_path: Path, kind: str, words: str) -> None:
     trouble, alone = cuda_probe.run_pair_probe(pair(tmp_path, kind), os.environ)
@@ -590,7 +590,7 @@ def test_one_child_that_dies_spares_the_other_two(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.mpi(sizes=(2,), timeout=60)
 def test_rank_0_says_for_all_whether_the_host_can_address_arrays(comm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = StandIn(eager=True)
+    device = FakeDevice(eager=True)
     monkeypatch.setattr(cuda, "device", lambda: device)
     for mine, theirs, staged in (("staged", "host", True), ("host", "staged", False)):
         monkeypatch.setenv(cuda.TRANSPORT, mine if comm.rank == 0 else theirs)
@@ -604,7 +604,7 @@ def test_rank_0_says_for_all_whether_the_host_can_address_arrays(comm: Any, monk
 
 @pytest.mark.mpi(sizes=(2,), timeout=120)
 def test_a_child_of_a_rank_is_a_world_of_its_own(comm: Any) -> None:
-    body = CHILD_PROGRAM.format(tests=str(Path(__file__).parent), kind="StandIn")
+    body = CHILD_PROGRAM.format(tests=str(Path(__file__).parent), kind="FakeDevice")
     if comm.rank == 0:
         assert cuda_probe.run_probe(child_command(body), os.environ) == ""
     comm.Barrier()

@@ -64,38 +64,38 @@ class TwoLevels:
         self.nodes, self.width = lanes.rank.shape
         self.local_rank, self.members = int(lanes.place[self.rank]), int(memory.size)
 
-    def bind(self, data: Operands, word: int) -> Plan:
-        """Bind an allreduce; ``word`` is its signature."""
+    def bind(self, data: Operands, digest: int) -> Plan:
+        """Bind an allreduce; ``digest`` is its signature."""
         nbytes = data.vector.nbytes
         inter = select_inter_node(self.nodes, nbytes, self.width, self.link)
         if nbytes <= SHORT_BYTES:
-            return self.bind_short(data, word, inter)
+            return self.bind_short(data, digest, inter)
         cut = segments(data.vector.size, segment_count(nbytes))
-        found = [list(self.bind_long(data, word, inter, each)) for each in cut]
+        found = [list(self.bind_long(data, digest, inter, each)) for each in cut]
         turns = [turn for turn, lanes in enumerate(found) for _ in lanes]
         return interleave([lane for lanes in found for lane in lanes], turns)
 
-    def bind_short(self, data: Operands, word: int, inter: Algorithm) -> Plan:
+    def bind_short(self, data: Operands, digest: int, inter: Algorithm) -> Plan:
         """One rank of each node carries the whole vector."""
         memory, size = self.memory, data.vector.size
-        meet = memory.bind_reduce(data.send, data.recv, size, data.kind, data.op, 0, word)
+        meet = memory.bind_reduce(data.send, data.recv, size, data.kind, data.op, 0, digest)
         lane = [
             RoundActions([], [meet]),
-            *(self.inter_node_rounds(inter, data.vector, data.combine, word) if self.local_rank == 0 else []),
+            *(self.inter_node_rounds(inter, data.vector, data.combine, digest) if self.local_rank == 0 else []),
         ]
-        share = memory.bind_bcast(data.recv, data.vector.nbytes, 0, word, delay_watchdog(memory.stall_handler))
+        share = memory.bind_bcast(data.recv, data.vector.nbytes, 0, digest, delay_watchdog(memory.stall_handler))
         return interleave([[*lane, RoundActions([], [share])]])
 
-    def bind_long(self, data: Operands, word: int, inter: Algorithm, segment: slice) -> Iterator[list[RoundActions]]:
+    def bind_long(self, data: Operands, digest: int, inter: Algorithm, segment: slice) -> Iterator[list[RoundActions]]:
         """One segment: reduced inside, exchanged in several messages at a time, gathered inside."""
         vector, width = data.vector[segment], data.vector.itemsize
         start, cuts = segment.start * width, even_cuts(vector.size, self.width).tolist()
         cuts += [cuts[-1]] * (self.members - self.width)
         counts = np.diff(cuts).tolist()
         mine = data.recv + start + cuts[self.local_rank] * width
-        reduce = self.memory.bind_reduce_scatter(data.send + start, mine, counts, data.kind, data.op, word)
+        reduce = self.memory.bind_reduce_scatter(data.send + start, mine, counts, data.kind, data.op, digest)
         sizes, places = [each * width for each in counts], [each * width for each in cuts[:-1]]
-        gather = self.memory.bind_allgather(mine, data.recv + start, sizes, places, word)
+        gather = self.memory.bind_allgather(mine, data.recv + start, sizes, places, digest)
         first, last = RoundActions([], [reduce]), RoundActions([], [gather])
         part = vector[cuts[self.local_rank] : cuts[self.local_rank + 1]]
         if not self.has_channel:
@@ -103,7 +103,7 @@ class TwoLevels:
             return
         messages = message_count(part.nbytes, inter.blocks(self.nodes))
         for number, piece in enumerate(pieces := segments(part.size, messages)):
-            rounds = list(self.inter_node_rounds(inter, part[piece], data.combine, word))
+            rounds = list(self.inter_node_rounds(inter, part[piece], data.combine, digest))
             if number == len(pieces) - 1:
                 rounds = finish_with(rounds, last)
             yield [first if number == 0 else RoundActions([], []), *rounds]
@@ -120,9 +120,9 @@ class TwoLevels:
             int(step.to) >= 0 or int(step.source) >= 0 for step in channel_steps(inter.steps, driver, self.channels)
         )
 
-    def inter_node_rounds(self, inter: Algorithm, part: Any, combine: Combine, word: int) -> Iterator[RoundActions]:
+    def inter_node_rounds(self, inter: Algorithm, part: Any, combine: Combine, digest: int) -> Iterator[RoundActions]:
         """The messages of one lane."""
-        lane = VectorSegment(part, even_cuts(part.size, inter.blocks(self.nodes)), self.transport, combine, word)
+        lane = VectorSegment(part, even_cuts(part.size, inter.blocks(self.nodes)), self.transport, combine, digest)
         for step in channel_steps(inter.steps, self.rank, self.channels):
             if not lane.is_idle(step):
                 yield lane.bind_step(step)

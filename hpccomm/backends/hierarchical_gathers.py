@@ -103,83 +103,83 @@ class TwoLevelGathers:
 
     # Allgather
 
-    def bind_allgather(self, vector: Vector, blocks: Sequence[int], word: int) -> Plan:
-        """Bind an allgather in place; ``blocks`` are the offsets of blocks in the order of nodes, ``word`` is its
+    def bind_allgather(self, vector: Vector, blocks: Sequence[int], digest: int) -> Plan:
+        """Bind an allgather in place; ``blocks`` are the offsets of blocks in the order of nodes, ``digest`` is its
         signature."""
         lie = self.block_offsets(blocks)
         if vector.nbytes <= SHORT_BYTES:
-            return self.short_allgather(vector, lie, word)
-        return self.long_allgather(vector, lie, word)
+            return self.short_allgather(vector, lie, digest)
+        return self.long_allgather(vector, lie, digest)
 
-    def short_allgather(self, vector: Vector, lie: BlockOffsets, word: int) -> Plan:
+    def short_allgather(self, vector: Vector, lie: BlockOffsets, digest: int) -> Plan:
         """The first rank of each node exchanges everything."""
-        between = self.leader_rounds(ALGORITHMS["allgather"]["bruck"].steps, vector, lie, None, word)
+        between = self.leader_rounds(ALGORITHMS["allgather"]["bruck"].steps, vector, lie, None, digest)
         share = self.memory.bind_bcast(
-            address_of(vector), vector.nbytes, 0, word, delay_watchdog(self.memory.stall_handler)
+            address_of(vector), vector.nbytes, 0, digest, delay_watchdog(self.memory.stall_handler)
         )
         return interleave(
-            [[RoundActions([], [self.bind_own_gather(vector, lie, word)]), *between, RoundActions([], [share])]]
+            [[RoundActions([], [self.bind_own_gather(vector, lie, digest)]), *between, RoundActions([], [share])]]
         )
 
-    def long_allgather(self, vector: Vector, lie: BlockOffsets, word: int) -> Plan:
+    def long_allgather(self, vector: Vector, lie: BlockOffsets, digest: int) -> Plan:
         """All lanes, around a ring of nodes; what has arrived is gathered while more is on its way."""
         chunks = message_count(lie.longest_block * vector.itemsize, 1)
         mine = [(cuts[self.channel], cuts[self.channel + 1]) for cuts in lie.channels]
-        rounds = list(self.ring_rounds(ring.allgather, vector, mine, chunks, None, word))
+        rounds = list(self.ring_rounds(ring.allgather, vector, mine, chunks, None, digest))
         shared = segments(chunks, -(-chunks * MESSAGE_BYTES * self.width // SHARED_BYTES))
-        own = self.bind_own_gather(vector, lie, word)
+        own = self.bind_own_gather(vector, lie, digest)
         first, meanwhile = ([own], {}) if self.channels.surplus else ([], {0: own})
         for turn, step in enumerate(ring.allgather(self.node, self.nodes)):
             parts = [chunk_offsets(*part, chunks) for part in pairwise(lie.channels[int(step.recv[0])])]
             for some in shared:
                 arrived = [(part[some.start], part[some.stop]) for part in parts]
-                meanwhile[turn * chunks + some.stop] = self.bind_node_gather(vector, arrived, word)
+                meanwhile[turn * chunks + some.stop] = self.bind_node_gather(vector, arrived, digest)
         return pipeline(first, rounds, min(WINDOW, chunks), meanwhile)
 
-    def bind_own_gather(self, vector: Vector, lie: BlockOffsets, word: int) -> Action:
+    def bind_own_gather(self, vector: Vector, lie: BlockOffsets, digest: int) -> Action:
         """The ranks of a node gather their own blocks."""
         first = self.firsts[self.node]
-        return self.bind_node_gather(vector, list(pairwise(lie.blocks[first : first + self.members + 1])), word)
+        return self.bind_node_gather(vector, list(pairwise(lie.blocks[first : first + self.members + 1])), digest)
 
-    def bind_node_gather(self, vector: Vector, spans: Sequence[Interval], word: int) -> Action:
+    def bind_node_gather(self, vector: Vector, spans: Sequence[Interval], digest: int) -> Action:
         """The ranks of a node gather in place, each of the first ones a span of the vector."""
         base, width = address_of(vector), vector.itemsize
         sizes = [(hi - lo) * width for lo, hi in spans] + [0] * (self.members - len(spans))
         places = [lo * width for lo, _ in spans] + [0] * (self.members - len(spans))
-        bound: Action = self.memory.bind_allgather(base + places[self.local_rank], base, sizes, places, word)
+        bound: Action = self.memory.bind_allgather(base + places[self.local_rank], base, sizes, places, digest)
         return bound
 
     # Reduce-scatter
 
-    def bind_reduce_scatter(self, data: Operands, blocks: Sequence[int], word: int) -> Plan:
+    def bind_reduce_scatter(self, data: Operands, blocks: Sequence[int], digest: int) -> Plan:
         """Bind a reduce-scatter; at ``data.send`` lie blocks in the order of nodes, with these offsets, and
         ``data.vector`` is for this rank's block of the sum."""
         lie = self.block_offsets(blocks)
         if blocks[-1] * data.vector.itemsize <= SHORT_BYTES:
-            return self.short_reduce_scatter(data, lie, word)
-        return self.long_reduce_scatter(data, lie, word)
+            return self.short_reduce_scatter(data, lie, digest)
+        return self.long_reduce_scatter(data, lie, digest)
 
-    def short_reduce_scatter(self, data: Operands, lie: BlockOffsets, word: int) -> Plan:
+    def short_reduce_scatter(self, data: Operands, lie: BlockOffsets, digest: int) -> Plan:
         """The first rank of each node sums everything."""
         total = np.empty(lie.blocks[-1], data.vector.dtype)
-        reduce = self.memory.bind_reduce(data.send, address_of(total), total.size, data.kind, data.op, 0, word)
-        between = self.leader_rounds(ALGORITHMS["reduce_scatter"]["butterfly"].steps, total, lie, data.combine, word)
+        reduce = self.memory.bind_reduce(data.send, address_of(total), total.size, data.kind, data.op, 0, digest)
+        between = self.leader_rounds(ALGORITHMS["reduce_scatter"]["butterfly"].steps, total, lie, data.combine, digest)
         ours = total[lie.nodes[self.node] : lie.nodes[self.node + 1]]
         share = self.memory.bind_bcast(
-            address_of(ours), ours.nbytes, 0, word, delay_watchdog(self.memory.stall_handler)
+            address_of(ours), ours.nbytes, 0, digest, delay_watchdog(self.memory.stall_handler)
         )
         keep = self.copy_own_block(data.vector, ours, lie)
         return interleave([[RoundActions([], [reduce]), *between, RoundActions([], [share, keep])]])
 
-    def long_reduce_scatter(self, data: Operands, lie: BlockOffsets, word: int) -> Plan:
+    def long_reduce_scatter(self, data: Operands, lie: BlockOffsets, digest: int) -> Plan:
         """All lanes, around a ring of nodes; what is summed next is reduced inside while messages are on their way."""
         chunks = message_count(lie.longest_block * data.vector.itemsize, 1)
         lengths = [cuts[self.channel + 1] - cuts[self.channel] if self.has_channel else 0 for cuts in lie.channels]
         mine = list(pairwise([0, *np.cumsum(lengths).tolist()]))
         sums = np.empty(sum(lengths), data.vector.dtype)
-        rounds = list(self.ring_rounds(ring.reduce_scatter, sums, mine, chunks, data.combine, word))
+        rounds = list(self.ring_rounds(ring.reduce_scatter, sums, mine, chunks, data.combine, digest))
         inside = [
-            self.bind_node_reduce(data, cuts, sums[slice(*at)], word)
+            self.bind_node_reduce(data, cuts, sums[slice(*at)], digest)
             for cuts, at in zip(lie.channels, mine, strict=True)
         ]
         first: list[Action] = []
@@ -188,18 +188,18 @@ class TwoLevelGathers:
             first = first or [inside[int(step.send[0])]]
             meanwhile[turn * chunks] = inside[int(step.recv[0])]
         return pipeline(
-            first, rounds, min(WINDOW, chunks), meanwhile, self.distribute_sums(data, sums, mine, lie, word)
+            first, rounds, min(WINDOW, chunks), meanwhile, self.distribute_sums(data, sums, mine, lie, digest)
         )
 
-    def bind_node_reduce(self, data: Operands, cuts: Sequence[int], into: Vector, word: int) -> Action:
+    def bind_node_reduce(self, data: Operands, cuts: Sequence[int], into: Vector, digest: int) -> Action:
         """The ranks of a node reduce the part of one node, each lane its share of it."""
         counts = np.diff(cuts).tolist() + [0] * (self.members - self.width)
         send = data.send + cuts[0] * into.itemsize
-        bound: Action = self.memory.bind_reduce_scatter(send, address_of(into), counts, data.kind, data.op, word)
+        bound: Action = self.memory.bind_reduce_scatter(send, address_of(into), counts, data.kind, data.op, digest)
         return bound
 
     def distribute_sums(
-        self, data: Operands, sums: Vector, mine: Sequence[Interval], lie: BlockOffsets, word: int
+        self, data: Operands, sums: Vector, mine: Sequence[Interval], lie: BlockOffsets, digest: int
     ) -> list[Action]:
         """What the lanes of a node have summed, to the ranks whose it is."""
         found = sums[slice(*mine[self.node])]
@@ -208,7 +208,7 @@ class TwoLevelGathers:
         low, high = lie.nodes[self.node : self.node + 2]
         spans = [(lo - low, hi - low) for lo, hi in pairwise(lie.channels[self.node])]
         ours = np.empty(high - low, sums.dtype)
-        acts: list[Action] = [self.bind_node_gather(ours, spans, word), self.copy_own_block(data.vector, ours, lie)]
+        acts: list[Action] = [self.bind_node_gather(ours, spans, digest), self.copy_own_block(data.vector, ours, lie)]
         if self.has_channel:
             acts.insert(0, lambda: np.copyto(ours[slice(*spans[self.local_rank])], found))
         return acts
@@ -233,23 +233,23 @@ class TwoLevelGathers:
         return self.local_rank % self.width
 
     def leader_rounds(
-        self, steps: Steps, vector: Vector, lie: BlockOffsets, combine: Combine | None, word: int
+        self, steps: Steps, vector: Vector, lie: BlockOffsets, combine: Combine | None, digest: int
     ) -> Iterator[RoundActions]:
         """A schedule of the first ranks, whose blocks are the nodes'; nothing for others."""
-        lane = VectorSegment(vector, lie.nodes, SegmentingTransport(self.transport), combine, word)
+        lane = VectorSegment(vector, lie.nodes, SegmentingTransport(self.transport), combine, digest)
         for step in channel_steps(steps, self.rank, self.channels) if self.local_rank == 0 else ():
             if not lane.is_idle(step):
                 yield lane.bind_step(step)
 
     def ring_rounds(
-        self, steps: Steps, vector: Vector, parts: Sequence[Interval], chunks: int, combine: Combine | None, word: int
+        self, steps: Steps, vector: Vector, parts: Sequence[Interval], chunks: int, combine: Combine | None, digest: int
     ) -> Iterator[RoundActions]:
         """A ring of one lane, of which each node has a part of the vector, chunk by chunk.
 
         As many rounds follow one another as may be under way, each with room of its own for what arrives.
         """
         cuts = [cut for part in parts for cut in chunk_offsets(*part, chunks)]
-        lanes = [VectorSegment(vector, cuts, self.transport, combine, word) for _ in range(min(WINDOW, chunks))]
+        lanes = [VectorSegment(vector, cuts, self.transport, combine, digest) for _ in range(min(WINDOW, chunks))]
         walk = [(step, chunk) for step in channel_steps(steps, self.rank, self.channels) for chunk in range(chunks)]
         for number, (step, chunk) in enumerate(walk):
             send, recv = (int(each[0]) * (chunks + 1) + chunk for each in (step.send, step.recv))

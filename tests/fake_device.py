@@ -25,7 +25,7 @@ SIDE = 7001
 """A stream on which the user's kernels run."""
 
 
-class StandIn:
+class FakeDevice:
     """What :class:`hpccomm.transports.cuda.Device` asks for."""
 
     def __init__(self, number: int = 0, eager: bool = False) -> None:
@@ -39,9 +39,9 @@ class StandIn:
 
     @property
     def identity(self) -> str:
-        return f"stand-in {self.number}"
+        return f"fake {self.number}"
 
-    name, driver, count = "stand-in", "no driver", 1
+    name, driver, count = "fake", "no driver", 1
 
     def use(self, number: int) -> None:
         self.number = number
@@ -80,10 +80,10 @@ class StandIn:
         for act in waiting:
             act()
 
-    def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype) -> StandInArray:
+    def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype) -> FakeArray:
         return self.array(np.empty(shape, dtype))
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> StandInArray:
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> FakeArray:
         return self.array(np.empty(shape, dtype))
 
     def allocate(self, nbytes: int) -> int:
@@ -136,21 +136,21 @@ class StandIn:
     def check(self, address: int, nbytes: int) -> None:
         assert nbytes == 0 or (self.where(address) is not None and self.where(address + nbytes - 1) is not None)
 
-    def array(self, values: Any, stream: int = 1, number: int | None = None) -> StandInArray:
+    def array(self, values: Any, stream: int = 1, number: int | None = None) -> FakeArray:
         """An array on this device, or on another one."""
         memory = np.array(values, order="K")
         address = memory.ctypes.data
         self.memory[address] = memory, self.number if number is None else number
-        return StandInArray(self, memory, stream)
+        return FakeArray(self, memory, stream)
 
-    def free(self, x: StandInArray) -> None:
+    def free(self, x: FakeArray) -> None:
         del self.memory[x.memory.ctypes.data]
 
 
-class StandInArray:
+class FakeArray:
     """An array with CUDA's interface, neither NumPy's nor a buffer; what is done to it waits on its stream."""
 
-    def __init__(self, device: StandIn, memory: np.ndarray, stream: int) -> None:
+    def __init__(self, device: FakeDevice, memory: np.ndarray, stream: int) -> None:
         self.device, self.memory, self.stream = device, memory, stream
 
     @property
@@ -179,8 +179,8 @@ class StandInArray:
     def size(self) -> int:
         return self.memory.size
 
-    def __getitem__(self, part: slice) -> StandInArray:
-        return StandInArray(self.device, self.memory[part], self.stream)
+    def __getitem__(self, part: slice) -> FakeArray:
+        return FakeArray(self.device, self.memory[part], self.stream)
 
     def fill(self, values: Any) -> None:
         """A kernel that writes the array, some time later."""
@@ -197,14 +197,14 @@ NCCL_OPERATIONS = (MPI.SUM, MPI.PROD, MPI.MAX, MPI.MIN)
 NCCL_TYPES = tuple(map(np.dtype, ("i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4", "f8")))
 
 
-class StandInNccl:
+class FakeNccl:
     """As much of ``cupy.cuda.nccl`` as is called, on ranks that are threads; collectives wait on their stream."""
 
     available = True
     NCCL_SUM, NCCL_PROD, NCCL_MAX, NCCL_MIN = range(4)
     NCCL_INT8, NCCL_UINT8, NCCL_INT32, NCCL_UINT32, NCCL_INT64, NCCL_UINT64, _, NCCL_FLOAT32, NCCL_FLOAT64 = range(9)
 
-    def __init__(self, comm: Any, device: StandIn, version: int = 22703) -> None:
+    def __init__(self, comm: Any, device: FakeDevice, version: int = 22703) -> None:
         self.comm, self.device, self.version = comm, device, version
         self.grouped: list[tuple[str, int, int, int, int]] | None = None
         self.made = 0
@@ -215,7 +215,7 @@ class StandInNccl:
     def get_unique_id(self) -> tuple[int, ...]:
         return (self.comm.size,) * 128
 
-    def NcclCommunicator(self, size: int, word: tuple[int, ...], rank: int) -> StandInNccl:
+    def NcclCommunicator(self, size: int, word: tuple[int, ...], rank: int) -> FakeNccl:
         assert (size, word, rank) == (self.comm.size, (size,) * 128, self.comm.rank)
         self.made += 1
         return self
