@@ -20,7 +20,7 @@ from test_device_arrays import CASES, F4, SIZES, Case, ThreadPlanner, operand, o
 import hpccomm
 from hpccomm import ArgumentError, TransportError, arrays
 from hpccomm.backends import cuda_ipc, device_selection, nccl
-from hpccomm.backends.cuda_ipc import Fold, PeerCopy, Peers, Phase, divide_bytes
+from hpccomm.backends.cuda_ipc import PeerReduce, PeerCopy, Peers, Phase, divide_bytes
 from hpccomm.backends.device_selection import Call, DeviceTransports
 from hpccomm.errors import LaunchError
 from hpccomm.kernels import reductions
@@ -50,7 +50,7 @@ def check_sums(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None) -
         turns = []
         for lo in range(0, n, step):
             nbytes = width * (min(lo + step, n) - lo)
-            fold = Fold("sum", reductions.code_of(dtype), 0, nbytes, address(y) + width * lo if here else 0)
+            fold = PeerReduce("sum", reductions.code_of(dtype), 0, nbytes, address(y) + width * lo if here else 0)
             turns.append(Phase([Extent(address(x) + width * lo, 0, nbytes)], [fold]))
         peers.run(turns, [SIDE])
         want = np.sum([operand(k + step_number, n, dtype) for k in range(comm.size)], axis=0, dtype=dtype)
@@ -73,8 +73,8 @@ def test_peers_take_what_others_have_brought(p: int) -> None:
         device, n = FakeDevice(), 10
         peers = Peers(device, comm, ROOM)
         x, y = pending_array(device, operand(comm.rank, n)), device.array(np.zeros(n * p, "f4"))
-        takes = [PeerCopy(k, 4 * 3, 4 * 7, address(y) + 4 * n * k) for k in range(p)]
-        peers.run([Phase([Extent(address(x), 0, 4 * n)], takes=takes)], [SIDE])
+        copies = [PeerCopy(k, 4 * 3, 4 * 7, address(y) + 4 * n * k) for k in range(p)]
+        peers.run([Phase([Extent(address(x), 0, 4 * n)], copies=copies)], [SIDE])
         want = np.zeros((p, n))
         want[:, :7] = [operand(k, n)[3:] for k in range(p)]
         assert np.array_equal(y.memory, want.ravel())
@@ -146,7 +146,7 @@ def test_all_ranks_learn_that_memory_is_not_shared(kind: Any, words: str) -> Non
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few elements a turn, so that a hundred make many."""
-    monkeypatch.setattr(cuda_ipc, "PART_BYTES", 2 * ROOM)
+    monkeypatch.setattr(cuda_ipc, "BUFFER_BYTES", 2 * ROOM)
     monkeypatch.setattr(cuda, "LEAST_CHUNK", 16)
     monkeypatch.setattr(cuda, "MOST_CHUNK", 160)
 
@@ -428,7 +428,7 @@ CHILD_PROGRAM = """
 import ctypes, sys
 sys.path.insert(0, {tests!r})
 from fake_device import FakeDevice
-from hpccomm.transports.cuda_probe import answer
+from hpccomm.transports.cuda_probe import report
 
 protect = ctypes.CDLL(None).mprotect
 
@@ -452,7 +452,7 @@ class Deaf(FakeDevice):
         if MPI.COMM_WORLD.rank == 1:
             out[:] = 0
 
-answer({kind}(eager=True))
+report({kind}(eager=True))
 """
 
 
