@@ -1,8 +1,7 @@
-"""A device without a device: memory of the host behind streams that do nothing before they are waited for.
+"""A fake CUDA device in host memory, whose streams run their work when they are synchronised.
 
-The latest moment that CUDA allows is the worst one: who reads before waiting reads what was there before, and who
-reuses memory that a copy has not left yet sends what came later.  With ``eager`` everything happens at once, the
-earliest moment.
+That is the latest moment that CUDA allows: code that reads before it synchronises reads old data, and code that reuses
+memory before a copy has read it sends new data.  With ``eager`` all work runs at once, the earliest moment.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from mpi4py import MPI
 from hpccomm.kernels import reductions
 
 SIDE = 7001
-"""A stream on which the user's kernels run."""
+"""The user's stream."""
 
 
 class FakeDevice:
-    """What :class:`hpccomm.transports.cuda.Device` asks for."""
+    """The methods of :class:`hpccomm.transports.cuda.Device`, in host memory."""
 
     def __init__(self, number: int = 0, eager: bool = False) -> None:
         self.number, self.eager = number, eager
@@ -120,12 +119,12 @@ class FakeDevice:
         dtype = np.dtype(np.uint16 if code == "bf16" else code)
         for address in (*vectors, out):
             self.check(address, n * dtype.itemsize)
-        there = [self.seen(address, n, dtype) for address in (*vectors, out)]
+        there = [self.memory_at(address, n, dtype) for address in (*vectors, out)]
         self.begin(stream, lambda: reductions.reduce(op, "bfloat16" if code == "bf16" else code, there[:-1], there[-1]))
 
     def divide(self, address: int, n: int, dtype: np.dtype, by: int, stream: int) -> None:
         self.check(address, n * dtype.itemsize)
-        there = self.seen(address, n, dtype)
+        there = self.memory_at(address, n, dtype)
         self.begin(stream, lambda: np.true_divide(there, dtype.type(by), out=there))
 
     # Tests
@@ -134,7 +133,9 @@ class FakeDevice:
         return np.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(address), dtype)
 
     def check(self, address: int, nbytes: int) -> None:
-        assert nbytes == 0 or (self.where(address) is not None and self.where(address + nbytes - 1) is not None)
+        assert nbytes == 0 or (
+            self.find_device(address) is not None and self.find_device(address + nbytes - 1) is not None
+        )
 
     def array(self, values: Any, stream: int = 1, number: int | None = None) -> FakeArray:
         """An array on this device, or on another one."""
@@ -148,7 +149,7 @@ class FakeDevice:
 
 
 class FakeArray:
-    """An array with CUDA's interface, neither NumPy's nor a buffer; what is done to it waits on its stream."""
+    """An array with the CUDA array interface only; work on it waits on its stream."""
 
     def __init__(self, device: FakeDevice, memory: np.ndarray, stream: int) -> None:
         self.device, self.memory, self.stream = device, memory, stream
@@ -183,12 +184,12 @@ class FakeArray:
         return FakeArray(self.device, self.memory[part], self.stream)
 
     def fill(self, values: Any) -> None:
-        """A kernel that writes the array, some time later."""
-        kept = np.array(values)
-        self.device.begin(self.stream, lambda: np.copyto(self.memory, kept))
+        """Queue a kernel that writes the array."""
+        copy = np.array(values)
+        self.device.begin(self.stream, lambda: np.copyto(self.memory, copy))
 
     def get(self) -> np.ndarray:
-        """What a kernel that is launched now would see."""
+        """The contents that a kernel queued now would see."""
         self.device.synchronize(self.stream)
         return self.memory.copy()
 
@@ -198,7 +199,7 @@ NCCL_TYPES = tuple(map(np.dtype, ("i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4"
 
 
 class FakeNccl:
-    """As much of ``cupy.cuda.nccl`` as is called, on ranks that are threads; collectives wait on their stream."""
+    """The functions of ``cupy.cuda.nccl`` that hpccomm calls, for thread-ranks; collectives wait on their stream."""
 
     available = True
     NCCL_SUM, NCCL_PROD, NCCL_MAX, NCCL_MIN = range(4)
@@ -235,10 +236,10 @@ class FakeNccl:
         octet = np.dtype(np.uint8)
 
         def act() -> None:
-            mine = [self.device.seen(*sent[peer], octet).copy() for peer in range(self.comm.size)]
+            mine = [self.device.memory_at(*sent[peer], octet).copy() for peer in range(self.comm.size)]
             parts = self.comm.allgather(mine)
             for peer, (at, n) in received.items():
-                self.device.seen(at, n, octet)[...] = parts[peer][self.comm.rank]
+                self.device.memory_at(at, n, octet)[...] = parts[peer][self.comm.rank]
 
         self.device.begin(stream, act)
 
@@ -254,7 +255,7 @@ class FakeNccl:
         dtype = NCCL_TYPES[kind]
         for at, n in vectors:
             self.device.check(at, n * dtype.itemsize)
-        there = [self.device.seen(at, n, dtype) for at, n in vectors]
+        there = [self.device.memory_at(at, n, dtype) for at, n in vectors]
         self.device.begin(stream, lambda: call(*there))
 
     def allReduce(self, a: int, b: int, n: int, kind: int, op: int, stream: int) -> None:

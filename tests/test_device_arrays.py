@@ -1,4 +1,4 @@
-"""Arrays on a device, without a device: a fake whose streams do nothing before they are waited for."""
+"""Arrays on a fake device, whose streams run their work when they are synchronised."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from fake_device import SIDE, FakeArray, FakeDevice
 from mpi4py import MPI
-from fake_device import SIDE, FakeDevice, FakeArray
 
 import hpccomm
 from hpccomm import ArgumentError, MismatchError, arrays
@@ -35,7 +35,7 @@ def operand(rank: int, n: int, dtype: Any = "f4") -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few elements a chunk, so that a few hundred make many."""
+    """A few elements per chunk, so that a few hundred make many chunks."""
     monkeypatch.setattr(cuda, "LEAST_CHUNK", 16)
     monkeypatch.setattr(cuda, "MOST_CHUNK", 160)
 
@@ -47,7 +47,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     return made
 
 
-# The way through the host
+# Staging through the host
 
 
 def double(incoming: np.ndarray, outgoing: np.ndarray) -> None:
@@ -55,7 +55,7 @@ def double(incoming: np.ndarray, outgoing: np.ndarray) -> None:
 
 
 def run_doubling(device: FakeDevice, n: int, each: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """What doubling in chunks makes of a vector that a kernel is still writing; and what it should."""
+    """The result of doubling, in chunks, a vector that a kernel is still writing; and the right result."""
     x, y = device.array(np.zeros(n, F4), SIDE), device.array(np.zeros(n, F4), SIDE)
     x.fill(operand(0, n))
     a, b = (arrays.read_device(side, "test") for side in (x, y))
@@ -69,13 +69,13 @@ def run_doubling(device: FakeDevice, n: int, each: int = 10) -> tuple[np.ndarray
 
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("n", [0, 1, 9, 10, 11, 21, 205])
-def test_chunks_arrive_whole_and_in_their_places(n: int, eager: bool) -> None:
+def test_every_chunk_is_written_to_its_own_place(n: int, eager: bool) -> None:
     got, want = run_doubling(FakeDevice(eager=eager), n)
     assert np.array_equal(got, want)
 
 
 class ImpatientDevice(FakeDevice):
-    """Never waits for one of the streams."""
+    """Never synchronises one of the streams."""
 
     def __init__(self, never: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class ImpatientDevice(FakeDevice):
 
 
 @pytest.mark.parametrize("never", [SIDE, 102, 103], ids=["the user's stream", "down", "up"])
-def test_the_stand_in_catches_whoever_does_not_wait(never: int) -> None:
+def test_the_fake_device_detects_a_missing_synchronisation(never: int) -> None:
     device = ImpatientDevice(never)
     x = device.array(np.zeros(50, F4), SIDE)
     y = device.array(np.zeros(50, F4))
@@ -99,9 +99,9 @@ def test_the_stand_in_catches_whoever_does_not_wait(never: int) -> None:
     assert not np.array_equal(y.memory, 2 * operand(0, 50))
 
 
-def test_the_stand_in_catches_a_single_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fake_device_detects_a_missing_second_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     def single(self: Staging, which: str, nbytes: int) -> list[np.ndarray]:
-        return [self._rooms.setdefault(which, [np.empty(4096, np.uint8)])[0]] * 2
+        return [self._buffers.setdefault(which, [np.empty(4096, np.uint8)])[0]] * 2
 
     monkeypatch.setattr(Staging, "bounce_buffers", single)
     got, want = run_doubling(FakeDevice(eager=True), 205)
@@ -119,8 +119,8 @@ def test_copies_overlap_the_collective() -> None:
         outgoing[...] = incoming
 
     address = arrays.read_device(x, "test").address
-    pieces = [Extent(address + 40 * k, 0, 40) for k in range(4)]
-    staging.run([Chunk([piece], body, [piece]) for piece in pieces])
+    extents = [Extent(address + 40 * k, 0, 40) for k in range(4)]
+    staging.run([Chunk([extent], body, [extent]) for extent in extents])
     assert begun == [(1, 0), (1, 1), (1, 1), (0, 1)]
 
 
@@ -132,9 +132,9 @@ def test_a_failing_collective_leaves_no_copy_behind() -> None:
     def body(incoming: np.ndarray, outgoing: np.ndarray) -> None:
         raise RuntimeError("a rank is gone")
 
-    piece = Extent(arrays.read_device(x, "test").address, 0, 80)
+    extent = Extent(arrays.read_device(x, "test").address, 0, 80)
     with pytest.raises(RuntimeError, match="a rank is gone"):
-        staging.run([Chunk([piece], body, [piece])] * 3)
+        staging.run([Chunk([extent], body, [extent])] * 3)
     assert not any(device.queues.values())
 
 
@@ -154,9 +154,9 @@ def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> No
             bind_segments(steps, outgoing.view("i8"), algorithm.blocks(p), 1, transport, np.add)()
 
         known = arrays.read_device(x, "test")
-        pieces = [Extent(known.address + 8 * lo, 0, 8 * (hi - lo)) for lo, hi in columns(n, 8)]
-        assert len(pieces) > 3
-        Staging(device).run([Chunk([piece], host, [piece]) for piece in pieces], known.streams)
+        extents = [Extent(known.address + 8 * lo, 0, 8 * (hi - lo)) for lo, hi in columns(n, 8)]
+        assert len(extents) > 3
+        Staging(device).run([Chunk([extent], host, [extent]) for extent in extents], known.streams)
         return x.get()
 
     for got in run_on_threads(p, body):
@@ -167,7 +167,7 @@ def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> No
 
 
 class ThreadPlanner(DevicePlanner):
-    """Binds to ranks that are threads, whose communicator chooses no algorithm and compares by itself."""
+    """A planner for thread-ranks, whose communicator has no other algorithm and compares calls itself."""
 
     def __init__(self, comm: Any, device: FakeDevice, transport: str = "staged") -> None:
         host = {
@@ -182,11 +182,11 @@ class ThreadPlanner(DevicePlanner):
         }
         found = SimpleNamespace(
             settings={cuda.TRANSPORT: transport, "HPCCOMM_ALGORITHM": ""},
-            topology=comm.layout,
+            layout=comm.layout,
             node=comm,
-            channel=comm,
+            private_comm=comm,
         )
-        super().__init__(SimpleNamespace(rank=comm.rank, size=comm.size, algorithm="auto", resources=found, **host))
+        super().__init__(SimpleNamespace(rank=comm.rank, size=comm.size, algorithm="auto", context=found, **host))
         self.__dict__["staging"] = Staging(device)
 
     def bind_check(self, *_: Any, **__: Any) -> Callable[[], None]:  # type: ignore[override]
@@ -296,7 +296,7 @@ CASES: list[Case] = [
 
 @pytest.mark.parametrize("p", SIZES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_every_collective_brings_device_arrays_through_the_host(case: Case, p: int) -> None:
+def test_every_collective_runs_through_the_host(case: Case, p: int) -> None:
     for n, eager in itertools.product((0, 1, 7, 100), (False, True)):
 
         def body(comm: Any, n: int = n, eager: bool = eager) -> None:
@@ -313,7 +313,7 @@ def test_every_collective_brings_device_arrays_through_the_host(case: Case, p: i
 # Reading arrays on a device
 
 
-def test_streams_are_told_by_the_array_the_caller_or_not_at_all(device: FakeDevice) -> None:
+def test_streams_come_from_the_array_the_caller_or_the_default(device: FakeDevice) -> None:
     x = device.array(np.zeros(3), SIDE)
     assert arrays.read_device(x, "test").streams == (SIDE,)
     assert arrays.read_device(x, "test", 77).streams == (77, SIDE)
@@ -334,16 +334,16 @@ def test_memory_order_is_read_from_the_strides(strides: tuple[int, ...] | None, 
 
 
 class DeletedArray:
-    """As JAX's arrays after their memory was given away."""
+    """A JAX array whose buffer was donated."""
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         raise RuntimeError("Array has been deleted")
 
 
-def test_what_cannot_be_read_is_refused_with_a_remedy(device: FakeDevice) -> None:
+def test_unreadable_arrays_are_refused_with_a_remedy(device: FakeDevice) -> None:
     assert arrays.is_on_device(DeletedArray())
-    with pytest.raises(ArgumentError, match=r"test: Deleted cannot be read .*deleted.* not freed"):
+    with pytest.raises(ArgumentError, match=r"test: DeletedArray cannot be read .*deleted.* is alive"):
         arrays.read_device(DeletedArray(), "test")
     x = device.array(np.zeros((4, 4)))
     x.memory = x.memory[:, ::2]
@@ -352,7 +352,7 @@ def test_what_cannot_be_read_is_refused_with_a_remedy(device: FakeDevice) -> Non
 
 
 @pytest.mark.parametrize("given", [None, 3, np.zeros(3), [1, 2], MPI.IN_PLACE, bytearray(3), MPI.memory()])
-def test_what_lies_on_the_host_is_not_taken_for_a_device_array(given: Any) -> None:
+def test_host_memory_is_not_mistaken_for_a_device_array(given: Any) -> None:
     assert not arrays.is_on_device(given)
 
 
@@ -425,7 +425,7 @@ def test_all_the_other_collectives_and_their_algorithms(ours: Any) -> None:
 
 
 @FEW
-def test_mpis_own_collectives_see_copies_on_the_host(ours: Any) -> None:
+def test_mpis_own_collectives_run_on_host_copies(ours: Any) -> None:
     comm, device = ours
     p, r, n = comm.size, comm.rank, 6
     parts, total = [operand(k, n) for k in range(p)], operand(r, n * p)
@@ -448,12 +448,12 @@ def test_mpis_own_collectives_see_copies_on_the_host(ours: Any) -> None:
     comm.Scan(MPI.IN_PLACE, x)
     assert np.array_equal(x.get(), np.sum(parts[: r + 1], axis=0))
     x = array(np.zeros(n))
-    comm.Exscan(parts[r], x)  # one array here, the other there
+    comm.Exscan(parts[r], x)  # one array on the host, the other on the device
     assert np.array_equal(x.get(), np.sum(parts[:r], axis=0) if r else np.zeros(n))
 
 
 @FEW
-def test_compressed_collectives_take_arrays_on_a_device_and_return_such(ours: Any) -> None:
+def test_compressed_collectives_of_device_arrays_return_device_arrays(ours: Any) -> None:
     comm, device = ours
     n, r = 40, comm.rank
     index, values = np.arange(r, n, 5 + r, dtype=np.uint32), operand(r, len(range(r, n, 5 + r)))
@@ -463,7 +463,7 @@ def test_compressed_collectives_take_arrays_on_a_device_and_return_such(ours: An
             assert isinstance(b, FakeArray)
             assert np.array_equal(a, b.get())
     for algorithm, k in (("split", None), ("ok_topk", 7)):
-        comm.message_gather.set_room(0)  # as at first: bytes depend on how long the last messages were
+        comm.message_gather.set_room(0)  # the initial size: bytes depend on the length of the last messages
         want = comm.sparse_allreduce(index, values, n, k=k, algorithm=algorithm)
         comm.message_gather.set_room(0)
         got = comm.sparse_allreduce(*there, n, k=k, algorithm=algorithm)
@@ -485,7 +485,7 @@ def test_compressed_collectives_take_arrays_on_a_device_and_return_such(ours: An
 
 
 @FEW
-def test_a_stream_that_the_array_does_not_tell_is_waited_for(ours: Any) -> None:
+def test_a_stream_passed_by_the_caller_is_synchronised(ours: Any) -> None:
     comm, device = ours
     x, y = device.array(np.zeros(9, F4), SIDE), device.array(np.zeros(9, F4))
     x.fill(operand(comm.rank, 9))
@@ -499,7 +499,7 @@ def test_a_stream_that_the_array_does_not_tell_is_waited_for(ours: Any) -> None:
 
 
 @FEW
-def test_functions_return_what_they_were_given(ours: Any) -> None:
+def test_functions_return_the_type_of_their_input(ours: Any) -> None:
     comm, device = ours
     p, r = comm.size, comm.rank
     x = pending_array(device, operand(r, 12).reshape(4, 3))
@@ -510,14 +510,14 @@ def test_functions_return_what_they_were_given(ours: Any) -> None:
         assert got.shape == (4, 3)
         assert np.array_equal(got.get(), want)
     host = operand(r, 12).reshape(4, 3)
-    half, turned = pending_array(device, host.astype("f2")), pending_array(device, np.asfortranarray(host))
+    half, fortran = pending_array(device, host.astype("f2")), pending_array(device, np.asfortranarray(host))
     want = hpccomm.allreduce(host.astype("f2"), "mean", comm)
     assert np.array_equal(hpccomm.allreduce(half, "mean", comm).get(), want)
-    assert np.array_equal(hpccomm.allreduce(turned, "mean", comm).get(), hpccomm.allreduce(host, "mean", comm))
-    assert np.array_equal(hpccomm.allgather(turned, comm).get(), hpccomm.allgather(host, comm))
+    assert np.array_equal(hpccomm.allreduce(fortran, "mean", comm).get(), hpccomm.allreduce(host, "mean", comm))
+    assert np.array_equal(hpccomm.allgather(fortran, comm).get(), hpccomm.allgather(host, comm))
     for op in ("mean", "max"):
         want = hpccomm.reduce_scatter(host, op, comm)
-        assert np.array_equal(hpccomm.reduce_scatter(turned, op, comm).get(), want)
+        assert np.array_equal(hpccomm.reduce_scatter(fortran, op, comm).get(), want)
     want = hpccomm.reduce_scatter(host.astype("f2"), "mean", comm)
     assert np.array_equal(hpccomm.reduce_scatter(half, "mean", comm).get(), want)
     scalar = hpccomm.allgather(pending_array(device, np.float32(r + 1)), comm)
@@ -536,7 +536,7 @@ def test_functions_return_what_they_were_given(ours: Any) -> None:
 
 
 @FEW
-def test_persistent_calls_read_what_is_there_when_they_start(ours: Any) -> None:
+def test_persistent_calls_read_the_contents_at_their_start(ours: Any) -> None:
     comm, device = ours
     x, y = device.array(np.zeros(9, F4), SIDE), device.array(np.zeros(9, F4))
     plan = comm.Allreduce_init(x, y)
@@ -569,7 +569,7 @@ def test_bad_arrays_are_refused_before_the_first_message(ours: Any) -> None:
             comm.Allreduce(*bad)
     with pytest.raises(ArgumentError, match="algorithm='nonsense' is not available"):
         comm.Allreduce(fine, device.array(np.zeros(4, F4)), algorithm="nonsense")
-    with pytest.raises(ArgumentError, match=r"Scan: the array to receive into is read-only"):
+    with pytest.raises(ArgumentError, match=r"Scan: the receive array is read-only"):
         comm.Scan(fine, locked)
     with pytest.raises(ArgumentError, match=r"Gather: the array's memory is not on a device, or was freed"):
         comm.Gather(freed, fine)
@@ -578,7 +578,7 @@ def test_bad_arrays_are_refused_before_the_first_message(ours: Any) -> None:
 
 @pytest.mark.mpi(sizes=(3,), timeout=120)
 @pytest.mark.parametrize("algorithm", [None, "native"])
-def test_ranks_whose_arrays_lie_in_different_memory_all_learn_of_it(ours: Any, algorithm: str | None) -> None:
+def test_all_ranks_raise_if_their_arrays_lie_in_different_memory(ours: Any, algorithm: str | None) -> None:
     comm, device = ours
     x = np.ones(50, F4) if comm.rank == 1 else device.array(np.ones(50, F4))
     y = np.empty(50, F4) if comm.rank == 1 else device.array(np.zeros(50, F4))
@@ -600,7 +600,7 @@ def test_kernels_in_flight_on_a_side_stream_are_never_overtaken(ours: Any) -> No
 # Without CuPy, and without a driver
 
 
-def test_an_array_that_cannot_be_reached_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing() -> Any:
         raise hpccomm.TransportError("CuPy is not installed: pip install 'hpccomm[cuda12]'")
 

@@ -1,4 +1,4 @@
-"""The commands where there is a device, by a fake, and where there is none."""
+"""The commands with a fake device, and without a device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mpi4py import MPI
 from fake_device import FakeDevice
+from mpi4py import MPI
 
 import hpccomm
 from benchmarks import gpu
@@ -21,7 +21,7 @@ from hpccomm.commands import bench, info
 from hpccomm.testing.jobs import run_under_mpi
 from hpccomm.transports import cuda, cuda_probe
 
-NONE = "no CUDA device: is it taken away by CUDA_VISIBLE_DEVICES?"
+NONE = "no CUDA device: check CUDA_VISIBLE_DEVICES"
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
-    """One that MPI understands, since it is the host."""
+    """A device whose pointers MPI accepts, since its memory is the host's."""
     made = FakeDevice()
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: "")
     monkeypatch.setattr(cuda, "device", lambda: made)
@@ -63,7 +63,7 @@ def test_collectives_of_buffers_on_a_device_are_measured_and_checked(
 
 
 class ForgetfulDevice(FakeDevice):
-    """Loses the last byte of what it is given."""
+    """Loses the last byte of every copy."""
 
     def to_device(self, address: int, octets: np.ndarray, stream: int) -> None:
         super().to_device(address, octets[:-1], stream)
@@ -86,7 +86,7 @@ def test_osus_title_names_the_kind_of_memory() -> None:
     assert bench.title_of(asked) == "# OSU MPI Allreduce Latency Test v7.4"
 
 
-def test_messages_on_a_device_take_an_mpi_that_understands(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_on_a_device_require_a_cuda_aware_mpi(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     comm, asked = (
         hpccomm.Communicator(MPI.COMM_SELF),
         bench.parse_command(bench_arguments("latency -d cuda D D"), SILENT),
@@ -152,7 +152,9 @@ def test_info_says_that_there_is_no_device() -> None:
     assert rows() == {"device": f"none: {NONE}"}
 
 
-def test_info_says_what_there_is_and_which_ways_are_open(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_names_the_device_and_the_available_transports(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = rows()
     assert found["device"] == "fake, number 0 on rank 0"
     assert [found[name] for name in ("ipc", "aware", "staged")] == ["yes"] * 3
@@ -172,7 +174,7 @@ def test_one_rank_without_a_device_is_named() -> None:
 # Importing
 
 
-def test_nothing_is_imported_for_a_device_before_one_is_asked_for() -> None:
+def test_importing_hpccomm_imports_no_cupy() -> None:
     import subprocess
 
     body = "import sys, hpccomm, hpccomm.communicator; sys.exit('cupy' in sys.modules)"
@@ -184,15 +186,15 @@ class NoDriverError(RuntimeError):
 
 
 @pytest.mark.parametrize(("count", "words"), [(None, "no CUDA driver, or one that is too old"), (0, "no CUDA device")])
-def test_a_library_without_a_driver_is_told_from_a_missing_device(
+def test_a_missing_driver_and_a_missing_device_have_different_errors(
     monkeypatch: pytest.MonkeyPatch, count: int | None, words: str
 ) -> None:
-    def counted() -> int:
+    def count_devices() -> int:
         if count is None:
             raise NoDriverError("cudaErrorInsufficientDriver")
         return count
 
-    runtime = SimpleNamespace(getDeviceCount=counted, CUDARuntimeError=NoDriverError)
+    runtime = SimpleNamespace(getDeviceCount=count_devices, CUDARuntimeError=NoDriverError)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     cuda.unavailable_reason.cache_clear()
     try:

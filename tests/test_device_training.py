@@ -1,4 +1,4 @@
-"""Training on a device, with a library that is a fake: the same bits as on the host."""
+"""Training on a fake device gives the same bits as on the host."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_run_on_the_device_gives_the_bits_of_a_run_on_the_host(
     ours.Free()
 
 
-def test_the_stand_in_keeps_the_host_out() -> None:
+def test_the_fake_library_refuses_host_arrays() -> None:
     x = LIBRARY.asarray(np.arange(3.0))
     assert is_on_device(x)
     with pytest.raises(TypeError, match="Implicit conversion"):
