@@ -133,9 +133,8 @@ class FakeDevice:
         return np.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(address), dtype)
 
     def check(self, address: int, nbytes: int) -> None:
-        assert nbytes == 0 or (
-            self.find_device(address) is not None and self.find_device(address + nbytes - 1) is not None
-        )
+        ends = (address, address + nbytes - 1) if nbytes else ()
+        assert all(self.find_device(each) is not None for each in ends)
 
     def array(self, values: Any, stream: int = 1, number: int | None = None) -> FakeArray:
         """An array on this device, or on another one."""

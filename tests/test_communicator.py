@@ -437,6 +437,11 @@ def test_the_layout_counts_ranks_and_nodes(comm: Communicator) -> None:
     assert comm.inter_node.size == comm.layout.count
 
 
+def test_topology_is_mpi4pys_integer(comm: Communicator) -> None:
+    assert comm.topology == MPI.Intracomm(comm).topology == MPI.UNDEFINED
+    assert "topology" not in vars(Communicator)
+
+
 def test_inherited_collectives_do_what_mpi4py_does(comm: Communicator) -> None:
     p, r = comm.size, comm.rank
     mine, all_of_them = np.full(2, r), np.empty(2 * p, int)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -152,9 +153,7 @@ def test_info_says_that_there_is_no_device() -> None:
     assert rows() == {"device": f"none: {NONE}"}
 
 
-def test_info_names_the_device_and_the_available_transports(
-    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_info_names_the_device_and_its_transports(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     found = rows()
     assert found["device"] == "fake, number 0 on rank 0"
     assert [found[name] for name in ("ipc", "aware", "staged")] == ["yes"] * 3
@@ -174,11 +173,25 @@ def test_one_rank_without_a_device_is_named() -> None:
 # Importing
 
 
-def test_importing_hpccomm_imports_no_cupy() -> None:
-    import subprocess
+def test_importing_hpccomm_loads_no_array_library_and_no_cuda_module() -> None:
+    loaded = imports_of("import hpccomm")
+    assert not {"mpi4py.MPI", "cupy", "torch", "jax", "numba"} & loaded
+    assert not [name for name in loaded if name.startswith("hpccomm.") and "cuda" in name]
 
-    body = "import sys, hpccomm, hpccomm.communicator; sys.exit('cupy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", body], check=False, timeout=60).returncode == 0
+
+def test_a_communicator_of_host_arrays_loads_no_cupy_and_no_cuda_kernels() -> None:
+    loaded = imports_of(
+        "import numpy as np, hpccomm; from mpi4py import MPI; "
+        "hpccomm.Communicator(MPI.COMM_WORLD).Allreduce(MPI.IN_PLACE, np.ones(3)); hpccomm.allreduce(np.ones(3))"
+    )
+    assert not {"cupy", "torch", "jax", "numba.cuda", "hpccomm.kernels.cuda"} & loaded
+
+
+def imports_of(body: str) -> set[str]:
+    """The modules that a program loads."""
+    code = f"{body}; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.split())
 
 
 class NoDriverError(RuntimeError):

@@ -43,9 +43,7 @@ ALGORITHMS = ("auto", "native", "ring", "doubling", "shared")
         ("Allreduce(IN, np.ones((3, 4)))", "Allreduce(IN, np.ones((3, 4), order='F'))", "ascontiguousarray"),
     ],
 )
-def test_mismatched_reductions_are_reported_with_a_remedy(
-    usual: str, unusual: str, remedy: str, algorithm: str
-) -> None:
+def test_mismatched_reductions_are_reported(usual: str, unusual: str, remedy: str, algorithm: str) -> None:
     status, said = outcome(
         3,
         f"""

@@ -88,7 +88,7 @@ def view(memory: MPI.memory) -> np.ndarray:
 
 
 GATHERED = (0, 1, 3, GATHERS_SHORT // 28, 60_001, 300_007)
-"""Elements of four bytes a rank: by the first ranks of the nodes, by all channels in one message per round, in several."""
+"""Elements of four bytes a rank: by the first ranks of the nodes, by all channels in one message a round, in several."""
 
 
 def parts_of(p: int, n: int, uneven: bool) -> list[int]:
@@ -158,9 +158,7 @@ def test_gathers_with_displacements_and_users_operations(placed: list[Communicat
 
 
 @pytest.mark.mpi(sizes=(2,))
-def test_the_algorithm_of_a_reduce_scatter_is_selected_by_its_bytes(
-    comm: Communicator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reduce_scatter_is_selected_by_its_bytes(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes, asked = Communicator(comm.Dup()), []
     decide = nodes.context.decide
 
