@@ -130,9 +130,9 @@ def test_without_a_device_bench_says_so_once() -> None:
         ("--device cuda", f"--device cuda needs a device, rank 0 has none: {NONE}; or use --device cpu"),
         (
             "--device cuda --method bmuf",
-            "--device cuda with --method bmuf: its models are the host's: use dense, sgd",
+            "--device cuda with --method bmuf: this method keeps its models in host memory: use one of dense, sgd",
         ),
-        ("--device cuda --checkpoint /tmp", "what lies on a device is not saved"),
+        ("--device cuda --checkpoint /tmp", "arrays on a device are not saved"),
         ("--device gpu", "--device 'gpu' is not known: use one of cpu, cuda"),
     ],
 )
@@ -270,7 +270,7 @@ def test_a_step_that_fails_says_why_and_leaves_the_others(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(gpu, "kernels", lambda: None)
     monkeypatch.setattr(gpu, "copy_microseconds", lambda xp: 50.0)
-    monkeypatch.setattr(gpu, "microseconds", lambda xp, step: step())
+    monkeypatch.setattr(gpu, "cupy_microseconds", lambda xp, step: step())
     monkeypatch.setattr(gpu, "TASKS", (gpu.Task("one", 8, broken), gpu.Task("two", 8, lambda xp, k: lambda: 100.0)))
     copy, one, two = gpu.measure_speeds()
     assert one.trouble == "RuntimeError: no such kernel"

@@ -88,7 +88,7 @@ def view(memory: MPI.memory) -> np.ndarray:
 
 
 GATHERED = (0, 1, 3, GATHERS_SHORT // 28, 60_001, 300_007)
-"""Elements of four bytes a rank: by the first ranks of the nodes, by all channels in one message a round, in several."""
+"""Elements of four bytes a rank: by the first ranks of the nodes, by all channels in one message a round, or more."""
 
 
 def parts_of(p: int, n: int, uneven: bool) -> list[int]:

@@ -63,7 +63,7 @@ class TwoLevels:
         self.memory, self.transport, self.channels, self.link = memory, transport, channels, link
         self.rank = transport.rank
         self.nodes, self.width = channels.rank.shape
-        self.local_rank, self.members = int(channels.place[self.rank]), int(memory.size)
+        self.local_rank, self.members = int(channels.local_rank[self.rank]), int(memory.size)
 
     def bind(self, data: Operands, digest: int) -> Plan:
         """Bind an allreduce; ``digest`` is that of its fingerprint."""

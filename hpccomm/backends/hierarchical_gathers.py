@@ -87,10 +87,10 @@ class TwoLevelGathers:
         self.nodes, self.width = channels.rank.shape
         self.node, self.local_rank, self.members = (
             int(channels.node[self.rank]),
-            int(channels.place[self.rank]),
+            int(channels.local_rank[self.rank]),
             int(memory.size),
         )
-        self.order: list[int] = np.lexsort((channels.place, channels.node)).tolist()
+        self.order: list[int] = np.lexsort((channels.local_rank, channels.node)).tolist()
         """The rank of each block."""
         self.firsts = [0, *np.cumsum(np.bincount(channels.node)).tolist()]
 

@@ -1,27 +1,8 @@
-"""What of a vector is sent, and as which bytes: ``encode(vector) -> message``, ``decode(message, out)`` adds it to out.
+"""The wire format of compressed gradients: what a message holds, how it is checked, and the class of all compressors.
 
-A compressor knows nothing of ranks and remembers nothing: what it does depends on its arguments alone.  Vectors are
-flat float32 arrays in C order.  A message is a uint8 array: a header of 32 bytes (:class:`Header`), then the payload.
-*n elements, d density, τ threshold; 32 bytes of header not counted.*
-
-====================================  ==================================================  =====================
-compressor                            what a message means                                bytes
-====================================  ==================================================  =====================
-:func:`none`                          every element                                       4n
-:func:`cast`                          every element in 16 or 8 bits                       2n, n
-:func:`threshold`                     ±τ where the element is at least τ                  4dn, at most n/4
-:func:`topk`                          the dn largest elements                             8dn
-:func:`randomk`                       dn elements at random places that all ranks know    4dn + 8
-:func:`onebit`                        ± the mean magnitude, or a mean for each sign       n/8
-:func:`sign_majority`                 ±1: a vote                                          n/8
-:func:`ternary`                       ± the largest magnitude or 0, at random             n/4
-:func:`qsgd`                          one of 2s + 1 levels of the norm, at random         n + 4n/bucket
-:func:`natural`                       ± a power of two, at random                         9n/8
-:func:`low_rank`                      a matrix of rank r                                  4r(rows + columns)
-====================================  ==================================================  =====================
-
-Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019) sends ``encode(backlog)`` and keeps
-``backlog - meaning of the message``: :meth:`Compressor.encode_feedback` does both at once.
+*n elements; all numbers little-endian.*  A message is a uint8 array: a header of 32 bytes (:class:`Header`), then the
+payload.  :data:`READERS` maps each kind of message to the function that checks its payload and names the kernel that
+adds it; :data:`ENCODERS` and :data:`DECODERS` hold the codes of ascending indices.
 """
 
 from __future__ import annotations
@@ -32,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.arrays import is_on_device, to_device_like, to_host
+from hpccomm.arrays import is_on_device, to_device_like
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import compression_reference as reference
 from hpccomm.kernels import dispatch
@@ -241,54 +222,14 @@ class Compressor:
 
 kernels = dispatch.compression
 
-# Dense
-
-
-def none() -> Compressor:
-    """Every element as it is, NaN and infinity too."""
-    return Compressor(
-        "none()", frozenset({Kind.DENSE}), lambda vector, step, last: message_of(Kind.DENSE, vector.size, [vector])
-    )
-
-
-def cast(dtype: Literal["fp16", "bf16", "int8", "uint8"]) -> Compressor:
-    """Every element in 16 or 8 bits, to nearest even.
-
-    ``fp16`` and ``bf16``: elements beyond the range become its ends (±65504, ±3.39e38).  ``int8``: multiples of
-    max\\|x\\|/127.  ``uint8``: 256 values from the least to the largest element (Bagua's MinMaxUInt8).
-    """
-    name = f"cast({dtype!r})"
-    if dtype not in CASTS:
-        raise ArgumentError(f"{name}: pass one of {', '.join(CASTS)}")
-    narrow, kind = CASTS[dtype]
-
-    def write(vector: Vector, step: int, last: Message) -> Message:
-        demand_finite(kernels().all_finite(vector), name)
-        return narrow(vector)
-
-    return Compressor(name, frozenset({kind}), write)
-
-
-def write_int8(vector: Vector) -> Message:
-    """Multiples of max|x|/127."""
-    unit = float(np.float32(kernels().largest_magnitude(vector)) / np.float32(127))
-    codes = kernels().to_int8(vector, unit)
-    return message_of(Kind.DENSE, vector.size, [codes], values=Values.I8, scale=unit)
-
-
-def write_range(vector: Vector) -> Message:
-    """256 values from least to largest."""
-    codes, scale, lower = kernels().range_codes(vector)
-    if not math.isfinite(scale) or (vector.size and scale == 0):
-        raise ArgumentError("cast('uint8'): the elements span more than float32 holds: scale them down")
-    return message_of(Kind.RANGE, vector.size, [np.array([lower], "<i8"), codes], scale=scale)
+# Stored elements
 
 
 def narrow_values(vector: Vector, values: Values) -> npt.NDArray[Any]:
     """Finite elements as they are stored; what would round to infinity becomes the largest finite value."""
     if values is Values.F32:
         return vector
-    return (kernels().to_half if values is Values.F16 else kernels().to_brain)(vector, True)
+    return (kernels().to_half if values is Values.F16 else kernels().to_bfloat16)(vector, True)
 
 
 def add_stored(stored: npt.NDArray[Any], values: int, scale: float, out: Vector) -> None:
@@ -296,7 +237,7 @@ def add_stored(stored: npt.NDArray[Any], values: int, scale: float, out: Vector)
     if values == Values.F16:
         kernels().add_half(stored, out)
     elif values == Values.BF16:
-        kernels().add_brain(stored, out)
+        kernels().add_bfloat16(stored, out)
     elif values == Values.I8:
         kernels().add_int8(stored, scale, out)
     else:
@@ -310,402 +251,6 @@ def widen_values(stored: npt.NDArray[Any], values: int) -> Vector:
     out = np.zeros(stored.size, np.float32)
     add_stored(stored, values, 0.0, out)
     return out
-
-
-def write_half(values: Values) -> Callable[[Vector], Message]:
-    """Dense in 16 bits."""
-    return lambda vector: message_of(Kind.DENSE, vector.size, [narrow_values(vector, values)], values=values)
-
-
-CASTS: dict[str, tuple[Callable[[Vector], Message], Kind]] = {
-    "fp16": (write_half(Values.F16), Kind.DENSE),
-    "bf16": (write_half(Values.BF16), Kind.DENSE),
-    "int8": (write_int8, Kind.DENSE),
-    "uint8": (write_range, Kind.RANGE),
-}
-
-
-# Threshold
-
-
-DECAY = 0.5 ** (1 / 20)
-MIN_DENSITY, MAX_DENSITY, FIRST_DENSITY = 1e-4, 1e-2, 1e-3
-
-
-def adapt_tau(
-    tau: float, density: float, fewest: float = MIN_DENSITY, most: float = MAX_DENSITY, decay: float = DECAY
-) -> float:
-    """The next τ after a message of this density: smaller below ``fewest``, larger above ``most`` (DL4J's rule)."""
-    if density < fewest:
-        return tau * decay
-    return tau / decay if density > most else tau
-
-
-def threshold(
-    tau: float | Literal["auto"] = "auto", *, density: float | None = None, code: Literal["words", "rice"] = "words"
-) -> Compressor:
-    """±τ for each element of magnitude τ or more, one quantum whatever its size (GTC: Strom, Interspeech 2015).
-
-    ``tau`` is in the units of the vector.  ``"auto"`` begins with the τ that 0.1 % of the vector reach, and changes
-    it by 3.5 % whenever the message before (``last``) named fewer than 0.01 % or more than 1 % of the elements; without
-    ``last`` it begins every time.  ``density`` takes for each vector the τ that this part of it reaches, estimated on a
-    sample.  τ travels in the message, so ranks may differ.
-
-    A message names an element in a 32-bit word, or with ``code="rice"`` in about 1.5 + log2(1/d) bits; from d = 1/16 on
-    all elements take two bits.
-    """
-    name = f"threshold({tau if density is None else f'density={density}'})"
-    if density is not None:
-        if tau != "auto":
-            raise ArgumentError(f"{name}: pass tau or density, not both")
-        check_density(density, name)
-    elif isinstance(tau, str):
-        if tau != "auto":
-            raise ArgumentError(f"threshold: tau is {tau!r}: pass a positive number or 'auto'")
-    elif not (tau > 0 and math.isfinite(tau) and np.float32(tau) > 0):
-        raise ArgumentError(f"threshold: tau is {tau}: pass a positive number, in the units of the gradient, or 'auto'")
-    if code not in ("words", "rice"):
-        raise ArgumentError(f"{name}: code is {code!r}: pass 'words' or 'rice'")
-
-    def choose(backlog: Vector, gradient: Vector | None, step: int, last: Message) -> float:
-        if density is None and not isinstance(tau, str):
-            return float(np.float32(tau))
-        if density is None and last[:HEADER_BYTES].any():
-            before = header_of(last, name)
-            return float(np.float32(adapt_tau(before.scale, before.elements / max(1, before.n))))
-        return kernels(backlog).density_threshold(backlog, gradient, density or FIRST_DENSITY, step) or 1.0
-
-    def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
-        if backlog.size >= MAX_ELEMENTS:
-            raise ArgumentError(f"{name}: {backlog.size} elements: split them into buckets below 2**31")
-        if np.may_share_memory(out, backlog):
-            demand_finite(kernels(backlog).all_finite(backlog if gradient is None else gradient), name)
-        chosen = choose(backlog, gradient, step, last)
-        demand_finite(math.isfinite(chosen), name)
-        words, finite = kernels(backlog).threshold_words(backlog, gradient, out, chosen)
-        demand_finite(finite, name)
-        return words_message(words, backlog.size, chosen, code)
-
-    def write(vector: Vector, step: int, last: Message) -> Message:
-        return feed(vector, None, np.empty_like(vector), step, last)
-
-    return Compressor(name, frozenset({Kind.WORDS, Kind.RICE_WORDS, Kind.PAIRS}), write, feed, on_device=True)
-
-
-def words_message(words: Indices, n: int, tau: float, code: str) -> Message:
-    """Words, or their codes, or two bits an element, whichever is meant to be shorter."""
-    count = words.size
-    if code == "rice":
-        k = reference.rice_parameter(n, count)
-        octets = kernels().rice_encode(words >> 1, k, words & 1)
-        return message_of(Kind.RICE_WORDS, n, [octets], count=count, scale=tau, code=Code.RICE, parameter=k)
-    if 16 * count > n:
-        return message_of(Kind.PAIRS, n, [kernels().pack_pairs(words, n)], count=count, scale=tau)
-    return message_of(Kind.WORDS, n, [words], count=count, scale=tau)
-
-
-# The largest
-
-
-def topk(
-    density: float,
-    *,
-    exact: bool = False,
-    values: Literal["fp32", "fp16", "bf16"] = "fp32",
-    code: Literal["auto", "u32", "bitmap", "leb128", "rice"] = "auto",
-) -> Compressor:
-    """The k = max(1, ceil(density · n)) elements of largest magnitude, of equal ones the first; zeros are never sent.
-
-    A threshold is estimated on about 1 % of the elements and the largest k of those that reach it are sent (Lin et al.,
-    ICLR 2018, section 3, hierarchical).  Where fewer than k reach it, 0.8 k are enough, or with ``exact`` a lower
-    threshold finds the others: then the message always names the k largest.
-
-    ``values`` may be narrowed (feedback keeps what the rounding loses).  ``code="auto"`` is ``"u32"`` below one element
-    in 32 and ``"bitmap"`` above.
-    """
-    name = f"topk({density})"
-    check_density(density, name)
-    if values not in VALUES_BY_NAME or code not in ("auto", *CODES_BY_NAME):
-        raise ArgumentError(
-            f"{name}: values={values!r}, code={code!r}: pass one of {', '.join(VALUES_BY_NAME)} and one of auto, "
-            f"{', '.join(CODES_BY_NAME)}"
-        )
-    stored, least = VALUES_BY_NAME[values], 1.0 if exact else 0.8
-
-    def message(n: int, index: Indices, chosen: Vector) -> tuple[Message, Vector]:
-        """The message, and what it does not say of the chosen elements."""
-        narrow = narrow_values(chosen, stored)
-        which = CODES_BY_NAME[code] if code != "auto" else Code.U32 if 32 * index.size < n else Code.BITMAP
-        octets, parameter = ENCODERS[which](index, n)
-        parts = [octets, narrow.astype(VALUE_DTYPES[stored], copy=False)]
-        rest = chosen - widen_values(narrow, stored)
-        return message_of(Kind.SPARSE, n, parts, values=stored, code=which, parameter=parameter, count=index.size), rest
-
-    def select(p: Vector, step: int) -> tuple[Indices, Vector]:
-        if not p.size:
-            return np.empty(0, np.uint32), to_host(p)
-        index, finite = kernels(p).select_largest(p, count_of(density, p.size), step, least)
-        demand_finite(finite, name)
-        return index, to_host(p[to_device_like(index, p)])
-
-    def write(vector: Vector, step: int, last: Message) -> Message:
-        return message(vector.size, *select(vector, step))[0]
-
-    def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
-        in_place = np.may_share_memory(out, backlog)
-        if gradient is not None:
-            if in_place:
-                demand_finite(kernels(gradient).all_finite(gradient), name)
-            np.add(backlog, gradient, out=out)
-        elif not in_place:
-            out[...] = backlog
-        index, chosen = select(out, step)
-        written, rest = message(out.size, index, chosen)
-        out[to_device_like(index, out)] = to_device_like(rest, out)
-        return written
-
-    def feed_momentum(
-        gradient: Vector, momentum: Vector, velocity: Vector, m: float, nesterov: bool, mask: bool, step: int
-    ) -> Message:
-        n = gradient.size
-        if not n:
-            return write(gradient, step, NO_MESSAGE)
-        index, chosen, finite = kernels(gradient).momentum_select(
-            gradient, momentum, velocity, m, count_of(density, n), nesterov=nesterov, mask=mask, step=step, least=least
-        )
-        demand_finite(finite, name)
-        written, rest = message(n, index, chosen)
-        velocity[to_device_like(index, velocity)] = to_device_like(rest, velocity)
-        return written
-
-    return Compressor(name, frozenset({Kind.SPARSE}), write, feed, feed_momentum, on_device=True)
-
-
-def randomk(density: float, seed: int = 0) -> Compressor:
-    """k = max(1, ceil(density · n)) elements at random: one in each of k almost equal cells.
-
-    The places follow from ``seed`` and ``step``, so no index is sent, and ranks with the same seed name the same
-    elements.
-    """
-    name = f"randomk({density}, seed={seed})"
-    check_density(density, name)
-
-    def write(vector: Vector, step: int, last: Message) -> Message:
-        demand_finite(kernels().all_finite(vector), name)
-        n, key = vector.size, reference.key_of(seed, step)
-        index = reference.cell_indices(n, count_of(density, n), key)
-        parts = [np.array([key], "<u8"), vector[index]]
-        return message_of(Kind.CELLS, n, parts, count=index.size)
-
-    def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
-        p = reference.backlog_of(backlog, gradient)
-        written = write(p, step, last)
-        out[...] = p
-        out[read_indices(written)] = 0
-        return written
-
-    return Compressor(name, frozenset({Kind.CELLS}), write, feed)
-
-
-def count_of(density: float, n: int) -> int:
-    """k = max(1, ceil(density · n)), 0 of nothing."""
-    return min(n, max(1, math.ceil(density * n)))
-
-
-# One bit
-
-
-def onebit(scale: Literal["l1", "per-sign"] = "l1") -> Compressor:
-    """The sign of each element, 0 counting as plus, times a scale.
-
-    ``"l1"``: the mean magnitude, which is a contraction for every vector (EF-signSGD, Karimireddy et al., ICML 2019).
-    ``"per-sign"``: the mean of the elements ≥ 0 and the mean of the others (Seide et al., Interspeech 2014).
-    """
-    name = f"onebit({scale!r})"
-    if scale not in ("l1", "per-sign"):
-        raise ArgumentError(f"{name}: pass 'l1' or 'per-sign'")
-
-    def scales(backlog: Vector, gradient: Vector | None) -> tuple[float, float]:
-        if scale == "l1":
-            total = kernels(backlog).sum_magnitudes(backlog, gradient)
-            demand_finite(math.isfinite(total), name)
-            mean = float(np.float32(total / max(1, backlog.size)))
-            return mean, -mean
-        above, below, count = kernels(backlog).sum_by_sign(backlog, gradient)
-        demand_finite(math.isfinite(above) and math.isfinite(below), name)
-        return float(np.float32(above / max(1, count))), float(np.float32(below / max(1, backlog.size - count)))
-
-    def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
-        plus, minus = scales(backlog, gradient)
-        message, bits = signs_message(backlog.size, plus, minus)
-        kernels(backlog).pack_signs_feedback(backlog, gradient, out, plus, minus, bits)
-        return message
-
-    def write(vector: Vector, step: int, last: Message) -> Message:
-        message, bits = signs_message(vector.size, *scales(vector, None))
-        bits[...] = kernels(vector).pack_signs(vector)
-        return message
-
-    return Compressor(name, frozenset({Kind.SIGNS}), write, feed, on_device=True)
-
-
-def sign_majority() -> Compressor:
-    """One vote ±1 an element, 0 counting as plus; ranks agree on what most voted for, a tie is plus.
-
-    signSGD with majority vote (Bernstein et al., ICML 2018).  There is no error feedback in it; with feedback what is
-    kept is p ∓ 1.
-    """
-    name = "sign_majority()"
-
-    def write(vector: Vector, step: int, last: Message) -> Message:
-        demand_finite(kernels().all_finite(vector), name)
-        message, bits = signs_message(vector.size, 1.0, -1.0)
-        bits[...] = kernels().pack_signs(vector)
-        return message
-
-    def agree(total: Vector, size: int) -> None:
-        total[...] = np.where(total >= 0, np.float32(1), np.float32(-1))
-
-    return Compressor(name, frozenset({Kind.SIGNS}), write, agree=agree)
-
-
-def signs_message(n: int, plus: float, minus: float) -> tuple[Message, Octets]:
-    """A message without its bits, and where they go: n/8 bytes behind the value for minus."""
-    message = message_of(Kind.SIGNS, n, [np.array([minus], "<f4"), np.empty(-(-n // 8), np.uint8)], scale=plus, count=n)
-    return message, message[HEADER_BYTES + 4 :]
-
-
-# Randomised rounding
-
-
-def ternary(clip: float | None = 2.5, seed: int = 0, scale: float | None = None) -> Compressor:
-    """±scale or 0 for each element, on average the element: TernGrad (Wen et al., NIPS 2017).
-
-    Magnitudes are cut at ``clip`` standard deviations first (None: they are not).  ``scale`` is the largest magnitude,
-    or a number at least as large that ranks agreed on, for sums that are multiples of it.  Give ranks different seeds.
-    """
-    name = f"ternary(seed={seed})"
-    for what, value in (("clip", clip), ("scale", scale)):
-        if value is not None and not value > 0:
-            raise ArgumentError(f"{name}: {what} is {value}: pass a positive number or None")
-
-    def write(vector: Vector, step: int, last: Message) -> Message:
-        n = vector.size
-        if n >= MAX_ELEMENTS:
-            raise ArgumentError(f"{name}: {n} elements: split them into buckets below 2**31")
-        demand_finite(kernels().all_finite(vector), name)
-        largest = kernels().largest_magnitude(vector)
-        limit = largest if clip is None else min(largest, clip_limit(vector, clip))
-        unit = float(np.float32(limit if scale is None else scale))
-        if unit < limit:
-            raise ArgumentError(
-                f"{name}: the scale {unit} is below the largest magnitude {limit}: agree on the maximum"
-            )
-        pairs, named = kernels().ternary(vector, limit, unit, reference.key_of(seed, step))
-        return message_of(Kind.PAIRS, n, [pairs], count=named, scale=unit)
-
-    return Compressor(name, frozenset({Kind.PAIRS}), write)
-
-
-def clip_limit(vector: Vector, clip: float) -> float:
-    """``clip`` standard deviations."""
-    total, squares = kernels().moments(vector)
-    n = max(1, vector.size)
-    return float(np.float32(clip * math.sqrt(max(0.0, squares / n - (total / n) ** 2))))
-
-
-def qsgd(levels: int = 127, bucket: int = 512, seed: int = 0) -> Compressor:
-    """Each element as one of ``levels`` parts of its bucket's norm, rounded at random so that the mean is the element.
-
-    QSGD (Alistarh et al., NIPS 2017) with the Euclidean norm; a byte an element and a float32 for each ``bucket``
-    elements.  Give ranks different seeds.
-    """
-    name = f"qsgd({levels}, bucket={bucket}, seed={seed})"
-    if not 1 <= levels <= 127:
-        raise ArgumentError(f"{name}: pass 1 to 127 levels")
-    if bucket < 1:
-        raise ArgumentError(f"{name}: pass a bucket of 1 or more elements")
-
-    def write(vector: Vector, step: int, last: Message) -> Message:
-        demand_finite(kernels().all_finite(vector), name)
-        norms = kernels().bucket_norms(vector, bucket)
-        demand_finite(bool(np.isfinite(norms).all()), f"{name}: the norm of a bucket")
-        codes = kernels().qsgd(vector, norms, bucket, levels, reference.key_of(seed, step))
-        parts = [np.array([bucket], "<u8"), norms, codes]
-        return message_of(Kind.LEVELS, vector.size, parts, values=Values.I8, parameter=levels)
-
-    return Compressor(name, frozenset({Kind.LEVELS}), write)
-
-
-def natural(seed: int = 0) -> Compressor:
-    """The sign and a power of two, up or down at random so that the mean is the element: nine bits.
-
-    Natural compression (Horváth et al., 2019).  Elements above 2^127 become 2^127.  Give ranks different seeds.
-    """
-    name = f"natural(seed={seed})"
-
-    def write(vector: Vector, step: int, last: Message) -> Message:
-        demand_finite(kernels().all_finite(vector), name)
-        exponents = kernels().natural(vector, reference.key_of(seed, step))
-        return message_of(Kind.NATURAL, vector.size, [exponents, kernels().pack_signs(vector)])
-
-    return Compressor(name, frozenset({Kind.NATURAL}), write)
-
-
-# Low rank
-
-
-def low_rank(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> Compressor:
-    """A matrix of ``rank`` near the best approximation of the vector: PowerSGD (Vogels et al., NeurIPS 2019).
-
-    The vector is seen as a matrix of ``shape``, by default nearly square and filled up with zeros.  One power iteration
-    from a start that follows from ``seed``; the message holds the factors P̂ and Q = Mᵀ P̂.  The two-phase form, whose
-    factors are averaged by ordinary allreduces, is :func:`hpccomm.algorithms.power_sgd.powersgd`.
-    """
-    name = f"low_rank({rank})"
-    if rank < 1:
-        raise ArgumentError(f"{name}: pass a rank of 1 or more")
-
-    def write(vector: Vector, step: int, last: Message) -> Message:
-        demand_finite(kernels().all_finite(vector), name)
-        matrix = as_matrix(vector, shape, name)
-        left = orthonormalise(matrix @ start_factor(matrix.shape[1], min(rank, *matrix.shape), seed))
-        right = np.ascontiguousarray(matrix.T @ left)
-        sizes = np.array([*matrix.shape, left.shape[1]], "<u8")
-        return message_of(Kind.LOW_RANK, vector.size, [sizes, left, right])
-
-    return Compressor(name, frozenset({Kind.LOW_RANK}), write)
-
-
-def as_matrix(vector: Vector, shape: tuple[int, int] | None, name: str = "low_rank") -> npt.NDArray[np.float32]:
-    """The vector in rows; nearly square where no shape is given, filled up with zeros."""
-    n = vector.size
-    if shape is not None:
-        if shape[0] * shape[1] != n or min(shape) < 0:
-            raise ArgumentError(f"{name}: the shape {shape} does not hold {n} elements")
-        return vector.reshape(shape)
-    columns = math.isqrt(n - 1) + 1 if n else 0
-    rows = -(-n // columns) if n else 0
-    return np.pad(vector, (0, rows * columns - n)).reshape(rows, columns)
-
-
-def start_factor(columns: int, rank: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    """Q to begin with, the same on all ranks: shape (columns, rank), uniform in [-1, 1)."""
-    values = reference.uniforms(reference.key_of(seed, 0), columns * rank)
-    return (2 * values - 1).reshape(columns, rank)
-
-
-def orthonormalise(columns: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Gram-Schmidt in float64, twice; a column that is (nearly) a combination of those before becomes 0."""
-    basis = columns.astype(np.float64)
-    for j in range(basis.shape[1]):
-        column = basis[:, j]
-        before = math.sqrt(float(column @ column))
-        for _ in range(2):
-            column -= basis[:, :j] @ (basis[:, :j].T @ column)
-        norm = math.sqrt(float(column @ column))
-        basis[:, j] = column / norm if norm > 1e-6 * before else 0
-    return basis.astype(np.float32)
 
 
 # Messages
@@ -826,7 +371,7 @@ def read_words(header: Header, payload: Octets, who: str) -> DecodedMessage:
     if header.kind == Kind.WORDS:
         check_length(payload, 4 * header.elements, who)
         words = section(payload, 0, header.elements, "<u4", who)
-        if not kernels().ascending(words >> 1, header.n):
+        if not kernels().is_ascending(words >> 1, header.n):
             raise damage_error(who, "indices out of range or order")
         return DecodedMessage(add_words, (words, header.scale))
     if header.kind == Kind.RICE_WORDS:
@@ -966,7 +511,7 @@ def decode_u32(octets: Octets, header: Header) -> Indices | None:
     if octets.size != 4 * header.elements:
         return None
     index = section(octets, 0, header.elements, "<u4", "decode")
-    return index if kernels().ascending(index, header.n) else None
+    return index if kernels().is_ascending(index, header.n) else None
 
 
 ENCODERS: dict[Code, Callable[[Indices, int], tuple[npt.NDArray[Any], int]]] = {
