@@ -77,7 +77,7 @@ def test_python_m_hpccomm_is_the_same_command() -> None:
     ("words", "error"),
     [
         (["tune", "--collective", "nonsense"], "hpccomm tune: --collective nonsense: take some of allreduce"),
-        (["bench", "allreduce", "--algorithm", "rign"], "hpccomm bench: algorithm 'rign': for allreduce there is auto"),
+        (["bench", "allreduce", "--algorithm", "rign"], "hpccomm bench: allreduce has no algorithm 'rign': use auto"),
         (["train", "mnist"], "hpccomm train: dataset 'mnist' is not known"),
         (["tune", "--nonsense"], "hpccomm: error: unrecognized arguments: --nonsense"),
     ],

@@ -94,8 +94,10 @@ def test_messages_on_a_device_require_a_cuda_aware_mpi(device: FakeDevice, monke
     )
     assert asked is not None
     bench.claim_devices(comm, asked)
-    monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("a child died", "2026-01-02 03:04"))
-    with pytest.raises(ArgumentError, match=r"latency -d cuda needs an MPI that takes device memory: .*child died"):
+    monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("the probe failed", "2026-01-02 03:04"))
+    with pytest.raises(
+        ArgumentError, match=r"latency -d cuda needs an MPI that takes device memory: .*the probe failed"
+    ):
         bench.claim_devices(hpccomm.Communicator(MPI.COMM_SELF), asked)
 
 
