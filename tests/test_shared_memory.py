@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import mmap
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ from hpccomm.backends.shared_memory import (
     forget,
 )
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels import memory, reductions
+from hpccomm.kernels import memory, records, reductions
 from hpccomm.kernels import shared as kernels
 from hpccomm.transports.segment import GROUP_V2, SharedSegment, free_bytes, free_in_group
 
@@ -642,18 +644,17 @@ def test_ranks_learn_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         x, y, expected = pattern(n, comm.rank), np.zeros(n, "f4"), pattern_sum(n, comm.size)
         plan = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 1)
-        lesson = shared._tuning[(4 * n).bit_length()]
+        row = shared._tuning[(4 * n).bit_length()]
         for _ in range(rounds):
             y[:] = 0
             plan()
             assert np.array_equal(y, expected)
-        assert lesson[kernels.PERIOD // kernels.W] == 256
-        ways = [each // kernels.W for each in (kernels.TIME_CACHED, kernels.TIME_NONTEMPORAL)]
-        times = comm.allgather(lesson[ways].tolist())
+        assert row["period"] == 256
+        times = comm.allgather((int(row["time_cached"]), int(row["time_nontemporal"])))
         slowest = [max(each) for each in zip(*times, strict=True)]
         assert min(min(each) for each in times) > 0
-        assert lesson[kernels.CHOICE // kernels.W] == int(slowest[1] < slowest[0])
-        assert lesson[kernels.COUNT // kernels.W] > rounds
+        assert row["choice"] == int(slowest[1] < slowest[0])
+        assert row["count"] > rounds
 
 
 @pytest.mark.mpi(min_size=2)
@@ -710,15 +711,15 @@ def test_a_system_that_lets_nobody_in_is_noticed_at_once(comm: MPI.Intracomm, mo
 
 def test_short_blocks_take_the_parts_of_a_slot_in_turn() -> None:
     """So that a rank writes where nobody has just read."""
-    state, slot = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64), 1 << 18
-    shared_memory.put(state, kernels.SLOT, slot)
+    state, slot = np.zeros((), records.STATE_RECORD), 1 << 18
+    state["slot"] = slot
     for block in (1, 4096, 5000, 1 << 16, 1 << 18):
         part = shared_memory.slot_stride(block, slot)
         assert min(block, slot) <= part <= slot
-        shared_memory.put(state, kernels.SLOT_STRIDE, part)
-        places = [kernels.slot_of(state.ctypes.data, 0, k) - kernels.SLOTS for k in range(kernels.RING * slot // part)]
-        assert [place // slot for place in places] == [k % kernels.RING for k in range(len(places))]
-        assert sorted(places) == list(range(0, kernels.RING * slot, part))
+        state["slot_stride"] = part
+        places = [kernels.slot_of(state.ctypes.data, 0, k) - kernels.SLOTS for k in range(records.RING * slot // part)]
+        assert [place // slot for place in places] == [k % records.RING for k in range(len(places))]
+        assert sorted(places) == list(range(0, records.RING * slot, part))
 
 
 def test_the_first_trial_comes_when_every_part_of_every_slot_was_used() -> None:
@@ -726,16 +727,87 @@ def test_the_first_trial_comes_when_every_part_of_every_slot_was_used() -> None:
     slot = 1 << 18
     rows = shared_memory.new_tuning_table(slot).reshape(len(kernels.COLLECTIVES), shared_memory.SIZE_CLASSES, -1)
     for name, nbytes in (("allreduce", 16384), ("bcast", 1 << 16), ("reduce", 100_000), ("bcast", 1 << 24)):
-        lesson = rows[kernels.COLLECTIVES.index(name), nbytes.bit_length()]
-        state, line = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64), np.zeros(kernels.LINE, np.int64)
-        shared_memory.put(state, kernels.SLOT, slot)
-        shared_memory.put(state, kernels.SLOT_STRIDE, shared_memory.slot_stride(nbytes, slot))
+        row = rows[kernels.COLLECTIVES.index(name), nbytes.bit_length() :]
+        state, line = np.zeros((), records.STATE_RECORD), np.zeros((), records.LINE_RECORD)
+        state["slot"] = slot
+        state["slot_stride"] = shared_memory.slot_stride(nbytes, slot)
         blocks, used = -(-nbytes // slot), set[int]()
         for call in range(300):
-            kernels.begin_probe(lesson.ctypes.data, line.ctypes.data, state.ctypes.data)
-            if state[kernels.PROBE // kernels.W]:
+            kernels.begin_probe(row.ctypes.data, line.ctypes.data, state.ctypes.data)
+            if state["probe"]:
                 break
-            assert state[kernels.NONTEMPORAL_FILL // kernels.W] == (nbytes >= 1 << 16)
+            assert state["nontemporal_fill"] == (nbytes >= 1 << 16)
             used |= {kernels.slot_of(state.ctypes.data, 0, call * blocks + k) for k in range(blocks)}
-        size = int(state[kernels.SLOT_STRIDE // kernels.W])
-        assert len(used) == kernels.RING * slot // size, (name, nbytes)
+        size = int(state["slot_stride"])
+        assert len(used) == records.RING * slot // size, (name, nbytes)
+
+
+# The layout
+
+
+def fields_of(layout: np.dtype[Any], start: int = 0) -> list[tuple[int, int]]:
+    """First byte and end of every field, those of nested records and of each entry of an array included."""
+    if layout.subdtype is not None:
+        base, shape = layout.subdtype
+        count = int(np.prod(shape))
+        return (
+            [each for i in range(count) for each in fields_of(base, start + i * base.itemsize)]
+            if base.names
+            else [(start, start + layout.itemsize)]
+        )
+    if layout.fields is None:
+        return [(start, start + layout.itemsize)]
+    return [each for kind, at, *_ in layout.fields.values() for each in fields_of(kind, start + at)]
+
+
+LAYOUTS = {name: each for name, each in vars(records).items() if isinstance(each, np.dtype)}
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "region"])
+def test_no_two_fields_of_a_record_overlap(name: str) -> None:
+    layout = records.region_record(1 << 17) if name == "region" else LAYOUTS[name]
+    places = sorted(fields_of(layout))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
+    assert all(hi - lo != records.W or lo % records.W == 0 for lo, hi in places)
+    assert places[-1][1] <= layout.itemsize
+    assert layout.itemsize % records.W == 0
+
+
+def test_every_offset_in_compiled_code_is_a_field_of_its_record() -> None:
+    """Two constants of one record never name the same field."""
+    for layout in ("REGION", "LINE", "STATE", "CALL", "TUNING"):
+        record = LAYOUTS[f"{layout}_RECORD"]
+        source = Path(kernels.__file__).read_text()
+        names = re.findall(rf'^([A-Z_]+) = offset_of\({layout}_RECORD, "(\w+)"\)$', source, re.MULTILINE)
+        assert len({field for _, field in names}) == len(names)
+        for constant, field in names:
+            assert constant.lower().endswith(field), constant
+            assert getattr(kernels, constant) == record.fields[field][1]
+        unused = {"lines", "unused"} if layout == "REGION" else set()
+        assert {field for _, field in names} == set(record.names) - unused
+
+
+def test_words_that_different_ranks_write_share_no_cache_line() -> None:
+    for slot in (1 << 17, 1 << 18):
+        region = records.region_record(slot)
+        assert region.itemsize % mmap.PAGESIZE == 0  # so the regions of two ranks share no line
+    layout = records.REGION_RECORD
+    for name in ("lines", "published", "finished", "abandoned", "pid", "buffers"):
+        assert layout.fields[name][1] % records.LINE == 0, name
+    assert records.LINE_RECORD.itemsize == records.LINE
+    assert kernels.FINGERPRINT == 64  # what small calls read is one cache line
+    assert kernels.SLOTS % mmap.PAGESIZE == kernels.BUFFERS % mmap.PAGESIZE == 0
+
+
+@pytest.mark.mpi
+def test_allocated_bytes_are_those_of_the_records(comm: MPI.Intracomm) -> None:
+    with open_memory(comm, "numpy") as shared:
+        region = records.region_record(shared_memory.slot_bytes(comm.size))
+        assert len(shared._segment.buffer) == comm.size * region.itemsize
+        assert region.fields["slots"][1] == kernels.SLOTS
+        assert shared._state.nbytes == records.STATE_RECORD.itemsize
+        call = shared._call(("test",), 1, [7] * 2 * comm.size)
+        assert call.nbytes == kernels.TABLE
+        words = [kernels.load(call.ctypes.data + kernels.TABLE + records.W * i) for i in range(3 * comm.size)]
+        assert words == [0] * comm.size + [7] * 2 * comm.size
+        assert shared._tuning.nbytes == len(kernels.COLLECTIVES) * shared_memory.SIZE_CLASSES * 5 * records.W

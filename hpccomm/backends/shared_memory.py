@@ -55,7 +55,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels import memory, reductions
+from hpccomm.kernels import memory, records, reductions
 from hpccomm.kernels import shared as kernels
 from hpccomm.kernels.shared import MAX_WAIT_NS
 from hpccomm.transports.segment import PAGE, SharedSegment
@@ -93,28 +93,28 @@ class SharedMemory:
         self._node = node
         self._compiled = agree_on_code(node, code)
         self._slot = slot_bytes(self.size)
-        self._direct = max(kernels.PAYLOAD_BYTES, min(kernels.BUFFER, DIRECT_BYTES // self.size))
-        self._region = kernels.SLOTS + kernels.RING * self._slot
+        self._direct = max(records.PAYLOAD_BYTES, min(records.BUFFER, DIRECT_BYTES // self.size))
+        self._region = records.region_record(self._slot).itemsize
         self._segment = SharedSegment(node, self.size * self._region)
         self._segment.prefault()
         spin = spin_count(node)
         self._crowded = spin == kernels.MIN_SPIN  # who shares a core finds in its cache what the others have read
         self._state = self._new_state(spin)
-        put(self._state, kernels.MAX_WAIT, patience_ns)
+        self._state["max_wait"] = patience_ns
         self._tuning = new_tuning_table(self._slot)
         self._registered: dict[int, Allocation] = {}
         self._allocations = 0
         self._reaches = self._can_reach()
 
-    def _new_state(self, spin: int) -> npt.NDArray[np.int64]:
-        state = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64)
-        put(state, kernels.MEMORY, self._segment.address)
-        put(state, kernels.REGION, self._region)
-        put(state, kernels.RANKS, self.size)
-        put(state, kernels.RANK, self.rank)
-        put(state, kernels.SPIN, spin)
-        put(state, kernels.SPIN_LIMIT, spin)
-        put(state, kernels.SLOT, self._slot)
+    def _new_state(self, spin: int) -> npt.NDArray[Any]:
+        state = np.zeros((), records.STATE_RECORD)
+        state["memory"] = self._segment.address
+        state["region"] = self._region
+        state["ranks"] = self.size
+        state["rank"] = self.rank
+        state["spin"] = spin
+        state["spin_limit"] = spin
+        state["slot"] = self._slot
         return state
 
     def _can_reach(self) -> bool:
@@ -130,7 +130,7 @@ class SharedMemory:
 
     def close(self) -> None:
         """Give everything back; plans raise from now on."""
-        put(self._state, kernels.CLOSED, 1)
+        self._state["closed"] = 1
         self._registered.clear()
         self._segment.close()
 
@@ -147,18 +147,18 @@ class SharedMemory:
     def missing_ranks(self) -> list[int]:
         """The ranks that have not come to the call that is running."""
         number = self._call_number()
-        return [q for q in range(self.size) if self._word(q, 0) < number]
+        return [q for q in range(self.size) if self._word(q, kernels.NUMBER) < number]
 
     def _call_number(self) -> int:
-        return int(self._state[kernels.CALLS // kernels.W])
+        return int(self._state["calls"])
 
     def _word(self, q: int, offset: int) -> int:
         self._check_open()
-        line = self._segment.address + q * self._region + kernels.LINE * (self._call_number() & 1)
+        line = self._segment.address + q * self._region + records.LINE * (self._call_number() & 1)
         return memory.load_acquire(line + offset)
 
     def _check_open(self) -> None:
-        if self._state[kernels.CLOSED // kernels.W]:
+        if self._state["closed"]:
             raise TransportError(f"rank {self.rank}: this shared memory is closed: make a new one")
 
     # Registered memory
@@ -225,21 +225,21 @@ class SharedMemory:
         if self.size == 1:
             return copy_plan(recv, send, nbytes)
         call = self._reduction(("allreduce", count, once), dtype, op, signature)
-        put(call, kernels.ONCE, once)
+        call["once"] = once
         around = send != recv and nbytes * self.size >= NONTEMPORAL_BYTES if past_cache is None else past_cache
-        put(call, kernels.NONTEMPORAL_OUT, around)
+        call["nontemporal_out"] = around
         self._vector(call, send, recv, nbytes, DIRECT_BYTES_OF_TWO if self.size == 2 else self._direct)
         spans = [(send, nbytes)] if once else [(send, nbytes), (recv, nbytes)]
         allocation = self._allocation(*spans) if nbytes >= REGISTERED_BYTES else None
-        if nbytes >= REGISTERED_BYTES and call[kernels.PROTOCOL // kernels.W] == kernels.BUFFERED:
-            put(call, kernels.PROTOCOL, kernels.DIRECT)
+        if nbytes >= REGISTERED_BYTES and call["protocol"] == kernels.BUFFERED:
+            call["protocol"] = kernels.DIRECT
         if allocation:
-            put(call, kernels.ALLOCATION, allocation.number)
-            put(call, kernels.ALIVE, allocation.alive.ctypes.data)
-            put(call, kernels.COPIES, allocation.copies)
-            put(call, kernels.COPY_STRIDE, allocation.stride)
-            put(call, kernels.CALL_SEND_AT, send - allocation.mine)
-            put(call, kernels.CALL_RECV_AT, 0 if once else recv - allocation.mine)
+            call["allocation"] = allocation.number
+            call["alive"] = allocation.alive.ctypes.data
+            call["copies"] = allocation.copies
+            call["copy_stride"] = allocation.stride
+            call["send_at"] = send - allocation.mine
+            call["recv_at"] = 0 if once else recv - allocation.mine
         return self._plan("allreduce", call, nbytes, allocation)
 
     def bind_reduce(
@@ -250,7 +250,7 @@ class SharedMemory:
         if self.size == 1:
             return copy_plan(recv, send, nbytes)
         call = self._reduction(("reduce", count, root), dtype, op, signature)
-        put(call, kernels.ROOT, root)
+        call["root"] = root
         self._vector(call, send, recv, nbytes, self._direct)
         return self._plan("reduce", call, nbytes)
 
@@ -264,16 +264,16 @@ class SharedMemory:
         if self.size == 1:
             return copy_plan(recv, send, mine)
         call = self._reduction(("reduce_scatter", tuple(counts)), dtype, op, signature, cuts)
-        put(call, kernels.SEND, send)
-        put(call, kernels.NBYTES, cuts[-1])
-        put(call, kernels.PROTOCOL, kernels.DIRECT if cuts[-1] <= kernels.BUFFER else kernels.PIPELINE)
-        put(call, kernels.BLOCK, self._rank_slot_bytes())
+        call["send"] = send
+        call["nbytes"] = cuts[-1]
+        call["protocol"] = kernels.DIRECT if cuts[-1] <= records.BUFFER else kernels.PIPELINE
+        call["block"] = self._rank_slot_bytes()
         apart = recv + mine <= send or send + cuts[-1] <= recv or recv == send + cuts[self.rank]
         if apart:
-            put(call, kernels.RECV, recv)
+            call["recv"] = recv
             return self._plan("reduce_scatter", call, cuts[-1])
         part = np.empty(mine, np.uint8)  # recv lies over what the others have still to read
-        put(call, kernels.RECV, part.ctypes.data)
+        call["recv"] = part.ctypes.data
         run, copy_back = self._plan("reduce_scatter", call, cuts[-1]), copy_plan(recv, part.ctypes.data, mine, part)
 
         def both() -> None:
@@ -289,14 +289,14 @@ class SharedMemory:
         if self.size == 1:
             return copy_plan(recv + places[0], send, counts[0])
         call = self._call(("allgather", tuple(counts)), signature, [*counts, *places])
-        put(call, kernels.SEND, send)
-        put(call, kernels.RECV, recv)
-        put(call, kernels.PROTOCOL, kernels.DIRECT if max(counts) <= kernels.BUFFER else kernels.PIPELINE)
-        put(call, kernels.BLOCK, self._slot)
-        put(call, kernels.CALL_SLOT_STRIDE, self._slot_stride(max(counts)))
-        put(call, kernels.SEGMENT, ALLGATHER_SEGMENT_BYTES if self.size > 2 else max(1, *counts))
+        call["send"] = send
+        call["recv"] = recv
+        call["protocol"] = kernels.DIRECT if max(counts) <= records.BUFFER else kernels.PIPELINE
+        call["block"] = self._slot
+        call["slot_stride"] = self._slot_stride(max(counts))
+        call["segment"] = ALLGATHER_SEGMENT_BYTES if self.size > 2 else max(1, *counts)
         if self._uses_single_copy("allgather", sum(counts)):
-            put(call, kernels.PROTOCOL, kernels.SINGLE_COPY)
+            call["protocol"] = kernels.SINGLE_COPY
         return self._plan("allgather", call, max(counts))
 
     def bind_bcast(
@@ -306,10 +306,10 @@ class SharedMemory:
         if self.size == 1:
             return copy_plan(address, address, 0)
         call = self._call(("bcast", nbytes, root), signature)
-        put(call, kernels.ROOT, root)
-        self._vector(call, address, address, nbytes, kernels.BUFFER)
+        call["root"] = root
+        self._vector(call, address, address, nbytes, records.BUFFER)
         if self._uses_single_copy("bcast", nbytes):
-            put(call, kernels.PROTOCOL, kernels.SINGLE_COPY)
+            call["protocol"] = kernels.SINGLE_COPY
         return self._plan("bcast", call, nbytes, late=late)
 
     def bind_alltoall(
@@ -330,11 +330,11 @@ class SharedMemory:
         across = alike and self._uses_single_copy("alltoall", sum(send_counts))
         what = ("alltoall", across)
         call = self._call(what, signature, [*send_counts, *send_places, *recv_counts, *recv_places])
-        put(call, kernels.SEND, send)
-        put(call, kernels.RECV, recv)
-        put(call, kernels.BLOCK, self._rank_slot_bytes())
-        put(call, kernels.CALL_LONGEST, max(*send_counts, *recv_counts))
-        put(call, kernels.PROTOCOL, kernels.SINGLE_COPY if across else kernels.PIPELINE)
+        call["send"] = send
+        call["recv"] = recv
+        call["block"] = self._rank_slot_bytes()
+        call["longest"] = max(*send_counts, *recv_counts)
+        call["protocol"] = kernels.SINGLE_COPY if across else kernels.PIPELINE
         return self._plan("alltoall", call, sum(send_counts))
 
     def bind_barrier(self, signature: int) -> Plan:
@@ -346,7 +346,7 @@ class SharedMemory:
     def bind_entry_barrier(self, signature: int) -> Plan:
         """Wait for everybody who is about to make calls elsewhere, whatever they are; other calls here differ."""
         call = self._call(("meeting",), signature)
-        put(call, kernels.CALL_CHECK, zlib.crc32(b"meeting"))
+        call["check"] = zlib.crc32(b"meeting")
         return self._plan("barrier", call)
 
     def _uses_single_copy(self, name: str, nbytes: int) -> bool:
@@ -361,37 +361,34 @@ class SharedMemory:
         """Bytes of a slot for each rank."""
         return self._slot // self.size // kernels.ALIGNMENT * kernels.ALIGNMENT
 
-    def _call(self, what: tuple[Any, ...], signature: int, rows: Sequence[int] = ()) -> npt.NDArray[np.int64]:
+    def _call(self, what: tuple[Any, ...], signature: int, rows: Sequence[int] = ()) -> npt.NDArray[Any]:
         """The words of a call; ``what`` must be the same on all ranks."""
-        call = np.zeros(kernels.TABLE // kernels.W + self.size + len(rows), np.int64)
-        call[len(call) - len(rows) :] = rows
-        put(call, kernels.STATE, self._state.ctypes.data)
-        put(call, kernels.CALL_FINGERPRINT, signature)
-        put(
-            call,
-            kernels.CALL_CHECK,
-            (signature * 0x9E3779B97F4A7C15 + zlib.crc32(repr(what).encode())) & WORD_MASK,
-        )
+        words = np.zeros(kernels.TABLE // records.W + self.size + len(rows), np.int64)
+        words[len(words) - len(rows) :] = rows
+        call = words[: kernels.TABLE // records.W].view(records.CALL_RECORD).reshape(())
+        call["state"] = self._state.ctypes.data
+        call["fingerprint"] = signature
+        call["check"] = (signature * 0x9E3779B97F4A7C15 + zlib.crc32(repr(what).encode())) & WORD_MASK
         return call
 
     def _reduction(
         self, what: tuple[Any, ...], dtype: npt.DTypeLike, op: str, signature: int, rows: Sequence[int] = ()
-    ) -> npt.NDArray[np.int64]:
+    ) -> npt.NDArray[Any]:
         code = reductions.code_of(dtype)
         call = self._call((*what, code, op), signature, rows)
-        put(call, kernels.ITEM, reductions.itemsize(dtype))
-        put(call, kernels.FOLD, self._fold(op, code))
+        call["item"] = reductions.itemsize(dtype)
+        call["fold"] = self._fold(op, code)
         return call
 
-    def _vector(self, call: npt.NDArray[np.int64], send: int, recv: int, nbytes: int, most: int) -> None:
+    def _vector(self, call: npt.NDArray[Any], send: int, recv: int, nbytes: int, most: int) -> None:
         """A call on a whole vector; up to ``most`` bytes in one go."""
-        put(call, kernels.SEND, send)
-        put(call, kernels.RECV, recv)
-        put(call, kernels.NBYTES, nbytes)
-        put(call, kernels.BLOCK, self._slot)
-        put(call, kernels.CALL_SLOT_STRIDE, self._slot_stride(nbytes))
-        small = kernels.INLINE if nbytes <= kernels.PAYLOAD_BYTES else kernels.BUFFERED
-        put(call, kernels.PROTOCOL, small if nbytes <= most else kernels.PIPELINE)
+        call["send"] = send
+        call["recv"] = recv
+        call["nbytes"] = nbytes
+        call["block"] = self._slot
+        call["slot_stride"] = self._slot_stride(nbytes)
+        small = kernels.INLINE if nbytes <= records.PAYLOAD_BYTES else kernels.BUFFERED
+        call["protocol"] = small if nbytes <= most else kernels.PIPELINE
 
     # Code
 
@@ -418,22 +415,19 @@ class SharedMemory:
     def _tuning_row(self, name: str, nbytes: int) -> int:
         """Where it stands what was learned of such calls."""
         row = self.collectives.index(name) * SIZE_CLASSES + min(SIZE_CLASSES - 1, nbytes.bit_length())
-        return int(self._tuning[row].ctypes.data)
+        return int(self._tuning[row:].ctypes.data)
 
     def _plan(
         self,
         name: str,
-        call: npt.NDArray[np.int64],
+        call: npt.NDArray[Any],
         nbytes: int = 0,
         allocation: Allocation | None = None,
         late: StallHandler | None = None,
     ) -> Plan:
         """What runs a call; ``nbytes`` says how large it is, for learning."""
-        if (
-            call[kernels.PROTOCOL // kernels.W] not in (kernels.INLINE, kernels.SINGLE_COPY)
-            and nbytes >= AUTOTUNE_BYTES
-        ):
-            put(call, kernels.TUNING, self._tuning_row(name, nbytes))
+        if call["protocol"] not in (kernels.INLINE, kernels.SINGLE_COPY) and nbytes >= AUTOTUNE_BYTES:
+            call["tuning"] = self._tuning_row(name, nbytes)
         kernel, address, resolve = self._kernel(name), call.ctypes.data, self._resolve
         late, held = late or self.stall_handler, (self._segment, call, allocation)
 
@@ -464,10 +458,10 @@ class SharedMemory:
         if code == kernels.STUCK:
             raise self._stuck_error()
 
-    def _handle_exception(self, call: npt.NDArray[np.int64]) -> None:
+    def _handle_exception(self, call: npt.NDArray[Any]) -> None:
         """An exception, such as Ctrl-C, ended a call; if that was before all had come, nobody can go on."""
-        if call[kernels.WAITING // kernels.W]:
-            put(call, kernels.WAITING, 0)
+        if call["waiting"]:
+            call["waiting"] = 0
             self._abandon()
 
     def _abandon(self) -> None:
@@ -514,24 +508,24 @@ NONTEMPORAL_BYTES = 1 << 25
 """From so many bytes of all ranks together on, results out of place are written around the cache: they exceed it."""
 
 
-def new_tuning_table(slot: int) -> npt.NDArray[np.int64]:
+def new_tuning_table(slot: int) -> npt.NDArray[Any]:
     """A row for each collective and class of sizes, where nothing was learned yet.
 
     A trial is worth something when slots are as they stay: read by the others before.  So the first one waits until all
     parts of the ring were used.  Until then long calls fill slots around the cache: where that is wrong it costs up to
     twice the time, the other way four to six times (measured; two cores, when they share a cache and when not).
     """
-    rows = np.zeros((len(kernels.COLLECTIVES), SIZE_CLASSES, kernels.TUNING_WORDS // kernels.W), np.int64)
-    for name, lessons in zip(kernels.COLLECTIVES, rows, strict=True):
-        buffered = DIRECT_BYTES_OF_TWO if name == "allreduce" else kernels.BUFFER
+    table = np.zeros((len(kernels.COLLECTIVES), SIZE_CLASSES), records.TUNING_RECORD)
+    for name, rows in zip(kernels.COLLECTIVES, table, strict=True):
+        buffered = DIRECT_BYTES_OF_TWO if name == "allreduce" else records.BUFFER
         for size in range(1, SIZE_CLASSES):
             least, long = 1 << (size - 1), size >= LONG_CALLS
             period = PROBE_PERIODS[long]
-            warm_up = 2 + kernels.RING * slot // slot_stride(least, slot) if least > buffered else WARM_UP
-            put(lessons[size], kernels.PERIOD, period)
-            put(lessons[size], kernels.COUNT, period - warm_up)
-            put(lessons[size], kernels.CHOICE, long)
-    return rows.reshape(-1, rows.shape[-1])
+            warm_up = 2 + records.RING * slot // slot_stride(least, slot) if least > buffered else WARM_UP
+            rows["period"][size] = period
+            rows["count"][size] = period - warm_up
+            rows["choice"][size] = long
+    return table.reshape(-1)
 
 
 def slot_stride(nbytes: int, slot: int) -> int:
@@ -574,11 +568,6 @@ class FileLock:
 
     def __exit__(self, *exception: object) -> None:
         fcntl.flock(self._file, fcntl.LOCK_UN)
-
-
-def put(words: npt.NDArray[np.int64], offset: int, value: int) -> None:
-    """Set a word."""
-    words[offset // kernels.W] = value
 
 
 def copy_plan(to: int, source: int, nbytes: int, *held: Any) -> Plan:

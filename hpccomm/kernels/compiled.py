@@ -12,9 +12,9 @@ from typing import Any
 import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 
-from hpccomm.kernels import folds, intrinsics, shared
+from hpccomm.kernels import folds, intrinsics, records, shared
 
-_sources = b"".join(Path(__file__).with_name(each).read_bytes() for each in ("intrinsics.py", "simd.py"))
+_sources = b"".join(Path(__file__).with_name(each).read_bytes() for each in ("intrinsics.py", "records.py", "simd.py"))
 CACHE_TAG = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_sources):08x}"
 """What the machine code depends on besides its own source: the processor and the instructions it is made of."""
 
@@ -41,7 +41,7 @@ def compile_globals(instead: Mapping[str, Callable[..., Any]] = MappingProxyType
     """
     scope = dict(vars(shared))
     for name, function in vars(shared).items():
-        if not isinstance(function, FunctionType):
+        if not isinstance(function, FunctionType) or function is records.offset_of:
             continue
         here = FunctionType(instead.get(name, function).__code__, scope, name)
         if function.__module__ != shared.__name__:

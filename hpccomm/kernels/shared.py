@@ -34,42 +34,91 @@ from hpccomm.kernels.memory import (
     store_release,
     yield_cpu,
 )
-
-W = 8
-"""Bytes of a word."""
+from hpccomm.kernels.records import (
+    BUFFER,
+    CALL_RECORD,
+    LINE,
+    LINE_RECORD,
+    REGION_RECORD,
+    RING,
+    STATE_RECORD,
+    TUNING_RECORD,
+    W,
+    offset_of,
+)
 
 # A region
-LINE = 128
-PUBLISHED, FINISHED = 2 * LINE, 3 * LINE
-ABANDONED = 4 * LINE
-"""In rank 0's region: 1 + a rank that left a call half done; nobody can go on."""
-PID = 5 * LINE
-"""The rank's process number."""
-BUFFERS = 4096
-BUFFER = 32768
-SLOTS = BUFFERS + 2 * BUFFER
-RING = 4
+PUBLISHED = offset_of(REGION_RECORD, "published")
+FINISHED = offset_of(REGION_RECORD, "finished")
+ABANDONED = offset_of(REGION_RECORD, "abandoned")
+PID = offset_of(REGION_RECORD, "pid")
+BUFFERS = offset_of(REGION_RECORD, "buffers")
+SLOTS = REGION_RECORD.itemsize
 
-# A line; what small calls read is in its first 64 bytes
-CHECK, PAYLOAD, FINGERPRINT, ARRAY, SEND_AT, RECV_AT, LONGEST, LINE_TIME_CACHED, LINE_TIME_NONTEMPORAL, REFUSALS = (
-    W * i for i in (1, 2, *range(8, 16))
-)
-PAYLOAD_BYTES = 48
+# A line
+NUMBER = offset_of(LINE_RECORD, "number")
+CHECK = offset_of(LINE_RECORD, "check")
+PAYLOAD = offset_of(LINE_RECORD, "payload")
+FINGERPRINT = offset_of(LINE_RECORD, "fingerprint")
+ARRAY = offset_of(LINE_RECORD, "array")
+SEND_AT = offset_of(LINE_RECORD, "send_at")
+RECV_AT = offset_of(LINE_RECORD, "recv_at")
+LONGEST = offset_of(LINE_RECORD, "longest")
+LINE_TIME_CACHED = offset_of(LINE_RECORD, "time_cached")
+LINE_TIME_NONTEMPORAL = offset_of(LINE_RECORD, "time_nontemporal")
+REFUSALS = offset_of(LINE_RECORD, "refusals")
 
-# What a rank knows of the transport
-MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT = (W * i for i in range(10))
-NONTEMPORAL_FILL, PROBE, CLOCK, ELAPSED, MAX_WAIT, SLOT_STRIDE, STATE_WORDS = (W * i for i in range(10, 17))
+# The state
+MEMORY = offset_of(STATE_RECORD, "memory")
+REGION = offset_of(STATE_RECORD, "region")
+RANKS = offset_of(STATE_RECORD, "ranks")
+RANK = offset_of(STATE_RECORD, "rank")
+CALLS = offset_of(STATE_RECORD, "calls")
+BLOCKS = offset_of(STATE_RECORD, "blocks")
+SPIN = offset_of(STATE_RECORD, "spin")
+SPIN_LIMIT = offset_of(STATE_RECORD, "spin_limit")
+CLOSED = offset_of(STATE_RECORD, "closed")
+SLOT = offset_of(STATE_RECORD, "slot")
+NONTEMPORAL_FILL = offset_of(STATE_RECORD, "nontemporal_fill")
+PROBE = offset_of(STATE_RECORD, "probe")
+CLOCK = offset_of(STATE_RECORD, "clock")
+ELAPSED = offset_of(STATE_RECORD, "elapsed")
+MAX_WAIT = offset_of(STATE_RECORD, "max_wait")
+SLOT_STRIDE = offset_of(STATE_RECORD, "slot_stride")
 
-# What a rank knows of a call
-STATE, CALL_CHECK, CALL_FINGERPRINT, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, PROTOCOL, NONTEMPORAL_OUT = (
-    W * i for i in range(13)
-)
-ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST = (W * i for i in range(13, 20))
-TUNING, ONCE, CALL_SLOT_STRIDE, SEGMENT, TABLE = (W * i for i in range(20, 25))
-"""From TABLE on: p words for the addresses to reduce, then what the collective needs for each rank."""
+# The call
+STATE = offset_of(CALL_RECORD, "state")
+CALL_CHECK = offset_of(CALL_RECORD, "check")
+CALL_FINGERPRINT = offset_of(CALL_RECORD, "fingerprint")
+WAITING = offset_of(CALL_RECORD, "waiting")
+FOLD = offset_of(CALL_RECORD, "fold")
+SEND = offset_of(CALL_RECORD, "send")
+RECV = offset_of(CALL_RECORD, "recv")
+NBYTES = offset_of(CALL_RECORD, "nbytes")
+ITEM = offset_of(CALL_RECORD, "item")
+ROOT = offset_of(CALL_RECORD, "root")
+BLOCK = offset_of(CALL_RECORD, "block")
+PROTOCOL = offset_of(CALL_RECORD, "protocol")
+NONTEMPORAL_OUT = offset_of(CALL_RECORD, "nontemporal_out")
+ALLOCATION = offset_of(CALL_RECORD, "allocation")
+ALIVE = offset_of(CALL_RECORD, "alive")
+COPIES = offset_of(CALL_RECORD, "copies")
+COPY_STRIDE = offset_of(CALL_RECORD, "copy_stride")
+CALL_SEND_AT = offset_of(CALL_RECORD, "send_at")
+CALL_RECV_AT = offset_of(CALL_RECORD, "recv_at")
+CALL_LONGEST = offset_of(CALL_RECORD, "longest")
+TUNING = offset_of(CALL_RECORD, "tuning")
+ONCE = offset_of(CALL_RECORD, "once")
+CALL_SLOT_STRIDE = offset_of(CALL_RECORD, "slot_stride")
+SEGMENT = offset_of(CALL_RECORD, "segment")
+TABLE = CALL_RECORD.itemsize
 
-# What was learned of calls of one kind and size
-COUNT, PERIOD, CHOICE, TIME_CACHED, TIME_NONTEMPORAL, TUNING_WORDS = (W * i for i in range(6))
+# The tuning record
+COUNT = offset_of(TUNING_RECORD, "count")
+PERIOD = offset_of(TUNING_RECORD, "period")
+CHOICE = offset_of(TUNING_RECORD, "choice")
+TIME_CACHED = offset_of(TUNING_RECORD, "time_cached")
+TIME_NONTEMPORAL = offset_of(TUNING_RECORD, "time_nontemporal")
 
 COLLECTIVES = ("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier")
 INLINE, DIRECT, PIPELINE, BUFFERED, SINGLE_COPY = range(5)
