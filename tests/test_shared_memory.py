@@ -1,4 +1,4 @@
-"""Collectives over shared memory are exact, name mistakes, survive late ranks and leave nothing behind."""
+"""Collectives over shared memory are exact, report mistakes, tolerate late ranks and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hpccomm.transports.segment import GROUP_V2, SharedSegment, free_bytes, free
 at = MPI.Get_address
 CODES = ("compiled", "numpy")
 LENGTHS = (0, 1, 2, 5, 12, 13, 1000, 8193, 70001)
-"""Elements: in a line, in the buffers, in one block, in several, never divisible by all p."""
+"""Elements that fit in a line, in the buffers, in one block, in several; not divisible by every p."""
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def test_sums_run_in_rank_order_on_every_rank(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_brain_floats_are_summed_in_float32(comm: MPI.Intracomm) -> None:
+def test_bfloat16_is_summed_in_float32(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         x = reductions.narrow(pattern(3000, comm.rank), "bf16")
         shared.bind_allreduce(at(x), at(x), x.size, "bfloat16", "sum", 1)()
@@ -121,11 +121,11 @@ def test_brain_floats_are_summed_in_float32(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_results_written_around_the_cache_are_the_same(comm: MPI.Intracomm) -> None:
+def test_nontemporal_results_are_the_same(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         n = 400_003
         x, y = pattern(n, comm.rank), np.zeros(n + 1, "f4")
-        shared.bind_allreduce(at(x), at(y[1:]), n, "f4", "sum", 1, past_cache=True)()
+        shared.bind_allreduce(at(x), at(y[1:]), n, "f4", "sum", 1, nontemporal=True)()
         assert np.array_equal(y[1:], pattern_sum(n, comm.size))
 
 
@@ -146,7 +146,7 @@ def test_reduce_is_exact_for_every_root(comm: MPI.Intracomm, code: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
-def test_reduce_scatter_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: str) -> None:
+def test_reduce_scatter_is_exact_with_uneven_blocks(comm: MPI.Intracomm, code: str) -> None:
     with open_memory(comm, code) as shared:
         for unit in (0, 1, 700, 60001):
             counts = [unit * (q % 3) + q for q in range(comm.size)]
@@ -163,7 +163,7 @@ def test_reduce_scatter_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: st
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
-def test_allgather_is_exact_with_uneven_parts_and_gaps(comm: MPI.Intracomm, code: str) -> None:
+def test_allgather_is_exact_with_uneven_blocks_and_gaps(comm: MPI.Intracomm, code: str) -> None:
     with open_memory(comm, code) as shared:
         for unit in (0, 3, 5000, 150_001):
             counts = [unit * (q % 3 + 1) + q for q in range(comm.size)]
@@ -193,7 +193,7 @@ def test_bcast_is_exact_from_every_root(comm: MPI.Intracomm, code: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
-def test_alltoall_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: str) -> None:
+def test_alltoall_is_exact_with_uneven_blocks(comm: MPI.Intracomm, code: str) -> None:
     r, p = comm.rank, comm.size
 
     def length(source: int, to: int, unit: int) -> int:
@@ -220,17 +220,17 @@ def starts(counts: Sequence[int]) -> list[int]:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
-def test_nobody_leaves_a_barrier_before_all_have_come(comm: MPI.Intracomm, code: str) -> None:
+def test_no_rank_leaves_a_barrier_before_all_have_entered(comm: MPI.Intracomm, code: str) -> None:
     with open_memory(comm, code) as shared:
-        barrier, came = shared.bind_barrier(12), shared.empty(1, "i8")
-        came[0] = 0
+        barrier, entered = shared.bind_barrier(12), shared.empty(1, "i8")
+        entered[0] = 0
         comm.Barrier()
         for turn in range(1, 30):
             if turn % comm.size == comm.rank:
                 time.sleep(0.001)
-            came[0] = turn
+            entered[0] = turn
             barrier()
-            others = [peek(shared, came, q) for q in range(comm.size)]
+            others = [peek(shared, entered, q) for q in range(comm.size)]
             assert min(others) >= turn
 
 
@@ -306,7 +306,7 @@ def test_a_plan_may_run_thousands_of_times(comm: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("code", CODES)
-def test_different_signatures_raise_on_all_ranks_and_the_next_call_is_fine(comm: MPI.Intracomm, code: str) -> None:
+def test_different_fingerprints_raise_on_all_ranks_and_the_next_call_works(comm: MPI.Intracomm, code: str) -> None:
     odd = comm.size - 1
     with open_memory(comm, code) as shared:
         for n in (4, 1000, 100_000):
@@ -323,7 +323,7 @@ def test_different_signatures_raise_on_all_ranks_and_the_next_call_is_fine(comm:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_different_calls_are_noticed_even_under_one_signature(comm: MPI.Intracomm) -> None:
+def test_different_calls_raise_even_with_equal_fingerprints(comm: MPI.Intracomm) -> None:
     x, y = pattern(9000, comm.rank), np.zeros(9000, "f4")
     with open_memory(comm) as shared:
         odd = comm.rank == comm.size // 2
@@ -361,9 +361,9 @@ def test_different_calls_are_noticed_even_under_one_signature(comm: MPI.Intracom
 
 
 @pytest.mark.mpi(min_size=2)
-def test_the_caller_makes_the_error(comm: MPI.Intracomm) -> None:
+def test_the_owner_provides_the_mismatch_error(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
-        shared.mismatch = lambda signatures: MismatchError(f"calls {signatures}")
+        shared.mismatch = lambda fingerprints: MismatchError(f"calls {fingerprints}")
         wrong = shared.bind_barrier(comm.rank)
         check_all_raise(comm, MismatchError, wrong, f"calls {list(range(comm.size))}")
 
@@ -376,24 +376,24 @@ def test_the_caller_makes_the_error(comm: MPI.Intracomm) -> None:
 def test_a_late_rank_is_named_while_the_others_wait(comm: MPI.Intracomm, code: str) -> None:
     late = comm.size - 1
     with open_memory(comm, code) as shared:
-        told: list[tuple[float, list[int]]] = []
-        shared.stall_handler = lambda seconds, missing: told.append((seconds, missing))
+        reports: list[tuple[float, list[int]]] = []
+        shared.stall_handler = lambda seconds, missing: reports.append((seconds, missing))
         for n in (4, 1000, 100_000):
             x = pattern(n, comm.rank)
             plan = shared.bind_allreduce(at(x), at(x), n, "f4", "sum", 1)
             comm.Barrier()
-            told.clear()
+            reports.clear()
             if comm.rank == late:
                 time.sleep(0.4)
             plan()
             assert np.array_equal(x, pattern_sum(n, comm.size))
-            # others may be late as well where cores are few, and the last word may come after the last rank
-            assert comm.rank == late or any(missing == [late] and 0.02 < after < 30 for after, missing in told)
+            # with few cores other ranks may be late as well, and the last report may follow the arrival of the last rank
+            assert comm.rank == late or any(missing == [late] and 0.02 < after < 30 for after, missing in reports)
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("code", CODES)
-def test_a_call_given_up_makes_the_others_raise_instead_of_waiting(comm: MPI.Intracomm, code: str) -> None:
+def test_an_abandoned_call_raises_on_the_other_ranks_instead_of_hanging(comm: MPI.Intracomm, code: str) -> None:
     class EnoughError(Exception):
         pass
 
@@ -415,7 +415,7 @@ def test_a_call_given_up_makes_the_others_raise_instead_of_waiting(comm: MPI.Int
 
 
 @pytest.mark.mpi(sizes=(4,))
-def test_parts_of_a_communicator_work_at_the_same_time(comm: MPI.Intracomm) -> None:
+def test_overlapping_communicators_work_at_the_same_time(comm: MPI.Intracomm) -> None:
     half = MPI.Intracomm(comm).Split(comm.rank % 2, -comm.rank)
     with open_memory(half) as ours, open_memory(comm) as all_ranks:
         for turn in range(50):
@@ -439,7 +439,7 @@ def test_registered_arrays_give_the_same_bits(comm: MPI.Intracomm) -> None:
             a.ravel()[:], b[:] = pattern(63_007, comm.rank), -1
             x, n = a.ravel()[lo:hi], hi - lo
             expected = pattern_sum(63_007, comm.size)[lo:hi]
-            shared.bind_allreduce(at(x), at(b), n, "f4", "sum", 1)()  # two allocations: by way of the slots
+            shared.bind_allreduce(at(x), at(b), n, "f4", "sum", 1)()  # two allocations: through the slots
             assert np.array_equal(b[:n], expected)
             assert (b[n:] == -1).all()
             shared.bind_allreduce(at(x), at(x), n, "f4", "sum", 2)()
@@ -447,7 +447,7 @@ def test_registered_arrays_give_the_same_bits(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_registered_and_ordinary_arrays_may_meet(comm: MPI.Intracomm) -> None:
+def test_registered_and_ordinary_arrays_may_be_mixed_in_one_call(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         a, b = shared.empty(50_000, "f4"), shared.empty(50_000, "f4")
         for n in (2500, 50_000):
@@ -460,7 +460,7 @@ def test_registered_and_ordinary_arrays_may_meet(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_ranks_may_pass_different_places_of_one_registered_array(comm: MPI.Intracomm) -> None:
+def test_ranks_may_pass_different_offsets_of_one_registered_array(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         a = shared.empty(100_000, "f4")
         a[:] = -1
@@ -483,8 +483,8 @@ def test_out_of_place_between_parts_of_one_registered_array(comm: MPI.Intracomm)
 
 
 @pytest.mark.mpi
-def test_a_plan_outlives_its_registered_array_harmlessly(comm: MPI.Intracomm) -> None:
-    """A cached plan may find an ordinary array where a registered one was, on some ranks or all."""
+def test_a_plan_is_correct_after_its_registered_array_is_freed(comm: MPI.Intracomm) -> None:
+    """A cached plan may find an ordinary array at the address of a registered one, on some ranks or all."""
     with open_memory(comm) as shared:
         a = shared.empty(50_000, "f4")
         plan = shared.bind_allreduce(at(a), at(a), a.size, "f4", "sum", 1)
@@ -498,7 +498,7 @@ def test_a_plan_outlives_its_registered_array_harmlessly(comm: MPI.Intracomm) ->
 
 
 @pytest.mark.mpi
-def test_a_registered_array_is_forgotten_with_its_last_view(comm: MPI.Intracomm) -> None:
+def test_a_registered_array_is_freed_with_its_last_view(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         a = shared.empty(50_000, "f4")
         (allocation,) = shared._registered.values()
@@ -513,7 +513,7 @@ def test_a_registered_array_is_forgotten_with_its_last_view(comm: MPI.Intracomm)
         assert allocation.alive[0] == 0
 
 
-# What is left behind
+# Resources
 
 
 def holdings() -> tuple[int, int]:
@@ -563,9 +563,7 @@ def test_a_plan_that_outlives_the_transport_raises(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_memory_that_is_not_to_be_had_is_an_error_on_all_ranks(
-    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_memory_is_an_error_on_all_ranks(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
     node, odd = MPI.Intracomm(comm), comm.size - 1
     segment = SharedSegment(node, 5000)
     assert len(segment.buffer) == 8192
@@ -583,7 +581,7 @@ def test_memory_that_is_not_to_be_had_is_an_error_on_all_ranks(
     assert holdings() == before
 
 
-def test_pages_are_at_hand_when_the_first_call_comes() -> None:
+def test_prefault_maps_all_pages_before_the_first_call() -> None:
     if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < (5, 14):
         pytest.skip("this kernel fills page tables only when a page is used: it needs Linux 5.14")
     pages, segment = 512, SharedSegment(MPI.COMM_SELF, 512 * mmap.PAGESIZE)
@@ -592,10 +590,10 @@ def test_pages_are_at_hand_when_the_first_call_comes() -> None:
     segment.buffer[:: mmap.PAGESIZE] = bytes(pages)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     segment.close()
-    assert faults < pages // 8  # the interpreter's own; without touch one for each page
+    assert faults < pages // 8  # those of the interpreter; without prefault one for each page
 
 
-def test_free_memory_is_the_least_of_all_limits_around(tmp_path: Path) -> None:
+def test_free_memory_is_the_least_of_all_control_group_limits(tmp_path: Path) -> None:
     inner = tmp_path / "job" / "step"
     inner.mkdir(parents=True)
     for folder, limit, used in ((inner, "max", 10), (inner.parent, "1000", 700), (tmp_path, "5000", 800)):
@@ -608,10 +606,10 @@ def test_free_memory_is_the_least_of_all_limits_around(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
-def test_without_anonymous_files_a_named_one_loses_its_name_at_once(
+def test_without_anonymous_files_the_named_file_is_unlinked_at_once(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a job that is killed leaves nothing in /dev/shm."""
+    """A killed job then leaves nothing in /dev/shm."""
     monkeypatch.delattr(os, "memfd_create")
     ours = {name for name in os.listdir("/dev/shm") if name.startswith("hpccomm-")}
     with open_memory(comm) as shared:
@@ -623,7 +621,7 @@ def test_without_anonymous_files_a_named_one_loses_its_name_at_once(
 
 
 @pytest.mark.mpi
-def test_all_ranks_run_the_same_code_whatever_each_asks_for(comm: MPI.Intracomm) -> None:
+def test_all_ranks_run_the_code_that_rank_0_chose(comm: MPI.Intracomm) -> None:
     with open_memory(comm, CODES[comm.rank % 2]) as shared:
         assert shared._compiled == (CODES[0] == "compiled")
         x = pattern(10_000, comm.rank)
@@ -632,14 +630,16 @@ def test_all_ranks_run_the_same_code_whatever_each_asks_for(comm: MPI.Intracomm)
 
 
 @pytest.mark.mpi(sizes=(2,))
-def test_where_stores_are_not_ordered_python_refuses(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pure_python_refuses_processors_with_weak_memory_order(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     check_all_raise(comm, TransportError, lambda: SharedMemory(MPI.Intracomm(comm), "numpy"), "pip install numba")
 
 
 @pytest.mark.mpi(min_size=2)
-def test_ranks_learn_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> None:
-    """Both ways are tried, the faster one for the slowest rank is taken by all, and results are right throughout."""
+def test_all_ranks_choose_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> None:
+    """Calls probe both ways, all ranks take the faster one for the slowest rank, and results stay right throughout."""
     n, rounds = 40_000, 256 + 30
     with open_memory(comm) as shared:
         x, y, expected = pattern(n, comm.rank), np.zeros(n, "f4"), pattern_sum(n, comm.size)
@@ -660,20 +660,20 @@ def test_ranks_learn_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> None:
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("system", ["allows", "refuses one rank", "refuses"])
-def test_copies_from_process_to_process(
+def test_single_copy_is_exact_even_if_the_system_refuses(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, system: str, code: str
 ) -> None:
-    """Where the system refuses in the middle, all ranks fall back together."""
+    """If the system refuses in the middle of a call, all ranks fall back together."""
     for name in ("SINGLE_COPY_BYTES", "SINGLE_COPY_BYTES_OF_TWO"):
         monkeypatch.setattr(shared_memory, name, dict.fromkeys(("bcast", "allgather", "alltoall"), 10_000))
     monkeypatch.setattr(shared_memory, "ALLGATHER_SEGMENT_BYTES", 65_536)
     p, r, n = comm.size, comm.rank, 300_001
     with open_memory(comm, code) as shared:
         if not shared._reaches:
-            pytest.skip("this system lets no process read another's memory")
+            pytest.skip("this system forbids a process to read the memory of another")
         if system == "refuses" or (system == "refuses one rank" and r == p - 1):
-            nobody = 2**22 + 1  # more than Linux ever counts to
-            kernels.store(shared._segment.address + r * shared._region + kernels.PID, nobody)
+            no_process = 2**22 + 1  # above the largest process number of Linux
+            kernels.store(shared._segment.address + r * shared._region + kernels.PID, no_process)
         for root in range(p):
             x = pattern(n, r, "i4")
             plan = shared.bind_bcast(at(x), x.nbytes, root, 1)
@@ -702,15 +702,17 @@ def test_copies_from_process_to_process(
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_system_that_lets_nobody_in_is_noticed_at_once(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_forbids_single_copy_is_detected_at_construction(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if comm.rank == 0:
         monkeypatch.setattr(memory, "pull", lambda *_: -1)
     with open_memory(comm) as shared:
         assert not shared._reaches
 
 
-def test_short_blocks_take_the_parts_of_a_slot_in_turn() -> None:
-    """So that a rank writes where nobody has just read."""
+def test_short_blocks_use_the_parts_of_a_slot_in_turn() -> None:
+    """A rank then writes where no other rank has just read."""
     state, slot = np.zeros((), records.STATE_RECORD), 1 << 18
     state["slot"] = slot
     for block in (1, 4096, 5000, 1 << 16, 1 << 18):
@@ -722,8 +724,8 @@ def test_short_blocks_take_the_parts_of_a_slot_in_turn() -> None:
         assert sorted(places) == list(range(0, records.RING * slot, part))
 
 
-def test_the_first_trial_comes_when_every_part_of_every_slot_was_used() -> None:
-    """Before, nobody's cache holds what is written, and the wrong way looks like the right one."""
+def test_the_first_probe_waits_until_every_part_of_every_slot_was_used() -> None:
+    """Before that no other cache holds the lines, and the wrong way to fill slots looks like the right one."""
     slot = 1 << 18
     rows = shared_memory.new_tuning_table(slot).reshape(len(kernels.COLLECTIVES), shared_memory.SIZE_CLASSES, -1)
     for name, nbytes in (("allreduce", 16384), ("bcast", 1 << 16), ("reduce", 100_000), ("bcast", 1 << 24)):
