@@ -1,4 +1,4 @@
-"""The CUDA kernels' own sources, compiled for this processor (``cuda_on_cpu.h``), for NumPy or a stand-in library."""
+"""The CUDA kernels' own sources, compiled for the CPU (``cuda_on_cpu.h``), for NumPy or a fake array library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def text_of(name: str) -> str:
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """A source's kernels as a shared library, compiled once for all processes that ask; skips without a compiler."""
+    """A source's kernels as a shared library, compiled once for all processes; skips without a compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler on this machine: install g++")

@@ -387,7 +387,7 @@ def test_a_late_rank_is_named_while_the_others_wait(comm: MPI.Intracomm, code: s
                 time.sleep(0.4)
             plan()
             assert np.array_equal(x, pattern_sum(n, comm.size))
-            # with few cores other ranks may be late as well, and the last report may follow the arrival of the last rank
+            # with few cores other ranks may be late as well, and the last report may come after the last rank
             assert comm.rank == late or any(missing == [late] and 0.02 < after < 30 for after, missing in reports)
 
 

@@ -1,4 +1,4 @@
-"""The collectives of :mod:`hpccomm.kernels.shared` compiled: the same functions, memory operations as instructions."""
+"""The collectives of :mod:`hpccomm.kernels.shared`, compiled with machine instructions as memory operations."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hpccomm.kernels import folds, intrinsics, records, shared
 
 _sources = b"".join(Path(__file__).with_name(each).read_bytes() for each in ("intrinsics.py", "records.py", "simd.py"))
 CACHE_TAG = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_sources):08x}"
-"""What the machine code depends on besides its own source: the processor and the instructions it is made of."""
+"""What the machine code depends on besides its own source: the processor, the intrinsics and the record layouts."""
 
 jit = partial(numba.njit, nogil=True, error_model="numpy")
 
 
 def compile_cached(compiler: Callable[..., Any], function: Callable[..., Any], name: str) -> Any:
-    """Compile, keeping the machine code on disk where there is a place for it.
+    """Compile, with a cache on disk if a folder is writable.
 
-    Numba numbers what it keeps of one function, so two processes that compile it for different operations or processors
-    at the same time would write one file: they need different names.
+    Numba numbers the cache entries of one function name.  Two processes that compile a function for different
+    operations or processors at the same time would write the same file, so each variant gets its own name.
     """
     function.__qualname__ = f"{name}_{CACHE_TAG}"
     try:
@@ -35,9 +35,9 @@ def compile_cached(compiler: Callable[..., Any], function: Callable[..., Any], n
 
 
 def compile_globals(instead: Mapping[str, Callable[..., Any]] = MappingProxyType({})) -> dict[str, Any]:
-    """The globals of :mod:`hpccomm.kernels.shared` with everything that runs there compiled.
+    """The globals of :mod:`hpccomm.kernels.shared` with every function compiled.
 
-    ``instead``: functions that stand for those of the same name, for measurements; then nothing is kept on disk.
+    ``instead`` replaces functions by others of the same name, for measurements; nothing is then cached on disk.
     """
     scope = dict(vars(shared))
     for name, function in vars(shared).items():
@@ -58,7 +58,7 @@ _scope = compile_globals()
 
 @cache
 def kernel(name: str) -> Callable[[int], int]:
-    """A collective; compiled now unless that was done before."""
+    """The machine code of a collective, compiled at the first request."""
     function: Any = _scope[name]
     function.compile("int64(int64)")
     function.disable_compile()
@@ -68,5 +68,5 @@ def kernel(name: str) -> Callable[[int], int]:
 
 @cache
 def fold_kernel(op: str, code: str) -> Any:
-    """A reduction as a C function, whose ``address`` the kernels call; compiled now unless that was done before."""
+    """A reduction as a C function, compiled at the first request; the kernels call its ``address``."""
     return folds.compile_fold(op, code, compile_cached)

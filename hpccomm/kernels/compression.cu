@@ -11,11 +11,12 @@ EVERY float backlog(const float *residual, const float *gradient, i64 i)
     return gradient ? residual[i] + gradient[i] : residual[i];
 }
 
-// Compaction in one pass: what is selected is written side by side, in order.
+// Compaction in one pass: selected elements are written contiguously, in order.
 //
-// A tile of 4096 elements a block.  Blocks draw their tile, so those of earlier tiles are running already; each says how
-// many it has selected, then adds up what the tiles before it said (Merrill and Garland, decoupled look-back, 2016).
-// state: tiles drawn, all selected, whether an element was odd (not finite), and a word a tile, all zero before.
+// A block processes one tile of 4096 elements.  Blocks draw their tile from a counter, so the blocks of earlier tiles are
+// already running; each publishes its count, then adds the counts of earlier tiles (Merrill and Garland, decoupled
+// look-back, 2016).
+// state: tiles drawn, total selected, whether an element was not finite, and one word a tile; all zero at the launch.
 
 const int DRAWN = 0, COUNT = 1, ODD = 2, WORDS = 3;
 const u64 OWN = 1ull << 62, UP_TO_HERE = 2ull << 62, NUMBER = (1ull << 62) - 1;
@@ -48,8 +49,8 @@ EVERY u64 selected_before(u64 *words, i64 tile, u64 own)  // by one whole warp
     return before;
 }
 
-// `look(i, item)` computes element i, keeps what it needs as its item, and says whether it is selected, and sets `odd`;
-// `write(place, i, item)` puts a selected one to its place.
+// `look(i, item)` computes element i, stores its data in the item, returns whether it is selected, and sets `odd`;
+// `write(place, i, item)` writes a selected element to its place.
 
 template <class Body> EVERY void compacted(Body &body, i64 n, u64 *state)
 {
@@ -178,7 +179,7 @@ KERNEL(sample, const float *x, i64 start, i64 stride, i64 line, float *out, i64 
     FOR_EACH(i, n) out[i] = x[start + i / line * stride + i % line];
 }
 
-// The indices of one message are distinct, so no two threads meet; messages follow one another by launches
+// The indices of one message are distinct, so no two threads add to one element; each message is one launch
 
 KERNEL(scatter_add, const u32 *index, const float *values, i64 count, float *out)
 {
@@ -190,8 +191,8 @@ KERNEL(add_words, const u32 *words, i64 count, float tau, float *out)
     FOR_EACH(i, count) out[words[i] >> 1] += words[i] & 1u ? -tau : tau;
 }
 
-// Sums in one fixed order: 256 terms as four rows of 64 lanes, (a + b) + (c + d); the lanes of all rows one after
-// another in float64; halves of the lanes until one is left
+// Sums in one fixed order: 256 terms as four rows of 64 lanes, (a + b) + (c + d); each lane adds its rows in order,
+// in float64; then halves of the lanes are added until one is left
 
 const int LANES = 64, ROW = 4 * LANES;
 
@@ -277,7 +278,7 @@ KERNEL(moment_totals, const float *x, i64 n, double *totals)  // Σ x and Σ x²
     }
 }
 
-// One bit an element, 1 for p ≥ 0, first element highest; a thread makes a byte
+// One bit an element, 1 for p ≥ 0, first element highest; one thread a byte
 
 KERNEL(pack_signs, const float *x, u8 *bits, i64 n)
 {

@@ -1,4 +1,4 @@
-"""The kernels for a vector: the device's where it lies on one, else the compiled ones, else their NumPy reference."""
+"""The kernels for a vector: those of the device that holds it, or compiled ones, or the NumPy reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpccomm.kernels import compression_reference
 
 
 def compression(vector: Any = None) -> Any:
-    """The functions of :mod:`hpccomm.kernels.compression_reference`, with their bits, where ``vector`` lies.
+    """The functions of :mod:`hpccomm.kernels.compression_reference`, with the same bits, for the memory of ``vector``.
 
     On a device they are those of :class:`~hpccomm.kernels.device_compression.DeviceCompression`.
     """

@@ -1,6 +1,6 @@
 // Optimizer steps on flat vectors: same functions, same bits as optimizers_reference.py, in float32 and float64.
 //
-// w weights, g gradient, m and v moments, a table of tensors.  A block of 128 threads takes one tile: up to 1024 elements
+// w weights, g gradient, m and v moments, a table of tensors.  A block of 128 threads processes one tile: up to 1024 elements
 // of one tensor.  rows[tile] is its tensor, starts[tile] its first element, ends[row] where the tensor ends.
 
 const int BLOCK = 1024, LANES = 128, TIMES = BLOCK / LANES;
@@ -13,7 +13,7 @@ const int GRADIENT = 0, DECAYED = 1;
     _Pragma("unroll") for (int j = 0; j < TIMES; j++) \
         if (i64 i = begin + j * LANES; i < end)
 
-// Squares of a tile: a thread adds those of its lane one after the other, in float64 where T's range might not do
+// Squares of a tile: a thread adds those of its lane in order, in float64 where the range of T may not suffice
 
 const double LOW = 0x1p-100, HIGH = 0x1.fffffep127;
 
@@ -37,7 +37,7 @@ template <class T> struct Squares {
     }
 };
 
-// partial: (tiles, 128) lanes; sums[row, which]: the lanes of a tensor's tiles one after another, folded in halves
+// partial: (tiles, 128) lanes; sums[row, which]: the lanes of a tensor's tiles added in order, then folded in halves
 
 KERNEL(row_totals, const double *partial, const i64 *first_tiles, double *sums, i64 tiles)  // grid: rows by 2
 {

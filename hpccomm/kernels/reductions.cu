@@ -1,12 +1,12 @@
 // Reduce k vectors, ((v0 + v1) + v2) + …: the kernels of reductions.py, one for each operation and dtype.
 //
-// Each vector is read once, 16 bytes at a time where all of them begin on 16 bytes; `out` may be one of them.
+// Each vector is read once, 16 bytes at a time if all are aligned to 16 bytes; `out` may be one of them.
 
 struct half { u16 word; };
 struct brain { u16 word; };
 template <class T> struct alignas(2 * sizeof(T)) pair { T re, im; };
 
-// How an element is read and written
+// Reading and writing an element
 
 template <class T> struct wide { typedef T type; };
 template <> struct wide<half> { typedef float type; };
@@ -29,7 +29,7 @@ template <class T> struct narrow<pair<T>> {
     static EVERY pair<T> from(pair<T> x) { return x; }
 };
 
-// Operations; integers wrap around, so they are added and multiplied as unsigned ones
+// Operations; integers wrap around, so they are added and multiplied as unsigned
 
 template <class T> struct wrapping { typedef T type; };
 template <> struct wrapping<signed char> { typedef u32 type; };
@@ -115,6 +115,6 @@ template <class Op, class T> EVERY void reduce(const u64 *sources, int k, T *out
     }
 }
 
-// One operation and dtype: cuda.py asks for those that are used, REDUCTION(sum, add, f4, float)
+// One operation and dtype; cuda.py instantiates those in use, for example REDUCTION(sum, add, f4, float)
 #define REDUCTION(op, combine, code, T) \
     KERNEL(op##_##code, const u64 *sources, int k, T *out, i64 n, i64 packs) { reduce<combine>(sources, k, out, n, packs); }

@@ -1,7 +1,7 @@
 """Reduce k vectors, ((v0 + v1) + v2) + …, each read once: for every operation and dtype, in NumPy and compiled.
 
-The order is that of the ranks whoever computes, so all ranks get the same bits.  16-bit floats are summed in float32
-and rounded once, to nearest even.  ``min`` and ``max`` keep a NaN wherever it comes from, which MPI's do not.
+The order is always that of the ranks, so all ranks get the same bits.  16-bit floats are summed in float32 and rounded
+once, to nearest even.  ``min`` and ``max`` return NaN if any operand is NaN; those of MPI may not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = {
     **dict.fromkeys(("land", "lor", "lxor"), (*INTEGERS, "b1")),
     **dict.fromkeys(("band", "bor", "bxor"), INTEGERS),
 }
-"""The dtypes that each operation is defined for, by :func:`code_of`."""
+"""The dtypes of each operation, by :func:`code_of`."""
 
 UFUNCS: dict[str, Callable[..., Any]] = {
     "sum": np.add,
@@ -53,7 +53,7 @@ def code_of(dtype: npt.DTypeLike) -> str:
 
 
 def has_kernel(op: str, dtype: npt.DTypeLike) -> bool:
-    """Whether there is a kernel for it."""
+    """Whether there is a kernel for an operation on a dtype."""
     return code_of(dtype) in DTYPES.get(op, ())
 
 
@@ -62,7 +62,7 @@ def itemsize(dtype: npt.DTypeLike) -> int:
     return 2 if code_of(dtype) == "bf16" else np.dtype(dtype).itemsize
 
 
-# In NumPy: this defines the answer
+# The NumPy reference, which defines every bit
 
 
 def reduce(op: str, dtype: npt.DTypeLike, vectors: list[npt.NDArray[Any]], out: npt.NDArray[Any]) -> None:
