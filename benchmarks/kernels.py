@@ -28,7 +28,7 @@ import numpy as np
 
 from hpccomm.bench.report import processor, versions
 from hpccomm.errors import HpccommError
-from hpccomm.kernels import compression_reference as reference
+from hpccomm.kernels.compression import reference
 from hpccomm.kernels.dispatch import compression
 
 OUT = Path("docs/measurements/kernels.json")

@@ -41,7 +41,7 @@ Times = dict[str, float]
 
 def kernel_loops() -> dict[str, Callable[[int, int], None]]:
     """Loops that call a kernel: as it is, with nobody waiting, and a meeting."""
-    from hpccomm.kernels import compiled
+    from hpccomm.kernels.shared_memory import compiled
 
     def on(kernel: Any) -> Any:
         def loop(call: int, n: int) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpccomm.kernels import compression, compression_reference
+from hpccomm.kernels.compression import compiled as compression
+from hpccomm.kernels.compression import reference as compression_reference
 
 F32 = np.float32
 

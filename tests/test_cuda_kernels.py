@@ -17,8 +17,11 @@ from emulated import Emulated
 from test_compression_kernels import LENGTHS, has_same_bits, numbers
 
 from benchmarks import gpu
-from hpccomm.kernels import compression_reference, cuda, optimizers_reference, reductions
+from hpccomm.kernels import cuda
+from hpccomm.kernels.compression import reference as compression_reference
 from hpccomm.kernels.cuda import ARCHITECTURES, OPTIONS, Kernels, every_reduction, reduction_source, source
+from hpccomm.kernels.optimizers import reference as optimizers_reference
+from hpccomm.kernels.reductions import reference as reductions
 from hpccomm.transports.cuda import unavailable_reason
 
 F32 = np.float32

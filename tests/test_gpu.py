@@ -17,7 +17,7 @@ import hpccomm
 from hpccomm import ArgumentError, TransportError
 from hpccomm.algorithms.lamb import lamb
 from hpccomm.algorithms.lars import lars
-from hpccomm.kernels import reductions
+from hpccomm.kernels.reductions import reference as reductions
 from hpccomm.transports import cuda
 
 if cuda.unavailable_reason():

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpccomm.kernels import memory, reductions
+from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.shared_memory import memory
 
 CASES = [("sum", code) for code in reductions.DTYPES["sum"]] + [
     (op, code)
@@ -46,7 +47,7 @@ def call_fold(op: str, code: str, vectors: list[np.ndarray], out: np.ndarray, fi
     """Call the C function as the collectives do."""
     import ctypes
 
-    from hpccomm.kernels import compiled
+    from hpccomm.kernels.shared_memory import compiled
 
     function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold_kernel(op, code).address)
     table = np.array([vector.ctypes.data for vector in vectors])
@@ -104,7 +105,7 @@ def test_float16_without_hardware_conversion_gives_the_same_bits() -> None:
 
     from numba import types
 
-    from hpccomm.kernels import folds
+    from hpccomm.kernels.reductions import loops as folds
 
     function = folds.c_function(types.uint16)()(folds.reduction(folds.add, folds.from_half, folds.to_half))
     with np.errstate(all="ignore"):
@@ -199,10 +200,10 @@ def test_nontemporal_copies_are_exact_at_any_alignment() -> None:
 
 COMPILE = """
 import numpy as np, sys
-from hpccomm.kernels import compiled
+from hpccomm.kernels.shared_memory import compiled
 import ctypes
 for op, expected in (("max", 5), ("sum", 8)):
-    f = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold(op, "i4").address)
+    f = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold_kernel(op, "i4").address)
     a, b, out = np.full(9, 5, "i4"), np.full(9, 3, "i4"), np.zeros(9, "i4")
     table = np.array([a.ctypes.data, b.ctypes.data])
     f(table.ctypes.data, 2, 0, out.ctypes.data, 9)

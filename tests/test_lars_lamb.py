@@ -17,7 +17,8 @@ from hpccomm.algorithms.transforms import adam, chain, scale, weight_decay
 from hpccomm.algorithms.trust_ratio import CACHE_ELEMENTS, InPlaceTransform
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels import optimizers, optimizers_reference
+from hpccomm.kernels.optimizers import loops as optimizers
+from hpccomm.kernels.optimizers import reference as optimizers_reference
 from hpccomm.testing.ranks import run_on_ranks
 
 Vector = Any

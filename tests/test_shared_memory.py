@@ -24,8 +24,9 @@ from hpccomm.backends.shared_memory import (
     forget,
 )
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels import memory, records, reductions
-from hpccomm.kernels import shared as kernels
+from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.shared_memory import collectives as kernels
+from hpccomm.kernels.shared_memory import memory, records
 from hpccomm.transports.segment import GROUP_V2, SharedSegment, free_bytes, free_in_group
 
 at = MPI.Get_address

@@ -38,7 +38,7 @@ from hpccomm.algorithms.trust_ratio import (
     walk_order,
 )
 from hpccomm.buckets import Bucket
-from hpccomm.kernels.optimizers_reference import DECAYED_GRADIENT, GRADIENT, UPDATE
+from hpccomm.kernels.optimizers.reference import DECAYED_GRADIENT, GRADIENT, UPDATE
 
 Variant = Literal["paper", "optax", "torch", "mlperf", "simclr"]
 NORM = {"paper": GRADIENT, "optax": DECAYED_GRADIENT, "torch": GRADIENT, "mlperf": GRADIENT, "simclr": UPDATE}

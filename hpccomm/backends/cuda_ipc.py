@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hpccomm.errors import TransportError
-from hpccomm.kernels.reductions import itemsize
+from hpccomm.kernels.reductions.reference import itemsize
 from hpccomm.transports.cuda import Device, Extent, wait
 
 PART_BYTES = 64 << 20
@@ -61,7 +61,7 @@ class Fold(NamedTuple):
 
     op: str
     code: str
-    """The elements, as :func:`hpccomm.kernels.reductions.code_of` calls them."""
+    """The elements, as :func:`hpccomm.kernels.reductions.reference.code_of` calls them."""
     first: int
     nbytes: int
     address: int

@@ -56,9 +56,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels import memory, records, reductions
-from hpccomm.kernels import shared as kernels
-from hpccomm.kernels.shared import MAX_WAIT_NS
+from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.shared_memory import collectives as kernels
+from hpccomm.kernels.shared_memory import memory, records
+from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
 from hpccomm.transports.segment import PAGE, SharedSegment
 
 Plan = Callable[[], None]
@@ -70,7 +71,7 @@ MAX_SPIN = 2000
 """Most polls of a flag before a rank yields its core, where every rank has a core.
 
 Too many cost a factor of twenty where ranks share cores with each other or with other jobs, so the number adapts
-(:func:`hpccomm.kernels.shared.adapt`).
+(:func:`hpccomm.kernels.shared_memory.collectives.adapt`).
 """
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 """Environment variables in which launchers pass the number of ranks on this node."""
@@ -397,8 +398,8 @@ class SharedMemory:
 
     def _fold(self, op: str, code: str) -> int:
         if not self._compiled:
-            return reductions.numpy_handle(op, code)
-        from hpccomm.kernels import compiled
+            return memory.fold_handle(op, code)
+        from hpccomm.kernels.shared_memory import compiled
 
         with self._compile_lock():
             return int(compiled.fold_kernel(op, code).address)
@@ -407,7 +408,7 @@ class SharedMemory:
         if not self._compiled:
             function: Callable[[int], int] = getattr(kernels, name)
             return function
-        from hpccomm.kernels import compiled
+        from hpccomm.kernels.shared_memory import compiled
 
         with self._compile_lock():
             return compiled.kernel(name)

@@ -19,7 +19,7 @@ typedef long long i64;
 
 EVERY bool finite(float x) { return (__float_as_uint(x) & 0x7F800000u) != 0x7F800000u; }
 
-// 16-bit floats by integer arithmetic, to nearest even: as in folds.py
+// 16-bit floats by integer arithmetic, to nearest even: as in reductions/loops.py
 
 EVERY float from_brain(u16 word) { return __uint_as_float((u32)word << 16); }
 

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels.optimizers_reference import BLOCK, GRADIENT, LANES, Sums
-from hpccomm.kernels.reductions import DTYPES, code_of
-from hpccomm.kernels.reductions import itemsize as bytes_each
+from hpccomm.kernels.compression import reference
+from hpccomm.kernels.optimizers.reference import BLOCK, GRADIENT, LANES, Sums
+from hpccomm.kernels.reductions.reference import DTYPES, code_of
+from hpccomm.kernels.reductions.reference import itemsize as bytes_each
 
 Vector = Any
 """A vector on the device."""
@@ -143,7 +143,7 @@ class Kernels:
     # Reductions
 
     def reduce(self, op: str, dtype: npt.DTypeLike, vectors: Sequence[Vector], out: Vector) -> None:
-        """:func:`hpccomm.kernels.reductions.reduce`: ``out`` may be one of the vectors; bfloat16 as its bits."""
+        """:func:`reduce <hpccomm.kernels.reductions.reference.reduce>`; ``out`` may be one of the vectors."""
         self.reduce_at(op, code_of(dtype), [address_of(each) for each in vectors], address_of(out), int(out.size))
 
     def reduce_at(self, op: str, code: str, vectors: Sequence[int], out: int, n: int) -> None:
@@ -352,7 +352,7 @@ class Kernels:
     def _addresses(self, vectors: Sequence[Vector]) -> Vector:
         return self.xp.asarray(np.array([address_of(each) for each in vectors], np.uint64))
 
-    # Optimizers, as in hpccomm.kernels.optimizers_reference; bounds are on the host, rates on host or device
+    # Optimizers, as in hpccomm.kernels.optimizers.reference; bounds are on the host, rates on host or device
 
     def _tiles(self, bounds: npt.NDArray[np.int64]) -> Tiles:
         return tiles_on(self.xp, bounds.tobytes())
@@ -376,7 +376,7 @@ class Kernels:
         return self.xp.empty(2 * LANES * self._tiles(bounds).count, np.float64)
 
     def sum_of_squares(self, x: Vector) -> float:
-        """:func:`sum_of_squares <hpccomm.kernels.optimizers_reference.sum_of_squares>`."""
+        """:func:`sum_of_squares <hpccomm.kernels.optimizers.reference.sum_of_squares>`."""
         return float(self.lars_sums(x, x, x, np.array([[0, x.size]], np.int64), [0], 1, 0, False, GRADIENT)[0, 0])
 
     def lars_sums(
@@ -391,7 +391,7 @@ class Kernels:
         nesterov: bool,
         whose: int,
     ) -> Sums:
-        """:func:`lars_sums <hpccomm.kernels.optimizers_reference.lars_sums>`; the sums are copied to the host."""
+        """:func:`lars_sums <hpccomm.kernels.optimizers.reference.lars_sums>`; the sums are copied to the host."""
         partial = self._partial_sums(bounds)
         numbers = *scalars(w, scale, mu), np.int32(nesterov), np.int32(whose)
         tiles = self._launch_tiles("lars_sums", w, bounds, w, g, v, self._rates(decay, w), *numbers, partial)
@@ -412,7 +412,7 @@ class Kernels:
         mu: Any,
         nesterov: bool,
     ) -> None:
-        """:func:`lars_step <hpccomm.kernels.optimizers_reference.lars_step>`."""
+        """:func:`lars_step <hpccomm.kernels.optimizers.reference.lars_step>`."""
         rates = (self._rates(each, w) for each in (decay, first, last))
         numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
         self._launch_tiles("lars_step", w, bounds, w, g, v, out, *rates, *numbers)
@@ -431,7 +431,7 @@ class Kernels:
         mu: Any,
         nesterov: bool,
     ) -> None:
-        """:func:`lars_apply <hpccomm.kernels.optimizers_reference.lars_apply>`."""
+        """:func:`lars_apply <hpccomm.kernels.optimizers.reference.lars_apply>`."""
         rates = (self._rates(each, w) for each in (decay, first, last))
         numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
         self._launch_tiles("lars_place", w, bounds, w, g, v, *rates, *numbers)
@@ -447,7 +447,7 @@ class Kernels:
         decay: Any,
         *numbers: Any,
     ) -> Sums:
-        """:func:`lamb_moments <hpccomm.kernels.optimizers_reference.lamb_moments>`; the sums are copied to the host."""
+        """:func:`lamb_moments <hpccomm.kernels.optimizers.reference.lamb_moments>`; the sums are copied to the host."""
         partial = self._partial_sums(bounds)
         rates = self._rates(decay, w)
         tiles = self._launch_tiles("lamb_moments", w, bounds, w, g, m, v, out, rates, *scalars(w, *numbers), partial)
@@ -463,15 +463,15 @@ class Kernels:
         decay: Any,
         *numbers: Any,
     ) -> None:
-        """:func:`adam_step <hpccomm.kernels.optimizers_reference.adam_step>`."""
+        """:func:`adam_step <hpccomm.kernels.optimizers.reference.adam_step>`."""
         self._launch_tiles("adam_step", w, bounds, w, g, m, v, self._rates(decay, w), *scalars(w, *numbers))
 
     def scale_tensors(self, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
-        """:func:`scale_tensors <hpccomm.kernels.optimizers_reference.scale_tensors>`."""
+        """:func:`scale_tensors <hpccomm.kernels.optimizers.reference.scale_tensors>`."""
         self._launch_tiles("scaled", out, bounds, out, self._rates(factor, out), *scalars(out, last))
 
     def add_scaled(self, w: Vector, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
-        """:func:`add_scaled <hpccomm.kernels.optimizers_reference.add_scaled>`."""
+        """:func:`add_scaled <hpccomm.kernels.optimizers.reference.add_scaled>`."""
         self._launch_tiles("added", w, bounds, w, out, self._rates(factor, w), *scalars(w, last))
 
     def _rates(self, rates: Any, w: Vector) -> Vector:

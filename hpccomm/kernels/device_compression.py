@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.kernels import compression_reference as reference
 from hpccomm.kernels import cuda
-from hpccomm.kernels.compression_reference import Indices, Octets
+from hpccomm.kernels.compression import reference
+from hpccomm.kernels.compression.reference import Indices, Octets
 from hpccomm.kernels.cuda import Kernels, Vector, to_host
 
 
 class DeviceCompression:
-    """The functions of :mod:`hpccomm.kernels.compression_reference` that compressors call on a device, same bits."""
+    """The functions of :mod:`hpccomm.kernels.compression.reference` that compressors call on a device, same bits."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels, self.xp = kernels, kernels.xp

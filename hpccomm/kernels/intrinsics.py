@@ -1,4 +1,4 @@
-"""The functions of :mod:`hpccomm.kernels.memory` as machine instructions: intrinsics for functions compiled by Numba.
+"""Memory operations as machine instructions: intrinsics with the names of :mod:`hpccomm.kernels.shared_memory.memory`.
 
 A rank writes a flag with a store-release after the data, and reads it with a load-acquire before the data; this orders
 the two on every processor (plain moves on x86, ``stlr`` and ``ldar`` on ARM).

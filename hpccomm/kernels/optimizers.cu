@@ -1,4 +1,4 @@
-// Optimizer steps on flat vectors: same functions, same bits as optimizers_reference.py, in float32 and float64.
+// Optimizer steps on flat vectors: same functions, same bits as optimizers/reference.py, in float32 and float64.
 //
 // w weights, g gradient, m and v moments, a table of tensors.  A block of 128 threads processes one tile: up to 1024 elements
 // of one tensor.  rows[tile] is its tensor, starts[tile] its first element, ends[row] where the tensor ends.

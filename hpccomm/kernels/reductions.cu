@@ -1,4 +1,4 @@
-// Reduce k vectors, ((v0 + v1) + v2) + …: the kernels of reductions.py, one for each operation and dtype.
+// Reduce k vectors, ((v0 + v1) + v2) + …: the kernels of reductions/reference.py, one for each operation and dtype.
 //
 // Each vector is read once, 16 bytes at a time if all are aligned to 16 bytes; `out` may be one of them.
 

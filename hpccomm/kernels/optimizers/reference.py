@@ -1,4 +1,4 @@
-"""Optimizer steps on flat vectors in NumPy, which define every bit of :mod:`hpccomm.kernels.optimizers`.
+"""Optimizer steps on flat vectors in NumPy, which define every bit of :mod:`hpccomm.kernels.optimizers.loops`.
 
 *w weights, g gradient, m and v moments, u or ``out`` the direction; a table of k tensors: ``bounds`` (k, 2) with start
 and end of each, rates (k,) of the vectors' dtype.*  Vectors are float32 or float64, contiguous; every scalar is of

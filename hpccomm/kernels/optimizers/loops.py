@@ -1,4 +1,4 @@
-"""The functions of :mod:`hpccomm.kernels.optimizers_reference`, compiled: each vector is read and written once.
+"""The functions of :mod:`hpccomm.kernels.optimizers.reference`, compiled: each vector is read and written once.
 
 A function is compiled for a dtype at the first request and cached on disk.
 """
@@ -14,8 +14,8 @@ import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
-from hpccomm.kernels.compiled import compile_cached, jit
-from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED_GRADIENT, GRADIENT, HIGH, LANES, LOW
+from hpccomm.kernels.compiler import compile_cached, jit
+from hpccomm.kernels.optimizers.reference import BLOCK, DECAYED_GRADIENT, GRADIENT, HIGH, LANES, LOW
 from hpccomm.kernels.simd import (
     address_of,
     compiler_fence,

@@ -1,4 +1,4 @@
-"""The hot loops of :mod:`hpccomm.kernels.compression`, compiled by Numba at the first call.
+"""The hot loops of :mod:`hpccomm.kernels.compression.compiled`, compiled by Numba at the first call.
 
 Arguments are addresses, lengths and numbers; address 0 means no vector.  Most loops process 64 elements at a time: four
 SIMD vectors, and a mask of 64 bits for the comparison.  A pass then costs no more than its memory traffic while few
@@ -20,10 +20,10 @@ import numpy as np
 from numba import carray
 from numba.extending import register_jitable
 
-from hpccomm.kernels import folds
-from hpccomm.kernels.compiled import compile_cached, jit
-from hpccomm.kernels.compression_reference import LEAST_NORM, LONGEST_QUOTIENT
+from hpccomm.kernels.compiler import compile_cached, jit
+from hpccomm.kernels.compression.reference import LEAST_NORM, LONGEST_QUOTIENT
 from hpccomm.kernels.intrinsics import bits, element, float_of, set_element
+from hpccomm.kernels.reductions import loops as folds
 from hpccomm.kernels.simd import (
     add_square,
     address_of,
@@ -1107,7 +1107,7 @@ def add_range(codes, scale, least, out, n):
 
 @register_jitable
 def uniform(i, key):
-    """Element i of :func:`hpccomm.kernels.compression_reference.uniforms`."""
+    """Element i of :func:`hpccomm.kernels.compression.reference.uniforms`."""
     return F32(uniform_word(i, key)) * F32(2.0**-24)
 
 

@@ -10,10 +10,13 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from hpccomm.kernels.reductions import reference as reductions
 
 _word = ctypes.c_int64.from_address
 
@@ -99,6 +102,15 @@ def nanoseconds() -> int:
 Fold = Callable[[list[npt.NDArray[Any]], npt.NDArray[Any]], None]
 FOLDS: list[tuple[np.dtype[Any], Fold]] = []
 """The reductions that the handles of :func:`fold` number."""
+
+
+@cache
+def fold_handle(op: str, code: str) -> int:
+    """A handle for :func:`fold`."""
+    name = "bfloat16" if code == "bf16" else code
+    dtype = np.dtype("u2" if code == "bf16" else code)
+    FOLDS.append((dtype, lambda vectors, out: reductions.reduce(op, name, vectors, out)))
+    return len(FOLDS) - 1
 
 
 def fold(handle: int, sources: int, k: int, first: int, out: int, n: int) -> None:

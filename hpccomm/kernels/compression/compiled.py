@@ -1,6 +1,6 @@
-"""The kernels of :mod:`hpccomm.kernels.compression_reference` compiled: same functions, same bits, one thread.
+"""The kernels of :mod:`hpccomm.kernels.compression.reference` compiled: same functions, same bits, one thread.
 
-Each function allocates its result and passes addresses to :mod:`hpccomm.kernels.compression_loops`.
+Each function allocates its result and passes addresses to :mod:`hpccomm.kernels.compression.loops`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels.compression_loops import CAPACITY, machine_code
-from hpccomm.kernels.compression_reference import Indices, Octets, Vector
+from hpccomm.kernels.compression import reference
+from hpccomm.kernels.compression.loops import CAPACITY, machine_code
+from hpccomm.kernels.compression.reference import Indices, Octets, Vector
 
 
 def address_of(x: npt.NDArray[Any] | None) -> int:

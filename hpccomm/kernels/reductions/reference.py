@@ -7,13 +7,10 @@ once, to nearest even.  ``min`` and ``max`` return NaN if any operand is NaN; th
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from hpccomm.kernels import memory
 
 INTEGERS = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 FLOATS = ("f4", "f8")
@@ -94,11 +91,3 @@ def narrow(vector: npt.NDArray[np.float32], code: str) -> npt.NDArray[Any]:
     word = vector.view("u4")
     rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
     return np.where(np.isnan(vector), (word >> 16) | 0x40, rounded).astype("u2")
-
-
-@cache
-def numpy_handle(op: str, code: str) -> int:
-    """A handle for :func:`hpccomm.kernels.memory.fold`."""
-    dtype = np.dtype("u2" if code == "bf16" else code)
-    memory.FOLDS.append((dtype, lambda vectors, out: reduce(op, "bfloat16" if code == "bf16" else code, vectors, out)))
-    return len(memory.FOLDS) - 1

@@ -1,6 +1,6 @@
 """The kernels of compressed gradient exchange in NumPy, which define every bit of the result.
 
-:mod:`hpccomm.kernels.compression` has the same functions compiled.  Vectors are float32, flat and in C order;
+:mod:`hpccomm.kernels.compression.compiled` has the same functions compiled.  Vectors are float32, flat and in C order;
 *n elements, i their index*.  Sums run in float64 in one fixed order (:func:`lane_sum`), so every machine gets the same
 bits.  sign(0) is +1; of equal magnitudes the lower index ranks first; indices are ascending.
 

@@ -2,9 +2,9 @@
 
 *p ranks, r this one, q another; k a block of this call, g the number of blocks of all earlier calls.*
 
-Every function works on words at addresses (:mod:`hpccomm.kernels.memory`).  The same source runs in Python and, with
-the intrinsics of :mod:`hpccomm.kernels.intrinsics` in place of those functions, compiled.
-:mod:`hpccomm.kernels.records` declares the records.  The region of a rank holds
+Every function works on words at addresses (:mod:`hpccomm.kernels.shared_memory.memory`).  The same source runs in
+Python and, with the intrinsics of :mod:`hpccomm.kernels.intrinsics` in place of those functions, compiled.
+:mod:`hpccomm.kernels.shared_memory.records` declares the records.  The region of a rank holds
 
 * two *lines* that alternate between calls: the number of the call, written last, and the arguments of the call;
 * two counters, blocks *published* and blocks *finished*, which only grow and which only their owner writes;
@@ -20,7 +20,7 @@ first block of the next call, which is published before the barrier; each collec
 
 from __future__ import annotations
 
-from hpccomm.kernels.memory import (
+from hpccomm.kernels.shared_memory.memory import (
     copy,
     copy_nontemporal,
     fetch,
@@ -35,7 +35,7 @@ from hpccomm.kernels.memory import (
     store_release,
     yield_cpu,
 )
-from hpccomm.kernels.records import (
+from hpccomm.kernels.shared_memory.records import (
     BUFFER,
     CALL_RECORD,
     LINE,
