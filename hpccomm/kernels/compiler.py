@@ -14,10 +14,9 @@ from typing import Any
 import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 
-_sources = b"".join(
-    Path(__file__).with_name(each).read_bytes() for each in ("intrinsics.py", "simd.py", "shared_memory/records.py")
-)
-CACHE_TAG = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_sources):08x}"
+SOURCES = ("intrinsics.py", "simd.py", "shared_memory/records.py")
+_text = b"".join((Path(__file__).parent / each).read_bytes() for each in SOURCES)
+CACHE_TAG = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_text):08x}"
 """What the machine code depends on besides its own source: the processor, the intrinsics and the record layouts."""
 
 jit = partial(numba.njit, nogil=True, error_model="numpy")
