@@ -223,3 +223,12 @@ def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
 def test_without_a_writable_cache_folder_kernels_are_compiled_anew(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": "/proc/nowhere"}
     subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["compression.reference", "optimizers.reference", "reductions.reference", "shared_memory.collectives", "dispatch"],
+)
+def test_references_load_without_numba(module: str) -> None:
+    code = f"import hpccomm.kernels.{module}, sys; assert not {{'numba', 'llvmlite'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -793,13 +793,13 @@ def test_every_offset_in_compiled_code_is_a_field_of_its_record() -> None:
 def test_words_that_different_ranks_write_share_no_cache_line() -> None:
     for slot in (1 << 17, 1 << 18):
         region = records.region_record(slot)
-        assert region.itemsize % mmap.PAGESIZE == 0  # so the regions of two ranks share no line
+        assert region.itemsize % records.PAGE == 0  # so the regions of two ranks share no line
     layout = records.REGION_RECORD
     for name in ("lines", "published", "finished", "abandoned", "pid", "buffers"):
         assert layout.fields[name][1] % records.LINE == 0, name
     assert records.LINE_RECORD.itemsize == records.LINE
     assert kernels.FINGERPRINT == 64  # what small calls read is one cache line
-    assert kernels.SLOTS % mmap.PAGESIZE == kernels.BUFFERS % mmap.PAGESIZE == 0
+    assert kernels.SLOTS % records.PAGE == kernels.BUFFERS % records.PAGE == 0
 
 
 @pytest.mark.mpi

@@ -18,6 +18,7 @@ W = 8
 LINE = 128
 """Bytes that a counter has to itself: processors fetch cache lines of 64 bytes in pairs."""
 PAGE = 4096
+"""Buffers and slots begin at multiples of this."""
 BUFFER = 32768
 """Bytes of one buffer for calls of one barrier."""
 RING = 4
