@@ -20,12 +20,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import harness
 from hpccomm.bench.report import versions
 from hpccomm.errors import HpccommError
 from hpccomm.kernels.cuda import kernels
@@ -254,43 +256,40 @@ TASKS = (
 # Measuring
 
 
-def microseconds(xp: Any, step: Step) -> float:
-    """Of one step: the median round, by the device's clock."""
+def microseconds(event: Callable[[], Any], elapsed: Callable[[Any, Any], float], step: Step) -> float:
+    """Of one step: the median round, by the device's clock; ``elapsed`` gives milliseconds between two events."""
     for _ in range(WARMUP):
         step()
     times = []
     for _ in range(ROUNDS):
-        begin, end = xp.cuda.Event(), xp.cuda.Event()
+        begin, end = event(), event()
         begin.record()
         for _ in range(LAUNCHES):
             step()
         end.record()
         end.synchronize()
-        times.append(1e3 * xp.cuda.get_elapsed_time(begin, end) / LAUNCHES)
+        times.append(1e3 * elapsed(begin, end) / LAUNCHES)
     return median(times)
+
+
+def cupy_microseconds(xp: Any, step: Step) -> float:
+    """Of a step on CuPy's stream."""
+    return microseconds(xp.cuda.Event, xp.cuda.get_elapsed_time, step)
 
 
 def torch_microseconds(torch: Any, step: Step) -> float:
-    """Likewise, on PyTorch's stream."""
-    for _ in range(WARMUP):
-        step()
-    times = []
-    for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(LAUNCHES):
-            step()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / LAUNCHES)
-    return median(times)
+    """Of a step on PyTorch's stream."""
+    event = partial(torch.cuda.Event, enable_timing=True)
+    return microseconds(event, lambda begin, end: begin.elapsed_time(end), step)
 
 
 def copy_microseconds(xp: Any) -> float:
     """Of a copy on the device, 8 bytes an element."""
     source, to = gaussians(xp, 2)
     size = source.nbytes
-    return microseconds(xp, lambda: to.data.copy_from_device_async(source.data, size, xp.cuda.get_current_stream()))
+    return cupy_microseconds(
+        xp, lambda: to.data.copy_from_device_async(source.data, size, xp.cuda.get_current_stream())
+    )
 
 
 def measure_speeds() -> Iterator[Speed]:
@@ -306,7 +305,7 @@ def measure_speeds() -> Iterator[Speed]:
     for task in TASKS:
         us, by_torch, trouble = math.inf, None, ""
         try:
-            us = microseconds(cupy, task.ours(cupy, kernels()))
+            us = cupy_microseconds(cupy, task.ours(cupy, kernels()))
             by_torch = torch_microseconds(torch, task.torch(torch)) if torch and task.torch else None
         except Exception as error:  # CuPy's, PyTorch's or the compiler's: the next task may be fine
             trouble = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -330,10 +329,9 @@ def measure_in_subprocess(
 
 
 def print_speeds() -> int:
-    """In the child: a line of JSON for each."""
+    """In the subprocess: a line of JSON for each."""
     for each in measure_speeds():
-        sys.stdout.write(json.dumps(each) + "\n")
-        sys.stdout.flush()
+        harness.emit(json.dumps(each))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``scripts/bench_kernels``: the kernels of compressed exchange beside NumPy and PyTorch, one thread, in turns.
+"""The kernels of compressed exchange beside NumPy and PyTorch, on one thread, in turns.
 
 *n float32; in every round each contender of a task has its turn, and so has a plain add of two vectors into a third.*
 A turn is one run of what does not fit into caches; of shorter vectors five runs, the first to bring them in, and the
@@ -9,16 +9,10 @@ anything is timed, the compiled kernel gives the bits of the NumPy reference on 
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import importlib.util
-import json
-import os
-import platform
-import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -26,12 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.bench.report import processor, versions
+from benchmarks import harness
+from hpccomm.bench.plot import COLOURS
 from hpccomm.errors import HpccommError
 from hpccomm.kernels.compression import reference
 from hpccomm.kernels.dispatch import compression
 
-OUT = Path("docs/measurements/kernels.json")
 SIZES = (25_000_000, 1_000_000)
 DENSITY, MOMENTUM, MESSAGES, BUCKET = 0.001, 0.9, 8, 512
 THRESHOLD = 3.29
@@ -516,19 +510,25 @@ class Row(NamedTuple):
     """Of each contender, a number a round."""
 
     def ratios(self, other: str) -> list[float]:
-        """How many times as fast as another, round by round, in order."""
-        return sorted(theirs / ours for theirs, ours in zip(self.ms[other], self.ms[OURS], strict=True))
+        """How many times as fast as another, round by round, in order of size; nothing if that did not run."""
+        return harness.ratios(self.ms[other], self.ms[OURS]) if other in self.ms else []
 
     @property
     def shares(self) -> list[float]:
-        """Of an add's bandwidth, round by round, in order."""
+        """Of an add's bandwidth, round by round, in order of size."""
         return [self.task.bytes / 12 * each for each in self.ratios(ADD)]
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """For the file."""
         found: dict[str, Any] = {"kernel": self.task.title, "elements": self.n, "bytes": self.task.bytes * self.n}
         found["wanted"] = self.task.goals
         return {**found, "ms": {name: [round(each, 4) for each in times] for name, times in self.ms.items()}}
+
+
+def row_of(record: dict[str, Any]) -> Row:
+    """A row of the file."""
+    task = next(task for task in TASKS if task.title == record["kernel"])
+    return Row(task, record["elements"], record["ms"])
 
 
 def check(task: Task, n: int) -> None:
@@ -553,68 +553,45 @@ def measure_task(task: Task, n: int, rounds: int) -> Row:
         steps[NUMPY] = task.numpy(n)
     if task.torch and importlib.util.find_spec("torch"):
         steps[TORCH] = task.torch(n)
-    ms: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            ms[name].append(time_run(step, 1 if n > CACHE_ELEMENTS else 5))
-    return Row(task, n, {name: times[1:] for name, times in ms.items()})
+    runs = {name: partial(time_run, step, 1 if n > CACHE_ELEMENTS else 5) for name, step in steps.items()}
+    return Row(task, n, harness.take_turns(runs, rounds))
 
 
 def time_run(step: Step, runs: int) -> float:
     """Milliseconds of a run; of several the median without the first."""
-    found = []
-    for _ in range(runs):
-        began = time.perf_counter()
-        step()
-        found.append(1e3 * (time.perf_counter() - began))
+    found = [1e3 * harness.time_local(step) for _ in range(runs)]
     return median(found[1:] or found)
 
 
-def format_spread(values: Sequence[float], form: str) -> str:
-    """Median, least and largest."""
-    return f"**{median(values):{form}}** ({min(values):{form}}–{max(values):{form}})"
+HEAD = ("kernel", "ms", "GB/s", "of an add", "NumPy / ours", "PyTorch / ours")
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Lines of Markdown for one length."""
-    yield f"## {rows[0].n:,} elements, {len(rows[0].ms[OURS])} rounds"
-    yield ""
-    yield "| kernel | ms | GB/s | of an add | NumPy / ours | PyTorch / ours |"
-    yield "|---|---:|---:|---:|---:|---:|"
+def table(rows: Sequence[Row]) -> str:
+    """All tasks of one length."""
+    cells = []
     for row in rows:
-        cells = [row.task.title, format_spread(row.ms[OURS], ".3g")]
         moved = row.task.bytes * row.n
-        cells.append(f"{moved / median(row.ms[OURS]) / 1e6:.1f}" if moved else "")
-        cells.append(format_spread(row.shares, ".0%") if moved else "")
+        bandwidth = [f"{moved / median(row.ms[OURS]) / 1e6:.1f}", harness.spread(row.shares, ".0%")]
+        cells.append([row.task.title, harness.spread(row.ms[OURS], ".3g"), *(bandwidth if moved else ["", ""])])
         for other in (NUMPY, TORCH):
-            if other not in row.ms:
-                cells.append("")
-                continue
-            wanted = row.task.goals.get(other)
-            cells.append(format_spread(row.ratios(other), ".1f") + (f", wanted {wanted:g}" if wanted else ""))
-        yield "| " + " | ".join(cells) + " |"
-    yield ""
+            goal = f", wanted {row.task.goals[other]:g}" if other in row.ms and other in row.task.goals else ""
+            cells[-1].append(harness.spread(row.ratios(other), ".1f") + goal)
+    title = f"## {rows[0].n:,} elements, {len(rows[0].ms[OURS])} rounds"
+    return f"{title}\n\n{harness.table(HEAD, cells, words=1)}"
 
 
 def draw(rows: Sequence[Row], out: Path) -> None:
     """Bandwidth by that of an add, and how many times as fast as the others, a bar a length."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    from hpccomm.bench.plot import COLOURS
-
     titles = [task.title for task in TASKS][::-1]
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure, [[left, *others]] = harness.panels(13, 7, 1, 3, sharey=True)
     sizes = sorted({row.n for row in rows}, reverse=True)
-    left, *others = figure.subplots(1, 3, sharey=True)
     for number, n in enumerate(sizes):
         here = [row for row in rows if row.n == n]
         places = [titles.index(row.task.title) + 0.2 - 0.4 * number for row in here]
         colour = COLOURS[number]
         left.barh(places, [median(row.shares) for row in here], 0.36, color=colour, label=f"{n:,} float32")
         for axes, other in zip(others, (NUMPY, TORCH), strict=True):
-            heights = [median(row.ratios(other)) if other in row.ms else 0 for row in here]
+            heights = [median(row.ratios(other) or [0]) for row in here]
             axes.barh(places, heights, 0.36, color=colour)
             axes.plot([row.task.goals.get(other, float("nan")) for row in here], places, "k|", markersize=9)
     left.axvline(0.9, color="black", linewidth=0.8)
@@ -625,50 +602,32 @@ def draw(rows: Sequence[Row], out: Path) -> None:
         axes.axvline(1, color="black", linewidth=0.8)
     left.set_yticks(range(len(titles)), titles, fontsize=8)
     left.legend(fontsize=8, loc="lower right")
-    figure.savefig(out, metadata={"Date": None})
-
-
-def describe_run(command: Sequence[str]) -> dict[str, Any]:
-    """Machine, versions, command, date."""
-    return {
-        "machine": {
-            "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        },
-        "versions": {"python": platform.python_version(), **versions("hpccomm", "numpy", "numba", "torch")},
-        "command": shlex.join(command),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+    harness.save(figure, out)
 
 
 def main() -> int:
-    """Measure, print a table for each length, write JSON and a picture."""
-    parser = argparse.ArgumentParser(prog="scripts/bench_kernels", description=__doc__)
+    """Measure the tasks that the file lacks, print a table for each length, draw."""
+    parser = harness.parser("kernels", __doc__, rounds=9, file="kernels.json")
     parser.add_argument("--elements", type=int, action="append", help="of 8 each (default: 25,000,000 and 1,000,000)")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="", help="tasks with this in their title")
-    parser.add_argument("--json", type=Path, help=f"where to write, beside it the picture (such as {OUT})")
-    args = parser.parse_args()
+    args = harness.parse(parser)
     if importlib.util.find_spec("torch"):
         import torch
 
         torch.set_num_threads(1)
-    rows: list[Row] = []
+    record = harness.Record(args.file, lambda row: (row["kernel"], row["elements"]), ["rows"], args.seconds)
+
+    def measure(key: tuple[str, int]) -> dict[str, Any]:
+        task, n = next(task for task in TASKS if task.title == key[0]), key[1]
+        check(task, min(n, 1 << 20))
+        return measure_task(task, n, args.rounds if n > CACHE_ELEMENTS else 2 * args.rounds).record()
+
     for n in args.elements or SIZES:
-        here = []
-        for task in TASKS:
-            if args.only in task.title:
-                check(task, min(n, 1 << 20))
-                here.append(measure_task(task, n, args.rounds if n > CACHE_ELEMENTS else 2 * args.rounds))
-        rows += here
-        sys.stdout.write("\n".join(table(here)) + "\n")
-        sys.stdout.flush()
-    if args.json:
-        lines = ",\n".join("  " + json.dumps(row.record(), ensure_ascii=False) for row in rows)
-        head = json.dumps(describe_run(["scripts/bench_kernels", *sys.argv[1:]]), indent=1).removesuffix("\n}")
-        args.json.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
-        draw(rows, args.json.with_suffix(".svg"))
+        record.recall_all([(task.title, n) for task in TASKS if args.only in task.title], measure)
+        here = [row_of(row) for row in record.rows if row["elements"] == n]
+        if here:
+            harness.emit(table(here))
+    draw([row_of(row) for row in record.rows], harness.plot_file(args, args.file))
     return 0
 
 

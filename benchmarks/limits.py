@@ -1,4 +1,4 @@
-"""``scripts/bench_limits``: what this node permits, beside what an allreduce takes.
+"""The least time of an allreduce that this node permits, beside the time that an allreduce takes.
 
 In one launch, size by size and in turns: native MPI and ours as they are called from Python; the kernel of ours called
 from a compiled loop, so that no Python is in it; and that kernel with nobody waiting for anybody, so that nothing is
@@ -11,11 +11,7 @@ Native MPI's time by that floor is how many times as fast as native MPI an allre
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.node import row
+from benchmarks import harness
 
-OUT = Path("docs/measurements")
 SIZES = [4 << 2 * k for k in range(14)]
 SECONDS, MOST_CALLS = 4e-3, 2000
 """For how long something is timed in one turn, and how many calls at most; one call at least."""
@@ -74,14 +69,6 @@ def skip_all_wait(state, counter, count):  # type: ignore[no-untyped-def]
     return True
 
 
-def time_call(comm: Any, run: Callable[[int], None], calls: int) -> float:
-    """Microseconds a call, on the slowest rank (collective)."""
-    comm.Barrier()
-    began = time.perf_counter()
-    run(calls)
-    return float(comm.allreduce((time.perf_counter() - began) / calls * 1e6, op=max))
-
-
 def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
     """One launch: medians over the turns, for each size (collective)."""
     from mpi4py import MPI
@@ -110,7 +97,7 @@ def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
         if nbytes <= SMALL:
             runs["a meeting"] = partial(loop["meet"], meeting)
             runs["native, one rank"] = repeat(partial(alone.Allreduce, a, b))
-        rows.append({"bytes": nbytes, **take_turns(comm, runs)})
+        rows.append({"bytes": nbytes, **time_in_turns(comm, runs)})
         hasty.close()
     return rows
 
@@ -125,13 +112,13 @@ def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
     return run
 
 
-def take_turns(comm: Any, runs: dict[str, Callable[[int], None]]) -> Times:
-    """Medians over the turns; what was never called before is called first (collective)."""
-    calls = {name: max(time_call(comm, run, 3), 0.1) for name, run in runs.items()}
-    calls = {name: max(1, min(MOST_CALLS, int(SECONDS * 1e6 / us))) for name, us in calls.items()}
-    calls = comm.bcast(calls)
-    found = [{name: time_call(comm, run, calls[name]) for name, run in runs.items()} for _ in range(TURNS)]
-    return {name: median(each[name] for each in found) for name in runs}
+def time_in_turns(comm: Any, runs: dict[str, Callable[[int], None]]) -> Times:
+    """Median microseconds of a call; three calls before the first turn prepare each run (collective)."""
+    us = {name: 1e6 / 3 * harness.time_collective(comm, partial(run, 3)) for name, run in runs.items()}
+    calls = {name: max(1, min(MOST_CALLS, int(SECONDS * 1e6 / max(each, 0.1)))) for name, each in us.items()}
+    turns = {name: partial(harness.time_collective, comm, partial(run, calls[name])) for name, run in runs.items()}
+    found = harness.take_turns(turns, TURNS, warmup=0)
+    return {name: 1e6 * median(each) / calls[name] for name, each in found.items()}
 
 
 def lower_bound(times: Times, ours: str) -> float:
@@ -139,51 +126,40 @@ def lower_bound(times: Times, ours: str) -> float:
     return max(times[f"{ours}, no waiting"], times.get("a meeting", 0.0) + times.get("native, one rank", 0.0))
 
 
-def table(rounds: list[list[dict[str, Any]]]) -> str:
+def tables(rounds: list[list[dict[str, Any]]]) -> str:
     """Medians over the rounds; ratios are taken round by round."""
     columns = [name for name in rounds[0][0] if name != "bytes"]
-    lines = [row("bytes", *(f"{name}, µs" for name in columns)), "|" + "---:|" * (len(columns) + 1)]
+    times, shares = [], []
     for at in zip(*rounds, strict=True):
-        cells = [f"{median(each[name] for each in at):.4g}" if name in at[0] else "" for name in columns]
-        lines.append(row(str(at[0]["bytes"]), *cells))
-    lines += ["", row("bytes", *(f"{what}, {name}" for name in OURS for what in RATIOS)), "|" + "---:|" * 7]
-    for at in zip(*rounds, strict=True):
-        cells = []
+        size = str(at[0]["bytes"])
+        times.append([size, *(f"{median(r[name] for r in at):.4g}" if name in at[0] else "" for name in columns)])
+        shares.append([size])
         for ours in OURS:
             reached = median(each["native"] / each[ours] for each in at)
             possible = median(each["native"] / lower_bound(each, ours) for each in at)
             part = median(lower_bound(each, ours) / each[ours] for each in at)
-            cells += [f"{reached:.2f}", f"{possible:.2f}", f"{part:.0%}"]
-        lines.append(row(str(at[0]["bytes"]), *cells))
-    return "\n".join(lines) + "\n"
+            shares[-1] += [f"{reached:.2f}", f"{possible:.2f}", f"{part:.0%}"]
+    head = ["bytes", *(f"{ratio}, {name}" for name in OURS for ratio in RATIOS)]
+    return harness.table(["bytes", *(f"{name}, µs" for name in columns)], times) + "\n" + harness.table(head, shares)
 
 
 def main() -> int:
     """Launch, write, print; inside a launch, measure."""
-    parser = argparse.ArgumentParser(prog="scripts/bench_limits", description=__doc__)
-    parser.add_argument("rounds", nargs="?", type=int, default=5)
-    parser.add_argument("ranks", nargs="*", type=int, default=[2, 4])
-    parser.add_argument("--inside", metavar="FILE", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.inside:
-        from mpi4py import MPI
-
-        rows = measure_sizes(SIZES)
-        if MPI.COMM_WORLD.rank == 0:
-            Path(args.inside).write_text(json.dumps(rows), encoding="utf-8")
+    parser = harness.parser("limits", __doc__, rounds=5, ranks="2,4", file="limits-p{ranks}.json")
+    parser.add_argument("--sizes", default=SIZES, type=harness.integers, help="bytes, default 4 to 2^28, 4 times apart")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = harness.parse(parser)
+    if args.work:
+        harness.write_on_rank0(args.work, measure_sizes(args.sizes))
         return 0
+    program = ["-m", "benchmarks.limits", "--sizes", ",".join(map(str, args.sizes))]
     for ranks in args.ranks:
-        rounds = []
-        for _ in range(args.rounds):
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "rows.json")
-                command = [f"{Path(sys.executable).parent}/hpccomm-run", "-n", str(ranks)]
-                subprocess.run([*command, "-m", "benchmarks.limits", "--inside", str(file)], check=True)
-                rounds.append(json.loads(file.read_text(encoding="utf-8")))
-        out = OUT / f"limits-p{ranks}.json"
-        out.write_text(json.dumps(rounds).replace("}, {", "},\n{") + "\n", encoding="utf-8")
-        sys.stdout.write(f"\n## {ranks} ranks\n\n{table(rounds)}")
-        sys.stdout.flush()
+        run, file = harness.on_node(ranks), harness.results_file(args, ranks=ranks)
+        record = harness.Record(file, lambda row: row["round"], seconds=args.seconds)
+        if record.rows and isinstance(record.rows[0], list):  # an older file
+            record.rows[:] = [{"round": number, "sizes": rows} for number, rows in enumerate(record.rows)]
+        record.recall_all(range(args.rounds), lambda k: {"round": k, "sizes": harness.launch(run, program, "--work")})  # noqa: B023
+        harness.emit(f"\n## {ranks} ranks\n", tables([row["sizes"] for row in record.rows]))
     return 0
 
 

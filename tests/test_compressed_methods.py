@@ -27,7 +27,7 @@ from hpccomm.algorithms.power_sgd import powersgd
 from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import Transform, chain, scale
 from hpccomm.buckets import Bucket
-from hpccomm.collectives.compressed.sparse import MessageGather
+from hpccomm.collectives.compressed.messages import MessageGather
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 

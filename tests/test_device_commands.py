@@ -255,7 +255,7 @@ def test_a_step_that_fails_says_why_and_leaves_the_others(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(gpu, "kernels", lambda: None)
     monkeypatch.setattr(gpu, "copy_microseconds", lambda xp: 50.0)
-    monkeypatch.setattr(gpu, "microseconds", lambda xp, step: step())
+    monkeypatch.setattr(gpu, "cupy_microseconds", lambda xp, step: step())
     monkeypatch.setattr(gpu, "TASKS", (gpu.Task("one", 8, broken), gpu.Task("two", 8, lambda xp, k: lambda: 100.0)))
     copy, one, two = gpu.measure_speeds()
     assert one.trouble == "RuntimeError: no such kernel"

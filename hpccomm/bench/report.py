@@ -10,14 +10,16 @@ import shlex
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpccomm.bench.loop import Row
-from hpccomm.transports.mpi import mpi_name
+if TYPE_CHECKING:
+    from hpccomm.bench.loop import Row
 
 
 def describe(comm: Any, command: Sequence[str]) -> dict[str, Any]:
     """Where, with what, when, by which command (the first use of a communicator's topology is collective)."""
+    from hpccomm.transports.mpi import mpi_name  # starts MPI
+
     return {
         "machine": {
             "hosts": list(comm.layout.names),
