@@ -23,7 +23,7 @@ const u64 OWN = 1ull << 62, UP_TO_HERE = 2ull << 62, NUMBER = (1ull << 62) - 1;
 
 EVERY u64 load(u64 *word) { return atomicAdd(word, 0ull); }
 
-EVERY u64 selected_before(u64 *words, i64 tile, u64 own)  // by one whole warp
+EVERY u64 count_before(u64 *words, i64 tile, u64 own)  // by one whole warp
 {
     int lane = threadIdx.x % WARP;
     if (tile == 0) {
@@ -52,7 +52,7 @@ EVERY u64 selected_before(u64 *words, i64 tile, u64 own)  // by one whole warp
 // `look(i, item)` computes element i, stores its data in the item, returns whether it is selected, and sets `odd`;
 // `write(place, i, item)` writes a selected element to its place.
 
-template <class Body> EVERY void compacted(Body &body, i64 n, u64 *state)
+template <class Body> EVERY void compact(Body &body, i64 n, u64 *state)
 {
     __shared__ i64 drawn;
     __shared__ u32 counts[WARPS];
@@ -79,7 +79,7 @@ template <class Body> EVERY void compacted(Body &body, i64 n, u64 *state)
         own += counts[w];
     }
     if (warp == 0) {
-        u64 sum = selected_before(&state[WORDS], tile, own);
+        u64 sum = count_before(&state[WORDS], tile, own);
         if (lane == 0) before = sum;
     }
     __syncthreads();
@@ -114,7 +114,7 @@ struct Threshold {
 KERNEL(threshold_words, const float *residual, const float *gradient, float *out, float tau, u32 *words, i64 n, u64 *state)
 {
     Threshold body = {residual, gradient, out, tau, words, 0u};
-    compacted(body, n, state);
+    compact(body, n, state);
 }
 
 struct Select {
@@ -133,7 +133,7 @@ struct Select {
 KERNEL(select_threshold, const float *x, float threshold, u32 *index, i64 n, u64 *state)
 {
     Select body = {x, threshold, index};
-    compacted(body, n, state);
+    compact(body, n, state);
 }
 
 struct Momentum {
@@ -171,7 +171,7 @@ KERNEL(momentum_select, const float *gradient, float *momentum, float *velocity,
        int mask, u32 *index, float *values, float *kept, i64 n, u64 *state)
 {
     Momentum body = {gradient, momentum, velocity, m, threshold, nesterov != 0, mask != 0, index, values, kept};
-    compacted(body, n, state);
+    compact(body, n, state);
 }
 
 KERNEL(sample, const float *x, i64 start, i64 stride, i64 line, float *out, i64 n)

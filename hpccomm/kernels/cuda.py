@@ -434,7 +434,7 @@ class Kernels:
         """:func:`lars_apply <hpccomm.kernels.optimizers.reference.lars_apply>`."""
         rates = (self._rates(each, w) for each in (decay, first, last))
         numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
-        self._launch_tiles("lars_place", w, bounds, w, g, v, *rates, *numbers)
+        self._launch_tiles("lars_apply", w, bounds, w, g, v, *rates, *numbers)
 
     def lamb_moments(
         self,
@@ -468,11 +468,11 @@ class Kernels:
 
     def scale_tensors(self, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
         """:func:`scale_tensors <hpccomm.kernels.optimizers.reference.scale_tensors>`."""
-        self._launch_tiles("scaled", out, bounds, out, self._rates(factor, out), *scalars(out, last))
+        self._launch_tiles("scale_tensors", out, bounds, out, self._rates(factor, out), *scalars(out, last))
 
     def add_scaled(self, w: Vector, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
         """:func:`add_scaled <hpccomm.kernels.optimizers.reference.add_scaled>`."""
-        self._launch_tiles("added", w, bounds, w, out, self._rates(factor, w), *scalars(w, last))
+        self._launch_tiles("add_scaled", w, bounds, w, out, self._rates(factor, w), *scalars(w, last))
 
     def _rates(self, rates: Any, w: Vector) -> Vector:
         """One number for each tensor, on the device."""

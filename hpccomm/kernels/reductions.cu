@@ -12,9 +12,9 @@ template <class T> struct wide { typedef T type; };
 template <> struct wide<half> { typedef float type; };
 template <> struct wide<brain> { typedef float type; };
 
-template <class T> EVERY T widened(T x) { return x; }
-EVERY float widened(half x) { return from_half(x.word); }
-EVERY float widened(brain x) { return from_brain(x.word); }
+template <class T> EVERY T widen(T x) { return x; }
+EVERY float widen(half x) { return from_half(x.word); }
+EVERY float widen(brain x) { return from_brain(x.word); }
 
 template <class T> struct narrow {
     template <class W> static EVERY T from(W x) { return (T)x; }
@@ -96,11 +96,11 @@ template <class Op, class T> EVERY void reduce(const u64 *sources, int k, T *out
         pack<T> part = ((const pack<T> *)sources[0])[i];
         W sum[width];
 #pragma unroll
-        for (int c = 0; c < width; c++) sum[c] = widened(part.element[c]);
+        for (int c = 0; c < width; c++) sum[c] = widen(part.element[c]);
         for (int j = 1; j < k; j++) {
             part = ((const pack<T> *)sources[j])[i];
 #pragma unroll
-            for (int c = 0; c < width; c++) sum[c] = Op::of(sum[c], widened(part.element[c]));
+            for (int c = 0; c < width; c++) sum[c] = Op::of(sum[c], widen(part.element[c]));
         }
 #pragma unroll
         for (int c = 0; c < width; c++) part.element[c] = narrow<T>::from(sum[c]);
@@ -109,8 +109,8 @@ template <class Op, class T> EVERY void reduce(const u64 *sources, int k, T *out
     FOR_EACH(i, n - packs * width)
     {
         i64 at = packs * width + i;
-        W sum = widened(((const T *)sources[0])[at]);
-        for (int j = 1; j < k; j++) sum = Op::of(sum, widened(((const T *)sources[j])[at]));
+        W sum = widen(((const T *)sources[0])[at]);
+        for (int j = 1; j < k; j++) sum = Op::of(sum, widen(((const T *)sources[j])[at]));
         out[at] = narrow<T>::from(sum);
     }
 }
