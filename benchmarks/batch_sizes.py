@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import harness
-from hpccomm.algorithms.lamb import lamb
-from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.lr_schedules import linear_scaling, polynomial, sqrt_scaling, warm_up
 from hpccomm.algorithms.transforms import Schedule, Transform, chain, momentum, scale_by_schedule
 from hpccomm.bench.plot import COLOURS

@@ -17,8 +17,7 @@ import numpy as np
 
 from benchmarks import harness
 from hpccomm.algorithms import trust_ratio
-from hpccomm.algorithms.lamb import lamb
-from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.buckets import Bucket
 from hpccomm.kernels.optimizers import reference as optimizers_reference
 

@@ -145,14 +145,14 @@ def feedback_exchange(compressor: Callable[[], Any], momentum: float = 0.0) -> M
 
 def topk() -> Any:
     """The largest 0.1 %."""
-    from hpccomm.algorithms.compressors import topk as made
+    from hpccomm import topk as made
 
     return made(DENSITY)
 
 
 def threshold() -> Any:
     """GTC's threshold that 0.1 % reach."""
-    from hpccomm.algorithms.compressors import threshold as made
+    from hpccomm import threshold as made
 
     return made(density=DENSITY)
 

@@ -31,8 +31,8 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.batch_sizes import hold_out
+from hpccomm import threshold
 from hpccomm.algorithms.blockwise_filtering import block_filter, bmuf
-from hpccomm.algorithms.compressors import threshold
 from hpccomm.algorithms.transforms import Transform, chain, scale
 from hpccomm.algorithms.two_tier import hybrid
 from hpccomm.bench.plot import COLOURS

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, check_flat, header_of
+from hpccomm.algorithms.compression.format import HEADER_BYTES, Compressor, Message, check_flat, header_of
 from hpccomm.algorithms.exchange import ExchangeReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
 from hpccomm.collectives.compressed.messages import MessageGather
@@ -107,7 +107,7 @@ def feedback(
         zeros = np.zeros_like(check_flat(weights, compressor.name, compressor.on_device))
         headers = np.zeros((len(pieces(weights)), HEADER_BYTES), np.uint8)
         moved = np.zeros_like(zeros) if momentum else None
-        return FeedbackState(zeros, np.empty_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0)
+        return FeedbackState(zeros, np.zeros_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0)
 
     def pieces(vector: Vector) -> Sequence[slice]:
         return [slice(0, vector.size)] if parts is None else parts
