@@ -17,6 +17,7 @@ NEEDED = 5 * N
 """Two arrays on two ranks, and what MPI takes."""
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(sizes=(2,), timeout=300)
 def test_more_than_two_to_the_31_bytes(comm: Communicator) -> None:
     free = comm.allreduce(free_bytes(), MPI.MIN)

@@ -11,6 +11,8 @@ from hpccomm.testing.jobs import run_under_mpi
 
 PATIENCE = 60.0
 
+pytestmark = pytest.mark.slow(keep=1)
+
 SETUP = """
 import sys, numpy as np
 from mpi4py import MPI

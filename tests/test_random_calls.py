@@ -33,7 +33,7 @@ class Draw:
         return choices[int(self.random.integers(len(choices)))]
 
     def length(self) -> int:
-        return int(self.of(LONG) if self.random.random() < 0.005 else self.of(SIZES))
+        return int(self.pick(LONG) if self.random.random() < 0.005 else self.pick(SIZES))
 
 
 class Pool(NamedTuple):
@@ -61,11 +61,11 @@ def memory(draw: Draw, registered: Any, n: int, dtype: Any) -> Any:
 
 
 def one_call(comm: Communicator, draw: Draw, registered: Any) -> None:
-    p, me, dtype = comm.size, comm.rank, draw.of(DTYPES)
-    op = draw.of(verifiable.operations(dtype))
+    p, me, dtype = comm.size, comm.rank, draw.pick(DTYPES)
+    op = draw.pick(verifiable.operations(dtype))
     n, root, in_place = draw.length(), int(draw.random.integers(p)) if p > 1 else 0, draw.random.random() < 0.5
-    kind = draw.of(("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier"))
-    algorithm = draw.of(comm.algorithms(kind)) if draw.random.random() < 0.3 and kind != "barrier" else None
+    kind = draw.pick(("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier"))
+    algorithm = draw.pick(comm.algorithms(kind)) if draw.random.random() < 0.3 and kind != "barrier" else None
     a, want = verifiable.operand(me, p, n, dtype, op), verifiable.reduction(p, n, dtype, op)
     b = memory(draw, registered, n, dtype)
     b[...] = 0
@@ -107,6 +107,7 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(sizes=(3, 4), timeout=500)
 def test_random_calls_are_right_and_leave_nothing_behind(comm: Communicator, pool: Pool) -> None:
     names = set(os.listdir("/dev/shm"))

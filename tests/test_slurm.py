@@ -20,7 +20,7 @@ JOBS = Path(__file__).parents[1] / "slurm"
 WHY_NOT = clusters.unavailable_reason() or slurm.unavailable_reason()
 SECONDS = 90.0
 
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "Slurm is to be had")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "Slurm is available")]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hpccomm.testing.jobs import RankLog, describe_exit, run_under_mpi, test_frames
+from hpccomm.testing.jobs import RankLog, describe_exit, run_under_mpi, trim_stack
 
 CONFTEST = 'pytest_plugins = ["hpccomm.testing.lockstep"]\n'
 
@@ -204,7 +204,7 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return run_pytest(project(tmp_path_factory.mktemp("sick"), SICK), "--mpi-timeout=5")
 
 
-pytestmark = pytest.mark.mpi_skip  # these tests start ranks of their own
+pytestmark = [pytest.mark.slow(keep=1), pytest.mark.mpi_skip]  # these tests start ranks of their own
 
 
 def test_a_test_is_one_result_a_size_and_serial_tests_come_first(healthy: Path) -> None:
@@ -388,7 +388,7 @@ def test_a_line_that_is_half_written_is_read_when_it_is_whole(tmp_path: Path) ->
 def test_a_stack_ends_where_the_test_runner_begins() -> None:
     own, runner = '  File "a.py", line 1 in f\n', '  File "/x/_pytest/p.py", line 2 in g\n'
     dumped = f"Current thread 0x00007f (most recent call first):\n{own}{runner}"
-    assert test_frames(dumped) == 'Current thread (most recent call first):\n  File "a.py", line 1 in f'
+    assert trim_stack(dumped) == 'Current thread (most recent call first):\n  File "a.py", line 1 in f'
 
 
 @pytest.mark.parametrize(

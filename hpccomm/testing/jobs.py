@@ -118,10 +118,10 @@ class RankLog:
         """The stacks that this rank has dumped, without the test runner's own frames."""
         text = self.stack.read_text(errors="replace") if self.stack.exists() else ""
         threads = re.split(r"\n\n|\n(?=Thread |Current thread )", text.strip())
-        return "\n".join(test_frames(each) for each in threads if not each.startswith("Extension modules"))
+        return "\n".join(trim_stack(each) for each in threads if not each.startswith("Extension modules"))
 
 
-def test_frames(thread: str) -> str:
+def trim_stack(thread: str) -> str:
     """A dumped stack up to the frame where the test runner called the test, without addresses."""
     lines = strip_addresses(thread).split("\n")
     runner = (k for k, line in enumerate(lines) if "/_pytest/" in line or "/pluggy/" in line)
