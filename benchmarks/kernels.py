@@ -95,8 +95,8 @@ def dgc_pass(kernels: ModuleType, n: int) -> Step:
         if kernels is reference:
             reference.accumulate(g, u, v, MOMENTUM, nesterov=False)
         else:
-            addresses = [kernels.at(each) for each in (g, u, v)]
-            kernels.collected("momentum_select", (*addresses, MOMENTUM, F32(np.inf), False, True), n, *[F32] * 3)
+            addresses = [kernels.address_of(each) for each in (g, u, v)]
+            kernels.collect("momentum_select", (*addresses, MOMENTUM, F32(np.inf), False, True), n, *[F32] * 3)
         return u, v
 
     return step
@@ -380,7 +380,7 @@ def encode_into_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[Modu
         if kernels is reference:
             return encode_kernel(name, *arguments)(kernels, n)
         x, room = numbers(n, 0), np.zeros(n, dtype)
-        return lambda: kernels.converted(name, x, dtype, *arguments, out=room)
+        return lambda: kernels.convert(name, x, dtype, *arguments, out=room)
 
     return make
 
@@ -408,7 +408,7 @@ def range_codes(kernels: ModuleType, n: int) -> Step:
 
     def step() -> Any:
         scale, upper = reference.range_of(*kernels.extremes(x))
-        return kernels.converted("range_codes", x, np.uint8, scale, upper, out=room), scale, int(upper) - 255
+        return kernels.convert("range_codes", x, np.uint8, scale, upper, out=room), scale, int(upper) - 255
 
     return step
 

@@ -37,7 +37,7 @@ for algorithm in ("auto", "native", "hierarchical", "ring"):
     for n in (5, 100_003):
         a = verifiable.operand(comm.rank, comm.size, n, "f4")
         comm.Allreduce(MPI.IN_PLACE, a, algorithm=algorithm)
-        right.append(bool((a == verifiable.expected(comm.size, n, "f4")).all()))
+        right.append(bool((a == verifiable.reduction(comm.size, n, "f4")).all()))
 everybody = comm.allgather(all(right))
 if comm.rank == 0:
     print(json.dumps([comm.layout.nodes.tolist(), comm.layout.names, everybody]))
@@ -189,7 +189,7 @@ def test_the_benchmark_times_more_calls_of_short_vectors() -> None:
 @needs_namespaces
 def test_a_signal_while_nodes_are_taken_away_waits(name: str) -> None:
     program = (
-        "import os, signal; from hpccomm.testing import cluster\n"
+        "import os, signal; from hpccomm.cluster import nodes as cluster\n"
         "found = cluster.pids\n"
         "def pids(space):\n os.kill(os.getpid(), signal.SIGTERM)\n return found(space)\n"
         f"with cluster.Cluster(2, '', {name!r}):\n cluster.pids = pids"

@@ -360,11 +360,11 @@ def test_float16(kernels: ModuleType) -> None:
 
 
 def test_bfloat16(kernels: ModuleType) -> None:
-    words = kernels.to_brain(np.array([0.1, 1.00390625, 1.01171875, 3.4e38], F32))
+    words = kernels.to_bfloat16(np.array([0.1, 1.00390625, 1.01171875, 3.4e38], F32))
     assert words.tolist() == [0x3DCD, 0x3F80, 0x3F82, 0x7F80]
-    assert kernels.to_brain(np.array([3.4e38, -3.4e38, 1], F32), True).tolist() == [0x7F7F, 0xFF7F, 0x3F80]
+    assert kernels.to_bfloat16(np.array([3.4e38, -3.4e38, 1], F32), True).tolist() == [0x7F7F, 0xFF7F, 0x3F80]
     out = np.ones(2, F32)
-    kernels.add_brain(kernels.to_brain(np.array([np.nan, 1.01171875], F32)), out)
+    kernels.add_bfloat16(kernels.to_bfloat16(np.array([np.nan, 1.01171875], F32)), out)
     assert np.isnan(out[0])
     assert out[1] == 2.015625
 

@@ -129,9 +129,9 @@ def test_without_a_device_bench_says_so_once() -> None:
         ("--device cuda", f"--device cuda needs a device, rank 0 has none: {NONE}; or use --device cpu"),
         (
             "--device cuda --method bmuf",
-            "--device cuda with --method bmuf: its models are the host's: use dense, sgd",
+            "--device cuda with --method bmuf: this method keeps its models in host memory: use one of dense, sgd",
         ),
-        ("--device cuda --checkpoint /tmp", "what lies on a device is not saved"),
+        ("--device cuda --checkpoint /tmp", "arrays on a device are not saved"),
         ("--device gpu", "--device 'gpu' is not known: use one of cpu, cuda"),
     ],
 )

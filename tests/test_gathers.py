@@ -11,14 +11,9 @@ import pytest
 from hpccomm.__main__ import main
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind
-from hpccomm.collectives.hierarchical_gathers import (
-    build_allgather,
-    build_reduce_scatter,
-    reorder_by_block,
-    reorder_by_rank,
-)
+from hpccomm.collectives.hierarchical import build_allgather, build_reduce_scatter, reorder_by_block, reorder_by_rank
 from hpccomm.collectives.schedule import Algorithm
-from hpccomm.collectives.verify import two_level_half_volume, verify
+from hpccomm.collectives.verify import verify
 from hpccomm.errors import ScheduleError
 from hpccomm.layout import Link
 from hpccomm.performance.cost import HIERARCHICAL, predict, price
@@ -51,7 +46,9 @@ def pad(vector: Any, p: int) -> Any:
 def test_gathers_in_two_levels_are_right_for_1_to_64_ranks(collective: str) -> None:
     for p in (*range(1, 17), 30, 63, 64):
         for nodes in even_layouts(p):
-            verify(HIERARCHICAL[collective](nodes), collective, p, volume=two_level_half_volume(nodes))
+            algorithm = HIERARCHICAL[collective](nodes)
+            assert algorithm.volume is not None
+            verify(algorithm, collective, p)
 
 
 @pytest.mark.parametrize("collective", HALVES)

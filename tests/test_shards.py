@@ -20,11 +20,12 @@ from hpccomm.algorithms.transforms import scale
 from hpccomm.commands import train as command
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
+from hpccomm.train.checkpointing import ShardFolder
 from hpccomm.train.datasets import CONTEXT, Dataset
-from hpccomm.train.kept import ShardFolder
 from hpccomm.train.layered import deep_network_for
 from hpccomm.train.loop import Epoch, Settings
-from hpccomm.train.sharded import DIVISIONS, Job, Training, account, states_for, train
+from hpccomm.train.methods import find_methods
+from hpccomm.train.sharded import Job, Training, account, states_for, train
 
 Make = Callable[[Any], ShardedModel]
 
@@ -84,7 +85,7 @@ def run(comm: Any, job: Job, epochs: int = 2) -> tuple[list[Epoch], dict[str, An
 def test_every_division_trains_the_model_of_one_rank(micro_steps: int) -> None:
     """To rounding: a batch of 53 ends with one of 13, which four ranks and their parts share unevenly."""
     ((wanted, _, _),) = run_on_ranks(1, lambda comm: run(comm, Job("ddp", 0.01, None, 1, "float32")))
-    for name in DIVISIONS:
+    for name in find_methods("shards"):
         job = Job(name, 0.01, 2, micro_steps, "float32")
         found = run_on_ranks(4, lambda comm, job=job: run(comm, job), [0, 0, 1, 1])
         assert len({weights for _, _, weights in found}) == 1
@@ -117,8 +118,8 @@ def test_the_account_is_memory_and_bytes_of_each_hop() -> None:
 class InterruptedFolder(ShardFolder):
     """Is told to stop after the fourth step."""
 
-    def asked(self) -> bool:
-        """As :meth:`ShardFolder.asked`."""
+    def should_stop(self) -> bool:
+        """As :meth:`ShardFolder.should_stop`."""
         self.steps += 1
         return self.steps == 4
 
@@ -432,11 +433,14 @@ def test_the_command_reports_memory_and_hops_and_goes_on(comm: Any, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("digits", "--method", "mics"), "--method mics trains a deep network on text: name the dataset stdlib"),
+        (("digits", "--method", "mics"), "--method mics trains a deep network on text: use the dataset stdlib"),
         ((*SHORT, "--method", "mics", "--partition-size", "3"), "--partition-size: partition size 3 does not divide 4"),
         ((*SHORT, "--method", "zero3", "--micro-steps", "0"), "--micro-steps 0: give 1 or more"),
-        ((*SHORT, "--method", "adam", "--export", "m.npz"), "--export with --method adam: it is for mics, zero1,"),
-        ((*SHORT, "--method", "ddp", "--export", "no/m.npz"), "--export no/m.npz: there is no folder no"),
+        (
+            (*SHORT, "--method", "adam", "--export", "m.npz"),
+            "--export with --method adam: only mics, zero1, zero2, zero3, ddp have",
+        ),
+        ((*SHORT, "--method", "ddp", "--export", "no/m.npz"), "--export no/m.npz: the folder no does not exist"),
     ],
 )
 def test_mistakes_are_told_by_rank_0_alone(comm: Any, capsys: Any, arguments: tuple[str, ...], complaint: str) -> None:

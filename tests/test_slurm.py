@@ -52,17 +52,15 @@ class Site:
     def submit(self, job: str, *flags: str, **env: str) -> tuple[str, Path]:
         """Submit a job and wait for its end: what it wrote, and its folder of results."""
         given = {"PYTHON": sys.executable, **env}
-        number = self.told(
-            "sbatch", "--parsable", "--ntasks-per-node=2", *flags, f"slurm/{job}.sbatch", **given
-        ).strip()
-        ended = clusters.wait_until(lambda: not self.told("squeue", "-h", "-j", number).strip(), SECONDS)
+        number = self.run("sbatch", "--parsable", "--ntasks-per-node=2", *flags, f"slurm/{job}.sbatch", **given).strip()
+        ended = clusters.wait_until(lambda: not self.run("squeue", "-h", "-j", number).strip(), SECONDS)
         said = "".join(each.read_text() for each in sorted(self.folder.glob(f"*-{number}*.out")))
-        assert ended, f"{self.told('squeue')}\n{said}"
+        assert ended, f"{self.run('squeue')}\n{said}"
         return said, self.folder / f"results-{number}"
 
 
 def test_the_allreduce_sweep_measures_and_draws(site: Site) -> None:
-    said, results = site.submitted(
+    said, results = site.submit(
         "allreduce", "--nodes=2", ALGORITHMS="native,auto,hierarchical", SIZES="8:65536", ITERATIONS="3"
     )
     rows = json.loads((results / "allreduce.json").read_text())["rows"]
@@ -73,7 +71,7 @@ def test_the_allreduce_sweep_measures_and_draws(site: Site) -> None:
 
 
 def test_osus_benchmarks_print_and_keep_their_tables(site: Site) -> None:
-    said, results = site.submitted(
+    said, results = site.submit(
         "osu", "--nodes=1", COLLECTIVES="bcast barrier", PAIRS="latency", SIZES="8:64", FLAGS="-i 3 -x 1"
     )
     names = ["osu-barrier.json", "osu-bcast.json", "osu-latency.json", "osu.png"]
@@ -82,36 +80,36 @@ def test_osus_benchmarks_print_and_keep_their_tables(site: Site) -> None:
 
 
 def test_an_array_takes_more_nodes_with_each_element(site: Site) -> None:
-    _, results = site.submitted("scaling", "--nodes=2", "--array=0-1", STEPS="1 2", BYTES="65536", EPOCHS="1")
+    _, results = site.submit("scaling", "--nodes=2", "--array=0-1", STEPS="1 2", BYTES="65536", EPOCHS="1")
     ranks = {file.name: json.loads(file.read_text())["ranks"] for file in results.glob("train-*.json")}
     assert ranks == {"train-1.json": 2, "train-2.json": 4}
 
 
 def test_training_goes_through_its_methods(site: Site) -> None:
-    _, results = site.submitted("train", "--nodes=2", METHODS="dense adam", EPOCHS="1")
+    _, results = site.submit("train", "--nodes=2", METHODS="dense adam", EPOCHS="1")
     for method in ("dense", "adam"):
         assert json.loads((results / f"train-{method}.json").read_text())["method"] == method
 
 
 def test_training_that_is_told_to_end_is_queued_again_and_goes_on(site: Site) -> None:
-    number = site.told(
+    number = site.run(
         "sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=2", "slurm/train.sbatch",
         PYTHON=sys.executable, METHODS="adam", DATASET="stdlib", EPOCHS="4", FLAGS="--samples 20000",
     ).strip()  # fmt: skip
     results, output = site.folder / f"results-{number}", site.folder / f"train-{number}.out"
     assert clusters.wait_until(lambda: any(results.glob("checkpoints/*.json")), SECONDS)
-    site.told("scancel", "--batch", "--signal=USR1", number)
-    ended = clusters.wait_until(lambda: not site.told("squeue", "-h", "-j", number).strip(), SECONDS)
+    site.run("scancel", "--batch", "--signal=USR1", number)
+    ended = clusters.wait_until(lambda: not site.run("squeue", "-h", "-j", number).strip(), SECONDS)
     said = output.read_text()
     assert ended, said
-    assert "saved: the same command goes on from there" in said
+    assert "saved: run the same command again to resume" in said
     assert "told to end: queued again" in said
     assert len(json.loads((results / "train-adam.json").read_text())["epochs"]) == 4
 
 
 def test_tuning_writes_the_table_of_this_site(site: Site) -> None:
     table = site.folder / "table.json"
-    site.submitted("tune", "--nodes=2", COLLECTIVES="bcast", SIZES="64", TABLE=str(table))
+    site.submit("tune", "--nodes=2", COLLECTIVES="bcast", SIZES="64", TABLE=str(table))
     assert {(row["nodes"], row["per_node"]) for row in json.loads(table.read_text())["rows"]} == {(2, 2)}
 
 

@@ -21,11 +21,11 @@ from hpccomm.algorithms.transforms import Transform
 from hpccomm.buckets import Bucket
 from hpccomm.commands import train as command
 from hpccomm.errors import ArgumentError
+from hpccomm.train.checkpointing import Folder
 from hpccomm.train.datasets import CHARACTERS, CONTEXT, Dataset, digits, encode, stdlib
 from hpccomm.train.figure import Curve, curve
-from hpccomm.train.kept import Folder
 from hpccomm.train.loop import Epoch, Servers, Settings, batches, count_steps, train, train_by_servers
-from hpccomm.train.methods import MethodSetup
+from hpccomm.train.methods import Method, MethodSetup, find_methods
 from hpccomm.train.networks import Characters, Network, Perceptron, initial_weights, network_for
 
 SETTINGS = Settings(epochs=2, batch_size=10, seed=3)
@@ -214,7 +214,7 @@ def train_as_command(comm: MPI.Intracomm, data: Any, name: str, settings: Settin
 
 
 @pytest.mark.mpi(sizes=(4,))
-@pytest.mark.parametrize("name", command.METHODS)
+@pytest.mark.parametrize("name", find_methods("replicas", "servers"))
 def test_digits_are_learnt(comm: MPI.Intracomm, name: str) -> None:
     data, method = digits(), command.METHODS[name]
     _, epochs = train_as_command(comm, data, name, Settings(20, 64, 0, method.steps_locally))
@@ -239,10 +239,10 @@ class ImpatientFolder(Folder):
 
     at = -1
 
-    def asked(self) -> bool:
+    def should_stop(self) -> bool:
         if self.steps == self.at and self.comm.rank == self.comm.size - 1:
             self.request_stop()
-        return super().asked()
+        return super().should_stop()
 
 
 SAVED = ["adam", "dgc", "onebit-adam", "powersgd", "bmuf-adam", "hybrid"]
@@ -334,7 +334,7 @@ def test_a_signal_saves_and_ends_a_run_that_the_same_command_finishes(tmp_path: 
     said = first.stdout.read()
     first.stdout.close()
     assert first.wait(timeout=60) == 0
-    assert "stopped in epoch 2 and saved: the same command goes on from there" in said
+    assert "stopped in epoch 2 and saved: run the same command again to resume" in said
     subprocess.run([*words, *kept], check=True, timeout=60, capture_output=True)
     subprocess.run([*words, "--json", str(tmp_path / "whole")], check=True, timeout=60, capture_output=True)
     assert found("halves") == found("whole")
@@ -385,10 +385,26 @@ def test_all_methods_stand_in_one_table(comm: MPI.Intracomm, tmp_path: Path, cap
     assert run(*arguments, "--plot", str(picture)) == 0
     table = capsys.readouterr().out.rpartition("# Method")[2].splitlines()[1:]
     if comm.rank == 0:
-        known = [name for name in command.METHODS if name != "ps" or comm.size > 1]
+        known = find_methods("replicas", *(["servers"] if comm.size > 1 else []))
         assert [row.split()[0] for row in table] == known
         assert [each["method"] for each in json.loads(file.read_text())["runs"]] == known
         assert picture.read_text().count("<svg ") == 1
+
+
+@pytest.mark.mpi(sizes=(1, 2))
+def test_a_method_is_one_row_in_the_table(comm: MPI.Intracomm, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(setup: MethodSetup) -> Transform:
+        assert setup.density == 0.25
+        return synchronous_sgd(setup.comm, setup.lr)
+
+    monkeypatch.setitem(command.METHODS, "mine", Method("my own method", 0.75, make, flags=("density",)))
+    assert run("digits", "--method", "mine", "--epochs", "1", "--density", "0.25") == 0
+    assert comm.rank or "# hpccomm train digits: mine, lr 0.75, batch 64 over" in capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    shown = " ".join(parser.format_help().split())
+    assert "mine: my own method" in shown
+    assert "share of the elements that a rank sends; with gtc, dgc, hybrid, mine (default: 0.01)" in shown
 
 
 def test_curves_add_up_the_epochs() -> None:
@@ -417,7 +433,7 @@ def test_curves_add_up_the_epochs() -> None:
         (("digits", "--method", "hybrid", "--group-size", "9"), "--group-size 9 does not divide "),
         (
             ("digits", "--method", "all", "--checkpoint", "kept"),
-            "--checkpoint with --method all: servers are not saved",
+            "--checkpoint with --method all: a parameter server cannot be saved",
         ),
     ],
 )

@@ -161,7 +161,7 @@ def test_between_nodes_a_much_cheaper_price_decides() -> None:
     flat = min(us for name, us in prices.items() if name != "hierarchical")
     assert prices["hierarchical"] < tuning.TRUST * flat
     assert odd.algorithm == "hierarchical"
-    assert "priced" in odd.reason
+    assert "predict" in odd.reason
     assert choose(table, 1 << 24, 7, 6, candidates=("native", "ring")).algorithm == "native"
     assert choose(Table(), 1 << 24, 7, 6).algorithm == "native"
 
@@ -429,8 +429,8 @@ def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(tune_command, "measure_one", measure_one)
     todo = [tune_command.Task("allreduce", nbytes) for nbytes in (4, 64, 1024, 4096)]
     with pytest.raises(KeyboardInterrupt):
-        tune_command.run_sizes(OneRank(), SITE, todo, partial)
-    found = tune_command.run_sizes(OneRank(), SITE, todo, partial)
+        tune_command.measure_tasks(OneRank(), SITE, todo, partial)
+    found = tune_command.measure_tasks(OneRank(), SITE, todo, partial)
     assert [task.bytes for task in ran] == [4, 64, 1024, 1024, 4096]
     assert [row.bytes for row in found] == [4, 4, 64, 64, 1024, 1024, 4096, 4096]
     assert not partial.exists()
@@ -462,7 +462,7 @@ def test_algorithms_that_are_not_there_cannot_be_tuned(tmp_path: Path) -> None:
     comm = SimpleNamespace(algorithms=lambda collective: ("auto", "native", "shared", "ring"))
     todo = [tune_command.Task("allreduce", 4)]
     with pytest.raises(ArgumentError, match="--algorithm rign: take some of auto, native, ring, shared"):
-        tune_command.run_sizes(comm, SITE, todo, tmp_path / "t.partial", ["ring", "rign"])
+        tune_command.measure_tasks(comm, SITE, todo, tmp_path / "t.partial", ["ring", "rign"])
 
 
 def test_what_is_shipped_takes_shared_memory_for_every_allreduce_on_one_node() -> None:

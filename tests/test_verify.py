@@ -14,7 +14,7 @@ import pytest
 
 from hpccomm.collectives import ALGORITHMS, hierarchical, ring, tree
 from hpccomm.collectives.schedule import NOBODY, Algorithm, Step, block_per_rank, one_block
-from hpccomm.collectives.verify import ROOTED_COLLECTIVES, VOLUMES, layouts, two_level_volume, verify
+from hpccomm.collectives.verify import ROOTED_COLLECTIVES, layouts, verify
 from hpccomm.commands import verify as command
 from hpccomm.errors import ArgumentError, ScheduleError
 from hpccomm.performance.cost import HIERARCHICAL
@@ -48,8 +48,9 @@ def test_scatter_and_gather_are_right_for_every_root(steps: Any) -> None:
 def test_hierarchical_is_right_on_every_layout(inter: str) -> None:
     for p in (*range(1, 17), 33, 64):
         for nodes in layouts(p).values():
-            volume = two_level_volume(nodes) if inter == "ring" else None
-            verify(hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"][inter]), "allreduce", p, volume=volume)
+            algorithm = hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"][inter])
+            assert (algorithm.volume is not None) == (inter == "ring")
+            verify(algorithm, "allreduce", p)
 
 
 def test_all_of_it_takes_seconds() -> None:
@@ -63,8 +64,22 @@ def test_all_of_it_takes_seconds() -> None:
     assert time.process_time() - began < limit
 
 
-def test_every_algorithm_has_a_formula() -> None:
-    assert set(VOLUMES) == set(EVERY)
+@pytest.mark.parametrize(("collective", "name"), [each for each in EVERY if ALGORITHMS[each[0]][each[1]].volume])
+@pytest.mark.parametrize("field", ["rounds", "busiest", "total"])
+def test_a_false_declaration_of_rounds_or_bytes_is_refused(collective: str, name: str, field: str) -> None:
+    algorithm = ALGORITHMS[collective][name]
+    declared = getattr(algorithm.volume, field)
+    wrong = algorithm.volume._replace(**{field: lambda p, root: declared(p, root) + 1})
+    for p in (5, 8):
+        with pytest.raises(ScheduleError, match=r"the formula .* says"):
+            verify(algorithm._replace(volume=wrong), collective, p)
+
+
+def test_an_algorithm_needs_no_declaration(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A generator and a row are an algorithm: the verifier and the command find it under its name."""
+    monkeypatch.setitem(ALGORITHMS["allreduce"], "mine", Algorithm(ring.allreduce, block_per_rank))
+    assert verify("mine", "allreduce", 5).rounds == 8
+    assert run_command(capsys, "mine", "--size", "1:5")[0] == 0
 
 
 @pytest.mark.parametrize(("collective", "name"), EVERY)
@@ -258,9 +273,10 @@ def test_too_few_blocks_are_refused() -> None:
 
 
 def test_wrong_bytes_are_refused() -> None:
-    wrong = VOLUMES["allreduce", "doubling"]._replace(busiest=lambda p, _: Fraction(2))
+    doubling = ALGORITHMS["allreduce"]["doubling"]
+    wrong = doubling._replace(volume=doubling.volume._replace(busiest=lambda p, _: Fraction(2)))
     with pytest.raises(ScheduleError, match=r"3 vectors sent by the busiest rank, the formula .* says 2"):
-        verify("doubling", "allreduce", 8, volume=wrong)
+        verify(wrong, "allreduce", 8)
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:

@@ -288,7 +288,7 @@ def narrow_values(vector: Vector, values: Values) -> npt.NDArray[Any]:
     """Finite elements as they are stored; what would round to infinity becomes the largest finite value."""
     if values is Values.F32:
         return vector
-    return (kernels().to_half if values is Values.F16 else kernels().to_brain)(vector, True)
+    return (kernels().to_half if values is Values.F16 else kernels().to_bfloat16)(vector, True)
 
 
 def add_stored(stored: npt.NDArray[Any], values: int, scale: float, out: Vector) -> None:
@@ -296,7 +296,7 @@ def add_stored(stored: npt.NDArray[Any], values: int, scale: float, out: Vector)
     if values == Values.F16:
         kernels().add_half(stored, out)
     elif values == Values.BF16:
-        kernels().add_brain(stored, out)
+        kernels().add_bfloat16(stored, out)
     elif values == Values.I8:
         kernels().add_int8(stored, scale, out)
     else:
@@ -826,7 +826,7 @@ def read_words(header: Header, payload: Octets, who: str) -> DecodedMessage:
     if header.kind == Kind.WORDS:
         check_length(payload, 4 * header.elements, who)
         words = section(payload, 0, header.elements, "<u4", who)
-        if not kernels().ascending(words >> 1, header.n):
+        if not kernels().is_ascending(words >> 1, header.n):
             raise damage_error(who, "indices out of range or order")
         return DecodedMessage(add_words, (words, header.scale))
     if header.kind == Kind.RICE_WORDS:
@@ -966,7 +966,7 @@ def decode_u32(octets: Octets, header: Header) -> Indices | None:
     if octets.size != 4 * header.elements:
         return None
     index = section(octets, 0, header.elements, "<u4", "decode")
-    return index if kernels().ascending(index, header.n) else None
+    return index if kernels().is_ascending(index, header.n) else None
 
 
 ENCODERS: dict[Code, Callable[[Indices, int], tuple[npt.NDArray[Any], int]]] = {

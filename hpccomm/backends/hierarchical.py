@@ -62,7 +62,7 @@ class TwoLevels:
         self.memory, self.transport, self.channels, self.link = memory, transport, lanes, link
         self.rank = transport.rank
         self.nodes, self.width = lanes.rank.shape
-        self.local_rank, self.members = int(lanes.place[self.rank]), int(memory.size)
+        self.local_rank, self.members = int(lanes.local_rank[self.rank]), int(memory.size)
 
     def bind(self, data: Operands, word: int) -> Plan:
         """Bind an allreduce; ``word`` is its signature."""

@@ -86,10 +86,10 @@ class TwoLevelGathers:
         self.nodes, self.width = lanes.rank.shape
         self.node, self.local_rank, self.members = (
             int(lanes.node[self.rank]),
-            int(lanes.place[self.rank]),
+            int(lanes.local_rank[self.rank]),
             int(memory.size),
         )
-        self.order: list[int] = np.lexsort((lanes.place, lanes.node)).tolist()
+        self.order: list[int] = np.lexsort((lanes.local_rank, lanes.node)).tolist()
         """The rank of each block."""
         self.firsts = [0, *np.cumsum(np.bincount(lanes.node)).tolist()]
 

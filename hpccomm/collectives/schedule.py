@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpccomm.collectives.volume import Volume
+
 NOBODY = -1
 """The peer of a rank that sends (or receives) nothing in a round."""
 
@@ -51,6 +53,8 @@ class Algorithm(NamedTuple):
     """Gains from cutting every block into segments that flow one after the other (chains and trees)."""
     own_blocks: Callable[[int], Any] | None = None
     """``(p,)`` the block that is each rank's own, where it has not the rank's number (reduce-scatters, allgathers)."""
+    volume: Volume | None = None
+    """The rounds and bytes that it declares; ``verify`` checks them."""
 
 
 def block_per_rank(p: int) -> int:

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.collectives import ALGORITHMS
-from hpccomm.collectives.schedule import NOBODY, Algorithm, Step, power_of_two
+from hpccomm.collectives.schedule import NOBODY, Algorithm, Step
+from hpccomm.collectives.volume import Volume
 from hpccomm.errors import ArgumentError, ScheduleError
 
 Ints = npt.NDArray[np.int64]
@@ -83,15 +84,6 @@ class Contract(NamedTuple):
     due: npt.NDArray[np.bool_]
 
 
-class Volume(NamedTuple):
-    """How many rounds and bytes an algorithm takes; bytes in vectors, for (p, root)."""
-
-    text: str
-    rounds: Callable[[int, int], int]
-    busiest: Callable[[int, int], Fraction]
-    total: Callable[[int, int], Fraction]
-
-
 class Verification(NamedTuple):
     """What is being verified, for the messages."""
 
@@ -103,10 +95,10 @@ class Verification(NamedTuple):
         raise ScheduleError(f"{self.title}: round {int(k)}, rank {int(rank)}, block {int(block)}: {why}")
 
 
-def verify(algorithm: Algorithm | str, collective: str, p: int, root: int = 0, volume: Volume | None = None) -> Report:
+def verify(algorithm: Algorithm | str, collective: str, p: int, root: int = 0) -> Report:
     """Prove that ``algorithm`` (or the one of that name) does ``collective`` on p ranks.
 
-    Rounds and bytes are compared with ``volume``, or with the known one of an algorithm of our own.
+    Rounds and bytes are compared with the algorithm's ``volume``, if it declares one.
     Raises :class:`ScheduleError` naming round, rank, block and what was expected.
     """
     name, algorithm = find_algorithm(algorithm, collective)
@@ -125,9 +117,8 @@ def verify(algorithm: Algorithm | str, collective: str, p: int, root: int = 0, v
     if algorithm.ordered and not in_order:
         raise ScheduleError(f"{trial.title}: claims to keep the order of ranks, and does not")
     report = summary(table, blocks, in_order if collective in REDUCING_COLLECTIVES else None)
-    volume = volume or VOLUMES.get((collective, name))
-    if volume:
-        check_volume(report, volume, p, root, trial)
+    if algorithm.volume:
+        check_volume(report, algorithm.volume, p, root, trial)
     return report
 
 
@@ -448,145 +439,6 @@ def peer_name(peer: Any) -> str:
 
 
 # --- volumes --------------------------------------------------------------------------------------
-
-
-def floor_lg(p: int) -> int:
-    """⌊lg p⌋."""
-    return p.bit_length() - 1
-
-
-def ceil_lg(p: int) -> int:
-    """⌈lg p⌉."""
-    return (p - 1).bit_length()
-
-
-def pairs(p: int) -> int:
-    """How many pairs of ranks a butterfly folds."""
-    return p - power_of_two(p)
-
-
-def has_fold(p: int) -> int:
-    """1 where a butterfly folds at all."""
-    return int(pairs(p) > 0)
-
-
-def ring_fraction(p: int) -> Fraction:
-    """(p-1)/p."""
-    return Fraction(p - 1, p)
-
-
-def has_peers(p: int) -> Fraction:
-    """1 where there is anybody to send to."""
-    return Fraction(int(p > 1))
-
-
-def gather_volume(p: int) -> Fraction:
-    """What the first dancer of an allgather sends while its run of blocks doubles, pairs counting twice."""
-    return Fraction(sum(mask + min(mask, pairs(p)) for mask in (1 << k for k in range(floor_lg(p)))), p)
-
-
-def scatter_volume(p: int) -> Fraction:
-    """What all together send down a binomial tree that scatters: every place's own subtree, once."""
-    return Fraction(sum(min(v & -v, p - v) for v in range(1, p)), p)
-
-
-FULL_VOLUME = Volume(
-    "2(p-1)/p n", lambda p, _: 2 * (p - 1), lambda p, _: 2 * ring_fraction(p), lambda p, _: Fraction(2 * (p - 1))
-)
-HALF_VOLUME = Volume("(p-1)/p n", lambda p, _: p - 1, lambda p, _: ring_fraction(p), lambda p, _: Fraction(p - 1))
-
-VOLUMES: dict[tuple[str, str], Volume] = {
-    ("allreduce", "ring"): FULL_VOLUME,
-    ("allreduce", "direct"): FULL_VOLUME,
-    ("allreduce", "butterfly"): Volume(
-        "2(s-1)/s n, +n if folded",
-        lambda p, _: 2 * floor_lg(p) + 2 * has_fold(p),
-        lambda p, _: 2 * ring_fraction(power_of_two(p)) + has_fold(p),
-        lambda p, _: Fraction(2 * (p - 1)),
-    ),
-    ("allreduce", "doubling"): Volume(
-        "n lg s, +n if folded",
-        lambda p, _: floor_lg(p) + 2 * has_fold(p),
-        lambda p, _: Fraction(floor_lg(p) + has_fold(p)),
-        lambda p, _: Fraction(power_of_two(p) * floor_lg(p) + 2 * pairs(p)),
-    ),
-    ("allreduce", "tree"): Volume(
-        "n ⌈lg p⌉ (root)",
-        lambda p, _: 2 * ceil_lg(p),
-        lambda p, _: Fraction(ceil_lg(p)),
-        lambda p, _: Fraction(2 * (p - 1)),
-    ),
-    ("allreduce", "chain"): Volume(
-        "2n (p > 2)",
-        lambda p, _: 2 * (p - 1),
-        lambda p, _: Fraction(min(p - 1, 2)),
-        lambda p, _: Fraction(2 * (p - 1)),
-    ),
-    ("allreduce", "double_tree"): Volume(
-        "2n (p > 3)",
-        lambda p, _: 8 * ceil_lg(p),
-        lambda p, _: has_peers(p) * Fraction(min(p, 4), 2),
-        lambda p, _: Fraction(2 * (p - 1)),
-    ),
-    ("reduce_scatter", "ring"): HALF_VOLUME,
-    ("reduce_scatter", "direct"): HALF_VOLUME,
-    ("reduce_scatter", "butterfly"): Volume(
-        "(p-1)/p n, n by those folded in",
-        lambda p, _: floor_lg(p) + 2 * has_fold(p),
-        lambda p, _: Fraction(1) if has_fold(p) else ring_fraction(p),
-        lambda p, _: power_of_two(p) * ring_fraction(p) + pairs(p),
-    ),
-    ("allgather", "ring"): HALF_VOLUME,
-    ("allgather", "direct"): HALF_VOLUME,
-    ("allgather", "bruck"): Volume(
-        "(p-1)/p n", lambda p, _: ceil_lg(p), lambda p, _: ring_fraction(p), lambda p, _: Fraction(p - 1)
-    ),
-    ("allgather", "butterfly"): Volume(
-        "(p-1)/p n, < 3n if folded",
-        lambda p, _: floor_lg(p) + 2 * has_fold(p),
-        lambda p, _: gather_volume(p) + has_fold(p),
-        lambda p, _: Fraction(pairs(p), p) + power_of_two(p) - 1 + pairs(p),
-    ),
-    ("bcast", "tree"): Volume(
-        "n ⌈lg p⌉ (root)", lambda p, _: ceil_lg(p), lambda p, _: Fraction(ceil_lg(p)), lambda p, _: Fraction(p - 1)
-    ),
-    ("bcast", "chain"): Volume("n", lambda p, _: p - 1, lambda p, _: has_peers(p), lambda p, _: Fraction(p - 1)),
-    ("bcast", "ring"): Volume(
-        "2(p-1)/p n (root)",
-        lambda p, _: ceil_lg(p) + p - 1,
-        lambda p, _: 2 * ring_fraction(p),
-        lambda p, _: scatter_volume(p) + p - 1,
-    ),
-    ("reduce", "tree"): Volume("n", lambda p, _: ceil_lg(p), lambda p, _: has_peers(p), lambda p, _: Fraction(p - 1)),
-    ("reduce", "tree_in_order"): Volume(
-        "n",
-        lambda p, root: ceil_lg(p) + (root > 0),
-        lambda p, _: has_peers(p),
-        lambda p, root: Fraction(p - 1 + (root > 0)),
-    ),
-    ("reduce", "chain"): Volume("n", lambda p, _: p - 1, lambda p, _: has_peers(p), lambda p, _: Fraction(p - 1)),
-}
-"""What each algorithm is known to cost; s is the largest power of two not above p, "folded" means p > s."""
-
-
-def two_level_volume(nodes: Iterable[int]) -> Volume:
-    """What a hierarchical allreduce with a ring between ``nodes`` costs."""
-    _, ranks = np.unique(np.asarray(list(nodes)), return_counts=True)
-    count, lanes, surplus = int(ranks.size), int(ranks.min()), int(ranks.max() - ranks.min())
-    extra = -(-surplus // lanes)
-    return Volume(
-        "2(p-1)/p n, +n a rank too many",
-        lambda p, _: 2 * (lanes - 1) + 2 * (count - 1) + 2 * extra,
-        lambda p, _: 2 * ring_fraction(lanes) + 2 * ring_fraction(count) / lanes + extra,
-        lambda p, _: Fraction(2 * (p - 1)),
-    )
-
-
-def two_level_half_volume(nodes: Iterable[int]) -> Volume:
-    """What an allgather or reduce-scatter in two levels costs on ``nodes``."""
-    _, ranks = np.unique(np.asarray(list(nodes)), return_counts=True)
-    rounds = int(ranks.size) - 1 + int(ranks[0]) - 1
-    return Volume("(p-1)/p n", lambda p, _: rounds, lambda p, _: ring_fraction(p), lambda p, _: Fraction(p - 1))
 
 
 def check_volume(report: Report, volume: Volume, p: int, root: int, trial: Verification) -> None:

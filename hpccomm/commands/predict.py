@@ -18,7 +18,7 @@ from hpccomm.layout import Link
 from hpccomm.performance import sparse_cost, tuning
 from hpccomm.performance.cost import Prediction, predict
 from hpccomm.performance.machine import Machine
-from hpccomm.performance.units import beta_of, size_of
+from hpccomm.performance.units import beta_of, format_time, size_of
 
 SUMMARY = "price every algorithm of a collective on a cluster of your choice"
 STEPS = ("mics", "zero3")
@@ -116,7 +116,7 @@ def print_steps(args: argparse.Namespace) -> int:
         volume = link_volume(shape, args.micro_steps)
         sent = parameters * (job.word * (volume.gathers + volume.first) + job.shard_word * volume.second)
         tokens = 1e6 * shape.ranks * args.micro_steps * args.tokens / cost.step
-        cells = [duration(each) for each in cost]
+        cells = [format_time(each) for each in cost]
         cells += [f"{sent / 1e9:.4g}", f"{tokens:.4g}", f"{first / cost.step:.1%}"]
         print(f"{nodes:<8}" + "".join(f"{cell:>12}" for cell in cells))
     return 0
@@ -160,17 +160,9 @@ def format_shapes(machine: Machine) -> str:
 def line(each: Prediction) -> str:
     """One algorithm."""
     return (
-        f"{each.algorithm:<21}{duration(each.us):>12}{each.algbw:>12.3f}{each.busbw:>12.3f}"
+        f"{each.algorithm:<21}{format_time(each.us):>12}{each.algbw:>12.3f}{each.busbw:>12.3f}"
         f"{each.rounds:>8}{each.segments:>10}{each.wire:>7.0%}  {each.source}"
     )
-
-
-def duration(us: float) -> str:
-    """A time for people."""
-    for unit, size in (("s", 1e6), ("ms", 1e3)):
-        if us >= size:
-            return f"{us / size:.4g} {unit}"
-    return f"{us:.4g} us"
 
 
 def rate(beta: float) -> str:

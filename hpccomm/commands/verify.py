@@ -8,15 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
-from hpccomm.collectives.verify import (
-    ROOTED_COLLECTIVES,
-    VOLUMES,
-    Report,
-    layouts,
-    two_level_half_volume,
-    two_level_volume,
-    verify,
-)
+from hpccomm.collectives.verify import ROOTED_COLLECTIVES, Report, layouts, verify
 from hpccomm.errors import ArgumentError, ScheduleError
 from hpccomm.performance.cost import HIERARCHICAL
 
@@ -108,12 +100,9 @@ def proofs(subject: Subject, p: int) -> Iterator[Report]:
 
 def two_level_proofs(collective: str, nodes: list[int]) -> Iterator[Report]:
     """One layout."""
+    yield verify(HIERARCHICAL[collective](nodes), collective, len(nodes))
     if collective == "allreduce":
-        yield verify(hierarchical.build_allreduce(nodes), collective, len(nodes), volume=two_level_volume(nodes))
         yield verify(hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"]["butterfly"]), collective, len(nodes))
-    else:
-        volume = None if hierarchical.channels_of(nodes).surplus else two_level_half_volume(nodes)
-        yield verify(HIERARCHICAL[collective](nodes), collective, len(nodes), volume=volume)
 
 
 def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
@@ -121,10 +110,13 @@ def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
     rounds = {report.rounds for report in reports}
     orders = {report.ordered for report in reports}
     ordered = "-" if None in orders else "no" if False in orders else "yes"
-    known = two_level_volume([0]) if subject.collective == "allreduce" else two_level_half_volume([0])
-    volume = VOLUMES.get((subject.collective, subject.algorithm), known)
+    if subject.algorithm == "hierarchical":
+        volume = HIERARCHICAL[subject.collective]([0]).volume
+    else:
+        volume = ALGORITHMS[subject.collective][subject.algorithm].volume
+    sends = volume.text if volume else "not declared"
     span = f"{min(rounds)}-{max(rounds)}" if len(rounds) > 1 else str(max(rounds))
-    return f"{subject.collective:<15}{subject.algorithm:<15}{sizes:<10}{span:>10}  {ordered:<8}{volume.text}"
+    return f"{subject.collective:<15}{subject.algorithm:<15}{sizes:<10}{span:>10}  {ordered:<8}{sends}"
 
 
 def show_progress(items: Sequence[Item], label: str, unit: str) -> Iterator[Item]:

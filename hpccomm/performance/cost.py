@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.collectives import ALGORITHMS, hierarchical, hierarchical_gathers
+from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.schedule import Algorithm, Step
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import costs_for_shape
@@ -42,8 +42,8 @@ INPUT_COPIES = {"allreduce": "vector", "reduce_scatter": "vector", "allgather": 
 
 HIERARCHICAL: dict[str, Callable[[Any], Algorithm]] = {
     "allreduce": hierarchical.build_allreduce,
-    "reduce_scatter": hierarchical_gathers.build_reduce_scatter,
-    "allgather": hierarchical_gathers.build_allgather,
+    "reduce_scatter": hierarchical.build_reduce_scatter,
+    "allgather": hierarchical.build_allgather,
 }
 """Algorithms in two levels: where ranks live decides their steps.  Reordering inside a rank is not priced."""
 

@@ -36,6 +36,7 @@ from hpccomm.layout import Link
 from hpccomm.performance import cost
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import REACH, CostCurve, Point, RoundType, Shape, distance, distance_key, interpolate
+from hpccomm.performance.units import format_time
 
 SCHEMA = 1
 NOISE = 0.95
@@ -185,7 +186,7 @@ def choose_measured(series: Series, nbytes: int, candidates: Sequence[str]) -> C
     native, row = times["native"], nearest_row(series[best], nbytes)
     if times[best] >= NOISE * native:
         best, row = "native", nearest_row(series["native"], nbytes)
-    compared = f"{times[best]:.3g} us" + ("" if best == "native" else f" against {native:.3g} us of native MPI")
+    compared = format_time(times[best]) + ("" if best == "native" else f" against {format_time(native)} by native MPI")
     reason = f"measured {row.origin}, {row.nodes} x {row.per_node} ranks: {compared}"
     return Choice(best, row.segment_bytes, reason)
 
@@ -206,9 +207,8 @@ def choose_priced(collective: str, shape: Shape, nbytes: int, candidates: Sequen
     ours, flat = prices["hierarchical"], min(us for name, us in prices.items() if name != "hierarchical")
     if ours >= TRUST * flat:
         return native
-    return Choice(
-        "hierarchical", None, f"not measured; priced at {ours:.3g} us against {flat:.3g} us without hierarchy"
-    )
+    reason = f"not measured; the model predicts {format_time(ours)} against {format_time(flat)} without hierarchy"
+    return Choice("hierarchical", None, reason)
 
 
 # --- files -----------------------------------------------------------------------------------------

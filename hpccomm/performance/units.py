@@ -1,4 +1,4 @@
-"""Sizes and rates as people write them: ``64Ki``, ``100M``, ``100gbit``."""
+"""Sizes, rates, times and counts as people write them: ``64Ki``, ``100gbit``, ``8.76 ms``, ``1 rank``."""
 
 from __future__ import annotations
 
@@ -28,3 +28,24 @@ def beta_of(text: str) -> float:
         return 1e6 * (8 if what == "bit" else 1) / (float(number) * DECIMAL[unit])
     except (ValueError, ZeroDivisionError):
         raise ArgumentError(f"{text!r} is no rate: write 100gbit or 12.5GB") from None
+
+
+def format_time(us: float) -> str:
+    """A time in the largest unit of which it holds at least one: ``13.8 us``, ``8.76 ms``."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if us >= size:
+            return f"{us / size:.4g} {unit}"
+    return f"{us:.4g} us"
+
+
+def format_count(number: int, noun: str) -> str:
+    """A number of things: ``1 rank``, ``4 ranks``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes in the largest decimal unit of which they fill at least one: ``512 B``, ``1.28 MB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes:.3g} B"

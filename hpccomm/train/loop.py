@@ -182,7 +182,7 @@ def epoch_of(
 
 
 class Keeper(Protocol):
-    """Who keeps a run that may be interrupted, see :class:`hpccomm.train.kept.Folder`."""
+    """Who keeps a run that may be interrupted, see :class:`hpccomm.train.checkpointing.Folder`."""
 
     def load(self, training: Training) -> list[Epoch]:
         """Go on where a run was interrupted, if one was; the epochs that are over (collective)."""

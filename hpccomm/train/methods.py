@@ -1,223 +1,384 @@
-"""Ways to turn gradients into steps, by name: what ``hpccomm train --method`` knows."""
+"""The table of training methods: what ``hpccomm train --method`` knows, and the table of the flags that methods take.
+
+To add a method is to add a row to :data:`METHODS`: the command line, its help, its checks and its defaults are read
+from the two tables.  Neither NumPy nor MPI is imported before a method is made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hpccomm.errors import ArgumentError
+
 if TYPE_CHECKING:
+    from hpccomm.algorithms.sharded.units import ShardedModel
     from hpccomm.algorithms.transforms import Transform
     from hpccomm.buckets import Bucket
 
 
+# Flags
+
+
+class Flag(NamedTuple):
+    """A flag of the command line that some methods take."""
+
+    summary: str
+    default: Any = None
+    type: Callable[[str], Any] = int
+    valid: Callable[[Any], bool] = lambda value: value >= 1
+    remedy: str = "give 1 or more"
+    """What a user is told to do about a value that is not valid."""
+    unset: str = ""
+    """What applies where the flag is not given and has no default value."""
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    may_change: bool = False
+    """A saved run may be resumed with another value."""
+
+
+def parse_mode(text: str) -> Any:
+    """The parameter server's mode: ``bsp``, ``asp``, or ``("ssp", 3)`` for ``ssp:3``; ``None`` for any other text."""
+    kind, _, slack = text.partition(":")
+    if text in ("bsp", "asp"):
+        return text
+    return ("ssp", int(slack)) if kind == "ssp" and slack.isdigit() else None
+
+
+FLAGS = {
+    "period": Flag("steps of a block, at whose end the models are combined", 16),
+    "group_size": Flag("ranks of a group", unset="the ranks of a node"),
+    "density": Flag(
+        "share of the elements that a rank sends",
+        0.01,
+        float,
+        lambda share: 0 < share <= 1,
+        "give a share above 0, at most 1",
+    ),
+    "servers": Flag("ranks that act as servers", 1),
+    "mode": Flag(
+        "bsp, asp, or ssp:S, which lets a worker be S steps ahead of the slowest",
+        "bsp",
+        str,
+        lambda text: parse_mode(text) is not None,
+        "use bsp, asp, or ssp:3 for workers up to 3 steps ahead",
+    ),
+    "partition_size": Flag(
+        "ranks that share one copy of the model", unset="the ranks of a node", metavar="P", may_change=True
+    ),
+    "micro_steps": Flag("parts into which a rank divides its batch", 1, metavar="S"),
+    "width": Flag("width of the inner layers", 1024),
+    "layers": Flag("inner layers; ten of width 1024 have 11 M parameters", 10, int, lambda n: n >= 0, "give 0 or more"),
+    "dtype": Flag(
+        "type in which weights are gathered and gradients reduced",
+        "float32",
+        str,
+        lambda name: True,
+        choices=("float32", "float16", "bfloat16"),
+    ),
+}
+"""Flags of methods by the name that ``args`` has them by."""
+
+
 class MethodSetup(NamedTuple):
-    """What a method is made for."""
+    """What a method is made for; the last fields are the values of its flags."""
 
     comm: Any
     bucket: Bucket
     lr: float
     steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     algorithm: str = "auto"
-    """Of dense allreduces."""
-    period: int = 16
-    """Steps of a block."""
+    """Algorithm of dense allreduces."""
+    period: int = FLAGS["period"].default
     group_size: int | None = None
-    """Ranks of a group of the hybrid; a node's if not said."""
-    density: float = 0.01
-    """Share of the elements that DGC sends."""
+    density: float = FLAGS["density"].default
+
+
+# Methods
 
 
 class Method(NamedTuple):
-    """One way."""
+    """One training method."""
 
     summary: str
     lr: float
     """Learning rate when none is given."""
-    make: Callable[[MethodSetup], Transform]
+    make: Callable[..., Any]
+    """``make(setup)`` returns a Transform; of a sharded model: ``make(comm, units, optimizer, partition_size, …)``."""
+    flags: tuple[str, ...] = ()
+    """Names in :data:`FLAGS`."""
     steps_locally: bool = False
     """Ranks step on gradients of their own samples."""
     on_device: bool = False
-    """It takes CuPy's vectors as they are; for others they are brought to the host."""
+    """It takes CuPy vectors; for other methods they are copied to the host."""
+    loop: str = "replicas"
+    """The training loop: every rank a replica, ``"servers"`` and workers, or a model in ``"shards"``."""
+    check: Callable[[Any, Any], None] = lambda comm, args: None
+    """``check(comm, args)`` raises, on every rank alike, for flags that these ranks cannot satisfy."""
 
 
-def heavy_ball(plan: MethodSetup) -> Transform:
-    """What a rank does alone: momentum 0.9."""
+def heavy_ball(setup: MethodSetup) -> Transform:
+    """The step of one rank on its own, or of a server: SGD with momentum 0.9."""
     from hpccomm.algorithms.transforms import chain, momentum, scale
 
-    return chain(momentum(0.9), scale(-plan.lr))
+    return chain(momentum(0.9), scale(-setup.lr))
 
 
-def dense(plan: MethodSetup) -> Transform:
-    """The yardstick: dense, with momentum."""
+def dense(setup: MethodSetup) -> Transform:
+    """The baseline: the mean gradient, momentum 0.9."""
     from hpccomm.algorithms.exchange import synchronous_sgd
 
-    return synchronous_sgd(plan.comm, plan.lr, momentum=0.9, algorithm=plan.algorithm)
+    return synchronous_sgd(setup.comm, setup.lr, momentum=0.9, algorithm=setup.algorithm)
 
 
-def sgd(plan: MethodSetup) -> Transform:
-    """Dense, without momentum."""
+def sgd(setup: MethodSetup) -> Transform:
+    """The mean gradient, no momentum."""
     from hpccomm.algorithms.exchange import synchronous_sgd
 
-    return synchronous_sgd(plan.comm, plan.lr, algorithm=plan.algorithm)
+    return synchronous_sgd(setup.comm, setup.lr, algorithm=setup.algorithm)
 
 
-def adam(plan: MethodSetup) -> Transform:
-    """Dense Adam."""
+def adam(setup: MethodSetup) -> Transform:
+    """Adam on the mean gradient."""
     from hpccomm.algorithms.exchange import synchronous_adam
 
-    return synchronous_adam(plan.comm, plan.lr, algorithm=plan.algorithm)
+    return synchronous_adam(setup.comm, setup.lr, algorithm=setup.algorithm)
 
 
-def lars(plan: MethodSetup) -> Transform:
-    """Dense, a trust ratio for each tensor; the trust coefficient is 0.02, these networks' layers being few."""
+def lars(setup: MethodSetup) -> Transform:
+    """A trust ratio for each tensor; the trust coefficient is 0.02, as these networks have few layers."""
     from hpccomm.algorithms.exchange import mean
-    from hpccomm.algorithms.lars import lars as layerwise
+    from hpccomm.algorithms.lars import lars as optimizer
     from hpccomm.algorithms.transforms import chain
 
-    return chain(mean(plan.comm, plan.algorithm), layerwise(plan.bucket, plan.lr, trust=0.02))
+    return chain(mean(setup.comm, setup.algorithm), optimizer(setup.bucket, setup.lr, trust=0.02))
 
 
-def lamb(plan: MethodSetup) -> Transform:
-    """Dense Adam with a trust ratio for each tensor."""
+def lamb(setup: MethodSetup) -> Transform:
+    """Adam with a trust ratio for each tensor."""
     from hpccomm.algorithms.exchange import mean
-    from hpccomm.algorithms.lamb import lamb as layerwise
+    from hpccomm.algorithms.lamb import lamb as optimizer
     from hpccomm.algorithms.transforms import chain
 
-    return chain(mean(plan.comm, plan.algorithm), layerwise(plan.bucket, plan.lr))
+    return chain(mean(setup.comm, setup.algorithm), optimizer(setup.bucket, setup.lr))
 
 
-def gtc(plan: MethodSetup) -> Transform:
+def gtc(setup: MethodSetup) -> Transform:
     """Threshold compression."""
     from hpccomm.algorithms.threshold_compression import gtc as exchange
     from hpccomm.algorithms.transforms import chain, scale
 
-    return chain(exchange(plan.comm, density=plan.density), scale(-plan.lr))
+    return chain(exchange(setup.comm, density=setup.density), scale(-setup.lr))
 
 
-def dgc(plan: MethodSetup) -> Transform:
-    """The largest elements of tensors from 2,048 on, Nesterov's momentum corrected; a fifth of the run warms up."""
+def dgc(setup: MethodSetup) -> Transform:
+    """The largest elements of tensors of 2,048 or more, Nesterov momentum correction; a fifth of the run warms up."""
     from hpccomm.algorithms.deep_gradient_compression import dgc as exchange
     from hpccomm.algorithms.transforms import chain, scale
 
-    made = exchange(plan.comm, plan.bucket, plan.density, nesterov=True, warmup=plan.steps // 5, smallest=2048)
-    return chain(made, scale(-plan.lr))
+    made = exchange(setup.comm, setup.bucket, setup.density, nesterov=True, warmup=setup.steps // 5, smallest=2048)
+    return chain(made, scale(-setup.lr))
 
 
-def onebit_sgd(plan: MethodSetup) -> Transform:
-    """Signs of each tensor and two scales; momentum behind the exchange."""
+def onebit_sgd(setup: MethodSetup) -> Transform:
+    """The signs of each tensor and two scales; momentum after the exchange."""
     from hpccomm.algorithms.onebit import onebit_sgd as exchange
     from hpccomm.algorithms.transforms import chain
 
-    return chain(exchange(plan.comm, plan.bucket), heavy_ball(plan))
+    return chain(exchange(setup.comm, setup.bucket), heavy_ball(setup))
 
 
-def ef_signsgd(plan: MethodSetup) -> Transform:
-    """Signs of each tensor and its mean magnitude."""
+def ef_signsgd(setup: MethodSetup) -> Transform:
+    """The signs of each tensor and its mean magnitude."""
     from hpccomm.algorithms.onebit import ef_signsgd as exchange
 
-    return exchange(plan.comm, plan.lr, plan.bucket)
+    return exchange(setup.comm, setup.lr, setup.bucket)
 
 
-def onebit_adam(plan: MethodSetup) -> Transform:
-    """Adam, its momentum in one bit after a fifth of the run; eps spares what rarely moves the noise of signs."""
+def onebit_adam(setup: MethodSetup) -> Transform:
+    """Adam; after a fifth of the run its momentum travels in one bit.
+
+    ``eps`` is 1e-3, as parameters whose gradients are rarely other than zero would follow the noise of the signs.
+    """
     from hpccomm.algorithms.onebit import onebit_adam as exchange
 
-    return exchange(plan.comm, plan.lr, plan.steps // 5, bucket=plan.bucket, eps=1e-3)
+    return exchange(setup.comm, setup.lr, setup.steps // 5, bucket=setup.bucket, eps=1e-3)
 
 
-def onebit_lamb(plan: MethodSetup) -> Transform:
-    """LAMB, its momentum in one bit after a fifth of the run."""
+def onebit_lamb(setup: MethodSetup) -> Transform:
+    """LAMB; after a fifth of the run its momentum travels in one bit."""
     from hpccomm.algorithms.onebit import onebit_lamb as exchange
 
-    return exchange(plan.comm, plan.bucket, plan.lr, max(1, plan.steps // 5))
+    return exchange(setup.comm, setup.bucket, setup.lr, max(1, setup.steps // 5))
 
 
-def powersgd(plan: MethodSetup) -> Transform:
-    """Each matrix as two of rank 4; momentum behind the exchange."""
-    from hpccomm.algorithms.power_sgd import powersgd as low_rank
+def powersgd(setup: MethodSetup) -> Transform:
+    """Each matrix as the product of two of rank 4; momentum after the exchange."""
+    from hpccomm.algorithms.power_sgd import powersgd as exchange
     from hpccomm.algorithms.transforms import chain
 
-    return chain(low_rank(plan.comm, plan.bucket, 4), heavy_ball(plan))
+    return chain(exchange(setup.comm, setup.bucket, 4), heavy_ball(setup))
 
 
-def bmuf(plan: MethodSetup) -> Transform:
-    """Blocks of local steps with block momentum; a tenth of the run is synchronous."""
+def bmuf(setup: MethodSetup) -> Transform:
+    """Blocks of local steps, then a step with block momentum; the first tenth of the run is synchronous."""
     from hpccomm.algorithms.blockwise_filtering import bmuf as blocks
 
-    return blocks(plan.comm, heavy_ball(plan), plan.period, warmup=plan.steps // 10)
+    return blocks(setup.comm, heavy_ball(setup), setup.period, warmup=setup.steps // 10)
 
 
-def bmuf_adam(plan: MethodSetup) -> Transform:
-    """Blocks of local Adam."""
+def bmuf_adam(setup: MethodSetup) -> Transform:
+    """Blocks of local Adam, then a step with block momentum; the first tenth of the run is synchronous."""
     from hpccomm.algorithms.blockwise_filtering import bmuf_adam as blocks
 
-    return blocks(plan.comm, plan.lr, plan.period, warmup=plan.steps // 10)
+    return blocks(setup.comm, setup.lr, setup.period, warmup=setup.steps // 10)
 
 
-def local_sgd(plan: MethodSetup) -> Transform:
-    """Models averaged after each block."""
+def local_sgd(setup: MethodSetup) -> Transform:
+    """The mean of the models after each block of local steps."""
     from hpccomm.algorithms.local_steps import local_sgd as blocks
 
-    return blocks(plan.comm, heavy_ball(plan), plan.period)
+    return blocks(setup.comm, heavy_ball(setup), setup.period)
 
 
-def slowmo(plan: MethodSetup) -> Transform:
-    """Slow momentum over the blocks."""
+def slowmo(setup: MethodSetup) -> Transform:
+    """Slow momentum over blocks of local steps."""
     from hpccomm.algorithms.local_steps import slowmo as blocks
 
-    return blocks(plan.comm, heavy_ball(plan), plan.lr, plan.period)
+    return blocks(setup.comm, heavy_ball(setup), setup.lr, setup.period)
 
 
-def diloco(plan: MethodSetup) -> Transform:
-    """Nesterov's momentum over blocks of Adam."""
+def diloco(setup: MethodSetup) -> Transform:
+    """Nesterov momentum over blocks of local Adam."""
     from hpccomm.algorithms.local_steps import diloco as blocks
     from hpccomm.algorithms.transforms import adam as inner
     from hpccomm.algorithms.transforms import chain, scale
 
-    return blocks(plan.comm, chain(inner(), scale(-plan.lr)), plan.period)
+    return blocks(setup.comm, chain(inner(), scale(-setup.lr)), setup.period)
 
 
-def hybrid(plan: MethodSetup) -> Transform:
+def hybrid(setup: MethodSetup) -> Transform:
     """Threshold compression inside groups, block momentum between them."""
     from hpccomm.algorithms.threshold_compression import gtc as exchange
     from hpccomm.algorithms.transforms import scale
     from hpccomm.algorithms.two_tier import hybrid as two_tiers
 
     return two_tiers(
-        plan.comm,
-        lambda group: exchange(group, density=plan.density),
-        scale(-plan.lr),
-        plan.group_size,
-        period=plan.period,
+        setup.comm,
+        lambda group: exchange(group, density=setup.density),
+        scale(-setup.lr),
+        setup.group_size,
+        period=setup.period,
         reduce="mean",
     )
 
 
-def server_optimizer(plan: MethodSetup) -> Transform:
-    """What a parameter server does with the mean of its workers' gradients."""
-    return heavy_ball(plan)
+def check_groups(comm: Any, args: Any) -> None:
+    """Groups of equal size."""
+    if args.group_size and comm.size % args.group_size:
+        raise ArgumentError(f"--group-size {args.group_size} does not divide {comm.size} ranks: give a divisor")
 
+
+def check_servers(comm: Any, args: Any) -> None:
+    """A server and a worker."""
+    if args.servers >= comm.size:
+        raise ArgumentError(f"--servers {args.servers} of {comm.size} ranks: leave at least one server and one worker")
+
+
+# Sharded models
+
+
+def mics(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:
+    """MiCS."""
+    from hpccomm.algorithms.sharded.groups import mics
+
+    return mics(comm, units, optimizer, partition_size, **how)
+
+
+def zero(stage: int) -> Callable[..., ShardedModel]:
+    """ZeRO of a stage; it has no partition size."""
+
+    def make(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:
+        from hpccomm.algorithms.sharded.units import zero
+
+        return zero(comm, units, optimizer, stage=stage, **how)
+
+    return make
+
+
+def ddp(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:
+    """A whole copy on every rank."""
+    from hpccomm.algorithms.sharded.units import data_parallel
+
+    return data_parallel(comm, units, optimizer, **how)
+
+
+def check_partition(comm: Any, args: Any) -> None:
+    """A partition size that fits the nodes."""
+    from hpccomm.algorithms.sharded.groups import check_placement, ranks_per_node
+
+    nodes = comm.layout.nodes
+    check_placement("--partition-size", nodes, args.partition_size or ranks_per_node(comm.rank, nodes))
+
+
+DEEP = ("micro_steps", "width", "layers", "dtype")
 
 METHODS = {
     "dense": Method("mean gradient, SGD with momentum 0.9", 0.1, dense, on_device=True),
     "sgd": Method("mean gradient, SGD without momentum", 0.3, sgd, on_device=True),
     "adam": Method("mean gradient, Adam", 0.003, adam, on_device=True),
-    "lars": Method("layer-wise trust ratios, momentum 0.9", 0.3, lars, on_device=True),
-    "lamb": Method("layer-wise trust ratios, Adam", 0.01, lamb, on_device=True),
-    "gtc": Method("threshold compression", 1.0, gtc, on_device=True),
-    "dgc": Method("deep gradient compression", 0.1, dgc, on_device=True),
+    "lars": Method("mean gradient, a trust ratio for each tensor, momentum 0.9", 0.3, lars, on_device=True),
+    "lamb": Method("mean gradient, Adam, a trust ratio for each tensor", 0.01, lamb, on_device=True),
+    "gtc": Method("threshold compression", 1.0, gtc, ("density",), on_device=True),
+    "dgc": Method("deep gradient compression", 0.1, dgc, ("density",), on_device=True),
     "onebit-sgd": Method("1-bit SGD, momentum 0.9", 0.1, onebit_sgd, on_device=True),
     "ef-signsgd": Method("signs with error feedback", 0.3, ef_signsgd, on_device=True),
     "onebit-adam": Method("1-bit Adam", 0.003, onebit_adam, on_device=True),
     "onebit-lamb": Method("1-bit LAMB", 0.01, onebit_lamb, on_device=True),
     "powersgd": Method("rank 4 with error feedback, momentum 0.9", 0.03, powersgd),
-    "local-sgd": Method("models averaged after blocks of local steps", 0.1, local_sgd, steps_locally=True),
-    "bmuf": Method("blocks of local steps, block momentum", 0.02, bmuf, steps_locally=True),
-    "bmuf-adam": Method("blocks of local Adam, block momentum", 0.003, bmuf_adam, steps_locally=True),
-    "slowmo": Method("blocks of local steps, slow momentum", 0.1, slowmo, steps_locally=True),
-    "diloco": Method("blocks of local Adam, Nesterov's momentum", 0.003, diloco, steps_locally=True),
-    "hybrid": Method("gtc inside groups, block momentum between them", 0.5, hybrid, steps_locally=True),
-    "ps": Method("a parameter server, SGD with momentum 0.9", 0.1, server_optimizer),
+    "local-sgd": Method("mean of the models after local steps", 0.1, local_sgd, ("period",), steps_locally=True),
+    "bmuf": Method("blocks of local steps, block momentum", 0.02, bmuf, ("period",), steps_locally=True),
+    "bmuf-adam": Method("blocks of local Adam, block momentum", 0.003, bmuf_adam, ("period",), steps_locally=True),
+    "slowmo": Method("blocks of local steps, slow momentum", 0.1, slowmo, ("period",), steps_locally=True),
+    "diloco": Method("blocks of local Adam, Nesterov momentum", 0.003, diloco, ("period",), steps_locally=True),
+    "hybrid": Method(
+        "gtc inside groups, block momentum between them",
+        0.5,
+        hybrid,
+        ("period", "group_size", "density"),
+        steps_locally=True,
+        check=check_groups,
+    ),
+    "ps": Method(
+        "parameter server, SGD with momentum 0.9",
+        0.1,
+        heavy_ball,
+        ("servers", "mode"),
+        loop="servers",
+        check=check_servers,
+    ),
+    "mics": Method(
+        "MiCS, model states divided over --partition-size ranks",
+        0.001,
+        mics,
+        ("partition_size", *DEEP),
+        loop="shards",
+        check=check_partition,
+    ),
+    "zero1": Method("ZeRO-1, optimizer state divided over all ranks", 0.001, zero(1), DEEP, loop="shards"),
+    "zero2": Method("ZeRO-2, gradients divided too", 0.001, zero(2), DEEP, loop="shards"),
+    "zero3": Method("ZeRO-3, parameters divided too", 0.001, zero(3), DEEP, loop="shards"),
+    "ddp": Method("data parallelism, nothing divided", 0.001, ddp, DEEP, loop="shards"),
 }
 """To add a method is to add a row."""
+
+
+def find_methods(*loops: str) -> list[str]:
+    """The methods that train with one of these loops."""
+    return [name for name, method in METHODS.items() if method.loop in loops]
+
+
+def find_users(flag: str) -> list[str]:
+    """The methods that take a flag."""
+    return [name for name, method in METHODS.items() if flag in method.flags]

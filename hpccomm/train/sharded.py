@@ -17,44 +17,16 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.algorithms.exchange import allreduce_bytes, check_replicas
-from hpccomm.algorithms.sharded.groups import mics
-from hpccomm.algorithms.sharded.units import Hops, LossScale, ShardedModel, adamw, data_parallel, zero
+from hpccomm.algorithms.sharded.units import Hops, LossScale, ShardedModel, adamw
 from hpccomm.train.datasets import Dataset
 from hpccomm.train.layered import LayeredNetwork
 from hpccomm.train.loop import EVALUATION_BATCH, Epoch, Settings, batches, epoch_of
+from hpccomm.train.methods import METHODS
 
 MAX_NORM = 1.0
 """Gradients are clipped there."""
 FIRST_SCALE, STEADY_STEPS = 1024.0, 200
 """Loss scale of float16, and after how many good steps it doubles."""
-
-
-class Division(NamedTuple):
-    """One way to divide model states."""
-
-    summary: str
-    make: Callable[..., ShardedModel]
-    """``make(comm, units, optimizer, partition_size, **how)``"""
-
-
-def zero_stage(stage: int) -> Callable[..., ShardedModel]:
-    """ZeRO, which has no partition size."""
-    return lambda comm, units, optimizer, partition_size, **how: zero(comm, units, optimizer, stage=stage, **how)
-
-
-def replicate(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:
-    """Everything on every rank."""
-    return data_parallel(comm, units, optimizer, **how)
-
-
-DIVISIONS = {
-    "mics": Division("model states divided over --partition-size ranks", mics),
-    "zero1": Division("optimizer state divided over all ranks", zero_stage(1)),
-    "zero2": Division("and gradients", zero_stage(2)),
-    "zero3": Division("and parameters", zero_stage(3)),
-    "ddp": Division("nothing divided", replicate),
-}
-"""To add one is to add a row."""
 
 
 class Job(NamedTuple):
@@ -70,7 +42,7 @@ class Job(NamedTuple):
 def states_for(comm: Any, network: LayeredNetwork, settings: Settings, job: Job) -> ShardedModel:
     """The network's first weights, divided; AdamW (collective)."""
     scale = LossScale(FIRST_SCALE, STEADY_STEPS) if job.dtype == "float16" else None
-    return DIVISIONS[job.division].make(
+    states: ShardedModel = METHODS[job.division].make(
         comm,
         network.initial_weights(settings.seed),
         adamw(job.lr),
@@ -79,6 +51,7 @@ def states_for(comm: Any, network: LayeredNetwork, settings: Settings, job: Job)
         max_norm=MAX_NORM,
         loss_scale=scale,
     )
+    return states
 
 
 def dtype_of(name: str) -> npt.DTypeLike:
@@ -104,7 +77,7 @@ class EpochProgress(NamedTuple):
 
 
 class Keeper(Protocol):
-    """Who keeps a run that may be interrupted, see :class:`hpccomm.train.kept.ShardFolder`."""
+    """Who keeps a run that may be interrupted, see :class:`hpccomm.train.checkpointing.ShardFolder`."""
 
     def load(self, training: Training) -> list[Epoch]:
         """Go on where a run was interrupted, if one was; the epochs that are over (collective)."""

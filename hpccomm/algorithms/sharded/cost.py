@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpccomm.collectives import ALGORITHMS, hierarchical_gathers
+from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.layout import Link
 from hpccomm.performance.cost import price
@@ -114,14 +114,14 @@ def link_volume(shape: Shape, micro_steps: int, *, flat_reduce: bool = False) ->
 def gather_us(shape: Shape, nbytes: float, machine: Machine) -> float:
     """One unit's gather."""
     if shape.spans and shape.two_levels and shape.per_node > 1:
-        return price(hierarchical_gathers.build_allgather(homes(shape)), homes(shape), nbytes, machine).us
+        return price(hierarchical.build_allgather(homes(shape)), homes(shape), nbytes, machine).us
     return group_us(RING["allgather"], shape, nbytes, machine)
 
 
 def reduce_us(shape: Shape, nbytes: float, machine: Machine) -> float:
     """One unit's reduce-scatter."""
     if shape.spans and shape.two_levels and shape.per_node > 1:
-        return price(hierarchical_gathers.build_reduce_scatter(homes(shape)), homes(shape), nbytes, machine).us
+        return price(hierarchical.build_reduce_scatter(homes(shape)), homes(shape), nbytes, machine).us
     return group_us(RING["reduce_scatter"], shape, nbytes, machine)
 
 

@@ -395,7 +395,7 @@ def find_vector_problem(indices: Any, values: Any, n: int, finite: bool = True) 
             return NOT_FLAT
     if indices.size != values.size:
         return NOT_FLAT
-    if not kernels().ascending(indices, n):
+    if not kernels().is_ascending(indices, n):
         return NOT_ASCENDING
     return NOT_FINITE if finite and not kernels().all_finite(values) else OK
 
