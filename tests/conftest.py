@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from hpccomm.testing.lockstep import size_of
-
 pytest_plugins = ["hpccomm.testing.lockstep"]
 
 SERIAL_ROWS, MPI_ROWS = 4, 1
@@ -31,6 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def table_of(item: pytest.Item) -> tuple[str, int]:
     """The test with its world size; all tests of a file that are marked slow are one table."""
+    from hpccomm.testing.lockstep import size_of  # pytest must load a plug-in before anybody imports it
+
     slow = item.get_closest_marker("slow")
     return (str(item.path) if slow else item.nodeid.partition("[")[0]), size_of(item)
 

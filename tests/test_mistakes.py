@@ -32,7 +32,7 @@ def outcome(ranks: int, body: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-ALGORITHMS = ("auto", "native", "ring", "doubling", "shared")
+ALGORITHMS = ("auto", "native", "ring", "shared")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
