@@ -1,16 +1,12 @@
-"""``scripts/bench_accuracy``: how well models train with compressed gradients, beside dense ones; ranks are threads.
+"""How well models train with compressed gradients, beside dense ones; ranks are threads.
 
 *One run for each job (a dataset and its passes), number of ranks, method and seed.*  All methods of a seed begin with
-the same weights and see the same batches, so differences are taken seed by seed.  What was run stands in a file and is
-not run again: ``--seconds`` ends one part of the whole, the same command goes on.
+the same weights and see the same batches, so differences are taken seed by seed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +14,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-OUT = Path("docs/measurements/accuracy.json")
+from benchmarks import harness
+from hpccomm.bench.plot import COLOURS
+
 RANKS, DENSITY = (4, 8), 0.001
 BASELINES = {
     "dgc": ("dense",),
@@ -29,7 +27,7 @@ BASELINES = {
     "powersgd": ("dense",),
     "onebit-lamb": ("lamb",),
 }
-"""Methods, and the dense ones that each is compared with."""
+"""Methods, and the dense methods that each is compared with."""
 NAMES = ("dense", "dgc", "adam", "onebit-adam", "gtc", "onebit-sgd", "ef-signsgd", "powersgd", "lamb", "onebit-lamb")
 """In the order of the tables."""
 
@@ -37,14 +35,14 @@ Run = dict[str, Any]
 
 
 class Job(NamedTuple):
-    """What is trained."""
+    """A dataset and its passes."""
 
     dataset: str
     epochs: int
     batch_size: int
     samples: int | None
     seeds: int
-    """Where one image more or less is a quarter of a point, five do not tell methods apart."""
+    """Ten on digits: one image is a quarter of a point there, and five seeds do not tell methods apart."""
 
 
 JOBS = {
@@ -61,13 +59,13 @@ RATES: dict[tuple[str, str], float] = {
     ("stdlib", "adam"): 0.005,
     ("stdlib", "onebit-adam"): 0.005,
 }
-"""Dataset and method: where tuning found another rate than the method's own."""
+"""Rates found by tuning that differ from the method's own, by dataset and method."""
 TUNING_SEEDS = (100,)
-"""Runs that rates were chosen by, apart from those that are reported."""
+"""Seeds of the runs that chose the rates; these runs are not reported."""
 
 
 def list_runs() -> Iterator[tuple[str, int, str, int]]:
-    """Job, ranks, method, seed: DGC and 1-bit Adam with their yardsticks everywhere before the others."""
+    """Job, ranks, method, seed; first DGC and 1-bit Adam with their baselines for all jobs, then the others."""
     for methods in (NAMES[:4], NAMES[4:]):
         for name, job in JOBS.items():
             for ranks in RANKS:
@@ -75,7 +73,7 @@ def list_runs() -> Iterator[tuple[str, int, str, int]]:
 
 
 def train_run(name: str, ranks: int, method: str, seed: int, lr: float | None = None) -> Run:
-    """One run: accuracy on what was not trained on, loss, bytes.  ``lr`` stands for the method's own."""
+    """One run: accuracy on test samples, loss, bytes.  ``lr`` replaces the method's own rate."""
     from hpccomm.algorithms.lr_schedules import polynomial
     from hpccomm.algorithms.transforms import chain, scale_by_schedule
     from hpccomm.buckets import Bucket
@@ -124,7 +122,7 @@ def tuning_runs(rates: str, methods: Sequence[str]) -> list[tuple[Any, ...]]:
 
 
 def key(run: Run) -> tuple[Any, ...]:
-    """What tells runs apart; the rate, of those that are to find it."""
+    """A run's key; runs that tune the rate have it in their key."""
     rate = run["lr"] if run["seed"] in TUNING_SEEDS else None
     return run["job"], run["ranks"], run["method"], run["seed"], rate
 
@@ -134,37 +132,42 @@ def uncertainty(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def table(runs: Sequence[Run], job: str, ranks: int) -> Iterator[str]:
-    """Lines of Markdown: means with their standard errors, in percent; bytes of a step.
+HEAD = (
+    "method",
+    "seeds",
+    "accuracy, %",
+    "less than dense, points",
+    "within one standard error",
+    "loss",
+    "bytes a step",
+)
 
-    Whether a method is within one standard error of its yardstick is said of the differences seed by seed, and of the
-    difference of the two means as if the seeds had nothing to do with each other.
+
+def table(runs: Sequence[Run], job: str, ranks: int) -> str:
+    """Means with their standard errors, in percent; bytes of a step.
+
+    "Within one standard error" is said of the differences seed by seed, and of the difference of the two means as if
+    the seeds were independent.
     """
     here = {key(run)[2:4]: run for run in runs if key(run)[:2] == (job, ranks)}
-    yield f"### {job}, {ranks} ranks"
-    yield ""
-    yield "| method | seeds | accuracy, % | less than dense, points | within one standard error | loss | bytes a step |"
-    yield "|---|---:|---:|---:|---|---:|---:|"
+    rows = []
     for name in NAMES:
-        seeds = [seed for seed in range(JOBS[job].seeds) if (name, seed) in here]
-        if not seeds:
+        scores = {k: 100 * here[name, k]["accuracy"] for k in range(JOBS[job].seeds) if (name, k) in here}
+        if not scores:
             continue
-        rows = [here[name, seed] for seed in seeds]
-        scores = [100 * row["accuracy"] for row in rows]
-        spread = f" ± {uncertainty(scores):.2f}" if len(scores) > 1 else ""
-        cells = [name, str(len(seeds)), f"{mean(scores):.2f}{spread}"]
-        scored = dict(zip(seeds, scores, strict=True))
-        found = [compare_to_baseline(here, scored, base) for base in BASELINES.get(name, ())]
+        error = f" ± {uncertainty(list(scores.values())):.2f}" if len(scores) > 1 else ""
+        found = [compare_to_baseline(here, scores, base) for base in BASELINES.get(name, ())]
+        cells = [name, str(len(scores)), f"{mean(scores.values()):.2f}{error}"]
         cells += ["; ".join(each) for each in zip(*filter(None, found), strict=True)] or ["", ""]
-        cells += [f"{mean(row['loss'] for row in rows):.4f}", f"{mean(row['bytes_a_step'] for row in rows):,.0f}"]
-        yield "| " + " | ".join(cells) + " |"
-    yield ""
+        loss, sent = (mean(here[name, seed][what] for seed in scores) for what in ("loss", "bytes_a_step"))
+        rows.append([*cells, f"{loss:.4f}", f"{sent:,.0f}"])
+    return f"### {job}, {ranks} ranks\n\n{harness.table(HEAD, rows, words=1)}"
 
 
 def compare_to_baseline(
     here: dict[tuple[str, int], Run], scores: dict[int, float], base: str
 ) -> tuple[str, str] | None:
-    """How far below ``base`` these seeds are, and whether that is within one standard error, both ways."""
+    """How far these seeds are below ``base``, and whether that is within one standard error, by both measures."""
     theirs = {seed: 100 * here[base, seed]["accuracy"] for seed in scores if (base, seed) in here}
     if not theirs:
         return None
@@ -176,32 +179,22 @@ def compare_to_baseline(
     return f"{mean(less):.2f} ± {uncertainty(less):.2f} ({base})", f"{fine[0]}, {fine[1]} (± {error:.2f})"
 
 
-def tuning_table(runs: Sequence[Run], job: str) -> Iterator[str]:
-    """Lines of Markdown: mean accuracy and loss by method and rate, on the seeds for tuning."""
+def tuning_table(runs: Sequence[Run], job: str) -> str:
+    """Mean accuracy and loss by method and rate, on the seeds for tuning; nothing where nothing was tuned."""
     here = [run for run in runs if run["job"] == job and run["seed"] in TUNING_SEEDS]
-    if not here:
-        return
-    yield f"### Rates, {job}, {RANKS[0]} ranks, seeds {' and '.join(map(str, TUNING_SEEDS))}"
-    yield ""
-    yield "| method | rate | accuracy, % | loss |"
-    yield "|---|---:|---:|---:|"
+    cells = []
     for method, rate in sorted({(run["method"], run["lr"]) for run in here}):
         rows = [run for run in here if (run["method"], run["lr"]) == (method, rate)]
-        score = 100 * mean(row["accuracy"] for row in rows)
-        yield f"| {method} | {rate:g} | {score:.2f} | {mean(row['loss'] for row in rows):.4f} |"
-    yield ""
+        score, loss = 100 * mean(row["accuracy"] for row in rows), mean(row["loss"] for row in rows)
+        cells.append([method, f"{rate:g}", f"{score:.2f}", f"{loss:.4f}"])
+    title = f"### Rates, {job}, {RANKS[0]} ranks, seeds {' and '.join(map(str, TUNING_SEEDS))}"
+    return f"{title}\n\n{harness.table(('method', 'rate', 'accuracy, %', 'loss'), cells, words=1)}" if here else ""
 
 
 def draw(runs: Sequence[Run], out: Path) -> None:
     """Accuracy with its standard error against bytes a step, a panel for each job and number of ranks."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    from hpccomm.bench.plot import COLOURS
-
-    figure = Figure(figsize=(11, 4 * len(JOBS)), layout="constrained")
-    FigureCanvasSVG(figure)
-    for row, job in zip(figure.subplots(len(JOBS), len(RANKS), squeeze=False), JOBS, strict=True):
+    figure, grid = harness.panels(11, 4 * len(JOBS), len(JOBS), len(RANKS))
+    for row, job in zip(grid, JOBS, strict=True):
         for axes, ranks in zip(row, RANKS, strict=True):
             for number, name in enumerate(NAMES):
                 here = [run for run in runs if key(run)[:3] == (job, ranks, name) and run["seed"] not in TUNING_SEEDS]
@@ -217,33 +210,31 @@ def draw(runs: Sequence[Run], out: Path) -> None:
             axes.set_xlabel("bytes a rank sends in a step")
             axes.set_ylabel("accuracy, %")
             axes.set_title(f"{job}, {ranks} ranks", fontsize=10, loc="left")
-    figure.savefig(out, metadata={"Date": None})
+    harness.save(figure, out)
 
 
 def main() -> int:
-    """Run what is missing, for a time; print what there is."""
-    parser = argparse.ArgumentParser(prog="scripts/bench_accuracy", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so many")
-    parser.add_argument("--json", type=Path, default=OUT)
+    """Train what the file lacks, print what it holds."""
+    parser = harness.parser("accuracy", __doc__, file="accuracy.json")
     parser.add_argument("--job", choices=JOBS, help="only this one")
     parser.add_argument("--method", action="append", help="only these")
+    parser.add_argument("--seeds", type=harness.integers, help="only these (default: all of the job)")
     parser.add_argument("--tune", metavar="RATES", help="instead: these rates, 0.1,0.2, on seeds that are not reported")
-    args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    runs: list[Run] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else []
-    done, began = {key(run) for run in runs}, time.monotonic()
-    for each in tuning_runs(args.tune, args.method) if args.tune else [(*job, None) for job in list_runs()]:
-        asked = args.job in (None, each[0]) and (not args.method or each[2] in args.method)
-        if each in done or not asked or time.monotonic() - began > args.seconds:
-            continue
-        runs.append(train_run(*each))
-        args.json.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n", encoding="utf-8")
+    args = harness.parse(parser)
+    record = harness.Record(args.file, key, seconds=args.seconds)
+    keys = tuning_runs(args.tune, args.method) if args.tune else [(*run, None) for run in list_runs()]
+    asked = [
+        each
+        for each in keys
+        if args.job in (None, each[0])
+        and (not args.method or each[2] in args.method)
+        and (args.tune or not args.seeds or each[3] in args.seeds)
+    ]
+    record.recall_all(asked, lambda run: train_run(*run))
     for name in JOBS:
-        for ranks in RANKS:
-            sys.stdout.write("\n".join(table(runs, name, ranks)) + "\n")
-        sys.stdout.write("\n".join(tuning_table(runs, name)) + "\n")
-    if runs:
-        draw(runs, args.json.with_suffix(".svg"))
+        harness.emit(*(table(record.rows, name, ranks) for ranks in RANKS), tuning_table(record.rows, name))
+    if record.rows:
+        draw(record.rows, harness.plot_file(args, args.file))
     return 0
 
 

@@ -1,35 +1,32 @@
-"""``scripts/bench_cluster``: dense allreduce between the nodes of a virtual cluster, beside what its links carry.
+"""Dense allreduce between the nodes of a virtual cluster, beside the rate of its links.
 
-For each shape a cluster is made and, unless ``--untuned``, tuned; then, in every round, one launch measures native MPI
-and ours in turns, and another native MPI with Open MPI's ``han``.  Figures are medians over the rounds; a share of the
-wire is the least time that the nominal rate permits, 2(N-1)/N · bytes/rate, by the time that was measured.  A plain TCP
-stream runs on the same links.
+For each shape a cluster is made and, unless ``--untuned``, tuned.  Then, in every round, one launch measures native MPI
+and ours in turns, and another measures native MPI with Open MPI's ``han``.  Figures are medians over the rounds.  A
+share of the wire is the least time that the nominal rate permits, 2(N-1)/N · bytes/rate, divided by the measured time.
+A plain TCP stream runs on the same links.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
+from benchmarks import harness
 from hpccomm.cluster.nodes import Cluster, rate_of
 from hpccomm.launcher import library
 
-OUT = Path("docs/measurements")
 ALGORITHMS = "native,auto,hierarchical,ring,butterfly,doubling"
 SIZES = "8:16777216"
 FACTOR, LONG = 8, 1 << 20
-"""From one size to the next; bytes from which a call keeps links busy for long."""
+"""Factor between sizes; bytes from which a call occupies the links for long."""
 SHORT_CALLS = 10
-"""Timed calls of shorter vectors for each of a long one."""
+"""Timed calls of a shorter vector for each call of a long one."""
 TUNED = "native,hierarchical,ring,butterfly,doubling"
 HAN = {"OMPI_MCA_coll_han_priority": "100"}
 
@@ -52,97 +49,50 @@ else:
     link.recv(1)
     print(8 * n / (time.perf_counter() - began))
 """
-"""Bits a second that one connection carries, from its fifth megabyte to the peer's goodbye."""
+"""Bits a second of one connection, from its fifth megabyte until the peer closes it."""
 
 
-class Shape(NamedTuple):
-    """Where is measured."""
-
-    nodes: int
-    per_node: tuple[int, ...]
-    placement: str
-    rate: str
-
-    @property
-    def title(self) -> str:
-        """In words."""
-        each = set(self.per_node)
-        ranks = str(*each) if len(each) == 1 else "+".join(map(str, self.per_node))
-        order = "" if self.placement == "block" else f", {self.placement}"
-        return f"{self.nodes} x {ranks}{order}, {self.rate}"
+EVEN = [f"{n}x{k},{rate}" for rate in ("1gbit", "100mbit") for n in (2, 4, 8) for k in (1, 2)]
+SHAPES = [*EVEN, "4x2,1gbit,cyclic", "2x1+3", "3x2+1+3,1gbit,cyclic", "16x1,100mbit", "16x2,100mbit"]
 
 
-def shape_of(text: str) -> Shape:
-    """A shape as on the command line: ``4x2``, ``4x2,100mbit``, ``3x2+1+3,1gbit,cyclic``."""
-    where, rate, placement = [*text.split(","), *("", "1gbit", "block")[text.count(",") + 1 :]]
-    nodes, _, ranks = where.partition("x")
-    per_node = tuple(map(int, ranks.split("+")))
-    return Shape(int(nodes), per_node * int(nodes) if len(per_node) == 1 else per_node, placement, rate)
-
-
-def shapes() -> list[Shape]:
-    """What is measured where nothing is said."""
-    even = [Shape(n, (k,) * n, "block", rate) for rate in ("1gbit", "100mbit") for n in (2, 4, 8) for k in (1, 2)]
-    return [
-        *even,
-        Shape(4, (2,) * 4, "cyclic", "1gbit"),
-        Shape(2, (1, 3), "block", "1gbit"),
-        Shape(3, (2, 1, 3), "cyclic", "1gbit"),
-        Shape(16, (1,) * 16, "block", "100mbit"),
-        Shape(16, (2,) * 16, "block", "100mbit"),
-    ]
-
-
-def measure_shape(shape: Shape, args: argparse.Namespace, han: dict[str, str]) -> dict[str, Any]:
-    """One shape: its rows, and what a TCP stream carries; ``han`` turns that on where the MPI has it."""
+def measure_shape(shape: harness.Shape, args: argparse.Namespace, mpi: str) -> dict[str, Any]:
+    """Measure one shape: its rows, and the rate of a TCP stream; Open MPI's native algorithm runs with ``han`` too."""
     with Cluster(shape.nodes, shape.rate) as cluster, tempfile.TemporaryDirectory() as folder:
-        table = Path(args.tables or folder, f"{shape.title.replace(' ', '')}.json")
-        slow = rate_of(shape.rate) < 5e8
-        most = 1 << (22 if slow else 24)
-        tuned = "4,256,4Ki,32Ki,256Ki,1Mi" + ("" if slow else ",4Mi") + f",{most}"
-        tune = ["hpccomm", "tune", "--collective", "allreduce", "--algorithm", TUNED, "--sizes", tuned]
-        if not args.untuned and not table.exists():
-            check_exit(launch(cluster, shape, [*tune, "--out", str(table)], {}))
-        tables = {} if args.untuned else {"HPCCOMM_TUNING": str(table)}
+        tuning = Path(args.tables or folder, f"{shape.title.replace(' ', '')}.json")
+        if not args.untuned and not tuning.exists():
+            tune = ["hpccomm", "tune", "--collective", "allreduce", "--algorithm", TUNED]
+            done = harness.on_cluster(cluster, shape)([*tune, "--sizes", sizes_to_tune(shape), "--out", str(tuning)])
+            if done.returncode:
+                raise harness.LaunchError(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        settings = {} if args.untuned else {"HPCCOMM_TUNING": str(tuning)}
+        launches = [(args.algorithm, settings, "")]
+        if mpi == "Open MPI":
+            launches.append(("native", {**settings, **HAN}, "native, han"))
         rows = []
         for number in range(args.rounds):
-            for names, settings in [(args.algorithm, {}), *([("native", han)] if han else [])]:
-                for sizes, calls in size_ranges(args.sizes, args.calls):
-                    file = Path(folder, "rows.json")
-                    bench = ["hpccomm", "bench", "allreduce", "--algorithm", names, "-m", sizes, "-i", str(calls)]
-                    bench += ["--step-factor", str(FACTOR), "-x", "2", "-c", "-u", "0", "--json", str(file)]
-                    check_exit(launch(cluster, shape, bench, {**tables, **settings}))
-                    for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
-                        name = "native, han" if settings else row["algorithm"]
-                        kept = {key: row[key] for key in ("bytes", "p50_us", "predicted_us")}
-                        rows.append({"round": number, "algorithm": name, **kept})
+            for names, env, title in launches:
+                for row in launch_bench(harness.on_cluster(cluster, shape, env), names, args):
+                    kept = {key: row[key] for key in ("bytes", "p50_us", "predicted_us")}
+                    rows.append({"round": number, "algorithm": title or row["algorithm"], **kept})
         streams = [measure_stream(cluster) for _ in range(3)]
     return {**shape._asdict(), "tuned": not args.untuned, "stream_bps": median(streams), "rows": rows}
 
 
-def size_ranges(sizes: str, calls: int) -> Iterator[tuple[str, int]]:
-    """Ranges of sizes, and how many calls are timed: many where a rested link lets the first ones pass for free."""
-    least, most = map(int, sizes.split(":"))
-    ladder = [least]
-    while ladder[-1] * FACTOR <= most:
-        ladder.append(ladder[-1] * FACTOR)
-    for part, count in (
-        ([n for n in ladder if n < LONG], SHORT_CALLS * calls),
-        ([n for n in ladder if n >= LONG], calls),
-    ):
+def sizes_to_tune(shape: harness.Shape) -> str:
+    """Bytes at which a shape is tuned: up to 4 MiB over slow links, else up to 16 MiB."""
+    return "4,256,4Ki,32Ki,256Ki,1Mi,4Mi" + ("" if rate_of(shape.rate) < 5e8 else ",16Mi")
+
+
+def launch_bench(run: harness.Runner, algorithms: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of all sizes.  Short calls are timed more often, as an idle link lets the first ones pass at no cost."""
+    sizes = list(harness.steps(args.sizes, FACTOR))
+    short, long = [n for n in sizes if n < LONG], [n for n in sizes if n >= LONG]
+    for part, calls in ((short, SHORT_CALLS * args.calls), (long, args.calls)):
         if part:
-            yield f"{part[0]}:{part[-1]}", count
-
-
-def launch(cluster: Cluster, shape: Shape, program: Sequence[str], env: dict[str, str]) -> Any:
-    """One launch on the cluster."""
-    return cluster.run(program, shape.per_node, shape.placement, env=env, capture_output=True, text=True, timeout=900)
-
-
-def check_exit(done: subprocess.CompletedProcess[str]) -> None:
-    """Say what went wrong, and stop."""
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, done.args[-1:]))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            bench = ["hpccomm", "bench", "allreduce", "--algorithm", algorithms, "-m", f"{part[0]}:{part[-1]}"]
+            bench += ["-i", str(calls), "--step-factor", str(FACTOR), "-x", "2", "-c", "-u", "0"]
+            yield from harness.launch(run, bench)["rows"]
 
 
 def measure_stream(cluster: Cluster) -> float:
@@ -159,7 +109,7 @@ def measure_stream(cluster: Cluster) -> float:
 
 def title(record: dict[str, Any]) -> str:
     """A record's shape in words."""
-    return Shape(record["nodes"], tuple(record["per_node"]), record["placement"], record["rate"]).title
+    return harness.Shape(record["nodes"], tuple(record["per_node"]), record["placement"], record["rate"]).title
 
 
 def wire_us(record: dict[str, Any], nbytes: int) -> float:
@@ -168,39 +118,25 @@ def wire_us(record: dict[str, Any], nbytes: int) -> float:
 
 
 def table(record: dict[str, Any]) -> str:
-    """One shape's times, and how ours stands to native MPI and to the wire."""
+    """One shape's times, and ours beside native MPI and beside the wire."""
     names = list(dict.fromkeys(row["algorithm"] for row in record["rows"]))
     ours = "auto" if "auto" in names else next(name for name in names if not name.startswith("native"))
-    lines = [
-        f"### {title(record)}",
-        "",
-        f"A TCP stream carries {record['stream_bps'] / rate_of(record['rate']):.1%} of the rate. "
-        f"{prediction_summary(record)}",
-        "",
-    ]
-    lines.append(
-        "| bytes | "
-        + " | ".join(f"{name}, µs" for name in names)
-        + f" | best native / {ours} | of the wire | of a stream |"
-    )
-    lines.append("|" + "---:|" * (len(names) + 4))
+    head = ["bytes", *(f"{name}, µs" for name in names), f"best native / {ours}", "of the wire", "of a stream"]
+    stream = record["stream_bps"] / rate_of(record["rate"])
+    rows = []
     for nbytes in sorted({row["bytes"] for row in record["rows"]}):
-        times = {name: round_medians(record, name, nbytes) for name in names}
-        ratios = sorted(
-            min(times[name][k] for name in names if name.startswith("native")) / times[ours][k]
-            for k in range(len(times[ours]))
-        )
+        times = {name: round_times(record, name, nbytes) for name in names}
+        natives = [min(each) for each in zip(*(times[n] for n in names if n.startswith("native")), strict=True)]
         share = wire_us(record, nbytes) / median(times[ours])
-        stream_share = share * rate_of(record["rate"]) / record["stream_bps"]
         cells = [str(nbytes), *(f"{median(times[name]):.4g}" for name in names)]
-        cells.append(f"**{median(ratios):.2f}** ({ratios[0]:.2f}–{ratios[-1]:.2f})")
-        cells += [f"{share:.1%}", f"{stream_share:.1%}"] if nbytes >= 1 << 20 else ["", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells.append(harness.spread(harness.ratios(natives, times[ours]), ".2f"))
+        rows.append([*cells, *([f"{share:.1%}", f"{share / stream:.1%}"] if nbytes >= LONG else ["", ""])])
+    summary = f"A TCP stream carries {stream:.1%} of the rate. {prediction_summary(record)}"
+    return f"### {title(record)}\n\n{summary}\n\n{harness.table(head, rows)}"
 
 
 def prediction_summary(record: dict[str, Any]) -> str:
-    """How many of our algorithms' times were predicted within 15 %; nothing by prices that were not measured there."""
+    """The share of our algorithms' times that were predicted within 15 %; empty for shapes that were not tuned."""
     if not record["tuned"]:
         return ""
     found = []
@@ -213,68 +149,47 @@ def prediction_summary(record: dict[str, Any]) -> str:
     return f"Predicted within 15 %: {near} of {len(found)} times of our algorithms."
 
 
-def round_medians(record: dict[str, Any], name: str, nbytes: int) -> list[float]:
+def round_times(record: dict[str, Any], name: str, nbytes: int) -> list[float]:
     """An algorithm's medians, a round each."""
     return [row["p50_us"] for row in record["rows"] if (row["algorithm"], row["bytes"]) == (name, nbytes)]
 
 
 def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
     """Shares of the wire for the longest vectors, a group of bars a shape."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     names = ["native", "native, han", "ring", "butterfly", "hierarchical", "auto"]
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    figure, [[axes]] = harness.panels(9, 5)
     for k, name in enumerate(names):
         heights = []
         for record in records:
             most = max(row["bytes"] for row in record["rows"])
-            times = round_medians(record, name, most)
+            times = round_times(record, name, most)
             heights.append(wire_us(record, most) / median(times) if times else 0.0)
         axes.bar([x + 0.13 * (k - 2.5) for x in range(len(records))], heights, 0.13, label=name)
     axes.set_xticks(range(len(records)), [title(record) for record in records], rotation=60, ha="right", fontsize=8)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(ylabel="share of the wire", title="Allreduce of the longest vector, float32 sums")
     axes.legend(fontsize=8, ncols=3)
-    figure.savefig(out, metadata={"Date": None})
+    harness.save(figure, out)
 
 
 def main() -> int:
-    """Measure, write, print."""
-    parser = argparse.ArgumentParser(prog="scripts/bench_cluster", description=__doc__)
-    parser.add_argument("rounds", nargs="?", type=int, default=3)
-    parser.add_argument(
-        "--shape", action="append", type=shape_of, metavar="NxK[,RATE[,PLACEMENT]]", help="4x2,1gbit,cyclic; several"
-    )
+    """Measure the shapes that the file lacks, write, print."""
+    parser = harness.parser("cluster", __doc__, rounds=3, file="cluster-{mpi}.json")
+    harness.add_shapes(parser, SHAPES)
     parser.add_argument("--algorithm", default=ALGORITHMS, metavar="NAMES", help=f"default {ALGORITHMS}")
-    parser.add_argument(
-        "--calls",
-        type=int,
-        default=7,
-        help="timed for each algorithm from 1 MiB on; below ten times as many (default 7)",
-    )
-    parser.add_argument("--untuned", action="store_true", help="by the table at hand, not by one made for each shape")
+    parser.add_argument("--calls", type=int, default=7, help="timed from 1 MiB on; below ten times as many (default 7)")
+    parser.add_argument("--untuned", action="store_true", help="by the tuning table in force, not by one for the shape")
     parser.add_argument("--sizes", default=SIZES, help=f"BYTES:BYTES (default {SIZES})")
-    parser.add_argument(
-        "--tables", type=Path, metavar="FOLDER", help="keep what tuning makes; what is there is not tuned again"
-    )
-    parser.add_argument("--out", type=Path, help="what it holds is not measured again (default: by the MPI's name)")
-    args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken away
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="keep the tuning tables, and use those there")
+    args = harness.parse(parser)
     mpi = library().family.name
-    out = args.out or OUT / f"cluster-{mpi.replace(' ', '-').lower()}.json"
-    records = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
-    done = {title(record) for record in records}
-    for shape in args.shape or shapes():
-        if shape.title not in done:
-            records.append(measure_shape(shape, args, HAN if mpi == "Open MPI" else {}))
-            out.write_text(json.dumps(records).replace("}, {", "},\n{") + "\n", encoding="utf-8")
-    for record in records:
-        sys.stdout.write("\n" + table(record))
-    draw(records, out.with_suffix(".svg"))
+    file = harness.results_file(args, mpi=mpi)
+    record = harness.Record(file, title, seconds=args.seconds)
+    shapes = {shape.title: shape for shape in args.shape}
+    record.recall_all(shapes, lambda name: measure_shape(shapes[name], args, mpi))
+    for each in record.rows:
+        harness.emit("\n" + table(each))
+    draw(record.rows, harness.plot_file(args, file))
     return 0
 
 

@@ -1,24 +1,18 @@
-"""``scripts/bench_kernels``: the kernels of compressed exchange beside NumPy and PyTorch, one thread, in turns.
+"""The kernels of compressed exchange beside NumPy and PyTorch, on one thread, in turns.
 
-*n float32; in every round each contender of a task has its turn, and so has a plain add of two vectors into a third.*
-A turn is one run of what does not fit into caches; of shorter vectors five runs, the first to bring them in, and the
-median of the others.  Ratios are of the same round, their median is printed with the least and the largest.  "Of an
-add" is the bandwidth over the bytes that a task must at least move, by that of the add over its 12n bytes.  Before
-anything is timed, the compiled kernel gives the bits of the NumPy reference on the same vectors.
+*n float32; in every round each contender of a task has one turn, and so has a plain add of two vectors into a third.*
+A turn is one run if the vectors do not fit into caches; of shorter vectors it is five runs, the first of which loads
+the caches, and the median of the others.  Ratios are taken within a round, and their median is printed with the least
+and the largest.  "Of an add" is the bandwidth over the bytes that a task must at least move, divided by that of the add
+over its 12n bytes.  Before the timing, the compiled kernel must give the bits of the NumPy reference.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import importlib.util
-import json
-import os
-import platform
-import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -26,18 +20,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.bench.report import processor, versions
+from benchmarks import harness
+from hpccomm.bench.plot import COLOURS
 from hpccomm.errors import HpccommError
 from hpccomm.kernels import compression_reference as reference
 from hpccomm.kernels.dispatch import compression
 
-OUT = Path("docs/measurements/kernels.json")
 SIZES = (25_000_000, 1_000_000)
 DENSITY, MOMENTUM, MESSAGES, BUCKET = 0.001, 0.9, 8, 512
 THRESHOLD = 3.29
-"""Standard deviations that 0.1 % of Gaussians reach."""
+"""Standard deviations that 0.1 % of Gaussian elements reach."""
 TAU = 400.0
-"""Of threshold compression, in standard deviations of the gradient: of backlogs anywhere below it 0.1 % get there."""
+"""GTC's threshold in standard deviations of the gradient: 0.1 % of uniform residuals below it reach it in a step."""
 OURS, NUMPY, TORCH, ADD = "ours", "NumPy", "PyTorch", "add"
 F32 = np.float32
 CACHE_ELEMENTS = 1 << 22
@@ -47,33 +41,33 @@ Step = Callable[[], Any]
 
 
 class Task(NamedTuple):
-    """What is measured."""
+    """One kernel, and the same work by NumPy and PyTorch."""
 
     title: str
     bytes: float
-    """An element, that must be read or written."""
+    """Bytes an element that must be read or written."""
     ours: Callable[[ModuleType, int], Step]
     """By the compiled kernels, or by their reference."""
     numpy: Callable[[int], Step] | None = None
     torch: Callable[[int], Step] | None = None
     goals: dict[str, float] = {}  # noqa: RUF012  # not written
-    """How many times as fast it is meant to be."""
+    """Aims: how many times as fast as another contender."""
 
 
 def numbers(n: int, seed: int) -> Any:
-    """Gaussians, float32."""
+    """Gaussian float32 numbers."""
     return np.random.default_rng(seed).standard_normal(n, F32)
 
 
 def tensor(n: int, seed: int) -> Any:
-    """The same as a tensor of PyTorch."""
+    """The same numbers as a PyTorch tensor."""
     import torch
 
     return torch.from_numpy(numbers(n, seed))
 
 
 def selection_size(n: int) -> int:
-    """Elements that are sent."""
+    """The number of elements that are sent."""
     return max(1, round(DENSITY * n))
 
 
@@ -81,14 +75,14 @@ def selection_size(n: int) -> int:
 
 
 def dgc(kernels: ModuleType, n: int) -> Step:
-    """In one pass."""
+    """The kernel: one pass."""
     g, u, v = (numbers(n, seed) for seed in range(3))
     steps = iter(range(1 << 30))
     return lambda: kernels.momentum_select(g, u, v, MOMENTUM, selection_size(n), step=next(steps), least=0.8)
 
 
 def dgc_pass(kernels: ModuleType, n: int) -> Step:
-    """Momentum and velocity alone: no threshold, nothing that reaches it."""
+    """Momentum and velocity alone: an infinite threshold that no element reaches."""
     g, u, v = (numbers(n, seed) for seed in range(3))
 
     def step() -> Any:
@@ -103,7 +97,7 @@ def dgc_pass(kernels: ModuleType, n: int) -> Step:
 
 
 def dgc_numpy(n: int) -> Step:
-    """The threshold from one element in a hundred, as in the publication."""
+    """NumPy's: the threshold from one element in a hundred, as published."""
     (g, u, v), k, magnitude = (numbers(n, seed) for seed in range(3)), selection_size(n), np.empty(n, F32)
 
     def step() -> Any:
@@ -122,7 +116,7 @@ def dgc_numpy(n: int) -> Step:
 
 
 def dgc_torch(n: int) -> Step:
-    """Likewise."""
+    """PyTorch's, with the same threshold."""
     (g, u, v), k = (tensor(n, seed) for seed in range(3)), selection_size(n)
 
     def step() -> Any:
@@ -142,18 +136,18 @@ def dgc_torch(n: int) -> Step:
 
 
 def backlog(n: int) -> Any:
-    """As it is after many steps: anywhere between the thresholds."""
+    """A residual after many steps: uniform between the thresholds."""
     return np.random.default_rng(2).uniform(-TAU, TAU, n).astype(F32)
 
 
 def gtc(kernels: ModuleType, n: int) -> Step:
-    """In one pass."""
+    """The kernel: one pass."""
     r, g = backlog(n), numbers(n, 1)
     return lambda: kernels.threshold_words(r, g, r, TAU)
 
 
 def gtc_numpy(n: int) -> Step:
-    """Only what was selected is looked at again."""
+    """NumPy's: only selected elements are read again."""
     r, g, magnitude = backlog(n), numbers(n, 1), np.empty(n, F32)
 
     def step() -> Any:
@@ -169,7 +163,7 @@ def gtc_numpy(n: int) -> Step:
 
 
 def gtc_torch(n: int) -> Step:
-    """Likewise."""
+    """PyTorch's."""
     import torch
 
     r, g = torch.from_numpy(backlog(n)), tensor(n, 1)
@@ -189,7 +183,7 @@ def gtc_torch(n: int) -> Step:
 
 
 def onebit(kernels: ModuleType, n: int) -> Step:
-    """In two passes."""
+    """The kernel: two passes."""
     r, g, bits = numbers(n, 0), numbers(n, 1), np.empty(n // 8, np.uint8)
 
     def step() -> Any:
@@ -201,7 +195,7 @@ def onebit(kernels: ModuleType, n: int) -> Step:
 
 
 def onebit_numpy(n: int) -> Step:
-    """In as many passes as there are operations."""
+    """NumPy's: one pass an operation."""
     r, g, magnitude = numbers(n, 0), numbers(n, 1), np.empty(n, F32)
 
     def step() -> Any:
@@ -216,7 +210,7 @@ def onebit_numpy(n: int) -> Step:
 
 
 def onebit_torch(n: int) -> Step:
-    """Likewise; bits are packed by NumPy, which is faster than what PyTorch offers."""
+    """PyTorch's; NumPy packs the bits, which is faster than PyTorch's operations."""
     import torch
 
     r, g = tensor(n, 0), tensor(n, 1)
@@ -236,37 +230,37 @@ def onebit_torch(n: int) -> Step:
 
 
 def largest(kernels: ModuleType, n: int) -> Step:
-    """By a sampled threshold."""
+    """The kernel: by a sampled threshold."""
     x, steps = numbers(n, 0), iter(range(1 << 30))
     return lambda: kernels.select_largest(x, selection_size(n), next(steps), 0.8)
 
 
 def largest_numpy(n: int) -> Step:
-    """Exactly."""
+    """NumPy's: exactly."""
     x = numbers(n, 0)
     return lambda: np.argpartition(np.abs(x), n - selection_size(n))[n - selection_size(n) :]
 
 
 def largest_torch(n: int) -> Step:
-    """Exactly."""
+    """PyTorch's: exactly."""
     x = tensor(n, 0)
     return lambda: x.abs().topk(selection_size(n), sorted=False).indices
 
 
 def select(kernels: ModuleType, n: int) -> Step:
-    """Where elements reach a threshold."""
+    """The kernel: the elements that reach a threshold."""
     x = numbers(n, 0)
     return lambda: kernels.select_threshold(x, THRESHOLD)
 
 
 def select_numpy(n: int) -> Step:
-    """Likewise."""
+    """NumPy's."""
     x = numbers(n, 0)
     return lambda: np.flatnonzero(np.abs(x) >= F32(THRESHOLD)).astype(np.uint32)
 
 
 def select_torch(n: int) -> Step:
-    """Likewise."""
+    """PyTorch's."""
     x = tensor(n, 0)
     return lambda: (x.abs() >= THRESHOLD).nonzero().flatten()
 
@@ -275,12 +269,12 @@ def select_torch(n: int) -> Step:
 
 
 def signs_messages(n: int) -> list[tuple[Any, float, float]]:
-    """Bits and what they stand for."""
+    """Messages of bits and two values."""
     return [(np.packbits(numbers(n, seed) >= 0), 0.5 + seed, -0.5 - seed) for seed in range(MESSAGES)]
 
 
 def add_signs(kernels: ModuleType, n: int) -> Step:
-    """In one pass."""
+    """The kernel: one pass."""
     messages, out = signs_messages(n), np.zeros(n, F32)
 
     def step() -> Any:
@@ -291,7 +285,7 @@ def add_signs(kernels: ModuleType, n: int) -> Step:
 
 
 def add_signs_numpy(n: int) -> Step:
-    """One message after the other."""
+    """NumPy's: one message after the other."""
     messages, out = signs_messages(n), np.zeros(n, F32)
 
     def step() -> Any:
@@ -303,7 +297,7 @@ def add_signs_numpy(n: int) -> Step:
 
 
 def sparse_messages(n: int) -> list[tuple[Any, Any]]:
-    """0.1 % of the elements each."""
+    """Messages of 0.1 % of the elements each."""
     found = []
     for seed in range(MESSAGES):
         index = reference.cell_indices(n, selection_size(n), seed)
@@ -312,7 +306,7 @@ def sparse_messages(n: int) -> list[tuple[Any, Any]]:
 
 
 def scatter(kernels: ModuleType, n: int) -> Step:
-    """In rank order."""
+    """The kernel: in rank order."""
     messages, out = sparse_messages(n), np.zeros(n, F32)
 
     def step() -> Any:
@@ -323,7 +317,7 @@ def scatter(kernels: ModuleType, n: int) -> Step:
 
 
 def scatter_numpy(n: int) -> Step:
-    """The indices of a message are distinct."""
+    """NumPy's: the indices of a message are distinct."""
     messages, out = sparse_messages(n), np.zeros(n, F32)
 
     def step() -> Any:
@@ -335,7 +329,7 @@ def scatter_numpy(n: int) -> Step:
 
 
 def scatter_torch(n: int) -> Step:
-    """Likewise."""
+    """PyTorch's."""
     import torch
 
     found = sparse_messages(n)
@@ -374,7 +368,7 @@ def encode_kernel(name: str, *arguments: Any) -> Callable[[ModuleType, int], Ste
 
 
 def encode_into_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, int], Step]:
-    """Likewise, in memory that was written before: the first write to a page of new memory costs more than the rest."""
+    """Such a kernel with memory that was written before: the first write to a new page costs more than the kernel."""
 
     def make(kernels: ModuleType, n: int) -> Step:
         if kernels is reference:
@@ -401,7 +395,7 @@ def add_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, 
 
 
 def range_codes(kernels: ModuleType, n: int) -> Step:
-    """The extremes, and codes between them, likewise."""
+    """The extremes, and codes between them, into memory that was written before."""
     if kernels is reference:
         return encode_kernel("range_codes")(kernels, n)
     x, room = numbers(n, 0), np.zeros(n, np.uint8)
@@ -414,63 +408,63 @@ def range_codes(kernels: ModuleType, n: int) -> Step:
 
 
 def qsgd(kernels: ModuleType, n: int) -> Step:
-    """Norms, and levels at random."""
+    """Norms, and randomly rounded levels."""
     x = numbers(n, 0)
     return lambda: kernels.qsgd(x, kernels.bucket_norms(x, BUCKET), BUCKET, 127, 5)
 
 
 def half_numpy(n: int) -> Step:
-    """To float16."""
+    """NumPy's conversion to float16."""
     x, room = numbers(n, 0), np.zeros(n, np.float16)
     return lambda: np.copyto(room, x, casting="same_kind")
 
 
 def half_torch(n: int) -> Step:
-    """To float16."""
+    """PyTorch's conversion to float16."""
     x = tensor(n, 0)
     room = x.half()
     return lambda: room.copy_(x)
 
 
 def bfloat16_torch(n: int) -> Step:
-    """To bfloat16."""
+    """PyTorch's conversion to bfloat16."""
     x = tensor(n, 0)
     room = x.bfloat16()
     return lambda: room.copy_(x)
 
 
 def add_half_numpy(n: int) -> Step:
-    """From float16."""
+    """NumPy's sum with a float16 vector."""
     x, out = numbers(n, 0).astype(np.float16), np.zeros(n, F32)
     return lambda: np.add(out, x, out=out)
 
 
 def add_half_torch(n: int) -> Step:
-    """From float16."""
+    """PyTorch's sum with a float16 vector."""
     x, out = tensor(n, 0).half(), tensor(n, 1)
     return lambda: out.add_(x)
 
 
 def add_bfloat16_torch(n: int) -> Step:
-    """From bfloat16."""
+    """PyTorch's sum with a bfloat16 vector."""
     x, out = tensor(n, 0).bfloat16(), tensor(n, 1)
     return lambda: out.add_(x)
 
 
 def finite_numpy(n: int) -> Step:
-    """One pass to look, one to conclude."""
+    """NumPy's: one pass to compare, one to reduce."""
     x = numbers(n, 0)
     return lambda: np.isfinite(x).all()
 
 
 def finite_torch(n: int) -> Step:
-    """Likewise."""
+    """PyTorch's."""
     x = tensor(n, 0)
     return lambda: x.isfinite().all()
 
 
 def pack_numpy(n: int) -> Step:
-    """Signs."""
+    """NumPy's packing of signs."""
     x = numbers(n, 0)
     return lambda: np.packbits(x >= 0)
 
@@ -502,7 +496,7 @@ TASKS = (
 
 
 def plain_add(n: int) -> Step:
-    """The yardstick."""
+    """The reference of all bandwidths: an add of two vectors into a third."""
     a, b, c = numbers(n, 0), numbers(n, 1), np.zeros(n, F32)
     return lambda: np.add(a, b, out=c)
 
@@ -513,26 +507,32 @@ class Row(NamedTuple):
     task: Task
     n: int
     ms: dict[str, list[float]]
-    """Of each contender, a number a round."""
+    """Milliseconds of each contender, a number a round."""
 
     def ratios(self, other: str) -> list[float]:
-        """How many times as fast as another, round by round, in order."""
-        return sorted(theirs / ours for theirs, ours in zip(self.ms[other], self.ms[OURS], strict=True))
+        """How many times as fast as another, round by round, in order of size; nothing if that did not run."""
+        return harness.ratios(self.ms[other], self.ms[OURS]) if other in self.ms else []
 
     @property
     def shares(self) -> list[float]:
-        """Of an add's bandwidth, round by round, in order."""
+        """Of an add's bandwidth, round by round, in order of size."""
         return [self.task.bytes / 12 * each for each in self.ratios(ADD)]
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """For the file."""
         found: dict[str, Any] = {"kernel": self.task.title, "elements": self.n, "bytes": self.task.bytes * self.n}
         found["wanted"] = self.task.goals
         return {**found, "ms": {name: [round(each, 4) for each in times] for name, times in self.ms.items()}}
 
 
+def row_of(record: dict[str, Any]) -> Row:
+    """A row of the file."""
+    task = next(task for task in TASKS if task.title == record["kernel"])
+    return Row(task, record["elements"], record["ms"])
+
+
 def check(task: Task, n: int) -> None:
-    """Raise unless the compiled kernel gives the reference's bits, twice."""
+    """Raise HpccommError unless the compiled kernel gives the reference's bits, twice."""
     ours, theirs = task.ours(compression(), n), task.ours(reference, n)
     for _ in range(2):
         if not has_same_bits(ours(), theirs()):
@@ -547,74 +547,51 @@ def has_same_bits(a: Any, b: Any) -> bool:
 
 
 def measure_task(task: Task, n: int, rounds: int) -> Row:
-    """All contenders in turns; one round warms up."""
+    """Measure all contenders in turns, after one round to warm up."""
     steps: dict[str, Step] = {ADD: plain_add(n), OURS: task.ours(compression(), n)}
     if task.numpy:
         steps[NUMPY] = task.numpy(n)
     if task.torch and importlib.util.find_spec("torch"):
         steps[TORCH] = task.torch(n)
-    ms: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            ms[name].append(time_run(step, 1 if n > CACHE_ELEMENTS else 5))
-    return Row(task, n, {name: times[1:] for name, times in ms.items()})
+    runs = {name: partial(time_run, step, 1 if n > CACHE_ELEMENTS else 5) for name, step in steps.items()}
+    return Row(task, n, harness.take_turns(runs, rounds))
 
 
 def time_run(step: Step, runs: int) -> float:
-    """Milliseconds of a run; of several the median without the first."""
-    found = []
-    for _ in range(runs):
-        began = time.perf_counter()
-        step()
-        found.append(1e3 * (time.perf_counter() - began))
+    """Milliseconds of a run; of several runs the median without the first."""
+    found = [1e3 * harness.time_local(step) for _ in range(runs)]
     return median(found[1:] or found)
 
 
-def format_spread(values: Sequence[float], form: str) -> str:
-    """Median, least and largest."""
-    return f"**{median(values):{form}}** ({min(values):{form}}–{max(values):{form}})"
+HEAD = ("kernel", "ms", "GB/s", "of an add", "NumPy / ours", "PyTorch / ours")
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Lines of Markdown for one length."""
-    yield f"## {rows[0].n:,} elements, {len(rows[0].ms[OURS])} rounds"
-    yield ""
-    yield "| kernel | ms | GB/s | of an add | NumPy / ours | PyTorch / ours |"
-    yield "|---|---:|---:|---:|---:|---:|"
+def table(rows: Sequence[Row]) -> str:
+    """All tasks of one length."""
+    cells = []
     for row in rows:
-        cells = [row.task.title, format_spread(row.ms[OURS], ".3g")]
         moved = row.task.bytes * row.n
-        cells.append(f"{moved / median(row.ms[OURS]) / 1e6:.1f}" if moved else "")
-        cells.append(format_spread(row.shares, ".0%") if moved else "")
+        bandwidth = [f"{moved / median(row.ms[OURS]) / 1e6:.1f}", harness.spread(row.shares, ".0%")]
+        cells.append([row.task.title, harness.spread(row.ms[OURS], ".3g"), *(bandwidth if moved else ["", ""])])
         for other in (NUMPY, TORCH):
-            if other not in row.ms:
-                cells.append("")
-                continue
-            wanted = row.task.goals.get(other)
-            cells.append(format_spread(row.ratios(other), ".1f") + (f", wanted {wanted:g}" if wanted else ""))
-        yield "| " + " | ".join(cells) + " |"
-    yield ""
+            goal = f", wanted {row.task.goals[other]:g}" if other in row.ms and other in row.task.goals else ""
+            cells[-1].append(harness.spread(row.ratios(other), ".1f") + goal)
+    title = f"## {rows[0].n:,} elements, {len(rows[0].ms[OURS])} rounds"
+    return f"{title}\n\n{harness.table(HEAD, cells, words=1)}"
 
 
 def draw(rows: Sequence[Row], out: Path) -> None:
     """Bandwidth by that of an add, and how many times as fast as the others, a bar a length."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    from hpccomm.bench.plot import COLOURS
-
     titles = [task.title for task in TASKS][::-1]
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure, [[left, *others]] = harness.panels(13, 7, 1, 3, sharey=True)
     sizes = sorted({row.n for row in rows}, reverse=True)
-    left, *others = figure.subplots(1, 3, sharey=True)
     for number, n in enumerate(sizes):
         here = [row for row in rows if row.n == n]
         places = [titles.index(row.task.title) + 0.2 - 0.4 * number for row in here]
         colour = COLOURS[number]
         left.barh(places, [median(row.shares) for row in here], 0.36, color=colour, label=f"{n:,} float32")
         for axes, other in zip(others, (NUMPY, TORCH), strict=True):
-            heights = [median(row.ratios(other)) if other in row.ms else 0 for row in here]
+            heights = [median(row.ratios(other) or [0]) for row in here]
             axes.barh(places, heights, 0.36, color=colour)
             axes.plot([row.task.goals.get(other, float("nan")) for row in here], places, "k|", markersize=9)
     left.axvline(0.9, color="black", linewidth=0.8)
@@ -625,50 +602,32 @@ def draw(rows: Sequence[Row], out: Path) -> None:
         axes.axvline(1, color="black", linewidth=0.8)
     left.set_yticks(range(len(titles)), titles, fontsize=8)
     left.legend(fontsize=8, loc="lower right")
-    figure.savefig(out, metadata={"Date": None})
-
-
-def describe_run(command: Sequence[str]) -> dict[str, Any]:
-    """Machine, versions, command, date."""
-    return {
-        "machine": {
-            "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        },
-        "versions": {"python": platform.python_version(), **versions("hpccomm", "numpy", "numba", "torch")},
-        "command": shlex.join(command),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+    harness.save(figure, out)
 
 
 def main() -> int:
-    """Measure, print a table for each length, write JSON and a picture."""
-    parser = argparse.ArgumentParser(prog="scripts/bench_kernels", description=__doc__)
+    """Measure the tasks that the file lacks, print a table for each length, draw."""
+    parser = harness.parser("kernels", __doc__, rounds=9, file="kernels.json")
     parser.add_argument("--elements", type=int, action="append", help="of 8 each (default: 25,000,000 and 1,000,000)")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="", help="tasks with this in their title")
-    parser.add_argument("--json", type=Path, help=f"where to write, beside it the picture (such as {OUT})")
-    args = parser.parse_args()
+    args = harness.parse(parser)
     if importlib.util.find_spec("torch"):
         import torch
 
         torch.set_num_threads(1)
-    rows: list[Row] = []
+    record = harness.Record(args.file, lambda row: (row["kernel"], row["elements"]), ["rows"], args.seconds)
+
+    def measure(key: tuple[str, int]) -> dict[str, Any]:
+        task, n = next(task for task in TASKS if task.title == key[0]), key[1]
+        check(task, min(n, 1 << 20))
+        return measure_task(task, n, args.rounds if n > CACHE_ELEMENTS else 2 * args.rounds).record()
+
     for n in args.elements or SIZES:
-        here = []
-        for task in TASKS:
-            if args.only in task.title:
-                check(task, min(n, 1 << 20))
-                here.append(measure_task(task, n, args.rounds if n > CACHE_ELEMENTS else 2 * args.rounds))
-        rows += here
-        sys.stdout.write("\n".join(table(here)) + "\n")
-        sys.stdout.flush()
-    if args.json:
-        lines = ",\n".join("  " + json.dumps(row.record(), ensure_ascii=False) for row in rows)
-        head = json.dumps(describe_run(["scripts/bench_kernels", *sys.argv[1:]]), indent=1).removesuffix("\n}")
-        args.json.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
-        draw(rows, args.json.with_suffix(".svg"))
+        record.recall_all([(task.title, n) for task in TASKS if args.only in task.title], measure)
+        here = [row_of(row) for row in record.rows if row["elements"] == n]
+        if here:
+            harness.emit(table(here))
+    draw([row_of(row) for row in record.rows], harness.plot_file(args, args.file))
     return 0
 
 

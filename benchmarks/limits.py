@@ -1,21 +1,17 @@
-"""``scripts/bench_limits``: what this node permits, beside what an allreduce takes.
+"""The least time of an allreduce that this node permits, beside the time that an allreduce takes.
 
-In one launch, size by size and in turns: native MPI and ours as they are called from Python; the kernel of ours called
-from a compiled loop, so that no Python is in it; and that kernel with nobody waiting for anybody, so that nothing is
-left but the bytes that it must move between the cores' caches and memory.  For few bytes: a call of native MPI that
-has nobody to talk to, which is what its arguments cost, and a meeting of all ranks with nothing to reduce.
+One launch measures, size by size and in turns: native MPI and ours, called from Python; our kernel, called from a
+compiled loop without Python; and that kernel without its waits for other ranks, which leaves only the bytes that it
+must move between the cores' caches and memory.  For few bytes it also measures native MPI on one rank, which is the
+cost of a call's arguments, and a barrier of all ranks.
 
-Native MPI's time by that floor is how many times as fast as native MPI an allreduce can be here.
+Native MPI's time divided by the least time is the largest ratio to native that an allreduce can reach here.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,15 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.node import row
+from benchmarks import harness
 
-OUT = Path("docs/measurements")
 SIZES = [4 << 2 * k for k in range(14)]
 SECONDS, MOST_CALLS = 4e-3, 2000
-"""For how long something is timed in one turn, and how many calls at most; one call at least."""
+"""Seconds of one turn, and the most calls in it; at least one call."""
 TURNS = 9
 SMALL = 4096
-"""Bytes up to which a call's arguments and a meeting are most of it."""
+"""Bytes up to which a call's arguments and the barrier take most of the time."""
 OURS = ("auto", "registered")
 RATIOS = ("times native", "at most", "of that reached")
 
@@ -40,7 +35,7 @@ Times = dict[str, float]
 
 
 def kernel_loops() -> dict[str, Callable[[int, int], None]]:
-    """Loops that call a kernel: as it is, with nobody waiting, and a meeting."""
+    """Compiled loops that call the kernel as it is, the kernel without waits, and the barrier."""
     from hpccomm.kernels import compiled
 
     def on(kernel: Any) -> Any:
@@ -60,30 +55,22 @@ def kernel_loops() -> dict[str, Callable[[int, int], None]]:
 
 
 def skip_rank_wait(state, q, number):  # type: ignore[no-untyped-def]
-    """In place of waiting for a rank at the beginning."""
+    """Replaces the wait for a rank at the beginning."""
     return 0
 
 
 def skip_count_wait(state, q, counter, count):  # type: ignore[no-untyped-def]
-    """In place of waiting for a block of a rank."""
+    """Replaces the wait for a block of one rank."""
     return True
 
 
 def skip_all_wait(state, counter, count):  # type: ignore[no-untyped-def]
-    """In place of waiting for a block of all ranks."""
+    """Replaces the wait for a block of all ranks."""
     return True
 
 
-def time_call(comm: Any, run: Callable[[int], None], calls: int) -> float:
-    """Microseconds a call, on the slowest rank (collective)."""
-    comm.Barrier()
-    began = time.perf_counter()
-    run(calls)
-    return float(comm.allreduce((time.perf_counter() - began) / calls * 1e6, op=max))
-
-
 def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
-    """One launch: medians over the turns, for each size (collective)."""
+    """The rows of one launch: medians over the turns, for each size (collective)."""
     from mpi4py import MPI
 
     from hpccomm import Communicator
@@ -95,7 +82,7 @@ def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
     meeting, alone = call_of(shared.bind_barrier(0)), MPI.COMM_SELF
     rows = []
     for nbytes in sizes:
-        n, hasty = nbytes // 4, SharedMemory(comm.context.node)  # in which ranks that do not wait lose count
+        n, hasty = nbytes // 4, SharedMemory(comm.context.node)  # kernels without waits corrupt its counters
         a, b, r, h = np.ones(n, "f4"), np.empty(n, "f4"), comm.zeros(n, "f4"), hasty.empty(n, "f4")
         runs: dict[str, Callable[[int], None]] = {
             "native": repeat(partial(MPI.COMM_WORLD.Allreduce, a, b)),
@@ -110,13 +97,13 @@ def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
         if nbytes <= SMALL:
             runs["a meeting"] = partial(loop["meet"], meeting)
             runs["native, one rank"] = repeat(partial(alone.Allreduce, a, b))
-        rows.append({"bytes": nbytes, **take_turns(comm, runs)})
+        rows.append({"bytes": nbytes, **time_in_turns(comm, runs)})
         hasty.close()
     return rows
 
 
 def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
-    """A call, as often as is said."""
+    """A loop over a call."""
 
     def run(calls: int) -> None:
         for _ in range(calls):
@@ -125,65 +112,54 @@ def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
     return run
 
 
-def take_turns(comm: Any, runs: dict[str, Callable[[int], None]]) -> Times:
-    """Medians over the turns; what was never called before is called first (collective)."""
-    calls = {name: max(time_call(comm, run, 3), 0.1) for name, run in runs.items()}
-    calls = {name: max(1, min(MOST_CALLS, int(SECONDS * 1e6 / us))) for name, us in calls.items()}
-    calls = comm.bcast(calls)
-    found = [{name: time_call(comm, run, calls[name]) for name, run in runs.items()} for _ in range(TURNS)]
-    return {name: median(each[name] for each in found) for name in runs}
+def time_in_turns(comm: Any, runs: dict[str, Callable[[int], None]]) -> Times:
+    """Median microseconds of a call; three calls before the first turn prepare each run (collective)."""
+    us = {name: 1e6 / 3 * harness.time_collective(comm, partial(run, 3)) for name, run in runs.items()}
+    calls = {name: max(1, min(MOST_CALLS, int(SECONDS * 1e6 / max(each, 0.1)))) for name, each in us.items()}
+    turns = {name: partial(harness.time_collective, comm, partial(run, calls[name])) for name, run in runs.items()}
+    found = harness.take_turns(turns, TURNS, warmup=0)
+    return {name: 1e6 * median(each) / calls[name] for name, each in found.items()}
 
 
 def lower_bound(times: Times, ours: str) -> float:
-    """What stays however ours is built: the bytes moved; for few bytes, arguments read and ranks that meet."""
+    """The least time of any implementation: the bytes moved; for few bytes, the arguments and a barrier."""
     return max(times[f"{ours}, no waiting"], times.get("a meeting", 0.0) + times.get("native, one rank", 0.0))
 
 
-def table(rounds: list[list[dict[str, Any]]]) -> str:
+def tables(rounds: list[list[dict[str, Any]]]) -> str:
     """Medians over the rounds; ratios are taken round by round."""
     columns = [name for name in rounds[0][0] if name != "bytes"]
-    lines = [row("bytes", *(f"{name}, µs" for name in columns)), "|" + "---:|" * (len(columns) + 1)]
+    times, shares = [], []
     for at in zip(*rounds, strict=True):
-        cells = [f"{median(each[name] for each in at):.4g}" if name in at[0] else "" for name in columns]
-        lines.append(row(str(at[0]["bytes"]), *cells))
-    lines += ["", row("bytes", *(f"{what}, {name}" for name in OURS for what in RATIOS)), "|" + "---:|" * 7]
-    for at in zip(*rounds, strict=True):
-        cells = []
+        size = str(at[0]["bytes"])
+        times.append([size, *(f"{median(r[name] for r in at):.4g}" if name in at[0] else "" for name in columns)])
+        shares.append([size])
         for ours in OURS:
             reached = median(each["native"] / each[ours] for each in at)
             possible = median(each["native"] / lower_bound(each, ours) for each in at)
             part = median(lower_bound(each, ours) / each[ours] for each in at)
-            cells += [f"{reached:.2f}", f"{possible:.2f}", f"{part:.0%}"]
-        lines.append(row(str(at[0]["bytes"]), *cells))
-    return "\n".join(lines) + "\n"
+            shares[-1] += [f"{reached:.2f}", f"{possible:.2f}", f"{part:.0%}"]
+    head = ["bytes", *(f"{ratio}, {name}" for name in OURS for ratio in RATIOS)]
+    return harness.table(["bytes", *(f"{name}, µs" for name in columns)], times) + "\n" + harness.table(head, shares)
 
 
 def main() -> int:
     """Launch, write, print; inside a launch, measure."""
-    parser = argparse.ArgumentParser(prog="scripts/bench_limits", description=__doc__)
-    parser.add_argument("rounds", nargs="?", type=int, default=5)
-    parser.add_argument("ranks", nargs="*", type=int, default=[2, 4])
-    parser.add_argument("--inside", metavar="FILE", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.inside:
-        from mpi4py import MPI
-
-        rows = measure_sizes(SIZES)
-        if MPI.COMM_WORLD.rank == 0:
-            Path(args.inside).write_text(json.dumps(rows), encoding="utf-8")
+    parser = harness.parser("limits", __doc__, rounds=5, ranks="2,4", file="limits-p{ranks}.json")
+    parser.add_argument("--sizes", default=SIZES, type=harness.integers, help="bytes, default 4 to 2^28, 4 times apart")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = harness.parse(parser)
+    if args.work:
+        harness.write_on_rank0(args.work, measure_sizes(args.sizes))
         return 0
+    program = ["-m", "benchmarks.limits", "--sizes", ",".join(map(str, args.sizes))]
     for ranks in args.ranks:
-        rounds = []
-        for _ in range(args.rounds):
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "rows.json")
-                command = [f"{Path(sys.executable).parent}/hpccomm-run", "-n", str(ranks)]
-                subprocess.run([*command, "-m", "benchmarks.limits", "--inside", str(file)], check=True)
-                rounds.append(json.loads(file.read_text(encoding="utf-8")))
-        out = OUT / f"limits-p{ranks}.json"
-        out.write_text(json.dumps(rounds).replace("}, {", "},\n{") + "\n", encoding="utf-8")
-        sys.stdout.write(f"\n## {ranks} ranks\n\n{table(rounds)}")
-        sys.stdout.flush()
+        run, file = harness.on_node(ranks), harness.results_file(args, ranks=ranks)
+        record = harness.Record(file, lambda row: row["round"], seconds=args.seconds)
+        if record.rows and isinstance(record.rows[0], list):  # an older file
+            record.rows[:] = [{"round": number, "sizes": rows} for number, rows in enumerate(record.rows)]
+        record.recall_all(range(args.rounds), lambda k: {"round": k, "sizes": harness.launch(run, program, "--work")})  # noqa: B023
+        harness.emit(f"\n## {ranks} ranks\n", tables([row["sizes"] for row in record.rows]))
     return 0
 
 

@@ -1,22 +1,17 @@
-"""``scripts/bench_mics``: steps of MiCS and ZeRO-3 on nodes of a virtual cluster, and gathers and reductions in two
-levels.
+"""Steps of MiCS and ZeRO-3 on the nodes of a virtual cluster, and gathers and reduce-scatters in two levels.
 
-*N nodes of k = 2 ranks, p = k, s = 4 micro-steps, M bytes of parameters in float32, layers of one size.*  All ways run
-in every round, in turns; a time is that of the slowest rank.  Gradients are constants and a layer's computing is a wait
-of a given length, as for a device that computes: sixteen ranks share the machine's cores, which could not compute for
-all.  Where nothing is computed nothing is gathered ahead.  After its steps every way has the same weights, bit for bit.
-"Alone" is MiCS without a second hop: what the machine needs where nothing is sent between nodes.  Bytes are those that
+*N nodes of k = 2 ranks, p = k, s = 4 micro-steps, M bytes of parameters in float32, layers of one size.*  All ways take
+turns in every round; a time is that of the slowest rank.  Gradients are constants, and the computing of a layer is a
+wait of a given length, as on a device: sixteen ranks share the machine's cores, which could not compute for all of
+them.  Settings without computing do not prefetch.  After its steps every way has the same weights, bit for bit.
+"Alone" is MiCS without a second hop: the time of the machine where nothing is sent between nodes.  Bytes are those that
 the first node's link has sent.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,14 +19,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.kernels import describe_run
+from benchmarks import harness
 from hpccomm.algorithms.sharded.cost import Job, Shape, fit_latency, link_volume, second_us, step_cost
+from hpccomm.bench.plot import COLOURS
 from hpccomm.cluster.nodes import Cluster, rate_of
 from hpccomm.layout import Link
 from hpccomm.performance.machine import Machine
 from hpccomm.testing import verifiable
 
-OUT = Path("docs/measurements/mics.json")
 PER_NODE, MICRO_STEPS = 2, 4
 NODES = (2, 4, 8)
 GATHER_BYTES = (16384, 131072, 1048576, 8388608)
@@ -39,37 +34,37 @@ GATHER_BYTES = (16384, 131072, 1048576, 8388608)
 ROUNDS = 5
 LR = 2.0**-10
 GOODPUT = 0.95
-"""Of a link's rate, what is not headers."""
+"""Share of a link's rate that is not headers."""
 ALPHA_US = {2: 14.0, 4: 27.0, 8: 61.0}
-"""A round of a ring of four bytes, by nodes of two ranks, on this machine (docs/measurements/cluster.md)."""
+"""Latency of a ring's round with four bytes, by nodes of two ranks (docs/measurements/cluster.md)."""
 P4D = Machine(Link(5.0, 1e-3 / 230), Link(20.0, 1e-3 / 40), 0.0, "p4d.24xlarge: 8 A100, 400 Gbit/s, assumed rates")
 LARGE = Job(100e9, 80, MICRO_STEPS, 2e6 * 100e9 / 80 * 2048 / 170e12, shard_word=2)
 """100 billion parameters in 80 layers, 2048 tokens a micro-step at the published 170 TFLOPS; the layers are assumed."""
 ZERO_SCALING = 0.72
-"""Of ZeRO-3 from 128 to 512 GPUs, as published."""
+"""Share of its throughput that ZeRO-3 keeps from 128 to 512 GPUs, as published."""
 
 
 class Setting(NamedTuple):
-    """What is trained."""
+    """One training job on the cluster."""
 
     name: str
     layers: int
     elements: int
-    """Of a layer."""
+    """Elements of a layer."""
     wait_ms: float
-    """A layer's computing forward; backward takes twice as long."""
+    """Forward computing of a layer; the backward pass takes twice as long."""
     rate: str
     rounds: int
     methods: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
-        """M."""
+        """Bytes of all parameters, M."""
         return 4 * self.layers * self.elements
 
     @property
     def compute_s(self) -> float:
-        """All computing of a step."""
+        """Seconds of computing in a step."""
         return 3e-3 * self.wait_ms * self.layers * MICRO_STEPS
 
 
@@ -80,19 +75,19 @@ SETTINGS = (
     Setting("slow-links", 8, 1 << 16, 0.0, "250mbit", 5, (MICS, AUTO, NATIVE_MPI, RINGS, LEVELS, ALONE)),
     Setting("device", 8, 1 << 13, 40.0, "125mbit", 3, (MICS, AUTO, RINGS, ALONE)),
 )
-"""All nodes share this machine's cores, which a cluster has once a node: with links slower and layers shorter in the
-same measure links take as long as before, and the cores a part of it.  The device computes for long enough that
-communication is little of a step, as with large models."""
+"""All nodes share this machine's cores, and a cluster has cores on every node.  With slower links and layers shorter by
+the same factor the links take as long as before, and the cores a part of that time.  The device computes for so long
+that communication is a small part of a step, as with large models."""
 SECOND_HOP = "allreduce=hierarchical"
-"""By name: what was measured at one rate does not decide at another."""
+"""The second hop's algorithm is fixed: a tuning table made at one rate does not hold at another."""
 UNPREDICTED = (AUTO, NATIVE_MPI, ALONE)
-"""By an algorithm that changes, or that MPI keeps to itself; or what predictions start from."""
+"""Ways without a prediction: their algorithm changes, or is MPI's own, or predictions start from them."""
 
 Shardings = dict[str, Callable[[Any, Any, Any, bool], Any]]
 
 
 def shardings() -> Shardings:
-    """Ways to divide the same states, from (communicator, units, optimizer, whether to gather on a thread)."""
+    """Ways to shard the same states: functions of (communicator, units, optimizer, whether to prefetch on a thread)."""
     from mpi4py import MPI
 
     from hpccomm.algorithms.sharded.groups import mics, partition_groups
@@ -120,7 +115,7 @@ def shardings() -> Shardings:
 
 
 def step(states: Any, names: Sequence[str], wait: float) -> None:
-    """Four micro-steps and the boundary."""
+    """One step: four micro-steps and the boundary."""
     for _ in range(MICRO_STEPS):
         walk = [*names, *reversed(names)]
         for at, name in enumerate(walk):
@@ -134,12 +129,12 @@ def step(states: Any, names: Sequence[str], wait: float) -> None:
 
 
 def read_link_bytes() -> int:
-    """What this node's link has sent."""
+    """Bytes that this node's link has sent."""
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text(encoding="ascii"))
 
 
 def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
-    """All ways in turns: seconds of a step, bytes on the link, and bytes by formula of each hop."""
+    """Measure all ways in turns: seconds of a step, bytes on the link, and the formula's bytes of each hop."""
     import numpy as np
 
     from hpccomm.algorithms.transforms import scale
@@ -148,16 +143,19 @@ def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
     made = {title: shardings()[title](comm, units, scale(-LR), setting.wait_ms > 0) for title in setting.methods}
     for states in made.values():
         states.gradients[...] = comm.rank + 1
-    found: dict[str, Any] = {title: {"seconds": [], "sent": []} for title in made}
-    for number in range(setting.rounds + 1):
-        for title, states in made.items():
-            comm.Barrier()
-            before = read_link_bytes()
-            taken = time_call(comm, partial(step, states, list(units), 1e-3 * setting.wait_ms))
-            comm.Barrier()
-            if number:
-                found[title]["seconds"].append(taken)
-                found[title]["sent"].append(read_link_bytes() - before)
+
+    def run(states: Any) -> tuple[float, int]:
+        comm.Barrier()
+        before = read_link_bytes()
+        seconds = harness.time_collective(comm, partial(step, states, list(units), 1e-3 * setting.wait_ms))
+        comm.Barrier()
+        return seconds, read_link_bytes() - before
+
+    turns = harness.take_turns({title: partial(run, states) for title, states in made.items()}, setting.rounds)
+    found: dict[str, Any] = {
+        title: {"seconds": [each for each, _ in pairs], "sent": [each for _, each in pairs]}
+        for title, pairs in turns.items()
+    }
     first = (comm.size + 1) / 2
     for title, states in made.items():
         mean = first if title != ALONE else (comm.rank // PER_NODE * PER_NODE + 1.5) * PER_NODE / comm.size
@@ -172,20 +170,6 @@ def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
     return found
 
 
-def time_call(comm: Any, call: Callable[[], Any], repeats: int = 1) -> float:
-    """Seconds a call on the slowest rank."""
-    import numpy as np
-    from mpi4py import MPI
-
-    comm.Barrier()
-    began = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    mine, most = np.array([(time.perf_counter() - began) / repeats]), np.empty(1)
-    MPI.Intracomm(comm).Allreduce(mine, most, MPI.MAX)
-    return float(most[0])
-
-
 TWO_LEVELS, FLAT, NATIVE = "two levels", "flat ring", "native"
 ALGORITHM = {TWO_LEVELS: "hierarchical", FLAT: "ring", NATIVE: "native"}
 HALVES = {"gathers": "Gathers", "scatters": "Reduce-scatters"}
@@ -193,7 +177,7 @@ ALL_MEASUREMENTS = (*(each.name for each in SETTINGS), *HALVES)
 
 
 def halves_of(comm: Any, name: str, rounds: int) -> dict[str, dict[int, list[float]]]:
-    """A vector gathered by all ranks, or reduced and scattered: seconds by way and length."""
+    """Seconds of an allgather, or of a reduce-scatter, of all ranks by way and length."""
     import numpy as np
 
     found: dict[str, dict[int, list[float]]] = {title: {} for title in ALGORITHM}
@@ -208,41 +192,38 @@ def halves_of(comm: Any, name: str, rounds: int) -> dict[str, dict[int, list[flo
         into = np.empty_like(want)
         run = comm.Allgather if name == "gathers" else comm.Reduce_scatter_block
         repeats = max(1, min(20, (1 << 22) // nbytes))
-        for number in range(rounds + 1):
-            for title, algorithm in ALGORITHM.items():
-                into[...] = -1
-                taken = time_call(comm, partial(run, given, into, algorithm=algorithm), repeats)
-                assert np.array_equal(into, want), (title, nbytes)
-                if number:
-                    found[title].setdefault(nbytes, []).append(taken)
+
+        def turn(title: str) -> float:
+            into[...] = -1  # noqa: B023
+            call = partial(run, given, into, algorithm=ALGORITHM[title])  # noqa: B023
+            seconds = harness.time_collective(comm, call, repeats)  # noqa: B023
+            assert np.array_equal(into, want), title  # noqa: B023
+            return seconds
+
+        turns = harness.take_turns({title: partial(turn, title) for title in ALGORITHM}, rounds)
+        for title, seconds in turns.items():
+            found[title][nbytes] = seconds
     return found
 
 
-def work(out: Path, name: str, rounds: int) -> None:
-    """What each rank does; rank 0 writes."""
+def work(name: str, rounds: int) -> Any:
+    """The measurement of one setting, or of gathers or reduce-scatters, on every rank."""
     from mpi4py import MPI
 
     from hpccomm.communicator import Communicator
 
     world = Communicator(MPI.COMM_WORLD)
     setting = next((each for each in SETTINGS if each.name == name), None)
-    found: Any = steps_of(world, setting) if setting else halves_of(world, name, rounds)
-    if world.rank == 0:
-        out.write_text(json.dumps(found), encoding="utf-8")
+    return steps_of(world, setting) if setting else halves_of(world, name, rounds)
 
 
 def measure_nodes(name: str, nodes: int, rounds: int) -> dict[str, Any]:
     """One setting, or gathers, or reduce-scatters, on so many nodes."""
-    setting = next((each for each in SETTINGS if each.name == name), None)
-    rate = setting.rate if setting else "1gbit"
-    with Cluster(nodes, rate, "mics") as cluster, tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "found.json")
-        program = ["-m", "benchmarks.mics", "--work", str(file), "--only", name, "--rounds", str(rounds)]
-        env = {"OMP_NUM_THREADS": "1", "HPCCOMM_ALGORITHM": SECOND_HOP}
-        done = cluster.run(program, PER_NODE, env=env, capture_output=True, text=True, timeout=900)
-        if done.returncode:
-            raise SystemExit(f"{done.stdout[-2000:]}{done.stderr[-4000:]}")
-        found = json.loads(file.read_text(encoding="utf-8"))
+    rate = next((each.rate for each in SETTINGS if each.name == name), "1gbit")
+    shape = harness.Shape(nodes, (PER_NODE,) * nodes, "block", rate)
+    program = ["-m", "benchmarks.mics", "--only", name, "--rounds", str(rounds)]
+    with Cluster(nodes, rate, "mics") as cluster:
+        found = harness.launch(harness.on_cluster(cluster, shape, {"HPCCOMM_ALGORITHM": SECOND_HOP}), program, "--work")
     return {"what": name, "nodes": nodes, "per_node": PER_NODE, "rate": rate, "found": found}
 
 
@@ -255,7 +236,7 @@ def setting_of(record: dict[str, Any]) -> Setting:
 
 
 def shape_of(title: str, nodes: int) -> Shape:
-    """How a way divides the states."""
+    """The groups of a way."""
     ranks = nodes * PER_NODE
     if title in (MICS, ALONE):
         return Shape(ranks, PER_NODE, PER_NODE)
@@ -263,7 +244,7 @@ def shape_of(title: str, nodes: int) -> Shape:
 
 
 def machine_of(nodes: int, rate: str) -> Machine:
-    """The links' nominal rate less headers, and the latency of a round of so many nodes."""
+    """The machine model: the links' nominal rate less headers, and the latency of a round on so many nodes."""
     beta = 8e6 / rate_of(rate) / GOODPUT
     return Machine(Link(0.0, 0.0), Link(ALPHA_US[nodes], beta), 0.0, "docs/measurements/cluster.md")
 
@@ -286,115 +267,97 @@ def predict_step(title: str, record: dict[str, Any]) -> float:
 
 
 def predict_bytes(title: str, record: dict[str, Any]) -> float:
-    """What a step sends through a node's link by the formulas, headers left out."""
+    """Bytes that a step sends through a node's link by the formulas, without headers."""
     if title == ALONE:
         return 0.0
     return setting_of(record).nbytes * link_volume(shape_of(title, record["nodes"]), MICRO_STEPS).total
 
 
+STEPS_HEAD = ("nodes", "way", "ms a step", "predicted, ms", "measured / predicted", "MB through a link", "by formula")
+
+
 def steps_table(records: Sequence[dict[str, Any]]) -> str:
-    """Times of one setting, and how they stand to each other and to the formulas."""
-    setting = setting_of(records[0])
-    lines = [
-        f"### {setting.name}: {setting.layers} layers of {4 * setting.elements:,} bytes, {setting.rate}, "
-        f"{1e3 * setting.compute_s:.0f} ms of waits in a step",
-        "",
-        "| nodes | way | ms a step | predicted, ms | measured / predicted | MB through a link | by formula | MiCS is | "
-        "left of 2 nodes |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    """Times of one setting, beside each other and beside the formulas."""
+    setting, rows = setting_of(records[0]), []
     for record in records:
         found = record["found"]
         for title, each in found.items():
             times, guess = each["seconds"], predict_step(title, record)
-            ratios = sorted(a / b for a, b in zip(times, found[MICS]["seconds"], strict=True))
-            cells = [str(record["nodes"]), title, format_spread(1e3, times)]
+            cells = [str(record["nodes"]), title, harness.spread(times, unit=1e3)]
             cells += ["", ""] if title in UNPREDICTED else [f"{1e3 * guess:.4g}", f"{median(times) / guess:.2f}"]
             cells += [f"{median(each['sent']) / 1e6:.2f}", f"{predict_bytes(title, record) / 1e6:.2f}"]
+            ratios = harness.ratios(times, found[MICS]["seconds"])
             versus = f"**{median(ratios):.2f}×** ({ratios[0]:.2f}–{ratios[-1]:.2f})"
-            cells.append("" if title in (MICS, ALONE) else versus)
             first = next((r["found"].get(title) for r in records if r["nodes"] == NODES[0]), None)
-            cells.append(f"{median(first['seconds']) / median(times):.1%}" if first else "")
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *(compare_fastest_zero(record) for record in records)]
+            left = f"{median(first['seconds']) / median(times):.1%}" if first else ""
+            rows.append([*cells, "" if title in (MICS, ALONE) else versus, left])
+    lines = [
+        f"### {setting.name}: {setting.layers} layers of {4 * setting.elements:,} bytes, {setting.rate}, "
+        f"{1e3 * setting.compute_s:.0f} ms of waits in a step",
+        "",
+        harness.table([*STEPS_HEAD, "MiCS is", "left of 2 nodes"], rows, words=2),
+        *(compare_fastest_zero(record) for record in records),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def compare_fastest_zero(record: dict[str, Any]) -> str:
-    """MiCS beside the fastest of all ways that ZeRO-3 was run."""
+    """MiCS beside the fastest way of ZeRO-3."""
     found = record["found"]
     title = min((each for each in found if each.startswith(ZERO)), key=lambda each: median(found[each]["seconds"]))
-    pairs = zip(found[title]["seconds"], found[MICS]["seconds"], strict=True)
-    ratio = median(a / b for a, b in pairs)
+    ratio = median(harness.ratios(found[title]["seconds"], found[MICS]["seconds"]))
     return f"{record['nodes']} nodes: MiCS is {ratio:.2f}× as fast as {title}, the fastest of them.  "
 
 
-def format_spread(unit: float, times: Sequence[float]) -> str:
-    """Median, and in brackets the least and the largest."""
-    return f"**{unit * median(times):.4g}** ({unit * min(times):.4g}–{unit * max(times):.4g})"
+HALVES_HEAD = ("nodes", "bytes", "two levels, µs", "flat ring, µs", "native, µs", "ring / two levels")
 
 
 def halves_table(name: str, records: Sequence[dict[str, Any]]) -> str:
     """Gathers of all ranks, or reduce-scatters, in two levels beside flat ones."""
-    lines = [
-        f"### {HALVES[name]} of all ranks, 1gbit",
-        "",
-        "| nodes | bytes | two levels, µs | flat ring, µs | native, µs | ring / two levels | native / two levels |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for record in records:
         found = record["found"]
         for nbytes, times in found[TWO_LEVELS].items():
             others = [found[title][nbytes] for title in (FLAT, NATIVE)]
-            cells = [str(record["nodes"]), f"{int(nbytes):,}", *(format_spread(1e6, each) for each in (times, *others))]
-            cells += [f"{median(each) / median(times):.2f}" for each in others]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            spreads = [harness.spread(each, unit=1e6) for each in (times, *others)]
+            against = [f"{median(each) / median(times):.2f}" for each in others]
+            rows.append([str(record["nodes"]), f"{int(nbytes):,}", *spreads, *against])
+    return f"### {HALVES[name]} of all ranks, 1gbit\n\n" + harness.table([*HALVES_HEAD, "native / two levels"], rows)
 
 
 def large_cluster() -> str:
     """The published points beside the model: latency is fitted to ZeRO-3's, the rest is predicted."""
     before, after = Shape(128, 8, 128, False), Shape(512, 8, 512, False)
     machine = fit_latency(LARGE, before, after, P4D, ZERO_SCALING)
-    lines = [
-        f"Latency between nodes that leaves ZeRO-3 {ZERO_SCALING:.0%}: {machine.inter.alpha:.1f} µs.",
-        "",
-        "| | 128 GPUs, s a step | 512 GPUs | left | published |",
-        "|---|---:|---:|---:|---:|",
-    ]
     ways = [("ZeRO-3 (fitted)", before, after, "72 %")]
     ways += [(f"MiCS, p = {p}", Shape(128, 8, p), Shape(512, 8, p), "99.4 %") for p in (64, 128)]
+    rows = []
     for title, small, large, published in ways:
-        seconds = [1e-6 * step_cost(LARGE, shape, machine).step for shape in (small, large)]
-        lines.append(f"| {title} | {seconds[0]:.1f} | {seconds[1]:.1f} | {seconds[0] / seconds[1]:.1%} | {published} |")
-    return "\n".join(lines) + "\n"
+        s, t = (1e-6 * step_cost(LARGE, shape, machine).step for shape in (small, large))
+        rows.append([title, f"{s:.1f}", f"{t:.1f}", f"{s / t:.1%}", published])
+    head = ("", "128 GPUs, s a step", "512 GPUs", "left", "published")
+    intro = f"Latency between nodes that leaves ZeRO-3 {ZERO_SCALING:.0%}: {machine.inter.alpha:.1f} µs.\n\n"
+    return intro + harness.table(head, rows, words=1)
 
 
 def report(records: Sequence[dict[str, Any]]) -> str:
     """All tables."""
-    tables = []
-    for setting in SETTINGS:
-        found = sorted((each for each in records if each["what"] == setting.name), key=lambda each: int(each["nodes"]))
-        tables += [steps_table(found)] if found else []
-    for name in HALVES:
-        found = sorted((each for each in records if each["what"] == name), key=lambda each: int(each["nodes"]))
-        tables += [halves_table(name, found)] if found else []
-    return "\n".join([*tables, large_cluster()])
+
+    def select(name: str) -> list[dict[str, Any]]:
+        return sorted((each for each in records if each["what"] == name), key=lambda each: int(each["nodes"]))
+
+    steps = [steps_table(select(each.name)) for each in SETTINGS if select(each.name)]
+    halves = [halves_table(name, select(name)) for name in HALVES if select(name)]
+    return "\n".join([*steps, *halves, large_cluster()])
 
 
 def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
     """Steps against nodes, a panel a setting; marks are predictions."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    from hpccomm.bench.plot import COLOURS
-
     shown = [each for each in SETTINGS if any(record["what"] == each.name for record in records)]
     if not shown:
         return
-    figure = Figure(figsize=(4.2 * len(shown), 4), layout="constrained")
-    FigureCanvasSVG(figure)
-    for axes, setting in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    figure, [grid] = harness.panels(4.2 * len(shown), 4, 1, len(shown))
+    for axes, setting in zip(grid, shown, strict=True):
         here = sorted((each for each in records if each["what"] == setting.name), key=lambda each: int(each["nodes"]))
         nodes = [each["nodes"] for each in here]
         for number, title in enumerate(here[0]["found"]):
@@ -409,40 +372,25 @@ def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
         axes.set(xlabel="nodes of two ranks", ylabel="seconds a step")
         axes.set_title(f"{setting.name}, {setting.rate}", fontsize=10, loc="left")
         axes.legend(fontsize=8)
-    figure.savefig(out, metadata={"Date": None})
+    harness.save(figure, out)
 
 
 def main() -> int:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="scripts/bench_mics", description=__doc__)
+    """Measure what the file lacks, print, write; inside a launch, measure."""
+    parser = harness.parser("mics", __doc__, rounds=ROUNDS, file="mics.json")
     parser.add_argument("--nodes", type=int, action="append", help=f"default {', '.join(map(str, NODES))}")
-    parser.add_argument(
-        "--only",
-        action="append",
-        help=f"some of {', '.join(ALL_MEASUREMENTS)}; none: only print",
-    )
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of {', '.join(HALVES)} (default {ROUNDS})")
-    parser.add_argument("--json", type=Path, help=f"what it holds is kept, beside what is measured now (such as {OUT})")
+    parser.add_argument("--only", action="append", help=f"some of {', '.join(ALL_MEASUREMENTS)}; none: only print")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    args = harness.parse(parser)
     if args.work:
-        work(args.work, args.only[0], args.rounds)
+        harness.write_on_rank0(args.work, work(args.only[0], args.rounds))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken away
-    records: list[dict[str, Any]] = []
-    if args.json and args.json.exists():
-        records = json.loads(args.json.read_text(encoding="utf-8"))["records"]
-    for name in (each for each in args.only or ALL_MEASUREMENTS if each != "none"):
-        for nodes in args.nodes or NODES:
-            made = measure_nodes(name, nodes, args.rounds)
-            records = [each for each in records if (each["what"], each["nodes"]) != (name, nodes)] + [made]
-            if args.json:
-                found = {**describe_run(["scripts/bench_mics", *sys.argv[1:]]), "records": records}
-                args.json.write_text(json.dumps(found).replace('}, {"what"', '},\n{"what"') + "\n", encoding="utf-8")
-    sys.stdout.write(report(records))
-    if args.json:
-        draw(records, args.json.with_suffix(".svg"))
+    record = harness.Record(args.file, lambda row: (row["what"], row["nodes"]), seconds=args.seconds)
+    names = [each for each in args.only or ALL_MEASUREMENTS if each != "none"]
+    keys = [(name, nodes) for name in names for nodes in args.nodes or NODES]
+    record.recall_all(keys, lambda key: measure_nodes(*key, args.rounds))
+    harness.emit(report(record.rows))
+    draw(record.rows, harness.plot_file(args, args.file))
     return 0
 
 

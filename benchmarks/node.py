@@ -1,28 +1,30 @@
-"""``scripts/bench_node``: what this node's libraries need for an allreduce, launch after launch in turn.
+"""Allreduce on this node by every MPI library, beside ``auto`` and registered arrays of ours.
 
-In every round each contender is started once and measures all sizes; figures are medians over the rounds, ratios are
+In every round each contender is launched once for each range of sizes; figures are medians over the rounds, ratios are
 taken round by round.  ``auto`` and *registered* run in the same launch as the native algorithm of their own MPI.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-OUT = Path("docs/measurements")
+from benchmarks import harness
+
 CALLS = {"4:65536": ("1000", "100"), "262144:16777216": ("50", "20"), "67108864:268435456": ("8", "16")}
-"""Calls timed and calls before them, for each range of sizes: ours have tried how to fill slots after fourteen."""
+"""Timed calls, and the calls before them, for each range of sizes: ours try both ways to fill slots in 14 calls."""
+FACTOR = 4
 
 Times = dict[tuple[str, int], float]
 """Median microseconds of (contender, bytes)."""
+Rounds = Sequence[tuple[Times, float]]
+"""Of each round the times, and the GB/s of memory."""
 
 STREAM = """
 import sys, time, numpy as np
@@ -63,7 +65,7 @@ for nbytes in sizes:
 
 
 class Contender(NamedTuple):
-    """What is started: an environment, settings, and which of bench's columns it gives under which names."""
+    """One launch: an environment, settings, and the names of those columns of ``hpccomm bench`` that count."""
 
     environment: str
     settings: Mapping[str, str]
@@ -84,65 +86,75 @@ CONTENDERS = (
 )
 OURS = {"auto": "auto on Open MPI", "registered": "registered on Open MPI"}
 REFERENCES = ("Open MPI", "MPICH", "best")
-"""What ours are compared with: the MPI underneath, each its default, and at each size the fastest of all libraries."""
+"""Each MPI's default beside ours on that MPI, and the fastest of all libraries at each size."""
 BEYOND_CACHE = 1 << 24
 
 
 def launch_contender(contender: Contender, ranks: int, sizes: str) -> Times:
-    """One launch; nothing where the library cannot run here."""
-    calls, warmup = CALLS[sizes]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "rows.json")
-        command = [f"{contender.environment}/bin/hpccomm-run", "-n", str(ranks), "-m", "hpccomm", "bench", "allreduce"]
-        command += ["--algorithm", ",".join(contender.columns), "-m", sizes, "--step-factor", "4"]
-        command += ["-M", str(1 << 29), "-i", calls, "-x", warmup, "--json", str(file), *contender.flags]
-        settings = {**os.environ, **contender.settings}
-        done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
-        if done.returncode or not file.exists():
-            names = ", ".join(contender.columns.values())
-            sys.stderr.write(f"{names}: left out, {(done.stderr.strip() or 'no reason given').splitlines()[-1]}\n")
-            return {}
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    """One launch; no times if the library does not run here."""
+    calls, warmup = CALLS.get(sizes, ("50", "20"))
+    bench = ["-m", "hpccomm", "bench", "allreduce", "--algorithm", ",".join(contender.columns), "-m", sizes]
+    bench += ["--step-factor", str(FACTOR), "-M", str(1 << 29), "-i", calls, "-x", warmup, *contender.flags]
+    try:
+        run = harness.on_node(ranks, contender.environment, contender.settings)
+        rows = harness.launch(run, bench)["rows"]
+    except (harness.LaunchError, OSError) as error:
+        names = ", ".join(contender.columns.values())
+        harness.progress(f"{names}: left out, {str(error).splitlines()[-1]}")
+        return {}
     return {(contender.columns[row["algorithm"]], row["bytes"]): row["p50_us"] for row in rows}
 
 
-def gloo(ranks: int, sizes: str) -> Times:
-    """One launch of PyTorch's gloo; nothing where there is no PyTorch."""
-    python, (calls, warmup) = Path(".venv-gloo/bin/python"), CALLS[sizes]
+def launch_gloo(ranks: int, sizes: str) -> Times:
+    """One launch of PyTorch's gloo; no times without PyTorch."""
+    python, (calls, warmup) = Path(".venv-gloo/bin/python"), CALLS.get(sizes, ("50", "20"))
     if not python.exists():
         return {}
-    first, last = map(int, sizes.split(":"))
-    todo = [first]
-    while 4 * todo[-1] <= last:
-        todo.append(4 * todo[-1])
     with tempfile.TemporaryDirectory() as folder:
-        told = [json.dumps(todo), str(min(int(calls), 50)), warmup, f"{folder}/meet"]
+        todo = json.dumps(list(harness.steps(sizes, FACTOR)))
+        words = [todo, str(min(int(calls), 50)), warmup, f"{folder}/meet"]
         jobs = [
-            subprocess.Popen([str(python), "-c", GLOO, str(rank), str(ranks), *told], stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [str(python), "-c", GLOO, str(rank), str(ranks), *words], stdout=subprocess.PIPE, text=True
+            )
             for rank in range(ranks)
         ]
-        said, *_ = [job.communicate()[0] for job in jobs]
-    pairs = (line.split() for line in said.splitlines())
+        text, *_ = [job.communicate()[0] for job in jobs]
+    pairs = (line.split() for line in text.splitlines())
     return {("gloo", int(nbytes)): float(us) for nbytes, us in pairs}
 
 
-def bandwidth(ranks: int) -> float:
+def measure_bandwidth(ranks: int) -> float:
     """GB/s of memory, as far as copying reaches."""
-    command = [".venv/bin/hpccomm-run", "-n", str(ranks), "-c", STREAM]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return float(harness.on_node(ranks)(["-c", STREAM]).stdout.split()[-1])
 
 
-def rounds(count: int, ranks: int) -> Iterator[tuple[Times, float]]:
-    """All contenders in turn, ``count`` times, and the bandwidth in between."""
-    for number in range(count):
-        found: Times = {}
-        for sizes in CALLS:
-            for contender in CONTENDERS:
-                found |= launch_contender(contender, ranks, sizes)
-            found |= gloo(ranks, sizes)
-        yield found, bandwidth(ranks)
-        sys.stderr.write(f"{ranks} ranks: round {number + 1} of {count} done\n")
+def measure_round(key: tuple[int, int], ranges: Sequence[str]) -> dict[str, Any]:
+    """All contenders in turn, then the bandwidth."""
+    (ranks, number), found = key, Times()
+    for sizes in ranges:
+        for contender in CONTENDERS:
+            found |= launch_contender(contender, ranks, sizes)
+        found |= launch_gloo(ranks, sizes)
+    times = [{"contender": name, "bytes": nbytes, "p50_us": us} for (name, nbytes), us in found.items()]
+    return {"ranks": ranks, "round": number, "copy_gbps": measure_bandwidth(ranks), "times": times}
+
+
+def read_old_form(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rounds of files in which all times are one list."""
+    ranks, rates, rows = (data.pop(key, []) for key in ("ranks", "copy_gbps", "rows"))
+    return [
+        {"ranks": ranks, "round": k, "copy_gbps": rate, "times": [row for row in rows if row["round"] == k]}
+        for k, rate in enumerate(rates)
+    ]
+
+
+def rounds_of(rows: Sequence[dict[str, Any]]) -> Rounds:
+    """Times and bandwidth of each round."""
+    return [
+        ({(each["contender"], each["bytes"]): each["p50_us"] for each in row["times"]}, row["copy_gbps"])
+        for row in rows
+    ]
 
 
 def traffic_bytes(name: str, nbytes: int, ranks: int) -> int:
@@ -150,31 +162,29 @@ def traffic_bytes(name: str, nbytes: int, ranks: int) -> int:
     return ((3 if name == "registered" else 5) * ranks + 1) * nbytes
 
 
-def tables(found: list[tuple[Times, float]], ranks: int) -> str:
+def tables(found: Rounds, ranks: int) -> str:
     """Medians in microseconds; then ratios with their range, and the share of the memory's bandwidth."""
     others = sorted({name for times, _ in found for name, _ in times} - {*OURS.values()})
     natives = [name for name in others if not name.startswith(("auto", "registered"))]
-    gbps = median(rate for _, rate in found)
     sizes = sorted({nbytes for times, _ in found for _, nbytes in times})
     columns = [*natives, *OURS.values()]
-    lines = [row("bytes", *columns), "|" + "---:|" * (len(columns) + 1)]
-    lines += [row(str(nbytes), *(median_us(found, name, nbytes) for name in columns)) for nbytes in sizes]
-    lines += ["", row("bytes", *(f"{other} / {ours}" for ours in OURS for other in REFERENCES), *OURS)]
-    lines += ["|" + "---:|" * (len(OURS) * (len(REFERENCES) + 1) + 1)]
-    for nbytes in sizes:
-        cells = [ratio(found, natives, ours, other, nbytes) for ours in OURS for other in REFERENCES]
-        cells += [bandwidth_share(found, ours, nbytes, ranks) for ours in OURS]
-        lines.append(row(str(nbytes), *cells))
-    told = f"The last two columns: share of the {gbps:.0f} GB/s that all ranks together reach when they copy."
-    return "\n".join([*lines, "", told]) + "\n"
+    pairs = [(ours, other) for ours in OURS for other in REFERENCES]
+    rows = [
+        [
+            str(nbytes),
+            *(harness.spread(ratios(found, natives, *pair, nbytes), ".2f") or "–" for pair in pairs),
+            *(bandwidth_share(found, ours, nbytes, ranks) for ours in OURS),
+        ]
+        for nbytes in sizes
+    ]
+    times = [[str(nbytes), *(median_us(found, name, nbytes) for name in columns)] for nbytes in sizes]
+    head = ["bytes", *(f"{other} / {ours}" for ours, other in pairs), *OURS]
+    gbps = median(rate for _, rate in found)
+    note = f"The last two columns: share of the {gbps:.0f} GB/s that all ranks together reach when they copy.\n"
+    return "\n".join([harness.table(["bytes", *columns], times), harness.table(head, rows), note])
 
 
-def row(*cells: str) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def bandwidth_share(found: list[tuple[Times, float]], ours: str, nbytes: int, ranks: int) -> str:
+def bandwidth_share(found: Rounds, ours: str, nbytes: int, ranks: int) -> str:
     """Bytes that must move by the time they took, of the bandwidth in the same round; for vectors beyond the cache."""
     shares = [
         traffic_bytes(ours, nbytes, ranks) / times[OURS[ours], nbytes] / 1e3 / rate
@@ -184,13 +194,13 @@ def bandwidth_share(found: list[tuple[Times, float]], ours: str, nbytes: int, ra
     return f"{median(shares):.0%}" if shares and nbytes >= BEYOND_CACHE else ""
 
 
-def median_us(found: list[tuple[Times, float]], name: str, nbytes: int) -> str:
+def median_us(found: Rounds, name: str, nbytes: int) -> str:
     """A contender's median in microseconds."""
     values = [times[name, nbytes] for times, _ in found if (name, nbytes) in times]
     return f"{median(values):.4g}" if values else "–"
 
 
-def ratio(found: list[tuple[Times, float]], natives: list[str], ours: str, other: str, nbytes: int) -> str:
+def ratios(found: Rounds, natives: Sequence[str], ours: str, other: str, nbytes: int) -> list[float]:
     """How many times as fast as another library on its own MPI, round by round; *best* is the fastest of all."""
     quotients = []
     for times, _ in found:
@@ -198,19 +208,12 @@ def ratio(found: list[tuple[Times, float]], natives: list[str], ours: str, other
         theirs = [times[name, nbytes] for name in natives if other in (name, "best") if (name, nbytes) in times]
         if mine and theirs:
             quotients.append(min(theirs) / mine)
-    if not quotients:
-        return "–"
-    return f"**{median(quotients):.2f}** ({min(quotients):.2f}–{max(quotients):.2f})"
+    return quotients
 
 
-def draw(found: list[tuple[Times, float]], out: Path) -> None:
+def draw(found: Rounds, out: Path) -> None:
     """Medians against bytes, a line a contender."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    figure, [[axes]] = harness.panels(8, 5.5)
     for name in sorted({name for times, _ in found for name, _ in times}):
         sizes = sorted({nbytes for times, _ in found for each, nbytes in times if each == name})
         values = [median(times[name, size] for times, _ in found if (name, size) in times) for size in sizes]
@@ -219,45 +222,24 @@ def draw(found: list[tuple[Times, float]], out: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="µs, median", title="Allreduce, float32 sums")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(out, metadata={"Date": None})
+    harness.save(figure, out)
 
 
 def main() -> int:
-    """Measure, write, print."""
-    parser = argparse.ArgumentParser(prog="scripts/bench_node", description=__doc__)
-    parser.add_argument("rounds", nargs="?", type=int, default=5)
-    parser.add_argument("ranks", nargs="*", type=int, default=[2, 4])
-    parser.add_argument("--tables", action="store_true", help="measure nothing, print what the files hold")
-    args = parser.parse_args()
+    """Measure the rounds that the file lacks, write, print."""
+    parser = harness.parser("node", __doc__, rounds=5, ranks="2,4", file="node-p{ranks}.json")
+    parser.add_argument("--sizes", action="append", help=f"BYTES:BYTES (default {' and '.join(CALLS)})")
+    args = harness.parse(parser)
     for ranks in args.ranks:
-        file = OUT / f"node-p{ranks}.json"
-        if not args.tables:
-            write(list(rounds(args.rounds, ranks)), ranks, file)
-        found = read(file)
-        draw(found, file.with_suffix(".svg"))
-        sys.stdout.write(f"\n## {ranks} ranks\n\n{tables(found, ranks)}")
-        sys.stdout.flush()
+        file = harness.results_file(args, ranks=ranks)
+        record = harness.Record(file, lambda row: (row["ranks"], row["round"]), seconds=args.seconds)
+        record.rows.extend(read_old_form(record.data))
+        keys = [(ranks, number) for number in range(args.rounds)]
+        record.recall_all(keys, lambda key: measure_round(key, args.sizes or list(CALLS)))
+        found = rounds_of(record.rows)
+        draw(found, harness.plot_file(args, file))
+        harness.emit(f"\n## {ranks} ranks\n", tables(found, ranks))
     return 0
-
-
-def write(found: list[tuple[Times, float]], ranks: int, file: Path) -> None:
-    """All figures, a line each."""
-    rows = [
-        {"round": number, "contender": name, "bytes": nbytes, "p50_us": us}
-        for number, (times, _) in enumerate(found)
-        for (name, nbytes), us in times.items()
-    ]
-    record = {"ranks": ranks, "copy_gbps": [rate for _, rate in found], "rows": rows}
-    file.write_text(json.dumps(record).replace("}, {", "},\n{") + "\n", encoding="utf-8")
-
-
-def read(file: Path) -> list[tuple[Times, float]]:
-    """What was written."""
-    record = json.loads(file.read_text(encoding="utf-8"))
-    found: list[tuple[Times, float]] = [({}, rate) for rate in record["copy_gbps"]]
-    for each in record["rows"]:
-        found[each["round"]][0][each["contender"], each["bytes"]] = each["p50_us"]
-    return found
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""``scripts/bench_slow_links``: one gradient over slow links, dense and compressed, on the nodes of a virtual cluster.
+"""One gradient over slow links, dense and compressed, on the nodes of a virtual cluster.
 
-*n float32, from each rank's gradient to the mean, or what stands for it, on every rank.*  All ways run in every round,
-in turns, the compressed ones several times back to back, as a link's first burst is free.  A time is the slowest
-rank's.  Three times of a way:
+*n float32, from each rank's gradient to the mean, or its approximation, on every rank.*  All ways take turns in every
+round.  Compressed ways run several times back to back, as an idle link lets a first burst through at once.  A time is
+that of the slowest rank.  Compressed ways have three times:
 
 - *all*: the whole call, while the processors of one machine compute for all nodes;
-- *messages*: as many and as long ones, ready made, that nobody looks at;
-- *computing*: the same work with an :class:`Echo` in place of the others, by the ranks of one node while the other
-  nodes rest, as on a machine of their own; the slowest node's.
+- *messages*: as many messages of the same lengths, prepared before and not decoded;
+- *computing*: the same work with an :class:`Echo` in place of the communicator, by the ranks of one node while the
+  other nodes are idle, as on separate machines; the time of the slowest node.
 
-``--even`` looks for the density at which a sparse allgather takes as long as a dense allreduce.
+``--even`` searches for the density at which a sparse allgather takes as long as a dense allreduce.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +28,8 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from benchmarks.kernels import describe_run
+from benchmarks import harness
+from hpccomm.bench.plot import COLOURS
 from hpccomm.cluster.nodes import Cluster, rate_of
 from hpccomm.layout import Link
 from hpccomm.performance import sparse_cost
@@ -41,11 +41,11 @@ RATES = ("1gbit", "100mbit")
 BREAK_EVEN_SHAPES, BREAK_EVEN_ELEMENTS = ((2, 1), (4, 1), (8, 1), (4, 2)), 1 << 20
 BREAK_EVEN_DENSITIES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
 TUNED, TUNED_SIZES = "native,ring,butterfly,bruck", "1Ki,64Ki,1Mi"
-"""Allgathers that are measured first, and the bytes of their results."""
+"""Algorithms of the allgather that are tuned first, and the bytes of their results."""
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-"""For glibc: memory that was given back stays with the process, as new pages cost a virtual machine most of all."""
+"""glibc keeps freed memory in the process, as new pages are expensive on a virtual machine."""
 GOODPUT = 0.95
-"""Of a link's rate, what is not headers."""
+"""Share of a link's rate that is not headers."""
 ALPHA_US = 25.0
 BACK_TO_BACK = 4
 ROUNDS = 3
@@ -61,48 +61,48 @@ class ExchangeMethod(NamedTuple):
     title: str
     make: Make
     talk: Callable[[Any], Call] | None = None
-    """(communicator) -> a call that sends messages as long; None for dense ones."""
+    """(communicator) -> a call that sends messages of the same lengths; None for dense methods."""
     price_name: str = ""
-    """By which name :mod:`hpccomm.performance.sparse_cost` prices the messages."""
+    """The row of :mod:`hpccomm.performance.sparse_cost` that prices the messages."""
     levels: bool = False
-    """Dense in the node; the nodes' first ranks compress and exchange."""
+    """Dense in the node; the first rank of each node compresses and exchanges."""
 
 
 class Echo:
-    """A communicator whose other ranks bring what this one brings: an exchange's work without its messages."""
+    """A communicator whose other ranks send what this rank sends: the work of an exchange without its messages."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.letters = rank, size, list[Any]()
+        self.rank, self.size, self.messages = rank, size, list[Any]()
 
     def Allgather(self, mine: Any, room: Any) -> None:
-        """Copies of mine."""
+        """Copies of ``mine``."""
         room.reshape(self.size, -1)[...] = mine
 
     def Allgatherv(self, mine: Any, room: Any) -> None:
-        """Copies of mine, as they are equally long."""
+        """Copies of ``mine``, as all messages have its length."""
         self.Allgather(mine, room[0])
 
     def Allreduce(self, mine: Any, room: Any, op: Any = None) -> None:
-        """As a maximum would be."""
+        """The maximum of equal vectors."""
         room[...] = mine
 
-    def Isend(self, letter: Any, to: int, tag: int) -> Echo:
-        """What :meth:`Recv` returns."""
-        self.letters.append(letter)
+    def Isend(self, message: Any, to: int, tag: int) -> Echo:
+        """Keep a message for :meth:`Recv`."""
+        self.messages.append(message)
         return self
 
     def Wait(self) -> None:
-        """It was sent."""
+        """The message was kept."""
 
     def Probe(self, source: int, tag: int, status: Any) -> None:
-        """How long it is."""
+        """The length of the next message."""
         from mpi4py import MPI
 
-        status.Set_elements(MPI.BYTE, self.letters[0].size)
+        status.Set_elements(MPI.BYTE, self.messages[0].size)
 
     def Recv(self, room: Any, source: int, tag: int) -> None:
-        """What was sent."""
-        room[...] = self.letters.pop(0)
+        """The next message."""
+        room[...] = self.messages.pop(0)
 
 
 # Ways
@@ -118,7 +118,7 @@ def native(comm: Any, gradient: Any) -> Call:
 
 
 def dense(comm: Any, gradient: Any) -> Call:
-    """Ours, by the algorithm that is fastest here."""
+    """Our allreduce, by the algorithm of the tuning table."""
     import numpy as np
 
     out = np.empty_like(gradient)
@@ -145,20 +145,20 @@ def feedback_exchange(compressor: Callable[[], Any], momentum: float = 0.0) -> M
 
 def topk() -> Any:
     """The largest 0.1 %."""
-    from hpccomm.algorithms.compressors import topk as made
+    from hpccomm import topk as made
 
     return made(DENSITY)
 
 
 def threshold() -> Any:
-    """GTC's threshold that 0.1 % reach."""
-    from hpccomm.algorithms.compressors import threshold as made
+    """GTC's threshold, which 0.1 % of the elements reach."""
+    from hpccomm import threshold as made
 
     return made(density=DENSITY)
 
 
 def phases(comm: Any, gradient: Any) -> Call:
-    """One bit an element there and back."""
+    """1-bit reduce-scatter and allgather."""
     import numpy as np
 
     from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
@@ -169,7 +169,7 @@ def phases(comm: Any, gradient: Any) -> Call:
 
 
 def leader_exchange(make: Make) -> Make:
-    """Dense in the node, between the nodes as ``make`` says."""
+    """A dense reduction in the node, then ``make`` between the nodes."""
 
     def levels(comm: Any, gradient: Any) -> Call:
         import numpy as np
@@ -190,29 +190,29 @@ def leader_exchange(make: Make) -> Make:
 
 
 def allgather_messages(element_bytes: float) -> Callable[[Any], Call]:
-    """Messages of 0.1 % of the elements to all."""
+    """Messages as long as 0.1 % of the elements, to all ranks."""
 
     def talk(comm: Any) -> Call:
         import numpy as np
 
-        from hpccomm.collectives.compressed.sparse import gather_messages
+        from hpccomm.collectives.compressed.messages import gather_messages
 
-        letter = np.zeros(sparse_cost.HEADERS + round(element_bytes * DENSITY * ELEMENTS), np.uint8)
-        return lambda: gather_messages(comm, letter)
+        message = np.zeros(sparse_cost.HEADERS + round(element_bytes * DENSITY * ELEMENTS), np.uint8)
+        return lambda: gather_messages(comm, message)
 
     return talk
 
 
 def alltoall_messages(comm: Any) -> Call:
-    """A part of the bits for each rank, and back."""
+    """A block of bits to each rank, and back."""
     import numpy as np
 
-    from hpccomm.collectives.compressed.sparse import CountingComm, allgatherv
+    from hpccomm.collectives.compressed.messages import CountingComm, allgatherv
 
     wire = CountingComm(comm)
-    letter = np.zeros(4 + ELEMENTS // 8 // comm.size, np.uint8)
-    lengths = np.full(comm.size, letter.size)
-    return lambda: (wire.alltoall([letter] * comm.size), allgatherv(wire, letter, lengths))
+    message = np.zeros(4 + ELEMENTS // 8 // comm.size, np.uint8)
+    lengths = np.full(comm.size, message.size)
+    return lambda: (wire.alltoall([message] * comm.size), allgatherv(wire, message, lengths))
 
 
 EXCHANGE_METHODS = (
@@ -244,39 +244,15 @@ EXCHANGE_METHODS = (
 # What each rank does
 
 
-def time_call(comm: Any, call: Call, repeats: int) -> float:
-    """Seconds a call on the slowest rank."""
-    comm.Barrier()
-    return max_over_ranks(comm, time_local(call, repeats))
-
-
-def time_local(call: Call, repeats: int) -> float:
-    """Seconds a call here."""
-    began = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - began) / repeats
-
-
-def max_over_ranks(comm: Any, mine: float) -> float:
-    """The largest of all ranks."""
-    import numpy as np
-    from mpi4py import MPI
-
-    most = np.empty(1)
-    MPI.Intracomm(comm).Allreduce(np.array([mine]), most, MPI.MAX)
-    return float(most[0])
-
-
 def wait_idle(comm: Any) -> None:
-    """A barrier that leaves the processor to others."""
+    """A barrier that sleeps, so that other ranks have the processor."""
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(0.001)
 
 
-def work(out: Path, rounds: int, only: str) -> None:
-    """What each rank does; rank 0 writes seconds, a number a round."""
+def work(rounds: int, only: str) -> dict[str, dict[str, list[float]]]:
+    """On every rank: seconds of each way, a number a round."""
     import numpy as np
     from mpi4py import MPI
 
@@ -285,39 +261,41 @@ def work(out: Path, rounds: int, only: str) -> None:
     world = Communicator(MPI.COMM_WORLD)
     node, nodes = world.intra_node, world.inter_node
     gradient = np.random.default_rng(world.rank).standard_normal(ELEMENTS, np.float32)
-    here = [way for way in EXCHANGE_METHODS if only in way.title]
-    calls = {way.title: way.make(world, gradient) for way in here}
     echo = Echo(world.rank, world.size)
     levels = SimpleNamespace(intra_node=node, inter_node=Echo(nodes.rank, nodes.size))
-    works = {way.title: way.make(levels if way.levels else echo, gradient) for way in here if way.talk}
-    found: dict[str, dict[str, list[float]]] = {"all": {}, "messages": {}, "computing": {}}
 
-    def note(what: str, way: ExchangeMethod, seconds: float, number: int) -> None:
-        if number:
-            found[what].setdefault(way.title, []).append(seconds)
-
-    for number in range(rounds + 1):
-        for way in here:
-            if way.talk is None:
-                if number:
-                    note("all", way, time_call(world, calls[way.title], 1), number)
-                continue
-            note("all", way, time_call(world, calls[way.title], BACK_TO_BACK), number)
-            talks = way.talk(nodes if way.levels else world) if node.rank == 0 or not way.levels else int
-            note("messages", way, time_call(world, talks, 2 * BACK_TO_BACK), number)
-            mine = 0.0
-            for turn in range(nodes.size):
-                wait_idle(world)
-                if nodes.rank == turn:
-                    mine = time_local(works[way.title], BACK_TO_BACK)
+    def compute(call: Call) -> float:
+        mine = 0.0
+        for turn in range(nodes.size):
             wait_idle(world)
-            note("computing", way, max_over_ranks(world, mine), number)
-    if world.rank == 0:
-        out.write_text(json.dumps(found), encoding="utf-8")
+            if nodes.rank == turn:
+                mine = harness.time_local(call, BACK_TO_BACK)
+        wait_idle(world)
+        return harness.max_over_ranks(world, mine)
+
+    def turns_of(way: ExchangeMethod) -> Callable[[], tuple[float, ...]]:
+        call = way.make(world, gradient)
+        if way.talk is None:
+            return lambda: (harness.time_collective(world, call),)
+        own = way.make(levels if way.levels else echo, gradient)
+
+        def turn() -> tuple[float, ...]:
+            whole = harness.time_collective(world, call, BACK_TO_BACK)
+            talk = way.talk(nodes if way.levels else world) if node.rank == 0 or not way.levels else int  # type: ignore[misc]
+            return whole, harness.time_collective(world, talk, 2 * BACK_TO_BACK), compute(own)
+
+        return turn
+
+    turns = harness.take_turns({way.title: turns_of(way) for way in EXCHANGE_METHODS if only in way.title}, rounds)
+    found: dict[str, dict[str, list[float]]] = {"all": {}, "messages": {}, "computing": {}}
+    for title, rows in turns.items():
+        for name, values in zip(found, zip(*rows, strict=True), strict=False):
+            found[name][title] = list(values)
+    return found
 
 
-def work_break_even(out: Path, rounds: int) -> None:
-    """A dense allreduce, and sparse ones of rising density."""
+def work_break_even(rounds: int) -> dict[str, list[float]]:
+    """On every rank: seconds of a dense allreduce, and of sparse ones of rising density."""
     import numpy as np
     from mpi4py import MPI
 
@@ -332,39 +310,34 @@ def work_break_even(out: Path, rounds: int) -> None:
     for density in BREAK_EVEN_DENSITIES:
         index = cell_indices(n, round(density * n), world.rank)
         calls[str(density)] = partial(sparse_allreduce, world, index, gradient[index], n, algorithm="allgather")
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            found[name].append(time_call(world, call, 1))
-    if world.rank == 0:
-        out.write_text(json.dumps(found), encoding="utf-8")
+    turns = {name: partial(harness.time_collective, world, call) for name, call in calls.items()}
+    return harness.take_turns(turns, rounds, warmup=0)
 
 
 # What is measured
 
 
 def launch_work(shape: tuple[int, int], rate: str, words: Sequence[str]) -> Any:
-    """What this module's ``--work`` finds on a cluster made for it, whose allgathers were tuned."""
+    """The result of this module's ``--work`` on a cluster made for it, whose allgathers were tuned."""
     nodes, per_node = shape
+    where = harness.Shape(nodes, (per_node,) * nodes, "block", rate)
+    tune = ["hpccomm", "tune", "--collective", "allgather", "--algorithm", TUNED, "--sizes", TUNED_SIZES]
     with Cluster(nodes, rate, "slow") as cluster, tempfile.TemporaryDirectory() as folder:
-        file, tuned = Path(folder, "found.json"), Path(folder, "tuned.json")
-        tune = ["hpccomm", "tune", "--collective", "allgather", "--algorithm", TUNED, "--sizes", TUNED_SIZES]
-        program = ["-m", "benchmarks.slow_links", "--work", str(file), *words]
-        for each in ([*tune, "--out", str(tuned)], program):
-            env = {"OMP_NUM_THREADS": "1", **MALLOC_ENV, **({"HPCCOMM_TUNING": str(tuned)} if tuned.exists() else {})}
-            done = cluster.run(each, per_node, env=env, capture_output=True, text=True, timeout=3600)
-            if done.returncode:
-                raise SystemExit(f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        return json.loads(file.read_text(encoding="utf-8"))
+        tuned = Path(folder, "tuned.json")
+        table = harness.launch(harness.on_cluster(cluster, where, MALLOC_ENV, 3600), tune, "--out")
+        tuned.write_text(json.dumps(table), encoding="utf-8")
+        env = {**MALLOC_ENV, "HPCCOMM_TUNING": str(tuned)}
+        run = harness.on_cluster(cluster, where, env, 3600)
+        return harness.launch(run, ["-m", "benchmarks.slow_links", *words], "--work")
 
 
 def machine_of(rate: str) -> Machine:
-    """Links of a rate."""
+    """The machine model of a link rate."""
     return Machine(inter=Link(ALPHA_US, 8e6 / rate_of(rate) / GOODPUT))
 
 
 def messages_of(way: ExchangeMethod, rate: str) -> float:
-    """Seconds that the messages of a way should take, or the best dense allreduce."""
+    """Predicted seconds of the messages of a way, or of the best dense allreduce."""
     machine = machine_of(rate)
     if way.talk is None:
         return 1e-6 * sparse_cost.dense_cost(NODES, PER_NODE, 4 * ELEMENTS, machine)
@@ -372,48 +345,37 @@ def messages_of(way: ExchangeMethod, rate: str) -> float:
     return next(1e-6 * each.us for each in rows if each.algorithm == way.price_name)
 
 
-def table(record: dict[str, Any]) -> Iterator[str]:
-    """Times, and how they stand to our dense one and to native."""
-    whole, messages, computing = record["all"], record["messages"], record["computing"]
-    yield f"### {NODES} x {PER_NODE} ranks, {record['rate']}, {4 * ELEMENTS:,} bytes"
-    yield ""
-    times = "all, ms | messages, ms | predicted | computing, ms | both, ms"
-    yield f"| way | {times} | dense / all | native / all | dense / both |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
-    for way in EXCHANGE_METHODS:
-        if way.title not in whole:
-            continue
-        cells = [way.title, format_spread(whole[way.title])]
-        predicted = f"{1e3 * messages_of(way, record['rate']):.4g}"
+TIMES = ("all, ms", "messages, ms", "predicted", "computing, ms", "both, ms")
+
+
+def table(record: dict[str, Any]) -> str:
+    """Times, and ratios to our dense allreduce and to native."""
+    rows = []
+    for way in (way for way in EXCHANGE_METHODS if way.title in record["all"]):
+        whole = record["all"][way.title]
+        predicted, both, cells = f"{1e3 * messages_of(way, record['rate']):.4g}", math.nan, ["", "", "", ""]
         if way.talk:
-            both = median(messages[way.title]) + median(computing[way.title])
-            cells += [
-                format_spread(messages[way.title]),
-                predicted,
-                format_spread(computing[way.title]),
-                f"{1e3 * both:.4g}",
-            ]
-        else:
-            both = math.nan
-            cells += ["", predicted if way.title == "dense" else "", "", ""]
-        cells += [f"{median_seconds(record, other) / median(whole[way.title]):.1f}" for other in ("dense", "native")]
-        cells.append(f"{median_seconds(record, 'dense') / both:.1f}" if way.talk else "")
-        yield "| " + " | ".join(cells) + " |"
-    yield ""
+            messages, computing = (record[each][way.title] for each in ("messages", "computing"))
+            both = median(messages) + median(computing)
+            spreads = [harness.spread(each, unit=1e3) for each in (messages, computing)]
+            cells = [spreads[0], predicted, spreads[1], f"{1e3 * both:.4g}"]
+        elif way.title == "dense":
+            cells[1] = predicted
+        cells += [f"{median_seconds(record, other) / median(whole):.1f}" for other in ("dense", "native")]
+        gain = f"{median_seconds(record, 'dense') / both:.1f}" if way.talk else ""
+        rows.append([way.title, harness.spread(whole, unit=1e3), *cells, gain])
+    head = ("way", *TIMES, "dense / all", "native / all", "dense / both")
+    title = f"### {NODES} x {PER_NODE} ranks, {record['rate']}, {4 * ELEMENTS:,} bytes"
+    return f"{title}\n\n{harness.table(head, rows, words=1)}"
 
 
 def median_seconds(record: dict[str, Any], title: str) -> float:
-    """A way's seconds, NaN where it did not run."""
+    """A way's seconds, NaN if it did not run."""
     return median(record["all"].get(title, [math.nan]))
 
 
-def format_spread(seconds: Sequence[float]) -> str:
-    """Milliseconds: median, least, largest."""
-    return f"**{1e3 * median(seconds):.4g}** ({1e3 * min(seconds):.4g}–{1e3 * max(seconds):.4g})"
-
-
 def break_even_density(ratios: dict[float, float]) -> float:
-    """The density at which the ratio becomes 1, between neighbours on logarithmic scales; NaN where it does not."""
+    """The density at which the ratio is 1, interpolated on logarithmic scales; NaN if there is none."""
     for (low, a), (high, b) in pairwise(sorted(ratios.items())):
         if a <= 1 <= b:
             share = math.log(1 / a) / math.log(b / a) if b > a else 0.0
@@ -422,12 +384,12 @@ def break_even_density(ratios: dict[float, float]) -> float:
 
 
 def format_density(density: float) -> str:
-    """For people."""
+    """A density in words."""
     return f"above {BREAK_EVEN_DENSITIES[-1]:g}" if math.isnan(density) else f"{density:.2g}"
 
 
 def density_ratios(record: dict[str, Any]) -> tuple[dict[float, float], dict[float, float]]:
-    """Sparse by dense at each density: measured and predicted."""
+    """Time of sparse divided by that of dense at each density: measured and predicted."""
     (nodes, per_node), found = record["shape"], record["seconds"]
     machine, nbytes = machine_of(record["rate"]), 4 * BREAK_EVEN_ELEMENTS
     limit = sparse_cost.dense_cost(nodes, per_node, nbytes, machine)
@@ -439,49 +401,38 @@ def density_ratios(record: dict[str, Any]) -> tuple[dict[float, float], dict[flo
     return measured, predicted
 
 
-def break_even_table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Sparse by dense, measured and predicted, and where they are even."""
-    heads = " | ".join(f"d = {density:g}" for density in BREAK_EVEN_DENSITIES)
-    yield f"### Sparse by dense, {4 * BREAK_EVEN_ELEMENTS:,} bytes: measured (predicted)"
-    yield ""
-    yield f"| link | nodes x ranks | dense, ms | {heads} | even at |"
-    yield "|---|---:|---:|" + "---:|" * (len(BREAK_EVEN_DENSITIES) + 1)
+def break_even_table(records: Sequence[dict[str, Any]]) -> str:
+    """Sparse by dense, measured and predicted, and the densities at which they are equal."""
+    rows = []
     for record in records:
         measured, predicted = density_ratios(record)
         nodes, per_node = record["shape"]
         limit = sparse_cost.dense_cost(nodes, per_node, 4 * BREAK_EVEN_ELEMENTS, machine_of(record["rate"]))
+        even = [format_density(break_even_density(each)) for each in (measured, predicted)]
         cells = [record["rate"], f"{nodes} x {per_node}"]
         cells.append(f"{1e3 * median(record['seconds']['dense']):.4g} ({1e-3 * limit:.4g})")
         cells += [f"{measured[each]:.2g} ({predicted[each]:.2g})" for each in BREAK_EVEN_DENSITIES]
-        cells.append(
-            "**{}** ({})".format(*(format_density(break_even_density(each)) for each in (measured, predicted)))
-        )
-        yield "| " + " | ".join(cells) + " |"
-    yield ""
+        rows.append([*cells, f"**{even[0]}** ({even[1]})"])
+    head = ("link", "nodes x ranks", "dense, ms", *(f"d = {density:g}" for density in BREAK_EVEN_DENSITIES), "even at")
+    title = f"### Sparse by dense, {4 * BREAK_EVEN_ELEMENTS:,} bytes: measured (predicted)"
+    return f"{title}\n\n{harness.table(head, rows, words=2)}"
 
 
 # Pictures
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
-    """Above, times of each way; below, dense by sparse against density; a column a rate."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    FigureCanvasSVG(figure)
-    above, below = figure.subplots(2, len(RATES), squeeze=False)
+    """Upper row: times of each way; lower row: dense / sparse against density; a column a rate."""
+    figure, [above, below] = harness.panels(11, 9, 2, len(RATES))
     for axes, record in zip(above, found.get("records", []), strict=False):
         draw_bars(axes, record)
     for axes, rate in zip(below, RATES, strict=True):
         draw_lines(axes, [each for each in found.get("even", []) if each["rate"] == rate], rate)
-    figure.savefig(out, metadata={"Date": None})
+    harness.save(figure, out)
 
 
 def draw_bars(axes: Any, record: dict[str, Any]) -> None:
-    """All, and messages and computing on machines of their own."""
-    from hpccomm.bench.plot import COLOURS
-
+    """The whole call; below it messages and computing on separate machines."""
     ways = [way for way in EXCHANGE_METHODS if way.title in record["all"]][::-1]
     places = range(len(ways))
     axes.barh(
@@ -506,9 +457,7 @@ def draw_bars(axes: Any, record: dict[str, Any]) -> None:
 
 
 def draw_lines(axes: Any, records: Sequence[dict[str, Any]], rate: str) -> None:
-    """Dense by sparse: points measured, lines predicted."""
-    from hpccomm.bench.plot import COLOURS
-
+    """Dense / sparse: points measured, lines predicted."""
     for record, colour in zip(records, COLOURS, strict=False):
         measured, predicted = density_ratios(record)
         nodes, per_node = record["shape"]
@@ -525,17 +474,12 @@ def draw_lines(axes: Any, records: Sequence[dict[str, Any]], rate: str) -> None:
 
 
 def draw_by_rate(record: dict[str, Any], out: Path) -> None:
-    """Dense by compressed against the links' rate: messages predicted, computing as measured; nodes of one rank."""
+    """Dense / compressed against the links' rate: messages predicted, computing measured; nodes of one rank."""
     import numpy as np
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    from hpccomm.bench.plot import COLOURS
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure, [grid] = harness.panels(11, 4, 1, 3, sharey=True)
     rates = np.geomspace(0.1, 100, 31)
-    for axes, nodes in zip(figure.subplots(1, 3, sharey=True), (2, 8, 32), strict=True):
+    for axes, nodes in zip(grid, (2, 8, 32), strict=True):
         ways = [way for way in EXCHANGE_METHODS if way.talk and not way.levels and way.title in record["computing"]]
         for way, colour in zip(ways, COLOURS, strict=False):
             working = 1e6 * median(record["computing"][way.title])
@@ -552,53 +496,45 @@ def draw_by_rate(record: dict[str, Any], out: Path) -> None:
         axes.set_xlabel("Gbit/s")
         axes.set_title(f"dense / compressed, {nodes} nodes", fontsize=10, loc="left")
         axes.legend(fontsize=8)
-    figure.savefig(out, metadata={"Date": None})
+    harness.save(figure, out)
+
+
+def identify(record: dict[str, Any]) -> tuple[Any, ...]:
+    """The rate, and in a search for the break-even density the shape."""
+    return record["rate"], *record.get("shape", ())
 
 
 def main() -> int:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="scripts/bench_slow_links", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    """Measure what the file lacks, print, draw; inside a launch, measure."""
+    parser = harness.parser("slow-links", __doc__, rounds=ROUNDS, file="slow-links.json")
     parser.add_argument("--rate", action="append", help=f"of the links (default: {' and '.join(RATES)})")
     parser.add_argument("--only", default="", help="ways with this in their title")
     parser.add_argument("--even", action="store_true", help="densities at which sparse and dense are even, instead")
-    parser.add_argument("--json", type=Path, help="where to add what was found, and beside it the picture")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    args = harness.parse(parser)
     if args.work:
-        if args.even:
-            work_break_even(args.work, args.rounds)
-        else:
-            work(args.work, args.rounds, args.only)
+        found = work_break_even(args.rounds) if args.even else work(args.rounds, args.only)
+        harness.write_on_rank0(args.work, found)
         return 0
+    record = harness.Record(args.file, identify, ["records", "even"], args.seconds)
     words = ["--rounds", str(args.rounds), *(["--even"] if args.even else ["--only", args.only])]
-    records = []
-    for rate in args.rate or RATES:
-        if args.even:
-            records += [{"rate": rate, "shape": s, "seconds": launch_work(s, rate, words)} for s in BREAK_EVEN_SHAPES]
-        else:
-            records.append({"rate": rate, **launch_work((NODES, PER_NODE), rate, words)})
-            sys.stdout.write("\n".join(table(records[-1])) + "\n")
-            sys.stdout.flush()
-    if args.even:
-        sys.stdout.write("\n".join(break_even_table(records)) + "\n")
-    if args.json:
-        keep(args.json, "even" if args.even else "records", records)
+
+    def measure(rate: str, *shape: int) -> dict[str, Any]:
+        if shape:
+            return {"rate": rate, "shape": shape, "seconds": launch_work((shape[0], shape[1]), rate, words)}
+        return {"rate": rate, **launch_work((NODES, PER_NODE), rate, words)}
+
+    shapes = BREAK_EVEN_SHAPES if args.even else [()]
+    keys = [(rate, *shape) for rate in args.rate or RATES for shape in shapes]
+    record.recall_all(keys, lambda key: measure(*key), "even" if args.even else "records")
+    for rows in record.lists.values():
+        rows.sort(key=lambda each: -rate_of(each["rate"]))
+    harness.emit(*map(table, record.rows), *([break_even_table(record.lists["even"])] if record.lists["even"] else []))
+    plot = harness.plot_file(args, args.file)
+    draw(record.data, plot)
+    if record.rows:
+        draw_by_rate(record.rows[0], plot.with_name(f"{plot.stem}-when.svg"))
     return 0
-
-
-def keep(file: Path, part: str, records: Sequence[dict[str, Any]]) -> None:
-    """Write this part beside what the file has of the others, and draw."""
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    rates = {each["rate"] for each in records}
-    old = [each for each in found.get(part, []) if each["rate"] not in rates]
-    both = sorted([*old, *records], key=lambda each: -rate_of(each["rate"]))
-    found = {**found, **describe_run(["scripts/bench_slow_links", *sys.argv[1:]]), part: both}
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(found, file.with_suffix(".svg"))
-    if found.get("records"):
-        draw_by_rate(found["records"][0], file.with_name(f"{file.stem}-when.svg"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from hpccomm.arrays import DeviceArray
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.plans import Plan, PlanCache, Run, call_key
-from hpccomm.collectives.compressed import onebit, sparse
+from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
 from hpccomm.device_planner import DeviceBinder
 from hpccomm.layout import Layout, Link
@@ -107,9 +107,9 @@ class Communicator(MPI.Intracomm):
         return level
 
     @cached_property
-    def message_gather(self) -> sparse.MessageGather:
+    def message_gather(self) -> messages.MessageGather:
         """What gathers messages of any length here."""
-        return sparse.MessageGather(self)
+        return messages.MessageGather(self)
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
         """What ``algorithm=`` may say for ``"allreduce"``, ``"bcast"``, … here (the first use is collective)."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 
 pytest_plugins = ["hpccomm.testing.lockstep"]
@@ -11,12 +15,13 @@ SERIAL_ROWS, MPI_ROWS = 4, 1
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The flag."""
+    """Add the command-line flag."""
     parser.addoption("--quick", action="store_true", help="a few rows of each table, without tests marked slow")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Reduce every table to a few rows."""
+    """Reduce every table, after ``-k`` and ``-m``, to a few rows."""
     if not config.getoption("--quick"):
         return
     tables: dict[tuple[str, int], list[pytest.Item]] = {}
@@ -42,3 +47,20 @@ def choose_rows(rows: list[pytest.Item], size: int) -> list[pytest.Item]:
         return rows[: slow.kwargs.get("keep", 0)]
     step = -(-len(rows) // (MPI_ROWS if size else SERIAL_ROWS))
     return rows[size % step :: step]
+
+
+@pytest.fixture
+def empty_arrays_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's uninitialised arrays of floating point hold NaN, so that reading one before writing it shows."""
+
+    def fill(make: Callable[..., Any]) -> Callable[..., Any]:
+        def make_filled(*args: Any, **named: Any) -> Any:
+            made = make(*args, **named)
+            if made.dtype.kind == "f":
+                made.fill(np.nan)
+            return made
+
+        return make_filled
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(np, name, fill(getattr(np, name)))

@@ -134,7 +134,9 @@ class StandIn:
         return np.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(address), dtype)
 
     def check(self, address: int, nbytes: int) -> None:
-        assert nbytes == 0 or (self.where(address) is not None and self.where(address + nbytes - 1) is not None)
+        assert nbytes == 0 or (
+            self.find_device(address) is not None and self.find_device(address + nbytes - 1) is not None
+        )
 
     def array(self, values: Any, stream: int = 1, number: int | None = None) -> StandInArray:
         """An array on this device, or on another one."""

@@ -15,7 +15,6 @@ from mpi4py import MPI
 from test_sparse import CountingProxy
 
 import hpccomm
-from hpccomm.algorithms import compressors
 from hpccomm.algorithms.checkpoints import for_ranks, load_state_dict, state_dict
 from hpccomm.algorithms.deep_gradient_compression import dgc
 from hpccomm.algorithms.deep_gradient_compression import message_report as told
@@ -27,7 +26,7 @@ from hpccomm.algorithms.power_sgd import powersgd
 from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import Transform, chain, scale
 from hpccomm.buckets import Bucket
-from hpccomm.collectives.compressed.sparse import MessageGather
+from hpccomm.collectives.compressed.messages import MessageGather
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 
@@ -50,21 +49,21 @@ METHODS: dict[str, Callable[[Any], Transform]] = {
     "gtc": lambda comm: gtc(comm, 0.5),
     "gtc, auto": gtc,
     "gtc, density": lambda comm: gtc(comm, density=0.05, code="rice", reduce="sum"),
-    "topk": lambda comm: feedback(compressors.topk(0.1), comm),
-    "topk, 16 bits": lambda comm: feedback(compressors.topk(0.1, values="fp16"), comm),
-    "momentum": lambda comm: feedback(compressors.topk(0.1), comm, 0.5),
-    "Nesterov, exact": lambda comm: feedback(compressors.topk(0.1, exact=True), comm, 0.5, nesterov=True),
-    "threshold with momentum": lambda comm: feedback(compressors.threshold(1.0), comm, 0.5),
-    "randomk": lambda comm: feedback(compressors.randomk(0.1), comm),
+    "topk": lambda comm: feedback(hpccomm.topk(0.1), comm),
+    "topk, 16 bits": lambda comm: feedback(hpccomm.topk(0.1, values="fp16"), comm),
+    "momentum": lambda comm: feedback(hpccomm.topk(0.1), comm, 0.5),
+    "Nesterov, exact": lambda comm: feedback(hpccomm.topk(0.1, exact=True), comm, 0.5, nesterov=True),
+    "threshold with momentum": lambda comm: feedback(hpccomm.threshold(1.0), comm, 0.5),
+    "randomk": lambda comm: feedback(hpccomm.randomk(0.1), comm),
     "onebit": onebit_sgd,
     "ef_signsgd": lambda comm: ef_signsgd(comm, 0.1),
-    "vote": lambda comm: feedback(compressors.sign_majority(), comm),
-    "qsgd": lambda comm: feedback(compressors.qsgd(), comm),
-    "natural": lambda comm: feedback(compressors.natural(), comm),
-    "ternary": lambda comm: feedback(compressors.ternary(), comm),
-    "fp16": lambda comm: feedback(compressors.cast("fp16"), comm),
-    "int8": lambda comm: feedback(compressors.cast("int8"), comm),
-    "powersgd": lambda comm: feedback(compressors.low_rank(2), comm),
+    "vote": lambda comm: feedback(hpccomm.sign_majority(), comm),
+    "qsgd": lambda comm: feedback(hpccomm.qsgd(), comm),
+    "natural": lambda comm: feedback(hpccomm.natural(), comm),
+    "ternary": lambda comm: feedback(hpccomm.ternary(), comm),
+    "fp16": lambda comm: feedback(hpccomm.cast("fp16"), comm),
+    "int8": lambda comm: feedback(hpccomm.cast("int8"), comm),
+    "powersgd": lambda comm: feedback(hpccomm.low_rank(2), comm),
     "onebit_adam": lambda comm: onebit_adam(comm, 0.01, 3),
 }
 
@@ -150,7 +149,7 @@ def test_dgc_that_sends_everything_is_momentum_descent() -> None:
     theta = vector("-.84375 -.09375 -.640625 -1.1875 1.015625 .484375 -.4375 -.28125")
 
     def body(comm: Any) -> None:
-        everything = feedback(compressors.topk(1.0), comm, 0.5, mask=False)
+        everything = feedback(hpccomm.topk(1.0), comm, 0.5, mask=False)
         for method in (
             chain(dgc(comm, MATRIX, 1.0, momentum=0.5, mask=False, smallest=0), scale(-1)),
             chain(everything, scale(-1)),
@@ -398,6 +397,19 @@ def test_with_another_number_of_ranks_what_is_pending_stays(name: str, old: int,
             assert all(np.array_equal(value, state_dict(found[rank][1])[path]) for path, value in kept.items())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_no_state_holds_memory_that_was_never_written(name: str, empty_arrays_are_nan: None) -> None:
+    """Such memory differs from run to run, and where it holds a NaN a state does not equal its copy."""
+
+    def body(comm: Any) -> list[dict[str, Any]]:
+        method, weights = METHODS[name](comm), np.zeros(61, F32)
+        state = method.init(weights)
+        return [state_dict(state), state_dict(method.update(numbers(61, 0, comm.rank), state, weights)[1])]
+
+    for states in run_on_ranks(3, body):
+        assert all(np.isfinite(leaf).all() for state in states for leaf in state.values())
+
+
 def test_a_rank_that_is_not_there_gets_no_state() -> None:
     with pytest.raises(ArgumentError, match="rank 2 of 2"):
         for_ranks([(np.zeros(3, F32),)], 2, 2)
@@ -424,7 +436,7 @@ def test_onebit_adam_says_tensors_of_any_size_when_it_knows_them() -> None:
 
 def test_feedback_of_everything_is_the_mean() -> None:
     def body(comm: Any) -> None:
-        exchanged, dense = feedback(compressors.none(), comm), synchronous_sgd(comm, 1.0)
+        exchanged, dense = feedback(hpccomm.none(), comm), synchronous_sgd(comm, 1.0)
         for step in range(3):
             gradient = numbers(50, step, comm.rank)
             zero = np.zeros(50, F32)
@@ -486,7 +498,7 @@ def test_one_gradient_that_is_not_finite_stops_no_rank_and_changes_nothing(name:
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_ranks_with_different_compressors_are_all_told(momentum: float) -> None:
     def body(comm: Any) -> None:
-        compressor = compressors.threshold(0.5) if comm.rank else compressors.topk(0.5)
+        compressor = hpccomm.threshold(0.5) if comm.rank else hpccomm.topk(0.5)
         method = feedback(compressor, comm, momentum)
         weights = np.zeros(8, F32)
         state = method.init(weights)
@@ -529,7 +541,7 @@ def test_a_message_that_arrives_altered_is_an_error_on_all_ranks_and_no_state_ch
     what: str, place: int, octet: int
 ) -> None:
     def body(comm: Any) -> None:
-        made = compressors.topk(0.1, code="u32")
+        made = hpccomm.topk(0.1, code="u32")
         method, weights = feedback(made, comm), np.zeros(60, F32)
         _, state = method.update(numbers(60, 0, comm.rank), method.init(weights), weights)
         before = state_dict(state)
@@ -566,9 +578,9 @@ def test_messages_of_any_lengths_are_exchanged() -> None:
         (lambda comm: dgc(comm, MATRIX, warmup=-1), "0 or more steps"),
         (lambda comm: gtc(comm, 0.0), "positive number"),
         (lambda comm: gtc(comm, -1.0), "positive number"),
-        (lambda comm: feedback(compressors.none(), comm, 1.0), "momentum"),
-        (lambda comm: feedback(compressors.none(), comm, nesterov=True), "nesterov needs momentum"),
-        (lambda comm: feedback(compressors.none(), comm, reduce="max"), "'mean' or 'sum'"),
+        (lambda comm: feedback(hpccomm.none(), comm, 1.0), "momentum"),
+        (lambda comm: feedback(hpccomm.none(), comm, nesterov=True), "nesterov needs momentum"),
+        (lambda comm: feedback(hpccomm.none(), comm, reduce="max"), "'mean' or 'sum'"),
         (lambda comm: onebit_adam(comm, 0.1, -1), "number of dense steps"),
         (lambda comm: gtc(comm).init(np.zeros(3)), "float32"),
         (lambda comm: gtc(comm).init(np.zeros((3, 3), "f4")), "flat contiguous"),

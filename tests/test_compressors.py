@@ -8,33 +8,33 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from hpccomm.algorithms import compressors
-from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, header_of
+import hpccomm
+from hpccomm.algorithms.compression.format import HEADER_BYTES, NO_MESSAGE, Compressor, header_of
 from hpccomm.errors import ArgumentError
 
 F32 = np.float32
 
 ALL = [
-    compressors.none(),
-    compressors.cast("fp16"),
-    compressors.cast("bf16"),
-    compressors.cast("int8"),
-    compressors.cast("uint8"),
-    compressors.threshold(0.5),
-    compressors.threshold(0.5, code="rice"),
-    compressors.threshold("auto"),
-    compressors.topk(0.1),
-    compressors.topk(0.1, exact=True, values="fp16", code="rice"),
-    compressors.topk(0.1, code="bitmap"),
-    compressors.topk(0.1, code="leb128"),
-    compressors.randomk(0.1),
-    compressors.onebit(),
-    compressors.onebit("per-sign"),
-    compressors.sign_majority(),
-    compressors.ternary(),
-    compressors.qsgd(),
-    compressors.natural(),
-    compressors.low_rank(2),
+    hpccomm.none(),
+    hpccomm.cast("fp16"),
+    hpccomm.cast("bf16"),
+    hpccomm.cast("int8"),
+    hpccomm.cast("uint8"),
+    hpccomm.threshold(0.5),
+    hpccomm.threshold(0.5, code="rice"),
+    hpccomm.threshold("auto"),
+    hpccomm.topk(0.1),
+    hpccomm.topk(0.1, exact=True, values="fp16", code="rice"),
+    hpccomm.topk(0.1, code="bitmap"),
+    hpccomm.topk(0.1, code="leb128"),
+    hpccomm.randomk(0.1),
+    hpccomm.onebit(),
+    hpccomm.onebit("per-sign"),
+    hpccomm.sign_majority(),
+    hpccomm.ternary(),
+    hpccomm.qsgd(),
+    hpccomm.natural(),
+    hpccomm.low_rank(2),
 ]
 SPARSIFIERS = [each for each in ALL if each.name.startswith(("none", "randomk", "topk"))]
 LENGTHS = (0, 1, 7, 8, 9, 1000)
@@ -75,7 +75,7 @@ def test_what_sparsifiers_send_and_keep_adds_up_exactly(compressor: Compressor) 
 def test_after_a_thousand_steps_nothing_is_lost(compressor: Compressor) -> None:
     """What was sent and the backlog against all gradients: each step rounds a backlog below 2^7 at most twice."""
     n, steps = 40, 1000
-    backlog, said, given, last = np.zeros(n, F32), np.zeros(n), np.zeros(n), compressors.NO_MESSAGE
+    backlog, said, given, last = np.zeros(n, F32), np.zeros(n), np.zeros(n), NO_MESSAGE
     for step, gradient in enumerate(np.random.default_rng(7).normal(size=(steps, n)).astype(F32)):
         last = compressor.encode_feedback(backlog, gradient, step=step, last=last)
         said += compressor.decode_vector(last, n)
@@ -166,7 +166,7 @@ def test_damaged_messages_are_refused_and_nothing_is_added(
     ],
 )
 def test_altered_indices_are_refused(change: Callable[[np.ndarray], np.ndarray], what: str) -> None:
-    compressor = compressors.topk(0.1, code="u32")
+    compressor = hpccomm.topk(0.1, code="u32")
     check_refused(compressor, change(compressor.encode(numbers(1000))), "damaged")
 
 
@@ -179,7 +179,7 @@ def test_messages_of_another_compressor_are_refused(compressor: Compressor) -> N
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.001, float("nan")])
-@pytest.mark.parametrize("make", [compressors.topk, compressors.randomk, lambda d: compressors.threshold(density=d)])
+@pytest.mark.parametrize("make", [hpccomm.topk, hpccomm.randomk, lambda d: hpccomm.threshold(density=d)])
 def test_densities_outside_zero_to_one_are_refused(make: Callable[[float], Compressor], density: float) -> None:
     with pytest.raises(ArgumentError, match="density"):
         make(density)
@@ -188,7 +188,7 @@ def test_densities_outside_zero_to_one_are_refused(make: Callable[[float], Compr
 @pytest.mark.parametrize("tau", [0, -1.0, float("nan"), float("inf")])
 def test_thresholds_that_are_not_positive_are_refused(tau: float) -> None:
     with pytest.raises(ArgumentError):
-        compressors.threshold(tau)
+        hpccomm.threshold(tau)
 
 
 @pytest.mark.parametrize("compressor", ALL, ids=id_of)
@@ -198,7 +198,7 @@ def test_vectors_that_are_not_flat_float32_are_refused(compressor: Compressor, v
         compressor.encode(vector)
 
 
-@pytest.mark.parametrize("compressor", [compressors.topk(1e-6, exact=True), compressors.threshold(3.5)], ids=id_of)
+@pytest.mark.parametrize("compressor", [hpccomm.topk(1e-6, exact=True), hpccomm.threshold(3.5)], ids=id_of)
 def test_indices_beyond_what_float32_counts_survive(compressor: Compressor) -> None:
     """2**24 + 1 is no float32: an index that passed through one would move."""
     n = (1 << 24) + 2
@@ -212,6 +212,6 @@ def test_onebit_of_2_to_the_24_and_one_elements() -> None:
     n = (1 << 24) + 1
     vector = np.ones(n, F32)
     vector[-1] = -1
-    message = compressors.onebit().encode(vector)
+    message = hpccomm.onebit().encode(vector)
     assert message.size == HEADER_BYTES + 4 + (1 << 21) + 1
-    np.testing.assert_array_equal(compressors.onebit().decode_vector(message, n), vector)
+    np.testing.assert_array_equal(hpccomm.onebit().decode_vector(message, n), vector)

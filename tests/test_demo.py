@@ -1,4 +1,4 @@
-"""The demo's last words: what was trained and measured, taken from the files that the commands write."""
+"""The summary of the demo: training and benchmark results, taken from the files that the commands write."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpccomm import demo
+from benchmarks import demo
 
 EPOCHS = [
     {"epoch": k, "accuracy": 0.5 + 0.1 * k, "compute_s": 0.25, "communication_s": 0.0125, "wire_bytes": 28860}

@@ -94,9 +94,7 @@ def test_messages_on_a_device_take_an_mpi_that_understands(device: StandIn, monk
     assert asked is not None
     bench.claim_devices(comm, asked)
     monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("a child died", "2026-01-02 03:04"))
-    with pytest.raises(
-        ArgumentError, match=r"latency: messages take memory of a device only where MPI does: .*child died"
-    ):
+    with pytest.raises(ArgumentError, match=r"latency: -d cuda needs an MPI that takes device memory: .*child died"):
         bench.claim_devices(hpccomm.Communicator(MPI.COMM_SELF), asked)
 
 
@@ -255,7 +253,7 @@ def test_a_step_that_fails_says_why_and_leaves_the_others(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(gpu, "kernels", lambda: None)
     monkeypatch.setattr(gpu, "copy_microseconds", lambda xp: 50.0)
-    monkeypatch.setattr(gpu, "microseconds", lambda xp, step: step())
+    monkeypatch.setattr(gpu, "cupy_microseconds", lambda xp, step: step())
     monkeypatch.setattr(gpu, "TASKS", (gpu.Task("one", 8, broken), gpu.Task("two", 8, lambda xp, k: lambda: 100.0)))
     copy, one, two = gpu.measure_speeds()
     assert one.trouble == "RuntimeError: no such kernel"

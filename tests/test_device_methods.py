@@ -15,14 +15,13 @@ import pytest
 from emulated import Emulated
 from stand_in_library import LIBRARY, Array
 
+import hpccomm
 from hpccomm import ArgumentError
-from hpccomm.algorithms import compressors
 from hpccomm.algorithms.deep_gradient_compression import dgc
 from hpccomm.algorithms.deep_gradient_compression import message_report as sent_by_dgc
 from hpccomm.algorithms.device import run_with_cupy
 from hpccomm.algorithms.error_feedback import FeedbackState, feedback, message_report
-from hpccomm.algorithms.lamb import lamb
-from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_lamb, onebit_sgd
 from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import Transform
@@ -93,9 +92,9 @@ METHODS: dict[str, Callable[[Any], Transform]] = {
     "gtc auto": gtc,
     "gtc sum, rice": lambda comm: gtc(comm, 0.5, reduce="sum", code="rice"),
     "gtc by density": lambda comm: gtc(comm, density=0.2),
-    "threshold with momentum": lambda comm: feedback(compressors.threshold(0.5), comm, 0.9),
-    "top k": lambda comm: feedback(compressors.topk(0.02, values="fp16"), comm),
-    "top k, bf16, momentum": lambda comm: feedback(compressors.topk(0.3, values="bf16"), comm, 0.9, nesterov=True),
+    "threshold with momentum": lambda comm: feedback(hpccomm.threshold(0.5), comm, 0.9),
+    "top k": lambda comm: feedback(hpccomm.topk(0.02, values="fp16"), comm),
+    "top k, bf16, momentum": lambda comm: feedback(hpccomm.topk(0.3, values="bf16"), comm, 0.9, nesterov=True),
     "dgc": lambda comm: dgc(comm, BUCKET, 0.01, smallest=1000, clip=2.0, weight_decay=0.1),
     "dgc, warming up": lambda comm: dgc(
         comm, BUCKET, 0.02, smallest=1000, nesterov=True, warmup=4, stages=(1.0, 0.1), exact=True, mask=False
@@ -183,13 +182,13 @@ def test_what_was_sent_is_told_of_state_on_the_device(launcher: Emulated) -> Non
 def test_a_compressor_of_the_host_says_so() -> None:
     vector = LIBRARY.asarray(np.ones(5, "f4"))
     with pytest.raises(ArgumentError, match=r"qsgd.*lies on a device.*on_host"):
-        compressors.qsgd().encode(vector)
+        hpccomm.qsgd().encode(vector)
     with pytest.raises(ArgumentError, match="float64 of shape"):
-        compressors.threshold(0.5).encode(LIBRARY.asarray(np.ones(5)))
+        hpccomm.threshold(0.5).encode(LIBRARY.asarray(np.ones(5)))
 
 
 def test_a_damaged_gradient_leaves_the_state_on_the_device_alone(launcher: Emulated) -> None:
-    method = feedback(compressors.topk(0.1), DeviceComm(run_on_ranks(1, lambda comm: comm)[0]), 0.9)
+    method = feedback(hpccomm.topk(0.1), DeviceComm(run_on_ranks(1, lambda comm: comm)[0]), 0.9)
     state: FeedbackState = method.init(LIBRARY.asarray(gradient_of(0, 0)))
     _, state = method.update(LIBRARY.asarray(gradient_of(0, 1)), state, LIBRARY.asarray(gradient_of(0, 0)))
     before = [each.copy() for each in leaves(state)]

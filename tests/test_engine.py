@@ -1,4 +1,4 @@
-"""The engine does what a schedule says, on any transport, at every length."""
+"""The engine runs every schedule on any transport and at every length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lengths(p: int) -> list[int]:
 
 
 def operand(rank: int, n: int, dtype: str = "i8") -> Any:
-    """Distinct per rank and position, small enough that every order of summation is exact."""
+    """Distinct values by rank and index, exact in every order of summation."""
     return ((rank + 1) * 100 + np.arange(n) % 97).astype(dtype)
 
 
@@ -44,16 +44,16 @@ def imperative_ring(transport: ThreadTransport, vector: Any) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS["allreduce"])
 def test_allreduce_sums_every_rank_once_at_every_length(name: str, p: int) -> None:
     algorithm = ALGORITHMS["allreduce"][name]
-    for n, lanes in itertools.product(lengths(p), (1, 3)):
-        got = run_on_threads(p, lambda t, n=n, lanes=lanes: run_allreduce(algorithm, t, operand(t.rank, n), lanes))
+    for n, number in itertools.product(lengths(p), (1, 3)):
+        got = run_on_threads(p, lambda t, n=n, number=number: run_allreduce(algorithm, t, operand(t.rank, n), number))
         want = sum(operand(rank, n) for rank in range(p))
-        assert all(np.array_equal(vector, want) for vector in got), (n, lanes)
+        assert all(np.array_equal(vector, want) for vector in got), (n, number)
 
 
-def run_allreduce(algorithm: Algorithm, transport: ThreadTransport, vector: Any, lanes: int = 1) -> Any:
+def run_allreduce(algorithm: Algorithm, transport: ThreadTransport, vector: Any, segments: int = 1) -> Any:
     p = transport.size
     steps = algorithm.steps(transport.rank, p)
-    plan = bind_segments(steps, vector, algorithm.blocks(p), lanes, transport, np.add)
+    plan = bind_segments(steps, vector, algorithm.blocks(p), segments, transport, np.add)
     plan()
     plan.free()
     return vector
@@ -84,7 +84,7 @@ def test_hierarchical_allreduce_is_right_for_any_mapping(nodes: list[int], inter
 @pytest.mark.parametrize("p", SIZES)
 @pytest.mark.parametrize("name", [name for name, each in ALGORITHMS["allreduce"].items() if each.ordered])
 def test_ordered_algorithms_keep_rank_order_for_a_non_commutative_operation(name: str, p: int) -> None:
-    """2x2 matrix products do not commute."""
+    """The operation is the product of 2x2 matrices."""
 
     def matrix(rank: int) -> Any:
         return np.array([1, rank + 1, rank % 3, 1 - rank], dtype="i8")

@@ -1,4 +1,4 @@
-"""Allgather and reduce-scatter in two levels: proved on every layout, equal to flat ones, priced by the formula."""
+"""Hierarchical allgather and reduce-scatter: proved on every layout, equal to flat ones, priced by the formula."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYOUTS += [[0, 1, 1], [1, 0, 1, 1, 1], [0, 0, 0, 0, 1, 2, 2]]
 
 
 def even_layouts(p: int) -> Iterator[list[int]]:
-    """As many ranks on every node: one node after the other, in turn, and shuffled."""
+    """Layouts with as many ranks on every node: by block, cyclic, and shuffled."""
     for k in (k for k in range(1, p + 1) if p % k == 0):
         yield [r // k for r in range(p)]
         yield [r % (p // k) for r in range(p)]
@@ -36,7 +36,7 @@ def even_layouts(p: int) -> Iterator[list[int]]:
 
 
 def pad(vector: Any, p: int) -> Any:
-    """A vector as p equal rows, zeros behind it."""
+    """A vector as p equal rows, padded with zeros."""
     rows = np.zeros((p, -(-vector.size // p)), vector.dtype)
     rows.reshape(-1)[: vector.size] = vector
     return rows
@@ -52,7 +52,7 @@ def test_gathers_in_two_levels_are_right_for_1_to_64_ranks(collective: str) -> N
 
 
 @pytest.mark.parametrize("collective", HALVES)
-def test_a_rank_that_has_another_block_than_said_is_refused(collective: str) -> None:
+def test_a_wrong_own_block_is_refused(collective: str) -> None:
     wrong = HIERARCHICAL[collective]([0, 0, 1, 1])._replace(own_blocks=None)
     with pytest.raises(ScheduleError, match=f"{collective}, p=4: "):
         verify(wrong, collective, 4)
@@ -70,13 +70,13 @@ def test_a_gather_in_two_levels_is_a_flat_gather(nodes: list[int]) -> None:
     for length in (0, 1, p - 1, p, p + 1, 1000):
         want = pad(np.arange(length, dtype="i8") + 1, p)
 
-        def gathered(transport: ThreadTransport, want: Any = want) -> Any:
+        def gather(transport: ThreadTransport, want: Any = want) -> Any:
             blocks = np.full_like(want, -1)
             blocks[algorithm.own_blocks(p)[transport.rank]] = want[transport.rank]
             run_one(transport, algorithm, blocks.reshape(-1))
             return reorder_by_rank(blocks, nodes)
 
-        assert all(np.array_equal(found, want) for found in run_on_threads(p, gathered))
+        assert all(np.array_equal(found, want) for found in run_on_threads(p, gather))
 
 
 @pytest.mark.parametrize("nodes", LAYOUTS, ids=str)
@@ -85,30 +85,25 @@ def test_a_reduce_scatter_in_two_levels_is_a_flat_one(nodes: list[int]) -> None:
     for length in (0, 1, p - 1, p, p + 1, 1000):
         mine = [pad((rank + 1) * 100 + np.arange(length) % 97, p) for rank in range(p)]
 
-        def reduced(transport: ThreadTransport, mine: Any = mine) -> Any:
+        def reduce(transport: ThreadTransport, mine: Any = mine) -> Any:
             blocks = reorder_by_block(mine[transport.rank], nodes)
             run_one(transport, algorithm, blocks.reshape(-1))
             return blocks[algorithm.own_blocks(p)[transport.rank]]
 
-        found = run_on_threads(p, reduced)
+        found = run_on_threads(p, reduce)
         assert np.array_equal(np.array(found), sum(mine))
 
 
-def test_without_the_reordering_chunks_are_out_of_place() -> None:
+def test_reordering_maps_blocks_to_ranks_and_back() -> None:
     blocks = np.arange(4)[:, None]
     assert reorder_by_block(blocks, [0, 0, 1, 1]).ravel().tolist() == [0, 2, 1, 3]
-    assert reorder_by_rank(np.array([[0], [2], [1], [3]]), [0, 0, 1, 1]).ravel().tolist() == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert reorder_by_rank(np.array([0, 2, 1, 3])[:, None], [0, 0, 1, 1]).ravel().tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("p", "k"), [(4, 2), (6, 3), (6, 2), (8, 4), (16, 8)])
 @pytest.mark.parametrize("collective", HALVES)
-def test_what_enters_a_node_is_the_rest_of_the_vector(collective: str, p: int, k: int) -> None:
-    """(p-k)/p of it, counted message by message; a flat ring brings (p-1)/p."""
+def test_a_node_receives_only_the_blocks_of_other_nodes(collective: str, p: int, k: int) -> None:
+    """(p-k)/p of the vector enters a node, counted by message; with a flat ring (p-1)/p."""
     home = np.arange(p) // k
 
     def entering(algorithm: Algorithm) -> list[int]:
@@ -141,8 +136,8 @@ def test_the_price_is_the_formula(machine: Machine, nbytes: float, nodes: int) -
     assert price(ALGORITHMS["allgather"]["ring"], home, nbytes, machine).us == pytest.approx(flat, rel=1e-9)
 
 
-def test_two_levels_are_among_the_predictions_where_nodes_are_several() -> None:
-    """And cheaper than the flat ring for any size on links as slow as Ethernet's."""
+def test_hierarchical_is_predicted_on_several_nodes() -> None:
+    """On Ethernet links it is cheaper than the flat ring at every size."""
     for collective in HALVES:
         assert "hierarchical" not in {each.algorithm for each in predict(collective, 1, 4, 1e6)}
         for nbytes in (8, 1e4, 1e6, 1e9):
@@ -151,7 +146,7 @@ def test_two_levels_are_among_the_predictions_where_nodes_are_several() -> None:
 
 
 def uneven_layouts(p: int) -> Iterator[list[int]]:
-    """One rank alone on its node, a node that has most, and any."""
+    """Layouts with one rank alone on a node, with one node that has most ranks, and random ones."""
     yield [0] + [1] * (p - 1)
     yield [1 if r == p // 2 else 0 for r in range(p)]
     yield [r % 3 if r < p - 2 else 0 for r in range(p)]
@@ -165,7 +160,7 @@ def test_nodes_may_have_different_numbers_of_ranks(collective: str) -> None:
             verify(HIERARCHICAL[collective](nodes), collective, p)
 
 
-def test_the_commands_know_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_plot_and_predict_accept_hierarchical(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "hierarchical", "--size", "1:9"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == list(HIERARCHICAL)
     assert main(["plot", "hierarchical", "--collective", "allgather", "--size", "4"]) == 0

@@ -15,8 +15,7 @@ from test_device_methods import BUCKET, METHODS, has_same_bits, leaves, run_step
 
 import hpccomm
 from hpccomm import ArgumentError, TransportError
-from hpccomm.algorithms.lamb import lamb
-from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.kernels import reductions
 from hpccomm.transports import cuda
 
@@ -161,7 +160,7 @@ def test_methods_leave_everything_on_the_device_and_give_the_hosts_bits(
 
 
 @pytest.mark.parametrize("make", [lambda: lars(BUCKET, 0.1, weight_decay=0.1), lambda: lamb(BUCKET, 0.1)])
-def test_layerwise_steps_stay_on_the_device_and_give_the_hosts_bits(make: Any) -> None:
+def test_trust_ratio_steps_stay_on_the_device_and_give_the_hosts_bits(make: Any) -> None:
     import cupy
 
     made = make()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from hpccomm import none
 from hpccomm.algorithms.blockwise_filtering import bmuf
-from hpccomm.algorithms.compressors import none
 from hpccomm.algorithms.error_feedback import feedback
 from hpccomm.algorithms.exchange import check_replicas, mean, reports, sum_reports
 from hpccomm.algorithms.local_steps import PeriodicTransform

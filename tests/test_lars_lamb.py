@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from hpccomm.algorithms.lamb import lamb
-from hpccomm.algorithms.lars import NORM, lars
+from hpccomm.algorithms.fused import InPlaceTransform, fuse
+from hpccomm.algorithms.large_batch import Variant, lamb, lars
 from hpccomm.algorithms.lr_schedules import constant, join_schedules, linear_scaling, polynomial, sqrt_scaling, warm_up
-from hpccomm.algorithms.transforms import adam, chain, scale, weight_decay
-from hpccomm.algorithms.trust_ratio import CACHE_ELEMENTS, InPlaceTransform
+from hpccomm.algorithms.transforms import Transform, adam, chain, descend, momentum, scale, weight_decay
+from hpccomm.algorithms.trust_ratio import CACHE_ELEMENTS, layers, scale_by_trust_ratio
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import optimizers, optimizers_reference
+from hpccomm.kernels.optimizers_reference import DECAYED_GRADIENT, GRADIENT, UPDATE
 from hpccomm.testing.ranks import run_on_ranks
 
 Vector = Any
@@ -31,11 +32,12 @@ GRADIENTS_B = np.array([[0.5, -0.25], [0.1, 0.2], [-0.3, 0.4]])
 BUCKET = Bucket({"a": (2, 3), "b": (2,)}, np.float64)
 ONLY_A = Bucket({"a": (2, 3)}, np.float64)
 RATES = [1, 2, 1.5]
+VARIANTS = get_args(Variant)
 DIGITS = 5.001e-13
 """The tables are printed with twelve digits after the point."""
 
 
-def run(method: InPlaceTransform, gradients: Vector, weights: Vector) -> tuple[list[Vector], Vector]:
+def run(method: Transform, gradients: Vector, weights: Vector) -> tuple[list[Vector], Vector]:
     """Steps and the weights after them."""
     weights, steps = weights.copy(), []
     state = method.init(weights)
@@ -187,7 +189,7 @@ def slow_lars(w: Vector, gradients: Any, variant: str, flag: bool, nesterov: boo
     return w
 
 
-@pytest.mark.parametrize("variant", NORM)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
 def test_lars_is_its_formula_in_every_tensor(variant: Any, nesterov: bool, clip: bool) -> None:
@@ -365,7 +367,7 @@ def test_weights_norm_is_clamped_in_the_ratio() -> None:
 
 
 METHODS: dict[str, Callable[..., InPlaceTransform]] = {
-    **{f"lars {v}": lambda b, v=v, **o: lars(b, 0.5, weight_decay=0.01, trust=0.02, variant=v, **o) for v in NORM},
+    **{f"lars {v}": lambda b, v=v, **o: lars(b, 0.5, weight_decay=0.01, trust=0.02, variant=v, **o) for v in VARIANTS},
     "lars clipped": lambda b, **o: lars(b, 0.5, max_norm=1.0, nesterov=True, **o),
     "lamb": lambda b, **o: lamb(b, 0.01, **o),
     "adamw": lambda b, **o: lamb(b, 0.01, adapt=(), **o),
@@ -392,6 +394,52 @@ def test_in_place_gives_the_same_bits_and_pure_writes_nothing(name: str, dtype: 
         state, used = after, method.apply(gradient, used, placed)
         assert np.array_equal(pure, placed)
         assert all(np.array_equal(a, b) for a, b in zip(state, used, strict=True))
+
+
+CHAINS = {**METHODS, "lamb uncorrected": lambda b, **o: lamb(b, 0.01, bias_correction=False, ratio_clip=(0.1, 5), **o)}
+CHAINS["lars larc"] = lambda b, **o: lars(b, lambda t: 1 / (1 + t), weight_decay=0.01, trust=0.02, clip=True, **o)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("shard", [None, (9, 50)])
+def test_the_fused_step_has_the_bits_of_the_chain_of_its_terms(name: str, dtype: str, shard: Any) -> None:
+    """Tensors of 0 to 5000 elements, zero weights, zero gradients.
+
+    Where the rate follows the trust ratio ("mlperf", "simclr") the kernel multiplies by −φγ, one rounding a tensor, and
+    the chain by φ and then by −γ: the fused step has one rounding in the factor and one in the product, the chain two.
+    """
+    bucket = Bucket({**SHAPES, "none": (0, 3), "large": (50, 100)}, dtype)
+    rng = np.random.default_rng(3)
+    weights, *gradients = rng.standard_normal((5, bucket.size)).astype(dtype)
+    bucket.views(weights)["zero"][...] = 0
+    bucket.views(gradients[1])["weight"][...] = 0
+    held = slice(*(shard or (0, bucket.size)))
+    fused = CHAINS[name](bucket, part=shard)
+    weights = weights[held]
+    state, parts = fused.init(weights), fused.formula.init(weights)
+    for gradient in gradients:
+        step, state = fused.update(gradient[held], state, weights)
+        unfused, parts = fused.formula.update(gradient[held], parts, weights)
+        if name in ("lars mlperf", "lars simclr"):
+            np.testing.assert_allclose(step, unfused, rtol=2 * np.finfo(dtype).eps, atol=np.finfo(dtype).tiny)
+        else:
+            assert np.array_equal(step, unfused)
+        weights = weights + step
+
+
+def test_a_chain_that_no_kernel_computes_is_refused() -> None:
+    here = layers("mine", MANY)
+    with pytest.raises(ArgumentError, match="mine: no kernel for the terms descend, momentum: use the chain as it is"):
+        fuse("mine", chain(descend(0.1), momentum(0.9)), here)
+
+
+def test_terms_compose_to_methods_of_ones_own() -> None:
+    """SGD whose steps are 2 % of the weights, tensor by tensor."""
+    gradients, weights = problem(steps=1)
+    method = chain(scale_by_trust_ratio(MANY, trust=0.02), descend(1.0))
+    (step,), _ = run(method, gradients, weights)
+    assert norm(MANY.views(step)["embedding"]) == pytest.approx(0.02 * norm(MANY.views(weights)["embedding"]))
 
 
 def test_tensors_larger_than_the_cache_are_one_layer_each() -> None:
@@ -469,8 +517,8 @@ def test_compiled_kernels_give_the_references_bits(code: str, n: int) -> None:
     calls: list[tuple[str, tuple[Any, ...]]] = [
         ("sum_of_squares", (w,)),
         *[
-            ("lars_sums", (w, g, v, bounds, decay, real(scale), real(0.9), nesterov, whose))
-            for whose in set(NORM.values())
+            ("lars_sums", (w, g, v, bounds, decay, real(scale), real(0.9), nesterov, norm_of))
+            for norm_of in (GRADIENT, DECAYED_GRADIENT, UPDATE)
             for scale in (0.7, 1)
             for nesterov in (False, True)
         ],

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from hpccomm import Communicator, context
-from hpccomm.algorithms.lamb import lamb
-from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.sharded.groups import (
     check_placement,
     mics,

@@ -1,4 +1,4 @@
-"""Collectives with one bit an element."""
+"""Allgather and allreduce of one bit an element: worked example, error feedback, bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ F32 = np.float32
 
 
 def errors(n: int, comm: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Where every sequence starts."""
+    """The errors before the first step."""
     return np.zeros(n, F32), np.zeros(onebit.server_elements(n, comm.rank, comm.size), F32)
 
 
@@ -44,13 +44,13 @@ def test_the_worked_example_in_two_phases() -> None:
 
 
 def contribution(rank: int, n: int, step: int = 0) -> np.ndarray:
-    """Gaussians; rank 1 brings zeros."""
+    """Gaussian values; zeros on rank 1."""
     return (np.random.default_rng([rank, n, step]).normal(size=n) * (rank != 1)).astype(F32)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_means_add_up_to_what_was_brought_less_the_errors(size: int) -> None:
-    """Worker and server errors hold all that was not sent; 2e-5 is for 40 roundings of numbers of about 10."""
+def test_means_and_errors_add_up_to_all_contributions(size: int) -> None:
+    """Worker and server errors hold the rest; 2e-5 allows 40 roundings of numbers of about 10."""
 
     def steps(comm: Any) -> dict[int, tuple[np.ndarray, ...]]:
         found = {}
@@ -60,7 +60,7 @@ def test_means_add_up_to_what_was_brought_less_the_errors(size: int) -> None:
             for step in range(20):
                 counting = CountingProxy(comm)
                 got = onebit.onebit_allreduce(counting, contribution(comm.rank, n, step), worker, server)
-                assert got.bytes_sent == counting.sent_bytes
+                assert got.bytes_sent == counting.sent
                 total += got.mean
             found[n] = total, worker, server
         return found
@@ -73,7 +73,7 @@ def test_means_add_up_to_what_was_brought_less_the_errors(size: int) -> None:
         np.testing.assert_allclose(ranks[0][n][0] + left, given, atol=2e-5)
 
 
-def test_a_rank_sends_a_bit_for_each_element_of_the_others_parts_twice() -> None:
+def test_a_rank_sends_one_bit_an_element_in_each_of_two_phases() -> None:
     n, size = 8000, 4
     sent = run_on_ranks(
         size, lambda comm: onebit.onebit_allreduce(comm, contribution(comm.rank, n), *errors(n, comm)).bytes_sent
@@ -96,7 +96,7 @@ def test_signs_of_all_ranks_are_added_in_rank_order(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "remedy"),
     [
         (lambda x, w, s: (x.astype(np.float64), w, s), "dtype"),
         (lambda x, w, s: (np.append(x[:-1], F32(np.nan)), w, s), "NaN"),
@@ -107,17 +107,19 @@ def test_signs_of_all_ranks_are_added_in_rank_order(size: int) -> None:
         (lambda x, w, s: (x[:8], w[:8], s[:2]), "another n than rank 0"),
     ],
 )
-def test_what_one_rank_gets_wrong_all_ranks_are_told_and_no_error_is_touched(change: Any, says: str) -> None:
+def test_a_wrong_argument_of_one_rank_is_refused_on_all_ranks_and_leaves_the_errors_unchanged(
+    change: Any, remedy: str
+) -> None:
     def call(comm: Any) -> int:
         worker, server = (each + F32(1) for each in errors(9, comm))
         arguments = np.ones(9, F32), worker, server
         counting = CountingProxy(comm)
-        with pytest.raises(ArgumentError, match=says) as refused:
+        with pytest.raises(ArgumentError, match=remedy) as refused:
             onebit.onebit_allreduce(counting, *(change(*arguments) if comm.rank == 2 else arguments))
         assert "rank 2" in str(refused.value)
         np.testing.assert_array_equal(worker, 1)
         np.testing.assert_array_equal(server, 1)
-        return counting.sent_bytes
+        return counting.sent
 
     assert run_on_ranks(3, call) == [2 * 24] * 3
 
@@ -125,14 +127,14 @@ def test_what_one_rank_gets_wrong_all_ranks_are_told_and_no_error_is_touched(cha
 def test_bits_of_another_length_are_refused_on_every_rank() -> None:
     def call(comm: Any) -> None:
         bits = np.zeros(1 if comm.rank == 1 else 2, np.uint8)
-        with pytest.raises(ArgumentError, match="rank 1 brings"):
+        with pytest.raises(ArgumentError, match="rank 1 passes"):
             onebit.onebit_allgather(comm, bits, 1.0, -1.0, 9)
 
     run_on_ranks(3, call)
 
 
-def test_in_the_node_dense_between_nodes_one_bit() -> None:
-    """Three ranks on one node and two on the other: as two ranks that bring the nodes' sums."""
+def test_a_hierarchical_mean_is_dense_inside_nodes_and_one_bit_between_them() -> None:
+    """Three ranks on one node and two on the other equal two ranks that pass the sums of the nodes."""
     n = 33
     nodes = [0, 0, 0, 1, 1]
     sums = [sum(contribution(rank, n) for rank in range(5) if nodes[rank] == node) for node in (0, 1)]
@@ -161,7 +163,7 @@ def test_two_phases_over_mpi(comm: Any) -> None:
 
 
 def test_two_phases_of_2_to_the_24_and_one_elements() -> None:
-    """The last element, which float32 could not count, is the only one below 0."""
+    """The last element, at an index beyond the integers of float32, is the only negative one."""
     n = (1 << 24) + 1
 
     def exchange(comm: Any) -> tuple[np.ndarray, float]:

@@ -10,7 +10,7 @@ from test_compressed_methods import numbers, steps_of
 
 from hpccomm.algorithms.checkpoints import load_state_dict, state_dict
 from hpccomm.algorithms.exchange import mean
-from hpccomm.algorithms.lamb import lamb
+from hpccomm.algorithms.large_batch import lamb
 from hpccomm.algorithms.onebit import onebit_lamb
 from hpccomm.algorithms.transforms import chain
 from hpccomm.buckets import Bucket

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm.algorithms.compressors import none, threshold, topk
+from hpccomm import none, threshold, topk
 from hpccomm.algorithms.exchange import synchronous_sgd
 from hpccomm.algorithms.parameter_server import (
     HEADER,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import hpccomm
 from benchmarks.slow_links import Echo, break_even_density, leader_exchange
-from hpccomm.algorithms import compressors
 from hpccomm.algorithms.error_feedback import feedback
 from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
 from hpccomm.collectives.compressed.sparse import sparse_allreduce
@@ -25,7 +25,7 @@ def gradient() -> np.ndarray:
 
 
 def run_topk(comm: Any) -> np.ndarray:
-    method = feedback(compressors.topk(0.2, exact=True), comm, 0.5)
+    method = feedback(hpccomm.topk(0.2, exact=True), comm, 0.5)
     state, total = method.init(gradient()), np.zeros(N, F32)
     for _ in range(3):
         step, state = method.update(gradient(), state, gradient())

@@ -1,4 +1,4 @@
-"""Collectives of messages that differ in length."""
+"""Gathers of byte messages and sums of sparse vectors: exact, the same bits everywhere, bytes as counted."""
 
 from __future__ import annotations
 
@@ -8,65 +8,65 @@ import numpy as np
 import pytest
 
 from hpccomm import Communicator
-from hpccomm.collectives.compressed import sparse
+from hpccomm.collectives.compressed import messages, sparse
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 
 SIZES = (1, 2, 3, 5, 7, 8)
 
 
-def letter(rank: int) -> np.ndarray:
-    """Bytes that differ per rank and position; rank 1 has nothing to say."""
+def message_of(rank: int) -> np.ndarray:
+    """Bytes that differ by rank and index; the message of rank 1 is empty."""
     return ((np.arange(0 if rank == 1 else 5 * rank + 3) + 17 * rank) % 256).astype(np.uint8)
 
 
-def assert_letters(got: list[np.ndarray], size: int) -> None:
+def assert_messages(got: list[np.ndarray], size: int) -> None:
     assert len(got) == size
     for rank, each in enumerate(got):
         assert each.dtype == np.uint8
-        np.testing.assert_array_equal(each, letter(rank))
+        np.testing.assert_array_equal(each, message_of(rank))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_rank_gets_every_message_in_rank_order(size: int) -> None:
-    for got in run_on_ranks(size, lambda comm: sparse.gather_messages(comm, letter(comm.rank))):
-        assert_letters(got, size)
+    for got in run_on_ranks(size, lambda comm: messages.gather_messages(comm, message_of(comm.rank))):
+        assert_messages(got, size)
 
 
-def test_messages_of_nothing_are_gathered() -> None:
-    for got in run_on_ranks(3, lambda comm: sparse.gather_messages(comm, np.empty(0, np.uint8))):
+def test_empty_messages_are_gathered() -> None:
+    for got in run_on_ranks(3, lambda comm: messages.gather_messages(comm, np.empty(0, np.uint8))):
         assert [each.size for each in got] == [0, 0, 0]
 
 
-def test_messages_longer_together_than_one_call_takes_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "MAX_GATHER_BYTES", 10)
-    for got in run_on_ranks(3, lambda comm: sparse.gather_messages(comm, letter(comm.rank))):
-        assert_letters(got, 3)
+def test_messages_beyond_the_limit_of_one_call_take_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_GATHER_BYTES", 10)
+    for got in run_on_ranks(3, lambda comm: messages.gather_messages(comm, message_of(comm.rank))):
+        assert_messages(got, 3)
 
 
-def test_a_message_that_is_none_is_refused_on_every_rank() -> None:
-    def bring(comm: Any) -> str:
+def test_a_message_that_is_not_flat_uint8_is_refused_on_every_rank() -> None:
+    def call(comm: Any) -> str:
         with pytest.raises(ArgumentError) as refused:
-            sparse.gather_messages(comm, np.zeros(4, np.float32 if comm.rank == 2 else np.uint8))
+            messages.gather_messages(comm, np.zeros(4, np.float32 if comm.rank == 2 else np.uint8))
         return str(refused.value)
 
-    assert all("rank 2 brings no flat uint8" in text for text in run_on_ranks(3, bring))
+    assert all("rank 2 passes no flat uint8" in text for text in run_on_ranks(3, call))
 
 
 @pytest.mark.mpi(sizes=(3,))
 def test_messages_are_gathered_over_mpi(comm: Any) -> None:
-    assert_letters(sparse.gather_messages(comm, letter(comm.rank)), comm.size)
+    assert_messages(messages.gather_messages(comm, message_of(comm.rank)), comm.size)
 
 
 def lengths_over_time(rank: int) -> list[int]:
-    """Alike, growing, suddenly longer on one rank, too long for a room, short again, nothing."""
-    lengths = [40, 40, 41, 60, 60, 5000 if rank == 1 else 60, 60, sparse.SHORT_ROOM + 1, 100, 100]
+    """Equal, growing, longer on one rank, beyond ``SHORT_ROOM``, short again, empty."""
+    lengths = [40, 40, 41, 60, 60, 5000 if rank == 1 else 60, 60, messages.SHORT_ROOM + 1, 100, 100]
     return [*lengths, 8 * rank, 0 if rank == 1 else 90, 0, 0, 3]
 
 
 def gather_over_time(comm: Any) -> None:
     counting = CountingProxy(comm)
-    gather = sparse.MessageGather(counting)
+    gather = messages.MessageGather(counting)
     for step, length in enumerate(lengths_over_time(comm.rank)):
         found, nbytes = gather.gather(((np.arange(length) + step + 31 * comm.rank) % 251).astype(np.uint8))
         assert nbytes == counting.sent
@@ -76,23 +76,23 @@ def gather_over_time(comm: Any) -> None:
             assert each.dtype == np.uint8
             assert each.flags.writeable
             np.testing.assert_array_equal(each, expected)
-            each[...] = 255  # belongs to who asked
+            each[...] = 255  # belongs to the caller
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_messages_of_lengths_that_change_from_call_to_call_arrive_whole(size: int) -> None:
+def test_messages_whose_lengths_change_from_call_to_call_arrive_complete(size: int) -> None:
     run_on_ranks(size, gather_over_time)
 
 
 @pytest.mark.mpi(sizes=(2, 3))
-def test_messages_of_lengths_that_change_arrive_whole_over_mpi(comm: Any) -> None:
+def test_messages_whose_lengths_change_arrive_complete_over_mpi(comm: Any) -> None:
     gather_over_time(Communicator(comm))
 
 
-def test_messages_as_long_as_the_last_ones_travel_in_one_call() -> None:
+def test_messages_as_long_as_the_previous_ones_take_one_call() -> None:
     def calls(comm: Any) -> list[list[str]]:
         counting = CountingProxy(comm)
-        gather = sparse.MessageGather(counting)
+        gather = messages.MessageGather(counting)
         found = []
         for length in (100, 100, 105, 90, 200, 200):
             counting.calls = []
@@ -104,28 +104,28 @@ def test_messages_as_long_as_the_last_ones_travel_in_one_call() -> None:
     assert run_on_ranks(3, calls)[0] == [both, one, one, one, both, one]
 
 
-def test_what_is_no_message_is_refused_in_a_room_too() -> None:
-    def bring(comm: Any) -> None:
-        gather = sparse.MessageGather(comm)
+def test_a_message_that_is_not_flat_uint8_is_refused_after_a_good_one() -> None:
+    def call(comm: Any) -> None:
+        gather = messages.MessageGather(comm)
         gather.gather(np.zeros(64, np.uint8))
-        with pytest.raises(ArgumentError, match="rank 2 brings no flat uint8"):
+        with pytest.raises(ArgumentError, match="rank 2 passes no flat uint8"):
             gather.gather(np.zeros(4, np.float32 if comm.rank == 2 else np.uint8))
         assert [each.size for each in gather.gather(np.zeros(64, np.uint8))[0]] == [64, 64, 64]
 
-    run_on_ranks(3, bring)
+    run_on_ranks(3, call)
 
 
-@pytest.mark.parametrize("longest", [0, 1, 7, 8, 100, 1000, sparse.SHORT_ROOM])
-def test_rooms_hold_what_was_longest_and_no_quarter_more(longest: int) -> None:
-    room = sparse.room_after(longest, 0)
+@pytest.mark.parametrize("longest", [0, 1, 7, 8, 100, 1000, messages.SHORT_ROOM])
+def test_the_room_holds_the_longest_message_and_at_most_a_quarter_more(longest: int) -> None:
+    room = messages.room_after(longest, 0)
     assert longest <= room <= max(1.25 * longest, longest + 8)
     assert room % 8 == 0
-    assert sparse.room_after(longest, room) == room
-    assert sparse.room_after(sparse.SHORT_ROOM + 1, room) == 0
+    assert messages.room_after(longest, room) == room
+    assert messages.room_after(messages.SHORT_ROOM + 1, room) == 0
 
 
 class CountingProxy:
-    """A communicator that counts what goes through it."""
+    """A communicator that counts calls and bytes."""
 
     def __init__(self, comm: Any) -> None:
         self.comm, self.sent = comm, 0
@@ -158,7 +158,7 @@ class CountingProxy:
 
 
 def pairs(rank: int, n: int, density: float, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Whole numbers (times ``scale``) at random places; rank 1 has nothing to send."""
+    """Whole numbers (times ``scale``) at random indices; the vector of rank 1 is empty."""
     rng = np.random.default_rng([rank, n])
     index = np.flatnonzero(rng.random(n) < (0 if rank == 1 else density)).astype(np.uint32)
     return index, (rng.integers(1, 1000, index.size) * rng.choice([-1, 1], index.size) * scale).astype(np.float32)
@@ -180,7 +180,7 @@ def to_dense(n: int, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("algorithm", [*sparse.EXACT_ALGORITHMS, "auto"])
-def test_the_sum_is_exact_and_the_bytes_are_those_on_the_transport(size: int, algorithm: str) -> None:
+def test_the_sum_is_exact_and_the_bytes_sent_are_counted_right(size: int, algorithm: str) -> None:
     def check(comm: Any) -> None:
         for n in (0, 1, 7, 9, 1000):
             for density in (0.02, 0.2, 1.0):
@@ -195,7 +195,7 @@ def test_the_sum_is_exact_and_the_bytes_are_those_on_the_transport(size: int, al
 
 @pytest.mark.parametrize("algorithm", ["allgather", "split"])
 def test_floats_are_added_in_rank_order(algorithm: str) -> None:
-    """0.1 makes every sum round, so another order would show."""
+    """With 0.1 every sum rounds, so another order would give other bits."""
     want = sum_in_order(7, 500, 0.5, 0.1)
     for got in run_on_ranks(
         7, lambda comm: sparse.sparse_allreduce(comm, *pairs(comm.rank, 500, 0.5, 0.1), 500, algorithm=algorithm)
@@ -216,8 +216,8 @@ def test_all_ranks_have_the_same_bits(size: int, algorithm: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("algorithm", sparse.LOSSY_ALGORITHMS)
-def test_of_the_k_largest_nothing_is_lost(size: int, algorithm: str) -> None:
-    """What is in the total and what ranks get back is all that was brought; no rank gets another's bytes counted."""
+def test_total_and_remainders_add_up_to_all_contributions(size: int, algorithm: str) -> None:
+    """No element is lost by the algorithms that keep k, and bytes are counted on the rank that sends them."""
 
     def check(comm: Any) -> list[sparse.SparseSum]:
         found = []
@@ -230,23 +230,23 @@ def test_of_the_k_largest_nothing_is_lost(size: int, algorithm: str) -> None:
         return found
 
     ranks = run_on_ranks(size, check)
-    for place, n in enumerate((0, 1, 9, 1000, 1000)):
-        together = ranks[0][place].total + sum(to_dense(n, *rank[place].remainder) for rank in ranks)
+    for case, n in enumerate((0, 1, 9, 1000, 1000)):
+        together = ranks[0][case].total + sum(to_dense(n, *rank[case].remainder) for rank in ranks)
         np.testing.assert_array_equal(together, sum_in_order(size, n, 0.1))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_ok_topk_keeps_the_k_largest_of_the_sum_and_of_equal_ones_the_first(size: int) -> None:
-    def brought(rank: int) -> tuple[np.ndarray, np.ndarray]:
+    def vector_of(rank: int) -> tuple[np.ndarray, np.ndarray]:
         index, values = pairs(rank, 400, 0.2)
         return index, np.sign(values)  # many are equal
 
-    total = sum(to_dense(400, *brought(rank)) for rank in range(size))
+    total = sum(to_dense(400, *vector_of(rank)) for rank in range(size))
     order = np.lexsort([np.arange(400), -np.abs(total)])[:30]
     want = np.zeros(400, np.float32)
     want[order] = total[order]
     for got in run_on_ranks(
-        size, lambda comm: sparse.sparse_allreduce(comm, *brought(comm.rank), 400, k=30, algorithm="ok_topk")
+        size, lambda comm: sparse.sparse_allreduce(comm, *vector_of(comm.rank), 400, k=30, algorithm="ok_topk")
     ):
         np.testing.assert_array_equal(got.total, want)
 
@@ -271,7 +271,7 @@ def arrays(pair: tuple[list[int], list[float]]) -> tuple[np.ndarray, np.ndarray]
     return np.array(pair[0], np.uint32), np.array(pair[1], np.float32)
 
 
-def returned_values(got: sparse.SparseSum) -> dict[int, float]:
+def remainder_of(got: sparse.SparseSum) -> dict[int, float]:
     return dict(zip(got.remainder[0].tolist(), got.remainder[1].tolist(), strict=True))
 
 
@@ -281,16 +281,16 @@ def test_the_worked_example_of_the_two_largest(algorithm: str) -> None:
         2, lambda comm: sparse.sparse_allreduce(comm, *arrays(WORKED[comm.rank]), 8, k=2, algorithm=algorithm)
     )
     np.testing.assert_array_equal(ranks[0].total, to_dense(8, np.array([3, 4]), np.array([1.5, -0.875])))
-    assert [returned_values(each) for each in ranks] == [{}, {1: 0.75}]
+    assert [remainder_of(each) for each in ranks] == [{}, {1: 0.75}]
 
 
-def test_what_a_branch_of_gtopk_pruned_comes_back_although_its_index_got_through() -> None:
-    brought = [([0], [1.0]), ([1], [1.25]), ([0], [1.5]), ([2], [0.25])]
+def test_gtopk_returns_an_element_to_the_rank_that_pruned_it() -> None:
+    vectors = [([0], [1.0]), ([1], [1.25]), ([0], [1.5]), ([2], [0.25])]
     ranks = run_on_ranks(
-        4, lambda comm: sparse.sparse_allreduce(comm, *arrays(brought[comm.rank]), 3, k=1, algorithm="gtopk")
+        4, lambda comm: sparse.sparse_allreduce(comm, *arrays(vectors[comm.rank]), 3, k=1, algorithm="gtopk")
     )
     np.testing.assert_array_equal(ranks[0].total, np.array([1.5, 0, 0], np.float32))
-    assert [returned_values(each) for each in ranks] == [{0: 1.0}, {1: 1.25}, {}, {2: 0.25}]
+    assert [remainder_of(each) for each in ranks] == [{0: 1.0}, {1: 1.25}, {}, {2: 0.25}]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -307,7 +307,7 @@ def bad_arguments(**change: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "remedy"),
     [
         ({"indices": np.array([4, 1], np.uint32)}, "ascend"),
         ({"indices": np.array([4, 4], np.uint32)}, "ascend"),
@@ -319,14 +319,16 @@ def bad_arguments(**change: Any) -> dict[str, Any]:
         ({"values": np.array([1, np.inf], np.float32)}, "NaN"),
         ({"n": 9}, "another n than rank 0"),
         ({"algorithm": "allgather"}, "another algorithm than rank 0"),
-        ({"algorithm": "magic"}, "not there"),
+        ({"algorithm": "magic"}, "unknown algorithm"),
         ({"algorithm": "gtopk"}, "no k"),
         ({"k": 0}, "no k"),
         ({"k": 3}, "another k than rank 0"),
         ({"plan": sparse.SparsePlan((0, 8), 1.0)}, "a plan for another"),
     ],
 )
-def test_what_one_rank_gets_wrong_all_ranks_are_told_before_data_moves(change: dict[str, Any], says: str) -> None:
+def test_a_wrong_argument_of_one_rank_is_refused_on_all_ranks_before_data_moves(
+    change: dict[str, Any], remedy: str
+) -> None:
     def call(comm: Any) -> tuple[str, int]:
         counting = CountingProxy(comm)
         with pytest.raises(ArgumentError) as refused:
@@ -335,16 +337,16 @@ def test_what_one_rank_gets_wrong_all_ranks_are_told_before_data_moves(change: d
 
     for text, sent in run_on_ranks(3, call):
         assert "rank 2" in text
-        assert says in text
+        assert remedy in text
         assert sent == 2 * 6 * 8
 
 
-def test_auto_takes_what_the_formulas_say_is_cheapest() -> None:
+def test_auto_takes_the_cheapest_algorithm_by_the_formulas() -> None:
     link = sparse.Link(25.0, 8.4e-4)
     assert sparse.select_algorithm(1 << 24, 1 << 24, None, 8, link) == "dense"
     assert sparse.select_algorithm(1 << 24, 100, None, 8, link) in ("allgather", "recursive_doubling")
     assert sparse.times(1 << 24, 1000, None, 1, link)["dense"] == 0
-    # from d = 8/(b p) on a ring with all elements sends less than an allgather of b = 8 bytes an element
+    # from density d = 8/(b p) on, a dense ring sends less than an allgather of b = 8 bytes an element
     wire = sparse.Link(0.0, 1.0)
     below, above = (sparse.times(8000, count, None, 8, wire) for count in (999, 1001))
     assert below["allgather"] < below["dense"]
@@ -360,7 +362,7 @@ def test_auto_goes_dense_when_that_is_cheaper() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["allgather", "split"])
-def test_indices_beyond_what_float32_counts_stay_in_their_place(algorithm: str) -> None:
+def test_indices_beyond_2_to_the_24_keep_their_elements(algorithm: str) -> None:
     n = (1 << 24) + 2
 
     def call(comm: Any) -> np.ndarray:
@@ -373,7 +375,7 @@ def test_indices_beyond_what_float32_counts_stay_in_their_place(algorithm: str) 
 
 
 @pytest.mark.parametrize("nodes", [[0, 0, 1, 1], [0, 1, 1, 1, 2]])
-def test_in_the_node_dense_between_nodes_sparse(nodes: list[int]) -> None:
+def test_a_hierarchical_sum_is_dense_inside_nodes_and_sparse_between_them(nodes: list[int]) -> None:
     def between(leaders: Any, x: np.ndarray) -> np.ndarray:
         index = np.flatnonzero(x).astype(np.uint32)
         return sparse.sparse_allreduce(leaders, index, x[index], x.size).total
@@ -385,7 +387,7 @@ def test_in_the_node_dense_between_nodes_sparse(nodes: list[int]) -> None:
         np.testing.assert_array_equal(got, sum_in_order(len(nodes), 60, 0.2))
 
 
-def test_what_leaders_refuse_all_ranks_are_told() -> None:
+def test_an_error_of_the_leaders_is_raised_on_all_ranks() -> None:
     def between(leaders: Any, x: np.ndarray) -> np.ndarray:
         return sparse.sparse_allreduce(leaders, np.arange(2, dtype=np.uint32), x, 2).total
 
@@ -397,7 +399,7 @@ def test_what_leaders_refuse_all_ranks_are_told() -> None:
 
 
 @pytest.mark.mpi(sizes=(1, 4, 7))
-def test_sums_over_mpi(comm: Any) -> None:
+def test_sparse_sums_are_exact_over_mpi(comm: Any) -> None:
     want = sum_in_order(comm.size, 200, 0.1)
     ours = Communicator(comm)
     for algorithm in [*sparse.EXACT_ALGORITHMS, *sparse.LOSSY_ALGORITHMS]:

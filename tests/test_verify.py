@@ -1,4 +1,4 @@
-"""Every schedule is proved for 1 to 64 ranks; every way to break one is refused by rank and round."""
+"""Every schedule is proved for 1 to 64 ranks; every broken one is refused with rank and round."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_hierarchical_is_right_on_every_layout(inter: str) -> None:
             verify(algorithm, "allreduce", p)
 
 
-def test_all_of_it_takes_seconds() -> None:
+def test_proving_every_algorithm_takes_under_10_seconds() -> None:
     limit = 10
     began = time.process_time()
     for collective, name in EVERY:
@@ -71,7 +71,7 @@ def test_a_false_declaration_of_rounds_or_bytes_is_refused(collective: str, name
     declared = getattr(algorithm.volume, field)
     wrong = algorithm.volume._replace(**{field: lambda p, root: declared(p, root) + 1})
     for p in (5, 8):
-        with pytest.raises(ScheduleError, match=r"the formula .* says"):
+        with pytest.raises(ScheduleError, match=r", but .* declares"):
             verify(algorithm._replace(volume=wrong), collective, p)
 
 
@@ -83,18 +83,20 @@ def test_an_algorithm_needs_no_declaration(monkeypatch: Any, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("collective", "name"), EVERY)
-def test_whoever_keeps_order_for_all_sizes_and_roots_says_so(collective: str, name: str) -> None:
+def test_an_algorithm_is_marked_ordered_where_it_keeps_rank_order_for_all_sizes_and_roots(
+    collective: str, name: str
+) -> None:
     roots = [(p, root) for p in range(1, 10) for root in (range(p) if collective in ROOTED_COLLECTIVES else (0,))]
-    kept = all(verify(name, collective, p, root).ordered for p, root in roots)
-    assert ALGORITHMS[collective][name].ordered == kept
+    in_order = all(verify(name, collective, p, root).ordered for p, root in roots)
+    assert ALGORITHMS[collective][name].ordered == in_order
 
 
 def test_a_false_claim_of_order_is_refused() -> None:
-    with pytest.raises(ScheduleError, match="claims to keep the order of ranks, and does not"):
+    with pytest.raises(ScheduleError, match="claims to keep rank order, but does not"):
         verify(RING._replace(ordered=True), "allreduce", 3)
 
 
-def test_the_report_counts() -> None:
+def test_the_report_counts_rounds_messages_and_blocks() -> None:
     report = verify("ring", "allreduce", 64)
     assert (report.rounds, report.messages, report.blocks) == (126, 126 * 64, 64)
     assert Fraction(report.blocks_sent_max, report.blocks) == Fraction(2 * 63, 64)
@@ -102,14 +104,14 @@ def test_the_report_counts() -> None:
     assert verify("bruck", "allgather", 5).ordered is None
 
 
-def test_more_ranks_than_bits_in_a_word() -> None:
+def test_schedules_of_more_than_64_ranks_are_proved() -> None:
     for p in (64, 65, 130):
         verify("ring", "allreduce", p)
         verify("butterfly", "allreduce", p)
         verify("bruck", "allgather", p)
 
 
-# --- broken on purpose ----------------------------------------------------------------------------
+# --- broken schedules ------------------------------------------------------------------------------
 
 
 def edit_steps(algorithm: Algorithm, edit: Edit) -> Algorithm:
@@ -145,110 +147,110 @@ def put(values: Any, rank: int, value: int) -> Any:
 
 
 def refusal(algorithm: Algorithm, collective: str = "allreduce", p: int = 5) -> str:
-    """What the verifier says."""
+    """The error of the verifier."""
     with pytest.raises(ScheduleError) as caught:
         verify(algorithm, collective, p)
     return str(caught.value)
 
 
 def test_a_wrong_peer_is_refused() -> None:
-    said = refusal(edit_steps(RING, edit_round(2, lambda step: step._replace(to=put(step.to, 1, 3)))))
-    assert "round 2, rank 1, block 3: is sent to rank 3, which receives from rank 2 in this round" in said
-    assert "would wait for ever" in said
+    error = refusal(edit_steps(RING, edit_round(2, lambda step: step._replace(to=put(step.to, 1, 3)))))
+    assert "round 2, rank 1, block 3: is sent to rank 3, which receives from rank 2 in this round" in error
+    assert "would wait for ever" in error
 
 
 def test_a_peer_that_does_not_exist_is_refused() -> None:
-    said = refusal(edit_steps(RING, edit_round(2, lambda step: step._replace(to=put(step.to, 1, 9)))))
-    assert "round 2, rank 1, block 3: sends to rank 9" in said
+    error = refusal(edit_steps(RING, edit_round(2, lambda step: step._replace(to=put(step.to, 1, 9)))))
+    assert "round 2, rank 1, block 3: sends to rank 9" in error
 
 
 def test_a_message_to_oneself_is_refused() -> None:
-    said = refusal(edit_steps(RING, edit_round(0, lambda step: step._replace(source=put(step.source, 4, 4)))))
-    assert "round 0, rank 4" in said
-    assert "receives from rank 4" in said
+    error = refusal(edit_steps(RING, edit_round(0, lambda step: step._replace(source=put(step.source, 4, 4)))))
+    assert "round 0, rank 4" in error
+    assert "receives from rank 4" in error
 
 
-def test_a_receive_that_nobody_sends_is_refused() -> None:
+def test_a_receive_without_a_send_is_refused() -> None:
     def edit(step: Step) -> Step:
         return step._replace(to=put(step.to, 1, NOBODY))
 
-    said = refusal(edit_steps(RING, edit_round(2, edit)))
-    assert "round 2, rank 2, block 3: is awaited from rank 1, which sends to nobody in this round" in said
+    error = refusal(edit_steps(RING, edit_round(2, edit)))
+    assert "round 2, rank 2, block 3: is awaited from rank 1, which sends to nobody in this round" in error
 
 
 def test_different_blocks_at_the_two_ends_are_refused() -> None:
     def edit(step: Step) -> Step:
         return step._replace(recv=(put(step.recv[0], 3, 2), put(step.recv[1], 3, 3)))
 
-    said = refusal(edit_steps(RING, edit_round(1, edit)))
-    assert "round 1, rank 3, block 2: expects blocks [2, 3) from rank 2, which sends [0, 1)" in said
+    error = refusal(edit_steps(RING, edit_round(1, edit)))
+    assert "round 1, rank 3, block 2: expects blocks [2, 3) from rank 2, which sends [0, 1)" in error
 
 
 def test_a_wrong_block_at_both_ends_is_refused() -> None:
-    """Every rank is one block further in round 1: messages meet, contents do not."""
+    """In round 1 every rank sends the next block: messages match, contents do not."""
 
     def edit(step: Step) -> Step:
         return step._replace(send=(step.send[0] + 1, step.send[1] + 1), recv=(step.recv[0] + 1, step.recv[1] + 1))
 
-    said = refusal(edit_steps(RING, edit_round(1, edit)))
-    assert "round 1, rank 1, block 4: counts the contribution of rank 0 twice" in said
+    error = refusal(edit_steps(RING, edit_round(1, edit)))
+    assert "round 1, rank 1, block 4: counts the contribution of rank 0 twice" in error
 
 
-def test_reducing_where_one_should_replace_is_refused() -> None:
-    said = refusal(edit_steps(RING, edit_round(4, lambda step: step._replace(reduce=True))))
-    assert "round 4, rank 1, block 0: counts the contribution of rank 1 twice" in said
+def test_reducing_instead_of_replacing_is_refused() -> None:
+    error = refusal(edit_steps(RING, edit_round(4, lambda step: step._replace(reduce=True))))
+    assert "round 4, rank 1, block 0: counts the contribution of rank 1 twice" in error
 
 
-def test_replacing_where_one_should_reduce_is_refused() -> None:
-    said = refusal(edit_steps(RING, edit_round(2, lambda step: step._replace(reduce=False))))
-    assert "round 2, rank 1, block 2: is replaced and loses the contribution of rank 1" in said
+def test_replacing_instead_of_reducing_is_refused() -> None:
+    error = refusal(edit_steps(RING, edit_round(2, lambda step: step._replace(reduce=False))))
+    assert "round 2, rank 1, block 2: is replaced and loses the contribution of rank 1" in error
 
 
 @pytest.mark.parametrize("dropped", range(8))
 def test_a_dropped_round_is_refused(dropped: int) -> None:
-    said = refusal(edit_steps(RING, lambda steps: steps[:dropped] + steps[dropped + 1 :]))
-    assert all(word in said for word in ("round", "rank", "block"))
+    error = refusal(edit_steps(RING, lambda steps: steps[:dropped] + steps[dropped + 1 :]))
+    assert all(word in error for word in ("round", "rank", "block"))
 
 
-def test_a_dropped_last_round_names_what_is_missing() -> None:
-    said = refusal(edit_steps(ALGORITHMS["allreduce"]["doubling"], lambda steps: steps[:-1]), p=4)
-    assert "round 0, rank 0, block 0: in the end misses the contributions of ranks [2, 3]" in said
+def test_without_its_last_round_the_error_names_the_missing_contributions() -> None:
+    error = refusal(edit_steps(ALGORITHMS["allreduce"]["doubling"], lambda steps: steps[:-1]), p=4)
+    assert "round 0, rank 0, block 0: in the end misses the contributions of ranks [2, 3]" in error
 
 
 def test_a_rank_counted_twice_is_refused() -> None:
-    said = refusal(edit_steps(ALGORITHMS["allreduce"]["doubling"], lambda steps: [*steps, steps[-1]]), p=4)
-    assert "round 2, rank 2, block 0: counts the contribution of rank 0 twice" in said
+    error = refusal(edit_steps(ALGORITHMS["allreduce"]["doubling"], lambda steps: [*steps, steps[-1]]), p=4)
+    assert "round 2, rank 2, block 0: counts the contribution of rank 0 twice" in error
 
 
-def test_garbage_is_not_sent() -> None:
+def test_sending_an_uninitialised_block_is_refused() -> None:
     reverse = edit_steps(ALGORITHMS["bcast"]["chain"], lambda steps: steps[::-1])
-    assert "round 0, rank 3, block 0: is sent before anything is there" in refusal(reverse, "bcast")
+    assert "round 0, rank 3, block 0: is sent before it is initialised" in refusal(reverse, "bcast")
 
 
-def test_garbage_is_not_summed_into() -> None:
+def test_summing_into_an_uninitialised_block_is_refused() -> None:
     added = edit_steps(ALGORITHMS["bcast"]["chain"], edit_round(0, lambda step: step._replace(reduce=True)))
-    assert "round 0, rank 1, block 0: is summed into before anything is there" in refusal(added, "bcast")
+    assert "round 0, rank 1, block 0: is summed into before it is initialised" in refusal(added, "bcast")
 
 
-def test_a_broadcast_of_somebody_elses_block_is_refused() -> None:
-    """A schedule rooted at 0 that is asked for root 0, whose steps belong to root 1."""
+def test_a_broadcast_from_another_root_is_refused() -> None:
+    """The schedule is verified for root 0, but its steps are those of root 1."""
 
     def steps(r: Any, p: int, root: int = 0) -> Any:
         return tree.broadcast(r, p, root + 1)
 
-    assert "is sent before anything is there" in refusal(Algorithm(steps, one_block), "bcast")
+    assert "is sent before it is initialised" in refusal(Algorithm(steps, one_block), "bcast")
 
 
-def test_a_message_that_lands_on_what_is_being_sent_is_refused() -> None:
+def test_receiving_into_a_block_that_is_being_sent_is_refused() -> None:
     def steps(r: Any, p: int) -> Any:
         yield Step(1 - r, (0, 1), 1 - r, (0, 1), reduce=False)
 
-    said = refusal(Algorithm(steps, one_block), "allreduce", p=2)
-    assert "round 0, rank 0, block 0: is sent and replaced in the same round" in said
+    error = refusal(Algorithm(steps, one_block), "allreduce", p=2)
+    assert "round 0, rank 0, block 0: is sent and replaced in the same round" in error
 
 
-def test_a_round_that_meets_another_round_is_refused_although_nobody_would_wait_for_ever() -> None:
-    """Rank 0 sends in its round 0 what rank 1 receives in its round 1."""
+def test_a_send_that_matches_a_receive_of_another_round_is_refused_even_without_a_deadlock() -> None:
+    """Rank 0 sends in round 0; rank 1 receives in round 1."""
 
     def steps(r: Any, p: int, root: int = 0) -> Any:
         here = np.asarray(r)
@@ -256,26 +258,28 @@ def test_a_round_that_meets_another_round_is_refused_although_nobody_would_wait_
         yield Step(np.where(here == 0, 1, NOBODY), (0, 1), nobody, (0, 1), reduce=False)
         yield Step(nobody, (0, 1), np.where(here == 1, 0, NOBODY), (0, 1), reduce=False)
 
-    assert "messages of different rounds would meet" in refusal(Algorithm(steps, one_block), "bcast", p=2)
+    assert "a send would match a receive of another round" in refusal(Algorithm(steps, one_block), "bcast", p=2)
 
 
-def test_a_rank_that_alone_takes_other_steps_is_refused() -> None:
+def test_steps_generated_for_one_rank_must_be_those_of_the_whole_round() -> None:
     def steps(r: Any, p: int) -> Any:
         rounds = list(ring.allreduce(r, p))
         return iter(rounds if np.ndim(r) else rounds[::-1])
 
-    assert "alone the rank takes another step than among all" in refusal(Algorithm(steps, block_per_rank))
+    assert "generated alone, the rank takes another step than with all ranks" in refusal(
+        Algorithm(steps, block_per_rank)
+    )
 
 
 def test_too_few_blocks_are_refused() -> None:
-    said = refusal(Algorithm(ring.reduce_scatter, one_block), "reduce_scatter")
-    assert "cuts the vector into 1 blocks; reduce_scatter needs one a rank" in said
+    error = refusal(Algorithm(ring.reduce_scatter, one_block), "reduce_scatter")
+    assert "cuts the vector into 1 blocks; reduce_scatter needs one a rank" in error
 
 
 def test_wrong_bytes_are_refused() -> None:
     doubling = ALGORITHMS["allreduce"]["doubling"]
     wrong = doubling._replace(volume=doubling.volume._replace(busiest=lambda p, _: Fraction(2)))
-    with pytest.raises(ScheduleError, match=r"3 vectors sent by the busiest rank, the formula .* says 2"):
+    with pytest.raises(ScheduleError, match=r"3 vectors sent by the busiest rank, but n lg s.* declares 2"):
         verify(wrong, "allreduce", 8)
 
 
@@ -286,12 +290,12 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         verify("ring", "allreduced", 4)
 
 
-# --- an independent oracle: ranks run alone, in any order -----------------------------------------
+# --- independent oracle: every rank runs its own steps --------------------------------------------
 
 
 @pytest.mark.parametrize(("collective", "name"), [each for each in EVERY if each[0] == "allreduce"])
 @pytest.mark.parametrize("p", [1, 2, 5, 8, 11])
-def test_ranks_that_run_alone_in_any_order_finish_with_the_sum(collective: str, name: str, p: int) -> None:
+def test_ranks_that_run_their_own_steps_in_any_order_finish_with_the_sum(collective: str, name: str, p: int) -> None:
     algorithm = ALGORITHMS[collective][name]
     for seed in range(3):
         cells = rendezvous(algorithm, p, random.Random(seed))
@@ -299,7 +303,7 @@ def test_ranks_that_run_alone_in_any_order_finish_with_the_sum(collective: str, 
 
 
 def rendezvous(algorithm: Algorithm, p: int, choose: random.Random) -> list[list[list[int]]]:
-    """Each rank runs its own steps; a message passes when both ends stand at it; chance says who is next."""
+    """Each rank runs its own steps; a message moves when both ends have reached it; ``choose`` selects the next one."""
     blocks = algorithm.blocks(p)
     cells = [[[r] for _ in range(blocks)] for r in range(p)]
     todo = [[step for step in algorithm.steps(r, p) if step.to >= 0 or step.source >= 0] for r in range(p)]
@@ -311,7 +315,7 @@ def rendezvous(algorithm: Algorithm, p: int, choose: random.Random) -> list[list
     while any(todo):
         able = [s for s in range(p) if "send" in waits[s] and "recv" in waits[int(todo[s][0].to)]
                 and int(todo[int(todo[s][0].to)][0].source) == s]  # fmt: skip
-        assert able, "ranks wait for one another for ever"
+        assert able, "deadlock"
         s = choose.choice(able)
         d = int(todo[s][0].to)
         arrived[d] = posted[s]
@@ -366,7 +370,7 @@ def test_the_command_fails_with_the_reason(capsys: pytest.CaptureFixture[str], m
     assert "round 2, rank 1, block 2" in out
 
 
-def test_the_command_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_refuses_unknown_algorithms_and_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ArgumentError, match="take 'all' or one of"):
         run_command(capsys, "rnig")
     with pytest.raises(ArgumentError, match="write 7, 1:64 or 1,2,7"):

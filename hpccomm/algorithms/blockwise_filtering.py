@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from hpccomm.algorithms import local_steps
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, descend, mean
+from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, mean
 from hpccomm.algorithms.local_steps import (
     LocalStatePolicy,
     PeriodicState,
@@ -46,6 +46,7 @@ from hpccomm.algorithms.transforms import (
     adam,
     chain,
     check_decay,
+    descend,
     require,
 )
 

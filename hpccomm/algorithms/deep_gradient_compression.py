@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from hpccomm.algorithms.compressors import check_density, topk
+from hpccomm.algorithms.compression.format import check_density
+from hpccomm.algorithms.compression.selection import topk
 from hpccomm.algorithms.error_feedback import FeedbackState, MessageReport, all_ranks_true, feedback
 from hpccomm.algorithms.error_feedback import message_report as sent_sparsely
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, allreduce_mean
@@ -102,9 +103,9 @@ def dgc(
     """Exchange gradients of a bucket, float32; the step is their mean, with momentum in it.
 
     ``warmup`` steps are divided over ``stages``.  ``clip`` is C, the norm that the mean gradient is meant to keep;
-    ``weight_decay`` λ counts for tensors whose flag says so.  ``exact`` names the largest elements exactly
-    (:func:`~hpccomm.algorithms.compressors.topk`).  ``density=1, mask=False`` is momentum SGD.  If any rank's gradient
-    is not finite, no rank steps and no state changes but ``steps`` and ``skipped``.
+    ``weight_decay`` λ applies to tensors whose flag says so.  With ``exact`` a message names exactly the largest
+    elements (:func:`~hpccomm.topk`).  ``density=1, mask=False`` is momentum SGD.  If any rank's gradient is not finite,
+    no rank steps, and only ``steps`` and ``skipped`` change in the state.
     """
     for each in (density, *stages):
         check_density(each, "dgc")

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compressors import HEADER_BYTES, Compressor, Message, check_flat, header_of
+from hpccomm.algorithms.compression.format import HEADER_BYTES, Compressor, Message, check_flat, header_of
 from hpccomm.algorithms.exchange import ExchangeReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
-from hpccomm.collectives.compressed.sparse import MessageGather
+from hpccomm.collectives.compressed.messages import MessageGather
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import compression as kernels
 
@@ -88,7 +88,7 @@ def feedback(
     but ``skipped``.
 
     Each rank sends its messages to all others, 8 bytes each with their lengths, and 16 more, with momentum 32;
-    short ones are filled up to a common length (:class:`~hpccomm.collectives.compressed.sparse.MessageGather`).
+    short ones are filled up to a common length (:class:`~hpccomm.collectives.compressed.messages.MessageGather`).
     :func:`message_report`
     tells of it.  Gradients of CuPy's and what is kept of them stay on the device, messages pass through the host
     (compressors with ``on_device``).  Where a run goes on with another number of ranks,
@@ -107,7 +107,7 @@ def feedback(
         zeros = np.zeros_like(check_flat(weights, compressor.name, compressor.on_device))
         headers = np.zeros((len(pieces(weights)), HEADER_BYTES), np.uint8)
         moved = np.zeros_like(zeros) if momentum else None
-        return FeedbackState(zeros, np.empty_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0)
+        return FeedbackState(zeros, np.zeros_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0)
 
     def pieces(vector: Vector) -> Sequence[slice]:
         return [slice(0, vector.size)] if parts is None else parts

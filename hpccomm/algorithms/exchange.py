@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hpccomm.algorithms import transforms
-from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike
+from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, descend
 from hpccomm.arrays import narrow, reduction_dtype, widen
 from hpccomm.errors import MismatchError
 
@@ -56,7 +56,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
     named: dict[str, Any] = {} if algorithm == "auto" else {"algorithm": algorithm}
 
     def init(weights: Vector) -> MeanState:
-        return MeanState(np.empty_like(weights, dtype=reduction_dtype(weights.dtype)), ExchangeReport())
+        return MeanState(np.zeros_like(weights, dtype=reduction_dtype(weights.dtype)), ExchangeReport())
 
     def update(gradient: Vector, state: MeanState, weights: Vector) -> tuple[Vector, MeanState]:
         check_alike(gradient, weights)
@@ -140,13 +140,6 @@ def synchronous_adam(
     if weight_decay:
         parts.append(transforms.weight_decay(weight_decay))
     return chain(*parts, descend(lr))
-
-
-def descend(lr: float | Schedule) -> Transform:
-    """Multiply by minus the learning rate."""
-    if callable(lr):
-        return transforms.scale_by_schedule(lambda count: -lr(count))
-    return transforms.scale(-lr)
 
 
 def check_replicas(comm: MPI.Intracomm, vector: Vector) -> None:

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compressors import check_flat, onebit
+from hpccomm.algorithms.compression.format import check_flat
+from hpccomm.algorithms.compression.signs import onebit
 from hpccomm.algorithms.error_feedback import MessageReport, all_ranks_true, feedback
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, allreduce_mean
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, check_decay, require, scale

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compressors import check_flat, orthonormalise, start_factor
+from hpccomm.algorithms.compression.format import check_flat
+from hpccomm.algorithms.compression.matrix_factors import orthonormalise, start_factor
 from hpccomm.algorithms.deep_gradient_compression import pack_slices, unpack_slices
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_mean
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require

@@ -11,14 +11,14 @@ p ranks with p times those.  τ is in the units of one rank's gradient::
     method = chain(gtc(comm, tau="auto"), scale(-0.1))
 
 On the wire: 4 bytes an element that is sent, or with ``code="rice"`` 1.5 + log2(1/density) bits; see
-:func:`~hpccomm.algorithms.compressors.threshold`.
+:func:`~hpccomm.algorithms.compression.selection.threshold`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from hpccomm.algorithms.compressors import threshold
+from hpccomm.algorithms.compression.selection import threshold
 from hpccomm.algorithms.error_feedback import feedback
 from hpccomm.algorithms.transforms import Transform
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,13 +25,33 @@ Schedule = Callable[[int], float]
 
 
 class Transform(NamedTuple):
-    """What turns a gradient into a step."""
+    """A pair of functions that turns a gradient into a step."""
 
     init: Callable[[Vector], Any]
     update: Callable[[Vector, Any, Vector], tuple[Vector, Any]]
 
 
-def chain(*transforms: Transform) -> Transform:
+class Term(Transform):
+    """A transform that carries its name and its numbers, by which a chain of terms is matched to a fused kernel."""
+
+    name: str
+    numbers: SimpleNamespace
+
+    @classmethod
+    def of(cls, transform: Transform, name: str, **numbers: Any) -> Term:
+        """The transform under this name."""
+        term = cls(*transform)
+        term.name, term.numbers = name, SimpleNamespace(**numbers)
+        return term
+
+
+class Chain(Transform):
+    """One transform after another, and which ones."""
+
+    terms: tuple[Transform, ...]
+
+
+def chain(*transforms: Transform) -> Chain:
     """One after the other; the state is the tuple of their states."""
 
     def init(weights: Vector) -> tuple[Any, ...]:
@@ -44,7 +65,9 @@ def chain(*transforms: Transform) -> Transform:
             states.append(after)
         return gradient, tuple(states)
 
-    return Transform(init, update)
+    joined = Chain(init, update)
+    joined.terms = transforms
+    return joined
 
 
 def stateless(step: Callable[[Vector, Vector], Vector]) -> Transform:
@@ -65,6 +88,12 @@ def scale_by_schedule(schedule: Schedule) -> Transform:
         return gradient * float(schedule(count)), count + 1
 
     return Transform(lambda weights: 0, update)
+
+
+def descend(lr: float | Schedule) -> Term:
+    """Multiply by minus the learning rate, a number or a function of the update's count."""
+    step = scale_by_schedule(lambda count: -lr(count)) if callable(lr) else scale(-lr)
+    return Term.of(step, "descend", lr=lr)
 
 
 def clip(max_norm: float) -> Transform:
@@ -97,7 +126,7 @@ def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Tra
     return stateless(decayed)
 
 
-def momentum(beta: float, nesterov: bool = False) -> Transform:
+def momentum(beta: float, nesterov: bool = False) -> Term:
     """m ← βm + g; the step is m, or g + βm when ``nesterov``.  The state is m."""
     check_decay("momentum: beta", beta)
 
@@ -105,7 +134,7 @@ def momentum(beta: float, nesterov: bool = False) -> Transform:
         moment = float(beta) * moment + gradient
         return (gradient + float(beta) * moment if nesterov else moment), moment
 
-    return Transform(np.zeros_like, update)
+    return Term.of(Transform(np.zeros_like, update), "momentum", beta=beta, nesterov=nesterov)
 
 
 class AdamState(NamedTuple):
@@ -116,8 +145,8 @@ class AdamState(NamedTuple):
     square: Vector
 
 
-def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
-    """Adam's scaling m̂ / (√v̂ + eps) (Kingma & Ba, ICLR 2015, algorithm 1)."""
+def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction: bool = True) -> Term:
+    """Adam's direction m̂ / (√v̂ + eps), or m / (√v + eps) without bias correction (Kingma & Ba, ICLR 2015)."""
     check_decay("adam: b1", b1)
     check_decay("adam: b2", b2)
 
@@ -128,10 +157,10 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transform:
         updates = state.updates + 1
         mean = b1 * state.mean + (1 - b1) * gradient
         square = b2 * state.square + (1 - b2) * (gradient * gradient)
-        step = (mean / (1 - b1**updates)) / (np.sqrt(square / (1 - b2**updates)) + eps)
-        return step, AdamState(updates, mean, square)
+        k1, k2 = (1 - b1**updates, 1 - b2**updates) if bias_correction else (1.0, 1.0)
+        return (mean / k1) / (np.sqrt(square / k2) + eps), AdamState(updates, mean, square)
 
-    return Transform(init, update)
+    return Term.of(Transform(init, update), "adam", b1=b1, b2=b2, eps=eps, bias_correction=bias_correction)
 
 
 class EveryState(NamedTuple):

@@ -1,10 +1,16 @@
-"""Steps whose length follows each tensor's norms: what LARS and LAMB share.
+"""Trust ratios: the step of each tensor becomes a fixed fraction of its weights' norm, as in LARS and LAMB.
 
-*L tensors of a bucket; this rank holds elements [lo, hi) of its vector, all of them unless said.*  A trust
-ratio needs the norms of a whole tensor.  Where a vector is divided over ranks, each sums its squares into its
-rows of an (L, 2) table and one allreduce of 16 L bytes completes it: ``norm_reduce``.  A shard is never a
-layer of its own.  Where nothing is divided the tensors go through the cache one after the other, so that their
-elements come from memory once.
+*w weights, x the vector that comes in, c the trust coefficient; L tensors of a bucket; this rank holds elements
+[lo, hi) of the bucket's vector, by default all.*  :func:`scale_by_trust_ratio` multiplies each tensor by its ratio φ::
+
+    φ = c‖w‖ / (‖x‖ + ε);   1 where either norm is zero, and in tensors that do not adapt
+
+The other terms of LARS and LAMB that depend on tensors stand here, too.  Momentum, Adam's direction and the learning
+rate are those of :mod:`hpccomm.algorithms.transforms`; :mod:`hpccomm.algorithms.large_batch` composes all of them.
+
+A trust ratio needs the norms of a whole tensor.  Where ranks hold shards of a vector, each rank adds its sums of
+squares to its rows of an (L, 2) table, and one allreduce of 16 L bytes completes the table: ``norm_reduce``.  A shard
+is never treated as a tensor of its own.
 """
 
 from __future__ import annotations
@@ -13,14 +19,15 @@ import importlib.util
 import math
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
+from hpccomm.algorithms.transforms import Chain, Schedule, Term, Transform, Vector, check_alike, require
 from hpccomm.arrays import is_on_device
 from hpccomm.buckets import Bucket, TensorEntry
+from hpccomm.kernels.optimizers_reference import GRADIENT
 
 NormReduce = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 """Sums of squares of this rank's part → those of the whole, the same bits on all ranks that hold parts."""
@@ -66,32 +73,124 @@ class Layers(NamedTuple):
                 begin = end
 
 
-class InPlaceTransform(Transform):
-    """A transform that can also step in place.
+# Terms
 
-    ``apply(gradient, state, weights) -> state`` writes the weights and over the arrays of the state, which is
-    used up; the same numbers as ``weights += step``, nothing large is allocated.
+
+def scale_by_global_norm(
+    grad_norm: Literal["none", "clip", "normalise"], max_norm: float = 1.0, norm_reduce: NormReduce | None = None
+) -> Term:
+    """Multiply the whole gradient so that its norm is at most ``max_norm`` ("clip") or is 1 ("normalise")."""
+
+    def update(gradient: Vector, state: tuple[()], weights: Vector) -> tuple[Vector, tuple[()]]:
+        return gradient * gradient.dtype.type(shrink(grad_norm, max_norm, gradient, norm_reduce)), state
+
+    numbers: dict[str, Any] = {"grad_norm": grad_norm, "max_norm": max_norm}
+    return Term.of(Transform(lambda weights: (), update), "scale_by_global_norm", **numbers)
+
+
+def add_decayed_weights(rate: float, tensors: Bucket | Layers) -> Term:
+    """Add ``rate * weights`` in the tensors that decay; :func:`~hpccomm.weight_decay` takes a mask of elements."""
+    here = tensors if isinstance(tensors, Layers) else layers("add_decayed_weights", tensors)
+
+    def update(gradient: Vector, state: tuple[()], weights: Vector) -> tuple[Vector, tuple[()]]:
+        check_vectors("add_decayed_weights", here, gradient, weights)
+        step, rates = gradient.copy(), (rate * here.rows.decay).astype(weights.dtype)
+        for (lo, hi), each in zip(here.rows.bounds, rates, strict=True):
+            step[lo:hi] += each * weights[lo:hi]
+        return step, state
+
+    return Term.of(Transform(lambda weights: (), update), "add_decayed_weights", rate=rate)
+
+
+class TrustRatioState(NamedTuple):
+    """How many updates there were, and the state of the inner transform."""
+
+    updates: int
+    inner: Any
+
+
+def scale_by_trust_ratio(
+    tensors: Bucket | Layers,
+    inner: Chain | None = None,
+    *,
+    trust: float = 1.0,
+    eps: float = 0.0,
+    lr: float | Schedule | None = None,
+    ratio_clip: tuple[float, float] | None = None,
+    weight_clip: tuple[float, float] | None = None,
+    norm_reduce: NormReduce | None = None,
+) -> Term:
+    """Multiply each tensor by its trust ratio φ = c‖w‖/(‖x‖+ε); ``trust`` is c.
+
+    With ``inner``, a chain that opens with :func:`add_decayed_weights`, the ratio is that of the gradient g that comes
+    in, φ = c‖w‖/(‖g‖+λ‖w‖+ε), and multiplies what ``inner`` makes of g.  With ``lr`` γ, φ ← min(φ/γ, 1) (LARC).
+    ``ratio_clip`` bounds φ, ``weight_clip`` bounds ‖w‖ in it.  Which tensors adapt is a flag of the bucket's table.
+
+    >>> term = scale_by_trust_ratio(Bucket({"w": (2, 2)}), trust=0.5)
+    >>> step, _ = term.update(np.full(4, 8, "f4"), term.init(np.ones(4, "f4")), np.ones(4, "f4"))
+    >>> step.tolist()
+    [0.5, 0.5, 0.5, 0.5]
     """
+    here = tensors if isinstance(tensors, Layers) else layers("scale_by_trust_ratio", tensors)
+    rate = None if inner is None else next(each.numbers.rate for each in inner.terms if isinstance(each, Term))
+    ratio = TrustRatio(trust, eps, rate, lr, ratio_clip, weight_clip, norm_reduce)
 
-    apply: Callable[[Vector, Any, Vector], Any]
+    def init(weights: Vector) -> TrustRatioState:
+        return TrustRatioState(0, () if inner is None else inner.init(weights))
 
-    def __new__(
-        cls,
-        init: Callable[[Vector], Any],
-        update: Callable[[Vector, Any, Vector], tuple[Vector, Any]],
-        apply: Callable[[Vector, Any, Vector], Any],
-    ) -> InPlaceTransform:
-        made = super().__new__(cls, init, update)
-        made.apply = apply
-        return made
+    def update(gradient: Vector, state: TrustRatioState, weights: Vector) -> tuple[Vector, TrustRatioState]:
+        check_vectors("scale_by_trust_ratio", here, gradient, weights)
+        g, w, real = to_contiguous(gradient), to_contiguous(weights), weights.dtype.type
+        still = np.zeros(len(here.rows.tensors), w.dtype)
+        sums = kernel("lars_sums", w)(w, g, g, here.rows.bounds, still, real(1), real(0), False, GRADIENT)
+        step, inside = (gradient, ()) if inner is None else inner.update(gradient, state.inner, weights)
+        gamma = 1.0 if lr is None else learning_rate(lr, state.updates)
+        out, phi = to_contiguous(step).copy(), ratio.of(here, here.rows, sums, gamma).astype(w.dtype)
+        kernel("scale_tensors", w)(out, here.rows.bounds, phi, real(1))
+        out[here.rows.stop :] = 0
+        return out, TrustRatioState(state.updates + 1, inside)
+
+    return Term.of(Transform(init, update), "scale_by_trust_ratio", inner=inner, ratio=ratio)
+
+
+class TrustRatio(NamedTuple):
+    """The numbers in a trust ratio, as :func:`scale_by_trust_ratio` takes them; ``rate`` is λ in its denominator."""
+
+    trust: float
+    eps: float
+    rate: float | None
+    lr: float | Schedule | None
+    ratio_clip: tuple[float, float] | None
+    weight_clip: tuple[float, float] | None
+    norm_reduce: NormReduce | None
+
+    def of(self, here: Layers, rows: Rows, sums: npt.NDArray[np.float64], gamma: float = 1.0) -> Any:
+        """φ of these tensors from this rank's sums of squares of w and x (collective where ranks hold shards)."""
+        norm = norms(sums, rows, here.tensors, self.norm_reduce)
+        size = norm[:, 0] if self.weight_clip is None else np.clip(norm[:, 0], *self.weight_clip)
+        decay = 0.0 if self.rate is None else self.rate * rows.decay * norm[:, 0]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = self.trust * size / (norm[:, 1] + decay + self.eps)
+            if self.lr is not None:
+                ratio = np.minimum(ratio / gamma, 1)
+        ratio = guard_zero_norms(norm, ratio)
+        return np.where(rows.adapt, ratio if self.ratio_clip is None else np.clip(ratio, *self.ratio_clip), 1.0)
+
+
+def learning_rate(lr: float | Schedule, updates: float) -> float:
+    """γ of the update after so many."""
+    return float(lr(int(updates)) if callable(lr) else lr)
+
+
+# Layout and norms
 
 
 def layers(
     who: str,
     bucket: Bucket,
-    part: tuple[int, int] | None,
-    decay: Collection[str] | str,
-    adapt: Collection[str] | str,
+    part: tuple[int, int] | None = None,
+    decay: Collection[str] | str = "flags",
+    adapt: Collection[str] | str = "flags",
 ) -> Layers:
     """The layout of elements [lo, hi) of the bucket's vector; what lies beyond its end is padding."""
     lo, hi = part or (0, bucket.size)

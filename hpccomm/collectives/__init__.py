@@ -1,4 +1,4 @@
-"""Who talks to whom, in which round, about which blocks; and everything that can be done with that."""
+"""Collective algorithms as schedules, and the tools that run, verify and draw a schedule."""
 
 from __future__ import annotations
 

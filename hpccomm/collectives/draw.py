@@ -1,7 +1,7 @@
-"""Shows a schedule: a line a round in text, or ranks as rows, rounds as columns, messages as arrows.
+"""Prints a schedule as one line a round, or draws it: ranks as rows, rounds as columns, messages as arrows.
 
-*p ranks, b blocks, k the round.*  ``0-[3]->1`` reads: rank 0 sends block 3 to rank 1; ``0-[2..4]->1``:
-blocks 2 to 4.  Rounds in which nobody moves anything are left out.
+*p ranks, b blocks, k the round.*  ``0-[3]->1``: rank 0 sends block 3 to rank 1; ``0-[2..4]->1``: blocks 2 to 4.
+Rounds without messages are left out.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from hpccomm.collectives.schedule import Algorithm
 
 MAX_INCHES = 48.0
-"""Inches."""
+"""The largest width and height of a drawing."""
 
 
 class Message(NamedTuple):
-    """One arrow."""
+    """One message, drawn as an arrow."""
 
     source: int
     to: int
@@ -27,7 +27,7 @@ class Message(NamedTuple):
     size: int
 
     def label(self, blocks: int) -> str:
-        """Its blocks: ``3``, ``2..4``, ``6..1`` where they wrap around, ``all``."""
+        """The blocks that it carries: ``3``, ``2..4``, ``6..1`` where they wrap around, ``all``."""
         if self.size == blocks:
             return "all" if blocks > 1 else "0"
         last = (self.first + self.size - 1) % blocks
@@ -35,7 +35,7 @@ class Message(NamedTuple):
 
 
 class RoundColumn(NamedTuple):
-    """One column."""
+    """One round, drawn as a column."""
 
     number: int
     reduce: bool
@@ -43,7 +43,7 @@ class RoundColumn(NamedTuple):
 
 
 def rounds(algorithm: Algorithm, p: int, *root: int) -> Iterator[RoundColumn]:
-    """The rounds of a schedule in which anything moves."""
+    """The rounds of a schedule that have messages."""
     blocks = algorithm.blocks(p)
     for k, step in enumerate(algorithm.steps(np.arange(p), p, *root)):
         to, lo, hi = (np.broadcast_to(x, (p,)) for x in (step.to, *step.send))
@@ -57,7 +57,7 @@ def rounds(algorithm: Algorithm, p: int, *root: int) -> Iterator[RoundColumn]:
 
 
 def text(algorithm: Algorithm, p: int, *root: int) -> Iterator[str]:
-    """One line a round: its number, whether what arrives is summed or copied, who sends what to whom."""
+    """One line a round: its number, whether receivers sum or copy, and its messages."""
     blocks = algorithm.blocks(p)
     for each in rounds(algorithm, p, *root):
         arrows = (f"{m.source}-[{m.label(blocks)}]->{m.to}" for m in each.messages)
@@ -65,9 +65,9 @@ def text(algorithm: Algorithm, p: int, *root: int) -> Iterator[str]:
 
 
 def draw(algorithm: Algorithm, p: int, out: str | Path, title: str, *root: int) -> None:
-    """Draw the schedule into ``out``, in the format its name ends with (png, svg, pdf).
+    """Draw the schedule into ``out``, in the format of the name's suffix (png, svg, pdf).
 
-    An arrow has the colour of its first block; it is solid where what arrives is summed, dashed where copied.
+    An arrow has the colour of its first block; it is solid where the receiver sums, dashed where it copies.
     """
     try:
         from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def draw(algorithm: Algorithm, p: int, out: str | Path, title: str, *root: int) 
 
 
 def draw_round(axes: Any, x: int, column: RoundColumn, blocks: int) -> None:
-    """One column of arrows, each with the name of its blocks at the tail, where no other arrow begins."""
+    """One column of arrows; the label with the blocks is at the tail, where no other arrow begins."""
     axes.axvspan(x, x + 1, color="#fff3e0" if column.reduce else "#e3f2fd", zorder=0, linewidth=0)
     line = "-" if column.reduce else (0, (4, 2))
     for m in column.messages:
@@ -98,7 +98,7 @@ def draw_round(axes: Any, x: int, column: RoundColumn, blocks: int) -> None:
 
 
 def colour_of(block: int, blocks: int) -> Any:
-    """As many well-told-apart colours as there are blocks."""
+    """The colour of a block: ten distinct colours where they suffice, else a gradient."""
     from matplotlib import colormaps
 
     few = 10
@@ -106,7 +106,7 @@ def colour_of(block: int, blocks: int) -> Any:
 
 
 def frame(axes: Any, columns: list[RoundColumn], p: int, title: str) -> None:
-    """Ranks at the left, rounds on top, lanes of ranks behind."""
+    """Label the ranks at the left and the rounds on top, and draw a line for each rank."""
     axes.set_xlim(0, max(len(columns), 1))
     axes.set_ylim(p - 0.5, -0.5)
     axes.set_yticks(range(p), [f"rank {r}" for r in range(p)])

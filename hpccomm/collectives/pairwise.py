@@ -1,7 +1,7 @@
-"""Direct: every rank deals with the owner of each block itself, with nobody in between.
+"""Direct: every rank exchanges each block with the owner of that block, without intermediate ranks.
 
-*p ranks, r this one, k the round.*  p-1 rounds, (p-1)/p of the vector from every rank, as the ring, but each block
-makes one hop only: what a network without hot spots, or memory that everybody can read, likes best.
+*p ranks, r this one, k the round.*  As the ring, p-1 rounds and (p-1)/p of the vector from every rank, but each block
+makes one hop only.  Suits a network without hot spots, and shared memory.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from hpccomm.collectives.schedule import Rank, Step
 
 
 def reduce_scatter(r: Rank, p: int) -> Iterator[Step]:
-    """Send each rank its block; what arrives is for one's own."""
+    """Send each rank its block; reduce the received blocks into the local one."""
     for k in range(1, p):
         to = (r + k) % p
         yield Step(to, (to, to + 1), (r - k) % p, (r, r + 1), reduce=True)
 
 
 def allgather(r: Rank, p: int) -> Iterator[Step]:
-    """Send one's own block to each rank."""
+    """Send the local block to each rank."""
     for k in range(1, p):
         source = (r - k) % p
         yield Step((r + k) % p, (r, r + 1), source, (source, source + 1), reduce=False)

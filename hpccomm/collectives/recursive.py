@@ -1,11 +1,12 @@
-"""Butterfly: in every round ranks meet in pairs at a distance that doubles or halves, so p ranks need lg p rounds.
+"""Butterfly: in every round ranks exchange in pairs, at a distance that doubles or halves, so p ranks need lg p rounds.
 
-*p ranks, r this one, q its number among the 2^⌊lg p⌋ ranks that dance, mask the distance.*  Where p is no power of two
-the first 2·(p − 2^⌊lg p⌋) ranks fold in pairs: the even one hands its vector to the odd one, sits out, and gets the
-result back.  Neighbours meet first, so every partial result covers neighbouring ranks and order can be kept.
+*p ranks, r this one; 2^⌊lg p⌋ ranks are participants, q this one's position among them, mask the distance.*  Where p is
+no power of two, the first 2·(p − 2^⌊lg p⌋) ranks fold in pairs: the even rank sends its vector to the odd rank, idles,
+and receives the result at the end.  Neighbours exchange first, so every partial result covers adjacent ranks and rank
+order can be kept.
 
 =================  ============================  ===================================
-what               rounds (+2 when folded)       bytes from every rank that dances
+algorithm          rounds (+2 when folded)       bytes sent by every participant
 =================  ============================  ===================================
 doubling           lg p                          n lg p
 halving-doubling   2 lg p                        2 (p−1)/p n
@@ -31,30 +32,30 @@ from hpccomm.collectives.volume import Volume, ceil_lg, floor_lg, ring_fraction
 
 
 class Participants(NamedTuple):
-    """Who dances: ``size`` dancers, a power of two, and ``pairs`` pairs of ranks that send one dancer each."""
+    """The participants: ``size`` ranks, a power of two; ``pairs`` of them are the odd ranks of folded pairs."""
 
     size: int
     pairs: int
 
     def position(self, r: Rank) -> Rank:
-        """The dancer's number of rank r (of a rank that sits out: its partner's)."""
+        """The position of rank r (of a folded even rank: its partner's)."""
         return np.where(np.asarray(r) < 2 * self.pairs, np.asarray(r) // 2, np.asarray(r) - self.pairs)
 
     def is_active(self, r: Rank) -> Any:
-        """Whether rank r dances: all but the even one of each pair."""
+        """Whether rank r participates: all ranks but the even one of each pair."""
         return (np.asarray(r) >= 2 * self.pairs) | (np.asarray(r) % 2 == 1)
 
     def rank(self, q: Rank) -> Rank:
-        """The rank that dances as number q."""
+        """The rank at position q."""
         return np.where(np.asarray(q) < self.pairs, 2 * np.asarray(q) + 1, np.asarray(q) + self.pairs)
 
     def first_block(self, q: Rank) -> Rank:
-        """Where dancer q's blocks begin when every rank has one: its pair's, or its own."""
+        """The first block of position q where every rank owns one: its pair's, or its own."""
         return np.where(np.asarray(q) < self.pairs, 2 * np.asarray(q), np.asarray(q) + self.pairs)
 
 
 def participants(p: int) -> Participants:
-    """The dancers among p ranks."""
+    """The participants among p ranks."""
     size = power_of_two(p)
     return Participants(size, p - size)
 
@@ -65,31 +66,31 @@ def masks(size: int) -> list[int]:
 
 
 def fold(r: Rank, d: Participants, send: tuple[Rank, Rank], recv: tuple[Rank, Rank], reduce: bool) -> Iterator[Step]:
-    """The even rank of each pair hands over blocks ``send``, which its odd partner knows as ``recv``."""
+    """The even rank of each pair sends blocks ``send`` to its odd partner, which receives them as ``recv``."""
     if d.pairs:
         paired, even = np.asarray(r) < 2 * d.pairs, np.asarray(r) % 2 == 0
         yield Step(select_peer(paired & even, r + 1), send, select_peer(paired & ~even, r - 1), recv, reduce)
 
 
 def unfold(r: Rank, d: Participants, send: tuple[Rank, Rank], recv: tuple[Rank, Rank]) -> Iterator[Step]:
-    """The odd rank of each pair gives blocks ``send`` back."""
+    """The odd rank of each pair sends blocks ``send`` back; the even rank receives them as ``recv``."""
     if d.pairs:
         paired, even = np.asarray(r) < 2 * d.pairs, np.asarray(r) % 2 == 0
         yield Step(select_peer(paired & ~even, r - 1), send, select_peer(paired & even, r + 1), recv, reduce=False)
 
 
 def doubling(r: Rank, p: int) -> Iterator[Step]:
-    """Allreduce of few bytes: partners swap everything they have; one block."""
-    d, all_of_it = participants(p), (0, 1)
-    yield from fold(r, d, all_of_it, all_of_it, reduce=True)
+    """Allreduce of short vectors: partners exchange the whole vector, one block."""
+    d, whole = participants(p), (0, 1)
+    yield from fold(r, d, whole, whole, reduce=True)
     for mask in masks(d.size):
         peer = select_peer(d.is_active(r), d.rank(d.position(r) ^ mask))
-        yield Step(peer, all_of_it, peer, all_of_it, reduce=True)
-    yield from unfold(r, d, all_of_it, all_of_it)
+        yield Step(peer, whole, peer, whole, reduce=True)
+    yield from unfold(r, d, whole, whole)
 
 
 def halving_doubling(r: Rank, p: int) -> Iterator[Step]:
-    """Allreduce of many bytes: halve what one is responsible for every round, then collect it the same way back."""
+    """Allreduce of long vectors: a reduce-scatter by halving, then an allgather by doubling in the reverse order."""
     d = participants(p)
     q, lo, half = d.position(r), np.zeros_like(r), d.size
     yield from fold(r, d, (0, d.size), (0, d.size), reduce=True)
@@ -110,7 +111,7 @@ def halving_doubling(r: Rank, p: int) -> Iterator[Step]:
 
 
 def reduce_scatter(r: Rank, p: int) -> Iterator[Step]:
-    """Recursive halving: keep the half of the dancers that one belongs to; far partners first, so order is not kept."""
+    """Recursive halving: keep the blocks of the rank's half; far partners first, so rank order is not kept."""
     d = participants(p)
     q = d.position(r)
     yield from fold(r, d, (0, p), (0, p), reduce=True)
@@ -122,7 +123,7 @@ def reduce_scatter(r: Rank, p: int) -> Iterator[Step]:
 
 
 def allgather(r: Rank, p: int) -> Iterator[Step]:
-    """Recursive doubling: partners swap all blocks they have, neighbours first."""
+    """Recursive doubling: partners exchange all blocks that they have, neighbours first."""
     d = participants(p)
     q = d.position(r)
     yield from fold(r, d, (r, r + 1), (r - 1, r), reduce=False)
@@ -134,12 +135,12 @@ def allgather(r: Rank, p: int) -> Iterator[Step]:
 
 
 def block_range(d: Participants, q: Rank, count: int) -> tuple[Rank, Rank]:
-    """The blocks of ``count`` dancers from number q on."""
+    """The blocks of ``count`` participants from position q on."""
     return d.first_block(q), d.first_block(q + count)
 
 
 def bruck(r: Rank, p: int) -> Iterator[Step]:
-    """Allgather for any p: the run of blocks that begins with one's own doubles every round (it may wrap around)."""
+    """Allgather for any p: the interval of blocks from the rank's own on doubles every round (it may wrap around)."""
     have = 1
     while have < p:
         more = min(have, p - have)

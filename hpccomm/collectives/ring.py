@@ -1,7 +1,7 @@
-"""Ring: every rank talks to its two neighbours only; blocks travel once around.
+"""Ring: every rank sends to its right neighbour and receives from its left one; blocks travel once around.
 
-*p ranks, r this one, k the round.*  Reduce-scatter and allgather take p-1 rounds and send (p-1)/p of the vector from
-every rank, the least possible; allreduce is one after the other (Patarasuk & Yuan, J. Parallel Distrib. Comput. 2009).
+*p ranks, r this one, k the round.*  Reduce-scatter and allgather take p-1 rounds, and every rank sends (p-1)/p of the
+vector, the least possible; allreduce runs one after the other (Patarasuk & Yuan, J. Parallel Distrib. Comput. 2009).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from hpccomm.collectives.schedule import Rank, Step
 
 
 def reduce_scatter(r: Rank, p: int) -> Iterator[Step]:
-    """Block b starts at rank b+1 and gathers one contribution a round until it is complete at rank b."""
+    """Block b starts at rank b+1, collects one contribution a round, and is complete at rank b."""
     for k in range(p - 1):
         send, recv = (r - 1 - k) % p, (r - 2 - k) % p
         yield Step((r + 1) % p, (send, send + 1), (r - 1) % p, (recv, recv + 1), reduce=True)
 
 
 def allgather(r: Rank, p: int) -> Iterator[Step]:
-    """Pass on in every round the block that arrived in the last one, one's own first."""
+    """Every rank sends its own block first, then forwards the block that it received in the previous round."""
     for k in range(p - 1):
         send, recv = (r - k) % p, (r - 1 - k) % p
         yield Step((r + 1) % p, (send, send + 1), (r - 1) % p, (recv, recv + 1), reduce=False)

@@ -1,12 +1,12 @@
-"""A schedule says, for rank r of p, whom to send which blocks to and whom to receive which blocks from, round by round.
+"""A schedule lists, round by round, which blocks a rank sends to which peer and which blocks it receives from which.
 
-Notation: *p ranks, r this one, k the round; a vector is cut into b blocks numbered 0 … b-1.*
+*p ranks, r this one, k the round; a vector is cut into b blocks numbered 0 … b-1.*
 
-One algorithm is one pure generator of :class:`Step`.  Step k of a rank meets step k of its peers: all ranks yield the
-same number of steps, and a rank that has nothing to do in a round yields ``idle``.  What is sent in a round is what
-stood there before the round began.  ``r`` may be an integer or ``np.arange(p)``: then one step describes a whole round
-and its members are arrays, which is how schedules are verified and priced for thousands of ranks at once.  Blocks
-``[lo, hi)`` count modulo b, so an interval may wrap around the end.
+One algorithm is one pure generator of :class:`Step`.  Step k of a rank matches step k of its peers: all ranks yield the
+same number of steps, and a rank with nothing to do in a round yields ``idle_step``.  A rank sends the contents that its
+blocks had before the round began.  ``r`` is an integer or ``np.arange(p)``; with an array, one step describes a whole
+round and its fields are arrays, so that thousands of ranks are verified and priced at once.  Blocks ``[lo, hi)`` count
+modulo b, so an interval may wrap around the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Step(NamedTuple):
     source: Rank
     recv: tuple[Rank, Rank]
     reduce: bool
-    """Reduce what arrives into what is here (else replace it)."""
+    """Reduce the received blocks into the local ones (else replace these)."""
 
 
 Steps = Callable[..., Iterator[Step]]
@@ -41,34 +41,34 @@ Steps = Callable[..., Iterator[Step]]
 
 
 class Algorithm(NamedTuple):
-    """A named way to do one collective."""
+    """One algorithm of one collective."""
 
     steps: Steps
     blocks: Callable[[int], int]
-    """Into how many blocks p ranks cut the vector."""
+    """The number of blocks into which p ranks cut the vector."""
     ordered: bool = False
-    """Every reduction joins neighbouring ranges of ranks, lower on the left, whatever the root: right for
+    """Every reduction joins adjacent ranges of ranks, the lower on the left, for every root: correct for
     non-commutative operations."""
     segmented: bool = False
-    """Gains from cutting every block into segments that flow one after the other (chains and trees)."""
+    """Faster for long vectors when pipelined in segments (chains and trees)."""
     own_blocks: Callable[[int], Any] | None = None
-    """``(p,)`` the block that is each rank's own, where it has not the rank's number (reduce-scatters, allgathers)."""
+    """``(p,)`` the block that each rank of a reduce-scatter or allgather owns; ``None``: rank r owns block r."""
     volume: Volume | None = None
-    """The rounds and bytes that it declares; ``verify`` checks them."""
+    """The rounds and bytes that the algorithm declares; ``verify`` checks them."""
 
 
 def block_per_rank(p: int) -> int:
-    """A block a rank."""
+    """One block for each rank."""
     return p
 
 
 def one_block(p: int) -> int:
-    """The vector in one piece."""
+    """The whole vector in one block."""
     return 1
 
 
 def power_of_two(p: int) -> int:
-    """The largest power of two that is not above p."""
+    """The largest power of two not above p."""
     return 1 << (p.bit_length() - 1)
 
 
@@ -78,6 +78,6 @@ def select_peer(active: Any, peer: Rank) -> Rank:
 
 
 def idle_step(r: Rank) -> Step:
-    """A round in which nobody moves anything."""
+    """A round without messages."""
     nobody = np.full(np.shape(r), NOBODY)
     return Step(nobody, (0, 0), nobody, (0, 0), False)

@@ -1,17 +1,17 @@
 """Trees: a binomial tree in lg p rounds, a chain for long vectors in segments, and two binary trees at once.
 
-*p ranks, r this one, v = r − root (mod p) its place counted from the root, mask the distance.*
+*p ranks, r this one, v = r − root (mod p) its position counted from the root, mask the distance.*
 
 ==============  ===============================  =================================================
-what            rounds                           bytes on the busiest rank
+algorithm       rounds                           bytes sent by the busiest rank
 ==============  ===============================  =================================================
 binomial        ⌈lg p⌉ down, ⌈lg p⌉ up           n lg p sent by the root, n by the others
 chain           p−1 down, p−1 up                 n; s segments take p−2+s times n/s
 scatter-ring    ⌈lg p⌉ + p−1                     about 2 n
-double tree     8 a level, most of them idle     2 n in, 2 n out: all links busy when segmented
+double tree     8 a level, a rank idles in most  2 n in, 2 n out: all links busy when segmented
 ==============  ===============================  =================================================
 
-In the double tree every rank is inside one tree and a leaf of the other, each tree carrying half of the vector
+In the double tree every rank is an inner node of one tree and a leaf of the other; each tree carries half of the vector
 (Sanders, Speck & Träff, Parallel Computing 2009).
 """
 
@@ -30,7 +30,7 @@ ALL = (0, 1)
 
 
 def broadcast(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
-    """Whoever has it sends it as far again as it has come: 1, 2, 4 … places."""
+    """Every rank that has the vector sends it 1, 2, 4 … positions on."""
     v = (np.asarray(r) - root) % p
     for mask in distances(p):
         to = select_peer((v < mask) & (v + mask < p), (r + mask) % p)
@@ -39,7 +39,7 @@ def broadcast(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
 
 
 def reduce(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
-    """Neighbours first, so every partial result covers neighbouring places."""
+    """Neighbours first, so every partial result covers adjacent positions."""
     v = (np.asarray(r) - root) % p
     for mask in distances(p):
         to = select_peer(v % (2 * mask) == mask, (r - mask) % p)
@@ -48,7 +48,7 @@ def reduce(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
 
 
 def reduce_in_order(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
-    """Reduce to rank 0, where ranks stand in order, and pass the result to the root."""
+    """Reduce to rank 0, so that rank order is kept, then send the result to the root."""
     yield from reduce(r, p)
     if root:
         here = np.asarray(r)
@@ -62,48 +62,48 @@ def allreduce(r: Rank, p: int) -> Iterator[Step]:
 
 
 def scatter(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
-    """Hand on the far half of the blocks one holds; block b is for rank b."""
+    """Send the far half of the blocks to another rank, in every round; block b is for rank b."""
     v = (np.asarray(r) - root) % p
     for mask in reversed(distances(p)):
         to = select_peer((v % (2 * mask) == 0) & (v + mask < p), (r + mask) % p)
         source = select_peer(v % (2 * mask) == mask, (r - mask) % p)
-        yield Step(to, places(v + mask, mask, p, root), source, places(v, mask, p, root), reduce=False)
+        yield Step(to, block_range(v + mask, mask, p, root), source, block_range(v, mask, p, root), reduce=False)
 
 
 def gather(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
-    """Scatter, backwards."""
+    """The rounds of scatter in reverse order and direction."""
     for step in reversed(list(scatter(r, p, root))):
         yield Step(step.source, step.recv, step.to, step.send, reduce=False)
 
 
 def scatter_ring(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
-    """Broadcast of many bytes: scatter down the tree, allgather around the ring (van de Geijn)."""
+    """Broadcast of long vectors: scatter down the tree, allgather around the ring (van de Geijn)."""
     yield from scatter(r, p, root)
     yield from ring.allgather(r, p)
 
 
 def chain_broadcast(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
-    """From each place to the next one."""
+    """From each position to the next."""
     v = (np.asarray(r) - root) % p
     for k in range(p - 1):
         yield Step(select_peer(v == k, (r + 1) % p), ALL, select_peer(v == k + 1, (r - 1) % p), ALL, reduce=False)
 
 
 def chain_reduce(r: Rank, p: int, root: int = 0) -> Iterator[Step]:
-    """From the last place towards the root."""
+    """From the last position towards the root."""
     v = (np.asarray(r) - root) % p
     for k in reversed(range(p - 1)):
         yield Step(select_peer(v == k + 1, (r - 1) % p), ALL, select_peer(v == k, (r + 1) % p), ALL, reduce=True)
 
 
 def chain_allreduce(r: Rank, p: int) -> Iterator[Step]:
-    """Down the chain to rank 0, and back."""
+    """Reduce along the chain to rank 0, then broadcast."""
     yield from chain_reduce(r, p)
     yield from chain_broadcast(r, p)
 
 
 def double_allreduce(r: Rank, p: int) -> Iterator[Step]:
-    """Reduce up and broadcast down two binary trees, block 0 in the first, block 1 in the second."""
+    """Reduce up and broadcast down two binary trees; block 0 travels in the first, block 1 in the second."""
     up = [step for mask in distances(p) for from_left in (True, False) for step in climb(r, p, mask, from_left)]
     yield from up
     for step in reversed(up):
@@ -111,43 +111,43 @@ def double_allreduce(r: Rank, p: int) -> Iterator[Step]:
 
 
 def climb(r: Rank, p: int, mask: int, from_left: bool) -> Iterator[Step]:
-    """In both trees, the children of one level on one side of their parents send what they have gathered."""
+    """In both trees, the children of one level on one side of their parents send their partial results."""
     for block in (0, 1):
-        place = position_of(r, p, block)
-        parent = parent_of(place, p)
-        goes = climbs(place, parent, p, mask, from_left)
-        child = np.where(from_left, place - mask, place + mask)
-        comes = (child > 0) & (child < p) & climbs(child, parent_of(child, p), p, mask, from_left)
-        comes &= parent_of(child, p) == place
-        to, source = select_peer(goes, rank_at(parent, p, block)), select_peer(comes, rank_at(child, p, block))
+        position = position_of(r, p, block)
+        parent = parent_of(position, p)
+        sends = climbs(position, parent, mask, from_left)
+        child = np.where(from_left, position - mask, position + mask)
+        receives = (child > 0) & (child < p) & climbs(child, parent_of(child, p), mask, from_left)
+        receives &= parent_of(child, p) == position
+        to, source = select_peer(sends, rank_at(parent, p, block)), select_peer(receives, rank_at(child, p, block))
         yield Step(to, (block, block + 1), source, (block, block + 1), reduce=True)
 
 
-def climbs(place: Rank, parent: Rank, p: int, mask: int, from_left: bool) -> Rank:
-    """Whether the rank in this place is of the level ``mask`` and sits on this side of its parent."""
-    return (place > 0) & (place & -place == mask) & ((place < parent) == from_left)
+def climbs(position: Rank, parent: Rank, mask: int, from_left: bool) -> Rank:
+    """Whether the position is of the level ``mask`` and on this side of its parent."""
+    return (position > 0) & (position & -position == mask) & ((position < parent) == from_left)
 
 
-def parent_of(place: Rank, p: int) -> Rank:
-    """In a binary tree numbered from left to right whose leaves are odd; place 0 is the root."""
-    place = np.asarray(place)
-    low = place & -place
-    above = (place ^ low) | (low << 1)
-    return np.where(place <= 0, NOBODY, np.where(above < p, above, place ^ low))
+def parent_of(position: Rank, p: int) -> Rank:
+    """The parent in a binary tree numbered from left to right; odd positions are leaves, position 0 is the root."""
+    position = np.asarray(position)
+    low = position & -position
+    above = (position ^ low) | (low << 1)
+    return np.where(position <= 0, NOBODY, np.where(above < p, above, position ^ low))
 
 
 def position_of(r: Rank, p: int, tree: int) -> Rank:
-    """Where rank r sits: in order in the first tree; mirrored (p even) or one further (p odd) in the second."""
+    """The position of rank r: r in the first tree; mirrored (p even) or shifted by one (p odd) in the second."""
     if tree == 0:
         return np.asarray(r)
     return p - 1 - np.asarray(r) if p % 2 == 0 else (np.asarray(r) - 1) % p
 
 
-def rank_at(place: Rank, p: int, tree: int) -> Rank:
-    """Who sits there."""
+def rank_at(position: Rank, p: int, tree: int) -> Rank:
+    """The rank at a position."""
     if tree == 0:
-        return place
-    return p - 1 - place if p % 2 == 0 else (place + 1) % p
+        return position
+    return p - 1 - position if p % 2 == 0 else (position + 1) % p
 
 
 def distances(p: int) -> list[int]:
@@ -155,8 +155,8 @@ def distances(p: int) -> list[int]:
     return [1 << k for k in range((p - 1).bit_length())]
 
 
-def places(v: Rank, count: int, p: int, root: int) -> tuple[Rank, Rank]:
-    """The blocks of up to ``count`` places from v on."""
+def block_range(v: Rank, count: int, p: int, root: int) -> tuple[Rank, Rank]:
+    """The blocks of up to ``count`` positions from v on."""
     return v + root, np.minimum(v + count, p) + root
 
 

@@ -8,7 +8,7 @@ import socket
 
 import numpy as np
 
-from hpccomm.algorithms.compressors import check_density
+from hpccomm.algorithms.compression.format import check_density
 from hpccomm.algorithms.sharded.cost import STATE_BYTES, Job, Shape, link_volume, step_cost
 from hpccomm.algorithms.sharded.groups import check_placement, smallest_partition
 from hpccomm.collectives import ALGORITHMS

@@ -149,7 +149,7 @@ def adam(setup: MethodSetup) -> Transform:
 def lars(setup: MethodSetup) -> Transform:
     """A trust ratio for each tensor; the trust coefficient is 0.02, as these networks have few layers."""
     from hpccomm.algorithms.exchange import mean
-    from hpccomm.algorithms.lars import lars as optimizer
+    from hpccomm.algorithms.large_batch import lars as optimizer
     from hpccomm.algorithms.transforms import chain
 
     return chain(mean(setup.comm, setup.algorithm), optimizer(setup.bucket, setup.lr, trust=0.02))
@@ -158,7 +158,7 @@ def lars(setup: MethodSetup) -> Transform:
 def lamb(setup: MethodSetup) -> Transform:
     """Adam with a trust ratio for each tensor."""
     from hpccomm.algorithms.exchange import mean
-    from hpccomm.algorithms.lamb import lamb as optimizer
+    from hpccomm.algorithms.large_batch import lamb as optimizer
     from hpccomm.algorithms.transforms import chain
 
     return chain(mean(setup.comm, setup.algorithm), optimizer(setup.bucket, setup.lr))

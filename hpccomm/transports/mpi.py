@@ -1,7 +1,7 @@
-"""Point-to-point messages of an MPI library, bound as persistent requests.
+"""A transport on the point-to-point messages of an MPI library, bound as persistent requests.
 
-Every message carries its call's signature in the tag and every receive takes any tag, so a peer that calls something
-else is noticed at the first message.  Vectors travel as bytes, in pieces of at most 1 GiB, so counts beyond 2^31 work
+The tag of every message is the fingerprint of its call, and every receive takes any tag, so a peer in another call is
+detected at the first message.  Vectors travel as bytes, in messages of at most 1 GiB, so that lengths beyond 2^31 work
 on every MPI.
 """
 
@@ -15,30 +15,27 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 MAX_MESSAGE_BYTES = 1 << 30
-"""Bytes of the longest single message."""
+"""Bytes of the longest message."""
 
 Vector = npt.NDArray[Any]
 StrayMessageFactory = Callable[[int, int, int], Exception]
-"""``stranger(rank, tag, expected)``: the error to raise when a rank's message belongs to another call."""
+"""``stray_message_error(rank, tag, expected)``: the error for a message of ``rank`` that belongs to another call."""
 
 
 class MessageTransport:
-    """Messages over one communicator that nobody else uses.
+    """Messages over a private communicator; ``stray_message_error`` makes the error for a message of another call."""
 
-    ``stranger`` makes the error for a message that belongs to another call.
-    """
-
-    def __init__(self, comm: MPI.Intracomm, stranger: StrayMessageFactory) -> None:
-        self.comm, self.stray_message_error = comm, stranger
+    def __init__(self, comm: MPI.Intracomm, stray_message_error: StrayMessageFactory) -> None:
+        self.comm, self.stray_message_error = comm, stray_message_error
         self.rank, self.size = comm.rank, comm.size
         self.tags = int(comm.Get_attr(MPI.TAG_UB) or 32767)
 
     def exchange(self, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int) -> Messages:
-        """Bind one message out and one in."""
+        """Bind one outgoing and one incoming message."""
         return Messages(self, send, to, recv, source, tag % self.tags)
 
     def close(self) -> None:
-        """Give the communicator back (collective)."""
+        """Free the communicator (collective)."""
         self.comm.Free()
 
 
@@ -49,15 +46,15 @@ class Messages:
         self, via: MessageTransport, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int
     ) -> None:
         self._via, self._source, self._tag = via, source, tag
-        incoming = [via.comm.Recv_init([piece, MPI.BYTE], source, MPI.ANY_TAG) for piece in chunks(recv)]
-        outgoing = [via.comm.Send_init([piece, MPI.BYTE], to, tag) for piece in chunks(send)]
+        incoming = [via.comm.Recv_init([chunk, MPI.BYTE], source, MPI.ANY_TAG) for chunk in chunks(recv)]
+        outgoing = [via.comm.Send_init([chunk, MPI.BYTE], to, tag) for chunk in chunks(send)]
         self._requests = [*incoming, *outgoing]
         self._status = MPI.Status()
         self.starts = [request.Start for request in self._requests]
         self.waits = [self.arrival(request) for request in incoming] + [each.Wait for each in outgoing]
 
     def arrival(self, request: MPI.Prequest) -> Callable[[], None]:
-        """Wait for a message and look at whose call it belongs to."""
+        """The action that waits for a message and checks that it belongs to this call."""
         wait, status, tag = request.Wait, self._status, self._tag
 
         def arrive() -> None:
@@ -80,7 +77,7 @@ class Messages:
 
 
 def chunks(vector: Vector | None) -> Iterator[Any]:
-    """The vector's bytes, a message each."""
+    """The vector's bytes, one chunk a message."""
     if vector is None:
         return
     octets = np.ascontiguousarray(vector).view(np.uint8) if vector.size else vector[:0].view(np.uint8)
@@ -93,8 +90,8 @@ def mpi_name() -> str:
     return " ".join((MPI.get_vendor()[0], ".".join(map(str, MPI.get_vendor()[1]))))
 
 
-def probe_bytes(comm: MPI.Intracomm, source: int, tag: int) -> int:
-    """How many bytes the next message from a rank has; waits for it."""
+def probe_bytes(comm: Any, source: int, tag: int) -> int:
+    """Wait for the next message of a rank and return its number of bytes."""
     status = MPI.Status()
     comm.Probe(source, tag, status)
     return status.Get_elements(MPI.BYTE)

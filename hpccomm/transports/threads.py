@@ -1,6 +1,6 @@
-"""Ranks as threads of one process: for tests, notebooks and anything that should run without MPI.
+"""A transport between ranks that are threads of one process: for tests and notebooks without MPI.
 
-A message is a copy put into a queue that only its sender fills and only its receiver empties.
+A message is a copy in a queue; there is one queue for each pair of sender and receiver.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Mailboxes:
             (source, to): SimpleQueue() for source in range(size) for to in range(size)
         }
         self.bytes_sent = [0] * size
-        """Counted on the transport, a number a rank."""
+        """Bytes that each rank has sent."""
 
 
 class ThreadTransport:
@@ -35,12 +35,12 @@ class ThreadTransport:
     def __init__(self, mail: Mailboxes, rank: int) -> None:
         self.mail, self.rank, self.size = mail, rank, mail.size
 
-    def exchange(self, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int) -> Letters:
-        """Bind one message out and one in."""
-        return Letters(self, send, to, recv, source, tag)
+    def exchange(self, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int) -> ThreadExchange:
+        """Bind one outgoing and one incoming message."""
+        return ThreadExchange(self, send, to, recv, source, tag)
 
 
-class Letters:
+class ThreadExchange:
     """A send and a receive through the mailboxes."""
 
     def __init__(
@@ -56,25 +56,25 @@ class Letters:
         def fetch() -> None:
             assert recv is not None
             try:
-                theirs, letter = mail.boxes[source, rank].get(timeout=mail.patience)
+                their_tag, message = mail.boxes[source, rank].get(timeout=mail.patience)
             except Empty:
                 raise TimeoutError(f"rank {rank} waited {mail.patience} s for rank {source}") from None
-            if theirs != tag or letter.nbytes != recv.nbytes:
+            if their_tag != tag or message.nbytes != recv.nbytes:
                 raise MismatchError(
-                    f"rank {source} sent {letter.nbytes} bytes of call {theirs}, "
+                    f"rank {source} sent {message.nbytes} bytes of call {their_tag}, "
                     f"rank {rank} expects {recv.nbytes} bytes of call {tag}: make the calls the same"
                 )
-            recv[...] = letter.view(recv.dtype)
+            recv[...] = message.view(recv.dtype)
 
         self.starts = [post] if send is not None else []
         self.waits = [fetch] if recv is not None else []
 
     def free(self) -> None:
-        """Nothing is held."""
+        """Free nothing: the mailboxes hold no resources."""
 
 
 def run_on_threads(size: int, function: Callable[[ThreadTransport], Any], patience: float = 60.0) -> list[Any]:
-    """What ``function(transport)`` returns on each of ``size`` ranks; the first rank's exception is raised here."""
+    """Run ``function(transport)`` on ``size`` ranks and return the results; raises the exception of the lowest rank."""
     mail = Mailboxes(size, patience)
     results: list[Any] = [None] * size
     errors: list[BaseException | None] = [None] * size

@@ -34,8 +34,9 @@ import numpy.typing as npt
 
 from hpccomm.algorithms.checkpoints import leaves
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
+from hpccomm.algorithms.fused import InPlaceTransform
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, require
-from hpccomm.algorithms.trust_ratio import InPlaceTransform, NormReduce, global_norm
+from hpccomm.algorithms.trust_ratio import NormReduce, global_norm
 from hpccomm.arrays import narrow, reduction_dtype, view_for_mpi
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError, MismatchError
@@ -654,7 +655,7 @@ def adamw(
     weight_decay: float = 0.0,
 ) -> Callable[[Bucket, NormReduce | None], Transform]:
     """AdamW for :class:`ShardedModel`, in place: no memory beside its two moments."""
-    from hpccomm.algorithms.lamb import lamb
+    from hpccomm.algorithms.large_batch import lamb
 
     return lambda bucket, reduce: lamb(bucket, lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, adapt=())
 

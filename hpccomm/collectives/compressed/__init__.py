@@ -1,1 +1,1 @@
-"""Allgathers and allreduces of what compressors make: sparse vectors and signs."""
+"""Allgathers and allreduces of compressed vectors: sparse vectors, signs, and byte messages of any length."""

@@ -1,11 +1,8 @@
-#!/usr/bin/env python3
 """Test accuracy against the batch, from 64 to all samples at once: SGD with linear scaling, LARS and LAMB.
 
-Usage: python scripts/bench_batch_sizes --json FILE [--data digits,stdlib] [--seeds 0,1,2] [--plot FILE]
-
 Every batch has the same number of passes through the data, so the largest takes one step a pass.  All methods have
-momentum 0.9 (LAMB: Adam's moments), no weight decay, a warm-up of a tenth of the steps and a quadratic fall to zero
-behind it.  How each is tuned, with four fifths of the training samples, scored on the last fifth, mean of other seeds
+momentum 0.9 (LAMB: Adam's moments), no weight decay, a warm-up of a tenth of the steps and then a quadratic fall to
+zero.  Each is tuned with four fifths of the training samples and scored on the last fifth, as the mean over other seeds
 (--tuning 100,101,102):
 
   base    the rate at batch 64: eleven rates a factor of two apart
@@ -13,48 +10,43 @@ behind it.  How each is tuned, with four fifths of the training samples, scored 
   tuned   the best of the rule's rate times 1/32, 1/16, … 2 and 4, for each batch
 
 Accuracies are those of other samples, after training with all training samples: mean and standard deviation over the
-seeds.  What the file holds is not trained again: with --minutes a run of any length is done in pieces.
+seeds.  A training that the file holds is not repeated.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 import numpy as np
 
-from hpccomm.algorithms.lamb import lamb
-from hpccomm.algorithms.lars import lars
+from benchmarks import harness
+from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.lr_schedules import linear_scaling, polynomial, sqrt_scaling, warm_up
 from hpccomm.algorithms.transforms import Schedule, Transform, chain, momentum, scale_by_schedule
+from hpccomm.bench.plot import COLOURS
 from hpccomm.buckets import Bucket
 from hpccomm.train.datasets import Dataset, digits, stdlib
 from hpccomm.train.networks import Characters, Network, Perceptron, initial_weights
 
 SMALLEST = 64
 TUNING = 100
-"""Seeds from here on tune."""
+"""The least seed for tuning."""
 FACTORS = tuple(2.0**power for power in range(-5, 3))
 
 
 class Method(NamedTuple):
-    """One line of the picture."""
+    """One line of the figure."""
 
     make: Callable[[Bucket, Schedule], Transform]
-    scale_tensors: Callable[[float, int, int], float]
+    scale: Callable[[float, int, int], float]
     """The rule: (rate, batch, the batch it is for) -> rate."""
     rates: tuple[float, ...]
-    """At the smallest batch."""
+    """Candidates at the smallest batch."""
 
 
 def sgd(bucket: Bucket, rate: Schedule) -> Transform:
@@ -63,7 +55,7 @@ def sgd(bucket: Bucket, rate: Schedule) -> Transform:
 
 
 def rates(middle: float) -> tuple[float, ...]:
-    """Eleven."""
+    """Eleven rates around the middle one, a factor of two apart."""
     return tuple(middle * 2.0**power for power in range(-5, 6))
 
 
@@ -84,7 +76,7 @@ class Task(NamedTuple):
 
 
 def tasks(names: list[str]) -> dict[str, Task]:
-    """By name; the last batch is everything."""
+    """Tasks by name; the last batch is all samples."""
     made: dict[str, Callable[[], Task]] = {"digits": of_digits, "stdlib": of_text}
     return {name: made[name]() for name in names}
 
@@ -101,23 +93,15 @@ def of_text() -> Task:
     return Task(data, Characters(data.classes, 8, 64), 6, (64, 256, 1024, 4096, 16_384, len(data.targets)))
 
 
-class Run(NamedTuple):
-    """One training."""
-
-    data: str
-    method: str
-    batch: int
-    rate: float
-    seed: int
-    accuracy: float
-    """Share of the samples held out that are predicted right; 0 where the weights are no numbers any more."""
+Key = tuple[str, str, int, float, int]
+"""Data, method, batch, rate and seed of one training; a row of the file has the accuracy behind them."""
 
 
 # Training
 
 
-def trained(task: Task, data: Dataset, method: Method, batch: int, rate: float, seed: int) -> float:
-    """The accuracy of a model that has seen all samples ``task.epochs`` times."""
+def train(task: Task, data: Dataset, method: Method, batch: int, rate: float, seed: int) -> float:
+    """The accuracy of a model that has seen all samples ``task.epochs`` times; 0 if its weights are not finite."""
     tensors = initial_weights(task.network.shapes, seed)
     bucket = Bucket(tensors)
     weights = bucket.flatten(tensors)
@@ -139,46 +123,36 @@ def trained(task: Task, data: Dataset, method: Method, batch: int, rate: float, 
     return float(right.mean())
 
 
-def kept_for_tuning(data: Dataset) -> Dataset:
-    """The last fifth of the training samples scores what the others train."""
+def hold_out(data: Dataset) -> Dataset:
+    """The training samples, the last fifth of which becomes the test set."""
     count = len(data.targets) // 5
     return Dataset(
         data.inputs[:-count], data.targets[:-count], data.inputs[-count:], data.targets[-count:], data.classes
     )
 
 
-class OutOfTimeError(Exception):
-    """What is missing is trained by the next run."""
+class Trainings:
+    """All trainings, made or read from the record."""
 
+    def __init__(self, record: harness.Record, found: dict[str, Task], tuning: list[int]) -> None:
+        self.record, self.tasks, self.tuning = record, found, tuning
+        for name, task in found.items():
+            job = {"epochs": task.epochs, "batches": list(task.batches)}
+            if record.data.setdefault("job", {}).setdefault(name, job) != job:
+                raise SystemExit(f"{record.file} is of {record.data['job']}, not {job}: name another file")
 
-class Record:
-    """All trainings and where they are written."""
+    def accuracy(self, *key: Any) -> float:
+        """The accuracy of one :data:`Key`."""
 
-    def __init__(self, file: Path, found: dict[str, Task], tuning: list[int], minutes: float) -> None:
-        self.file, self.tasks, self.tuning = file, found, tuning
-        self.until = time.monotonic() + 60 * minutes
-        job = {name: {"epochs": task.epochs, "batches": list(task.batches)} for name, task in found.items()}
-        kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"job": job, "runs": []}
-        self.job = kept["job"] | job
-        if self.job != job | kept["job"]:
-            raise SystemExit(f"{file} is of {kept['job']}, not {job}: name another file")
-        self.runs = {run[:5]: run for run in (Run(*each) for each in kept["runs"])}
-
-    def accuracy(self, data: str, method: str, batch: int, rate: float, seed: int) -> float:
-        """Trained before, or now."""
-        key = (data, method, batch, rate, seed)
-        if key not in self.runs:
-            if time.monotonic() > self.until:
-                raise OutOfTimeError
+        def run() -> list[Any]:
+            data, method, batch, rate, seed = key
             task = self.tasks[data]
-            samples = kept_for_tuning(task.data) if seed >= TUNING else task.data
-            self.runs[key] = Run(*key, trained(task, samples, METHODS[method], batch, rate, seed))
-            part = self.file.with_name(self.file.name + ".part")
-            part.write_text(json.dumps({"job": self.job, "runs": list(self.runs.values())}) + "\n")
-            part.replace(self.file)
-        return self.runs[key].accuracy
+            samples = hold_out(task.data) if seed >= TUNING else task.data
+            return [*key, train(task, samples, METHODS[method], batch, rate, seed)]
 
-    def best(self, data: str, method: str, batch: int, candidates: tuple[float, ...]) -> float:
+        return float(self.record.recall(key, run)[5])
+
+    def best_rate(self, data: str, method: str, batch: int, candidates: tuple[float, ...]) -> float:
         """The rate that scores best on the samples kept for tuning; of equal ones the smallest."""
         return max(
             candidates,
@@ -201,41 +175,40 @@ class Row(NamedTuple):
     rule: list[float]
     """Accuracies, a seed each, in percent."""
     factor: float
-    """Tuned rate by the rule's."""
+    """Tuned rate divided by the rule's."""
     tuned: list[float]
 
 
-def row(record: Record, data: str, method: str, batch: int, seeds: list[int]) -> Row:
+def row(trainings: Trainings, data: str, method: str, batch: int, seeds: list[int]) -> Row:
     """Tune, then train with every seed."""
-    task, it = record.tasks[data], METHODS[method]
-    rate = it.scaled(record.best(data, method, SMALLEST, it.rates), batch, SMALLEST)
-    best = record.best(data, method, batch, tuple(rate * factor for factor in FACTORS))
-    rule, tuned = ([100 * record.accuracy(data, method, batch, each, seed) for seed in seeds] for each in (rate, best))
+    task, it = trainings.tasks[data], METHODS[method]
+    rate = it.scale(trainings.best_rate(data, method, SMALLEST, it.rates), batch, SMALLEST)
+    best = trainings.best_rate(data, method, batch, tuple(rate * factor for factor in FACTORS))
+    rule, tuned = ([100 * trainings.accuracy(data, method, batch, r, seed) for seed in seeds] for r in (rate, best))
     steps = -(-len(task.data.targets) // batch) * task.epochs
     return Row(data, batch, steps, method, rate, rule, best / rate, tuned)
 
 
 def spread(values: list[float]) -> str:
     """Mean and standard deviation."""
-    return f"{statistics.fmean(values):6.2f} ±{statistics.stdev(values) if len(values) > 1 else 0.0:5.2f}"
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
 
 
-def line(it: Row) -> str:
-    """For people."""
-    return (
-        f"  {it.data:<8}{it.batch:>7}{it.steps:>7}  {it.method:<6}{it.rate:>9.3g}{spread(it.rule):>16}"
-        f"{f'x{it.factor:g}':>9}{spread(it.tuned):>16}"
-    )
+HEAD = ("data", "method", "batch", "steps", "rate", "by the rule", "tuned by", "tuned")
+
+
+def cells(it: Row) -> list[str]:
+    """One line of the table."""
+    numbers = [str(it.batch), str(it.steps), f"{it.rate:.3g}", spread(it.rule), f"×{it.factor:g}", spread(it.tuned)]
+    return [it.data, it.method, *numbers]
 
 
 def draw(found: list[Row], file: Path) -> None:
-    """Accuracy against batch; what is tuned for the batch solid, the rule dashed."""
-    from matplotlib.figure import Figure
-
+    """Accuracy against batch; rates tuned for the batch solid, rates by the rule dashed."""
     names = list(dict.fromkeys(each.data for each in found))
-    figure = Figure(figsize=(5.5 * len(names), 4.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for method, colour in zip(METHODS, ("#0072B2", "#D55E00", "#009E73"), strict=True):
+    figure, [grid] = harness.panels(5.5 * len(names), 4.6, 1, len(names))
+    for axes, name in zip(grid, names, strict=True):
+        for method, colour in zip(METHODS, COLOURS, strict=False):
             mine = [each for each in found if (each.data, each.method) == (name, method)]
             for label, style, values in (
                 ("tuned for the batch", "o-", [each.tuned for each in mine]),
@@ -252,49 +225,35 @@ def draw(found: list[Row], file: Path) -> None:
         axes.set_title(name)
         axes.grid(True, color="#dddddd", linewidth=0.7)
         axes.legend(fontsize=7, frameon=False)
-    figure.savefig(file)
+    harness.save(figure, file)
 
 
-def watched(things: list[Any]) -> Any:
-    """With a progress bar if somebody watches and tqdm is there."""
-    if not sys.stderr.isatty():
-        return things
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return things
-    return tqdm(things, unit="row", leave=False)
-
-
-def main() -> None:
-    """Train what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="what was trained, and goes on from")
+def main() -> int:
+    """Train what the file lacks; print the table once it is complete."""
+    parser = harness.parser("batch-sizes", __doc__, file="batch-sizes.json")
     parser.add_argument("--data", default="digits,stdlib")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--tuning", default="100,101,102", help="seeds to tune with")
-    parser.add_argument("--minutes", type=float, default=60, help="start no training after so long")
-    parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
-    seeds, tuning = ([int(seed) for seed in each.split(",")] for each in (args.seeds, args.tuning))
+    args = harness.parse(parser)
+    seeds, tuning = harness.integers(args.seeds), harness.integers(args.tuning)
     if max(seeds) >= TUNING or min(tuning) < TUNING:
         parser.error(f"seeds {args.seeds}, tuning {args.tuning}: those below {TUNING} train, the others tune")
-    record = Record(args.json, tasks(args.data.split(",")), tuning, args.minutes)
+    record = harness.Record(args.file, lambda run: tuple(run[:5]), ["runs"], args.seconds)
+    trainings = Trainings(record, tasks(args.data.split(",")), tuning)
     wanted = [
-        (data, method, batch) for data, task in record.tasks.items() for batch in task.batches for method in METHODS
+        (data, method, batch) for data, it in trainings.tasks.items() for batch in it.batches for method in METHODS
     ]
     try:
-        found = [row(record, *each, seeds) for each in watched(wanted)]
-    except OutOfTimeError:
-        print(f"# out of time after {len(record.runs)} trainings: run the same command again for the rest")
-        return
-    print(f"# accuracy in %, seeds {args.seeds}, tuned with {args.tuning}; " + json.dumps(record.job))
-    print(f"# {'data':<8}{'batch':>7}{'steps':>7}  {'method':<6}{'rate':>9}{'by the rule':>16}{'tuned':>9}{'':>16}")
-    for each in found:
-        print(line(each))
-    if args.plot:
-        draw(found, args.plot)
+        found = [row(trainings, *each, seeds) for each in wanted]
+    except harness.OutOfTimeError:
+        harness.progress(f"out of time after {len(record.rows)} trainings: the same command trains the rest")
+        return 0
+    job = json.dumps(record.data["job"])
+    harness.emit(f"Accuracy in %, seeds {args.seeds}, tuned with {args.tuning}; {job}\n")
+    harness.emit(harness.table(HEAD, map(cells, found), words=2))
+    draw(found, harness.plot_file(args, args.file))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

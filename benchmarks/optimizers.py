@@ -1,38 +1,26 @@
-#!/usr/bin/env python3
-"""Optimizer steps on one vector, one thread: compiled, NumPy, and PyTorch where it is installed; rounds interleaved.
+"""Optimizer steps on one vector and one thread: compiled, NumPy, and PyTorch where it is installed.
 
-Usage: python scripts/bench_optimizers [--elements 25000000] [--layers 50] [--rounds 7] [--compile] [--only NAME …]
-                                       [--json FILE]
-
-Each round is in another order, so that nothing always follows the same.
+All steps take turns within a round, and each round has another order, so that no step always follows the same one.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
-import random
-import statistics
-import time
+import sys
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
+from functools import partial
+from statistics import median
 from typing import Any
-
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ[variable] = "1"
 
 import numpy as np
 
+from benchmarks import harness
 from hpccomm.algorithms import trust_ratio
-from hpccomm.algorithms.lamb import lamb
-from hpccomm.algorithms.lars import lars
+from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.buckets import Bucket
 from hpccomm.kernels import optimizers_reference
 
-USERS_OF_KERNELS = [import_module(f"hpccomm.algorithms.{name}") for name in ("lamb", "lars", "layerwise")]
 GRADIENT = 1e-3
 LATE = 20_000
 """Updates after which float32 bias corrections are 1, and cost nothing."""
@@ -59,14 +47,12 @@ def with_numpy(step: Callable[[], None]) -> Callable[[], None]:
     """The same with the reference's kernels."""
 
     def run() -> None:
-        compiled, layerwise_kernel = trust_ratio.kernel, lambda name, code: getattr(optimizers_reference, name)
-        for module in USERS_OF_KERNELS:
-            module.kernel = layerwise_kernel
+        compiled = trust_ratio.host_kernel
+        trust_ratio.host_kernel = lambda name, code: getattr(optimizers_reference, name)
         try:
             step()
         finally:
-            for module in USERS_OF_KERNELS:
-                module.kernel = compiled
+            trust_ratio.host_kernel = compiled
 
     return run
 
@@ -196,35 +182,29 @@ def methods(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     return found
 
 
-def main() -> None:
-    """Print a table; milliseconds."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    """Measure the steps that the file lacks and print a table; milliseconds."""
+    parser = harness.parser("optimizers", __doc__, rounds=7, file="optimizers.json")
     parser.add_argument("--elements", type=int, default=25_000_000)
     parser.add_argument("--layers", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="PyTorch's compiler too")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="words in the names of the steps to measure")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    steps = {name: step for name, step in methods(args).items() if any(word in name for word in args.only or [""])}
-    if not steps:
-        parser.error(f"--only: no step's name has {' or '.join(args.only)}")
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffled = list(steps), random.Random(0)
-    for _ in range(args.rounds + 1):  # the first one compiles and touches the memory
-        shuffled.shuffle(order)
-        for name in order:
-            began = time.perf_counter()
-            steps[name]()
-            times[name].append(1e3 * (time.perf_counter() - began))
-    rows = {name: each[1:] for name, each in times.items()}
-    print(f"# {args.elements} float32 in {args.layers} layers, one thread, {args.rounds} rounds, ms")
-    print(f"# {'':<36}{'min':>8}{'median':>8}{'max':>8}")
-    for name, each in rows.items():
-        print(f"  {name:<36}{min(each):>8.1f}{statistics.median(each):>8.1f}{max(each):>8.1f}")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    args = harness.parse(parser)
+    record = harness.Record(args.file, lambda row: row["step"])
+    record.require("job", {"elements": args.elements, "layers": args.layers, "rounds": args.rounds})
+    if not record.rows:
+        steps = {name: step for name, step in methods(args).items() if any(word in name for word in args.only or [""])}
+        if not steps:
+            parser.error(f"--only: no step's name has {' or '.join(args.only)}")
+        runs = {name: partial(harness.time_local, step) for name, step in steps.items()}
+        times = harness.take_turns(runs, args.rounds, shuffle=True)  # the first round compiles and touches the memory
+        record.rows.extend({"step": name, "ms": [1e3 * each for each in seconds]} for name, seconds in times.items())
+        record.write()
+    rows = [[row["step"], *(f"{summary(row['ms']):.1f}" for summary in (min, median, max))] for row in record.rows]
+    harness.emit(f"{args.elements} float32 in {args.layers} layers, one thread, {args.rounds} rounds, ms\n")
+    harness.emit(harness.table(("step", "min", "median", "max"), rows, words=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,46 +1,42 @@
-#!/usr/bin/env python3
-"""GTC, BMUF and both in two tiers at 1 … 128 workers: accuracy trained, time measured or priced, published beside.
+"""GTC, BMUF and both in two tiers at 1 … 128 workers: errors are trained, times measured or priced.
 
-Usage: python scripts/reproduce_two_tier --json FILE [--workers 1,8,32,64,128] [--seeds 0,1,2] [--plot FILE]
+The columns, beside the published figures:
 
-What is what:
   tuned       each method at each number of workers on the same budget: so many trainings of one pass over four fifths
               of the samples, scored on the last fifth; a step up or down a ladder of factors of two for the rate, the
               threshold, the block's length and the block momentum, kept where it helps
-  error       trained: every worker is a rank (a thread), with its own share of Python's library as text; the next
-              character from 16, errors on other files, relative to one worker of plain SGD with the same seed after as
+  error       trained: every worker is a rank (a thread) with its own part of Python's library as text; it predicts the
+              next character from 16, on other files, relative to one worker of plain SGD with the same seed after as
               many passes through the data; mean and standard deviation over the seeds
   priced      one worker: measured.  More: a step's arithmetic, encoding and decoding measured here on one thread, and
-              the messages priced by the cost model (8 ranks a node, 25 us and 10 Gbit/s between nodes); nobody waits
-              for stragglers
+              the messages priced by the cost model (8 ranks a node, 25 us and 10 Gbit/s between nodes); without
+              stragglers
   fitted      GTC and BMUF: curves through their published speed-ups.  Hybrid: predicted from those two curves alone;
               the first number lets the time of a block's exchange follow all workers, the second the groups
   published   Ladkat et al., Interspeech 2019: an LSTM acoustic model on 2000 h of speech.  Another task, another
               cluster: the order of the methods can be compared, the figures cannot.
 
-What the file holds is not trained again: with --minutes a run of any length is done in pieces.
+A training that the file holds is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 import numpy as np
 
+from benchmarks import harness
+from benchmarks.batch_sizes import hold_out
+from hpccomm import threshold
 from hpccomm.algorithms.blockwise_filtering import block_filter, bmuf
-from hpccomm.algorithms.compressors import threshold
-from hpccomm.algorithms.two_tier import hybrid
 from hpccomm.algorithms.transforms import Transform, chain, scale
+from hpccomm.algorithms.two_tier import hybrid
+from hpccomm.bench.plot import COLOURS
 from hpccomm.buckets import Bucket
 from hpccomm.performance.cost import predict
 from hpccomm.testing.ranks import run_on_ranks
@@ -61,7 +57,7 @@ ERROR = {
 }
 """Published changes of the error rate."""
 JOB = ("samples", "epochs", "batch", "tries")
-"""Arguments that decide what is trained."""
+"""Arguments that define the job."""
 GROUP = 8
 """Workers of a group of the hybrid, and of a node."""
 TUNING_SEED = 100
@@ -69,15 +65,15 @@ TAU = 0.1
 
 
 class Settings(NamedTuple):
-    """What is tuned."""
+    """The settings that are tuned."""
 
     rate: float
-    """Of steps on the mean gradient of the ranks that exchange every step."""
+    """Rate of steps on the mean gradient of the ranks that exchange every step."""
     tau: float = TAU
     """Threshold, in the units of one rank's mean gradient."""
     period: int = 5
     """Steps of a block."""
-    clear_buffers: float = 1.0
+    rest: float = 1.0
     """1 − block momentum."""
 
 
@@ -91,23 +87,23 @@ KNOBS = {"bmuf": ("rate", "rest", "period"), "gtc": ("rate", "tau"), "hybrid": (
 
 
 class Sent(NamedTuple):
-    """The exchange's state: what is not sent yet, and how many bytes were."""
+    """The exchange's state: the residual, and the bytes that were sent."""
 
     residual: Any
     nbytes: int
 
 
-def compressed_sum(tau: float) -> Callable[[Any], Transform]:
-    """Every rank sends what its backlog has at or beyond the threshold; all add all messages, in rank order."""
+def sum_compressed(tau: float) -> Callable[[Any], Transform]:
+    """An exchange: every rank sends its elements at or beyond the threshold; all messages are added in rank order."""
     compressor = threshold(tau)
 
     def exchange(group: Any) -> Transform:
         def update(gradient: Any, state: Sent, weights: Any) -> tuple[Any, Sent]:
             residual = np.empty_like(gradient)
             message = compressor.encode_feedback(state.residual, gradient, out=residual)
-            letters, total = group.allgather(message), np.zeros_like(gradient)
-            if group.rank == 0:  # what each would make of the letters, bit for bit, made once
-                compressor.decode_all(letters, total)
+            messages, total = group.allgather(message), np.zeros_like(gradient)
+            if group.rank == 0:  # every rank would decode the same bits: decode once
+                compressor.decode_all(messages, total)
             group.Bcast(total)
             return total, Sent(residual, state.nbytes + message.size)
 
@@ -117,8 +113,8 @@ def compressed_sum(tau: float) -> Callable[[Any], Transform]:
 
 
 def method(name: str, comm: Any, settings: Settings) -> Any:
-    """One of the three."""
-    exchange = compressed_sum(settings.tau)
+    """The transform of one of the three methods."""
+    exchange = sum_compressed(settings.tau)
     if name == "gtc":
         return chain(exchange(comm), scale(-settings.rate / comm.size))
     block = {"period": settings.period, "momentum": 1 - settings.rest, "nesterov": "paper"}
@@ -136,15 +132,15 @@ class Run(NamedTuple):
     seed: int
     settings: Settings
     error: float
-    """Share of the samples held out that are predicted wrong."""
+    """Share of the test samples that are predicted wrong."""
     message_bytes: float
-    """Sent by a worker in a step inside its group."""
+    """Bytes that a worker sends in a step inside its group."""
 
 
-def trained(
+def train(
     name: str, workers: int, seed: int, settings: Settings, data: Dataset, batch: int, epochs: int
 ) -> tuple[float, float]:
-    """Train with a thread for each worker; error and bytes of a message."""
+    """Train with a thread for each worker; return the error and the bytes of a message."""
     network = network_of(data)
 
     def body(comm: Any) -> tuple[Any, float]:
@@ -176,15 +172,15 @@ def trained(
 
 
 def network_of(data: Dataset) -> Characters:
-    """15,337 weights."""
+    """The network, 15,337 weights."""
     return Characters(data.classes, width=8, hidden=64)
 
 
 # Tuning
 
 
-def tuned(first: Settings, knobs: tuple[str, ...], tries: int, error: Callable[[Settings], float]) -> Settings:
-    """The best of ``tries`` settings: from ``first`` along the ladders, on in a direction while it helps."""
+def climb(first: Settings, knobs: tuple[str, ...], tries: int, error: Callable[[Settings], float]) -> Settings:
+    """The best of ``tries`` settings: steps along the ladders from ``first``, in a direction while it helps."""
     best, least, seen = first, error(first), {first}
     moves = [(knob, by) for knob in knobs for by in (2.0, 0.5)]
     while len(seen) < tries:
@@ -203,120 +199,72 @@ def tuned(first: Settings, knobs: tuple[str, ...], tries: int, error: Callable[[
 
 
 def first_settings(name: str, workers: int, alone: Settings) -> Settings:
-    """Where tuning begins: one worker's best, the rate times the ranks that step together, momentum by the rule."""
+    """The first settings: one worker's best, the rate times the ranks that step together, momentum by the rule."""
     if name == "bmuf":
         return alone._replace(rest=1 / workers)
     together = workers if name == "gtc" else min(workers, GROUP)
     return Settings(alone.rate * together, rest=together / workers if name == "hybrid" else 1.0)
 
 
-def kept_for_tuning(data: Dataset) -> Dataset:
-    """The last fifth of the samples scores what the others train."""
-    count = len(data.targets) // 5
-    return Dataset(
-        data.inputs[:-count], data.targets[:-count], data.inputs[-count:], data.targets[-count:], data.classes
-    )
+class Trainings:
+    """All trainings, made or read from the record."""
 
-
-# The file
-
-
-class OutOfTimeError(Exception):
-    """What is missing is trained by the next run."""
-
-
-class Record:
-    """All trainings and where they are written."""
-
-    def __init__(self, file: Path, args: argparse.Namespace, data: Dataset) -> None:
-        self.file, self.args, self.data = file, args, data
-        self.until = time.monotonic() + 60 * args.minutes
-        job = {key: getattr(args, key) for key in JOB}
-        kept = json.loads(file.read_text()) if file.exists() else {"job": job, "tuning": [], "runs": []}
-        if kept["job"] != job:
-            raise SystemExit(f"{file} is of {kept['job']}, not {job}: name another file")
-        self.job = job
-        self.costs = Costs(**kept["costs"]) if "costs" in kept else measured(data, args.batch)
-        self.tuning, self.runs = ([run_from(each) for each in kept[key]] for key in ("tuning", "runs"))
-        self.write()
-
-    def write(self) -> None:
-        """All of it."""
-        written: dict[str, Any] = {"job": self.job, "costs": self.costs._asdict()}
-        lists = {"tuning": self.tuning, "runs": self.runs}
-        written |= {key: [as_dict(run) for run in lists[key]] for key in lists}
-        part = self.file.with_name(self.file.name + ".part")
-        part.write_text(json.dumps(written) + "\n")
-        part.replace(self.file)
+    def __init__(self, record: harness.Record, args: argparse.Namespace, data: Dataset) -> None:
+        self.record, self.args, self.data = record, args, data
+        record.require("job", {key: getattr(args, key) for key in JOB})
+        if "costs" not in record.data:
+            record.data["costs"] = measure_costs(data, args.batch)._asdict()
+        self.costs = Costs(**record.data["costs"])
 
     def run(self, name: str, workers: int, seed: int, settings: Settings) -> Run:
-        """Trained before, or now."""
+        """One training."""
         tuning = seed == TUNING_SEED
-        runs = self.tuning if tuning else self.runs
-        for each in runs:
-            if each[:4] == (name, workers, seed, settings):
-                return each
-        if time.monotonic() > self.until:
-            raise OutOfTimeError
-        data, epochs = (kept_for_tuning(self.data), 1) if tuning else (self.data, self.args.epochs)
-        found = Run(
-            name, workers, seed, settings, *trained(name, workers, seed, settings, data, self.args.batch, epochs)
-        )
-        runs.append(found)
-        self.write()
-        print(f"# {'tuning' if tuning else 'trained'}: {found}", flush=True)
-        return found
+        data, epochs = (hold_out(self.data), 1) if tuning else (self.data, self.args.epochs)
+        key = (name, workers, seed, settings)
 
-    def tuned(self, name: str, workers: int) -> Settings:
+        def measure() -> dict[str, Any]:
+            found = Run(*key, *train(*key, data, self.args.batch, epochs))
+            return found._asdict() | {"settings": settings._asdict()}
+
+        return run_from(self.record.recall(key, measure, "tuning" if tuning else "runs"))
+
+    def tune(self, name: str, workers: int) -> Settings:
         """The best settings found, for one worker of plain SGD or a method at a number of workers."""
         if name == "hybrid" and workers <= GROUP:
-            return self.tuned("gtc", workers)  # one group: nothing else happens
-        start = Settings(0.05)
-        knobs = ("rate",)
+            return self.tune("gtc", workers)  # one group: nothing else happens
+        start, knobs = Settings(0.05), ("rate",)
         if (name, workers) != ("bmuf", 1):
-            start, knobs = first_settings(name, workers, self.tuned("bmuf", 1)), KNOBS[name]
-        return tuned(
-            start, knobs, self.args.tries, lambda settings: self.run(name, workers, TUNING_SEED, settings).error
-        )
+            start, knobs = first_settings(name, workers, self.tune("bmuf", 1)), KNOBS[name]
+        return climb(start, knobs, self.args.tries, lambda it: self.run(name, workers, TUNING_SEED, it).error)
 
 
-def run_from(kept: dict[str, Any]) -> Run:
-    """As it was written."""
-    return Run(**kept | {"settings": Settings(**kept["settings"])})
-
-
-def as_dict(run: Run) -> dict[str, Any]:
-    """For the file."""
-    return run._asdict() | {"settings": run.settings._asdict()}
+def run_from(row: dict[str, Any]) -> Run:
+    """A row of the file."""
+    return Run(**row | {"settings": Settings(**row["settings"])})
 
 
 # Time
 
 
 def median_time(run: Callable[[], Any], times: int = 30) -> float:
-    """Seconds."""
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+    """Median seconds of a run."""
+    return statistics.median(harness.time_local(run) for _ in range(times))
 
 
 class Costs(NamedTuple):
-    """Measured on this machine, seconds."""
+    """Measured costs, in seconds."""
 
     step: float
     """Gradient and update of one batch."""
     encode: float
     decode: float
-    """One message."""
+    """Decoding of one message."""
     block: float
     """The block filter."""
 
 
-def measured(data: Dataset, batch: int) -> Costs:
-    """What a step consists of beside messages."""
+def measure_costs(data: Dataset, batch: int) -> Costs:
+    """Measure the parts of a step other than messages."""
     network = network_of(data)
     tensors = initial_weights(network.shapes, 0)
     bucket = Bucket(tensors)
@@ -339,12 +287,12 @@ def measured(data: Dataset, batch: int) -> Costs:
 
 
 def quickest(collective: str, nodes: int, per_node: int, nbytes: float) -> float:
-    """Seconds, by the cost model."""
+    """Seconds of the fastest algorithm by the cost model."""
     return predict(collective, nodes, per_node, nbytes)[0].us / 1e6 if nodes * per_node > 1 else 0.0
 
 
-def priced(name: str, workers: int, cost: Costs, message: float, model: int, period: int) -> float:
-    """Seconds of one step."""
+def price_step(name: str, workers: int, cost: Costs, message: float, model: int, period: int) -> float:
+    """Seconds of one step, by measured costs and priced messages."""
     nodes, per_node = -(-workers // GROUP), min(workers, GROUP)
     if workers == 1:
         return cost.step + (cost.encode + cost.decode if name != "bmuf" else 0)
@@ -362,8 +310,8 @@ def priced(name: str, workers: int, cost: Costs, message: float, model: int, per
 # Step times that follow the published ones: T(GTC) = 1 + c g², T(BMUF) = a + b N, in units of one worker's step
 
 
-def fitted(name: str, workers: int) -> list[float]:
-    """Speed-ups by curves through those published of GTC and BMUF; of the hybrid the least and the most."""
+def fit_speed_ups(name: str, workers: int) -> list[float]:
+    """Speed-ups by curves through the published ones of GTC and BMUF; for the hybrid the least and the most."""
     squares = np.array([each**2.0 for each in SPEED["gtc"]])
     overhead = np.array([each / speed - 1 for each, speed in SPEED["gtc"].items()])
     c = float(squares @ overhead / (squares @ squares))
@@ -394,7 +342,7 @@ class Row(NamedTuple):
     message_bytes: float
     step_us: float
     speed_up: float
-    """With that step."""
+    """Speed-up with that step."""
     fitted: list[float]
     published: float | None
     published_error: str
@@ -408,7 +356,7 @@ def rows(runs: list[Run], cost: Costs, model: int) -> list[Row]:
         mine = [run for run in runs if (run.workers, run.method) == (workers, name)]
         relative = [100 * (run.error / alone[run.seed] - 1) for run in mine]
         message, settings = statistics.fmean(run.message_bytes for run in mine), mine[0].settings
-        seconds = priced(name, workers, cost, message, model, settings.period)
+        seconds = price_step(name, workers, cost, message, model, settings.period)
         found.append(
             Row(
                 name,
@@ -420,7 +368,7 @@ def rows(runs: list[Run], cost: Costs, model: int) -> list[Row]:
                 message,
                 1e6 * seconds,
                 workers * cost.step / seconds,
-                fitted(name, workers) if workers > GROUP else [],
+                fit_speed_ups(name, workers) if workers > GROUP else [],
                 SPEED[name].get(workers),
                 ERROR[name].get(workers, "-"),
             )
@@ -428,34 +376,36 @@ def rows(runs: list[Run], cost: Costs, model: int) -> list[Row]:
     return found
 
 
-HEADER = (
-    f"# {'method':<8}{'workers':>8}{'rate':>7}{'tau':>6}{'period':>7}{'momentum':>9}{'error':>8}{'relative':>16}"
-    f"{'published':>10}{'bytes':>7}{'us/step':>8}{'time is':>9}{'speed-up':>9}{'fitted':>9}{'published':>10}"
-)
+HEAD = ("method", "workers", "rate", "tau", "period", "momentum", "error", "relative, %", "published")
+MORE = ("bytes", "µs a step", "time is", "speed-up", "fitted", "published")
 
 
-def line(row: Row) -> str:
-    """For people."""
-    curve = "-".join(f"{each:.0f}" for each in row.fitted) + "x" if row.fitted else "-"
-    theirs = f"{row.published:g}x" if row.published else "-"
+def cells(row: Row) -> list[str]:
+    """One line of the table."""
+    it, curve = row.settings, "-".join(f"{each:.0f}" for each in row.fitted) + "×" if row.fitted else "–"
     blocks = row.method != "gtc" and row.workers > (1 if row.method == "bmuf" else GROUP)
-    it = row.settings
-    return (
-        f"  {row.method:<8}{row.workers:>8}{it.rate:>7.3g}{f'{it.tau:g}' if row.method != 'bmuf' else '-':>6}"
-        f"{it.period if blocks else '-':>7}{f'{1 - it.rest:.3f}' if blocks else '-':>9}"
-        f"{row.error:>8.4f}{row.relative:>+8.1f} ±{row.spread:>4.1f} %{row.published_error:>10}"
-        f"{row.message_bytes:>7.0f}{row.step_us:>8.0f}{'measured' if row.workers == 1 else 'priced':>9}"
-        f"{row.speed_up:>8.1f}x{curve:>9}{theirs:>10}"
-    )
+    return [
+        row.method,
+        str(row.workers),
+        f"{it.rate:.3g}",
+        f"{it.tau:g}" if row.method != "bmuf" else "–",
+        *((str(it.period), f"{1 - it.rest:.3f}") if blocks else ("–", "–")),
+        f"{row.error:.4f}",
+        f"{row.relative:+.1f} ± {row.spread:.1f}",
+        row.published_error,
+        f"{row.message_bytes:.0f}",
+        f"{row.step_us:.0f}",
+        "measured" if row.workers == 1 else "priced",
+        f"{row.speed_up:.1f}×",
+        curve,
+        f"{row.published:g}×" if row.published else "–",
+    ]
 
 
 def draw(found: list[Row], file: Path) -> None:
     """Speed-up and error against workers."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    speed, error = figure.subplots(1, 2)
-    for name, colour in zip(METHODS, ("#0072B2", "#D55E00", "#009E73"), strict=True):
+    figure, [[speed, error]] = harness.panels(11, 4.6, 1, 2)
+    for name, colour in zip(METHODS, COLOURS, strict=False):
         mine = [row for row in found if row.method == name]
         workers = [row.workers for row in mine]
         speed.plot(workers, [row.speed_up for row in mine], "o-", color=colour, label=f"{name}, priced")
@@ -478,40 +428,39 @@ def draw(found: list[Row], file: Path) -> None:
         axes.set_xlabel("workers")
         axes.grid(True, color="#dddddd", linewidth=0.7)
         axes.legend(fontsize=7, frameon=False)
-    figure.savefig(file)
+    harness.save(figure, file)
 
 
-def main() -> None:
-    """Train what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="what was trained, and goes on from")
+def main() -> int:
+    """Train what the file lacks; print the table once it is complete."""
+    parser = harness.parser("two-tier", __doc__, file="two-tier.json")
     parser.add_argument("--workers", default="1,8,32,64,128")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=80_000)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="samples of a worker's step")
     parser.add_argument("--tries", type=int, default=10, help="trainings to tune a method at a number of workers")
-    parser.add_argument("--minutes", type=float, default=60, help="start no training after so long")
-    parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
-    record = Record(args.json, args, stdlib(args.samples))
-    everything = [(int(workers), name) for workers in args.workers.split(",") for name in METHODS]
-    wanted: list[Run] = []
+    args = harness.parse(parser)
+    record = harness.Record(args.file, lambda row: run_from(row)[:4], ["runs", "tuning"], args.seconds)
+    trainings = Trainings(record, args, stdlib(args.samples))
+    everything = [(name, workers) for workers in harness.integers(args.workers) for name in METHODS]
     try:
-        best = {each: record.tuned(each[1], each[0]) for each in everything}
-        for seed in map(int, args.seeds.split(",")):
-            wanted += [record.run(name, workers, seed, best[workers, name]) for workers, name in everything]
-    except OutOfTimeError:
-        print("# out of time: run the same command again for the rest")
-        return
-    model = 4 * Bucket(network_of(record.data).shapes).size
-    found = rows(wanted, record.costs, model)
-    print("# " + ", ".join(f"{key} {value}" for key, value in record.job.items()) + f", seeds {args.seeds}")
-    costs = ", ".join(f"{key} {1e6 * value:.0f}" for key, value in record.costs._asdict().items())
-    print(f"# model {model} bytes; measured, us: {costs}", HEADER, *map(line, found), sep="\n")
-    if args.plot:
-        draw(found, args.plot)
+        best = {each: trainings.tune(*each) for each in everything}
+        wanted = [
+            trainings.run(*each, seed, best[each]) for seed in harness.integers(args.seeds) for each in everything
+        ]
+    except harness.OutOfTimeError:
+        harness.progress("out of time: the same command trains the rest")
+        return 0
+    model = 4 * Bucket(network_of(trainings.data).shapes).size
+    found = rows(wanted, trainings.costs, model)
+    job = ", ".join(f"{key} {value}" for key, value in record.data["job"].items())
+    costs = ", ".join(f"{key} {1e6 * value:.0f}" for key, value in trainings.costs._asdict().items())
+    harness.emit(f"{job}, seeds {args.seeds}; model {model} bytes; measured, µs: {costs}\n")
+    harness.emit(harness.table([*HEAD, *MORE], map(cells, found), words=1))
+    draw(found, harness.plot_file(args, args.file))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

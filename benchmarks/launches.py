@@ -1,0 +1,83 @@
+"""The same ``hpccomm bench`` in several launches as one: medians, and ratios to native launch by launch.
+
+``scripts/bench launches --rounds 3 --ranks 4 allreduce --algorithm native,ring -m 1Mi:64Mi`` takes the flags of
+``hpccomm bench``; the file holds the medians in the form of ``hpccomm bench --json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from benchmarks import harness
+
+Launch = dict[str, Any]
+
+
+def medians(launches: Sequence[Launch]) -> list[dict[str, Any]]:
+    """A row for each algorithm and size: the median of every number over the launches."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for each in launches:
+        for row in each["rows"]:
+            groups.setdefault((row["algorithm"], row["bytes"]), []).append(row)
+    return [{name: merge_values([row[name] for row in rows]) for name in rows[0]} for rows in groups.values()]
+
+
+def merge_values(values: list[Any]) -> Any:
+    """The value on which all launches agree; else the median of numbers, and None for anything else."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return median(values)
+    return None
+
+
+def ratios_to_native(launches: Sequence[Launch], algorithm: str, size: int) -> list[float]:
+    """How many times as fast as native, launch by launch."""
+    found = []
+    for each in launches:
+        times = {row["algorithm"]: row["p50_us"] for row in each["rows"] if row["bytes"] == size}
+        if "native" in times and algorithm in times:
+            found.append(times["native"] / times[algorithm])
+    return found
+
+
+def report(launches: Sequence[Launch]) -> str:
+    """Bytes, medians in microseconds, ratios to native with their range."""
+    times = {(row["algorithm"], row["bytes"]): row["p50_us"] for row in medians(launches)}
+    names = list(dict.fromkeys(name for name, _ in times))
+    others = [name for name in names if name != "native"]
+    head = ["bytes", *(f"{name}, µs" for name in names), *(f"native / {name} (range)" for name in others)]
+    return harness.table(
+        head,
+        [
+            [
+                str(size),
+                *(f"{times[name, size]:.4g}" for name in names),
+                *(harness.spread(ratios_to_native(launches, name, size), ".2f") for name in others),
+            ]
+            for size in dict.fromkeys(size for _, size in times)
+        ],
+    )
+
+
+def main() -> int:
+    """Launch, write the medians, print the table."""
+    parser = harness.parser("launches", __doc__, rounds=3, ranks="4", file="launches.json")
+    parser.add_argument("collective")
+    args, flags = harness.parse_known(parser)
+    run = harness.on_node(args.ranks[0])
+    bench = ["-m", "hpccomm", "bench", args.collective, *flags]
+    found = [harness.launch(run, bench) for _ in range(args.rounds)]
+    args.file.parent.mkdir(parents=True, exist_ok=True)
+    joined = {**found[0], "launches": len(found), "rows": medians(found)}
+    args.file.write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
+    harness.emit(report(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Compressors that send every element in fewer bits: as it is, rounded to nearest, or rounded at random.
+
+*n elements, s levels.*  Bytes: :func:`none` 4n, :func:`cast` 2n or n, :func:`ternary` n/4, :func:`qsgd` n + 4n/bucket,
+:func:`natural` 9n/8.  Random rounding keeps the mean of an element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from hpccomm.algorithms.compression.format import (
+    MAX_ELEMENTS,
+    Compressor,
+    Kind,
+    Message,
+    Values,
+    demand_finite,
+    kernels,
+    message_of,
+    narrow_values,
+)
+from hpccomm.errors import ArgumentError
+from hpccomm.kernels import compression_reference as reference
+from hpccomm.kernels.compression_reference import Vector
+
+# Dense
+
+
+def none() -> Compressor:
+    """Every element as it is, NaN and infinity too."""
+    return Compressor(
+        "none()", frozenset({Kind.DENSE}), lambda vector, step, last: message_of(Kind.DENSE, vector.size, [vector])
+    )
+
+
+def cast(dtype: Literal["fp16", "bf16", "int8", "uint8"]) -> Compressor:
+    """Every element in 16 or 8 bits, to nearest even.
+
+    ``fp16`` and ``bf16``: elements beyond the range become its ends (±65504, ±3.39e38).  ``int8``: multiples of
+    max\\|x\\|/127.  ``uint8``: 256 values from the least to the largest element (Bagua's MinMaxUInt8).
+    """
+    name = f"cast({dtype!r})"
+    if dtype not in CASTS:
+        raise ArgumentError(f"{name}: pass one of {', '.join(CASTS)}")
+    narrow, kind = CASTS[dtype]
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        demand_finite(kernels().all_finite(vector), name)
+        return narrow(vector)
+
+    return Compressor(name, frozenset({kind}), write)
+
+
+def write_int8(vector: Vector) -> Message:
+    """Multiples of max|x|/127."""
+    unit = float(np.float32(kernels().largest_magnitude(vector)) / np.float32(127))
+    codes = kernels().to_int8(vector, unit)
+    return message_of(Kind.DENSE, vector.size, [codes], values=Values.I8, scale=unit)
+
+
+def write_range(vector: Vector) -> Message:
+    """256 values from least to largest."""
+    codes, scale, lower = kernels().range_codes(vector)
+    if not math.isfinite(scale) or (vector.size and scale == 0):
+        raise ArgumentError("cast('uint8'): the elements span more than float32 holds: scale them down")
+    return message_of(Kind.RANGE, vector.size, [np.array([lower], "<i8"), codes], scale=scale)
+
+
+def write_half(values: Values) -> Callable[[Vector], Message]:
+    """Dense in 16 bits."""
+    return lambda vector: message_of(Kind.DENSE, vector.size, [narrow_values(vector, values)], values=values)
+
+
+CASTS: dict[str, tuple[Callable[[Vector], Message], Kind]] = {
+    "fp16": (write_half(Values.F16), Kind.DENSE),
+    "bf16": (write_half(Values.BF16), Kind.DENSE),
+    "int8": (write_int8, Kind.DENSE),
+    "uint8": (write_range, Kind.RANGE),
+}
+
+
+# Randomised rounding
+
+
+def ternary(clip: float | None = 2.5, seed: int = 0, scale: float | None = None) -> Compressor:
+    """±scale or 0 for each element, on average the element: TernGrad (Wen et al., NIPS 2017).
+
+    Magnitudes are cut at ``clip`` standard deviations first (None: they are not).  ``scale`` is the largest magnitude,
+    or a number at least as large that ranks agreed on, for sums that are multiples of it.  Give ranks different seeds.
+    """
+    name = f"ternary(seed={seed})"
+    for what, value in (("clip", clip), ("scale", scale)):
+        if value is not None and not value > 0:
+            raise ArgumentError(f"{name}: {what} is {value}: pass a positive number or None")
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        n = vector.size
+        if n >= MAX_ELEMENTS:
+            raise ArgumentError(f"{name}: {n} elements: split them into buckets below 2**31")
+        demand_finite(kernels().all_finite(vector), name)
+        largest = kernels().largest_magnitude(vector)
+        limit = largest if clip is None else min(largest, clip_limit(vector, clip))
+        unit = float(np.float32(limit if scale is None else scale))
+        if unit < limit:
+            raise ArgumentError(
+                f"{name}: the scale {unit} is below the largest magnitude {limit}: agree on the maximum"
+            )
+        pairs, named = kernels().ternary(vector, limit, unit, reference.key_of(seed, step))
+        return message_of(Kind.PAIRS, n, [pairs], count=named, scale=unit)
+
+    return Compressor(name, frozenset({Kind.PAIRS}), write)
+
+
+def clip_limit(vector: Vector, clip: float) -> float:
+    """``clip`` standard deviations."""
+    total, squares = kernels().moments(vector)
+    n = max(1, vector.size)
+    return float(np.float32(clip * math.sqrt(max(0.0, squares / n - (total / n) ** 2))))
+
+
+def qsgd(levels: int = 127, bucket: int = 512, seed: int = 0) -> Compressor:
+    """Each element as one of ``levels`` parts of its bucket's norm, rounded at random so that the mean is the element.
+
+    QSGD (Alistarh et al., NIPS 2017) with the Euclidean norm; a byte an element and a float32 for each ``bucket``
+    elements.  Give ranks different seeds.
+    """
+    name = f"qsgd({levels}, bucket={bucket}, seed={seed})"
+    if not 1 <= levels <= 127:
+        raise ArgumentError(f"{name}: pass 1 to 127 levels")
+    if bucket < 1:
+        raise ArgumentError(f"{name}: pass a bucket of 1 or more elements")
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        demand_finite(kernels().all_finite(vector), name)
+        norms = kernels().bucket_norms(vector, bucket)
+        demand_finite(bool(np.isfinite(norms).all()), f"{name}: the norm of a bucket")
+        codes = kernels().qsgd(vector, norms, bucket, levels, reference.key_of(seed, step))
+        parts = [np.array([bucket], "<u8"), norms, codes]
+        return message_of(Kind.LEVELS, vector.size, parts, values=Values.I8, parameter=levels)
+
+    return Compressor(name, frozenset({Kind.LEVELS}), write)
+
+
+def natural(seed: int = 0) -> Compressor:
+    """The sign and a power of two, up or down at random so that the mean is the element: nine bits.
+
+    Natural compression (Horváth et al., 2019).  Elements above 2^127 become 2^127.  Give ranks different seeds.
+    """
+    name = f"natural(seed={seed})"
+
+    def write(vector: Vector, step: int, last: Message) -> Message:
+        demand_finite(kernels().all_finite(vector), name)
+        exponents = kernels().natural(vector, reference.key_of(seed, step))
+        return message_of(Kind.NATURAL, vector.size, [exponents, kernels().pack_signs(vector)])
+
+    return Compressor(name, frozenset({Kind.NATURAL}), write)
