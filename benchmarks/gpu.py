@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.kernels import momentum_torch, threshold_torch
 from hpccomm.bench.report import versions
 from hpccomm.errors import HpccommError
 from hpccomm.kernels.cuda import kernels
@@ -121,41 +122,10 @@ def threshold(xp: Any, k: Any) -> Step:
     return lambda: k.threshold_words(residual, gradient, residual, 400.0)
 
 
-def threshold_by_torch(torch: Any) -> Step:
-    """GTC's step by PyTorch."""
-    residual, gradient = tensors(torch, 2)
-
-    def run() -> Any:
-        residual.add_(gradient)
-        index = (residual.abs() >= 400.0).nonzero().flatten()
-        sign = residual[index].sign()
-        residual[index] -= 400.0 * sign
-        return index, sign
-
-    return run
-
-
 def momentum(xp: Any, k: Any) -> Step:
     """DGC's kernel."""
     g, u, v = gaussians(xp, 3)
     return lambda: k.momentum_select(g, u, v, 0.9, round(DENSITY * ELEMENTS), least=0.8)
-
-
-def momentum_by_torch(torch: Any) -> Step:
-    """DGC's step by PyTorch, with a threshold from one element in a hundred."""
-    g, u, v = tensors(torch, 3)
-    kept = round(DENSITY * ELEMENTS)
-
-    def run() -> Any:
-        u.mul_(0.9).add_(g)
-        v.add_(u)
-        magnitude = v.abs()
-        index = (magnitude >= magnitude[::100].topk(kept // 100).values[-1]).nonzero().flatten()
-        values = v[index]
-        v[index] = u[index] = 0
-        return index, values
-
-    return run
 
 
 def pack_signs(xp: Any, k: Any) -> Step:
@@ -245,8 +215,8 @@ TASKS = (
         sum_vectors("f2"),
         sum_vectors_by_torch("float16"),
     ),
-    Task("GTC: add, compare, compact, keep the rest", 12, threshold, threshold_by_torch),
-    Task("DGC: momentum, threshold, compact, mask", 20, momentum, momentum_by_torch),
+    Task("GTC: add, compare, compact, keep the rest", 12, threshold, lambda torch: threshold_torch(*tensors(torch, 2))),
+    Task("DGC: momentum, threshold, compact, mask", 20, momentum, lambda torch: momentum_torch(*tensors(torch, 3))),
     Task("1 bit: add, pack, keep the rest", 12 + 1 / 8, pack_signs, pack_signs_by_torch),
     Task(f"1 bit: add {MESSAGES} messages", 8 + MESSAGES / 8, add_messages, add_messages_by_torch),
     Task("LARS: update in place", 20, lars, lars_by_torch),
@@ -392,7 +362,7 @@ def page(found: Results) -> str:
         "",
         f"`scripts/test_gpu`, {found.date}, {found.seconds:.0f} s; {found.driver}; {software}.",
         "",
-        f"Tests (kernels, and every collective by every way on 1, 2 and 4 ranks that share the device): {found.tests}.",
+        f"Tests (kernels; collectives with every transport; 1, 2 and 4 ranks that share the device): {found.tests}.",
         "",
         f"## Kernels, {ELEMENTS * 4 // 1_000_000} MB of float32",
         "",

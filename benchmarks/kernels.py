@@ -71,6 +71,16 @@ def selection_size(n: int) -> int:
     return max(1, round(DENSITY * n))
 
 
+def with_numpy(call: Callable[[Any], Any]) -> Callable[[int], Step]:
+    """NumPy's way: a function of one vector."""
+    return lambda n: partial(call, numbers(n, 0))
+
+
+def with_torch(call: Callable[[Any], Any]) -> Callable[[int], Step]:
+    """PyTorch's way: a function of one tensor."""
+    return lambda n: partial(call, tensor(n, 0))
+
+
 # DGC: u <- mu + g, v <- v + u, the largest of v, which become 0 in v and u
 
 
@@ -117,7 +127,12 @@ def dgc_numpy(n: int) -> Step:
 
 def dgc_torch(n: int) -> Step:
     """PyTorch's, with the same threshold."""
-    (g, u, v), k = (tensor(n, seed) for seed in range(3)), selection_size(n)
+    return momentum_torch(*(tensor(n, seed) for seed in range(3)))
+
+
+def momentum_torch(g: Any, u: Any, v: Any) -> Step:
+    """DGC's step on tensors."""
+    k = selection_size(len(g))
 
     def step() -> Any:
         u.mul_(MOMENTUM).add_(g)
@@ -166,7 +181,11 @@ def gtc_torch(n: int) -> Step:
     """PyTorch's."""
     import torch
 
-    r, g = torch.from_numpy(backlog(n)), tensor(n, 1)
+    return threshold_torch(torch.from_numpy(backlog(n)), tensor(n, 1))
+
+
+def threshold_torch(r: Any, g: Any) -> Step:
+    """GTC's step on tensors."""
 
     def step() -> Any:
         r.add_(g)
@@ -235,34 +254,16 @@ def largest(kernels: ModuleType, n: int) -> Step:
     return lambda: kernels.select_largest(x, selection_size(n), next(steps), 0.8)
 
 
-def largest_numpy(n: int) -> Step:
-    """NumPy's: exactly."""
-    x = numbers(n, 0)
-    return lambda: np.argpartition(np.abs(x), n - selection_size(n))[n - selection_size(n) :]
-
-
-def largest_torch(n: int) -> Step:
-    """PyTorch's: exactly."""
-    x = tensor(n, 0)
-    return lambda: x.abs().topk(selection_size(n), sorted=False).indices
-
-
 def select(kernels: ModuleType, n: int) -> Step:
     """The kernel: the elements that reach a threshold."""
     x = numbers(n, 0)
     return lambda: kernels.select_threshold(x, THRESHOLD)
 
 
-def select_numpy(n: int) -> Step:
-    """NumPy's."""
-    x = numbers(n, 0)
-    return lambda: np.flatnonzero(np.abs(x) >= F32(THRESHOLD)).astype(np.uint32)
-
-
-def select_torch(n: int) -> Step:
-    """PyTorch's."""
-    x = tensor(n, 0)
-    return lambda: (x.abs() >= THRESHOLD).nonzero().flatten()
+largest_numpy = with_numpy(lambda x: np.argpartition(np.abs(x), -selection_size(x.size))[-selection_size(x.size) :])
+largest_torch = with_torch(lambda x: x.abs().topk(selection_size(len(x)), sorted=False).indices)
+select_numpy = with_numpy(lambda x: np.flatnonzero(np.abs(x) >= F32(THRESHOLD)).astype(np.uint32))
+select_torch = with_torch(lambda x: (x.abs() >= THRESHOLD).nonzero().flatten())
 
 
 # Sums of messages
@@ -419,55 +420,36 @@ def half_numpy(n: int) -> Step:
     return lambda: np.copyto(room, x, casting="same_kind")
 
 
-def half_torch(n: int) -> Step:
-    """PyTorch's conversion to float16."""
-    x = tensor(n, 0)
-    room = x.half()
-    return lambda: room.copy_(x)
-
-
-def bfloat16_torch(n: int) -> Step:
-    """PyTorch's conversion to bfloat16."""
-    x = tensor(n, 0)
-    room = x.bfloat16()
-    return lambda: room.copy_(x)
-
-
 def add_half_numpy(n: int) -> Step:
     """NumPy's sum with a float16 vector."""
     x, out = numbers(n, 0).astype(np.float16), np.zeros(n, F32)
     return lambda: np.add(out, x, out=out)
 
 
-def add_half_torch(n: int) -> Step:
-    """PyTorch's sum with a float16 vector."""
-    x, out = tensor(n, 0).half(), tensor(n, 1)
-    return lambda: out.add_(x)
+def encode_torch(dtype: str) -> Callable[[int], Step]:
+    """PyTorch's conversion to a narrower type."""
+
+    def make(n: int) -> Step:
+        x = tensor(n, 0)
+        out = getattr(x, dtype)()
+        return lambda: out.copy_(x)
+
+    return make
 
 
-def add_bfloat16_torch(n: int) -> Step:
-    """PyTorch's sum with a bfloat16 vector."""
-    x, out = tensor(n, 0).bfloat16(), tensor(n, 1)
-    return lambda: out.add_(x)
+def add_torch(dtype: str) -> Callable[[int], Step]:
+    """PyTorch's sum with a vector of a narrower type."""
+
+    def make(n: int) -> Step:
+        x, out = getattr(tensor(n, 0), dtype)(), tensor(n, 1)
+        return lambda: out.add_(x)
+
+    return make
 
 
-def finite_numpy(n: int) -> Step:
-    """NumPy's: one pass to compare, one to reduce."""
-    x = numbers(n, 0)
-    return lambda: np.isfinite(x).all()
-
-
-def finite_torch(n: int) -> Step:
-    """PyTorch's."""
-    x = tensor(n, 0)
-    return lambda: x.isfinite().all()
-
-
-def pack_numpy(n: int) -> Step:
-    """NumPy's packing of signs."""
-    x = numbers(n, 0)
-    return lambda: np.packbits(x >= 0)
-
+finite_numpy = with_numpy(lambda x: np.isfinite(x).all())
+finite_torch = with_torch(lambda x: x.isfinite().all())
+pack_numpy = with_numpy(lambda x: np.packbits(x >= 0))
 
 TASKS = (
     Task("DGC: momentum, velocity, threshold, selection, masking", 20, dgc, dgc_numpy, dgc_torch, {NUMPY: 3, TORCH: 6}),
@@ -482,12 +464,12 @@ TASKS = (
     Task("all finite?", 4, read_kernel("all_finite"), finite_numpy, finite_torch),
     Task("largest magnitude", 4, read_kernel("largest_magnitude")),
     Task("sums of elements and squares", 4, read_kernel("moments")),
-    Task("to float16", 6, encode_into_kernel("to_half", np.uint16, False), half_numpy, half_torch),
-    Task("to bfloat16", 6, encode_into_kernel("to_bfloat16", np.uint16, False), None, bfloat16_torch),
+    Task("to float16", 6, encode_into_kernel("to_half", np.uint16, False), half_numpy, encode_torch("half")),
+    Task("to bfloat16", 6, encode_into_kernel("to_bfloat16", np.uint16, False), None, encode_torch("bfloat16")),
     Task("to int8", 5, encode_into_kernel("to_int8", np.int8, 0.04)),
     Task("256 values over the range", 9, range_codes),
-    Task("add float16", 10, add_kernel("add_half", np.uint16), add_half_numpy, add_half_torch),
-    Task("add bfloat16", 10, add_kernel("add_bfloat16", np.uint16), None, add_bfloat16_torch),
+    Task("add float16", 10, add_kernel("add_half", np.uint16), add_half_numpy, add_torch("half")),
+    Task("add bfloat16", 10, add_kernel("add_bfloat16", np.uint16), None, add_torch("bfloat16")),
     Task("add int8", 9, add_kernel("add_int8", np.int8, 0.25)),
     Task("QSGD, 127 levels", 9, qsgd),
     Task("natural compression", 5, encode_into_kernel("natural", np.uint8, 5)),

@@ -9,7 +9,7 @@ from mpi4py import MPI
 from hpccomm import ArgumentError, Communicator, planner
 from hpccomm.calls.buffers import read
 from hpccomm.performance.tuning import Choice
-from hpccomm.planner import LARGE_COUNTS, Binder
+from hpccomm.planner import LARGE_COUNTS, Planner
 from hpccomm.transports.segment import free_bytes
 
 N = 2**31 + 8
@@ -56,10 +56,10 @@ def test_native_mpi_with_int_counts_gets_no_larger_counts(comm: Communicator, mo
     monkeypatch.setattr(planner, "INT_MAX", 1000)
     monkeypatch.setattr(planner, "LARGE_COUNTS", MPI.VERSION + 1)
     monkeypatch.setattr(comm.context, "decide", lambda *_: Choice("native", None, "the table says so"))
-    binder = Binder(comm)
+    ours = Planner(comm)
     for n, native in ((1000, True), (1001, False)):
         a = np.ones(n)
-        choice = binder.choose("allreduce", read(a, ""), MPI.SUM, None, "")
+        choice = ours.choose("allreduce", read(a, ""), MPI.SUM, None, "")
         assert (choice.algorithm == "native") == native
         comm.Allreduce(MPI.IN_PLACE, a)
         assert (a == comm.size).all()
