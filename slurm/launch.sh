@@ -46,7 +46,7 @@ interruptible() {
         kill -0 "$child" 2>/dev/null || break
     done
     if [ -n "${told:-}" ]; then
-        echo "told to end: queued again"
+        echo "signal USR1: run saved, job queued again"
         scontrol requeue "$SLURM_JOB_ID"
         sleep 60 # until Slurm ends this
     fi

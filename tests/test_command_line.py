@@ -76,8 +76,8 @@ def test_python_m_hpccomm_is_the_same_command() -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["tune", "--collective", "nonsense"], "hpccomm tune: --collective nonsense: take some of allreduce"),
-        (["bench", "allreduce", "--algorithm", "rign"], "hpccomm bench: algorithm 'rign': for allreduce there is auto"),
+        (["tune", "--collective", "nonsense"], "hpccomm tune: --collective nonsense: use one or several of allreduce"),
+        (["bench", "allreduce", "--algorithm", "rign"], "hpccomm bench: allreduce has no algorithm 'rign': use auto"),
         (["train", "mnist"], "hpccomm train: dataset 'mnist' is not known"),
         (["tune", "--nonsense"], "hpccomm: error: unrecognized arguments: --nonsense"),
     ],
