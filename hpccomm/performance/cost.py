@@ -205,8 +205,8 @@ class Simulation:
         sums = self.machine.gamma * nbytes if reduce else np.zeros((1, 1))
         leaves = self.count_crossing_blocks(source, into, np.where(crosses, count, 0))
         wire = alpha + nbytes * beta
-        everybody = slice(None) if into.size == self.period else into
-        return RoundMessages(everybody, source % self.period, wire + nbytes * beta * (link - 1), wire, sums, leaves)
+        receivers = slice(None) if into.size == self.period else into
+        return RoundMessages(receivers, source % self.period, wire + nbytes * beta * (link - 1), wire, sums, leaves)
 
     def peers_of_period(self, peer: Any) -> Any:
         """The peers of one period, after a check that those of its copies are at the same distances."""

@@ -123,8 +123,8 @@ def interpolate(points: Sequence[tuple[int, float]], nbytes: float) -> float:
     high = min((point for point in points if point[0] >= nbytes), default=points[-1])
     if low[0] >= high[0]:
         return low[1] * max(1.0, nbytes / max(low[0], 1))
-    part = (log(nbytes) - log(max(low[0], 0.5))) / (log(high[0]) - log(max(low[0], 0.5)))
-    return exp(log(low[1]) + part * (log(high[1]) - log(low[1])))
+    fraction = (log(nbytes) - log(max(low[0], 0.5))) / (log(high[0]) - log(max(low[0], 0.5)))
+    return exp(log(low[1]) + fraction * (log(high[1]) - log(low[1])))
 
 
 # --- rounds of a schedule --------------------------------------------------------------------------
@@ -231,12 +231,12 @@ class RoundCosts:
         count = inter_node.segment_count(nbytes)
         segment = nbytes / count
         messages = inter_node.message_count(segment / self.channels, inter.blocks(self.nodes))
-        walk = list(rounds(inter, range(self.nodes), segment / self.channels / messages, CONCURRENT))
+        script = list(rounds(inter, range(self.nodes), segment / self.channels / messages, CONCURRENT))
         us = 0.0
-        for turn in range(count + len(walk)):
-            sent = [walk[turn - 1 - k] for k in range(count) if 0 <= turn - 1 - k < len(walk)]
+        for turn in range(count + len(script)):
+            sent = [script[turn - 1 - k] for k in range(count) if 0 <= turn - 1 - k < len(script)]
             work = self.intra_node_cost("scatter", segment) if turn < count else 0.0
-            work += self.intra_node_cost("gather", segment) if turn >= len(walk) else 0.0
+            work += self.intra_node_cost("gather", segment) if turn >= len(script) else 0.0
             in_flight = self.price_in_flight(sent, messages, cold=turn == 1)
             if in_flight is None:
                 return None

@@ -66,7 +66,7 @@ class Choice(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measurement: the call, its time and its place."""
+    """One measurement: the call, its time, and the host."""
 
     collective: str
     algorithm: str
@@ -84,7 +84,7 @@ class Row(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """The place and date of the measurement, as text."""
+        """The host, MPI library and date of the measurement, as text."""
         return f"on {self.host or '(no host)'} with {self.mpi or '(no MPI)'}, {self.when or '(no date)'}"
 
 
@@ -204,10 +204,10 @@ def choose_priced(collective: str, shape: Shape, nbytes: int, candidates: Sequen
         return native
     names = ("hierarchical", *(name for name in FLAT_ALGORITHMS if name in ALGORITHMS[collective]))
     prices = {name: cost.prediction(name, collective, *shape, nbytes, machine).us for name in names}
-    ours, flat = prices["hierarchical"], min(us for name, us in prices.items() if name != "hierarchical")
-    if ours >= TRUST * flat:
+    price, flat = prices["hierarchical"], min(us for name, us in prices.items() if name != "hierarchical")
+    if price >= TRUST * flat:
         return native
-    reason = f"not measured; the model predicts {format_time(ours)} against {format_time(flat)} without hierarchy"
+    reason = f"not measured; the model predicts {format_time(price)} against {format_time(flat)} without hierarchy"
     return Choice("hierarchical", None, reason)
 
 
@@ -218,7 +218,7 @@ def load(mpi: str, hostname: str, *, ethernet: bool = True) -> Table:
     """The table in force: that of ``HPCCOMM_TUNING``, that of this host and MPI, or the default table.
 
     ``mpi`` is the library's name and version, as in ``"Open MPI 5.0.11"``.  On a cluster one rank loads the table and
-    broadcasts it, so that all ranks choose alike.  The default table's rows of several nodes were measured over TCP:
+    broadcasts it, so that all ranks choose the same.  The default table's rows of several nodes were measured over TCP:
     without ``ethernet`` they are left out.  If a file cannot be read, one warning names it and the default table is
     used.
     """
