@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cluster as benchmark
+from benchmarks import harness
 from hpccomm.cluster import nodes as clusters
 from hpccomm.cluster.nodes import Cluster, place_ranks, rate_of, unavailable_reason
 from hpccomm.errors import LaunchError
@@ -177,11 +177,8 @@ def test_an_interrupted_process_leaves_nothing(name: str, number: int) -> None:
     assert find_leftovers(name) == []
 
 
-def test_the_benchmark_times_more_calls_of_short_vectors() -> None:
-    assert list(benchmark.size_ranges("8:16777216", 3)) == [("8:262144", 30), ("2097152:16777216", 3)]
-    assert list(benchmark.size_ranges("4:100", 7)) == [("4:32", 70)]
-    assert list(benchmark.size_ranges("1048576:1048576", 7)) == [("1048576:1048576", 7)]
-    shape = benchmark.shape_of("3x2+1+3,100mbit,cyclic")
+def test_shapes_of_the_benchmark_are_written_in_one_word() -> None:
+    shape = harness.shape_of("3x2+1+3,100mbit,cyclic")
     assert shape == (3, (2, 1, 3), "cyclic", "100mbit")
     assert shape.title == "3 x 2+1+3, cyclic, 100mbit"
 
