@@ -110,7 +110,9 @@ def transports(comm: Any) -> dict[str, str]:
         "messages": "MPI point-to-point, with the fingerprint of the call in the tag",
         "network": ", ".join(fast_networks()) or f"Ethernet ({links}); decisions come from measurements over TCP",
         "shared memory": where if resources.node_memory else "not used" if comm.size > 1 else "not needed (one rank)",
-        "consistency": "the ranks of a node compare their calls" if resources.consistency else "calls are not compared",
+        "consistency table": "ranks of a node compare their calls"
+        if resources.consistency
+        else "off: calls are not compared",
     }
 
 
