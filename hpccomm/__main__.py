@@ -17,10 +17,10 @@ from hpccomm import HpccommError, __version__
 COMMANDS = {
     "bench": "measure collectives and messages, in OSU's or nccl-tests' format",
     "train": "train a small network on real data and show what the exchange costs",
-    "tune": "measure which algorithm is fastest on this machine, and remember it",
-    "info": "what was found here, what is in force, and why",
+    "tune": "measure which algorithm is fastest on this machine, and save that for later jobs",
+    "info": "show the software, ranks and devices found here, the settings in force, and which algorithms are used",
     "verify": "prove schedules correct for a range of sizes",
-    "predict": "price every algorithm of a collective on a cluster of your choice",
+    "predict": "predict the time of every algorithm of a collective on a cluster of your choice",
     "plot": "print or draw a schedule, or draw benchmark results",
 }
 

@@ -72,7 +72,7 @@ class Layout:
     def describe(self) -> str:
         """One line for logs and commands."""
         if self.count == 1:
-            return f"{self.size} ranks on one node ({self.names[0]})"
+            return f"{self.size} rank{'s' * (self.size > 1)} on one node ({self.names[0]})"
         shape = f"{self.per_node[0]} each" if self.even else "/".join(map(str, self.per_node)) + " each"
         order = "in order" if self.contiguous else "interleaved"
         return f"{self.size} ranks on {self.count} nodes ({shape}, {order}): {', '.join(self.names)}"

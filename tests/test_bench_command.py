@@ -11,6 +11,8 @@ import pytest
 
 from hpccomm.testing.jobs import run_under_mpi
 
+pytestmark = pytest.mark.slow(keep=1)
+
 
 def bench(ranks: int, line: str) -> subprocess.CompletedProcess[str]:
     return run_under_mpi(ranks, "-m", "hpccomm", "bench", *line.split(), timeout=120)
@@ -61,7 +63,7 @@ def test_every_datatype_has_its_table() -> None:
     assert sum(line.endswith("Pass") for line in lines) == 6
 
 
-def test_several_algorithms_beside_native_and_a_file_of_it_all(tmp_path: Path) -> None:
+def test_several_algorithms_are_compared_with_native_and_written_to_a_file(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     lines = lines_of(bench(3, f"allreduce --algorithm native,ring,auto -m 4:1024 -i 10 -x 2 -c --json {out}"))
     titles = re.split(r"\s{2,}", lines[3])
@@ -98,7 +100,7 @@ def test_nccl_tests_table_and_its_readers() -> None:
     assert lines[end + 3].startswith("# Collective test concluded: ")
 
 
-def test_too_slow_is_a_failure_where_a_bandwidth_was_asked_for() -> None:
+def test_a_bandwidth_below_the_required_one_is_a_failure() -> None:
     done = bench(2, "allreduce --format nccl -b 8 -e 8 -i 3 --min-busbw 1e9")
     assert done.returncode == 1
     assert re.search(r"# Avg bus bandwidth    : \S+ FAILED", done.stdout)
@@ -114,14 +116,14 @@ def test_too_slow_is_a_failure_where_a_bandwidth_was_asked_for() -> None:
         (2, "mumble", "there is no benchmark 'mumble': use one of allreduce"),
     ],
 )
-def test_one_rank_says_what_is_wrong(ranks: int, line: str, words: str) -> None:
+def test_only_rank_0_reports_a_mistake(ranks: int, line: str, words: str) -> None:
     done = bench(ranks, line)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count(words) == 1
 
 
-def test_a_size_beyond_the_memory_limit_is_left_out() -> None:
+def test_sizes_beyond_the_memory_limit_are_left_out() -> None:
     done = bench(2, "allgather -m 65536: -M 262144 -i 2 -x 1")
     assert [line.split()[0] for line in lines_of(done)[4:-1]] == ["65536", "131072"]
     assert "Warning! Limiting max message size to: 131072. Increase -M, --mem-limit" in done.stderr
@@ -160,7 +162,7 @@ def test_a_wrong_sum_ends_the_run_in_osus_words() -> None:
         ("osu_bcast -v", "# OSU MPI Broadcast Latency Test v7.4"),
     ],
 )
-def test_questions_are_answered_once(line: str, words: str) -> None:
+def test_help_and_version_are_printed_once(line: str, words: str) -> None:
     done = bench(2, line)
     assert done.returncode == 0
     assert done.stdout.count(words) == 1

@@ -1,4 +1,4 @@
-"""The numbers that collectives are checked with: exact in any order, different wherever a mistake could hide."""
+"""Inputs that collectives are checked with: sums are exact in any order; ranks, calls and positions differ."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_sums_are_exact_in_every_order(dtype: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "ranks"), SPARSE)
-def test_where_bytes_are_too_small_every_rank_holds_a_number_at_every_few_positions(dtype: str, ranks: int) -> None:
+def test_where_bytes_are_too_small_every_rank_holds_a_number_at_every_kth_position(dtype: str, ranks: int) -> None:
     inputs = Inputs(ranks, np.dtype(dtype))
     table = all_ranks(inputs, 0, 3 * inputs.sparsity)
     assert ((table > 0).sum(axis=1) == 3).all()
@@ -61,21 +61,21 @@ def test_no_two_ranks_are_alike_beyond_the_powers_of_a_root() -> None:
     assert len({inputs.block(Block(rank, 0, 8), 0).tobytes() for rank in range(5000)}) == 5000
 
 
-def test_pairs_that_cancel_in_straight_lines_do_not_cancel_here() -> None:
+def test_errors_of_several_ranks_do_not_cancel() -> None:
     table = all_ranks(Inputs(4, np.dtype("f4")), 0, 1000)
     assert (2 * table[0] + 2 * table[3] != table.sum(axis=0)).mean() > 0.99
 
 
-def test_calls_in_turn_hold_different_numbers() -> None:
+def test_consecutive_calls_have_different_inputs() -> None:
     inputs = Inputs(3, np.dtype("i4"))
-    piece = Block(1, 5, 100)
-    turns = [inputs.block(piece, variant) for variant in range(VARIANTS)]
+    block = Block(1, 5, 100)
+    turns = [inputs.block(block, variant) for variant in range(VARIANTS)]
     for k in range(VARIANTS):
         assert (turns[k] != turns[(k + 1) % VARIANTS]).mean() > 0.95
 
 
 @pytest.mark.parametrize("origin", [0, 2, ALL_RANKS])
-def test_a_piece_goes_on_where_its_neighbour_ends(origin: int) -> None:
+def test_a_block_continues_where_the_one_before_it_ends(origin: int) -> None:
     inputs = Inputs(3, np.dtype("f4"))
     whole = inputs.block(Block(origin, 7, 2 * PERIOD), 1)
     for first in (1, 1000, PERIOD - 1, PERIOD + 5):
@@ -83,7 +83,7 @@ def test_a_piece_goes_on_where_its_neighbour_ends(origin: int) -> None:
         np.testing.assert_array_equal(part, whole[first : first + 50])
 
 
-def test_pieces_lie_side_by_side_and_nobodys_is_spoilt() -> None:
+def test_blocks_are_concatenated_and_those_without_a_rank_are_poison() -> None:
     inputs = Inputs(2, np.dtype("f4"))
     made = inputs.content((Block(NO_RANK, 0, 2), Block(1, 0, 3), Block(0, 4, 0)), 0)
     np.testing.assert_array_equal(made[:2], [POISON, POISON])

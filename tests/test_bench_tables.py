@@ -1,4 +1,4 @@
-"""The tables are those of OSU and nccl-tests, byte for byte, and what reads those reads ours."""
+"""The tables are those of OSU and nccl-tests, byte for byte, and programs that parse those parse ours."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_several_algorithms_are_columns_and_native_is_the_yardstick() -> None:
     assert "native/" not in table("allreduce", ["ring", "auto"], rows[1:])[0]
 
 
-def test_long_names_stay_apart() -> None:
+def test_columns_with_long_names_are_separated() -> None:
     header, line = table("allreduce", ["native", "hierarchical"], [ROW, ROW], full=True, percentiles=(50, 99))
     assert len(re.split(r"\s{2,}", header)) == len(line.split()) == 1 + 2 * 6 + 1 + 1
 
@@ -202,7 +202,7 @@ def test_the_table_of_nccl_tests() -> None:
     ]
 
 
-def test_a_verdict_on_bandwidth_only_where_one_was_asked_for() -> None:
+def test_bandwidth_is_judged_only_against_a_required_one() -> None:
     assert "# Avg bus bandwidth    : 0.0102 OK" in nccl_output(least=0.011)
     assert "# Avg bus bandwidth    : 0.0102 FAILED" in nccl_output(least=0.012)
     assert "# Out of bounds values : 1 FAILED" in nccl_output(wrong=3)
@@ -370,7 +370,7 @@ def test_flags_reach_the_loop() -> None:
     assert (streaming.iterations, streaming.warmup) == (20, 5)
 
 
-def test_times_of_single_calls_are_collected_only_where_somebody_asks() -> None:
+def test_times_of_single_calls_are_collected_only_on_demand() -> None:
     assert parse_line("allreduce").options.percentiles == ()
     assert parse_line("allreduce -z99").options.percentiles == (99,)
     assert parse_line("allreduce --json out.json").options.percentiles
@@ -405,7 +405,7 @@ def test_times_of_single_calls_are_collected_only_where_somebody_asks() -> None:
         ("allreduce -Q", "unrecognized"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_a_remedy(line: str, words: str) -> None:
+def test_flags_that_do_not_apply_are_refused_with_a_remedy(line: str, words: str) -> None:
     with pytest.raises(ArgumentError, match=re.escape(words)):
         parse_line(line)
 
@@ -447,7 +447,7 @@ def test_a_file_is_json_with_a_record_a_row() -> None:
     assert json.loads(report.text(WHERE, []))["rows"] == []
 
 
-def test_lines_are_told_apart_by_what_differs(tmp_path: Any) -> None:
+def test_labels_name_the_fields_in_which_lines_differ(tmp_path: Any) -> None:
     rows = [
         replace(ROW, algorithm=name, bytes=size, p50_us=us * size)
         for size in (8, 16)
@@ -475,7 +475,7 @@ def test_a_picture_is_drawn(tmp_path: Any, ending: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"rows": []}', '{"rows": [{"bytes": 4}]}', "[1]"])
-def test_a_file_of_another_kind_is_refused(tmp_path: Any, text: str) -> None:
+def test_a_file_without_measurements_is_refused(tmp_path: Any, text: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(ArgumentError, match="holds no measurements"):

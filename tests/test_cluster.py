@@ -1,4 +1,4 @@
-"""Several nodes on one machine: what they are, and that nothing is left of them."""
+"""Virtual nodes look like nodes to MPI, and nothing is left of them afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cluster as benchmark
+from benchmarks import harness
 from hpccomm.cluster import nodes as clusters
 from hpccomm.cluster.nodes import Cluster, place_ranks, rate_of, unavailable_reason
 from hpccomm.errors import LaunchError
@@ -22,7 +22,7 @@ from hpccomm.layout import ethernets
 
 COMMAND = [sys.executable, "-m", "hpccomm.cluster"]
 needs_namespaces = pytest.mark.skipif(
-    bool(unavailable_reason()), reason=unavailable_reason() or "namespaces are to be had"
+    bool(unavailable_reason()), reason=unavailable_reason() or "namespaces are available"
 )
 
 REPORT = """
@@ -45,7 +45,7 @@ if comm.rank == 0:
 
 
 def find_leftovers(name: str) -> list[str]:
-    """What still bears a cluster's name."""
+    """Namespaces, files and links that still bear a cluster's name."""
     folders = [folder / each for folder, each in ((clusters.FOLDER, name),)]
     links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
     return [
@@ -57,17 +57,17 @@ def find_leftovers(name: str) -> list[str]:
 
 
 def hosts_files() -> list[str]:
-    """What bears the name of a node, in the machine's folders for what does not last."""
+    """Files named after a node in /dev/shm and /tmp."""
     return [str(each) for folder in ("/dev/shm", "/tmp") for each in Path(folder).glob("*[.]n[0-9].*")]
 
 
 BEFORE = frozenset(hosts_files())
-"""Left by others: not these tests' affair."""
+"""Files that were there before these tests."""
 
 
 @pytest.fixture
 def name() -> Iterator[str]:
-    """A cluster's name; whatever a failing test leaves is taken away."""
+    """A cluster's name; the cluster is removed even if the test fails."""
     made = f"t{os.getpid() % 10**7}"
     yield made
     subprocess.run([*COMMAND, "down", "--name", made], check=True)
@@ -84,7 +84,7 @@ def test_ranks_are_placed_one_node_after_the_other_in_turn_or_shuffled() -> None
 @pytest.mark.parametrize(
     ("rate", "bits"), [("1gbit", 1e9), ("100mbit", 1e8), ("2.5gbit", 2.5e9), ("64kbit", 64e3), ("", 0)]
 )
-def test_rates_are_tcs(rate: str, bits: float) -> None:
+def test_rates_are_in_the_notation_of_tc(rate: str, bits: float) -> None:
     assert rate_of(rate) == bits
 
 
@@ -92,27 +92,27 @@ def test_rates_are_tcs(rate: str, bits: float) -> None:
     ("words", "remedy"),
     [
         (["up", "--rate", "fast"], "1gbit, 100mbit"),
-        (["up", "--nodes", "0"], "take 1 to 200 nodes"),
-        (["up", "--name", "No"], "small letters"),
+        (["up", "--nodes", "0"], "use 1 to 200 nodes"),
+        (["up", "--name", "No"], "lower-case letters"),
         (["run", "--name", "nosuch", "--", "true"], "scripts/cluster up"),
     ],
 )
 @needs_namespaces
-def test_mistakes_are_told_with_a_remedy(words: list[str], remedy: str) -> None:
+def test_an_error_names_its_remedy(words: list[str], remedy: str) -> None:
     done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert remedy in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_who_is_not_root_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_root_rights_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(LaunchError, match="needs root"):
         Cluster().up()
 
 
 @needs_namespaces
-def test_nodes_are_nodes_to_mpi_and_nothing_is_left(name: str) -> None:
+def test_mpi_sees_separate_nodes_and_nothing_is_left_of_them(name: str) -> None:
     with Cluster(3, "1gbit", name) as cluster:
         Cluster(3, "1gbit", name).up()
         with pytest.raises(LaunchError, match="is up with 3 nodes at 1gbit"):
@@ -139,7 +139,7 @@ def test_nodes_with_several_links_use_all_of_them(name: str) -> None:
         carried = [after - first for first, after in zip(before, switch_bytes(name), strict=True)]
     assert len(carried) == 4
     assert library().family.name != "Open MPI" or min(carried) > 200_000
-    with pytest.raises(LaunchError, match="take 1 to 8 links"):
+    with pytest.raises(LaunchError, match="use 1 to 8 links"):
         Cluster(2, "", name, nics=9).up()
     assert find_leftovers(name) == []
 
@@ -151,7 +151,7 @@ def switch_bytes(name: str) -> list[int]:
     return [each["stats64"]["tx"]["bytes"] for each in found]
 
 
-def test_links_that_are_up_are_seen(tmp_path: Path) -> None:
+def test_only_ethernet_links_that_are_up_are_listed(tmp_path: Path) -> None:
     for link, kind, state in (("eth0", 1, "up"), ("eth1", 1, "down"), ("lo", 772, "unknown"), ("eth2", 1, "up")):
         (tmp_path / link).mkdir()
         (tmp_path / link / "type").write_text(f"{kind}\n")
@@ -162,7 +162,7 @@ def test_links_that_are_up_are_seen(tmp_path: Path) -> None:
 
 @needs_namespaces
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_is_interrupted_leaves_nothing(name: str, number: int) -> None:
+def test_an_interrupted_process_leaves_nothing(name: str, number: int) -> None:
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests may run with it ignored
         f"from hpccomm.cluster.nodes import *\nwith Cluster(2, '', {name!r}) as c:\n c.run(['sleep', '60'])"
@@ -177,17 +177,14 @@ def test_who_is_interrupted_leaves_nothing(name: str, number: int) -> None:
     assert find_leftovers(name) == []
 
 
-def test_the_benchmark_times_more_calls_of_short_vectors() -> None:
-    assert list(benchmark.size_ranges("8:16777216", 3)) == [("8:262144", 30), ("2097152:16777216", 3)]
-    assert list(benchmark.size_ranges("4:100", 7)) == [("4:32", 70)]
-    assert list(benchmark.size_ranges("1048576:1048576", 7)) == [("1048576:1048576", 7)]
-    shape = benchmark.shape_of("3x2+1+3,100mbit,cyclic")
+def test_shapes_of_the_benchmark_are_written_in_one_word() -> None:
+    shape = harness.shape_of("3x2+1+3,100mbit,cyclic")
     assert shape == (3, (2, 1, 3), "cyclic", "100mbit")
     assert shape.title == "3 x 2+1+3, cyclic, 100mbit"
 
 
 @needs_namespaces
-def test_a_signal_while_nodes_are_taken_away_waits(name: str) -> None:
+def test_a_signal_is_delivered_after_the_nodes_are_removed(name: str) -> None:
     program = (
         "import os, signal; from hpccomm.cluster import nodes as cluster\n"
         "found = cluster.pids\n"
@@ -200,7 +197,7 @@ def test_a_signal_while_nodes_are_taken_away_waits(name: str) -> None:
 
 
 @needs_namespaces
-def test_what_was_killed_can_be_taken_away(name: str) -> None:
+def test_a_cluster_can_be_removed_after_its_process_was_killed(name: str) -> None:
     subprocess.run([*COMMAND, "up", "--nodes", "2", "--name", name], check=True, stdout=subprocess.DEVNULL)
     running = [*COMMAND, "run", "--name", name, "--", "sleep", "60"]
     with subprocess.Popen(running, start_new_session=True, stderr=subprocess.DEVNULL) as process:
@@ -225,7 +222,7 @@ def words_of(pid: int) -> str:
 def test_namespaces_of_others_are_left_alone(name: str) -> None:
     subprocess.run(["ip", "netns", "add", f"{name}-n1"], check=True)
     try:
-        with pytest.raises(LaunchError, match=f"{name}-n1: there are such namespaces, not made here"):
+        with pytest.raises(LaunchError, match=f"namespaces {name}-n1 exist and belong to others"):
             Cluster(2, "", name).up()
         Cluster(2, "", name).down()
         assert clusters.list_namespaces() & {f"{name}-n0", f"{name}-n1"} == {f"{name}-n1"}

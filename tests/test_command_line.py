@@ -76,7 +76,7 @@ def test_python_m_hpccomm_is_the_same_command() -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["tune", "--collective", "nonsense"], "hpccomm tune: --collective nonsense: take some of allreduce"),
+        (["tune", "--collective", "nonsense"], "hpccomm tune: --collective nonsense: use one or several of allreduce"),
         (["bench", "allreduce", "--algorithm", "rign"], "hpccomm bench: allreduce has no algorithm 'rign': use auto"),
         (["train", "mnist"], "hpccomm train: dataset 'mnist' is not known"),
         (["tune", "--nonsense"], "hpccomm: error: unrecognized arguments: --nonsense"),

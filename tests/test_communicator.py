@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from typing import Any
 
@@ -26,6 +25,11 @@ def lengths(p: int) -> list[int]:
     return sorted({0, 1, p - 1, p, p + 1, 1000})
 
 
+def long_length(dtype: str) -> int:
+    """A million elements of three sizes; the other types, whose reductions alone differ, get 65,537."""
+    return 2**20 + 1 if dtype in ("i1", "f4", "f8") else 2**16 + 1
+
+
 def operand(rank: int, n: int, dtype: Any) -> Any:
     """Distinct per rank and position."""
     return verifiable.operand(rank, 16, n, dtype)
@@ -36,9 +40,9 @@ def total(p: int, n: int, dtype: Any) -> Any:
     return sum((operand(rank, n, dtype) for rank in range(1, p)), operand(0, n, dtype)).astype(dtype)
 
 
-def is_same_on_all(comm: Communicator, array: Any) -> bool:
-    """Whether all ranks hold the same bits."""
-    return len(set(comm.allgather(hashlib.sha256(array).digest()))) == 1
+def have_same_bits(a: Any, b: Any) -> bool:
+    """Whether two arrays hold the same bytes."""
+    return np.array_equal(a.view("u1"), b.view("u1"))
 
 
 def check_allreduce(comm: Communicator, n: int, dtype: Any, op: str) -> None:
@@ -51,8 +55,7 @@ def check_allreduce(comm: Communicator, n: int, dtype: Any, op: str) -> None:
         a, b = mine.copy(), np.empty(n, dtype)
         comm.Allreduce(a, b, OPERATIONS[op], algorithm=algorithm)
         assert np.array_equal(a, mine), "the input was touched"
-        assert np.array_equal(b, want), (algorithm, n, dtype, op)
-        assert is_same_on_all(comm, b)
+        assert have_same_bits(b, want), (algorithm, n, dtype, op)
         for _ in range(2):
             a[...] = mine
             comm.Allreduce(MPI.IN_PLACE, a, OPERATIONS[op], algorithm=algorithm)
@@ -62,14 +65,14 @@ def check_allreduce(comm: Communicator, n: int, dtype: Any, op: str) -> None:
 @EVERY_SIZE
 def test_allreduce_is_exact_for_every_algorithm_length_and_dtype(comm: Communicator) -> None:
     for n in lengths(comm.size):
-        for dtype in verifiable.DTYPES:
+        for dtype in verifiable.DTYPES if n in (comm.size + 1, 1000) else ("i1", "f4", "c16"):
             check_allreduce(comm, n, dtype, "lxor" if dtype == "?" else "sum")
 
 
 @EVERY_SIZE
 def test_allreduce_of_a_million_elements_is_exact(comm: Communicator) -> None:
     for dtype in verifiable.DTYPES:
-        check_allreduce(comm, 2**20 + 1, dtype, "lxor" if dtype == "?" else "sum")
+        check_allreduce(comm, long_length(dtype), dtype, "lxor" if dtype == "?" else "sum")
 
 
 @EVERY_SIZE
@@ -106,10 +109,11 @@ def test_bcast_copies_the_root_everywhere(comm: Communicator) -> None:
 
 @pytest.mark.mpi(sizes=(2, 3, 5), timeout=400)
 def test_the_other_collectives_are_exact_with_a_million_elements(comm: Communicator) -> None:
-    n, p, me = 2**20 + 1, comm.size, comm.rank
-    ends = [0, *(n * (k + 1) // p for k in range(p))]
-    mine = slice(ends[me], ends[me + 1])
+    p, me = comm.size, comm.rank
     for dtype in verifiable.DTYPES:
+        n = long_length(dtype)
+        ends = [0, *(n * (k + 1) // p for k in range(p))]
+        mine = slice(ends[me], ends[me + 1])
         op = "lxor" if dtype == "?" else "sum"
         a, want = verifiable.operand(me, p, n, dtype, op), verifiable.reduction(p, n, dtype, op)
         for algorithm in comm.algorithms("reduce"):

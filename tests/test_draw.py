@@ -42,7 +42,7 @@ def test_intervals_that_wrap_around_and_whole_vectors_have_labels(capsys: pytest
 def test_the_root_and_the_collective_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     run("chain", "--size", "3", "--collective", "bcast", "--root", "1")
     assert capsys.readouterr().out.splitlines() == [
-        "bcast, chain, 3 ranks, root 1, 1 blocks",
+        "bcast, chain, 3 ranks, root 1, 1 block",
         "round   0  copy  1-[0]->2",
         "round   1  copy  2-[0]->0",
     ]
@@ -97,17 +97,17 @@ def test_plot_draws_measurements_from_json_files(tmp_path: Path, monkeypatch: py
     b.write_text("{}")
     assert run(str(a), str(b), "--out", "x.png") == 0
     assert drawn == [([str(a), str(b)], "x.png")]
-    with pytest.raises(ArgumentError, match="need --out"):
+    with pytest.raises(ArgumentError, match="add --out"):
         run(str(a))
 
 
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["rnig"], "no file and no algorithm: take one of"),
+        (["rnig"], "neither a file nor an algorithm: use one of"),
         (["ring", "no.json"], "no such file: ring, no.json"),
-        (["ring", "--size", "4", "--root", "4"], "the root is one of the ranks"),
-        (["bruck", "--collective", "bcast"], "take one of chain, ring, tree, hierarchical"),
+        (["ring", "--size", "4", "--root", "4"], "use a root from 0 to size - 1"),
+        (["bruck", "--collective", "bcast"], "use one of chain, ring, tree, hierarchical"),
     ],
 )
 def test_wrong_arguments_of_plot_are_named(words: list[str], error: str) -> None:

@@ -263,7 +263,7 @@ def test_tuning_prints_predictions_with_measurements_and_keeps_round_costs_of_ot
     measured = [row("native", 1 << 20, 1.0), row("ring", 1 << 20, expected), row("ring", 1 << 22, expected)]
     tune_command.finish(measured, SITE, tmp_path / "t.json", machine().curves)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "# 1 of 2 predictions within 15% of what was measured"
+    assert lines[-1] == "# 1 of 2 predictions are within 15% of the measurement"
     assert "1.00  measured rounds" in lines[-3]
     other = tuple(each._replace(nodes=2) for each in machine().curves)
     tune_command.finish(measured, SITE._replace(nodes=2), tmp_path / "t.json", other)

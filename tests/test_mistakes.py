@@ -11,6 +11,8 @@ from hpccomm.testing.jobs import run_under_mpi
 
 PATIENCE = 60.0
 
+pytestmark = pytest.mark.slow(keep=1)
+
 SETUP = """
 import sys, numpy as np
 from mpi4py import MPI
@@ -30,7 +32,7 @@ def outcome(ranks: int, body: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-ALGORITHMS = ("auto", "native", "ring", "doubling", "shared")
+ALGORITHMS = ("auto", "native", "ring", "shared")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

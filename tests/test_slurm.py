@@ -20,7 +20,7 @@ JOBS = Path(__file__).parents[1] / "slurm"
 WHY_NOT = clusters.unavailable_reason() or slurm.unavailable_reason()
 SECONDS = 90.0
 
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "Slurm is to be had")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "Slurm is available")]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ class Site:
         self.cluster, self.folder = cluster, folder
 
     def run(self, *command: str, **env: str) -> str:
-        """What a command says on the first node."""
+        """The output of a command on the first node."""
         done = self.cluster.run_on(
             "n0", ["env", "-C", str(self.folder), *command], env=env, capture_output=True, text=True, timeout=SECONDS
         )
@@ -50,7 +50,7 @@ class Site:
         return str(done.stdout)
 
     def submit(self, job: str, *flags: str, **env: str) -> tuple[str, Path]:
-        """Submit a job and wait for its end: what it wrote, and its folder of results."""
+        """Submit a job and wait for its end; returns its output and its folder of results."""
         given = {"PYTHON": sys.executable, **env}
         number = self.run("sbatch", "--parsable", "--ntasks-per-node=2", *flags, f"slurm/{job}.sbatch", **given).strip()
         ended = clusters.wait_until(lambda: not self.run("squeue", "-h", "-j", number).strip(), SECONDS)
@@ -70,7 +70,7 @@ def test_the_allreduce_sweep_measures_and_draws(site: Site) -> None:
     assert (results / "allreduce.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_osus_benchmarks_print_and_keep_their_tables(site: Site) -> None:
+def test_osu_benchmarks_print_and_save_their_tables(site: Site) -> None:
     said, results = site.submit(
         "osu", "--nodes=1", COLLECTIVES="bcast barrier", PAIRS="latency", SIZES="8:64", FLAGS="-i 3 -x 1"
     )
@@ -91,7 +91,7 @@ def test_training_goes_through_its_methods(site: Site) -> None:
         assert json.loads((results / f"train-{method}.json").read_text())["method"] == method
 
 
-def test_training_that_is_told_to_end_is_queued_again_and_goes_on(site: Site) -> None:
+def test_training_that_gets_a_signal_is_queued_again_and_resumed(site: Site) -> None:
     number = site.run(
         "sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=2", "slurm/train.sbatch",
         PYTHON=sys.executable, METHODS="adam", DATASET="stdlib", EPOCHS="4", FLAGS="--samples 20000",
@@ -113,7 +113,7 @@ def test_tuning_writes_the_table_of_this_site(site: Site) -> None:
     assert {(row["nodes"], row["per_node"]) for row in json.loads(table.read_text())["rows"]} == {(2, 2)}
 
 
-def test_the_wrong_mpi_of_srun_is_named_with_its_cure(site: Site) -> None:
+def test_the_wrong_mpi_flag_of_srun_is_reported_with_its_remedy(site: Site) -> None:
     words = ["srun", "--mpi=none", "-N2", "-n4", sys.executable, "-m", "hpccomm", "info"]
     done = site.cluster.run_on("n0", words, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode != 0

@@ -102,7 +102,7 @@ def test_the_command_prices_steps(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--model", "100B", "--layers", "80", "--nodes", "64", "--per-node", "8", "--rate-sum", "1TB"]
     assert main(["predict", "mics", *shape, *machine]) == 0
     mics = capsys.readouterr().out.splitlines()
-    assert "64 ranks a copy: 25 GB of states a rank" in mics[0]
+    assert "a copy on 64 ranks: 25 GB of model states a rank" in mics[0]
     assert [row.split()[0] for row in mics[4:]] == ["16", "32", "64"]
     assert main(["predict", "zero3", *shape, *machine]) == 0
     zero = capsys.readouterr().out.splitlines()
@@ -118,7 +118,7 @@ def test_the_command_prices_steps(capsys: pytest.CaptureFixture[str]) -> None:
         (["--nodes", "2", "--per-node", "4", "--partition-size", "3"], "partition size 3 does not divide 8 ranks"),
         (["--nodes", "6", "--per-node", "4", "--partition-size", "6"], "which they do not fill alone, evenly"),
         (["--model", "many"], "'many' is no size"),
-        (["--layers", "0"], "--layers 0: must be 1 or more"),
+        (["--layers", "0"], "--layers 0: give 1 or more"),
     ],
 )
 def test_mistakes_are_named(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,7 +164,7 @@ def test_the_same_run_gives_the_same_bits_again(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_the_seed_decides(comm: MPI.Intracomm) -> None:
+def test_another_seed_gives_another_model(comm: MPI.Intracomm) -> None:
     data, network = SMALL["perceptron"]
     one, two = (train(comm, data, network, METHODS["sgd"](comm), SETTINGS._replace(seed=seed))[0] for seed in (1, 2))
     assert not np.array_equal(one, two)
@@ -265,7 +265,7 @@ def strip_times(epochs: Any) -> Any:
 
 @pytest.mark.mpi(sizes=(1, 3))
 @pytest.mark.parametrize("name", SAVED)
-def test_an_interrupted_run_goes_on_bit_for_bit(comm: MPI.Intracomm, name: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_resumed_bit_for_bit(comm: MPI.Intracomm, name: str, tmp_path: Path) -> None:
     path = Path(comm.bcast(str(tmp_path)))
     weights, epochs = train_interrupted(comm, name, path / "whole", -1)
     half = train_interrupted(comm, name, path / "halves", 20)[1]
@@ -292,7 +292,8 @@ def test_a_rank_that_cannot_save_is_named_on_all_ranks(comm: MPI.Intracomm, tmp_
 
 @pytest.mark.mpi(sizes=(1, 3))
 @pytest.mark.parametrize(
-    ("note", "complaint"), [("{", "is no note of a saved run"), ('{"run": {"lr": 1}}', "of a run with lr 1, not 2")]
+    ("note", "complaint"),
+    [("{", "does not describe a saved run"), ('{"run": {"lr": 1}}', "describes a run with lr 1, not 2")],
 )
 def test_notes_of_other_runs_are_refused_on_all_ranks(
     comm: MPI.Intracomm, tmp_path: Path, note: str, complaint: str
@@ -306,7 +307,7 @@ def test_notes_of_other_runs_are_refused_on_all_ranks(
         train(comm, data, network, METHODS["sgd"](comm), SETTINGS, keeper=folder)
 
 
-def test_a_signal_saves_and_ends_a_run_that_the_same_command_finishes(tmp_path: Path) -> None:
+def test_a_signal_saves_and_ends_a_run_that_the_same_command_resumes(tmp_path: Path) -> None:
     words = [
         sys.executable,
         "-m",
@@ -321,7 +322,7 @@ def test_a_signal_saves_and_ends_a_run_that_the_same_command_finishes(tmp_path: 
         "adam",
     ]
 
-    def found(name: str) -> Any:
+    def read_epochs(name: str) -> Any:
         return [strip_times([Epoch(**each)]) for each in json.loads((tmp_path / name).read_text())["epochs"]]
 
     kept = ["--checkpoint", str(tmp_path / "kept"), "--json", str(tmp_path / "halves")]
@@ -337,7 +338,7 @@ def test_a_signal_saves_and_ends_a_run_that_the_same_command_finishes(tmp_path: 
     assert "stopped in epoch 2 and saved: run the same command again to resume" in said
     subprocess.run([*words, *kept], check=True, timeout=60, capture_output=True)
     subprocess.run([*words, "--json", str(tmp_path / "whole")], check=True, timeout=60, capture_output=True)
-    assert found("halves") == found("whole")
+    assert read_epochs("halves") == read_epochs("whole")
 
 
 # The command
@@ -378,7 +379,7 @@ def test_the_command_writes_what_it_measured(comm: MPI.Intracomm, tmp_path: Path
 
 
 @pytest.mark.mpi(sizes=(1, 3))
-def test_all_methods_stand_in_one_table(comm: MPI.Intracomm, tmp_path: Path, capsys: Any) -> None:
+def test_all_methods_are_shown_in_one_table(comm: MPI.Intracomm, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "out.json"
     picture = tmp_path / "out.svg"
     arguments = ("stdlib", "--method", "all", "--epochs", "1", "--samples", "2000", "--json", str(file))
@@ -429,7 +430,7 @@ def test_curves_add_up_the_epochs() -> None:
         (("digits", "--method", "ps", "--servers", "9"), "--servers 9 of "),
         (("digits", "--json", "no/such/folder/out.json"), "--json no/such/folder/out.json: No such file"),
         (("digits", "--plot", "no/such/folder/out.svg"), "--plot no/such/folder/out.svg: No such file"),
-        (("digits", "--plot", "out.doc"), "--plot out.doc: end the name with .png, .svg or .pdf"),
+        (("digits", "--plot", "out.doc"), "--plot out.doc: the file must end in .png, .svg or .pdf"),
         (("digits", "--method", "hybrid", "--group-size", "9"), "--group-size 9 does not divide "),
         (
             ("digits", "--method", "all", "--checkpoint", "kept"),
@@ -437,7 +438,7 @@ def test_curves_add_up_the_epochs() -> None:
         ),
     ],
 )
-def test_mistakes_are_told_by_rank_0_alone(
+def test_only_rank_0_reports_a_mistake(
     comm: MPI.Intracomm, capsys: Any, arguments: tuple[str, ...], complaint: str
 ) -> None:
     assert run(*arguments) == 2

@@ -356,7 +356,7 @@ def run_predict(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
 
 def test_predict_prints_every_algorithm_the_fastest_first(capsys: pytest.CaptureFixture[str]) -> None:
     out = run_predict(capsys, "allreduce", "--nodes", "8", "--per-node", "2", "--bytes", "16M", "--rate", "1gbit")
-    assert "allreduce of 16,000,000 bytes on 8 x 2 ranks" in out[0]
+    assert "allreduce of 16,000,000 bytes on 8 nodes with 2 ranks each" in out[0]
     assert "0.125 GB/s shared" in out[1]
     names = [line.split()[0] for line in out if not line.startswith("#")][1:]
     assert sorted(names) == sorted([*ALGORITHMS["allreduce"], "hierarchical"])
@@ -408,7 +408,7 @@ def test_tuning_covers_the_requested_collectives_and_sizes() -> None:
     assert tasks == [("allreduce", 4), ("allreduce", 1024), ("bcast", 4), ("bcast", 1024)]
     assert {task.collective for task in tune_command.tasks(parse_arguments())} == {*ALGORITHMS, "alltoall"}
     assert len(tune_command.tasks(parse_arguments("--quick"))) < len(tune_command.tasks(parse_arguments()))
-    with pytest.raises(ArgumentError, match="take some of allreduce"):
+    with pytest.raises(ArgumentError, match="use one or several of allreduce"):
         tune_command.tasks(parse_arguments("--collective", "allred"))
 
 
@@ -449,14 +449,14 @@ def test_tuning_replaces_the_rows_that_it_measured_and_keeps_the_others(
     tune_command.finish([*again, *SHARED], SITE, out)
     assert read(out).rows == (*other, *again, *SHARED)
     out_lines = capsys.readouterr().out.splitlines()
-    assert out_lines[0] == f"# 6 measurements on 1 x 4 ranks, {MPI}: {out}"
+    assert out_lines[0] == f"# 6 measurements on 1 node with 4 ranks, {MPI}, written to {out}"
     assert out_lines[1:] == ["allreduce 4 to 1073741824 bytes: shared"]
 
 
 def test_unknown_algorithms_cannot_be_tuned(tmp_path: Path) -> None:
     comm = SimpleNamespace(algorithms=lambda collective: ("auto", "native", "shared", "ring"))
     todo = [tune_command.Task("allreduce", 4)]
-    with pytest.raises(ArgumentError, match="--algorithm rign: take some of auto, native, ring, shared"):
+    with pytest.raises(ArgumentError, match="--algorithm rign: use one or several of auto, native, ring, shared"):
         tune_command.measure_tasks(comm, SITE, todo, tmp_path / "t.partial", ["ring", "rign"])
 
 

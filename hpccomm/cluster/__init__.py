@@ -1,1 +1,1 @@
-"""Several nodes on one machine, made of network namespaces, and a real Slurm on them."""
+"""A virtual cluster: several nodes on one machine, made of network namespaces, and a real Slurm on them."""

@@ -1,4 +1,4 @@
-"""``scripts/cluster``: make nodes on this machine, run programs on them, start Slurm there, take them away."""
+"""``scripts/cluster``: create nodes on this machine, run programs on them, start Slurm there, remove them."""
 
 from __future__ import annotations
 
@@ -12,42 +12,60 @@ from collections.abc import Sequence
 from hpccomm.cluster import slurm
 from hpccomm.cluster.nodes import PLACEMENTS, Cluster, exit_on_signal
 from hpccomm.errors import LaunchError
+from hpccomm.performance.units import format_count
 
 
 def parser() -> argparse.ArgumentParser:
-    """``scripts/cluster``."""
-    made = argparse.ArgumentParser(prog="scripts/cluster", description="Several nodes on this machine.")
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="scripts/cluster", description="A virtual cluster: several nodes on this machine."
+    )
     commands = made.add_subparsers(dest="action", required=True)
-    up = commands.add_parser("up", help="make the nodes")
-    up.add_argument("--nodes", type=int, default=4)
-    up.add_argument("--rate", default="1gbit", help="of each node's link, either way; '' for no limit (default 1gbit)")
-    up.add_argument("--nics", type=int, default=1, help="links of each node, every one of that rate (default 1)")
-    run = commands.add_parser("run", help="run a program on them")
-    run.add_argument("--per-node", default="1", metavar="K", help="ranks of every node, or K,K,… of each")
-    run.add_argument("--placement", default="block", choices=PLACEMENTS)
-    run.add_argument("--seed", type=int, default=0, help="for --placement random")
-    run.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM", help="as for hpccomm-run")
+    up = commands.add_parser("up", help="create the nodes")
+    up.add_argument("--nodes", type=int, default=4, help="number of nodes (default 4)")
+    up.add_argument(
+        "--rate", default="1gbit", help="rate of each link, in either direction; '' for no limit (default 1gbit)"
+    )
+    up.add_argument("--nics", type=int, default=1, help="links of each node, each of that rate (default 1)")
+    run = commands.add_parser("run", help="run a program on the nodes")
+    run.add_argument(
+        "--per-node",
+        default="1",
+        metavar="K",
+        help="ranks on every node, or K,K,… with one number for each (default 1)",
+    )
+    run.add_argument(
+        "--placement",
+        default="block",
+        choices=PLACEMENTS,
+        help="order in which ranks are placed on nodes (default block)",
+    )
+    run.add_argument("--seed", type=int, default=0, help="seed of --placement random (default 0)")
+    run.add_argument(
+        "program", nargs=argparse.REMAINDER, metavar="-- PROGRAM", help="the program, as hpccomm-run takes it"
+    )
     slurm = commands.add_parser("slurm", help="start Slurm on the nodes")
-    slurm.add_argument("--cpus", type=int, default=8, help="that each node is said to have (default 8)")
-    on = commands.add_parser("on", help="run a command on one host, such as sbatch")
-    on.add_argument("host")
+    slurm.add_argument("--cpus", type=int, default=8, help="CPUs that Slurm counts on each node (default 8)")
+    on = commands.add_parser("on", help="run a command on one host, for example sbatch")
+    on.add_argument("host", help="n0, n1, …")
     on.add_argument("program", nargs=argparse.REMAINDER, metavar="-- COMMAND")
-    status = commands.add_parser("status", help="what stands")
-    down = commands.add_parser("down", help="take everything away")
+    status = commands.add_parser("status", help="show the cluster")
+    down = commands.add_parser("down", help="remove the cluster and end what runs on it")
     for each in (up, run, slurm, on, status, down):
-        each.add_argument("--name", default="hpc", help="which cluster (default hpc)")
+        each.add_argument("--name", default="hpc", help="name of the cluster (default hpc)")
     return made
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Do what was asked."""
+    """Run one command; returns the exit status."""
     if args.action == "up":
         began = time.monotonic()
         cluster = Cluster(args.nodes, args.rate, args.name, args.nics)
         cluster.up()
-        rate = args.rate or "no limit"
-        print(f"{args.nodes} nodes ({', '.join(cluster.hosts)}), links of {rate}: {time.monotonic() - began:.1f} s")
-        print("scripts/cluster run --per-node 2 -- -m hpccomm info")
+        rate = args.rate or "unlimited rate"
+        hosts, seconds = ", ".join(cluster.hosts), time.monotonic() - began
+        print(f"{format_count(args.nodes, 'node')} with links of {rate} up after {seconds:.1f} s: {hosts}")
+        print("next: scripts/cluster run --per-node 2 -- -m hpccomm info")
         return 0
     if args.action == "down":
         with contextlib.suppress(LaunchError):
@@ -55,19 +73,19 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     cluster = Cluster.find(args.name)
     if args.action == "status":
-        print(
-            f"{cluster.state.nodes} nodes, links of {cluster.state.rate or 'no limit'}: {', '.join(cluster.namespaces)}"
-        )
+        nodes, rate = format_count(cluster.state.nodes, "node"), cluster.state.rate or "unlimited rate"
+        print(f"{nodes} with links of {rate}: {', '.join(cluster.namespaces)}")
         return 0
     if args.action == "slurm":
         began = time.monotonic()
         slurm.start(cluster, args.cpus)
-        print(f"Slurm is up on {', '.join(cluster.hosts)}: {time.monotonic() - began:.1f} s")
-        print("scripts/cluster on n0 -- sbatch slurm/allreduce.sbatch")
+        print(f"Slurm up on {', '.join(cluster.hosts)} after {time.monotonic() - began:.1f} s")
+        print("next: scripts/cluster on n0 -- sbatch slurm/allreduce.sbatch")
         return 0
     program = args.program[1:] if args.program[:1] == ["--"] else args.program
     if not program:
-        raise LaunchError(f"say what to run: scripts/cluster {args.action} … -- -m hpccomm info")
+        example = "run -- -m hpccomm info" if args.action == "run" else f"on {args.host} -- sinfo"
+        raise LaunchError(f"no program to run: write it after --, for example scripts/cluster {example}")
     if args.action == "on":
         return cluster.run_on(args.host, program).returncode
     counts = [int(word) for word in args.per_node.split(",")]
@@ -75,7 +93,7 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``scripts/cluster``."""
+    """Run one command, and report an error in one line."""
     signal.signal(signal.SIGTERM, exit_on_signal)
     try:
         return execute(parser().parse_args(argv))

@@ -1,17 +1,17 @@
-"""``scripts/cluster``: a cluster of several nodes on one machine, for whoever has one machine.
+"""A virtual cluster: several nodes on one machine, made of Linux network namespaces.
 
-*A node is a network namespace; its ranks see a host name of their own and a link, ``eth0``, or several of them, of a
-given rate in either direction; each leads to a switch that all nodes hang on.*  MPI takes the nodes for what they seem:
-shared memory inside, TCP between.  Everything lies in namespaces made here, the switches too: the machine's own network
-is not touched, and nothing sent reaches it.
+*A node is a network namespace.  Its ranks see a host name of their own and one or several links, ``eth0`` …, each of a
+given rate in either direction and connected to a switch that all nodes share.*  To MPI these are separate nodes: shared
+memory inside, TCP between.  The switches are in a namespace too, so the machine's own network is neither changed nor
+reached.
 
 ::
 
-    with Cluster(nodes=4, rate="1gbit") as cluster:                    # or up() and down()
+    with Cluster(nodes=4, rate="1gbit") as cluster:                    # calls up() and down()
         cluster.run(["train.py"], per_node=2)                          # a CompletedProcess
 
-What was made stands in a file from before it is made, so that ``down`` finds it after any end, ``kill -9`` included.
-Needs root, Linux, iproute2 and util-linux.
+The state is written to a file before anything is created, so that ``down`` can remove a cluster whose process was ended
+in any way, ``kill -9`` included.  Needs root, Linux, iproute2 and util-linux.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ from typing import Any, NamedTuple
 
 from hpccomm.errors import LaunchError
 from hpccomm.launcher import launch_command, library
+from hpccomm.performance.units import format_count
 
 FOLDER = Path("/run/hpccomm")
-"""Where the state of each cluster lies, in a folder by its name."""
+"""Holds a folder with the state of each cluster, named after it."""
 HOSTS = Path("/etc/netns")
-"""Here ``ip netns exec`` looks for files that stand for those of /etc inside a namespace."""
+"""``ip netns exec`` replaces files of /etc inside a namespace by those in this folder."""
 NETWORK = "10.77."
-"""Addresses of the nodes, in their namespaces only: then the link, then the node."""
+"""Prefix of the nodes' addresses, valid in their namespaces only; link and node follow."""
 FIRST = 10
 MOST_NODES, MOST_NICS = 200, 8
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
 PLACEMENTS = ("block", "cyclic", "random")
 BURST_SECONDS, LEAST_BURST = 1.5e-3, 16384
-"""What a link lets pass at once: less than this at 1 Gbit/s halves its rate, more lets short messages pass for free."""
+"""Burst size of a link: a smaller one halves the rate at 1 Gbit/s, a larger one lets short messages pass for free."""
 END_SECONDS = 5.0
 
 RATE_PATTERN = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)bit", re.IGNORECASE)
 
 
 class ClusterState(NamedTuple):
-    """A cluster that stands, or that was begun."""
+    """A cluster that exists, completely or in part."""
 
     name: str
     nodes: int
@@ -65,9 +66,9 @@ class ClusterState(NamedTuple):
 
 
 class Cluster:
-    """Nodes that are namespaces, each with ``nics`` links to the others.
+    """A virtual cluster whose nodes have ``nics`` links each.
 
-    ``rate`` is that of a link, as tc says it (``1gbit``, ``100mbit``), or ``""`` for links without limit.
+    ``rate`` is that of a link in tc's notation (``1gbit``, ``100mbit``), or ``""`` for links without limit.
     """
 
     def __init__(self, nodes: int = 4, rate: str = "1gbit", name: str = "hpc", nics: int = 1) -> None:
@@ -75,11 +76,13 @@ class Cluster:
 
     @classmethod
     def find(cls, name: str = "hpc") -> Cluster:
-        """The cluster of that name; LaunchError where there is none."""
+        """The cluster of that name; raises LaunchError if there is none."""
         try:
             found = json.loads((FOLDER / name / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise LaunchError(f"no cluster {name!r} is up: scripts/cluster up --nodes 4 --rate 1gbit") from None
+            raise LaunchError(
+                f"no cluster {name!r} is up: start it with scripts/cluster up --nodes 4 --rate 1gbit"
+            ) from None
         cluster = cls()
         cluster.state = ClusterState(**{**found, "processes": tuple(found["processes"])})
         return cluster
@@ -99,7 +102,7 @@ class Cluster:
 
     @property
     def folder(self) -> Path:
-        """What belongs to this cluster on disk."""
+        """The folder of this cluster's files."""
         return FOLDER / self.state.name
 
     @property
@@ -113,32 +116,32 @@ class Cluster:
 
     @property
     def devices(self) -> list[str]:
-        """Every node's links."""
+        """The names of a node's links."""
         return [f"eth{link}" for link in range(self.state.nics)]
 
     def address(self, host: str, link: int = 0) -> str:
-        """Where a host is to be reached, inside the namespaces."""
+        """The address of a host's link, inside the namespaces."""
         return f"{NETWORK}{link}.{FIRST + self.hosts.index(host)}"
 
     @property
     def namespaces(self) -> list[str]:
-        """All of them, the switch's too."""
+        """All namespaces, the switch's included."""
         return [self.namespace(host) for host in (*self.hosts, "switch")]
 
-    # Making and taking away
+    # Create and remove
 
     def up(self) -> None:
-        """Make the nodes; where they stand already, nothing changes."""
+        """Create the nodes, unless the same cluster is up already."""
         reason = unavailable_reason()
         if reason:
             raise LaunchError(reason)
         rate_of(self.state.rate)
         if not 1 <= self.state.nics <= MOST_NICS:
-            raise LaunchError(f"--nics {self.state.nics}: take 1 to {MOST_NICS} links a node")
+            raise LaunchError(f"--nics {self.state.nics}: use 1 to {MOST_NICS} links a node")
         if not 1 <= self.state.nodes <= MOST_NODES or not re.fullmatch(r"[a-z][a-z0-9]{0,7}", self.state.name):
             raise LaunchError(
-                f"{self.state.nodes} nodes named {self.state.name!r}: take 1 to {MOST_NODES} nodes, and a name "
-                "of up to eight small letters and digits"
+                f"--nodes {self.state.nodes} --name {self.state.name}: use 1 to {MOST_NODES} nodes, and a name "
+                "of up to eight lower-case letters and digits"
             )
         with hold_lock():
             if (self.folder / "state.json").exists():
@@ -146,7 +149,7 @@ class Cluster:
                 return
             others = [each for each in self.namespaces if each in list_namespaces()]
             if others:
-                raise LaunchError(f"{', '.join(others)}: there are such namespaces, not made here: take another --name")
+                raise LaunchError(f"namespaces {', '.join(others)} exist and belong to others: use another --name")
             try:
                 self.save_state()
                 self.build()
@@ -154,25 +157,25 @@ class Cluster:
                 self.clear()
                 raise
 
-    def compare(self, standing: ClusterState) -> None:
-        """Refuse another cluster of the same name."""
-        if standing[:4] != self.state[:4]:
-            rate = (standing.rate or "full speed") + (f" x {standing.nics}" if standing.nics > 1 else "")
+    def compare(self, existing: ClusterState) -> None:
+        """Raise if the cluster that is up under this name is a different one."""
+        if existing[:4] != self.state[:4]:
+            rate = (existing.rate or "unlimited rate") + (f" x {existing.nics}" if existing.nics > 1 else "")
             raise LaunchError(
-                f"cluster {standing.name!r} is up with {standing.nodes} nodes at {rate}: "
-                f"scripts/cluster down --name {standing.name} first, or take another --name"
+                f"cluster {existing.name!r} is up with {format_count(existing.nodes, 'node')} at {rate}: run "
+                f"scripts/cluster down --name {existing.name} first, or use another --name"
             )
-        self.state = standing
+        self.state = existing
 
     def save_state(self) -> None:
-        """Write down what there is, or will be in a moment."""
+        """Write the state file, before or after a change."""
         self.folder.mkdir(exist_ok=True)
         file = self.folder / "state.json"
         file.with_suffix(".new").write_text(json.dumps(self.state._asdict()), encoding="utf-8")
         file.with_suffix(".new").replace(file)
 
     def build(self) -> None:
-        """Namespaces, links, names."""
+        """Create namespaces, links and host names."""
         switch = self.namespace("switch")
         lines = [f"netns add {each}" for each in self.namespaces]
         batch(lines)
@@ -192,7 +195,7 @@ class Cluster:
         agent.chmod(0o755)
 
     def connect(self, host: str, device: str, port: str, link: int) -> None:
-        """Make one link of a host, and limit both its directions."""
+        """Create one link of a host and limit its rate in both directions."""
         inside, switch = self.namespace(host), self.namespace("switch")
         made = [f"link add {port} type veth peer name {device} netns {inside}", f"link set {port} master br{link} up"]
         batch(made, switch)
@@ -201,17 +204,17 @@ class Cluster:
             shape(namespace, end, self.state.rate)
 
     def down(self) -> None:
-        """End what runs there and take everything away; nothing happens where nothing stands."""
+        """End the cluster's processes and remove it; does nothing if it is not up."""
         if self.folder.exists():
             with hold_lock():
                 self.clear()
 
     def clear(self) -> None:
-        """Take away what there is, as far as it was made; who interrupts waits until that is done."""
+        """Remove a complete or partial cluster; signals are delivered when that is done."""
         with defer_signals():
-            self.take_away()
+            self.remove()
 
-    def take_away(self) -> None:
+    def remove(self) -> None:
         """End the processes, then remove namespaces and files."""
         for process in self.state.processes:
             with contextlib.suppress(ProcessLookupError):
@@ -237,12 +240,12 @@ class Cluster:
 
     @property
     def open_mpi_settings(self) -> dict[str, str]:
-        """TCP between the nodes, over all their links; its session folders in the cluster's."""
+        """Settings for TCP over all links between the nodes, with session folders in the cluster's folder."""
         more = {"OMPI_MCA_btl_tcp_if_include": ",".join(self.devices), "PRTE_MCA_prte_tmpdir_base": str(self.folder)}
         return OPEN_MPI_SETTINGS | more
 
     def start(self, host: str, command: Sequence[str], log: Path) -> None:
-        """Start a daemon on a host; it ends with the cluster."""
+        """Start a daemon on a host; ``down`` ends it."""
         with open(log, "wb") as file:
             process = subprocess.Popen(
                 self.host_command(host, command),
@@ -255,9 +258,9 @@ class Cluster:
         self.save_state()
 
     def run_on(self, host: str, command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[Any]:
-        """Run a command on one host; where Slurm is up its commands work there."""
+        """Run a command on one host; if Slurm is up, its commands work there."""
         if host not in self.hosts:
-            raise LaunchError(f"there is no host {host}: take one of {', '.join(self.hosts)}")
+            raise LaunchError(f"there is no host {host}: use one of {', '.join(self.hosts)}")
         env = {**os.environ, **self.open_mpi_settings, **MPICH_SETTINGS, **more.pop("env", {})}
         if (self.folder / "slurm.conf").exists():
             env["SLURM_CONF"] = str(self.folder / "slurm.conf")
@@ -266,14 +269,15 @@ class Cluster:
     def command(
         self, program: Sequence[str], per_node: Sequence[int] | int = 1, placement: str = "block", seed: int = 0
     ) -> tuple[list[str], dict[str, str]]:
-        """What starts ``program`` on all nodes, and its environment.
+        """The command that starts ``program`` on all nodes, and its environment.
 
-        ``per_node`` is the ranks of each node, or of all alike; ``placement`` says in which order ranks go to nodes:
-        one node after the other, in turn, or shuffled by ``seed``.
+        ``per_node`` is the number of ranks on every node, or a list with one number for each.  ``placement`` is the
+        order of placement: node after node (``block``), round-robin (``cyclic``), or shuffled by ``seed`` (``random``).
         """
         counts = [per_node] * self.state.nodes if isinstance(per_node, int) else list(per_node)
         if len(counts) != self.state.nodes or min(counts) < 0 or not sum(counts):
-            raise LaunchError(f"--per-node {counts}: say one number, or one for each of the {self.state.nodes} nodes")
+            given = ",".join(map(str, counts))
+            raise LaunchError(f"--per-node {given}: give one number for all {self.state.nodes} nodes, or one for each")
         order = place_ranks(counts, placement, seed)
         family = library().family.name
         settings: dict[str, str] = {}
@@ -287,12 +291,12 @@ class Cluster:
             more = ["-f", str(file), "-launcher", "ssh", "-launcher-exec", agent, "-iface", "eth0"]
             settings = MPICH_SETTINGS
         else:
-            raise LaunchError(f"{family} is not known to start here: use an environment with Open MPI or MPICH")
+            raise LaunchError(f"a virtual cluster cannot start {family}: use an environment with Open MPI or MPICH")
         command, env = launch_command(len(order), program, more)
         return self.host_command(self.hosts[order[0]], command), env | settings
 
     def host_command(self, host: str, command: Sequence[str]) -> list[str]:
-        """A command as it is started on a host."""
+        """The command that runs ``command`` on a host."""
         words = f"hostname {host}; {PRIVATE}; exec {shlex.join(command)}"
         return ["ip", "netns", "exec", self.namespace(host), "unshare", "--uts", "bash", "-c", words]
 
@@ -313,13 +317,13 @@ class Cluster:
 
 
 AGENT = """#!/bin/bash
-# Stands for ssh: [options] HOST COMMAND...
+# Called in place of ssh: [options] HOST COMMAND...
 while [ "${{1:0:1}}" = - ]; do shift; done
 host=$1; shift
 exec ip netns exec {name}-$host unshare --uts bash -c "hostname $host; {private}; $*"
 """
 PRIVATE = "mount -t tmpfs hpccomm /dev/shm"
-"""In a node's own mount namespace, which ``ip netns exec`` makes: what a job leaves there goes with its processes."""
+"""Runs in the mount namespace that ``ip netns exec`` creates: files that a job leaves vanish with its processes."""
 
 OPEN_MPI_SETTINGS = {
     "OMPI_MCA_btl": "self,sm,tcp",
@@ -328,17 +332,17 @@ OPEN_MPI_SETTINGS = {
     "PRTE_MCA_prte_if_include": "eth0",
 }
 MPICH_SETTINGS = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_IFACE": "eth0"}
-"""Its other way, ucx, would go round the links."""
+"""MPICH's other network module, ucx, would bypass the links."""
 
 
 def exit_on_signal(*_: object) -> None:
-    """Who is told to end takes away what he made on his way out."""
+    """Exit by an exception at SIGTERM, so that the cluster is removed."""
     sys.exit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[None]:
-    """No signal that asks for an end arrives in the middle; it does afterwards."""
+    """Block SIGINT and SIGTERM inside; they are delivered afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -347,28 +351,28 @@ def defer_signals() -> Iterator[None]:
 
 
 def unavailable_reason() -> str:
-    """Why there can be no cluster here; empty where there can."""
+    """Why there can be no virtual cluster on this machine; empty if there can."""
     if sys.platform != "linux":
-        return f"a virtual cluster is made of Linux namespaces, this is {sys.platform}"
+        return f"a virtual cluster needs Linux namespaces, and this is {sys.platform}"
     if os.geteuid():
-        return "a virtual cluster needs root: sudo scripts/cluster …, or a container with NET_ADMIN and SYS_ADMIN"
-    absent = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
-    if absent:
-        return f"a virtual cluster needs {' and '.join(absent)}: apt-get install {' '.join(absent)}"
+        return "a virtual cluster needs root: use sudo scripts/cluster …, or a container with NET_ADMIN and SYS_ADMIN"
+    missing = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
+    if missing:
+        return f"a virtual cluster needs {' and '.join(missing)}: run apt-get install {' '.join(missing)}"
     tried = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True, check=False)
-    return f"this machine allows no namespaces ({tried.stderr.strip()})" if tried.returncode else ""
+    return f"this machine does not allow new namespaces ({tried.stderr.strip()})" if tried.returncode else ""
 
 
 def rate_of(rate: str) -> float:
-    """Bits a second; 0 without a limit."""
+    """Bits per second of a rate in tc's notation; 0 for no limit."""
     found = RATE_PATTERN.fullmatch(rate)
     if rate and not found:
-        raise LaunchError(f"--rate {rate}: say it as tc does: 1gbit, 100mbit, 2.5gbit, or nothing for no limit")
+        raise LaunchError(f"--rate {rate}: use tc's notation: 1gbit, 100mbit, 2.5gbit, or '' for no limit")
     return float(found[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[found[2].lower()] if found else 0.0
 
 
 def shape(namespace: str, device: str, rate: str) -> None:
-    """Limit what a device sends."""
+    """Limit the rate at which a device sends."""
     bits = rate_of(rate)
     if bits:
         burst = max(LEAST_BURST, int(bits / 8 * BURST_SECONDS))
@@ -379,7 +383,7 @@ def shape(namespace: str, device: str, rate: str) -> None:
 def place_ranks(counts: Sequence[int], placement: str, seed: int = 0) -> list[int]:
     """The node of each rank."""
     if placement not in PLACEMENTS:
-        raise LaunchError(f"--placement {placement}: take one of {', '.join(PLACEMENTS)}")
+        raise LaunchError(f"--placement {placement}: use one of {', '.join(PLACEMENTS)}")
     block = [node for node, count in enumerate(counts) for _ in range(count)]
     if placement == "cyclic":
         return [node for turn in range(max(counts)) for node, count in enumerate(counts) if turn < count]
@@ -389,7 +393,7 @@ def place_ranks(counts: Sequence[int], placement: str, seed: int = 0) -> list[in
 
 
 def run_command(command: Sequence[str], words: str | None = None) -> str:
-    """Run a system command; LaunchError with its own words where it fails."""
+    """Run a system command; returns its output, raises LaunchError with its message."""
     done = subprocess.run(command, input=words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LaunchError(f"{shlex.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
@@ -402,7 +406,7 @@ def ip(words: Sequence[str]) -> str:
 
 
 def batch(lines: Sequence[str], namespace: str | None = None) -> None:
-    """Several lines for ``ip``, in one process."""
+    """Run several lines of ``ip`` in one process."""
     run_command(["ip", *(["-n", namespace] if namespace else []), "-batch", "-"], "\n".join(lines) + "\n")
 
 
@@ -416,10 +420,10 @@ def pids(namespace: str) -> list[int]:
     return [int(word) for word in ip(["netns", "pids", namespace]).split()]
 
 
-def wait_until(there: Any, seconds: float) -> bool:
-    """Whether something came true in time."""
+def wait_until(condition: Any, seconds: float) -> bool:
+    """Wait for a condition; whether it became true in time."""
     end = time.monotonic() + seconds
-    while not there():
+    while not condition():
         if time.monotonic() > end:
             return False
         time.sleep(0.02)
@@ -428,7 +432,7 @@ def wait_until(there: Any, seconds: float) -> bool:
 
 @contextlib.contextmanager
 def hold_lock() -> Iterator[None]:
-    """One process at a time makes or takes away."""
+    """Let one process at a time create or remove clusters."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     folder = os.open(FOLDER, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
-"""Slurm on the nodes of a virtual cluster: its own daemons, a controller on the first node and one a node.
+"""Slurm on the nodes of a virtual cluster: a controller on the first node and a daemon on every node.
 
-Keys, sockets, logs and spools lie in the cluster's folder; nothing of the machine's own Slurm or munge is touched.
-From Debian: ``apt-get install slurm-wlm munge``.
+Keys, sockets, logs and spools are in the cluster's folder; the machine's own Slurm and munge are not touched.
+On Debian: ``apt-get install slurm-wlm munge``.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ CgroupAutomount=yes
 
 
 def unavailable_reason() -> str:
-    """Why there can be no Slurm here; empty where there can."""
-    absent = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
-    return f"Slurm needs {' and '.join(absent)}: apt-get install {' '.join(absent)}" if absent else ""
+    """Why Slurm cannot be started on this machine; empty if it can."""
+    missing = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
+    return f"Slurm needs {' and '.join(missing)}: run apt-get install {' '.join(missing)}" if missing else ""
 
 
 def start(cluster: Cluster, cpus: int = 8) -> None:
-    """Start the daemons and wait until all nodes are idle; nothing happens where they are."""
+    """Start the daemons, unless they run, and wait until all nodes are idle."""
     reason = unavailable_reason()
     if reason:
         raise LaunchError(reason)
@@ -71,11 +71,13 @@ def start(cluster: Cluster, cpus: int = 8) -> None:
         cluster.start(host, daemon, folder / f"slurmd.{host}.log")
     if not wait_until(lambda: is_idle(cluster), IDLE_SECONDS):
         last = {file.name: file.read_text(errors="replace").splitlines()[-3:] for file in folder.glob("slurm*.log")}
-        raise LaunchError(f"not all nodes were idle after {IDLE_SECONDS:.0f} s: {last}")
+        raise LaunchError(
+            f"Slurm: not all nodes are idle after {IDLE_SECONDS:.0f} s; the last lines of the logs: {last}"
+        )
 
 
 def configure(cluster: Cluster, cpus: int) -> None:
-    """Write the configuration."""
+    """Write Slurm's configuration."""
     folder = cluster.folder
     addresses = {host: cluster.address(host) for host in cluster.hosts}
     nodes = "\n".join(
@@ -90,7 +92,7 @@ def configure(cluster: Cluster, cpus: int) -> None:
 
 
 def start_munge(cluster: Cluster) -> None:
-    """A munge daemon with a key of its own, as Slurm wants it: not as root, in a folder nobody else writes to."""
+    """Start a munge daemon with a new key; Slurm wants it not as root, in a folder that others cannot write."""
     folder, key = cluster.folder, cluster.folder / "munge.key"
     socket = folder / "munge.socket"
     key.touch(mode=0o400)
@@ -106,6 +108,6 @@ def start_munge(cluster: Cluster) -> None:
 
 
 def is_idle(cluster: Cluster) -> bool:
-    """Whether every node waits for work."""
+    """Whether every node is idle."""
     done = cluster.run_on(cluster.hosts[0], ["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True)
     return done.stdout.split() == ["idle"] * len(cluster.hosts)

@@ -1,4 +1,4 @@
-"""``hpccomm info``: the MPI, the launcher, where the ranks are, what is in force and why."""
+"""``hpccomm info``: software, launch, transports and devices found here, the settings, and the planner's decisions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 
 from hpccomm.launcher import read_launch_size
 
-SUMMARY = "what was found here, what is in force, and why"
+SUMMARY = "show the software, ranks and devices found here, the settings in force, and which algorithms are used"
 
 EXAMPLES = (4, 1024, 65536, 1 << 20, 16 << 20, 256 << 20)
-"""Bytes whose decisions are shown."""
+"""Sizes, in bytes, for which decisions are shown."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
-    parser.add_argument("--collective", default="allreduce", help="whose decisions to show (allreduce)")
+    """Declare the arguments."""
+    parser.add_argument(
+        "--collective", default="allreduce", help="collective whose decisions are shown (default allreduce)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     sections = {
         "Software": software(),
         "Launch": launch(comm),
-        "Ways to move bytes": transports(comm),
+        "Transports": transports(comm),
         "GPU": gpu(comm),
         "Settings": settings(comm),
         f"Decisions for {args.collective} (float32)": decisions(comm, args.collective),
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def render(sections: dict[str, dict[str, str]]) -> str:
-    """Titles, and names beside values."""
+    """The sections as text: a title, then a name and a value on each line."""
     width = max(len(name) for rows in sections.values() for name in rows)
     lines = []
     for title, rows in sections.items():
@@ -52,7 +54,7 @@ def render(sections: dict[str, dict[str, str]]) -> str:
 
 
 def software() -> dict[str, str]:
-    """Versions."""
+    """The versions of the software."""
     import mpi4py
     import numpy as np
     from mpi4py import MPI
@@ -72,7 +74,7 @@ def software() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """An optional package's version."""
+    """The version of an optional package."""
     from importlib import metadata
 
     for name in (package, f"{package}-cuda12x", f"{package}-cuda13x"):
@@ -84,38 +86,38 @@ def version_of(package: str) -> str:
 
 
 def launch(comm: Any) -> dict[str, str]:
-    """Who started the ranks, and where they are."""
+    """The launcher, and where the ranks are (collective)."""
     _, launcher = read_launch_size(os.environ)
     cores = len(set().union(*comm.context.node.allgather(os.sched_getaffinity(0))))
     crowd = max(comm.layout.per_node)
-    ranks = f"{cores} for the ranks of this node" + (
-        " (fewer than ranks on the node: waiting yields)" if crowd > cores else ""
-    )
+    shared = " (fewer than ranks on a node: a waiting rank yields its core)" if crowd > cores else ""
     return {
-        "started by": launcher or "no launcher (one rank)",
+        "started by": launcher or "none (one rank)",
         "ranks": comm.layout.describe(),
-        "cores": ranks,
-        "threads a rank": os.environ.get("OMP_NUM_THREADS", "not set (OMP_NUM_THREADS)"),
+        "cores": f"{cores} for the ranks of this node{shared}",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
     }
 
 
 def transports(comm: Any) -> dict[str, str]:
-    """What there is to carry bytes."""
+    """The transports of messages and of shared memory."""
     from hpccomm.layout import ethernets, fast_networks
 
     resources = comm.context
-    links = ", ".join(ethernets()) or "none is up"
-    where = "yes" if comm.layout.count == 1 else "inside the nodes, by the hierarchical algorithms"
+    links = ", ".join(ethernets()) or "no link is up"
+    where = "in use" if comm.layout.count == 1 else "used inside nodes by the hierarchical algorithms"
     return {
-        "messages": "point-to-point, digest of the call in the tag",
-        "network": ", ".join(fast_networks()) or f"Ethernet ({links}): what is shipped for TCP counts",
-        "shared memory": where if resources.node_memory else "no" if comm.size > 1 else "not needed (one rank)",
-        "consistency table": "ranks of a node compare their calls" if resources.consistency else "off",
+        "messages": "MPI point-to-point, with the fingerprint of the call in the tag",
+        "network": ", ".join(fast_networks()) or f"Ethernet ({links}); decisions come from measurements over TCP",
+        "shared memory": where if resources.node_memory else "not used" if comm.size > 1 else "not needed (one rank)",
+        "consistency table": "ranks of a node compare their calls"
+        if resources.consistency
+        else "off: calls are not compared",
     }
 
 
 def gpu(comm: Any) -> dict[str, str]:
-    """The device, and which ways its arrays can go (collective)."""
+    """The device, and the transports of its arrays (collective)."""
     from hpccomm.errors import HpccommError
     from hpccomm.transports import cuda
 
@@ -124,7 +126,7 @@ def gpu(comm: Any) -> dict[str, str]:
         rank, why = missing[0]
         return {"device": f"none: {why}" if len(missing) == comm.size else f"none on rank {rank}: {why}"}
     device = cuda.device()
-    rows = {"device": f"{device.name}, number {device.number} on rank {comm.rank}", "driver": device.driver}
+    rows = {"device": f"{device.name}, device {device.number} of rank {comm.rank}", "driver": device.driver}
     try:
         return rows | comm.device_transports()
     except HpccommError as error:
@@ -132,17 +134,17 @@ def gpu(comm: Any) -> dict[str, str]:
 
 
 def settings(comm: Any) -> dict[str, str]:
-    """The variables in force, rank 0's, and the table."""
+    """The environment variables of rank 0, and the tuning table in use."""
     rows = {name: value or "not set" for name, value in comm.context.settings.items()}
-    rows["HPCCOMM_STALL_SECONDS"] = os.environ.get("HPCCOMM_STALL_SECONDS", "not set (60)")
+    rows["HPCCOMM_STALL_SECONDS"] = os.environ.get("HPCCOMM_STALL_SECONDS", "not set (default 60)")
     rows["tuning table"] = comm.context.table.source
     return rows
 
 
 def decisions(comm: Any, collective: str) -> dict[str, str]:
-    """Which algorithm takes which size, and why."""
+    """The algorithm for each size, and the reason."""
     rows = {}
     for nbytes in EXAMPLES:
         choice = comm.explain(collective, nbytes)
-        rows[f"{nbytes} B"] = f"{choice.algorithm}: {choice.reason}"
+        rows[f"{nbytes:,} bytes"] = f"{choice.algorithm}: {choice.reason}"
     return rows

@@ -1,8 +1,8 @@
-"""Measure which algorithm is fastest here, and remember it.
+"""``hpccomm tune``: measure which algorithm is fastest on this machine, and write the tuning table.
 
-Run it under ``mpirun`` with as many nodes and ranks as your jobs have.  Every size is measured with native
-MPI and with every algorithm; what is done is kept in a ``.partial`` file, where a stopped run goes on.  On several
-nodes single rounds are measured too, for predictions, which stand beside the measurements in the end.
+Run it under ``mpirun`` with as many nodes and ranks as your jobs have.  Every size is measured with native MPI and with
+every algorithm.  Finished measurements are saved in a ``.partial`` file, from which an interrupted run is resumed.  On
+several nodes single rounds are measured too; the cost model is fitted to them and compared with the measurements.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from hpccomm.performance.cost import HIERARCHICAL, prediction
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import CostCurve
 from hpccomm.performance.tuning import Row, Table
-from hpccomm.performance.units import size_of
+from hpccomm.performance.units import format_count, format_shape, size_of
 
-SUMMARY = "measure which algorithm is fastest on this machine, and remember it"
+SUMMARY = "measure which algorithm is fastest on this machine, and save that for later jobs"
 
 SIZES = "4,64,1Ki,4Ki,16Ki,64Ki,256Ki,1Mi,4Mi,16Mi,64Mi"
 QUICK = "4,1Ki,16Ki,256Ki,4Mi"
 SECONDS = 0.4
-"""Time for each algorithm at each size."""
+"""Measuring time for each algorithm at each size."""
 NEAR_RATIO = 0.15
-"""How far a prediction may be from the measurement and still count as near."""
+"""Relative error up to which a prediction is counted as close."""
 
 
 COLLECTIVES = (*ALGORITHMS, "alltoall")
-"""What can be decided; for the last one there is shared memory beside native MPI."""
+"""The collectives that can be tuned; alltoall has no schedules, only shared memory beside native MPI."""
 
 
 class Site(NamedTuple):
-    """Where this is measured."""
+    """The place of a measurement."""
 
     nodes: int
     per_node: int
@@ -50,31 +50,35 @@ class Site(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is measured in one go: all algorithms, so that they see the same weather."""
+    """One measurement of all algorithms in turns, so that all are measured under the same load."""
 
     collective: str
     bytes: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to measure and where to keep it."""
+    """Declare the arguments."""
     known = ",".join(COLLECTIVES)
-    parser.add_argument("--collective", default=known, metavar="NAMES", help=f"default {known}")
-    parser.add_argument("--algorithm", metavar="NAMES", help="measure these only (default: all)")
-    parser.add_argument("--sizes", metavar="BYTES", help=f"default {SIZES}")
-    parser.add_argument("--quick", action="store_true", help=f"fewer sizes: {QUICK}")
-    parser.add_argument("--out", metavar="FILE", help="default: ~/.config/hpccomm, by host and MPI, where it is found")
+    parser.add_argument("--collective", default=known, metavar="NAMES", help=f"collectives to tune (default {known})")
+    parser.add_argument("--algorithm", metavar="NAMES", help="algorithms to measure (default: all)")
+    parser.add_argument("--sizes", metavar="BYTES", help=f"sizes to measure (default {SIZES})")
+    parser.add_argument("--quick", action="store_true", help=f"measure fewer sizes: {QUICK}")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="tuning table to write (default: the one in ~/.config/hpccomm that jobs with this host and MPI read)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, fit, write, and say what was decided (collective)."""
+    """Measure, fit the model, write the table and print the decisions (collective)."""
     from mpi4py import MPI
 
     from hpccomm import Communicator
 
     comm = Communicator(MPI.COMM_WORLD)
     if comm.size == 1:
-        raise ArgumentError("one rank has nothing to tune: start it as `mpirun -n 4 hpccomm tune`")
+        raise ArgumentError("one rank has nothing to tune: use more, for example `mpirun -n 4 hpccomm tune`")
     site = site_of(comm)
     out = Path(args.out) if args.out else tuning.user_file(site.mpi, site.host)
     wanted = args.algorithm.split(",") if args.algorithm else []
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rounds_of(comm: Any, todo: Sequence[Task], wanted: Sequence[str]) -> tuple[tuple[CostCurve, ...], Link | None]:
-    """What the rounds of the allreduces take, and the link by which the running one decides (collective)."""
+    """Measure the rounds of allreduces; also returns the link by which schedules are selected now (collective)."""
     from hpccomm.bench.rounds import measure_round_costs
 
     sizes = [task.bytes for task in todo if task.collective == "allreduce"]
@@ -98,7 +102,7 @@ def rounds_of(comm: Any, todo: Sequence[Task], wanted: Sequence[str]) -> tuple[t
 
 
 def site_of(comm: Any) -> Site:
-    """Rank 0's name for where all of them are (collective)."""
+    """The site of this run, as rank 0 describes it (collective)."""
     from mpi4py import MPI
 
     from hpccomm.transports.mpi import mpi_name
@@ -109,22 +113,22 @@ def site_of(comm: Any) -> Site:
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
-    """Every collective at every size, the small ones first."""
+    """Every collective at every size, in the order of the sizes given."""
     collectives = args.collective.split(",")
     unknown = [name for name in collectives if name not in COLLECTIVES]
     if unknown:
-        raise ArgumentError(f"--collective {','.join(unknown)}: take some of {', '.join(COLLECTIVES)}")
+        raise ArgumentError(f"--collective {','.join(unknown)}: use one or several of {', '.join(COLLECTIVES)}")
     sizes = args.sizes or (QUICK if args.quick else SIZES)
     return [Task(name, int(size_of(size))) for name in collectives for size in sizes.split(",")]
 
 
 def measure_tasks(comm: Any, site: Site, todo: Sequence[Task], partial: Path, wanted: Sequence[str] = ()) -> list[Row]:
-    """Do what is not done yet; rank 0 has all rows in the end (collective)."""
+    """Measure the tasks that are not done yet; returns all rows on rank 0 (collective)."""
     if wanted:
         known = {name for task in todo for name in comm.algorithms(task.collective)}
         unknown = sorted(set(wanted) - known)
         if unknown:
-            raise ArgumentError(f"--algorithm {','.join(unknown)}: take some of {', '.join(sorted(known))}")
+            raise ArgumentError(f"--algorithm {','.join(unknown)}: use one or several of {', '.join(sorted(known))}")
     rows = comm.bcast(read_partial(site, partial) if comm.rank == 0 else None)
     left = [task for task in todo if task not in {Task(row.collective, row.bytes) for row in rows}]
     for task in show_progress(left, "tuning", "size") if comm.rank == 0 else left:
@@ -137,7 +141,7 @@ def measure_tasks(comm: Any, site: Site, todo: Sequence[Task], partial: Path, wa
 
 
 def read_partial(site: Site, partial: Path) -> list[Row]:
-    """What a run that was stopped has left, if it was of the same shape and MPI."""
+    """The rows of an interrupted run on the same shape and MPI."""
     try:
         rows = tuning.read(partial).rows
     except (OSError, ValueError, KeyError, TypeError):
@@ -146,7 +150,7 @@ def read_partial(site: Site, partial: Path) -> list[Row]:
 
 
 def measure_one(comm: Any, site: Site, task: Task, wanted: Sequence[str] = ()) -> Iterator[Row]:
-    """The wanted algorithms of a collective at one size, or all of them (collective)."""
+    """Measure the wanted algorithms, or all, of a collective at one size (collective)."""
     from hpccomm.bench import Options, measure
 
     names = [name for name in comm.algorithms(task.collective) if name != "auto" and (not wanted or name in wanted)]
@@ -168,9 +172,9 @@ def measure_one(comm: Any, site: Site, task: Task, wanted: Sequence[str] = ()) -
 def finish(
     rows: Sequence[Row], site: Site, out: Path, curves: Sequence[CostCurve] = (), link: Link | None = None
 ) -> None:
-    """Join with what the file has of other shapes, fit, write, and print the decisions and the predictions.
+    """Merge with the rows of other shapes in the file, fit, write, and print decisions and predictions.
 
-    ``link`` is what decided between schedules while the rows were measured.
+    ``link`` is the link by which schedules were selected while the rows were measured.
     """
     known = tuning.read(out) if out.exists() else Table()
     kept = merge_rows(known.rows, rows)
@@ -180,7 +184,8 @@ def finish(
     machine = machine._replace(curves=(*others, *curves) if curves else old)
     table = Table(kept, machine, str(out))
     tuning.write(table, out)
-    print(f"# {len(rows)} measurements on {site.nodes} x {site.per_node} ranks, {site.mpi}: {out}")
+    shape = format_shape(site.nodes, site.per_node)
+    print(f"# {format_count(len(rows), 'measurement')} on {shape}, {site.mpi}, written to {out}")
     for collective in dict.fromkeys(row.collective for row in rows):
         print("\n".join(replace(table, rows=tuple(rows)).explain(collective, site.nodes, site.per_node)))
     for line in compare_predictions(rows, machine._replace(inter=link or machine.inter)):
@@ -188,7 +193,7 @@ def finish(
 
 
 def compare_predictions(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """Prediction beside measurement, a line each, and how many are near; nothing where nothing is predicted."""
+    """The lines that compare predictions with measurements, and how many are close; empty without predictions."""
     lines, near = [], 0
     for row in rows:
         if not can_be_priced(row):
@@ -206,25 +211,25 @@ def compare_predictions(rows: Sequence[Row], machine: Machine) -> list[str]:
     return [
         "# {:<13}{:<14}{:>10}{:>13}{:>13}{:>8}  by".format(*titles),
         *lines,
-        f"# {near} of {len(lines)} predictions within {NEAR_RATIO:.0%} of what was measured",
+        f"# {near} of {len(lines)} predictions are within {NEAR_RATIO:.0%} of the measurement",
     ]
 
 
 def can_be_priced(row: Row) -> bool:
-    """Whether there is a schedule of what was measured."""
+    """Whether the cost model covers the algorithm of a row."""
     two_levels = row.algorithm == "hierarchical" and row.collective in HIERARCHICAL and row.nodes > 1
     return two_levels or row.algorithm in ALGORITHMS.get(row.collective, {})
 
 
 def merge_rows(old: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:
-    """The new rows, and the old ones of what was not measured again.
+    """The new rows, and the old rows of decisions that were not measured again.
 
-    Times compare within a run, where algorithms take turns: nothing older stands beside the new.
+    Times can be compared only within a run, where algorithms take turns; so old rows of a decision are dropped.
     """
     again = {decision_key(row) for row in new}
     return (*(row for row in old if decision_key(row) not in again), *new)
 
 
 def decision_key(row: Row) -> Row:
-    """Which decision a row is for."""
+    """The decision that a row belongs to."""
     return row._replace(algorithm="", bytes=0, us=0.0, segment_bytes=None, host="", when="")

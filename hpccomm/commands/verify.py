@@ -1,4 +1,4 @@
-"""Prove schedules: every rank's contribution exactly once, messages that meet, bytes as the formula says."""
+"""``hpccomm verify``: prove schedules: each contribution counts once, messages match, bytes are as in the formula."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ class Subject(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which schedules, for which sizes."""
+    """Declare the arguments."""
     parser.add_argument("algorithm", help="'all', or the name of an algorithm: ring, butterfly, hierarchical …")
-    parser.add_argument("--size", default="1:64", metavar="RANGE", help="ranks: 7, 1:64 or 1,2,7 (default 1:64)")
-    parser.add_argument("--collective", choices=sorted(ALGORITHMS), help="this collective only")
+    parser.add_argument(
+        "--size", default="1:64", metavar="RANGE", help="numbers of ranks: 7, 1:64 or 1,2,7 (default 1:64)"
+    )
+    parser.add_argument("--collective", choices=sorted(ALGORITHMS), help="prove this collective only")
 
 
 def run(args: argparse.Namespace) -> int:
-    """One line an algorithm; 1 if any is wrong."""
+    """Print one line for each algorithm; returns 1 if any is wrong."""
     sizes = parse_sizes(args.size)
     chosen = subjects(args.algorithm, args.collective)
     wrong = 0
@@ -61,25 +63,25 @@ def parse_sizes(text: str) -> list[int]:
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1:
-        raise ArgumentError(f"--size {text}: write 7, 1:64 or 1,2,7")
+        raise ArgumentError(f"--size {text}: give numbers of ranks as 7, 1:64 or 1,2,7")
     return sizes
 
 
 def subjects(algorithm: str, collective: str | None) -> list[Subject]:
-    """The algorithms that are meant."""
+    """The algorithms that the arguments select."""
     every = [Subject(each, name) for each, names in ALGORITHMS.items() for name in names]
     every += [Subject(each, "hierarchical") for each in HIERARCHICAL]
     found = [each for each in every if algorithm in ("all", each.algorithm) and collective in (None, each.collective)]
     if not found:
         names = ", ".join(sorted({each.algorithm for each in every if collective in (None, each.collective)}))
         raise ArgumentError(
-            f"no algorithm {algorithm!r} for {collective or 'any collective'}: take 'all' or one of {names}"
+            f"no algorithm {algorithm!r} for {collective or 'any collective'}: use 'all' or one of {names}"
         )
     return found
 
 
 def prove(subject: Subject, sizes: Sequence[int]) -> list[Report]:
-    """All sizes, and all roots or layouts that belong to the subject."""
+    """The reports of all sizes, with all roots or layouts that the algorithm has."""
     return [
         report
         for p in show_progress(sizes, f"{subject.collective} {subject.algorithm}", "size")
@@ -88,7 +90,7 @@ def prove(subject: Subject, sizes: Sequence[int]) -> list[Report]:
 
 
 def proofs(subject: Subject, p: int) -> Iterator[Report]:
-    """One size."""
+    """The reports of one size."""
     if subject.algorithm == "hierarchical":
         for nodes in layouts(p).values():
             yield from two_level_proofs(subject.collective, nodes)
@@ -99,14 +101,14 @@ def proofs(subject: Subject, p: int) -> Iterator[Report]:
 
 
 def two_level_proofs(collective: str, nodes: list[int]) -> Iterator[Report]:
-    """One layout."""
+    """The reports of one layout."""
     yield verify(HIERARCHICAL[collective](nodes), collective, len(nodes))
     if collective == "allreduce":
         yield verify(hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"]["butterfly"]), collective, len(nodes))
 
 
 def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
-    """What was proved, for people."""
+    """The line of an algorithm."""
     rounds = {report.rounds for report in reports}
     orders = {report.ordered for report in reports}
     ordered = "-" if None in orders else "no" if False in orders else "yes"
@@ -120,7 +122,7 @@ def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
 
 
 def show_progress(items: Sequence[Item], label: str, unit: str) -> Iterator[Item]:
-    """The items, with a progress bar if somebody watches and tqdm is there."""
+    """The items, with a progress bar if stderr is a terminal and tqdm is installed."""
     if not sys.stderr.isatty():
         return iter(items)
     try:

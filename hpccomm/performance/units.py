@@ -43,6 +43,12 @@ def format_count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def format_shape(nodes: int, per_node: int) -> str:
+    """Nodes and ranks: ``1 node with 4 ranks``, ``8 nodes with 4 ranks each``."""
+    each = "" if nodes == 1 else " each"
+    return f"{format_count(nodes, 'node')} with {format_count(per_node, 'rank')}{each}"
+
+
 def format_size(nbytes: float) -> str:
     """Bytes in the largest decimal unit of which they fill at least one: ``512 B``, ``1.28 MB``."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

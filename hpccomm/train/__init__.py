@@ -1,1 +1,1 @@
-"""Real training jobs, small enough to run anywhere: data, networks in NumPy, and one synchronous loop."""
+"""Small but real training jobs: datasets, networks in NumPy, training loops and the table of methods."""

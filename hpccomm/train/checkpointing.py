@@ -1,8 +1,8 @@
-"""A run that may be interrupted: every rank saves its part, and a note says which parts belong together.
+"""Save and resume a training run: every rank saves its own file, and a note names the files that belong together.
 
-A folder holds one file a rank for the last step that was saved, and a note in JSON that rank 0 writes when all
-files lie there; only then are older ones removed.  Whatever ends a run, and whenever, the note names a whole set.
-Ranks ask each other every :data:`STOP_CHECK_STEPS` steps whether one of them has been told to stop, so that all stop
+A folder holds one file for each rank, of the last step that was saved, and a note in JSON.  Rank 0 writes the note when
+all files are complete, and only then are older files removed; so whenever a run ends, the note names a complete set.
+Every :data:`STOP_CHECK_STEPS` steps the ranks exchange whether one of them has been told to stop, so that all stop
 after the same step.
 """
 
@@ -24,27 +24,27 @@ from hpccomm.train import sharded
 from hpccomm.train.loop import Epoch, Training
 
 STOP_CHECK_STEPS = 16
-"""Steps between two questions."""
+"""Steps between two of these exchanges."""
 
 
 class Folder:
-    """Keeps one run (collective).
+    """The folder that one run is saved in (collective).
 
-    ``run`` is what must not change between the two halves of a run, by name; ``name`` tells runs in one folder apart.
-    Raises on all ranks where a folder cannot be made.
+    ``run`` holds, by name, the values that must be the same when the run is resumed; ``name`` distinguishes runs in one
+    folder.  Raises on all ranks where the folder cannot be created.
     """
 
     def __init__(self, comm: MPI.Intracomm, path: Path, name: str, run: dict[str, Any]) -> None:
         self.comm, self.path, self.name, self.run = comm, path, name, run
         self.stop_requested = False
-        """Whether this rank has been told to stop; a signal's handler may set it."""
+        """Whether this rank has been told to stop; a signal handler may set it."""
         self.steps = 0
         self.note = path / f"{name}.json"
         self.saved_file: Path | None = None
         self.run_collectively(lambda: path.mkdir(parents=True, exist_ok=True))
 
     def request_stop(self, *_: object) -> None:
-        """Stop after one of the next steps; serves as a signal's handler."""
+        """Stop after one of the next steps; can be used as a signal handler."""
         self.stop_requested = True
 
     def should_stop(self) -> bool:
@@ -78,34 +78,36 @@ class Folder:
             before.unlink(missing_ok=True)
 
     def file(self, step: int) -> Path:
-        """This rank's part."""
+        """This rank's file of a step."""
         return self.path / f"{self.name}.step{step}.rank{self.comm.rank}.npz"
 
     def read(self) -> Any:
-        """Rank 0's note, if there is one, for this run."""
+        """On rank 0, the note of this run, if there is one; raises for the note of another run."""
         note = None
         if self.comm.rank == 0 and self.note.exists():
             try:
                 note = json.loads(self.note.read_text(encoding="utf-8"))
                 differ = {key: (value, self.run.get(key)) for key, value in note["run"].items()}
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ArgumentError(f"{self.note} is no note of a saved run: name another folder") from None
+                raise ArgumentError(f"{self.note} does not describe a saved run: name another folder") from None
             for key, (then, now) in differ.items():
                 if then != now:
-                    raise ArgumentError(f"{self.note} is of a run with {key} {then}, not {now}: name another folder")
+                    raise ArgumentError(
+                        f"{self.note} describes a run with {key} {then}, not {now}: name another folder"
+                    )
         return note
 
     def write(self, note: dict[str, Any]) -> None:
-        """The note, whole or not at all."""
+        """Write the note, completely or not at all."""
         write_note(self.note, note)
 
     def run_collectively(self, action: Callable[[], Any]) -> Any:
-        """What ``action`` returns on this rank; raises on all ranks if it raises on one."""
+        """Run ``action`` on every rank and return its result; raises on all ranks if it raises on one."""
         return run_collectively(self.comm, f"--checkpoint {self.path}", action)
 
 
 class ShardFolder(Folder):
-    """Keeps a run whose model states are divided; another number of ranks may go on with it."""
+    """The folder of a run with sharded model states, which another number of ranks may resume."""
 
     def load(self, training: sharded.Training) -> list[Epoch]:  # type: ignore[override]
         """As :meth:`hpccomm.train.sharded.Keeper.load`."""
@@ -121,7 +123,7 @@ class ShardFolder(Folder):
         return [Epoch(**each) for each in note["epochs"]]
 
     def save(self, training: sharded.Training, epochs: list[Epoch]) -> None:  # type: ignore[override]
-        """As :meth:`hpccomm.train.sharded.Keeper.save`; an epoch's costs so far are those of rank 0."""
+        """As :meth:`hpccomm.train.sharded.Keeper.save`; the costs of the unfinished epoch are those of rank 0."""
         spent = training.progress
         so_far = [spent.steps, float(sum(self.comm.allgather(spent.loss))), spent.step_s, spent.boundary_s]
         epochs_so_far = [epoch._asdict() for epoch in epochs]

@@ -1,4 +1,4 @@
-"""Real data that comes along: scikit-learn's handwritten digits, and the text of Python's own library."""
+"""Real data that needs no download: scikit-learn's handwritten digits, and the source text of Python's library."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy.typing as npt
 from hpccomm.errors import ArgumentError
 
 CONTEXT = 16
-"""Characters that a text network sees before the one it predicts."""
+"""Characters from which a text network predicts the next one."""
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
-"""What text is made of here; every other character is one more class."""
+"""The characters that are told apart; all others share one more class."""
 
 TEST_EVERY = 10
-"""Every tenth source file is for testing."""
+"""Every tenth source file belongs to the test set."""
 
 TEST_SHARE = 5
-"""A fifth of the digits is for testing."""
+"""A fifth of the digits is the test set."""
 
 
 class Dataset(NamedTuple):
@@ -40,7 +40,7 @@ def digits(limit: int | None = None) -> Dataset:
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ImportError:
-        raise ArgumentError("the digits come with scikit-learn: pip install 'hpccomm[examples]'") from None
+        raise ArgumentError("the dataset digits needs scikit-learn: pip install 'hpccomm[examples]'") from None
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = (images[order] / 16).astype(np.float32), labels[order].astype(np.int64)
@@ -49,17 +49,17 @@ def digits(limit: int | None = None) -> Dataset:
 
 
 def stdlib(limit: int | None = 60_000) -> Dataset:
-    """Every place in Python's own source text: 16 characters (uint8) and the one that follows.
+    """Every position in the source text of Python's library: 16 characters (uint8) and the one after them.
 
-    ``limit`` is the number of training samples, a fifth of it is for testing (other files); ``None`` is
+    ``limit`` is the number of training samples; a fifth as many, from other files, are the test set.  ``None`` takes
     everything.
     """
     train: list[str] = []
     test: list[str] = []
-    wanted = None if limit is None else limit + CONTEXT
+    needed = None if limit is None else limit + CONTEXT
     for number, text in enumerate(sources()):
         (test if number % TEST_EVERY == TEST_EVERY - 1 else train).append(text)
-        if wanted is not None and is_long_enough(train, wanted) and is_long_enough(test, wanted // TEST_SHARE):
+        if needed is not None and is_long_enough(train, needed) and is_long_enough(test, needed // TEST_SHARE):
             break
     test_limit = None if limit is None else max(1, limit // TEST_SHARE)
     return Dataset(*windows(train, limit), *windows(test, test_limit), len(CHARACTERS) + 1)
@@ -70,15 +70,15 @@ def sources() -> Iterator[str]:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     if len(files) < TEST_EVERY:
         raise ArgumentError(
-            f"{sysconfig.get_paths()['stdlib']} holds {len(files)} source files: "
-            "use a Python that is installed with its library's source"
+            f"{sysconfig.get_paths()['stdlib']} holds {len(files)} source files, too few: "
+            "use a Python that is installed with the source of its library"
         )
     for file in files:
         yield file.read_text(encoding="utf-8", errors="replace")
 
 
 def is_long_enough(texts: list[str], characters: int) -> bool:
-    """Whether there is text enough."""
+    """Whether the texts hold more than so many characters."""
     return sum(map(len, texts)) > characters
 
 
@@ -90,7 +90,7 @@ def windows(texts: list[str], limit: int | None) -> tuple[npt.NDArray[np.uint8],
 
 
 def encode(text: str) -> npt.NDArray[np.uint8]:
-    """Character numbers; the last one stands for everything that is not in the list."""
+    """Class numbers of characters; the last class holds all that are not in :data:`CHARACTERS`."""
     table = np.full(256, len(CHARACTERS), np.uint8)
     table[np.frombuffer(CHARACTERS.encode("ascii"), np.uint8)] = np.arange(len(CHARACTERS))
     return table[np.frombuffer(text.encode("latin-1", errors="replace"), np.uint8)]

@@ -1,4 +1,4 @@
-"""Pictures of runs: the loss against what a rank has sent, and against the time."""
+"""Figures of runs: the loss against the bytes that rank 0 has sent, and against time."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from hpccomm.bench.plot import COLOURS, DASHES
 from hpccomm.errors import ArgumentError
 
 Run = dict[str, Any]
-"""What ``--json`` keeps of one method."""
+"""What ``--json`` writes for one method."""
 
 
 class Curve(NamedTuple):
-    """One method, a point an epoch."""
+    """One method, with a point for each epoch."""
 
     method: str
     loss: list[float]
     megabytes: list[float]
-    """That rank 0 has sent since the beginning."""
+    """Sent by rank 0 since the start."""
     seconds: list[float]
-    """Computing, exchanging and stepping since the beginning, the mean over the ranks."""
+    """Spent on gradients, exchanges and steps since the start, the mean over the ranks."""
 
 
 def curves(runs: Sequence[Run]) -> list[Curve]:
-    """In the order of the runs."""
+    """The curves of the runs, in their order."""
     return [curve(run) for run in runs]
 
 
 def curve(run: Run) -> Curve:
-    """Sums over the epochs."""
+    """The curve of a run: running sums over its epochs."""
     epochs = run["epochs"]
     times = map(seconds_of, epochs)
     sent = (each["wire_bytes"] * run["steps_an_epoch"] / 1e6 for each in epochs)
@@ -39,29 +39,29 @@ def curve(run: Run) -> Curve:
 
 
 def seconds_of(epoch: dict[str, Any]) -> float:
-    """All of an epoch: computing, exchanging and stepping."""
+    """Seconds of an epoch: gradients, exchanges and steps."""
     return float(epoch["compute_s"] + epoch["communication_s"] + epoch["step_s"])
 
 
 def check_drawable(file: Path) -> None:
-    """Raise where no picture can be drawn of the kind that the file's ending says."""
+    """Raise where matplotlib is missing or cannot draw files with this suffix."""
     kinds = canvas().get_supported_filetypes()
     if file.suffix[1:] not in kinds:
-        raise ArgumentError(f"--plot {file}: end the name with .png, .svg or .pdf")
+        raise ArgumentError(f"--plot {file}: the file must end in .png, .svg or .pdf")
 
 
 def canvas() -> Any:
-    """An empty one; raises without matplotlib."""
+    """An empty canvas; raises without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ArgumentError("--plot draws with matplotlib: pip install 'hpccomm[plot]'") from None
+        raise ArgumentError("--plot needs matplotlib: pip install 'hpccomm[plot]'") from None
     return FigureCanvasAgg(Figure(figsize=(11, 4.6), layout="constrained"))
 
 
 def draw(runs: Sequence[Run], file: Path) -> None:
-    """One line a method; a single rank sends nothing and has no picture of bytes."""
+    """Draw one line for each method; runs on one rank send nothing and have no panel of bytes."""
     found, figure = curves(runs), canvas().figure
     panels = [("seconds", "seconds"), ("megabytes", "megabytes sent by rank 0")]
     panels = [each for each in panels if any(getattr(curve, each[0])[-1] for curve in found)]

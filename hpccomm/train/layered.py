@@ -1,7 +1,7 @@
-"""A deep network that is used a layer at a time: no rank ever needs all weights at once.
+"""A deep network that is computed layer by layer, so that no rank needs all weights at once.
 
-*b samples; w the width; L inner layers; everything float32, whatever the weights travel in.*  A layer is a table of
-shapes, a way forward, and a way back that writes the layer's gradient.
+*b samples; w the width; L inner layers; all computing in float32, whatever type the weights are gathered in.*  A layer
+is a table of shapes, a forward function, and a backward function that writes the layer's gradient.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from hpccomm.algorithms.sharded.units import ShardedModel
 
 EMBEDDING = 16
-"""Numbers that stand for a character."""
+"""Numbers in the embedding of a character."""
 
 
 class Layer(Protocol):
-    """What training asks of a layer."""
+    """The interface of a layer."""
 
     shapes: Shapes
 
     def forward(self, weights: Tensors, x: Array) -> Array:
-        """From what comes in to what goes out, (b, …) each."""
+        """The output of the layer for an input, (b, …) each."""
 
     def backward(self, weights: Tensors, x: Array, y: Array, error: Array, gradient: Tensors) -> Array:
-        """Write the gradient of the loss, given that by ``y``; returns that by ``x``."""
+        """Write the gradient by the weights; ``error`` is the gradient by ``y``; returns the gradient by ``x``."""
 
 
 class Embedding:
-    """Characters (b, 16) as numbers side by side, (b, 256)."""
+    """The embeddings of 16 characters (b, 16), concatenated to (b, 256)."""
 
     def __init__(self, classes: int) -> None:
         self.shapes: Shapes = {"embedding": (classes, EMBEDDING)}
@@ -47,7 +47,7 @@ class Embedding:
         return np.asarray(weights["embedding"][x].reshape(len(x), CONTEXT * EMBEDDING))
 
     def backward(self, weights: Tensors, x: Array, y: Array, error: Array, gradient: Tensors) -> Array:
-        """As :meth:`Layer.backward`; nothing comes before characters."""
+        """As :meth:`Layer.backward`; characters have no gradient."""
         total = np.zeros(self.shapes["embedding"], error.dtype)
         np.add.at(total, x, error.reshape(*x.shape, EMBEDDING))
         store_gradient(gradient["embedding"], total)
@@ -96,18 +96,18 @@ class Residual(Tanh):
 
 
 class LayeredNetwork:
-    """A network as its layers by name, in the order of the way forward."""
+    """A network as its layers by name, in the order in which they are computed."""
 
     def __init__(self, layers: dict[str, Layer]) -> None:
         self.layers = layers
 
     @property
     def parameters(self) -> int:
-        """Ψ."""
+        """The number of parameters, Ψ."""
         return sum(int(np.prod(shape)) for layer in self.layers.values() for shape in layer.shapes.values())
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, dict[str, Array]]]:
-        """First weights, one layer after the other: matrices by 1/√rows, inner ones by 1/√(rows · L) too."""
+        """Initial weights, layer by layer: matrices are scaled by 1/√rows, those of inner layers by 1/√(rows · L)."""
         depth = max(1, sum(isinstance(layer, Residual) for layer in self.layers.values()))
         for number, (name, layer) in enumerate(self.layers.items()):
             rng = np.random.default_rng((seed, number))
@@ -115,11 +115,11 @@ class LayeredNetwork:
             yield name, {key: (draw_tensor(rng, key, s) / shrink).astype(np.float32) for key, s in layer.shapes.items()}
 
     def scores(self, states: ShardedModel, inputs: Array) -> Array:
-        """One number for each sample and class (collective in the partition group)."""
+        """The score of each sample and class (collective in the partition group)."""
         return self.activations(states, inputs)[-1]
 
     def activations(self, states: ShardedModel, inputs: Array) -> list[Array]:
-        """What goes into each layer, and in the end what comes out of the last."""
+        """The input of each layer, and at the end the output of the last layer."""
         seen, names = [inputs], [*self.layers, None]
         for name, following in pairwise(names):
             assert name is not None
@@ -148,19 +148,19 @@ class LayeredNetwork:
 
 
 def store_gradient(there: Array, gradient: Array) -> None:
-    """Round to what gradients travel in; what is too large becomes infinite, and the loss scale shrinks."""
+    """Round to the type in which gradients are reduced; an overflow becomes infinite, and the loss scale shrinks."""
     there[...] = narrow(gradient, there.dtype)
 
 
 def to_float32(weights: Tensors) -> Tensors:
-    """Weights to compute with: those of 16 bits are widened."""
+    """The weights in float32: those of 16 bits are widened."""
     return {name: widen(each) for name, each in weights.items()}
 
 
 def deep_network_for(data: Dataset, width: int, layers: int) -> LayeredNetwork:
-    """Text: embeddings, ``layers`` inner layers of ``width``², scores."""
+    """The network for text: embeddings, ``layers`` inner layers of ``width``² weights, scores."""
     if data.inputs.dtype != np.uint8:
-        raise ArgumentError("mics, zero and ddp train a deep network on text: name the dataset stdlib")
+        raise ArgumentError("mics, zero and ddp train a deep network on text: use the dataset stdlib")
     inner: dict[str, Layer] = {f"inner{number}": Residual(width, width) for number in range(layers)}
     return LayeredNetwork(
         {

@@ -1,8 +1,8 @@
-"""Synchronous training: every rank takes its share of every global batch, and all ranks take the same step.
+"""Synchronous training: every rank computes on its share of each global batch, and all ranks take the same step.
 
-*p ranks; B samples in a global batch.*  A rank's gradient is the sum over its share times p/B, so that the
-mean over the ranks is the mean over the batch, however unevenly p divides it.  The batches follow from the
-seed alone: any number of ranks trains the same model, to rounding.
+*p ranks; B samples in a global batch.*  A rank's gradient is the sum over its share times p/B, so that the mean over
+the ranks is the mean over the batch, even where p does not divide B.  The batches depend on the seed only: any number
+of ranks trains the same model, up to rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hpccomm.train.datasets import Dataset
 from hpccomm.train.networks import Network, initial_weights
 
 EVALUATION_BATCH = 1024
-"""Test samples that go through a network at once."""
+"""Test samples that a network evaluates at once."""
 
 
 class Epoch(NamedTuple):
@@ -32,48 +32,48 @@ class Epoch(NamedTuple):
 
     epoch: int
     loss: float
-    """Mean over the training samples, each as its step found it."""
+    """Mean over the training samples, each with the weights before its step."""
     accuracy: float
     """Share of the test samples predicted right."""
     compute_s: float
-    """Gradients."""
+    """Time for gradients."""
     communication_s: float
-    """The exchanges, waiting for slower ranks included."""
+    """Time for exchanges, waiting for slower ranks included."""
     step_s: float
-    """What the method does beside its exchanges (a compressor's work too), and adding the step."""
+    """Time for the rest of the method, compression included, and for adding the step."""
     wire_bytes: int
-    """Sent by rank 0 in one step, the mean over the epoch."""
+    """Bytes that rank 0 sends in a step, the mean over the epoch."""
     ratio: float | None
-    """What a dense allreduce sends over that; None where nothing is sent."""
+    """Bytes of a dense allreduce over those; None where nothing is sent."""
 
 
 class Settings(NamedTuple):
-    """What a run depends on beside data, network and method."""
+    """Parameters of a run beside data, network and method."""
 
     epochs: int
     batch_size: int
-    """Over all ranks."""
+    """Samples of a step over all ranks."""
     seed: int
     local_mean: bool = False
-    """Each rank divides its gradient by its own samples, as methods with blocks of local steps want it."""
+    """Each rank divides its gradient by the number of its own samples, as methods with local steps require."""
     library: Any = np
-    """Who computes: NumPy, or CuPy on its current device, where samples, weights and gradients lie then."""
+    """NumPy, or CuPy: then samples, weights and gradients are on its current device."""
 
 
 class EpochProgress(NamedTuple):
-    """An epoch so far, on this rank."""
+    """The part of an epoch that is done, on this rank."""
 
     steps: int = 0
     loss: float = 0.0
     compute_s: float = 0.0
     step_s: float = 0.0
-    """The exchanges included."""
+    """Time of the steps, exchanges included."""
     start_report: ExchangeReport = ExchangeReport()
-    """When it began."""
+    """The report at the start of the epoch."""
 
 
 class Training:
-    """One model in training: its weights, the method's state, and what a step needs."""
+    """A model in training: its weights, the method's state, and the buffers of a step."""
 
     def __init__(
         self, comm: MPI.Intracomm, data: Dataset, network: Network, method: Transform, settings: Settings
@@ -100,7 +100,7 @@ class Training:
         if len(mine):
             inputs, targets = self.data.inputs[places], self.data.targets[places]
             loss = self.network.learn(self.tensors, inputs, targets, self.gradients)
-        else:  # a library may have no maximum of nothing
+        else:  # CuPy has no maximum of an empty array
             self.gradient[...] = 0
         self.gradient *= 1 / max(1, len(mine)) if self.settings.local_mean else self.comm.size / len(batch)
         learnt = time.perf_counter()
@@ -114,39 +114,39 @@ class Training:
             step_s=so_far.step_s + time.perf_counter() - learnt,
         )
 
-    def epoch(self, number: int, on_step: Callable[[], object], asked: Callable[[], bool]) -> Epoch | None:
-        """The batches that are left, then the test samples; None where all ranks are asked to stop before the last."""
+    def epoch(self, number: int, on_step: Callable[[], object], should_stop: Callable[[], bool]) -> Epoch | None:
+        """Train on the remaining batches, then test; None where all ranks are told to stop before the last batch."""
         if not self.progress.steps:
             self.progress = EpochProgress(start_report=sum_reports(self.state))
         steps = -(-len(self.data.targets) // self.settings.batch_size)
         for batch in islice(batches(len(self.data.targets), number, self.settings), self.progress.steps, None):
             self.step(batch)
             on_step()
-            if asked() and self.progress.steps < steps:
+            if should_stop() and self.progress.steps < steps:
                 return None
         done, self.progress = self.progress, EpochProgress()
         after = sum_reports(self.state)
-        talking, sent = after.seconds - done.start_report.seconds, after.wire_bytes - done.start_report.wire_bytes
+        exchange_s, sent = after.seconds - done.start_report.seconds, after.wire_bytes - done.start_report.wire_bytes
         right = count_right(self.comm, self.data, self.network, self.model)
-        ours = sent // max(1, done.steps) if self.comm.rank == 0 else 0
-        totals = np.array([done.loss, right, done.compute_s, talking, done.step_s - talking, ours])
+        per_step = sent // max(1, done.steps) if self.comm.rank == 0 else 0
+        totals = np.array([done.loss, right, done.compute_s, exchange_s, done.step_s - exchange_s, per_step])
         self.comm.Allreduce(MPI.IN_PLACE, totals)
         return epoch_of(number, totals[:5], self.comm.size, self.data, int(totals[5]), self.dense_bytes)
 
     @property
     def dense_bytes(self) -> int:
-        """What a dense allreduce of the gradient sends."""
+        """Bytes that a dense allreduce of the gradient sends."""
         return allreduce_bytes(self.gradient.nbytes, self.comm.size)
 
     @property
     def model(self) -> dict[str, npt.NDArray[Any]]:
-        """The tensors to test: where ranks step alone, those that they agreed on last."""
+        """The tensors to test: of a method with local steps, those of the last exchange."""
         if not isinstance(self.method, PeriodicTransform) or self.comm.size == 1:
             return self.tensors
         return self.bucket.views(np.ascontiguousarray(self.method.export(self.state), self.weights.dtype))
 
     def finish(self) -> None:
-        """Where ranks have stepped alone: one last exchange; then all have the same weights."""
+        """After a method with local steps: exchange once more, so that all ranks have the same weights."""
         if isinstance(self.method, PeriodicTransform):
             step, self.state = self.method.finish(self.state, self.weights)
             self.weights += step
@@ -155,7 +155,7 @@ class Training:
 
 
 def count_right(comm: MPI.Intracomm, data: Dataset, network: Network, tensors: dict[str, npt.NDArray[Any]]) -> int:
-    """Right predictions in this rank's share of the test samples."""
+    """The number of correct predictions in this rank's share of the test samples."""
     inputs, targets = (np.array_split(each, comm.size)[comm.rank] for each in (data.test_inputs, data.test_targets))
     right = 0
     for first in range(0, len(targets), EVALUATION_BATCH):
@@ -182,16 +182,16 @@ def epoch_of(
 
 
 class Keeper(Protocol):
-    """Who keeps a run that may be interrupted, see :class:`hpccomm.train.checkpointing.Folder`."""
+    """Saves a run that may be interrupted, see :class:`hpccomm.train.checkpointing.Folder`."""
 
     def load(self, training: Training) -> list[Epoch]:
-        """Go on where a run was interrupted, if one was; the epochs that are over (collective)."""
+        """Resume a saved run, if there is one; returns its finished epochs (collective)."""
 
     def save(self, training: Training, epochs: list[Epoch]) -> None:
-        """Keep what is needed to go on (collective)."""
+        """Save what is needed to resume (collective)."""
 
     def should_stop(self) -> bool:
-        """After each step: whether a rank has been asked to stop; all ranks hear the same (collective)."""
+        """Called after each step: whether any rank was told to stop; the same on all ranks (collective)."""
 
 
 def train(
@@ -205,23 +205,23 @@ def train(
     on_epoch: Callable[[Epoch], object] = lambda epoch: None,
     keeper: Keeper | None = None,
 ) -> tuple[Vector, list[Epoch]]:
-    """Train, and return the weights as one vector, the same bits on all ranks, and what each epoch gave.
+    """Train; returns the weights as one vector, the same bits on all ranks, and the epochs.
 
-    A ``keeper`` saves after every epoch, and when it is asked to stop: then epochs are missing, and the weights are
-    this rank's.
+    A ``keeper`` saves after every epoch, and when a rank is told to stop: then epochs are missing, and the weights are
+    this rank's own.
     """
     training = Training(comm, data, network, method, settings)
     epochs = keeper.load(training) if keeper else []
     for each in epochs:
         on_epoch(each)
     while len(epochs) < settings.epochs:
-        found = training.epoch(len(epochs) + 1, on_step, keeper.should_stop if keeper else lambda: False)
-        if found is not None:
-            epochs.append(found)
-            on_epoch(found)
+        epoch = training.epoch(len(epochs) + 1, on_step, keeper.should_stop if keeper else lambda: False)
+        if epoch is not None:
+            epochs.append(epoch)
+            on_epoch(epoch)
         if keeper:
             keeper.save(training, epochs)
-        if found is None:
+        if epoch is None:
             return training.weights, epochs
     training.finish()
     weights: Any = training.weights
@@ -234,7 +234,7 @@ def train(
 
 
 class Servers(NamedTuple):
-    """How a parameter server is run: the first ranks serve, the others work."""
+    """How a parameter server runs: the first ranks are servers, the others workers."""
 
     ranks: int = 1
     mode: Any = "bsp"
@@ -251,9 +251,9 @@ def train_by_servers(
     *,
     on_step: Callable[[], object] = lambda: None,
 ) -> tuple[Vector, list[Epoch]]:
-    """As :func:`train`, by a parameter server.
+    """As :func:`train`, with a parameter server.
 
-    The model of an epoch is what the first worker reads next; bytes are those that a worker pushes.
+    The model of an epoch is the one that the first worker pulls next; the bytes are those that a worker pushes.
     """
     from hpccomm.algorithms.parameter_server import ParameterServer
 
@@ -282,34 +282,34 @@ def run_worker(
     data: Dataset,
     network: Network,
     settings: Settings,
-    part: tuple[int, int],
+    share: tuple[int, int],
     sums: npt.NDArray[np.float64],
     on_step: Callable[[], object],
 ) -> list[Vector]:
-    """What a worker does: the model as it was read after each epoch; its loss and times are added to ``sums``."""
+    """Train as a worker: returns the model pulled after each epoch, and adds loss and times to ``sums``."""
     models: list[Vector] = []
     bucket = Bucket(network.shapes)
     gradient = np.empty_like(server.weights)
     for number, totals in enumerate(sums, 1):
         for first, batch in enumerate(batches(len(data.targets), number, settings)):
-            mine, began = np.array_split(batch, part[1])[part[0]], time.perf_counter()
+            mine, began = np.array_split(batch, share[1])[share[0]], time.perf_counter()
             weights = server.pull()
             pulled = time.perf_counter()
             totals[0] += network.learn(
                 bucket.views(weights), data.inputs[mine], data.targets[mine], bucket.views(gradient)
             )
-            gradient *= part[1] / len(batch)
+            gradient *= share[1] / len(batch)
             learnt = time.perf_counter()
             server.push(gradient)
             totals[3] += pulled - began + time.perf_counter() - learnt
             totals[2] += learnt - pulled
             if number > 1 and not first:
                 models.append(weights)
-            if not part[0]:
+            if not share[0]:
                 on_step()
     return [*models, server.leave()]
 
 
 def count_steps(samples: int, settings: Settings) -> int:
-    """Steps of a whole run."""
+    """The number of steps of a run."""
     return settings.epochs * -(-samples // settings.batch_size)

@@ -1,8 +1,7 @@
-"""Two small networks with backpropagation written out, in NumPy or in CuPy: wherever the samples lie.
+"""Two small networks with explicit backpropagation, computed with NumPy or CuPy, whichever holds the samples.
 
-*b samples, gradients summed over them.*  A network is a table of shapes and three functions of named
-weights, which are views of one flat vector; the gradient is written into such views as well, so nothing is
-packed before the exchange.
+*b samples, gradients summed over them.*  A network is a table of shapes and two functions of named weights, which are
+views of one flat vector.  The gradient is written into such views too, so nothing is packed before the exchange.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Network(Protocol):
-    """What the training loop asks of a network."""
+    """The interface of a network."""
 
     shapes: Shapes
 
     def scores(self, weights: Tensors, inputs: Array) -> Array:
-        """One number for each sample and class; the largest is the prediction."""
+        """The score of each sample and class; the class of the largest score is the prediction."""
 
     def learn(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> float:
         """Write the gradient of the sum of the samples' losses into ``gradient``; returns that sum."""
@@ -57,7 +56,7 @@ class Perceptron:
         return self.backward(weights, inputs, targets, gradient)[0]
 
     def backward(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> tuple[float, Array]:
-        """The loss, and its gradient by the hidden layer's sums, (b, hidden)."""
+        """The loss, and its gradient by the hidden layer's inputs to tanh, (b, hidden)."""
         active = self.activations(weights, inputs)
         loss, error = cross_entropy(active @ weights["out"] + weights["out_shift"], targets)
         slope = (error @ weights["out"].T) * (1 - active * active)
@@ -95,7 +94,7 @@ class Characters:
 
 
 def library_of(x: Array) -> Any:
-    """NumPy, or CuPy for what lies on a device."""
+    """NumPy, or CuPy for an array on a device."""
     return sys.modules[type(x).__module__.partition(".")[0]]
 
 
@@ -111,20 +110,20 @@ def cross_entropy(scores: Array, targets: Array) -> tuple[float, Array]:
 
 
 def initial_weights(shapes: Shapes, seed: int) -> dict[str, Array]:
-    """Weights in float32 that keep the size of what passes through: matrices by 1/√rows, vectors zero."""
+    """Initial weights in float32: matrices scaled by 1/√rows, which keeps the size of activations, and zero vectors."""
     rng = np.random.default_rng(seed)
     return {name: draw_tensor(rng, name, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def draw_tensor(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
-    """One tensor."""
+    """One tensor of initial weights."""
     if len(shape) == 1:
         return np.zeros(shape)
     return rng.standard_normal(shape) / (1 if name == "embedding" else np.sqrt(shape[0]))
 
 
 def network_for(data: Dataset) -> Network:
-    """Text is embedded, images go straight into a perceptron."""
+    """The network for a dataset: with embeddings for text, a plain perceptron for images."""
     if data.inputs.dtype == np.uint8:
         return Characters(data.classes, width=16, hidden=256)
     return Perceptron(data.inputs.shape[1], hidden=64, classes=data.classes)

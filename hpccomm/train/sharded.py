@@ -1,8 +1,8 @@
-"""Training with divided model states: MiCS, ZeRO and data parallelism by the same code, on a network of many layers.
+"""Training with sharded model states: MiCS, ZeRO and data parallelism in the same loop, on a deep network.
 
-*N ranks, s micro-steps; B samples in a global batch.*  Each rank takes its share of every batch in s parts; a part's
-gradient is the sum over its samples times N·s/B, so that the mean over ranks and parts is the mean over the batch,
-however unevenly they divide it.  The batches follow from the seed alone, as everywhere in :mod:`hpccomm.train`.
+*N ranks, s micro-steps; B samples in a global batch.*  Each rank divides its share of every batch into s micro-batches.
+The gradient of a micro-batch is the sum over its samples times N·s/B, so that the mean over ranks and micro-batches is
+the mean over the batch, even where they are unequal.  The batches depend on the seed only, as in the other loops.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from hpccomm.train.loop import EVALUATION_BATCH, Epoch, Settings, batches, epoch
 from hpccomm.train.methods import METHODS
 
 MAX_NORM = 1.0
-"""Gradients are clipped there."""
+"""The norm to which gradients are clipped."""
 FIRST_SCALE, STEADY_STEPS = 1024.0, 200
-"""Loss scale of float16, and after how many good steps it doubles."""
+"""The initial loss scale of float16, and the number of finite steps after which it doubles."""
 
 
 class Job(NamedTuple):
-    """What is trained, and how."""
+    """How the model is sharded and trained."""
 
     division: str
     lr: float
@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 
 def states_for(comm: Any, network: LayeredNetwork, settings: Settings, job: Job) -> ShardedModel:
-    """The network's first weights, divided; AdamW (collective)."""
+    """The network's initial weights, sharded, with AdamW as the optimizer (collective)."""
     scale = LossScale(FIRST_SCALE, STEADY_STEPS) if job.dtype == "float16" else None
     states: ShardedModel = METHODS[job.division].make(
         comm,
@@ -55,7 +55,7 @@ def states_for(comm: Any, network: LayeredNetwork, settings: Settings, job: Job)
 
 
 def dtype_of(name: str) -> npt.DTypeLike:
-    """By its name, NumPy's or bfloat16."""
+    """A NumPy type by its name, or bfloat16."""
     if name != "bfloat16":
         return np.dtype(name)
     import ml_dtypes
@@ -64,33 +64,33 @@ def dtype_of(name: str) -> npt.DTypeLike:
 
 
 class EpochProgress(NamedTuple):
-    """An epoch so far, on this rank."""
+    """The part of an epoch that is done, on this rank."""
 
     steps: int = 0
     loss: float = 0.0
     step_s: float = 0.0
-    """All of it, exchanges included."""
+    """Time of the steps, exchanges included."""
     boundary_s: float = 0.0
-    """Of that the optimizer's part, without exchanges."""
+    """Time of the optimizer within that, exchanges excluded."""
     hops: Hops = Hops()
-    """Without those of the evaluation."""
+    """The exchanges, those of the evaluation excluded."""
 
 
 class Keeper(Protocol):
-    """Who keeps a run that may be interrupted, see :class:`hpccomm.train.checkpointing.ShardFolder`."""
+    """Saves a run that may be interrupted, see :class:`hpccomm.train.checkpointing.ShardFolder`."""
 
     def load(self, training: Training) -> list[Epoch]:
-        """Go on where a run was interrupted, if one was; the epochs that are over (collective)."""
+        """Resume a saved run, if there is one; returns its finished epochs (collective)."""
 
     def save(self, training: Training, epochs: list[Epoch]) -> None:
-        """Keep what is needed to go on (collective)."""
+        """Save what is needed to resume (collective)."""
 
     def should_stop(self) -> bool:
-        """After each step: whether a rank has been asked to stop; all ranks hear the same (collective)."""
+        """Called after each step: whether any rank was told to stop; the same on all ranks (collective)."""
 
 
 class Training:
-    """A model in training."""
+    """A sharded model in training."""
 
     def __init__(
         self,
@@ -111,35 +111,35 @@ class Training:
         factor = self.states.loss_scale.value * self.comm.size * self.micro_steps / len(batch)
         for part in np.array_split(np.array_split(batch, self.comm.size)[self.comm.rank], self.micro_steps):
             loss += self.network.learn(self.states, self.data.inputs[part], self.data.targets[part], factor)
-        learnt, talked = time.perf_counter(), exchange_seconds(self.states.hops)
+        learnt, exchanged = time.perf_counter(), exchange_seconds(self.states.hops)
         self.states.boundary()
-        stepped = time.perf_counter() - learnt - (exchange_seconds(self.states.hops) - talked)
+        stepped = time.perf_counter() - learnt - (exchange_seconds(self.states.hops) - exchanged)
         so_far, taken = self.progress, time.perf_counter() - began
         hops = Hops(*(a.add(subtract(b, c)) for a, b, c in zip(so_far.hops, self.states.hops, before, strict=True)))
         seconds = so_far.step_s + taken, so_far.boundary_s + stepped
         self.progress = EpochProgress(so_far.steps + 1, so_far.loss + loss, *seconds, hops)
 
-    def epoch(self, number: int, on_step: Callable[[], object], asked: Callable[[], bool]) -> Epoch | None:
-        """The batches that are left, then the test samples; None where all ranks are asked to stop before the last."""
+    def epoch(self, number: int, on_step: Callable[[], object], should_stop: Callable[[], bool]) -> Epoch | None:
+        """Train on the remaining batches, then test; None where all ranks are told to stop before the last batch."""
         samples = len(self.data.targets)
         steps = -(-samples // self.settings.batch_size)
         for batch in islice(batches(samples, number, self.settings), self.progress.steps, None):
             self.step(batch)
             on_step()
-            if asked() and self.progress.steps < steps:
+            if should_stop() and self.progress.steps < steps:
                 return None
         done, self.progress = self.progress, EpochProgress()
         self.last_epoch = done
-        talked = exchange_seconds(done.hops)
+        exchange_s = exchange_seconds(done.hops)
         sent = sum(hop.wire_bytes for hop in done.hops) // max(1, done.steps) if self.comm.rank == 0 else 0
-        computed = done.step_s - talked - done.boundary_s
-        totals = np.array([done.loss, self.count_right(), computed, talked, done.boundary_s, sent])
+        compute_s = done.step_s - exchange_s - done.boundary_s
+        totals = np.array([done.loss, self.count_right(), compute_s, exchange_s, done.boundary_s, sent])
         self.comm.Allreduce(MPI.IN_PLACE, totals)
         dense = allreduce_bytes(4 * self.network.parameters, self.comm.size)
         return epoch_of(number, totals[:5], self.comm.size, self.data, int(totals[5]), dense)
 
     def count_right(self) -> int:
-        """Right predictions in this rank's share of the test samples; all ranks go through as many parts."""
+        """The number of correct predictions in this rank's share of the test samples; all ranks make as many calls."""
         inputs, targets = self.data.test_inputs, self.data.test_targets
         each = -(-len(targets) // self.comm.size)
         mine, right = slice(self.comm.rank * each, (self.comm.rank + 1) * each), 0
@@ -151,12 +151,12 @@ class Training:
 
 
 def exchange_seconds(hops: Hops) -> float:
-    """Seconds of all hops."""
+    """Seconds of the exchanges of all hops."""
     return sum(hop.seconds for hop in hops)
 
 
 def subtract(after: Any, before: Any) -> Any:
-    """What an exchange has cost between two reports."""
+    """The difference between two reports of an exchange."""
     return type(after)(*(a - b for a, b in zip(after, before, strict=True)))
 
 
@@ -167,28 +167,28 @@ def train(
     on_epoch: Callable[[Epoch], object] = lambda epoch: None,
     keeper: Keeper | None = None,
 ) -> list[Epoch]:
-    """Train; what each epoch gave.  Raises unless all copies of the model end with the same bits.
+    """Train; returns the epochs.  Raises unless all copies of the model end with the same bits.
 
-    A ``keeper`` saves after every epoch, and when it is asked to stop: then epochs are missing.
+    A ``keeper`` saves after every epoch, and when a rank is told to stop: then epochs are missing.
     """
     epochs = keeper.load(training) if keeper else []
     for each in epochs:
         on_epoch(each)
     while len(epochs) < training.settings.epochs:
-        found = training.epoch(len(epochs) + 1, on_step, keeper.should_stop if keeper else lambda: False)
-        if found is not None:
-            epochs.append(found)
-            on_epoch(found)
+        epoch = training.epoch(len(epochs) + 1, on_step, keeper.should_stop if keeper else lambda: False)
+        if epoch is not None:
+            epochs.append(epoch)
+            on_epoch(epoch)
         if keeper:
             keeper.save(training, epochs)
-        if found is None:
+        if epoch is None:
             return epochs
     check_replicas(training.states.groups.replication, training.states.master)
     return epochs
 
 
 def account(training: Training) -> dict[str, Any]:
-    """Memory of a rank and bytes of a mean step of the last epoch by hop: the most of any rank."""
+    """Memory, and bytes by hop in a mean step of the last epoch: the maximum over the ranks (collective)."""
     steps = max(1, training.last_epoch.steps)
     mine = [*training.states.memory, *(hop.wire_bytes / steps for hop in training.last_epoch.hops)]
     most = np.empty(len(mine))
