@@ -1,7 +1,8 @@
-"""Assertions that all ranks make together, so that no rank is left behind when one of them finds a mistake.
+"""Collective assertions: if the condition is false on any rank, the assertion fails on all of them.
 
-A rank that fails alone leaves its test while the others wait for its next message.  And hypothesis, which looks for a
-smaller example after a failure, would look on that rank only.  So: agree first, then fail everywhere.
+A rank that fails alone leaves its test while the other ranks wait for its next message.  Hypothesis, which searches for
+a smaller example after a failure, would search on that rank only.  So the ranks first exchange their results, then all
+of them fail.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ def collective_assert(comm: Any, condition: object, message: str = "") -> None:
 
     The error names the ranks with their messages.
     """
-    complaints = comm.allgather(None if condition else message or "assertion failed")
-    wrong = [f"rank {rank} of {comm.size}: {text}" for rank, text in enumerate(complaints) if text is not None]
-    if wrong:
-        raise AssertionError("\n".join(wrong))
+    messages = comm.allgather(None if condition else message or "assertion failed")
+    failures = [f"rank {rank} of {comm.size}: {text}" for rank, text in enumerate(messages) if text is not None]
+    if failures:
+        raise AssertionError("\n".join(failures))
 
 
 def use_mpi_profile() -> None:
-    """Make hypothesis draw the same examples on all ranks: no randomness, no memory of earlier runs, no deadline."""
+    """Make hypothesis draw the same examples on all ranks: no randomness, no example database, no deadline."""
     if find_spec("hypothesis") is None:
         return
     from hypothesis import HealthCheck, settings
 
-    quiet = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
+    suppressed = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
     settings.register_profile(
-        "mpi", derandomize=True, database=None, deadline=None, print_blob=False, suppress_health_check=quiet
+        "mpi", derandomize=True, database=None, deadline=None, print_blob=False, suppress_health_check=suppressed
     )
     settings.load_profile("mpi")

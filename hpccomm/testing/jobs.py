@@ -1,8 +1,8 @@
-"""Starting ranks from a test, and watching from outside how far each of them has come.
+"""Start ranks from a test and monitor their progress from outside.
 
-A watched job runs a list of tests in the same order on every rank.  Each rank appends lines of JSON to a file of its
-own: that it is ready, which test it begins, the report of each phase, and that all ranks have finished the test.  A
-rank that hangs or dies can no longer say so; then the files tell where everybody stood.
+A monitored job runs a list of tests in the same order on every rank.  Each rank appends lines of JSON to its own log
+file: when it is ready, when it begins a test, the report of each phase, and when all ranks have finished the test.
+After a rank has hung or died, the log files show how far each rank came.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from typing import Any
 from hpccomm.launcher import clean_environment, launch_command, python_command
 
 START_SECONDS = 120.0
-"""Within this time all ranks of a job have begun."""
+"""Time limit for all ranks of a job to start."""
 
 FAILED_SECONDS = 10.0
-"""Once a rank has failed a test, the others get this much more: they may be waiting for a message from it."""
+"""Time limit for the other ranks after one rank has failed a test: they may wait for a message from it."""
 
 END_SECONDS = 20.0
-"""Within this time a job ends after its last test."""
+"""Time limit for a job to end after its last test."""
 
 OUTPUT_LINES = 50
 
 DUMP_SECONDS = 5.0
-"""Within this time ranks dump their stacks."""
+"""Time limit for ranks to dump their stacks."""
 
 
 def start(ranks: int, program: Sequence[str], environ: Mapping[str, str] | None = None, **popen: Any) -> Any:
-    """Start a job; ``HPCCOMM_TEST_LAUNCHER="srun -n {n}"`` chooses another launcher than MPI's own."""
+    """Start a job; ``HPCCOMM_TEST_LAUNCHER="srun -n {n}"`` replaces MPI's own launcher."""
     environ = os.environ if environ is None else environ
-    chosen = environ.get("HPCCOMM_TEST_LAUNCHER")
-    if chosen:
-        command = [*shlex.split(chosen.format(n=ranks)), *python_command(program)]
+    launcher = environ.get("HPCCOMM_TEST_LAUNCHER")
+    if launcher:
+        command = [*shlex.split(launcher.format(n=ranks)), *python_command(program)]
         env = clean_environment(environ)
     else:
         command, env = launch_command(ranks, program, environ=environ)
@@ -50,10 +50,10 @@ def start(ranks: int, program: Sequence[str], environ: Mapping[str, str] | None 
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """End a job; its launcher ends the ranks."""
-    for end in (process.terminate, process.kill):
+    """Terminate a job; its launcher terminates the ranks."""
+    for signal_process in (process.terminate, process.kill):
         if process.poll() is None:
-            end()
+            signal_process()
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
@@ -63,9 +63,9 @@ def stop(process: subprocess.Popen[Any]) -> None:
 def run_under_mpi(
     ranks: int, *program: str, timeout: float = 120.0, cwd: Path | None = None, environ: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``program`` (``"-c", code`` or ``"-m", module, …`` or a script) on some ranks; its output as text.
+    """Run ``program`` (``"-c", code`` or ``"-m", module, …`` or a script) on ``ranks`` ranks and return its output as text.
 
-    Raises subprocess.TimeoutExpired after ``timeout`` seconds, with the ranks ended.
+    Raises subprocess.TimeoutExpired after ``timeout`` seconds, after the ranks were terminated.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with start(ranks, program, environ, cwd=cwd, **pipes) as process:
@@ -77,7 +77,7 @@ def run_under_mpi(
 
 
 class RankLog:
-    """What one rank has written so far."""
+    """The log file of one rank, read as it grows."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / f"rank-{rank}.jsonl"
@@ -88,7 +88,7 @@ class RankLog:
         self._read = 0
 
     def listen(self) -> bool:
-        """Take in the lines that are new; whether there were any."""
+        """Read the new complete lines; return whether there were any."""
         if not self.path.exists() or self.path.stat().st_size == self._read:
             return False
         with self.path.open("rb") as file:
@@ -111,30 +111,30 @@ class RankLog:
         return any(report["outcome"] == "failed" for report in self.reports.get(test, []))
 
     def has_finished(self, test: str) -> bool:
-        """Whether this rank has done its part of a test."""
+        """Whether this rank has reported the last phase of a test."""
         return any(report["when"] == "teardown" for report in self.reports.get(test, []))
 
     def read_stacks(self) -> str:
-        """The stacks that this rank has dumped, without the test runner's own frames."""
+        """The stacks that this rank has dumped, without frames of the test runner."""
         text = self.stack.read_text(errors="replace") if self.stack.exists() else ""
         threads = re.split(r"\n\n|\n(?=Thread |Current thread )", text.strip())
         return "\n".join(test_frames(each) for each in threads if not each.startswith("Extension modules"))
 
 
 def test_frames(thread: str) -> str:
-    """A dumped stack up to the frame where the test runner called the test, without addresses."""
+    """A dumped stack up to the frame in which the test runner called the test, without addresses."""
     lines = strip_addresses(thread).split("\n")
     runner = (k for k, line in enumerate(lines) if "/_pytest/" in line or "/pluggy/" in line)
     return "\n".join(lines[: next(runner, len(lines))])
 
 
 def strip_addresses(text: str) -> str:
-    """A text that is the same for all ranks that do the same."""
+    """Remove addresses, so that ranks in the same state give the same text."""
     return re.sub(r" ?(at )?0x[0-9a-f]+", "", text)
 
 
 class Job:
-    """One launch that runs ``tests`` on ``size`` ranks.  ``program`` is given the folder as its last argument."""
+    """One launch that runs ``tests`` on ``size`` ranks; the log folder is the last argument of ``program``."""
 
     def __init__(self, size: int, tests: Sequence[str], program: Sequence[str], cwd: Path, show: bool) -> None:
         self.size, self.tests = size, list(tests)
@@ -150,16 +150,16 @@ class Job:
         self.start_time = self.last_progress = time.monotonic()
 
     def wait(self, test: str, patience: float) -> str:
-        """Until every rank has finished a test: the empty string; or what is wrong, as a sentence."""
+        """Wait until every rank has finished a test; return the empty string, or a sentence that names the problem."""
         while True:
             alive = self.process.poll() is None
             if any([log.listen() for log in self.logs]):
                 self.last_progress = time.monotonic()
             if all(test in log.finished_tests for log in self.logs):
                 return ""
-            wrong = self._find_problem(test, patience, alive)
-            if wrong:
-                return wrong
+            problem = self._find_problem(test, patience, alive)
+            if problem:
+                return problem
             time.sleep(0.005)
 
     def _find_problem(self, test: str, patience: float, alive: bool) -> str:
@@ -169,34 +169,34 @@ class Job:
             when = "in this" if self.all_ready() else "before its first"
             return f"{name} {describe_exit(self.process.returncode)} {when} test"
         if not self.all_ready():
-            return f"{name} did not begin within {START_SECONDS:g} s" if now - self.start_time > START_SECONDS else ""
+            return f"{name} did not start within {START_SECONDS:g} s" if now - self.start_time > START_SECONDS else ""
         if any(log.has_failed(test) for log in self.logs):
             patience = min(patience, FAILED_SECONDS)
         return f"{name} made no progress for {patience:g} s" if now - self.last_progress > patience else ""
 
     def all_ready(self) -> bool:
-        """Whether every rank has begun."""
+        """Whether every rank has started."""
         return all(log.ready for log in self.logs)
 
     def dump_stacks(self, test: str) -> list[str]:
-        """End the job; where each rank stood in a test."""
-        late = [log for log in self.logs if not log.has_finished(test)]
+        """Terminate the job; return the stack of each rank in a test."""
+        unfinished = [log for log in self.logs if not log.has_finished(test)]
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGUSR1)  # launchers pass it on to the ranks
             until = time.monotonic() + DUMP_SECONDS
-            while time.monotonic() < until and not all(log.read_stacks() for log in late):
+            while time.monotonic() < until and not all(log.read_stacks() for log in unfinished):
                 time.sleep(0.1)
         stop(self.process)
-        waits = "through with this test, waits for the others"
-        return [(log.read_stacks() or "(no stack)") if log in late else waits for log in self.logs]
+        done = "finished this test, waits for the other ranks"
+        return [(log.read_stacks() or "(no stack)") if log in unfinished else done for log in self.logs]
 
     def output_tail(self) -> str:
-        """The end of what launcher and ranks wrote."""
+        """The last lines of output of the launcher and the ranks."""
         lines = self.output.read_text(errors="replace").replace("\0", "").strip().split("\n")
         return "\n".join(lines[-OUTPUT_LINES:])
 
     def finish(self) -> str:
-        """After the last test: the empty string, or what was wrong with the end, as a sentence."""
+        """Wait for the job to end; return the empty string, or a sentence that names the problem."""
         try:
             status = self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -204,13 +204,13 @@ class Job:
         return f"the job of {self.size} ranks {describe_exit(status)} after its last test" if status else ""
 
     def close(self) -> None:
-        """End the job, whatever it does."""
+        """Terminate the job and remove its folder."""
         stop(self.process)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def describe_exit(status: int) -> str:
-    """How a process ended."""
+    """A phrase for an exit status: the signal, or the number."""
     number = -status if status < 0 else status - 128
     if number in set(signal.Signals):
         return f"was ended by {signal.Signals(number).name}"

@@ -1,6 +1,6 @@
-"""A pytest plug-in: ``pytest`` alone runs every MPI test at several world sizes, all ranks in lock-step.
+"""A pytest plug-in: ``pytest`` without a launcher runs every MPI test at several world sizes, all ranks in lock-step.
 
-Put ``pytest_plugins = ["hpccomm.testing.lockstep"]`` into ``conftest.py``, mark a test and let it take ``comm``::
+Put ``pytest_plugins = ["hpccomm.testing.lockstep"]`` into ``conftest.py``, mark a test and request ``comm``::
 
     @pytest.mark.mpi                                     # on 1, 2, 3, 4 and 7 ranks: one test result each
     def test_everybody_counts(comm): ...
@@ -8,14 +8,15 @@ Put ``pytest_plugins = ["hpccomm.testing.lockstep"]`` into ``conftest.py``, mark
     @pytest.mark.mpi(sizes=(2, 4), timeout=300)          # or: min_size=2
     def test_pairs(comm): ...
 
-Three kinds of pytest use this file.  The *outer* one, which people start, runs the serial tests itself and then
-starts one job a world size.  Each rank of that job is a *worker*: it runs the same tests in the same order, waits for
-the others after each test, and writes its reports to a file which the outer one reads (:mod:`hpccomm.testing.jobs`).
-A test that hangs, or takes a rank down, fails with the stack of every rank, and a new job runs the tests that are
-left.  Under ``mpirun -n 4 python -m pytest --with-mpi`` the ranks go *together*, and rank 0 reports for all.
+Three kinds of pytest process use this file.  The *coordinator*, which the user starts, runs the serial tests and then
+starts one job for each world size.  Each rank of that job is a *worker*: it runs the same tests in the same order, waits
+for the other ranks after each test, and writes its reports to a log file that the coordinator reads
+(:mod:`hpccomm.testing.jobs`).  A test that hangs or kills a rank fails with the stack of every rank, and a new job runs
+the remaining tests.  Under ``mpirun -n 4 python -m pytest --with-mpi`` each rank is a *standalone rank*, and rank 0
+reports for all ranks.
 
-``HPCCOMM_TEST_LAUNCHER="srun -n {n}"`` starts the jobs another way; ranks on several nodes need a ``TMPDIR`` that all
-nodes see.
+``HPCCOMM_TEST_LAUNCHER="srun -n {n}"`` replaces the launcher; ranks on several nodes need a ``TMPDIR`` that all nodes
+share.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ TEST_COMMS = pytest.StashKey[list[Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The flags."""
+    """Add the command-line flags."""
     group = parser.getgroup("lockstep", "MPI tests in lock-step")
     group.addoption("--mpi-sizes", metavar="2,4", default="", help="run MPI tests at these world sizes only")
     group.addoption("--mpi-timeout", metavar="SECONDS", type=float, default=90.0, help="for one MPI test (90)")
@@ -67,19 +68,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Find out which kind of pytest this is."""
+    """Register the part of the plug-in that this kind of pytest process needs."""
     config.addinivalue_line(
-        "markers", "mpi(sizes, min_size, timeout): runs on 1, 2, 3, 4 and 7 ranks, or on the sizes named"
+        "markers", "mpi(sizes, min_size, timeout): runs on 1, 2, 3, 4 and 7 ranks, or on the given sizes"
     )
-    config.addinivalue_line("markers", "mpi_skip: not to be run under MPI")
-    asked = tuple(int(size) for size in config.getoption("--mpi-sizes").split(",") if size)
+    config.addinivalue_line("markers", "mpi_skip: does not run under MPI")
+    requested = tuple(int(size) for size in config.getoption("--mpi-sizes").split(",") if size)
     config.stash[TEST_COMMS] = []
     folder = config.getoption("--mpi-worker")
     inside = is_under_mpi(config)
-    config.stash[SIZES] = (world().size,) if inside else asked or DEFAULT_SIZES
-    config.stash[RESTRICTED] = bool(inside or asked)
+    config.stash[SIZES] = (world().size,) if inside else requested or DEFAULT_SIZES
+    config.stash[RESTRICTED] = bool(inside or requested)
     if not inside:
-        config.pluginmanager.register(Coordinator(config), "lockstep-outer")
+        config.pluginmanager.register(Coordinator(config), "lockstep-coordinator")
         return
     use_mpi_profile()
     config.pluginmanager.register(Worker(config, Path(folder)) if folder else StandaloneRank(config), "lockstep-ranks")
@@ -91,7 +92,7 @@ def is_under_mpi(config: pytest.Config) -> bool:
 
 
 def world() -> Any:
-    """COMM_WORLD, as large as the launcher meant it."""
+    """COMM_WORLD, after a check that it is as large as the launcher was told."""
     from mpi4py import MPI
 
     try:
@@ -102,7 +103,7 @@ def world() -> Any:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """An MPI test is one item a world size: ``test_pairs[p2]``."""
+    """Make an MPI test one item for each world size: ``test_pairs[p2]``."""
     mark = metafunc.definition.get_closest_marker("mpi")
     if mark is None:
         return
@@ -116,14 +117,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Serial tests first, then one world size after the other, without the sizes that were not asked for."""
+    """Order serial tests first, then one world size after another; deselect sizes that were not requested."""
     kept = [item for item in items if not is_excluded(item, config)]
     config.hook.pytest_deselected(items=[item for item in items if is_excluded(item, config)])
     items[:] = sorted(kept, key=size_of)
 
 
 def is_excluded(item: pytest.Item, config: pytest.Config) -> bool:
-    """Whether an MPI test is for another world size than those asked for."""
+    """Whether an MPI test needs a world size that was not requested."""
     return config.stash[RESTRICTED] and size_of(item) not in (0, *config.stash[SIZES])
 
 
@@ -135,9 +136,9 @@ def size_of(item: pytest.Item) -> int:
 
 @pytest.fixture
 def comm(request: pytest.FixtureRequest) -> Any:
-    """A communicator of all ranks that no other test uses; freed when all ranks are through with the test."""
+    """A communicator of all ranks that no other test uses; freed after all ranks have finished the test."""
     if not (is_under_mpi(request.config) or size_of(request.node)):
-        pytest.fail("a test that takes comm needs @pytest.mark.mpi, or it would only ever see one rank", pytrace=False)
+        pytest.fail("a test that takes comm needs @pytest.mark.mpi: without it there is only one rank", pytrace=False)
     from hpccomm import Communicator
 
     made = Communicator(world()).Dup()
@@ -149,59 +150,59 @@ def comm(request: pytest.FixtureRequest) -> Any:
 
 
 class Ranks:
-    """What the two kinds of pytest on ranks share: nobody begins a test before all have finished the one before."""
+    """Common base of workers and standalone ranks: no rank begins a test before all have finished the previous one."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.private = world().Dup()
 
     def any_flag(self, flag: bool) -> bool:
-        """Wait for the others without burning their cores; whether anybody came with a flag."""
+        """Reduce a flag over all ranks by logical or; waiting ranks sleep and leave their cores to others."""
         from mpi4py import MPI
 
-        mine, any_of_all = array("i", [flag]), array("i", [0])
-        request = self.private.Iallreduce(mine, any_of_all, MPI.MAX)
+        mine, total = array("i", [flag]), array("i", [0])
+        request = self.private.Iallreduce(mine, total, MPI.MAX)
         while not request.Test():
             time.sleep(0.0005)
-        return bool(any_of_all[0])
+        return bool(total[0])
 
     def settle(self, failed: bool) -> None:
-        """All ranks are through: free what they used, unless somebody failed and may have left messages behind."""
-        fresh = self.config.stash[TEST_COMMS]
+        """Wait for all ranks and free their communicators, unless a rank failed: then messages may still be pending."""
+        comms = self.config.stash[TEST_COMMS]
         if not self.any_flag(failed):
-            for communicator in fresh:
+            for communicator in comms:
                 communicator.Free()
-        fresh.clear()
+        comms.clear()
 
 
 class Worker(Ranks):
-    """A rank of a job that an outer pytest started and watches."""
+    """A rank of a job that the coordinator has started and monitors."""
 
     def __init__(self, config: pytest.Config, folder: Path) -> None:
         super().__init__(config)
         self.tests: list[str] = json.loads((folder / "tests.json").read_text())
-        self.lines = os.open(folder / f"rank-{self.private.rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.log = os.open(folder / f"rank-{self.private.rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.stack: IO[str] = (folder / f"rank-{self.private.rank}.stack").open("w")
         faulthandler.enable(self.stack)
         faulthandler.register(signal.SIGUSR1, self.stack, all_threads=True)
         self.failed = False
 
-    def write(self, **words: Any) -> None:
-        """Tell the outer pytest."""
-        os.write(self.lines, (json.dumps(words, default=str) + "\n").encode())
+    def write(self, **entry: Any) -> None:
+        """Append a line to the log file."""
+        os.write(self.log, (json.dumps(entry, default=str) + "\n").encode())
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
-        """The tests of the list, in its order."""
-        if session.testsfailed:  # pytest is about to say what it could not collect
+        """Select the tests of the job, in its order."""
+        if session.testsfailed:  # pytest will report the file that it could not collect
             return
-        named = {item.nodeid: item for item in items}
-        items[:] = [named[test] for test in self.tests]
+        by_name = {item.nodeid: item for item in items}
+        items[:] = [by_name[test] for test in self.tests]
         self.write(ready=len(items))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """Run a test, then wait for the others."""
+        """Run a test, then wait for the other ranks."""
         self.failed = False
         self.write(begin=item.nodeid)
         result = yield
@@ -210,20 +211,20 @@ class Worker(Ranks):
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Pass on what happened, at once: this rank may not come much further."""
+        """Write the report at once: this rank may die in the next phase."""
         self.failed |= report.failed
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
         self.write(test=report.nodeid, report=data)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Failed tests are reported: the job itself has done well."""
+        """Exit with 0 after failed tests: they are reported, and the job itself has succeeded."""
         if exitstatus == pytest.ExitCode.TESTS_FAILED:
             session.exitstatus = pytest.ExitCode.OK
 
 
 class StandaloneRank(Ranks):
-    """A rank that the user started: all ranks know every result, and rank 0 prints it."""
+    """A rank that the user started: every rank receives all results, and rank 0 prints them."""
 
     def __init__(self, config: pytest.Config) -> None:
         super().__init__(config)
@@ -234,62 +235,62 @@ class StandaloneRank(Ranks):
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
-        """Run a test, wait for the others, and report what happened to all."""
+        """Run a test, wait for the other ranks, and report the merged result."""
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        end = self.start_timeout(item)
+        cancel = self.start_timeout(item)
         reports = runtestprotocol(item, log=False, nextitem=nextitem)
         self.settle(any(report.failed for report in reports))
         everyone = self.private.allgather(
             [hook.pytest_report_to_serializable(config=self.config, report=report) for report in reports]
         )
-        end()
+        cancel()
         for report in merge_reports(restore_reports(self.config, everyone)):
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
     def pytest_unconfigure(self) -> None:
-        """Nobody leaves before rank 0 has printed: a rank that leaves with an error takes the others along."""
+        """Wait until rank 0 has printed: the launcher ends all ranks when one exits with an error."""
         self.any_flag(False)
 
     def start_timeout(self, item: pytest.Item) -> Callable[[], None]:
-        """After the time-out dump this rank's stack, and soon after it end the job; returns what calls that off."""
+        """After the time-out dump this rank's stack and, 2 s later, end the job; return a function that cancels both."""
         seconds = timeout_of(item)
         faulthandler.dump_traceback_later(seconds, file=self.stderr)
         timer = threading.Timer(seconds + 2, os._exit, [1])
         timer.daemon = True
         timer.start()
 
-        def call_off() -> None:
+        def cancel() -> None:
             faulthandler.cancel_dump_traceback_later()
             timer.cancel()
 
-        return call_off
+        return cancel
 
 
 def timeout_of(item: pytest.Item) -> float:
-    """How long a test may take, in seconds."""
+    """The time limit of a test, in seconds."""
     mark = item.get_closest_marker("mpi")
     seconds = mark.kwargs.get("timeout") if mark else None
     return float(item.config.getoption("--mpi-timeout") if seconds is None else seconds)
 
 
-# Outside
+# In the coordinator
 
 
 class Coordinator:
-    """The pytest that people start."""
+    """The pytest process that the user starts."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.job: Job | None = None
         self.start_failures: dict[int, str] = {}
-        """World sizes of which no job begins, and why."""
+        """World sizes whose jobs do not start, with the reason."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-        """A serial test is pytest's business; an MPI test's result comes from its job."""
+        """Leave a serial test to pytest; take the result of an MPI test from its job."""
         if not size_of(item):
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -299,23 +300,23 @@ class Coordinator:
         return True
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
-        """One report a phase, for all ranks."""
+        """The reports of a test: one for each phase, merged over all ranks."""
         if size_of(item) in self.start_failures:
             return [failure_report(item, [(self.start_failures[size_of(item)], "")])]
         job = self.job = self.job or self.start(item)
-        wrong = job.wait(item.nodeid, timeout_of(item))
-        if wrong:
-            return self.give_up(item, job, wrong)
+        problem = job.wait(item.nodeid, timeout_of(item))
+        if problem:
+            return self.give_up(item, job, problem)
         reports = merge_reports(self.reports_of(job, item.nodeid))
         if item.nodeid == job.tests[-1]:
             self.job = None
-            wrong = job.finish()  # the next one has the cores for itself
-            reports += [failure_report(item, [(wrong, job.output_tail())], "teardown")] if wrong else []
+            problem = job.finish()  # before the next job starts, so that jobs do not compete for cores
+            reports += [failure_report(item, [(problem, job.output_tail())], "teardown")] if problem else []
             job.close()
         return reports
 
     def start(self, item: pytest.Item) -> Job:
-        """A job for this test and all later ones of its size."""
+        """Start a job for this test and all later tests of its size."""
         items = item.session.items[item.session.items.index(item) :]
         items = [later for later in items if size_of(later) == size_of(item)]
         files = list(dict.fromkeys(str(later.path) for later in items))
@@ -324,30 +325,30 @@ class Coordinator:
         tests = [later.nodeid for later in items]
         return Job(size_of(item), tests, program, self.config.invocation_params.dir, show)
 
-    def give_up(self, item: pytest.Item, job: Job, wrong: str) -> list[pytest.TestReport]:
-        """End a job that gets no further and say all that is known; the next test starts another job."""
+    def give_up(self, item: pytest.Item, job: Job, problem: str) -> list[pytest.TestReport]:
+        """Terminate a job without progress and report its state; the next test starts a new job."""
         self.job = None
         ready = job.all_ready()
-        parts = [*tracebacks(self.reports_of(job, item.nodeid)), (wrong, "")]
+        parts = [*tracebacks(self.reports_of(job, item.nodeid)), (problem, "")]
         parts += group_texts(job.dump_stacks(item.nodeid), job.size) if ready else []
         parts.append(("end of the output", job.output_tail()))
         if not ready:
-            self.start_failures[job.size] = f"{wrong}, as told above"
+            self.start_failures[job.size] = f"{problem}, as reported above"
         job.close()
         return [failure_report(item, parts)]
 
     def reports_of(self, job: Job, test: str) -> list[list[pytest.TestReport]]:
-        """What each rank has reported about a test."""
+        """The reports of each rank for a test."""
         return restore_reports(self.config, [log.reports.get(test, []) for log in job.logs])
 
     def pytest_sessionfinish(self) -> None:
-        """End what still runs (after ``-x`` or Ctrl-C)."""
+        """Terminate a job that still runs (after ``-x`` or Ctrl-C)."""
         if self.job:
             self.job.close()
 
 
 def inner_options(config: pytest.Config) -> list[str]:
-    """The flags with which a worker's pytest sees the same tests as this one."""
+    """The flags with which a worker collects the same tests as the coordinator."""
     option = config.option
     words = ["--with-mpi"] if "with_mpi" in option else []
     words += ["-q", "--no-header", "--color=no", "-p", "hpccomm.testing.lockstep", "-p", "no:cacheprovider"]
@@ -364,11 +365,11 @@ def inner_options(config: pytest.Config) -> list[str]:
 
 
 Part = tuple[str, Any]
-"""A title, and a text or what pytest made of a failure."""
+"""A title with a text or pytest's representation of a failure."""
 
 
 class Tracebacks:
-    """What pytest prints under a failed test: one part for each group of ranks."""
+    """The text that pytest prints for a failed test: one part for each group of ranks."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
@@ -377,7 +378,7 @@ class Tracebacks:
         self.reprcrash = SimpleNamespace(message=f"{title}: {crash.message}" if crash else title)
 
     def toterminal(self, tw: Any) -> None:
-        """Print everything."""
+        """Print all parts."""
         for title, part in self.parts:
             tw.line(f"--- {title} ---", bold=True, red=True)
             if hasattr(part, "toterminal"):
@@ -392,17 +393,17 @@ class Tracebacks:
 def restore_reports(
     config: pytest.Config, everyone: Sequence[Sequence[dict[str, Any]]]
 ) -> list[list[pytest.TestReport]]:
-    """The reports that ranks have written."""
-    back = config.hook.pytest_report_from_serializable
-    everyones = [[back(config=config, data=data) for data in reports] for reports in everyone]
-    for report in chain(*everyones):
+    """Restore the reports of each rank from their serial form."""
+    restore = config.hook.pytest_report_from_serializable
+    restored = [[restore(config=config, data=data) for data in reports] for reports in everyone]
+    for report in chain(*restored):
         if isinstance(report.longrepr, list):  # JSON knows no tuples: where and why a test was skipped
             report.longrepr = tuple(report.longrepr)
-    return everyones
+    return restored
 
 
 def merge_reports(everyone: list[list[pytest.TestReport]]) -> list[pytest.TestReport]:
-    """One report a phase for all ranks; no call where somebody's setup failed or skipped."""
+    """One report for each phase; no call where the setup of any rank failed or was skipped."""
     done: list[pytest.TestReport] = []
     for when in PHASES:
         if when == "call" and not all(report.passed for report in done):
@@ -416,7 +417,7 @@ def merge_reports(everyone: list[list[pytest.TestReport]]) -> list[pytest.TestRe
 
 
 def merge_phase(reports: dict[int, pytest.TestReport], size: int) -> pytest.TestReport:
-    """A phase fails where it fails on any rank, and passes where it fails on none and passes on any."""
+    """A phase fails if it fails on any rank, and passes if it fails on none and passes on any."""
     worst = max(reports.values(), key=severity)
     worst.duration = max(report.duration for report in reports.values())
     if size > 1:
@@ -428,26 +429,26 @@ def merge_phase(reports: dict[int, pytest.TestReport], size: int) -> pytest.Test
 
 
 def severity(report: pytest.TestReport) -> int:
-    """Which of two outcomes speaks for both."""
+    """The rank of an outcome: the highest one over all MPI ranks is the outcome of the test."""
     return SEVERITY["xfailed" if report.skipped and hasattr(report, "wasxfail") else report.outcome]
 
 
 def tracebacks(everyone: list[list[pytest.TestReport]]) -> list[Part]:
-    """The failures, told once where ranks fail alike."""
+    """The failures, one part for each group of ranks with equal ones."""
     failures = [(rank, report) for rank, reports in enumerate(everyone) for report in reports if report.failed]
     return [
-        (name_ranks([failures[k][0] for k in alike], len(everyone)), failures[alike[0]][1].longrepr)
-        for alike in equal_groups([strip_addresses(report.longreprtext) for _, report in failures])
+        (name_ranks([failures[k][0] for k in group], len(everyone)), failures[group[0]][1].longrepr)
+        for group in equal_groups([strip_addresses(report.longreprtext) for _, report in failures])
     ]
 
 
 def group_texts(texts: list[str], size: int) -> list[Part]:
-    """A text of each rank, told once where they are alike."""
-    return [(name_ranks(alike, size), texts[alike[0]]) for alike in equal_groups(texts)]
+    """The texts of the ranks, one part for each group of ranks with equal ones."""
+    return [(name_ranks(group, size), texts[group[0]]) for group in equal_groups(texts)]
 
 
 def equal_groups(texts: Sequence[str]) -> list[list[int]]:
-    """Which of them are equal, in order of the first."""
+    """The indices of equal texts, grouped, in order of first appearance."""
     return [[k for k, each in enumerate(texts) if each == text] for text in dict.fromkeys(texts)]
 
 
@@ -461,7 +462,7 @@ def name_ranks(ranks: Sequence[int], size: int) -> str:
 def failure_report(
     item: pytest.Item, parts: list[Part], when: Literal["call", "teardown"] = "call"
 ) -> pytest.TestReport:
-    """The report of a test, or of a job after its last test, that could not end well by itself."""
+    """A failure report for a test, or for a job after its last test, that produced none itself."""
     longrepr: Any = Tracebacks(parts)
     keywords: dict[str, Any] = dict.fromkeys(item.keywords, 1)
     return pytest.TestReport(item.nodeid, item.location, keywords, "failed", longrepr, when)
