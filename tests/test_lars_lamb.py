@@ -649,7 +649,7 @@ def test_a_batch_that_changes_warms_up_again() -> None:
         (lambda: lamb(MANY, 1.0, part=(5, 2)), "lamb: part is .5, 2.: pass .lo, hi."),
         (lambda: linear_scaling(1.0, 0, 256), "linear_scaling: batch 0"),
         (lambda: polynomial(1.0, 0), "polynomial: steps is 0"),
-        (join_schedules, "joined: no phases"),
+        (join_schedules, "join_schedules: no phases"),
     ],
 )
 def test_impossible_arguments_are_refused(make: Callable[[], Any], message: str) -> None:

@@ -210,7 +210,8 @@ class ParameterServer:
     it must be elementwise.  ``mode``: see above.  ``reduce``: mean or sum over the N workers.  ``codec`` compresses
     pushes (float32 only): each worker keeps the compression error and adds it to the next gradient.
     ``damp`` multiplies a push by a function of its staleness, e.g. ``lambda s: 1 / (1 + s)``; pushes staler than
-    ``limit`` are dropped.  ``backup``: BSP does not wait for so many of the slowest workers and drops their late pushes.
+    ``limit`` are dropped.  ``backup``: BSP does not wait for this number of the slowest workers and drops their late
+    pushes.
 
     A server calls :meth:`serve` once; a worker calls :meth:`pull` and :meth:`push` for each batch, then
     :meth:`leave`::

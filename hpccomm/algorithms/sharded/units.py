@@ -139,7 +139,7 @@ class UnitBuffer:
 
 
 class Gather:
-    """Allgathers in the partition group, on a communicator of their own; ``algorithm`` as that communicator takes it."""
+    """Allgathers in the partition group, on a communicator of their own, by ``algorithm`` or its choice."""
 
     def __init__(self, partition: Any, algorithm: str) -> None:
         self.comm, self.kwargs = partition.Dup(), algorithm_kwargs(algorithm)
