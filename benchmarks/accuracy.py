@@ -1,8 +1,7 @@
 """How well models train with compressed gradients, beside dense ones; ranks are threads.
 
 *One run for each job (a dataset and its passes), number of ranks, method and seed.*  All methods of a seed begin with
-the same weights and see the same batches, so differences are taken seed by seed.  What was run stands in a file and is
-not run again: ``--seconds`` ends one part of the whole, the same command goes on.
+the same weights and see the same batches, so differences are taken seed by seed.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ BASELINES = {
     "powersgd": ("dense",),
     "onebit-lamb": ("lamb",),
 }
-"""Methods, and the dense ones that each is compared with."""
+"""Methods, and the dense methods that each is compared with."""
 NAMES = ("dense", "dgc", "adam", "onebit-adam", "gtc", "onebit-sgd", "ef-signsgd", "powersgd", "lamb", "onebit-lamb")
 """In the order of the tables."""
 
@@ -36,14 +35,14 @@ Run = dict[str, Any]
 
 
 class Job(NamedTuple):
-    """What is trained."""
+    """A dataset and its passes."""
 
     dataset: str
     epochs: int
     batch_size: int
     samples: int | None
     seeds: int
-    """Where one image more or less is a quarter of a point, five do not tell methods apart."""
+    """Ten on digits: one image is a quarter of a point there, and five seeds do not tell methods apart."""
 
 
 JOBS = {
@@ -60,13 +59,13 @@ RATES: dict[tuple[str, str], float] = {
     ("stdlib", "adam"): 0.005,
     ("stdlib", "onebit-adam"): 0.005,
 }
-"""Dataset and method: where tuning found another rate than the method's own."""
+"""Rates found by tuning that differ from the method's own, by dataset and method."""
 TUNING_SEEDS = (100,)
-"""Runs that rates were chosen by, apart from those that are reported."""
+"""Seeds of the runs that chose the rates; these runs are not reported."""
 
 
 def list_runs() -> Iterator[tuple[str, int, str, int]]:
-    """Job, ranks, method, seed: DGC and 1-bit Adam with their yardsticks everywhere before the others."""
+    """Job, ranks, method, seed; first DGC and 1-bit Adam with their baselines for all jobs, then the others."""
     for methods in (NAMES[:4], NAMES[4:]):
         for name, job in JOBS.items():
             for ranks in RANKS:
@@ -74,7 +73,7 @@ def list_runs() -> Iterator[tuple[str, int, str, int]]:
 
 
 def train_run(name: str, ranks: int, method: str, seed: int, lr: float | None = None) -> Run:
-    """One run: accuracy on what was not trained on, loss, bytes.  ``lr`` stands for the method's own."""
+    """One run: accuracy on test samples, loss, bytes.  ``lr`` replaces the method's own rate."""
     from hpccomm.algorithms.lr_schedules import polynomial
     from hpccomm.algorithms.transforms import chain, scale_by_schedule
     from hpccomm.buckets import Bucket
@@ -123,7 +122,7 @@ def tuning_runs(rates: str, methods: Sequence[str]) -> list[tuple[Any, ...]]:
 
 
 def key(run: Run) -> tuple[Any, ...]:
-    """What tells runs apart; the rate, of those that are to find it."""
+    """A run's key; runs that tune the rate have it in their key."""
     rate = run["lr"] if run["seed"] in TUNING_SEEDS else None
     return run["job"], run["ranks"], run["method"], run["seed"], rate
 
@@ -168,7 +167,7 @@ def table(runs: Sequence[Run], job: str, ranks: int) -> str:
 def compare_to_baseline(
     here: dict[tuple[str, int], Run], scores: dict[int, float], base: str
 ) -> tuple[str, str] | None:
-    """How far below ``base`` these seeds are, and whether that is within one standard error, both ways."""
+    """How far these seeds are below ``base``, and whether that is within one standard error, by both measures."""
     theirs = {seed: 100 * here[base, seed]["accuracy"] for seed in scores if (base, seed) in here}
     if not theirs:
         return None

@@ -35,18 +35,18 @@ from hpccomm.train.networks import Characters, Network, Perceptron, initial_weig
 
 SMALLEST = 64
 TUNING = 100
-"""Seeds from here on tune."""
+"""The least seed for tuning."""
 FACTORS = tuple(2.0**power for power in range(-5, 3))
 
 
 class Method(NamedTuple):
-    """One line of the picture."""
+    """One line of the figure."""
 
     make: Callable[[Bucket, Schedule], Transform]
     scale: Callable[[float, int, int], float]
     """The rule: (rate, batch, the batch it is for) -> rate."""
     rates: tuple[float, ...]
-    """At the smallest batch."""
+    """Candidates at the smallest batch."""
 
 
 def sgd(bucket: Bucket, rate: Schedule) -> Transform:
@@ -55,7 +55,7 @@ def sgd(bucket: Bucket, rate: Schedule) -> Transform:
 
 
 def rates(middle: float) -> tuple[float, ...]:
-    """Eleven."""
+    """Eleven rates around the middle one, a factor of two apart."""
     return tuple(middle * 2.0**power for power in range(-5, 6))
 
 
@@ -76,7 +76,7 @@ class Task(NamedTuple):
 
 
 def tasks(names: list[str]) -> dict[str, Task]:
-    """By name; the last batch is everything."""
+    """Tasks by name; the last batch is all samples."""
     made: dict[str, Callable[[], Task]] = {"digits": of_digits, "stdlib": of_text}
     return {name: made[name]() for name in names}
 
@@ -175,7 +175,7 @@ class Row(NamedTuple):
     rule: list[float]
     """Accuracies, a seed each, in percent."""
     factor: float
-    """Tuned rate by the rule's."""
+    """Tuned rate divided by the rule's."""
     tuned: list[float]
 
 

@@ -1,9 +1,9 @@
 """Dense allreduce between the nodes of a virtual cluster, beside the rate of its links.
 
-For each shape a cluster is made and, unless ``--untuned``, tuned; then, in every round, one launch measures native MPI
-and ours in turns, and another native MPI with Open MPI's ``han``.  Figures are medians over the rounds; a share of the
-wire is the least time that the nominal rate permits, 2(N-1)/N · bytes/rate, by the time that was measured.  A plain TCP
-stream runs on the same links.
+For each shape a cluster is made and, unless ``--untuned``, tuned.  Then, in every round, one launch measures native MPI
+and ours in turns, and another measures native MPI with Open MPI's ``han``.  Figures are medians over the rounds.  A
+share of the wire is the least time that the nominal rate permits, 2(N-1)/N · bytes/rate, divided by the measured time.
+A plain TCP stream runs on the same links.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from hpccomm.launcher import library
 ALGORITHMS = "native,auto,hierarchical,ring,butterfly,doubling"
 SIZES = "8:16777216"
 FACTOR, LONG = 8, 1 << 20
-"""From one size to the next; bytes from which a call keeps links busy for long."""
+"""Factor between sizes; bytes from which a call occupies the links for long."""
 SHORT_CALLS = 10
-"""Timed calls of shorter vectors for each of a long one."""
+"""Timed calls of a shorter vector for each call of a long one."""
 TUNED = "native,hierarchical,ring,butterfly,doubling"
 HAN = {"OMPI_MCA_coll_han_priority": "100"}
 
@@ -49,7 +49,7 @@ else:
     link.recv(1)
     print(8 * n / (time.perf_counter() - began))
 """
-"""Bits a second that one connection carries, from its fifth megabyte to the peer's goodbye."""
+"""Bits a second of one connection, from its fifth megabyte until the peer closes it."""
 
 
 EVEN = [f"{n}x{k},{rate}" for rate in ("1gbit", "100mbit") for n in (2, 4, 8) for k in (1, 2)]
@@ -57,7 +57,7 @@ SHAPES = [*EVEN, "4x2,1gbit,cyclic", "2x1+3", "3x2+1+3,1gbit,cyclic", "16x1,100m
 
 
 def measure_shape(shape: harness.Shape, args: argparse.Namespace, mpi: str) -> dict[str, Any]:
-    """One shape: its rows, and the rate of a TCP stream; Open MPI's native algorithm runs with ``han`` too."""
+    """Measure one shape: its rows, and the rate of a TCP stream; Open MPI's native algorithm runs with ``han`` too."""
     with Cluster(shape.nodes, shape.rate) as cluster, tempfile.TemporaryDirectory() as folder:
         tuning = Path(args.tables or folder, f"{shape.title.replace(' ', '')}.json")
         if not args.untuned and not tuning.exists():
@@ -136,7 +136,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def prediction_summary(record: dict[str, Any]) -> str:
-    """How many of our algorithms' times were predicted within 15 %; nothing by prices that were not measured there."""
+    """The share of our algorithms' times that were predicted within 15 %; empty for shapes that were not tuned."""
     if not record["tuned"]:
         return ""
     found = []

@@ -1,4 +1,4 @@
-"""The end of ``scripts/demo``: what was trained and measured, in a table that needs no explanation."""
+"""The summary of ``scripts/demo``: training and benchmark results in a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def training_lines(run: dict[str, Any]) -> list[str]:
-    """What the training job did."""
+    """The training job."""
     last = run["epochs"][-1]
     return [
         f"Trained: {run['dataset']}, {run['ranks']} ranks, gradients averaged by hpccomm ({run['method']})",
@@ -21,7 +21,7 @@ def training_lines(run: dict[str, Any]) -> list[str]:
 
 
 def benchmark_lines(bench: dict[str, Any]) -> list[str]:
-    """How fast allreduce is, and the MPI underneath."""
+    """Times of allreduce beside those of the MPI underneath."""
     lines = [
         f"Measured: allreduce of float32 on {bench['machine']['ranks']}, every result checked",
         f"  {'bytes':>10}  {'the MPI underneath':>20}  {'hpccomm':>12}  times as fast",

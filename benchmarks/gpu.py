@@ -1,9 +1,10 @@
-"""``scripts/test_gpu``: all that takes a CUDA device, in one run, into a page of ``docs/measurements``.
+"""``scripts/test_gpu``: every measurement and test that needs a CUDA device, as one page of ``docs/measurements``.
 
-The kernels on 100 MB of float32 as a share of the device's own copy bandwidth, beside PyTorch's composition of the same
-step; an allreduce by every way; then the tests on 1, 2 and 4 ranks that share the device, in the time that is left.  A
-kernel's bandwidth is counted on the bytes that its step must at least read and write.  Kernels run in a child, ranks in
-jobs of their own, and the page is written again after each part: what fails or dies leaves the others' results.
+It measures the kernels on 100 MB of float32 as a share of the device's copy bandwidth, beside PyTorch's composition of
+the same step; then an allreduce by every transport; then it runs the tests on 1, 2 and 4 ranks that share the device,
+in the time that is left.  A kernel's bandwidth counts the bytes that its step must at least read and write.  Kernels
+run in a subprocess and ranks in jobs of their own, and the page is written after each part, so that a part that fails
+leaves the results of the others.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.kernels import momentum_torch, threshold_torch
 from hpccomm.bench.report import versions
 from hpccomm.errors import HpccommError
 from hpccomm.kernels.cuda import kernels
@@ -41,7 +43,7 @@ LAUNCHES, ROUNDS, WARMUP = 10, 7, 3
 DENSITY, MESSAGES, VECTORS = 0.001, 8, 4
 TESTS = ("tests/test_gpu.py", "tests/test_cuda_kernels.py")
 SECONDS, BENCH_SECONDS, KERNEL_SECONDS = 570.0, 40.0, 150.0
-"""Of the whole run, and at most of one way's allreduces and of all kernels."""
+"""Seconds: the whole run, the allreduces of one transport at most, all kernels at most."""
 TRANSPORTS = ("staged", "ipc", "nccl", "aware")
 SHARE_GOAL, TORCH_GOAL, IPC_GOAL, IPC_BYTES = 0.8, 5.0, 4.0, 64 << 20
 
@@ -49,27 +51,27 @@ Step = Callable[[], Any]
 
 
 class Task(NamedTuple):
-    """A kernel's step."""
+    """One step of a method, as a kernel and as PyTorch's operations."""
 
     title: str
     bytes: float
-    """An element, that must be read or written."""
+    """Bytes an element that the step must at least read and write."""
     ours: Callable[[Any, Any], Step]
     """``ours(cupy, kernels)``."""
     torch: Callable[[Any], Step] | None = None
-    """``torch(library)``: by PyTorch's operations."""
+    """``torch(library)``: the step by PyTorch's operations."""
 
 
 class Speed(NamedTuple):
-    """What was measured of one."""
+    """The measurement of one task."""
 
     title: str
     us: float
     share: float
-    """Of the copy's bandwidth."""
+    """Share of the copy's bandwidth."""
     torch_us: float | None
     trouble: str = ""
-    """What went wrong, if something did: the other numbers say nothing then."""
+    """The error, if there was one; the other numbers are then meaningless."""
 
 
 # Steps
@@ -82,13 +84,13 @@ def gaussians(xp: Any, count: int, dtype: str = "f4") -> list[Any]:
 
 
 def tensors(torch: Any, count: int, dtype: str = "float32") -> list[Any]:
-    """The same as tensors."""
+    """The same numbers as PyTorch tensors."""
     made = torch.Generator("cuda").manual_seed(1)
     return [torch.randn(ELEMENTS, device="cuda", generator=made).to(getattr(torch, dtype)) for _ in range(count)]
 
 
 def sum_vectors(dtype: str) -> Callable[[Any, Any], Step]:
-    """A reduction of several vectors in one pass."""
+    """The kernel that sums several vectors in one pass."""
 
     def ours(xp: Any, k: Any) -> Step:
         vectors, out = gaussians(xp, VECTORS, dtype), xp.empty(ELEMENTS, dtype)
@@ -98,7 +100,7 @@ def sum_vectors(dtype: str) -> Callable[[Any, Any], Step]:
 
 
 def sum_vectors_by_torch(dtype: str) -> Callable[[Any], Step]:
-    """One addition after the other, in float32."""
+    """PyTorch's sum: one addition after the other, in float32."""
 
     def step(torch: Any) -> Step:
         first, *rest = tensors(torch, VECTORS, dtype)
@@ -115,56 +117,25 @@ def sum_vectors_by_torch(dtype: str) -> Callable[[Any], Step]:
 
 
 def threshold(xp: Any, k: Any) -> Step:
-    """GTC's: one element in a thousand reaches the threshold at first, none later."""
+    """GTC's kernel: one element in a thousand reaches the threshold in the first step, none later."""
     residual, gradient = gaussians(xp, 2)
     return lambda: k.threshold_words(residual, gradient, residual, 400.0)
 
 
-def threshold_by_torch(torch: Any) -> Step:
-    """Likewise."""
-    residual, gradient = tensors(torch, 2)
-
-    def run() -> Any:
-        residual.add_(gradient)
-        index = (residual.abs() >= 400.0).nonzero().flatten()
-        sign = residual[index].sign()
-        residual[index] -= 400.0 * sign
-        return index, sign
-
-    return run
-
-
 def momentum(xp: Any, k: Any) -> Step:
-    """DGC's."""
+    """DGC's kernel."""
     g, u, v = gaussians(xp, 3)
     return lambda: k.momentum_select(g, u, v, 0.9, round(DENSITY * ELEMENTS), least=0.8)
 
 
-def momentum_by_torch(torch: Any) -> Step:
-    """With a threshold from one element in a hundred."""
-    g, u, v = tensors(torch, 3)
-    kept = round(DENSITY * ELEMENTS)
-
-    def run() -> Any:
-        u.mul_(0.9).add_(g)
-        v.add_(u)
-        magnitude = v.abs()
-        index = (magnitude >= magnitude[::100].topk(kept // 100).values[-1]).nonzero().flatten()
-        values = v[index]
-        v[index] = u[index] = 0
-        return index, values
-
-    return run
-
-
 def pack_signs(xp: Any, k: Any) -> Step:
-    """1-bit SGD's: scales, bits and what they miss."""
+    """1-bit SGD's kernel: scales, bits and the residual."""
     (residual, gradient), bits = gaussians(xp, 2), xp.empty(-(-ELEMENTS // 8), np.uint8)
     return lambda: k.pack_signs_feedback(residual, gradient, residual, 0.8, -0.8, bits)
 
 
 def pack_signs_by_torch(torch: Any) -> Step:
-    """Likewise."""
+    """1-bit SGD's step by PyTorch."""
     residual, gradient = tensors(torch, 2)
     places = 2 ** torch.arange(8, device="cuda", dtype=torch.uint8)
 
@@ -178,13 +149,13 @@ def pack_signs_by_torch(torch: Any) -> Step:
 
 
 def add_messages(xp: Any, k: Any) -> Step:
-    """Several messages added in one pass."""
+    """The kernel that adds several 1-bit messages in one pass."""
     (out,), messages = gaussians(xp, 1), [(k.pack_signs(each), 0.8, -0.8) for each in gaussians(xp, MESSAGES)]
     return lambda: k.add_signs(messages, out)
 
 
 def add_messages_by_torch(torch: Any) -> Step:
-    """One after the other."""
+    """PyTorch's sum of 1-bit messages, one after the other."""
     (out,) = tensors(torch, 1)
     octets = [torch.randint(256, (ELEMENTS // 8,), device="cuda", dtype=torch.uint8) for _ in range(MESSAGES)]
     places = torch.arange(8, device="cuda", dtype=torch.uint8)
@@ -198,14 +169,14 @@ def add_messages_by_torch(torch: Any) -> Step:
 
 
 def lars(xp: Any, k: Any) -> Step:
-    """The update, once the norms are known."""
+    """The kernel of LARS's update, with known norms."""
     w, g, v = gaussians(xp, 3)
     bounds, rate = np.array([[0, ELEMENTS]], np.int64), xp.full(1, 1e-4, "f4")
     return lambda: k.lars_apply(w, g, v, bounds, rate, rate, rate, 1e-3, 1e-3, 0.9, False)
 
 
 def lars_by_torch(torch: Any) -> Step:
-    """Likewise."""
+    """LARS's update by PyTorch."""
     w, g, v = tensors(torch, 3)
 
     def run() -> None:
@@ -216,7 +187,7 @@ def lars_by_torch(torch: Any) -> Step:
 
 
 def adam(xp: Any, k: Any) -> Step:
-    """The update in place."""
+    """The kernel of Adam's update in place."""
     w, g, m, v = gaussians(xp, 4)
     xp.abs(v, out=v)
     bounds, rate = np.array([[0, ELEMENTS]], np.int64), xp.zeros(1, "f4")
@@ -224,7 +195,7 @@ def adam(xp: Any, k: Any) -> Step:
 
 
 def adam_by_torch(torch: Any) -> Step:
-    """By operations in place."""
+    """Adam's update by PyTorch, in place."""
     w, g, m, v = tensors(torch, 4)
     v.abs_()
 
@@ -244,8 +215,8 @@ TASKS = (
         sum_vectors("f2"),
         sum_vectors_by_torch("float16"),
     ),
-    Task("GTC: add, compare, compact, keep the rest", 12, threshold, threshold_by_torch),
-    Task("DGC: momentum, threshold, compact, mask", 20, momentum, momentum_by_torch),
+    Task("GTC: add, compare, compact, keep the rest", 12, threshold, lambda torch: threshold_torch(*tensors(torch, 2))),
+    Task("DGC: momentum, threshold, compact, mask", 20, momentum, lambda torch: momentum_torch(*tensors(torch, 3))),
     Task("1 bit: add, pack, keep the rest", 12 + 1 / 8, pack_signs, pack_signs_by_torch),
     Task(f"1 bit: add {MESSAGES} messages", 8 + MESSAGES / 8, add_messages, add_messages_by_torch),
     Task("LARS: update in place", 20, lars, lars_by_torch),
@@ -257,7 +228,7 @@ TASKS = (
 
 
 def microseconds(event: Callable[[], Any], elapsed: Callable[[Any, Any], float], step: Step) -> float:
-    """Of one step: the median round, by the device's clock; ``elapsed`` gives milliseconds between two events."""
+    """Microseconds of a step: the median round by the device's clock; ``elapsed`` is in milliseconds."""
     for _ in range(WARMUP):
         step()
     times = []
@@ -273,18 +244,18 @@ def microseconds(event: Callable[[], Any], elapsed: Callable[[Any, Any], float],
 
 
 def cupy_microseconds(xp: Any, step: Step) -> float:
-    """Of a step on CuPy's stream."""
+    """Microseconds of a step on CuPy's stream."""
     return microseconds(xp.cuda.Event, xp.cuda.get_elapsed_time, step)
 
 
 def torch_microseconds(torch: Any, step: Step) -> float:
-    """Of a step on PyTorch's stream."""
+    """Microseconds of a step on PyTorch's stream."""
     event = partial(torch.cuda.Event, enable_timing=True)
     return microseconds(event, lambda begin, end: begin.elapsed_time(end), step)
 
 
 def copy_microseconds(xp: Any) -> float:
-    """Of a copy on the device, 8 bytes an element."""
+    """Microseconds of a copy on the device, 8 bytes an element."""
     source, to = gaussians(xp, 2)
     size = source.nbytes
     return cupy_microseconds(
@@ -293,7 +264,7 @@ def copy_microseconds(xp: Any) -> float:
 
 
 def measure_speeds() -> Iterator[Speed]:
-    """The copy, then all tasks."""
+    """Measure the copy, then all tasks."""
     import cupy
 
     try:
@@ -316,7 +287,7 @@ def measure_speeds() -> Iterator[Speed]:
 def measure_in_subprocess(
     command: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu", "--kernels"),
 ) -> list[Speed]:
-    """:func:`measure_speeds` of a child, as far as it came; the last says what became of it if it did not end well."""
+    """The rows of :func:`measure_speeds` from a subprocess; the last row says how it ended if it failed."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         clock = threading.Timer(KERNEL_SECONDS, child.kill)
         clock.start()
@@ -329,14 +300,14 @@ def measure_in_subprocess(
 
 
 def print_speeds() -> int:
-    """In the subprocess: a line of JSON for each."""
+    """In the subprocess: print a line of JSON for each task."""
     for each in measure_speeds():
         harness.emit(json.dumps(each))
     return 0
 
 
 def run_tests(seconds: float) -> str:
-    """The tests' last line; what failed is on the screen."""
+    """Run the tests; return their summary line and print the failures."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as tests:
         try:
@@ -351,7 +322,7 @@ def run_tests(seconds: float) -> str:
 
 
 def bench_allreduce(ranks: int, way: str) -> tuple[list[dict[str, Any]], str]:
-    """Rows of ``hpccomm bench allreduce -d cuda`` by one way, or why there are none."""
+    """Rows of ``hpccomm bench allreduce -d cuda`` by one transport, or the reason why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         flags = ["-m", "1Ki:64Mi", "--stepfactor", "16", "-i", "20", "-x", "5", "-c", "-u", "1", "--json", str(file)]
@@ -371,14 +342,14 @@ def bench_allreduce(ranks: int, way: str) -> tuple[list[dict[str, Any]], str]:
 
 
 class Results(NamedTuple):
-    """Of one run."""
+    """The results of one run."""
 
     device: str
     driver: str
     tests: str
     kernels: Sequence[Speed]
     collectives: dict[tuple[int, str], tuple[list[dict[str, Any]], str]]
-    """By ranks and way."""
+    """By ranks and transport."""
     seconds: float
     date: str
 
@@ -391,7 +362,7 @@ def page(found: Results) -> str:
         "",
         f"`scripts/test_gpu`, {found.date}, {found.seconds:.0f} s; {found.driver}; {software}.",
         "",
-        f"Tests (kernels, and every collective by every way on 1, 2 and 4 ranks that share the device): {found.tests}.",
+        f"Tests (kernels; collectives with every transport; 1, 2 and 4 ranks that share the device): {found.tests}.",
         "",
         f"## Kernels, {ELEMENTS * 4 // 1_000_000} MB of float32",
         "",
@@ -416,7 +387,7 @@ def page(found: Results) -> str:
 
 
 def kernel_line(speed: Speed) -> str:
-    """One row."""
+    """A task's row of the table."""
     if speed.trouble:
         return f"| {speed.title} | {speed.trouble} | - | - | - |"
     by_torch = ("-", "-") if speed.torch_us is None else (f"{speed.torch_us:.0f}", f"{speed.torch_us / speed.us:.1f}×")
@@ -424,7 +395,7 @@ def kernel_line(speed: Speed) -> str:
 
 
 def collective_table(found: Results, ranks: int) -> list[str]:
-    """A row a size, a column a way; below why ways are missing."""
+    """A row a size, a column a transport; below, the reason for each missing transport."""
     ways = {way: each for (count, way), each in found.collectives.items() if count == ranks}
     there = [way for way, (rows, _) in ways.items() if rows]
     sizes = sorted({row["bytes"] for rows, _ in ways.values() for row in rows})
@@ -436,12 +407,12 @@ def collective_table(found: Results, ranks: int) -> list[str]:
 
 
 def cell(row: dict[str, Any]) -> str:
-    """A time; wrong results are said."""
+    """A time, with a mark if the result was wrong."""
     return f"{row['p50_us']:.0f}" + ("" if row["validated"] else " (wrong)")
 
 
 def ipc_ratio(found: Results) -> float | None:
-    """Staging over the faster of the direct ways, 2 ranks, 64 MiB."""
+    """Time of staging divided by that of the faster direct transport, 2 ranks, 64 MiB."""
     times = {
         way: row["p50_us"]
         for (ranks, way), (rows, _) in found.collectives.items()
@@ -458,7 +429,7 @@ def slug(name: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """All of it."""
+    """Measure everything and write the page."""
     parser = argparse.ArgumentParser(prog="scripts/test_gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the page (docs/measurements)")
     parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
@@ -487,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def try_bench_allreduce(ranks: int, way: str) -> tuple[list[dict[str, Any]], str]:
-    """:func:`bench_allreduce`, or why not even a launcher was found."""
+    """Call :func:`bench_allreduce`; return the error as a reason if there is no launcher."""
     try:
         return bench_allreduce(ranks, way)
     except HpccommError as error:

@@ -217,11 +217,6 @@ class Record:
         there = {self.identify(row) for rows in self.lists.values() for row in rows}
         return not there.issuperset(keys)
 
-    def add(self, row: Any) -> None:
-        """Keep one more row."""
-        self.rows.append(row)
-        self.write()
-
     def write(self) -> None:
         """Write the file at once or not at all, a row a line."""
         if self.file is None:

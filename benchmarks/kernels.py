@@ -1,10 +1,10 @@
 """The kernels of compressed exchange beside NumPy and PyTorch, on one thread, in turns.
 
-*n float32; in every round each contender of a task has its turn, and so has a plain add of two vectors into a third.*
-A turn is one run of what does not fit into caches; of shorter vectors five runs, the first to bring them in, and the
-median of the others.  Ratios are of the same round, their median is printed with the least and the largest.  "Of an
-add" is the bandwidth over the bytes that a task must at least move, by that of the add over its 12n bytes.  Before
-anything is timed, the compiled kernel gives the bits of the NumPy reference on the same vectors.
+*n float32; in every round each contender of a task has one turn, and so has a plain add of two vectors into a third.*
+A turn is one run if the vectors do not fit into caches; of shorter vectors it is five runs, the first of which loads
+the caches, and the median of the others.  Ratios are taken within a round, and their median is printed with the least
+and the largest.  "Of an add" is the bandwidth over the bytes that a task must at least move, divided by that of the add
+over its 12n bytes.  Before the timing, the compiled kernel must give the bits of the NumPy reference.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from hpccomm.kernels.dispatch import compression
 SIZES = (25_000_000, 1_000_000)
 DENSITY, MOMENTUM, MESSAGES, BUCKET = 0.001, 0.9, 8, 512
 THRESHOLD = 3.29
-"""Standard deviations that 0.1 % of Gaussians reach."""
+"""Standard deviations that 0.1 % of Gaussian elements reach."""
 TAU = 400.0
-"""Of threshold compression, in standard deviations of the gradient: of backlogs anywhere below it 0.1 % get there."""
+"""GTC's threshold in standard deviations of the gradient: 0.1 % of uniform residuals below it reach it in a step."""
 OURS, NUMPY, TORCH, ADD = "ours", "NumPy", "PyTorch", "add"
 F32 = np.float32
 CACHE_ELEMENTS = 1 << 22
@@ -41,48 +41,58 @@ Step = Callable[[], Any]
 
 
 class Task(NamedTuple):
-    """What is measured."""
+    """One kernel, and the same work by NumPy and PyTorch."""
 
     title: str
     bytes: float
-    """An element, that must be read or written."""
+    """Bytes an element that must be read or written."""
     ours: Callable[[ModuleType, int], Step]
     """By the compiled kernels, or by their reference."""
     numpy: Callable[[int], Step] | None = None
     torch: Callable[[int], Step] | None = None
     goals: dict[str, float] = {}  # noqa: RUF012  # not written
-    """How many times as fast it is meant to be."""
+    """Aims: how many times as fast as another contender."""
 
 
 def numbers(n: int, seed: int) -> Any:
-    """Gaussians, float32."""
+    """Gaussian float32 numbers."""
     return np.random.default_rng(seed).standard_normal(n, F32)
 
 
 def tensor(n: int, seed: int) -> Any:
-    """The same as a tensor of PyTorch."""
+    """The same numbers as a PyTorch tensor."""
     import torch
 
     return torch.from_numpy(numbers(n, seed))
 
 
 def selection_size(n: int) -> int:
-    """Elements that are sent."""
+    """The number of elements that are sent."""
     return max(1, round(DENSITY * n))
+
+
+def with_numpy(call: Callable[[Any], Any]) -> Callable[[int], Step]:
+    """NumPy's way: a function of one vector."""
+    return lambda n: partial(call, numbers(n, 0))
+
+
+def with_torch(call: Callable[[Any], Any]) -> Callable[[int], Step]:
+    """PyTorch's way: a function of one tensor."""
+    return lambda n: partial(call, tensor(n, 0))
 
 
 # DGC: u <- mu + g, v <- v + u, the largest of v, which become 0 in v and u
 
 
 def dgc(kernels: ModuleType, n: int) -> Step:
-    """In one pass."""
+    """The kernel: one pass."""
     g, u, v = (numbers(n, seed) for seed in range(3))
     steps = iter(range(1 << 30))
     return lambda: kernels.momentum_select(g, u, v, MOMENTUM, selection_size(n), step=next(steps), least=0.8)
 
 
 def dgc_pass(kernels: ModuleType, n: int) -> Step:
-    """Momentum and velocity alone: no threshold, nothing that reaches it."""
+    """Momentum and velocity alone: an infinite threshold that no element reaches."""
     g, u, v = (numbers(n, seed) for seed in range(3))
 
     def step() -> Any:
@@ -97,7 +107,7 @@ def dgc_pass(kernels: ModuleType, n: int) -> Step:
 
 
 def dgc_numpy(n: int) -> Step:
-    """The threshold from one element in a hundred, as in the publication."""
+    """NumPy's: the threshold from one element in a hundred, as published."""
     (g, u, v), k, magnitude = (numbers(n, seed) for seed in range(3)), selection_size(n), np.empty(n, F32)
 
     def step() -> Any:
@@ -116,8 +126,13 @@ def dgc_numpy(n: int) -> Step:
 
 
 def dgc_torch(n: int) -> Step:
-    """Likewise."""
-    (g, u, v), k = (tensor(n, seed) for seed in range(3)), selection_size(n)
+    """PyTorch's, with the same threshold."""
+    return momentum_torch(*(tensor(n, seed) for seed in range(3)))
+
+
+def momentum_torch(g: Any, u: Any, v: Any) -> Step:
+    """DGC's step on tensors."""
+    k = selection_size(len(g))
 
     def step() -> Any:
         u.mul_(MOMENTUM).add_(g)
@@ -136,18 +151,18 @@ def dgc_torch(n: int) -> Step:
 
 
 def backlog(n: int) -> Any:
-    """As it is after many steps: anywhere between the thresholds."""
+    """A residual after many steps: uniform between the thresholds."""
     return np.random.default_rng(2).uniform(-TAU, TAU, n).astype(F32)
 
 
 def gtc(kernels: ModuleType, n: int) -> Step:
-    """In one pass."""
+    """The kernel: one pass."""
     r, g = backlog(n), numbers(n, 1)
     return lambda: kernels.threshold_words(r, g, r, TAU)
 
 
 def gtc_numpy(n: int) -> Step:
-    """Only what was selected is looked at again."""
+    """NumPy's: only selected elements are read again."""
     r, g, magnitude = backlog(n), numbers(n, 1), np.empty(n, F32)
 
     def step() -> Any:
@@ -163,10 +178,14 @@ def gtc_numpy(n: int) -> Step:
 
 
 def gtc_torch(n: int) -> Step:
-    """Likewise."""
+    """PyTorch's."""
     import torch
 
-    r, g = torch.from_numpy(backlog(n)), tensor(n, 1)
+    return threshold_torch(torch.from_numpy(backlog(n)), tensor(n, 1))
+
+
+def threshold_torch(r: Any, g: Any) -> Step:
+    """GTC's step on tensors."""
 
     def step() -> Any:
         r.add_(g)
@@ -183,7 +202,7 @@ def gtc_torch(n: int) -> Step:
 
 
 def onebit(kernels: ModuleType, n: int) -> Step:
-    """In two passes."""
+    """The kernel: two passes."""
     r, g, bits = numbers(n, 0), numbers(n, 1), np.empty(n // 8, np.uint8)
 
     def step() -> Any:
@@ -195,7 +214,7 @@ def onebit(kernels: ModuleType, n: int) -> Step:
 
 
 def onebit_numpy(n: int) -> Step:
-    """In as many passes as there are operations."""
+    """NumPy's: one pass an operation."""
     r, g, magnitude = numbers(n, 0), numbers(n, 1), np.empty(n, F32)
 
     def step() -> Any:
@@ -210,7 +229,7 @@ def onebit_numpy(n: int) -> Step:
 
 
 def onebit_torch(n: int) -> Step:
-    """Likewise; bits are packed by NumPy, which is faster than what PyTorch offers."""
+    """PyTorch's; NumPy packs the bits, which is faster than PyTorch's operations."""
     import torch
 
     r, g = tensor(n, 0), tensor(n, 1)
@@ -230,51 +249,33 @@ def onebit_torch(n: int) -> Step:
 
 
 def largest(kernels: ModuleType, n: int) -> Step:
-    """By a sampled threshold."""
+    """The kernel: by a sampled threshold."""
     x, steps = numbers(n, 0), iter(range(1 << 30))
     return lambda: kernels.select_largest(x, selection_size(n), next(steps), 0.8)
 
 
-def largest_numpy(n: int) -> Step:
-    """Exactly."""
-    x = numbers(n, 0)
-    return lambda: np.argpartition(np.abs(x), n - selection_size(n))[n - selection_size(n) :]
-
-
-def largest_torch(n: int) -> Step:
-    """Exactly."""
-    x = tensor(n, 0)
-    return lambda: x.abs().topk(selection_size(n), sorted=False).indices
-
-
 def select(kernels: ModuleType, n: int) -> Step:
-    """Where elements reach a threshold."""
+    """The kernel: the elements that reach a threshold."""
     x = numbers(n, 0)
     return lambda: kernels.select_threshold(x, THRESHOLD)
 
 
-def select_numpy(n: int) -> Step:
-    """Likewise."""
-    x = numbers(n, 0)
-    return lambda: np.flatnonzero(np.abs(x) >= F32(THRESHOLD)).astype(np.uint32)
-
-
-def select_torch(n: int) -> Step:
-    """Likewise."""
-    x = tensor(n, 0)
-    return lambda: (x.abs() >= THRESHOLD).nonzero().flatten()
+largest_numpy = with_numpy(lambda x: np.argpartition(np.abs(x), -selection_size(x.size))[-selection_size(x.size) :])
+largest_torch = with_torch(lambda x: x.abs().topk(selection_size(len(x)), sorted=False).indices)
+select_numpy = with_numpy(lambda x: np.flatnonzero(np.abs(x) >= F32(THRESHOLD)).astype(np.uint32))
+select_torch = with_torch(lambda x: (x.abs() >= THRESHOLD).nonzero().flatten())
 
 
 # Sums of messages
 
 
 def signs_messages(n: int) -> list[tuple[Any, float, float]]:
-    """Bits and what they stand for."""
+    """Messages of bits and two values."""
     return [(np.packbits(numbers(n, seed) >= 0), 0.5 + seed, -0.5 - seed) for seed in range(MESSAGES)]
 
 
 def add_signs(kernels: ModuleType, n: int) -> Step:
-    """In one pass."""
+    """The kernel: one pass."""
     messages, out = signs_messages(n), np.zeros(n, F32)
 
     def step() -> Any:
@@ -285,7 +286,7 @@ def add_signs(kernels: ModuleType, n: int) -> Step:
 
 
 def add_signs_numpy(n: int) -> Step:
-    """One message after the other."""
+    """NumPy's: one message after the other."""
     messages, out = signs_messages(n), np.zeros(n, F32)
 
     def step() -> Any:
@@ -297,7 +298,7 @@ def add_signs_numpy(n: int) -> Step:
 
 
 def sparse_messages(n: int) -> list[tuple[Any, Any]]:
-    """0.1 % of the elements each."""
+    """Messages of 0.1 % of the elements each."""
     found = []
     for seed in range(MESSAGES):
         index = reference.cell_indices(n, selection_size(n), seed)
@@ -306,7 +307,7 @@ def sparse_messages(n: int) -> list[tuple[Any, Any]]:
 
 
 def scatter(kernels: ModuleType, n: int) -> Step:
-    """In rank order."""
+    """The kernel: in rank order."""
     messages, out = sparse_messages(n), np.zeros(n, F32)
 
     def step() -> Any:
@@ -317,7 +318,7 @@ def scatter(kernels: ModuleType, n: int) -> Step:
 
 
 def scatter_numpy(n: int) -> Step:
-    """The indices of a message are distinct."""
+    """NumPy's: the indices of a message are distinct."""
     messages, out = sparse_messages(n), np.zeros(n, F32)
 
     def step() -> Any:
@@ -329,7 +330,7 @@ def scatter_numpy(n: int) -> Step:
 
 
 def scatter_torch(n: int) -> Step:
-    """Likewise."""
+    """PyTorch's."""
     import torch
 
     found = sparse_messages(n)
@@ -368,7 +369,7 @@ def encode_kernel(name: str, *arguments: Any) -> Callable[[ModuleType, int], Ste
 
 
 def encode_into_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, int], Step]:
-    """Likewise, in memory that was written before: the first write to a page of new memory costs more than the rest."""
+    """Such a kernel with memory that was written before: the first write to a new page costs more than the kernel."""
 
     def make(kernels: ModuleType, n: int) -> Step:
         if kernels is reference:
@@ -395,7 +396,7 @@ def add_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, 
 
 
 def range_codes(kernels: ModuleType, n: int) -> Step:
-    """The extremes, and codes between them, likewise."""
+    """The extremes, and codes between them, into memory that was written before."""
     if kernels is reference:
         return encode_kernel("range_codes")(kernels, n)
     x, room = numbers(n, 0), np.zeros(n, np.uint8)
@@ -408,66 +409,47 @@ def range_codes(kernels: ModuleType, n: int) -> Step:
 
 
 def qsgd(kernels: ModuleType, n: int) -> Step:
-    """Norms, and levels at random."""
+    """Norms, and randomly rounded levels."""
     x = numbers(n, 0)
     return lambda: kernels.qsgd(x, kernels.bucket_norms(x, BUCKET), BUCKET, 127, 5)
 
 
 def half_numpy(n: int) -> Step:
-    """To float16."""
+    """NumPy's conversion to float16."""
     x, room = numbers(n, 0), np.zeros(n, np.float16)
     return lambda: np.copyto(room, x, casting="same_kind")
 
 
-def half_torch(n: int) -> Step:
-    """To float16."""
-    x = tensor(n, 0)
-    room = x.half()
-    return lambda: room.copy_(x)
-
-
-def bfloat16_torch(n: int) -> Step:
-    """To bfloat16."""
-    x = tensor(n, 0)
-    room = x.bfloat16()
-    return lambda: room.copy_(x)
-
-
 def add_half_numpy(n: int) -> Step:
-    """From float16."""
+    """NumPy's sum with a float16 vector."""
     x, out = numbers(n, 0).astype(np.float16), np.zeros(n, F32)
     return lambda: np.add(out, x, out=out)
 
 
-def add_half_torch(n: int) -> Step:
-    """From float16."""
-    x, out = tensor(n, 0).half(), tensor(n, 1)
-    return lambda: out.add_(x)
+def encode_torch(dtype: str) -> Callable[[int], Step]:
+    """PyTorch's conversion to a narrower type."""
+
+    def make(n: int) -> Step:
+        x = tensor(n, 0)
+        out = getattr(x, dtype)()
+        return lambda: out.copy_(x)
+
+    return make
 
 
-def add_bfloat16_torch(n: int) -> Step:
-    """From bfloat16."""
-    x, out = tensor(n, 0).bfloat16(), tensor(n, 1)
-    return lambda: out.add_(x)
+def add_torch(dtype: str) -> Callable[[int], Step]:
+    """PyTorch's sum with a vector of a narrower type."""
+
+    def make(n: int) -> Step:
+        x, out = getattr(tensor(n, 0), dtype)(), tensor(n, 1)
+        return lambda: out.add_(x)
+
+    return make
 
 
-def finite_numpy(n: int) -> Step:
-    """One pass to look, one to conclude."""
-    x = numbers(n, 0)
-    return lambda: np.isfinite(x).all()
-
-
-def finite_torch(n: int) -> Step:
-    """Likewise."""
-    x = tensor(n, 0)
-    return lambda: x.isfinite().all()
-
-
-def pack_numpy(n: int) -> Step:
-    """Signs."""
-    x = numbers(n, 0)
-    return lambda: np.packbits(x >= 0)
-
+finite_numpy = with_numpy(lambda x: np.isfinite(x).all())
+finite_torch = with_torch(lambda x: x.isfinite().all())
+pack_numpy = with_numpy(lambda x: np.packbits(x >= 0))
 
 TASKS = (
     Task("DGC: momentum, velocity, threshold, selection, masking", 20, dgc, dgc_numpy, dgc_torch, {NUMPY: 3, TORCH: 6}),
@@ -482,12 +464,12 @@ TASKS = (
     Task("all finite?", 4, read_kernel("all_finite"), finite_numpy, finite_torch),
     Task("largest magnitude", 4, read_kernel("largest_magnitude")),
     Task("sums of elements and squares", 4, read_kernel("moments")),
-    Task("to float16", 6, encode_into_kernel("to_half", np.uint16, False), half_numpy, half_torch),
-    Task("to bfloat16", 6, encode_into_kernel("to_bfloat16", np.uint16, False), None, bfloat16_torch),
+    Task("to float16", 6, encode_into_kernel("to_half", np.uint16, False), half_numpy, encode_torch("half")),
+    Task("to bfloat16", 6, encode_into_kernel("to_bfloat16", np.uint16, False), None, encode_torch("bfloat16")),
     Task("to int8", 5, encode_into_kernel("to_int8", np.int8, 0.04)),
     Task("256 values over the range", 9, range_codes),
-    Task("add float16", 10, add_kernel("add_half", np.uint16), add_half_numpy, add_half_torch),
-    Task("add bfloat16", 10, add_kernel("add_bfloat16", np.uint16), None, add_bfloat16_torch),
+    Task("add float16", 10, add_kernel("add_half", np.uint16), add_half_numpy, add_torch("half")),
+    Task("add bfloat16", 10, add_kernel("add_bfloat16", np.uint16), None, add_torch("bfloat16")),
     Task("add int8", 9, add_kernel("add_int8", np.int8, 0.25)),
     Task("QSGD, 127 levels", 9, qsgd),
     Task("natural compression", 5, encode_into_kernel("natural", np.uint8, 5)),
@@ -496,7 +478,7 @@ TASKS = (
 
 
 def plain_add(n: int) -> Step:
-    """The yardstick."""
+    """The reference of all bandwidths: an add of two vectors into a third."""
     a, b, c = numbers(n, 0), numbers(n, 1), np.zeros(n, F32)
     return lambda: np.add(a, b, out=c)
 
@@ -507,7 +489,7 @@ class Row(NamedTuple):
     task: Task
     n: int
     ms: dict[str, list[float]]
-    """Of each contender, a number a round."""
+    """Milliseconds of each contender, a number a round."""
 
     def ratios(self, other: str) -> list[float]:
         """How many times as fast as another, round by round, in order of size; nothing if that did not run."""
@@ -532,7 +514,7 @@ def row_of(record: dict[str, Any]) -> Row:
 
 
 def check(task: Task, n: int) -> None:
-    """Raise unless the compiled kernel gives the reference's bits, twice."""
+    """Raise HpccommError unless the compiled kernel gives the reference's bits, twice."""
     ours, theirs = task.ours(compression(), n), task.ours(reference, n)
     for _ in range(2):
         if not has_same_bits(ours(), theirs()):
@@ -547,7 +529,7 @@ def has_same_bits(a: Any, b: Any) -> bool:
 
 
 def measure_task(task: Task, n: int, rounds: int) -> Row:
-    """All contenders in turns; one round warms up."""
+    """Measure all contenders in turns, after one round to warm up."""
     steps: dict[str, Step] = {ADD: plain_add(n), OURS: task.ours(compression(), n)}
     if task.numpy:
         steps[NUMPY] = task.numpy(n)
@@ -558,7 +540,7 @@ def measure_task(task: Task, n: int, rounds: int) -> Row:
 
 
 def time_run(step: Step, runs: int) -> float:
-    """Milliseconds of a run; of several the median without the first."""
+    """Milliseconds of a run; of several runs the median without the first."""
     found = [1e3 * harness.time_local(step) for _ in range(runs)]
     return median(found[1:] or found)
 

@@ -1,11 +1,11 @@
 """The least time of an allreduce that this node permits, beside the time that an allreduce takes.
 
-In one launch, size by size and in turns: native MPI and ours as they are called from Python; the kernel of ours called
-from a compiled loop, so that no Python is in it; and that kernel with nobody waiting for anybody, so that nothing is
-left but the bytes that it must move between the cores' caches and memory.  For few bytes: a call of native MPI that
-has nobody to talk to, which is what its arguments cost, and a meeting of all ranks with nothing to reduce.
+One launch measures, size by size and in turns: native MPI and ours, called from Python; our kernel, called from a
+compiled loop without Python; and that kernel without its waits for other ranks, which leaves only the bytes that it
+must move between the cores' caches and memory.  For few bytes it also measures native MPI on one rank, which is the
+cost of a call's arguments, and a barrier of all ranks.
 
-Native MPI's time by that floor is how many times as fast as native MPI an allreduce can be here.
+Native MPI's time divided by the least time is the largest ratio to native that an allreduce can reach here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from benchmarks import harness
 
 SIZES = [4 << 2 * k for k in range(14)]
 SECONDS, MOST_CALLS = 4e-3, 2000
-"""For how long something is timed in one turn, and how many calls at most; one call at least."""
+"""Seconds of one turn, and the most calls in it; at least one call."""
 TURNS = 9
 SMALL = 4096
-"""Bytes up to which a call's arguments and a meeting are most of it."""
+"""Bytes up to which a call's arguments and the barrier take most of the time."""
 OURS = ("auto", "registered")
 RATIOS = ("times native", "at most", "of that reached")
 
@@ -35,7 +35,7 @@ Times = dict[str, float]
 
 
 def kernel_loops() -> dict[str, Callable[[int, int], None]]:
-    """Loops that call a kernel: as it is, with nobody waiting, and a meeting."""
+    """Compiled loops that call the kernel as it is, the kernel without waits, and the barrier."""
     from hpccomm.kernels import compiled
 
     def on(kernel: Any) -> Any:
@@ -55,22 +55,22 @@ def kernel_loops() -> dict[str, Callable[[int, int], None]]:
 
 
 def skip_rank_wait(state, q, number):  # type: ignore[no-untyped-def]
-    """In place of waiting for a rank at the beginning."""
+    """Replaces the wait for a rank at the beginning."""
     return 0
 
 
 def skip_count_wait(state, q, counter, count):  # type: ignore[no-untyped-def]
-    """In place of waiting for a block of a rank."""
+    """Replaces the wait for a block of one rank."""
     return True
 
 
 def skip_all_wait(state, counter, count):  # type: ignore[no-untyped-def]
-    """In place of waiting for a block of all ranks."""
+    """Replaces the wait for a block of all ranks."""
     return True
 
 
 def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
-    """One launch: medians over the turns, for each size (collective)."""
+    """The rows of one launch: medians over the turns, for each size (collective)."""
     from mpi4py import MPI
 
     from hpccomm import Communicator
@@ -82,7 +82,7 @@ def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
     meeting, alone = call_of(shared.bind_barrier(0)), MPI.COMM_SELF
     rows = []
     for nbytes in sizes:
-        n, hasty = nbytes // 4, SharedMemory(comm.context.node)  # in which ranks that do not wait lose count
+        n, hasty = nbytes // 4, SharedMemory(comm.context.node)  # kernels without waits corrupt its counters
         a, b, r, h = np.ones(n, "f4"), np.empty(n, "f4"), comm.zeros(n, "f4"), hasty.empty(n, "f4")
         runs: dict[str, Callable[[int], None]] = {
             "native": repeat(partial(MPI.COMM_WORLD.Allreduce, a, b)),
@@ -103,7 +103,7 @@ def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
 
 
 def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
-    """A call, as often as is said."""
+    """A loop over a call."""
 
     def run(calls: int) -> None:
         for _ in range(calls):
@@ -122,7 +122,7 @@ def time_in_turns(comm: Any, runs: dict[str, Callable[[int], None]]) -> Times:
 
 
 def lower_bound(times: Times, ours: str) -> float:
-    """What stays however ours is built: the bytes moved; for few bytes, arguments read and ranks that meet."""
+    """The least time of any implementation: the bytes moved; for few bytes, the arguments and a barrier."""
     return max(times[f"{ours}, no waiting"], times.get("a meeting", 0.0) + times.get("native, one rank", 0.0))
 
 

@@ -1,10 +1,10 @@
 """Steps of MiCS and ZeRO-3 on the nodes of a virtual cluster, and gathers and reduce-scatters in two levels.
 
-*N nodes of k = 2 ranks, p = k, s = 4 micro-steps, M bytes of parameters in float32, layers of one size.*  All ways run
-in every round, in turns; a time is that of the slowest rank.  Gradients are constants and a layer's computing is a wait
-of a given length, as for a device that computes: sixteen ranks share the machine's cores, which could not compute for
-all.  Where nothing is computed nothing is gathered ahead.  After its steps every way has the same weights, bit for bit.
-"Alone" is MiCS without a second hop: what the machine needs where nothing is sent between nodes.  Bytes are those that
+*N nodes of k = 2 ranks, p = k, s = 4 micro-steps, M bytes of parameters in float32, layers of one size.*  All ways take
+turns in every round; a time is that of the slowest rank.  Gradients are constants, and the computing of a layer is a
+wait of a given length, as on a device: sixteen ranks share the machine's cores, which could not compute for all of
+them.  Settings without computing do not prefetch.  After its steps every way has the same weights, bit for bit.
+"Alone" is MiCS without a second hop: the time of the machine where nothing is sent between nodes.  Bytes are those that
 the first node's link has sent.
 """
 
@@ -34,37 +34,37 @@ GATHER_BYTES = (16384, 131072, 1048576, 8388608)
 ROUNDS = 5
 LR = 2.0**-10
 GOODPUT = 0.95
-"""Of a link's rate, what is not headers."""
+"""Share of a link's rate that is not headers."""
 ALPHA_US = {2: 14.0, 4: 27.0, 8: 61.0}
-"""A round of a ring of four bytes, by nodes of two ranks, on this machine (docs/measurements/cluster.md)."""
+"""Latency of a ring's round with four bytes, by nodes of two ranks (docs/measurements/cluster.md)."""
 P4D = Machine(Link(5.0, 1e-3 / 230), Link(20.0, 1e-3 / 40), 0.0, "p4d.24xlarge: 8 A100, 400 Gbit/s, assumed rates")
 LARGE = Job(100e9, 80, MICRO_STEPS, 2e6 * 100e9 / 80 * 2048 / 170e12, shard_word=2)
 """100 billion parameters in 80 layers, 2048 tokens a micro-step at the published 170 TFLOPS; the layers are assumed."""
 ZERO_SCALING = 0.72
-"""Of ZeRO-3 from 128 to 512 GPUs, as published."""
+"""Share of its throughput that ZeRO-3 keeps from 128 to 512 GPUs, as published."""
 
 
 class Setting(NamedTuple):
-    """What is trained."""
+    """One training job on the cluster."""
 
     name: str
     layers: int
     elements: int
-    """Of a layer."""
+    """Elements of a layer."""
     wait_ms: float
-    """A layer's computing forward; backward takes twice as long."""
+    """Forward computing of a layer; the backward pass takes twice as long."""
     rate: str
     rounds: int
     methods: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
-        """M."""
+        """Bytes of all parameters, M."""
         return 4 * self.layers * self.elements
 
     @property
     def compute_s(self) -> float:
-        """All computing of a step."""
+        """Seconds of computing in a step."""
         return 3e-3 * self.wait_ms * self.layers * MICRO_STEPS
 
 
@@ -75,19 +75,19 @@ SETTINGS = (
     Setting("slow-links", 8, 1 << 16, 0.0, "250mbit", 5, (MICS, AUTO, NATIVE_MPI, RINGS, LEVELS, ALONE)),
     Setting("device", 8, 1 << 13, 40.0, "125mbit", 3, (MICS, AUTO, RINGS, ALONE)),
 )
-"""All nodes share this machine's cores, which a cluster has once a node: with links slower and layers shorter in the
-same measure links take as long as before, and the cores a part of it.  The device computes for long enough that
-communication is little of a step, as with large models."""
+"""All nodes share this machine's cores, and a cluster has cores on every node.  With slower links and layers shorter by
+the same factor the links take as long as before, and the cores a part of that time.  The device computes for so long
+that communication is a small part of a step, as with large models."""
 SECOND_HOP = "allreduce=hierarchical"
-"""By name: what was measured at one rate does not decide at another."""
+"""The second hop's algorithm is fixed: a tuning table made at one rate does not hold at another."""
 UNPREDICTED = (AUTO, NATIVE_MPI, ALONE)
-"""By an algorithm that changes, or that MPI keeps to itself; or what predictions start from."""
+"""Ways without a prediction: their algorithm changes, or is MPI's own, or predictions start from them."""
 
 Shardings = dict[str, Callable[[Any, Any, Any, bool], Any]]
 
 
 def shardings() -> Shardings:
-    """Ways to divide the same states, from (communicator, units, optimizer, whether to gather on a thread)."""
+    """Ways to shard the same states: functions of (communicator, units, optimizer, whether to prefetch on a thread)."""
     from mpi4py import MPI
 
     from hpccomm.algorithms.sharded.groups import mics, partition_groups
@@ -115,7 +115,7 @@ def shardings() -> Shardings:
 
 
 def step(states: Any, names: Sequence[str], wait: float) -> None:
-    """Four micro-steps and the boundary."""
+    """One step: four micro-steps and the boundary."""
     for _ in range(MICRO_STEPS):
         walk = [*names, *reversed(names)]
         for at, name in enumerate(walk):
@@ -129,12 +129,12 @@ def step(states: Any, names: Sequence[str], wait: float) -> None:
 
 
 def read_link_bytes() -> int:
-    """What this node's link has sent."""
+    """Bytes that this node's link has sent."""
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text(encoding="ascii"))
 
 
 def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
-    """All ways in turns: seconds of a step, bytes on the link, and bytes by formula of each hop."""
+    """Measure all ways in turns: seconds of a step, bytes on the link, and the formula's bytes of each hop."""
     import numpy as np
 
     from hpccomm.algorithms.transforms import scale
@@ -177,7 +177,7 @@ ALL_MEASUREMENTS = (*(each.name for each in SETTINGS), *HALVES)
 
 
 def halves_of(comm: Any, name: str, rounds: int) -> dict[str, dict[int, list[float]]]:
-    """A vector gathered by all ranks, or reduced and scattered: seconds by way and length."""
+    """Seconds of an allgather, or of a reduce-scatter, of all ranks by way and length."""
     import numpy as np
 
     found: dict[str, dict[int, list[float]]] = {title: {} for title in ALGORITHM}
@@ -236,7 +236,7 @@ def setting_of(record: dict[str, Any]) -> Setting:
 
 
 def shape_of(title: str, nodes: int) -> Shape:
-    """How a way divides the states."""
+    """The groups of a way."""
     ranks = nodes * PER_NODE
     if title in (MICS, ALONE):
         return Shape(ranks, PER_NODE, PER_NODE)
@@ -244,7 +244,7 @@ def shape_of(title: str, nodes: int) -> Shape:
 
 
 def machine_of(nodes: int, rate: str) -> Machine:
-    """The links' nominal rate less headers, and the latency of a round of so many nodes."""
+    """The machine model: the links' nominal rate less headers, and the latency of a round on so many nodes."""
     beta = 8e6 / rate_of(rate) / GOODPUT
     return Machine(Link(0.0, 0.0), Link(ALPHA_US[nodes], beta), 0.0, "docs/measurements/cluster.md")
 
@@ -267,7 +267,7 @@ def predict_step(title: str, record: dict[str, Any]) -> float:
 
 
 def predict_bytes(title: str, record: dict[str, Any]) -> float:
-    """What a step sends through a node's link by the formulas, headers left out."""
+    """Bytes that a step sends through a node's link by the formulas, without headers."""
     if title == ALONE:
         return 0.0
     return setting_of(record).nbytes * link_volume(shape_of(title, record["nodes"]), MICRO_STEPS).total
@@ -302,7 +302,7 @@ def steps_table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def compare_fastest_zero(record: dict[str, Any]) -> str:
-    """MiCS beside the fastest of all ways that ZeRO-3 was run."""
+    """MiCS beside the fastest way of ZeRO-3."""
     found = record["found"]
     title = min((each for each in found if each.startswith(ZERO)), key=lambda each: median(found[each]["seconds"]))
     ratio = median(harness.ratios(found[title]["seconds"], found[MICS]["seconds"]))

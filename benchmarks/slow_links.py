@@ -1,15 +1,15 @@
 """One gradient over slow links, dense and compressed, on the nodes of a virtual cluster.
 
-*n float32, from each rank's gradient to the mean, or what stands for it, on every rank.*  All ways run in every round,
-in turns, the compressed ones several times back to back, as a link's first burst is free.  A time is the slowest
-rank's.  Three times of a way:
+*n float32, from each rank's gradient to the mean, or its approximation, on every rank.*  All ways take turns in every
+round.  Compressed ways run several times back to back, as an idle link lets a first burst through at once.  A time is
+that of the slowest rank.  Compressed ways have three times:
 
 - *all*: the whole call, while the processors of one machine compute for all nodes;
-- *messages*: as many and as long ones, ready made, that nobody looks at;
-- *computing*: the same work with an :class:`Echo` in place of the others, by the ranks of one node while the other
-  nodes rest, as on a machine of their own; the slowest node's.
+- *messages*: as many messages of the same lengths, prepared before and not decoded;
+- *computing*: the same work with an :class:`Echo` in place of the communicator, by the ranks of one node while the
+  other nodes are idle, as on separate machines; the time of the slowest node.
 
-``--even`` looks for the density at which a sparse allgather takes as long as a dense allreduce.
+``--even`` searches for the density at which a sparse allgather takes as long as a dense allreduce.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ RATES = ("1gbit", "100mbit")
 BREAK_EVEN_SHAPES, BREAK_EVEN_ELEMENTS = ((2, 1), (4, 1), (8, 1), (4, 2)), 1 << 20
 BREAK_EVEN_DENSITIES = (0.001, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
 TUNED, TUNED_SIZES = "native,ring,butterfly,bruck", "1Ki,64Ki,1Mi"
-"""Allgathers that are measured first, and the bytes of their results."""
+"""Algorithms of the allgather that are tuned first, and the bytes of their results."""
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-"""For glibc: memory that was given back stays with the process, as new pages cost a virtual machine most of all."""
+"""glibc keeps freed memory in the process, as new pages are expensive on a virtual machine."""
 GOODPUT = 0.95
-"""Of a link's rate, what is not headers."""
+"""Share of a link's rate that is not headers."""
 ALPHA_US = 25.0
 BACK_TO_BACK = 4
 ROUNDS = 3
@@ -61,48 +61,48 @@ class ExchangeMethod(NamedTuple):
     title: str
     make: Make
     talk: Callable[[Any], Call] | None = None
-    """(communicator) -> a call that sends messages as long; None for dense ones."""
+    """(communicator) -> a call that sends messages of the same lengths; None for dense methods."""
     price_name: str = ""
-    """By which name :mod:`hpccomm.performance.sparse_cost` prices the messages."""
+    """The row of :mod:`hpccomm.performance.sparse_cost` that prices the messages."""
     levels: bool = False
-    """Dense in the node; the nodes' first ranks compress and exchange."""
+    """Dense in the node; the first rank of each node compresses and exchanges."""
 
 
 class Echo:
-    """A communicator whose other ranks bring what this one brings: an exchange's work without its messages."""
+    """A communicator whose other ranks send what this rank sends: the work of an exchange without its messages."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.letters = rank, size, list[Any]()
+        self.rank, self.size, self.messages = rank, size, list[Any]()
 
     def Allgather(self, mine: Any, room: Any) -> None:
-        """Copies of mine."""
+        """Copies of ``mine``."""
         room.reshape(self.size, -1)[...] = mine
 
     def Allgatherv(self, mine: Any, room: Any) -> None:
-        """Copies of mine, as they are equally long."""
+        """Copies of ``mine``, as all messages have its length."""
         self.Allgather(mine, room[0])
 
     def Allreduce(self, mine: Any, room: Any, op: Any = None) -> None:
-        """As a maximum would be."""
+        """The maximum of equal vectors."""
         room[...] = mine
 
-    def Isend(self, letter: Any, to: int, tag: int) -> Echo:
-        """What :meth:`Recv` returns."""
-        self.letters.append(letter)
+    def Isend(self, message: Any, to: int, tag: int) -> Echo:
+        """Keep a message for :meth:`Recv`."""
+        self.messages.append(message)
         return self
 
     def Wait(self) -> None:
-        """It was sent."""
+        """The message was kept."""
 
     def Probe(self, source: int, tag: int, status: Any) -> None:
-        """How long it is."""
+        """The length of the next message."""
         from mpi4py import MPI
 
-        status.Set_elements(MPI.BYTE, self.letters[0].size)
+        status.Set_elements(MPI.BYTE, self.messages[0].size)
 
     def Recv(self, room: Any, source: int, tag: int) -> None:
-        """What was sent."""
-        room[...] = self.letters.pop(0)
+        """The next message."""
+        room[...] = self.messages.pop(0)
 
 
 # Ways
@@ -118,7 +118,7 @@ def native(comm: Any, gradient: Any) -> Call:
 
 
 def dense(comm: Any, gradient: Any) -> Call:
-    """Ours, by the algorithm that is fastest here."""
+    """Our allreduce, by the algorithm of the tuning table."""
     import numpy as np
 
     out = np.empty_like(gradient)
@@ -151,14 +151,14 @@ def topk() -> Any:
 
 
 def threshold() -> Any:
-    """GTC's threshold that 0.1 % reach."""
+    """GTC's threshold, which 0.1 % of the elements reach."""
     from hpccomm import threshold as made
 
     return made(density=DENSITY)
 
 
 def phases(comm: Any, gradient: Any) -> Call:
-    """One bit an element there and back."""
+    """1-bit reduce-scatter and allgather."""
     import numpy as np
 
     from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
@@ -169,7 +169,7 @@ def phases(comm: Any, gradient: Any) -> Call:
 
 
 def leader_exchange(make: Make) -> Make:
-    """Dense in the node, between the nodes as ``make`` says."""
+    """A dense reduction in the node, then ``make`` between the nodes."""
 
     def levels(comm: Any, gradient: Any) -> Call:
         import numpy as np
@@ -190,29 +190,29 @@ def leader_exchange(make: Make) -> Make:
 
 
 def allgather_messages(element_bytes: float) -> Callable[[Any], Call]:
-    """Messages of 0.1 % of the elements to all."""
+    """Messages as long as 0.1 % of the elements, to all ranks."""
 
     def talk(comm: Any) -> Call:
         import numpy as np
 
         from hpccomm.collectives.compressed.messages import gather_messages
 
-        letter = np.zeros(sparse_cost.HEADERS + round(element_bytes * DENSITY * ELEMENTS), np.uint8)
-        return lambda: gather_messages(comm, letter)
+        message = np.zeros(sparse_cost.HEADERS + round(element_bytes * DENSITY * ELEMENTS), np.uint8)
+        return lambda: gather_messages(comm, message)
 
     return talk
 
 
 def alltoall_messages(comm: Any) -> Call:
-    """A part of the bits for each rank, and back."""
+    """A block of bits to each rank, and back."""
     import numpy as np
 
     from hpccomm.collectives.compressed.messages import CountingComm, allgatherv
 
     wire = CountingComm(comm)
-    letter = np.zeros(4 + ELEMENTS // 8 // comm.size, np.uint8)
-    lengths = np.full(comm.size, letter.size)
-    return lambda: (wire.alltoall([letter] * comm.size), allgatherv(wire, letter, lengths))
+    message = np.zeros(4 + ELEMENTS // 8 // comm.size, np.uint8)
+    lengths = np.full(comm.size, message.size)
+    return lambda: (wire.alltoall([message] * comm.size), allgatherv(wire, message, lengths))
 
 
 EXCHANGE_METHODS = (
@@ -245,7 +245,7 @@ EXCHANGE_METHODS = (
 
 
 def wait_idle(comm: Any) -> None:
-    """A barrier that leaves the processor to others."""
+    """A barrier that sleeps, so that other ranks have the processor."""
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(0.001)
@@ -332,12 +332,12 @@ def launch_work(shape: tuple[int, int], rate: str, words: Sequence[str]) -> Any:
 
 
 def machine_of(rate: str) -> Machine:
-    """Links of a rate."""
+    """The machine model of a link rate."""
     return Machine(inter=Link(ALPHA_US, 8e6 / rate_of(rate) / GOODPUT))
 
 
 def messages_of(way: ExchangeMethod, rate: str) -> float:
-    """Seconds that the messages of a way should take, or the best dense allreduce."""
+    """Predicted seconds of the messages of a way, or of the best dense allreduce."""
     machine = machine_of(rate)
     if way.talk is None:
         return 1e-6 * sparse_cost.dense_cost(NODES, PER_NODE, 4 * ELEMENTS, machine)
@@ -370,12 +370,12 @@ def table(record: dict[str, Any]) -> str:
 
 
 def median_seconds(record: dict[str, Any], title: str) -> float:
-    """A way's seconds, NaN where it did not run."""
+    """A way's seconds, NaN if it did not run."""
     return median(record["all"].get(title, [math.nan]))
 
 
 def break_even_density(ratios: dict[float, float]) -> float:
-    """The density at which the ratio becomes 1, between neighbours on logarithmic scales; NaN where it does not."""
+    """The density at which the ratio is 1, interpolated on logarithmic scales; NaN if there is none."""
     for (low, a), (high, b) in pairwise(sorted(ratios.items())):
         if a <= 1 <= b:
             share = math.log(1 / a) / math.log(b / a) if b > a else 0.0
@@ -384,12 +384,12 @@ def break_even_density(ratios: dict[float, float]) -> float:
 
 
 def format_density(density: float) -> str:
-    """For people."""
+    """A density in words."""
     return f"above {BREAK_EVEN_DENSITIES[-1]:g}" if math.isnan(density) else f"{density:.2g}"
 
 
 def density_ratios(record: dict[str, Any]) -> tuple[dict[float, float], dict[float, float]]:
-    """Sparse by dense at each density: measured and predicted."""
+    """Time of sparse divided by that of dense at each density: measured and predicted."""
     (nodes, per_node), found = record["shape"], record["seconds"]
     machine, nbytes = machine_of(record["rate"]), 4 * BREAK_EVEN_ELEMENTS
     limit = sparse_cost.dense_cost(nodes, per_node, nbytes, machine)
@@ -422,7 +422,7 @@ def break_even_table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
-    """Above, times of each way; below, dense by sparse against density; a column a rate."""
+    """Upper row: times of each way; lower row: dense / sparse against density; a column a rate."""
     figure, [above, below] = harness.panels(11, 9, 2, len(RATES))
     for axes, record in zip(above, found.get("records", []), strict=False):
         draw_bars(axes, record)
@@ -432,7 +432,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
 
 
 def draw_bars(axes: Any, record: dict[str, Any]) -> None:
-    """All, and messages and computing on machines of their own."""
+    """The whole call; below it messages and computing on separate machines."""
     ways = [way for way in EXCHANGE_METHODS if way.title in record["all"]][::-1]
     places = range(len(ways))
     axes.barh(
@@ -457,7 +457,7 @@ def draw_bars(axes: Any, record: dict[str, Any]) -> None:
 
 
 def draw_lines(axes: Any, records: Sequence[dict[str, Any]], rate: str) -> None:
-    """Dense by sparse: points measured, lines predicted."""
+    """Dense / sparse: points measured, lines predicted."""
     for record, colour in zip(records, COLOURS, strict=False):
         measured, predicted = density_ratios(record)
         nodes, per_node = record["shape"]
@@ -474,7 +474,7 @@ def draw_lines(axes: Any, records: Sequence[dict[str, Any]], rate: str) -> None:
 
 
 def draw_by_rate(record: dict[str, Any], out: Path) -> None:
-    """Dense by compressed against the links' rate: messages predicted, computing as measured; nodes of one rank."""
+    """Dense / compressed against the links' rate: messages predicted, computing measured; nodes of one rank."""
     import numpy as np
 
     figure, [grid] = harness.panels(11, 4, 1, 3, sharey=True)
@@ -500,7 +500,7 @@ def draw_by_rate(record: dict[str, Any], out: Path) -> None:
 
 
 def identify(record: dict[str, Any]) -> tuple[Any, ...]:
-    """The rate, and of a search for the even density the shape."""
+    """The rate, and in a search for the break-even density the shape."""
     return record["rate"], *record.get("shape", ())
 
 
@@ -529,7 +529,7 @@ def main() -> int:
     record.recall_all(keys, lambda key: measure(*key), "even" if args.even else "records")
     for rows in record.lists.values():
         rows.sort(key=lambda each: -rate_of(each["rate"]))
-    harness.emit(*map(table, record.rows), break_even_table(record.lists["even"]))
+    harness.emit(*map(table, record.rows), *([break_even_table(record.lists["even"])] if record.lists["even"] else []))
     plot = harness.plot_file(args, args.file)
     draw(record.data, plot)
     if record.rows:

@@ -1,10 +1,10 @@
 """How long each method trains to the same accuracy, on the nodes of a virtual cluster.
 
 Every method trains the same network on the same text with as many passes, in turns over the seeds.  A time is the mean
-over the ranks of computing, exchanging and stepping, from the beginning to the end of the first pass after which the
-accuracy on the samples held out is reached; the goal is what the dense method has at its end, less one point.  In the
-first pass every rank loads compiled code, for seconds where ranks share cores: it counts as long as the second.
-Divided model states go with a network of their own, and are compared with ``ddp``, which divides nothing.
+over the ranks of computing, exchanging and stepping, from the beginning to the end of the first pass that reaches the
+goal on the test samples; the goal is the dense method's last accuracy less one point.  In the first pass every rank
+loads compiled code, which takes seconds where ranks share cores, so that pass counts as long as the second.  Methods
+with sharded model states train a network of their own, and are compared with ``ddp``, which shards nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from hpccomm.train.figure import seconds_of
 
 METHODS = "dense,gtc,dgc,onebit-adam,powersgd,bmuf,hybrid,ddp,mics"
 BASELINES = {"ddp": "ddp", "mics": "ddp"}
-"""What else than ``dense`` a method is compared with."""
+"""Baselines other than ``dense``."""
 NETWORK_FLAGS = ["--width", "128", "--layers", "2"]
-"""A network for these that the links carry: some 80,000 weights."""
+"""A network for these methods whose layers the links can carry: some 80,000 weights."""
 POINT = 0.01
-"""By how much less than the dense method's last accuracy is good enough."""
+"""The goal is the dense method's last accuracy less this."""
 
 Run = dict[str, Any]
 
@@ -39,18 +39,18 @@ def train_on_cluster(cluster: Cluster, shape: harness.Shape, method: str, seed: 
 
 
 def epoch_times(run: Run) -> list[float]:
-    """Seconds of each pass, the first one as long as the second."""
+    """Seconds of each pass; the first pass counts as long as the second."""
     times = [seconds_of(each) for each in run["epochs"]]
     return [*times[1:2], *times[1:]] or times
 
 
 def end_times(run: Run) -> list[float]:
-    """From the beginning to the end of each pass."""
+    """Seconds from the beginning to the end of each pass."""
     return list(accumulate(epoch_times(run)))
 
 
 def time_to_accuracy(run: Run, goal: float) -> float | None:
-    """Seconds to the end of the first pass that comes to ``goal``."""
+    """Seconds to the end of the first pass that reaches ``goal``; None if there is none."""
     times = end_times(run)
     return next((spent for each, spent in zip(run["epochs"], times, strict=True) if each["accuracy"] >= goal), None)
 

@@ -1,15 +1,16 @@
-"""GTC, BMUF and both in two tiers at 1 … 128 workers: accuracy trained, time measured or priced, published beside.
+"""GTC, BMUF and both in two tiers at 1 … 128 workers: errors are trained, times measured or priced.
 
-What is what:
+The columns, beside the published figures:
+
   tuned       each method at each number of workers on the same budget: so many trainings of one pass over four fifths
               of the samples, scored on the last fifth; a step up or down a ladder of factors of two for the rate, the
               threshold, the block's length and the block momentum, kept where it helps
-  error       trained: every worker is a rank (a thread), with its own share of Python's library as text; the next
-              character from 16, errors on other files, relative to one worker of plain SGD with the same seed after as
+  error       trained: every worker is a rank (a thread) with its own part of Python's library as text; it predicts the
+              next character from 16, on other files, relative to one worker of plain SGD with the same seed after as
               many passes through the data; mean and standard deviation over the seeds
   priced      one worker: measured.  More: a step's arithmetic, encoding and decoding measured here on one thread, and
-              the messages priced by the cost model (8 ranks a node, 25 us and 10 Gbit/s between nodes); nobody waits
-              for stragglers
+              the messages priced by the cost model (8 ranks a node, 25 us and 10 Gbit/s between nodes); without
+              stragglers
   fitted      GTC and BMUF: curves through their published speed-ups.  Hybrid: predicted from those two curves alone;
               the first number lets the time of a block's exchange follow all workers, the second the groups
   published   Ladkat et al., Interspeech 2019: an LSTM acoustic model on 2000 h of speech.  Another task, another
@@ -56,7 +57,7 @@ ERROR = {
 }
 """Published changes of the error rate."""
 JOB = ("samples", "epochs", "batch", "tries")
-"""Arguments that decide what is trained."""
+"""Arguments that define the job."""
 GROUP = 8
 """Workers of a group of the hybrid, and of a node."""
 TUNING_SEED = 100
@@ -64,10 +65,10 @@ TAU = 0.1
 
 
 class Settings(NamedTuple):
-    """What is tuned."""
+    """The settings that are tuned."""
 
     rate: float
-    """Of steps on the mean gradient of the ranks that exchange every step."""
+    """Rate of steps on the mean gradient of the ranks that exchange every step."""
     tau: float = TAU
     """Threshold, in the units of one rank's mean gradient."""
     period: int = 5
@@ -86,23 +87,23 @@ KNOBS = {"bmuf": ("rate", "rest", "period"), "gtc": ("rate", "tau"), "hybrid": (
 
 
 class Sent(NamedTuple):
-    """The exchange's state: what is not sent yet, and how many bytes were."""
+    """The exchange's state: the residual, and the bytes that were sent."""
 
     residual: Any
     nbytes: int
 
 
 def sum_compressed(tau: float) -> Callable[[Any], Transform]:
-    """Every rank sends what its backlog has at or beyond the threshold; all add all messages, in rank order."""
+    """An exchange: every rank sends its elements at or beyond the threshold; all messages are added in rank order."""
     compressor = threshold(tau)
 
     def exchange(group: Any) -> Transform:
         def update(gradient: Any, state: Sent, weights: Any) -> tuple[Any, Sent]:
             residual = np.empty_like(gradient)
             message = compressor.encode_feedback(state.residual, gradient, out=residual)
-            letters, total = group.allgather(message), np.zeros_like(gradient)
-            if group.rank == 0:  # what each would make of the letters, bit for bit, made once
-                compressor.decode_all(letters, total)
+            messages, total = group.allgather(message), np.zeros_like(gradient)
+            if group.rank == 0:  # every rank would decode the same bits: decode once
+                compressor.decode_all(messages, total)
             group.Bcast(total)
             return total, Sent(residual, state.nbytes + message.size)
 
@@ -112,7 +113,7 @@ def sum_compressed(tau: float) -> Callable[[Any], Transform]:
 
 
 def method(name: str, comm: Any, settings: Settings) -> Any:
-    """One of the three."""
+    """The transform of one of the three methods."""
     exchange = sum_compressed(settings.tau)
     if name == "gtc":
         return chain(exchange(comm), scale(-settings.rate / comm.size))
@@ -131,15 +132,15 @@ class Run(NamedTuple):
     seed: int
     settings: Settings
     error: float
-    """Share of the samples held out that are predicted wrong."""
+    """Share of the test samples that are predicted wrong."""
     message_bytes: float
-    """Sent by a worker in a step inside its group."""
+    """Bytes that a worker sends in a step inside its group."""
 
 
 def train(
     name: str, workers: int, seed: int, settings: Settings, data: Dataset, batch: int, epochs: int
 ) -> tuple[float, float]:
-    """Train with a thread for each worker; error and bytes of a message."""
+    """Train with a thread for each worker; return the error and the bytes of a message."""
     network = network_of(data)
 
     def body(comm: Any) -> tuple[Any, float]:
@@ -171,7 +172,7 @@ def train(
 
 
 def network_of(data: Dataset) -> Characters:
-    """15,337 weights."""
+    """The network, 15,337 weights."""
     return Characters(data.classes, width=8, hidden=64)
 
 
@@ -179,7 +180,7 @@ def network_of(data: Dataset) -> Characters:
 
 
 def climb(first: Settings, knobs: tuple[str, ...], tries: int, error: Callable[[Settings], float]) -> Settings:
-    """The best of ``tries`` settings: from ``first`` along the ladders, on in a direction while it helps."""
+    """The best of ``tries`` settings: steps along the ladders from ``first``, in a direction while it helps."""
     best, least, seen = first, error(first), {first}
     moves = [(knob, by) for knob in knobs for by in (2.0, 0.5)]
     while len(seen) < tries:
@@ -198,7 +199,7 @@ def climb(first: Settings, knobs: tuple[str, ...], tries: int, error: Callable[[
 
 
 def first_settings(name: str, workers: int, alone: Settings) -> Settings:
-    """Where tuning begins: one worker's best, the rate times the ranks that step together, momentum by the rule."""
+    """The first settings: one worker's best, the rate times the ranks that step together, momentum by the rule."""
     if name == "bmuf":
         return alone._replace(rest=1 / workers)
     together = workers if name == "gtc" else min(workers, GROUP)
@@ -246,24 +247,24 @@ def run_from(row: dict[str, Any]) -> Run:
 
 
 def median_time(run: Callable[[], Any], times: int = 30) -> float:
-    """Seconds."""
+    """Median seconds of a run."""
     return statistics.median(harness.time_local(run) for _ in range(times))
 
 
 class Costs(NamedTuple):
-    """Measured on this machine, seconds."""
+    """Measured costs, in seconds."""
 
     step: float
     """Gradient and update of one batch."""
     encode: float
     decode: float
-    """One message."""
+    """Decoding of one message."""
     block: float
     """The block filter."""
 
 
 def measure_costs(data: Dataset, batch: int) -> Costs:
-    """What a step consists of beside messages."""
+    """Measure the parts of a step other than messages."""
     network = network_of(data)
     tensors = initial_weights(network.shapes, 0)
     bucket = Bucket(tensors)
@@ -286,12 +287,12 @@ def measure_costs(data: Dataset, batch: int) -> Costs:
 
 
 def quickest(collective: str, nodes: int, per_node: int, nbytes: float) -> float:
-    """Seconds, by the cost model."""
+    """Seconds of the fastest algorithm by the cost model."""
     return predict(collective, nodes, per_node, nbytes)[0].us / 1e6 if nodes * per_node > 1 else 0.0
 
 
 def price_step(name: str, workers: int, cost: Costs, message: float, model: int, period: int) -> float:
-    """Seconds of one step."""
+    """Seconds of one step, by measured costs and priced messages."""
     nodes, per_node = -(-workers // GROUP), min(workers, GROUP)
     if workers == 1:
         return cost.step + (cost.encode + cost.decode if name != "bmuf" else 0)
@@ -310,7 +311,7 @@ def price_step(name: str, workers: int, cost: Costs, message: float, model: int,
 
 
 def fit_speed_ups(name: str, workers: int) -> list[float]:
-    """Speed-ups by curves through those published of GTC and BMUF; of the hybrid the least and the most."""
+    """Speed-ups by curves through the published ones of GTC and BMUF; for the hybrid the least and the most."""
     squares = np.array([each**2.0 for each in SPEED["gtc"]])
     overhead = np.array([each / speed - 1 for each, speed in SPEED["gtc"].items()])
     c = float(squares @ overhead / (squares @ squares))
@@ -341,7 +342,7 @@ class Row(NamedTuple):
     message_bytes: float
     step_us: float
     speed_up: float
-    """With that step."""
+    """Speed-up with that step."""
     fitted: list[float]
     published: float | None
     published_error: str

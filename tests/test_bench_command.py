@@ -109,9 +109,9 @@ def test_too_slow_is_a_failure_where_a_bandwidth_was_asked_for() -> None:
     [
         (1, "allreduce", "This test requires at least two processes\n"),
         (3, "osu_bw", "This test requires exactly two processes\n"),
-        (2, "allreduce --algorithm fastest", "algorithm 'fastest': for allreduce there is auto, native"),
-        (2, "bcast -k fixed:2", "-k fixed:2: there are 2 ranks"),
-        (2, "mumble", "say what to measure: allreduce"),
+        (2, "allreduce --algorithm fastest", "allreduce has no algorithm 'fastest': use auto, native"),
+        (2, "bcast -k fixed:2", "-k fixed:2: with 2 ranks use a root from 0 to 1"),
+        (2, "mumble", "there is no benchmark 'mumble': use one of allreduce"),
     ],
 )
 def test_one_rank_says_what_is_wrong(ranks: int, line: str, words: str) -> None:
@@ -155,7 +155,7 @@ def test_a_wrong_sum_ends_the_run_in_osus_words() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("-h", "measured: allreduce, reduce, bcast"),
+        ("-h", "benchmarks: allreduce, reduce, bcast"),
         ("allreduce -h", "as the OSU Micro-Benchmarks"),
         ("osu_bcast -v", "# OSU MPI Broadcast Latency Test v7.4"),
     ],

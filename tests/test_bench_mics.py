@@ -1,4 +1,4 @@
-"""The tables of MiCS beside ZeRO-3 say what was measured, and predict by the formulas."""
+"""The tables of MiCS beside ZeRO-3 show measured times and the predictions of the formulas."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def record(nodes: int, mics: float, zero: float) -> dict[str, Any]:
     return {"what": LINKS.name, "nodes": nodes, "per_node": 2, "rate": LINKS.rate, "found": found}
 
 
-def test_predictions_are_what_the_machine_needs_alone_and_the_links_time() -> None:
+def test_predictions_add_the_links_time_to_that_of_the_machine_alone() -> None:
     """8 MiB in layers of 1 MiB, four micro-steps; 8 nodes of two ranks at 0.95 of 1 Gbit/s and 61 us a round."""
     measured, model, layer = record(8, 1.0, 3.0), float(8 << 20), float(1 << 20)
     beta = machine_of(8, "1gbit").inter.beta

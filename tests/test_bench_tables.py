@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from itertools import count, pairwise
-from types import SimpleNamespace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -381,11 +380,11 @@ def test_times_of_single_calls_are_collected_only_where_somebody_asks() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("allreduce -m 8:4", "nothing to measure"),
-        ("allreduce -m :", "nothing to measure"),
+        ("allreduce -m 8:4", "there is no size from 8 to 4 bytes"),
+        ("allreduce -m :", "give -m MIN:MAX"),
         ("allreduce -m many", "no size"),
-        ("allreduce -i 0", "at least 1"),
-        ("allreduce -x -1", "no number"),
+        ("allreduce -i 0", "give 1 or more"),
+        ("allreduce -x -1", "no whole number: give 0 or more"),
         ("allreduce -z101", "percentiles"),
         ("allreduce -z1,2,3,4,5,6", "percentiles"),
         ("allreduce -T mpi_quad", "mpi_float"),
@@ -393,14 +392,15 @@ def test_times_of_single_calls_are_collected_only_where_somebody_asks() -> None:
         ("reduce -k somewhere", "fixed:R or rotate"),
         ("allreduce -W 5", "bw and bibw"),
         ("bcast -l", "-l"),
-        ("barrier -c", "nothing to check"),
+        ("barrier -c", "no data to check"),
         ("latency -f", "for collectives"),
         ("latency --algorithm ring", "for collectives"),
         ("bw --format nccl", "that move data"),
         ("allreduce --format nccl -m 8", "--minbytes"),
+        ("allreduce --format nccl -b 8 -e 4", "a minimum up to the maximum"),
         ("allreduce -b 8", "--format nccl"),
         ("allreduce --min-busbw 1", "--format nccl"),
-        ("allreduce D D", "placed"),
+        ("allreduce D D", "D D is no placement"),
         ("allreduce -d rocm", "host memory"),
         ("allreduce -Q", "unrecognized"),
     ],
@@ -484,40 +484,18 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Any, text: str) -> None:
         plot.draw([str(tmp_path / "missing.json")], str(tmp_path / "x.png"))
 
 
-# --- rounds that come in pieces --------------------------------------------------------------------
+# --- the table of every collective ----------------------------------------------------------------
 
 
-def test_launches_are_kept_one_by_one_and_those_missing_are_added(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock, launched = count(), list[tuple[int, str]]()
-
-    def measured(ranks: int, words: list[str]) -> dict[str, Any]:
-        launched.append((ranks, words[0]))
-        shape = {"collective": words[0], "ranks": ranks}
+def test_bandwidth_counts_the_bytes_that_ranks_must_at_least_read_or_write() -> None:
+    def launch(case: str, ranks: int) -> dict[str, Any]:
         rows = [("native", 8, 4.0), ("auto", 8, 2.0), ("native", 1 << 24, 16777.216), ("auto", 1 << 24, 1677.7216)]
+        shape = {"collective": case, "ranks": ranks}
         return {"rows": [{**shape, "algorithm": name, "bytes": size, "p50_us": us} for name, size, us in rows]}
 
-    def run(*words: str) -> dict[str, dict[str, int]]:
-        monkeypatch.setattr("sys.argv", ["bench_collectives", *words])
-        assert collectives.main() == 0
-        kept = json.loads((tmp_path / "collectives-some-mpi.json").read_text())
-        return {ranks: {name: len(each) for name, each in found.items() if each} for ranks, found in kept.items()}
-
-    monkeypatch.setattr(collectives, "CASES", {"bcast": ["bcast"], "reduce": ["reduce"]})
-    monkeypatch.setattr(collectives, "OUT", tmp_path)
-    monkeypatch.setattr(collectives, "launch_case", measured)
-    monkeypatch.setattr(collectives, "library", lambda: SimpleNamespace(family=SimpleNamespace(name="Some MPI")))
-    monkeypatch.setattr(collectives.time, "monotonic", lambda: next(clock))  # a second from look to look
-    assert run("2", "3", "--seconds", "3.5") == {"3": {"bcast": 2, "reduce": 1}}
-    assert launched == [(3, "bcast"), (3, "reduce"), (3, "bcast")]
-    assert run("2", "3", "5", "--more") == {str(ranks): {"bcast": 2, "reduce": 2} for ranks in (3, 5)}
-    assert launched[3:5] == [(3, "reduce"), (5, "bcast")]
-    assert len(launched) == 8
-    assert run("3", "3", "--more", "--case", "reduce")["3"] == {"bcast": 2, "reduce": 3}
-    printed = capsys.readouterr().out
-    assert "| 8 | **2.00** (2.00–2.00) | **2.00** (2.00–2.00) |" in printed
-    assert "| 16777216 | native | 4 | 4 |" in printed  # three ranks: two copies; three vectors read and one written
-    assert "| 16777216 | auto | 40 | 40 |" in printed
-    assert "| 16777216 | auto | 80 | 60 |" in printed  # five ranks
-    assert run("1", "5") == {"5": {"bcast": 1, "reduce": 1}}
+    three, five = ({case: [launch(case, ranks)] * 2 for case in ("bcast", "reduce")} for ranks in (3, 5))
+    assert "| 8 | **2.00** (2.00–2.00) | **2.00** (2.00–2.00) |" in collectives.ratio_table(three)
+    # three ranks: two copies; three vectors read and one written
+    assert "| 16777216 | native | 4 | 4 |" in collectives.speed_table(three)
+    assert "| 16777216 | auto | 40 | 40 |" in collectives.speed_table(three)
+    assert "| 16777216 | auto | 80 | 60 |" in collectives.speed_table(five)

@@ -1,4 +1,4 @@
-"""Time to accuracy: what is taken from the runs."""
+"""Time to accuracy: the figures that are computed from the runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.training import epoch_times, table, time_to_accuracy
 
 
 def run(method: str, accuracies: list[float], first: float = 9.0, seed: int = 0) -> dict[str, Any]:
-    """Passes of two steps that take 4 s, but for the first, in which code is loaded."""
+    """Passes of two steps that take 4 s, except the first, which loads compiled code."""
     times = [first, *[4.0] * (len(accuracies) - 1)]
     epochs = [
         {"accuracy": a, "compute_s": t / 4, "communication_s": t / 2, "step_s": t / 4, "wire_bytes": 100}
@@ -27,7 +27,7 @@ def test_a_goal_is_reached_at_the_end_of_a_pass_or_never() -> None:
     assert [time_to_accuracy(found, goal) for goal in (0.05, 0.2, 0.25, 0.4)] == [4.0, 8.0, 12.0, None]
 
 
-def test_a_table_compares_with_dense_and_says_who_does_not_get_there() -> None:
+def test_a_table_compares_with_dense_and_marks_methods_that_miss_the_goal() -> None:
     slow, never = run("gtc", [0.1, 0.1, 0.295]), run("bmuf", [0.1, 0.1, 0.1])
     lines = table([run("dense", [0.1, 0.3, 0.3]), slow, never], "4 x 2").splitlines()
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[4:]}

@@ -1,4 +1,4 @@
-"""The price of a schedule is the textbook's formula where there is one, a slow simulation's elsewhere."""
+"""The price of a schedule equals the textbook's formula where there is one, and a slow simulation elsewhere."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_price_is_the_formula_for_powers_of_two(key: tuple[str, str], p: int, n:
 
 
 @pytest.mark.parametrize("p", [3, 5, 7, 12, 63])
-def test_a_folded_butterfly_pays_the_vector_once_in_and_once_out(p: int) -> None:
+def test_a_folded_butterfly_pays_the_whole_vector_twice_more(p: int) -> None:
     s, n = power_of_two(p), 1e6
     folded = exchange_us(2 * lg(s) + 2, 2 * share(s, n) + 2 * n, share(s, n) + n)
     assert one_node_price(("allreduce", "butterfly"), p, n).us == pytest.approx(folded, rel=1e-9)
@@ -86,7 +86,7 @@ def test_a_folded_butterfly_pays_the_vector_once_in_and_once_out(p: int) -> None
 
 @pytest.mark.parametrize("p", [3, 8, 33])
 @pytest.mark.parametrize("segments", [1, 2, 64])
-def test_a_chain_in_segments_takes_p_minus_2_plus_s_of_them(p: int, segments: int) -> None:
+def test_a_chain_in_s_segments_takes_p_minus_2_plus_s_steps(p: int, segments: int) -> None:
     n = 1e7
     formula = (p - 2 + segments) * (ALPHA + n / segments * BETA)
     assert one_node_price(("bcast", "chain"), p, n, segments).us == pytest.approx(formula, rel=1e-9)
@@ -101,7 +101,7 @@ def test_the_number_of_segments_is_near_the_best(p: int) -> None:
     assert best <= found.us < 1.07 * best
 
 
-def test_two_trees_in_segments_reach_two_vectors() -> None:
+def test_a_double_tree_in_segments_costs_two_vectors() -> None:
     n = 1e9
     found = one_node_price(("allreduce", "double_tree"), 64, n, None)
     assert found.us == pytest.approx(2 * n * (BETA + GAMMA / 2), rel=0.15)
@@ -116,19 +116,19 @@ def test_ranks_of_a_node_share_its_link() -> None:
     assert found.us == pytest.approx(formula, rel=1e-9)
 
 
-@pytest.mark.parametrize(("nodes", "lanes"), [(2, 2), (4, 8), (5, 3)])
-def test_hierarchical_is_two_rings_inside_and_one_between_on_all_lanes(nodes: int, lanes: int) -> None:
+@pytest.mark.parametrize(("nodes", "channels"), [(2, 2), (4, 8), (5, 3)])
+def test_hierarchical_costs_two_rings_inside_and_one_between_on_all_channels(nodes: int, channels: int) -> None:
     n, m = 1e8, TWO_LEVEL
-    home = np.repeat(np.arange(nodes), lanes)
-    inside = 2 * ((lanes - 1) * m.intra.alpha + share(lanes, n) * m.intra.beta) + share(lanes, n) * m.gamma
+    home = np.repeat(np.arange(nodes), channels)
+    inside = 2 * ((channels - 1) * m.intra.alpha + share(channels, n) * m.intra.beta) + share(channels, n) * m.gamma
     between = 2 * ((nodes - 1) * m.inter.alpha + share(nodes, n) * m.inter.beta)
-    between += share(nodes, n / lanes) * m.gamma
+    between += share(nodes, n / channels) * m.gamma
     assert price(hierarchical.build_allreduce(home), home, n, m).us == pytest.approx(inside + between, rel=1e-9)
 
 
 @pytest.mark.parametrize(("collective", "name"), EVERY)
 @pytest.mark.parametrize("layout", ["one node", "a node each", "block", "cyclic", "uneven"])
-def test_walking_one_node_is_walking_all(
+def test_simulating_one_period_equals_simulating_all_ranks(
     collective: str, name: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = (1, 2, 4, 9, 12, 16)
@@ -140,7 +140,7 @@ def test_walking_one_node_is_walking_all(
         assert found[1:] == slow[1:]
 
 
-def test_symmetry_is_found_where_it_is() -> None:
+def test_periods_are_found_for_block_and_cyclic_layouts() -> None:
     block, cyclic = np.repeat(np.arange(5), 3), np.tile(np.arange(5), 3)
     assert cost.periods(block) == [3, 15]
     assert cost.periods(cyclic) == [1, 15]
@@ -149,8 +149,8 @@ def test_symmetry_is_found_where_it_is() -> None:
 
 
 @pytest.mark.parametrize(("collective", "name"), EVERY)
-def test_rounds_cost_what_rank_by_rank_bookkeeping_says(collective: str, name: str) -> None:
-    """An oracle without arrays: one dictionary of ready times, one message after the other."""
+def test_the_price_equals_a_simulation_message_by_message(collective: str, name: str) -> None:
+    """The oracle keeps a list of ready times and handles one message after the other."""
     for p in (3, 8, 11):
         for home in (layouts(p)["block"], layouts(p)["random"]):
             found = price(ALGORITHMS[collective][name], home, 1e5, TWO_LEVEL, segments=1)
@@ -167,18 +167,20 @@ def simulate_us(collective: str, name: str, home: list[int], n: float) -> float:
             if s.to < 0:
                 continue
             d, nbytes = int(s.to), (s.send[1] - s.send[0]) * block
-            link, crowd = TWO_LEVEL.intra, 1
+            link, sharers = TWO_LEVEL.intra, 1
             if home[r] != home[d]:
                 link = TWO_LEVEL.inter
-                crowd = max(sum(home[a] == home[r] for a, _ in crossing), sum(home[b] == home[d] for _, b in crossing))
-            done = max(before[r], before[d]) + link.alpha + nbytes * link.beta * crowd
+                sharers = max(
+                    sum(home[a] == home[r] for a, _ in crossing), sum(home[b] == home[d] for _, b in crossing)
+                )
+            done = max(before[r], before[d]) + link.alpha + nbytes * link.beta * sharers
             ready[r] = max(ready[r], done)
             ready[d] = max(ready[d], done + nbytes * TWO_LEVEL.gamma * bool(s.reduce))
     return max(ready)
 
 
 @pytest.mark.parametrize("collective", ALGORITHMS)
-def test_nothing_is_faster_than_the_wire(collective: str) -> None:
+def test_no_prediction_is_below_the_least_time_of_the_link(collective: str) -> None:
     for nodes, per_node in ((1, 8), (8, 1), (4, 4)):
         for each in predict(collective, nodes, per_node, 1e8, TWO_LEVEL):
             assert 0 < each.wire <= 1 + 1e-9
@@ -195,13 +197,13 @@ def test_predictions_are_sorted_and_complete() -> None:
     assert best.busbw == pytest.approx(best.algbw * 2 * 15 / 16)
 
 
-def test_only_chains_and_trees_are_cut() -> None:
+def test_only_chains_and_trees_are_cut_into_segments() -> None:
     assert segment_counts(ALGORITHMS["allreduce"]["ring"], 1e8) == [1]
     assert segment_counts(ALGORITHMS["bcast"]["chain"], 100) == [1]
     assert segment_counts(ALGORITHMS["bcast"]["chain"], 8192) == [1, 2, 4, 8]
 
 
-def test_ten_thousand_ranks_take_seconds() -> None:
+def test_pricing_ten_thousand_ranks_takes_under_20_seconds() -> None:
     limit = 20
     home, began = np.repeat(np.arange(1250), 8), time.process_time()
     for name in ("ring", "butterfly", "double_tree"):

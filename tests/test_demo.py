@@ -35,12 +35,12 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_last_epoch_speaks_for_the_training(lines: list[str]) -> None:
+def test_the_summary_shows_the_last_epoch(lines: list[str]) -> None:
     assert "Trained: digits, 4 ranks, gradients averaged by hpccomm (dense)" in lines
     said = [line.split("  ")[-1].strip() for line in lines]
     assert {"80.0 %", "250 ms computing, 12 ms communicating", "28.9 kB a step"} <= set(said)
 
 
-def test_every_size_stands_beside_the_mpi_underneath(lines: list[str]) -> None:
+def test_every_size_is_compared_with_the_mpi_underneath(lines: list[str]) -> None:
     table = [line.replace("µs", "").split() for line in lines if "µs" in line]
     assert table == [["4", "10.0", "12.5", "0.80"], ["4096", "30.0", "15.0", "2.00"]]

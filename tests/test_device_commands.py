@@ -94,9 +94,7 @@ def test_messages_on_a_device_take_an_mpi_that_understands(device: StandIn, monk
     assert asked is not None
     bench.claim_devices(comm, asked)
     monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("a child died", "2026-01-02 03:04"))
-    with pytest.raises(
-        ArgumentError, match=r"latency: messages take memory of a device only where MPI does: .*child died"
-    ):
+    with pytest.raises(ArgumentError, match=r"latency -d cuda needs an MPI that takes device memory: .*child died"):
         bench.claim_devices(hpccomm.Communicator(MPI.COMM_SELF), asked)
 
 

@@ -1,4 +1,4 @@
-"""A schedule can be read: a line a round in text, and as a drawing."""
+"""A schedule is printed as one line a round, or drawn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(*words: str) -> int:
     return plot.run(parser.parse_args(words))
 
 
-def test_the_ring_in_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_ring_is_printed_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("ring", "--size", "3") == 0
     assert capsys.readouterr().out.splitlines() == [
         "allreduce, ring, 3 ranks, 3 blocks",
@@ -32,7 +32,7 @@ def test_the_ring_in_text(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_runs_of_blocks_wrap_around_and_all_of_them_have_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_intervals_that_wrap_around_and_whole_vectors_have_labels(capsys: pytest.CaptureFixture[str]) -> None:
     run("bruck", "--size", "6")
     assert "5-[5..0]->3" in capsys.readouterr().out
     run("butterfly", "--size", "7")
@@ -49,13 +49,13 @@ def test_the_root_and_the_collective_can_be_named(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("name", ALGORITHMS["allreduce"])
-def test_every_message_is_shown_once(name: str) -> None:
+def test_every_message_is_printed_once(name: str) -> None:
     lines = list(draw.text(ALGORITHMS["allreduce"][name], 7))
     assert sum(line.count("->") for line in lines) == verify(name, "allreduce", 7).messages
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ring", b"\x89PNG"), ("hierarchical", b"<?xml"), ("ring", b"%PDF")])
-def test_a_drawing_is_a_file_of_its_kind(
+def test_the_suffix_selects_the_format_of_a_drawing(
     name: str, kind: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / {b"\x89PNG": "x.png", b"<?xml": "x.svg", b"%PDF": "x.pdf"}[kind]
@@ -72,20 +72,22 @@ def test_a_drawing_has_an_arrow_and_a_label_a_message(tmp_path: Path) -> None:
     assert drawing.count("<!-- rank ") == 5
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_matplotlib_the_error_names_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'hpccomm\[plot\]'"):
         draw.draw(ALGORITHMS["allreduce"]["ring"], 4, tmp_path / "x.png", "ring")
 
 
-def test_importing_the_figure_does_not_import_matplotlib() -> None:
+def test_importing_draw_does_not_import_matplotlib() -> None:
     import subprocess
 
     code = "import sys, hpccomm.collectives.draw, hpccomm.commands.plot; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_files_are_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_draws_measurements_from_json_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     fake = argparse.Namespace(draw=lambda paths, out: drawn.append((paths, out)))
     monkeypatch.setitem(sys.modules, "hpccomm.bench.plot", fake)
@@ -100,7 +102,7 @@ def test_files_are_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "error"),
     [
         (["rnig"], "no file and no algorithm: take one of"),
         (["ring", "no.json"], "no such file: ring, no.json"),
@@ -108,6 +110,6 @@ def test_files_are_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (["bruck", "--collective", "bcast"], "take one of chain, ring, tree, hierarchical"),
     ],
 )
-def test_mistakes_are_named(words: list[str], said: str) -> None:
-    with pytest.raises(ArgumentError, match=said):
+def test_wrong_arguments_of_plot_are_named(words: list[str], error: str) -> None:
+    with pytest.raises(ArgumentError, match=error):
         run(*words)

@@ -1,4 +1,4 @@
-"""On a device: every collective by every way, the same bits as on the host, whatever is in flight on other streams."""
+"""On a device: every collective gives the host's bits with every transport, with kernels in flight on other streams."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if cuda.unavailable_reason():
 
 RANKS = pytest.mark.mpi(sizes=(1, 2, 4), timeout=120)
 RUNS = {2: 1000}
-"""With kernels in flight, by the number of ranks; 100 with others."""
+"""Calls with kernels in flight, by the number of ranks; 100 with other numbers."""
 DELAY = """
 extern "C" __global__ void delay(long long ticks) {
     long long begin = clock64();
@@ -34,7 +34,7 @@ extern "C" __global__ void delay(long long ticks) {
 
 
 class Array:
-    """An array whose contents a kernel on a side stream is still writing; tells that stream, as Numba's do."""
+    """An array that a kernel on a side stream is still writing; its interface names that stream, as Numba's does."""
 
     def __init__(self, values: np.ndarray) -> None:
         import cupy
@@ -62,7 +62,7 @@ class Array:
 
 
 class Arrays:
-    """What the cases make their arrays with."""
+    """The array library of the cases."""
 
     def array(self, values: Any, stream: int = 1, number: int | None = None) -> Array:
         return Array(np.array(values))
@@ -70,7 +70,7 @@ class Arrays:
 
 @pytest.fixture(params=["staged", "ipc", "nccl", "aware", "auto"])
 def ours(comm: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[hpccomm.Communicator]:
-    """A communicator whose device arrays go one way."""
+    """A communicator that moves device arrays by one transport."""
     monkeypatch.setenv(cuda.TRANSPORT, request.param)
     made = hpccomm.Communicator(comm.Dup())
     try:
@@ -84,7 +84,7 @@ def ours(comm: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @RANKS
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_every_collective_by_every_way(ours: hpccomm.Communicator, case: Any) -> None:
+def test_every_collective_is_right_with_every_transport(ours: hpccomm.Communicator, case: Any) -> None:
     binder: Any = ours._binder
     for n in (0, 1, 1000, 300_001):
         bound, written, want = case(binder, Arrays(), n)
@@ -108,7 +108,7 @@ def test_every_dtype_has_the_bits_of_the_reference(ours: hpccomm.Communicator, d
 
 
 @RANKS
-def test_pytorchs_tensors_stay_what_they_are(ours: hpccomm.Communicator) -> None:
+def test_pytorch_tensors_keep_their_device_and_dtype(ours: hpccomm.Communicator) -> None:
     torch = pytest.importorskip("torch")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = (torch.arange(1001, device="cuda") % 50 + ours.rank).to(dtype)
@@ -119,7 +119,7 @@ def test_pytorchs_tensors_stay_what_they_are(ours: hpccomm.Communicator) -> None
 
 
 @RANKS
-def test_jaxs_arrays_stay_what_they_are(ours: hpccomm.Communicator) -> None:
+def test_jax_arrays_keep_their_device(ours: hpccomm.Communicator) -> None:
     jax = pytest.importorskip("jax")
     if jax.default_backend() != "gpu":
         pytest.skip("this JAX has no device")
@@ -131,7 +131,7 @@ def test_jaxs_arrays_stay_what_they_are(ours: hpccomm.Communicator) -> None:
 
 
 @RANKS
-def test_kernels_in_flight_on_a_side_stream_are_never_overtaken(ours: hpccomm.Communicator) -> None:
+def test_a_call_waits_for_kernels_in_flight_on_a_side_stream(ours: hpccomm.Communicator) -> None:
     n = 2000
     x, y = Array(np.zeros(n, "f4")), Array(np.zeros(n, "f4"))
     for step in range(RUNS.get(ours.size, 100)):
@@ -145,7 +145,7 @@ def test_kernels_in_flight_on_a_side_stream_are_never_overtaken(ours: hpccomm.Co
 
 @RANKS
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_leave_everything_on_the_device_and_give_the_hosts_bits(
+def test_methods_keep_their_state_on_the_device_and_give_the_hosts_bits(
     comm: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cupy
@@ -172,7 +172,7 @@ def test_trust_ratio_steps_stay_on_the_device_and_give_the_hosts_bits(make: Any)
 
 
 @pytest.mark.mpi(sizes=(2,), timeout=60)
-def test_bad_arrays_are_refused_and_the_next_call_is_fine(comm: Any) -> None:
+def test_bad_arrays_are_refused_and_the_next_call_succeeds(comm: Any) -> None:
     import cupy
 
     ours, x = hpccomm.Communicator(comm.Dup()), cupy.ones((4, 6), "f4")

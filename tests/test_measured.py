@@ -1,4 +1,4 @@
-"""Rounds are told apart as they run, measured ones are found again, and a price is their sum."""
+"""Round types are read from schedules, measured costs are found for them, and a price is their sum."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpccomm.layout import Link
 from hpccomm.performance import cost, inter_node, tuning
 from hpccomm.performance.cost import MEASURED, MODEL
 from hpccomm.performance.machine import Machine
-from hpccomm.performance.measured import CostCurve, Point, RoundCosts, RoundType, costs_for_shape, rounds
+from hpccomm.performance.measured import CONCURRENT, CostCurve, Point, RoundCosts, RoundType, costs_for_shape, rounds
 
 ALLREDUCE = ALGORITHMS["allreduce"]
 
@@ -29,7 +29,7 @@ ALLREDUCE = ALGORITHMS["allreduce"]
 def linear_curve(
     kind: RoundType, alpha: float, beta: float, shape: tuple[int, int] = (4, 2), start: float = 0.0
 ) -> CostCurve:
-    """A kind whose times lie on a line; a call that begins with it takes ``start`` longer."""
+    """A round type with linear costs; a cold round takes ``start`` longer."""
     lengths = (4, 64, 1024, 1 << 14, 1 << 18, 1 << 22)
     return CostCurve(*shape, kind, tuple(Point(n, start + alpha + n * beta, alpha + n * beta) for n in lengths))
 
@@ -41,7 +41,7 @@ def kinds(name: str, nodes: list[int], nbytes: float) -> list[tuple[Any, ...]]:
 # --- rounds ----------------------------------------------------------------------------------------
 
 
-def test_a_ring_crosses_once_a_node_and_sums_in_its_first_half() -> None:
+def test_a_ring_crosses_once_a_node_and_reduces_in_its_first_half() -> None:
     found = kinds("ring", [0, 0, 1, 1, 2, 2], 6 * 400)
     assert found == [(1, 1, 6, False, True, 400.0)] * 5 + [(1, 1, 6, False, False, 400.0)] * 5
 
@@ -51,20 +51,20 @@ def test_a_ring_of_two_is_an_exchange() -> None:
     assert kinds("doubling", [0, 1], 80) == [(1, 0, 2, True, True, 80.0)]
 
 
-def test_pairs_meet_inside_first_and_then_all_cross() -> None:
+def test_doubling_exchanges_inside_the_nodes_first() -> None:
     inside, across = (0, 2, 4, True, True, 400.0), (2, 0, 4, True, True, 400.0)
     assert kinds("doubling", [0, 0, 1, 1], 400) == [inside, across]
 
 
 @pytest.mark.parametrize("p", [3, 5, 7])
-def test_ranks_that_sit_out_send_once_in_and_get_once_out(p: int) -> None:
+def test_folded_ranks_send_once_and_receive_once(p: int) -> None:
     found, pairs = kinds("doubling", list(range(p)), 400), p - (1 << (p.bit_length() - 1))
     assert found[0] == (1, 0, pairs, False, True, 400.0)
     assert found[-1] == (1, 0, pairs, False, False, 400.0)
     assert {each[2] for each in found[1:-1]} == {1 << (p.bit_length() - 1)}
 
 
-def test_empty_blocks_are_no_messages() -> None:
+def test_empty_blocks_need_no_messages() -> None:
     found = kinds("ring", list(range(8)), 8)
     assert [each[2] for each in found] == [2] * 14
     assert {each[-1] for each in found} == {4.0}
@@ -73,8 +73,8 @@ def test_empty_blocks_are_no_messages() -> None:
 
 @pytest.mark.parametrize("name", ["ring", "butterfly", "doubling", "direct"])
 @pytest.mark.parametrize("p", [2, 3, 4, 7, 8])
-def test_rounds_carry_what_the_steps_say(name: str, p: int) -> None:
-    """An oracle rank by rank: the bytes that the engine's cuts give each message."""
+def test_rounds_carry_the_bytes_of_the_steps(name: str, p: int) -> None:
+    """The oracle computes the bytes of each message rank by rank from the engine's cuts."""
     count, algorithm = 13, ALLREDUCE[name]
     blocks = algorithm.blocks(p)
     sizes = [count // blocks + (k < count % blocks) for k in range(blocks)]
@@ -89,7 +89,7 @@ def test_rounds_carry_what_the_steps_say(name: str, p: int) -> None:
 # --- prices ----------------------------------------------------------------------------------------
 
 
-def test_a_price_is_the_sum_of_its_rounds() -> None:
+def test_the_price_is_the_sum_over_the_rounds() -> None:
     summed = linear_curve(RoundType("round", 1, 1, 8, False, True), 30.0, 0.01)
     moved = linear_curve(RoundType("round", 1, 1, 8, False, False), 20.0, 0.01)
     known = RoundCosts([summed, moved], 4, 2)
@@ -98,7 +98,7 @@ def test_a_price_is_the_sum_of_its_rounds() -> None:
     assert found == pytest.approx(7 * (30 + 20 + 2 * (1 << 18) * 0.01), rel=1e-9)
 
 
-def test_what_begins_a_call_is_paid_once() -> None:
+def test_the_start_of_a_call_is_paid_once() -> None:
     exchange = linear_curve(RoundType("round", 1, 0, 4, True, True), 30.0, 0.01, (4, 1), start=7.0)
     call = CostCurve(4, 1, RoundType("call"), (Point(0, 3.0, 1.0),))
     copy = linear_curve(RoundType("copy"), 1.0, 1e-4, (4, 1))
@@ -107,14 +107,14 @@ def test_what_begins_a_call_is_paid_once() -> None:
     assert found == pytest.approx(7 + 3 + 1 + 1024e-4 + 2 * (30 + 10.24), rel=1e-9)
 
 
-def test_the_first_round_that_leaves_a_node_finds_a_rested_link() -> None:
+def test_the_first_round_that_leaves_a_node_is_cold() -> None:
     inside = linear_curve(RoundType("round", 0, 2, 8, True, True), 3.0, 0.0, start=100.0)
     across = linear_curve(RoundType("round", 2, 0, 8, True, True), 30.0, 0.0, start=-10.0)
     found = RoundCosts([inside, across], 4, 2).price(ALLREDUCE["doubling"], np.repeat(np.arange(4), 2), 1024, 0)
     assert found == pytest.approx(3 + 30 - 10 + 30, rel=1e-9)
 
 
-def test_the_kind_most_alike_speaks_for_what_was_not_measured() -> None:
+def test_an_unmeasured_round_type_costs_as_the_most_similar_one() -> None:
     crossing = linear_curve(RoundType("round", 2, 0, 8, True, True), 30.0, 0.01)
     inside = linear_curve(RoundType("round", 0, 2, 8, True, True), 3.0, 0.001)
     moved = linear_curve(RoundType("round", 2, 0, 8, True, False), 20.0, 0.01)
@@ -122,7 +122,7 @@ def test_the_kind_most_alike_speaks_for_what_was_not_measured() -> None:
     assert known.find_curve(RoundType("round", 4, 0, 16, True, True)) is crossing
     assert known.find_curve(RoundType("round", 0, 4, 16, False, True)) is inside
     assert known.find_curve(RoundType("round", 1, 1, 8, False, False)) is moved
-    assert known.find_curve(RoundType("pieces", 2, 0, 8, True, True)) is None
+    assert known.find_curve(RoundType(CONCURRENT, 2, 0, 8, True, True)) is None
     assert known.price(ALLREDUCE["ring"], range(8), 1e6, 0.0) is not None
     assert RoundCosts([], 4, 2).price(ALLREDUCE["ring"], range(8), 1e6, 0.0) is None
 
@@ -130,32 +130,32 @@ def test_the_kind_most_alike_speaks_for_what_was_not_measured() -> None:
 # --- two levels ------------------------------------------------------------------------------------
 
 
-def levels(nodes: int, lanes: int, **times: float) -> RoundCosts:
-    shape = nodes, lanes
+def levels(nodes: int, channels: int, **times: float) -> RoundCosts:
+    shape = nodes, channels
     made = [linear_curve(RoundType(what), times.get(what, 1e-6), 0.0, shape) for what in ("scatter", "gather")]
     for reduce in (False, True):
-        pair, ring = nodes == 2, nodes * lanes
+        pair, ring = nodes == 2, nodes * channels
         made.append(
-            linear_curve(RoundType("pieces", lanes, 0, ring, pair, reduce), times["alpha"], times["beta"], shape)
+            linear_curve(RoundType(CONCURRENT, channels, 0, ring, pair, reduce), times["alpha"], times["beta"], shape)
         )
         short = Point(2048, times["alpha"] + times.get("meeting", 0.0), times["alpha"])
         made.append(CostCurve(*shape, RoundType("short", 1, 0, nodes, True, reduce), (short,)))
-    return RoundCosts(made, nodes, lanes)
+    return RoundCosts(made, nodes, channels)
 
 
-def test_a_short_vector_meets_inside_and_goes_by_the_leaders() -> None:
+def test_a_short_vector_is_reduced_inside_and_exchanged_by_the_leaders() -> None:
     known = levels(8, 2, meeting=11.0, alpha=30.0, beta=0.01)
     assert known.price_two_level(64, Link(25, 1e-3)) == pytest.approx(11 + 3 * 30, rel=1e-6)
 
 
 def test_one_segment_is_reduced_exchanged_and_gathered() -> None:
     known = levels(2, 2, scatter=100.0, gather=50.0, alpha=30.0, beta=0.01)
-    # between points a line is not one on logarithmic scales: here it is 2e-5 off
+    # on logarithmic scales a line between points is not straight: the error is 2e-5 here
     assert known.price_two_level(1 << 19, Link(25, 1e-3)) == pytest.approx(100 + 30 + (1 << 18) * 0.01 + 50, rel=1e-4)
 
 
-def test_segments_overlap_so_that_the_link_is_what_counts() -> None:
-    """16 segments between 4 nodes: their bytes over the link, and the inside of little more than the first and last."""
+def test_segments_overlap_so_that_the_link_determines_the_time() -> None:
+    """16 segments between 4 nodes: the time of the link, and work inside for the first and the last segment."""
     known = levels(4, 1, scatter=10.0, gather=10.0, alpha=1e-3, beta=0.01)
     wire = 2 * 3 / 4 * (1 << 24) * 0.01
     found = known.price_two_level(1 << 24, Link(25, 1e-3))
@@ -163,7 +163,7 @@ def test_segments_overlap_so_that_the_link_is_what_counts() -> None:
     assert wire <= found <= 1.05 * wire
 
 
-def test_two_levels_cannot_be_priced_by_what_was_not_measured() -> None:
+def test_the_hierarchical_allreduce_has_no_price_without_measurements() -> None:
     assert RoundCosts([], 4, 2).price_two_level(64, Link(25, 1e-3)) is None
     assert RoundCosts([], 4, 2).price_two_level(1 << 20, Link(25, 1e-3)) is None
 
@@ -176,7 +176,7 @@ def machine(shape: tuple[int, int] = (4, 2)) -> Machine:
     return Machine(curves=tuple(ring))
 
 
-def test_measured_rounds_count_near_their_shape_and_for_whole_vectors_only() -> None:
+def test_measured_rounds_are_used_near_their_shape_and_without_segments_only() -> None:
     def source(name: str, nodes: int, per_node: int, known: Machine) -> str:
         return cost.prediction(name, "allreduce", nodes, per_node, 1e5, known).source
 
@@ -190,12 +190,12 @@ def test_measured_rounds_count_near_their_shape_and_for_whole_vectors_only() -> 
     assert costs_for_shape((), (4, 2)) is None
 
 
-def test_what_stands_beside_the_ring_is_priced_as_before() -> None:
+def test_segmented_algorithms_are_priced_by_the_model() -> None:
     with_curves = cost.prediction("double_tree", "allreduce", 4, 2, 1e5, machine())
     assert with_curves == cost.prediction("double_tree", "allreduce", 4, 2, 1e5, Machine())
 
 
-def test_curves_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_written_round_costs_are_read_back_unchanged(tmp_path: Path) -> None:
     tuning.write(tuning.Table(machine=machine()), tmp_path / "t.json")
     assert tuning.read(tmp_path / "t.json").machine == machine()
     data = json.loads((tmp_path / "t.json").read_text())
@@ -206,7 +206,7 @@ def test_curves_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("points", [[], [[4, 0, 1]], [[4, 1, -1]]])
-def test_curves_without_times_are_no_table(points: list[list[float]], tmp_path: Path) -> None:
+def test_round_costs_without_times_are_refused(points: list[list[float]], tmp_path: Path) -> None:
     tuning.write(tuning.Table(machine=machine()), tmp_path / "t.json")
     data = json.loads((tmp_path / "t.json").read_text())
     data["machine"]["curves"][0]["points"] = points
@@ -216,7 +216,7 @@ def test_curves_without_times_are_no_table(points: list[list[float]], tmp_path: 
 
 
 @pytest.mark.parametrize(("words", "source"), [((), MEASURED), (("--rate", "1gbit"), MODEL)])
-def test_predict_says_what_it_priced_by(
+def test_predict_names_the_source_of_each_price(
     words: tuple[str, ...], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     tuning.write(tuning.Table(machine=machine()), tmp_path / "t.json")
@@ -231,7 +231,7 @@ def test_predict_says_what_it_priced_by(
     assert any("rounds measured on 4 x 2 ranks" in line for line in out) == (source == MEASURED)
 
 
-def test_predict_finds_the_table_of_the_mpi_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_uses_the_table_of_the_installed_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {"Open MPI": "Open MPI v5.0.11, package: Open MPI", "MPICH": "MPICH Version:      5.0.2"}
     names = {"Open MPI": "Open MPI 5.0.11", "MPICH": "MPICH 5.0.2"}
     for family in FAMILIES:
@@ -247,7 +247,7 @@ def test_predict_finds_the_table_of_the_mpi_at_hand(monkeypatch: pytest.MonkeyPa
     assert predict_command.this_mpi() == ""
 
 
-# --- what tune does --------------------------------------------------------------------------------
+# --- hpccomm tune ----------------------------------------------------------------------------------
 
 SITE = tune_command.Site(4, 2, "Open MPI 5.0.11", "n0", "2026-01-02")
 
@@ -256,15 +256,15 @@ def row(algorithm: str, nbytes: int, us: float) -> tuning.Row:
     return tuning.Row("allreduce", algorithm, *SITE[:2], nbytes, us, mpi=SITE.mpi)
 
 
-def test_tuning_prints_prediction_beside_measurement_and_keeps_the_curves(
+def test_tuning_prints_predictions_with_measurements_and_keeps_round_costs_of_other_shapes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = cost.prediction("ring", "allreduce", 4, 2, 1 << 20, machine()).us
     measured = [row("native", 1 << 20, 1.0), row("ring", 1 << 20, expected), row("ring", 1 << 22, expected)]
     tune_command.finish(measured, SITE, tmp_path / "t.json", machine().curves)
-    said = capsys.readouterr().out.splitlines()
-    assert said[-1] == "# 1 of 2 predictions within 15% of what was measured"
-    assert "1.00  measured rounds" in said[-3]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "# 1 of 2 predictions within 15% of what was measured"
+    assert "1.00  measured rounds" in lines[-3]
     other = tuple(each._replace(nodes=2) for each in machine().curves)
     tune_command.finish(measured, SITE._replace(nodes=2), tmp_path / "t.json", other)
     kept = tuning.read(tmp_path / "t.json").machine
@@ -276,13 +276,13 @@ def test_tuning_prints_prediction_beside_measurement_and_keeps_the_curves(
     assert again.curves == kept.curves
 
 
-def test_what_is_measured_are_the_rounds_of_the_algorithms_and_never_all_of_one() -> None:
+def test_single_rounds_of_the_algorithms_are_measured() -> None:
     nodes = np.repeat(np.arange(4), 2)
     tasks = list(bench_rounds.cost_tasks(nodes, ["native", "ring", "doubling", "hierarchical", "chain"], 1 << 20, True))
     found = {task.kind for task in tasks}
     assert RoundType("round", 1, 1, 8, False, True) in found
     assert RoundType("round", 2, 0, 8, True, True) in found
-    assert RoundType("pieces", 2, 0, 8, False, True) in found
+    assert RoundType(CONCURRENT, 2, 0, 8, False, True) in found
     assert RoundType("short", 1, 0, 4, True, True) in found
     assert max(max(task.lengths) for task in tasks if task.kind.what == "round") == 1 << 20
     assert {task.kind.what for task in bench_rounds.cost_tasks(nodes, ["ring"], 1 << 20, True)} == {
@@ -290,7 +290,7 @@ def test_what_is_measured_are_the_rounds_of_the_algorithms_and_never_all_of_one(
     }  # fmt: skip
 
 
-def test_rounds_are_measured_with_the_partners_that_follow_one_another() -> None:
+def test_rounds_are_measured_with_successive_peers() -> None:
     nodes = np.repeat(np.arange(4), 2)
     tasks = list(bench_rounds.cost_tasks(nodes, ["doubling"], 1 << 20, True))
     [across] = [task for task in tasks if task.kind.crossing]
@@ -300,7 +300,7 @@ def test_rounds_are_measured_with_the_partners_that_follow_one_another() -> None
     assert [each.to.tolist() for task in ends for each in task.turns] == [[-1, 2, 0], [1, -1, 0]]
 
 
-def test_the_price_knows_every_kind_that_is_measured_for_it() -> None:
+def test_every_round_type_of_a_price_is_measured() -> None:
     nodes, names = np.repeat(np.arange(4), 2), ["ring", "doubling", "butterfly", "hierarchical"]
     tasks = bench_rounds.cost_tasks(nodes, names, 1 << 24, True)
     known = {task.kind: CostCurve(4, 2, task.kind, tuple(Point(n, 9.0, 9.0) for n in task.lengths)) for task in tasks}
@@ -312,13 +312,13 @@ def test_the_price_knows_every_kind_that_is_measured_for_it() -> None:
                 assert {each.kind for each in rounds(ALLREDUCE[name], nodes, nbytes)} <= known.keys()
 
 
-def test_lengths_end_at_the_first_that_reaches_what_is_needed() -> None:
+def test_lengths_end_at_the_first_one_that_is_long_enough() -> None:
     assert bench_rounds.lengths_up_to((4, 64, 1024), 100) == (4, 64, 1024)
     assert bench_rounds.lengths_up_to((4, 64, 1024), 64) == (4, 64)
     assert bench_rounds.lengths_up_to((4, 64, 1024), 5000) == (4, 64, 1024)
 
 
-def test_between_nodes_few_bytes_double_many_go_round_in_short_messages() -> None:
+def test_between_nodes_short_vectors_take_doubling_and_long_ones_a_ring() -> None:
     link = Link(25.0, 8.4e-3)
     assert inter_node.select_inter_node(8, 64, 2, link) is ALLREDUCE["doubling"]
     assert inter_node.select_inter_node(8, 1 << 20, 2, link) is ALLREDUCE["ring"]
@@ -334,7 +334,7 @@ def test_between_nodes_few_bytes_double_many_go_round_in_short_messages() -> Non
 def test_rounds_are_measured_and_leave_the_communicator_as_it_was(
     comm: Communicator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On nodes that are made believe."""
+    """On simulated nodes."""
     for name, value in {"SECONDS": 1e-4, "REPETITIONS": 2, "MOST": 2}.items():
         monkeypatch.setattr(bench_rounds, name, value)
     here = 2 * comm.rank // comm.size
@@ -357,6 +357,6 @@ def test_rounds_are_measured_and_leave_the_communicator_as_it_was(
 
 
 @pytest.mark.mpi(sizes=(2,))
-def test_one_node_has_no_rounds_between_nodes(comm: Communicator) -> None:
+def test_no_rounds_are_measured_on_one_node(comm: Communicator) -> None:
     assert comm.layout.count == 1
     assert bench_rounds.measure_round_costs(comm, ("ring",), 1 << 10) == ()

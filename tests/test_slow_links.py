@@ -1,4 +1,4 @@
-"""What the measurement over slow links takes for the work of an exchange, and where it finds two lines to cross."""
+"""The measurement over slow links: an exchange without messages does the same work; the break-even density."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def run_sparse(comm: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("exchange", [run_topk, run_onebit, run_sparse])
-def test_an_echo_gives_what_ranks_with_equal_gradients_give(exchange: Any) -> None:
+def test_an_echo_gives_the_result_of_ranks_with_equal_gradients(exchange: Any) -> None:
     expected = run_on_ranks(4, exchange)
     assert expected[0].any()
     assert np.array_equal(exchange(Echo(1, 4)), expected[1])
 
 
-def test_in_two_levels_an_echo_stands_for_the_other_nodes() -> None:
+def test_an_echo_replaces_the_other_nodes_of_a_two_level_exchange() -> None:
     def exchange(comm: Any) -> Any:
         method = leader_exchange(lambda nodes, total: lambda: sparse_sum(nodes, total))
         real = method(comm, gradient())()
@@ -66,7 +66,7 @@ def test_in_two_levels_an_echo_stands_for_the_other_nodes() -> None:
         assert np.array_equal(echoed, real)
 
 
-def test_lines_cross_where_their_logarithms_do() -> None:
+def test_the_break_even_density_is_interpolated_on_logarithmic_scales() -> None:
     assert break_even_density({d: 4 * d for d in (0.01, 0.1, 0.9)}) == pytest.approx(0.25)
     assert break_even_density({0.1: 1.0, 0.2: 2.0}) == 0.1
     assert math.isnan(break_even_density({0.1: 0.2, 0.2: 0.3}))

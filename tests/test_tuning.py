@@ -1,4 +1,4 @@
-"""Measurements decide, native MPI where there are none; a table survives files and mistakes."""
+"""Measurements select the algorithm, native MPI without them; tables are read, written, merged and fitted."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def choose(table: Table, nbytes: int, nodes: int = 1, per_node: int = 4, **more:
     return table.choose("allreduce", nodes, per_node, nbytes, **more)
 
 
-# --- the decision ----------------------------------------------------------------------------------
+# --- choices ---------------------------------------------------------------------------------------
 
 
-def test_the_fastest_measured_wins_size_by_size() -> None:
+def test_the_fastest_measured_algorithm_is_chosen_at_each_size() -> None:
     assert [choose(TABLE, n).algorithm for n in (8, 1024, 1 << 20)] == ["native", "shared", "shared"]
 
 
@@ -77,32 +77,32 @@ def test_between_sizes_times_are_interpolated_on_logarithmic_scales() -> None:
     assert interpolate([(0, 1.0), (8, 2.0)], 8) == pytest.approx(2.0)
 
 
-def test_the_crossing_lies_where_the_lines_cross() -> None:
-    """Native goes from 1 to 4, its checks add 1, shared stays at 3: they cross near the geometric mean of the ends."""
+def test_the_choice_changes_where_the_interpolated_times_cross() -> None:
+    """Native rises from 1 to 4, its checks add 1, shared stays at 3: they cross near the mean size."""
     assert choose(TABLE, 80).algorithm == "native"
     assert choose(TABLE, 130).algorithm == "shared"
 
 
-def test_native_keeps_what_is_within_the_noise() -> None:
+def test_native_is_chosen_when_others_are_faster_within_the_noise() -> None:
     table = Table((*rows("native", {8: 100.0}), *rows("ring", {8: 96.0})))
     assert choose(table, 8).algorithm == "native"
     assert choose(Table((*rows("native", {8: 100.0}), *rows("ring", {8: 90.0}))), 8).algorithm == "ring"
 
 
-def test_native_on_one_node_was_measured_without_our_checks_on_several_with_them() -> None:
+def test_rows_of_native_lack_the_checks_on_one_node_and_include_them_on_several() -> None:
     for nodes, chosen in ((1, "ring"), (2, "native")):
         table = Table((*rows("native", {8: 10.0}, nodes), *rows("ring", {8: 10.2}, nodes)))
         assert table.choose("allreduce", nodes, 4, 8).algorithm == chosen
 
 
-def test_nothing_measured_in_a_node_means_native_however_cheap_the_price() -> None:
+def test_on_one_node_without_rows_native_is_chosen_whatever_the_price() -> None:
     for nbytes in (8, 1 << 30):
         found = choose(Table(machine=Machine()), nbytes)
         assert found.algorithm == "native"
         assert "nothing was measured" in found.reason
 
 
-def test_what_was_measured_without_native_decides_nothing() -> None:
+def test_rows_without_native_beside_them_are_ignored() -> None:
     assert choose(Table(tuple(SHARED)), 1 << 20).algorithm == "native"
 
 
@@ -111,20 +111,15 @@ def test_only_candidates_are_chosen() -> None:
     assert choose(TABLE, 1 << 20, candidates=("native", "shared")).algorithm == "shared"
 
 
-def test_the_nearest_shape_speaks_up_to_a_factor_of_four() -> None:
+def test_the_nearest_shape_decides_up_to_a_factor_of_four() -> None:
     near = rows("native", {8: 1.0}, per_node=2) + rows("ring", {8: 0.5}, per_node=2)
     far = rows("native", {8: 1.0}, per_node=16) + rows("shared", {8: 0.5}, per_node=16)
     table = Table((*near, *far))
-    assert [choose(table, 8, per_node=k).algorithm for k in (2, 3, 16, 64)] == [
-        "ring",
-        "ring",
-        "shared",
-        "shared",
-    ]
+    assert [choose(table, 8, per_node=k).algorithm for k in (2, 3, 16, 64)] == ["ring"] * 2 + ["shared"] * 2
     assert choose(table, 8, per_node=65).algorithm == "native"
 
 
-def test_of_shapes_as_far_away_the_one_that_differs_less_speaks() -> None:
+def test_of_equally_distant_shapes_the_one_with_the_smaller_total_distance_decides() -> None:
     shapes = ((4, 1, "ring"), (4, 2, "hierarchical"), (16, 4, "butterfly"))
     table = Table(
         tuple(
@@ -136,21 +131,21 @@ def test_of_shapes_as_far_away_the_one_that_differs_less_speaks() -> None:
     assert table.choose("allreduce", 8, 2, 8).algorithm == "hierarchical"
 
 
-def test_one_node_does_not_speak_for_two() -> None:
+def test_rows_of_one_node_do_not_decide_for_several() -> None:
     assert choose(TABLE, 1 << 20, nodes=2).algorithm == "native"
     between = Table((*rows("native", {8: 9.0}, 4, 2), *rows("hierarchical", {8: 3.0}, 4, 2)))
     assert choose(between, 8, 2, 2).algorithm == "hierarchical"
     assert choose(between, 8, 1, 2).algorithm == "native"
 
 
-def test_datatypes_without_rows_of_their_own_go_by_f4_and_memory_does_not() -> None:
+def test_datatypes_without_rows_use_those_of_f4_but_memories_do_not() -> None:
     half = Table((*TABLE.rows, *rows("native", {8: 9.0}, dtype="f2"), *rows("ring", {8: 1.0}, dtype="f2")))
     assert choose(half, 8, dtype="f8").algorithm == "native"
     assert choose(half, 8, dtype="f2").algorithm == "ring"
     assert choose(half, 1 << 20, memory="cuda").algorithm == "native"
 
 
-def test_between_nodes_a_much_cheaper_price_decides() -> None:
+def test_between_nodes_a_much_lower_price_decides() -> None:
     slow_wire = Machine(Link(1, 1e-5), Link(1000, 1e-3), 0)
     table = Table(machine=slow_wire)
     odd = choose(table, 1 << 24, 7, 6)
@@ -167,8 +162,8 @@ def test_between_nodes_a_much_cheaper_price_decides() -> None:
 
 
 @pytest.mark.parametrize("collective", ["allgather", "reduce_scatter"])
-def test_gathers_go_in_two_levels_where_a_wire_is_shared_by_few_nodes(collective: str) -> None:
-    """Of two nodes of two ranks a flat ring sends half as much again: 3/4 of the vector, not 1/2."""
+def test_hierarchical_gathers_are_chosen_on_few_nodes_with_a_shared_link(collective: str) -> None:
+    """On two nodes of two ranks a flat ring sends half as much again: 3/4 of the vector, not 1/2."""
     table = Table(machine=Machine(Link(1, 1e-5), Link(50, 8e-3), 0))
     for nbytes in (1 << 14, 1 << 24):
         assert table.choose(collective, 2, 2, nbytes).algorithm == "hierarchical"
@@ -176,23 +171,23 @@ def test_gathers_go_in_two_levels_where_a_wire_is_shared_by_few_nodes(collective
     assert table.choose(collective, 4, 1, 1 << 24).algorithm == "native"
 
 
-def test_one_rank_has_nothing_to_choose() -> None:
+def test_one_rank_uses_native() -> None:
     assert choose(TABLE, 1 << 20, 1, 1).algorithm == "native"
 
 
-def test_the_reason_says_where_when_and_on_which_mpi_it_was_measured() -> None:
+def test_the_reason_names_host_date_and_mpi_of_the_measurement() -> None:
     reason = choose(TABLE, 1 << 20).reason
     for word in ("n017", MPI, "2026-01-02", "1 x 4 ranks", "100 us", "501 us"):
         assert word in reason
 
 
-def test_segments_come_with_the_row() -> None:
+def test_the_segment_length_is_that_of_the_row() -> None:
     table = Table((*rows("native", {8: 9.0, 1 << 20: 9.0}), *rows("chain", {8: 1.0}, segment_bytes=4096)))
     assert choose(table, 8).segment_bytes == 4096
     assert choose(TABLE, 1 << 20).segment_bytes is None
 
 
-def test_choosing_is_fast_and_pure() -> None:
+def test_choosing_is_fast_and_repeatable() -> None:
     calls, limit = 1000, 0.2e-3
     assert choose(TABLE, 5000) == choose(TABLE, 5000)
     began = time.process_time()
@@ -201,7 +196,7 @@ def test_choosing_is_fast_and_pure() -> None:
     assert (time.process_time() - began) / calls < limit
 
 
-def test_it_explains_itself() -> None:
+def test_explain_lists_the_ranges_of_equal_choices() -> None:
     assert TABLE.explain("allreduce", 1, 4) == [
         "allreduce 4 to 64 bytes: native",
         "allreduce 128 to 1073741824 bytes: shared",
@@ -212,12 +207,12 @@ def test_it_explains_itself() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nobodys_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("HPCCOMM_TUNING", raising=False)
 
 
-def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_written_table_is_read_back_unchanged(tmp_path: Path) -> None:
     table = Table(TABLE.rows, Machine(Link(1, 2), Link(3, 4), 5, "test"))
     write(table, tmp_path / "deep" / "t.json")
     back = read(tmp_path / "deep" / "t.json")
@@ -225,22 +220,22 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "t.json"]
 
 
-def test_the_table_travels_between_ranks() -> None:
+def test_a_table_can_be_pickled() -> None:
     assert pickle.loads(pickle.dumps(TABLE)) == TABLE
 
 
-def test_the_package_brings_a_table() -> None:
+def test_the_package_has_a_default_table() -> None:
     table = load(MPI, "anywhere")
-    assert table.source == "the table that comes with hpccomm"
+    assert table.source == "the default table of hpccomm"
     assert table.machine is not None
     assert all(row.mpi and row.host and row.when for row in table.rows)
 
 
-def test_it_is_looked_for_in_the_order_of_variable_home_package(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_table_is_found_by_variable_then_home_then_package(tmp_path: Path, monkeypatch: Any) -> None:
     write(TABLE, user_file(MPI, "n018.cluster"))
     assert load(MPI, "n099").rows[: len(TABLE.rows)] == TABLE.rows
-    assert load("MPICH 5.0.2", "n099").source == "the table that comes with hpccomm"
-    assert load(MPI, "login").source == "the table that comes with hpccomm"
+    assert load("MPICH 5.0.2", "n099").source == "the default table of hpccomm"
+    assert load(MPI, "login").source == "the default table of hpccomm"
     write(Table(tuple(SHARED)), tmp_path / "mine.json")
     monkeypatch.setenv("HPCCOMM_TUNING", str(tmp_path / "mine.json"))
     assert load(MPI, "n099").rows[: len(SHARED)] == tuple(SHARED)
@@ -263,7 +258,7 @@ def test_off_means_native_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         7,
     )],
 )  # fmt: skip
-def test_a_broken_file_is_named_once_with_a_remedy(content: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_broken_file_is_named_in_one_warning_with_a_remedy(content: str, tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "broken.json"
     path.write_text(content)
     monkeypatch.setenv("HPCCOMM_TUNING", str(path))
@@ -272,22 +267,22 @@ def test_a_broken_file_is_named_once_with_a_remedy(content: str, tmp_path: Path,
     ) as caught:
         table = load(MPI, "n017")
     assert len(caught) == 1
-    assert table.source == "the table that comes with hpccomm"
+    assert table.source == "the default table of hpccomm"
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPCCOMM_TUNING", str(tmp_path / "nowhere.json"))
     with pytest.warns(RuntimeWarning, match=r"nowhere.json"):
         load(MPI, "n017")
 
 
-def test_rows_of_the_same_mpi_come_first_and_others_fill_the_gaps() -> None:
+def test_rows_of_the_same_mpi_are_preferred_and_others_fill_the_gaps() -> None:
     other = [row._replace(mpi="MPICH 5.0.2", us=row.us / 2) for row in NATIVE]
     bcast = [row._replace(mpi="MPICH 5.0.2", collective="bcast") for row in NATIVE]
     assert Table((*NATIVE, *other, *bcast)).select_mpi("Open MPI 4.1").rows == (*NATIVE, *bcast)
 
 
-def test_collectives_that_were_not_measured_come_from_the_package() -> None:
+def test_unmeasured_collectives_are_filled_from_the_default_table() -> None:
     bcast = tuple(row._replace(collective="bcast") for row in NATIVE)
     other = tuple(row._replace(us=7) for row in NATIVE)
     assert Table(tuple(NATIVE)).fill_from(Table((*other, *bcast), Machine())).rows == (*NATIVE, *bcast)
@@ -318,7 +313,7 @@ def simulate_rows(nodes: int, per_node: int, names: list[tuple[str, str]]) -> li
 FLAT = [("allreduce", "ring"), ("allreduce", "doubling"), ("allgather", "bruck"), ("allgather", "ring")]
 
 
-def test_fitting_finds_the_machine_that_was_measured() -> None:
+def test_fitting_recovers_the_machine_of_exact_measurements() -> None:
     rows = simulate_rows(1, 8, FLAT) + simulate_rows(8, 1, FLAT) + simulate_rows(4, 1, FLAT)
     found = fit(rows)
     assert found.intra == pytest.approx(TRUE.intra, rel=1e-6)
@@ -326,20 +321,20 @@ def test_fitting_finds_the_machine_that_was_measured() -> None:
     assert found.gamma == pytest.approx(TRUE.gamma, rel=1e-6)
 
 
-def test_fitting_two_levels_at_once_comes_near() -> None:
+def test_fitting_with_hierarchical_rows_is_near() -> None:
     found = fit(simulate_rows(4, 4, [*FLAT, ("allreduce", "hierarchical")]) + simulate_rows(1, 4, FLAT))
     assert found.inter.beta == pytest.approx(TRUE.inter.beta, rel=0.1)
     assert found.inter.alpha == pytest.approx(TRUE.inter.alpha, rel=0.2)
 
 
-def test_what_was_not_measured_keeps_its_default() -> None:
+def test_parameters_that_were_not_measured_keep_their_defaults() -> None:
     found = fit(simulate_rows(1, 8, [("allgather", "ring")]) + rows("native", {8: 1.0}))
     assert found.inter == Machine().inter
     assert found.gamma == Machine().gamma
     assert fit([])[:3] == Machine()[:3]
 
 
-def test_nothing_fitted_is_negative() -> None:
+def test_no_fitted_parameter_is_negative() -> None:
     random = np.random.default_rng(7)
     noisy = [
         row._replace(us=row.us * random.uniform(0.2, 5))
@@ -373,17 +368,17 @@ def test_predict_prints_every_algorithm_the_fastest_first(capsys: pytest.Capture
     ("text", "nbytes"),
     [("4", 4), ("100M", 1e8), ("64Ki", 65536), ("1.5k", 1500), ("2 GiB", 2**31), ("1MB", 1e6)],
 )
-def test_sizes_are_understood(text: str, nbytes: float) -> None:
+def test_sizes_are_parsed(text: str, nbytes: float) -> None:
     assert units.size_of(text) == nbytes
 
 
 @pytest.mark.parametrize(("text", "beta"), [("100gbit", 8e-5), ("12.5GB", 8e-5), ("1gbit/s", 8e-3), ("1Gbps", 1e-3)])
-def test_rates_are_understood(text: str, beta: float) -> None:
+def test_rates_are_parsed(text: str, beta: float) -> None:
     assert units.beta_of(text) == pytest.approx(beta)
 
 
 @pytest.mark.parametrize("words", [["--bytes", "many"], ["--rate", "fast"], ["--nodes", "0"], ["--rate", "0gbit"]])
-def test_mistakes_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_of_predict_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ArgumentError, match=words[1]):
         run_predict(capsys, "allreduce", *words)
 
@@ -394,7 +389,7 @@ SITE = tune_command.Site(1, 4, MPI, "n017", "2026-01-02")
 
 
 class OneRank:
-    """As much of a communicator as tuning needs."""
+    """The part of a communicator that tuning needs."""
 
     rank = 0
 
@@ -408,7 +403,7 @@ def parse_arguments(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_tuning_covers_every_collective_and_size_asked_for() -> None:
+def test_tuning_covers_the_requested_collectives_and_sizes() -> None:
     tasks = tune_command.tasks(parse_arguments("--collective", "allreduce,bcast", "--sizes", "4,1Ki"))
     assert tasks == [("allreduce", 4), ("allreduce", 1024), ("bcast", 4), ("bcast", 1024)]
     assert {task.collective for task in tune_command.tasks(parse_arguments())} == {*ALGORITHMS, "alltoall"}
@@ -417,7 +412,7 @@ def test_tuning_covers_every_collective_and_size_asked_for() -> None:
         tune_command.tasks(parse_arguments("--collective", "allred"))
 
 
-def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_tuning_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial, ran = tmp_path / "t.partial", []
 
     def measure_one(comm: Any, site: Any, task: Any, wanted: Any) -> Any:
@@ -436,7 +431,7 @@ def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest
     assert not partial.exists()
 
 
-def test_what_another_shape_left_is_not_taken_over(tmp_path: Path) -> None:
+def test_partial_results_of_another_shape_are_not_used(tmp_path: Path) -> None:
     write(TABLE, tmp_path / "t.partial")
     assert tune_command.read_partial(SITE, tmp_path / "t.partial") == list(TABLE.rows)
     assert tune_command.read_partial(SITE._replace(per_node=8), tmp_path / "t.partial") == []
@@ -444,7 +439,7 @@ def test_what_another_shape_left_is_not_taken_over(tmp_path: Path) -> None:
     assert tune_command.read_partial(SITE, tmp_path / "t.partial") == []
 
 
-def test_tuning_replaces_what_it_measured_again_and_keeps_the_rest(
+def test_tuning_replaces_the_rows_that_it_measured_and_keeps_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "t.json"
@@ -453,23 +448,23 @@ def test_tuning_replaces_what_it_measured_again_and_keeps_the_rest(
     again = [row._replace(us=row.us * 10, when="2026-02-03") for row in NATIVE]
     tune_command.finish([*again, *SHARED], SITE, out)
     assert read(out).rows == (*other, *again, *SHARED)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"# 6 measurements on 1 x 4 ranks, {MPI}: {out}"
-    assert said[1:] == ["allreduce 4 to 1073741824 bytes: shared"]
+    out_lines = capsys.readouterr().out.splitlines()
+    assert out_lines[0] == f"# 6 measurements on 1 x 4 ranks, {MPI}: {out}"
+    assert out_lines[1:] == ["allreduce 4 to 1073741824 bytes: shared"]
 
 
-def test_algorithms_that_are_not_there_cannot_be_tuned(tmp_path: Path) -> None:
+def test_unknown_algorithms_cannot_be_tuned(tmp_path: Path) -> None:
     comm = SimpleNamespace(algorithms=lambda collective: ("auto", "native", "shared", "ring"))
     todo = [tune_command.Task("allreduce", 4)]
     with pytest.raises(ArgumentError, match="--algorithm rign: take some of auto, native, ring, shared"):
         tune_command.measure_tasks(comm, SITE, todo, tmp_path / "t.partial", ["ring", "rign"])
 
 
-def test_what_is_shipped_takes_shared_memory_for_every_allreduce_on_one_node() -> None:
-    """Registered arrays gain most there, and nothing measured elsewhere may be drawn out to sizes it was not run at."""
-    shipped = read(DEFAULT_TABLE)
-    for mpi, per_node in {(row.mpi, row.per_node) for row in shipped.rows if row.nodes == 1}:
-        table = shipped.select_mpi(mpi)
+def test_the_default_table_chooses_shared_memory_for_every_allreduce_on_one_node() -> None:
+    """Registered arrays gain most there, and no other row may be extrapolated to sizes at which it was not measured."""
+    default = read(DEFAULT_TABLE)
+    for mpi, per_node in {(row.mpi, row.per_node) for row in default.rows if row.nodes == 1}:
+        table = default.select_mpi(mpi)
         for nbytes in (4, 1000, 1 << 16, 1 << 20, 1 << 24, 1 << 28, 1 << 31):
             chosen = table.choose(
                 "allreduce", 1, per_node, nbytes, candidates=("native", "shared", "ring", "butterfly")
@@ -477,7 +472,7 @@ def test_what_is_shipped_takes_shared_memory_for_every_allreduce_on_one_node() -
             assert chosen.algorithm == "shared", (mpi, per_node, nbytes, chosen)
 
 
-def test_what_is_shipped_for_several_nodes_counts_over_tcp_only(
+def test_rows_of_several_nodes_in_the_default_table_are_used_over_tcp_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -486,12 +481,12 @@ def test_what_is_shipped_for_several_nodes_counts_over_tcp_only(
     assert {row.nodes > 1 for row in load(MPI, "anywhere", ethernet=False).rows} == {False}
 
 
-def test_one_node_measured_leaves_what_is_known_of_several() -> None:
-    shipped = Table((*rows("native", {8: 3.0}, nodes=2), *rows("native", {8: 9.0})))
-    assert Table(tuple(NATIVE)).fill_from(shipped).rows == (*NATIVE, *rows("native", {8: 3.0}, nodes=2))
+def test_rows_of_one_node_do_not_replace_rows_of_several() -> None:
+    default = Table((*rows("native", {8: 3.0}, nodes=2), *rows("native", {8: 9.0})))
+    assert Table(tuple(NATIVE)).fill_from(default).rows == (*NATIVE, *rows("native", {8: 3.0}, nodes=2))
 
 
-def test_networks_that_need_no_tcp_are_seen(tmp_path: Path) -> None:
+def test_networks_other_than_tcp_are_detected(tmp_path: Path) -> None:
     assert fast_networks(tmp_path) == []
     for name in ("infiniband/mlx5_1", "infiniband/mlx5_0", "cxi/cxi0", "net/eth0"):
         (tmp_path / name).mkdir(parents=True)

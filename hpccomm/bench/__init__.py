@@ -1,4 +1,4 @@
-"""Measuring: one loop, one table of collectives, the tables of OSU and nccl-tests, and pictures.
+"""The measuring library: one loop, a table of benchmarks, the output tables of OSU and nccl-tests, and figures.
 
 ::
 

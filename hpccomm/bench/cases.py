@@ -1,7 +1,7 @@
-"""The table of what can be measured: how each is called, what each rank holds before, and what must come out.
+"""The table of benchmarks: how each collective is called, what each rank holds before the call and must hold after it.
 
-*p ranks, r this one, n elements: the whole vector of a reduction or a broadcast, one rank's part of everything else
-(OSU's Size).*  To measure one more collective is to add a row.
+*p ranks, r this one, n elements: the whole vector of a reduction or a broadcast, one rank's block of any other
+collective (OSU's Size).*  To measure one more collective is to add a row.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hpccomm.bench.inputs import ALL_RANKS, NO_RANK, Array, Block, Blocks
 Call = Callable[[], object]
 
 PEER_STRIDE = 7919
-"""Distance of what one rank sends to one rank from what it sends to the next."""
+"""Distance between the numbers that a rank sends to one peer and those that it sends to the next peer."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One call as one rank sees it."""
+    """The size, root and datatype of a call, and the rank that makes it."""
 
     ranks: int
     rank: int
@@ -42,104 +42,104 @@ class Shape:
 
     @property
     def counts(self) -> list[int]:
-        """Elements of a vector for each rank; the first ranks take what is left over."""
+        """Elements of a vector for each rank; the first ranks take one more where p does not divide n."""
         return [self.count // self.ranks + (rank < self.count % self.ranks) for rank in range(self.ranks)]
 
     def vector_buffer(self, buffer: Array) -> list[Any]:
-        """A buffer of equal parts, as the calls for unequal parts want it."""
+        """A buffer of equal blocks, with counts and displacements as the ``v`` collectives need them."""
         counts, displs = [self.count] * self.ranks, [self.count * rank for rank in range(self.ranks)]
         return [buffer, counts, displs, MPI.Datatype.fromcode(self.dtype.char)]
 
 
 class Contents(NamedTuple):
-    """Numbers in a rank's buffers."""
+    """The blocks of numbers in a rank's buffers."""
 
     send: Blocks = ()
     before: Blocks = ()
-    """In the buffer that is received into, from its beginning; the rest is spoilt."""
+    """At the start of the receive buffer before the call; the rest is filled with poison."""
     after: Blocks = ()
-    """There after the call."""
+    """At the start of the receive buffer after the call."""
 
     def lengths(self) -> tuple[int, int]:
-        """Elements to send from and to receive into."""
-        send, before, after = (sum(piece.length for piece in pieces) for pieces in self)
+        """Elements of the send and of the receive buffer."""
+        send, before, after = (sum(block.length for block in blocks) for blocks in self)
         return send, max(before, after)
 
 
 def allreduce(s: Shape) -> Contents:
-    """Everybody's vectors become the sum."""
+    """Every rank receives the sum of all vectors."""
     mine = (Block(s.rank, 0, s.count),)
     total = (Block(ALL_RANKS, 0, s.count),)
     return Contents(before=mine, after=total) if s.in_place else Contents(send=mine, after=total)
 
 
 def reduce(s: Shape) -> Contents:
-    """The sum, on the root."""
+    """The root receives the sum."""
     return allreduce(s) if s.is_root else Contents(send=(Block(s.rank, 0, s.count),))
 
 
 def bcast(s: Shape) -> Contents:
-    """The root's vector, everywhere."""
+    """Every rank receives the root's vector."""
     vector = (Block(s.root, 0, s.count),)
     return Contents(before=vector if s.is_root else (), after=vector)
 
 
-def scatter_sum(s: Shape, cuts: Sequence[int]) -> Contents:
-    """A part of the sum each."""
-    mine = (Block(s.rank, 0, sum(cuts)),)
-    part = (Block(ALL_RANKS, sum(cuts[: s.rank]), cuts[s.rank]),)
-    return Contents(before=mine, after=part) if s.in_place else Contents(send=mine, after=part)
+def scatter_sum(s: Shape, counts: Sequence[int]) -> Contents:
+    """Every rank receives its block of the sum."""
+    mine = (Block(s.rank, 0, sum(counts)),)
+    block = (Block(ALL_RANKS, sum(counts[: s.rank]), counts[s.rank]),)
+    return Contents(before=mine, after=block) if s.in_place else Contents(send=mine, after=block)
 
 
 def reduce_scatter(s: Shape) -> Contents:
-    """Parts that differ by one where they must."""
+    """Blocks that differ by one element where p does not divide n."""
     return scatter_sum(s, s.counts)
 
 
 def reduce_scatter_block(s: Shape) -> Contents:
-    """Equal parts; what is left over takes no part."""
+    """Equal blocks; the n mod p last elements are not sent."""
     return scatter_sum(s, [s.count // s.ranks] * s.ranks)
 
 
 def allgather(s: Shape) -> Contents:
-    """Everybody's part, everywhere."""
+    """Every rank receives the blocks of all ranks."""
     mine, gap = Block(s.rank, 0, s.count), Block(NO_RANK, 0, s.count * s.rank)
     after = tuple(Block(rank, 0, s.count) for rank in range(s.ranks))
     return Contents(before=(gap, mine), after=after) if s.in_place else Contents(send=(mine,), after=after)
 
 
 def gather(s: Shape) -> Contents:
-    """Everybody's part, on the root."""
+    """The root receives the blocks of all ranks."""
     return allgather(s) if s.is_root else Contents(send=(Block(s.rank, 0, s.count),))
 
 
 def alltoall(s: Shape) -> Contents:
-    """A part from everybody for everybody."""
+    """Every rank sends every rank a block."""
     mine = tuple(Block(s.rank, PEER_STRIDE * peer, s.count) for peer in range(s.ranks))
     after = tuple(Block(peer, PEER_STRIDE * s.rank, s.count) for peer in range(s.ranks))
     return Contents(before=mine, after=after) if s.in_place else Contents(send=mine, after=after)
 
 
 def scatter(s: Shape) -> Contents:
-    """A part of the root's for everybody."""
+    """Every rank receives a block of the root's."""
     send = tuple(Block(s.root, PEER_STRIDE * peer, s.count) for peer in range(s.ranks)) if s.is_root else ()
-    kept = s.is_root and s.in_place
-    return Contents(send=send, after=() if kept else (Block(s.root, PEER_STRIDE * s.rank, s.count),))
+    stays = s.is_root and s.in_place
+    return Contents(send=send, after=() if stays else (Block(s.root, PEER_STRIDE * s.rank, s.count),))
 
 
 def barrier(s: Shape) -> Contents:
-    """Nothing."""
+    """No data."""
     return Contents()
 
 
 def unidirectional(s: Shape) -> Contents:
-    """Rank 0's message, on rank 1."""
+    """Rank 1 receives rank 0's message."""
     message = (Block(0, 0, s.count),)
     return Contents(send=message) if s.rank == 0 else Contents(after=message)
 
 
 def bidirectional(s: Shape) -> Contents:
-    """Each rank's message, on the other."""
+    """Each rank receives the other's message."""
     return Contents(send=(Block(s.rank, 0, s.count),), after=(Block(1 - s.rank, 0, s.count),))
 
 
@@ -151,7 +151,7 @@ Bind = Callable[[Any, Shape, Array, Array, tuple[str, ...]], Call]
 
 @dataclass(frozen=True)
 class MethodCall:
-    """A method of a communicator and what it is called with; everything is prepared, nothing but the call is timed."""
+    """A communicator's method and its arguments, which are built beforehand, so that only the call is timed."""
 
     method: str
     arguments: Arguments
@@ -161,22 +161,22 @@ class MethodCall:
 
 
 def send_buffer(s: Shape, send: Any) -> Any:
-    """What is sent."""
+    """The send argument."""
     return MPI.IN_PLACE if s.in_place else send
 
 
-def rooted_buffer(s: Shape, send: Any) -> Any:
-    """What is sent to the root; only there it can be in place."""
+def send_to_root(s: Shape, send: Any) -> Any:
+    """The send argument of a rooted collective, which only the root can give as MPI_IN_PLACE."""
     return MPI.IN_PLACE if s.in_place and s.is_root else send
 
 
 def root_buffer(s: Shape, buffer: Any) -> Any:
-    """What only the root has."""
+    """An argument that only the root gives."""
     return buffer if s.is_root else None
 
 
 def ping_pong(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, ...]) -> Call:
-    """There and back."""
+    """A message to rank 1 and one back."""
 
     def serve() -> None:
         comm.Send(send, 1, 1)
@@ -190,7 +190,7 @@ def ping_pong(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, .
 
 
 def send_window(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, ...]) -> Call:
-    """A window of messages to rank 1, a short answer back."""
+    """A window of messages to rank 1, then a short answer from it."""
     window, wait_all, answer = range(s.window), MPI.Request.Waitall, bytearray(1)
 
     def send_all() -> None:
@@ -205,7 +205,7 @@ def send_window(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str,
 
 
 def exchange_windows(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, ...]) -> Call:
-    """A window of messages each way, a short answer to rank 0."""
+    """A window of messages in each direction, then a short answer to rank 0."""
     window, wait_all, answer, peer = range(s.window), MPI.Request.Waitall, bytearray(1), 1 - s.rank
 
     def exchange() -> None:
@@ -224,7 +224,7 @@ def exchange_windows(comm: Any, s: Shape, send: Array, recv: Array, named: tuple
 
 
 class Repeats(NamedTuple):
-    """Calls a size, up to LARGE bytes and above."""
+    """Calls for each size: up to LARGE bytes, and above."""
 
     timed: int
     untimed: int
@@ -237,58 +237,58 @@ class Repeats(NamedTuple):
 
 
 LARGE = 8192
-"""OSU takes fewer calls above."""
+"""OSU makes fewer calls above this size, bytes."""
 COLLECTIVE, LATENCY, BANDWIDTH = Repeats(1000, 100, 100, 10), Repeats(10000, 100, 1000, 10), Repeats(100, 10, 20, 2)
 
 
 def unit_factor(p: int) -> float:
-    """The vector crosses the busiest link once."""
+    """The whole vector crosses the busiest link once."""
     return 1.0
 
 
 def allgather_factor(p: int) -> float:
-    """Every rank keeps a p-th."""
+    """All but a rank's own p-th of the vector crosses its link."""
     return (p - 1) / p
 
 
 def allreduce_factor(p: int) -> float:
-    """Reduced, then gathered."""
+    """A reduce-scatter, then an allgather."""
     return 2 * (p - 1) / p
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row."""
+    """One benchmark."""
 
     title: str
-    """In OSU's header."""
+    """OSU's title."""
     contents: Callable[[Shape], Contents]
     bind: Bind
     bus: Callable[[int], float] = unit_factor
-    """Bus bandwidth is algbw times this (nccl-tests, PERFORMANCE.md)."""
+    """Bus bandwidth is the algorithm bandwidth times this factor (nccl-tests, PERFORMANCE.md)."""
     size_per_rank: bool = False
-    """Whether Size is one rank's part."""
+    """Whether OSU's Size is that of one rank's block."""
     has_root: bool = False
     reduces: bool = False
     in_place: bool = True
-    """Whether MPI has it in place."""
+    """Whether MPI defines the collective in place."""
     algorithms: str = ""
-    """The collective under whose name its algorithms are listed, if they can be named."""
+    """The collective whose algorithms it can be measured with; empty if it takes none by name."""
     ends: int = 0
-    """Of a test between two ranks: messages whose time one call takes (-1: the window)."""
+    """Of a test between two ranks: messages in one call (-1: the window)."""
     directions: int = 1
     repeats: Repeats = COLLECTIVE
 
     def count(self, size: int, itemsize: int, ranks: int, whole: bool) -> int:
-        """Elements of a size, which is that of the ``whole`` vector, or OSU's."""
+        """Elements of a size in bytes: that of the ``whole`` vector, or OSU's Size."""
         return size // itemsize // (ranks if self.size_per_rank and whole else 1)
 
     def nbytes(self, count: int, itemsize: int, ranks: int) -> int:
-        """Bytes of the whole vector: what bandwidth is counted on."""
+        """Bytes of the whole vector, from which bandwidth is computed."""
         return count * itemsize * self.directions * (ranks if self.size_per_rank else 1)
 
     def messages(self, window: int) -> int:
-        """Parts of a call's time that are reported."""
+        """Messages in a call, by whose number its time is divided."""
         return 1 if not self.ends else window if self.ends < 0 else self.ends
 
 
@@ -306,7 +306,7 @@ CASES: dict[str, Case] = {
     "reduce": Case(
         "Reduce Latency Test",
         reduce,
-        MethodCall("Reduce", lambda s, send, recv: (rooted_buffer(s, send), root_buffer(s, recv), MPI.SUM, s.root)),
+        MethodCall("Reduce", lambda s, send, recv: (send_to_root(s, send), root_buffer(s, recv), MPI.SUM, s.root)),
         has_root=True,
         reduces=True,
         algorithms="reduce",
@@ -369,7 +369,7 @@ CASES: dict[str, Case] = {
     "gather": Case(
         "Gather Latency Test",
         gather,
-        MethodCall("Gather", lambda s, send, recv: (rooted_buffer(s, send), root_buffer(s, recv), s.root)),
+        MethodCall("Gather", lambda s, send, recv: (send_to_root(s, send), root_buffer(s, recv), s.root)),
         allgather_factor,
         size_per_rank=True,
         has_root=True,
@@ -378,7 +378,7 @@ CASES: dict[str, Case] = {
         "Gatherv Latency Test",
         gather,
         MethodCall(
-            "Gatherv", lambda s, send, recv: (rooted_buffer(s, send), root_buffer(s, s.vector_buffer(recv)), s.root)
+            "Gatherv", lambda s, send, recv: (send_to_root(s, send), root_buffer(s, s.vector_buffer(recv)), s.root)
         ),
         allgather_factor,
         size_per_rank=True,
@@ -387,7 +387,7 @@ CASES: dict[str, Case] = {
     "scatter": Case(
         "Scatter Latency Test",
         scatter,
-        MethodCall("Scatter", lambda s, send, recv: (root_buffer(s, send), rooted_buffer(s, recv), s.root)),
+        MethodCall("Scatter", lambda s, send, recv: (root_buffer(s, send), send_to_root(s, recv), s.root)),
         allgather_factor,
         size_per_rank=True,
         has_root=True,
@@ -396,7 +396,7 @@ CASES: dict[str, Case] = {
         "Scatterv Latency Test",
         scatter,
         MethodCall(
-            "Scatterv", lambda s, send, recv: (root_buffer(s, s.vector_buffer(send)), rooted_buffer(s, recv), s.root)
+            "Scatterv", lambda s, send, recv: (root_buffer(s, s.vector_buffer(send)), send_to_root(s, recv), s.root)
         ),
         allgather_factor,
         size_per_rank=True,

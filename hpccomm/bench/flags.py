@@ -1,4 +1,4 @@
-"""The flags of ``hpccomm bench``: OSU's short ones, nccl-tests' for its format, and ours, which are long."""
+"""The flags of ``hpccomm bench``: OSU's, nccl-tests' for ``--format nccl``, and long ones of our own."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DEFAULT_PERCENTILES = "50,90,99"
 MAX_PERCENTILES = 5
 MEMORY_LIMIT = 512 << 20
 LARGEST, LARGEST_MESSAGE = 1 << 20, 1 << 22
-"""Where OSU's sizes end: for collectives, between two ranks."""
+"""OSU's largest sizes: of collectives, and of tests between two ranks."""
 NCCL_BYTES, NCCL_CALLS = 32 << 20, (20, 5)
-"""nccl-tests' size, and its timed and untimed calls."""
+"""The size that nccl-tests measures by default, and its numbers of timed and untimed calls."""
 
 
 @dataclass(frozen=True)
 class BenchArguments:
-    """What a command line asks for."""
+    """A command line that was parsed and checked."""
 
     collective: str
     sizes: tuple[int, ...]
@@ -40,59 +40,103 @@ class BenchArguments:
     json: str | None
     version: bool
     warning: str
-    """What was said but means nothing here, in words."""
+    """A sentence about a flag that has no effect; empty if there is none."""
 
     @property
     def case(self) -> Case:
-        """The row of the table."""
+        """The row of the collective in the table of benchmarks."""
         return CASES[self.collective]
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ArgumentError instead of ending the process: rank 0 speaks for all."""
+    """A parser that raises ArgumentError instead of ending the process, so that only rank 0 reports a mistake."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong."""
+        """Raise the error."""
         raise ArgumentError(f"{message} (see {self.prog} -h)")
 
 
 def parser(collective: str) -> Parser:
-    """All flags."""
+    """The parser of all flags."""
     made = Parser(prog=f"hpccomm bench {collective}", add_help=False, allow_abbrev=False)
     osu = made.add_argument_group("as the OSU Micro-Benchmarks")
-    osu.add_argument("-h", "--help", action="store_true", help="this text")
-    osu.add_argument("-v", "--version", action="store_true", help="the version of the tables")
-    osu.add_argument("-m", "--message-size", metavar="[MIN:]MAX", help="bytes, doubled from row to row (1:1Mi)")
-    osu.add_argument("-i", "--iterations", type=positive, metavar="N", help="timed calls (1000, above 8 KiB 100)")
-    osu.add_argument("-x", "--warmup", type=natural, metavar="N", help="untimed calls before (100, above 8 KiB 10)")
-    osu.add_argument("-f", "--full", action="store_true", help="minimum and maximum over the ranks, iterations")
-    osu.add_argument("-c", "--validation", action="store_true", help="check every element, exactly, of as many calls")
-    osu.add_argument("-u", "--validation-warmup", type=natural, metavar="N", help="calls before a checked one (5)")
-    osu.add_argument("-z", "--tail-lat", metavar="P,P,…", help="percentiles, attached: -z50,99 (-z: 50,90,99)")
-    osu.add_argument("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory of a rank (512 MiB)")
-    osu.add_argument("-W", "--window-size", type=positive, metavar="N", help="messages in flight, bw and bibw (64)")
+    osu.add_argument("-h", "--help", action="store_true", help="show this text")
+    osu.add_argument("-v", "--version", action="store_true", help="show the version of OSU's tables")
+    osu.add_argument(
+        "-m", "--message-size", metavar="[MIN:]MAX", help="sizes in bytes, each twice the one before (default 1:1Mi)"
+    )
+    osu.add_argument(
+        "-i", "--iterations", type=positive, metavar="N", help="timed calls (default 1000; above 8 KiB 100)"
+    )
+    osu.add_argument(
+        "-x", "--warmup", type=natural, metavar="N", help="untimed calls before them (default 100; above 8 KiB 10)"
+    )
+    osu.add_argument(
+        "-f", "--full", action="store_true", help="show minimum and maximum over the ranks, and the number of calls"
+    )
+    osu.add_argument(
+        "-c", "--validation", action="store_true", help="check every element of as many calls again, exactly"
+    )
+    osu.add_argument(
+        "-u",
+        "--validation-warmup",
+        type=natural,
+        metavar="N",
+        help="unchecked calls before each checked one (default 5)",
+    )
+    osu.add_argument(
+        "-z", "--tail-lat", metavar="P,P,…", help="show percentiles; write -z50,99 without a space (-z alone: 50,90,99)"
+    )
+    osu.add_argument("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory limit of a rank (default 512Mi)")
+    osu.add_argument(
+        "-W", "--window-size", type=positive, metavar="N", help="messages in flight of bw and bibw (default 64)"
+    )
     osu.add_argument(
         "-T",
         "--type",
         action="append",
         metavar="TYPE",
-        help=f"{', '.join(DATATYPES)}, all; again for more (mpi_float, between two ranks mpi_char)",
+        help=f"{', '.join(DATATYPES)} or all; repeat for several (default mpi_float; latency, bw, bibw: mpi_char)",
     )
-    osu.add_argument("-l", "--in-place", action="store_true", help="MPI_IN_PLACE")
-    osu.add_argument("-k", "--root-rank", metavar="fixed:R|rotate", help="the root (fixed:0)")
+    osu.add_argument("-l", "--in-place", action="store_true", help="call the collective with MPI_IN_PLACE")
     osu.add_argument(
-        "-d", "--accelerator", choices=("cuda", "managed", "openacc", "rocm"), help="buffers on a device (cuda)"
+        "-k",
+        "--root-rank",
+        metavar="fixed:R|rotate",
+        help="the root: always R, or another with each call (default fixed:0)",
     )
-    osu.add_argument("placement", nargs="*", metavar="H H", help="memory of both ends: D D with -d, else H H")
-    ours = made.add_argument_group("more")
+    osu.add_argument(
+        "-d",
+        "--accelerator",
+        choices=("cuda", "managed", "openacc", "rocm"),
+        help="put the buffers on a device; cuda is the only one measured",
+    )
+    osu.add_argument(
+        "placement",
+        nargs="*",
+        metavar="H H",
+        help="memory at both ends, as OSU wants it: D D (device) with -d, else H H (host)",
+    )
+    ours = made.add_argument_group("of hpccomm")
     ours.add_argument(
-        "--algorithm", default="auto", metavar="A,B,…", help="medians side by side: native,auto,ring,… or all"
+        "--algorithm",
+        default="auto",
+        metavar="A,B,…",
+        help="show medians side by side: native,auto,ring,… or all (default auto)",
     )
-    ours.add_argument("--stepfactor", "--step-factor", type=positive, metavar="F", help="from row to row (2)")
-    ours.add_argument("--registered", action="store_true", help="buffers from comm.empty, seen by the whole node")
-    ours.add_argument("--json", metavar="FILE", help="write the rows, the machine and this command into a file")
+    ours.add_argument(
+        "--stepfactor",
+        "--step-factor",
+        type=positive,
+        metavar="F",
+        help="ratio of each size to the one before (default 2)",
+    )
+    ours.add_argument(
+        "--registered", action="store_true", help="take buffers from comm.empty, which all ranks of a node can read"
+    )
+    ours.add_argument("--json", metavar="FILE", help="write the rows, the machine and this command into FILE")
     nccl = made.add_argument_group("as nccl-tests")
-    nccl.add_argument("--format", choices=("osu", "nccl"), default="osu", help="whose table (osu)")
+    nccl.add_argument("--format", choices=("osu", "nccl"), default="osu", help="the format of the table (default osu)")
     for letter, word in (("-b", "min"), ("-e", "max")):
         nccl.add_argument(
             letter,
@@ -100,23 +144,25 @@ def parser(collective: str) -> Parser:
             f"--{word}-bytes",
             type=binary_bytes_of,
             metavar="BYTES",
-            help=f"{word}imum of the whole vector, 32M is 2^25 (32M)",
+            help=f"{word}imum size of the whole vector; 32M is 2^25 (default 32M)",
         )
-    nccl.add_argument("--min-busbw", type=float, metavar="GBPS", help="fail if the mean is below 0.9 of this")
+    nccl.add_argument(
+        "--min-busbw", type=float, metavar="GBPS", help="fail if the mean bus bandwidth is below 0.9 times this"
+    )
     return made
 
 
 def natural(text: str) -> int:
-    """0, 1, 2 …"""
+    """A whole number, 0 or more."""
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: give 0 or more")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """1, 2, 3 …"""
-    if natural(text) < 1:
-        raise argparse.ArgumentTypeError("at least 1")
+    """A whole number, 1 or more."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: give 1 or more")
     return int(text)
 
 
@@ -131,19 +177,19 @@ def binary_bytes_of(text: str) -> int:
 
 
 def attach_values(words: Sequence[str]) -> list[str]:
-    """Flags whose values, if any, are attached, as argparse wants them: ``-z50,99``, ``-z``."""
+    """Rewrite flags with an optional attached value (``-z50,99``, ``-z``) for argparse."""
     return [expand_tail_flag(word) for word in words]
 
 
 def expand_tail_flag(word: str) -> str:
-    """``-z`` and ``--tail-lat`` with what they mean alone."""
+    """``-z`` and ``--tail-lat`` with their default value where they have none."""
     if word in ("-z", "--tail-lat"):
         return f"--tail-lat={DEFAULT_PERCENTILES}"
     return f"--tail-lat={word[2:]}" if re.fullmatch(r"-z[\d,]+", word) else word
 
 
 def parse_flags(collective: str, words: Sequence[str]) -> BenchArguments:
-    """Understand a command line; raises ArgumentError."""
+    """Parse and check a command line; raises ArgumentError."""
     args = parser(collective).parse_intermixed_args(attach_values(words))
     case = CASES[collective]
     check_flags(collective, case, args)
@@ -171,40 +217,46 @@ def parse_flags(collective: str, words: Sequence[str]) -> BenchArguments:
 
 
 def check_flags(collective: str, case: Case, args: argparse.Namespace) -> None:
-    """Refuse what a benchmark does not have, as OSU does."""
+    """Raise for flags that a benchmark does not have, as OSU does."""
     nccl = args.format == "nccl"
-    missing = {
+    refused = {
         "-d": args.accelerator and device_error(args.accelerator, case),
-        "-f": args.full and case.ends and "is for collectives",
-        "-l": args.in_place and (not case.in_place or nccl) and "there is no such choice here",
-        "-k": args.root_rank and not case.has_root and "there is no root",
-        "-W": args.window_size and case.ends >= 0 and "is for bw and bibw",
-        "-c": args.validation and collective == "barrier" and "there is nothing to check",
-        "--registered": args.registered and (case.ends or args.accelerator) and "is for collectives of host memory",
-        "--algorithm": args.algorithm != "auto" and case.ends and "is for collectives",
-        "--format nccl": nccl and (case.ends or collective == "barrier") and "is for collectives that move data",
-        "-m": args.message_size and nccl and "say --minbytes and --maxbytes with --format nccl",
-        "-b, -e": (args.minbytes or args.maxbytes) and not nccl and "are for --format nccl: say -m MIN:MAX",
-        "--min-busbw": args.min_busbw and not nccl and "is for --format nccl",
+        "-f": args.full and case.ends and "is for collectives: leave it out",
+        "-l": args.in_place
+        and (not case.in_place or nccl)
+        and f"does not apply, {'both are measured' if nccl else 'MPI has no such call'}: leave it out",
+        "-k": args.root_rank and not case.has_root and "does not apply, there is no root: leave it out",
+        "-W": args.window_size and case.ends >= 0 and "is for bw and bibw: leave it out",
+        "-c": args.validation and collective == "barrier" and "does not apply, there is no data to check: leave it out",
+        "--registered": args.registered
+        and (case.ends or args.accelerator)
+        and "is for collectives of host memory: leave it out",
+        "--algorithm": args.algorithm != "auto" and case.ends and "is for collectives: leave it out",
+        "--format nccl": nccl
+        and (case.ends or collective == "barrier")
+        and "is for collectives that move data: use --format osu",
+        "-m": args.message_size and nccl and "is for --format osu: use --minbytes and --maxbytes",
+        "-b, -e": (args.minbytes or args.maxbytes) and not nccl and "is for --format nccl: use -m MIN:MAX",
+        "--min-busbw": args.min_busbw and not nccl and "is for --format nccl: leave it out",
         " ".join(args.placement): placement_error(args.placement, case),
     }
-    for flag, reason in missing.items():
+    for flag, reason in refused.items():
         if reason:
             raise ArgumentError(f"{collective}: {flag} {reason}".rstrip())
 
 
 def device_error(kind: str, case: Case) -> str:
-    """Why buffers cannot be there, whatever this machine has."""
+    """Why a benchmark cannot have its buffers on a device, on any machine; empty if it can."""
     rest = "leave -d out to measure host memory"
     if kind != "cuda":
-        return f"{kind} buffers are not measured: {rest}"
+        return f"{kind}: only cuda buffers are measured: use -d cuda, or {rest}"
     if not case.ends and not case.algorithms:
         return f"cuda: this collective takes no arrays on a device: {rest}"
     return ""
 
 
 def placement_warning(args: argparse.Namespace) -> str:
-    """What was said of memory that is not so."""
+    """A sentence for a placement that differs from where the buffers are; empty if there is none."""
     words = " ".join(args.placement)
     if "D" in args.placement and not args.accelerator:
         return f"{words} without -d: the buffers are in host memory"
@@ -214,14 +266,14 @@ def placement_warning(args: argparse.Namespace) -> str:
 
 
 def placement_error(words: Sequence[str], case: Case) -> str:
-    """Why buffers cannot be placed so."""
+    """Why OSU's words for the placement of buffers cannot be used; empty if they can."""
     if not words or (case.ends and len(words) == 2 and set(words) <= {"H", "D"}):
         return ""
-    return "cannot be placed: say H H after latency, bw or bibw, or nothing"
+    return "is no placement of buffers here: write H H or D D after latency, bw or bibw only"
 
 
 def sizes_of(collective: str, args: argparse.Namespace) -> tuple[int, ...]:
-    """OSU's: a lone number is the largest, ``MIN:`` the smallest."""
+    """OSU's sizes: a number alone is the largest, ``MIN:`` is the smallest."""
     if collective == "barrier":
         return (0,)
     case = CASES[collective]
@@ -232,12 +284,12 @@ def sizes_of(collective: str, args: argparse.Namespace) -> tuple[int, ...]:
     first = bytes_of(low) if low else smallest
     last = bytes_of(high) if high else LARGEST_MESSAGE if case.ends else LARGEST
     if first > last or (colon and not (low or high)):
-        raise ArgumentError(f"-m {text}: from {first} to {last} bytes there is nothing to measure")
+        raise ArgumentError(f"-m {text}: there is no size from {first} to {last} bytes: give -m MIN:MAX")
     return steps(first, last, args.stepfactor or 2)
 
 
 def steps(first: int, last: int, factor: int) -> tuple[int, ...]:
-    """From the first to the last, each ``factor`` times the one before (after 0 comes 1)."""
+    """The sizes from the first to the last, each ``factor`` times the one before; 1 follows 0."""
     found = []
     while first <= last:
         found.append(first)
@@ -248,48 +300,50 @@ def steps(first: int, last: int, factor: int) -> tuple[int, ...]:
 
 
 def nccl_sizes(args: argparse.Namespace) -> tuple[int, ...]:
-    """nccl-tests': one size, or from the smallest to the largest."""
+    """nccl-tests' sizes: one, or those from the smallest to the largest."""
     first = NCCL_BYTES if args.minbytes is None else args.minbytes
     last = max(first, NCCL_BYTES) if args.maxbytes is None else args.maxbytes
     if not 0 < first <= last:
-        raise ArgumentError(f"--minbytes {first} --maxbytes {last}: there is nothing to measure")
+        raise ArgumentError(
+            f"--minbytes {first} --maxbytes {last}: there is no size in between: give a minimum up to the maximum"
+        )
     return steps(first, last, args.stepfactor or 2)
 
 
 def datatypes_of(args: argparse.Namespace, usual: str) -> tuple[str, ...]:
-    """OSU's words; collectives take MPI_FLOAT where OSU takes MPI_CHAR, of which MPI defines no sums."""
+    """OSU's datatypes; the default of collectives is MPI_FLOAT, not MPI_CHAR, for which MPI defines no sum."""
     words = [word.lower() for word in args.type or [usual]]
     unknown = [word for word in words if word not in (*DATATYPES, "all")]
     if unknown:
-        raise ArgumentError(f"-T {unknown[0]}: take one of {', '.join(DATATYPES)}, all")
+        raise ArgumentError(f"-T {unknown[0]}: use one of {', '.join(DATATYPES)}, all")
     every = ("mpi_char", "mpi_int", "mpi_float")
     return tuple(name for word in words for name in (every if word == "all" else (word,)))
 
 
 def percentiles_of(text: str | None) -> tuple[int, ...]:
-    """At most five numbers from 0 to 100."""
+    """The percentiles of ``-z``: at most five numbers from 0 to 100."""
     if text is None:
         return ()
     words = text.split(",")
     if len(words) > MAX_PERCENTILES or not all(word.isdigit() and int(word) <= 100 for word in words):
-        raise ArgumentError(f"-z{text}: attach up to five percentiles from 0 to 100: -z50,90,99")
+        raise ArgumentError(f"-z{text}: give up to five percentiles from 0 to 100, such as -z50,90,99")
     return tuple(int(word) for word in words)
 
 
 def root_of(text: str | None) -> int | None:
-    """``None`` for a root that rotates."""
+    """The root; ``None`` for one that rotates."""
     if text is None:
         return 0
     if text == "rotate":
         return None
     match = re.fullmatch(r"fixed:(\d+)", text)
     if not match:
-        raise ArgumentError(f"-k {text}: say fixed:R or rotate")
+        raise ArgumentError(f"-k {text}: use fixed:R or rotate")
     return int(match[1])
 
 
 def options_of(args: argparse.Namespace, nccl: bool, percentiles: tuple[int, ...]) -> Options:
-    """For the measuring loop."""
+    """The options of the measuring loop."""
     timed, untimed = NCCL_CALLS if nccl else (None, None)
     more: dict[str, Any] = {} if args.validation_warmup is None else {"check_warmup": args.validation_warmup}
     return Options(

@@ -1,11 +1,11 @@
-"""Numbers to check a collective with: ranks, positions and calls all look different, and every sum is exact.
+"""Inputs that check a collective: they differ between ranks, positions and calls, and every sum of them is exact.
 
 *p ranks, r one of them, i a position, v the variant (one call's numbers differ from the last call's), m a prime with
 the primitive root g.*  Rank r holds h(i, v) · g^(r+1) mod m, where h is a fixed hash between 1 and m − 1.  Powers of g
-differ, so at every single position all ranks up to m − 1 hold different numbers, and a rank that is counted twice while
-another is dropped shows, as do parts that changed places.  Sums stay below what the datatype holds exactly, so that the
-order of summation does not matter and the tolerance is zero.  Where bytes are too small for a number of every rank,
-only every k-th rank holds one, other ranks at the next position (Open MPI's sums of bytes saturate, others wrap).
+differ, so at every position up to m − 1 ranks hold different numbers: a sum that counts one rank twice and another not
+at all is wrong, and so are blocks that changed places.  The datatype holds all sums exactly, so the order of summation
+does not matter and the tolerance is zero.  Where a datatype is too small for that (bytes), only every k-th rank holds a
+number, other ranks at the next position (Open MPI's sums of bytes saturate, others wrap).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 PERIOD = 65537
-"""Numbers repeat after so many positions; a prime, so that no block of a vector begins where another did."""
+"""Positions after which the numbers repeat; a prime, so that no two blocks of a vector begin at the same number."""
 MODULI = ((65521, 17), (4093, 2), (251, 6), (31, 3), (13, 2))
 """Primes, each with a primitive root."""
 SPARSE = (31, 3)
-"""For a number of every k-th rank only."""
+"""The prime and its root where only every k-th rank holds a number."""
 VARIANTS = 3
-"""Numbers of three calls in turn: implementations with two or four buffers cannot meet their own leftovers unseen."""
+"""Three sets of numbers, for consecutive calls in turn: stale data in two or four rotating buffers is noticed."""
 
 ALL_RANKS, NO_RANK = -1, -2
-"""Not the numbers of one rank but the sums over all of them; nothing in particular."""
+"""Origins of a block that is the sum over all ranks, and of one whose content does not matter."""
 POISON = -1
-"""What stands where nothing in particular shall stand: no number of any rank."""
+"""The content of a block that does not matter: a number that no rank sends."""
 
 
 class Block(NamedTuple):
-    """A run of one rank's numbers."""
+    """Consecutive numbers of one rank."""
 
     origin: int
     first: int
@@ -47,7 +47,7 @@ Blocks = tuple[Block, ...]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The numbers of p ranks."""
+    """The inputs of p ranks, and their sums."""
 
     ranks: int
     dtype: np.dtype[Any]
@@ -59,47 +59,47 @@ class Inputs:
 
     @cached_property
     def sparsity(self) -> int:
-        """At each position, one rank in so many holds a number."""
+        """k, where at each position every k-th rank holds a number."""
         return max(1, -(-self.ranks // (self.max_exact_integer // (self.modulus[0] - 1))))
 
     @property
     def max_exact_integer(self) -> int:
-        """Up to here the datatype holds every integer."""
+        """The datatype holds every integer up to this one."""
         if self.dtype.kind == "f":
             return int(2 ** (np.finfo(self.dtype).nmant + 1))
         return int(np.iinfo(self.dtype).max)
 
     def numbers(self, rank: int, first: int, count: int) -> npt.NDArray[np.int64]:
-        """One rank's, from a position on; at most a period of them."""
+        """``count`` numbers of a rank from position ``first`` on, at most a period."""
         m, g = self.modulus
-        shift = rank // (m - 1)  # beyond m - 1 ranks powers repeat: other positions then
+        shift = rank // (m - 1)  # above m - 1 ranks the powers repeat: shift the positions
         position = (np.arange(count) + first) % PERIOD
         made = hash_positions((position + shift) % PERIOD, m) * pow(g, rank + 1, m) % m
         return np.where((position + rank) % self.sparsity, 0, made) if self.sparsity > 1 else made
 
     @cached_property
     def sums(self) -> npt.NDArray[np.int64]:
-        """Over all ranks, at every position of a period."""
+        """The sum over all ranks at every position of a period."""
         total = np.zeros(PERIOD, np.int64)
         for rank in range(self.ranks):
             total += self.numbers(rank, 0, PERIOD)
         return total
 
-    def block(self, piece: Block, variant: int) -> Array:
-        """The numbers of a piece."""
-        first = (piece.first + variant * (PERIOD // VARIANTS)) % PERIOD
-        short = min(piece.length, PERIOD)
-        if piece.origin == NO_RANK:
-            return np.full(piece.length, POISON, self.dtype)
-        if piece.origin == ALL_RANKS:
+    def block(self, block: Block, variant: int) -> Array:
+        """The numbers of a block."""
+        first = (block.first + variant * (PERIOD // VARIANTS)) % PERIOD
+        short = min(block.length, PERIOD)
+        if block.origin == NO_RANK:
+            return np.full(block.length, POISON, self.dtype)
+        if block.origin == ALL_RANKS:
             found = self.sums[(np.arange(short) + first) % PERIOD]
         else:
-            found = self.numbers(piece.origin, first, short)
-        return np.resize(found.astype(self.dtype), piece.length)
+            found = self.numbers(block.origin, first, short)
+        return np.resize(found.astype(self.dtype), block.length)
 
-    def content(self, pieces: Blocks, variant: int) -> Array:
-        """Pieces side by side."""
-        return np.concatenate([np.empty(0, self.dtype), *(self.block(each, variant) for each in pieces)])
+    def content(self, blocks: Blocks, variant: int) -> Array:
+        """The numbers of consecutive blocks."""
+        return np.concatenate([np.empty(0, self.dtype), *(self.block(each, variant) for each in blocks)])
 
 
 def hash_positions(positions: npt.NDArray[np.int64], modulus: int) -> npt.NDArray[np.int64]:

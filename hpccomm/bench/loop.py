@@ -1,8 +1,8 @@
-"""The one measuring loop: algorithms take turns at every size, so that all of them see the same machine.
+"""The measuring loop: at every size the algorithms take turns, so that all are measured under the same load.
 
-Per call ``t0; call; t1``, then a barrier that is not timed; a rank's mean over the calls; then minimum, mean and
-maximum over the ranks, as the OSU Micro-Benchmarks do.  Percentiles are of each call's mean over the ranks.  Results
-are checked in calls of their own, so that times with and without checking are the same.
+Each call is timed as ``t0; call; t1`` and followed by a barrier that is not timed.  A row shows the minimum, mean and
+maximum over the ranks of each rank's mean over its calls, as the OSU Micro-Benchmarks do.  Percentiles are of each
+call's mean over the ranks.  Results are checked in separate calls, so that checking does not change the times.
 """
 
 from __future__ import annotations
@@ -29,59 +29,59 @@ from hpccomm.performance import cost
 from hpccomm.transports import cuda
 
 TURNS = 10
-"""How often each algorithm gets its turn at one size."""
+"""Turns of each algorithm at one size."""
 MIN_CALLS = 10
-"""Calls that are timed even if they take longer than they should."""
+"""Calls that are timed even if they take longer than ``Options.seconds``."""
 LONG_CALL = 0.05
-"""Seconds from which what ran before a call no longer counts."""
+"""Calls of this many seconds or more are not affected by what ran before them."""
 ALIGNMENT = 64
-"""Bytes, of buffers."""
+"""Alignment of buffers, bytes."""
 MAX_CACHED = 1 << 20
-"""Numbers that are kept rather than made again for every checked call."""
+"""Inputs of up to this many elements are cached for the next checked call."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is the same for all sizes."""
+    """Options of a measurement, the same for all sizes."""
 
     dtype: npt.DTypeLike = "f4"
     iterations: int | None = None
-    """Timed calls; ``None``: as many as OSU, but for about ``seconds``."""
+    """Timed calls; ``None``: as many as OSU, or fewer if they take more than ``seconds``."""
     warmup: int | None = None
     """Untimed calls before them."""
     seconds: float | None = 1.0
-    """Time for each algorithm at each size; ``None``: as long as it takes."""
+    """Time for each algorithm at each size; ``None``: no limit."""
     whole: bool = True
-    """Sizes are bytes of the whole vector; otherwise OSU's: of one rank's part, where there is one for each."""
+    """Sizes are bytes of the whole vector; else they are OSU's: of gathers and scatters, those of a rank's block."""
     check: bool = False
-    """Check every element after as many calls again."""
+    """Check every element, in as many calls again."""
     check_warmup: int = 5
     """Unchecked calls before each checked one."""
     in_place: bool = False
     root: int | None = 0
-    """``None``: the next rank with every call."""
+    """``None``: another rank with every call."""
     registered: bool = False
     """Buffers from ``comm.empty``."""
     on_device: bool = False
     """Buffers on the CUDA device."""
     bare_native: bool = False
-    """``"native"`` is mpi4py's own method, not the communicator's way to it."""
+    """``"native"`` calls mpi4py's own method and not the communicator's."""
     streaming: bool = False
-    """No barrier between calls (as nccl-tests)."""
+    """No barrier between calls, as in nccl-tests."""
     percentiles: tuple[int, ...] = (50, 99)
-    """None: the times of single calls are not collected."""
+    """Empty: the times of single calls are not collected."""
     window: int = 64
 
 
 @dataclass(frozen=True)
 class Row:
-    """One algorithm at one size; the same on all ranks.  Microseconds, and 10^9 bytes a second."""
+    """One algorithm at one size; the same on all ranks.  Times in microseconds, bandwidths in 10^9 bytes a second."""
 
     collective: str
     algorithm: str
     datatype: str
     bytes: int
-    """As the size was given."""
+    """The size as it was given."""
     ranks: int
     nodes: int
     iterations: int
@@ -95,18 +95,18 @@ class Row:
     validated: bool | None
     """``None``: not checked."""
     predicted_us: float | None
-    """By the model, where it knows the algorithm."""
+    """The time that the cost model predicts, if it covers the algorithm."""
     in_place: bool = False
     registered: bool = False
     wrong: int = 0
-    """Elements, over all ranks and checked calls."""
+    """Wrong elements over all ranks and checked calls."""
     complaint: str = ""
-    """The first of them."""
+    """A sentence about the first of them."""
     tails: tuple[float, ...] = ()
-    """The percentiles that were asked for, microseconds (of bandwidth tests: those of the bandwidth)."""
+    """The percentiles of ``Options``, microseconds (of bandwidth tests: percentiles of the bandwidth)."""
 
     def record(self) -> dict[str, Any]:
-        """For a file."""
+        """The fields that are written into a file."""
         return {name: value for name, value in asdict(self).items() if name not in ("wrong", "complaint", "tails")}
 
 
@@ -117,10 +117,10 @@ def measure(
     algorithms: Sequence[str] = ("auto",),
     options: Options | None = None,
 ) -> Iterator[Row]:
-    """Measure ``collective`` at each size (bytes) with each algorithm: a row each, size by size (collective).
+    """Measure ``collective`` at each size (bytes) with each algorithm; yields the rows, size by size (collective).
 
-    ``comm`` is a Communicator, or any MPI.Intracomm, which has ``"native"`` only.  Sizes without a single element are
-    left out.  Raises ArgumentError where an algorithm, datatype or form does not exist.
+    ``comm`` is a Communicator, or any MPI.Intracomm, which has ``"native"`` only.  Sizes of less than one element are
+    left out.  Raises ArgumentError for an algorithm, a datatype or a form of the call that does not exist.
     """
     options = options or Options()
     sizes = [size for size in sizes if has_elements(collective, size, comm.size, options)]
@@ -131,21 +131,21 @@ def measure(
 
 
 def has_elements(collective: str, size: int, ranks: int, options: Options) -> bool:
-    """Whether there is anything to move."""
+    """Whether a size is that of at least one element."""
     itemsize = np.dtype(options.dtype).itemsize
     return collective == "barrier" or CASES[collective].count(size, itemsize, ranks, options.whole) > 0
 
 
 def check_algorithms(comm: Any, collective: str, algorithms: Sequence[str]) -> None:
-    """Raise if one of them cannot be measured."""
-    known = known_algorithms(comm, collective)
+    """Raise if an algorithm cannot be measured."""
+    known = list_algorithms(comm, collective)
     unknown = [name for name in algorithms if name not in known]
     if unknown or not algorithms:
-        raise ArgumentError(f"algorithm {', '.join(unknown)!r}: for {collective} there is {', '.join(known)}")
+        raise ArgumentError(f"{collective} has no algorithm {', '.join(unknown)!r}: use {', '.join(known)}")
 
 
-def known_algorithms(comm: Any, collective: str) -> tuple[str, ...]:
-    """What can be measured here (the first use is collective)."""
+def list_algorithms(comm: Any, collective: str) -> tuple[str, ...]:
+    """The algorithms that can be measured on a communicator (collective where its layout is not known yet)."""
     if not hasattr(comm, "algorithms"):
         return ("native",)
     case = CASES[collective]
@@ -153,7 +153,7 @@ def known_algorithms(comm: Any, collective: str) -> tuple[str, ...]:
 
 
 class Bench:
-    """A collective on a communicator, with memory for its largest size."""
+    """A collective on a communicator, with buffers for its largest size."""
 
     def __init__(self, comm: Any, collective: str, largest: int, options: Options) -> None:
         self.comm, self.collective, self.options = comm, collective, options
@@ -163,18 +163,18 @@ class Bench:
         self.inputs = Inputs(comm.size, self.dtype)
         self.nodes = count_nodes(comm)
         if options.in_place and not self.case.in_place:
-            raise ArgumentError(f"MPI has no {collective} in place: leave that out")
+            raise ArgumentError(f"MPI has no {collective} in place: use in_place=False")
         self.memory = self.allocate(largest)
 
     def shapes(self, size: int) -> list[Shape]:
-        """A call for each root in turn."""
+        """The shapes of a size, one for each root."""
         count = self.case.count(size, self.dtype.itemsize, self.comm.size, self.options.whole)
         roots = range(self.comm.size) if self.options.root is None else [self.options.root]
         here = self.comm.size, self.comm.rank
         return [Shape(*here, root, count, self.dtype, self.options.in_place, self.options.window) for root in roots]
 
     def allocate(self, largest: int) -> list[Any]:
-        """To send from and to receive into: for all sizes and roots, and the same on all ranks."""
+        """The send and the receive buffer, for all sizes and roots; of the same lengths on all ranks."""
         needs = [self.case.contents(shape).lengths() for shape in self.shapes(largest)]
         most = np.max(self.plain.allgather(np.max(needs, axis=0)), axis=0)
         if self.options.on_device:
@@ -183,11 +183,13 @@ class Bench:
         if not self.options.registered:
             return [allocate_aligned(int(count), self.dtype) for count in most]
         if not hasattr(self.comm, "empty"):
-            raise ArgumentError("registered memory comes from comm.empty, which a plain MPI communicator has not")
+            raise ArgumentError(
+                "registered memory comes from comm.empty, which a plain communicator does not have: use a Communicator"
+            )
         return [self.comm.empty(int(count), self.dtype) for count in most]
 
     def rows(self, size: int, algorithms: Sequence[str]) -> list[Row]:
-        """All algorithms at one size."""
+        """Measure all algorithms at one size."""
         exercise = Exercise(self.case, self.shapes(size), self.inputs, self.memory)
         calls = {name: self.calls(exercise, name) for name in algorithms}
         exercise.clear_buffers()
@@ -198,14 +200,14 @@ class Bench:
         return [self.row(size, name, times[name], found[name]) for name in algorithms]
 
     def calls(self, exercise: Exercise, algorithm: str) -> list[Call]:
-        """The calls of an algorithm, one a root."""
+        """The calls of an algorithm, one for each root."""
         comm = self.plain if algorithm == "native" and self.options.bare_native else self.comm
         bind = self.case.bind
         named = (algorithm,) if isinstance(bind, MethodCall) and takes_algorithm(getattr(comm, bind.method)) else ()
         return [bind(comm, shape, exercise.send, exercise.recv, named) for shape in exercise.shapes]
 
     def repeats(self, size: int, calls: dict[str, list[Call]]) -> tuple[int, int]:
-        """Timed and untimed calls."""
+        """The numbers of timed and untimed calls."""
         options = self.options
         timed, untimed = self.case.repeats.counts(size)
         if options.seconds is not None and options.iterations is None:
@@ -214,15 +216,18 @@ class Bench:
         return options.iterations or timed, untimed if options.warmup is None else options.warmup
 
     def time_slowest(self, calls: dict[str, list[Call]]) -> float:
-        """Seconds of the slowest algorithm's second call: the first one prepares."""
+        """Seconds of the slowest algorithm's second call; the first one makes its plan."""
         return max(1e-9, self.max_over_ranks(max(self.time(each, 2)[-1] for each in calls.values())))
 
     def max_over_ranks(self, nanoseconds: int) -> float:
-        """The longest time of any rank, in seconds (collective)."""
+        """The longest of all ranks' times, in seconds (collective)."""
         return float(self.plain.allreduce(nanoseconds, MPI.MAX)) / 1e9
 
     def take_turns(self, calls: dict[str, list[Call]], timed: int, short: bool) -> dict[str, list[int]]:
-        """Times in nanoseconds; another algorithm begins each turn; of short calls the first of a turn is not timed."""
+        """Time the algorithms in turns, in nanoseconds.
+
+        Each turn begins with another algorithm.  Where calls are ``short``, the first one of a turn is not timed.
+        """
         times: dict[str, list[int]] = {name: [] for name in calls}
         names = list(calls)
         turns = min(TURNS, timed) if len(names) > 1 else 1
@@ -234,7 +239,7 @@ class Bench:
         return times
 
     def time(self, calls: list[Call], count: int, first: int = 0) -> list[int]:
-        """Nanoseconds of ``count`` calls."""
+        """Time ``count`` calls, in nanoseconds."""
         sequence = [calls[k % len(calls)] for k in range(first, first + count)]
         between = no_op if self.options.streaming or self.case.ends or self.collective == "barrier" else self.barrier
         self.barrier()
@@ -248,12 +253,12 @@ class Bench:
 
     @property
     def barrier(self) -> Call:
-        """The library's own."""
+        """The MPI library's barrier."""
         barrier: Call = self.plain.Barrier
         return barrier
 
     def check(self, exercise: Exercise, calls: list[Call], count: int) -> tuple[int, str]:
-        """Elements that are wrong over all ranks after ``count`` calls, and the first of them in words."""
+        """Check ``count`` calls: the number of wrong elements over all ranks, and a sentence about the first one."""
         if not self.options.check:
             return 0, ""
         wrong, complaint = 0, ""
@@ -273,7 +278,7 @@ class Bench:
         return sum(each for each, _ in found), next((words for _, words in found if words), "")
 
     def row(self, size: int, algorithm: str, times: list[int], found: tuple[int, str]) -> Row:
-        """What came out."""
+        """The row of an algorithm (collective)."""
         scale = 1e-3 / self.case.messages(self.options.window)
         samples = np.array(times) * scale
         means = np.array(self.plain.allgather(float(samples.mean())))
@@ -290,18 +295,20 @@ class Bench:
         return row
 
     def tails(self, samples: npt.NDArray[np.float64]) -> dict[str, Any]:
-        """Percentiles of each call's mean over the ranks (between two ranks, of what rank 0 sees)."""
+        """Percentiles of each call's mean over the ranks; of tests between two ranks, those of rank 0's times."""
         if not self.options.percentiles:
             return {}
         mine = samples if not self.case.ends or self.comm.rank == 0 else np.zeros_like(samples)
         total = np.empty_like(samples)
         self.plain.Allreduce(mine / (1 if self.case.ends else self.comm.size), total)
-        sign = -1 if self.case.ends < 0 else 1  # of bandwidths: the lowest first, which are the longest times
+        sign = (
+            -1 if self.case.ends < 0 else 1
+        )  # percentiles of a bandwidth begin with the lowest, which is the longest time
         tails = tuple(sign * percentile(sign * total, p) for p in self.options.percentiles)
         return {"p50_us": percentile(total, 50), "p99_us": percentile(total, 99), "tails": tails}
 
     def summary(self, size: int, algorithm: str, means: npt.NDArray[np.float64], iterations: int) -> Row:
-        """The row, but for percentiles and checks."""
+        """The row without percentiles and checks."""
         case, p, itemsize = self.case, self.comm.size, self.dtype.itemsize
         nbytes = case.nbytes(case.count(size, itemsize, p, self.options.whole), itemsize, p)
         algbw = nbytes / max(float(means.mean()), 1e-9) / 1e3
@@ -328,7 +335,7 @@ class Bench:
 
 
 class Exercise:
-    """One size: buffers that are filled before a checked call and looked at after it."""
+    """The buffers of one size, which are filled before a checked call and compared after it."""
 
     def __init__(self, case: Case, shapes: list[Shape], inputs: Inputs, memory: list[Any]) -> None:
         self.shapes, self.inputs = shapes, inputs
@@ -338,12 +345,12 @@ class Exercise:
         self.cache: dict[tuple[Blocks, int], Array] = {}
 
     def clear_buffers(self) -> None:
-        """For calls that are timed: numbers that do not grow when a sum becomes the next call's input."""
+        """Fill the buffers with zeros for timed calls, as in-place sums would grow from call to call."""
         for buffer in (self.send, self.recv):
             write_buffer(buffer, np.zeros(buffer.shape, buffer.dtype))
 
     def fill(self, k: int) -> None:
-        """The k-th call's inputs; where its results will be, what no result is."""
+        """Write the inputs of the k-th call, and poison where its results will be."""
         layout, variant = self.contents[k % len(self.contents)], k % VARIANTS
         before, content = self.numbers(layout.before, variant), np.full(self.recv.shape, POISON, self.recv.dtype)
         content[: before.size] = before
@@ -351,12 +358,12 @@ class Exercise:
         write_buffer(self.recv, content)
 
     def count_wrong(self, k: int) -> int:
-        """Elements that the k-th call got wrong on this rank."""
+        """The number of wrong elements after the k-th call on this rank."""
         want = self.reference(k)
         return int(np.count_nonzero(fetch_buffer(self.recv)[: want.size] != want))
 
     def describe_error(self, k: int) -> str:
-        """The first element that the k-th call got wrong on this rank."""
+        """A sentence about the first wrong element after the k-th call on this rank."""
         want, shape = self.reference(k), self.shapes[k % len(self.shapes)]
         got = fetch_buffer(self.recv)
         bad = np.flatnonzero(got[: want.size] != want)
@@ -367,21 +374,21 @@ class Exercise:
         )
 
     def reference(self, k: int) -> Array:
-        """What must have come out of the k-th call."""
+        """The correct result of the k-th call."""
         return self.numbers(self.contents[k % len(self.contents)].after, k % VARIANTS)
 
-    def numbers(self, pieces: Blocks, variant: int) -> Array:
-        """The numbers of pieces, kept while they are few."""
-        if (pieces, variant) in self.cache:
-            return self.cache[pieces, variant]
-        made = self.inputs.content(pieces, variant)
+    def numbers(self, blocks: Blocks, variant: int) -> Array:
+        """The numbers of blocks; few ones are cached."""
+        if (blocks, variant) in self.cache:
+            return self.cache[blocks, variant]
+        made = self.inputs.content(blocks, variant)
         if made.size <= MAX_CACHED:
-            self.cache[pieces, variant] = made
+            self.cache[blocks, variant] = made
         return made
 
 
 def write_buffer(buffer: Any, values: Array) -> None:
-    """Write the beginning of a buffer, wherever it lies."""
+    """Write values to the start of a buffer in host or device memory."""
     if isinstance(buffer, np.ndarray):
         buffer[: values.size] = values
         return
@@ -390,7 +397,7 @@ def write_buffer(buffer: Any, values: Array) -> None:
 
 
 def fetch_buffer(buffer: Any) -> Array:
-    """What a buffer holds, on the host."""
+    """The content of a buffer, in host memory."""
     if isinstance(buffer, np.ndarray):
         return buffer
     there = read_device(buffer, "bench")
@@ -401,12 +408,12 @@ def fetch_buffer(buffer: Any) -> Array:
 
 @cache
 def staging() -> cuda.Staging:
-    """The way to the device of this process."""
+    """The copies to and from this process's device."""
     return cuda.Staging(cuda.device())
 
 
 def time_calls(sequence: list[Call], between: Call) -> list[int]:
-    """Nanoseconds of each call; what is between them is not timed."""
+    """Time each call, in nanoseconds; ``between`` runs after each and is not timed."""
     now, times = perf_counter_ns, list[int]()
     keep = times.append
     for call in sequence:
@@ -418,38 +425,38 @@ def time_calls(sequence: list[Call], between: Call) -> list[int]:
 
 
 def no_op() -> None:
-    """Calls follow one another."""
+    """Do nothing between calls."""
 
 
 def takes_algorithm(method: Any) -> bool:
-    """Whether a method takes ``algorithm``."""
+    """Whether a method has a parameter ``algorithm``."""
     try:
         return "algorithm" in signature(method).parameters
-    except ValueError:  # compiled, without a signature: MPI's own
+    except ValueError:  # a compiled method of mpi4py has no signature
         return False
 
 
 def percentile(samples: npt.NDArray[np.float64], p: int) -> float:
-    """OSU's: the sorted sample at n·p/100 − 1, at least the first."""
+    """The percentile as OSU defines it: the sorted sample at n·p/100 − 1, at least the first."""
     return float(np.sort(samples)[max(0, samples.size * p // 100 - 1)])
 
 
 def allocate_aligned(count: int, dtype: np.dtype[Any]) -> Array:
-    """An array that begins at a cache line."""
+    """An array that starts at a cache line."""
     raw = np.empty(count * dtype.itemsize + ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % ALIGNMENT
     return raw[first : first + count * dtype.itemsize].view(dtype)
 
 
 def count_nodes(comm: Any) -> int:
-    """Nodes of a communicator (collective)."""
+    """The number of nodes of a communicator (collective)."""
     if isinstance(comm, Communicator):
         return int(comm.layout.count)
     return len(set(comm.allgather(MPI.Get_processor_name())))
 
 
 def predict_us(comm: Any, case: Case, algorithm: str, nbytes: int) -> float | None:
-    """The model's price of an algorithm, or of the one that ``"auto"`` takes, where it has one."""
+    """The cost model's prediction for an algorithm, or for the one that ``"auto"`` selects; None without one."""
     if not isinstance(comm, Communicator) or not case.algorithms or comm.size == 1 or not comm.layout.even:
         return None
     machine = comm.context.table.machine

@@ -20,7 +20,7 @@ HALF = "  {:>7}  {:>6}  {:>6}  {:>6}"
 
 
 class Run(NamedTuple):
-    """What is said of a run before its first row."""
+    """The parameters of a run that stand above its first row."""
 
     program: str
     smallest: int
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def preamble(run: Run, software: str) -> list[str]:
-    """What stands above the list of ranks."""
+    """The lines above the list of ranks."""
     return [
         f"# nccl-tests version 2.19.6 (its format; measured by {software})",
         f"# Collective test starting: {run.program}",
@@ -54,13 +54,13 @@ def preamble(run: Run, software: str) -> list[str]:
 
 
 def device_line(place: Place) -> str:
-    """A rank; its device is the host."""
+    """The line of a rank; its device is the host."""
     rank, pid, host, processor = place
     return f"#  Rank {rank:2d} Group  0 Pid {pid:6d} on {host:>10} device  0 [host] {processor}"
 
 
 def header() -> list[str]:
-    """The halves, the names, the units."""
+    """The lines of titles: the two halves, the columns, the units."""
     empty = f"# {'':>10}  {'':>12}  {'':>8}  {'':>6}  {'':>6}"
     names = f"# {'size':>10}  {'count':>12}  {'type':>8}  {'redop':>6}  {'root':>6}"
     units = f"# {'(B)':>10}  {'(elements)':>12}  {'':>8}  {'':>6}  {'':>6}"
@@ -72,26 +72,27 @@ def header() -> list[str]:
     ]
 
 
-def line(apart: Row, in_place: Row, root: int) -> str:
-    """One size: thirteen words."""
-    case, width = CASES[apart.collective], np.dtype(apart.datatype).itemsize
-    elements = apart.bytes // width
-    divided = case.size_per_rank or apart.collective.startswith("reduce_scatter")
-    count = elements // apart.ranks if divided else elements
-    size = (count * apart.ranks if case.size_per_rank else elements) * width
+def line(out_of_place: Row, in_place: Row, root: int) -> str:
+    """The line of one size, thirteen words."""
+    row = out_of_place
+    case, width = CASES[row.collective], np.dtype(row.datatype).itemsize
+    elements = row.bytes // width
+    divided = case.size_per_rank or row.collective.startswith("reduce_scatter")
+    count = elements // row.ranks if divided else elements
+    size = (count * row.ranks if case.size_per_rank else elements) * width
     op, shown = "sum" if case.reduces else "none", root if case.has_root else -1
-    left = LEFT.format(size, count, TYPES.get(apart.datatype, apart.datatype), op, shown)
-    return left + half(apart) + half(in_place)
+    left = LEFT.format(size, count, TYPES.get(row.datatype, row.datatype), op, shown)
+    return left + half(row) + half(in_place)
 
 
 def half(row: Row) -> str:
-    """Time, algbw, busbw, wrong elements."""
+    """The columns of one row: time, algbw, busbw, wrong elements."""
     wrong = "N/A" if row.validated is None else f"{row.wrong:g}"
     return HALF.format(fit_number(row.avg_us, 7), fit_number(row.algbw_GBps, 6), fit_number(row.busbw_GBps, 6), wrong)
 
 
 def fit_number(value: float, width: int) -> str:
-    """As many decimals, up to two, as there is room for."""
+    """A number with up to two decimals, as many as fit into the width."""
     for digits in (2, 1, 0):
         text = f"{value:.{digits}f}"
         if len(text) <= width:
@@ -100,7 +101,7 @@ def fit_number(value: float, width: int) -> str:
 
 
 def footer(run: Run, rows: Sequence[Row], least: float | None) -> list[str]:
-    """Wrong results, and the mean of all bus bandwidths; a verdict on it only where ``least`` was asked for."""
+    """The number of wrong results and the mean bus bandwidth, with a verdict on it where a ``least`` one is given."""
     wrong = sum(row.wrong > 0 for row in rows)
     verdict = "" if least is None else "OK" if fast_enough(rows, least) else "FAILED"
     return [
@@ -112,10 +113,10 @@ def footer(run: Run, rows: Sequence[Row], least: float | None) -> list[str]:
 
 
 def mean_bandwidth(rows: Sequence[Row]) -> float:
-    """Over both halves of all rows."""
+    """The mean bus bandwidth over both halves of all rows."""
     return sum(row.busbw_GBps for row in rows) / max(1, len(rows))
 
 
 def fast_enough(rows: Sequence[Row], least: float | None) -> bool:
-    """Whether the mean bandwidth is at least nine tenths of what was asked for (as nccl-tests sees it)."""
+    """Whether the mean bandwidth is at least 0.9 times ``least``, as in nccl-tests."""
     return least is None or mean_bandwidth(rows) >= 0.9 * least

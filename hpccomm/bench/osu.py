@@ -1,6 +1,6 @@
-"""The tables of the OSU Micro-Benchmarks 7.4, byte for byte, so that scripts made for them read ours.
+"""The tables of the OSU Micro-Benchmarks 7.4, byte for byte, so that scripts that parse OSU's output parse ours.
 
-A table is a list of columns.  Several algorithms side by side, which OSU has not, are further columns.
+A table is a list of columns.  Where several algorithms are measured, which OSU cannot do, each adds its columns.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ DATATYPES = {
     "mpi_double": "f8",
     "half": "f2",
 }
-"""NumPy's names of OSU's datatypes, and of two more; the last is nccl-tests' word."""
+"""NumPy's names of OSU's datatypes, and of two more: ``mpi_double``, and ``half`` as nccl-tests calls it."""
 
 
 class Column(NamedTuple):
-    """A title, and what stands below it for the rows of one size (one an algorithm)."""
+    """A title, and the text below it for the rows of one size, one row for each algorithm."""
 
     title: str
     text: Callable[[Sequence[Row]], str]
@@ -32,7 +32,7 @@ class Column(NamedTuple):
 
 
 class ColumnOptions(NamedTuple):
-    """Columns that are asked for."""
+    """The columns that the command line selects."""
 
     full: bool = False
     check: bool = False
@@ -40,12 +40,12 @@ class ColumnOptions(NamedTuple):
 
 
 def title(collective: str) -> str:
-    """The line that says which test this is."""
+    """The line that names the test."""
     return f"# OSU MPI {CASES[collective].title} v{VERSION}"
 
 
 def datatype_line(word: str) -> str:
-    """The line above the titles."""
+    """The line that names the datatype, above the titles."""
     return f"# Datatype: {word.upper()}."
 
 
@@ -63,65 +63,72 @@ def line(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     return start + "".join(column.text(rows).rjust(column.width) for column in rest)
 
 
-def columns_of(collective: str, algorithms: Sequence[str], wanted: ColumnOptions) -> list[Column]:
-    """The table of one algorithm as OSU prints it, or of several."""
-    found = osu_columns(collective, wanted) if len(algorithms) == 1 else comparison_columns(algorithms, wanted)
+def columns_of(collective: str, algorithms: Sequence[str], options: ColumnOptions) -> list[Column]:
+    """The columns of OSU's table for one algorithm, or of a comparison of several."""
+    found = osu_columns(collective, options) if len(algorithms) == 1 else comparison_columns(algorithms, options)
     if collective != "barrier":
         return [Column("# Size", lambda rows: str(rows[0].bytes), 10), *found]
     first = found[0]
     return [first._replace(title=f"# {first.title}", width=max(17, len(first.title) + 2)), *found[1:]]
 
 
-def osu_columns(collective: str, wanted: ColumnOptions) -> list[Column]:
-    """OSU's columns."""
-    if is_bandwidth(collective):
+def osu_columns(collective: str, options: ColumnOptions) -> list[Column]:
+    """The columns that OSU prints."""
+    bandwidth = is_bandwidth(collective)
+    if bandwidth:
         found = [Column("Bandwidth (MB/s)", lambda rows: number(rows[0].algbw_GBps * 1e3))]
     else:
-        found = [Column("Avg Latency(us)", lambda rows: number(rows[0].avg_us))]
-    if wanted.full:
-        found.append(Column("Min Latency(us)", lambda rows: number(rows[0].min_us)))
-        found.append(Column("Max Latency(us)", lambda rows: number(rows[0].max_us)))
-        found.append(Column("Iterations", iterations, 12))
-    if wanted.check:
-        found.append(Column("Validation", validation))
-    unit = "BW(MB/s)" if is_bandwidth(collective) else "Lat(us)"
-    return found + [
-        Column(f"P{p} Tail {unit}", lambda rows, k=k: number(tail(rows[0], k)))  # type: ignore[misc]
-        for k, p in enumerate(wanted.percentiles)
-    ]
+        found = [statistic("Avg Latency(us)", 0, "avg_us")]
+    if options.full:
+        found += [statistic("Min Latency(us)", 0, "min_us"), statistic("Max Latency(us)", 0, "max_us"), ITERATIONS]
+    if options.check:
+        found.append(VALIDATION)
+    unit = "BW(MB/s)" if bandwidth else "Lat(us)"
+    return found + [tail(f"P{p} Tail {unit}", 0, k, bandwidth) for k, p in enumerate(options.percentiles)]
 
 
-def comparison_columns(algorithms: Sequence[str], wanted: ColumnOptions) -> list[Column]:
-    """For each algorithm its median latency; then how many times as fast as native each is."""
+def comparison_columns(algorithms: Sequence[str], options: ColumnOptions) -> list[Column]:
+    """The median latency of each algorithm, then the speed of each as a multiple of native's."""
     found: list[Column] = []
     for k, name in enumerate(algorithms):
-        found.append(wide_column(f"{name} P50(us)", lambda rows, k=k: number(median(rows[k]))))
-        if wanted.full:
-            found.append(wide_column(f"{name} Avg(us)", lambda rows, k=k: number(rows[k].avg_us)))
-            found.append(wide_column(f"{name} Min(us)", lambda rows, k=k: number(rows[k].min_us)))
-            found.append(wide_column(f"{name} Max(us)", lambda rows, k=k: number(rows[k].max_us)))
-        for j, p in enumerate(wanted.percentiles):
-            found.append(wide_column(f"{name} P{p}(us)", lambda rows, k=k, j=j: number(rows[k].tails[j])))
+        found.append(statistic(f"{name} P50(us)", k, "p50_us"))
+        if options.full:
+            found += [statistic(f"{name} {word}(us)", k, f"{word.lower()}_us") for word in ("Avg", "Min", "Max")]
+        found += [tail(f"{name} P{p}(us)", k, j) for j, p in enumerate(options.percentiles)]
     if "native" in algorithms:
         native = list(algorithms).index("native")
-        for k, name in enumerate(algorithms):
-            if k != native:
-                found.append(
-                    wide_column(f"native/{name}", lambda rows, k=k: number(median(rows[native]) / median(rows[k])))
-                )
-    if wanted.full:
-        found.append(Column("Iterations", iterations, 12))
-    return [*found, Column("Validation", validation)] if wanted.check else found
+        found += [speed_up(f"native/{name}", native, k) for k, name in enumerate(algorithms) if k != native]
+    return [*found, *([ITERATIONS] if options.full else []), *([VALIDATION] if options.check else [])]
+
+
+def statistic(title: str, k: int, field: str) -> Column:
+    """A field of the k-th algorithm's row."""
+    return wide_column(title, lambda rows: number(getattr(rows[k], field)))
+
+
+def tail(title: str, k: int, j: int, bandwidth: bool = False) -> Column:
+    """The j-th percentile of the k-th algorithm; of bandwidth tests in MB/s."""
+
+    def text(rows: Sequence[Row]) -> str:
+        row = rows[k]
+        return number(row.algbw_GBps * 1e3 * row.avg_us / row.tails[j] if bandwidth else row.tails[j])
+
+    return wide_column(title, text)
+
+
+def speed_up(title: str, native: int, k: int) -> Column:
+    """The median time of native over that of the k-th algorithm."""
+    return wide_column(title, lambda rows: number(median(rows[native]) / median(rows[k])))
 
 
 def median(row: Row) -> float:
-    """Half of the calls are faster."""
+    """The median time in microseconds."""
     assert row.p50_us is not None
     return row.p50_us
 
 
 def wide_column(name: str, text: Callable[..., str]) -> Column:
-    """A column that is wide enough for its title."""
+    """A column of OSU's width, or wider where its title needs that."""
     return Column(name, text, max(WIDTH, len(name) + 2))
 
 
@@ -135,23 +142,10 @@ def number(value: float) -> str:
     return f"{value:.2f}"
 
 
-def iterations(rows: Sequence[Row]) -> str:
-    """Timed calls."""
-    return str(rows[0].iterations)
-
-
-def validation(rows: Sequence[Row]) -> str:
-    """Pass where all results are right."""
-    return "Pass" if all(row.validated for row in rows) else "Fail"
-
-
-def tail(row: Row, k: int) -> float:
-    """The k-th percentile, in the table's unit."""
-    if not is_bandwidth(row.collective):
-        return row.tails[k]
-    return row.algbw_GBps * 1e3 * row.avg_us / row.tails[k]
+ITERATIONS = Column("Iterations", lambda rows: str(rows[0].iterations), 12)
+VALIDATION = Column("Validation", lambda rows: "Pass" if all(row.validated for row in rows) else "Fail")
 
 
 def failure(program: str, size: int) -> str:
-    """OSU's last line when a result is wrong."""
+    """The last line that OSU prints when a result is wrong."""
     return f"DATA VALIDATION ERROR: {program} exited with status 1 on message size {size}."

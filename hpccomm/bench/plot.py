@@ -1,4 +1,4 @@
-"""Pictures of measurements: latency, bus bandwidth, and how many times as fast as native, against bytes."""
+"""Figures of measurements: latency, bus bandwidth and speed relative to native, against bytes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hpccomm.errors import ArgumentError
 
 NATIVE = "native"
 KEYS = ("file", "collective", "datatype", "ranks", "in_place", "registered", "algorithm")
-"""What tells lines apart; labels say only what differs."""
+"""The fields that distinguish lines; a label names those that differ."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7F3C8D", "#11A579", "#BC5090")
-"""Okabe and Ito's, which people who see few colours can tell apart, and more; one an algorithm."""
+"""One colour for each algorithm; the first ones are Okabe and Ito's, which colour-blind readers can distinguish."""
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
-"""One a file, or a kind of call."""
+"""One marker for each file or kind of call."""
 
 Values = dict[str, Any]
 
@@ -29,19 +29,19 @@ class Line(NamedTuple):
     label: str
     sizes: list[int]
     us: list[float]
-    """Medians, as what else runs on a machine does not move them; means where there are no medians."""
+    """Medians, which other load on the machine moves little; means where there are no medians."""
     busbw: list[float]
     ratio: list[float]
-    """Native's time over this one's; empty where native was not measured."""
+    """Native's time over this algorithm's; empty where native was not measured."""
 
 
 class Panel(NamedTuple):
-    """One of the pictures side by side."""
+    """One of the diagrams side by side."""
 
     title: str
     unit: str
     values: str
-    """Of a line."""
+    """The field of a line."""
 
 
 PANELS = (
@@ -52,9 +52,9 @@ PANELS = (
 
 
 def draw(paths: Sequence[str], out: str) -> None:
-    """Draw what ``hpccomm bench --json`` wrote into one picture; the ending of ``out`` says which kind.
+    """Draw files of ``hpccomm bench --json`` into one figure, in the format that the suffix of ``out`` names.
 
-    Raises ArgumentError for a file of another kind, ImportError without matplotlib.
+    Raises ArgumentError for a file without measurements, ImportError without matplotlib.
     """
     files = {Path(path).stem: read(path) for path in paths}
     found = lines(files)
@@ -76,7 +76,7 @@ def draw(paths: Sequence[str], out: str) -> None:
 
 
 def read(path: str) -> Values:
-    """A file of measurements."""
+    """Read a file of measurements."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         complete = all({"bytes", "avg_us", "p50_us", "busbw_GBps", *KEYS[1:]} <= set(row) for row in found["rows"])
@@ -84,11 +84,11 @@ def read(path: str) -> Values:
             return dict(found)
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise ArgumentError(f"{path} holds no measurements: write some with hpccomm bench … --json {path}")
+    raise ArgumentError(f"{path} holds no measurements: write them with hpccomm bench … --json {path}")
 
 
 def lines(files: Mapping[str, Values]) -> list[Line]:
-    """A line for each algorithm and whatever else differs, in the order of measurement."""
+    """A line for each combination of :data:`KEYS`, in the order of measurement."""
     grouped: dict[tuple[Any, ...], list[Values]] = {}
     for name, file in files.items():
         for row in file["rows"]:
@@ -102,7 +102,7 @@ def lines(files: Mapping[str, Values]) -> list[Line]:
 
 
 def varies(key: str, keys: Sequence[Values]) -> bool:
-    """Whether lines differ in it, within a file where there are several: the file's name says the rest."""
+    """Whether lines of one file differ in this field; files themselves are told apart by name."""
     if key == "file":
         return len({each[key] for each in keys}) > 1
     return any(
@@ -111,7 +111,7 @@ def varies(key: str, keys: Sequence[Values]) -> bool:
 
 
 def label_of(key: Values, differ: Sequence[str]) -> str:
-    """What is particular about a line."""
+    """The label of a line: the values in which it differs from others."""
     words = {
         "algorithm": str(key["algorithm"]),
         "ranks": f"{key['ranks']} ranks",
@@ -122,27 +122,27 @@ def label_of(key: Values, differ: Sequence[str]) -> str:
 
 
 def line(key: Values, label: str, rows: Sequence[Values], native: Sequence[Values]) -> Line:
-    """The numbers of a line, the smallest size first."""
+    """A line, the smallest size first."""
     rows = sorted((row for row in rows if row["bytes"]), key=lambda row: row["bytes"])
-    yardstick = {row["bytes"]: row_us(row) for row in native}
-    comparable = key["algorithm"] != NATIVE and all(row["bytes"] in yardstick for row in rows)
+    native_us = {row["bytes"]: row_us(row) for row in native}
+    comparable = key["algorithm"] != NATIVE and all(row["bytes"] in native_us for row in rows)
     return Line(
         key,
         label,
         [row["bytes"] for row in rows],
         [row_us(row) for row in rows],
         [row["busbw_GBps"] * row["avg_us"] / row_us(row) for row in rows],
-        [yardstick[row["bytes"]] / row_us(row) for row in rows] if comparable else [],
+        [native_us[row["bytes"]] / row_us(row) for row in rows] if comparable else [],
     )
 
 
 def row_us(row: Values) -> float:
-    """The median time, or the mean."""
+    """The median time, or the mean where no median was measured."""
     return float(row["p50_us"] or row["avg_us"])
 
 
 def draw_panel(axes: Any, panel: Panel, found: Sequence[Line]) -> None:
-    """One panel."""
+    """Draw one panel."""
     algorithms = [name for name in dict.fromkeys(line.key["algorithm"] for line in found) if name != NATIVE]
     kinds = list(dict.fromkeys(kind(line) for line in found))
     for each in found:
@@ -158,12 +158,12 @@ def draw_panel(axes: Any, panel: Panel, found: Sequence[Line]) -> None:
 
 
 def kind(line: Line) -> tuple[Any, ...]:
-    """What a line is, but for its algorithm."""
+    """All that identifies a line but its algorithm."""
     return tuple(line.key[key] for key in KEYS if key != "algorithm")
 
 
 def style(line: Line, algorithms: Sequence[str], kinds: Sequence[tuple[Any, ...]]) -> Values:
-    """Colours are algorithms, dashes are files and kinds of calls; native is black."""
+    """Colours stand for algorithms, dashes for files and kinds of calls; native is black."""
     number = kinds.index(kind(line))
     native = line.key["algorithm"] == NATIVE
     return {
@@ -177,7 +177,7 @@ def style(line: Line, algorithms: Sequence[str], kinds: Sequence[tuple[Any, ...]
 
 
 def name_axes(axes: Any, panel: Panel) -> None:
-    """Bytes below, plain numbers at the left, lines that help to read both."""
+    """Ticks and labels: bytes on the x-axis, plain numbers on the y-axis, grid lines for both."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xlabel("bytes", fontsize=9)
@@ -196,7 +196,7 @@ def name_axes(axes: Any, panel: Panel) -> None:
 
 
 def format_bytes(size: float) -> str:
-    """Bytes for people."""
+    """Bytes in the largest binary unit of which they fill at least one: ``64Ki``."""
     for unit in ("", "Ki", "Mi", "Gi"):
         if size < 1024 or unit == "Gi":
             break
@@ -205,20 +205,20 @@ def format_bytes(size: float) -> str:
 
 
 def heading(files: Sequence[Values]) -> str:
-    """What was measured, and where."""
+    """The heading: collectives and datatypes, then the machines."""
     whats = dict.fromkeys(f"{row['collective']} of {row['datatype']}" for file in files for row in file["rows"])
     wheres = dict.fromkeys(describe_machine(file) for file in files)
     return "; ".join(whats) + "\n" + "\n".join(wheres)
 
 
 def describe_machine(file: Values) -> str:
-    """A machine, for people."""
+    """Ranks, processor and MPI of a file."""
     machine = file["machine"]
     return f"{machine.get('ranks', '')}, {machine.get('processor', '')}, {file['mpi']}"
 
 
 def commands(files: Mapping[str, Values], width: int) -> str:
-    """How to measure it again."""
+    """The commands that produced the files."""
     prefix = {name: f"{name}: " if len(files) > 1 else "$ " for name in files}
     return "\n".join(
         textwrap.fill(prefix[name] + file["command"], width, subsequent_indent="    ") for name, file in files.items()

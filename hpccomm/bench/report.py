@@ -1,4 +1,4 @@
-"""Results as one JSON object: everything somebody would ask of these numbers, and the rows."""
+"""Results as one JSON object: the machine, the software, the command and the date, and the measured rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def describe(comm: Any, command: Sequence[str]) -> dict[str, Any]:
-    """Where, with what, when, by which command (the first use of a communicator's topology is collective)."""
+    """The machine, the software, the command and the date (collective where the layout is not known yet)."""
     from hpccomm.transports.mpi import mpi_name  # starts MPI
 
     return {
@@ -36,7 +36,7 @@ def describe(comm: Any, command: Sequence[str]) -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of what is installed."""
+    """The versions of those packages that are installed."""
     found = {}
     for package in packages:
         try:
@@ -57,7 +57,7 @@ def processor() -> str:
 
 
 def text(where: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The object, a line a row."""
+    """The object as text, with one line for each row."""
     head = json.dumps(where, indent=1).removesuffix("\n}")
     lines = ",\n".join("  " + json.dumps(row.record()) for row in rows)
     return f'{head},\n "rows": [\n{lines}\n ]\n}}\n'

@@ -1,12 +1,12 @@
-"""Measures single rounds on several nodes by the length of their messages, for :mod:`hpccomm.performance.measured`.
+"""Measures the cost of single rounds on several nodes, by message length, for :mod:`hpccomm.performance.measured`.
 
-All ranks take part.  Each length is timed in calls of one round and of a few, a barrier before each as in all our
-benchmarks; the difference is what a further round takes.  A time is the mean over the ranks, of rounds in which only
-some take part the longest, then the median over all calls; everything is visited several times, so that a disturbance
-does not spoil one length alone.  No collective is run, only rounds of its kind.
+All ranks take part.  At each length, calls of one round (cold) and of a few rounds are timed, with a barrier before
+each call as in all benchmarks; the difference is the time of a further round (warm).  A time is the mean over the
+ranks, or the maximum where only some ranks take part, then the median over all calls.  Every length is visited several
+times, so that a disturbance does not spoil a single one.  No collective runs, only rounds of its types.
 
-What a rank does for itself or with its node alone is timed once more with a round between the nodes after it: where
-ranks share cores the others wait for it in that round, longer than it takes itself.
+Work of a rank alone or inside its node is timed again with a round between the nodes after it: where ranks share cores,
+the others wait in that round for longer than the work itself takes.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ from hpccomm.collectives.hierarchical import channels_of
 from hpccomm.collectives.schedule import Algorithm, Step
 from hpccomm.errors import ArgumentError
 from hpccomm.performance import inter_node
-from hpccomm.performance.measured import ITEM, CostCurve, Point, Round, RoundType, rounds
+from hpccomm.performance.measured import CONCURRENT, ITEM, CostCurve, Point, Round, RoundType, per_channel, rounds
 
 LENGTHS = (4, 64, 1024, 4096, 8192, 16384, 32768, inter_node.MESSAGE_BYTES, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22)
-"""Bytes of the messages that are measured; close together where transports change their ways."""
+"""Bytes of the measured messages; close together where transports change their protocol."""
 FLIGHTS = (4096, 16384, 32768, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 << 21)
-"""Bytes that are on their way from a rank at the same time, in pieces."""
+"""Bytes of a rank in flight at the same time, in concurrent messages."""
 SEGMENTS = (16384, 1 << 16, 1 << 18, 1 << 20)
-"""Bytes that are reduced and gathered inside a node."""
+"""Bytes of a reduce-scatter or allgather inside a node."""
 SHORT = (4, 64, 512, SHORT_BYTES // 4, SHORT_BYTES)
 COPIES = (4, 4096, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 
 SECONDS = 0.03
-"""For calls of one length, each visit."""
+"""The time for the calls of one length in a visit."""
 REPETITIONS, MOST = 3, 150
-"""How often each length is visited, and the most calls of a visit."""
+"""The number of visits to each length, and the most calls of a visit."""
 FEW = 4
-"""Rounds of the longer calls."""
+"""The number of rounds of the longer calls."""
 WORD = 1
-"""The tag, and the word in shared memory, of all that is measured here."""
+"""The tag and the fingerprint word in shared memory of all measured rounds."""
 
 Call = Callable[[], object]
 Times = tuple[list[float], ...]
-"""Microseconds of calls of one round, and of a few; of what stays inside a node also with a round between the nodes
-after each, and of those rounds alone."""
+"""Microseconds of calls of one round and of a few; for work inside a node also with a round between the nodes after
+each, and of those rounds alone."""
 Aggregate = Callable[[Sequence[float]], float]
-"""How the times of the ranks become one."""
+"""Combines the times of the ranks."""
 Vector = npt.NDArray[np.float32]
 
 
 class Task(NamedTuple):
-    """A kind, the rounds of it that follow one another, and how long their messages become."""
+    """A round type, successive rounds of it, and the message lengths to measure."""
 
     kind: RoundType
     turns: tuple[Round, ...]
@@ -68,7 +68,7 @@ class Task(NamedTuple):
 
     @property
     def local(self) -> bool:
-        """Whether nothing of it leaves a node, though the rest of the call does."""
+        """Whether the work stays inside a node while other rounds of a call leave it."""
         return self.kind.what in ("call", "copy") or (self.kind.what == "round" and not self.kind.crossing)
 
     @property
@@ -78,10 +78,10 @@ class Task(NamedTuple):
 
 
 def measure_round_costs(comm: Any, algorithms: Sequence[str], most: int) -> tuple[CostCurve, ...]:
-    """The rounds of these allreduces of up to ``most`` bytes, on the nodes at hand (collective).
+    """Measure the rounds of these allreduces of up to ``most`` bytes on the nodes of ``comm`` (collective).
 
-    ``comm`` is a Communicator on several nodes with equally many ranks, one node after the other; elsewhere there are
-    none.  The same on all ranks.
+    ``comm`` is a Communicator on several nodes with equally many ranks, numbered by node; for other layouts the result
+    is empty.  The result is the same on all ranks.
     """
     layout = comm.layout
     if layout.count == 1 or not (layout.even and layout.contiguous):
@@ -98,49 +98,48 @@ def measure_round_costs(comm: Any, algorithms: Sequence[str], most: int) -> tupl
 
 
 def merge_visits(task: Task, visits: Sequence[Sequence[Times]]) -> tuple[Point, ...]:
-    """The points of a kind: medians over all calls of all visits."""
+    """The points of a round type: medians over all calls of all visits."""
     points = []
     for nbytes, *found in zip(task.lengths, *visits, strict=True):
         one, few, *more = (median(chain.from_iterable(each)) for each in zip(*found, strict=True))
-        first, following = one, max((few - one) / (FEW - 1), few / FEW**2)
+        cold, warm = one, max((few - one) / (FEW - 1), few / FEW**2)
         if more:
             one_and_across, few_and_across, across, few_across = more
-            first = max(first, one_and_across - across)
-            following = max(following, (few_and_across - few_across) / FEW)
-        points.append(Point(nbytes, first, following))
+            cold = max(cold, one_and_across - across)
+            warm = max(warm, (few_and_across - few_across) / FEW)
+        points.append(Point(nbytes, cold, warm))
     return tuple(points)
 
 
 def cost_tasks(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: int, levels: bool) -> Iterator[Task]:
-    """Everything whose price is needed: the fixed ones, the rounds of the schedules, what two levels are made of."""
+    """The tasks for pricing: call and copy, the rounds of flat schedules, the parts of the hierarchical allreduce."""
     yield Task(RoundType("call"), (), (0,))
     yield Task(RoundType("copy"), (), lengths_up_to(COPIES, most))
     flat = [ALGORITHMS["allreduce"][name] for name in algorithms if name in ALGORITHMS["allreduce"]]
     yield from round_tasks([each for each in flat if not each.segmented], nodes, most, "round", LENGTHS)
     if not levels or "hierarchical" not in algorithms:
         return
-    ends, lanes = np.arange(int(nodes.max()) + 1), channels_of(nodes).rank.shape[1]
+    leaders, channels = np.arange(int(nodes.max()) + 1), channels_of(nodes).rank.shape[1]
     inter = ALGORITHMS["allreduce"]
-    yield from round_tasks([inter["doubling"], inter["butterfly"]], ends, SHORT_BYTES, "short", SHORT)
+    yield from round_tasks([inter["doubling"], inter["butterfly"]], leaders, SHORT_BYTES, "short", SHORT)
     if most > SHORT_BYTES:
         yield Task(RoundType("scatter"), (), lengths_up_to(SEGMENTS, most))
         yield Task(RoundType("gather"), (), lengths_up_to(SEGMENTS, most))
-        in_one = most if ends.size == 2 else min(most, 2 * inter_node.MESSAGE_BYTES * lanes)
-        pieces = {
+        in_one = most if leaders.size == 2 else min(most, 2 * inter_node.MESSAGE_BYTES * channels)
+        concurrent = {
             task.kind: task
             for name, nbytes in (("doubling", in_one), ("butterfly", in_one), ("ring", most))
-            for task in round_tasks([inter[name]], ends, nbytes // lanes, "pieces", FLIGHTS)
+            for task in round_tasks([inter[name]], leaders, nbytes // channels, CONCURRENT, FLIGHTS)
         }
-        for kind, task in pieces.items():
-            if kind.messages >= ends.size:
-                on_all = kind._replace(crossing=lanes * kind.crossing, messages=lanes * kind.messages)
-                yield task._replace(kind=on_all)
+        for kind, task in concurrent.items():
+            if kind.messages >= leaders.size:
+                yield task._replace(kind=per_channel(kind, channels))
 
 
 def round_tasks(
     schedules: Sequence[Algorithm], nodes: npt.NDArray[np.int64], most: int, what: str, lengths: Sequence[int]
 ) -> Iterator[Task]:
-    """Every kind of round of some schedules, with whom ranks meet in them, at lengths that occur."""
+    """A task for every round type of some schedules, with the peers and the lengths that occur."""
     longest: dict[RoundType, float] = {}
     partners: dict[RoundType, dict[bytes, Round]] = {}
     for schedule in schedules:
@@ -159,7 +158,7 @@ def lengths_up_to(lengths: Sequence[int], most: float) -> tuple[int, ...]:
 
 
 class Rounds:
-    """Rounds on one communicator."""
+    """Runs and times rounds on one communicator."""
 
     def __init__(self, comm: Any) -> None:
         self.comm, self.plain = comm, MPI.Intracomm(comm)
@@ -168,16 +167,16 @@ class Rounds:
         self.combine = operations.combiner(MPI.SUM)
         few = np.zeros(1, np.float32)
         if self.levels:
-            comm.Allreduce(few, few.copy(), algorithm="hierarchical")  # from now on waiting ranks drive messages
+            comm.Allreduce(few, few.copy(), algorithm="hierarchical")  # from here on waiting ranks progress messages
 
     def visit(self, task: Task) -> list[Times]:
-        """One kind at all its lengths (collective)."""
+        """Time one round type at all its lengths (collective)."""
         found = [self.times_of(task, nbytes) for nbytes in task.lengths]
         self.buffers.clear()
         return found
 
     def times_of(self, task: Task, nbytes: int) -> Times:
-        """One kind at one length (collective)."""
+        """Time one round type at one length (collective)."""
         over: Aggregate = max if task.partial else mean
         one, few = self.measure(*self.call(task, nbytes, 1), over), self.measure(*self.call(task, nbytes, FEW), over)
         if not task.local:
@@ -202,20 +201,20 @@ class Rounds:
         kind = RoundType("round", width, 0, p, self.comm.layout.count == 2)
         return Task(kind, (Round(kind, ITEM, to, source),), (ITEM,))
 
-    # What is run
+    # Calls
 
     def call(self, task: Task, nbytes: int, count: int) -> tuple[Call, Call]:
-        """A call of ``count`` rounds of a kind, and what gives back what it holds."""
+        """A call of ``count`` rounds of a type, and the function that frees it."""
         what = task.kind.what
-        if what in ("round", "pieces", "short"):
-            plan = {"round": self.rounds, "pieces": self.channel_rounds, "short": self.short_call}[what](
+        if what in ("round", CONCURRENT, "short"):
+            plan = {"round": self.rounds, CONCURRENT: self.channel_rounds, "short": self.short_call}[what](
                 task, nbytes, count
             )
             return plan, plan.free
         return repeat(count, self.local_call(what, nbytes)), no_op
 
     def local_call(self, what: str, nbytes: int) -> Call:
-        """What is no round between ranks."""
+        """A call without rounds between ranks, or with rounds inside nodes only."""
         if what == "call":
             none = np.empty(0, np.float32)
             return lambda: self.comm.Allreduce(none, none, algorithm="ring")
@@ -225,16 +224,16 @@ class Rounds:
         return self.intra_node_call(what, nbytes)
 
     def rounds(self, task: Task, nbytes: int, count: int) -> Plan:
-        """Rounds of a schedule that runs as it stands."""
+        """Rounds of a flat schedule."""
         vector = zeros(2 * nbytes)
         steps = self.pattern(task, count).steps(self.comm.rank, self.comm.size)
         half = vector.size // 2
         return bind(steps, vector, [0, half, 2 * half], self.comm.context.messages, self.combine, WORD)
 
     def pattern(self, task: Task, count: int) -> Algorithm:
-        """Rounds of one kind: ranks meet the partners of a schedule in turn, for who comes late keeps others waiting.
+        """Rounds of one type with the peers of a schedule in turn, so that a late rank delays others as it would there.
 
-        Where there is one round alone, and not everybody sends and receives in it, it goes to and fro.
+        A single round in which some ranks only send or only receive alternates with its reverse.
         """
         turns = [(each.to, each.source) for each in task.turns]
         if len(turns) == 1:
@@ -248,19 +247,19 @@ class Rounds:
         return Algorithm(steps, lambda p: 2)
 
     def channel_rounds(self, task: Task, nbytes: int, count: int) -> Plan:
-        """Rounds between the nodes of all lanes, each in several messages at a time."""
+        """Rounds between the nodes on all channels, each with several concurrent messages."""
         levels = self.two_levels
-        schedule, lanes = self.pattern(task, count), []
+        schedule, parts = self.pattern(task, count), []
         vector = zeros(2 * nbytes)
-        for piece in segments(vector.size // 2, inter_node.message_count(nbytes, 1)):
-            part = vector[2 * piece.start : 2 * piece.stop]
-            lanes.append(
+        for where in segments(vector.size // 2, inter_node.message_count(nbytes, 1)):
+            part = vector[2 * where.start : 2 * where.stop]
+            parts.append(
                 list(levels.inter_node_rounds(schedule, part, self.combine, WORD)) if levels.has_channel else []
             )
-        return interleave(lanes)
+        return interleave(parts)
 
     def short_call(self, task: Task, nbytes: int, count: int) -> Plan:
-        """A short vector's call, with any number of rounds between the nodes."""
+        """A call for a short vector with ``count`` rounds between the nodes."""
         vector, source = zeros(2 * nbytes), zeros(2 * nbytes)
         data = Operands(address_of(source), address_of(vector), vector, "float32", "sum", self.combine)
         self.buffers += [vector, source]
@@ -283,15 +282,15 @@ class Rounds:
 
     @property
     def two_levels(self) -> TwoLevels:
-        """Shared memory inside the nodes, messages between them."""
+        """The hierarchical backend of the communicator."""
         if self.levels is None:
-            raise ArgumentError("the ranks of the nodes share no memory: measure without hierarchical")
+            raise ArgumentError("the ranks of a node share no memory: measure without hierarchical")
         return self.levels
 
-    # How it is timed
+    # Timing
 
     def measure(self, call: Call, free: Call, over: Aggregate) -> list[float]:
-        """Microseconds of some calls, each joined over the ranks."""
+        """Microseconds of some calls, each combined over the ranks by ``over``."""
         [first] = self.times(call, 1, over)
         found = self.times(call, int(min(MOST, max(1, SECONDS * 1e6 / first))), over)
         free()
@@ -309,7 +308,7 @@ class Rounds:
 
 
 def repeat(count: int, call: Call) -> Call:
-    """A call again and again."""
+    """A call that runs another one ``count`` times."""
 
     def run() -> None:
         for _ in range(count):
@@ -319,14 +318,14 @@ def repeat(count: int, call: Call) -> Call:
 
 
 def zeros(nbytes: int) -> Vector:
-    """Numbers to move and to sum."""
+    """A vector to send and to sum."""
     return np.zeros(max(1, nbytes // ITEM), np.float32)
 
 
 def address_of(vector: Vector) -> int:
-    """Where it begins."""
+    """The address of a vector."""
     return int(vector.ctypes.data)
 
 
 def no_op() -> None:
-    """There is nothing to give back."""
+    """Free nothing."""

@@ -290,14 +290,14 @@ def contract(
     collective: str, p: int, blocks: int, root: int = 0, own_blocks: Callable[[int], Any] | None = None
 ) -> Contract:
     """The pre- and postcondition of a collective; ``due`` is false in cells that the caller does not read."""
-    own, everybody = singleton_sets(p), singleton_sets(p).sum(axis=0, dtype=np.uint64)
+    own, all_ranks = singleton_sets(p), singleton_sets(p).sum(axis=0, dtype=np.uint64)
     before = np.zeros((p, blocks, own.shape[1]), dtype=np.uint64)
     after, due = before.copy(), np.zeros((p, blocks), dtype=bool)
     rank = np.arange(p)
     block = rank if own_blocks is None else np.asarray(own_blocks(p))
     if collective in REDUCING_COLLECTIVES:
         before[:] = own[:, None]
-        after[:] = everybody
+        after[:] = all_ranks
     elif collective in ("bcast", "scatter"):
         before[root] = own[root]
         after[:] = own[root]
@@ -407,10 +407,10 @@ class Cells:
             cell = int(np.argmax(wrong))
             missing, extra = members(after[cell] & ~self.held[cell]), members(self.held[cell] & ~after[cell])
             what = f"misses the contributions of ranks {missing}" if missing else f"holds those of {extra} too"
-            self.proof.refuse(self.written[cell], *self.place(cell), f"in the end {what}; this was its last round")
+            self.proof.refuse(self.written[cell], *self.locate(cell), f"in the end {what}; this was its last round")
         return bool((self.begin[due] == 0).all() and (self.end[due] == promised.due.shape[0]).all())
 
-    def place(self, cell: Any) -> tuple[int, int]:
+    def locate(self, cell: Any) -> tuple[int, int]:
         """The rank and the block of a cell."""
         return divmod(int(cell), self.proof.blocks)
 
@@ -418,7 +418,7 @@ class Cells:
         """Raise the error for the first wrong cell, and its first rank where ``wrong`` holds sets."""
         first = int(np.argmax(wrong if wrong.ndim == 1 else wrong.any(axis=1)))
         twice = members(wrong[first])[0] if wrong.ndim > 1 else None
-        self.proof.refuse(k, *self.place(cells[first]), why.format(twice))
+        self.proof.refuse(k, *self.locate(cells[first]), why.format(twice))
 
 
 def members(words: Sets) -> list[int]:

@@ -1,1 +1,1 @@
-"""What a collective costs on a machine, measured or predicted, and which algorithm is therefore chosen."""
+"""The cost of collectives on a machine, measured or predicted, and the choice of an algorithm by it."""

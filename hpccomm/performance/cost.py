@@ -1,20 +1,18 @@
-"""Prices a schedule on a topology: latency and bandwidth in and between nodes, links that ranks share.
+"""Prices a schedule on a machine by latencies and bandwidths inside and between nodes, with links that ranks share.
 
-*p ranks on N nodes, n bytes, k the round; alpha is what a message costs however short it is, beta what
-each of its bytes costs, gamma what summing a byte costs; all in microseconds.* A message passes when both
-its ends are ready and then takes alpha + bytes x beta; ranks of a node that send between nodes in the
-same round share the node's link; links carry both directions at once. The receiver sums afterwards. A
-rank begins its next round when its part of this one is done: waves, chains and stragglers come out as
-they are, no barrier stands between rounds.
+*p ranks on N nodes, n bytes, k the round; alpha is the latency of a message, beta the time of one of its bytes, gamma
+the time to sum a byte; all in microseconds.*  A message starts when both its ends are ready and takes alpha + bytes x
+beta; ranks of a node that send between nodes in the same round share the link of the node; links carry both directions
+at once.  The receiver sums afterwards.  A rank starts its next round when its own messages of this round are complete;
+there is no barrier between rounds, so waves, chains and stragglers are modelled.
 
-Schedules in which every node (or rank) does the same are simulated for one node only, and checked on
-three others, so a ring of 10,000 ranks takes a second. Chains and trees are cut into segments: the first
-pays the whole way, each further one what the busiest link needs for it. The model is Hockney's (Parallel
-Computing 1994) with the reduction term of Thakur, Rabenseifner & Gropp (Int. J. High Perform. Comput.
-Appl. 2005).
+A schedule that is the same for every node (or rank) is simulated for one node only and checked on three others, so a
+ring of 10,000 ranks takes a second.  Chains and trees are cut into segments: the first segment pays the whole path,
+each further one the time of the busiest link.  The model is Hockney's (Parallel Computing 1994) with the reduction term
+of Thakur, Rabenseifner & Gropp (Int. J. High Perform. Comput. Appl. 2005).
 
-A machine that keeps measured rounds of several nodes (:mod:`hpccomm.performance.measured`) prices by them what they
-know: every algorithm that is not cut into segments, on shapes near the measured ones.
+On a machine with measured round costs (:mod:`hpccomm.performance.measured`), these price every algorithm that is not
+cut into segments, on shapes near the measured ones.
 """
 
 from __future__ import annotations
@@ -35,37 +33,37 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 
 FACTORS = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
-"""Bus bandwidth is this times (p-1)/p times bytes per time, elsewhere just bytes per time (nccl-tests)."""
+"""Bus bandwidth is this times (p-1)/p times bytes per time; for other collectives bytes per time (nccl-tests)."""
 
-INPUT_COPIES = {"allreduce": "vector", "reduce_scatter": "vector", "allgather": "part"}
-"""What a call copies to where it works, before the first message."""
+INPUT_COPIES = {"allreduce": "vector", "reduce_scatter": "vector", "allgather": "block"}
+"""The data that a call copies into its work buffer before the first message."""
 
 HIERARCHICAL: dict[str, Callable[[Any], Algorithm]] = {
     "allreduce": hierarchical.build_allreduce,
     "reduce_scatter": hierarchical.build_reduce_scatter,
     "allgather": hierarchical.build_allgather,
 }
-"""Algorithms in two levels: where ranks live decides their steps.  Reordering inside a rank is not priced."""
+"""Algorithms whose steps depend on the nodes of the ranks.  Reordering inside a rank is not priced."""
 
 MODEL, MEASURED = "alpha and beta", "measured rounds"
-"""Sources of a prediction."""
+"""The sources of a prediction."""
 
 MOST_SEGMENTS = 4096
 SMALLEST_SEGMENT = 1024
-"""Bytes below which cutting further is not worth a message."""
+"""Bytes of the smallest segment: shorter ones are not worth a message."""
 
 
 class Price(NamedTuple):
-    """What a collective costs."""
+    """The price of a collective."""
 
     us: float
     rounds: int
     segments: int
-    """Into how many segments every block is best cut (1 where that does not help)."""
+    """The best number of segments of every block (1 where segments do not help)."""
 
 
 class Prediction(NamedTuple):
-    """One line of a comparison."""
+    """The prediction for one algorithm."""
 
     algorithm: str
     us: float
@@ -74,11 +72,11 @@ class Prediction(NamedTuple):
     algbw: float
     """GB/s: bytes of the collective per time."""
     busbw: float
-    """GB/s: what the busiest link carries in the best of algorithms (nccl-tests)."""
+    """GB/s: the bandwidth of the busiest link in the best algorithm (nccl-tests)."""
     wire: float
-    """Share of the fastest time that the node's link permits."""
+    """The least time that the link of a node permits, as a fraction of ``us``."""
     source: str = MODEL
-    """What it was priced by: ``MODEL`` or ``MEASURED``."""
+    """``MODEL`` or ``MEASURED``."""
 
 
 def price(
@@ -89,64 +87,64 @@ def price(
     root: int | None = None,
     segments: int | None = None,
 ) -> Price:
-    """Price ``nbytes`` bytes on ranks that live on ``nodes`` (any integers, one a rank).
+    """Price ``nbytes`` bytes on ranks on ``nodes`` (any integers, one a rank).
 
-    ``nbytes`` is the whole vector: the input of a reduce-scatter, the result of an allgather.  ``root`` is
-    for schedules that have one (0 if not said).  ``segments`` None looks for the best number.  The schedule
-    must be right: verify it first.
+    ``nbytes`` is the whole vector: the input of a reduce-scatter, the result of an allgather.  ``root`` (default 0) is
+    for rooted collectives.  ``segments`` None searches for the best number.  The schedule must be correct: verify it
+    first.
     """
     home = np.unique(np.asarray(list(nodes)), return_inverse=True)[1].astype(np.int32)
     rooted = () if root is None else (root,)
     choices = segment_counts(algorithm, nbytes) if segments is None else [segments]
     load = Load(nbytes, np.array(choices))
-    walk = simulate(algorithm, home, load, machine or Machine(), rooted)
-    total = walk.ready.max(axis=1) + (load.segments - 1) * walk.busy_time()
+    simulation = simulate(algorithm, home, load, machine or Machine(), rooted)
+    total = simulation.ready.max(axis=1) + (load.segments - 1) * simulation.busy_time()
     best = int(np.argmin(total))
-    return Price(float(total[best]), walk.rounds, choices[best])
+    return Price(float(total[best]), simulation.rounds, choices[best])
 
 
 def segment_counts(algorithm: Algorithm, nbytes: float) -> list[int]:
-    """Numbers of segments worth a look."""
+    """The numbers of segments to try."""
     most = max(1, min(MOST_SEGMENTS, int(nbytes) // SMALLEST_SEGMENT)) if algorithm.segmented else 1
     return [1 << k for k in range(most.bit_length())]
 
 
-# --- the walk --------------------------------------------------------------------------------------
+# --- simulation ------------------------------------------------------------------------------------
 
 
 class AsymmetryError(Exception):
-    """The schedule does not repeat itself from node to node: all ranks must be simulated."""
+    """The schedule does not repeat from node to node, so all ranks must be simulated."""
 
 
 class Load(NamedTuple):
-    """What is to be moved."""
+    """The bytes to move."""
 
     nbytes: float
     segments: Ints
-    """Numbers of segments into which it may be cut, all of which are tried."""
+    """The numbers of segments to try."""
 
 
 class RoundMessages(NamedTuple):
-    """The messages of one round; times have a row for each vector size."""
+    """The messages of one round; times have a row for each number of segments."""
 
     into: Any
-    """Who receives."""
+    """The receivers."""
     out: Any
-    """Who sends it to them."""
+    """Their senders."""
     wire: Floats
-    """How long the message takes beside the others of this round."""
+    """The time of each message beside the others of this round."""
     busy: Floats
-    """How long it takes alone."""
+    """The time of each message alone."""
     sums: Floats
-    """How long the receiver sums."""
+    """The time that the receiver sums."""
     leaves: Floats
-    """Blocks out of and into each node."""
+    """The blocks that leave and enter each node."""
 
 
 class Simulation:
-    """All ranks on their way through the rounds, for several vector sizes at once.
+    """A simulation of all rounds for several numbers of segments at once.
 
-    Ranks repeat with ``period``: rank r does what rank r mod period does, as far round the circle.
+    Ranks repeat with ``period``: rank r takes the steps of rank r mod period, with peers at the same distance.
     """
 
     def __init__(self, home: Ints, period: int, load: Load, blocks: int, machine: Machine) -> None:
@@ -154,7 +152,7 @@ class Simulation:
         self.block = load.nbytes / load.segments / blocks
         self.segmented = bool(load.segments.max() > 1)
         self.nodes = int(home.max()) + 1
-        self.alike = max(1, self.p // (self.nodes * period))
+        self.periods_per_node = max(1, self.p // (self.nodes * period))
         self.copies = np.unique([0, 1, self.p // period // 2, self.p // period - 1]) * period % self.p
         if period == self.p:
             self.copies = np.zeros(1, dtype=np.int64)
@@ -166,7 +164,7 @@ class Simulation:
         self.last: tuple[Ints, Any, bool] | None = None
 
     def run_round(self, step: Step) -> None:
-        """One round."""
+        """Simulate one round."""
         self.rounds += 1
         source, count = self.peers_of_period(step.source), self.counts_of_period(step.recv[1] - step.recv[0])
         if not self.is_repeat(source, count, step.reduce):
@@ -175,7 +173,7 @@ class Simulation:
             self.advance_clocks(self.wires)
 
     def advance_clocks(self, ends: RoundMessages) -> None:
-        """Move time on for the two ends of every message."""
+        """Advance the clocks of the two ends of every message."""
         senders = np.take(self.ready, ends.out, axis=1)
         done = np.maximum(senders, self.ready[:, ends.into]) + ends.wire
         self.ready[:, ends.into] = done + ends.sums
@@ -186,7 +184,7 @@ class Simulation:
             self.leaves += ends.leaves
 
     def is_repeat(self, source: Ints, count: Any, reduce: bool) -> bool:
-        """Whether this round costs what the last one did: the same ranks exchange as many blocks."""
+        """Whether this round costs the same as the last: the same ranks exchange as many blocks."""
         last, self.last = self.last, (source, count, reduce)
         return (
             last is not None
@@ -196,7 +194,7 @@ class Simulation:
         )
 
     def messages_of_round(self, source: Ints, count: Any, reduce: bool) -> RoundMessages:
-        """Who receives from whom in a round, over what, for how long."""
+        """The messages of a round and their times."""
         into = np.flatnonzero(source >= 0)
         source, count = source[into], count[into] if np.ndim(count) else count
         crosses = self.home[source] != self.home[into]
@@ -207,20 +205,20 @@ class Simulation:
         sums = self.machine.gamma * nbytes if reduce else np.zeros((1, 1))
         leaves = self.count_crossing_blocks(source, into, np.where(crosses, count, 0))
         wire = alpha + nbytes * beta
-        everybody = slice(None) if into.size == self.period else into
-        return RoundMessages(everybody, source % self.period, wire + nbytes * beta * (link - 1), wire, sums, leaves)
+        receivers = slice(None) if into.size == self.period else into
+        return RoundMessages(receivers, source % self.period, wire + nbytes * beta * (link - 1), wire, sums, leaves)
 
     def peers_of_period(self, peer: Any) -> Any:
-        """The peers of one period, after seeing that its copies' peers lie as far round the circle."""
+        """The peers of one period, after a check that those of its copies are at the same distances."""
         each = np.broadcast_to(peer, self.ranks.shape).reshape(self.copies.size, self.period)
         if self.copies.size > 1:
-            turned = np.where(each < 0, each, (each - self.copies[:, None]) % self.p)
-            if (turned != turned[0]).any():
+            relative = np.where(each < 0, each, (each - self.copies[:, None]) % self.p)
+            if (relative != relative[0]).any():
                 raise AsymmetryError
         return each[0]
 
     def counts_of_period(self, count: Any) -> Any:
-        """The numbers of blocks of one period, after seeing that the copies have the same."""
+        """The numbers of blocks of one period, after a check that its copies have the same."""
         if np.ndim(count) == 0:
             return count
         each = np.reshape(count, (self.copies.size, self.period))
@@ -229,54 +227,54 @@ class Simulation:
         return each[0]
 
     def count_link_sharers(self, source: Ints, into: Any, crosses: Any) -> Any:
-        """How many messages share the busier of the two node links that each message takes."""
+        """The number of messages that share the busier of the two node links of each message."""
         if self.period < self.p:
-            return np.where(crosses, self.alike * np.count_nonzero(crosses), 1)
+            return np.where(crosses, self.periods_per_node * np.count_nonzero(crosses), 1)
         away, home = self.home[source], self.home[into]
         leaving = np.bincount(away[crosses], minlength=self.nodes)
         entering = np.bincount(home[crosses], minlength=self.nodes)
         return np.where(crosses, np.maximum(leaving[away], entering[home]), 1)
 
     def count_crossing_blocks(self, source: Ints, into: Any, crossing: Any) -> Floats:
-        """Blocks that leave and blocks that enter each node."""
+        """The blocks that leave and the blocks that enter each node."""
         if self.period < self.p:
-            return np.full((2, 1), self.alike * crossing.sum())
+            return np.full((2, 1), self.periods_per_node * crossing.sum())
         away = np.bincount(self.home[source], weights=crossing, minlength=self.nodes)
         home = np.bincount(self.home[into], weights=crossing, minlength=self.nodes)
         return np.stack([away, home])
 
     def busy_time(self) -> Floats:
-        """For how long the busiest rank or node link is busy with one segment, for each size."""
+        """The time for which the busiest rank or node link is occupied by one segment."""
         ranks = np.maximum(self.sends, self.receives).max(axis=1)
         return np.maximum(ranks, self.leaves.max() * self.block * self.machine.inter.beta)
 
 
 def simulate(algorithm: Algorithm, home: Ints, load: Load, machine: Machine, rooted: tuple[int, ...]) -> Simulation:
-    """Walk one period if the schedule repeats itself from node to node or rank to rank, else all ranks."""
+    """Simulate one period if the schedule repeats from node to node or rank to rank, else all ranks."""
     for period in periods(home):
-        walk = Simulation(home, period, load, algorithm.blocks(home.size), machine)
+        simulation = Simulation(home, period, load, algorithm.blocks(home.size), machine)
         try:
-            for step in algorithm.steps(walk.ranks, home.size, *rooted):
-                walk.run_round(step)
+            for step in algorithm.steps(simulation.ranks, home.size, *rooted):
+                simulation.run_round(step)
         except AsymmetryError:
             continue
-        return walk
+        return simulation
     raise AssertionError("the last period is all ranks")
 
 
 def periods(home: Ints) -> list[int]:
-    """Turns of the circle of ranks under which ranks that share a node still do; the whole circle last."""
+    """Rotations of the ranks that map nodes to nodes, in ascending order; p, the identity, last."""
     p, nodes = home.size, int(home.max()) + 1
-    turns = [1] if p > 1 and preserves(home, 1) else []
-    lanes = p // nodes
-    if 1 < lanes < p and p % lanes == 0 and (home.reshape(-1, lanes) == home[::lanes, None]).all():
-        turns.append(lanes)
-    return [*turns, p]
+    found = [1] if p > 1 and preserves(home, 1) else []
+    per_node = p // nodes
+    if 1 < per_node < p and p % per_node == 0 and (home.reshape(-1, per_node) == home[::per_node, None]).all():
+        found.append(per_node)
+    return [*found, p]
 
 
-def preserves(home: Ints, turn: int) -> bool:
-    """Whether nodes go to nodes when every rank moves on by ``turn``."""
-    pairs = home.astype(np.int64) * home.size + np.roll(home, -turn)
+def preserves(home: Ints, rotation: int) -> bool:
+    """Whether a rotation of the ranks maps nodes to nodes."""
+    pairs = home.astype(np.int64) * home.size + np.roll(home, -rotation)
     return bool(np.unique(pairs).size == int(home.max()) + 1)
 
 
@@ -286,7 +284,7 @@ def preserves(home: Ints, turn: int) -> bool:
 def predict(
     collective: str, nodes: int, per_node: int, nbytes: float, machine: Machine | None = None
 ) -> list[Prediction]:
-    """All algorithms of a collective on ``nodes`` x ``per_node`` ranks, the fastest first."""
+    """The predictions for all algorithms of a collective on ``nodes`` x ``per_node`` ranks, the fastest first."""
     machine = machine or Machine()
     found = [
         prediction(name, collective, nodes, per_node, nbytes, machine)
@@ -296,7 +294,7 @@ def predict(
 
 
 def candidates(collective: str, nodes: int, per_node: int) -> Iterator[str]:
-    """What can be priced."""
+    """The algorithms that can be priced."""
     yield from ALGORITHMS.get(collective, {})
     if collective in HIERARCHICAL and nodes > 1 and per_node > 1:
         yield "hierarchical"
@@ -304,11 +302,11 @@ def candidates(collective: str, nodes: int, per_node: int) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def prediction(name: str, collective: str, nodes: int, per_node: int, nbytes: float, machine: Machine) -> Prediction:
-    """One algorithm on nodes x per_node ranks, in the order of nodes."""
+    """The prediction for one algorithm on nodes x per_node ranks, numbered by node."""
     home = np.repeat(np.arange(nodes), per_node)
     algorithm = HIERARCHICAL[collective](home) if name == "hierarchical" else ALGORITHMS[collective][name]
     cost, source = price(algorithm, home, nbytes, machine), MODEL
-    measured = measured_price(name, collective, (nodes, per_node), nbytes, machine)
+    measured = price_by_rounds(name, collective, (nodes, per_node), nbytes, machine)
     if measured is not None:
         cost, source = cost._replace(us=measured), MEASURED
     algbw = nbytes / cost.us / 1e3 if cost.us else 0.0
@@ -317,8 +315,10 @@ def prediction(name: str, collective: str, nodes: int, per_node: int, nbytes: fl
     return Prediction(name, *cost, algbw, algbw * bus_factor(collective, nodes * per_node), wire, source)
 
 
-def measured_price(name: str, collective: str, shape: tuple[int, int], nbytes: float, machine: Machine) -> float | None:
-    """Microseconds by the machine's measured rounds; None where they do not tell."""
+def price_by_rounds(
+    name: str, collective: str, shape: tuple[int, int], nbytes: float, machine: Machine
+) -> float | None:
+    """Microseconds by the machine's measured round costs; None where they do not cover the algorithm."""
     known = costs_for_shape(machine.curves, shape)
     if known is None or not nbytes:
         return None
@@ -328,11 +328,11 @@ def measured_price(name: str, collective: str, shape: tuple[int, int], nbytes: f
     algorithm = HIERARCHICAL[collective](home) if name == "hierarchical" else ALGORITHMS[collective][name]
     if algorithm.segmented or collective not in INPUT_COPIES:
         return None
-    return known.price(algorithm, home, nbytes, nbytes / (home.size if INPUT_COPIES[collective] == "part" else 1))
+    return known.price(algorithm, home, nbytes, nbytes / (home.size if INPUT_COPIES[collective] == "block" else 1))
 
 
 def bus_factor(collective: str, p: int) -> float:
-    """What turns algbw into busbw."""
+    """The ratio of busbw to algbw."""
     return FACTORS[collective] * (p - 1) / p if collective in FACTORS else 1.0
 
 

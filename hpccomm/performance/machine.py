@@ -1,4 +1,4 @@
-"""What messages and sums cost on a machine: a latency and a bandwidth for each level of its network."""
+"""The parameters of a machine: latency and bandwidth of each level of its network, and the cost of a sum."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from hpccomm.performance.measured import CostCurve
 
 
 class Machine(NamedTuple):
-    """What messages and sums cost."""
+    """The cost of messages and sums."""
 
     intra: Link = SHARED_MEMORY
     """Between ranks of a node."""
     inter: Link = ETHERNET
-    """Between nodes; beta is that of the link a node's ranks share."""
+    """Between nodes; beta is that of the link that the ranks of a node share."""
     gamma: float = 7.5e-5
-    """Microseconds to sum a byte into another."""
+    """Microseconds to sum one byte."""
     source: str = "defaults: two-core virtual machine, 10 Gbit/s Ethernet at 95 % of its rate; fit your own with tune"
-    """Where the numbers come from."""
+    """The origin of the numbers."""
     curves: tuple[CostCurve, ...] = ()
-    """What rounds took on several nodes."""
+    """The measured costs of rounds on several nodes."""

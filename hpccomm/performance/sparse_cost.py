@@ -1,20 +1,21 @@
-"""Prices exchanges of compressed gradients on a topology, beside dense allreduces of the same vector.
+"""Prices exchanges of compressed gradients on a machine, for comparison with dense allreduces of the same vector.
 
-*N nodes of k ranks, p = N·k; n float32; d density; links as in* :mod:`hpccomm.performance.cost`.  Only messages are
-priced: choosing what to send, packing and adding take time of the ranks' own.
+*N nodes of k ranks, p = N·k; n float32 elements; d density; links as in* :mod:`hpccomm.performance.cost`.  Only
+messages are priced, not selection, packing and addition on the ranks.
 
 ====================  =====================================================================  ===========================
 exchange              messages                                                               bytes into a node
 ====================  =====================================================================  ===========================
-``sparse``            allgather of indices and values: DGC, top-k                            8dn, of ranks elsewhere
-``words``             allgather of words: GTC                                                4dn, of ranks elsewhere
-``split``             SparCML: a part of the indices to each rank, sums of parts to all      8dn(p-k)k/p, and the sums
-``onebit``            allgather of signs: 1-bit SGD                                          n/8, of ranks elsewhere
-``onebit_phases``     parts of the signs to each rank, signs of the means to all: 1-bit Adam  n/4 k(p-k)/p at best
+``sparse``            allgather of indices and values: DGC, top-k                            8dn for each remote rank
+``words``             allgather of words: GTC                                                4dn for each remote rank
+``split``             SparCML: a block of the indices to each rank, sums of blocks to all    8dn(p-k)k/p, and the sums
+``onebit``            allgather of signs: 1-bit SGD                                          n/8 for each remote rank
+``onebit_phases``     a block of signs to each rank, signs of the means to all: 1-bit Adam   n/4 k(p-k)/p at best
 ====================  =====================================================================  ===========================
 
-In an allgather ranks of a node get their messages separately unless the schedule is one in two levels.  ``+ node``:
-dense inside the nodes, compressed between them (:func:`~hpccomm.collectives.compressed.sparse.hierarchical_allreduce`).
+In a flat allgather each rank of a node receives its own copy of a message; in a hierarchical one it enters a node once.
+``+ node``: dense inside the nodes, compressed between them
+(:func:`~hpccomm.collectives.compressed.sparse.hierarchical_allreduce`).
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from hpccomm.performance.cost import Prediction, bus_factor, predict, prediction
 from hpccomm.performance.machine import Machine
 
 HEADERS = 48
-"""Bytes of a message beside what it says: its header and lengths."""
+"""Bytes of the header and the lengths of a message."""
 
 
 def predictions(
     nodes: int, per_node: int, nbytes: float, density: float, machine: Machine | None = None
 ) -> list[Prediction]:
-    """All exchanges of a vector of ``nbytes`` as float32 on ``nodes`` x ``per_node`` ranks, the fastest first.
+    """The predictions for all exchanges of ``nbytes`` of float32 on ``nodes`` x ``per_node`` ranks, the fastest first.
 
-    ``wire`` is by the least time of a dense allreduce, so beyond 100 % where sending less pays.
+    ``wire`` relates to the least time of a dense allreduce, so it exceeds 100 % where compression pays.
     """
     machine = machine or Machine()
     found = list(flat_predictions(nodes, per_node, nbytes, density, machine))
@@ -47,7 +48,7 @@ def predictions(
 def flat_predictions(
     nodes: int, per_node: int, nbytes: float, density: float, machine: Machine
 ) -> Iterator[Prediction]:
-    """Every rank compresses its own vector."""
+    """The exchanges in which every rank compresses its own vector."""
     n, p = nbytes / 4, nodes * per_node
 
     def row(name: str, us: float, rounds: int) -> Prediction:
@@ -55,24 +56,24 @@ def flat_predictions(
         limit = wire_limit("allreduce", nodes, per_node, nbytes, machine)
         return Prediction(name, us, rounds, 1, algbw, algbw * bus_factor("allreduce", p), limit / us if us else 1.0)
 
-    def gathered(name: str, each: float) -> Prediction:
+    def allgather_row(name: str, each: float) -> Prediction:
         return row(name, *allgather_cost(nodes, per_node, HEADERS + each, machine))
 
-    yield gathered("sparse", 8 * density * n)
-    yield gathered("words", 4 * density * n)
-    yield gathered("onebit", n / 8)
-    filled = 1 - (1 - density) ** p
-    part = 4 * n / p * (2 * filled if DENSE_FROM * filled < 1 else 1)
-    for name, there, back in (("split", 8 * density * n / p, part), ("onebit_phases", n / 8 / p, n / 8 / p)):
-        dealt, rounds = alltoall_cost(nodes, per_node, HEADERS + there, machine)
-        us, more = allgather_cost(nodes, per_node, HEADERS + back, machine)
-        yield row(name, dealt + us, rounds + more)
+    yield allgather_row("sparse", 8 * density * n)
+    yield allgather_row("words", 4 * density * n)
+    yield allgather_row("onebit", n / 8)
+    sum_density = 1 - (1 - density) ** p
+    block = 4 * n / p * (2 * sum_density if DENSE_FROM * sum_density < 1 else 1)
+    for name, scatter, gather in (("split", 8 * density * n / p, block), ("onebit_phases", n / 8 / p, n / 8 / p)):
+        us, rounds = alltoall_cost(nodes, per_node, HEADERS + scatter, machine)
+        gather_us, gather_rounds = allgather_cost(nodes, per_node, HEADERS + gather, machine)
+        yield row(name, us + gather_us, rounds + gather_rounds)
 
 
 def two_level_predictions(
     nodes: int, per_node: int, nbytes: float, density: float, machine: Machine
 ) -> Iterator[Prediction]:
-    """A dense reduce inside the nodes, the exchange between their first ranks, a broadcast."""
+    """The exchanges between the first ranks of nodes, after a dense reduce and before a broadcast inside the nodes."""
     inside = sum(
         min(prediction(name, what, 1, per_node, nbytes, machine).us for name in ("tree", "chain"))
         for what in ("reduce", "bcast")
@@ -86,13 +87,13 @@ def two_level_predictions(
 
 
 def allgather_cost(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:
-    """Microseconds and rounds in which messages of ``each`` bytes get from all ranks to all."""
+    """Microseconds and rounds of an allgather of ``each`` bytes a rank."""
     best = predict("allgather", nodes, per_node, nodes * per_node * each, machine)[0]
     return best.us, best.rounds
 
 
 def alltoall_cost(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:
-    """As :func:`allgather_cost`, of a message from each rank for each other rank, one after the other."""
+    """Microseconds and rounds of an all-to-all of ``each`` bytes a message, one message after the other."""
     p = nodes * per_node
     link, crossing = (machine.inter, per_node * (p - per_node)) if nodes > 1 else (machine.intra, p - 1)
     return (p - 1) * link.alpha + crossing * each * link.beta, p - 1
@@ -104,9 +105,9 @@ def dense_cost(nodes: int, per_node: int, nbytes: float, machine: Machine) -> fl
 
 
 def break_even(nodes: int, per_node: int, nbytes: float, machine: Machine | None = None) -> float:
-    """The density at which ``sparse`` takes as long as the best dense allreduce: 1 where it always pays, 0 where never.
+    """The density at which ``sparse`` takes as long as the best dense allreduce: 1 if it always pays, 0 if never.
 
-    About 1/p: 8dn(p-1) bytes of an allgather are then the 8n(p-1)/p of a ring.
+    It is about 1/p: there the 8dn(p-1) bytes of an allgather equal the 8n(p-1)/p of a ring.
     """
     machine = machine or Machine()
     limit = dense_cost(nodes, per_node, nbytes, machine)

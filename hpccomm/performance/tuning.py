@@ -1,18 +1,18 @@
-"""Which algorithm takes a call: what was measured decides, a price where nothing was, native MPI in doubt.
+"""Selects the algorithm of a call from a tuning table: by measurements, else by predicted prices, else native MPI.
 
-*A row is one measurement; a shape is (nodes, ranks a node).*  The rule, in order:
+*A row is one measurement; a shape is (nodes, ranks a node).*  The rules, in order:
 
-1. The rows of this collective, datatype (else ``f4``) and kind of memory, at the measured shape nearest to
-   the one asked for: one node for one node, several for several, at most a factor of four away in nodes and
-   in ranks a node.  Between two measured sizes times are interpolated on logarithmic scales; below the
-   smallest they are its own, above the largest they grow with the bytes.  The fastest algorithm wins if it
-   beats native MPI, with the checks around it, by more than the noise, 5 %.
-2. Nothing measured on one node: native MPI.
-3. Nothing measured between nodes: the hierarchical algorithm where its price is a fifth below that of the
-   cheapest flat one, which native MPI is taken to be; else native MPI.
+1. With rows of this collective, datatype (else ``f4``) and memory: the rows of the nearest measured shape decide.  One
+   node matches one node and several match several, at most a factor of four apart in nodes and in ranks a node.
+   Between two measured sizes, times are interpolated on logarithmic scales; below the smallest size its time holds,
+   above the largest, times grow with the bytes.  The fastest algorithm is selected if it beats native MPI, with the
+   checks around it, by more than the noise, 5 %.
+2. Without rows, on one node: native MPI.
+3. Without rows, on several nodes: the hierarchical algorithm if its price is a fifth below that of the cheapest flat
+   one, which stands for native MPI; else native MPI.
 
-A table is found through ``HPCCOMM_TUNING`` (a file, or ``off``), else in ``~/.config/hpccomm`` by host and
-MPI, else the one that comes with the package.  Trailing digits of host names do not count: what n017 measured
+The table is the file named by ``HPCCOMM_TUNING`` (``off`` for none), else the one in ``~/.config/hpccomm`` for this
+host and MPI, else the default table of the package.  Trailing digits of host names are ignored, so a table of n017
 serves n018.
 """
 
@@ -40,33 +40,33 @@ from hpccomm.performance.units import format_time
 
 SCHEMA = 1
 NOISE = 0.95
-"""An algorithm must take less than this share of native MPI's time to replace it."""
+"""An algorithm replaces native MPI if it takes less than this fraction of its time."""
 CHECKS = 1.0
 """Microseconds that a communicator's checks add to a native call on one node, whose rows are measured without them (on
-the machine of the shipped table: 1.1 µs on two ranks).  On several nodes rows of native MPI have them in: where ranks
-share cores, comparing calls with the node's other ranks takes as long as these wait for a core."""
+the machine of the default table: 1.1 µs on two ranks).  On several nodes the rows of native MPI include them: where
+ranks share cores, comparing calls takes as long as the other ranks of the node wait for a core."""
 TRUST = 0.8
-"""A price must be less than this share of native MPI's to be believed."""
+"""A predicted price counts if it is less than this fraction of native MPI's."""
 FLAT_ALGORITHMS = ("ring", "butterfly", "doubling", "bruck")
-"""What native MPI is taken to be between nodes, where nothing was measured."""
+"""The algorithms whose lowest price stands for native MPI between nodes, where nothing was measured."""
 DEFAULT_TABLE = Path(__file__).with_name("tuning_default.json")
-"""The table that comes with the package."""
+"""The default table."""
 
 Series = dict[str, list["Row"]]
 
 
 class Choice(NamedTuple):
-    """Who takes a call."""
+    """The algorithm of a call."""
 
     algorithm: str
     segment_bytes: int | None
-    """Length of the segments in which it flows, where it was measured with any."""
+    """The segment length with which it was measured, if any."""
     reason: str
-    """Why, for people."""
+    """The reason, as text."""
 
 
 class Row(NamedTuple):
-    """One measurement: what ran, how long it took, and where."""
+    """One measurement: the call, its time, and the host."""
 
     collective: str
     algorithm: str
@@ -84,19 +84,19 @@ class Row(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """Where it was measured, for people."""
+        """The host, MPI library and date of the measurement, as text."""
         return f"on {self.host or '(no host)'} with {self.mpi or '(no MPI)'}, {self.when or '(no date)'}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is known about a machine."""
+    """The measurements and the parameters of a machine."""
 
     rows: tuple[Row, ...] = ()
     machine: Machine | None = None
-    """Prices of messages for what was not measured; ``None``: do not price."""
+    """The cost model for calls without measurements; ``None``: no prices."""
     source: str = "empty"
-    """Where it comes from, for people."""
+    """The origin of the table, as text."""
 
     def choose(
         self,
@@ -110,20 +110,20 @@ class Table:
     ) -> Choice:
         """The algorithm for ``nbytes`` bytes on nodes x per_node ranks, among ``candidates`` and native.
 
-        No candidates means all; ``memory`` is ``"host"``, ``"registered"`` or ``"cuda"``.  Pure: the same
-        question has the same answer.
+        No candidates means all; ``memory`` is ``"host"``, ``"registered"`` or ``"cuda"``.  The result depends on the
+        arguments and the table only.
         """
         if nodes * per_node == 1:
-            return Choice("native", None, "one rank has nobody to talk to")
+            return Choice("native", None, "one rank needs no algorithm")
         found = self.find_series(collective, (nodes, per_node), dtype, memory)
         if found:
             return choose_measured(found, nbytes, candidates)
         if nodes > 1 and memory == "host" and self.machine is not None:
             return choose_priced(collective, (nodes, per_node), nbytes, candidates, self.machine)
-        return Choice("native", None, f"nothing was measured ({self.source}): `hpccomm tune` does")
+        return Choice("native", None, f"nothing was measured ({self.source}): run `hpccomm tune`")
 
     def find_series(self, collective: str, shape: Shape, dtype: str, memory: str) -> Series | None:
-        """The measurements at the shape nearest to ``shape``, by algorithm, the smallest size first."""
+        """The measurements at the shape nearest to ``shape``, by algorithm, in ascending order of bytes."""
         for each in dict.fromkeys((dtype, "f4")):
             shapes = self.series.get((collective, each, memory), {})
             near = min(shapes, key=lambda known: (distance_key(known, shape), known), default=None)
@@ -133,7 +133,7 @@ class Table:
 
     @cached_property
     def series(self) -> dict[tuple[str, str, str], dict[Shape, Series]]:
-        """The rows by (collective, datatype, memory), shape and algorithm; only where native MPI has some."""
+        """The rows by (collective, datatype, memory), shape and algorithm, of shapes with rows of native MPI."""
         found: dict[tuple[str, str, str], dict[Shape, Series]] = {}
         for row in sorted(self.rows, key=lambda row: row.bytes):
             shapes = found.setdefault((row.collective, row.dtype, row.memory), {})
@@ -144,25 +144,25 @@ class Table:
         }
 
     def select_mpi(self, mpi: str) -> Table:
-        """The rows of this MPI library, of any version; of what it was not measured with, all."""
+        """The rows of this MPI library, of any version; for collectives without such rows, those of all libraries."""
         same = Table(tuple(row for row in self.rows if family(row.mpi) == family(mpi)), self.machine, self.source)
         return same.fill_from(self)
 
     def fill_from(self, other: Table) -> Table:
-        """With the other's rows of what has none here, and its machine if none was fitted.
+        """This table with the other's rows for collectives without rows here, and its machine if none was fitted.
 
-        A collective on one node and between nodes are two things.
+        A collective on one node and the same on several nodes are treated apart.
         """
         measured = {(row.collective, row.nodes > 1) for row in self.rows}
         more = tuple(row for row in other.rows if (row.collective, row.nodes > 1) not in measured)
         return Table(self.rows + more, self.machine or other.machine, self.source)
 
     def select_single_node(self) -> Table:
-        """Without rows of several nodes."""
+        """This table without rows of several nodes."""
         return Table(tuple(row for row in self.rows if row.nodes == 1), self.machine, self.source)
 
     def explain(self, collective: str, nodes: int, per_node: int, **more: Any) -> list[str]:
-        """The decisions from 4 B to 1 GiB, a line for each range with one answer; ``more`` as in choose."""
+        """The choices from 4 B to 1 GiB, one line for each range with the same one; ``more`` as in :meth:`choose`."""
         lines: list[tuple[int, int, str]] = []
         for nbytes in (1 << k for k in range(2, 31)):
             algorithm = self.choose(collective, nodes, per_node, nbytes, **more).algorithm
@@ -174,7 +174,7 @@ class Table:
 
 
 def choose_measured(series: Series, nbytes: int, candidates: Sequence[str]) -> Choice:
-    """The fastest of what was measured."""
+    """The fastest measured algorithm."""
     times = {
         name: interpolate([(row.bytes, row.us) for row in rows], nbytes)
         for name, rows in series.items()
@@ -192,22 +192,22 @@ def choose_measured(series: Series, nbytes: int, candidates: Sequence[str]) -> C
 
 
 def nearest_row(rows: Sequence[Row], nbytes: int) -> Row:
-    """The row of the nearest size."""
+    """The row with the nearest number of bytes."""
     return min(rows, key=lambda row: abs(log(max(row.bytes, 1)) - log(max(nbytes, 1))))
 
 
 def choose_priced(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:
-    """Hierarchical where it is far cheaper than anything flat."""
-    native = Choice("native", None, "not measured between nodes, and no price speaks against native MPI")
+    """The hierarchical algorithm if its price is far below that of every flat one, else native MPI."""
+    native = Choice("native", None, "not measured between nodes, and no predicted price is far below native MPI's")
     possible = collective in cost.HIERARCHICAL and min(shape) > 1
     if not possible or (candidates and "hierarchical" not in candidates):
         return native
     names = ("hierarchical", *(name for name in FLAT_ALGORITHMS if name in ALGORITHMS[collective]))
     prices = {name: cost.prediction(name, collective, *shape, nbytes, machine).us for name in names}
-    ours, flat = prices["hierarchical"], min(us for name, us in prices.items() if name != "hierarchical")
-    if ours >= TRUST * flat:
+    price, flat = prices["hierarchical"], min(us for name, us in prices.items() if name != "hierarchical")
+    if price >= TRUST * flat:
         return native
-    reason = f"not measured; the model predicts {format_time(ours)} against {format_time(flat)} without hierarchy"
+    reason = f"not measured; the model predicts {format_time(price)} against {format_time(flat)} without hierarchy"
     return Choice("hierarchical", None, reason)
 
 
@@ -215,33 +215,31 @@ def choose_priced(collective: str, shape: Shape, nbytes: int, candidates: Sequen
 
 
 def load(mpi: str, hostname: str, *, ethernet: bool = True) -> Table:
-    """The table in force: ``HPCCOMM_TUNING``'s, this host's and MPI's, or the package's.
+    """The table in force: that of ``HPCCOMM_TUNING``, that of this host and MPI, or the default table.
 
-    ``mpi`` is the library's name and version, as in ``"Open MPI 5.0.11"``.  On a cluster one rank loads and
-    tells the others, so that all decide alike.  What the package's table has of several nodes was measured over
-    TCP: without ``ethernet`` it does not count.  A file that cannot be read is named in one warning, and the
-    package's table serves.
+    ``mpi`` is the library's name and version, as in ``"Open MPI 5.0.11"``.  On a cluster one rank loads the table and
+    broadcasts it, so that all ranks choose the same.  The default table's rows of several nodes were measured over TCP:
+    without ``ethernet`` they are left out.  If a file cannot be read, one warning names it and the default table is
+    used.
     """
     setting = os.environ.get("HPCCOMM_TUNING", "")
     if setting == "off":
         return Table(source="HPCCOMM_TUNING=off")
-    shipped = replace(
-        read(DEFAULT_TABLE).select_mpi(mpi), machine=Machine(), source="the table that comes with hpccomm"
-    )
-    shipped = shipped if ethernet else shipped.select_single_node()
+    default = replace(read(DEFAULT_TABLE).select_mpi(mpi), machine=Machine(), source="the default table of hpccomm")
+    default = default if ethernet else default.select_single_node()
     path = Path(setting).expanduser() if setting else user_file(mpi, hostname)
     if not setting and not path.exists():
-        return shipped
+        return default
     try:
-        return read(path).fill_from(shipped)
+        return read(path).fill_from(default)
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "write it again with `hpccomm tune`, or set HPCCOMM_TUNING=off"
         warnings.warn(f"{path} is no tuning table ({error}): {remedy}", RuntimeWarning, stacklevel=2)
-        return shipped
+        return default
 
 
 def user_file(mpi: str, hostname: str) -> Path:
-    """Where this user keeps the table of a host and an MPI library."""
+    """The path of the user's table for a host and an MPI library."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return home / "hpccomm" / f"{cluster(hostname)}-{slug(mpi)}.json"
 
@@ -253,7 +251,7 @@ def cluster(hostname: str) -> str:
 
 
 def slug(text: str) -> str:
-    """Lower case letters, digits, points and dashes."""
+    """The text in lower case letters, digits, points and dashes."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "unknown"
 
 
@@ -263,53 +261,53 @@ def family(mpi: str) -> str:
 
 
 def read(path: Path) -> Table:
-    """The table in a file; ``ValueError``, ``KeyError`` or ``TypeError`` where it is none."""
+    """Read a table; raises ``ValueError``, ``KeyError`` or ``TypeError`` if the file holds none."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
-        raise ValueError(f"it has not the schema {SCHEMA}")
+        raise ValueError(f"its schema is not {SCHEMA}")
     rows = tuple(check_row(Row(**row)) for row in data["rows"])
     return Table(rows, parse_machine(data["machine"]), str(path))
 
 
 def check_row(row: Row) -> Row:
-    """The row, if its numbers are numbers."""
+    """Check the numbers of a row."""
     numbers = (row.nodes, row.per_node, row.bytes, row.us)
     if not all(isinstance(number, (int, float)) for number in numbers) or min(row.nodes, row.per_node) < 1:
         raise ValueError(f"nodes, per_node, bytes and us of {row} must be numbers")
     if row.us <= 0 or row.bytes < 0:
-        raise ValueError(f"{row} takes no time or has no bytes")
+        raise ValueError(f"us of {row} must be above 0, and bytes at least 0")
     return row
 
 
 def parse_machine(data: Mapping[str, Any] | None) -> Machine | None:
-    """The machine in a file."""
+    """Parse the machine of a file."""
     if data is None:
         return None
-    curves = tuple(map(parse_curve, data.get("curves", ())))
+    curves = tuple(map(parse_cost_curve, data.get("curves", ())))
     return Machine(Link(*data["intra"]), Link(*data["inter"]), float(data["gamma"]), str(data["source"]), curves)
 
 
-def parse_curve(data: Mapping[str, Any]) -> CostCurve:
-    """A curve in a file; ``ValueError`` where it has no points, or one takes no time."""
-    points = tuple(Point(int(nbytes), float(first), float(among)) for nbytes, first, among in data["points"])
+def parse_cost_curve(data: Mapping[str, Any]) -> CostCurve:
+    """Parse the costs of a round type; raises ``ValueError`` without points, or if one takes no time."""
+    points = tuple(Point(int(nbytes), float(cold), float(warm)) for nbytes, cold, warm in data["points"])
     if not points or min(min(point.cold, point.warm) for point in points) <= 0:
-        raise ValueError(f"a curve of {data['kind']} has no points, or one that takes no time")
+        raise ValueError(f"the costs of rounds {data['kind']} have no points, or one that takes no time")
     return CostCurve(int(data["nodes"]), int(data["per_node"]), RoundType(**data["kind"]), points)
 
 
-def dump_curve(curve: CostCurve) -> dict[str, Any]:
-    """A curve as it stands in a file."""
+def dump_cost_curve(curve: CostCurve) -> dict[str, Any]:
+    """The costs of a round type as written to a file."""
     points = [(point.bytes, round(point.cold, 3), round(point.warm, 3)) for point in curve.points]
     return {**curve._asdict(), "kind": curve.kind._asdict(), "points": points}
 
 
 def write(table: Table, path: Path) -> None:
-    """Write a table, a line a row; whoever reads meanwhile sees the old file or the new one."""
+    """Write a table, one line a row; concurrent readers see the old file or the new one."""
     machine = None
     if table.machine is not None:
-        machine = table.machine._asdict() | {"curves": [dump_curve(each) for each in table.machine.curves]}
-    told = ({name: value for name, value in row._asdict().items() if value not in (None, "")} for row in table.rows)
-    rows = ",\n".join(map(json.dumps, told))
+        machine = table.machine._asdict() | {"curves": [dump_cost_curve(each) for each in table.machine.curves]}
+    fields = ({name: value for name, value in row._asdict().items() if value not in (None, "")} for row in table.rows)
+    rows = ",\n".join(map(json.dumps, fields))
     costs = json.dumps(machine).replace('{"nodes"', '\n{"nodes"')
     text = f'{{"schema": {SCHEMA},\n"machine": {costs},\n"rows": [\n{rows}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -327,14 +325,14 @@ UNITS = (
     Machine(Link(0, 0), Link(0, 1), 0),
     Machine(Link(0, 0), Link(0, 0), 1),
 )
-"""One machine for each number to be fitted: all others cost nothing."""
+"""One machine for each parameter to fit: that parameter is 1, all others are 0."""
 
 
 def fit(rows: Iterable[Row], source: str = "fitted") -> Machine:
-    """The machine whose prices are nearest to measured times: least squares of relative errors.
+    """The machine whose prices are nearest to the measured times: least squares of relative errors.
 
-    Only rows of schedules that are not cut into segments count.  What they do not show (nodes, where there
-    was one; sums, where nothing was reduced) keeps its default.  Nothing becomes negative.
+    Only rows of schedules that are not cut into segments count.  Parameters that these rows do not depend on (links
+    between nodes on one node; gamma without reductions) keep their defaults.  No parameter becomes negative.
     """
     known = [row for row in rows if schedule_of(row) is not None]
     defaults = Machine()
@@ -348,7 +346,7 @@ def fit(rows: Iterable[Row], source: str = "fitted") -> Machine:
 
 
 def schedule_of(row: Row) -> Any:
-    """The schedule that was measured, if it is one that can be priced as it ran."""
+    """The schedule that was measured, if it can be priced as it ran."""
     if row.algorithm == "hierarchical":
         return cost.HIERARCHICAL[row.collective](np.repeat(np.arange(row.nodes), row.per_node))
     algorithm = ALGORITHMS.get(row.collective, {}).get(row.algorithm)
@@ -356,13 +354,13 @@ def schedule_of(row: Row) -> Any:
 
 
 def cost_coefficients(row: Row) -> list[float]:
-    """How often the measured run pays each number of a machine."""
+    """The price of the measured run on each of ``UNITS``."""
     home = np.repeat(np.arange(row.nodes), row.per_node)
     return [cost.price(schedule_of(row), home, row.bytes, unit).us for unit in UNITS]
 
 
 def solve_nonnegative(design: Any) -> Any:
-    """x >= 0 with design x nearest to 1; whatever would be negative is taken as 0, the rest fitted again."""
+    """The x >= 0 with design x nearest to 1; negative entries are set to 0 and the rest is fitted again."""
     scale = np.abs(design).max(axis=0)
     active = np.ones(scale.size, dtype=bool)
     while True:

@@ -11,7 +11,7 @@ BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
 
 
 def size_of(text: str) -> float:
-    """Bytes: ``100M`` is a hundred million, ``64Ki`` is 65,536."""
+    """The bytes of a size: ``100M`` is a hundred million, ``64Ki`` is 65,536."""
     match = re.fullmatch(r"([\d.]+)\s*([kmgt]|ki|mi|gi)?b?", text.strip().lower())
     try:
         number, unit = match.groups() if match else ("", "")
@@ -21,7 +21,7 @@ def size_of(text: str) -> float:
 
 
 def beta_of(text: str) -> float:
-    """Microseconds a byte of a rate: ``100gbit`` in bits, ``12.5GB`` in bytes, a second."""
+    """The microseconds a byte of a rate: ``100gbit`` is in bits a second, ``12.5GB`` in bytes a second."""
     match = re.fullmatch(r"([\d.]+)\s*([kmgt]?)(bit|b)(/s|ps)?", text.strip().lower())
     try:
         number, unit, what = match.groups()[:3] if match else ("", "", "")

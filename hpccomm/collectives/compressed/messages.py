@@ -74,7 +74,10 @@ class Comm(Protocol):
         """Start to send; returns a request with ``Wait``."""
 
     def Recv(self, buf: Any, source: int = 0, tag: int = 0, /) -> Any:
-        """Receive; the length of the next message comes from ``Probe``."""
+        """Receive a message."""
+
+    def Probe(self, source: int = 0, tag: int = 0, status: Any = None, /) -> Any:
+        """Wait for a message, whose length is then in ``status``."""
 
 
 class CountingComm:
@@ -142,15 +145,15 @@ class CountingComm:
         return received
 
 
-def check_arguments(wire: CountingComm, who: str, problem: int, own: int, **alike: int) -> Ints:
-    """``own`` of all ranks; raises on all ranks where one has a problem or differs from rank 0 in ``alike``."""
-    mine = np.array([problem, own, *alike.values()], np.int64)
+def check_arguments(wire: CountingComm, who: str, problem: int, own: int, **common: int) -> Ints:
+    """``own`` of all ranks; raises on all ranks where one has a problem or differs from rank 0 in ``common``."""
+    mine = np.array([problem, own, *common.values()], np.int64)
     table = np.empty(wire.size * mine.size, np.int64)
     wire.Allgather(mine, table)
     rows = table.reshape(wire.size, mine.size)
     for rank in np.flatnonzero(rows[:, 0]):
         raise ArgumentError(f"{who}: rank {rank} passes {PROBLEMS[rows[rank, 0]]}")
-    for name, column in zip(alike, rows.T[2:], strict=True):
+    for name, column in zip(common, rows.T[2:], strict=True):
         for rank in np.flatnonzero(column != column[0]):
             raise ArgumentError(
                 f"{who}: rank {rank} has another {name} than rank 0 ({column[rank]}, not {column[0]}): "

@@ -353,16 +353,16 @@ def kth_largest(wire: CountingComm, magnitudes: Vector, k: int) -> float:
     bits = magnitudes.view(np.uint32)
     prefix, left = 0, k
     for shift in (24, 16, 8, 0):
-        alike = bits[(bits.astype(np.uint64) >> np.uint64(shift + 8)) == prefix]
-        counts = np.bincount((alike >> np.uint32(shift)) & np.uint32(255), minlength=256).astype(np.int64)
+        candidates = bits[(bits.astype(np.uint64) >> np.uint64(shift + 8)) == prefix]
+        counts = np.bincount((candidates >> np.uint32(shift)) & np.uint32(255), minlength=256).astype(np.int64)
         together = np.empty_like(counts)
         wire.Allreduce(counts, together)
         above = np.cumsum(together[::-1])
         if above[-1] < left:
             return 0.0
-        place = int(np.searchsorted(above, left))
-        left -= int(above[place - 1]) if place else 0
-        prefix = prefix << 8 | (255 - place)
+        larger = int(np.searchsorted(above, left))
+        left -= int(above[larger - 1]) if larger else 0
+        prefix = prefix << 8 | (255 - larger)
     return float(np.uint32(prefix).view(np.float32))
 
 
