@@ -570,7 +570,7 @@ def extremes(kind: str) -> Vector:
 
 @pytest.mark.parametrize("kind", ["tiny", "subnormal", "huge", "few huge", "few only", "all sizes", "ordinary"])
 def test_sums_of_squares_of_float32_are_right_over_its_whole_range(kind: str) -> None:
-    """Eight roundings of 2⁻²⁴ in each partial sum at most, then float64; NumPy's pairwise float32 is no better where it can."""
+    """At most eight roundings of 2⁻²⁴ in a partial sum, then float64: no worse than pairwise sums of float32."""
     x = extremes(kind)
     found = optimizers_reference.sum_of_squares(x)
     exact = math.fsum(float(each) ** 2 for each in x)
