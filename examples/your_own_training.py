@@ -1,6 +1,6 @@
 """Least squares on data spread over the ranks:  mpirun -n 4 python examples/your_own_training.py
 
-Three lines are hpccomm's: the chain, its ``init`` and its ``update``.
+The calls of hpccomm are the chain, its ``init`` and its ``update``.
 """
 
 import numpy as np
@@ -16,12 +16,12 @@ inputs = rng.standard_normal((1000, 20))
 targets = inputs @ truth + 0.01 * rng.standard_normal(1000)
 
 method = hpccomm.chain(
-    hpccomm.mean(comm),  # what the ranks agree on
+    hpccomm.mean(comm),  # the mean gradient of all ranks
     hpccomm.clip(10.0),
     hpccomm.momentum(0.9),
     hpccomm.scale(-0.02),
 )
-weights = hpccomm.broadcast(np.zeros(20), comm=comm)  # all ranks start from the same place
+weights = hpccomm.broadcast(np.zeros(20), comm=comm)  # all ranks start from the same weights
 state = method.init(weights)
 for _ in range(200):
     gradient = inputs.T @ (inputs @ weights - targets) / len(targets)

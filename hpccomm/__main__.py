@@ -1,4 +1,4 @@
-"""``hpccomm <command>``: one table of commands; the chosen one is imported, the others are not."""
+"""``hpccomm <command>``: a table of commands, of which only the selected one is imported."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ COMMANDS = {
 }
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
-"""Where launchers say which rank this is."""
+"""Variables in which launchers pass a process its rank."""
 AGREEMENT_SECONDS = 2.0
-"""Seconds in which all ranks come to the same error."""
+"""Seconds within which all ranks reach the same error."""
 RANK_0_SECONDS = 10.0
-"""Seconds in which rank 0 has started, has said what is wrong with the arguments, and its end has ended the others."""
+"""Seconds for which other ranks leave an error in the arguments to rank 0, whose exit ends them."""
 
 
 def parser(chosen: str | None) -> argparse.ArgumentParser:
-    """All commands in the help, the flags of the chosen one."""
+    """A parser with all commands in its help and the flags of the chosen one."""
     made = argparse.ArgumentParser(
         prog="hpccomm", description="Collectives on MPI: measured, proved, priced, drawn, and training that uses them."
     )
@@ -49,56 +49,56 @@ def parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments, the same on all ranks; of help and complaints rank 0's are enough.
+    """Parse the arguments; help and errors are printed once, by rank 0.
 
-    The first rank that fails ends the others: with a complaint of its own each waits until rank 0 has spoken, and
-    speaks where rank 0 has nothing to complain of.
+    The first rank that exits with an error ends the others.  Another rank with an error therefore waits for rank 0 to
+    print it, and prints its own if rank 0 has none.
     """
     chosen = next((word for word in words if not word.startswith("-")), None)
     if all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES):
         return parser(chosen).parse_args(words)
-    with io.StringIO() as said:
+    with io.StringIO() as output:
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(output):
                 return parser(chosen).parse_args(words)
         except SystemExit as end:
             if end.code:
                 time.sleep(RANK_0_SECONDS)
-                sys.stderr.write(said.getvalue())
+                sys.stderr.write(output.getvalue())
             raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status."""
+    """Run one command; returns the exit status."""
     args = parse_arguments(list(sys.argv[1:] if argv is None else argv))
-    status, complaint = 1, ""
+    status, sentence = 1, ""
     try:
         status = int(args.run(args))
     except (HpccommError, ImportError) as error:
-        complaint = f"hpccomm {args.command}: {error}\n"
-    if status and not exit_together(complaint):
-        sys.stderr.write(complaint)
+        sentence = f"hpccomm {args.command}: {error}\n"
+    if status and not exit_together(sentence):
+        sys.stderr.write(sentence)
     return status
 
 
-def exit_together(complaint: str) -> bool:
-    """Where all ranks have the same to complain of, rank 0 says it and MPI ends in order; whether that is so."""
+def exit_together(sentence: str) -> bool:
+    """If all ranks have the same error, rank 0 prints it and MPI is finalized; whether that was so."""
     module = sys.modules.get("mpi4py.MPI")
     if module is None or not module.Is_initialized() or module.Is_finalized() or module.COMM_WORLD.size == 1:
         return False
     import numpy as np
 
     world = module.COMM_WORLD
-    mine, all_of_them = np.array([zlib.crc32(complaint.encode())]), np.zeros(world.size, np.int64)
+    mine, all_of_them = np.array([zlib.crc32(sentence.encode())]), np.zeros(world.size, np.int64)
     request, until = world.Iallgather(mine.astype(np.int64), all_of_them), time.monotonic() + AGREEMENT_SECONDS
     while not request.Test():
-        if time.monotonic() > until:  # others are elsewhere: they must be ended
+        if time.monotonic() > until:  # other ranks are elsewhere and must be ended
             return False
         time.sleep(0.001)
     if (all_of_them != all_of_them[0]).any():
         return False
     if world.rank == 0:
-        sys.stderr.write(complaint)
+        sys.stderr.write(sentence)
         sys.stderr.flush()
     world.Barrier()
     module.Finalize()

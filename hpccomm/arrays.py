@@ -1,17 +1,16 @@
-"""What a user may pass in: any array on the host is read as NumPy, and results go back as what came in.
+"""Arrays of any library: an array on the host is read as a NumPy array, and results are converted back to its type.
 
 ======================================  ======================================================================
-NumPy array, NumPy or Python scalar     as it is; a scalar comes back as a scalar of its type
-PyTorch tensor on the CPU               read under ``detach``: the result carries no gradient history
-JAX array, anything with DLPack         through DLPack, given back by its own ``asarray``
-array on a CUDA device                  where it lies (:func:`read_device`), brought through the host by the collectives
+NumPy array, NumPy or Python scalar     read as it is; the result of a scalar is a scalar of its type
+PyTorch tensor on the CPU               read under ``detach``: the result has no gradient history
+JAX array, any array with DLPack        read through DLPack, converted back by its library's ``asarray``
+array on a CUDA device                  described by :func:`read_device`; the device transports move it
 list, tuple                             refused: mpi4py's own ``allreduce`` would concatenate lists
 ======================================  ======================================================================
 
-Dtypes: bool, integers, floats, complex, float16 and bfloat16 (``ml_dtypes.bfloat16`` in NumPy).  The two
-16-bit floats are reduced in float32: every element is widened before the first addition, and the complete
-result is rounded once, to nearest even (overflow to infinity).  MPI itself adds float16 in float16, and
-mpi4py passes bfloat16 as plain bytes.
+Dtypes: bool, integers, floats, complex, float16 and bfloat16 (``ml_dtypes.bfloat16`` in NumPy).  The two 16-bit floats
+are reduced in float32: every element is widened before the first addition, and the result is rounded once, to nearest
+even (overflow to infinity).  MPI itself adds float16 in float16, and mpi4py moves bfloat16 as bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Array = npt.NDArray[Any]
 Converter = Callable[[Array], Any]
 
 HOST_DEVICES = (1, 3, 11)
-"""DLPack's numbers of memory that the host may read: the host's own, and what CUDA or ROCm pinned there."""
+"""DLPack's device types that the host can read: host memory, and memory pinned by CUDA or ROCm."""
 
 REMEDIES = {
     "O": "give it a numeric dtype: x.astype('f8')",
@@ -43,10 +42,10 @@ REMEDIES = {
 
 
 def borrow(x: Any, who: str = "hpccomm") -> tuple[Array, Converter]:
-    """A NumPy view of ``x``, and the function that turns a result into the caller's kind.
+    """A NumPy view of ``x``, and the function that converts a result to the type of ``x``.
 
-    The view may be read-only and of any strides: read it, never write it.  ``who`` begins every error.
-    Raises :class:`~hpccomm.errors.ArgumentError` for what cannot be read, with what to do instead.
+    The view may be read-only and have any strides; it must not be written.  Every error begins with ``who``.
+    Raises :class:`~hpccomm.errors.ArgumentError` with a remedy for arrays that cannot be read.
     """
     if isinstance(x, np.ndarray):
         return check_array(x, who), identity
@@ -62,18 +61,18 @@ def borrow(x: Any, who: str = "hpccomm") -> tuple[Array, Converter]:
 
 
 def identity(result: Array) -> Array:
-    """NumPy in, NumPy out."""
+    """The converter of NumPy arrays."""
     return result
 
 
 def check_array(x: Array, who: str) -> Array:
-    """A NumPy array whose elements MPI can move and reduce."""
+    """A NumPy array; raises if MPI cannot move and reduce its elements."""
     if isinstance(x, np.ma.MaskedArray):
         raise ArgumentError(f"{who}: a masked array would lose its mask: pass x.filled(value)")
     dtype = x.dtype
     if dtype.kind not in "biufc" and not is_bfloat16(dtype):
         remedy = "cast it to float32" if is_registered(dtype) else REMEDIES[dtype.kind]
-        raise ArgumentError(f"{who}: an array of {dtype} cannot be exchanged: {remedy}")
+        raise ArgumentError(f"{who}: MPI cannot move an array of {dtype}: {remedy}")
     if not dtype.isnative:
         raise ArgumentError(
             f"{who}: {dtype.str} has another byte order than this machine: pass x.astype(x.dtype.newbyteorder('='))"
@@ -87,7 +86,7 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
 
 
 def is_registered(dtype: np.dtype[Any]) -> bool:
-    """Whether another package added this dtype to NumPy, as ml_dtypes does with its narrow floats."""
+    """Whether another package registered this dtype with NumPy, as ml_dtypes does with its narrow floats."""
     return dtype.isbuiltin == 2
 
 
@@ -95,25 +94,25 @@ def is_registered(dtype: np.dtype[Any]) -> bool:
 
 
 def reduction_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype to reduce in: float32 for the 16-bit floats, itself for all others."""
+    """The dtype of the reduction: float32 for 16-bit floats, the same dtype for all others."""
     return np.dtype(np.float32) if dtype == np.float16 or is_bfloat16(dtype) else dtype
 
 
 def widen(x: Array) -> Array:
-    """``x`` in C order and in the dtype to reduce in; ``x`` itself where it is so already.  Also on a device."""
+    """``x`` in C order and in the dtype of its reduction, copied only if necessary; also on a device."""
     if is_on_device(x):
         return x.astype(reduction_dtype(x.dtype), order="C", copy=False)
     return np.asarray(x, dtype=reduction_dtype(x.dtype), order="C")
 
 
 def narrow(x: Array, dtype: np.dtype[Any]) -> Array:
-    """``x`` rounded to ``dtype``; ``x`` itself where it has that dtype."""
+    """``x`` rounded to ``dtype``, copied only if necessary."""
     with np.errstate(over="ignore"):
         return x.astype(dtype, copy=False)
 
 
 def view_for_mpi(x: Array) -> Array:
-    """A C-ordered array seen as elements that every MPI has a datatype for."""
+    """A view of a C-ordered array with a dtype that every MPI has: uint16 for 16-bit floats."""
     return x.view(np.uint16) if reduction_dtype(x.dtype) != x.dtype else x
 
 
@@ -121,7 +120,7 @@ def view_for_mpi(x: Array) -> Array:
 
 
 def read_scalar(x: Any, who: str) -> tuple[Array, Converter]:
-    """A scalar as an array of shape ``()``; Python's integers are int64."""
+    """Read a scalar as an array of shape ``()``; Python integers as int64."""
     try:
         array = np.array(x, dtype=np.int64 if type(x) is int else None)
     except OverflowError:
@@ -132,30 +131,30 @@ def read_scalar(x: Any, who: str) -> tuple[Array, Converter]:
 
 
 def refuse_device(x: Any, who: str) -> None:
-    """Raise for an array whose memory the host cannot read."""
+    """Raise for an array on a device."""
     if is_on_device(x):
         raise ArgumentError(
-            f"{who}: this {type(x).__name__} lies on a device: copy it to the host first, "
+            f"{who}: the {type(x).__name__} lies on a device: copy it to the host first, "
             "with x.cpu() (PyTorch), x.get() (CuPy) or np.asarray(x) (JAX)"
         )
 
 
 def dlpack_device(x: Any) -> int:
-    """DLPack's number of the kind of memory; the host's for what does not say."""
+    """DLPack's device type of an array; the host's for objects without one."""
     try:
         return int(x.__dlpack_device__()[0])
-    except Exception:  # objects without it, and tensors without memory: reading them says what is wrong
+    except Exception:  # objects without the method, tensors without memory: reading them raises the right error
         return HOST_DEVICES[0]
 
 
 # Devices
 
 DEFAULT_STREAM = 1
-"""CUDA's handle of the stream of those who name none."""
+"""CUDA's handle of the legacy default stream."""
 
 
 class DeviceArray(NamedTuple):
-    """An array on a CUDA device: where it lies, and what has to be waited for before it is read or written."""
+    """An array on a CUDA device: its memory, and the streams to synchronise before it is read or written."""
 
     address: int
     shape: tuple[int, ...]
@@ -163,27 +162,27 @@ class DeviceArray(NamedTuple):
     order: str
     writable: bool
     streams: tuple[int, ...]
-    """Handles of the streams that work on it."""
+    """Handles of the streams with pending work on it."""
     owner: Any
 
     @property
     def size(self) -> int:
-        """How many elements there are."""
+        """Number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
 
 
 def is_on_device(x: Any) -> bool:
-    """Whether this is an array whose memory the host cannot read."""
+    """Whether an array lies in memory that the host cannot read."""
     if x is None or isinstance(x, np.ndarray | np.generic | int | float | list | tuple):
         return False
     try:
         return hasattr(x, "__cuda_array_interface__") or dlpack_device(x) not in HOST_DEVICES
-    except RuntimeError:  # a JAX array whose memory was given away
+    except RuntimeError:  # a JAX array whose buffer was donated
         return True
 
 
 def to_host(x: Any) -> Array:
-    """An array on the host; one that lies there already is not copied.  The stream that wrote it is waited for."""
+    """An array on the host, copied only if necessary, after the stream that wrote it has been synchronised."""
     if not is_on_device(x):
         return x  # type: ignore[no-any-return]
     copy: Array = x.get() if hasattr(x, "get") else x.detach().cpu().numpy()
@@ -191,7 +190,7 @@ def to_host(x: Any) -> Array:
 
 
 def to_device_like(x: Any, like: Any) -> Any:
-    """An array of the host where ``like`` lies, as one of its library (CuPy, PyTorch)."""
+    """A host array as one of ``like``'s library (CuPy, PyTorch) on the device of ``like``."""
     if not is_on_device(like):
         return x
     library: Any = sys.modules[type(like).__module__.partition(".")[0]]
@@ -201,17 +200,17 @@ def to_device_like(x: Any, like: Any) -> Any:
 
 
 def read_device(x: Any, who: str, stream: Any = None) -> DeviceArray:
-    """An array on a CUDA device, as it lies there; ``stream`` is one that works on it, if it does not tell itself.
+    """Describe an array on a CUDA device; ``stream`` has pending work on it that the array does not declare itself.
 
-    A stream is CUDA's handle, or CuPy's or PyTorch's object.  PyTorch's current stream is always waited for, too.
-    Raises :class:`~hpccomm.errors.ArgumentError` for what cannot be read.
+    A stream is a CUDA handle, or a stream object of CuPy or PyTorch.  PyTorch's current stream is always included.
+    Raises :class:`~hpccomm.errors.ArgumentError` for arrays that cannot be read.
     """
     try:
         known, dtype = interface_of(x, who)
     except (AttributeError, RuntimeError, TypeError, ValueError, BufferError, ImportError) as error:
         raise ArgumentError(
             f"{who}: {type(x).__name__} cannot be read as an array on a CUDA device "
-            f"({str(error).partition(chr(10))[0]}): pass a dense array that was not freed, of a dtype that MPI knows"
+            f"({str(error).partition(chr(10))[0]}): pass a dense array that is alive, of a dtype that MPI knows"
         ) from None
     shape, (address, read_only) = tuple(known["shape"]), known["data"]
     order = memory_order(shape, known.get("strides"), dtype.itemsize)
@@ -227,7 +226,7 @@ def read_device(x: Any, who: str, stream: Any = None) -> DeviceArray:
 
 
 def interface_of(x: Any, who: str) -> tuple[dict[str, Any], np.dtype[Any]]:
-    """CUDA's array interface, and the dtype, which the interface cannot say of bfloat16."""
+    """The CUDA array interface, and the dtype, which the interface cannot express for bfloat16."""
     brain = str(getattr(x, "dtype", "")).endswith("bfloat16")
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
@@ -243,7 +242,7 @@ def interface_of(x: Any, who: str) -> tuple[dict[str, Any], np.dtype[Any]]:
 
 
 def memory_order(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> str:
-    """``"C"``, ``"F"``, or nothing for an array that is not contiguous."""
+    """``"C"``, ``"F"``, or an empty string for an array that is not contiguous."""
     if strides is None or 0 in shape:
         return "C"
     for order, axes in (("C", reversed(range(len(shape)))), ("F", iter(range(len(shape))))):
@@ -258,7 +257,7 @@ def memory_order(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsi
 
 
 def handle_of(stream: Any) -> int:
-    """CUDA's handle of a stream."""
+    """The CUDA handle of a stream object."""
     for name in ("ptr", "cuda_stream"):
         if hasattr(stream, name):
             return int(getattr(stream, name))
@@ -266,7 +265,7 @@ def handle_of(stream: Any) -> int:
 
 
 def current_torch_stream(x: Any) -> Any:
-    """The stream that PyTorch works on now, for its tensors."""
+    """PyTorch's current stream for its tensors; ``None`` for other arrays."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
         return None
@@ -274,7 +273,7 @@ def current_torch_stream(x: Any) -> Any:
 
 
 def convert_like(made: Any, x: Any) -> Any:
-    """An array on a device as one of the library that ``x`` belongs to."""
+    """A device array converted to ``x``'s library."""
     if type(made) is type(x):
         return made
     library = namespace(x)
@@ -282,7 +281,7 @@ def convert_like(made: Any, x: Any) -> Any:
 
 
 def read_torch(x: Any, torch: Any, who: str) -> Array:
-    """A strided tensor on the CPU, without its gradient history."""
+    """Read a strided tensor on the CPU, without its gradient history."""
     try:
         data = x.detach().resolve_conj().resolve_neg()
         if data.dtype == torch.bfloat16:
@@ -293,7 +292,7 @@ def read_torch(x: Any, torch: Any, who: str) -> Array:
 
 
 def to_torch(result: Array) -> Any:
-    """A tensor on the memory of ``result``."""
+    """A tensor that shares the memory of ``result``."""
     torch = sys.modules["torch"]
     if is_bfloat16(result.dtype):
         return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
@@ -301,7 +300,7 @@ def to_torch(result: Array) -> Any:
 
 
 def bfloat16(who: str) -> np.dtype[Any]:
-    """NumPy's bfloat16."""
+    """The NumPy dtype of bfloat16."""
     try:
         import ml_dtypes
     except ImportError:
@@ -310,13 +309,13 @@ def bfloat16(who: str) -> np.dtype[Any]:
 
 
 def read_dlpack(x: Any, who: str) -> tuple[Array, Converter]:
-    """An array of any other library on the host."""
+    """Read a host array of any other library."""
     if not hasattr(x, "__dlpack__"):
         raise ArgumentError(f"{who}: {type(x).__name__} is not an array: pass np.asarray(x)")
     library = namespace(x)
     back = getattr(library, "asarray", None) or getattr(library, "from_dlpack", None)
     if back is None:
-        raise ArgumentError(f"{who}: no way back to {type(x).__name__}: pass np.from_dlpack(x)")
+        raise ArgumentError(f"{who}: a result cannot be converted back to {type(x).__name__}: pass np.from_dlpack(x)")
     try:
         return check_array(host_view(x), who), back
     except (TypeError, RuntimeError, BufferError) as error:
@@ -324,14 +323,14 @@ def read_dlpack(x: Any, who: str) -> tuple[Array, Converter]:
 
 
 def namespace(x: Any) -> ModuleType | Any:
-    """The library that an array belongs to."""
+    """The library of an array."""
     if hasattr(x, "__array_namespace__"):
         return x.__array_namespace__()
     return sys.modules.get(type(x).__module__.partition(".")[0])
 
 
 def host_view(x: Any) -> Array:
-    """Through DLPack; NumPy's DLPack knows no bfloat16, ``__array__`` does."""
+    """A NumPy view through DLPack, or by ``__array__``, which supports bfloat16 where NumPy's DLPack does not."""
     try:
         return np.from_dlpack(x)
     except (BufferError, RuntimeError):
@@ -341,7 +340,7 @@ def host_view(x: Any) -> Array:
 
 
 def read_error(x: Any, error: Exception, who: str) -> ArgumentError:
-    """The error for a tensor that does not give its memory away."""
+    """The error for a tensor that does not export its memory."""
     reason = str(error).partition("\n")[0]
     return ArgumentError(
         f"{who}: {type(x).__name__} cannot be read as an array ({reason}): pass a dense copy on the host"

@@ -1,7 +1,7 @@
-"""A communicator with mpi4py's spelling whose collectives are checked, chosen, and where it pays our own.
+"""A communicator with mpi4py's interface whose collectives are checked and run by the fastest available algorithm.
 
-Every collective goes the same way: understand the buffers, check them, decide which algorithm takes the call, bind it
-once, run it.  A call with the same buffers, operation and algorithm finds what was bound the last time.
+A collective reads its buffers, checks them, selects an algorithm, binds the call to a plan, and runs the plan.  The
+next call with the same buffers, operation and algorithm finds the plan in a cache.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.plans import Plan, PlanCache, Run, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
-from hpccomm.device_planner import DeviceBinder
+from hpccomm.device_planner import DevicePlanner
 from hpccomm.layout import Layout, Link
 from hpccomm.performance.tuning import Choice
 from hpccomm.planner import is_in_place
-from hpccomm.requests import Persistent
+from hpccomm.requests import PersistentRequest
 
 IN_PLACE = MPI.IN_PLACE
 
@@ -38,22 +38,22 @@ IN_PLACE = MPI.IN_PLACE
 class Communicator(MPI.Intracomm):
     """``MPI.Intracomm`` with our collectives: ``Communicator(MPI.COMM_WORLD)``.
 
-    ``algorithm`` names the algorithm of all calls that do not name their own and that it can do (``"auto"``).  Shares
-    the handle of the communicator it is made from.  The first collective call sets things up, on all ranks together.
+    ``algorithm`` (``"auto"``) is the default algorithm of all calls that it can take.  A communicator shares the MPI
+    handle of the communicator from which it is made.  Its first collective call creates the context, on all ranks.
     """
 
     _algorithm: str
     _context: Context | None = None
     _plan_cache: PlanCache
     _bounce_buffers: BounceBuffers
-    _binder: DeviceBinder
+    _planner: DevicePlanner
 
     def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
         self = super().__new__(cls, comm)
         self._algorithm = algorithm
         self._plan_cache = PlanCache()
         self._bounce_buffers = BounceBuffers()
-        self._binder = DeviceBinder(self)
+        self._planner = DevicePlanner(self)
         if comm is not None and comm != MPI.COMM_NULL:
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
             install_abort_hook()
@@ -61,7 +61,7 @@ class Communicator(MPI.Intracomm):
 
     @property
     def algorithm(self) -> str:
-        """What takes the calls that name no algorithm."""
+        """The algorithm of calls that name none."""
         return self._algorithm
 
     @algorithm.setter
@@ -70,11 +70,11 @@ class Communicator(MPI.Intracomm):
         if self._context:
             self._context.forget()
 
-    # What was found
+    # Properties of the communicator
 
     @property
     def context(self) -> Context:
-        """What lies behind the collectives (the first use is collective)."""
+        """What the collectives use: private channel, layout, settings, plans (the first use is collective)."""
         if self._context is None:
             self._context = Context(self, self._plan_cache)
         return self._context
@@ -86,7 +86,7 @@ class Communicator(MPI.Intracomm):
 
     @property
     def link(self) -> Link:
-        """What messages between these ranks cost: inside the node where they share one, else between nodes."""
+        """Latency and bandwidth of messages: within the node if all ranks share one, else between nodes."""
         machine = self.context.table.machine
         return machine.intra if self.layout.count == 1 else machine.inter
 
@@ -97,7 +97,7 @@ class Communicator(MPI.Intracomm):
 
     @property
     def inter_node(self) -> Communicator:
-        """The ranks with the same place on their nodes (the first use is collective)."""
+        """The ranks with the same local rank on their nodes (the first use is collective)."""
         return self._level("_inter_node", lambda: (self.layout.local_rank(self.rank), self.rank))
 
     def _level(self, name: str, color_and_key: Callable[[], tuple[int, int]]) -> Communicator:
@@ -108,67 +108,66 @@ class Communicator(MPI.Intracomm):
 
     @cached_property
     def message_gather(self) -> messages.MessageGather:
-        """What gathers messages of any length here."""
+        """The gather of variable-length messages on this communicator."""
         return messages.MessageGather(self)
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
-        """What ``algorithm=`` may say for ``"allreduce"``, ``"bcast"``, … here (the first use is collective)."""
+        """Valid values of ``algorithm=`` for ``"allreduce"``, ``"bcast"``, … (the first use is collective)."""
         return self.context.names(collective)
 
     def explain(self, collective: str, nbytes: int, dtype: str = "f4") -> Choice:
-        """Which algorithm takes a call of ``nbytes`` bytes, and why (the first use is collective)."""
+        """The algorithm selected for a call of ``nbytes`` bytes, and the reason (the first use is collective)."""
         names = self.context.names(collective)[1:]
         return self.context.decide(collective, nbytes, dtype, names, f"rank {self.rank}: {collective}")
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
-        """Registered memory: seen by every rank of the node, so that an Allreduce in place copies nothing (collective).
+        """An array in memory that all ranks of the node share: an Allreduce in place needs no copy (collective).
 
-        The same shape and dtype on all ranks.  Given back with the array.
-
-        An ordinary array where the ranks do not share memory.
+        Shape and dtype must be the same on all ranks.  The memory is released with the array.  Where the ranks do not
+        share memory, the array is an ordinary one.
         """
-        shared = self._binder.shared_memory
+        shared = self._planner.shared_memory
         return shared.empty(shape, dtype) if shared else np.empty(shape, dtype)
 
     def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
-        """As :meth:`empty`, filled with zeros (collective)."""
+        """An array as from :meth:`empty`, filled with zeros (collective)."""
         made = self.empty(shape, dtype)
         made[...] = 0
         return made
 
     def register(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """A registered array with the shape, dtype and contents of ``x`` (collective; use it in place of ``x``)."""
+        """A copy of ``x`` in registered memory, to be used in place of ``x`` (collective)."""
         made = self.empty(x.shape, x.dtype)
         made[...] = x
         return made
 
-    # For hpccomm.functional
+    # Used by hpccomm.functional
 
     def device_array(self, x: Any, name: str, stream: Any = None) -> DeviceArray:
-        """What an array on a device is; ``name`` is the function that it was handed to."""
-        return self._binder.operand_of(x, name, stream).array
+        """Address, shape, dtype and streams of an array on a device; ``name`` is the calling function, for errors."""
+        return self._planner.operand_of(x, name, stream).array
 
     def empty_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """A new array on the device, in C order, of ``x``'s library where that can make one."""
-        return self._binder.staging.device.allocate_like(x, shape, dtype)
+        """A new array on the device in C order, of ``x``'s library if that is supported."""
+        return self._planner.staging.device.allocate_like(x, shape, dtype)
 
     def divide(self, x: Any) -> None:
         """Divide an array of float32 or float64 on the device by the number of ranks."""
-        self._binder.divide(x)
+        self._planner.divide(x)
 
     def call_on_host(self, name: str, x: Any, function: Callable[[Any], Any], stream: Any = None) -> Any:
-        """What a function makes of an array on a device when it sees it on the host, on the device again.
+        """Apply a host function to a copy of a device array, and copy the result to the device.
 
-        ``name`` is the collective that is compared with what the other ranks call; nothing for none.
+        ``name`` is the collective of the consistency check; an empty name skips the check.
         """
-        return self._binder.call_on_host(name, x, function, stream)
+        return self._planner.call_on_host(name, x, function, stream)
 
     def device_transports(self) -> dict[str, str]:
-        """The ways that arrays on a CUDA device can go here, and why others cannot (the first use is collective).
+        """Each transport for arrays on a CUDA device: ``yes``, or ``no`` and the reason (the first use is collective).
 
-        Raises TransportError on all ranks where ``HPCCOMM_GPU_TRANSPORT`` names one that does not work.
+        Raises TransportError on all ranks if ``HPCCOMM_GPU_TRANSPORT`` names a transport that does not work.
         """
-        return self._binder.transports.describe()
+        return self._planner.transports.describe()
 
     # Communicators made from this one
 
@@ -189,7 +188,7 @@ class Communicator(MPI.Intracomm):
         return self._wrap(unwrap(self).Split(color, key))
 
     def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> Communicator:
-        """One communicator for each group of ranks that share something."""
+        """One communicator for each group of ranks that share a resource, such as memory."""
         return self._wrap(unwrap(self).Split_type(split_type, key, info))
 
     def Create(self, group: MPI.Group) -> Communicator:
@@ -197,7 +196,7 @@ class Communicator(MPI.Intracomm):
         return self._wrap(unwrap(self).Create(group))
 
     def Create_group(self, group: MPI.Group, tag: int = 0) -> Communicator:
-        """A communicator of some of the ranks, made by them alone."""
+        """A communicator of some of the ranks, collective over the group alone."""
         return self._wrap(unwrap(self).Create_group(group, tag))
 
     def _wrap(self, comm: MPI.Comm) -> Any:
@@ -206,12 +205,12 @@ class Communicator(MPI.Intracomm):
         return type(self)(comm, self.algorithm)
 
     def Free(self) -> None:
-        """Give the communicator and all that lies behind it back (collective)."""
+        """Free the communicator and its context (collective)."""
         self._release()
         super().Free()
 
     def Disconnect(self) -> None:
-        """As :meth:`Free`, after all pending messages."""
+        """Complete all pending messages, then free as :meth:`Free` does (collective)."""
         self._release()
         super().Disconnect()
 
@@ -221,16 +220,16 @@ class Communicator(MPI.Intracomm):
             if level is not None and level != MPI.COMM_NULL:
                 level.Free()
         if self._context is not None:
-            self._binder.release()
+            self._planner.release()
             self._context.close()
             self._context = None
 
-    # Calls that were made before
+    # Cached plans
 
-    def _cached_run(
+    def _find_run(
         self, quick: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None
     ) -> Run | None:
-        """What runs a call with the very same objects."""
+        """The run function of an earlier call with identical argument objects."""
         known = self._plan_cache.get(quick)
         if known is None:
             return None
@@ -249,15 +248,15 @@ class Communicator(MPI.Intracomm):
         rest: tuple[Any, ...],
         receives: bool = True,
     ) -> None:
-        """Make a call on other objects than before: bound to their memory, through arrays that stand in, or bound now.
+        """Run a call on new argument objects: by the plan for their memory, by bounce buffers, or by a new plan.
 
-        The next time it is found by its arguments, if it is kept.  ``call(sendbuf, recvbuf, *rest)`` makes it on other
-        buffers, ``bind(key, sendbuf, recvbuf, *rest)`` binds it, ``rest`` ending with the algorithm; unless this rank
-        ``receives``, the second buffer is not looked at.  What is passed on here is not enclosed in functions there: a
-        name that a function encloses costs every call of the method that has it 20 ns, found or not.
+        A cached plan is then also found by the argument objects.  ``call(sendbuf, recvbuf, *rest)`` makes the call on
+        other buffers, ``bind(key, sendbuf, recvbuf, *rest)`` binds it; ``rest`` ends with the algorithm.  A rank that
+        does not ``receive`` ignores ``recvbuf``.  Arguments are passed on here, not captured by closures in the calling
+        method: a captured name costs every call of that method 20 ns, whether the plan is cached or not.
         """
         sendbuf, recvbuf = buffers
-        bound = self._cached_plan(key)
+        bound = self._find_plan(key)
         if bound is None:
             into = recvbuf if receives else None
             if key is not None and self._bounce_buffers.run((key[0], key[-1]), call, sendbuf, into, rest):
@@ -280,15 +279,15 @@ class Communicator(MPI.Intracomm):
         recvbuf: Any,
         algorithm: str | None,
     ) -> None:
-        """Make a call on other objects than before that reduces nothing and has no root."""
+        """As :meth:`_run_uncached`, for collectives that only move data and have no root."""
         key = call_key(quick[0], sendbuf, recvbuf, 0, algorithm)
         return self._run_uncached(key, quick, (sendbuf, recvbuf), None, call, bind, (algorithm,))
 
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
-        """Run a reduction whose bits do not depend on order; whether there was need."""
+        """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
         rest = [each for each in arguments if each is not op]
         key = None if None in rest else call_key(name, *buffers, "reproducible", op.handle, *rest)
-        bound = self._cached_plan(key) or self._binder.bind_reproducible(key, name, buffers, arguments, op)
+        bound = self._find_plan(key) or self._planner.bind_reproducible(key, name, buffers, arguments, op)
         if bound is None:
             return False
         try:
@@ -298,8 +297,8 @@ class Communicator(MPI.Intracomm):
                 bound.free()
         return True
 
-    def _cached_plan(self, key: Hashable) -> Plan | None:
-        """A call on the same memory."""
+    def _find_plan(self, key: Hashable) -> Plan | None:
+        """The plan of an earlier call on the same memory."""
         return self._context.plans.get(key) if self._context and key is not None else None
 
     # Collectives
@@ -313,36 +312,36 @@ class Communicator(MPI.Intracomm):
         reproducible: bool = False,
         stream: Any = None,
     ) -> None:
-        """Reduce over all ranks, the result on all.  Buffers as in mpi4py; ``algorithm`` as in :meth:`algorithms`.
+        """Reduce over all ranks; every rank receives the result.
 
-        ``reproducible=True``: the bits of a sum of floats depend on what is added alone, not on order, placement,
-        algorithm or number of ranks (:mod:`hpccomm.kernels.reproducible`); it takes several times as long.  Arrays may
-        lie on
-        a CUDA device, both of them; ``stream`` is one that works on them and that they do not tell of themselves
-        (CUDA's handle, CuPy's or PyTorch's object), here as in the other collectives.
+        Buffers are those of mpi4py; ``algorithm`` is one of :meth:`algorithms`.  ``reproducible=True``: the bits of a
+        sum of floats depend on the summands alone, not on order, placement, algorithm or number of ranks
+        (:mod:`hpccomm.kernels.reproducible`); the call takes several times as long.  Both arrays may lie on a CUDA
+        device; ``stream`` then names a stream with pending work on them that the arrays do not declare themselves (a
+        CUDA handle, or a stream of CuPy or PyTorch), here as in the other collectives.
         """
         if stream is not None:
-            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if reproducible and self._run_reproducible("Allreduce", (sendbuf, recvbuf), (op,), op):
             return None
         known = self._plan_cache.get(id(recvbuf))
-        if known is not None:  # as _known, spelled out: calls on few bytes take less time than a call of Python's
+        if known is not None:  # _find_run, inlined: short calls take less time than a Python function call
             run, sender, same_op, same_algorithm, dtype, _ = known
             if sender == id(sendbuf) and same_op is op and same_algorithm is algorithm and recvbuf.dtype is dtype:
                 return run()
         key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
         return self._run_uncached(
-            key, id(recvbuf), (sendbuf, recvbuf), op, self.Allreduce, self._binder.allreduce, (op, algorithm)
+            key, id(recvbuf), (sendbuf, recvbuf), op, self.Allreduce, self._planner.allreduce, (op, algorithm)
         )
 
     def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op = MPI.SUM) -> npt.NDArray[Any]:
         """Reduce registered arrays over all ranks into one result that the ranks of a node share.
 
-        Writes p times less than :meth:`Allreduce`.  Returns a read-only array like ``buf``, whose contents hold until
-        the next such call on ``buf``.
+        The ranks write p times fewer bytes than in :meth:`Allreduce`.  Returns a read-only array like ``buf``, which
+        is valid until the next such call on ``buf``.
         """
         key = call_key("Allreduce_view", buf, IN_PLACE, op.handle)
-        bound = self._cached_plan(key) or self._binder.allreduce_view(key, buf, op)
+        bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
         bound.run()
         result: npt.NDArray[Any] = bound.result
         return result
@@ -354,9 +353,9 @@ class Communicator(MPI.Intracomm):
         op: MPI.Op = MPI.SUM,
         info: MPI.Info = MPI.INFO_NULL,
         algorithm: str | None = None,
-    ) -> Persistent:
-        """A bound Allreduce to ``Start`` and ``Wait`` for as often as you like."""
-        return Persistent(self._binder.allreduce(None, sendbuf, recvbuf, op, algorithm), (sendbuf, recvbuf))
+    ) -> PersistentRequest:
+        """A persistent Allreduce: ``Start`` it and ``Wait`` for it any number of times."""
+        return PersistentRequest(self._planner.allreduce(None, sendbuf, recvbuf, op, algorithm), (sendbuf, recvbuf))
 
     def Reduce(
         self,
@@ -368,19 +367,19 @@ class Communicator(MPI.Intracomm):
         reproducible: bool = False,
         stream: Any = None,
     ) -> None:
-        """Reduce over all ranks, the result on ``root``; elsewhere ``recvbuf`` is not looked at."""
+        """Reduce over all ranks; ``root`` receives the result, other ranks ignore ``recvbuf``."""
         if stream is not None:
-            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if reproducible and self._run_reproducible("Reduce", (sendbuf, recvbuf), (op, root), op):
             return None
         quick = ("Reduce", id(recvbuf), root)
-        known = self._cached_run(quick, sendbuf, recvbuf, op, algorithm)
+        known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
         key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
         rest = (op, root, algorithm)
         return self._run_uncached(
-            key, quick, (sendbuf, recvbuf), op, self.Reduce, self._binder.reduce, rest, self.rank == root
+            key, quick, (sendbuf, recvbuf), op, self.Reduce, self._planner.reduce, rest, self.rank == root
         )
 
     def Reduce_init(  # type: ignore[override]
@@ -391,9 +390,9 @@ class Communicator(MPI.Intracomm):
         root: int = 0,
         info: MPI.Info = MPI.INFO_NULL,
         algorithm: str | None = None,
-    ) -> Persistent:
-        """A bound Reduce."""
-        return Persistent(self._binder.reduce(None, sendbuf, recvbuf, op, root, algorithm), (sendbuf, recvbuf))
+    ) -> PersistentRequest:
+        """A persistent Reduce."""
+        return PersistentRequest(self._planner.reduce(None, sendbuf, recvbuf, op, root, algorithm), (sendbuf, recvbuf))
 
     def Reduce_scatter_block(
         self,
@@ -404,19 +403,19 @@ class Communicator(MPI.Intracomm):
         reproducible: bool = False,
         stream: Any = None,
     ) -> None:
-        """Reduce over all ranks, an equal part of the result on each; ``algorithm`` as in :meth:`algorithms`."""
+        """Reduce over all ranks; each rank receives an equal block of the result."""
         if stream is not None:
-            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if reproducible and self._run_reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
             return None
         quick = ("Reduce_scatter_block", id(recvbuf))
-        known = self._cached_run(quick, sendbuf, recvbuf, op, algorithm)
+        known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
         key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
         rest = (op, algorithm)
         return self._run_uncached(
-            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter_block, self._binder.reduce_scatter_block, rest
+            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter_block, self._planner.reduce_scatter_block, rest
         )
 
     def Reduce_scatter_block_init(  # type: ignore[override]
@@ -426,10 +425,10 @@ class Communicator(MPI.Intracomm):
         op: MPI.Op = MPI.SUM,
         info: MPI.Info = MPI.INFO_NULL,
         algorithm: str | None = None,
-    ) -> Persistent:
-        """A bound Reduce_scatter_block."""
-        bound = self._binder.reduce_scatter_block(None, sendbuf, recvbuf, op, algorithm)
-        return Persistent(bound, (sendbuf, recvbuf))
+    ) -> PersistentRequest:
+        """A persistent Reduce_scatter_block."""
+        bound = self._planner.reduce_scatter_block(None, sendbuf, recvbuf, op, algorithm)
+        return PersistentRequest(bound, (sendbuf, recvbuf))
 
     def Reduce_scatter(
         self,
@@ -441,28 +440,28 @@ class Communicator(MPI.Intracomm):
         reproducible: bool = False,
         stream: Any = None,
     ) -> None:
-        """Reduce over all ranks, ``recvcounts[r]`` elements of the result on rank r (asked for when not said).
+        """Reduce over all ranks; rank r receives ``recvcounts[r]`` elements of the result.
 
-        ``algorithm`` as in :meth:`algorithms`; ``"hierarchical"`` reduces inside the nodes first (Zhang et al., VLDB
-        2022).
+        Without ``recvcounts`` the ranks exchange the lengths of their receive buffers.  ``algorithm="hierarchical"``
+        reduces inside the nodes first (Zhang et al., VLDB 2022).
         """
         if stream is not None:
-            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
-        told = self._counts(sendbuf, recvbuf) if recvcounts is None else tuple(recvcounts)
-        if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (told, op), op):
+            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
+        counts = self._counts(sendbuf, recvbuf) if recvcounts is None else tuple(recvcounts)
+        if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (counts, op), op):
             return None
-        quick = ("Reduce_scatter", id(recvbuf), told)
-        known = self._cached_run(quick, sendbuf, recvbuf, op, algorithm) if told else None
+        quick = ("Reduce_scatter", id(recvbuf), counts)
+        known = self._find_run(quick, sendbuf, recvbuf, op, algorithm) if counts else None
         if known:
             return known()
-        key = None if told is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, told)
-        rest = (told, op, algorithm)
+        key = None if counts is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, counts)
+        rest = (counts, op, algorithm)
         return self._run_uncached(
-            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._binder.reduce_scatter_v, rest
+            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._planner.reduce_scatter_v, rest
         )
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
-        """What each rank receives, where that can be asked before anything is bound: into NumPy arrays."""
+        """The receive counts of all ranks, if ``recvbuf`` is a NumPy array; otherwise binding determines them."""
         if type(recvbuf) is not np.ndarray or sendbuf is recvbuf or is_in_place(sendbuf):
             return None
         return self.context.counts(recvbuf.size)
@@ -475,119 +474,118 @@ class Communicator(MPI.Intracomm):
         op: MPI.Op = MPI.SUM,
         info: MPI.Info = MPI.INFO_NULL,
         algorithm: str | None = None,
-    ) -> Persistent:
-        """A bound Reduce_scatter."""
-        told = None if recvcounts is None else tuple(recvcounts)
-        bound = self._binder.reduce_scatter_v(None, sendbuf, recvbuf, told, op, algorithm)
-        return Persistent(bound, (sendbuf, recvbuf))
+    ) -> PersistentRequest:
+        """A persistent Reduce_scatter."""
+        counts = None if recvcounts is None else tuple(recvcounts)
+        bound = self._planner.reduce_scatter_v(None, sendbuf, recvbuf, counts, op, algorithm)
+        return PersistentRequest(bound, (sendbuf, recvbuf))
 
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
-        """Collect an equal part from every rank, in rank order, on all.
+        """Gather blocks of equal length from all ranks, in rank order, on every rank.
 
-        ``algorithm`` as in :meth:`algorithms`; ``"hierarchical"`` gathers between nodes and in the shared memory of
-        each (Zhang et al., VLDB 2022).
+        ``algorithm="hierarchical"`` gathers between nodes and in the shared memory of each (Zhang et al., VLDB 2022).
         """
         if stream is not None:
-            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         quick = ("Allgather", id(recvbuf))
-        known = self._cached_run(quick, sendbuf, recvbuf, None, algorithm)
+        known = self._find_run(quick, sendbuf, recvbuf, None, algorithm)
         if known:
             return known()
-        return self._run_movement(self.Allgather, self._binder.allgather, quick, sendbuf, recvbuf, algorithm)
+        return self._run_movement(self.Allgather, self._planner.allgather, quick, sendbuf, recvbuf, algorithm)
 
     def Allgather_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
-    ) -> Persistent:
-        """A bound Allgather."""
-        return Persistent(self._binder.allgather(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
+    ) -> PersistentRequest:
+        """A persistent Allgather."""
+        return PersistentRequest(self._planner.allgather(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
-        """Collect a part of any length from every rank, in rank order, on all; else as :meth:`Allgather`."""
+        """Gather blocks of any length from all ranks, in rank order, on every rank."""
         if stream is not None:
-            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         quick = ("Allgatherv", id(recvbuf))
-        known = self._cached_run(quick, sendbuf, recvbuf, None, algorithm)
+        known = self._find_run(quick, sendbuf, recvbuf, None, algorithm)
         if known:
             return known()
-        return self._run_movement(self.Allgatherv, self._binder.allgatherv, quick, sendbuf, recvbuf, algorithm)
+        return self._run_movement(self.Allgatherv, self._planner.allgatherv, quick, sendbuf, recvbuf, algorithm)
 
     def Allgatherv_init(  # type: ignore[override]
         self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
-    ) -> Persistent:
-        """A bound Allgatherv."""
-        return Persistent(self._binder.allgatherv(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
+    ) -> PersistentRequest:
+        """A persistent Allgatherv."""
+        return PersistentRequest(self._planner.allgatherv(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
         if stream is not None:
-            (buf,) = self._binder.attach_stream(stream, buf)
+            (buf,) = self._planner.attach_stream(stream, buf)
         quick = ("Bcast", id(buf), root)
-        known = self._cached_run(quick, None, buf, None, algorithm)
+        known = self._find_run(quick, None, buf, None, algorithm)
         if known:
             return known()
         key = call_key("Bcast", buf, IN_PLACE, 0, algorithm, root)
         return self._run_uncached(key, quick, (None, buf), None, self._bcast, self._bind_bcast, (root, algorithm))
 
     def _bcast(self, nothing: None, buf: Any, root: int, algorithm: str | None) -> None:
-        """A Bcast with the buffers that other collectives have."""
+        """Bcast with the parameters of :meth:`_run_uncached`."""
         self.Bcast(buf, root, algorithm)
 
     def _bind_bcast(self, key: Hashable, nothing: None, buf: Any, root: int, algorithm: str | None) -> Plan:
-        """The same, bound."""
-        return self._binder.bcast(key, buf, root, algorithm)
+        """Bind a Bcast, with the parameters of :meth:`_run_uncached`."""
+        return self._planner.bcast(key, buf, root, algorithm)
 
     def Bcast_init(  # type: ignore[override]
         self, buf: Any, root: int = 0, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
-    ) -> Persistent:
-        """A bound Bcast."""
-        return Persistent(self._binder.bcast(None, buf, root, algorithm), (buf,))
+    ) -> PersistentRequest:
+        """A persistent Bcast."""
+        return PersistentRequest(self._planner.bcast(None, buf, root, algorithm), (buf,))
 
     def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
-        """Give every rank an equal part of one's buffer."""
+        """Send a block of equal length to every rank."""
         if stream is not None:
-            sendbuf, recvbuf = self._binder.attach_stream(stream, sendbuf, recvbuf)
+            sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         quick = ("Alltoall", id(recvbuf))
-        known = self._cached_run(quick, sendbuf, recvbuf, None, algorithm)
+        known = self._find_run(quick, sendbuf, recvbuf, None, algorithm)
         if known:
             return known()
-        return self._run_movement(self.Alltoall, self._binder.alltoall, quick, sendbuf, recvbuf, algorithm)
+        return self._run_movement(self.Alltoall, self._planner.alltoall, quick, sendbuf, recvbuf, algorithm)
 
     def Barrier(self) -> None:
-        """Wait for all ranks."""
-        (self._cached_plan("Barrier") or self._binder.barrier("Barrier")).run()
+        """Wait until all ranks have entered."""
+        (self._find_plan("Barrier") or self._planner.barrier("Barrier")).run()
 
-    # Collectives where the MPI library's own algorithm does the work; the calls are compared all the same
+    # Collectives that the MPI library runs; the consistency table compares them as well
 
     def _run_inherited(
         self, name: str, buffers: tuple[Any, Any], root: int | None = None, op: MPI.Op | None = None
     ) -> None:
-        """Run MPI's own."""
-        strange = name == "Alltoallw" or (op is not None and not op.is_predefined)
-        key = None if strange else call_key(name, *buffers, root, None if op is None else op.handle)
-        (self._cached_plan(key) or self._binder.bind_inherited(key, name, buffers, root, op)).run()
+        """Run MPI's own collective."""
+        uncacheable = name == "Alltoallw" or (op is not None and not op.is_predefined)
+        key = None if uncacheable else call_key(name, *buffers, root, None if op is None else op.handle)
+        (self._find_plan(key) or self._planner.bind_inherited(key, name, buffers, root, op)).run()
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
-        """Collect an equal part from every rank on ``root``."""
+        """Gather blocks of equal length on ``root``."""
         self._run_inherited("Gather", (sendbuf, recvbuf), root)
 
     def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
-        """Collect a part of any length from every rank on ``root``."""
+        """Gather blocks of any length on ``root``."""
         self._run_inherited("Gatherv", (sendbuf, recvbuf), root)
 
     def Scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
-        """Give every rank an equal part of ``root``'s buffer."""
+        """Scatter blocks of equal length of ``root``'s buffer."""
         self._run_inherited("Scatter", (sendbuf, recvbuf), root)
 
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
-        """Give every rank a part of any length of ``root``'s buffer."""
+        """Scatter blocks of any length of ``root``'s buffer."""
         self._run_inherited("Scatterv", (sendbuf, recvbuf), root)
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
-        """Give every rank a part of any length of one's buffer."""
+        """Send a block of any length to every rank."""
         self._run_inherited("Alltoallv", (sendbuf, recvbuf))
 
     def Alltoallw(self, sendbuf: Any, recvbuf: Any) -> None:
-        """Give every rank a part of any length and datatype of one's buffer."""
+        """Send a block of any length and datatype to every rank."""
         self._run_inherited("Alltoallw", (sendbuf, recvbuf))
 
     def Scan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
@@ -598,14 +596,14 @@ class Communicator(MPI.Intracomm):
         """Reduce over the ranks below this one."""
         self._run_inherited("Exscan", (sendbuf, recvbuf), op=op)
 
-    # Compressed: arrays on a device are brought to the host, and results back
+    # Compressed collectives: arrays on a device are copied to the host, results are copied back
 
     def sparse_allgather(
         self, indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32], n: int
     ) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]]:
         """The sparse vectors of all ranks, in rank order (:mod:`hpccomm.collectives.compressed.sparse`)."""
         body = partial(sparse.sparse_allgather, self, n=n)
-        found: list[Any] = self._binder.apply_to_copies("sparse_allgather", body, (indices, values))
+        found: list[Any] = self._planner.apply_to_copies("sparse_allgather", body, (indices, values))
         return found
 
     def sparse_allreduce(
@@ -620,7 +618,7 @@ class Communicator(MPI.Intracomm):
     ) -> sparse.SparseSum:
         """The sum of sparse vectors, or its k largest (:mod:`hpccomm.collectives.compressed.sparse`)."""
         body = partial(sparse.sparse_allreduce, self, n=n, k=k, algorithm=algorithm, plan=plan)
-        summed: sparse.SparseSum = self._binder.apply_to_copies("sparse_allreduce", body, (indices, values))
+        summed: sparse.SparseSum = self._planner.apply_to_copies("sparse_allreduce", body, (indices, values))
         return summed
 
     def onebit_allgather(
@@ -628,7 +626,7 @@ class Communicator(MPI.Intracomm):
     ) -> npt.NDArray[np.float32]:
         """The sum of all ranks' signs times their scales (:mod:`hpccomm.collectives.compressed.onebit`)."""
         body = partial(onebit.onebit_allgather, self, plus=plus, minus=minus, n=n)
-        total: npt.NDArray[np.float32] = self._binder.apply_to_copies("onebit_allgather", body, (bits,))
+        total: npt.NDArray[np.float32] = self._planner.apply_to_copies("onebit_allgather", body, (bits,))
         return total
 
     def onebit_allreduce(
@@ -637,9 +635,9 @@ class Communicator(MPI.Intracomm):
         worker_error: npt.NDArray[np.float32],
         server_error: npt.NDArray[np.float32],
     ) -> onebit.OneBitMean:
-        """The mean, one bit an element each way: :func:`hpccomm.collectives.compressed.onebit.onebit_allreduce`."""
+        """The mean by one-bit messages: :func:`hpccomm.collectives.compressed.onebit.onebit_allreduce`."""
         body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)
-        mean: onebit.OneBitMean = self._binder.apply_to_copies("onebit_allreduce", body, arrays, written=2)
+        mean: onebit.OneBitMean = self._planner.apply_to_copies("onebit_allreduce", body, arrays, written=2)
         return mean
 
 
@@ -647,14 +645,16 @@ _hooks: list[Any] = []
 
 
 def install_abort_hook() -> None:
-    """From now on an uncaught exception on one rank ends all of them, with that rank's traceback."""
+    """Make an uncaught exception on one rank print its traceback and abort all ranks."""
     if _hooks or MPI.COMM_WORLD.size == 1:
         return
     _hooks.append(sys.excepthook)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         lines = traceback.format_exception(kind, error, trace)
-        sys.stderr.write(f"[hpccomm] rank {MPI.COMM_WORLD.rank} ends all ranks:\n{''.join(lines)}")
+        sys.stderr.write(
+            f"[hpccomm] rank {MPI.COMM_WORLD.rank} aborts all ranks: uncaught exception:\n{''.join(lines)}"
+        )
         sys.stderr.flush()
         time.sleep(FLUSH_SECONDS)
         MPI.COMM_WORLD.Abort(1)

@@ -1,7 +1,7 @@
-"""What a communicator holds behind its face: topology, a private channel, the roll call, the table, bound calls.
+"""The context of a communicator: layout, private channel, consistency table, tuning table and cached plans.
 
-Made together by all ranks with the first collective call, so that a communicator that only sends and receives costs
-nothing.  Everything that decides which way a call goes comes from rank 0, so that all ranks go the same way.
+The first collective call creates the context on all ranks, so a communicator that only sends and receives has none.
+Rank 0 broadcasts all settings and the tuning table, so that every rank selects the same algorithm.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from hpccomm.transports.mpi import MessageTransport, mpi_name
 from hpccomm.transports.segment import SharedSegment
 
 MAX_PLANS = 128
-"""Bound calls kept for each communicator."""
+"""Plans cached per communicator."""
 
 PROGRESS_NS = 100_000
-"""Nanoseconds after which a rank that waits for another of its node looks after its messages to other nodes."""
+"""Nanoseconds for which a rank waits for another rank of its node before it drives its messages to other nodes."""
 
 SETTINGS = (
     "HPCCOMM_ALGORITHM",
     "HPCCOMM_TUNING",
     "HPCCOMM_SHARED_MEMORY",
-    "HPCCOMM_ROLL_CALL",
+    "HPCCOMM_CONSISTENCY",
     "HPCCOMM_GPU_TRANSPORT",
 )
-"""Environment variables that must mean the same on every rank: rank 0's are taken."""
+"""Environment variables that must be the same on every rank: rank 0's values are used."""
 
 
 class Context:
-    """The means of one communicator; creating them is collective."""
+    """The context of one communicator; creating it is collective."""
 
-    def __init__(self, comm: MPI.Intracomm, again: PlanCache) -> None:
-        self._plan_cache = again
+    def __init__(self, comm: MPI.Intracomm, plan_cache: PlanCache) -> None:
+        self._plan_cache = plan_cache
         self.rank, self.size = comm.rank, comm.size
         self.private_comm = unwrap(comm).Dup()
         self.node = ranks_of_this_node(self.private_comm)
@@ -65,80 +65,80 @@ class Context:
         self._decisions: dict[Hashable, tuning.Choice] = {}
 
     def load_table(self) -> tuning.Table:
-        """This machine's decisions."""
+        """This machine's tuning table."""
         return tuning.load(mpi_name(), MPI.Get_processor_name(), ethernet=not layout.fast_networks())
 
     def counts(self, elements: int) -> tuple[int, ...]:
-        """How many elements each rank says (collective)."""
-        said = np.empty(self.size, np.int64)
-        self.private_comm.Allgather(np.array([elements], np.int64), said)
-        return tuple(said.tolist())
+        """The number of elements of every rank (collective)."""
+        counts = np.empty(self.size, np.int64)
+        self.private_comm.Allgather(np.array([elements], np.int64), counts)
+        return tuple(counts.tolist())
 
     def open_consistency_table(self) -> tuple[consistency.ConsistencyTable | None, SharedSegment | None]:
-        """A roll call over the ranks of this node; none where they share no memory, or are alone."""
-        if self.node.size == 1 or self.settings["HPCCOMM_ROLL_CALL"] == "off":
+        """The consistency table of this node's ranks; ``None`` for one rank or without shared memory."""
+        if self.node.size == 1 or self.settings["HPCCOMM_CONSISTENCY"] == "off":
             return None, None
         try:
             segment = SharedSegment(self.node, consistency.bytes_needed(self.node.size))
         except TransportError as error:
-            consistency.log_line(f"rank {self.rank}: mistakes between ranks will be noticed late: {error}")
+            consistency.log_line(f"rank {self.rank}: no consistency table, mismatched calls may hang: {error}")
             return None, None
-        roll = consistency.ConsistencyTable(segment.buffer, self.members, self.rank)
-        roll.progress = self.private_comm.Iprobe
-        return roll, segment
+        table = consistency.ConsistencyTable(segment.buffer, self.members, self.rank)
+        table.progress = self.private_comm.Iprobe
+        return table, segment
 
     @property
     def shared_memory(self) -> SharedMemory | None:
-        """Shared memory of all ranks; none across nodes or where it is not to be had."""
+        """Shared memory of all ranks; ``None`` across nodes or where it is not available."""
         memory = self.node_memory
         return memory if self.layout.count == 1 else None
 
     @cached_property
     def node_memory(self) -> SharedMemory | None:
-        """Shared memory of this node's ranks; none anywhere if it is not to be had on some node."""
+        """Shared memory of this node's ranks; ``None`` on all nodes if it is not available on one of them."""
         if self.size == 1 or self.settings["HPCCOMM_SHARED_MEMORY"] == "off":
             return None
-        made, trouble = None, ""
+        memory, trouble = None, ""
         try:
-            made = SharedMemory(self.node, patience_ns=MAX_WAIT_NS if self.layout.count == 1 else PROGRESS_NS)
-            made.mismatch = self.mismatch_error
+            memory = SharedMemory(self.node, patience_ns=MAX_WAIT_NS if self.layout.count == 1 else PROGRESS_NS)
+            memory.mismatch = self.mismatch_error
         except TransportError as error:
             trouble = str(error)
         troubles = [each for each in self.private_comm.allgather(trouble) if each]
         if not troubles:
-            return made
+            return memory
         if self.rank == 0:
-            consistency.log_line(f"shared memory is not used, messages are slower: {troubles[0]}")
-        if made:
-            made.close()
+            consistency.log_line(f"shared memory is not used, collectives use slower messages: {troubles[0]}")
+        if memory:
+            memory.close()
         return None
 
     @cached_property
     def two_levels(self) -> TwoLevels | None:
-        """Allreduces in shared memory inside the nodes and by messages between them, where there are several."""
+        """Allreduce in shared memory inside the nodes and by messages between them; ``None`` on a single node."""
         if self.layout.count == 1 or self.node_memory is None:
             return None
-        lanes = hierarchical.channels_of(self.layout.nodes)
-        return TwoLevels(self.node_memory, self.messages, lanes, self.table.machine.inter)
+        channels = hierarchical.channels_of(self.layout.nodes)
+        return TwoLevels(self.node_memory, self.messages, channels, self.table.machine.inter)
 
     @cached_property
     def two_level_gathers(self) -> TwoLevelGathers | None:
-        """Allgathers and reduce-scatters that go the same way."""
+        """Allgather and reduce-scatter in the same two levels."""
         levels = self.two_levels
         return TwoLevelGathers(levels.memory, levels.transport, levels.channels) if levels else None
 
-    def mismatch_error(self, words: list[int]) -> MismatchError:
-        """The error when the ranks of a node brought different calls to shared memory."""
-        calls = {rank: self.look_up_call(rank, word) for rank, word in zip(self.members, words, strict=True)}
+    def mismatch_error(self, digests: list[int]) -> MismatchError:
+        """The error when the ranks of a node enter different calls in shared memory."""
+        calls = {rank: self.look_up_call(rank, digest) for rank, digest in zip(self.members, digests, strict=True)}
         return MismatchError(mismatch_message(calls, self.rank))
 
-    def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
-        """What a rank of this node calls by this word."""
-        return self.consistency.look_up_call(rank, word) if self.consistency else None
+    def look_up_call(self, rank: int, digest: int) -> Fingerprint | None:
+        """The call of a rank of this node with a digest."""
+        return self.consistency.look_up_call(rank, digest) if self.consistency else None
 
     @cached_property
     def hierarchical_algorithms(self) -> dict[str, Algorithm]:
-        """The algorithm in two levels for this placement, by collective."""
+        """The hierarchical schedule for this layout, by collective."""
         return {collective: on(self.layout.nodes) for collective, on in HIERARCHICAL.items()}
 
     def algorithms(self, collective: str) -> dict[str, Algorithm]:
@@ -149,12 +149,12 @@ class Context:
         return found
 
     def names(self, collective: str) -> tuple[str, ...]:
-        """What ``algorithm=`` may say for a collective."""
+        """Valid values of ``algorithm=`` for a collective."""
         shared = ("shared",) if self.shared_memory and collective in SharedMemory.collectives else ()
         return ("auto", "native", *shared, *self.algorithms(collective))
 
     def decide(self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...], who: str) -> tuning.Choice:
-        """Which of the ``allowed`` algorithms takes a call that named none."""
+        """The one of the ``allowed`` algorithms for a call that names none."""
         key = (collective, nbytes, dtype, allowed)
         if key not in self._decisions:
             self._decisions[key] = self._decide(collective, nbytes, dtype, allowed, who)
@@ -168,25 +168,25 @@ class Context:
             if wanted not in self.names(collective):
                 raise unknown_algorithm_error(who, wanted, self.names(collective), "HPCCOMM_ALGORITHM")
             if wanted in allowed:
-                return tuning.Choice(wanted, None, "HPCCOMM_ALGORITHM says so")
+                return tuning.Choice(wanted, None, "set by HPCCOMM_ALGORITHM")
         return self.table.choose(
             collective, self.layout.count, max(self.layout.per_node), nbytes, dtype, candidates=allowed
         )
 
     def stray_message_error(self, rank: int, tag: int, expected: int) -> MismatchError:
-        """The error for a message of another call."""
+        """The error when a message of another call arrives."""
         calls: dict[int, Fingerprint | None] = {self.rank: None, rank: None}
         if rank in self.members:
             calls = {self.rank: self.look_up_call(self.rank, expected), rank: self.look_up_call(rank, tag)}
         if None in calls.values():
             return MismatchError(
-                f"rank {self.rank} got a message of another call from rank {rank}: {REMEDIES['collective']}, "
+                f"rank {self.rank} received a message of another call from rank {rank}: {REMEDIES['collective']}, "
                 "with the same operation, count and datatype"
             )
         return MismatchError(mismatch_message(calls, self.rank))
 
     def keep(self, key: Hashable, bound: Plan) -> Plan:
-        """Remember a bound call; the oldest is given up."""
+        """Cache a plan; beyond MAX_PLANS the oldest is freed."""
         self.plans[key] = bound
         if len(self.plans) > MAX_PLANS:
             self._plan_cache.clear()
@@ -195,14 +195,14 @@ class Context:
         return bound
 
     def forget(self) -> None:
-        """Give up all bound calls."""
+        """Free all cached plans."""
         self._plan_cache.clear()
         for bound in self.plans.values():
             bound.free()
         self.plans.clear()
 
     def close(self) -> None:
-        """Give everything back (collective)."""
+        """Free all resources (collective)."""
         self.forget()
         if self.consistency:
             self.consistency.close()
@@ -216,17 +216,17 @@ class Context:
 
 
 def ranks_of_this_node(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Those that share memory, in the order of their ranks (collective)."""
+    """The ranks that share memory with this one, in rank order (collective)."""
     return MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
 
 
 def unwrap(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """The same communicator with mpi4py's own methods."""
+    """The same MPI communicator as mpi4py's own class."""
     return MPI.Intracomm(comm)
 
 
 def algorithm_setting(setting: str, collective: str) -> str:
-    """What ``HPCCOMM_ALGORITHM`` says of a collective: ``ring`` for all, or ``allreduce=ring,bcast=tree``."""
+    """The value of ``HPCCOMM_ALGORITHM`` for a collective: ``ring`` for all, or ``allreduce=ring,bcast=tree``."""
     for part in filter(None, setting.replace(" ", "").split(",")):
         name, _, value = part.rpartition("=")
         if name in ("", collective):
@@ -235,5 +235,5 @@ def algorithm_setting(setting: str, collective: str) -> str:
 
 
 def unknown_algorithm_error(who: str, name: Any, names: tuple[str, ...], source: str = "algorithm") -> ArgumentError:
-    """The error for an algorithm that does not exist here."""
-    return ArgumentError(f"{who}: {source}={name!r} is not to be had here: use one of {', '.join(names)}")
+    """The error for an algorithm that is not available in this communicator."""
+    return ArgumentError(f"{who}: {source}={name!r} is not available here: use one of {', '.join(names)}")

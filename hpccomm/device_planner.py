@@ -1,10 +1,10 @@
-"""Calls on arrays that lie on a CUDA device: compared with what the other ranks call, then taken one of several ways.
+"""The planner of calls on arrays on a CUDA device: it compares the ranks' calls and offers them to each transport.
 
-*p ranks; n elements.*  Which way a call goes is chosen when it runs first (:mod:`hpccomm.backends.device_selection`);
-here each
-collective says how every way would make it.  Element-wise collectives go in chunks of elements; those that deal in
-parts for each rank in chunks of columns, the same columns of every part.  On the host a chunk is a call like any other:
-the same algorithms, the same shared memory, the same bits.  What cannot be divided goes in one chunk.
+*p ranks; n elements.*  :mod:`hpccomm.backends.device_selection` selects the transport at the first run of a plan; here
+each collective describes how every transport would make the call.  Through the host, a call is made in chunks:
+element-wise collectives in chunks of elements, collectives with a block per rank in chunks of columns, the same columns
+of every block.  A chunk is an ordinary call on the host: the same algorithms, the same shared memory, the same bits.
+Calls that cannot be divided are one chunk.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from mpi4py import MPI
 from hpccomm.arrays import DeviceArray, bfloat16, convert_like, is_on_device, read_device
 from hpccomm.backends import cuda_ipc, device_selection
 from hpccomm.backends import nccl as nvidia
-from hpccomm.backends.cuda_ipc import Fold, PeerCopy, Phase
+from hpccomm.backends.cuda_ipc import PeerCopy, PeerReduce, Phase
 from hpccomm.backends.device_selection import Call, DeviceTransports
 from hpccomm.calls import operations
-from hpccomm.calls.buffers import Message, apply_displacement, read, view_at
+from hpccomm.calls.buffers import Buffer, apply_displacement, read, view_at
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Plan, Run
 from hpccomm.context import algorithm_setting
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels import reductions
-from hpccomm.planner import IN_PLACE, Binder, is_in_place
+from hpccomm.planner import IN_PLACE, Planner, is_in_place
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging
 
@@ -39,21 +39,21 @@ Host = Callable[[Any, Any], Any]
 
 
 class StreamBuffer:
-    """An array, or one of mpi4py's forms, whose work is on a stream that the array does not tell."""
+    """An array, or a form of mpi4py, with pending work on a stream that the array does not declare."""
 
     def __init__(self, given: Any, stream: Any) -> None:
         self.buffer, self.stream = given, stream
 
 
 def array_of(given: Any) -> Any:
-    """The device array in a buffer, be it a form or not; ``None`` for all else."""
+    """The device array in a buffer or a form; ``None`` if there is none."""
     data = given.buffer if isinstance(given, StreamBuffer) else given
     data = data[0] if isinstance(data, list | tuple) and data else data
     return data if is_on_device(data) else None
 
 
 class Operand:
-    """A buffer on a device as the binder understands buffers; its memory is never looked at from here."""
+    """A buffer on a device, described as a host buffer; its memory is never accessed through this description."""
 
     def __init__(self, given: Any, device: cuda.Device, who: str) -> None:
         stream = given.stream if isinstance(given, StreamBuffer) else None
@@ -62,32 +62,34 @@ class Operand:
         check_place(self.array, device, who)
         view = view_at(self.array.address, self.array.size, self.array.dtype)
         view.flags.writeable = self.array.writable
-        self.message: Message = read([view, *form[1:]] if isinstance(form, list | tuple) else view, who)
-        if self.message.opaque:
-            raise ArgumentError(f"{who}: a derived datatype on a device: pass a contiguous array of a plain dtype")
-        self.message.order = self.array.order
+        self.buffer: Buffer = read([view, *form[1:]] if isinstance(form, list | tuple) else view, who)
+        if self.buffer.opaque:
+            raise ArgumentError(
+                f"{who}: derived datatypes are not supported on a device: pass a contiguous array of a numeric dtype"
+            )
+        self.buffer.order = self.array.order
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the host's arrays that stand for it."""
-        assert self.message.dtype is not None
-        if self.message.half == "bfloat16":
+        """The dtype of its host copies."""
+        assert self.buffer.dtype is not None
+        if self.buffer.half == "bfloat16":
             return bfloat16("a device's array")
-        return np.dtype(self.message.half) if self.message.half else self.message.dtype
+        return np.dtype(self.buffer.half) if self.buffer.half else self.buffer.dtype
 
     def extent(self, first: int, count: int, at: int = 0) -> Extent:
         """Elements [first, first + count), at element ``at`` of a chunk."""
         width = self.dtype.itemsize
-        return Extent(self.message.address + first * width, at * width, count * width)
+        return Extent(self.buffer.address + first * width, at * width, count * width)
 
 
 def check_place(array: DeviceArray, device: cuda.Device, who: str) -> None:
-    """Refuse memory that is no device's, or another device's than this rank's."""
+    """Refuse memory that is not on this rank's device."""
     if array.size == 0:
         return
     place = device.find_device(array.address)
     if place is None:
-        raise ArgumentError(f"{who}: the array's memory is not on a device, or was freed: pass an array that lives")
+        raise ArgumentError(f"{who}: the array's memory is not on a device, or was freed: pass an array that is alive")
     if place != device.number:
         raise ArgumentError(
             f"{who}: the array lies on device {place}, this rank uses device {device.number}: "
@@ -95,12 +97,12 @@ def check_place(array: DeviceArray, device: cuda.Device, who: str) -> None:
         )
 
 
-class DeviceBinder(Binder):
-    """A binder that takes arrays on a device, too."""
+class DevicePlanner(Planner):
+    """A planner that also takes arrays on a device."""
 
     @cached_property
     def staging(self) -> Staging:
-        """The way through the host."""
+        """The transport through the host."""
         device_selection.read_setting(self.context.settings[cuda.TRANSPORT])
         return Staging(cuda.device())
 
@@ -108,29 +110,29 @@ class DeviceBinder(Binder):
 
     @property
     def transports(self) -> DeviceTransports:
-        """All ways (the first use is collective: no ``cached_property``, whose lock ranks that are threads share)."""
+        """All transports (the first use is collective; a ``cached_property`` has a lock that thread-ranks share)."""
         if self._transports is None:
             self._transports = DeviceTransports(self.context, self.staging)
         return self._transports
 
     def release(self) -> None:
-        """Give back what lies behind calls on a device (collective)."""
+        """Free the transports (collective)."""
         if self._transports:
             self._transports.free()
         self._transports = None
 
     def uses_device(self, given: Any) -> bool:
-        """Whether a buffer lies on a device, and not where rank 0 says that the host can address it (collective)."""
+        """Whether a buffer lies on a device, and rank 0's setting does not declare it as host memory (collective)."""
         return array_of(given) is not None and self.context.settings[cuda.TRANSPORT] != cuda.ON_HOST
 
     def attach_stream(self, stream: Any, *buffers: Any) -> tuple[Any, ...]:
-        """The buffers, bound to a stream where they are arrays on a device (collective)."""
+        """The buffers; those on a device with their stream (collective)."""
         return tuple(StreamBuffer(each, stream) if self.uses_device(each) else each for each in buffers)
 
     def operands(self, who: str, *buffers: Any, parts: bool = False) -> list[Operand | None] | None:
-        """The buffers on a device (``None`` for none and for in place); ``None`` where all are on the host.
+        """The buffers on a device (``None`` for no buffer and for in place); ``None`` if all are on the host.
 
-        ``parts``: the last one has a part for each rank, that lie where its form says.
+        ``parts``: the last buffer has one block per rank, so its displacements belong to the blocks.
         """
         there = [self.uses_device(each) for each in buffers]
         if not any(there):
@@ -139,13 +141,13 @@ class DeviceBinder(Binder):
             if not lies and not is_in_place(each):
                 raise ArgumentError(
                     f"{who}: one buffer lies on a device, the other, {type(each).__name__}, on the host: "
-                    "pass both of one kind"
+                    "pass both in the same memory"
                 )
         device = self.require_device(who)
         found = [Operand(each, device, who) if lies else None for each, lies in zip(buffers, there, strict=True)]
         for each in found[: len(found) - parts]:
             if each:
-                each.message = apply_displacement(each.message, who)
+                each.buffer = apply_displacement(each.buffer, who)
         return found
 
     def bind_call(
@@ -158,30 +160,30 @@ class DeviceBinder(Binder):
         count: int | None = None,
         algorithm: str | None = None,
     ) -> Plan:
-        """A bound call: the calls of all ranks are compared, then it goes the way that was chosen for it."""
+        """A plan that compares the calls of all ranks, then runs the call by the selected transport."""
         here = [each for each in operands if each is not None]
-        meet = self.bind_check(name, here[-1].message if here else None, op, root, count, algorithm)
+        check = self.bind_check(name, here[-1].buffer if here else None, op, root, count, algorithm)
         streams = [stream for each in here for stream in each.array.streams]
-        kept: list[Any] = [each.array.owner for each in here]
+        owners: list[Any] = [each.array.owner for each in here]
         ready: list[Run] = []
 
         def run() -> None:
-            meet()
+            check()
             if not ready:
                 ready.append(self.transports.bind(call, streams))
             ready[0]()
 
         def free() -> None:
-            kept.clear()
+            owners.clear()
             ready.clear()
 
         return Plan(run, free)
 
     def algorithm_name(self, collective: str, algorithm: str | None) -> str:
-        """The algorithm that is asked for, by the caller, the communicator or the environment; nothing for none."""
-        asked = algorithm or self.comm.algorithm
-        asked = asked if asked != "auto" else algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
-        return str(asked)
+        """The algorithm named by the caller, the communicator or the environment; empty if none is named."""
+        name = algorithm or self.comm.algorithm
+        name = name if name != "auto" else algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
+        return str(name)
 
     def eligibility(
         self,
@@ -191,27 +193,27 @@ class DeviceBinder(Binder):
         algorithm: str | None,
         reproducible: bool = False,
     ) -> Eligibility:
-        """Which ways can make a call, as far as its dtype, operation and algorithm go."""
+        """Which transports support a call's dtype, operation and algorithm."""
         name = self.algorithm_name(collective, algorithm)
         if reproducible or name not in ("", "native"):
             return Eligibility(False, False, False)
-        message, code = data.message, reductions.code_of(data.dtype)
-        word = "" if op is None else operations.name_of(op)
-        plain = not message.half and (op is None or (op.is_predefined and not self.why_not_native(message, op)))
-        kernel = op is None or reductions.has_kernel(word, data.dtype)
-        return Eligibility(not name and kernel, plain, not name and (op is None or nvidia.reduces(word, code)))
+        buffer, code = data.buffer, reductions.code_of(data.dtype)
+        op_name = "" if op is None else operations.name_of(op)
+        plain = not buffer.half and (op is None or (op.is_predefined and not self.why_not_native(buffer, op)))
+        kernel = op is None or reductions.has_kernel(op_name, data.dtype)
+        return Eligibility(not name and kernel, plain, not name and (op is None or nvidia.reduces(op_name, code)))
 
     def bind_check(
         self,
         name: str,
-        data: Message | None,
+        data: Buffer | None,
         op: MPI.Op | None = None,
         root: int | None = None,
         count: int | None = None,
         algorithm: str | None = None,
     ) -> Callable[[], None]:
-        """A meeting of all ranks that raises on each of them where their calls differ, or the memory they are for."""
-        signature = Fingerprint(
+        """A barrier that raises on all ranks if their calls, or the memory of their arrays, differ."""
+        fingerprint = Fingerprint(
             name,
             operations.name_of(op) if op is not None else "",
             UNKNOWN if count is None else str(count),
@@ -221,34 +223,34 @@ class DeviceBinder(Binder):
             algorithm or "",
             "on a device",
         )
-        return self.guard(signature, lambda: None, lockstep=True)
+        return self.guard(fingerprint, lambda: None, lockstep=True)
 
     def operand_of(self, x: Any, name: str, stream: Any) -> Operand:
-        """One array on a device."""
+        """Read one array on a device."""
         operands = self.operands(self.call_label(name), StreamBuffer(x, stream))
         if operands is None or operands[0] is None:
             raise ArgumentError(
-                f"{self.call_label(name)}: {cuda.TRANSPORT}={cuda.ON_HOST} is for the methods of Communicator: "
-                "pass the array's memory as NumPy's"
+                f"{self.call_label(name)}: {cuda.TRANSPORT}={cuda.ON_HOST} is for the methods of Communicator only: "
+                "pass a NumPy array of the same memory"
             )
         return operands[0]
 
     def divide(self, x: Any) -> None:
-        """Divide by the number of ranks, where the array lies."""
+        """Divide an array by the number of ranks, on the device."""
         there, staging = read_device(x, self.call_label("mean")), self.staging
         cuda.wait(staging.device, there.streams)
         staging.device.divide(there.address, there.size, there.dtype, self.size, staging.up)
         staging.device.synchronize(staging.up)
 
     def call_on_host(self, name: str, x: Any, function: Callable[[Any], Any], stream: Any = None) -> Any:
-        """What ``function`` makes of the array when it sees it on the host, on the device again."""
-        side = self.operand_of(x, name, stream)
-        array, staging = side.array, self.staging
+        """Apply a host function to a copy of a device array, and copy the result to the device."""
+        operand = self.operand_of(x, name, stream)
+        array, staging = operand.array, self.staging
         if name:
-            self.bind_check(name, side.message)()
-        seen = np.empty(array.size, array.dtype)
-        staging.fetch(array.address, seen.view(np.uint8), array.streams)
-        result = np.ascontiguousarray(function(seen.reshape(array.shape, order="F" if array.order == "F" else "C")))
+            self.bind_check(name, operand.buffer)()
+        copy = np.empty(array.size, array.dtype)
+        staging.fetch(array.address, copy.view(np.uint8), array.streams)
+        result = np.ascontiguousarray(function(copy.reshape(array.shape, order="F" if array.order == "F" else "C")))
         made = staging.device.allocate_like(x, result.shape, result.dtype)
         there = read_device(made, self.call_label(name))
         staging.store(result.reshape(-1).view(np.uint8), there.address, there.streams)
@@ -278,37 +280,37 @@ class DeviceBinder(Binder):
             comm.Allreduce(a, b, op, algorithm, reproducible)
 
         n, fits, in_place = (
-            recv.message.elements,
+            recv.buffer.elements,
             self.eligibility("allreduce", recv, op, algorithm, reproducible),
             send is recv,
         )
-        code, word = reductions.code_of(recv.dtype), operations.name_of(op)
+        code, op_name = reductions.code_of(recv.dtype), operations.name_of(op)
         call = Call(
-            recv.message.nbytes,
+            recv.buffer.nbytes,
             lambda: elementwise_chunks(n, send, recv, host),
-            fits.kernel(lambda room: plan_reduce(n, send, recv, word, room)),
+            fits.kernel(lambda room: plan_reduce(n, send, recv, op_name, room)),
             fits.native(
-                lambda: Binder.allreduce(self, None, send_argument(send, in_place), recv.message, op, "native")
+                lambda: Planner.allreduce(self, None, send_argument(send, in_place), recv.buffer, op, "native")
             ),
-            fits.dense(lambda nccl: nccl.allreduce(send.message.address, recv.message.address, n, code, word)),
+            fits.dense(lambda nccl: nccl.allreduce(send.buffer.address, recv.buffer.address, n, code, op_name)),
         )
         return self.bind_call(
             "Allreduce", operands, call, op, count=n, algorithm=algorithm_label(algorithm, reproducible)
         )
 
     def reduction_operands(self, operands: list[Operand | None], op: MPI.Op, who: str) -> tuple[Operand, Operand]:
-        """What goes in and what comes out; the same twice when in place."""
+        """The send and the receive operand of a reduction; the same operand twice when in place."""
         first, recv = operands
         if recv is None:
-            raise ArgumentError(f"{who}: the buffer to receive into is None: pass an array")
+            raise ArgumentError(f"{who}: the receive buffer is None: pass an array")
         send = recv if first is None else first
-        self.reduction_buffers(IN_PLACE if first is None else send.message, recv.message, op, who)
+        self.reduction_buffers(IN_PLACE if first is None else send.buffer, recv.buffer, op, who)
         return send, recv
 
     def check_algorithm(self, collective: str, data: Operand, op: Any, algorithm: str | None, who: str) -> None:
-        """Refuse a name before the first message, as on the host."""
+        """Refuse an unknown algorithm before the first message, as on the host."""
         if algorithm is not None:
-            self.choose(collective, data.message, op, algorithm, who)
+            self.choose(collective, data.buffer, op, algorithm, who)
 
     def reduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str | None) -> Plan:
         """Reduce."""
@@ -319,7 +321,7 @@ class DeviceBinder(Binder):
     def device_reduce(
         self, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str | None, reproducible: bool
     ) -> Plan | None:
-        """Reduce on a device; ranks other than the root write nothing."""
+        """Reduce on a device; only the root writes."""
         who, comm = self.call_label("Reduce"), self.comm
         self.check_root(root, who)
         operands = self.operands(who, sendbuf, recvbuf if self.rank == root else None)
@@ -330,7 +332,7 @@ class DeviceBinder(Binder):
         else:
             assert operands[0] is not None
             send = recv = operands[0]
-            self.operand(send.message, op, who)
+            self.read_operand(send.buffer, op, who)
         self.check_algorithm("reduce", send, op, algorithm, who)
 
         def host(a: Any, b: Any) -> None:
@@ -339,17 +341,17 @@ class DeviceBinder(Binder):
         here = self.rank == root
         into = recv if here else None
         n, fits, first = (
-            send.message.elements,
+            send.buffer.elements,
             self.eligibility("reduce", send, op, algorithm, reproducible),
             send_argument(send, here and send is recv),
         )
-        code, word = reductions.code_of(send.dtype), operations.name_of(op)
+        code, op_name = reductions.code_of(send.dtype), operations.name_of(op)
         call = Call(
-            send.message.nbytes,
+            send.buffer.nbytes,
             lambda: elementwise_chunks(n, send, into, host),
-            fits.kernel(lambda room: plan_reduce(n, send, into, word, room)),
-            fits.native(lambda: Binder.reduce(self, None, first, recv.message if here else None, op, root, "native")),
-            fits.dense(lambda nccl: nccl.reduce(send.message.address, recv.message.address, n, code, word, root)),
+            fits.kernel(lambda room: plan_reduce(n, send, into, op_name, room)),
+            fits.native(lambda: Planner.reduce(self, None, first, recv.buffer if here else None, op, root, "native")),
+            fits.dense(lambda nccl: nccl.reduce(send.buffer.address, recv.buffer.address, n, code, op_name, root)),
         )
         return self.bind_call("Reduce", operands, call, op, root, n, algorithm_label(algorithm, reproducible))
 
@@ -362,20 +364,20 @@ class DeviceBinder(Binder):
         (data,) = operands
         assert data is not None
         self.check_root(root, who)
-        self.buffer(data.message, who, writable=self.rank != root)
+        self.read_buffer(data.buffer, who, writable=self.rank != root)
         self.check_algorithm("bcast", data, None, algorithm, who)
         here = self.rank == root
 
         def host(a: Any, b: Any) -> None:
             comm.Bcast(a if here else b, root, algorithm)
 
-        message, n, fits = data.message, data.message.elements, self.eligibility("bcast", data, None, algorithm)
+        buffer, n, fits = data.buffer, data.buffer.elements, self.eligibility("bcast", data, None, algorithm)
         call = Call(
-            message.nbytes,
+            buffer.nbytes,
             lambda: elementwise_chunks(n, data if here else None, None if here else data, host),
             fits.kernel(lambda room: plan_broadcast(n, data, root, here, room)),
-            fits.native(lambda: Binder.bcast(self, None, message, root, "native")),
-            fits.dense(lambda nccl: nccl.bcast(message.address, message.nbytes, root)),
+            fits.native(lambda: Planner.bcast(self, None, buffer, root, "native")),
+            fits.dense(lambda nccl: nccl.bcast(buffer.address, buffer.nbytes, root)),
         )
         return self.bind_call("Bcast", operands, call, None, root, n, algorithm)
 
@@ -386,10 +388,10 @@ class DeviceBinder(Binder):
         if operands is None:
             return super().allgather(key, sendbuf, recvbuf, algorithm)
         first, recv = self.transfer_operands(operands, who)
-        each = recv.message.block_length(p)
+        each = recv.buffer.block_length(p)
         counts, displs = (each,) * p, tuple(each * k for k in range(p))
         send = recv if first is None else first
-        self.check_allgather(send.message, recv.message, counts, displs, first is None, who)
+        self.check_allgather(send.buffer, recv.buffer, counts, displs, first is None, who)
         self.check_algorithm("allgather", recv, None, algorithm, who)
         begin = self.rank * each if first is None else 0
 
@@ -414,9 +416,9 @@ class DeviceBinder(Binder):
             chunks,
             fits.kernel(lambda room: plan_allgather(send, begin, recv, counts, displs, self.rank, room)),
             fits.native(
-                lambda: Binder.allgather(self, None, send_argument(send, first is None), recv.message, "native")
+                lambda: Planner.allgather(self, None, send_argument(send, first is None), recv.buffer, "native")
             ),
-            fits.dense(lambda nccl: nccl.allgather(send.extent(begin, each).address, recv.message.address, nbytes)),
+            fits.dense(lambda nccl: nccl.allgather(send.extent(begin, each).address, recv.buffer.address, nbytes)),
         )
         return self.bind_call("Allgather", operands, call, count=each * p, algorithm=algorithm)
 
@@ -427,11 +429,11 @@ class DeviceBinder(Binder):
         if operands is None:
             return super().allgatherv(key, sendbuf, recvbuf, algorithm)
         first, recv = self.transfer_operands(operands, who)
-        counts, displs = recv.message.blocks(p)
+        counts, displs = recv.buffer.blocks(p)
         if len(counts) != p:
-            raise ArgumentError(f"{who}: {len(counts)} counts for {p} ranks: pass one a rank")
+            raise ArgumentError(f"{who}: {len(counts)} counts for {p} ranks: pass one count per rank")
         send = recv if first is None else first
-        self.check_allgather(send.message, recv.message, counts, displs, first is None, who)
+        self.check_allgather(send.buffer, recv.buffer, counts, displs, first is None, who)
         self.check_algorithm("allgather", recv, None, algorithm, who)
         cuts = np.cumsum([0, *counts]).tolist()
         begin = displs[me] if first is None else 0
@@ -450,13 +452,13 @@ class DeviceBinder(Binder):
         return self.bind_call("Allgatherv", operands, call, count=sum(counts), algorithm=algorithm)
 
     def transfer_operands(self, operands: list[Operand | None], who: str) -> tuple[Operand | None, Operand]:
-        """What is sent (``None`` in place) and what is received into."""
+        """The send operand (``None`` in place) and the receive operand."""
         send, recv = operands
         if recv is None:
-            raise ArgumentError(f"{who}: the buffer to receive into is None: pass an array")
-        self.buffer(recv.message, who, writable=True)
+            raise ArgumentError(f"{who}: the receive buffer is None: pass an array")
+        self.read_buffer(recv.buffer, who, writable=True)
         if send is not None:
-            self.buffer(send.message, who)
+            self.read_buffer(send.buffer, who)
         return send, recv
 
     def alltoall(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
@@ -467,25 +469,25 @@ class DeviceBinder(Binder):
             return super().alltoall(key, sendbuf, recvbuf, algorithm)
         first, recv = self.transfer_operands(operands, who)
         send = recv if first is None else first
-        each = recv.message.block_length(p)
-        if send.message.block_length(p) * send.dtype.itemsize != each * recv.dtype.itemsize or send.dtype != recv.dtype:
+        each = recv.buffer.block_length(p)
+        if send.buffer.block_length(p) * send.dtype.itemsize != each * recv.dtype.itemsize or send.dtype != recv.dtype:
             raise ArgumentError(
-                f"{who}: sends {send.message.block_length(p)} {send.message.kind} to each rank, receives {each} "
-                f"{recv.message.kind}: make them agree"
+                f"{who}: sends {send.buffer.block_length(p)} {send.buffer.kind} to each rank, receives {each} "
+                f"{recv.buffer.kind}: make both the same"
             )
         if first is not None:
-            self.check_overlap(send.message, recv.message, who)
+            self.check_overlap(send.buffer, recv.buffer, who)
         self.check_algorithm("alltoall", recv, None, algorithm, who)
 
         def host(a: Any, b: Any) -> None:
             comm.Alltoall(a, b, algorithm)
 
-        def pieces(side: Operand, lo: int, hi: int) -> list[Extent]:
-            return [side.extent(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)]
+        def extents(operand: Operand, lo: int, hi: int) -> list[Extent]:
+            return [operand.extent(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)]
 
         def chunks() -> list[Chunk]:
             return [
-                chunk(pieces(send, lo, hi), pieces(recv, lo, hi), send, recv, host)
+                chunk(extents(send, lo, hi), extents(recv, lo, hi), send, recv, host)
                 for lo, hi in columns(each, p * recv.dtype.itemsize)
             ]
 
@@ -495,11 +497,11 @@ class DeviceBinder(Binder):
             chunks,
             fits.kernel(lambda room: plan_alltoall(send, recv, each, p, self.rank, room)),
             fits.native(
-                lambda: Binder.alltoall(self, None, send_argument(send, first is None), recv.message, "native")
+                lambda: Planner.alltoall(self, None, send_argument(send, first is None), recv.buffer, "native")
             ),
             fits.dense_out_of_place(
                 first is not None,
-                lambda nccl: nccl.alltoall(send.message.address, recv.message.address, nbytes),
+                lambda nccl: nccl.alltoall(send.buffer.address, recv.buffer.address, nbytes),
             ),
         )
         return self.bind_call("Alltoall", operands, call, count=each * p, algorithm=algorithm)
@@ -523,9 +525,9 @@ class DeviceBinder(Binder):
         first, recv = self.transfer_operands(operands, who)
         send = recv if first is None else first
         for each in (send, recv):
-            self.operand(each.message, op, who)
-        part = recv.message.block_length(p) if first is None else recv.message.elements
-        self.check_blocks(send.message, recv.message, (part,) * p, first is None, who)
+            self.read_operand(each.buffer, op, who)
+        part = recv.buffer.block_length(p) if first is None else recv.buffer.elements
+        self.check_blocks(send.buffer, recv.buffer, (part,) * p, first is None, who)
         self.check_algorithm("reduce_scatter", recv, op, algorithm, who)
 
         def host(a: Any, b: Any) -> None:
@@ -544,43 +546,43 @@ class DeviceBinder(Binder):
             ]
 
         fits, in_place = self.eligibility("reduce_scatter", recv, op, algorithm, reproducible), first is None
-        code, word = reductions.code_of(recv.dtype), operations.name_of(op)
+        code, op_name = reductions.code_of(recv.dtype), operations.name_of(op)
         call = Call(
             part * p * recv.dtype.itemsize,
             chunks,
-            fits.kernel(lambda room: plan_reduce_scatter(send, recv, (part,) * p, self.rank, word, room)),
+            fits.kernel(lambda room: plan_reduce_scatter(send, recv, (part,) * p, self.rank, op_name, room)),
             fits.native(
-                lambda: Binder.reduce_scatter_block(
-                    self, None, send_argument(send, in_place), recv.message, op, "native"
+                lambda: Planner.reduce_scatter_block(
+                    self, None, send_argument(send, in_place), recv.buffer, op, "native"
                 )
             ),
             fits.dense_out_of_place(
                 not in_place,
-                lambda nccl: nccl.reduce_scatter(send.message.address, recv.message.address, part, code, word),
+                lambda nccl: nccl.reduce_scatter(send.buffer.address, recv.buffer.address, part, code, op_name),
             ),
         )
-        said = algorithm_label(algorithm, reproducible)
-        return self.bind_call("Reduce_scatter_block", operands, call, op, count=part * p, algorithm=said)
+        label = algorithm_label(algorithm, reproducible)
+        return self.bind_call("Reduce_scatter_block", operands, call, op, count=part * p, algorithm=label)
 
     def reduce_scatter_v(
         self,
         key: Hashable,
         sendbuf: Any,
         recvbuf: Any,
-        told: tuple[int, ...] | None,
+        recvcounts: tuple[int, ...] | None,
         op: MPI.Op,
         algorithm: str | None,
     ) -> Plan:
         """Reduce_scatter, in one chunk."""
-        return self.device_reduce_scatter(sendbuf, recvbuf, told, op, algorithm, False) or super().reduce_scatter_v(
-            key, sendbuf, recvbuf, told, op, algorithm
-        )
+        return self.device_reduce_scatter(
+            sendbuf, recvbuf, recvcounts, op, algorithm, False
+        ) or super().reduce_scatter_v(key, sendbuf, recvbuf, recvcounts, op, algorithm)
 
     def device_reduce_scatter(
         self,
         sendbuf: Any,
         recvbuf: Any,
-        told: tuple[int, ...] | None,
+        recvcounts: tuple[int, ...] | None,
         op: MPI.Op,
         algorithm: str | None,
         reproducible: bool,
@@ -593,30 +595,30 @@ class DeviceBinder(Binder):
         first, recv = self.transfer_operands(operands, who)
         send = recv if first is None else first
         for each in (send, recv):
-            self.operand(each.message, op, who)
-        if told is None and first is None:
-            raise ArgumentError(f"{who}: in place it cannot know who gets how much: pass recvcounts")
-        counts = self.context.counts(recv.message.elements) if told is None else told
-        self.check_blocks(send.message, recv.message, counts, first is None, who)
+            self.read_operand(each.buffer, op, who)
+        if recvcounts is None and first is None:
+            raise ArgumentError(f"{who}: in place, the number of elements for each rank is unknown: pass recvcounts")
+        counts = self.context.counts(recv.buffer.elements) if recvcounts is None else recvcounts
+        self.check_blocks(send.buffer, recv.buffer, counts, first is None, who)
         self.check_algorithm("reduce_scatter", recv, op, algorithm, who)
 
         def host(a: Any, b: Any) -> None:
             comm.Reduce_scatter(a, b, counts, op, algorithm, reproducible)
 
         reads, writes = [send.extent(0, sum(counts))], [recv.extent(0, counts[self.rank])]
-        fits, word = self.eligibility("reduce_scatter", recv, op, algorithm, reproducible), operations.name_of(op)
+        fits, op_name = self.eligibility("reduce_scatter", recv, op, algorithm, reproducible), operations.name_of(op)
         call = Call(
             sum(counts) * recv.dtype.itemsize,
             lambda: [chunk(reads, writes, send, recv, host)],
-            fits.kernel(lambda room: plan_reduce_scatter(send, recv, counts, self.rank, word, room)),
+            fits.kernel(lambda room: plan_reduce_scatter(send, recv, counts, self.rank, op_name, room)),
         )
-        said = algorithm_label(algorithm, reproducible)
-        return self.bind_call("Reduce_scatter", operands, call, op, count=sum(counts), algorithm=said)
+        label = algorithm_label(algorithm, reproducible)
+        return self.bind_call("Reduce_scatter", operands, call, op, count=sum(counts), algorithm=label)
 
     def bind_reproducible(
         self, key: Hashable, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op
     ) -> Plan | None:
-        """A reduction whose bits do not depend on order: chunk by chunk on the host."""
+        """Bind a reduction whose bits do not depend on order: chunk by chunk on the host."""
         methods: dict[str, Callable[..., Plan | None]] = {
             "Allreduce": self.device_allreduce,
             "Reduce": self.device_reduce,
@@ -628,7 +630,7 @@ class DeviceBinder(Binder):
         )
 
     def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Plan:
-        """Allreduce_view is for registered memory, which is the host's."""
+        """Allreduce_view; its registered memory is on the host."""
         if self.uses_device(buf):
             raise ArgumentError(f"{self.call_label('Allreduce_view')}: the array lies on a device: use Allreduce")
         return super().allreduce_view(key, buf, op)
@@ -636,14 +638,14 @@ class DeviceBinder(Binder):
     def bind_inherited(
         self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
     ) -> Plan:
-        """MPI's own collectives see copies on the host; a rank may have its arrays here, another there."""
+        """MPI's own collectives run on host copies; arrays may lie on a device on some ranks only."""
         if not any(self.uses_device(each) for each in buffers):
             return super().bind_inherited(key, name, buffers, root, op)
         who = self.call_label(name)
         both = [self.copy_to_host(each, who) for each in buffers]
         into = both[1][1]
         if into and not into.writable:
-            raise ArgumentError(f"{who}: the array to receive into is read-only: pass one that can be written")
+            raise ArgumentError(f"{who}: the receive array is read-only: pass a writable array")
         inner = super().bind_inherited(None, name, tuple(form for form, _ in both), root, op)
 
         def run() -> None:
@@ -655,7 +657,7 @@ class DeviceBinder(Binder):
         return Plan(run)
 
     def copy_to_host(self, form: Any, who: str) -> tuple[Any, DeviceArray | None]:
-        """A buffer with a copy on the host in place of its array, and that array; else the buffer as it is."""
+        """A buffer with a host copy in place of its device array, and that array; a host buffer as it is."""
         if not self.uses_device(form):
             return form, None
         known = Operand(form, self.require_device(who), who).array
@@ -665,25 +667,25 @@ class DeviceBinder(Binder):
         return [copy, *data[1:]] if isinstance(data, list | tuple) else copy, known
 
     def apply_to_copies(self, name: str, function: Callable[..., Any], arrays: Sequence[Any], written: int = 0) -> Any:
-        """What a function of NumPy arrays makes of arrays that may lie on a device: then its answer's arrays do, too.
+        """Apply a function of NumPy arrays to arrays that may lie on a device; the result's arrays then do as well.
 
-        It writes the last ``written`` of them.
+        The function writes the last ``written`` of the arrays.
         """
         if not any(self.uses_device(each) for each in arrays):
             return function(*arrays)
         both = [self.copy_to_host(each, self.call_label(name)) for each in arrays]
-        answer = function(*(copy for copy, _ in both))
+        result = function(*(copy for copy, _ in both))
         for copy, known in both[len(both) - written :]:
             if known:
                 self.staging.store(copy.view(np.uint8), known.address, known.streams)
         like = next(each for each in arrays if array_of(each) is not None)
-        if hasattr(answer, "_asdict"):
-            fields = {field: self.copy_to_device(each, like) for field, each in answer._asdict().items()}
-            return answer._replace(**fields)
-        return self.copy_to_device(answer, like)
+        if hasattr(result, "_asdict"):
+            fields = {field: self.copy_to_device(each, like) for field, each in result._asdict().items()}
+            return result._replace(**fields)
+        return self.copy_to_device(result, like)
 
     def copy_to_device(self, x: Any, like: Any) -> Any:
-        """An array, or all those in a list or a tuple, on the device, as ``like``'s library has them."""
+        """Copy an array, or all arrays of a list or tuple, to the device, as arrays of ``like``'s library."""
         if type(x) in (list, tuple):
             return type(x)(self.copy_to_device(each, like) for each in x)
         if not isinstance(x, np.ndarray):
@@ -694,7 +696,7 @@ class DeviceBinder(Binder):
         return convert_like(made, like)
 
     def require_device(self, who: str) -> cuda.Device:
-        """The device; raises where there is none."""
+        """The device; raises if there is none."""
         try:
             return self.staging.device
         except TransportError as error:
@@ -702,15 +704,15 @@ class DeviceBinder(Binder):
 
 
 class Eligibility(NamedTuple):
-    """Whether a call's dtype, operation and algorithm suit a way; each method leaves out what does not suit."""
+    """Which transports support a call; each method returns ``None`` if its transport does not."""
 
     has_kernel: bool
     is_plain: bool
     is_dense: bool
 
-    def kernel(self, turns: Callable[[int], Sequence[Phase]]) -> Callable[[int], Sequence[Phase]] | None:
-        """For ranks that read each other's memory."""
-        return turns if self.has_kernel else None
+    def kernel(self, phases: Callable[[int], Sequence[Phase]]) -> Callable[[int], Sequence[Phase]] | None:
+        """For CUDA IPC."""
+        return phases if self.has_kernel else None
 
     def native(self, native: Callable[[], Plan]) -> Callable[[], Plan] | None:
         """For MPI's own collective."""
@@ -723,93 +725,95 @@ class Eligibility(NamedTuple):
     def dense_out_of_place(
         self, holds: bool, body: Callable[[nvidia.Nccl], None]
     ) -> Callable[[nvidia.Nccl], None] | None:
-        """For NCCL, which has it with two buffers only."""
+        """For NCCL, which supports this collective out of place only."""
         return body if self.is_dense and holds else None
 
 
 def algorithm_label(algorithm: str | None, reproducible: bool) -> str | None:
-    """What ranks must say alike beside the call itself."""
+    """The algorithm in the fingerprint."""
     return "reproducible" if reproducible else algorithm
 
 
 def send_argument(send: Operand, in_place: bool) -> Any:
-    """What MPI is told to send."""
-    return IN_PLACE if in_place else send.message
+    """What MPI is recvcounts to send."""
+    return IN_PLACE if in_place else send.buffer
 
 
-# In turns, each of so many bytes at most
+# Phases of CUDA IPC, each of at most ``room`` bytes
 
 
-def cut(count: int, bytes_each: int, room: int) -> list[tuple[int, int]]:
-    """[lo, hi) of the turns of ``count`` columns; one turn, an empty one, of none."""
+def phase_ranges(count: int, bytes_each: int, room: int) -> list[tuple[int, int]]:
+    """[lo, hi) of the phases of ``count`` columns; one empty phase if there are none."""
     most = max(1, room // bytes_each)
     step = most - most % cuda_ipc.ALIGNMENT or most
     return list(pairwise([*range(0, count, step), count])) or [(0, 0)]
 
 
 def plan_reduce(n: int, send: Operand, recv: Operand | None, op: str, room: int) -> list[Phase]:
-    """All vectors reduced, wherever there is something to receive into."""
-    code, turns = reductions.code_of(send.dtype), []
-    for lo, hi in cut(n, send.dtype.itemsize, room):
-        piece = send.extent(lo, hi - lo)
+    """Reduce all vectors, on the ranks that have a receive operand."""
+    code, phases = reductions.code_of(send.dtype), []
+    for lo, hi in phase_ranges(n, send.dtype.itemsize, room):
+        extent = send.extent(lo, hi - lo)
         into = recv.extent(lo, hi - lo).address if recv else 0
-        turns.append(Phase([piece], [Fold(op, code, 0, piece.nbytes, into)]))
-    return turns
+        phases.append(Phase([extent], [PeerReduce(op, code, 0, extent.nbytes, into)]))
+    return phases
 
 
 def plan_broadcast(n: int, data: Operand, root: int, here: bool, room: int) -> list[Phase]:
-    """The root's vector."""
-    pieces = [data.extent(lo, hi - lo) for lo, hi in cut(n, data.dtype.itemsize, room)]
+    """Copy the root's vector."""
+    extents = [data.extent(lo, hi - lo) for lo, hi in phase_ranges(n, data.dtype.itemsize, room)]
     if here:
-        return [Phase([piece]) for piece in pieces]
-    return [Phase([], takes=[PeerCopy(root, 0, piece.nbytes, piece.address)]) for piece in pieces]
+        return [Phase([extent]) for extent in extents]
+    return [Phase([], copies=[PeerCopy(root, 0, extent.nbytes, extent.address)]) for extent in extents]
 
 
 def plan_allgather(
     send: Operand, begin: int, recv: Operand, counts: Sequence[int], displs: Sequence[int], me: int, room: int
 ) -> list[Phase]:
-    """Everybody's part; this rank's begins at an element of ``send``."""
-    turns = []
-    for lo, hi in cut(max(counts), recv.dtype.itemsize, room):
+    """Copy the blocks of all ranks; this rank's begins at element ``begin`` of ``send``."""
+    phases = []
+    for lo, hi in phase_ranges(max(counts), recv.dtype.itemsize, room):
         ends = [(min(lo, count), min(hi, count)) for count in counts]
-        pieces = [recv.extent(displ + a, b - a) for displ, (a, b) in zip(displs, ends, strict=True)]
-        takes = [PeerCopy(k, 0, piece.nbytes, piece.address) for k, piece in enumerate(pieces)]
+        extents = [recv.extent(displ + a, b - a) for displ, (a, b) in zip(displs, ends, strict=True)]
+        copies = [PeerCopy(k, 0, extent.nbytes, extent.address) for k, extent in enumerate(extents)]
         a, b = ends[me]
-        turns.append(Phase([send.extent(begin + a, b - a)], takes=takes))
-    return turns
+        phases.append(Phase([send.extent(begin + a, b - a)], copies=copies))
+    return phases
 
 
 def plan_alltoall(send: Operand, recv: Operand, each: int, p: int, me: int, room: int) -> list[Phase]:
-    """A part from everybody for everybody."""
-    turns = []
-    for lo, hi in cut(each, p * recv.dtype.itemsize, room):
+    """Copy this rank's block of every rank."""
+    phases = []
+    for lo, hi in phase_ranges(each, p * recv.dtype.itemsize, room):
         reads = [send.extent(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)]
-        into = [recv.extent(k * each + lo, hi - lo) for k in range(p)]
-        takes = [PeerCopy(k, reads[me].first, piece.nbytes, piece.address) for k, piece in enumerate(into)]
-        turns.append(Phase(reads, takes=takes))
-    return turns
+        writes = [recv.extent(k * each + lo, hi - lo) for k in range(p)]
+        copies = [PeerCopy(k, reads[me].first, extent.nbytes, extent.address) for k, extent in enumerate(writes)]
+        phases.append(Phase(reads, copies=copies))
+    return phases
 
 
 def plan_reduce_scatter(
     send: Operand, recv: Operand, counts: Sequence[int], me: int, op: str, room: int
 ) -> list[Phase]:
-    """A part of the sum each.  In place the result is written over columns that have been read already."""
+    """Reduce this rank's block.  In place, the result overwrites columns that have been read already."""
     first, code = np.cumsum([0, *counts]).tolist(), reductions.code_of(recv.dtype)
-    turns = []
-    for lo, hi in cut(max(counts), len(counts) * recv.dtype.itemsize, room):
+    phases = []
+    for lo, hi in phase_ranges(max(counts), len(counts) * recv.dtype.itemsize, room):
         ends = [(min(lo, count), min(hi, count)) for count in counts]
         reads = [send.extent(first[k] + a, b - a, k * (hi - lo)) for k, (a, b) in enumerate(ends)]
         a, b = ends[me]
-        into = recv.extent(a, b - a)
-        turns.append(Phase(reads, [Fold(op, code, reads[me].first, into.nbytes, into.address, shared=False)]))
-    return turns
+        result = recv.extent(a, b - a)
+        phases.append(
+            Phase(reads, [PeerReduce(op, code, reads[me].first, result.nbytes, result.address, shared=False)])
+        )
+    return phases
 
 
-# In chunks
+# Chunks through the host
 
 
 def columns(count: int, bytes_each: int) -> list[tuple[int, int]]:
-    """[lo, hi) of the chunks of ``count`` columns; one chunk, an empty one, of none."""
+    """[lo, hi) of the chunks of ``count`` columns; one empty chunk if there are none."""
     step = max(1, chunk_columns(count, bytes_each))
     return list(pairwise([*range(0, count, step), count])) or [(0, 0)]
 
@@ -820,7 +824,7 @@ def chunk_columns(count: int, bytes_each: int) -> int:
 
 
 def elementwise_chunks(count: int, send: Operand | None, recv: Operand | None, host: Host) -> list[Chunk]:
-    """The chunks of a collective whose elements have nothing to do with one another."""
+    """The chunks of an element-wise collective."""
     known = send or recv
     assert known is not None
     return [
@@ -836,12 +840,12 @@ def elementwise_chunks(count: int, send: Operand | None, recv: Operand | None, h
 
 
 def chunk(reads: list[Extent], writes: list[Extent], send: Operand | None, recv: Operand | None, host: Host) -> Chunk:
-    """A chunk whose collective sees arrays; pieces of no bytes are left out."""
+    """A chunk whose collective runs on arrays; empty extents are left out."""
 
-    def seen(octets: npt.NDArray[np.uint8], side: Operand | None) -> Any:
-        return None if side is None else octets.view(side.dtype)
+    def view(octets: npt.NDArray[np.uint8], operand: Operand | None) -> Any:
+        return None if operand is None else octets.view(operand.dtype)
 
     def body(incoming: npt.NDArray[np.uint8], outgoing: npt.NDArray[np.uint8]) -> None:
-        host(seen(incoming, send), seen(outgoing, recv))
+        host(view(incoming, send), view(outgoing, recv))
 
     return Chunk([each for each in reads if each.nbytes], body, [each for each in writes if each.nbytes])

@@ -1,22 +1,22 @@
-"""What hpccomm raises, and when.
+"""The exceptions of hpccomm.
 
 ::
 
     HpccommError
     ├── ArgumentError      this rank's call is wrong; raised before the first message     (ValueError)
-    ├── MismatchError      ranks of one communicator called different things              (RuntimeError)
+    ├── MismatchError      ranks of one communicator made different calls                 (RuntimeError)
     ├── LaunchError        the launcher and the MPI library do not belong together        (RuntimeError)
     ├── ScheduleError      a schedule does not do what its collective promises            (AssertionError)
-    └── TransportError     a way to move bytes is not to be had here                      (OSError)
+    └── TransportError     a transport is not available here                              (OSError)
 
-Every message says who, what and what to do.
+Every error sentence names the rank, the fault and the remedy.
 """
 
 from __future__ import annotations
 
 
 class HpccommError(Exception):
-    """The root of everything raised here on purpose."""
+    """The base class of all errors of hpccomm."""
 
 
 class ArgumentError(HpccommError, ValueError):
@@ -24,7 +24,7 @@ class ArgumentError(HpccommError, ValueError):
 
 
 class MismatchError(HpccommError, RuntimeError):
-    """Ranks of one communicator called different things at the same time."""
+    """Ranks of one communicator made different calls at the same time."""
 
 
 class LaunchError(HpccommError, RuntimeError):

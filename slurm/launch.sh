@@ -1,18 +1,18 @@
-# Sourced by the jobs beside it: which Python, which launcher, where results go.
+# The jobs in this folder source this file: it sets the Python, the launcher and the folder for results.
 #
 #   PYTHON     the Python of the environment that hpccomm is installed in      default: python
 #   LAUNCHER   run: hpccomm-run, which finds the launcher of the MPI that mpi4py loads (default)
 #              srun: Slurm's own, with --mpi=$SRUN_MPI                          default: pmi2 (MPICH, Intel MPI); pmix for Open MPI
 #   RESULTS    a folder that the job's first node can write to                  default: results-<job>
 #
-# hpccomm compares the launcher's size with the communicator's: the wrong --mpi, which starts many jobs of one rank in
-# silence, ends with a sentence that says so.
+# A wrong --mpi silently starts many jobs of one rank.  hpccomm compares the launcher's number of ranks with the
+# communicator's, and ends such a job with an error that says which flag to give.
 
 PYTHON=${PYTHON:-python}
 RESULTS=${RESULTS:-results-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
 mkdir -p "$RESULTS"
 
-# A rank on a GPU sees the one that belongs to its place on the node.
+# Each rank sees one GPU: the one with the number of its local rank.
 bind_gpu() {
     if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
         # shellcheck disable=SC2016
@@ -35,20 +35,20 @@ launch() {
     esac
 }
 
-# As launch.  The signal USR1 goes to all ranks; when they have saved and ended, the job is queued again.
+# As launch, but passes the signal USR1 on to all ranks.  They save a checkpoint and end; then the job is queued again.
 interruptible() {
     local status=0
     (RUN=exec launch "$@") &
     child=$!
-    trap 'told=yes; kill -USR1 "$child"' USR1
-    while :; do # a signal ends the waiting, not the program
+    trap 'signalled=yes; kill -USR1 "$child"' USR1
+    while :; do # a signal interrupts wait, not the program
         wait "$child" && status=0 || status=$?
         kill -0 "$child" 2>/dev/null || break
     done
-    if [ -n "${told:-}" ]; then
-        echo "told to end: queued again"
+    if [ -n "${signalled:-}" ]; then
+        echo "received USR1: the job is queued again"
         scontrol requeue "$SLURM_JOB_ID"
-        sleep 60 # until Slurm ends this
+        sleep 60 # until Slurm ends this script
     fi
     return "$status"
 }

@@ -1,4 +1,4 @@
-"""MPI tests run in lock-step, at several world sizes."""
+"""MPI tests run in lock-step, at several world sizes; ``--quick`` runs a cut through all tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,44 @@ import numpy as np
 import pytest
 
 pytest_plugins = ["hpccomm.testing.lockstep"]
+
+SERIAL_ROWS, MPI_ROWS = 4, 1
+"""Rows of one parametrised test that ``--quick`` runs: of a serial test, and of an MPI test at each world size."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the command-line flag."""
+    parser.addoption("--quick", action="store_true", help="a few rows of each table, without tests marked slow")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Reduce every table, after ``-k`` and ``-m``, to a few rows."""
+    if not config.getoption("--quick"):
+        return
+    tables: dict[tuple[str, int], list[pytest.Item]] = {}
+    for item in items:
+        tables.setdefault(table_of(item), []).append(item)
+    chosen = {item for (_, size), rows in tables.items() for item in choose_rows(rows, size)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
+
+def table_of(item: pytest.Item) -> tuple[str, int]:
+    """The test with its world size; all tests of a file that are marked slow are one table."""
+    from hpccomm.testing.lockstep import size_of  # pytest must load a plug-in before anybody imports it
+
+    slow = item.get_closest_marker("slow")
+    return (str(item.path) if slow else item.nodeid.partition("[")[0]), size_of(item)
+
+
+def choose_rows(rows: list[pytest.Item], size: int) -> list[pytest.Item]:
+    """Rows at equal distances, others at another world size; of slow tests the first ``keep``."""
+    slow = rows[0].get_closest_marker("slow")
+    if slow:
+        return rows[: slow.kwargs.get("keep", 0)]
+    step = -(-len(rows) // (MPI_ROWS if size else SERIAL_ROWS))
+    return rows[size % step :: step]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own sources, compiled for this processor (``cuda_on_cpu.h``), for NumPy or a stand-in library."""
+"""The CUDA kernels' own sources, compiled for this processor (``cuda_on_cpu.h``), for NumPy or a fake library."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """mpi4py's own tests of blocking and persistent collectives, run with ``COMM`` set to our communicator.
 
-Start it on several ranks: ``hpccomm-run -n 3 tests/mpi4py_suite.py FOLDER [algorithm …]`` with the folder of mpi4py's
-tests; ``scripts/test_mpi4py`` fetches that folder and does so for several numbers of ranks.
+Usage: ``hpccomm-run -n 3 tests/mpi4py_suite.py FOLDER [algorithm …]``, where FOLDER contains mpi4py's tests.
+``scripts/test_mpi4py`` downloads that folder and runs this script on several numbers of ranks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hpccomm.collectives import ALGORITHMS
 MODULES = ("test_cco_buf", "test_cco_vec", "test_cco_pr_buf", "test_cco_pr_vec")
 
 
-def host_arrays_only() -> None:
-    """Their array implementations, without those that need a device."""
+def import_host_arrays() -> None:
+    """Import mpi4py's array implementations without those that need a device."""
     hidden = {name: sys.modules.pop(name, None) for name in ("numba", "cupy")}
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     importlib.import_module("arrayimpl")
@@ -33,7 +33,7 @@ def host_arrays_only() -> None:
 
 
 def cases(world: Communicator, alone: Communicator) -> Iterator[Any]:
-    """Every test class that runs on the world or on one rank alone."""
+    """Every test class that runs on the world or on a single rank."""
     for name in MODULES:
         for label, each in vars(importlib.import_module(name)).items():
             if isinstance(each, type) and issubclass(each, unittest.TestCase) and label.endswith(("World", "Self")):
@@ -42,29 +42,29 @@ def cases(world: Communicator, alone: Communicator) -> Iterator[Any]:
 
 
 def run(algorithm: str) -> bool:
-    """All of them with one algorithm; whether every rank is content."""
+    """Run all test classes with one algorithm; return whether they passed on every rank."""
     world, alone = Communicator(MPI.COMM_WORLD, algorithm), Communicator(MPI.COMM_SELF, algorithm)
     load = unittest.TestLoader().loadTestsFromTestCase
     suite = unittest.TestSuite(load(case) for case in cases(world, alone))
-    with open(os.devnull, "w") as nowhere:
-        result = unittest.TextTestRunner(stream=nowhere).run(suite)
-    troubles = [f"{test}: {text}" for test, text in result.failures + result.errors]
-    everybody = MPI.COMM_WORLD.gather((result.testsRun, len(result.skipped), troubles))
-    for rank, (count, skipped, texts) in enumerate(everybody or []):
+    with open(os.devnull, "w") as devnull:
+        result = unittest.TextTestRunner(stream=devnull).run(suite)
+    failures = [f"{test}: {text}" for test, text in result.failures + result.errors]
+    gathered = MPI.COMM_WORLD.gather((result.testsRun, len(result.skipped), failures))
+    for rank, (count, skipped, texts) in enumerate(gathered or []):
         if rank == 0 or texts:
             passed = count - len(texts) - skipped
             print(f"{algorithm:>13}, rank {rank} of {world.size}: {passed} passed, {len(texts)} failed")
         for text in texts[:3]:
             print(text)
     sys.stdout.flush()
-    return not MPI.COMM_WORLD.allreduce(len(troubles))
+    return not MPI.COMM_WORLD.allreduce(len(failures))
 
 
 def main() -> int:
-    """Every algorithm that is named, or all there are."""
+    """Run the suite with the given algorithms, or with all."""
     folder, *wanted = sys.argv[1:]
     sys.path.insert(0, folder)
-    host_arrays_only()
+    import_host_arrays()
     every = dict.fromkeys(name for row in ALGORITHMS.values() for name in row)
     return 0 if all([run(name) for name in wanted or ["auto", "native", "shared", "hierarchical", *every]]) else 1
 

@@ -47,7 +47,7 @@ def test_a_read_only_and_a_strided_array_are_borrowed_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("scalar", [True, 3, 2.5, 1j, np.float32(2), np.int8(3), ml_dtypes.bfloat16(2)])
-def test_a_scalar_comes_back_as_a_scalar_of_its_type(scalar: Any) -> None:
+def test_the_result_of_a_scalar_is_a_scalar_of_its_type(scalar: Any) -> None:
     view, give_back = borrow(scalar)
     back = give_back(view.copy())
     assert view.shape == ()
@@ -55,12 +55,12 @@ def test_a_scalar_comes_back_as_a_scalar_of_its_type(scalar: Any) -> None:
     assert back == scalar
 
 
-def test_scalars_that_were_gathered_come_back_as_an_array() -> None:
+def test_gathered_scalars_are_an_array() -> None:
     _, give_back = borrow(2.5)
     assert isinstance(give_back(np.ones(3)), np.ndarray)
 
 
-def test_a_foreign_array_is_read_without_a_copy_and_given_back_as_its_kind() -> None:
+def test_a_dlpack_array_is_read_without_a_copy_and_converted_back() -> None:
     x = Foreign(np.arange(4.0))
     view, give_back = borrow(x)
     assert np.shares_memory(view, x.array)
@@ -94,12 +94,12 @@ def test_an_array_on_a_device_is_refused(x: Any) -> None:
         (1 << 70, r"does not fit into 64 bits"),
     ],
 )
-def test_what_cannot_be_exchanged_is_refused_with_a_remedy(x: Any, remedy: str) -> None:
+def test_unusable_arrays_are_refused_with_a_remedy(x: Any, remedy: str) -> None:
     with pytest.raises(ArgumentError, match=remedy):
         borrow(x)
 
 
-def test_remedies_work() -> None:
+def test_the_remedies_in_errors_work() -> None:
     assert borrow(np.zeros(2, "M8[s]").view("i8"))[0].dtype == np.int64
     swapped = np.arange(3, dtype=">f8")
     assert borrow(swapped.astype(swapped.dtype.newbyteorder("=")))[0].tolist() == [0, 1, 2]
@@ -133,7 +133,7 @@ def test_narrowing_rounds_to_nearest_even_and_overflows_to_infinity() -> None:
     assert narrow(np.array([2049, 2051, 1e6], "f4"), np.dtype("f2")).tolist() == [2048, 2052, np.inf]
 
 
-def test_16_bit_floats_move_as_words_without_a_copy() -> None:
+def test_16_bit_floats_are_viewed_as_uint16_without_a_copy() -> None:
     for dtype in (np.float16, ml_dtypes.bfloat16):
         x = np.ones((2, 3), dtype)
         assert view_for_mpi(x).dtype == np.uint16

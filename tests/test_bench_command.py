@@ -11,6 +11,8 @@ import pytest
 
 from hpccomm.testing.jobs import run_under_mpi
 
+pytestmark = pytest.mark.slow(keep=1)
+
 
 def bench(ranks: int, line: str) -> subprocess.CompletedProcess[str]:
     return run_under_mpi(ranks, "-m", "hpccomm", "bench", *line.split(), timeout=120)

@@ -32,13 +32,14 @@ def options(**more: Any) -> Options:
 def test_every_algorithm_of_every_collective_is_right(comm: Any, collective: str, dtype: str) -> None:
     case = CASES[collective]
     names = comm.algorithms(case.algorithms) if case.algorithms else ("auto", "native")
-    for in_place in {False, case.in_place}:
-        for root in (comm.size - 1, None) if case.has_root else (0,):
-            chosen = options(dtype=dtype, in_place=in_place, root=root, whole=False)
-            rows = list(measure(comm, collective, [4, 60, 4000], names, chosen))
-            assert [row.complaint for row in rows if not row.validated] == []
-            assert [row.algorithm for row in rows[: len(names)]] == list(names)
-            assert len(rows) == 3 * len(names)
+    roots = (comm.size - 1, None) if case.has_root else (0, 0)
+    variants = dict.fromkeys(zip((False, case.in_place), roots, strict=True))
+    for in_place, root in variants if dtype == "f4" else [(False, roots[0])]:
+        chosen = options(dtype=dtype, in_place=in_place, root=root, whole=False)
+        rows = list(measure(comm, collective, [4, 60, 4000], names, chosen))
+        assert [row.complaint for row in rows if not row.validated] == []
+        assert [row.algorithm for row in rows[: len(names)]] == list(names)
+        assert len(rows) == 3 * len(names)
 
 
 @pytest.mark.mpi(sizes=(2,))

@@ -1,4 +1,4 @@
-"""``hpccomm``: every command is found, only the chosen one is imported, and a mistake is told in a line."""
+"""``hpccomm``: every command exists, only the selected one is imported, and an error is one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpccomm.launcher import launch_command
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_table_says_what_the_command_says(name: str) -> None:
+def test_the_summary_in_the_table_is_the_commands_own(name: str) -> None:
     assert COMMANDS[name] == import_module(f"hpccomm.commands.{name}").SUMMARY
 
 
@@ -49,7 +49,7 @@ def test_a_command_that_does_not_exist_ends_with_status_2_and_the_list(
     assert "command" in capsys.readouterr().err
 
 
-def test_an_error_made_on_purpose_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_hpccomm_error_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "spiral"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("hpccomm verify: ")
@@ -74,25 +74,25 @@ def test_python_m_hpccomm_is_the_same_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("words", "error"),
     [
         (["tune", "--collective", "nonsense"], "hpccomm tune: --collective nonsense: take some of allreduce"),
-        (["bench", "allreduce", "--algorithm", "rign"], "hpccomm bench: algorithm 'rign': for allreduce there is auto"),
+        (["bench", "allreduce", "--algorithm", "rign"], "hpccomm bench: allreduce has no algorithm 'rign': use auto"),
         (["train", "mnist"], "hpccomm train: dataset 'mnist' is not known"),
         (["tune", "--nonsense"], "hpccomm: error: unrecognized arguments: --nonsense"),
     ],
 )
-def test_what_all_ranks_complain_of_is_said_once(words: list[str], complaint: str) -> None:
+def test_an_error_of_all_ranks_is_printed_once(words: list[str], error: str) -> None:
     command, env = launch_command(3, ["-m", "hpccomm", *words])
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode != 0
     said = done.stdout + done.stderr
-    assert said.count(complaint) == 1
+    assert said.count(error) == 1
     assert "MPI_ABORT" not in said
     assert "application called MPI_Abort" not in said
 
 
-def test_a_complaint_that_only_another_rank_has_is_not_lost(
+def test_an_error_of_another_rank_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")

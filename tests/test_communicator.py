@@ -1,8 +1,7 @@
-"""The communicator does what MPI promises, with every algorithm, at every size, bit for bit the same on all ranks."""
+"""The communicator keeps MPI's semantics with every algorithm at every size, with equal bits on all ranks."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from typing import Any
 
@@ -26,6 +25,11 @@ def lengths(p: int) -> list[int]:
     return sorted({0, 1, p - 1, p, p + 1, 1000})
 
 
+def long_length(dtype: str) -> int:
+    """A million elements of three sizes; the other types, whose reductions alone differ, get 65,537."""
+    return 2**20 + 1 if dtype in ("i1", "f4", "f8") else 2**16 + 1
+
+
 def operand(rank: int, n: int, dtype: Any) -> Any:
     """Distinct per rank and position."""
     return verifiable.operand(rank, 16, n, dtype)
@@ -36,9 +40,9 @@ def total(p: int, n: int, dtype: Any) -> Any:
     return sum((operand(rank, n, dtype) for rank in range(1, p)), operand(0, n, dtype)).astype(dtype)
 
 
-def is_same_on_all(comm: Communicator, array: Any) -> bool:
-    """Whether all ranks hold the same bits."""
-    return len(set(comm.allgather(hashlib.sha256(array).digest()))) == 1
+def have_same_bits(a: Any, b: Any) -> bool:
+    """Whether two arrays hold the same bytes."""
+    return np.array_equal(a.view("u1"), b.view("u1"))
 
 
 def check_allreduce(comm: Communicator, n: int, dtype: Any, op: str) -> None:
@@ -51,8 +55,7 @@ def check_allreduce(comm: Communicator, n: int, dtype: Any, op: str) -> None:
         a, b = mine.copy(), np.empty(n, dtype)
         comm.Allreduce(a, b, OPERATIONS[op], algorithm=algorithm)
         assert np.array_equal(a, mine), "the input was touched"
-        assert np.array_equal(b, want), (algorithm, n, dtype, op)
-        assert is_same_on_all(comm, b)
+        assert have_same_bits(b, want), (algorithm, n, dtype, op)
         for _ in range(2):
             a[...] = mine
             comm.Allreduce(MPI.IN_PLACE, a, OPERATIONS[op], algorithm=algorithm)
@@ -62,14 +65,14 @@ def check_allreduce(comm: Communicator, n: int, dtype: Any, op: str) -> None:
 @EVERY_SIZE
 def test_allreduce_is_exact_for_every_algorithm_length_and_dtype(comm: Communicator) -> None:
     for n in lengths(comm.size):
-        for dtype in verifiable.DTYPES:
+        for dtype in verifiable.DTYPES if n in (comm.size + 1, 1000) else ("i1", "f4", "c16"):
             check_allreduce(comm, n, dtype, "lxor" if dtype == "?" else "sum")
 
 
 @EVERY_SIZE
 def test_allreduce_of_a_million_elements_is_exact(comm: Communicator) -> None:
     for dtype in verifiable.DTYPES:
-        check_allreduce(comm, 2**20 + 1, dtype, "lxor" if dtype == "?" else "sum")
+        check_allreduce(comm, long_length(dtype), dtype, "lxor" if dtype == "?" else "sum")
 
 
 @EVERY_SIZE
@@ -106,10 +109,11 @@ def test_bcast_copies_the_root_everywhere(comm: Communicator) -> None:
 
 @pytest.mark.mpi(sizes=(2, 3, 5), timeout=400)
 def test_the_other_collectives_are_exact_with_a_million_elements(comm: Communicator) -> None:
-    n, p, me = 2**20 + 1, comm.size, comm.rank
-    ends = [0, *(n * (k + 1) // p for k in range(p))]
-    mine = slice(ends[me], ends[me + 1])
+    p, me = comm.size, comm.rank
     for dtype in verifiable.DTYPES:
+        n = long_length(dtype)
+        ends = [0, *(n * (k + 1) // p for k in range(p))]
+        mine = slice(ends[me], ends[me + 1])
         op = "lxor" if dtype == "?" else "sum"
         a, want = verifiable.operand(me, p, n, dtype, op), verifiable.reduction(p, n, dtype, op)
         for algorithm in comm.algorithms("reduce"):
@@ -230,7 +234,7 @@ def test_a_view_is_one_result_for_all_ranks_of_a_node(comm: Communicator) -> Non
         )
         comm.Barrier()
     if "shared" in comm.algorithms("allreduce"):
-        with pytest.raises(ArgumentError, match="the array is not registered: get it from"):
+        with pytest.raises(ArgumentError, match="the array is not registered: allocate it with"):
             comm.Allreduce_view(np.ones(5))
 
 
@@ -311,9 +315,9 @@ def test_16_bit_floats_move(comm: Communicator, dtype: Any) -> None:
         assert np.array_equal(out, whole[-7:])
     comm.Gather(mine, out := np.zeros(7 * p, dtype) if me == 0 else None)
     assert me or np.array_equal(out, whole)
-    with pytest.raises(ArgumentError, match=f"adds no {dtype}: cast to float32"):
+    with pytest.raises(ArgumentError, match=f"cannot reduce {dtype}: cast to float32"):
         comm.Scan(mine, mine.copy())
-    with pytest.raises(ArgumentError, match="user-defined operation cannot see"):
+    with pytest.raises(ArgumentError, match="user-defined operation cannot reduce"):
         comm.Allreduce(mine, mine.copy(), MPI.Op.Create(lambda a, b, t: None))
 
 
@@ -337,7 +341,7 @@ def test_alltoall_gives_every_rank_its_part(comm: Communicator) -> None:
     datatype.Free()
 
 
-def test_nobody_leaves_a_barrier_before_all_have_come(comm: Communicator) -> None:
+def test_no_rank_leaves_a_barrier_before_all_have_entered(comm: Communicator) -> None:
     """The ranks of one machine share a clock."""
     for algorithm in comm.algorithms("barrier"):
         other = Communicator(comm, algorithm)
@@ -431,10 +435,15 @@ def test_communicators_made_from_ours_are_ours(comm: Communicator) -> None:
     assert comm.Split(MPI.UNDEFINED) == MPI.COMM_NULL
 
 
-def test_levels_of_the_topology(comm: Communicator) -> None:
+def test_the_layout_counts_ranks_and_nodes(comm: Communicator) -> None:
     assert sum(comm.layout.per_node) == comm.size
     assert comm.intra_node.size == comm.layout.per_node[comm.layout.nodes[comm.rank]]
     assert comm.inter_node.size == comm.layout.count
+
+
+def test_topology_is_mpi4pys_integer(comm: Communicator) -> None:
+    assert comm.topology == MPI.Intracomm(comm).topology == MPI.UNDEFINED
+    assert "topology" not in vars(Communicator)
 
 
 def test_inherited_collectives_do_what_mpi4py_does(comm: Communicator) -> None:
@@ -485,17 +494,17 @@ def calls_by_form(comm: Any, x: dict[str, Any]) -> Any:
 
 
 @pytest.mark.mpi(sizes=(1, 2, 3, 4))
-def test_every_spelling_does_what_mpi4py_does_and_is_bound_once(comm: Communicator) -> None:
+def test_every_form_gives_mpi4pys_result_and_is_bound_once(comm: Communicator) -> None:
     def arrays() -> dict[str, Any]:
         p, lengths = comm.size, {"part": 12, "own": 5 + comm.rank}
         lengths |= {"a": 12 * p, "b": 12 * p, "wide": sum(7 + k for k in range(p))}
         return {name: np.zeros(length, "f4") for name, length in lengths.items()}
 
     ours, bound = arrays(), []
-    for turn in range(3):
+    for step in range(3):
         theirs = arrays()
         for k, name in enumerate(ours):
-            ours[name][...] = theirs[name][...] = verifiable.operand(comm.rank, 16, ours[name].size, "f4") + turn - k
+            ours[name][...] = theirs[name][...] = verifiable.operand(comm.rank, 16, ours[name].size, "f4") + step - k
         for _ in zip(calls_by_form(comm, ours), calls_by_form(MPI.Intracomm(comm), theirs), strict=True):
             assert {name: each.tolist() for name, each in ours.items()} == {n: e.tolist() for n, e in theirs.items()}
         bound.append(len(comm.context.plans))
@@ -503,18 +512,18 @@ def test_every_spelling_does_what_mpi4py_does_and_is_bound_once(comm: Communicat
 
 
 @pytest.mark.mpi(sizes=(1, 2, 3))
-def test_short_calls_on_new_arrays_are_bound_to_arrays_that_stand_in(comm: Communicator) -> None:
+def test_short_calls_on_new_arrays_use_bounce_buffers(comm: Communicator) -> None:
     p, r, held, bound = comm.size, comm.rank, [], []
-    for turn in range(6):
-        a, b = operand(r, 5 * p, "f4") + turn, np.full(5 * p, -1, "f4")
-        want = total(p, 5 * p, "f4") + p * turn
+    for step in range(6):
+        a, b = operand(r, 5 * p, "f4") + step, np.full(5 * p, -1, "f4")
+        want = total(p, 5 * p, "f4") + p * step
         mine = want[5 * r : 5 * r + 5]
         whole, part, own, other = a.copy(), np.zeros(5, "f4"), a[:5].copy(), np.full(5 * p, 7, "f4")
         table = np.asfortranarray(a.reshape(p, 5))
         comm.Allreduce(a, b)
         assert np.array_equal(b, want)
         comm.Allreduce(MPI.IN_PLACE, whole, op=MPI.MAX)
-        assert np.array_equal(whole, np.max([operand(k, 5 * p, "f4") + turn for k in range(p)], axis=0))
+        assert np.array_equal(whole, np.max([operand(k, 5 * p, "f4") + step for k in range(p)], axis=0))
         comm.Allreduce(table, turned := np.empty_like(table))
         assert np.array_equal(turned, want.reshape(p, 5))
         comm.Reduce(a, other, root=p - 1)
@@ -524,21 +533,21 @@ def test_short_calls_on_new_arrays_are_bound_to_arrays_that_stand_in(comm: Commu
         comm.Reduce_scatter(a, part)
         assert np.array_equal(part, mine)
         comm.Allgather(own, b)
-        assert np.array_equal(b, np.concatenate([operand(k, 5 * p, "f4")[:5] + turn for k in range(p)]))
+        assert np.array_equal(b, np.concatenate([operand(k, 5 * p, "f4")[:5] + step for k in range(p)]))
         comm.Alltoall(a, b)
-        assert np.array_equal(b, np.concatenate([operand(k, 5 * p, "f4")[5 * r : 5 * r + 5] + turn for k in range(p)]))
-        told = a.copy()
-        told.flags.writeable = r != 0
-        comm.Bcast(told)
-        assert np.array_equal(told, operand(0, 5 * p, "f4") + turn)
-        held += [a, b, whole, part, own, other, table, turned, told]  # so that each turn's lie elsewhere
+        assert np.array_equal(b, np.concatenate([operand(k, 5 * p, "f4")[5 * r : 5 * r + 5] + step for k in range(p)]))
+        root_data = a.copy()
+        root_data.flags.writeable = r != 0
+        comm.Bcast(root_data)
+        assert np.array_equal(root_data, operand(0, 5 * p, "f4") + step)
+        held += [a, b, whole, part, own, other, table, turned, root_data]  # so that each step's lie elsewhere
         bound.append(len(comm.context.plans))
     kept = (r == 0) + (p > 1)  # a root's array that cannot be written and a table in columns are bound each time
     assert bound[5] - bound[3] == 2 * kept < bound[1] - bound[0]
 
 
 @pytest.mark.mpi(sizes=(2, 3))
-def test_another_algorithm_for_all_calls_takes_those_that_were_bound_before(comm: Communicator) -> None:
+def test_a_new_default_algorithm_applies_to_cached_calls(comm: Communicator) -> None:
     a, b = operand(comm.rank, 100, "f4"), np.empty(100, "f4")
     for name in ("auto", "ring", "native", "tree"):
         if comm.rank == 0:
@@ -550,7 +559,7 @@ def test_another_algorithm_for_all_calls_takes_those_that_were_bound_before(comm
             assert np.array_equal(b, total(comm.size, 100, "f4"))
 
 
-def test_what_one_rank_can_know_is_refused_before_the_first_message(comm: Communicator) -> None:
+def test_bad_arguments_are_refused_before_the_first_message(comm: Communicator) -> None:
     """Every rank makes the same mistake, so every rank is refused; the next call works."""
     x, y = np.ones(8, "f4"), np.ones(8, "f4")
     frozen = np.ones(8, "f4")
@@ -562,21 +571,21 @@ def test_what_one_rank_can_know_is_refused_before_the_first_message(comm: Commun
         (lambda: comm.Allreduce(y[:6], y[2:]), "overlap"),
         (lambda: comm.Allreduce(x.astype(">f4"), y), "byte order"),
         (lambda: comm.Allreduce(x.astype(object), y), "lower-case"),
-        (lambda: comm.Allreduce(x, np.ones(8)), "make them alike"),
-        (lambda: comm.Allreduce(x, y[:4]), "make them alike"),
+        (lambda: comm.Allreduce(x, np.ones(8)), "make both the same"),
+        (lambda: comm.Allreduce(x, y[:4]), "make both the same"),
         (lambda: comm.Allreduce(np.ones((2, 3)), np.ones((2, 3), order="F")), "Fortran order"),
         (lambda: comm.Allreduce(x, y, algorithm="rign"), "use one of auto, native"),
         (lambda: comm.Allreduce(np.ones(3, bool), np.ones(3, bool)), "MPI.LOR"),
         (lambda: comm.Allreduce(x.astype("c8"), x.astype("c8"), MPI.MAX), "does not define max"),
         (lambda: comm.Allreduce(x, None), "None"),
-        (lambda: comm.Allreduce([x, 9, MPI.FLOAT], y), "count says 9"),
-        (lambda: comm.Bcast(x, root=comm.size), "not one of the ranks"),
-        (lambda: comm.Bcast(x, root=-1), "not one of the ranks"),
-        (lambda: comm.Reduce(x, y, root=comm.size), "not one of the ranks"),
-        (lambda: comm.Gather(x, None, root=99), "not one of the ranks"),
-        (lambda: comm.Reduce_scatter(x, y, [8] * (comm.size + 1)), "one count a rank"),
+        (lambda: comm.Allreduce([x, 9, MPI.FLOAT], y), "the count is 9"),
+        (lambda: comm.Bcast(x, root=comm.size), "is not a rank: pass one of"),
+        (lambda: comm.Bcast(x, root=-1), "is not a rank: pass one of"),
+        (lambda: comm.Reduce(x, y, root=comm.size), "is not a rank: pass one of"),
+        (lambda: comm.Gather(x, None, root=99), "is not a rank: pass one of"),
+        (lambda: comm.Reduce_scatter(x, y, [8] * (comm.size + 1)), "one count per rank"),
         (lambda: comm.Reduce_scatter(MPI.IN_PLACE, y), "recvcounts"),
-        (lambda: comm.Allgather(np.ones(3), np.ones(3 * comm.size + 1)[: 3 * comm.size - 1]), "make them agree"),
+        (lambda: comm.Allgather(np.ones(3), np.ones(3 * comm.size + 1)[: 3 * comm.size - 1]), "make both the same"),
     ]
     for call, remedy in mistakes:
         with pytest.raises(ArgumentError, match=remedy) as refused:
@@ -588,8 +597,8 @@ def test_what_one_rank_can_know_is_refused_before_the_first_message(comm: Commun
 
 @pytest.mark.parametrize("algorithm", ["auto", "native"])
 @pytest.mark.parametrize("n", [5, 1 << 18])
-def test_ranks_that_call_different_things_all_raise_and_can_go_on(comm: Communicator, algorithm: str, n: int) -> None:
-    """They are compared before anything moves."""
+def test_all_ranks_raise_on_mismatched_calls_and_can_continue(comm: Communicator, algorithm: str, n: int) -> None:
+    """The calls are compared before the first message."""
     odd = comm.rank == comm.size - 1
     unlike = [
         (np.ones(n, "f4"), MPI.SUM, np.ones(n, "i4"), MPI.SUM),
@@ -605,8 +614,8 @@ def test_ranks_that_call_different_things_all_raise_and_can_go_on(comm: Communic
 
 
 @pytest.mark.mpi(sizes=(2, 3))
-def test_calls_in_shared_memory_and_by_mpi_meet_and_all_raise(comm: Communicator) -> None:
-    """Many times: nobody gets a call ahead of the others."""
+def test_all_ranks_raise_if_some_call_shared_memory_and_others_mpi(comm: Communicator) -> None:
+    """Repeated, to show that no rank gets a call ahead of the others."""
     odd = comm.rank == comm.size - 1
     for _ in range(50):
         x = np.ones(10)
@@ -618,13 +627,13 @@ def test_calls_in_shared_memory_and_by_mpi_meet_and_all_raise(comm: Communicator
             assert (x == comm.size).all()
 
 
-def test_bound_calls_are_bounded_in_number(comm: Communicator) -> None:
+def test_the_number_of_cached_plans_is_bounded(comm: Communicator) -> None:
     for n in range(1, 300):
         comm.Allreduce(MPI.IN_PLACE, np.ones(n), algorithm="ring")
     assert len(comm.context.plans) <= 128
 
 
-def test_an_array_that_moved_is_not_mistaken_for_an_older_one(comm: Communicator) -> None:
+def test_a_new_array_at_an_old_address_gets_its_own_result(comm: Communicator) -> None:
     for k in range(200):
         a = np.full(17, k + comm.rank)
         comm.Allreduce(MPI.IN_PLACE, a, algorithm="doubling")
@@ -632,7 +641,7 @@ def test_an_array_that_moved_is_not_mistaken_for_an_older_one(comm: Communicator
         del a
 
 
-def test_the_communicators_own_algorithm_is_used_where_it_can(comm: Communicator) -> None:
+def test_the_default_algorithm_takes_the_calls_that_it_can(comm: Communicator) -> None:
     preferring = Communicator(comm, algorithm="ring")
     a = np.ones(100)
     preferring.Allreduce(MPI.IN_PLACE, a)
@@ -643,8 +652,8 @@ def test_the_communicators_own_algorithm_is_used_where_it_can(comm: Communicator
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("n", [8, 1 << 18])
-def test_a_collective_lets_messages_that_were_sent_before_come_to_their_end(comm: Communicator, n: int) -> None:
-    """Rank 0 is in the collective while its long message is still on its way to rank 1, which comes later."""
+def test_a_collective_completes_messages_that_were_sent_before(comm: Communicator, n: int) -> None:
+    """Rank 0 is in the collective while rank 1, which enters later, still receives its long message."""
     for algorithm in comm.algorithms("allreduce"):
         long, x = np.full(1 << 20, 3.0), np.ones(n)
         if comm.rank == 0:

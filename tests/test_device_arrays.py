@@ -1,4 +1,4 @@
-"""Arrays on a device, without a device: a stand-in whose streams do nothing before they are waited for."""
+"""Arrays on a fake device, whose streams run their work when they are synchronised."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from fake_device import SIDE, FakeArray, FakeDevice
 from mpi4py import MPI
-from stand_in import SIDE, StandIn, StandInArray
 
 import hpccomm
 from hpccomm import ArgumentError, MismatchError, arrays
 from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind_segments
-from hpccomm.device_planner import DeviceBinder, StreamBuffer, columns
+from hpccomm.device_planner import DevicePlanner, StreamBuffer, columns
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging
@@ -35,27 +35,27 @@ def operand(rank: int, n: int, dtype: Any = "f4") -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few elements a chunk, so that a few hundred make many."""
+    """A few elements per chunk, so that a few hundred make many chunks."""
     monkeypatch.setattr(cuda, "LEAST_CHUNK", 16)
     monkeypatch.setattr(cuda, "MOST_CHUNK", 160)
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    made = StandIn()
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    made = FakeDevice()
     monkeypatch.setattr(cuda, "device", lambda: made)
     return made
 
 
-# The way through the host
+# Staging through the host
 
 
 def double(incoming: np.ndarray, outgoing: np.ndarray) -> None:
     outgoing.view(F4)[...] = 2 * incoming.view(F4)
 
 
-def run_doubling(device: StandIn, n: int, each: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """What doubling in chunks makes of a vector that a kernel is still writing; and what it should."""
+def run_doubling(device: FakeDevice, n: int, each: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """The result of doubling, in chunks, a vector that a kernel is still writing; and the right result."""
     x, y = device.array(np.zeros(n, F4), SIDE), device.array(np.zeros(n, F4), SIDE)
     x.fill(operand(0, n))
     a, b = (arrays.read_device(side, "test") for side in (x, y))
@@ -69,13 +69,13 @@ def run_doubling(device: StandIn, n: int, each: int = 10) -> tuple[np.ndarray, n
 
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("n", [0, 1, 9, 10, 11, 21, 205])
-def test_chunks_arrive_whole_and_in_their_places(n: int, eager: bool) -> None:
-    got, want = run_doubling(StandIn(eager=eager), n)
+def test_every_chunk_is_written_to_its_own_place(n: int, eager: bool) -> None:
+    got, want = run_doubling(FakeDevice(eager=eager), n)
     assert np.array_equal(got, want)
 
 
-class ImpatientDevice(StandIn):
-    """Never waits for one of the streams."""
+class ImpatientDevice(FakeDevice):
+    """Never synchronises one of the streams."""
 
     def __init__(self, never: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class ImpatientDevice(StandIn):
 
 
 @pytest.mark.parametrize("never", [SIDE, 102, 103], ids=["the user's stream", "down", "up"])
-def test_the_stand_in_catches_whoever_does_not_wait(never: int) -> None:
+def test_the_fake_device_detects_a_missing_synchronisation(never: int) -> None:
     device = ImpatientDevice(never)
     x = device.array(np.zeros(50, F4), SIDE)
     y = device.array(np.zeros(50, F4))
@@ -99,17 +99,17 @@ def test_the_stand_in_catches_whoever_does_not_wait(never: int) -> None:
     assert not np.array_equal(y.memory, 2 * operand(0, 50))
 
 
-def test_the_stand_in_catches_a_single_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fake_device_detects_a_missing_second_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     def single(self: Staging, which: str, nbytes: int) -> list[np.ndarray]:
-        return [self._rooms.setdefault(which, [np.empty(4096, np.uint8)])[0]] * 2
+        return [self._buffers.setdefault(which, [np.empty(4096, np.uint8)])[0]] * 2
 
     monkeypatch.setattr(Staging, "bounce_buffers", single)
-    got, want = run_doubling(StandIn(eager=True), 205)
+    got, want = run_doubling(FakeDevice(eager=True), 205)
     assert not np.array_equal(got, want)
 
 
 def test_copies_overlap_the_collective() -> None:
-    device = StandIn()
+    device = FakeDevice()
     staging = Staging(device)
     x = device.array(np.zeros(40, F4))
     begun: list[tuple[int, int]] = []
@@ -119,22 +119,22 @@ def test_copies_overlap_the_collective() -> None:
         outgoing[...] = incoming
 
     address = arrays.read_device(x, "test").address
-    pieces = [Extent(address + 40 * k, 0, 40) for k in range(4)]
-    staging.run([Chunk([piece], body, [piece]) for piece in pieces])
+    extents = [Extent(address + 40 * k, 0, 40) for k in range(4)]
+    staging.run([Chunk([extent], body, [extent]) for extent in extents])
     assert begun == [(1, 0), (1, 1), (1, 1), (0, 1)]
 
 
 def test_a_failing_collective_leaves_no_copy_behind() -> None:
-    device = StandIn()
+    device = FakeDevice()
     staging = Staging(device)
     x = device.array(np.zeros(40, F4))
 
     def body(incoming: np.ndarray, outgoing: np.ndarray) -> None:
         raise RuntimeError("a rank is gone")
 
-    piece = Extent(arrays.read_device(x, "test").address, 0, 80)
+    extent = Extent(arrays.read_device(x, "test").address, 0, 80)
     with pytest.raises(RuntimeError, match="a rank is gone"):
-        staging.run([Chunk([piece], body, [piece])] * 3)
+        staging.run([Chunk([extent], body, [extent])] * 3)
     assert not any(device.queues.values())
 
 
@@ -144,7 +144,7 @@ def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> No
     algorithm = ALGORITHMS["allreduce"][name]
 
     def body(transport: ThreadTransport) -> np.ndarray:
-        device, n = StandIn(eager=transport.rank % 2 == 1), 100
+        device, n = FakeDevice(eager=transport.rank % 2 == 1), 100
         x = device.array(np.zeros(n, "i8"), SIDE)
         x.fill(operand(transport.rank, n, "i8"))
 
@@ -154,9 +154,9 @@ def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> No
             bind_segments(steps, outgoing.view("i8"), algorithm.blocks(p), 1, transport, np.add)()
 
         known = arrays.read_device(x, "test")
-        pieces = [Extent(known.address + 8 * lo, 0, 8 * (hi - lo)) for lo, hi in columns(n, 8)]
-        assert len(pieces) > 3
-        Staging(device).run([Chunk([piece], host, [piece]) for piece in pieces], known.streams)
+        extents = [Extent(known.address + 8 * lo, 0, 8 * (hi - lo)) for lo, hi in columns(n, 8)]
+        assert len(extents) > 3
+        Staging(device).run([Chunk([extent], host, [extent]) for extent in extents], known.streams)
         return x.get()
 
     for got in run_on_threads(p, body):
@@ -166,10 +166,10 @@ def test_every_schedule_runs_on_chunks_of_device_arrays(name: str, p: int) -> No
 # Every collective, ranks as threads
 
 
-class ThreadBinder(DeviceBinder):
-    """Binds to ranks that are threads, whose communicator chooses no algorithm and compares by itself."""
+class ThreadPlanner(DevicePlanner):
+    """A planner for thread-ranks, whose communicator has no other algorithm and compares calls itself."""
 
-    def __init__(self, comm: Any, device: StandIn, transport: str = "staged") -> None:
+    def __init__(self, comm: Any, device: FakeDevice, transport: str = "staged") -> None:
         host = {
             "Allreduce": lambda a, b, op, *_: comm.Allreduce(a, b, op),
             "Reduce": lambda a, b, op, root, *_: comm.Reduce(a, b, op, root),
@@ -182,22 +182,22 @@ class ThreadBinder(DeviceBinder):
         }
         found = SimpleNamespace(
             settings={cuda.TRANSPORT: transport, "HPCCOMM_ALGORITHM": ""},
-            topology=comm.layout,
+            layout=comm.layout,
             node=comm,
-            channel=comm,
+            private_comm=comm,
         )
-        super().__init__(SimpleNamespace(rank=comm.rank, size=comm.size, algorithm="auto", resources=found, **host))
+        super().__init__(SimpleNamespace(rank=comm.rank, size=comm.size, algorithm="auto", context=found, **host))
         self.__dict__["staging"] = Staging(device)
 
     def bind_check(self, *_: Any, **__: Any) -> Callable[[], None]:  # type: ignore[override]
         return lambda: None
 
 
-Case = Callable[[ThreadBinder, StandIn, int], tuple[Plan, StandInArray | None, Any]]
-"""``case(binder, device, n)``: a call, the array it writes on this rank, and what it should write."""
+Case = Callable[[ThreadPlanner, FakeDevice, int], tuple[Plan, FakeArray | None, Any]]
+"""``case(planner, device, n)``: a call, the array it writes on this rank, and what it should write."""
 
 
-def pending_array(device: StandIn, values: np.ndarray) -> StandInArray:
+def pending_array(device: FakeDevice, values: np.ndarray) -> FakeArray:
     """An array whose contents a kernel is still writing."""
     x = device.array(np.zeros_like(values), SIDE)
     x.fill(values)
@@ -208,73 +208,73 @@ def operand_sum(p: int, n: int) -> np.ndarray:
     return np.sum([operand(rank, n) for rank in range(p)], axis=0, dtype="f4")
 
 
-def allreduce(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    x, y = pending_array(device, operand(binder.rank, n)), device.array(np.zeros(n, F4))
-    return binder.allreduce(None, x, y, MPI.SUM, None), y, operand_sum(binder.size, n)
+def allreduce(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    x, y = pending_array(device, operand(planner.rank, n)), device.array(np.zeros(n, F4))
+    return planner.allreduce(None, x, y, MPI.SUM, None), y, operand_sum(planner.size, n)
 
 
-def allreduce_in_place(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    x = pending_array(device, operand(binder.rank, n))
-    return binder.allreduce(None, MPI.IN_PLACE, x, MPI.SUM, None), x, operand_sum(binder.size, n)
+def allreduce_in_place(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    x = pending_array(device, operand(planner.rank, n))
+    return planner.allreduce(None, MPI.IN_PLACE, x, MPI.SUM, None), x, operand_sum(planner.size, n)
 
 
-def reduce(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    root = binder.size - 1
-    x, y = pending_array(device, operand(binder.rank, n)), device.array(np.zeros(n, F4))
-    here = binder.rank == root
-    bound = binder.reduce(None, x, y if here else None, MPI.SUM, root, None)
-    return bound, y if here else x, operand_sum(binder.size, n) if here else operand(binder.rank, n)
+def reduce(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    root = planner.size - 1
+    x, y = pending_array(device, operand(planner.rank, n)), device.array(np.zeros(n, F4))
+    here = planner.rank == root
+    bound = planner.reduce(None, x, y if here else None, MPI.SUM, root, None)
+    return bound, y if here else x, operand_sum(planner.size, n) if here else operand(planner.rank, n)
 
 
-def bcast(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    x = pending_array(device, operand(binder.rank, n))
-    return binder.bcast(None, x, binder.size // 2, None), x, operand(binder.size // 2, n)
+def bcast(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    x = pending_array(device, operand(planner.rank, n))
+    return planner.bcast(None, x, planner.size // 2, None), x, operand(planner.size // 2, n)
 
 
-def allgather(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    x, y = pending_array(device, operand(binder.rank, n)), device.array(np.zeros(n * binder.size, F4))
-    return binder.allgather(None, x, y, None), y, np.concatenate([operand(k, n) for k in range(binder.size)])
+def allgather(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    x, y = pending_array(device, operand(planner.rank, n)), device.array(np.zeros(n * planner.size, F4))
+    return planner.allgather(None, x, y, None), y, np.concatenate([operand(k, n) for k in range(planner.size)])
 
 
-def allgather_in_place(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    whole = np.zeros((binder.size, n), F4)
-    whole[binder.rank] = operand(binder.rank, n)
+def allgather_in_place(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    whole = np.zeros((planner.size, n), F4)
+    whole[planner.rank] = operand(planner.rank, n)
     x = pending_array(device, whole)
-    return binder.allgather(None, MPI.IN_PLACE, x, None), x, np.stack([operand(k, n) for k in range(binder.size)])
+    return planner.allgather(None, MPI.IN_PLACE, x, None), x, np.stack([operand(k, n) for k in range(planner.size)])
 
 
-def allgatherv(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    counts = [(n + k) % 9 for k in range(binder.size)]
-    displs = [10 * k + 1 for k in range(binder.size)]
+def allgatherv(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    counts = [(n + k) % 9 for k in range(planner.size)]
+    displs = [10 * k + 1 for k in range(planner.size)]
     x, y = (
-        pending_array(device, operand(binder.rank, counts[binder.rank])),
-        pending_array(device, np.full(10 * binder.size, -1, F4)),
+        pending_array(device, operand(planner.rank, counts[planner.rank])),
+        pending_array(device, np.full(10 * planner.size, -1, F4)),
     )
-    want = np.full(10 * binder.size, -1, F4)
+    want = np.full(10 * planner.size, -1, F4)
     for k, (count, displ) in enumerate(zip(counts, displs, strict=True)):
         want[displ : displ + count] = operand(k, count)
-    return binder.allgatherv(None, x, [y, counts, displs, MPI.FLOAT], None), y, want
+    return planner.allgatherv(None, x, [y, counts, displs, MPI.FLOAT], None), y, want
 
 
-def reduce_scatter_block(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    p, r = binder.size, binder.rank
+def reduce_scatter_block(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    p, r = planner.size, planner.rank
     x, y = pending_array(device, operand(r, n * p)), device.array(np.zeros(n, F4))
-    return binder.reduce_scatter_block(None, x, y, MPI.SUM, None), y, operand_sum(p, n * p)[r * n : (r + 1) * n]
+    return planner.reduce_scatter_block(None, x, y, MPI.SUM, None), y, operand_sum(p, n * p)[r * n : (r + 1) * n]
 
 
-def reduce_scatter(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    counts = tuple((n + k) % 9 for k in range(binder.size))
-    first, total = sum(counts[: binder.rank]), sum(counts)
-    x, y = pending_array(device, operand(binder.rank, total)), device.array(np.zeros(counts[binder.rank], F4))
-    bound = binder.reduce_scatter_v(None, x, y, counts, MPI.SUM, None)
-    return bound, y, operand_sum(binder.size, total)[first : first + counts[binder.rank]]
+def reduce_scatter(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    counts = tuple((n + k) % 9 for k in range(planner.size))
+    first, total = sum(counts[: planner.rank]), sum(counts)
+    x, y = pending_array(device, operand(planner.rank, total)), device.array(np.zeros(counts[planner.rank], F4))
+    bound = planner.reduce_scatter_v(None, x, y, counts, MPI.SUM, None)
+    return bound, y, operand_sum(planner.size, total)[first : first + counts[planner.rank]]
 
 
-def alltoall(binder: ThreadBinder, device: StandIn, n: int) -> Any:
-    p, r = binder.size, binder.rank
+def alltoall(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
+    p, r = planner.size, planner.rank
     x, y = pending_array(device, operand(r, n * p)), device.array(np.zeros(n * p, F4))
     return (
-        binder.alltoall(None, x, y, None),
+        planner.alltoall(None, x, y, None),
         y,
         np.concatenate([operand(k, n * p)[r * n : (r + 1) * n] for k in range(p)]),
     )
@@ -296,12 +296,12 @@ CASES: list[Case] = [
 
 @pytest.mark.parametrize("p", SIZES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_every_collective_brings_device_arrays_through_the_host(case: Case, p: int) -> None:
+def test_every_collective_runs_through_the_host(case: Case, p: int) -> None:
     for n, eager in itertools.product((0, 1, 7, 100), (False, True)):
 
         def body(comm: Any, n: int = n, eager: bool = eager) -> None:
-            device = StandIn(eager=eager)
-            bound, written, want = case(ThreadBinder(comm, device), device, n)
+            device = FakeDevice(eager=eager)
+            bound, written, want = case(ThreadPlanner(comm, device), device, n)
             for _ in range(1 if "in_place" in case.__name__ else 2):
                 bound.run()
             assert written is not None
@@ -313,7 +313,7 @@ def test_every_collective_brings_device_arrays_through_the_host(case: Case, p: i
 # Reading arrays on a device
 
 
-def test_streams_are_told_by_the_array_the_caller_or_not_at_all(device: StandIn) -> None:
+def test_streams_come_from_the_array_the_caller_or_the_default(device: FakeDevice) -> None:
     x = device.array(np.zeros(3), SIDE)
     assert arrays.read_device(x, "test").streams == (SIDE,)
     assert arrays.read_device(x, "test", 77).streams == (77, SIDE)
@@ -334,16 +334,16 @@ def test_memory_order_is_read_from_the_strides(strides: tuple[int, ...] | None, 
 
 
 class DeletedArray:
-    """As JAX's arrays after their memory was given away."""
+    """A JAX array whose buffer was donated."""
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         raise RuntimeError("Array has been deleted")
 
 
-def test_what_cannot_be_read_is_refused_with_a_remedy(device: StandIn) -> None:
+def test_unreadable_arrays_are_refused_with_a_remedy(device: FakeDevice) -> None:
     assert arrays.is_on_device(DeletedArray())
-    with pytest.raises(ArgumentError, match=r"test: Deleted cannot be read .*deleted.* not freed"):
+    with pytest.raises(ArgumentError, match=r"test: DeletedArray cannot be read .*deleted.* is alive"):
         arrays.read_device(DeletedArray(), "test")
     x = device.array(np.zeros((4, 4)))
     x.memory = x.memory[:, ::2]
@@ -352,7 +352,7 @@ def test_what_cannot_be_read_is_refused_with_a_remedy(device: StandIn) -> None:
 
 
 @pytest.mark.parametrize("given", [None, 3, np.zeros(3), [1, 2], MPI.IN_PLACE, bytearray(3), MPI.memory()])
-def test_what_lies_on_the_host_is_not_taken_for_a_device_array(given: Any) -> None:
+def test_host_memory_is_not_mistaken_for_a_device_array(given: Any) -> None:
     assert not arrays.is_on_device(given)
 
 
@@ -360,8 +360,8 @@ def test_what_lies_on_the_host_is_not_taken_for_a_device_array(given: Any) -> No
 
 
 @pytest.fixture
-def ours(comm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[hpccomm.Communicator, StandIn]]:
-    made = StandIn()
+def ours(comm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[hpccomm.Communicator, FakeDevice]]:
+    made = FakeDevice()
     monkeypatch.setattr(cuda, "device", lambda: made)
     monkeypatch.setenv(cuda.TRANSPORT, "staged")
     duplicate = hpccomm.Communicator(comm.Dup())
@@ -425,13 +425,13 @@ def test_all_the_other_collectives_and_their_algorithms(ours: Any) -> None:
 
 
 @FEW
-def test_mpis_own_collectives_see_copies_on_the_host(ours: Any) -> None:
+def test_mpis_own_collectives_run_on_host_copies(ours: Any) -> None:
     comm, device = ours
     p, r, n = comm.size, comm.rank, 6
     parts, total = [operand(k, n) for k in range(p)], operand(r, n * p)
     counts, displs = [n] * p, [n * k for k in range(p)]
 
-    def array(values: Any) -> StandInArray:
+    def array(values: Any) -> FakeArray:
         return pending_array(device, np.asarray(values, F4))
 
     x, y = array(parts[r]), array(np.full(n * p, -1))
@@ -448,22 +448,22 @@ def test_mpis_own_collectives_see_copies_on_the_host(ours: Any) -> None:
     comm.Scan(MPI.IN_PLACE, x)
     assert np.array_equal(x.get(), np.sum(parts[: r + 1], axis=0))
     x = array(np.zeros(n))
-    comm.Exscan(parts[r], x)  # one array here, the other there
+    comm.Exscan(parts[r], x)  # one array on the host, the other on the device
     assert np.array_equal(x.get(), np.sum(parts[:r], axis=0) if r else np.zeros(n))
 
 
 @FEW
-def test_compressed_collectives_take_arrays_on_a_device_and_return_such(ours: Any) -> None:
+def test_compressed_collectives_of_device_arrays_return_device_arrays(ours: Any) -> None:
     comm, device = ours
     n, r = 40, comm.rank
     index, values = np.arange(r, n, 5 + r, dtype=np.uint32), operand(r, len(range(r, n, 5 + r)))
     there = pending_array(device, index), pending_array(device, values)
     for want, got in zip(comm.sparse_allgather(index, values, n), comm.sparse_allgather(*there, n), strict=True):
         for a, b in zip(want, got, strict=True):
-            assert isinstance(b, StandInArray)
+            assert isinstance(b, FakeArray)
             assert np.array_equal(a, b.get())
     for algorithm, k in (("split", None), ("ok_topk", 7)):
-        comm.message_gather.set_room(0)  # as at first: bytes depend on how long the last messages were
+        comm.message_gather.set_room(0)  # the initial size: bytes depend on the length of the last messages
         want = comm.sparse_allreduce(index, values, n, k=k, algorithm=algorithm)
         comm.message_gather.set_room(0)
         got = comm.sparse_allreduce(*there, n, k=k, algorithm=algorithm)
@@ -485,7 +485,7 @@ def test_compressed_collectives_take_arrays_on_a_device_and_return_such(ours: An
 
 
 @FEW
-def test_a_stream_that_the_array_does_not_tell_is_waited_for(ours: Any) -> None:
+def test_a_stream_passed_by_the_caller_is_synchronised(ours: Any) -> None:
     comm, device = ours
     x, y = device.array(np.zeros(9, F4), SIDE), device.array(np.zeros(9, F4))
     x.fill(operand(comm.rank, 9))
@@ -499,25 +499,25 @@ def test_a_stream_that_the_array_does_not_tell_is_waited_for(ours: Any) -> None:
 
 
 @FEW
-def test_functions_return_what_they_were_given(ours: Any) -> None:
+def test_functions_return_the_type_of_their_input(ours: Any) -> None:
     comm, device = ours
     p, r = comm.size, comm.rank
     x = pending_array(device, operand(r, 12).reshape(4, 3))
     for op, reproducible in (("sum", False), ("mean", False), ("max", False), ("sum", True)):
         got = hpccomm.allreduce(x, op, comm, reproducible=reproducible)
-        assert isinstance(got, StandInArray)
+        assert isinstance(got, FakeArray)
         want = hpccomm.allreduce(operand(r, 12).reshape(4, 3), op, comm, reproducible=reproducible)
         assert got.shape == (4, 3)
         assert np.array_equal(got.get(), want)
     host = operand(r, 12).reshape(4, 3)
-    half, turned = pending_array(device, host.astype("f2")), pending_array(device, np.asfortranarray(host))
+    half, fortran = pending_array(device, host.astype("f2")), pending_array(device, np.asfortranarray(host))
     want = hpccomm.allreduce(host.astype("f2"), "mean", comm)
     assert np.array_equal(hpccomm.allreduce(half, "mean", comm).get(), want)
-    assert np.array_equal(hpccomm.allreduce(turned, "mean", comm).get(), hpccomm.allreduce(host, "mean", comm))
-    assert np.array_equal(hpccomm.allgather(turned, comm).get(), hpccomm.allgather(host, comm))
+    assert np.array_equal(hpccomm.allreduce(fortran, "mean", comm).get(), hpccomm.allreduce(host, "mean", comm))
+    assert np.array_equal(hpccomm.allgather(fortran, comm).get(), hpccomm.allgather(host, comm))
     for op in ("mean", "max"):
         want = hpccomm.reduce_scatter(host, op, comm)
-        assert np.array_equal(hpccomm.reduce_scatter(turned, op, comm).get(), want)
+        assert np.array_equal(hpccomm.reduce_scatter(fortran, op, comm).get(), want)
     want = hpccomm.reduce_scatter(host.astype("f2"), "mean", comm)
     assert np.array_equal(hpccomm.reduce_scatter(half, "mean", comm).get(), want)
     scalar = hpccomm.allgather(pending_array(device, np.float32(r + 1)), comm)
@@ -532,11 +532,11 @@ def test_functions_return_what_they_were_given(ours: Any) -> None:
     assert np.array_equal(hpccomm.reduce_scatter(x, "sum", comm).get(), hpccomm.reduce_scatter(host, "sum", comm))
     assert np.array_equal(hpccomm.broadcast(x, p - 1, comm).get(), operand(p - 1, 12).reshape(4, 3))
     other = hpccomm.broadcast(x if r == 0 else None, 0, comm)
-    assert isinstance(other, np.ndarray if r else StandInArray)
+    assert isinstance(other, np.ndarray if r else FakeArray)
 
 
 @FEW
-def test_persistent_calls_read_what_is_there_when_they_start(ours: Any) -> None:
+def test_persistent_calls_read_the_contents_at_their_start(ours: Any) -> None:
     comm, device = ours
     x, y = device.array(np.zeros(9, F4), SIDE), device.array(np.zeros(9, F4))
     plan = comm.Allreduce_init(x, y)
@@ -567,9 +567,9 @@ def test_bad_arrays_are_refused_before_the_first_message(ours: Any) -> None:
     ):
         with pytest.raises(ArgumentError, match=f"rank {comm.rank}: Allreduce: .*{message}"):
             comm.Allreduce(*bad)
-    with pytest.raises(ArgumentError, match="algorithm='nonsense' is not to be had"):
+    with pytest.raises(ArgumentError, match="algorithm='nonsense' is not available"):
         comm.Allreduce(fine, device.array(np.zeros(4, F4)), algorithm="nonsense")
-    with pytest.raises(ArgumentError, match=r"Scan: the array to receive into is read-only"):
+    with pytest.raises(ArgumentError, match=r"Scan: the receive array is read-only"):
         comm.Scan(fine, locked)
     with pytest.raises(ArgumentError, match=r"Gather: the array's memory is not on a device, or was freed"):
         comm.Gather(freed, fine)
@@ -578,11 +578,11 @@ def test_bad_arrays_are_refused_before_the_first_message(ours: Any) -> None:
 
 @pytest.mark.mpi(sizes=(3,), timeout=120)
 @pytest.mark.parametrize("algorithm", [None, "native"])
-def test_ranks_whose_arrays_lie_in_different_memory_all_learn_of_it(ours: Any, algorithm: str | None) -> None:
+def test_all_ranks_raise_if_their_arrays_lie_in_different_memory(ours: Any, algorithm: str | None) -> None:
     comm, device = ours
     x = np.ones(50, F4) if comm.rank == 1 else device.array(np.ones(50, F4))
     y = np.empty(50, F4) if comm.rank == 1 else device.array(np.zeros(50, F4))
-    with pytest.raises(MismatchError, match=r"float32 on a device.*same kind of memory on all ranks"):
+    with pytest.raises(MismatchError, match=r"float32 on a device.*same memory on all ranks"):
         comm.Allreduce(x, y, algorithm=algorithm)
 
 
@@ -600,19 +600,19 @@ def test_kernels_in_flight_on_a_side_stream_are_never_overtaken(ours: Any) -> No
 # Without CuPy, and without a driver
 
 
-def test_an_array_that_cannot_be_reached_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing() -> Any:
         raise hpccomm.TransportError("CuPy is not installed: pip install 'hpccomm[cuda12]'")
 
     monkeypatch.setattr(cuda, "device", nothing)
-    x = StandIn().array(np.zeros(3))
+    x = FakeDevice().array(np.zeros(3))
     with pytest.raises(ArgumentError, match=r"Allreduce: the array lies on a device: CuPy is not installed: pip"):
         hpccomm.Communicator(MPI.COMM_SELF).Allreduce(MPI.IN_PLACE, x)
 
 
 def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cuda.TRANSPORT, cuda.ON_HOST)
-    x, y = StandIn().array(operand(0, 5)), StandIn().array(np.zeros(5, F4))
+    x, y = FakeDevice().array(operand(0, 5)), FakeDevice().array(np.zeros(5, F4))
     comm = hpccomm.Communicator(MPI.COMM_SELF)
     comm.Allreduce(x, y)
     assert y.memory.tolist() == operand(0, 5).tolist()
@@ -620,9 +620,9 @@ def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.Mo
     assert x.memory.tolist() == operand(0, 5).tolist()
 
 
-def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: StandIn) -> None:
+def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: FakeDevice) -> None:
     host, there = np.zeros(3), device.array(np.zeros(3))
-    a, b, c = hpccomm.Communicator(MPI.COMM_SELF)._binder.attach_stream(5, host, there, MPI.IN_PLACE)
+    a, b, c = hpccomm.Communicator(MPI.COMM_SELF)._planner.attach_stream(5, host, there, MPI.IN_PLACE)
     assert a is host
     assert c is MPI.IN_PLACE
     assert isinstance(b, StreamBuffer)

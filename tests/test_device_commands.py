@@ -1,15 +1,16 @@
-"""The commands where there is a device, by a stand-in, and where there is none."""
+"""The commands with a fake device, and without a device."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_device import FakeDevice
 from mpi4py import MPI
-from stand_in import StandIn
 
 import hpccomm
 from benchmarks import gpu
@@ -21,7 +22,7 @@ from hpccomm.commands import bench, info
 from hpccomm.testing.jobs import run_under_mpi
 from hpccomm.transports import cuda, cuda_probe
 
-NONE = "no CUDA device: is it taken away by CUDA_VISIBLE_DEVICES?"
+NONE = "no CUDA device: check CUDA_VISIBLE_DEVICES"
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """One that MPI understands, since it is the host."""
-    made = StandIn()
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    """A device whose pointers MPI accepts, since its memory is the host's."""
+    made = FakeDevice()
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: "")
     monkeypatch.setattr(cuda, "device", lambda: made)
     monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("", "2026-01-02 03:04"))
@@ -50,7 +51,7 @@ COLLECTIVES = ("allreduce", "reduce", "bcast", "reduce_scatter", "reduce_scatter
 @pytest.mark.mpi(sizes=(1, 3), timeout=60)
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_collectives_of_buffers_on_a_device_are_measured_and_checked(
-    comm: Any, device: StandIn, collective: str
+    comm: Any, device: FakeDevice, collective: str
 ) -> None:
     ours = hpccomm.Communicator(comm.Dup())
     options = Options(iterations=2, warmup=1, check=True, check_warmup=1, on_device=True, root=None)
@@ -62,14 +63,14 @@ def test_collectives_of_buffers_on_a_device_are_measured_and_checked(
     ours.Free()
 
 
-class ForgetfulDevice(StandIn):
-    """Loses the last byte of what it is given."""
+class ForgetfulDevice(FakeDevice):
+    """Loses the last byte of every copy."""
 
     def to_device(self, address: int, octets: np.ndarray, stream: int) -> None:
         super().to_device(address, octets[:-1], stream)
 
 
-def test_a_wrong_result_on_a_device_is_seen(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_on_a_device_is_seen(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     forgetful = ForgetfulDevice()
     monkeypatch.setattr(cuda, "device", lambda: forgetful)
     loop.staging.cache_clear()
@@ -86,15 +87,17 @@ def test_osus_title_names_the_kind_of_memory() -> None:
     assert bench.title_of(asked) == "# OSU MPI Allreduce Latency Test v7.4"
 
 
-def test_messages_on_a_device_take_an_mpi_that_understands(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_on_a_device_require_a_cuda_aware_mpi(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     comm, asked = (
         hpccomm.Communicator(MPI.COMM_SELF),
         bench.parse_command(bench_arguments("latency -d cuda D D"), SILENT),
     )
     assert asked is not None
     bench.claim_devices(comm, asked)
-    monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("a child died", "2026-01-02 03:04"))
-    with pytest.raises(ArgumentError, match=r"latency -d cuda needs an MPI that takes device memory: .*child died"):
+    monkeypatch.setattr(cuda_probe, "verdict", lambda *_: cuda_probe.Verdict("the probe failed", "2026-01-02 03:04"))
+    with pytest.raises(
+        ArgumentError, match=r"latency -d cuda needs an MPI that takes device memory: .*the probe failed"
+    ):
         bench.claim_devices(hpccomm.Communicator(MPI.COMM_SELF), asked)
 
 
@@ -150,9 +153,9 @@ def test_info_says_that_there_is_no_device() -> None:
     assert rows() == {"device": f"none: {NONE}"}
 
 
-def test_info_says_what_there_is_and_which_ways_are_open(device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_names_the_device_and_its_transports(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     found = rows()
-    assert found["device"] == "stand-in, number 0 on rank 0"
+    assert found["device"] == "fake, number 0 on rank 0"
     assert [found[name] for name in ("ipc", "aware", "staged")] == ["yes"] * 3
     assert found["nccl"].startswith("no: ")
     monkeypatch.setenv(cuda.TRANSPORT, "nccl")
@@ -170,11 +173,25 @@ def test_one_rank_without_a_device_is_named() -> None:
 # Importing
 
 
-def test_nothing_is_imported_for_a_device_before_one_is_asked_for() -> None:
-    import subprocess
+def test_importing_hpccomm_loads_no_array_library_and_no_cuda_module() -> None:
+    loaded = imports_of("import hpccomm")
+    assert not {"mpi4py.MPI", "cupy", "torch", "jax", "numba"} & loaded
+    assert not [name for name in loaded if name.startswith("hpccomm.") and "cuda" in name]
 
-    body = "import sys, hpccomm, hpccomm.communicator; sys.exit('cupy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", body], check=False, timeout=60).returncode == 0
+
+def test_a_communicator_of_host_arrays_loads_no_cupy_and_no_cuda_kernels() -> None:
+    loaded = imports_of(
+        "import numpy as np, hpccomm; from mpi4py import MPI; "
+        "hpccomm.Communicator(MPI.COMM_WORLD).Allreduce(MPI.IN_PLACE, np.ones(3)); hpccomm.allreduce(np.ones(3))"
+    )
+    assert not {"cupy", "torch", "jax", "numba.cuda", "hpccomm.kernels.cuda"} & loaded
+
+
+def imports_of(body: str) -> set[str]:
+    """The modules that a program loads."""
+    code = f"{body}; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.split())
 
 
 class NoDriverError(RuntimeError):
@@ -182,15 +199,15 @@ class NoDriverError(RuntimeError):
 
 
 @pytest.mark.parametrize(("count", "words"), [(None, "no CUDA driver, or one that is too old"), (0, "no CUDA device")])
-def test_a_library_without_a_driver_is_told_from_a_missing_device(
+def test_a_missing_driver_and_a_missing_device_have_different_errors(
     monkeypatch: pytest.MonkeyPatch, count: int | None, words: str
 ) -> None:
-    def counted() -> int:
+    def count_devices() -> int:
         if count is None:
             raise NoDriverError("cudaErrorInsufficientDriver")
         return count
 
-    runtime = SimpleNamespace(getDeviceCount=counted, CUDARuntimeError=NoDriverError)
+    runtime = SimpleNamespace(getDeviceCount=count_devices, CUDARuntimeError=NoDriverError)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     cuda.unavailable_reason.cache_clear()
     try:
@@ -269,7 +286,7 @@ def test_the_run_on_a_device_says_that_there_is_none(tmp_path: Any, capsys: pyte
 
 
 def test_the_run_on_a_device_writes_a_page_named_after_it(
-    device: StandIn, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    device: FakeDevice, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = results()
     monkeypatch.setattr(device, "name", "NVIDIA X 9", raising=False)

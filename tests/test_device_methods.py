@@ -1,6 +1,6 @@
 """Methods whose gradients lie on a device: all stays there, the kernels' own sources run, the host's bits come out.
 
-The device is NumPy behind a wall (``stand_in_library.py``), the kernels run by ``emulated.py``.
+The device is NumPy behind a wall (``fake_library.py``), the kernels run by ``emulated.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emulated import Emulated
-from stand_in_library import LIBRARY, Array
+from fake_library import LIBRARY, Array
 
 import hpccomm
 from hpccomm import ArgumentError
@@ -34,7 +34,7 @@ SIZES = (1, 3)
 
 
 class DeviceComm:
-    """Ranks whose allreduce takes the stand-in's arrays, as :class:`hpccomm.Communicator` takes CuPy's."""
+    """Ranks whose allreduce takes the fake's arrays, as :class:`hpccomm.Communicator` takes CuPy's."""
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm

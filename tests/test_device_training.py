@@ -1,4 +1,4 @@
-"""Training on a device, with a library that is a stand-in: the same bits as on the host."""
+"""Training on a fake device gives the same bits as on the host."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from emulated import Emulated
-from stand_in import StandIn
-from stand_in_library import LIBRARY, Array
+from fake_device import FakeDevice
+from fake_library import LIBRARY, Array
 
 import hpccomm
 from hpccomm.algorithms.device import run_on_host
@@ -22,7 +22,7 @@ from hpccomm.train.networks import Characters, Perceptron
 from hpccomm.transports import cuda
 
 
-class DeviceEverywhere(StandIn):
+class DeviceEverywhere(FakeDevice):
     """All memory is the device's."""
 
     def find_device(self, address: int) -> int | None:
@@ -67,7 +67,7 @@ def test_a_run_on_the_device_gives_the_bits_of_a_run_on_the_host(
     ours.Free()
 
 
-def test_the_stand_in_keeps_the_host_out() -> None:
+def test_the_fake_library_refuses_host_arrays() -> None:
     x = LIBRARY.asarray(np.arange(3.0))
     assert is_on_device(x)
     with pytest.raises(TypeError, match="Implicit conversion"):

@@ -97,7 +97,7 @@ def test_ranks_with_other_memory_orders_add_the_same_elements(comm: MPI.Intracom
         ([1.0], "sum", r"a list is not an array: pass np\.asarray"),
     ],
 )
-def test_what_has_no_meaning_is_refused_before_the_first_message(
+def test_undefined_reductions_are_refused_before_the_first_message(
     comm: MPI.Intracomm, x: Any, op: str, remedy: str
 ) -> None:
     with pytest.raises(ArgumentError, match=f"rank {comm.rank}: allreduce: {remedy}"):
@@ -106,7 +106,7 @@ def test_what_has_no_meaning_is_refused_before_the_first_message(
 
 @pytest.mark.parametrize("dtype", [*FLOATS, "i1", "?", "D"])
 @pytest.mark.parametrize("shape", [(), (3,), (3, 2), (3, 0)])
-def test_allgather_puts_uneven_parts_side_by_side(comm: MPI.Intracomm, dtype: Any, shape: tuple[int, ...]) -> None:
+def test_allgather_concatenates_uneven_arrays(comm: MPI.Intracomm, dtype: Any, shape: tuple[int, ...]) -> None:
     def part(rank: int) -> Any:
         rows = (rank * 2 + 1) % 4  # none on some ranks
         return numbers(rank, rows * int(np.prod(shape[1:])), dtype).reshape(rows, *shape[1:])
@@ -122,12 +122,12 @@ def test_allgather_of_scalars_has_one_row_for_each_rank(comm: MPI.Intracomm) -> 
     assert allgather(np.float32(comm.rank), comm).dtype == np.float32
 
 
-def test_allgather_names_the_rank_whose_rows_do_not_fit(comm: MPI.Intracomm) -> None:
+def test_allgather_names_the_rank_with_a_different_row_shape(comm: MPI.Intracomm) -> None:
     if comm.size == 1:
         return
     odd = comm.rank == comm.size - 1
     for x in (np.ones((2, 3 if odd else 4)), np.ones(2, "f4" if odd else "f8")):
-        with pytest.raises(MismatchError, match=f"allgather: rank {comm.size - 1} brings rows of float"):
+        with pytest.raises(MismatchError, match=f"allgather: rank {comm.size - 1} passed rows of float"):
             allgather(x, comm)
 
 
@@ -153,7 +153,7 @@ def test_allgather_of_reduce_scatter_is_allreduce(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, "i1", "?", "D"])
-def test_broadcast_gives_everybody_the_roots_array(comm: MPI.Intracomm, dtype: Any) -> None:
+def test_broadcast_copies_the_roots_array_to_all_ranks(comm: MPI.Intracomm, dtype: Any) -> None:
     for root in (0, comm.size - 1):
         for shape in ((), (0,), (3, 2)):
             x = np.full(shape, comm.rank + 1, dtype)
@@ -170,7 +170,7 @@ def test_broadcast_to_none_gives_a_numpy_array(comm: MPI.Intracomm) -> None:
     assert np.array_equal(broadcast(x, comm=comm), numbers(3, 6).reshape(2, 3))
 
 
-def test_broadcast_refuses_an_array_unlike_the_roots(comm: MPI.Intracomm) -> None:
+def test_broadcast_refuses_an_array_of_another_shape_or_dtype(comm: MPI.Intracomm) -> None:
     x = np.ones(2 if comm.rank == 0 else 3)
     if comm.rank == 0:
         assert broadcast(x, 0, comm).tolist() == [1, 1]
@@ -179,8 +179,8 @@ def test_broadcast_refuses_an_array_unlike_the_roots(comm: MPI.Intracomm) -> Non
             broadcast(x, 0, comm)
 
 
-def test_broadcast_refuses_a_root_that_is_no_rank(comm: MPI.Intracomm) -> None:
-    with pytest.raises(ArgumentError, match="is not one of the ranks"):
+def test_broadcast_refuses_a_root_that_is_not_a_rank(comm: MPI.Intracomm) -> None:
+    with pytest.raises(ArgumentError, match="is not a rank: pass one of 0"):
         broadcast(np.ones(2), comm.size, comm)
 
 
@@ -198,12 +198,12 @@ def test_a_plain_communicator_is_wrapped_once(comm: MPI.Intracomm) -> None:
     communicator(plain).Free()
 
 
-def test_a_communicator_of_ours_is_taken_as_it_is(comm: MPI.Intracomm) -> None:
+def test_a_communicator_of_hpccomm_is_used_as_it_is(comm: MPI.Intracomm) -> None:
     ours = Communicator(comm)
     assert communicator(ours) is ours
 
 
-def test_something_else_is_no_communicator() -> None:
+def test_other_objects_are_refused_as_communicators() -> None:
     for wrong in (MPI.COMM_NULL, "world", 3):
         with pytest.raises(ArgumentError, match=r"pass an MPI\.Intracomm"):
             communicator(wrong)  # type: ignore[arg-type]

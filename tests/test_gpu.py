@@ -85,9 +85,9 @@ def ours(comm: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 @RANKS
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_every_collective_is_right_with_every_transport(ours: hpccomm.Communicator, case: Any) -> None:
-    binder: Any = ours._binder
+    planner: Any = ours._planner
     for n in (0, 1, 1000, 300_001):
-        bound, written, want = case(binder, Arrays(), n)
+        bound, written, want = case(planner, Arrays(), n)
         bound.run()
         assert np.array_equal(written.get().ravel(), np.ravel(want)), n
 

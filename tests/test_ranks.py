@@ -1,4 +1,4 @@
-"""Ranks as threads meet as MPI's do: the same results, sums in rank order, and an error ends everybody's waiting."""
+"""Ranks that are threads give MPI's results, sum in rank order, and stop waiting after an error on any rank."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_sums_are_in_rank_order() -> None:
     assert run_on_ranks(3, body) == [(1e16 + 1.0) + -1e16] * 3
 
 
-def test_split_follows_color_and_key_and_nodes_make_levels() -> None:
+def test_split_follows_color_and_key_and_nodes_define_intra_and_inter_node() -> None:
     def body(comm: Any) -> tuple[Any, ...]:
         part = comm.Split(comm.rank % 2, -comm.rank)
         alone = comm.Split(0 if comm.rank == 1 else MPI.UNDEFINED)
@@ -59,7 +59,7 @@ def test_split_follows_color_and_key_and_nodes_make_levels() -> None:
     assert run_on_ranks(5, body, nodes=[0, 0, 1, 1, 2]) == [(*each, (2, 2, 1)) for each in expected]
 
 
-def test_messages_arrive_in_order_and_are_found_by_source_and_tag() -> None:
+def test_messages_arrive_in_order_and_match_by_source_and_tag() -> None:
     def body(comm: Any) -> list[int] | None:
         if comm.rank:
             for number in range(3):
@@ -77,12 +77,12 @@ def test_messages_arrive_in_order_and_are_found_by_source_and_tag() -> None:
     assert run_on_ranks(3, body)[0] == [21, 2, 1, 10, 11, 12, 20, 22]
 
 
-def test_calls_that_differ_are_an_error_on_all() -> None:
+def test_mismatched_calls_raise_on_all_ranks() -> None:
     with pytest.raises(MismatchError, match=r"rank 2 called Allreduce\(4 float64, sum\), rank 0 Allreduce\(3 float64"):
         run_on_ranks(3, lambda comm: comm.Allreduce(np.ones(3 + comm.rank // 2), np.ones(3 + comm.rank // 2)))
 
 
-def test_nobody_waits_for_a_rank_that_has_failed() -> None:
+def test_no_rank_waits_for_a_rank_that_has_failed() -> None:
     def body(comm: Any) -> None:
         part = comm.Split(0, comm.rank)
         if comm.rank == 1:

@@ -19,12 +19,12 @@ from hpccomm.kernels.reproducible import exponents, join, limbs, split
 
 FLOATS = (np.dtype("f2"), np.dtype(ml_dtypes.bfloat16), np.dtype("f4"), np.dtype("f8"))
 ADDENDS = 12
-"""Vectors to be added, dealt out over the ranks."""
+"""Number of vectors, distributed over the ranks."""
 N = 501
 
 
 def addend(k: int, dtype: Any) -> Any:
-    """Of all magnitudes, so that the order of an ordinary sum shows."""
+    """A vector of mixed magnitudes, so that an ordinary sum depends on the order."""
     drawn = np.random.default_rng(k)
     return (drawn.standard_normal(N) * np.exp2(drawn.integers(-9, 9, N))).astype(dtype)
 
@@ -63,7 +63,7 @@ def test_double_precision_is_added_nearly_exactly_and_in_any_order(values: list[
     assert abs(Fraction(total) - exact_sum(values)) <= slack
 
 
-def test_what_cancels_is_gone_and_what_is_small_stays() -> None:
+def test_cancellation_is_exact_and_special_values_are_kept() -> None:
     assert reproducible_sum([1e20, 1.0, -1e20]) == 1.0
     assert reproducible_sum([0.0, -0.0]) == 0.0
     assert reproducible_sum([5e-324, 5e-324]) == 1e-323
@@ -75,33 +75,33 @@ def test_what_cancels_is_gone_and_what_is_small_stays() -> None:
     assert reproducible_sum([1.7e308, 1.7e308]) == math.inf
 
 
-def own_addend(comm: Communicator, dtype: Any, turn: int) -> Any:
-    """This rank's piece of an order; those that have none bring zeros."""
-    order = np.random.default_rng(turn).permutation(comm.size)
+def own_addend(comm: Communicator, dtype: Any, seed: int) -> Any:
+    """This rank's addend in one random order; zeros if it has none."""
+    order = np.random.default_rng(seed).permutation(comm.size)
     return addend(int(order[comm.rank]), dtype) if order[comm.rank] < ADDENDS else np.zeros(N, dtype)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_bits_do_not_depend_on_who_brings_what_nor_on_the_algorithm(comm: Communicator, dtype: Any) -> None:
+def test_bits_depend_on_neither_the_order_nor_the_algorithm(comm: Communicator, dtype: Any) -> None:
     parts = [addend(k, dtype).astype("f8") for k in range(comm.size)]
     e = np.max([exponents(each) for each in parts], axis=0)
     want = join(sum(split(each, e, limbs(dtype)) for each in parts), e)
     want = want.astype("f4").astype(dtype) if dtype.itemsize == 2 else want.astype(dtype)
-    for turn, algorithm in enumerate(comm.algorithms("allreduce")):
-        a, chosen = own_addend(comm, dtype, turn), Communicator(comm, algorithm)
-        chosen.Allreduce(a, b := np.empty(N, dtype), reproducible=True)
+    for seed, algorithm in enumerate(comm.algorithms("allreduce")):
+        a, ranks = own_addend(comm, dtype, seed), Communicator(comm, algorithm)
+        ranks.Allreduce(a, b := np.empty(N, dtype), reproducible=True)
         assert b.tobytes() == want.tobytes(), algorithm
-        assert a.tobytes() == own_addend(comm, dtype, turn).tobytes()
+        assert a.tobytes() == own_addend(comm, dtype, seed).tobytes()
         for _ in range(2):
-            a = own_addend(comm, dtype, turn)
-            chosen.Allreduce(MPI.IN_PLACE, a, reproducible=True)
+            a = own_addend(comm, dtype, seed)
+            ranks.Allreduce(MPI.IN_PLACE, a, reproducible=True)
             assert a.tobytes() == want.tobytes(), algorithm
-        chosen.context.close()
+        ranks.context.close()
 
 
 @pytest.mark.mpi(min_size=2)
-def test_ranks_that_bring_nothing_do_not_show(comm: Communicator) -> None:
+def test_ranks_with_zeros_do_not_change_the_bits(comm: Communicator) -> None:
     """The sum over two ranks, and over all."""
     pair = comm.Split(0 if comm.rank < 2 else MPI.UNDEFINED)
     a = addend(comm.rank, "f4") if comm.rank < 2 else np.zeros(N, "f4")
@@ -128,8 +128,8 @@ def test_the_other_reductions_give_the_same_bits(comm: Communicator, dtype: str)
     assert b.tobytes() == mine.tobytes()
     counts = [n // p + (k == 0) - (k == p - 1) for k in range(p)] if p > 1 else [n]
     first = sum(counts[:me])
-    for told in (counts, None):
-        comm.Reduce_scatter(a, b := np.empty(counts[me], dtype), told, reproducible=True)
+    for given_counts in (counts, None):
+        comm.Reduce_scatter(a, b := np.empty(counts[me], dtype), given_counts, reproducible=True)
         assert b.tobytes() == want[first : first + counts[me]].tobytes()
     whole = a.copy()
     comm.Reduce_scatter_block(MPI.IN_PLACE, whole, reproducible=True)
@@ -140,7 +140,7 @@ def test_the_other_reductions_give_the_same_bits(comm: Communicator, dtype: str)
 
 
 @pytest.mark.mpi
-def test_what_is_reproducible_anyway_goes_the_usual_way_and_what_cannot_be_is_refused(comm: Communicator) -> None:
+def test_exact_operations_are_unchanged_and_unsupported_ones_are_refused(comm: Communicator) -> None:
     a = np.arange(10)
     comm.Allreduce(a, b := np.empty_like(a), reproducible=True)
     assert np.array_equal(b, a * comm.size)

@@ -20,7 +20,7 @@ JOBS = Path(__file__).parents[1] / "slurm"
 WHY_NOT = clusters.unavailable_reason() or slurm.unavailable_reason()
 SECONDS = 90.0
 
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "Slurm is to be had")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "Slurm is available")]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_training_that_is_told_to_end_is_queued_again_and_goes_on(site: Site) ->
     said = output.read_text()
     assert ended, said
     assert "saved: run the same command again to resume" in said
-    assert "told to end: queued again" in said
+    assert "received USR1: the job is queued again" in said
     assert len(json.loads((results / "train-adam.json").read_text())["epochs"]) == 4
 
 
@@ -117,5 +117,5 @@ def test_the_wrong_mpi_of_srun_is_named_with_its_cure(site: Site) -> None:
     words = ["srun", "--mpi=none", "-N2", "-n4", sys.executable, "-m", "hpccomm", "info"]
     done = site.cluster.run_on("n0", words, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode != 0
-    assert "srun started 4 ranks, but every one of them sees a world of one" in done.stderr
+    assert "srun started 4 ranks, but each of them sees a world of one" in done.stderr
     assert "srun --mpi=pmix (Open MPI) or srun --mpi=pmi2" in done.stderr

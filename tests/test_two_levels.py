@@ -1,4 +1,4 @@
-"""Shared memory inside nodes that are made believe, messages between them."""
+"""Two-level collectives on emulated nodes: shared memory inside, messages between them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LENGTHS = (0, 1, 3, SHORT_BYTES // 4, SHORT_BYTES // 4 + 1, 100_003, 2 * SEGMENT
 
 @pytest.fixture
 def placed(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Communicator]]:
-    """Communicators of the same ranks, believed to be on several nodes."""
+    """Communicators of the same ranks on several emulated nodes."""
     made = []
     for nodes in PLACEMENTS.get(comm.size, ()):
         here = int(nodes[comm.rank])
@@ -43,7 +43,7 @@ def placed(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[list
 
 
 @pytest.mark.mpi(min_size=2)
-def test_every_placement_length_and_type(placed: list[Communicator]) -> None:
+def test_allreduces_of_every_placement_length_and_type(placed: list[Communicator]) -> None:
     for comm in placed:
         cases = [(n, "f4", "sum", placement) for n in LENGTHS for placement in (True, False)]
         cases += [(1000, dtype, op, False) for dtype in ("i1", "f8", "c16") for op in verifiable.operations(dtype)]
@@ -88,7 +88,7 @@ def view(memory: MPI.memory) -> np.ndarray:
 
 
 GATHERED = (0, 1, 3, GATHERS_SHORT // 28, 60_001, 300_007)
-"""Elements of four bytes a rank: by the first ranks of the nodes, by all lanes in one message a round, in several."""
+"""Elements of four bytes a rank: by the first ranks of the nodes, by all channels in one message a round, or more."""
 
 
 def parts_of(p: int, n: int, uneven: bool) -> list[int]:
@@ -158,15 +158,15 @@ def test_gathers_with_displacements_and_users_operations(placed: list[Communicat
 
 
 @pytest.mark.mpi(sizes=(2,))
-def test_a_reduce_scatter_is_chosen_by_its_bytes(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reduce_scatter_is_selected_by_its_bytes(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes, asked = Communicator(comm.Dup()), []
     decide = nodes.context.decide
 
-    def noted(collective: str, nbytes: int, *rest: Any) -> Any:
+    def record(collective: str, nbytes: int, *rest: Any) -> Any:
         asked.append((collective, nbytes))
         return decide(collective, nbytes, *rest)
 
-    monkeypatch.setattr(nodes.context, "decide", noted)
+    monkeypatch.setattr(nodes.context, "decide", record)
     nodes.Reduce_scatter_block(np.ones(6, "f8"), np.empty(3))
     nodes.Reduce_scatter(np.ones(5, "f4"), np.empty(2 + comm.rank, "f4"), [2, 3])
     assert asked == [("reduce_scatter", 48), ("reduce_scatter", 20)]
@@ -174,7 +174,7 @@ def test_a_reduce_scatter_is_chosen_by_its_bytes(comm: Communicator, monkeypatch
 
 
 @pytest.mark.mpi(sizes=(1, 3))
-def test_on_one_node_the_schedule_goes_by_messages(comm: Communicator) -> None:
+def test_on_one_node_hierarchical_runs_as_a_schedule_on_messages(comm: Communicator) -> None:
     for n in (0, 1, 5):
         whole = np.empty(n * comm.size, "i4")
         comm.Allgather(np.full(n, comm.rank, "i4"), whole, algorithm="hierarchical")
@@ -184,13 +184,13 @@ def test_on_one_node_the_schedule_goes_by_messages(comm: Communicator) -> None:
         assert np.array_equal(total, np.full(n, comm.rank * comm.size))
 
 
-def test_between_nodes_goes_what_costs_least() -> None:
+def test_the_cheapest_algorithm_is_selected_between_nodes() -> None:
     link = Link(25.0, 8e-3)
     names = {id(each): name for name, each in ALGORITHMS["allreduce"].items()}
 
-    def chosen(nodes: int, nbytes: int) -> str:
+    def select(nodes: int, nbytes: int) -> str:
         return names[id(select_inter_node(nodes, nbytes, 2, link))]
 
-    assert [chosen(nodes, 8) for nodes in (2, 3, 4, 8)] == ["doubling"] * 4
-    assert [chosen(nodes, 1 << 24) for nodes in (2, 3, 4, 8)] == ["doubling", "ring", "ring", "ring"]
-    assert chosen(8, 4 * MESSAGE_BYTES) == "butterfly"
+    assert [select(nodes, 8) for nodes in (2, 3, 4, 8)] == ["doubling"] * 4
+    assert [select(nodes, 1 << 24) for nodes in (2, 3, 4, 8)] == ["doubling", "ring", "ring", "ring"]
+    assert select(8, 4 * MESSAGE_BYTES) == "butterfly"

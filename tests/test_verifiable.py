@@ -1,4 +1,4 @@
-"""Inputs whose reduction is exact in any order and tells of every rank and position; assertions made together."""
+"""Inputs with reductions that are exact in any order and depend on every rank and position; collective assertions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CASES = [(dtype, op) for dtype in DTYPES for op in operations(dtype)]
 
 
 def reduce_in_pairs(op: str, parts: list[Any]) -> Any:
-    """Neighbours first, then neighbours of the results."""
+    """Reduce neighbours, then neighbours of the results."""
     while len(parts) > 1:
         parts = [FOLDS[op](*parts[k : k + 2]) if k + 1 < len(parts) else parts[k] for k in range(0, len(parts), 2)]
     return parts[0]
@@ -48,7 +48,7 @@ def test_sums_and_products_are_those_of_exact_arithmetic(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "op"), CASES)
-def test_a_rank_that_is_left_out_or_counted_twice_is_noticed(dtype: str, op: str) -> None:
+def test_a_rank_that_is_left_out_or_counted_twice_changes_the_result(dtype: str, op: str) -> None:
     idempotent = op in ("min", "max", "land", "lor", "band", "bor")
     for size in (2, 3, 4, 7):
         parts = [operand(rank, size, 1000, dtype, op) for rank in range(size)]
@@ -61,7 +61,7 @@ def test_a_rank_that_is_left_out_or_counted_twice_is_noticed(dtype: str, op: str
 
 
 @pytest.mark.parametrize(("dtype", "op"), CASES)
-def test_ranks_differ_from_each_other_and_from_themselves_shifted(dtype: str, op: str) -> None:
+def test_operands_differ_between_ranks_and_between_positions(dtype: str, op: str) -> None:
     for size in (2, 3, 4, 7):
         parts = [operand(rank, size, 1000, dtype, op) for rank in range(size)]
         assert len({part.tobytes() for part in parts}) == size
@@ -69,7 +69,7 @@ def test_ranks_differ_from_each_other_and_from_themselves_shifted(dtype: str, op
 
 
 @pytest.mark.parametrize("dtype", ["i4", "i8", "u4", "f4", "f8"])
-def test_neighbouring_positions_and_ranks_always_differ_where_the_type_has_room(dtype: str) -> None:
+def test_neighbouring_positions_and_ranks_always_differ_in_wide_dtypes(dtype: str) -> None:
     for size in SIZES:
         rows = [operand(rank, size, 1000, dtype) for rank in range(size)]
         assert all((a != b).all() for a, b in pairwise(rows))
@@ -77,7 +77,7 @@ def test_neighbouring_positions_and_ranks_always_differ_where_the_type_has_room(
 
 
 @pytest.mark.mpi
-def test_mpi_agrees_with_what_is_expected(comm: Any) -> None:
+def test_mpi_gives_the_expected_reductions(comm: Any) -> None:
     from mpi4py import MPI
 
     for dtype, op in CASES:
@@ -87,7 +87,7 @@ def test_mpi_agrees_with_what_is_expected(comm: Any) -> None:
 
 
 @pytest.mark.mpi
-def test_an_assertion_made_together_fails_on_every_rank_and_names_those_that_are_wrong(comm: Any) -> None:
+def test_a_collective_assertion_fails_on_every_rank_and_names_the_failing_ranks(comm: Any) -> None:
     collective_assert(comm, True, "never seen")
     with pytest.raises(AssertionError) as caught:
         collective_assert(comm, comm.rank % 2, f"{comm.rank} is even")
@@ -96,7 +96,7 @@ def test_an_assertion_made_together_fails_on_every_rank_and_names_those_that_are
 
 
 @pytest.mark.mpi
-def test_hypothesis_looks_for_the_smallest_failure_on_all_ranks_together(comm: Any) -> None:
+def test_hypothesis_shrinks_a_failure_on_all_ranks_together(comm: Any) -> None:
     from hypothesis import given
     from hypothesis import strategies as st
 

@@ -1,12 +1,13 @@
-"""Ranks of a node that read each other's memory on the device (CUDA IPC): nothing passes through the host.
+"""CUDA IPC: the ranks of a node read each other's device memory, and no data passes through the host.
 
-*p ranks, several of them perhaps on one device; n bytes.*  Every rank has a part that all have opened.  A turn: copy
-into one's part, meet, take from the parts of all.  Parts have two halves, used in turns, so that one meeting a turn is
-enough: who has come to the next meeting has read all that he wanted of this one.
+*p ranks, on one device or several; n bytes.*  Every rank has a buffer that all ranks have opened.  In a phase each rank
+copies into its buffer, passes a barrier, and reads from the buffers of all ranks.  Consecutive phases use alternate
+halves of the buffers, so that one barrier per phase is enough: a rank that enters the next barrier has completed its
+reads of this phase.
 
-Reductions are made in rank order, so every rank gets the same bits.  Where all ranks want all of a result, up to
-DIRECT_RANKS ranks make it each for themselves, which moves (p + 3) n bytes in a rank; more divide the work and meet
-once more, which moves (5 + 1/p) n.
+Reductions are made in rank order, so every rank computes the same bits.  If all ranks need the whole result, up to
+DIRECT_RANKS ranks each compute all of it, which moves (p + 3) n bytes per rank; more ranks divide the work and pass
+a second barrier, which moves (5 + 1/p) n.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from hpccomm.errors import TransportError
 from hpccomm.kernels.reductions import itemsize
 from hpccomm.transports.cuda import Device, Extent, wait
 
-PART_BYTES = 64 << 20
-"""Bytes of a rank's part, both halves."""
+BUFFER_BYTES = 64 << 20
+"""Bytes of a rank's buffer, both halves."""
 DIRECT_RANKS = 3
 ALIGNMENT = 16
 """Bytes that the kernels read at once."""
 MARK_BYTES = 64
-"""Written and looked for to see whether memory is really shared."""
+"""Bytes that each rank writes and all ranks read to verify that memory is shared."""
 
 
 class NodeRanks(Protocol):
-    """The ranks of a node, as much of them as peers need: mpi4py's communicator."""
+    """The methods of mpi4py's communicator of a node that :class:`Peers` uses."""
 
     @property
     def rank(self) -> int:
@@ -38,17 +39,17 @@ class NodeRanks(Protocol):
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
 
     def allgather(self, sendobj: Any) -> list[Any]:
-        """One thing of every rank, on all."""
+        """The objects of all ranks."""
 
     def Barrier(self) -> None:
         """Wait for all ranks."""
 
 
 class PeerCopy(NamedTuple):
-    """Bytes of a peer's part, and where they belong."""
+    """A copy of bytes [first, first + nbytes) of a rank's buffer to an address."""
 
     rank: int
     first: int
@@ -56,41 +57,41 @@ class PeerCopy(NamedTuple):
     address: int
 
 
-class Fold(NamedTuple):
-    """Bytes of all parts, to be reduced."""
+class PeerReduce(NamedTuple):
+    """A reduction of bytes [first, first + nbytes) of all buffers."""
 
     op: str
     code: str
-    """The elements, as :func:`hpccomm.kernels.reductions.code_of` calls them."""
+    """The element type, a code of :func:`hpccomm.kernels.reductions.code_of`."""
     first: int
     nbytes: int
     address: int
-    """Where the result belongs; 0 where this rank wants none."""
+    """The address of the result; 0 if this rank does not need it."""
     shared: bool = True
-    """Whether other ranks want the same bytes, so that work can be divided."""
+    """Whether other ranks reduce the same bytes, so that the work can be divided."""
 
 
 class Phase(NamedTuple):
-    """What is brought and taken at once."""
+    """What a rank copies into its buffer, and what it then reads from all buffers."""
 
     reads: Sequence[Extent]
-    folds: Sequence[Fold] = ()
-    takes: Sequence[PeerCopy] = ()
+    reductions: Sequence[PeerReduce] = ()
+    copies: Sequence[PeerCopy] = ()
 
 
 class Peers:
-    """The ranks of a node and their parts; creating it is collective.
+    """The ranks of a node and their buffers; creating it is collective.
 
-    Raises :class:`~hpccomm.errors.TransportError` on all ranks where it does not work on one: what each rank wrote is
-    looked for by all.
+    Raises :class:`~hpccomm.errors.TransportError` on all ranks if it does not work on one: every rank verifies that it
+    can read the marks of all others.
     """
 
     def __init__(self, device: Device, ranks: NodeRanks, nbytes: int | None = None) -> None:
         self.device, self.ranks = device, ranks
-        self.room = (PART_BYTES if nbytes is None else nbytes) // 2
-        """Bytes that a turn may bring."""
-        self.stream, self._turn = device.create_stream(), 0
-        self._mine, self._parts = 0, list[int]()
+        self.room = (BUFFER_BYTES if nbytes is None else nbytes) // 2
+        """Most bytes of a phase."""
+        self.stream, self._phases_run = device.create_stream(), 0
+        self._mine, self._buffers = 0, list[int]()
         handle, trouble = self._offer()
         offers = ranks.allgather((handle, trouble))
         trouble = next((words for _, words in offers if words), "") or self._open_peers([each for each, _ in offers])
@@ -100,7 +101,7 @@ class Peers:
             raise TransportError(f"CUDA IPC does not work between these ranks: {troubles[0]}")
 
     def _offer(self) -> tuple[bytes, str]:
-        """This rank's part, marked with its rank; or why there is none."""
+        """The handle of this rank's buffer, marked with its rank, or the reason why there is none."""
         try:
             self._mine = self.device.allocate(2 * self.room)
             mark = np.full(MARK_BYTES, mark_of(self.ranks.rank), np.uint8)
@@ -111,81 +112,82 @@ class Peers:
             return b"", f"rank {self.ranks.rank}: {error}"
 
     def _open_peers(self, handles: Sequence[bytes]) -> str:
-        """Open the peers' parts and look for their marks; why they cannot be read, if so."""
+        """Open all ranks' buffers and check their marks; the reason if they cannot be read."""
         try:
             for rank, handle in enumerate(handles):
-                self._parts.append(self._mine if rank == self.ranks.rank else self.device.open(handle))
+                self._buffers.append(self._mine if rank == self.ranks.rank else self.device.open(handle))
                 seen = np.zeros(MARK_BYTES, np.uint8)
-                self.device.to_host(seen, self._parts[rank], self.stream)
+                self.device.to_host(seen, self._buffers[rank], self.stream)
                 self.device.synchronize(self.stream)
                 if (seen != mark_of(rank)).any():
-                    return f"rank {self.ranks.rank} does not see what rank {rank} has written"
+                    return f"rank {self.ranks.rank} does not see what rank {rank} wrote"
         except RuntimeError as error:
             return f"rank {self.ranks.rank}: {error}"
         return ""
 
-    def run(self, turns: Sequence[Phase], streams: Iterable[int] = ()) -> None:
-        """Take all turns; ``streams`` are those on which the arrays are written and read."""
+    def run(self, phases: Sequence[Phase], streams: Iterable[int] = ()) -> None:
+        """Run all phases; ``streams`` have pending work on the arrays."""
         wait(self.device, streams)
-        for turn in turns:
-            self._run_phase(turn, self.room * (self._turn % 2))
-            self._turn += 1
+        for phase in phases:
+            self._run_phase(phase, self.room * (self._phases_run % 2))
+            self._phases_run += 1
         self.device.synchronize(self.stream)
 
-    def _run_phase(self, turn: Phase, half: int) -> None:
-        """One turn in one half of the parts."""
-        device, parts = self.device, [each + half for each in self._parts]
-        for address, first, nbytes in turn.reads:
-            device.copy(parts[self.ranks.rank] + first, address, nbytes, self.stream)
+    def _run_phase(self, phase: Phase, half: int) -> None:
+        """Run one phase in one half of the buffers."""
+        device, buffers = self.device, [each + half for each in self._buffers]
+        for address, first, nbytes in phase.reads:
+            device.copy(buffers[self.ranks.rank] + first, address, nbytes, self.stream)
         self.barrier()
-        for fold in turn.folds:
-            self._fold(fold, parts)
-        for rank, first, nbytes, address in turn.takes:
-            device.copy(address, parts[rank] + first, nbytes, self.stream)
+        for reduction in phase.reductions:
+            self._reduce_all(reduction, buffers)
+        for rank, first, nbytes, address in phase.copies:
+            device.copy(address, buffers[rank] + first, nbytes, self.stream)
 
-    def _fold(self, fold: Fold, parts: Sequence[int]) -> None:
-        """Reduce the parts of all ranks."""
-        if not fold.shared or len(parts) <= DIRECT_RANKS:
-            if fold.address:
-                self._reduce(fold, parts, 0, fold.nbytes, fold.address)
+    def _reduce_all(self, reduction: PeerReduce, buffers: Sequence[int]) -> None:
+        """Reduce the buffers of all ranks."""
+        if not reduction.shared or len(buffers) <= DIRECT_RANKS:
+            if reduction.address:
+                self._reduce(reduction, buffers, 0, reduction.nbytes, reduction.address)
             return
-        shares = divide_bytes(fold.nbytes, len(parts))
+        shares = divide_bytes(reduction.nbytes, len(buffers))
         lo, hi = shares[self.ranks.rank]
-        self._reduce(fold, parts, lo, hi, parts[self.ranks.rank] + fold.first + lo)  # bytes that nobody else reads
+        own = buffers[self.ranks.rank] + reduction.first + lo  # no other rank reads these bytes before the barrier
+        self._reduce(reduction, buffers, lo, hi, own)
         self.barrier()
-        if fold.address:
-            for part, (lo, hi) in zip(parts, shares, strict=True):
-                self.device.copy(fold.address + lo, part + fold.first + lo, hi - lo, self.stream)
+        if reduction.address:
+            for buffer, (lo, hi) in zip(buffers, shares, strict=True):
+                self.device.copy(reduction.address + lo, buffer + reduction.first + lo, hi - lo, self.stream)
 
-    def _reduce(self, fold: Fold, parts: Sequence[int], lo: int, hi: int, out: int) -> None:
-        """Bytes [lo, hi) of a fold."""
-        n = (hi - lo) // itemsize("bfloat16" if fold.code == "bf16" else fold.code)
+    def _reduce(self, reduction: PeerReduce, buffers: Sequence[int], lo: int, hi: int, out: int) -> None:
+        """Reduce bytes [lo, hi) of a reduction."""
+        n = (hi - lo) // itemsize("bfloat16" if reduction.code == "bf16" else reduction.code)
         if n:
-            vectors = [part + fold.first + lo for part in parts]
-            self.device.reduce(fold.op, fold.code, vectors, out, n, self.stream)
+            vectors = [buffer + reduction.first + lo for buffer in buffers]
+            self.device.reduce(reduction.op, reduction.code, vectors, out, n, self.stream)
 
     def barrier(self) -> None:
-        """What every rank has begun is done, and all know it."""
+        """Complete the pending work of all ranks."""
         self.device.synchronize(self.stream)
         self.ranks.Barrier()
 
     def free(self) -> None:
-        """Give the parts back (collective)."""
-        for rank, address in enumerate(self._parts):
+        """Free the buffers (collective)."""
+        for rank, address in enumerate(self._buffers):
             if rank != self.ranks.rank:
                 self.device.close(address)
         self.ranks.Barrier()
         if self._mine:
             self.device.release(self._mine)
-        self._parts, self._mine = [], 0
+        self._buffers, self._mine = [], 0
 
 
 def mark_of(rank: int) -> int:
-    """What a rank writes into its part; new memory holds zeros."""
+    """The byte that a rank writes into its buffer; new memory holds zeros."""
     return rank % 255 + 1
 
 
 def divide_bytes(nbytes: int, ranks: int) -> list[tuple[int, int]]:
-    """[lo, hi) of each rank's share of some bytes, whole elements each."""
+    """[lo, hi) of each rank's share of ``nbytes`` bytes, in whole elements."""
     step = -(-nbytes // (ranks * ALIGNMENT)) * ALIGNMENT
     return [(min(k * step, nbytes), min((k + 1) * step, nbytes)) for k in range(ranks)]

@@ -1,14 +1,15 @@
-"""Which way arrays on a device go: found out once for a communicator, then chosen for each operation.
+"""The transports for arrays on a device: each is tried once per communicator, then one is selected for each plan.
 
-==========  ===========================================  =====================================================
-``staged``  through pinned memory of the host in chunks  always works: every dtype, operation and algorithm
-``ipc``     ranks of one node read each other's memory   reductions that have a kernel, and whatever moves
-``nccl``    NCCL between ranks on different devices      integers, sums and products of floats; what moves
-``aware``   MPI's own collective on device pointers      plain dtypes, where a child has lived to say so
-==========  ===========================================  =====================================================
+==========  ===========================================  ========================================================
+``staged``  through pinned host memory in chunks         every dtype, operation and algorithm; always available
+``ipc``     ranks of one node read each other's memory   reductions that have a kernel, and all data movement
+``nccl``    NCCL between ranks on different devices      integers, sums and products of floats, all data movement
+``aware``   MPI's own collective on device pointers      dtypes of MPI, if the probe has succeeded
+==========  ===========================================  ========================================================
 
-``HPCCOMM_GPU_TRANSPORT`` names one: it takes all calls that it can, the rest is staged; an error on all ranks where it
-does not work at all.  A call that names an algorithm, or wants reproducible bits, is staged: algorithms are the host's.
+``HPCCOMM_GPU_TRANSPORT`` names one, which then takes all calls that it supports; other calls are staged.  If it does
+not work at all, all ranks raise an error.  Calls that name an algorithm or ask for reproducible bits are staged,
+because the algorithms run on the host.
 """
 
 from __future__ import annotations
@@ -28,39 +29,39 @@ if TYPE_CHECKING:
     from hpccomm.context import Context
 
 MANY_BYTES = 1 << 16
-"""From here on bandwidth counts more than meetings of all ranks: an estimate, not measured."""
+"""From this size on bandwidth matters more than barriers of all ranks: an estimate, not measured."""
 
 
 class Call(NamedTuple):
-    """One collective, and what each way would make of it; ``None`` where its dtype, operation or algorithm forbid."""
+    """One collective for each transport; ``None`` if a transport does not support its dtype, operation or algorithm."""
 
     nbytes: int
-    """The same on all ranks, as all that the choice depends on."""
+    """Equal on all ranks, as everything on which the selection depends."""
     chunks: Callable[[], Sequence[Chunk]]
-    turns: Callable[[int], Sequence[Phase]] | None = None
-    """Of so many bytes at most."""
+    phases: Callable[[int], Sequence[Phase]] | None = None
+    """``phases(room)``: phases of at most ``room`` bytes, for CUDA IPC."""
     native: Callable[[], Plan] | None = None
     dense: Callable[[nccl.Nccl], None] | None = None
 
 
 class Backend(Protocol):
-    """How calls go: it says which it takes, and makes them ready to run."""
+    """A backend tells which calls it takes, and binds them."""
 
     needs_barriers: bool
-    """All ranks meet more than once in a call: too slow for short ones."""
+    """Whether a call contains more than one barrier of all ranks, which is too slow for short calls."""
 
     def takes(self, call: Call) -> bool:
-        """Whether it can make this call; the same on all ranks."""
+        """Whether the backend supports this call; equal on all ranks."""
 
     def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """What makes a call that it takes; arrays are written and read on some streams."""
+        """Bind a call that it takes; ``streams`` have pending work on the arrays."""
 
     def free(self) -> None:
-        """Give back what it holds (collective)."""
+        """Free its resources (collective)."""
 
 
 class NcclBackend:
-    """NCCL between devices: what it reduces as we define it, and what only moves."""
+    """NCCL between devices: the reductions that match our definition, and data movement."""
 
     needs_barriers = True
 
@@ -68,22 +69,22 @@ class NcclBackend:
         self.ranks = ranks
 
     def takes(self, call: Call) -> bool:
-        """Dense collectives."""
+        """Calls that NCCL supports."""
         return call.dense is not None
 
     def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """One call of NCCL's."""
+        """One NCCL call."""
         ranks, dense = self.ranks, call.dense
         assert dense is not None
         return lambda: ranks.run(dense, streams)
 
     def free(self) -> None:
-        """NCCL's memory."""
+        """Destroy NCCL's communicator (collective)."""
         self.ranks.free()
 
 
 class IpcBackend:
-    """Ranks of a node that read each other's memory: reductions with a kernel, and what only moves."""
+    """CUDA IPC between the ranks of a node: reductions that have a kernel, and data movement."""
 
     needs_barriers = True
 
@@ -91,22 +92,22 @@ class IpcBackend:
         self.peers = peers
 
     def takes(self, call: Call) -> bool:
-        """What goes in turns."""
-        return call.turns is not None
+        """Calls that can be divided into phases."""
+        return call.phases is not None
 
     def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """Turns as long as a part has room."""
-        assert call.turns is not None
-        peers, turns = self.peers, call.turns(self.peers.room)
-        return lambda: peers.run(turns, streams)
+        """Phases as long as the buffers allow."""
+        assert call.phases is not None
+        peers, phases = self.peers, call.phases(self.peers.room)
+        return lambda: peers.run(phases, streams)
 
     def free(self) -> None:
-        """The parts."""
+        """Free the buffers (collective)."""
         self.peers.free()
 
 
 class MpiBackend:
-    """An MPI that understands pointers of a device: its own collectives of plain dtypes."""
+    """A CUDA-aware MPI: its own collectives on dtypes of MPI."""
 
     needs_barriers = False
 
@@ -114,11 +115,11 @@ class MpiBackend:
         self.device = device
 
     def takes(self, call: Call) -> bool:
-        """What MPI does right."""
+        """Calls that MPI computes as we define them."""
         return call.native is not None
 
     def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """Between two waits for the streams."""
+        """MPI's call between two synchronisations of the streams."""
         assert call.native is not None
         bound, device = call.native(), self.device
 
@@ -130,11 +131,11 @@ class MpiBackend:
         return run
 
     def free(self) -> None:
-        """Nothing."""
+        """Nothing to free."""
 
 
 class StagedBackend:
-    """Through pinned memory of the host, in chunks: every call."""
+    """Through pinned host memory in chunks: every call."""
 
     needs_barriers = False
 
@@ -142,43 +143,43 @@ class StagedBackend:
         self.staging = staging
 
     def takes(self, call: Call) -> bool:
-        """All."""
+        """Every call."""
         return True
 
     def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """Chunk by chunk."""
+        """The chunks of the call."""
         staging, chunks = self.staging, call.chunks()
         return lambda: staging.run(chunks, streams)
 
     def free(self) -> None:
-        """Nothing: others stage, too."""
+        """Nothing: the staging area belongs to the planner."""
 
 
 def read_setting(setting: str) -> str:
-    """What ``HPCCOMM_GPU_TRANSPORT`` says; raises ArgumentError for other words."""
+    """The value of ``HPCCOMM_GPU_TRANSPORT``; raises ArgumentError for an unknown one."""
     if setting and setting not in SETTINGS:
         raise ArgumentError(f"{TRANSPORT}={setting!r} is not known: use one of {', '.join(SETTINGS)}")
     return setting or "auto"
 
 
 class DeviceTransports:
-    """The ways of one communicator; creating it is collective.
+    """The device transports of one communicator; creating it is collective.
 
-    Raises :class:`~hpccomm.errors.TransportError` on all ranks where the way that is wanted does not work.
+    Raises :class:`~hpccomm.errors.TransportError` on all ranks if the transport of the setting does not work.
     """
 
-    def __init__(self, resources: Context, staging: Staging) -> None:
-        self.context, self.staging, self.device = resources, staging, staging.device
-        self.setting = read_setting(resources.settings[TRANSPORT])
+    def __init__(self, context: Context, staging: Staging) -> None:
+        self.context, self.staging, self.device = context, staging, staging.device
+        self.setting = read_setting(context.settings[TRANSPORT])
         self.backends: dict[str, Backend] = {}
-        """Those that are to be had, in the order of preference for many bytes."""
+        """The available transports, in order of preference for long calls."""
         self.troubles: dict[str, str] = {}
-        """Why a way is not to be had; nothing where it is."""
+        """Why each transport is not available; empty if it is."""
         self.remarks: dict[str, str] = {}
-        """What else is known of a way."""
+        """Remarks on available transports."""
         for name, look in BACKENDS.items():
             if self.setting not in ("auto", name) and name != FALLBACK:
-                self.troubles[name] = f"{TRANSPORT} says {self.setting}"
+                self.troubles[name] = f"{TRANSPORT} is {self.setting}"
                 continue
             try:
                 self.backends[name] = look(self)
@@ -188,11 +189,11 @@ class DeviceTransports:
         if self.troubles.get(self.setting):
             self.free()
             raise TransportError(
-                f"{TRANSPORT}={self.setting} does not work here: {self.troubles[self.setting]}: leave it out"
+                f"{TRANSPORT}={self.setting} does not work here: {self.troubles[self.setting]}: unset {TRANSPORT}"
             )
 
     def find_nccl(self) -> Backend:
-        """Between different devices; ranks that share one must be allowed to, and want it."""
+        """NCCL, if every rank has a device of its own, or all ranks are configured to share devices."""
         channel, library, trouble = self.context.private_comm, None, ""
         try:
             library = nccl.library()
@@ -207,36 +208,34 @@ class DeviceTransports:
         places = [each for _, each, _ in everyone]
         if len(set(places)) < len(places) and not all(each for _, _, each in everyone):
             raise TransportError(
-                f"ranks share a device: that takes NCCL 2.30, {nccl.SHARING}=1 and {TRANSPORT}=nccl on all ranks"
+                f"ranks share a device: that requires NCCL 2.30, {nccl.SHARING}=1 and {TRANSPORT}=nccl on all ranks"
             )
         return NcclBackend(nccl.Nccl(self.device, channel, library))
 
     def find_peers(self) -> Backend:
-        """Between ranks of one node."""
+        """CUDA IPC, if all ranks share one node."""
         count = self.context.layout.count
         if count > 1:
             raise TransportError(f"the ranks are on {count} nodes")
         return IpcBackend(Peers(self.device, self.context.node))
 
     def find_mpi(self) -> Backend:
-        """Children on each node; all must have lived."""
+        """A CUDA-aware MPI, if the probe has succeeded on every node."""
         node, found = self.context.node, None
         if node.rank == 0:
             try:
                 found = cuda_probe.verdict(self.device.number, self.device.driver)
-            except (OSError, RuntimeError) as error:  # no home, no driver: the others wait for an answer
-                found = cuda_probe.Verdict(str(error), "not asked")
+            except (OSError, RuntimeError) as error:  # no home, no driver: the other ranks wait for the result
+                found = cuda_probe.Verdict(str(error), "not probed")
         for each in self.context.private_comm.allgather(node.bcast(found)):
             if each.trouble:
-                raise TransportError(
-                    f"{mpi_name()} does not understand pointers of a device ({each.when}: {each.trouble})"
-                )
+                raise TransportError(f"{mpi_name()} does not accept device pointers ({each.when}: {each.trouble})")
             if each.alone:
-                self.remarks["aware"] = f"asked of one process only: {each.alone}"
+                self.remarks["aware"] = f"probed with one process only: {each.alone}"
         return MpiBackend(self.device)
 
     def choose(self, call: Call) -> str:
-        """Which way a call goes, the same on all ranks."""
+        """The transport for a call, the same on all ranks."""
         able = [name for name, each in self.backends.items() if each.takes(call)]
         if self.setting != "auto":
             return self.setting if self.setting in able else FALLBACK
@@ -245,31 +244,31 @@ class DeviceTransports:
         return able[0]
 
     def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """What makes a call its way; arrays are written and read on some streams."""
+        """Bind a call to its transport; ``streams`` have pending work on the arrays."""
         return self.backends[self.choose(call)].bind(call, streams)
 
     def describe(self) -> dict[str, str]:
-        """Each way, and why it is not to be had where it is not."""
+        """Each transport: whether it is available, or the reason why not."""
         return {name: f"no: {why}" if why else self.availability(name) for name, why in self.troubles.items()}
 
     def availability(self, name: str) -> str:
-        """That a way is to be had, and what else is known of it."""
+        """``yes``, and the remark on a transport if there is one."""
         return f"yes ({self.remarks[name]})" if name in self.remarks else "yes"
 
     def free(self) -> None:
-        """Give everything back (collective)."""
+        """Free all transports (collective)."""
         for each in self.backends.values():
             each.free()
         self.backends = {}
 
 
 FALLBACK = "staged"
-"""What takes all that is left."""
+"""The transport that takes every call."""
 BACKENDS: dict[str, Callable[[DeviceTransports], Backend]] = {
     "nccl": DeviceTransports.find_nccl,
     "ipc": DeviceTransports.find_peers,
     "aware": DeviceTransports.find_mpi,
     FALLBACK: lambda transports: StagedBackend(transports.staging),
 }
-"""What looks for each, in the order of preference for many bytes; it raises TransportError on all ranks or none."""
+"""How to open each transport, in order of preference for long calls; raises TransportError on all ranks or none."""
 SETTINGS = ("auto", *BACKENDS, cuda.ON_HOST)

@@ -1,13 +1,14 @@
-"""An allreduce in two levels: shared memory inside each node, messages between the nodes.
+"""Allreduce in two levels: shared memory inside each node, messages between the nodes.
 
-*N nodes, L lanes: the ranks of the smallest node; n bytes.*  A long vector goes in segments: the ranks of a node reduce
-a segment together, each lane a part of it; the ranks with the same lane on all nodes reduce their parts by messages,
-so that every local rank drives the network; then the ranks of a node gather.  While one segment is between the nodes
-the next is reduced inside, a turn later: whoever waits for messages drives all that are on their way.  Messages are
-short, so that many are on their way in both directions: Open MPI's TCP sends one way at a time above 64 KB.
+*N nodes, n bytes, L channels: as many as the smallest node has ranks.*  A long vector is cut into segments.  The ranks
+of a node reduce-scatter a segment, one block per channel.  The ranks of one channel on all nodes allreduce their blocks
+by messages, so that every local rank drives the network.  Then the ranks of a node allgather.  While one segment is
+exchanged between the nodes, the next one is reduced inside: a rank that waits for one message drives all pending
+messages.  Messages are short, so that many are pending in both directions: above 64 KB Open MPI's TCP sends in one
+direction at a time.
 
-A short vector goes by the first rank of each node alone: fewest messages.  The others wait for the result in shared
-memory, and have nothing to drive.  Any number of ranks on any node, in any order.
+For a short vector the first rank of each node alone exchanges messages, which needs the fewest of them; the other ranks
+wait for the result in shared memory.  Nodes may have any number of ranks, and ranks may be placed in any order.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from hpccomm.layout import Link
 from hpccomm.performance.inter_node import message_count, segment_count, select_inter_node
 
 SHORT_BYTES = 8192
-"""Up to here one rank of each node carries the vector."""
+"""Up to this size one rank of each node exchanges the vector."""
 IDLE_SECONDS = 2e-3
-"""Seconds for which a rank with no message on its way waits in shared memory before it looks after MPI."""
+"""Seconds for which a rank without pending messages waits in shared memory before it drives MPI."""
 
-
-Watchdog = Callable[[float, list[int]], None]
+StallHandler = Callable[[float, list[int]], None]
+"""``handler(seconds, missing)`` is called while ranks of the node are missing from a call in shared memory."""
 
 
 class Operands(NamedTuple):
-    """A reduction's memory: addresses of what goes in and of what comes out, the latter also as a vector."""
+    """A reduction's addresses to read and to write, the result also as a vector, and its operation."""
 
     send: int
     recv: int
@@ -53,88 +54,90 @@ class Operands(NamedTuple):
 
 
 class TwoLevels:
-    """Binds allreduces of ranks on several nodes; ``memory`` is shared by the ranks of this one's node.
+    """Binds allreduces of ranks on several nodes; ``memory`` is shared by the ranks of this node.
 
-    While ranks of the node are missing, ``memory.late`` has to drive messages.
+    ``memory.stall_handler`` must drive messages while ranks of the node are missing.
     """
 
-    def __init__(self, memory: Any, transport: Transport, lanes: Channels, link: Link) -> None:
-        self.memory, self.transport, self.channels, self.link = memory, transport, lanes, link
+    def __init__(self, memory: Any, transport: Transport, channels: Channels, link: Link) -> None:
+        self.memory, self.transport, self.channels, self.link = memory, transport, channels, link
         self.rank = transport.rank
-        self.nodes, self.width = lanes.rank.shape
-        self.local_rank, self.members = int(lanes.local_rank[self.rank]), int(memory.size)
+        self.nodes, self.width = channels.rank.shape
+        self.local_rank, self.members = int(channels.local_rank[self.rank]), int(memory.size)
 
-    def bind(self, data: Operands, word: int) -> Plan:
-        """Bind an allreduce; ``word`` is its signature."""
+    def bind(self, data: Operands, digest: int) -> Plan:
+        """Bind an allreduce; ``digest`` is that of its fingerprint."""
         nbytes = data.vector.nbytes
         inter = select_inter_node(self.nodes, nbytes, self.width, self.link)
         if nbytes <= SHORT_BYTES:
-            return self.bind_short(data, word, inter)
+            return self.bind_short(data, digest, inter)
         cut = segments(data.vector.size, segment_count(nbytes))
-        found = [list(self.bind_long(data, word, inter, each)) for each in cut]
-        turns = [turn for turn, lanes in enumerate(found) for _ in lanes]
-        return interleave([lane for lanes in found for lane in lanes], turns)
+        found = [list(self.bind_long(data, digest, inter, each)) for each in cut]
+        numbers = [number for number, segment in enumerate(found) for _ in segment]
+        return interleave([rounds for segment in found for rounds in segment], numbers)
 
-    def bind_short(self, data: Operands, word: int, inter: Algorithm) -> Plan:
-        """One rank of each node carries the whole vector."""
+    def bind_short(self, data: Operands, digest: int, inter: Algorithm) -> Plan:
+        """One rank of each node exchanges the whole vector."""
         memory, size = self.memory, data.vector.size
-        meet = memory.bind_reduce(data.send, data.recv, size, data.kind, data.op, 0, word)
-        lane = [
-            RoundActions([], [meet]),
-            *(self.inter_node_rounds(inter, data.vector, data.combine, word) if self.local_rank == 0 else []),
+        reduce = memory.bind_reduce(data.send, data.recv, size, data.kind, data.op, 0, digest)
+        rounds = [
+            RoundActions([], [reduce]),
+            *(self.inter_node_rounds(inter, data.vector, data.combine, digest) if self.local_rank == 0 else []),
         ]
-        share = memory.bind_bcast(data.recv, data.vector.nbytes, 0, word, delay_watchdog(memory.stall_handler))
-        return interleave([[*lane, RoundActions([], [share])]])
+        broadcast = memory.bind_bcast(
+            data.recv, data.vector.nbytes, 0, digest, delay_stall_handler(memory.stall_handler)
+        )
+        return interleave([[*rounds, RoundActions([], [broadcast])]])
 
-    def bind_long(self, data: Operands, word: int, inter: Algorithm, segment: slice) -> Iterator[list[RoundActions]]:
-        """One segment: reduced inside, exchanged in several messages at a time, gathered inside."""
+    def bind_long(self, data: Operands, digest: int, inter: Algorithm, segment: slice) -> Iterator[list[RoundActions]]:
+        """One segment: reduce inside the node, exchange in several messages at a time, gather inside the node."""
         vector, width = data.vector[segment], data.vector.itemsize
         start, cuts = segment.start * width, even_cuts(vector.size, self.width).tolist()
         cuts += [cuts[-1]] * (self.members - self.width)
         counts = np.diff(cuts).tolist()
         mine = data.recv + start + cuts[self.local_rank] * width
-        reduce = self.memory.bind_reduce_scatter(data.send + start, mine, counts, data.kind, data.op, word)
+        reduce = self.memory.bind_reduce_scatter(data.send + start, mine, counts, data.kind, data.op, digest)
         sizes, places = [each * width for each in counts], [each * width for each in cuts[:-1]]
-        gather = self.memory.bind_allgather(mine, data.recv + start, sizes, places, word)
+        gather = self.memory.bind_allgather(mine, data.recv + start, sizes, places, digest)
         first, last = RoundActions([], [reduce]), RoundActions([], [gather])
-        part = vector[cuts[self.local_rank] : cuts[self.local_rank + 1]]
+        block = vector[cuts[self.local_rank] : cuts[self.local_rank + 1]]
         if not self.has_channel:
             yield [first, *finish_with([RoundActions([], []) for _ in range(self.rounds(inter))], last)]
             return
-        messages = message_count(part.nbytes, inter.blocks(self.nodes))
-        for number, piece in enumerate(pieces := segments(part.size, messages)):
-            rounds = list(self.inter_node_rounds(inter, part[piece], data.combine, word))
-            if number == len(pieces) - 1:
+        count = message_count(block.nbytes, inter.blocks(self.nodes))
+        for number, message in enumerate(messages := segments(block.size, count)):
+            rounds = list(self.inter_node_rounds(inter, block[message], data.combine, digest))
+            if number == len(messages) - 1:
                 rounds = finish_with(rounds, last)
             yield [first if number == 0 else RoundActions([], []), *rounds]
 
     @property
     def has_channel(self) -> bool:
-        """Whether this rank has a lane."""
+        """Whether this rank has a channel."""
         return self.local_rank < self.width
 
     def rounds(self, inter: Algorithm) -> int:
-        """How many rounds a lane of this node has: a rank without one takes its turns as the others do."""
+        """Rounds of a channel of this node; a rank without a channel runs as many empty rounds."""
         driver = int(self.channels.rank[self.channels.node[self.rank], 0])
         return sum(
             int(step.to) >= 0 or int(step.source) >= 0 for step in channel_steps(inter.steps, driver, self.channels)
         )
 
-    def inter_node_rounds(self, inter: Algorithm, part: Any, combine: Combine, word: int) -> Iterator[RoundActions]:
-        """The messages of one lane."""
-        lane = VectorSegment(part, even_cuts(part.size, inter.blocks(self.nodes)), self.transport, combine, word)
+    def inter_node_rounds(self, inter: Algorithm, block: Any, combine: Combine, digest: int) -> Iterator[RoundActions]:
+        """The rounds of one message of this rank's channel."""
+        segment = VectorSegment(block, even_cuts(block.size, inter.blocks(self.nodes)), self.transport, combine, digest)
         for step in channel_steps(inter.steps, self.rank, self.channels):
-            if not lane.is_idle(step):
-                yield lane.bind_step(step)
+            if not segment.is_idle(step):
+                yield segment.bind_step(step)
 
 
-def delay_watchdog(late: Watchdog) -> Watchdog:
-    """Look after MPI less soon."""
-    return lambda seconds, missing: late(seconds, missing) if seconds > IDLE_SECONDS else None
+def delay_stall_handler(handler: StallHandler) -> StallHandler:
+    """The handler, called only after IDLE_SECONDS."""
+    return lambda seconds, missing: handler(seconds, missing) if seconds > IDLE_SECONDS else None
 
 
 def finish_with(rounds: list[RoundActions], last: RoundActions) -> list[RoundActions]:
-    """``last`` as soon as the last of ``rounds`` is over, before any other lane goes on."""
+    """Append ``last`` to the last of ``rounds``, before any other sequence of rounds continues."""
     if rounds:
         rounds[-1].finishes += last.finishes
         return rounds

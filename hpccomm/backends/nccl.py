@@ -1,8 +1,8 @@
-"""NVIDIA's NCCL for dense collectives between devices, by ``cupy.cuda.nccl``.
+"""NVIDIA's NCCL for dense collectives between devices, through ``cupy.cuda.nccl``.
 
-Integers, and sums and products of float32 and float64: what NCCL adds in 16 bits is rounded at every step, and its
-minima do not promise to keep a NaN.  Whatever only moves, moves as bytes.  One stream of our own; a call returns when
-its result is there.
+NCCL reduces integers, and computes sums and products of float32 and float64.  It is not used for 16-bit floats, whose
+sums it rounds at every step, nor for minima and maxima of floats, which may lose a NaN.  Data movement is in bytes.
+All calls run on one private stream; a call returns when its result is complete.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ TYPES = {
 OPERATIONS = {"sum": "NCCL_SUM", "prod": "NCCL_PROD", "min": "NCCL_MIN", "max": "NCCL_MAX"}
 
 SHARING, SHARED_SINCE = "NCCL_MULTI_RANK_GPU_ENABLE", 23000
-"""The variable that lets ranks share a device, and the first version that knows it, 2.30."""
+"""The variable that lets ranks share a device, and the first NCCL version that supports it, 2.30."""
 
 
 class Ranks(Protocol):
-    """As much of mpi4py's communicator as is needed."""
+    """The methods of mpi4py's communicator that :class:`Nccl` uses."""
 
     @property
     def rank(self) -> int:
@@ -40,17 +40,17 @@ class Ranks(Protocol):
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
 
     def bcast(self, obj: Any) -> Any:
-        """Rank 0's thing, on all."""
+        """Rank 0's object."""
 
     def allgather(self, sendobj: Any) -> list[Any]:
-        """One thing of every rank, on all."""
+        """The objects of all ranks."""
 
 
 def library() -> Any:
-    """CuPy's module; raises TransportError where there is no NCCL."""
+    """CuPy's NCCL module; raises TransportError if there is no NCCL."""
     try:
         from cupy.cuda import nccl
     except ImportError as error:
@@ -66,20 +66,20 @@ def can_share_device(nccl: Any) -> bool:
 
 
 def reduces(op: str, code: str) -> bool:
-    """Whether NCCL gives the answer that we define."""
+    """Whether NCCL's reduction matches our definition."""
     return code in TYPES and op in OPERATIONS and (op in ("sum", "prod") or code not in FLOATS)
 
 
 class Nccl:
-    """NCCL's communicator of some ranks; creating it is collective.  Raises TransportError on all ranks or none."""
+    """An NCCL communicator; creating it is collective and raises TransportError on all ranks or none."""
 
     def __init__(self, device: Device, ranks: Ranks, nccl: Any) -> None:
         self.device, self.rank, self.size, self.nccl = device, ranks.rank, ranks.size, nccl
         self.stream, trouble = device.create_stream(), ""
-        word = ranks.bcast(nccl.get_unique_id() if ranks.rank == 0 else None)
+        unique_id = ranks.bcast(nccl.get_unique_id() if ranks.rank == 0 else None)
         device.use(device.number)
         try:
-            self.comm = nccl.NcclCommunicator(ranks.size, word, ranks.rank)
+            self.comm = nccl.NcclCommunicator(ranks.size, unique_id, ranks.rank)
         except RuntimeError as error:
             trouble = f"rank {ranks.rank}: {error}"
         troubles = [words for words in ranks.allgather(trouble) if words]
@@ -87,47 +87,47 @@ class Nccl:
             raise TransportError(f"NCCL does not work between these ranks: {troubles[0]}")
 
     def run(self, body: Callable[[Nccl], None], streams: Iterable[int]) -> None:
-        """A collective of arrays that are written and read on some streams."""
+        """Run a collective; ``streams`` have pending work on the arrays."""
         wait(self.device, streams)
         body(self)
         self.device.synchronize(self.stream)
 
     def free(self) -> None:
-        """Give NCCL's memory back (collective)."""
+        """Destroy the NCCL communicator (collective)."""
         self.comm.destroy()
 
     def _nccl_types(self, code: str, op: str) -> tuple[int, int]:
-        """NCCL's numbers of a dtype and an operation."""
+        """NCCL's constants for a dtype and an operation."""
         return getattr(self.nccl, TYPES[code]), getattr(self.nccl, OPERATIONS[op])
 
     @property
     def _octet(self) -> int:
         return int(self.nccl.NCCL_UINT8)
 
-    # Collectives: addresses, elements or bytes
+    # Collectives on addresses
 
     def allreduce(self, send: int, recv: int, n: int, code: str, op: str) -> None:
-        """n elements."""
+        """Allreduce of n elements."""
         self.comm.allReduce(send, recv, n, *self._nccl_types(code, op), self.stream)
 
     def reduce(self, send: int, recv: int, n: int, code: str, op: str, root: int) -> None:
-        """n elements; ``recv`` is written on the root only."""
+        """Reduce of n elements; only the root writes ``recv``."""
         self.comm.reduce(send, recv, n, *self._nccl_types(code, op), root, self.stream)
 
     def reduce_scatter(self, send: int, recv: int, n: int, code: str, op: str) -> None:
-        """n elements for each rank."""
+        """Reduce-scatter of n elements per rank."""
         self.comm.reduceScatter(send, recv, n, *self._nccl_types(code, op), self.stream)
 
     def bcast(self, address: int, nbytes: int, root: int) -> None:
-        """Bytes of the root."""
+        """Broadcast of the root's bytes."""
         self.comm.broadcast(address, address, nbytes, self._octet, root, self.stream)
 
     def allgather(self, send: int, recv: int, nbytes: int) -> None:
-        """Bytes from each rank."""
+        """Allgather of ``nbytes`` bytes per rank."""
         self.comm.allGather(send, recv, nbytes, self._octet, self.stream)
 
     def alltoall(self, send: int, recv: int, nbytes: int) -> None:
-        """Bytes from each rank for each rank."""
+        """All-to-all of ``nbytes`` bytes per pair of ranks, by sends and receives in one group."""
         self.nccl.groupStart()
         try:
             for peer in range(self.size):

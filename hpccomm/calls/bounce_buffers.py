@@ -1,8 +1,8 @@
-"""Arrays that stand in for those of short calls: what is bound once serves calls whose arrays are new at every step.
+"""Bounce buffers: short calls on a new array at every step reuse one plan, at the price of a copy in and a copy out.
 
-Binding a call takes up to a millisecond between nodes, copying 64 KB some microseconds.  A call whose arrays come again
-is bound to them; after some calls of one kind on other arrays each time, arrays of the same lengths are bound instead,
-and what goes in and comes out is copied.
+Binding a call takes up to a millisecond between nodes, copying 64 KB a few microseconds.  A call whose arrays recur is
+bound to these arrays.  After PATIENCE calls of one kind on different arrays, one plan is bound to bounce buffers of the
+same lengths, and later calls of that kind copy their data through them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 from mpi4py import MPI
 
 SHORT_BYTES = 1 << 16
-"""Up to here copying an array takes less time than binding."""
+"""Up to this size copying an array takes less time than binding a plan."""
 PATIENCE = 2
-"""Calls of a kind that are bound to arrays of their own before others stand in for them."""
+"""Calls of one kind that are bound to the user's arrays before bounce buffers are used."""
 KINDS = 128
-"""Of calls that are remembered."""
+"""Kinds of calls that are counted at a time."""
 
 
 class BounceBuffers:
-    """Of one communicator, by the kind of call: its name, lengths, dtypes and arguments."""
+    """The bounce buffers of one communicator, by kind of call: its name, lengths, dtypes and arguments."""
 
     def __init__(self) -> None:
         self._calls: dict[Hashable, int] = {}
@@ -30,14 +30,14 @@ class BounceBuffers:
         self._own: set[int] = set()
 
     def run(self, kind: Hashable, call: Callable[..., None], sendbuf: Any, recvbuf: Any, rest: tuple[Any, ...]) -> bool:
-        """Make a call on arrays that stand in for these, with ``rest``, if it is time to; whether it was made.
+        """Make a call on bounce buffers with the arguments ``rest``; ``False`` if the call must be bound instead.
 
-        Buffers are plain arrays, ``IN_PLACE`` or ``None``.  All of ``recvbuf`` goes in as well, and comes out.
+        Buffers are plain arrays, ``IN_PLACE`` or ``None``.  ``recvbuf`` is copied in as well as out.
         """
         if not (fits(sendbuf) and fits(recvbuf)) or id(recvbuf) in self._own or id(sendbuf) in self._own:
             return False
         if isinstance(recvbuf, np.ndarray) and not recvbuf.flags.writeable:
-            return False  # an error, or a broadcast's root
+            return False  # an error, or the root of a broadcast
         in_place = sendbuf is recvbuf
         kind = (kind, None if in_place else lengths(sendbuf), lengths(recvbuf))
         known = self._arrays.get(kind)
@@ -56,7 +56,7 @@ class BounceBuffers:
         return True
 
     def count_call(self, kind: Hashable) -> bool:
-        """Count a call that would be bound to its own arrays; whether others should stand in."""
+        """Count a call; whether bounce buffers should serve its kind from now on."""
         if len(self._calls) >= KINDS:
             self._calls.clear()
             self._arrays.clear()
@@ -66,23 +66,23 @@ class BounceBuffers:
 
 
 def fits(buffer: Any) -> bool:
-    """Whether a buffer is short and plain, or none."""
+    """Whether a buffer is a short contiguous array, or no array."""
     if type(buffer) is np.ndarray:
         return bool(buffer.nbytes <= SHORT_BYTES and buffer.flags.c_contiguous)
     return buffer is None or buffer is MPI.IN_PLACE
 
 
 def lengths(buffer: Any) -> Hashable:
-    """What has to agree for another array to stand in."""
+    """Length and dtype, which a bounce buffer must share with the user's array."""
     return (buffer.size, buffer.dtype) if type(buffer) is np.ndarray else buffer is None
 
 
 def empty_like(buffer: Any) -> Any:
-    """An array of the same length and dtype; what is no array stands for itself."""
+    """An array of the same length and dtype; ``IN_PLACE`` and ``None`` are returned as they are."""
     return np.empty(buffer.size, buffer.dtype) if type(buffer) is np.ndarray else buffer
 
 
 def copy_array(to: Any, source: Any) -> None:
-    """Copy an array; nothing where there is none."""
+    """Copy an array; ``IN_PLACE`` and ``None`` are ignored."""
     if type(to) is np.ndarray:
         to.reshape(-1)[...] = source.reshape(-1)

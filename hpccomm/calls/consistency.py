@@ -1,8 +1,9 @@
-"""The roll call: every rank writes what it is about to call where the other ranks of its node can read it.
+"""The consistency table: each rank writes the fingerprint of its next call into memory that its node shares.
 
-*seq counts the collective calls of one communicator; a word is seq and signature in one 64-bit integer*, so a reader
-never sees half of it.  Reading costs no message.  Whoever comes late sees at once that it calls something else; whoever
-is stuck is told by a watchdog thread, which also names the ranks that are missing.
+*seq counts the collective calls of one communicator; an entry is seq and a fingerprint's digest in one 64-bit integer*,
+so a reader never sees half an entry.  Reading an entry costs no message.  A rank that enters a call compares its entry
+with those of the ranks that have entered before.  A watchdog thread ends a call that can never complete, and names the
+ranks that are missing from a slow one.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from hpccomm.calls.fingerprint import Fingerprint, decode, first_difference, for
 from hpccomm.errors import MismatchError
 
 CALLS = 64
-"""How many calls back a peer can still be compared."""
+"""Entries of each rank: how many calls back a peer can still be compared."""
 TEXTS = 32
 TEXT_BYTES = 248
 STATUS, LEFT, GAVE_UP = CALLS, CALLS + 1, CALLS + 2
 ROW_WORDS = CALLS + 16 + TEXTS * (TEXT_BYTES // 8 + 1)
-"""64-bit words a rank."""
+"""64-bit words per rank."""
 
 PERIOD = 0.25
-"""Seconds between two looks of the watchdog."""
+"""Seconds between two checks by the watchdog."""
 
 FLUSH_SECONDS = 0.5
-"""Seconds between a last sentence and the end: launchers drop what they have not read by then (seen with hydra)."""
+"""Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
 
 
 def bytes_needed(members: int) -> int:
@@ -43,7 +44,8 @@ def bytes_needed(members: int) -> int:
 class ConsistencyTable:
     """One rank's view of its node's table.
 
-    ``memory`` is zeroed memory that all members share, ``members`` their ranks in the communicator, ``me`` this one.
+    ``memory`` is zeroed memory that all members share, ``members`` are their ranks in the communicator, ``me`` is this
+    rank.
     """
 
     def __init__(self, memory: Any, members: tuple[int, ...], me: int) -> None:
@@ -56,57 +58,57 @@ class ConsistencyTable:
         self._compatible: set[tuple[int, int]] = set()
         self._warned = (0, 0)
         self.progress: Callable[[], Any] = lambda: None
-        """Lets MPI move what is under way."""
+        """Lets MPI make progress with pending messages."""
         self._seq = 0
         self.active_seq = 0
-        """The number of the call that this rank is in; 0 outside."""
+        """The number of the call that this rank is executing; 0 between calls."""
         watch(self)
 
-    def announce(self, signature: Fingerprint) -> int:
-        """Write the words of a call that will be made; returns its number for :meth:`enter`."""
-        word = signature.digest
-        if self._fingerprints.get(word) != signature:
-            self._fingerprints[word] = signature
-            start = 8 * (self._base + CALLS + 16 + (word % TEXTS) * (TEXT_BYTES // 8 + 1))
-            text = signature.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
+    def announce(self, fingerprint: Fingerprint) -> int:
+        """Write the fingerprint of a future call; returns its digest for :meth:`enter`."""
+        digest = fingerprint.digest
+        if self._fingerprints.get(digest) != fingerprint:
+            self._fingerprints[digest] = fingerprint
+            start = 8 * (self._base + CALLS + 16 + (digest % TEXTS) * (TEXT_BYTES // 8 + 1))
+            text = fingerprint.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
             self._octets[start + 8 : start + 8 + TEXT_BYTES] = text
-            self._words[start // 8] = word
-        return word
+            self._words[start // 8] = digest
+        return digest
 
-    def enter(self, word: int) -> None:
-        """About to make the call ``word``: raise if somebody who is already there calls something else."""
+    def enter(self, digest: int) -> None:
+        """Enter a call; raise if a rank that has entered before called something else."""
         words = self._words
         self._seq = seq = self._seq + 1
-        slot, mine = seq % CALLS, (seq << 31) | word
+        slot, mine = seq % CALLS, (seq << 31) | digest
         words[self._base + slot] = mine
         words[self._base + STATUS] = self.active_seq = seq
         for peer in self._peers:
             theirs = words[peer + slot]
             if theirs != mine and theirs >> 31 == seq:
-                self.compare(word, theirs, peer)
+                self.compare(digest, theirs, peer)
 
-    def begin(self, word: int) -> None:
-        """About to make a call that nobody leaves before all have come: comparing on leaving is early enough."""
+    def begin(self, digest: int) -> None:
+        """Enter a call that no rank leaves before all have entered: comparing in :meth:`leave` is early enough."""
         words = self._words
         self._seq = seq = self._seq + 1
-        words[self._base + seq % CALLS] = (seq << 31) | word
+        words[self._base + seq % CALLS] = (seq << 31) | digest
         words[self._base + STATUS] = self.active_seq = seq
 
-    def leave(self, word: int) -> None:
-        """The call is over: raise if it was not what the others called."""
+    def leave(self, digest: int) -> None:
+        """Leave a call; raise if another rank called something else."""
         words, seq = self._words, self._seq
-        slot, mine = seq % CALLS, (seq << 31) | word
+        slot, mine = seq % CALLS, (seq << 31) | digest
         for peer in self._peers:
             theirs = words[peer + slot]
             if theirs != mine and theirs >> 31 == seq:
-                self.compare(word, theirs, peer)
+                self.compare(digest, theirs, peer)
         self.active_seq = 0
         words[self._base + STATUS] = -seq
 
     def wait(self) -> None:
-        """Wait until every member has come to this call, then compare; all of them raise if one differs.
+        """Wait until every member has entered this call, then compare; all members raise if one differs.
 
-        Drives MPI meanwhile: a member may still be waiting for the end of a message that this rank has sent before.
+        The waiting rank drives MPI: a member may still wait for the end of a message that this rank has sent before.
         """
         words, seq = self._words, self._seq
         slot = seq % CALLS
@@ -125,56 +127,56 @@ class ConsistencyTable:
             if theirs != mine and theirs >> 31 == seq:
                 self.compare(mine & 0x7FFFFFFF, theirs, peer)
 
-    def blame(self, word: int, failure: Exception) -> None:
-        """MPI failed: raise what the ranks called where they differ, else MPI's own error."""
+    def raise_mismatch(self, digest: int, failure: Exception) -> None:
+        """After an MPI error, raise a MismatchError if the ranks' calls differ, else MPI's own error."""
         for peer in self._peers:
             theirs = self._words[peer + self._seq % CALLS]
             if theirs >> 31 == self._seq:
-                self.compare(word, theirs, peer)
+                self.compare(digest, theirs, peer)
         raise failure
 
-    def compare(self, word: int, theirs: int, peer: int) -> None:
-        """The numbers differ: do the words contradict each other?"""
+    def compare(self, digest: int, theirs: int, peer: int) -> None:
+        """Compare the fingerprints of two different digests; raise if they contradict each other."""
         other = theirs & 0x7FFFFFFF
-        if word == other or (word, other) in self._compatible:
+        if digest == other or (digest, other) in self._compatible:
             return
-        a, b = self._fingerprints.get(word), self.text(peer, other)
+        a, b = self._fingerprints.get(digest), self.read_fingerprint(peer, other)
         if a is not None and b is not None and first_difference(a, b) is None:
-            self._compatible.add((word, other))
+            self._compatible.add((digest, other))
             return
         raise MismatchError(self.explain())
 
-    def text(self, line: int, word: int) -> Fingerprint | None:
-        """The words a rank wrote for its call, unless they have been overwritten."""
-        start = 8 * (line + CALLS + 16 + (word % TEXTS) * (TEXT_BYTES // 8 + 1))
-        if self._words[start // 8] != word:
+    def read_fingerprint(self, row: int, digest: int) -> Fingerprint | None:
+        """A rank's fingerprint for a digest, unless it has been overwritten."""
+        start = 8 * (row + CALLS + 16 + (digest % TEXTS) * (TEXT_BYTES // 8 + 1))
+        if self._words[start // 8] != digest:
             return None
         return decode(bytes(self._octets[start + 8 : start + 8 + TEXT_BYTES]).rstrip())
 
-    def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
-        """What a rank of this node wrote for a signature."""
+    def look_up_call(self, rank: int, digest: int) -> Fingerprint | None:
+        """The call of a rank of this node with a digest."""
         if rank not in self._members:
-            return self._fingerprints.get(word)
-        return self.text(self._members.index(rank) * ROW_WORDS, word)
+            return self._fingerprints.get(digest)
+        return self.read_fingerprint(self._members.index(rank) * ROW_WORDS, digest)
 
     def explain(self) -> str:
-        """Who called what as the current call."""
+        """The error sentence for the current call."""
         slot = self._seq % CALLS
         calls: dict[int, Fingerprint | None] = {}
         for k, rank in enumerate(self._members):
             entry = self._words[k * ROW_WORDS + slot]
             if entry >> 31 == self._seq:
-                calls[rank] = self.text(k * ROW_WORDS, entry & 0x7FFFFFFF)
+                calls[rank] = self.read_fingerprint(k * ROW_WORDS, entry & 0x7FFFFFFF)
         return mismatch_message(calls, self._me)
 
     def raise_if_deadlocked(self) -> None:
-        """Raise when the current call can never be completed."""
+        """Raise if the current call can never complete."""
         reason = self.deadlock_reason()
         if reason:
             raise MismatchError(reason)
 
     def deadlock_reason(self) -> str | None:
-        """Why the current call can never be completed, if that is certain."""
+        """The reason why the current call can never complete, if that is certain."""
         seq = self._seq
         slot = seq % CALLS
         mine = self._words[self._base + slot]
@@ -189,7 +191,7 @@ class ConsistencyTable:
             if gave_up and gave_up >> 31 == seq - 1:
                 calls = {
                     self._me: self._fingerprints.get(mine & 0x7FFFFFFF),
-                    rank: self.text(peer, gave_up & 0x7FFFFFFF),
+                    rank: self.read_fingerprint(peer, gave_up & 0x7FFFFFFF),
                 }
                 return mismatch_message(calls, self._me)
             if self._words[peer + LEFT] and abs(self._words[peer + STATUS]) < seq:
@@ -197,44 +199,44 @@ class ConsistencyTable:
                 return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
         return None
 
-    def check_stall(self, word: int, seconds: float, positions: list[int]) -> None:
-        """Some members have not come to a call in shared memory: raise when they never will."""
+    def check_stall(self, digest: int, seconds: float, positions: list[int]) -> None:
+        """Check a call in shared memory that waits for some members: raise if they can never enter it, warn if slow."""
         words, seq = self._words, self._seq
-        call = self._fingerprints.get(word)
+        call = self._fingerprints.get(digest)
         for position in positions:
-            rank, line = self._members[position], position * ROW_WORDS
-            status = words[line + STATUS]
-            elsewhere = self.text(line, words[line + (seq + 1) % CALLS] & 0x7FFFFFFF) if status == seq + 1 else None
-            if elsewhere or words[line + LEFT]:
-                words[self._base + GAVE_UP] = (seq << 31) | word
+            rank, row = self._members[position], position * ROW_WORDS
+            entered = words[row + STATUS] == seq + 1
+            other = self.read_fingerprint(row, words[row + (seq + 1) % CALLS] & 0x7FFFFFFF) if entered else None
+            if other or words[row + LEFT]:
+                words[self._base + GAVE_UP] = (seq << 31) | digest
                 raise MismatchError(
-                    mismatch_message({self._me: call, rank: elsewhere}, self._me)
-                    if elsewhere
+                    mismatch_message({self._me: call, rank: other}, self._me)
+                    if other
                     else f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
                 )
-        if positions and seconds > stall_seconds() and self._warned != (seq, word):
-            self._warned = (seq, word)
+        if positions and seconds > stall_seconds() and self._warned != (seq, digest):
+            self._warned = (seq, digest)
             absent = format_ranks([self._members[position] for position in positions])
             log_line(f"rank {self._me}: {call} not complete after {seconds:.0f} s; missing: {absent}")
 
     def missing_ranks(self) -> list[int]:
-        """The members that have not come to the current call."""
+        """The members that have not entered the current call."""
         reached = [abs(self._words[k * ROW_WORDS + STATUS]) for k in range(len(self._members))]
         return [rank for rank, seq in zip(self._members, reached, strict=True) if seq < self._seq]
 
     def describe_call(self) -> str:
-        """The current call in words."""
+        """The current call, for log lines."""
         call = self._fingerprints.get(self._words[self._base + self._seq % CALLS] & 0x7FFFFFFF)
         return f"{call} (call {self._seq})"
 
     def close(self) -> None:
-        """Stop watching; the memory belongs to somebody else."""
+        """Release the views of the memory, whose owner frees it, and leave the watchdog."""
         _tables.discard(self)
         self._words.release()
         self._octets.release()
 
     def mark_left(self) -> None:
-        """Tell the others that this rank makes no more calls."""
+        """Tell the other ranks that this rank makes no more calls."""
         with contextlib.suppress(ValueError):
             self._words[self._base + LEFT] = 1
 
@@ -243,9 +245,9 @@ _tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()
 _watchdog: list[threading.Thread] = []
 
 
-def watch(roll: ConsistencyTable) -> None:
-    """Let the watchdog look after a roll call; it starts with the first one."""
-    _tables.add(roll)
+def watch(table: ConsistencyTable) -> None:
+    """Add a table to those that the watchdog checks; the first one starts the watchdog."""
+    _tables.add(table)
     if not _watchdog:
         _watchdog.append(threading.Thread(target=run_watchdog, name="hpccomm-watchdog", daemon=True))
         _watchdog[0].start()
@@ -253,9 +255,9 @@ def watch(roll: ConsistencyTable) -> None:
 
 
 def mark_all_left() -> None:
-    """At exit: the others shall know."""
-    for roll in list(_tables):
-        roll.mark_left()
+    """At exit, tell the other ranks of all communicators."""
+    for table in list(_tables):
+        table.mark_left()
 
 
 def stall_seconds() -> float:
@@ -264,40 +266,40 @@ def stall_seconds() -> float:
 
 
 def run_watchdog() -> None:
-    """The watchdog: end what cannot end by itself, and say why; warn of what lasts."""
+    """Abort calls that can never complete, with the reason; log calls that take long."""
     since: weakref.WeakKeyDictionary[ConsistencyTable, tuple[int, float]] = weakref.WeakKeyDictionary()
     warned: weakref.WeakKeyDictionary[ConsistencyTable, int] = weakref.WeakKeyDictionary()
     while True:
         time.sleep(PERIOD)
-        for roll in list(_tables):
-            seq = roll.active_seq
-            before, began = since.get(roll, (0, 0.0))
+        for table in list(_tables):
+            seq = table.active_seq
+            before, began = since.get(table, (0, 0.0))
             if not seq or seq != before:
-                since[roll] = (seq, time.monotonic())
+                since[table] = (seq, time.monotonic())
                 continue
             with contextlib.suppress(ValueError):
-                check_progress(roll, seq, time.monotonic() - began, warned)
+                check_progress(table, seq, time.monotonic() - began, warned)
 
 
-def check_progress(roll: ConsistencyTable, seq: int, waited: float, warned: Any) -> None:
-    """This rank has been in one call for at least one period."""
-    reason = roll.deadlock_reason()
-    if reason and waited > 2 * PERIOD and roll.active_seq == seq:
+def check_progress(table: ConsistencyTable, seq: int, waited: float, warned: Any) -> None:
+    """Check a call in which this rank has been for at least one period."""
+    reason = table.deadlock_reason()
+    if reason and waited > 2 * PERIOD and table.active_seq == seq:
         abort_all(reason)
-    if waited > stall_seconds() and warned.get(roll) != seq:
-        warned[roll] = seq
-        names = format_ranks(roll.missing_ranks()) if roll.missing_ranks() else "no rank of this node"
-        log_line(f"rank {roll._me}: {roll.describe_call()} not complete after {waited:.0f} s; missing: {names}")
+    if waited > stall_seconds() and warned.get(table) != seq:
+        warned[table] = seq
+        names = format_ranks(table.missing_ranks()) if table.missing_ranks() else "no rank of this node"
+        log_line(f"rank {table._me}: {table.describe_call()} not complete after {waited:.0f} s; missing: {names}")
 
 
 def log_line(sentence: str) -> None:
-    """One line on stderr, in one piece."""
+    """Write one line to stderr with a single call, so that lines of different ranks do not mix."""
     sys.stderr.write(f"[hpccomm] {sentence}\n")
     sys.stderr.flush()
 
 
 def abort_all(reason: str) -> None:
-    """Nobody can go on: say why, and end all ranks."""
+    """Log the reason and abort all ranks."""
     from mpi4py import MPI
 
     log_line(reason)

@@ -1,6 +1,6 @@
-"""What a call is: the words that tell two calls apart, and the number that travels in its place.
+"""The fingerprint of a call: the fields that must agree between ranks, and a digest of them that fits into a tag.
 
-Two ranks whose signatures differ have made a mistake that MPI itself answers with silent garbage or a hang.
+Ranks whose fingerprints differ have made a mistake to which MPI itself responds with wrong data or a hang.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import zlib
 from typing import NamedTuple
 
 UNKNOWN = "?"
-"""A word that cannot be compared: another rank may rightly say it differently."""
+"""A field that is not compared, because this rank cannot determine it."""
 
 REMEDIES = {
     "collective": "make all ranks call the same collective in the same order",
@@ -17,14 +17,14 @@ REMEDIES = {
     "count": "make the counts the same on all ranks",
     "op": "use the same operation on all ranks",
     "root": "name the same root on all ranks",
-    "order": "bring the arrays into one memory order, np.ascontiguousarray(x), before the call",
+    "order": "convert the arrays to one memory order, np.ascontiguousarray(x), before the call",
     "algorithm": "name the same algorithm on all ranks",
-    "memory": "pass arrays in the same kind of memory on all ranks: x.get() (CuPy) or x.cpu() (PyTorch) bring one home",
+    "memory": "pass arrays in the same memory on all ranks: x.get() (CuPy) or x.cpu() (PyTorch) copy one to the host",
 }
 
 
 class Fingerprint(NamedTuple):
-    """One rank's call."""
+    """The fields of one rank's call."""
 
     collective: str
     op: str = ""
@@ -34,32 +34,32 @@ class Fingerprint(NamedTuple):
     order: str = ""
     algorithm: str = ""
     memory: str = ""
-    """Where the arrays lie, when it is not the host."""
+    """The memory of the arrays, if it is not the host's."""
 
     @property
     def digest(self) -> int:
-        """28 bits that stand for it: what every MPI in use takes as a tag."""
+        """A hash of 28 bits, which fit into a tag of every MPI in use."""
         return zlib.crc32("|".join(self).encode()) & 0xFFFFFFF
 
     def __str__(self) -> str:
         amount = " ".join(part for part in (self.count, self.dtype, self.memory) if part not in ("", UNKNOWN))
         named = [f"{name}={value}" for name, value in (("root", self.root), ("algorithm", self.algorithm)) if value]
         order = ["Fortran order"] if self.order == "F" else []
-        words = [part for part in (self.op, amount) if part not in ("", UNKNOWN)]
-        return f"{self.collective}({', '.join(words + order + named)})"
+        operands = [part for part in (self.op, amount) if part not in ("", UNKNOWN)]
+        return f"{self.collective}({', '.join(operands + order + named)})"
 
     def encode(self) -> bytes:
-        """For a peer to read."""
+        """The fingerprint as bytes for other ranks."""
         return "|".join(self).encode()
 
 
 def decode(octets: bytes) -> Fingerprint:
-    """What a peer wrote."""
+    """The fingerprint in bytes that another rank encoded."""
     return Fingerprint(*octets.decode(errors="replace").split("|"))
 
 
 def first_difference(a: Fingerprint, b: Fingerprint) -> str | None:
-    """The first word in which two calls contradict each other, if any."""
+    """The first field in which two calls contradict each other, if any."""
     for field in ("collective", "memory", "dtype", "op", "root", "algorithm", "count", "order"):
         mine, theirs = getattr(a, field), getattr(b, field)
         if mine != theirs and UNKNOWN not in (mine, theirs):
@@ -68,19 +68,19 @@ def first_difference(a: Fingerprint, b: Fingerprint) -> str | None:
 
 
 def mismatch_message(calls: dict[int, Fingerprint | None], me: int) -> str:
-    """One sentence that names the ranks, what each called, and the remedy."""
+    """The error sentence: the ranks, the call of each, and the remedy."""
     groups: dict[str, list[int]] = {}
     for rank, call in sorted(calls.items()):
         groups.setdefault("something else" if call is None else str(call), []).append(rank)
-    said = [f"{format_ranks(members)} called {call}" for call, members in groups.items()]
+    parts = [f"{format_ranks(members)} called {call}" for call, members in groups.items()]
     mine = calls[me]
     fields = [first_difference(mine, other) for other in calls.values() if mine is not None and other is not None]
     field = next((field for field in fields if field), "collective")
-    return f"{', '.join(said)}: {REMEDIES[field]} (noticed by rank {me})"
+    return f"{', '.join(parts)}: {REMEDIES[field]} (noticed by rank {me})"
 
 
 def format_ranks(members: list[int]) -> str:
-    """``rank 3`` or ``ranks 0, 2, 3``; long lists are cut short."""
+    """``rank 3`` or ``ranks 0, 2, 3``; lists of more than eight are shortened."""
     if len(members) == 1:
         return f"rank {members[0]}"
     shown = ", ".join(map(str, members[:8]))

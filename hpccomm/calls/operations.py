@@ -19,9 +19,9 @@ class Operation(NamedTuple):
     name: str
     ufunc: Callable[..., Any]
     kinds: str
-    """NumPy's letters of the kinds of dtype it is defined for."""
+    """The kinds of NumPy dtypes (``dtype.kind``) for which MPI defines it."""
     remedy: str
-    """What to do when it is not."""
+    """The advice in the error for other dtypes."""
 
 
 PREDEFINED: dict[int, Operation] = {
@@ -39,22 +39,22 @@ PREDEFINED: dict[int, Operation] = {
 
 
 def name_of(op: MPI.Op) -> str:
-    """For messages and signatures; user-defined operations cannot be told apart."""
+    """The name in errors and fingerprints; all user-defined operations share one name."""
     known = PREDEFINED.get(op.handle)
     return known.name if known else "other predefined" if op.is_predefined else "user-defined"
 
 
 def check_defined(op: MPI.Op, dtype: np.dtype[Any], who: str) -> None:
-    """Raise where MPI does not define a predefined operation for a dtype."""
+    """Raise if MPI does not define a predefined operation for a dtype."""
     known = PREDEFINED.get(op.handle)
     if known and dtype.kind not in known.kinds:
         raise ArgumentError(f"{who}: MPI does not define {known.name} for {dtype}: {known.remedy}")
 
 
 def combiner(op: MPI.Op) -> Callable[[Any, Any, Any], Any]:
-    """``combine(lower, upper, out)`` for the engine."""
+    """The function ``combine(lower, upper, out)`` of the engine."""
     known = PREDEFINED.get(op.handle)
-    if known and known.ufunc in (np.minimum, np.maximum):  # their result is to be named
+    if known and known.ufunc in (np.minimum, np.maximum):  # the result must be passed as out=
         return lambda lower, upper, out: known.ufunc(lower, upper, out=out)
     if known:
         return known.ufunc

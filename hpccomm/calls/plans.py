@@ -1,4 +1,4 @@
-"""Plans: calls that are ready to run, how they are found again, and what makes two calls the same."""
+"""Plans, the plan cache, and the key by which two calls are the same."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ class Plan:
         self.run = run
         self.free = free or (lambda: None)
         self.result = result
-        """What the call returns, where it returns something."""
+        """The return value of the call, if it has one."""
 
 
 CachedCall = tuple[Run, int, MPI.Op | None, str | None, "np.dtype[Any]", tuple[Any, ...]]
-"""A call that was made before with the very same objects: what runs it; the identity of what is sent, the operation and
-the algorithm; the dtype of what is received (else sent: arrays can be given another one in place); and what keeps the
-identities true, since an entry goes when its arrays go.  A plain tuple: it is taken apart in half the time."""
-
+"""A call with identical argument objects: its run function, the identity of ``sendbuf``, the operation, the algorithm,
+the dtype of ``recvbuf`` (or of ``sendbuf``, if there is none: an array's dtype can be changed in place), and weak
+references that delete the entry with its arrays, so that an identity is never reused.  A plain tuple: it unpacks in
+half the time."""
 
 IDENTITY_TYPES = (np.ndarray, type(MPI.IN_PLACE), type(None))
-"""What is told by its identity: a form is a new list at every call, and may say something else."""
+"""Types that identity can distinguish; a form is a new list at every call."""
 
 
 class PlanCache(dict[Hashable, CachedCall]):
-    """Calls found by the identity of their arguments, the quickest way there is; keeps no array alive."""
+    """Run functions by the identity of a call's arguments, the fastest lookup; it keeps no array alive."""
 
     def store(
         self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None, run: Run
     ) -> None:
-        """Find this call by its arguments from now on; ``key`` names the collective and ``recvbuf``'s identity."""
+        """Store the run function of a call; ``key`` contains the collective and the identity of ``recvbuf``."""
         if type(sendbuf) not in IDENTITY_TYPES or type(recvbuf) not in IDENTITY_TYPES:
             return
         if op is not None and not op.is_predefined:
@@ -59,9 +59,9 @@ class PlanCache(dict[Hashable, CachedCall]):
 
 
 def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:
-    """What makes two calls of one communicator the same; ``None`` for what is to be bound each time, or refused.
+    """The key of a call in its communicator's cache; ``None`` for a call that is bound each time, or refused.
 
-    That is what is not contiguous, of a derived datatype or of none, or on a device.
+    Such a call has a buffer that is not contiguous, has a derived or no datatype, or lies on a device.
     """
     try:
         recv: Hashable
@@ -78,19 +78,19 @@ def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:
 
 
 def form_key(buffer: Any) -> Hashable:
-    """mpi4py's forms and other libraries' arrays: where they lie, and what they say.  Raises where that is not all."""
+    """The key of mpi4py's forms and of other libraries' arrays; raises for buffers that a key cannot describe."""
     data = buffer[0] if isinstance(buffer, list | tuple) and buffer else buffer
     if type(data) is np.ndarray and data is not buffer:
         return (address(data), data.size, data.dtype, data.flags.num, *map(member_key, buffer[1:]))
     known = read(buffer, "")
-    if known.opaque or isinstance(data, np.generic):  # a number of NumPy's is copied to be read
+    if known.opaque or isinstance(data, np.generic):  # a NumPy scalar is copied when it is read
         raise ValueError
     form = (known.count, known.counts, known.displs)
     return (known.address, known.size, known.dtype, known.half, known.writable, known.order, *form)
 
 
 def member_key(member: Any) -> Hashable:
-    """What follows the data in one of mpi4py's forms; raises for a datatype that NumPy does not know."""
+    """The key of a member after the data of a form; raises for a datatype that NumPy does not know."""
     if isinstance(member, MPI.Datatype):
         return DTYPES.get(member.handle) or find_dtype(member)
     if isinstance(member, list | tuple | np.ndarray):
@@ -99,11 +99,11 @@ def member_key(member: Any) -> Hashable:
 
 
 DTYPES: dict[int, np.dtype[Any]] = {}
-"""Of MPI's own datatypes, which are never freed, by their handles."""
+"""NumPy dtypes of MPI's predefined datatypes, which are never freed, by handle."""
 
 
 def find_dtype(datatype: MPI.Datatype) -> np.dtype[Any]:
-    """NumPy's name of a datatype, from now on at hand; raises for one that it does not know."""
+    """The NumPy dtype of a datatype, stored in :data:`DTYPES`; raises if there is none."""
     dtype = numpy_dtype(datatype)
     if dtype is None:
         raise ValueError

@@ -107,10 +107,10 @@ def transports(comm: Any) -> dict[str, str]:
     links = ", ".join(ethernets()) or "none is up"
     where = "yes" if comm.layout.count == 1 else "inside the nodes, by the hierarchical algorithms"
     return {
-        "messages": "point-to-point, signature of the call in the tag",
+        "messages": "point-to-point, digest of the call in the tag",
         "network": ", ".join(fast_networks()) or f"Ethernet ({links}): what is shipped for TCP counts",
         "shared memory": where if resources.node_memory else "no" if comm.size > 1 else "not needed (one rank)",
-        "roll call": "ranks of a node compare their calls" if resources.consistency else "off",
+        "consistency table": "ranks of a node compare their calls" if resources.consistency else "off",
     }
 
 

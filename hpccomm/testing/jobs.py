@@ -63,7 +63,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
 def run_under_mpi(
     ranks: int, *program: str, timeout: float = 120.0, cwd: Path | None = None, environ: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``program`` (``"-c", code`` or ``"-m", module, …`` or a script) on ``ranks`` ranks and return its output as text.
+    """Run ``program`` (``"-c", code`` or ``"-m", module, …`` or a script) on some ranks; return its output as text.
 
     Raises subprocess.TimeoutExpired after ``timeout`` seconds, after the ranks were terminated.
     """
@@ -118,10 +118,10 @@ class RankLog:
         """The stacks that this rank has dumped, without frames of the test runner."""
         text = self.stack.read_text(errors="replace") if self.stack.exists() else ""
         threads = re.split(r"\n\n|\n(?=Thread |Current thread )", text.strip())
-        return "\n".join(test_frames(each) for each in threads if not each.startswith("Extension modules"))
+        return "\n".join(trim_stack(each) for each in threads if not each.startswith("Extension modules"))
 
 
-def test_frames(thread: str) -> str:
+def trim_stack(thread: str) -> str:
     """A dumped stack up to the frame in which the test runner called the test, without addresses."""
     lines = strip_addresses(thread).split("\n")
     runner = (k for k, line in enumerate(lines) if "/_pytest/" in line or "/pluggy/" in line)
@@ -148,6 +148,7 @@ class Job:
                 size, [*program, str(self.folder)], cwd=cwd, stdout=stream, stderr=stream and subprocess.STDOUT
             )
         self.start_time = self.last_progress = time.monotonic()
+        self.start_seconds = 0.0
 
     def wait(self, test: str, patience: float) -> str:
         """Wait until every rank has finished a test; return the empty string, or a sentence that names the problem."""
@@ -155,6 +156,8 @@ class Job:
             alive = self.process.poll() is None
             if any([log.listen() for log in self.logs]):
                 self.last_progress = time.monotonic()
+                if not self.start_seconds and self.all_ready():
+                    self.start_seconds = self.last_progress - self.start_time
             if all(test in log.finished_tests for log in self.logs):
                 return ""
             problem = self._find_problem(test, patience, alive)
@@ -172,7 +175,12 @@ class Job:
             return f"{name} did not start within {START_SECONDS:g} s" if now - self.start_time > START_SECONDS else ""
         if any(log.has_failed(test) for log in self.logs):
             patience = min(patience, FAILED_SECONDS)
+        patience = self.scale(patience)
         return f"{name} made no progress for {patience:g} s" if now - self.last_progress > patience else ""
+
+    def scale(self, seconds: float) -> float:
+        """A time limit, extended on a loaded machine: at least twice the time that this job took to start."""
+        return max(seconds, 2 * self.start_seconds)
 
     def all_ready(self) -> bool:
         """Whether every rank has started."""
@@ -183,7 +191,7 @@ class Job:
         unfinished = [log for log in self.logs if not log.has_finished(test)]
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGUSR1)  # launchers pass it on to the ranks
-            until = time.monotonic() + DUMP_SECONDS
+            until = time.monotonic() + self.scale(DUMP_SECONDS)
             while time.monotonic() < until and not all(log.read_stacks() for log in unfinished):
                 time.sleep(0.1)
         stop(self.process)
@@ -198,7 +206,7 @@ class Job:
     def finish(self) -> str:
         """Wait for the job to end; return the empty string, or a sentence that names the problem."""
         try:
-            status = self.process.wait(END_SECONDS)
+            status = self.process.wait(self.scale(END_SECONDS))
         except subprocess.TimeoutExpired:
             return f"the job of {self.size} ranks did not end within {END_SECONDS:g} s after its last test"
         return f"the job of {self.size} ranks {describe_exit(status)} after its last test" if status else ""

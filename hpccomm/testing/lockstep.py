@@ -9,11 +9,11 @@ Put ``pytest_plugins = ["hpccomm.testing.lockstep"]`` into ``conftest.py``, mark
     def test_pairs(comm): ...
 
 Three kinds of pytest process use this file.  The *coordinator*, which the user starts, runs the serial tests and then
-starts one job for each world size.  Each rank of that job is a *worker*: it runs the same tests in the same order, waits
-for the other ranks after each test, and writes its reports to a log file that the coordinator reads
-(:mod:`hpccomm.testing.jobs`).  A test that hangs or kills a rank fails with the stack of every rank, and a new job runs
-the remaining tests.  Under ``mpirun -n 4 python -m pytest --with-mpi`` each rank is a *standalone rank*, and rank 0
-reports for all ranks.
+starts one job for each world size.  Each rank of that job is a *worker*: it runs the same tests in the same order,
+waits for the other ranks after each test, and writes its reports to a log file that the coordinator reads
+(:mod:`hpccomm.testing.jobs`).  A test that hangs or kills a rank fails with the stack of every rank, and a new job
+runs the remaining tests.  Under ``mpirun -n 4 python -m pytest --with-mpi`` each rank is a *standalone rank*, and
+rank 0 reports for all ranks.
 
 ``HPCCOMM_TEST_LAUNCHER="srun -n {n}"`` replaces the launcher; ranks on several nodes need a ``TMPDIR`` that all nodes
 share.
@@ -255,7 +255,7 @@ class StandaloneRank(Ranks):
         self.any_flag(False)
 
     def start_timeout(self, item: pytest.Item) -> Callable[[], None]:
-        """After the time-out dump this rank's stack and, 2 s later, end the job; return a function that cancels both."""
+        """After the time-out dump this rank's stack; 2 s later end the job.  Returns a function that cancels both."""
         seconds = timeout_of(item)
         faulthandler.dump_traceback_later(seconds, file=self.stderr)
         timer = threading.Timer(seconds + 2, os._exit, [1])
@@ -429,7 +429,7 @@ def merge_phase(reports: dict[int, pytest.TestReport], size: int) -> pytest.Test
 
 
 def severity(report: pytest.TestReport) -> int:
-    """The rank of an outcome: the highest one over all MPI ranks is the outcome of the test."""
+    """The severity of an outcome: the most severe one over all ranks is the outcome of the test."""
     return SEVERITY["xfailed" if report.skipped and hasattr(report, "wasxfail") else report.outcome]
 
 

@@ -1,8 +1,9 @@
 """Communicators of ranks that are threads of one process: mpi4py's spelling, for tests and for runs without a launcher.
 
-*p ranks.*  A collective is one meeting: every rank brings its buffers, one of them combines the parts in rank order,
-each takes what is its own, and nobody leaves before all have.  So every sum is ((x0 + x1) + x2) + …, bit for bit.
-Point-to-point messages are copies in the receiver's box, in the order sent.
+*p ranks.*  In a collective every rank contributes its buffers, the last rank to arrive combines the contributions in
+rank order, each rank copies its part of the result, and a barrier keeps all ranks until the last one has done so.  So
+every sum is ((x0 + x1) + x2) + …, bit for bit.  Point-to-point messages are copies in the receiver's mailbox, in the
+order of sending.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from hpccomm.layout import ETHERNET, SHARED_MEMORY, Layout, Link
 
 IN_PLACE = MPI.IN_PLACE
 SWITCH_SECONDS = 5e-4
-"""Seconds after which a rank hands on the interpreter: with Python's 5 ms small steps take three times as long."""
+"""Interval after which a thread releases the interpreter: with Python's 5 ms, small steps take three times as long."""
 
 
 class RankGroup:
-    """Where the ranks of one communicator meet."""
+    """The state that the ranks of one communicator share: contributions, barriers and mailmailboxes."""
 
     def __init__(self, size: int, nodes: Sequence[int], patience: float) -> None:
         self.size, self.nodes, self.patience = size, list(nodes), patience
@@ -36,68 +37,69 @@ class RankGroup:
         self.combine: Callable[[list[Any]], Any] = list
         self.barrier = threading.Barrier(size, self.run_combine, timeout=patience)
         self.exit_barrier = threading.Barrier(size, timeout=patience)
-        self.mail = threading.Condition()
-        self.boxes: list[list[tuple[int, int, bytes]]] = [[] for _ in range(size)]
+        self.mail_arrives = threading.Condition()
+        self.mailboxes: list[list[tuple[int, int, bytes]]] = [[] for _ in range(size)]
         self.subgroups: list[RankGroup] = []
 
     def run_combine(self) -> None:
-        """The last to come combines what all have brought."""
+        """Combine the contributions; the last rank to arrive runs this."""
         names = [name for name, _ in self.contributions]
-        odd = next((rank for rank, name in enumerate(names) if name != names[0]), None)
-        if odd is not None:
-            self.result = MismatchError(f"rank {odd} called {names[odd]}, rank 0 {names[0]}: make the calls the same")
+        different = next((rank for rank, name in enumerate(names) if name != names[0]), None)
+        if different is not None:
+            found = f"rank {different} called {names[different]}, rank 0 {names[0]}"
+            self.result = MismatchError(f"{found}: make the calls the same")
             return
         try:
             self.result = self.combine([part for _, part in self.contributions])
-        except Exception as error:  # raised again by all
+        except Exception as error:  # every rank raises it
             self.result = error
 
     def abort(self) -> None:
-        """Let nobody wait for a rank that has ended with an error."""
+        """Release ranks that wait for a rank that has ended with an error."""
         self.barrier.abort()
         self.exit_barrier.abort()
-        for part in self.subgroups:
-            part.abort()
+        for group in self.subgroups:
+            group.abort()
 
 
 class ThreadCommunicator:
-    """One rank's communicator; :func:`run_on_ranks` makes it.
+    """The communicator of one rank, created by :func:`run_on_ranks`.
 
     Buffers are C-contiguous arrays, or ``[array, counts]`` where MPI takes counts.
     """
 
-    def __init__(self, meeting: RankGroup, rank: int) -> None:
-        self.group, self.rank, self.size = meeting, rank, meeting.size
+    def __init__(self, group: RankGroup, rank: int) -> None:
+        self.group, self.rank, self.size = group, rank, group.size
         self._levels: dict[str, ThreadCommunicator] = {}
 
-    # One meeting
+    # The two barriers of a collective
 
     def enter(self, name: str, mine: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
-        """What ``combine`` makes of the parts of all ranks; the parts stay as they are until :meth:`leave`."""
-        meeting = self.group
-        meeting.contributions[self.rank] = (name, mine)
-        meeting.combine = combine
+        """Return ``combine`` of all contributions; the contributions stay valid until :meth:`leave`."""
+        group = self.group
+        group.contributions[self.rank] = (name, mine)
+        group.combine = combine
         try:
-            meeting.barrier.wait()
+            group.barrier.wait()
         except threading.BrokenBarrierError:
             raise TimeoutError(
                 f"rank {self.rank} waited in {name} for ranks that did not come: let every rank make the call"
             ) from None
-        return meeting.result
+        return group.result
 
     def leave(self) -> None:
-        """Wait until all have taken what is theirs."""
+        """Wait until all ranks have copied their part."""
         self.group.exit_barrier.wait()
 
     def run_collective(
         self, name: str, mine: Any, combine: Callable[[list[Any]], Any], take: Callable[[Any], Any] = lambda it: it
     ) -> Any:
-        """One meeting from coming to leaving; returns what ``take`` makes of the agreed."""
-        agreed = self.enter(name, mine, combine)
+        """Run one collective; return ``take`` of the combined result."""
+        result = self.enter(name, mine, combine)
         try:
-            if isinstance(agreed, Exception):
-                raise agreed
-            return take(agreed)
+            if isinstance(result, Exception):
+                raise result
+            return take(result)
         finally:
             self.leave()
 
@@ -106,10 +108,10 @@ class ThreadCommunicator:
         return self.rank
 
     def Get_size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         return self.size
 
-    # Where the ranks live
+    # Nodes
 
     @property
     def layout(self) -> Layout:
@@ -119,7 +121,7 @@ class ThreadCommunicator:
 
     @property
     def link(self) -> Link:
-        """What messages between these ranks cost."""
+        """The link whose costs messages between these ranks have."""
         return SHARED_MEMORY if self.layout.count == 1 else ETHERNET
 
     @property
@@ -129,7 +131,7 @@ class ThreadCommunicator:
 
     @property
     def inter_node(self) -> ThreadCommunicator:
-        """The ranks with the same place on their nodes (the first use is collective)."""
+        """The ranks with the same local rank on their nodes (the first use is collective)."""
         return self._level("inter", self.layout.local_rank(self.rank))
 
     def _level(self, name: str, color: int) -> ThreadCommunicator:
@@ -137,20 +139,20 @@ class ThreadCommunicator:
             self._levels[name] = self.Split(color, self.rank)
         return self._levels[name]
 
-    # Communicators made from this one
+    # New communicators
 
     def Split(self, color: int = 0, key: int = 0) -> Any:
-        """One communicator for each color; ``MPI.COMM_NULL`` for ``MPI.UNDEFINED``."""
-        meetings = self.run_collective("Split", (color, key), self._divide)
+        """Create one communicator for each color; ``MPI.COMM_NULL`` for ``MPI.UNDEFINED``."""
+        groups = self.run_collective("Split", (color, key), self._divide)
         if color == MPI.UNDEFINED:
             return MPI.COMM_NULL
-        meeting, members = meetings[color]
-        return ThreadCommunicator(meeting, members.index(self.rank))
+        group, members = groups[color]
+        return ThreadCommunicator(group, members.index(self.rank))
 
-    def _divide(self, asked: list[tuple[int, int]]) -> dict[int, tuple[RankGroup, list[int]]]:
+    def _divide(self, requests: list[tuple[int, int]]) -> dict[int, tuple[RankGroup, list[int]]]:
         found = {}
-        for color in {color for color, _ in asked} - {MPI.UNDEFINED}:
-            members = sorted((key, rank) for rank, (its, key) in enumerate(asked) if its == color)
+        for color in {color for color, _ in requests} - {MPI.UNDEFINED}:
+            members = sorted((key, rank) for rank, (wanted, key) in enumerate(requests) if wanted == color)
             ranks = [rank for _, rank in members]
             nodes = [self.group.nodes[rank] for rank in ranks]
             found[color] = (RankGroup(len(ranks), nodes, self.group.patience), ranks)
@@ -158,12 +160,12 @@ class ThreadCommunicator:
         return found
 
     def Dup(self) -> ThreadCommunicator:
-        """A communicator of the same ranks."""
+        """Create a communicator of the same ranks."""
         made: ThreadCommunicator = self.Split(0, self.rank)
         return made
 
     def Free(self) -> None:
-        """Nothing is held."""
+        """Do nothing: a thread communicator holds no resources."""
 
     # Collectives
 
@@ -207,11 +209,11 @@ class ThreadCommunicator:
     def Reduce_scatter_block(
         self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, algorithm: str | None = None
     ) -> None:
-        """Reduce over all ranks, an equal part of the result on each."""
+        """Reduce over all ranks, an equal block of the result on each."""
         self.Reduce_scatter(sendbuf, recvbuf, op=op)
 
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
-        """Collect an equal part from every rank, in rank order, on all."""
+        """Collect an equal block from every rank, in rank order, on all."""
         send, receive = vector(sendbuf), vector(recvbuf)
         form = f"Allgather({send.nbytes} bytes)"
         self.run_collective(
@@ -219,36 +221,34 @@ class ThreadCommunicator:
         )
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
-        """Collect a part of any length from every rank, in rank order, on all."""
+        """Collect a block of any length from every rank, in rank order, on all."""
         receive, counts = vector(recvbuf), list(recvbuf[1])
         send = vector(sendbuf)
 
         def take(parts: list[Any]) -> None:
-            brought = [part.size for part in parts]
-            if brought != counts:
-                raise MismatchError(
-                    f"rank {self.rank}: Allgatherv expects {counts} elements, the ranks bring {brought}"
-                )
+            sizes = [part.size for part in parts]
+            if sizes != counts:
+                raise MismatchError(f"rank {self.rank}: Allgatherv expects {counts} elements, the ranks send {sizes}")
             receive[: sum(counts)] = np.concatenate(parts)
 
         self.run_collective(f"Allgatherv({send.dtype})", send, list, take)
 
     def Alltoall(self, sendbuf: Any, recvbuf: Any) -> None:
-        """Give every rank an equal part, and take one from each, in rank order."""
+        """Send an equal block to every rank and receive one from each, in rank order."""
         each = [vector(sendbuf).size // self.size] * self.size
         self.Alltoallv([sendbuf, each], [recvbuf, each])
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
-        """Give every rank a part of any length, and take one from each, in rank order."""
+        """Send a block of any length to every rank and receive one from each, in rank order."""
         send, receive = vector(sendbuf), vector(recvbuf)
         ends = np.cumsum([0, *sendbuf[1]]).tolist()
         mine = [send[lo:hi] for lo, hi in pairwise(ends)]
 
         def take(parts: list[Any]) -> None:
-            letters = [part[self.rank] for part in parts]
-            if [each.size for each in letters] != list(recvbuf[1]):
+            blocks = [part[self.rank] for part in parts]
+            if [each.size for each in blocks] != list(recvbuf[1]):
                 raise MismatchError(f"rank {self.rank}: Alltoallv expects {list(recvbuf[1])} elements, others are sent")
-            receive[: sum(recvbuf[1])] = np.concatenate(letters)
+            receive[: sum(recvbuf[1])] = np.concatenate(blocks)
 
         self.run_collective(f"Alltoallv({send.dtype})", mine, list, take)
 
@@ -258,43 +258,43 @@ class ThreadCommunicator:
         form = f"Bcast({array.size} {array.dtype}, root {root})"
         self.run_collective(form, array, lambda parts: parts[root].copy(), lambda given: np.copyto(array, given))
 
-    def allgather(self, thing: Any) -> list[Any]:
+    def allgather(self, obj: Any) -> list[Any]:
         """The objects of all ranks."""
-        found: list[Any] = self.run_collective("allgather", thing, list, list)
+        found: list[Any] = self.run_collective("allgather", obj, list, list)
         return found
 
-    def bcast(self, thing: Any, root: int = 0) -> Any:
+    def bcast(self, obj: Any, root: int = 0) -> Any:
         """``root``'s object."""
-        return self.run_collective(f"bcast(root {root})", thing, lambda parts: parts[root])
+        return self.run_collective(f"bcast(root {root})", obj, lambda parts: parts[root])
 
     # Messages
 
     def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
-        """Put a copy into the receiver's box; never waits."""
-        with self.group.mail:
-            self.group.boxes[dest].append((self.rank, tag, vector(buf).tobytes()))
-            self.group.mail.notify_all()
+        """Put a copy into the receiver's mailbox; never waits."""
+        with self.group.mail_arrives:
+            self.group.mailboxes[dest].append((self.rank, tag, vector(buf).tobytes()))
+            self.group.mail_arrives.notify_all()
 
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> MPI.Request:
-        """As :meth:`Send`; the request is done."""
+        """As :meth:`Send`; the request is complete."""
         self.Send(buf, dest, tag)
         return MPI.REQUEST_NULL
 
     def Iprobe(self, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG, status: MPI.Status | None = None) -> bool:
-        """Whether a message waits, and in ``status`` which."""
-        with self.group.mail:
+        """Whether a matching message is available; ``status`` describes it."""
+        with self.group.mail_arrives:
             found = self._find(source, tag)
         if found is not None and status is not None:
             fill_status(status, found)
         return found is not None
 
     def Probe(self, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG, status: MPI.Status | None = None) -> bool:
-        """Wait for a message."""
+        """Wait for a matching message; ``status`` describes it."""
         until = time.monotonic() + self.group.patience
-        with self.group.mail:
+        with self.group.mail_arrives:
             while (found := self._find(source, tag)) is None:
                 left = until - time.monotonic()
-                self.group.mail.wait(min(max(left, 0), 1.0))
+                self.group.mail_arrives.wait(min(max(left, 0), 1.0))
                 if self.group.exit_barrier.broken or left <= 0:
                     raise TimeoutError(f"rank {self.rank} waited for a message from {source} with tag {tag}")
         if status is not None:
@@ -304,20 +304,20 @@ class ThreadCommunicator:
     def Recv(
         self, buf: Any, source: int = MPI.ANY_SOURCE, tag: int = MPI.ANY_TAG, status: MPI.Status | None = None
     ) -> None:
-        """Wait for a message and take it."""
+        """Wait for a matching message and receive it."""
         self.Probe(source, tag)
-        with self.group.mail:
+        with self.group.mail_arrives:
             found = self._find(source, tag)
             assert found is not None
-            self.group.boxes[self.rank].remove(found)
+            self.group.mailboxes[self.rank].remove(found)
         byte_view(buf)[: len(found[2])] = np.frombuffer(found[2], np.uint8)
         if status is not None:
             fill_status(status, found)
 
     def _find(self, source: int, tag: int) -> tuple[int, int, bytes] | None:
-        for letter in self.group.boxes[self.rank]:
-            if source in (MPI.ANY_SOURCE, letter[0]) and tag in (MPI.ANY_TAG, letter[1]):
-                return letter
+        for message in self.group.mailboxes[self.rank]:
+            if source in (MPI.ANY_SOURCE, message[0]) and tag in (MPI.ANY_TAG, message[1]):
+                return message
         return None
 
 
@@ -332,14 +332,14 @@ def byte_view(buffer: Any) -> Any:
     return vector(buffer).view(np.uint8)
 
 
-def fill_status(status: MPI.Status, letter: tuple[int, int, bytes]) -> None:
-    """Fill in a status."""
-    status.source, status.tag = letter[0], letter[1]
-    status.Set_elements(MPI.BYTE, len(letter[2]))
+def fill_status(status: MPI.Status, message: tuple[int, int, bytes]) -> None:
+    """Describe a message in a status."""
+    status.source, status.tag = message[0], message[1]
+    status.Set_elements(MPI.BYTE, len(message[2]))
 
 
 def fold_in_order(parts: list[Any], op: MPI.Op) -> Any:
-    """((x0 op x1) op x2) …"""
+    """The reduction ((x0 op x1) op x2) … in rank order."""
     total, combine = parts[0].copy(), combiner(op)
     for part in parts[1:]:
         combine(total, part, total)
@@ -352,20 +352,20 @@ def run_on_ranks(
     nodes: Sequence[int] | None = None,
     patience: float = 60.0,
 ) -> list[Any]:
-    """What ``function(comm)`` returns on each of ``size`` ranks; ``nodes`` says on which node each lives (one for all).
+    """Run ``function(comm)`` on ``size`` ranks and return the results; ``nodes`` names the node of each (default: one).
 
-    The first rank's exception is raised here; ranks that then wait for it end, too.
+    Raises the exception of the first rank that fails; ranks that wait for it end, too.
     """
-    meeting = RankGroup(size, [0] * size if nodes is None else nodes, patience)
+    group = RankGroup(size, [0] * size if nodes is None else nodes, patience)
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
 
     def body(rank: int) -> None:
         try:
-            results[rank] = function(ThreadCommunicator(meeting, rank))
+            results[rank] = function(ThreadCommunicator(group, rank))
         except BaseException as error:
             errors.append(error)
-            meeting.abort()
+            group.abort()
 
     threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
     before = sys.getswitchinterval()

@@ -1,9 +1,9 @@
-"""Inputs that differ by rank and position and whose reduction is exact in any order, so that tolerance is 0.
+"""Inputs that differ by rank and position, with reductions that are exact in any order: the tolerance is 0.
 
-Notation: *p ranks, r this one, i the position*.  Every operand is made of small integers counted as ``r + s·i`` modulo
-m with a stride s > p that shares no factor with m: neighbouring ranks and positions differ, and all m values come up.
-m is as large as the sum of p of them allows in the type; for minima and maxima it is small, so that every rank wins
-somewhere.  Products are made of 1 and -1 (and i), with at most three other factors: 2, 3 and 1/2.
+Notation: *p ranks, r this one, i the position*.  Operands are small integers, ``r + s·i`` modulo m, with a stride
+s > p that shares no factor with m: neighbouring ranks and positions differ, and all m values occur.  m is as large as
+the dtype allows for a sum of p values; for minima and maxima m is small, so that each rank holds the result at some
+positions.  Products consist of 1 and -1 (and i), with at most three other factors: 2, 3 and 1/2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Values = Callable[[int, int, Array, "np.dtype[Any]"], Array]
-"""What a rank of so many brings at positions i in a type."""
+"""(rank, size, positions, dtype) -> the values that this rank contributes."""
 
 FOLDS: dict[str, Callable[..., Any]] = {
     "sum": np.add,
@@ -32,22 +32,22 @@ FOLDS: dict[str, Callable[..., Any]] = {
     "bor": np.bitwise_or,
     "bxor": np.bitwise_xor,
 }
-"""The operations by name, and what each means."""
+"""The operations by name, each as a NumPy function."""
 
 KINDS = {"b": "land lor lxor", "iu": " ".join(FOLDS), "f": "sum prod min max", "c": "sum prod"}
 DTYPES = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8", "c8", "c16", "?")
 
 
 def operations(dtype: npt.DTypeLike) -> tuple[str, ...]:
-    """The operations that MPI defines for a type."""
+    """The operations that MPI defines for a dtype."""
     kind = np.dtype(dtype).kind
     return tuple(next(names for kinds, names in KINDS.items() if kind in kinds).split())
 
 
 def operand(rank: int, size: int, n: int, dtype: npt.DTypeLike, op: str = "sum") -> Array:
-    """What rank ``rank`` of ``size`` (at most 64 for exact results) brings: shape (n,), of ``dtype``."""
-    made = VALUES.get(op, sum_values)(rank, size, np.arange(n), np.dtype(dtype))
-    return np.asarray(made).astype(dtype)
+    """The contribution of rank ``rank`` of ``size`` (at most 64 for exact results): shape (n,), of ``dtype``."""
+    values = VALUES.get(op, sum_values)(rank, size, np.arange(n), np.dtype(dtype))
+    return np.asarray(values).astype(dtype)
 
 
 def reduction(size: int, n: int, dtype: npt.DTypeLike, op: str = "sum") -> Array:
@@ -59,20 +59,20 @@ def reduction(size: int, n: int, dtype: npt.DTypeLike, op: str = "sum") -> Array
 
 
 def max_exact_integer(dtype: np.dtype[Any]) -> int:
-    """Up to here the type holds every integer."""
+    """The largest integer up to which the dtype represents every integer."""
     if dtype.kind in "iu":
         return int(np.iinfo(dtype).max)
     return 1 << (np.finfo(dtype).nmant + 1)
 
 
 def counter(rank: int, size: int, i: Array, values: int) -> Array:
-    """``r + s·i`` modulo the number of values."""
+    """``r + s·i`` modulo ``values``."""
     stride = next(s for s in count(size + 1) if gcd(s, values) == 1)
     return np.asarray((rank + stride * i) % values)
 
 
 def sum_values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
-    """For sums: both signs where the type has them; the imaginary part counts elsewhere."""
+    """Values for sums: both signs where the dtype has them; the imaginary part is shifted by one position."""
     values = min(max_exact_integer(dtype) // size + 1, 1 << 24)
     shift = 0 if dtype.kind == "u" else values // 2
     real = counter(rank, size, i, values) - shift
@@ -80,12 +80,12 @@ def sum_values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def minmax_values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
-    """For minima and maxima."""
+    """Values for minima and maxima."""
     return counter(rank, size, i, 127) - (0 if dtype.kind == "u" else 63)
 
 
 def factors(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
-    """For products: in turn one rank brings 2, the next 3, the next 1/2 where there are fractions; all bring signs."""
+    """Values for products: at each position one rank has 2, one 3, one 1/2 (for fractions); all have signs."""
     others = np.array([2, 3, 1 if dtype.kind in "iu" else 0.5, *[1] * size])
     turns = counter(rank, size, i, 5) % 4
     units = {"u": [1] * 4, "c": [1, 1j, -1, -1j]}.get(dtype.kind, [1, -1, 1, -1])
@@ -93,7 +93,7 @@ def factors(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def truth_values(default: bool) -> Values:
-    """Truth values (integers of several sizes) that are ``default`` but for one rank at most positions."""
+    """Truth values, as various integers: at most positions exactly one rank differs from ``default``."""
 
     def values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
         truths = np.asarray((i % (size + 1) == rank) != default)
@@ -103,12 +103,12 @@ def truth_values(default: bool) -> Values:
 
 
 def parity(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
-    """Truth values that are mixed in every way."""
+    """Truth values in all combinations over the ranks."""
     return counter(rank, size, i, 7) * (counter(rank, size, i, 11) % 2)
 
 
 def bit_patterns(default: bool) -> Values:
-    """All bits ``default`` but for one, another one at every rank and position."""
+    """All bits equal ``default`` except one, whose place depends on rank and position."""
 
     def values(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
         width = 8 * dtype.itemsize
@@ -120,7 +120,7 @@ def bit_patterns(default: bool) -> Values:
 
 
 def any_bits(rank: int, size: int, i: Array, dtype: np.dtype[Any]) -> Array:
-    """Any bits."""
+    """Integers with arbitrary bits."""
     return counter(rank, size, i, min(max_exact_integer(dtype), 1 << 24))
 
 

@@ -1,14 +1,14 @@
-"""Memory of a CUDA device: what it takes to bring it to the host and back, in chunks, while messages are under way.
+"""Staging: device memory passes through host collectives in chunks, so that copies overlap with messages.
 
-*A chunk is read from the device, goes through a collective of the host, and is written to the device.*  While chunk k
-is with the collective, k + 1 is copied down on one stream and k - 1 up on another::
+*A chunk is read from the device, passes through a collective on the host, and is written to the device.*  While chunk k
+is in the collective, chunk k + 1 is copied down on one stream and chunk k - 1 up on another::
 
     down    0   1   2   3
     host        0   1   2   3
     up              0   1   2   3
 
-Both ends are pinned memory, two chunks each.  Nothing is read before the streams that wrote it have been waited for,
-and a call returns when its last chunk is on the device.
+There are two pinned bounce buffers in each direction.  Data is read only after the streams that wrote it have been
+synchronised, and a call returns when its last chunk is on the device.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from hpccomm.errors import ArgumentError, TransportError
 Octets = npt.NDArray[np.uint8]
 
 TRANSPORT = "HPCCOMM_GPU_TRANSPORT"
-"""The environment variable that says how arrays on a device travel."""
+"""The environment variable that names the transport for arrays on a device."""
 ON_HOST = "host"
-"""Its value for memory that the host can address too: managed memory, and what only looks like a device's."""
+"""Its value for device arrays in memory that the host can address, such as managed memory."""
 
 LEAST_CHUNK, MOST_CHUNK, FEWEST_CHUNKS = 1 << 20, 8 << 20, 4
-"""Bytes of a chunk; a longer vector goes in at least so many that copies and messages overlap."""
+"""Least and most bytes of a chunk, and the least number of chunks of a longer vector, so that copies overlap."""
 
 UNREGISTERED, HOST = 0, 1
-"""CUDA's kinds of memory that are not a device's."""
+"""CUDA's memory types that are not device memory."""
 
 
 class Device(Protocol):
-    """What is asked of a device; streams are CUDA's handles as integers."""
+    """The operations of a device; streams are CUDA handles as integers."""
 
     @property
     def number(self) -> int:
@@ -45,40 +45,40 @@ class Device(Protocol):
 
     @property
     def count(self) -> int:
-        """How many devices this process sees."""
+        """Number of devices that this process sees."""
 
     def use(self, number: int) -> None:
-        """Use another one from now on."""
+        """Select another device."""
 
     @property
     def name(self) -> str:
-        """What its maker calls it."""
+        """The vendor's name of the device."""
 
     @property
     def identity(self) -> str:
-        """A name of the device that all processes of its node agree on."""
+        """A name of the device on which all processes of its node agree."""
 
     @property
     def driver(self) -> str:
-        """The driver and what is beside it, in words that change when they do."""
+        """Versions of the driver and of the library that uses it."""
 
     def find_device(self, address: int) -> int | None:
-        """The number of the device whose memory begins there; ``None`` for no device's, or freed."""
+        """The number of the device that owns an address; ``None`` for host memory and freed memory."""
 
     def allocate_pinned(self, nbytes: int) -> Octets:
-        """Memory of the host that the device copies from and to by itself."""
+        """Allocate pinned host memory."""
 
     def create_stream(self) -> int:
-        """A stream of one's own."""
+        """Create a stream."""
 
     def to_host(self, out: Octets, address: int, stream: int) -> None:
-        """Begin to copy from the device."""
+        """Start a copy from the device."""
 
     def to_device(self, address: int, octets: Octets, stream: int) -> None:
-        """Begin to copy to the device."""
+        """Start a copy to the device."""
 
     def synchronize(self, stream: int) -> None:
-        """Wait for all that was begun on a stream."""
+        """Wait for all work on a stream."""
 
     def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """A new array of the library that ``x`` belongs to, on the same device."""
@@ -87,32 +87,32 @@ class Device(Protocol):
         """A new array."""
 
     def allocate(self, nbytes: int) -> int:
-        """The address of memory that other processes may open."""
+        """Allocate memory that other processes can open; returns its address."""
 
     def release(self, address: int) -> None:
-        """Give it back."""
+        """Free such memory."""
 
     def handle(self, address: int) -> bytes:
-        """What another process opens such memory by."""
+        """The handle by which another process opens such memory."""
 
     def open(self, handle: bytes) -> int:
-        """The address of another process's memory."""
+        """Map another process's memory; returns its address here."""
 
     def close(self, address: int) -> None:
-        """Let go of another process's memory."""
+        """Unmap another process's memory."""
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
-        """Begin to copy from device to device."""
+        """Start a copy from device to device."""
 
     def divide(self, address: int, n: int, dtype: np.dtype[Any], by: int, stream: int) -> None:
-        """Begin to divide n elements by a number, in place."""
+        """Start the division of n elements by a number, in place."""
 
     def reduce(self, op: str, code: str, vectors: Sequence[int], out: int, n: int, stream: int) -> None:
-        """Begin to reduce vectors of n elements, ((v0 + v1) + v2) + …"""
+        """Start the reduction of vectors of n elements, ((v0 + v1) + v2) + …"""
 
 
 class CupyDevice:
-    """The device that is current when it is made, by CuPy."""
+    """The device that is current at construction, through CuPy."""
 
     def __init__(self) -> None:
         import cupy
@@ -123,16 +123,16 @@ class CupyDevice:
 
     @property
     def number(self) -> int:
-        """Whatever else is current by now."""
+        """The device of this object, whichever device is current now."""
         return self._number
 
     def _activate(self) -> Any:
-        """A block in which the device is current."""
+        """A context manager in which the device is current."""
         return self._cupy.cuda.Device(self._number)
 
     @property
     def count(self) -> int:
-        """As many as ``CUDA_VISIBLE_DEVICES`` lets through."""
+        """The number of devices in ``CUDA_VISIBLE_DEVICES``."""
         return int(self._runtime.getDeviceCount())
 
     def use(self, number: int) -> None:
@@ -142,12 +142,12 @@ class CupyDevice:
 
     @property
     def name(self) -> str:
-        """As the driver says."""
+        """The driver's name of the device."""
         return str(self._runtime.getDeviceProperties(self.number)["name"].decode())
 
     @property
     def identity(self) -> str:
-        """Its place on the bus."""
+        """The PCI bus address."""
         return str(self._runtime.deviceGetPCIBusId(self.number))
 
     @property
@@ -156,7 +156,7 @@ class CupyDevice:
         return f"CUDA driver {self._runtime.driverGetVersion()}, CuPy {self._cupy.__version__}"
 
     def find_device(self, address: int) -> int | None:
-        """As the driver says."""
+        """``cudaPointerGetAttributes``."""
         try:
             found = self._runtime.pointerGetAttributes(address)
         except self._runtime.CUDARuntimeError:
@@ -168,7 +168,7 @@ class CupyDevice:
         return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
     def create_stream(self) -> int:
-        """One that does not wait for the default stream."""
+        """A stream that does not synchronise with the default stream."""
         with self._activate():
             made = self._cupy.cuda.Stream(non_blocking=True)
         self._streams[int(made.ptr)] = made
@@ -189,18 +189,18 @@ class CupyDevice:
         self._runtime.streamSynchronize(stream)
 
     def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """CuPy's own, PyTorch's, and for all others CuPy's."""
+        """An array of PyTorch for its tensors, of CuPy for all others."""
         if type(x).__module__.partition(".")[0] == "torch":
             return x.new_empty(shape)
         return self.empty(shape, dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """CuPy's."""
+        """A CuPy array."""
         with self._activate():
             return self._cupy.empty(shape, dtype)
 
     def allocate(self, nbytes: int) -> int:
-        """``cudaMalloc``: memory of CuPy's pool begins somewhere inside what a handle names."""
+        """``cudaMalloc``: a handle names a whole allocation, and an array of CuPy's pool starts inside one."""
         with self._activate():
             return int(self._runtime.malloc(nbytes))
 
@@ -226,7 +226,7 @@ class CupyDevice:
         self._runtime.memcpyAsync(to, source, nbytes, self._runtime.memcpyDeviceToDevice, stream)
 
     def divide(self, address: int, n: int, dtype: np.dtype[Any], by: int, stream: int) -> None:
-        """CuPy's division, rounded as IEEE says."""
+        """CuPy's division, rounded according to IEEE 754."""
         if not n:
             return
         memory = self._cupy.cuda.UnownedMemory(address, n * dtype.itemsize, None)
@@ -235,7 +235,7 @@ class CupyDevice:
             self._cupy.true_divide(vector, dtype.type(by), out=vector)
 
     def reduce(self, op: str, code: str, vectors: Sequence[int], out: int, n: int, stream: int) -> None:
-        """By the kernels of ``reductions.cu``."""
+        """The kernels of ``reductions.cu``."""
         from hpccomm.kernels.cuda import kernels
 
         with self._activate(), self._streams[stream]:
@@ -244,7 +244,7 @@ class CupyDevice:
 
 @cache
 def device() -> Device:
-    """The device of this process; raises :class:`~hpccomm.errors.TransportError` where there is none."""
+    """The device of this process; raises :class:`~hpccomm.errors.TransportError` if there is none."""
     trouble = unavailable_reason()
     if trouble:
         raise TransportError(trouble)
@@ -252,9 +252,9 @@ def device() -> Device:
 
 
 def claim_device(comm: Any, flag: str, instead: str) -> Device:
-    """A device for each rank: those of a node take its devices in turns (collective).
+    """Assign the devices of a node to its ranks round-robin (collective).
 
-    Raises :class:`~hpccomm.errors.ArgumentError` on all ranks where one of them has none.
+    Raises :class:`~hpccomm.errors.ArgumentError` on all ranks if one of them has none.
     """
     everyone = comm.allgather(unavailable_reason())
     without = [rank for rank, why in enumerate(everyone) if why]
@@ -267,7 +267,7 @@ def claim_device(comm: Any, flag: str, instead: str) -> Device:
 
 @cache
 def unavailable_reason() -> str:
-    """What is missing for arrays on a device, and what to do; nothing where nothing is."""
+    """What is missing for arrays on a device, and the remedy; empty if nothing is."""
     try:
         import cupy
     except ImportError:
@@ -276,48 +276,48 @@ def unavailable_reason() -> str:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return f"no CUDA driver, or one that is too old ({error}): install NVIDIA's driver"
-    return "" if count else "no CUDA device: is it taken away by CUDA_VISIBLE_DEVICES?"
+    return "" if count else "no CUDA device: check CUDA_VISIBLE_DEVICES"
 
 
 class Extent(NamedTuple):
-    """Bytes that are one piece on the device and in a chunk."""
+    """Bytes that are contiguous on the device and in a chunk."""
 
     address: int
-    """On the device."""
+    """The address on the device."""
     first: int
-    """Where it begins in the chunk."""
+    """The offset in the chunk."""
     nbytes: int
 
 
 class Chunk(NamedTuple):
-    """What goes through the host at once."""
+    """What passes through the host at once."""
 
     reads: Sequence[Extent]
     body: Callable[[Octets, Octets], Any]
-    """``body(incoming, outgoing)``: a collective from the one into the other."""
+    """``body(incoming, outgoing)``: a collective that reads the one and writes the other."""
     writes: Sequence[Extent]
 
 
-def size_of(pieces: Iterable[Extent]) -> int:
-    """Bytes of a chunk of these pieces."""
-    return max((each.first + each.nbytes for each in pieces), default=0)
+def size_of(extents: Iterable[Extent]) -> int:
+    """Bytes of a chunk with these extents."""
+    return max((each.first + each.nbytes for each in extents), default=0)
 
 
 def chunk_bytes(nbytes: int) -> int:
-    """How long the chunks of so many bytes are, at most."""
+    """Most bytes of a chunk of a vector of ``nbytes`` bytes."""
     return max(LEAST_CHUNK, min(MOST_CHUNK, -(-nbytes // FEWEST_CHUNKS)))
 
 
 class Staging:
-    """Two streams, and pinned memory that grows to what is asked for."""
+    """Two streams, and pinned bounce buffers that grow on demand."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.down, self.up = device.create_stream(), device.create_stream()
-        self._rooms: dict[str, list[Octets]] = {}
+        self._buffers: dict[str, list[Octets]] = {}
 
     def run(self, chunks: Sequence[Chunk], streams: Iterable[int] = ()) -> None:
-        """Bring the chunks through the host; ``streams`` are those on which the arrays are written and read."""
+        """Pass the chunks through the host; ``streams`` have pending work on the arrays."""
         device = self.device
         wait(device, streams)
         incoming = self.bounce_buffers("down", max((size_of(each.reads) for each in chunks), default=0))
@@ -338,41 +338,41 @@ class Staging:
             device.synchronize(self.up)
 
     def fetch(self, address: int, out: Octets, streams: Iterable[int]) -> None:
-        """Copy from the device to any memory of the host."""
+        """Copy from the device to host memory, pinned or not."""
         self.run(
             [Chunk([Extent(address + lo, 0, hi - lo)], copy_to(out[lo:hi]), []) for lo, hi in chunk_ranges(out.size)],
             streams,
         )
 
     def store(self, octets: Octets, address: int, streams: Iterable[int]) -> None:
-        """Copy to the device from any memory of the host."""
+        """Copy to the device from host memory, pinned or not."""
         chunks = [
             Chunk([], copy_from(octets[lo:hi]), [Extent(address + lo, 0, hi - lo)])
             for lo, hi in chunk_ranges(octets.size)
         ]
         self.run(chunks, streams)
 
-    def start_read(self, chunk: Chunk, room: Octets) -> None:
-        """Begin to copy a chunk to the host."""
+    def start_read(self, chunk: Chunk, buffer: Octets) -> None:
+        """Start to copy a chunk to the host."""
         for address, first, nbytes in chunk.reads:
-            self.device.to_host(room[first : first + nbytes], address, self.down)
+            self.device.to_host(buffer[first : first + nbytes], address, self.down)
 
     def bounce_buffers(self, which: str, nbytes: int) -> list[Octets]:
-        """Pinned memory for two chunks."""
-        rooms = self._rooms.get(which)
-        if rooms is None or rooms[0].size < nbytes:
-            rooms = self._rooms[which] = [self.device.allocate_pinned(max(nbytes, LEAST_CHUNK)) for _ in range(2)]
-        return rooms
+        """Pinned memory for two chunks in one direction."""
+        buffers = self._buffers.get(which)
+        if buffers is None or buffers[0].size < nbytes:
+            buffers = self._buffers[which] = [self.device.allocate_pinned(max(nbytes, LEAST_CHUNK)) for _ in range(2)]
+        return buffers
 
 
 def wait(device: Device, streams: Iterable[int]) -> None:
-    """For all that was begun on some streams."""
+    """Wait for all work on some streams."""
     for each in dict.fromkeys(streams):
         device.synchronize(each)
 
 
 def chunk_ranges(nbytes: int) -> Iterable[tuple[int, int]]:
-    """[lo, hi) of the chunks of so many bytes."""
+    """[lo, hi) of the chunks of ``nbytes`` bytes."""
     step = chunk_bytes(nbytes)
     return ((lo, min(lo + step, nbytes)) for lo in range(0, nbytes, step))
 

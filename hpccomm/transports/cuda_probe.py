@@ -1,11 +1,12 @@
-"""Does this MPI understand pointers of a device?  Asked of a process that may die of the answer.
+"""The probe for a CUDA-aware MPI: subprocesses pass device pointers to MPI and check the results.
 
-What an MPI says of itself is not believed: one built without CUDA may stand on a UCX that has it, and one built with it
-may find no driver.  A child, a world of one, hands every kind of call that we would make to MPI and looks at what came
-out; then two children do so between them, on the same device, since what one process copies to itself goes another way
-than what goes to a neighbour.  One that does not understand copies with the processor and is ended by the kernel; the
-job lives.  Two take MPI's launcher: where none is found, the answer is that of one, and says so.  The answer is kept on
-disk until the library, the driver or the settings change.
+MPI's own declaration is not used: an MPI built without CUDA may use a UCX that has it, and an MPI built with CUDA may
+find no driver.  The probe, a subprocess with a world of one, makes every kind of call that hpccomm would make and
+compares the results with the host's.  Then two processes make the calls between them on the same device, because a
+message to another process takes another path than one to the process itself.  An MPI that is not CUDA-aware reads
+device memory with the processor, and the kernel kills the subprocess; the job continues.  Two processes need MPI's
+launcher; if there is none, the result is that of one process, and says so.  The result is cached on disk until the
+library, the driver or the settings change.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from hpccomm.launcher import clean_environment, launch_command
 from hpccomm.transports import cuda
 
 PATIENCE = 60.0
-"""Seconds that a child may take."""
+"""Seconds that a probe may take."""
 LAST_SECONDS = 5.0
-"""That it then has to end."""
-SINGLE_PROBE, PAIR_PROBE = "a child that tried", "two children that tried between them"
-SUCCESS = "this MPI understands pointers of a device"
+"""Seconds that a terminated probe may take to exit."""
+SINGLE_PROBE, PAIR_PROBE = "the probe", "the probe between two processes"
+SUCCESS = "this MPI accepts device pointers"
 LENGTHS = (3, 1 << 18)
-"""Elements of four bytes: by the eager and by the rendezvous protocol."""
+"""Elements of four bytes: one length for the eager, one for the rendezvous protocol."""
 SETTINGS = (
     "OMPI_",
     "PRTE_",
@@ -50,46 +51,46 @@ SETTINGS = (
     "LD_LIBRARY_PATH",
     "LD_PRELOAD",
 )
-"""Beginnings of the variables that the answer may depend on."""
+"""Prefixes of the environment variables on which the result may depend."""
 
 
 class Verdict(NamedTuple):
-    """What came of asking."""
+    """The result of the probe."""
 
     trouble: str
-    """Nothing where MPI understands; why not, otherwise."""
+    """Empty if MPI is CUDA-aware, else the reason why not."""
     when: str
-    """Date and time of asking, UTC."""
+    """Date and time of the probe, UTC."""
     alone: str = ""
-    """Why it was not asked between two processes; nothing where it was."""
+    """Why the probe used one process only; empty if it used two."""
 
 
-# In the child
+# In the probe
 
 
 def exercise(device: cuda.Device, comm: Any) -> str:
-    """All calls that we make, on memory of the device; what is wrong with the first that goes wrong (collective)."""
+    """Make all calls on device memory; the first wrong result, or an empty string (collective)."""
     p = comm.size
     stream = device.create_stream()
     for n in LENGTHS:
         send, recv = device.allocate(4 * n * p), device.allocate(4 * n * p)
-        for name, call in calls(comm, n).items():
+        for name, call in make_calls(comm, n).items():
             given = (np.arange(n * p, dtype=np.int32) + 7 * comm.rank) % 1009
-            put(device, send, given, stream)
-            put(device, recv, np.full(n * p, -1, np.int32), stream)
+            write(device, send, given, stream)
+            write(device, recv, np.full(n * p, -1, np.int32), stream)
             call(mpi_buffer(send, n * p), mpi_buffer(recv, n * p))
             found, want = np.empty_like(given), np.full_like(given, -1)
             device.to_host(found.view(np.uint8), recv, stream)
             device.synchronize(stream)
             call(given, want)
-            odd = [rank for rank, wrong in enumerate(comm.allgather(not np.array_equal(found, want))) if wrong]
-            if odd:
-                where = f" on rank {odd[0]}" if p > 1 else ""
-                return f"{name} of {n} elements gave something else than on the host{where}"
+            wrong = [rank for rank, differs in enumerate(comm.allgather(not np.array_equal(found, want))) if differs]
+            if wrong:
+                where = f" on rank {wrong[0]}" if p > 1 else ""
+                return f"{name} of {n} elements gave another result than on the host{where}"
     return ""
 
 
-def calls(comm: Any, n: int) -> dict[str, Callable[[Any, Any], None]]:
+def make_calls(comm: Any, n: int) -> dict[str, Callable[[Any, Any], None]]:
     """``call(send, recv)`` on buffers of n elements for each rank."""
     after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     return {
@@ -104,7 +105,7 @@ def calls(comm: Any, n: int) -> dict[str, Callable[[Any, Any], None]]:
 
 
 def mpi_buffer(address: int, n: int) -> list[Any]:
-    """Memory as mpi4py takes it; a count would be that of one rank's part in some calls, of all in others."""
+    """A form of mpi4py without a count, which would be per rank in some calls and in all in others."""
     return [MPI.memory.fromaddress(address, 4 * n), MPI.INT32_T]
 
 
@@ -113,55 +114,55 @@ def first_elements(buffer: Any, n: int) -> Any:
     return buffer[:n] if isinstance(buffer, np.ndarray) else [buffer[0][: 4 * n], buffer[1]]
 
 
-def put(device: cuda.Device, address: int, values: Any, stream: int) -> None:
-    """Write to the device."""
+def write(device: cuda.Device, address: int, values: Any, stream: int) -> None:
+    """Write values to the device."""
     device.to_device(address, values.view(np.uint8), stream)
     device.synchronize(stream)
 
 
-def answer(device: cuda.Device) -> None:
-    """Say what came out, of all children; no core file if this is the end."""
+def report(device: cuda.Device) -> None:
+    """Print the result of all processes of the probe; a crash must not leave a core file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    said = exercise(device, MPI.COMM_WORLD) or SUCCESS
+    result = exercise(device, MPI.COMM_WORLD) or SUCCESS
     if MPI.COMM_WORLD.rank == 0:
-        sys.stdout.write(said)
+        sys.stdout.write(result)
 
 
-# In the parent
+# In the process that starts the probe
 
 
-def program(number: int) -> list[str]:
-    """What asks on a device."""
+def probe_program(number: int) -> list[str]:
+    """The program of the probe on a device."""
     return ["-m", "hpccomm.transports.cuda_probe", str(number)]
 
 
 def run_probe(
     command: Sequence[str], environ: Mapping[str, str], patience: float = PATIENCE, who: str = SINGLE_PROBE
 ) -> str:
-    """Nothing where a child, or what it launches, finds that MPI understands; why not, otherwise."""
+    """Run a probe; an empty string if MPI is CUDA-aware, else the reason why not."""
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
         child = subprocess.Popen(command, env=clean_environment(environ), text=True, **pipes)
     except OSError as error:
-        return f"no child could try: {error}"
+        return f"the probe could not start: {error}"
     with child:
         try:
             out, err = child.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
-            end(child)
-            return f"{who} was still waiting after {patience:g} s"
+            stop(child)
+            return f"{who} had not finished after {patience:g} s"
     status = child.returncode
     if out.strip().endswith(SUCCESS) and status == 0:
         return ""
     number = -status if status < 0 else status - 128
     if number in set(signal.Signals):
-        return f"{who} was ended by {signal.Signals(number).name}"
-    said = (out.strip() or err.strip() or "without a word").rsplit("\n", 1)[-1]
-    return f"{who} ended with status {status}: {said}"
+        return f"{who} was killed by {signal.Signals(number).name}"
+    output = (out.strip() or err.strip() or "no output").rsplit("\n", 1)[-1]
+    return f"{who} ended with status {status}: {output}"
 
 
-def end(child: subprocess.Popen[str]) -> None:
-    """Gently first: a launcher that is told to ends its ranks."""
+def stop(child: subprocess.Popen[str]) -> None:
+    """Terminate a probe, then kill it: a launcher that is terminated ends its ranks."""
     for act in (child.terminate, child.kill):
         act()
         try:
@@ -172,7 +173,7 @@ def end(child: subprocess.Popen[str]) -> None:
 
 
 def run_pair_probe(program: Sequence[str], environ: Mapping[str, str], patience: float = PATIENCE) -> tuple[str, str]:
-    """What is wrong between two processes, and why they were not asked where they were not."""
+    """Run the probe between two processes; the reason why MPI is not CUDA-aware, and why two were not possible."""
     try:
         command, env = launch_command(2, program, environ=environ)
     except LaunchError as error:
@@ -181,13 +182,13 @@ def run_pair_probe(program: Sequence[str], environ: Mapping[str, str], patience:
 
 
 def run_probes(number: int) -> tuple[str, str]:
-    """Of one process, and if it lived of two: as :func:`run_pair_probe`."""
-    alone = run_probe([sys.executable, *program(number)], os.environ)
-    return (alone, "") if alone else run_pair_probe(program(number), os.environ)
+    """Run the probe with one process and, if it succeeds, with two; returns as :func:`run_pair_probe`."""
+    alone = run_probe([sys.executable, *probe_program(number)], os.environ)
+    return (alone, "") if alone else run_pair_probe(probe_program(number), os.environ)
 
 
 def verdict(number: int, driver: str, ask: Callable[[], tuple[str, str]] | None = None) -> Verdict:
-    """The answer for a device of this process, from disk if nothing has changed since."""
+    """The result for a device of this process, from disk if nothing has changed since."""
     file = cache_file(os.environ, MPI.Get_library_version(), driver, number)
     try:
         return Verdict(**json.loads(file.read_text(encoding="utf-8")))
@@ -201,26 +202,26 @@ def verdict(number: int, driver: str, ask: Callable[[], tuple[str, str]] | None 
         unfinished.write_text(json.dumps(found._asdict()), encoding="utf-8")
         unfinished.replace(file)
     except OSError:
-        pass  # asked again the next time
+        pass  # the next run probes again
     return found
 
 
 def cache_file(environ: Mapping[str, str], library: str, driver: str, number: int) -> Path:
-    """The file for this library, driver, device and environment."""
+    """The cache file for this library, driver, device and environment."""
     home = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     settings = sorted(
         f"{name}={value}" for name, value in clean_environment(environ).items() if name.startswith(SETTINGS)
     )
-    words = "\n".join(["between two", library, driver, str(number), os.uname().nodename, sys.executable, *settings])
-    return home / "hpccomm" / f"device-pointers-{hashlib.blake2b(words.encode(), digest_size=8).hexdigest()}.json"
+    key = "\n".join(["between two", library, driver, str(number), os.uname().nodename, sys.executable, *settings])
+    return home / "hpccomm" / f"device-pointers-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.json"
 
 
 def main(number: str) -> None:
-    """The child."""
+    """The probe."""
     import cupy
 
     cupy.cuda.Device(int(number)).use()
-    answer(cuda.device())
+    report(cuda.device())
 
 
 if __name__ == "__main__":

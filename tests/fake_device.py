@@ -1,8 +1,7 @@
-"""A device without a device: memory of the host behind streams that do nothing before they are waited for.
+"""A fake CUDA device in host memory, whose streams run their work when they are synchronised.
 
-The latest moment that CUDA allows is the worst one: who reads before waiting reads what was there before, and who
-reuses memory that a copy has not left yet sends what came later.  With ``eager`` everything happens at once, the
-earliest moment.
+That is the latest moment that CUDA allows: code that reads before it synchronises reads old data, and code that reuses
+memory before a copy has read it sends new data.  With ``eager`` all work runs at once, the earliest moment.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from mpi4py import MPI
 from hpccomm.kernels import reductions
 
 SIDE = 7001
-"""A stream on which the user's kernels run."""
+"""The user's stream."""
 
 
-class StandIn:
-    """What :class:`hpccomm.transports.cuda.Device` asks for."""
+class FakeDevice:
+    """The methods of :class:`hpccomm.transports.cuda.Device`, in host memory."""
 
     def __init__(self, number: int = 0, eager: bool = False) -> None:
         self.number, self.eager = number, eager
@@ -39,9 +38,9 @@ class StandIn:
 
     @property
     def identity(self) -> str:
-        return f"stand-in {self.number}"
+        return f"fake {self.number}"
 
-    name, driver, count = "stand-in", "no driver", 1
+    name, driver, count = "fake", "no driver", 1
 
     def use(self, number: int) -> None:
         self.number = number
@@ -80,10 +79,10 @@ class StandIn:
         for act in waiting:
             act()
 
-    def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype) -> StandInArray:
+    def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype) -> FakeArray:
         return self.array(np.empty(shape, dtype))
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> StandInArray:
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> FakeArray:
         return self.array(np.empty(shape, dtype))
 
     def allocate(self, nbytes: int) -> int:
@@ -120,12 +119,12 @@ class StandIn:
         dtype = np.dtype(np.uint16 if code == "bf16" else code)
         for address in (*vectors, out):
             self.check(address, n * dtype.itemsize)
-        there = [self.seen(address, n, dtype) for address in (*vectors, out)]
+        there = [self.memory_at(address, n, dtype) for address in (*vectors, out)]
         self.begin(stream, lambda: reductions.reduce(op, "bfloat16" if code == "bf16" else code, there[:-1], there[-1]))
 
     def divide(self, address: int, n: int, dtype: np.dtype, by: int, stream: int) -> None:
         self.check(address, n * dtype.itemsize)
-        there = self.seen(address, n, dtype)
+        there = self.memory_at(address, n, dtype)
         self.begin(stream, lambda: np.true_divide(there, dtype.type(by), out=there))
 
     # Tests
@@ -134,25 +133,24 @@ class StandIn:
         return np.frombuffer((ctypes.c_char * (n * dtype.itemsize)).from_address(address), dtype)
 
     def check(self, address: int, nbytes: int) -> None:
-        assert nbytes == 0 or (
-            self.find_device(address) is not None and self.find_device(address + nbytes - 1) is not None
-        )
+        ends = (address, address + nbytes - 1) if nbytes else ()
+        assert all(self.find_device(each) is not None for each in ends)
 
-    def array(self, values: Any, stream: int = 1, number: int | None = None) -> StandInArray:
+    def array(self, values: Any, stream: int = 1, number: int | None = None) -> FakeArray:
         """An array on this device, or on another one."""
         memory = np.array(values, order="K")
         address = memory.ctypes.data
         self.memory[address] = memory, self.number if number is None else number
-        return StandInArray(self, memory, stream)
+        return FakeArray(self, memory, stream)
 
-    def free(self, x: StandInArray) -> None:
+    def free(self, x: FakeArray) -> None:
         del self.memory[x.memory.ctypes.data]
 
 
-class StandInArray:
-    """An array with CUDA's interface, neither NumPy's nor a buffer; what is done to it waits on its stream."""
+class FakeArray:
+    """An array with the CUDA array interface only; work on it waits on its stream."""
 
-    def __init__(self, device: StandIn, memory: np.ndarray, stream: int) -> None:
+    def __init__(self, device: FakeDevice, memory: np.ndarray, stream: int) -> None:
         self.device, self.memory, self.stream = device, memory, stream
 
     @property
@@ -181,16 +179,16 @@ class StandInArray:
     def size(self) -> int:
         return self.memory.size
 
-    def __getitem__(self, part: slice) -> StandInArray:
-        return StandInArray(self.device, self.memory[part], self.stream)
+    def __getitem__(self, part: slice) -> FakeArray:
+        return FakeArray(self.device, self.memory[part], self.stream)
 
     def fill(self, values: Any) -> None:
-        """A kernel that writes the array, some time later."""
-        kept = np.array(values)
-        self.device.begin(self.stream, lambda: np.copyto(self.memory, kept))
+        """Queue a kernel that writes the array."""
+        copy = np.array(values)
+        self.device.begin(self.stream, lambda: np.copyto(self.memory, copy))
 
     def get(self) -> np.ndarray:
-        """What a kernel that is launched now would see."""
+        """The contents that a kernel queued now would see."""
         self.device.synchronize(self.stream)
         return self.memory.copy()
 
@@ -199,14 +197,14 @@ NCCL_OPERATIONS = (MPI.SUM, MPI.PROD, MPI.MAX, MPI.MIN)
 NCCL_TYPES = tuple(map(np.dtype, ("i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4", "f8")))
 
 
-class StandInNccl:
-    """As much of ``cupy.cuda.nccl`` as is called, on ranks that are threads; collectives wait on their stream."""
+class FakeNccl:
+    """The functions of ``cupy.cuda.nccl`` that hpccomm calls, for thread-ranks; collectives wait on their stream."""
 
     available = True
     NCCL_SUM, NCCL_PROD, NCCL_MAX, NCCL_MIN = range(4)
     NCCL_INT8, NCCL_UINT8, NCCL_INT32, NCCL_UINT32, NCCL_INT64, NCCL_UINT64, _, NCCL_FLOAT32, NCCL_FLOAT64 = range(9)
 
-    def __init__(self, comm: Any, device: StandIn, version: int = 22703) -> None:
+    def __init__(self, comm: Any, device: FakeDevice, version: int = 22703) -> None:
         self.comm, self.device, self.version = comm, device, version
         self.grouped: list[tuple[str, int, int, int, int]] | None = None
         self.made = 0
@@ -217,7 +215,7 @@ class StandInNccl:
     def get_unique_id(self) -> tuple[int, ...]:
         return (self.comm.size,) * 128
 
-    def NcclCommunicator(self, size: int, word: tuple[int, ...], rank: int) -> StandInNccl:
+    def NcclCommunicator(self, size: int, word: tuple[int, ...], rank: int) -> FakeNccl:
         assert (size, word, rank) == (self.comm.size, (size,) * 128, self.comm.rank)
         self.made += 1
         return self
@@ -237,10 +235,10 @@ class StandInNccl:
         octet = np.dtype(np.uint8)
 
         def act() -> None:
-            mine = [self.device.seen(*sent[peer], octet).copy() for peer in range(self.comm.size)]
+            mine = [self.device.memory_at(*sent[peer], octet).copy() for peer in range(self.comm.size)]
             parts = self.comm.allgather(mine)
             for peer, (at, n) in received.items():
-                self.device.seen(at, n, octet)[...] = parts[peer][self.comm.rank]
+                self.device.memory_at(at, n, octet)[...] = parts[peer][self.comm.rank]
 
         self.device.begin(stream, act)
 
@@ -256,7 +254,7 @@ class StandInNccl:
         dtype = NCCL_TYPES[kind]
         for at, n in vectors:
             self.device.check(at, n * dtype.itemsize)
-        there = [self.device.seen(at, n, dtype) for at, n in vectors]
+        there = [self.device.memory_at(at, n, dtype) for at, n in vectors]
         self.device.begin(stream, lambda: call(*there))
 
     def allReduce(self, a: int, b: int, n: int, kind: int, op: int, stream: int) -> None:

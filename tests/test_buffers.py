@@ -1,4 +1,4 @@
-"""Every buffer form is understood as mpi4py understands it, and what cannot be sent is refused with a remedy."""
+"""Every buffer form is read as mpi4py reads it, and unusable buffers are refused with a remedy."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ X = np.arange(8, dtype="f4")
         (np.zeros(0), 0, "f8"),
     ],
 )
-def test_simple_forms(form: Any, elements: int, dtype: str) -> None:
-    message = read(form, "rank 0: call")
-    assert (message.elements, message.dtype) == (elements, np.dtype(dtype))
+def test_forms_with_one_block_have_elements_and_dtype(form: Any, elements: int, dtype: str) -> None:
+    buffer = read(form, "rank 0: call")
+    assert (buffer.elements, buffer.dtype) == (elements, np.dtype(dtype))
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,14 @@ def test_vector_forms_are_completed_as_mpi4py_does(form: Any, parts: Any) -> Non
 
 def test_a_derived_datatype_is_opaque_but_its_bytes_are_counted() -> None:
     datatype = MPI.FLOAT.Create_vector(2, 1, 3).Commit()
-    message = read([X, 1, datatype], "rank 0: call")
+    buffer = read([X, 1, datatype], "rank 0: call")
     datatype.Free()
-    assert message.opaque
-    assert message.octets == 8
+    assert buffer.opaque
+    assert buffer.octets == 8
 
 
 @pytest.mark.parametrize("form", [None, MPI.BOTTOM, MPI.IN_PLACE, [X, MPI.FLOAT_INT], [MPI.BOTTOM, 1, MPI.INT]])
-def test_what_only_mpi_understands_is_opaque(form: Any) -> None:
+def test_forms_without_contiguous_numpy_elements_are_opaque(form: Any) -> None:
     assert read(form, "rank 0: call").opaque
 
 
@@ -85,24 +85,24 @@ def test_what_only_mpi_understands_is_opaque(form: Any) -> None:
         ([X, -1, MPI.FLOAT], "how many"),
     ],
 )
-def test_what_cannot_be_sent_is_refused_with_a_remedy(given: Any, remedy: str) -> None:
+def test_unusable_buffers_are_refused_with_a_remedy(given: Any, remedy: str) -> None:
     with pytest.raises(ArgumentError, match=remedy) as refused:
         read(given, "rank 3: Allreduce")
     assert str(refused.value).startswith("rank 3: Allreduce")
 
 
-def test_the_view_of_a_message_is_the_users_memory() -> None:
+def test_the_vector_of_a_buffer_is_the_users_memory() -> None:
     x = np.zeros(4, "i4")
     read(x, "rank 0: call").vector()[2] = 7
     assert x.tolist() == [0, 0, 7, 0]
 
 
-def test_fortran_order_is_noticed() -> None:
+def test_fortran_order_is_detected() -> None:
     assert read(np.zeros((2, 3), order="F"), "rank 0: call").order == "F"
     assert read(np.zeros((2, 3)), "rank 0: call").order == "C"
 
 
 @pytest.mark.parametrize(("lo", "hi", "shared"), [(0, 4, True), (3, 7, True), (4, 8, False), (4, 4, False)])
-def test_overlap_is_seen_by_bytes(lo: int, hi: int, shared: bool) -> None:
+def test_buffers_overlap_if_they_share_bytes(lo: int, hi: int, shared: bool) -> None:
     who = "rank 0: call"
     assert read(X[:4], who).overlaps(read(X[lo:hi], who)) == shared

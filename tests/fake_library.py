@@ -1,4 +1,4 @@
-"""An array library on a device that is the host: NumPy behind a wall like CuPy's, which no NumPy array passes."""
+"""A fake of CuPy on host memory, which refuses NumPy arrays as CuPy does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 
 class Array(NDArrayOperatorsMixin):
-    """NumPy's array, as far as operators, views and methods go; the host cannot read it but by :meth:`get`."""
+    """An array with NumPy's operators, views and methods; the host reads it by :meth:`get` only."""
 
     def __init__(self, host: np.ndarray) -> None:
         self.host = host
@@ -81,7 +81,7 @@ AS_CUPY = (
     np.may_share_memory,
     np.size,
 )
-"""NumPy's functions that hand CuPy's arrays on to CuPy."""
+"""NumPy's functions that dispatch CuPy's arrays to CuPy."""
 
 
 def to_numpy(x: Any) -> Any:
