@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import harness
 from hpccomm.bench.plot import COLOURS
 from hpccomm.errors import HpccommError
-from hpccomm.kernels import compression_reference as reference
+from hpccomm.kernels.compression import reference
 from hpccomm.kernels.dispatch import compression
 
 SIZES = (25_000_000, 1_000_000)

@@ -36,7 +36,7 @@ Times = dict[str, float]
 
 def kernel_loops() -> dict[str, Callable[[int, int], None]]:
     """Compiled loops that call the kernel as it is, the kernel without waits, and the barrier."""
-    from hpccomm.kernels import compiled
+    from hpccomm.kernels.shared_memory import compiled
 
     def on(kernel: Any) -> Any:
         def loop(call: int, n: int) -> None:

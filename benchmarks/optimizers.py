@@ -19,7 +19,7 @@ from benchmarks import harness
 from hpccomm.algorithms import trust_ratio
 from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.buckets import Bucket
-from hpccomm.kernels import optimizers_reference
+from hpccomm.kernels.optimizers import reference as optimizers_reference
 
 GRADIENT = 1e-3
 LATE = 20_000

@@ -25,7 +25,7 @@ from hpccomm.calls.plans import Plan, PlanCache
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
-from hpccomm.kernels.shared import MAX_WAIT_NS
+from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
 from hpccomm.performance import tuning
 from hpccomm.performance.cost import HIERARCHICAL
 from hpccomm.transports.mpi import MessageTransport, mpi_name

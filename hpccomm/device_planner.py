@@ -29,7 +29,7 @@ from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Plan, Run
 from hpccomm.context import algorithm_setting
 from hpccomm.errors import ArgumentError, TransportError
-from hpccomm.kernels import reductions
+from hpccomm.kernels.reductions import reference as reductions
 from hpccomm.planner import IN_PLACE, Planner, is_in_place
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging

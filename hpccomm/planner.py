@@ -27,7 +27,8 @@ from hpccomm.collectives.engine import bind, bind_segments
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels import reductions, reproducible
+from hpccomm.kernels import reproducible
+from hpccomm.kernels.reductions import reference as reductions
 from hpccomm.performance.tuning import Choice
 
 IN_PLACE = MPI.IN_PLACE

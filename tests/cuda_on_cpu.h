@@ -1,5 +1,5 @@
-// Just enough of CUDA to run the kernels' own sources on a processor: blocks are threads of the system, started in
-// order and delayed at random; the threads of a block are contexts that take turns at barriers and warp instructions.
+// A subset of CUDA that runs the kernels' own sources on a CPU: blocks are threads of the system, started in order and
+// delayed at random; the threads of a block are contexts that switch at barriers and warp instructions.
 
 #include <atomic>
 #include <cmath>
@@ -29,11 +29,11 @@ struct Block {
     std::vector<bool> done;
     ucontext_t home;
     std::vector<long> slots;
-    struct Meeting {
+    struct Barrier {
         int arrived = 0;
         long generation = 0;
     };
-    std::vector<Meeting> meetings;  // one a warp, the last of the block
+    std::vector<Barrier> barriers;  // one a warp, the last of the block
     void (*body)(void *);
     void *argument;
 };
@@ -46,29 +46,29 @@ static void yield()
     threadIdx.x = me;
 }
 
-static void meet(int which, int members)
+static void wait_at(int which, int members)
 {
-    Block::Meeting &meeting = block->meetings[which];
-    long generation = meeting.generation;
-    if (++meeting.arrived == members) {
-        meeting.arrived = 0;
-        meeting.generation++;
+    Block::Barrier &barrier = block->barriers[which];
+    long generation = barrier.generation;
+    if (++barrier.arrived == members) {
+        barrier.arrived = 0;
+        barrier.generation++;
     }
-    while (meeting.generation == generation) yield();
+    while (barrier.generation == generation) yield();
 }
 
-static void __syncthreads() { meet((int)block->meetings.size() - 1, blockDim.x); }
+static void __syncthreads() { wait_at((int)block->barriers.size() - 1, blockDim.x); }
 
-static void meet_warp() { meet(threadIdx.x / 32, 32); }
+static void sync_warp() { wait_at(threadIdx.x / 32, 32); }
 
-template <class T> static T told(T mine, unsigned lane)
+template <class T> static T read_lane(T mine, unsigned lane)
 {
     unsigned warp = threadIdx.x / 32 * 32;
     T theirs;
     memcpy(&block->slots[threadIdx.x], &mine, sizeof mine);
-    meet_warp();
+    sync_warp();
     memcpy(&theirs, &block->slots[warp + lane % 32], sizeof theirs);
-    meet_warp();
+    sync_warp();
     return theirs;
 }
 
@@ -76,17 +76,17 @@ static unsigned __ballot_sync(unsigned, bool mine)
 {
     unsigned votes = 0, warp = threadIdx.x / 32 * 32;
     block->slots[threadIdx.x] = mine;
-    meet_warp();
+    sync_warp();
     for (unsigned lane = 0; lane < 32; lane++) votes |= (unsigned)block->slots[warp + lane] << lane;
-    meet_warp();
+    sync_warp();
     return votes;
 }
 
-template <class T> static T __shfl_sync(unsigned, T mine, int lane) { return told(mine, lane); }
+template <class T> static T __shfl_sync(unsigned, T mine, int lane) { return read_lane(mine, lane); }
 template <class T> static T __shfl_down_sync(unsigned, T mine, int far)
 {
     unsigned lane = threadIdx.x % 32;
-    T theirs = told(mine, lane + far);
+    T theirs = read_lane(mine, lane + far);
     return lane + far < 32 ? theirs : mine;
 }
 
@@ -126,7 +126,7 @@ static void run_block(Block &here, unsigned number, unsigned blocks, unsigned th
     block = &here;
     blockIdx.x = number, gridDim.x = blocks, blockDim.x = threads;
     here.done.assign(threads, false);
-    here.meetings.assign((threads + 31) / 32 + 1, Block::Meeting());
+    here.barriers.assign((threads + 31) / 32 + 1, Block::Barrier());
     for (unsigned me = 0; me < threads; me++) {
         getcontext(&here.contexts[me]);
         here.contexts[me].uc_stack.ss_sp = stacks + (size_t)me * Block::STACK;

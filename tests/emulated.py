@@ -30,7 +30,7 @@ def text_of(name: str) -> str:
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """A source's kernels as a shared library, compiled once for all processes that ask; skips without a compiler."""
+    """A source's kernels as a shared library, compiled once for all processes; skips without a compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler on this machine: install g++")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.kernels import reductions
+from hpccomm.kernels.reductions import reference as reductions
 
 SIDE = 7001
 """The user's stream."""

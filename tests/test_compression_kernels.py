@@ -1,4 +1,4 @@
-"""The kernels of compression: worked examples bit for bit, and the compiled ones give the reference's bits.
+"""The compression kernels: worked examples bit for bit; the compiled kernels give the bits of the reference.
 
 The worked examples share one input: two ranks, three steps, eight elements, every number dyadic so that float32 is
 exact.  They were computed with rational numbers.
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpccomm.kernels import compression, compression_reference
+from hpccomm.kernels.compression import compiled as compression
+from hpccomm.kernels.compression import reference as compression_reference
 
 F32 = np.float32
 
@@ -69,7 +70,7 @@ def has_same_bits(a: Any, b: Any) -> bool:
 
 
 def call_both(name: str, *args: Any, **named: Any) -> tuple[Any, Any]:
-    """What the two modules answer to the same call on copies of the same arrays; written arrays are appended."""
+    """The results of both modules for one call on copies of the same arrays, with the written arrays appended."""
     results = []
     for module in (compression_reference, compression):
         mine = [each.copy() if isinstance(each, np.ndarray) else each for each in args]
@@ -79,7 +80,7 @@ def call_both(name: str, *args: Any, **named: Any) -> tuple[Any, Any]:
 
 
 def agree(name: str, *args: Any, **named: Any) -> Any:
-    """Assert equal bits everywhere; the answer."""
+    """Assert that all results have equal bits; returns one."""
 
     def compare(a: Any, b: Any) -> None:
         if isinstance(a, tuple | list):
@@ -137,7 +138,7 @@ def gtc_words(kernels: ModuleType) -> list[list[np.ndarray]]:
     return sent
 
 
-def test_threshold_words_residuals_and_sums(kernels: ModuleType) -> None:
+def test_threshold_words_residuals_and_sums_on_the_worked_example(kernels: ModuleType) -> None:
     words = gtc_words(kernels)
     assert list(words[0][0].tobytes()) == octets("00000000 06000000 09000000")
 
@@ -177,7 +178,7 @@ DGC_WEIGHTS = [
 ]
 
 
-def test_the_largest_with_momentum_correction_and_masking(kernels: ModuleType) -> None:
+def test_selection_with_momentum_correction_and_masking_on_the_worked_example(kernels: ModuleType) -> None:
     momenta, velocities = np.zeros((2, 8), F32), np.zeros((2, 8), F32)
     weights = np.zeros(8, F32)
     for step in range(3):
@@ -197,7 +198,7 @@ def test_the_largest_with_momentum_correction_and_masking(kernels: ModuleType) -
         assert np.array_equal(weights, vector(DGC_WEIGHTS[step]))
 
 
-def test_everything_sent_without_masking_is_momentum_sgd(kernels: ModuleType) -> None:
+def test_selecting_every_element_without_masking_is_momentum_sgd(kernels: ModuleType) -> None:
     momenta, velocities = np.zeros((2, 8), F32), np.zeros((2, 8), F32)
     weights = np.zeros(8, F32)
     for step in range(3):
@@ -278,7 +279,7 @@ def test_relative_error_of_the_mean_magnitude(kernels: ModuleType) -> None:
     assert math.isclose(float(rest @ rest) / 2.25, 0.413194, abs_tol=5e-7)  # printed with six digits
 
 
-def test_majority_and_its_tie(kernels: ModuleType) -> None:
+def test_majority_counts_a_tie_as_plus(kernels: ModuleType) -> None:
     votes = [np.array([each], "u1") for each in (0b11001000, 0b10101000, 0b10011000)]
     assert kernels.majority(votes, 5).tolist() == [0b10001000]
     assert kernels.majority(votes[:2], 5).tolist() == [0b11101000]
@@ -312,7 +313,7 @@ def test_rice_sizes_in_bits() -> None:
 
 
 @pytest.mark.parametrize("name", ["rice", "leb128", "bitmap"])
-def test_index_codes_refuse_what_no_encoder_writes(kernels: ModuleType, name: str) -> None:
+def test_index_decoders_refuse_invalid_codes(kernels: ModuleType, name: str) -> None:
     encode = {
         "rice": lambda index, n: kernels.rice_encode(index, 3),
         "leb128": lambda index, n: kernels.leb128_encode(index),
@@ -378,7 +379,7 @@ def test_eight_bits_over_a_range(kernels: ModuleType) -> None:
 
 
 def half_rounding_key(fractions: np.ndarray) -> int:
-    """A key whose uniforms round every fraction as 1/2 would."""
+    """A key whose uniforms round each fraction to the nearest integer."""
     asked = fractions > 0
     return next(
         key
@@ -443,7 +444,7 @@ def test_compiled_streams_equal_the_reference(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-def test_in_place_equals_out_of_place(kernels: ModuleType, n: int) -> None:
+def test_in_place_results_equal_out_of_place_results(kernels: ModuleType, n: int) -> None:
     g, r = numbers(n, 1), numbers(n, 2)
     out, bits, again = np.empty(n, F32), np.empty(-(-n // 8), "u1"), np.empty(-(-n // 8), "u1")
     words, _ = kernels.threshold_words(r, g, out, 0.75)
@@ -501,7 +502,7 @@ def test_compiled_codes_equal_the_reference(n: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_decoders_agree_on_any_bytes(seed: int) -> None:
+def test_compiled_decoders_equal_the_reference_on_random_bytes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(100):
         data = (rng.integers(0, 256, rng.integers(0, 12)) & rng.integers(0, 256)).astype("u1")
@@ -514,7 +515,7 @@ def test_decoders_agree_on_any_bytes(seed: int) -> None:
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-def test_compiled_rounding_at_random_equals_the_reference(n: int) -> None:
+def test_compiled_random_rounding_equals_the_reference(n: int) -> None:
     x = numbers(n, 7)
     for bucket in (1, 10, 512, 2000):
         norms = agree("bucket_norms", x, bucket)
@@ -542,7 +543,7 @@ def test_compiled_selection_equals_the_reference(n: int, part: str) -> None:
 
 
 @pytest.mark.parametrize("n", [15, 4096, 4097, 30001])
-def test_compiled_ranks_equal_the_references_with_ties_infinities_and_nans(n: int) -> None:
+def test_compiled_rank_search_equals_the_reference_with_ties_infinities_and_nans(n: int) -> None:
     for x in (numbers(n, 3), numbers(n, 4).round(), np.zeros(n, F32), np.ones(n, F32), np.arange(n, 0, -1).astype(F32)):
         for odd, count in ((0, 0), (np.inf, 5), (np.nan, 3)):
             x[7 : 7 + count] = odd
@@ -572,7 +573,7 @@ def test_compiled_momentum_equals_the_reference(n: int, nesterov: bool, mask: bo
             agree("momentum_select", np.ones(n, F32), u * 0, np.zeros(n, F32), 0.9, k, least=0.8, **named)
 
 
-def test_a_threshold_that_sampling_puts_too_high_is_lowered(kernels: ModuleType) -> None:
+def test_a_sampled_threshold_that_is_too_high_is_lowered(kernels: ModuleType) -> None:
     n, k = 1 << 17, 100
     plan = compression_reference.sample_plan(n, k, 0)
     assert plan is not None
@@ -595,7 +596,7 @@ def test_a_threshold_that_sampling_puts_too_high_is_lowered(kernels: ModuleType)
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 63, 64, 69])
-def test_what_is_not_finite_is_noticed(kernels: ModuleType, bad: float, place: int) -> None:
+def test_elements_that_are_not_finite_are_reported(kernels: ModuleType, bad: float, place: int) -> None:
     x = numbers(70, 1)
     x[place] = bad
     assert not kernels.all_finite(x)

@@ -17,8 +17,11 @@ from emulated import Emulated
 from test_compression_kernels import LENGTHS, has_same_bits, numbers
 
 from benchmarks import gpu
-from hpccomm.kernels import compression_reference, cuda, optimizers_reference, reductions
+from hpccomm.kernels import cuda
+from hpccomm.kernels.compression import reference as compression_reference
 from hpccomm.kernels.cuda import ARCHITECTURES, OPTIONS, Kernels, every_reduction, reduction_source, source
+from hpccomm.kernels.optimizers import reference as optimizers_reference
+from hpccomm.kernels.reductions import reference as reductions
 from hpccomm.transports.cuda import unavailable_reason
 
 F32 = np.float32
@@ -30,7 +33,7 @@ SOURCES = ("reductions", "compression", "optimizers")
 
 
 def nvrtc_library() -> Path | None:
-    """NVIDIA's compiler of one of its wheels."""
+    """The path of NVRTC in an installed NVIDIA wheel."""
     spec = importlib.util.find_spec("nvidia")
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     found = [each for folder in folders for each in Path(folder).glob("*/lib/libnvrtc.so.*")]
@@ -38,7 +41,7 @@ def nvrtc_library() -> Path | None:
 
 
 class Nvrtc:
-    """As much of NVRTC as compiling takes."""
+    """The functions of NVRTC that compile a source."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -47,7 +50,7 @@ class Nvrtc:
         return int(getattr(self.library, name)(*arguments))
 
     def compile(self, text: str, architecture: str) -> tuple[bytes, str]:
-        """Machine code (empty where it failed), and what the compiler says."""
+        """Machine code (empty after an error), and the compiler log."""
         program = ctypes.c_void_p()
         assert not self.call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None)
         options = [f"--gpu-architecture={architecture}".encode(), *(each.encode() for each in OPTIONS)]
@@ -86,7 +89,7 @@ def test_every_source_compiles(nvrtc: Nvrtc, name: str, architecture: str) -> No
     assert "warning" not in said, said
 
 
-def test_a_mistake_is_said_with_file_and_line(nvrtc: Nvrtc) -> None:
+def test_compile_errors_name_file_and_line(nvrtc: Nvrtc) -> None:
     code, said = nvrtc.compile(source("compression").replace("float tau;", "flaot tau;", 1), "sm_90")
     assert not code
     line = (
@@ -104,7 +107,7 @@ def test_every_operation_and_dtype_has_a_name_in_the_source() -> None:
 
 
 class DeviceKernels:
-    """The kernels on the device, for NumPy arrays: brought there, and back with what was written."""
+    """The kernels on the device, for NumPy arrays: copied to the device before a call and back after it."""
 
     def __init__(self) -> None:
         self.kernels = cuda.kernels()
@@ -120,7 +123,7 @@ class DeviceKernels:
         return call
 
     def to_device(self, x: Any, there: dict[int, tuple[np.ndarray, Any]]) -> Any:
-        """All vectors in lists and tuples, each once; tables of bounds stay on the host."""
+        """Copy all vectors in lists and tuples, each once; tables of bounds stay on the host."""
         if isinstance(x, list | tuple):
             return type(x)(self.moved(each, there) for each in x)
         if isinstance(x, np.ndarray) and x.ndim == 1:
@@ -128,7 +131,7 @@ class DeviceKernels:
         return x
 
     def to_host(self, x: Any) -> Any:
-        """All vectors in tuples, on the host."""
+        """Copy all vectors in tuples to the host."""
         if isinstance(x, tuple):
             return tuple(self.brought(each) for each in x)
         return x.get() if hasattr(x, "get") else x
@@ -149,7 +152,7 @@ def copy_arrays(arguments: Sequence[Any]) -> list[Any]:
 
 
 def agree(kernels: Kernels, reference: Any, name: str, *arguments: Any, **named: Any) -> Any:
-    """Assert that answers and arrays written are the reference's, bit for bit; the answer."""
+    """Assert that results and written arrays equal the reference bit for bit; returns the result."""
     mine, theirs = copy_arrays(arguments), copy_arrays(arguments)
     answer, expected = getattr(kernels, name)(*mine, **named), getattr(reference, name)(*theirs, **named)
     compare(answer, expected, name)
@@ -176,7 +179,7 @@ def compare(ours: Any, wanted: Any, name: str) -> None:
 
 
 def elements(code: str, n: int, seed: int) -> np.ndarray:
-    """Any bits there are, of complex numbers small integers; NaN only as one."""
+    """Arbitrary bits with one NaN pattern; small integers for complex numbers."""
     rng = np.random.default_rng([seed, n])
     dtype = np.dtype("u2" if code == "bf16" else code)
     octets = rng.integers(0, 256, n * dtype.itemsize, np.uint8)
@@ -196,7 +199,7 @@ def elements(code: str, n: int, seed: int) -> np.ndarray:
 
 
 def unify_nans(x: np.ndarray, code: str) -> np.ndarray:
-    """All NaN made one."""
+    """Replace every NaN by the same one."""
     wide = reductions.widen(x, code) if code in reductions.HALVES else x
     return np.where(np.isnan(wide), np.nan, wide).astype(wide.dtype) if wide.dtype.kind == "f" else x
 
@@ -227,7 +230,7 @@ def test_every_16_bit_float_is_read_and_written_exactly(kernels: Kernels, code: 
 
 
 @pytest.mark.parametrize("task", gpu.TASKS, ids=lambda task: task.title)
-def test_steps_that_are_measured_on_a_device_run(kernels: Any, task: gpu.Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_of_the_device_benchmark_runs(kernels: Any, task: gpu.Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ELEMENTS", 4104)
     if isinstance(kernels, DeviceKernels):
         task.ours(kernels.kernels.xp, kernels.kernels)()
@@ -259,7 +262,7 @@ def test_threshold_compaction_equals_the_reference(kernels: Kernels, n: int, pen
 
 
 @pytest.mark.parametrize("bad", ODD)
-def test_what_is_not_finite_is_noticed(kernels: Kernels, bad: float) -> None:
+def test_elements_that_are_not_finite_are_reported(kernels: Kernels, bad: float) -> None:
     for place in (0, 4095, 4096, 8999):
         x = numbers(9000, 4)
         x[place] = bad
@@ -285,7 +288,7 @@ def test_momentum_selection_equals_the_reference(kernels: Kernels, n: int, neste
         agree(kernels, compression_reference, "momentum_select", *vectors, 0.9, k, nesterov=nesterov, mask=mask, step=k)
 
 
-def test_a_threshold_that_sampling_puts_too_high_is_lowered(kernels: Kernels) -> None:
+def test_a_sampled_threshold_that_is_too_high_is_lowered(kernels: Kernels) -> None:
     n, k = 1 << 16, 300
     plan = compression_reference.sample_plan(n, k, 0)
     assert plan is not None
@@ -349,7 +352,7 @@ Numbers = Callable[[int, int], np.ndarray]
 
 @cache
 def table(lengths: tuple[int, ...]) -> np.ndarray:
-    """Tensors one after the other, with a gap behind each."""
+    """Bounds of consecutive tensors, with a gap after each."""
     ends = np.cumsum([each + 3 for each in lengths]) - 3
     return np.array([[end - each, end] for each, end in zip(lengths, ends, strict=True)], np.int64).reshape(-1, 2)
 

@@ -23,7 +23,7 @@ from hpccomm.backends import cuda_ipc, device_selection, nccl
 from hpccomm.backends.cuda_ipc import PeerCopy, PeerReduce, Peers, Phase, divide_bytes
 from hpccomm.backends.device_selection import Call, DeviceTransports
 from hpccomm.errors import LaunchError
-from hpccomm.kernels import reductions
+from hpccomm.kernels.reductions import reference as reductions
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda, cuda_probe
 from hpccomm.transports.cuda import Extent, Staging

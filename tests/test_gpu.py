@@ -16,7 +16,7 @@ from test_device_methods import BUCKET, METHODS, has_same_bits, leaves, run_step
 import hpccomm
 from hpccomm import ArgumentError, TransportError
 from hpccomm.algorithms.large_batch import lamb, lars
-from hpccomm.kernels import reductions
+from hpccomm.kernels.reductions import reference as reductions
 from hpccomm.transports import cuda
 
 if cuda.unavailable_reason():

@@ -1,4 +1,4 @@
-"""The compiled reductions give the reference's bits; compiling in many processes at once does no harm."""
+"""The compiled reductions give the bits of the reference; many processes may compile at the same time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpccomm.kernels import memory, reductions
+from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.shared_memory import memory
 
 CASES = [("sum", code) for code in reductions.DTYPES["sum"]] + [
     (op, code)
@@ -46,7 +47,7 @@ def call_fold(op: str, code: str, vectors: list[np.ndarray], out: np.ndarray, fi
     """Call the C function as the collectives do."""
     import ctypes
 
-    from hpccomm.kernels import compiled
+    from hpccomm.kernels.shared_memory import compiled
 
     function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold_kernel(op, code).address)
     table = np.array([vector.ctypes.data for vector in vectors])
@@ -54,7 +55,7 @@ def call_fold(op: str, code: str, vectors: list[np.ndarray], out: np.ndarray, fi
 
 
 def has_same_bits(a: np.ndarray, b: np.ndarray, code: str) -> bool:
-    """Equal bits, but one NaN is as good as another."""
+    """Equal bits, where all NaNs count as equal."""
     if code == "bf16":
         a, b = reductions.widen(a, code), reductions.widen(b, code)
     return np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
@@ -79,7 +80,7 @@ def test_the_result_may_replace_any_source(position: int) -> None:
     assert np.array_equal(vectors[position], expected, equal_nan=True)
 
 
-def test_a_reduction_may_begin_anywhere_and_be_empty() -> None:
+def test_a_reduction_may_begin_at_any_element_and_be_empty() -> None:
     a, b, out = np.arange(10.0), np.arange(10.0), np.zeros(3)
     call_fold("sum", "f8", [a, b], out, first=4)
     assert out.tolist() == [8, 10, 12]
@@ -98,13 +99,13 @@ def test_every_16_bit_float_is_read_and_written_exactly(code: str) -> None:
     assert has_same_bits(out.view(storage_dtype(code)), words.view(storage_dtype(code)), code)
 
 
-def test_float16_by_arithmetic_gives_the_same_bits() -> None:
-    """Where the processor has no instruction for it."""
+def test_float16_without_hardware_conversion_gives_the_same_bits() -> None:
+    """Processors without such an instruction convert by arithmetic."""
     import ctypes
 
     from numba import types
 
-    from hpccomm.kernels import folds
+    from hpccomm.kernels.reductions import loops as folds
 
     function = folds.c_function(types.uint16)()(folds.reduction(folds.add, folds.from_half, folds.to_half))
     with np.errstate(all="ignore"):
@@ -131,7 +132,7 @@ def test_16_bit_sums_are_rounded_once(code: str) -> None:
     assert np.array_equal(out, reference)
 
 
-def test_a_nan_is_kept_wherever_it_is() -> None:
+def test_minimum_and_maximum_return_nan_for_a_nan_in_any_source() -> None:
     for op in ("min", "max"):
         for position in range(3):
             vectors = [np.full(8, float(k)) for k in range(3)]
@@ -141,7 +142,7 @@ def test_a_nan_is_kept_wherever_it_is() -> None:
             assert np.isnan(out).tolist() == [k == 5 for k in range(8)]
 
 
-def test_bfloat16_is_known_by_name_and_by_dtype() -> None:
+def test_bfloat16_is_accepted_by_name_and_by_dtype() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     assert reductions.code_of("bfloat16") == reductions.code_of(np.dtype(ml_dtypes.bfloat16)) == "bf16"
     values = np.linspace(-3, 3, 1001).astype("f4")
@@ -149,7 +150,7 @@ def test_bfloat16_is_known_by_name_and_by_dtype() -> None:
     assert np.array_equal(reductions.narrow(values, "bf16"), expected)
 
 
-def test_what_has_no_kernel_is_said_so() -> None:
+def test_operations_without_a_kernel_are_reported() -> None:
     assert reductions.has_kernel("sum", np.float32)
     assert not reductions.has_kernel("sum", np.longdouble)
     assert not reductions.has_kernel("sum", ">f4")
@@ -158,7 +159,7 @@ def test_what_has_no_kernel_is_said_so() -> None:
     assert not reductions.has_kernel("user-defined", np.float32)
 
 
-def test_python_and_compiled_agree_on_words_and_clocks() -> None:
+def test_python_and_compiled_code_agree_on_words_and_clocks() -> None:
     import numba
 
     from hpccomm.kernels import intrinsics
@@ -178,7 +179,7 @@ def test_python_and_compiled_agree_on_words_and_clocks() -> None:
     assert words.tolist() == [7, 8, 7, 8, 7, 8, 7, 8] + 8 * [0]
 
 
-def test_copies_past_the_cache_are_exact_at_any_alignment() -> None:
+def test_nontemporal_copies_are_exact_at_any_alignment() -> None:
     import numba
 
     from hpccomm.kernels import intrinsics
@@ -199,10 +200,10 @@ def test_copies_past_the_cache_are_exact_at_any_alignment() -> None:
 
 COMPILE = """
 import numpy as np, sys
-from hpccomm.kernels import compiled
+from hpccomm.kernels.shared_memory import compiled
 import ctypes
 for op, expected in (("max", 5), ("sum", 8)):
-    f = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold(op, "i4").address)
+    f = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold_kernel(op, "i4").address)
     a, b, out = np.full(9, 5, "i4"), np.full(9, 3, "i4"), np.zeros(9, "i4")
     table = np.array([a.ctypes.data, b.ctypes.data])
     f(table.ctypes.data, 2, 0, out.ctypes.data, 9)
@@ -210,7 +211,7 @@ for op, expected in (("max", 5), ("sum", 8)):
 """
 
 
-def test_processes_that_compile_at_the_same_time_do_not_disturb_each_other(tmp_path: Path) -> None:
+def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE]
     for _ in ("into an empty folder", "from what was left there"):
@@ -219,6 +220,15 @@ def test_processes_that_compile_at_the_same_time_do_not_disturb_each_other(tmp_p
     assert list(tmp_path.rglob("*.nbi"))
 
 
-def test_without_a_folder_for_machine_code_it_is_compiled_again(tmp_path: Path) -> None:
+def test_without_a_writable_cache_folder_kernels_are_compiled_anew(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": "/proc/nowhere"}
     subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["compression.reference", "optimizers.reference", "reductions.reference", "shared_memory.collectives", "dispatch"],
+)
+def test_references_load_without_numba(module: str) -> None:
+    code = f"import hpccomm.kernels.{module}, sys; assert not {{'numba', 'llvmlite'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -17,8 +17,9 @@ from hpccomm.algorithms.transforms import Transform, adam, chain, descend, momen
 from hpccomm.algorithms.trust_ratio import CACHE_ELEMENTS, layers, scale_by_trust_ratio
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels import optimizers, optimizers_reference
-from hpccomm.kernels.optimizers_reference import DECAYED_GRADIENT, GRADIENT, UPDATE
+from hpccomm.kernels.optimizers import loops as optimizers
+from hpccomm.kernels.optimizers import reference as optimizers_reference
+from hpccomm.kernels.optimizers.reference import DECAYED_GRADIENT, GRADIENT, UPDATE
 from hpccomm.testing.ranks import run_on_ranks
 
 Vector = Any

@@ -1,10 +1,12 @@
-"""Collectives over shared memory are exact, name mistakes, survive late ranks and leave nothing behind."""
+"""Collectives over shared memory are exact, report mistakes, tolerate late ranks and leave nothing behind."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import mmap
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -22,14 +24,15 @@ from hpccomm.backends.shared_memory import (
     forget,
 )
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels import memory, reductions
-from hpccomm.kernels import shared as kernels
+from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.shared_memory import collectives as kernels
+from hpccomm.kernels.shared_memory import memory, records
 from hpccomm.transports.segment import GROUP_V2, SharedSegment, free_bytes, free_in_group
 
 at = MPI.Get_address
 CODES = ("compiled", "numpy")
 LENGTHS = (0, 1, 2, 5, 12, 13, 1000, 8193, 70001)
-"""Elements: in a line, in the buffers, in one block, in several, never divisible by all p."""
+"""Elements that fit in a line, in the buffers, in one block, in several; not divisible by every p."""
 
 
 @contextmanager
@@ -111,7 +114,7 @@ def test_sums_run_in_rank_order_on_every_rank(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_brain_floats_are_summed_in_float32(comm: MPI.Intracomm) -> None:
+def test_bfloat16_is_summed_in_float32(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         x = reductions.narrow(pattern(3000, comm.rank), "bf16")
         shared.bind_allreduce(at(x), at(x), x.size, "bfloat16", "sum", 1)()
@@ -119,11 +122,11 @@ def test_brain_floats_are_summed_in_float32(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_results_written_around_the_cache_are_the_same(comm: MPI.Intracomm) -> None:
+def test_nontemporal_results_are_the_same(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         n = 400_003
         x, y = pattern(n, comm.rank), np.zeros(n + 1, "f4")
-        shared.bind_allreduce(at(x), at(y[1:]), n, "f4", "sum", 1, past_cache=True)()
+        shared.bind_allreduce(at(x), at(y[1:]), n, "f4", "sum", 1, nontemporal=True)()
         assert np.array_equal(y[1:], pattern_sum(n, comm.size))
 
 
@@ -144,7 +147,7 @@ def test_reduce_is_exact_for_every_root(comm: MPI.Intracomm, code: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
-def test_reduce_scatter_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: str) -> None:
+def test_reduce_scatter_is_exact_with_uneven_blocks(comm: MPI.Intracomm, code: str) -> None:
     with open_memory(comm, code) as shared:
         for unit in (0, 1, 700, 60001):
             counts = [unit * (q % 3) + q for q in range(comm.size)]
@@ -161,7 +164,7 @@ def test_reduce_scatter_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: st
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
-def test_allgather_is_exact_with_uneven_parts_and_gaps(comm: MPI.Intracomm, code: str) -> None:
+def test_allgather_is_exact_with_uneven_blocks_and_gaps(comm: MPI.Intracomm, code: str) -> None:
     with open_memory(comm, code) as shared:
         for unit in (0, 3, 5000, 150_001):
             counts = [unit * (q % 3 + 1) + q for q in range(comm.size)]
@@ -191,7 +194,7 @@ def test_bcast_is_exact_from_every_root(comm: MPI.Intracomm, code: str) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
-def test_alltoall_is_exact_with_uneven_parts(comm: MPI.Intracomm, code: str) -> None:
+def test_alltoall_is_exact_with_uneven_blocks(comm: MPI.Intracomm, code: str) -> None:
     r, p = comm.rank, comm.size
 
     def length(source: int, to: int, unit: int) -> int:
@@ -218,17 +221,17 @@ def starts(counts: Sequence[int]) -> list[int]:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("code", CODES)
-def test_nobody_leaves_a_barrier_before_all_have_come(comm: MPI.Intracomm, code: str) -> None:
+def test_no_rank_leaves_a_barrier_before_all_have_entered(comm: MPI.Intracomm, code: str) -> None:
     with open_memory(comm, code) as shared:
-        barrier, came = shared.bind_barrier(12), shared.empty(1, "i8")
-        came[0] = 0
+        barrier, entered = shared.bind_barrier(12), shared.empty(1, "i8")
+        entered[0] = 0
         comm.Barrier()
         for turn in range(1, 30):
             if turn % comm.size == comm.rank:
                 time.sleep(0.001)
-            came[0] = turn
+            entered[0] = turn
             barrier()
-            others = [peek(shared, came, q) for q in range(comm.size)]
+            others = [peek(shared, entered, q) for q in range(comm.size)]
             assert min(others) >= turn
 
 
@@ -304,7 +307,7 @@ def test_a_plan_may_run_thousands_of_times(comm: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("code", CODES)
-def test_different_signatures_raise_on_all_ranks_and_the_next_call_is_fine(comm: MPI.Intracomm, code: str) -> None:
+def test_different_fingerprints_raise_on_all_ranks_and_the_next_call_works(comm: MPI.Intracomm, code: str) -> None:
     odd = comm.size - 1
     with open_memory(comm, code) as shared:
         for n in (4, 1000, 100_000):
@@ -321,7 +324,7 @@ def test_different_signatures_raise_on_all_ranks_and_the_next_call_is_fine(comm:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_different_calls_are_noticed_even_under_one_signature(comm: MPI.Intracomm) -> None:
+def test_different_calls_raise_even_with_equal_fingerprints(comm: MPI.Intracomm) -> None:
     x, y = pattern(9000, comm.rank), np.zeros(9000, "f4")
     with open_memory(comm) as shared:
         odd = comm.rank == comm.size // 2
@@ -359,9 +362,9 @@ def test_different_calls_are_noticed_even_under_one_signature(comm: MPI.Intracom
 
 
 @pytest.mark.mpi(min_size=2)
-def test_the_caller_makes_the_error(comm: MPI.Intracomm) -> None:
+def test_the_owner_provides_the_mismatch_error(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
-        shared.mismatch = lambda signatures: MismatchError(f"calls {signatures}")
+        shared.mismatch = lambda fingerprints: MismatchError(f"calls {fingerprints}")
         wrong = shared.bind_barrier(comm.rank)
         check_all_raise(comm, MismatchError, wrong, f"calls {list(range(comm.size))}")
 
@@ -374,24 +377,24 @@ def test_the_caller_makes_the_error(comm: MPI.Intracomm) -> None:
 def test_a_late_rank_is_named_while_the_others_wait(comm: MPI.Intracomm, code: str) -> None:
     late = comm.size - 1
     with open_memory(comm, code) as shared:
-        told: list[tuple[float, list[int]]] = []
-        shared.stall_handler = lambda seconds, missing: told.append((seconds, missing))
+        reports: list[tuple[float, list[int]]] = []
+        shared.stall_handler = lambda seconds, missing: reports.append((seconds, missing))
         for n in (4, 1000, 100_000):
             x = pattern(n, comm.rank)
             plan = shared.bind_allreduce(at(x), at(x), n, "f4", "sum", 1)
             comm.Barrier()
-            told.clear()
+            reports.clear()
             if comm.rank == late:
                 time.sleep(0.4)
             plan()
             assert np.array_equal(x, pattern_sum(n, comm.size))
-            # others may be late as well where cores are few, and the last word may come after the last rank
-            assert comm.rank == late or any(missing == [late] and 0.02 < after < 30 for after, missing in told)
+            # with few cores other ranks may be late as well, and the last report may come after the last rank
+            assert comm.rank == late or any(missing == [late] and 0.02 < after < 30 for after, missing in reports)
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("code", CODES)
-def test_a_call_given_up_makes_the_others_raise_instead_of_waiting(comm: MPI.Intracomm, code: str) -> None:
+def test_an_abandoned_call_raises_on_the_other_ranks_instead_of_hanging(comm: MPI.Intracomm, code: str) -> None:
     class EnoughError(Exception):
         pass
 
@@ -413,7 +416,7 @@ def test_a_call_given_up_makes_the_others_raise_instead_of_waiting(comm: MPI.Int
 
 
 @pytest.mark.mpi(sizes=(4,))
-def test_parts_of_a_communicator_work_at_the_same_time(comm: MPI.Intracomm) -> None:
+def test_overlapping_communicators_work_at_the_same_time(comm: MPI.Intracomm) -> None:
     half = MPI.Intracomm(comm).Split(comm.rank % 2, -comm.rank)
     with open_memory(half) as ours, open_memory(comm) as all_ranks:
         for turn in range(50):
@@ -437,7 +440,7 @@ def test_registered_arrays_give_the_same_bits(comm: MPI.Intracomm) -> None:
             a.ravel()[:], b[:] = pattern(63_007, comm.rank), -1
             x, n = a.ravel()[lo:hi], hi - lo
             expected = pattern_sum(63_007, comm.size)[lo:hi]
-            shared.bind_allreduce(at(x), at(b), n, "f4", "sum", 1)()  # two allocations: by way of the slots
+            shared.bind_allreduce(at(x), at(b), n, "f4", "sum", 1)()  # two allocations: through the slots
             assert np.array_equal(b[:n], expected)
             assert (b[n:] == -1).all()
             shared.bind_allreduce(at(x), at(x), n, "f4", "sum", 2)()
@@ -445,7 +448,7 @@ def test_registered_arrays_give_the_same_bits(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_registered_and_ordinary_arrays_may_meet(comm: MPI.Intracomm) -> None:
+def test_registered_and_ordinary_arrays_may_be_mixed_in_one_call(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         a, b = shared.empty(50_000, "f4"), shared.empty(50_000, "f4")
         for n in (2500, 50_000):
@@ -458,7 +461,7 @@ def test_registered_and_ordinary_arrays_may_meet(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_ranks_may_pass_different_places_of_one_registered_array(comm: MPI.Intracomm) -> None:
+def test_ranks_may_pass_different_offsets_of_one_registered_array(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         a = shared.empty(100_000, "f4")
         a[:] = -1
@@ -481,8 +484,8 @@ def test_out_of_place_between_parts_of_one_registered_array(comm: MPI.Intracomm)
 
 
 @pytest.mark.mpi
-def test_a_plan_outlives_its_registered_array_harmlessly(comm: MPI.Intracomm) -> None:
-    """A cached plan may find an ordinary array where a registered one was, on some ranks or all."""
+def test_a_plan_is_correct_after_its_registered_array_is_freed(comm: MPI.Intracomm) -> None:
+    """A cached plan may find an ordinary array at the address of a registered one, on some ranks or all."""
     with open_memory(comm) as shared:
         a = shared.empty(50_000, "f4")
         plan = shared.bind_allreduce(at(a), at(a), a.size, "f4", "sum", 1)
@@ -496,7 +499,7 @@ def test_a_plan_outlives_its_registered_array_harmlessly(comm: MPI.Intracomm) ->
 
 
 @pytest.mark.mpi
-def test_a_registered_array_is_forgotten_with_its_last_view(comm: MPI.Intracomm) -> None:
+def test_a_registered_array_is_freed_with_its_last_view(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
         a = shared.empty(50_000, "f4")
         (allocation,) = shared._registered.values()
@@ -511,7 +514,7 @@ def test_a_registered_array_is_forgotten_with_its_last_view(comm: MPI.Intracomm)
         assert allocation.alive[0] == 0
 
 
-# What is left behind
+# Resources
 
 
 def holdings() -> tuple[int, int]:
@@ -561,9 +564,7 @@ def test_a_plan_that_outlives_the_transport_raises(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_memory_that_is_not_to_be_had_is_an_error_on_all_ranks(
-    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_memory_is_an_error_on_all_ranks(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
     node, odd = MPI.Intracomm(comm), comm.size - 1
     segment = SharedSegment(node, 5000)
     assert len(segment.buffer) == 8192
@@ -581,7 +582,7 @@ def test_memory_that_is_not_to_be_had_is_an_error_on_all_ranks(
     assert holdings() == before
 
 
-def test_pages_are_at_hand_when_the_first_call_comes() -> None:
+def test_prefault_maps_all_pages_before_the_first_call() -> None:
     if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) < (5, 14):
         pytest.skip("this kernel fills page tables only when a page is used: it needs Linux 5.14")
     pages, segment = 512, SharedSegment(MPI.COMM_SELF, 512 * mmap.PAGESIZE)
@@ -590,10 +591,10 @@ def test_pages_are_at_hand_when_the_first_call_comes() -> None:
     segment.buffer[:: mmap.PAGESIZE] = bytes(pages)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     segment.close()
-    assert faults < pages // 8  # the interpreter's own; without touch one for each page
+    assert faults < pages // 8  # those of the interpreter; without prefault one for each page
 
 
-def test_free_memory_is_the_least_of_all_limits_around(tmp_path: Path) -> None:
+def test_free_memory_is_the_least_of_all_control_group_limits(tmp_path: Path) -> None:
     inner = tmp_path / "job" / "step"
     inner.mkdir(parents=True)
     for folder, limit, used in ((inner, "max", 10), (inner.parent, "1000", 700), (tmp_path, "5000", 800)):
@@ -606,10 +607,10 @@ def test_free_memory_is_the_least_of_all_limits_around(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
-def test_without_anonymous_files_a_named_one_loses_its_name_at_once(
+def test_without_anonymous_files_the_named_file_is_unlinked_at_once(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a job that is killed leaves nothing in /dev/shm."""
+    """A killed job then leaves nothing in /dev/shm."""
     monkeypatch.delattr(os, "memfd_create")
     ours = {name for name in os.listdir("/dev/shm") if name.startswith("hpccomm-")}
     with open_memory(comm) as shared:
@@ -621,7 +622,7 @@ def test_without_anonymous_files_a_named_one_loses_its_name_at_once(
 
 
 @pytest.mark.mpi
-def test_all_ranks_run_the_same_code_whatever_each_asks_for(comm: MPI.Intracomm) -> None:
+def test_all_ranks_run_the_code_that_rank_0_chose(comm: MPI.Intracomm) -> None:
     with open_memory(comm, CODES[comm.rank % 2]) as shared:
         assert shared._compiled == (CODES[0] == "compiled")
         x = pattern(10_000, comm.rank)
@@ -630,49 +631,50 @@ def test_all_ranks_run_the_same_code_whatever_each_asks_for(comm: MPI.Intracomm)
 
 
 @pytest.mark.mpi(sizes=(2,))
-def test_where_stores_are_not_ordered_python_refuses(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pure_python_refuses_processors_with_weak_memory_order(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     check_all_raise(comm, TransportError, lambda: SharedMemory(MPI.Intracomm(comm), "numpy"), "pip install numba")
 
 
 @pytest.mark.mpi(min_size=2)
-def test_ranks_learn_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> None:
-    """Both ways are tried, the faster one for the slowest rank is taken by all, and results are right throughout."""
+def test_all_ranks_choose_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> None:
+    """Calls probe both ways, all ranks take the faster one for the slowest rank, and results stay right throughout."""
     n, rounds = 40_000, 256 + 30
     with open_memory(comm) as shared:
         x, y, expected = pattern(n, comm.rank), np.zeros(n, "f4"), pattern_sum(n, comm.size)
         plan = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 1)
-        lesson = shared._tuning[(4 * n).bit_length()]
+        row = shared._tuning[(4 * n).bit_length()]
         for _ in range(rounds):
             y[:] = 0
             plan()
             assert np.array_equal(y, expected)
-        assert lesson[kernels.PERIOD // kernels.W] == 256
-        ways = [each // kernels.W for each in (kernels.TIME_CACHED, kernels.TIME_NONTEMPORAL)]
-        times = comm.allgather(lesson[ways].tolist())
+        assert row["period"] == 256
+        times = comm.allgather((int(row["time_cached"]), int(row["time_nontemporal"])))
         slowest = [max(each) for each in zip(*times, strict=True)]
         assert min(min(each) for each in times) > 0
-        assert lesson[kernels.CHOICE // kernels.W] == int(slowest[1] < slowest[0])
-        assert lesson[kernels.COUNT // kernels.W] > rounds
+        assert row["choice"] == int(slowest[1] < slowest[0])
+        assert row["count"] > rounds
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("system", ["allows", "refuses one rank", "refuses"])
-def test_copies_from_process_to_process(
+def test_single_copy_is_exact_even_if_the_system_refuses(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, system: str, code: str
 ) -> None:
-    """Where the system refuses in the middle, all ranks fall back together."""
+    """If the system refuses in the middle of a call, all ranks fall back together."""
     for name in ("SINGLE_COPY_BYTES", "SINGLE_COPY_BYTES_OF_TWO"):
         monkeypatch.setattr(shared_memory, name, dict.fromkeys(("bcast", "allgather", "alltoall"), 10_000))
     monkeypatch.setattr(shared_memory, "ALLGATHER_SEGMENT_BYTES", 65_536)
     p, r, n = comm.size, comm.rank, 300_001
     with open_memory(comm, code) as shared:
         if not shared._reaches:
-            pytest.skip("this system lets no process read another's memory")
+            pytest.skip("this system forbids a process to read the memory of another")
         if system == "refuses" or (system == "refuses one rank" and r == p - 1):
-            nobody = 2**22 + 1  # more than Linux ever counts to
-            kernels.store(shared._segment.address + r * shared._region + kernels.PID, nobody)
+            no_process = 2**22 + 1  # above the largest process number of Linux
+            kernels.store(shared._segment.address + r * shared._region + kernels.PID, no_process)
         for root in range(p):
             x = pattern(n, r, "i4")
             plan = shared.bind_bcast(at(x), x.nbytes, root, 1)
@@ -701,41 +703,114 @@ def test_copies_from_process_to_process(
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_system_that_lets_nobody_in_is_noticed_at_once(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_forbids_single_copy_is_detected_at_construction(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if comm.rank == 0:
         monkeypatch.setattr(memory, "pull", lambda *_: -1)
     with open_memory(comm) as shared:
         assert not shared._reaches
 
 
-def test_short_blocks_take_the_parts_of_a_slot_in_turn() -> None:
-    """So that a rank writes where nobody has just read."""
-    state, slot = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64), 1 << 18
-    shared_memory.put(state, kernels.SLOT, slot)
+def test_short_blocks_use_the_parts_of_a_slot_in_turn() -> None:
+    """A rank then writes where no other rank has just read."""
+    state, slot = np.zeros((), records.STATE_RECORD), 1 << 18
+    state["slot"] = slot
     for block in (1, 4096, 5000, 1 << 16, 1 << 18):
         part = shared_memory.slot_stride(block, slot)
         assert min(block, slot) <= part <= slot
-        shared_memory.put(state, kernels.SLOT_STRIDE, part)
-        places = [kernels.slot_of(state.ctypes.data, 0, k) - kernels.SLOTS for k in range(kernels.RING * slot // part)]
-        assert [place // slot for place in places] == [k % kernels.RING for k in range(len(places))]
-        assert sorted(places) == list(range(0, kernels.RING * slot, part))
+        state["slot_stride"] = part
+        places = [kernels.slot_of(state.ctypes.data, 0, k) - kernels.SLOTS for k in range(records.RING * slot // part)]
+        assert [place // slot for place in places] == [k % records.RING for k in range(len(places))]
+        assert sorted(places) == list(range(0, records.RING * slot, part))
 
 
-def test_the_first_trial_comes_when_every_part_of_every_slot_was_used() -> None:
-    """Before, nobody's cache holds what is written, and the wrong way looks like the right one."""
+def test_the_first_probe_waits_until_every_part_of_every_slot_was_used() -> None:
+    """Before that no other cache holds the lines, and the wrong way to fill slots looks like the right one."""
     slot = 1 << 18
     rows = shared_memory.new_tuning_table(slot).reshape(len(kernels.COLLECTIVES), shared_memory.SIZE_CLASSES, -1)
     for name, nbytes in (("allreduce", 16384), ("bcast", 1 << 16), ("reduce", 100_000), ("bcast", 1 << 24)):
-        lesson = rows[kernels.COLLECTIVES.index(name), nbytes.bit_length()]
-        state, line = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64), np.zeros(kernels.LINE, np.int64)
-        shared_memory.put(state, kernels.SLOT, slot)
-        shared_memory.put(state, kernels.SLOT_STRIDE, shared_memory.slot_stride(nbytes, slot))
+        row = rows[kernels.COLLECTIVES.index(name), nbytes.bit_length() :]
+        state, line = np.zeros((), records.STATE_RECORD), np.zeros((), records.LINE_RECORD)
+        state["slot"] = slot
+        state["slot_stride"] = shared_memory.slot_stride(nbytes, slot)
         blocks, used = -(-nbytes // slot), set[int]()
         for call in range(300):
-            kernels.begin_probe(lesson.ctypes.data, line.ctypes.data, state.ctypes.data)
-            if state[kernels.PROBE // kernels.W]:
+            kernels.begin_probe(row.ctypes.data, line.ctypes.data, state.ctypes.data)
+            if state["probe"]:
                 break
-            assert state[kernels.NONTEMPORAL_FILL // kernels.W] == (nbytes >= 1 << 16)
+            assert state["nontemporal_fill"] == (nbytes >= 1 << 16)
             used |= {kernels.slot_of(state.ctypes.data, 0, call * blocks + k) for k in range(blocks)}
-        size = int(state[kernels.SLOT_STRIDE // kernels.W])
-        assert len(used) == kernels.RING * slot // size, (name, nbytes)
+        size = int(state["slot_stride"])
+        assert len(used) == records.RING * slot // size, (name, nbytes)
+
+
+# The layout
+
+
+def fields_of(layout: np.dtype[Any], start: int = 0) -> list[tuple[int, int]]:
+    """First byte and end of every field, those of nested records and of each entry of an array included."""
+    if layout.subdtype is not None:
+        base, shape = layout.subdtype
+        count = int(np.prod(shape))
+        return (
+            [each for i in range(count) for each in fields_of(base, start + i * base.itemsize)]
+            if base.names
+            else [(start, start + layout.itemsize)]
+        )
+    if layout.fields is None:
+        return [(start, start + layout.itemsize)]
+    return [each for kind, at, *_ in layout.fields.values() for each in fields_of(kind, start + at)]
+
+
+LAYOUTS = {name: each for name, each in vars(records).items() if isinstance(each, np.dtype)}
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "region"])
+def test_no_two_fields_of_a_record_overlap(name: str) -> None:
+    layout = records.region_record(1 << 17) if name == "region" else LAYOUTS[name]
+    places = sorted(fields_of(layout))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
+    assert all(hi - lo != records.W or lo % records.W == 0 for lo, hi in places)
+    assert places[-1][1] <= layout.itemsize
+    assert layout.itemsize % records.W == 0
+
+
+def test_every_offset_in_compiled_code_is_a_field_of_its_record() -> None:
+    """Two constants of one record never name the same field."""
+    for layout in ("REGION", "LINE", "STATE", "CALL", "TUNING"):
+        record = LAYOUTS[f"{layout}_RECORD"]
+        source = Path(kernels.__file__).read_text()
+        names = re.findall(rf'^([A-Z_]+) = offset_of\({layout}_RECORD, "(\w+)"\)$', source, re.MULTILINE)
+        assert len({field for _, field in names}) == len(names)
+        for constant, field in names:
+            assert constant.lower().endswith(field), constant
+            assert getattr(kernels, constant) == record.fields[field][1]
+        unused = {"lines", "unused"} if layout == "REGION" else set()
+        assert {field for _, field in names} == set(record.names) - unused
+
+
+def test_words_that_different_ranks_write_share_no_cache_line() -> None:
+    for slot in (1 << 17, 1 << 18):
+        region = records.region_record(slot)
+        assert region.itemsize % records.PAGE == 0  # so the regions of two ranks share no line
+    layout = records.REGION_RECORD
+    for name in ("lines", "published", "finished", "abandoned", "pid", "buffers"):
+        assert layout.fields[name][1] % records.LINE == 0, name
+    assert records.LINE_RECORD.itemsize == records.LINE
+    assert kernels.FINGERPRINT == 64  # what small calls read is one cache line
+    assert kernels.SLOTS % records.PAGE == kernels.BUFFERS % records.PAGE == 0
+
+
+@pytest.mark.mpi
+def test_allocated_bytes_are_those_of_the_records(comm: MPI.Intracomm) -> None:
+    with open_memory(comm, "numpy") as shared:
+        region = records.region_record(shared_memory.slot_bytes(comm.size))
+        assert len(shared._segment.buffer) == comm.size * region.itemsize
+        assert region.fields["slots"][1] == kernels.SLOTS
+        assert shared._state.nbytes == records.STATE_RECORD.itemsize
+        call = shared._call(("test",), 1, [7] * 2 * comm.size)
+        assert call.nbytes == kernels.TABLE
+        words = [kernels.load(call.ctypes.data + kernels.TABLE + records.W * i) for i in range(3 * comm.size)]
+        assert words == [0] * comm.size + [7] * 2 * comm.size
+        assert shared._tuning.nbytes == len(kernels.COLLECTIVES) * shared_memory.SIZE_CLASSES * 5 * records.W

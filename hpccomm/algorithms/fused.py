@@ -27,7 +27,7 @@ from hpccomm.algorithms.trust_ratio import (
     to_contiguous,
     walk_order,
 )
-from hpccomm.kernels.optimizers_reference import DECAYED_GRADIENT, GRADIENT, UPDATE
+from hpccomm.kernels.optimizers.reference import DECAYED_GRADIENT, GRADIENT, UPDATE
 
 Terms = dict[str, SimpleNamespace]
 """The numbers of the terms by their names, in the order of the chain."""

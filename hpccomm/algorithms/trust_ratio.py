@@ -27,7 +27,7 @@ import numpy.typing as npt
 from hpccomm.algorithms.transforms import Chain, Schedule, Term, Transform, Vector, check_alike, require
 from hpccomm.arrays import is_on_device
 from hpccomm.buckets import Bucket, TensorEntry
-from hpccomm.kernels.optimizers_reference import GRADIENT
+from hpccomm.kernels.optimizers.reference import GRADIENT
 
 NormReduce = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 """Sums of squares of this rank's shards → those of the whole tensors, the same bits on all ranks with shards."""
@@ -253,7 +253,7 @@ def walk_order(here: Layers, divided: bool) -> Callable[[Vector], list[Rows]]:
 
 
 def kernel(name: str, vector: Vector) -> Callable[..., Any]:
-    """A function of :mod:`hpccomm.kernels.optimizers_reference`, with its bits, on the vector's host or device."""
+    """A function of :mod:`hpccomm.kernels.optimizers.reference`, with its bits, on the vector's host or device."""
     if not is_on_device(vector):
         return host_kernel(name, vector.dtype.str[1:])
     from hpccomm.kernels.cuda import kernels
@@ -263,12 +263,12 @@ def kernel(name: str, vector: Vector) -> Callable[..., Any]:
 
 @cache
 def host_kernel(name: str, code: str) -> Callable[..., Any]:
-    """A function of :mod:`hpccomm.kernels.optimizers`, or NumPy's where Numba is not installed."""
-    from hpccomm.kernels import optimizers_reference
+    """A function of :mod:`hpccomm.kernels.optimizers.loops`, or NumPy's where Numba is not installed."""
+    from hpccomm.kernels.optimizers import reference as optimizers_reference
 
     if importlib.util.find_spec("numba") is None:
         return getattr(optimizers_reference, name)  # type: ignore[no-any-return]
-    from hpccomm.kernels import optimizers
+    from hpccomm.kernels.optimizers import loops as optimizers
 
     return optimizers.compile_kernel(name, code)
 

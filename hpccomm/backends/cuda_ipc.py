@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hpccomm.errors import TransportError
-from hpccomm.kernels.reductions import itemsize
+from hpccomm.kernels.reductions.reference import itemsize
 from hpccomm.transports.cuda import Device, Extent, wait
 
 BUFFER_BYTES = 64 << 20
@@ -62,7 +62,7 @@ class PeerReduce(NamedTuple):
 
     op: str
     code: str
-    """The element type, a code of :func:`hpccomm.kernels.reductions.code_of`."""
+    """The element type, a code of :func:`hpccomm.kernels.reductions.reference.code_of`."""
     first: int
     nbytes: int
     address: int

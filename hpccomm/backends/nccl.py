@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from hpccomm.errors import TransportError
-from hpccomm.kernels.reductions import FLOATS
+from hpccomm.kernels.reductions.reference import FLOATS
 from hpccomm.transports.cuda import Device, wait
 
 TYPES = {

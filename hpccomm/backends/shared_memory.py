@@ -1,38 +1,39 @@
 """Collectives of ranks that share memory: faster than messages, checked before the first byte is reduced.
 
-*p ranks on one node, r this one.*  ``node`` is a plain communicator whose ranks all share memory; creating, ``empty``
-and ``close`` are collective.  Binding and running are not: what differs between ranks is found when they meet.
+*p ranks on one node, r this one.*  ``node`` is a plain communicator whose ranks all share memory.  Construction,
+``empty`` and ``close`` are collective.  Binding and running are not: the barrier of each call detects differences
+between ranks.
 
 ::
 
-    shared = SharedMemory(node)                        # TransportError on all ranks where memory is not to be had
-    shared.reduces("sum", dtype)                       # is there a kernel for it?  else take another way
-    plan = shared.bind_allreduce(send, recv, count, dtype, "sum", signature)
+    shared = SharedMemory(node)                        # TransportError on all ranks if the memory is not available
+    shared.reduces("sum", dtype)                       # whether a kernel exists; if not, use another backend
+    plan = shared.bind_allreduce(send, recv, count, dtype, "sum", fingerprint)
     plan()                                             # as often as you like; keeps no reference to the arrays
 
-    SharedMemory.collectives                           # names of what can be bound
-    bind_allreduce(send, recv, count, dtype, op, signature, past_cache=None)
-    bind_reduce(send, recv, count, dtype, op, root, signature)          recv is read on the root only
-    bind_reduce_scatter(send, recv, counts, dtype, op, signature)       counts: elements of each rank
-    bind_allgather(send, recv, counts, places, signature)               bytes of each rank, and where they belong
-    bind_bcast(address, nbytes, root, signature, late=None)
-    bind_alltoall(send, recv, send_counts, send_places, recv_counts, recv_places, signature)       bytes
-    bind_barrier(signature)
-    bind_meeting(signature)                            before a call that goes elsewhere: meets its like, whatever it is
+    SharedMemory.collectives                           # names of the collectives
+    bind_allreduce(send, recv, count, dtype, op, fingerprint, nontemporal=None)
+    bind_reduce(send, recv, count, dtype, op, root, fingerprint)        recv is read on the root only
+    bind_reduce_scatter(send, recv, counts, dtype, op, fingerprint)     counts: elements of each rank
+    bind_allgather(send, recv, counts, places, fingerprint)             bytes and displacement of each rank
+    bind_bcast(address, nbytes, root, fingerprint, stall_handler=None)
+    bind_alltoall(send, recv, send_counts, send_places, recv_counts, recv_places, fingerprint)     bytes
+    bind_barrier(fingerprint)
+    bind_entry_barrier(fingerprint)                    before a call on another backend; matches only its own kind
 
     shared.empty(shape, dtype)                         # registered: visible to all ranks, reduced without a copy
-    shared.view(address, nbytes)                       # memory where all ranks see one result of a registered array
-    shared.late = hook(seconds, missing)               # plans bound from now on call it every 50 ms while ranks are
-                                                       # missing; may raise
-    shared.mismatch = make(signatures)                 # makes the error for calls that differ
-    shared.peers_signatures()                          # what each rank passed to the current or last call
+    shared.view(address, nbytes)                       # memory for one result of a registered array
+    shared.stall_handler = hook(seconds, missing)      # plans bound from now on call it every 50 ms while ranks are
+                                                       # missing; it may raise
+    shared.mismatch = make(fingerprints)               # makes the error for calls that differ
+    shared.peer_fingerprints()                         # the fingerprint of each rank's current or last call
     shared.close()
 
 Addresses and counts are integers, ``op`` is one of sum prod min max land lor lxor band bor bxor, dtypes are NumPy's
 or ``"bfloat16"``.  In place means equal addresses (for reduce-scatter: ``recv`` inside ``send``; for allgather:
-``send`` at its own place in ``recv``).  Signatures are integers below 2^63 that stand for a call; a call whose
-signatures, counts or dtypes differ raises on every rank, writes no user memory, and the next call is fine.  A call left
-by an exception while it waits makes all later calls raise TransportError.
+``send`` at its own place in ``recv``).  Fingerprints are integers below 2^63 that identify a call.  A call whose
+fingerprints, counts or dtypes differ raises on every rank and writes no user memory; the next call works normally.  If
+an exception ends a call while it waits, all later calls raise TransportError.
 
 An allreduce of S bytes reads and writes about 5 S in each rank, 2 S where the array is registered.
 """
@@ -55,9 +56,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels import memory, reductions
-from hpccomm.kernels import shared as kernels
-from hpccomm.kernels.shared import MAX_WAIT_NS
+from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.shared_memory import collectives as kernels
+from hpccomm.kernels.shared_memory import memory, records
+from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
 from hpccomm.transports.segment import PAGE, SharedSegment
 
 Plan = Callable[[], None]
@@ -66,22 +68,23 @@ StallHandler = Callable[[float, list[int]], None]
 WORD_MASK = (1 << 63) - 1
 
 MAX_SPIN = 2000
-"""Looks at a flag before the core is given away, at most, where every rank has a core.
+"""Most polls of a flag before a rank yields its core, where every rank has a core.
 
-Too many cost twentyfold where ranks share cores with each other, or with other jobs: so this adapts, see there.
+Too many cost a factor of twenty where ranks share cores with each other or with other jobs, so the number adapts
+(:func:`hpccomm.kernels.shared_memory.collectives.adapt`).
 """
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-"""Where launchers say how many ranks they started on this node."""
+"""Environment variables in which launchers pass the number of ranks on this node."""
 
 TSO_MACHINES = ("x86_64", "amd64", "i686", "s390x")
 """Machines whose processors keep stores, and loads, in order."""
 
 
 class SharedMemory:
-    """The collectives of the ranks of ``node`` (collective); what it offers stands at the top of this module.
+    """The collectives of the ranks of ``node`` (collective); the module docstring lists the methods.
 
     ``code`` is ``"auto"``, ``"compiled"`` (Numba) or ``"numpy"``; rank 0's choice holds.  Takes about 1 MB a rank.
-    ``late`` is called after ``patience_ns`` nanoseconds without somebody.
+    ``stall_handler`` is called whenever a rank has been missing for another ``patience_ns`` nanoseconds.
     """
 
     collectives = kernels.COLLECTIVES
@@ -93,88 +96,88 @@ class SharedMemory:
         self._node = node
         self._compiled = agree_on_code(node, code)
         self._slot = slot_bytes(self.size)
-        self._direct = max(kernels.PAYLOAD_BYTES, min(kernels.BUFFER, DIRECT_BYTES // self.size))
-        self._region = kernels.SLOTS + kernels.RING * self._slot
+        self._direct = max(records.PAYLOAD_BYTES, min(records.BUFFER, DIRECT_BYTES // self.size))
+        self._region = records.region_record(self._slot).itemsize
         self._segment = SharedSegment(node, self.size * self._region)
         self._segment.prefault()
         spin = spin_count(node)
-        self._crowded = spin == kernels.MIN_SPIN  # who shares a core finds in its cache what the others have read
+        self._crowded = spin == kernels.MIN_SPIN  # ranks that share a core also share its cache
         self._state = self._new_state(spin)
-        put(self._state, kernels.MAX_WAIT, patience_ns)
+        self._state["max_wait"] = patience_ns
         self._tuning = new_tuning_table(self._slot)
         self._registered: dict[int, Allocation] = {}
         self._allocations = 0
         self._reaches = self._can_reach()
 
-    def _new_state(self, spin: int) -> npt.NDArray[np.int64]:
-        state = np.zeros(kernels.STATE_WORDS // kernels.W, np.int64)
-        put(state, kernels.MEMORY, self._segment.address)
-        put(state, kernels.REGION, self._region)
-        put(state, kernels.RANKS, self.size)
-        put(state, kernels.RANK, self.rank)
-        put(state, kernels.SPIN, spin)
-        put(state, kernels.SPIN_LIMIT, spin)
-        put(state, kernels.SLOT, self._slot)
+    def _new_state(self, spin: int) -> npt.NDArray[Any]:
+        state = np.zeros((), records.STATE_RECORD)
+        state["memory"] = self._segment.address
+        state["region"] = self._region
+        state["ranks"] = self.size
+        state["rank"] = self.rank
+        state["spin"] = spin
+        state["spin_limit"] = spin
+        state["slot"] = self._slot
         return state
 
     def _can_reach(self) -> bool:
         """Whether all ranks may copy from each other's memory, which a system can forbid (collective)."""
         secret = np.random.default_rng().integers(1, 1 << 62, 1)
         memory.store(self._segment.address + self.rank * self._region + kernels.PID, os.getpid())
-        told = self._node.allgather((int(secret[0]), secret.ctypes.data, os.getpid()))
-        wanted, address, pid = told[(self.rank + 1) % self.size]
+        offers = self._node.allgather((int(secret[0]), secret.ctypes.data, os.getpid()))
+        wanted, address, pid = offers[(self.rank + 1) % self.size]
         seen = np.zeros(1, np.int64)
         moved = memory.pull(pid, seen.ctypes.data, address, seen.nbytes)
         may: list[bool] = self._node.allgather(bool(moved == seen.nbytes and seen[0] == wanted))
         return all(may)
 
     def close(self) -> None:
-        """Give everything back; plans raise from now on."""
-        put(self._state, kernels.CLOSED, 1)
+        """Free the memory; plans raise from now on."""
+        self._state["closed"] = 1
         self._registered.clear()
         self._segment.close()
 
-    # What can be asked
+    # Queries
 
     def reduces(self, op: str, dtype: npt.DTypeLike) -> bool:
         """Whether there is a kernel for an operation on a dtype."""
         return reductions.has_kernel(op, dtype)
 
     def peer_fingerprints(self) -> list[int]:
-        """The signature that each rank passed to the call that is running or was the last to run."""
+        """The fingerprint that each rank passed to the running or last call."""
         return [self._word(q, kernels.FINGERPRINT) for q in range(self.size)]
 
     def missing_ranks(self) -> list[int]:
-        """The ranks that have not come to the call that is running."""
+        """The ranks that have not arrived at the running call."""
         number = self._call_number()
-        return [q for q in range(self.size) if self._word(q, 0) < number]
+        return [q for q in range(self.size) if self._word(q, kernels.NUMBER) < number]
 
     def _call_number(self) -> int:
-        return int(self._state[kernels.CALLS // kernels.W])
+        return int(self._state["calls"])
 
     def _word(self, q: int, offset: int) -> int:
         self._check_open()
-        line = self._segment.address + q * self._region + kernels.LINE * (self._call_number() & 1)
+        line = self._segment.address + q * self._region + records.LINE * (self._call_number() & 1)
         return memory.load_acquire(line + offset)
 
     def _check_open(self) -> None:
-        if self._state[kernels.CLOSED // kernels.W]:
+        if self._state["closed"]:
             raise TransportError(f"rank {self.rank}: this shared memory is closed: make a new one")
 
     # Registered memory
 
     def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = "f8") -> npt.NDArray[Any]:
-        """An array whose elements all ranks can see (collective; the same shape and dtype on all ranks).
+        """An array in memory that all ranks can access (collective; the same shape and dtype on all ranks).
 
-        Calls on it, or on parts of it, that start at any offset need no copies.  Freed with its last view.
+        Calls on it or on any part of it need no copies.  Its memory is freed with its last view.
         """
         self._check_open()
         kind = np.dtype(dtype)
         extent = (shape,) if isinstance(shape, int) else tuple(shape)
         count = math.prod(extent)
-        asked = self._node.allgather((extent, kind.str))
-        if len(set(asked)) > 1:
-            wants = "; ".join(f"local rank {rank}: {list(each[0])} {each[1]}" for rank, each in enumerate(asked))
+        requests = self._node.allgather((extent, kind.str))
+        if len(set(requests)) > 1:
+            wants = "; ".join(f"local rank {rank}: {list(each[0])} {each[1]}" for rank, each in enumerate(requests))
             raise MismatchError(f"registered memory of different shapes ({wants}): ask for the same on all ranks")
         stride = -(-max(1, count * kind.itemsize) // PAGE) * PAGE
         segment = SharedSegment(self._node, stride * self.size)
@@ -185,9 +188,9 @@ class SharedMemory:
         return np.frombuffer(segment.buffer, kind, count, stride * self.rank).reshape(extent)
 
     def view(self, address: int, nbytes: int) -> tuple[SharedSegment, int] | None:
-        """One result that all ranks see, of calls on a registered array (collective); ``None`` for any other array.
+        """Memory for one result that all ranks share, of calls on a registered array (collective); else ``None``.
 
-        The segment, and how far into it the result of this part of the array belongs.
+        Returns the segment and the offset in it for the result of this part of the array.
         """
         allocation = self._allocation((address, nbytes))
         if allocation is None:
@@ -196,11 +199,11 @@ class SharedMemory:
             allocation.result = SharedSegment(self._node, allocation.stride)
         return allocation.result, address - allocation.mine
 
-    def _allocation(self, *spans: tuple[int, int]) -> Allocation | None:
-        """The allocation in whose part of this rank all spans (address, bytes) lie."""
+    def _allocation(self, *ranges: tuple[int, int]) -> Allocation | None:
+        """The allocation whose copy of this rank contains all these ranges (address, bytes)."""
         for allocation in self._registered.values():
             lo, hi = allocation.mine, allocation.mine + allocation.stride
-            if all(lo <= address and address + nbytes <= hi for address, nbytes in spans):
+            if all(lo <= address and address + nbytes <= hi for address, nbytes in ranges):
                 return allocation
         return None
 
@@ -213,49 +216,50 @@ class SharedMemory:
         count: int,
         dtype: npt.DTypeLike,
         op: str,
-        signature: int,
-        past_cache: bool | None = None,
+        fingerprint: int,
+        nontemporal: bool | None = None,
         once: bool = False,
     ) -> Plan:
-        """``past_cache`` writes the result around the cache: for results that do not fit there, else it costs.
+        """``nontemporal`` writes the result with non-temporal stores: faster only if it exceeds the cache.
 
         ``once``: ``recv`` is the same memory on all ranks, see :meth:`view`.
         """
         nbytes = count * reductions.itemsize(dtype)
         if self.size == 1:
             return copy_plan(recv, send, nbytes)
-        call = self._reduction(("allreduce", count, once), dtype, op, signature)
-        put(call, kernels.ONCE, once)
-        around = send != recv and nbytes * self.size >= NONTEMPORAL_BYTES if past_cache is None else past_cache
-        put(call, kernels.NONTEMPORAL_OUT, around)
+        call = self._reduction(("allreduce", count, once), dtype, op, fingerprint)
+        call["once"] = once
+        if nontemporal is None:
+            nontemporal = send != recv and nbytes * self.size >= NONTEMPORAL_BYTES
+        call["nontemporal_out"] = nontemporal
         self._vector(call, send, recv, nbytes, DIRECT_BYTES_OF_TWO if self.size == 2 else self._direct)
-        spans = [(send, nbytes)] if once else [(send, nbytes), (recv, nbytes)]
-        allocation = self._allocation(*spans) if nbytes >= REGISTERED_BYTES else None
-        if nbytes >= REGISTERED_BYTES and call[kernels.PROTOCOL // kernels.W] == kernels.BUFFERED:
-            put(call, kernels.PROTOCOL, kernels.DIRECT)
+        ranges = [(send, nbytes)] if once else [(send, nbytes), (recv, nbytes)]
+        allocation = self._allocation(*ranges) if nbytes >= REGISTERED_BYTES else None
+        if nbytes >= REGISTERED_BYTES and call["protocol"] == kernels.BUFFERED:
+            call["protocol"] = kernels.DIRECT
         if allocation:
-            put(call, kernels.ALLOCATION, allocation.number)
-            put(call, kernels.ALIVE, allocation.alive.ctypes.data)
-            put(call, kernels.COPIES, allocation.copies)
-            put(call, kernels.COPY_STRIDE, allocation.stride)
-            put(call, kernels.CALL_SEND_AT, send - allocation.mine)
-            put(call, kernels.CALL_RECV_AT, 0 if once else recv - allocation.mine)
+            call["allocation"] = allocation.number
+            call["alive"] = allocation.alive.ctypes.data
+            call["copies"] = allocation.copies
+            call["copy_stride"] = allocation.stride
+            call["send_at"] = send - allocation.mine
+            call["recv_at"] = 0 if once else recv - allocation.mine
         return self._plan("allreduce", call, nbytes, allocation)
 
     def bind_reduce(
-        self, send: int, recv: int, count: int, dtype: npt.DTypeLike, op: str, root: int, signature: int
+        self, send: int, recv: int, count: int, dtype: npt.DTypeLike, op: str, root: int, fingerprint: int
     ) -> Plan:
         """Reduce to ``root``."""
         nbytes = count * reductions.itemsize(dtype)
         if self.size == 1:
             return copy_plan(recv, send, nbytes)
-        call = self._reduction(("reduce", count, root), dtype, op, signature)
-        put(call, kernels.ROOT, root)
+        call = self._reduction(("reduce", count, root), dtype, op, fingerprint)
+        call["root"] = root
         self._vector(call, send, recv, nbytes, self._direct)
         return self._plan("reduce", call, nbytes)
 
     def bind_reduce_scatter(
-        self, send: int, recv: int, counts: Sequence[int], dtype: npt.DTypeLike, op: str, signature: int
+        self, send: int, recv: int, counts: Sequence[int], dtype: npt.DTypeLike, op: str, fingerprint: int
     ) -> Plan:
         """Reduce ``sum(counts)`` elements; rank r gets its ``counts[r]``."""
         item = reductions.itemsize(dtype)
@@ -263,17 +267,17 @@ class SharedMemory:
         mine = cuts[self.rank + 1] - cuts[self.rank]
         if self.size == 1:
             return copy_plan(recv, send, mine)
-        call = self._reduction(("reduce_scatter", tuple(counts)), dtype, op, signature, cuts)
-        put(call, kernels.SEND, send)
-        put(call, kernels.NBYTES, cuts[-1])
-        put(call, kernels.PROTOCOL, kernels.DIRECT if cuts[-1] <= kernels.BUFFER else kernels.PIPELINE)
-        put(call, kernels.BLOCK, self._rank_slot_bytes())
-        apart = recv + mine <= send or send + cuts[-1] <= recv or recv == send + cuts[self.rank]
-        if apart:
-            put(call, kernels.RECV, recv)
+        call = self._reduction(("reduce_scatter", tuple(counts)), dtype, op, fingerprint, cuts)
+        call["send"] = send
+        call["nbytes"] = cuts[-1]
+        call["protocol"] = kernels.DIRECT if cuts[-1] <= records.BUFFER else kernels.PIPELINE
+        call["block"] = self._rank_slot_bytes()
+        disjoint = recv + mine <= send or send + cuts[-1] <= recv or recv == send + cuts[self.rank]
+        if disjoint:
+            call["recv"] = recv
             return self._plan("reduce_scatter", call, cuts[-1])
-        part = np.empty(mine, np.uint8)  # recv lies over what the others have still to read
-        put(call, kernels.RECV, part.ctypes.data)
+        part = np.empty(mine, np.uint8)  # recv overlaps bytes that the others still read
+        call["recv"] = part.ctypes.data
         run, copy_back = self._plan("reduce_scatter", call, cuts[-1]), copy_plan(recv, part.ctypes.data, mine, part)
 
         def both() -> None:
@@ -283,34 +287,34 @@ class SharedMemory:
         return both
 
     def bind_allgather(
-        self, send: int, recv: int, counts: Sequence[int], places: Sequence[int], signature: int
+        self, send: int, recv: int, counts: Sequence[int], places: Sequence[int], fingerprint: int
     ) -> Plan:
         """``counts[q]`` bytes of rank q to byte ``places[q]`` of ``recv``; ``places`` may differ between ranks."""
         if self.size == 1:
             return copy_plan(recv + places[0], send, counts[0])
-        call = self._call(("allgather", tuple(counts)), signature, [*counts, *places])
-        put(call, kernels.SEND, send)
-        put(call, kernels.RECV, recv)
-        put(call, kernels.PROTOCOL, kernels.DIRECT if max(counts) <= kernels.BUFFER else kernels.PIPELINE)
-        put(call, kernels.BLOCK, self._slot)
-        put(call, kernels.CALL_SLOT_STRIDE, self._slot_stride(max(counts)))
-        put(call, kernels.SEGMENT, ALLGATHER_SEGMENT_BYTES if self.size > 2 else max(1, *counts))
+        call = self._call(("allgather", tuple(counts)), fingerprint, [*counts, *places])
+        call["send"] = send
+        call["recv"] = recv
+        call["protocol"] = kernels.DIRECT if max(counts) <= records.BUFFER else kernels.PIPELINE
+        call["block"] = self._slot
+        call["slot_stride"] = self._slot_stride(max(counts))
+        call["segment"] = ALLGATHER_SEGMENT_BYTES if self.size > 2 else max(1, *counts)
         if self._uses_single_copy("allgather", sum(counts)):
-            put(call, kernels.PROTOCOL, kernels.SINGLE_COPY)
+            call["protocol"] = kernels.SINGLE_COPY
         return self._plan("allgather", call, max(counts))
 
     def bind_bcast(
-        self, address: int, nbytes: int, root: int, signature: int, late: StallHandler | None = None
+        self, address: int, nbytes: int, root: int, fingerprint: int, stall_handler: StallHandler | None = None
     ) -> Plan:
-        """``nbytes`` bytes of ``root`` to everybody; ``late`` is called instead of the transport's."""
+        """``nbytes`` bytes of ``root`` to all ranks; ``stall_handler`` replaces the one of this object."""
         if self.size == 1:
             return copy_plan(address, address, 0)
-        call = self._call(("bcast", nbytes, root), signature)
-        put(call, kernels.ROOT, root)
-        self._vector(call, address, address, nbytes, kernels.BUFFER)
+        call = self._call(("bcast", nbytes, root), fingerprint)
+        call["root"] = root
+        self._vector(call, address, address, nbytes, records.BUFFER)
         if self._uses_single_copy("bcast", nbytes):
-            put(call, kernels.PROTOCOL, kernels.SINGLE_COPY)
-        return self._plan("bcast", call, nbytes, late=late)
+            call["protocol"] = kernels.SINGLE_COPY
+        return self._plan("bcast", call, nbytes, stall_handler=stall_handler)
 
     def bind_alltoall(
         self,
@@ -320,85 +324,82 @@ class SharedMemory:
         send_places: Sequence[int],
         recv_counts: Sequence[int],
         recv_places: Sequence[int],
-        signature: int,
+        fingerprint: int,
     ) -> Plan:
-        """``send_counts[q]`` bytes at ``send_places[q]`` to rank q, which expects as many; buffers do not overlap."""
+        """``send_counts[q]`` bytes at ``send_places[q]`` go to rank q; counts match, buffers do not overlap."""
         if self.size == 1:
             return copy_plan(recv + recv_places[0], send + send_places[0], send_counts[0])
         even = [send_counts[0] * q for q in range(self.size)]
         alike = list(send_places) == even and len({*send_counts, *recv_counts}) == 1
-        across = alike and self._uses_single_copy("alltoall", sum(send_counts))
-        what = ("alltoall", across)
-        call = self._call(what, signature, [*send_counts, *send_places, *recv_counts, *recv_places])
-        put(call, kernels.SEND, send)
-        put(call, kernels.RECV, recv)
-        put(call, kernels.BLOCK, self._rank_slot_bytes())
-        put(call, kernels.CALL_LONGEST, max(*send_counts, *recv_counts))
-        put(call, kernels.PROTOCOL, kernels.SINGLE_COPY if across else kernels.PIPELINE)
+        single_copy = alike and self._uses_single_copy("alltoall", sum(send_counts))
+        key = ("alltoall", single_copy)
+        call = self._call(key, fingerprint, [*send_counts, *send_places, *recv_counts, *recv_places])
+        call["send"] = send
+        call["recv"] = recv
+        call["block"] = self._rank_slot_bytes()
+        call["longest"] = max(*send_counts, *recv_counts)
+        call["protocol"] = kernels.SINGLE_COPY if single_copy else kernels.PIPELINE
         return self._plan("alltoall", call, sum(send_counts))
 
-    def bind_barrier(self, signature: int) -> Plan:
-        """Wait for everybody."""
+    def bind_barrier(self, fingerprint: int) -> Plan:
+        """Wait for all ranks."""
         if self.size == 1:
             return copy_plan(0, 0, 0)
-        return self._plan("barrier", self._call(("barrier",), signature))
+        return self._plan("barrier", self._call(("barrier",), fingerprint))
 
-    def bind_entry_barrier(self, signature: int) -> Plan:
-        """Wait for everybody who is about to make calls elsewhere, whatever they are; other calls here differ."""
-        call = self._call(("meeting",), signature)
-        put(call, kernels.CALL_CHECK, zlib.crc32(b"meeting"))
+    def bind_entry_barrier(self, fingerprint: int) -> Plan:
+        """Wait for all ranks before a call on another backend; any other call here is a mismatch."""
+        call = self._call(("meeting",), fingerprint)
+        call["check"] = zlib.crc32(b"meeting")
         return self._plan("barrier", call)
 
     def _uses_single_copy(self, name: str, nbytes: int) -> bool:
-        """Whether a call goes from process to process."""
+        """Whether a call copies from process to process."""
         return self._reaches and nbytes >= (SINGLE_COPY_BYTES if self.size > 2 else SINGLE_COPY_BYTES_OF_TWO)[name]
 
     def _slot_stride(self, nbytes: int) -> int:
-        """Length of the parts of a slot that a vector takes in turn, 0 for none."""
+        """Bytes of the parts of a slot that consecutive calls use in turn, 0 for none."""
         return 0 if self._crowded else slot_stride(nbytes, self._slot)
 
     def _rank_slot_bytes(self) -> int:
-        """Bytes of a slot for each rank."""
+        """Bytes of a slot for each rank's block."""
         return self._slot // self.size // kernels.ALIGNMENT * kernels.ALIGNMENT
 
-    def _call(self, what: tuple[Any, ...], signature: int, rows: Sequence[int] = ()) -> npt.NDArray[np.int64]:
-        """The words of a call; ``what`` must be the same on all ranks."""
-        call = np.zeros(kernels.TABLE // kernels.W + self.size + len(rows), np.int64)
-        call[len(call) - len(rows) :] = rows
-        put(call, kernels.STATE, self._state.ctypes.data)
-        put(call, kernels.CALL_FINGERPRINT, signature)
-        put(
-            call,
-            kernels.CALL_CHECK,
-            (signature * 0x9E3779B97F4A7C15 + zlib.crc32(repr(what).encode())) & WORD_MASK,
-        )
+    def _call(self, key: tuple[Any, ...], fingerprint: int, rows: Sequence[int] = ()) -> npt.NDArray[Any]:
+        """The record of a call, with its table; ``key`` must be the same on all ranks."""
+        words = np.zeros(kernels.TABLE // records.W + self.size + len(rows), np.int64)
+        words[len(words) - len(rows) :] = rows
+        call = words[: kernels.TABLE // records.W].view(records.CALL_RECORD).reshape(())
+        call["state"] = self._state.ctypes.data
+        call["fingerprint"] = fingerprint
+        call["check"] = (fingerprint * 0x9E3779B97F4A7C15 + zlib.crc32(repr(key).encode())) & WORD_MASK
         return call
 
     def _reduction(
-        self, what: tuple[Any, ...], dtype: npt.DTypeLike, op: str, signature: int, rows: Sequence[int] = ()
-    ) -> npt.NDArray[np.int64]:
+        self, key: tuple[Any, ...], dtype: npt.DTypeLike, op: str, fingerprint: int, rows: Sequence[int] = ()
+    ) -> npt.NDArray[Any]:
         code = reductions.code_of(dtype)
-        call = self._call((*what, code, op), signature, rows)
-        put(call, kernels.ITEM, reductions.itemsize(dtype))
-        put(call, kernels.FOLD, self._fold(op, code))
+        call = self._call((*key, code, op), fingerprint, rows)
+        call["item"] = reductions.itemsize(dtype)
+        call["fold"] = self._fold(op, code)
         return call
 
-    def _vector(self, call: npt.NDArray[np.int64], send: int, recv: int, nbytes: int, most: int) -> None:
-        """A call on a whole vector; up to ``most`` bytes in one go."""
-        put(call, kernels.SEND, send)
-        put(call, kernels.RECV, recv)
-        put(call, kernels.NBYTES, nbytes)
-        put(call, kernels.BLOCK, self._slot)
-        put(call, kernels.CALL_SLOT_STRIDE, self._slot_stride(nbytes))
-        small = kernels.INLINE if nbytes <= kernels.PAYLOAD_BYTES else kernels.BUFFERED
-        put(call, kernels.PROTOCOL, small if nbytes <= most else kernels.PIPELINE)
+    def _vector(self, call: npt.NDArray[Any], send: int, recv: int, nbytes: int, most: int) -> None:
+        """Complete the record for a call on a whole vector; up to ``most`` bytes need one barrier."""
+        call["send"] = send
+        call["recv"] = recv
+        call["nbytes"] = nbytes
+        call["block"] = self._slot
+        call["slot_stride"] = self._slot_stride(nbytes)
+        small = kernels.INLINE if nbytes <= records.PAYLOAD_BYTES else kernels.BUFFERED
+        call["protocol"] = small if nbytes <= most else kernels.PIPELINE
 
     # Code
 
     def _fold(self, op: str, code: str) -> int:
         if not self._compiled:
-            return reductions.numpy_handle(op, code)
-        from hpccomm.kernels import compiled
+            return memory.fold_handle(op, code)
+        from hpccomm.kernels.shared_memory import compiled
 
         with self._compile_lock():
             return int(compiled.fold_kernel(op, code).address)
@@ -407,7 +408,7 @@ class SharedMemory:
         if not self._compiled:
             function: Callable[[int], int] = getattr(kernels, name)
             return function
-        from hpccomm.kernels import compiled
+        from hpccomm.kernels.shared_memory import compiled
 
         with self._compile_lock():
             return compiled.kernel(name)
@@ -416,32 +417,29 @@ class SharedMemory:
         return FileLock(self._segment.file)
 
     def _tuning_row(self, name: str, nbytes: int) -> int:
-        """Where it stands what was learned of such calls."""
+        """Address of the tuning record for such calls."""
         row = self.collectives.index(name) * SIZE_CLASSES + min(SIZE_CLASSES - 1, nbytes.bit_length())
-        return int(self._tuning[row].ctypes.data)
+        return int(self._tuning[row:].ctypes.data)
 
     def _plan(
         self,
         name: str,
-        call: npt.NDArray[np.int64],
+        call: npt.NDArray[Any],
         nbytes: int = 0,
         allocation: Allocation | None = None,
-        late: StallHandler | None = None,
+        stall_handler: StallHandler | None = None,
     ) -> Plan:
-        """What runs a call; ``nbytes`` says how large it is, for learning."""
-        if (
-            call[kernels.PROTOCOL // kernels.W] not in (kernels.INLINE, kernels.SINGLE_COPY)
-            and nbytes >= AUTOTUNE_BYTES
-        ):
-            put(call, kernels.TUNING, self._tuning_row(name, nbytes))
+        """The plan of a call; ``nbytes`` is its size for the autotuner."""
+        if call["protocol"] not in (kernels.INLINE, kernels.SINGLE_COPY) and nbytes >= AUTOTUNE_BYTES:
+            call["tuning"] = self._tuning_row(name, nbytes)
         kernel, address, resolve = self._kernel(name), call.ctypes.data, self._resolve
-        late, held = late or self.stall_handler, (self._segment, call, allocation)
+        stall_handler, held = stall_handler or self.stall_handler, (self._segment, call, allocation)
 
         def run() -> None:
             try:
                 code = kernel(address)
                 if code:
-                    resolve(code, kernel, address, late)
+                    resolve(code, kernel, address, stall_handler)
             except BaseException:
                 self._handle_exception(held[1])
                 raise
@@ -449,13 +447,15 @@ class SharedMemory:
         run.call = address  # type: ignore[attr-defined]
         return run
 
-    # What a call returned
+    # Return codes
 
-    def _resolve(self, code: int, kernel: Callable[[int], int], address: int, late: StallHandler | None) -> None:
+    def _resolve(
+        self, code: int, kernel: Callable[[int], int], address: int, stall_handler: StallHandler | None
+    ) -> None:
         began = time.monotonic()
         while code == kernels.RETRY:
-            if late:
-                late(time.monotonic() - began, self.missing_ranks())
+            if stall_handler:
+                stall_handler(time.monotonic() - began, self.missing_ranks())
             code = kernel(address)
         if code == kernels.MISMATCH:
             raise self.mismatch(self.peer_fingerprints())
@@ -464,10 +464,10 @@ class SharedMemory:
         if code == kernels.STUCK:
             raise self._stuck_error()
 
-    def _handle_exception(self, call: npt.NDArray[np.int64]) -> None:
-        """An exception, such as Ctrl-C, ended a call; if that was before all had come, nobody can go on."""
-        if call[kernels.WAITING // kernels.W]:
-            put(call, kernels.WAITING, 0)
+    def _handle_exception(self, call: npt.NDArray[Any]) -> None:
+        """Handle an exception, such as Ctrl-C, in a call; if a rank was still missing, no rank can continue."""
+        if call["waiting"]:
+            call["waiting"] = 0
             self._abandon()
 
     def _abandon(self) -> None:
@@ -484,63 +484,64 @@ class SharedMemory:
 
 
 def call_of(plan: Plan) -> int:
-    """The address that a plan passes to its kernel, for measurements."""
+    """The address of a plan's call record, for measurements."""
     return int(plan.call)  # type: ignore[attr-defined]
 
 
 SIZE_CLASSES = 40
-"""Classes of sizes, powers of two, that learn apart."""
+"""Size classes, powers of two, that the autotuner keeps apart."""
 AUTOTUNE_BYTES = 2048
-"""From here on calls learn how to fill slots and buffers; below, lines go through the cache."""
+"""From here on the autotuner chooses how calls fill slots and buffers; below, stores are ordinary."""
 LONG_CALLS, PROBE_PERIODS = 17, (4096, 256)
-"""After how many calls it is tried again: below the class of 64 KB, and from there on."""
+"""Calls between two probes: below the class of 64 KB, and from there on."""
 WARM_UP = 8
-"""Calls before the first trial, but for those that take the parts of slots in turn: pages are touched for the first
-time."""
+"""Calls before the first probe, except where calls use the parts of slots in turn: first touches of pages are slow."""
 SINGLE_COPY_BYTES = {"bcast": 1 << 23, "alltoall": 1 << 23, "allgather": 1 << 25}
-"""From so many bytes on what is only copied goes from process to process: one copy, not two, for a system call."""
+"""From so many bytes on these collectives use single-copy: one copy instead of two, at the price of a system call."""
 SINGLE_COPY_BYTES_OF_TWO = {"bcast": 1 << 18, "alltoall": 1 << 20, "allgather": 1 << 22}
-"""The same between two ranks, whose slots would keep both of them busy all the time."""
+"""The same between two ranks, which copying through slots would keep busy all the time."""
 ALLGATHER_SEGMENT_BYTES = 1 << 20
-"""Bytes of each rank that an allgather among more than two copies across before anybody goes on: whole parts would no
-longer be in a cache when the last rank comes for them (16 MB of each of four ranks: 14.8 ms so, 18.8 without)."""
+"""Bytes of each rank that a single-copy allgather of more than two ranks copies in one step: a whole block would no
+longer be in the cache when the last rank copies it (16 MB of each of four ranks: 14.8 ms in steps, 18.8 without)."""
 REGISTERED_BYTES = 8192
-"""From here on registered arrays are reduced where they are; below, one meeting instead of two is worth a copy."""
+"""From here on registered arrays are reduced in place; below, one barrier instead of two is worth a copy."""
 DIRECT_BYTES = 98304
-"""Up to so many bytes of all ranks together, every rank reduces everything: one meeting instead of two."""
+"""Up to so many bytes of all ranks together, every rank reduces everything: one barrier instead of two."""
 DIRECT_BYTES_OF_TWO = 12288
-"""For an allreduce of two ranks: from 16 KB on half of it copied twice is faster, by half where cores share a cache."""
+"""The same for an allreduce of two ranks: from 16 KB on copying half of it twice is faster, by half where cores share a
+cache."""
 NONTEMPORAL_BYTES = 1 << 25
-"""From so many bytes of all ranks together on, results out of place are written around the cache: they exceed it."""
+"""From so many bytes of all ranks together on, out-of-place results exceed the cache and use non-temporal stores."""
 
 
-def new_tuning_table(slot: int) -> npt.NDArray[np.int64]:
-    """A row for each collective and class of sizes, where nothing was learned yet.
+def new_tuning_table(slot: int) -> npt.NDArray[Any]:
+    """A tuning record for each collective and size class, before any probe.
 
-    A trial is worth something when slots are as they stay: read by the others before.  So the first one waits until all
-    parts of the ring were used.  Until then long calls fill slots around the cache: where that is wrong it costs up to
-    twice the time, the other way four to six times (measured; two cores, when they share a cache and when not).
+    A probe is meaningful only in the steady state, in which the other ranks have read the slots before.  So the first
+    one waits until all parts of the ring have been used.  Until then long calls fill slots with non-temporal stores: if
+    that is wrong it costs up to twice the time, the opposite mistake four to six times (measured on two cores, with and
+    without a shared cache).
     """
-    rows = np.zeros((len(kernels.COLLECTIVES), SIZE_CLASSES, kernels.TUNING_WORDS // kernels.W), np.int64)
-    for name, lessons in zip(kernels.COLLECTIVES, rows, strict=True):
-        buffered = DIRECT_BYTES_OF_TWO if name == "allreduce" else kernels.BUFFER
+    table = np.zeros((len(kernels.COLLECTIVES), SIZE_CLASSES), records.TUNING_RECORD)
+    for name, rows in zip(kernels.COLLECTIVES, table, strict=True):
+        buffered = DIRECT_BYTES_OF_TWO if name == "allreduce" else records.BUFFER
         for size in range(1, SIZE_CLASSES):
             least, long = 1 << (size - 1), size >= LONG_CALLS
             period = PROBE_PERIODS[long]
-            warm_up = 2 + kernels.RING * slot // slot_stride(least, slot) if least > buffered else WARM_UP
-            put(lessons[size], kernels.PERIOD, period)
-            put(lessons[size], kernels.COUNT, period - warm_up)
-            put(lessons[size], kernels.CHOICE, long)
-    return rows.reshape(-1, rows.shape[-1])
+            warm_up = 2 + records.RING * slot // slot_stride(least, slot) if least > buffered else WARM_UP
+            rows["period"][size] = period
+            rows["count"][size] = period - warm_up
+            rows["choice"][size] = long
+    return table.reshape(-1)
 
 
 def slot_stride(nbytes: int, slot: int) -> int:
-    """Length of the parts of a slot that short vectors take in turn; slots are a power of two long, so parts are."""
+    """Bytes of the parts of a slot that short vectors use in turn: a power of two, as slots are."""
     return min(slot, max(PAGE, 1 << (nbytes - 1).bit_length()))
 
 
 def slot_bytes(ranks: int) -> int:
-    """Length of a slot, a power of two (measured with 2 and 4 ranks); with many, slices are long in less memory."""
+    """Bytes of a slot, a power of two (measured with 2 and 4 ranks); less for many ranks, to save memory."""
     return 1 << 18 if ranks <= 32 else 1 << 17
 
 
@@ -551,20 +552,20 @@ class Allocation:
         self.number, self.copies, self.stride = number, copies, stride
         self.mine = copies + rank * stride
         self.result: SharedSegment | None = None
-        """Room for one result, once it was asked for."""
+        """Memory for one shared result, made at the first request."""
         self.alive = np.ones(1, np.int64)
-        """Zero when the arrays are gone: another array may come to lie at their address."""
+        """Zero when the arrays are gone: another array may then have their address."""
 
 
 def forget(registered: dict[int, Allocation], allocation: Allocation) -> None:
-    """The memory is given back."""
+    """Free the memory of an allocation whose last view is gone."""
     allocation.alive[0] = 0
     allocation.result = None
     registered.pop(allocation.number, None)
 
 
 class FileLock:
-    """One process at a time, by a lock on a file that all have open: the first compiles, the others load."""
+    """A lock on a file that all ranks have open: one process compiles, the others load its machine code."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -574,11 +575,6 @@ class FileLock:
 
     def __exit__(self, *exception: object) -> None:
         fcntl.flock(self._file, fcntl.LOCK_UN)
-
-
-def put(words: npt.NDArray[np.int64], offset: int, value: int) -> None:
-    """Set a word."""
-    words[offset // kernels.W] = value
 
 
 def copy_plan(to: int, source: int, nbytes: int, *held: Any) -> Plan:
@@ -593,7 +589,7 @@ def copy_plan(to: int, source: int, nbytes: int, *held: Any) -> Plan:
 
 
 def spin_count(node: Any) -> int:
-    """How often to look at a flag before giving way; the same on all ranks."""
+    """Polls of a flag before a rank yields; the same on all ranks."""
     masks = node.allgather(os.sched_getaffinity(0))
     started = max(int(os.environ.get(name, "0")) for name in LOCAL_RANKS)
     shared = len(set().union(*masks)) < node.Get_size() or (os.cpu_count() or 1) < started
@@ -601,7 +597,7 @@ def spin_count(node: Any) -> int:
 
 
 def agree_on_code(node: Any, code: str) -> bool:
-    """Whether the kernels are compiled; all ranks do the same."""
+    """Whether the kernels are compiled; the same on all ranks."""
     wanted = node.bcast(code)
     found = "Numba is not installed" if importlib.util.find_spec("numba") is None else ""
     if wanted != "numpy" and not found:
@@ -613,18 +609,22 @@ def agree_on_code(node: Any, code: str) -> bool:
     if wanted != "numpy" and not troubles:
         return True
     if wanted == "compiled" or platform.machine().lower() not in TSO_MACHINES:
-        # without Numba there is no acquire and release, so a flag could be seen before the data it speaks of
+        # without Numba there is no acquire and release: a rank could see a flag before the data that it announces
         raise TransportError(
-            f"shared memory needs Numba on {platform.machine()} ({(troubles or ['not wanted'])[0]}): "
+            f"shared memory needs Numba on {platform.machine()} ({(troubles or ['not requested'])[0]}): "
             "pip install numba, or use algorithm='native'"
         )
     return False
 
 
-def fingerprint_mismatch(signatures: list[int]) -> MismatchError:
-    """Who passed what."""
+def fingerprint_mismatch(fingerprints: list[int]) -> MismatchError:
+    """The error that names the fingerprint of each group of ranks."""
     groups: dict[int, list[int]] = {}
-    for rank, signature in enumerate(signatures):
-        groups.setdefault(signature, []).append(rank)
-    said = "; ".join(f"local ranks {', '.join(map(str, each))}: {signature:#x}" for signature, each in groups.items())
-    return MismatchError(f"the ranks of this node make different calls (signatures: {said}): make the calls the same")
+    for rank, fingerprint in enumerate(fingerprints):
+        groups.setdefault(fingerprint, []).append(rank)
+    groups_text = "; ".join(
+        f"local ranks {', '.join(map(str, each))}: {fingerprint:#x}" for fingerprint, each in groups.items()
+    )
+    return MismatchError(
+        f"the ranks of this node make different calls (fingerprints: {groups_text}): make the calls the same"
+    )

@@ -1,5 +1,5 @@
-// What all kernels share.  It stands in front of each source; nothing is included, so that NVRTC needs no headers.
-// Compiled with --fmad=false: every operation is rounded by itself, as in the NumPy reference.
+// Definitions that all kernels share, put in front of each source; nothing is included, so NVRTC needs no headers.
+// Compiled with --fmad=false: every operation is rounded separately, as in the NumPy reference.
 
 #ifndef KERNEL
 #define KERNEL(name, ...) extern "C" __global__ void name(__VA_ARGS__)
@@ -19,7 +19,7 @@ typedef long long i64;
 
 EVERY bool finite(float x) { return (__float_as_uint(x) & 0x7F800000u) != 0x7F800000u; }
 
-// 16-bit floats by integer arithmetic, to nearest even: the same as in folds.py
+// 16-bit floats by integer arithmetic, to nearest even: as in reductions/loops.py
 
 EVERY float from_brain(u16 word) { return __uint_as_float((u32)word << 16); }
 
@@ -40,7 +40,7 @@ EVERY float from_half(u16 word)
 EVERY u16 to_half(float value)
 {
     u32 word = __float_as_uint(value), sign = word & 0x80000000u, magnitude = word ^ sign;
-    // the ulp of 0.5 is that of the smallest half, so adding 0.5 rounds a subnormal where it has to be rounded
+    // 0.5 has the ulp of the smallest half: adding 0.5 rounds a subnormal at the right bit
     u32 tiny = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3F000000u;
     u32 normal = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
     u32 below = magnitude < 0x38800000u ? tiny : normal;

@@ -1,4 +1,4 @@
-// The kernels of compressed gradient exchange: same functions, same bits as compression_reference.py.
+// The kernels of compressed gradient exchange: same functions, same bits as compression/reference.py.
 //
 // n elements, i their index, p = residual + gradient.  A null gradient means none.
 
@@ -11,18 +11,19 @@ EVERY float backlog(const float *residual, const float *gradient, i64 i)
     return gradient ? residual[i] + gradient[i] : residual[i];
 }
 
-// Compaction in one pass: what is selected is written side by side, in order.
+// Compaction in one pass: selected elements are written contiguously, in order.
 //
-// A tile of 4096 elements a block.  Blocks draw their tile, so those of earlier tiles are running already; each says how
-// many it has selected, then adds up what the tiles before it said (Merrill and Garland, decoupled look-back, 2016).
-// state: tiles drawn, all selected, whether an element was odd (not finite), and a word a tile, all zero before.
+// A block processes one tile of 4096 elements.  Blocks draw their tile from a counter, so the blocks of earlier tiles are
+// already running; each publishes its count, then adds the counts of earlier tiles (Merrill and Garland, decoupled
+// look-back, 2016).
+// state: tiles drawn, total selected, whether an element was not finite, and one word a tile; all zero at the launch.
 
 const int DRAWN = 0, COUNT = 1, ODD = 2, WORDS = 3;
 const u64 OWN = 1ull << 62, UP_TO_HERE = 2ull << 62, NUMBER = (1ull << 62) - 1;
 
 EVERY u64 load(u64 *word) { return atomicAdd(word, 0ull); }
 
-EVERY u64 selected_before(u64 *words, i64 tile, u64 own)  // by one whole warp
+EVERY u64 count_before(u64 *words, i64 tile, u64 own)  // by one whole warp
 {
     int lane = threadIdx.x % WARP;
     if (tile == 0) {
@@ -48,10 +49,10 @@ EVERY u64 selected_before(u64 *words, i64 tile, u64 own)  // by one whole warp
     return before;
 }
 
-// `look(i, item)` computes element i, keeps what it needs as its item, and says whether it is selected, and sets `odd`;
-// `write(place, i, item)` puts a selected one to its place.
+// `look(i, item)` computes element i, stores its data in the item, returns whether it is selected, and sets `odd`;
+// `write(place, i, item)` writes a selected element to its place.
 
-template <class Body> EVERY void compacted(Body &body, i64 n, u64 *state)
+template <class Body> EVERY void compact(Body &body, i64 n, u64 *state)
 {
     __shared__ i64 drawn;
     __shared__ u32 counts[WARPS];
@@ -78,7 +79,7 @@ template <class Body> EVERY void compacted(Body &body, i64 n, u64 *state)
         own += counts[w];
     }
     if (warp == 0) {
-        u64 sum = selected_before(&state[WORDS], tile, own);
+        u64 sum = count_before(&state[WORDS], tile, own);
         if (lane == 0) before = sum;
     }
     __syncthreads();
@@ -113,7 +114,7 @@ struct Threshold {
 KERNEL(threshold_words, const float *residual, const float *gradient, float *out, float tau, u32 *words, i64 n, u64 *state)
 {
     Threshold body = {residual, gradient, out, tau, words, 0u};
-    compacted(body, n, state);
+    compact(body, n, state);
 }
 
 struct Select {
@@ -132,7 +133,7 @@ struct Select {
 KERNEL(select_threshold, const float *x, float threshold, u32 *index, i64 n, u64 *state)
 {
     Select body = {x, threshold, index};
-    compacted(body, n, state);
+    compact(body, n, state);
 }
 
 struct Momentum {
@@ -170,7 +171,7 @@ KERNEL(momentum_select, const float *gradient, float *momentum, float *velocity,
        int mask, u32 *index, float *values, float *kept, i64 n, u64 *state)
 {
     Momentum body = {gradient, momentum, velocity, m, threshold, nesterov != 0, mask != 0, index, values, kept};
-    compacted(body, n, state);
+    compact(body, n, state);
 }
 
 KERNEL(sample, const float *x, i64 start, i64 stride, i64 line, float *out, i64 n)
@@ -178,7 +179,7 @@ KERNEL(sample, const float *x, i64 start, i64 stride, i64 line, float *out, i64 
     FOR_EACH(i, n) out[i] = x[start + i / line * stride + i % line];
 }
 
-// The indices of one message are distinct, so no two threads meet; messages follow one another by launches
+// The indices of one message are distinct, so no two threads add to one element; each message is one launch
 
 KERNEL(scatter_add, const u32 *index, const float *values, i64 count, float *out)
 {
@@ -190,8 +191,8 @@ KERNEL(add_words, const u32 *words, i64 count, float tau, float *out)
     FOR_EACH(i, count) out[words[i] >> 1] += words[i] & 1u ? -tau : tau;
 }
 
-// Sums in one fixed order: 256 terms as four rows of 64 lanes, (a + b) + (c + d); the lanes of all rows one after
-// another in float64; halves of the lanes until one is left
+// Sums in one fixed order: 256 terms as four rows of 64 lanes, (a + b) + (c + d); each lane adds its rows in order,
+// in float64; then halves of the lanes are added until one is left
 
 const int LANES = 64, ROW = 4 * LANES;
 
@@ -277,7 +278,7 @@ KERNEL(moment_totals, const float *x, i64 n, double *totals)  // Σ x and Σ x²
     }
 }
 
-// One bit an element, 1 for p ≥ 0, first element highest; a thread makes a byte
+// One bit an element, 1 for p ≥ 0, first element highest; one thread a byte
 
 KERNEL(pack_signs, const float *x, u8 *bits, i64 n)
 {

@@ -1,9 +1,9 @@
-"""The kernels on a CUDA device: same functions, same bits as in NumPy, on vectors that lie on the device.
+"""The kernels on a CUDA device: same functions, same bits as in NumPy, on vectors in device memory.
 
-The sources are the ``.cu`` files beside this one, compiled by NVRTC when first asked for and kept on disk by CuPy.
-:class:`Kernels` makes room, launches and reads counts; whoever launches is a :class:`Library`, so that the same sources
-and the same code run where there is no device.  Vectors are contiguous, and on one device; launches follow the current
-stream.  A function that returns a number of elements, a sum or a truth value waits for the device.
+The sources are the ``.cu`` files beside this one, compiled by NVRTC at the first request and cached on disk by CuPy.
+:class:`Kernels` allocates, launches and reads counts through a :class:`Library`, so the same sources and the same code
+also run without a device.  Vectors are contiguous and on one device; launches go to the current stream.  A function
+that returns a number of elements, a sum or a boolean waits for the device.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels.optimizers_reference import BLOCK, GRADIENT, LANES, Sums
-from hpccomm.kernels.reductions import DTYPES, code_of
-from hpccomm.kernels.reductions import itemsize as bytes_each
+from hpccomm.kernels.compression import reference
+from hpccomm.kernels.optimizers.reference import BLOCK, GRADIENT, LANES, Sums
+from hpccomm.kernels.reductions.reference import DTYPES, code_of
+from hpccomm.kernels.reductions.reference import itemsize as bytes_each
 
 Vector = Any
 """A vector on the device."""
 
 THREADS = 256
 TILE = 4096
-"""Elements that one block of a selecting kernel takes."""
+"""Elements of one block of a selecting kernel."""
 BLOCKS_EACH = 32
-"""Blocks for each processor of the device that loop over the elements."""
+"""Blocks per multiprocessor in kernels that loop over the elements."""
 HEADER_WORDS = 3
 """Words of a selecting kernel's state before those of its tiles."""
 OPTIONS = ("--std=c++17", "--fmad=false")
-"""Every operation is rounded by itself, as in NumPy."""
+"""Every operation is rounded separately, as in NumPy."""
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-"""What every source is compiled for where there is no device."""
+"""Architectures for which the tests compile every source without a device."""
 
 COMBINE = {
     "sum": "add",
@@ -66,11 +66,11 @@ ELEMENT = {
     "c16": "pair<double>",
     "b1": "u8",
 }
-"""What operations and dtypes are called in ``reductions.cu``."""
+"""Names of operations and dtypes in ``reductions.cu``."""
 
 
 class Library(Protocol):
-    """Whoever holds arrays and launches kernels: CuPy on a device."""
+    """A library that allocates arrays and launches kernels: CuPy on a device."""
 
     @property
     def xp(self) -> Any:
@@ -81,7 +81,7 @@ class Library(Protocol):
         """Multiprocessors of the device."""
 
     def launch(self, source: str, kernel: str, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
-        """Run a kernel of a source: arrays are passed as addresses, NumPy scalars as they are."""
+        """Launch a kernel of a source; arrays are passed as addresses, NumPy scalars by value."""
 
 
 class CupyLibrary:
@@ -95,26 +95,26 @@ class CupyLibrary:
 
     @property
     def processors(self) -> int:
-        """Of the current device."""
+        """Multiprocessors of the current device."""
         return int(self.xp.cuda.Device().attributes["MultiProcessorCount"])
 
     def launch(self, source: str, kernel: str, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
-        """On the current stream."""
+        """Launch a kernel on the current stream."""
         self.module(source).get_function(kernel)((blocks,), (threads,), tuple(arguments))
 
 
 @cache
 def source(name: str) -> str:
-    """The text of ``reductions``, ``compression`` or ``optimizers`` for NVRTC; lines are counted as in the file."""
+    """The text of ``reductions``, ``compression`` or ``optimizers`` for NVRTC; line numbers are those of the file."""
     folder = Path(__file__).parent
     return f'{(folder / "common.cu").read_text()}\n#line 1 "{name}.cu"\n{(folder / f"{name}.cu").read_text()}'
 
 
 @cache
-def reduction_source(*wanted: tuple[str, str]) -> str:
+def reduction_source(*pairs: tuple[str, str]) -> str:
     """The text of ``reductions`` with the kernels of some operations and dtypes, ``("sum", "f4")``."""
-    asked = (f"REDUCTION({op}, {COMBINE[op]}, {code}, {ELEMENT[code]})" for op, code in wanted)
-    return "\n".join([source("reductions"), *asked])
+    kernels = (f"REDUCTION({op}, {COMBINE[op]}, {code}, {ELEMENT[code]})" for op, code in pairs)
+    return "\n".join([source("reductions"), *kernels])
 
 
 def every_reduction() -> list[tuple[str, str]]:
@@ -135,7 +135,7 @@ class Kernels:
         self.library, self.xp = library, library.xp
 
     def _launch_loop(self, source: str, kernel: str, n: int, *arguments: Any) -> None:
-        """A kernel whose threads loop over n things."""
+        """Launch a kernel whose threads loop over n items."""
         if n:
             blocks = min(-(-n // THREADS), BLOCKS_EACH * self.library.processors)
             self.library.launch(source, kernel, blocks, THREADS, arguments)
@@ -143,11 +143,11 @@ class Kernels:
     # Reductions
 
     def reduce(self, op: str, dtype: npt.DTypeLike, vectors: Sequence[Vector], out: Vector) -> None:
-        """:func:`hpccomm.kernels.reductions.reduce`: ``out`` may be one of the vectors; bfloat16 as its bits."""
+        """:func:`reduce <hpccomm.kernels.reductions.reference.reduce>`; ``out`` may be one of the vectors."""
         self.reduce_at(op, code_of(dtype), [address_of(each) for each in vectors], address_of(out), int(out.size))
 
     def reduce_at(self, op: str, code: str, vectors: Sequence[int], out: int, n: int) -> None:
-        """:meth:`reduce` of vectors that are known by their addresses, ``n`` elements each."""
+        """:meth:`reduce` of vectors given by their addresses, ``n`` elements each."""
         width = 16 // bytes_each("bfloat16" if code == "bf16" else code)
         packs = n // width if all(each % 16 == 0 for each in (*vectors, out)) else 0
         self._launch_loop(
@@ -164,14 +164,16 @@ class Kernels:
     # Threshold and selection
 
     def _select(self, kernel: str, n: int, arguments: Sequence[Any], *dtypes: npt.DTypeLike) -> tuple[list[Any], bool]:
-        """All that a selecting kernel finds, one array for each dtype, and whether all elements were finite."""
+        """The results of a selecting kernel, one array for each dtype, and whether all elements were finite."""
         tiles = -(-n // TILE)
-        rooms = [self.xp.empty(n, dtype) for dtype in dtypes]
+        buffers = [self.xp.empty(n, dtype) for dtype in dtypes]
         state = self.xp.zeros(HEADER_WORDS + tiles, np.uint64)
         if n:
-            self.library.launch(source("compression"), kernel, tiles, THREADS, (*arguments, *rooms, np.int64(n), state))
+            self.library.launch(
+                source("compression"), kernel, tiles, THREADS, (*arguments, *buffers, np.int64(n), state)
+            )
         _, count, odd = to_host(state[:HEADER_WORDS]).tolist()
-        return [room[:count].copy() for room in rooms], not odd
+        return [buffer[:count].copy() for buffer in buffers], not odd
 
     def threshold_words(
         self, residual: Vector, gradient: Vector | None, out: Vector, tau: float
@@ -193,7 +195,7 @@ class Kernels:
         return index, finite
 
     def kth_magnitude(self, values: Vector, rank: int) -> float:
-        """:func:`reference.ranked_magnitude`."""
+        """:func:`reference.kth_magnitude`."""
         return float(self.xp.sort(self.xp.abs(values))[values.size - rank])
 
     def sample(self, x: Vector, plan: reference.SamplePlan) -> Vector:
@@ -256,7 +258,7 @@ class Kernels:
         threshold = 0.0
         if plan is not None:
             g, u, v = (self.sample(each, plan) for each in (gradient, momentum, velocity))
-            self._launch_momentum(g, u, v, m, math.nan, nesterov, mask)  # accumulates: nothing reaches the threshold
+            self._launch_momentum(g, u, v, m, math.nan, nesterov, mask)  # only accumulates: no velocity reaches NaN
             threshold = self.kth_magnitude(v, plan.rank)
         (index, values, kept), finite = self._launch_momentum(
             gradient, momentum, velocity, m, threshold, nesterov, mask
@@ -277,7 +279,7 @@ class Kernels:
         return index, values, True
 
     def scatter_add(self, messages: Sequence[tuple[Vector, Vector]], out: Vector) -> None:
-        """:func:`reference.scatter_add`: one launch a message, so that the order is that of the messages."""
+        """:func:`reference.scatter_add`: one launch a message, which keeps the order of the messages."""
         for index, values in messages:
             self._launch_loop(
                 source("compression"), "scatter_add", index.size, index, values, np.int64(index.size), out
@@ -312,7 +314,7 @@ class Kernels:
         return float(total[0])
 
     def moments(self, x: Vector) -> tuple[float, float]:
-        """:func:`reference.moments`; one block, since each lane adds its elements in order."""
+        """:func:`reference.moments`; one block, because each lane adds its elements in order."""
         totals = self.xp.empty(2, np.float64)
         arguments = x, np.int64(x.size), totals
         self.library.launch(source("compression"), "moment_totals", 1, reference.LANES, arguments)
@@ -350,13 +352,13 @@ class Kernels:
     def _addresses(self, vectors: Sequence[Vector]) -> Vector:
         return self.xp.asarray(np.array([address_of(each) for each in vectors], np.uint64))
 
-    # Optimizers: as hpccomm.kernels.optimizers_reference; bounds are on the host, rates on either side
+    # Optimizers, as in hpccomm.kernels.optimizers.reference; bounds are on the host, rates on host or device
 
     def _tiles(self, bounds: npt.NDArray[np.int64]) -> Tiles:
         return tiles_on(self.xp, bounds.tobytes())
 
     def _launch_tiles(self, kernel: str, w: Vector, bounds: npt.NDArray[np.int64], *arguments: Any) -> Tiles:
-        """A kernel that takes a tile of a tensor a block."""
+        """Launch a kernel with one block a tile."""
         tiles = self._tiles(bounds)
         if tiles.count:
             name = f"{kernel}_{code_of(w.dtype)}"
@@ -374,7 +376,7 @@ class Kernels:
         return self.xp.empty(2 * LANES * self._tiles(bounds).count, np.float64)
 
     def sum_of_squares(self, x: Vector) -> float:
-        """:func:`sum_of_squares <hpccomm.kernels.optimizers_reference.sum_of_squares>`."""
+        """:func:`sum_of_squares <hpccomm.kernels.optimizers.reference.sum_of_squares>`."""
         return float(self.lars_sums(x, x, x, np.array([[0, x.size]], np.int64), [0], 1, 0, False, GRADIENT)[0, 0])
 
     def lars_sums(
@@ -389,7 +391,7 @@ class Kernels:
         nesterov: bool,
         whose: int,
     ) -> Sums:
-        """:func:`lars_sums <hpccomm.kernels.optimizers_reference.lars_sums>`; the sums come to the host."""
+        """:func:`lars_sums <hpccomm.kernels.optimizers.reference.lars_sums>`; the sums are copied to the host."""
         partial = self._partial_sums(bounds)
         numbers = *scalars(w, scale, mu), np.int32(nesterov), np.int32(whose)
         tiles = self._launch_tiles("lars_sums", w, bounds, w, g, v, self._rates(decay, w), *numbers, partial)
@@ -410,7 +412,7 @@ class Kernels:
         mu: Any,
         nesterov: bool,
     ) -> None:
-        """:func:`lars_step <hpccomm.kernels.optimizers_reference.lars_step>`."""
+        """:func:`lars_step <hpccomm.kernels.optimizers.reference.lars_step>`."""
         rates = (self._rates(each, w) for each in (decay, first, last))
         numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
         self._launch_tiles("lars_step", w, bounds, w, g, v, out, *rates, *numbers)
@@ -429,10 +431,10 @@ class Kernels:
         mu: Any,
         nesterov: bool,
     ) -> None:
-        """:func:`lars_place <hpccomm.kernels.optimizers_reference.lars_apply>`."""
+        """:func:`lars_apply <hpccomm.kernels.optimizers.reference.lars_apply>`."""
         rates = (self._rates(each, w) for each in (decay, first, last))
         numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
-        self._launch_tiles("lars_place", w, bounds, w, g, v, *rates, *numbers)
+        self._launch_tiles("lars_apply", w, bounds, w, g, v, *rates, *numbers)
 
     def lamb_moments(
         self,
@@ -445,7 +447,7 @@ class Kernels:
         decay: Any,
         *numbers: Any,
     ) -> Sums:
-        """:func:`lamb_moments <hpccomm.kernels.optimizers_reference.lamb_moments>`; the sums come to the host."""
+        """:func:`lamb_moments <hpccomm.kernels.optimizers.reference.lamb_moments>`; the sums are copied to the host."""
         partial = self._partial_sums(bounds)
         rates = self._rates(decay, w)
         tiles = self._launch_tiles("lamb_moments", w, bounds, w, g, m, v, out, rates, *scalars(w, *numbers), partial)
@@ -461,19 +463,19 @@ class Kernels:
         decay: Any,
         *numbers: Any,
     ) -> None:
-        """:func:`adam_step <hpccomm.kernels.optimizers_reference.adam_step>`."""
+        """:func:`adam_step <hpccomm.kernels.optimizers.reference.adam_step>`."""
         self._launch_tiles("adam_step", w, bounds, w, g, m, v, self._rates(decay, w), *scalars(w, *numbers))
 
     def scale_tensors(self, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
-        """:func:`scaled <hpccomm.kernels.optimizers_reference.scale_tensors>`."""
-        self._launch_tiles("scaled", out, bounds, out, self._rates(factor, out), *scalars(out, last))
+        """:func:`scale_tensors <hpccomm.kernels.optimizers.reference.scale_tensors>`."""
+        self._launch_tiles("scale_tensors", out, bounds, out, self._rates(factor, out), *scalars(out, last))
 
     def add_scaled(self, w: Vector, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
-        """:func:`added <hpccomm.kernels.optimizers_reference.add_scaled>`."""
-        self._launch_tiles("added", w, bounds, w, out, self._rates(factor, w), *scalars(w, last))
+        """:func:`add_scaled <hpccomm.kernels.optimizers.reference.add_scaled>`."""
+        self._launch_tiles("add_scaled", w, bounds, w, out, self._rates(factor, w), *scalars(w, last))
 
     def _rates(self, rates: Any, w: Vector) -> Vector:
-        """A number for each tensor, on the device."""
+        """One number for each tensor, on the device."""
         return self.xp.asarray(rates, dtype=w.dtype)
 
 
@@ -508,17 +510,17 @@ def scalars(w: Vector, *numbers: Any) -> tuple[Any, ...]:
 
 
 def null_if_none(vector: Vector | None) -> Any:
-    """A vector, or the address of none."""
+    """A vector, or a null address."""
     return np.uint64(0) if vector is None else vector
 
 
 def address_of(vector: Vector) -> int:
-    """Where a vector begins, on a device or the host."""
+    """The address of a vector, on a device or the host."""
     known = getattr(vector, "__cuda_array_interface__", None) or vector.__array_interface__
     return int(known["data"][0])
 
 
 def to_host(vector: Vector) -> npt.NDArray[Any]:
     """A vector as NumPy array; waits for the device."""
-    brought: npt.NDArray[Any] = vector.get() if hasattr(vector, "get") else np.asarray(vector)
-    return brought
+    copied: npt.NDArray[Any] = vector.get() if hasattr(vector, "get") else np.asarray(vector)
+    return copied

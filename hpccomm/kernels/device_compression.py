@@ -1,7 +1,7 @@
-"""Compression of vectors on a device: they stay there, what a message is made of is on the host.
+"""Compression of vectors on a device: vectors stay on the device, messages are on the host.
 
-Indices, words, values, bits and scales are small beside the vectors that they come from: they are brought down when
-they have been made, and up before they are added.
+Indices, words, values, bits and scales are small beside the vectors.  They are copied to the host after they are made,
+and to the device before they are added.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.kernels import compression_reference as reference
 from hpccomm.kernels import cuda
-from hpccomm.kernels.compression_reference import Indices, Octets
+from hpccomm.kernels.compression import reference
+from hpccomm.kernels.compression.reference import Indices, Octets
 from hpccomm.kernels.cuda import Kernels, Vector, to_host
 
 
 class DeviceCompression:
-    """Those functions of :mod:`hpccomm.kernels.compression_reference` that compressors for devices call, same bits."""
+    """The functions of :mod:`hpccomm.kernels.compression.reference` that compressors call on a device, same bits."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels, self.xp = kernels, kernels.xp
@@ -35,7 +35,7 @@ class DeviceCompression:
     # Threshold and selection
 
     def density_threshold(self, residual: Vector, gradient: Vector | None, density: float, step: int) -> float:
-        """:func:`reference.density_threshold`; only a magnitude comes to the host."""
+        """:func:`reference.density_threshold`; only one magnitude is copied to the host."""
         n = residual.size
         plan = reference.sample_plan(n, max(1, math.ceil(density * n)), step)
         if plan is not None:
@@ -69,8 +69,8 @@ class DeviceCompression:
 
     def scatter_add(self, messages: Sequence[tuple[Indices, reference.Vector]], out: Vector) -> None:
         """:func:`reference.scatter_add`."""
-        up = self.xp.asarray
-        self.kernels.scatter_add([(up(index), up(values)) for index, values in messages], out)
+        to_device = self.xp.asarray
+        self.kernels.scatter_add([(to_device(index), to_device(values)) for index, values in messages], out)
 
     # One bit an element
 
@@ -102,5 +102,5 @@ class DeviceCompression:
 
 
 def device_kernels() -> DeviceCompression:
-    """By the kernels of the current device."""
+    """The functions for the current device."""
     return DeviceCompression(cuda.kernels())

@@ -1,4 +1,4 @@
-"""The kernels for a vector: the device's where it lies on one, else the compiled ones, else their NumPy reference."""
+"""The kernels for a vector: those of the device that holds it, or compiled ones, or the NumPy reference."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import Any
 
 from hpccomm.arrays import is_on_device
-from hpccomm.kernels import compression_reference
+from hpccomm.kernels.compression import reference
 
 
 def compression(vector: Any = None) -> Any:
-    """The functions of :mod:`hpccomm.kernels.compression_reference`, with their bits, where ``vector`` lies.
+    """The functions of :mod:`hpccomm.kernels.compression.reference`, with the same bits, for the memory of ``vector``.
 
     On a device they are those of :class:`~hpccomm.kernels.device_compression.DeviceCompression`.
     """
@@ -25,9 +25,9 @@ def compression(vector: Any = None) -> Any:
 
 @cache
 def host_kernels() -> ModuleType:
-    """:mod:`hpccomm.kernels.compression`, or its reference where Numba is not installed."""
+    """:mod:`hpccomm.kernels.compression.compiled`, or its reference where Numba is not installed."""
     if importlib.util.find_spec("numba") is None:
-        return compression_reference
-    from hpccomm.kernels import compression as compiled
+        return reference
+    from hpccomm.kernels.compression import compiled
 
     return compiled

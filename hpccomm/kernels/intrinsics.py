@@ -1,7 +1,7 @@
-"""The same as :mod:`hpccomm.kernels.memory`, as machine instructions: intrinsics for functions compiled by Numba.
+"""Memory operations as machine instructions: intrinsics with the names of :mod:`hpccomm.kernels.shared_memory.memory`.
 
-A flag is written with a store-release after the data it speaks of and read with a load-acquire before that data; this
-orders the two on every processor (plain moves on x86, ``stlr`` and ``ldar`` on ARM).
+A rank writes a flag with a store-release after the data, and reads it with a load-acquire before the data; this orders
+the two on every processor (plain moves on x86, ``stlr`` and ``ldar`` on ARM).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ CLOCK_MONOTONIC = 1
 VECTOR_BYTES = 64
 """Bytes of one vector."""
 UNROLL = 4
-"""Vectors under way at a time."""
+"""Vectors loaded before the first is stored."""
 STACK_ELEMENTS = 2048
-"""Elements that are reduced together, in the first-level cache."""
+"""Elements reduced together, in the first-level cache."""
 
 
 def pointer(builder: Any, address: Any, to: Any = I64) -> Any:
@@ -42,7 +42,7 @@ def external(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
 
 @intrinsic
 def load(context: Any, address: Any) -> Any:
-    """A word that no other process writes meanwhile."""
+    """Read a word that no other process writes at the same time."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(pointer(builder, args[0]))
@@ -63,7 +63,7 @@ def store(context: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def load_acquire(context: Any, address: Any) -> Any:
-    """A word of another process; what that process wrote before it is seen from now on."""
+    """Read a word of another process; all that this process wrote before it is visible afterwards."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load_atomic(pointer(builder, args[0]), "acquire", 8)
@@ -73,7 +73,7 @@ def load_acquire(context: Any, address: Any) -> Any:
 
 @intrinsic
 def store_release(context: Any, address: Any, value: Any) -> Any:
-    """Write a word so that whoever sees it sees all that was written before."""
+    """Write a word; a process that sees it also sees everything written before."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store_atomic(args[1], pointer(builder, args[0]), "release", 8)
@@ -84,7 +84,7 @@ def store_release(context: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def copy(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
-    """Copy bytes; the two do not overlap, or are the same."""
+    """Copy bytes; source and target are disjoint or equal."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         to, source = pointer(builder, args[0], I8), pointer(builder, args[1], I8)
@@ -123,8 +123,8 @@ def copy_nontemporal(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
 def fetch(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
     """Copy bytes that another core wrote last, with vector loads.
 
-    Measured on Zen 4: twice as fast there as the C library, which uses the string instruction; for storing into lines
-    that another core holds, the C library is as fast and does not need them.
+    Measured on Zen 4: twice as fast as the C library, which uses the string instruction.  To store into lines that
+    another core holds, the C library is as fast.
     """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -144,21 +144,21 @@ def fetch(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
 
 def call_process_vm(builder: Any, call: str, pid: Any, here: Any, there: Any, nbytes: Any) -> Any:
-    """``process_vm_readv`` or ``process_vm_writev`` with one ``struct iovec`` on either side."""
-    span = ir.ArrayType(I64, 2)
-    spans = []
+    """Call ``process_vm_readv`` or ``process_vm_writev`` with one ``struct iovec`` on either side."""
+    iovec = ir.ArrayType(I64, 2)
+    iovecs = []
     for address in (here, there):
-        place = cgutils.alloca_once(builder, span)
-        builder.store(builder.insert_value(builder.insert_value(span(ir.Undefined), address, 0), nbytes, 1), place)
-        spans += [builder.bitcast(place, I64.as_pointer()), ir.Constant(I64, 1)]
+        place = cgutils.alloca_once(builder, iovec)
+        builder.store(builder.insert_value(builder.insert_value(iovec(ir.Undefined), address, 0), nbytes, 1), place)
+        iovecs += [builder.bitcast(place, I64.as_pointer()), ir.Constant(I64, 1)]
     kinds = [I32, I64.as_pointer(), I64, I64.as_pointer(), I64, I64]
     function = external(builder, call, I64, kinds)
-    return builder.call(function, [builder.trunc(pid, I32), *spans, ir.Constant(I64, 0)])
+    return builder.call(function, [builder.trunc(pid, I32), *iovecs, ir.Constant(I64, 0)])
 
 
 @intrinsic
 def pull(context: Any, pid: Any, to: Any, source: Any, nbytes: Any) -> Any:
-    """Copy bytes of another process; how many, or -1."""
+    """Copy bytes of another process; returns their number, or -1."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pid, to, source, nbytes = args
@@ -169,7 +169,7 @@ def pull(context: Any, pid: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
 @intrinsic
 def push(context: Any, pid: Any, to: Any, source: Any, nbytes: Any) -> Any:
-    """Copy bytes into another process; how many, or -1."""
+    """Copy bytes into another process; returns their number, or -1."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pid, to, source, nbytes = args
@@ -179,13 +179,13 @@ def push(context: Any, pid: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
 
 def memcpy(builder: Any, to: Any, source: Any, nbytes: Any) -> None:
-    """The C library's."""
+    """Call the C library."""
     cgutils.raw_memcpy(builder, pointer(builder, to, I8), pointer(builder, source, I8), nbytes, 1)
 
 
 @intrinsic
 def pause(context: Any) -> Any:
-    """Tell the processor that this is a waiting loop."""
+    """Tell the processor that this is a spin loop."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if X86:
@@ -199,7 +199,7 @@ def pause(context: Any) -> Any:
 
 @intrinsic
 def yield_cpu(context: Any) -> Any:
-    """Let another process have the core."""
+    """Yield the core to another process."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.call(external(builder, "sched_yield", I32, []), [])
@@ -210,7 +210,7 @@ def yield_cpu(context: Any) -> Any:
 
 @intrinsic
 def nanoseconds(context: Any) -> Any:
-    """A clock that never goes back."""
+    """A monotonic clock."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         time = cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
@@ -238,7 +238,7 @@ def fold(context: Any, handle: Any, sources: Any, k: Any, first: Any, out: Any, 
 
 @intrinsic
 def stack_buffer(context: Any, sample: Any) -> Any:
-    """``ROOM`` elements of the type of ``sample`` on the stack."""
+    """``STACK_ELEMENTS`` elements of the type of ``sample`` on the stack."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element = context.get_data_type(sample)
@@ -250,7 +250,7 @@ def stack_buffer(context: Any, sample: Any) -> Any:
 
 
 def scope(builder: Any) -> Any:
-    """The sources of a reduction, as far as its result is concerned."""
+    """The alias scope of a reduction: its sources, which its result does not alias."""
     module = builder.module
     domain = module.add_metadata(["hpccomm.reduction"])
     return module.add_metadata([module.add_metadata(["hpccomm.sources", domain])])
@@ -270,9 +270,9 @@ def element(context: Any, source: Any, i: Any) -> Any:
 
 @intrinsic
 def set_element(context: Any, out: Any, i: Any, value: Any) -> Any:
-    """``out[i] = value``, where ``out`` is a source itself or does not touch one.
+    """``out[i] = value``, where ``out`` is one of the sources or overlaps none.
 
-    The compiler may then take many elements at once: each is written after it was read, and never read again.
+    The compiler may then vectorise: each element is written after it was read, and never read again.
     """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -287,7 +287,7 @@ def set_element(context: Any, out: Any, i: Any, value: Any) -> Any:
 
 @intrinsic
 def bits(context: Any, value: Any) -> Any:
-    """A float32 as the integer it is stored as."""
+    """The bits of a float32 as an integer."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], I32)
@@ -297,7 +297,7 @@ def bits(context: Any, value: Any) -> Any:
 
 @intrinsic
 def float_of(context: Any, value: Any) -> Any:
-    """The float32 that an integer stands for."""
+    """The float32 with these bits."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
@@ -308,12 +308,12 @@ def float_of(context: Any, value: Any) -> Any:
 OTHER_PROCESSOR = config.CPU_NAME or config.CPU_FEATURES  # type: ignore[attr-defined]
 F16C = llvmlite.binding.get_host_cpu_features().get("f16c", False) and not OTHER_PROCESSOR
 HALF_INSTRUCTIONS = ARM or (X86 and F16C)
-"""Whether the processor converts between float16 and float32 itself."""
+"""Whether the processor has instructions that convert between float16 and float32."""
 
 
 @intrinsic
 def half_to_float(context: Any, word: Any) -> Any:
-    """The float32 of a float16 given as its bits."""
+    """The float32 value of a float16, given as its bits."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())

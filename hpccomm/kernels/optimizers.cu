@@ -1,6 +1,6 @@
-// Optimizer steps on flat vectors: same functions, same bits as optimizers_reference.py, in float32 and float64.
+// Optimizer steps on flat vectors: same functions, same bits as optimizers/reference.py, in float32 and float64.
 //
-// w weights, g gradient, m and v moments, a table of tensors.  A block of 128 threads takes one tile: up to 1024 elements
+// w weights, g gradient, m and v moments, a table of tensors.  A block of 128 threads processes one tile: up to 1024 elements
 // of one tensor.  rows[tile] is its tensor, starts[tile] its first element, ends[row] where the tensor ends.
 
 const int BLOCK = 1024, LANES = 128, TIMES = BLOCK / LANES;
@@ -13,7 +13,7 @@ const int GRADIENT = 0, DECAYED = 1;
     _Pragma("unroll") for (int j = 0; j < TIMES; j++) \
         if (i64 i = begin + j * LANES; i < end)
 
-// Squares of a tile: a thread adds those of its lane one after the other, in float64 where T's range might not do
+// Squares of a tile: a thread adds those of its lane in order, in float64 where the range of T may not suffice
 
 const double LOW = 0x1p-100, HIGH = 0x1.fffffep127;
 
@@ -30,14 +30,14 @@ template <class T> struct Squares {
         for (int j = 0; j < TIMES; j++) total = total + (R)of[j] * (R)of[j];
         return total;
     }
-    EVERY double folded() const
+    EVERY double fold() const
     {
         double total = sum<T>();
         return total >= LOW && total <= HIGH ? total : sum<double>();
     }
 };
 
-// partial: (tiles, 128) lanes; sums[row, which]: the lanes of a tensor's tiles one after another, folded in halves
+// partial: (tiles, 128) lanes; sums[row, which]: the lanes of a tensor's tiles added in order, then folded in halves
 
 KERNEL(row_totals, const double *partial, const i64 *first_tiles, double *sums, i64 tiles)  // grid: rows by 2
 {
@@ -55,7 +55,7 @@ KERNEL(row_totals, const double *partial, const i64 *first_tiles, double *sums, 
     if (threadIdx.x == 0) sums[blockIdx.x] = lanes[0];
 }
 
-template <class T> EVERY T output(T s, T moved, T mu, int nesterov) { return nesterov ? s + mu * moved : moved; }
+template <class T> EVERY T output(T s, T v, T mu, int nesterov) { return nesterov ? s + mu * v : v; }
 
 template <class T>
 EVERY void lars_sums(const int *rows, const i64 *starts, const i64 *ends, const T *w, const T *g, const T *v,
@@ -71,8 +71,8 @@ EVERY void lars_sums(const int *rows, const i64 *starts, const i64 *ends, const 
         others.take(j, s);
     }
     i64 lane = (i64)blockIdx.x * LANES + threadIdx.x;
-    partial[lane] = ours.folded();
-    partial[(i64)gridDim.x * LANES + lane] = others.folded();
+    partial[lane] = ours.fold();
+    partial[(i64)gridDim.x * LANES + lane] = others.fold();
 }
 
 template <class T, bool in_place>
@@ -82,9 +82,9 @@ EVERY void lars_step(const int *rows, const i64 *starts, const i64 *ends, T *w, 
     FOR_TILE(i, j, row)
     {
         T s = ((g[i] * scale + decay[row] * w[i]) * first[row]) * second;
-        T moved = s + mu * v[i];
-        v[i] = moved;
-        T step = output(s, moved, mu, nesterov) * last[row];
+        T velocity = s + mu * v[i];
+        v[i] = velocity;
+        T step = output(s, velocity, mu, nesterov) * last[row];
         if (in_place) w[i] += step;
         else out[i] = step;
     }
@@ -120,8 +120,8 @@ EVERY void lamb_moments(const int *rows, const i64 *starts, const i64 *ends, con
         others.take(j, step);
     }
     i64 lane = (i64)blockIdx.x * LANES + threadIdx.x;
-    partial[lane] = ours.folded();
-    partial[(i64)gridDim.x * LANES + lane] = others.folded();
+    partial[lane] = ours.fold();
+    partial[(i64)gridDim.x * LANES + lane] = others.fold();
 }
 
 template <class T>
@@ -152,7 +152,7 @@ EVERY void adam_step(const int *rows, const i64 *starts, const i64 *ends, T *w, 
     { \
         lars_step<T, false>(rows, starts, ends, (T *)w, g, v, out, decay, first, last, scale, second, mu, nesterov); \
     } \
-    KERNEL(lars_place_##code, TILES, T *w, const T *g, T *v, const T *decay, const T *first, const T *last, T scale, \
+    KERNEL(lars_apply_##code, TILES, T *w, const T *g, T *v, const T *decay, const T *first, const T *last, T scale, \
            T second, T mu, int nesterov) \
     { \
         lars_step<T, true>(rows, starts, ends, w, g, v, (T *)0, decay, first, last, scale, second, mu, nesterov); \
@@ -168,11 +168,11 @@ EVERY void adam_step(const int *rows, const i64 *starts, const i64 *ends, T *w, 
         Adam<T> adam = {scale, b1, c1, b2, c2, k1, k2, eps}; \
         adam_step<T>(rows, starts, ends, w, g, m, v, decay, adam, last); \
     } \
-    KERNEL(scaled_##code, TILES, T *out, const T *factor, T last) \
+    KERNEL(scale_tensors_##code, TILES, T *out, const T *factor, T last) \
     { \
         FOR_TILE(i, j, row) out[i] = (out[i] * factor[row]) * last; \
     } \
-    KERNEL(added_##code, TILES, T *w, const T *out, const T *factor, T last) \
+    KERNEL(add_scaled_##code, TILES, T *w, const T *out, const T *factor, T last) \
     { \
         FOR_TILE(i, j, row) w[i] += (out[i] * factor[row]) * last; \
     }

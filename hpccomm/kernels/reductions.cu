@@ -1,20 +1,20 @@
-// Reduce k vectors, ((v0 + v1) + v2) + …: the kernels of reductions.py, one for each operation and dtype.
+// Reduce k vectors, ((v0 + v1) + v2) + …: the kernels of reductions/reference.py, one for each operation and dtype.
 //
-// Each vector is read once, 16 bytes at a time where all of them begin on 16 bytes; `out` may be one of them.
+// Each vector is read once, 16 bytes at a time if all are aligned to 16 bytes; `out` may be one of them.
 
 struct half { u16 word; };
 struct brain { u16 word; };
 template <class T> struct alignas(2 * sizeof(T)) pair { T re, im; };
 
-// How an element is read and written
+// Reading and writing an element
 
 template <class T> struct wide { typedef T type; };
 template <> struct wide<half> { typedef float type; };
 template <> struct wide<brain> { typedef float type; };
 
-template <class T> EVERY T widened(T x) { return x; }
-EVERY float widened(half x) { return from_half(x.word); }
-EVERY float widened(brain x) { return from_brain(x.word); }
+template <class T> EVERY T widen(T x) { return x; }
+EVERY float widen(half x) { return from_half(x.word); }
+EVERY float widen(brain x) { return from_brain(x.word); }
 
 template <class T> struct narrow {
     template <class W> static EVERY T from(W x) { return (T)x; }
@@ -29,7 +29,7 @@ template <class T> struct narrow<pair<T>> {
     static EVERY pair<T> from(pair<T> x) { return x; }
 };
 
-// Operations; integers wrap around, so they are added and multiplied as unsigned ones
+// Operations; integers wrap around, so they are added and multiplied as unsigned
 
 template <class T> struct wrapping { typedef T type; };
 template <> struct wrapping<signed char> { typedef u32 type; };
@@ -96,11 +96,11 @@ template <class Op, class T> EVERY void reduce(const u64 *sources, int k, T *out
         pack<T> part = ((const pack<T> *)sources[0])[i];
         W sum[width];
 #pragma unroll
-        for (int c = 0; c < width; c++) sum[c] = widened(part.element[c]);
+        for (int c = 0; c < width; c++) sum[c] = widen(part.element[c]);
         for (int j = 1; j < k; j++) {
             part = ((const pack<T> *)sources[j])[i];
 #pragma unroll
-            for (int c = 0; c < width; c++) sum[c] = Op::of(sum[c], widened(part.element[c]));
+            for (int c = 0; c < width; c++) sum[c] = Op::of(sum[c], widen(part.element[c]));
         }
 #pragma unroll
         for (int c = 0; c < width; c++) part.element[c] = narrow<T>::from(sum[c]);
@@ -109,12 +109,12 @@ template <class Op, class T> EVERY void reduce(const u64 *sources, int k, T *out
     FOR_EACH(i, n - packs * width)
     {
         i64 at = packs * width + i;
-        W sum = widened(((const T *)sources[0])[at]);
-        for (int j = 1; j < k; j++) sum = Op::of(sum, widened(((const T *)sources[j])[at]));
+        W sum = widen(((const T *)sources[0])[at]);
+        for (int j = 1; j < k; j++) sum = Op::of(sum, widen(((const T *)sources[j])[at]));
         out[at] = narrow<T>::from(sum);
     }
 }
 
-// One operation and dtype: cuda.py asks for those that are used, REDUCTION(sum, add, f4, float)
+// One operation and dtype; cuda.py instantiates those in use, for example REDUCTION(sum, add, f4, float)
 #define REDUCTION(op, combine, code, T) \
     KERNEL(op##_##code, const u64 *sources, int k, T *out, i64 n, i64 packs) { reduce<combine>(sources, k, out, n, packs); }

@@ -1,7 +1,7 @@
-"""Vectors of sixteen float32 and of eight float64 as types of Numba, for loops over addresses.
+"""SIMD vectors of sixteen float32 and of eight float64 as types of Numba, for loops over addresses.
 
-A comparison gives a mask, a uint64 whose bit j speaks of lane j.  LLVM makes of it what the processor has: one
-instruction with AVX-512, several elsewhere.
+A comparison returns a mask, a uint64 whose bit j belongs to lane j.  LLVM lowers it to instructions of the
+processor: one with AVX-512, several elsewhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ float64x8 = Vector("float64x8", DOUBLES)
 
 @register_default(Vector)
 class VectorModel(models.PrimitiveModel):  # type: ignore[misc]
-    """How it lies in a register."""
+    """The representation of a vector in a register."""
 
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, kind.llvm_type)
@@ -90,10 +90,10 @@ def store_doubles(context: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def compiler_fence(context: Any) -> Any:
-    """The compiler moves no load or store across; the processor may.
+    """Keep the compiler, but not the processor, from moving loads and stores across.
 
-    Where it unrolls a loop over lines of memory it mixes their loads, and lines that do not come in order are not
-    foreseen: measured on Zen 4, that halves what comes from memory.
+    A compiler that unrolls a loop over cache lines interleaves their loads, and the hardware prefetcher misses lines
+    that are not read in order: measured on Zen 4, this halves the bandwidth from memory.
     """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -105,7 +105,7 @@ def compiler_fence(context: Any) -> Any:
 
 @intrinsic
 def splat(context: Any, value: Any) -> Any:
-    """The same number sixteen times."""
+    """One number in all sixteen lanes."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         one = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), args[0], ir.Constant(I64, 0))
@@ -129,10 +129,10 @@ def binary_intrinsic(kind: Vector, instruction: str) -> Any:
 
 
 def make_overload(instruction: str) -> Callable[..., Any]:
-    """What Numba asks whether an operator is defined for two types."""
+    """The function that Numba calls to find the implementation of an operator for two types."""
     single, double = binary_intrinsic(float32x16, instruction), binary_intrinsic(float64x8, instruction)
 
-    def defined(a, b):  # type: ignore[no-untyped-def]
+    def find_operator(a, b):  # type: ignore[no-untyped-def]
         both = single if a is float32x16 else double
 
         def result(a, b):  # type: ignore[no-untyped-def]
@@ -140,7 +140,7 @@ def make_overload(instruction: str) -> Callable[..., Any]:
 
         return result if isinstance(a, Vector) and a is b else None
 
-    return defined
+    return find_operator
 
 
 for _operator, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
@@ -176,10 +176,10 @@ def half_intrinsic(first: int) -> Any:
         return builder.fpext(builder.shuffle_vector(args[0], args[0], order), DOUBLES)
 
     @intrinsic
-    def taken(context, value):  # type: ignore[no-untyped-def]
+    def take_half(context, value):  # type: ignore[no-untyped-def]
         return float64x8(float32x16), emit
 
-    return taken
+    return take_half
 
 
 lower_half, upper_half = half_intrinsic(0), half_intrinsic(LANES // 2)
@@ -213,7 +213,7 @@ def magnitude(context: Any, value: Any) -> Any:
 
 @intrinsic
 def greater_equal(context: Any, a: Any, b: Any) -> Any:
-    """The mask of a ≥ b; NaN is not."""
+    """The mask of a ≥ b; false for NaN."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         holds = builder.fcmp_ordered(">=", args[0], args[1])
@@ -224,7 +224,7 @@ def greater_equal(context: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def not_less(context: Any, a: Any, b: Any) -> Any:
-    """The mask of a ≥ b and of NaN in either."""
+    """The mask of a ≥ b; true for NaN in either."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         holds = builder.fcmp_unordered(">=", args[0], args[1])
@@ -267,7 +267,7 @@ def store_bits(context: Any, address: Any, mask: Any) -> Any:
 
 
 def reverse_bits(builder: Any, word: Any) -> Any:
-    """The bits of each byte in the other order."""
+    """The bits of each byte in reverse order."""
     eight = ir.VectorType(I8, 8)
     turned = builder.call(external(builder, "llvm.bitreverse.v8i8", eight, [eight]), [builder.bitcast(word, eight)])
     return builder.bitcast(turned, I64)
@@ -275,7 +275,7 @@ def reverse_bits(builder: Any, word: Any) -> Any:
 
 @intrinsic
 def copy_reversed(context: Any, source: Any, to: Any) -> Any:
-    """Copy 64 bytes, the bits of each in the other order."""
+    """Copy 64 bytes, the bits of each in reverse order."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         line = builder.load(pointer(builder, args[0], LINE), align=1)
@@ -298,7 +298,7 @@ def load_mask(context: Any, address: Any) -> Any:
 
 @intrinsic
 def popcount(context: Any, mask: Any) -> Any:
-    """How many ones a mask has."""
+    """The number of ones in a mask."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.call(external(builder, "llvm.ctpop.i64", I64, [I64]), [args[0]])
@@ -308,7 +308,7 @@ def popcount(context: Any, mask: Any) -> Any:
 
 @intrinsic
 def lowest_bit(context: Any, mask: Any) -> Any:
-    """The place of the lowest one of a mask that has one."""
+    """The position of the lowest one in a mask that is not 0."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         count = external(builder, "llvm.cttz.i64", I64, [I64, ir.IntType(1)])
@@ -340,7 +340,7 @@ def rint(context: Any, value: Any) -> Any:
 
 
 def pointer_to(kind: Any) -> Any:
-    """An intrinsic that makes of an address a pointer to elements of a type."""
+    """An intrinsic that turns an address into a pointer to elements of a type."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -354,7 +354,7 @@ def pointer_to(kind: Any) -> Any:
 
 @register_jitable
 def address_of(x):  # type: ignore[no-untyped-def]
-    """Where an array lies.  Signed as all addresses here: with an unsigned one Numba would add in float64.
+    """The address of an array.  Signed as all addresses here: with an unsigned one Numba would add in float64.
 
     An address does not keep its array: see :func:`hold`.
     """
@@ -363,7 +363,7 @@ def address_of(x):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def hold(context: Any, array: Any) -> Any:
-    """Nothing, but the memory of the array is not given back before."""
+    """Keep the memory of an array alive up to here."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.get_dummy_value()

@@ -1,4 +1,4 @@
-"""Memory that the ranks of a node share: pages of an anonymous file that every rank maps.
+"""Memory that the ranks of a node share: every rank maps the pages of one anonymous file.
 
 *p ranks on one node, r this one.*
 """
@@ -23,10 +23,10 @@ MADV_POPULATE_WRITE = 23  # Linux's mman.h
 class SharedSegment:
     """``nbytes`` zeroed bytes that all ranks of ``node`` share (collective).
 
-    An anonymous file of rank 0 that the others open, else a file in /dev/shm that loses its name at once: nothing stays
-    behind when a job is killed.  What is free is asked before anything is reserved: for an anonymous file the kernel
-    would rather kill processes than refuse.  Then every rank reserves an equal part, so that nothing is missing later
-    and pages lie close to who reserved them.
+    The file is an anonymous file of rank 0 that the others open, or else a file in /dev/shm that is unlinked at once:
+    a killed job leaves nothing behind.  The constructor checks free memory before it reserves any: when memory for an
+    anonymous file runs out, the kernel kills processes instead of refusing.  Then every rank reserves an equal share:
+    no page is missing later, and pages are placed close to the rank that reserved them.
     """
 
     def __init__(self, node: Any, nbytes: int) -> None:
@@ -43,19 +43,19 @@ class SharedSegment:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
 
     def prefault(self) -> None:
-        """Have all pages at hand: the first call that comes to one would wait for it (kernels before 5.14 cannot)."""
+        """Map all pages now, so the first call is not slow (Linux before 5.14 cannot)."""
         with suppress(OSError):
             self.buffer.madvise(MADV_POPULATE_WRITE)
 
     def close(self) -> None:
-        """Give the memory back; arrays that lie in it keep it until they are gone."""
+        """Free the memory; arrays in it keep it until they are gone."""
         self._forget()
         with suppress(BufferError):
             self.buffer.close()
 
 
 def free_bytes() -> int:
-    """Memory that this process may still take: the machine's, or its control groups' if that is less."""
+    """Bytes that this process may still allocate: the machine's, or those of its control groups if that is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     with suppress(OSError):
@@ -73,7 +73,7 @@ GROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def free_in_group(root: str, path: str, limit: str, used: str, cached: str) -> int:
-    """The least that a control group or one of those around it has left; file cache counts as free."""
+    """The least free memory of a control group and the groups that contain it; file cache counts as free."""
     least, folder = 1 << 62, Path(root + path)
     for group in (folder, *folder.parents):
         with suppress(OSError, ValueError):
@@ -86,13 +86,13 @@ def free_in_group(root: str, path: str, limit: str, used: str, cached: str) -> i
 
 
 def open_together(node: Any, size: int) -> int:
-    """One file of ``size`` bytes opened by all ranks."""
+    """Open one file of ``size`` bytes on all ranks."""
     file = open_memfd(node, size)
     return open_shm_file(node, size) if file < 0 else file
 
 
 def open_memfd(node: Any, size: int) -> int:
-    """An anonymous file of rank 0; -1 on all ranks where one of them cannot open it."""
+    """Open an anonymous file of rank 0; -1 on all ranks if one of them cannot open it."""
     file, offer = -1, None
     if node.Get_rank() == 0:
         with suppress(OSError, AttributeError):
@@ -110,7 +110,7 @@ def open_memfd(node: Any, size: int) -> int:
 
 
 def open_peer_file(pid: int, file: int, inode: int) -> int:
-    """Open another process's file; -1 where that is forbidden or it is not that process."""
+    """Open a file of another process; -1 if that is forbidden or the process is a different one."""
     try:
         mine = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -122,25 +122,25 @@ def open_peer_file(pid: int, file: int, inode: int) -> int:
 
 
 def open_shm_file(node: Any, size: int) -> int:
-    """A file in /dev/shm whose name is gone when this returns."""
-    file, path, trouble = -1, None, ""
+    """Open a file in /dev/shm and unlink it before returning."""
+    file, path, problem = -1, None, ""
     if node.Get_rank() == 0:
         try:
             file, path = tempfile.mkstemp(prefix="hpccomm-", dir="/dev/shm")
             os.ftruncate(file, size)
         except OSError as error:
-            trouble = str(error)
+            problem = str(error)
     path = node.bcast(path)
     try:
         if file < 0 and path:
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        trouble = str(error)
+        problem = str(error)
     node.Barrier()
     if path and node.Get_rank() == 0:
         os.unlink(path)
     try:
-        raise_together(node, size, trouble)
+        raise_together(node, size, problem)
     except TransportError:
         if file >= 0:
             os.close(file)
@@ -149,25 +149,25 @@ def open_shm_file(node: Any, size: int) -> int:
 
 
 def map_together(node: Any, file: int, size: int) -> mmap.mmap:
-    """The file as memory; every rank takes its part of the pages."""
-    p, r, pages, trouble = node.Get_size(), node.Get_rank(), size // PAGE, ""
+    """Map the file; every rank reserves its share of the pages."""
+    p, r, pages, problem = node.Get_size(), node.Get_rank(), size // PAGE, ""
     first, last = pages * r // p * PAGE, pages * (r + 1) // p * PAGE
     try:
         if first < last:
             os.posix_fallocate(file, first, last - first)
         memory = mmap.mmap(file, size)
     except (OSError, OverflowError, ValueError) as error:
-        trouble = str(error)
-    raise_together(node, size, trouble)
+        problem = str(error)
+    raise_together(node, size, problem)
     return memory
 
 
-def raise_together(node: Any, size: int, trouble: str) -> None:
-    """Raise on all ranks when one of them is in trouble."""
-    found = [(rank, each) for rank, each in enumerate(node.allgather(trouble)) if each]
+def raise_together(node: Any, size: int, problem: str) -> None:
+    """Raise on all ranks if one of them has a problem."""
+    found = [(rank, each) for rank, each in enumerate(node.allgather(problem)) if each]
     if found:
         raise TransportError(
-            f"{size:,} bytes of memory shared by {node.Get_size()} ranks are not to be had (local rank {found[0][0]}: "
+            f"{size:,} bytes of memory shared by {node.Get_size()} ranks are not available (local rank {found[0][0]}: "
             f"{found[0][1]}): allow the job or container more memory (docker run --shm-size), "
             "or use algorithm='native'"
         )

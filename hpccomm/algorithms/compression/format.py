@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from hpccomm.arrays import is_on_device, to_device_like
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels import compression_reference as reference
 from hpccomm.kernels import dispatch
-from hpccomm.kernels.compression_reference import Indices, Octets, Vector
+from hpccomm.kernels.compression import reference
+from hpccomm.kernels.compression.reference import Indices, Octets, Vector
 
 Message = npt.NDArray[np.uint8]
 

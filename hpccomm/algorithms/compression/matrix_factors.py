@@ -19,8 +19,8 @@ from hpccomm.algorithms.compression.format import (
     message_of,
 )
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels.compression_reference import Vector
+from hpccomm.kernels.compression import reference
+from hpccomm.kernels.compression.reference import Vector
 
 
 def low_rank(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> Compressor:

@@ -24,8 +24,8 @@ from hpccomm.algorithms.compression.format import (
     narrow_values,
 )
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels.compression_reference import Vector
+from hpccomm.kernels.compression import reference
+from hpccomm.kernels.compression.reference import Vector
 
 
 def none() -> Compressor:

@@ -34,8 +34,8 @@ from hpccomm.algorithms.compression.format import (
 )
 from hpccomm.arrays import to_device_like, to_host
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels.compression_reference import Indices, Vector
+from hpccomm.kernels.compression import reference
+from hpccomm.kernels.compression.reference import Indices, Vector
 
 DECAY = 0.5 ** (1 / 20)
 MIN_DENSITY, MAX_DENSITY, FIRST_DENSITY = 1e-4, 1e-2, 1e-3

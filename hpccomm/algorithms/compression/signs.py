@@ -20,7 +20,7 @@ from hpccomm.algorithms.compression.format import (
     message_of,
 )
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.compression_reference import Octets, Vector
+from hpccomm.kernels.compression.reference import Octets, Vector
 
 
 def onebit(scale: Literal["l1", "per-sign"] = "l1") -> Compressor:

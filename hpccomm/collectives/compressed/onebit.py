@@ -25,7 +25,7 @@ from hpccomm.collectives.compressed.messages import (
     check_arguments,
 )
 from hpccomm.collectives.engine import even_cuts
-from hpccomm.kernels.compression_reference import Octets, Vector
+from hpccomm.kernels.compression.reference import Octets, Vector
 from hpccomm.kernels.dispatch import compression as kernels
 
 

@@ -44,7 +44,7 @@ from hpccomm.collectives.compressed.messages import (
 )
 from hpccomm.collectives.engine import even_cuts
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.compression_reference import Indices, Octets, Vector
+from hpccomm.kernels.compression.reference import Indices, Octets, Vector
 from hpccomm.kernels.dispatch import compression as kernels
 from hpccomm.layout import ETHERNET, Link
 

@@ -1,7 +1,7 @@
-"""Optimizer steps on flat vectors, in NumPy: this defines the answer of :mod:`hpccomm.kernels.optimizers`, bit for bit.
+"""Optimizer steps on flat vectors in NumPy, which define every bit of :mod:`hpccomm.kernels.optimizers.loops`.
 
-*w weights, g gradient, m and v moments, u or ``out`` the direction; a table of k tensors: ``bounds`` (k, 2) where each
-begins and ends, rates (k,) of the vectors' dtype.*  Vectors are float32 or float64, contiguous; every scalar is of
+*w weights, g gradient, m and v moments, u or ``out`` the direction; a table of k tensors: ``bounds`` (k, 2) with start
+and end of each, rates (k,) of the vectors' dtype.*  Vectors are float32 or float64, contiguous; every scalar is of
 their dtype, and every operation is rounded to it, in the order written here.  Sums of squares are float64 beyond eight
 elements: see :func:`sum_of_squares`.
 """
@@ -19,18 +19,18 @@ Sums = npt.NDArray[np.float64]
 BLOCK, LANES = 1024, 128
 
 LOW, HIGH = 2.0**-100, float(np.finfo(np.float32).max)
-"""Between these a sum of eight squares is taken as it is."""
+"""Between these a float32 sum of eight squares is accurate."""
 
 GRADIENT, DECAYED_GRADIENT, UPDATE = 0, 1, 2
-"""Whose norm :func:`lars_sums` takes besides the weights': g, g + λw, or the momentum's output."""
+"""The second norm of :func:`lars_sums`, besides that of the weights: of g, g + λw, or the momentum's output."""
 
 
 def sum_of_squares(x: Vector) -> float:
     """Σ x²: 128 lanes; a block adds eight squares to each in x's own precision, the blocks are added in float64.
 
-    Eight float32 squares are wrong by 2⁻²¹ of their sum at most, whatever the length of x.  A block's lane below 2⁻¹⁰⁰
-    or beyond float32's numbers is summed in float64 instead: nothing over- or underflows.  What the last block lacks is
-    zeros; in the end the lanes are folded in halves.
+    The sum of eight float32 squares has a relative error of at most 2⁻²¹, whatever the length of x.  A lane of a block
+    below 2⁻¹⁰⁰ or beyond float32 is summed in float64 instead, so nothing over- or underflows.  The last block is
+    padded with zeros; at the end the lanes are folded in halves.
     """
     blocks = np.zeros((-(-x.size // BLOCK), BLOCK // LANES, LANES), x.dtype)
     blocks.reshape(-1)[: x.size] = x
@@ -50,7 +50,7 @@ def sum_of_squares(x: Vector) -> float:
 
 
 def add_rows(blocks: Vector) -> Vector:
-    """The rows of each block, one after the other."""
+    """Add the rows of each block, in order."""
     total = blocks[:, 0].copy()
     for row in range(1, blocks.shape[1]):
         total += blocks[:, row]
@@ -124,7 +124,7 @@ def lars_apply(
     last: Vector,
     *numbers: Any,
 ) -> None:
-    """As :func:`lars_step`, onto the weights."""
+    """As :func:`lars_step`, added to the weights."""
     out = np.empty_like(w)
     lars_step(w, g, v, out, bounds, decay, first, last, *numbers)
     for lo, hi in bounds:

@@ -1,6 +1,6 @@
-"""The functions of :mod:`hpccomm.kernels.optimizers_reference`, compiled: each vector is read and written once.
+"""The functions of :mod:`hpccomm.kernels.optimizers.reference`, compiled: each vector is read and written once.
 
-A function is compiled for a dtype when it is first asked for and kept on disk.
+A function is compiled for a dtype at the first request and cached on disk.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
-from hpccomm.kernels.compiled import compile_cached, jit
-from hpccomm.kernels.optimizers_reference import BLOCK, DECAYED_GRADIENT, GRADIENT, HIGH, LANES, LOW
+from hpccomm.kernels.compiler import compile_cached, jit
+from hpccomm.kernels.optimizers.reference import BLOCK, DECAYED_GRADIENT, GRADIENT, HIGH, LANES, LOW
 from hpccomm.kernels.simd import (
     address_of,
     compiler_fence,
@@ -30,15 +30,15 @@ from hpccomm.kernels.simd import (
     zero_doubles,
 )
 
-# Slices, because LLVM vectorises a loop over a whole array, but not one whose index might be negative
+# Loops run over slices: LLVM vectorises a loop over a whole array, but not one whose index might be negative
 
 
 @register_jitable(forceinline=True)
-def fold(x, lo, hi, room, lanes):
-    """Add the squares of [lo, hi), a block or what is left of it, to the lanes; ``room`` is for a block."""
+def fold(x, lo, hi, scratch, lanes):
+    """Add the squares of [lo, hi), at most one block, to the lanes; ``scratch`` has room for one block."""
     at, to = address_of(x) + x.itemsize * lo, address_of(lanes)
     if hi - lo < BLOCK:
-        at = pad_block(x[lo:hi], room)
+        at = pad_block(x[lo:hi], scratch)
     if x.itemsize == 8:
         fold_doubles(at, to)
         fold_doubles(at + 4 * LANES, to + 4 * LANES)
@@ -47,17 +47,17 @@ def fold(x, lo, hi, room, lanes):
 
 
 @register_jitable
-def pad_block(x, room):
-    """Copy what is less than a block, with zeros behind; the address."""
+def pad_block(x, scratch):
+    """Copy an incomplete block, padded with zeros; returns the address."""
     for i in range(x.size):
-        room[i] = x[i]
-    room[x.size :] = 0
-    return address_of(room)
+        scratch[i] = x[i]
+    scratch[x.size :] = 0
+    return address_of(scratch)
 
 
 @register_jitable
 def fold_floats(x, lanes):
-    """A block of float32, in registers; nothing is added if a sum is too small or too large, or not a number."""
+    """Add a block of float32, in registers; if a sum is too small, too large or NaN, add nothing and return false."""
     a = b = c = d = e = f = g = h = splat(np.float32(0))
     for row in range(BLOCK // LANES):
         at = x + 4 * LANES * row
@@ -85,7 +85,7 @@ def fold_floats(x, lanes):
 
 @register_jitable
 def is_in_range(sums):
-    """Whether sixteen sums of squares are right as they are."""
+    """Whether sixteen float32 sums of squares are accurate."""
     return greater_equal(sums, splat(np.float32(LOW))) & greater_equal(splat(np.float32(HIGH)), sums) == np.uint64(
         0xFFFF
     )
@@ -93,7 +93,7 @@ def is_in_range(sums):
 
 @register_jitable
 def fold_doubles(x, lanes):
-    """Half the lanes of a block of float64."""
+    """Add half the lanes of a block of float64."""
     a = b = c = d = e = f = g = h = zero_doubles()
     for row in range(BLOCK // LANES):
         at = x + 8 * LANES * row
@@ -114,7 +114,7 @@ def add_doubles(to, x):
 
 @register_jitable
 def fold_doubtful(x, lanes):
-    """A block of float32 once more: sums that are not sure are done in float64."""
+    """Add a block of float32 again, with the inaccurate sums in float64."""
     sums, wide = np.zeros(LANES, np.float32), np.zeros(LANES)
     for row in range(BLOCK // LANES):
         a = floats(x + 4 * LANES * row)
@@ -127,7 +127,7 @@ def fold_doubtful(x, lanes):
 
 @register_jitable
 def drain(lanes):
-    """The sum of the lanes, folded in halves; they are zero afterwards."""
+    """Return the sum of the lanes, folded in halves, and set them to zero."""
     n = lanes.size
     while n > 1:
         n //= 2
@@ -140,37 +140,37 @@ def drain(lanes):
 
 
 @register_jitable
-def fold_all(x, first, stop, room, lanes):
+def fold_all(x, first, stop, scratch, lanes):
     """Add the squares of [first, stop) to the lanes."""
     for lo in range(first, stop, BLOCK):
-        fold(x, lo, min(lo + BLOCK, stop), room, lanes)
+        fold(x, lo, min(lo + BLOCK, stop), scratch, lanes)
 
 
 def sum_of_squares(x):
-    room, lanes = np.empty(BLOCK, x.dtype), np.zeros(LANES)
-    fold_all(x, 0, x.size, room, lanes)
+    scratch, lanes = np.empty(BLOCK, x.dtype), np.zeros(LANES)
+    fold_all(x, 0, x.size, scratch, lanes)
     return drain(lanes)
 
 
 @register_jitable
-def output(s, moved, mu, nesterov):
-    return s + mu * moved if nesterov else moved
+def output(s, velocity, mu, nesterov):
+    return s + mu * velocity if nesterov else velocity
 
 
 def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
     sums = np.zeros((bounds.shape[0], 2))
     ours, others = np.zeros(LANES), np.zeros(LANES)
-    room, other = np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
+    scratch, other = np.empty(BLOCK, w.dtype), np.empty(BLOCK, w.dtype)
     for k in range(bounds.shape[0]):
         if whose == GRADIENT and scale == 1:
-            fold_all(w, bounds[k, 0], bounds[k, 1], room, ours)
-            fold_all(g, bounds[k, 0], bounds[k, 1], room, others)
+            fold_all(w, bounds[k, 0], bounds[k, 1], scratch, ours)
+            fold_all(g, bounds[k, 0], bounds[k, 1], scratch, others)
             sums[k, 0], sums[k, 1] = drain(ours), drain(others)
             continue
         for lo in range(bounds[k, 0], bounds[k, 1], BLOCK):
             hi = min(lo + BLOCK, bounds[k, 1])
             ww, gg, vv, oo, rate = w[lo:hi], g[lo:hi], v[lo:hi], other[: hi - lo], decay[k]
-            fold(w, lo, hi, room, ours)
+            fold(w, lo, hi, scratch, ours)
             if whose == GRADIENT:
                 for i in range(oo.size):
                     oo[i] = gg[i] * scale
@@ -181,7 +181,7 @@ def lars_sums(w, g, v, bounds, decay, scale, mu, nesterov, whose):
                 for i in range(oo.size):
                     s = gg[i] * scale + rate * ww[i]
                     oo[i] = output(s, s + mu * vv[i], mu, nesterov)
-            fold(other, 0, hi - lo, room, others)
+            fold(other, 0, hi - lo, scratch, others)
         sums[k, 0], sums[k, 1] = drain(ours), drain(others)
     return sums
 
@@ -193,9 +193,9 @@ def lars_step(w, g, v, out, bounds, decay, first, last, scale, second, mu, neste
         rate, one, end = decay[row], first[row], last[row]
         for i in range(ww.size):
             s = ((gg[i] * scale + rate * ww[i]) * one) * second
-            moved = s + mu * vv[i]
-            vv[i] = moved
-            oo[i] = output(s, moved, mu, nesterov) * end
+            velocity = s + mu * vv[i]
+            vv[i] = velocity
+            oo[i] = output(s, velocity, mu, nesterov) * end
 
 
 def lars_apply(w, g, v, bounds, decay, first, last, scale, second, mu, nesterov):
@@ -205,20 +205,20 @@ def lars_apply(w, g, v, bounds, decay, first, last, scale, second, mu, nesterov)
         rate, one, end = decay[row], first[row], last[row]
         for i in range(ww.size):
             s = ((gg[i] * scale + rate * ww[i]) * one) * second
-            moved = s + mu * vv[i]
-            vv[i] = moved
-            ww[i] += output(s, moved, mu, nesterov) * end
+            velocity = s + mu * vv[i]
+            vv[i] = velocity
+            ww[i] += output(s, velocity, mu, nesterov) * end
 
 
 @register_jitable
 def correct_bias(x, k, needed):
-    """x / k; the loops are compiled twice, as divisions by 1 take as long as others."""
+    """x / k; the loops are compiled with and without the division, because dividing by 1 takes as long as by others."""
     return x / k if needed else x
 
 
 def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, eps):
     sums = np.zeros((bounds.shape[0], 2))
-    ours, others, room = np.zeros(LANES), np.zeros(LANES), np.empty(BLOCK, w.dtype)
+    ours, others, scratch = np.zeros(LANES), np.zeros(LANES), np.empty(BLOCK, w.dtype)
     early = (k1 != 1) | (k2 != 1)
     for k in range(bounds.shape[0]):
         rate = decay[k]
@@ -232,8 +232,8 @@ def lamb_moments(w, g, m, v, out, bounds, decay, scale, b1, c1, b2, c2, k1, k2, 
                 vv[i] = mean_square
                 below = np.sqrt(correct_bias(mean_square, k2, early)) + eps
                 oo[i] = correct_bias(mean, k1, early) / below + rate * ww[i]
-            fold(w, lo, hi, room, ours)
-            fold(out, lo, hi, room, others)
+            fold(w, lo, hi, scratch, ours)
+            fold(out, lo, hi, scratch, others)
         sums[k, 0], sums[k, 1] = drain(ours), drain(others)
     return sums
 
@@ -277,7 +277,7 @@ ARGUMENTS = {
     "scale_tensors": "wbrs",
     "add_scaled": "wrbrs",
 }
-"""What each takes: a vector that is read, one that is written, bounds, a scalar, a truth value, an integer."""
+"""Argument types of each: r a vector to read, w one to write, b bounds, s a scalar, t a boolean, i an integer."""
 
 
 @cache

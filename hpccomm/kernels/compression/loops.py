@@ -1,12 +1,13 @@
-"""The hot loops of :mod:`hpccomm.kernels.compression`, compiled by Numba when first called.
+"""The hot loops of :mod:`hpccomm.kernels.compression.compiled`, compiled by Numba at the first call.
 
-Arguments are addresses, lengths and numbers; 0 stands for a vector that is not there.  Most loops take 64 elements at a
-time: four vectors, and a mask of 64 bits for the comparison, so that a pass costs nothing beyond memory while few
+Arguments are addresses, lengths and numbers; address 0 means no vector.  Most loops process 64 elements at a time: four
+SIMD vectors, and a mask of 64 bits for the comparison.  A pass then costs no more than its memory traffic while few
 elements are selected.
 
-Loops that select stop when their ``ROOM`` is nearly full and return how many they found; ``state`` holds where to go
-on, and whether there was a NaN or an infinity.  Room for as many indices as there are elements would be new memory in
-every call: the first write to a page of 2 MB costs more than a pass over a million elements.
+A selecting loop stops when its buffer of ``CAPACITY`` indices is nearly full and returns their number; ``state`` holds
+the position at which to continue, and whether there was a NaN or an infinity.  A buffer for as many indices as there
+are elements would be new memory in every call: the first write to a page of 2 MB costs more than a pass over a million
+elements.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import numpy as np
 from numba import carray
 from numba.extending import register_jitable
 
-from hpccomm.kernels import folds
-from hpccomm.kernels.compiled import compile_cached, jit
-from hpccomm.kernels.compression_reference import LEAST_NORM, LONGEST_QUOTIENT
+from hpccomm.kernels.compiler import compile_cached, jit
+from hpccomm.kernels.compression.reference import LEAST_NORM, LONGEST_QUOTIENT
 from hpccomm.kernels.intrinsics import bits, element, float_of, set_element
+from hpccomm.kernels.reductions import loops as folds
 from hpccomm.kernels.simd import (
     add_square,
     address_of,
@@ -58,11 +59,11 @@ from hpccomm.kernels.simd import (
 
 F32, F64, U32, U64, I64 = np.float32, np.float64, np.uint32, np.uint64, np.int64
 GROUP = 64
-"""Elements that one mask speaks of."""
+"""Elements of one mask."""
 CHECK_INTERVAL = 1 << 13
-"""Elements between two looks whether all were finite."""
+"""Elements between two checks that all were finite."""
 CAPACITY = 1 << 14
-"""Indices that a loop returns at most."""
+"""Most indices that a loop returns."""
 PAIR_HIGH_BITS = U64(0xAAAAAAAAAAAAAAAA)
 """The higher bit of each pair of bits."""
 INFINITY = F32(np.inf)
@@ -75,7 +76,7 @@ SOURCES: dict[str, tuple[str, Callable[..., Any]]] = {}
 
 
 def loop(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A function that is compiled for these types when :func:`machine_code` asks for it."""
+    """Register a function; :func:`machine_code` compiles it for these types."""
 
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
         SOURCES[function.__name__] = signature, function
@@ -86,7 +87,7 @@ def loop(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @cache
 def machine_code(name: str) -> Any:
-    """A loop, compiled now unless that was done before."""
+    """A loop, compiled at the first request."""
     signature, function = SOURCES[name]
     dispatcher = compile_cached(jit, function, name)
     dispatcher.compile(signature)
@@ -100,19 +101,19 @@ def machine_code(name: str) -> Any:
 
 @register_jitable
 def round_down(n):
-    """As far as whole groups go."""
+    """The elements of all whole groups."""
     return n - n % GROUP
 
 
 @register_jitable
 def sum_at(a, b, i):
-    """Element i of a + b, or of a where there is no b."""
+    """Element i of a + b, or of a if there is no b."""
     return floats(a)[i] + floats(b)[i] if b else floats(a)[i]
 
 
 @register_jitable
 def sum_from(a, b, i):
-    """Sixteen of them."""
+    """Sixteen elements of a + b, or of a if there is no b."""
     return load(a + 4 * i) + load(b + 4 * i) if b else load(a + 4 * i)
 
 
@@ -123,7 +124,7 @@ def is_finite(x):
 
 @register_jitable
 def zero_or_nan(x):
-    """0 in each lane, NaN where there was a NaN or an infinity."""
+    """0 in each lane, NaN in lanes of a NaN or an infinity."""
     return x - x
 
 
@@ -159,7 +160,7 @@ def largest_magnitude(x, n):
 
 @register_jitable
 def write_state(state, position, odd):
-    """Where to go on, and whether something was not finite."""
+    """Record the position at which to continue, and whether an element was not finite."""
     longs(state)[0] = position
     if odd:
         longs(state)[1] = 1
@@ -213,7 +214,7 @@ def threshold_words(residual, gradient, out, tau, found, n, state):
 
 @register_jitable
 def mask_of_large(a, b, c, d, limit):
-    """The mask of 64 magnitudes that reach a limit, and of NaN: what is not finite is among few, and found there."""
+    """The mask of 64 magnitudes that reach a limit, NaN included: few elements are then checked for being finite."""
     return (
         not_less(magnitude(a), limit)
         | not_less(magnitude(b), limit) << U64(16)
@@ -257,7 +258,7 @@ def select_threshold(x, threshold, found, n, state):
 
 @register_jitable
 def accumulate_group(gradient, momentum, velocity, factor, nesterov, limit):
-    """A step of momentum and velocity, and the mask of velocities that reach the limit, or are not a number."""
+    """Update momentum and velocity; returns the mask of velocities that reach the limit or are NaN."""
     mask = U64(0)
     for j in range(0, GROUP, LANES):
         g, u, v = load(gradient + 4 * j), load(momentum + 4 * j), load(velocity + 4 * j)
@@ -275,7 +276,7 @@ def accumulate_group(gradient, momentum, velocity, factor, nesterov, limit):
 
 @register_jitable
 def take_element(i, count, momentum, velocity, clear, index, values, kept_momentum):
-    """Note element i and clear it."""
+    """Record element i and clear it."""
     words(index)[count] = U32(i)
     floats(values)[count] = floats(velocity)[i]
     floats(kept_momentum)[count] = floats(momentum)[i]
@@ -339,13 +340,13 @@ def sample_velocity(gradient, momentum, velocity, m, nesterov, stride, lines, to
 
 @register_jitable
 def word_of(x):
-    """The bits of a magnitude, which are in the order of magnitudes."""
+    """The bits of a magnitude, which sort as the magnitudes do."""
     return U32(bits(x) & U32(0x7FFFFFFF))
 
 
 @register_jitable
 def find_bin(counts, part, rank):
-    """In which part, from the given one down, the rank lies, and its rank there."""
+    """The bin, from the given one down, that contains the rank, and the rank within the bin."""
     while counts[part] < rank:
         rank -= I64(counts[part])
         part -= 1
@@ -353,11 +354,11 @@ def find_bin(counts, part, rank):
 
 
 BISECTION_SIZE = 1 << 12
-"""Elements whose ranks are found by bisection."""
+"""Up to so many elements bisection finds the rank."""
 INFINITY_BITS = U32(0x7F800000)
 """The bits of infinity."""
 MAX_RANK = 112
-"""Ranks that are looked for among those that reach a bound: the magnitude of this rank of 128 maxima."""
+"""Up to this rank the search is among the elements that reach a bound: the magnitude of this rank of 128 maxima."""
 
 
 @loop("float64(int64, int64, int64)")
@@ -374,9 +375,9 @@ def kth_magnitude(x, n, rank):
 
 @register_jitable
 def find_candidates(x, n, rank, found):
-    """Elements among which those of this rank and above are, if they are at most ``found.size``; how many.
+    """Collect all elements of this rank and above, with some others, at most ``found.size``; returns their number.
 
-    Of the maxima of 128 disjoint parts as many as the rank reach the magnitude of that rank among them, so what does
+    As many of the maxima of 128 disjoint subsets as the rank reach the maximum of that rank, so an element that does
     not reach it ranks lower.
     """
     a = b = c = d = e = f = g = h = splat(F32(0))
@@ -409,7 +410,7 @@ def find_candidates(x, n, rank, found):
 
 @register_jitable
 def bisect_magnitude(x, n, rank):
-    """The largest magnitude that as many as ``rank`` elements reach, one bit after the other; NaN reaches all."""
+    """The largest magnitude that at least ``rank`` elements reach, found bit by bit; NaN reaches every magnitude."""
     top = U32(0)
     for bit in range(30, -1, -1):
         trial = U32(top | U32(1 << bit))
@@ -426,7 +427,7 @@ def bisect_magnitude(x, n, rank):
 
 @register_jitable
 def count_reaching(x, n, least):
-    """How many magnitudes reach this one, or are NaN."""
+    """The number of magnitudes that reach this one or are NaN."""
     limit, count = splat(least), 0
     end = n - n % LANES
     for i in range(0, end, LANES):
@@ -438,9 +439,9 @@ def count_reaching(x, n, least):
 
 @register_jitable
 def radix_select(x, n, rank):
-    """Find the magnitude of a rank by its bits: the highest 11 of all, 10 and 10 of those that are alike in them.
+    """Find the magnitude of a rank by its bits: the highest 11 of all, then twice 10 of those equal in the higher bits.
 
-    Four tables count in turns, as one would wait for itself.
+    Four tables count in turn, because the increments of one table would wait for each other.
     """
     a = carray(floats(x), n)
     tables = np.zeros((4, 2048), np.int64)
@@ -484,9 +485,9 @@ def radix_select(x, n, rank):
 
 @register_jitable
 def split_by_rank(values, count, k, chosen, dropped):
-    """The places of the k largest of more values, of equal ones the first, and the places of the others.
+    """The positions of the k largest values, of equal ones the first, and the positions of the others.
 
-    Without branches: each would be foreseen as often as not.
+    The loop has no branches, because half of them would be mispredicted.
     """
     least = F32(kth_magnitude(values, count, k)) if k else INFINITY
     above = 0
@@ -504,7 +505,7 @@ def split_by_rank(values, count, k, chosen, dropped):
 
 @loop("void(int64, int64, int64, int64)")
 def keep_largest_at(x, index, count, k):
-    """Of more indices those of the k largest move to the front."""
+    """Move the indices of the k largest elements to the front."""
     values = np.empty(count, np.float32)
     for i in range(count):
         values[i] = floats(x)[words(index)[i]]
@@ -517,7 +518,7 @@ def keep_largest_at(x, index, count, k):
 
 @loop("void(int64, int64, int64, int64, int64, int64, int64)")
 def keep_largest_taken(index, values, kept_momentum, count, k, momentum, velocity):
-    """Of more elements that were taken the k largest move to the front, the others are put back."""
+    """Move the k largest selected elements to the front and put the others back."""
     chosen, dropped = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
     split_by_rank(values, count, k, chosen, dropped)
     for i in range(count - k):
@@ -563,7 +564,7 @@ def sum_lanes(a, b, c, d, e, f, g, h):
 
 @register_jitable
 def pad_tail(residual, gradient, begin, n, to):
-    """The last, incomplete part of residual + gradient, filled up with zeros; its address."""
+    """Copy the last, incomplete block of residual + gradient, padded with zeros; returns its address."""
     for j in range(to.size):
         to[j] = sum_at(residual, gradient, begin + j) if begin + j < n else F32(0)
     return address_of(to)
@@ -592,7 +593,7 @@ def four_magnitudes(a, b, c, d):
 
 @register_jitable
 def advance(address, elements):
-    """An address so many elements on; 0 stays 0."""
+    """Advance an address by a number of elements; 0 stays 0."""
     return address + 4 * elements if address else 0
 
 
@@ -614,7 +615,7 @@ def sum_magnitudes(residual, gradient, n):
 
 @register_jitable
 def four_by_sign(a, b, c, d):
-    """(a + b) + (c + d) of the elements ≥ 0 and of all others; and how many are ≥ 0."""
+    """(a + b) + (c + d) of the elements ≥ 0 and of all others; and the number of elements ≥ 0."""
     zero = splat(F32(0))
     ma, mb, mc, md = greater_equal(a, zero), greater_equal(b, zero), greater_equal(c, zero), greater_equal(d, zero)
     plus = (choose(ma, a, zero) + choose(mb, b, zero)) + (choose(mc, c, zero) + choose(md, d, zero))
@@ -681,7 +682,7 @@ def bucket_norms(x, bucket, to, n):
 
 @register_jitable
 def set_bit(to, i, yes):
-    """Bit i of bytes that are 0 where nothing was set."""
+    """Set bit i of bytes that were 0 at first."""
     if i % 8 == 0:
         to[i // 8] = 0
     if yes:
@@ -720,7 +721,7 @@ def pack_signs_feedback(residual, gradient, out, plus, minus, to, n):
 
 
 LINE = 512
-"""Elements that 64 bytes of bits speak of."""
+"""Elements of 64 bytes of bits."""
 
 
 @loop("void(int64, int64, int64, int64, int64, int64, int64)")
@@ -812,7 +813,7 @@ def unpack_pairs(source, nbytes, found, n):
 
 @register_jitable
 def put_bits(to, at, value, width):
-    """Write the ``width`` (at most 32) lowest bits of a number at bit ``at`` of bytes that are 0 there."""
+    """Write the ``width`` (at most 32) lowest bits of a number at bit ``at``, where the bytes are still 0."""
     while width:
         room = 8 - (at & 7)
         part = min(room, width)
@@ -865,7 +866,7 @@ def bit_at(source, at):
 
 @register_jitable
 def bits_at(source, at, width):
-    """``width`` (at most 33) bits."""
+    """Read ``width`` (at most 33) bits."""
     value = 0
     while width:
         room = 8 - (at & 7)
@@ -985,7 +986,7 @@ _bfloat16_read, _bfloat16_write = folds.STORAGE["bf16"][1:]
 
 @register_jitable
 def saturate(word, infinity):
-    """The largest finite value in place of infinity."""
+    """Replace infinity by the largest finite value."""
     magnitude = np.uint16(word & np.uint16(0x7FFF))
     return np.uint16(word - np.uint16(1)) if magnitude == infinity else np.uint16(word)
 
@@ -1028,9 +1029,9 @@ def add_bfloat16(x, out, n):
 
 @loop("void(int64, float32, int64, int64)")
 def to_int8(x, unit, to, n):
-    """Quotients without division, which takes longer than all else, yet rounded as it rounds.
+    """Quotients with the rounding of a division, but without its cost, which exceeds all the rest.
 
-    1/unit in two parts gives a quotient next to the true one, and with its exact remainder (Markstein, IBM Journal of
+    1/unit in two terms gives a quotient next to the true one, and with its exact remainder (Markstein, IBM Journal of
     Research and Development 34, 1990) the true one rounded; where neither can over- or underflow.
     """
     a, b = floats(x), signed_octets(to)
@@ -1106,13 +1107,13 @@ def add_range(codes, scale, least, out, n):
 
 @register_jitable
 def uniform(i, key):
-    """The number of :func:`hpccomm.kernels.compression_reference.uniforms`."""
+    """Element i of :func:`hpccomm.kernels.compression.reference.uniforms`."""
     return F32(uniform_word(i, key)) * F32(2.0**-24)
 
 
 @register_jitable
 def uniform_word(i, key):
-    """That times 2²⁴."""
+    """Element i of ``uniforms``, times 2²⁴."""
     word = U32(U32(i) ^ key)
     word = U32(U32(word ^ (word >> U32(16))) * U32(0x7FEB352D))
     word = U32(U32(word ^ (word >> U32(15))) * U32(0x846CA68B))
@@ -1138,7 +1139,7 @@ def qsgd(x, norms, bucket, levels, key, to, n):
 
 @loop("void(int64, uint32, int64, int64)")
 def natural(x, key, to, n):
-    """u/2²⁴ < m/2²³ as u < 2m, in integers."""
+    """Compare u/2²⁴ < m/2²³ as u < 2m, in integers."""
     a, b = floats(x), octets(to)
     for i in range(n):
         word = bits(element(a, i))
@@ -1172,7 +1173,7 @@ def add_natural(exponents, signs, out, n):
 
 @register_jitable(forceinline=True)
 def ternary_codes(x, first, count, clip, scale, key, codes):
-    """2 minus, 3 plus, 0 nothing."""
+    """Codes: 2 minus, 3 plus, 0 not kept."""
     a, b = floats(x), octets(codes)
     for j in range(count):
         value = element(a, j)

@@ -1,4 +1,4 @@
-"""The compiled reductions: one source for all operations and dtypes, specialised when first asked for."""
+"""The compiled reductions: one source for all operations and dtypes, specialised at the first request."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def to_half(value):
     word = bits(value)
     sign = U32(word & U32(0x80000000))
     magnitude = U32(word ^ sign)
-    # the ulp of 0.5 is that of the smallest half, so adding 0.5 rounds a subnormal where it has to be rounded
+    # 0.5 has the ulp of the smallest half: adding 0.5 rounds a subnormal at the right bit
     tiny = U32(bits(float_of(magnitude) + F32(0.5)) - U32(0x3F000000))
     odd = U32(U32(magnitude >> U32(13)) & U32(1))
     normal = U32(U32(magnitude - U32(0x38000000)) + U32(0xFFF) + odd) >> U32(13)
@@ -146,7 +146,7 @@ STORAGE: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
     "bf16": (types.uint16, from_bfloat16, to_bfloat16),
     "b1": (types.uint8, pass_through, pass_through),
 }
-"""Element type in memory, how it is read and how it is written, where that is not obvious."""
+"""Element type in memory and the functions that read and write it, for dtypes that need a conversion."""
 
 
 def compile_fold(op: str, code: str, compile: Callable[..., Any]) -> Any:

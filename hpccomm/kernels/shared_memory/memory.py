@@ -1,7 +1,7 @@
-"""What a collective over shared memory does to memory, in plain Python: read a word, write a word, copy, wait, fold.
+"""Memory operations of the shared-memory collectives in plain Python: load, store, copy, wait, fold.
 
-Addresses and words are 64-bit integers.  :mod:`hpccomm.kernels.intrinsics` holds functions of the same names for Numba.
-These here are right where the processor keeps stores, and loads, in order (x86); elsewhere Numba is needed.
+Addresses and words are 64-bit integers.  :mod:`hpccomm.kernels.intrinsics` has functions of the same names for Numba.
+The functions here are correct on processors that keep stores, and loads, in order (x86); others need Numba.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.kernels.reductions import reference as reductions
+
 _word = ctypes.c_int64.from_address
 
 
 def load(address: int) -> int:
-    """A word that no other process writes meanwhile."""
+    """Read a word that no other process writes at the same time."""
     return int(_word(address).value)
 
 
@@ -29,17 +32,17 @@ def store(address: int, value: int) -> None:
 
 
 def load_acquire(address: int) -> int:
-    """A word of another process; what that process wrote before it is seen from now on."""
+    """Read a word of another process; all that this process wrote before it is visible afterwards."""
     return int(_word(address).value)
 
 
 def store_release(address: int, value: int) -> None:
-    """Write a word so that whoever sees it sees all that was written before."""
+    """Write a word; a process that sees it also sees everything written before."""
     _word(address).value = value
 
 
 def copy(to: int, source: int, nbytes: int) -> None:
-    """Copy bytes; the two do not overlap, or are the same."""
+    """Copy bytes; source and target are disjoint or equal."""
     ctypes.memmove(to, source, nbytes)
 
 
@@ -63,7 +66,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call_process_vm(call: str, pid: int, here: int, there: int, nbytes: int) -> int:
-    """Copy between this process and another; the bytes that were copied, or -1."""
+    """Copy between this process and another; returns the number of bytes copied, or -1."""
     function = getattr(_libc, call, None)
     if function is None:
         return -1
@@ -73,32 +76,41 @@ def call_process_vm(call: str, pid: int, here: int, there: int, nbytes: int) -> 
 
 
 def pull(pid: int, to: int, source: int, nbytes: int) -> int:
-    """Copy bytes of another process; how many, or -1."""
+    """Copy bytes of another process; returns their number, or -1."""
     return call_process_vm("process_vm_readv", pid, to, source, nbytes)
 
 
 def push(pid: int, to: int, source: int, nbytes: int) -> int:
-    """Copy bytes into another process; how many, or -1."""
+    """Copy bytes into another process; returns their number, or -1."""
     return call_process_vm("process_vm_writev", pid, source, to, nbytes)
 
 
 def pause() -> None:
-    """Nothing, for a moment."""
+    """Do nothing for a moment."""
 
 
 def yield_cpu() -> None:
-    """Let another process have the core."""
+    """Yield the core to another process."""
     os.sched_yield()
 
 
 def nanoseconds() -> int:
-    """A clock that never goes back."""
+    """A monotonic clock."""
     return time.monotonic_ns()
 
 
 Fold = Callable[[list[npt.NDArray[Any]], npt.NDArray[Any]], None]
 FOLDS: list[tuple[np.dtype[Any], Fold]] = []
-"""What the handles of :func:`fold` stand for."""
+"""The reductions that the handles of :func:`fold` number."""
+
+
+@cache
+def fold_handle(op: str, code: str) -> int:
+    """A handle for :func:`fold`."""
+    name = "bfloat16" if code == "bf16" else code
+    dtype = np.dtype("u2" if code == "bf16" else code)
+    FOLDS.append((dtype, lambda vectors, out: reductions.reduce(op, name, vectors, out)))
+    return len(FOLDS) - 1
 
 
 def fold(handle: int, sources: int, k: int, first: int, out: int, n: int) -> None:

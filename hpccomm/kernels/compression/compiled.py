@@ -1,6 +1,6 @@
-"""The kernels of :mod:`hpccomm.kernels.compression_reference` compiled: same functions, same bits, one thread.
+"""The kernels of :mod:`hpccomm.kernels.compression.reference` compiled: same functions, same bits, one thread.
 
-Each function makes room for its answer and hands addresses to :mod:`hpccomm.kernels.compression_loops`.
+Each function allocates its result and passes addresses to :mod:`hpccomm.kernels.compression.loops`.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.kernels import compression_reference as reference
-from hpccomm.kernels.compression_loops import CAPACITY, machine_code
-from hpccomm.kernels.compression_reference import Indices, Octets, Vector
+from hpccomm.kernels.compression import reference
+from hpccomm.kernels.compression.loops import CAPACITY, machine_code
+from hpccomm.kernels.compression.reference import Indices, Octets, Vector
 
 
 def address_of(x: npt.NDArray[Any] | None) -> int:
-    """The address of an array; 0 for none."""
+    """The address of an array; 0 for None."""
     return 0 if x is None else int(x.__array_interface__["data"][0])
 
 
 def collect(
     loop: str, arguments: Sequence[float], n: int, *dtypes: npt.DTypeLike
 ) -> tuple[list[npt.NDArray[Any]], bool]:
-    """All that a selecting loop finds, one array for each dtype, and whether all elements were finite."""
-    rooms = [np.empty(CAPACITY, dtype) for dtype in dtypes]
+    """The results of a selecting loop, one array for each dtype, and whether all elements were finite."""
+    buffers = [np.empty(CAPACITY, dtype) for dtype in dtypes]
     state = np.zeros(2, np.int64)
-    parts: list[list[npt.NDArray[Any]]] = []
-    while not parts or state[0] < n:
-        count = machine_code(loop)(*arguments, *map(address_of, rooms), n, address_of(state))
-        parts.append([room[:count].copy() for room in rooms])
-    whole = parts[0] if len(parts) == 1 else [np.concatenate(each) for each in zip(*parts, strict=True)]
+    chunks: list[list[npt.NDArray[Any]]] = []
+    while not chunks or state[0] < n:
+        count = machine_code(loop)(*arguments, *map(address_of, buffers), n, address_of(state))
+        chunks.append([buffer[:count].copy() for buffer in buffers])
+    whole = chunks[0] if len(chunks) == 1 else [np.concatenate(each) for each in zip(*chunks, strict=True)]
     return whole, not state[1]
 
 
@@ -83,7 +83,7 @@ def add_words(words: Indices, tau: float, out: Vector) -> None:
 
 
 def kth_magnitude(values: Vector, rank: int) -> float:
-    """:func:`reference.ranked_magnitude`."""
+    """:func:`reference.kth_magnitude`."""
     values = np.ascontiguousarray(values)
     return float(machine_code("kth_magnitude")(address_of(values), values.size, rank))
 
@@ -157,7 +157,7 @@ def momentum_select(
 def estimate_velocity_threshold(
     gradient: Vector, momentum: Vector, velocity: Vector, m: float, k: int, nesterov: bool, step: int
 ) -> float:
-    """:func:`reference.sampled_threshold` of the velocity to come."""
+    """:func:`reference.estimate_threshold` of the next velocity."""
     plan = reference.sample_plan(gradient.size, k, step)
     if plan is None:
         return 0.0
@@ -174,7 +174,7 @@ def scatter_add(messages: Sequence[tuple[Indices, Vector]], out: Vector) -> None
 
 
 def is_ascending(index: Indices, n: int) -> bool:
-    """:func:`reference.ascending`."""
+    """:func:`reference.is_ascending`."""
     return bool(machine_code("is_ascending")(address_of(index), n, index.size))
 
 
@@ -310,7 +310,7 @@ def to_int8(x: Vector, unit: float) -> npt.NDArray[np.int8]:
 def convert(
     loop: str, x: Vector, dtype: npt.DTypeLike, *numbers: float, out: npt.NDArray[Any] | None = None
 ) -> npt.NDArray[Any]:
-    """Each element made into another, in ``out`` or in new memory."""
+    """Convert each element with a loop, into ``out`` or new memory."""
     out = np.empty(x.size, dtype) if out is None else out
     machine_code(loop)(address_of(x), *numbers, address_of(out), x.size)
     return out

@@ -1,19 +1,16 @@
 """Reduce k vectors, ((v0 + v1) + v2) + …, each read once: for every operation and dtype, in NumPy and compiled.
 
-The order is that of the ranks whoever computes, so all ranks get the same bits.  16-bit floats are summed in float32
-and rounded once, to nearest even.  ``min`` and ``max`` keep a NaN wherever it comes from, which MPI's do not.
+The order is always that of the ranks, so all ranks get the same bits.  16-bit floats are summed in float32 and rounded
+once, to nearest even.  ``min`` and ``max`` return NaN if any operand is NaN; those of MPI may not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from hpccomm.kernels import memory
 
 INTEGERS = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 FLOATS = ("f4", "f8")
@@ -28,7 +25,7 @@ DTYPES = {
     **dict.fromkeys(("land", "lor", "lxor"), (*INTEGERS, "b1")),
     **dict.fromkeys(("band", "bor", "bxor"), INTEGERS),
 }
-"""The dtypes that each operation is defined for, by :func:`code_of`."""
+"""The dtypes of each operation, by :func:`code_of`."""
 
 UFUNCS: dict[str, Callable[..., Any]] = {
     "sum": np.add,
@@ -53,7 +50,7 @@ def code_of(dtype: npt.DTypeLike) -> str:
 
 
 def has_kernel(op: str, dtype: npt.DTypeLike) -> bool:
-    """Whether there is a kernel for it."""
+    """Whether there is a kernel for an operation on a dtype."""
     return code_of(dtype) in DTYPES.get(op, ())
 
 
@@ -62,7 +59,7 @@ def itemsize(dtype: npt.DTypeLike) -> int:
     return 2 if code_of(dtype) == "bf16" else np.dtype(dtype).itemsize
 
 
-# In NumPy: this defines the answer
+# The NumPy reference, which defines every bit
 
 
 def reduce(op: str, dtype: npt.DTypeLike, vectors: list[npt.NDArray[Any]], out: npt.NDArray[Any]) -> None:
@@ -94,11 +91,3 @@ def narrow(vector: npt.NDArray[np.float32], code: str) -> npt.NDArray[Any]:
     word = vector.view("u4")
     rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
     return np.where(np.isnan(vector), (word >> 16) | 0x40, rounded).astype("u2")
-
-
-@cache
-def numpy_handle(op: str, code: str) -> int:
-    """A handle for :func:`hpccomm.kernels.memory.fold`."""
-    dtype = np.dtype("u2" if code == "bf16" else code)
-    memory.FOLDS.append((dtype, lambda vectors, out: reduce(op, "bfloat16" if code == "bf16" else code, vectors, out)))
-    return len(memory.FOLDS) - 1

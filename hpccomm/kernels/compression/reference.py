@@ -1,8 +1,8 @@
-"""The kernels of compressed gradient exchange in NumPy: this defines every answer bit for bit.
+"""The kernels of compressed gradient exchange in NumPy, which define every bit of the result.
 
-:mod:`hpccomm.kernels.compression` holds the same functions compiled.  Vectors are float32, flat and in C order;
+:mod:`hpccomm.kernels.compression.compiled` has the same functions compiled.  Vectors are float32, flat and in C order;
 *n elements, i their index*.  Sums run in float64 in one fixed order (:func:`lane_sum`), so every machine gets the same
-bits.  sign(0) is +1; equal magnitudes rank by lower index; indices are ascending.
+bits.  sign(0) is +1; of equal magnitudes the lower index ranks first; indices are ascending.
 
 =================  ==========================================================================
 words              uint32 ``2i + s``, s = 1 for minus (Strom, Interspeech 2015)
@@ -29,11 +29,11 @@ F32 = np.float32
 LANES = 64
 """Partial sums of :func:`lane_sum`; a power of two."""
 LINE = 16
-"""Elements that are sampled together: one cache line."""
+"""Elements sampled together: one cache line."""
 LEAST_NORM = F32(2.0**-110)
-"""A bucket whose norm is not above this is sent as zeros."""
+"""A bucket with a norm up to this is sent as zeros."""
 LONGEST_QUOTIENT = 48
-"""Ones that announce a 32-bit gap instead of a quotient in Rice codes."""
+"""So many ones announce a 32-bit gap instead of a quotient in Rice codes."""
 
 
 # Sums
@@ -78,7 +78,7 @@ def moments(x: Vector) -> tuple[float, float]:
 
 
 def backlog_of(residual: Vector, gradient: Vector | None) -> Vector:
-    """What is to be sent: the residual, and the gradient where there is one."""
+    """The vector to compress: residual plus gradient, if there is a gradient."""
     return residual if gradient is None else residual + gradient
 
 
@@ -86,9 +86,10 @@ def backlog_of(residual: Vector, gradient: Vector | None) -> Vector:
 
 
 def threshold_words(residual: Vector, gradient: Vector | None, out: Vector, tau: float) -> tuple[Indices, bool]:
-    """Words of the elements with \\|p\\| ≥ τ of p = residual + gradient; ``out`` gets p less what the words mean.
+    """Words of the elements with \\|p\\| ≥ τ of p = residual + gradient; ``out`` gets p minus the decoded words.
 
-    One quantum an element, whatever its size (Strom 2015).  ``out`` may be ``residual``.  Also whether p was finite.
+    One quantum an element, whatever its size (Strom 2015).  ``out`` may be ``residual``.  Also returns whether p was
+    finite.
     """
     with np.errstate(all="ignore"):
         p = backlog_of(residual, gradient)
@@ -102,7 +103,7 @@ def threshold_words(residual: Vector, gradient: Vector | None, out: Vector, tau:
 
 
 def add_words(words: Indices, tau: float, out: Vector) -> None:
-    """Add what words mean."""
+    """Add the decoded words."""
     out[words >> 1] += np.where(words & 1, -F32(tau), F32(tau))
 
 
@@ -110,7 +111,7 @@ def add_words(words: Indices, tau: float, out: Vector) -> None:
 
 
 class SamplePlan(NamedTuple):
-    """Which elements are looked at to estimate a threshold: ``lines`` runs of ``LINE`` elements, ``stride`` apart."""
+    """The elements that estimate a threshold: ``lines`` runs of ``LINE`` elements, ``stride`` apart."""
 
     start: int
     stride: int
@@ -120,10 +121,10 @@ class SamplePlan(NamedTuple):
 
 
 def sample_plan(n: int, k: int, step: int) -> SamplePlan | None:
-    """About 0.25 % of the elements, at least 2^14; None where the whole vector is as quick (n < 2^16 or k > n/8).
+    """About 0.25 % of the elements, at least 2^14; None if the whole vector is as quick (n < 2^16 or k > n/8).
 
-    The rank lies so that more than k elements pass in all likelihood: three standard deviations above the expected
-    number, as if the sampled elements were independent.  ``step`` moves the start.
+    The rank is three standard deviations above the expected number, as if the sampled elements were independent, so
+    that very probably more than k elements reach the threshold.  ``step`` moves the start.
     """
     if n < 1 << 16 or k > n // 8:
         return None
@@ -143,7 +144,7 @@ def sample(x: npt.NDArray[Any], plan: SamplePlan) -> npt.NDArray[Any]:
 
 
 def kth_magnitude(values: Vector, rank: int) -> float:
-    """The magnitude of this rank, the largest being 1."""
+    """The magnitude of this rank; the largest has rank 1."""
     magnitudes = np.abs(values)
     return float(np.partition(magnitudes, values.size - rank)[values.size - rank])
 
@@ -153,7 +154,7 @@ Select = Callable[[Vector, float], tuple[Indices, bool]]
 
 
 def estimate_threshold(x: Vector, k: int, step: int) -> float:
-    """A threshold that more than k elements reach in all likelihood; 0 where sampling does not pay."""
+    """A threshold that very probably more than k elements reach; 0 where sampling does not pay."""
     plan = sample_plan(x.size, k, step)
     return 0.0 if plan is None else kth_magnitude(sample(x, plan), plan.rank)
 
@@ -166,7 +167,7 @@ def select_threshold(x: Vector, threshold: float) -> tuple[Indices, bool]:
 
 
 def keep_largest(values: Vector, k: int, ranked: KthMagnitude = kth_magnitude) -> npt.NDArray[np.bool_]:
-    """Which of the values are the k largest in magnitude; of equal ones the first."""
+    """The mask of the k largest values in magnitude; of equal ones the first."""
     if values.size <= k:
         return np.ones(values.size, bool)
     magnitudes = np.abs(values)
@@ -177,11 +178,11 @@ def keep_largest(values: Vector, k: int, ranked: KthMagnitude = kth_magnitude) -
 
 
 def select_largest(x: Vector, k: int, step: int = 0, least: float = 1.0) -> tuple[Indices, bool]:
-    """Indices of the k largest magnitudes other than 0, by a sampled threshold; fewer where fewer are not 0.
+    """Indices of the k largest magnitudes other than 0, by a sampled threshold; fewer if fewer are not 0.
 
-    A threshold that fewer than ``least * k`` elements reach is halved, at last replaced by 0: so the answer is exact
-    with ``least`` 1, and with less it may be the largest ``least * k`` elements or a few more.  Also whether all
-    elements are finite; if not, no index is returned.
+    A threshold that fewer than ``least * k`` elements reach is halved, up to four times, then set to 0.  The result is
+    exact with ``least`` 1; with less it may be the largest ``least * k`` elements or a few more.  Also returns whether
+    all elements are finite; if not, no index is returned.
     """
     threshold = estimate_threshold(x, k, step)
     index, finite = select_threshold(x, threshold)
@@ -192,7 +193,7 @@ def select_largest(x: Vector, k: int, step: int = 0, least: float = 1.0) -> tupl
 def widen_selection(
     x: Vector, index: Indices, threshold: float, enough: float, select: Select = select_threshold
 ) -> Indices:
-    """The selection by the largest of threshold, threshold/2, threshold/4, …, 0 that is enough."""
+    """Select by the largest of threshold, threshold/2, threshold/4, …, 0 that ``enough`` elements reach."""
     for divisor in (2, 4, 8, 16, 0):
         if index.size >= enough or not threshold:
             break
@@ -228,8 +229,8 @@ def momentum_select(
 ) -> tuple[Indices, Vector, bool]:
     """DGC's local step (Lin et al., ICLR 2018, algorithm 1 with momentum correction and factor masking).
 
-    After :func:`accumulate` the k largest of v are taken as by :func:`select_largest`: their indices and values are
-    returned, v becomes 0 there and with ``mask`` u too.  Also whether v was finite.
+    After :func:`accumulate` the k largest of v are selected as by :func:`select_largest`: their indices and values are
+    returned, v becomes 0 there and with ``mask`` u too.  Also returns whether v was finite.
     """
     accumulate(gradient, momentum, velocity, m, nesterov)
     index, finite = select_largest(velocity, k, step, least)
@@ -237,7 +238,7 @@ def momentum_select(
 
 
 def take(index: Indices, momentum: Vector, velocity: Vector, mask: bool) -> Vector:
-    """The velocity of some elements; it becomes 0 there, and with ``mask`` the momentum too."""
+    """Return the velocity at ``index`` and set it to 0 there, with ``mask`` the momentum too."""
     values = velocity[index]
     velocity[index] = 0
     if mask:
@@ -248,9 +249,9 @@ def take(index: Indices, momentum: Vector, velocity: Vector, mask: bool) -> Vect
 def density_threshold(
     residual: Vector, gradient: Vector | None, density: float, step: int, ranked: KthMagnitude = kth_magnitude
 ) -> float:
-    """The magnitude that about ``density`` of the elements of residual + gradient reach; 0 if there is none but 0.
+    """The magnitude that about ``density`` of the elements of residual + gradient reach; 0 if all are 0.
 
-    Of a large vector about 0.25 % is looked at, at least 2^14 elements.
+    Of a large vector about 0.25 % is sampled, at least 2^14 elements.
     """
     n = residual.size
     plan = sample_plan(n, max(1, math.ceil(density * n)), step)
@@ -275,13 +276,13 @@ def is_ascending(index: Indices, n: int) -> bool:
 
 
 def sum_magnitudes(residual: Vector, gradient: Vector | None) -> float:
-    """Σ \\|residual + gradient\\|; NaN or infinite where an element is, or where four of them exceed float32."""
+    """Σ \\|residual + gradient\\|; NaN or infinite if an element is, or if four of them exceed float32."""
     with np.errstate(all="ignore"):
         return lane_sum(np.abs(backlog_of(residual, gradient)))
 
 
 def sum_by_sign(residual: Vector, gradient: Vector | None) -> tuple[float, float, int]:
-    """Of residual + gradient: the sum of the elements ≥ 0, of all others, and how many are ≥ 0."""
+    """Of residual + gradient: the sum of the elements ≥ 0, of all others, and the number of elements ≥ 0."""
     with np.errstate(all="ignore"):
         p = backlog_of(residual, gradient)
         above = p >= 0
@@ -301,7 +302,7 @@ def pack_signs(x: Vector) -> Octets:
 def pack_signs_feedback(
     residual: Vector, gradient: Vector | None, out: Vector, plus: float, minus: float, bits: Octets
 ) -> None:
-    """The bits of p = residual + gradient into ``bits``; ``out`` gets p less ``plus`` where p ≥ 0, else less ``minus``.
+    """Write the bits of p = residual + gradient to ``bits``, p − ``plus`` to ``out`` where p ≥ 0, else p − ``minus``.
 
     ``out`` may be ``residual``.
     """
@@ -312,7 +313,7 @@ def pack_signs_feedback(
 
 
 def add_signs(messages: Sequence[tuple[Octets, float, float]], out: Vector, fresh: bool = False) -> None:
-    """Add 1-bit messages (bits, plus, minus) one after the other; ``fresh`` memory counts as zeros."""
+    """Add 1-bit messages (bits, plus, minus) one after the other; ``fresh`` memory is treated as zeros."""
     if fresh:
         out[...] = 0
     for bits, plus, minus in messages:
@@ -320,7 +321,7 @@ def add_signs(messages: Sequence[tuple[Octets, float, float]], out: Vector, fres
 
 
 def majority(messages: Sequence[Octets], n: int) -> Octets:
-    """The bits that most of the messages have; 1 for a tie."""
+    """The majority vote of each bit; 1 for a tie."""
     votes = np.zeros(n, "i4")
     for bits in messages:
         votes += np.unpackbits(bits, count=n)
@@ -331,7 +332,7 @@ def majority(messages: Sequence[Octets], n: int) -> Octets:
 
 
 def pack_pairs(words: Indices, n: int) -> Octets:
-    """Words as pairs, filled up with 0 to whole groups of 16 elements."""
+    """Words as pairs, padded with 0 to whole groups of 16 elements."""
     index, minus = words >> 1, words & 1
     pairs = np.zeros(16 * -(-n // 16), "u1")
     pairs[index] = 3 - minus
@@ -340,7 +341,7 @@ def pack_pairs(words: Indices, n: int) -> Octets:
 
 
 def unpack_pairs(octets: Octets, n: int) -> Indices | None:
-    """The words of pairs; None where there is a pair 01 or one behind the end."""
+    """The words of pairs; None if there is a pair 01 or one beyond the end."""
     pairs = (octets[:, None] >> np.array([6, 4, 2, 0], "u1") & 3).reshape(-1)
     if (pairs == 1).any() or pairs[n:].any():
         return None
@@ -352,23 +353,23 @@ def unpack_pairs(octets: Octets, n: int) -> Indices | None:
 
 
 def gaps_of(index: Indices) -> npt.NDArray[np.uint32]:
-    """How many elements lie between one index and the next."""
+    """The number of elements between one index and the next."""
     return np.diff(index.astype("i8"), prepend=-1).astype("u4") - np.uint32(1)
 
 
 def from_gaps(gaps: npt.NDArray[Any], n: int) -> Indices | None:
-    """The indices of gaps; None where one reaches n."""
+    """The indices of gaps; None if one reaches n."""
     index = np.cumsum(gaps.astype("i8") + 1) - 1
     return None if index.size and index[-1] >= n else index.astype("u4")
 
 
 def rice_parameter(n: int, count: int) -> int:
-    """The k that makes Rice codes of so many indices about shortest: log2(0.69 n/count), rounded."""
+    """The k of nearly the shortest Rice codes of ``count`` indices: log2(0.69 n/count), rounded."""
     return max(0, min(31, round(math.log2(0.69 * n / count)))) if count else 0
 
 
 def rice_encode(index: Indices, k: int, signs: npt.NDArray[Any] | None = None) -> Octets:
-    """Golomb-Rice codes of the gaps: quotient in ones, a zero, k bits of remainder, and the sign bit where given.
+    """Golomb-Rice codes of the gaps: quotient in ones, a zero, k bits of remainder, and the sign bit if given.
 
     Bits fill bytes from the highest; the last byte ends in zeros.  A quotient of 48 or more is written as 48 ones and
     the gap in 32 bits.
@@ -391,7 +392,7 @@ def rice_encode(index: Indices, k: int, signs: npt.NDArray[Any] | None = None) -
 
 
 def rice_decode(octets: Octets, count: int, k: int, n: int, signed: bool = False) -> Indices | None:
-    """The indices, or words where ``signed``; None unless the codes are whole, in range and all there is."""
+    """The indices, or words if ``signed``; None unless the codes are complete, in range and nothing follows."""
     bits = np.unpackbits(octets)
     values = []
     at, i = 0, -1
@@ -418,7 +419,7 @@ def rice_decode(octets: Octets, count: int, k: int, n: int, signed: bool = False
 
 
 def leb128_encode(index: Indices) -> Octets:
-    """Gaps seven bits a byte, lowest first; the highest bit says that there is more."""
+    """Gaps as seven bits a byte, lowest first; the highest bit is set if another byte follows."""
     gaps = gaps_of(index).astype("u8")
     parts = gaps[:, None] >> np.arange(0, 35, 7, dtype="u8")
     used = parts > 0
@@ -429,7 +430,7 @@ def leb128_encode(index: Indices) -> Octets:
 
 
 def leb128_decode(octets: Octets, count: int, n: int) -> Indices | None:
-    """The indices; None unless the codes are whole, shortest, in range and all there is."""
+    """The indices; None unless the codes are complete, shortest, in range and nothing follows."""
     ends = np.flatnonzero(octets < 128)
     lengths = np.diff(ends, prepend=-1)
     whole = ends.size == count and (octets.size == 0 if count == 0 else ends[-1] == octets.size - 1)
@@ -462,7 +463,7 @@ def bitmap_decode(octets: Octets, count: int, n: int) -> Indices | None:
 
 
 def to_half(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
-    """float16, to nearest even, as its bits; beyond its range infinite, or with ``finite`` its largest value."""
+    """float16, to nearest even, as its bits; beyond its range infinity, or with ``finite`` its largest value."""
     with np.errstate(all="ignore"):
         words = x.astype("f2").view("u2")
     return saturate(words, 0x7C00) if finite else words
@@ -477,7 +478,7 @@ def to_bfloat16(x: Vector, finite: bool = False) -> npt.NDArray[np.uint16]:
 
 
 def saturate(words: npt.NDArray[np.uint16], infinity: int) -> npt.NDArray[np.uint16]:
-    """The largest finite value in place of infinity; not for NaN."""
+    """Replace infinity by the largest finite value; undefined for NaN."""
     return words - ((words & 0x7FFF) == infinity)
 
 
@@ -492,7 +493,7 @@ def add_bfloat16(words: npt.NDArray[np.uint16], out: Vector) -> None:
 
 
 def to_int8(x: Vector, unit: float) -> npt.NDArray[np.int8]:
-    """x/unit to the nearest integer, ties to even, within ±127; 0 where the unit is 0."""
+    """x/unit to the nearest integer, ties to even, within ±127; 0 if the unit is 0."""
     if not unit:
         return np.zeros(x.size, "i1")
     return np.clip(np.rint(x / F32(unit)), -127, 127).astype("i1")
@@ -504,12 +505,12 @@ def add_int8(codes: npt.NDArray[np.int8], unit: float, out: Vector) -> None:
 
 
 def extremes(x: Vector) -> tuple[float, float]:
-    """The least and the largest element; not for NaN."""
+    """The smallest and the largest element; undefined for NaN."""
     return float(x.min()), float(x.max())
 
 
 def range_codes(x: Vector) -> tuple[Octets, float, int]:
-    """Eight bits an element over [min, max] (Bagua's MinMaxUInt8): codes, scale and the integer that code 0 stands for.
+    """Eight bits an element over [min, max] (Bagua's MinMaxUInt8): codes, scale and the integer of code 0.
 
     scale = 255/(max − min + 1e-7) in float32, code = min(round(x·scale), upper) − lower with upper = round(max·scale),
     lower = upper − 255.
@@ -520,7 +521,7 @@ def range_codes(x: Vector) -> tuple[Octets, float, int]:
 
 
 def range_of(least: float, most: float) -> tuple[float, float]:
-    """Scale and upper of :func:`range_codes`; scale 0 where float32 does not hold what they come to."""
+    """Scale and upper of :func:`range_codes`; scale 0 if they overflow float32."""
     with np.errstate(all="ignore"):
         scale = F32(255) / (F32(most) - F32(least) + F32(1e-7))
         upper = np.rint(F32(most) * scale)
@@ -536,7 +537,7 @@ def add_range(codes: Octets, scale: float, lower: int, out: Vector) -> None:
 
 
 def uniforms(key: int, n: int) -> Vector:
-    """Numbers in [0, 1), multiples of 2^-24: element i by a hash of i and a 32-bit key.
+    """Numbers in [0, 1), multiples of 2^-24; element i is a hash of i and a 32-bit key.
 
     The hash is a 32-bit finaliser of two multiplications and three shifts (Wellons, "hash prospector", 2018).
     """
@@ -613,7 +614,7 @@ def add_natural(exponents: Octets, bits: Octets, out: Vector) -> None:
 def ternary(x: Vector, clip: float, scale: float, key: int) -> tuple[Octets, int]:
     """TernGrad (Wen et al., NIPS 2017): pairs of the elements kept, each with probability min(\\|x\\|, clip)/scale.
 
-    Also how many are kept.
+    Also returns the number of kept elements.
     """
     magnitude = np.minimum(np.abs(x), F32(clip))
     kept = uniforms(key, x.size) * F32(scale) < magnitude

@@ -1,25 +1,26 @@
-"""Collectives of ranks that share memory: copy into one's own region, say so with a counter, read the others' regions.
+"""Collectives of ranks that share memory: each rank copies into its own region, signals, and reads the other regions.
 
-*p ranks, r this one, q another; k a block of this call, g the blocks of all calls before it.*
+*p ranks, r this one, q another; k a block of this call, g the number of blocks of all earlier calls.*
 
-Every function works on words at addresses (:mod:`hpccomm.kernels.memory`), so that it runs as it stands in Python and,
-with the intrinsics of :mod:`hpccomm.kernels.intrinsics` in place of those functions, compiled.  A rank's region holds
+Every function works on words at addresses (:mod:`hpccomm.kernels.shared_memory.memory`).  The same source runs in
+Python and, with the intrinsics of :mod:`hpccomm.kernels.intrinsics` in place of those functions, compiled.
+:mod:`hpccomm.kernels.shared_memory.records` declares the records.  The region of a rank holds
 
-* two *lines* that alternate from call to call: the number of the call, written last, with what belongs to the call;
+* two *lines* that alternate between calls: the number of the call, written last, and the arguments of the call;
 * two counters, blocks *published* and blocks *finished*, which only grow and which only their owner writes;
-* two small *buffers* that alternate from call to call, and a ring of four *slots* that goes on from call to call; a
-  call whose blocks fill only a part of a slot takes another part each time it comes to the slot, so that it writes
-  where nobody has just read: lines that the others' caches still hold would have to be asked back first.
+* two small *buffers* that alternate between calls, and a ring of four *slots* that continues across calls.  A call
+  whose blocks fill only part of a slot uses another part on each visit to the slot: a rank then writes where no other
+  rank has just read, and no cache line has to be fetched back from another core first.
 
-A call begins with a meeting: everybody writes the line and waits for all others' lines.  So who has met in call n+1
-knows that all have left call n, and lines and buffers of call n may be written again in call n+2.  When a rank leaves a
-call, the others read at most the last three blocks, so the fourth slot is free for the next call's first block, which
-is published before the meeting; each collective below says why.
+A call begins with a barrier: every rank writes its line and waits for the lines of all others.  Passing the barrier of
+call n+1 proves that every rank has left call n, so lines and buffers of call n may be written again in call n+2.  When
+a rank leaves a call, the others still read at most the last three blocks.  The fourth slot is therefore free for the
+first block of the next call, which is published before the barrier; each collective below gives its reason.
 """
 
 from __future__ import annotations
 
-from hpccomm.kernels.memory import (
+from hpccomm.kernels.shared_memory.memory import (
     copy,
     copy_nontemporal,
     fetch,
@@ -34,62 +35,111 @@ from hpccomm.kernels.memory import (
     store_release,
     yield_cpu,
 )
-
-W = 8
-"""Bytes of a word."""
+from hpccomm.kernels.shared_memory.records import (
+    BUFFER,
+    CALL_RECORD,
+    LINE,
+    LINE_RECORD,
+    REGION_RECORD,
+    RING,
+    STATE_RECORD,
+    TUNING_RECORD,
+    W,
+    offset_of,
+)
 
 # A region
-LINE = 128
-PUBLISHED, FINISHED = 2 * LINE, 3 * LINE
-ABANDONED = 4 * LINE
-"""In rank 0's region: 1 + a rank that left a call half done; nobody can go on."""
-PID = 5 * LINE
-"""The rank's process number."""
-BUFFERS = 4096
-BUFFER = 32768
-SLOTS = BUFFERS + 2 * BUFFER
-RING = 4
+PUBLISHED = offset_of(REGION_RECORD, "published")
+FINISHED = offset_of(REGION_RECORD, "finished")
+ABANDONED = offset_of(REGION_RECORD, "abandoned")
+PID = offset_of(REGION_RECORD, "pid")
+BUFFERS = offset_of(REGION_RECORD, "buffers")
+SLOTS = REGION_RECORD.itemsize
 
-# A line; what small calls read is in its first 64 bytes
-CHECK, PAYLOAD, FINGERPRINT, ARRAY, SEND_AT, RECV_AT, LONGEST, LINE_TIME_CACHED, LINE_TIME_NONTEMPORAL, REFUSALS = (
-    W * i for i in (1, 2, *range(8, 16))
-)
-PAYLOAD_BYTES = 48
+# A line
+NUMBER = offset_of(LINE_RECORD, "number")
+CHECK = offset_of(LINE_RECORD, "check")
+PAYLOAD = offset_of(LINE_RECORD, "payload")
+FINGERPRINT = offset_of(LINE_RECORD, "fingerprint")
+ARRAY = offset_of(LINE_RECORD, "array")
+SEND_AT = offset_of(LINE_RECORD, "send_at")
+RECV_AT = offset_of(LINE_RECORD, "recv_at")
+LONGEST = offset_of(LINE_RECORD, "longest")
+LINE_TIME_CACHED = offset_of(LINE_RECORD, "time_cached")
+LINE_TIME_NONTEMPORAL = offset_of(LINE_RECORD, "time_nontemporal")
+REFUSALS = offset_of(LINE_RECORD, "refusals")
 
-# What a rank knows of the transport
-MEMORY, REGION, RANKS, RANK, CALLS, BLOCKS, SPIN, SPIN_LIMIT, CLOSED, SLOT = (W * i for i in range(10))
-NONTEMPORAL_FILL, PROBE, CLOCK, ELAPSED, MAX_WAIT, SLOT_STRIDE, STATE_WORDS = (W * i for i in range(10, 17))
+# The state
+MEMORY = offset_of(STATE_RECORD, "memory")
+REGION = offset_of(STATE_RECORD, "region")
+RANKS = offset_of(STATE_RECORD, "ranks")
+RANK = offset_of(STATE_RECORD, "rank")
+CALLS = offset_of(STATE_RECORD, "calls")
+BLOCKS = offset_of(STATE_RECORD, "blocks")
+SPIN = offset_of(STATE_RECORD, "spin")
+SPIN_LIMIT = offset_of(STATE_RECORD, "spin_limit")
+CLOSED = offset_of(STATE_RECORD, "closed")
+SLOT = offset_of(STATE_RECORD, "slot")
+NONTEMPORAL_FILL = offset_of(STATE_RECORD, "nontemporal_fill")
+PROBE = offset_of(STATE_RECORD, "probe")
+CLOCK = offset_of(STATE_RECORD, "clock")
+ELAPSED = offset_of(STATE_RECORD, "elapsed")
+MAX_WAIT = offset_of(STATE_RECORD, "max_wait")
+SLOT_STRIDE = offset_of(STATE_RECORD, "slot_stride")
 
-# What a rank knows of a call
-STATE, CALL_CHECK, CALL_FINGERPRINT, WAITING, FOLD, SEND, RECV, NBYTES, ITEM, ROOT, BLOCK, PROTOCOL, NONTEMPORAL_OUT = (
-    W * i for i in range(13)
-)
-ALLOCATION, ALIVE, COPIES, COPY_STRIDE, CALL_SEND_AT, CALL_RECV_AT, CALL_LONGEST = (W * i for i in range(13, 20))
-TUNING, ONCE, CALL_SLOT_STRIDE, SEGMENT, TABLE = (W * i for i in range(20, 25))
-"""From TABLE on: p words for the addresses to reduce, then what the collective needs for each rank."""
+# The call
+STATE = offset_of(CALL_RECORD, "state")
+CALL_CHECK = offset_of(CALL_RECORD, "check")
+CALL_FINGERPRINT = offset_of(CALL_RECORD, "fingerprint")
+WAITING = offset_of(CALL_RECORD, "waiting")
+FOLD = offset_of(CALL_RECORD, "fold")
+SEND = offset_of(CALL_RECORD, "send")
+RECV = offset_of(CALL_RECORD, "recv")
+NBYTES = offset_of(CALL_RECORD, "nbytes")
+ITEM = offset_of(CALL_RECORD, "item")
+ROOT = offset_of(CALL_RECORD, "root")
+BLOCK = offset_of(CALL_RECORD, "block")
+PROTOCOL = offset_of(CALL_RECORD, "protocol")
+NONTEMPORAL_OUT = offset_of(CALL_RECORD, "nontemporal_out")
+ALLOCATION = offset_of(CALL_RECORD, "allocation")
+ALIVE = offset_of(CALL_RECORD, "alive")
+COPIES = offset_of(CALL_RECORD, "copies")
+COPY_STRIDE = offset_of(CALL_RECORD, "copy_stride")
+CALL_SEND_AT = offset_of(CALL_RECORD, "send_at")
+CALL_RECV_AT = offset_of(CALL_RECORD, "recv_at")
+CALL_LONGEST = offset_of(CALL_RECORD, "longest")
+TUNING = offset_of(CALL_RECORD, "tuning")
+ONCE = offset_of(CALL_RECORD, "once")
+CALL_SLOT_STRIDE = offset_of(CALL_RECORD, "slot_stride")
+SEGMENT = offset_of(CALL_RECORD, "segment")
+TABLE = CALL_RECORD.itemsize
 
-# What was learned of calls of one kind and size
-COUNT, PERIOD, CHOICE, TIME_CACHED, TIME_NONTEMPORAL, TUNING_WORDS = (W * i for i in range(6))
+# The tuning record
+COUNT = offset_of(TUNING_RECORD, "count")
+PERIOD = offset_of(TUNING_RECORD, "period")
+CHOICE = offset_of(TUNING_RECORD, "choice")
+TIME_CACHED = offset_of(TUNING_RECORD, "time_cached")
+TIME_NONTEMPORAL = offset_of(TUNING_RECORD, "time_nontemporal")
 
 COLLECTIVES = ("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier")
 INLINE, DIRECT, PIPELINE, BUFFERED, SINGLE_COPY = range(5)
-"""How a vector goes: in the line; in the buffer, or in place where it is registered; in blocks; always in the buffer;
-from process to process."""
+"""The protocol of a vector: in the line; in the buffer, or in place if registered; in blocks; always in the buffer;
+single-copy (CMA)."""
 DONE, RETRY, MISMATCH, STUCK, SHUT = 0, 1, 2, 3, 4
-"""What a call returns; AGAIN: somebody has not come yet, call again."""
+"""Return codes of a call.  RETRY: a rank has not arrived yet, call again."""
 
 MAX_WAIT_NS = 50_000_000
-"""Nanoseconds after which a wait for somebody who has not come returns to Python, where nothing else is said."""
+"""Default time in nanoseconds after which a wait for a missing rank returns to Python."""
 MIN_SPIN = 20
-"""Looks before giving way where ranks share cores."""
+"""Polls before a rank yields its core, where ranks share cores."""
 ALIGNMENT = 64
-"""Slices begin at multiples of this, so that no cache line is written by two ranks."""
+"""Slices begin at multiples of this, so that two ranks never write one cache line."""
 PROBE_CALLS = 4
-"""Calls tried each way."""
+"""Probe calls for each way to fill slots."""
 MAX_SINGLE_COPY = 1 << 30
-"""Bytes copied from process to process in one go (Linux allows a little less than 2 GiB)."""
+"""Most bytes of one single-copy system call (Linux allows a little less than 2 GiB)."""
 CACHE_BLOCK = 16384
-"""Bytes reduced at a time, so that a result is in the first-level cache while it is copied on."""
+"""Bytes reduced at a time: the result is still in the first-level cache when it is copied to its next place."""
 
 
 def region(state, q):
@@ -110,7 +160,7 @@ def slot_of(state, q, block):
 
 
 def slice_start(nbytes, p, q):
-    """Where slice q of p begins."""
+    """First byte of slice q of p."""
     return min(nbytes, q * (((nbytes + p - 1) // p + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT))
 
 
@@ -118,28 +168,28 @@ def slice_start(nbytes, p, q):
 
 
 def begin(call, state):
-    """Number the call; what is to be read by the others at the meeting is written after this and before arriving."""
+    """Number the call.  Data that the others read at the barrier is written between this and :func:`arrive`."""
     store(state + CALLS, load(state + CALLS) + 1)
     store(state + SLOT_STRIDE, load(call + CALL_SLOT_STRIDE))
     mine = line_of(state, load(state + RANK))
     store(mine + CHECK, load(call + CALL_CHECK))
     if load(mine + FINGERPRINT) != load(call + CALL_FINGERPRINT):
         store(mine + FINGERPRINT, load(call + CALL_FINGERPRINT))
-    lesson = load(call + TUNING)
-    if lesson != 0:
-        begin_probe(lesson, mine, state)
+    row = load(call + TUNING)
+    if row != 0:
+        begin_probe(row, mine, state)
     else:
         store(state + NONTEMPORAL_FILL, 0)
         store(state + PROBE, 0)
 
 
 def arrive(state):
-    """Write the number of the call into the line, last."""
+    """Write the number of the call into the line, after everything else."""
     store_release(line_of(state, load(state + RANK)), load(state + CALLS))
 
 
 def await_barrier(call, state):
-    """Wait until everybody is in this call, then compare: nobody goes on unless all make the same call."""
+    """Wait until every rank is in this call, then compare: no rank continues unless all ranks make the same call."""
     p, r, number = load(state + RANKS), load(state + RANK), load(state + CALLS)
     if load(state + PROBE) != 0 and load(call + WAITING) == 0:
         store(state + ELAPSED, nanoseconds() - load(state + CLOCK))
@@ -162,15 +212,15 @@ def await_barrier(call, state):
 
 
 def await_rank(state, q, number):
-    """Wait for a rank's line, but not for ever."""
+    """Wait for the line of a rank, at most MAX_WAIT nanoseconds."""
     flag, abandoned = line_of(state, q), load(state + MEMORY) + ABANDONED
-    spin, looks, began, patience = load(state + SPIN), 0, 0, load(state + MAX_WAIT)
+    spin, polls, began, patience = load(state + SPIN), 0, 0, load(state + MAX_WAIT)
     while load_acquire(flag) < number:
-        looks += 1
-        if looks < spin:
+        polls += 1
+        if polls < spin:
             pause()
             continue
-        if looks % 64 == 0:
+        if polls % 64 == 0:
             if load_acquire(abandoned) != 0:
                 return STUCK
             now = nanoseconds()
@@ -179,55 +229,55 @@ def await_rank(state, q, number):
             elif now - began > patience:
                 return RETRY
         yield_cpu()
-    adapt(state, spin, looks)
+    adapt(state, spin, polls)
     return DONE
 
 
-def adapt(state, spin, looks):
-    """Spin less after spinning in vain, longer after success: in vain means that ranks share cores."""
-    if looks >= spin:
+def adapt(state, spin, polls):
+    """Spin less if spinning did not end the wait, which means that ranks share cores; spin longer if it did."""
+    if polls >= spin:
         store(state + SPIN, max(MIN_SPIN, spin >> 1))
-    elif looks > 0:
+    elif polls > 0:
         store(state + SPIN, min(load(state + SPIN_LIMIT), spin + (spin >> 3) + 1))
 
 
 def await_count(state, q, counter, count):
-    """Wait until a rank that is in this call has come to a block; whether it has."""
+    """Wait until a counter of a rank that is in this call reaches ``count``; false if the call was abandoned."""
     flag, abandoned = region(state, q) + counter, load(state + MEMORY) + ABANDONED
-    spin, looks = load(state + SPIN), 0
+    spin, polls = load(state + SPIN), 0
     while load_acquire(flag) < count:
-        looks += 1
-        if looks < spin:
+        polls += 1
+        if polls < spin:
             pause()
         else:
-            if looks % 64 == 0 and load_acquire(abandoned) != 0:
+            if polls % 64 == 0 and load_acquire(abandoned) != 0:
                 return False
             yield_cpu()
-    adapt(state, spin, looks)
+    adapt(state, spin, polls)
     return True
 
 
 def await_all(state, counter, count):
-    """Wait until all others have come to a block."""
-    p, r, came = load(state + RANKS), load(state + RANK), True
+    """Wait until a counter of all other ranks reaches ``count``."""
+    p, r, reached = load(state + RANKS), load(state + RANK), True
     for i in range(1, p):
-        came = came and await_count(state, (r + i) % p, counter, count)
-    return came
+        reached = reached and await_count(state, (r + i) % p, counter, count)
+    return reached
 
 
 def signal(state, counter, count):
-    """Count one's own blocks."""
+    """Set a counter of this rank."""
     store_release(region(state, load(state + RANK)) + counter, count)
 
 
-# Learning how to fill slots
+# Autotuning of how slots are filled
 
 
 def fill(state, slot, source, nbytes):
-    """Copy into one's slot, through the cache or around it.
+    """Copy into a slot of this rank, with ordinary or non-temporal stores.
 
-    Which is faster depends on where the cores are: up to fivefold either way, on one virtual machine within minutes
-    (measured).  So it is tried.
+    Which is faster depends on the placement of the cores: either way wins by up to a factor of five, on one virtual
+    machine within minutes (measured).  So the calls probe it.
     """
     if load(state + NONTEMPORAL_FILL) != 0:
         copy_nontemporal(slot, source, nbytes)
@@ -235,53 +285,52 @@ def fill(state, slot, source, nbytes):
         fetch(slot, source, nbytes)
 
 
-def begin_probe(lesson, mine, state):
-    """How this call fills slots: some calls each way, then for long as was faster; and what the others shall know."""
-    turn = load(lesson + COUNT) % load(lesson + PERIOD)
-    store(lesson + COUNT, load(lesson + COUNT) + 1)
-    store(state + PROBE, 1 + turn if turn < 2 * PROBE_CALLS else 0)
-    if turn < 2 * PROBE_CALLS:
-        store(state + NONTEMPORAL_FILL, 0 if turn < PROBE_CALLS else 1)
+def begin_probe(row, mine, state):
+    """Choose how this call fills slots: probe calls each way, then the faster way for a period; publish the times."""
+    trial = load(row + COUNT) % load(row + PERIOD)
+    store(row + COUNT, load(row + COUNT) + 1)
+    store(state + PROBE, 1 + trial if trial < 2 * PROBE_CALLS else 0)
+    if trial < 2 * PROBE_CALLS:
+        store(state + NONTEMPORAL_FILL, 0 if trial < PROBE_CALLS else 1)
         store(state + CLOCK, nanoseconds())
         return
-    store(state + NONTEMPORAL_FILL, load(lesson + CHOICE))
-    if turn == 2 * PROBE_CALLS:
-        store(mine + LINE_TIME_CACHED, load(lesson + TIME_CACHED))
-        store(mine + LINE_TIME_NONTEMPORAL, load(lesson + TIME_NONTEMPORAL))
+    store(state + NONTEMPORAL_FILL, load(row + CHOICE))
+    if trial == 2 * PROBE_CALLS:
+        store(mine + LINE_TIME_CACHED, load(row + TIME_CACHED))
+        store(mine + LINE_TIME_NONTEMPORAL, load(row + TIME_NONTEMPORAL))
 
 
-def decide(lesson, state):
-    """After the trials, take what was faster for the slowest rank; all ranks read the same times."""
-    if (load(lesson + COUNT) - 1) % load(lesson + PERIOD) != 2 * PROBE_CALLS:
+def decide(row, state):
+    """After the probe calls, take the way that is faster for the slowest rank; all ranks read the same times."""
+    if (load(row + COUNT) - 1) % load(row + PERIOD) != 2 * PROBE_CALLS:
         return
-    cached, around = 0, 0
+    cached, nontemporal = 0, 0
     for q in range(load(state + RANKS)):
         cached = max(cached, load(line_of(state, q) + LINE_TIME_CACHED))
-        around = max(around, load(line_of(state, q) + LINE_TIME_NONTEMPORAL))
-    store(lesson + CHOICE, 1 if around < cached else 0)
+        nontemporal = max(nontemporal, load(line_of(state, q) + LINE_TIME_NONTEMPORAL))
+    store(row + CHOICE, 1 if nontemporal < cached else 0)
 
 
 def end_probe(call, state):
-    """In a trial note the best time, in which waiting for late ranks does not count."""
-    turn = load(state + PROBE) - 1
-    if turn < 0:
+    """After a probe call record the best time; waiting for late ranks does not count."""
+    trial = load(state + PROBE) - 1
+    if trial < 0:
         return
     spent = load(state + ELAPSED) + nanoseconds() - load(state + CLOCK)
-    best = load(call + TUNING) + (TIME_CACHED if turn < PROBE_CALLS else TIME_NONTEMPORAL)
-    if turn % PROBE_CALLS <= 1 or spent < load(
-        best
-    ):  # the first call each way finds the caches as the other way left them
+    best = load(call + TUNING) + (TIME_CACHED if trial < PROBE_CALLS else TIME_NONTEMPORAL)
+    # the first call each way finds the caches as the other way left them
+    if trial % PROBE_CALLS <= 1 or spent < load(best):
         store(best, spent)
 
 
 def finish(call, state, blocks):
-    """Count the blocks."""
+    """Add the blocks of this call to the total."""
     store(state + BLOCKS, load(state + BLOCKS) + max(1, blocks))
     end_probe(call, state)
 
 
 def enter(call, state):
-    """Whether nothing forbids a new call."""
+    """DONE if a new call may begin."""
     if load(state + CLOSED) != 0:
         return SHUT
     if load_acquire(load(state + MEMORY) + ABANDONED) != 0:
@@ -293,7 +342,7 @@ def enter(call, state):
 
 
 def allreduce(call):
-    """Reduce on all ranks: in one line, from the buffers, in a pipeline of blocks, or straight in registered arrays."""
+    """Reduce on all ranks: in the lines, from the buffers, in a pipeline of blocks, or in registered arrays."""
     state = load(call + STATE)
     if load(call + WAITING) == 0:
         code = enter(call, state)
@@ -305,26 +354,26 @@ def allreduce(call):
     code = await_barrier(call, state)
     if code != DONE:
         return code
-    way = load(call + PROTOCOL)
-    if way in (INLINE, BUFFERED):
-        return fold_lines(call, state) if way == INLINE else fold_buffers(call, state)
+    protocol = load(call + PROTOCOL)
+    if protocol in (INLINE, BUFFERED):
+        return fold_lines(call, state) if protocol == INLINE else fold_buffers(call, state)
     registered = registration(state)
     if registered > 0:
         return allreduce_registered(call, state)
-    if way == DIRECT and registered == 0:
+    if protocol == DIRECT and registered == 0:
         return fold_buffers(call, state)
     mine = load(line_of(state, load(state + RANK)) + ARRAY)
-    return allreduce_pipelined(call, state, way == PIPELINE and mine == 0)
+    return allreduce_pipelined(call, state, protocol == PIPELINE and mine == 0)
 
 
 def publish(call, state):
-    """Put one's vector, or its first block, where the others read it; a registered array stays where it is."""
-    r, send, nbytes, way = load(state + RANK), load(call + SEND), load(call + NBYTES), load(call + PROTOCOL)
+    """Copy the vector or its first block to where the others read it; a registered array stays in place."""
+    r, send, nbytes, protocol = load(state + RANK), load(call + SEND), load(call + NBYTES), load(call + PROTOCOL)
     mine = line_of(state, r)
-    if way == INLINE:
+    if protocol == INLINE:
         copy(mine + PAYLOAD, send, nbytes)
         return
-    if way == BUFFERED:
+    if protocol == BUFFERED:
         fill(state, buffer_of(state, r), send, nbytes)
         return
     allocation = 0
@@ -335,14 +384,14 @@ def publish(call, state):
     store(mine + RECV_AT, load(call + CALL_RECV_AT))
     if allocation != 0:
         return
-    if way == DIRECT:
+    if protocol == DIRECT:
         fill(state, buffer_of(state, r), send, nbytes)
     else:
         publish_rest(call, state, 0)
 
 
 def registration(state):
-    """1: all ranks passed arrays of one allocation; 0: nobody passed a registered one; -1: neither."""
+    """1: all ranks passed arrays of one allocation; 0: no rank passed a registered array; -1: neither."""
     p, first = load(state + RANKS), load(line_of(state, 0) + ARRAY)
     for q in range(1, p):
         if load(line_of(state, q) + ARRAY) != first:
@@ -351,7 +400,7 @@ def registration(state):
 
 
 def fold_lines(call, state):
-    """Reduce what the lines hold."""
+    """Reduce the payloads of the lines."""
     p, table = load(state + RANKS), call + TABLE
     for q in range(p):
         store(table + W * q, line_of(state, q) + PAYLOAD)
@@ -360,7 +409,7 @@ def fold_lines(call, state):
 
 
 def fold_buffers(call, state):
-    """Reduce what the buffers hold."""
+    """Reduce the buffers."""
     p, table = load(state + RANKS), call + TABLE
     for q in range(p):
         store(table + W * q, buffer_of(state, q))
@@ -371,9 +420,9 @@ def fold_buffers(call, state):
 
 
 def allreduce_pipelined(call, state, first_is_out):
-    """Copy block k in, reduce my slice of block k-1, copy block k-2 out.
+    """Copy block k in, reduce this rank's slice of block k-1, copy block k-2 out.
 
-    Copying out comes first, so who publishes block k has left block k-2 and knows from the counters it waited for that
+    Copying out comes first: a rank that publishes block k has left block k-2, and the counters it waited for prove that
     all others have left block k-3.
     """
     nbytes, block, g = load(call + NBYTES), load(call + BLOCK), load(state + BLOCKS)
@@ -394,7 +443,7 @@ def allreduce_pipelined(call, state, first_is_out):
 
 
 def publish_rest(call, state, k):
-    """All of block k but one's own slice, which nobody else reads."""
+    """Publish block k without the slice of this rank, which no other rank reads."""
     r, g, block = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     n = min(block, load(call + NBYTES) - k * block)
     lo, hi = slice_start(n, load(state + RANKS), r), slice_start(n, load(state + RANKS), r + 1)
@@ -405,7 +454,7 @@ def publish_rest(call, state, k):
 
 
 def fold_slice(call, state, k):
-    """Reduce one's own slice of block k, and copy it into the slot, for the others."""
+    """Reduce the slice of this rank of block k, and copy it into the slot for the others."""
     p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
     block, item, table = load(call + BLOCK), load(call + ITEM), call + TABLE
     n = min(block, load(call + NBYTES) - k * block)
@@ -421,7 +470,7 @@ def fold_slice(call, state, k):
 
 
 def copy_out(call, state, k):
-    """The others' slices of block k."""
+    """Copy the slices that the other ranks reduced of block k."""
     p, r, g, block = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     n = min(block, load(call + NBYTES) - k * block)
     for i in range(1, p):
@@ -434,7 +483,7 @@ def copy_out(call, state, k):
 
 
 def allreduce_registered(call, state):
-    """Reduce one's own slice straight from everybody's array and write it into everybody's, or once for all."""
+    """Reduce the slice of this rank from all arrays and write it into all arrays, or once if they share a result."""
     p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
     copies, stride, table = load(call + COPIES), load(call + COPY_STRIDE), call + TABLE
     nbytes, item, recv = load(call + NBYTES), load(call + ITEM), load(call + RECV)
@@ -495,7 +544,7 @@ def publish_blocks(call, state):
 
 
 def fold_blocks(call, state):
-    """The root alone reduces: all others' slices would be written to slots and read once more."""
+    """Only the root reduces: slices reduced by the others would have to be written to slots and read once more."""
     p, r, g = load(state + RANKS), load(state + RANK), load(state + BLOCKS)
     nbytes, block, item, table = load(call + NBYTES), load(call + BLOCK), load(call + ITEM), call + TABLE
     blocks = (nbytes + block - 1) // block
@@ -512,11 +561,11 @@ def fold_blocks(call, state):
     return DONE
 
 
-# Reduce-scatter; the table goes on with where each rank's part begins, p+1 words
+# Reduce-scatter; the table continues with the first byte of each rank's block, p+1 words
 
 
 def reduce_scatter(call):
-    """Reduce, and leave each rank its part."""
+    """Reduce, and give each rank its block."""
     state = load(call + STATE)
     direct = load(call + PROTOCOL) == DIRECT
     if load(call + WAITING) == 0:
@@ -536,12 +585,12 @@ def reduce_scatter(call):
 
 
 def block_start(call, state, q):
-    """Where the part of rank q begins."""
+    """First byte of the block of rank q."""
     return load(call + TABLE + W * (load(state + RANKS) + q))
 
 
 def fold_own_block(call, state):
-    """Reduce one's own part of what the buffers hold."""
+    """Reduce the block of this rank from the buffers."""
     p, r, table, item = load(state + RANKS), load(state + RANK), call + TABLE, load(call + ITEM)
     for q in range(p):
         store(table + W * q, buffer_of(state, q))
@@ -553,7 +602,7 @@ def fold_own_block(call, state):
 
 
 def publish_scatter(call, state, k):
-    """Piece k of every other rank's part, side by side."""
+    """Publish segment k of every other rank's block, side by side."""
     p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     slot, send = slot_of(state, r, g + k), load(call + SEND)
     for i in range(1, p):
@@ -565,9 +614,9 @@ def publish_scatter(call, state, k):
 
 
 def reduce_scatter_pipelined(call, state):
-    """Publish piece k, reduce piece k-1.
+    """Publish segment k, reduce segment k-1.
 
-    Who has waited for all to publish block k-2 knows that all have reduced block k-4.
+    Once all ranks have published segment k-2, all of them have reduced segment k-4.
     """
     p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     item, table, blocks = load(call + ITEM), call + TABLE, 0
@@ -590,13 +639,13 @@ def reduce_scatter_pipelined(call, state):
     return DONE
 
 
-# Allgather; the table goes on with the bytes of each rank and where they belong, 2p words
+# Allgather; the table continues with the bytes of each rank and their displacements, 2p words
 
 
 def allgather(call):
-    """Everybody's part to everybody."""
+    """Give the block of every rank to all ranks."""
     state = load(call + STATE)
-    r, direct, across = load(state + RANK), load(call + PROTOCOL) == DIRECT, load(call + PROTOCOL) == SINGLE_COPY
+    r, direct, single_copy = load(state + RANK), load(call + PROTOCOL) == DIRECT, load(call + PROTOCOL) == SINGLE_COPY
     if load(call + WAITING) == 0:
         code = enter(call, state)
         if code != DONE:
@@ -604,14 +653,14 @@ def allgather(call):
         begin(call, state)
         if direct:
             fill(state, buffer_of(state, r), load(call + SEND), block_bytes(call, state, r))
-        elif not across:
+        elif not single_copy:
             publish_segment(call, state, 0)
         store(line_of(state, r) + SEND_AT, load(call + SEND))
         arrive(state)
     code = await_barrier(call, state)
     if code != DONE:
         return code
-    if across:
+    if single_copy:
         return allgather_single_copy(call, state)
     copy_own(load(call + RECV) + displacement(call, state, r), load(call + SEND), block_bytes(call, state, r))
     if not direct:
@@ -624,23 +673,23 @@ def allgather(call):
 
 
 def block_bytes(call, state, q):
-    """Bytes of rank q."""
+    """Bytes of the block of rank q."""
     return load(call + TABLE + W * (load(state + RANKS) + q))
 
 
 def displacement(call, state, q):
-    """Where they belong."""
+    """Where the block of rank q belongs in the receive buffer."""
     return load(call + TABLE + W * (2 * load(state + RANKS) + q))
 
 
 def copy_own(to, source, nbytes):
-    """What stays on this rank; in place it is there already."""
+    """Copy the block that stays on this rank; an in-place call needs no copy."""
     if to != source:
         copy(to, source, nbytes)
 
 
 def publish_segment(call, state, k):
-    """Piece k of one's own part."""
+    """Publish segment k of the block of this rank."""
     r, g, size = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     n = block_bytes(call, state, r) - k * size
     if n > 0:
@@ -649,7 +698,7 @@ def publish_segment(call, state, k):
 
 
 def allgather_pipelined(call, state):
-    """Publish piece k, copy everybody's piece k-1; slots are safe as in reduce-scatter."""
+    """Publish segment k, copy segment k-1 of every rank; slots are safe as in reduce-scatter."""
     p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     blocks = 0
     for q in range(p):
@@ -671,21 +720,21 @@ def allgather_pipelined(call, state):
 
 
 def allgather_single_copy(call, state):
-    """Everybody's part straight from its memory; in pieces where the system refuses.
+    """Copy every block directly from its owner's memory; through the slots where the system refuses.
 
-    All go through the parts in step, a stretch at a time: what its owner has just copied the others find in the cache
-    that they share, so it is read from memory once.
+    All ranks go through the blocks in step, one segment at a time: a segment that its owner has just copied is still in
+    the cache that the ranks share, so it is read from memory once.
     """
-    p, r, stretch, longest, refused, k = load(state + RANKS), load(state + RANK), load(call + SEGMENT), 0, 0, 0
+    p, r, segment, longest, refused, k = load(state + RANKS), load(state + RANK), load(call + SEGMENT), 0, 0, 0
     for q in range(p):
         longest = max(longest, block_bytes(call, state, q))
-    for lo in range(0, longest, stretch):
+    for lo in range(0, longest, segment):
         if k > 0 and not await_step(state, k):
             return STUCK
         for i in range(p):
             q = (r + i) % p
             n, to = (
-                min(stretch, block_bytes(call, state, q) - lo),
+                min(segment, block_bytes(call, state, q) - lo),
                 load(call + RECV) + displacement(call, state, q) + lo,
             )
             if n > 0 and i == 0:
@@ -704,9 +753,9 @@ def allgather_single_copy(call, state):
 
 
 def bcast(call):
-    """The root's bytes to everybody."""
+    """Give the bytes of the root to all ranks."""
     state = load(call + STATE)
-    r, way, nbytes, mine = load(state + RANK), load(call + PROTOCOL), load(call + NBYTES), load(call + SEND)
+    r, protocol, nbytes, mine = load(state + RANK), load(call + PROTOCOL), load(call + NBYTES), load(call + SEND)
     root = load(call + ROOT)
     if load(call + WAITING) == 0:
         code = enter(call, state)
@@ -714,29 +763,29 @@ def bcast(call):
             return code
         begin(call, state)
         if r == root:
-            if way == INLINE:
+            if protocol == INLINE:
                 copy(line_of(state, r) + PAYLOAD, mine, nbytes)
-            elif way == BUFFERED:
+            elif protocol == BUFFERED:
                 fill(state, buffer_of(state, r), mine, nbytes)
-            elif way == PIPELINE:
+            elif protocol == PIPELINE:
                 publish_block(call, state, 0)
         store(line_of(state, r) + SEND_AT, mine)
         arrive(state)
     code = await_barrier(call, state)
     if code != DONE:
         return code
-    if way == SINGLE_COPY:
+    if protocol == SINGLE_COPY:
         return bcast_single_copy(call, state, root)
-    if way == PIPELINE:
+    if protocol == PIPELINE:
         return bcast_pipelined(call, state, root)
     if r != root:
-        fetch(mine, line_of(state, root) + PAYLOAD if way == INLINE else buffer_of(state, root), nbytes)
+        fetch(mine, line_of(state, root) + PAYLOAD if protocol == INLINE else buffer_of(state, root), nbytes)
     end_probe(call, state)
     return DONE
 
 
 def publish_block(call, state, k):
-    """Block k as it is."""
+    """Publish the whole block k."""
     r, g, block = load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     n = min(block, load(call + NBYTES) - k * block)
     fill(state, slot_of(state, r, g + k), load(call + SEND) + k * block, n)
@@ -763,9 +812,9 @@ def bcast_pipelined(call, state, root):
 
 
 def bcast_single_copy(call, state, root):
-    """Straight from the root's memory: every rank copies the same number of bytes, the root into the others' memory.
+    """Copy from the root's memory: each rank copies the same number of bytes, the root into the others' memory.
 
-    Where the system refuses, which is then known to all, it goes in blocks.
+    Where the system refuses, all ranks learn it and the vector goes through the slots.
     """
     p, r, nbytes = load(state + RANKS), load(state + RANK), load(call + NBYTES)
     lo = nbytes - nbytes // p // 4096 * 4096
@@ -786,13 +835,13 @@ def bcast_single_copy(call, state, root):
 
 
 def await_step(state, k):
-    """Wait until everybody has come through k stretches of this call."""
+    """Wait until every rank has copied k segments of this call."""
     signal(state, FINISHED, load(state + BLOCKS) + k)
     return await_all(state, FINISHED, load(state + BLOCKS) + k)
 
 
 def finish_single_copy(state, refused, k):
-    """After the last of k stretches wait until everybody has copied what it had to; AGAIN where one was refused."""
+    """After the last of k segments wait until every rank has copied its own; RETRY if the system refused a copy."""
     store(line_of(state, load(state + RANK)) + REFUSALS, refused)
     if not await_step(state, k):
         return STUCK
@@ -804,21 +853,21 @@ def finish_single_copy(state, refused, k):
 
 
 def copy_single(state, q, here, there, nbytes, outward):
-    """Copy between this process and that of rank q; 1 if all of it was copied."""
+    """Copy between this process and that of rank q; 1 if every byte was copied."""
     pid = load(region(state, q) + PID)
     for lo in range(0, nbytes, MAX_SINGLE_COPY):
         size = min(MAX_SINGLE_COPY, nbytes - lo)
-        moved = push(pid, there + lo, here + lo, size) if outward != 0 else pull(pid, here + lo, there + lo, size)
-        if moved != size:
+        copied = push(pid, there + lo, here + lo, size) if outward != 0 else pull(pid, here + lo, there + lo, size)
+        if copied != size:
             return 0
     return 1
 
 
-# Alltoall; the table goes on with bytes sent to and place of each rank's part, bytes received and place, 4p words
+# Alltoall; the table continues with bytes and displacement of each block sent, then of each block received, 4p words
 
 
 def alltoall(call):
-    """Everybody's part for everybody; only sender and receiver know how long it is."""
+    """Give each rank its block of every rank; only sender and receiver know its length."""
     state = load(call + STATE)
     if load(call + WAITING) == 0:
         code = enter(call, state)
@@ -842,7 +891,7 @@ def alltoall(call):
 
 
 def alltoall_single_copy(call, state):
-    """Parts of one length, side by side, straight from everybody's memory; in pieces where the system refuses."""
+    """Copy blocks of one length directly from their owners' memory; through the slots where the system refuses."""
     p, r, refused = load(state + RANKS), load(state + RANK), 0
     for i in range(1, p):
         q = (r + i) % p
@@ -857,12 +906,12 @@ def alltoall_single_copy(call, state):
 
 
 def table_word(call, state, row, q):
-    """A word of the table."""
+    """Word q of a row of the table."""
     return load(call + TABLE + W * (row * load(state + RANKS) + q))
 
 
 def publish_messages(call, state, k):
-    """Piece k of what goes to each other rank, side by side."""
+    """Publish segment k of the block for each other rank, side by side."""
     p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     slot = slot_of(state, r, g + k)
     for i in range(1, p):
@@ -874,7 +923,7 @@ def publish_messages(call, state, k):
 
 
 def alltoall_pipelined(call, state):
-    """Publish piece k, copy what is for me of everybody's piece k-1; slots are safe as in reduce-scatter."""
+    """Publish segment k, copy segment k-1 that each rank has for this one; slots are safe as in reduce-scatter."""
     p, r, g, size = load(state + RANKS), load(state + RANK), load(state + BLOCKS), load(call + BLOCK)
     blocks = 0
     for q in range(p):
@@ -899,7 +948,7 @@ def alltoall_pipelined(call, state):
 
 
 def barrier(call):
-    """Wait for everybody."""
+    """Wait for all ranks."""
     state = load(call + STATE)
     if load(call + WAITING) == 0:
         code = enter(call, state)

@@ -1,0 +1,1 @@
+"""Kernels of compressed gradient exchange: the NumPy reference, compiled loops and their wrappers."""

@@ -1,0 +1,1 @@
+"""Optimizer steps on flat vectors: the NumPy reference and compiled loops."""

@@ -1,0 +1,1 @@
+"""Reductions of k vectors: the NumPy reference and compiled loops."""

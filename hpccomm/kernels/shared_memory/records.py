@@ -1,0 +1,106 @@
+"""Layouts of the records that shared-memory collectives read and write: every offset in compiled code comes from here.
+
+*W: bytes of a word; one region a rank, all regions side by side in one segment.*
+
+A region holds what the other ranks read: two lines that alternate from call to call, four words that each keep a line
+of their own, two buffers and the ring of slots.  The state, the call and the tuning record are private to a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+W = 8
+"""Bytes of a word."""
+LINE = 128
+"""Bytes that a counter has to itself: processors fetch cache lines of 64 bytes in pairs."""
+PAGE = 4096
+"""Buffers and slots begin at multiples of this."""
+BUFFER = 32768
+"""Bytes of one buffer for calls of one barrier."""
+RING = 4
+"""Slots of a rank."""
+PAYLOAD_BYTES = 48
+"""Bytes of a vector that travels in the line itself."""
+
+Field = tuple[str, Any] | tuple[str, Any, int | tuple[int, ...]]
+
+
+def words(*names: str) -> list[Field]:
+    """Fields of one word each."""
+    return [(name, np.int64) for name in names]
+
+
+def record(fields: Sequence[Field]) -> np.dtype[Any]:
+    """Fields one after the other, without gaps."""
+    return np.dtype(list(fields))
+
+
+LINE_RECORD = record(
+    [
+        *words("number", "check"),  # number: of the call, written last; check: hash of what all ranks must agree on
+        ("payload", np.uint8, PAYLOAD_BYTES),  # so far 64 bytes: all that a small call reads
+        *words("fingerprint", "array", "send_at", "recv_at", "longest"),
+        *words("time_cached", "time_nontemporal"),  # best probe times of this rank
+        *words("refusals"),  # single copies that the system refused
+    ]
+)
+
+OWN_LINE = np.dtype({"names": ["value"], "formats": [np.int64], "itemsize": LINE})
+"""A word that shares its line with no other."""
+
+_SHARED_WORDS: list[Field] = [
+    ("lines", LINE_RECORD, 2),
+    ("published", OWN_LINE),  # blocks that this rank has published, over all calls
+    ("finished", OWN_LINE),  # blocks that it has finished
+    ("abandoned", OWN_LINE),  # in rank 0's region: 1 + a rank that left a call half done, after which none can go on
+    ("pid", OWN_LINE),  # the rank's process number
+]
+
+REGION_RECORD = record(
+    [
+        *_SHARED_WORDS,
+        ("unused", np.void, PAGE - record(_SHARED_WORDS).itemsize),
+        ("buffers", np.uint8, (2, BUFFER)),
+    ]
+)
+"""A region up to its slots, whose length depends on the number of ranks."""
+
+
+def region_record(slot: int) -> np.dtype[Any]:
+    """A whole region with slots of ``slot`` bytes."""
+    return record([("head", REGION_RECORD), ("slots", np.uint8, (RING, slot))])
+
+
+STATE_RECORD = record(
+    [
+        *words("memory", "region", "ranks", "rank"),  # address of rank 0's region, bytes of a region
+        *words("calls", "blocks"),  # made so far
+        *words("spin", "spin_limit", "closed", "slot"),  # slot: bytes of one
+        *words("nontemporal_fill", "probe"),  # of the running call; probe: 1 + number of the trial, 0 for none
+        *words("clock", "elapsed", "max_wait", "slot_stride"),
+    ]
+)
+"""What a rank knows of the transport."""
+
+CALL_RECORD = record(
+    [
+        *words("state", "check", "fingerprint", "waiting"),  # waiting: 1 while ranks are missing at the barrier
+        *words("fold", "send", "recv", "nbytes", "item", "root", "block", "protocol", "nontemporal_out"),
+        *words("allocation", "alive", "copies", "copy_stride", "send_at", "recv_at"),  # of a registered array
+        *words("longest", "tuning", "once", "slot_stride", "segment"),
+    ]
+)
+"""What a rank knows of a call; a table follows: p addresses to reduce, then what the collective needs for each rank."""
+
+TUNING_RECORD = record(words("count", "period", "choice", "time_cached", "time_nontemporal"))
+"""What the autotuner knows of the calls of one collective and size class."""
+
+
+def offset_of(layout: np.dtype[Any], name: str) -> int:
+    """Bytes from the beginning of a record to a field."""
+    fields: Any = layout.fields
+    return int(fields[name][1])
