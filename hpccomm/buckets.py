@@ -42,10 +42,7 @@ class Bucket:
     """
 
     def __init__(
-        self,
-        tensors: Mapping[str, Any],
-        dtype: npt.DTypeLike | None = None,
-        exempt: Collection[str] | None = None,
+        self, tensors: Mapping[str, Any], dtype: npt.DTypeLike | None = None, exempt: Collection[str] | None = None
     ) -> None:
         shapes = {name: shape_of(each) for name, each in tensors.items()}
         unknown = sorted(set(exempt or ()) - set(shapes))

@@ -457,7 +457,7 @@ class Communicator(MPI.Intracomm):
         key = None if counts is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, counts)
         rest = (counts, op, algorithm)
         return self._run_uncached(
-            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._planner.reduce_scatter_v, rest
+            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._planner.reduce_scatter, rest
         )
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
@@ -477,7 +477,7 @@ class Communicator(MPI.Intracomm):
     ) -> PersistentRequest:
         """A persistent Reduce_scatter."""
         counts = None if recvcounts is None else tuple(recvcounts)
-        bound = self._planner.reduce_scatter_v(None, sendbuf, recvbuf, counts, op, algorithm)
+        bound = self._planner.reduce_scatter(None, sendbuf, recvbuf, counts, op, algorithm)
         return PersistentRequest(bound, (sendbuf, recvbuf))
 
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
@@ -630,10 +630,7 @@ class Communicator(MPI.Intracomm):
         return total
 
     def onebit_allreduce(
-        self,
-        x: npt.NDArray[np.float32],
-        worker_error: npt.NDArray[np.float32],
-        server_error: npt.NDArray[np.float32],
+        self, x: npt.NDArray[np.float32], worker_error: npt.NDArray[np.float32], server_error: npt.NDArray[np.float32]
     ) -> onebit.OneBitMean:
         """The mean by one-bit messages: :func:`hpccomm.collectives.compressed.onebit.onebit_allreduce`."""
         body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)

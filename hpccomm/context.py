@@ -186,7 +186,9 @@ class Context:
         return MismatchError(mismatch_message(calls, self.rank))
 
     def keep(self, key: Hashable, bound: Plan) -> Plan:
-        """Cache a plan; beyond MAX_PLANS the oldest is freed."""
+        """Cache a plan, if it has a key; beyond MAX_PLANS the oldest is freed."""
+        if key is None:
+            return bound
         self.plans[key] = bound
         if len(self.plans) > MAX_PLANS:
             self._plan_cache.clear()

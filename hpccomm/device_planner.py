@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +30,14 @@ from hpccomm.calls.plans import Plan, Run
 from hpccomm.context import algorithm_setting
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels.reductions import reference as reductions
-from hpccomm.planner import IN_PLACE, Planner, is_in_place
+from hpccomm.planner import IN_PLACE, Counts, Planner, is_in_place
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging
 
 Host = Callable[[Any, Any], Any]
 """A collective of host arrays: ``host(send, recv)``."""
+COLLECTIVES = {"Allgatherv": "allgather", "Reduce_scatter_block": "reduce_scatter"}
+"""The collective whose algorithms a call uses, if its name is another."""
 
 
 class StreamBuffer:
@@ -81,6 +83,10 @@ class Operand:
         """Elements [first, first + count), at element ``at`` of a chunk."""
         width = self.dtype.itemsize
         return Extent(self.buffer.address + first * width, at * width, count * width)
+
+    def columns(self, each: int, ranks: int, lo: int, hi: int) -> list[Extent]:
+        """Columns [lo, hi) of all ranks' blocks of ``each`` elements, one after the other in a chunk."""
+        return [self.extent(k * each + lo, hi - lo, k * (hi - lo)) for k in range(ranks)]
 
 
 def check_place(array: DeviceArray, device: cuda.Device, who: str) -> None:
@@ -159,10 +165,22 @@ class DevicePlanner(Planner):
         root: int | None = None,
         count: int | None = None,
         algorithm: str | None = None,
+        reproducible: bool = False,
     ) -> Plan:
-        """A plan that compares the calls of all ranks, then runs the call by the selected transport."""
+        """A plan that compares the calls of all ranks, then runs the call by a transport that supports it."""
         here = [each for each in operands if each is not None]
-        check = self.bind_check(name, here[-1].buffer if here else None, op, root, count, algorithm)
+        data, collective = here[-1], COLLECTIVES.get(name, name.lower())
+        if algorithm is not None:  # an unknown one is refused before the first message, as on the host
+            self.choose(collective, data.buffer, op, algorithm, self.call_label(name))
+        ipc, native, nccl = self.eligibility(collective, data, op, algorithm, reproducible)
+        offer = Call(
+            call.nbytes,
+            call.chunks,
+            call.phases if ipc else None,
+            call.native if native else None,
+            call.dense if nccl else None,
+        )
+        check = self.bind_check(name, data.buffer, op, root, count, "reproducible" if reproducible else algorithm)
         streams = [stream for each in here for stream in each.array.streams]
         owners: list[Any] = [each.array.owner for each in here]
         ready: list[Run] = []
@@ -170,7 +188,7 @@ class DevicePlanner(Planner):
         def run() -> None:
             check()
             if not ready:
-                ready.append(self.transports.bind(call, streams))
+                ready.append(self.transports.bind(offer, streams))
             ready[0]()
 
         def free() -> None:
@@ -186,40 +204,35 @@ class DevicePlanner(Planner):
         return str(name)
 
     def eligibility(
-        self,
-        collective: str,
-        data: Operand,
-        op: MPI.Op | None,
-        algorithm: str | None,
-        reproducible: bool = False,
-    ) -> Eligibility:
-        """Which transports support a call's dtype, operation and algorithm."""
+        self, collective: str, data: Operand, op: MPI.Op | None, algorithm: str | None, reproducible: bool = False
+    ) -> tuple[bool, bool, bool]:
+        """Whether CUDA IPC, MPI's own collective and NCCL support a call's dtype, operation and algorithm."""
         name = self.algorithm_name(collective, algorithm)
         if reproducible or name not in ("", "native"):
-            return Eligibility(False, False, False)
+            return False, False, False
         buffer, code = data.buffer, reductions.code_of(data.dtype)
         op_name = "" if op is None else operations.name_of(op)
         plain = not buffer.half and (op is None or (op.is_predefined and not self.why_not_native(buffer, op)))
         kernel = op is None or reductions.has_kernel(op_name, data.dtype)
-        return Eligibility(not name and kernel, plain, not name and (op is None or nvidia.reduces(op_name, code)))
+        return not name and kernel, plain, not name and (op is None or nvidia.reduces(op_name, code))
 
     def bind_check(
         self,
         name: str,
-        data: Buffer | None,
+        data: Buffer,
         op: MPI.Op | None = None,
         root: int | None = None,
         count: int | None = None,
         algorithm: str | None = None,
-    ) -> Callable[[], None]:
+    ) -> Run:
         """A barrier that raises on all ranks if their calls, or the memory of their arrays, differ."""
         fingerprint = Fingerprint(
             name,
             operations.name_of(op) if op is not None else "",
             UNKNOWN if count is None else str(count),
-            UNKNOWN if data is None else data.kind,
+            data.kind,
             "" if root is None else str(root),
-            UNKNOWN if data is None else data.order,
+            data.order,
             algorithm or "",
             "on a device",
         )
@@ -258,45 +271,25 @@ class DevicePlanner(Planner):
 
     # Collectives
 
-    def allreduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None) -> Plan:
+    def allreduce(
+        self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None, reproducible: bool = False
+    ) -> Plan:
         """Allreduce."""
-        return self.device_allreduce(sendbuf, recvbuf, op, algorithm, False) or super().allreduce(
-            key, sendbuf, recvbuf, op, algorithm
-        )
-
-    def device_allreduce(
-        self, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None, reproducible: bool
-    ) -> Plan | None:
-        """Allreduce on a device."""
         who = self.call_label("Allreduce")
         operands = self.operands(who, sendbuf, recvbuf)
         if operands is None:
-            return None
+            return super().allreduce(key, sendbuf, recvbuf, op, algorithm)
         send, recv = self.reduction_operands(operands, op, who)
-        comm = self.comm
-        self.check_algorithm("allreduce", recv, op, algorithm, who)
-
-        def host(a: Any, b: Any) -> None:
-            comm.Allreduce(a, b, op, algorithm, reproducible)
-
-        n, fits, in_place = (
-            recv.buffer.elements,
-            self.eligibility("allreduce", recv, op, algorithm, reproducible),
-            send is recv,
-        )
-        code, op_name = reductions.code_of(recv.dtype), operations.name_of(op)
+        host = host_call(self.comm.Allreduce, op, algorithm, reproducible)
+        n, code, op_name = recv.buffer.elements, reductions.code_of(recv.dtype), operations.name_of(op)
         call = Call(
             recv.buffer.nbytes,
             lambda: elementwise_chunks(n, send, recv, host),
-            fits.kernel(lambda room: plan_reduce(n, send, recv, op_name, room)),
-            fits.native(
-                lambda: Planner.allreduce(self, None, send_argument(send, in_place), recv.buffer, op, "native")
-            ),
-            fits.dense(lambda nccl: nccl.allreduce(send.buffer.address, recv.buffer.address, n, code, op_name)),
+            lambda room: plan_reduce(n, send, recv, op_name, room),
+            lambda: Planner.allreduce(self, None, send_argument(send, send is recv), recv.buffer, op, "native"),
+            lambda nccl: nccl.allreduce(send.buffer.address, recv.buffer.address, n, code, op_name),
         )
-        return self.bind_call(
-            "Allreduce", operands, call, op, count=n, algorithm=algorithm_label(algorithm, reproducible)
-        )
+        return self.bind_call("Allreduce", operands, call, op, None, n, algorithm, reproducible)
 
     def reduction_operands(self, operands: list[Operand | None], op: MPI.Op, who: str) -> tuple[Operand, Operand]:
         """The send and the receive operand of a reduction; the same operand twice when in place."""
@@ -307,118 +300,85 @@ class DevicePlanner(Planner):
         self.reduction_buffers(IN_PLACE if first is None else send.buffer, recv.buffer, op, who)
         return send, recv
 
-    def check_algorithm(self, collective: str, data: Operand, op: Any, algorithm: str | None, who: str) -> None:
-        """Refuse an unknown algorithm before the first message, as on the host."""
-        if algorithm is not None:
-            self.choose(collective, data.buffer, op, algorithm, who)
-
-    def reduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str | None) -> Plan:
-        """Reduce."""
-        return self.device_reduce(sendbuf, recvbuf, op, root, algorithm, False) or super().reduce(
-            key, sendbuf, recvbuf, op, root, algorithm
-        )
-
-    def device_reduce(
-        self, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str | None, reproducible: bool
-    ) -> Plan | None:
-        """Reduce on a device; only the root writes."""
-        who, comm = self.call_label("Reduce"), self.comm
+    def reduce(
+        self,
+        key: Hashable,
+        sendbuf: Any,
+        recvbuf: Any,
+        op: MPI.Op,
+        root: int,
+        algorithm: str | None,
+        reproducible: bool = False,
+    ) -> Plan:
+        """Reduce; only the root writes."""
+        who, here = self.call_label("Reduce"), self.rank == root
         self.check_root(root, who)
-        operands = self.operands(who, sendbuf, recvbuf if self.rank == root else None)
+        operands = self.operands(who, sendbuf, recvbuf if here else None)
         if operands is None:
-            return None
-        if self.rank == root:
+            return super().reduce(key, sendbuf, recvbuf, op, root, algorithm)
+        if here:
             send, recv = self.reduction_operands(operands, op, who)
         else:
             assert operands[0] is not None
             send = recv = operands[0]
             self.read_operand(send.buffer, op, who)
-        self.check_algorithm("reduce", send, op, algorithm, who)
-
-        def host(a: Any, b: Any) -> None:
-            comm.Reduce(a, b, op, root, algorithm, reproducible)
-
-        here = self.rank == root
-        into = recv if here else None
-        n, fits, first = (
-            send.buffer.elements,
-            self.eligibility("reduce", send, op, algorithm, reproducible),
-            send_argument(send, here and send is recv),
-        )
-        code, op_name = reductions.code_of(send.dtype), operations.name_of(op)
+        into, first = recv if here else None, send_argument(send, here and send is recv)
+        host = host_call(self.comm.Reduce, op, root, algorithm, reproducible)
+        n, code, op_name = send.buffer.elements, reductions.code_of(send.dtype), operations.name_of(op)
         call = Call(
             send.buffer.nbytes,
             lambda: elementwise_chunks(n, send, into, host),
-            fits.kernel(lambda room: plan_reduce(n, send, into, op_name, room)),
-            fits.native(lambda: Planner.reduce(self, None, first, recv.buffer if here else None, op, root, "native")),
-            fits.dense(lambda nccl: nccl.reduce(send.buffer.address, recv.buffer.address, n, code, op_name, root)),
+            lambda room: plan_reduce(n, send, into, op_name, room),
+            lambda: Planner.reduce(self, None, first, into.buffer if into else None, op, root, "native"),
+            lambda nccl: nccl.reduce(send.buffer.address, recv.buffer.address, n, code, op_name, root),
         )
-        return self.bind_call("Reduce", operands, call, op, root, n, algorithm_label(algorithm, reproducible))
+        return self.bind_call("Reduce", operands, call, op, root, n, algorithm, reproducible)
 
     def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Plan:
         """Bcast."""
-        who, comm = self.call_label("Bcast"), self.comm
+        who, comm, here = self.call_label("Bcast"), self.comm, self.rank == root
         operands = self.operands(who, buf)
         if operands is None:
             return super().bcast(key, buf, root, algorithm)
         (data,) = operands
         assert data is not None
         self.check_root(root, who)
-        self.read_buffer(data.buffer, who, writable=self.rank != root)
-        self.check_algorithm("bcast", data, None, algorithm, who)
-        here = self.rank == root
+        self.read_buffer(data.buffer, who, writable=not here)
 
         def host(a: Any, b: Any) -> None:
             comm.Bcast(a if here else b, root, algorithm)
 
-        buffer, n, fits = data.buffer, data.buffer.elements, self.eligibility("bcast", data, None, algorithm)
+        buffer, n = data.buffer, data.buffer.elements
         call = Call(
             buffer.nbytes,
             lambda: elementwise_chunks(n, data if here else None, None if here else data, host),
-            fits.kernel(lambda room: plan_broadcast(n, data, root, here, room)),
-            fits.native(lambda: Planner.bcast(self, None, buffer, root, "native")),
-            fits.dense(lambda nccl: nccl.bcast(buffer.address, buffer.nbytes, root)),
+            lambda room: plan_broadcast(n, data, root, here, room),
+            lambda: Planner.bcast(self, None, buffer, root, "native"),
+            lambda nccl: nccl.bcast(buffer.address, buffer.nbytes, root),
         )
         return self.bind_call("Bcast", operands, call, None, root, n, algorithm)
 
     def allgather(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
         """Allgather."""
-        who, comm, p = self.call_label("Allgather"), self.comm, self.size
+        who, p, me = self.call_label("Allgather"), self.size, self.rank
         operands = self.operands(who, sendbuf, recvbuf)
         if operands is None:
             return super().allgather(key, sendbuf, recvbuf, algorithm)
-        first, recv = self.transfer_operands(operands, who)
-        each = recv.buffer.block_length(p)
+        send, recv, in_place = self.transfer_operands(operands, who)
+        each, width = recv.buffer.block_length(p), recv.dtype.itemsize
         counts, displs = (each,) * p, tuple(each * k for k in range(p))
-        send = recv if first is None else first
-        self.check_allgather(send.buffer, recv.buffer, counts, displs, first is None, who)
-        self.check_algorithm("allgather", recv, None, algorithm, who)
-        begin = self.rank * each if first is None else 0
-
-        def host(a: Any, b: Any) -> None:
-            comm.Allgather(a, b, algorithm)
-
-        def chunks() -> list[Chunk]:
-            return [
-                chunk(
-                    [send.extent(begin + lo, hi - lo)],
-                    [recv.extent(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)],
-                    send,
-                    recv,
-                    host,
-                )
-                for lo, hi in columns(each, p * recv.dtype.itemsize)
-            ]
-
-        fits, nbytes = self.eligibility("allgather", recv, None, algorithm), each * recv.dtype.itemsize
+        self.check_allgather(send.buffer, recv.buffer, counts, displs, who)
+        begin, nbytes = me * each if in_place else 0, each * width
+        host = host_call(self.comm.Allgather, algorithm)
         call = Call(
             nbytes * p,
-            chunks,
-            fits.kernel(lambda room: plan_allgather(send, begin, recv, counts, displs, self.rank, room)),
-            fits.native(
-                lambda: Planner.allgather(self, None, send_argument(send, first is None), recv.buffer, "native")
-            ),
-            fits.dense(lambda nccl: nccl.allgather(send.extent(begin, each).address, recv.buffer.address, nbytes)),
+            lambda: [
+                chunk([send.extent(begin + lo, hi - lo)], recv.columns(each, p, lo, hi), send, recv, host)
+                for lo, hi in columns(each, p * width)
+            ],
+            lambda room: plan_allgather(send, begin, recv, counts, displs, me, room),
+            lambda: Planner.allgather(self, None, send_argument(send, in_place), recv.buffer, "native"),
+            lambda nccl: nccl.allgather(send.extent(begin, each).address, recv.buffer.address, nbytes),
         )
         return self.bind_call("Allgather", operands, call, count=each * p, algorithm=algorithm)
 
@@ -428,206 +388,134 @@ class DevicePlanner(Planner):
         operands = self.operands(who, sendbuf, recvbuf, parts=True)
         if operands is None:
             return super().allgatherv(key, sendbuf, recvbuf, algorithm)
-        first, recv = self.transfer_operands(operands, who)
+        send, recv, in_place = self.transfer_operands(operands, who)
         counts, displs = recv.buffer.blocks(p)
         if len(counts) != p:
             raise ArgumentError(f"{who}: {len(counts)} counts for {p} ranks: pass one count per rank")
-        send = recv if first is None else first
-        self.check_allgather(send.buffer, recv.buffer, counts, displs, first is None, who)
-        self.check_algorithm("allgather", recv, None, algorithm, who)
+        self.check_allgather(send.buffer, recv.buffer, counts, displs, who)
         cuts = np.cumsum([0, *counts]).tolist()
-        begin = displs[me] if first is None else 0
+        begin = displs[me] if in_place else 0
         reads = [send.extent(begin, counts[me])]
         writes = [recv.extent(displs[k], counts[k], cuts[k]) for k in range(p)]
 
         def host(a: Any, b: Any) -> None:
             comm.Allgatherv(a, [b, list(counts)], algorithm)
 
-        fits = self.eligibility("allgather", recv, None, algorithm)
         call = Call(
             cuts[-1] * recv.dtype.itemsize,
             lambda: [chunk(reads, writes, send, recv, host)],
-            fits.kernel(lambda room: plan_allgather(send, begin, recv, counts, displs, me, room)),
+            lambda room: plan_allgather(send, begin, recv, counts, displs, me, room),
         )
         return self.bind_call("Allgatherv", operands, call, count=sum(counts), algorithm=algorithm)
 
-    def transfer_operands(self, operands: list[Operand | None], who: str) -> tuple[Operand | None, Operand]:
-        """The send operand (``None`` in place) and the receive operand."""
+    def transfer_operands(self, operands: list[Operand | None], who: str) -> tuple[Operand, Operand, bool]:
+        """The send and the receive operand (the same operand twice when in place), and whether it is in place."""
         send, recv = operands
         if recv is None:
             raise ArgumentError(f"{who}: the receive buffer is None: pass an array")
         self.read_buffer(recv.buffer, who, writable=True)
-        if send is not None:
-            self.read_buffer(send.buffer, who)
-        return send, recv
+        if send is None:
+            return recv, recv, True
+        self.read_buffer(send.buffer, who)
+        return send, recv, False
 
     def alltoall(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
         """Alltoall."""
-        who, comm, p = self.call_label("Alltoall"), self.comm, self.size
+        who, p, me = self.call_label("Alltoall"), self.size, self.rank
         operands = self.operands(who, sendbuf, recvbuf)
         if operands is None:
             return super().alltoall(key, sendbuf, recvbuf, algorithm)
-        first, recv = self.transfer_operands(operands, who)
-        send = recv if first is None else first
-        each = recv.buffer.block_length(p)
-        if send.buffer.block_length(p) * send.dtype.itemsize != each * recv.dtype.itemsize or send.dtype != recv.dtype:
+        send, recv, in_place = self.transfer_operands(operands, who)
+        each, width = recv.buffer.block_length(p), recv.dtype.itemsize
+        sent, nbytes = send.buffer.block_length(p), each * width
+        if sent * send.dtype.itemsize != nbytes or send.dtype != recv.dtype:
             raise ArgumentError(
-                f"{who}: sends {send.buffer.block_length(p)} {send.buffer.kind} to each rank, receives {each} "
-                f"{recv.buffer.kind}: make both the same"
+                f"{who}: sends {sent} {send.buffer.kind} to each rank, receives {each} {recv.buffer.kind}: "
+                "make both the same"
             )
-        if first is not None:
+        if not in_place:
             self.check_overlap(send.buffer, recv.buffer, who)
-        self.check_algorithm("alltoall", recv, None, algorithm, who)
-
-        def host(a: Any, b: Any) -> None:
-            comm.Alltoall(a, b, algorithm)
-
-        def extents(operand: Operand, lo: int, hi: int) -> list[Extent]:
-            return [operand.extent(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)]
-
-        def chunks() -> list[Chunk]:
-            return [
-                chunk(extents(send, lo, hi), extents(recv, lo, hi), send, recv, host)
-                for lo, hi in columns(each, p * recv.dtype.itemsize)
-            ]
-
-        fits, nbytes = self.eligibility("alltoall", recv, None, algorithm), each * recv.dtype.itemsize
+        host = host_call(self.comm.Alltoall, algorithm)
         call = Call(
             nbytes * p,
-            chunks,
-            fits.kernel(lambda room: plan_alltoall(send, recv, each, p, self.rank, room)),
-            fits.native(
-                lambda: Planner.alltoall(self, None, send_argument(send, first is None), recv.buffer, "native")
-            ),
-            fits.dense_out_of_place(
-                first is not None,
-                lambda nccl: nccl.alltoall(send.buffer.address, recv.buffer.address, nbytes),
-            ),
+            lambda: [
+                chunk(send.columns(each, p, lo, hi), recv.columns(each, p, lo, hi), send, recv, host)
+                for lo, hi in columns(each, p * width)
+            ],
+            lambda room: plan_alltoall(send, recv, each, p, me, room),
+            lambda: Planner.alltoall(self, None, send_argument(send, in_place), recv.buffer, "native"),
+            None if in_place else lambda nccl: nccl.alltoall(send.buffer.address, recv.buffer.address, nbytes),
         )
         return self.bind_call("Alltoall", operands, call, count=each * p, algorithm=algorithm)
 
     def reduce_scatter_block(
-        self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None
+        self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None, reproducible: bool = False
     ) -> Plan:
         """Reduce_scatter_block."""
-        return self.device_reduce_scatter_block(sendbuf, recvbuf, op, algorithm, False) or super().reduce_scatter_block(
-            key, sendbuf, recvbuf, op, algorithm
-        )
-
-    def device_reduce_scatter_block(
-        self, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None, reproducible: bool
-    ) -> Plan | None:
-        """Reduce_scatter_block on a device."""
-        who, comm, p = self.call_label("Reduce_scatter_block"), self.comm, self.size
+        who, p, me = self.call_label("Reduce_scatter_block"), self.size, self.rank
         operands = self.operands(who, sendbuf, recvbuf)
         if operands is None:
-            return None
-        first, recv = self.transfer_operands(operands, who)
-        send = recv if first is None else first
-        for each in (send, recv):
-            self.read_operand(each.buffer, op, who)
-        part = recv.buffer.block_length(p) if first is None else recv.buffer.elements
-        self.check_blocks(send.buffer, recv.buffer, (part,) * p, first is None, who)
-        self.check_algorithm("reduce_scatter", recv, op, algorithm, who)
-
-        def host(a: Any, b: Any) -> None:
-            comm.Reduce_scatter_block(a, b, op, algorithm, reproducible)
-
-        def chunks() -> list[Chunk]:
-            return [
-                chunk(
-                    [send.extent(k * part + lo, hi - lo, k * (hi - lo)) for k in range(p)],
-                    [recv.extent(lo, hi - lo)],
-                    send,
-                    recv,
-                    host,
-                )
-                for lo, hi in columns(part, p * recv.dtype.itemsize)
-            ]
-
-        fits, in_place = self.eligibility("reduce_scatter", recv, op, algorithm, reproducible), first is None
+            return super().reduce_scatter_block(key, sendbuf, recvbuf, op, algorithm)
+        send, recv, in_place = self.transfer_operands(operands, who)
+        for operand in (send, recv):
+            self.read_operand(operand.buffer, op, who)
+        each, width = recv.buffer.block_length(p) if in_place else recv.buffer.elements, recv.dtype.itemsize
+        counts = (each,) * p
+        self.check_blocks(send.buffer, recv.buffer, counts, who)
+        host = host_call(self.comm.Reduce_scatter_block, op, algorithm, reproducible)
         code, op_name = reductions.code_of(recv.dtype), operations.name_of(op)
+        source, into = send.buffer.address, recv.buffer.address
         call = Call(
-            part * p * recv.dtype.itemsize,
-            chunks,
-            fits.kernel(lambda room: plan_reduce_scatter(send, recv, (part,) * p, self.rank, op_name, room)),
-            fits.native(
-                lambda: Planner.reduce_scatter_block(
-                    self, None, send_argument(send, in_place), recv.buffer, op, "native"
-                )
-            ),
-            fits.dense_out_of_place(
-                not in_place,
-                lambda nccl: nccl.reduce_scatter(send.buffer.address, recv.buffer.address, part, code, op_name),
-            ),
+            each * p * width,
+            lambda: [
+                chunk(send.columns(each, p, lo, hi), [recv.extent(lo, hi - lo)], send, recv, host)
+                for lo, hi in columns(each, p * width)
+            ],
+            lambda room: plan_reduce_scatter(send, recv, counts, me, op_name, room),
+            lambda: Planner.reduce_scatter_block(self, None, send_argument(send, in_place), recv.buffer, op, "native"),
+            None if in_place else lambda nccl: nccl.reduce_scatter(source, into, each, code, op_name),
         )
-        label = algorithm_label(algorithm, reproducible)
-        return self.bind_call("Reduce_scatter_block", operands, call, op, count=part * p, algorithm=label)
+        return self.bind_call("Reduce_scatter_block", operands, call, op, None, each * p, algorithm, reproducible)
 
-    def reduce_scatter_v(
+    def reduce_scatter(
         self,
         key: Hashable,
         sendbuf: Any,
         recvbuf: Any,
-        recvcounts: tuple[int, ...] | None,
+        recvcounts: Counts | None,
         op: MPI.Op,
         algorithm: str | None,
+        reproducible: bool = False,
     ) -> Plan:
         """Reduce_scatter, in one chunk."""
-        return self.device_reduce_scatter(
-            sendbuf, recvbuf, recvcounts, op, algorithm, False
-        ) or super().reduce_scatter_v(key, sendbuf, recvbuf, recvcounts, op, algorithm)
-
-    def device_reduce_scatter(
-        self,
-        sendbuf: Any,
-        recvbuf: Any,
-        recvcounts: tuple[int, ...] | None,
-        op: MPI.Op,
-        algorithm: str | None,
-        reproducible: bool,
-    ) -> Plan | None:
-        """Reduce_scatter on a device."""
-        who, comm = self.call_label("Reduce_scatter"), self.comm
+        who = self.call_label("Reduce_scatter")
         operands = self.operands(who, sendbuf, recvbuf)
         if operands is None:
-            return None
-        first, recv = self.transfer_operands(operands, who)
-        send = recv if first is None else first
-        for each in (send, recv):
-            self.read_operand(each.buffer, op, who)
-        if recvcounts is None and first is None:
-            raise ArgumentError(f"{who}: in place, the number of elements for each rank is unknown: pass recvcounts")
-        counts = self.context.counts(recv.buffer.elements) if recvcounts is None else recvcounts
-        self.check_blocks(send.buffer, recv.buffer, counts, first is None, who)
-        self.check_algorithm("reduce_scatter", recv, op, algorithm, who)
-
-        def host(a: Any, b: Any) -> None:
-            comm.Reduce_scatter(a, b, counts, op, algorithm, reproducible)
-
+            return super().reduce_scatter(key, sendbuf, recvbuf, recvcounts, op, algorithm)
+        send, recv, in_place = self.transfer_operands(operands, who)
+        for operand in (send, recv):
+            self.read_operand(operand.buffer, op, who)
+        counts = self.scatter_counts(recvcounts, recv.buffer, in_place, who)
+        self.check_blocks(send.buffer, recv.buffer, counts, who)
+        host = host_call(self.comm.Reduce_scatter, counts, op, algorithm, reproducible)
         reads, writes = [send.extent(0, sum(counts))], [recv.extent(0, counts[self.rank])]
-        fits, op_name = self.eligibility("reduce_scatter", recv, op, algorithm, reproducible), operations.name_of(op)
+        op_name = operations.name_of(op)
         call = Call(
             sum(counts) * recv.dtype.itemsize,
             lambda: [chunk(reads, writes, send, recv, host)],
-            fits.kernel(lambda room: plan_reduce_scatter(send, recv, counts, self.rank, op_name, room)),
+            lambda room: plan_reduce_scatter(send, recv, counts, self.rank, op_name, room),
         )
-        label = algorithm_label(algorithm, reproducible)
-        return self.bind_call("Reduce_scatter", operands, call, op, count=sum(counts), algorithm=label)
+        return self.bind_call("Reduce_scatter", operands, call, op, None, sum(counts), algorithm, reproducible)
 
     def bind_reproducible(
         self, key: Hashable, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op
     ) -> Plan | None:
         """Bind a reduction whose bits do not depend on order: chunk by chunk on the host."""
-        methods: dict[str, Callable[..., Plan | None]] = {
-            "Allreduce": self.device_allreduce,
-            "Reduce": self.device_reduce,
-            "Reduce_scatter_block": self.device_reduce_scatter_block,
-            "Reduce_scatter": self.device_reduce_scatter,
-        }
-        return methods[name](*buffers, *arguments, None, True) or super().bind_reproducible(
-            key, name, buffers, arguments, op
-        )
+        read = buffers[:1] if name == "Reduce" and self.rank != arguments[-1] else buffers
+        if not any(self.uses_device(each) for each in read):
+            return super().bind_reproducible(key, name, buffers, arguments, op)
+        plan: Plan = getattr(self, name.lower())(None, *buffers, *arguments, None, reproducible=True)
+        return plan
 
     def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Plan:
         """Allreduce_view; its registered memory is on the host."""
@@ -703,39 +591,13 @@ class DevicePlanner(Planner):
             raise ArgumentError(f"{who}: the array lies on a device: {error}") from None
 
 
-class Eligibility(NamedTuple):
-    """Which transports support a call; each method returns ``None`` if its transport does not."""
-
-    has_kernel: bool
-    is_plain: bool
-    is_dense: bool
-
-    def kernel(self, phases: Callable[[int], Sequence[Phase]]) -> Callable[[int], Sequence[Phase]] | None:
-        """For CUDA IPC."""
-        return phases if self.has_kernel else None
-
-    def native(self, native: Callable[[], Plan]) -> Callable[[], Plan] | None:
-        """For MPI's own collective."""
-        return native if self.is_plain else None
-
-    def dense(self, body: Callable[[nvidia.Nccl], None]) -> Callable[[nvidia.Nccl], None] | None:
-        """For NCCL."""
-        return body if self.is_dense else None
-
-    def dense_out_of_place(
-        self, holds: bool, body: Callable[[nvidia.Nccl], None]
-    ) -> Callable[[nvidia.Nccl], None] | None:
-        """For NCCL, which supports this collective out of place only."""
-        return body if self.is_dense and holds else None
-
-
-def algorithm_label(algorithm: str | None, reproducible: bool) -> str | None:
-    """The algorithm in the fingerprint."""
-    return "reproducible" if reproducible else algorithm
+def host_call(method: Callable[..., None], *arguments: Any) -> Host:
+    """A collective of host arrays with the ``arguments`` that follow the buffers."""
+    return lambda send, recv: method(send, recv, *arguments)
 
 
 def send_argument(send: Operand, in_place: bool) -> Any:
-    """What MPI is recvcounts to send."""
+    """The send buffer that MPI gets."""
     return IN_PLACE if in_place else send.buffer
 
 
@@ -785,8 +647,7 @@ def plan_alltoall(send: Operand, recv: Operand, each: int, p: int, me: int, room
     """Copy this rank's block of every rank."""
     phases = []
     for lo, hi in phase_ranges(each, p * recv.dtype.itemsize, room):
-        reads = [send.extent(k * each + lo, hi - lo, k * (hi - lo)) for k in range(p)]
-        writes = [recv.extent(k * each + lo, hi - lo) for k in range(p)]
+        reads, writes = send.columns(each, p, lo, hi), recv.columns(each, p, lo, hi)
         copies = [PeerCopy(k, reads[me].first, extent.nbytes, extent.address) for k, extent in enumerate(writes)]
         phases.append(Phase(reads, copies=copies))
     return phases
@@ -803,9 +664,8 @@ def plan_reduce_scatter(
         reads = [send.extent(first[k] + a, b - a, k * (hi - lo)) for k, (a, b) in enumerate(ends)]
         a, b = ends[me]
         result = recv.extent(a, b - a)
-        phases.append(
-            Phase(reads, [PeerReduce(op, code, reads[me].first, result.nbytes, result.address, shared=False)])
-        )
+        reduction = PeerReduce(op, code, reads[me].first, result.nbytes, result.address, shared=False)
+        phases.append(Phase(reads, [reduction]))
     return phases
 
 
@@ -814,27 +674,20 @@ def plan_reduce_scatter(
 
 def columns(count: int, bytes_each: int) -> list[tuple[int, int]]:
     """[lo, hi) of the chunks of ``count`` columns; one empty chunk if there are none."""
-    step = max(1, chunk_columns(count, bytes_each))
+    step = max(1, cuda.chunk_bytes(count * bytes_each) // bytes_each)
     return list(pairwise([*range(0, count, step), count])) or [(0, 0)]
-
-
-def chunk_columns(count: int, bytes_each: int) -> int:
-    """Columns of a chunk."""
-    return cuda.chunk_bytes(count * bytes_each) // bytes_each
 
 
 def elementwise_chunks(count: int, send: Operand | None, recv: Operand | None, host: Host) -> list[Chunk]:
     """The chunks of an element-wise collective."""
     known = send or recv
     assert known is not None
+
+    def extents(operand: Operand | None, lo: int, hi: int) -> list[Extent]:
+        return [] if operand is None else [operand.extent(lo, hi - lo)]
+
     return [
-        chunk(
-            [] if send is None else [send.extent(lo, hi - lo)],
-            [] if recv is None else [recv.extent(lo, hi - lo)],
-            send,
-            recv,
-            host,
-        )
+        chunk(extents(send, lo, hi), extents(recv, lo, hi), send, recv, host)
         for lo, hi in columns(count, known.dtype.itemsize)
     ]
 

@@ -92,10 +92,7 @@ def library() -> Library:
 
 def find_launcher(found: Library) -> str:
     """The launcher of this library: beside Python, beside the library, or on the path."""
-    beside = [
-        str(Path(sys.executable).parent),
-        *(str(folder / "bin") for folder in Path(found.path).parents[1:2]),
-    ]
+    beside = [str(Path(sys.executable).parent), *(str(folder / "bin") for folder in Path(found.path).parents[1:2])]
     rejected = []
     for folder in [*beside, *os.environ.get("PATH", "").split(os.pathsep)]:
         for name in found.family.programs:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,7 @@ from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.calls import operations
 from hpccomm.calls.buffers import Buffer, address_of, apply_displacement, read
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
-from hpccomm.calls.plans import Plan
+from hpccomm.calls.plans import Plan, Run
 from hpccomm.collectives.engine import bind, bind_segments
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
@@ -32,7 +33,7 @@ from hpccomm.kernels.reductions import reference as reductions
 from hpccomm.performance.tuning import Choice
 
 IN_PLACE = MPI.IN_PLACE
-Run = Callable[[], None]
+Counts = tuple[int, ...]
 
 SYNCHRONISING = ("Allreduce", "Allgather", "Allgatherv", "Reduce_scatter", "Reduce_scatter_block", "Barrier")
 """Collectives that no rank leaves before all ranks have entered."""
@@ -91,18 +92,13 @@ class Planner:
             return self.bind_native(key, fingerprint, "Allreduce", (send, recv), (op,))
         vector, source = recv.vector(), None if send is recv else send.vector()
         if choice.algorithm == "shared":
-            return self.keep_shared(
-                key,
-                fingerprint,
-                lambda digest: self.shared_memory.bind_allreduce(
-                    send.address, recv.address, recv.elements, recv.kind, operations.name_of(op), digest
-                ),
-            )
+            ends = send.address, recv.address
+            shared = partial(self.shared_memory.bind_allreduce, *ends, recv.elements, recv.kind, operations.name_of(op))
+            return self.keep_shared(key, fingerprint, shared)
         levels = self.context.two_levels if choice.algorithm == "hierarchical" else None
         if levels and op.is_predefined and levels.memory.reduces(operations.name_of(op), recv.kind):
-            data = Operands(
-                send.address, recv.address, vector, recv.kind, operations.name_of(op), operations.combiner(op)
-            )
+            op_name, combine = operations.name_of(op), operations.combiner(op)
+            data = Operands(send.address, recv.address, vector, recv.kind, op_name, combine)
             levels.memory.stall_handler = self.progress_driver(levels.memory)
             plan = levels.bind(data, fingerprint.digest)
             return self.keep(key, fingerprint, [plan], plan.free, vector.nbytes)
@@ -114,10 +110,10 @@ class Planner:
     def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Plan:
         """Allreduce into one result per node, or into one result per rank where ranks share no memory."""
         who = self.call_label("Allreduce_view")
-        send, shared = self.read_operand(buf, op, who), self.shared_memory
+        send, shared, op_name = self.read_operand(buf, op, who), self.shared_memory, operations.name_of(op)
         if send.dtype is None:
             raise ArgumentError(f"{who}: the buffer is not an array: pass one from comm.empty(shape, dtype)")
-        if shared is None or not shared.reduces(operations.name_of(op), send.kind):
+        if shared is None or not shared.reduces(op_name, send.kind):
             result = np.empty(np.shape(buf), buf.dtype)
             inner = self.allreduce(None, buf, result, op, None)
             return self.context.keep(key, Plan(inner.run, inner.free, read_only_view(result)))
@@ -128,20 +124,9 @@ class Planner:
             )
         segment, place = view
         result = np.frombuffer(segment.buffer, buf.dtype, send.elements, place).reshape(np.shape(buf))
-        fingerprint = Fingerprint("Allreduce_view", operations.name_of(op), str(send.elements), send.kind)
-        plan = self.keep_shared(
-            key,
-            fingerprint,
-            lambda digest: shared.bind_allreduce(
-                send.address,
-                segment.address + place,
-                send.elements,
-                send.kind,
-                operations.name_of(op),
-                digest,
-                once=True,
-            ),
-        )
+        fingerprint = Fingerprint("Allreduce_view", op_name, str(send.elements), send.kind)
+        bind = partial(shared.bind_allreduce, send.address, segment.address + place, send.elements, send.kind, op_name)
+        plan = self.keep_shared(key, fingerprint, partial(bind, once=True))
         plan.result = read_only_view(result)
         return plan
 
@@ -166,14 +151,10 @@ class Planner:
             return self.bind_native(key, fingerprint, "Reduce", (send, into), (op, root))
         source = send.vector()
         if choice.algorithm == "shared":
-            address = recv.address if self.rank == root else 0
-            return self.keep_shared(
-                key,
-                fingerprint,
-                lambda digest: self.shared_memory.bind_reduce(
-                    send.address, address, send.elements, send.kind, operations.name_of(op), root, digest
-                ),
-            )
+            ends = send.address, recv.address if self.rank == root else 0
+            bind = self.shared_memory.bind_reduce
+            shared = partial(bind, *ends, send.elements, send.kind, operations.name_of(op), root)
+            return self.keep_shared(key, fingerprint, shared)
         work = recv.vector() if self.rank == root else np.empty_like(source)
         ours = self.context.algorithms("reduce")[choice.algorithm]
         plan = self.bind_schedule(ours, work, ours.steps(self.rank, self.size, root), choice, op, fingerprint)
@@ -193,49 +174,37 @@ class Planner:
             counts = (0,) * self.size
         else:
             counts = ((recv.block_length(self.size) if in_place else recv.elements),) * self.size
-            self.check_blocks(send, recv, counts, in_place, who)
-        return self.reduce_scatter(key, "Reduce_scatter_block", (send, recv), counts, (op,), algorithm, in_place)
+            self.check_blocks(send, recv, counts, who)
+        return self.bind_reduce_scatter(key, "Reduce_scatter_block", (send, recv), counts, (op,), algorithm)
 
-    def reduce_scatter_v(
-        self,
-        key: Hashable,
-        sendbuf: Any,
-        recvbuf: Any,
-        recvcounts: tuple[int, ...] | None,
-        op: MPI.Op,
-        algorithm: str | None,
+    def reduce_scatter(
+        self, key: Hashable, sendbuf: Any, recvbuf: Any, recvcounts: Counts | None, op: MPI.Op, algorithm: str | None
     ) -> Plan:
         """Reduce_scatter; without ``recvcounts`` the ranks exchange their receive counts."""
         who = self.call_label("Reduce_scatter")
         recv = self.read_operand(recvbuf, op, who, writable=True)
         in_place = is_in_place(sendbuf) or sendbuf is recvbuf
         send = recv if in_place else self.read_operand(sendbuf, op, who)
+        counts = self.scatter_counts(recvcounts, recv, in_place, who)
+        if not (send.opaque or recv.opaque):
+            self.check_blocks(send, recv, counts, who)
+        arguments = (recvcounts if recv.opaque else counts, op)
+        return self.bind_reduce_scatter(key, "Reduce_scatter", (send, recv), counts, arguments, algorithm)
+
+    def scatter_counts(self, recvcounts: Counts | None, recv: Buffer, in_place: bool, who: str) -> Counts:
+        """The number of elements for each rank; without ``recvcounts`` the ranks exchange theirs."""
         if recvcounts is None and in_place:
             raise ArgumentError(f"{who}: in place, the number of elements for each rank is unknown: pass recvcounts")
-        counts = recvcounts
-        if counts is None:
-            counts = self.context.counts(recv.elements)
-        if not (send.opaque or recv.opaque):
-            self.check_blocks(send, recv, counts, in_place, who)
-        return self.reduce_scatter(
-            key,
-            "Reduce_scatter",
-            (send, recv),
-            counts,
-            (recvcounts if recv.opaque else counts, op),
-            algorithm,
-            in_place,
-        )
+        return self.context.counts(recv.elements) if recvcounts is None else recvcounts
 
-    def reduce_scatter(
+    def bind_reduce_scatter(
         self,
         key: Hashable,
         name: str,
         buffers: tuple[Buffer, Buffer],
-        counts: tuple[int, ...],
+        counts: Counts,
         arguments: tuple[Any, ...],
         algorithm: str | None,
-        in_place: bool,
     ) -> Plan:
         """Plan either reduce-scatter once the counts are known."""
         send, recv = buffers
@@ -244,37 +213,25 @@ class Planner:
         if send.half and choice.algorithm != "shared":
             a = Float32Copy(send)
             b = Float32Copy(recv) if recv is not send else a
-            inner = self.reduce_scatter(None, name, (a.buffer, b.buffer), counts, arguments, choice.algorithm, in_place)
+            inner = self.bind_reduce_scatter(None, name, (a.buffer, b.buffer), counts, arguments, choice.algorithm)
             return self.keep_widened(key, a, inner, b)
         fingerprint = self.fingerprint(name, send, choice, algorithm, op, count="+".join(map(str, shorten(counts))))
         if choice.algorithm == "native":
             return self.bind_native(key, fingerprint, name, (send, recv), arguments)
         into, source = recv.vector(counts[self.rank]), send.vector(sum(counts))
         if choice.algorithm == "shared":
-            return self.keep_shared(
-                key,
-                fingerprint,
-                lambda digest: self.shared_memory.bind_reduce_scatter(
-                    send.address, recv.address, counts, send.kind, operations.name_of(op), digest
-                ),
-            )
-        ours, levels = (
-            self.context.algorithms("reduce_scatter")[choice.algorithm],
-            self.two_level_gathers(choice, op, send.kind),
-        )
+            bind = self.shared_memory.bind_reduce_scatter
+            shared = partial(bind, send.address, recv.address, counts, send.kind, operations.name_of(op))
+            return self.keep_shared(key, fingerprint, shared)
+        ours = self.context.algorithms("reduce_scatter")[choice.algorithm]
+        levels = self.two_level_gathers(choice, op, send.kind)
         order = levels.order if levels else block_order(ours, self.size)
         cuts = cuts_of(counts, order)
         work = source if levels and order == sorted(order) else np.empty_like(source)
         copy_in = None if work is source else sorter(work, source, counts, order)
         if levels:
-            data = Operands(
-                address_of(work),
-                recv.address,
-                into,
-                send.kind,
-                operations.name_of(op),
-                operations.combiner(op),
-            )
+            op_name, combine = operations.name_of(op), operations.combiner(op)
+            data = Operands(address_of(work), recv.address, into, send.kind, op_name, combine)
             plan = levels.bind_reduce_scatter(data, cuts, fingerprint.digest)
             return self.keep(key, fingerprint, [copy_in, plan], plan.free, work.nbytes)
         steps, me = ours.steps(self.rank, self.size), order.index(self.rank)
@@ -305,9 +262,9 @@ class Planner:
         width = 2 if buffer.dtype.kind == "c" else 1
         here = name != "Reduce" or self.rank == arguments[-1]
         result = self.read_buffer(recvbuf, who, writable=True) if here else buffer
-        first, method = 0, name.lower()
+        first = 0
         if name == "Reduce_scatter":
-            counts, method = arguments[0], "reduce_scatter_v"
+            counts = arguments[0]
             if counts is None:
                 counts = self.context.counts(result.elements)
             first, result = sum(counts[: self.rank]), replace(result, count=counts[self.rank])
@@ -316,11 +273,12 @@ class Planner:
             each = buffer.elements // self.size
             first, result = self.rank * each, replace(result, count=each)
         whole, total = ExactSum(buffer), ExactSum(result)
-        inner = [self.allreduce(None, IN_PLACE, whole.exponents, MPI.MAX, None)]
-        for part, into in zip(whole.parts, total.totals, strict=True):
-            inner.append(getattr(self, method)(None, part, into if here else None, *arguments, None))
-        place = slice(width * first, width * first + total.elements)
-        store = (lambda: total.store(whole.exponents_of(place))) if here else None
+        inner = [self.allreduce(None, IN_PLACE, whole.as_buffer(whole.exponents), MPI.MAX, None)]
+        for part, sums in zip(whole.parts, total.totals, strict=True):
+            into = total.as_buffer(sums) if here else None
+            inner.append(getattr(self, name.lower())(None, whole.as_buffer(part), into, *arguments, None))
+        exponents = whole.exponents[width * first : width * first + total.elements]
+        store = partial(total.store, exponents) if here else None
         steps = [whole.find_exponents, inner[0].run, whole.split, *(each.run for each in inner[1:]), store]
 
         def free() -> None:
@@ -328,16 +286,15 @@ class Planner:
                 each.free()
 
         plan = Plan(compose(steps), free)
-        return plan if key is None else self.context.keep(key, plan)
+        return self.context.keep(key, plan)
 
     def allgather(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
         """Allgather."""
         who = self.call_label("Allgather")
         recv = self.read_buffer(recvbuf, who, writable=True)
         send = recv if is_in_place(sendbuf) else self.read_buffer(sendbuf, who)
-        each = 0 if recv.opaque else recv.block_length(self.size)
-        counts = (each,) * self.size
-        return self.bind_allgather(key, "Allgather", send, recv, counts, algorithm, is_in_place(sendbuf))
+        counts = (0 if recv.opaque else recv.block_length(self.size),) * self.size
+        return self.bind_allgather(key, "Allgather", send, recv, counts, algorithm)
 
     def allgatherv(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
         """Allgatherv."""
@@ -347,41 +304,31 @@ class Planner:
         counts = (0,) * self.size if recv.opaque else recv.blocks(self.size)[0]
         if len(counts) != self.size:
             raise ArgumentError(f"{who}: {len(counts)} counts for {self.size} ranks: pass one count per rank")
-        return self.bind_allgather(key, "Allgatherv", send, recv, counts, algorithm, is_in_place(sendbuf))
+        return self.bind_allgather(key, "Allgatherv", send, recv, counts, algorithm)
 
     def bind_allgather(
-        self,
-        key: Hashable,
-        name: str,
-        send: Buffer,
-        recv: Buffer,
-        counts: tuple[int, ...],
-        algorithm: str | None,
-        in_place: bool,
+        self, key: Hashable, name: str, send: Buffer, recv: Buffer, counts: Counts, algorithm: str | None
     ) -> Plan:
         """Plan either allgather once the counts are known."""
-        who, me = self.call_label(name), self.rank
+        who, me, in_place = self.call_label(name), self.rank, send is recv
         octets = gather_bytes(recv, self.size) if recv.dtype is None else sum(counts) * recv.dtype.itemsize
         choice = self.choose("allgather", recv, None, algorithm, who, octets)
         opaque = recv.opaque or send.opaque
         fingerprint = self.fingerprint(name, recv, choice, algorithm, count=gather_count(recv, counts, octets))
         displs = recv.blocks(self.size)[1] if name == "Allgatherv" else tuple(k * counts[0] for k in range(self.size))
         if not opaque:
-            self.check_allgather(send, recv, counts, displs, in_place, who)
+            self.check_allgather(send, recv, counts, displs, who)
         if opaque and choice.algorithm != "native":
-            return self.bind_packed_allgather(send, recv, algorithm, in_place)
+            return self.bind_packed_allgather(send, recv, algorithm)
         if choice.algorithm == "native":
-            return self.bind_native(key, fingerprint, name, (recv if in_place else send, recv), ())
+            return self.bind_native(key, fingerprint, name, (send, recv), ())
         assert recv.dtype is not None
         if choice.algorithm == "shared":
             width = recv.dtype.itemsize
             own = recv.address + displs[me] * width if in_place else send.address
-            sizes, places = [each * width for each in counts], [each * width for each in displs]
-            return self.keep_shared(
-                key,
-                fingerprint,
-                lambda digest: self.shared_memory.bind_allgather(own, recv.address, sizes, places, digest),
-            )
+            sizes, offsets = [each * width for each in counts], [each * width for each in displs]
+            shared = partial(self.shared_memory.bind_allgather, own, recv.address, sizes, offsets)
+            return self.keep_shared(key, fingerprint, shared)
         ours, levels = self.context.algorithms("allgather")[choice.algorithm], self.two_level_gathers(choice)
         order = levels.order if levels else block_order(ours, self.size)
         cuts, block = cuts_of(counts, order), order.index(me)
@@ -390,25 +337,25 @@ class Planner:
         mine = work[cuts[block] : cuts[block + 1]]
         source = recv.vector(counts[me], displs[me]) if in_place else send.vector(send.elements)
         copy_in = None if in_place and in_order else lambda: np.copyto(mine.view("u1"), source.view("u1"))
-        copy_out = (
-            None if in_order else block_copier(work, cuts, recv, [(counts[rank], displs[rank]) for rank in order])
-        )
+        places = [(counts[rank], displs[rank]) for rank in order]
+        copy_out = None if in_order else block_copier(work, cuts, recv, places)
         if levels:
             plan = levels.bind_allgather(work, cuts, fingerprint.digest)
         else:
             plan = bind(ours.steps(me, self.size), work, cuts, self.context.messages, None, fingerprint.digest)
         return self.keep(key, fingerprint, [copy_in, plan, copy_out], plan.free, octets)
 
-    def bind_packed_allgather(self, send: Buffer, recv: Buffer, algorithm: str | None, in_place: bool) -> Plan:
+    def bind_packed_allgather(self, send: Buffer, recv: Buffer, algorithm: str | None) -> Plan:
         """Pack a derived datatype, so that this rank runs the same algorithm as ranks with contiguous memory."""
         total = gather_bytes(recv, self.size)
         into = PackedBuffer(recv, self.comm, total)
         dtype = recv.dtype or recv.base or np.dtype("u1")
         whole = into.octets.view(dtype)
-        out = into if in_place else PackedBuffer(send, self.comm, total // self.size)
+        out = into if send is recv else PackedBuffer(send, self.comm, total // self.size)
         counts = (whole.size // self.size,) * self.size
-        mine, gathered = read(out.octets.view(dtype), ""), read(whole, "")
-        inner = self.bind_allgather(None, "Allgather", mine, gathered, counts, algorithm, in_place)
+        gathered = read(whole, "")
+        mine = gathered if send is recv else read(out.octets.view(dtype), "")
+        inner = self.bind_allgather(None, "Allgather", mine, gathered, counts, algorithm)
         return Plan(compose([out.pack, inner.run, into.unpack]), inner.free)
 
     def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Plan:
@@ -426,13 +373,8 @@ class Planner:
         after = packed.unpack if packed and self.rank != root else None
         if choice.algorithm == "shared":
             start = address_of(vector) if packed else data.address
-            return self.keep_shared(
-                key,
-                fingerprint,
-                lambda digest: self.shared_memory.bind_bcast(start, data.nbytes, root, digest),
-                before,
-                after,
-            )
+            shared = partial(self.shared_memory.bind_bcast, start, data.nbytes, root)
+            return self.keep_shared(key, fingerprint, shared, before, after)
         ours = self.context.algorithms("bcast")[choice.algorithm]
         steps = ours.steps(self.rank, self.size, root)
         plan = self.bind_schedule(ours, vector.view("u1"), steps, choice, None, fingerprint)
@@ -445,9 +387,8 @@ class Planner:
         send = recv if in_place else self.read_buffer(sendbuf, who)
         sent, received = gather_bytes(send, self.size), gather_bytes(recv, self.size)
         choice = self.choose("alltoall", recv, None, algorithm, who, received)
-        count = gather_count(
-            recv, (0,) if recv.dtype is None else (recv.block_length(self.size),) * self.size, received
-        )
+        counts = (0,) if recv.dtype is None else (recv.block_length(self.size),) * self.size
+        count = gather_count(recv, counts, received)
         fingerprint = self.fingerprint("Alltoall", recv, choice, algorithm, count=count)
         if choice.algorithm == "native":
             return self.bind_native(key, fingerprint, "Alltoall", (send, recv), ())
@@ -469,13 +410,8 @@ class Planner:
             before = lambda: np.copyto(copied, octets)  # noqa: E731
         each = sent // self.size
         sizes, places = [each] * self.size, [each * k for k in range(self.size)]
-        return self.keep_shared(
-            key,
-            fingerprint,
-            lambda digest: self.shared_memory.bind_alltoall(start, into, sizes, places, sizes, places, digest),
-            before,
-            received_bytes.unpack if received_bytes else None,
-        )
+        shared = partial(self.shared_memory.bind_alltoall, start, into, sizes, places, sizes, places)
+        return self.keep_shared(key, fingerprint, shared, before, received_bytes.unpack if received_bytes else None)
 
     def barrier(self, key: Hashable) -> Plan:
         """Barrier; in shared memory the barrier itself compares the calls of all ranks."""
@@ -483,9 +419,8 @@ class Planner:
         setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], "barrier")
         if self.shared_memory and "native" not in (comm.algorithm, setting):
             return self.keep_shared(key, fingerprint, self.shared_memory.bind_barrier)
-        return self.context.keep(
-            key, Plan(self.guard(fingerprint, lambda: MPI.Intracomm.Barrier(comm), lockstep=False))
-        )
+        run = self.guard(fingerprint, lambda: MPI.Intracomm.Barrier(comm), lockstep=False)
+        return self.context.keep(key, Plan(run))
 
     def bind_inherited(
         self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
@@ -592,11 +527,11 @@ class Planner:
         if not 0 <= root < self.size:
             raise ArgumentError(f"{who}: root {root} is not a rank: pass one of 0 … {self.size - 1}")
 
-    def check_blocks(self, send: Buffer, recv: Buffer, counts: tuple[int, ...], in_place: bool, who: str) -> None:
+    def check_blocks(self, send: Buffer, recv: Buffer, counts: Counts, who: str) -> None:
         """Refuse counts of a reduce-scatter that do not fit the buffers."""
         if len(counts) != self.size or min(counts) < 0:
             raise ArgumentError(f"{who}: recvcounts {counts} for {self.size} ranks: pass one count per rank")
-        total = sum(counts)
+        total, in_place = sum(counts), send is recv
         if send.kind != recv.kind or send.elements != total or (not in_place and recv.elements < counts[self.rank]):
             raise ArgumentError(
                 f"{who}: sends {send.elements} {send.kind}, receives {recv.elements} {recv.kind}, but the counts "
@@ -605,15 +540,7 @@ class Planner:
         if not in_place:
             self.check_overlap(send, recv, who)
 
-    def check_allgather(
-        self,
-        send: Buffer,
-        recv: Buffer,
-        counts: tuple[int, ...],
-        displs: tuple[int, ...],
-        in_place: bool,
-        who: str,
-    ) -> None:
+    def check_allgather(self, send: Buffer, recv: Buffer, counts: Counts, displs: Counts, who: str) -> None:
         """Refuse counts and displacements of an allgather that do not fit the buffers."""
         assert recv.dtype is not None
         end = max((d + c for d, c in zip(displs, counts, strict=True)), default=0)
@@ -621,12 +548,13 @@ class Planner:
             raise ArgumentError(
                 f"{who}: the blocks end at element {end}, the receive buffer has {recv.size}: pass a longer buffer"
             )
-        if in_place:
+        if send is recv:
             return
-        if send.nbytes != counts[self.rank] * recv.dtype.itemsize:
+        room = counts[self.rank] * recv.dtype.itemsize
+        if send.nbytes != room:
             raise ArgumentError(
-                f"{who}: sends {send.nbytes} bytes, the receive buffer has room for "
-                f"{counts[self.rank] * recv.dtype.itemsize} from this rank: make both the same"
+                f"{who}: sends {send.nbytes} bytes, the receive buffer has room for {room} from this rank: "
+                "make both the same"
             )
         self.check_overlap(send, recv, who)
 
@@ -663,9 +591,8 @@ class Planner:
             raise ArgumentError(self.why_unfit(who, algorithm, data, fits))
         wanted = algorithm or self.comm.algorithm
         if algorithm == "native" and self.why_too_many(data, op):
-            raise ArgumentError(
-                f"{who}: {self.why_too_many(data, op)}: leave the algorithm out, or use one of {', '.join(fits)}"
-            )
+            reason = self.why_too_many(data, op)
+            raise ArgumentError(f"{who}: {reason}: leave the algorithm out, or use one of {', '.join(fits)}")
         if wanted in ("native", *fits):
             return Choice(wanted, None, "named by the caller")
         dtype = ("e" if data.half else data.dtype.char) if data.dtype is not None and op is not None else "B"
@@ -712,11 +639,8 @@ class Planner:
         """Why a named algorithm cannot take a call."""
         if data.opaque:
             return f"{who}: algorithm={wanted!r} cannot reduce a derived datatype: leave the algorithm out"
-        others = ", ".join(repr(name) for name in fits)
-        return (
-            f"{who}: algorithm={wanted!r} cannot apply this operation in rank order to {data.dtype}: "
-            f"use one of {others}"
-        )
+        problem = f"cannot apply this operation in rank order to {data.dtype}"
+        return f"{who}: algorithm={wanted!r} {problem}: use one of {', '.join(map(repr, fits))}"
 
     def fingerprint(
         self,
@@ -777,23 +701,17 @@ class Planner:
         forms = [IN_PLACE if same else first.raw, *(each.raw for each in buffers[1:])]
         reusable = key is not None and all(each.dtype is not None for each in buffers)
         if reusable:
-            forms = [
-                IN_PLACE if same and k == 0 else self.make_form(name, k, each, same) for k, each in enumerate(buffers)
-            ]
+            forms = [self.make_form(name, k, each, same) for k, each in enumerate(buffers)]
+            forms[:1] = [IN_PLACE] if same else forms[:1]
         run = self.guard(fingerprint, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING)
         return self.context.keep(key, Plan(run)) if reusable else Plan(run)
 
     def keep(
-        self,
-        key: Hashable,
-        fingerprint: Fingerprint,
-        moves: list[Run | None],
-        free: Run,
-        lockstep_bytes: int,
+        self, key: Hashable, fingerprint: Fingerprint, moves: list[Run | None], free: Run, lockstep_bytes: int
     ) -> Plan:
         """A plan on messages, cached under its key."""
-        plan = Plan(self.guard(fingerprint, compose(moves), lockstep_bytes >= LOCKSTEP_BYTES), free)
-        return plan if key is None else self.context.keep(key, plan)
+        run = self.guard(fingerprint, compose(moves), lockstep_bytes >= LOCKSTEP_BYTES)
+        return self.context.keep(key, Plan(run, free))
 
     def keep_shared(
         self,
@@ -805,7 +723,7 @@ class Planner:
     ) -> Plan:
         """A plan in shared memory, cached under its key; shared memory compares the calls itself."""
         plan = Plan(compose([before, self.bind_shared(fingerprint, bind), after]))
-        return plan if key is None else self.context.keep(key, plan)
+        return self.context.keep(key, plan)
 
     def bind_shared(self, fingerprint: Fingerprint, bind: Callable[[int], Run]) -> Run:
         """Bind a call in shared memory.
@@ -841,7 +759,7 @@ class Planner:
     def keep_widened(self, key: Hashable, first: Float32Copy, inner: Plan, last: Float32Copy | None) -> Plan:
         """A plan on 16-bit floats, which are reduced in float32 and rounded once."""
         plan = Plan(compose([first.widen, inner.run, last.narrow if last else None]), inner.free)
-        return plan if key is None else self.context.keep(key, plan)
+        return self.context.keep(key, plan)
 
     def guard(self, fingerprint: Fingerprint, body: Run, lockstep: bool) -> Run:
         """Run ``body`` between two comparisons with the other ranks' calls.
@@ -855,11 +773,9 @@ class Planner:
         digest = table.announce(fingerprint)
         enter = table.begin if fingerprint.collective in SYNCHRONISING else table.enter
         leave, wait = table.leave, table.wait
-        entry_barrier = (
-            self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
-            if lockstep and self.shared_memory
-            else None
-        )
+        entry_barrier: Run | None = None
+        if lockstep and self.shared_memory:
+            entry_barrier = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
 
         def run() -> None:
             if entry_barrier:
@@ -922,28 +838,17 @@ class ExactSum:
             stored = stored.view(f"f{buffer.dtype.itemsize // 2}")
         self._stored = stored.view(buffer.half) if buffer.half == "float16" else stored
         self.elements = len(stored)
-        self._exponents = np.empty(self.elements, np.int16)
-        self._parts = np.empty((reproducible.limbs("f2" if self._half else stored.dtype), self.elements), np.int64)
-        self._totals = np.empty_like(self._parts)
+        self.exponents = np.empty(self.elements, np.int16)
+        """The exponents, to be reduced by max."""
+        self.parts = np.empty((reproducible.limbs("f2" if self._half else stored.dtype), self.elements), np.int64)
+        """The integer parts, each to be summed."""
+        self.totals = np.empty_like(self.parts)
+        """Room for the sums of the parts."""
         self._name, self._order = f"{buffer.kind} reproducibly", buffer.order
 
-    def _as_buffer(self, array: npt.NDArray[Any]) -> Buffer:
+    def as_buffer(self, array: npt.NDArray[Any]) -> Buffer:
+        """An array of exponents or parts as the buffer of a call."""
         return replace(read(array, ""), order=self._order, element_name=self._name)
-
-    @property
-    def exponents(self) -> Buffer:
-        """The exponents, to be reduced by max."""
-        return self._as_buffer(self._exponents)
-
-    @property
-    def parts(self) -> list[Buffer]:
-        """The integer parts, each to be summed."""
-        return [self._as_buffer(part) for part in self._parts]
-
-    @property
-    def totals(self) -> list[Buffer]:
-        """Receive buffers for the sums of the parts."""
-        return [self._as_buffer(part) for part in self._totals]
 
     def _values(self) -> npt.NDArray[np.float64]:
         wide = reductions.widen(self._stored, self._half) if self._half else self._stored
@@ -951,19 +856,15 @@ class ExactSum:
 
     def find_exponents(self) -> None:
         """Compute this rank's exponents."""
-        self._exponents[...] = reproducible.exponents(self._values())
+        self.exponents[...] = reproducible.exponents(self._values())
 
     def split(self) -> None:
         """Split this rank's values by the common exponents."""
-        self._parts[...] = reproducible.split(self._values(), self._exponents, len(self._parts))
-
-    def exponents_of(self, place: slice) -> npt.NDArray[np.int16]:
-        """The common exponents of some elements."""
-        return self._exponents[place]
+        self.parts[...] = reproducible.split(self._values(), self.exponents, len(self.parts))
 
     def store(self, exponents: npt.NDArray[np.int16]) -> None:
         """Join the sums and store them in the user's memory."""
-        value = reproducible.join(self._totals, exponents)
+        value = reproducible.join(self.totals, exponents)
         with np.errstate(over="ignore"):
             narrow = reductions.narrow(value.astype("f4"), self._half) if self._half else value
             self._stored[...] = narrow

@@ -222,7 +222,7 @@ def test_reduce_scatter_in_place_overwrites_only_what_was_read() -> None:
         assert np.array_equal(whole.get()[:n], operand_sum(p, n * p)[r * n : (r + 1) * n])
         counts = (3, 200, 1)
         whole = pending_array(device, operand(r, sum(counts)))
-        planner.reduce_scatter_v(None, MPI.IN_PLACE, whole, counts, MPI.SUM, None).run()
+        planner.reduce_scatter(None, MPI.IN_PLACE, whole, counts, MPI.SUM, None).run()
         first = sum(counts[:r])
         assert np.array_equal(whole.get()[: counts[r]], operand_sum(p, sum(counts))[first : first + counts[r]])
         planner.release()

@@ -189,10 +189,7 @@ SCATTER_RING = Volume(
 )
 CHAIN = Volume("n", lambda p, _: p - 1, lambda p, _: has_peers(p), lambda p, _: Fraction(p - 1))
 CHAIN_ALLREDUCE = Volume(
-    "2n (p > 2)",
-    lambda p, _: 2 * (p - 1),
-    lambda p, _: Fraction(min(p - 1, 2)),
-    lambda p, _: Fraction(2 * (p - 1)),
+    "2n (p > 2)", lambda p, _: 2 * (p - 1), lambda p, _: Fraction(min(p - 1, 2)), lambda p, _: Fraction(2 * (p - 1))
 )
 DOUBLE_TREE = Volume(
     "2n (p > 3)",

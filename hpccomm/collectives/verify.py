@@ -449,11 +449,7 @@ def check_volume(report: Report, volume: Volume, p: int, root: int, proof: Proof
     """Compare rounds and bytes with the declared ones."""
     for quantity, counted, declared in (
         ("rounds", Fraction(report.rounds), Fraction(volume.rounds(p, root))),
-        (
-            "vectors sent by the busiest rank",
-            Fraction(report.blocks_sent_max, proof.blocks),
-            volume.busiest(p, root),
-        ),
+        ("vectors sent by the busiest rank", Fraction(report.blocks_sent_max, proof.blocks), volume.busiest(p, root)),
         ("vectors sent in total", Fraction(report.blocks_sent_total, proof.blocks), volume.total(p, root)),
     ):
         if counted != declared:

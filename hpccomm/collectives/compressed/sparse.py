@@ -448,10 +448,7 @@ def times(n: int, count: int, k: int | None, p: int, link: Link) -> dict[str, fl
             "split": time(others + rounds, 8 * count * others / p + others * bytes_of_sum(p, n / p)),
             "dense": time(2 * others, 8 * n * others / p),
         }
-    return {
-        "ok_topk": time(2 * p + 2 * rounds, 24 * k * others / p),
-        "gtopk": time(2 * rounds, 16 * k * rounds),
-    }
+    return {"ok_topk": time(2 * p + 2 * rounds, 24 * k * others / p), "gtopk": time(2 * rounds, 16 * k * rounds)}
 
 
 def select_algorithm(n: int, count: int, k: int | None, p: int, link: Link) -> str:
