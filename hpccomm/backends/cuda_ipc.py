@@ -13,13 +13,13 @@ a second barrier, which moves (5 + 1/p) n.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from hpccomm.errors import TransportError
 from hpccomm.kernels.reductions.reference import itemsize
-from hpccomm.transports.cuda import Device, Extent, wait
+from hpccomm.transports.cuda import Device, Extent, Ranks, wait
 
 BUFFER_BYTES = 64 << 20
 """Bytes of a rank's buffer, both halves."""
@@ -28,24 +28,6 @@ ALIGNMENT = 16
 """Bytes that the kernels read at once."""
 MARK_BYTES = 64
 """Bytes that each rank writes and all ranks read to verify that memory is shared."""
-
-
-class NodeRanks(Protocol):
-    """The methods of mpi4py's communicator of a node that :class:`Peers` uses."""
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-
-    def allgather(self, sendobj: Any) -> list[Any]:
-        """The objects of all ranks."""
-
-    def Barrier(self) -> None:
-        """Wait for all ranks."""
 
 
 class PeerCopy(NamedTuple):
@@ -86,7 +68,7 @@ class Peers:
     can read the marks of all others.
     """
 
-    def __init__(self, device: Device, ranks: NodeRanks, nbytes: int | None = None) -> None:
+    def __init__(self, device: Device, ranks: Ranks, nbytes: int | None = None) -> None:
         self.device, self.ranks = device, ranks
         self.room = (BUFFER_BYTES if nbytes is None else nbytes) // 2
         """Most bytes of a phase."""

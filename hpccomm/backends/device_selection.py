@@ -15,7 +15,8 @@ because the algorithms run on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpccomm.backends import nccl
 from hpccomm.backends.cuda_ipc import Peers, Phase
@@ -44,115 +45,17 @@ class Call(NamedTuple):
     dense: Callable[[nccl.Nccl], None] | None = None
 
 
-class Backend(Protocol):
-    """A backend tells which calls it takes, and binds them."""
+class Backend(NamedTuple):
+    """A transport that is available."""
 
-    needs_barriers: bool
+    field: str
+    """The field of :class:`Call` that is ``None`` if the transport does not support a call."""
+    bind: Callable[[Any, Sequence[int]], Run]
+    """Bind a call by that field; the streams have pending work on the arrays."""
+    free: Run = lambda: None
+    """Free its resources (collective)."""
+    needs_barriers: bool = False
     """Whether a call contains more than one barrier of all ranks, which is too slow for short calls."""
-
-    def takes(self, call: Call) -> bool:
-        """Whether the backend supports this call; equal on all ranks."""
-
-    def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """Bind a call that it takes; ``streams`` have pending work on the arrays."""
-
-    def free(self) -> None:
-        """Free its resources (collective)."""
-
-
-class NcclBackend:
-    """NCCL between devices: the reductions that match our definition, and data movement."""
-
-    needs_barriers = True
-
-    def __init__(self, ranks: nccl.Nccl) -> None:
-        self.ranks = ranks
-
-    def takes(self, call: Call) -> bool:
-        """Calls that NCCL supports."""
-        return call.dense is not None
-
-    def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """One NCCL call."""
-        ranks, dense = self.ranks, call.dense
-        assert dense is not None
-        return lambda: ranks.run(dense, streams)
-
-    def free(self) -> None:
-        """Destroy NCCL's communicator (collective)."""
-        self.ranks.free()
-
-
-class IpcBackend:
-    """CUDA IPC between the ranks of a node: reductions that have a kernel, and data movement."""
-
-    needs_barriers = True
-
-    def __init__(self, peers: Peers) -> None:
-        self.peers = peers
-
-    def takes(self, call: Call) -> bool:
-        """Calls that can be divided into phases."""
-        return call.phases is not None
-
-    def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """Phases as long as the buffers allow."""
-        assert call.phases is not None
-        peers, phases = self.peers, call.phases(self.peers.room)
-        return lambda: peers.run(phases, streams)
-
-    def free(self) -> None:
-        """Free the buffers (collective)."""
-        self.peers.free()
-
-
-class MpiBackend:
-    """A CUDA-aware MPI: its own collectives on dtypes of MPI."""
-
-    needs_barriers = False
-
-    def __init__(self, device: cuda.Device) -> None:
-        self.device = device
-
-    def takes(self, call: Call) -> bool:
-        """Calls that MPI computes as we define them."""
-        return call.native is not None
-
-    def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """MPI's call between two synchronisations of the streams."""
-        assert call.native is not None
-        bound, device = call.native(), self.device
-
-        def run() -> None:
-            wait(device, streams)
-            bound.run()
-            wait(device, streams)
-
-        return run
-
-    def free(self) -> None:
-        """Nothing to free."""
-
-
-class StagedBackend:
-    """Through pinned host memory in chunks: every call."""
-
-    needs_barriers = False
-
-    def __init__(self, staging: Staging) -> None:
-        self.staging = staging
-
-    def takes(self, call: Call) -> bool:
-        """Every call."""
-        return True
-
-    def bind(self, call: Call, streams: Sequence[int]) -> Run:
-        """The chunks of the call."""
-        staging, chunks = self.staging, call.chunks()
-        return lambda: staging.run(chunks, streams)
-
-    def free(self) -> None:
-        """Nothing: the staging area belongs to the planner."""
 
 
 def read_setting(setting: str) -> str:
@@ -210,14 +113,16 @@ class DeviceTransports:
             raise TransportError(
                 f"ranks share a device: that requires NCCL 2.30, {nccl.SHARING}=1 and {TRANSPORT}=nccl on all ranks"
             )
-        return NcclBackend(nccl.Nccl(self.device, channel, library))
+        ranks = nccl.Nccl(self.device, channel, library)
+        return Backend("dense", lambda dense, streams: partial(ranks.run, dense, streams), ranks.free, True)
 
     def find_peers(self) -> Backend:
         """CUDA IPC, if all ranks share one node."""
         count = self.context.layout.count
         if count > 1:
             raise TransportError(f"the ranks are on {count} nodes")
-        return IpcBackend(Peers(self.device, self.context.node))
+        peers = Peers(self.device, self.context.node)
+        return Backend("phases", lambda phases, on: partial(peers.run, phases(peers.room), on), peers.free, True)
 
     def find_mpi(self) -> Backend:
         """A CUDA-aware MPI, if the probe has succeeded on every node."""
@@ -232,11 +137,28 @@ class DeviceTransports:
                 raise TransportError(f"{mpi_name()} does not accept device pointers ({each.when}: {each.trouble})")
             if each.alone:
                 self.remarks["aware"] = f"probed with one process only: {each.alone}"
-        return MpiBackend(self.device)
+        device = self.device
+
+        def bind(native: Callable[[], Plan], streams: Sequence[int]) -> Run:
+            bound = native()
+
+            def run() -> None:
+                wait(device, streams)
+                bound.run()
+                wait(device, streams)
+
+            return run
+
+        return Backend("native", bind)
+
+    def open_staging(self) -> Backend:
+        """Pinned host memory, which belongs to the planner."""
+        staging = self.staging
+        return Backend("chunks", lambda chunks, streams: partial(staging.run, chunks(), streams))
 
     def choose(self, call: Call) -> str:
         """The transport for a call, the same on all ranks."""
-        able = [name for name, each in self.backends.items() if each.takes(call)]
+        able = [name for name, each in self.backends.items() if getattr(call, each.field) is not None]
         if self.setting != "auto":
             return self.setting if self.setting in able else FALLBACK
         if call.nbytes < MANY_BYTES:
@@ -245,15 +167,13 @@ class DeviceTransports:
 
     def bind(self, call: Call, streams: Sequence[int]) -> Run:
         """Bind a call to its transport; ``streams`` have pending work on the arrays."""
-        return self.backends[self.choose(call)].bind(call, streams)
+        backend = self.backends[self.choose(call)]
+        return backend.bind(getattr(call, backend.field), streams)
 
     def describe(self) -> dict[str, str]:
         """Each transport: whether it is available, or the reason why not."""
-        return {name: f"no: {why}" if why else self.availability(name) for name, why in self.troubles.items()}
-
-    def availability(self, name: str) -> str:
-        """``yes``, and the remark on a transport if there is one."""
-        return f"yes ({self.remarks[name]})" if name in self.remarks else "yes"
+        available = {name: f"yes ({self.remarks[name]})" if name in self.remarks else "yes" for name in self.troubles}
+        return {name: f"no: {why}" if why else available[name] for name, why in self.troubles.items()}
 
     def free(self) -> None:
         """Free all transports (collective)."""
@@ -268,7 +188,7 @@ BACKENDS: dict[str, Callable[[DeviceTransports], Backend]] = {
     "nccl": DeviceTransports.find_nccl,
     "ipc": DeviceTransports.find_peers,
     "aware": DeviceTransports.find_mpi,
-    FALLBACK: lambda transports: StagedBackend(transports.staging),
+    FALLBACK: DeviceTransports.open_staging,
 }
 """How to open each transport, in order of preference for long calls; raises TransportError on all ranks or none."""
 SETTINGS = ("auto", *BACKENDS, cuda.ON_HOST)

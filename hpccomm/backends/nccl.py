@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from hpccomm.errors import TransportError
 from hpccomm.kernels.reductions.reference import FLOATS
-from hpccomm.transports.cuda import Device, wait
+from hpccomm.transports.cuda import Device, Ranks, wait
 
 TYPES = {
     "i1": "NCCL_INT8",
@@ -29,24 +29,6 @@ OPERATIONS = {"sum": "NCCL_SUM", "prod": "NCCL_PROD", "min": "NCCL_MIN", "max": 
 
 SHARING, SHARED_SINCE = "NCCL_MULTI_RANK_GPU_ENABLE", 23000
 """The variable that lets ranks share a device, and the first NCCL version that supports it, 2.30."""
-
-
-class Ranks(Protocol):
-    """The methods of mpi4py's communicator that :class:`Nccl` uses."""
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-
-    def bcast(self, obj: Any) -> Any:
-        """Rank 0's object."""
-
-    def allgather(self, sendobj: Any) -> list[Any]:
-        """The objects of all ranks."""
 
 
 def library() -> Any:

@@ -102,23 +102,13 @@ class SharedMemory:
         self._segment.prefault()
         spin = spin_count(node)
         self._crowded = spin == kernels.MIN_SPIN  # ranks that share a core also share its cache
-        self._state = self._new_state(spin)
-        self._state["max_wait"] = patience_ns
+        self._state = np.zeros((), records.STATE_RECORD)
+        fill(self._state, memory=self._segment.address, region=self._region, ranks=self.size, rank=self.rank)
+        fill(self._state, spin=spin, spin_limit=spin, slot=self._slot, max_wait=patience_ns)
         self._tuning = new_tuning_table(self._slot)
         self._registered: dict[int, Allocation] = {}
         self._allocations = 0
         self._reaches = self._can_reach()
-
-    def _new_state(self, spin: int) -> npt.NDArray[Any]:
-        state = np.zeros((), records.STATE_RECORD)
-        state["memory"] = self._segment.address
-        state["region"] = self._region
-        state["ranks"] = self.size
-        state["rank"] = self.rank
-        state["spin"] = spin
-        state["spin_limit"] = spin
-        state["slot"] = self._slot
-        return state
 
     def _can_reach(self) -> bool:
         """Whether all ranks may copy from each other's memory, which a system can forbid (collective)."""
@@ -227,23 +217,19 @@ class SharedMemory:
         nbytes = count * reductions.itemsize(dtype)
         if self.size == 1:
             return copy_plan(recv, send, nbytes)
-        call = self._reduction(("allreduce", count, once), dtype, op, fingerprint)
-        call["once"] = once
         if nontemporal is None:
             nontemporal = send != recv and nbytes * self.size >= NONTEMPORAL_BYTES
-        call["nontemporal_out"] = nontemporal
+        call = self._reduction(("allreduce", count, once), dtype, op, fingerprint)
+        fill(call, once=once, nontemporal_out=nontemporal)
         self._vector(call, send, recv, nbytes, DIRECT_BYTES_OF_TWO if self.size == 2 else self._direct)
         ranges = [(send, nbytes)] if once else [(send, nbytes), (recv, nbytes)]
         allocation = self._allocation(*ranges) if nbytes >= REGISTERED_BYTES else None
         if nbytes >= REGISTERED_BYTES and call["protocol"] == kernels.BUFFERED:
             call["protocol"] = kernels.DIRECT
         if allocation:
-            call["allocation"] = allocation.number
-            call["alive"] = allocation.alive.ctypes.data
-            call["copies"] = allocation.copies
-            call["copy_stride"] = allocation.stride
-            call["send_at"] = send - allocation.mine
-            call["recv_at"] = 0 if once else recv - allocation.mine
+            fill(call, allocation=allocation.number, alive=allocation.alive.ctypes.data, copies=allocation.copies)
+            recv_at = 0 if once else recv - allocation.mine
+            fill(call, copy_stride=allocation.stride, send_at=send - allocation.mine, recv_at=recv_at)
         return self._plan("allreduce", call, nbytes, allocation)
 
     def bind_reduce(
@@ -268,10 +254,8 @@ class SharedMemory:
         if self.size == 1:
             return copy_plan(recv, send, mine)
         call = self._reduction(("reduce_scatter", tuple(counts)), dtype, op, fingerprint, cuts)
-        call["send"] = send
-        call["nbytes"] = cuts[-1]
-        call["protocol"] = kernels.DIRECT if cuts[-1] <= records.BUFFER else kernels.PIPELINE
-        call["block"] = self._rank_slot_bytes()
+        protocol = kernels.DIRECT if cuts[-1] <= records.BUFFER else kernels.PIPELINE
+        fill(call, send=send, nbytes=cuts[-1], protocol=protocol, block=self._rank_slot_bytes())
         disjoint = recv + mine <= send or send + cuts[-1] <= recv or recv == send + cuts[self.rank]
         if disjoint:
             call["recv"] = recv
@@ -293,12 +277,10 @@ class SharedMemory:
         if self.size == 1:
             return copy_plan(recv + places[0], send, counts[0])
         call = self._call(("allgather", tuple(counts)), fingerprint, [*counts, *places])
-        call["send"] = send
-        call["recv"] = recv
-        call["protocol"] = kernels.DIRECT if max(counts) <= records.BUFFER else kernels.PIPELINE
-        call["block"] = self._slot
-        call["slot_stride"] = self._slot_stride(max(counts))
-        call["segment"] = ALLGATHER_SEGMENT_BYTES if self.size > 2 else max(1, *counts)
+        protocol = kernels.DIRECT if max(counts) <= records.BUFFER else kernels.PIPELINE
+        fill(call, send=send, recv=recv, protocol=protocol, block=self._slot)
+        segment = ALLGATHER_SEGMENT_BYTES if self.size > 2 else max(1, *counts)
+        fill(call, slot_stride=self._slot_stride(max(counts)), segment=segment)
         if self._uses_single_copy("allgather", sum(counts)):
             call["protocol"] = kernels.SINGLE_COPY
         return self._plan("allgather", call, max(counts))
@@ -332,12 +314,9 @@ class SharedMemory:
         even = [send_counts[0] * q for q in range(self.size)]
         alike = list(send_places) == even and len({*send_counts, *recv_counts}) == 1
         single_copy = alike and self._uses_single_copy("alltoall", sum(send_counts))
-        key = ("alltoall", single_copy)
-        call = self._call(key, fingerprint, [*send_counts, *send_places, *recv_counts, *recv_places])
-        call["send"] = send
-        call["recv"] = recv
-        call["block"] = self._rank_slot_bytes()
-        call["longest"] = max(*send_counts, *recv_counts)
+        rows = [*send_counts, *send_places, *recv_counts, *recv_places]
+        call = self._call(("alltoall", single_copy), fingerprint, rows)
+        fill(call, send=send, recv=recv, block=self._rank_slot_bytes(), longest=max(*send_counts, *recv_counts))
         call["protocol"] = kernels.SINGLE_COPY if single_copy else kernels.PIPELINE
         return self._plan("alltoall", call, sum(send_counts))
 
@@ -370,9 +349,8 @@ class SharedMemory:
         words = np.zeros(kernels.TABLE // records.W + self.size + len(rows), np.int64)
         words[len(words) - len(rows) :] = rows
         call = words[: kernels.TABLE // records.W].view(records.CALL_RECORD).reshape(())
-        call["state"] = self._state.ctypes.data
-        call["fingerprint"] = fingerprint
-        call["check"] = (fingerprint * 0x9E3779B97F4A7C15 + zlib.crc32(repr(key).encode())) & WORD_MASK
+        check = (fingerprint * 0x9E3779B97F4A7C15 + zlib.crc32(repr(key).encode())) & WORD_MASK
+        fill(call, state=self._state.ctypes.data, fingerprint=fingerprint, check=check)
         return call
 
     def _reduction(
@@ -380,17 +358,12 @@ class SharedMemory:
     ) -> npt.NDArray[Any]:
         code = reductions.code_of(dtype)
         call = self._call((*key, code, op), fingerprint, rows)
-        call["item"] = reductions.itemsize(dtype)
-        call["fold"] = self._fold(op, code)
+        fill(call, item=reductions.itemsize(dtype), fold=self._fold(op, code))
         return call
 
     def _vector(self, call: npt.NDArray[Any], send: int, recv: int, nbytes: int, most: int) -> None:
         """Complete the record for a call on a whole vector; up to ``most`` bytes need one barrier."""
-        call["send"] = send
-        call["recv"] = recv
-        call["nbytes"] = nbytes
-        call["block"] = self._slot
-        call["slot_stride"] = self._slot_stride(nbytes)
+        fill(call, send=send, recv=recv, nbytes=nbytes, block=self._slot, slot_stride=self._slot_stride(nbytes))
         small = kernels.INLINE if nbytes <= records.PAYLOAD_BYTES else kernels.BUFFERED
         call["protocol"] = small if nbytes <= most else kernels.PIPELINE
 
@@ -481,6 +454,12 @@ class SharedMemory:
             f"rank {self.rank}: local rank {culprit} left a collective half done after an error, so this shared memory "
             "is out of step: free the communicator and make a new one"
         )
+
+
+def fill(record: npt.NDArray[Any], **fields: Any) -> None:
+    """Write some fields of a record."""
+    for name, value in fields.items():
+        record[name] = value
 
 
 def call_of(plan: Plan) -> int:

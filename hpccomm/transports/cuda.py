@@ -36,6 +36,27 @@ UNREGISTERED, HOST = 0, 1
 """CUDA's memory types that are not device memory."""
 
 
+class Ranks(Protocol):
+    """The methods of mpi4py's communicator that the transports between devices use."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    def bcast(self, obj: Any) -> Any:
+        """Rank 0's object."""
+
+    def allgather(self, sendobj: Any) -> list[Any]:
+        """The objects of all ranks."""
+
+    def Barrier(self) -> None:
+        """Wait for all ranks."""
+
+
 class Device(Protocol):
     """The operations of a device; streams are CUDA handles as integers."""
 
@@ -112,7 +133,7 @@ class Device(Protocol):
 
 
 class CupyDevice:
-    """The device that is current at construction, through CuPy."""
+    """:class:`Device` through CuPy: the device that is current at construction."""
 
     def __init__(self) -> None:
         import cupy
@@ -136,27 +157,22 @@ class CupyDevice:
         return int(self._runtime.getDeviceCount())
 
     def use(self, number: int) -> None:
-        """``cudaSetDevice``."""
         self._runtime.setDevice(number)
         self._number = number
 
     @property
     def name(self) -> str:
-        """The driver's name of the device."""
         return str(self._runtime.getDeviceProperties(self.number)["name"].decode())
 
     @property
     def identity(self) -> str:
-        """The PCI bus address."""
         return str(self._runtime.deviceGetPCIBusId(self.number))
 
     @property
     def driver(self) -> str:
-        """Versions of the driver and of CuPy."""
         return f"CUDA driver {self._runtime.driverGetVersion()}, CuPy {self._cupy.__version__}"
 
     def find_device(self, address: int) -> int | None:
-        """``cudaPointerGetAttributes``."""
         try:
             found = self._runtime.pointerGetAttributes(address)
         except self._runtime.CUDARuntimeError:
@@ -175,17 +191,14 @@ class CupyDevice:
         return int(made.ptr)
 
     def to_host(self, out: Octets, address: int, stream: int) -> None:
-        """``cudaMemcpyAsync``."""
         to = out.__array_interface__["data"][0]
         self._runtime.memcpyAsync(to, address, out.size, self._runtime.memcpyDeviceToHost, stream)
 
     def to_device(self, address: int, octets: Octets, stream: int) -> None:
-        """``cudaMemcpyAsync``."""
         source = octets.__array_interface__["data"][0]
         self._runtime.memcpyAsync(address, source, octets.size, self._runtime.memcpyHostToDevice, stream)
 
     def synchronize(self, stream: int) -> None:
-        """``cudaStreamSynchronize``."""
         self._runtime.streamSynchronize(stream)
 
     def allocate_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -195,7 +208,6 @@ class CupyDevice:
         return self.empty(shape, dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """A CuPy array."""
         with self._activate():
             return self._cupy.empty(shape, dtype)
 
@@ -205,24 +217,19 @@ class CupyDevice:
             return int(self._runtime.malloc(nbytes))
 
     def release(self, address: int) -> None:
-        """``cudaFree``."""
         self._runtime.free(address)
 
     def handle(self, address: int) -> bytes:
-        """``cudaIpcGetMemHandle``."""
         return bytes(self._runtime.ipcGetMemHandle(address))
 
     def open(self, handle: bytes) -> int:
-        """``cudaIpcOpenMemHandle``."""
         with self._activate():
             return int(self._runtime.ipcOpenMemHandle(handle))
 
     def close(self, address: int) -> None:
-        """``cudaIpcCloseMemHandle``."""
         self._runtime.ipcCloseMemHandle(address)
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
-        """``cudaMemcpyAsync``."""
         self._runtime.memcpyAsync(to, source, nbytes, self._runtime.memcpyDeviceToDevice, stream)
 
     def divide(self, address: int, n: int, dtype: np.dtype[Any], by: int, stream: int) -> None:
@@ -339,18 +346,15 @@ class Staging:
 
     def fetch(self, address: int, out: Octets, streams: Iterable[int]) -> None:
         """Copy from the device to host memory, pinned or not."""
-        self.run(
-            [Chunk([Extent(address + lo, 0, hi - lo)], copy_to(out[lo:hi]), []) for lo, hi in chunk_ranges(out.size)],
-            streams,
-        )
+        places = chunk_ranges(out.size)
+        self.run([Chunk([Extent(address + lo, 0, hi - lo)], copy_to(out[lo:hi]), []) for lo, hi in places], streams)
 
     def store(self, octets: Octets, address: int, streams: Iterable[int]) -> None:
         """Copy to the device from host memory, pinned or not."""
-        chunks = [
-            Chunk([], copy_from(octets[lo:hi]), [Extent(address + lo, 0, hi - lo)])
-            for lo, hi in chunk_ranges(octets.size)
-        ]
-        self.run(chunks, streams)
+        places = chunk_ranges(octets.size)
+        self.run(
+            [Chunk([], copy_from(octets[lo:hi]), [Extent(address + lo, 0, hi - lo)]) for lo, hi in places], streams
+        )
 
     def start_read(self, chunk: Chunk, buffer: Octets) -> None:
         """Start to copy a chunk to the host."""
