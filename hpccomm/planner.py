@@ -125,8 +125,9 @@ class Planner:
         segment, place = view
         result = np.frombuffer(segment.buffer, buf.dtype, send.elements, place).reshape(np.shape(buf))
         fingerprint = Fingerprint("Allreduce_view", op_name, str(send.elements), send.kind)
-        bind = partial(shared.bind_allreduce, send.address, segment.address + place, send.elements, send.kind, op_name)
-        plan = self.keep_shared(key, fingerprint, partial(bind, once=True))
+        ends = send.address, segment.address + place
+        into_segment = partial(shared.bind_allreduce, *ends, send.elements, send.kind, op_name, once=True)
+        plan = self.keep_shared(key, fingerprint, into_segment)
         plan.result = read_only_view(result)
         return plan
 
@@ -152,8 +153,8 @@ class Planner:
         source = send.vector()
         if choice.algorithm == "shared":
             ends = send.address, recv.address if self.rank == root else 0
-            bind = self.shared_memory.bind_reduce
-            shared = partial(bind, *ends, send.elements, send.kind, operations.name_of(op), root)
+            method = self.shared_memory.bind_reduce
+            shared = partial(method, *ends, send.elements, send.kind, operations.name_of(op), root)
             return self.keep_shared(key, fingerprint, shared)
         work = recv.vector() if self.rank == root else np.empty_like(source)
         ours = self.context.algorithms("reduce")[choice.algorithm]
@@ -220,8 +221,8 @@ class Planner:
             return self.bind_native(key, fingerprint, name, (send, recv), arguments)
         into, source = recv.vector(counts[self.rank]), send.vector(sum(counts))
         if choice.algorithm == "shared":
-            bind = self.shared_memory.bind_reduce_scatter
-            shared = partial(bind, send.address, recv.address, counts, send.kind, operations.name_of(op))
+            method = self.shared_memory.bind_reduce_scatter
+            shared = partial(method, send.address, recv.address, counts, send.kind, operations.name_of(op))
             return self.keep_shared(key, fingerprint, shared)
         ours = self.context.algorithms("reduce_scatter")[choice.algorithm]
         levels = self.two_level_gathers(choice, op, send.kind)

@@ -80,14 +80,11 @@ class TwoLevels:
         """One rank of each node exchanges the whole vector."""
         memory, size = self.memory, data.vector.size
         reduce = memory.bind_reduce(data.send, data.recv, size, data.kind, data.op, 0, digest)
-        rounds = [
-            RoundActions([], [reduce]),
-            *(self.inter_node_rounds(inter, data.vector, data.combine, digest) if self.local_rank == 0 else []),
-        ]
-        broadcast = memory.bind_bcast(
-            data.recv, data.vector.nbytes, 0, digest, delay_stall_handler(memory.stall_handler)
-        )
-        return interleave([[*rounds, RoundActions([], [broadcast])]])
+        leads = self.local_rank == 0
+        rounds = self.inter_node_rounds(inter, data.vector, data.combine, digest) if leads else ()
+        patient = delay_stall_handler(memory.stall_handler)
+        broadcast = memory.bind_bcast(data.recv, data.vector.nbytes, 0, digest, patient)
+        return interleave([[RoundActions([], [reduce]), *rounds, RoundActions([], [broadcast])]])
 
     def bind_long(self, data: Operands, digest: int, inter: Algorithm, segment: slice) -> Iterator[list[RoundActions]]:
         """One segment: reduce inside the node, exchange in several messages at a time, gather inside the node."""
@@ -119,9 +116,8 @@ class TwoLevels:
     def rounds(self, inter: Algorithm) -> int:
         """Rounds of a channel of this node; a rank without a channel runs as many empty rounds."""
         driver = int(self.channels.rank[self.channels.node[self.rank], 0])
-        return sum(
-            int(step.to) >= 0 or int(step.source) >= 0 for step in channel_steps(inter.steps, driver, self.channels)
-        )
+        steps = channel_steps(inter.steps, driver, self.channels)
+        return sum(int(step.to) >= 0 or int(step.source) >= 0 for step in steps)
 
     def inter_node_rounds(self, inter: Algorithm, block: Any, combine: Combine, digest: int) -> Iterator[RoundActions]:
         """The rounds of one message of this rank's channel."""

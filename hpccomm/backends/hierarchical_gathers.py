@@ -85,11 +85,8 @@ class TwoLevelGathers:
         self.memory, self.transport, self.channels = memory, transport, channels
         self.rank = transport.rank
         self.nodes, self.width = channels.rank.shape
-        self.node, self.local_rank, self.members = (
-            int(channels.node[self.rank]),
-            int(channels.local_rank[self.rank]),
-            int(memory.size),
-        )
+        self.node, self.local_rank = int(channels.node[self.rank]), int(channels.local_rank[self.rank])
+        self.members = int(memory.size)
         self.order: list[int] = np.lexsort((channels.local_rank, channels.node)).tolist()
         """The rank of each block."""
         self.firsts = [0, *np.cumsum(np.bincount(channels.node)).tolist()]
@@ -114,18 +111,15 @@ class TwoLevelGathers:
     def short_allgather(self, vector: Vector, offsets: BlockOffsets, digest: int) -> Plan:
         """The first rank of each node exchanges the whole vector."""
         rounds = self.leader_rounds(ALGORITHMS["allgather"]["bruck"].steps, vector, offsets, None, digest)
-        broadcast = self.memory.bind_bcast(
-            address_of(vector), vector.nbytes, 0, digest, delay_stall_handler(self.memory.stall_handler)
-        )
-        return interleave(
-            [
-                [
-                    RoundActions([], [self.bind_own_gather(vector, offsets, digest)]),
-                    *rounds,
-                    RoundActions([], [broadcast]),
-                ]
-            ]
-        )
+        broadcast = self.bind_broadcast(vector, digest)
+        gather = self.bind_own_gather(vector, offsets, digest)
+        return interleave([[RoundActions([], [gather]), *rounds, RoundActions([], [broadcast])]])
+
+    def bind_broadcast(self, vector: Vector, digest: int) -> Action:
+        """The first rank of a node sends the others the result of its messages."""
+        patient = delay_stall_handler(self.memory.stall_handler)
+        bound: Action = self.memory.bind_bcast(address_of(vector), vector.nbytes, 0, digest, patient)
+        return bound
 
     def long_allgather(self, vector: Vector, offsets: BlockOffsets, digest: int) -> Plan:
         """All channels run a ring over the nodes; arrived blocks are gathered while messages are pending."""
@@ -171,13 +165,10 @@ class TwoLevelGathers:
         """The first rank of each node reduces the whole vector."""
         total = np.empty(offsets.blocks[-1], data.vector.dtype)
         reduce = self.memory.bind_reduce(data.send, address_of(total), total.size, data.kind, data.op, 0, digest)
-        rounds = self.leader_rounds(
-            ALGORITHMS["reduce_scatter"]["butterfly"].steps, total, offsets, data.combine, digest
-        )
+        steps = ALGORITHMS["reduce_scatter"]["butterfly"].steps
+        rounds = self.leader_rounds(steps, total, offsets, data.combine, digest)
         node_blocks = total[offsets.nodes[self.node] : offsets.nodes[self.node + 1]]
-        broadcast = self.memory.bind_bcast(
-            address_of(node_blocks), node_blocks.nbytes, 0, digest, delay_stall_handler(self.memory.stall_handler)
-        )
+        broadcast = self.bind_broadcast(node_blocks, digest)
         copy_out = self.copy_own_block(data.vector, node_blocks, offsets)
         return interleave([[RoundActions([], [reduce]), *rounds, RoundActions([], [broadcast, copy_out])]])
 
@@ -197,9 +188,8 @@ class TwoLevelGathers:
         for number, step in enumerate(ring.reduce_scatter(self.node, self.nodes)):
             first = first or [node_sums[int(step.send[0])]]
             meanwhile[number * chunks] = node_sums[int(step.recv[0])]
-        return pipeline(
-            first, rounds, min(WINDOW, chunks), meanwhile, self.distribute_sums(data, sums, intervals, offsets, digest)
-        )
+        last = self.distribute_sums(data, sums, intervals, offsets, digest)
+        return pipeline(first, rounds, min(WINDOW, chunks), meanwhile, last)
 
     def bind_node_reduce(self, data: Operands, cuts: Sequence[int], into: Vector, digest: int) -> Action:
         """The ranks of this node reduce-scatter the blocks of one node over the channels."""

@@ -103,9 +103,8 @@ def verify(algorithm: Algorithm | str, collective: str, p: int, root: int = 0) -
     """
     name, algorithm = find_algorithm(algorithm, collective)
     blocks = algorithm.blocks(p)
-    proof = Proof(
-        f"{name} {collective}, p={p}" + (f", root={root}" if collective in ROOTED_COLLECTIVES else ""), blocks
-    )
+    rooted = f", root={root}" if collective in ROOTED_COLLECTIVES else ""
+    proof = Proof(f"{name} {collective}, p={p}{rooted}", blocks)
     if collective in BLOCK_IS_RANK and blocks != p:
         raise ScheduleError(f"{proof.title}: cuts the vector into {blocks} blocks; {collective} needs one a rank")
     table = tabulate(algorithm.steps(np.arange(p), p, *root_argument(collective, root)), p)
@@ -186,10 +185,8 @@ def check_overlap(table: ScheduleTable, proof: Proof) -> None:
     """A rank must not replace a block in the round in which it sends that block."""
     after = (table.recv_first - table.send_first) % proof.blocks
     before = (table.send_first - table.recv_first) % proof.blocks
-    both = (
-        (table.to >= 0) & (table.source >= 0) & (table.send_count > 0) & (table.recv_count > 0) & ~table.reduce[:, None]
-    )
-    overlap = both & ((after < table.send_count) | (before < table.recv_count))
+    both = (table.to >= 0) & (table.source >= 0) & (table.send_count > 0) & (table.recv_count > 0)
+    overlap = both & ~table.reduce[:, None] & ((after < table.send_count) | (before < table.recv_count))
     if overlap.any():
         k, r = first_of(overlap)
         block = table.recv_first[k, r] if after[k, r] < table.send_count[k, r] else table.send_first[k, r]
@@ -202,16 +199,14 @@ def check_matching(table: ScheduleTable, proof: Proof) -> None:
     sends, receives = table.to >= 0, table.source >= 0
     unreceived = sends & (table.source[k, np.where(sends, table.to, 0)] != rank)
     awaited = receives & (table.to[k, np.where(receives, table.source, 0)] != rank)
-    if unreceived.any():
-        at, r = first_of(unreceived)
-        to = table.to[at, r]
-        why = f"is sent to rank {to}, which receives from {peer_name(table.source[at, to])}"
-        proof.refuse(at, r, table.send_first[at, r] % proof.blocks, f"{why} in this round{describe_deadlock(table)}")
-    if awaited.any():
-        at, r = first_of(awaited)
-        source = table.source[at, r]
-        why = f"is awaited from rank {source}, which sends to {peer_name(table.to[at, source])}"
-        proof.refuse(at, r, table.recv_first[at, r] % proof.blocks, f"{why} in this round{describe_deadlock(table)}")
+    for wrong, peers, theirs, first, sentence in (
+        (unreceived, table.to, table.source, table.send_first, "is sent to rank {}, which receives from {}"),
+        (awaited, table.source, table.to, table.recv_first, "is awaited from rank {}, which sends to {}"),
+    ):
+        if wrong.any():
+            at, r = first_of(wrong)
+            why = sentence.format(peers[at, r], peer_name(theirs[at, peers[at, r]]))
+            proof.refuse(at, r, first[at, r] % proof.blocks, f"{why} in this round{describe_deadlock(table)}")
     check_blocks(table, proof)
 
 
@@ -265,18 +260,13 @@ def check_single_ranks(algorithm: Algorithm, collective: str, table: ScheduleTab
     for r in range(p):
         alone = tabulate(algorithm.steps(r, p, *root_argument(collective, root)), 1)
         if len(alone.reduce) != len(table.reduce):
-            proof.refuse(
-                0, r, 0, f"generated alone, the rank has {len(alone.reduce)} rounds, with all ranks {len(table.reduce)}"
-            )
+            counts = f"{len(alone.reduce)} rounds, with all ranks {len(table.reduce)}"
+            proof.refuse(0, r, 0, f"generated alone, the rank has {counts}")
         sends, receives = table.to[:, r] >= 0, table.source[:, r] >= 0
-        wrong = (alone.to[:, 0] != table.to[:, r]) | (alone.source[:, 0] != table.source[:, r])
-        wrong |= sends & (
-            (alone.send_first[:, 0] != table.send_first[:, r]) | (alone.send_count[:, 0] != table.send_count[:, r])
-        )
-        wrong |= receives & (
-            (alone.recv_first[:, 0] != table.recv_first[:, r]) | (alone.recv_count[:, 0] != table.recv_count[:, r])
-        )
-        wrong |= alone.reduce != table.reduce
+        differs = {name: getattr(alone, name)[:, 0] != getattr(table, name)[:, r] for name in table._fields[:-1]}
+        wrong = differs["to"] | differs["source"] | (alone.reduce != table.reduce)
+        wrong |= sends & (differs["send_first"] | differs["send_count"])
+        wrong |= receives & (differs["recv_first"] | differs["recv_count"])
         if wrong.any():
             k = int(np.argmax(wrong))
             block = table.send_first[k, r] % proof.blocks

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.collectives.engine import even_cuts
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.performance import inter_node
 
@@ -147,9 +148,7 @@ def rounds(algorithm: Algorithm, nodes: Iterable[int], nbytes: float, what: str 
 
 def block_ends(count: int, blocks: int) -> npt.NDArray[np.int64]:
     """The offsets of blocks as the engine cuts them, listed twice because intervals may wrap around."""
-    base, longer = divmod(count, blocks)
-    block = np.arange(blocks + 1, dtype=np.int64)
-    once = block * base + np.minimum(block, longer)
+    once = even_cuts(count, blocks)
     return np.concatenate([once, once[1:] + count])
 
 
@@ -173,7 +172,7 @@ class RoundCosts:
 
     def __init__(self, curves: Sequence[CostCurve], nodes: int, channels: int) -> None:
         self.curves, self.nodes, self.channels = curves, nodes, channels
-        loads = [(crossing_bytes(curve.kind, point), point) for curve in curves for point in curve.points]
+        loads = [(curve.kind.crossing * point.bytes, point) for curve in curves for point in curve.points]
         self.beta = min((point.warm / load for load, point in loads if load >= LOADED_LINK_BYTES), default=0.0)
         self.short_bytes = max((each.points[-1].bytes for each in curves if each.kind.what == "short"), default=0)
 
@@ -215,12 +214,11 @@ class RoundCosts:
     def price_two_level(self, nbytes: float, link: Link) -> float | None:
         """Microseconds of the hierarchical allreduce; ``link`` selects the schedule as in the backend."""
         inter = inter_node.select_inter_node(self.nodes, nbytes, self.channels, link)
-        us = self.price_short(inter, nbytes) if nbytes <= self.short_bytes else self.price_long(inter, nbytes)
+        if nbytes <= self.short_bytes:
+            us = self.price_rounds(list(rounds(inter, range(self.nodes), nbytes, "short")))
+        else:
+            us = self.price_long(inter, nbytes)
         return None if us is None else self.local_cost("call") + us
-
-    def price_short(self, inter: Algorithm, nbytes: float) -> float | None:
-        """Microseconds of a short vector, in one segment."""
-        return self.price_rounds(list(rounds(inter, range(self.nodes), nbytes, "short")))
 
     def price_long(self, inter: Algorithm, nbytes: float) -> float | None:
         """Microseconds of a long vector, in segments that overlap.
@@ -250,8 +248,7 @@ class RoundCosts:
         total = sum(each.bytes for each in sent)
         us = 0.0
         for each in sent:
-            kind = per_channel(each.kind, self.channels)
-            curve = self.find_curve(kind)
+            curve = self.find_curve(per_channel(each.kind, self.channels))
             if curve is None:
                 return None
             us += (curve.cold_us if cold else curve.warm_us)(total * messages) * each.bytes / total
@@ -261,11 +258,6 @@ class RoundCosts:
 def per_channel(kind: RoundType, channels: int) -> RoundType:
     """The type of a round of one channel when all channels of a node run it."""
     return kind._replace(crossing=channels * kind.crossing, messages=channels * kind.messages)
-
-
-def crossing_bytes(kind: RoundType, point: Point) -> float:
-    """Bytes that leave a node in a round."""
-    return float(kind.crossing * point.bytes)
 
 
 def dissimilarity(known: RoundType, asked: RoundType) -> tuple[float, ...]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 from hpccomm.collectives.compressed.sparse import DENSE_FROM
 from hpccomm.performance.cost import Prediction, bus_factor, predict, prediction, wire_limit
@@ -50,11 +51,7 @@ def flat_predictions(
 ) -> Iterator[Prediction]:
     """The exchanges in which every rank compresses its own vector."""
     n, p = nbytes / 4, nodes * per_node
-
-    def row(name: str, us: float, rounds: int) -> Prediction:
-        algbw = nbytes / us / 1e3 if us else 0.0
-        limit = wire_limit("allreduce", nodes, per_node, nbytes, machine)
-        return Prediction(name, us, rounds, 1, algbw, algbw * bus_factor("allreduce", p), limit / us if us else 1.0)
+    row = partial(exchange_prediction, nodes, per_node, nbytes, machine)
 
     def allgather_row(name: str, each: float) -> Prediction:
         return row(name, *allgather_cost(nodes, per_node, HEADERS + each, machine))
@@ -70,6 +67,16 @@ def flat_predictions(
         yield row(name, us + gather_us, rounds + gather_rounds)
 
 
+def exchange_prediction(
+    nodes: int, per_node: int, nbytes: float, machine: Machine, name: str, us: float, rounds: int
+) -> Prediction:
+    """The prediction for an exchange, with the bandwidths of a dense allreduce of as many bytes."""
+    algbw = nbytes / us / 1e3 if us else 0.0
+    limit = wire_limit("allreduce", nodes, per_node, nbytes, machine)
+    busbw = algbw * bus_factor("allreduce", nodes * per_node)
+    return Prediction(name, us, rounds, 1, algbw, busbw, limit / us if us else 1.0)
+
+
 def two_level_predictions(
     nodes: int, per_node: int, nbytes: float, density: float, machine: Machine
 ) -> Iterator[Prediction]:
@@ -79,11 +86,8 @@ def two_level_predictions(
         for what in ("reduce", "bcast")
     )
     for each in flat_predictions(nodes, 1, nbytes, density, machine):
-        us = each.us + inside
-        algbw = nbytes / us / 1e3
-        busbw = algbw * bus_factor("allreduce", nodes * per_node)
-        wire = wire_limit("allreduce", nodes, per_node, nbytes, machine) / us
-        yield Prediction(f"{each.algorithm} + node", us, each.rounds + 2, 1, algbw, busbw, wire)
+        name, rounds = f"{each.algorithm} + node", each.rounds + 2
+        yield exchange_prediction(nodes, per_node, nbytes, machine, name, each.us + inside, rounds)
 
 
 def allgather_cost(nodes: int, per_node: int, each: float, machine: Machine) -> tuple[float, int]:

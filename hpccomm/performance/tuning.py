@@ -157,10 +157,6 @@ class Table:
         more = tuple(row for row in other.rows if (row.collective, row.nodes > 1) not in measured)
         return Table(self.rows + more, self.machine or other.machine, self.source)
 
-    def select_single_node(self) -> Table:
-        """This table without rows of several nodes."""
-        return Table(tuple(row for row in self.rows if row.nodes == 1), self.machine, self.source)
-
     def explain(self, collective: str, nodes: int, per_node: int, **more: Any) -> list[str]:
         """The choices from 4 B to 1 GiB, one line for each range with the same one; ``more`` as in :meth:`choose`."""
         lines: list[tuple[int, int, str]] = []
@@ -226,7 +222,8 @@ def load(mpi: str, hostname: str, *, ethernet: bool = True) -> Table:
     if setting == "off":
         return Table(source="HPCCOMM_TUNING=off")
     default = replace(read(DEFAULT_TABLE).select_mpi(mpi), machine=Machine(), source="the default table of hpccomm")
-    default = default if ethernet else default.select_single_node()
+    if not ethernet:
+        default = replace(default, rows=tuple(row for row in default.rows if row.nodes == 1))
     path = Path(setting).expanduser() if setting else user_file(mpi, hostname)
     if not setting and not path.exists():
         return default

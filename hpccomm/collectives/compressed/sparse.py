@@ -135,11 +135,9 @@ def sparse_allreduce(
         algorithm=number_of(algorithm),
         plan=number_of(plan),
     )
-    path = (
-        algorithm
-        if algorithm != "auto"
-        else select_algorithm(n, int(counts.max()), k, wire.size, getattr(comm, "link", ETHERNET))
-    )
+    path = algorithm
+    if path == "auto":
+        path = select_algorithm(n, int(counts.max()), k, wire.size, getattr(comm, "link", ETHERNET))
     values = values + np.float32(0)
     if path in LOSSY_ALGORITHMS:
         assert k is not None
