@@ -32,7 +32,7 @@ from hpccomm.performance.tuning import Choice
 from hpccomm.planner import is_in_place
 from hpccomm.requests import PersistentRequest
 
-IN_PLACE = MPI.IN_PLACE
+IN_PLACE, INFO_NULL = MPI.IN_PLACE, MPI.INFO_NULL
 
 
 class Communicator(MPI.Intracomm):
@@ -187,7 +187,7 @@ class Communicator(MPI.Intracomm):
         """One communicator for each color."""
         return self._wrap(unwrap(self).Split(color, key))
 
-    def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = MPI.INFO_NULL) -> Communicator:
+    def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = INFO_NULL) -> Communicator:
         """One communicator for each group of ranks that share a resource, such as memory."""
         return self._wrap(unwrap(self).Split_type(split_type, key, info))
 
@@ -347,12 +347,7 @@ class Communicator(MPI.Intracomm):
         return result
 
     def Allreduce_init(  # type: ignore[override]
-        self,
-        sendbuf: Any,
-        recvbuf: Any,
-        op: MPI.Op = MPI.SUM,
-        info: MPI.Info = MPI.INFO_NULL,
-        algorithm: str | None = None,
+        self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, info: MPI.Info = INFO_NULL, algorithm: str | None = None
     ) -> PersistentRequest:
         """A persistent Allreduce: ``Start`` it and ``Wait`` for it any number of times."""
         return PersistentRequest(self._planner.allreduce(None, sendbuf, recvbuf, op, algorithm), (sendbuf, recvbuf))
@@ -388,7 +383,7 @@ class Communicator(MPI.Intracomm):
         recvbuf: Any,
         op: MPI.Op = MPI.SUM,
         root: int = 0,
-        info: MPI.Info = MPI.INFO_NULL,
+        info: MPI.Info = INFO_NULL,
         algorithm: str | None = None,
     ) -> PersistentRequest:
         """A persistent Reduce."""
@@ -419,12 +414,7 @@ class Communicator(MPI.Intracomm):
         )
 
     def Reduce_scatter_block_init(  # type: ignore[override]
-        self,
-        sendbuf: Any,
-        recvbuf: Any,
-        op: MPI.Op = MPI.SUM,
-        info: MPI.Info = MPI.INFO_NULL,
-        algorithm: str | None = None,
+        self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, info: MPI.Info = INFO_NULL, algorithm: str | None = None
     ) -> PersistentRequest:
         """A persistent Reduce_scatter_block."""
         bound = self._planner.reduce_scatter_block(None, sendbuf, recvbuf, op, algorithm)
@@ -472,7 +462,7 @@ class Communicator(MPI.Intracomm):
         recvbuf: Any,
         recvcounts: Any = None,
         op: MPI.Op = MPI.SUM,
-        info: MPI.Info = MPI.INFO_NULL,
+        info: MPI.Info = INFO_NULL,
         algorithm: str | None = None,
     ) -> PersistentRequest:
         """A persistent Reduce_scatter."""
@@ -494,7 +484,7 @@ class Communicator(MPI.Intracomm):
         return self._run_movement(self.Allgather, self._planner.allgather, quick, sendbuf, recvbuf, algorithm)
 
     def Allgather_init(  # type: ignore[override]
-        self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
+        self, sendbuf: Any, recvbuf: Any, info: MPI.Info = INFO_NULL, algorithm: str | None = None
     ) -> PersistentRequest:
         """A persistent Allgather."""
         return PersistentRequest(self._planner.allgather(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
@@ -510,7 +500,7 @@ class Communicator(MPI.Intracomm):
         return self._run_movement(self.Allgatherv, self._planner.allgatherv, quick, sendbuf, recvbuf, algorithm)
 
     def Allgatherv_init(  # type: ignore[override]
-        self, sendbuf: Any, recvbuf: Any, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
+        self, sendbuf: Any, recvbuf: Any, info: MPI.Info = INFO_NULL, algorithm: str | None = None
     ) -> PersistentRequest:
         """A persistent Allgatherv."""
         return PersistentRequest(self._planner.allgatherv(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
@@ -535,7 +525,7 @@ class Communicator(MPI.Intracomm):
         return self._planner.bcast(key, buf, root, algorithm)
 
     def Bcast_init(  # type: ignore[override]
-        self, buf: Any, root: int = 0, info: MPI.Info = MPI.INFO_NULL, algorithm: str | None = None
+        self, buf: Any, root: int = 0, info: MPI.Info = INFO_NULL, algorithm: str | None = None
     ) -> PersistentRequest:
         """A persistent Bcast."""
         return PersistentRequest(self._planner.bcast(None, buf, root, algorithm), (buf,))
