@@ -294,15 +294,8 @@ def read_derived(form: Any, base: Buffer, count: Any, datatype: Any) -> Buffer:
     _, extent = datatype.Get_extent()
     nbytes = base.size * (base.dtype.itemsize if base.dtype is not None else 1)
     items = nbytes // max(extent, 1) if count is None else count
-    return Buffer(
-        form,
-        base.address,
-        items,
-        octets=items * datatype.Get_size(),
-        datatype=datatype,
-        count=count,
-        base=base_dtype(datatype),
-    )
+    octets, dtype = items * datatype.Get_size(), base_dtype(datatype)
+    return Buffer(form, base.address, items, octets=octets, datatype=datatype, count=count, base=dtype)
 
 
 def base_dtype(datatype: MPI.Datatype) -> np.dtype[Any] | None:
