@@ -597,7 +597,7 @@ def host_call(method: Callable[..., None], *arguments: Any) -> Host:
 
 
 def send_argument(send: Operand, in_place: bool) -> Any:
-    """The send buffer that MPI gets."""
+    """The send argument of MPI's own collective."""
     return IN_PLACE if in_place else send.buffer
 
 

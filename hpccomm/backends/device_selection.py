@@ -100,14 +100,14 @@ class DeviceTransports:
 
     def find_nccl(self) -> Backend:
         """NCCL, if every rank has a device of its own, or all ranks are configured to share devices."""
-        channel, library, trouble = self.context.private_comm, None, ""
+        comm, library, trouble = self.context.private_comm, None, ""
         try:
             library = nccl.library()
         except TransportError as error:
             trouble = str(error)
-        place = (int(self.context.layout.nodes[channel.rank]), self.device.identity)
+        place = (int(self.context.layout.nodes[comm.rank]), self.device.identity)
         shared = library is not None and self.setting == "nccl" and nccl.can_share_device(library)
-        everyone = channel.allgather((trouble, place, shared))
+        everyone = comm.allgather((trouble, place, shared))
         for each, _, _ in everyone:
             if each:
                 raise TransportError(each)
@@ -116,7 +116,7 @@ class DeviceTransports:
             raise TransportError(
                 f"ranks share a device: that requires NCCL 2.30, {nccl.SHARING}=1 and {TRANSPORT}=nccl on all ranks"
             )
-        ranks = nccl.Nccl(self.device, channel, library)
+        ranks = nccl.Nccl(self.device, comm, library)
         return Backend("dense", lambda dense, streams: partial(ranks.run, dense, streams), ranks.free, True)
 
     def find_peers(self) -> Backend:
