@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.kernels.compression import reference
 from hpccomm.kernels.optimizers.reference import BLOCK, GRADIENT, LANES, Sums
-from hpccomm.kernels.reductions.reference import DTYPES, code_of
-from hpccomm.kernels.reductions.reference import itemsize as bytes_each
+from hpccomm.kernels.reductions.reference import DTYPES, code_of, itemsize
+from hpccomm.kernels.selection import reference
+from hpccomm.kernels.vectors.reference import SUM_LANES
 
 Vector = Any
 """A vector on the device."""
@@ -148,7 +148,7 @@ class Kernels:
 
     def reduce_at(self, op: str, code: str, vectors: Sequence[int], out: int, n: int) -> None:
         """:meth:`reduce` of vectors given by their addresses, ``n`` elements each."""
-        width = 16 // bytes_each("bfloat16" if code == "bf16" else code)
+        width = 16 // itemsize("bfloat16" if code == "bf16" else code)
         packs = n // width if all(each % 16 == 0 for each in (*vectors, out)) else 0
         self._launch_loop(
             reduction_source((op, code)),
@@ -305,19 +305,19 @@ class Kernels:
         return self._lane_total(above), self._lane_total(below), int(count[0])
 
     def _rows(self, n: int) -> Vector:
-        return self.xp.empty(reference.LANES * -(-n // (4 * reference.LANES)), np.float32)
+        return self.xp.empty(SUM_LANES * -(-n // (4 * SUM_LANES)), np.float32)
 
     def _lane_total(self, rows: Vector) -> float:
         total = self.xp.empty(1, np.float64)
-        count = np.int64(rows.size // reference.LANES)
-        self.library.launch(source("compression"), "lane_total", 1, reference.LANES, (rows, count, total))
+        count = np.int64(rows.size // SUM_LANES)
+        self.library.launch(source("compression"), "lane_total", 1, SUM_LANES, (rows, count, total))
         return float(total[0])
 
     def moments(self, x: Vector) -> tuple[float, float]:
         """:func:`reference.moments`; one block, because each lane adds its elements in order."""
         totals = self.xp.empty(2, np.float64)
         arguments = x, np.int64(x.size), totals
-        self.library.launch(source("compression"), "moment_totals", 1, reference.LANES, arguments)
+        self.library.launch(source("compression"), "moment_totals", 1, SUM_LANES, arguments)
         total, squares = to_host(totals).tolist()
         return total, squares
 

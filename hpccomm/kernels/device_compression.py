@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from hpccomm.kernels import cuda
-from hpccomm.kernels.compression import reference
-from hpccomm.kernels.compression.reference import Indices, Octets
 from hpccomm.kernels.cuda import Kernels, Vector, to_host
+from hpccomm.kernels.selection.reference import sample_plan
+from hpccomm.kernels.vectors import reference
+from hpccomm.kernels.vectors.reference import Indices, Octets
 
 
 class DeviceCompression:
-    """The functions of :mod:`hpccomm.kernels.compression.reference` that compressors call on a device, same bits."""
+    """The functions of the references that compressors call on a device, same bits."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels, self.xp = kernels, kernels.xp
@@ -37,7 +38,7 @@ class DeviceCompression:
     def density_threshold(self, residual: Vector, gradient: Vector | None, density: float, step: int) -> float:
         """:func:`reference.density_threshold`; only one magnitude is copied to the host."""
         n = residual.size
-        plan = reference.sample_plan(n, max(1, math.ceil(density * n)), step)
+        plan = sample_plan(n, max(1, math.ceil(density * n)), step)
         if plan is not None:
             residual = self.kernels.sample(residual, plan)
             gradient = None if gradient is None else self.kernels.sample(gradient, plan)
