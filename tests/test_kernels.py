@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_float16_without_hardware_conversion_gives_the_same_bits() -> None:
 
     from hpccomm.kernels.reductions import loops
 
-    function = loops.c_function(types.uint16)()(loops.reduction(loops.add, loops.from_half, loops.to_half))
+    function = loops.c_function(types.uint16)()(loops.reduction(operator.add, loops.from_half, loops.to_half))
     with np.errstate(all="ignore"):
         vectors = [numbers("f2", 100_000, seed) * np.float16(1000 if seed else 1e-3) for seed in range(2)]
     vectors[0][: 1 << 16] = np.arange(1 << 16, dtype="u2").view("f2")

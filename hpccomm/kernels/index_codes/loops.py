@@ -14,11 +14,8 @@ from hpccomm.kernels.simd import (
     octets,
     words,
 )
-from hpccomm.kernels.vectors.loops import (
-    I64,
-    U32,
-    U64,
-)
+
+I64, U32, U64 = np.int64, np.uint32, np.uint64
 
 
 @loop("int64(int64, int64, int64)")

@@ -22,17 +22,9 @@ from hpccomm.kernels.simd import (
     splat,
     store,
 )
-from hpccomm.kernels.vectors.loops import (
-    F32,
-    F64,
-    GROUP,
-    U32,
-    U64,
-    maximum,
-    minimum,
-    round_down,
-    sums_of,
-)
+from hpccomm.kernels.vectors.loops import GROUP, maximum, minimum, round_down, sums_of
+
+F32, F64, U32, U64 = np.float32, np.float64, np.uint32, np.uint64
 
 PAIR_HIGH_BITS = U64(0xAAAAAAAAAAAAAAAA)
 """The higher bit of each pair of bits."""

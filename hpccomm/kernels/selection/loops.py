@@ -31,20 +31,9 @@ from hpccomm.kernels.simd import (
     store,
     words,
 )
-from hpccomm.kernels.vectors.loops import (
-    F32,
-    F64,
-    GROUP,
-    I64,
-    INFINITY,
-    U32,
-    U64,
-    is_finite,
-    maximum,
-    round_down,
-    sum_at,
-    sum_from,
-)
+from hpccomm.kernels.vectors.loops import GROUP, INFINITY, is_finite, maximum, round_down, sum_at, sum_from
+
+F32, F64, I64, U32, U64 = np.float32, np.float64, np.int64, np.uint32, np.uint64
 
 CAPACITY = 1 << 14
 """Most indices that a loop returns."""

@@ -192,7 +192,12 @@ def take(index: Indices, momentum: Vector, velocity: Vector, mask: bool) -> Vect
 
 
 def density_threshold(
-    residual: Vector, gradient: Vector | None, density: float, step: int, ranked: KthMagnitude = kth_magnitude
+    residual: Vector,
+    gradient: Vector | None,
+    density: float,
+    step: int,
+    ranked: KthMagnitude = kth_magnitude,
+    sampled: Callable[[Vector, SamplePlan], Vector] = sample,
 ) -> float:
     """The magnitude that about ``density`` of the elements of residual + gradient reach; 0 if all are 0.
 
@@ -201,7 +206,7 @@ def density_threshold(
     n = residual.size
     plan = sample_plan(n, max(1, math.ceil(density * n)), step)
     if plan is not None:
-        residual, gradient = sample(residual, plan), None if gradient is None else sample(gradient, plan)
+        residual, gradient = sampled(residual, plan), None if gradient is None else sampled(gradient, plan)
     p = backlog_of(residual, gradient)
     return ranked(p, max(1, math.ceil(density * p.size))) if n else 0.0
 

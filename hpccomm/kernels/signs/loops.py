@@ -29,17 +29,9 @@ from hpccomm.kernels.simd import (
     upper_half,
     zero_doubles,
 )
-from hpccomm.kernels.vectors.loops import (
-    F32,
-    GROUP,
-    U64,
-    advance,
-    pad_tail,
-    round_down,
-    sum_at,
-    sum_from,
-    sum_lanes,
-)
+from hpccomm.kernels.vectors.loops import GROUP, advance, pad_tail, round_down, sum_at, sum_from, sum_lanes
+
+F32, U64 = np.float32, np.uint64
 
 LINE = 512
 """Elements of 64 bytes of bits."""
