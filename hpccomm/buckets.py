@@ -1,7 +1,7 @@
-"""Many tensors as one flat vector and back, so that one message carries all of them.
+"""Buckets: many tensors in one flat vector, so that one message carries all of them.
 
-The table says where each tensor begins: *n* elements in all, tensors one after the other in C order, no
-padding.
+*n elements in all.*  The tensors follow one another in C order without padding; the bucket's table holds the offset of
+each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Vector = npt.NDArray[Any]
 
 
 class TensorEntry(NamedTuple):
-    """Where one tensor lies, and what optimizers may do to it."""
+    """The place of one tensor in the vector, and the flags for optimizers."""
 
     name: str
     offset: int
@@ -29,14 +29,14 @@ class TensorEntry(NamedTuple):
     decay: bool
     """Weight decay applies."""
     adapt: bool
-    """Layer-wise adaptation (LARS, LAMB) applies."""
+    """The trust ratio (LARS, LAMB) applies."""
 
 
 class Bucket:
     """The layout of named tensors in one vector.
 
     ``tensors`` maps names to arrays (then all of one dtype) or to shapes (then of ``dtype``).  ``exempt``
-    names the tensors without weight decay and layer-wise adaptation; left out, these are the ones of fewer
+    names the tensors without weight decay and trust ratio; by default these are the tensors of fewer
     than two dimensions (biases, scales of normalisations).  For other combinations replace rows of
     ``table``.
     """
@@ -53,42 +53,42 @@ class Bucket:
             raise ArgumentError(f"Bucket: exempt names {', '.join(unknown)}, which are not in the bucket")
         self.dtype = np.dtype(dtype) if dtype is not None else common_dtype(tensors)
         self.table = tuple(table_entries(shapes, exempt))
-        self.size = sum(slot.length for slot in self.table)
+        self.size = sum(entry.length for entry in self.table)
 
     def flatten(self, tensors: Mapping[str, Any], out: Vector | None = None) -> Vector:
         """All tensors as one vector of shape ``(size,)``: ``out``, or a new one."""
         self._check_names(tensors)
-        arrays = [self._check_tensor(slot, tensors[slot.name]) for slot in self.table]
+        arrays = [self._check_tensor(entry, tensors[entry.name]) for entry in self.table]
         out = np.empty(self.size, self.dtype) if out is None else self._check_vector(out, "flatten")
-        for slot, array in zip(self.table, arrays, strict=True):
-            tensor_view(out, slot)[...] = array
+        for entry, array in zip(self.table, arrays, strict=True):
+            tensor_view(out, entry)[...] = array
         return out
 
     def views(self, vector: Vector) -> dict[str, npt.NDArray[Any]]:
-        """Each tensor as a view of ``vector``: writing one writes the other."""
+        """Each tensor as a view of ``vector``: they share memory."""
         self._check_vector(vector, "views")
-        return {slot.name: tensor_view(vector, slot) for slot in self.table}
+        return {entry.name: tensor_view(vector, entry) for entry in self.table}
 
     def mask(self, flag: str) -> npt.NDArray[np.bool_]:
-        """For each element whether its tensor carries the flag ``"decay"`` or ``"adapt"``."""
-        flags = [getattr(slot, flag) for slot in self.table]
-        return np.repeat(np.array(flags, bool), [slot.length for slot in self.table])
+        """A mask of the elements whose tensor has the flag ``"decay"`` or ``"adapt"``."""
+        flags = [getattr(entry, flag) for entry in self.table]
+        return np.repeat(np.array(flags, bool), [entry.length for entry in self.table])
 
     def _check_names(self, tensors: Mapping[str, Any]) -> None:
-        wanted = {slot.name for slot in self.table}
+        wanted = {entry.name for entry in self.table}
         if tensors.keys() != wanted:
             missing, extra = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
             raise ArgumentError(
                 f"Bucket.flatten: missing {missing}, not in the bucket {extra}: pass every tensor, once"
             )
 
-    def _check_tensor(self, slot: TensorEntry, tensor: Any) -> npt.NDArray[Any]:
-        array, _ = borrow(tensor, f"Bucket.flatten: {slot.name}")
-        if array.shape != slot.shape:
-            raise ArgumentError(f"Bucket.flatten: {slot.name} has shape {array.shape}, its place is {slot.shape}")
+    def _check_tensor(self, entry: TensorEntry, tensor: Any) -> npt.NDArray[Any]:
+        array, _ = borrow(tensor, f"Bucket.flatten: {entry.name}")
+        if array.shape != entry.shape:
+            raise ArgumentError(f"Bucket.flatten: {entry.name} has shape {array.shape}, its place is {entry.shape}")
         if array.dtype != self.dtype:
             raise ArgumentError(
-                f"Bucket.flatten: {slot.name} is {array.dtype}, the bucket {self.dtype}: "
+                f"Bucket.flatten: {entry.name} is {array.dtype}, the bucket {self.dtype}: "
                 "cast it, or make one bucket for each dtype"
             )
         return array
@@ -111,9 +111,9 @@ def table_entries(shapes: Mapping[str, tuple[int, ...]], exempt: Collection[str]
         offset += prod(shape)
 
 
-def tensor_view(vector: Vector, slot: TensorEntry) -> npt.NDArray[Any]:
-    """One tensor's place in the vector."""
-    return vector[slot.offset : slot.offset + slot.length].reshape(slot.shape)
+def tensor_view(vector: Vector, entry: TensorEntry) -> npt.NDArray[Any]:
+    """One tensor as a view of the vector."""
+    return vector[entry.offset : entry.offset + entry.length].reshape(entry.shape)
 
 
 def shape_of(given: Any) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ def shape_of(given: Any) -> tuple[int, ...]:
 
 
 def common_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
-    """The one dtype of all arrays; float32 where only shapes are given."""
+    """The common dtype of all arrays; float32 where only shapes are given."""
     dtypes = {
         name: borrow(each, f"Bucket: {name}")[0].dtype for name, each in tensors.items() if hasattr(each, "shape")
     }

@@ -1,4 +1,4 @@
-"""The context of a communicator: layout, private channel, consistency table, tuning table and cached plans.
+"""The context of a communicator: layout, private communicator, consistency table, tuning table and cached plans.
 
 The first collective call creates the context on all ranks, so a communicator that only sends and receives has none.
 Rank 0 broadcasts all settings and the tuning table, so that every rank selects the same algorithm.

@@ -154,7 +154,7 @@ def test_one_step_blocks_without_momentum_are_synchronous_sgd(size: int) -> None
     assert all(run_on_ranks(size, body))
 
 
-def test_left_out_momentum_is_one_minus_one_over_the_ranks() -> None:
+def test_default_momentum_is_one_minus_one_over_the_ranks() -> None:
     def body(comm: Any) -> bool:
         centres = np.arange(24.0).reshape(4, 6)
         left_out, said = (quadratic(bmuf(comm, HALF, 2, momentum=eta), comm, 8, centres)[0] for eta in (None, 0.75))
@@ -211,7 +211,7 @@ def scale_by_rates(rates: Any) -> Transform:
     return Transform(lambda weights: (), lambda gradient, state, weights: (-next(rates) * gradient, state))
 
 
-def test_a_rank_alone_steps_with_the_inner_optimizer_only() -> None:
+def test_a_single_rank_steps_with_the_inner_optimizer_only() -> None:
     inner = chain(momentum(0.5), scale(-0.3))
     centre, weights, expected = draw_centres(MPI.COMM_SELF), np.zeros(37), np.zeros(37)
     method = bmuf(MPI.COMM_SELF, inner, 2, momentum=0.9)
@@ -385,7 +385,7 @@ def test_ranks_with_different_numbers_of_batches_end_with_the_same_model(name: s
     ("weight_by", "expected"),
     [("workers", (8 + 1) / 2), ("batches", (3 * 8 + 1) / 4), (lambda rank: [10, 30][rank], (10 * 8 + 30 * 1) / 40)],
 )
-def test_movements_weigh_by_workers_batches_or_samples(weight_by: Any, expected: float) -> None:
+def test_updates_are_weighted_by_workers_batches_or_samples(weight_by: Any, expected: float) -> None:
     """Rank 0 moves by 8 in three batches, rank 1 by 1 in one; both end the block early."""
 
     def body(comm: Any) -> float:
@@ -405,7 +405,7 @@ def test_movements_weigh_by_workers_batches_or_samples(weight_by: Any, expected:
     assert run_on_ranks(2, body) == [expected] * 2
 
 
-def test_a_rank_without_a_batch_in_a_block_does_not_weigh() -> None:
+def test_a_rank_without_a_batch_in_a_block_has_weight_zero() -> None:
     def body(comm: Any) -> float:
         method, weights = local_sgd(comm, scale(1.0), 2), np.zeros(1)
         state = method.init(weights)
@@ -455,7 +455,7 @@ def test_a_block_with_a_model_that_is_not_finite_is_abandoned_on_all_ranks(bad: 
 # A step that lands
 
 
-def test_weights_plus_a_landing_is_the_target_where_no_number_leads() -> None:
+def test_weights_plus_an_exact_step_are_the_target_even_where_rounding_misses_it() -> None:
     weights, target = np.array([1, 1e10, -3, np.nan], "f4"), np.array([1e-9, 1e-5, 7, 2], "f4")
     plain = target - weights
     assert not np.array_equal(weights + plain, target)
@@ -469,7 +469,7 @@ def test_weights_plus_a_landing_is_the_target_where_no_number_leads() -> None:
     assert np.array_equal(weights, target)
 
 
-def test_a_landing_is_an_ordinary_array_everywhere_else() -> None:
+def test_an_exact_step_is_an_ordinary_array_in_other_expressions() -> None:
     weights, target = np.array([1, 2.5]), np.array([4, 0.5])
     step = exact_step(weights, target)
     assert type(step * 2) is np.ndarray
@@ -513,7 +513,7 @@ def test_a_gradient_unlike_the_weights_is_refused_before_any_message() -> None:
         method.update(np.ones(1), method.init(np.zeros(3)), np.zeros(3))
 
 
-def test_check_names_a_rank_that_strays() -> None:
+def test_check_names_a_rank_with_other_weights() -> None:
     """An outer step that differs between ranks is what ``check`` is there to see."""
     from hpccomm.errors import MismatchError
 

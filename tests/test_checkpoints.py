@@ -53,7 +53,7 @@ def continue_run(method: Any, state: Any, weights: Vector, rank: int, steps: ran
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("at", [0, 5, 7])
-def test_a_run_goes_on_bit_for_bit(name: str, at: int, tmp_path: Path) -> None:
+def test_a_restored_run_takes_the_steps_of_an_uninterrupted_one_bit_for_bit(name: str, at: int, tmp_path: Path) -> None:
     """Interrupted before the first step, inside a block, and inside another one."""
 
     def body(comm: Any) -> None:
@@ -84,7 +84,7 @@ STATE = (Pair(3, 0.1), (np.arange(3.0), np.float32(2.5), True), (), None, np.zer
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_state_holds_memory_that_was_never_written(name: str, empty_arrays_are_nan: None) -> None:
+def test_a_state_holds_no_uninitialised_memory(name: str, empty_arrays_are_nan: None) -> None:
     """Such memory differs from run to run, and where it holds a NaN a state does not equal its copy."""
 
     def body(comm: Any) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def test_paths_name_the_leaves() -> None:
     assert [path for path, _ in leaves(7)] == [""]
 
 
-def test_mapping_keeps_the_form() -> None:
+def test_mapping_leaves_keeps_the_structure() -> None:
     doubled = map_leaves(lambda path, leaf: leaf * 2, STATE)
     assert doubled[0] == Pair(6, 0.2)
     assert doubled[1][0].tolist() == [0, 2, 4]
@@ -151,11 +151,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     save(path, state=(np.arange(3.0),))
     whole = path.read_bytes()
 
-    def torn(file: Any, **entries: Any) -> None:
+    def write_half(file: Any, **entries: Any) -> None:
         file.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(np, "savez", torn)
+    monkeypatch.setattr(np, "savez", write_half)
     with pytest.raises(OSError, match="no space"):
         save(path, state=(np.zeros(3),))
     assert path.read_bytes() == whole
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_method_is_refused(like: Any, message: str) -> N
         load_state_dict(like, state_dict((np.arange(3.0), 1)))
 
 
-def test_a_file_of_other_names_or_none_at_all_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_other_names_or_no_checkpoint_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "state.npz", state=(1,))
     with pytest.raises(ArgumentError, match=r"not in this method's state \['state.0'\]"):
         load(tmp_path / "state.npz", method=(1,))
@@ -194,6 +194,6 @@ def test_a_file_of_other_names_or_none_at_all_is_refused(tmp_path: Path) -> None
             load(tmp_path / "broken.npz", state=(1,))
 
 
-def test_what_is_no_state_is_refused() -> None:
+def test_a_state_of_other_types_is_refused() -> None:
     with pytest.raises(ArgumentError, match="state_dict: 1 is list: a state is nested tuples"):
         state_dict((1, [2]))

@@ -171,7 +171,7 @@ def test_dgc_clips_each_rank_so_that_the_mean_keeps_the_norm() -> None:
     run_on_ranks(2, body)
 
 
-def test_dgc_is_dense_while_that_is_cheaper_then_thins_out() -> None:
+def test_dgc_is_dense_while_an_allreduce_is_cheaper() -> None:
     bucket = Bucket({"w": (100, 10), "b": (10,)})
 
     def body(comm: Any) -> list[int]:
@@ -279,7 +279,7 @@ def test_reported_bytes_are_those_on_the_transport(name: str, size: int) -> None
     run_on_ranks(size, body)
 
 
-def test_reports_tell_the_path_taken() -> None:
+def test_reports_name_the_exchange() -> None:
     def body(comm: Any) -> None:
         bucket, weights = Bucket({"a": (10, 10), "bias": (4,)}), np.ones(104, F32)
         method, paths = dgc(comm, bucket, 0.02, warmup=4, smallest=0), []
@@ -303,7 +303,7 @@ def test_reports_tell_the_path_taken() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("onebit_adam", "vote", "ef_signsgd")])
-def test_what_was_sent_and_what_is_kept_are_all_gradients(name: str) -> None:
+def test_messages_and_residuals_add_up_to_all_gradients(name: str) -> None:
     """After a thousand steps: the sum of all steps times p, and all residuals, against the sum of all gradients.
 
     In float32 each step rounds each element a few times; values stay below 2^9.
@@ -356,7 +356,7 @@ def test_after_a_thousand_steps_all_ranks_have_the_same_bits(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gtc", "momentum", "onebit", "onebit_adam"])
 @pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 5), (4, 1), (3, 3)])
-def test_with_another_number_of_ranks_what_is_pending_stays(name: str, old: int, new: int) -> None:
+def test_another_number_of_ranks_keeps_the_pending_update(name: str, old: int, new: int) -> None:
     """Mean residuals, mean momenta and all server errors, before and after; one rounding of an element each."""
 
     def pending(states: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -398,7 +398,7 @@ def test_with_another_number_of_ranks_what_is_pending_stays(name: str, old: int,
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_state_holds_memory_that_was_never_written(name: str, empty_arrays_are_nan: None) -> None:
+def test_a_state_holds_no_uninitialised_memory(name: str, empty_arrays_are_nan: None) -> None:
     """Such memory differs from run to run, and where it holds a NaN a state does not equal its copy."""
 
     def body(comm: Any) -> list[dict[str, Any]]:
@@ -410,7 +410,7 @@ def test_no_state_holds_memory_that_was_never_written(name: str, empty_arrays_ar
         assert all(np.isfinite(leaf).all() for state in states for leaf in state.values())
 
 
-def test_a_rank_that_is_not_there_gets_no_state() -> None:
+def test_a_rank_beyond_the_new_size_is_refused() -> None:
     with pytest.raises(ArgumentError, match="rank 2 of 2"):
         for_ranks([(np.zeros(3, F32),)], 2, 2)
 
@@ -496,7 +496,7 @@ def test_one_gradient_that_is_not_finite_stops_no_rank_and_changes_nothing(name:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_ranks_with_different_compressors_are_all_told(momentum: float) -> None:
+def test_ranks_with_different_compressors_all_raise(momentum: float) -> None:
     def body(comm: Any) -> None:
         compressor = hpccomm.threshold(0.5) if comm.rank else hpccomm.topk(0.5)
         method = feedback(compressor, comm, momentum)

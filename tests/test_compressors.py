@@ -51,7 +51,7 @@ def numbers(n: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("compressor", ALL, ids=id_of)
-def test_what_is_kept_is_what_the_message_does_not_say(compressor: Compressor, n: int) -> None:
+def test_the_new_backlog_is_the_sum_less_the_decoded_message(compressor: Compressor, n: int) -> None:
     backlog, gradient = numbers(n), numbers(n, 1)
     p = backlog + gradient
     message = compressor.encode_feedback(backlog, gradient, step=3)

@@ -149,7 +149,7 @@ def test_the_kernel_of_a_method_runs_on_the_device(launcher: Emulated, make: Any
     ids=["lars", "lars, simclr", "larc", "lamb", "adamw"],
 )
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_layerwise_steps_on_the_device_give_the_hosts_bits(
+def test_lars_and_lamb_on_the_device_give_the_hosts_bits(
     launcher: Emulated, method: Any, kernels: set[str], dtype: str
 ) -> None:
     found = []
@@ -167,7 +167,7 @@ def test_layerwise_steps_on_the_device_give_the_hosts_bits(
     assert {each.removesuffix(f"_{dtype}") for each in launcher.launched} >= kernels
 
 
-def test_what_was_sent_is_told_of_state_on_the_device(launcher: Emulated) -> None:
+def test_messages_of_a_state_on_the_device_are_reported(launcher: Emulated) -> None:
     for make, told in (
         (lambda comm: gtc(comm, 0.5), message_report),
         (lambda comm: dgc(comm, BUCKET, smallest=1000), sent_by_dgc),
@@ -179,7 +179,7 @@ def test_what_was_sent_is_told_of_state_on_the_device(launcher: Emulated) -> Non
         assert told(device).residual_norm == pytest.approx(told(host).residual_norm)  # the order of the sum is free
 
 
-def test_a_compressor_of_the_host_says_so() -> None:
+def test_a_compressor_without_device_support_is_named() -> None:
     vector = LIBRARY.asarray(np.ones(5, "f4"))
     with pytest.raises(ArgumentError, match=r"qsgd.*lies on a device.*on_host"):
         hpccomm.qsgd().encode(vector)
@@ -187,7 +187,7 @@ def test_a_compressor_of_the_host_says_so() -> None:
         hpccomm.threshold(0.5).encode(LIBRARY.asarray(np.ones(5)))
 
 
-def test_a_damaged_gradient_leaves_the_state_on_the_device_alone(launcher: Emulated) -> None:
+def test_a_nan_gradient_leaves_the_state_on_the_device_unchanged(launcher: Emulated) -> None:
     method = feedback(hpccomm.topk(0.1), DeviceComm(run_on_ranks(1, lambda comm: comm)[0]), 0.9)
     state: FeedbackState = method.init(LIBRARY.asarray(gradient_of(0, 0)))
     _, state = method.update(LIBRARY.asarray(gradient_of(0, 1)), state, LIBRARY.asarray(gradient_of(0, 0)))
@@ -215,7 +215,7 @@ class ForeignVector:
         return SimpleNamespace(from_dlpack=ForeignVector, asarray=None)
 
 
-def test_vectors_of_other_libraries_are_lent_to_cupy(launcher: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_of_other_libraries_are_passed_to_cupy(launcher: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(from_dlpack=lambda x: x.lent))
     method = lars(BUCKET, 0.1)
     weights, gradient = (LIBRARY.asarray(gradient_of(0, step)) for step in range(2))

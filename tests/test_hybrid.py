@@ -159,7 +159,7 @@ def test_one_group_is_its_exchange(size: int) -> None:
     assert all(run_on_ranks(size, body))
 
 
-def test_a_codec_that_says_everything_is_dense_exchange() -> None:
+def test_a_compressor_of_all_elements_is_a_dense_exchange() -> None:
     def body(comm: Any) -> bool:
         everything = hybrid(comm, lambda group: feedback(none(), group), scale(-0.25), 2, period=3)
         dense = hybrid(comm, mean, scale(-0.25), 2, period=3)
@@ -228,7 +228,7 @@ def test_slices_and_one_leader_give_the_same_bits(size: int, group: int) -> None
     assert all(run_on_ranks(size, body))
 
 
-def test_what_a_group_has_not_sent_is_what_it_lags_behind_dense_descent() -> None:
+def test_the_residual_of_a_group_is_its_difference_from_dense_descent() -> None:
     """For recorded gradients, after every step: W_dense = W − lr · Σ residuals; quarters need no rounding."""
     gradients = np.random.default_rng(0).integers(-9, 10, (12, 3, 20)) / 4
 
@@ -288,7 +288,7 @@ def test_groups_are_nodes_and_replicas_stay_equal(nodes: list[int], policy: Any)
     run_on_ranks(len(nodes), body, nodes=nodes)
 
 
-def test_uneven_groups_weigh_by_their_members() -> None:
+def test_uneven_groups_are_weighted_by_their_ranks() -> None:
     """Groups of three and one move by 1 and by 9: (3·1 + 9) / 4."""
 
     def body(comm: Any) -> float:
@@ -320,7 +320,7 @@ def test_ranks_with_different_numbers_of_batches_end_with_the_same_model(batches
 # Residuals when a block ends
 
 
-def test_what_becomes_of_residuals() -> None:
+def test_residuals_are_kept_flushed_zeroed_or_decayed() -> None:
     def body(comm: Any, policy: Any) -> list[float]:
         method = hybrid(comm, slow_gtc(4.0), scale(-0.25), 2, period=1, residual=policy)
         weights = np.zeros(2)
@@ -361,7 +361,7 @@ def test_with_flush_every_block_is_a_dense_one_for_a_constant_gradient() -> None
 # Cost
 
 
-def test_slices_relieve_the_leaders_link() -> None:
+def test_slices_send_less_through_a_leaders_link() -> None:
     """n = 120 float64, groups of 2: a slice is 60; 40 bytes to all others and 8 to the group to agree."""
 
     def body(comm: Any, sliced: bool) -> int:

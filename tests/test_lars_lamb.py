@@ -305,7 +305,7 @@ def test_runs_equal_to_optax_in_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("correct", [True, False])
-def test_lamb_without_eps_does_not_see_the_gradients_scale(correct: bool) -> None:
+def test_lamb_without_eps_is_independent_of_the_gradients_scale(correct: bool) -> None:
     """Powers of two are exact; v underflows nowhere."""
     gradients, weights = problem()
     one, other = (
@@ -314,7 +314,7 @@ def test_lamb_without_eps_does_not_see_the_gradients_scale(correct: bool) -> Non
     assert np.array_equal(one, other)
 
 
-def test_lars_without_decay_does_not_see_the_gradients_scale() -> None:
+def test_lars_without_decay_is_independent_of_the_gradients_scale() -> None:
     gradients, weights = problem(steps=1)
     ones, others = (
         run(lars(MANY, 0.5, variant="optax", adapt="all"), factor * gradients, weights)[0][0] for factor in (1, 4.0)
@@ -434,7 +434,7 @@ def test_a_chain_that_no_kernel_computes_is_refused() -> None:
         fuse("mine", chain(descend(0.1), momentum(0.9)), here)
 
 
-def test_terms_compose_to_methods_of_ones_own() -> None:
+def test_terms_compose_to_other_methods() -> None:
     """SGD whose steps are 2 % of the weights, tensor by tensor."""
     gradients, weights = problem(steps=1)
     method = chain(scale_by_trust_ratio(MANY, trust=0.02), descend(1.0))
@@ -442,7 +442,7 @@ def test_terms_compose_to_methods_of_ones_own() -> None:
     assert norm(MANY.views(step)["embedding"]) == pytest.approx(0.02 * norm(MANY.views(weights)["embedding"]))
 
 
-def test_tensors_larger_than_the_cache_are_one_layer_each() -> None:
+def test_groups_of_tensors_for_the_cache_give_the_bits_of_one_pass() -> None:
     """Groups of tensors that pass through the cache together give what one pass over all gives."""
     bucket = Bucket(
         {
@@ -464,7 +464,7 @@ def test_tensors_larger_than_the_cache_are_one_layer_each() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 97])
-def test_shards_step_as_the_whole_does(name: str, size: int) -> None:
+def test_shards_take_the_step_of_the_whole_vector(name: str, size: int) -> None:
     """Tensors over several ranks, several tensors on one, ranks of padding only, a tensor of zeros.
 
     Sums of squares are added in another order than on one rank: a rounding or two in each ratio.
@@ -492,7 +492,7 @@ def test_shards_step_as_the_whole_does(name: str, size: int) -> None:
         assert np.array_equal(found, expected)
 
 
-def test_a_shard_taken_for_a_layer_would_be_seen() -> None:
+def test_norms_of_a_shard_alone_give_another_step() -> None:
     gradients, weights = problem()
     alone = lamb(MANY, 0.01, part=(0, 20))
     whole = run(lamb(MANY, 0.01), gradients, weights)[1]
@@ -570,7 +570,7 @@ def extremes(kind: str) -> Vector:
 
 @pytest.mark.parametrize("kind", ["tiny", "subnormal", "huge", "few huge", "few only", "all sizes", "ordinary"])
 def test_sums_of_squares_of_float32_are_right_over_its_whole_range(kind: str) -> None:
-    """Eight roundings of 2⁻²⁴ in a lane at most, then float64; NumPy's pairwise float32 is no better where it can."""
+    """At most eight roundings of 2⁻²⁴ in a partial sum, then float64: no worse than pairwise sums of float32."""
     x = extremes(kind)
     found = reference.sum_of_squares(x)
     exact = math.fsum(float(each) ** 2 for each in x)
@@ -582,7 +582,7 @@ def test_sums_of_squares_of_float32_are_right_over_its_whole_range(kind: str) ->
         assert abs(found - exact) <= abs(pairwise - exact) + 2.0**-24 * exact
 
 
-def test_a_nan_is_seen_in_its_tensor_and_nowhere_else() -> None:
+def test_a_nan_stays_in_its_tensor() -> None:
     gradients, weights = problem(steps=1)
     MANY.views(gradients[0])["weight"][0, 0, 0] = np.nan
     for method in (lars(MANY, 0.5, weight_decay=0.01), lamb(MANY, 0.5)):
@@ -649,7 +649,7 @@ def test_a_batch_that_changes_warms_up_again() -> None:
         (lambda: lamb(MANY, 1.0, part=(5, 2)), "lamb: part is .5, 2.: pass .lo, hi."),
         (lambda: linear_scaling(1.0, 0, 256), "linear_scaling: batch 0"),
         (lambda: polynomial(1.0, 0), "polynomial: steps is 0"),
-        (join_schedules, "joined: no phases"),
+        (join_schedules, "join_schedules: no phases"),
     ],
 )
 def test_impossible_arguments_are_refused(make: Callable[[], Any], message: str) -> None:

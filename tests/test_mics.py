@@ -101,8 +101,8 @@ def run_golden(states: ShardedModel, rank: int) -> list[float]:
 EIGHT = {"all": {"w": np.arange(1, 9, dtype="f4")}}
 
 
-def test_the_golden_step() -> None:
-    def accumulated(comm: Any) -> tuple[list[float], list[list[float]]]:
+def test_golden_step() -> None:
+    def accumulate(comm: Any) -> tuple[list[float], list[list[float]]]:
         states = mics(comm, EIGHT, scale(-0.5), 2)
         shards = []
         for micro in GOLDEN[comm.rank]:
@@ -111,7 +111,7 @@ def test_the_golden_step() -> None:
         states.boundary()
         return next(iter(states.consolidate()))[1]["w"].tolist(), shards
 
-    found = run_on_ranks(4, accumulated, [0, 0, 1, 1])
+    found = run_on_ranks(4, accumulate, [0, 0, 1, 1])
     assert [weights for weights, _ in found] == [[0.375, 1.4375, 2.625, 3.4375, 4.25, 5.0625, 6.25, 6.8125]] * 4
     assert [shards for _, shards in found] == [
         [[1, 1, 2, 2], [3, 2.5, 3, 2.5]],
@@ -121,7 +121,7 @@ def test_the_golden_step() -> None:
     ]
 
 
-def test_a_second_hop_in_every_micro_step_is_another_result() -> None:
+def test_a_second_hop_in_every_micro_step_gives_another_result() -> None:
     def wrong(comm: Any) -> list[float]:
         states = mics(comm, EIGHT, scale(-0.5), 2)
         for micro in GOLDEN[comm.rank]:
@@ -132,7 +132,7 @@ def test_a_second_hop_in_every_micro_step_is_another_result() -> None:
     assert run_on_ranks(4, wrong, [0, 0, 1, 1])[0] == [2, 1.875, 1.25, 2.125]
 
 
-def test_a_second_hop_of_the_newest_shards_only_is_another_result() -> None:
+def test_a_second_hop_of_the_newest_shards_only_gives_another_result() -> None:
     """Other copies' earlier micro-steps are lost."""
 
     def wrong(comm: Any) -> list[float]:
@@ -166,7 +166,7 @@ def test_a_norm_over_all_ranks_counts_every_copy() -> None:
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars"])
-def test_a_shard_taken_for_a_layer_is_another_result(name: str) -> None:
+def test_a_trust_ratio_of_a_shard_gives_another_result(name: str) -> None:
     kinds = {"lamb": lamb, "lars": lars}
 
     def body(comm: Any, whole: bool) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def test_a_shard_taken_for_a_layer_is_another_result(name: str) -> None:
 
 @pytest.mark.parametrize("partition", [1, 2, 4])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_golden_step_for_every_group_and_stage(partition: int, stage: int) -> None:
+def test_golden_step_for_every_group_and_stage(partition: int, stage: int) -> None:
     made = run_on_ranks(
         4,
         lambda comm: run_golden(mics(comm, EIGHT, scale(-0.5), partition, stage=stage), comm.rank),
@@ -252,7 +252,7 @@ class RingComm(ThreadCommunicator):
     def __init__(self, meeting: RankGroup, rank: int) -> None:
         super().__init__(meeting, rank)
         mail = meeting.__dict__.setdefault("mail_of_rings", Mailboxes(meeting.size))
-        self.transport, self.sent, self.calls = ThreadTransport(mail, rank), Counter[str](), Counter[str]()
+        self.transport, self.sent_bytes, self.calls = ThreadTransport(mail, rank), Counter[str](), Counter[str]()
 
     def Split(self, color: int = 0, key: int = 0) -> Any:
         """As counted."""
@@ -264,7 +264,7 @@ class RingComm(ThreadCommunicator):
         before = self.transport.mail.bytes_sent[self.rank]
         cuts = even_cuts(whole.size, self.size)
         bind(steps(self.rank, self.size), whole, cuts, self.transport, lambda low, up, out: np.add(low, up, out=out))()
-        self.sent[name] += self.transport.mail.bytes_sent[self.rank] - before
+        self.sent_bytes[name] += self.transport.mail.bytes_sent[self.rank] - before
         self.calls[name] += 1
 
     def own_block(self, whole: Any) -> Any:
@@ -274,14 +274,14 @@ class RingComm(ThreadCommunicator):
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None) -> None:
         """By a ring."""
         whole = vector(recvbuf)
-        self.mine(whole)[...] = vector(sendbuf)
+        self.own_block(whole)[...] = vector(sendbuf)
         self.ring("Allgather", ring.allgather, whole)
 
     def Reduce_scatter_block(self, sendbuf: Any, recvbuf: Any, op: Any = None, algorithm: str | None = None) -> None:
         """By a ring."""
         whole = vector(sendbuf).copy()
         self.ring("Reduce_scatter", ring.reduce_scatter, whole)
-        recvbuf[...] = self.mine(whole)
+        recvbuf[...] = self.own_block(whole)
 
     def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any = None, algorithm: str | None = None) -> None:
         """By a ring."""
@@ -403,7 +403,7 @@ def test_steps_allocate_no_vectors(comm: Any) -> None:
 
 
 @pytest.mark.mpi(sizes=(3, 4))
-def test_real_ranks_take_the_steps_of_threads(comm: Any) -> None:
+def test_processes_take_the_steps_of_threads(comm: Any) -> None:
     """Bit for bit: all sums are exact, and elements are treated alike."""
     for partition in {1, comm.size}:
         for dtype in ("f4", "f2", ml_dtypes.bfloat16):
@@ -428,7 +428,7 @@ def test_real_ranks_take_the_steps_of_threads(comm: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "size", "spans"),
+    ("nodes", "size", "nodes_of_group"),
     [
         ([0, 0, 0, 0], 2, 1),
         ([0, 0, 1, 1], 1, 1),
@@ -439,8 +439,8 @@ def test_real_ranks_take_the_steps_of_threads(comm: Any) -> None:
         ([0] * 2 + [1] * 4, 2, 1),
     ],
 )
-def test_groups_inside_nodes_and_of_whole_nodes(nodes: list[int], size: int, spans: int) -> None:
-    assert check_placement("rank 0", nodes, size) == spans
+def test_groups_inside_nodes_or_of_whole_nodes_are_accepted(nodes: list[int], size: int, nodes_of_group: int) -> None:
+    assert check_placement("rank 0", nodes, size) == nodes_of_group
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ def test_groups_that_straddle_nodes_are_refused(nodes: list[int], size: int, why
     assert [text.split(":")[0] for text in told] == [f"rank {rank}" for rank in range(len(nodes))]
 
 
-def test_the_group_is_the_node_where_nothing_is_said() -> None:
+def test_the_group_is_the_node_by_default() -> None:
     sizes = run_on_ranks(6, lambda comm: mics(comm, first_weights(), scale(-1.0)).ranks, [0, 0, 0, 1, 1, 1])
     assert sizes == [3] * 6
     with pytest.raises(ArgumentError, match="nodes of 1 to 2 ranks: pass partition_size"):
@@ -512,7 +512,7 @@ def test_groups_of_whole_nodes_take_the_steps_of_flat_ones(ranks: int, size: int
 
 
 @pytest.mark.mpi(sizes=(4,))
-def test_real_ranks_on_two_nodes_take_the_steps_of_threads(comm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_on_two_nodes_take_the_steps_of_threads(comm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "ranks_of_this_node", lambda channel: channel.Split(channel.rank // 2, channel.rank))
     nodes = Communicator(comm.Dup())
     for dtype in ("f4", "f2"):
@@ -541,7 +541,7 @@ def test_only_groups_of_several_nodes_of_several_ranks_take_two_levels(size: int
 
 @pytest.mark.parametrize("dtype", ["f2", "bfloat16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradients_of_16_bits_are_added_in_32(dtype: str, stage: int) -> None:
+def test_gradients_of_16_bits_are_added_in_float32(dtype: str, stage: int) -> None:
     """2048 + 1 + 1 is 2048 in float16: every addition would lose one."""
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
@@ -573,7 +573,7 @@ def test_gathered_parameters_are_the_masters_rounded_once() -> None:
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("culprit", range(4))
-def test_an_overflow_anywhere_leaves_the_step_out_everywhere(bad: float, culprit: int) -> None:
+def test_an_overflow_on_one_rank_skips_the_step_on_all_ranks(bad: float, culprit: int) -> None:
     """The scale halves on all ranks, and doubles after so many good steps."""
 
     def body(comm: Any) -> Any:
@@ -628,16 +628,16 @@ def check_refused(body: Callable[[Any], Any], why: str, kind: type[Exception] = 
     """All ranks hear of it."""
     found = []
 
-    def guarded(comm: Any) -> None:
+    def run_once(comm: Any) -> None:
         with pytest.raises(kind, match=why):
             body(comm)
         found.append(comm.rank)
 
-    run_on_ranks(ranks, guarded)
+    run_on_ranks(ranks, run_once)
     assert len(found) == ranks
 
 
-def test_units_gathered_in_different_orders_are_named_and_change_nothing() -> None:
+def test_ranks_that_gather_in_different_orders_raise_and_keep_their_weights() -> None:
     """Of one size: only the step's end can know.  Of different sizes: at once."""
     model = {name: {"w": np.full((size,), size, "f4")} for name, size in (("a", 4), ("b", 4), ("c", 6))}
 
@@ -665,7 +665,7 @@ def test_units_gathered_in_different_orders_are_named_and_change_nothing() -> No
 
 
 @pytest.mark.mpi(sizes=(4,))
-def test_real_ranks_that_gather_in_different_orders_are_named_too(comm: Any) -> None:
+def test_processes_that_gather_in_different_orders_raise(comm: Any) -> None:
     """Ranks of two groups; nobody hangs."""
     model = {name: {"w": np.full((4,), 1, "f4")} for name in "ab"}
     states = ShardedModel(partition_groups(comm, 2), model, scale(-1.0))
@@ -679,7 +679,7 @@ def test_real_ranks_that_gather_in_different_orders_are_named_too(comm: Any) -> 
     states.close()
 
 
-def test_mistakes_of_one_call_are_named() -> None:
+def test_a_wrong_call_is_named() -> None:
     def states_of(comm: Any) -> ShardedModel:
         return zero(comm, first_weights(), scale(-1.0), overlap=False)
 
@@ -693,7 +693,7 @@ def test_mistakes_of_one_call_are_named() -> None:
         for unit in ("one", "out", "gain"):
             states.gather(unit)
 
-    def held(comm: Any) -> None:
+    def run_with_gathered_unit(comm: Any) -> None:
         states = states_of(comm)
         states.gather("one")
         states.boundary()
@@ -717,7 +717,7 @@ def test_mistakes_of_one_call_are_named() -> None:
         (lambda comm: states_of(comm).release("one"), "release: 'one' is not gathered"),
         (twice, "gather: 'one' is gathered: release it first"),
         (three, "gather: 'one' and 'out' are gathered, or on their way: release one first"),
-        (held, r"boundary: \['one'\] are gathered, or on their way"),
+        (run_with_gathered_unit, r"boundary: \['one'\] are gathered, or on their way"),
         (early, "unit 'embedding' has seen 0 gradients, 'one' 1: reduce_accumulate every unit"),
         (lambda comm: states_of(comm).boundary(), "has seen 0 gradients"),
         (wide_gradient, "the gradient of unit 'one' is wrong at w, b: .* in float32"),
@@ -734,7 +734,7 @@ def test_mistakes_of_one_call_are_named() -> None:
         check_refused(body, why)
 
 
-def test_a_unit_smaller_than_the_group_leaves_ranks_with_nothing() -> None:
+def test_a_unit_smaller_than_the_group_leaves_some_ranks_without_elements() -> None:
     """And one without elements leaves all with nothing; both go through every hop."""
     model = {"small": {"w": np.array([1, 2], "f4")}, "none": {"w": np.zeros((0, 3), "f4")}}
 

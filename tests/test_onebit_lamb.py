@@ -23,7 +23,7 @@ PLACES = [slice(0, 30), slice(30, 37), slice(53, 53), slice(37, 53)]
 WEIGHTS = np.random.default_rng(8).normal(size=53).astype(F32)
 
 
-def test_until_the_freeze_it_is_lamb() -> None:
+def test_steps_before_the_freeze_are_lamb() -> None:
     """The kernels of LAMB round in another order; steps are about 0.1, 1e-6 are ten roundings of them."""
 
     def body(comm: Any) -> None:
@@ -73,7 +73,7 @@ def run_formulas(gradients: np.ndarray, freeze: int) -> np.ndarray:
     return w
 
 
-def test_after_the_freeze_it_is_what_the_formulas_say() -> None:
+def test_steps_after_the_freeze_follow_the_formulas() -> None:
     """One rank, so both phases are signs of its own; weights of about 1 after twelve steps in float32."""
     gradients = np.array([numbers(53, step, 0) for step in range(12)])
 
@@ -88,7 +88,7 @@ def test_after_the_freeze_it_is_what_the_formulas_say() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_ranks_step_alike_and_send_little_after_the_freeze(size: int) -> None:
+def test_ranks_take_the_same_steps_and_send_one_bit_an_element_after_the_freeze(size: int) -> None:
     def body(comm: Any) -> tuple[bytes, list[int]]:
         method = onebit_lamb(comm, BUCKET, 0.01, 2)
         weights, state, sent = WEIGHTS, method.init(WEIGHTS), []
@@ -108,7 +108,7 @@ def test_ranks_step_alike_and_send_little_after_the_freeze(size: int) -> None:
         assert all(each <= (size - 1) * (2 * (4 + 7) + 24) for each in sent[2:])
 
 
-def test_a_run_goes_on_from_its_state_and_leaves_out_what_is_not_finite() -> None:
+def test_a_run_continues_from_its_state_and_skips_gradients_that_are_not_finite() -> None:
     def body(comm: Any) -> None:
         gradients = [numbers(53, step, comm.rank) for step in range(8)]
         method = onebit_lamb(comm, BUCKET, 0.01, 3)
@@ -127,7 +127,7 @@ def test_a_run_goes_on_from_its_state_and_leaves_out_what_is_not_finite() -> Non
     run_on_ranks(3, body)
 
 
-def test_what_cannot_be_meant_is_refused() -> None:
+def test_arguments_out_of_range_are_refused() -> None:
     def body(comm: Any) -> None:
         for arguments, says in (((0.1, 0), "1 or more"), ((0.1, 5, 1.0), "b1")):
             with pytest.raises(ArgumentError, match=says):

@@ -85,7 +85,7 @@ def test_clocks_spread_by_the_slack_at_most(slack: int) -> None:
     assert widest == slack + 1
 
 
-def test_a_worker_that_leaves_holds_nobody_up() -> None:
+def test_no_worker_waits_for_one_that_has_left() -> None:
     rows = timeline([[1], [1, 1, 1], []], ("ssp", 1))
     assert [push.worker for push in rows].count(1) == 3
     assert rows[-1].time == 3
@@ -103,21 +103,21 @@ def pushes(rules: Any, script: list[tuple[int, float, int]], workers: int = 3) -
     return seen, ledger
 
 
-def test_bsp_applies_a_clock_in_rank_order_whoever_comes_first() -> None:
+def test_bsp_applies_a_clock_in_rank_order_in_any_order_of_arrival() -> None:
     seen, ledger = pushes(rules_of("bsp"), [(2, 3, 0), (0, 1, 0), (1, 2, 0), (1, 5, 1), (2, 6, 1), (0, 4, 1)])
     assert seen == [[1, 2, 3], [4, 5, 6]]
     assert ledger.version == 2
     assert all(map(ledger.may_read, range(3)))
 
 
-def test_bsp_lets_nobody_read_what_is_not_complete() -> None:
+def test_bsp_lets_no_worker_read_an_incomplete_clock() -> None:
     _, ledger = pushes(rules_of("bsp"), [(0, 1, 0), (2, 3, 0)])
     assert [ledger.may_read(worker) for worker in range(3)] == [False, True, False]
     ledger.leave(1)
     assert [ledger.may_read(worker) for worker in (0, 2)] == [True, True]
 
 
-def test_bsp_with_a_backup_worker_drops_what_comes_late() -> None:
+def test_bsp_with_a_backup_worker_drops_late_pushes() -> None:
     seen, ledger = pushes(rules_of("bsp", backup=1), [(2, 3, 0), (0, 1, 0), (1, 2, 0), (1, 5, 1), (0, 4, 1)])
     assert seen == [[1, 3], [4, 5]]
     assert (ledger.dropped, ledger.version) == (1, 2)
@@ -234,7 +234,7 @@ class Halves:
         out += message.view(np.int8) / np.float32(2)
 
 
-def test_pushes_are_a_codecs_messages_and_workers_keep_the_rest() -> None:
+def test_workers_push_messages_of_the_codec_and_keep_its_error() -> None:
     """Two pushes of ¼ and of ¾: nothing and a half, then a half and one."""
 
     def body(comm: Any) -> Any:
@@ -284,7 +284,7 @@ def test_servers_keep_state_of_their_slice() -> None:
 
 
 @pytest.mark.parametrize("codec", [None, threshold(0.5), topk(0.25)], ids=["dense", "threshold", "top k"])
-def test_a_run_in_two_parts_is_one_run_bit_for_bit(codec: Any) -> None:
+def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(codec: Any) -> None:
     """What servers and workers end with is where others go on: weights, momentum, and what was not sent."""
 
     def body(comm: Any, steps: int, begin: Any) -> Any:

@@ -39,7 +39,7 @@ def test_the_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(first.factors, [0.655506, 0.363508], atol=5e-7)
 
 
-def test_the_worked_example_with_errors_of_ones_own_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worked_example_with_local_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpccomm.algorithms.power_sgd.LEAST_SAVING", 1.0)
 
     def body(comm: Any) -> np.ndarray:
@@ -59,7 +59,7 @@ def test_tensors_that_would_not_shrink_stay_whole() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("local", [False, True])
-def test_what_is_applied_and_what_is_kept_are_all_gradients(size: int, local: bool) -> None:
+def test_steps_and_residuals_add_up_to_all_gradients(size: int, local: bool) -> None:
     """Over 200 steps, on all ranks the same bits; numbers stay below 2^6, each step rounds a few times."""
     steps = 200
 
@@ -86,7 +86,7 @@ def test_what_is_applied_and_what_is_kept_are_all_gradients(size: int, local: bo
     assert np.abs(left).max() > 0.1
 
 
-def test_what_has_low_rank_is_applied_at_once() -> None:
+def test_a_gradient_of_low_rank_is_applied_at_once() -> None:
     """A sum of two outer products of small whole numbers by rank 2: exact but for the rounding of the factors."""
     rng = np.random.default_rng(3)
     low = sum(np.outer(rng.integers(-4, 5, 16), rng.integers(-4, 5, 12)) for _ in range(2)).astype(F32)
@@ -135,7 +135,7 @@ def test_one_gradient_that_is_not_finite_changes_nothing(odd: float, place: int)
     run_on_ranks(3, body)
 
 
-def test_a_run_goes_on_from_its_state() -> None:
+def test_a_run_continues_from_its_state() -> None:
     def body(comm: Any) -> None:
         method, zero = powersgd(comm, BUCKET, 2), np.zeros(BUCKET.size, F32)
         gradients = [numbers(BUCKET.size, step, comm.rank) for step in range(8)]
@@ -150,7 +150,7 @@ def test_a_run_goes_on_from_its_state() -> None:
     run_on_ranks(3, body)
 
 
-def test_ranks_that_cannot_be_meant_are_refused() -> None:
+def test_ranks_below_one_are_refused() -> None:
     def body(comm: Any) -> None:
         with pytest.raises(ArgumentError, match="1 or more"):
             powersgd(comm, BUCKET, 0)

@@ -105,7 +105,7 @@ def test_weights_of_16_bits_learn_as_well(dtype: str) -> None:
     assert narrow[-1].loss < narrow[0].loss
 
 
-def test_the_account_is_memory_and_bytes_of_each_hop() -> None:
+def test_the_report_holds_memory_and_bytes_of_each_hop() -> None:
     """Adam: 16 bytes a parameter over p ranks; gathers 2s(p-1)/p, first hop s(p-1)/p, second 2(R-1)/(R p)."""
     ours, division = run_on_ranks(4, lambda comm: run(comm, Job("mics", 0.01, 2, 2, "float32"))[1], [0, 0, 1, 1]), 2
     assert all(each == ours[0] for each in ours)
@@ -125,7 +125,7 @@ class InterruptedFolder(ShardFolder):
 
 
 @pytest.mark.parametrize("partition", [2, 4])
-def test_a_run_that_is_stopped_goes_on_where_it_was(partition: int, tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_from_its_checkpoint(partition: int, tmp_path: Path) -> None:
     """Bit for bit with the same groups; with others float32 is summed in another order: rtol 1e-3 after six steps."""
 
     def body(comm: Any, kind: Any, size: int, settings: Settings) -> Any:
@@ -194,7 +194,7 @@ def save_run(tmp_path: Path, optimizer: Any = OPTIMIZERS["adamw"], at: int = 2) 
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_any_number_of_ranks_goes_on_bit_for_bit(reader: str, tmp_path: Path) -> None:
+def test_any_number_of_ranks_continues_bit_for_bit(reader: str, tmp_path: Path) -> None:
     ranks, size, make = READERS[reader]
 
     def body(comm: Any, load: bool) -> Any:
@@ -238,12 +238,12 @@ def test_the_state_of_every_optimizer_is_kept(optimizer: str, tmp_path: Path) ->
         run_steps(states, comm.rank, 2, 2)
         return weights_of(states)
 
-    def written(comm: Any) -> None:
+    def save_and_train(comm: Any) -> None:
         states = mics(comm, first_weights(), OPTIMIZERS[optimizer], 2)
         run_steps(states, comm.rank, 0, 2)
         save_shards(tmp_path, "run", states)
 
-    run_on_ranks(4, written, [0, 0, 1, 1])
+    run_on_ranks(4, save_and_train, [0, 0, 1, 1])
     found, wanted = (run_on_ranks(4, lambda comm, load=load: body(comm, load))[0] for load in (True, False))
     assert all(np.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-7) for name in wanted)
 
@@ -307,7 +307,7 @@ def test_a_missing_file_or_note_and_other_models_are_named(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_whoever_cannot_write_leaves_the_older_set_whole(
+def test_a_failed_write_leaves_the_older_checkpoint_complete(
     culprit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_run(tmp_path)
@@ -332,7 +332,7 @@ def test_whoever_cannot_write_leaves_the_older_set_whole(
     run_on_ranks(4, body, [0, 0, 1, 1])
 
 
-def test_an_older_set_goes_when_the_newer_one_is_whole(tmp_path: Path) -> None:
+def test_an_older_checkpoint_is_removed_when_the_newer_one_is_complete(tmp_path: Path) -> None:
     save_run(tmp_path)
 
     def body(comm: Any) -> None:
@@ -370,7 +370,7 @@ def test_the_exported_model_is_arrays_by_name(tmp_path: Path) -> None:
         assert all(found[name].shape == wanted[name].shape for name in wanted)
 
 
-def test_an_export_that_fails_is_told_on_all_ranks_and_leaves_nothing(
+def test_a_failed_export_raises_on_all_ranks_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -443,7 +443,7 @@ def test_the_command_reports_memory_and_hops_and_goes_on(comm: Any, tmp_path: Pa
         ((*SHORT, "--method", "ddp", "--export", "no/m.npz"), "--export no/m.npz: the folder no does not exist"),
     ],
 )
-def test_mistakes_are_told_by_rank_0_alone(comm: Any, capsys: Any, arguments: tuple[str, ...], complaint: str) -> None:
+def test_rank_0_alone_prints_an_error(comm: Any, capsys: Any, arguments: tuple[str, ...], complaint: str) -> None:
     assert call(*arguments) == 2
     told = capsys.readouterr()
     assert told.err.startswith(f"hpccomm train: {complaint}") if comm.rank == 0 else not told.err

@@ -138,12 +138,12 @@ def test_clip_measures_beyond_the_range_of_float32() -> None:
     np.testing.assert_allclose(step, [3, 4], rtol=1e-6)
 
 
-def test_clip_lets_a_nan_be_seen() -> None:
+def test_clip_passes_a_nan_on() -> None:
     step, _ = clip(1.0).update(np.array([np.nan, 2.0]), (), np.zeros(2))
     assert np.isnan(step[0])
 
 
-def test_weight_decay_pulls_only_where_it_may() -> None:
+def test_weight_decay_applies_where_the_mask_is_set() -> None:
     where = np.array([True, False, True, False])
     step, _ = weight_decay(0.5, where).update(np.zeros(4), (), WEIGHTS)
     assert step.tolist() == [0.5, 0, 2, 0]
@@ -168,7 +168,7 @@ def test_adam_follows_algorithm_1() -> None:
         np.testing.assert_allclose(step, expected, rtol=8 * np.finfo(float).eps)
 
 
-def test_every_one_is_its_inner() -> None:
+def test_every_1_is_its_inner_transform() -> None:
     assert has_same_steps(every(1, momentum(0.5)), momentum(0.5))
 
 
@@ -226,7 +226,7 @@ def test_allreduce_bytes_are_those_of_a_ring() -> None:
     assert [allreduce_bytes(4 * 12, p) for p in (1, 2, 3, 4)] == [0, 48, 64, 72]
 
 
-def test_reports_are_found_however_deep() -> None:
+def test_reports_are_found_at_any_depth() -> None:
     report = ExchangeReport(1, 0.5, 100)
     state = (MeanState(np.ones(1), report), (0, (MeanState(np.ones(1), report), np.ones(2))))
     assert sum_reports(state) == ExchangeReport(2, 1.0, 200)
@@ -272,7 +272,7 @@ def test_the_report_counts_the_least_bytes(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_an_exchange_inside_every_talks_once_in_k(comm: MPI.Intracomm) -> None:
+def test_an_exchange_inside_every_communicates_once_in_k_updates(comm: MPI.Intracomm) -> None:
     transform = every(3, mean(comm))
     state = transform.init(np.zeros(2))
     for _ in range(7):

@@ -1,17 +1,17 @@
-"""Blockwise model-update filtering: average the models now and then, and filter how far their mean moved.
+"""Blockwise model-update filtering (BMUF): average the models once a block, and filter the update of their mean.
 
 *N participants, τ (``period``) steps a block, η block momentum, ζ block rate* (Chen & Huo, ICASSP 2016)::
 
-    G(t) = mean_i w_i − W_g(t−1)          how far the mean model moved
+    G(t) = mean_i w_i − W_g(t−1)          the update of the mean model
     Δ(t) = η Δ(t−1) + ζ G(t)
-    W(t) = W(t−1) + Δ(t)                  the global model: what is tested and exported
+    W(t) = W(t−1) + Δ(t)                  the global model, to be tested and exported
     W_g(t) = W(t)                         classical block momentum
-    W_g(t) = W(t) + η Δ(t)                Nesterov's: the next block begins ahead
+    W_g(t) = W(t) + η Δ(t)                Nesterov's: the next block starts ahead
 
 Averaging divides every rank's progress by N, the filter multiplies it by ζ/(1−η): so η = 1 − 1/N, and the inner
 learning rate stays that of one rank.  One allreduce of the model a block.
 
-Codes that call themselves BMUF differ (*mean G; the gain is what one unit of G moves the model in the end*)::
+Implementations of BMUF differ (*mean G; the gain is the total movement of the model by one unit of G*)::
 
     nesterov=False                                        Δ = ηΔ + ζG,  W_g += Δ            ζ/(1−η)
     nesterov="paper"                                      W_g = W + ηΔ                      ζ/(1−η)
@@ -57,14 +57,14 @@ Nesterov = Literal[False, "paper", "lookahead"]
 
 
 class FilterState(NamedTuple):
-    """The global model W and the smoothed movement Δ."""
+    """The global model W and the velocity Δ."""
 
     model: Vector
     velocity: Vector
 
 
 def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -> Transform:
-    """The filter as an outer transform: it sees −G and steps from W_g(t−1) to W_g(t); see the formulas above."""
+    """The filter as an outer transform: it receives −G and steps from W_g(t−1) to W_g(t); see the formulas above."""
     check_decay("bmuf: momentum", momentum)
     require(lr > 0, f"bmuf: lr is {lr}: pass a positive block rate; 1 is usual")
     require(
@@ -75,13 +75,13 @@ def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -
         return FilterState(weights.copy(), np.zeros_like(weights))
 
     def update(behind: Vector, state: FilterState, start: Vector) -> tuple[Vector, FilterState]:
-        moved = momentum * state.velocity - lr * behind
+        velocity = momentum * state.velocity - lr * behind
         if nesterov == "lookahead":
-            ahead = start + (1 + momentum) * moved
-            return exact_step(start, ahead), FilterState(ahead, moved)
-        model = state.model + moved
-        ahead = model + momentum * moved if nesterov else model
-        return exact_step(start, ahead), FilterState(model, moved)
+            ahead = start + (1 + momentum) * velocity
+            return exact_step(start, ahead), FilterState(ahead, velocity)
+        model = state.model + velocity
+        ahead = model + momentum * velocity if nesterov else model
+        return exact_step(start, ahead), FilterState(model, velocity)
 
     return Transform(init, update)
 
@@ -102,14 +102,13 @@ def bmuf(
 ) -> PeriodicTransform:
     """Blockwise model-update filtering around ``inner``, an optimizer that knows nothing of other ranks.
 
-    ``momentum`` η, left out 1 − 1/p; ``lr`` ζ.  ``nesterov`` and the rates of other codes: above.
+    ``momentum`` η, by default 1 − 1/p; ``lr`` ζ; ``nesterov`` and the rates of other implementations: see above.
     ``weight_by``, ``warmup``, ``check`` as in :func:`~hpccomm.algorithms.local_steps.periodic_transform`.
-    ``local_state``:
-    at the end of a block the inner state is kept, reset, averaged over the ranks, or what a policy makes of it.
-    ``shard_state`` divides W and Δ over the ranks: as many bytes travel, each rank holds 1/p of them.
+    ``local_state``: at the end of a block the inner state is kept, reset, averaged over the ranks, or set by a policy.
+    ``shard_state`` divides W and Δ over the ranks: the bytes sent are the same, each rank holds 1/p of W and Δ.
 
-    ``finish`` and ``export`` of what is returned end a run: ``step, state = method.finish(state, weights)``,
-    ``model = method.export(state)``.  A rank alone steps with ``inner`` only.
+    End a run with ``step, state = method.finish(state, weights)`` and ``model = method.export(state)``.  A single rank
+    steps with ``inner`` only.
 
     >>> from mpi4py import MPI
     >>> from hpccomm.algorithms.transforms import scale
@@ -123,8 +122,8 @@ def bmuf(
     parallel optimization and blockwise model-update filtering*, ICASSP 2016.
     """
     eta = 1 - 1 / comm.size if momentum is None else momentum
-    kept = block_filter(eta, lr, nesterov)
-    outer = sharded_filter(comm, kept) if shard_state and comm.size > 1 else chain(mean(comm), kept)
+    block = block_filter(eta, lr, nesterov)
+    outer = shard_filter(comm, block) if shard_state and comm.size > 1 else chain(mean(comm), block)
     return local_steps.periodic_transform(
         comm,
         period,
@@ -139,35 +138,35 @@ def bmuf(
 
 
 def global_model(state: PeriodicState, comm: MPI.Intracomm) -> Vector:
-    """W of the filter (collective where it is sharded); a rank alone has no filter."""
+    """W of the filter (collective where it is sharded); a single rank has no filter."""
     if comm.size == 1:
         return state.start
-    kept = state.outer[-1]
-    assert isinstance(kept, FilterState)
-    return gather_shards(kept.model, state.start.size, comm) if isinstance(state.outer, ShardState) else kept.model
+    found = state.outer[-1]
+    assert isinstance(found, FilterState)
+    return gather_shards(found.model, state.start.size, comm) if isinstance(state.outer, ShardState) else found.model
 
 
 # W and Δ divided over the ranks
 
 
 class ShardState(NamedTuple):
-    """What sharding has cost, and the filter's state of this rank's shard."""
+    """The cost of the exchanges, and the filter's state for this rank's shard."""
 
     report: ExchangeReport
     filter_state: FilterState
 
 
-def sharded_filter(comm: MPI.Intracomm, kept: Transform) -> Transform:
+def shard_filter(comm: MPI.Intracomm, block: Transform) -> Transform:
     """Reduce-scatter −G, filter this rank's shard, allgather W_g."""
 
     def init(weights: Vector) -> ShardState:
-        return ShardState(ExchangeReport(), kept.init(weights[shard(weights.size, comm)]))
+        return ShardState(ExchangeReport(), block.init(weights[shard(weights.size, comm)]))
 
     def update(behind: Vector, state: ShardState, start: Vector) -> tuple[Vector, ShardState]:
         began, mine = time.perf_counter(), shard(start.size, comm)
         part = np.empty(mine.stop - mine.start, behind.dtype)
         comm.Reduce_scatter(behind, part, lengths(start.size, comm.size))
-        step, after = kept.update(part / comm.size, state.filter_state, start[mine])
+        step, after = block.update(part / comm.size, state.filter_state, start[mine])
         ahead = gather_shards(start[mine] + step, start.size, comm)
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(behind.nbytes, comm.size))
         return exact_step(start, ahead), ShardState(state.report.add(cost), after)
@@ -176,19 +175,19 @@ def sharded_filter(comm: MPI.Intracomm, kept: Transform) -> Transform:
 
 
 def lengths(n: int, parts: int) -> list[int]:
-    """How n elements are divided: the first parts get one more where they do not divide evenly."""
+    """The lengths of n elements divided into parts; the first parts get one more where they do not divide evenly."""
     return [n // parts + (part < n % parts) for part in range(parts)]
 
 
 def shard(n: int, comm: MPI.Intracomm) -> slice:
-    """This rank's part."""
+    """This rank's shard."""
     counts = lengths(n, comm.size)
     first = sum(counts[: comm.rank])
     return slice(first, first + counts[comm.rank])
 
 
 def gather_shards(part: Vector, n: int, comm: MPI.Intracomm) -> Vector:
-    """All parts."""
+    """All shards, on every rank."""
     whole = np.empty(n, part.dtype)
     comm.Allgatherv(part, [whole, lengths(n, comm.size)])
     return whole
@@ -198,7 +197,7 @@ def gather_shards(part: Vector, n: int, comm: MPI.Intracomm) -> Vector:
 
 
 def policy(local_state: str | LocalStatePolicy, comm: MPI.Intracomm, inner: Transform) -> LocalStatePolicy:
-    """The policy of a name."""
+    """The policy by its name."""
     if isinstance(local_state, LocalStatePolicy):
         return local_state
     known: dict[str, Callable[[], LocalStatePolicy]] = {
@@ -224,9 +223,9 @@ def bmuf_adam(
     warmup: int = 0,
     check: bool = False,
 ) -> PeriodicTransform:
-    """BMUF around Adam, whose means go on as if they had seen the steps that the filter adds; ``lr`` is Adam's.
+    """BMUF around Adam, whose moments are extrapolated over the steps that the filter adds; ``lr`` is Adam's.
 
-    Three vectors travel at the end of a block instead of one (Chen, Ding & Huo, ICASSP 2020).
+    Each block ends with an exchange of three vectors instead of one (Chen, Ding & Huo, ICASSP 2020).
     """
     eta = 1 - 1 / comm.size if momentum is None else momentum
     inner = chain(adam(b1, b2, eps), descend(lr))
@@ -244,26 +243,26 @@ def bmuf_adam(
 
 
 def extrapolation(comm: MPI.Intracomm, eta: float, b1: float, b2: float) -> LocalStatePolicy:
-    """What Adam's means become; the memory is ρ(n) = η ρ(n−1) + τ, and the filter adds ηρ(n) virtual steps."""
+    """Extrapolate Adam's moments; the memory is ρ(n) = η ρ(n−1) + τ, and the filter adds ηρ(n) virtual steps."""
 
     def settle(began: Any, ended: Any, start: Vector, rho: float, steps: int) -> tuple[Any, float]:
         rho = eta * rho + steps
         first, then = began[0], ended[0]
         mean_now, square_now = average_leaf(then.mean, comm), average_leaf(then.square, comm)
-        gone_on = AdamState(
+        extrapolated = AdamState(
             first.updates + steps + eta * rho,
             extrapolate(first.mean, mean_now, b1, steps, eta * rho),
             np.maximum(extrapolate(first.square, square_now, b2, steps, eta * rho), 0),
         )
-        return (gone_on, *ended[1:]), rho
+        return (extrapolated, *ended[1:]), rho
 
     return LocalStatePolicy(lambda weights: 0.0, settle)
 
 
 def extrapolate(began: Vector, ended: Vector, beta: float, steps: int, virtual: float) -> Vector:
-    """A running mean that went from ``began`` to ``ended`` in some steps, as many virtual ones later.
+    """A running mean that changed from ``began`` to ``ended`` in ``steps`` steps, after ``virtual`` more steps.
 
-    The steps' mean input follows from the two; it is what the virtual steps see, too.
+    The mean input of the steps follows from the two values; the virtual steps take the same mean input.
     """
     whole = 1 - beta**steps
     return began * (beta**steps * (beta**virtual - 1) / whole) + ended * ((1 - beta ** (steps + virtual)) / whole)

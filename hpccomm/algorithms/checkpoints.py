@@ -1,8 +1,8 @@
-"""A state is nested tuples of arrays and numbers: taken apart by path, put together again, written and read.
+"""Checkpoints: the leaves of a state by path, saved to a file and restored bit for bit.
 
-*A path names a leaf: ``outer.1.moved``.*  Every rank has a state of its own (residuals, local moments, the
-place in a block), so every rank writes a file of its own; a file appears whole or not at all, and a run that
-goes on from it takes the very steps of the one that was interrupted.
+*A state is nested tuples of arrays and numbers; a path names a leaf: ``outer.1.velocity``.*  Every rank has a state of
+its own (residuals, local moments, the position in a block), so every rank writes a file of its own.  A file is replaced
+atomically.  A run restored from a checkpoint takes the same steps, bit for bit, as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -88,18 +88,18 @@ def restore_leaf(path: str, like: Any, value: Any) -> Any:
 # Another number of ranks
 
 LOCAL_FIELDS = ("residual", "momentum", "worker")
-"""What compressed exchanges keep of a rank's own gradients: the mean over the ranks is what steps still owe."""
+"""Fields that hold a rank's own unsent gradients: the steps to come apply their mean over the ranks."""
 SHARDED_FIELDS = ("server",)
-"""What is kept of this rank's part of the vector, the parts in rank order."""
+"""Fields that hold this rank's block of a vector, the blocks in rank order."""
 
 
 def for_ranks(states: Sequence[Any], rank: int, size: int, reduce: Literal["mean", "sum"] = "mean") -> Any:
-    """What rank ``rank`` of ``size`` goes on with, from the states of all old ranks, in rank order.
+    """The state of rank ``rank`` of ``size`` ranks, from the states of all old ranks in rank order.
 
     For methods that exchange compressed gradients.  Residuals and momenta of a rank's own gradients become the mean of
-    the old ranks', or for an exchange that sums, their sum over ``size``: what is pending stays, to rounding (once an
-    element, after sums in float64).  Server errors are joined and cut anew.  All else is one old rank's, as it is the
-    same on all.  Where ``size`` is the old number, each rank gets its own back.
+    the old ranks', or for an exchange that sums, their sum divided by ``size``: the pending update is preserved, to one
+    rounding an element after sums in float64.  Server errors are concatenated and divided again.  All other leaves are
+    the same on all old ranks.  Where ``size`` is the old number, each rank gets a copy of its own state.
     """
     if not states or not 0 <= rank < size:
         raise ArgumentError(f"for_ranks: rank {rank} of {size}, {len(states)} states: pass all old ranks' states")
@@ -126,8 +126,8 @@ def for_ranks(states: Sequence[Any], rank: int, size: int, reduce: Literal["mean
 def save(path: str | os.PathLike[str], **states: Any) -> None:
     """Write states by name, ``save(f"step{n}.rank{comm.rank}.npz", weights=weights, method=state)``.
 
-    The file is written under another name in the same folder, flushed to the disk, and only then renamed, so
-    that a reader finds the old one or the new one and never a part.
+    The file is written under another name in the same folder, flushed to the disk and then renamed, so a reader finds
+    the old file or the new one, never a partial one.
     """
     target = Path(path)
     found = state_dict(tuple(states.values()))
@@ -149,7 +149,7 @@ def save(path: str | os.PathLike[str], **states: Any) -> None:
 def load(path: str | os.PathLike[str], **like: Any) -> tuple[Any, ...]:
     """What :func:`save` wrote, in the form of ``like``: ``weights, state = load(p, weights=weights, method=state)``.
 
-    Raises where the file is not one, or holds other names, shapes or dtypes.  Nothing in the file is executed.
+    Raises where the file is no checkpoint or holds other names, shapes or dtypes.  Nothing in the file is executed.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -172,7 +172,7 @@ def entry_name(path: str, names: list[str]) -> str:
 
 
 def flush_folder(folder: Path) -> None:
-    """Let the rename reach the disk, where folders can be flushed."""
+    """Flush a folder, so that a rename in it is on disk, where the file system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

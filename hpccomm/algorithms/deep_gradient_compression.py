@@ -1,6 +1,6 @@
 """DGC, deep gradient compression: the largest 0.1 % with momentum correction (Lin, Han, Mao, Wang & Dally, ICLR 2018).
 
-*p ranks; u momentum, v what was not sent yet, m the momentum's factor, d the density, C the clipping norm, λ weight
+*p ranks; u momentum, v residual (not sent yet), m the momentum's factor, d the density, C the clipping norm, λ weight
 decay.*  For every tensor, on every rank, every step::
 
     g ← g · min(1, C √p / ‖g‖)                    local clipping, over all tensors; in units of a mean over the ranks
@@ -8,10 +8,10 @@ decay.*  For every tensor, on every rank, every step::
     send the d n largest elements of v;  there  v ← 0,  u ← 0
     step = mean over the ranks + w,   w ← m w + λ · weights
 
-What stays dense is averaged first and has its momentum afterwards: tensors of one dimension, and those below
-``smallest`` elements.  While the density is above 1/p, where an allgather carries more than an allreduce, everything is
-dense, and u is the momentum of the mean: so the warm-up 25, 6.25, 1.5625, 0.4 % begins dense on many ranks.
-The optimizer behind is plain descent, without momentum or decay of its own::
+Tensors of one dimension and those below ``smallest`` elements stay dense: their mean is computed first, their momentum
+afterwards.  While the density is above 1/p, where an allgather carries more than an allreduce, every tensor is dense,
+and u is the momentum of the mean; the warm-up 25, 6.25, 1.5625, 0.4 % therefore begins dense on many ranks.
+The optimizer that follows is plain descent, without momentum or decay of its own::
 
     method = chain(dgc(comm, bucket, warmup=400), scale(-0.1))
 """
@@ -29,7 +29,7 @@ import numpy as np
 from hpccomm.algorithms.compression.format import check_density
 from hpccomm.algorithms.compression.selection import topk
 from hpccomm.algorithms.error_feedback import FeedbackState, MessageReport, all_ranks_true, feedback
-from hpccomm.algorithms.error_feedback import message_report as sent_sparsely
+from hpccomm.algorithms.error_feedback import message_report as sparse_report
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, allreduce_mean
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
 from hpccomm.algorithms.trust_ratio import global_norm
@@ -41,48 +41,48 @@ if TYPE_CHECKING:
 STAGES = (0.25, 0.0625, 0.015625, 0.004)
 """Densities of the warm-up, of equal length (section 3.3)."""
 MIN_ELEMENTS = 16384
-"""Tensors of fewer elements stay dense: a message about them costs as much as they do."""
+"""Tensors of fewer elements stay dense: a message that names their elements costs as much as they do."""
 
 
 class DgcState(NamedTuple):
-    """Where a rank stands."""
+    """The state of one rank."""
 
     sparse: FeedbackState
-    """Of the compressed tensors, one after the other: u is ``moved``, v is ``residual``."""
+    """Of the compressed tensors, one after the other: u is ``momentum``, v is ``residual``."""
     dense: Vector
-    """Momentum of the others."""
+    """Momentum of the dense tensors."""
     decay: Vector | None
     """w: the momentum of weight decay."""
     steps: int
     skipped: int
-    """Steps that all ranks left out because a gradient was not finite."""
+    """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
-    """Of what went densely."""
+    """Cost of the dense exchanges."""
     dense_step: bool
-    """Whether all of the last step did."""
+    """Whether the last step was dense in all tensors."""
 
 
 class TensorSplit(NamedTuple):
-    """Which parts of a bucket's vector are compressed, tensor by tensor."""
+    """The compressed and the dense slices of a bucket's vector, tensor by tensor."""
 
     sparse: list[slice]
     dense: list[slice]
     packed_slices: list[slice]
-    """Where the compressed tensors lie when they stand one after the other."""
+    """The compressed tensors in a vector that holds nothing else."""
 
 
 def split_tensors(bucket: Bucket, smallest: int) -> TensorSplit:
     """Tensors of several dimensions and at least ``smallest`` elements are compressed."""
-    thin, dense, parts, end = [], [], [], 0
+    sparse, dense, packed, end = [], [], [], 0
     for slot in bucket.table:
         place = slice(slot.offset, slot.offset + slot.length)
         if len(slot.shape) < 2 or slot.length < max(1, smallest):
             dense.append(place)
             continue
-        thin.append(place)
-        parts.append(slice(end, end + slot.length))
+        sparse.append(place)
+        packed.append(slice(end, end + slot.length))
         end += slot.length
-    return TensorSplit(thin, dense, parts)
+    return TensorSplit(sparse, dense, packed)
 
 
 def dgc(
@@ -102,7 +102,7 @@ def dgc(
 ) -> Transform:
     """Exchange gradients of a bucket, float32; the step is their mean, with momentum in it.
 
-    ``warmup`` steps are divided over ``stages``.  ``clip`` is C, the norm that the mean gradient is meant to keep;
+    ``warmup`` steps are divided over ``stages``.  ``clip`` is C, the bound of the norm of the mean gradient;
     ``weight_decay`` λ applies to tensors whose flag says so.  With ``exact`` a message names exactly the largest
     elements (:func:`~hpccomm.topk`).  ``density=1, mask=False`` is momentum SGD.  If any rank's gradient is not finite,
     no rank steps, and only ``steps`` and ``skipped`` change in the state.
@@ -146,7 +146,7 @@ def dgc(
             fine = all_ranks_true(comm, fine) if comm.size > 1 else fine
         else:
             if not fine:
-                large[:1] = np.nan  # also where the others of this rank are not, or only the norm: the exchange asks
+                large[:1] = np.nan  # also for a dense tensor or the norm: the exchange compares the first element
             large, sparse = exchange(d).update(large, state.sparse, large)
             fine = sparse.skipped == state.sparse.skipped
             state = state._replace(sparse=sparse if fine else state.sparse._replace(report=sparse.report))
@@ -175,22 +175,22 @@ def average_dense(
     small: Vector,
     state: DgcState,
 ) -> tuple[Vector, Vector, DgcState]:
-    """Average, then momentum: of the small tensors, and of the large ones where there are any."""
+    """Average the tensors, then apply momentum to the small ones, and to the large ones if there are any."""
     began = time.perf_counter()
     total, nbytes = allreduce_mean(comm, np.concatenate([large, small]))
     report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes))
     dense, small = ball(total[large.size :], state.dense)
     state = state._replace(dense=dense, report=report)
-    moved = state.sparse.momentum
-    if moved is None or not large.size:
+    velocity = state.sparse.momentum
+    if velocity is None or not large.size:
         return total[: large.size], small, state
-    moved, large = ball(total[: large.size], moved)
-    return large, small, state._replace(sparse=state.sparse._replace(momentum=moved))
+    velocity, large = ball(total[: large.size], velocity)
+    return large, small, state._replace(sparse=state.sparse._replace(momentum=velocity))
 
 
 def message_report(state: DgcState) -> MessageReport:
-    """What a rank sent in its last step that was not left out; of a dense one the elements, and 4 bytes each."""
-    found = sent_sparsely(state.sparse)._replace(skipped=state.skipped)
+    """The messages of a rank in its last step that was not skipped; for a dense step all elements, 4 bytes each."""
+    found = sparse_report(state.sparse)._replace(skipped=state.skipped)
     n, steps = state.sparse.residual.size + state.dense.size, state.steps - state.skipped
     if state.dense_step:
         return found._replace(nbytes=4 * n * bool(steps), elements=n * bool(steps), path="dense" if steps else "")
@@ -198,7 +198,7 @@ def message_report(state: DgcState) -> MessageReport:
 
 
 def decay_term(weights: Vector, rate: float, bucket: Bucket) -> Vector:
-    """λ · weights; 0 for tensors that do not decay."""
+    """λ · weights; 0 in tensors that do not decay."""
     pull: Vector = weights * np.float32(rate)
     for slot in bucket.table:
         if not slot.decay:
@@ -217,12 +217,12 @@ def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bo
 
 
 def pack_slices(vector: Vector, places: Sequence[slice]) -> Vector:
-    """These parts one after the other, as a new vector."""
+    """These slices one after the other, as a new vector."""
     return np.concatenate([vector[:0], *(vector[place] for place in places)])
 
 
 def unpack_slices(vector: Vector, out: Vector, places: Sequence[slice]) -> None:
-    """Put each part back to its place."""
+    """Write the parts of ``vector`` back to their slices of ``out``."""
     first = 0
     for place in places:
         out[place] = vector[first : first + place.stop - place.start]

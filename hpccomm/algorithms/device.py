@@ -1,18 +1,17 @@
-"""Transforms and vectors that lie on a CUDA device.
+"""Transforms of vectors in the memory of a CUDA device.
 
 =====================================  ================================================================================
 ``scale``, ``momentum``, ``adam``, …,  CuPy's arithmetic; an allreduce of what lies on the device
 dense ``mean``
 ``gtc``, ``dgc``, ``onebit_sgd``,      gradients and state stay on the device, the kernels of
-``ef_signsgd``, ``onebit_adam``,       :mod:`hpccomm.kernels.cuda` run there; messages are made of what they found and
-``onebit_lamb``                        pass through the host
-``lars``, ``lamb``                     norms and steps by those kernels; a few numbers for each tensor come to the host
-all others                             :func:`run_on_host`: vectors come down, the step goes up
+``ef_signsgd``, ``onebit_adam``,       :mod:`hpccomm.kernels.cuda` run there; messages are assembled on the host
+``onebit_lamb``                        from their results
+``lars``, ``lamb``                     norms and steps by those kernels; two sums of squares a tensor go to the host
+all others                             :func:`run_on_host`: vectors are copied to the host, the step to the device
 =====================================  ================================================================================
 
-The first three take CuPy's vectors as they are, and :func:`run_with_cupy` makes them take PyTorch's and JAX's.  Bits
-are the
-host's.  Exchanges of what lies on a device take a :class:`hpccomm.Communicator`, not mpi4py's.
+The first three groups take CuPy arrays directly; with :func:`run_with_cupy` they take PyTorch's and JAX's, too.  The
+results have the bits of the host's.  Exchanges of device vectors need a :class:`hpccomm.Communicator`, not mpi4py's.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from hpccomm.arrays import convert_like, to_device_like, to_host
 
 
 def run_on_host(inner: Transform) -> Transform:
-    """A transform that computes on the host, for vectors on a device (CuPy, PyTorch); its state is the host's.
+    """A transform that computes on the host, for vectors on a device (CuPy, PyTorch); its state lies on the host.
 
-    Vectors on the host pass as they are.  Two copies to the host and one back in each update, n elements each.
+    Vectors on the host are not copied.  Each update copies n elements twice to the host and once back.
     """
 
     def init(weights: Any) -> Any:
@@ -40,10 +39,10 @@ def run_on_host(inner: Transform) -> Transform:
 
 
 def run_with_cupy(inner: Transform) -> Transform:
-    """A transform of CuPy's vectors for those of any library that speaks DLPack; no element is copied.
+    """A transform of CuPy arrays for the arrays of any library that supports DLPack; no element is copied.
 
-    The state is CuPy's.  Kernels run on CuPy's current stream; by DLPack it waits for the other library's when
-    vectors are handed over, and that one for CuPy's when the step is.
+    The state consists of CuPy arrays.  Kernels run on CuPy's current stream.  DLPack makes that stream wait for the
+    other library's stream when vectors are passed in, and the other one wait for CuPy's when the step is returned.
     """
     import cupy
 

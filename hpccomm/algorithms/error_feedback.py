@@ -1,16 +1,16 @@
-"""Compressed exchange with error feedback: send what the compressor keeps of the backlog, keep the rest for later.
+"""Compressed exchange with error feedback: each rank sends a compressed backlog and keeps the rounding error.
 
-*p ranks; g gradient, e what was not sent yet, C the compressor.*  Without momentum::
+*p ranks; g gradient, e residual (not sent yet), C the compressor, D its decoder.*  Without momentum::
 
-    message = C(g + e),   e ← g + e − meaning(message),   step = mean of the ranks' meanings
+    message = C(g + e),   e ← g + e − D(message),   step = mean over the ranks of D(message)
 
 (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019).  With momentum μ the velocity is accumulated instead of
-the gradient, and momentum ends where something was sent (Lin et al., ICLR 2018, sections 3.1 and 3.2)::
+the gradient, and the momentum of the elements sent is set to 0 (Lin et al., ICLR 2018, sections 3.1 and 3.2)::
 
-    u ← μu + g,   v ← v + u,   message = C(v),   v ← v − meaning(message),   u ← 0 where the message names elements
+    u ← μu + g,   v ← v + u,   message = C(v),   v ← v − D(message),   u ← 0 where the message names elements
 
-Nothing is lost: what was sent and what is kept add up to all gradients.  Messages differ in length; each rank sends
-its own to all others, by an allgather, and all add them in rank order: the same bits everywhere.
+Decoded messages and residuals add up to all gradients.  Messages differ in length; an allgather gives every rank all
+messages, and every rank adds them in rank order, so all ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ if TYPE_CHECKING:
 
 
 class FeedbackState(NamedTuple):
-    """Where a rank stands; every rank has its own."""
+    """The state of one rank; it differs between ranks."""
 
     residual: Vector
-    """What was not sent yet: e, with momentum v."""
+    """e, or with momentum v: what this rank has not sent yet."""
     spare: Vector
-    """Memory for the next residual."""
+    """A buffer for the next residual."""
     momentum: Vector | None
     """u, with momentum."""
     headers: npt.NDArray[np.uint8]
-    """The first 32 bytes of the last message of each part: adaptive thresholds go on from there."""
+    """The first 32 bytes of the last message of each part: an adaptive threshold continues from it."""
     steps: int
     skipped: int
-    """Steps that all ranks left out because a gradient was not finite."""
+    """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
     room: int
-    """Bytes of a rank's messages that travel in the next exchange's first call."""
+    """Bytes of a rank's messages that the first call of the next exchange carries."""
 
 
 class MessageReport(NamedTuple):
-    """What a rank sent last."""
+    """The messages of a rank's last step."""
 
     nbytes: int
     elements: int
-    """Named by the messages."""
+    """Elements that the messages name."""
     scale: float
-    """The largest threshold, or scale, that was used."""
+    """The largest threshold or scale of the messages."""
     residual_norm: float
-    """Of what is kept."""
+    """Norm of the residual."""
     skipped: int
-    """Steps left out so far."""
+    """Steps skipped so far."""
     path: str
-    """How it went: "allgather" of messages, "two phases" of bits, "dense" allreduce, "" before the first step."""
+    """The exchange: "allgather" of messages, "two phases" of bits, "dense" allreduce, "" before the first step."""
 
 
 def feedback(
@@ -82,21 +82,20 @@ def feedback(
 ) -> Transform:
     """Exchange gradients of shape (n,), float32, as messages of ``compressor``; the step is their mean, or sum.
 
-    ``momentum`` μ > 0 corrects and, with ``mask``, ends momentum as above; the optimizer behind then has none itself.
-    ``parts`` are compressed one by one, such as the slices of tensors; left out, the vector is one part.  A compressor
-    whose ranks vote concludes by the vote.  If any rank's gradient is not finite, no rank steps and no state changes
-    but ``skipped``.
+    ``momentum`` μ > 0 selects momentum correction and, with ``mask``, momentum factor masking, as above; the optimizer
+    that follows then has no momentum of its own.  ``parts``, such as the slices of tensors, are compressed one by one;
+    by default the vector is one part.  With a compressor of votes the step is the majority.  If the gradient of any
+    rank is not finite, no rank steps, and only ``skipped`` changes in the state.
 
-    Each rank sends its messages to all others, 8 bytes each with their lengths, and 16 more, with momentum 32;
-    short ones are filled up to a common length (:class:`~hpccomm.collectives.compressed.messages.MessageGather`).
-    :func:`message_report`
-    tells of it.  Gradients of CuPy's and what is kept of them stay on the device, messages pass through the host
-    (compressors with ``on_device``).  Where a run goes on with another number of ranks,
-    :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what is pending.
+    Each rank sends its messages to all others, with 8 bytes for the length of each, and 16 bytes more, 32 with
+    momentum; short messages are padded to a common length
+    (:class:`~hpccomm.collectives.compressed.messages.MessageGather`).  :func:`message_report` reports them.  CuPy
+    gradients and their residuals stay on the device, messages pass through the host (compressors with ``on_device``).
+    When a run continues with another number of ranks, :func:`~hpccomm.for_ranks` redistributes the residuals.
 
-    Raises ArgumentError for gradients that are not flat float32, and on all ranks where they bring different
-    compressors or a message is damaged.  The state is then as it was, but that u and v have moved on where a message
-    was damaged on its way: go on from a checkpoint.
+    Raises ArgumentError for gradients that are not flat float32, and on all ranks where ranks pass different
+    compressors or a message is damaged.  The state is then unchanged, except that u and v have advanced where a message
+    was damaged in transit: continue from a checkpoint.
     """
     check_decay("feedback: momentum", momentum)
     require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
@@ -105,11 +104,11 @@ def feedback(
 
     def init(weights: Vector) -> FeedbackState:
         zeros = np.zeros_like(check_flat(weights, compressor.name, compressor.on_device))
-        headers = np.zeros((len(pieces(weights)), HEADER_BYTES), np.uint8)
+        headers = np.zeros((len(slices_of(weights)), HEADER_BYTES), np.uint8)
         moved = np.zeros_like(zeros) if momentum else None
         return FeedbackState(zeros, np.zeros_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0)
 
-    def pieces(vector: Vector) -> Sequence[slice]:
+    def slices_of(vector: Vector) -> Sequence[slice]:
         return [slice(0, vector.size)] if parts is None else parts
 
     def update(gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
@@ -118,8 +117,8 @@ def feedback(
         check_flat(gradient, compressor.name, compressor.on_device)
         fine, asked = kernels(gradient).all_finite(gradient), 0
         if momentum:
-            fine, asked = check_agreement(comm, fine, compressor.name)  # u and v change where they are
-        messages = encoded(gradient, state) if fine else None
+            fine, asked = check_agreement(comm, fine, compressor.name)  # before u and v are written in place
+        messages = encode(gradient, state) if fine else None
         everyone.set_room(state.room)
         letters, nbytes = exchange_messages(everyone, messages)
         nbytes += asked
@@ -127,7 +126,7 @@ def feedback(
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.add(cost))
         total = np.zeros_like(gradient)
-        for number, part in enumerate(pieces(gradient)):
+        for number, part in enumerate(slices_of(gradient)):
             compressor.decode_all([each[number] for each in letters], total[part])
             if reduce == "mean" or compressor.agree is not None:
                 compressor.conclude(total[part], comm.size)
@@ -140,9 +139,9 @@ def feedback(
             residual, spare, state.momentum, headers, steps, state.skipped, report, everyone.room
         )
 
-    def encoded(gradient: Vector, state: FeedbackState) -> list[Message]:
+    def encode(gradient: Vector, state: FeedbackState) -> list[Message]:
         messages = []
-        for part, last in zip(pieces(gradient), state.headers, strict=True):
+        for part, last in zip(slices_of(gradient), state.headers, strict=True):
             if state.momentum is None:
                 message = compressor.encode_feedback(
                     state.residual[part], gradient[part], step=state.steps, last=last, out=state.spare[part]
@@ -159,7 +158,7 @@ def feedback(
 
 
 def message_report(state: FeedbackState) -> MessageReport:
-    """What a rank sent in its last step that was not left out."""
+    """The messages of a rank in its last step that was not skipped."""
     norm = float(np.sqrt(np.square(state.residual, dtype=np.float64).sum()))
     headers = [header_of(each, "sent") for each in state.headers if each.any()]
     nbytes = sum(HEADER_BYTES + each.nbytes for each in headers)
@@ -169,18 +168,18 @@ def message_report(state: FeedbackState) -> MessageReport:
 
 
 def all_ranks_true(comm: MPI.Intracomm, fine: bool) -> bool:
-    """Whether it is so on all ranks (collective)."""
+    """Whether ``fine`` holds on all ranks (collective)."""
     from mpi4py import MPI
 
-    told = np.empty(1, np.uint8)
-    comm.Allreduce(np.array([fine], np.uint8), told, MPI.MIN)
-    return bool(told[0])
+    least = np.empty(1, np.uint8)
+    comm.Allreduce(np.array([fine], np.uint8), least, MPI.MIN)
+    return bool(least[0])
 
 
 def check_agreement(comm: MPI.Intracomm, fine: bool, name: str) -> tuple[bool, int]:
-    """Whether it is so on all ranks, and the bytes that this one sends to ask (collective).
+    """Whether ``fine`` holds on all ranks, and the bytes that this rank sends (collective).
 
-    Raises ArgumentError on all ranks where they bring different compressors.
+    Raises ArgumentError on all ranks where ranks pass different compressors.
     """
     if comm.size == 1:
         return fine, 0
@@ -196,9 +195,9 @@ def check_agreement(comm: MPI.Intracomm, fine: bool, name: str) -> tuple[bool, i
 def exchange_messages(
     everyone: MessageGather, messages: Sequence[Message] | None
 ) -> tuple[list[list[Message]] | None, int]:
-    """The messages of all ranks, as many from each, and the bytes that this rank sends for it (collective).
+    """The messages of all ranks, the same number from each, and the bytes that this rank sends (collective).
 
-    ``None`` on any rank, for want of messages, is ``None`` on all.
+    If any rank passes ``None`` (it has no messages), all ranks get ``None``.
     """
     letter = np.empty(0, np.uint8)
     if messages is not None:
@@ -209,7 +208,7 @@ def exchange_messages(
 
 
 def unpack_messages(letter: Message) -> list[Message]:
-    """The messages in a letter: their number, their lengths, and then they themselves."""
+    """The messages in a letter, which holds their number, their lengths, and then the messages."""
     first = 8 * (int(letter[:8].view("<u8")[0]) + 1)
     ends = accumulate(letter[8:first].view("<u8").tolist(), initial=first)
     return [letter[lo:hi] for lo, hi in pairwise(ends)]

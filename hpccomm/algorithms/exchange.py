@@ -1,8 +1,8 @@
-"""Transforms that talk: all ranks bring a gradient each and go on with what they agreed on.
+"""Dense exchanges: every rank passes in its gradient and receives the mean over all ranks.
 
-*p ranks; n elements of b bytes.*  Averaging densely sends 2(p-1)/p · n · b bytes from every rank, the least
-possible (Patarasuk & Yuan 2009) and what a ring sends.  Averages are arithmetic means over the ranks of the
-communicator: where ranks hold different numbers of samples, each weights its gradient before the exchange.
+*p ranks; n elements of b bytes.*  Every rank sends 2(p-1)/p · n · b bytes, the lower bound (Patarasuk & Yuan 2009),
+which a ring attains.  The mean is the arithmetic mean over the ranks of the communicator: where ranks hold different
+numbers of samples, each rank weights its gradient before the exchange.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class ExchangeReport(NamedTuple):
-    """What exchanges have cost this rank since ``init``."""
+    """The cost of this rank's exchanges since ``init``."""
 
     exchanges: int = 0
     seconds: float = 0.0
-    """Around the exchange, waiting for slower ranks included."""
+    """Wall time of the exchanges, waiting for slower ranks included."""
     wire_bytes: int = 0
-    """Sent by this rank, by the exchange's formula."""
+    """Bytes sent by this rank, from the formula of the exchange."""
 
     def add(self, other: ExchangeReport) -> ExchangeReport:
-        """The cost of both."""
+        """The sum of both costs."""
         return ExchangeReport(
             self.exchanges + other.exchanges,
             self.seconds + other.seconds,
@@ -42,7 +42,7 @@ class ExchangeReport(NamedTuple):
 
 
 class MeanState(NamedTuple):
-    """Memory for the sum, reused so that the communicator plans once, and what was spent."""
+    """A buffer for the sum, reused so that the communicator plans once, and the cost so far."""
 
     total: Vector
     report: ExchangeReport
@@ -51,7 +51,7 @@ class MeanState(NamedTuple):
 def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
     """The arithmetic mean of the gradients of all ranks, on all of them with the same bits.
 
-    float16 and bfloat16 travel and are added in float32.  A single rank sends nothing.
+    float16 and bfloat16 are widened to float32 for the exchange.  A single rank sends nothing.
     """
     named: dict[str, Any] = {} if algorithm == "auto" else {"algorithm": algorithm}
 
@@ -71,12 +71,12 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
 
 
 def allreduce_bytes(nbytes: int, size: int) -> int:
-    """Bytes that each of ``size`` ranks sends at least to allreduce ``nbytes``: 2(p-1)/p of it."""
+    """The least bytes that each of ``size`` ranks sends in an allreduce of ``nbytes``: 2(p-1)/p of them."""
     return round(2 * (size - 1) * nbytes / size)
 
 
 def allreduce_mean(comm: MPI.Intracomm, vector: Vector) -> tuple[Vector, int]:
-    """The mean of float32 over the ranks (``vector`` itself where there is one), and the bytes that this one sends."""
+    """The float32 mean over the ranks (``vector`` itself for one rank), and the bytes that this rank sends."""
     if comm.size == 1 or not vector.size:
         return vector, 0
     total: Vector = np.empty_like(vector)
@@ -86,7 +86,7 @@ def allreduce_mean(comm: MPI.Intracomm, vector: Vector) -> tuple[Vector, int]:
 
 
 def sum_reports(state: Any) -> ExchangeReport:
-    """What all exchanges in a state have cost, however deep they sit in chains."""
+    """The cost of all exchanges in a state, at any depth of chains."""
     total = ExchangeReport()
     for report in reports(state):
         total = total.add(report)
@@ -94,7 +94,7 @@ def sum_reports(state: Any) -> ExchangeReport:
 
 
 def reports(state: Any) -> Iterator[ExchangeReport]:
-    """Every report inside nested tuples, but for those of states that are kept to go back to (``began``)."""
+    """Every report inside nested tuples, except in the state saved at the start of a block (``inner_start``)."""
     if isinstance(state, ExchangeReport):
         yield state
     elif isinstance(state, tuple):
@@ -112,10 +112,10 @@ def synchronous_sgd(
     weight_decay: float = 0.0,
     algorithm: str = "auto",
 ) -> Transform:
-    """Stochastic gradient descent on the mean gradient: the same as one rank with the whole batch.
+    """Stochastic gradient descent on the mean gradient: equivalent to one rank with the whole batch.
 
-    ``lr`` is a number or a function of the update's count.  ``weight_decay`` is L2: it passes through the
-    momentum.
+    ``lr`` is a number or a function of the update's count.  ``weight_decay`` is L2 regularisation: it is added before
+    the momentum.
     """
     parts = [mean(comm, algorithm)]
     if weight_decay:

@@ -38,8 +38,8 @@ Walk = Callable[[Vector, Any, Vector, Vector | None], None]
 class InPlaceTransform(Transform):
     """A transform that can also step in place.
 
-    ``apply(gradient, state, weights) -> state`` writes the weights and over the arrays of the state, which is
-    used up; the same numbers as ``weights += step``, nothing large is allocated.  ``formula`` is the chain of terms.
+    ``apply(gradient, state, weights) -> state`` writes the weights and consumes the state, whose arrays it overwrites;
+    the same numbers as ``weights += step``, no vector is allocated.  ``formula`` is the chain of terms.
     """
 
     apply: Callable[[Vector, Any, Vector], Any]
@@ -58,7 +58,7 @@ class InPlaceTransform(Transform):
 
 
 class LarsState(NamedTuple):
-    """How many updates, and the velocity (with the sign and units of the variant's step)."""
+    """The number of updates, and the velocity (with the sign and units of the variant's step)."""
 
     updates: int
     velocity: Vector

@@ -14,9 +14,9 @@ The trust ratio φ of a tensor is 1 where ‖w‖ or the other norm is zero, and
     "mlperf"      φ of "paper"                   v ← μv + d,      w ← w − γφv    TensorFlow's, MLPerf's
     "simclr"      φ = c‖w‖/(‖v‖+ε)               v ← μv + d,      w ← w − γφv    SimCLR (not classic)
 
-They agree in the first step, and in all while γ and φ do not change ("optax", "simclr" but for their norms).
-With "torch" a new γ acts on old momentum at once.  Algorithm 1 of the LAMB paper is "simclr": its running mean
-instead of a sum cancels in φ, up to c.
+Apart from the norm in φ, where "optax" and "simclr" differ, they agree in the first step, and as long as γ and φ do not
+change. With "torch" a new γ also scales the velocity of earlier updates.  Algorithm 1 of the LAMB paper is "simclr"
+without c: it keeps a running mean instead of a sum, a factor that cancels in φv.
 
 LAMB (You et al., ICLR 2020)
 ----------------------------
@@ -27,7 +27,7 @@ LAMB (You et al., ICLR 2020)
     u = m̂ / (√v̂ + ε) + λw      m̂ = m/(1−β₁ᵗ), v̂ = v/(1−β₂ᵗ)
     w ← w − γ φ u              φ = ‖w‖/‖u‖ in each tensor, 1 where either is zero
 
-As φ takes u's length out, leaving the bias correction out changes little but the weight of λw.  DeepSpeed's
+As φ divides by the norm of u, omitting the bias correction changes little but the relative weight of λw.  DeepSpeed's
 form, ``bias_correction="in_step"``, instead multiplies the finished step by √(1−β₂ᵗ)/(1−β₁ᵗ): a warm-up of some
 3000 updates that recipes for the other forms do not expect.
 
@@ -78,8 +78,8 @@ def lars(
     """LARS on a bucket's vector, float32 or float64: the step with sign, to be added to the weights.
 
     ``lr`` γ, a number or a function of the update's count; ``momentum`` μ; ``weight_decay`` λ; ``trust`` c.
-    ``clip`` is LARC's: φ ← min(φ/γ, 1), so that no tensor steps further than γ alone would.  ``max_norm``
-    clips the whole gradient first.  ``decay`` and ``adapt`` say which tensors: ``"flags"`` of the bucket,
+    ``clip`` is LARC's: φ ← min(φ/γ, 1), so that no tensor's step exceeds that of γ alone.  ``max_norm``
+    clips the whole gradient first.  ``decay`` and ``adapt`` select tensors: ``"flags"`` of the bucket,
     ``"all"``, ``"decayed"``, or a list of names.  ``part=(lo, hi)`` and ``norm_reduce`` are for a rank that
     holds these elements of the vector only: see :mod:`hpccomm.algorithms.trust_ratio`.
 
@@ -135,7 +135,7 @@ def lamb(
 
     ``lr`` γ, a number or a function of the update's count.  ``ratio_clip`` bounds φ (DeepSpeed (0.01, 10),
     LAMBC (0, 1)), ``weight_clip`` bounds ‖w‖ in it (the paper's ψ).  ``grad_norm``: the gradient is first
-    clipped to ``max_norm`` (apex) or divided by its norm (NVLAMB).  ``decay`` and ``adapt`` say which tensors:
+    clipped to ``max_norm`` (apex) or divided by its norm (NVLAMB).  ``decay`` and ``adapt`` select tensors:
     ``"flags"`` of the bucket, ``"all"`` (as optax adapts), ``"decayed"`` (apex, timm), or a list of names; with
     ``adapt=()`` it is AdamW.  ``part=(lo, hi)`` and ``norm_reduce`` are for a rank that holds these elements
     only: see :mod:`hpccomm.algorithms.trust_ratio`.
@@ -153,7 +153,7 @@ def lamb(
     check_range("weight_clip", weight_clip)
     here = layers("lamb", bucket, part, decay, adapt)
 
-    def corrected_rate(count: int) -> float:
+    def rate_with_correction(count: int) -> float:
         return learning_rate(lr, count) * math.sqrt(1 - b2 ** (count + 1)) / (1 - b1 ** (count + 1))
 
     terms = (
@@ -161,7 +161,7 @@ def lamb(
         adam(b1, b2, eps, bias_correction is True),
         add_decayed_weights(weight_decay, here),
         scale_by_trust_ratio(here, ratio_clip=ratio_clip, weight_clip=weight_clip, norm_reduce=norm_reduce),
-        descend(corrected_rate if bias_correction == "in_step" else lr),
+        descend(rate_with_correction if bias_correction == "in_step" else lr),
     )
     return fuse("lamb", chain(*terms), here)
 
@@ -169,7 +169,7 @@ def lamb(
 def check_numbers(
     b1: float, b2: float, eps: float, weight_decay: float, bias_correction: Any, grad_norm: str, max_norm: float
 ) -> None:
-    """Raise for what cannot be meant."""
+    """Raise for arguments out of range."""
     check_decay("lamb: b1", b1)
     check_decay("lamb: b2", b2)
     require(eps >= 0, f"lamb: eps is {eps}: pass 0 or more")

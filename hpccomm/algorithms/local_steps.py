@@ -1,10 +1,9 @@
-"""Blocks: every rank steps alone for a while, then all take one outer step on how far the model moved.
+"""Local steps: every rank steps alone for a block, then all ranks take one outer step along the mean update.
 
-*p ranks; a block is τ (``period``) inner steps; W_g is where a block begins, the same bits on all ranks.*
-At its end rank i holds w_i.  The *outer* transform sees Σ a_i (W_g − w_i), a_i its share, as a gradient and
-begins with an exchange; its step from W_g is where the next block begins.  Between two exchanges of n
-elements lie τ steps, so a rank sends 2(p−1)/p · n/τ elements a step, and 40 bytes a block to agree on who
-has moved.
+*p ranks; a block is τ (``period``) inner steps; W_g is the model at the start of a block, the same bits on all ranks;
+rank i holds w_i at the end of the block and has the weight a_i.*  The *outer* transform receives Σ a_i (W_g − w_i) as a
+gradient and begins with an exchange; its step from W_g gives the start of the next block.  A rank sends
+2(p−1)/p · n/τ elements a step, and 40 bytes a block to agree on weights and on finite values.
 
 =================  ===========================================  =======================================
 method             outer                                        source
@@ -16,8 +15,8 @@ DiLoCo             mean, Nesterov's momentum                    Douillard et al.
 BMUF               mean, block momentum                         :mod:`hpccomm.algorithms.blockwise_filtering`
 =================  ===========================================  =======================================
 
-Inside a block divide a gradient by this rank's own samples, not by those of all ranks.  What is no weight (running
-statistics of normalisations) is not exchanged: average it with ``hpccomm.allreduce(x, "mean")``.
+Inside a block divide a gradient by this rank's own samples, not by those of all ranks.  Running statistics of
+normalisations are not exchanged: average them with ``hpccomm.allreduce(x, "mean")``.
 """
 
 from __future__ import annotations
@@ -49,18 +48,18 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 Weighting = Literal["workers", "batches"] | Callable[[], float]
-"""What a rank's movement counts: all the same, by its batches in the block, or by a running total of samples."""
+"""The weight of a rank's update: equal, its batches in the block, or the increase of a running total of samples."""
 
 
-# A step that ends exactly where it should
+# A step that ends exactly at its target
 
 
 class ExactStep(np.ndarray[Any, np.dtype[Any]]):
     """A step whose sum with the weights it was made for is ``target``, bit for bit.
 
-    ``weights + (target − weights)`` is rounded, differently on ranks whose weights differ, and where a weight
-    is much larger than its target no step at all leads there.  So adding this to those weights copies the
-    target; in every other expression it is the ordinary array ``target − weights``.
+    ``weights + (target − weights)`` is rounded, differently on ranks whose weights differ, and where a weight is much
+    larger than its target no floating-point step reaches the target.  Adding this step to those weights therefore
+    copies the target; in every other expression it is the ordinary array ``target − weights``.
     """
 
     target: Vector | None
@@ -96,13 +95,13 @@ def exact_step(weights: Vector, target: Vector) -> Vector:
     return step
 
 
-# What becomes of the inner optimizer's state when a block ends
+# The inner optimizer's state at the end of a block
 
 
 class LocalStatePolicy(NamedTuple):
     """A policy: ``settle(began, ended, start, memory, steps) -> (inner, memory)``; the memory is its own state.
 
-    ``steps`` are those of the rank that took most in the block, the same number on all ranks.
+    ``steps`` is the largest number of steps that a rank took in the block, the same on all ranks.
     """
 
     init: Callable[[Vector], Any]
@@ -110,12 +109,12 @@ class LocalStatePolicy(NamedTuple):
 
 
 def keep() -> LocalStatePolicy:
-    """Every rank goes on with its own (DiLoCo)."""
+    """Every rank keeps its own state (DiLoCo)."""
     return LocalStatePolicy(lambda weights: (), lambda began, ended, start, memory, steps: (ended, memory))
 
 
 def reset(inner: Transform) -> LocalStatePolicy:
-    """Every rank begins afresh, with zero momentum."""
+    """Every rank starts with a new state, with zero momentum."""
     return LocalStatePolicy(lambda weights: (), lambda began, ended, start, memory, steps: (inner.init(start), memory))
 
 
@@ -142,14 +141,14 @@ def average_leaf(leaf: Any, comm: MPI.Intracomm) -> Any:
 
 
 class PeriodicState(NamedTuple):
-    """Where a rank stands; nothing in it is shared with the model."""
+    """The state of one rank; it shares no memory with the model."""
 
     updates: int
-    """Steps since the beginning, those of the warm-up included."""
+    """Steps since ``init``, those of the warm-up included."""
     steps: int
-    """Since the block began."""
+    """Steps since the block began."""
     batches: int
-    """As ``steps``, without those that only kept others company."""
+    """As ``steps``, without those that this rank took with a zero gradient because others had batches left."""
     weight_at_start: float
     """The running total that ``weight_by`` returned when the block began."""
     start: Vector
@@ -159,20 +158,20 @@ class PeriodicState(NamedTuple):
     inner: Any
     outer: Any
     memory: Any
-    """What the policy for the inner state remembers."""
+    """The memory of the policy for the inner state."""
     mean_state: Any
-    """Of the exchange of synchronous steps."""
+    """State of the exchange of synchronous steps."""
     abandoned: int
-    """Blocks that were thrown away because a rank's model was not finite."""
+    """Blocks that were discarded because a rank's model was not finite."""
     report: ExchangeReport
 
 
 class PeriodicTransform(Transform):
-    """A transform whose blocks end together, with two functions more.
+    """A transform whose ranks end their blocks together; it has two more functions.
 
-    ``finish(state, weights) -> (step, state)`` (collective): call it once, when this rank has no more batches.
-    It takes part in what the others still do, and in a last exchange of what is left.
-    ``export(state) -> vector``: the global model after the last exchange, in the dtype it is reduced in.
+    ``finish(state, weights) -> (step, state)`` (collective): call it once, when this rank has no more batches.  It
+    takes part in the remaining steps of the other ranks and in the last exchange.
+    ``export(state) -> vector``: the global model after the last exchange, in the dtype of the reduction.
     """
 
     finish: Callable[[Any, Vector], tuple[Vector, Any]]
@@ -198,21 +197,20 @@ def periodic_transform(
     export: Callable[[PeriodicState], Vector] = lambda state: state.start,
     check: bool = False,
 ) -> PeriodicTransform:
-    """``period`` inner steps alone, then one outer step on how far the model moved, for all ranks of ``comm``.
+    """``period`` inner steps on every rank alone, then one outer step of all ranks of ``comm``.
 
-    ``outer`` sees W_g − w_i times a factor that makes its mean over the ranks the weighted mean: 1 where all
-    weigh the same.  The first ``warmup`` steps are synchronous: ``inner`` sees the mean gradient; blocks are
-    counted from their end.  ``group`` are the ranks that exchange something in every inner step, and hold the same
-    model; each rank of ``comm`` is in one.  ``closing(weights, inner)`` finishes what is pending before a block's
-    end is measured.  ``check`` compares the ranks' bits after every outer step.  A rank, or a group, alone takes
-    no outer step.
+    ``outer`` receives W_g − w_i times a factor that makes its mean over the ranks the weighted mean: 1 where all
+    weights are equal.  The first ``warmup`` steps are synchronous: ``inner`` receives the mean gradient; the first
+    block begins after them.  ``group`` are the ranks that exchange gradients in every inner step and hold the same
+    model; each rank of ``comm`` is in one group.  ``closing(weights, inner)`` applies pending updates before the block
+    ends.  ``check`` compares the ranks' bits after every outer step.  A single rank or group takes no outer step.
 
-    Ranks may have different numbers of batches, if each calls ``finish`` when it has none left.  A rank
-    without a batch in a block does not weigh.  If any rank's model is not finite at the end of a block, all
-    ranks go back to where it began (``abandoned`` counts it).
+    Ranks may have different numbers of batches, if each calls ``finish`` when it has none left.  A rank without a batch
+    in a block has weight 0.  If any rank's model is not finite at the end of a block, all ranks return to the start of
+    the block (``abandoned`` counts it).
 
-    Start all ranks from the same weights.  Adding the step that ends a block to the weights gives the same
-    bits on all ranks, see :class:`ExactStep`; copy ``export(state)`` where something else stands in between.
+    Start all ranks from the same weights.  Adding the step that ends a block to the weights gives the same bits on all
+    ranks, see :class:`ExactStep`; copy ``export(state)`` if another transform follows.
     """
     require(isinstance(period, int) and period >= 1, f"periodic: period is {period}: pass an integer, 1 or more")
     require(warmup >= 0, f"periodic: warmup is {warmup}: pass 0 or more synchronous steps")
@@ -229,20 +227,20 @@ def periodic_transform(
 
 
 class Agreement(NamedTuple):
-    """What the ranks said at a roll call."""
+    """The outcome of the exchange at the end of a block."""
 
     weight: float
-    """By which this rank's group multiplies its movement; 0 where nobody moved."""
+    """The factor of this group's update; 0 where no rank moved."""
     has_movement: bool
     finite: bool
     is_finished: bool
     """Whether no rank has a batch left."""
     steps: int
-    """Of the rank that took most."""
+    """The largest number of steps of a rank."""
 
 
 class PeriodicSteps:
-    """What :func:`periodic_transform` is told, and the functions that follow from it."""
+    """The arguments of :func:`periodic_transform`, and the functions of its transform."""
 
     def __init__(
         self,
@@ -294,7 +292,7 @@ class PeriodicSteps:
         return self.step(gradient, state, weights, company, alive, batches=1)
 
     def finish(self, state: PeriodicState, weights: Vector) -> tuple[Vector, PeriodicState]:
-        """Keep the others company until nobody has a batch left."""
+        """Step with zero gradients until no rank has a batch left, then end the last block."""
         local = weights.copy()
         while (company := self.step_comm(state)) is not None:
             alive, state = self.count_active(company, False, state)
@@ -352,7 +350,7 @@ class PeriodicSteps:
     # The end of a block
 
     def end_block(self, local: Vector, state: PeriodicState, last: bool) -> tuple[Vector, PeriodicState, bool]:
-        """The model that the next block begins from, and whether no rank has a batch left."""
+        """The start of the next block, the state, and whether no rank has a batch left."""
         if self.is_alone:
             start = widen(local)
             return local, state._replace(steps=0, batches=0, start=start, inner_start=state.inner), last
@@ -362,44 +360,44 @@ class PeriodicSteps:
         with np.errstate(invalid="ignore", over="ignore"):
             behind = state.start - widen(local)
         counted = float(self.weight_by()) if callable(self.weight_by) else 0.0
-        roll, state = self.agree_on_block(behind, counted, state, last)
+        agreed, state = self.agree_on_block(behind, counted, state, last)
         next_block = state._replace(steps=0, batches=0, weight_at_start=counted)
-        if not roll.finite:
+        if not agreed.finite:
             back = next_block._replace(inner=state.inner_start, abandoned=state.abandoned + 1)
-            return state.start, back, roll.is_finished
-        if not roll.has_movement:
-            return state.start, next_block, roll.is_finished
-        if roll.weight != 1:
-            behind *= roll.weight
+            return state.start, back, agreed.is_finished
+        if not agreed.has_movement:
+            return state.start, next_block, agreed.is_finished
+        if agreed.weight != 1:
+            behind *= agreed.weight
         step, outer = self.outer.update(behind, state.outer, state.start)
         start = state.start + step
         inner, memory = self.local.settle(
-            state.inner_start, state.inner, narrow(start, local.dtype), state.memory, roll.steps
+            state.inner_start, state.inner, narrow(start, local.dtype), state.memory, agreed.steps
         )
         if self.check:
             check_replicas(self.comm, start)
         return (
             start,
             next_block._replace(start=start, inner_start=inner, inner=inner, outer=outer, memory=memory),
-            roll.is_finished,
+            agreed.is_finished,
         )
 
     def agree_on_block(
         self, behind: Vector, counted: float, state: PeriodicState, last: bool
     ) -> tuple[Agreement, PeriodicState]:
-        """Agree on what every rank's movement weighs, on whether all are finite, and on whether this was the end."""
+        """Agree on the weights, on whether all models are finite, and on whether any rank has a batch left."""
         finite = float(np.isfinite(behind).all())
         mine = [self.weight(counted, state), finite, float(last), float(self.group_id), float(state.steps)]
         rows, state = self.allgather_rows(self.comm, np.array(mine), state)
-        total, teams = rows[:, 0].sum(), np.unique(rows[:, 3]).size
-        share = rows[rows[:, 3] == self.group_id, 0].sum() * teams / total if total > 0 else 0.0
-        roll = Agreement(
+        total, groups = rows[:, 0].sum(), np.unique(rows[:, 3]).size
+        share = rows[rows[:, 3] == self.group_id, 0].sum() * groups / total if total > 0 else 0.0
+        agreed = Agreement(
             float(share), bool(total > 0), bool(rows[:, 1].all()), bool(rows[:, 2].all()), int(rows[:, 4].max())
         )
-        return roll, state
+        return agreed, state
 
     def weight(self, counted: float, state: PeriodicState) -> float:
-        """What this rank's movement counts."""
+        """The weight of this rank's update."""
         if callable(self.weight_by):
             return counted - state.weight_at_start
         return float(state.batches if self.weight_by == "batches" else state.batches > 0)
@@ -407,7 +405,7 @@ class PeriodicSteps:
     def allgather_rows(
         self, comm: MPI.Intracomm, mine: npt.NDArray[np.float64], state: PeriodicState
     ) -> tuple[npt.NDArray[np.float64], PeriodicState]:
-        """Some numbers of every rank, (p, k)."""
+        """The numbers of all ranks, (p, k)."""
         began = time.perf_counter()
         rows = np.empty((comm.size, mine.size))
         comm.Allgather(mine, rows)
@@ -421,14 +419,14 @@ class PeriodicSteps:
 def local_sgd(
     comm: MPI.Intracomm, inner: Transform, period: int, *, weight_by: Weighting = "workers", check: bool = False
 ) -> PeriodicTransform:
-    """The models are averaged every ``period`` steps (Stich, ICLR 2019, algorithm 1; model averaging, FedAvg)."""
+    """Average the models every ``period`` steps (Stich, ICLR 2019, algorithm 1; model averaging, FedAvg)."""
     return periodic_transform(comm, period, inner, chain(mean(comm), scale(-1)), weight_by=weight_by, check=check)
 
 
 def post_local_sgd(
     comm: MPI.Intracomm, inner: Transform, period: int, after: int, *, check: bool = False
 ) -> PeriodicTransform:
-    """Synchronous for ``after`` steps, local SGD from there (Lin et al., ICLR 2020, section 3)."""
+    """Synchronous steps for ``after`` updates, then local SGD (Lin et al., ICLR 2020, section 3)."""
     return periodic_transform(comm, period, inner, chain(mean(comm), scale(-1)), warmup=after, check=check)
 
 
@@ -445,8 +443,8 @@ def slowmo(
 ) -> PeriodicTransform:
     """Slow momentum (Wang et al., ICLR 2020, algorithm 1): u ← βu + (W_g − w̄)/γ, W_g ← W_g − αγu.
 
-    ``lr`` is γ, the rate that ``inner`` steps with: a number, or its function of the update's count, of which
-    the value at the block's first step counts.  Where γ is constant this is BMUF with block momentum β and rate α.
+    ``lr`` is γ, the rate of ``inner``: a number, or a function of the update's count, whose value at the first step of
+    the block is used.  Where γ is constant this is BMUF with block momentum β and rate α.
     """
     check_decay("slowmo: beta", beta)
     require(slow_lr > 0, f"slowmo: slow_lr is {slow_lr}: pass a positive number")
@@ -472,7 +470,7 @@ def diloco(
     beta: float = 0.9,
     check: bool = False,
 ) -> PeriodicTransform:
-    """Nesterov's momentum on how far the models moved, around AdamW (Douillard et al., 2023, algorithm 1)."""
+    """Nesterov's momentum on the updates of a block, around AdamW (Douillard et al., 2023, algorithm 1)."""
     check_decay("diloco: beta", beta)
     return periodic_transform(
         comm, period, inner, chain(mean(comm), momentum(beta, nesterov=True), scale(-lr)), check=check

@@ -1,8 +1,8 @@
-"""Learning rates for large batches: how they grow with the batch, warm up and fall.
+"""Learning-rate schedules for large batches: scaling with the batch, warm-up and decay.
 
-*B the batch, B₀ the one that a rate γ₀ was tuned for, t the update from 0, T_w and T those of the warm-up and of
-all.*  A schedule is a function of the update's count; the first update sees 0, as in optax and TensorFlow, where
-PyTorch's schedulers first step and then are asked.
+*B the batch, B₀ the batch for which the rate γ₀ was tuned, t the update from 0, T_w and T the numbers of updates in the
+warm-up and in all.*  A schedule is a function of the update's count t.  The first update uses t = 0, as in optax and
+TensorFlow; PyTorch's schedulers are stepped before they are read.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def constant(lr: float) -> Schedule:
 
 
 def warm_up(steps: int, then: float | Schedule) -> Schedule:
-    """γ(t+1)/T_w in the first T_w updates, where γ is what follows; then that, its own count from 0.
+    """γ(t+1)/T_w in the first T_w updates, where γ is the first value of ``then``; then ``then``, counted from 0.
 
-    The last update of the warm-up has the full first value.
+    The last update of the warm-up has the full rate γ.
     """
     require(steps >= 0, f"warm_up: steps is {steps}: pass 0 or more")
     after = then if callable(then) else constant(then)
@@ -40,18 +40,18 @@ def warm_up(steps: int, then: float | Schedule) -> Schedule:
 
 
 def polynomial(lr: float, steps: int, power: float = 1.0, end: float = 0.0) -> Schedule:
-    """γ (1 − t/T)^q down to ``end`` after T updates, where it stays; q is 2 for LARS, 1 for LAMB in their recipes."""
+    """γ (1 − t/T)^q down to ``end`` at update T, then constant; q is 2 for LARS, 1 for LAMB in their recipes."""
     require(steps >= 1, f"polynomial: steps is {steps}: pass 1 or more")
     require(power > 0, f"polynomial: power is {power}: pass a positive number")
     return lambda t: end + (lr - end) * (1 - min(t, steps) / steps) ** power
 
 
 def join_schedules(*phases: tuple[int, Schedule]) -> Schedule:
-    """One schedule after the other, each for so many updates with its own count; the last one goes on.
+    """One schedule after the other, each for its number of updates with its own count; the last one continues.
 
-    For batches that change on the way, with a new warm-up at the change.
+    For batches that change during training, with a new warm-up at the change.
     """
-    require(bool(phases), "joined: no phases: pass (updates, schedule), one or more")
+    require(bool(phases), "join_schedules: no phases: pass (updates, schedule), one or more")
 
     def value(t: int) -> float:
         for steps, schedule in phases[:-1]:

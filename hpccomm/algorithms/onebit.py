@@ -1,6 +1,6 @@
-"""One bit an element: 1-bit SGD, EF-signSGD, 1-bit Adam, 1-bit LAMB.
+"""Methods that send one bit an element: 1-bit SGD, EF-signSGD, 1-bit Adam, 1-bit LAMB.
 
-*p ranks, n elements; e what was not sent yet, s a scale.*
+*p ranks, n elements; e residual (not sent yet), s a scale.*
 
 =====================  =====================================================  =======================================
 method                 what is sent                                           source
@@ -16,9 +16,8 @@ method                 what is sent                                           so
 =====================  =====================================================  =======================================
 
 In two phases (:func:`~hpccomm.collectives.compressed.onebit.onebit_allreduce`) a rank sends 2(p−1)/p · n/8 bytes, as
-many as a
-ring of bits would; an allgather of all messages, which the first two use, sends (p−1) · n/8: less for two ranks, more
-from four on.
+many as a ring of bits would.  The allgather of all messages, which the first two methods use, sends (p−1) · n/8: less
+for two ranks, more from four on.
 """
 
 from __future__ import annotations
@@ -51,17 +50,17 @@ def onebit_sgd(comm: MPI.Intracomm, bucket: Bucket | None = None) -> Transform:
 
 
 def ef_signsgd(comm: MPI.Intracomm, lr: float, bucket: Bucket | None = None) -> Transform:
-    """Steps −mean of s·sign(lr·g + e): the rate stands before the feedback, so that a new one spares the backlog."""
+    """Steps −mean of s·sign(lr·g + e): the rate is applied before the feedback, so it does not rescale the residual."""
     return chain(scale(lr), feedback(onebit("l1"), comm, parts=tensor_slices(bucket)), scale(-1))
 
 
 def tensor_slices(bucket: Bucket | None) -> list[slice] | None:
-    """Where each tensor lies."""
+    """The slice of each tensor."""
     return None if bucket is None else [slice(slot.offset, slot.offset + slot.length) for slot in bucket.table]
 
 
 class OneBitAdamState(NamedTuple):
-    """Where a rank stands; moments and weights are the same on all ranks, errors are not."""
+    """The state of one rank; moments and weights are the same on all ranks, errors are not."""
 
     steps: int
     mean: Vector
@@ -69,13 +68,13 @@ class OneBitAdamState(NamedTuple):
     variance: Vector
     """v: frozen after the warm-up."""
     scales: npt.NDArray[np.float32]
-    """(L,) by what each tensor's momentum is multiplied before it is sent; none without a bucket."""
+    """(L,) the factor of each tensor's momentum before it is sent; none without a bucket."""
     worker: Vector
     server: Vector
     scale: float
-    """What this rank's signs stood for last, 0 while steps are dense."""
+    """The decoded magnitude of this rank's last signs, 0 while steps are dense."""
     skipped: int
-    """Steps that all ranks left out because a gradient was not finite."""
+    """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
 
 
@@ -96,13 +95,13 @@ def onebit_adam(
 
         m_k = b1·m + (1 − b1)·g_k;   m = onebit_allreduce(m_k);   step = −γ (m / (√v + ε) + λw)
 
-    with v as it stands.  There is no bias correction, as in the published code.  Freeze after 15 to 25 % of the steps
-    and not before 1/(1 − b2).  An element whose gradient is always 0 keeps v = 0 while bits cannot say 0: such elements
-    do not move.  Steps have their sign: add them to the weights.
+    with v frozen.  There is no bias correction, as in the published code.  Freeze after 15 to 25 % of the steps and not
+    before 1/(1 − b2).  An element whose gradient is always 0 keeps v = 0, but a sign bit cannot represent 0: such
+    elements do not move.  Steps are signed: add them to the weights.
 
     One scale serves all elements; with a ``bucket`` each tensor's momentum is multiplied by σ, the mean over the
-    tensors of m's root mean square at the freeze by its own, and divided by it again where it arrives, as in
-    :func:`onebit_lamb`, for tensors whose gradients differ in size.
+    tensors of m's root mean square at the freeze divided by its own, and divided by σ at the receiver, as in
+    :func:`onebit_lamb`.  Use it where the gradients of tensors differ in magnitude.
     """
     check_decay("onebit_adam: b1", b1)
     check_decay("onebit_adam: b2", b2)
@@ -154,25 +153,25 @@ def onebit_adam(
 
 
 def message_report(state: OneBitAdamState | OneBitLambState) -> MessageReport:
-    """What a rank said in its last step that was not left out: of n elements 4n bytes densely, then n/8 and a scale."""
+    """The messages of a rank in its last step that was not skipped: dense 4n bytes, afterwards n/8 and a scale."""
     n = state.worker.size if state.steps else 0
     norm = float(np.sqrt(np.square(state.worker, dtype=np.float64).sum()))
-    thin = state.scale > 0
-    nbytes = 4 + -(-n // 8) if thin else 4 * n
-    path = "two phases" if thin else "dense" if state.steps else ""
+    compressed = state.scale > 0
+    nbytes = 4 + -(-n // 8) if compressed else 4 * n
+    path = "two phases" if compressed else "dense" if state.steps else ""
     return MessageReport(nbytes, n, state.scale, norm, state.skipped, path)
 
 
 COEFFICIENTS = (0.01, 10.0)
-"""Bounds of a tensor's trust ratio while it is learnt."""
+"""Bounds of a tensor's trust ratio during the warm-up."""
 FACTORS = (0.5, 4.0)
-"""Bounds of what a frozen trust ratio is multiplied by."""
+"""Bounds of the factor of a frozen trust ratio."""
 FACTOR_CHANGE = 0.1
-"""That factor changes by at most this share in a step."""
+"""The largest relative change of that factor in a step."""
 
 
 class OneBitLambState(NamedTuple):
-    """Where a rank stands; all but the errors and ``scale`` is the same on all ranks."""
+    """The state of one rank; all but the errors and ``scale`` is the same on all ranks."""
 
     steps: int
     mean: Vector
@@ -180,19 +179,19 @@ class OneBitLambState(NamedTuple):
     variance: Vector
     """v: frozen after the warm-up."""
     fresh_variance: Vector
-    """v as it would go on, from the gradients that the momentum says."""
+    """v updated after the freeze, from the gradients recovered from the momentum."""
     ratios: npt.NDArray[np.float64]
     """(L,) running means of the trust ratios, frozen after the warm-up."""
     factors: npt.NDArray[np.float64]
-    """(L,) what the ratios were multiplied by last."""
+    """(L,) the factors of the ratios in the last step."""
     scales: npt.NDArray[np.float32]
-    """(L,) by what each tensor's momentum is multiplied before it is sent."""
+    """(L,) the factor of each tensor's momentum before it is sent."""
     worker: Vector
     server: Vector
     scale: float
-    """What this rank's signs stood for last, 0 while steps are dense."""
+    """The decoded magnitude of this rank's last signs, 0 while steps are dense."""
     skipped: int
-    """Steps that all ranks left out because a gradient was not finite."""
+    """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
 
 
@@ -222,8 +221,8 @@ def onebit_lamb(
         ṽ ← b2·ṽ + (1 − b2)·ĝ²;   f = max (√v + ε)/(√ṽ + ε) in each tensor
         step = −γ c̄ f (m'/(√v + ε) + λw)
 
-    with f between 0.5 and 4 and within 10 % of the last.  Elements whose v is 0 do not move but for their decay.  Steps
-    have their sign: add them to the weights.  Gradients of a bucket, float32.
+    with f between 0.5 and 4 and within 10 % of the last.  Elements whose v is 0 move by their decay only.  Steps are
+    signed: add them to the weights.  Gradients of a bucket, float32.
     """
     for name, rate in (("b1", b1), ("b2", b2), ("ratio_decay", ratio_decay)):
         check_decay(f"onebit_lamb: {name}", rate)
@@ -248,41 +247,43 @@ def onebit_lamb(
         state = state._replace(report=state.report.add(asked))
         if not (all_ranks_true(comm, fine) if comm.size > 1 else fine):
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
-        state, direction, rates, nbytes = (warm if state.steps < freeze_step else frozen)(gradient, state, weights)
+        state, direction, rates, nbytes = (step_dense if state.steps < freeze_step else step_onebit)(
+            gradient, state, weights
+        )
         rate = lr(state.steps) if callable(lr) else lr
         for place, each in zip(places, rates, strict=True):
             direction[place] *= np.float32(-rate * each)
         report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes))
         return direction, state._replace(steps=state.steps + 1, report=report)
 
-    def warm(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
+    def step_dense(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
         mean, nbytes = allreduce_mean(comm, gradient)
         moment: Vector = np.float32(b1) * state.mean + np.float32(1 - b1) * mean
         variance: Vector = np.float32(b2) * state.variance + np.float32(1 - b2) * mean * mean
-        direction = adapted(moment, variance, weights)
+        direction = direction_of(moment, variance, weights)
         found = np.array([trust_ratio(weights[place], direction[place]) for place in places])
         ratios = found if state.steps == 0 else ratio_decay * state.ratios + (1 - ratio_decay) * found
         scales = state.scales if state.steps + 1 < freeze_step else momentum_scales(moment, places)
         state = state._replace(mean=moment, variance=variance, fresh_variance=variance, ratios=ratios, scales=scales)
         return state, direction, found, nbytes
 
-    def frozen(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
+    def step_onebit(gradient: Vector, state: OneBitLambState, weights: Vector) -> LambParts:
         own: Vector = np.float32(b1) * state.mean + np.float32(1 - b1) * gradient
         scales = expand_scales(to_device_like(state.scales, own), places)
         found = onebit_allreduce(comm, own * scales, state.worker, state.server)
         moment: Vector = found.mean / scales
-        said = (moment - np.float32(b1) * state.mean) / np.float32(1 - b1)
-        fresh: Vector = np.float32(b2) * state.fresh_variance + np.float32(1 - b2) * said * said
+        recovered = (moment - np.float32(b1) * state.mean) / np.float32(1 - b1)
+        fresh: Vector = np.float32(b2) * state.fresh_variance + np.float32(1 - b2) * recovered * recovered
         growth = (np.sqrt(state.variance) + np.float32(eps)) / (np.sqrt(fresh) + np.float32(eps))
         most = np.array([float(growth[place].max()) if growth[place].size else 0.0 for place in places])
         last = state.factors
         factors = np.clip(np.clip(most, *FACTORS), last * (1 - FACTOR_CHANGE), last * (1 + FACTOR_CHANGE))
-        direction = adapted(moment, state.variance, weights)
+        direction = direction_of(moment, state.variance, weights)
         state = state._replace(mean=moment, fresh_variance=fresh, factors=factors, scale=found.scale)
         return state, direction, state.ratios * factors, found.bytes_sent
 
-    def adapted(moment: Vector, variance: Vector, weights: Vector) -> Vector:
-        """u; 0 where the variance is."""
+    def direction_of(moment: Vector, variance: Vector, weights: Vector) -> Vector:
+        """u; 0 where the variance is 0."""
         still = variance == 0
         u: Vector = np.where(still, np.float32(0), moment / np.where(still, 1, np.sqrt(variance) + np.float32(eps)))
         for place, decay in zip(places, decays, strict=True):
@@ -293,7 +294,7 @@ def onebit_lamb(
 
 
 LambParts = tuple[OneBitLambState, Vector, npt.NDArray[np.float64], int]
-"""The new state, u, what each tensor of it is multiplied by, the bytes that were sent."""
+"""The new state, u, the factor of each tensor of u, the bytes sent."""
 
 
 def trust_ratio(weights: Vector, step: Vector) -> float:

@@ -1,22 +1,22 @@
-"""A parameter server: some ranks hold the model, the others push gradients to them and pull weights.
+"""A parameter server: server ranks hold the model, worker ranks push gradients to them and pull weights.
 
 *S servers, the first ranks, each with a slice of the flat model; N workers, the others; a worker's clock counts its
-pushes; the version counts what a server has applied.*
+pushes; a server's version counts the applied clocks (BSP) or pushes.*
 
 ==================  ==========================================================  ===================================
 mode                a worker with clock c reads when                            a push is applied
 ==================  ==========================================================  ===================================
-``"bsp"``           all have pushed c times                                     with all of its clock, in rank order
+``"bsp"``           all workers have pushed c times                             with all of that clock, in rank order
 ``("ssp", s)``      no clock is below c − s                                     when it arrives
-``"asp"``           at once                                                     when it arrives
+``"asp"``           always                                                      when it arrives
 ==================  ==========================================================  ===================================
 
 (Valiant 1990 for bulk-synchronous; Ho et al., NIPS 2013 for stale-synchronous.)  A worker sends and receives n
-elements a step, a server N n/S each way: with many workers and few servers their links are the limit, which is why
-allreduce took over.  Pushes may be compressed; what a worker reads is always dense.
+elements a step, a server N n/S in each direction: with many workers and few servers the servers' links are the
+bottleneck, which allreduce avoids.  Pushes may be compressed; pulled weights are always dense.
 
-A message is 32 bytes of header and a payload.  A worker waits for a server only when it reads, and a server never waits
-for a worker to receive, so no cycle of waiting can close.
+A message is a header of 32 bytes and a payload.  A worker waits for a server only in a read, and a server never waits
+for a worker to receive, so deadlock is impossible.
 """
 
 from __future__ import annotations
@@ -40,44 +40,44 @@ if TYPE_CHECKING:
 Mode = Literal["bsp", "asp"] | tuple[Literal["ssp"], int]
 
 HEADER = struct.Struct("<4sB3xqqq")
-"""Mark, what is asked, three bytes of padding, clock, version, bytes of payload; little-endian."""
+"""Mark, request, three bytes of padding, clock, version, bytes of payload; little-endian."""
 MARK = b"HPS1"
 PUSH, PULL, LEAVE, REPLY = range(4)
 TAG = 1
 
 
 class Codec(Protocol):
-    """What writes pushes: a compressor.  Vectors are float32."""
+    """A compressor, as pushes use it.  Vectors are float32."""
 
     def encode_feedback(self, backlog: Vector, gradient: Vector | None = None) -> npt.NDArray[np.uint8]:
-        """The message for backlog + gradient; the backlog becomes what the message does not say."""
+        """The message for backlog + gradient; the backlog becomes the sum less the decoded message."""
 
     def decode(self, message: npt.NDArray[np.uint8], out: Vector) -> None:
-        """Add a message's meaning to ``out``."""
+        """Add the decoded message to ``out``."""
 
 
 # The rules, without messages
 
 
 class Rules(NamedTuple):
-    """When a worker may read, and how a push counts."""
+    """When a worker may read, and how a push is applied."""
 
     slack: float
-    """Clocks that a worker may be ahead of the slowest: 0 for BSP, infinity for ASP."""
+    """How many clocks a worker may be ahead of the slowest: 0 for BSP, infinity for ASP."""
     synchronous: bool
     """Whether the pushes of a clock are applied together."""
     backup: int = 0
-    """Pushes of a clock that are not waited for."""
+    """Pushes of a clock that servers do not wait for."""
     mean: bool = True
     """Whether pushes are divided by the number of workers."""
     damp: Callable[[int], float] | None = None
-    """By what a push is multiplied, from its staleness."""
+    """The factor of a push, a function of its staleness."""
     limit: float = math.inf
     """Staler pushes are dropped."""
 
 
 def rules_of(mode: Mode, **options: Any) -> Rules:
-    """The rules of a mode; raises for one that is not known."""
+    """The rules of a mode; raises for an unknown mode."""
     stale = (
         isinstance(mode, tuple) and len(mode) == 2 and mode[0] == "ssp" and isinstance(mode[1], int) and mode[1] >= 0
     )
@@ -93,7 +93,7 @@ def rules_of(mode: Mode, **options: Any) -> Rules:
 
 
 class Ledger:
-    """Who has pushed what, and what follows from it; ``apply(gradients)`` steps the model."""
+    """The clocks of all workers and the pending pushes; ``apply(gradients)`` steps the model."""
 
     def __init__(self, workers: int, rules: Rules, apply: Callable[[list[Vector]], None]) -> None:
         self.rules, self.apply = rules, apply
@@ -102,11 +102,11 @@ class Ledger:
         self.version = 0
         """Clocks applied in BSP, else pushes applied."""
         self.staleness: Counter[int] = Counter()
-        """Pushes by how many versions were applied since their worker had read."""
+        """Pushes by staleness: the number of versions applied since their worker's read."""
         self.dropped = 0
 
     def may_read(self, worker: int) -> bool:
-        """Whether what the worker would see is fresh enough."""
+        """Whether the weights are recent enough for the worker."""
         if self.rules.synchronous:
             return self.version >= self.clocks[worker] or self.all_left()
         return min(self.clocks) >= self.clocks[worker] - self.rules.slack
@@ -127,13 +127,13 @@ class Ledger:
         return stale
 
     def leave(self, worker: int) -> None:
-        """The worker pushes no more: nobody waits for it."""
+        """The worker pushes no more: no read waits for it."""
         self.clocks[worker] = math.inf
         if self.rules.synchronous:
             self.settle()
 
     def settle(self) -> None:
-        """Apply clocks that are complete, in rank order."""
+        """Apply complete clocks, the pushes of each in rank order."""
         while self.version in self.pending_pushes:
             pushes = self.pending_pushes[self.version]
             missing = sum(clock <= self.version for clock in self.clocks)
@@ -143,12 +143,12 @@ class Ledger:
             self.step([pushes[worker] for worker in sorted(pushes)])
 
     def step(self, gradients: list[Vector]) -> None:
-        """One version more."""
+        """Apply gradients as one version."""
         self.apply(gradients)
         self.version += 1
 
     def all_left(self) -> bool:
-        """Whether no worker is left."""
+        """Whether all workers have left."""
         return all(math.isinf(clock) for clock in self.clocks)
 
 
@@ -162,7 +162,7 @@ class Push(NamedTuple):
 
 
 def timeline(durations: Sequence[Sequence[float]], mode: Mode) -> list[Push]:
-    """Who pushes when, and how stale, if messages take no time: ``durations[worker][clock]`` is each step's length.
+    """All pushes, timed as if messages took no time; ``durations[worker][clock]`` is the length of each step.
 
     Pushes at the same time are in rank order, before the reads of that time.  The last row's time is the makespan.
     """
@@ -191,12 +191,12 @@ def timeline(durations: Sequence[Sequence[float]], mode: Mode) -> list[Push]:
 
 
 class ServerReport(NamedTuple):
-    """What a server ends with."""
+    """The result of a server."""
 
     weights: Vector
     """Its slice."""
     state: Any
-    """The optimizer's, of its slice."""
+    """The optimizer's state for the slice."""
     version: int
     staleness: dict[int, int]
     """Pushes by staleness."""
@@ -204,15 +204,16 @@ class ServerReport(NamedTuple):
 
 
 class ParameterServer:
-    """The model on ``servers`` ranks, pushed to and read by the others (collective).
+    """The model on ``servers`` ranks; the other ranks push gradients and pull weights (collective).
 
-    ``weights`` (n,) are rank 0's on all servers.  ``optimizer`` turns what has been pushed into a step, slice by slice:
-    an elementwise one.  ``mode``: above.  ``reduce``: pushes are averaged or summed over the N workers.  ``codec``
-    writes pushes (float32 only): each worker keeps what its messages did not say and adds it to the next gradient.
+    The servers start from the ``weights`` (n,) of rank 0.  ``optimizer`` turns pushes into a step, slice by slice, so
+    it must be elementwise.  ``mode``: see above.  ``reduce``: mean or sum over the N workers.  ``codec`` compresses
+    pushes (float32 only): each worker keeps the compression error and adds it to the next gradient.
     ``damp`` multiplies a push by a function of its staleness, e.g. ``lambda s: 1 / (1 + s)``; pushes staler than
-    ``limit`` are dropped.  ``backup``: BSP goes on without so many of the slowest and drops what they bring late.
+    ``limit`` are dropped.  ``backup``: BSP does not wait for this number of the slowest workers and drops their late
+    pushes.
 
-    A server calls :meth:`serve`, once; a worker :meth:`pull` and :meth:`push` as often as it has batches, then
+    A server calls :meth:`serve` once; a worker calls :meth:`pull` and :meth:`push` for each batch, then
     :meth:`leave`::
 
         ps = ParameterServer(comm, weights, synchronous_sgd(MPI.COMM_SELF, 0.1))
@@ -255,12 +256,12 @@ class ParameterServer:
         self.workers = comm.size - servers
         self.serves = comm.rank < servers
         self.version = [0] * servers
-        """What this worker has read from each server."""
+        """The version of this worker's last read from each server."""
         self.clock = 0
         self.backlog = np.zeros_like(self.weights)
 
     def slice_of(self, server: int) -> slice:
-        """The elements that a server holds."""
+        """The elements of a server."""
         counts = lengths(self.weights.size, self.servers)
         first = sum(counts[:server])
         return slice(first, first + counts[server])
@@ -268,11 +269,11 @@ class ParameterServer:
     # A worker
 
     def pull(self) -> Vector:
-        """The model, once the mode lets this worker read; a new vector."""
+        """The model, as soon as the mode allows the read; a new vector."""
         return self._ask(PULL)
 
     def push(self, gradient: Vector) -> None:
-        """Send a gradient, (n,), of the weights last pulled; the clock goes on.  It may be written afterwards."""
+        """Send a gradient, (n,), of the weights last pulled; advances the clock.  The array may be reused."""
         check_alike(gradient, self.weights)
         require(
             bool(np.isfinite(gradient).all()),
@@ -283,7 +284,7 @@ class ParameterServer:
         self.clock += 1
 
     def leave(self) -> Vector:
-        """Push no more; the model when all workers have left.  Ends this server's use."""
+        """End pushing; returns the model when all workers have left.  This object is then closed."""
         final = self._ask(LEAVE)
         self.comm.Free()
         return final
@@ -305,10 +306,10 @@ class ParameterServer:
     # A server
 
     def serve(self, state: Any = None) -> ServerReport:
-        """Take pushes and answer reads until all workers have left.
+        """Apply pushes and answer reads until all workers have left.
 
-        ``state``: this server's of an earlier report, whose run goes on with the weights that ``leave`` gave; where
-        there is a ``codec``, each worker then also sets ``backlog`` to what its earlier one held.
+        ``state``: of an earlier report of this server, to continue that run from the weights that ``leave`` returned;
+        with a ``codec`` each worker also sets ``backlog`` to its last value of that run.
         """
         mine = self.slice_of(self.comm.rank)
         weights = self.weights[mine].copy()
@@ -350,7 +351,7 @@ class ParameterServer:
         return ServerReport(weights, state, ledger.version, dict(ledger.staleness), ledger.dropped)
 
     def _receive_next(self, turn: int) -> tuple[int, int, int, npt.NDArray[np.uint8]]:
-        """The next message; who was served last comes last."""
+        """The next message, by round robin over the workers."""
         order = [(turn + k) % self.workers for k in range(self.workers)]
         waits = (worker for worker in order if self.comm.Iprobe(self.servers + worker, TAG))
         worker = next(waits, None)
@@ -374,7 +375,7 @@ class ParameterServer:
         self.comm.Send(pack_message(what, self.clock, version, payload), to, TAG)
 
     def _receive(self, source: int | None) -> tuple[int, int, int, int, npt.NDArray[np.uint8]]:
-        """(source, what, clock, version, payload) of a message, from anybody for None."""
+        """(source, what, clock, version, payload) of a message; from any rank if ``source`` is None."""
         from mpi4py import MPI
 
         status = MPI.Status()

@@ -1,13 +1,13 @@
-"""PowerSGD: each matrix of the gradient as a product of two thin ones (Vogels, Karimireddy & Jaggi, NeurIPS 2019).
+"""PowerSGD: each matrix of the gradient travels as two thin factors (Vogels, Karimireddy & Jaggi, NeurIPS 2019).
 
-*M a rank's gradient of one tensor and what was not applied yet, a × b; Q the right factor of the step before, b × r.*
+*M a rank's gradient of one tensor plus its residual e, a × b; Q the right factor of the previous step, b × r.*
 Algorithm 1 of the publication, for all tensors at once, in two allreduces::
 
     P = mean(M Q),   P̂ = orthonormal(P),   Q ← mean(Mᵀ P̂),   step = P̂ Qᵀ,   e ← M − step
 
-A sum of factors is a factor of the sum, so this travels in ordinary allreduces, 4r(a + b) bytes a tensor, and does not
-grow with the number of ranks.  Tensors of one dimension, and those that would not shrink enough, are averaged whole,
-with the first factors in one message.  The optimizer behind has the momentum::
+A sum of factors is a factor of the sum, so factors travel in ordinary allreduces of 4r(a + b) bytes a tensor,
+independent of the number of ranks.  Tensors of one dimension, and those that would not shrink enough, are averaged
+dense, in one message with the left factors.  The optimizer that follows has the momentum::
 
     method = chain(powersgd(comm, bucket, rank=4), momentum(0.9), scale(-0.1))
 """
@@ -38,15 +38,15 @@ Matrix = npt.NDArray[np.float32]
 
 
 class PowerSgdState(NamedTuple):
-    """Where a rank stands."""
+    """The state of one rank."""
 
     residual: Vector
-    """e of each compressed tensor, one after the other: what this rank's gradients hold and no step has applied."""
+    """e of each compressed tensor, one after the other: the part of this rank's gradients that no step has applied."""
     factors: Vector
     """Q of each compressed tensor, the same on all ranks."""
     steps: int
     skipped: int
-    """Steps that all ranks left out because a gradient was not finite."""
+    """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
 
 
@@ -66,7 +66,7 @@ class MatrixSlices(NamedTuple):
 
 
 class MatrixSplit(NamedTuple):
-    """Which tensors are compressed, where the others lie, and how long vectors are."""
+    """The compressed tensors, the slices of the others, and the lengths of the packed vectors."""
 
     matrices: list[MatrixSlices]
     dense: list[slice]
@@ -76,8 +76,8 @@ class MatrixSplit(NamedTuple):
 
 
 def split_matrices(bucket: Bucket, rank: int) -> MatrixSplit:
-    """Matrices whose factors are :data:`LEAST_SAVING` times as short are compressed."""
-    thin, dense, error, left, right = [], [], 0, 0, 0
+    """Compress the matrices whose factors have :data:`LEAST_SAVING` times fewer elements."""
+    matrices, dense, error, left, right = [], [], 0, 0, 0
     for slot in bucket.table:
         inside = slice(slot.offset, slot.offset + slot.length)
         rows = slot.shape[0] if len(slot.shape) > 1 else 0
@@ -88,32 +88,31 @@ def split_matrices(bucket: Bucket, rank: int) -> MatrixSplit:
             continue
         ends = error + slot.length, left + rows * r, right + columns * r
         own, p, q = slice(error, ends[0]), slice(left, ends[1]), slice(right, ends[2])
-        thin.append(MatrixSlices(inside, own, p, q, (rows, columns), r))
+        matrices.append(MatrixSlices(inside, own, p, q, (rows, columns), r))
         error, left, right = ends
-    return MatrixSplit(thin, dense, error, left, right)
+    return MatrixSplit(matrices, dense, error, left, right)
 
 
 def powersgd(
     comm: MPI.Intracomm, bucket: Bucket, rank: int = 4, *, local_error: bool = False, seed: int = 0
 ) -> Transform:
-    """Exchange gradients of a bucket, float32, as matrices of ``rank``; the step is the mean of what they stand for.
+    """Exchange gradients of a bucket, float32, as matrices of ``rank``; the step is the mean of the decoded matrices.
 
     A tensor is a matrix of its first dimension times all others.  The first Q follows from ``seed``, the same on all
-    ranks.  With ``local_error`` a rank keeps M − P̂ (Mᵀ P̂)ᵀ, what its own factors would have missed, as the authors'
-    package does: the sum over the ranks is the same.  If any rank's gradient is not finite, no rank steps and no state
-    changes but ``skipped``.  All ranks multiply the same factors, so their steps have the same bits where their
-    processors and BLAS are alike.
+    ranks.  With ``local_error`` a rank keeps M − P̂ (Mᵀ P̂)ᵀ, the error of its own factors, as the authors' package
+    does: the sum over the ranks is the same.  If the gradient of any rank is not finite, no rank steps, and only
+    ``skipped`` changes in the state.  All ranks multiply the same factors, so their steps have the same bits where
+    their processors and BLAS are alike.
 
-    Where a run goes on with another number of ranks, :func:`~hpccomm.algorithms.checkpoints.for_ranks` shares out what
-    is pending.
+    When a run continues with another number of ranks, :func:`~hpccomm.for_ranks` redistributes the residuals.
     """
     require(rank >= 1, f"powersgd: rank is {rank}: pass 1 or more")
-    thin, dense, errors, lefts, rights = split_matrices(bucket, rank)
+    matrices, dense, errors, lefts, rights = split_matrices(bucket, rank)
 
     def init(weights: Vector) -> PowerSgdState:
         require(check_flat(weights, "powersgd").size == bucket.size, "powersgd: pass weights of the bucket's size")
         factors = np.empty(rights, np.float32)
-        for number, place in enumerate(thin):
+        for number, place in enumerate(matrices):
             factors[place.right] = start_factor(place.shape[1], place.rank, seed + number).reshape(-1)
         return PowerSgdState(np.zeros(errors, np.float32), factors, 0, 0, ExchangeReport())
 
@@ -121,25 +120,25 @@ def powersgd(
         check_alike(gradient, weights)
         began = time.perf_counter()
         fine = kernels().all_finite(check_flat(gradient, "powersgd"))
-        backlog = state.residual + pack_slices(gradient, [place.inside for place in thin])
+        backlog = state.residual + pack_slices(gradient, [place.inside for place in matrices])
         first = np.concatenate([np.empty(lefts, np.float32), pack_slices(gradient, dense)])
         if fine:
-            for place in thin:
+            for place in matrices:
                 np.matmul(matrix(backlog, place), right_factor(state.factors, place), out=left_factor(first, place))
         else:
-            first[...] = np.nan  # so that all ranks see it
+            first[...] = np.nan  # all ranks see it in the mean
         first, nbytes = allreduce_mean(comm, first)
         if not kernels().all_finite(first):
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.add(cost))
         own = np.empty(rights, np.float32)
-        for place in thin:
+        for place in matrices:
             basis = left_factor(first, place)
             basis[...] = orthonormalise(basis)
             np.matmul(matrix(backlog, place).T, basis, out=right_factor(own, place))
         factors, more = allreduce_mean(comm, own)
         step = np.empty_like(gradient)
-        for place in thin:
+        for place in matrices:
             applied = step[place.inside].reshape(place.shape)
             np.matmul(left_factor(first, place), right_factor(factors, place).T, out=applied)
             missed = left_factor(first, place) @ right_factor(own, place).T if local_error else applied

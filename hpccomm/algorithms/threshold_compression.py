@@ -1,17 +1,17 @@
-"""GTC, gradient threshold compression: one word for each element whose backlog has reached τ (Strom, Interspeech 2015).
+"""GTC, gradient threshold compression: one word for each element whose residual reaches τ (Strom, Interspeech 2015).
 
-*r what was not sent yet, τ the threshold.*  Every rank, every step::
+*r the residual (not sent yet), τ the threshold.*  Every rank, every step::
 
     r ← r + g;   send the index and sign of each element with |r| ≥ τ;   r ← r ∓ τ there
 
-and all ranks step on the sum, or mean, of ±τ.  An element is sent at most once a step, whatever its backlog: that is
-the feedback.  The publication adds the messages of all ranks: ``reduce="sum"`` goes with its learning rates, a mean of
-p ranks with p times those.  τ is in the units of one rank's gradient::
+and all ranks step on the sum, or mean, of ±τ.  An element is sent at most once a step, whatever its residual.  The
+publication adds the messages of all ranks: use ``reduce="sum"`` with its learning rates, the mean over p ranks with p
+times those.  τ is in the units of one rank's gradient::
 
     method = chain(gtc(comm, tau="auto"), scale(-0.1))
 
-On the wire: 4 bytes an element that is sent, or with ``code="rice"`` 1.5 + log2(1/density) bits; see
-:func:`~hpccomm.algorithms.compression.selection.threshold`.
+On the wire: 4 bytes for each element sent, or with ``code="rice"`` 1.5 + log2(1/density) bits; see
+:func:`~hpccomm.threshold`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def gtc(
     reduce: Literal["mean", "sum"] = "mean",
     code: Literal["words", "rice"] = "words",
 ) -> Transform:
-    """Exchange what has reached ``tau``; ``density`` instead aims at this share of the elements in every step.
+    """Exchange the elements that reach ``tau``; ``density`` instead sets the fraction of the elements sent in a step.
 
     ``tau="auto"`` keeps between 0.01 % and 1 % of the elements on the wire.  Gradients of shape (n,), float32.
     """

@@ -1,9 +1,9 @@
 """A transform is a pair of functions: it turns a gradient into a step, and its state is data, in and out.
 
 ``init(weights) -> state``, ``update(gradient, state, weights) -> (step, state)``; then ``weights +=
-step``.  Vectors are flat, of one floating dtype.  No function here writes a gradient, weights or a state
-that was handed in, so a state can be kept, compared and gone back to; a step may be the very gradient that
-came in.  Transforms after ``scale(-lr)`` see updates (plus), those before it gradients (minus).  The form
+step``.  Vectors are flat and of one floating-point dtype.  The functions of this module write neither the gradient nor
+the weights nor the state that they receive, so a caller can keep a state, compare it and return to it; a step may be
+the same array as the gradient.  Transforms after ``scale(-lr)`` receive updates, those before it gradients.  The form
 is that of optax (DeepMind, 2020).
 """
 
@@ -52,7 +52,7 @@ class Chain(Transform):
 
 
 def chain(*transforms: Transform) -> Chain:
-    """One after the other; the state is the tuple of their states."""
+    """Apply the transforms one after the other; the state is the tuple of their states."""
 
     def init(weights: Vector) -> tuple[Any, ...]:
         return tuple(each.init(weights) for each in transforms)
@@ -71,7 +71,7 @@ def chain(*transforms: Transform) -> Chain:
 
 
 def stateless(step: Callable[[Vector, Vector], Vector]) -> Transform:
-    """A transform that remembers nothing: ``step(gradient, weights)``."""
+    """A transform without state: ``step(gradient, weights)``."""
     return Transform(lambda weights: (), lambda gradient, state, weights: (step(gradient, weights), state))
 
 
@@ -82,7 +82,7 @@ def scale(factor: float) -> Transform:
 
 
 def scale_by_schedule(schedule: Schedule) -> Transform:
-    """Multiply by ``schedule(count)``; the state is how many updates there were."""
+    """Multiply by ``schedule(count)``; the state is the number of updates."""
 
     def update(gradient: Vector, count: int, weights: Vector) -> tuple[Vector, int]:
         return gradient * float(schedule(count)), count + 1
@@ -97,33 +97,33 @@ def descend(lr: float | Schedule) -> Term:
 
 
 def clip(max_norm: float) -> Transform:
-    """Shorten a gradient whose Euclidean norm exceeds ``max_norm`` to that norm (Pascanu et al., ICML 2013).
+    """Scale a gradient whose Euclidean norm exceeds ``max_norm`` down to that norm (Pascanu et al., ICML 2013).
 
-    The norm is summed in float64 in a fixed order, so equal gradients give equal bits on all ranks.  Put it
-    after the exchange to bound the global gradient.  A gradient with a NaN passes as it is.
+    Squares are added in float64 in a fixed order, so equal gradients give equal bits on all ranks.  Place ``clip``
+    after the exchange to bound the global gradient.  A gradient with a NaN is returned unchanged.
     """
     require(max_norm > 0, f"clip: max_norm is {max_norm}: pass a positive number")
 
-    def shortened(gradient: Vector, weights: Vector) -> Vector:
+    def clip_gradient(gradient: Vector, weights: Vector) -> Vector:
         norm = math.sqrt(np.add.reduce(np.square(gradient, dtype=np.float64)))
         return gradient * (max_norm / norm) if norm > max_norm else gradient
 
-    return stateless(shortened)
+    return stateless(clip_gradient)
 
 
 def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Transform:
-    """Add ``rate * weights``; ``where`` says for each element whether it decays (``bucket.mask("decay")``).
+    """Add ``rate * weights``; the mask ``where`` selects the elements that decay (``bucket.mask("decay")``).
 
-    Before the exchange's momentum it is L2 regularisation, between ``adam`` and ``scale(-lr)`` it
-    is AdamW's decoupled decay (Loshchilov & Hutter, ICLR 2019).
+    Before ``momentum`` this is L2 regularisation; between ``adam`` and ``scale(-lr)`` it is the decoupled weight decay
+    of AdamW (Loshchilov & Hutter, ICLR 2019).
     """
     require(rate >= 0, f"weight_decay: rate is {rate}: pass 0 or more")
 
-    def decayed(gradient: Vector, weights: Vector) -> Vector:
+    def add_decay(gradient: Vector, weights: Vector) -> Vector:
         pull = float(rate) * weights
         return gradient + (pull if where is None else np.where(where, pull, weights.dtype.type(0)))
 
-    return stateless(decayed)
+    return stateless(add_decay)
 
 
 def momentum(beta: float, nesterov: bool = False) -> Term:
@@ -138,7 +138,7 @@ def momentum(beta: float, nesterov: bool = False) -> Term:
 
 
 class AdamState(NamedTuple):
-    """How many updates, and the running means of the gradient and of its square."""
+    """The number of updates, and the running means of the gradient and of its square."""
 
     updates: float
     mean: Vector
@@ -164,7 +164,7 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction:
 
 
 class EveryState(NamedTuple):
-    """Gradients seen since the last step, their sum, and the inner state."""
+    """The number of gradients since the last step, their sum, and the inner state."""
 
     micro_steps: int
     total: Vector
@@ -172,9 +172,9 @@ class EveryState(NamedTuple):
 
 
 def every(k: int, inner: Transform) -> Transform:
-    """Let ``inner`` see the sum of k gradients; the k-1 updates before step by zero (gradient accumulation).
+    """Pass the sum of k gradients to ``inner``; the k-1 updates before it step by zero (gradient accumulation).
 
-    For their mean begin ``inner`` with ``scale(1 / k)``.  An exchange inside ``inner`` talks once in k
+    To step on the mean, begin ``inner`` with ``scale(1 / k)``.  An exchange inside ``inner`` communicates once in k
     updates.
     """
     require(k >= 1, f"every: k is {k}: pass 1 or more")
@@ -196,7 +196,7 @@ def every(k: int, inner: Transform) -> Transform:
 
 
 def check_alike(gradient: Vector, weights: Vector) -> None:
-    """Raise where broadcasting or a cast would hide a mistake."""
+    """Raise unless shapes and dtypes are equal: broadcasting or a cast would hide a mistake."""
     if gradient.shape != weights.shape or gradient.dtype != weights.dtype:
         raise ArgumentError(
             f"the gradient is {gradient.dtype} of shape {gradient.shape}, the weights {weights.dtype} "

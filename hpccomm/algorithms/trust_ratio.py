@@ -30,18 +30,18 @@ from hpccomm.buckets import Bucket, TensorEntry
 from hpccomm.kernels.optimizers.reference import GRADIENT
 
 NormReduce = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
-"""Sums of squares of this rank's part → those of the whole, the same bits on all ranks that hold parts."""
+"""Sums of squares of this rank's shards → those of the whole tensors, the same bits on all ranks with shards."""
 
 CACHE_ELEMENTS = 1 << 18
-"""Elements of small tensors that go through the cache together."""
+"""Elements of small tensors that pass through the cache as one group."""
 
 
 class Rows(NamedTuple):
-    """Some tensors, as far as this rank holds them, one after the other in the vector."""
+    """This rank's shards of some tensors, one after the other in the vector."""
 
     first: int
     stop: int
-    """Where they lie in this rank's vector."""
+    """Their slice of this rank's vector."""
     bounds: npt.NDArray[np.int64]
     """(k, 2), counted from ``first``."""
     tensors: npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ class Layers(NamedTuple):
     rows: Rows
 
     def groups(self) -> Iterator[Rows]:
-        """Tensors that fit into the host's cache together, and large ones alone."""
+        """Groups of tensors that fit into the host's cache together; large tensors alone."""
         rows, begin = self.rows, 0
         for end in range(1, len(rows.tensors) + 1):
             full = end == len(rows.tensors) or rows.bounds[end, 1] - rows.bounds[begin, 0] > CACHE_ELEMENTS
@@ -123,8 +123,9 @@ def scale_by_trust_ratio(
     """Multiply each tensor by its trust ratio φ = c‖w‖/(‖x‖+ε); ``trust`` is c.
 
     With ``inner``, a chain that opens with :func:`add_decayed_weights`, the ratio is that of the gradient g that comes
-    in, φ = c‖w‖/(‖g‖+λ‖w‖+ε), and multiplies what ``inner`` makes of g.  With ``lr`` γ, φ ← min(φ/γ, 1) (LARC).
-    ``ratio_clip`` bounds φ, ``weight_clip`` bounds ‖w‖ in it.  Which tensors adapt is a flag of the bucket's table.
+    in, φ = c‖w‖/(‖g‖+λ‖w‖+ε), and multiplies the step that ``inner`` makes of g.  With ``lr`` γ, φ ← min(φ/γ, 1)
+    (LARC). ``ratio_clip`` bounds φ, ``weight_clip`` bounds ‖w‖ in it.  Which tensors adapt is a flag of the bucket's
+    table.
 
     >>> term = scale_by_trust_ratio(Bucket({"w": (2, 2)}), trust=0.5)
     >>> step, _ = term.update(np.full(4, 8, "f4"), term.init(np.ones(4, "f4")), np.ones(4, "f4"))
@@ -178,7 +179,7 @@ class TrustRatio(NamedTuple):
 
 
 def learning_rate(lr: float | Schedule, updates: float) -> float:
-    """γ of the update after so many."""
+    """γ of the update after ``updates`` others."""
     return float(lr(int(updates)) if callable(lr) else lr)
 
 
@@ -192,7 +193,7 @@ def layers(
     decay: Collection[str] | str = "flags",
     adapt: Collection[str] | str = "flags",
 ) -> Layers:
-    """The layout of elements [lo, hi) of the bucket's vector; what lies beyond its end is padding."""
+    """The layout of elements [lo, hi) of the bucket's vector; elements beyond its end are padding."""
     lo, hi = part or (0, bucket.size)
     require(0 <= lo <= hi, f"{who}: part is {part}: pass (lo, hi) with 0 <= lo <= hi")
     decays = select_tensors(who, "decay", bucket, decay, [slot.decay for slot in bucket.table])
@@ -207,12 +208,12 @@ def layers(
 
 
 def clip_bounds(slot: TensorEntry, lo: int, hi: int) -> tuple[int, int]:
-    """Where the part of a tensor inside [lo, hi) lies, counted from lo."""
+    """The bounds of a tensor inside [lo, hi), counted from lo."""
     return max(lo, slot.offset) - lo, min(hi, slot.offset + slot.length) - lo
 
 
 def select_tensors(who: str, what: str, bucket: Bucket, names: Collection[str] | str, flags: list[bool]) -> list[bool]:
-    """For each tensor whether it is meant: by the bucket's flags, all of them, or those named."""
+    """A flag for each tensor: from the bucket, True for all, or True for the named ones."""
     if isinstance(names, str):
         require(
             names in ("flags", "all", "decayed"),
@@ -245,14 +246,14 @@ def to_contiguous(vector: Vector) -> Vector:
 
 
 def walk_order(here: Layers, divided: bool) -> Callable[[Vector], list[Rows]]:
-    """Which tensors to go through together, by where a vector lies: all, on a device or where ranks divide it."""
+    """The groups of tensors for a vector: one group of all on a device or in a shard, else groups for the cache."""
     whole = [here.rows]
     cached = whole if divided else list(here.groups())
     return lambda vector: whole if is_on_device(vector) else cached
 
 
 def kernel(name: str, vector: Vector) -> Callable[..., Any]:
-    """A function of :mod:`hpccomm.kernels.optimizers.reference`, with its bits, for a vector where it lies."""
+    """A function of :mod:`hpccomm.kernels.optimizers.reference`, with its bits, on the vector's host or device."""
     if not is_on_device(vector):
         return host_kernel(name, vector.dtype.str[1:])
     from hpccomm.kernels.cuda import kernels
@@ -273,7 +274,7 @@ def host_kernel(name: str, code: str) -> Callable[..., Any]:
 
 
 def norms(sums: npt.NDArray[np.float64], here: Rows, count: int, reduce: NormReduce | None) -> npt.NDArray[np.float64]:
-    """(k, 2) norms of whole tensors from this rank's sums of squares (collective where they are divided)."""
+    """(k, 2) norms of whole tensors from this rank's sums of squares (collective where ranks hold shards)."""
     if reduce is None:
         return np.sqrt(sums)
     table = np.zeros((count, 2))
@@ -282,18 +283,18 @@ def norms(sums: npt.NDArray[np.float64], here: Rows, count: int, reduce: NormRed
 
 
 def guard_zero_norms(norm: npt.NDArray[np.float64], ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """1 where either norm is zero: a tensor of zeros steps like one that does not adapt."""
+    """The ratio, and 1 where either norm is zero: a tensor of zeros steps like one that does not adapt."""
     return np.where((norm[:, 0] == 0) | (norm[:, 1] == 0), 1.0, ratio)
 
 
 def global_norm(gradient: Vector, reduce: NormReduce | None) -> float:
-    """‖g‖ of the whole vector (collective where it is divided)."""
+    """‖g‖ of the whole vector (collective where ranks hold shards)."""
     squares = np.array([kernel("sum_of_squares", gradient)(gradient)])
     return math.sqrt(float((squares if reduce is None else reduce(squares))[0]))
 
 
 def shrink(grad_norm: str, max_norm: float, gradient: Vector, reduce: NormReduce | None) -> float:
-    """By what the gradient is multiplied: at most to ``max_norm`` ("clip"), to norm 1 ("normalise"), or 1."""
+    """The factor of the gradient: to norm ``max_norm`` at most ("clip"), to norm 1 ("normalise"), or 1."""
     if grad_norm == "none":
         return 1.0
     norm = global_norm(gradient, reduce)

@@ -1,16 +1,16 @@
-"""Compressed gradients inside groups, filtered blocks between them: GTC + BMUF (Ladkat et al., Interspeech 2019).
+"""Compressed gradients inside groups, block filtering between groups: GTC + BMUF (Ladkat et al., Interspeech 2019).
 
 *p ranks in N groups of g; τ (``period``) steps a block.*  Every step a group exchanges compressed gradients and its
-replicas stay equal.  Every τ steps the N group models go through the block filter of
-:mod:`hpccomm.algorithms.blockwise_filtering`, whose momentum is 1 − 1/N: the groups take part, not the ranks.
+replicas stay equal.  Every τ steps the N group models pass the block filter of
+:mod:`hpccomm.algorithms.blockwise_filtering`, with momentum 1 − 1/N: its participants are the groups, not the ranks.
 
 At the end of a block member j of every group reduces slice j of the model with its peers, and the group gathers the
 slices: the links between groups carry 2(N−1)/N · n/g elements for each rank, where one leader would carry
 2(N−1)/N · n alone.  ``sliced_leaders=False`` is that published form; both give the same bits where the sums are exact.
 
-What a rank has not sent yet, its residual, was measured at weights that the filter then moves.  ``residual`` says what
-becomes of it: ``"keep"`` (nothing is lost or counted twice), ``"flush"`` (exchanged densely before the block's end is
-measured), ``"zero"``, or ``("decay", c)``.
+A rank's residual (gradients not sent yet) belongs to weights that the filter then moves.  ``residual`` selects what
+happens to it at the end of a block: ``"keep"`` (nothing is lost or counted twice), ``"flush"`` (exchanged densely
+before the block ends), ``"zero"``, or ``("decay", c)``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Residual = Literal["keep", "flush", "zero"] | tuple[Literal["decay"], float]
 
 RESIDUALS = ("residual", "backlog")
-"""What an exchange calls the vector of what it has not sent yet, in its state."""
+"""The fields of an exchange's state that hold unsent gradients."""
 
 
 def hybrid(
@@ -62,49 +62,49 @@ def hybrid(
 ) -> PeriodicTransform:
     """``exchange(group)`` and ``descent`` in every step, the block filter between the groups every ``period`` steps.
 
-    ``exchange`` makes the transform that a group's ranks exchange gradients with, ``descent`` turns what they agree
-    on into a step: ``hybrid(comm, lambda group: …, scale(-0.1))``.  Groups of ``group_size`` ranks follow one
-    another; left out, a group is a node.  ``residual`` as above; ``reduce`` says whether the exchange sums or
-    averages over the group, and a flush does the same.  ``momentum`` η (left out 1 − 1/N), ``lr`` ζ and ``nesterov``
+    ``exchange`` makes the transform by which the ranks of a group exchange gradients, ``descent`` turns its result into
+    a step: ``hybrid(comm, lambda group: …, scale(-0.1))``.  Groups are ``group_size`` consecutive ranks, by default
+    the nodes.  ``residual`` as above; ``reduce`` says whether the exchange sums or
+    averages over the group, and a flush does the same.  ``momentum`` η (by default 1 − 1/N), ``lr`` ζ and ``nesterov``
     are :func:`~hpccomm.algorithms.blockwise_filtering.bmuf`'s, ``weight_by`` and ``check`` those of
-    :func:`~hpccomm.algorithms.local_steps.periodic_transform`; a group weighs what its ranks weigh.
-    ``local_state="reset"`` begins every block with a fresh ``descent``.
+    :func:`~hpccomm.algorithms.local_steps.periodic_transform`; the weight of a group is the sum of its ranks' weights.
+    ``local_state="reset"`` starts every block with a new state of ``descent``.
 
-    One group never takes an outer step.  End a run with ``finish`` and ``export`` of what is returned; what ranks have
-    not sent by then is lost, see :func:`residual_norm`.
+    A single group takes no outer step.  End a run with ``finish`` and ``export`` of the returned transform; residuals
+    that remain then are lost, see :func:`residual_norm`.
     """
     check_residual(residual)
     require(reduce in ("sum", "mean"), f"hybrid: reduce is {reduce!r}: pass 'sum' or 'mean'")
     require(local_state in ("keep", "reset"), f"hybrid: local_state is {local_state!r}: pass 'keep' or 'reset'")
     group = find_group(comm, group_size)
-    teams = len(set(comm.allgather(group.allgather(comm.rank)[0])))
+    groups = len(set(comm.allgather(group.allgather(comm.rank)[0])))
     inside = exchange(group)
-    kept = block_filter(1 - 1 / teams if momentum is None else momentum, lr, nesterov)
+    block = block_filter(1 - 1 / groups if momentum is None else momentum, lr, nesterov)
     return periodic_transform(
         comm,
         period,
         Transform(
             lambda weights: check_state(residual, inside.init(weights), descent, weights), group_update(inside, descent)
         ),
-        chain(mean_of_groups(comm, group, sliced_leaders), kept),
+        chain(mean_of_groups(comm, group, sliced_leaders), block),
         local_state=policy(residual, local_state, descent),
         weight_by=weight_by,
         group=group,
         closing=make_flush(group, descent, reduce) if residual == "flush" else None,
-        export=lambda state: global_model(state, teams),
+        export=lambda state: global_model(state, groups),
         check=check,
     )
 
 
-def global_model(state: PeriodicState, teams: int) -> Vector:
+def global_model(state: PeriodicState, groups: int) -> Vector:
     """W of the filter; one group has none."""
-    kept = state.outer[-1]
-    assert isinstance(kept, FilterState)
-    return kept.model if teams > 1 else state.start
+    found = state.outer[-1]
+    assert isinstance(found, FilterState)
+    return found.model if groups > 1 else state.start
 
 
 def find_group(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
-    """This rank's group: its node, or ``group_size`` ranks that follow one another (collective)."""
+    """This rank's group: its node, or ``group_size`` consecutive ranks (collective)."""
     if group_size is None:
         found: Any = getattr(comm, "intra_node", None)
         require(found is not None, "hybrid: this communicator does not know its nodes: pass an hpccomm.Communicator")
@@ -138,18 +138,18 @@ def group_update(inside: Transform, descent: Transform) -> Callable[[Vector, Any
 
 
 def is_residual(path: str) -> bool:
-    """Whether a leaf is what an exchange has not sent yet."""
+    """Whether a leaf holds unsent gradients."""
     return path.rpartition(".")[2] in RESIDUALS
 
 
 def residual_norm(state: PeriodicState) -> float:
-    """The Euclidean norm of what this rank has not sent, in the exchange's units."""
+    """The Euclidean norm of this rank's residual, in the exchange's units."""
     squares = (np.square(leaf, dtype=np.float64).sum() for path, leaf in leaves(state.inner[0]) if is_residual(path))
     return math.sqrt(sum(map(float, squares)))
 
 
 def make_flush(group: MPI.Intracomm, descent: Transform, reduce: str) -> Callable[[Vector, Any], tuple[Vector, Any]]:
-    """Exchange all residuals densely, step on them, and go on without any."""
+    """Exchange all residuals densely, step on them, and set them to zero."""
 
     def closing(local: Vector, inner: tuple[Any, Any]) -> tuple[Vector, tuple[Any, Any]]:
         pending = [leaf for path, leaf in leaves(inner[0]) if is_residual(path)]
@@ -170,7 +170,7 @@ def scale_residuals(inside: Any, factor: float) -> Any:
 
 
 def policy(residual: Residual, local_state: str, descent: Transform) -> LocalStatePolicy:
-    """What becomes of residuals and of the descent's state when a block ends."""
+    """The policy for residuals and for the state of ``descent`` at the end of a block."""
     factor = {"keep": 1.0, "flush": 1.0, "zero": 0.0}[residual] if isinstance(residual, str) else residual[1]
 
     def settle(began: Any, ended: Any, start: Vector, memory: Any, steps: int) -> tuple[Any, Any]:
@@ -181,7 +181,7 @@ def policy(residual: Residual, local_state: str, descent: Transform) -> LocalSta
 
 
 def check_residual(residual: Residual) -> None:
-    """Raise for a policy that is not known."""
+    """Raise for an unknown policy."""
     decays = isinstance(residual, tuple) and len(residual) == 2 and residual[0] == "decay" and 0 <= residual[1] <= 1
     require(
         decays or residual in ("keep", "flush", "zero"),
@@ -193,33 +193,34 @@ def check_residual(residual: Residual) -> None:
 
 
 def mean_of_groups(comm: MPI.Intracomm, group: MPI.Intracomm, sliced: bool) -> Transform:
-    """The mean over the groups of what is the same on all ranks of each (collective).
+    """The mean over the groups of a vector that is the same on all ranks of each group (collective).
 
-    As many members as the smallest group has take a slice each; the members beyond receive only.
+    The first s ranks of every group reduce a slice each, s being the size of the smallest group; the other ranks only
+    receive.
     """
-    lanes = min(comm.allgather(group.size)) if sliced else 1
-    peers = comm.Split(group.rank if group.rank < lanes else lanes, comm.rank)
+    slices = min(comm.allgather(group.size)) if sliced else 1
+    peers = comm.Split(group.rank if group.rank < slices else slices, comm.rank)
 
     def update(behind: Vector, report: ExchangeReport, start: Vector) -> tuple[Vector, ExchangeReport]:
         began = time.perf_counter()
-        counts = lengths(behind.size, lanes) + [0] * (group.size - lanes)
+        counts = lengths(behind.size, slices) + [0] * (group.size - slices)
         first = sum(counts[: group.rank])
         mine = behind[first : first + counts[group.rank]]
         total = np.empty_like(mine)
-        if group.rank < lanes:
+        if group.rank < slices:
             peers.Allreduce(np.ascontiguousarray(mine), total)
             total /= peers.size
-        whole = allgather_slices(group, total, behind, counts, lanes)
+        whole = allgather_slices(group, total, behind, counts, slices)
         sent = allreduce_bytes(total.nbytes, peers.size) + total.nbytes * (group.size - 1)
         return whole, report.add(ExchangeReport(1, time.perf_counter() - began, sent))
 
     return Transform(lambda weights: ExchangeReport(), update)
 
 
-def allgather_slices(group: MPI.Intracomm, mine: Vector, like: Vector, counts: list[int], lanes: int) -> Vector:
+def allgather_slices(group: MPI.Intracomm, mine: Vector, like: Vector, counts: list[int], slices: int) -> Vector:
     """All slices on all members of a group."""
     whole = np.empty_like(like)
-    if lanes == 1:
+    if slices == 1:
         if group.rank == 0:
             whole[...] = mine
         group.Bcast(whole, 0)

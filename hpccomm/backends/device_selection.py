@@ -1,4 +1,7 @@
-"""The transports for arrays on a device: each is tried once per communicator, then one is selected for each plan.
+"""The backends for arrays on a device: each is tried once per communicator, then one is selected for each plan.
+
+Users know these backends as *transports*, so that is the word of settings, errors and the rest of this module.
+
 
 ==========  ===========================================  ========================================================
 ``staged``  through pinned host memory in chunks         every dtype, operation and algorithm; always available

@@ -1,4 +1,4 @@
-"""Plans, the plan cache, and the key by which two calls are the same."""
+"""Plans, the plan cache, and the keys by which a repeated call is recognised."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Run = Callable[[], None]
 
 
 class Plan:
-    """A call that is ready to run."""
+    """A call that is ready to run; on messages it contains a schedule's :class:`hpccomm.collectives.engine.Plan`."""
 
     __slots__ = ("free", "result", "run")
 

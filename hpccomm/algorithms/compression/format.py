@@ -35,12 +35,12 @@ MAX_ELEMENTS = 1 << 31
 LARGEST_PAYLOAD = (1 << 32) - 1
 
 NO_MESSAGE: Message = np.zeros(HEADER_BYTES, np.uint8)
-"""For ``last`` when nothing was sent before."""
+"""The value of ``last`` before the first message."""
 NO_MESSAGE.flags.writeable = False
 
 
 class Kind(IntEnum):
-    """What the payload is; the number in the header."""
+    """The kind of payload; its number is in the header."""
 
     DENSE = 0
     WORDS = 1
@@ -56,7 +56,7 @@ class Kind(IntEnum):
 
 
 class Values(IntEnum):
-    """How elements are stored; the number in the header."""
+    """The type of stored elements; its number is in the header."""
 
     NONE = 0
     F32 = 1
@@ -66,7 +66,7 @@ class Values(IntEnum):
 
 
 class Code(IntEnum):
-    """How indices are stored; the number in the header."""
+    """The code of indices; its number is in the header."""
 
     U32 = 0
     BITMAP = 1
@@ -95,40 +95,40 @@ class Header(NamedTuple):
     elements: int
     """Elements that the message names."""
     scale: float
-    """τ, the scale or the threshold that was used."""
+    """The threshold τ, or the scale of the values."""
     nbytes: int
-    """Payload."""
+    """Bytes of payload."""
 
 
 @dataclass(frozen=True)
 class Compressor:
-    """One way to write a vector as a message; made by the functions below.
+    """One encoding of vectors as messages; the functions of the family modules make it.
 
     All methods raise :class:`~hpccomm.errors.ArgumentError` for a vector that is not flat, contiguous float32, and
     every encoding but that of :func:`none` for one with a NaN or an infinity.
     """
 
     name: str
-    """As it was called, for tables and errors."""
+    """The call that made it, for tables and errors."""
     kinds: frozenset[Kind]
-    """The kinds of messages that it writes and accepts."""
+    """The kinds of messages that it writes and reads."""
     write: Callable[[Vector, int, Message], Message]
     """(vector, step, last) -> message."""
     feed: Callable[[Vector, Vector | None, Vector, int, Message], Message] | None = None
-    """(backlog, gradient or None, out, step, last) -> message, for compressors that do it in fewer passes."""
+    """(backlog, gradient or None, out, step, last) -> message, for compressors with a fused pass."""
     feed_momentum: Callable[..., Message] | None = None
     """(gradient, momentum, velocity, m, nesterov, mask, step) -> message, likewise."""
     agree: Callable[[Vector, int], None] | None = None
-    """``(total, size)``: what ranks agree on, in place of the mean."""
+    """``(total, size)``: turns the sum into the ranks' result, in place of the mean."""
     on_device: bool = False
-    """It takes CuPy's vectors, too, and leaves them where they lie; messages are on the host."""
+    """It also takes CuPy vectors, which stay on the device; messages are on the host."""
 
     def encode(self, vector: Vector, step: int = 0, last: Message = NO_MESSAGE) -> Message:
         """The message for a vector of shape (n,), which is not written.
 
-        ``step`` counts the messages of a sequence: random numbers and sampled places depend on it (and on the
-        compressor's seed).  ``last`` is what this rank encoded before, or its first 32 bytes: an adaptive threshold
-        goes on from there, all others ignore it.
+        ``step`` counts the messages of a sequence: random numbers and sampled positions depend on it (and on the
+        compressor's seed).  ``last`` is this rank's previous message, or its first 32 bytes: an adaptive threshold
+        continues from it, all others ignore it.
         """
         return self.write(check_flat(vector, self.name, self.on_device), step, last)
 
@@ -141,10 +141,10 @@ class Compressor:
         last: Message = NO_MESSAGE,
         out: Vector | None = None,
     ) -> Message:
-        """The message for p = ``backlog`` + ``gradient``; what it does not say, p less its meaning, is the new backlog.
+        """The message for p = ``backlog`` + ``gradient``; the new backlog is p less the decoded message.
 
-        The new backlog goes to ``out``, or replaces ``backlog`` where ``out`` is left out; each of its elements is
-        rounded once after the sum and once after the difference.  An error leaves ``backlog`` as it was.
+        The new backlog is written to ``out``, by default onto ``backlog``; each element is rounded once after the sum
+        and once after the difference.  An error leaves ``backlog`` unchanged.
         """
         n = check_flat(backlog, self.name, self.on_device).size
         target = check_writable(backlog if out is None else out, n, self.name, self.on_device)
@@ -173,12 +173,12 @@ class Compressor:
         last: Message = NO_MESSAGE,
         finite: bool = False,
     ) -> Message:
-        """DGC's momentum correction: u ← m·u + g, v ← v + u, the message for v; what it does not say stays in v.
+        """DGC's momentum correction: u ← m·u + g, v ← v + u, the message for v; the rest stays in v.
 
         With ``nesterov`` u ← m·(u + g), v ← v + u + g.  With ``mask`` u becomes 0 where the message names elements
         (momentum factor masking); a message that names all of them leaves u alone.  ``momentum`` is u, ``velocity``
-        v: both are written (Lin et al., ICLR 2018, section 3).  A gradient that is not finite leaves them as they
-        were; who has looked says ``finite``.
+        v: both are written (Lin et al., ICLR 2018, section 3).  A gradient that is not finite leaves them
+        unchanged; pass ``finite`` if the caller has checked it.
         """
         n = check_flat(gradient, self.name, self.on_device).size
         for vector in (momentum, velocity):
@@ -193,28 +193,28 @@ class Compressor:
         return message
 
     def decode(self, message: Message, out: Vector) -> None:
-        """Add what the message means to ``out``, of shape (n,).
+        """Add the decoded message to ``out``, of shape (n,).
 
-        Raises :class:`~hpccomm.errors.ArgumentError`, ``out`` untouched, for a message that is cut short or altered,
-        of another length or of a kind that this compressor does not write.
+        Raises :class:`~hpccomm.errors.ArgumentError`, ``out`` untouched, for a message that is truncated or
+        altered, of another length, or of a kind that this compressor does not write.
         """
         self.decode_all([message], out)
 
     def decode_all(self, messages: Sequence[Message], out: Vector) -> None:
-        """Add messages one after the other: the same bits as by ``decode`` in this order, in one pass where it pays."""
+        """Add messages one after the other: the bits of ``decode`` in this order, in one pass where that is faster."""
         check_writable(out, None, self.name, self.on_device)
         parts = [read(message, out.size, self.kinds, self.name) for message in messages]
         for add, group in groupby(parts, key=lambda part: part.add):
             add([part.content for part in group], out)
 
     def decode_vector(self, message: Message, n: int) -> Vector:
-        """What a message means, as a new vector."""
+        """The decoded message, as a new vector."""
         out = np.zeros(n, np.float32)
         self.decode(message, out)
         return out
 
     def conclude(self, total: Vector, size: int) -> None:
-        """Turn the sum of the messages of ``size`` ranks into what they agree on, in place: their mean, or the vote."""
+        """Turn the sum of the messages of ``size`` ranks into the result, in place: their mean, or the majority."""
         if self.agree is not None:
             self.agree(total, size)
         else:
@@ -225,14 +225,14 @@ class Compressor:
 
 
 def narrow_values(vector: Vector, values: Values) -> npt.NDArray[Any]:
-    """Finite elements as they are stored; what would round to infinity becomes the largest finite value."""
+    """Finite elements in their stored type; values that would round to infinity become the largest finite value."""
     if values is Values.F32:
         return vector
     return (kernels().to_half if values is Values.F16 else kernels().to_bfloat16)(vector, True)
 
 
 def add_stored(stored: npt.NDArray[Any], values: int, scale: float, out: Vector) -> None:
-    """Add elements as they are stored."""
+    """Add stored elements."""
     if values == Values.F16:
         kernels().add_half(stored, out)
     elif values == Values.BF16:
@@ -298,14 +298,14 @@ def header_of(message: Message, who: str = "decode") -> Header:
 
 
 class DecodedMessage(NamedTuple):
-    """A message that was read: what it says, and who adds such things."""
+    """The contents of a message, and the function that adds such contents."""
 
     add: Callable[[list[Any], Vector], None]
     content: Any
 
 
 def read(message: Message, n: int, kinds: frozenset[Kind], who: str) -> DecodedMessage:
-    """A message for ``n`` elements, checked as a whole."""
+    """Check a message for ``n`` elements and take it apart."""
     header = header_of(message, who)
     if header.n != n:
         raise ArgumentError(f"{who}: the message is for {header.n} elements, out has {n}: buckets differ between ranks")
@@ -323,7 +323,7 @@ def read(message: Message, n: int, kinds: frozenset[Kind], who: str) -> DecodedM
 
 
 def damage_error(who: str, what: str) -> ArgumentError:
-    """The error for contents that no encoder writes."""
+    """The error for contents that no encoder produces."""
     return ArgumentError(f"{who}: the message is damaged ({what}): send it again, and check the transport")
 
 
@@ -364,7 +364,7 @@ def read_range(header: Header, payload: Octets, who: str) -> DecodedMessage:
 
 
 def read_words(header: Header, payload: Octets, who: str) -> DecodedMessage:
-    """Words, however they are coded."""
+    """Words, in any of their codes."""
     if not header.scale > 0:
         raise damage_error(who, f"threshold {header.scale}")
     if header.kind == Kind.WORDS:
@@ -386,7 +386,7 @@ def read_words(header: Header, payload: Octets, who: str) -> DecodedMessage:
 
 
 def read_ternary(header: Header, payload: Octets, who: str) -> DecodedMessage:
-    """Pairs; a vector of zeros has scale 0."""
+    """Pairs of bits; a vector of zeros has scale 0."""
     return read_words(header if header.scale or header.elements else header._replace(scale=1.0), payload, who)
 
 
@@ -407,7 +407,7 @@ def read_sparse(header: Header, payload: Octets, who: str) -> DecodedMessage:
 
 
 def read_cells(header: Header, payload: Octets, who: str) -> DecodedMessage:
-    """Values whose places follow from a key."""
+    """Values whose positions follow from a key."""
     check_length(payload, 8 + 4 * header.elements, who)
     key = int(section(payload, 0, 1, "<u8", who)[0])
     if key >> 32:
@@ -417,7 +417,7 @@ def read_cells(header: Header, payload: Octets, who: str) -> DecodedMessage:
 
 
 def read_signs(header: Header, payload: Octets, who: str) -> DecodedMessage:
-    """Bits and what they stand for."""
+    """Sign bits and the two values."""
     check_length(payload, 4 + -(-header.n // 8), who)
     minus = float(section(payload, 0, 1, "<f4", who)[0])
     if not math.isfinite(minus):
@@ -426,7 +426,7 @@ def read_signs(header: Header, payload: Octets, who: str) -> DecodedMessage:
 
 
 def read_levels(header: Header, payload: Octets, who: str) -> DecodedMessage:
-    """QSGD."""
+    """Levels and the norms of their buckets."""
     bucket = int(section(payload, 0, 1, "<u8", who)[0])
     if not bucket or not 1 <= header.parameter <= 127:
         raise damage_error(who, f"buckets of {bucket}, {header.parameter} levels")
@@ -460,7 +460,7 @@ def read_low_rank(header: Header, payload: Octets, who: str) -> DecodedMessage:
 
 
 def add_dense(contents: list[tuple[Callable[..., None], tuple[Any, ...]]], out: Vector) -> None:
-    """Add messages that speak of all elements, each by its own function."""
+    """Add messages of all elements, each by its own function."""
     for add, content in contents:
         add(*content, out)
 
@@ -529,11 +529,11 @@ DECODERS: dict[Code, Callable[[Octets, Header], Indices | None]] = {
         kernels().rice_decode(octets, header.elements, header.parameter, header.n) if header.parameter < 32 else None
     ),
 }
-"""Bytes to indices, None where they are not what an encoder writes."""
+"""Bytes to indices; None for bytes that no encoder writes."""
 
 
 def read_indices(message: Message) -> Indices:
-    """The elements that a message names one by one; none where it speaks of all."""
+    """The indices that a message names; empty for a message of all elements."""
     header = header_of(message, "named_indices")
     part = read(message, header.n, frozenset(Kind), "named_indices")
     if part.add is add_sparse:
@@ -547,7 +547,7 @@ def read_indices(message: Message) -> Indices:
 
 
 def check_flat(vector: Any, who: str, on_device: bool = False) -> Vector:
-    """The vector itself, if it is flat float32 in C order, on the host or, where that may be, on a device."""
+    """The vector itself, if it is flat float32 in C order, on the host or, where allowed, on a device."""
     there = is_on_device(vector)
     if there and not on_device:
         raise ArgumentError(
@@ -582,7 +582,7 @@ def check_writable(vector: Any, n: int | None, who: str, on_device: bool = False
 
 
 def describe(x: Any) -> str:
-    """What it is, for an error."""
+    """A description for an error."""
     if not (isinstance(x, np.ndarray) or is_on_device(x)):
         return type(x).__name__
     return f"{x.dtype} of shape {x.shape}{'' if x.flags.c_contiguous else ', not contiguous'}"

@@ -21,15 +21,13 @@ from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 from hpccomm.kernels.vectors.reference import Vector, key_of, uniforms
 
-# Low rank
-
 
 def low_rank(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> Compressor:
-    """A matrix of ``rank`` near the best approximation of the vector: PowerSGD (Vogels et al., NeurIPS 2019).
+    """A matrix of rank ``rank``, close to the best approximation of the vector: PowerSGD (Vogels et al., NeurIPS 2019).
 
-    The vector is seen as a matrix of ``shape``, by default nearly square and filled up with zeros.  One power iteration
-    from a start that follows from ``seed``; the message holds the factors P̂ and Q = Mᵀ P̂.  The two-phase form, whose
-    factors are averaged by ordinary allreduces, is :func:`hpccomm.algorithms.power_sgd.powersgd`.
+    The vector is seen as a matrix of ``shape``, by default nearly square and padded with zeros.  One power iteration
+    starts from a factor that follows from ``seed``; the message holds the factors P̂ and Q = Mᵀ P̂.  The two-phase
+    form, whose factors are averaged by ordinary allreduces, is :func:`hpccomm.algorithms.power_sgd.powersgd`.
     """
     name = f"low_rank({rank})"
     if rank < 1:
@@ -47,7 +45,7 @@ def low_rank(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> 
 
 
 def as_matrix(vector: Vector, shape: tuple[int, int] | None, name: str = "low_rank") -> npt.NDArray[np.float32]:
-    """The vector in rows; nearly square where no shape is given, filled up with zeros."""
+    """The vector in rows; by default nearly square, padded with zeros."""
     n = vector.size
     if shape is not None:
         if shape[0] * shape[1] != n or min(shape) < 0:
@@ -59,7 +57,7 @@ def as_matrix(vector: Vector, shape: tuple[int, int] | None, name: str = "low_ra
 
 
 def start_factor(columns: int, rank: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    """Q to begin with, the same on all ranks: shape (columns, rank), uniform in [-1, 1)."""
+    """The initial Q, the same on all ranks: shape (columns, rank), uniform in [-1, 1)."""
     values = uniforms(key_of(seed, 0), columns * rank)
     return (2 * values - 1).reshape(columns, rank)
 

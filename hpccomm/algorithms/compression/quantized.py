@@ -26,11 +26,9 @@ from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 from hpccomm.kernels.vectors.reference import Vector, key_of
 
-# Dense
-
 
 def none() -> Compressor:
-    """Every element as it is, NaN and infinity too."""
+    """Every element unchanged, NaN and infinity too."""
     return Compressor(
         "none()", frozenset({Kind.DENSE}), lambda vector, step, last: message_of(Kind.DENSE, vector.size, [vector])
     )
@@ -39,7 +37,7 @@ def none() -> Compressor:
 def cast(dtype: Literal["fp16", "bf16", "int8", "uint8"]) -> Compressor:
     """Every element in 16 or 8 bits, to nearest even.
 
-    ``fp16`` and ``bf16``: elements beyond the range become its ends (±65504, ±3.39e38).  ``int8``: multiples of
+    ``fp16`` and ``bf16``: elements beyond the range are clipped to it (±65504, ±3.39e38).  ``int8``: multiples of
     max\\|x\\|/127.  ``uint8``: 256 values from the least to the largest element (Bagua's MinMaxUInt8).
     """
     name = f"cast({dtype!r})"
@@ -82,14 +80,12 @@ CASTS: dict[str, tuple[Callable[[Vector], Message], Kind]] = {
 }
 
 
-# Randomised rounding
-
-
 def ternary(clip: float | None = 2.5, seed: int = 0, scale: float | None = None) -> Compressor:
-    """±scale or 0 for each element, on average the element: TernGrad (Wen et al., NIPS 2017).
+    """±scale or 0 for each element, with the element as its mean: TernGrad (Wen et al., NIPS 2017).
 
-    Magnitudes are cut at ``clip`` standard deviations first (None: they are not).  ``scale`` is the largest magnitude,
-    or a number at least as large that ranks agreed on, for sums that are multiples of it.  Give ranks different seeds.
+    Magnitudes are first clipped at ``clip`` standard deviations (None: no clipping).  ``scale`` is the largest
+    magnitude, or a number at least as large that ranks agreed on, so that sums are multiples of it.  Give ranks
+    different seeds.
     """
     name = f"ternary(seed={seed})"
     for what, value in (("clip", clip), ("scale", scale)):

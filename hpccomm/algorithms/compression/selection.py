@@ -38,9 +38,6 @@ from hpccomm.kernels.index_codes.reference import rice_parameter
 from hpccomm.kernels.selection.reference import cell_indices
 from hpccomm.kernels.vectors.reference import Indices, Vector, backlog_of, key_of
 
-# Threshold
-
-
 DECAY = 0.5 ** (1 / 20)
 MIN_DENSITY, MAX_DENSITY, FIRST_DENSITY = 1e-4, 1e-2, 1e-3
 
@@ -57,12 +54,12 @@ def adapt_tau(
 def threshold(
     tau: float | Literal["auto"] = "auto", *, density: float | None = None, code: Literal["words", "rice"] = "words"
 ) -> Compressor:
-    """±τ for each element of magnitude τ or more, one quantum whatever its size (GTC: Strom, Interspeech 2015).
+    """±τ for each element of magnitude τ or more, one quantum whatever its magnitude (GTC: Strom, Interspeech 2015).
 
-    ``tau`` is in the units of the vector.  ``"auto"`` begins with the τ that 0.1 % of the vector reach, and changes
-    it by 3.5 % whenever the message before (``last``) named fewer than 0.01 % or more than 1 % of the elements; without
-    ``last`` it begins every time.  ``density`` takes for each vector the τ that this part of it reaches, estimated on a
-    sample.  τ travels in the message, so ranks may differ.
+    ``tau`` is in the units of the vector.  ``"auto"`` starts with the τ that 0.1 % of the elements reach, and
+    changes it by 3.5 % whenever the previous message (``last``) named fewer than 0.01 % or more than 1 % of the
+    elements; without ``last`` it starts anew.  ``density`` chooses τ for each vector so that this fraction of its
+    elements reach it, estimated on a sample.  τ is in the message, so ranks may differ.
 
     A message names an element in a 32-bit word, or with ``code="rice"`` in about 1.5 + log2(1/d) bits; from d = 1/16 on
     all elements take two bits.
@@ -106,7 +103,7 @@ def threshold(
 
 
 def words_message(words: Indices, n: int, tau: float, code: str) -> Message:
-    """Words, or their codes, or two bits an element, whichever is meant to be shorter."""
+    """A message of words, of Rice codes if asked, or of two bits an element where that is shorter."""
     count = words.size
     if code == "rice":
         k = rice_parameter(n, count)
@@ -127,13 +124,13 @@ def topk(
     values: Literal["fp32", "fp16", "bf16"] = "fp32",
     code: Literal["auto", "u32", "bitmap", "leb128", "rice"] = "auto",
 ) -> Compressor:
-    """The k = max(1, ceil(density · n)) elements of largest magnitude, of equal ones the first; zeros are never sent.
+    """The k = max(1, ceil(density · n)) elements of largest magnitude, the first of equal ones; zeros are never sent.
 
     A threshold is estimated on about 1 % of the elements and the largest k of those that reach it are sent (Lin et al.,
-    ICLR 2018, section 3, hierarchical).  Where fewer than k reach it, 0.8 k are enough, or with ``exact`` a lower
-    threshold finds the others: then the message always names the k largest.
+    ICLR 2018, section 3, hierarchical).  If fewer than k reach it, 0.8 k are accepted, or with ``exact`` a lower
+    threshold finds the rest, so that the message always names the k largest.
 
-    ``values`` may be narrowed (feedback keeps what the rounding loses).  ``code="auto"`` is ``"u32"`` below one element
+    ``values`` may be narrowed (feedback keeps the rounding error).  ``code="auto"`` is ``"u32"`` below one element
     in 32 and ``"bitmap"`` above.
     """
     name = f"topk({density})"
@@ -146,7 +143,7 @@ def topk(
     stored, least = VALUES_BY_NAME[values], 1.0 if exact else 0.8
 
     def message(n: int, index: Indices, chosen: Vector) -> tuple[Message, Vector]:
-        """The message, and what it does not say of the chosen elements."""
+        """The message, and the rounding error of the selected elements."""
         narrow = narrow_values(chosen, stored)
         which = CODES_BY_NAME[code] if code != "auto" else Code.U32 if 32 * index.size < n else Code.BITMAP
         octets, parameter = ENCODERS[which](index, n)
@@ -197,7 +194,7 @@ def topk(
 def randomk(density: float, seed: int = 0) -> Compressor:
     """k = max(1, ceil(density · n)) elements at random: one in each of k almost equal cells.
 
-    The places follow from ``seed`` and ``step``, so no index is sent, and ranks with the same seed name the same
+    The positions follow from ``seed`` and ``step``, so no index is sent, and ranks with the same seed select the same
     elements.
     """
     name = f"randomk({density}, seed={seed})"
@@ -221,5 +218,5 @@ def randomk(density: float, seed: int = 0) -> Compressor:
 
 
 def count_of(density: float, n: int) -> int:
-    """k = max(1, ceil(density · n)), 0 of nothing."""
+    """k = max(1, ceil(density · n)); 0 of an empty vector."""
     return min(n, max(1, math.ceil(density * n)))

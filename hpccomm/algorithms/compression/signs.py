@@ -22,8 +22,6 @@ from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 from hpccomm.kernels.vectors.reference import Octets, Vector
 
-# One bit
-
 
 def onebit(scale: Literal["l1", "per-sign"] = "l1") -> Compressor:
     """The sign of each element, 0 counting as plus, times a scale.
@@ -60,10 +58,10 @@ def onebit(scale: Literal["l1", "per-sign"] = "l1") -> Compressor:
 
 
 def sign_majority() -> Compressor:
-    """One vote ±1 an element, 0 counting as plus; ranks agree on what most voted for, a tie is plus.
+    """One vote ±1 an element, 0 counting as plus; the result is the majority of the ranks, plus in a tie.
 
-    signSGD with majority vote (Bernstein et al., ICML 2018).  There is no error feedback in it; with feedback what is
-    kept is p ∓ 1.
+    signSGD with majority vote (Bernstein et al., ICML 2018).  The method has no error feedback; with feedback the
+    residual is p ∓ 1.
     """
     name = "sign_majority()"
 
@@ -80,6 +78,6 @@ def sign_majority() -> Compressor:
 
 
 def signs_message(n: int, plus: float, minus: float) -> tuple[Message, Octets]:
-    """A message without its bits, and where they go: n/8 bytes behind the value for minus."""
+    """A message with room for its bits, and that room: n/8 bytes after the value for minus."""
     message = message_of(Kind.SIGNS, n, [np.array([minus], "<f4"), np.empty(-(-n // 8), np.uint8)], scale=plus, count=n)
     return message, message[HEADER_BYTES + 4 :]

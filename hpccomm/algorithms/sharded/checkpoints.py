@@ -1,10 +1,10 @@
-"""Divided model states on disk: one copy of the model, whatever number of ranks divides it when it is read.
+"""Sharded checkpoints: one copy of the model on disk, to be read by any number of ranks.
 
-*p ranks of a partition group; Ψ parameters.*  Only the first partition group writes, each of its ranks a file of its
-shards; a note in JSON, which says what belongs together, is written by rank 0 when all files lie there, and only then
-are older ones removed.  So whatever ends a run, and whenever, the note names a whole set.  Whoever reads takes from
-those files the elements that it holds now: any number of ranks, any partition size, any stage, and any Python that has
-NumPy, as :func:`export` writes the weights as arrays by name.
+*p ranks of a partition group; Ψ parameters.*  Only the first partition group writes: each of its ranks one file of its
+shards.  When all files exist, rank 0 writes a note in JSON that names the set, and then removes older files, so the
+note names a complete set even if the run is killed at any point.  A reader takes the elements that it holds from these
+files: any number of ranks, any partition size and any stage can continue.  :func:`export` writes the weights as named
+arrays for any program with NumPy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib
 
 
 def run_collectively(comm: Any, what: str, action: Callable[[], Any]) -> Any:
-    """What ``action`` returns on this rank; raises on all ranks if it raises on one (collective)."""
+    """Run ``action`` on this rank; raises on all ranks if it raises on one (collective)."""
     found, problem = None, ""
     try:
         found = action()
@@ -42,10 +42,10 @@ def run_collectively(comm: Any, what: str, action: Callable[[], Any]) -> Any:
 
 
 def save_shards(folder: Path, name: str, states: ShardedModel, **note: Any) -> None:
-    """Keep divided states, and ``note`` in JSON beside them, in a folder that all ranks see (collective).
+    """Save sharded states, with ``note`` in JSON beside them, in a folder shared by all ranks (collective).
 
-    Call it between optimizer steps, not between micro-steps.  Raises on all ranks where one cannot write; then what was
-    saved before is still whole.
+    Call it between optimizer steps, not between micro-steps.  Raises on all ranks if one cannot write; the older
+    checkpoint is then still complete.
     """
     comm, writes = states.groups.world, states.groups.replication.rank == 0
     taken = [name for name, count in states.counts.items() if count]
@@ -70,7 +70,7 @@ def save_shards(folder: Path, name: str, states: ShardedModel, **note: Any) -> N
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
-    """The files that the note names; none where there is no note yet."""
+    """The files that the note names; none without a note."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / f"{name}.json"
     if not note.exists():
@@ -80,7 +80,7 @@ def files_of(folder: Path, name: str) -> list[Path]:
 
 
 def file_of(folder: Path, name: str, steps: int, place: int, ranks: int) -> Path:
-    """One rank's shards."""
+    """The file of one rank's shards."""
     return folder / f"{name}.step{steps}.shard{place}of{ranks}.npz"
 
 
@@ -93,7 +93,7 @@ def contents(states: ShardedModel) -> dict[str, Any]:
 
 
 def is_sharded(path: str, leaf: Any, states: ShardedModel) -> bool:
-    """Whether a leaf of the optimizer's state has a number for each weight; raises for other arrays."""
+    """Whether a leaf of the optimizer's state has one number for each weight; raises for other arrays."""
     if not isinstance(leaf, np.ndarray) or leaf.ndim == 0:
         return False
     if leaf.shape != states.master.shape:
@@ -102,12 +102,12 @@ def is_sharded(path: str, leaf: Any, states: ShardedModel) -> bool:
 
 
 def split_by_unit(states: ShardedModel, vector: Vector) -> tuple[Vector, ...]:
-    """A vector of all shards as one of each unit."""
+    """The shard of each unit in a vector of all shards."""
     return tuple(vector[unit.own_slice] for unit in states.units.values())
 
 
 def write_note(file: Path, note: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Replace the note atomically."""
     new = file.with_suffix(".new")
     with new.open("w", encoding="utf-8") as stream:
         json.dump(note, stream, indent=1)
@@ -118,7 +118,7 @@ def write_note(file: Path, note: dict[str, Any]) -> None:
 
 
 def read_note(file: Path) -> dict[str, Any]:
-    """What :func:`save_shards` noted; raises for anything else."""
+    """The note of :func:`save_shards`; raises for any other file."""
     try:
         note = json.loads(file.read_text(encoding="utf-8"))
         complete = {"steps", "ranks", "loss_scale", "units", "dtype"} <= note.keys()
@@ -130,10 +130,10 @@ def read_note(file: Path) -> dict[str, Any]:
 
 
 def load_shards(folder: Path, name: str, states: ShardedModel) -> dict[str, Any]:
-    """Go on from :func:`save_shards`, with any number of ranks; returns the note (collective).
+    """Restore the states of :func:`save_shards`, on any number of ranks; returns the note (collective).
 
-    Raises on all ranks for another model or optimizer and for files that are missing or cut short; then nothing has
-    changed.
+    Raises on all ranks for another model or optimizer and for files that are missing or truncated; the states are then
+    unchanged.
     """
     what = f"load_shards {folder}"
     note, master, state = run_collectively(states.groups.world, what, lambda: read_states(folder, name, states))
@@ -144,7 +144,7 @@ def load_shards(folder: Path, name: str, states: ShardedModel) -> dict[str, Any]
 
 
 def read_states(folder: Path, name: str, states: ShardedModel) -> tuple[dict[str, Any], Vector, Any]:
-    """The note, and this rank's weights and optimizer state, put together from the files."""
+    """The note, and this rank's weights and optimizer state, assembled from the files."""
     note = read_note(folder / f"{name}.json")
     sizes = {unit.name: unit.size for unit in states.units.values()}
     if sizes != note["units"] or str(states.master.dtype) != note["dtype"]:
@@ -165,7 +165,7 @@ def read_states(folder: Path, name: str, states: ShardedModel) -> tuple[dict[str
             ) from None
 
     def vector(key: str) -> Vector:
-        parts = [piece for unit in states.units.values() for piece in read_blocks(unit, note["ranks"], key, entry)]
+        parts = [block for unit in states.units.values() for block in read_blocks(unit, note["ranks"], key, entry)]
         return np.concatenate(parts) if parts else np.empty(0, states.master.dtype)
 
     def leaf(path: str, like: Any) -> Any:
@@ -182,7 +182,7 @@ def read_states(folder: Path, name: str, states: ShardedModel) -> tuple[dict[str
 
 
 def read_blocks(unit: Unit, ranks: int, key: str, entry: Callable[[int, str], Any]) -> Iterator[Vector]:
-    """What this rank holds of a unit, from the files of ``ranks`` ranks."""
+    """This rank's elements of a unit, from the files of ``ranks`` ranks."""
     for place in range(ranks):
         lo, hi = bounds(unit.size, ranks, place)
         first, stop = max(lo, unit.lo), min(hi, unit.hi)
@@ -193,7 +193,7 @@ def read_blocks(unit: Unit, ranks: int, key: str, entry: Callable[[int, str], An
 def export(path: str | os.PathLike[str], states: ShardedModel) -> None:
     """The whole model's weights, ``"layer.tensor"`` each, for ``numpy.load`` (collective).
 
-    Rank 0 writes, a unit at a time, and never holds more than one.  The file is there whole or not at all.
+    Rank 0 writes one unit at a time and never holds more than one.  The file is replaced atomically.
     """
     what = f"export {os.fspath(path)}"
     if states.groups.replication.rank == 0:
@@ -206,7 +206,7 @@ def export(path: str | os.PathLike[str], states: ShardedModel) -> None:
 
 
 def write_export(target: Path, states: ShardedModel) -> None:
-    """Write the file on rank 0; what goes wrong is told when all units have been gathered."""
+    """Write the file on rank 0; an error is raised after all units have been gathered."""
     units = states.consolidate()
     handle, temporary = None, None
     try:

@@ -1,8 +1,8 @@
-"""What an optimizer step of divided model states costs on a cluster that need not exist.
+"""The predicted time of an optimizer step of sharded model states, on any cluster.
 
 *N ranks, k on a node, p of them share a copy, R = N/p copies; s micro-steps; Ψ parameters in L layers of one size, M
-bytes of them as they travel; α, β of :mod:`hpccomm.performance.cost`.*  A layer is computed while the next one is
-gathered; on the way back the layer's gradient is reduced on the same links, so both are added up::
+bytes on the wire; α, β of :mod:`hpccomm.performance.cost`.*  The gather of a layer overlaps with computing the layer
+before; in the backward pass the reduction uses the same links as the gather, so their times add up::
 
     forward       L · max(computing, gather)
     backward      L · max(computing, gather + reduce-scatter)      twice the computing, three times where recomputed
@@ -32,7 +32,7 @@ STATE_BYTES = 16
 
 
 class Shape(NamedTuple):
-    """Who divides what: p ranks a copy."""
+    """The ranks, and the p of them that share a copy."""
 
     ranks: int
     per_node: int
@@ -46,29 +46,29 @@ class Shape(NamedTuple):
         return self.ranks // self.partition
 
     @property
-    def spans(self) -> bool:
+    def crosses_nodes(self) -> bool:
         """Whether a copy lies on several nodes."""
         return self.partition > self.per_node
 
 
 class Job(NamedTuple):
-    """What is trained."""
+    """The training job."""
 
     parameters: float
     layers: int
     micro_steps: int
     forward_us: float
-    """A layer's computing on the way forward, for a micro-step of one rank."""
+    """Forward time of a layer, for a micro-step of one rank."""
     recompute: bool = True
-    """Forward once more on the way back."""
+    """The backward pass repeats the forward pass."""
     word: int = 2
-    """Bytes of a parameter, and of its gradient, on their way in the partition group."""
+    """Bytes of a parameter and of its gradient on the wire, in the partition group."""
     shard_word: int = 4
-    """And of a gradient in the second hop."""
+    """Bytes of a gradient in the second hop."""
 
 
 class Cost(NamedTuple):
-    """A step in microseconds; what overlaps is not in their sum."""
+    """A step and its parts in microseconds; the parts overlap, so their sum exceeds the step."""
 
     step: float
     computing: float
@@ -79,7 +79,7 @@ class Cost(NamedTuple):
 
 
 class Volume(NamedTuple):
-    """Bytes of a step, in multiples of M where both hops travel alike."""
+    """Bytes of a step, in multiples of M (the same word length in both hops)."""
 
     gathers: float
     first: float
@@ -92,41 +92,41 @@ class Volume(NamedTuple):
 
 
 def rank_volume(shape: Shape, micro_steps: int) -> Volume:
-    """What a rank sends: 2s(p-1)/p, s(p-1)/p, 2(R-1)/(R p)."""
+    """Sent by a rank: 2s(p-1)/p, s(p-1)/p, 2(R-1)/(R p)."""
     share, copies = (shape.partition - 1) / shape.partition, shape.copies
     return Volume(2 * micro_steps * share, micro_steps * share, 2 * (copies - 1) / (copies * shape.partition))
 
 
 def link_volume(shape: Shape, micro_steps: int, *, flat_reduce: bool = False) -> Volume:
-    """What passes a node's link in either direction.
+    """Bytes through a node's link in each direction.
 
-    (p-k)/p a gather or reduction in two levels, (p-1)/p a flat one, nothing inside nodes; 2(R-1)/R · k/p.  With
+    A gather or reduction takes (p-k)/p in two levels, (p-1)/p if flat, 0 inside nodes; hop two 2(R-1)/R · k/p.  With
     ``flat_reduce`` only gathers take two levels, as in the paper.
     """
     p, k, copies = shape.partition, shape.per_node, shape.copies
-    flat = (p - 1) / p if shape.spans else 0.0
-    two = (p - k) / p if shape.spans and shape.two_levels else flat
+    flat = (p - 1) / p if shape.crosses_nodes else 0.0
+    two = (p - k) / p if shape.crosses_nodes and shape.two_levels else flat
     return Volume(
         2 * micro_steps * two, micro_steps * (flat if flat_reduce else two), 2 * (copies - 1) / copies * k / p
     )
 
 
 def gather_us(shape: Shape, nbytes: float, machine: Machine) -> float:
-    """One unit's gather."""
-    if shape.spans and shape.two_levels and shape.per_node > 1:
+    """Time to gather one unit."""
+    if shape.crosses_nodes and shape.two_levels and shape.per_node > 1:
         return price(hierarchical.build_allgather(homes(shape)), homes(shape), nbytes, machine).us
     return group_us(RING["allgather"], shape, nbytes, machine)
 
 
 def reduce_us(shape: Shape, nbytes: float, machine: Machine) -> float:
-    """One unit's reduce-scatter."""
-    if shape.spans and shape.two_levels and shape.per_node > 1:
+    """Time to reduce-scatter one unit."""
+    if shape.crosses_nodes and shape.two_levels and shape.per_node > 1:
         return price(hierarchical.build_reduce_scatter(homes(shape)), homes(shape), nbytes, machine).us
     return group_us(RING["reduce_scatter"], shape, nbytes, machine)
 
 
 def group_us(algorithm: Algorithm, shape: Shape, nbytes: float, machine: Machine) -> float:
-    """One call of a partition group."""
+    """Time of one call in a partition group."""
     return price(algorithm, homes(shape), nbytes, machine).us if shape.partition > 1 else 0.0
 
 
@@ -136,7 +136,7 @@ def homes(shape: Shape) -> list[int]:
 
 
 def second_us(shape: Shape, nbytes: float, machine: Machine) -> float:
-    """The second hop of a model whose gradients take ``nbytes``."""
+    """Time of the second hop of a model whose gradients take ``nbytes``."""
     if shape.copies == 1:
         return 0.0
     shared = Link(machine.inter.alpha, machine.inter.beta * min(shape.per_node, shape.ranks))
@@ -145,7 +145,7 @@ def second_us(shape: Shape, nbytes: float, machine: Machine) -> float:
 
 
 def step_cost(job: Job, shape: Shape, machine: Machine) -> Cost:
-    """One optimizer step."""
+    """The predicted time of one optimizer step."""
     nbytes, s = job.parameters * job.word / job.layers, job.micro_steps
     gather, first = gather_us(shape, nbytes, machine), reduce_us(shape, nbytes, machine)
     second = second_us(shape, job.parameters * job.shard_word, machine)
@@ -156,12 +156,12 @@ def step_cost(job: Job, shape: Shape, machine: Machine) -> Cost:
 
 
 def weak_scaling(job: Job, before: Shape, after: Shape, machine: Machine) -> float:
-    """How much of a rank's throughput is left when ``before`` grows to ``after``, each rank's work staying as it is."""
+    """Throughput of a rank on ``after`` relative to ``before``, at constant work for each rank."""
     return step_cost(job, before, machine).step / step_cost(job, after, machine).step
 
 
 def fit_latency(job: Job, before: Shape, after: Shape, machine: Machine, left: float) -> Machine:
-    """The machine whose latency between nodes leaves just ``left`` of the throughput (0 to 1 ms; by bisection)."""
+    """The machine whose inter-node latency reduces throughput to ``left`` (bisection between 0 and 1 ms)."""
     low, high = 0.0, 1e3
     for _ in range(16):
         tried = machine._replace(inter=Link((low + high) / 2, machine.inter.beta))

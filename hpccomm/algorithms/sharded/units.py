@@ -1,8 +1,8 @@
-"""Model states divided over ranks, in flat units of a layer each (ZeRO: Rajbhandari et al., SC 2020).
+"""Model states sharded over ranks, in flat units of one layer each (ZeRO: Rajbhandari et al., SC 2020).
 
-*N ranks; a partition group of p of them holds one copy of what is divided, the R = N/p ranks with the same place in
-their groups, a replication group, hold the same part of it; Ψ parameters, M bytes of them as they travel; s
-micro-steps in an optimizer step.*  A unit is padded to p equal shards; shard j lies on place j of every group::
+*N ranks; a partition group of p ranks holds one copy of the sharded states; a replication group, the R = N/p ranks at
+the same position in their partition groups, hold the same shards; Ψ parameters, M bytes on the wire; s micro-steps in
+an optimizer step.*  A unit is padded to p equal shards; rank j of every partition group holds shard j::
 
     gather(unit)              allgather in the partition group               (p−1)/p · M
     reduce_accumulate(unit)   first hop: reduce-scatter there, add to shard  (p−1)/p · M
@@ -10,14 +10,14 @@ micro-steps in an optimizer step.*  A unit is padded to p equal shards; shard j 
                               in the replication group                       2(R−1)/(R·p) · M
                               ÷ (N·s), norm, clipping, optimizer on the shard
 
-Per rank, in each micro-step that gathers in forward and in backward, but for the second hop, which comes once in an
-optimizer step.  What is divided is said by the ``stage``: 3 parameters, gradients and optimizer state; 2 gradients and
-optimizer state; 1 optimizer state.  Groups of all ranks are ZeRO, groups of one are data parallelism, others MiCS
-(:mod:`hpccomm.algorithms.sharded.groups`).
+These are bytes for each rank and call.  A micro-step gathers in forward and in backward; the second hop comes once in
+an optimizer step.  The ``stage`` selects the sharded states: 3 parameters, gradients and optimizer state; 2 gradients
+and optimizer state; 1 optimizer state.  Partition groups of all ranks are ZeRO, groups of one rank data parallelism,
+others MiCS (:mod:`hpccomm.algorithms.sharded.groups`).
 
-Gradients are added up in float32, whatever they travel in, and the optimizer works on a float32 master copy, from
-which parameters of 16 bits are rounded anew for every gather.  So a rank holds 4 bytes of gradient, 4 of weights and
-what its optimizer wants, for Adam 8: 16Ψ/p.  A step that finds a gradient that is not finite is left out on all ranks.
+Gradients are added in float32, whatever their dtype on the wire, and the optimizer works on a float32 master copy, from
+which 16-bit parameters are rounded for every gather.  A rank holds 4 bytes of gradient, 4 of weights and the
+optimizer's state, 8 for Adam: 16Ψ/p.  If a gradient is not finite, all ranks skip the step.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 Optimizer = Transform | Callable[[Bucket, NormReduce | None], Transform]
-"""A transform that treats every element alike, or what makes one of this rank's parts of all tensors and the reduction
-that completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
+"""An elementwise transform, or a function that makes one from the bucket of this rank's shards and the reduction that
+completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
 UNIT_BUFFERS = 2
-"""Gathered units at a time: one is computed with while the next one arrives."""
+"""Units gathered at a time: one in use, one being prefetched."""
 
 
 class Groups(NamedTuple):
-    """Who divides a copy of the model with this rank, and who holds the same part of it."""
+    """All ranks, the ranks that share a copy of the model with this one, and the ranks that hold the same shards."""
 
     world: Any
     partition: Any
@@ -61,16 +61,16 @@ class Groups(NamedTuple):
 
 
 class LossScale(NamedTuple):
-    """By what losses are multiplied so that gradients of 16 bits do not vanish; all ranks agree on it."""
+    """The factor of the loss that keeps 16-bit gradients from underflow; the same on all ranks."""
 
     value: float = 1.0
     interval: int = 0
-    """After so many steps without overflow it doubles; 0 keeps it for ever.  After one with overflow it halves."""
+    """Steps without overflow after which the factor doubles (0: it is constant).  An overflow halves it."""
     good_steps: int = 0
-    """Steps since it changed."""
+    """Steps since the last change."""
 
     def update(self, overflow: bool) -> LossScale:
-        """What the next step takes."""
+        """The loss scale of the next step."""
         if not self.interval:
             return self
         if overflow:
@@ -81,18 +81,18 @@ class LossScale(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an optimizer step found, the same on all ranks."""
+    """The outcome of an optimizer step, the same on all ranks."""
 
     norm: float
-    """Of the mean gradient of all ranks, before it is clipped."""
+    """Norm of the mean gradient of all ranks, before clipping."""
     overflow: bool
-    """It was not finite, and the step is left out."""
+    """The gradient was not finite, and the step was skipped."""
     loss_scale: float
-    """For the next step."""
+    """The loss scale of the next step."""
 
 
 class Hops(NamedTuple):
-    """What each kind of exchange has cost this rank: seconds waited for it, bytes sent by its formula."""
+    """The cost of each kind of exchange on this rank: seconds waited, and bytes sent by its formula."""
 
     gather: ExchangeReport = ExchangeReport()
     first: ExchangeReport = ExchangeReport()
@@ -105,9 +105,9 @@ class Memory(NamedTuple):
     states: int
     """Weights, gradients, optimizer state."""
     parameters: int
-    """Room for whole units: those gathered, or at stages 1 and 2 the whole model."""
+    """Whole units: the gathered ones, or at stages 1 and 2 the whole model."""
     workspace: int
-    """Room for a whole unit's gradient, and for shards on their way."""
+    """Buffers for a whole unit's gradient, and for shards to be sent."""
 
 
 class Unit:
@@ -119,41 +119,42 @@ class Unit:
         self.padded_size = ranks * self.shard_size
         self.lo, self.hi = bounds(self.size, ranks, place)
         self.own_slice = slice(first, first + self.hi - self.lo)
-        """Where this rank's part lies in its vectors."""
+        """This rank's shard in the vectors of all its shards."""
 
 
 def bounds(size: int, ranks: int, place: int) -> tuple[int, int]:
-    """What shard ``place`` of ``ranks`` holds of a unit, without padding."""
+    """The elements of a unit in shard ``place`` of ``ranks``, without padding."""
     shard = -(-size // ranks)
     return min(place * shard, size), min((place + 1) * shard, size)
 
 
 class UnitBuffer:
-    """Room for a gathered unit."""
+    """The buffer of a gathered unit."""
 
     def __init__(self, room: Vector) -> None:
         self.room = room
         self.unit: Unit | None = None
         self.arrival: Future[int] | None = None
-        """In the end it holds the bytes that were sent."""
+        """Its result is the number of bytes sent."""
 
 
 class Gather:
-    """Allgathers in the partition group, on a communicator of their own; ``algorithm`` as its communicator names it."""
+    """Allgathers in the partition group, on a communicator of their own, by ``algorithm`` or its choice."""
 
     def __init__(self, partition: Any, algorithm: str) -> None:
         self.comm, self.kwargs = partition.Dup(), algorithm_kwargs(algorithm)
 
     def __call__(self, shard: Vector, whole: Vector) -> int:
-        """Gather equal shards, in the order of ranks; returns bytes sent."""
+        """Gather equal shards, in rank order; returns the bytes sent."""
         self.comm.Allgather(view_for_mpi(shard), view_for_mpi(whole), **self.kwargs)
         return int((self.comm.size - 1) * shard.nbytes)
 
 
 class Reduce:
-    """Reduce-scatters of shards of up to ``longest`` elements; 16-bit floats are added in 32 bits.
+    """Reduce-scatters of shards of up to ``longest`` elements; 16-bit floats are added in float32.
 
-    They travel in 16, each rank's to whom it is for; but by a named ``algorithm``, which adds on the way, in 32.
+    16-bit shards travel by all-to-all and are summed in float32 at the receiver.  A named ``algorithm`` adds on the
+    way, so it takes shards widened to float32.
     """
 
     def __init__(self, partition: Any, algorithm: str, longest: int, dtype: np.dtype[Any]) -> None:
@@ -169,7 +170,7 @@ class Reduce:
         self.nbytes = self.receive_buffer.nbytes + self.wide_buffer.nbytes
 
     def __call__(self, room: Vector, total: Vector) -> int:
-        """Add this rank's shard of the sum, without padding, to ``total``; returns bytes sent."""
+        """Add this rank's shard of the sum, without padding, to ``total``; returns the bytes sent."""
         shard = room.size // self.ranks
         if self.uses_alltoall:
             arrived = self.receive_buffer[: room.size]
@@ -188,26 +189,26 @@ class Reduce:
 
 
 def algorithm_kwargs(algorithm: str) -> dict[str, str]:
-    """What names an algorithm; MPI's own communicators know none."""
+    """The keyword for an algorithm; MPI's own communicators do not take it."""
     return {"algorithm": algorithm} if algorithm else {}
 
 
 def allocate_shared(comm: Any, elements: int, dtype: np.dtype[Any]) -> Vector:
-    """Memory that the ranks of a node see, where the communicator has such (collective)."""
+    """An array in memory shared by the ranks of a node, where the communicator has it (collective)."""
     made: Vector = getattr(comm, "empty", np.empty)(elements, dtype)
     return made
 
 
 class ShardedModel:
-    """A model in training whose states are divided over the ranks (creating it is collective).
+    """A model in training whose states are sharded over the ranks (the constructor is collective).
 
-    ``units`` are the layers, ``{"layer0": {"w": array, "b": array}, …}`` or an iterable of such pairs, which is asked
-    for one at a time, so that no rank ever holds the whole model; float32 or float64, and rank 0's values count.
+    ``units`` are the layers, ``{"layer0": {"w": array, "b": array}, …}`` or an iterable of such pairs, which is
+    consumed one by one, so that no rank holds the whole model; float32 or float64; the values of rank 0 are used.
     ``optimizer``: see :data:`Optimizer`; :func:`adamw` steps in place.  ``dtype`` is that of gathered parameters and
-    of gradients: float32, float16 or bfloat16; the master's if not said.  ``max_norm`` clips the global gradient.
-    ``loss_scale`` is for float16.  ``ahead=`` of :meth:`gather` works on a thread of its own where the MPI library
-    permits it; ``overlap=False`` does without.  ``algorithm`` is that by which the partition group gathers and adds up,
-    as its communicator names it; the communicator's choice if not said.
+    of gradients: float32, float16 or bfloat16, by default the master's.  ``max_norm`` clips the global gradient.
+    ``loss_scale`` is for float16.  ``ahead=`` of :meth:`gather` prefetches on a thread where the MPI library permits
+    it; ``overlap=False`` turns the thread off.  ``algorithm`` names the partition group's algorithm for gathers and
+    reductions; by default its communicator chooses.
 
     >>> import numpy as np
     >>> from mpi4py import MPI
@@ -248,19 +249,19 @@ class ShardedModel:
         self.total = np.zeros(
             self.master.size if stage > 1 else sum(u.size for u in self._unit_list), self.master.dtype
         )
-        """Gradients so far: this rank's shards, at stage 1 the whole units one after the other."""
+        """The sum of gradients: this rank's shards, at stage 1 the whole units one after the other."""
         bucket = Bucket(dict(self._shard_sizes()), self.master.dtype, exempt=list(self._exempt_names()))
         norms = self._sum_over_partition if self.ranks > 1 else None
         self.optimizer = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, norms)
         self.state = self.optimizer.init(self.master)
         self.steps, self.hops = 0, Hops()
         self.counts = dict.fromkeys(self.units, 0)
-        """Gradients that each unit has seen since the last step."""
+        """Gradients added for each unit since the last step."""
         self.calls: list[str] = []
-        """What was gathered and reduced since the last step, in order: ranks must agree on it."""
-        self._make_room(whole, overlap, algorithm)
+        """The gathers and reductions since the last step, in order: they must be the same on all ranks."""
+        self._allocate_buffers(whole, overlap, algorithm)
 
-    # What is where
+    # Shards and buffers
 
     @property
     def _unit_list(self) -> Iterable[Unit]:
@@ -268,11 +269,11 @@ class ShardedModel:
 
     @property
     def _gathers(self) -> bool:
-        """Whether gathering sends anything."""
+        """Whether a gather communicates."""
         return self.stage == 3 and self.ranks > 1
 
     def _take_shards(self, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]) -> tuple[Vector, list[Vector]]:
-        """This rank's part of the first weights, and at stages 1 and 2 all of them."""
+        """This rank's shards of the initial weights, and at stages 1 and 2 all weights."""
         parts, whole, first = [], [], 0
         for name, tensors in units.items() if isinstance(units, Mapping) else units:
             require(name not in self.units, f"{self.who}: two units are called {name!r}: give each a name of its own")
@@ -288,8 +289,8 @@ class ShardedModel:
         require(len(kinds) == 1, f"{self.who}: units of {', '.join(map(str, kinds))}: cast them to one dtype")
         return np.concatenate(parts), whole
 
-    def _make_room(self, whole: list[Vector], overlap: bool, algorithm: str) -> None:
-        """All memory that steps will need."""
+    def _allocate_buffers(self, whole: list[Vector], overlap: bool, algorithm: str) -> None:
+        """Allocate all buffers of the steps."""
         longest, shard = (
             max(getattr(unit, what) for unit in self._unit_list) for what in ("padded_size", "shard_size")
         )
@@ -298,17 +299,17 @@ class ShardedModel:
         self._reduce = Reduce(self.groups.partition, algorithm, shard, kind) if self.ranks > 1 else None
         self.buffers = [UnitBuffer(np.empty(longest, self.dtype)) for _ in range(UNIT_BUFFERS)] if self._gathers else []
         self.gradients = allocate_shared(self.groups.partition, longest, self.dtype)
-        """A whole unit's gradient."""
+        """The buffer of a whole unit's gradient."""
         self.shard = (
             allocate_shared(self._collect.comm, shard, self.dtype) if self._collect else np.zeros(shard, self.dtype)
         )
-        """A shard on its way out."""
+        """The buffer of a shard to be sent."""
         if self._collect and self.dtype == self.master.dtype:
             room = allocate_shared(self._collect.comm, sum(unit.shard_size for unit in self._unit_list), self.dtype)
             room[: self.master.size] = self.master
             self.master = room[: self.master.size]
         self.parameters: dict[str, Vector] = {}
-        """All parameters, where they are neither gathered nor the master's own."""
+        """All parameters, where a rank keeps them whole beside the master copy."""
         if self.stage < 3 and self.ranks > 1:
             self.parameters = {
                 u.name: narrow(v, self.dtype).copy() for u, v in zip(self._unit_list, whole, strict=True)
@@ -318,7 +319,7 @@ class ShardedModel:
         self.prefetcher = ThreadPoolExecutor(1, "gather") if overlap and self._gathers and threads_may_talk() else None
 
     def _shard_sizes(self) -> Iterator[tuple[str, tuple[int]]]:
-        """All tensors by name, with as many elements as this rank holds of each."""
+        """The name of each tensor, and the number of its elements on this rank."""
         for unit in self._unit_list:
             for slot in unit.bucket.table:
                 lo, hi = max(slot.offset, unit.lo), min(slot.offset + slot.length, unit.hi)
@@ -335,7 +336,7 @@ class ShardedModel:
 
     @property
     def memory(self) -> Memory:
-        """What lies on this rank."""
+        """The memory of this rank."""
         state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray))
         whole = sum(vector.nbytes for vector in self.parameters.values()) + sum(
             slot.room.nbytes for slot in self.buffers
@@ -346,9 +347,9 @@ class ShardedModel:
     # Parameters
 
     def gather(self, name: str, ahead: str | None = None) -> dict[str, npt.NDArray[Any]]:
-        """The unit's parameters by name, to be read until :meth:`release` (collective in the partition group).
+        """The unit's parameters by name, valid until :meth:`release` (collective in the partition group).
 
-        ``ahead`` names the unit that will be gathered next: it begins to arrive now.  All ranks of a partition group
+        ``ahead`` names the unit that will be gathered next: its prefetch starts now.  All ranks of a partition group
         gather the same units in the same order.
         """
         unit, following = self._unit(name, "gather"), None if ahead is None else self._unit(ahead, "gather: ahead")
@@ -372,7 +373,7 @@ class ShardedModel:
         return views(unit, slot.room)
 
     def release(self, name: str) -> None:
-        """The unit's parameters are not read any more; the next gather may use their room."""
+        """End the use of the unit's parameters; the next gather may reuse their buffer."""
         unit = self._unit(name, "release")
         if not self._gathers:
             return
@@ -385,7 +386,7 @@ class ShardedModel:
         return next((slot for slot in self.buffers if slot.unit is unit), None)
 
     def _begin(self, unit: Unit) -> UnitBuffer:
-        """Let a unit arrive in a free slot."""
+        """Start the gather of a unit into a free buffer."""
         slot = next((each for each in self.buffers if each.unit is None), None)
         if slot is None:
             held = " and ".join(repr(each.unit.name) for each in self.buffers if each.unit)
@@ -400,11 +401,11 @@ class ShardedModel:
         return slot
 
     def _fetch(self, unit: Unit, room: Vector) -> int:
-        """Gather a unit; one at a time, in the order of the calls."""
+        """Gather a unit; gathers run one at a time, in the order of the calls."""
         return self._collect(self._cast_shard(unit), room) if unit.size and self._collect else 0
 
     def _cast_shard(self, unit: Unit) -> Vector:
-        """This rank's shard, as it travels."""
+        """This rank's shard, padded and in the dtype on the wire."""
         mine = self.master[unit.own_slice]
         if mine.size == unit.shard_size and mine.dtype == self.dtype:
             return mine
@@ -416,17 +417,17 @@ class ShardedModel:
     # Gradients
 
     def gradient(self, name: str) -> dict[str, npt.NDArray[Any]]:
-        """Room for the unit's gradient by name, to be written and given to :meth:`reduce_accumulate` as it is.
+        """The buffer of the unit's gradient by name, to be written and passed to :meth:`reduce_accumulate`.
 
-        There is one such room: the next unit's lies on the same memory.
+        There is one such buffer: the next unit uses the same memory.
         """
         return views(self._unit(name, "gradient"), self.gradients)
 
     def reduce_accumulate(self, name: str, gradient: Tensors | Vector) -> None:
-        """Add a micro-step's gradient, of the dtype that was said, to the shard (collective in the partition group).
+        """Add a micro-step's gradient, of ``dtype``, to the shards (collective in the partition group).
 
-        ``gradient``: what :meth:`gradient` gave, or tensors by name, or a flat vector; the mean over this rank's
-        samples, times the loss scale.
+        ``gradient``: the buffer of :meth:`gradient`, or tensors by name, or a flat vector; it is the mean over this
+        rank's samples, times the loss scale.
         """
         unit = self._unit(name, "reduce_accumulate")
         room = self.gradients[: unit.padded_size]
@@ -440,12 +441,12 @@ class ShardedModel:
             self._reduce_unit(unit, room, self.total[unit.own_slice])
 
     def _unit_slice(self, unit: Unit) -> slice:
-        """Where a whole unit lies among whole units."""
+        """The slice of a whole unit in the vector of whole units."""
         first = sum(each.size for each in self._unit_list if each.number < unit.number)
         return slice(first, first + unit.size)
 
     def _reduce_unit(self, unit: Unit, room: Vector, total: Vector) -> None:
-        """The first hop of a unit: its shard of the sum over the partition group is added to ``total``."""
+        """The first hop of a unit: add this rank's shard of the sum over the partition group to ``total``."""
         assert self._reduce is not None
         began = perf_counter()
         try:
@@ -459,7 +460,7 @@ class ShardedModel:
     def boundary(self) -> Outcome:
         """The second hop and the optimizer's step (collective).
 
-        Every unit has seen the same number of gradients, on all ranks, and none is gathered.
+        Every unit must have the same number of gradients on all ranks, and no unit may be gathered.
         """
         micro_steps = self._count_micro_steps()
         if self.stage == 1 and self.ranks > 1:
@@ -482,7 +483,7 @@ class ShardedModel:
         return Outcome(norm, overflow, self.loss_scale.value)
 
     def _count_micro_steps(self) -> int:
-        """How many micro-steps there were; raises where ranks or units disagree, before anything is sent or changed."""
+        """The number of micro-steps; raises where ranks or units disagree, before gradients are sent or changed."""
         held = [slot.unit.name for slot in self.buffers if slot.unit]
         require(not held, f"{self.who}: boundary: {held} are gathered, or on their way: release them first")
         few, most = min(self.units, key=self.counts.__getitem__), max(self.units, key=self.counts.__getitem__)
@@ -519,7 +520,7 @@ class ShardedModel:
         return self.total if self.stage > 1 or self.ranks == 1 else self.total[: self.master.size]
 
     def _divide(self) -> None:
-        """Stage 1: the first hop of all units, their shards to the front of ``total``, which each leaves room for."""
+        """Stage 1: the first hop of all units, their shards go to the front of ``total``."""
         for unit in self._unit_list:
             room = np.zeros(unit.padded_size, self.total.dtype)
             room[: unit.size] = self.total[self._unit_slice(unit)]
@@ -537,7 +538,7 @@ class ShardedModel:
         self._record_cost("second", began, allreduce_bytes(part.nbytes, self.groups.replication.size))
 
     def _sum_over_partition(self, table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """The sum over the partition group in the order of its ranks: the same bits in every group."""
+        """The sum over the partition group in rank order: the same bits in every group."""
         if self.ranks == 1:
             return table
         everyone = np.empty((self.ranks, *table.shape))
@@ -557,7 +558,7 @@ class ShardedModel:
         self.refresh()
 
     def refresh(self) -> None:
-        """Gather all parameters anew where they are kept whole: after each step, and when others were loaded."""
+        """Gather all parameters where a rank keeps them whole: after each step, and after loading."""
         for name, vector in self.parameters.items():
             unit = self.units[name]
             if self.ranks == 1 or not unit.size:
@@ -577,7 +578,7 @@ class ShardedModel:
     def consolidate(self) -> Iterator[tuple[str, dict[str, npt.NDArray[Any]]]]:
         """Each unit's name and master weights by tensor, one unit after the other (collective in the partition group).
 
-        New arrays on every rank; a loop that ends early must do so on all ranks.
+        The arrays are new; a loop that ends early must end on all ranks.
         """
         for unit in self._unit_list:
             yield unit.name, unit.bucket.views(self._assemble(unit))
@@ -591,7 +592,7 @@ class ShardedModel:
         return whole[: unit.size]
 
     def close(self) -> None:
-        """End the thread and give back the communicator that was made for gathering (collective)."""
+        """Stop the prefetch thread and free the communicator of the gathers (collective)."""
         if self.prefetcher:
             self.prefetcher.shutdown()
         if self._collect:
@@ -599,14 +600,14 @@ class ShardedModel:
 
 
 def views(unit: Unit, vector: Vector) -> dict[str, npt.NDArray[Any]]:
-    """The unit's tensors in a vector that begins with them, of any dtype."""
+    """The unit's tensors at the start of a vector of any dtype."""
     return {
         slot.name: vector[slot.offset : slot.offset + slot.length].reshape(slot.shape) for slot in unit.bucket.table
     }
 
 
 def copy_gradient(unit: Unit, gradient: Tensors | Vector, room: Vector, who: str) -> None:
-    """Put a unit's gradient into ``room``, zeros behind it; raises for what is not one."""
+    """Copy a unit's gradient into ``room`` and pad it with zeros; raises for wrong names, shapes or dtypes."""
     if not isinstance(gradient, Mapping):
         if gradient.shape != (unit.size,) or gradient.dtype != room.dtype:
             raise ArgumentError(
@@ -631,7 +632,7 @@ def copy_gradient(unit: Unit, gradient: Tensors | Vector, room: Vector, who: str
 
 
 def check_dtypes(master: np.dtype[Any], travels: np.dtype[Any]) -> None:
-    """Raise for weights or parameters that are no floats of the sizes known here."""
+    """Raise for unsupported dtypes of weights or parameters."""
     require(master in (np.float32, np.float64), f"zero: the weights are {master}: pass float32, or float64")
     require(
         travels == master or reduction_dtype(travels) == np.float32,
@@ -654,7 +655,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Callable[[Bucket, NormReduce | None], Transform]:
-    """AdamW for :class:`ShardedModel`, in place: no memory beside its two moments."""
+    """AdamW for :class:`ShardedModel`, in place: it needs no memory besides its two moments."""
     from hpccomm.algorithms.large_batch import lamb
 
     return lambda bucket, reduce: lamb(bucket, lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, adapt=())
@@ -663,12 +664,12 @@ def adamw(
 def zero(
     comm: MPI.Intracomm, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]], optimizer: Optimizer, **how: Any
 ) -> ShardedModel:
-    """ZeRO: model states divided over all ranks; ``stage=3`` and what else :class:`ShardedModel` takes (collective)."""
+    """ZeRO: model states sharded over all ranks; ``how``: ``stage=3``, … of :class:`ShardedModel` (collective)."""
     return ShardedModel(Groups(comm, comm, comm.Split(comm.rank, 0)), units, optimizer, **how)
 
 
 def data_parallel(
     comm: MPI.Intracomm, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]], optimizer: Optimizer, **how: Any
 ) -> ShardedModel:
-    """Every rank holds everything; gradients are allreduced once in an optimizer step (collective)."""
+    """Every rank holds the whole model; gradients are allreduced once in an optimizer step (collective)."""
     return ShardedModel(Groups(comm, comm.Split(comm.rank, 0), comm), units, optimizer, **how)

@@ -150,7 +150,7 @@ def add_range(codes, scale, least, out, n):
 
 @register_jitable
 def uniform(i, key):
-    """Element i of :func:`hpccomm.kernels.compression.reference.uniforms`."""
+    """Element i of :func:`hpccomm.kernels.vectors.reference.uniforms`."""
     return F32(uniform_word(i, key)) * F32(2.0**-24)
 
 
