@@ -50,10 +50,10 @@ def instruction(result: Any, *arguments: Any) -> Any:
             return context.get_dummy_value() if result is none else value
 
         @wraps(emit)
-        def typed(context: Any, *given: Any) -> Any:
+        def define(context: Any, *given: Any) -> Any:
             return result(*arguments), generate
 
-        return intrinsic(typed)
+        return intrinsic(define)
 
     return make
 
