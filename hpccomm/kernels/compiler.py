@@ -13,7 +13,7 @@ from typing import Any
 
 import llvmlite.binding  # type: ignore[import-untyped]
 import numba
-import numpy as np
+from numpy import ndarray
 
 SOURCES = ("intrinsics.py", "simd.py", "shared_memory/records.py", "reductions/loops.py", "vectors/loops.py")
 _text = b"".join((Path(__file__).parent / each).read_bytes() for each in SOURCES)
@@ -58,8 +58,9 @@ def machine_code(function: Any) -> Any:
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a loop; an array is passed as its address, None as 0."""
-    numbers = [address_of(each) if each is None or isinstance(each, np.ndarray) else each for each in arguments]
-    return machine_code(function)(*numbers)
+    return machine_code(function)(
+        *[0 if x is None else x.__array_interface__["data"][0] if isinstance(x, ndarray) else x for x in arguments]
+    )
 
 
 def address_of(x: Any) -> int:
