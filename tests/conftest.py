@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 pytest_plugins = ["hpccomm.testing.lockstep"]
+
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")  # an example may take long on a loaded machine
 
 SERIAL_ROWS, MPI_ROWS = 4, 1
 """Rows of one parametrised test that ``--quick`` runs: of a serial test, and of an MPI test at each world size."""
