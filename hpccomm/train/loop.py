@@ -174,7 +174,7 @@ def batches(samples: int, epoch: int, settings: Settings) -> Iterator[npt.NDArra
 def epoch_of(
     number: int, totals: npt.NDArray[np.float64], ranks: int, data: Dataset, wire_bytes: int, dense: int
 ) -> Epoch:
-    """From the sums over the ranks of loss, right predictions, and seconds computing, exchanging and stepping."""
+    """The epoch from sums over the ranks: loss, right predictions, and seconds computing, exchanging and stepping."""
     shares = [len(data.targets), max(1, len(data.test_targets)), ranks, ranks, ranks]
     loss, accuracy, compute_s, communication_s, step_s = map(float, totals / shares)
     ratio = dense / wire_bytes if wire_bytes else None

@@ -407,7 +407,7 @@ def read_sparse(header: Header, payload: Octets, who: str) -> DecodedMessage:
 
 
 def read_cells(header: Header, payload: Octets, who: str) -> DecodedMessage:
-    """Values whose positions follow from a key."""
+    """Values at random positions, which the receiver computes from a key."""
     check_length(payload, 8 + 4 * header.elements, who)
     key = int(section(payload, 0, 1, "<u8", who)[0])
     if key >> 32:
