@@ -462,13 +462,7 @@ def slowmo(
 
 
 def diloco(
-    comm: MPI.Intracomm,
-    inner: Transform,
-    period: int = 500,
-    *,
-    lr: float = 0.7,
-    beta: float = 0.9,
-    check: bool = False,
+    comm: MPI.Intracomm, inner: Transform, period: int = 500, *, lr: float = 0.7, beta: float = 0.9, check: bool = False
 ) -> PeriodicTransform:
     """Nesterov's momentum on the updates of a block, around AdamW (Douillard et al., 2023, algorithm 1)."""
     check_decay("diloco: beta", beta)

@@ -347,10 +347,7 @@ def fold_in_order(parts: list[Any], op: MPI.Op) -> Any:
 
 
 def run_on_ranks(
-    size: int,
-    function: Callable[[Any], Any],
-    nodes: Sequence[int] | None = None,
-    patience: float = 60.0,
+    size: int, function: Callable[[Any], Any], nodes: Sequence[int] | None = None, patience: float = 60.0
 ) -> list[Any]:
     """Run ``function(comm)`` on ``size`` ranks and return the results; ``nodes`` names the node of each (default: one).
 

@@ -10,14 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compression.format import (
-    Compressor,
-    Kind,
-    Message,
-    demand_finite,
-    kernels,
-    message_of,
-)
+from hpccomm.algorithms.compression.format import Compressor, Kind, Message, demand_finite, kernels, message_of
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.compression import reference
 from hpccomm.kernels.compression.reference import Vector

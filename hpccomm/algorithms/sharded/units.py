@@ -648,12 +648,7 @@ def threads_may_talk() -> bool:
 
 
 def adamw(
-    lr: float | Schedule,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    lr: float | Schedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
 ) -> Callable[[Bucket, NormReduce | None], Transform]:
     """AdamW for :class:`ShardedModel`, in place: it needs no memory besides its two moments."""
     from hpccomm.algorithms.large_batch import lamb
