@@ -146,9 +146,6 @@ def global_model(state: PeriodicState, comm: MPI.Intracomm) -> Vector:
     return gather_shards(found.model, state.start.size, comm) if isinstance(state.outer, ShardState) else found.model
 
 
-# W and Δ divided over the ranks
-
-
 class ShardState(NamedTuple):
     """The cost of the exchanges, and the filter's state for this rank's shard."""
 
@@ -191,9 +188,6 @@ def gather_shards(part: Vector, n: int, comm: MPI.Intracomm) -> Vector:
     whole = np.empty(n, part.dtype)
     comm.Allgatherv(part, [whole, lengths(n, comm.size)])
     return whole
-
-
-# The inner optimizer's state at the end of a block
 
 
 def policy(local_state: str | LocalStatePolicy, comm: MPI.Intracomm, inner: Transform) -> LocalStatePolicy:

@@ -85,8 +85,6 @@ def restore_leaf(path: str, like: Any, value: Any) -> Any:
     return array.copy()
 
 
-# Another number of ranks
-
 LOCAL_FIELDS = ("residual", "momentum", "worker")
 """Fields that hold a rank's own unsent gradients: the steps to come apply their mean over the ranks."""
 SHARDED_FIELDS = ("server",)
@@ -118,9 +116,6 @@ def for_ranks(states: Sequence[Any], rank: int, size: int, reduce: Literal["mean
         return (total / parts).astype(leaf.dtype)
 
     return map_leaves(leaf_of, states[rank % len(states)])
-
-
-# Files
 
 
 def save(path: str | os.PathLike[str], **states: Any) -> None:

@@ -51,9 +51,6 @@ Weighting = Literal["workers", "batches"] | Callable[[], float]
 """The weight of a rank's update: equal, its batches in the block, or the increase of a running total of samples."""
 
 
-# A step that ends exactly at its target
-
-
 class ExactStep(np.ndarray[Any, np.dtype[Any]]):
     """A step whose sum with the weights it was made for is ``target``, bit for bit.
 
@@ -95,9 +92,6 @@ def exact_step(weights: Vector, target: Vector) -> Vector:
     return step
 
 
-# The inner optimizer's state at the end of a block
-
-
 class LocalStatePolicy(NamedTuple):
     """A policy: ``settle(began, ended, start, memory, steps) -> (inner, memory)``; the memory is its own state.
 
@@ -135,9 +129,6 @@ def average_leaf(leaf: Any, comm: MPI.Intracomm) -> Any:
     total = np.empty_like(send)
     comm.Allreduce(send, total)
     return narrow(total / comm.size, leaf.dtype)
-
-
-# The combinator
 
 
 class PeriodicState(NamedTuple):
@@ -262,8 +253,6 @@ class PeriodicSteps:
         self.group_id = comm.rank if group is None else group.allgather(comm.rank)[0]
         self.is_alone = comm.size == (1 if group is None else group.size)
 
-    # The transform
-
     def init(self, weights: Vector) -> PeriodicState:
         """A block begins."""
         start, inner = widen(weights).copy(), self.inner.init(weights)
@@ -306,8 +295,6 @@ class PeriodicSteps:
             local = narrow(target, weights.dtype)
         return exact_step(weights, local), state
 
-    # One step
-
     def step_comm(self, state: PeriodicState) -> MPI.Intracomm | None:
         """The ranks that step together with this one."""
         if state.updates < self.warmup and self.comm.size > 1:
@@ -346,8 +333,6 @@ class PeriodicSteps:
             return step, state
         target, state, _ = self.end_block(weights + step, state, last=False)
         return exact_step(weights, target), state
-
-    # The end of a block
 
     def end_block(self, local: Vector, state: PeriodicState, last: bool) -> tuple[Vector, PeriodicState, bool]:
         """The start of the next block, the state, and whether no rank has a batch left."""
@@ -411,9 +396,6 @@ class PeriodicSteps:
         comm.Allgather(mine, rows)
         cost = ExchangeReport(1, time.perf_counter() - began, mine.nbytes * (comm.size - 1))
         return rows, state._replace(report=state.report.add(cost))
-
-
-# Published methods that are one line of the above
 
 
 def local_sgd(

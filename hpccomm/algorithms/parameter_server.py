@@ -56,9 +56,6 @@ class Codec(Protocol):
         """Add the decoded message to ``out``."""
 
 
-# The rules, without messages
-
-
 class Rules(NamedTuple):
     """When a worker may read, and how a push is applied."""
 
@@ -187,9 +184,6 @@ def timeline(durations: Sequence[Sequence[float]], mode: Mode) -> list[Push]:
     return rows
 
 
-# Messages
-
-
 class ServerReport(NamedTuple):
     """The result of a server."""
 
@@ -266,8 +260,6 @@ class ParameterServer:
         first = sum(counts[:server])
         return slice(first, first + counts[server])
 
-    # A worker
-
     def pull(self) -> Vector:
         """The model, as soon as the mode allows the read; a new vector."""
         return self._ask(PULL)
@@ -302,8 +294,6 @@ class ParameterServer:
             self.weights[self.slice_of(server)] = payload.view(self.weights.dtype)
             self.version[server] = version
         return self.weights.copy()
-
-    # A server
 
     def serve(self, state: Any = None) -> ServerReport:
         """Apply pushes and answer reads until all workers have left.
@@ -368,8 +358,6 @@ class ParameterServer:
     def _answer(self, worker: int, weights: Vector, version: int) -> tuple[MPI.Request, Any]:
         letter = pack_message(REPLY, 0, version, weights.view(np.uint8))
         return self.comm.Isend(letter, self.servers + worker, TAG), letter
-
-    # Both
 
     def _send(self, to: int, what: int, payload: npt.NDArray[np.uint8], version: int) -> None:
         self.comm.Send(pack_message(what, self.clock, version, payload), to, TAG)

@@ -192,9 +192,6 @@ def every(k: int, inner: Transform) -> Transform:
     return Transform(init, update)
 
 
-# Checks
-
-
 def check_alike(gradient: Vector, weights: Vector) -> None:
     """Raise unless shapes and dtypes are equal: broadcasting or a cast would hide a mistake."""
     if gradient.shape != weights.shape or gradient.dtype != weights.dtype:

@@ -73,9 +73,6 @@ class Layers(NamedTuple):
                 begin = end
 
 
-# Terms
-
-
 def scale_by_global_norm(
     grad_norm: Literal["none", "clip", "normalise"], max_norm: float = 1.0, norm_reduce: NormReduce | None = None
 ) -> Term:
@@ -181,9 +178,6 @@ class TrustRatio(NamedTuple):
 def learning_rate(lr: float | Schedule, updates: float) -> float:
     """γ of the update after ``updates`` others."""
     return float(lr(int(updates)) if callable(lr) else lr)
-
-
-# Layout and norms
 
 
 def layers(

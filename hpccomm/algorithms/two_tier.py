@@ -118,9 +118,6 @@ def find_group(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
     return part
 
 
-# Inside a group
-
-
 def check_state(residual: Residual, inside: Any, descent: Transform, weights: Vector) -> tuple[Any, Any]:
     """The state of exchange and descent; raises where a policy finds no residual to act on."""
     found = any(is_residual(path) for path, _ in leaves(inside))
@@ -187,9 +184,6 @@ def check_residual(residual: Residual) -> None:
         decays or residual in ("keep", "flush", "zero"),
         f"hybrid: residual is {residual!r}: pass 'keep', 'flush', 'zero', or ('decay', c) with c from 0 to 1",
     )
-
-
-# Between groups
 
 
 def mean_of_groups(comm: MPI.Intracomm, group: MPI.Intracomm, sliced: bool) -> Transform:

@@ -143,8 +143,6 @@ def bidirectional(s: Shape) -> Contents:
     return Contents(send=(Block(s.rank, 0, s.count),), after=(Block(1 - s.rank, 0, s.count),))
 
 
-# --- calls -----------------------------------------------------------------------------------------
-
 Arguments = Callable[[Shape, Any, Any], tuple[Any, ...]]
 Bind = Callable[[Any, Shape, Array, Array, tuple[str, ...]], Call]
 
@@ -218,9 +216,6 @@ def exchange_windows(comm: Any, s: Shape, send: Array, recv: Array, named: tuple
             comm.Send(answer, 0, 3)
 
     return exchange
-
-
-# --- the table -------------------------------------------------------------------------------------
 
 
 class Repeats(NamedTuple):

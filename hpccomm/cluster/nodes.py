@@ -98,8 +98,6 @@ class Cluster:
         if signal.getsignal(signal.SIGTERM) == exit_on_signal:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    # Names
-
     @property
     def folder(self) -> Path:
         """The folder of this cluster's files."""
@@ -127,8 +125,6 @@ class Cluster:
     def namespaces(self) -> list[str]:
         """All namespaces, the switch's included."""
         return [self.namespace(host) for host in (*self.hosts, "switch")]
-
-    # Create and remove
 
     def up(self) -> None:
         """Create the nodes, unless the same cluster is up already."""
@@ -235,8 +231,6 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             FOLDER.rmdir()
-
-    # Running
 
     @property
     def open_mpi_settings(self) -> dict[str, str]:

@@ -53,9 +53,6 @@ SIZES = pytest.StashKey[tuple[int, ...]]()
 TEST_COMMS = pytest.StashKey[list[Any]]()
 
 
-# Options, marks, the fixture
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the command-line flags."""
     group = parser.getgroup("lockstep", "MPI tests in lock-step")
@@ -144,9 +141,6 @@ def comm(request: pytest.FixtureRequest) -> Any:
     made = Communicator(world()).Dup()
     request.config.stash[TEST_COMMS].append(made)
     return made
-
-
-# On the ranks
 
 
 class Ranks:
@@ -276,9 +270,6 @@ def timeout_of(item: pytest.Item) -> float:
     return float(item.config.getoption("--mpi-timeout") if seconds is None else seconds)
 
 
-# In the coordinator
-
-
 class Coordinator:
     """The pytest process that the user starts."""
 
@@ -359,9 +350,6 @@ def inner_options(config: pytest.Config) -> list[str]:
         for value in values or ():
             words += [flag, value]
     return words + ["-v"] * max(0, option.verbose) + ["--showlocals"] * option.showlocals
-
-
-# Reports of several ranks
 
 
 Part = tuple[str, Any]

@@ -72,8 +72,6 @@ class ThreadCommunicator:
         self.group, self.rank, self.size = group, rank, group.size
         self._levels: dict[str, ThreadCommunicator] = {}
 
-    # The two barriers of a collective
-
     def enter(self, name: str, mine: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
         """Return ``combine`` of all contributions; the contributions stay valid until :meth:`leave`."""
         group = self.group
@@ -111,8 +109,6 @@ class ThreadCommunicator:
         """The number of ranks."""
         return self.size
 
-    # Nodes
-
     @property
     def layout(self) -> Layout:
         """Which ranks share a node."""
@@ -139,8 +135,6 @@ class ThreadCommunicator:
             self._levels[name] = self.Split(color, self.rank)
         return self._levels[name]
 
-    # New communicators
-
     def Split(self, color: int = 0, key: int = 0) -> Any:
         """Create one communicator for each color; ``MPI.COMM_NULL`` for ``MPI.UNDEFINED``."""
         groups = self.run_collective("Split", (color, key), self._divide)
@@ -166,8 +160,6 @@ class ThreadCommunicator:
 
     def Free(self) -> None:
         """Do nothing: a thread communicator holds no resources."""
-
-    # Collectives
 
     def Barrier(self) -> None:
         """Wait for all ranks."""
@@ -266,8 +258,6 @@ class ThreadCommunicator:
     def bcast(self, obj: Any, root: int = 0) -> Any:
         """``root``'s object."""
         return self.run_collective(f"bcast(root {root})", obj, lambda parts: parts[root])
-
-    # Messages
 
     def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
         """Put a copy into the receiver's mailbox; never waits."""

@@ -230,9 +230,6 @@ def train(
     return weights, epochs
 
 
-# A parameter server
-
-
 class Servers(NamedTuple):
     """How a parameter server runs: the first ranks are servers, the others workers."""
 

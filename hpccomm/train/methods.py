@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from hpccomm.buckets import Bucket
 
 
-# Flags
-
-
 class Flag(NamedTuple):
     """A flag of the command line that some methods take."""
 
@@ -93,9 +90,6 @@ class MethodSetup(NamedTuple):
     period: int = FLAGS["period"].default
     group_size: int | None = None
     density: float = FLAGS["density"].default
-
-
-# Methods
 
 
 class Method(NamedTuple):
@@ -284,9 +278,6 @@ def check_servers(comm: Any, args: Any) -> None:
     """A server and a worker."""
     if args.servers >= comm.size:
         raise ArgumentError(f"--servers {args.servers} of {comm.size} ranks: leave at least one server and one worker")
-
-
-# Sharded models
 
 
 def mics(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:

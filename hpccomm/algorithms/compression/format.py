@@ -222,8 +222,6 @@ class Compressor:
 
 kernels = dispatch.compression
 
-# Stored elements
-
 
 def narrow_values(vector: Vector, values: Values) -> npt.NDArray[Any]:
     """Finite elements in their stored type; values that would round to infinity become the largest finite value."""
@@ -251,9 +249,6 @@ def widen_values(stored: npt.NDArray[Any], values: int) -> Vector:
     out = np.zeros(stored.size, np.float32)
     add_stored(stored, values, 0.0, out)
     return out
-
-
-# Messages
 
 
 def message_of(
@@ -542,9 +537,6 @@ def read_indices(message: Message) -> Indices:
     if part.add is add_words:
         return part.content[0] >> 1
     return np.empty(0, np.uint32)
-
-
-# Checks
 
 
 def check_flat(vector: Any, who: str, on_device: bool = False) -> Vector:

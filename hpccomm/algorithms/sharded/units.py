@@ -261,8 +261,6 @@ class ShardedModel:
         """The gathers and reductions since the last step, in order: they must be the same on all ranks."""
         self._allocate_buffers(whole, overlap, algorithm)
 
-    # Shards and buffers
-
     @property
     def _unit_list(self) -> Iterable[Unit]:
         return self.units.values()
@@ -344,8 +342,6 @@ class ShardedModel:
         working = self.gradients.nbytes + self.shard.nbytes + (self._reduce.nbytes if self._reduce else 0)
         return Memory(self.master.nbytes + self.total.nbytes + state, whole, working)
 
-    # Parameters
-
     def gather(self, name: str, ahead: str | None = None) -> dict[str, npt.NDArray[Any]]:
         """The unit's parameters by name, valid until :meth:`release` (collective in the partition group).
 
@@ -414,8 +410,6 @@ class ShardedModel:
         shard[mine.size :] = 0
         return shard
 
-    # Gradients
-
     def gradient(self, name: str) -> dict[str, npt.NDArray[Any]]:
         """The buffer of the unit's gradient by name, to be written and passed to :meth:`reduce_accumulate`.
 
@@ -454,8 +448,6 @@ class ShardedModel:
         except MismatchError as error:
             raise MismatchError(f"{self.who} reduces unit {unit.name!r}: {error}") from error
         self._record_cost("first", began, sent)
-
-    # The step
 
     def boundary(self) -> Outcome:
         """The second hop and the optimizer's step (collective).
@@ -572,8 +564,6 @@ class ShardedModel:
     def _record_cost(self, hop: str, began: float, sent: int) -> None:
         cost = ExchangeReport(1, perf_counter() - began, sent)
         self.hops = self.hops._replace(**{hop: getattr(self.hops, hop).add(cost)})
-
-    # The model as a whole
 
     def consolidate(self) -> Iterator[tuple[str, dict[str, npt.NDArray[Any]]]]:
         """Each unit's name and master weights by tensor, one unit after the other (collective in the partition group).
