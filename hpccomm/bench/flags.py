@@ -59,86 +59,72 @@ class Parser(argparse.ArgumentParser):
 def parser(collective: str) -> Parser:
     """The parser of all flags."""
     made = Parser(prog=f"hpccomm bench {collective}", add_help=False, allow_abbrev=False)
-    osu = made.add_argument_group("as the OSU Micro-Benchmarks")
-    osu.add_argument("-h", "--help", action="store_true", help="show this text")
-    osu.add_argument("-v", "--version", action="store_true", help="show the version of OSU's tables")
-    osu.add_argument(
-        "-m", "--message-size", metavar="[MIN:]MAX", help="sizes in bytes, each twice the one before (default 1:1Mi)"
-    )
-    osu.add_argument(
-        "-i", "--iterations", type=positive, metavar="N", help="timed calls (default 1000; above 8 KiB 100)"
-    )
-    osu.add_argument(
-        "-x", "--warmup", type=natural, metavar="N", help="untimed calls before them (default 100; above 8 KiB 10)"
-    )
-    osu.add_argument(
-        "-f", "--full", action="store_true", help="show minimum and maximum over the ranks, and the number of calls"
-    )
-    osu.add_argument(
-        "-c", "--validation", action="store_true", help="check every element of as many calls again, exactly"
-    )
-    osu.add_argument(
+    add = made.add_argument_group("as the OSU Micro-Benchmarks").add_argument
+    add("-h", "--help", action="store_true", help="show this text")
+    add("-v", "--version", action="store_true", help="show the version of OSU's tables")
+    add("-m", "--message-size", metavar="[MIN:]MAX", help="sizes in bytes, each twice the one before (default 1:1Mi)")
+    add("-i", "--iterations", type=positive, metavar="N", help="timed calls (default 1000; above 8 KiB 100)")
+    add("-x", "--warmup", type=natural, metavar="N", help="untimed calls before them (default 100; above 8 KiB 10)")
+    add("-f", "--full", action="store_true", help="show minimum and maximum over the ranks, and the number of calls")
+    add("-c", "--validation", action="store_true", help="check every element of as many calls again, exactly")
+    add(
         "-u",
         "--validation-warmup",
         type=natural,
         metavar="N",
         help="unchecked calls before each checked one (default 5)",
     )
-    osu.add_argument(
+    add(
         "-z", "--tail-lat", metavar="P,P,…", help="show percentiles; write -z50,99 without a space (-z alone: 50,90,99)"
     )
-    osu.add_argument("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory limit of a rank (default 512Mi)")
-    osu.add_argument(
-        "-W", "--window-size", type=positive, metavar="N", help="messages in flight of bw and bibw (default 64)"
-    )
-    osu.add_argument(
+    add("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory limit of a rank (default 512Mi)")
+    add("-W", "--window-size", type=positive, metavar="N", help="messages in flight of bw and bibw (default 64)")
+    add(
         "-T",
         "--type",
         action="append",
         metavar="TYPE",
         help=f"{', '.join(DATATYPES)} or all; repeat for several (default mpi_float; latency, bw, bibw: mpi_char)",
     )
-    osu.add_argument("-l", "--in-place", action="store_true", help="call the collective with MPI_IN_PLACE")
-    osu.add_argument(
+    add("-l", "--in-place", action="store_true", help="call the collective with MPI_IN_PLACE")
+    add(
         "-k",
         "--root-rank",
         metavar="fixed:R|rotate",
         help="the root: always R, or another with each call (default fixed:0)",
     )
-    osu.add_argument(
+    add(
         "-d",
         "--accelerator",
         choices=("cuda", "managed", "openacc", "rocm"),
         help="put the buffers on a device; cuda is the only one measured",
     )
-    osu.add_argument(
+    add(
         "placement",
         nargs="*",
         metavar="H H",
         help="memory at both ends, as OSU wants it: D D (device) with -d, else H H (host)",
     )
-    ours = made.add_argument_group("of hpccomm")
-    ours.add_argument(
+    add = made.add_argument_group("of hpccomm").add_argument
+    add(
         "--algorithm",
         default="auto",
         metavar="A,B,…",
         help="show medians side by side: native,auto,ring,… or all (default auto)",
     )
-    ours.add_argument(
+    add(
         "--stepfactor",
         "--step-factor",
         type=positive,
         metavar="F",
         help="ratio of each size to the one before (default 2)",
     )
-    ours.add_argument(
-        "--registered", action="store_true", help="take buffers from comm.empty, which all ranks of a node can read"
-    )
-    ours.add_argument("--json", metavar="FILE", help="write the rows, the machine and this command into FILE")
-    nccl = made.add_argument_group("as nccl-tests")
-    nccl.add_argument("--format", choices=("osu", "nccl"), default="osu", help="the format of the table (default osu)")
+    add("--registered", action="store_true", help="take buffers from comm.empty, which all ranks of a node can read")
+    add("--json", metavar="FILE", help="write the rows, the machine and this command into FILE")
+    add = made.add_argument_group("as nccl-tests").add_argument
+    add("--format", choices=("osu", "nccl"), default="osu", help="the format of the table (default osu)")
     for letter, word in (("-b", "min"), ("-e", "max")):
-        nccl.add_argument(
+        add(
             letter,
             f"--{word}bytes",
             f"--{word}-bytes",
@@ -146,9 +132,7 @@ def parser(collective: str) -> Parser:
             metavar="BYTES",
             help=f"{word}imum size of the whole vector; 32M is 2^25 (default 32M)",
         )
-    nccl.add_argument(
-        "--min-busbw", type=float, metavar="GBPS", help="fail if the mean bus bandwidth is below 0.9 times this"
-    )
+    add("--min-busbw", type=float, metavar="GBPS", help="fail if the mean bus bandwidth is below 0.9 times this")
     return made
 
 
