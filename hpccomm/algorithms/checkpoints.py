@@ -11,8 +11,9 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -128,10 +129,17 @@ def save(path: str | os.PathLike[str], **states: Any) -> None:
     found = state_dict(tuple(states.values()))
     names = list(states)
     entries = {entry_name(path, names): value for path, value in found.items()}
+    with replace_file(target) as file:
+        np.savez(file, **entries)
+
+
+@contextmanager
+def replace_file(target: Path) -> Iterator[BinaryIO]:
+    """A new file that replaces ``target`` at the end, flushed to the disk; an error leaves ``target`` as it was."""
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **entries)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.algorithms.transforms import AdamState, Chain, Term, Transform, Vector, require
+from hpccomm.algorithms.transforms import AdamState, Chain, Term, Transform, Vector, adam, require
 from hpccomm.algorithms.trust_ratio import (
     Layers,
     Rows,
@@ -45,17 +45,6 @@ class InPlaceTransform(Transform):
     apply: Callable[[Vector, Any, Vector], Any]
     formula: Chain
 
-    def __new__(
-        cls,
-        init: Callable[[Vector], Any],
-        update: Callable[[Vector, Any, Vector], tuple[Vector, Any]],
-        apply: Callable[[Vector, Any, Vector], Any],
-        formula: Chain,
-    ) -> InPlaceTransform:
-        made = super().__new__(cls, init, update)
-        made.apply, made.formula = apply, formula
-        return made
-
 
 class LarsState(NamedTuple):
     """The number of updates, and the velocity (with the sign and units of the variant's step)."""
@@ -81,7 +70,9 @@ def fuse(who: str, formula: Chain, here: Layers) -> InPlaceTransform:
         walk(gradient, state, weights, None)
         return state._replace(updates=state.updates + 1)
 
-    return InPlaceTransform(init, update, apply, formula)
+    made = InPlaceTransform(init, update)
+    made.apply, made.formula = apply, formula
+    return made
 
 
 def each_term(transform: Transform) -> Iterator[Term]:
@@ -180,17 +171,8 @@ def end_walk(here: Layers, w: Vector, weights: Vector, step: Vector | None) -> N
         weights[...] = w
 
 
-def init_lars(weights: Vector) -> LarsState:
-    """No update yet, velocity 0."""
-    return LarsState(0, np.zeros_like(weights))
-
-
-def init_lamb(weights: Vector) -> AdamState:
-    """No update yet, both means 0."""
-    return AdamState(0, np.zeros_like(weights), np.zeros_like(weights))
-
-
-LARS, LAMB = (init_lars, lars_walk), (init_lamb, lamb_walk)
+LARS = (lambda weights: LarsState(0, np.zeros_like(weights)), lars_walk)
+LAMB = (adam().init, lamb_walk)
 FUSED: dict[tuple[str, ...], tuple[Callable[[Vector], Any], Callable[[str, Terms, Layers], Walk]]] = {
     ("scale_by_global_norm", "add_decayed_weights", "scale_by_trust_ratio", "descend", "momentum"): LARS,
     ("scale_by_global_norm", "add_decayed_weights", "scale_by_trust_ratio", "momentum", "descend"): LARS,

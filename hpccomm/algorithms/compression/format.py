@@ -313,7 +313,7 @@ def read(message: Message, n: int, kinds: frozenset[Kind], who: str) -> DecodedM
             f"{who}: the message has {message.size} bytes, its header says {HEADER_BYTES + header.nbytes}: "
             "cut short, or displacements do not fit"
         )
-    payload = Payload(header, np.ascontiguousarray(message[HEADER_BYTES:]), who)
+    payload = Payload(np.ascontiguousarray(message[HEADER_BYTES:]), who)
     payload.demand(
         header.elements <= n and math.isfinite(header.scale), f"{header.elements} of {n} elements, scale {header.scale}"
     )
@@ -325,8 +325,8 @@ def read(message: Message, n: int, kinds: frozenset[Kind], who: str) -> DecodedM
 class Payload:
     """The payload of a message, which its reader takes from front to back, all of it; errors name ``who``."""
 
-    def __init__(self, header: Header, octets: Octets, who: str) -> None:
-        self.header, self.octets, self.who, self.at = header, octets, who, 0
+    def __init__(self, octets: Octets, who: str) -> None:
+        self.octets, self.who, self.at = octets, who, 0
 
     def demand(self, holds: bool, what: str) -> None:
         """Raise for contents that no encoder produces."""
