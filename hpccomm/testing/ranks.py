@@ -28,7 +28,7 @@ SWITCH_SECONDS = 5e-4
 
 
 class RankGroup:
-    """The state that the ranks of one communicator share: contributions, barriers and mailmailboxes."""
+    """The state that the ranks of one communicator share: contributions, barriers and mailboxes."""
 
     def __init__(self, size: int, nodes: Sequence[int], patience: float) -> None:
         self.size, self.nodes, self.patience = size, list(nodes), patience
