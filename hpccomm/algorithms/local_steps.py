@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -168,11 +169,6 @@ class PeriodicTransform(Transform):
     finish: Callable[[Any, Vector], tuple[Vector, Any]]
     export: Callable[[Any], Vector]
 
-    def __new__(cls, blocks: PeriodicSteps) -> PeriodicTransform:
-        made = super().__new__(cls, blocks.init, blocks.update)
-        made.finish, made.export = blocks.finish, blocks.export
-        return made
-
 
 def periodic_transform(
     comm: MPI.Intracomm,
@@ -212,9 +208,10 @@ def periodic_transform(
     )
     require(not (warmup and group is not None), "periodic: synchronous steps and a group exclude each other")
     policy = local_state or keep()
-    return PeriodicTransform(
-        PeriodicSteps(comm, period, inner, outer, policy, weight_by, warmup, group, closing, export, check)
-    )
+    blocks = PeriodicSteps(comm, period, inner, outer, policy, weight_by, warmup, group, closing, check)
+    made = PeriodicTransform(blocks.init, blocks.update)
+    made.finish, made.export = blocks.finish, export
+    return made
 
 
 class Agreement(NamedTuple):
@@ -230,28 +227,25 @@ class Agreement(NamedTuple):
     """The largest number of steps of a rank."""
 
 
+@dataclass
 class PeriodicSteps:
     """The arguments of :func:`periodic_transform`, and the functions of its transform."""
 
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        period: int,
-        inner: Transform,
-        outer: Transform,
-        local: LocalStatePolicy,
-        weight_by: Weighting,
-        warmup: int,
-        group: MPI.Intracomm | None,
-        closing: Callable[[Vector, Any], tuple[Vector, Any]] | None,
-        export: Callable[[PeriodicState], Vector],
-        check: bool,
-    ) -> None:
-        self.comm, self.period, self.inner, self.outer, self.local = comm, period, inner, outer, local
-        self.weight_by, self.warmup, self.group, self.export, self.check = weight_by, warmup, group, export, check
-        self.mean, self.finish_pending = mean(comm), closing
-        self.group_id = comm.rank if group is None else group.allgather(comm.rank)[0]
-        self.is_alone = comm.size == (1 if group is None else group.size)
+    comm: MPI.Intracomm
+    period: int
+    inner: Transform
+    outer: Transform
+    local: LocalStatePolicy
+    weight_by: Weighting
+    warmup: int
+    group: MPI.Intracomm | None
+    finish_pending: Callable[[Vector, Any], tuple[Vector, Any]] | None
+    check: bool
+
+    def __post_init__(self) -> None:
+        self.mean = mean(self.comm)
+        self.group_id = self.comm.rank if self.group is None else self.group.allgather(self.comm.rank)[0]
+        self.is_alone = self.comm.size == (1 if self.group is None else self.group.size)
 
     def init(self, weights: Vector) -> PeriodicState:
         """A block begins."""

@@ -105,7 +105,7 @@ class Ledger:
     def may_read(self, worker: int) -> bool:
         """Whether the weights are recent enough for the worker."""
         if self.rules.synchronous:
-            return self.version >= self.clocks[worker] or self.all_left()
+            return self.version >= self.clocks[worker] or all(map(math.isinf, self.clocks))
         return min(self.clocks) >= self.clocks[worker] - self.rules.slack
 
     def push(self, worker: int, gradient: Vector, version: int) -> int:
@@ -143,10 +143,6 @@ class Ledger:
         """Apply gradients as one version."""
         self.apply(gradients)
         self.version += 1
-
-    def all_left(self) -> bool:
-        """Whether all workers have left."""
-        return all(math.isinf(clock) for clock in self.clocks)
 
 
 class Push(NamedTuple):

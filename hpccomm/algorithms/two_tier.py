@@ -80,12 +80,11 @@ def hybrid(
     groups = len(set(comm.allgather(group.allgather(comm.rank)[0])))
     inside = exchange(group)
     block = block_filter(1 - 1 / groups if momentum is None else momentum, lr, nesterov)
+    inner = chain(inside, descent)
     return periodic_transform(
         comm,
         period,
-        Transform(
-            lambda weights: check_state(residual, inside.init(weights), descent, weights), group_update(inside, descent)
-        ),
+        Transform(lambda weights: check_state(residual, inner.init(weights)), inner.update),
         chain(mean_of_groups(comm, group, sliced_leaders), block),
         local_state=policy(residual, local_state, descent),
         weight_by=weight_by,
@@ -118,20 +117,15 @@ def find_group(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
     return part
 
 
-def check_state(residual: Residual, inside: Any, descent: Transform, weights: Vector) -> tuple[Any, Any]:
+def check_state(residual: Residual, inner: tuple[Any, Any]) -> tuple[Any, Any]:
     """The state of exchange and descent; raises where a policy finds no residual to act on."""
-    found = any(is_residual(path) for path, _ in leaves(inside))
+    found = any(is_residual(path) for path, _ in leaves(inner[0]))
     require(
         residual == "keep" or found,
         f"hybrid: residual is {residual!r}, but the exchange's state has no field named "
         f"{' or '.join(RESIDUALS)}: pass 'keep'",
     )
-    return inside, descent.init(weights)
-
-
-def group_update(inside: Transform, descent: Transform) -> Callable[[Vector, Any, Vector], tuple[Vector, Any]]:
-    """Exchange, then descend."""
-    return chain(inside, descent).update
+    return inner
 
 
 def is_residual(path: str) -> bool:

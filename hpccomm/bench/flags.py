@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from hpccomm.bench.cases import CASES, Case
@@ -136,18 +137,14 @@ def parser(collective: str) -> Parser:
     return made
 
 
-def natural(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: give 0 or more")
+def whole_number(text: str, least: int) -> int:
+    """A whole number, ``least`` or more."""
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: give {least} or more")
     return int(text)
 
 
-def positive(text: str) -> int:
-    """A whole number, 1 or more."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: give 1 or more")
-    return int(text)
+natural, positive = partial(whole_number, least=0), partial(whole_number, least=1)
 
 
 def bytes_of(text: str) -> int:
@@ -160,13 +157,8 @@ def binary_bytes_of(text: str) -> int:
     return bytes_of(re.sub(r"(?i)([kmg])b?$", r"\1i", text))
 
 
-def attach_values(words: Sequence[str]) -> list[str]:
-    """Rewrite flags with an optional attached value (``-z50,99``, ``-z``) for argparse."""
-    return [expand_tail_flag(word) for word in words]
-
-
 def expand_tail_flag(word: str) -> str:
-    """``-z`` and ``--tail-lat`` with their default value where they have none."""
+    """``-z50,99``, and ``-z`` and ``--tail-lat`` with their default value, as argparse needs them."""
     if word in ("-z", "--tail-lat"):
         return f"--tail-lat={DEFAULT_PERCENTILES}"
     return f"--tail-lat={word[2:]}" if re.fullmatch(r"-z[\d,]+", word) else word
@@ -174,14 +166,12 @@ def expand_tail_flag(word: str) -> str:
 
 def parse_flags(collective: str, words: Sequence[str]) -> BenchArguments:
     """Parse and check a command line; raises ArgumentError."""
-    args = parser(collective).parse_intermixed_args(attach_values(words))
+    args = parser(collective).parse_intermixed_args([expand_tail_flag(word) for word in words])
     case = CASES[collective]
     check_flags(collective, case, args)
     nccl = args.format == "nccl"
-    percentiles, algorithms = (
-        percentiles_of(args.tail_lat),
-        ("native",) if case.ends else tuple(args.algorithm.split(",")),
-    )
+    percentiles = percentiles_of(args.tail_lat)
+    algorithms = ("native",) if case.ends else tuple(args.algorithm.split(","))
     collected = percentiles or ((50,) if args.json or len(algorithms) > 1 or algorithms == ("all",) else ())
     return BenchArguments(
         collective,

@@ -54,6 +54,16 @@ END_SECONDS = 5.0
 RATE_PATTERN = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)bit", re.IGNORECASE)
 
 
+@contextlib.contextmanager
+def defer_signals() -> Iterator[None]:
+    """Block SIGINT and SIGTERM inside; they are delivered afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class ClusterState(NamedTuple):
     """A cluster that exists, completely or in part."""
 
@@ -205,13 +215,9 @@ class Cluster:
             with hold_lock():
                 self.clear()
 
+    @defer_signals()
     def clear(self) -> None:
-        """Remove a complete or partial cluster; signals are delivered when that is done."""
-        with defer_signals():
-            self.remove()
-
-    def remove(self) -> None:
-        """End the processes, then remove namespaces and files."""
+        """End the processes, then remove namespaces and files; signals are delivered when that is done."""
         for process in self.state.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGTERM)
@@ -332,16 +338,6 @@ MPICH_SETTINGS = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_I
 def exit_on_signal(*_: object) -> None:
     """Exit by an exception at SIGTERM, so that the cluster is removed."""
     sys.exit(128 + signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def defer_signals() -> Iterator[None]:
-    """Block SIGINT and SIGTERM inside; they are delivered afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def unavailable_reason() -> str:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 Tensors = Mapping[str, npt.NDArray[Any]]
+Units = Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]
 Optimizer = Transform | Callable[[Bucket, NormReduce | None], Transform]
 """An elementwise transform, or a function that makes one from the bucket of this rank's shards and the reduction that
 completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
@@ -226,7 +227,7 @@ class ShardedModel:
     def __init__(
         self,
         groups: Groups,
-        units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]],
+        units: Units,
         optimizer: Optimizer,
         *,
         stage: int = 3,
@@ -247,7 +248,7 @@ class ShardedModel:
         self.dtype = self.master.dtype if dtype is None else np.dtype(dtype)
         check_dtypes(self.master.dtype, self.dtype)
         self.total = np.zeros(
-            self.master.size if stage > 1 else sum(u.size for u in self._unit_list), self.master.dtype
+            self.master.size if stage > 1 else sum(u.size for u in self.units.values()), self.master.dtype
         )
         """The sum of gradients: this rank's shards, at stage 1 the whole units one after the other."""
         bucket = Bucket(dict(self._shard_sizes()), self.master.dtype, exempt=list(self._exempt_names()))
@@ -262,15 +263,11 @@ class ShardedModel:
         self._allocate_buffers(whole, overlap, algorithm)
 
     @property
-    def _unit_list(self) -> Iterable[Unit]:
-        return self.units.values()
-
-    @property
     def _gathers(self) -> bool:
         """Whether a gather communicates."""
         return self.stage == 3 and self.ranks > 1
 
-    def _take_shards(self, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]) -> tuple[Vector, list[Vector]]:
+    def _take_shards(self, units: Units) -> tuple[Vector, list[Vector]]:
         """This rank's shards of the initial weights, and at stages 1 and 2 all weights."""
         parts, whole, first = [], [], 0
         for name, tensors in units.items() if isinstance(units, Mapping) else units:
@@ -290,7 +287,7 @@ class ShardedModel:
     def _allocate_buffers(self, whole: list[Vector], overlap: bool, algorithm: str) -> None:
         """Allocate all buffers of the steps."""
         longest, shard = (
-            max(getattr(unit, what) for unit in self._unit_list) for what in ("padded_size", "shard_size")
+            max(getattr(unit, what) for unit in self.units.values()) for what in ("padded_size", "shard_size")
         )
         self._collect = Gather(self.groups.partition, algorithm) if self._gathers else None
         kind = self.dtype if self.stage > 1 else self.master.dtype
@@ -303,29 +300,33 @@ class ShardedModel:
         )
         """The buffer of a shard to be sent."""
         if self._collect and self.dtype == self.master.dtype:
-            room = allocate_shared(self._collect.comm, sum(unit.shard_size for unit in self._unit_list), self.dtype)
+            room = allocate_shared(self._collect.comm, sum(unit.shard_size for unit in self.units.values()), self.dtype)
             room[: self.master.size] = self.master
             self.master = room[: self.master.size]
         self.parameters: dict[str, Vector] = {}
         """All parameters, where a rank keeps them whole beside the master copy."""
         if self.stage < 3 and self.ranks > 1:
             self.parameters = {
-                u.name: narrow(v, self.dtype).copy() for u, v in zip(self._unit_list, whole, strict=True)
+                u.name: narrow(v, self.dtype).copy() for u, v in zip(self.units.values(), whole, strict=True)
             }
         elif self.ranks == 1 and self.dtype != self.master.dtype:
-            self.parameters = {unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in self._unit_list}
+            self.parameters = {
+                unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in self.units.values()
+            }
         self.prefetcher = ThreadPoolExecutor(1, "gather") if overlap and self._gathers and threads_may_talk() else None
 
     def _shard_sizes(self) -> Iterator[tuple[str, tuple[int]]]:
         """The name of each tensor, and the number of its elements on this rank."""
-        for unit in self._unit_list:
+        for unit in self.units.values():
             for slot in unit.bucket.table:
                 lo, hi = max(slot.offset, unit.lo), min(slot.offset + slot.length, unit.hi)
                 yield f"{unit.name}.{slot.name}", (max(0, hi - lo),)
 
     def _exempt_names(self) -> Iterator[str]:
         """Tensors that neither decay nor adapt."""
-        return (f"{unit.name}.{slot.name}" for unit in self._unit_list for slot in unit.bucket.table if not slot.decay)
+        return (
+            f"{unit.name}.{slot.name}" for unit in self.units.values() for slot in unit.bucket.table if not slot.decay
+        )
 
     def _unit(self, name: str, verb: str) -> Unit:
         if name not in self.units:
@@ -436,7 +437,7 @@ class ShardedModel:
 
     def _unit_slice(self, unit: Unit) -> slice:
         """The slice of a whole unit in the vector of whole units."""
-        first = sum(each.size for each in self._unit_list if each.number < unit.number)
+        first = sum(each.size for each in self.units.values() if each.number < unit.number)
         return slice(first, first + unit.size)
 
     def _reduce_unit(self, unit: Unit, room: Vector, total: Vector) -> None:
@@ -513,7 +514,7 @@ class ShardedModel:
 
     def _divide(self) -> None:
         """Stage 1: the first hop of all units, their shards go to the front of ``total``."""
-        for unit in self._unit_list:
+        for unit in self.units.values():
             room = np.zeros(unit.padded_size, self.total.dtype)
             room[: unit.size] = self.total[self._unit_slice(unit)]
             self.total[unit.own_slice] = 0
@@ -570,7 +571,7 @@ class ShardedModel:
 
         The arrays are new; a loop that ends early must end on all ranks.
         """
-        for unit in self._unit_list:
+        for unit in self.units.values():
             yield unit.name, unit.bucket.views(self._assemble(unit))
 
     def _assemble(self, unit: Unit) -> Vector:
@@ -646,15 +647,11 @@ def adamw(
     return lambda bucket, reduce: lamb(bucket, lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, adapt=())
 
 
-def zero(
-    comm: MPI.Intracomm, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]], optimizer: Optimizer, **how: Any
-) -> ShardedModel:
+def zero(comm: MPI.Intracomm, units: Units, optimizer: Optimizer, **how: Any) -> ShardedModel:
     """ZeRO: model states sharded over all ranks; ``how``: ``stage=3``, … of :class:`ShardedModel` (collective)."""
     return ShardedModel(Groups(comm, comm, comm.Split(comm.rank, 0)), units, optimizer, **how)
 
 
-def data_parallel(
-    comm: MPI.Intracomm, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]], optimizer: Optimizer, **how: Any
-) -> ShardedModel:
+def data_parallel(comm: MPI.Intracomm, units: Units, optimizer: Optimizer, **how: Any) -> ShardedModel:
     """Every rank holds the whole model; gradients are allreduced once in an optimizer step (collective)."""
     return ShardedModel(Groups(comm, comm.Split(comm.rank, 0), comm), units, optimizer, **how)
