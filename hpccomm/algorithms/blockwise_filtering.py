@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -67,9 +67,7 @@ def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -
     """The filter as an outer transform: it receives −G and steps from W_g(t−1) to W_g(t); see the formulas above."""
     check_decay("bmuf: momentum", momentum)
     require(lr > 0, f"bmuf: lr is {lr}: pass a positive block rate; 1 is usual")
-    require(
-        nesterov in (False, "paper", "lookahead"), f"bmuf: nesterov is {nesterov!r}: pass False, 'paper' or 'lookahead'"
-    )
+    require(nesterov in get_args(Nesterov), f"bmuf: nesterov is {nesterov!r}: pass False, 'paper' or 'lookahead'")
 
     def init(weights: Vector) -> FilterState:
         return FilterState(weights.copy(), np.zeros_like(weights))

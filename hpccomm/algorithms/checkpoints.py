@@ -158,9 +158,7 @@ def load(path: str | os.PathLike[str], **like: Any) -> tuple[Any, ...]:
         with np.load(path, allow_pickle=False) as file:
             entries = {name: file[name] for name in file.files}
     except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise ArgumentError(
-            f"load: {os.fspath(path)} is no checkpoint ({error}): name a file that save wrote"
-        ) from None
+        raise ArgumentError(f"load: {path} is no checkpoint ({error}): name a file that save wrote") from None
     names = list(like)
     known = {entry_name(path, names): path for path, _ in leaves(tuple(like.values()))}
     saved = {known.get(name, name): value for name, value in entries.items()}

@@ -90,7 +90,7 @@ def lars_walk(who: str, terms: Terms, here: Layers) -> Walk:
     clip, trust, trace = terms["scale_by_global_norm"], terms["scale_by_trust_ratio"], terms["momentum"]
     ratio, rate, lr = trust.ratio, terms["add_decayed_weights"].rate, terms["descend"].lr
     ratio_first, rate_first = (
-        names.index(each) < names.index("momentum") for each in ("scale_by_trust_ratio", "descend")
+        names.index(name) < names.index("momentum") for name in ("scale_by_trust_ratio", "descend")
     )
     norm_of = GRADIENT if trust.inner is not None else DECAYED_GRADIENT if ratio_first else UPDATE
     order = walk_order(here, ratio.norm_reduce is not None)
@@ -98,17 +98,14 @@ def lars_walk(who: str, terms: Terms, here: Layers) -> Walk:
     def group(rows: Rows, g: Vector, v: Vector, w: Vector, out: Vector | None, gamma: float, scale: float) -> None:
         """One step of some tensors: v is written, and the step into out, or, without one, onto w."""
         real, rates = w.dtype.type, (rate * rows.decay).astype(w.dtype)
-        sums = kernel("lars_sums", w)(
-            w, g, v, rows.bounds, rates, real(scale), real(trace.beta), trace.nesterov, norm_of
-        )
+        beta = real(trace.beta)
+        sums = kernel("lars_sums", w)(w, g, v, rows.bounds, rates, real(scale), beta, trace.nesterov, norm_of)
         phi = ratio.of(here, rows, sums, gamma).astype(w.dtype)
         first, last = (phi, np.ones_like(phi)) if ratio_first else (np.ones_like(phi), phi)
         second = -gamma if rate_first else 1.0
         last = last if rate_first else last * real(-gamma)
         where = ("lars_apply", (w, g, v)) if out is None else ("lars_step", (w, g, v, out))
-        kernel(where[0], w)(
-            *where[1], rows.bounds, rates, first, last, real(scale), real(second), real(trace.beta), trace.nesterov
-        )
+        kernel(where[0], w)(*where[1], rows.bounds, rates, first, last, real(scale), real(second), beta, trace.nesterov)
 
     def walk(gradient: Vector, state: LarsState, weights: Vector, step: Vector | None) -> None:
         check_vectors(who, here, gradient, weights)

@@ -295,13 +295,11 @@ class PeriodicSteps:
             return self.comm
         return self.group if self.group is not None and self.group.size > 1 else None
 
-    def count_active(
-        self, company: MPI.Intracomm | None, here: bool, state: PeriodicState
-    ) -> tuple[int, PeriodicState]:
+    def count_active(self, comm: MPI.Intracomm | None, here: bool, state: PeriodicState) -> tuple[int, PeriodicState]:
         """How many of the ranks that step together have a batch."""
-        if company is None:
+        if comm is None:
             return 1, state
-        found, state = self.allgather_rows(company, np.array([float(here)]), state)
+        found, state = self.allgather_rows(comm, np.array([float(here)]), state)
         return int(found.sum()), state
 
     def step(
@@ -442,6 +440,5 @@ def diloco(
 ) -> PeriodicTransform:
     """Nesterov's momentum on the updates of a block, around AdamW (Douillard et al., 2023, algorithm 1)."""
     check_decay("diloco: beta", beta)
-    return periodic_transform(
-        comm, period, inner, chain(mean(comm), momentum(beta, nesterov=True), scale(-lr)), check=check
-    )
+    outer = chain(mean(comm), momentum(beta, nesterov=True), scale(-lr))
+    return periodic_transform(comm, period, inner, outer, check=check)

@@ -67,9 +67,7 @@ class Layers(NamedTuple):
             if full:
                 first, stop = int(rows.bounds[begin, 0]), int(rows.bounds[end - 1, 1])
                 part = slice(begin, end)
-                yield Rows(
-                    first, stop, rows.bounds[part] - first, rows.tensors[part], rows.decay[part], rows.adapt[part]
-                )
+                yield Rows(first, stop, rows.bounds[part] - first, *(each[part] for each in rows[3:]))
                 begin = end
 
 

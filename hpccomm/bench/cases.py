@@ -45,7 +45,7 @@ class Shape:
         """Elements of a vector for each rank; the first ranks take one more where p does not divide n."""
         return [self.count // self.ranks + (rank < self.count % self.ranks) for rank in range(self.ranks)]
 
-    def vector_buffer(self, buffer: Array) -> list[Any]:
+    def blocks(self, buffer: Array) -> list[Any]:
         """A buffer of equal blocks, with counts and displacements as the ``v`` collectives need them."""
         counts, displs = [self.count] * self.ranks, [self.count * rank for rank in range(self.ranks)]
         return [buffer, counts, displs, MPI.Datatype.fromcode(self.dtype.char)]
@@ -333,9 +333,7 @@ CASES: dict[str, Case] = {
         "Reduce_scatter_block", reduce_scatter_block, lambda s, x, y: (send_buffer(s, x), y, MPI.SUM), "reduce_scatter"
     ),
     "allgather": gathers("Allgather", allgather, lambda s, x, y: (send_buffer(s, x), y), "allgather"),
-    "allgatherv": gathers(
-        "Allgatherv", allgather, lambda s, x, y: (send_buffer(s, x), s.vector_buffer(y)), "allgather"
-    ),
+    "allgatherv": gathers("Allgatherv", allgather, lambda s, x, y: (send_buffer(s, x), s.blocks(y)), "allgather"),
     "alltoall": gathers(
         "Alltoall",
         alltoall,
@@ -346,17 +344,13 @@ CASES: dict[str, Case] = {
     "alltoallv": gathers(
         "Alltoallv",
         alltoall,
-        lambda s, x, y: (send_buffer(s, s.vector_buffer(x)), s.vector_buffer(y)),
+        lambda s, x, y: (send_buffer(s, s.blocks(x)), s.blocks(y)),
         title="All-to-Allv Personalized Exchange Latency Test",
     ),
     "gather": rooted("Gather", gather, lambda s, x, y: (send_to_root(s, x), root_buffer(s, y), s.root)),
-    "gatherv": rooted(
-        "Gatherv", gather, lambda s, x, y: (send_to_root(s, x), root_buffer(s, s.vector_buffer(y)), s.root)
-    ),
+    "gatherv": rooted("Gatherv", gather, lambda s, x, y: (send_to_root(s, x), root_buffer(s, s.blocks(y)), s.root)),
     "scatter": rooted("Scatter", scatter, lambda s, x, y: (root_buffer(s, x), send_to_root(s, y), s.root)),
-    "scatterv": rooted(
-        "Scatterv", scatter, lambda s, x, y: (root_buffer(s, s.vector_buffer(x)), send_to_root(s, y), s.root)
-    ),
+    "scatterv": rooted("Scatterv", scatter, lambda s, x, y: (root_buffer(s, s.blocks(x)), send_to_root(s, y), s.root)),
     "barrier": collective("Barrier", barrier, lambda s, x, y: (), bus=unit_factor, in_place=False),
     "latency": Case("Latency Test", bidirectional, ping_pong, in_place=False, ends=2, repeats=LATENCY),
     "bw": Case("Bandwidth Test", unidirectional, send_window, in_place=False, ends=-1, repeats=BANDWIDTH),

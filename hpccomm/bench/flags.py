@@ -75,9 +75,7 @@ def parser(collective: str) -> Parser:
         metavar="N",
         help="unchecked calls before each checked one (default 5)",
     )
-    add(
-        "-z", "--tail-lat", metavar="P,P,…", help="show percentiles; write -z50,99 without a space (-z alone: 50,90,99)"
-    )
+    add("-z", "--tail-lat", metavar="P,P,…", help="percentiles; write -z50,99 without a space (-z alone: 50,90,99)")
     add("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory limit of a rank (default 512Mi)")
     add("-W", "--window-size", type=positive, metavar="N", help="messages in flight of bw and bibw (default 64)")
     add(

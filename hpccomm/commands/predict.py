@@ -93,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def print_compressed(args: argparse.Namespace, nbytes: float, machine: Machine) -> None:
     """Print the time of compressed exchanges, and the density at which sparse and dense are equally fast."""
-    print(
-        f"# compressed: {args.density:g} of the float32 elements, or one bit of each; messages only, without computing"
-    )
+    print(f"# compressed: {args.density:g} of the float32 elements, or one bit of each; messages only, no computing")
     for each in sparse_cost.predictions(args.nodes, args.per_node, nbytes, args.density, machine):
         print(line(each))
     even = sparse_cost.break_even(args.nodes, args.per_node, nbytes, machine)

@@ -378,12 +378,10 @@ class Tracebacks:
         return "\n".join(f"--- {title} ---\n{part}" for title, part in self.parts)
 
 
-def restore_reports(
-    config: pytest.Config, everyone: Sequence[Sequence[dict[str, Any]]]
-) -> list[list[pytest.TestReport]]:
+def restore_reports(config: pytest.Config, ranks: Sequence[Sequence[dict[str, Any]]]) -> list[list[pytest.TestReport]]:
     """Restore the reports of each rank from their serial form."""
     restore = config.hook.pytest_report_from_serializable
-    restored = [[restore(config=config, data=data) for data in reports] for reports in everyone]
+    restored = [[restore(config=config, data=data) for data in reports] for reports in ranks]
     for report in chain(*restored):
         if isinstance(report.longrepr, list):  # JSON knows no tuples: where and why a test was skipped
             report.longrepr = tuple(report.longrepr)

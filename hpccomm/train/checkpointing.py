@@ -58,7 +58,7 @@ class Folder:
         if note is None:
             return []
         self.saved_file = self.file(note["step"])
-        like = {"weights": training.weights, "method": training.state, "partial": training.progress}
+        like = self.contents(training)
         weights, training.state, training.progress = self.run_collectively(lambda: load(str(self.saved_file), **like))
         training.weights[...] = weights
         return [Epoch(**each) for each in note["epochs"]]
@@ -69,13 +69,16 @@ class Folder:
         before = self.saved_file
         step = len(epochs) * each + training.progress.steps
         file = self.saved_file = self.file(step)
-        self.run_collectively(
-            lambda: save(file, weights=training.weights, method=training.state, partial=training.progress)
-        )
+        self.run_collectively(lambda: save(file, **self.contents(training)))
         note = {"run": self.run, "step": step, "epochs": [epoch._asdict() for epoch in epochs]}
         self.run_collectively(lambda: write_note(self.note, note) if self.comm.rank == 0 else None)
         if before and before != file:
             before.unlink(missing_ok=True)
+
+    @staticmethod
+    def contents(training: Training) -> dict[str, Any]:
+        """What a file holds."""
+        return {"weights": training.weights, "method": training.state, "partial": training.progress}
 
     def file(self, step: int) -> Path:
         """This rank's file of a step."""

@@ -178,14 +178,12 @@ def train_batches(training: Any, number: int, on_step: Callable[[], object], sho
     return True
 
 
-def epoch_of(
-    number: int, totals: npt.NDArray[np.float64], ranks: int, data: Dataset, wire_bytes: int, dense: int
-) -> Epoch:
+def epoch_of(number: int, totals: npt.NDArray[np.float64], ranks: int, data: Dataset, sent: int, dense: int) -> Epoch:
     """From the sums over the ranks of loss, right predictions, and seconds computing, exchanging and stepping."""
     shares = [len(data.targets), max(1, len(data.test_targets)), ranks, ranks, ranks]
     loss, accuracy, compute_s, communication_s, step_s = map(float, totals / shares)
-    ratio = dense / wire_bytes if wire_bytes else None
-    return Epoch(number, loss, accuracy, compute_s, communication_s, step_s, wire_bytes, ratio)
+    ratio = dense / sent if sent else None
+    return Epoch(number, loss, accuracy, compute_s, communication_s, step_s, sent, ratio)
 
 
 class Keeper(Protocol):
@@ -304,14 +302,13 @@ def run_worker(
     models: list[Vector] = []
     bucket = Bucket(network.shapes)
     gradient = np.empty_like(server.weights)
+    gradients = bucket.views(gradient)
     for number, totals in enumerate(sums, 1):
         for first, batch in enumerate(batches(len(data.targets), number, settings)):
             mine, began = np.array_split(batch, share[1])[share[0]], time.perf_counter()
             weights = server.pull()
             pulled = time.perf_counter()
-            totals[0] += network.learn(
-                bucket.views(weights), data.inputs[mine], data.targets[mine], bucket.views(gradient)
-            )
+            totals[0] += network.learn(bucket.views(weights), data.inputs[mine], data.targets[mine], gradients)
             gradient *= share[1] / len(batch)
             learnt = time.perf_counter()
             server.push(gradient)

@@ -282,9 +282,7 @@ def header_of(message: Message, who: str = "decode") -> Header:
     if not isinstance(message, np.ndarray) or message.dtype != np.uint8 or message.ndim != 1:
         raise ArgumentError(f"{who}: a message is a flat uint8 array, this is {describe(message)}")
     if message.size < HEADER_BYTES:
-        raise ArgumentError(
-            f"{who}: the message is cut short: {message.size} bytes, its header alone has {HEADER_BYTES}"
-        )
+        raise ArgumentError(f"{who}: the message is cut short: {message.size} bytes, a header alone has {HEADER_BYTES}")
     magic, *fields = HEADER_FORMAT.unpack(message[:HEADER_BYTES].tobytes())
     if magic != MAGIC:
         raise ArgumentError(
@@ -392,9 +390,7 @@ def read_sparse(payload: Payload, header: Header) -> DecodedMessage:
     dtype = VALUE_DTYPES[Values(header.values)]
     octets = payload.take(header.nbytes - header.elements * dtype.itemsize)
     index = DECODERS[Code(header.code)](octets, header)
-    payload.demand(
-        index is not None, f"indices out of range or order, or codes of other than {header.elements} elements"
-    )
+    payload.demand(index is not None, f"indices out of range or order, or not codes of {header.elements} elements")
     return DecodedMessage(add_sparse, (index, widen_values(payload.take(header.elements, dtype), header.values)))
 
 

@@ -247,9 +247,8 @@ class ShardedModel:
         self.master, whole = self._take_shards(units)
         self.dtype = self.master.dtype if dtype is None else np.dtype(dtype)
         check_dtypes(self.master.dtype, self.dtype)
-        self.total = np.zeros(
-            self.master.size if stage > 1 else sum(u.size for u in self.units.values()), self.master.dtype
-        )
+        size = self.master.size if stage > 1 else sum(unit.size for unit in self.units.values())
+        self.total = np.zeros(size, self.master.dtype)
         """The sum of gradients: this rank's shards, at stage 1 the whole units one after the other."""
         bucket = Bucket(dict(self._shard_sizes()), self.master.dtype, exempt=list(self._exempt_names()))
         norms = self._sum_over_partition if self.ranks > 1 else None
@@ -286,9 +285,8 @@ class ShardedModel:
 
     def _allocate_buffers(self, whole: list[Vector], overlap: bool, algorithm: str) -> None:
         """Allocate all buffers of the steps."""
-        longest, shard = (
-            max(getattr(unit, what) for unit in self.units.values()) for what in ("padded_size", "shard_size")
-        )
+        units = self.units.values()
+        longest, shard = max(unit.padded_size for unit in units), max(unit.shard_size for unit in units)
         self._collect = Gather(self.groups.partition, algorithm) if self._gathers else None
         kind = self.dtype if self.stage > 1 else self.master.dtype
         self._reduce = Reduce(self.groups.partition, algorithm, shard, kind) if self.ranks > 1 else None
@@ -300,19 +298,15 @@ class ShardedModel:
         )
         """The buffer of a shard to be sent."""
         if self._collect and self.dtype == self.master.dtype:
-            room = allocate_shared(self._collect.comm, sum(unit.shard_size for unit in self.units.values()), self.dtype)
+            room = allocate_shared(self._collect.comm, sum(unit.shard_size for unit in units), self.dtype)
             room[: self.master.size] = self.master
             self.master = room[: self.master.size]
         self.parameters: dict[str, Vector] = {}
         """All parameters, where a rank keeps them whole beside the master copy."""
         if self.stage < 3 and self.ranks > 1:
-            self.parameters = {
-                u.name: narrow(v, self.dtype).copy() for u, v in zip(self.units.values(), whole, strict=True)
-            }
+            self.parameters = {u.name: narrow(v, self.dtype).copy() for u, v in zip(units, whole, strict=True)}
         elif self.ranks == 1 and self.dtype != self.master.dtype:
-            self.parameters = {
-                unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in self.units.values()
-            }
+            self.parameters = {unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in units}
         self.prefetcher = ThreadPoolExecutor(1, "gather") if overlap and self._gathers and threads_may_talk() else None
 
     def _shard_sizes(self) -> Iterator[tuple[str, tuple[int]]]:
@@ -324,9 +318,7 @@ class ShardedModel:
 
     def _exempt_names(self) -> Iterator[str]:
         """Tensors that neither decay nor adapt."""
-        return (
-            f"{unit.name}.{slot.name}" for unit in self.units.values() for slot in unit.bucket.table if not slot.decay
-        )
+        return (f"{u.name}.{slot.name}" for u in self.units.values() for slot in u.bucket.table if not slot.decay)
 
     def _unit(self, name: str, verb: str) -> Unit:
         if name not in self.units:
@@ -337,9 +329,7 @@ class ShardedModel:
     def memory(self) -> Memory:
         """The memory of this rank."""
         state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray))
-        whole = sum(vector.nbytes for vector in self.parameters.values()) + sum(
-            slot.room.nbytes for slot in self.buffers
-        )
+        whole = sum(each.nbytes for each in (*self.parameters.values(), *(slot.room for slot in self.buffers)))
         working = self.gradients.nbytes + self.shard.nbytes + (self._reduce.nbytes if self._reduce else 0)
         return Memory(self.master.nbytes + self.total.nbytes + state, whole, working)
 
@@ -592,9 +582,7 @@ class ShardedModel:
 
 def views(unit: Unit, vector: Vector) -> dict[str, npt.NDArray[Any]]:
     """The unit's tensors at the start of a vector of any dtype."""
-    return {
-        slot.name: vector[slot.offset : slot.offset + slot.length].reshape(slot.shape) for slot in unit.bucket.table
-    }
+    return {t.name: vector[t.offset : t.offset + t.length].reshape(t.shape) for t in unit.bucket.table}
 
 
 def copy_gradient(unit: Unit, gradient: Tensors | Vector, room: Vector, who: str) -> None:
