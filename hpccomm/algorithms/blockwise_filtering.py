@@ -30,14 +30,7 @@ import numpy as np
 
 from hpccomm.algorithms import local_steps
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, mean
-from hpccomm.algorithms.local_steps import (
-    LocalStatePolicy,
-    PeriodicState,
-    PeriodicTransform,
-    Weighting,
-    average_leaf,
-    exact_step,
-)
+from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, PeriodicTransform, Weighting
 from hpccomm.algorithms.transforms import (
     AdamState,
     Schedule,
@@ -76,10 +69,10 @@ def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -
         velocity = momentum * state.velocity - lr * behind
         if nesterov == "lookahead":
             ahead = start + (1 + momentum) * velocity
-            return exact_step(start, ahead), FilterState(ahead, velocity)
+            return local_steps.exact_step(start, ahead), FilterState(ahead, velocity)
         model = state.model + velocity
         ahead = model + momentum * velocity if nesterov else model
-        return exact_step(start, ahead), FilterState(model, velocity)
+        return local_steps.exact_step(start, ahead), FilterState(model, velocity)
 
     return Transform(init, update)
 
@@ -164,7 +157,7 @@ def shard_filter(comm: MPI.Intracomm, block: Transform) -> Transform:
         step, after = block.update(part / comm.size, state.filter_state, start[mine])
         ahead = gather_shards(start[mine] + step, start.size, comm)
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(behind.nbytes, comm.size))
-        return exact_step(start, ahead), ShardState(state.report.add(cost), after)
+        return local_steps.exact_step(start, ahead), ShardState(state.report.add(cost), after)
 
     return Transform(init, update)
 
@@ -240,7 +233,7 @@ def extrapolation(comm: MPI.Intracomm, eta: float, b1: float, b2: float) -> Loca
     def settle(began: Any, ended: Any, start: Vector, rho: float, steps: int) -> tuple[Any, float]:
         rho = eta * rho + steps
         first, then = began[0], ended[0]
-        mean_now, square_now = average_leaf(then.mean, comm), average_leaf(then.square, comm)
+        mean_now, square_now = local_steps.average_leaf(then.mean, comm), local_steps.average_leaf(then.square, comm)
         extrapolated = AdamState(
             first.updates + steps + eta * rho,
             extrapolate(first.mean, mean_now, b1, steps, eta * rho),

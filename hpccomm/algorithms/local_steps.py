@@ -353,11 +353,8 @@ class PeriodicSteps:
         )
         if self.check:
             check_replicas(self.comm, start)
-        return (
-            start,
-            next_block._replace(start=start, inner_start=inner, inner=inner, outer=outer, memory=memory),
-            agreed.is_finished,
-        )
+        next_block = next_block._replace(start=start, inner_start=inner, inner=inner, outer=outer, memory=memory)
+        return start, next_block, agreed.is_finished
 
     def agree_on_block(
         self, behind: Vector, counted: float, state: PeriodicState, last: bool

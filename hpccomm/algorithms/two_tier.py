@@ -22,16 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hpccomm.algorithms import local_steps
 from hpccomm.algorithms.blockwise_filtering import FilterState, Nesterov, block_filter, lengths
 from hpccomm.algorithms.checkpoints import leaves, map_leaves
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
-from hpccomm.algorithms.local_steps import (
-    LocalStatePolicy,
-    PeriodicState,
-    PeriodicTransform,
-    Weighting,
-    periodic_transform,
-)
+from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, PeriodicTransform, Weighting
 from hpccomm.algorithms.transforms import Transform, Vector, chain, require
 
 if TYPE_CHECKING:
@@ -81,7 +76,7 @@ def hybrid(
     inside = exchange(group)
     block = block_filter(1 - 1 / groups if momentum is None else momentum, lr, nesterov)
     inner = chain(inside, descent)
-    return periodic_transform(
+    return local_steps.periodic_transform(
         comm,
         period,
         Transform(lambda weights: check_state(residual, inner.init(weights)), inner.update),

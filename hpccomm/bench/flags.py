@@ -68,13 +68,7 @@ def parser(collective: str) -> Parser:
     add("-x", "--warmup", type=natural, metavar="N", help="untimed calls before them (default 100; above 8 KiB 10)")
     add("-f", "--full", action="store_true", help="show minimum and maximum over the ranks, and the number of calls")
     add("-c", "--validation", action="store_true", help="check every element of as many calls again, exactly")
-    add(
-        "-u",
-        "--validation-warmup",
-        type=natural,
-        metavar="N",
-        help="unchecked calls before each checked one (default 5)",
-    )
+    add("-u", "--validation-warmup", type=natural, metavar="N", help="unchecked calls before a checked one (default 5)")
     add("-z", "--tail-lat", metavar="P,P,…", help="percentiles; write -z50,99 without a space (-z alone: 50,90,99)")
     add("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory limit of a rank (default 512Mi)")
     add("-W", "--window-size", type=positive, metavar="N", help="messages in flight of bw and bibw (default 64)")
@@ -86,38 +80,19 @@ def parser(collective: str) -> Parser:
         help=f"{', '.join(DATATYPES)} or all; repeat for several (default mpi_float; latency, bw, bibw: mpi_char)",
     )
     add("-l", "--in-place", action="store_true", help="call the collective with MPI_IN_PLACE")
-    add(
-        "-k",
-        "--root-rank",
-        metavar="fixed:R|rotate",
-        help="the root: always R, or another with each call (default fixed:0)",
-    )
+    add("-k", "--root-rank", metavar="fixed:R|rotate", help="the root: R, or another with each call (default fixed:0)")
     add(
         "-d",
         "--accelerator",
         choices=("cuda", "managed", "openacc", "rocm"),
         help="put the buffers on a device; cuda is the only one measured",
     )
-    add(
-        "placement",
-        nargs="*",
-        metavar="H H",
-        help="memory at both ends, as OSU wants it: D D (device) with -d, else H H (host)",
-    )
+    add("placement", nargs="*", metavar="H H", help="memory at both ends: D D (device) with -d, else H H (host)")
     add = made.add_argument_group("of hpccomm").add_argument
     add(
-        "--algorithm",
-        default="auto",
-        metavar="A,B,…",
-        help="show medians side by side: native,auto,ring,… or all (default auto)",
+        "--algorithm", default="auto", metavar="A,B,…", help="medians side by side: native,auto,… or all (default auto)"
     )
-    add(
-        "--stepfactor",
-        "--step-factor",
-        type=positive,
-        metavar="F",
-        help="ratio of each size to the one before (default 2)",
-    )
+    add("--stepfactor", "--step-factor", type=positive, metavar="F", help="ratio of successive sizes (default 2)")
     add("--registered", action="store_true", help="take buffers from comm.empty, which all ranks of a node can read")
     add("--json", metavar="FILE", help="write the rows, the machine and this command into FILE")
     add = made.add_argument_group("as nccl-tests").add_argument

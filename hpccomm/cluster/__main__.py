@@ -27,16 +27,10 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--nics", type=int, default=1, help="links of each node, each of that rate (default 1)")
     run = commands.add_parser("run", help="run a program on the nodes")
     run.add_argument(
-        "--per-node",
-        default="1",
-        metavar="K",
-        help="ranks on every node, or K,K,… with one number for each (default 1)",
+        "--per-node", default="1", metavar="K", help="ranks on each node, or K,K,… with one number for each (default 1)"
     )
     run.add_argument(
-        "--placement",
-        default="block",
-        choices=PLACEMENTS,
-        help="order in which ranks are placed on nodes (default block)",
+        "--placement", default="block", choices=PLACEMENTS, help="order of placing ranks on nodes (default block)"
     )
     run.add_argument("--seed", type=int, default=0, help="seed of --placement random (default 0)")
     run.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM", help="program, as hpccomm-run takes it")

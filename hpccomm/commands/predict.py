@@ -29,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
     add(
-        "collective",
-        choices=[*sorted(ALGORITHMS), *STEPS],
-        help="a collective, or mics or zero3 for a step of a sharded model",
+        "collective", choices=[*sorted(ALGORITHMS), *STEPS], help="a collective; mics, zero3: a step of a sharded model"
     )
     add("--nodes", type=int, default=1, metavar="N", help="number of nodes (default 1)")
     add("--per-node", type=int, default=1, metavar="K", help="ranks on a node (default 1)")
@@ -58,12 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--micro-steps", type=int, default=4, metavar="S", help="micro-steps of a step (default 4)")
     add("--tokens", type=int, default=2048, help="tokens of a rank in a micro-step (default 2048)")
     add("--flops", default="170T", help="operations that a rank reaches per second (default 170T: 54 %% of an A100)")
-    add(
-        "--partition-size",
-        type=int,
-        metavar="P",
-        help="partition size of mics (default: the smallest that fits into memory)",
-    )
+    add("--partition-size", type=int, metavar="P", help="partition size of mics (default: the smallest that fits)")
     add("--memory", default="40G", metavar="SIZE", help="memory of a rank (default 40G)")
     add("--working", default="10G", metavar="SIZE", help="part of it that model states cannot use (default 10G)")
 

@@ -279,12 +279,7 @@ METHODS = {
         check=check_groups,
     ),
     "ps": Method(
-        "parameter server, SGD with momentum 0.9",
-        0.1,
-        heavy_ball,
-        ("servers", "mode"),
-        loop="servers",
-        check=check_servers,
+        "parameter server, SGD, momentum 0.9", 0.1, heavy_ball, ("servers", "mode"), loop="servers", check=check_servers
     ),
     "mics": Method(
         "MiCS, model states divided over --partition-size ranks",
