@@ -148,10 +148,10 @@ def shard_filter(comm: MPI.Intracomm, block: Transform) -> Transform:
     """Reduce-scatter −G, filter this rank's shard, allgather W_g."""
 
     def init(weights: Vector) -> ShardState:
-        return ShardState(ExchangeReport(), block.init(weights[shard(weights.size, comm)]))
+        return ShardState(ExchangeReport(), block.init(weights[shard(weights.size, comm.size, comm.rank)]))
 
     def update(behind: Vector, state: ShardState, start: Vector) -> tuple[Vector, ShardState]:
-        began, mine = time.perf_counter(), shard(start.size, comm)
+        began, mine = time.perf_counter(), shard(start.size, comm.size, comm.rank)
         part = np.empty(mine.stop - mine.start, behind.dtype)
         comm.Reduce_scatter(behind, part, lengths(start.size, comm.size))
         step, after = block.update(part / comm.size, state.filter_state, start[mine])
@@ -167,11 +167,10 @@ def lengths(n: int, parts: int) -> list[int]:
     return [n // parts + (part < n % parts) for part in range(parts)]
 
 
-def shard(n: int, comm: MPI.Intracomm) -> slice:
-    """This rank's shard."""
-    counts = lengths(n, comm.size)
-    first = sum(counts[: comm.rank])
-    return slice(first, first + counts[comm.rank])
+def shard(n: int, parts: int, place: int) -> slice:
+    """The elements of the part at a place."""
+    counts = lengths(n, parts)
+    return slice(sum(counts[:place]), sum(counts[: place + 1]))
 
 
 def gather_shards(part: Vector, n: int, comm: MPI.Intracomm) -> Vector:

@@ -168,6 +168,8 @@ def message_report(state: FeedbackState) -> MessageReport:
 
 def all_ranks_true(comm: MPI.Intracomm, fine: bool) -> bool:
     """Whether ``fine`` holds on all ranks (collective)."""
+    if comm.size == 1:
+        return fine
     from mpi4py import MPI
 
     least = np.empty(1, np.uint8)

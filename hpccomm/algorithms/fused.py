@@ -86,12 +86,10 @@ def each_term(transform: Transform) -> Iterator[Term]:
 
 def lars_walk(who: str, terms: Terms, here: Layers) -> Walk:
     """LARS in any order of trust ratio, momentum and rate."""
-    names = list(terms)
+    before = list(terms)[: list(terms).index("momentum")]
     clip, trust, trace = terms["scale_by_global_norm"], terms["scale_by_trust_ratio"], terms["momentum"]
     ratio, rate, lr = trust.ratio, terms["add_decayed_weights"].rate, terms["descend"].lr
-    ratio_first, rate_first = (
-        names.index(name) < names.index("momentum") for name in ("scale_by_trust_ratio", "descend")
-    )
+    ratio_first, rate_first = "scale_by_trust_ratio" in before, "descend" in before
     norm_of = GRADIENT if trust.inner is not None else DECAYED_GRADIENT if ratio_first else UPDATE
     order = walk_order(here, ratio.norm_reduce is not None)
 

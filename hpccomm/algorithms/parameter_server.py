@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.blockwise_filtering import lengths
+from hpccomm.algorithms.blockwise_filtering import shard
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
 from hpccomm.errors import MismatchError
 
@@ -252,9 +252,7 @@ class ParameterServer:
 
     def slice_of(self, server: int) -> slice:
         """The elements of a server."""
-        counts = lengths(self.weights.size, self.servers)
-        first = sum(counts[:server])
-        return slice(first, first + counts[server])
+        return shard(self.weights.size, self.servers, server)
 
     def pull(self) -> Vector:
         """The model, as soon as the mode allows the read; a new vector."""

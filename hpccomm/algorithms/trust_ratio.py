@@ -67,7 +67,8 @@ class Layers(NamedTuple):
             if full:
                 first, stop = int(rows.bounds[begin, 0]), int(rows.bounds[end - 1, 1])
                 part = slice(begin, end)
-                yield Rows(first, stop, rows.bounds[part] - first, *(each[part] for each in rows[3:]))
+                others: Any = (each[part] for each in rows[3:])
+                yield Rows(first, stop, rows.bounds[part] - first, *others)
                 begin = end
 
 

@@ -89,9 +89,7 @@ def parser(collective: str) -> Parser:
     )
     add("placement", nargs="*", metavar="H H", help="memory at both ends: D D (device) with -d, else H H (host)")
     add = made.add_argument_group("of hpccomm").add_argument
-    add(
-        "--algorithm", default="auto", metavar="A,B,…", help="medians side by side: native,auto,… or all (default auto)"
-    )
+    add("--algorithm", default="auto", metavar="A,B,…", help="medians in columns: native,auto,… or all (default auto)")
     add("--stepfactor", "--step-factor", type=positive, metavar="F", help="ratio of successive sizes (default 2)")
     add("--registered", action="store_true", help="take buffers from comm.empty, which all ranks of a node can read")
     add("--json", metavar="FILE", help="write the rows, the machine and this command into FILE")

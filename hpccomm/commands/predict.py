@@ -28,9 +28,7 @@ STEPS = ("mics", "zero3")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
-    add(
-        "collective", choices=[*sorted(ALGORITHMS), *STEPS], help="a collective; mics, zero3: a step of a sharded model"
-    )
+    add("collective", choices=[*sorted(ALGORITHMS), *STEPS], help="a collective; mics, zero3: step of a sharded model")
     add("--nodes", type=int, default=1, metavar="N", help="number of nodes (default 1)")
     add("--per-node", type=int, default=1, metavar="K", help="ranks on a node (default 1)")
     add("--bytes", default="1M", metavar="SIZE", help="size of the vector: 100M, 64Ki, 4 (default 1M)")

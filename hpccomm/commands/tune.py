@@ -33,8 +33,6 @@ SECONDS = 0.4
 """Measuring time for each algorithm at each size."""
 NEAR_RATIO = 0.15
 """Relative error up to which a prediction is counted as close."""
-
-
 COLLECTIVES = (*ALGORITHMS, "alltoall")
 """The collectives that can be tuned; alltoall has no schedules, only shared memory beside native MPI."""
 
@@ -170,9 +168,7 @@ def measure_one(comm: Any, site: Site, task: Task, wanted: Sequence[str] = ()) -
         )
 
 
-def finish(
-    rows: Sequence[Row], site: Site, out: Path, curves: Sequence[CostCurve] = (), link: Link | None = None
-) -> None:
+def finish(rows: Sequence[Row], site: Site, out: Path, curves: Sequence[CostCurve], link: Link | None) -> None:
     """Merge with the rows of other shapes in the file, fit, write, and print decisions and predictions.
 
     ``link`` is the link by which schedules were selected while the rows were measured.

@@ -17,7 +17,6 @@ SUMMARY = "prove schedules correct for a range of sizes"
 EVERY_ROOT = 8
 """Up to this size, schedules with a root are proved for every root; above, for the first and the last."""
 
-
 Item = TypeVar("Item")
 
 
