@@ -168,7 +168,9 @@ def measure_one(comm: Any, site: Site, task: Task, wanted: Sequence[str] = ()) -
         )
 
 
-def finish(rows: Sequence[Row], site: Site, out: Path, curves: Sequence[CostCurve], link: Link | None) -> None:
+def finish(
+    rows: Sequence[Row], site: Site, out: Path, curves: Sequence[CostCurve] = (), link: Link | None = None
+) -> None:
     """Merge with the rows of other shapes in the file, fit, write, and print decisions and predictions.
 
     ``link`` is the link by which schedules were selected while the rows were measured.
