@@ -51,7 +51,11 @@ def kernel_loops() -> dict[str, Callable[[int, int], None]]:
         "await_all": skip_all_wait,
     }
     waiting, hasty = compiled.compile_globals(), compiled.compile_globals(here)
-    return {"no Python": on(waiting["allreduce"]), "no waiting": on(hasty["allreduce"]), "meet": on(waiting["barrier"])}
+    return {
+        "no Python": on(waiting["allreduce"]),
+        "no waiting": on(hasty["allreduce"]),
+        "barrier": on(waiting["barrier"]),
+    }
 
 
 def skip_rank_wait(state, q, number):  # type: ignore[no-untyped-def]
@@ -79,7 +83,7 @@ def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
     comm, loop = Communicator(MPI.COMM_WORLD), kernel_loops()
     shared = comm.context.shared_memory
     assert shared is not None, "this needs memory that the ranks share"
-    meeting, alone = call_of(shared.bind_barrier(0)), MPI.COMM_SELF
+    barrier, alone = call_of(shared.bind_barrier(0)), MPI.COMM_SELF
     rows = []
     for nbytes in sizes:
         n, hasty = nbytes // 4, SharedMemory(comm.context.node)  # kernels without waits corrupt its counters
@@ -95,7 +99,7 @@ def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:
                 plans.append(memory.bind_allreduce(send.ctypes.data, recv.ctypes.data, n, "f4", "sum", 0))
                 runs[f"{name}, {how}"] = partial(loop[how], call_of(plans[-1]))
         if nbytes <= SMALL:
-            runs["a meeting"] = partial(loop["meet"], meeting)
+            runs["a barrier"] = partial(loop["barrier"], barrier)
             runs["native, one rank"] = repeat(partial(alone.Allreduce, a, b))
         rows.append({"bytes": nbytes, **time_in_turns(comm, runs)})
         hasty.close()
@@ -123,7 +127,7 @@ def time_in_turns(comm: Any, runs: dict[str, Callable[[int], None]]) -> Times:
 
 def lower_bound(times: Times, ours: str) -> float:
     """The least time of any implementation: the bytes moved; for few bytes, the arguments and a barrier."""
-    return max(times[f"{ours}, no waiting"], times.get("a meeting", 0.0) + times.get("native, one rank", 0.0))
+    return max(times[f"{ours}, no waiting"], times.get("a barrier", 0.0) + times.get("native, one rank", 0.0))
 
 
 def tables(rounds: list[list[dict[str, Any]]]) -> str:

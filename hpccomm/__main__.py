@@ -26,8 +26,8 @@ COMMANDS = {
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 """Variables in which launchers pass a process its rank."""
-AGREEMENT_SECONDS = 2.0
-"""Seconds within which all ranks reach the same error."""
+AGREEMENT_SECONDS = 10.0
+"""Seconds within which all ranks reach the same error, on a loaded machine as well."""
 RANK_0_SECONDS = 10.0
 """Seconds for which other ranks leave an error in the arguments to rank 0, whose exit ends them."""
 

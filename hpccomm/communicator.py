@@ -74,7 +74,7 @@ class Communicator(MPI.Intracomm):
 
     @property
     def context(self) -> Context:
-        """What the collectives use: private channel, layout, settings, plans (the first use is collective)."""
+        """What the collectives use: private communicator, layout, settings, plans (the first use is collective)."""
         if self._context is None:
             self._context = Context(self, self._plan_cache)
         return self._context

@@ -1,4 +1,4 @@
-"""The context of a communicator: layout, private channel, consistency table, tuning table and cached plans.
+"""The context of a communicator: layout, private communicator, consistency table, tuning table and cached plans.
 
 The first collective call creates the context on all ranks, so a communicator that only sends and receives has none.
 Rank 0 broadcasts all settings and the tuning table, so that every rank selects the same algorithm.
@@ -142,7 +142,7 @@ class Context:
         return {collective: on(self.layout.nodes) for collective, on in HIERARCHICAL.items()}
 
     def algorithms(self, collective: str) -> dict[str, Algorithm]:
-        """Our algorithms for a collective, by name."""
+        """The schedules of hpccomm for a collective, by name."""
         found = dict(ALGORITHMS.get(collective, {}))
         if collective in self.hierarchical_algorithms:
             found["hierarchical"] = self.hierarchical_algorithms[collective]

@@ -735,7 +735,7 @@ def algorithm_label(algorithm: str | None, reproducible: bool) -> str | None:
 
 
 def send_argument(send: Operand, in_place: bool) -> Any:
-    """What MPI is recvcounts to send."""
+    """The send argument of MPI's own collective."""
     return IN_PLACE if in_place else send.buffer
 
 

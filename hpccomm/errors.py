@@ -9,7 +9,7 @@
     ├── ScheduleError      a schedule does not do what its collective promises            (AssertionError)
     └── TransportError     a transport is not available here                              (OSError)
 
-Every error sentence names the rank, the fault and the remedy.
+Every message names the rank, the mistake and what to do.
 """
 
 from __future__ import annotations

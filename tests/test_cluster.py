@@ -111,6 +111,7 @@ def test_a_user_without_root_rights_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         Cluster().up()
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_mpi_sees_separate_nodes_and_nothing_is_left_of_them(name: str) -> None:
     with Cluster(3, "1gbit", name) as cluster:

@@ -155,7 +155,7 @@ def test_info_says_that_there_is_no_device() -> None:
 
 def test_info_names_the_device_and_its_transports(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     found = rows()
-    assert found["device"] == "fake, number 0 on rank 0"
+    assert found["device"] == "fake, device 0 of rank 0"
     assert [found[name] for name in ("ipc", "aware", "staged")] == ["yes"] * 3
     assert found["nccl"].startswith("no: ")
     monkeypatch.setenv(cuda.TRANSPORT, "nccl")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hpccomm.collectives import ALGORITHMS, draw
-from hpccomm.collectives.verify import verify
+from hpccomm.collectives.verify import verify_algorithm
 from hpccomm.commands import plot
 from hpccomm.errors import ArgumentError
 
@@ -51,7 +51,7 @@ def test_the_root_and_the_collective_can_be_named(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("name", ALGORITHMS["allreduce"])
 def test_every_message_is_printed_once(name: str) -> None:
     lines = list(draw.text(ALGORITHMS["allreduce"][name], 7))
-    assert sum(line.count("->") for line in lines) == verify(name, "allreduce", 7).messages
+    assert sum(line.count("->") for line in lines) == verify_algorithm(name, "allreduce", 7).messages
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ring", b"\x89PNG"), ("hierarchical", b"<?xml"), ("ring", b"%PDF")])
@@ -65,9 +65,9 @@ def test_the_suffix_selects_the_format_of_a_drawing(
 
 def test_a_drawing_has_an_arrow_and_a_label_a_message(tmp_path: Path) -> None:
     out = tmp_path / "tree.svg"
-    draw.draw(ALGORITHMS["bcast"]["tree"], 5, out, "a title", 2)
+    draw.draw_schedule(ALGORITHMS["bcast"]["tree"], 5, out, "a title", 2)
     drawing = out.read_text(encoding="utf-8")
-    assert drawing.count('id="patch_') >= verify("tree", "bcast", 5, 2).messages
+    assert drawing.count('id="patch_') >= verify_algorithm("tree", "bcast", 5, 2).messages
     assert "<!-- a title -->" in drawing
     assert drawing.count("<!-- rank ") == 5
 
@@ -77,7 +77,7 @@ def test_without_matplotlib_the_error_names_the_package_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'hpccomm\[plot\]'"):
-        draw.draw(ALGORITHMS["allreduce"]["ring"], 4, tmp_path / "x.png", "ring")
+        draw.draw_schedule(ALGORITHMS["allreduce"]["ring"], 4, tmp_path / "x.png", "ring")
 
 
 def test_importing_draw_does_not_import_matplotlib() -> None:

@@ -13,7 +13,7 @@ from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind
 from hpccomm.collectives.hierarchical import build_allgather, build_reduce_scatter, reorder_by_block, reorder_by_rank
 from hpccomm.collectives.schedule import Algorithm
-from hpccomm.collectives.verify import verify
+from hpccomm.collectives.verify import verify_algorithm
 from hpccomm.errors import ScheduleError
 from hpccomm.layout import Link
 from hpccomm.performance.cost import HIERARCHICAL, predict, price
@@ -48,14 +48,14 @@ def test_gathers_in_two_levels_are_right_for_1_to_64_ranks(collective: str) -> N
         for nodes in even_layouts(p):
             algorithm = HIERARCHICAL[collective](nodes)
             assert algorithm.volume is not None
-            verify(algorithm, collective, p)
+            verify_algorithm(algorithm, collective, p)
 
 
 @pytest.mark.parametrize("collective", HALVES)
 def test_a_wrong_own_block_is_refused(collective: str) -> None:
     wrong = HIERARCHICAL[collective]([0, 0, 1, 1])._replace(own_blocks=None)
     with pytest.raises(ScheduleError, match=f"{collective}, p=4: "):
-        verify(wrong, collective, 4)
+        verify_algorithm(wrong, collective, 4)
 
 
 def run_one(transport: ThreadTransport, algorithm: Algorithm, vector: Any) -> None:
@@ -157,7 +157,7 @@ def uneven_layouts(p: int) -> Iterator[list[int]]:
 def test_nodes_may_have_different_numbers_of_ranks(collective: str) -> None:
     for p in (*range(2, 14), 30, 63):
         for nodes in uneven_layouts(p):
-            verify(HIERARCHICAL[collective](nodes), collective, p)
+            verify_algorithm(HIERARCHICAL[collective](nodes), collective, p)
 
 
 def test_verify_plot_and_predict_accept_hierarchical(capsys: pytest.CaptureFixture[str]) -> None:

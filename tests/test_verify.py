@@ -14,7 +14,7 @@ import pytest
 
 from hpccomm.collectives import ALGORITHMS, hierarchical, ring, tree
 from hpccomm.collectives.schedule import NOBODY, Algorithm, Step, block_per_rank, one_block
-from hpccomm.collectives.verify import ROOTED_COLLECTIVES, layouts, verify
+from hpccomm.collectives.verify import ROOTED_COLLECTIVES, layouts, verify_algorithm
 from hpccomm.commands import verify as command
 from hpccomm.errors import ArgumentError, ScheduleError
 from hpccomm.performance.cost import HIERARCHICAL
@@ -27,21 +27,21 @@ Edit = Callable[[list[Step]], list[Step]]
 @pytest.mark.parametrize(("collective", "name"), EVERY)
 def test_every_algorithm_is_right_for_1_to_64_ranks(collective: str, name: str) -> None:
     for p in range(1, 65):
-        verify(name, collective, p)
+        verify_algorithm(name, collective, p)
 
 
 @pytest.mark.parametrize(("collective", "name"), [each for each in EVERY if each[0] in ROOTED_COLLECTIVES])
 def test_every_root_is_right(collective: str, name: str) -> None:
     for p in range(1, 10):
         for root in range(p):
-            verify(name, collective, p, root)
+            verify_algorithm(name, collective, p, root)
 
 
 @pytest.mark.parametrize("steps", [tree.scatter, tree.gather])
 def test_scatter_and_gather_are_right_for_every_root(steps: Any) -> None:
     for p in range(1, 18):
         for root in range(p):
-            verify(Algorithm(steps, block_per_rank), steps.__name__, p, root)
+            verify_algorithm(Algorithm(steps, block_per_rank), steps.__name__, p, root)
 
 
 @pytest.mark.parametrize("inter", ["ring", "butterfly", "doubling", "double_tree"])
@@ -50,7 +50,7 @@ def test_hierarchical_is_right_on_every_layout(inter: str) -> None:
         for nodes in layouts(p).values():
             algorithm = hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"][inter])
             assert (algorithm.volume is not None) == (inter == "ring")
-            verify(algorithm, "allreduce", p)
+            verify_algorithm(algorithm, "allreduce", p)
 
 
 def test_proving_every_algorithm_takes_under_10_seconds() -> None:
@@ -58,9 +58,9 @@ def test_proving_every_algorithm_takes_under_10_seconds() -> None:
     began = time.process_time()
     for collective, name in EVERY:
         for p in range(1, 65):
-            verify(name, collective, p)
+            verify_algorithm(name, collective, p)
     for p in range(1, 65):
-        verify(hierarchical.build_allreduce(layouts(p)["block"]), "allreduce", p)
+        verify_algorithm(hierarchical.build_allreduce(layouts(p)["block"]), "allreduce", p)
     assert time.process_time() - began < limit
 
 
@@ -72,13 +72,13 @@ def test_a_false_declaration_of_rounds_or_bytes_is_refused(collective: str, name
     wrong = algorithm.volume._replace(**{field: lambda p, root: declared(p, root) + 1})
     for p in (5, 8):
         with pytest.raises(ScheduleError, match=r", but .* declares"):
-            verify(algorithm._replace(volume=wrong), collective, p)
+            verify_algorithm(algorithm._replace(volume=wrong), collective, p)
 
 
 def test_an_algorithm_needs_no_declaration(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """A generator and a row are an algorithm: the verifier and the command find it under its name."""
     monkeypatch.setitem(ALGORITHMS["allreduce"], "mine", Algorithm(ring.allreduce, block_per_rank))
-    assert verify("mine", "allreduce", 5).rounds == 8
+    assert verify_algorithm("mine", "allreduce", 5).rounds == 8
     assert run_command(capsys, "mine", "--size", "1:5")[0] == 0
 
 
@@ -87,28 +87,28 @@ def test_an_algorithm_is_marked_ordered_where_it_keeps_rank_order_for_all_sizes_
     collective: str, name: str
 ) -> None:
     roots = [(p, root) for p in range(1, 10) for root in (range(p) if collective in ROOTED_COLLECTIVES else (0,))]
-    in_order = all(verify(name, collective, p, root).ordered for p, root in roots)
+    in_order = all(verify_algorithm(name, collective, p, root).ordered for p, root in roots)
     assert ALGORITHMS[collective][name].ordered == in_order
 
 
 def test_a_false_claim_of_order_is_refused() -> None:
     with pytest.raises(ScheduleError, match="claims to keep rank order, but does not"):
-        verify(RING._replace(ordered=True), "allreduce", 3)
+        verify_algorithm(RING._replace(ordered=True), "allreduce", 3)
 
 
 def test_the_report_counts_rounds_messages_and_blocks() -> None:
-    report = verify("ring", "allreduce", 64)
+    report = verify_algorithm("ring", "allreduce", 64)
     assert (report.rounds, report.messages, report.blocks) == (126, 126 * 64, 64)
     assert Fraction(report.blocks_sent_max, report.blocks) == Fraction(2 * 63, 64)
     assert report.ordered is False
-    assert verify("bruck", "allgather", 5).ordered is None
+    assert verify_algorithm("bruck", "allgather", 5).ordered is None
 
 
 def test_schedules_of_more_than_64_ranks_are_proved() -> None:
     for p in (64, 65, 130):
-        verify("ring", "allreduce", p)
-        verify("butterfly", "allreduce", p)
-        verify("bruck", "allgather", p)
+        verify_algorithm("ring", "allreduce", p)
+        verify_algorithm("butterfly", "allreduce", p)
+        verify_algorithm("bruck", "allgather", p)
 
 
 # --- broken schedules ------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def put(values: Any, rank: int, value: int) -> Any:
 def refusal(algorithm: Algorithm, collective: str = "allreduce", p: int = 5) -> str:
     """The error of the verifier."""
     with pytest.raises(ScheduleError) as caught:
-        verify(algorithm, collective, p)
+        verify_algorithm(algorithm, collective, p)
     return str(caught.value)
 
 
@@ -280,14 +280,14 @@ def test_wrong_bytes_are_refused() -> None:
     doubling = ALGORITHMS["allreduce"]["doubling"]
     wrong = doubling._replace(volume=doubling.volume._replace(busiest=lambda p, _: Fraction(2)))
     with pytest.raises(ScheduleError, match=r"3 vectors sent by the busiest rank, but n lg s.* declares 2"):
-        verify(wrong, "allreduce", 8)
+        verify_algorithm(wrong, "allreduce", 8)
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ArgumentError, match="take one of ring, butterfly"):
-        verify("rnig", "allreduce", 4)
+        verify_algorithm("rnig", "allreduce", 4)
     with pytest.raises(ArgumentError, match="take one of allreduce"):
-        verify("ring", "allreduced", 4)
+        verify_algorithm("ring", "allreduced", 4)
 
 
 # --- independent oracle: every rank runs its own steps --------------------------------------------

@@ -1,1 +1,1 @@
-"""What happens to a gradient: local transforms, exchanges, and published methods as compositions."""
+"""What happens to a gradient: local transforms, exchanges between ranks, and published methods composed of both."""

@@ -120,19 +120,19 @@ def feedback(
             fine, asked = check_agreement(comm, fine, compressor.name)  # before u and v are written in place
         messages = encode(gradient, state) if fine else None
         everyone.set_room(state.room)
-        letters, nbytes = exchange_messages(everyone, messages)
+        received, nbytes = exchange_messages(everyone, messages)
         nbytes += asked
-        if letters is None:
+        if received is None:
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.add(cost))
         total = np.zeros_like(gradient)
         for number, part in enumerate(slices_of(gradient)):
-            compressor.decode_all([each[number] for each in letters], total[part])
+            compressor.decode_all([each[number] for each in received], total[part])
             if reduce == "mean" or compressor.agree is not None:
                 compressor.conclude(total[part], comm.size)
         cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
         residual, spare = (state.residual, state.spare) if momentum else (state.spare, state.residual)
-        headers = np.stack([each[:HEADER_BYTES] for each in letters[comm.rank]])
+        headers = np.stack([each[:HEADER_BYTES] for each in received[comm.rank]])
         report = state.report.add(cost)
         return total, FeedbackState(
             residual, spare, state.momentum, headers, state.steps + 1, state.skipped, report, everyone.room
@@ -198,16 +198,16 @@ def exchange_messages(
 
     If any rank passes ``None`` (it has no messages), all ranks get ``None``.
     """
-    letter = np.empty(0, np.uint8)
+    packed = np.empty(0, np.uint8)
     if messages is not None:
         lengths = np.array([len(messages), *(each.size for each in messages)], "<u8")
-        letter = np.concatenate([lengths.view(np.uint8), *messages])
-    letters, nbytes = everyone.gather(letter) if everyone.comm.size > 1 else ([letter], 0)
-    return (None if any(not each.size for each in letters) else [unpack_messages(each) for each in letters]), nbytes
+        packed = np.concatenate([lengths.view(np.uint8), *messages])
+    received, nbytes = everyone.gather(packed) if everyone.comm.size > 1 else ([packed], 0)
+    return (None if any(not each.size for each in received) else [unpack_messages(each) for each in received]), nbytes
 
 
-def unpack_messages(letter: Message) -> list[Message]:
-    """The messages in a letter, which holds their number, their lengths, and then the messages."""
-    first = 8 * (int(letter[:8].view("<u8")[0]) + 1)
-    ends = accumulate(letter[8:first].view("<u8").tolist(), initial=first)
-    return [letter[lo:hi] for lo, hi in pairwise(ends)]
+def unpack_messages(packed: Message) -> list[Message]:
+    """The messages in an array of bytes that holds their number, their lengths, and then the messages."""
+    first = 8 * (int(packed[:8].view("<u8")[0]) + 1)
+    ends = accumulate(packed[8:first].view("<u8").tolist(), initial=first)
+    return [packed[lo:hi] for lo, hi in pairwise(ends)]

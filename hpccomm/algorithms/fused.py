@@ -5,7 +5,8 @@ those of the chain, with one exception: where the trust ratio φ and the rate γ
 multiplies by the product −φγ, rounded once for each tensor, and the chain multiplies by φ and by −γ.  The steps then
 differ by four roundings at most, a relative 2 eps of the dtype; the velocities do not differ.
 
-On the host small tensors pass through the cache in groups, so that their elements come from memory once.
+On the host, small tensors are processed in groups that fit into the cache, so that each element is read from memory
+once.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ The trust ratio φ of a tensor is 1 where ‖w‖ or the other norm is zero, and
     "mlperf"      φ of "paper"                   v ← μv + d,      w ← w − γφv    TensorFlow's, MLPerf's
     "simclr"      φ = c‖w‖/(‖v‖+ε)               v ← μv + d,      w ← w − γφv    SimCLR (not classic)
 
-They agree in the first step, and in all while γ and φ do not change ("optax", "simclr" but for their norms). With
-"torch" a new γ also scales the velocity of earlier updates.  Algorithm 1 of the LAMB paper is "simclr": its running
-mean instead of a sum cancels in φ, up to c.
+Apart from the norm in φ, where "optax" and "simclr" differ, they agree in the first step, and as long as γ and φ do not
+change. With "torch" a new γ also scales the velocity of earlier updates.  Algorithm 1 of the LAMB paper is "simclr"
+without c: it keeps a running mean instead of a sum, a factor that cancels in φv.
 
 LAMB (You et al., ICLR 2020)
 ----------------------------

@@ -1,7 +1,7 @@
 """Learning-rate schedules for large batches: scaling with the batch, warm-up and decay.
 
 *B the batch, B₀ the batch for which the rate γ₀ was tuned, t the update from 0, T_w and T the numbers of updates in the
-warm-up and in all.*  A schedule is a function of the update's count; the first update gets 0, as in optax and
+warm-up and in all.*  A schedule is a function of the update's count t.  The first update uses t = 0, as in optax and
 TensorFlow; PyTorch's schedulers are stepped before they are read.
 """
 

@@ -1,6 +1,6 @@
 """A parameter server: server ranks hold the model, worker ranks push gradients to them and pull weights.
 
-*S servers, the first ranks, each with a slice of the flat model; N workers, the others; a worker's clock counts its
+*S servers, the first ranks, each with a shard of the flat model; N workers, the others; a worker's clock counts its
 pushes; a server's version counts the applied clocks (BSP) or pushes.*
 
 ==================  ==========================================================  ===================================
@@ -124,7 +124,7 @@ class Ledger:
         return stale
 
     def leave(self, worker: int) -> None:
-        """The worker pushes no more: no read waits for it."""
+        """Record that a worker has made its last push, so that no read waits for it."""
         self.clocks[worker] = math.inf
         if self.rules.synchronous:
             self.settle()
@@ -350,8 +350,8 @@ class ParameterServer:
         return out
 
     def _answer(self, worker: int, weights: Vector, version: int) -> tuple[MPI.Request, Any]:
-        letter = pack_message(REPLY, 0, version, weights.view(np.uint8))
-        return self.comm.Isend(letter, self.servers + worker, TAG), letter
+        message = pack_message(REPLY, 0, version, weights.view(np.uint8))
+        return self.comm.Isend(message, self.servers + worker, TAG), message
 
     def _send(self, to: int, what: int, payload: npt.NDArray[np.uint8], version: int) -> None:
         self.comm.Send(pack_message(what, self.clock, version, payload), to, TAG)
@@ -362,21 +362,21 @@ class ParameterServer:
 
         status = MPI.Status()
         self.comm.Probe(MPI.ANY_SOURCE if source is None else source, TAG, status)
-        letter = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        self.comm.Recv(letter, status.source, TAG)
-        mark, what, clock, version, nbytes = HEADER.unpack(letter[: HEADER.size].tobytes())
-        payload = letter[HEADER.size :]
+        message = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+        self.comm.Recv(message, status.source, TAG)
+        mark, what, clock, version, nbytes = HEADER.unpack(message[: HEADER.size].tobytes())
+        payload = message[HEADER.size :]
         if mark != MARK or payload.size != nbytes:
             raise MismatchError(
-                f"rank {self.comm.rank}: a message of {letter.size} bytes from rank {status.source} is no message of a "
-                "parameter server: let all ranks use the same release"
+                f"rank {self.comm.rank}: a message of {message.size} bytes from rank {status.source} is no message of "
+                "a parameter server: let all ranks use the same release"
             )
         return status.source, what, clock, version, payload
 
 
 def pack_message(what: int, clock: int, version: int, payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Header and payload as one message."""
-    letter = np.empty(HEADER.size + payload.size, np.uint8)
-    letter[: HEADER.size] = np.frombuffer(HEADER.pack(MARK, what, clock, version, payload.size), np.uint8)
-    letter[HEADER.size :] = payload
-    return letter
+    message = np.empty(HEADER.size + payload.size, np.uint8)
+    message[: HEADER.size] = np.frombuffer(HEADER.pack(MARK, what, clock, version, payload.size), np.uint8)
+    message[HEADER.size :] = payload
+    return message

@@ -46,7 +46,7 @@ class Term(Transform):
 
 
 class Chain(Transform):
-    """One transform after another, and which ones."""
+    """A chain of transforms, which ``terms`` lists in order."""
 
     terms: tuple[Transform, ...]
 
@@ -212,6 +212,6 @@ def check_decay(name: str, value: float) -> None:
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise an :class:`~hpccomm.errors.ArgumentError` unless it holds."""
+    """Raise an :class:`~hpccomm.errors.ArgumentError` unless the condition holds."""
     if not holds:
         raise ArgumentError(message)

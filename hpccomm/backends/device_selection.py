@@ -1,4 +1,7 @@
-"""The transports for arrays on a device: each is tried once per communicator, then one is selected for each plan.
+"""The backends for arrays on a device: each is tried once per communicator, then one is selected for each plan.
+
+Users know these backends as *transports*, so that is the word of settings, errors and the rest of this module.
+
 
 ==========  ===========================================  ========================================================
 ``staged``  through pinned host memory in chunks         every dtype, operation and algorithm; always available
@@ -115,7 +118,7 @@ class MpiBackend:
         self.device = device
 
     def takes(self, call: Call) -> bool:
-        """Calls that MPI computes as we define them."""
+        """Calls whose result MPI defines as hpccomm does: no 16-bit floats, no minima that may lose a NaN."""
         return call.native is not None
 
     def bind(self, call: Call, streams: Sequence[int]) -> Run:
@@ -194,14 +197,14 @@ class DeviceTransports:
 
     def find_nccl(self) -> Backend:
         """NCCL, if every rank has a device of its own, or all ranks are configured to share devices."""
-        channel, library, trouble = self.context.private_comm, None, ""
+        comm, library, trouble = self.context.private_comm, None, ""
         try:
             library = nccl.library()
         except TransportError as error:
             trouble = str(error)
-        place = (int(self.context.layout.nodes[channel.rank]), self.device.identity)
+        place = (int(self.context.layout.nodes[comm.rank]), self.device.identity)
         shared = library is not None and self.setting == "nccl" and nccl.can_share_device(library)
-        everyone = channel.allgather((trouble, place, shared))
+        everyone = comm.allgather((trouble, place, shared))
         for each, _, _ in everyone:
             if each:
                 raise TransportError(each)
@@ -210,7 +213,7 @@ class DeviceTransports:
             raise TransportError(
                 f"ranks share a device: that requires NCCL 2.30, {nccl.SHARING}=1 and {TRANSPORT}=nccl on all ranks"
             )
-        return NcclBackend(nccl.Nccl(self.device, channel, library))
+        return NcclBackend(nccl.Nccl(self.device, comm, library))
 
     def find_peers(self) -> Backend:
         """CUDA IPC, if all ranks share one node."""

@@ -1,4 +1,4 @@
-"""The flags of ``hpccomm bench``: OSU's, nccl-tests' for ``--format nccl``, and long ones of our own."""
+"""The flags of ``hpccomm bench``: OSU's flags, nccl-tests' flags for ``--format nccl``, and long flags of hpccomm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans, the plan cache, and the key by which two calls are the same."""
+"""Plans, the plan cache, and the keys by which a repeated call is recognised."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Run = Callable[[], None]
 
 
 class Plan:
-    """A call that is ready to run."""
+    """A call that is ready to run; on messages it contains a schedule's :class:`hpccomm.collectives.engine.Plan`."""
 
     __slots__ = ("free", "result", "run")
 
@@ -42,7 +42,7 @@ IDENTITY_TYPES = (np.ndarray, type(MPI.IN_PLACE), type(None))
 
 
 class PlanCache(dict[Hashable, CachedCall]):
-    """Run functions by the identity of a call's arguments, the fastest lookup; it keeps no array alive."""
+    """Maps the identity of a call's arguments to the plan's run function, the fastest lookup; keeps no array alive."""
 
     def store(
         self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None, run: Run

@@ -64,7 +64,7 @@ def text(algorithm: Algorithm, p: int, *root: int) -> Iterator[str]:
         yield f"round {each.number:>3}  {'sum ' if each.reduce else 'copy'}  {'  '.join(arrows)}"
 
 
-def draw(algorithm: Algorithm, p: int, out: str | Path, title: str, *root: int) -> None:
+def draw_schedule(algorithm: Algorithm, p: int, out: str | Path, title: str, *root: int) -> None:
     """Draw the schedule into ``out``, in the format of the name's suffix (png, svg, pdf).
 
     An arrow has the colour of its first block; it is solid where the receiver sums, dashed where it copies.

@@ -2,8 +2,8 @@
 
 *p ranks, r this one; a table of offsets cuts the vector into blocks; a segment is a contiguous part of the vector that
 runs through the whole schedule on its own.*  The engine interleaves the segments: while a rank reduces one, the
-messages of the next are in flight, so any schedule is pipelined without knowing it.  A bound step costs a start, a wait
-and a reduction; a running plan looks up, slices and checks nothing.
+messages of the next are in flight, so every schedule is pipelined without code of its own.  A bound step costs a start,
+a wait and a reduction; a running plan looks up, slices and checks nothing.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ A flat ring takes p-1 rounds and brings (p-1)/p of the vector into every node.
 A message is one interval of blocks, so the blocks of an allgather or reduce-scatter are numbered by channel, then node:
 with k ranks a node, local rank l of node a owns block l·N + a.  ``own_blocks`` holds these numbers;
 :func:`reorder_by_rank` restores the order of ranks after an allgather, :func:`reorder_by_block` prepares a
-reduce-scatter.  Without them the result is C0 C2 C1 C3 for p = 4, k = 2.
+reduce-scatter.  Without them an allgather of p = 4, k = 2 returns the ranks' blocks in the order 0, 2, 1, 3.
 
 Zhang et al., *MiCS: near-linear scaling for training gigantic model on public cloud*, VLDB 2022, section 3.3.
 """

@@ -1,7 +1,7 @@
 """Direct: every rank exchanges each block with the owner of that block, without intermediate ranks.
 
 *p ranks, r this one, k the round.*  As the ring, p-1 rounds and (p-1)/p of the vector from every rank, but each block
-makes one hop only.  Suits a network without hot spots, and shared memory.
+makes one hop only.  It suits shared memory, and networks in which all pairs of ranks can send at full rate at once.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 *p ranks, r this one; 2^⌊lg p⌋ ranks are participants, q this one's position among them, mask the distance.*  Where p is
 no power of two, the first 2·(p − 2^⌊lg p⌋) ranks fold in pairs: the even rank sends its vector to the odd rank, idles,
-and receives the result at the end.  Neighbours exchange first, so every partial result covers adjacent ranks and rank
-order can be kept.
+and receives the result at the end.  In the allreduces neighbours exchange first, so every partial result covers
+adjacent ranks and rank order can be kept.
 
 =================  ============================  ===================================
 algorithm          rounds (+2 when folded)       bytes sent by every participant

@@ -95,7 +95,7 @@ class Proof(NamedTuple):
         raise ScheduleError(f"{self.title}: round {int(k)}, rank {int(rank)}, block {int(block)}: {why}")
 
 
-def verify(algorithm: Algorithm | str, collective: str, p: int, root: int = 0) -> Report:
+def verify_algorithm(algorithm: Algorithm | str, collective: str, p: int, root: int = 0) -> Report:
     """Prove that ``algorithm`` (or the one of that name) implements ``collective`` on p ranks.
 
     Rounds and bytes are compared with the algorithm's ``volume``, if it declares one.

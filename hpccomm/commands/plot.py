@@ -60,7 +60,7 @@ def show_schedule(args: argparse.Namespace) -> int:
     print(f"{title}, {format_count(algorithm.blocks(args.size), 'block')}")
     print("\n".join(draw.text(algorithm, args.size, *root)))
     if args.out:
-        draw.draw(algorithm, args.size, args.out, title, *root)
+        draw.draw_schedule(algorithm, args.size, args.out, title, *root)
     return 0
 
 

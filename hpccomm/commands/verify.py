@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
-from hpccomm.collectives.verify import ROOTED_COLLECTIVES, Report, layouts, verify
+from hpccomm.collectives.verify import ROOTED_COLLECTIVES, Report, layouts, verify_algorithm
 from hpccomm.errors import ArgumentError, ScheduleError
 from hpccomm.performance.cost import HIERARCHICAL
 
@@ -95,14 +95,16 @@ def proofs(subject: Subject, p: int) -> Iterator[Report]:
         return
     roots = range(p) if p <= EVERY_ROOT else (0, p - 1)
     for root in roots if subject.collective in ROOTED_COLLECTIVES else (0,):
-        yield verify(subject.algorithm, subject.collective, p, root)
+        yield verify_algorithm(subject.algorithm, subject.collective, p, root)
 
 
 def two_level_proofs(collective: str, nodes: list[int]) -> Iterator[Report]:
     """The reports of one layout."""
-    yield verify(HIERARCHICAL[collective](nodes), collective, len(nodes))
+    yield verify_algorithm(HIERARCHICAL[collective](nodes), collective, len(nodes))
     if collective == "allreduce":
-        yield verify(hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"]["butterfly"]), collective, len(nodes))
+        yield verify_algorithm(
+            hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"]["butterfly"]), collective, len(nodes)
+        )
 
 
 def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:

@@ -1,4 +1,4 @@
-"""The kernels for a vector: those of the device that holds it, or compiled ones, or the NumPy reference."""
+"""Selects the kernels for a vector: CUDA's where a device holds it, else compiled loops, else the NumPy reference."""
 
 from __future__ import annotations
 

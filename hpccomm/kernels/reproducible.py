@@ -1,4 +1,4 @@
-"""Sums of floats whose bits depend on what is added alone: not on order, placement, algorithm or number of ranks.
+"""Sums of floats whose bits depend only on the operands, not on order, placement, algorithm or number of ranks.
 
 *x one rank's element, e the largest exponent that any rank has at this position: |x| < 2^e.*
 

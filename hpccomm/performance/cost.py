@@ -4,7 +4,7 @@
 the time to sum a byte; all in microseconds.*  A message starts when both its ends are ready and takes alpha + bytes x
 beta; ranks of a node that send between nodes in the same round share the link of the node; links carry both directions
 at once.  The receiver sums afterwards.  A rank starts its next round when its own messages of this round are complete;
-there is no barrier between rounds, so waves, chains and stragglers are modelled.
+there is no barrier between rounds, so the model includes late ranks and the delays that they pass on.
 
 A schedule that is the same for every node (or rank) is simulated for one node only and checked on three others, so a
 ring of 10,000 ranks takes a second.  Chains and trees are cut into segments: the first segment pays the whole path,

@@ -5,8 +5,9 @@ inside one, whether ranks exchange in pairs, and whether they reduce.*  The time
 length: TCP changes its protocol, links pass short bursts at full speed, ranks share cores.  So the cost of each round
 type is measured at several lengths with all ranks taking part (parametrised LogP: Kielmann, Bal & Verstoep, IPDPS
 workshops 2000).  A point has two times: a cold round, which is a whole call, and a warm round, which follows another
-one in the same call.  So the effects of the start of a call count once: ranks leave a barrier one after the other, an
-idle link passes a first burst for free, and both directions of a link are in use while its ends keep step.
+one in the same call.  So effects that occur only at the start of a call count once: ranks leave a barrier one after the
+other, an idle link passes a first burst for free, and both directions of a link are in use until its two ends drift
+apart.
 
 A collective itself is never a point: its price is a sum over its rounds.
 """

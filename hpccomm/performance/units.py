@@ -21,7 +21,7 @@ def size_of(text: str) -> float:
 
 
 def beta_of(text: str) -> float:
-    """The microseconds a byte of a rate: ``100gbit`` is in bits a second, ``12.5GB`` in bytes a second."""
+    """The microseconds per byte of a rate: ``100gbit`` is in bits a second, ``12.5GB`` in bytes a second."""
     match = re.fullmatch(r"([\d.]+)\s*([kmgt]?)(bit|b)(/s|ps)?", text.strip().lower())
     try:
         number, unit, what = match.groups()[:3] if match else ("", "", "")

@@ -33,7 +33,7 @@ class Layer(Protocol):
         """The output of the layer for an input, (b, …) each."""
 
     def backward(self, weights: Tensors, x: Array, y: Array, error: Array, gradient: Tensors) -> Array:
-        """Write the gradient by the weights; ``error`` is the gradient by ``y``; returns the gradient by ``x``."""
+        """Write the gradient of the weights; ``error`` is the gradient of ``y``; returns the gradient of ``x``."""
 
 
 class Embedding:

@@ -179,7 +179,7 @@ def train_batches(training: Any, number: int, on_step: Callable[[], object], sho
 
 
 def epoch_of(number: int, totals: npt.NDArray[np.float64], ranks: int, data: Dataset, sent: int, dense: int) -> Epoch:
-    """From the sums over the ranks of loss, right predictions, and seconds computing, exchanging and stepping."""
+    """The epoch from sums over the ranks: loss, right predictions, and seconds computing, exchanging and stepping."""
     shares = [len(data.targets), max(1, len(data.test_targets)), ranks, ranks, ranks]
     loss, accuracy, compute_s, communication_s, step_s = map(float, totals / shares)
     ratio = dense / sent if sent else None

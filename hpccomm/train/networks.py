@@ -56,7 +56,7 @@ class Perceptron:
         return self.backward(weights, inputs, targets, gradient)[0]
 
     def backward(self, weights: Tensors, inputs: Array, targets: Array, gradient: Tensors) -> tuple[float, Array]:
-        """The loss, and its gradient by the hidden layer's inputs to tanh, (b, hidden)."""
+        """The loss, and its gradient with respect to the inputs of the hidden layer's tanh, (b, hidden)."""
         active = self.activations(weights, inputs)
         loss, error = cross_entropy(active @ weights["out"] + weights["out_shift"], targets)
         slope = (error @ weights["out"].T) * (1 - active * active)
@@ -99,7 +99,7 @@ def library_of(x: Array) -> Any:
 
 
 def cross_entropy(scores: Array, targets: Array) -> tuple[float, Array]:
-    """Sum over the samples of -log softmax(scores)[target], and its gradient by the scores."""
+    """Sum over the samples of -log softmax(scores)[target], and its gradient with respect to the scores."""
     xp = library_of(scores)
     shifted = scores - scores.max(axis=1, keepdims=True)
     logs = shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))

@@ -7,7 +7,7 @@ is in the collective, chunk k + 1 is copied down on one stream and chunk k - 1 u
     host        0   1   2   3
     up              0   1   2   3
 
-There are two pinned bounce buffers in each direction.  Data is read only after the streams that wrote it have been
+There are two pinned staging buffers in each direction.  Data is read only after the streams that wrote it have been
 synchronised, and a call returns when its last chunk is on the device.
 """
 

@@ -1,12 +1,12 @@
 """The probe for a CUDA-aware MPI: subprocesses pass device pointers to MPI and check the results.
 
-MPI's own declaration is not used: an MPI built without CUDA may use a UCX that has it, and an MPI built with CUDA may
-find no driver.  The probe, a subprocess with a world of one, makes every kind of call that hpccomm would make and
-compares the results with the host's.  Then two processes make the calls between them on the same device, because a
-message to another process takes another path than one to the process itself.  An MPI that is not CUDA-aware reads
-device memory with the processor, and the kernel kills the subprocess; the job continues.  Two processes need MPI's
-launcher; if there is none, the result is that of one process, and says so.  The result is cached on disk until the
-library, the driver or the settings change.
+What the MPI library says about itself is not used: an MPI built without CUDA may use a UCX that has it, and an MPI
+built with CUDA may find no driver.  The probe, a subprocess with a world of one, makes every kind of call that hpccomm
+would make and compares the results with the host's.  Then two processes make the calls between them on the same device,
+because a message to another process takes another path than one to the process itself.  An MPI that is not CUDA-aware
+reads device memory with the processor, and the operating system kills the subprocess; the job continues.  Two processes
+need MPI's launcher; if there is none, the result is that of one process, and says so.  The result is cached on disk
+until the library, the driver or the settings change.
 """
 
 from __future__ import annotations

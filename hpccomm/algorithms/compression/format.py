@@ -395,7 +395,7 @@ def read_sparse(payload: Payload, header: Header) -> DecodedMessage:
 
 
 def read_cells(payload: Payload, header: Header) -> DecodedMessage:
-    """Values whose positions follow from a key."""
+    """Values at random positions, which the receiver computes from a key."""
     key, values = int(payload.take(1, "<u8")[0]), payload.take(header.elements, "<f4")
     payload.demand(not key >> 32, f"key {key}")
     return DecodedMessage(add_sparse, (reference.cell_indices(header.n, header.elements, key), values))

@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
     @property
     def copies(self) -> int:
-        """R."""
+        """The number of copies, R."""
         return self.ranks // self.partition
 
     @property

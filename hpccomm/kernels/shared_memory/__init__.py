@@ -1,1 +1,1 @@
-"""Collectives over shared memory: record layouts, memory operations, the collectives, and these compiled."""
+"""Collectives over shared memory: record layouts, memory operations, the collectives, and their compiled form."""
