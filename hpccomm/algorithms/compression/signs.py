@@ -10,9 +10,10 @@ from typing import Literal
 
 import numpy as np
 
-from hpccomm.algorithms.compression.format import Compressor, Kind, Message, demand_finite, kernels, message_of
+from hpccomm.algorithms.compression.format import Compressor, Kind, Message, demand_finite, message_of
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.compression.reference import Octets, Vector
+from hpccomm.kernels.dispatch import kernels
+from hpccomm.kernels.vectors.reference import Octets, Vector
 
 
 def onebit(scale: Literal["l1", "per-sign"] = "l1") -> Compressor:
