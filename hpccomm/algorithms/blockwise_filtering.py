@@ -24,20 +24,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from hpccomm.algorithms import local_steps
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, mean
-from hpccomm.algorithms.local_steps import (
-    LocalStatePolicy,
-    PeriodicState,
-    PeriodicTransform,
-    Weighting,
-    average_leaf,
-    exact_step,
-)
+from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, PeriodicTransform, Weighting
 from hpccomm.algorithms.transforms import (
     AdamState,
     Schedule,
@@ -67,9 +60,7 @@ def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -
     """The filter as an outer transform: it receives −G and steps from W_g(t−1) to W_g(t); see the formulas above."""
     check_decay("bmuf: momentum", momentum)
     require(lr > 0, f"bmuf: lr is {lr}: pass a positive block rate; 1 is usual")
-    require(
-        nesterov in (False, "paper", "lookahead"), f"bmuf: nesterov is {nesterov!r}: pass False, 'paper' or 'lookahead'"
-    )
+    require(nesterov in get_args(Nesterov), f"bmuf: nesterov is {nesterov!r}: pass False, 'paper' or 'lookahead'")
 
     def init(weights: Vector) -> FilterState:
         return FilterState(weights.copy(), np.zeros_like(weights))
@@ -78,10 +69,10 @@ def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -
         velocity = momentum * state.velocity - lr * behind
         if nesterov == "lookahead":
             ahead = start + (1 + momentum) * velocity
-            return exact_step(start, ahead), FilterState(ahead, velocity)
+            return local_steps.exact_step(start, ahead), FilterState(ahead, velocity)
         model = state.model + velocity
         ahead = model + momentum * velocity if nesterov else model
-        return exact_step(start, ahead), FilterState(model, velocity)
+        return local_steps.exact_step(start, ahead), FilterState(model, velocity)
 
     return Transform(init, update)
 
@@ -146,9 +137,6 @@ def global_model(state: PeriodicState, comm: MPI.Intracomm) -> Vector:
     return gather_shards(found.model, state.start.size, comm) if isinstance(state.outer, ShardState) else found.model
 
 
-# W and Δ divided over the ranks
-
-
 class ShardState(NamedTuple):
     """The cost of the exchanges, and the filter's state for this rank's shard."""
 
@@ -160,16 +148,16 @@ def shard_filter(comm: MPI.Intracomm, block: Transform) -> Transform:
     """Reduce-scatter −G, filter this rank's shard, allgather W_g."""
 
     def init(weights: Vector) -> ShardState:
-        return ShardState(ExchangeReport(), block.init(weights[shard(weights.size, comm)]))
+        return ShardState(ExchangeReport(), block.init(weights[shard(weights.size, comm.size, comm.rank)]))
 
     def update(behind: Vector, state: ShardState, start: Vector) -> tuple[Vector, ShardState]:
-        began, mine = time.perf_counter(), shard(start.size, comm)
+        began, mine = time.perf_counter(), shard(start.size, comm.size, comm.rank)
         part = np.empty(mine.stop - mine.start, behind.dtype)
         comm.Reduce_scatter(behind, part, lengths(start.size, comm.size))
         step, after = block.update(part / comm.size, state.filter_state, start[mine])
         ahead = gather_shards(start[mine] + step, start.size, comm)
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(behind.nbytes, comm.size))
-        return exact_step(start, ahead), ShardState(state.report.add(cost), after)
+        return local_steps.exact_step(start, ahead), ShardState(state.report.add(cost), after)
 
     return Transform(init, update)
 
@@ -179,11 +167,10 @@ def lengths(n: int, parts: int) -> list[int]:
     return [n // parts + (part < n % parts) for part in range(parts)]
 
 
-def shard(n: int, comm: MPI.Intracomm) -> slice:
-    """This rank's shard."""
-    counts = lengths(n, comm.size)
-    first = sum(counts[: comm.rank])
-    return slice(first, first + counts[comm.rank])
+def shard(n: int, parts: int, place: int) -> slice:
+    """The elements of the part at a place."""
+    counts = lengths(n, parts)
+    return slice(sum(counts[:place]), sum(counts[: place + 1]))
 
 
 def gather_shards(part: Vector, n: int, comm: MPI.Intracomm) -> Vector:
@@ -191,9 +178,6 @@ def gather_shards(part: Vector, n: int, comm: MPI.Intracomm) -> Vector:
     whole = np.empty(n, part.dtype)
     comm.Allgatherv(part, [whole, lengths(n, comm.size)])
     return whole
-
-
-# The inner optimizer's state at the end of a block
 
 
 def policy(local_state: str | LocalStatePolicy, comm: MPI.Intracomm, inner: Transform) -> LocalStatePolicy:
@@ -248,7 +232,7 @@ def extrapolation(comm: MPI.Intracomm, eta: float, b1: float, b2: float) -> Loca
     def settle(began: Any, ended: Any, start: Vector, rho: float, steps: int) -> tuple[Any, float]:
         rho = eta * rho + steps
         first, then = began[0], ended[0]
-        mean_now, square_now = average_leaf(then.mean, comm), average_leaf(then.square, comm)
+        mean_now, square_now = local_steps.average_leaf(then.mean, comm), local_steps.average_leaf(then.square, comm)
         extrapolated = AdamState(
             first.updates + steps + eta * rho,
             extrapolate(first.mean, mean_now, b1, steps, eta * rho),

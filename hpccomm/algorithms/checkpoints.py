@@ -11,8 +11,9 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -85,8 +86,6 @@ def restore_leaf(path: str, like: Any, value: Any) -> Any:
     return array.copy()
 
 
-# Another number of ranks
-
 LOCAL_FIELDS = ("residual", "momentum", "worker")
 """Fields that hold a rank's own unsent gradients: the steps to come apply their mean over the ranks."""
 SHARDED_FIELDS = ("server",)
@@ -120,9 +119,6 @@ def for_ranks(states: Sequence[Any], rank: int, size: int, reduce: Literal["mean
     return map_leaves(leaf_of, states[rank % len(states)])
 
 
-# Files
-
-
 def save(path: str | os.PathLike[str], **states: Any) -> None:
     """Write states by name, ``save(f"step{n}.rank{comm.rank}.npz", weights=weights, method=state)``.
 
@@ -133,10 +129,17 @@ def save(path: str | os.PathLike[str], **states: Any) -> None:
     found = state_dict(tuple(states.values()))
     names = list(states)
     entries = {entry_name(path, names): value for path, value in found.items()}
+    with replace_file(target) as file:
+        np.savez(file, **entries)
+
+
+@contextmanager
+def replace_file(target: Path) -> Iterator[BinaryIO]:
+    """A new file that replaces ``target`` at the end, flushed to the disk; an error leaves ``target`` as it was."""
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **entries)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -155,9 +158,7 @@ def load(path: str | os.PathLike[str], **like: Any) -> tuple[Any, ...]:
         with np.load(path, allow_pickle=False) as file:
             entries = {name: file[name] for name in file.files}
     except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise ArgumentError(
-            f"load: {os.fspath(path)} is no checkpoint ({error}): name a file that save wrote"
-        ) from None
+        raise ArgumentError(f"load: {path} is no checkpoint ({error}): name a file that save wrote") from None
     names = list(like)
     known = {entry_name(path, names): path for path, _ in leaves(tuple(like.values()))}
     saved = {known.get(name, name): value for name, value in entries.items()}

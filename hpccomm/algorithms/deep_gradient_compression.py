@@ -143,7 +143,7 @@ def dgc(
         if dense_step:
             asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
             state = state._replace(report=state.report.add(asked))
-            fine = all_ranks_true(comm, fine) if comm.size > 1 else fine
+            fine = all_ranks_true(comm, fine)
         else:
             if not fine:
                 large[:1] = np.nan  # also for a dense tensor or the norm: the exchange compares the first element

@@ -134,9 +134,8 @@ def feedback(
         residual, spare = (state.residual, state.spare) if momentum else (state.spare, state.residual)
         headers = np.stack([each[:HEADER_BYTES] for each in received[comm.rank]])
         report = state.report.add(cost)
-        steps = state.steps + 1
         return total, FeedbackState(
-            residual, spare, state.momentum, headers, steps, state.skipped, report, everyone.room
+            residual, spare, state.momentum, headers, state.steps + 1, state.skipped, report, everyone.room
         )
 
     def encode(gradient: Vector, state: FeedbackState) -> list[Message]:
@@ -169,6 +168,8 @@ def message_report(state: FeedbackState) -> MessageReport:
 
 def all_ranks_true(comm: MPI.Intracomm, fine: bool) -> bool:
     """Whether ``fine`` holds on all ranks (collective)."""
+    if comm.size == 1:
+        return fine
     from mpi4py import MPI
 
     least = np.empty(1, np.uint8)
@@ -186,9 +187,7 @@ def check_agreement(comm: MPI.Intracomm, fine: bool, name: str) -> tuple[bool, i
     mine, rows = np.array([fine, zlib.crc32(name.encode())]), np.empty((comm.size, 2), np.int64)
     comm.Allgather(mine, rows)
     for rank in np.flatnonzero(rows[:, 1] != rows[0, 1]):
-        raise ArgumentError(
-            f"{name}: ranks 0 and {rank} use different compressors: make them the same, nothing was sent"
-        )
+        raise ArgumentError(f"{name}: ranks 0 and {rank} use different compressors: make them alike; nothing was sent")
     return bool(rows[:, 0].all()), mine.nbytes * (comm.size - 1)
 
 

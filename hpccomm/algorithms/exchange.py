@@ -35,9 +35,7 @@ class ExchangeReport(NamedTuple):
     def add(self, other: ExchangeReport) -> ExchangeReport:
         """The sum of both costs."""
         return ExchangeReport(
-            self.exchanges + other.exchanges,
-            self.seconds + other.seconds,
-            self.wire_bytes + other.wire_bytes,
+            self.exchanges + other.exchanges, self.seconds + other.seconds, self.wire_bytes + other.wire_bytes
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.algorithms.transforms import AdamState, Chain, Term, Transform, Vector, require
+from hpccomm.algorithms.transforms import AdamState, Chain, Term, Transform, Vector, adam, require
 from hpccomm.algorithms.trust_ratio import (
     Layers,
     Rows,
@@ -46,17 +46,6 @@ class InPlaceTransform(Transform):
     apply: Callable[[Vector, Any, Vector], Any]
     formula: Chain
 
-    def __new__(
-        cls,
-        init: Callable[[Vector], Any],
-        update: Callable[[Vector, Any, Vector], tuple[Vector, Any]],
-        apply: Callable[[Vector, Any, Vector], Any],
-        formula: Chain,
-    ) -> InPlaceTransform:
-        made = super().__new__(cls, init, update)
-        made.apply, made.formula = apply, formula
-        return made
-
 
 class LarsState(NamedTuple):
     """The number of updates, and the velocity (with the sign and units of the variant's step)."""
@@ -82,7 +71,9 @@ def fuse(who: str, formula: Chain, here: Layers) -> InPlaceTransform:
         walk(gradient, state, weights, None)
         return state._replace(updates=state.updates + 1)
 
-    return InPlaceTransform(init, update, apply, formula)
+    made = InPlaceTransform(init, update)
+    made.apply, made.formula = apply, formula
+    return made
 
 
 def each_term(transform: Transform) -> Iterator[Term]:
@@ -96,29 +87,24 @@ def each_term(transform: Transform) -> Iterator[Term]:
 
 def lars_walk(who: str, terms: Terms, here: Layers) -> Walk:
     """LARS in any order of trust ratio, momentum and rate."""
-    names = list(terms)
+    before = list(terms)[: list(terms).index("momentum")]
     clip, trust, trace = terms["scale_by_global_norm"], terms["scale_by_trust_ratio"], terms["momentum"]
     ratio, rate, lr = trust.ratio, terms["add_decayed_weights"].rate, terms["descend"].lr
-    ratio_first, rate_first = (
-        names.index(each) < names.index("momentum") for each in ("scale_by_trust_ratio", "descend")
-    )
+    ratio_first, rate_first = "scale_by_trust_ratio" in before, "descend" in before
     norm_of = GRADIENT if trust.inner is not None else DECAYED_GRADIENT if ratio_first else UPDATE
     order = walk_order(here, ratio.norm_reduce is not None)
 
     def group(rows: Rows, g: Vector, v: Vector, w: Vector, out: Vector | None, gamma: float, scale: float) -> None:
         """One step of some tensors: v is written, and the step into out, or, without one, onto w."""
         real, rates = w.dtype.type, (rate * rows.decay).astype(w.dtype)
-        sums = kernel("lars_sums", w)(
-            w, g, v, rows.bounds, rates, real(scale), real(trace.beta), trace.nesterov, norm_of
-        )
+        beta = real(trace.beta)
+        sums = kernel("lars_sums", w)(w, g, v, rows.bounds, rates, real(scale), beta, trace.nesterov, norm_of)
         phi = ratio.of(here, rows, sums, gamma).astype(w.dtype)
         first, last = (phi, np.ones_like(phi)) if ratio_first else (np.ones_like(phi), phi)
         second = -gamma if rate_first else 1.0
         last = last if rate_first else last * real(-gamma)
         where = ("lars_apply", (w, g, v)) if out is None else ("lars_step", (w, g, v, out))
-        kernel(where[0], w)(
-            *where[1], rows.bounds, rates, first, last, real(scale), real(second), real(trace.beta), trace.nesterov
-        )
+        kernel(where[0], w)(*where[1], rows.bounds, rates, first, last, real(scale), real(second), beta, trace.nesterov)
 
     def walk(gradient: Vector, state: LarsState, weights: Vector, step: Vector | None) -> None:
         check_vectors(who, here, gradient, weights)
@@ -181,17 +167,8 @@ def end_walk(here: Layers, w: Vector, weights: Vector, step: Vector | None) -> N
         weights[...] = w
 
 
-def init_lars(weights: Vector) -> LarsState:
-    """No update yet, velocity 0."""
-    return LarsState(0, np.zeros_like(weights))
-
-
-def init_lamb(weights: Vector) -> AdamState:
-    """No update yet, both means 0."""
-    return AdamState(0, np.zeros_like(weights), np.zeros_like(weights))
-
-
-LARS, LAMB = (init_lars, lars_walk), (init_lamb, lamb_walk)
+LARS = (lambda weights: LarsState(0, np.zeros_like(weights)), lars_walk)
+LAMB = (adam().init, lamb_walk)
 FUSED: dict[tuple[str, ...], tuple[Callable[[Vector], Any], Callable[[str, Terms, Layers], Walk]]] = {
     ("scale_by_global_norm", "add_decayed_weights", "scale_by_trust_ratio", "descend", "momentum"): LARS,
     ("scale_by_global_norm", "add_decayed_weights", "scale_by_trust_ratio", "momentum", "descend"): LARS,

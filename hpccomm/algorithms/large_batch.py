@@ -40,10 +40,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from hpccomm.algorithms.fused import InPlaceTransform, fuse
-from hpccomm.algorithms.transforms import Schedule, Term, adam, chain, check_decay, descend, require
+from hpccomm.algorithms.transforms import Schedule, Term, adam, chain, check_choice, check_decay, descend, require
 from hpccomm.algorithms.transforms import momentum as momentum_trace
 from hpccomm.algorithms.trust_ratio import (
     NormReduce,
@@ -91,10 +91,7 @@ def lars(
 
     You, Gitman & Ginsburg, *Large batch training of convolutional networks*, 2017, algorithm 1.
     """
-    require(
-        variant in get_args(Variant),
-        f"lars: variant is {variant!r}: pass one of {', '.join(map(repr, get_args(Variant)))}",
-    )
+    check_choice("lars: variant", variant, get_args(Variant))
     check_decay("lars: momentum", momentum)
     require(weight_decay >= 0, f"lars: weight_decay is {weight_decay}: pass 0 or more")
     require(trust > 0, f"lars: trust is {trust}: pass a positive number; 0.001 is usual")
@@ -148,7 +145,13 @@ def lamb(
 
     You et al., *Large batch optimization for deep learning: training BERT in 76 minutes*, ICLR 2020, algorithm 2.
     """
-    check_numbers(b1, b2, eps, weight_decay, bias_correction, grad_norm, max_norm)
+    check_decay("lamb: b1", b1)
+    check_decay("lamb: b2", b2)
+    require(eps >= 0, f"lamb: eps is {eps}: pass 0 or more")
+    require(weight_decay >= 0, f"lamb: weight_decay is {weight_decay}: pass 0 or more")
+    require(max_norm > 0, f"lamb: max_norm is {max_norm}: pass a positive number")
+    check_choice("lamb: bias_correction", bias_correction, (True, False, "in_step"))
+    check_choice("lamb: grad_norm", grad_norm, ("none", "clip", "normalise"))
     check_range("ratio_clip", ratio_clip)
     check_range("weight_clip", weight_clip)
     here = layers("lamb", bucket, part, decay, adapt)
@@ -164,25 +167,6 @@ def lamb(
         descend(rate_with_correction if bias_correction == "in_step" else lr),
     )
     return fuse("lamb", chain(*terms), here)
-
-
-def check_numbers(
-    b1: float, b2: float, eps: float, weight_decay: float, bias_correction: Any, grad_norm: str, max_norm: float
-) -> None:
-    """Raise for arguments out of range."""
-    check_decay("lamb: b1", b1)
-    check_decay("lamb: b2", b2)
-    require(eps >= 0, f"lamb: eps is {eps}: pass 0 or more")
-    require(weight_decay >= 0, f"lamb: weight_decay is {weight_decay}: pass 0 or more")
-    require(
-        bias_correction in (True, False, "in_step"),
-        f"lamb: bias_correction is {bias_correction!r}: pass True, False or 'in_step'",
-    )
-    require(
-        grad_norm in ("none", "clip", "normalise"),
-        f"lamb: grad_norm is {grad_norm!r}: pass 'none', 'clip' or 'normalise'",
-    )
-    require(max_norm > 0, f"lamb: max_norm is {max_norm}: pass a positive number")
 
 
 def check_range(name: str, given: tuple[float, float] | None) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -49,9 +50,6 @@ if TYPE_CHECKING:
 
 Weighting = Literal["workers", "batches"] | Callable[[], float]
 """The weight of a rank's update: equal, its batches in the block, or the increase of a running total of samples."""
-
-
-# A step that ends exactly at its target
 
 
 class ExactStep(np.ndarray[Any, np.dtype[Any]]):
@@ -95,9 +93,6 @@ def exact_step(weights: Vector, target: Vector) -> Vector:
     return step
 
 
-# The inner optimizer's state at the end of a block
-
-
 class LocalStatePolicy(NamedTuple):
     """A policy: ``settle(began, ended, start, memory, steps) -> (inner, memory)``; the memory is its own state.
 
@@ -137,9 +132,6 @@ def average_leaf(leaf: Any, comm: MPI.Intracomm) -> Any:
     return narrow(total / comm.size, leaf.dtype)
 
 
-# The combinator
-
-
 class PeriodicState(NamedTuple):
     """The state of one rank; it shares no memory with the model."""
 
@@ -176,11 +168,6 @@ class PeriodicTransform(Transform):
 
     finish: Callable[[Any, Vector], tuple[Vector, Any]]
     export: Callable[[Any], Vector]
-
-    def __new__(cls, blocks: PeriodicSteps) -> PeriodicTransform:
-        made = super().__new__(cls, blocks.init, blocks.update)
-        made.finish, made.export = blocks.finish, blocks.export
-        return made
 
 
 def periodic_transform(
@@ -221,9 +208,10 @@ def periodic_transform(
     )
     require(not (warmup and group is not None), "periodic: synchronous steps and a group exclude each other")
     policy = local_state or keep()
-    return PeriodicTransform(
-        PeriodicSteps(comm, period, inner, outer, policy, weight_by, warmup, group, closing, export, check)
-    )
+    blocks = PeriodicSteps(comm, period, inner, outer, policy, weight_by, warmup, group, closing, check)
+    made = PeriodicTransform(blocks.init, blocks.update)
+    made.finish, made.export = blocks.finish, export
+    return made
 
 
 class Agreement(NamedTuple):
@@ -239,30 +227,25 @@ class Agreement(NamedTuple):
     """The largest number of steps of a rank."""
 
 
+@dataclass
 class PeriodicSteps:
     """The arguments of :func:`periodic_transform`, and the functions of its transform."""
 
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        period: int,
-        inner: Transform,
-        outer: Transform,
-        local: LocalStatePolicy,
-        weight_by: Weighting,
-        warmup: int,
-        group: MPI.Intracomm | None,
-        closing: Callable[[Vector, Any], tuple[Vector, Any]] | None,
-        export: Callable[[PeriodicState], Vector],
-        check: bool,
-    ) -> None:
-        self.comm, self.period, self.inner, self.outer, self.local = comm, period, inner, outer, local
-        self.weight_by, self.warmup, self.group, self.export, self.check = weight_by, warmup, group, export, check
-        self.mean, self.finish_pending = mean(comm), closing
-        self.group_id = comm.rank if group is None else group.allgather(comm.rank)[0]
-        self.is_alone = comm.size == (1 if group is None else group.size)
+    comm: MPI.Intracomm
+    period: int
+    inner: Transform
+    outer: Transform
+    local: LocalStatePolicy
+    weight_by: Weighting
+    warmup: int
+    group: MPI.Intracomm | None
+    finish_pending: Callable[[Vector, Any], tuple[Vector, Any]] | None
+    check: bool
 
-    # The transform
+    def __post_init__(self) -> None:
+        self.mean = mean(self.comm)
+        self.group_id = self.comm.rank if self.group is None else self.group.allgather(self.comm.rank)[0]
+        self.is_alone = self.comm.size == (1 if self.group is None else self.group.size)
 
     def init(self, weights: Vector) -> PeriodicState:
         """A block begins."""
@@ -306,21 +289,17 @@ class PeriodicSteps:
             local = narrow(target, weights.dtype)
         return exact_step(weights, local), state
 
-    # One step
-
     def step_comm(self, state: PeriodicState) -> MPI.Intracomm | None:
         """The ranks that step together with this one."""
         if state.updates < self.warmup and self.comm.size > 1:
             return self.comm
         return self.group if self.group is not None and self.group.size > 1 else None
 
-    def count_active(
-        self, company: MPI.Intracomm | None, here: bool, state: PeriodicState
-    ) -> tuple[int, PeriodicState]:
+    def count_active(self, comm: MPI.Intracomm | None, here: bool, state: PeriodicState) -> tuple[int, PeriodicState]:
         """How many of the ranks that step together have a batch."""
-        if company is None:
+        if comm is None:
             return 1, state
-        found, state = self.allgather_rows(company, np.array([float(here)]), state)
+        found, state = self.allgather_rows(comm, np.array([float(here)]), state)
         return int(found.sum()), state
 
     def step(
@@ -346,8 +325,6 @@ class PeriodicSteps:
             return step, state
         target, state, _ = self.end_block(weights + step, state, last=False)
         return exact_step(weights, target), state
-
-    # The end of a block
 
     def end_block(self, local: Vector, state: PeriodicState, last: bool) -> tuple[Vector, PeriodicState, bool]:
         """The start of the next block, the state, and whether no rank has a batch left."""
@@ -376,11 +353,8 @@ class PeriodicSteps:
         )
         if self.check:
             check_replicas(self.comm, start)
-        return (
-            start,
-            next_block._replace(start=start, inner_start=inner, inner=inner, outer=outer, memory=memory),
-            agreed.is_finished,
-        )
+        next_block = next_block._replace(start=start, inner_start=inner, inner=inner, outer=outer, memory=memory)
+        return start, next_block, agreed.is_finished
 
     def agree_on_block(
         self, behind: Vector, counted: float, state: PeriodicState, last: bool
@@ -411,9 +385,6 @@ class PeriodicSteps:
         comm.Allgather(mine, rows)
         cost = ExchangeReport(1, time.perf_counter() - began, mine.nbytes * (comm.size - 1))
         return rows, state._replace(report=state.report.add(cost))
-
-
-# Published methods that are one line of the above
 
 
 def local_sgd(
@@ -462,16 +433,9 @@ def slowmo(
 
 
 def diloco(
-    comm: MPI.Intracomm,
-    inner: Transform,
-    period: int = 500,
-    *,
-    lr: float = 0.7,
-    beta: float = 0.9,
-    check: bool = False,
+    comm: MPI.Intracomm, inner: Transform, period: int = 500, *, lr: float = 0.7, beta: float = 0.9, check: bool = False
 ) -> PeriodicTransform:
     """Nesterov's momentum on the updates of a block, around AdamW (Douillard et al., 2023, algorithm 1)."""
     check_decay("diloco: beta", beta)
-    return periodic_transform(
-        comm, period, inner, chain(mean(comm), momentum(beta, nesterov=True), scale(-lr)), check=check
-    )
+    outer = chain(mean(comm), momentum(beta, nesterov=True), scale(-lr))
+    return periodic_transform(comm, period, inner, outer, check=check)

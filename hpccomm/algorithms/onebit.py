@@ -122,7 +122,7 @@ def onebit_adam(
         fine = kernels(gradient).all_finite(check_flat(gradient, "onebit_adam", True))
         asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
         state = state._replace(report=state.report.add(asked))
-        if not (all_ranks_true(comm, fine) if comm.size > 1 else fine):
+        if not all_ranks_true(comm, fine):
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
         one, two = np.float32(1 - b1), np.float32(1 - b2)
         if state.steps < freeze_step:
@@ -245,7 +245,7 @@ def onebit_lamb(
         fine = kernels(gradient).all_finite(check_flat(gradient, "onebit_lamb", True))
         asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
         state = state._replace(report=state.report.add(asked))
-        if not (all_ranks_true(comm, fine) if comm.size > 1 else fine):
+        if not all_ranks_true(comm, fine):
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
         state, direction, rates, nbytes = (step_dense if state.steps < freeze_step else step_onebit)(
             gradient, state, weights

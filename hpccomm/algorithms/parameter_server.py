@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.blockwise_filtering import lengths
+from hpccomm.algorithms.blockwise_filtering import shard
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
 from hpccomm.errors import MismatchError
 
@@ -54,9 +54,6 @@ class Codec(Protocol):
 
     def decode(self, message: npt.NDArray[np.uint8], out: Vector) -> None:
         """Add the decoded message to ``out``."""
-
-
-# The rules, without messages
 
 
 class Rules(NamedTuple):
@@ -108,7 +105,7 @@ class Ledger:
     def may_read(self, worker: int) -> bool:
         """Whether the weights are recent enough for the worker."""
         if self.rules.synchronous:
-            return self.version >= self.clocks[worker] or self.all_left()
+            return self.version >= self.clocks[worker] or all(map(math.isinf, self.clocks))
         return min(self.clocks) >= self.clocks[worker] - self.rules.slack
 
     def push(self, worker: int, gradient: Vector, version: int) -> int:
@@ -147,10 +144,6 @@ class Ledger:
         self.apply(gradients)
         self.version += 1
 
-    def all_left(self) -> bool:
-        """Whether all workers have left."""
-        return all(math.isinf(clock) for clock in self.clocks)
-
 
 class Push(NamedTuple):
     """One row of a timeline."""
@@ -185,9 +178,6 @@ def timeline(durations: Sequence[Sequence[float]], mode: Mode) -> list[Push]:
             rows.append(Push(now, worker, done[worker], stale))
             reading.add(worker)
     return rows
-
-
-# Messages
 
 
 class ServerReport(NamedTuple):
@@ -262,11 +252,7 @@ class ParameterServer:
 
     def slice_of(self, server: int) -> slice:
         """The elements of a server."""
-        counts = lengths(self.weights.size, self.servers)
-        first = sum(counts[:server])
-        return slice(first, first + counts[server])
-
-    # A worker
+        return shard(self.weights.size, self.servers, server)
 
     def pull(self) -> Vector:
         """The model, as soon as the mode allows the read; a new vector."""
@@ -302,8 +288,6 @@ class ParameterServer:
             self.weights[self.slice_of(server)] = payload.view(self.weights.dtype)
             self.version[server] = version
         return self.weights.copy()
-
-    # A server
 
     def serve(self, state: Any = None) -> ServerReport:
         """Apply pushes and answer reads until all workers have left.
@@ -368,8 +352,6 @@ class ParameterServer:
     def _answer(self, worker: int, weights: Vector, version: int) -> tuple[MPI.Request, Any]:
         message = pack_message(REPLY, 0, version, weights.view(np.uint8))
         return self.comm.Isend(message, self.servers + worker, TAG), message
-
-    # Both
 
     def _send(self, to: int, what: int, payload: npt.NDArray[np.uint8], version: int) -> None:
         self.comm.Send(pack_message(what, self.clock, version, payload), to, TAG)

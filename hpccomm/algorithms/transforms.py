@@ -10,7 +10,7 @@ is that of optax (DeepMind, 2020).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -192,9 +192,6 @@ def every(k: int, inner: Transform) -> Transform:
     return Transform(init, update)
 
 
-# Checks
-
-
 def check_alike(gradient: Vector, weights: Vector) -> None:
     """Raise unless shapes and dtypes are equal: broadcasting or a cast would hide a mistake."""
     if gradient.shape != weights.shape or gradient.dtype != weights.dtype:
@@ -202,6 +199,11 @@ def check_alike(gradient: Vector, weights: Vector) -> None:
             f"the gradient is {gradient.dtype} of shape {gradient.shape}, the weights {weights.dtype} "
             f"of shape {weights.shape}: make them alike, e.g. with hpccomm.Bucket and astype"
         )
+
+
+def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
+    """Raise for a value that is none of the known ones."""
+    require(value in known, f"{name} is {value!r}: pass one of {', '.join(map(repr, known))}")
 
 
 def check_decay(name: str, value: float) -> None:

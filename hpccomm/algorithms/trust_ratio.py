@@ -67,13 +67,9 @@ class Layers(NamedTuple):
             if full:
                 first, stop = int(rows.bounds[begin, 0]), int(rows.bounds[end - 1, 1])
                 part = slice(begin, end)
-                yield Rows(
-                    first, stop, rows.bounds[part] - first, rows.tensors[part], rows.decay[part], rows.adapt[part]
-                )
+                others: Any = (each[part] for each in rows[3:])
+                yield Rows(first, stop, rows.bounds[part] - first, *others)
                 begin = end
-
-
-# Terms
 
 
 def scale_by_global_norm(
@@ -181,9 +177,6 @@ class TrustRatio(NamedTuple):
 def learning_rate(lr: float | Schedule, updates: float) -> float:
     """γ of the update after ``updates`` others."""
     return float(lr(int(updates)) if callable(lr) else lr)
-
-
-# Layout and norms
 
 
 def layers(

@@ -22,16 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hpccomm.algorithms import local_steps
 from hpccomm.algorithms.blockwise_filtering import FilterState, Nesterov, block_filter, lengths
 from hpccomm.algorithms.checkpoints import leaves, map_leaves
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
-from hpccomm.algorithms.local_steps import (
-    LocalStatePolicy,
-    PeriodicState,
-    PeriodicTransform,
-    Weighting,
-    periodic_transform,
-)
+from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, PeriodicTransform, Weighting
 from hpccomm.algorithms.transforms import Transform, Vector, chain, require
 
 if TYPE_CHECKING:
@@ -80,12 +75,11 @@ def hybrid(
     groups = len(set(comm.allgather(group.allgather(comm.rank)[0])))
     inside = exchange(group)
     block = block_filter(1 - 1 / groups if momentum is None else momentum, lr, nesterov)
-    return periodic_transform(
+    inner = chain(inside, descent)
+    return local_steps.periodic_transform(
         comm,
         period,
-        Transform(
-            lambda weights: check_state(residual, inside.init(weights), descent, weights), group_update(inside, descent)
-        ),
+        Transform(lambda weights: check_state(residual, inner.init(weights)), inner.update),
         chain(mean_of_groups(comm, group, sliced_leaders), block),
         local_state=policy(residual, local_state, descent),
         weight_by=weight_by,
@@ -118,23 +112,15 @@ def find_group(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
     return part
 
 
-# Inside a group
-
-
-def check_state(residual: Residual, inside: Any, descent: Transform, weights: Vector) -> tuple[Any, Any]:
+def check_state(residual: Residual, inner: tuple[Any, Any]) -> tuple[Any, Any]:
     """The state of exchange and descent; raises where a policy finds no residual to act on."""
-    found = any(is_residual(path) for path, _ in leaves(inside))
+    found = any(is_residual(path) for path, _ in leaves(inner[0]))
     require(
         residual == "keep" or found,
         f"hybrid: residual is {residual!r}, but the exchange's state has no field named "
         f"{' or '.join(RESIDUALS)}: pass 'keep'",
     )
-    return inside, descent.init(weights)
-
-
-def group_update(inside: Transform, descent: Transform) -> Callable[[Vector, Any, Vector], tuple[Vector, Any]]:
-    """Exchange, then descend."""
-    return chain(inside, descent).update
+    return inner
 
 
 def is_residual(path: str) -> bool:
@@ -187,9 +173,6 @@ def check_residual(residual: Residual) -> None:
         decays or residual in ("keep", "flush", "zero"),
         f"hybrid: residual is {residual!r}: pass 'keep', 'flush', 'zero', or ('decay', c) with c from 0 to 1",
     )
-
-
-# Between groups
 
 
 def mean_of_groups(comm: MPI.Intracomm, group: MPI.Intracomm, sliced: bool) -> Transform:

@@ -45,7 +45,7 @@ class Shape:
         """Elements of a vector for each rank; the first ranks take one more where p does not divide n."""
         return [self.count // self.ranks + (rank < self.count % self.ranks) for rank in range(self.ranks)]
 
-    def vector_buffer(self, buffer: Array) -> list[Any]:
+    def blocks(self, buffer: Array) -> list[Any]:
         """A buffer of equal blocks, with counts and displacements as the ``v`` collectives need them."""
         counts, displs = [self.count] * self.ranks, [self.count * rank for rank in range(self.ranks)]
         return [buffer, counts, displs, MPI.Datatype.fromcode(self.dtype.char)]
@@ -143,8 +143,6 @@ def bidirectional(s: Shape) -> Contents:
     return Contents(send=(Block(s.rank, 0, s.count),), after=(Block(1 - s.rank, 0, s.count),))
 
 
-# --- calls -----------------------------------------------------------------------------------------
-
 Arguments = Callable[[Shape, Any, Any], tuple[Any, ...]]
 Bind = Callable[[Any, Shape, Array, Array, tuple[str, ...]], Call]
 
@@ -220,9 +218,6 @@ def exchange_windows(comm: Any, s: Shape, send: Array, recv: Array, named: tuple
     return exchange
 
 
-# --- the table -------------------------------------------------------------------------------------
-
-
 class Repeats(NamedTuple):
     """Calls for each size: up to LARGE bytes, and above."""
 
@@ -292,117 +287,71 @@ class Case:
         return 1 if not self.ends else window if self.ends < 0 else self.ends
 
 
-EXCHANGE = "{} Personalized Exchange Latency Test"
+def collective(
+    method: str,
+    contents: Callable[[Shape], Contents],
+    arguments: Arguments,
+    algorithms: str = "",
+    bus: Callable[[int], float] = allgather_factor,
+    **more: Any,
+) -> Case:
+    """The row of a communicator's method; OSU's title follows from its name unless it is given."""
+    more.setdefault("title", f"{method} Latency Test")
+    return Case(contents=contents, bind=MethodCall(method, arguments), algorithms=algorithms, bus=bus, **more)
+
+
+reduction = partial(collective, reduces=True)
+gathers = partial(collective, size_per_rank=True)
+rooted = partial(gathers, has_root=True)
 
 CASES: dict[str, Case] = {
-    "allreduce": Case(
-        "Allreduce Latency Test",
-        allreduce,
-        MethodCall("Allreduce", lambda s, send, recv: (send_buffer(s, send), recv, MPI.SUM)),
-        allreduce_factor,
-        reduces=True,
-        algorithms="allreduce",
+    "allreduce": reduction(
+        "Allreduce", allreduce, lambda s, x, y: (send_buffer(s, x), y, MPI.SUM), "allreduce", allreduce_factor
     ),
-    "reduce": Case(
-        "Reduce Latency Test",
+    "reduce": reduction(
+        "Reduce",
         reduce,
-        MethodCall("Reduce", lambda s, send, recv: (send_to_root(s, send), root_buffer(s, recv), MPI.SUM, s.root)),
+        lambda s, x, y: (send_to_root(s, x), root_buffer(s, y), MPI.SUM, s.root),
+        "reduce",
+        unit_factor,
         has_root=True,
-        reduces=True,
-        algorithms="reduce",
     ),
-    "bcast": Case(
-        "Broadcast Latency Test",
+    "bcast": collective(
+        "Bcast",
         bcast,
-        MethodCall("Bcast", lambda s, send, recv: (recv, s.root)),
+        lambda s, x, y: (y, s.root),
+        "bcast",
+        unit_factor,
+        title="Broadcast Latency Test",
         has_root=True,
         in_place=False,
-        algorithms="bcast",
     ),
-    "reduce_scatter": Case(
-        "Reduce_scatter Latency Test",
-        reduce_scatter,
-        MethodCall("Reduce_scatter", lambda s, send, recv: (send_buffer(s, send), recv, s.counts, MPI.SUM)),
-        allgather_factor,
-        reduces=True,
-        algorithms="reduce_scatter",
+    "reduce_scatter": reduction(
+        "Reduce_scatter", reduce_scatter, lambda s, x, y: (send_buffer(s, x), y, s.counts, MPI.SUM), "reduce_scatter"
     ),
-    "reduce_scatter_block": Case(
-        "Reduce_scatter_block Latency Test",
-        reduce_scatter_block,
-        MethodCall("Reduce_scatter_block", lambda s, send, recv: (send_buffer(s, send), recv, MPI.SUM)),
-        allgather_factor,
-        reduces=True,
-        algorithms="reduce_scatter",
+    "reduce_scatter_block": reduction(
+        "Reduce_scatter_block", reduce_scatter_block, lambda s, x, y: (send_buffer(s, x), y, MPI.SUM), "reduce_scatter"
     ),
-    "allgather": Case(
-        "Allgather Latency Test",
-        allgather,
-        MethodCall("Allgather", lambda s, send, recv: (send_buffer(s, send), recv)),
-        allgather_factor,
-        size_per_rank=True,
-        algorithms="allgather",
-    ),
-    "allgatherv": Case(
-        "Allgatherv Latency Test",
-        allgather,
-        MethodCall("Allgatherv", lambda s, send, recv: (send_buffer(s, send), s.vector_buffer(recv))),
-        allgather_factor,
-        size_per_rank=True,
-        algorithms="allgather",
-    ),
-    "alltoall": Case(
-        EXCHANGE.format("All-to-All"),
+    "allgather": gathers("Allgather", allgather, lambda s, x, y: (send_buffer(s, x), y), "allgather"),
+    "allgatherv": gathers("Allgatherv", allgather, lambda s, x, y: (send_buffer(s, x), s.blocks(y)), "allgather"),
+    "alltoall": gathers(
+        "Alltoall",
         alltoall,
-        MethodCall("Alltoall", lambda s, send, recv: (send_buffer(s, send), recv)),
-        allgather_factor,
-        size_per_rank=True,
-        algorithms="alltoall",
+        lambda s, x, y: (send_buffer(s, x), y),
+        "alltoall",
+        title="All-to-All Personalized Exchange Latency Test",
     ),
-    "alltoallv": Case(
-        EXCHANGE.format("All-to-Allv"),
+    "alltoallv": gathers(
+        "Alltoallv",
         alltoall,
-        MethodCall("Alltoallv", lambda s, send, recv: (send_buffer(s, s.vector_buffer(send)), s.vector_buffer(recv))),
-        allgather_factor,
-        size_per_rank=True,
+        lambda s, x, y: (send_buffer(s, s.blocks(x)), s.blocks(y)),
+        title="All-to-Allv Personalized Exchange Latency Test",
     ),
-    "gather": Case(
-        "Gather Latency Test",
-        gather,
-        MethodCall("Gather", lambda s, send, recv: (send_to_root(s, send), root_buffer(s, recv), s.root)),
-        allgather_factor,
-        size_per_rank=True,
-        has_root=True,
-    ),
-    "gatherv": Case(
-        "Gatherv Latency Test",
-        gather,
-        MethodCall(
-            "Gatherv", lambda s, send, recv: (send_to_root(s, send), root_buffer(s, s.vector_buffer(recv)), s.root)
-        ),
-        allgather_factor,
-        size_per_rank=True,
-        has_root=True,
-    ),
-    "scatter": Case(
-        "Scatter Latency Test",
-        scatter,
-        MethodCall("Scatter", lambda s, send, recv: (root_buffer(s, send), send_to_root(s, recv), s.root)),
-        allgather_factor,
-        size_per_rank=True,
-        has_root=True,
-    ),
-    "scatterv": Case(
-        "Scatterv Latency Test",
-        scatter,
-        MethodCall(
-            "Scatterv", lambda s, send, recv: (root_buffer(s, s.vector_buffer(send)), send_to_root(s, recv), s.root)
-        ),
-        allgather_factor,
-        size_per_rank=True,
-        has_root=True,
-    ),
-    "barrier": Case("Barrier Latency Test", barrier, MethodCall("Barrier", lambda s, send, recv: ()), in_place=False),
+    "gather": rooted("Gather", gather, lambda s, x, y: (send_to_root(s, x), root_buffer(s, y), s.root)),
+    "gatherv": rooted("Gatherv", gather, lambda s, x, y: (send_to_root(s, x), root_buffer(s, s.blocks(y)), s.root)),
+    "scatter": rooted("Scatter", scatter, lambda s, x, y: (root_buffer(s, x), send_to_root(s, y), s.root)),
+    "scatterv": rooted("Scatterv", scatter, lambda s, x, y: (root_buffer(s, s.blocks(x)), send_to_root(s, y), s.root)),
+    "barrier": collective("Barrier", barrier, lambda s, x, y: (), bus=unit_factor, in_place=False),
     "latency": Case("Latency Test", bidirectional, ping_pong, in_place=False, ends=2, repeats=LATENCY),
     "bw": Case("Bandwidth Test", unidirectional, send_window, in_place=False, ends=-1, repeats=BANDWIDTH),
     "bibw": Case(
@@ -415,3 +364,4 @@ CASES: dict[str, Case] = {
         repeats=BANDWIDTH,
     ),
 }
+"""In the arguments of a method, s is the shape, x the send buffer and y the receive buffer."""

@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from hpccomm.bench.cases import CASES, Case
@@ -59,86 +60,43 @@ class Parser(argparse.ArgumentParser):
 def parser(collective: str) -> Parser:
     """The parser of all flags."""
     made = Parser(prog=f"hpccomm bench {collective}", add_help=False, allow_abbrev=False)
-    osu = made.add_argument_group("as the OSU Micro-Benchmarks")
-    osu.add_argument("-h", "--help", action="store_true", help="show this text")
-    osu.add_argument("-v", "--version", action="store_true", help="show the version of OSU's tables")
-    osu.add_argument(
-        "-m", "--message-size", metavar="[MIN:]MAX", help="sizes in bytes, each twice the one before (default 1:1Mi)"
-    )
-    osu.add_argument(
-        "-i", "--iterations", type=positive, metavar="N", help="timed calls (default 1000; above 8 KiB 100)"
-    )
-    osu.add_argument(
-        "-x", "--warmup", type=natural, metavar="N", help="untimed calls before them (default 100; above 8 KiB 10)"
-    )
-    osu.add_argument(
-        "-f", "--full", action="store_true", help="show minimum and maximum over the ranks, and the number of calls"
-    )
-    osu.add_argument(
-        "-c", "--validation", action="store_true", help="check every element of as many calls again, exactly"
-    )
-    osu.add_argument(
-        "-u",
-        "--validation-warmup",
-        type=natural,
-        metavar="N",
-        help="unchecked calls before each checked one (default 5)",
-    )
-    osu.add_argument(
-        "-z", "--tail-lat", metavar="P,P,…", help="show percentiles; write -z50,99 without a space (-z alone: 50,90,99)"
-    )
-    osu.add_argument("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory limit of a rank (default 512Mi)")
-    osu.add_argument(
-        "-W", "--window-size", type=positive, metavar="N", help="messages in flight of bw and bibw (default 64)"
-    )
-    osu.add_argument(
+    add = made.add_argument_group("as the OSU Micro-Benchmarks").add_argument
+    add("-h", "--help", action="store_true", help="show this text")
+    add("-v", "--version", action="store_true", help="show the version of OSU's tables")
+    add("-m", "--message-size", metavar="[MIN:]MAX", help="sizes in bytes, each twice the one before (default 1:1Mi)")
+    add("-i", "--iterations", type=positive, metavar="N", help="timed calls (default 1000; above 8 KiB 100)")
+    add("-x", "--warmup", type=natural, metavar="N", help="untimed calls before them (default 100; above 8 KiB 10)")
+    add("-f", "--full", action="store_true", help="show minimum and maximum over the ranks, and the number of calls")
+    add("-c", "--validation", action="store_true", help="check every element of as many calls again, exactly")
+    add("-u", "--validation-warmup", type=natural, metavar="N", help="unchecked calls before a checked one (default 5)")
+    add("-z", "--tail-lat", metavar="P,P,…", help="percentiles; write -z50,99 without a space (-z alone: 50,90,99)")
+    add("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory limit of a rank (default 512Mi)")
+    add("-W", "--window-size", type=positive, metavar="N", help="messages in flight of bw and bibw (default 64)")
+    add(
         "-T",
         "--type",
         action="append",
         metavar="TYPE",
         help=f"{', '.join(DATATYPES)} or all; repeat for several (default mpi_float; latency, bw, bibw: mpi_char)",
     )
-    osu.add_argument("-l", "--in-place", action="store_true", help="call the collective with MPI_IN_PLACE")
-    osu.add_argument(
-        "-k",
-        "--root-rank",
-        metavar="fixed:R|rotate",
-        help="the root: always R, or another with each call (default fixed:0)",
-    )
-    osu.add_argument(
+    add("-l", "--in-place", action="store_true", help="call the collective with MPI_IN_PLACE")
+    add("-k", "--root-rank", metavar="fixed:R|rotate", help="the root: R, or another with each call (default fixed:0)")
+    add(
         "-d",
         "--accelerator",
         choices=("cuda", "managed", "openacc", "rocm"),
         help="put the buffers on a device; cuda is the only one measured",
     )
-    osu.add_argument(
-        "placement",
-        nargs="*",
-        metavar="H H",
-        help="memory at both ends, as OSU wants it: D D (device) with -d, else H H (host)",
-    )
-    ours = made.add_argument_group("of hpccomm")
-    ours.add_argument(
-        "--algorithm",
-        default="auto",
-        metavar="A,B,…",
-        help="show medians side by side: native,auto,ring,… or all (default auto)",
-    )
-    ours.add_argument(
-        "--stepfactor",
-        "--step-factor",
-        type=positive,
-        metavar="F",
-        help="ratio of each size to the one before (default 2)",
-    )
-    ours.add_argument(
-        "--registered", action="store_true", help="take buffers from comm.empty, which all ranks of a node can read"
-    )
-    ours.add_argument("--json", metavar="FILE", help="write the rows, the machine and this command into FILE")
-    nccl = made.add_argument_group("as nccl-tests")
-    nccl.add_argument("--format", choices=("osu", "nccl"), default="osu", help="the format of the table (default osu)")
+    add("placement", nargs="*", metavar="H H", help="memory at both ends: D D (device) with -d, else H H (host)")
+    add = made.add_argument_group("of hpccomm").add_argument
+    add("--algorithm", default="auto", metavar="A,B,…", help="medians in columns: native,auto,… or all (default auto)")
+    add("--stepfactor", "--step-factor", type=positive, metavar="F", help="ratio of successive sizes (default 2)")
+    add("--registered", action="store_true", help="take buffers from comm.empty, which all ranks of a node can read")
+    add("--json", metavar="FILE", help="write the rows, the machine and this command into FILE")
+    add = made.add_argument_group("as nccl-tests").add_argument
+    add("--format", choices=("osu", "nccl"), default="osu", help="the format of the table (default osu)")
     for letter, word in (("-b", "min"), ("-e", "max")):
-        nccl.add_argument(
+        add(
             letter,
             f"--{word}bytes",
             f"--{word}-bytes",
@@ -146,24 +104,18 @@ def parser(collective: str) -> Parser:
             metavar="BYTES",
             help=f"{word}imum size of the whole vector; 32M is 2^25 (default 32M)",
         )
-    nccl.add_argument(
-        "--min-busbw", type=float, metavar="GBPS", help="fail if the mean bus bandwidth is below 0.9 times this"
-    )
+    add("--min-busbw", type=float, metavar="GBPS", help="fail if the mean bus bandwidth is below 0.9 times this")
     return made
 
 
-def natural(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: give 0 or more")
+def whole_number(text: str, least: int) -> int:
+    """A whole number, ``least`` or more."""
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: give {least} or more")
     return int(text)
 
 
-def positive(text: str) -> int:
-    """A whole number, 1 or more."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number: give 1 or more")
-    return int(text)
+natural, positive = partial(whole_number, least=0), partial(whole_number, least=1)
 
 
 def bytes_of(text: str) -> int:
@@ -176,13 +128,8 @@ def binary_bytes_of(text: str) -> int:
     return bytes_of(re.sub(r"(?i)([kmg])b?$", r"\1i", text))
 
 
-def attach_values(words: Sequence[str]) -> list[str]:
-    """Rewrite flags with an optional attached value (``-z50,99``, ``-z``) for argparse."""
-    return [expand_tail_flag(word) for word in words]
-
-
 def expand_tail_flag(word: str) -> str:
-    """``-z`` and ``--tail-lat`` with their default value where they have none."""
+    """``-z50,99``, and ``-z`` and ``--tail-lat`` with their default value, as argparse needs them."""
     if word in ("-z", "--tail-lat"):
         return f"--tail-lat={DEFAULT_PERCENTILES}"
     return f"--tail-lat={word[2:]}" if re.fullmatch(r"-z[\d,]+", word) else word
@@ -190,14 +137,12 @@ def expand_tail_flag(word: str) -> str:
 
 def parse_flags(collective: str, words: Sequence[str]) -> BenchArguments:
     """Parse and check a command line; raises ArgumentError."""
-    args = parser(collective).parse_intermixed_args(attach_values(words))
+    args = parser(collective).parse_intermixed_args([expand_tail_flag(word) for word in words])
     case = CASES[collective]
     check_flags(collective, case, args)
     nccl = args.format == "nccl"
-    percentiles, algorithms = (
-        percentiles_of(args.tail_lat),
-        ("native",) if case.ends else tuple(args.algorithm.split(",")),
-    )
+    percentiles = percentiles_of(args.tail_lat)
+    algorithms = ("native",) if case.ends else tuple(args.algorithm.split(","))
     collected = percentiles or ((50,) if args.json or len(algorithms) > 1 or algorithms == ("all",) else ())
     return BenchArguments(
         collective,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from inspect import signature
 from time import perf_counter_ns
@@ -279,15 +279,30 @@ class Bench:
 
     def row(self, size: int, algorithm: str, times: list[int], found: tuple[int, str]) -> Row:
         """The row of an algorithm (collective)."""
-        scale = 1e-3 / self.case.messages(self.options.window)
-        samples = np.array(times) * scale
-        means = np.array(self.plain.allgather(float(samples.mean())))
-        made = self.summary(size, algorithm, means[:1] if self.case.ends else means, len(times))
+        case, options, p, itemsize = self.case, self.options, self.comm.size, self.dtype.itemsize
+        samples = np.array(times) * (1e-3 / case.messages(options.window))
+        means = np.array(self.plain.allgather(float(samples.mean())))[: 1 if case.ends else None]
+        nbytes = case.nbytes(case.count(size, itemsize, p, options.whole), itemsize, p)
+        algbw = nbytes / max(float(means.mean()), 1e-9) / 1e3
         wrong, complaint = found
-        made = replace(
-            made,
+        made = Row(
+            collective=self.collective,
+            algorithm=algorithm,
+            datatype=self.dtype.name,
+            bytes=size,
+            ranks=p,
+            nodes=self.nodes,
+            iterations=len(times),
+            min_us=float(means.min()),
+            avg_us=float(means.mean()),
+            max_us=float(means.max()),
             **self.tails(samples),
-            validated=wrong == 0 if self.options.check else None,
+            algbw_GBps=algbw,
+            busbw_GBps=algbw * case.bus(p),
+            validated=wrong == 0 if options.check else None,
+            predicted_us=predict_us(self.comm, case, algorithm, nbytes) if self.comm.rank == 0 else None,
+            in_place=options.in_place,
+            registered=options.registered,
             wrong=wrong,
             complaint=complaint and f"{algorithm}: {complaint}",
         )
@@ -297,41 +312,13 @@ class Bench:
     def tails(self, samples: npt.NDArray[np.float64]) -> dict[str, Any]:
         """Percentiles of each call's mean over the ranks; of tests between two ranks, those of rank 0's times."""
         if not self.options.percentiles:
-            return {}
+            return {"p50_us": None, "p99_us": None}
         mine = samples if not self.case.ends or self.comm.rank == 0 else np.zeros_like(samples)
         total = np.empty_like(samples)
         self.plain.Allreduce(mine / (1 if self.case.ends else self.comm.size), total)
-        sign = (
-            -1 if self.case.ends < 0 else 1
-        )  # percentiles of a bandwidth begin with the lowest, which is the longest time
+        sign = -1 if self.case.ends < 0 else 1  # the lowest bandwidth is the longest time
         tails = tuple(sign * percentile(sign * total, p) for p in self.options.percentiles)
         return {"p50_us": percentile(total, 50), "p99_us": percentile(total, 99), "tails": tails}
-
-    def summary(self, size: int, algorithm: str, means: npt.NDArray[np.float64], iterations: int) -> Row:
-        """The row without percentiles and checks."""
-        case, p, itemsize = self.case, self.comm.size, self.dtype.itemsize
-        nbytes = case.nbytes(case.count(size, itemsize, p, self.options.whole), itemsize, p)
-        algbw = nbytes / max(float(means.mean()), 1e-9) / 1e3
-        return Row(
-            collective=self.collective,
-            algorithm=algorithm,
-            datatype=self.dtype.name,
-            bytes=size,
-            ranks=p,
-            nodes=self.nodes,
-            iterations=iterations,
-            min_us=float(means.min()),
-            avg_us=float(means.mean()),
-            max_us=float(means.max()),
-            p50_us=None,
-            p99_us=None,
-            algbw_GBps=algbw,
-            busbw_GBps=algbw * case.bus(p),
-            validated=None,
-            predicted_us=predict_us(self.comm, case, algorithm, nbytes) if self.comm.rank == 0 else None,
-            in_place=self.options.in_place,
-            registered=self.options.registered,
-        )
 
 
 class Exercise:

@@ -103,11 +103,10 @@ def lines(files: Mapping[str, Values]) -> list[Line]:
 
 def varies(key: str, keys: Sequence[Values]) -> bool:
     """Whether lines of one file differ in this field; files themselves are told apart by name."""
+    files = {each["file"] for each in keys}
     if key == "file":
-        return len({each[key] for each in keys}) > 1
-    return any(
-        len({each[key] for each in keys if each["file"] == file}) > 1 for file in {each["file"] for each in keys}
-    )
+        return len(files) > 1
+    return any(len({each[key] for each in keys if each["file"] == file}) > 1 for file in files)
 
 
 def label_of(key: Values, differ: Sequence[str]) -> str:

@@ -201,8 +201,6 @@ class Rounds:
         kind = RoundType("round", width, 0, p, self.comm.layout.count == 2)
         return Task(kind, (Round(kind, ITEM, to, source),), (ITEM,))
 
-    # Calls
-
     def call(self, task: Task, nbytes: int, count: int) -> tuple[Call, Call]:
         """A call of ``count`` rounds of a type, and the function that frees it."""
         what = task.kind.what
@@ -286,8 +284,6 @@ class Rounds:
         if self.levels is None:
             raise ArgumentError("the ranks of a node share no memory: measure without hierarchical")
         return self.levels
-
-    # Timing
 
     def measure(self, call: Call, free: Call, over: Aggregate) -> list[float]:
         """Microseconds of some calls, each combined over the ranks by ``over``."""

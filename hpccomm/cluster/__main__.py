@@ -17,9 +17,7 @@ from hpccomm.performance.units import format_count
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="scripts/cluster", description="A virtual cluster: several nodes on this machine."
-    )
+    made = argparse.ArgumentParser(prog="scripts/cluster", description="A virtual cluster of nodes on this machine.")
     commands = made.add_subparsers(dest="action", required=True)
     up = commands.add_parser("up", help="create the nodes")
     up.add_argument("--nodes", type=int, default=4, help="number of nodes (default 4)")
@@ -29,21 +27,13 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--nics", type=int, default=1, help="links of each node, each of that rate (default 1)")
     run = commands.add_parser("run", help="run a program on the nodes")
     run.add_argument(
-        "--per-node",
-        default="1",
-        metavar="K",
-        help="ranks on every node, or K,K,… with one number for each (default 1)",
+        "--per-node", default="1", metavar="K", help="ranks on each node, or K,K,… with one number for each (default 1)"
     )
     run.add_argument(
-        "--placement",
-        default="block",
-        choices=PLACEMENTS,
-        help="order in which ranks are placed on nodes (default block)",
+        "--placement", default="block", choices=PLACEMENTS, help="order of placing ranks on nodes (default block)"
     )
     run.add_argument("--seed", type=int, default=0, help="seed of --placement random (default 0)")
-    run.add_argument(
-        "program", nargs=argparse.REMAINDER, metavar="-- PROGRAM", help="the program, as hpccomm-run takes it"
-    )
+    run.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM", help="program, as hpccomm-run takes it")
     slurm = commands.add_parser("slurm", help="start Slurm on the nodes")
     slurm.add_argument("--cpus", type=int, default=8, help="CPUs that Slurm counts on each node (default 8)")
     on = commands.add_parser("on", help="run a command on one host, for example sbatch")

@@ -54,6 +54,16 @@ END_SECONDS = 5.0
 RATE_PATTERN = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)bit", re.IGNORECASE)
 
 
+@contextlib.contextmanager
+def defer_signals() -> Iterator[None]:
+    """Block SIGINT and SIGTERM inside; they are delivered afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class ClusterState(NamedTuple):
     """A cluster that exists, completely or in part."""
 
@@ -98,8 +108,6 @@ class Cluster:
         if signal.getsignal(signal.SIGTERM) == exit_on_signal:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    # Names
-
     @property
     def folder(self) -> Path:
         """The folder of this cluster's files."""
@@ -127,8 +135,6 @@ class Cluster:
     def namespaces(self) -> list[str]:
         """All namespaces, the switch's included."""
         return [self.namespace(host) for host in (*self.hosts, "switch")]
-
-    # Create and remove
 
     def up(self) -> None:
         """Create the nodes, unless the same cluster is up already."""
@@ -209,13 +215,9 @@ class Cluster:
             with hold_lock():
                 self.clear()
 
+    @defer_signals()
     def clear(self) -> None:
-        """Remove a complete or partial cluster; signals are delivered when that is done."""
-        with defer_signals():
-            self.remove()
-
-    def remove(self) -> None:
-        """End the processes, then remove namespaces and files."""
+        """End the processes, then remove namespaces and files; signals are delivered when that is done."""
         for process in self.state.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGTERM)
@@ -235,8 +237,6 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             FOLDER.rmdir()
-
-    # Running
 
     @property
     def open_mpi_settings(self) -> dict[str, str]:
@@ -338,16 +338,6 @@ MPICH_SETTINGS = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_I
 def exit_on_signal(*_: object) -> None:
     """Exit by an exception at SIGTERM, so that the cluster is removed."""
     sys.exit(128 + signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def defer_signals() -> Iterator[None]:
-    """Block SIGINT and SIGTERM inside; they are delivered afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def unavailable_reason() -> str:

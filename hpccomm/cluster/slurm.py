@@ -71,18 +71,14 @@ def start(cluster: Cluster, cpus: int = 8) -> None:
         cluster.start(host, daemon, folder / f"slurmd.{host}.log")
     if not wait_until(lambda: is_idle(cluster), IDLE_SECONDS):
         last = {file.name: file.read_text(errors="replace").splitlines()[-3:] for file in folder.glob("slurm*.log")}
-        raise LaunchError(
-            f"Slurm: not all nodes are idle after {IDLE_SECONDS:.0f} s; the last lines of the logs: {last}"
-        )
+        raise LaunchError(f"Slurm: not all nodes are idle after {IDLE_SECONDS:.0f} s; last lines of the logs: {last}")
 
 
 def configure(cluster: Cluster, cpus: int) -> None:
     """Write Slurm's configuration."""
     folder = cluster.folder
     addresses = {host: cluster.address(host) for host in cluster.hosts}
-    nodes = "\n".join(
-        f"NodeName={host} NodeAddr={address} CPUs={cpus} State=UNKNOWN" for host, address in addresses.items()
-    )
+    nodes = "\n".join(f"NodeName={host} NodeAddr={ip} CPUs={cpus} State=UNKNOWN" for host, ip in addresses.items())
     first = cluster.hosts[0]
     words = {"name": cluster.state.name, "first": first, "address": addresses[first], "folder": folder, "nodes": nodes}
     (folder / "slurm.conf").write_text(CONFIGURATION.format(**words), encoding="utf-8")

@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "hpccomm bench COLLECTIVE [FLAG ...]"
     parser.epilog = "for the flags of a benchmark: hpccomm bench COLLECTIVE -h"
     parser.add_argument("-h", "--help", action="store_true", help="show this text")
-    parser.add_argument(
-        "collective", nargs="?", help="allreduce, bcast, latency …; OSU's names (osu_allreduce …) work too"
-    )
+    parser.add_argument("collective", nargs="?", help="allreduce, bcast, latency …; OSU's names (osu_allreduce …) too")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="OSU's flags, and some of hpccomm")
     parser.set_defaults(help_text=parser.format_help)
 
@@ -115,10 +113,9 @@ def fit_to_ranks(comm: Any, command: BenchArguments, printer: Printer) -> BenchA
     """Complete and check a command for these ranks: algorithms, root, device, memory."""
     from hpccomm.bench.loop import check_algorithms, list_algorithms
 
-    if command.options.root is not None and command.options.root >= comm.size:
-        raise ArgumentError(
-            f"-k fixed:{command.options.root}: with {comm.size} ranks use a root from 0 to {comm.size - 1}"
-        )
+    root = command.options.root
+    if root is not None and root >= comm.size:
+        raise ArgumentError(f"-k fixed:{root}: with {comm.size} ranks use a root from 0 to {comm.size - 1}")
     if command.options.on_device:
         claim_devices(comm, command)
     names = list_algorithms(comm, command.collective) if command.algorithms == ("all",) else command.algorithms

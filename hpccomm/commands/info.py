@@ -18,9 +18,7 @@ EXAMPLES = (4, 1024, 65536, 1 << 20, 16 << 20, 256 << 20)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "--collective", default="allreduce", help="collective whose decisions are shown (default allreduce)"
-    )
+    parser.add_argument("--collective", default="allreduce", help="collective of the decisions (default allreduce)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,16 +17,13 @@ SUMMARY = "print or draw a schedule, or draw benchmark results"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("what", nargs="+", help="an algorithm (ring, butterfly …) or files of `hpccomm bench --json`")
-    parser.add_argument(
-        "--collective", choices=sorted(ALGORITHMS), help="collective of the algorithm (default: the first that has it)"
-    )
-    parser.add_argument("--size", type=int, default=4, metavar="P", help="number of ranks (default 4)")
-    parser.add_argument("--root", type=int, default=0, metavar="R", help="root of bcast and reduce (default 0)")
-    parser.add_argument(
-        "--per-node", type=int, default=2, metavar="K", help="ranks on a node, for hierarchical (default 2)"
-    )
-    parser.add_argument("--out", metavar="FILE", help="draw into this file (png, svg or pdf)")
+    add = parser.add_argument
+    add("what", nargs="+", help="an algorithm (ring, butterfly …) or files of `hpccomm bench --json`")
+    add("--collective", choices=sorted(ALGORITHMS), help="collective of the algorithm (default: the first that has it)")
+    add("--size", type=int, default=4, metavar="P", help="number of ranks (default 4)")
+    add("--root", type=int, default=0, metavar="R", help="root of bcast and reduce (default 0)")
+    add("--per-node", type=int, default=2, metavar="K", help="ranks on a node, for hierarchical (default 2)")
+    add("--out", metavar="FILE", help="draw into this file (png, svg or pdf)")
 
 
 def run(args: argparse.Namespace) -> int:

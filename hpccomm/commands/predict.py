@@ -27,52 +27,36 @@ STEPS = ("mics", "zero3")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "collective",
-        choices=[*sorted(ALGORITHMS), *STEPS],
-        help="a collective, or mics or zero3 for a step of a sharded model",
-    )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default 1)")
-    parser.add_argument("--per-node", type=int, default=1, metavar="K", help="ranks on a node (default 1)")
-    parser.add_argument("--bytes", default="1M", metavar="SIZE", help="size of the vector: 100M, 64Ki, 4 (default 1M)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("collective", choices=[*sorted(ALGORITHMS), *STEPS], help="a collective; mics, zero3: step of a sharded model")
+    add("--nodes", type=int, default=1, metavar="N", help="number of nodes (default 1)")
+    add("--per-node", type=int, default=1, metavar="K", help="ranks on a node (default 1)")
+    add("--bytes", default="1M", metavar="SIZE", help="size of the vector: 100M, 64Ki, 4 (default 1M)")
+    add(
         "--density",
         type=float,
         metavar="D",
         help="also price compressed allreduces that send this share of the elements, such as 0.001",
     )
-    group = parser.add_argument_group("the machine", "values that are not given come from this machine's tuning table")
-    group.add_argument(
-        "--alpha-intra", type=float, metavar="US", help="latency of a message inside a node, microseconds"
-    )
-    group.add_argument(
-        "--alpha-inter", type=float, metavar="US", help="latency of a message between nodes, microseconds"
-    )
-    group.add_argument(
-        "--rate-intra", metavar="RATE", help="bandwidth between ranks of a node: 80gbit, 10GB (per second)"
-    )
-    group.add_argument("--rate", metavar="RATE", help="bandwidth of a node's link: 100gbit, 1gbit, 12.5GB (per second)")
-    group.add_argument("--rate-sum", metavar="RATE", help="rate at which a rank sums: 10GB (per second)")
-    group = parser.add_argument_group(
+    add = parser.add_argument_group(
+        "the machine", "values that are not given come from this machine's tuning table"
+    ).add_argument
+    add("--alpha-intra", type=float, metavar="US", help="latency of a message inside a node, microseconds")
+    add("--alpha-inter", type=float, metavar="US", help="latency of a message between nodes, microseconds")
+    add("--rate-intra", metavar="RATE", help="bandwidth between ranks of a node: 80gbit, 10GB (per second)")
+    add("--rate", metavar="RATE", help="bandwidth of a node's link: 100gbit, 1gbit, 12.5GB (per second)")
+    add("--rate-sum", metavar="RATE", help="rate at which a rank sums: 10GB (per second)")
+    add = parser.add_argument_group(
         "mics and zero3", "a training step with Adam, 16 bytes of model states a parameter"
-    )
-    group.add_argument("--model", default="1B", metavar="SIZE", help="number of parameters: 100B, 350M (default 1B)")
-    group.add_argument("--layers", type=int, default=48, help="layers, all of one size (default 48)")
-    group.add_argument("--micro-steps", type=int, default=4, metavar="S", help="micro-steps of a step (default 4)")
-    group.add_argument("--tokens", type=int, default=2048, help="tokens of a rank in a micro-step (default 2048)")
-    group.add_argument(
-        "--flops", default="170T", help="operations that a rank reaches per second (default 170T: 54 %% of an A100)"
-    )
-    group.add_argument(
-        "--partition-size",
-        type=int,
-        metavar="P",
-        help="partition size of mics (default: the smallest that fits into memory)",
-    )
-    group.add_argument("--memory", default="40G", metavar="SIZE", help="memory of a rank (default 40G)")
-    group.add_argument(
-        "--working", default="10G", metavar="SIZE", help="part of it that model states cannot use (default 10G)"
-    )
+    ).add_argument
+    add("--model", default="1B", metavar="SIZE", help="number of parameters: 100B, 350M (default 1B)")
+    add("--layers", type=int, default=48, help="layers, all of one size (default 48)")
+    add("--micro-steps", type=int, default=4, metavar="S", help="micro-steps of a step (default 4)")
+    add("--tokens", type=int, default=2048, help="tokens of a rank in a micro-step (default 2048)")
+    add("--flops", default="170T", help="operations that a rank reaches per second (default 170T: 54 %% of an A100)")
+    add("--partition-size", type=int, metavar="P", help="partition size of mics (default: the smallest that fits)")
+    add("--memory", default="40G", metavar="SIZE", help="memory of a rank (default 40G)")
+    add("--working", default="10G", metavar="SIZE", help="part of it that model states cannot use (default 10G)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,9 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 def print_compressed(args: argparse.Namespace, nbytes: float, machine: Machine) -> None:
     """Print the time of compressed exchanges, and the density at which sparse and dense are equally fast."""
-    print(
-        f"# compressed: {args.density:g} of the float32 elements, or one bit of each; messages only, without computing"
-    )
+    print(f"# compressed: {args.density:g} of the float32 elements, or one bit of each; messages only, no computing")
     for each in sparse_cost.predictions(args.nodes, args.per_node, nbytes, args.density, machine):
         print(line(each))
     even = sparse_cost.break_even(args.nodes, args.per_node, nbytes, machine)

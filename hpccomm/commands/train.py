@@ -64,33 +64,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; names are checked in :func:`run`, so that only rank 0 reports a mistake."""
     datasets = "; ".join(f"{name}: {job.summary}" for name, job in JOBS.items())
     methods = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
-    parser.add_argument("dataset", help=datasets)
-    parser.add_argument(
+    add = parser.add_argument
+    add("dataset", help=datasets)
+    add(
         "--method",
         default="dense",
         help=f"{methods}; all: every method but {', '.join(find_methods('shards'))}, in one table (default: dense)",
     )
-    parser.add_argument("--epochs", type=int, help="passes through the data")
-    parser.add_argument("--batch-size", type=int, help="samples of a step, over all ranks")
-    parser.add_argument("--samples", type=int, help="number of training samples to use, at most")
-    parser.add_argument("--lr", type=float, help="learning rate (default: the method's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
-    parser.add_argument("--algorithm", default="auto", help="algorithm of dense allreduces (default: auto)")
+    add("--epochs", type=int, help="passes through the data")
+    add("--batch-size", type=int, help="samples of a step, over all ranks")
+    add("--samples", type=int, help="number of training samples to use, at most")
+    add("--lr", type=float, help="learning rate (default: the method's)")
+    add("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+    add("--algorithm", default="auto", help="algorithm of dense allreduces (default: auto)")
     add_method_flags(parser)
-    parser.add_argument("--device", default="cpu", help="where to compute: cpu, or cuda with CuPy (default: cpu)")
-    parser.add_argument(
-        "--progress", action="store_true", help="show a progress bar even if stderr is no terminal (needs tqdm)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results into this file")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw loss against bytes and time (png, svg or pdf)")
-    parser.add_argument(
+    add("--device", default="cpu", help="where to compute: cpu, or cuda with CuPy (default: cpu)")
+    add("--progress", action="store_true", help="show a progress bar even if stderr is no terminal (needs tqdm)")
+    add("--json", type=Path, metavar="FILE", help="write the results into this file")
+    add("--plot", type=Path, metavar="FILE", help="draw loss against bytes and time (png, svg or pdf)")
+    add(
         "--checkpoint",
         type=Path,
         metavar="DIR",
         help="save the run in this folder after every epoch, and on SIGUSR1, which also ends the run; "
         "the same command resumes it",
     )
-    parser.add_argument(
+    add(
         "--export",
         type=Path,
         metavar="FILE",

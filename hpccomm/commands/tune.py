@@ -33,8 +33,6 @@ SECONDS = 0.4
 """Measuring time for each algorithm at each size."""
 NEAR_RATIO = 0.15
 """Relative error up to which a prediction is counted as close."""
-
-
 COLLECTIVES = (*ALGORITHMS, "alltoall")
 """The collectives that can be tuned; alltoall has no schedules, only shared memory beside native MPI."""
 
@@ -58,12 +56,13 @@ class Task(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    add = parser.add_argument
     known = ",".join(COLLECTIVES)
-    parser.add_argument("--collective", default=known, metavar="NAMES", help=f"collectives to tune (default {known})")
-    parser.add_argument("--algorithm", metavar="NAMES", help="algorithms to measure (default: all)")
-    parser.add_argument("--sizes", metavar="BYTES", help=f"sizes to measure (default {SIZES})")
-    parser.add_argument("--quick", action="store_true", help=f"measure fewer sizes: {QUICK}")
-    parser.add_argument(
+    add("--collective", default=known, metavar="NAMES", help=f"collectives to tune (default {known})")
+    add("--algorithm", metavar="NAMES", help="algorithms to measure (default: all)")
+    add("--sizes", metavar="BYTES", help=f"sizes to measure (default {SIZES})")
+    add("--quick", action="store_true", help=f"measure fewer sizes: {QUICK}")
+    add(
         "--out",
         metavar="FILE",
         help="tuning table to write (default: the one in ~/.config/hpccomm that jobs with this host and MPI read)",

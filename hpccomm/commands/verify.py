@@ -17,7 +17,6 @@ SUMMARY = "prove schedules correct for a range of sizes"
 EVERY_ROOT = 8
 """Up to this size, schedules with a root are proved for every root; above, for the first and the last."""
 
-
 Item = TypeVar("Item")
 
 
@@ -30,11 +29,10 @@ class Subject(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("algorithm", help="'all', or the name of an algorithm: ring, butterfly, hierarchical …")
-    parser.add_argument(
-        "--size", default="1:64", metavar="RANGE", help="numbers of ranks: 7, 1:64 or 1,2,7 (default 1:64)"
-    )
-    parser.add_argument("--collective", choices=sorted(ALGORITHMS), help="prove this collective only")
+    add = parser.add_argument
+    add("algorithm", help="'all', or the name of an algorithm: ring, butterfly, hierarchical …")
+    add("--size", default="1:64", metavar="RANGE", help="numbers of ranks: 7, 1:64 or 1,2,7 (default 1:64)")
+    add("--collective", choices=sorted(ALGORITHMS), help="prove this collective only")
 
 
 def run(args: argparse.Namespace) -> int:

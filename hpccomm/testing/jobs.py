@@ -24,15 +24,11 @@ from hpccomm.launcher import clean_environment, launch_command, python_command
 
 START_SECONDS = 120.0
 """Time limit for all ranks of a job to start."""
-
 FAILED_SECONDS = 10.0
 """Time limit for the other ranks after one rank has failed a test: they may wait for a message from it."""
-
 END_SECONDS = 20.0
 """Time limit for a job to end after its last test."""
-
 OUTPUT_LINES = 50
-
 DUMP_SECONDS = 5.0
 """Time limit for ranks to dump their stacks."""
 

@@ -53,9 +53,6 @@ SIZES = pytest.StashKey[tuple[int, ...]]()
 TEST_COMMS = pytest.StashKey[list[Any]]()
 
 
-# Options, marks, the fixture
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the command-line flags."""
     group = parser.getgroup("lockstep", "MPI tests in lock-step")
@@ -144,9 +141,6 @@ def comm(request: pytest.FixtureRequest) -> Any:
     made = Communicator(world()).Dup()
     request.config.stash[TEST_COMMS].append(made)
     return made
-
-
-# On the ranks
 
 
 class Ranks:
@@ -276,9 +270,6 @@ def timeout_of(item: pytest.Item) -> float:
     return float(item.config.getoption("--mpi-timeout") if seconds is None else seconds)
 
 
-# In the coordinator
-
-
 class Coordinator:
     """The pytest process that the user starts."""
 
@@ -361,9 +352,6 @@ def inner_options(config: pytest.Config) -> list[str]:
     return words + ["-v"] * max(0, option.verbose) + ["--showlocals"] * option.showlocals
 
 
-# Reports of several ranks
-
-
 Part = tuple[str, Any]
 """A title with a text or pytest's representation of a failure."""
 
@@ -390,12 +378,10 @@ class Tracebacks:
         return "\n".join(f"--- {title} ---\n{part}" for title, part in self.parts)
 
 
-def restore_reports(
-    config: pytest.Config, everyone: Sequence[Sequence[dict[str, Any]]]
-) -> list[list[pytest.TestReport]]:
+def restore_reports(config: pytest.Config, ranks: Sequence[Sequence[dict[str, Any]]]) -> list[list[pytest.TestReport]]:
     """Restore the reports of each rank from their serial form."""
     restore = config.hook.pytest_report_from_serializable
-    restored = [[restore(config=config, data=data) for data in reports] for reports in everyone]
+    restored = [[restore(config=config, data=data) for data in reports] for reports in ranks]
     for report in chain(*restored):
         if isinstance(report.longrepr, list):  # JSON knows no tuples: where and why a test was skipped
             report.longrepr = tuple(report.longrepr)

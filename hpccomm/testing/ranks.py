@@ -28,7 +28,7 @@ SWITCH_SECONDS = 5e-4
 
 
 class RankGroup:
-    """The state that the ranks of one communicator share: contributions, barriers and mailmailboxes."""
+    """The state that the ranks of one communicator share: contributions, barriers and mailboxes."""
 
     def __init__(self, size: int, nodes: Sequence[int], patience: float) -> None:
         self.size, self.nodes, self.patience = size, list(nodes), patience
@@ -72,8 +72,6 @@ class ThreadCommunicator:
         self.group, self.rank, self.size = group, rank, group.size
         self._levels: dict[str, ThreadCommunicator] = {}
 
-    # The two barriers of a collective
-
     def enter(self, name: str, mine: Any, combine: Callable[[list[Any]], Any] = list) -> Any:
         """Return ``combine`` of all contributions; the contributions stay valid until :meth:`leave`."""
         group = self.group
@@ -111,8 +109,6 @@ class ThreadCommunicator:
         """The number of ranks."""
         return self.size
 
-    # Nodes
-
     @property
     def layout(self) -> Layout:
         """Which ranks share a node."""
@@ -139,8 +135,6 @@ class ThreadCommunicator:
             self._levels[name] = self.Split(color, self.rank)
         return self._levels[name]
 
-    # New communicators
-
     def Split(self, color: int = 0, key: int = 0) -> Any:
         """Create one communicator for each color; ``MPI.COMM_NULL`` for ``MPI.UNDEFINED``."""
         groups = self.run_collective("Split", (color, key), self._divide)
@@ -166,8 +160,6 @@ class ThreadCommunicator:
 
     def Free(self) -> None:
         """Do nothing: a thread communicator holds no resources."""
-
-    # Collectives
 
     def Barrier(self) -> None:
         """Wait for all ranks."""
@@ -267,8 +259,6 @@ class ThreadCommunicator:
         """``root``'s object."""
         return self.run_collective(f"bcast(root {root})", obj, lambda parts: parts[root])
 
-    # Messages
-
     def Send(self, buf: Any, dest: int, tag: int = 0) -> None:
         """Put a copy into the receiver's mailbox; never waits."""
         with self.group.mail_arrives:
@@ -347,10 +337,7 @@ def fold_in_order(parts: list[Any], op: MPI.Op) -> Any:
 
 
 def run_on_ranks(
-    size: int,
-    function: Callable[[Any], Any],
-    nodes: Sequence[int] | None = None,
-    patience: float = 60.0,
+    size: int, function: Callable[[Any], Any], nodes: Sequence[int] | None = None, patience: float = 60.0
 ) -> list[Any]:
     """Run ``function(comm)`` on ``size`` ranks and return the results; ``nodes`` names the node of each (default: one).
 

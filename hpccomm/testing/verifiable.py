@@ -16,23 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.kernels.reductions.reference import UFUNCS as FOLDS
+
 Array = npt.NDArray[Any]
 Values = Callable[[int, int, Array, "np.dtype[Any]"], Array]
 """(rank, size, positions, dtype) -> the values that this rank contributes."""
-
-FOLDS: dict[str, Callable[..., Any]] = {
-    "sum": np.add,
-    "prod": np.multiply,
-    "min": np.minimum,
-    "max": np.maximum,
-    "land": np.logical_and,
-    "lor": np.logical_or,
-    "lxor": np.logical_xor,
-    "band": np.bitwise_and,
-    "bor": np.bitwise_or,
-    "bxor": np.bitwise_xor,
-}
-"""The operations by name, each as a NumPy function."""
 
 KINDS = {"b": "land lor lxor", "iu": " ".join(FOLDS), "f": "sum prod min max", "c": "sum prod"}
 DTYPES = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8", "c8", "c16", "?")

@@ -58,7 +58,7 @@ class Folder:
         if note is None:
             return []
         self.saved_file = self.file(note["step"])
-        like = {"weights": training.weights, "method": training.state, "partial": training.progress}
+        like = self.contents(training)
         weights, training.state, training.progress = self.run_collectively(lambda: load(str(self.saved_file), **like))
         training.weights[...] = weights
         return [Epoch(**each) for each in note["epochs"]]
@@ -69,13 +69,16 @@ class Folder:
         before = self.saved_file
         step = len(epochs) * each + training.progress.steps
         file = self.saved_file = self.file(step)
-        self.run_collectively(
-            lambda: save(file, weights=training.weights, method=training.state, partial=training.progress)
-        )
+        self.run_collectively(lambda: save(file, **self.contents(training)))
         note = {"run": self.run, "step": step, "epochs": [epoch._asdict() for epoch in epochs]}
-        self.run_collectively(lambda: self.write(note) if self.comm.rank == 0 else None)
+        self.run_collectively(lambda: write_note(self.note, note) if self.comm.rank == 0 else None)
         if before and before != file:
             before.unlink(missing_ok=True)
+
+    @staticmethod
+    def contents(training: Training) -> dict[str, Any]:
+        """What a file holds."""
+        return {"weights": training.weights, "method": training.state, "partial": training.progress}
 
     def file(self, step: int) -> Path:
         """This rank's file of a step."""
@@ -97,10 +100,6 @@ class Folder:
                     )
         return note
 
-    def write(self, note: dict[str, Any]) -> None:
-        """Write the note, completely or not at all."""
-        write_note(self.note, note)
-
     def run_collectively(self, action: Callable[[], Any]) -> Any:
         """Run ``action`` on every rank and return its result; raises on all ranks if it raises on one."""
         return run_collectively(self.comm, f"--checkpoint {self.path}", action)
@@ -110,7 +109,7 @@ class ShardFolder(Folder):
     """The folder of a run with sharded model states, which another number of ranks may resume."""
 
     def load(self, training: sharded.Training) -> list[Epoch]:  # type: ignore[override]
-        """As :meth:`hpccomm.train.sharded.Keeper.load`."""
+        """As :meth:`~hpccomm.train.loop.Keeper.load`."""
         note = self.comm.bcast(self.run_collectively(self.read))
         if note is None:
             return []
@@ -123,7 +122,7 @@ class ShardFolder(Folder):
         return [Epoch(**each) for each in note["epochs"]]
 
     def save(self, training: sharded.Training, epochs: list[Epoch]) -> None:  # type: ignore[override]
-        """As :meth:`hpccomm.train.sharded.Keeper.save`; the costs of the unfinished epoch are those of rank 0."""
+        """As :meth:`~hpccomm.train.loop.Keeper.save`; the costs of the unfinished epoch are those of rank 0."""
         spent = training.progress
         so_far = [spent.steps, float(sum(self.comm.allgather(spent.loss))), spent.step_s, spent.boundary_s]
         epochs_so_far = [epoch._asdict() for epoch in epochs]

@@ -14,13 +14,10 @@ from hpccomm.errors import ArgumentError
 
 CONTEXT = 16
 """Characters from which a text network predicts the next one."""
-
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 """The characters that are told apart; all others share one more class."""
-
 TEST_EVERY = 10
 """Every tenth source file belongs to the test set."""
-
 TEST_SHARE = 5
 """A fifth of the digits is the test set."""
 

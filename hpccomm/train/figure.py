@@ -25,11 +25,6 @@ class Curve(NamedTuple):
     """Spent on gradients, exchanges and steps since the start, the mean over the ranks."""
 
 
-def curves(runs: Sequence[Run]) -> list[Curve]:
-    """The curves of the runs, in their order."""
-    return [curve(run) for run in runs]
-
-
 def curve(run: Run) -> Curve:
     """The curve of a run: running sums over its epochs."""
     epochs = run["epochs"]
@@ -62,7 +57,7 @@ def canvas() -> Any:
 
 def draw(runs: Sequence[Run], file: Path) -> None:
     """Draw one line for each method; runs on one rank send nothing and have no panel of bytes."""
-    found, figure = curves(runs), canvas().figure
+    found, figure = [curve(run) for run in runs], canvas().figure
     panels = [("seconds", "seconds"), ("megabytes", "megabytes sent by rank 0")]
     panels = [each for each in panels if any(getattr(curve, each[0])[-1] for curve in found)]
     for axes, (values, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

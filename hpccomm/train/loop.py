@@ -118,12 +118,8 @@ class Training:
         """Train on the remaining batches, then test; None where all ranks are told to stop before the last batch."""
         if not self.progress.steps:
             self.progress = EpochProgress(start_report=sum_reports(self.state))
-        steps = -(-len(self.data.targets) // self.settings.batch_size)
-        for batch in islice(batches(len(self.data.targets), number, self.settings), self.progress.steps, None):
-            self.step(batch)
-            on_step()
-            if should_stop() and self.progress.steps < steps:
-                return None
+        if not train_batches(self, number, on_step, should_stop):
+            return None
         done, self.progress = self.progress, EpochProgress()
         after = sum_reports(self.state)
         exchange_s, sent = after.seconds - done.start_report.seconds, after.wire_bytes - done.start_report.wire_bytes
@@ -171,27 +167,55 @@ def batches(samples: int, epoch: int, settings: Settings) -> Iterator[npt.NDArra
         yield order[first : first + settings.batch_size]
 
 
-def epoch_of(
-    number: int, totals: npt.NDArray[np.float64], ranks: int, data: Dataset, wire_bytes: int, dense: int
-) -> Epoch:
+def train_batches(training: Any, number: int, on_step: Callable[[], object], should_stop: Callable[[], bool]) -> bool:
+    """Train on the remaining batches of an epoch; False where all ranks are told to stop before the last one."""
+    samples, settings = len(training.data.targets), training.settings
+    for batch in islice(batches(samples, number, settings), training.progress.steps, None):
+        training.step(batch)
+        on_step()
+        if should_stop() and training.progress.steps < -(-samples // settings.batch_size):
+            return False
+    return True
+
+
+def epoch_of(number: int, totals: npt.NDArray[np.float64], ranks: int, data: Dataset, sent: int, dense: int) -> Epoch:
     """The epoch from sums over the ranks: loss, right predictions, and seconds computing, exchanging and stepping."""
     shares = [len(data.targets), max(1, len(data.test_targets)), ranks, ranks, ranks]
     loss, accuracy, compute_s, communication_s, step_s = map(float, totals / shares)
-    ratio = dense / wire_bytes if wire_bytes else None
-    return Epoch(number, loss, accuracy, compute_s, communication_s, step_s, wire_bytes, ratio)
+    ratio = dense / sent if sent else None
+    return Epoch(number, loss, accuracy, compute_s, communication_s, step_s, sent, ratio)
 
 
 class Keeper(Protocol):
-    """Saves a run that may be interrupted, see :class:`hpccomm.train.checkpointing.Folder`."""
+    """Saves a run that may be interrupted, see :mod:`hpccomm.train.checkpointing`."""
 
-    def load(self, training: Training) -> list[Epoch]:
+    def load(self, training: Any) -> list[Epoch]:
         """Resume a saved run, if there is one; returns its finished epochs (collective)."""
 
-    def save(self, training: Training, epochs: list[Epoch]) -> None:
+    def save(self, training: Any, epochs: list[Epoch]) -> None:
         """Save what is needed to resume (collective)."""
 
     def should_stop(self) -> bool:
         """Called after each step: whether any rank was told to stop; the same on all ranks (collective)."""
+
+
+def train_epochs(
+    training: Any, on_step: Callable[[], object], on_epoch: Callable[[Epoch], object], keeper: Keeper | None
+) -> list[Epoch]:
+    """Train and save epoch by epoch, from where a saved run ended; fewer epochs where a rank was told to stop."""
+    epochs = keeper.load(training) if keeper else []
+    for each in epochs:
+        on_epoch(each)
+    while len(epochs) < training.settings.epochs:
+        epoch = training.epoch(len(epochs) + 1, on_step, keeper.should_stop if keeper else lambda: False)
+        if epoch is not None:
+            epochs.append(epoch)
+            on_epoch(epoch)
+        if keeper:
+            keeper.save(training, epochs)
+        if epoch is None:
+            break
+    return epochs
 
 
 def train(
@@ -211,26 +235,14 @@ def train(
     this rank's own.
     """
     training = Training(comm, data, network, method, settings)
-    epochs = keeper.load(training) if keeper else []
-    for each in epochs:
-        on_epoch(each)
-    while len(epochs) < settings.epochs:
-        epoch = training.epoch(len(epochs) + 1, on_step, keeper.should_stop if keeper else lambda: False)
-        if epoch is not None:
-            epochs.append(epoch)
-            on_epoch(epoch)
-        if keeper:
-            keeper.save(training, epochs)
-        if epoch is None:
-            return training.weights, epochs
+    epochs = train_epochs(training, on_step, on_epoch, keeper)
+    if len(epochs) < settings.epochs:
+        return training.weights, epochs
     training.finish()
     weights: Any = training.weights
     weights = weights if settings.library is np else weights.get()
     check_replicas(comm, weights)
     return weights, epochs
-
-
-# A parameter server
 
 
 class Servers(NamedTuple):
@@ -290,14 +302,13 @@ def run_worker(
     models: list[Vector] = []
     bucket = Bucket(network.shapes)
     gradient = np.empty_like(server.weights)
+    gradients = bucket.views(gradient)
     for number, totals in enumerate(sums, 1):
         for first, batch in enumerate(batches(len(data.targets), number, settings)):
             mine, began = np.array_split(batch, share[1])[share[0]], time.perf_counter()
             weights = server.pull()
             pulled = time.perf_counter()
-            totals[0] += network.learn(
-                bucket.views(weights), data.inputs[mine], data.targets[mine], bucket.views(gradient)
-            )
+            totals[0] += network.learn(bucket.views(weights), data.inputs[mine], data.targets[mine], gradients)
             gradient *= share[1] / len(batch)
             learnt = time.perf_counter()
             server.push(gradient)

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import hpccomm
 from hpccomm.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hpccomm.algorithms.sharded.units import ShardedModel
     from hpccomm.algorithms.transforms import Transform
     from hpccomm.buckets import Bucket
-
-
-# Flags
 
 
 class Flag(NamedTuple):
@@ -49,11 +47,7 @@ FLAGS = {
     "period": Flag("steps of a block, at whose end the models are combined", 16),
     "group_size": Flag("ranks of a group", unset="the ranks of a node"),
     "density": Flag(
-        "share of the elements that a rank sends",
-        0.01,
-        float,
-        lambda share: 0 < share <= 1,
-        "give a share above 0, at most 1",
+        "share of the elements that a rank sends", 0.01, float, lambda d: 0 < d <= 1, "give a share above 0, at most 1"
     ),
     "servers": Flag("ranks that act as servers", 1),
     "mode": Flag(
@@ -95,9 +89,6 @@ class MethodSetup(NamedTuple):
     density: float = FLAGS["density"].default
 
 
-# Methods
-
-
 class Method(NamedTuple):
     """One training method."""
 
@@ -120,80 +111,53 @@ class Method(NamedTuple):
 
 def heavy_ball(setup: MethodSetup) -> Transform:
     """The step of one rank on its own, or of a server: SGD with momentum 0.9."""
-    from hpccomm.algorithms.transforms import chain, momentum, scale
-
-    return chain(momentum(0.9), scale(-setup.lr))
+    return hpccomm.chain(hpccomm.momentum(0.9), hpccomm.scale(-setup.lr))
 
 
 def dense(setup: MethodSetup) -> Transform:
     """The baseline: the mean gradient, momentum 0.9."""
-    from hpccomm.algorithms.exchange import synchronous_sgd
-
-    return synchronous_sgd(setup.comm, setup.lr, momentum=0.9, algorithm=setup.algorithm)
+    return hpccomm.synchronous_sgd(setup.comm, setup.lr, momentum=0.9, algorithm=setup.algorithm)
 
 
 def sgd(setup: MethodSetup) -> Transform:
     """The mean gradient, no momentum."""
-    from hpccomm.algorithms.exchange import synchronous_sgd
-
-    return synchronous_sgd(setup.comm, setup.lr, algorithm=setup.algorithm)
+    return hpccomm.synchronous_sgd(setup.comm, setup.lr, algorithm=setup.algorithm)
 
 
 def adam(setup: MethodSetup) -> Transform:
     """Adam on the mean gradient."""
-    from hpccomm.algorithms.exchange import synchronous_adam
-
-    return synchronous_adam(setup.comm, setup.lr, algorithm=setup.algorithm)
+    return hpccomm.synchronous_adam(setup.comm, setup.lr, algorithm=setup.algorithm)
 
 
 def lars(setup: MethodSetup) -> Transform:
     """A trust ratio for each tensor; the trust coefficient is 0.02, as these networks have few layers."""
-    from hpccomm.algorithms.exchange import mean
-    from hpccomm.algorithms.large_batch import lars as optimizer
-    from hpccomm.algorithms.transforms import chain
-
-    return chain(mean(setup.comm, setup.algorithm), optimizer(setup.bucket, setup.lr, trust=0.02))
+    return hpccomm.chain(hpccomm.mean(setup.comm, setup.algorithm), hpccomm.lars(setup.bucket, setup.lr, trust=0.02))
 
 
 def lamb(setup: MethodSetup) -> Transform:
     """Adam with a trust ratio for each tensor."""
-    from hpccomm.algorithms.exchange import mean
-    from hpccomm.algorithms.large_batch import lamb as optimizer
-    from hpccomm.algorithms.transforms import chain
-
-    return chain(mean(setup.comm, setup.algorithm), optimizer(setup.bucket, setup.lr))
+    return hpccomm.chain(hpccomm.mean(setup.comm, setup.algorithm), hpccomm.lamb(setup.bucket, setup.lr))
 
 
 def gtc(setup: MethodSetup) -> Transform:
     """Threshold compression."""
-    from hpccomm.algorithms.threshold_compression import gtc as exchange
-    from hpccomm.algorithms.transforms import chain, scale
-
-    return chain(exchange(setup.comm, density=setup.density), scale(-setup.lr))
+    return hpccomm.chain(hpccomm.gtc(setup.comm, density=setup.density), hpccomm.scale(-setup.lr))
 
 
 def dgc(setup: MethodSetup) -> Transform:
     """The largest elements of tensors of 2,048 or more, Nesterov momentum correction; a fifth of the run warms up."""
-    from hpccomm.algorithms.deep_gradient_compression import dgc as exchange
-    from hpccomm.algorithms.transforms import chain, scale
-
-    made = exchange(setup.comm, setup.bucket, setup.density, nesterov=True, warmup=setup.steps // 5, smallest=2048)
-    return chain(made, scale(-setup.lr))
+    how: Any = {"nesterov": True, "warmup": setup.steps // 5, "smallest": 2048}
+    return hpccomm.chain(hpccomm.dgc(setup.comm, setup.bucket, setup.density, **how), hpccomm.scale(-setup.lr))
 
 
 def onebit_sgd(setup: MethodSetup) -> Transform:
     """The signs of each tensor and two scales; momentum after the exchange."""
-    from hpccomm.algorithms.onebit import onebit_sgd as exchange
-    from hpccomm.algorithms.transforms import chain
-
-    return chain(exchange(setup.comm, setup.bucket), heavy_ball(setup))
+    return hpccomm.chain(hpccomm.onebit_sgd(setup.comm, setup.bucket), heavy_ball(setup))
 
 
 def ef_signsgd(setup: MethodSetup) -> Transform:
     """The signs of each tensor and its mean magnitude."""
-    from hpccomm.algorithms.onebit import ef_signsgd as exchange
-
-    return exchange(setup.comm, setup.lr, setup.bucket)
+    return hpccomm.ef_signsgd(setup.comm, setup.lr, setup.bucket)
 
 
 def onebit_adam(setup: MethodSetup) -> Transform:
@@ -201,73 +165,50 @@ def onebit_adam(setup: MethodSetup) -> Transform:
 
     ``eps`` is 1e-3, as parameters whose gradients are rarely other than zero would follow the noise of the signs.
     """
-    from hpccomm.algorithms.onebit import onebit_adam as exchange
-
-    return exchange(setup.comm, setup.lr, setup.steps // 5, bucket=setup.bucket, eps=1e-3)
+    return hpccomm.onebit_adam(setup.comm, setup.lr, setup.steps // 5, bucket=setup.bucket, eps=1e-3)
 
 
 def onebit_lamb(setup: MethodSetup) -> Transform:
     """LAMB; after a fifth of the run its momentum travels in one bit."""
-    from hpccomm.algorithms.onebit import onebit_lamb as exchange
-
-    return exchange(setup.comm, setup.bucket, setup.lr, max(1, setup.steps // 5))
+    return hpccomm.onebit_lamb(setup.comm, setup.bucket, setup.lr, max(1, setup.steps // 5))
 
 
 def powersgd(setup: MethodSetup) -> Transform:
     """Each matrix as the product of two of rank 4; momentum after the exchange."""
-    from hpccomm.algorithms.power_sgd import powersgd as exchange
-    from hpccomm.algorithms.transforms import chain
-
-    return chain(exchange(setup.comm, setup.bucket, 4), heavy_ball(setup))
+    return hpccomm.chain(hpccomm.powersgd(setup.comm, setup.bucket, 4), heavy_ball(setup))
 
 
 def bmuf(setup: MethodSetup) -> Transform:
     """Blocks of local steps, then a step with block momentum; the first tenth of the run is synchronous."""
-    from hpccomm.algorithms.blockwise_filtering import bmuf as blocks
-
-    return blocks(setup.comm, heavy_ball(setup), setup.period, warmup=setup.steps // 10)
+    return hpccomm.bmuf(setup.comm, heavy_ball(setup), setup.period, warmup=setup.steps // 10)
 
 
 def bmuf_adam(setup: MethodSetup) -> Transform:
     """Blocks of local Adam, then a step with block momentum; the first tenth of the run is synchronous."""
-    from hpccomm.algorithms.blockwise_filtering import bmuf_adam as blocks
-
-    return blocks(setup.comm, setup.lr, setup.period, warmup=setup.steps // 10)
+    return hpccomm.bmuf_adam(setup.comm, setup.lr, setup.period, warmup=setup.steps // 10)
 
 
 def local_sgd(setup: MethodSetup) -> Transform:
     """The mean of the models after each block of local steps."""
-    from hpccomm.algorithms.local_steps import local_sgd as blocks
-
-    return blocks(setup.comm, heavy_ball(setup), setup.period)
+    return hpccomm.local_sgd(setup.comm, heavy_ball(setup), setup.period)
 
 
 def slowmo(setup: MethodSetup) -> Transform:
     """Slow momentum over blocks of local steps."""
-    from hpccomm.algorithms.local_steps import slowmo as blocks
-
-    return blocks(setup.comm, heavy_ball(setup), setup.lr, setup.period)
+    return hpccomm.slowmo(setup.comm, heavy_ball(setup), setup.lr, setup.period)
 
 
 def diloco(setup: MethodSetup) -> Transform:
     """Nesterov momentum over blocks of local Adam."""
-    from hpccomm.algorithms.local_steps import diloco as blocks
-    from hpccomm.algorithms.transforms import adam as inner
-    from hpccomm.algorithms.transforms import chain, scale
-
-    return blocks(setup.comm, chain(inner(), scale(-setup.lr)), setup.period)
+    return hpccomm.diloco(setup.comm, hpccomm.chain(hpccomm.adam(), hpccomm.scale(-setup.lr)), setup.period)
 
 
 def hybrid(setup: MethodSetup) -> Transform:
     """Threshold compression inside groups, block momentum between them."""
-    from hpccomm.algorithms.threshold_compression import gtc as exchange
-    from hpccomm.algorithms.transforms import scale
-    from hpccomm.algorithms.two_tier import hybrid as two_tiers
-
-    return two_tiers(
+    return hpccomm.hybrid(
         setup.comm,
-        lambda group: exchange(group, density=setup.density),
-        scale(-setup.lr),
+        lambda group: hpccomm.gtc(group, density=setup.density),
+        hpccomm.scale(-setup.lr),
         setup.group_size,
         period=setup.period,
         reduce="mean",
@@ -286,32 +227,19 @@ def check_servers(comm: Any, args: Any) -> None:
         raise ArgumentError(f"--servers {args.servers} of {comm.size} ranks: leave at least one server and one worker")
 
 
-# Sharded models
-
-
 def mics(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:
     """MiCS."""
-    from hpccomm.algorithms.sharded.groups import mics
-
-    return mics(comm, units, optimizer, partition_size, **how)
+    return hpccomm.mics(comm, units, optimizer, partition_size, **how)
 
 
 def zero(stage: int) -> Callable[..., ShardedModel]:
     """ZeRO of a stage; it has no partition size."""
-
-    def make(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:
-        from hpccomm.algorithms.sharded.units import zero
-
-        return zero(comm, units, optimizer, stage=stage, **how)
-
-    return make
+    return lambda comm, units, optimizer, size, **how: hpccomm.zero(comm, units, optimizer, stage=stage, **how)
 
 
 def ddp(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:
     """A whole copy on every rank."""
-    from hpccomm.algorithms.sharded.units import data_parallel
-
-    return data_parallel(comm, units, optimizer, **how)
+    return hpccomm.data_parallel(comm, units, optimizer, **how)
 
 
 def check_partition(comm: Any, args: Any) -> None:
@@ -351,12 +279,7 @@ METHODS = {
         check=check_groups,
     ),
     "ps": Method(
-        "parameter server, SGD with momentum 0.9",
-        0.1,
-        heavy_ball,
-        ("servers", "mode"),
-        loop="servers",
-        check=check_servers,
+        "parameter server, SGD, momentum 0.9", 0.1, heavy_ball, ("servers", "mode"), loop="servers", check=check_servers
     ),
     "mics": Method(
         "MiCS, model states divided over --partition-size ranks",

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from hpccomm.algorithms.exchange import allreduce_bytes, check_replicas
 from hpccomm.algorithms.sharded.units import Hops, LossScale, ShardedModel, adamw
 from hpccomm.train.datasets import Dataset
 from hpccomm.train.layered import LayeredNetwork
-from hpccomm.train.loop import EVALUATION_BATCH, Epoch, Settings, batches, epoch_of
+from hpccomm.train.loop import EVALUATION_BATCH, Epoch, Keeper, Settings, epoch_of, train_batches, train_epochs
 from hpccomm.train.methods import METHODS
 
 MAX_NORM = 1.0
@@ -76,19 +75,6 @@ class EpochProgress(NamedTuple):
     """The exchanges, those of the evaluation excluded."""
 
 
-class Keeper(Protocol):
-    """Saves a run that may be interrupted, see :class:`hpccomm.train.checkpointing.ShardFolder`."""
-
-    def load(self, training: Training) -> list[Epoch]:
-        """Resume a saved run, if there is one; returns its finished epochs (collective)."""
-
-    def save(self, training: Training, epochs: list[Epoch]) -> None:
-        """Save what is needed to resume (collective)."""
-
-    def should_stop(self) -> bool:
-        """Called after each step: whether any rank was told to stop; the same on all ranks (collective)."""
-
-
 class Training:
     """A sharded model in training."""
 
@@ -121,13 +107,8 @@ class Training:
 
     def epoch(self, number: int, on_step: Callable[[], object], should_stop: Callable[[], bool]) -> Epoch | None:
         """Train on the remaining batches, then test; None where all ranks are told to stop before the last batch."""
-        samples = len(self.data.targets)
-        steps = -(-samples // self.settings.batch_size)
-        for batch in islice(batches(samples, number, self.settings), self.progress.steps, None):
-            self.step(batch)
-            on_step()
-            if should_stop() and self.progress.steps < steps:
-                return None
+        if not train_batches(self, number, on_step, should_stop):
+            return None
         done, self.progress = self.progress, EpochProgress()
         self.last_epoch = done
         exchange_s = exchange_seconds(done.hops)
@@ -171,19 +152,9 @@ def train(
 
     A ``keeper`` saves after every epoch, and when a rank is told to stop: then epochs are missing.
     """
-    epochs = keeper.load(training) if keeper else []
-    for each in epochs:
-        on_epoch(each)
-    while len(epochs) < training.settings.epochs:
-        epoch = training.epoch(len(epochs) + 1, on_step, keeper.should_stop if keeper else lambda: False)
-        if epoch is not None:
-            epochs.append(epoch)
-            on_epoch(epoch)
-        if keeper:
-            keeper.save(training, epochs)
-        if epoch is None:
-            return epochs
-    check_replicas(training.states.groups.replication, training.states.master)
+    epochs = train_epochs(training, on_step, on_epoch, keeper)
+    if len(epochs) == training.settings.epochs:
+        check_replicas(training.states.groups.replication, training.states.master)
     return epochs
 
 

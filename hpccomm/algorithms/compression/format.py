@@ -221,9 +221,6 @@ class Compressor:
             total /= np.float32(size)
 
 
-# Stored elements
-
-
 def narrow_values(vector: Vector, values: Values) -> npt.NDArray[Any]:
     """Finite elements in their stored type; values that would round to infinity become the largest finite value."""
     if values is Values.F32:
@@ -250,9 +247,6 @@ def widen_values(stored: npt.NDArray[Any], values: int) -> Vector:
     out = np.zeros(stored.size, np.float32)
     add_stored(stored, values, 0.0, out)
     return out
-
-
-# Messages
 
 
 def message_of(
@@ -286,9 +280,7 @@ def header_of(message: Message, who: str = "decode") -> Header:
     if not isinstance(message, np.ndarray) or message.dtype != np.uint8 or message.ndim != 1:
         raise ArgumentError(f"{who}: a message is a flat uint8 array, this is {describe(message)}")
     if message.size < HEADER_BYTES:
-        raise ArgumentError(
-            f"{who}: the message is cut short: {message.size} bytes, its header alone has {HEADER_BYTES}"
-        )
+        raise ArgumentError(f"{who}: the message is cut short: {message.size} bytes, a header alone has {HEADER_BYTES}")
     magic, *fields = HEADER_FORMAT.unpack(message[:HEADER_BYTES].tobytes())
     if magic != MAGIC:
         raise ArgumentError(
@@ -317,144 +309,126 @@ def read(message: Message, n: int, kinds: frozenset[Kind], who: str) -> DecodedM
             f"{who}: the message has {message.size} bytes, its header says {HEADER_BYTES + header.nbytes}: "
             "cut short, or displacements do not fit"
         )
-    if header.elements > n or not math.isfinite(header.scale):
-        raise damage_error(who, f"{header.elements} of {n} elements, scale {header.scale}")
-    return READERS[Kind(header.kind)](header, np.ascontiguousarray(message[HEADER_BYTES:]), who)
+    payload = Payload(np.ascontiguousarray(message[HEADER_BYTES:]), who)
+    payload.demand(
+        header.elements <= n and math.isfinite(header.scale), f"{header.elements} of {n} elements, scale {header.scale}"
+    )
+    found = READERS[Kind(header.kind)](payload, header)
+    payload.demand(payload.at == header.nbytes, f"{header.nbytes} bytes of payload, {payload.at} expected")
+    return found
 
 
-def damage_error(who: str, what: str) -> ArgumentError:
-    """The error for contents that no encoder produces."""
-    return ArgumentError(f"{who}: the message is damaged ({what}): send it again, and check the transport")
+class Payload:
+    """The payload of a message, which its reader takes from front to back, all of it; errors name ``who``."""
+
+    def __init__(self, octets: Octets, who: str) -> None:
+        self.octets, self.who, self.at = octets, who, 0
+
+    def demand(self, holds: bool, what: str) -> None:
+        """Raise for contents that no encoder produces."""
+        if not holds:
+            raise ArgumentError(f"{self.who}: the message is damaged ({what}): send it again, and check the transport")
+
+    def take(self, count: int, dtype: npt.DTypeLike = np.uint8) -> npt.NDArray[Any]:
+        """The next ``count`` elements."""
+        kind = np.dtype(dtype)
+        end = self.at + count * kind.itemsize
+        self.demand(self.at <= end <= self.octets.size, f"{self.octets.size} bytes of payload, {end} needed")
+        octets, self.at = self.octets[self.at : end], end
+        return view_as(octets, kind)
 
 
-def section(payload: Octets, at: int, count: int, dtype: npt.DTypeLike, who: str) -> npt.NDArray[Any]:
-    """``count`` elements of the payload."""
-    kind = np.dtype(dtype)
-    end = at + count * kind.itemsize
-    if end > payload.size:
-        raise damage_error(who, f"{payload.size} bytes of payload, at least {end} needed")
-    octets = payload[at:end]
+def view_as(octets: Octets, kind: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Octets as elements, copied where they are not aligned."""
     return octets.view(kind) if octets.ctypes.data % kind.itemsize == 0 else octets.copy().view(kind)
 
 
-def check_length(payload: Octets, nbytes: int, who: str) -> None:
-    """Raise unless the payload has this length."""
-    if payload.size != nbytes:
-        raise damage_error(who, f"{payload.size} bytes of payload, {nbytes} expected")
-
-
-def read_dense(header: Header, payload: Octets, who: str) -> DecodedMessage:
+def read_dense(payload: Payload, header: Header) -> DecodedMessage:
     """All elements."""
-    if header.values not in list(Values)[1:]:
-        raise damage_error(who, f"element type {header.values}")
-    dtype = VALUE_DTYPES[Values(header.values)]
-    check_length(payload, header.n * dtype.itemsize, who)
-    return DecodedMessage(
-        add_dense, (add_stored, (section(payload, 0, header.n, dtype, who), header.values, header.scale))
-    )
+    payload.demand(header.values in list(Values)[1:], f"element type {header.values}")
+    stored = payload.take(header.n, VALUE_DTYPES[Values(header.values)])
+    return DecodedMessage(add_dense, (add_stored, (stored, header.values, header.scale)))
 
 
-def read_range(header: Header, payload: Octets, who: str) -> DecodedMessage:
+def read_range(payload: Payload, header: Header) -> DecodedMessage:
     """Codes over a range."""
-    check_length(payload, 8 + header.n, who)
-    if header.n and not header.scale > 0:
-        raise damage_error(who, f"scale {header.scale}")
-    lower = int(section(payload, 0, 1, "<i8", who)[0])
-    return DecodedMessage(add_dense, (kernels().add_range, (payload[8:], header.scale or 1.0, lower)))
+    payload.demand(not header.n or header.scale > 0, f"scale {header.scale}")
+    lower = int(payload.take(1, "<i8")[0])
+    return DecodedMessage(add_dense, (kernels().add_range, (payload.take(header.n), header.scale or 1.0, lower)))
 
 
-def read_words(header: Header, payload: Octets, who: str) -> DecodedMessage:
-    """Words, in any of their codes."""
-    if not header.scale > 0:
-        raise damage_error(who, f"threshold {header.scale}")
-    if header.kind == Kind.WORDS:
-        check_length(payload, 4 * header.elements, who)
-        words = section(payload, 0, header.elements, "<u4", who)
-        if not kernels().is_ascending(words >> 1, header.n):
-            raise damage_error(who, "indices out of range or order")
-        return DecodedMessage(add_words, (words, header.scale))
-    if header.kind == Kind.RICE_WORDS:
-        decoded = None
-        if header.parameter < 32:
-            decoded = kernels().rice_decode(payload, header.elements, header.parameter, header.n, True)
-    else:
-        check_length(payload, 4 * -(-header.n // 16), who)
-        decoded = kernels().unpack_pairs(payload, header.n)
-    if decoded is None or decoded.size != header.elements:
-        raise damage_error(who, f"no codes of {header.elements} elements below {header.n}")
-    return DecodedMessage(add_words, (decoded, header.scale))
+def read_words(payload: Payload, header: Header) -> DecodedMessage:
+    """Words."""
+    payload.demand(header.scale > 0, f"threshold {header.scale}")
+    words = payload.take(header.elements, "<u4")
+    payload.demand(kernels().is_ascending(words >> 1, header.n), "indices out of range or order")
+    return DecodedMessage(add_words, (words, header.scale))
 
 
-def read_ternary(header: Header, payload: Octets, who: str) -> DecodedMessage:
-    """Pairs of bits; a vector of zeros has scale 0."""
-    return read_words(header if header.scale or header.elements else header._replace(scale=1.0), payload, who)
+def read_coded_words(payload: Payload, header: Header) -> DecodedMessage:
+    """Words as Rice codes, or as pairs of bits; a ternary vector of zeros has scale 0."""
+    rice = header.kind == Kind.RICE_WORDS
+    payload.demand(header.scale > 0 or not (rice or header.scale or header.elements), f"threshold {header.scale}")
+    octets, decoded = payload.take(header.nbytes if rice else 4 * -(-header.n // 16)), None
+    if not rice:
+        decoded = kernels().unpack_pairs(octets, header.n)
+    elif header.parameter < 32:
+        decoded = kernels().rice_decode(octets, header.elements, header.parameter, header.n, True)
+    fits = decoded is not None and decoded.size == header.elements
+    payload.demand(fits, f"no codes of {header.elements} elements below {header.n}")
+    return DecodedMessage(add_words, (decoded, header.scale or 1.0))
 
 
-def read_sparse(header: Header, payload: Octets, who: str) -> DecodedMessage:
+def read_sparse(payload: Payload, header: Header) -> DecodedMessage:
     """Indices and values."""
-    if header.values not in (Values.F32, Values.F16, Values.BF16) or header.code not in list(Code):
-        raise damage_error(who, f"element type {header.values}, index code {header.code}")
-    dtype = VALUE_DTYPES[Values(header.values)]
-    begin = payload.size - header.elements * dtype.itemsize
-    if begin < 0:
-        raise damage_error(who, f"{payload.size} bytes of payload for {header.elements} elements")
-    index = DECODERS[Code(header.code)](payload[:begin], header)
-    if index is None:
-        raise damage_error(who, f"indices out of range or order, or codes of other than {header.elements} elements")
-    return DecodedMessage(
-        add_sparse, (index, widen_values(section(payload, begin, header.elements, dtype, who), header.values))
+    payload.demand(
+        header.values in (Values.F32, Values.F16, Values.BF16) and header.code in list(Code),
+        f"element type {header.values}, index code {header.code}",
     )
+    dtype = VALUE_DTYPES[Values(header.values)]
+    octets = payload.take(header.nbytes - header.elements * dtype.itemsize)
+    index = DECODERS[Code(header.code)](octets, header)
+    payload.demand(index is not None, f"indices out of range or order, or not codes of {header.elements} elements")
+    return DecodedMessage(add_sparse, (index, widen_values(payload.take(header.elements, dtype), header.values)))
 
 
-def read_cells(header: Header, payload: Octets, who: str) -> DecodedMessage:
+def read_cells(payload: Payload, header: Header) -> DecodedMessage:
     """Values at random positions, which the receiver computes from a key."""
-    check_length(payload, 8 + 4 * header.elements, who)
-    key = int(section(payload, 0, 1, "<u8", who)[0])
-    if key >> 32:
-        raise damage_error(who, f"key {key}")
-    index = cell_indices(header.n, header.elements, key)
-    return DecodedMessage(add_sparse, (index, section(payload, 8, header.elements, "<f4", who)))
+    key, values = int(payload.take(1, "<u8")[0]), payload.take(header.elements, "<f4")
+    payload.demand(not key >> 32, f"key {key}")
+    return DecodedMessage(add_sparse, (cell_indices(header.n, header.elements, key), values))
 
 
-def read_signs(header: Header, payload: Octets, who: str) -> DecodedMessage:
+def read_signs(payload: Payload, header: Header) -> DecodedMessage:
     """Sign bits and the two values."""
-    check_length(payload, 4 + -(-header.n // 8), who)
-    minus = float(section(payload, 0, 1, "<f4", who)[0])
-    if not math.isfinite(minus):
-        raise damage_error(who, f"scale {minus}")
-    return DecodedMessage(add_signs, (payload[4:], header.scale, minus))
+    minus = float(payload.take(1, "<f4")[0])
+    payload.demand(math.isfinite(minus), f"scale {minus}")
+    return DecodedMessage(add_signs, (payload.take(-(-header.n // 8)), header.scale, minus))
 
 
-def read_levels(header: Header, payload: Octets, who: str) -> DecodedMessage:
+def read_levels(payload: Payload, header: Header) -> DecodedMessage:
     """Levels and the norms of their buckets."""
-    bucket = int(section(payload, 0, 1, "<u8", who)[0])
-    if not bucket or not 1 <= header.parameter <= 127:
-        raise damage_error(who, f"buckets of {bucket}, {header.parameter} levels")
-    buckets = -(-header.n // bucket)
-    check_length(payload, 8 + 4 * buckets + header.n, who)
-    norms = section(payload, 8, buckets, "<f4", who)
-    codes = section(payload, 8 + 4 * buckets, header.n, "i1", who)
-    if not np.isfinite(norms).all() or max(codes.max(initial=0), -int(codes.min(initial=0))) > header.parameter:
-        raise damage_error(who, "a norm or a level out of range")
-    return DecodedMessage(add_dense, (kernels().add_levels, (codes, norms, bucket, header.parameter)))
+    bucket, levels = int(payload.take(1, "<u8")[0]), header.parameter
+    payload.demand(bucket > 0 and 1 <= levels <= 127, f"buckets of {bucket}, {levels} levels")
+    norms, codes = payload.take(-(-header.n // bucket), "<f4"), payload.take(header.n, "i1")
+    in_range = max(codes.max(initial=0), -int(codes.min(initial=0))) <= levels
+    payload.demand(bool(np.isfinite(norms).all()) and in_range, "a norm or a level out of range")
+    return DecodedMessage(add_dense, (kernels().add_levels, (codes, norms, bucket, levels)))
 
 
-def read_natural(header: Header, payload: Octets, who: str) -> DecodedMessage:
+def read_natural(payload: Payload, header: Header) -> DecodedMessage:
     """Exponents and signs."""
-    check_length(payload, header.n + -(-header.n // 8), who)
-    if (payload[: header.n] == 255).any():
-        raise damage_error(who, "an exponent of infinity")
-    return DecodedMessage(add_dense, (kernels().add_natural, (payload[: header.n], payload[header.n :])))
+    exponents, signs = payload.take(header.n), payload.take(-(-header.n // 8))
+    payload.demand(not (exponents == 255).any(), "an exponent of infinity")
+    return DecodedMessage(add_dense, (kernels().add_natural, (exponents, signs)))
 
 
-def read_low_rank(header: Header, payload: Octets, who: str) -> DecodedMessage:
+def read_low_rank(payload: Payload, header: Header) -> DecodedMessage:
     """The product of two factors."""
-    rows, columns, rank = (int(each) for each in section(payload, 0, 3, "<u8", who))
-    if not header.n <= rows * columns <= 4 * header.n or rank > min(rows, columns):
-        raise damage_error(who, f"a matrix of {rows} times {columns}, rank {rank}")
-    check_length(payload, 24 + 4 * rank * (rows + columns), who)
-    left = section(payload, 24, rows * rank, "<f4", who).reshape(rows, rank)
-    right = section(payload, 24 + 4 * rows * rank, columns * rank, "<f4", who).reshape(columns, rank)
+    rows, columns, rank = (int(each) for each in payload.take(3, "<u8"))
+    fits = header.n <= rows * columns <= 4 * header.n and rank <= min(rows, columns)
+    payload.demand(fits, f"a matrix of {rows} times {columns}, rank {rank}")
+    left, right = (payload.take(each * rank, "<f4").reshape(each, rank) for each in (rows, columns))
     product = np.ascontiguousarray(left @ right.T).reshape(-1)[: header.n]
     return DecodedMessage(add_dense, (add_stored, (product, Values.F32, 0.0)))
 
@@ -481,11 +455,11 @@ def add_signs(contents: list[tuple[Octets, float, float]], out: Vector) -> None:
     kernels(out).add_signs(contents, out)
 
 
-READERS: dict[Kind, Callable[[Header, Octets, str], DecodedMessage]] = {
+READERS: dict[Kind, Callable[[Payload, Header], DecodedMessage]] = {
     Kind.DENSE: read_dense,
     Kind.WORDS: read_words,
-    Kind.RICE_WORDS: read_words,
-    Kind.PAIRS: read_ternary,
+    Kind.RICE_WORDS: read_coded_words,
+    Kind.PAIRS: read_coded_words,
     Kind.SPARSE: read_sparse,
     Kind.SIGNS: read_signs,
     Kind.LEVELS: read_levels,
@@ -509,7 +483,7 @@ def decode_u32(octets: Octets, header: Header) -> Indices | None:
     """Plain indices, checked."""
     if octets.size != 4 * header.elements:
         return None
-    index = section(octets, 0, header.elements, "<u4", "decode")
+    index = view_as(octets, np.dtype("<u4"))
     return index if kernels().is_ascending(index, header.n) else None
 
 
@@ -541,9 +515,6 @@ def read_indices(message: Message) -> Indices:
     if part.add is add_words:
         return part.content[0] >> 1
     return np.empty(0, np.uint32)
-
-
-# Checks
 
 
 def check_flat(vector: Any, who: str, on_device: bool = False) -> Vector:

@@ -10,13 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compression.format import (
-    Compressor,
-    Kind,
-    Message,
-    demand_finite,
-    message_of,
-)
+from hpccomm.algorithms.compression.format import Compressor, Kind, Message, demand_finite, message_of
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 from hpccomm.kernels.vectors.reference import Vector, key_of, uniforms

@@ -101,9 +101,7 @@ def ternary(clip: float | None = 2.5, seed: int = 0, scale: float | None = None)
         limit = largest if clip is None else min(largest, clip_limit(vector, clip))
         unit = float(np.float32(limit if scale is None else scale))
         if unit < limit:
-            raise ArgumentError(
-                f"{name}: the scale {unit} is below the largest magnitude {limit}: agree on the maximum"
-            )
+            raise ArgumentError(f"{name}: scale {unit} is below the largest magnitude {limit}: agree on the maximum")
         pairs, named = kernels().ternary(vector, limit, unit, key_of(seed, step))
         return message_of(Kind.PAIRS, n, [pairs], count=named, scale=unit)
 

@@ -114,9 +114,6 @@ def words_message(words: Indices, n: int, tau: float, code: str) -> Message:
     return message_of(Kind.WORDS, n, [words], count=count, scale=tau)
 
 
-# The largest
-
-
 def topk(
     density: float,
     *,

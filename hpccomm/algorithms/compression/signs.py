@@ -10,14 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from hpccomm.algorithms.compression.format import (
-    HEADER_BYTES,
-    Compressor,
-    Kind,
-    Message,
-    demand_finite,
-    message_of,
-)
+from hpccomm.algorithms.compression.format import Compressor, Kind, Message, demand_finite, message_of
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 from hpccomm.kernels.vectors.reference import Octets, Vector
@@ -79,5 +72,6 @@ def sign_majority() -> Compressor:
 
 def signs_message(n: int, plus: float, minus: float) -> tuple[Message, Octets]:
     """A message with room for its bits, and that room: n/8 bytes after the value for minus."""
-    message = message_of(Kind.SIGNS, n, [np.array([minus], "<f4"), np.empty(-(-n // 8), np.uint8)], scale=plus, count=n)
-    return message, message[HEADER_BYTES + 4 :]
+    bits = np.empty(-(-n // 8), np.uint8)
+    message = message_of(Kind.SIGNS, n, [np.array([minus], "<f4"), bits], scale=plus, count=n)
+    return message, message[message.size - bits.size :]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.algorithms.checkpoints import flush_folder, leaves, map_leaves, save
+from hpccomm.algorithms.checkpoints import flush_folder, leaves, map_leaves, replace_file, save
 from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, Unit, bounds
 from hpccomm.algorithms.transforms import Vector
 from hpccomm.errors import ArgumentError
@@ -208,22 +207,13 @@ def export(path: str | os.PathLike[str], states: ShardedModel) -> None:
 def write_export(target: Path, states: ShardedModel) -> None:
     """Write the file on rank 0; an error is raised after all units have been gathered."""
     units = states.consolidate()
-    handle, temporary = None, None
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as file:
-            with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
-                for unit, tensors in units:
-                    for name, tensor in tensors.items():
-                        with archive.open(f"{unit}.{name}.npy", "w", force_zip64=True) as stream:
-                            np.lib.format.write_array(stream, tensor, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        flush_folder(target.parent)
+        with replace_file(target) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+            for unit, tensors in units:
+                for name, tensor in tensors.items():
+                    with archive.open(f"{unit}.{name}.npy", "w", force_zip64=True) as stream:
+                        np.lib.format.write_array(stream, tensor, allow_pickle=False)
     except BaseException:
         for _ in units:
             pass
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         raise

@@ -16,6 +16,7 @@ Zhang et al., *MiCS*, VLDB 2022; Rajbhandari et al., *ZeRO*, SC 2020 (ZeRO-3 is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -103,36 +104,31 @@ def link_volume(shape: Shape, micro_steps: int, *, flat_reduce: bool = False) ->
     A gather or reduction takes (p-k)/p in two levels, (p-1)/p if flat, 0 inside nodes; hop two 2(R-1)/R · k/p.  With
     ``flat_reduce`` only gathers take two levels, as in the paper.
     """
-    p, k, copies = shape.partition, shape.per_node, shape.copies
+    p, k, copies, s = shape.partition, shape.per_node, shape.copies, micro_steps
     flat = (p - 1) / p if shape.crosses_nodes else 0.0
     two = (p - k) / p if shape.crosses_nodes and shape.two_levels else flat
-    return Volume(
-        2 * micro_steps * two, micro_steps * (flat if flat_reduce else two), 2 * (copies - 1) / copies * k / p
-    )
+    return Volume(2 * s * two, s * (flat if flat_reduce else two), 2 * (copies - 1) / copies * k / p)
 
 
 def gather_us(shape: Shape, nbytes: float, machine: Machine) -> float:
     """Time to gather one unit."""
-    if shape.crosses_nodes and shape.two_levels and shape.per_node > 1:
-        return price(hierarchical.build_allgather(homes(shape)), homes(shape), nbytes, machine).us
-    return group_us(RING["allgather"], shape, nbytes, machine)
+    return group_us(RING["allgather"], hierarchical.build_allgather, shape, nbytes, machine)
 
 
 def reduce_us(shape: Shape, nbytes: float, machine: Machine) -> float:
     """Time to reduce-scatter one unit."""
-    if shape.crosses_nodes and shape.two_levels and shape.per_node > 1:
-        return price(hierarchical.build_reduce_scatter(homes(shape)), homes(shape), nbytes, machine).us
-    return group_us(RING["reduce_scatter"], shape, nbytes, machine)
+    return group_us(RING["reduce_scatter"], hierarchical.build_reduce_scatter, shape, nbytes, machine)
 
 
-def group_us(algorithm: Algorithm, shape: Shape, nbytes: float, machine: Machine) -> float:
-    """Time of one call in a partition group."""
-    return price(algorithm, homes(shape), nbytes, machine).us if shape.partition > 1 else 0.0
-
-
-def homes(shape: Shape) -> list[int]:
-    """The node of each rank of a partition group."""
-    return (np.arange(shape.partition) // shape.per_node).tolist()
+def group_us(
+    flat: Algorithm, build: Callable[[list[int]], Algorithm], shape: Shape, nbytes: float, machine: Machine
+) -> float:
+    """Time of one call in a partition group, in two levels where ``build`` makes them."""
+    if shape.partition == 1:
+        return 0.0
+    nodes = (np.arange(shape.partition) // shape.per_node).tolist()
+    two_levels = shape.crosses_nodes and shape.two_levels and shape.per_node > 1
+    return price(build(nodes) if two_levels else flat, nodes, nbytes, machine).us
 
 
 def second_us(shape: Shape, nbytes: float, machine: Machine) -> float:

@@ -13,12 +13,12 @@ Zhang et al., *MiCS: near-linear scaling for training gigantic model on public c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpccomm.algorithms.sharded.units import Groups, Optimizer, ShardedModel, Tensors
+from hpccomm.algorithms.sharded.units import Groups, Optimizer, ShardedModel, Units
 from hpccomm.algorithms.transforms import Vector
 from hpccomm.errors import ArgumentError
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def mics(
     comm: MPI.Intracomm,
-    units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]],
+    units: Units,
     optimizer: Optimizer,
     partition_size: int | None = None,
     *,

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 Tensors = Mapping[str, npt.NDArray[Any]]
+Units = Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]
 Optimizer = Transform | Callable[[Bucket, NormReduce | None], Transform]
 """An elementwise transform, or a function that makes one from the bucket of this rank's shards and the reduction that
 completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
@@ -226,7 +227,7 @@ class ShardedModel:
     def __init__(
         self,
         groups: Groups,
-        units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]],
+        units: Units,
         optimizer: Optimizer,
         *,
         stage: int = 3,
@@ -246,9 +247,8 @@ class ShardedModel:
         self.master, whole = self._take_shards(units)
         self.dtype = self.master.dtype if dtype is None else np.dtype(dtype)
         check_dtypes(self.master.dtype, self.dtype)
-        self.total = np.zeros(
-            self.master.size if stage > 1 else sum(u.size for u in self._unit_list), self.master.dtype
-        )
+        size = self.master.size if stage > 1 else sum(unit.size for unit in self.units.values())
+        self.total = np.zeros(size, self.master.dtype)
         """The sum of gradients: this rank's shards, at stage 1 the whole units one after the other."""
         bucket = Bucket(dict(self._shard_sizes()), self.master.dtype, exempt=list(self._exempt_names()))
         norms = self._sum_over_partition if self.ranks > 1 else None
@@ -261,18 +261,12 @@ class ShardedModel:
         """The gathers and reductions since the last step, in order: they must be the same on all ranks."""
         self._allocate_buffers(whole, overlap, algorithm)
 
-    # Shards and buffers
-
-    @property
-    def _unit_list(self) -> Iterable[Unit]:
-        return self.units.values()
-
     @property
     def _gathers(self) -> bool:
         """Whether a gather communicates."""
         return self.stage == 3 and self.ranks > 1
 
-    def _take_shards(self, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]) -> tuple[Vector, list[Vector]]:
+    def _take_shards(self, units: Units) -> tuple[Vector, list[Vector]]:
         """This rank's shards of the initial weights, and at stages 1 and 2 all weights."""
         parts, whole, first = [], [], 0
         for name, tensors in units.items() if isinstance(units, Mapping) else units:
@@ -291,9 +285,8 @@ class ShardedModel:
 
     def _allocate_buffers(self, whole: list[Vector], overlap: bool, algorithm: str) -> None:
         """Allocate all buffers of the steps."""
-        longest, shard = (
-            max(getattr(unit, what) for unit in self._unit_list) for what in ("padded_size", "shard_size")
-        )
+        units = self.units.values()
+        longest, shard = max(unit.padded_size for unit in units), max(unit.shard_size for unit in units)
         self._collect = Gather(self.groups.partition, algorithm) if self._gathers else None
         kind = self.dtype if self.stage > 1 else self.master.dtype
         self._reduce = Reduce(self.groups.partition, algorithm, shard, kind) if self.ranks > 1 else None
@@ -305,29 +298,27 @@ class ShardedModel:
         )
         """The buffer of a shard to be sent."""
         if self._collect and self.dtype == self.master.dtype:
-            room = allocate_shared(self._collect.comm, sum(unit.shard_size for unit in self._unit_list), self.dtype)
+            room = allocate_shared(self._collect.comm, sum(unit.shard_size for unit in units), self.dtype)
             room[: self.master.size] = self.master
             self.master = room[: self.master.size]
         self.parameters: dict[str, Vector] = {}
         """All parameters, where a rank keeps them whole beside the master copy."""
         if self.stage < 3 and self.ranks > 1:
-            self.parameters = {
-                u.name: narrow(v, self.dtype).copy() for u, v in zip(self._unit_list, whole, strict=True)
-            }
+            self.parameters = {u.name: narrow(v, self.dtype).copy() for u, v in zip(units, whole, strict=True)}
         elif self.ranks == 1 and self.dtype != self.master.dtype:
-            self.parameters = {unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in self._unit_list}
+            self.parameters = {unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in units}
         self.prefetcher = ThreadPoolExecutor(1, "gather") if overlap and self._gathers and threads_may_talk() else None
 
     def _shard_sizes(self) -> Iterator[tuple[str, tuple[int]]]:
         """The name of each tensor, and the number of its elements on this rank."""
-        for unit in self._unit_list:
+        for unit in self.units.values():
             for slot in unit.bucket.table:
                 lo, hi = max(slot.offset, unit.lo), min(slot.offset + slot.length, unit.hi)
                 yield f"{unit.name}.{slot.name}", (max(0, hi - lo),)
 
     def _exempt_names(self) -> Iterator[str]:
         """Tensors that neither decay nor adapt."""
-        return (f"{unit.name}.{slot.name}" for unit in self._unit_list for slot in unit.bucket.table if not slot.decay)
+        return (f"{u.name}.{slot.name}" for u in self.units.values() for slot in u.bucket.table if not slot.decay)
 
     def _unit(self, name: str, verb: str) -> Unit:
         if name not in self.units:
@@ -338,13 +329,9 @@ class ShardedModel:
     def memory(self) -> Memory:
         """The memory of this rank."""
         state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray))
-        whole = sum(vector.nbytes for vector in self.parameters.values()) + sum(
-            slot.room.nbytes for slot in self.buffers
-        )
+        whole = sum(each.nbytes for each in (*self.parameters.values(), *(slot.room for slot in self.buffers)))
         working = self.gradients.nbytes + self.shard.nbytes + (self._reduce.nbytes if self._reduce else 0)
         return Memory(self.master.nbytes + self.total.nbytes + state, whole, working)
-
-    # Parameters
 
     def gather(self, name: str, ahead: str | None = None) -> dict[str, npt.NDArray[Any]]:
         """The unit's parameters by name, valid until :meth:`release` (collective in the partition group).
@@ -414,8 +401,6 @@ class ShardedModel:
         shard[mine.size :] = 0
         return shard
 
-    # Gradients
-
     def gradient(self, name: str) -> dict[str, npt.NDArray[Any]]:
         """The buffer of the unit's gradient by name, to be written and passed to :meth:`reduce_accumulate`.
 
@@ -442,7 +427,7 @@ class ShardedModel:
 
     def _unit_slice(self, unit: Unit) -> slice:
         """The slice of a whole unit in the vector of whole units."""
-        first = sum(each.size for each in self._unit_list if each.number < unit.number)
+        first = sum(each.size for each in self.units.values() if each.number < unit.number)
         return slice(first, first + unit.size)
 
     def _reduce_unit(self, unit: Unit, room: Vector, total: Vector) -> None:
@@ -454,8 +439,6 @@ class ShardedModel:
         except MismatchError as error:
             raise MismatchError(f"{self.who} reduces unit {unit.name!r}: {error}") from error
         self._record_cost("first", began, sent)
-
-    # The step
 
     def boundary(self) -> Outcome:
         """The second hop and the optimizer's step (collective).
@@ -521,7 +504,7 @@ class ShardedModel:
 
     def _divide(self) -> None:
         """Stage 1: the first hop of all units, their shards go to the front of ``total``."""
-        for unit in self._unit_list:
+        for unit in self.units.values():
             room = np.zeros(unit.padded_size, self.total.dtype)
             room[: unit.size] = self.total[self._unit_slice(unit)]
             self.total[unit.own_slice] = 0
@@ -573,14 +556,12 @@ class ShardedModel:
         cost = ExchangeReport(1, perf_counter() - began, sent)
         self.hops = self.hops._replace(**{hop: getattr(self.hops, hop).add(cost)})
 
-    # The model as a whole
-
     def consolidate(self) -> Iterator[tuple[str, dict[str, npt.NDArray[Any]]]]:
         """Each unit's name and master weights by tensor, one unit after the other (collective in the partition group).
 
         The arrays are new; a loop that ends early must end on all ranks.
         """
-        for unit in self._unit_list:
+        for unit in self.units.values():
             yield unit.name, unit.bucket.views(self._assemble(unit))
 
     def _assemble(self, unit: Unit) -> Vector:
@@ -601,9 +582,7 @@ class ShardedModel:
 
 def views(unit: Unit, vector: Vector) -> dict[str, npt.NDArray[Any]]:
     """The unit's tensors at the start of a vector of any dtype."""
-    return {
-        slot.name: vector[slot.offset : slot.offset + slot.length].reshape(slot.shape) for slot in unit.bucket.table
-    }
+    return {t.name: vector[t.offset : t.offset + t.length].reshape(t.shape) for t in unit.bucket.table}
 
 
 def copy_gradient(unit: Unit, gradient: Tensors | Vector, room: Vector, who: str) -> None:
@@ -648,12 +627,7 @@ def threads_may_talk() -> bool:
 
 
 def adamw(
-    lr: float | Schedule,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    lr: float | Schedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
 ) -> Callable[[Bucket, NormReduce | None], Transform]:
     """AdamW for :class:`ShardedModel`, in place: it needs no memory besides its two moments."""
     from hpccomm.algorithms.large_batch import lamb
@@ -661,15 +635,11 @@ def adamw(
     return lambda bucket, reduce: lamb(bucket, lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, adapt=())
 
 
-def zero(
-    comm: MPI.Intracomm, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]], optimizer: Optimizer, **how: Any
-) -> ShardedModel:
+def zero(comm: MPI.Intracomm, units: Units, optimizer: Optimizer, **how: Any) -> ShardedModel:
     """ZeRO: model states sharded over all ranks; ``how``: ``stage=3``, … of :class:`ShardedModel` (collective)."""
     return ShardedModel(Groups(comm, comm, comm.Split(comm.rank, 0)), units, optimizer, **how)
 
 
-def data_parallel(
-    comm: MPI.Intracomm, units: Mapping[str, Tensors] | Iterable[tuple[str, Tensors]], optimizer: Optimizer, **how: Any
-) -> ShardedModel:
+def data_parallel(comm: MPI.Intracomm, units: Units, optimizer: Optimizer, **how: Any) -> ShardedModel:
     """Every rank holds the whole model; gradients are allreduced once in an optimizer step (collective)."""
     return ShardedModel(Groups(comm, comm.Split(comm.rank, 0), comm), units, optimizer, **how)
