@@ -46,14 +46,10 @@ class InPlaceTransform(Transform):
     apply: Callable[[Vector, Any, Vector], Any]
     formula: Chain
 
-    def __new__(
-        cls,
-        init: Callable[[Vector], Any],
-        update: Callable[[Vector, Any, Vector], tuple[Vector, Any]],
-        apply: Callable[[Vector, Any, Vector], Any],
-        formula: Chain,
-    ) -> InPlaceTransform:
-        made = super().__new__(cls, init, update)
+    @classmethod
+    def of(cls, transform: Transform, apply: Callable[[Vector, Any, Vector], Any], formula: Chain) -> InPlaceTransform:
+        """The transform with the function that steps in place."""
+        made = cls(*transform)
         made.apply, made.formula = apply, formula
         return made
 
@@ -82,7 +78,7 @@ def fuse(who: str, formula: Chain, here: Layers) -> InPlaceTransform:
         walk(gradient, state, weights, None)
         return state._replace(updates=state.updates + 1)
 
-    return InPlaceTransform(init, update, apply, formula)
+    return InPlaceTransform.of(Transform(init, update), apply, formula)
 
 
 def each_term(transform: Transform) -> Iterator[Term]:

@@ -48,6 +48,7 @@ from hpccomm.algorithms.transforms import momentum as momentum_trace
 from hpccomm.algorithms.trust_ratio import (
     NormReduce,
     add_decayed_weights,
+    check_range,
     layers,
     learning_rate,
     scale_by_global_norm,
@@ -149,8 +150,8 @@ def lamb(
     You et al., *Large batch optimization for deep learning: training BERT in 76 minutes*, ICLR 2020, algorithm 2.
     """
     check_numbers(b1, b2, eps, weight_decay, bias_correction, grad_norm, max_norm)
-    check_range("ratio_clip", ratio_clip)
-    check_range("weight_clip", weight_clip)
+    check_range("lamb: ratio_clip", ratio_clip)
+    check_range("lamb: weight_clip", weight_clip)
     here = layers("lamb", bucket, part, decay, adapt)
 
     def rate_with_correction(count: int) -> float:
@@ -183,8 +184,3 @@ def check_numbers(
         f"lamb: grad_norm is {grad_norm!r}: pass 'none', 'clip' or 'normalise'",
     )
     require(max_norm > 0, f"lamb: max_norm is {max_norm}: pass a positive number")
-
-
-def check_range(name: str, given: tuple[float, float] | None) -> None:
-    """Raise unless it is None or (low, high)."""
-    require(given is None or 0 <= given[0] <= given[1], f"lamb: {name} is {given}: pass (low, high), 0 <= low <= high")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 from hpccomm.arrays import is_on_device
 from hpccomm.kernels.compression import reference
+from hpccomm.kernels.numba_check import why_no_numba
 
 
 def compression(vector: Any = None) -> Any:
@@ -25,8 +25,8 @@ def compression(vector: Any = None) -> Any:
 
 @cache
 def host_kernels() -> ModuleType:
-    """:mod:`hpccomm.kernels.compression.compiled`, or its reference where Numba is not installed."""
-    if importlib.util.find_spec("numba") is None:
+    """:mod:`hpccomm.kernels.compression.compiled`, or its reference where Numba cannot be imported."""
+    if why_no_numba():
         return reference
     from hpccomm.kernels.compression import compiled
 
