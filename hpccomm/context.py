@@ -150,7 +150,7 @@ class Context:
         return {collective: on(self.layout.nodes) for collective, on in HIERARCHICAL.items()}
 
     def algorithms(self, collective: str) -> dict[str, Algorithm]:
-        """Our algorithms for a collective, by name."""
+        """The schedules of hpccomm for a collective, by name."""
         found = dict(ALGORITHMS.get(collective, {}))
         if collective in self.hierarchical_algorithms:
             found["hierarchical"] = self.hierarchical_algorithms[collective]

@@ -695,7 +695,7 @@ class Planner:
         return extreme and bool(data.half or (data.dtype is not None and data.dtype.kind == "f"))
 
     def candidates(self, collective: str, data: Buffer, op: MPI.Op | None) -> tuple[str, ...]:
-        """Our algorithms that can take this call."""
+        """The algorithms of hpccomm, ``shared`` included, that can take this call."""
         ours = self.context.algorithms(collective)
         if op is None:
             movable = data.dtype is not None or data.datatype is not None

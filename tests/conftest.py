@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 
 pytest_plugins = ["hpccomm.testing.lockstep"]
+
+with suppress(ImportError):  # a bare machine with a device runs the tests that need no examples
+    from hypothesis import settings
+
+    settings.register_profile("no deadline", deadline=None)  # an example may take long on a loaded machine
+    settings.load_profile("no deadline")
 
 SERIAL_ROWS, MPI_ROWS = 4, 1
 """Rows of one parametrised test that ``--quick`` runs: of a serial test, and of an MPI test at each world size."""

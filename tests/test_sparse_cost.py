@@ -58,7 +58,7 @@ def test_predict_prints_compressed_exchanges(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
-        ("predict bcast --density 0.1", "beside an allreduce"),
+        ("predict bcast --density 0.1", "priced for allreduce only"),
         ("predict allreduce --density 0", "pass a number above 0"),
     ],
 )

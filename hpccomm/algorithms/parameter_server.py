@@ -1,6 +1,6 @@
 """A parameter server: server ranks hold the model, worker ranks push gradients to them and pull weights.
 
-*S servers, the first ranks, each with a slice of the flat model; N workers, the others; a worker's clock counts its
+*S servers, the first ranks, each with a shard of the flat model; N workers, the others; a worker's clock counts its
 pushes; a server's version counts the applied clocks (BSP) or pushes.*
 
 ==================  ==========================================================  ===================================

@@ -42,7 +42,7 @@ IDENTITY_TYPES = (np.ndarray, type(MPI.IN_PLACE), type(None))
 
 
 class PlanCache(dict[Hashable, CachedCall]):
-    """Run functions by the identity of a call's arguments, the fastest lookup; it keeps no array alive."""
+    """Maps the identity of a call's arguments to the plan's run function, the fastest lookup; keeps no array alive."""
 
     def store(
         self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None, run: Run
