@@ -47,13 +47,6 @@ SETTINGS = (
 """Environment variables that must be the same on every rank: rank 0's values are used."""
 
 
-def check_switches(settings: dict[str, str]) -> None:
-    """Raise for a switch that is neither on nor off; the settings are the same on every rank."""
-    for name in ("HPCCOMM_SHARED_MEMORY", "HPCCOMM_CONSISTENCY"):
-        if settings[name] not in ("", "on", "off"):
-            raise ArgumentError(f"{name}={settings[name]!r}: set it to on or off, or unset it")
-
-
 class Context:
     """The context of one communicator; creating it is collective."""
 
@@ -65,7 +58,6 @@ class Context:
         self.layout = layout.discover(self.private_comm, self.node, MPI.Get_processor_name())
         self.members = self.layout.members(int(self.layout.nodes[self.rank]))
         self.settings = self.private_comm.bcast({name: os.environ.get(name, "") for name in SETTINGS})
-        check_switches(self.settings)
         self.table = self.private_comm.bcast(self.load_table() if self.rank == 0 else None)
         self.messages = MessageTransport(self.private_comm, self.stray_message_error)
         self.consistency, self._segment = self.open_consistency_table()

@@ -676,13 +676,3 @@ def test_none_means_in_place_as_in_mpi4py(comm: Communicator) -> None:
     a = np.ones(3)
     comm.Allreduce(None, a)
     assert (a == comm.size).all()
-
-
-@pytest.mark.parametrize("name", ["HPCCOMM_SHARED_MEMORY", "HPCCOMM_CONSISTENCY"])
-def test_a_switch_is_on_or_off(name: str) -> None:
-    from hpccomm.context import check_switches
-
-    settings = {"HPCCOMM_SHARED_MEMORY": "on", "HPCCOMM_CONSISTENCY": ""}
-    check_switches(settings)
-    with pytest.raises(hpccomm.ArgumentError, match=f"{name}='0': set it to on or off"):
-        check_switches({**settings, name: "0"})
