@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +23,7 @@ import numpy as np
 from benchmarks import harness
 from hpccomm.bench.plot import COLOURS
 from hpccomm.errors import HpccommError
-from hpccomm.kernels.compression import reference
-from hpccomm.kernels.dispatch import compression
+from hpccomm.kernels import dispatch
 
 SIZES = (25_000_000, 1_000_000)
 DENSITY, MOMENTUM, MESSAGES, BUCKET = 0.001, 0.9, 8, 512
@@ -33,6 +32,7 @@ THRESHOLD = 3.29
 TAU = 400.0
 """GTC's threshold in standard deviations of the gradient: 0.1 % of uniform residuals below it reach it in a step."""
 OURS, NUMPY, TORCH, ADD = "ours", "NumPy", "PyTorch", "add"
+REFERENCE = dispatch.load_kernels("reference")
 F32 = np.float32
 CACHE_ELEMENTS = 1 << 22
 """Elements up to which the vectors of a task stay in caches."""
@@ -46,7 +46,7 @@ class Task(NamedTuple):
     title: str
     bytes: float
     """Bytes an element that must be read or written."""
-    ours: Callable[[ModuleType, int], Step]
+    ours: Callable[[SimpleNamespace, int], Step]
     """By the compiled kernels, or by their reference."""
     numpy: Callable[[int], Step] | None = None
     torch: Callable[[int], Step] | None = None
@@ -84,23 +84,24 @@ def with_torch(call: Callable[[Any], Any]) -> Callable[[int], Step]:
 # DGC: u <- mu + g, v <- v + u, the largest of v, which become 0 in v and u
 
 
-def dgc(kernels: ModuleType, n: int) -> Step:
+def dgc(kernels: SimpleNamespace, n: int) -> Step:
     """The kernel: one pass."""
     g, u, v = (numbers(n, seed) for seed in range(3))
     steps = iter(range(1 << 30))
     return lambda: kernels.momentum_select(g, u, v, MOMENTUM, selection_size(n), step=next(steps), least=0.8)
 
 
-def dgc_pass(kernels: ModuleType, n: int) -> Step:
+def dgc_pass(kernels: SimpleNamespace, n: int) -> Step:
     """Momentum and velocity alone: an infinite threshold that no element reaches."""
     g, u, v = (numbers(n, seed) for seed in range(3))
 
     def step() -> Any:
-        if kernels is reference:
-            reference.accumulate(g, u, v, MOMENTUM, nesterov=False)
+        if kernels is REFERENCE:
+            REFERENCE.accumulate(g, u, v, MOMENTUM, nesterov=False)
         else:
-            addresses = [kernels.address_of(each) for each in (g, u, v)]
-            kernels.collect("momentum_select", (*addresses, MOMENTUM, F32(np.inf), False, True), n, *[F32] * 3)
+            from hpccomm.kernels.selection import loops
+
+            kernels.collect(loops.momentum_select, (g, u, v, MOMENTUM, F32(np.inf), False, True), n, *[F32] * 3)
         return u, v
 
     return step
@@ -155,7 +156,7 @@ def backlog(n: int) -> Any:
     return np.random.default_rng(2).uniform(-TAU, TAU, n).astype(F32)
 
 
-def gtc(kernels: ModuleType, n: int) -> Step:
+def gtc(kernels: SimpleNamespace, n: int) -> Step:
     """The kernel: one pass."""
     r, g = backlog(n), numbers(n, 1)
     return lambda: kernels.threshold_words(r, g, r, TAU)
@@ -201,7 +202,7 @@ def threshold_torch(r: Any, g: Any) -> Step:
 # One bit with error feedback: the mean magnitude of r + g, the signs, what they do not say
 
 
-def onebit(kernels: ModuleType, n: int) -> Step:
+def onebit(kernels: SimpleNamespace, n: int) -> Step:
     """The kernel: two passes."""
     r, g, bits = numbers(n, 0), numbers(n, 1), np.empty(n // 8, np.uint8)
 
@@ -248,13 +249,13 @@ def onebit_torch(n: int) -> Step:
 # Selection
 
 
-def largest(kernels: ModuleType, n: int) -> Step:
+def largest(kernels: SimpleNamespace, n: int) -> Step:
     """The kernel: by a sampled threshold."""
     x, steps = numbers(n, 0), iter(range(1 << 30))
     return lambda: kernels.select_largest(x, selection_size(n), next(steps), 0.8)
 
 
-def select(kernels: ModuleType, n: int) -> Step:
+def select(kernels: SimpleNamespace, n: int) -> Step:
     """The kernel: the elements that reach a threshold."""
     x = numbers(n, 0)
     return lambda: kernels.select_threshold(x, THRESHOLD)
@@ -274,7 +275,7 @@ def signs_messages(n: int) -> list[tuple[Any, float, float]]:
     return [(np.packbits(numbers(n, seed) >= 0), 0.5 + seed, -0.5 - seed) for seed in range(MESSAGES)]
 
 
-def add_signs(kernels: ModuleType, n: int) -> Step:
+def add_signs(kernels: SimpleNamespace, n: int) -> Step:
     """The kernel: one pass."""
     messages, out = signs_messages(n), np.zeros(n, F32)
 
@@ -301,12 +302,12 @@ def sparse_messages(n: int) -> list[tuple[Any, Any]]:
     """Messages of 0.1 % of the elements each."""
     found = []
     for seed in range(MESSAGES):
-        index = reference.cell_indices(n, selection_size(n), seed)
+        index = REFERENCE.cell_indices(n, selection_size(n), seed)
         found.append((index, numbers(index.size, seed)))
     return found
 
 
-def scatter(kernels: ModuleType, n: int) -> Step:
+def scatter(kernels: SimpleNamespace, n: int) -> Step:
     """The kernel: in rank order."""
     messages, out = sparse_messages(n), np.zeros(n, F32)
 
@@ -348,42 +349,44 @@ def scatter_torch(n: int) -> Step:
 # One kernel on one vector
 
 
-def read_kernel(name: str) -> Callable[[ModuleType, int], Step]:
+def read_kernel(name: str) -> Callable[[SimpleNamespace, int], Step]:
     """A kernel that reads a vector."""
 
-    def make(kernels: ModuleType, n: int) -> Step:
+    def make(kernels: SimpleNamespace, n: int) -> Step:
         x = numbers(n, 0)
         return lambda: getattr(kernels, name)(x)
 
     return make
 
 
-def encode_kernel(name: str, *arguments: Any) -> Callable[[ModuleType, int], Step]:
+def encode_kernel(name: str, *arguments: Any) -> Callable[[SimpleNamespace, int], Step]:
     """A kernel that makes a narrower vector, in new memory."""
 
-    def make(kernels: ModuleType, n: int) -> Step:
+    def make(kernels: SimpleNamespace, n: int) -> Step:
         x = numbers(n, 0)
         return lambda: getattr(kernels, name)(x, *arguments)
 
     return make
 
 
-def encode_into_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, int], Step]:
+def encode_into_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[SimpleNamespace, int], Step]:
     """Such a kernel with memory that was written before: the first write to a new page costs more than the kernel."""
 
-    def make(kernels: ModuleType, n: int) -> Step:
-        if kernels is reference:
+    def make(kernels: SimpleNamespace, n: int) -> Step:
+        if kernels is REFERENCE:
             return encode_kernel(name, *arguments)(kernels, n)
-        x, room = numbers(n, 0), np.zeros(n, dtype)
-        return lambda: kernels.convert(name, x, dtype, *arguments, out=room)
+        from hpccomm.kernels.quantized import loops
+
+        x, room, loop = numbers(n, 0), np.zeros(n, dtype), getattr(loops, name)
+        return lambda: kernels.convert(loop, x, dtype, *arguments, out=room)
 
     return make
 
 
-def add_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, int], Step]:
+def add_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[SimpleNamespace, int], Step]:
     """A kernel that adds a narrower vector."""
 
-    def make(kernels: ModuleType, n: int) -> Step:
+    def make(kernels: SimpleNamespace, n: int) -> Step:
         codes, out = np.random.default_rng(0).integers(0, 100, n).astype(dtype), np.zeros(n, F32)
 
         def step() -> Any:
@@ -395,20 +398,22 @@ def add_kernel(name: str, dtype: Any, *arguments: Any) -> Callable[[ModuleType, 
     return make
 
 
-def range_codes(kernels: ModuleType, n: int) -> Step:
+def range_codes(kernels: SimpleNamespace, n: int) -> Step:
     """The extremes, and codes between them, into memory that was written before."""
-    if kernels is reference:
+    if kernels is REFERENCE:
         return encode_kernel("range_codes")(kernels, n)
+    from hpccomm.kernels.quantized import loops
+
     x, room = numbers(n, 0), np.zeros(n, np.uint8)
 
     def step() -> Any:
-        scale, upper = reference.range_of(*kernels.extremes(x))
-        return kernels.convert("range_codes", x, np.uint8, scale, upper, out=room), scale, int(upper) - 255
+        scale, upper = REFERENCE.range_of(*kernels.extremes(x))
+        return kernels.convert(loops.range_codes, x, np.uint8, scale, upper, out=room), scale, int(upper) - 255
 
     return step
 
 
-def qsgd(kernels: ModuleType, n: int) -> Step:
+def qsgd(kernels: SimpleNamespace, n: int) -> Step:
     """Norms, and randomly rounded levels."""
     x = numbers(n, 0)
     return lambda: kernels.qsgd(x, kernels.bucket_norms(x, BUCKET), BUCKET, 127, 5)
@@ -515,7 +520,7 @@ def row_of(record: dict[str, Any]) -> Row:
 
 def check(task: Task, n: int) -> None:
     """Raise HpccommError unless the compiled kernel gives the reference's bits, twice."""
-    ours, theirs = task.ours(compression(), n), task.ours(reference, n)
+    ours, theirs = task.ours(dispatch.kernels(), n), task.ours(REFERENCE, n)
     for _ in range(2):
         if not has_same_bits(ours(), theirs()):
             raise HpccommError(f"{task.title}: the compiled kernel differs from its reference at {n} elements")
@@ -530,7 +535,7 @@ def has_same_bits(a: Any, b: Any) -> bool:
 
 def measure_task(task: Task, n: int, rounds: int) -> Row:
     """Measure all contenders in turns, after one round to warm up."""
-    steps: dict[str, Step] = {ADD: plain_add(n), OURS: task.ours(compression(), n)}
+    steps: dict[str, Step] = {ADD: plain_add(n), OURS: task.ours(dispatch.kernels(), n)}
     if task.numpy:
         steps[NUMPY] = task.numpy(n)
     if task.torch and importlib.util.find_spec("torch"):

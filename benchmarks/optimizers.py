@@ -19,7 +19,7 @@ from benchmarks import harness
 from hpccomm.algorithms import trust_ratio
 from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.buckets import Bucket
-from hpccomm.kernels.optimizers import reference as optimizers_reference
+from hpccomm.kernels.optimizers import reference
 
 GRADIENT = 1e-3
 LATE = 20_000
@@ -48,7 +48,7 @@ def with_numpy(step: Callable[[], None]) -> Callable[[], None]:
 
     def run() -> None:
         compiled = trust_ratio.host_kernel
-        trust_ratio.host_kernel = lambda name, code: getattr(optimizers_reference, name)
+        trust_ratio.host_kernel = lambda name, code: getattr(reference, name)
         try:
             step()
         finally:

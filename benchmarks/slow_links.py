@@ -301,7 +301,7 @@ def work_break_even(rounds: int) -> dict[str, list[float]]:
 
     from hpccomm.collectives.compressed.sparse import sparse_allreduce
     from hpccomm.communicator import Communicator
-    from hpccomm.kernels.compression.reference import cell_indices
+    from hpccomm.kernels.selection.reference import cell_indices
 
     world = Communicator(MPI.COMM_WORLD)
     n = BREAK_EVEN_ELEMENTS

@@ -29,7 +29,7 @@ from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Plan, Run
 from hpccomm.context import algorithm_setting
 from hpccomm.errors import ArgumentError, TransportError
-from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.reductions.reference import code_of, has_kernel
 from hpccomm.planner import IN_PLACE, Planner, is_in_place
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging
@@ -197,10 +197,10 @@ class DevicePlanner(Planner):
         name = self.algorithm_name(collective, algorithm)
         if reproducible or name not in ("", "native"):
             return Eligibility(False, False, False)
-        buffer, code = data.buffer, reductions.code_of(data.dtype)
+        buffer, code = data.buffer, code_of(data.dtype)
         op_name = "" if op is None else operations.name_of(op)
         plain = not buffer.half and (op is None or (op.is_predefined and not self.why_not_native(buffer, op)))
-        kernel = op is None or reductions.has_kernel(op_name, data.dtype)
+        kernel = op is None or has_kernel(op_name, data.dtype)
         return Eligibility(not name and kernel, plain, not name and (op is None or nvidia.reduces(op_name, code)))
 
     def bind_check(
@@ -284,7 +284,7 @@ class DevicePlanner(Planner):
             self.eligibility("allreduce", recv, op, algorithm, reproducible),
             send is recv,
         )
-        code, op_name = reductions.code_of(recv.dtype), operations.name_of(op)
+        code, op_name = code_of(recv.dtype), operations.name_of(op)
         call = Call(
             recv.buffer.nbytes,
             lambda: elementwise_chunks(n, send, recv, host),
@@ -345,7 +345,7 @@ class DevicePlanner(Planner):
             self.eligibility("reduce", send, op, algorithm, reproducible),
             send_argument(send, here and send is recv),
         )
-        code, op_name = reductions.code_of(send.dtype), operations.name_of(op)
+        code, op_name = code_of(send.dtype), operations.name_of(op)
         call = Call(
             send.buffer.nbytes,
             lambda: elementwise_chunks(n, send, into, host),
@@ -546,7 +546,7 @@ class DevicePlanner(Planner):
             ]
 
         fits, in_place = self.eligibility("reduce_scatter", recv, op, algorithm, reproducible), first is None
-        code, op_name = reductions.code_of(recv.dtype), operations.name_of(op)
+        code, op_name = code_of(recv.dtype), operations.name_of(op)
         call = Call(
             part * p * recv.dtype.itemsize,
             chunks,
@@ -751,7 +751,7 @@ def phase_ranges(count: int, bytes_each: int, room: int) -> list[tuple[int, int]
 
 def plan_reduce(n: int, send: Operand, recv: Operand | None, op: str, room: int) -> list[Phase]:
     """Reduce all vectors, on the ranks that have a receive operand."""
-    code, phases = reductions.code_of(send.dtype), []
+    code, phases = code_of(send.dtype), []
     for lo, hi in phase_ranges(n, send.dtype.itemsize, room):
         extent = send.extent(lo, hi - lo)
         into = recv.extent(lo, hi - lo).address if recv else 0
@@ -796,7 +796,7 @@ def plan_reduce_scatter(
     send: Operand, recv: Operand, counts: Sequence[int], me: int, op: str, room: int
 ) -> list[Phase]:
     """Reduce this rank's block.  In place, the result overwrites columns that have been read already."""
-    first, code = np.cumsum([0, *counts]).tolist(), reductions.code_of(recv.dtype)
+    first, code = np.cumsum([0, *counts]).tolist(), code_of(recv.dtype)
     phases = []
     for lo, hi in phase_ranges(max(counts), len(counts) * recv.dtype.itemsize, room):
         ends = [(min(lo, count), min(hi, count)) for count in counts]

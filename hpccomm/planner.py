@@ -28,7 +28,7 @@ from hpccomm.collectives.schedule import Algorithm
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels import reproducible
-from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.reductions.reference import code_of, narrow, widen
 from hpccomm.performance.tuning import Choice
 
 IN_PLACE = MPI.IN_PLACE
@@ -896,7 +896,7 @@ class Float32Copy:
     """A float32 copy of 16-bit floats."""
 
     def __init__(self, buffer: Buffer) -> None:
-        self._code = reductions.code_of(buffer.half)
+        self._code = code_of(buffer.half)
         stored = buffer.vector()
         self._stored = stored if self._code == "bf16" else stored.view(buffer.half)
         self._values = np.empty(stored.size, "f4")
@@ -904,11 +904,11 @@ class Float32Copy:
 
     def widen(self) -> None:
         """Copy from the user's memory."""
-        self._values[...] = reductions.widen(self._stored, self._code)
+        self._values[...] = widen(self._stored, self._code)
 
     def narrow(self) -> None:
         """Copy into the user's memory, rounded to nearest even."""
-        self._stored[...] = reductions.narrow(self._values, self._code)
+        self._stored[...] = narrow(self._values, self._code)
 
 
 class ExactSum:
@@ -917,7 +917,7 @@ class ExactSum:
     def __init__(self, buffer: Buffer) -> None:
         assert buffer.dtype is not None
         stored = buffer.vector()
-        self._half = reductions.code_of(buffer.half) if buffer.half else ""
+        self._half = code_of(buffer.half) if buffer.half else ""
         if buffer.dtype.kind == "c":
             stored = stored.view(f"f{buffer.dtype.itemsize // 2}")
         self._stored = stored.view(buffer.half) if buffer.half == "float16" else stored
@@ -946,7 +946,7 @@ class ExactSum:
         return [self._as_buffer(part) for part in self._totals]
 
     def _values(self) -> npt.NDArray[np.float64]:
-        wide = reductions.widen(self._stored, self._half) if self._half else self._stored
+        wide = widen(self._stored, self._half) if self._half else self._stored
         return wide.astype(np.float64)
 
     def find_exponents(self) -> None:
@@ -965,8 +965,7 @@ class ExactSum:
         """Join the sums and store them in the user's memory."""
         value = reproducible.join(self._totals, exponents)
         with np.errstate(over="ignore"):
-            narrow = reductions.narrow(value.astype("f4"), self._half) if self._half else value
-            self._stored[...] = narrow
+            self._stored[...] = narrow(value.astype("f4"), self._half) if self._half else value
 
 
 class PackedBuffer:

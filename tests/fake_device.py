@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.reductions.reference import reduce
 
 SIDE = 7001
 """The user's stream."""
@@ -120,7 +120,7 @@ class FakeDevice:
         for address in (*vectors, out):
             self.check(address, n * dtype.itemsize)
         there = [self.memory_at(address, n, dtype) for address in (*vectors, out)]
-        self.begin(stream, lambda: reductions.reduce(op, "bfloat16" if code == "bf16" else code, there[:-1], there[-1]))
+        self.begin(stream, lambda: reduce(op, "bfloat16" if code == "bf16" else code, there[:-1], there[-1]))
 
     def divide(self, address: int, n: int, dtype: np.dtype, by: int, stream: int) -> None:
         self.check(address, n * dtype.itemsize)

@@ -7,15 +7,17 @@ exact.  They were computed with rational numbers.
 from __future__ import annotations
 
 import math
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hpccomm.kernels.compression import compiled as compression
-from hpccomm.kernels.compression import reference as compression_reference
+from hpccomm.kernels.compiler import machine_code
+from hpccomm.kernels.dispatch import load_kernels
+from hpccomm.kernels.index_codes import loops
 
+REFERENCE, COMPILED = load_kernels("reference"), load_kernels("compiled")
 F32 = np.float32
 
 GRADIENTS = np.array(
@@ -35,8 +37,8 @@ W0 = GRADIENTS[0, 0]
 LENGTHS = (0, 1, 7, 8, 9, 63, 64, 65, 1023, 1024, 1025, 5000)
 
 
-@pytest.fixture(params=[compression_reference, compression], ids=["numpy", "compiled"])
-def kernels(request: pytest.FixtureRequest) -> ModuleType:
+@pytest.fixture(params=[REFERENCE, COMPILED], ids=["numpy", "compiled"])
+def kernels(request: pytest.FixtureRequest) -> SimpleNamespace:
     return request.param
 
 
@@ -72,7 +74,7 @@ def has_same_bits(a: Any, b: Any) -> bool:
 def call_both(name: str, *args: Any, **named: Any) -> tuple[Any, Any]:
     """The results of both modules for one call on copies of the same arrays, with the written arrays appended."""
     results = []
-    for module in (compression_reference, compression):
+    for module in (REFERENCE, COMPILED):
         mine = [each.copy() if isinstance(each, np.ndarray) else each for each in args]
         answer = getattr(module, name)(*mine, **named)
         results.append([answer, *[each for each in mine if isinstance(each, np.ndarray)]])
@@ -119,7 +121,7 @@ GTC = [
 GTC_SUMS = [".5 .5 0 1 -.5 0 0 0", "0 -.5 0 0 -.5 -.5 .5 .5", ".5 0 1 0 0 0 0 -.5"]
 
 
-def gtc_words(kernels: ModuleType) -> list[list[np.ndarray]]:
+def gtc_words(kernels: SimpleNamespace) -> list[list[np.ndarray]]:
     """All messages of the worked example; checks words, residuals and sums on the way."""
     residuals = np.zeros((2, 8), F32)
     sent = []
@@ -138,12 +140,12 @@ def gtc_words(kernels: ModuleType) -> list[list[np.ndarray]]:
     return sent
 
 
-def test_threshold_words_residuals_and_sums_on_the_worked_example(kernels: ModuleType) -> None:
+def test_threshold_words_residuals_and_sums_on_the_worked_example(kernels: SimpleNamespace) -> None:
     words = gtc_words(kernels)
     assert list(words[0][0].tobytes()) == octets("00000000 06000000 09000000")
 
 
-def test_threshold_codes_of_the_same_words(kernels: ModuleType) -> None:
+def test_threshold_codes_of_the_same_words(kernels: SimpleNamespace) -> None:
     words = gtc_words(kernels)
     for step, rank, expected in ((0, 0, "1040"), (0, 1, "48"), (1, 0, "7280"), (2, 1, "0010")):
         sent = words[step][rank]
@@ -178,7 +180,7 @@ DGC_WEIGHTS = [
 ]
 
 
-def test_selection_with_momentum_correction_and_masking_on_the_worked_example(kernels: ModuleType) -> None:
+def test_selection_with_momentum_correction_and_masking_on_the_worked_example(kernels: SimpleNamespace) -> None:
     momenta, velocities = np.zeros((2, 8), F32), np.zeros((2, 8), F32)
     weights = np.zeros(8, F32)
     for step in range(3):
@@ -198,7 +200,7 @@ def test_selection_with_momentum_correction_and_masking_on_the_worked_example(ke
         assert np.array_equal(weights, vector(DGC_WEIGHTS[step]))
 
 
-def test_selecting_every_element_without_masking_is_momentum_sgd(kernels: ModuleType) -> None:
+def test_selecting_every_element_without_masking_is_momentum_sgd(kernels: SimpleNamespace) -> None:
     momenta, velocities = np.zeros((2, 8), F32), np.zeros((2, 8), F32)
     weights = np.zeros(8, F32)
     for step in range(3):
@@ -212,7 +214,7 @@ def test_selecting_every_element_without_masking_is_momentum_sgd(kernels: Module
     assert np.array_equal(weights, vector("-.84375 -.09375 -.640625 -1.1875 1.015625 .484375 -.4375 -.28125"))
 
 
-def test_sum_of_the_first_messages(kernels: ModuleType) -> None:
+def test_sum_of_the_first_messages(kernels: SimpleNamespace) -> None:
     out = np.zeros(8, F32)
     first = np.array([3, 4], "u4"), vector("1 -.875")
     second = np.array([1, 3], "u4"), vector(".75 .5")
@@ -231,7 +233,7 @@ TWO_PHASES = [
 """Scales of the ranks, their bits, the server scales, the server bits, signs of the result; chunks [0..3] [4..7]."""
 
 
-def test_one_bit_in_two_phases(kernels: ModuleType) -> None:
+def test_one_bit_in_two_phases(kernels: SimpleNamespace) -> None:
     residuals, server = np.zeros((2, 8), F32), np.zeros(8, F32)
     for step, (scales, packed, server_scales, server_packed, result) in enumerate(TWO_PHASES):
         chunks: list[list[tuple[np.ndarray, float, float]]] = [[], []]
@@ -264,7 +266,7 @@ def test_one_bit_in_two_phases(kernels: ModuleType) -> None:
     )
 
 
-def test_means_of_the_two_signs(kernels: ModuleType) -> None:
+def test_means_of_the_two_signs(kernels: SimpleNamespace) -> None:
     for rank, (plus, minus) in enumerate(((0.4, -0.4166667), (0.4, -0.2083333))):
         above, below, count = kernels.sum_by_sign(GRADIENTS[0, rank], None)
         assert count == 5
@@ -272,14 +274,14 @@ def test_means_of_the_two_signs(kernels: ModuleType) -> None:
         assert math.isclose(below / (8 - count), minus, abs_tol=5e-8)  # printed with seven digits
 
 
-def test_relative_error_of_the_mean_magnitude(kernels: ModuleType) -> None:
+def test_relative_error_of_the_mean_magnitude(kernels: SimpleNamespace) -> None:
     rest, bits = np.empty(8, F32), np.empty(1, "u1")
     kernels.pack_signs_feedback(W0, None, rest, 0.40625, -0.40625, bits)
     assert bits.tolist() == octets("b6")
     assert math.isclose(float(rest @ rest) / 2.25, 0.413194, abs_tol=5e-7)  # printed with six digits
 
 
-def test_majority_counts_a_tie_as_plus(kernels: ModuleType) -> None:
+def test_majority_counts_a_tie_as_plus(kernels: SimpleNamespace) -> None:
     votes = [np.array([each], "u1") for each in (0b11001000, 0b10101000, 0b10011000)]
     assert kernels.majority(votes, 5).tolist() == [0b10001000]
     assert kernels.majority(votes[:2], 5).tolist() == [0b11101000]
@@ -291,7 +293,7 @@ def test_majority_counts_a_tie_as_plus(kernels: ModuleType) -> None:
 INDEX = np.array([3, 4, 17, 300, 1000], "u4")
 
 
-def test_index_codes(kernels: ModuleType) -> None:
+def test_index_codes(kernels: SimpleNamespace) -> None:
     assert kernels.leb128_encode(INDEX).tolist() == octets("03 00 0c 9a 02 bb 05")
     assert kernels.rice_encode(INDEX, 7).tolist() == octets("03 00 0c c6 be 76")
     bitmap = kernels.bitmap_encode(INDEX, 1024)
@@ -305,15 +307,15 @@ def test_index_codes(kernels: ModuleType) -> None:
 
 
 def test_rice_sizes_in_bits() -> None:
-    gaps = compression_reference.gaps_of(INDEX).astype(int)
+    gaps = REFERENCE.gaps_of(INDEX).astype(int)
     assert gaps.tolist() == [3, 0, 12, 282, 699]  # the zero-runs of the paper's format, too
     assert [sum((gap >> k) + 1 + k for gap in gaps) for k in range(5, 10)] == [59, 49, 47, 48, 51]
     for k in range(5, 10):
-        assert compression.machine_code("rice_length")(INDEX.ctypes.data, 0, 5, k) == [59, 49, 47, 48, 51][k - 5]
+        assert machine_code(loops.rice_length)(INDEX.ctypes.data, 0, 5, k) == [59, 49, 47, 48, 51][k - 5]
 
 
 @pytest.mark.parametrize("name", ["rice", "leb128", "bitmap"])
-def test_index_decoders_refuse_invalid_codes(kernels: ModuleType, name: str) -> None:
+def test_index_decoders_refuse_invalid_codes(kernels: SimpleNamespace, name: str) -> None:
     encode = {
         "rice": lambda index, n: kernels.rice_encode(index, 3),
         "leb128": lambda index, n: kernels.leb128_encode(index),
@@ -334,12 +336,12 @@ def test_index_decoders_refuse_invalid_codes(kernels: ModuleType, name: str) -> 
     assert decode(whole, 5, 36) is None
 
 
-def test_leb128_refuses_longer_codes_than_needed(kernels: ModuleType) -> None:
+def test_leb128_refuses_longer_codes_than_needed(kernels: SimpleNamespace) -> None:
     assert kernels.leb128_decode(np.array([0x83, 0x00], "u1"), 1, 100) is None
     assert kernels.leb128_decode(np.array([0x80] * 6 + [1], "u1"), 1, 1 << 31) is None
 
 
-def test_rice_escapes_long_quotients(kernels: ModuleType) -> None:
+def test_rice_escapes_long_quotients(kernels: SimpleNamespace) -> None:
     index = np.array([47, 96, 200, (1 << 31) - 1], "u4")
     data = kernels.rice_encode(index, 0)
     assert data.size == -(-(48 + (48 + 32) + (48 + 32) + (48 + 32)) // 8)
@@ -349,7 +351,7 @@ def test_rice_escapes_long_quotients(kernels: ModuleType) -> None:
 # Narrow elements and quantisers
 
 
-def test_float16(kernels: ModuleType) -> None:
+def test_float16(kernels: SimpleNamespace) -> None:
     words = kernels.to_half(np.array([70000, 65519, 1e-8, 0.1, -0.0], F32))
     back = np.zeros(5, F32)
     kernels.add_half(words, back)
@@ -360,7 +362,7 @@ def test_float16(kernels: ModuleType) -> None:
     assert kernels.to_half(np.array([70000, -70000, 1], F32), True).tolist() == [0x7BFF, 0xFBFF, 0x3C00]
 
 
-def test_bfloat16(kernels: ModuleType) -> None:
+def test_bfloat16(kernels: SimpleNamespace) -> None:
     words = kernels.to_bfloat16(np.array([0.1, 1.00390625, 1.01171875, 3.4e38], F32))
     assert words.tolist() == [0x3DCD, 0x3F80, 0x3F82, 0x7F80]
     assert kernels.to_bfloat16(np.array([3.4e38, -3.4e38, 1], F32), True).tolist() == [0x7F7F, 0xFF7F, 0x3F80]
@@ -370,7 +372,7 @@ def test_bfloat16(kernels: ModuleType) -> None:
     assert out[1] == 2.015625
 
 
-def test_eight_bits_over_a_range(kernels: ModuleType) -> None:
+def test_eight_bits_over_a_range(kernels: SimpleNamespace) -> None:
     codes, scale, lower = kernels.range_codes(W0)
     assert codes.tolist() == [187, 85, 136, 255, 0, 119, 170, 102]
     decoded = np.zeros(8, F32)
@@ -384,13 +386,11 @@ def half_rounding_key(fractions: np.ndarray) -> int:
     return next(
         key
         for key in range(10000)
-        if np.array_equal(
-            (compression_reference.uniforms(key, fractions.size) < fractions)[asked], (fractions > 0.5)[asked]
-        )
+        if np.array_equal((REFERENCE.uniforms(key, fractions.size) < fractions)[asked], (fractions > 0.5)[asked])
     )
 
 
-def test_qsgd(kernels: ModuleType) -> None:
+def test_qsgd(kernels: SimpleNamespace) -> None:
     norms = kernels.bucket_norms(W0, 512)
     assert norms.tolist() == [1.5]
     exact = np.abs(W0) * 4 / 1.5
@@ -402,7 +402,7 @@ def test_qsgd(kernels: ModuleType) -> None:
     assert np.array_equal(out, vector(".375 -.375 0 1.125 -.75 0 .375 0"))
 
 
-def test_natural(kernels: ModuleType) -> None:
+def test_natural(kernels: SimpleNamespace) -> None:
     mantissas = np.frexp(np.abs(W0))[0] * 2 - 1
     key = half_rounding_key(np.where(W0 == 0, 0, mantissas))
     out = np.zeros(8, F32)
@@ -444,7 +444,7 @@ def test_compiled_streams_equal_the_reference(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-def test_in_place_results_equal_out_of_place_results(kernels: ModuleType, n: int) -> None:
+def test_in_place_results_equal_out_of_place_results(kernels: SimpleNamespace, n: int) -> None:
     g, r = numbers(n, 1), numbers(n, 2)
     out, bits, again = np.empty(n, F32), np.empty(-(-n // 8), "u1"), np.empty(-(-n // 8), "u1")
     words, _ = kernels.threshold_words(r, g, out, 0.75)
@@ -466,7 +466,7 @@ def test_adding_messages_equals_the_reference(n: int, messages: int) -> None:
     out = numbers(n, 5)
     signed = [(each, float(F32(0.1 * j + 0.3)), float(F32(-0.7 * j))) for j, each in enumerate(bits)]
     outs = []
-    for module in (compression_reference, compression):
+    for module in (REFERENCE, COMPILED):
         mine = out.copy()
         module.add_signs(signed, mine)
         index = np.flatnonzero(rng.random(n) < 0) if n == 0 else np.arange(0, n, 3)
@@ -522,7 +522,7 @@ def test_compiled_random_rounding_equals_the_reference(n: int) -> None:
         codes = agree("qsgd", x, norms, bucket, 127, 12345)
         agree("qsgd", x, norms, bucket, 1, 4294967295)
         agree("add_levels", codes, norms, bucket, 127, x)
-    agree("add_natural", agree("natural", x, 99), compression_reference.pack_signs(x), x)
+    agree("add_natural", agree("natural", x, 99), REFERENCE.pack_signs(x), x)
     agree("ternary", x, 1.5, 2.0, 77)
     agree("ternary", np.zeros(n, F32), 0.0, 0.0, 77)
 
@@ -573,12 +573,12 @@ def test_compiled_momentum_equals_the_reference(n: int, nesterov: bool, mask: bo
             agree("momentum_select", np.ones(n, F32), u * 0, np.zeros(n, F32), 0.9, k, least=0.8, **named)
 
 
-def test_a_sampled_threshold_that_is_too_high_is_lowered(kernels: ModuleType) -> None:
+def test_a_sampled_threshold_that_is_too_high_is_lowered(kernels: SimpleNamespace) -> None:
     n, k = 1 << 17, 100
-    plan = compression_reference.sample_plan(n, k, 0)
+    plan = REFERENCE.sample_plan(n, k, 0)
     assert plan is not None
     x = np.zeros(n, F32)
-    sampled = compression_reference.sample(np.arange(n), plan)
+    sampled = REFERENCE.sample(np.arange(n), plan)
     x[sampled] = 8  # all that the sample sees
     rest = np.setdiff1d(np.arange(n), sampled)
     x[rest[:1000]] = 3
@@ -596,7 +596,7 @@ def test_a_sampled_threshold_that_is_too_high_is_lowered(kernels: ModuleType) ->
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 63, 64, 69])
-def test_elements_that_are_not_finite_are_reported(kernels: ModuleType, bad: float, place: int) -> None:
+def test_elements_that_are_not_finite_are_reported(kernels: SimpleNamespace, bad: float, place: int) -> None:
     x = numbers(70, 1)
     x[place] = bad
     assert not kernels.all_finite(x)
@@ -610,25 +610,25 @@ def test_elements_that_are_not_finite_are_reported(kernels: ModuleType, bad: flo
 
 
 def test_uniforms_are_uniform() -> None:
-    u = compression_reference.uniforms(compression_reference.key_of(7, 1), 1 << 16)
+    u = REFERENCE.uniforms(REFERENCE.key_of(7, 1), 1 << 16)
     assert u.min() >= 0
     assert u.max() < 1
     counts = np.bincount((u * 64).astype(int), minlength=64)
     assert abs(counts - 1024).max() < 6 * math.sqrt(1024)  # six standard deviations
-    other = compression_reference.uniforms(compression_reference.key_of(7, 2), 1 << 16)
+    other = REFERENCE.uniforms(REFERENCE.key_of(7, 2), 1 << 16)
     assert abs(np.corrcoef(u, other)[0, 1]) < 6 / 256
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (10, 3), (10, 10), (1 << 24, 17), ((1 << 24) + 1, 100)])
 def test_cells_hold_one_index_each(n: int, k: int) -> None:
-    index = compression_reference.cell_indices(n, k, 5)
+    index = REFERENCE.cell_indices(n, k, 5)
     assert index.size == k
-    assert compression_reference.is_ascending(index, n)
+    assert REFERENCE.is_ascending(index, n)
     cells = [n * j // k for j in range(k + 1)]
     assert all(cells[j] <= i < cells[j + 1] for j, i in enumerate(index.tolist()))
 
 
-def test_more_than_two_to_the_24_elements(kernels: ModuleType) -> None:
+def test_more_than_two_to_the_24_elements(kernels: SimpleNamespace) -> None:
     n = (1 << 24) + 1
     x = np.zeros(n, F32)
     x[[5, n - 2, n - 1]] = 1, -2, 3

@@ -18,14 +18,15 @@ from test_compression_kernels import LENGTHS, has_same_bits, numbers
 
 from benchmarks import gpu
 from hpccomm.kernels import cuda
-from hpccomm.kernels.compression import reference as compression_reference
 from hpccomm.kernels.cuda import ARCHITECTURES, OPTIONS, Kernels, every_reduction, reduction_source, source
-from hpccomm.kernels.optimizers import reference as optimizers_reference
-from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.dispatch import load_kernels
+from hpccomm.kernels.optimizers import reference
+from hpccomm.kernels.reductions.reference import DTYPES, HALVES, reduce, widen
 from hpccomm.transports.cuda import unavailable_reason
 
 F32 = np.float32
 
+COMPRESSION = load_kernels("reference")
 SOURCES = ("reductions", "compression", "optimizers")
 
 
@@ -99,8 +100,8 @@ def test_compile_errors_name_file_and_line(nvrtc: Nvrtc) -> None:
 
 
 def test_every_operation_and_dtype_has_a_name_in_the_source() -> None:
-    assert set(cuda.COMBINE) == set(reductions.DTYPES)
-    assert set(cuda.ELEMENT) == {code for codes in reductions.DTYPES.values() for code in codes}
+    assert set(cuda.COMBINE) == set(DTYPES)
+    assert set(cuda.ELEMENT) == {code for codes in DTYPES.values() for code in codes}
 
 
 # The same sources on this processor
@@ -200,7 +201,7 @@ def elements(code: str, n: int, seed: int) -> np.ndarray:
 
 def unify_nans(x: np.ndarray, code: str) -> np.ndarray:
     """Replace every NaN by the same one."""
-    wide = reductions.widen(x, code) if code in reductions.HALVES else x
+    wide = widen(x, code) if code in HALVES else x
     return np.where(np.isnan(wide), np.nan, wide).astype(wide.dtype) if wide.dtype.kind == "f" else x
 
 
@@ -211,20 +212,20 @@ def test_reductions_equal_numpy(kernels: Kernels, op: str, code: str) -> None:
         vectors = [elements(code, n + shift, seed)[shift:] for seed in range(k)]
         expected, out = np.empty_like(vectors[0]), np.empty_like(vectors[0])
         with np.errstate(all="ignore"):
-            reductions.reduce(op, dtype, vectors, expected)
+            reduce(op, dtype, vectors, expected)
         kernels.reduce(op, dtype, vectors, out)
         assert has_same_bits(unify_nans(out, code), unify_nans(expected, code)), (n, k)
         kernels.reduce(op, dtype, vectors, vectors[-1])
         assert has_same_bits(unify_nans(vectors[-1], code), unify_nans(expected, code)), (n, k)
 
 
-@pytest.mark.parametrize("code", reductions.HALVES)
+@pytest.mark.parametrize("code", HALVES)
 def test_every_16_bit_float_is_read_and_written_exactly(kernels: Kernels, code: str) -> None:
     every = np.arange(1 << 16, dtype=np.uint16).view("f2" if code == "f2" else "u2")
     other = np.roll(every, 12345)
     dtype, out, expected = "bfloat16" if code == "bf16" else code, np.empty_like(every), np.empty_like(every)
     with np.errstate(all="ignore"):
-        reductions.reduce("sum", dtype, [every, other], expected)
+        reduce("sum", dtype, [every, other], expected)
     kernels.reduce("sum", dtype, [every, other], out)
     assert has_same_bits(unify_nans(out, code), unify_nans(expected, code))
 
@@ -249,15 +250,13 @@ ODD = np.nan, np.inf, -np.inf
 def test_threshold_compaction_equals_the_reference(kernels: Kernels, n: int, pending: bool) -> None:
     residual, gradient = numbers(n, 1), numbers(n, 2) if pending else None
     for tau in (0.5, 1e-45, 30.0):
-        words, finite = agree(
-            kernels, compression_reference, "threshold_words", residual, gradient, np.zeros(n, F32), tau
-        )
+        words, finite = agree(kernels, COMPRESSION, "threshold_words", residual, gradient, np.zeros(n, F32), tau)
         assert finite
-        agree(kernels, compression_reference, "add_words", words, tau, numbers(n, 3))
+        agree(kernels, COMPRESSION, "add_words", words, tau, numbers(n, 3))
     in_place = residual.copy()
     kernels.threshold_words(in_place, gradient, in_place, 0.5)
     out = np.empty_like(residual)
-    compression_reference.threshold_words(residual, gradient, out, 0.5)
+    COMPRESSION.threshold_words(residual, gradient, out, 0.5)
     assert has_same_bits(in_place, out)
 
 
@@ -267,16 +266,16 @@ def test_elements_that_are_not_finite_are_reported(kernels: Kernels, bad: float)
         x = numbers(9000, 4)
         x[place] = bad
         assert not kernels.threshold_words(x, None, np.empty_like(x), 0.5)[1]
-        agree(kernels, compression_reference, "select_threshold", x, 0.5)
+        agree(kernels, COMPRESSION, "select_threshold", x, 0.5)
         u, v = numbers(9000, 5), numbers(9000, 6)
-        agree(kernels, compression_reference, "momentum_select", x, u, v, 0.9, 90)
+        agree(kernels, COMPRESSION, "momentum_select", x, u, v, 0.9, 90)
 
 
 @pytest.mark.parametrize("n", [0, 1, 9, 4097, 70001])
 def test_selection_equals_the_reference(kernels: Kernels, n: int) -> None:
     for k in (1, n // 100 + 1, n // 10 + 1, n + 1):
         for least in (1.0, 0.5):
-            agree(kernels, compression_reference, "select_largest", numbers(n, 7), k, 3, least)
+            agree(kernels, COMPRESSION, "select_largest", numbers(n, 7), k, 3, least)
 
 
 @pytest.mark.parametrize("n", [1, 9, 4097, 70001])
@@ -285,18 +284,18 @@ def test_selection_equals_the_reference(kernels: Kernels, n: int) -> None:
 def test_momentum_selection_equals_the_reference(kernels: Kernels, n: int, nesterov: bool, mask: bool) -> None:
     vectors = numbers(n, 8), numbers(n, 9, 0.5), numbers(n, 10, 2)
     for k in (1, n // 1000 + 1, n // 4 + 1):
-        agree(kernels, compression_reference, "momentum_select", *vectors, 0.9, k, nesterov=nesterov, mask=mask, step=k)
+        agree(kernels, COMPRESSION, "momentum_select", *vectors, 0.9, k, nesterov=nesterov, mask=mask, step=k)
 
 
 def test_a_sampled_threshold_that_is_too_high_is_lowered(kernels: Kernels) -> None:
     n, k = 1 << 16, 300
-    plan = compression_reference.sample_plan(n, k, 0)
+    plan = COMPRESSION.sample_plan(n, k, 0)
     assert plan is not None
     gradient = np.full(n, 1e-3, F32) * np.arange(n, 0, -1, dtype=F32)
     at = plan.start + np.arange(plan.lines) * plan.stride
     gradient[(at[:, None] + np.arange(16)).ravel()] = 1e6
     zeros = np.zeros(n, F32)
-    agree(kernels, compression_reference, "momentum_select", gradient, zeros, zeros.copy(), 0.9, k)
+    agree(kernels, COMPRESSION, "momentum_select", gradient, zeros, zeros.copy(), 0.9, k)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -308,7 +307,7 @@ def test_adding_sparse_vectors_equals_the_reference(kernels: Kernels, n: int) ->
         messages.append((index, rng.normal(size=index.size).astype(F32)))
     ours, wanted = numbers(n, 11), numbers(n, 11)
     kernels.scatter_add(messages, ours)
-    compression_reference.scatter_add(messages, wanted)
+    COMPRESSION.scatter_add(messages, wanted)
     assert has_same_bits(ours, wanted)
 
 
@@ -316,30 +315,30 @@ def test_adding_sparse_vectors_equals_the_reference(kernels: Kernels, n: int) ->
 @pytest.mark.parametrize("pending", [False, True])
 def test_one_bit_equals_the_reference(kernels: Kernels, n: int, pending: bool) -> None:
     residual, gradient = numbers(n, 12), numbers(n, 13) if pending else None
-    agree(kernels, compression_reference, "pack_signs", residual)
+    agree(kernels, COMPRESSION, "pack_signs", residual)
     bits = np.full(-(-n // 8), 255, np.uint8)
     out = np.zeros(n, F32)
-    agree(kernels, compression_reference, "pack_signs_feedback", residual, gradient, out, 0.75, -1.25, bits)
-    agree(kernels, compression_reference, "sum_magnitudes", residual, gradient)
-    agree(kernels, compression_reference, "sum_by_sign", residual, gradient)
-    agree(kernels, compression_reference, "moments", residual)
+    agree(kernels, COMPRESSION, "pack_signs_feedback", residual, gradient, out, 0.75, -1.25, bits)
+    agree(kernels, COMPRESSION, "sum_magnitudes", residual, gradient)
+    agree(kernels, COMPRESSION, "sum_by_sign", residual, gradient)
+    agree(kernels, COMPRESSION, "moments", residual)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_adding_one_bit_messages_equals_the_reference(kernels: Kernels, n: int, count: int) -> None:
-    messages = [(compression_reference.pack_signs(numbers(n, k)), 0.1 * k, -0.3 / (k + 1)) for k in range(count)]
+    messages = [(COMPRESSION.pack_signs(numbers(n, k)), 0.1 * k, -0.3 / (k + 1)) for k in range(count)]
     ours, wanted = numbers(n, 14), numbers(n, 14)
     kernels.add_signs(messages, ours)
-    compression_reference.add_signs(messages, wanted)
+    COMPRESSION.add_signs(messages, wanted)
     assert has_same_bits(ours, wanted)
     bits = [each for each, _, _ in messages]
-    assert has_same_bits(kernels.majority(bits, n), compression_reference.majority(bits, n))
+    assert has_same_bits(kernels.majority(bits, n), COMPRESSION.majority(bits, n))
 
 
 def test_compaction_is_right_however_blocks_are_delayed(kernels: Kernels) -> None:
     x = numbers(24 * 4096, 15)
-    wanted, _ = compression_reference.select_threshold(x, 0.5)
+    wanted, _ = COMPRESSION.select_threshold(x, 0.5)
     for _ in range(3):
         assert has_same_bits(kernels.select_threshold(x, 0.5)[0], wanted)
 
@@ -378,13 +377,13 @@ def test_lars_equals_the_reference(
     w, g, v = (vectors(n, seed) for seed in range(3))
     kind = w.dtype.type
     rates = [np.abs(vectors(k, seed)) for seed in (3, 4, 5)]
-    for whose in (optimizers_reference.GRADIENT, optimizers_reference.DECAYED_GRADIENT, optimizers_reference.UPDATE):
+    for whose in (reference.GRADIENT, reference.DECAYED_GRADIENT, reference.UPDATE):
         numbers = kind(0.7), kind(0.9), nesterov, whose
-        agree(kernels, optimizers_reference, "lars_sums", w, g, v, bounds, rates[0], *numbers)
-    agree(kernels, optimizers_reference, "sum_of_squares", g)
+        agree(kernels, reference, "lars_sums", w, g, v, bounds, rates[0], *numbers)
+    agree(kernels, reference, "sum_of_squares", g)
     numbers = kind(0.7), kind(0.3), kind(0.9), nesterov
-    agree(kernels, optimizers_reference, "lars_step", w, g, v, vectors(n, 6), bounds, *rates, *numbers)
-    agree(kernels, optimizers_reference, "lars_apply", w, g, v, bounds, *rates, *numbers)
+    agree(kernels, reference, "lars_step", w, g, v, vectors(n, 6), bounds, *rates, *numbers)
+    agree(kernels, reference, "lars_apply", w, g, v, bounds, *rates, *numbers)
 
 
 @pytest.mark.parametrize("lengths", TABLES, ids=str)
@@ -394,7 +393,7 @@ def test_lamb_equals_the_reference(kernels: Kernels, vectors: Numbers, lengths: 
     w, g, m, out = (vectors(n, seed) for seed in (0, 1, 2, 4))
     v, rates, kind = np.abs(vectors(n, 3)), np.abs(vectors(k, 5)), w.dtype.type
     numbers = [kind(each) for each in (0.7, 0.9, 0.1, 0.999, 0.001, 0.19, 0.0019, 1e-6)]
-    agree(kernels, optimizers_reference, "lamb_moments", w, g, m, v, out, bounds, rates, *numbers)
-    agree(kernels, optimizers_reference, "adam_step", w, g, m, v, bounds, rates, *numbers, kind(-0.01))
-    agree(kernels, optimizers_reference, "scale_tensors", out, bounds, rates, kind(-0.1))
-    agree(kernels, optimizers_reference, "add_scaled", w, out, bounds, rates, kind(-0.1))
+    agree(kernels, reference, "lamb_moments", w, g, m, v, out, bounds, rates, *numbers)
+    agree(kernels, reference, "adam_step", w, g, m, v, bounds, rates, *numbers, kind(-0.01))
+    agree(kernels, reference, "scale_tensors", out, bounds, rates, kind(-0.1))
+    agree(kernels, reference, "add_scaled", w, out, bounds, rates, kind(-0.1))

@@ -23,7 +23,7 @@ from hpccomm.backends import cuda_ipc, device_selection, nccl
 from hpccomm.backends.cuda_ipc import PeerCopy, PeerReduce, Peers, Phase, divide_bytes
 from hpccomm.backends.device_selection import Call, DeviceTransports
 from hpccomm.errors import LaunchError
-from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.reductions.reference import code_of, reduce
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda, cuda_probe
 from hpccomm.transports.cuda import Extent, Staging
@@ -50,7 +50,7 @@ def check_sums(comm: Any, n: int, dtype: str, eager: bool, wanted: Any = None) -
         phases = []
         for lo in range(0, n, step):
             nbytes = width * (min(lo + step, n) - lo)
-            reduction = PeerReduce("sum", reductions.code_of(dtype), 0, nbytes, address(y) + width * lo if here else 0)
+            reduction = PeerReduce("sum", code_of(dtype), 0, nbytes, address(y) + width * lo if here else 0)
             phases.append(Phase([Extent(address(x) + width * lo, 0, nbytes)], [reduction]))
         peers.run(phases, [SIDE])
         want = np.sum([operand(k + step_number, n, dtype) for k in range(comm.size)], axis=0, dtype=dtype)
@@ -204,9 +204,9 @@ def test_other_dtypes_are_reduced_by_the_kernels_as_on_the_host(dtype: Any) -> N
         x, y = pending_array(device, values[comm.rank]), device.array(np.zeros_like(values[0]))
         planner.allreduce(None, x, y, op, None).run()
         want = np.empty_like(values[0])
-        code = reductions.code_of(want.dtype)
+        code = code_of(want.dtype)
         bits = [each.view(np.uint16) if code == "bf16" else each for each in values]
-        reductions.reduce("lor" if dtype == "?" else "sum", code if code != "bf16" else "bfloat16", bits, bits[0])
+        reduce("lor" if dtype == "?" else "sum", code if code != "bf16" else "bfloat16", bits, bits[0])
         assert np.array_equal(y.get().view(bits[0].dtype), bits[0])
         planner.release()
 

@@ -16,7 +16,7 @@ from test_device_methods import BUCKET, METHODS, has_same_bits, leaves, run_step
 import hpccomm
 from hpccomm import ArgumentError, TransportError
 from hpccomm.algorithms.large_batch import lamb, lars
-from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.reductions.reference import reduce
 from hpccomm.transports import cuda
 
 if cuda.unavailable_reason():
@@ -102,7 +102,7 @@ def test_every_dtype_has_the_bits_of_the_reference(ours: hpccomm.Communicator, d
     values = [(operand(k, 5001, "f4") / 8).astype(dtype) for k in range(ours.size)]
     op, word = (MPI.LOR, "lor") if dtype == "?" else (MPI.SUM, "sum")
     x, want = cupy.asarray(values[ours.rank]), np.empty_like(values[0])
-    reductions.reduce(word, dtype, values, want)
+    reduce(word, dtype, values, want)
     ours.Allreduce(MPI.IN_PLACE, x, op)
     assert np.array_equal(x.get(), want)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.dispatch import FAMILIES
+from hpccomm.kernels.reductions.reference import DTYPES, HALVES, code_of, has_kernel, narrow, reduce, widen
 from hpccomm.kernels.shared_memory import memory
 
-CASES = [("sum", code) for code in reductions.DTYPES["sum"]] + [
+CASES = [("sum", code) for code in DTYPES["sum"]] + [
     (op, code)
-    for op, codes in reductions.DTYPES.items()
+    for op, codes in DTYPES.items()
     for code in ("i2", "u8", "f4", "bf16", "b1")
     if op != "sum" and code in codes
 ]
@@ -40,7 +42,7 @@ def numbers(code: str, n: int, seed: int) -> np.ndarray:
     values[rng.random(n) < 0.01] = np.nan
     values[rng.random(n) < 0.01] = np.inf
     with np.errstate(over="ignore"):
-        return reductions.narrow(values.astype("f4"), code) if code == "bf16" else values.astype(dtype)
+        return narrow(values.astype("f4"), code) if code == "bf16" else values.astype(dtype)
 
 
 def call_fold(op: str, code: str, vectors: list[np.ndarray], out: np.ndarray, first: int = 0) -> None:
@@ -57,7 +59,7 @@ def call_fold(op: str, code: str, vectors: list[np.ndarray], out: np.ndarray, fi
 def has_same_bits(a: np.ndarray, b: np.ndarray, code: str) -> bool:
     """Equal bits, where all NaNs count as equal."""
     if code == "bf16":
-        a, b = reductions.widen(a, code), reductions.widen(b, code)
+        a, b = widen(a, code), widen(b, code)
     return np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
 
 
@@ -67,7 +69,7 @@ def test_compiled_reductions_equal_numpy(op: str, code: str) -> None:
         vectors = [numbers(code, n, seed) for seed in range(k)]
         expected, out = np.empty(n, storage_dtype(code)), np.empty(n, storage_dtype(code))
         with np.errstate(all="ignore"):
-            reductions.reduce(op, "bfloat16" if code == "bf16" else code, vectors, expected)
+            reduce(op, "bfloat16" if code == "bf16" else code, vectors, expected)
         call_fold(op, code, vectors, out)
         assert has_same_bits(out, expected, code), (k, n)
 
@@ -88,7 +90,7 @@ def test_a_reduction_may_begin_at_any_element_and_be_empty() -> None:
     assert out.tolist() == [8, 10, 12]
 
 
-@pytest.mark.parametrize("code", reductions.HALVES)
+@pytest.mark.parametrize("code", HALVES)
 def test_every_16_bit_float_is_read_and_written_exactly(code: str) -> None:
     words = np.arange(1 << 16, dtype="u2")
     nothing = np.full(1 << 16, 0x8000, "u2")  # -0 + x is x, also for x = -0
@@ -105,30 +107,30 @@ def test_float16_without_hardware_conversion_gives_the_same_bits() -> None:
 
     from numba import types
 
-    from hpccomm.kernels.reductions import loops as folds
+    from hpccomm.kernels.reductions import loops
 
-    function = folds.c_function(types.uint16)()(folds.reduction(folds.add, folds.from_half, folds.to_half))
+    function = loops.c_function(types.uint16)()(loops.reduction(operator.add, loops.from_half, loops.to_half))
     with np.errstate(all="ignore"):
         vectors = [numbers("f2", 100_000, seed) * np.float16(1000 if seed else 1e-3) for seed in range(2)]
     vectors[0][: 1 << 16] = np.arange(1 << 16, dtype="u2").view("f2")
     expected, out = np.empty(100_000, "f2"), np.empty(100_000, "f2")
     with np.errstate(all="ignore"):
-        reductions.reduce("sum", "f2", vectors, expected)
+        reduce("sum", "f2", vectors, expected)
     table = np.array([vector.ctypes.data for vector in vectors])
     ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(function.address)(table.ctypes.data, 2, 0, out.ctypes.data, out.size)
     assert has_same_bits(out, expected, "f2")
 
 
-@pytest.mark.parametrize("code", reductions.HALVES)
+@pytest.mark.parametrize("code", HALVES)
 def test_16_bit_sums_are_rounded_once(code: str) -> None:
     one, tiny = (1.0, 2.0**-12) if code == "f2" else (1.0, 2.0**-9)
     values = [one, tiny, tiny, tiny, tiny, tiny]  # each alone is rounded away
-    vectors = [reductions.narrow(np.full(4, v, "f4"), code) for v in values]
+    vectors = [narrow(np.full(4, v, "f4"), code) for v in values]
     out = np.empty(4, storage_dtype(code))
     call_fold("sum", code, vectors, out)
-    assert (reductions.widen(out, code) > 1).all()
+    assert (widen(out, code) > 1).all()
     reference = np.empty_like(out)
-    reductions.reduce("sum", "bfloat16" if code == "bf16" else code, vectors, reference)
+    reduce("sum", "bfloat16" if code == "bf16" else code, vectors, reference)
     assert np.array_equal(out, reference)
 
 
@@ -144,19 +146,19 @@ def test_minimum_and_maximum_return_nan_for_a_nan_in_any_source() -> None:
 
 def test_bfloat16_is_accepted_by_name_and_by_dtype() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    assert reductions.code_of("bfloat16") == reductions.code_of(np.dtype(ml_dtypes.bfloat16)) == "bf16"
+    assert code_of("bfloat16") == code_of(np.dtype(ml_dtypes.bfloat16)) == "bf16"
     values = np.linspace(-3, 3, 1001).astype("f4")
     expected = values.astype(ml_dtypes.bfloat16).view("u2")
-    assert np.array_equal(reductions.narrow(values, "bf16"), expected)
+    assert np.array_equal(narrow(values, "bf16"), expected)
 
 
 def test_operations_without_a_kernel_are_reported() -> None:
-    assert reductions.has_kernel("sum", np.float32)
-    assert not reductions.has_kernel("sum", np.longdouble)
-    assert not reductions.has_kernel("sum", ">f4")
-    assert not reductions.has_kernel("min", np.complex128)
-    assert not reductions.has_kernel("band", np.float32)
-    assert not reductions.has_kernel("user-defined", np.float32)
+    assert has_kernel("sum", np.float32)
+    assert not has_kernel("sum", np.longdouble)
+    assert not has_kernel("sum", ">f4")
+    assert not has_kernel("min", np.complex128)
+    assert not has_kernel("band", np.float32)
+    assert not has_kernel("user-defined", np.float32)
 
 
 def test_python_and_compiled_code_agree_on_words_and_clocks() -> None:
@@ -227,7 +229,11 @@ def test_without_a_writable_cache_folder_kernels_are_compiled_anew(tmp_path: Pat
 
 @pytest.mark.parametrize(
     "module",
-    ["compression.reference", "optimizers.reference", "reductions.reference", "shared_memory.collectives", "dispatch"],
+    [
+        *[f"{family}.reference" for family in (*FAMILIES, "optimizers", "reductions")],
+        "shared_memory.collectives",
+        "dispatch",
+    ],
 )
 def test_references_load_without_numba(module: str) -> None:
     code = f"import hpccomm.kernels.{module}, sys; assert not {{'numba', 'llvmlite'}} & set(sys.modules)"

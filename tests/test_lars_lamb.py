@@ -24,8 +24,7 @@ from hpccomm.algorithms.trust_ratio import (
 )
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.optimizers import loops as optimizers
-from hpccomm.kernels.optimizers import reference as optimizers_reference
+from hpccomm.kernels.optimizers import loops, reference
 from hpccomm.kernels.optimizers.reference import DECAYED_GRADIENT, GRADIENT, UPDATE
 from hpccomm.testing.ranks import run_on_ranks
 
@@ -543,11 +542,11 @@ def test_compiled_kernels_give_the_references_bits(code: str, n: int) -> None:
         ("scale_tensors", (out, bounds, first, real(-0.1))),
         ("add_scaled", (w, out, bounds, first, real(-0.1))),
     ]
-    assert {name for name, _ in calls} == optimizers.ARGUMENTS.keys()
+    assert {name for name, _ in calls} == loops.ARGUMENTS.keys()
     for name, arguments in calls:
         ours, theirs = ([each.copy() if isinstance(each, np.ndarray) else each for each in arguments] for _ in range(2))
-        found = optimizers.compile_kernel(name, code)(*ours)
-        expected = getattr(optimizers_reference, name)(*theirs)
+        found = loops.compile_kernel(name, code)(*ours)
+        expected = getattr(reference, name)(*theirs)
         assert np.array_equal(found, expected) or found is expected is None
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)), name
 
@@ -556,9 +555,9 @@ def test_sums_of_squares_are_exact_where_float32_is_and_see_infinities_and_nans(
     integers = np.arange(-1400.0, 1400)
     for x in (integers, integers.astype("f4"), np.full(3, 1e30, "f4"), np.zeros(0)):
         exact = math.fsum(float(each) ** 2 for each in x)
-        assert optimizers_reference.sum_of_squares(x) == exact
-    assert optimizers_reference.sum_of_squares(np.array([np.inf, 1])) == np.inf
-    assert math.isnan(optimizers_reference.sum_of_squares(np.array([np.nan, 1])))
+        assert reference.sum_of_squares(x) == exact
+    assert reference.sum_of_squares(np.array([np.inf, 1])) == np.inf
+    assert math.isnan(reference.sum_of_squares(np.array([np.nan, 1])))
 
 
 def extremes(kind: str) -> Vector:
@@ -580,10 +579,10 @@ def extremes(kind: str) -> Vector:
 def test_sums_of_squares_of_float32_are_right_over_its_whole_range(kind: str) -> None:
     """At most eight roundings of 2⁻²⁴ in a partial sum, then float64: no worse than pairwise sums of float32."""
     x = extremes(kind)
-    found = optimizers_reference.sum_of_squares(x)
+    found = reference.sum_of_squares(x)
     exact = math.fsum(float(each) ** 2 for each in x)
     assert abs(found - exact) <= 2.0**-21 * exact
-    assert optimizers.compile_kernel("sum_of_squares", "f4")(x) == found
+    assert loops.compile_kernel("sum_of_squares", "f4")(x) == found
     with np.errstate(over="ignore"):
         pairwise = float(np.square(x).sum(dtype="f4"))
     if kind in ("few only", "ordinary"):

@@ -24,7 +24,7 @@ from hpccomm.backends.shared_memory import (
     forget,
 )
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.reductions.reference import DTYPES, narrow, reduce
 from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
 from hpccomm.transports.segment import GROUP_V2, SharedSegment, free_bytes, free_in_group
@@ -49,7 +49,7 @@ def pattern(n: int, rank: int, dtype: Any = "f4") -> np.ndarray:
 
 def pattern_sum(n: int, size: int, dtype: Any = "f4", op: str = "sum") -> np.ndarray:
     out = np.empty(n, dtype)
-    reductions.reduce(op, dtype, [pattern(n, q, dtype) for q in range(size)], out)
+    reduce(op, dtype, [pattern(n, q, dtype) for q in range(size)], out)
     return out
 
 
@@ -83,7 +83,7 @@ def test_allreduce_is_exact(comm: MPI.Intracomm, code: str) -> None:
 
 @pytest.mark.mpi(sizes=(3,))
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("op", reductions.DTYPES)
+@pytest.mark.parametrize("op", DTYPES)
 def test_every_operation_and_dtype(comm: MPI.Intracomm, code: str, op: str) -> None:
     with open_memory(comm, code) as shared:
         for name in ("i1", "u8", "f4", "f2", "c16", "b1"):
@@ -116,9 +116,9 @@ def test_sums_run_in_rank_order_on_every_rank(comm: MPI.Intracomm) -> None:
 @pytest.mark.mpi
 def test_bfloat16_is_summed_in_float32(comm: MPI.Intracomm) -> None:
     with open_memory(comm) as shared:
-        x = reductions.narrow(pattern(3000, comm.rank), "bf16")
+        x = narrow(pattern(3000, comm.rank), "bf16")
         shared.bind_allreduce(at(x), at(x), x.size, "bfloat16", "sum", 1)()
-        assert np.array_equal(x, reductions.narrow(pattern_sum(3000, comm.size), "bf16"))
+        assert np.array_equal(x, narrow(pattern_sum(3000, comm.size), "bf16"))
 
 
 @pytest.mark.mpi

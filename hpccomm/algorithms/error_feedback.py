@@ -29,7 +29,7 @@ from hpccomm.algorithms.exchange import ExchangeReport
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
 from hpccomm.collectives.compressed.messages import MessageGather
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.dispatch import compression as kernels
+from hpccomm.kernels.dispatch import kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -38,7 +38,7 @@ from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, ch
 from hpccomm.arrays import to_device_like
 from hpccomm.buckets import Bucket
 from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
-from hpccomm.kernels.dispatch import compression as kernels
+from hpccomm.kernels.dispatch import kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -26,7 +26,7 @@ from hpccomm.algorithms.deep_gradient_compression import pack_slices, unpack_sli
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_mean
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
 from hpccomm.buckets import Bucket
-from hpccomm.kernels.dispatch import compression as kernels
+from hpccomm.kernels.dispatch import kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI

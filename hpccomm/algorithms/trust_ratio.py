@@ -292,13 +292,13 @@ def kernel(name: str, vector: Vector) -> Callable[..., Any]:
 @cache
 def host_kernel(name: str, code: str) -> Callable[..., Any]:
     """A function of :mod:`hpccomm.kernels.optimizers.loops`, or NumPy's where Numba cannot be imported."""
-    from hpccomm.kernels.optimizers import reference as optimizers_reference
+    from hpccomm.kernels.optimizers import reference
 
     if why_no_numba():
-        return getattr(optimizers_reference, name)  # type: ignore[no-any-return]
-    from hpccomm.kernels.optimizers import loops as optimizers
+        return getattr(reference, name)  # type: ignore[no-any-return]
+    from hpccomm.kernels.optimizers import loops
 
-    return optimizers.compile_kernel(name, code)
+    return loops.compile_kernel(name, code)
 
 
 def norms(sums: npt.NDArray[np.float64], here: Rows, count: int, reduce: NormReduce | None) -> npt.NDArray[np.float64]:

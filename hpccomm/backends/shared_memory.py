@@ -56,7 +56,7 @@ import numpy.typing as npt
 
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels.numba_check import why_no_numba
-from hpccomm.kernels.reductions import reference as reductions
+from hpccomm.kernels.reductions.reference import code_of, has_kernel, itemsize
 from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
 from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
@@ -141,7 +141,7 @@ class SharedMemory:
 
     def reduces(self, op: str, dtype: npt.DTypeLike) -> bool:
         """Whether there is a kernel for an operation on a dtype."""
-        return reductions.has_kernel(op, dtype)
+        return has_kernel(op, dtype)
 
     def peer_fingerprints(self) -> list[int]:
         """The fingerprint that each rank passed to the running or last call."""
@@ -224,7 +224,7 @@ class SharedMemory:
 
         ``once``: ``recv`` is the same memory on all ranks, see :meth:`view`.
         """
-        nbytes = count * reductions.itemsize(dtype)
+        nbytes = count * itemsize(dtype)
         if self.size == 1:
             return copy_plan(recv, send, nbytes)
         call = self._reduction(("allreduce", count, once), dtype, op, fingerprint)
@@ -250,7 +250,7 @@ class SharedMemory:
         self, send: int, recv: int, count: int, dtype: npt.DTypeLike, op: str, root: int, fingerprint: int
     ) -> Plan:
         """Reduce to ``root``."""
-        nbytes = count * reductions.itemsize(dtype)
+        nbytes = count * itemsize(dtype)
         if self.size == 1:
             return copy_plan(recv, send, nbytes)
         call = self._reduction(("reduce", count, root), dtype, op, fingerprint)
@@ -262,7 +262,7 @@ class SharedMemory:
         self, send: int, recv: int, counts: Sequence[int], dtype: npt.DTypeLike, op: str, fingerprint: int
     ) -> Plan:
         """Reduce ``sum(counts)`` elements; rank r gets its ``counts[r]``."""
-        item = reductions.itemsize(dtype)
+        item = itemsize(dtype)
         cuts = [item * int(each) for each in np.cumsum([0, *counts])]
         mine = cuts[self.rank + 1] - cuts[self.rank]
         if self.size == 1:
@@ -378,9 +378,9 @@ class SharedMemory:
     def _reduction(
         self, key: tuple[Any, ...], dtype: npt.DTypeLike, op: str, fingerprint: int, rows: Sequence[int] = ()
     ) -> npt.NDArray[Any]:
-        code = reductions.code_of(dtype)
+        code = code_of(dtype)
         call = self._call((*key, code, op), fingerprint, rows)
-        call["item"] = reductions.itemsize(dtype)
+        call["item"] = itemsize(dtype)
         call["fold"] = self._fold(op, code)
         return call
 

@@ -1,4 +1,4 @@
-"""Numba's compiler for the kernels, with a cache on disk that processes share.
+"""Numba's compiler for the kernels, with a cache on disk that processes share, and calls of what it compiled.
 
 Only the modules ``loops`` and ``compiled`` of the families, and the intrinsics, import Numba.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding  # type: ignore[import-untyped]
 import numba
+from numpy import ndarray
 
-SOURCES = ("intrinsics.py", "simd.py", "shared_memory/records.py")
+SOURCES = ("intrinsics.py", "simd.py", "shared_memory/records.py", "reductions/loops.py", "vectors/loops.py")
 _text = b"".join((Path(__file__).parent / each).read_bytes() for each in SOURCES)
 CACHE_TAG = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_text):08x}"
-"""What the machine code depends on besides its own source: the processor, the intrinsics and the record layouts."""
+"""What machine code depends on besides its own source: the processor, intrinsics, record layouts, shared loops."""
 
 jit = partial(numba.njit, nogil=True, error_model="numpy")
 
@@ -33,3 +34,35 @@ def compile_cached(compiler: Callable[..., Any], function: Callable[..., Any], n
         return compiler(cache=True)(function)
     except RuntimeError:  # no folder to write to
         return compiler()(function)
+
+
+def loop(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare the types for which :func:`machine_code` compiles a function."""
+
+    def declare(function: Any) -> Callable[..., Any]:
+        function.signature = signature
+        return function  # type: ignore[no-any-return]
+
+    return declare
+
+
+@cache
+def machine_code(function: Any) -> Any:
+    """A loop, compiled at the first request."""
+    dispatcher = compile_cached(jit, function, function.__name__)
+    dispatcher.compile(function.signature)
+    dispatcher.disable_compile()
+    (only,) = dispatcher.overloads.values()
+    return only.entry_point
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a loop; an array is passed as its address, None as 0."""
+    return machine_code(function)(
+        *[0 if x is None else x.__array_interface__["data"][0] if isinstance(x, ndarray) else x for x in arguments]
+    )
+
+
+def address_of(x: Any) -> int:
+    """The address of an array; 0 for None."""
+    return 0 if x is None else int(x.__array_interface__["data"][0])

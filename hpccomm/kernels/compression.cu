@@ -1,4 +1,4 @@
-// The kernels of compressed gradient exchange: same functions, same bits as compression/reference.py.
+// The kernels of compressed gradient exchange: same functions, same bits as the references of vectors, selection and signs.
 //
 // n elements, i their index, p = residual + gradient.  A null gradient means none.
 

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.kernels.compression import reference
-from hpccomm.kernels.optimizers.reference import BLOCK, GRADIENT, LANES, Sums
-from hpccomm.kernels.reductions.reference import DTYPES, code_of
-from hpccomm.kernels.reductions.reference import itemsize as bytes_each
+from hpccomm.kernels.optimizers.reference import BLOCK, GRADIENT, LANES
+from hpccomm.kernels.reductions.reference import DTYPES, code_of, itemsize
+from hpccomm.kernels.selection import reference
+from hpccomm.kernels.vectors.reference import SUM_LANES
 
 Vector = Any
 """A vector on the device."""
@@ -129,29 +129,28 @@ def kernels() -> Kernels:
 
 
 class Kernels:
-    """The functions of the NumPy references on a device."""
+    """The functions of the NumPy references on a device: same arguments, vectors on the device."""
 
     def __init__(self, library: Library) -> None:
         self.library, self.xp = library, library.xp
 
-    def _launch_loop(self, source: str, kernel: str, n: int, *arguments: Any) -> None:
-        """Launch a kernel whose threads loop over n items."""
+    def _launch_loop(self, kernel: str, n: int, *arguments: Any, text: str = "") -> None:
+        """Launch a kernel, of ``compression`` or of another source text, whose threads loop over n items."""
         if n:
             blocks = min(-(-n // THREADS), BLOCKS_EACH * self.library.processors)
-            self.library.launch(source, kernel, blocks, THREADS, arguments)
+            self.library.launch(text or source("compression"), kernel, blocks, THREADS, arguments)
 
     # Reductions
 
-    def reduce(self, op: str, dtype: npt.DTypeLike, vectors: Sequence[Vector], out: Vector) -> None:
-        """:func:`reduce <hpccomm.kernels.reductions.reference.reduce>`; ``out`` may be one of the vectors."""
+    def reduce(self, op, dtype, vectors, out):
+        """``out`` may be one of the vectors."""
         self.reduce_at(op, code_of(dtype), [address_of(each) for each in vectors], address_of(out), int(out.size))
 
     def reduce_at(self, op: str, code: str, vectors: Sequence[int], out: int, n: int) -> None:
         """:meth:`reduce` of vectors given by their addresses, ``n`` elements each."""
-        width = 16 // bytes_each("bfloat16" if code == "bf16" else code)
+        width = 16 // itemsize("bfloat16" if code == "bf16" else code)
         packs = n // width if all(each % 16 == 0 for each in (*vectors, out)) else 0
         self._launch_loop(
-            reduction_source((op, code)),
             f"{op}_{code}",
             max(packs, n - packs * width),
             self.xp.asarray(np.array(vectors, np.uint64)),
@@ -159,6 +158,7 @@ class Kernels:
             np.uint64(out),
             np.int64(n),
             np.int64(packs),
+            text=reduction_source((op, code)),
         )
 
     # Threshold and selection
@@ -175,38 +175,29 @@ class Kernels:
         _, count, odd = to_host(state[:HEADER_WORDS]).tolist()
         return [buffer[:count].copy() for buffer in buffers], not odd
 
-    def threshold_words(
-        self, residual: Vector, gradient: Vector | None, out: Vector, tau: float
-    ) -> tuple[Vector, bool]:
-        """:func:`reference.threshold_words`, in one pass over the vectors."""
+    def threshold_words(self, residual, gradient, out, tau):
+        """In one pass over the vectors."""
         arguments = residual, null_if_none(gradient), out, np.float32(tau)
         (words,), finite = self._select("threshold_words", residual.size, arguments, np.uint32)
         return words, finite
 
-    def add_words(self, words: Vector, tau: float, out: Vector) -> None:
-        """:func:`reference.add_words`."""
-        self._launch_loop(
-            source("compression"), "add_words", words.size, words, np.int64(words.size), np.float32(tau), out
-        )
+    def add_words(self, words, tau, out):
+        self._launch_loop("add_words", words.size, words, np.int64(words.size), np.float32(tau), out)
 
-    def select_threshold(self, x: Vector, threshold: float) -> tuple[Vector, bool]:
-        """:func:`reference.select_threshold`."""
+    def select_threshold(self, x, threshold):
         (index,), finite = self._select("select_threshold", x.size, (x, np.float32(threshold)), np.uint32)
         return index, finite
 
-    def kth_magnitude(self, values: Vector, rank: int) -> float:
-        """:func:`reference.kth_magnitude`."""
+    def kth_magnitude(self, values, rank):
         return float(self.xp.sort(self.xp.abs(values))[values.size - rank])
 
-    def sample(self, x: Vector, plan: reference.SamplePlan) -> Vector:
-        """:func:`reference.sample`."""
+    def sample(self, x, plan):
         found = self.xp.empty(plan.lines * reference.LINE, np.float32)
         places = np.int64(plan.start), np.int64(plan.stride), np.int64(reference.LINE)
-        self._launch_loop(source("compression"), "sample", found.size, x, *places, found, np.int64(found.size))
+        self._launch_loop("sample", found.size, x, *places, found, np.int64(found.size))
         return found
 
-    def keep_largest(self, values: Vector, k: int) -> Vector:
-        """:func:`reference.keep_largest`."""
+    def keep_largest(self, values, k):
         xp = self.xp
         if values.size <= k:
             return xp.ones(values.size, bool)
@@ -216,8 +207,7 @@ class Kernels:
         kept[xp.flatnonzero(magnitudes == least)[: k - int(xp.count_nonzero(kept))]] = True
         return kept
 
-    def select_largest(self, x: Vector, k: int, step: int = 0, least: float = 1.0) -> tuple[Vector, bool]:
-        """:func:`reference.select_largest`."""
+    def select_largest(self, x, k, step=0, least=1.0):
         plan = reference.sample_plan(x.size, k, step)
         threshold = 0.0 if plan is None else self.kth_magnitude(self.sample(x, plan), plan.rank)
         index, finite = self.select_threshold(x, threshold)
@@ -226,34 +216,13 @@ class Kernels:
         index = reference.widen_selection(x, index, threshold, least * k, self.select_threshold)
         return index[self.keep_largest(x[index], k)], True
 
-    def _launch_momentum(
-        self,
-        gradient: Vector,
-        momentum: Vector,
-        velocity: Vector,
-        m: float,
-        threshold: float,
-        nesterov: bool,
-        mask: bool,
-    ) -> tuple[list[Any], bool]:
+    def _launch_momentum(self, gradient, momentum, velocity, m, threshold, nesterov, mask):
         numbers = np.float32(m), np.float32(threshold), np.int32(nesterov), np.int32(mask)
         arguments = gradient, momentum, velocity, *numbers
         return self._select("momentum_select", gradient.size, arguments, np.uint32, np.float32, np.float32)
 
-    def momentum_select(
-        self,
-        gradient: Vector,
-        momentum: Vector,
-        velocity: Vector,
-        m: float,
-        k: int,
-        *,
-        nesterov: bool = False,
-        mask: bool = True,
-        step: int = 0,
-        least: float = 1.0,
-    ) -> tuple[Vector, Vector, bool]:
-        """:func:`reference.momentum_select`, in one pass unless the threshold was too high."""
+    def momentum_select(self, gradient, momentum, velocity, m, k, *, nesterov=False, mask=True, step=0, least=1.0):
+        """In one pass unless the threshold was too high."""
         plan = reference.sample_plan(gradient.size, k, step)
         threshold = 0.0
         if plan is not None:
@@ -278,78 +247,68 @@ class Kernels:
             index, values = index[chosen], values[chosen]
         return index, values, True
 
-    def scatter_add(self, messages: Sequence[tuple[Vector, Vector]], out: Vector) -> None:
-        """:func:`reference.scatter_add`: one launch a message, which keeps the order of the messages."""
+    def scatter_add(self, messages, out):
+        """One launch a message, which keeps the order of the messages."""
         for index, values in messages:
-            self._launch_loop(
-                source("compression"), "scatter_add", index.size, index, values, np.int64(index.size), out
-            )
+            self._launch_loop("scatter_add", index.size, index, values, np.int64(index.size), out)
 
     # One bit an element
 
-    def sum_magnitudes(self, residual: Vector, gradient: Vector | None) -> float:
-        """:func:`reference.sum_magnitudes`."""
+    def sum_magnitudes(self, residual, gradient):
         rows = self._rows(residual.size)
         numbers = np.int64(rows.size), np.int64(residual.size)
-        self._launch_loop(
-            source("compression"), "magnitude_rows", rows.size, residual, null_if_none(gradient), rows, *numbers
-        )
+        self._launch_loop("magnitude_rows", rows.size, residual, null_if_none(gradient), rows, *numbers)
         return self._lane_total(rows)
 
-    def sum_by_sign(self, residual: Vector, gradient: Vector | None) -> tuple[float, float, int]:
-        """:func:`reference.sum_by_sign`."""
+    def sum_by_sign(self, residual, gradient):
         above, below = self._rows(residual.size), self._rows(residual.size)
         count = self.xp.zeros(1, np.uint64)
         arguments = residual, null_if_none(gradient), above, below, count, np.int64(above.size), np.int64(residual.size)
-        self._launch_loop(source("compression"), "sign_rows", above.size, *arguments)
+        self._launch_loop("sign_rows", above.size, *arguments)
         return self._lane_total(above), self._lane_total(below), int(count[0])
 
-    def _rows(self, n: int) -> Vector:
-        return self.xp.empty(reference.LANES * -(-n // (4 * reference.LANES)), np.float32)
+    def _rows(self, n):
+        return self.xp.empty(SUM_LANES * -(-n // (4 * SUM_LANES)), np.float32)
 
-    def _lane_total(self, rows: Vector) -> float:
+    def _lane_total(self, rows):
         total = self.xp.empty(1, np.float64)
-        count = np.int64(rows.size // reference.LANES)
-        self.library.launch(source("compression"), "lane_total", 1, reference.LANES, (rows, count, total))
+        count = np.int64(rows.size // SUM_LANES)
+        self.library.launch(source("compression"), "lane_total", 1, SUM_LANES, (rows, count, total))
         return float(total[0])
 
-    def moments(self, x: Vector) -> tuple[float, float]:
-        """:func:`reference.moments`; one block, because each lane adds its elements in order."""
+    def moments(self, x):
+        """One block, because each lane adds its elements in order."""
         totals = self.xp.empty(2, np.float64)
         arguments = x, np.int64(x.size), totals
-        self.library.launch(source("compression"), "moment_totals", 1, reference.LANES, arguments)
+        self.library.launch(source("compression"), "moment_totals", 1, SUM_LANES, arguments)
         total, squares = to_host(totals).tolist()
         return total, squares
 
-    def pack_signs(self, x: Vector) -> Vector:
-        """:func:`reference.pack_signs`."""
+    def pack_signs(self, x):
         bits = self.xp.empty(-(-x.size // 8), np.uint8)
-        self._launch_loop(source("compression"), "pack_signs", bits.size, x, bits, np.int64(x.size))
+        self._launch_loop("pack_signs", bits.size, x, bits, np.int64(x.size))
         return bits
 
-    def pack_signs_feedback(
-        self, residual: Vector, gradient: Vector | None, out: Vector, plus: float, minus: float, bits: Vector
-    ) -> None:
-        """:func:`reference.pack_signs_feedback`, in one pass."""
+    def pack_signs_feedback(self, residual, gradient, out, plus, minus, bits):
+        """In one pass."""
         scales = np.float32(plus), np.float32(minus)
         arguments = residual, null_if_none(gradient), out, *scales, bits, np.int64(residual.size)
-        self._launch_loop(source("compression"), "pack_signs_feedback", bits.size, *arguments)
+        self._launch_loop("pack_signs_feedback", bits.size, *arguments)
 
-    def add_signs(self, messages: Sequence[tuple[Vector, float, float]], out: Vector) -> None:
-        """:func:`reference.add_signs`, all messages in one pass."""
+    def add_signs(self, messages, out):
+        """All messages in one pass."""
         plus = self.xp.asarray(np.array([high for _, high, _ in messages], np.float32))
         minus = self.xp.asarray(np.array([low for _, _, low in messages], np.float32))
         arguments = self._addresses([bits for bits, _, _ in messages]), plus, minus, np.int32(len(messages))
-        self._launch_loop(source("compression"), "add_signs", out.size, *arguments, out, np.int64(out.size))
+        self._launch_loop("add_signs", out.size, *arguments, out, np.int64(out.size))
 
-    def majority(self, messages: Sequence[Vector], n: int) -> Vector:
-        """:func:`reference.majority`."""
+    def majority(self, messages, n):
         bits = self.xp.empty(-(-n // 8), np.uint8)
         arguments = self._addresses(messages), np.int32(len(messages)), bits, np.int64(n)
-        self._launch_loop(source("compression"), "majority", bits.size, *arguments)
+        self._launch_loop("majority", bits.size, *arguments)
         return bits
 
-    def _addresses(self, vectors: Sequence[Vector]) -> Vector:
+    def _addresses(self, vectors):
         return self.xp.asarray(np.array([address_of(each) for each in vectors], np.uint64))
 
     # Optimizers, as in hpccomm.kernels.optimizers.reference; bounds are on the host, rates on host or device
@@ -365,116 +324,53 @@ class Kernels:
             self.library.launch(source("optimizers"), name, tiles.count, LANES, (*tiles.table, *arguments))
         return tiles
 
-    def _row_sums(self, partial: Vector, tiles: Tiles, rows: int) -> Sums:
+    def _row_sums(self, partial, tiles, rows):
         sums = self.xp.zeros((rows, 2), np.float64)
         if rows:
             arguments = partial, tiles.first_tiles, sums, np.int64(tiles.count)
             self.library.launch(source("optimizers"), "row_totals", 2 * rows, LANES, arguments)
         return to_host(sums)
 
-    def _partial_sums(self, bounds: npt.NDArray[np.int64]) -> Vector:
+    def _partial_sums(self, bounds):
         return self.xp.empty(2 * LANES * self._tiles(bounds).count, np.float64)
 
-    def sum_of_squares(self, x: Vector) -> float:
-        """:func:`sum_of_squares <hpccomm.kernels.optimizers.reference.sum_of_squares>`."""
+    def sum_of_squares(self, x):
         return float(self.lars_sums(x, x, x, np.array([[0, x.size]], np.int64), [0], 1, 0, False, GRADIENT)[0, 0])
 
-    def lars_sums(
-        self,
-        w: Vector,
-        g: Vector,
-        v: Vector,
-        bounds: npt.NDArray[np.int64],
-        decay: Any,
-        scale: Any,
-        mu: Any,
-        nesterov: bool,
-        whose: int,
-    ) -> Sums:
-        """:func:`lars_sums <hpccomm.kernels.optimizers.reference.lars_sums>`; the sums are copied to the host."""
+    def lars_sums(self, w, g, v, bounds, decay, scale, mu, nesterov, whose):
+        """The sums are copied to the host."""
         partial = self._partial_sums(bounds)
         numbers = *scalars(w, scale, mu), np.int32(nesterov), np.int32(whose)
         tiles = self._launch_tiles("lars_sums", w, bounds, w, g, v, self._rates(decay, w), *numbers, partial)
         return self._row_sums(partial, tiles, len(bounds))
 
-    def lars_step(
-        self,
-        w: Vector,
-        g: Vector,
-        v: Vector,
-        out: Vector,
-        bounds: npt.NDArray[np.int64],
-        decay: Any,
-        first: Any,
-        last: Any,
-        scale: Any,
-        second: Any,
-        mu: Any,
-        nesterov: bool,
-    ) -> None:
-        """:func:`lars_step <hpccomm.kernels.optimizers.reference.lars_step>`."""
+    def lars_step(self, w, g, v, out, bounds, decay, first, last, scale, second, mu, nesterov):
         rates = (self._rates(each, w) for each in (decay, first, last))
         numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
         self._launch_tiles("lars_step", w, bounds, w, g, v, out, *rates, *numbers)
 
-    def lars_apply(
-        self,
-        w: Vector,
-        g: Vector,
-        v: Vector,
-        bounds: npt.NDArray[np.int64],
-        decay: Any,
-        first: Any,
-        last: Any,
-        scale: Any,
-        second: Any,
-        mu: Any,
-        nesterov: bool,
-    ) -> None:
-        """:func:`lars_apply <hpccomm.kernels.optimizers.reference.lars_apply>`."""
+    def lars_apply(self, w, g, v, bounds, decay, first, last, scale, second, mu, nesterov):
         rates = (self._rates(each, w) for each in (decay, first, last))
         numbers = *scalars(w, scale, second, mu), np.int32(nesterov)
         self._launch_tiles("lars_apply", w, bounds, w, g, v, *rates, *numbers)
 
-    def lamb_moments(
-        self,
-        w: Vector,
-        g: Vector,
-        m: Vector,
-        v: Vector,
-        out: Vector,
-        bounds: npt.NDArray[np.int64],
-        decay: Any,
-        *numbers: Any,
-    ) -> Sums:
-        """:func:`lamb_moments <hpccomm.kernels.optimizers.reference.lamb_moments>`; the sums are copied to the host."""
+    def lamb_moments(self, w, g, m, v, out, bounds, decay, *numbers):
+        """The sums are copied to the host."""
         partial = self._partial_sums(bounds)
         rates = self._rates(decay, w)
         tiles = self._launch_tiles("lamb_moments", w, bounds, w, g, m, v, out, rates, *scalars(w, *numbers), partial)
         return self._row_sums(partial, tiles, len(bounds))
 
-    def adam_step(
-        self,
-        w: Vector,
-        g: Vector,
-        m: Vector,
-        v: Vector,
-        bounds: npt.NDArray[np.int64],
-        decay: Any,
-        *numbers: Any,
-    ) -> None:
-        """:func:`adam_step <hpccomm.kernels.optimizers.reference.adam_step>`."""
+    def adam_step(self, w, g, m, v, bounds, decay, *numbers):
         self._launch_tiles("adam_step", w, bounds, w, g, m, v, self._rates(decay, w), *scalars(w, *numbers))
 
-    def scale_tensors(self, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
-        """:func:`scale_tensors <hpccomm.kernels.optimizers.reference.scale_tensors>`."""
+    def scale_tensors(self, out, bounds, factor, last):
         self._launch_tiles("scale_tensors", out, bounds, out, self._rates(factor, out), *scalars(out, last))
 
-    def add_scaled(self, w: Vector, out: Vector, bounds: npt.NDArray[np.int64], factor: Any, last: Any) -> None:
-        """:func:`add_scaled <hpccomm.kernels.optimizers.reference.add_scaled>`."""
+    def add_scaled(self, w, out, bounds, factor, last):
         self._launch_tiles("add_scaled", w, bounds, w, out, self._rates(factor, w), *scalars(w, last))
 
-    def _rates(self, rates: Any, w: Vector) -> Vector:
+    def _rates(self, rates, w):
         """One number for each tensor, on the device."""
         return self.xp.asarray(rates, dtype=w.dtype)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 from hpccomm.arrays import is_on_device
-from hpccomm.kernels.compression import reference
 from hpccomm.kernels.numba_check import why_no_numba
 
+FAMILIES = ("vectors", "selection", "index_codes", "signs", "quantized")
+"""The folders with the kernels of compressed exchange."""
 
-def compression(vector: Any = None) -> Any:
-    """The functions of :mod:`hpccomm.kernels.compression.reference`, with the same bits, for the memory of ``vector``.
+
+def kernels(vector: Any = None) -> Any:
+    """The functions of all families, with the bits of their references, for the memory of ``vector``.
 
     On a device they are those of :class:`~hpccomm.kernels.device_compression.DeviceCompression`.
     """
@@ -24,10 +26,13 @@ def compression(vector: Any = None) -> Any:
 
 
 @cache
-def host_kernels() -> ModuleType:
-    """:mod:`hpccomm.kernels.compression.compiled`, or its reference where Numba cannot be imported."""
-    if why_no_numba():
-        return reference
-    from hpccomm.kernels.compression import compiled
+def host_kernels() -> SimpleNamespace:
+    """The compiled functions, or the references where Numba cannot be imported."""
+    return load_kernels("reference" if why_no_numba() else "compiled")
 
-    return compiled
+
+@cache
+def load_kernels(module: str) -> SimpleNamespace:
+    """The functions of one module of all families: ``"reference"`` or ``"compiled"``."""
+    modules = [importlib.import_module(f"{__package__}.{family}.{module}") for family in FAMILIES]
+    return SimpleNamespace(**{name: each for one in modules for name, each in vars(one).items() if callable(each)})

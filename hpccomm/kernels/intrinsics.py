@@ -7,6 +7,7 @@ the two on every processor (plain moves on x86, ``stlr`` and ``ldar`` on ARM).
 from __future__ import annotations
 
 import platform
+from functools import wraps
 from typing import Any
 
 import llvmlite.binding  # type: ignore[import-untyped]
@@ -40,107 +41,89 @@ def external(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
 
 
-@intrinsic
-def load(context: Any, address: Any) -> Any:
+def instruction(result: Any, *arguments: Any) -> Any:
+    """Make an intrinsic of a function that emits its code: ``emit(builder, *values)`` returns the result, if any."""
+
+    def make(emit: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = emit(builder, *args)
+            return context.get_dummy_value() if result is none else value
+
+        @wraps(emit)
+        def define(context: Any, *given: Any) -> Any:
+            return result(*arguments), generate
+
+        return intrinsic(define)
+
+    return make
+
+
+@instruction(int64, int64)
+def load(builder, address):
     """Read a word that no other process writes at the same time."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(pointer(builder, args[0]))
-
-    return int64(int64), emit
+    return builder.load(pointer(builder, address))
 
 
-@intrinsic
-def store(context: Any, address: Any, value: Any) -> Any:
+@instruction(none, int64, int64)
+def store(builder, address, value):
     """Write a word."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[1], pointer(builder, args[0]))
-        return context.get_dummy_value()
-
-    return none(int64, int64), emit
+    builder.store(value, pointer(builder, address))
 
 
-@intrinsic
-def load_acquire(context: Any, address: Any) -> Any:
+@instruction(int64, int64)
+def load_acquire(builder, address):
     """Read a word of another process; all that this process wrote before it is visible afterwards."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(pointer(builder, args[0]), "acquire", 8)
-
-    return int64(int64), emit
+    return builder.load_atomic(pointer(builder, address), "acquire", 8)
 
 
-@intrinsic
-def store_release(context: Any, address: Any, value: Any) -> Any:
+@instruction(none, int64, int64)
+def store_release(builder, address, value):
     """Write a word; a process that sees it also sees everything written before."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store_atomic(args[1], pointer(builder, args[0]), "release", 8)
-        return context.get_dummy_value()
-
-    return none(int64, int64), emit
+    builder.store_atomic(value, pointer(builder, address), "release", 8)
 
 
-@intrinsic
-def copy(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
+@instruction(none, int64, int64, int64)
+def copy(builder, to, source, nbytes):
     """Copy bytes; source and target are disjoint or equal."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to, source = pointer(builder, args[0], I8), pointer(builder, args[1], I8)
-        cgutils.raw_memcpy(builder, to, source, args[2], 1)
-        return context.get_dummy_value()
-
-    return none(int64, int64, int64), emit
+    to, source = pointer(builder, to, I8), pointer(builder, source, I8)
+    cgutils.raw_memcpy(builder, to, source, nbytes, 1)
 
 
-@intrinsic
-def copy_nontemporal(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
+@instruction(none, int64, int64, int64)
+def copy_nontemporal(builder, to, source, nbytes):
     """Copy bytes that will not be read soon, with non-temporal stores."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to, source, nbytes = args
-        vector = ir.VectorType(I64, VECTOR_BYTES // 8)
-        hint = builder.module.add_metadata([ir.Constant(I32, 1)])
-        misfit = builder.and_(builder.neg(to), ir.Constant(I64, VECTOR_BYTES - 1))
-        head = builder.select(builder.icmp_signed("<", misfit, nbytes), misfit, nbytes)
-        memcpy(builder, to, source, head)
-        body = builder.and_(builder.sub(nbytes, head), ir.Constant(I64, -VECTOR_BYTES))
-        end = builder.add(head, body)
-        with cgutils.for_range_slice(builder, head, end, ir.Constant(I64, VECTOR_BYTES), I64) as (at, _):
-            line = builder.load(pointer(builder, builder.add(source, at), vector), align=1)
-            write = builder.store(line, pointer(builder, builder.add(to, at), vector), align=VECTOR_BYTES)
-            write.set_metadata("nontemporal", hint)
-        memcpy(builder, builder.add(to, end), builder.add(source, end), builder.sub(nbytes, end))
-        if X86:
-            builder.call(external(builder, "llvm.x86.sse.sfence", VOID, []), [])
-        return context.get_dummy_value()
-
-    return none(int64, int64, int64), emit
+    vector = ir.VectorType(I64, VECTOR_BYTES // 8)
+    hint = builder.module.add_metadata([ir.Constant(I32, 1)])
+    misfit = builder.and_(builder.neg(to), ir.Constant(I64, VECTOR_BYTES - 1))
+    head = builder.select(builder.icmp_signed("<", misfit, nbytes), misfit, nbytes)
+    memcpy(builder, to, source, head)
+    body = builder.and_(builder.sub(nbytes, head), ir.Constant(I64, -VECTOR_BYTES))
+    end = builder.add(head, body)
+    with cgutils.for_range_slice(builder, head, end, ir.Constant(I64, VECTOR_BYTES), I64) as (at, _):
+        line = builder.load(pointer(builder, builder.add(source, at), vector), align=1)
+        write = builder.store(line, pointer(builder, builder.add(to, at), vector), align=VECTOR_BYTES)
+        write.set_metadata("nontemporal", hint)
+    memcpy(builder, builder.add(to, end), builder.add(source, end), builder.sub(nbytes, end))
+    if X86:
+        builder.call(external(builder, "llvm.x86.sse.sfence", VOID, []), [])
 
 
-@intrinsic
-def fetch(context: Any, to: Any, source: Any, nbytes: Any) -> Any:
+@instruction(none, int64, int64, int64)
+def fetch(builder, to, source, nbytes):
     """Copy bytes that another core wrote last, with vector loads.
 
     Measured on Zen 4: twice as fast as the C library, which uses the string instruction.  To store into lines that
     another core holds, the C library is as fast.
     """
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to, source, nbytes = args
-        vector = ir.VectorType(I64, VECTOR_BYTES // 8)
-        step = ir.Constant(I64, UNROLL * VECTOR_BYTES)
-        body = builder.and_(nbytes, ir.Constant(I64, -UNROLL * VECTOR_BYTES))
-        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), body, step, I64) as (at, _):
-            places = [builder.add(at, ir.Constant(I64, VECTOR_BYTES * k)) for k in range(UNROLL)]
-            lines = [builder.load(pointer(builder, builder.add(source, each), vector), align=1) for each in places]
-            for line, each in zip(lines, places, strict=True):
-                builder.store(line, pointer(builder, builder.add(to, each), vector), align=1)
-        memcpy(builder, builder.add(to, body), builder.add(source, body), builder.sub(nbytes, body))
-        return context.get_dummy_value()
-
-    return none(int64, int64, int64), emit
+    vector = ir.VectorType(I64, VECTOR_BYTES // 8)
+    step = ir.Constant(I64, UNROLL * VECTOR_BYTES)
+    body = builder.and_(nbytes, ir.Constant(I64, -UNROLL * VECTOR_BYTES))
+    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), body, step, I64) as (at, _):
+        places = [builder.add(at, ir.Constant(I64, VECTOR_BYTES * k)) for k in range(UNROLL)]
+        lines = [builder.load(pointer(builder, builder.add(source, each), vector), align=1) for each in places]
+        for line, each in zip(lines, places, strict=True):
+            builder.store(line, pointer(builder, builder.add(to, each), vector), align=1)
+    memcpy(builder, builder.add(to, body), builder.add(source, body), builder.sub(nbytes, body))
 
 
 def call_process_vm(builder: Any, call: str, pid: Any, here: Any, there: Any, nbytes: Any) -> Any:
@@ -156,26 +139,16 @@ def call_process_vm(builder: Any, call: str, pid: Any, here: Any, there: Any, nb
     return builder.call(function, [builder.trunc(pid, I32), *iovecs, ir.Constant(I64, 0)])
 
 
-@intrinsic
-def pull(context: Any, pid: Any, to: Any, source: Any, nbytes: Any) -> Any:
+@instruction(int64, int64, int64, int64, int64)
+def pull(builder, pid, to, source, nbytes):
     """Copy bytes of another process; returns their number, or -1."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pid, to, source, nbytes = args
-        return call_process_vm(builder, "process_vm_readv", pid, to, source, nbytes)
-
-    return int64(int64, int64, int64, int64), emit
+    return call_process_vm(builder, "process_vm_readv", pid, to, source, nbytes)
 
 
-@intrinsic
-def push(context: Any, pid: Any, to: Any, source: Any, nbytes: Any) -> Any:
+@instruction(int64, int64, int64, int64, int64)
+def push(builder, pid, to, source, nbytes):
     """Copy bytes into another process; returns their number, or -1."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pid, to, source, nbytes = args
-        return call_process_vm(builder, "process_vm_writev", pid, source, to, nbytes)
-
-    return int64(int64, int64, int64, int64), emit
+    return call_process_vm(builder, "process_vm_writev", pid, source, to, nbytes)
 
 
 def memcpy(builder: Any, to: Any, source: Any, nbytes: Any) -> None:
@@ -183,57 +156,38 @@ def memcpy(builder: Any, to: Any, source: Any, nbytes: Any) -> None:
     cgutils.raw_memcpy(builder, pointer(builder, to, I8), pointer(builder, source, I8), nbytes, 1)
 
 
-@intrinsic
-def pause(context: Any) -> Any:
+@instruction(none)
+def pause(builder):
     """Tell the processor that this is a spin loop."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if X86:
-            builder.call(external(builder, "llvm.x86.sse2.pause", VOID, []), [])
-        elif ARM:
-            builder.call(external(builder, "llvm.aarch64.hint", VOID, [I32]), [ir.Constant(I32, 1)])
-        return context.get_dummy_value()
-
-    return none(), emit
+    if X86:
+        builder.call(external(builder, "llvm.x86.sse2.pause", VOID, []), [])
+    elif ARM:
+        builder.call(external(builder, "llvm.aarch64.hint", VOID, [I32]), [ir.Constant(I32, 1)])
 
 
-@intrinsic
-def yield_cpu(context: Any) -> Any:
+@instruction(none)
+def yield_cpu(builder):
     """Yield the core to another process."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.call(external(builder, "sched_yield", I32, []), [])
-        return context.get_dummy_value()
-
-    return none(), emit
+    builder.call(external(builder, "sched_yield", I32, []), [])
 
 
-@intrinsic
-def nanoseconds(context: Any) -> Any:
+@instruction(int64)
+def nanoseconds(builder):
     """A monotonic clock."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        time = cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
-        words = builder.bitcast(time, I64.as_pointer())
-        clock = external(builder, "clock_gettime", I32, [I32, I64.as_pointer()])
-        builder.call(clock, [ir.Constant(I32, CLOCK_MONOTONIC), words])
-        seconds = builder.load(words)
-        fraction = builder.load(builder.gep(words, [ir.Constant(I64, 1)]))
-        return builder.add(builder.mul(seconds, ir.Constant(I64, 10**9)), fraction)
-
-    return int64(), emit
+    time = cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
+    words = builder.bitcast(time, I64.as_pointer())
+    clock = external(builder, "clock_gettime", I32, [I32, I64.as_pointer()])
+    builder.call(clock, [ir.Constant(I32, CLOCK_MONOTONIC), words])
+    seconds = builder.load(words)
+    fraction = builder.load(builder.gep(words, [ir.Constant(I64, 1)]))
+    return builder.add(builder.mul(seconds, ir.Constant(I64, 10**9)), fraction)
 
 
-@intrinsic
-def fold(context: Any, handle: Any, sources: Any, k: Any, first: Any, out: Any, n: Any) -> Any:
+@instruction(none, *[int64] * 6)
+def fold(builder, handle, sources, k, first, out, n):
     """Reduce elements [first, first+n) of k vectors, in order, with the compiled function at ``handle``."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(VOID, [I64] * 5)
-        builder.call(pointer(builder, args[0], kind), args[1:])
-        return context.get_dummy_value()
-
-    return none(*[int64] * 6), emit
+    kind = ir.FunctionType(VOID, [I64] * 5)
+    builder.call(pointer(builder, handle, kind), [sources, k, first, out, n])
 
 
 @intrinsic
@@ -285,24 +239,16 @@ def set_element(context: Any, out: Any, i: Any, value: Any) -> Any:
     return none(out, i, value), emit
 
 
-@intrinsic
-def bits(context: Any, value: Any) -> Any:
+@instruction(types.uint32, types.float32)
+def bits(builder, value):
     """The bits of a float32 as an integer."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], I32)
-
-    return types.uint32(types.float32), emit
+    return builder.bitcast(value, I32)
 
 
-@intrinsic
-def float_of(context: Any, value: Any) -> Any:
+@instruction(types.float32, types.uint32)
+def float_of(builder, value):
     """The float32 with these bits."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), emit
+    return builder.bitcast(value, ir.FloatType())
 
 
 OTHER_PROCESSOR = config.CPU_NAME or config.CPU_FEATURES  # type: ignore[attr-defined]
@@ -311,21 +257,13 @@ HALF_INSTRUCTIONS = ARM or (X86 and F16C)
 """Whether the processor has instructions that convert between float16 and float32."""
 
 
-@intrinsic
-def half_to_float(context: Any, word: Any) -> Any:
+@instruction(types.float32, types.uint16)
+def half_to_float(builder, word):
     """The float32 value of a float16, given as its bits."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), emit
+    return builder.fpext(builder.bitcast(word, ir.HalfType()), ir.FloatType())
 
 
-@intrinsic
-def float_to_half(context: Any, value: Any) -> Any:
+@instruction(types.uint16, types.float32)
+def float_to_half(builder, value):
     """The bits of the float16 nearest to a float32."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), emit
+    return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))

@@ -16,7 +16,7 @@ from numba import types
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic, overload, register_jitable
 
-from hpccomm.kernels.intrinsics import I8, I64, external, pointer
+from hpccomm.kernels.intrinsics import I8, I64, external, instruction, pointer
 
 LANES = 16
 SINGLES = ir.VectorType(ir.FloatType(), LANES)
@@ -46,73 +46,46 @@ class VectorModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, kind, kind.llvm_type)
 
 
-@intrinsic
-def load(context: Any, address: Any) -> Any:
+@instruction(float32x16, types.int64)
+def load(builder, address):
     """Sixteen elements from an address that need not be aligned."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(pointer(builder, args[0], SINGLES), align=4)
-
-    return float32x16(types.int64), emit
+    return builder.load(pointer(builder, address, SINGLES), align=4)
 
 
-@intrinsic
-def store(context: Any, address: Any, value: Any) -> Any:
+@instruction(types.void, types.int64, float32x16)
+def store(builder, address, value):
     """Write sixteen elements."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[1], pointer(builder, args[0], SINGLES), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, float32x16), emit
+    builder.store(value, pointer(builder, address, SINGLES), align=4)
 
 
-@intrinsic
-def load_doubles(context: Any, address: Any) -> Any:
+@instruction(float64x8, types.int64)
+def load_doubles(builder, address):
     """Eight float64."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(pointer(builder, args[0], DOUBLES), align=8)
-
-    return float64x8(types.int64), emit
+    return builder.load(pointer(builder, address, DOUBLES), align=8)
 
 
-@intrinsic
-def store_doubles(context: Any, address: Any, value: Any) -> Any:
+@instruction(types.void, types.int64, float64x8)
+def store_doubles(builder, address, value):
     """Write eight float64."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[1], pointer(builder, args[0], DOUBLES), align=8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, float64x8), emit
+    builder.store(value, pointer(builder, address, DOUBLES), align=8)
 
 
-@intrinsic
-def compiler_fence(context: Any) -> Any:
+@instruction(types.void)
+def compiler_fence(builder):
     """Keep the compiler, but not the processor, from moving loads and stores across.
 
     A compiler that unrolls a loop over cache lines interleaves their loads, and the hardware prefetcher misses lines
     that are not read in order: measured on Zen 4, this halves the bandwidth from memory.
     """
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.fence("seq_cst", targetscope="singlethread")
-        return context.get_dummy_value()
-
-    return types.void(), emit
+    builder.fence("seq_cst", targetscope="singlethread")
 
 
-@intrinsic
-def splat(context: Any, value: Any) -> Any:
+@instruction(float32x16, types.float32)
+def splat(builder, value):
     """One number in all sixteen lanes."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        one = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), args[0], ir.Constant(I64, 0))
-        order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return builder.shuffle_vector(one, ir.Constant(SINGLES, ir.Undefined), order)
-
-    return float32x16(types.float32), emit
+    one = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), value, ir.Constant(I64, 0))
+    order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(one, ir.Constant(SINGLES, ir.Undefined), order)
 
 
 def binary_intrinsic(kind: Vector, instruction: str) -> Any:
@@ -147,25 +120,16 @@ for _operator, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), 
     overload(_operator)(make_overload(_instruction))
 
 
-@intrinsic
-def zero_doubles(context: Any) -> Any:
+@instruction(float64x8)
+def zero_doubles(builder):
     """Eight zeros."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(DOUBLES, [0.0] * (LANES // 2))
-
-    return float64x8(), emit
+    return ir.Constant(DOUBLES, [0.0] * (LANES // 2))
 
 
-@intrinsic
-def add_square(context: Any, total: Any, x: Any) -> Any:
+@instruction(float64x8, float64x8, float64x8)
+def add_square(builder, total, x):
     """total + x², rounded once; where x was float32 the square is exact anyway."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        total, x = args
-        return builder.call(external(builder, "llvm.fma.v8f64", DOUBLES, [DOUBLES] * 3), [x, x, total])
-
-    return float64x8(float64x8, float64x8), emit
+    return builder.call(external(builder, "llvm.fma.v8f64", DOUBLES, [DOUBLES] * 3), [x, x, total])
 
 
 def half_intrinsic(first: int) -> Any:
@@ -185,85 +149,50 @@ def half_intrinsic(first: int) -> Any:
 lower_half, upper_half = half_intrinsic(0), half_intrinsic(LANES // 2)
 
 
-@intrinsic
-def reduce_add(context: Any, value: Any) -> Any:
+@instruction(types.float64, float64x8)
+def reduce_add(builder, rest):
     """The sum of eight lanes: halves are added until one is left."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rest = args[0]
-        for width in (4, 2, 1):
-            order = [
-                ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(at, at + width))) for at in (0, width)
-            ]
-            rest = builder.fadd(*[builder.shuffle_vector(rest, rest, each) for each in order])
-        return builder.extract_element(rest, ir.Constant(I64, 0))
-
-    return types.float64(float64x8), emit
+    for width in (4, 2, 1):
+        order = [ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(at, at + width))) for at in (0, width)]
+        rest = builder.fadd(*[builder.shuffle_vector(rest, rest, each) for each in order])
+    return builder.extract_element(rest, ir.Constant(I64, 0))
 
 
-@intrinsic
-def magnitude(context: Any, value: Any) -> Any:
+@instruction(float32x16, float32x16)
+def magnitude(builder, value):
     """Without the sign."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.call(external(builder, "llvm.fabs.v16f32", SINGLES, [SINGLES]), [args[0]])
-
-    return float32x16(float32x16), emit
+    return builder.call(external(builder, "llvm.fabs.v16f32", SINGLES, [SINGLES]), [value])
 
 
-@intrinsic
-def greater_equal(context: Any, a: Any, b: Any) -> Any:
+@instruction(types.uint64, float32x16, float32x16)
+def greater_equal(builder, a, b):
     """The mask of a ≥ b; false for NaN."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        holds = builder.fcmp_ordered(">=", args[0], args[1])
-        return builder.zext(builder.bitcast(holds, BITS), I64)
-
-    return types.uint64(float32x16, float32x16), emit
+    return builder.zext(builder.bitcast(builder.fcmp_ordered(">=", a, b), BITS), I64)
 
 
-@intrinsic
-def not_less(context: Any, a: Any, b: Any) -> Any:
+@instruction(types.uint64, float32x16, float32x16)
+def not_less(builder, a, b):
     """The mask of a ≥ b; true for NaN in either."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        holds = builder.fcmp_unordered(">=", args[0], args[1])
-        return builder.zext(builder.bitcast(holds, BITS), I64)
-
-    return types.uint64(float32x16, float32x16), emit
+    return builder.zext(builder.bitcast(builder.fcmp_unordered(">=", a, b), BITS), I64)
 
 
-@intrinsic
-def choose(context: Any, mask: Any, a: Any, b: Any) -> Any:
+@instruction(float32x16, types.uint64, float32x16, float32x16)
+def choose(builder, mask, a, b):
     """Lanes of a where the mask has ones, else of b."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = builder.bitcast(builder.trunc(args[0], BITS), MASK)
-        return builder.select(lanes, args[1], args[2])
-
-    return float32x16(types.uint64, float32x16, float32x16), emit
+    lanes = builder.bitcast(builder.trunc(mask, BITS), MASK)
+    return builder.select(lanes, a, b)
 
 
-@intrinsic
-def load_bits(context: Any, address: Any) -> Any:
+@instruction(types.uint64, types.int64)
+def load_bits(builder, address):
     """Eight bytes of bits, the highest of each byte first, as a mask of 64."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = builder.load(pointer(builder, args[0], I64), align=1)
-        return reverse_bits(builder, word)
-
-    return types.uint64(types.int64), emit
+    return reverse_bits(builder, builder.load(pointer(builder, address, I64), align=1))
 
 
-@intrinsic
-def store_bits(context: Any, address: Any, mask: Any) -> Any:
+@instruction(types.void, types.int64, types.uint64)
+def store_bits(builder, address, mask):
     """Write a mask of 64 as eight bytes, the highest bit of each first."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(reverse_bits(builder, args[1]), pointer(builder, args[0], I64), align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.uint64), emit
+    builder.store(reverse_bits(builder, mask), pointer(builder, address, I64), align=1)
 
 
 def reverse_bits(builder: Any, word: Any) -> Any:
@@ -273,70 +202,45 @@ def reverse_bits(builder: Any, word: Any) -> Any:
     return builder.bitcast(turned, I64)
 
 
-@intrinsic
-def copy_reversed(context: Any, source: Any, to: Any) -> Any:
+@instruction(types.void, types.int64, types.int64)
+def copy_reversed(builder, source, to):
     """Copy 64 bytes, the bits of each in reverse order."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        line = builder.load(pointer(builder, args[0], LINE), align=1)
-        turned = builder.call(external(builder, "llvm.bitreverse.v64i8", LINE, [LINE]), [line])
-        builder.store(turned, pointer(builder, args[1], LINE), align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), emit
+    line = builder.load(pointer(builder, source, LINE), align=1)
+    turned = builder.call(external(builder, "llvm.bitreverse.v64i8", LINE, [LINE]), [line])
+    builder.store(turned, pointer(builder, to, LINE), align=1)
 
 
-@intrinsic
-def load_mask(context: Any, address: Any) -> Any:
+@instruction(types.uint64, types.int64)
+def load_mask(builder, address):
     """Two bytes of bits, the lowest first, as a mask of 16."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.zext(builder.load(pointer(builder, args[0], BITS), align=1), I64)
-
-    return types.uint64(types.int64), emit
+    return builder.zext(builder.load(pointer(builder, address, BITS), align=1), I64)
 
 
-@intrinsic
-def popcount(context: Any, mask: Any) -> Any:
+@instruction(types.int64, types.uint64)
+def popcount(builder, mask):
     """The number of ones in a mask."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.call(external(builder, "llvm.ctpop.i64", I64, [I64]), [args[0]])
-
-    return types.int64(types.uint64), emit
+    return builder.call(external(builder, "llvm.ctpop.i64", I64, [I64]), [mask])
 
 
-@intrinsic
-def lowest_bit(context: Any, mask: Any) -> Any:
+@instruction(types.int64, types.uint64)
+def lowest_bit(builder, mask):
     """The position of the lowest one in a mask that is not 0."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        count = external(builder, "llvm.cttz.i64", I64, [I64, ir.IntType(1)])
-        return builder.call(count, [args[0], ir.Constant(ir.IntType(1), 1)])
-
-    return types.int64(types.uint64), emit
+    count = external(builder, "llvm.cttz.i64", I64, [I64, ir.IntType(1)])
+    return builder.call(count, [mask, ir.Constant(ir.IntType(1), 1)])
 
 
-@intrinsic
-def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
+@instruction(types.float32, types.float32, types.float32, types.float32)
+def fma(builder, a, b, c):
     """a·b + c of float32, rounded once."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        single = ir.FloatType()
-        return builder.call(external(builder, "llvm.fma.f32", single, [single] * 3), args)
-
-    return types.float32(types.float32, types.float32, types.float32), emit
+    single = ir.FloatType()
+    return builder.call(external(builder, "llvm.fma.f32", single, [single] * 3), [a, b, c])
 
 
-@intrinsic
-def rint(context: Any, value: Any) -> Any:
+@instruction(types.float32, types.float32)
+def rint(builder, value):
     """A float32 rounded to an integer, ties to even."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        single = ir.FloatType()
-        return builder.call(external(builder, "llvm.rint.f32", single, [single]), [args[0]])
-
-    return types.float32(types.float32), emit
+    single = ir.FloatType()
+    return builder.call(external(builder, "llvm.rint.f32", single, [single]), [value])
 
 
 def pointer_to(kind: Any) -> Any:
@@ -364,11 +268,7 @@ def address_of(x):  # type: ignore[no-untyped-def]
 @intrinsic
 def hold(context: Any, array: Any) -> Any:
     """Keep the memory of an array alive up to here."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.get_dummy_value()
-
-    return types.void(array), emit
+    return types.void(array), lambda context, *code: context.get_dummy_value()
 
 
 floats = pointer_to(types.float32)

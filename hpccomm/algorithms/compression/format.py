@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from hpccomm.arrays import is_on_device, to_device_like
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels import dispatch
-from hpccomm.kernels.compression import reference
-from hpccomm.kernels.compression.reference import Indices, Octets, Vector
+from hpccomm.kernels.dispatch import kernels
+from hpccomm.kernels.index_codes.reference import rice_parameter
+from hpccomm.kernels.selection.reference import accumulate, cell_indices
+from hpccomm.kernels.vectors.reference import Indices, Octets, Vector, backlog_of
 
 Message = npt.NDArray[np.uint8]
 
@@ -154,7 +155,7 @@ class Compressor:
             )
         if self.feed is not None:
             return self.feed(backlog, gradient, target, step, last)
-        p = reference.backlog_of(backlog, gradient)
+        p = backlog_of(backlog, gradient)
         message = self.write(p, step, last)
         np.subtract(p, self.decode_vector(message, p.size), out=target)
         return message
@@ -185,7 +186,7 @@ class Compressor:
         demand_finite(finite or kernels(gradient).all_finite(gradient), self.name)
         if self.feed_momentum is not None:
             return self.feed_momentum(gradient, momentum, velocity, m, nesterov, mask, step)
-        reference.accumulate(gradient, momentum, velocity, m, nesterov)
+        accumulate(gradient, momentum, velocity, m, nesterov)
         message = self.encode_feedback(velocity, step=step, last=last)
         if mask:
             momentum[to_device_like(read_indices(message), momentum)] = 0
@@ -219,8 +220,6 @@ class Compressor:
         else:
             total /= np.float32(size)
 
-
-kernels = dispatch.compression
 
 # Stored elements
 
@@ -413,7 +412,7 @@ def read_cells(header: Header, payload: Octets, who: str) -> DecodedMessage:
     key = int(section(payload, 0, 1, "<u8", who)[0])
     if key >> 32:
         raise damage_error(who, f"key {key}")
-    index = reference.cell_indices(header.n, header.elements, key)
+    index = cell_indices(header.n, header.elements, key)
     return DecodedMessage(add_sparse, (index, section(payload, 8, header.elements, "<f4", who)))
 
 
@@ -502,7 +501,7 @@ CODES_BY_NAME = {"u32": Code.U32, "bitmap": Code.BITMAP, "leb128": Code.LEB128, 
 
 def encode_rice(index: Indices, n: int) -> tuple[Octets, int]:
     """Rice codes and their parameter."""
-    k = reference.rice_parameter(n, index.size)
+    k = rice_parameter(n, index.size)
     return kernels().rice_encode(index, k), k
 
 

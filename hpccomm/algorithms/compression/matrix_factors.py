@@ -15,12 +15,11 @@ from hpccomm.algorithms.compression.format import (
     Kind,
     Message,
     demand_finite,
-    kernels,
     message_of,
 )
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.compression import reference
-from hpccomm.kernels.compression.reference import Vector
+from hpccomm.kernels.dispatch import kernels
+from hpccomm.kernels.vectors.reference import Vector, key_of, uniforms
 
 
 def low_rank(rank: int, shape: tuple[int, int] | None = None, seed: int = 0) -> Compressor:
@@ -59,7 +58,7 @@ def as_matrix(vector: Vector, shape: tuple[int, int] | None, name: str = "low_ra
 
 def start_factor(columns: int, rank: int, seed: int = 0) -> npt.NDArray[np.float32]:
     """The initial Q, the same on all ranks: shape (columns, rank), uniform in [-1, 1)."""
-    values = reference.uniforms(reference.key_of(seed, 0), columns * rank)
+    values = uniforms(key_of(seed, 0), columns * rank)
     return (2 * values - 1).reshape(columns, rank)
 
 

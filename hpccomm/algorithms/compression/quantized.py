@@ -19,13 +19,12 @@ from hpccomm.algorithms.compression.format import (
     Message,
     Values,
     demand_finite,
-    kernels,
     message_of,
     narrow_values,
 )
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.compression import reference
-from hpccomm.kernels.compression.reference import Vector
+from hpccomm.kernels.dispatch import kernels
+from hpccomm.kernels.vectors.reference import Vector, key_of
 
 
 def none() -> Compressor:
@@ -105,7 +104,7 @@ def ternary(clip: float | None = 2.5, seed: int = 0, scale: float | None = None)
             raise ArgumentError(
                 f"{name}: the scale {unit} is below the largest magnitude {limit}: agree on the maximum"
             )
-        pairs, named = kernels().ternary(vector, limit, unit, reference.key_of(seed, step))
+        pairs, named = kernels().ternary(vector, limit, unit, key_of(seed, step))
         return message_of(Kind.PAIRS, n, [pairs], count=named, scale=unit)
 
     return Compressor(name, frozenset({Kind.PAIRS}), write)
@@ -134,7 +133,7 @@ def qsgd(levels: int = 127, bucket: int = 512, seed: int = 0) -> Compressor:
         demand_finite(kernels().all_finite(vector), name)
         norms = kernels().bucket_norms(vector, bucket)
         demand_finite(bool(np.isfinite(norms).all()), f"{name}: the norm of a bucket")
-        codes = kernels().qsgd(vector, norms, bucket, levels, reference.key_of(seed, step))
+        codes = kernels().qsgd(vector, norms, bucket, levels, key_of(seed, step))
         parts = [np.array([bucket], "<u8"), norms, codes]
         return message_of(Kind.LEVELS, vector.size, parts, values=Values.I8, parameter=levels)
 
@@ -150,7 +149,7 @@ def natural(seed: int = 0) -> Compressor:
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         demand_finite(kernels().all_finite(vector), name)
-        exponents = kernels().natural(vector, reference.key_of(seed, step))
+        exponents = kernels().natural(vector, key_of(seed, step))
         return message_of(Kind.NATURAL, vector.size, [exponents, kernels().pack_signs(vector)])
 
     return Compressor(name, frozenset({Kind.NATURAL}), write)

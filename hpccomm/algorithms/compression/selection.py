@@ -26,7 +26,6 @@ from hpccomm.algorithms.compression.format import (
     check_density,
     demand_finite,
     header_of,
-    kernels,
     message_of,
     narrow_values,
     read_indices,
@@ -34,8 +33,10 @@ from hpccomm.algorithms.compression.format import (
 )
 from hpccomm.arrays import to_device_like, to_host
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.compression import reference
-from hpccomm.kernels.compression.reference import Indices, Vector
+from hpccomm.kernels.dispatch import kernels
+from hpccomm.kernels.index_codes.reference import rice_parameter
+from hpccomm.kernels.selection.reference import cell_indices
+from hpccomm.kernels.vectors.reference import Indices, Vector, backlog_of, key_of
 
 DECAY = 0.5 ** (1 / 20)
 MIN_DENSITY, MAX_DENSITY, FIRST_DENSITY = 1e-4, 1e-2, 1e-3
@@ -105,7 +106,7 @@ def words_message(words: Indices, n: int, tau: float, code: str) -> Message:
     """A message of words, of Rice codes if asked, or of two bits an element where that is shorter."""
     count = words.size
     if code == "rice":
-        k = reference.rice_parameter(n, count)
+        k = rice_parameter(n, count)
         octets = kernels().rice_encode(words >> 1, k, words & 1)
         return message_of(Kind.RICE_WORDS, n, [octets], count=count, scale=tau, code=Code.RICE, parameter=k)
     if 16 * count > n:
@@ -201,13 +202,13 @@ def randomk(density: float, seed: int = 0) -> Compressor:
 
     def write(vector: Vector, step: int, last: Message) -> Message:
         demand_finite(kernels().all_finite(vector), name)
-        n, key = vector.size, reference.key_of(seed, step)
-        index = reference.cell_indices(n, count_of(density, n), key)
+        n, key = vector.size, key_of(seed, step)
+        index = cell_indices(n, count_of(density, n), key)
         parts = [np.array([key], "<u8"), vector[index]]
         return message_of(Kind.CELLS, n, parts, count=index.size)
 
     def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
-        p = reference.backlog_of(backlog, gradient)
+        p = backlog_of(backlog, gradient)
         written = write(p, step, last)
         out[...] = p
         out[read_indices(written)] = 0

@@ -16,11 +16,11 @@ from hpccomm.algorithms.compression.format import (
     Kind,
     Message,
     demand_finite,
-    kernels,
     message_of,
 )
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.compression.reference import Octets, Vector
+from hpccomm.kernels.dispatch import kernels
+from hpccomm.kernels.vectors.reference import Octets, Vector
 
 
 def onebit(scale: Literal["l1", "per-sign"] = "l1") -> Compressor:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.compression.reference import Octets
+from hpccomm.kernels.vectors.reference import Octets
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]

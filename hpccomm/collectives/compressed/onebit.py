@@ -25,8 +25,8 @@ from hpccomm.collectives.compressed.messages import (
     check_arguments,
 )
 from hpccomm.collectives.engine import even_cuts
-from hpccomm.kernels.compression.reference import Octets, Vector
-from hpccomm.kernels.dispatch import compression as kernels
+from hpccomm.kernels.dispatch import kernels
+from hpccomm.kernels.vectors.reference import Octets, Vector
 
 
 class OneBitMean(NamedTuple):

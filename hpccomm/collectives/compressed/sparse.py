@@ -44,8 +44,8 @@ from hpccomm.collectives.compressed.messages import (
 )
 from hpccomm.collectives.engine import even_cuts
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.compression.reference import Indices, Octets, Vector
-from hpccomm.kernels.dispatch import compression as kernels
+from hpccomm.kernels.dispatch import kernels
+from hpccomm.kernels.vectors.reference import Indices, Octets, Vector
 from hpccomm.layout import ETHERNET, Link
 
 DENSE_FROM = 4

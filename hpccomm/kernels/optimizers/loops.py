@@ -66,16 +66,8 @@ def fold_floats(x, lanes):
         t, u, v, w = load(at + 256), load(at + 320), load(at + 384), load(at + 448)
         a, b, c, d = a + p * p, b + q * q, c + r * r, d + s * s
         e, f, g, h = e + t * t, f + u * u, g + v * v, h + w * w
-    if not (
-        is_in_range(a)
-        & is_in_range(b)
-        & is_in_range(c)
-        & is_in_range(d)
-        & is_in_range(e)
-        & is_in_range(f)
-        & is_in_range(g)
-        & is_in_range(h)
-    ):
+    lower = is_in_range(a) & is_in_range(b) & is_in_range(c) & is_in_range(d)
+    if not (lower & is_in_range(e) & is_in_range(f) & is_in_range(g) & is_in_range(h)):
         return False
     for number, each in enumerate((a, b, c, d, e, f, g, h)):
         add_doubles(lanes + 128 * number, lower_half(each))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 Vector = npt.NDArray[Any]
 Sums = npt.NDArray[np.float64]
+Bounds = npt.NDArray[np.int64]
 
 BLOCK, LANES = 1024, 128
 
@@ -67,15 +68,7 @@ def lars_direction(
 
 
 def lars_sums(
-    w: Vector,
-    g: Vector,
-    v: Vector,
-    bounds: npt.NDArray[np.int64],
-    decay: Vector,
-    scale: Any,
-    mu: Any,
-    nesterov: bool,
-    whose: int,
+    w: Vector, g: Vector, v: Vector, bounds: Bounds, decay: Vector, scale: Any, mu: Any, nesterov: bool, whose: int
 ) -> Sums:
     """(k, 2) sums of the squares of w, and of g·scale, of g·scale + λw, or of o with both factors 1."""
     sums, one = np.empty((len(bounds), 2)), w.dtype.type(1)
@@ -96,7 +89,7 @@ def lars_step(
     g: Vector,
     v: Vector,
     out: Vector,
-    bounds: npt.NDArray[np.int64],
+    bounds: Bounds,
     decay: Vector,
     first: Vector,
     last: Vector,
@@ -115,14 +108,7 @@ def lars_step(
 
 
 def lars_apply(
-    w: Vector,
-    g: Vector,
-    v: Vector,
-    bounds: npt.NDArray[np.int64],
-    decay: Vector,
-    first: Vector,
-    last: Vector,
-    *numbers: Any,
+    w: Vector, g: Vector, v: Vector, bounds: Bounds, decay: Vector, first: Vector, last: Vector, *numbers: Any
 ) -> None:
     """As :func:`lars_step`, added to the weights."""
     out = np.empty_like(w)
@@ -131,22 +117,9 @@ def lars_apply(
         w[lo:hi] += out[lo:hi]
 
 
-def adam_direction(
-    w: Vector,
-    g: Vector,
-    m: Vector,
-    v: Vector,
-    decay: Any,
-    scale: Any,
-    b1: Any,
-    c1: Any,
-    b2: Any,
-    c2: Any,
-    k1: Any,
-    k2: Any,
-    eps: Any,
-) -> Vector:
+def adam_direction(w: Vector, g: Vector, m: Vector, v: Vector, decay: Any, *numbers: Any) -> Vector:
     """Write m ← b1·m + c1·g and v ← b2·v + c2·g²; (m/k1)/(√(v/k2) + eps) + λw."""
+    scale, b1, c1, b2, c2, k1, k2, eps = numbers
     scaled = g * scale
     m[...] = b1 * m + c1 * scaled
     v[...] = b2 * v + c2 * (scaled * scaled)
@@ -154,14 +127,7 @@ def adam_direction(
 
 
 def lamb_moments(
-    w: Vector,
-    g: Vector,
-    m: Vector,
-    v: Vector,
-    out: Vector,
-    bounds: npt.NDArray[np.int64],
-    decay: Vector,
-    *numbers: Any,
+    w: Vector, g: Vector, m: Vector, v: Vector, out: Vector, bounds: Bounds, decay: Vector, *numbers: Any
 ) -> Sums:
     """:func:`adam_direction` of every tensor into ``out``; (k, 2) sums of the squares of w and out."""
     sums = np.empty((len(bounds), 2))
@@ -172,22 +138,20 @@ def lamb_moments(
     return sums
 
 
-def adam_step(
-    w: Vector, g: Vector, m: Vector, v: Vector, bounds: npt.NDArray[np.int64], decay: Vector, *numbers: Any
-) -> None:
+def adam_step(w: Vector, g: Vector, m: Vector, v: Vector, bounds: Bounds, decay: Vector, *numbers: Any) -> None:
     """w ← w + :func:`adam_direction` · last, the last of the numbers."""
     for row, (lo, hi) in enumerate(bounds):
         part = slice(lo, hi)
         w[part] += adam_direction(w[part], g[part], m[part], v[part], decay[row], *numbers[:-1]) * numbers[-1]
 
 
-def scale_tensors(out: Vector, bounds: npt.NDArray[np.int64], factor: Vector, last: Any) -> None:
+def scale_tensors(out: Vector, bounds: Bounds, factor: Vector, last: Any) -> None:
     """out ← (out·factor)·last, a factor for each tensor."""
     for row, (lo, hi) in enumerate(bounds):
         out[lo:hi] = (out[lo:hi] * factor[row]) * last
 
 
-def add_scaled(w: Vector, out: Vector, bounds: npt.NDArray[np.int64], factor: Vector, last: Any) -> None:
+def add_scaled(w: Vector, out: Vector, bounds: Bounds, factor: Vector, last: Any) -> None:
     """w ← w + (out·factor)·last, a factor for each tensor."""
     for row, (lo, hi) in enumerate(bounds):
         w[lo:hi] += (out[lo:hi] * factor[row]) * last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,16 +23,6 @@ from hpccomm.kernels.intrinsics import (
     set_element,
     stack_buffer,
 )
-
-
-@register_jitable
-def add(a, b):
-    return a + b
-
-
-@register_jitable
-def multiply(a, b):
-    return a * b
 
 
 @register_jitable
@@ -59,32 +50,17 @@ def logical_xor(a, b):
     return (a != 0) ^ (b != 0)
 
 
-@register_jitable
-def bitwise_and(a, b):
-    return a & b
-
-
-@register_jitable
-def bitwise_or(a, b):
-    return a | b
-
-
-@register_jitable
-def bitwise_xor(a, b):
-    return a ^ b
-
-
 COMBINE = {
-    "sum": add,
-    "prod": multiply,
+    "sum": operator.add,
+    "prod": operator.mul,
     "min": minimum,
     "max": maximum,
     "land": logical_and,
     "lor": logical_or,
     "lxor": logical_xor,
-    "band": bitwise_and,
-    "bor": bitwise_or,
-    "bxor": bitwise_xor,
+    "band": operator.and_,
+    "bor": operator.or_,
+    "bxor": operator.xor,
 }
 
 

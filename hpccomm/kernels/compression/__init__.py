@@ -1,1 +1,0 @@
-"""Kernels of compressed gradient exchange: the NumPy reference, compiled loops and their wrappers."""

@@ -1,0 +1,1 @@
+"""Codes for the indices of selected elements."""

@@ -1,0 +1,1 @@
+"""Elements of 16, 8 or 2 bits."""

@@ -1,0 +1,1 @@
+"""Selection of elements: by a threshold, the k largest, at random."""
