@@ -42,10 +42,15 @@ _MODULES = {
 
 _HOME = {name: f"hpccomm.{module}" for module, names in _MODULES.items() for name in names.split()}
 
+_FOLDERS = {"algorithms", "collectives", "performance", "testing", "train"}
+"""Subpackages that ``import hpccomm`` alone makes reachable."""
+
 __all__ = sorted(_HOME)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return import_module(f"hpccomm.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'hpccomm' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
@@ -54,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_FOLDERS})

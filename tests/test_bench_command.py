@@ -166,3 +166,10 @@ def test_help_and_version_are_printed_once(line: str, words: str) -> None:
     done = bench(2, line)
     assert done.returncode == 0
     assert done.stdout.count(words) == 1
+
+
+def test_a_result_file_that_cannot_be_written_is_an_error_before_the_first_measurement(tmp_path: Path) -> None:
+    done = bench(2, f"allreduce -m 4:8 --json {tmp_path}/missing/out.json")
+    assert done.returncode != 0
+    assert "name a file that can be written" in done.stdout + done.stderr
+    assert "OSU" not in done.stdout

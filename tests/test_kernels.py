@@ -238,3 +238,30 @@ def test_without_a_writable_cache_folder_kernels_are_compiled_anew(tmp_path: Pat
 def test_references_load_without_numba(module: str) -> None:
     code = f"import hpccomm.kernels.{module}, sys; assert not {{'numba', 'llvmlite'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("how", ["absent", "refuses NumPy"])
+def test_methods_work_where_numba_cannot_be_imported(how: str) -> None:
+    code = f"""
+import importlib.abc, importlib.machinery, sys
+class Numba(importlib.abc.Loader, importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name == "numba" else None
+    def exec_module(self, module):
+        raise ImportError("Numba needs NumPy 2.3 or less")
+if {how == "absent"}:
+    sys.modules["numba"] = None
+else:
+    sys.meta_path.insert(0, Numba())
+import hpccomm, numpy as np
+from hpccomm.testing.ranks import run_on_ranks
+bucket = hpccomm.Bucket({{"w": (40, 50)}})
+def step(comm):
+    for method in (hpccomm.lars(bucket, 0.1), hpccomm.lamb(bucket, 0.1), hpccomm.gtc(comm), hpccomm.dgc(comm, bucket),
+                   hpccomm.onebit_sgd(comm, bucket), hpccomm.feedback(hpccomm.qsgd(4), comm)):
+        weights = np.ones(2000, "f4")
+        method.update(weights, method.init(weights), weights)
+run_on_ranks(2, step)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

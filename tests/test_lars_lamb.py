@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 from collections.abc import Callable
@@ -14,7 +15,13 @@ from hpccomm.algorithms.fused import InPlaceTransform, fuse
 from hpccomm.algorithms.large_batch import Variant, lamb, lars
 from hpccomm.algorithms.lr_schedules import constant, join_schedules, linear_scaling, polynomial, sqrt_scaling, warm_up
 from hpccomm.algorithms.transforms import Transform, adam, chain, descend, momentum, scale, weight_decay
-from hpccomm.algorithms.trust_ratio import CACHE_ELEMENTS, layers, scale_by_trust_ratio
+from hpccomm.algorithms.trust_ratio import (
+    CACHE_ELEMENTS,
+    add_decayed_weights,
+    layers,
+    scale_by_global_norm,
+    scale_by_trust_ratio,
+)
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.optimizers import loops, reference
@@ -666,3 +673,38 @@ def test_vectors_that_do_not_fit_are_refused(method: InPlaceTransform) -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             method.update(gradient, method.init(weights), weights)
+
+
+ONE = Bucket({"w": (3,)})
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda: scale_by_trust_ratio(ONE, chain(momentum(0.9))), "open with add_decayed_weights"),
+        (lambda: scale_by_trust_ratio(ONE, chain(weight_decay(0.1))), "open with add_decayed_weights"),
+        (lambda: scale_by_trust_ratio(ONE, chain(momentum(0.9), add_decayed_weights(0, ONE))), "open with"),
+        (lambda: scale_by_trust_ratio(ONE, momentum(0.9)), "open with add_decayed_weights"),
+        (lambda: scale_by_trust_ratio(ONE, chain()), "open with add_decayed_weights"),
+        (lambda: scale_by_trust_ratio(ONE, trust=0), "positive number"),
+        (lambda: scale_by_trust_ratio(ONE, eps=-1), "0 or more"),
+        (lambda: scale_by_trust_ratio(ONE, ratio_clip=(3, 1)), "low, high"),
+        (lambda: scale_by_trust_ratio(ONE, weight_clip=(3, 1)), "low, high"),
+        (lambda: scale_by_global_norm("both"), "'normalise'"),  # type: ignore[arg-type]
+        (lambda: scale_by_global_norm("clip", 0), "positive number"),
+        (lambda: add_decayed_weights(-1, ONE), "0 or more"),
+        (lambda: lars(ONE, 0.1, eps=-1), "0 or more"),
+    ],
+)
+def test_terms_refuse_wrong_arguments_with_a_remedy(make: Callable[[], Any], remedy: str) -> None:
+    with pytest.raises(ArgumentError, match=remedy):
+        make()
+
+
+@pytest.mark.parametrize("method", [lars(ONE, 0.1), lamb(ONE, 0.1)], ids=["lars", "lamb"])
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy])
+def test_a_copied_optimizer_steps_as_the_original(method: Any, copy_of: Callable[[Any], Any]) -> None:
+    same, weights, gradient = copy_of(method), np.ones(3, "f4"), np.full(3, 2, "f4")
+    expected, _ = method.update(gradient, method.init(weights), weights)
+    same.apply(gradient, same.init(weights), weights)
+    assert np.array_equal(weights, np.ones(3, "f4") + expected)

@@ -54,6 +54,13 @@ def test_run_on_ranks_is_where_tests_look_for_it() -> None:
     assert hpccomm.testing.run_on_ranks(2, lambda comm: comm.rank) == [0, 1]
 
 
+@pytest.mark.parametrize("folder", sorted(hpccomm._FOLDERS))
+def test_subpackages_are_reachable_after_importing_the_package_alone(folder: str) -> None:
+    code = f"import hpccomm; assert {folder!r} in dir(hpccomm); print(hpccomm.{folder}.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == f"hpccomm.{folder}"
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'gradient_descent'"):
         _ = hpccomm.gradient_descent

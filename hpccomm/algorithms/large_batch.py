@@ -48,6 +48,7 @@ from hpccomm.algorithms.transforms import momentum as momentum_trace
 from hpccomm.algorithms.trust_ratio import (
     NormReduce,
     add_decayed_weights,
+    check_range,
     layers,
     learning_rate,
     scale_by_global_norm,
@@ -152,8 +153,8 @@ def lamb(
     require(max_norm > 0, f"lamb: max_norm is {max_norm}: pass a positive number")
     check_choice("lamb: bias_correction", bias_correction, (True, False, "in_step"))
     check_choice("lamb: grad_norm", grad_norm, ("none", "clip", "normalise"))
-    check_range("ratio_clip", ratio_clip)
-    check_range("weight_clip", weight_clip)
+    check_range("lamb: ratio_clip", ratio_clip)
+    check_range("lamb: weight_clip", weight_clip)
     here = layers("lamb", bucket, part, decay, adapt)
 
     def rate_with_correction(count: int) -> float:
@@ -167,8 +168,3 @@ def lamb(
         descend(rate_with_correction if bias_correction == "in_step" else lr),
     )
     return fuse("lamb", chain(*terms), here)
-
-
-def check_range(name: str, given: tuple[float, float] | None) -> None:
-    """Raise unless it is None or (low, high)."""
-    require(given is None or 0 <= given[0] <= given[1], f"lamb: {name} is {given}: pass (low, high), 0 <= low <= high")

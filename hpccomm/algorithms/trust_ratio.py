@@ -15,7 +15,6 @@ is never treated as a tensor of its own.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
@@ -27,6 +26,8 @@ import numpy.typing as npt
 from hpccomm.algorithms.transforms import Chain, Schedule, Term, Transform, Vector, check_alike, require
 from hpccomm.arrays import is_on_device
 from hpccomm.buckets import Bucket, TensorEntry
+from hpccomm.errors import ArgumentError
+from hpccomm.kernels.numba_check import why_no_numba
 from hpccomm.kernels.optimizers.reference import GRADIENT
 
 NormReduce = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
@@ -77,6 +78,12 @@ def scale_by_global_norm(
 ) -> Term:
     """Multiply the whole gradient so that its norm is at most ``max_norm`` ("clip") or is 1 ("normalise")."""
 
+    require(
+        grad_norm in ("none", "clip", "normalise"),
+        f"scale_by_global_norm: grad_norm is {grad_norm!r}: pass 'none', 'clip' or 'normalise'",
+    )
+    require(max_norm > 0, f"scale_by_global_norm: max_norm is {max_norm}: pass a positive number")
+
     def update(gradient: Vector, state: tuple[()], weights: Vector) -> tuple[Vector, tuple[()]]:
         return gradient * gradient.dtype.type(shrink(grad_norm, max_norm, gradient, norm_reduce)), state
 
@@ -86,6 +93,7 @@ def scale_by_global_norm(
 
 def add_decayed_weights(rate: float, tensors: Bucket | Layers) -> Term:
     """Add ``rate * weights`` in the tensors that decay; :func:`~hpccomm.weight_decay` takes a mask of elements."""
+    require(rate >= 0, f"add_decayed_weights: rate is {rate}: pass 0 or more")
     here = tensors if isinstance(tensors, Layers) else layers("add_decayed_weights", tensors)
 
     def update(gradient: Vector, state: tuple[()], weights: Vector) -> tuple[Vector, tuple[()]]:
@@ -129,7 +137,11 @@ def scale_by_trust_ratio(
     [0.5, 0.5, 0.5, 0.5]
     """
     here = tensors if isinstance(tensors, Layers) else layers("scale_by_trust_ratio", tensors)
-    rate = None if inner is None else next(each.numbers.rate for each in inner.terms if isinstance(each, Term))
+    require(trust > 0, f"scale_by_trust_ratio: trust is {trust}: pass a positive number")
+    require(eps >= 0, f"scale_by_trust_ratio: eps is {eps}: pass 0 or more")
+    check_range("scale_by_trust_ratio: ratio_clip", ratio_clip)
+    check_range("scale_by_trust_ratio: weight_clip", weight_clip)
+    rate = None if inner is None else decay_rate(inner)
     ratio = TrustRatio(trust, eps, rate, lr, ratio_clip, weight_clip, norm_reduce)
 
     def init(weights: Vector) -> TrustRatioState:
@@ -148,6 +160,17 @@ def scale_by_trust_ratio(
         return out, TrustRatioState(state.updates + 1, inside)
 
     return Term.of(Transform(init, update), "scale_by_trust_ratio", inner=inner, ratio=ratio)
+
+
+def decay_rate(inner: Transform) -> float:
+    """The rate of the ``add_decayed_weights`` that opens the inner chain of a trust ratio."""
+    first = inner.terms[0] if isinstance(inner, Chain) and inner.terms else None
+    if not isinstance(first, Term) or first.name != "add_decayed_weights":
+        raise ArgumentError(
+            "scale_by_trust_ratio: inner does not open with add_decayed_weights: "
+            "pass chain(add_decayed_weights(rate, bucket), ...), with rate 0 for no decay"
+        )
+    return float(first.numbers.rate)
 
 
 class TrustRatio(NamedTuple):
@@ -177,6 +200,11 @@ class TrustRatio(NamedTuple):
 def learning_rate(lr: float | Schedule, updates: float) -> float:
     """γ of the update after ``updates`` others."""
     return float(lr(int(updates)) if callable(lr) else lr)
+
+
+def check_range(name: str, given: tuple[float, float] | None) -> None:
+    """Raise unless it is None or (low, high)."""
+    require(given is None or 0 <= given[0] <= given[1], f"{name} is {given}: pass (low, high), 0 <= low <= high")
 
 
 def layers(
@@ -256,10 +284,10 @@ def kernel(name: str, vector: Vector) -> Callable[..., Any]:
 
 @cache
 def host_kernel(name: str, code: str) -> Callable[..., Any]:
-    """A function of :mod:`hpccomm.kernels.optimizers.loops`, or NumPy's where Numba is not installed."""
+    """A function of :mod:`hpccomm.kernels.optimizers.loops`, or NumPy's where Numba cannot be imported."""
     from hpccomm.kernels.optimizers import reference
 
-    if importlib.util.find_spec("numba") is None:
+    if why_no_numba():
         return getattr(reference, name)  # type: ignore[no-any-return]
     from hpccomm.kernels.optimizers import loops
 

@@ -42,7 +42,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import importlib.util
 import math
 import os
 import platform
@@ -56,6 +55,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.errors import MismatchError, TransportError
+from hpccomm.kernels.numba_check import why_no_numba
 from hpccomm.kernels.reductions.reference import code_of, has_kernel, itemsize
 from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
@@ -578,13 +578,7 @@ def spin_count(node: Any) -> int:
 def agree_on_code(node: Any, code: str) -> bool:
     """Whether the kernels are compiled; the same on all ranks."""
     wanted = node.bcast(code)
-    found = "Numba is not installed" if importlib.util.find_spec("numba") is None else ""
-    if wanted != "numpy" and not found:
-        try:
-            import numba  # noqa: F401
-        except ImportError as error:
-            found = str(error)
-    troubles = [each for each in node.allgather(found) if each]
+    troubles = [each for each in node.allgather("" if wanted == "numpy" else why_no_numba()) if each]
     if wanted != "numpy" and not troubles:
         return True
     if wanted == "compiled" or platform.machine().lower() not in TSO_MACHINES:

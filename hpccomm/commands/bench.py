@@ -46,6 +46,10 @@ def run(args: argparse.Namespace) -> int:
             return refuse(world, printer, rank_count_error(command, world.size))
         comm = hpccomm.Communicator(world)
         command = fit_to_ranks(comm, command, printer)
+        if path := command.json:
+            from hpccomm.commands.train import check_file, run_on_root
+
+            run_on_root(lambda: check_file("--json", Path(path)), comm)
     except ArgumentError as error:
         return refuse(world, printer, f"hpccomm bench: {error}")
     session = Session(comm, command, printer)

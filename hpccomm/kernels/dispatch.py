@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 from hpccomm.arrays import is_on_device
+from hpccomm.kernels.numba_check import why_no_numba
 
 FAMILIES = ("vectors", "selection", "index_codes", "signs", "quantized")
 """The folders with the kernels of compressed exchange."""
@@ -27,8 +28,8 @@ def kernels(vector: Any = None) -> Any:
 
 @cache
 def host_kernels() -> SimpleNamespace:
-    """The compiled functions, or the references where Numba is not installed."""
-    return load_kernels("compiled" if importlib.util.find_spec("numba") else "reference")
+    """The compiled functions, or the references where Numba cannot be imported."""
+    return load_kernels("reference" if why_no_numba() else "compiled")
 
 
 @cache
