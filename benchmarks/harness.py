@@ -15,7 +15,6 @@ import os
 import platform
 import random
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -318,7 +317,7 @@ def parser(name: str, doc: str | None, rounds: int | None = None, ranks: str = "
 
 
 def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line; SIGTERM then unwinds the program, so that virtual clusters are removed."""
+    """Read the command line."""
     args, unknown = parse_known(made)
     if unknown:
         made.error(f"unknown: {' '.join(unknown)}")
@@ -327,7 +326,6 @@ def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
 
 def parse_known(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
     """Likewise, and the words that are not ours."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args, unknown = made.parse_known_args()
     args.file = Path(args.json) if args.json else None
     return args, unknown

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpccomm.collectives.engine import (
+    BoundSchedule,
     Combine,
-    Plan,
     RoundActions,
     Transport,
     VectorSegment,
@@ -65,7 +65,7 @@ class TwoLevels:
         self.nodes, self.width = channels.rank.shape
         self.local_rank, self.members = int(channels.local_rank[self.rank]), int(memory.size)
 
-    def bind(self, data: Operands, digest: int) -> Plan:
+    def bind(self, data: Operands, digest: int) -> BoundSchedule:
         """Bind an allreduce; ``digest`` is that of its fingerprint."""
         nbytes = data.vector.nbytes
         inter = select_inter_node(self.nodes, nbytes, self.width, self.link)
@@ -76,7 +76,7 @@ class TwoLevels:
         numbers = [number for number, segment in enumerate(found) for _ in segment]
         return interleave([rounds for segment in found for rounds in segment], numbers)
 
-    def bind_short(self, data: Operands, digest: int, inter: Algorithm) -> Plan:
+    def bind_short(self, data: Operands, digest: int, inter: Algorithm) -> BoundSchedule:
         """One rank of each node exchanges the whole vector."""
         memory, size = self.memory, data.vector.size
         reduce = memory.bind_reduce(data.send, data.recv, size, data.kind, data.op, 0, digest)

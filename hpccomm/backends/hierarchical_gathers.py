@@ -32,9 +32,9 @@ from hpccomm.calls.buffers import address_of
 from hpccomm.collectives import ALGORITHMS, ring
 from hpccomm.collectives.engine import (
     Action,
+    BoundSchedule,
     Combine,
     Exchange,
-    Plan,
     RoundActions,
     Transport,
     Vector,
@@ -101,14 +101,14 @@ class TwoLevelGathers:
 
     # Allgather
 
-    def bind_allgather(self, vector: Vector, blocks: Sequence[int], digest: int) -> Plan:
+    def bind_allgather(self, vector: Vector, blocks: Sequence[int], digest: int) -> BoundSchedule:
         """Bind an allgather in place; ``blocks`` are the offsets of blocks in the order of nodes."""
         offsets = self.block_offsets(blocks)
         if vector.nbytes <= SHORT_BYTES:
             return self.short_allgather(vector, offsets, digest)
         return self.long_allgather(vector, offsets, digest)
 
-    def short_allgather(self, vector: Vector, offsets: BlockOffsets, digest: int) -> Plan:
+    def short_allgather(self, vector: Vector, offsets: BlockOffsets, digest: int) -> BoundSchedule:
         """The first rank of each node exchanges the whole vector."""
         rounds = self.leader_rounds(ALGORITHMS["allgather"]["bruck"].steps, vector, offsets, None, digest)
         broadcast = self.bind_broadcast(vector, digest)
@@ -121,7 +121,7 @@ class TwoLevelGathers:
         bound: Action = self.memory.bind_bcast(address_of(vector), vector.nbytes, 0, digest, patient)
         return bound
 
-    def long_allgather(self, vector: Vector, offsets: BlockOffsets, digest: int) -> Plan:
+    def long_allgather(self, vector: Vector, offsets: BlockOffsets, digest: int) -> BoundSchedule:
         """All channels run a ring over the nodes; arrived blocks are gathered while messages are pending."""
         chunks = message_count(offsets.longest_block * vector.itemsize, 1)
         intervals = [(cuts[self.channel], cuts[self.channel + 1]) for cuts in offsets.channels]
@@ -151,7 +151,7 @@ class TwoLevelGathers:
 
     # Reduce-scatter
 
-    def bind_reduce_scatter(self, data: Operands, blocks: Sequence[int], digest: int) -> Plan:
+    def bind_reduce_scatter(self, data: Operands, blocks: Sequence[int], digest: int) -> BoundSchedule:
         """Bind a reduce-scatter of the blocks at ``data.send``, in the order of nodes, with these offsets.
 
         ``data.vector`` receives this rank's block of the result.
@@ -161,7 +161,7 @@ class TwoLevelGathers:
             return self.short_reduce_scatter(data, offsets, digest)
         return self.long_reduce_scatter(data, offsets, digest)
 
-    def short_reduce_scatter(self, data: Operands, offsets: BlockOffsets, digest: int) -> Plan:
+    def short_reduce_scatter(self, data: Operands, offsets: BlockOffsets, digest: int) -> BoundSchedule:
         """The first rank of each node reduces the whole vector."""
         total = np.empty(offsets.blocks[-1], data.vector.dtype)
         reduce = self.memory.bind_reduce(data.send, address_of(total), total.size, data.kind, data.op, 0, digest)
@@ -172,7 +172,7 @@ class TwoLevelGathers:
         copy_out = self.copy_own_block(data.vector, node_blocks, offsets)
         return interleave([[RoundActions([], [reduce]), *rounds, RoundActions([], [broadcast, copy_out])]])
 
-    def long_reduce_scatter(self, data: Operands, offsets: BlockOffsets, digest: int) -> Plan:
+    def long_reduce_scatter(self, data: Operands, offsets: BlockOffsets, digest: int) -> BoundSchedule:
         """All channels run a ring over the nodes; each node reduces the next blocks while messages are pending."""
         chunks = message_count(offsets.longest_block * data.vector.itemsize, 1)
         lengths = [cuts[self.channel + 1] - cuts[self.channel] if self.has_channel else 0 for cuts in offsets.channels]
@@ -271,7 +271,7 @@ def pipeline(
     window: int,
     meanwhile: dict[int, Action],
     last: Sequence[Action] = (),
-) -> Plan:
+) -> BoundSchedule:
     """A plan with ``window`` rounds pending at a time; ``meanwhile[k]`` runs after k rounds have finished."""
     actions = [*first, *(act for each in rounds[:window] for act in each.starts)]
     for number in range(len(rounds) + 1):
@@ -281,7 +281,7 @@ def pipeline(
             actions += rounds[number].finishes
         if number + window < len(rounds):
             actions += rounds[number + window].starts
-    return Plan([*actions, *last], [exchange for each in rounds for exchange in each.exchanges])
+    return BoundSchedule([*actions, *last], [exchange for each in rounds for exchange in each.exchanges])
 
 
 class SegmentingTransport:

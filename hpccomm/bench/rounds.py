@@ -25,7 +25,7 @@ from mpi4py import MPI
 from hpccomm.backends.hierarchical import SHORT_BYTES, Operands, TwoLevels
 from hpccomm.calls import operations
 from hpccomm.collectives import ALGORITHMS
-from hpccomm.collectives.engine import Plan, bind, interleave, segments
+from hpccomm.collectives.engine import BoundSchedule, bind, interleave, segments
 from hpccomm.collectives.hierarchical import channels_of
 from hpccomm.collectives.schedule import Algorithm, Step
 from hpccomm.errors import ArgumentError
@@ -221,7 +221,7 @@ class Rounds:
             return lambda: np.copyto(a, b)
         return self.intra_node_call(what, nbytes)
 
-    def rounds(self, task: Task, nbytes: int, count: int) -> Plan:
+    def rounds(self, task: Task, nbytes: int, count: int) -> BoundSchedule:
         """Rounds of a flat schedule."""
         vector = zeros(2 * nbytes)
         steps = self.pattern(task, count).steps(self.comm.rank, self.comm.size)
@@ -244,7 +244,7 @@ class Rounds:
 
         return Algorithm(steps, lambda p: 2)
 
-    def channel_rounds(self, task: Task, nbytes: int, count: int) -> Plan:
+    def channel_rounds(self, task: Task, nbytes: int, count: int) -> BoundSchedule:
         """Rounds between the nodes on all channels, each with several concurrent messages."""
         levels = self.two_levels
         schedule, parts = self.pattern(task, count), []
@@ -256,7 +256,7 @@ class Rounds:
             )
         return interleave(parts)
 
-    def short_call(self, task: Task, nbytes: int, count: int) -> Plan:
+    def short_call(self, task: Task, nbytes: int, count: int) -> BoundSchedule:
         """A call for a short vector with ``count`` rounds between the nodes."""
         vector, source = zeros(2 * nbytes), zeros(2 * nbytes)
         data = Operands(address_of(source), address_of(vector), vector, "float32", "sum", self.combine)

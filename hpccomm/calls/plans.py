@@ -20,7 +20,7 @@ Run = Callable[[], None]
 
 
 class Plan:
-    """A call that is ready to run; on messages it contains a schedule's :class:`hpccomm.collectives.engine.Plan`."""
+    """A call that is ready to run; on messages it runs a :class:`hpccomm.collectives.engine.BoundSchedule`."""
 
     __slots__ = ("free", "result", "run")
 

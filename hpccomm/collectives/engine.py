@@ -53,7 +53,7 @@ class Transport(Protocol):
         """Bind one outgoing and one incoming message; ``None`` for no message."""
 
 
-class Plan:
+class BoundSchedule:
     """A schedule bound to memory: call it any number of times, then free it."""
 
     def __init__(self, actions: list[Action], exchanges: list[Exchange]) -> None:
@@ -92,7 +92,7 @@ def bind(
     transport: Transport,
     combine: Combine | None = None,
     tag: int = 0,
-) -> Plan:
+) -> BoundSchedule:
     """Bind a schedule to a vector in one segment; ``cuts`` are the b + 1 offsets of its b blocks."""
     segment = VectorSegment(vector, cuts, transport, combine, tag)
     return interleave([[segment.bind_step(step) for step in steps if not segment.is_idle(step)]])
@@ -106,7 +106,7 @@ def bind_segments(
     transport: Transport,
     combine: Combine | None = None,
     tag: int = 0,
-) -> Plan:
+) -> BoundSchedule:
     """Bind a schedule with blocks of any offsets (allreduce, bcast, reduce) to a vector in ``number`` segments."""
     script = list(steps)
     bound = []
@@ -126,7 +126,7 @@ class RoundActions:
         self.finishes = [act for exchange in exchanges for act in exchange.waits] + reductions
 
 
-def interleave(rounds: Sequence[list[RoundActions]], begins: Sequence[int] | None = None) -> Plan:
+def interleave(rounds: Sequence[list[RoundActions]], begins: Sequence[int] | None = None) -> BoundSchedule:
     """Start round k+1 of a segment when its round k is finished, while the other segments are in flight.
 
     ``rounds`` has one list a segment.  ``begins`` are the turns in which the segments begin, in ascending order; by
@@ -141,7 +141,7 @@ def interleave(rounds: Sequence[list[RoundActions]], begins: Sequence[int] | Non
                 actions += segment[k].finishes
             if 0 <= k + 1 < len(segment):
                 actions += segment[k + 1].starts
-    return Plan(actions, [exchange for segment in rounds for each in segment for exchange in each.exchanges])
+    return BoundSchedule(actions, [exchange for segment in rounds for each in segment for exchange in each.exchanges])
 
 
 class VectorSegment:
