@@ -72,7 +72,7 @@ def test_one_rank_asserts(comm):
 def test_after_assert(comm):
     agree(comm)
 
-def test_two_ranks_fail_with_equal_tracebacks(comm):
+def test_two_ranks_assert_with_equal_tracebacks(comm):
     if comm.rank != 1:
         raise ValueError(f"{object()} is broken")
 
@@ -140,7 +140,7 @@ OUTCOMES = {
     "test_first": "passed",
     "test_one_rank_asserts": "failed",
     "test_after_assert": "passed",
-    "test_two_ranks_fail_with_equal_tracebacks": "failed",
+    "test_two_ranks_assert_with_equal_tracebacks": "failed",
     "test_fails_before_a_collective": "failed",
     "test_receives_no_message_of_the_test_before": "passed",
     "test_hangs": "failed",
@@ -264,9 +264,9 @@ def test_an_assert_on_one_rank_is_reported_once_with_that_ranks_number(sick: Ses
 
 
 def test_equal_failures_of_several_ranks_are_reported_once(sick: Session) -> None:
-    text = sick.texts["test_two_ranks_fail_with_equal_tracebacks[p3]"]
+    text = sick.texts["test_two_ranks_assert_with_equal_tracebacks[p3]"]
     assert "--- ranks 0, 2 of 3 ---" in text
-    assert text.count("def test_two_ranks_fail_with_equal_tracebacks") == 1
+    assert text.count("def test_two_ranks_assert_with_equal_tracebacks") == 1
 
 
 def test_a_rank_that_fails_before_a_collective_is_named_and_the_others_stacks_are_shown(sick: Session) -> None:
