@@ -17,7 +17,7 @@ with suppress(ImportError):  # a bare machine with a device runs the tests that 
     settings.register_profile("no deadline", deadline=None)  # an example may take long on a loaded machine
     settings.load_profile("no deadline")
 
-SERIAL_ROWS, MPI_ROWS = 4, 1
+SERIAL_ROWS, MPI_ROWS = 3, 1
 """Rows of one parametrised test that ``--quick`` runs: of a serial test, and of an MPI test at each world size."""
 
 
