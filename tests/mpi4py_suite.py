@@ -1,4 +1,4 @@
-"""mpi4py's own tests of blocking and persistent collectives, run with ``COMM`` set to our communicator.
+"""mpi4py's own tests of blocking, non-blocking and persistent collectives, run with ``COMM`` set to our communicator.
 
 Usage: ``hpccomm-run -n 3 tests/mpi4py_suite.py FOLDER [algorithm …]``, where FOLDER contains mpi4py's tests.
 ``scripts/test_mpi4py`` downloads that folder and runs this script on several numbers of ranks.
@@ -18,7 +18,8 @@ from mpi4py import MPI
 from hpccomm import Communicator
 from hpccomm.collectives import ALGORITHMS
 
-MODULES = ("test_cco_buf", "test_cco_vec", "test_cco_pr_buf", "test_cco_pr_vec")
+MODULES = [f"test_cco_{kind}{form}" for kind in ("", "nb_", "pr_") for form in ("buf", "vec")]
+"""Blocking, non-blocking and persistent."""
 
 
 def import_host_arrays() -> None:
