@@ -184,6 +184,23 @@ def test_shapes_of_the_benchmark_are_written_in_one_word() -> None:
     assert shape.title == "3 x 2+1+3, cyclic, 100mbit"
 
 
+def test_clusters_come_and_go_under_one_lock(tmp_path: Path) -> None:
+    """Every process creates the folder, counts and removes the folder under the lock: no count is lost."""
+    program = (
+        "import pathlib, sys; from hpccomm.cluster import nodes\n"
+        "nodes.FOLDER, total = pathlib.Path(sys.argv[1]) / 'run', pathlib.Path(sys.argv[1]) / 'total'\n"
+        "for _ in range(200):\n"
+        " with nodes.hold_lock():\n"
+        "  nodes.FOLDER.mkdir()\n"
+        "  total.write_text(str(int(total.read_text()) + 1))\n"
+        "  nodes.FOLDER.rmdir()"
+    )
+    (tmp_path / "total").write_text("0")
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert (tmp_path / "total").read_text() == "600"
+
+
 @needs_namespaces
 def test_a_signal_is_delivered_after_the_nodes_are_removed(name: str) -> None:
     program = (

@@ -175,7 +175,7 @@ class Cluster:
 
     def save_state(self) -> None:
         """Write the state file, before or after a change."""
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "state.json"
         file.with_suffix(".new").write_text(json.dumps(self.state._asdict()), encoding="utf-8")
         file.with_suffix(".new").replace(file)
@@ -422,9 +422,8 @@ def wait_until(condition: Any, seconds: float) -> bool:
 
 @contextlib.contextmanager
 def hold_lock() -> Iterator[None]:
-    """Let one process at a time create or remove clusters."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    folder = os.open(FOLDER, os.O_RDONLY)
+    """Let one process at a time create or remove clusters: by the parent folder, which none of them removes."""
+    folder = os.open(FOLDER.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
