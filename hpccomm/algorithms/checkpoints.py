@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ import numpy as np
 from hpccomm.errors import ArgumentError
 
 NUMBERS = (bool, int, float)
+READER = threading.Lock()
+"""NumPy parses the header of each array as Python source, and two threads that parse at once raise SystemError (AST
+constructor recursion depth mismatch, CPython 3.11.7)."""
 
 
 def leaves(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -155,7 +159,7 @@ def load(path: str | os.PathLike[str], **like: Any) -> tuple[Any, ...]:
     Raises where the file is no checkpoint or holds other names, shapes or dtypes.  Nothing in the file is executed.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with READER, np.load(path, allow_pickle=False) as file:
             entries = {name: file[name] for name in file.files}
     except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
         raise ArgumentError(f"load: {path} is no checkpoint ({error}): name a file that save wrote") from None

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.algorithms.checkpoints import flush_folder, leaves, map_leaves, replace_file, save
+from hpccomm.algorithms.checkpoints import READER, flush_folder, leaves, map_leaves, replace_file, save
 from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, Unit, bounds
 from hpccomm.algorithms.transforms import Vector
 from hpccomm.errors import ArgumentError
@@ -156,7 +156,8 @@ def read_states(folder: Path, name: str, states: ShardedModel) -> tuple[dict[str
         try:
             if place not in opened:
                 opened[place] = np.load(files[place], allow_pickle=False)
-            return opened[place][key]
+            with READER:
+                return opened[place][key]
         except READ_ERRORS as error:
             raise ArgumentError(
                 f"{files[place]} is no whole file of shards with {key} ({error}): load what the same optimizer saved, "
