@@ -20,8 +20,9 @@ from hpccomm.backends.hierarchical import TwoLevels
 from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.backends.shared_memory import SharedMemory
 from hpccomm.calls import consistency
+from hpccomm.calls.entry import MAX_RANKS, Doors, Entry, why_no_entry
 from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, mismatch_message
-from hpccomm.calls.plans import Plan, PlanCache
+from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
@@ -50,8 +51,8 @@ SETTINGS = (
 class Context:
     """The context of one communicator; creating it is collective."""
 
-    def __init__(self, comm: MPI.Intracomm, plan_cache: PlanCache) -> None:
-        self._plan_cache = plan_cache
+    def __init__(self, comm: MPI.Intracomm, doors: Doors) -> None:
+        self._doors = doors
         self.rank, self.size = comm.rank, comm.size
         self.private_comm = unwrap(comm).Dup()
         self.node = ranks_of_this_node(self.private_comm)
@@ -63,6 +64,7 @@ class Context:
         self.consistency, self._segment = self.open_consistency_table()
         self.plans: OrderedDict[Hashable, Plan] = OrderedDict()
         self._decisions: dict[Hashable, tuning.Choice] = {}
+        self.entry: Entry | None = None
 
     def load_table(self) -> tuning.Table:
         """This machine's tuning table."""
@@ -92,6 +94,13 @@ class Context:
         """Shared memory of all ranks; ``None`` across nodes or where it is not available."""
         memory = self.node_memory
         return memory if self.layout.count == 1 else None
+
+    def open_doors(self) -> None:
+        """Let the compiled entry take calls in shared memory, where there are both."""
+        memory = self.shared_memory
+        if memory and memory.compiled and self.size <= MAX_RANKS and not why_no_entry():
+            names = {name for collective in SharedMemory.collectives for name in self.names(collective)}
+            self.entry = Entry(self._doors, memory, names)
 
     @cached_property
     def node_memory(self) -> SharedMemory | None:
@@ -191,14 +200,14 @@ class Context:
             return bound
         self.plans[key] = bound
         if len(self.plans) > MAX_PLANS:
-            self._plan_cache.clear()
             _, oldest = self.plans.popitem(last=False)
             oldest.free()
         return bound
 
     def forget(self) -> None:
         """Free all cached plans."""
-        self._plan_cache.clear()
+        if self.entry:
+            self.entry.clear()
         for bound in self.plans.values():
             bound.free()
         self.plans.clear()
@@ -206,6 +215,7 @@ class Context:
     def close(self) -> None:
         """Free all resources (collective)."""
         self.forget()
+        self._doors.close()
         if self.consistency:
             self.consistency.close()
         if self._segment:

@@ -18,12 +18,20 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from hpccomm.calls.fingerprint import Fingerprint, decode, first_difference, format_ranks, mismatch_message
+from hpccomm.calls.fingerprint import (
+    Fingerprint,
+    decode,
+    first_difference,
+    format_ranks,
+    mismatch_message,
+    template_digest,
+)
 from hpccomm.errors import MismatchError
+from hpccomm.kernels.entry.records import DIGEST_MASK
 
 CALLS = 64
 """Entries of each rank: how many calls back a peer can still be compared."""
-TEXTS = 32
+TEXTS = 64
 TEXT_BYTES = 248
 STATUS, LEFT, GAVE_UP = CALLS, CALLS + 1, CALLS + 2
 ROW_WORDS = CALLS + 16 + TEXTS * (TEXT_BYTES // 8 + 1)
@@ -67,6 +75,8 @@ class ConsistencyTable:
     def announce(self, fingerprint: Fingerprint) -> int:
         """Write the fingerprint of a future call; returns its digest for :meth:`enter`."""
         digest = fingerprint.digest
+        if fingerprint.number:
+            self.announce(fingerprint.template)
         if self._fingerprints.get(digest) != fingerprint:
             self._fingerprints[digest] = fingerprint
             start = 8 * (self._base + CALLS + 16 + (digest % TEXTS) * (TEXT_BYTES // 8 + 1))
@@ -153,9 +163,18 @@ class ConsistencyTable:
             return None
         return decode(bytes(self._octets[start + 8 : start + 8 + TEXT_BYTES]).rstrip())
 
-    def look_up_call(self, rank: int, digest: int) -> Fingerprint | None:
-        """The call of a rank of this node with a digest."""
-        if rank not in self._members:
+    def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
+        """The call of a rank of this node whose fingerprint has this word, or this digest."""
+        template, count = template_digest(word)
+        found = self.find_fingerprint(rank, word & DIGEST_MASK)
+        if found is None and count:
+            found = self.find_fingerprint(rank, template)
+            return found and found._replace(count=str(count))
+        return found
+
+    def find_fingerprint(self, rank: int, digest: int) -> Fingerprint | None:
+        """The fingerprint that a rank has announced, by its digest."""
+        if rank == self._me or rank not in self._members:
             return self._fingerprints.get(digest)
         return self.read_fingerprint(self._members.index(rank) * ROW_WORDS, digest)
 
@@ -199,15 +218,20 @@ class ConsistencyTable:
                 return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
         return None
 
-    def check_stall(self, digest: int, seconds: float, positions: list[int]) -> None:
-        """Check a call in shared memory that waits for some members: raise if they can never enter it, warn if slow."""
+    def check_stall(self, word: int, seconds: float, positions: list[int]) -> None:
+        """Check a call in shared memory that waits for some members: raise if they can never enter it, warn if slow.
+
+        ``word`` is that of the call's fingerprint.
+        """
         words, seq = self._words, self._seq
-        call = self._fingerprints.get(digest)
+        call, digest = self.look_up_call(self._me, word), word & DIGEST_MASK
         for position in positions:
             rank, row = self._members[position], position * ROW_WORDS
             entered = words[row + STATUS] == seq + 1
             other = self.read_fingerprint(row, words[row + (seq + 1) % CALLS] & 0x7FFFFFFF) if entered else None
             if other or words[row + LEFT]:
+                if call:
+                    self.announce(call)
                 words[self._base + GAVE_UP] = (seq << 31) | digest
                 raise MismatchError(
                     mismatch_message({self._me: call, rank: other}, self._me)
