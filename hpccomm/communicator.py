@@ -28,7 +28,7 @@ from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
 from hpccomm.device_planner import DevicePlanner
-from hpccomm.kernels.entry.records import MISS, NOT_MINE
+from hpccomm.kernels.entry.records import MISS, NATIVE, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.performance.tuning import Choice
 from hpccomm.planner import is_in_place
@@ -79,7 +79,7 @@ class Communicator(MPI.Intracomm):
         """What the collectives use: private communicator, layout, settings, plans (the first use is collective)."""
         if self._context is None:
             self._context = Context(self, self._doors)
-            self._context.open_doors()
+            self._planner.open_doors()
         return self._context
 
     @property
@@ -247,10 +247,12 @@ class Communicator(MPI.Intracomm):
         entry = self._context.entry if self._context else None
         if entry and code < NOT_MINE:
             return entry.resume(code)
+        if entry and code >= NATIVE:
+            return entry.run_native(code & ~NATIVE_IN_PLACE, self._native_call(name, code, buffers, rest))
         kind = entry.key() if entry and code == MISS else None
         sendbuf, recvbuf = buffers
         marks = tuple(each.handle if isinstance(each, MPI.Op) else each for each in rest)
-        key = kind or (call_key(name, *buffers, *marks) if is_permanent(rest[0]) else None)
+        key = kind or (call_key(name, *buffers, *marks) if all(map(is_permanent, rest[:-1])) else None)
         bound = self._find_plan(key)
         if bound is None:
             into = recvbuf if receives else None
@@ -265,6 +267,16 @@ class Communicator(MPI.Intracomm):
             return bound.run()
         finally:
             bound.free()
+
+    def _native_call(self, name: str, code: int, buffers: tuple[Any, Any], rest: tuple[Any, ...]) -> Callable[[], Any]:
+        """MPI's own collective with the arguments of :meth:`_run_uncached`."""
+        sendbuf, recvbuf = buffers
+        if name == "Barrier":
+            return super().Barrier
+        if name == "Bcast":
+            return partial(super().Bcast, recvbuf, *rest[:-1])
+        sent = IN_PLACE if code & NATIVE_IN_PLACE else sendbuf
+        return partial(getattr(MPI.Intracomm, name), self, sent, recvbuf, *rest[:-1])
 
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
@@ -603,9 +615,9 @@ class Communicator(MPI.Intracomm):
         return mean
 
 
-def is_permanent(op: Any) -> bool:
-    """Whether a handle may be part of a key: that of an operation of the user is used again when it is freed."""
-    return not isinstance(op, MPI.Op) or bool(op.is_predefined)
+def is_permanent(argument: Any) -> bool:
+    """Whether an argument may be part of a key: counts of other ranks, and operations of the user, may change."""
+    return argument is not None and (not isinstance(argument, MPI.Op) or bool(argument.is_predefined))
 
 
 _hooks: list[Any] = []

@@ -20,7 +20,7 @@ from hpccomm.backends.hierarchical import TwoLevels
 from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.backends.shared_memory import SharedMemory
 from hpccomm.calls import consistency
-from hpccomm.calls.entry import MAX_RANKS, Doors, Entry, why_no_entry
+from hpccomm.calls.entry import Doors, Entry
 from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, mismatch_message
 from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS, hierarchical
@@ -52,7 +52,7 @@ class Context:
     """The context of one communicator; creating it is collective."""
 
     def __init__(self, comm: MPI.Intracomm, doors: Doors) -> None:
-        self._doors = doors
+        self.doors = doors
         self.rank, self.size = comm.rank, comm.size
         self.private_comm = unwrap(comm).Dup()
         self.node = ranks_of_this_node(self.private_comm)
@@ -94,13 +94,6 @@ class Context:
         """Shared memory of all ranks; ``None`` across nodes or where it is not available."""
         memory = self.node_memory
         return memory if self.layout.count == 1 else None
-
-    def open_doors(self) -> None:
-        """Let the compiled entry take calls in shared memory, where there are both."""
-        memory = self.shared_memory
-        if memory and memory.compiled and self.size <= MAX_RANKS and not why_no_entry():
-            names = {name for collective in SharedMemory.collectives for name in self.names(collective)}
-            self.entry = Entry(self._doors, memory, names)
 
     @cached_property
     def node_memory(self) -> SharedMemory | None:
@@ -215,7 +208,7 @@ class Context:
     def close(self) -> None:
         """Free all resources (collective)."""
         self.forget()
-        self._doors.close()
+        self.doors.close()
         if self.consistency:
             self.consistency.close()
         if self._segment:

@@ -425,7 +425,7 @@ class SharedMemory:
     # Code
 
     def _fold(self, op: str, code: str) -> int:
-        return objects.address(f"{op}_{code}") if self._compiled else memory.fold_handle(op, code)
+        return objects.fold(op, code) if self._compiled else memory.fold_handle(op, code)
 
     def kernel(self, name: str) -> Callable[[int], int]:
         """The function that runs a collective's call record."""

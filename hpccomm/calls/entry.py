@@ -26,13 +26,24 @@ from mpi4py import MPI
 
 from hpccomm.calls.buffers import MPI_KINDS, numpy_dtype
 from hpccomm.calls.fingerprint import template_digest
+from hpccomm.calls.plans import NativeCall
+from hpccomm.collectives import ALGORITHMS as SCHEDULES
 from hpccomm.kernels import objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.kernels.entry import records
 from hpccomm.kernels.entry.body import hash_words
-from hpccomm.kernels.entry.records import CHECK_MASK, CHECK_PRIME, COUNT_CHECK, NOT_MINE
+from hpccomm.kernels.entry.records import (
+    BEFORE_NATIVE,
+    CHECK_MASK,
+    CHECK_PRIME,
+    COUNT_CHECK,
+    LATE,
+    NATIVE,
+    NOT_MINE,
+)
 from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
+from hpccomm.kernels.shared_memory.records import offset_of
 
 COLLECTIVES = ("allreduce", "reduce", "reduce_scatter_block", "allgather", "bcast", "alltoall", "barrier")
 MAX_RANKS = 256
@@ -91,33 +102,31 @@ def door_facts(p: int) -> dict[str, dict[str, int]]:
 
 
 class Entry:
-    """The doors of one communicator, whose ranks all share ``memory``, and its rows."""
+    """The doors of one communicator, and its rows.
 
-    def __init__(self, doors: Doors, memory: Any, algorithms: Iterable[str]) -> None:
-        self._memory, self._doors = memory, doors
-        self._facts = door_facts(memory.size)
-        self._known = [*known_types(), *((sys.intern(name), 0, 1) for name in ("auto", *algorithms))]
-        self._types = type_table(self._known)
-        self._items = {token: item for _, token, item in self._known}
+    ``memory`` is the shared memory of all ranks, ``table`` the consistency table, ``meeting`` the call in shared memory
+    in which ranks meet before MPI's synchronising collectives; each may be None.
+    """
+
+    def __init__(self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any) -> None:
+        self._doors, self.meeting, self._table = doors, meeting, table
+        self._facts = door_facts(size)
+        self._types, self._items = type_table(known_objects()), item_sizes()
         self._record = np.zeros((), records.ENTRY_RECORD)
-        fill(self._record, **python_addresses(), **self._own_addresses())
+        fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
+        fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
+        if memory:
+            fill(self._record, state=memory.state_address, patience=memory.patience_ns)
+            registered, count = memory.allocations.ctypes.data, memory.allocation_count.ctypes.data
+            fill(self._record, registered=registered, registrations=count)
+        if table:
+            address, row_bytes, members, member = table.place
+            fill(self._record, entries=address, row_bytes=row_bytes, members=members, member=member)
+        if meeting:
+            fill(self._record, meeting=meeting.address, meet=meeting.kernel_address)
         self.clear()
-        self._doors_kept = [self._open_door(name) for name in COLLECTIVES]
-
-    def _own_addresses(self) -> dict[str, int]:
-        """The fields of the record that differ between communicators."""
-        memory, rank = self._memory, int(self._memory.rank)
-        return {
-            "types": self._types.ctypes.data,
-            "types_mask": len(self._types) - 1,
-            "rank": rank,
-            "rank_object": id(rank),
-            "size": memory.size,
-            "state": memory.state_address,
-            "patience": memory.patience_ns,
-            "registered": memory.allocations.ctypes.data,
-            "registrations": memory.allocation_count.ctypes.data,
-        }
+        self._kept = [self._open_door(name) for name in COLLECTIVES]
+        self._leave = make_builtin("leave", objects.address("leave"), self._kept[0])
 
     def _open_door(self, name: str) -> npt.NDArray[Any]:
         """Open the door of a collective; returns its record, which must stay alive."""
@@ -153,14 +162,22 @@ class Entry:
     def insert(self, key: Key, call: Any) -> None:
         """Let the entry take the calls of the kind of ``key``; ``call`` in shared memory has taken one of them."""
         name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
-        values = row_values(call, key, item, max(1, self._facts[name].get("recv_blocks", 1)))
-        if values is None:
+        blocks = max(1, self._facts[name].get("recv_blocks", 1))
+        values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
+        template, count = template_digest(values["fingerprint"])
+        first = 1 << key.nbytes.bit_length() >> 1
+        least, most = max(call.span[0], first), min(call.span[1], max(2 * first - 1, 0))
+        if count != key.nbytes // item * blocks or not least <= key.nbytes <= most:
             return
         if len(self._keys) >= MAX_ROWS:
             self.clear()
-        own = call.copy()
-        values |= {"number": len(self._calls), "call": own.address, "kernel": own.kernel_address}
-        self._calls.append(own)
+        values |= {"least": least, "most": most, "item": item, "blocks": blocks, "template": template}
+        values |= {"number": len(self._calls), **{name: getattr(key, name) for name in ROW_KEY}}
+        if not isinstance(call, NativeCall):
+            own = call.copy()
+            self._calls.append(own)
+            values |= {"call": own.address, "kernel": own.kernel_address, "last": -1}
+        del values["fingerprint"]
         self._keys.append((key, values))
         if 2 * len(self._keys) > len(self._rows):
             self._resize(2 * len(self._rows))
@@ -171,14 +188,44 @@ class Entry:
         """Write a row to the first free place after its hash."""
         mask = len(self._rows) - 1
         at = hash_words(key.kind, key.op, key.root, key.algorithm) & mask
-        while self._rows["call"][at]:
+        while self._rows["backend"][at]:
             at = (at + 1) & mask
         fill(self._rows[at : at + 1], **values)
 
     def resume(self, code: int) -> None:
         """Continue the call in shared memory that a door has answered with a code of its kernel."""
-        row = self._record[()]["row"] + records.ROW_RECORD.fields["number"][1]  # type: ignore[index]
-        self._calls[load(int(row))].resume(code)
+        row = int(self._record["row"])
+        self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
+
+    def run_native(self, code: int, call: Callable[[], Any]) -> None:
+        """Run one of MPI's own collectives, which a door has answered with a code, and compare the ranks' calls."""
+        table = self._table
+        if table is None:
+            call()
+            return
+        try:
+            if code != NATIVE:
+                self._settle(code)
+            call()
+            if self._leave() is not None:
+                table.leave()
+        except MPI.Exception as failure:
+            table.abandon()
+            table.raise_mismatch(failure)
+        except BaseException:
+            table.abandon()
+            raise
+
+    def _settle(self, code: int) -> None:
+        """Wait for the other ranks, where the entry has not, and compare their calls with this rank's."""
+        if code >= BEFORE_NATIVE:
+            self.meeting.resume(code - BEFORE_NATIVE)
+        if code == LATE:
+            self._table.wait()
+        self._table.compare_entries()
+
+
+ROW_KEY = ("kind", "op", "root", "algorithm")
 
 
 def fill(record: npt.NDArray[Any], **values: int) -> None:
@@ -187,30 +234,36 @@ def fill(record: npt.NDArray[Any], **values: int) -> None:
         record[name] = value
 
 
-def row_values(call: Any, key: Key, item: int, blocks: int) -> dict[str, int] | None:
-    """The fields of the row for a call; None if they would not give back the call's own fingerprint and addresses."""
+def shared_values(call: Any, key: Key) -> dict[str, int]:
+    """The fields of the row for a call in shared memory."""
     fingerprint, check = int(call.call["fingerprint"]), int(call.call["check"])
-    template, count = template_digest(fingerprint)
-    if count != key.nbytes // item * blocks or (call.call["send"], call.call["recv"]) != (key.send, key.recv):
-        return None
-    first = 1 << key.nbytes.bit_length() >> 1
-    return {
-        "kind": key.kind,
-        "op": key.op,
-        "root": key.root,
-        "algorithm": key.algorithm,
-        "least": max(call.span[0], first),
-        "most": min(call.span[1], max(2 * first - 1, 0)),
-        "last": -1,
-        "item": item,
-        "blocks": blocks,
-        "template": template,
-        "salt": (check - fingerprint * CHECK_PRIME - key.nbytes * call.checked * COUNT_CHECK) & CHECK_MASK,
-        **{name: getattr(call, name) for name in ("checked", "table", "sized", "registers", "releases")},
-    }
+    salt = (check - fingerprint * CHECK_PRIME - key.nbytes * call.checked * COUNT_CHECK) & CHECK_MASK
+    general = {name: getattr(call, name) for name in ("checked", "table", "sized", "registers", "releases")}
+    return {"fingerprint": fingerprint, "backend": records.IN_SHARED_MEMORY, "salt": salt, **general}
+
+
+def native_values(call: NativeCall) -> dict[str, int]:
+    """The fields of the row for one of MPI's own collectives."""
+    return {"fingerprint": call.word, "backend": records.BY_MPI, "synchronises": int(call.synchronises)}
 
 
 # What the entry knows of Python, NumPy and MPI
+
+
+SCHEDULE_NAMES = sorted({name for each in SCHEDULES.values() for name in each})
+ALGORITHMS = tuple(sys.intern(name) for name in (*SCHEDULE_NAMES, "auto", "native", "shared", "hierarchical"))
+"""Names of algorithms; a program's literals are the same objects."""
+
+
+def known_objects() -> tuple[tuple[Any, int, int], ...]:
+    """All objects that the entry recognises by their addresses, each with a number and the bytes of an element."""
+    return (*known_types(), *((name, 0, 1) for name in ALGORITHMS))
+
+
+@cache
+def item_sizes() -> dict[int, int]:
+    """Bytes of an element by the number of its dtype; 1 for calls without one."""
+    return {token: item for _, token, item in known_types()} | {0: 1}
 
 
 @cache
@@ -278,13 +331,20 @@ def item_size_offset() -> int:
     return 40 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
 
 
+def why_no_entry(ranks: int) -> str:
+    """Why a communicator has no compiled entry; empty if it has one."""
+    return f"more than {MAX_RANKS} ranks" if ranks > MAX_RANKS else why_python_has_none()
+
+
 @cache
-def why_no_entry() -> str:
-    """Why this process has no compiled entry; empty if it has one."""
+def why_python_has_none() -> str:
+    """Why this process has no compiled entry."""
     if os.environ.get("HPCCOMM_ENTRY") == "off":
         return "HPCCOMM_ENTRY=off"
     if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "the entry reads objects of CPython with its global lock"
+    if objects.why_none():
+        return objects.why_none()
     return "" if reads_objects() else "objects of Python or NumPy are laid out in an unknown way"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -18,6 +18,17 @@ address = MPI.Get_address
 Run = Callable[[], None]
 
 
+class NativeCall(NamedTuple):
+    """A kind of call that MPI runs: what the compiled entry must know to compare it."""
+
+    word: int
+    """The word of its fingerprint."""
+    span: tuple[int, int]
+    """The lengths that MPI takes."""
+    synchronises: bool
+    """Whether ranks compare their calls before MPI moves data."""
+
+
 class Plan:
     """A call that is ready to run; on messages it runs a :class:`hpccomm.collectives.engine.BoundSchedule`."""
 
@@ -29,7 +40,7 @@ class Plan:
         self.result = result
         """The return value of the call, if it has one."""
         self.row = row
-        """The call in shared memory, if its record can serve other calls of the kind."""
+        """What the compiled entry must know to make other calls of the kind: a call in shared memory or of MPI."""
 
 
 def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:

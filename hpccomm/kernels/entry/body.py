@@ -14,7 +14,10 @@ from hpccomm.kernels.entry.records import (
     ARRAY_DTYPE,
     ARRAY_FLAGS,
     ARRAY_SHAPE,
+    BEFORE_NATIVE,
+    BY_MPI,
     C_CONTIGUOUS,
+    CALLS,
     CHECK_MASK,
     CHECK_PRIME,
     CLASS_BITS,
@@ -22,18 +25,25 @@ from hpccomm.kernels.entry.records import (
     COUNT_MASK,
     COUNT_PRIME,
     COUNT_SHIFT,
+    COUNTS,
+    DIFFER,
+    DIGEST_BITS,
     DIGEST_MASK,
     DOOR_RECORD,
     DTYPE_KIND,
     ENTRY_RECORD,
     IN_PLACE_BIT,
+    LATE,
     LIST_ITEMS,
     LOW_HALF,
     MISS,
+    NATIVE,
+    NATIVE_IN_PLACE,
     NOT_MINE,
     OBJECT_TYPE,
     ROW_RECORD,
     SEQUENCE_LENGTH,
+    STATUS,
     TOKEN_BITS,
     TUPLE_ITEMS,
     TYPE_RECORD,
@@ -41,7 +51,7 @@ from hpccomm.kernels.entry.records import (
     WRITEABLE,
 )
 from hpccomm.kernels.shared_memory.collectives import DONE, MAX_WAIT, RETRY, TABLE
-from hpccomm.kernels.shared_memory.memory import call_0, call_1, call_2, load, store
+from hpccomm.kernels.shared_memory.memory import call_0, call_1, call_2, load, load_acquire, store, store_release
 from hpccomm.kernels.shared_memory.records import CALL_RECORD, W, offset_of
 
 # The entry
@@ -68,6 +78,12 @@ STATE = offset_of(ENTRY_RECORD, "state")
 PATIENCE = offset_of(ENTRY_RECORD, "patience")
 REGISTERED = offset_of(ENTRY_RECORD, "registered")
 REGISTRATIONS = offset_of(ENTRY_RECORD, "registrations")
+ENTRIES = offset_of(ENTRY_RECORD, "entries")
+ROW_STRIDE = offset_of(ENTRY_RECORD, "row_bytes")
+MEMBERS = offset_of(ENTRY_RECORD, "members")
+MEMBER = offset_of(ENTRY_RECORD, "member")
+MEETING = offset_of(ENTRY_RECORD, "meeting")
+MEET = offset_of(ENTRY_RECORD, "meet")
 KIND = offset_of(ENTRY_RECORD, "kind")
 OP = offset_of(ENTRY_RECORD, "op")
 ROOT = offset_of(ENTRY_RECORD, "root")
@@ -112,6 +128,8 @@ ITEM = offset_of(ROW_RECORD, "item")
 BLOCKS = offset_of(ROW_RECORD, "blocks")
 TEMPLATE = offset_of(ROW_RECORD, "template")
 SALT = offset_of(ROW_RECORD, "salt")
+BACKEND = offset_of(ROW_RECORD, "backend")
+SYNCHRONISES = offset_of(ROW_RECORD, "synchronises")
 CHECKED = offset_of(ROW_RECORD, "checked")
 ROW_TABLE = offset_of(ROW_RECORD, "table")
 SIZED = offset_of(ROW_RECORD, "sized")
@@ -161,9 +179,24 @@ def enter(self, arguments, count):
         code = find_row(entry)
     if code == DONE:
         row = load(entry + ROW)
-        aim(entry, row)
-        code = run(entry, row)
+        if load(row + BACKEND) == BY_MPI:
+            code = start_native(entry, row) + NATIVE_IN_PLACE * load(entry + WITHIN)
+        else:
+            aim(entry, row)
+            code = run(entry, load(row + CALL), load(row + KERNEL), load(row + RELEASES))
     return answer(entry, code)
+
+
+def leave(self, arguments, count):
+    """``leave()`` after one of MPI's own collectives: None, or DIFFER if another rank called something else."""
+    entry = load(load(self + ARRAY_DATA) + ENTRY)
+    if load(entry + ENTRIES) == 0:
+        return answer(entry, DONE)
+    code = compare_entries(entry)
+    status = own_row(entry) + W * STATUS
+    if code == NATIVE:
+        store(status, -load(status))
+    return answer(entry, DONE if code == NATIVE else code)
 
 
 def answer(entry, code):
@@ -371,7 +404,7 @@ def find_row(entry):
     at = hash_words(kind, op, root, algorithm) & mask
     while True:
         row = rows + ROW_BYTES * at
-        if load(row + CALL) == 0:
+        if load(row + BACKEND) == 0:
             return MISS
         if (
             load(row + ROW_KIND) == kind
@@ -385,6 +418,13 @@ def find_row(entry):
         at = (at + 1) & mask
 
 
+def fingerprint_word(row, nbytes):
+    """The word of the fingerprint of a call: its digest and its count."""
+    count = nbytes // load(row + ITEM) * load(row + BLOCKS)
+    digest = (load(row + TEMPLATE) + count * COUNT_PRIME) & DIGEST_MASK
+    return digest | (count & COUNT_MASK) << COUNT_SHIFT
+
+
 def aim(entry, row):
     """Write addresses, length and fingerprint into the call record."""
     call, nbytes = load(row + CALL), load(entry + NBYTES)
@@ -392,9 +432,7 @@ def aim(entry, row):
     store(call + CALL_RECV, load(entry + RECV))
     if load(row + LAST) != nbytes:
         store(row + LAST, nbytes)
-        count = nbytes // load(row + ITEM) * load(row + BLOCKS)
-        digest = (load(row + TEMPLATE) + count * COUNT_PRIME) & DIGEST_MASK
-        fingerprint, checked = digest | (count & COUNT_MASK) << COUNT_SHIFT, nbytes * load(row + CHECKED)
+        fingerprint, checked = fingerprint_word(row, nbytes), nbytes * load(row + CHECKED)
         store(call + CALL_FINGERPRINT, fingerprint)
         store(call + CALL_CHECK, (fingerprint * CHECK_PRIME + load(row + SALT) + checked * COUNT_CHECK) & CHECK_MASK)
         store(call + CALL_NBYTES, nbytes * load(row + SIZED))
@@ -434,10 +472,9 @@ def find_allocation(entry, call, nbytes):
             return
 
 
-def run(entry, row):
-    """Run the kernel; a call that waits long releases the GIL."""
-    call, kernel = load(row + CALL), load(row + KERNEL)
-    if load(row + RELEASES) == 0:
+def run(entry, call, kernel, releases):
+    """Run a kernel; a call that waits long releases the GIL."""
+    if releases == 0:
         patience = load(entry + STATE) + MAX_WAIT
         store(patience, SHORT_WAIT_NS)
         code = call_1(kernel, call)
@@ -447,4 +484,43 @@ def run(entry, row):
     thread = call_0(load(entry + SAVE_THREAD))
     code = call_1(kernel, call)
     call_1(load(entry + RESTORE_THREAD), thread)
+    return code
+
+
+# MPI's own collectives
+
+
+def own_row(entry):
+    """The row of this rank in the consistency table."""
+    return load(entry + ENTRIES) + load(entry + ROW_STRIDE) * load(entry + MEMBER)
+
+
+def start_native(entry, row):
+    """Enter one of MPI's own collectives in the consistency table, and compare: NATIVE, DIFFER, LATE, or a wait."""
+    if load(entry + ENTRIES) == 0:
+        return NATIVE
+    fingerprint, own = fingerprint_word(row, load(entry + NBYTES)), own_row(entry)
+    number = abs(load(own + W * STATUS)) + 1
+    store(own + W * (COUNTS + number % CALLS), fingerprint >> COUNT_SHIFT)
+    store_release(own + W * (number % CALLS), number << DIGEST_BITS | (fingerprint & DIGEST_MASK))
+    store_release(own + W * STATUS, number)
+    if load(row + SYNCHRONISES) == 0:
+        return compare_entries(entry)
+    if load(entry + MEETING) == 0:
+        return LATE
+    store(load(entry + MEETING) + CALL_FINGERPRINT, fingerprint)
+    code = run(entry, load(entry + MEETING), load(entry + MEET), 0)
+    return compare_entries(entry) if code == DONE else BEFORE_NATIVE + code
+
+
+def compare_entries(entry):
+    """NATIVE, or DIFFER if a rank that has entered this call, too, called something else."""
+    own, code = own_row(entry), NATIVE
+    number = abs(load(own + W * STATUS))
+    place = W * (number % CALLS)
+    mine = load(own + place)
+    for k in range(load(entry + MEMBERS)):
+        theirs = load_acquire(load(entry + ENTRIES) + load(entry + ROW_STRIDE) * k + place)
+        if theirs != mine and theirs >> DIGEST_BITS == number:
+            code = DIFFER
     return code

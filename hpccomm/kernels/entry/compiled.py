@@ -24,4 +24,5 @@ def compile_globals() -> dict[str, Any]:
     return scope
 
 
-enter = compile_globals()["enter"]
+_scope = compile_globals()
+enter, leave = _scope["enter"], _scope["leave"]

@@ -17,6 +17,8 @@ ENTRY_RECORD = record(
         *words("item_size", "rank", "rank_object", "size"),  # item_size: its offset in a dtype object
         *words("state", "patience"),  # of shared memory: its state record, and how long a call waits for ranks
         *words("registered", "registrations"),  # addresses of ALLOCATION_RECORDs and of their number
+        *words("entries", "row_bytes", "members", "member"),  # the consistency table; 0 without one
+        *words("meeting", "meet"),  # call record and kernel of the barrier before MPI's synchronising collectives
         *words("kind", "op", "root", "algorithm"),  # the key of the running call
         *words("nbytes", "send", "recv", "row"),  # its length, its addresses and its row
         *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
@@ -57,8 +59,14 @@ ALLOCATION_RECORD = record(words("first", "end", "number", "alive", "copies", "s
 TABLES = ("none", "blocks", "allgather", "alltoall")
 """What follows a call record: nothing, first bytes of blocks, lengths and places, or both of each side."""
 
-NOT_MINE, MISS = 5, 6
-"""Answers of the entry beyond those of the kernels: not readable here; readable, but no row."""
+IN_SHARED_MEMORY, BY_MPI = 1, 2
+NOT_MINE, MISS, NATIVE, DIFFER, LATE = 5, 6, 7, 8, 9
+"""Answers of the entry beyond those of the kernels: not readable here; readable, but no row; MPI's own collective; the
+same, but ranks differ; the same, but ranks have not entered."""
+NATIVE_IN_PLACE = 16
+"""Added to an answer for one of MPI's own collectives in place."""
+BEFORE_NATIVE = 32
+"""Added to what the kernel of the barrier before MPI's own collective answers."""
 
 TOKEN_BITS, CLASS_BITS, IN_PLACE_BIT = 24, 16, 8
 
@@ -74,6 +82,12 @@ VOID_KIND = ord("V")
 # Fingerprints: the same arithmetic as in hpccomm.calls.fingerprint
 
 DIGEST_MASK = 0xFFFFFFF
+DIGEST_BITS = 31
+"""Bits of an entry of the consistency table below the number of the call."""
+CALLS = 64
+"""Entries of each rank: how many calls back a peer can still be compared."""
+STATUS, COUNTS = CALLS, CALLS + 16
+"""Words of a rank's row: its number of calls, negative between calls, and the counts of the last calls."""
 COUNT_SHIFT = 28
 COUNT_MASK = (1 << 35) - 1
 COUNT_PRIME = 0x5BD1E995
