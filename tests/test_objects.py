@@ -111,6 +111,7 @@ def test_a_temporary_folder_that_others_can_write_to_is_not_used(
 
 
 def compute_key(module: str) -> str:
+    objects.describe_compiler.cache_clear()
     return objects.key.__wrapped__(module)
 
 
@@ -125,6 +126,7 @@ def test_the_key_changes_with_every_source_of_a_function(monkeypatch: pytest.Mon
             )
             changed = {each for each in objects.SOURCES if compute_key(each) != before[each]}
             assert changed == ({module} if module else set(objects.SOURCES)), source
+    objects.describe_compiler.cache_clear()
 
 
 def test_the_key_changes_with_the_processor_and_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +136,7 @@ def test_the_key_changes_with_the_processor_and_the_compiler(monkeypatch: pytest
         keys.add(compute_key("python_api"))
     monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
     assert len(keys | {compute_key("python_api")}) == 5
+    objects.describe_compiler.cache_clear()
 
 
 SCRIPT = """
