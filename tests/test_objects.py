@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hpccomm.__main__ import main
 from hpccomm.kernels import linker, objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.launcher import launch_command
@@ -208,6 +209,21 @@ def test_a_program_with_files_never_imports_the_compiler(tmp_path: Path) -> None
 
 def test_without_numba_and_files_numpy_computes_the_same(tmp_path: Path) -> None:
     assert run_allreduce(tmp_path, "import sys; sys.modules['numba'] = None" + ALLREDUCE) == ["False", "False"]
+
+
+def test_warm_compiles_what_is_missing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(objects, "EMITTED", {"run_kernel": objects.EMITTED["run_kernel"]})
+    assert objects.describe() == "not compiled yet: run `hpccomm warm`"
+    for compiled in (1, 0):
+        assert main(["warm"]) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"compiled {compiled} functions in ")
+        assert told.endswith(f": 1 of 1 in {cache}\n")
+    monkeypatch.setenv("HPCCOMM_CACHE", "/proc/nowhere")
+    assert main(["warm"]) == 1
+    assert "set HPCCOMM_CACHE" in capsys.readouterr().err
 
 
 # Linking
