@@ -322,7 +322,7 @@ def python_addresses() -> dict[str, int]:
     }
 
 
-ANSWERS = np.array([id(code) for code in range(16)])
+ANSWERS = np.array([id(code) for code in range(64)])
 """The addresses of the integers that a door returns; Python has one object for each."""
 
 

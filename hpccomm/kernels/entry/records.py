@@ -43,9 +43,9 @@ ROW_RECORD = record(
         *words("kind", "op", "root", "algorithm", "least", "most"),  # the key, and the lengths that the row takes
         *words("number", "call", "kernel", "last"),  # last: the length for which the call record is filled
         *words("item", "blocks", "template", "salt"),  # what the fingerprint is made of
-        *words(
-            "checked", "table", "sized", "registers", "releases"
-        ),  # releases: the call may wait long and must release the GIL
+        *words("backend", "synchronises"),  # backend: 0 for an empty row, IN_SHARED_MEMORY, or BY_MPI
+        *words("checked", "table", "sized", "registers"),
+        *words("releases"),  # the call may wait long, and releases the GIL
     ]
 )
 """One kind of call, and the call record that runs it."""
