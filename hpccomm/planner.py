@@ -624,18 +624,19 @@ class Planner:
         return Choice(next(name for name in FALLBACKS if name in fits), None, reason) if reason and fits else choice
 
     def decide(self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...], who: str) -> Choice:
-        """The selected algorithm; one that is selected at both ends of a span of lengths takes all of the span."""
+        """The selected algorithm; one that is selected at both ends of a range of lengths takes the whole range."""
         parts = self.size if collective in BLOCKWISE else 1
-        span = tuple(parts * each for each in self.span(collective, nbytes // parts))
-        first, last = (self.context.decide(collective, each, dtype, allowed, who) for each in span)
+        least, most = self.lengths(collective, nbytes // parts)
+        lengths = (parts * least, parts * most)
+        first, last = (self.context.decide(collective, each, dtype, allowed, who) for each in lengths)
         if first.algorithm == last.algorithm and first.algorithm in ("native", "shared"):
-            return first._replace(span=span)
-        return self.context.decide(collective, nbytes, dtype, allowed, who)._replace(span=(nbytes, nbytes))
+            return first._replace(lengths=lengths)
+        return self.context.decide(collective, nbytes, dtype, allowed, who)._replace(lengths=(nbytes, nbytes))
 
-    def span(self, collective: str, nbytes: int) -> tuple[int, int]:
+    def lengths(self, collective: str, nbytes: int) -> tuple[int, int]:
         """The lengths around ``nbytes`` whose calls in shared memory have the same record, or of the same size."""
         if self.shared_memory:
-            found: tuple[int, int] = self.shared_memory.span(collective, nbytes)
+            found: tuple[int, int] = self.shared_memory.lengths(collective, nbytes)
             return found
         first = 1 << nbytes.bit_length() >> 1
         return first, max(2 * first - 1, 0)
@@ -742,14 +743,14 @@ class Planner:
             forms[:1] = [IN_PLACE] if same else forms[:1]
         run = self.guard(fingerprint, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING)
         plain = reusable and not any(each.half for each in buffers)
-        span = self.unit_span(name, choice)
-        row = NativeCall(fingerprint.word, span, name in SYNCHRONISING) if plain else None
+        lengths = self.unit_lengths(name, choice)
+        row = NativeCall(fingerprint.word, lengths, name in SYNCHRONISING) if plain else None
         return self.context.keep(key, Plan(run, row=row)) if reusable else Plan(run)
 
-    def unit_span(self, name: str, choice: Choice) -> tuple[int, int]:
+    def unit_lengths(self, name: str, choice: Choice) -> tuple[int, int]:
         """The lengths of one block, or of a vector, for which a choice holds."""
         parts = self.size if name in EQUAL_BLOCKS else 1
-        first, last = choice.span
+        first, last = choice.lengths
         return -(-first // parts), last // parts
 
     def keep(
@@ -772,10 +773,10 @@ class Planner:
 
         Its row takes the lengths for which ``choice`` holds, too; without a choice it has none.
         """
-        call = self.bind_shared(fingerprint, bind)
-        row = call if choice and not before and not after and getattr(call, "span", None) else None
+        call: Any = self.bind_shared(fingerprint, bind)
+        row = call if choice and not before and not after and getattr(call, "lengths", None) else None
         if row and choice:
-            row.span = meet(row.span, self.unit_span(fingerprint.collective, choice))
+            row.lengths = meet(row.lengths, self.unit_lengths(fingerprint.collective, choice))
         return self.context.keep(key, Plan(compose([before, call, after]), row=row))
 
     def bind_shared(self, fingerprint: Fingerprint, bind: Callable[[int], Run]) -> Run:
@@ -849,7 +850,7 @@ class Planner:
 
 
 def meet(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    """What two spans have in common."""
+    """What two ranges have in common."""
     return max(a[0], b[0]), min(a[1], b[1])
 
 

@@ -110,7 +110,7 @@ class SharedMemory:
         """The registered arrays, for compiled code; beyond MAX_ALLOCATIONS they are copied like others."""
         self.allocation_count = np.zeros(1, np.int64)
         self._allocations = 0
-        self._spans: dict[str, list[int]] = {}
+        self._first: dict[str, list[int]] = {}
         self._reaches = self._can_reach()
 
     def _can_reach(self) -> bool:
@@ -193,10 +193,10 @@ class SharedMemory:
         allocation = Allocation(self._allocations, segment.address, stride, self.rank)
         self._registered[allocation.number] = allocation
         self._list_allocations()
-        weakref.finalize(segment.buffer, self._forget, allocation)
+        weakref.finalize(segment.buffer, self.forget, allocation)
         return np.frombuffer(segment.buffer, kind, count, stride * self.rank).reshape(extent)
 
-    def _forget(self, allocation: Allocation) -> None:
+    def forget(self, allocation: Allocation) -> None:
         """Free the memory of an allocation whose last view is gone."""
         allocation.alive[0] = 0
         allocation.result = None
@@ -444,15 +444,15 @@ class SharedMemory:
         nbytes: int = 0,
         allocation: Allocation | None = None,
         stall_handler: StallHandler | None = None,
-    ) -> Plan:
+    ) -> SharedCall:
         """The plan of a call; ``nbytes`` is its size for the autotuner."""
         if call["protocol"] not in (kernels.INLINE, kernels.SINGLE_COPY) and nbytes >= AUTOTUNE_BYTES:
             call["tuning"] = self._tuning_row(name, nbytes)
         return SharedCall(self, name, call, stall_handler or self.stall_handler, allocation)
 
     def _generalise(self, plan: SharedCall, name: str, nbytes: int) -> SharedCall:
-        """Let a plan take other addresses, and all lengths of the span of ``nbytes`` bytes."""
-        plan.span, plan.nbytes, plan.checked = self.span(name, nbytes), nbytes, int(name != "alltoall")
+        """Let a plan take other addresses, and all lengths whose records are like that of ``nbytes`` bytes."""
+        plan.lengths, plan.nbytes, plan.checked = self.lengths(name, nbytes), nbytes, int(name != "alltoall")
         plan.table = TABLES.index({"reduce_scatter": "blocks"}.get(name, name if name in TABLES else "none"))
         plan.sized = {"reduce_scatter": self.size}.get(name, int(name in ("allreduce", "reduce", "bcast")))
         plan.registers = int(name == "allreduce" and nbytes >= REGISTERED_BYTES)
@@ -460,11 +460,11 @@ class SharedMemory:
         plan.releases = int(name != "barrier" and plan.call["protocol"] not in short)
         return plan
 
-    def span(self, name: str, nbytes: int) -> tuple[int, int]:
-        """The lengths around ``nbytes`` for which calls have the same record; lengths of blocks where there are any."""
-        if name not in self._spans:
-            self._spans[name] = self._first_lengths(name)
-        starts = self._spans[name]
+    def lengths(self, name: str, nbytes: int) -> tuple[int, int]:
+        """The first and last length around ``nbytes`` whose calls have the same record; lengths of blocks if any."""
+        if name not in self._first:
+            self._first[name] = self._first_lengths(name)
+        starts = self._first[name]
         place = bisect_right(starts, nbytes)
         return starts[place - 1], starts[place] - 1
 
@@ -524,7 +524,7 @@ class SharedMemory:
         )
 
 
-GENERAL = ("span", "nbytes", "checked", "table", "sized", "registers", "releases")
+GENERAL = ("lengths", "nbytes", "checked", "table", "sized", "registers", "releases")
 """What a call knows of the other calls that its record can serve."""
 
 
@@ -532,6 +532,12 @@ class SharedCall:
     """A call in shared memory: its record and kernel, and which other calls the record can serve."""
 
     __slots__ = ("address", "allocation", "call", "kernel", "memory", "name", "stall_handler", *GENERAL)
+    nbytes: int
+    checked: int
+    table: int
+    sized: int
+    registers: int
+    releases: int
 
     def __init__(
         self,
@@ -544,12 +550,12 @@ class SharedCall:
         self.memory, self.name, self.call, self.address = memory, name, call, call.ctypes.data
         self.kernel = memory.kernel(name)
         self.stall_handler, self.allocation = stall_handler, allocation
-        self.span: tuple[int, int] | None = None
+        self.lengths: tuple[int, int] | None = None
         """The lengths that the record can serve, if it can serve any call but one."""
 
     def copy(self) -> SharedCall:
         """The same call with a record of its own."""
-        words = self.call.base.copy()
+        words = np.array(self.call.base)
         call = words[: kernels.TABLE // records.W].view(records.CALL_RECORD).reshape(())
         made = SharedCall(self.memory, self.name, call, self.stall_handler, None)
         for name in GENERAL:

@@ -161,13 +161,13 @@ class ConsistencyTable:
         digest, other = mine & ENTRY_MASK, theirs & ENTRY_MASK
         if (digest, other) in self._compatible:
             return
-        a, b = self.entered_call(self._base), self.entered_call(peer)
+        a, b = self.find_call(self._base), self.find_call(peer)
         if a is not None and b is not None and first_difference(a, b) is None:
             self._compatible.add((digest, other))
             return
         raise MismatchError(self.explain())
 
-    def entered_call(self, row: int, seq: int = 0) -> Fingerprint | None:
+    def find_call(self, row: int, seq: int = 0) -> Fingerprint | None:
         """The call that the rank with this row has entered under a number, that of this rank's call by default."""
         seq = seq or self._seq
         entry, count = self._words[row + seq % CALLS], self._words[row + COUNTS + seq % CALLS]
@@ -204,7 +204,7 @@ class ConsistencyTable:
         """The error sentence for the current call."""
         slot, seq = self._seq % CALLS, self._seq
         entered = [k for k in range(len(self._members)) if self._words[k * ROW_WORDS + slot] >> DIGEST_BITS == seq]
-        calls = {self._members[k]: self.entered_call(k * ROW_WORDS) for k in entered}
+        calls = {self._members[k]: self.find_call(k * ROW_WORDS) for k in entered}
         return mismatch_message(calls, self._me)
 
     def raise_if_deadlocked(self) -> None:
@@ -228,12 +228,12 @@ class ConsistencyTable:
             gave_up = self._words[peer + GAVE_UP]
             if gave_up and gave_up >> DIGEST_BITS == seq - 1:
                 calls = {
-                    self._me: self.entered_call(self._base),
+                    self._me: self.find_call(self._base),
                     rank: self.read_fingerprint(peer, gave_up & ENTRY_MASK),
                 }
                 return mismatch_message(calls, self._me)
             if self._words[peer + LEFT] and abs(self._words[peer + STATUS]) < seq:
-                call = self.entered_call(self._base)
+                call = self.find_call(self._base)
                 return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
         return None
 
@@ -247,7 +247,7 @@ class ConsistencyTable:
         for position in positions:
             rank, row = self._members[position], position * ROW_WORDS
             entered = words[row + STATUS] == number
-            other = self.entered_call(row, number) if entered else None
+            other = self.find_call(row, number) if entered else None
             if other or words[row + LEFT]:
                 if call:
                     self.announce(call)
@@ -269,7 +269,7 @@ class ConsistencyTable:
 
     def describe_call(self) -> str:
         """The current call, for log lines."""
-        return f"{self.entered_call(self._base)} (call {self._seq})"
+        return f"{self.find_call(self._base)} (call {self._seq})"
 
     def close(self) -> None:
         """Release the views of the memory, whose owner frees it, and leave the watchdog."""

@@ -1,6 +1,6 @@
 """The compiled way into a collective, and the table of the kinds of calls that it knows.
 
-*A kind of call: collective, operation, root, algorithm, dtype, in place or not, and a span of lengths.*  The entry is
+*A kind of call: collective, operation, root, algorithm, dtype, in place or not, and a range of lengths.*  The entry is
 one built-in function a collective of a communicator.  It reads NumPy arrays and mpi4py's lists of array, count and
 datatype, finds the row of the call's kind, writes addresses and length into that row's call record and runs its
 kernel.  A call that it does not know, or that fails, it answers with a code: the Python path takes the call, and
@@ -30,8 +30,7 @@ from hpccomm.calls.plans import NativeCall
 from hpccomm.collectives import ALGORITHMS as SCHEDULES
 from hpccomm.kernels import objects
 from hpccomm.kernels.builtins import make_builtin
-from hpccomm.kernels.entry import records
-from hpccomm.kernels.entry.body import hash_words
+from hpccomm.kernels.entry import body, records
 from hpccomm.kernels.entry.records import (
     BEFORE_NATIVE,
     CHECK_MASK,
@@ -66,7 +65,7 @@ class Key(NamedTuple):
     recv: int
 
 
-def closed_door(*arguments: Any) -> int:
+def decline(*arguments: Any) -> int:
     """The door of a communicator without a compiled entry."""
     return NOT_MINE
 
@@ -78,6 +77,13 @@ class Doors:
     """
 
     __slots__ = COLLECTIVES
+    allreduce: Door
+    reduce: Door
+    reduce_scatter_block: Door
+    allgather: Door
+    bcast: Door
+    alltoall: Door
+    barrier: Door
 
     def __init__(self) -> None:
         self.close()
@@ -85,7 +91,7 @@ class Doors:
     def close(self) -> None:
         """Leave all calls to the Python path."""
         for name in COLLECTIVES:
-            setattr(self, name, closed_door)
+            setattr(self, name, decline)
 
 
 def door_facts(p: int) -> dict[str, dict[str, int]]:
@@ -111,7 +117,7 @@ class Entry:
     def __init__(self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any) -> None:
         self._doors, self.meeting, self._table = doors, meeting, table
         self._facts = door_facts(size)
-        self._types, self._items = type_table(known_objects()), item_sizes()
+        self._types, self._items = type_table(list_objects()), item_sizes()
         self._record = np.zeros((), records.ENTRY_RECORD)
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
@@ -166,7 +172,7 @@ class Entry:
         values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
         first = 1 << key.nbytes.bit_length() >> 1
-        least, most = max(call.span[0], first), min(call.span[1], max(2 * first - 1, 0))
+        least, most = max(call.lengths[0], first), min(call.lengths[1], max(2 * first - 1, 0))
         if count != key.nbytes // item * blocks or not least <= key.nbytes <= most:
             return
         if len(self._keys) >= MAX_ROWS:
@@ -187,7 +193,7 @@ class Entry:
     def _write_row(self, key: Key, values: dict[str, int]) -> None:
         """Write a row to the first free place after its hash."""
         mask = len(self._rows) - 1
-        at = hash_words(key.kind, key.op, key.root, key.algorithm) & mask
+        at = hash_words(*key[:4]) & mask
         while self._rows["backend"][at]:
             at = (at + 1) & mask
         fill(self._rows[at : at + 1], **values)
@@ -228,6 +234,12 @@ class Entry:
 ROW_KEY = ("kind", "op", "root", "algorithm")
 
 
+def hash_words(*key: int) -> int:
+    """The hash with which the entry looks up up to four words."""
+    words = (*key, 0, 0, 0)[:4]
+    return int(body.hash_words(*words))  # type: ignore[no-untyped-call]
+
+
 def fill(record: npt.NDArray[Any], **values: int) -> None:
     """Write some fields of a record."""
     for name, value in values.items():
@@ -255,19 +267,19 @@ ALGORITHMS = tuple(sys.intern(name) for name in (*SCHEDULE_NAMES, "auto", "nativ
 """Names of algorithms; a program's literals are the same objects."""
 
 
-def known_objects() -> tuple[tuple[Any, int, int], ...]:
+def list_objects() -> tuple[tuple[Any, int, int], ...]:
     """All objects that the entry recognises by their addresses, each with a number and the bytes of an element."""
-    return (*known_types(), *((name, 0, 1) for name in ALGORITHMS))
+    return (*list_types(), *((name, 0, 1) for name in ALGORITHMS))
 
 
 @cache
 def item_sizes() -> dict[int, int]:
     """Bytes of an element by the number of its dtype; 1 for calls without one."""
-    return {token: item for _, token, item in known_types()} | {0: 1}
+    return {token: item for _, token, item in list_types()} | {0: 1}
 
 
 @cache
-def known_types() -> tuple[tuple[Any, int, int], ...]:
+def list_types() -> tuple[tuple[Any, int, int], ...]:
     """Objects that calls name, with the number of their dtype, and the bytes of an element.
 
     They are never freed, so their addresses identify them.  Operations have the number 0.
@@ -279,9 +291,9 @@ def known_types() -> tuple[tuple[Any, int, int], ...]:
         if dtype.kind in MPI_KINDS and dtype != np.float16:
             found[id(char)] = (sys.intern(char), code_of(dtype), dtype.itemsize)
     for each in vars(MPI).values():
-        dtype = numpy_dtype(each) if isinstance(each, MPI.Datatype) else None
-        if dtype is not None:
-            found[id(each)] = (each, code_of(dtype), dtype.itemsize)
+        named = numpy_dtype(each) if isinstance(each, MPI.Datatype) else None
+        if named is not None:
+            found[id(each)] = (each, code_of(named), named.itemsize)
     codes = sorted({code for _, code, _ in found.values()})
     types = tuple((each, 1 + codes.index(code), item) for each, code, item in found.values())
     ops = tuple((each, 0, 1) for each in vars(MPI).values() if isinstance(each, MPI.Op) and each != MPI.OP_NULL)
@@ -293,7 +305,7 @@ def type_table(known: Iterable[tuple[Any, int, int]]) -> npt.NDArray[Any]:
     entries = list(known)
     table = np.zeros(1 << (3 * len(entries)).bit_length(), records.TYPE_RECORD)
     for each, token, item in entries:
-        at = hash_words(id(each), 0, 0, 0) & (len(table) - 1)
+        at = hash_words(id(each)) & (len(table) - 1)
         while table["object"][at]:
             at = (at + 1) & (len(table) - 1)
         table[at] = (id(each), token, item)

@@ -23,7 +23,7 @@ class NativeCall(NamedTuple):
 
     word: int
     """The word of its fingerprint."""
-    span: tuple[int, int]
+    lengths: tuple[int, int]
     """The lengths that MPI takes."""
     synchronises: bool
     """Whether ranks compare their calls before MPI moves data."""

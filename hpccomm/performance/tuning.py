@@ -63,7 +63,7 @@ class Choice(NamedTuple):
     """The segment length with which it was measured, if any."""
     reason: str
     """The reason, as text."""
-    span: tuple[int, int] = (0, -1)
+    lengths: tuple[int, int] = (0, -1)
     """The first and the last length in bytes for which it is selected, if known."""
 
 
