@@ -113,6 +113,11 @@ class Communicator(MPI.Intracomm):
         return self._context
 
     @property
+    def private_comm(self) -> MPI.Intracomm:
+        """The communicator of our own messages, which never meet the user's (the first use is collective)."""
+        return self.context.private_comm
+
+    @property
     def layout(self) -> Layout:
         """Which ranks share a node (the first use is collective)."""
         return self.context.layout

@@ -124,14 +124,15 @@ def broadcast(
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: broadcast"
-    if not 0 <= root < ranks.size:
+    if not (isinstance(root, int | np.integer) and 0 <= root < ranks.size):
         raise ArgumentError(f"{who}: root {root} is not a rank: pass one of 0 … {ranks.size - 1}")
     if x is None and ranks.rank == root:
         raise ArgumentError(f"{who}: the root passed None: pass the array to broadcast")
     if is_on_device(x):  # no consistency check: the ranks' types may differ
         return ranks.call_on_host("", x, lambda host: broadcast(host, root, ranks, algorithm), stream)
     array, give_back = (None, lambda result: result) if x is None else borrow(x, who)
-    shape, dtype = ranks.bcast((array.shape, array.dtype) if array is not None and ranks.rank == root else None, root)
+    mine = (array.shape, array.dtype) if array is not None and ranks.rank == root else None
+    shape, dtype = ranks.private_comm.bcast(mine, root)
     copy = np.empty(shape, dtype)
     if array is not None and ranks.rank == root:
         copy[...] = array
@@ -263,7 +264,7 @@ def exchange_row_counts(shape: tuple[int, ...], dtype: np.dtype[Any], ranks: Com
     ranks.Allgather(mine, everyone)
     odd = np.flatnonzero(everyone[:, 1] != everyone[0, 1])
     if odd.size:
-        forms = ranks.allgather(form)
+        forms = ranks.private_comm.allgather(form)
         (its_shape, its_dtype), (other_shape, other_dtype) = forms[0], forms[odd[0]]
         raise MismatchError(
             f"rank {ranks.rank}: allgather: rank {odd[0]} passed rows of {other_dtype}{list(other_shape)}, rank 0 rows "

@@ -16,7 +16,7 @@ def on_or_off(value: str) -> str:
 def seconds(value: str) -> str:
     """The remedy for a value that is not a number of seconds."""
     try:
-        return "" if float(value) > 0 else "use a number of seconds above 0"
+        return "" if float(value) >= 0 else "use a number of seconds, such as 60"
     except ValueError:
         return "use a number of seconds, such as 60"
 
@@ -48,7 +48,7 @@ def check_environment(environ: Mapping[str, str]) -> None:
         if not name.startswith("HPCCOMM_"):
             continue
         if name not in CHECKS:
-            close = difflib.get_close_matches(name, CHECKS, 1)
+            close = difflib.get_close_matches(name, CHECKS, 1, cutoff=0.8)
             raise ArgumentError(f"{name} is not a setting of hpccomm: use {' or '.join(close or CHECKS)}")
         remedy = CHECKS[name](value) if value else ""
         if remedy:
