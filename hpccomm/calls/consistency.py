@@ -98,9 +98,9 @@ class ConsistencyTable:
         digest = fingerprint.digest
         if fingerprint.number:
             self.announce(fingerprint.template)
-        if self._fingerprints.get(digest) != fingerprint:
-            self._fingerprints[digest] = fingerprint
-            start = 8 * (self._base + FIRST_TEXT + (digest % TEXTS) * TEXT_WORDS)
+        self._fingerprints[digest] = fingerprint
+        start = 8 * (self._base + FIRST_TEXT + (digest % TEXTS) * TEXT_WORDS)
+        if self._words[start // 8] != digest:  # never written, or overwritten by another call
             text = fingerprint.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
             self._octets[start + 8 : start + 8 + TEXT_BYTES] = text
             self._words[start // 8] = digest
