@@ -28,7 +28,7 @@ from hpccomm.calls.plans import NativeCall, Plan, Run
 from hpccomm.collectives.engine import bind, bind_segments
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels import reproducible
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
 from hpccomm.performance.tuning import Choice
@@ -839,7 +839,7 @@ class Planner:
                     table.compare_entries()
                 body()
                 table.leave()
-            except MPI.Exception as failure:
+            except (MPI.Exception, TransportError) as failure:
                 table.abandon()
                 table.raise_mismatch(failure)
             except BaseException:

@@ -28,6 +28,7 @@ from hpccomm.calls.buffers import MPI_KINDS, numpy_dtype
 from hpccomm.calls.fingerprint import template_digest
 from hpccomm.calls.plans import NativeCall
 from hpccomm.collectives import ALGORITHMS as SCHEDULES
+from hpccomm.errors import TransportError
 from hpccomm.kernels import objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.kernels.entry import body, records
@@ -215,7 +216,7 @@ class Entry:
             call()
             if self._leave() is not None:
                 table.leave()
-        except MPI.Exception as failure:
+        except (MPI.Exception, TransportError) as failure:
             table.abandon()
             table.raise_mismatch(failure)
         except BaseException:
