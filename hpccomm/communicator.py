@@ -22,7 +22,9 @@ from mpi4py import MPI
 from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
 from hpccomm.calls.bounce_buffers import BounceBuffers
+from hpccomm.calls.buffers import hold
 from hpccomm.calls.consistency import FLUSH_SECONDS
+from hpccomm.calls.operations import key_of
 from hpccomm.calls.plans import Plan, PlanCache, Run, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
@@ -256,6 +258,8 @@ class Communicator(MPI.Intracomm):
         method: a captured name costs every call of that method 20 ns, whether the plan is cached or not.
         """
         sendbuf, recvbuf = buffers
+        if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
+            return call(hold(sendbuf), hold(recvbuf), *rest)
         bound = self._find_plan(key)
         if bound is None:
             into = recvbuf if receives else None
@@ -329,7 +333,7 @@ class Communicator(MPI.Intracomm):
             run, sender, same_op, same_algorithm, dtype, _ = known
             if sender == id(sendbuf) and same_op is op and same_algorithm is algorithm and recvbuf.dtype is dtype:
                 return run()
-        key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
+        key = call_key("Allreduce", sendbuf, recvbuf, key_of(op), algorithm)
         return self._run_uncached(
             key, id(recvbuf), (sendbuf, recvbuf), op, self.Allreduce, self._planner.allreduce, (op, algorithm)
         )
@@ -340,7 +344,7 @@ class Communicator(MPI.Intracomm):
         The ranks write p times fewer bytes than in :meth:`Allreduce`.  Returns a read-only array like ``buf``, which
         is valid until the next such call on ``buf``.
         """
-        key = call_key("Allreduce_view", buf, IN_PLACE, op.handle)
+        key = call_key("Allreduce_view", buf, IN_PLACE, key_of(op))
         bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
         bound.run()
         result: npt.NDArray[Any] = bound.result
@@ -371,7 +375,7 @@ class Communicator(MPI.Intracomm):
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
-        key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
+        key = call_key("Reduce", sendbuf, recvbuf, key_of(op), algorithm, root)
         rest = (op, root, algorithm)
         return self._run_uncached(
             key, quick, (sendbuf, recvbuf), op, self.Reduce, self._planner.reduce, rest, self.rank == root
@@ -407,7 +411,7 @@ class Communicator(MPI.Intracomm):
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
-        key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
+        key = call_key("Reduce_scatter_block", sendbuf, recvbuf, key_of(op), algorithm)
         rest = (op, algorithm)
         return self._run_uncached(
             key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter_block, self._planner.reduce_scatter_block, rest
@@ -444,7 +448,7 @@ class Communicator(MPI.Intracomm):
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm) if counts else None
         if known:
             return known()
-        key = None if counts is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, counts)
+        key = None if counts is None else call_key("Reduce_scatter", sendbuf, recvbuf, key_of(op), algorithm, counts)
         rest = (counts, op, algorithm)
         return self._run_uncached(
             key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._planner.reduce_scatter, rest
@@ -550,8 +554,8 @@ class Communicator(MPI.Intracomm):
         self, name: str, buffers: tuple[Any, Any], root: int | None = None, op: MPI.Op | None = None
     ) -> None:
         """Run MPI's own collective."""
-        uncacheable = name == "Alltoallw" or (op is not None and not op.is_predefined)
-        key = None if uncacheable else call_key(name, *buffers, root, None if op is None else op.handle)
+        buffers = hold(buffers[0]), buffers[1]
+        key = None if name == "Alltoallw" else call_key(name, *buffers, root, None if op is None else key_of(op))
         (self._find_plan(key) or self._planner.bind_inherited(key, name, buffers, root, op)).run()
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.calls.buffers import numpy_dtype, read
+from hpccomm.calls.buffers import datatype_table, read
+from hpccomm.calls.operations import ByIdentity
 from hpccomm.errors import ArgumentError
 
 IN_PLACE = MPI.IN_PLACE
@@ -83,29 +84,16 @@ def form_key(buffer: Any) -> Hashable:
     if type(data) is np.ndarray and data is not buffer:
         return (address(data), data.size, data.dtype, data.flags.num, *map(member_key, buffer[1:]))
     known = read(buffer, "")
-    if known.opaque or isinstance(data, np.generic):  # a NumPy scalar is copied when it is read
+    if (known.opaque and not known.weak) or isinstance(data, np.generic):  # a NumPy scalar is copied when it is read
         raise ValueError
-    form = (known.count, known.counts, known.displs)
+    form = () if data is buffer else map(member_key, buffer[1:])
     return (known.address, known.size, known.dtype, known.half, known.writable, known.order, *form)
 
 
 def member_key(member: Any) -> Hashable:
-    """The key of a member after the data of a form; raises for a datatype that NumPy does not know."""
+    """The key of a member after the data of a form."""
     if isinstance(member, MPI.Datatype):
-        return DTYPES.get(member.handle) or find_dtype(member)
+        return datatype_table().get(member.handle) or ByIdentity(member)
     if isinstance(member, list | tuple | np.ndarray):
         return tuple(map(member_key, member))
     return member  # type: ignore[no-any-return]
-
-
-DTYPES: dict[int, np.dtype[Any]] = {}
-"""NumPy dtypes of MPI's predefined datatypes, which are never freed, by handle."""
-
-
-def find_dtype(datatype: MPI.Datatype) -> np.dtype[Any]:
-    """The NumPy dtype of a datatype, stored in :data:`DTYPES`; raises if there is none."""
-    dtype = numpy_dtype(datatype)
-    if dtype is None:
-        raise ValueError
-    DTYPES[datatype.handle] = dtype
-    return dtype
