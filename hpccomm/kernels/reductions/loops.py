@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numba
@@ -128,18 +127,18 @@ STORAGE: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
 """Element type in memory and the functions that read and write it, for dtypes that need a conversion."""
 
 
-def compile_fold(op: str, code: str, compile: Callable[..., Any]) -> Any:
-    """A C function for :func:`hpccomm.kernels.intrinsics.fold`; ``compile(compiler, function, name)`` makes it."""
-    if code in PAIRS:
-        return compile(PAIR_FUNCTION, pair_reduction(PRECEDES[op], PAIRS[code]), f"{op}_{code}")
+def __getattr__(name: str) -> Callable[..., None]:
+    """The loop ``sum_f8`` and so on, for :func:`hpccomm.kernels.intrinsics.fold`, with its signature."""
+    op, _, code = name.partition("_")
+    if op in PRECEDES:
+        return pair_reduction(PRECEDES[op], PAIRS[code])
+    if op not in COMBINE:
+        raise AttributeError(name)
     kind, read, write = STORAGE.get(code) or (numba.from_dtype(np.dtype(code)), pass_through, pass_through)
-    return compile(c_function(kind), reduction(COMBINE[op], read, write), f"{op}_{code}")
-
-
-def c_function(kind: Any) -> Callable[..., Any]:
-    """The compiler for reductions of elements of one kind."""
-    vectors = types.CPointer(types.CPointer(kind))
-    return partial(numba.cfunc, types.void(vectors, types.int64, types.int64, types.CPointer(kind), types.int64))
+    vectors, out = types.CPointer(types.CPointer(kind)), types.CPointer(kind)
+    loop: Any = reduction(COMBINE[op], read, write)
+    loop.signature = types.void(vectors, types.int64, types.int64, out, types.int64)
+    return loop  # type: ignore[no-any-return]
 
 
 def reduction(combine: Callable[..., Any], read: Callable[..., Any], write: Callable[..., Any]) -> Callable[..., None]:
@@ -177,7 +176,6 @@ def reduction(combine: Callable[..., Any], read: Callable[..., Any], write: Call
     return reduce
 
 
-PAIR_FUNCTION = partial(numba.cfunc, types.void(types.CPointer(types.int64), *[types.int64] * 4))
 PRECEDES = {"minloc": register_jitable(operator.lt), "maxloc": register_jitable(operator.gt)}
 
 
@@ -198,4 +196,6 @@ def pair_reduction(precedes: Callable[..., Any], pair: np.dtype[Any]) -> Callabl
             set_field(out + i * size, value)
             set_field(out + i * size + at, index)
 
-    return reduce
+    loop: Any = reduce
+    loop.signature = types.void(types.CPointer(types.int64), *[types.int64] * 4)
+    return loop  # type: ignore[no-any-return]
