@@ -149,11 +149,12 @@ def test_float16_without_hardware_conversion_gives_the_same_bits() -> None:
     """Processors without such an instruction convert by arithmetic."""
     import ctypes
 
-    from numba import types
+    from numba import cfunc, types
 
     from hpccomm.kernels.reductions import loops
 
-    function = loops.c_function(types.uint16)()(loops.reduction(operator.add, loops.from_half, loops.to_half))
+    loop = loops.reduction(operator.add, loops.from_half, loops.to_half)
+    function = cfunc(loops.signature_of(types.uint16))(loop)
     with np.errstate(all="ignore"):
         vectors = [numbers("f2", 100_000, seed) * np.float16(1000 if seed else 1e-3) for seed in range(2)]
     vectors[0][: 1 << 16] = np.arange(1 << 16, dtype="u2").view("f2")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hpccomm.__main__ import main
 from hpccomm.kernels import linker, objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.launcher import launch_command
@@ -111,6 +112,7 @@ def test_a_temporary_folder_that_others_can_write_to_is_not_used(
 
 
 def compute_key(module: str) -> str:
+    objects.describe_compiler.cache_clear()
     return objects.key.__wrapped__(module)
 
 
@@ -125,6 +127,7 @@ def test_the_key_changes_with_every_source_of_a_function(monkeypatch: pytest.Mon
             )
             changed = {each for each in objects.SOURCES if compute_key(each) != before[each]}
             assert changed == ({module} if module else set(objects.SOURCES)), source
+    objects.describe_compiler.cache_clear()
 
 
 def test_the_key_changes_with_the_processor_and_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +137,7 @@ def test_the_key_changes_with_the_processor_and_the_compiler(monkeypatch: pytest
         keys.add(compute_key("python_api"))
     monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
     assert len(keys | {compute_key("python_api")}) == 5
+    objects.describe_compiler.cache_clear()
 
 
 SCRIPT = """
@@ -205,6 +209,21 @@ def test_a_program_with_files_never_imports_the_compiler(tmp_path: Path) -> None
 
 def test_without_numba_and_files_numpy_computes_the_same(tmp_path: Path) -> None:
     assert run_allreduce(tmp_path, "import sys; sys.modules['numba'] = None" + ALLREDUCE) == ["False", "False"]
+
+
+def test_warm_compiles_what_is_missing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(objects, "EMITTED", {"run_kernel": objects.EMITTED["run_kernel"]})
+    assert objects.describe() == "not compiled yet: run `hpccomm warm`"
+    for compiled in (1, 0):
+        assert main(["warm"]) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"compiled {compiled} functions in ")
+        assert told.endswith(f": 1 of 1 in {cache}\n")
+    monkeypatch.setenv("HPCCOMM_CACHE", "/proc/nowhere")
+    assert main(["warm"]) == 1
+    assert "set HPCCOMM_CACHE" in capsys.readouterr().err
 
 
 # Linking

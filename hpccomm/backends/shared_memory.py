@@ -111,7 +111,7 @@ class SharedMemory:
 
     def _can_reach(self) -> bool:
         """Whether all ranks may copy from each other's memory, which a system can forbid (collective)."""
-        secret = np.random.default_rng().integers(1, 1 << 62, 1)
+        secret = np.frombuffer(os.urandom(8), np.int64)
         memory.store(self._segment.address + self.rank * self._region + kernels.PID, os.getpid())
         offers = self._node.allgather((int(secret[0]), secret.ctypes.data, os.getpid()))
         wanted, address, pid = offers[(self.rank + 1) % self.size]

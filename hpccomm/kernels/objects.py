@@ -89,14 +89,19 @@ def why_none() -> str:
 
 @cache
 def key(module: str) -> str:
-    """What machine code depends on: processor, compiler, sources, and what of Python and NumPy the sources read."""
+    """What the machine code of a module depends on."""
+    sources = [read_beginning(str(KERNELS / each)) for each in SOURCES[module]]
+    return f"{platform.machine()}-{zlib.crc32(repr([describe_compiler(), sources]).encode()):08x}"
+
+
+@cache
+def describe_compiler() -> list[Any]:
+    """Processor, compiler and its settings, common sources, and what of Python and NumPy these read."""
     versions = [read_beginning(each) for each in map(version_file, ("numba", "llvmlite"))]
     processor = next(filter(None, map(read_beginning, PROCESSOR_FILES)), b"")
     settings = [os.environ.get(each, "") for each in NUMBA_SETTINGS]
     python = [np.__version__, sys.implementation.cache_tag, getattr(sys, "abiflags", "")]
-    sources = [read_beginning(str(KERNELS / each)) for each in SOURCES[""] + SOURCES[module]]
-    depends = repr([versions, processor, settings, python, sources])
-    return f"{platform.machine()}-{zlib.crc32(depends.encode()):08x}"
+    return [versions, processor, settings, python, [read_beginning(str(KERNELS / each)) for each in SOURCES[""]]]
 
 
 def read_beginning(path: str) -> bytes:

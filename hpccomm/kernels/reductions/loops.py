@@ -135,10 +135,15 @@ def __getattr__(name: str) -> Callable[..., None]:
     if op not in COMBINE:
         raise AttributeError(name)
     kind, read, write = STORAGE.get(code) or (numba.from_dtype(np.dtype(code)), pass_through, pass_through)
-    vectors, out = types.CPointer(types.CPointer(kind)), types.CPointer(kind)
     loop: Any = reduction(COMBINE[op], read, write)
-    loop.signature = types.void(vectors, types.int64, types.int64, out, types.int64)
+    loop.signature = signature_of(kind)
     return loop  # type: ignore[no-any-return]
+
+
+def signature_of(kind: Any) -> Any:
+    """The signature of reductions of elements of one kind."""
+    vectors = types.CPointer(types.CPointer(kind))
+    return types.void(vectors, types.int64, types.int64, types.CPointer(kind), types.int64)
 
 
 def reduction(combine: Callable[..., Any], read: Callable[..., Any], write: Callable[..., Any]) -> Callable[..., None]:
