@@ -891,18 +891,18 @@ class PackedBuffer:
         self._comm = comm
         size, (_, extent) = self._datatype.Get_size(), self._datatype.Get_extent()
         self._memory = MPI.memory.fromaddress(data.address, nbytes // max(1, size) * extent)
-        self._dense = size == extent and self._datatype.is_predefined and not copy
-        self.octets = view_at(data.address, nbytes, np.dtype("u1")) if self._dense else np.empty(nbytes, "u1")
+        dense = size == extent and self._datatype.is_predefined and not copy
+        self.octets = view_at(data.address, nbytes, np.dtype("u1")) if dense else np.empty(nbytes, "u1")
+        self.pack: Run | None = None if dense else self._pack
+        self.unpack: Run | None = None if dense else self._unpack
 
-    def pack(self) -> None:
+    def _pack(self) -> None:
         """Pack the user's memory."""
-        if not self._dense:
-            self._datatype.Pack(self._memory, self.octets, 0, self._comm)
+        self._datatype.Pack(self._memory, self.octets, 0, self._comm)
 
-    def unpack(self) -> None:
+    def _unpack(self) -> None:
         """Unpack into the user's memory."""
-        if not self._dense:
-            self._datatype.Unpack(self.octets, 0, self._memory, self._comm)
+        self._datatype.Unpack(self.octets, 0, self._memory, self._comm)
 
 
 def gather_count(recv: Buffer, counts: tuple[int, ...], octets: int) -> str:
