@@ -88,7 +88,7 @@ def form_key(buffer: Any) -> Hashable:
     return (*data_key(data), *members)
 
 
-def data_key(data: Any) -> tuple[Hashable, ...]:
+def data_key(data: Any) -> tuple[Any, ...]:
     """The key of an object with the buffer protocol, or of a tensor on the host; raises for any other."""
     try:
         view = memoryview(data)
