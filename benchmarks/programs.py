@@ -11,6 +11,7 @@ time from the start of the launcher to its end, imports and set-up included.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -68,8 +69,9 @@ def measure_round(key: tuple[int, str, int]) -> Row:
     ranks, program, number = key
     names = list(CONTENDERS)
     order = names[number % len(names) :] + names[: number % len(names)]
+    load = os.getloadavg()[0]
     times = {name: launch_program(ranks, program, CONTENDERS[name]) for name in order}
-    return {"ranks": ranks, "program": program, "round": number, **{name: times[name] for name in names}}
+    return {"ranks": ranks, "program": program, "round": number, "load": load, **{name: times[name] for name in names}}
 
 
 def ratios(rows: Sequence[Row], contender: str, what: str) -> list[float]:
@@ -172,13 +174,14 @@ Median of native / ours:
 
 
 def describe(data: dict[str, Any]) -> str:
-    """The machine, the software and the number of rounds."""
+    """The machine, how busy it was, the software and the number of rounds."""
     machine, versions = data["machine"], data["versions"]
     rounds = len({row["round"] for row in data["records"]})
     return (
         f"{data['mpi']}: {machine['processor']}, {machine['cores']} cores; {machine['system']}, Python "
         f"{versions['python']}, mpi4py {versions['mpi4py']}, NumPy {versions['numpy']}; rounds: {rounds}, "
-        f"{data['date'][:10]}."
+        f"{data['date'][:10]}. Load average before a round: "
+        f"{harness.spread([row['load'] for row in data['records']], '.1f')}."
     )
 
 

@@ -138,6 +138,22 @@ def test_launches_are_joined_by_medians_and_the_worst_launch_stands_beside_them(
     assert "| 4 | 12 | 8 | **2.00** (1.50–4.00) |" in report(launches())
 
 
+def test_ratios_on_new_arrays_stand_beside_those_on_the_same_arrays() -> None:
+    new = [
+        {
+            "rows": [
+                {**row, "new_p50_us": 2 * row["p50_us"] if row["algorithm"] == "ring" else 20.0} for row in each["rows"]
+            ]
+        }
+        for each in launches()
+    ]
+    assert ratios_to_native(new, "ring", 4, "new_p50_us") == [2.0, 1.0, 1.25]
+    assert ratios_to_native(launches(), "ring", 4, "new_p50_us") == []
+    head, _, line = report(new).splitlines()
+    assert head.endswith("| native / ring (range) | native / ring, new arrays (range) |")
+    assert line.endswith("| **2.00** (1.50–4.00) | **1.25** (1.00–2.00) |")
+
+
 def test_shapes_on_the_command_line_replace_the_default_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     made = harness.parser("cluster", "", file="cluster-{mpi}.json")
     harness.add_shapes(made, ["2x1", "4x2,100mbit"])

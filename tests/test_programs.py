@@ -106,6 +106,7 @@ def rounds_of(ours: Sequence[float], null: Sequence[float]) -> list[dict[str, An
             "ranks": 2,
             "program": "heat",
             "round": k,
+            "load": 0.5,
             "native": {"loop": 12.0, "wall": 12.0},
             "ours": {"loop": 12 / a, "wall": 12 / a},
             "null": {"loop": 12 / b, "wall": 12 / b},
@@ -145,6 +146,7 @@ def test_the_page_shows_both_times_and_every_file_that_exists(tmp_path: Path) ->
     programs.write_page(page, [tmp_path / "missing.json", file])
     text = page.read_text()
     assert "MPICH 5.0.2: Abacus 3, 2 cores; Linux, Python 3.11, mpi4py 4.1, NumPy 2.4; rounds: 3, 2026-11-29." in text
+    assert "Load average before a round: **0.5** (0.5–0.5)." in text
     assert "| heat | `Sendrecv` and `Allreduce` on a `Cartcomm` | 2.00, 2.00 |" in text
     assert "| heat | 1.2e+04 | **2.00** (2.00–4.00) | **1.00** (0.80–1.00) | faster |" in text
     assert "| heat | 12 | **2.00** (2.00–4.00) | **1.00** (0.80–1.00) | faster |" in text
