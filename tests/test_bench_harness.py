@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -90,6 +91,12 @@ def test_no_measurement_begins_after_the_time_is_over(tmp_path: Path, capsys: py
     record.recall_all(["a", "b"], lambda key: key)
     assert record.rows == ["a"]
     assert "the same command measures the rest" in capsys.readouterr().err
+
+
+def test_there_is_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(harness.show_bar(["a", "b"])) == ["a", "b"]
+    harness.progress("measured a")
+    assert re.fullmatch(r"\[\d\d:\d\d:\d\d\] measured a\n", capsys.readouterr().err)
 
 
 def test_a_record_reads_older_files_and_refuses_another_job(tmp_path: Path) -> None:

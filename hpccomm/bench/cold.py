@@ -23,7 +23,7 @@ from hpccomm.communicator import Communicator
 REPETITIONS = 5
 """New communicators of each algorithm."""
 MAKERS: dict[str, Callable[[Any], Any]] = {"native": lambda world: world, "auto": Communicator}
-"""What a program calls collectives on; other algorithms are chosen on that of ``"auto"``."""
+"""What a program calls collectives on."""
 
 
 class FirstCalls(NamedTuple):
