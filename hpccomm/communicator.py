@@ -23,14 +23,14 @@ from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
-from hpccomm.calls.buffers import hold
+from hpccomm.calls.buffers import hold, pad_last
 from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.entry import Doors
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
 from hpccomm.device_planner import DevicePlanner
-from hpccomm.kernels.entry.records import MISS, NATIVE, NATIVE_IN_PLACE, NOT_MINE
+from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
@@ -276,12 +276,12 @@ class Communicator(MPI.Intracomm):
         it; ``rest`` ends with the algorithm.  A rank that does not ``receive`` ignores ``recvbuf``.
         """
         entry = self._context.entry if self._context else None
-        if entry and code < NOT_MINE:
-            return entry.resume(code)
-        if entry and code >= NATIVE:
-            return entry.run_native(code & ~NATIVE_IN_PLACE, self._native_call(name, code, buffers, rest))
+        if entry and code not in (NOT_MINE, MISS):
+            return entry.go_on(code, self._native_call(name, code, buffers, rest))
         kind = entry.key() if entry and code == MISS else None
         sendbuf, recvbuf = buffers
+        if pad_last(sendbuf) or pad_last(recvbuf):
+            return run_padded(call, buffers, rest)
         marks = tuple(operations.key_of(each) if isinstance(each, MPI.Op) else each for each in rest)
         key = kind or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
         if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
@@ -609,6 +609,17 @@ class Communicator(MPI.Intracomm):
         body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)
         mean: onebit.OneBitMean = self._planner.apply_to_copies("onebit_allreduce", body, arrays, written=2)
         return mean
+
+
+def run_padded(call: Callable[..., None], buffers: tuple[Any, Any], rest: tuple[Any, ...]) -> None:
+    """Make a call on copies of the buffers that lack the padding of their last pair."""
+    padded = [pad_last(each) for each in buffers]
+    for each in padded:
+        if each:
+            each[2][...] = each[1]
+    call(*(each[0] if each else given for each, given in zip(padded, buffers, strict=True)), *rest)
+    if padded[1]:
+        padded[1][1][...] = padded[1][2]
 
 
 class Cartcomm(Communicator, MPI.Cartcomm):

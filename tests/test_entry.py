@@ -280,3 +280,18 @@ def test_the_door_of_a_new_communicator_declines() -> None:
 
 def test_objects_are_laid_out_as_the_entry_reads_them() -> None:
     assert calls_entry.reads_objects()
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+def test_an_array_without_the_padding_of_its_last_pair_is_taken_and_nothing_behind_it_changes(
+    ours: Communicator,
+) -> None:
+    packed = np.dtype([("value", "f8"), ("index", "i4")])
+    items, found = np.zeros(3, packed), np.zeros(3, packed)
+    items["value"], items["index"], found["index"] = 5.0 - ours.rank, ours.rank, 7
+    for _ in range(3):
+        one = [items[:1], 1, MPI.DOUBLE_INT]
+        ours.Allreduce(one, [found[1:2], 1, MPI.DOUBLE_INT], op=MPI.MINLOC)
+        assert found.tolist() == [(0.0, 7), (6.0 - ours.size, ours.size - 1), (0.0, 7)]
+        ours.Bcast([found[1:2], 1, MPI.DOUBLE_INT])
+        assert found.tolist() == [(0.0, 7), (6.0 - ours.size, ours.size - 1), (0.0, 7)]

@@ -122,6 +122,26 @@ def hold(given: Any) -> Any:
     return array
 
 
+def pad_last(given: Any) -> tuple[Any, npt.NDArray[Any], npt.NDArray[Any]] | None:
+    """A form of pairs with a copy of its data, where the array ends before the padding of the last pair; else None.
+
+    MPI accepts such an array: one of ``np.dtype([("v", "f8"), ("i", "i4")])`` has 12 bytes for a DOUBLE_INT of 16.
+    Returns the form, the user's bytes, and those of the copy that take their place.
+    """
+    if not isinstance(given, list | tuple) or len(given) != 3 or not isinstance(given[2], MPI.Datatype):
+        return None
+    data, count, datatype = given
+    element = element_of(datatype)
+    if element is None or element.code not in PAIRS or not isinstance(data, np.ndarray) or not data.flags.c_contiguous:
+        return None
+    _, used = datatype.Get_true_extent()
+    end = int(count) * element.extent
+    if not end - element.extent + used <= data.nbytes < end:
+        return None
+    copy, own = np.zeros(end, np.uint8), data.reshape(-1).view(np.uint8)
+    return [copy, count, datatype], own, copy[: data.nbytes]
+
+
 def view_at(address: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """A view of ``count`` elements at an address."""
     if not count:

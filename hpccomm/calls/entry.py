@@ -199,10 +199,19 @@ class Entry:
             at = (at + 1) & mask
         fill(self._rows[at : at + 1], **values)
 
+    def go_on(self, code: int, native: Callable[[], Any]) -> None:
+        """Go on with a call whose door has answered with a code; ``native`` calls MPI's own collective."""
+        if code < NOT_MINE:
+            self.resume(code)
+        else:
+            self.run_native(code & ~records.NATIVE_IN_PLACE, native)
+
     def resume(self, code: int) -> None:
         """Continue the call in shared memory that a door has answered with a code of its kernel."""
         row = int(self._record["row"])
         self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
+        if self._record["short"]:
+            ctypes.memmove(*(int(self._record[name]) for name in ("short", "recv", "short_bytes")))
 
     def run_native(self, code: int, call: Callable[[], Any]) -> None:
         """Run one of MPI's own collectives, which a door has answered with a code, and compare the ranks' calls."""
@@ -306,10 +315,11 @@ def type_table(known: Iterable[tuple[Any, int, int]]) -> npt.NDArray[Any]:
     entries = list(known)
     table = np.zeros(1 << (3 * len(entries)).bit_length(), records.TYPE_RECORD)
     for each, token, item in entries:
+        used = each.Get_true_extent()[1] if isinstance(each, MPI.Datatype) else item
         at = hash_words(id(each)) & (len(table) - 1)
         while table["object"][at]:
             at = (at + 1) & (len(table) - 1)
-        table[at] = (id(each), token, item)
+        table[at] = (id(each), token, item, item - used)
     return table
 
 

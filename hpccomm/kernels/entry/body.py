@@ -42,6 +42,7 @@ from hpccomm.kernels.entry.records import (
     NOT_MINE,
     OBJECT_TYPE,
     ROW_RECORD,
+    SCRATCH_BYTES,
     SEQUENCE_LENGTH,
     STATUS,
     TOKEN_BITS,
@@ -51,7 +52,7 @@ from hpccomm.kernels.entry.records import (
     WRITEABLE,
 )
 from hpccomm.kernels.shared_memory.collectives import DONE, MAX_WAIT, RETRY, TABLE
-from hpccomm.kernels.shared_memory.memory import call_0, call_1, call_2, load, load_acquire, store, store_release
+from hpccomm.kernels.shared_memory.memory import call_0, call_1, call_2, copy, load, load_acquire, store, store_release
 from hpccomm.kernels.shared_memory.records import CALL_RECORD, W, offset_of
 
 # The entry
@@ -101,6 +102,9 @@ OCTETS = offset_of(ENTRY_RECORD, "octets")
 TOKEN = offset_of(ENTRY_RECORD, "token")
 WRITABLE = offset_of(ENTRY_RECORD, "writable")
 OVERFLOW = offset_of(ENTRY_RECORD, "overflow")
+SHORT = offset_of(ENTRY_RECORD, "short")
+SHORT_BYTES = offset_of(ENTRY_RECORD, "short_bytes")
+SCRATCH = offset_of(ENTRY_RECORD, "scratch")
 
 # A door
 ENTRY = offset_of(DOOR_RECORD, "entry")
@@ -141,6 +145,7 @@ ROW_BYTES = ROW_RECORD.itemsize
 TYPE_OBJECT = offset_of(TYPE_RECORD, "object")
 TYPE_TOKEN = offset_of(TYPE_RECORD, "token")
 TYPE_ITEM = offset_of(TYPE_RECORD, "item")
+TYPE_PADDING = offset_of(TYPE_RECORD, "padding")
 TYPE_BYTES = TYPE_RECORD.itemsize
 FIRST = offset_of(ALLOCATION_RECORD, "first")
 END = offset_of(ALLOCATION_RECORD, "end")
@@ -168,6 +173,7 @@ BLOCK_TABLE, ALLGATHER_TABLE, ALLTOALL_TABLE = 1, 2, 3
 SHORT_WAIT_NS = 20_000
 """Nanoseconds for which a short call waits before it releases the GIL."""
 RECEIVES_AT_ROOT, SENDS_AT_ROOT = 1, 2
+SENT, RECEIVED = 0, 1
 
 
 def enter(self, arguments, count):
@@ -184,6 +190,8 @@ def enter(self, arguments, count):
         else:
             aim(entry, row)
             code = run(entry, load(row + CALL), load(row + KERNEL), load(row + RELEASES))
+            if code == DONE and load(entry + SHORT) != 0:
+                copy(load(entry + SHORT), load(entry + RECV), load(entry + SHORT_BYTES))
     return answer(entry, code)
 
 
@@ -259,6 +267,7 @@ def choose_buffers(entry, door, arguments):
     store(entry + CALL_TOKEN, 0)
     store(entry + SEND, 0)
     store(entry + RECV, 0)
+    store(entry + SHORT, 0)
     return receives != 0 or not within
 
 
@@ -267,7 +276,7 @@ def read_receiver(entry, door, recvbuf, root):
     blocks = load(entry + RECEIVES)
     if blocks == 0:
         return True
-    if read_buffer(entry, recvbuf, load(door + RECV_COUNTED)) == 0:
+    if read_buffer(entry, recvbuf, load(door + RECV_COUNTED), RECEIVED) == 0:
         return False
     address, octets = load(entry + ADDRESS), load(entry + OCTETS)
     nbytes = octets // blocks
@@ -284,7 +293,7 @@ def read_sender(entry, door, sendbuf):
     blocks, received = load(entry + SENDS), load(entry + RECEIVES)
     if blocks == 0:
         return True
-    if read_buffer(entry, sendbuf, load(door + SEND_COUNTED)) == 0:
+    if read_buffer(entry, sendbuf, load(door + SEND_COUNTED), SENT) == 0:
         return False
     send, recv, octets = load(entry + ADDRESS), load(entry + RECV), load(entry + OCTETS)
     store(entry + SEND, send)
@@ -315,7 +324,7 @@ def size_class(nbytes):
     return bits
 
 
-def read_buffer(entry, thing, per_count):
+def read_buffer(entry, thing, per_count, side):
     """Read an array, or a list or tuple of an array, a count and a datatype; 0 if it is anything else."""
     kind = load(thing + OBJECT_TYPE)
     if kind == load(entry + ARRAY_TYPE):
@@ -324,10 +333,10 @@ def read_buffer(entry, thing, per_count):
     if length not in (2, 3):
         return 0
     items = load(thing + LIST_ITEMS) if kind == load(entry + LIST_TYPE) else thing + TUPLE_ITEMS
-    return read_form(entry, load(items), load(items + W), load(items + W * (length - 1)), per_count)
+    return read_form(entry, load(items), load(items + W), load(items + W * (length - 1)), per_count, side)
 
 
-def read_form(entry, array, count, last, per_count):
+def read_form(entry, array, count, last, per_count, side):
     """Read an array and a count, a datatype, or both; ``last`` is the last of them, and may be the count itself."""
     if load(array + OBJECT_TYPE) != load(entry + ARRAY_TYPE):
         return 0
@@ -346,8 +355,25 @@ def read_form(entry, array, count, last, per_count):
     if load(count + OBJECT_TYPE) != load(entry + INT_TYPE):
         return 0
     elements = call_2(load(entry + AS_INTEGER), count, entry + OVERFLOW)
-    store(entry + OCTETS, elements * item * per_count)
-    return 1 if 0 <= elements <= room // per_count else 0
+    if 0 <= elements <= room // per_count:
+        store(entry + OCTETS, elements * item * per_count)
+        return 1
+    fits = 0 < elements <= SCRATCH_BYTES // (item * per_count)
+    return pad_last(entry, datatype, elements * item * per_count, side) if fits else 0
+
+
+def pad_last(entry, datatype, octets, side):
+    """Copy a buffer that lacks only the padding of its last element to where there is room for it; 0 for others."""
+    there, scratch = load(entry + OCTETS), entry + SCRATCH + SCRATCH_BYTES * side
+    if there >= octets or octets - there > load(datatype + TYPE_PADDING):
+        return 0
+    copy(scratch, load(entry + ADDRESS), there)
+    if side == RECEIVED and load(entry + WRITABLE) != 0:
+        store(entry + SHORT, load(entry + ADDRESS))
+        store(entry + SHORT_BYTES, there)
+    store(entry + ADDRESS, scratch)
+    store(entry + OCTETS, octets)
+    return 1
 
 
 def read_array(entry, array, datatype):

@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from hpccomm.kernels.shared_memory.records import record, words
+
+SCRATCH_BYTES = 1024
 
 ENTRY_RECORD = record(
     [
@@ -23,6 +27,8 @@ ENTRY_RECORD = record(
         *words("nbytes", "send", "recv", "row"),  # its length, its addresses and its row
         *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
         *words("address", "octets", "token", "writable", "overflow"),  # the buffer read last
+        *words("short", "short_bytes"),  # a receive buffer that ends before the padding of its last pair; 0 if none
+        ("scratch", np.uint8, (2, SCRATCH_BYTES)),  # copies of such buffers, sent and received
     ]
 )
 """What the entry of one communicator knows; the fields from ``kind`` on describe the call that runs."""
@@ -50,8 +56,8 @@ ROW_RECORD = record(
 )
 """One kind of call, and the call record that runs it."""
 
-TYPE_RECORD = record(words("object", "token", "item"))
-"""A dtype or datatype object, its number, and the bytes of one element."""
+TYPE_RECORD = record(words("object", "token", "item", "padding"))
+"""A dtype or datatype object, its number, the bytes of one element, and those of its padding at the end."""
 
 ALLOCATION_RECORD = record(words("first", "end", "number", "alive", "copies", "stride"))
 """Registered memory of this rank."""
