@@ -32,7 +32,7 @@ from hpccomm.errors import ArgumentError
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
-from hpccomm.pickled import ObjectCalls, is_mpis
+from hpccomm.pickled import install
 from hpccomm.planner import is_in_place
 from hpccomm.requests import COMPARED, compare_at_init
 
@@ -65,6 +65,7 @@ def adopt(made: Any, parent: Communicator | Intercomm) -> Any:
         same = ours is Communicator and isinstance(parent, Communicator) and type(parent) not in OURS.values()
         made = ours.__new__(type(parent) if same else ours, made)
     made._algorithm, made._pickle = parent._algorithm, parent._pickle
+    install(made)
     return made
 
 
@@ -94,6 +95,8 @@ class Communicator(MPI.Intracomm):
         if pickle not in PICKLES:
             raise ArgumentError(f"Communicator: pickle={pickle!r} is not known: use one of {', '.join(PICKLES)}")
         self._algorithm, self._pickle = algorithm, pickle
+        if comm is not None:
+            install(self)
         self._plan_cache = PlanCache()
         self._bounce_buffers = BounceBuffers()
         self._planner = DevicePlanner(self)
@@ -582,30 +585,6 @@ class Communicator(MPI.Intracomm):
     def Exscan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks below this one."""
         self._run_inherited("Exscan", (sendbuf, recvbuf), op=op)
-
-    # Pickled objects
-
-    @cached_property
-    def _objects(self) -> ObjectCalls | None:
-        """The lower-case collectives of ``pickle="auto"``; ``None`` if they are mpi4py's."""
-        return ObjectCalls(self) if self._pickle == "auto" else None
-
-    def allreduce(self, sendobj: Any, op: Any = MPI.SUM) -> Any:
-        """Reduce Python objects over all ranks; every rank receives the result."""
-        if isinstance(op, str):
-            op = operations.read_op(op, f"rank {self.rank}: allreduce")
-        if self._objects and is_mpis(op):
-            return self._objects.allreduce(sendobj, op)
-        return super().allreduce(sendobj, op)
-
-    def allgather(self, sendobj: Any) -> list[Any]:
-        """The objects of all ranks, in rank order."""
-        found: list[Any] = self._objects.allgather(sendobj) if self._objects else super().allgather(sendobj)
-        return found
-
-    def bcast(self, obj: Any, root: int = 0) -> Any:
-        """``root``'s object on all ranks."""
-        return self._objects.bcast(obj, root) if self._objects else super().bcast(obj, root)
 
     # Compressed collectives: arrays on a device are copied to the host, results are copied back
 

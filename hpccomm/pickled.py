@@ -13,7 +13,9 @@ in the order of ``Allreduce``.  ``reduce`` and ``gather`` stay mpi4py's: only th
 from __future__ import annotations
 
 import pickle
+import struct
 import zlib
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -26,8 +28,11 @@ from hpccomm.errors import MismatchError
 HEADER, RECORD = 8, 256
 """Bytes of a record: length and code of the call, 32 bits each, and all of it."""
 ROOM = RECORD - HEADER
+READ_HEADER, WRITE_HEADER = struct.Struct("=ii").unpack_from, struct.Struct("=ii").pack_into
 REST = -1
 """The length in the record of an object that follows in a second call."""
+OURS_BYTES = 1 << 16
+"""From this size on a second call is ours; a shorter one, on new memory, is faster as MPI's."""
 GATHER_RANKS = 8
 """Up to so many ranks an allreduce gathers long pickles; above, mpi4py's tree moves fewer bytes."""
 
@@ -35,10 +40,19 @@ OPERATIONS = ("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "LXOR", "BAND", "BOR",
 OP_NAMES = {getattr(MPI, name).handle: name for name in OPERATIONS}
 ELEMENTWISE = (MPI.SUM, MPI.PROD, MPI.BAND, MPI.BOR, MPI.BXOR)
 """Operations that mean the same for arrays in Python and in MPI."""
+LOADS, DUMPS = MPI.pickle.loads, MPI.pickle.dumps
+"""Of the object that a program may set up with functions of its own."""
 PLAIN = "bhilqBHILQfdFD"
 """``dtype.char`` of the arrays that go as they lie in memory."""
 Form = tuple[str, tuple[int, ...]]
 """``dtype.char`` and shape of an array; ``""`` and ``(bytes,)`` of a pickle."""
+
+
+def install(comm: Any) -> None:
+    """Give an intracommunicator with ``pickle="auto"`` these methods; others keep mpi4py's, at no cost."""
+    if comm._pickle == "auto" and isinstance(comm, MPI.Intracomm):
+        calls = ObjectCalls(comm)
+        vars(comm).update(allreduce=calls.allreduce, allgather=calls.allgather, bcast=calls.bcast)
 
 
 class ObjectCalls:
@@ -48,50 +62,57 @@ class ObjectCalls:
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.mine, self.everyone = np.zeros(RECORD, np.uint8), np.zeros(comm.size * RECORD, np.uint8)
         self._out, self._rows = self.mine.data, self.everyone.data
-        self._out_words, self._words = self._out.cast("i"), self._rows.cast("i")
-        self._places = [k * RECORD // 4 + word for k in range(comm.size) for word in (0, 1)]
+        self._record = [self.mine, RECORD, MPI.BYTE]
+        self._read_headers = struct.Struct("=" + comm.size * f"ii{ROOM}x").unpack
+        self._starts = range(HEADER, comm.size * RECORD, RECORD)
         self._codes: dict[str, int] = {}
         self._rest: Any = None
 
-    def allreduce(self, obj: Any, op: MPI.Op) -> Any:
-        """mpi4py's ``allreduce``."""
-        lengths = self.gather_records(obj, OP_NAMES[op.handle])
-        form = self.common_form(op) if REST in lengths and lengths == [REST] * self.size else None
+    def allreduce(self, sendobj: Any, op: Any = MPI.SUM) -> Any:
+        """mpi4py's ``allreduce``; ``op`` may also be a name."""
+        if isinstance(op, str):
+            op = operations.read_op(op, f"rank {self.rank}: allreduce")
+        if not (isinstance(op, MPI.Op) and op.handle in OP_NAMES):
+            return MPI.Intracomm.allreduce(self.comm, sendobj, op)
+        lengths = self.gather_records(sendobj, OP_NAMES[op.handle])
+        form = self.common_form(op) if lengths.count(REST) == self.size else None
         if form is not None:
-            self.comm.Allreduce(obj, result := np.empty(form[1], form[0]), op)
+            self.comm.Allreduce(sendobj, result := np.empty(form[1], form[0]), op)
             return result
         if REST in lengths and self.size > GATHER_RANKS:
-            return MPI.Intracomm.allreduce(self.comm, obj, op)
+            return MPI.Intracomm.allreduce(self.comm, sendobj, op)
         return fold(self.read_all(lengths), op)
 
-    def allgather(self, obj: Any) -> list[Any]:
+    def allgather(self, sendobj: Any) -> list[Any]:
         """mpi4py's ``allgather``; its long arrays are views of one new block of memory."""
-        return self.read_all(self.gather_records(obj, "allgather"))
+        return self.read_all(self.gather_records(sendobj, "allgather"))
 
-    def bcast(self, obj: Any, root: int) -> Any:
+    def bcast(self, obj: Any, root: int = 0) -> Any:
         """mpi4py's ``bcast``; only the root's record travels."""
         rest = self.write(obj, 0) if self.rank == root else None
-        self.comm.Bcast(self.mine, root)
-        length = self._out_words[0]
+        MPI.Intracomm.Bcast(self.comm, self._record, root)
+        length, _ = READ_HEADER(self._out)
         if length != REST:
-            return MPI.pickle.loads(self._out[HEADER : HEADER + length])
+            return LOADS(self._out[HEADER : HEADER + length])
         char, shape = pickle.loads(self._out[HEADER:])
         block = np.empty(shape, char or "u1") if rest is None else rest
-        self.comm.Bcast(block, root)
+        (self.comm.Bcast if block.nbytes >= OURS_BYTES else partial(MPI.Intracomm.Bcast, self.comm))(block, root)
         if char:
             return block.copy() if self.rank == root else block
-        return MPI.pickle.loads(block.data)
+        return LOADS(block.data)
 
-    def read_all(self, lengths: list[int]) -> list[Any]:
+    def read_all(self, lengths: tuple[int, ...]) -> list[Any]:
         """The objects of all ranks."""
         if REST not in lengths:
-            return [self.read(k, length) for k, length in enumerate(lengths)]
+            rows = self._rows
+            return [LOADS(rows[start : start + length]) for start, length in zip(self._starts, lengths, strict=True)]
         forms = [self.describe(k) if length == REST else ("", (0,)) for k, length in enumerate(lengths)]
         counts = [-(-count_bytes(form) // 64) * 64 for form in forms]  # every array is aligned
         own, block = np.zeros(counts[self.rank], np.uint8), np.empty(sum(counts), np.uint8)
         if self._rest is not None:
             own[: self._rest.nbytes] = self._rest.reshape(-1).view(np.uint8)
-        self.comm.Allgatherv(own, [block, counts])
+        native = partial(MPI.Intracomm.Allgatherv, self.comm)
+        (self.comm.Allgatherv if block.nbytes >= OURS_BYTES else native)(own, [block, counts])
         places = pairwise(accumulate(counts, initial=0))
         return [
             self.read(k, length) if length != REST else restore(block[lo:hi], form)
@@ -100,16 +121,17 @@ class ObjectCalls:
 
     # Records
 
-    def gather_records(self, obj: Any, call: str) -> list[int]:
+    def gather_records(self, obj: Any, call: str) -> tuple[int, ...]:
         """Send this rank's record to all ranks; returns the lengths in all records."""
         code = self._codes.get(call)
         if code is None:
             code = self._codes[call] = zlib.crc32(call.encode()) & 0x7FFFFFFF
         self._rest = self.write(obj, code)
         self.comm.Allgather(self.mine, self.everyone)
-        headers = [self._words[place] for place in self._places]
-        if headers[1::2] != [code] * self.size:
-            self.raise_mismatch(call, headers[1::2], code)
+        headers = self._read_headers(self._rows)
+        codes = headers[1::2]
+        if codes.count(code) != self.size:
+            self.raise_mismatch(call, codes, code)
         return headers[::2]
 
     def write(self, obj: Any, code: int) -> Any:
@@ -118,18 +140,18 @@ class ObjectCalls:
         if type(obj) is np.ndarray and is_long(obj):
             rest, octets = obj, pickle.dumps((obj.dtype.char, obj.shape))
         else:
-            octets = MPI.pickle.dumps(obj)
+            octets = DUMPS(obj)
             if len(octets) > ROOM:
                 rest = np.frombuffer(octets, np.uint8)
                 octets = pickle.dumps(("", rest.shape))
-        self._out_words[0], self._out_words[1] = len(octets) if rest is None else REST, code
+        WRITE_HEADER(self._out, 0, len(octets) if rest is None else REST, code)
         self._out[HEADER : HEADER + len(octets)] = octets
         return rest
 
     def read(self, k: int, length: int) -> Any:
         """The object in rank k's record."""
         start = k * RECORD + HEADER
-        return MPI.pickle.loads(self._rows[start : start + length])
+        return LOADS(self._rows[start : start + length])
 
     def describe(self, k: int) -> Form:
         """The form of rank k's array."""
@@ -144,18 +166,13 @@ class ObjectCalls:
             return None
         return first if np.dtype(first[0]).kind in operations.PREDEFINED[op.handle].kinds else None
 
-    def raise_mismatch(self, call: str, codes: list[int], code: int) -> None:
+    def raise_mismatch(self, call: str, codes: tuple[int, ...], code: int) -> None:
         """Raise the error of ranks that call something else."""
         others = ", ".join(str(rank) for rank, each in enumerate(codes) if each != code)
         raise MismatchError(
             f"rank {self.rank} called {call}, ranks {others} another lower-case collective or operation: make all "
             "ranks call the same"
         )
-
-
-def is_mpis(op: Any) -> bool:
-    """Whether an operation is one of MPI's for reductions."""
-    return isinstance(op, MPI.Op) and op.handle in OP_NAMES
 
 
 def is_long(x: Any) -> bool:
@@ -173,7 +190,7 @@ def count_bytes(form: Form) -> int:
 def restore(octets: Any, form: Form) -> Any:
     """The array or the object in a block of bytes."""
     octets = octets[: count_bytes(form)]
-    return octets.view(form[0]).reshape(form[1]) if form[0] else MPI.pickle.loads(octets.data)
+    return octets.view(form[0]).reshape(form[1]) if form[0] else LOADS(octets.data)
 
 
 def fold(objects: list[Any], op: MPI.Op) -> Any:
