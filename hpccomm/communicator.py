@@ -23,6 +23,7 @@ from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
+from hpccomm.calls.buffers import hold
 from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.plans import Plan, PlanCache, Run, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
@@ -299,6 +300,8 @@ class Communicator(MPI.Intracomm):
         method: a captured name costs every call of that method 20 ns, whether the plan is cached or not.
         """
         sendbuf, recvbuf = buffers
+        if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
+            return call(hold(sendbuf), hold(recvbuf), *rest)
         bound = self._find_plan(key)
         if bound is None:
             into = recvbuf if receives else None
@@ -329,7 +332,7 @@ class Communicator(MPI.Intracomm):
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
         rest = [each for each in arguments if each is not op]
-        key = None if None in rest else call_key(name, *buffers, "reproducible", op.handle, *rest)
+        key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
         bound = self._find_plan(key) or self._planner.bind_reproducible(key, name, buffers, arguments, op)
         if bound is None:
             return False
@@ -375,7 +378,7 @@ class Communicator(MPI.Intracomm):
             run, sender, same_op, same_algorithm, dtype, _ = known
             if sender == id(sendbuf) and same_op is op and same_algorithm is algorithm and recvbuf.dtype is dtype:
                 return run()
-        key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
+        key = call_key("Allreduce", sendbuf, recvbuf, operations.key_of(op), algorithm)
         return self._run_uncached(
             key, id(recvbuf), (sendbuf, recvbuf), op, self.Allreduce, self._planner.allreduce, (op, algorithm)
         )
@@ -387,7 +390,7 @@ class Communicator(MPI.Intracomm):
         is valid until the next such call on ``buf``.
         """
         op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
-        key = call_key("Allreduce_view", buf, IN_PLACE, op.handle)
+        key = call_key("Allreduce_view", buf, IN_PLACE, operations.key_of(op))
         bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
         bound.run()
         result: npt.NDArray[Any] = bound.result
@@ -415,7 +418,7 @@ class Communicator(MPI.Intracomm):
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
-        key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
+        key = call_key("Reduce", sendbuf, recvbuf, operations.key_of(op), algorithm, root)
         arguments = (op, root, algorithm)
         return self._run_uncached(
             key, quick, (sendbuf, recvbuf), op, self.Reduce, self._planner.reduce, arguments, self.rank == root
@@ -442,7 +445,7 @@ class Communicator(MPI.Intracomm):
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
-        key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
+        key = call_key("Reduce_scatter_block", sendbuf, recvbuf, operations.key_of(op), algorithm)
         arguments = (op, algorithm)
         return self._run_uncached(
             key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter_block, self._planner.reduce_scatter_block, arguments
@@ -475,7 +478,11 @@ class Communicator(MPI.Intracomm):
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm) if counts else None
         if known:
             return known()
-        key = None if counts is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, counts)
+        key = (
+            None
+            if counts is None
+            else call_key("Reduce_scatter", sendbuf, recvbuf, operations.key_of(op), algorithm, counts)
+        )
         arguments = (counts, op, algorithm)
         return self._run_uncached(
             key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._planner.reduce_scatter, arguments
@@ -550,8 +557,12 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Run MPI's own collective."""
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
-        uncacheable = name == "Alltoallw" or (op is not None and not op.is_predefined)
-        key = None if uncacheable else call_key(name, *buffers, root, None if op is None else op.handle)
+        buffers = hold(buffers[0]), buffers[1]
+        key = (
+            None
+            if name == "Alltoallw"
+            else call_key(name, *buffers, root, None if op is None else operations.key_of(op))
+        )
         (self._find_plan(key) or self._planner.bind_inherited(key, name, buffers, root, op)).run()
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
