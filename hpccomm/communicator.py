@@ -75,10 +75,9 @@ class Communicator(MPI.Intracomm):
 
     ``algorithm`` (``"auto"``) is the default algorithm of all calls that it can take.  A communicator shares the MPI
     handle of the communicator from which it is made.  Its first collective call creates the context, on all ranks.
-    ``pickle="auto"``, the same on all ranks, makes ``allreduce``, ``allgather`` and ``bcast`` faster
-    (:mod:`hpccomm.pickled`).
-    Communicators made from it keep both; one with a topology is also an ``MPI.Cartcomm``, ``MPI.Graphcomm`` or
-    ``MPI.Distgraphcomm``, whose neighbourhood collectives are MPI's.
+    With ``pickle="auto"``, on all ranks, ``allreduce``, ``allgather`` and ``bcast`` send long NumPy arrays as they lie
+    in memory (:mod:`hpccomm.pickled`).  Communicators made from it keep both settings; one with a topology is also an
+    ``MPI.Cartcomm``, ``MPI.Graphcomm`` or ``MPI.Distgraphcomm``, whose neighbourhood collectives are MPI's.
     """
 
     _algorithm: str
