@@ -23,18 +23,22 @@ from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
+from hpccomm.calls.buffers import hold
 from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.plans import Plan, PlanCache, Run, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
 from hpccomm.device_planner import DevicePlanner
+from hpccomm.errors import ArgumentError
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
+from hpccomm.pickled import install
 from hpccomm.planner import is_in_place
 from hpccomm.requests import COMPARED, compare_at_init
 
 IN_PLACE = MPI.IN_PLACE
+PICKLES = ("mpi4py", "auto")
 
 
 def keep_ours(native: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +65,8 @@ def adopt(made: Any, parent: Communicator | Intercomm) -> Any:
         ours = OURS[type(made)]
         same = ours is Communicator and isinstance(parent, Communicator) and type(parent) not in OURS.values()
         made = ours.__new__(type(parent) if same else ours, made)
-    made._algorithm = parent._algorithm
+    made._algorithm, made._pickle = parent._algorithm, parent._pickle
+    install(made)
     return made
 
 
@@ -70,20 +75,28 @@ class Communicator(MPI.Intracomm):
 
     ``algorithm`` (``"auto"``) is the default algorithm of all calls that it can take.  A communicator shares the MPI
     handle of the communicator from which it is made.  Its first collective call creates the context, on all ranks.
-    Communicators made from it keep the algorithm; one with a topology is also an ``MPI.Cartcomm``, ``MPI.Graphcomm`` or
-    ``MPI.Distgraphcomm``, whose neighbourhood collectives are MPI's.
+    With ``pickle="auto"``, on all ranks, ``allreduce``, ``allgather`` and ``bcast`` send long NumPy arrays as they lie
+    in memory (:mod:`hpccomm.pickled`).  Communicators made from it keep both settings; one with a topology is also an
+    ``MPI.Cartcomm``, ``MPI.Graphcomm`` or ``MPI.Distgraphcomm``, whose neighbourhood collectives are MPI's.
     """
 
     _algorithm: str
+    _pickle: str
     _context: Context | None = None
     _plan_cache: PlanCache
     _bounce_buffers: BounceBuffers
     _planner: DevicePlanner
 
-    def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
+    def __new__(
+        cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py"
+    ) -> Communicator:
         kind = OURS[type(unwrap(comm))] if cls is Communicator and isinstance(comm, MPI.Topocomm) else cls
         self: Communicator = MPI.Intracomm.__new__(kind, comm)  # Python allows no other in a class with two bases
-        self._algorithm = algorithm
+        if pickle not in PICKLES:
+            raise ArgumentError(f"Communicator: pickle={pickle!r} is not known: use one of {', '.join(PICKLES)}")
+        self._algorithm, self._pickle = algorithm, pickle
+        if comm is not None:
+            install(self)
         self._plan_cache = PlanCache()
         self._bounce_buffers = BounceBuffers()
         self._planner = DevicePlanner(self)
@@ -286,6 +299,8 @@ class Communicator(MPI.Intracomm):
         method: a captured name costs every call of that method 20 ns, whether the plan is cached or not.
         """
         sendbuf, recvbuf = buffers
+        if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
+            return call(hold(sendbuf), hold(recvbuf), *rest)
         bound = self._find_plan(key)
         if bound is None:
             into = recvbuf if receives else None
@@ -316,7 +331,7 @@ class Communicator(MPI.Intracomm):
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
         rest = [each for each in arguments if each is not op]
-        key = None if None in rest else call_key(name, *buffers, "reproducible", op.handle, *rest)
+        key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
         bound = self._find_plan(key) or self._planner.bind_reproducible(key, name, buffers, arguments, op)
         if bound is None:
             return False
@@ -362,7 +377,7 @@ class Communicator(MPI.Intracomm):
             run, sender, same_op, same_algorithm, dtype, _ = known
             if sender == id(sendbuf) and same_op is op and same_algorithm is algorithm and recvbuf.dtype is dtype:
                 return run()
-        key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
+        key = call_key("Allreduce", sendbuf, recvbuf, operations.key_of(op), algorithm)
         return self._run_uncached(
             key, id(recvbuf), (sendbuf, recvbuf), op, self.Allreduce, self._planner.allreduce, (op, algorithm)
         )
@@ -374,7 +389,7 @@ class Communicator(MPI.Intracomm):
         is valid until the next such call on ``buf``.
         """
         op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
-        key = call_key("Allreduce_view", buf, IN_PLACE, op.handle)
+        key = call_key("Allreduce_view", buf, IN_PLACE, operations.key_of(op))
         bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
         bound.run()
         result: npt.NDArray[Any] = bound.result
@@ -402,7 +417,7 @@ class Communicator(MPI.Intracomm):
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
-        key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
+        key = call_key("Reduce", sendbuf, recvbuf, operations.key_of(op), algorithm, root)
         arguments = (op, root, algorithm)
         return self._run_uncached(
             key, quick, (sendbuf, recvbuf), op, self.Reduce, self._planner.reduce, arguments, self.rank == root
@@ -429,7 +444,7 @@ class Communicator(MPI.Intracomm):
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
-        key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
+        key = call_key("Reduce_scatter_block", sendbuf, recvbuf, operations.key_of(op), algorithm)
         arguments = (op, algorithm)
         return self._run_uncached(
             key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter_block, self._planner.reduce_scatter_block, arguments
@@ -462,7 +477,11 @@ class Communicator(MPI.Intracomm):
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm) if counts else None
         if known:
             return known()
-        key = None if counts is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, counts)
+        key = (
+            None
+            if counts is None
+            else call_key("Reduce_scatter", sendbuf, recvbuf, operations.key_of(op), algorithm, counts)
+        )
         arguments = (counts, op, algorithm)
         return self._run_uncached(
             key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._planner.reduce_scatter, arguments
@@ -537,8 +556,12 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Run MPI's own collective."""
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
-        uncacheable = name == "Alltoallw" or (op is not None and not op.is_predefined)
-        key = None if uncacheable else call_key(name, *buffers, root, None if op is None else op.handle)
+        buffers = hold(buffers[0]), buffers[1]
+        key = (
+            None
+            if name == "Alltoallw"
+            else call_key(name, *buffers, root, None if op is None else operations.key_of(op))
+        )
         (self._find_plan(key) or self._planner.bind_inherited(key, name, buffers, root, op)).run()
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
@@ -633,6 +656,7 @@ class Intercomm(MPI.Intercomm):
     """An intercommunicator whose collectives are MPI's, and whose ``Merge`` gives a :class:`Communicator`."""
 
     _algorithm: str
+    _pickle: str
 
     Dup = keep_ours(MPI.Intercomm.Dup)
     Clone = keep_ours(MPI.Intercomm.Clone)
