@@ -584,6 +584,9 @@ class Planner:
         nbytes: int | None = None,
     ) -> Choice:
         """The algorithm of this call, named by the caller, by the communicator, or selected from the tuning table."""
+        setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
+        if "shared" in (algorithm, self.comm.algorithm, setting):
+            self.context.use_code()
         names = self.context.names(collective)
         if algorithm is not None and algorithm not in names:
             raise unknown_algorithm_error(who, algorithm, names)
@@ -772,8 +775,9 @@ class Planner:
         if table is None:
             return body
         digest = table.announce(fingerprint)
-        enter = table.begin if fingerprint.collective in SYNCHRONISING else table.enter
-        leave, wait = table.leave, table.wait
+        synchronises = fingerprint.collective in SYNCHRONISING
+        enter = table.begin if synchronises else table.enter
+        leave, wait, context = table.leave, table.wait, self.context
         entry_barrier: Run | None = None
         if lockstep and self.shared_memory:
             entry_barrier = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
@@ -783,10 +787,17 @@ class Planner:
                 entry_barrier()
             try:
                 enter(digest)
+                awaits_code = context.awaits_code
+                if awaits_code:
+                    context.announce_code()
                 if lockstep:
                     wait()
                 body()
+                if awaits_code and synchronises:
+                    wait()  # a call without elements may leave early
                 leave(digest)
+                if awaits_code and synchronises and table.all_had_code():
+                    context.use_code()
             except MPI.Exception as failure:
                 table.active_seq = 0
                 table.raise_mismatch(digest, failure)

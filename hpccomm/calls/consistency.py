@@ -25,7 +25,7 @@ CALLS = 64
 """Entries of each rank: how many calls back a peer can still be compared."""
 TEXTS = 32
 TEXT_BYTES = 248
-STATUS, LEFT, GAVE_UP = CALLS, CALLS + 1, CALLS + 2
+STATUS, LEFT, GAVE_UP, HAS_CODE = CALLS, CALLS + 1, CALLS + 2, CALLS + 3
 ROW_WORDS = CALLS + 16 + TEXTS * (TEXT_BYTES // 8 + 1)
 """64-bit words per rank."""
 
@@ -126,6 +126,15 @@ class ConsistencyTable:
             theirs = words[peer + slot]
             if theirs != mine and theirs >> 31 == seq:
                 self.compare(mine & 0x7FFFFFFF, theirs, peer)
+
+    def announce_code(self) -> None:
+        """Write the number of the first call at whose entry this rank had the compiled functions."""
+        if not self._words[self._base + HAS_CODE]:
+            self._words[self._base + HAS_CODE] = self._seq
+
+    def all_had_code(self) -> bool:
+        """Whether all members had them on entering this call, which all have entered: the same answer on all."""
+        return all(0 < self._words[k * ROW_WORDS + HAS_CODE] <= self._seq for k in range(len(self._members)))
 
     def raise_mismatch(self, digest: int, failure: Exception) -> None:
         """After an MPI error, raise a MismatchError if the ranks' calls differ, else MPI's own error."""
