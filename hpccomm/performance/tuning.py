@@ -24,7 +24,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,6 +252,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "unknown"
 
 
+@cache
 def family(mpi: str) -> str:
     """The name of a library without its version."""
     return slug(re.sub(r"\d[\d.]*.*", "", mpi))
