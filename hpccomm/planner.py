@@ -525,7 +525,7 @@ class Planner:
 
     def check_root(self, root: int, who: str) -> None:
         """Refuse a root that is not a rank."""
-        if not 0 <= root < self.size:
+        if not (isinstance(root, int | np.integer) and 0 <= root < self.size):
             raise ArgumentError(f"{who}: root {root} is not a rank: pass one of 0 … {self.size - 1}")
 
     def check_blocks(self, send: Buffer, recv: Buffer, counts: Counts, who: str) -> None:

@@ -38,6 +38,49 @@ PREDEFINED: dict[int, Operation] = {
 }
 
 
+class Reduction(NamedTuple):
+    """The meaning of an ``op`` argument."""
+
+    op: MPI.Op
+    divides: bool = False
+    """Whether the result is divided by the number of ranks."""
+
+
+NAMED: dict[str, MPI.Op] = {known.name: getattr(MPI, known.name.upper()) for known in PREDEFINED.values()}
+ON_BOOLS: dict[str, MPI.Op] = {"min": MPI.LAND, "max": MPI.LOR}
+"""The meaning of names on bools: *all* and *any*."""
+AVERAGES = ("avg", "mean")
+
+
+def resolve(op: MPI.Op | str, who: str, dtype: np.dtype[Any] | None = None) -> Reduction:
+    """The meaning of ``op``: an operation of MPI, or a name of one (``"sum"``, ``"max"``), ``"avg"`` or ``"mean"``.
+
+    Raises if it is neither, or if it is not defined for ``dtype``, where that is given.
+    """
+    if isinstance(op, str) and op in AVERAGES:
+        if dtype is not None and dtype.kind not in "fc":
+            raise ArgumentError(f"{who}: the {op} of {dtype} is not defined: cast it to float64, or use op='sum'")
+        return Reduction(MPI.SUM, True)
+    if isinstance(op, str) and op in NAMED:
+        named = (ON_BOOLS.get(op) if dtype == np.bool_ else None) or NAMED[op]
+    elif isinstance(op, MPI.Op):
+        named = op if type(op) is MPI.Op else MPI.Op(op)
+    else:
+        names = ", ".join(map(repr, (*AVERAGES, *NAMED)))
+        raise ArgumentError(f"{who}: op={op!r} is not an operation: pass an MPI.Op or one of {names}")
+    if dtype is not None:
+        check_defined(named, dtype, who)
+    return Reduction(named)
+
+
+def read_op(op: MPI.Op | str, who: str) -> MPI.Op:
+    """The operation of a call that cannot divide."""
+    meaning = resolve(op, who)
+    if meaning.divides:
+        raise ArgumentError(f"{who}: op={op!r} is for reductions to whole results: use op='sum' and divide")
+    return meaning.op
+
+
 def name_of(op: MPI.Op) -> str:
     """The name in errors and fingerprints; all user-defined operations share one name."""
     known = PREDEFINED.get(op.handle)

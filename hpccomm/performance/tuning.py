@@ -270,7 +270,7 @@ def read(path: Path) -> Table:
 def check_row(row: Row) -> Row:
     """Check the numbers of a row."""
     numbers = (row.nodes, row.per_node, row.bytes, row.us)
-    if not all(isinstance(number, (int, float)) for number in numbers) or min(row.nodes, row.per_node) < 1:
+    if not {*map(type, numbers)} <= {int, float} or min(row.nodes, row.per_node) < 1:
         raise ValueError(f"nodes, per_node, bytes and us of {row} must be numbers")
     if row.us <= 0 or row.bytes < 0:
         raise ValueError(f"us of {row} must be above 0, and bytes at least 0")
