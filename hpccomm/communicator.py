@@ -24,10 +24,12 @@ from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.consistency import FLUSH_SECONDS
-from hpccomm.calls.plans import Plan, PlanCache, Run, call_key
+from hpccomm.calls.entry import Doors
+from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
 from hpccomm.device_planner import DevicePlanner
+from hpccomm.kernels.entry.records import MISS, NATIVE, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
@@ -76,7 +78,7 @@ class Communicator(MPI.Intracomm):
 
     _algorithm: str
     _context: Context | None = None
-    _plan_cache: PlanCache
+    _doors: Doors
     _bounce_buffers: BounceBuffers
     _planner: DevicePlanner
 
@@ -84,7 +86,7 @@ class Communicator(MPI.Intracomm):
         kind = OURS[type(unwrap(comm))] if cls is Communicator and isinstance(comm, MPI.Topocomm) else cls
         self: Communicator = MPI.Intracomm.__new__(kind, comm)  # Python allows no other in a class with two bases
         self._algorithm = algorithm
-        self._plan_cache = PlanCache()
+        self._doors = Doors()
         self._bounce_buffers = BounceBuffers()
         self._planner = DevicePlanner(self)
         if comm is not None and comm != MPI.COMM_NULL:
@@ -109,7 +111,8 @@ class Communicator(MPI.Intracomm):
     def context(self) -> Context:
         """What the collectives use: private communicator, layout, settings, plans (the first use is collective)."""
         if self._context is None:
-            self._context = Context(self, self._plan_cache)
+            self._context = Context(self, self._doors)
+            self._planner.open_doors()
         return self._context
 
     @property
@@ -164,7 +167,7 @@ class Communicator(MPI.Intracomm):
         Shape and dtype must be the same on all ranks.  The memory is released with the array.  Where the ranks do not
         share memory, the array is an ordinary one.
         """
-        self.context.use_code()
+        self._planner.use_code()
         shared = self._planner.shared_memory
         return shared.empty(shape, dtype) if shared else np.empty(shape, dtype)
 
@@ -255,64 +258,56 @@ class Communicator(MPI.Intracomm):
             self._context.close()
             self._context = None
 
-    # Cached plans
-
-    def _find_run(
-        self, quick: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None
-    ) -> Run | None:
-        """The run function of an earlier call with identical argument objects."""
-        known = self._plan_cache.get(quick)
-        if known is None:
-            return None
-        run, sender, same_op, same_algorithm, dtype, _ = known
-        same = sender == id(sendbuf) and same_op is op and same_algorithm is algorithm
-        return run if same and dtype is (sendbuf if recvbuf is None else recvbuf).dtype else None
+    # Calls that the compiled entry has not taken
 
     def _run_uncached(
         self,
-        key: Any,
-        quick: Hashable,
+        code: int,
+        name: str,
         buffers: tuple[Any, Any],
-        op: MPI.Op | None,
         call: Callable[..., None],
         bind: Callable[..., Plan],
         rest: tuple[Any, ...],
         receives: bool = True,
     ) -> None:
-        """Run a call on new argument objects: by the plan for their memory, by bounce buffers, or by a new plan.
+        """Run a call that its door has answered with ``code``: by a plan for its memory, bounce buffers or a new plan.
 
-        A cached plan is then also found by the argument objects.  ``call(sendbuf, recvbuf, *rest)`` makes the call on
-        other buffers, ``bind(key, sendbuf, recvbuf, *rest)`` binds it; ``rest`` ends with the algorithm.  A rank that
-        does not ``receive`` ignores ``recvbuf``.  Arguments are passed on here, not captured by closures in the calling
-        method: a captured name costs every call of that method 20 ns, whether the plan is cached or not.
+        ``call(sendbuf, recvbuf, *rest)`` makes the call on other buffers, ``bind(key, sendbuf, recvbuf, *rest)`` binds
+        it; ``rest`` ends with the algorithm.  A rank that does not ``receive`` ignores ``recvbuf``.
         """
+        entry = self._context.entry if self._context else None
+        if entry and code < NOT_MINE:
+            return entry.resume(code)
+        if entry and code >= NATIVE:
+            return entry.run_native(code & ~NATIVE_IN_PLACE, self._native_call(name, code, buffers, rest))
+        kind = entry.key() if entry and code == MISS else None
         sendbuf, recvbuf = buffers
+        marks = tuple(each.handle if isinstance(each, MPI.Op) else each for each in rest)
+        key = kind or (call_key(name, *buffers, *marks) if all(map(is_permanent, rest[:-1])) else None)
         bound = self._find_plan(key)
         if bound is None:
             into = recvbuf if receives else None
-            if key is not None and self._bounce_buffers.run((key[0], key[-1]), call, sendbuf, into, rest):
+            if key is not None and self._bounce_buffers.run((name, *marks), call, sendbuf, into, rest):
                 return None
             bound = bind(key, sendbuf, recvbuf, *rest)
+            if kind and bound.row and self._context and self._context.entry:
+                self._context.entry.insert(kind, bound.row)
         if key is not None:
-            self._plan_cache.store(quick, sendbuf, recvbuf, op, rest[-1], bound.run)
             return bound.run()
         try:
             return bound.run()
         finally:
             bound.free()
 
-    def _run_movement(
-        self,
-        call: Callable[[Any, Any, str | None], None],
-        bind: Callable[[Hashable, Any, Any, str | None], Plan],
-        quick: tuple[str, int],
-        sendbuf: Any,
-        recvbuf: Any,
-        algorithm: str | None,
-    ) -> None:
-        """As :meth:`_run_uncached`, for collectives that only move data and have no root."""
-        key = call_key(quick[0], sendbuf, recvbuf, 0, algorithm)
-        return self._run_uncached(key, quick, (sendbuf, recvbuf), None, call, bind, (algorithm,))
+    def _native_call(self, name: str, code: int, buffers: tuple[Any, Any], rest: tuple[Any, ...]) -> Callable[[], Any]:
+        """MPI's own collective with the arguments of :meth:`_run_uncached`."""
+        sendbuf, recvbuf = buffers
+        if name == "Barrier":
+            return super().Barrier
+        if name == "Bcast":
+            return partial(super().Bcast, recvbuf, *rest[:-1])
+        sent = IN_PLACE if code & NATIVE_IN_PLACE else sendbuf
+        return partial(getattr(MPI.Intracomm, name), self, sent, recvbuf, *rest[:-1])
 
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
@@ -351,6 +346,9 @@ class Communicator(MPI.Intracomm):
         device; ``stream`` then names a stream with pending work on them that the arrays do not declare themselves (a
         CUDA handle, or a stream of CuPy or PyTorch), here as in the other collectives.
         """
+        code = self._doors.allreduce(sendbuf, recvbuf, op, None, algorithm, stream or reproducible or None)
+        if code is None:
+            return None
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if type(op) is not MPI.Op:
@@ -358,15 +356,8 @@ class Communicator(MPI.Intracomm):
             return run_named(self, "Allreduce", op, sendbuf, recvbuf, **rest)
         if reproducible and self._run_reproducible("Allreduce", (sendbuf, recvbuf), (op,), op):
             return None
-        known = self._plan_cache.get(id(recvbuf))
-        if known is not None:  # _find_run, inlined: short calls take less time than a Python function call
-            run, sender, same_op, same_algorithm, dtype, _ = known
-            if sender == id(sendbuf) and same_op is op and same_algorithm is algorithm and recvbuf.dtype is dtype:
-                return run()
-        key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
-        return self._run_uncached(
-            key, id(recvbuf), (sendbuf, recvbuf), op, self.Allreduce, self._planner.allreduce, (op, algorithm)
-        )
+        buffers = sendbuf, recvbuf
+        return self._run_uncached(code, "Allreduce", buffers, self.Allreduce, self._planner.allreduce, (op, algorithm))
 
     def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op | str = MPI.SUM) -> npt.NDArray[Any]:
         """Reduce registered arrays over all ranks into one result that the ranks of a node share.
@@ -392,6 +383,9 @@ class Communicator(MPI.Intracomm):
         stream: Any = None,
     ) -> None:
         """Reduce over all ranks; ``root`` receives the result, other ranks ignore ``recvbuf``."""
+        code = self._doors.reduce(sendbuf, recvbuf, op, root, algorithm, stream or reproducible or None)
+        if code is None:
+            return None
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if type(op) is not MPI.Op:
@@ -399,14 +393,9 @@ class Communicator(MPI.Intracomm):
             return run_named(self, "Reduce", op, sendbuf, recvbuf, **rest)
         if reproducible and self._run_reproducible("Reduce", (sendbuf, recvbuf), (op, root), op):
             return None
-        quick = ("Reduce", id(recvbuf), root)
-        known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
-        if known:
-            return known()
-        key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
-        arguments = (op, root, algorithm)
+        buffers, arguments = (sendbuf, recvbuf), (op, root, algorithm)
         return self._run_uncached(
-            key, quick, (sendbuf, recvbuf), op, self.Reduce, self._planner.reduce, arguments, self.rank == root
+            code, "Reduce", buffers, self.Reduce, self._planner.reduce, arguments, self.rank == root
         )
 
     def Reduce_scatter_block(
@@ -419,6 +408,9 @@ class Communicator(MPI.Intracomm):
         stream: Any = None,
     ) -> None:
         """Reduce over all ranks; each rank receives an equal block of the result."""
+        code = self._doors.reduce_scatter_block(sendbuf, recvbuf, op, None, algorithm, stream or reproducible or None)
+        if code is None:
+            return None
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if type(op) is not MPI.Op:
@@ -426,14 +418,9 @@ class Communicator(MPI.Intracomm):
             return run_named(self, "Reduce_scatter_block", op, sendbuf, recvbuf, **rest)
         if reproducible and self._run_reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
             return None
-        quick = ("Reduce_scatter_block", id(recvbuf))
-        known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
-        if known:
-            return known()
-        key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
-        arguments = (op, algorithm)
+        buffers, bind = (sendbuf, recvbuf), self._planner.reduce_scatter_block
         return self._run_uncached(
-            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter_block, self._planner.reduce_scatter_block, arguments
+            code, "Reduce_scatter_block", buffers, self.Reduce_scatter_block, bind, (op, algorithm)
         )
 
     def Reduce_scatter(
@@ -459,14 +446,9 @@ class Communicator(MPI.Intracomm):
         counts = self._counts(sendbuf, recvbuf) if recvcounts is None else tuple(recvcounts)
         if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (counts, op), op):
             return None
-        quick = ("Reduce_scatter", id(recvbuf), counts)
-        known = self._find_run(quick, sendbuf, recvbuf, op, algorithm) if counts else None
-        if known:
-            return known()
-        key = None if counts is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, counts)
-        arguments = (counts, op, algorithm)
+        buffers, arguments = (sendbuf, recvbuf), (counts, op, algorithm)
         return self._run_uncached(
-            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._planner.reduce_scatter, arguments
+            NOT_MINE, "Reduce_scatter", buffers, self.Reduce_scatter, self._planner.reduce_scatter, arguments
         )
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
@@ -480,34 +462,31 @@ class Communicator(MPI.Intracomm):
 
         ``algorithm="hierarchical"`` gathers between nodes and in the shared memory of each (Zhang et al., VLDB 2022).
         """
+        code = self._doors.allgather(sendbuf, recvbuf, None, None, algorithm, stream)
+        if code is None:
+            return None
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
-        quick = ("Allgather", id(recvbuf))
-        known = self._find_run(quick, sendbuf, recvbuf, None, algorithm)
-        if known:
-            return known()
-        return self._run_movement(self.Allgather, self._planner.allgather, quick, sendbuf, recvbuf, algorithm)
+        buffers = sendbuf, recvbuf
+        return self._run_uncached(code, "Allgather", buffers, self.Allgather, self._planner.allgather, (algorithm,))
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of any length from all ranks, in rank order, on every rank."""
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
-        quick = ("Allgatherv", id(recvbuf))
-        known = self._find_run(quick, sendbuf, recvbuf, None, algorithm)
-        if known:
-            return known()
-        return self._run_movement(self.Allgatherv, self._planner.allgatherv, quick, sendbuf, recvbuf, algorithm)
+        buffers = sendbuf, recvbuf
+        return self._run_uncached(
+            NOT_MINE, "Allgatherv", buffers, self.Allgatherv, self._planner.allgatherv, (algorithm,)
+        )
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
+        code = self._doors.bcast(None, buf, None, root, algorithm, stream)
+        if code is None:
+            return None
         if stream is not None:
             (buf,) = self._planner.attach_stream(stream, buf)
-        quick = ("Bcast", id(buf), root)
-        known = self._find_run(quick, None, buf, None, algorithm)
-        if known:
-            return known()
-        key = call_key("Bcast", buf, IN_PLACE, 0, algorithm, root)
-        return self._run_uncached(key, quick, (None, buf), None, self._bcast, self._bind_bcast, (root, algorithm))
+        return self._run_uncached(code, "Bcast", (None, buf), self._bcast, self._bind_bcast, (root, algorithm))
 
     def _bcast(self, nothing: None, buf: Any, root: int, algorithm: str | None) -> None:
         """Bcast with the parameters of :meth:`_run_uncached`."""
@@ -519,17 +498,27 @@ class Communicator(MPI.Intracomm):
 
     def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Send a block of equal length to every rank."""
+        code = self._doors.alltoall(sendbuf, recvbuf, None, None, algorithm, stream)
+        if code is None:
+            return None
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
-        quick = ("Alltoall", id(recvbuf))
-        known = self._find_run(quick, sendbuf, recvbuf, None, algorithm)
-        if known:
-            return known()
-        return self._run_movement(self.Alltoall, self._planner.alltoall, quick, sendbuf, recvbuf, algorithm)
+        buffers = sendbuf, recvbuf
+        return self._run_uncached(code, "Alltoall", buffers, self.Alltoall, self._planner.alltoall, (algorithm,))
 
     def Barrier(self) -> None:
         """Wait until all ranks have entered."""
-        (self._find_plan("Barrier") or self._planner.barrier("Barrier")).run()
+        code = self._doors.barrier(None, None, None, None, None, None)
+        if code is not None:
+            self._run_uncached(code, "Barrier", (None, None), self._barrier, self._bind_barrier, (None,))
+
+    def _barrier(self, sendbuf: None, recvbuf: None, algorithm: None) -> None:
+        """Barrier with the parameters of :meth:`_run_uncached`."""
+        self.Barrier()
+
+    def _bind_barrier(self, key: Hashable, sendbuf: None, recvbuf: None, algorithm: None) -> Plan:
+        """Bind a Barrier, with the parameters of :meth:`_run_uncached`."""
+        return self._planner.barrier(key)
 
     # Collectives that the MPI library runs; the consistency table compares them as well
 
@@ -614,6 +603,11 @@ class Communicator(MPI.Intracomm):
         body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)
         mean: onebit.OneBitMean = self._planner.apply_to_copies("onebit_allreduce", body, arrays, written=2)
         return mean
+
+
+def is_permanent(argument: Any) -> bool:
+    """Whether an argument may be part of a key: counts of other ranks, and operations of the user, may change."""
+    return argument is not None and (not isinstance(argument, MPI.Op) or bool(argument.is_predefined))
 
 
 class Cartcomm(Communicator, MPI.Cartcomm):

@@ -21,8 +21,9 @@ from hpccomm.backends.hierarchical import TwoLevels
 from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.backends.shared_memory import SharedMemory
 from hpccomm.calls import consistency
+from hpccomm.calls.entry import Doors, Entry
 from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, mismatch_message
-from hpccomm.calls.plans import Plan, PlanCache
+from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
@@ -57,9 +58,9 @@ SETTINGS = (
 class Context:
     """The context of one communicator; creating it is collective."""
 
-    def __init__(self, comm: MPI.Intracomm, plan_cache: PlanCache) -> None:
+    def __init__(self, comm: MPI.Intracomm, doors: Doors) -> None:
         check_environment(os.environ)
-        self._plan_cache = plan_cache
+        self.doors = doors
         self.rank, self.size = comm.rank, comm.size
         self.private_comm = create_private_comm(comm)
         self.node = ranks_of_this_node(self.private_comm)
@@ -73,6 +74,7 @@ class Context:
         self._decisions: dict[Hashable, tuning.Choice] = {}
         self.awaits_code = self.must_await_code()
         self._look_again = 0.0
+        self.entry: Entry | None = None
 
     def load_table(self) -> tuning.Table:
         """This machine's tuning table."""
@@ -137,18 +139,17 @@ class Context:
 
     def announce_code(self) -> None:
         """On entering a call, tell the ranks of this node once that this rank has the functions."""
-        if time.monotonic() > self._look_again:
+        if self.awaits_code and time.monotonic() > self._look_again:
             self._look_again = time.monotonic() + LOOK_SECONDS
             if objects.complete() and self.consistency:
                 self.consistency.announce_code()
 
     def use_code(self) -> None:
-        """Take shared memory into use from the next call on; the same call on all ranks."""
-        if self.awaits_code:
-            self.awaits_code = False
-            self.__dict__.pop("node_memory", None)
-            self._decisions.clear()
-            self.forget()
+        """Stop awaiting the functions: all decisions are made again."""
+        self.awaits_code = False
+        self.__dict__.pop("node_memory", None)
+        self._decisions.clear()
+        self.forget()
 
     @cached_property
     def two_levels(self) -> TwoLevels | None:
@@ -228,14 +229,14 @@ class Context:
             return bound
         self.plans[key] = bound
         if len(self.plans) > MAX_PLANS:
-            self._plan_cache.clear()
             _, oldest = self.plans.popitem(last=False)
             oldest.free()
         return bound
 
     def forget(self) -> None:
         """Free all cached plans."""
-        self._plan_cache.clear()
+        if self.entry:
+            self.entry.clear()
         for bound in self.plans.values():
             bound.free()
         self.plans.clear()
@@ -243,6 +244,7 @@ class Context:
     def close(self) -> None:
         """Free all resources (collective)."""
         self.forget()
+        self.doors.close()
         if self.consistency:
             self.consistency.close()
         if self._segment:

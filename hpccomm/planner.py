@@ -22,13 +22,14 @@ from hpccomm.backends.hierarchical import Operands
 from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.calls import operations
 from hpccomm.calls.buffers import Buffer, address_of, apply_displacement, read
+from hpccomm.calls.entry import Entry, why_no_entry
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
-from hpccomm.calls.plans import Plan, Run
+from hpccomm.calls.plans import NativeCall, Plan, Run
 from hpccomm.collectives.engine import bind, bind_segments
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels import reproducible
+from hpccomm.kernels import objects, reproducible
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
 from hpccomm.performance.tuning import Choice
 
@@ -37,6 +38,13 @@ Counts = tuple[int, ...]
 
 SYNCHRONISING = ("Allreduce", "Allgather", "Allgatherv", "Reduce_scatter", "Reduce_scatter_block", "Barrier")
 """Collectives that no rank leaves before all ranks have entered."""
+
+ALL_LENGTHS = (0, 1 << 62)
+ALWAYS = Choice("", None, "", ALL_LENGTHS)
+EQUAL_BLOCKS = ("Allgather", "Alltoall", "Reduce_scatter_block")
+"""Calls that are counted in bytes of one block."""
+BLOCKWISE = ("allgather", "alltoall", "reduce_scatter")
+"""Collectives whose calls are counted in bytes of all blocks, and have one block for each rank."""
 
 LOCKSTEP_BYTES = 1 << 23
 """From this size on, our algorithms on messages compare the calls of all ranks before the first message.  Below it the
@@ -78,6 +86,22 @@ class Planner:
         made: Context = self.comm.context
         return made
 
+    def open_doors(self) -> None:
+        """Let the compiled entry take calls, where there is one."""
+        context, memory = self.context, self.shared_memory
+        if context.awaits_code or why_no_entry(self.size) or (memory and not memory.compiled):
+            return
+        if memory is None and context.settings["HPCCOMM_COMPILE"] != "wait" and not objects.complete():
+            return  # nothing else needs the compiler now
+        meeting = self.bind_shared(Fingerprint("Barrier"), memory.bind_entry_barrier) if memory else None
+        context.entry = Entry(context.doors, self.rank, self.size, memory, context.consistency, meeting)
+
+    def use_code(self) -> None:
+        """Take shared memory into use from the next call on; the same call on all ranks."""
+        if self.context.awaits_code:
+            self.context.use_code()
+            self.open_doors()
+
     def allreduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None) -> Plan:
         """Allreduce."""
         who = self.call_label("Allreduce")
@@ -89,12 +113,12 @@ class Planner:
             return self.keep_widened(key, b if send is recv else a, inner, b)
         fingerprint = self.fingerprint("Allreduce", recv, choice, algorithm, op)
         if choice.algorithm == "native":
-            return self.bind_native(key, fingerprint, "Allreduce", (send, recv), (op,))
+            return self.bind_native(key, fingerprint, "Allreduce", (send, recv), (op,), choice)
         vector, source = recv.vector(), None if send is recv else send.vector()
         if choice.algorithm == "shared":
             ends = send.address, recv.address
             shared = partial(self.shared_memory.bind_allreduce, *ends, recv.elements, recv.kind, operations.name_of(op))
-            return self.keep_shared(key, fingerprint, shared)
+            return self.keep_shared(key, fingerprint, shared, choice)
         levels = self.context.two_levels if choice.algorithm == "hierarchical" else None
         if levels and op.is_predefined and levels.memory.reduces(operations.name_of(op), recv.kind):
             op_name, combine = operations.name_of(op), operations.combiner(op)
@@ -127,7 +151,7 @@ class Planner:
         fingerprint = Fingerprint("Allreduce_view", op_name, str(send.elements), send.kind)
         ends = send.address, segment.address + place
         into_segment = partial(shared.bind_allreduce, *ends, send.elements, send.kind, op_name, once=True)
-        plan = self.keep_shared(key, fingerprint, into_segment)
+        plan = self.keep_shared(key, fingerprint, into_segment, None)
         plan.result = read_only_view(result)
         return plan
 
@@ -149,13 +173,13 @@ class Planner:
         fingerprint = self.fingerprint("Reduce", send, choice, algorithm, op, root)
         if choice.algorithm == "native":
             into = recv if self.rank == root else Buffer(recvbuf)
-            return self.bind_native(key, fingerprint, "Reduce", (send, into), (op, root))
+            return self.bind_native(key, fingerprint, "Reduce", (send, into), (op, root), choice)
         source = send.vector()
         if choice.algorithm == "shared":
             ends = send.address, recv.address if self.rank == root else 0
             method = self.shared_memory.bind_reduce
             shared = partial(method, *ends, send.elements, send.kind, operations.name_of(op), root)
-            return self.keep_shared(key, fingerprint, shared)
+            return self.keep_shared(key, fingerprint, shared, choice)
         work = recv.vector() if self.rank == root else np.empty_like(source)
         ours = self.context.algorithms("reduce")[choice.algorithm]
         plan = self.bind_schedule(ours, work, ours.steps(self.rank, self.size, root), choice, op, fingerprint)
@@ -216,14 +240,15 @@ class Planner:
             b = Float32Copy(recv) if recv is not send else a
             inner = self.bind_reduce_scatter(None, name, (a.buffer, b.buffer), counts, arguments, choice.algorithm)
             return self.keep_widened(key, a, inner, b)
-        fingerprint = self.fingerprint(name, send, choice, algorithm, op, count="+".join(map(str, shorten(counts))))
+        count = str(counts[0]) if name == "Reduce_scatter_block" else "+".join(map(str, shorten(counts)))
+        fingerprint = self.fingerprint(name, send, choice, algorithm, op, count=count)
         if choice.algorithm == "native":
-            return self.bind_native(key, fingerprint, name, (send, recv), arguments)
+            return self.bind_native(key, fingerprint, name, (send, recv), arguments, choice)
         into, source = recv.vector(counts[self.rank]), send.vector(sum(counts))
         if choice.algorithm == "shared":
             method = self.shared_memory.bind_reduce_scatter
             shared = partial(method, send.address, recv.address, counts, send.kind, operations.name_of(op))
-            return self.keep_shared(key, fingerprint, shared)
+            return self.keep_shared(key, fingerprint, shared, choice)
         ours = self.context.algorithms("reduce_scatter")[choice.algorithm]
         levels = self.two_level_gathers(choice, op, send.kind)
         order = levels.order if levels else block_order(ours, self.size)
@@ -322,14 +347,14 @@ class Planner:
         if opaque and choice.algorithm != "native":
             return self.bind_packed_allgather(send, recv, algorithm)
         if choice.algorithm == "native":
-            return self.bind_native(key, fingerprint, name, (send, recv), ())
+            return self.bind_native(key, fingerprint, name, (send, recv), (), choice)
         assert recv.dtype is not None
         if choice.algorithm == "shared":
             width = recv.dtype.itemsize
             own = recv.address + displs[me] * width if in_place else send.address
             sizes, offsets = [each * width for each in counts], [each * width for each in displs]
             shared = partial(self.shared_memory.bind_allgather, own, recv.address, sizes, offsets)
-            return self.keep_shared(key, fingerprint, shared)
+            return self.keep_shared(key, fingerprint, shared, choice)
         ours, levels = self.context.algorithms("allgather")[choice.algorithm], self.two_level_gathers(choice)
         order = levels.order if levels else block_order(ours, self.size)
         cuts, block = cuts_of(counts, order), order.index(me)
@@ -367,7 +392,7 @@ class Planner:
         choice = self.choose("bcast", data, None, algorithm, who, data.nbytes)
         fingerprint = self.fingerprint("Bcast", data, choice, algorithm, None, root)
         if choice.algorithm == "native":
-            return self.bind_native(key, fingerprint, "Bcast", (data,), (root,))
+            return self.bind_native(key, fingerprint, "Bcast", (data,), (root,), choice)
         packed = PackedBuffer(data, self.comm, data.nbytes) if data.opaque else None
         vector = packed.octets if packed else data.vector()
         before = packed.pack if packed and self.rank == root else None
@@ -375,7 +400,7 @@ class Planner:
         if choice.algorithm == "shared":
             start = address_of(vector) if packed else data.address
             shared = partial(self.shared_memory.bind_bcast, start, data.nbytes, root)
-            return self.keep_shared(key, fingerprint, shared, before, after)
+            return self.keep_shared(key, fingerprint, shared, choice, before, after)
         ours = self.context.algorithms("bcast")[choice.algorithm]
         steps = ours.steps(self.rank, self.size, root)
         plan = self.bind_schedule(ours, vector.view("u1"), steps, choice, None, fingerprint)
@@ -392,7 +417,7 @@ class Planner:
         count = gather_count(recv, counts, received)
         fingerprint = self.fingerprint("Alltoall", recv, choice, algorithm, count=count)
         if choice.algorithm == "native":
-            return self.bind_native(key, fingerprint, "Alltoall", (send, recv), ())
+            return self.bind_native(key, fingerprint, "Alltoall", (send, recv), (), choice)
         if sent != received or sent % self.size:
             raise ArgumentError(
                 f"{who}: sends {sent} bytes, receives {received}: pass buffers of equal size, a multiple of the ranks"
@@ -412,16 +437,17 @@ class Planner:
         each = sent // self.size
         sizes, places = [each] * self.size, [each * k for k in range(self.size)]
         shared = partial(self.shared_memory.bind_alltoall, start, into, sizes, places, sizes, places)
-        return self.keep_shared(key, fingerprint, shared, before, received_bytes.unpack if received_bytes else None)
+        after = received_bytes.unpack if received_bytes else None
+        return self.keep_shared(key, fingerprint, shared, choice, before, after)
 
     def barrier(self, key: Hashable) -> Plan:
         """Barrier; in shared memory the barrier itself compares the calls of all ranks."""
         comm, fingerprint = self.comm, Fingerprint("Barrier")
         setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], "barrier")
         if self.shared_memory and "native" not in (comm.algorithm, setting):
-            return self.keep_shared(key, fingerprint, self.shared_memory.bind_barrier)
+            return self.keep_shared(key, fingerprint, self.shared_memory.bind_barrier, ALWAYS)
         run = self.guard(fingerprint, lambda: MPI.Intracomm.Barrier(comm), lockstep=False)
-        return self.context.keep(key, Plan(run))
+        return self.context.keep(key, Plan(run, row=NativeCall(fingerprint.word, ALL_LENGTHS, False)))
 
     def bind_inherited(
         self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
@@ -586,7 +612,7 @@ class Planner:
         """The algorithm of this call, named by the caller, by the communicator, or selected from the tuning table."""
         setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
         if "shared" in (algorithm, self.comm.algorithm, setting):
-            self.context.use_code()
+            self.use_code()
         names = self.context.names(collective)
         if algorithm is not None and algorithm not in names:
             raise unknown_algorithm_error(who, algorithm, names)
@@ -598,15 +624,33 @@ class Planner:
             reason = self.why_too_many(data, op)
             raise ArgumentError(f"{who}: {reason}: leave the algorithm out, or use one of {', '.join(fits)}")
         if wanted in ("native", *fits):
-            return Choice(wanted, None, "named by the caller")
+            return Choice(wanted, None, "named by the caller", ALL_LENGTHS)
         dtype = ("e" if data.half else data.dtype.char) if data.dtype is not None and op is not None else "B"
         allowed = ("native", *(name for name in names if name in fits))
         if self.size == 1 or not fits:
-            choice = Choice("native", None, "no other algorithm can take the call")
+            choice = Choice("native", None, "no other algorithm can take the call", ALL_LENGTHS)
         else:
-            choice = self.context.decide(collective, data.nbytes if nbytes is None else nbytes, dtype, allowed, who)
+            choice = self.decide(collective, data.nbytes if nbytes is None else nbytes, dtype, allowed, who)
         reason = self.why_not_native(data, op) if choice.algorithm == "native" else ""
         return Choice(next(name for name in FALLBACKS if name in fits), None, reason) if reason and fits else choice
+
+    def decide(self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...], who: str) -> Choice:
+        """The selected algorithm; one that is selected at both ends of a range of lengths takes the whole range."""
+        parts = self.size if collective in BLOCKWISE else 1
+        least, most = self.lengths(collective, nbytes // parts)
+        lengths = (parts * least, parts * most)
+        first, last = (self.context.decide(collective, each, dtype, allowed, who) for each in lengths)
+        if first.algorithm == last.algorithm and first.algorithm in ("native", "shared"):
+            return first._replace(lengths=lengths)
+        return self.context.decide(collective, nbytes, dtype, allowed, who)._replace(lengths=(nbytes, nbytes))
+
+    def lengths(self, collective: str, nbytes: int) -> tuple[int, int]:
+        """The lengths around ``nbytes`` whose calls in shared memory have the same record, or of the same size."""
+        if self.shared_memory:
+            found: tuple[int, int] = self.shared_memory.lengths(collective, nbytes)
+            return found
+        first = 1 << nbytes.bit_length() >> 1
+        return first, max(2 * first - 1, 0)
 
     def why_not_native(self, data: Buffer, op: MPI.Op | None) -> str:
         """The reason to avoid MPI's own algorithm; empty if there is none."""
@@ -693,6 +737,7 @@ class Planner:
         name: str,
         buffers: tuple[Buffer, ...],
         arguments: tuple[Any, ...],
+        choice: Choice,
     ) -> Plan:
         """Bind MPI's own algorithm; a plan with contiguous buffers is cached and does not keep the user's array alive.
 
@@ -708,7 +753,16 @@ class Planner:
             forms = [self.make_form(name, k, each, same) for k, each in enumerate(buffers)]
             forms[:1] = [IN_PLACE] if same else forms[:1]
         run = self.guard(fingerprint, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING)
-        return self.context.keep(key, Plan(run)) if reusable else Plan(run)
+        plain = reusable and not any(each.half for each in buffers)
+        lengths = self.unit_lengths(name, choice)
+        row = NativeCall(fingerprint.word, lengths, name in SYNCHRONISING) if plain else None
+        return self.context.keep(key, Plan(run, row=row)) if reusable else Plan(run)
+
+    def unit_lengths(self, name: str, choice: Choice) -> tuple[int, int]:
+        """The lengths of one block, or of a vector, for which a choice holds."""
+        parts = self.size if name in EQUAL_BLOCKS else 1
+        first, last = choice.lengths
+        return -(-first // parts), last // parts
 
     def keep(
         self, key: Hashable, fingerprint: Fingerprint, moves: list[Run | None], free: Run, lockstep_bytes: int
@@ -722,29 +776,37 @@ class Planner:
         key: Hashable,
         fingerprint: Fingerprint,
         bind: Callable[[int], Run],
+        choice: Choice | None,
         before: Run | None = None,
         after: Run | None = None,
     ) -> Plan:
-        """A plan in shared memory, cached under its key; shared memory compares the calls itself."""
-        plan = Plan(compose([before, self.bind_shared(fingerprint, bind), after]))
-        return self.context.keep(key, plan)
+        """A plan in shared memory, cached under its key; shared memory compares the calls itself.
+
+        Its row takes the lengths for which ``choice`` holds, too; without a choice it has none.
+        """
+        call: Any = self.bind_shared(fingerprint, bind)
+        row = call if choice and not before and not after and getattr(call, "lengths", None) else None
+        if row and choice:
+            row.lengths = meet(row.lengths, self.unit_lengths(fingerprint.collective, choice))
+        return self.context.keep(key, Plan(compose([before, call, after]), row=row))
 
     def bind_shared(self, fingerprint: Fingerprint, bind: Callable[[int], Run]) -> Run:
         """Bind a call in shared memory.
 
         While ranks are missing, the call drives MPI: they may wait for the end of a message that this rank has sent.
         """
-        table = self.context.consistency
-        digest = table.announce(fingerprint) if table else 0
-        progress = self.progress_driver(self.shared_memory)
+        table, memory = self.context.consistency, self.shared_memory
+        if table:
+            table.announce(fingerprint)
+        progress = self.progress_driver(memory)
 
         def handle_stall(seconds: float, positions: list[int]) -> None:
             if table:
-                table.check_stall(digest, seconds, positions)
+                table.check_stall(memory.own_fingerprint(), seconds, positions)
             progress(seconds, positions)
 
-        self.shared_memory.stall_handler = handle_stall
-        return bind(fingerprint.digest)
+        memory.stall_handler = handle_stall
+        return bind(fingerprint.word)
 
     def progress_driver(self, memory: Any) -> Callable[[float, list[int]], None]:
         """A stall handler that drives MPI while ranks of this node are missing, and raises if they can never enter."""
@@ -775,37 +837,38 @@ class Planner:
         if table is None:
             return body
         digest = table.announce(fingerprint)
-        synchronises = fingerprint.collective in SYNCHRONISING
+        context, synchronises = self.context, fingerprint.collective in SYNCHRONISING
         enter = table.begin if synchronises else table.enter
-        leave, wait, context = table.leave, table.wait, self.context
-        entry_barrier: Run | None = None
+        meet: Run = table.wait
         if lockstep and self.shared_memory:
-            entry_barrier = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
+            meet = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
 
         def run() -> None:
-            if entry_barrier:
-                entry_barrier()
             try:
                 enter(digest)
-                awaits_code = context.awaits_code
-                if awaits_code:
-                    context.announce_code()
+                context.announce_code()
                 if lockstep:
-                    wait()
+                    meet()
+                    table.compare_entries()
                 body()
-                if awaits_code and synchronises:
-                    wait()  # a call without elements may leave early
-                leave(digest)
-                if awaits_code and synchronises and table.all_had_code():
-                    context.use_code()
+                if synchronises and context.awaits_code:
+                    table.wait()  # a call without elements may have left early
+                table.leave()
             except MPI.Exception as failure:
-                table.active_seq = 0
-                table.raise_mismatch(digest, failure)
+                table.abandon()
+                table.raise_mismatch(failure)
             except BaseException:
-                table.active_seq = 0
+                table.abandon()
                 raise
+            if synchronises and context.awaits_code and table.all_had_code():
+                self.use_code()
 
         return run
+
+
+def meet(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """What two ranges have in common."""
+    return max(a[0], b[0]), min(a[1], b[1])
 
 
 def is_in_place(sendbuf: Any) -> bool:

@@ -21,7 +21,6 @@ from mpi4py import MPI
 from hpccomm.backends import shared_memory
 from hpccomm.backends.shared_memory import (
     SharedMemory,
-    forget,
 )
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels.reductions.reference import DTYPES, narrow, reduce
@@ -501,7 +500,7 @@ def test_a_plan_is_correct_after_its_registered_array_is_freed(comm: MPI.Intraco
         (allocation,) = shared._registered.values()
         for gone in ([], [0], range(comm.size)):
             if comm.rank in gone:
-                forget(shared._registered, allocation)
+                shared.forget(allocation)
             a[:] = pattern(50_000, comm.rank)
             plan()
             assert np.array_equal(a, pattern_sum(50_000, comm.size))
@@ -818,7 +817,7 @@ def test_allocated_bytes_are_those_of_the_records(comm: MPI.Intracomm) -> None:
         assert len(shared._segment.buffer) == comm.size * region.itemsize
         assert region.fields["slots"][1] == kernels.SLOTS
         assert shared._state.nbytes == records.STATE_RECORD.itemsize
-        call = shared._call(("test",), 1, [7] * 2 * comm.size)
+        call = shared._call(("test",), 1, rows=[7] * 2 * comm.size)
         assert call.nbytes == kernels.TABLE
         words = [kernels.load(call.ctypes.data + kernels.TABLE + records.W * i) for i in range(3 * comm.size)]
         assert words == [0] * comm.size + [7] * 2 * comm.size

@@ -47,6 +47,7 @@ import platform
 import time
 import weakref
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ import numpy.typing as npt
 
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels import objects
+from hpccomm.kernels.entry.records import ALLOCATION_RECORD, CHECK_MASK, CHECK_PRIME, COUNT_CHECK, TABLES
 from hpccomm.kernels.reductions.reference import code_of, has_kernel, itemsize
 from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
@@ -63,8 +65,6 @@ from hpccomm.transports.segment import PAGE, SharedSegment
 
 Plan = Callable[[], None]
 StallHandler = Callable[[float, list[int]], None]
-
-WORD_MASK = (1 << 63) - 1
 
 MAX_SPIN = 2000
 """Most polls of a flag before a rank yields its core, where every rank has a core.
@@ -92,7 +92,7 @@ class SharedMemory:
         self.rank, self.size = node.Get_rank(), node.Get_size()
         self.stall_handler: StallHandler | None = None
         self.mismatch: Callable[[list[int]], Exception] = fingerprint_mismatch
-        self._node = node
+        self._node, self.patience_ns = node, patience_ns
         self._compiled = agree_on_code(node, code)
         self._slot = slot_bytes(self.size)
         self._direct = max(records.PAYLOAD_BYTES, min(records.BUFFER, DIRECT_BYTES // self.size))
@@ -106,7 +106,11 @@ class SharedMemory:
         fill(self._state, spin=spin, spin_limit=spin, slot=self._slot, max_wait=patience_ns)
         self._tuning = new_tuning_table(self._slot)
         self._registered: dict[int, Allocation] = {}
+        self.allocations = np.zeros(MAX_ALLOCATIONS, ALLOCATION_RECORD)
+        """The registered arrays, for compiled code; beyond MAX_ALLOCATIONS they are copied like others."""
+        self.allocation_count = np.zeros(1, np.int64)
         self._allocations = 0
+        self._first: dict[str, list[int]] = {}
         self._reaches = self._can_reach()
 
     def _can_reach(self) -> bool:
@@ -124,9 +128,20 @@ class SharedMemory:
         """Free the memory; plans raise from now on."""
         self._state["closed"] = 1
         self._registered.clear()
+        self.allocation_count[0] = 0
         self._segment.close()
 
     # Queries
+
+    @property
+    def state_address(self) -> int:
+        """The address of this rank's state record."""
+        return int(self._state.ctypes.data)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the kernels are machine code."""
+        return self._compiled
 
     def reduces(self, op: str, dtype: npt.DTypeLike) -> bool:
         """Whether there is a kernel for an operation on a dtype."""
@@ -135,6 +150,10 @@ class SharedMemory:
     def peer_fingerprints(self) -> list[int]:
         """The fingerprint that each rank passed to the running or last call."""
         return [self._word(q, kernels.FINGERPRINT) for q in range(self.size)]
+
+    def own_fingerprint(self) -> int:
+        """The fingerprint that this rank passed to the running or last call."""
+        return self._word(self.rank, kernels.FINGERPRINT)
 
     def missing_ranks(self) -> list[int]:
         """The ranks that have not arrived at the running call."""
@@ -173,8 +192,25 @@ class SharedMemory:
         self._allocations += 1
         allocation = Allocation(self._allocations, segment.address, stride, self.rank)
         self._registered[allocation.number] = allocation
-        weakref.finalize(segment.buffer, forget, self._registered, allocation)
+        self._list_allocations()
+        weakref.finalize(segment.buffer, self.forget, allocation)
         return np.frombuffer(segment.buffer, kind, count, stride * self.rank).reshape(extent)
+
+    def forget(self, allocation: Allocation) -> None:
+        """Free the memory of an allocation whose last view is gone."""
+        allocation.alive[0] = 0
+        allocation.result = None
+        self._registered.pop(allocation.number, None)
+        self._list_allocations()
+
+    def _list_allocations(self) -> None:
+        """Write the registered arrays where compiled code reads them."""
+        known = list(self._registered.values())[:MAX_ALLOCATIONS]
+        self.allocation_count[0] = 0
+        for place, each in enumerate(known):
+            ends = (each.mine, each.mine + each.stride)
+            self.allocations[place] = (*ends, each.number, each.alive.ctypes.data, each.copies, each.stride)
+        self.allocation_count[0] = len(known)
 
     def view(self, address: int, nbytes: int) -> tuple[SharedSegment, int] | None:
         """Memory for one result that all ranks share, of calls on a registered array (collective); else ``None``.
@@ -218,7 +254,7 @@ class SharedMemory:
             return copy_plan(recv, send, nbytes)
         if nontemporal is None:
             nontemporal = send != recv and nbytes * self.size >= NONTEMPORAL_BYTES
-        call = self._reduction(("allreduce", count, once), dtype, op, fingerprint)
+        call = self._reduction(("allreduce", once), dtype, op, fingerprint, nbytes)
         fill(call, once=once, nontemporal_out=nontemporal)
         self._vector(call, send, recv, nbytes, DIRECT_BYTES_OF_TWO if self.size == 2 else self._direct)
         ranges = [(send, nbytes)] if once else [(send, nbytes), (recv, nbytes)]
@@ -229,7 +265,8 @@ class SharedMemory:
             fill(call, allocation=allocation.number, alive=allocation.alive.ctypes.data, copies=allocation.copies)
             recv_at = 0 if once else recv - allocation.mine
             fill(call, copy_stride=allocation.stride, send_at=send - allocation.mine, recv_at=recv_at)
-        return self._plan("allreduce", call, nbytes, allocation)
+        plan = self._plan("allreduce", call, nbytes, allocation)
+        return plan if once else self._generalise(plan, "allreduce", nbytes)
 
     def bind_reduce(
         self, send: int, recv: int, count: int, dtype: npt.DTypeLike, op: str, root: int, fingerprint: int
@@ -238,10 +275,10 @@ class SharedMemory:
         nbytes = count * itemsize(dtype)
         if self.size == 1:
             return copy_plan(recv, send, nbytes)
-        call = self._reduction(("reduce", count, root), dtype, op, fingerprint)
+        call = self._reduction(("reduce", root), dtype, op, fingerprint, nbytes)
         call["root"] = root
         self._vector(call, send, recv, nbytes, self._direct)
-        return self._plan("reduce", call, nbytes)
+        return self._generalise(self._plan("reduce", call, nbytes), "reduce", nbytes)
 
     def bind_reduce_scatter(
         self, send: int, recv: int, counts: Sequence[int], dtype: npt.DTypeLike, op: str, fingerprint: int
@@ -252,13 +289,16 @@ class SharedMemory:
         mine = cuts[self.rank + 1] - cuts[self.rank]
         if self.size == 1:
             return copy_plan(recv, send, mine)
-        call = self._reduction(("reduce_scatter", tuple(counts)), dtype, op, fingerprint, cuts)
+        even = are_even(counts)
+        key = ("reduce_scatter", *(() if even else counts))
+        call = self._reduction(key, dtype, op, fingerprint, mine if even else 0, cuts)
         protocol = kernels.DIRECT if cuts[-1] <= records.BUFFER else kernels.PIPELINE
         fill(call, send=send, nbytes=cuts[-1], protocol=protocol, block=self._rank_slot_bytes())
         disjoint = recv + mine <= send or send + cuts[-1] <= recv or recv == send + cuts[self.rank]
         if disjoint:
             call["recv"] = recv
-            return self._plan("reduce_scatter", call, cuts[-1])
+            plan = self._plan("reduce_scatter", call, cuts[-1])
+            return self._generalise(plan, "reduce_scatter", mine) if even else plan
         part = np.empty(mine, np.uint8)  # recv overlaps bytes that the others still read
         call["recv"] = part.ctypes.data
         run, copy_back = self._plan("reduce_scatter", call, cuts[-1]), copy_plan(recv, part.ctypes.data, mine, part)
@@ -275,14 +315,18 @@ class SharedMemory:
         """``counts[q]`` bytes of rank q to byte ``places[q]`` of ``recv``; ``places`` may differ between ranks."""
         if self.size == 1:
             return copy_plan(recv + places[0], send, counts[0])
-        call = self._call(("allgather", tuple(counts)), fingerprint, [*counts, *places])
+        even = are_even(counts)
+        key = ("allgather", *(() if even else counts))
+        call = self._call(key, fingerprint, counts[0] if even else 0, [*counts, *places])
         protocol = kernels.DIRECT if max(counts) <= records.BUFFER else kernels.PIPELINE
         fill(call, send=send, recv=recv, protocol=protocol, block=self._slot)
-        segment = ALLGATHER_SEGMENT_BYTES if self.size > 2 else max(1, *counts)
+        segment = ALLGATHER_SEGMENT_BYTES if self.size > 2 else kernels.MAX_SINGLE_COPY
         fill(call, slot_stride=self._slot_stride(max(counts)), segment=segment)
         if self._uses_single_copy("allgather", sum(counts)):
             call["protocol"] = kernels.SINGLE_COPY
-        return self._plan("allgather", call, max(counts))
+        plan = self._plan("allgather", call, max(counts))
+        in_order = even and list(places) == [counts[0] * q for q in range(self.size)]
+        return self._generalise(plan, "allgather", counts[0]) if in_order else plan
 
     def bind_bcast(
         self, address: int, nbytes: int, root: int, fingerprint: int, stall_handler: StallHandler | None = None
@@ -290,12 +334,13 @@ class SharedMemory:
         """``nbytes`` bytes of ``root`` to all ranks; ``stall_handler`` replaces the one of this object."""
         if self.size == 1:
             return copy_plan(address, address, 0)
-        call = self._call(("bcast", nbytes, root), fingerprint)
+        call = self._call(("bcast", root), fingerprint, nbytes)
         call["root"] = root
         self._vector(call, address, address, nbytes, records.BUFFER)
         if self._uses_single_copy("bcast", nbytes):
             call["protocol"] = kernels.SINGLE_COPY
-        return self._plan("bcast", call, nbytes, stall_handler=stall_handler)
+        plan = self._plan("bcast", call, nbytes, stall_handler=stall_handler)
+        return self._generalise(plan, "bcast", nbytes)
 
     def bind_alltoall(
         self,
@@ -314,16 +359,19 @@ class SharedMemory:
         alike = list(send_places) == even and len({*send_counts, *recv_counts}) == 1
         single_copy = alike and self._uses_single_copy("alltoall", sum(send_counts))
         rows = [*send_counts, *send_places, *recv_counts, *recv_places]
-        call = self._call(("alltoall", single_copy), fingerprint, rows)
+        call = self._call(("alltoall", single_copy), fingerprint, 0, rows)
         fill(call, send=send, recv=recv, block=self._rank_slot_bytes(), longest=max(*send_counts, *recv_counts))
         call["protocol"] = kernels.SINGLE_COPY if single_copy else kernels.PIPELINE
-        return self._plan("alltoall", call, sum(send_counts))
+        plan = self._plan("alltoall", call, sum(send_counts))
+        in_order = alike and list(recv_places) == even
+        return self._generalise(plan, "alltoall", send_counts[0]) if in_order else plan
 
     def bind_barrier(self, fingerprint: int) -> Plan:
         """Wait for all ranks."""
         if self.size == 1:
             return copy_plan(0, 0, 0)
-        return self._plan("barrier", self._call(("barrier",), fingerprint))
+        plan = self._plan("barrier", self._call(("barrier",), fingerprint))
+        return self._generalise(plan, "barrier", 0)
 
     def bind_entry_barrier(self, fingerprint: int) -> Plan:
         """Wait for all ranks before a call on another backend; any other call here is a mismatch."""
@@ -343,20 +391,28 @@ class SharedMemory:
         """Bytes of a slot for each rank's block."""
         return self._slot // self.size // kernels.ALIGNMENT * kernels.ALIGNMENT
 
-    def _call(self, key: tuple[Any, ...], fingerprint: int, rows: Sequence[int] = ()) -> npt.NDArray[Any]:
-        """The record of a call, with its table; ``key`` must be the same on all ranks."""
+    def _call(
+        self, key: tuple[Any, ...], fingerprint: int, nbytes: int = 0, rows: Sequence[int] = ()
+    ) -> npt.NDArray[Any]:
+        """The record of a call, with its table; ``key`` and ``nbytes`` must be the same on all ranks."""
         words = np.zeros(kernels.TABLE // records.W + self.size + len(rows), np.int64)
         words[len(words) - len(rows) :] = rows
         call = words[: kernels.TABLE // records.W].view(records.CALL_RECORD).reshape(())
-        check = (fingerprint * 0x9E3779B97F4A7C15 + zlib.crc32(repr(key).encode())) & WORD_MASK
+        check = check_word(fingerprint, zlib.crc32(repr(key).encode()), nbytes)
         fill(call, state=self._state.ctypes.data, fingerprint=fingerprint, check=check)
         return call
 
     def _reduction(
-        self, key: tuple[Any, ...], dtype: npt.DTypeLike, op: str, fingerprint: int, rows: Sequence[int] = ()
+        self,
+        key: tuple[Any, ...],
+        dtype: npt.DTypeLike,
+        op: str,
+        fingerprint: int,
+        nbytes: int,
+        rows: Sequence[int] = (),
     ) -> npt.NDArray[Any]:
         code = code_of(dtype)
-        call = self._call((*key, code, op), fingerprint, rows)
+        call = self._call((*key, code, op), fingerprint, nbytes, rows)
         fill(call, item=itemsize(dtype), fold=self._fold(op, code))
         return call
 
@@ -371,7 +427,8 @@ class SharedMemory:
     def _fold(self, op: str, code: str) -> int:
         return objects.fold(op, code) if self._compiled else memory.fold_handle(op, code)
 
-    def _kernel(self, name: str) -> Callable[[int], int]:
+    def kernel(self, name: str) -> Callable[[int], int]:
+        """The function that runs a collective's call record."""
         function: Callable[[int], int] = objects.kernel(name) if self._compiled else getattr(kernels, name)
         return function
 
@@ -387,35 +444,60 @@ class SharedMemory:
         nbytes: int = 0,
         allocation: Allocation | None = None,
         stall_handler: StallHandler | None = None,
-    ) -> Plan:
+    ) -> SharedCall:
         """The plan of a call; ``nbytes`` is its size for the autotuner."""
         if call["protocol"] not in (kernels.INLINE, kernels.SINGLE_COPY) and nbytes >= AUTOTUNE_BYTES:
             call["tuning"] = self._tuning_row(name, nbytes)
-        kernel, address, resolve = self._kernel(name), call.ctypes.data, self._resolve
-        stall_handler, held = stall_handler or self.stall_handler, (self._segment, call, allocation)
+        return SharedCall(self, name, call, stall_handler or self.stall_handler, allocation)
 
-        def run() -> None:
-            try:
-                code = kernel(address)
-                if code:
-                    resolve(code, kernel, address, stall_handler)
-            except BaseException:
-                self._handle_exception(held[1])
-                raise
+    def _generalise(self, plan: SharedCall, name: str, nbytes: int) -> SharedCall:
+        """Let a plan take other addresses, and all lengths whose records are like that of ``nbytes`` bytes."""
+        plan.lengths, plan.nbytes, plan.checked = self.lengths(name, nbytes), nbytes, int(name != "alltoall")
+        plan.table = TABLES.index({"reduce_scatter": "blocks"}.get(name, name if name in TABLES else "none"))
+        plan.sized = {"reduce_scatter": self.size}.get(name, int(name in ("allreduce", "reduce", "bcast")))
+        plan.registers = int(name == "allreduce" and nbytes >= REGISTERED_BYTES)
+        short = (kernels.INLINE, kernels.BUFFERED, *([kernels.DIRECT] if name != "allreduce" else []))
+        plan.releases = int(name != "barrier" and plan.call["protocol"] not in short)
+        return plan
 
-        run.call = address  # type: ignore[attr-defined]
-        return run
+    def lengths(self, name: str, nbytes: int) -> tuple[int, int]:
+        """The first and last length around ``nbytes`` whose calls have the same record; lengths of blocks if any."""
+        if name not in self._first:
+            self._first[name] = self._first_lengths(name)
+        starts = self._first[name]
+        place = bisect_right(starts, nbytes)
+        return starts[place - 1], starts[place] - 1
+
+    def _first_lengths(self, name: str) -> list[int]:
+        """The lengths at which the record of a collective's calls changes."""
+        parts = self.size if name in ("alltoall", "reduce_scatter") else 1
+        powers = [1 << k for k in range(63)]
+        limits = {
+            "allreduce": (records.PAYLOAD_BYTES, DIRECT_BYTES_OF_TWO if self.size == 2 else self._direct),
+            "reduce": (records.PAYLOAD_BYTES, self._direct),
+            "bcast": (records.PAYLOAD_BYTES, records.BUFFER),
+            "allgather": (records.BUFFER,),
+            "reduce_scatter": (records.BUFFER // self.size,),
+        }
+        at = [0, AUTOTUNE_BYTES, *powers, *(each + 1 for each in powers), *(each + 1 for each in limits.get(name, ()))]
+        if name == "allreduce":
+            at += [REGISTERED_BYTES, -(-NONTEMPORAL_BYTES // self.size)]
+        if name in SINGLE_COPY_BYTES:
+            whole = SINGLE_COPY_BYTES if self.size > 2 else SINGLE_COPY_BYTES_OF_TWO
+            at.append(-(-whole[name] // (1 if name == "bcast" else self.size)))
+        if parts > 1:
+            at += [-(-each // parts) for each in (AUTOTUNE_BYTES, *powers)]
+        return sorted({*at, 1 << 62})
 
     # Return codes
 
-    def _resolve(
-        self, code: int, kernel: Callable[[int], int], address: int, stall_handler: StallHandler | None
-    ) -> None:
+    def resolve(self, code: int, plan: SharedCall) -> None:
+        """Continue a call that a kernel has left with a code."""
         began = time.monotonic()
         while code == kernels.RETRY:
-            if stall_handler:
-                stall_handler(time.monotonic() - began, self.missing_ranks())
-            code = kernel(address)
+            if plan.stall_handler:
+                plan.stall_handler(time.monotonic() - began, self.missing_ranks())
+            code = plan.kernel(plan.address)
         if code == kernels.MISMATCH:
             raise self.mismatch(self.peer_fingerprints())
         if code == kernels.SHUT:
@@ -423,7 +505,7 @@ class SharedMemory:
         if code == kernels.STUCK:
             raise self._stuck_error()
 
-    def _handle_exception(self, call: npt.NDArray[Any]) -> None:
+    def handle_exception(self, call: npt.NDArray[Any]) -> None:
         """Handle an exception, such as Ctrl-C, in a call; if a rank was still missing, no rank can continue."""
         if call["waiting"]:
             call["waiting"] = 0
@@ -442,6 +524,78 @@ class SharedMemory:
         )
 
 
+GENERAL = ("lengths", "nbytes", "checked", "table", "sized", "registers", "releases")
+"""What a call knows of the other calls that its record can serve."""
+
+
+class SharedCall:
+    """A call in shared memory: its record and kernel, and which other calls the record can serve."""
+
+    __slots__ = ("address", "allocation", "call", "kernel", "memory", "name", "stall_handler", *GENERAL)
+    nbytes: int
+    checked: int
+    table: int
+    sized: int
+    registers: int
+    releases: int
+
+    def __init__(
+        self,
+        memory: SharedMemory,
+        name: str,
+        call: npt.NDArray[Any],
+        stall_handler: StallHandler | None,
+        allocation: Allocation | None,
+    ) -> None:
+        self.memory, self.name, self.call, self.address = memory, name, call, call.ctypes.data
+        self.kernel = memory.kernel(name)
+        self.stall_handler, self.allocation = stall_handler, allocation
+        self.lengths: tuple[int, int] | None = None
+        """The lengths that the record can serve, if it can serve any call but one."""
+
+    def copy(self) -> SharedCall:
+        """The same call with a record of its own."""
+        words = np.array(self.call.base)
+        call = words[: kernels.TABLE // records.W].view(records.CALL_RECORD).reshape(())
+        made = SharedCall(self.memory, self.name, call, self.stall_handler, None)
+        for name in GENERAL:
+            setattr(made, name, getattr(self, name))
+        return made
+
+    @property
+    def kernel_address(self) -> int:
+        """The address of the kernel's machine code."""
+        return objects.address(self.name)
+
+    def __call__(self) -> None:
+        """Run the call."""
+        try:
+            code = self.kernel(self.address)
+            if code:
+                self.memory.resolve(code, self)
+        except BaseException:
+            self.memory.handle_exception(self.call)
+            raise
+
+    def resume(self, code: int) -> None:
+        """Continue the call after its kernel has returned a code."""
+        try:
+            self.memory.resolve(code, self)
+        except BaseException:
+            self.memory.handle_exception(self.call)
+            raise
+
+
+def check_word(fingerprint: int, salt: int, nbytes: int) -> int:
+    """The word that ranks compare at the barrier of a call."""
+    return (fingerprint * CHECK_PRIME + salt + nbytes * COUNT_CHECK) & CHECK_MASK
+
+
+def are_even(counts: Sequence[int]) -> bool:
+    """Whether all ranks have blocks of one length."""
+    return len(set(counts)) == 1
+
+
 def fill(record: npt.NDArray[Any], **fields: Any) -> None:
     """Write some fields of a record."""
     for name, value in fields.items():
@@ -450,9 +604,10 @@ def fill(record: npt.NDArray[Any], **fields: Any) -> None:
 
 def call_of(plan: Plan) -> int:
     """The address of a plan's call record, for measurements."""
-    return int(plan.call)  # type: ignore[attr-defined]
+    return int(plan.address)  # type: ignore[attr-defined]
 
 
+MAX_ALLOCATIONS = 64
 SIZE_CLASSES = 40
 """Size classes, powers of two, that the autotuner keeps apart."""
 AUTOTUNE_BYTES = 2048
@@ -520,13 +675,6 @@ class Allocation:
         """Memory for one shared result, made at the first request."""
         self.alive = np.ones(1, np.int64)
         """Zero when the arrays are gone: another array may then have their address."""
-
-
-def forget(registered: dict[int, Allocation], allocation: Allocation) -> None:
-    """Free the memory of an allocation whose last view is gone."""
-    allocation.alive[0] = 0
-    allocation.result = None
-    registered.pop(allocation.number, None)
 
 
 def copy_plan(to: int, source: int, nbytes: int, *held: Any) -> Plan:

@@ -34,7 +34,12 @@ class BounceBuffers:
 
         Buffers are plain arrays, ``IN_PLACE`` or ``None``.  ``recvbuf`` is copied in as well as out.
         """
-        if not (fits(sendbuf) and fits(recvbuf)) or id(recvbuf) in self._own or id(sendbuf) in self._own:
+        if (
+            sendbuf is recvbuf is None
+            or not (fits(sendbuf) and fits(recvbuf))
+            or id(recvbuf) in self._own
+            or id(sendbuf) in self._own
+        ):
             return False
         if isinstance(recvbuf, np.ndarray) and not recvbuf.flags.writeable:
             return False  # an error, or the root of a broadcast

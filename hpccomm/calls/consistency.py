@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -18,16 +19,27 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from hpccomm.calls.fingerprint import Fingerprint, decode, first_difference, format_ranks, mismatch_message
+from hpccomm.calls.fingerprint import (
+    Fingerprint,
+    decode,
+    first_difference,
+    format_ranks,
+    mismatch_message,
+    template_digest,
+)
 from hpccomm.errors import MismatchError
+from hpccomm.kernels.entry.records import CALLS, COUNT_PRIME, COUNTS, DIGEST_BITS, DIGEST_MASK, STATUS
 
-CALLS = 64
-"""Entries of each rank: how many calls back a peer can still be compared."""
-TEXTS = 32
+TEXTS = 64
 TEXT_BYTES = 248
-STATUS, LEFT, GAVE_UP, HAS_CODE = CALLS, CALLS + 1, CALLS + 2, CALLS + 3
-ROW_WORDS = CALLS + 16 + TEXTS * (TEXT_BYTES // 8 + 1)
-"""64-bit words per rank."""
+LEFT, GAVE_UP, HAS_CODE = STATUS + 1, STATUS + 2, STATUS + 3
+TEXT_WORDS = TEXT_BYTES // 8 + 1
+FIRST_TEXT = COUNTS + CALLS
+ROW_WORDS = FIRST_TEXT + TEXTS * TEXT_WORDS
+"""64-bit words per rank: entries of the last calls, the status, counts of the last calls, fingerprints as text."""
+
+ENTRY_MASK = (1 << DIGEST_BITS) - 1
+"""The digest in an entry; the number of the call is above it."""
 
 PERIOD = 0.25
 """Seconds between two checks by the watchdog."""
@@ -59,16 +71,35 @@ class ConsistencyTable:
         self._warned = (0, 0)
         self.progress: Callable[[], Any] = lambda: None
         """Lets MPI make progress with pending messages."""
-        self._seq = 0
-        self.active_seq = 0
-        """The number of the call that this rank is executing; 0 between calls."""
         watch(self)
+
+    @property
+    def _seq(self) -> int:
+        """The number of the call that this rank is executing, or has executed last."""
+        return abs(self._words[self._base + STATUS])
+
+    @property
+    def active_seq(self) -> int:
+        """The number of the call that this rank is executing; 0 between calls."""
+        return max(0, self._words[self._base + STATUS])
+
+    def abandon(self) -> None:
+        """Leave a call that has failed."""
+        self._words[self._base + STATUS] = -self._seq
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Where compiled code finds the table: its address, bytes of a row, its rows, and this rank's row."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._octets))
+        return address, 8 * ROW_WORDS, len(self._members), self._base // ROW_WORDS
 
     def announce(self, fingerprint: Fingerprint) -> int:
         """Write the fingerprint of a future call; returns its digest for :meth:`enter`."""
         digest = fingerprint.digest
+        if fingerprint.number:
+            self.announce(fingerprint.template)
         self._fingerprints[digest] = fingerprint
-        start = 8 * (self._base + CALLS + 16 + (digest % TEXTS) * (TEXT_BYTES // 8 + 1))
+        start = 8 * (self._base + FIRST_TEXT + (digest % TEXTS) * TEXT_WORDS)
         if self._words[start // 8] != digest:  # never written, or overwritten by another call
             text = fingerprint.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
             self._octets[start + 8 : start + 8 + TEXT_BYTES] = text
@@ -77,33 +108,30 @@ class ConsistencyTable:
 
     def enter(self, digest: int) -> None:
         """Enter a call; raise if a rank that has entered before called something else."""
-        words = self._words
-        self._seq = seq = self._seq + 1
-        slot, mine = seq % CALLS, (seq << 31) | digest
-        words[self._base + slot] = mine
-        words[self._base + STATUS] = self.active_seq = seq
-        for peer in self._peers:
-            theirs = words[peer + slot]
-            if theirs != mine and theirs >> 31 == seq:
-                self.compare(digest, theirs, peer)
+        self.begin(digest)
+        self.compare_entries()
 
     def begin(self, digest: int) -> None:
         """Enter a call that no rank leaves before all have entered: comparing in :meth:`leave` is early enough."""
-        words = self._words
-        self._seq = seq = self._seq + 1
-        words[self._base + seq % CALLS] = (seq << 31) | digest
-        words[self._base + STATUS] = self.active_seq = seq
+        words, seq = self._words, self._seq + 1
+        words[self._base + COUNTS + seq % CALLS] = 0
+        words[self._base + seq % CALLS] = (seq << DIGEST_BITS) | digest
+        words[self._base + STATUS] = seq
 
-    def leave(self, digest: int) -> None:
+    def leave(self) -> None:
         """Leave a call; raise if another rank called something else."""
+        self.compare_entries()
+        self.abandon()
+
+    def compare_entries(self) -> None:
+        """Raise if a rank that has entered this call, too, called something else."""
         words, seq = self._words, self._seq
-        slot, mine = seq % CALLS, (seq << 31) | digest
+        slot = seq % CALLS
+        mine = words[self._base + slot]
         for peer in self._peers:
             theirs = words[peer + slot]
-            if theirs != mine and theirs >> 31 == seq:
-                self.compare(digest, theirs, peer)
-        self.active_seq = 0
-        words[self._base + STATUS] = -seq
+            if theirs != mine and theirs >> DIGEST_BITS == seq:
+                self.compare(mine, theirs, peer)
 
     def wait(self) -> None:
         """Wait until every member has entered this call, then compare; all members raise if one differs.
@@ -112,20 +140,16 @@ class ConsistencyTable:
         """
         words, seq = self._words, self._seq
         slot = seq % CALLS
-        mine = words[self._base + slot]
         for peer in self._peers:
             spins = 0
-            while words[peer + slot] >> 31 < seq:
+            while words[peer + slot] >> DIGEST_BITS < seq:
                 spins += 1
                 if spins > 20:
                     os.sched_yield()
                     self.progress()
                 if spins % 2000 == 0:
                     self.raise_if_deadlocked()
-        for peer in self._peers:
-            theirs = words[peer + slot]
-            if theirs != mine and theirs >> 31 == seq:
-                self.compare(mine & 0x7FFFFFFF, theirs, peer)
+        self.compare_entries()
 
     def announce_code(self) -> None:
         """Write the number of the first call at whose entry this rank had the compiled functions."""
@@ -136,46 +160,60 @@ class ConsistencyTable:
         """Whether all members had them on entering this call, which all have entered: the same answer on all."""
         return all(0 < self._words[k * ROW_WORDS + HAS_CODE] <= self._seq for k in range(len(self._members)))
 
-    def raise_mismatch(self, digest: int, failure: Exception) -> None:
+    def raise_mismatch(self, failure: Exception) -> None:
         """After an MPI error, raise a MismatchError if the ranks' calls differ, else MPI's own error."""
-        for peer in self._peers:
-            theirs = self._words[peer + self._seq % CALLS]
-            if theirs >> 31 == self._seq:
-                self.compare(digest, theirs, peer)
+        self.compare_entries()
         raise failure
 
-    def compare(self, digest: int, theirs: int, peer: int) -> None:
-        """Compare the fingerprints of two different digests; raise if they contradict each other."""
-        other = theirs & 0x7FFFFFFF
-        if digest == other or (digest, other) in self._compatible:
+    def compare(self, mine: int, theirs: int, peer: int) -> None:
+        """Compare the fingerprints of two different entries of this call; raise if they contradict each other."""
+        digest, other = mine & ENTRY_MASK, theirs & ENTRY_MASK
+        if (digest, other) in self._compatible:
             return
-        a, b = self._fingerprints.get(digest), self.read_fingerprint(peer, other)
+        a, b = self.find_call(self._base), self.find_call(peer)
         if a is not None and b is not None and first_difference(a, b) is None:
             self._compatible.add((digest, other))
             return
         raise MismatchError(self.explain())
 
+    def find_call(self, row: int, seq: int = 0) -> Fingerprint | None:
+        """The call that the rank with this row has entered under a number, that of this rank's call by default."""
+        seq = seq or self._seq
+        entry, count = self._words[row + seq % CALLS], self._words[row + COUNTS + seq % CALLS]
+        if entry >> DIGEST_BITS != seq:
+            return None
+        found = self.find_fingerprint(row, entry & ENTRY_MASK)
+        if found is None and count:
+            found = self.find_fingerprint(row, (entry - count * COUNT_PRIME) & DIGEST_MASK)
+            return found and found._replace(count=str(count))
+        return found
+
+    def find_fingerprint(self, row: int, digest: int) -> Fingerprint | None:
+        """A rank's fingerprint for a digest; that of this rank is never overwritten."""
+        return self._fingerprints.get(digest) if row == self._base else self.read_fingerprint(row, digest)
+
     def read_fingerprint(self, row: int, digest: int) -> Fingerprint | None:
         """A rank's fingerprint for a digest, unless it has been overwritten."""
-        start = 8 * (row + CALLS + 16 + (digest % TEXTS) * (TEXT_BYTES // 8 + 1))
+        start = 8 * (row + FIRST_TEXT + (digest % TEXTS) * TEXT_WORDS)
         if self._words[start // 8] != digest:
             return None
         return decode(bytes(self._octets[start + 8 : start + 8 + TEXT_BYTES]).rstrip())
 
-    def look_up_call(self, rank: int, digest: int) -> Fingerprint | None:
-        """The call of a rank of this node with a digest."""
-        if rank not in self._members:
-            return self._fingerprints.get(digest)
-        return self.read_fingerprint(self._members.index(rank) * ROW_WORDS, digest)
+    def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
+        """The call of a rank of this node whose fingerprint has this word, or this digest."""
+        row = self._members.index(rank) * ROW_WORDS if rank in self._members else self._base
+        template, count = template_digest(word)
+        found = self.find_fingerprint(row, word & DIGEST_MASK)
+        if found is None and count:
+            found = self.find_fingerprint(row, template)
+            return found and found._replace(count=str(count))
+        return found
 
     def explain(self) -> str:
         """The error sentence for the current call."""
-        slot = self._seq % CALLS
-        calls: dict[int, Fingerprint | None] = {}
-        for k, rank in enumerate(self._members):
-            entry = self._words[k * ROW_WORDS + slot]
-            if entry >> 31 == self._seq:
-                calls[rank] = self.read_fingerprint(k * ROW_WORDS, entry & 0x7FFFFFFF)
+        slot, seq = self._seq % CALLS, self._seq
+        entered = [k for k in range(len(self._members)) if self._words[k * ROW_WORDS + slot] >> DIGEST_BITS == seq]
+        calls = {self._members[k]: self.find_call(k * ROW_WORDS) for k in entered}
         return mismatch_message(calls, self._me)
 
     def raise_if_deadlocked(self) -> None:
@@ -191,40 +229,45 @@ class ConsistencyTable:
         mine = self._words[self._base + slot]
         for peer, rank in zip(self._peers, (r for r in self._members if r != self._me), strict=True):
             theirs = self._words[peer + slot]
-            if theirs >> 31 == seq and theirs != mine:
+            if theirs >> DIGEST_BITS == seq and theirs != mine:
                 try:
-                    self.compare(mine & 0x7FFFFFFF, theirs, peer)
+                    self.compare(mine, theirs, peer)
                 except MismatchError as error:
                     return str(error)
             gave_up = self._words[peer + GAVE_UP]
-            if gave_up and gave_up >> 31 == seq - 1:
+            if gave_up and gave_up >> DIGEST_BITS == seq - 1:
                 calls = {
-                    self._me: self._fingerprints.get(mine & 0x7FFFFFFF),
-                    rank: self.read_fingerprint(peer, gave_up & 0x7FFFFFFF),
+                    self._me: self.find_call(self._base),
+                    rank: self.read_fingerprint(peer, gave_up & ENTRY_MASK),
                 }
                 return mismatch_message(calls, self._me)
             if self._words[peer + LEFT] and abs(self._words[peer + STATUS]) < seq:
-                call = self._fingerprints.get(mine & 0x7FFFFFFF)
+                call = self.find_call(self._base)
                 return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
         return None
 
-    def check_stall(self, digest: int, seconds: float, positions: list[int]) -> None:
-        """Check a call in shared memory that waits for some members: raise if they can never enter it, warn if slow."""
-        words, seq = self._words, self._seq
-        call = self._fingerprints.get(digest)
+    def check_stall(self, word: int, seconds: float, positions: list[int]) -> None:
+        """Check a call in shared memory that waits for some members: raise if they can never enter it, warn if slow.
+
+        ``word`` is that of the call's fingerprint.
+        """
+        words, number = self._words, self.active_seq or self._seq + 1
+        call, digest = self.look_up_call(self._me, word), word & DIGEST_MASK
         for position in positions:
             rank, row = self._members[position], position * ROW_WORDS
-            entered = words[row + STATUS] == seq + 1
-            other = self.read_fingerprint(row, words[row + (seq + 1) % CALLS] & 0x7FFFFFFF) if entered else None
+            entered = words[row + STATUS] == number
+            other = self.find_call(row, number) if entered else None
             if other or words[row + LEFT]:
-                words[self._base + GAVE_UP] = (seq << 31) | digest
+                if call:
+                    self.announce(call)
+                words[self._base + GAVE_UP] = (number - 1 << DIGEST_BITS) | digest
                 raise MismatchError(
                     mismatch_message({self._me: call, rank: other}, self._me)
                     if other
                     else f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
                 )
-        if positions and seconds > stall_seconds() and self._warned != (seq, digest):
-            self._warned = (seq, digest)
+        if positions and seconds > stall_seconds() and self._warned != (number, digest):
+            self._warned = (number, digest)
             absent = format_ranks([self._members[position] for position in positions])
             log_line(f"rank {self._me}: {call} not complete after {seconds:.0f} s; missing: {absent}")
 
@@ -235,8 +278,7 @@ class ConsistencyTable:
 
     def describe_call(self) -> str:
         """The current call, for log lines."""
-        call = self._fingerprints.get(self._words[self._base + self._seq % CALLS] & 0x7FFFFFFF)
-        return f"{call} (call {self._seq})"
+        return f"{self.find_call(self._base)} (call {self._seq})"
 
     def close(self) -> None:
         """Release the views of the memory, whose owner frees it, and leave the watchdog."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import zlib
 from typing import NamedTuple
 
+from hpccomm.kernels.entry.records import COUNT_MASK, COUNT_PRIME, COUNT_SHIFT, DIGEST_MASK
+
 UNKNOWN = "?"
 """A field that is not compared, because this rank cannot determine it."""
 
@@ -37,9 +39,24 @@ class Fingerprint(NamedTuple):
     """The memory of the arrays, if it is not the host's."""
 
     @property
+    def number(self) -> int:
+        """The count, if it is a number; else 0."""
+        return int(self.count) if self.count.isdecimal() else 0
+
+    @property
+    def template(self) -> Fingerprint:
+        """The fingerprint without a count that is a number."""
+        return self._replace(count="") if self.count.isdecimal() else self
+
+    @property
     def digest(self) -> int:
-        """A hash of 28 bits, which fit into a tag of every MPI in use."""
-        return zlib.crc32("|".join(self).encode()) & 0xFFFFFFF
+        """A hash of 28 bits, which fit into a tag of every MPI in use; calls of one kind differ by their count only."""
+        return (zlib.crc32("|".join(self.template).encode()) + self.number * COUNT_PRIME) & DIGEST_MASK
+
+    @property
+    def word(self) -> int:
+        """The digest and the count in one word, for shared memory."""
+        return self.digest | (self.number & COUNT_MASK) << COUNT_SHIFT
 
     def __str__(self) -> str:
         amount = " ".join(part for part in (self.count, self.dtype, self.memory) if part not in ("", UNKNOWN))
@@ -51,6 +68,12 @@ class Fingerprint(NamedTuple):
     def encode(self) -> bytes:
         """The fingerprint as bytes for other ranks."""
         return "|".join(self).encode()
+
+
+def template_digest(word: int) -> tuple[int, int]:
+    """The digest of the template and the count in a fingerprint's word."""
+    count = word >> COUNT_SHIFT & COUNT_MASK
+    return (word - count * COUNT_PRIME) & DIGEST_MASK, count
 
 
 def decode(octets: bytes) -> Fingerprint:

@@ -1,10 +1,9 @@
-"""Plans, the plan cache, and the keys by which a repeated call is recognised."""
+"""Plans, and the keys by which a repeated call is recognised."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -19,43 +18,29 @@ address = MPI.Get_address
 Run = Callable[[], None]
 
 
+class NativeCall(NamedTuple):
+    """A kind of call that MPI runs: what the compiled entry must know to compare it."""
+
+    word: int
+    """The word of its fingerprint."""
+    lengths: tuple[int, int]
+    """The lengths that MPI takes."""
+    synchronises: bool
+    """Whether ranks compare their calls before MPI moves data."""
+
+
 class Plan:
     """A call that is ready to run; on messages it runs a :class:`hpccomm.collectives.engine.BoundSchedule`."""
 
-    __slots__ = ("free", "result", "run")
+    __slots__ = ("free", "result", "row", "run")
 
-    def __init__(self, run: Run, free: Run | None = None, result: Any = None) -> None:
+    def __init__(self, run: Run, free: Run | None = None, result: Any = None, row: Any = None) -> None:
         self.run = run
         self.free = free or (lambda: None)
         self.result = result
         """The return value of the call, if it has one."""
-
-
-CachedCall = tuple[Run, int, MPI.Op | None, str | None, "np.dtype[Any]", tuple[Any, ...]]
-"""A call with identical argument objects: its run function, the identity of ``sendbuf``, the operation, the algorithm,
-the dtype of ``recvbuf`` (or of ``sendbuf``, if there is none: an array's dtype can be changed in place), and weak
-references that delete the entry with its arrays, so that an identity is never reused.  A plain tuple: it unpacks in
-half the time."""
-
-IDENTITY_TYPES = (np.ndarray, type(MPI.IN_PLACE), type(None))
-"""Types that identity can distinguish; a form is a new list at every call."""
-
-
-class PlanCache(dict[Hashable, CachedCall]):
-    """Maps the identity of a call's arguments to the plan's run function, the fastest lookup; keeps no array alive."""
-
-    def store(
-        self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op | None, algorithm: str | None, run: Run
-    ) -> None:
-        """Store the run function of a call; ``key`` contains the collective and the identity of ``recvbuf``."""
-        if type(sendbuf) not in IDENTITY_TYPES or type(recvbuf) not in IDENTITY_TYPES:
-            return
-        if op is not None and not op.is_predefined:
-            return
-        arrays = [each for each in (sendbuf, recvbuf) if isinstance(each, np.ndarray)]
-        watches = tuple(weakref.ref(each, lambda _: self.pop(key, None)) for each in arrays)
-        dtype = (sendbuf if recvbuf is None else recvbuf).dtype
-        self[key] = (run, id(sendbuf), op, algorithm, dtype, watches)
+        self.row = row
+        """What the compiled entry must know to make other calls of the kind: a call in shared memory or of MPI."""
 
 
 def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:

@@ -190,6 +190,29 @@ def fold(builder, handle, sources, k, first, out, n):
     builder.call(pointer(builder, handle, kind), [sources, k, first, out, n])
 
 
+def call_address(builder: Any, address: Any, *arguments: Any) -> Any:
+    """Call a function of words at an address."""
+    return builder.call(pointer(builder, address, ir.FunctionType(I64, [I64] * len(arguments))), arguments)
+
+
+@instruction(int64, int64)
+def call_0(builder, address):
+    """Call a function without arguments."""
+    return call_address(builder, address)
+
+
+@instruction(int64, int64, int64)
+def call_1(builder, address, a):
+    """Call a function of one word."""
+    return call_address(builder, address, a)
+
+
+@instruction(int64, int64, int64, int64)
+def call_2(builder, address, a, b):
+    """Call a function of two words."""
+    return call_address(builder, address, a, b)
+
+
 @intrinsic
 def stack_buffer(context: Any, sample: Any) -> Any:
     """``STACK_ELEMENTS`` elements of the type of ``sample`` on the stack."""

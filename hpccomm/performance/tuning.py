@@ -63,6 +63,8 @@ class Choice(NamedTuple):
     """The segment length with which it was measured, if any."""
     reason: str
     """The reason, as text."""
+    lengths: tuple[int, int] = (0, -1)
+    """The first and the last length in bytes for which it is selected, if known."""
 
 
 class Row(NamedTuple):

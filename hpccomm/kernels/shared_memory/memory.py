@@ -125,3 +125,11 @@ def array_at(address: int, n: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """``n`` elements at an address."""
     octets: Any = (ctypes.c_char * (n * dtype.itemsize)).from_address(address)
     return np.frombuffer(octets, dtype)
+
+
+def call_address(address: int, *arguments: int) -> int:
+    """Call a function of words at an address."""
+    return int(ctypes.PYFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(arguments))(address)(*arguments))
+
+
+call_0 = call_1 = call_2 = call_address

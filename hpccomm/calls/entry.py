@@ -1,0 +1,386 @@
+"""The compiled way into a collective, and the table of the kinds of calls that it knows.
+
+*A kind of call: collective, operation, root, algorithm, dtype, in place or not, and a range of lengths.*  The entry is
+one built-in function a collective of a communicator.  It reads NumPy arrays and mpi4py's lists of array, count and
+datatype, finds the row of the call's kind, writes addresses and length into that row's call record and runs its
+kernel.  A call that it does not know, or that fails, it answers with a code: the Python path takes the call, and
+adds a row where shared memory has taken it.  The key of a row consists of objects that the table keeps alive, never
+of the user's arrays.
+
+``HPCCOMM_ENTRY=off`` leaves every call to the Python path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from hpccomm.calls.buffers import MPI_KINDS, numpy_dtype
+from hpccomm.calls.fingerprint import template_digest
+from hpccomm.calls.plans import NativeCall
+from hpccomm.collectives import ALGORITHMS as SCHEDULES
+from hpccomm.kernels import objects
+from hpccomm.kernels.builtins import make_builtin
+from hpccomm.kernels.entry import body, records
+from hpccomm.kernels.entry.records import (
+    BEFORE_NATIVE,
+    CHECK_MASK,
+    CHECK_PRIME,
+    COUNT_CHECK,
+    LATE,
+    NATIVE,
+    NOT_MINE,
+)
+from hpccomm.kernels.reductions.reference import code_of
+from hpccomm.kernels.shared_memory.memory import load
+from hpccomm.kernels.shared_memory.records import offset_of
+
+COLLECTIVES = ("allreduce", "reduce", "reduce_scatter_block", "allgather", "bcast", "alltoall", "barrier")
+MAX_RANKS = 256
+"""Python has one object each for the integers up to 256, so a root is recognised by its address."""
+FIRST_ROWS, MAX_ROWS = 64, 4096
+DTYPE_CHARS = "?bhilqBHILQefdgFDG"
+
+Door = Callable[..., Any]
+
+
+class Key(NamedTuple):
+    """What a door has read of a call: the key of its row, its length, and its addresses."""
+
+    kind: int
+    op: int
+    root: int
+    algorithm: int
+    nbytes: int
+    send: int
+    recv: int
+
+
+def decline(*arguments: Any) -> int:
+    """The door of a communicator without a compiled entry."""
+    return NOT_MINE
+
+
+class Doors:
+    """The way into each collective of a communicator: ``door(sendbuf, recvbuf, op, root, algorithm, rest)``.
+
+    A door returns None when the call is done, else a code.
+    """
+
+    __slots__ = COLLECTIVES
+    allreduce: Door
+    reduce: Door
+    reduce_scatter_block: Door
+    allgather: Door
+    bcast: Door
+    alltoall: Door
+    barrier: Door
+
+    def __init__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave all calls to the Python path."""
+        for name in COLLECTIVES:
+            setattr(self, name, decline)
+
+
+def door_facts(p: int) -> dict[str, dict[str, int]]:
+    """The fields of each collective's door that are not 0, for p ranks."""
+    return {
+        "allreduce": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1},
+        "reduce": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1, "rooted": 1},
+        "reduce_scatter_block": {"send_blocks": p, "recv_blocks": 1},
+        "allgather": {"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p, "own_block": 1},
+        "bcast": {"recv_blocks": 1, "rooted": 2},
+        "alltoall": {"send_blocks": p, "recv_blocks": p, "send_counted": p, "recv_counted": p},
+        "barrier": {},
+    }
+
+
+class Entry:
+    """The doors of one communicator, and its rows.
+
+    ``memory`` is the shared memory of all ranks, ``table`` the consistency table, ``meeting`` the call in shared memory
+    in which ranks meet before MPI's synchronising collectives; each may be None.
+    """
+
+    def __init__(self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any) -> None:
+        self._doors, self.meeting, self._table = doors, meeting, table
+        self._facts = door_facts(size)
+        self._types, self._items = type_table(list_objects()), item_sizes()
+        self._record = np.zeros((), records.ENTRY_RECORD)
+        fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
+        fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
+        if memory:
+            fill(self._record, state=memory.state_address, patience=memory.patience_ns)
+            registered, count = memory.allocations.ctypes.data, memory.allocation_count.ctypes.data
+            fill(self._record, registered=registered, registrations=count)
+        if table:
+            address, row_bytes, members, member = table.place
+            fill(self._record, entries=address, row_bytes=row_bytes, members=members, member=member)
+        if meeting:
+            fill(self._record, meeting=meeting.address, meet=meeting.kernel_address)
+        self.clear()
+        self._kept = [self._open_door(name) for name in COLLECTIVES]
+        self._leave = make_builtin("leave", objects.address("leave"), self._kept[0])
+
+    def _open_door(self, name: str) -> npt.NDArray[Any]:
+        """Open the door of a collective; returns its record, which must stay alive."""
+        door = np.zeros(1, records.DOOR_RECORD)
+        facts = {"send_counted": 1, "recv_counted": 1, **self._facts[name]}
+        fill(door[0:1], entry=self._record.ctypes.data, collective=COLLECTIVES.index(name), **facts)
+        setattr(self._doors, name, make_builtin(name, objects.address("enter"), door))
+        return door
+
+    def close(self) -> None:
+        """Leave all calls to the Python path."""
+        self._doors.close()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._calls: list[Any] = []
+        self._keys: list[tuple[Key, dict[str, int]]] = []
+        self._resize(FIRST_ROWS)
+
+    def _resize(self, length: int) -> None:
+        """Make a table of ``length`` rows and write the known rows to it."""
+        self._rows = np.zeros(length, records.ROW_RECORD)
+        fill(self._record, rows=self._rows.ctypes.data, mask=length - 1)
+        for key, values in self._keys:
+            self._write_row(key, values)
+
+    def key(self) -> Key:
+        """The key, length and addresses of the call that a door has just answered with MISS."""
+        words = self._record[()]
+        return Key(*(int(words[name]) for name in Key._fields))
+
+    def insert(self, key: Key, call: Any) -> None:
+        """Let the entry take the calls of the kind of ``key``; ``call`` in shared memory has taken one of them."""
+        name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
+        blocks = max(1, self._facts[name].get("recv_blocks", 1))
+        values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
+        template, count = template_digest(values["fingerprint"])
+        first = 1 << key.nbytes.bit_length() >> 1
+        least, most = max(call.lengths[0], first), min(call.lengths[1], max(2 * first - 1, 0))
+        if count != key.nbytes // item * blocks or not least <= key.nbytes <= most:
+            return
+        if len(self._keys) >= MAX_ROWS:
+            self.clear()
+        values |= {"least": least, "most": most, "item": item, "blocks": blocks, "template": template}
+        values |= {"number": len(self._calls), **{name: getattr(key, name) for name in ROW_KEY}}
+        if not isinstance(call, NativeCall):
+            own = call.copy()
+            self._calls.append(own)
+            values |= {"call": own.address, "kernel": own.kernel_address, "last": -1}
+        del values["fingerprint"]
+        self._keys.append((key, values))
+        if 2 * len(self._keys) > len(self._rows):
+            self._resize(2 * len(self._rows))
+        else:
+            self._write_row(key, values)
+
+    def _write_row(self, key: Key, values: dict[str, int]) -> None:
+        """Write a row to the first free place after its hash."""
+        mask = len(self._rows) - 1
+        at = hash_words(*key[:4]) & mask
+        while self._rows["backend"][at]:
+            at = (at + 1) & mask
+        fill(self._rows[at : at + 1], **values)
+
+    def resume(self, code: int) -> None:
+        """Continue the call in shared memory that a door has answered with a code of its kernel."""
+        row = int(self._record["row"])
+        self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
+
+    def run_native(self, code: int, call: Callable[[], Any]) -> None:
+        """Run one of MPI's own collectives, which a door has answered with a code, and compare the ranks' calls."""
+        table = self._table
+        if table is None:
+            call()
+            return
+        try:
+            if code != NATIVE:
+                self._settle(code)
+            call()
+            if self._leave() is not None:
+                table.leave()
+        except MPI.Exception as failure:
+            table.abandon()
+            table.raise_mismatch(failure)
+        except BaseException:
+            table.abandon()
+            raise
+
+    def _settle(self, code: int) -> None:
+        """Wait for the other ranks, where the entry has not, and compare their calls with this rank's."""
+        if code >= BEFORE_NATIVE:
+            self.meeting.resume(code - BEFORE_NATIVE)
+        if code == LATE:
+            self._table.wait()
+        self._table.compare_entries()
+
+
+ROW_KEY = ("kind", "op", "root", "algorithm")
+
+
+def hash_words(*key: int) -> int:
+    """The hash with which the entry looks up up to four words."""
+    words = (*key, 0, 0, 0)[:4]
+    return int(body.hash_words(*words))  # type: ignore[no-untyped-call]
+
+
+def fill(record: npt.NDArray[Any], **values: int) -> None:
+    """Write some fields of a record."""
+    for name, value in values.items():
+        record[name] = value
+
+
+def shared_values(call: Any, key: Key) -> dict[str, int]:
+    """The fields of the row for a call in shared memory."""
+    fingerprint, check = int(call.call["fingerprint"]), int(call.call["check"])
+    salt = (check - fingerprint * CHECK_PRIME - key.nbytes * call.checked * COUNT_CHECK) & CHECK_MASK
+    general = {name: getattr(call, name) for name in ("checked", "table", "sized", "registers", "releases")}
+    return {"fingerprint": fingerprint, "backend": records.IN_SHARED_MEMORY, "salt": salt, **general}
+
+
+def native_values(call: NativeCall) -> dict[str, int]:
+    """The fields of the row for one of MPI's own collectives."""
+    return {"fingerprint": call.word, "backend": records.BY_MPI, "synchronises": int(call.synchronises)}
+
+
+# What the entry knows of Python, NumPy and MPI
+
+
+SCHEDULE_NAMES = sorted({name for each in SCHEDULES.values() for name in each})
+ALGORITHMS = tuple(sys.intern(name) for name in (*SCHEDULE_NAMES, "auto", "native", "shared", "hierarchical"))
+"""Names of algorithms; a program's literals are the same objects."""
+
+
+def list_objects() -> tuple[tuple[Any, int, int], ...]:
+    """All objects that the entry recognises by their addresses, each with a number and the bytes of an element."""
+    return (*list_types(), *((name, 0, 1) for name in ALGORITHMS))
+
+
+@cache
+def item_sizes() -> dict[int, int]:
+    """Bytes of an element by the number of its dtype; 1 for calls without one."""
+    return {token: item for _, token, item in list_types()} | {0: 1}
+
+
+@cache
+def list_types() -> tuple[tuple[Any, int, int], ...]:
+    """Objects that calls name, with the number of their dtype, and the bytes of an element.
+
+    They are never freed, so their addresses identify them.  Operations have the number 0.
+    """
+    found: dict[int, tuple[Any, str, int]] = {}
+    for char in DTYPE_CHARS:
+        dtype = np.dtype(char)
+        found[id(dtype)] = (dtype, code_of(dtype), dtype.itemsize)
+        if dtype.kind in MPI_KINDS and dtype != np.float16:
+            found[id(char)] = (sys.intern(char), code_of(dtype), dtype.itemsize)
+    for each in vars(MPI).values():
+        named = numpy_dtype(each) if isinstance(each, MPI.Datatype) else None
+        if named is not None:
+            found[id(each)] = (each, code_of(named), named.itemsize)
+    codes = sorted({code for _, code, _ in found.values()})
+    types = tuple((each, 1 + codes.index(code), item) for each, code, item in found.values())
+    ops = tuple((each, 0, 1) for each in vars(MPI).values() if isinstance(each, MPI.Op) and each != MPI.OP_NULL)
+    return (*types, *ops)
+
+
+def type_table(known: Iterable[tuple[Any, int, int]]) -> npt.NDArray[Any]:
+    """The hash table of objects by address."""
+    entries = list(known)
+    table = np.zeros(1 << (3 * len(entries)).bit_length(), records.TYPE_RECORD)
+    for each, token, item in entries:
+        at = hash_words(id(each)) & (len(table) - 1)
+        while table["object"][at]:
+            at = (at + 1) & (len(table) - 1)
+        table[at] = (id(each), token, item)
+    return table
+
+
+@cache
+def python_addresses() -> dict[str, int]:
+    """Addresses of Python's own objects and functions."""
+    functions = {
+        "as_integer": ctypes.pythonapi.PyLong_AsLongLongAndOverflow,
+        "save_thread": ctypes.pythonapi.PyEval_SaveThread,
+        "restore_thread": ctypes.pythonapi.PyEval_RestoreThread,
+    }
+    return {
+        **{name: ctypes.cast(each, ctypes.c_void_p).value or 0 for name, each in functions.items()},
+        "array_type": id(np.ndarray),
+        "list_type": id(list),
+        "tuple_type": id(tuple),
+        "int_type": id(int),
+        "none": id(None),
+        "in_place": id(MPI.IN_PLACE),
+        "answers": ANSWERS.ctypes.data,
+        "counts_references": int(sys.version_info < (3, 12)),
+        "item_size": item_size_offset(),
+    }
+
+
+ANSWERS = np.array([id(code) for code in range(64)])
+"""The addresses of the integers that a door returns; Python has one object for each."""
+
+
+def item_size_offset() -> int:
+    """Where a dtype object has the bytes of its elements: NumPy 2 has moved it."""
+    return 40 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
+
+
+def why_no_entry(ranks: int) -> str:
+    """Why a communicator has no compiled entry; empty if it has one."""
+    return f"more than {MAX_RANKS} ranks" if ranks > MAX_RANKS else why_python_has_none()
+
+
+@cache
+def why_python_has_none() -> str:
+    """Why this process has no compiled entry."""
+    if os.environ.get("HPCCOMM_ENTRY") == "off":
+        return "HPCCOMM_ENTRY=off"
+    if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "the entry reads objects of CPython with its global lock"
+    if objects.why_none():
+        return objects.why_none()
+    return "" if reads_objects() else "objects of Python or NumPy are laid out in an unknown way"
+
+
+def reads_objects() -> bool:
+    """Whether arrays, dtypes, lists and tuples are laid out as the entry reads them."""
+    array = np.zeros((3, 5), "f8")
+    known = {
+        records.OBJECT_TYPE: id(np.ndarray),
+        records.ARRAY_DATA: array.ctypes.data,
+        records.ARRAY_DTYPE: id(array.dtype),
+    }
+    shape = load(id(array) + records.ARRAY_SHAPE)
+    pair, row = [array, 7], (array, 7, 9)
+    void = np.dtype("V24")
+    return (
+        ctypes.sizeof(ctypes.c_void_p) == 8
+        and sys.byteorder == "little"
+        and all(load(id(array) + offset) == value for offset, value in known.items())
+        and load(id(array) + records.ARRAY_DIMENSIONS) & records.LOW_HALF == 2
+        and [load(shape), load(shape + 8)] == [3, 5]
+        and load(id(array) + records.ARRAY_FLAGS) & 0xFFFF == array.flags.num
+        and load(id(void) + item_size_offset()) & records.LOW_HALF == 24
+        and load(id(void) + records.DTYPE_KIND) & 0xFF == records.VOID_KIND
+        and load(load(id(pair) + records.LIST_ITEMS)) == id(array)
+        and [load(id(pair) + records.SEQUENCE_LENGTH), load(id(row) + records.SEQUENCE_LENGTH)] == [2, 3]
+        and load(id(row) + records.TUPLE_ITEMS) == id(array)
+    )

@@ -1,0 +1,526 @@
+"""The body of the compiled entry: read the buffers of a call, find the row of its kind, aim its record and run it.
+
+The entry only shortens: a call that it cannot read, or whose kind has no row yet, it answers with a code, and the
+Python path takes the call.  It raises nothing, keeps nothing of the user's, and holds the GIL only in short calls.
+"""
+
+from __future__ import annotations
+
+from hpccomm.kernels.entry.records import (
+    ALIGNED,
+    ALLOCATION_RECORD,
+    ARRAY_DATA,
+    ARRAY_DIMENSIONS,
+    ARRAY_DTYPE,
+    ARRAY_FLAGS,
+    ARRAY_SHAPE,
+    BEFORE_NATIVE,
+    BY_MPI,
+    C_CONTIGUOUS,
+    CALLS,
+    CHECK_MASK,
+    CHECK_PRIME,
+    CLASS_BITS,
+    COUNT_CHECK,
+    COUNT_MASK,
+    COUNT_PRIME,
+    COUNT_SHIFT,
+    COUNTS,
+    DIFFER,
+    DIGEST_BITS,
+    DIGEST_MASK,
+    DOOR_RECORD,
+    DTYPE_KIND,
+    ENTRY_RECORD,
+    IN_PLACE_BIT,
+    LATE,
+    LIST_ITEMS,
+    LOW_HALF,
+    MISS,
+    NATIVE,
+    NATIVE_IN_PLACE,
+    NOT_MINE,
+    OBJECT_TYPE,
+    ROW_RECORD,
+    SEQUENCE_LENGTH,
+    STATUS,
+    TOKEN_BITS,
+    TUPLE_ITEMS,
+    TYPE_RECORD,
+    VOID_KIND,
+    WRITEABLE,
+)
+from hpccomm.kernels.shared_memory.collectives import DONE, MAX_WAIT, RETRY, TABLE
+from hpccomm.kernels.shared_memory.memory import call_0, call_1, call_2, load, load_acquire, store, store_release
+from hpccomm.kernels.shared_memory.records import CALL_RECORD, W, offset_of
+
+# The entry
+ROWS = offset_of(ENTRY_RECORD, "rows")
+MASK = offset_of(ENTRY_RECORD, "mask")
+TYPES = offset_of(ENTRY_RECORD, "types")
+TYPES_MASK = offset_of(ENTRY_RECORD, "types_mask")
+ARRAY_TYPE = offset_of(ENTRY_RECORD, "array_type")
+LIST_TYPE = offset_of(ENTRY_RECORD, "list_type")
+TUPLE_TYPE = offset_of(ENTRY_RECORD, "tuple_type")
+INT_TYPE = offset_of(ENTRY_RECORD, "int_type")
+NONE = offset_of(ENTRY_RECORD, "none")
+IN_PLACE = offset_of(ENTRY_RECORD, "in_place")
+ANSWERS = offset_of(ENTRY_RECORD, "answers")
+COUNTS_REFERENCES = offset_of(ENTRY_RECORD, "counts_references")
+AS_INTEGER = offset_of(ENTRY_RECORD, "as_integer")
+SAVE_THREAD = offset_of(ENTRY_RECORD, "save_thread")
+RESTORE_THREAD = offset_of(ENTRY_RECORD, "restore_thread")
+ITEM_SIZE = offset_of(ENTRY_RECORD, "item_size")
+RANK = offset_of(ENTRY_RECORD, "rank")
+RANK_OBJECT = offset_of(ENTRY_RECORD, "rank_object")
+SIZE = offset_of(ENTRY_RECORD, "size")
+STATE = offset_of(ENTRY_RECORD, "state")
+PATIENCE = offset_of(ENTRY_RECORD, "patience")
+REGISTERED = offset_of(ENTRY_RECORD, "registered")
+REGISTRATIONS = offset_of(ENTRY_RECORD, "registrations")
+ENTRIES = offset_of(ENTRY_RECORD, "entries")
+ROW_STRIDE = offset_of(ENTRY_RECORD, "row_bytes")
+MEMBERS = offset_of(ENTRY_RECORD, "members")
+MEMBER = offset_of(ENTRY_RECORD, "member")
+MEETING = offset_of(ENTRY_RECORD, "meeting")
+MEET = offset_of(ENTRY_RECORD, "meet")
+KIND = offset_of(ENTRY_RECORD, "kind")
+OP = offset_of(ENTRY_RECORD, "op")
+ROOT = offset_of(ENTRY_RECORD, "root")
+ALGORITHM = offset_of(ENTRY_RECORD, "algorithm")
+NBYTES = offset_of(ENTRY_RECORD, "nbytes")
+SEND = offset_of(ENTRY_RECORD, "send")
+RECV = offset_of(ENTRY_RECORD, "recv")
+ROW = offset_of(ENTRY_RECORD, "row")
+SENDS = offset_of(ENTRY_RECORD, "sends")
+RECEIVES = offset_of(ENTRY_RECORD, "receives")
+WITHIN = offset_of(ENTRY_RECORD, "within")
+CALL_TOKEN = offset_of(ENTRY_RECORD, "call_token")
+ADDRESS = offset_of(ENTRY_RECORD, "address")
+OCTETS = offset_of(ENTRY_RECORD, "octets")
+TOKEN = offset_of(ENTRY_RECORD, "token")
+WRITABLE = offset_of(ENTRY_RECORD, "writable")
+OVERFLOW = offset_of(ENTRY_RECORD, "overflow")
+
+# A door
+ENTRY = offset_of(DOOR_RECORD, "entry")
+COLLECTIVE = offset_of(DOOR_RECORD, "collective")
+SEND_BLOCKS = offset_of(DOOR_RECORD, "send_blocks")
+RECV_BLOCKS = offset_of(DOOR_RECORD, "recv_blocks")
+IN_PLACE_BLOCKS = offset_of(DOOR_RECORD, "in_place_blocks")
+SEND_COUNTED = offset_of(DOOR_RECORD, "send_counted")
+RECV_COUNTED = offset_of(DOOR_RECORD, "recv_counted")
+ROOTED = offset_of(DOOR_RECORD, "rooted")
+OWN_BLOCK = offset_of(DOOR_RECORD, "own_block")
+SAME_IS_IN_PLACE = offset_of(DOOR_RECORD, "same_is_in_place")
+
+# A row
+ROW_KIND = offset_of(ROW_RECORD, "kind")
+ROW_OP = offset_of(ROW_RECORD, "op")
+ROW_ROOT = offset_of(ROW_RECORD, "root")
+ROW_ALGORITHM = offset_of(ROW_RECORD, "algorithm")
+LEAST = offset_of(ROW_RECORD, "least")
+MOST = offset_of(ROW_RECORD, "most")
+CALL = offset_of(ROW_RECORD, "call")
+KERNEL = offset_of(ROW_RECORD, "kernel")
+LAST = offset_of(ROW_RECORD, "last")
+ITEM = offset_of(ROW_RECORD, "item")
+BLOCKS = offset_of(ROW_RECORD, "blocks")
+TEMPLATE = offset_of(ROW_RECORD, "template")
+SALT = offset_of(ROW_RECORD, "salt")
+BACKEND = offset_of(ROW_RECORD, "backend")
+SYNCHRONISES = offset_of(ROW_RECORD, "synchronises")
+CHECKED = offset_of(ROW_RECORD, "checked")
+ROW_TABLE = offset_of(ROW_RECORD, "table")
+SIZED = offset_of(ROW_RECORD, "sized")
+REGISTERS = offset_of(ROW_RECORD, "registers")
+RELEASES = offset_of(ROW_RECORD, "releases")
+ROW_BYTES = ROW_RECORD.itemsize
+
+# A type, an allocation
+TYPE_OBJECT = offset_of(TYPE_RECORD, "object")
+TYPE_TOKEN = offset_of(TYPE_RECORD, "token")
+TYPE_ITEM = offset_of(TYPE_RECORD, "item")
+TYPE_BYTES = TYPE_RECORD.itemsize
+FIRST = offset_of(ALLOCATION_RECORD, "first")
+END = offset_of(ALLOCATION_RECORD, "end")
+ALLOCATION_NUMBER = offset_of(ALLOCATION_RECORD, "number")
+ALLOCATION_ALIVE = offset_of(ALLOCATION_RECORD, "alive")
+ALLOCATION_COPIES = offset_of(ALLOCATION_RECORD, "copies")
+ALLOCATION_STRIDE = offset_of(ALLOCATION_RECORD, "stride")
+ALLOCATION_BYTES = ALLOCATION_RECORD.itemsize
+
+# A call
+CALL_SEND = offset_of(CALL_RECORD, "send")
+CALL_RECV = offset_of(CALL_RECORD, "recv")
+CALL_NBYTES = offset_of(CALL_RECORD, "nbytes")
+CALL_CHECK = offset_of(CALL_RECORD, "check")
+CALL_FINGERPRINT = offset_of(CALL_RECORD, "fingerprint")
+CALL_LONGEST = offset_of(CALL_RECORD, "longest")
+CALL_ALLOCATION = offset_of(CALL_RECORD, "allocation")
+CALL_ALIVE = offset_of(CALL_RECORD, "alive")
+CALL_COPIES = offset_of(CALL_RECORD, "copies")
+CALL_COPY_STRIDE = offset_of(CALL_RECORD, "copy_stride")
+CALL_SEND_AT = offset_of(CALL_RECORD, "send_at")
+CALL_RECV_AT = offset_of(CALL_RECORD, "recv_at")
+
+BLOCK_TABLE, ALLGATHER_TABLE, ALLTOALL_TABLE = 1, 2, 3
+SHORT_WAIT_NS = 20_000
+"""Nanoseconds for which a short call waits before it releases the GIL."""
+RECEIVES_AT_ROOT, SENDS_AT_ROOT = 1, 2
+
+
+def enter(self, arguments, count):
+    """``entry(sendbuf, recvbuf, op, root, algorithm, rest)``: None when the call is done, else a code."""
+    door = load(self + ARRAY_DATA)
+    entry = load(door + ENTRY)
+    code = read_call(entry, door, arguments) if count == 6 else NOT_MINE
+    if code == DONE:
+        code = find_row(entry)
+    if code == DONE:
+        row = load(entry + ROW)
+        if load(row + BACKEND) == BY_MPI:
+            code = start_native(entry, row) + NATIVE_IN_PLACE * load(entry + WITHIN)
+        else:
+            aim(entry, row)
+            code = run(entry, load(row + CALL), load(row + KERNEL), load(row + RELEASES))
+    return answer(entry, code)
+
+
+def leave(self, arguments, count):
+    """``leave()`` after one of MPI's own collectives: None, or DIFFER if another rank called something else."""
+    entry = load(load(self + ARRAY_DATA) + ENTRY)
+    if load(entry + ENTRIES) == 0:
+        return answer(entry, DONE)
+    code = compare_entries(entry)
+    status = own_row(entry) + W * STATUS
+    if code == NATIVE:
+        store(status, -load(status))
+    return answer(entry, DONE if code == NATIVE else code)
+
+
+def answer(entry, code):
+    """None for a call that is done, else the code as an integer object; its reference belongs to the caller."""
+    thing = load(entry + NONE) if code == DONE else load(load(entry + ANSWERS) + W * code)
+    if load(entry + COUNTS_REFERENCES) != 0:
+        store(thing, load(thing) + 1)
+    return thing
+
+
+# Reading
+
+
+def read_call(entry, door, arguments):
+    """Read and check the buffers, and write the key of the call; NOT_MINE for what the Python path must see."""
+    mine = (
+        names_permanent_objects(entry, arguments)
+        and choose_buffers(entry, door, arguments)
+        and read_receiver(entry, door, load(arguments + W), load(arguments + 3 * W))
+        and read_sender(entry, door, load(arguments))
+    )
+    nbytes = load(entry + NBYTES)
+    if not mine or (nbytes == 0 and load(entry + SENDS) + load(entry + RECEIVES) != 0):
+        return NOT_MINE
+    kind = load(door + COLLECTIVE) | load(entry + WITHIN) << IN_PLACE_BIT
+    store(entry + KIND, kind | size_class(nbytes) << CLASS_BITS | load(entry + CALL_TOKEN) << TOKEN_BITS)
+    store(entry + OP, load(arguments + 2 * W))
+    store(entry + ROOT, load(arguments + 3 * W))
+    store(entry + ALGORITHM, load(arguments + 4 * W))
+    return DONE
+
+
+def names_permanent_objects(entry, arguments):
+    """Whether operation, root and algorithm are objects that are never freed, and no other argument is given."""
+    root, none = load(arguments + 3 * W), load(entry + NONE)
+    return (
+        load(arguments + 5 * W) == none
+        and is_permanent(entry, load(arguments + 2 * W))
+        and is_permanent(entry, load(arguments + 4 * W))
+        and (root == none or load(root + OBJECT_TYPE) == load(entry + INT_TYPE))
+    )
+
+
+def choose_buffers(entry, door, arguments):
+    """Write how many blocks are sent and received, 0 for a buffer that is not read; false for what is not taken."""
+    sendbuf, sends, receives = load(arguments), load(door + SEND_BLOCKS), load(door + RECV_BLOCKS)
+    if load(door + ROOTED) == RECEIVES_AT_ROOT and load(arguments + 3 * W) != load(entry + RANK_OBJECT):
+        receives = 0
+    within = sends != 0 and (
+        sendbuf == load(entry + NONE)
+        or sendbuf == load(entry + IN_PLACE)
+        or (sendbuf == load(arguments + W) and load(door + SAME_IS_IN_PLACE) != 0)
+    )
+    if within:
+        sends, receives = 0, load(door + IN_PLACE_BLOCKS) if receives != 0 else 0
+    store(entry + SENDS, sends)
+    store(entry + RECEIVES, receives)
+    store(entry + WITHIN, 1 if within else 0)
+    store(entry + NBYTES, 0)
+    store(entry + CALL_TOKEN, 0)
+    store(entry + SEND, 0)
+    store(entry + RECV, 0)
+    return receives != 0 or not within
+
+
+def read_receiver(entry, door, recvbuf, root):
+    """Read the receive buffer; false if it must be left to the Python path."""
+    blocks = load(entry + RECEIVES)
+    if blocks == 0:
+        return True
+    if read_buffer(entry, recvbuf, load(door + RECV_COUNTED)) == 0:
+        return False
+    address, octets = load(entry + ADDRESS), load(entry + OCTETS)
+    nbytes = octets // blocks
+    store(entry + RECV, address)
+    store(entry + SEND, address + nbytes * load(entry + RANK) * load(entry + WITHIN) * load(door + OWN_BLOCK))
+    store(entry + NBYTES, nbytes)
+    store(entry + CALL_TOKEN, load(entry + TOKEN))
+    read_only = load(door + ROOTED) == SENDS_AT_ROOT and root == load(entry + RANK_OBJECT)
+    return nbytes * blocks == octets and (read_only or load(entry + WRITABLE) != 0)
+
+
+def read_sender(entry, door, sendbuf):
+    """Read the send buffer; false if it does not match the receive buffer, or overlaps it."""
+    blocks, received = load(entry + SENDS), load(entry + RECEIVES)
+    if blocks == 0:
+        return True
+    if read_buffer(entry, sendbuf, load(door + SEND_COUNTED)) == 0:
+        return False
+    send, recv, octets = load(entry + ADDRESS), load(entry + RECV), load(entry + OCTETS)
+    store(entry + SEND, send)
+    if received == 0:
+        store(entry + NBYTES, octets // blocks)
+        store(entry + CALL_TOKEN, load(entry + TOKEN))
+        return octets % blocks == 0
+    nbytes = load(entry + NBYTES)
+    if load(entry + TOKEN) != load(entry + CALL_TOKEN) or octets != nbytes * blocks:
+        return False
+    if send == recv and load(door + SAME_IS_IN_PLACE) != 0:
+        store(entry + WITHIN, 1)
+        return True
+    return send >= recv + nbytes * received or recv >= send + octets
+
+
+def is_permanent(entry, thing):
+    """Whether an object is None, or one of those that are never freed: its address then identifies it."""
+    return thing == load(entry + NONE) or find_type(entry, thing) != 0
+
+
+def size_class(nbytes):
+    """The bits of a length: a row takes lengths of one class only."""
+    bits = 0
+    while nbytes != 0:
+        nbytes >>= 1
+        bits += 1
+    return bits
+
+
+def read_buffer(entry, thing, per_count):
+    """Read an array, or a list or tuple of an array, a count and a datatype; 0 if it is anything else."""
+    kind = load(thing + OBJECT_TYPE)
+    if kind == load(entry + ARRAY_TYPE):
+        return read_array(entry, thing, find_type(entry, load(thing + ARRAY_DTYPE)))
+    length = load(thing + SEQUENCE_LENGTH) if kind in (load(entry + LIST_TYPE), load(entry + TUPLE_TYPE)) else 0
+    if length not in (2, 3):
+        return 0
+    items = load(thing + LIST_ITEMS) if kind == load(entry + LIST_TYPE) else thing + TUPLE_ITEMS
+    return read_form(entry, load(items), load(items + W), load(items + W * (length - 1)), per_count)
+
+
+def read_form(entry, array, count, last, per_count):
+    """Read an array and a count, a datatype, or both; ``last`` is the last of them, and may be the count itself."""
+    if load(array + OBJECT_TYPE) != load(entry + ARRAY_TYPE):
+        return 0
+    datatype = find_type(entry, last)
+    if datatype == 0 and last == count:
+        datatype = find_type(entry, load(array + ARRAY_DTYPE))
+    elif last == count:
+        count = 0
+    if read_array(entry, array, datatype) == 0:
+        return 0
+    item = load(datatype + TYPE_ITEM)
+    room = load(entry + OCTETS) // item
+    if count == 0:
+        store(entry + OCTETS, room * item)
+        return 1
+    if load(count + OBJECT_TYPE) != load(entry + INT_TYPE):
+        return 0
+    elements = call_2(load(entry + AS_INTEGER), count, entry + OVERFLOW)
+    store(entry + OCTETS, elements * item * per_count)
+    return 1 if 0 <= elements <= room // per_count else 0
+
+
+def read_array(entry, array, datatype):
+    """Read a contiguous, aligned array whose elements are of the type at ``datatype``; 0 if it is another."""
+    dtype, flags = load(array + ARRAY_DTYPE), load(array + ARRAY_FLAGS)
+    octets = item_size(entry, dtype)
+    if datatype == 0 or octets == 0 or flags & (C_CONTIGUOUS | ALIGNED) != C_CONTIGUOUS | ALIGNED:
+        return 0
+    shape = load(array + ARRAY_SHAPE)
+    for k in range(load(array + ARRAY_DIMENSIONS) & LOW_HALF):
+        octets *= load(shape + W * k)
+    store(entry + ADDRESS, load(array + ARRAY_DATA))
+    store(entry + OCTETS, octets)
+    store(entry + TOKEN, load(datatype + TYPE_TOKEN))
+    store(entry + WRITABLE, flags & WRITEABLE)
+    return 1
+
+
+def item_size(entry, dtype):
+    """Bytes of the elements of a built-in or structured dtype; 0 for others."""
+    known = find_type(entry, dtype)
+    if known != 0:
+        return load(known + TYPE_ITEM)
+    return load(dtype + load(entry + ITEM_SIZE)) & LOW_HALF if load(dtype + DTYPE_KIND) & 0xFF == VOID_KIND else 0
+
+
+def hash_words(a, b, c, d):
+    """A hash of four words."""
+    mixed = (a * CHECK_PRIME) ^ ((b >> 4) * COUNT_CHECK) ^ ((c >> 3) * COUNT_PRIME) ^ (d >> 4)
+    return mixed ^ (mixed >> 29) & CHECK_MASK
+
+
+def find_type(entry, thing):
+    """The address of the record of a dtype or datatype object; 0 if there is none."""
+    types, mask = load(entry + TYPES), load(entry + TYPES_MASK)
+    at = hash_words(thing, 0, 0, 0) & mask
+    while True:
+        found = types + TYPE_BYTES * at
+        known = load(found + TYPE_OBJECT)
+        if known == thing and thing != 0:
+            return found
+        if known == 0:
+            return 0
+        at = (at + 1) & mask
+
+
+# Rows
+
+
+def find_row(entry):
+    """Find the row of the call that was read: DONE, or MISS."""
+    kind, op, root, algorithm = load(entry + KIND), load(entry + OP), load(entry + ROOT), load(entry + ALGORITHM)
+    rows, mask, nbytes = load(entry + ROWS), load(entry + MASK), load(entry + NBYTES)
+    at = hash_words(kind, op, root, algorithm) & mask
+    while True:
+        row = rows + ROW_BYTES * at
+        if load(row + BACKEND) == 0:
+            return MISS
+        if (
+            load(row + ROW_KIND) == kind
+            and load(row + ROW_OP) == op
+            and load(row + ROW_ROOT) == root
+            and load(row + ROW_ALGORITHM) == algorithm
+            and load(row + LEAST) <= nbytes <= load(row + MOST)
+        ):
+            store(entry + ROW, row)
+            return DONE
+        at = (at + 1) & mask
+
+
+def fingerprint_word(row, nbytes):
+    """The word of the fingerprint of a call: its digest and its count."""
+    count = nbytes // load(row + ITEM) * load(row + BLOCKS)
+    digest = (load(row + TEMPLATE) + count * COUNT_PRIME) & DIGEST_MASK
+    return digest | (count & COUNT_MASK) << COUNT_SHIFT
+
+
+def aim(entry, row):
+    """Write addresses, length and fingerprint into the call record."""
+    call, nbytes = load(row + CALL), load(entry + NBYTES)
+    store(call + CALL_SEND, load(entry + SEND))
+    store(call + CALL_RECV, load(entry + RECV))
+    if load(row + LAST) != nbytes:
+        store(row + LAST, nbytes)
+        fingerprint, checked = fingerprint_word(row, nbytes), nbytes * load(row + CHECKED)
+        store(call + CALL_FINGERPRINT, fingerprint)
+        store(call + CALL_CHECK, (fingerprint * CHECK_PRIME + load(row + SALT) + checked * COUNT_CHECK) & CHECK_MASK)
+        store(call + CALL_NBYTES, nbytes * load(row + SIZED))
+        fill_table(call, load(row + ROW_TABLE), load(entry + SIZE), nbytes)
+    if load(row + REGISTERS) != 0:
+        find_allocation(entry, call, nbytes)
+
+
+def fill_table(call, table, size, nbytes):
+    """Write the lengths and places of equal blocks behind the call record."""
+    words = call + TABLE + W * size
+    if table == BLOCK_TABLE:
+        for q in range(size + 1):
+            store(words + W * q, q * nbytes)
+    if table >= ALLGATHER_TABLE:
+        store(call + CALL_LONGEST, nbytes)
+        for side in range(table - 1):
+            for q in range(size):
+                store(words + W * (2 * side * size + q), nbytes)
+                store(words + W * ((2 * side + 1) * size + q), q * nbytes)
+
+
+def find_allocation(entry, call, nbytes):
+    """Write which registered memory holds both vectors; 0 if none does."""
+    send, recv = load(call + CALL_SEND), load(call + CALL_RECV)
+    store(call + CALL_ALLOCATION, 0)
+    for k in range(load(load(entry + REGISTRATIONS))):
+        found = load(entry + REGISTERED) + ALLOCATION_BYTES * k
+        first, end = load(found + FIRST), load(found + END)
+        if first <= min(send, recv) and max(send, recv) + nbytes <= end:
+            store(call + CALL_ALLOCATION, load(found + ALLOCATION_NUMBER))
+            store(call + CALL_ALIVE, load(found + ALLOCATION_ALIVE))
+            store(call + CALL_COPIES, load(found + ALLOCATION_COPIES))
+            store(call + CALL_COPY_STRIDE, load(found + ALLOCATION_STRIDE))
+            store(call + CALL_SEND_AT, send - first)
+            store(call + CALL_RECV_AT, recv - first)
+            return
+
+
+def run(entry, call, kernel, releases):
+    """Run a kernel; a call that waits long releases the GIL."""
+    if releases == 0:
+        patience = load(entry + STATE) + MAX_WAIT
+        store(patience, SHORT_WAIT_NS)
+        code = call_1(kernel, call)
+        store(patience, load(entry + PATIENCE))
+        if code != RETRY:
+            return code
+    thread = call_0(load(entry + SAVE_THREAD))
+    code = call_1(kernel, call)
+    call_1(load(entry + RESTORE_THREAD), thread)
+    return code
+
+
+# MPI's own collectives
+
+
+def own_row(entry):
+    """The row of this rank in the consistency table."""
+    return load(entry + ENTRIES) + load(entry + ROW_STRIDE) * load(entry + MEMBER)
+
+
+def start_native(entry, row):
+    """Enter one of MPI's own collectives in the consistency table, and compare: NATIVE, DIFFER, LATE, or a wait."""
+    if load(entry + ENTRIES) == 0:
+        return NATIVE
+    fingerprint, own = fingerprint_word(row, load(entry + NBYTES)), own_row(entry)
+    number = abs(load(own + W * STATUS)) + 1
+    store(own + W * (COUNTS + number % CALLS), fingerprint >> COUNT_SHIFT)
+    store_release(own + W * (number % CALLS), number << DIGEST_BITS | (fingerprint & DIGEST_MASK))
+    store_release(own + W * STATUS, number)
+    if load(row + SYNCHRONISES) == 0:
+        return compare_entries(entry)
+    if load(entry + MEETING) == 0:
+        return LATE
+    store(load(entry + MEETING) + CALL_FINGERPRINT, fingerprint)
+    code = run(entry, load(entry + MEETING), load(entry + MEET), 0)
+    return compare_entries(entry) if code == DONE else BEFORE_NATIVE + code
+
+
+def compare_entries(entry):
+    """NATIVE, or DIFFER if a rank that has entered this call, too, called something else."""
+    own, code = own_row(entry), NATIVE
+    number = abs(load(own + W * STATUS))
+    place = W * (number % CALLS)
+    mine = load(own + place)
+    for k in range(load(entry + MEMBERS)):
+        theirs = load_acquire(load(entry + ENTRIES) + load(entry + ROW_STRIDE) * k + place)
+        if theirs != mine and theirs >> DIGEST_BITS == number:
+            code = DIFFER
+    return code

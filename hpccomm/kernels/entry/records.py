@@ -1,0 +1,96 @@
+"""Layouts of the records of the compiled entry, and of the CPython and NumPy objects that it reads.
+
+*One entry a communicator, one door a collective of it, one row a kind of call.*  All fields are words.
+"""
+
+from __future__ import annotations
+
+from hpccomm.kernels.shared_memory.records import record, words
+
+ENTRY_RECORD = record(
+    [
+        *words("rows", "mask"),  # the table of rows; its length is mask + 1
+        *words("types", "types_mask"),  # the table of TYPE_RECORDs
+        *words("array_type", "list_type", "tuple_type", "int_type"),  # addresses of Python's types
+        *words("none", "in_place", "answers", "counts_references"),  # answers: addresses of the small integers
+        *words("as_integer", "save_thread", "restore_thread"),  # functions of CPython
+        *words("item_size", "rank", "rank_object", "size"),  # item_size: its offset in a dtype object
+        *words("state", "patience"),  # of shared memory: its state record, and how long a call waits for ranks
+        *words("registered", "registrations"),  # addresses of ALLOCATION_RECORDs and of their number
+        *words("entries", "row_bytes", "members", "member"),  # the consistency table; 0 without one
+        *words("meeting", "meet"),  # call record and kernel of the barrier before MPI's synchronising collectives
+        *words("kind", "op", "root", "algorithm"),  # the key of the running call
+        *words("nbytes", "send", "recv", "row"),  # its length, its addresses and its row
+        *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
+        *words("address", "octets", "token", "writable", "overflow"),  # the buffer read last
+    ]
+)
+"""What the entry of one communicator knows; the fields from ``kind`` on describe the call that runs."""
+
+DOOR_RECORD = record(
+    words(
+        *("entry", "collective"),
+        *("send_blocks", "recv_blocks"),  # the length of a buffer as a multiple of the call's length; 0: not used
+        *("in_place_blocks",),  # the same of a receive buffer in place; 0: in place is not taken
+        *("send_counted", "recv_counted"),  # what a count in the buffer's form is multiplied by
+        *("rooted", "own_block", "same_is_in_place"),  # rooted: 1 only the root receives, 2 the root does not
+    )
+)
+"""What is different between collectives."""
+
+ROW_RECORD = record(
+    [
+        *words("kind", "op", "root", "algorithm", "least", "most"),  # the key, and the lengths that the row takes
+        *words("number", "call", "kernel", "last"),  # last: the length for which the call record is filled
+        *words("item", "blocks", "template", "salt"),  # what the fingerprint is made of
+        *words("backend", "synchronises"),  # backend: 0 for an empty row, IN_SHARED_MEMORY, or BY_MPI
+        *words("checked", "table", "sized", "registers"),
+        *words("releases"),  # the call may wait long, and releases the GIL
+    ]
+)
+"""One kind of call, and the call record that runs it."""
+
+TYPE_RECORD = record(words("object", "token", "item"))
+"""A dtype or datatype object, its number, and the bytes of one element."""
+
+ALLOCATION_RECORD = record(words("first", "end", "number", "alive", "copies", "stride"))
+"""Registered memory of this rank."""
+
+TABLES = ("none", "blocks", "allgather", "alltoall")
+"""What follows a call record: nothing, first bytes of blocks, lengths and places, or both of each side."""
+
+IN_SHARED_MEMORY, BY_MPI = 1, 2
+NOT_MINE, MISS, NATIVE, DIFFER, LATE = 5, 6, 7, 8, 9
+"""Answers of the entry beyond those of the kernels: not readable here; readable, but no row; MPI's own collective; the
+same, but ranks differ; the same, but ranks have not entered."""
+NATIVE_IN_PLACE = 16
+"""Added to an answer for one of MPI's own collectives in place."""
+BEFORE_NATIVE = 32
+"""Added to what the kernel of the barrier before MPI's own collective answers."""
+
+TOKEN_BITS, CLASS_BITS, IN_PLACE_BIT = 24, 16, 8
+
+# CPython and NumPy on 64-bit machines
+
+OBJECT_TYPE, SEQUENCE_LENGTH, LIST_ITEMS, TUPLE_ITEMS = 8, 16, 24, 24
+ARRAY_DATA, ARRAY_DIMENSIONS, ARRAY_SHAPE, ARRAY_DTYPE, ARRAY_FLAGS = 16, 24, 32, 56, 64
+DTYPE_KIND = 24
+C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x100, 0x400
+LOW_HALF = 0xFFFFFFFF
+VOID_KIND = ord("V")
+
+# Fingerprints: the same arithmetic as in hpccomm.calls.fingerprint
+
+DIGEST_MASK = 0xFFFFFFF
+DIGEST_BITS = 31
+"""Bits of an entry of the consistency table below the number of the call."""
+CALLS = 64
+"""Entries of each rank: how many calls back a peer can still be compared."""
+STATUS, COUNTS = CALLS, CALLS + 16
+"""Words of a rank's row: its number of calls, negative between calls, and the counts of the last calls."""
+COUNT_SHIFT = 28
+COUNT_MASK = (1 << 35) - 1
+COUNT_PRIME = 0x5BD1E995
+CHECK_PRIME = 0x9E3779B97F4A7C15 - (1 << 64)
+COUNT_CHECK = 0x2545F4914F6CDD1D
+CHECK_MASK = (1 << 63) - 1

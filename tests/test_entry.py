@@ -1,0 +1,281 @@
+"""The compiled entry gives what the Python path gives: results, errors, references, over all kinds of calls."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpccomm import Communicator
+from hpccomm.calls import entry as calls_entry
+from hpccomm.calls.entry import COLLECTIVES, decline
+from hpccomm.errors import HpccommError
+from hpccomm.kernels.entry.records import MISS, NOT_MINE
+
+FORMS = {
+    "array": lambda x: x,
+    "datatype": lambda x: [x, MPI.Datatype.fromcode(x.dtype.char)],
+    "letter": lambda x: (x, x.dtype.char),
+    "new array": lambda x: x,
+    "two dimensions": lambda x: x.reshape(1, -1),
+}
+REDUCTIONS = {
+    "f8": (MPI.SUM, MPI.PROD, MPI.MIN, MPI.MAX),
+    "f4": (MPI.SUM, MPI.MAX),
+    "i4": (MPI.SUM, MPI.MIN, MPI.BAND, MPI.BXOR, MPI.LOR),
+    "u1": (MPI.SUM, MPI.BOR),
+    "?": (MPI.LAND, MPI.LXOR),
+    "D": (MPI.SUM, MPI.PROD),
+    "e": (MPI.SUM, MPI.MAX),
+}
+LENGTHS = (1, 5, 7, 300, 5000, 30_000)
+
+
+@pytest.fixture
+def ours(comm: Communicator) -> Iterator[Communicator]:
+    """A communicator with an entry of its own."""
+    made = comm.Dup()
+    made.Barrier()
+    yield made
+    made.Free()
+
+
+@contextmanager
+def python_path(comm: Communicator) -> Iterator[None]:
+    """All calls take the Python path."""
+    doors = {name: getattr(comm._doors, name) for name in COLLECTIVES}
+    comm._doors.close()
+    yield
+    for name, door in doors.items():
+        setattr(comm._doors, name, door)
+
+
+def values(rank: int, n: int, dtype: str) -> Any:
+    """Small integers, whose reductions are exact in every dtype."""
+    return ((np.arange(n) * 7 + 3 * rank) % 3).astype(dtype)
+
+
+def run_all(comm: Communicator, n: int, dtype: str, op: MPI.Op, form: str) -> list[Any]:
+    """The results of every collective on arrays made for it, with the form of the buffers."""
+    p, r, wrap = comm.size, comm.rank, FORMS[form]
+    whole, mine, root = values(r, n * p, dtype), values(r, n, dtype), p - 1
+    reduced, own, gathered, exchanged = (np.zeros(k, dtype) for k in (n, n, n * p, n * p))
+    in_place, told, total = mine.copy(), mine.copy(), np.zeros(n, dtype)
+    placed = np.zeros(n * p, dtype)
+    placed[n * r : n * r + n] = mine
+    plain = dtype != "e"
+    if plain or form in ("array", "new array", "two dimensions"):
+        comm.Allreduce(wrap(mine), wrap(reduced), op=op)
+        comm.Allreduce(MPI.IN_PLACE, wrap(in_place), op=op)
+        comm.Reduce(wrap(mine), wrap(total) if r == root else None, op=op, root=root)
+        comm.Reduce_scatter_block(wrap(whole), wrap(own), op=op)
+        comm.Allgather(wrap(mine), wrap(gathered))
+        comm.Allgather(MPI.IN_PLACE, wrap(placed))
+        comm.Bcast(wrap(told), root=root)
+        comm.Alltoall(wrap(whole), wrap(exchanged))
+    comm.Barrier()
+    return [reduced, in_place, total, own, gathered, placed, told, exchanged]
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3, 5))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", REDUCTIONS)
+def test_the_entry_gives_the_bits_of_the_python_path(ours: Communicator, dtype: str, form: str) -> None:
+    for op in REDUCTIONS[dtype]:
+        for n in LENGTHS:
+            with python_path(ours):
+                want = run_all(ours, n, dtype, op, form)
+            for _ in range(3):
+                found = run_all(ours, n, dtype, op, form)
+                assert [each.tobytes() for each in found] == [each.tobytes() for each in want], (op, n)
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_a_kind_that_was_seen_is_taken_by_its_door(ours: Communicator) -> None:
+    if ours.context.entry is None:
+        pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
+    made = [np.ones(8), np.ones(8 * ours.size)]
+
+    def call_doors() -> dict[str, Any]:
+        doors, small, large = ours._doors, made[0].copy(), made[1].copy()
+        return {
+            "allreduce": doors.allreduce(small, small.copy(), MPI.SUM, None, None, None),
+            "reduce": doors.reduce(small, small.copy(), MPI.SUM, 0, None, None),
+            "reduce_scatter_block": doors.reduce_scatter_block(large, small.copy(), MPI.SUM, None, None, None),
+            "allgather": doors.allgather(small, large.copy(), None, None, None, None),
+            "bcast": doors.bcast(None, small, None, 0, None, None),
+            "alltoall": doors.alltoall(large, large.copy(), None, None, None, None),
+            "barrier": doors.barrier(None, None, None, None, None, None),
+        }
+
+    before = call_doors()
+    assert set(before.values()) <= {MISS, None}
+    for _ in range(2):
+        ours.Allreduce(made[0], np.empty(8))
+        ours.Reduce(made[0], np.empty(8))
+        ours.Reduce_scatter_block(made[1], np.empty(8))
+        ours.Allgather(made[0], np.empty(8 * ours.size))
+        ours.Bcast(np.ones(8))
+        ours.Alltoall(made[1], np.empty(8 * ours.size))
+        ours.Barrier()
+    rows = {COLLECTIVES[key.kind & 0xFF] for key, _ in ours.context.entry._keys}
+    assert rows == set(COLLECTIVES)
+
+
+UNREADABLE = {
+    "three strides": lambda x: x[::2],
+    "columns": lambda x: np.asfortranarray(x.reshape(2, -1)),
+    "other byte order": lambda x: x.astype(">f8"),
+    "subclass": lambda x: x.view(np.matrix),
+    "list of four": lambda x: [x, 4, 0, MPI.DOUBLE],
+    "count too large": lambda x: [x, 9, MPI.DOUBLE],
+    "negative count": lambda x: [x, -1, MPI.DOUBLE],
+    "boolean count": lambda x: [x, True, MPI.DOUBLE],
+    "huge count": lambda x: [x, 1 << 70, MPI.DOUBLE],
+    "no array": lambda x: [x.tolist(), MPI.DOUBLE],
+    "objects": lambda x: x.astype(object),
+    "empty": lambda x: x[:0],
+    "text": lambda x: "abc",
+    "empty list": lambda x: [],
+    "none in a list": lambda x: [None, MPI.DOUBLE],
+    "bytes": lambda x: bytearray(x.tobytes()),
+    "derived": lambda x: [x, 1, VECTOR],
+}
+VECTOR = MPI.DOUBLE.Create_vector(2, 1, 2).Commit()
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize("unreadable", UNREADABLE)
+def test_what_the_entry_cannot_read_is_left_to_python(ours: Communicator, unreadable: str) -> None:
+    if ours.context.entry is None:
+        pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
+    x, odd = np.ones(8), UNREADABLE[unreadable](np.ones(8))
+    doors = ours._doors
+    assert doors.allreduce(odd, x, MPI.SUM, None, None, None) == NOT_MINE
+    assert doors.allreduce(x, odd, MPI.SUM, None, None, None) == NOT_MINE
+    assert doors.allgather(odd, np.ones(16), None, None, None, None) == NOT_MINE
+    assert doors.bcast(None, odd, None, 0, None, None) == NOT_MINE
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_other_arguments_are_left_to_python(ours: Communicator) -> None:
+    if ours.context.entry is None:
+        pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
+    x, y, doors = np.ones(8), np.ones(8), ours._doors
+    read_only = np.ones(8)
+    read_only.flags.writeable = False
+    other_op, root = MPI.Op.Create(lambda a, b, t: None), 1.0
+    assert doors.allreduce(x, read_only, MPI.SUM, None, None, None) == NOT_MINE
+    assert doors.allreduce(x, y, other_op, None, None, None) == NOT_MINE
+    assert doors.allreduce(x, y, MPI.SUM, None, "".join(["ri", "ng"]), None) == NOT_MINE
+    assert doors.allreduce(x, y, MPI.SUM, None, None, True) == NOT_MINE
+    assert doors.allreduce(x, y) == NOT_MINE
+    assert doors.allreduce(x, y, "sum", None, None, None) == NOT_MINE
+    assert doors.bcast(None, x, None, root, None, None) == NOT_MINE
+    assert doors.bcast(None, x, None, np.int64(0), None, None) == NOT_MINE
+    assert doors.allreduce(x[:6], x[2:], MPI.SUM, None, None, None) == NOT_MINE  # they overlap
+    assert doors.allreduce(x, y[:7], MPI.SUM, None, None, None) == NOT_MINE
+    assert doors.allreduce(x, y.astype("f4"), MPI.SUM, None, None, None) == NOT_MINE
+    assert doors.allgather(x, np.ones(15), None, None, None, None) == NOT_MINE
+    assert doors.alltoall(MPI.IN_PLACE, np.ones(16), None, None, None, None) == NOT_MINE
+    other_op.Free()
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_mistakes_are_named_whichever_path_a_rank_takes(ours: Communicator) -> None:
+    x = {n: np.ones(n) for n in (4, 5, 6)}
+    for n, array in x.items():
+        for _ in range(3):
+            ours.Allreduce(array, np.empty(n))
+            ours.Bcast(array)
+    odd = ours.rank == 1
+    mistakes = (
+        lambda: ours.Allreduce(x[5 if odd else 4], np.empty(5 if odd else 4)),
+        lambda: ours.Allreduce(x[4], np.empty(4), op=MPI.MAX if odd else MPI.SUM),
+        lambda: ours.Allreduce([x[5], 5, MPI.DOUBLE] if odd else x[4], np.empty(5 if odd else 4)),
+        lambda: ours.Allreduce(x[4].astype("f4") if odd else x[4], np.empty(4, "f4" if odd else "f8")),
+        lambda: ours.Bcast(x[6 if odd else 4]),
+        lambda: ours.Bcast(x[4], root=int(odd)),
+        lambda: ours.Allgather(x[4], np.empty(4 * ours.size)) if odd else ours.Allreduce(x[4], np.empty(4)),
+    )
+    for mistake in mistakes:
+        for _ in range(2):
+            with pytest.raises(HpccommError, match="rank 1 called"):
+                mistake()
+            ours.Barrier()
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+def test_the_entry_keeps_no_reference(ours: Communicator) -> None:
+    x, y, form = np.ones(16), np.empty(16), [np.ones(16), MPI.DOUBLE]
+    watched = [x, y, form, form[0], None, MPI.SUM, MPI.DOUBLE, x.dtype, MISS, 0]
+
+    def call() -> None:
+        for _ in range(20_000):
+            ours.Allreduce(x, y)
+            ours.Allreduce(form, y)
+            ours.Bcast(x)
+            ours._doors.allreduce(x, x[1:], MPI.SUM, None, None, None)
+
+    call()
+    gc.collect()
+    before = [sys.getrefcount(each) for each in watched]
+    call()
+    gc.collect()
+    after = [sys.getrefcount(each) for each in watched]
+    assert max(abs(a - b) for a, b in zip(before, after, strict=True)) < 1000
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_a_rank_that_comes_late_leaves_other_threads_the_interpreter(ours: Communicator) -> None:
+    import threading
+
+    x, ticks, stop = np.ones(4), [0], threading.Event()
+    for _ in range(3):
+        ours.Allreduce(x, np.empty(4))
+
+    def tick() -> None:
+        while not stop.wait(0.001):
+            ticks[0] += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        if ours.rank == 1:
+            time.sleep(1)
+        before = ticks[0]
+        ours.Allreduce(x, np.empty(4))
+        if ours.rank == 0:
+            assert ticks[0] - before > 20
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_lengths_of_one_row_have_the_record_that_python_would_bind(ours: Communicator) -> None:
+    entry = ours.context.entry
+    if entry is None:
+        pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
+    memory = ours.context.shared_memory
+    for name in ("allreduce", "reduce", "bcast", "allgather", "reduce_scatter", "alltoall"):
+        starts = memory._first_lengths(name)
+        for start, after in pairwise(starts[1:61]):
+            lengths = {start, (start + after - 1) // 2, after - 1}
+            assert {memory.lengths(name, each) for each in lengths} == {(start, after - 1)}
+
+
+def test_the_door_of_a_new_communicator_declines() -> None:
+    assert decline(None, None, None, None, None, None) == NOT_MINE
+
+
+def test_objects_are_laid_out_as_the_entry_reads_them() -> None:
+    assert calls_entry.reads_objects()
