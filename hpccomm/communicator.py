@@ -23,6 +23,7 @@ from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
+from hpccomm.calls.buffers import hold
 from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.entry import Doors
 from hpccomm.calls.plans import Plan, call_key
@@ -282,8 +283,10 @@ class Communicator(MPI.Intracomm):
             return entry.run_native(code & ~NATIVE_IN_PLACE, self._native_call(name, code, buffers, rest))
         kind = entry.key() if entry and code == MISS else None
         sendbuf, recvbuf = buffers
-        marks = tuple(each.handle if isinstance(each, MPI.Op) else each for each in rest)
-        key = kind or (call_key(name, *buffers, *marks) if all(map(is_permanent, rest[:-1])) else None)
+        marks = tuple(operations.key_of(each) if isinstance(each, MPI.Op) else each for each in rest)
+        key = kind or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
+        if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
+            return call(hold(sendbuf), hold(recvbuf), *rest)
         bound = self._find_plan(key)
         if bound is None:
             into = recvbuf if receives else None
@@ -312,7 +315,7 @@ class Communicator(MPI.Intracomm):
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
         rest = [each for each in arguments if each is not op]
-        key = None if None in rest else call_key(name, *buffers, "reproducible", op.handle, *rest)
+        key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
         bound = self._find_plan(key) or self._planner.bind_reproducible(key, name, buffers, arguments, op)
         if bound is None:
             return False
@@ -366,7 +369,7 @@ class Communicator(MPI.Intracomm):
         is valid until the next such call on ``buf``.
         """
         op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
-        key = call_key("Allreduce_view", buf, IN_PLACE, op.handle)
+        key = call_key("Allreduce_view", buf, IN_PLACE, operations.key_of(op))
         bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
         bound.run()
         result: npt.NDArray[Any] = bound.result
@@ -527,8 +530,12 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Run MPI's own collective."""
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
-        uncacheable = name == "Alltoallw" or (op is not None and not op.is_predefined)
-        key = None if uncacheable else call_key(name, *buffers, root, None if op is None else op.handle)
+        buffers = hold(buffers[0]), buffers[1]
+        key = (
+            None
+            if name == "Alltoallw"
+            else call_key(name, *buffers, root, None if op is None else operations.key_of(op))
+        )
         (self._find_plan(key) or self._planner.bind_inherited(key, name, buffers, root, op)).run()
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
@@ -603,11 +610,6 @@ class Communicator(MPI.Intracomm):
         body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)
         mean: onebit.OneBitMean = self._planner.apply_to_copies("onebit_allreduce", body, arrays, written=2)
         return mean
-
-
-def is_permanent(argument: Any) -> bool:
-    """Whether an argument may be part of a key: counts of other ranks, and operations of the user, may change."""
-    return argument is not None and (not isinstance(argument, MPI.Op) or bool(argument.is_predefined))
 
 
 class Cartcomm(Communicator, MPI.Cartcomm):

@@ -113,7 +113,7 @@ def test_calls_that_may_differ_pass_after_their_text_was_overwritten(node: MakeT
     tables[0].enter(tables[0].announce(SUM._replace(count="0")))
     tables[1].enter(tables[1].announce(SUM._replace(count=UNKNOWN)))
     for table in tables:
-        table.leave(table._words[table._base + 1] & 0x7FFFFFFF)
+        table.leave()
 
 
 def test_a_rank_that_has_exited_makes_a_call_a_deadlock(node: MakeTables) -> None:

@@ -191,6 +191,7 @@ def test_other_arguments_are_left_to_python(ours: Communicator) -> None:
 
 @pytest.mark.mpi(sizes=(2, 3))
 def test_mistakes_are_named_whichever_path_a_rank_takes(ours: Communicator) -> None:
+    ours.algorithm = "shared"
     x = {n: np.ones(n) for n in (4, 5, 6)}
     for n, array in x.items():
         for _ in range(3):

@@ -44,6 +44,9 @@ ENTRY_MASK = (1 << DIGEST_BITS) - 1
 PERIOD = 0.25
 """Seconds between two checks by the watchdog."""
 
+MEETING_SECONDS = 1.0
+"""Seconds after which a rank that has entered another of MPI's collectives does not come to this rank's barrier."""
+
 FLUSH_SECONDS = 0.5
 """Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
 
@@ -255,7 +258,7 @@ class ConsistencyTable:
         call, digest = self.look_up_call(self._me, word), word & DIGEST_MASK
         for position in positions:
             rank, row = self._members[position], position * ROW_WORDS
-            entered = words[row + STATUS] == number
+            entered = words[row + STATUS] == number and (seconds > MEETING_SECONDS or not self.active_seq)
             other = self.find_call(row, number) if entered else None
             if other or words[row + LEFT]:
                 if call:

@@ -24,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.calls.buffers import MPI_KINDS, numpy_dtype
+from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.fingerprint import template_digest
 from hpccomm.calls.plans import NativeCall
 from hpccomm.collectives import ALGORITHMS as SCHEDULES
+from hpccomm.errors import TransportError
 from hpccomm.kernels import objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.kernels.entry import body, records
@@ -215,7 +216,7 @@ class Entry:
             call()
             if self._leave() is not None:
                 table.leave()
-        except MPI.Exception as failure:
+        except (MPI.Exception, TransportError) as failure:
             table.abandon()
             table.raise_mismatch(failure)
         except BaseException:
@@ -291,9 +292,9 @@ def list_types() -> tuple[tuple[Any, int, int], ...]:
         if dtype.kind in MPI_KINDS and dtype != np.float16:
             found[id(char)] = (sys.intern(char), code_of(dtype), dtype.itemsize)
     for each in vars(MPI).values():
-        named = numpy_dtype(each) if isinstance(each, MPI.Datatype) else None
-        if named is not None:
-            found[id(each)] = (each, code_of(named), named.itemsize)
+        element = element_of(each) if isinstance(each, MPI.Datatype) and each != MPI.DATATYPE_NULL else None
+        if element:
+            found[id(each)] = (each, element.code, element.extent)
     codes = sorted({code for _, code, _ in found.values()})
     types = tuple((each, 1 + codes.index(code), item) for each, code, item in found.values())
     ops = tuple((each, 0, 1) for each in vars(MPI).values() if isinstance(each, MPI.Op) and each != MPI.OP_NULL)

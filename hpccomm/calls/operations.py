@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
 from hpccomm.errors import ArgumentError
+from hpccomm.kernels.reductions.reference import UFUNCS
 
-NUMBERS, ORDERED, LOGICAL, BITS = "iufc", "iuf", "iub", "iu"
+NUMBERS, ORDERED, LOGICAL, BITS, PAIR = "iufc", "iuf", "iub", "iu", "V"
 
 
 class Operation(NamedTuple):
@@ -35,7 +36,30 @@ PREDEFINED: dict[int, Operation] = {
     MPI.BAND.handle: Operation("band", np.bitwise_and, BITS, "use an integer dtype, or MPI.LAND for bool"),
     MPI.BOR.handle: Operation("bor", np.bitwise_or, BITS, "use an integer dtype, or MPI.LOR for bool"),
     MPI.BXOR.handle: Operation("bxor", np.bitwise_xor, BITS, "use an integer dtype, or MPI.LXOR for bool"),
+    MPI.MINLOC.handle: Operation("minloc", UFUNCS["minloc"], PAIR, "pass pairs, as [x, MPI.DOUBLE_INT]"),
+    MPI.MAXLOC.handle: Operation("maxloc", UFUNCS["maxloc"], PAIR, "pass pairs, as [x, MPI.DOUBLE_INT]"),
 }
+
+
+class ByIdentity:
+    """An object of MPI as part of a key; the key keeps it alive, as another object may get a freed handle."""
+
+    __slots__ = ("_it",)
+
+    def __init__(self, it: Any) -> None:
+        self._it = it
+
+    def __hash__(self) -> int:
+        return id(self._it)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByIdentity) and self._it is other._it
+
+
+def key_of(op: MPI.Op) -> Hashable:
+    """The operation as part of a key."""
+    handle = op.handle
+    return handle if handle in PREDEFINED else ByIdentity(op)
 
 
 class Reduction(NamedTuple):
@@ -87,11 +111,12 @@ def name_of(op: MPI.Op) -> str:
     return known.name if known else "other predefined" if op.is_predefined else "user-defined"
 
 
-def check_defined(op: MPI.Op, dtype: np.dtype[Any], who: str) -> None:
-    """Raise if MPI does not define a predefined operation for a dtype."""
+def check_defined(op: MPI.Op, dtype: np.dtype[Any], who: str, pair: str = "") -> None:
+    """Raise if MPI does not define a predefined operation for a dtype, or for the elements of a pair type."""
     known = PREDEFINED.get(op.handle)
     if known and dtype.kind not in known.kinds:
-        raise ArgumentError(f"{who}: MPI does not define {known.name} for {dtype}: {known.remedy}")
+        remedy = "use MPI.MINLOC or MPI.MAXLOC" if pair else known.remedy
+        raise ArgumentError(f"{who}: MPI does not define {known.name} for {pair or dtype}: {remedy}")
 
 
 def combiner(op: MPI.Op) -> Callable[[Any, Any, Any], Any]:

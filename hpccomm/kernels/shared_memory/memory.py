@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.kernels.reductions.reference import reduce
+from hpccomm.kernels.reductions.reference import reduce, storage
 
 _word = ctypes.c_int64.from_address
 
@@ -108,8 +108,7 @@ FOLDS: list[tuple[np.dtype[Any], Fold]] = []
 def fold_handle(op: str, code: str) -> int:
     """A handle for :func:`fold`."""
     name = "bfloat16" if code == "bf16" else code
-    dtype = np.dtype("u2" if code == "bf16" else code)
-    FOLDS.append((dtype, lambda vectors, out: reduce(op, name, vectors, out)))
+    FOLDS.append((storage(code), lambda vectors, out: reduce(op, name, vectors, out)))
     return len(FOLDS) - 1
 
 
