@@ -68,6 +68,7 @@ def test_cancellation_is_exact_and_special_values_are_kept() -> None:
     assert reproducible_sum([0.0, -0.0]) == 0.0
     assert reproducible_sum([5e-324, 5e-324]) == 1e-323
     assert reproducible_sum([1.5]) == 1.5
+    assert reproducible_sum([1e300, -1.5e273, -1e300]) == -reproducible_sum([-1e300, 1.5e273, 1e300]) < -1e273
     assert reproducible_sum([math.inf, 1.0]) == math.inf
     assert reproducible_sum([-math.inf] * 3) == -math.inf
     assert math.isnan(reproducible_sum([math.inf, -math.inf]))

@@ -63,13 +63,16 @@ def split(x: Floats, e: npt.NDArray[np.int16], count: int) -> Integers:
 def join(parts: Integers, e: npt.NDArray[np.int16]) -> Floats:
     """The floats that sums of integers stand for."""
     whole, scale = parts[0].copy(), np.where(e == ZERO, 0, e.astype(np.int32) - LIMB)
-    fraction = np.zeros(len(whole))
+    rest = np.zeros_like(whole)
     if len(parts) > 1:
         whole += parts[1] >> LIMB
-        fraction = np.ldexp((parts[1] & ((1 << LIMB) - 1)).astype(np.float64), -LIMB)
+        rest = parts[1] & ((1 << LIMB) - 1)
+    sign = np.where(whole < 0, -1.0, 1.0)  # of magnitudes no part cancels another, so the sum is rounded only once
+    whole, rest = np.where(whole < 0, ~whole + (rest == 0), whole), np.where(whole < 0, -rest & ((1 << LIMB) - 1), rest)
     high, low = (whole >> 20) << 20, whole & ((1 << 20) - 1)  # both are floats, all of them together may not be one
     with np.errstate(over="ignore"):
-        value = np.ldexp(high.astype(np.float64) + (low + fraction), scale)
+        fraction = np.ldexp(rest.astype(np.float64), -LIMB)
+        value = np.ldexp(sign * (high.astype(np.float64) + (low + fraction)), scale)
     special = e == SPECIAL
     if special.any():
         value[special] = special_values(parts[0, special])
