@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parse_arguments(list(sys.argv[1:] if argv is None else argv))
     status, sentence = 1, ""
+    os.environ.setdefault("HPCCOMM_COMPILE", "wait")  # commands measure or show what programs get in the end
     try:
         status = int(args.run(args))
     except (HpccommError, ImportError) as error:

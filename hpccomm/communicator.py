@@ -180,6 +180,7 @@ class Communicator(MPI.Intracomm):
         Shape and dtype must be the same on all ranks.  The memory is released with the array.  Where the ranks do not
         share memory, the array is an ordinary one.
         """
+        self._planner.use_code()
         shared = self._planner.shared_memory
         return shared.empty(shape, dtype) if shared else np.empty(shape, dtype)
 

@@ -7,6 +7,7 @@ Rank 0 broadcasts all settings and the tuning table, so that every rank selects 
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Hashable
 from functools import cached_property
@@ -26,6 +27,7 @@ from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
+from hpccomm.kernels import objects
 from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
 from hpccomm.performance import tuning
 from hpccomm.performance.cost import HIERARCHICAL
@@ -36,6 +38,9 @@ from hpccomm.transports.segment import SharedSegment
 MAX_PLANS = 128
 """Plans cached per communicator."""
 
+LOOK_SECONDS = 1.0
+"""Seconds between two looks for compiled functions."""
+
 PROGRESS_NS = 100_000
 """Nanoseconds for which a rank waits for another rank of its node before it drives its messages to other nodes."""
 
@@ -45,6 +50,7 @@ SETTINGS = (
     "HPCCOMM_SHARED_MEMORY",
     "HPCCOMM_CONSISTENCY",
     "HPCCOMM_GPU_TRANSPORT",
+    "HPCCOMM_COMPILE",
 )
 """Environment variables that must be the same on every rank: rank 0's values are used."""
 
@@ -66,6 +72,8 @@ class Context:
         self.consistency, self._segment = self.open_consistency_table()
         self.plans: OrderedDict[Hashable, Plan] = OrderedDict()
         self._decisions: dict[Hashable, tuning.Choice] = {}
+        self.awaits_code = self.must_await_code()
+        self._look_again = 0.0
         self.entry: Entry | None = None
 
     def load_table(self) -> tuning.Table:
@@ -100,7 +108,7 @@ class Context:
     @cached_property
     def node_memory(self) -> SharedMemory | None:
         """Shared memory of this node's ranks; ``None`` on all nodes if it is not available on one of them."""
-        if self.size == 1 or self.settings["HPCCOMM_SHARED_MEMORY"] == "off":
+        if self.size == 1 or self.settings["HPCCOMM_SHARED_MEMORY"] == "off" or self.awaits_code:
             return None
         memory, trouble = None, ""
         try:
@@ -116,6 +124,32 @@ class Context:
         if memory:
             memory.close()
         return None
+
+    def must_await_code(self) -> bool:
+        """Whether other algorithms take the calls of this node until shared memory's functions are compiled."""
+        if self.settings["HPCCOMM_SHARED_MEMORY"] == "off" or self.settings["HPCCOMM_COMPILE"] == "wait":
+            return False
+        if self.layout.count > 1 or self.consistency is None:
+            return False
+        states = self.node.allgather((objects.complete(), objects.can_compile()))
+        done, possible = (all(each) for each in zip(*states, strict=True))
+        if not done and possible and self.rank == 0:
+            objects.compile_in_background()
+        return possible and not done
+
+    def announce_code(self) -> None:
+        """On entering a call, tell the ranks of this node once that this rank has the functions."""
+        if self.awaits_code and time.monotonic() > self._look_again:
+            self._look_again = time.monotonic() + LOOK_SECONDS
+            if objects.complete() and self.consistency:
+                self.consistency.announce_code()
+
+    def use_code(self) -> None:
+        """Stop awaiting the functions: all decisions are made again."""
+        self.awaits_code = False
+        self.__dict__.pop("node_memory", None)
+        self._decisions.clear()
+        self.forget()
 
     @cached_property
     def two_levels(self) -> TwoLevels | None:

@@ -29,7 +29,7 @@ from hpccomm.collectives.engine import bind, bind_segments
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError, TransportError
-from hpccomm.kernels import reproducible
+from hpccomm.kernels import objects, reproducible
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
 from hpccomm.performance.tuning import Choice
 
@@ -89,10 +89,18 @@ class Planner:
     def open_doors(self) -> None:
         """Let the compiled entry take calls, where there is one."""
         context, memory = self.context, self.shared_memory
-        if why_no_entry(self.size) or (memory and not memory.compiled):
+        if context.awaits_code or why_no_entry(self.size) or (memory and not memory.compiled):
             return
+        if memory is None and context.settings["HPCCOMM_COMPILE"] != "wait" and not objects.complete():
+            return  # nothing else needs the compiler now
         meeting = self.bind_shared(Fingerprint("Barrier"), memory.bind_entry_barrier) if memory else None
         context.entry = Entry(context.doors, self.rank, self.size, memory, context.consistency, meeting)
+
+    def use_code(self) -> None:
+        """Take shared memory into use from the next call on; the same call on all ranks."""
+        if self.context.awaits_code:
+            self.context.use_code()
+            self.open_doors()
 
     def allreduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None) -> Plan:
         """Allreduce."""
@@ -614,6 +622,9 @@ class Planner:
         nbytes: int | None = None,
     ) -> Choice:
         """The algorithm of this call, named by the caller, by the communicator, or selected from the tuning table."""
+        setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
+        if "shared" in (algorithm, self.comm.algorithm, setting):
+            self.use_code()
         names = self.context.names(collective)
         if algorithm is not None and algorithm not in names:
             raise unknown_algorithm_error(who, algorithm, names)
@@ -839,7 +850,8 @@ class Planner:
         if table is None:
             return body
         digest = table.announce(fingerprint)
-        enter = table.begin if fingerprint.collective in SYNCHRONISING else table.enter
+        context, synchronises = self.context, fingerprint.collective in SYNCHRONISING
+        enter = table.begin if synchronises else table.enter
         meet: Run = table.wait
         if lockstep and self.shared_memory:
             meet = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
@@ -847,10 +859,13 @@ class Planner:
         def run() -> None:
             try:
                 enter(digest)
+                context.announce_code()
                 if lockstep:
                     meet()
                     table.compare_entries()
                 body()
+                if synchronises and context.awaits_code:
+                    table.wait()  # a call without elements may have left early
                 table.leave()
             except (MPI.Exception, TransportError) as failure:
                 table.abandon()
@@ -858,6 +873,8 @@ class Planner:
             except BaseException:
                 table.abandon()
                 raise
+            if synchronises and context.awaits_code and table.all_had_code():
+                self.use_code()
 
         return run
 

@@ -13,6 +13,11 @@ def on_or_off(value: str) -> str:
     return "" if value in ("on", "off") else "use on or off"
 
 
+def wait_or_background(value: str) -> str:
+    """The remedy for a value that is neither ``wait`` nor ``background``."""
+    return "" if value in ("wait", "background") else "use wait or background"
+
+
 def seconds(value: str) -> str:
     """The remedy for a value that is not a number of seconds."""
     try:
@@ -29,6 +34,7 @@ def elsewhere(value: str) -> str:
 CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_ALGORITHM": elsewhere,
     "HPCCOMM_CACHE": elsewhere,
+    "HPCCOMM_COMPILE": wait_or_background,
     "HPCCOMM_CONSISTENCY": on_or_off,
     "HPCCOMM_ENTRY": on_or_off,
     "HPCCOMM_EXCEPTHOOK": on_or_off,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 pytest_plugins = ["hpccomm.testing.lockstep"]
+
+os.environ.setdefault("HPCCOMM_COMPILE", "wait")  # what runs must not depend on what was compiled before
 
 with suppress(ImportError):  # a bare machine with a device runs the tests that need no examples
     from hypothesis import settings

@@ -195,14 +195,18 @@ for line in MPI.COMM_WORLD.gather((comm.context.shared_memory._compiled, *module
 """
 
 
-def run_allreduce(tmp_path: Path, code: str = ALLREDUCE) -> list[str]:
-    """The lines that two ranks print, with an empty cache in ``tmp_path`` at first."""
+def run_program(tmp_path: Path, code: str, ranks: int, **variables: str) -> list[str]:
+    """The lines that ranks print."""
     script = tmp_path / "program.py"
     script.write_text(code)
-    environment = {**os.environ, "HPCCOMM_CACHE": str(tmp_path / "cache")}
-    command, environment = launch_command(2, [str(script)], environ=environment)
+    command, environment = launch_command(ranks, [str(script)], environ={**os.environ, **variables})
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=240, check=True)
     return done.stdout.splitlines()
+
+
+def run_allreduce(tmp_path: Path, code: str = ALLREDUCE) -> list[str]:
+    """The lines that two ranks print, with an empty cache in ``tmp_path`` at first."""
+    return run_program(tmp_path, code, 2, HPCCOMM_CACHE=str(tmp_path / "cache"), HPCCOMM_COMPILE="wait")
 
 
 def test_a_program_with_files_never_imports_the_compiler(tmp_path: Path) -> None:
@@ -227,6 +231,28 @@ def test_warm_compiles_what_is_missing(
     monkeypatch.setenv("HPCCOMM_CACHE", "/proc/nowhere")
     assert main(["warm"]) == 1
     assert "set HPCCOMM_CACHE" in capsys.readouterr().err
+
+
+def test_a_second_process_in_the_background_leaves_the_work_to_the_first(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "EMITTED", {"run_kernel": objects.EMITTED["run_kernel"]})
+    monkeypatch.setattr(os, "nice", lambda _: 0)
+    code = f"""
+from pathlib import Path
+from hpccomm.kernels import objects
+with objects.lock(Path({str(cache)!r}), "background", wait=False) as mine:
+    input(mine)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout.read(4) == "True"
+        assert main(["warm", "--quiet", "--background"]) == 0
+        assert objects.missing() == ["run_kernel"]
+        first.communicate("\n")
+    assert main(["warm", "--quiet", "--background"]) == 0
+    assert objects.missing() == []
 
 
 # Linking
@@ -275,3 +301,64 @@ def test_variables_are_refused() -> None:
         }""")
     with pytest.raises(linker.LinkError, match="counter"):
         linker.link(data, "count")
+
+
+# Programs that start before the functions are compiled
+
+SWITCH = """
+import numpy as np
+from mpi4py import MPI
+import hpccomm, hpccomm.context
+from hpccomm.kernels import objects
+rank, calls = MPI.COMM_WORLD.rank, 0
+hpccomm.context.LOOK_SECONDS = 0
+started = []
+objects.compile_in_background = lambda: started.append(1)
+objects.complete = lambda: calls > 3 * rank  # this rank has the functions from call 3 rank + 1 on
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+native = []
+def make(call, *arguments):
+    global calls
+    calls += 1
+    call(*arguments)
+    native.append(comm.context.awaits_code)
+x, y = np.full(10, rank + 1.0), np.empty(10)
+for turn in range(4):
+    make(comm.Allreduce, x, y)
+    assert (y == comm.size * (comm.size + 1) / 2).all()
+    make(comm.Bcast, y, turn % comm.size)
+    make(comm.Allreduce, x[:0], y[:0])
+    assert comm.explain("allreduce", 80).algorithm == ("native" if native[-1] else "shared")
+    make(comm.Barrier)
+print(native.index(False), len(started), all(native[:native.index(False)]), any(native[native.index(False):]))
+"""
+
+
+def test_all_ranks_change_to_shared_memory_at_the_same_call(tmp_path: Path) -> None:
+    lines = run_program(tmp_path, SWITCH, 3, HPCCOMM_COMPILE="background")
+    # the last rank has the functions on entering call 7, which synchronises all ranks
+    assert sorted(lines) == ["6 0 True False", "6 0 True False", "6 1 True False"]
+
+
+NAMED = """
+import numpy as np
+from mpi4py import MPI
+import hpccomm
+from hpccomm.kernels import objects
+objects.compile_in_background = lambda: None
+objects.complete = lambda: False
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+comm.Allreduce(np.ones(3), y := np.empty(3))
+assert "shared" not in comm.algorithms("allreduce")
+if {registered}:
+    y = comm.zeros(3)
+else:
+    comm.Allreduce(np.ones(3), y, algorithm="shared")
+print(comm.explain("allreduce", 24).algorithm)
+"""
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_program_that_asks_for_shared_memory_gets_it_at_once(registered: bool, tmp_path: Path) -> None:
+    lines = run_program(tmp_path, NAMED.format(registered=registered), 2, HPCCOMM_COMPILE="background")
+    assert lines == ["shared", "shared"]

@@ -32,7 +32,7 @@ from hpccomm.kernels.entry.records import CALLS, COUNT_PRIME, COUNTS, DIGEST_BIT
 
 TEXTS = 64
 TEXT_BYTES = 248
-LEFT, GAVE_UP = STATUS + 1, STATUS + 2
+LEFT, GAVE_UP, HAS_CODE = STATUS + 1, STATUS + 2, STATUS + 3
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ROW_WORDS = FIRST_TEXT + TEXTS * TEXT_WORDS
@@ -153,6 +153,15 @@ class ConsistencyTable:
                 if spins % 2000 == 0:
                     self.raise_if_deadlocked()
         self.compare_entries()
+
+    def announce_code(self) -> None:
+        """Write the number of the first call at whose entry this rank had the compiled functions."""
+        if not self._words[self._base + HAS_CODE]:
+            self._words[self._base + HAS_CODE] = self._seq
+
+    def all_had_code(self) -> bool:
+        """Whether all members had them on entering this call, which all have entered: the same answer on all."""
+        return all(0 < self._words[k * ROW_WORDS + HAS_CODE] <= self._seq for k in range(len(self._members)))
 
     def raise_mismatch(self, failure: Exception) -> None:
         """After an MPI error, raise a MismatchError if the ranks' calls differ, else MPI's own error."""

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 from hpccomm.commands.verify import show_progress
 from hpccomm.errors import HpccommError
@@ -17,26 +18,39 @@ from hpccomm.kernels import objects
 
 SUMMARY = "compile the functions of shared memory, so that programs start at once"
 MAX_PROCESSES = 16
+LOWEST_PRIORITY = 19
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--quiet", action="store_true", help="print nothing where all went well")
+    parser.add_argument("--background", action="store_true", help="use one core, and only while nothing else does")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compile what is missing and say where it is."""
-    began, names = time.monotonic(), objects.missing()
-    if names and objects.writable_folder() is None:
+    began, names, folder = time.monotonic(), objects.missing(), objects.writable_folder()
+    if names and folder is None:
         raise HpccommError("no folder can be written to: set HPCCOMM_CACHE to one that can")
-    compile_all(names)
+    if args.background:
+        os.nice(LOWEST_PRIORITY)
+        compile_alone(names, folder)
+    else:
+        compile_in_processes(names)
     if not args.quiet:
         print(f"compiled {len(names)} functions in {time.monotonic() - began:.0f} s: {objects.describe()}")
     return 0
 
 
-def compile_all(names: list[str]) -> None:
-    """Compile in parallel, the longest first."""
+def compile_alone(names: list[str], folder: Path | None) -> None:
+    """Compile one after the other; leave it to another process that does so already."""
+    with objects.lock(folder, "background", wait=False) as mine:
+        for name in names if mine else []:
+            objects.address(name)
+
+
+def compile_in_processes(names: list[str]) -> None:
+    """Compile in one process a core, the longest first."""
     processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES, len(names))
     if not processes:
         return

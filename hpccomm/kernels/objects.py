@@ -15,6 +15,7 @@ import mmap
 import os
 import platform
 import stat
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -161,6 +162,25 @@ def missing() -> list[str]:
     return [name for name in EMITTED if read(name) is None]
 
 
+def complete() -> bool:
+    """Whether every function has a file."""
+    files = [file_name(name) for name in EMITTED]
+    return all(any((folder / file).exists() for folder in folders()) for file in files)
+
+
+@cache
+def compile_in_background() -> Any:
+    """Start a process that compiles what is missing while this program goes on, and beyond its end."""
+    command = [sys.executable, "-m", "hpccomm", "warm", "--quiet", "--background"]
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+
+
+def can_compile() -> bool:
+    """Whether such a process is likely to succeed."""
+    return bool(version_file("numba")) and writable_folder() is not None
+
+
 def describe() -> str:
     """Where the files are, or why there are none."""
     absent = len(missing())
@@ -204,14 +224,22 @@ def compile_for_all(name: str) -> bytes:
 
 
 @contextlib.contextmanager
-def lock(folder: Path | None, name: str) -> Iterator[None]:
-    """Wait for the process that compiles this function; where files cannot be locked each compiles for itself."""
+def lock(folder: Path | None, name: str, wait: bool = True) -> Iterator[bool]:
+    """Wait for the process that compiles a function, or see whether there is one: then False.
+
+    Where files cannot be locked each process compiles for itself.
+    """
     with contextlib.ExitStack() as stack:
+        free = True
         with contextlib.suppress(OSError):
             if folder is not None:
-                file = stack.enter_context(open(folder / "lock", "a"))
-                fcntl.lockf(file, fcntl.LOCK_EX, 1, zlib.crc32(name.encode()))
-        yield
+                # a process that closes one of these files gives up all its locks on it
+                file = stack.enter_context(open(folder / ("lock" if wait else "lock.trial"), "a"))
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, zlib.crc32(name.encode()))
+                except BlockingIOError:
+                    free = False
+        yield free
 
 
 def write(folder: Path | None, name: str, content: bytes) -> None:
