@@ -100,7 +100,7 @@ def door_facts(p: int) -> dict[str, dict[str, int]]:
     return {
         "allreduce": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1},
         "reduce": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1, "rooted": 1},
-        "reduce_scatter_block": {"send_blocks": p, "recv_blocks": 1},
+        "reduce_scatter_block": {"send_blocks": p, "recv_blocks": 1, "send_counted": p},
         "allgather": {"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p, "own_block": 1},
         "bcast": {"recv_blocks": 1, "rooted": 2},
         "alltoall": {"send_blocks": p, "recv_blocks": p, "send_counted": p, "recv_counted": p},
