@@ -25,7 +25,7 @@ from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last
 from hpccomm.calls.consistency import FLUSH_SECONDS
-from hpccomm.calls.entry import Doors
+from hpccomm.calls.entry import Doors, decline
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
@@ -541,14 +541,21 @@ class Communicator(MPI.Intracomm):
         self, name: str, buffers: tuple[Any, Any], root: int | None = None, op: MPI.Op | str | None = None
     ) -> None:
         """Run MPI's own collective."""
+        entry, door = self._context.entry if self._context else None, getattr(self._doors, name.lower(), decline)
+        code = door(*buffers, op, root, None, None)
+        if entry and code not in (NOT_MINE, MISS):
+            sent = IN_PLACE if code & NATIVE_IN_PLACE else buffers[0]
+            arguments = [each for each in (op, root) if each is not None]
+            return entry.go_on(code, partial(getattr(MPI.Intracomm, name), self, sent, buffers[1], *arguments))
+        kind = entry.key() if entry and code == MISS else None
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         buffers = hold(buffers[0]), buffers[1]
-        key = (
-            None
-            if name == "Alltoallw"
-            else call_key(name, *buffers, root, None if op is None else operations.key_of(op))
-        )
-        (self._find_plan(key) or self._planner.bind_inherited(key, name, buffers, root, op)).run()
+        mark = None if op is None else operations.key_of(op)
+        key = kind or (None if name == "Alltoallw" else call_key(name, *buffers, root, mark))
+        plan = self._find_plan(key) or self._planner.bind_inherited(key, name, buffers, root, op)
+        if kind and plan.row and entry:
+            entry.insert(kind, plan.row)
+        return plan.run()
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of equal length on ``root``."""

@@ -476,7 +476,9 @@ class Planner:
         if reusable:
             buffers = tuple(self.make_form(name, k, each) for k, each in enumerate(known))
         call, comm = getattr(MPI.Intracomm, name), self.comm
-        plan = Plan(self.guard(fingerprint, lambda: call(comm, *buffers, *arguments), False))
+        plain = reusable and not any(each.half for each in known)
+        row = NativeCall(fingerprint.word, ALL_LENGTHS, False) if plain else None
+        plan = Plan(self.guard(fingerprint, lambda: call(comm, *buffers, *arguments), False), row=row)
         return self.context.keep(key, plan) if reusable else plan
 
     def has_weak_form(self, name: str, number: int, buffer: Buffer) -> bool:

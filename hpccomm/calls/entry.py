@@ -45,7 +45,11 @@ from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
 from hpccomm.kernels.shared_memory.records import offset_of
 
-COLLECTIVES = ("allreduce", "reduce", "reduce_scatter_block", "allgather", "bcast", "alltoall", "barrier")
+INHERITED = ("gather", "scatter", "scan", "exscan")
+"""Collectives that only MPI runs."""
+COLLECTIVES = ("allreduce", "reduce", "reduce_scatter_block", "allgather", "bcast", "alltoall", "barrier", *INHERITED)
+UNCOUNTED = ("gather", "scatter")
+"""Collectives whose lengths the ranks do not compare."""
 MAX_RANKS = 256
 """Python has one object each for the integers up to 256, so a root is recognised by its address."""
 FIRST_ROWS, MAX_ROWS = 64, 4096
@@ -85,6 +89,10 @@ class Doors:
     bcast: Door
     alltoall: Door
     barrier: Door
+    gather: Door
+    scatter: Door
+    scan: Door
+    exscan: Door
 
     def __init__(self) -> None:
         self.close()
@@ -105,6 +113,10 @@ def door_facts(p: int) -> dict[str, dict[str, int]]:
         "bcast": {"recv_blocks": 1, "rooted": 2},
         "alltoall": {"send_blocks": p, "recv_blocks": p, "send_counted": p, "recv_counted": p},
         "barrier": {},
+        "gather": {"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p, "rooted": 1},
+        "scatter": {"send_blocks": p, "recv_blocks": 1, "send_counted": p, "rooted": 3},
+        "scan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
+        "exscan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
     }
 
 
@@ -169,7 +181,7 @@ class Entry:
     def insert(self, key: Key, call: Any) -> None:
         """Let the entry take the calls of the kind of ``key``; ``call`` in shared memory has taken one of them."""
         name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
-        blocks = max(1, self._facts[name].get("recv_blocks", 1))
+        blocks = 0 if name in UNCOUNTED else max(1, self._facts[name].get("recv_blocks", 1))
         values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
         first = 1 << key.nbytes.bit_length() >> 1

@@ -172,7 +172,8 @@ CALL_RECV_AT = offset_of(CALL_RECORD, "recv_at")
 BLOCK_TABLE, ALLGATHER_TABLE, ALLTOALL_TABLE = 1, 2, 3
 SHORT_WAIT_NS = 20_000
 """Nanoseconds for which a short call waits before it releases the GIL."""
-RECEIVES_AT_ROOT, SENDS_AT_ROOT = 1, 2
+RECEIVES_AT_ROOT, IS_SENT_AT_ROOT, SENDS_AT_ROOT = 1, 2, 3
+"""How a collective is rooted: only the root receives; the one buffer is sent by the root; only the root sends."""
 SENT, RECEIVED = 0, 1
 
 
@@ -251,8 +252,9 @@ def names_permanent_objects(entry, arguments):
 def choose_buffers(entry, door, arguments):
     """Write how many blocks are sent and received, 0 for a buffer that is not read; false for what is not taken."""
     sendbuf, sends, receives = load(arguments), load(door + SEND_BLOCKS), load(door + RECV_BLOCKS)
-    if load(door + ROOTED) == RECEIVES_AT_ROOT and load(arguments + 3 * W) != load(entry + RANK_OBJECT):
-        receives = 0
+    if load(arguments + 3 * W) != load(entry + RANK_OBJECT):
+        receives = 0 if load(door + ROOTED) == RECEIVES_AT_ROOT else receives
+        sends = 0 if load(door + ROOTED) == SENDS_AT_ROOT else sends
     within = sends != 0 and (
         sendbuf == load(entry + NONE)
         or sendbuf == load(entry + IN_PLACE)
@@ -284,7 +286,7 @@ def read_receiver(entry, door, recvbuf, root):
     store(entry + SEND, address + nbytes * load(entry + RANK) * load(entry + WITHIN) * load(door + OWN_BLOCK))
     store(entry + NBYTES, nbytes)
     store(entry + CALL_TOKEN, load(entry + TOKEN))
-    read_only = load(door + ROOTED) == SENDS_AT_ROOT and root == load(entry + RANK_OBJECT)
+    read_only = load(door + ROOTED) == IS_SENT_AT_ROOT and root == load(entry + RANK_OBJECT)
     return nbytes * blocks == octets and (read_only or load(entry + WRITABLE) != 0)
 
 

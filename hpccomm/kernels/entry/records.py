@@ -39,7 +39,7 @@ DOOR_RECORD = record(
         *("send_blocks", "recv_blocks"),  # the length of a buffer as a multiple of the call's length; 0: not used
         *("in_place_blocks",),  # the same of a receive buffer in place; 0: in place is not taken
         *("send_counted", "recv_counted"),  # what a count in the buffer's form is multiplied by
-        *("rooted", "own_block", "same_is_in_place"),  # rooted: 1 only the root receives, 2 the root does not
+        *("rooted", "own_block", "same_is_in_place"),  # rooted: 1, 2, 3: see the body
     )
 )
 """What is different between collectives."""
