@@ -25,7 +25,6 @@ from hpccomm.calls.plans import Plan, PlanCache
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
-from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
 from hpccomm.performance import tuning
 from hpccomm.performance.cost import HIERARCHICAL
 from hpccomm.transports.mpi import MessageTransport, mpi_name
@@ -34,8 +33,9 @@ from hpccomm.transports.segment import SharedSegment
 MAX_PLANS = 128
 """Plans cached per communicator."""
 
-PROGRESS_NS = 100_000
-"""Nanoseconds for which a rank waits for another rank of its node before it drives its messages to other nodes."""
+NODE_PROGRESS_NS, PROGRESS_NS = 500_000, 100_000
+"""Nanoseconds for which a rank waits for another rank of its node before it drives its messages, on one node and on
+several; later up to ten times as long."""
 
 SETTINGS = (
     "HPCCOMM_ALGORITHM",
@@ -100,7 +100,9 @@ class Context:
             return None
         memory, trouble = None, ""
         try:
-            memory = SharedMemory(self.node, patience_ns=MAX_WAIT_NS if self.layout.count == 1 else PROGRESS_NS)
+            memory = SharedMemory(
+                self.node, patience_ns=PROGRESS_NS["one node" if self.layout.count == 1 else "several nodes"]
+            )
             memory.mismatch = self.mismatch_error
         except TransportError as error:
             trouble = str(error)

@@ -20,6 +20,7 @@ from typing import Any
 
 from hpccomm.calls.fingerprint import Fingerprint, decode, first_difference, format_ranks, mismatch_message
 from hpccomm.errors import MismatchError
+from hpccomm.transports.polling import pause
 
 CALLS = 64
 """Entries of each rank: how many calls back a peer can still be compared."""
@@ -31,6 +32,11 @@ ROW_WORDS = CALLS + 16 + TEXTS * (TEXT_BYTES // 8 + 1)
 
 PERIOD = 0.25
 """Seconds between two checks by the watchdog."""
+
+EAGER_POLLS, EAGER_SECONDS = 20, 1e-4
+"""How long a rank waits for another one to enter a call before it yields its core, and then before it sleeps."""
+POLLS_PER_CHECK = 200
+"""Polls between two checks whether that rank can still enter it."""
 
 FLUSH_SECONDS = 0.5
 """Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
@@ -114,13 +120,14 @@ class ConsistencyTable:
         slot = seq % CALLS
         mine = words[self._base + slot]
         for peer in self._peers:
-            spins = 0
+            polls, began = 0, 0.0
             while words[peer + slot] >> 31 < seq:
-                spins += 1
-                if spins > 20:
-                    os.sched_yield()
+                polls += 1
+                if polls > EAGER_POLLS:
+                    began = began or time.monotonic()
+                    pause(began, EAGER_SECONDS, 8)
                     self.progress()
-                if spins % 2000 == 0:
+                if polls % POLLS_PER_CHECK == 0:
                     self.raise_if_deadlocked()
         for peer in self._peers:
             theirs = words[peer + slot]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import time
 from collections.abc import Callable
 from functools import cache
@@ -92,6 +93,35 @@ def pause() -> None:
 def yield_cpu() -> None:
     """Yield the core to another process."""
     os.sched_yield()
+
+
+FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine(), 0)
+"""The number of the system call; 0 where it is not used, and ranks doze instead of sleeping until they are woken."""
+FUTEX_WAIT, FUTEX_WAKE = 0, 1
+EVERY_SLEEPER = (1 << 31) - 1
+DOZE_NS = 200_000
+"""The longest sleep where no other process can end it."""
+
+
+class Timespec(ctypes.Structure):
+    """``struct timespec``."""
+
+    _fields_ = (("seconds", ctypes.c_int64), ("nanoseconds", ctypes.c_int64))
+
+
+def sleep(address: int, value: int, nanoseconds: int) -> None:
+    """Sleep until a process wakes those that sleep at a word, unless the word no longer has this value; or a time."""
+    if not FUTEX:
+        time.sleep(min(nanoseconds, DOZE_NS) / 1e9)
+        return
+    limit = Timespec(*divmod(nanoseconds, 10**9))
+    _libc.syscall(*map(ctypes.c_long, (FUTEX, address, FUTEX_WAIT, value & 0xFFFFFFFF)), ctypes.byref(limit), None, 0)
+
+
+def wake(address: int) -> None:
+    """Wake the processes that sleep at a word."""
+    if FUTEX:
+        _libc.syscall(*map(ctypes.c_long, (FUTEX, address, FUTEX_WAKE, EVERY_SLEEPER, 0, 0, 0)))
 
 
 def nanoseconds() -> int:
