@@ -100,9 +100,7 @@ class Context:
             return None
         memory, trouble = None, ""
         try:
-            memory = SharedMemory(
-                self.node, patience_ns=PROGRESS_NS["one node" if self.layout.count == 1 else "several nodes"]
-            )
+            memory = SharedMemory(self.node, patience_ns=NODE_PROGRESS_NS if self.layout.count == 1 else PROGRESS_NS)
             memory.mismatch = self.mismatch_error
         except TransportError as error:
             trouble = str(error)
