@@ -28,7 +28,7 @@ class InterruptError(Exception):
 
 
 def sum_in(shared: SharedMemory) -> tuple[np.ndarray, Callable[[], None]]:
-    """An array, and a bound allreduce of it in place."""
+    """An array, which the caller must keep, and a bound allreduce of it in place."""
     x = np.full(20_000, shared.rank + 1.0)
     return x, shared.bind_allreduce(x.ctypes.data, x.ctypes.data, x.size, "f8", "sum", 1)
 
@@ -55,7 +55,7 @@ def share_of_a_core(comm: Any, call: Callable[[], Any]) -> float:
 @pytest.mark.parametrize("code", CODES)
 def test_a_waiting_rank_leaves_its_core_to_others(comm: Communicator, code: str) -> None:
     shared = SharedMemory(MPI.Intracomm(comm), code)
-    _, run = sum_in(shared)
+    _kept, run = sum_in(shared)
     used = share_of_a_core(comm, run)
     assert comm.rank == 0 or used < SHARE
     shared.close()
@@ -89,7 +89,7 @@ def test_a_rank_that_waits_in_a_call_leaves_its_core_to_others(comm: Communicato
 @pytest.mark.parametrize("code", CODES)
 def test_only_a_rank_for_which_others_sleep_wakes_them(comm: Communicator, code: str) -> None:
     shared = SharedMemory(MPI.Intracomm(comm), code)
-    _, run = sum_in(shared)
+    _kept, run = sum_in(shared)
     late = comm.rank == comm.size - 1
     for _ in range(5):
         MPI.Intracomm(comm).Barrier()
@@ -121,7 +121,7 @@ def test_a_signal_handler_runs_while_a_rank_sleeps(comm: Communicator, code: str
         raise InterruptError
 
     shared = SharedMemory(MPI.Intracomm(comm), code)
-    _, run = sum_in(shared)
+    _kept, run = sum_in(shared)
     usual = signal.signal(signal.SIGALRM, interrupt)
     if comm.rank == 0:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
