@@ -65,9 +65,15 @@ def identity(result: Array) -> Array:
     return result
 
 
+def is_masked(x: Any) -> bool:
+    """Whether an array has a mask; ``numpy.ma`` takes long to import, and who has such an array has imported it."""
+    masked = sys.modules.get("numpy.ma")
+    return isinstance(x, getattr(masked, "MaskedArray", ()))
+
+
 def check_array(x: Array, who: str) -> Array:
     """A NumPy array; raises if MPI cannot move and reduce its elements."""
-    if isinstance(x, np.ma.MaskedArray):
+    if is_masked(x):
         raise ArgumentError(f"{who}: a masked array would lose its mask: pass x.filled(value)")
     dtype = x.dtype
     if dtype.kind not in "biufc" and not is_bfloat16(dtype):

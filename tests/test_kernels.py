@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import operator
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,7 @@ from hpccomm.kernels.dispatch import FAMILIES
 from hpccomm.kernels.reductions.reference import DTYPES, HALVES, code_of, has_kernel, narrow, reduce, widen
 from hpccomm.kernels.shared_memory import memory
 
-CASES = [("sum", code) for code in DTYPES["sum"]] + [
-    (op, code)
-    for op, codes in DTYPES.items()
-    for code in ("i2", "u8", "f4", "bf16", "b1")
-    if op != "sum" and code in codes
-]
+CASES = [(op, code) for op, codes in DTYPES.items() for code in codes]
 
 
 def storage_dtype(code: str) -> np.dtype[Any]:
@@ -49,9 +42,9 @@ def call_fold(op: str, code: str, vectors: list[np.ndarray], out: np.ndarray, fi
     """Call the C function as the collectives do."""
     import ctypes
 
-    from hpccomm.kernels.shared_memory import compiled
+    from hpccomm.kernels import objects
 
-    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold_kernel(op, code).address)
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(objects.fold(op, code))
     table = np.array([vector.ctypes.data for vector in vectors])
     function(table.ctypes.data, len(vectors), first, out.ctypes.data, out.size)
 
@@ -105,11 +98,12 @@ def test_float16_without_hardware_conversion_gives_the_same_bits() -> None:
     """Processors without such an instruction convert by arithmetic."""
     import ctypes
 
-    from numba import types
+    from numba import cfunc, types
 
     from hpccomm.kernels.reductions import loops
 
-    function = loops.c_function(types.uint16)()(loops.reduction(operator.add, loops.from_half, loops.to_half))
+    loop = loops.reduction(operator.add, loops.from_half, loops.to_half)
+    function = cfunc(loops.signature_of(types.uint16))(loop)
     with np.errstate(all="ignore"):
         vectors = [numbers("f2", 100_000, seed) * np.float16(1000 if seed else 1e-3) for seed in range(2)]
     vectors[0][: 1 << 16] = np.arange(1 << 16, dtype="u2").view("f2")
@@ -198,33 +192,6 @@ def test_nontemporal_copies_are_exact_at_any_alignment() -> None:
             assert np.array_equal(to[shift : shift + n], source[3 : 3 + n])
             assert not to[:shift].any()
             assert not to[shift + n :].any()
-
-
-COMPILE = """
-import numpy as np, sys
-from hpccomm.kernels.shared_memory import compiled
-import ctypes
-for op, expected in (("max", 5), ("sum", 8)):
-    f = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(compiled.fold_kernel(op, "i4").address)
-    a, b, out = np.full(9, 5, "i4"), np.full(9, 3, "i4"), np.zeros(9, "i4")
-    table = np.array([a.ctypes.data, b.ctypes.data])
-    f(table.ctypes.data, 2, 0, out.ctypes.data, 9)
-    assert (out == expected).all(), out
-"""
-
-
-def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE]
-    for _ in ("into an empty folder", "from what was left there"):
-        running = [subprocess.Popen(command, env=environment) for _ in range(3)]
-        assert [each.wait(timeout=120) for each in running] == [0, 0, 0]
-    assert list(tmp_path.rglob("*.nbi"))
-
-
-def test_without_a_writable_cache_folder_kernels_are_compiled_anew(tmp_path: Path) -> None:
-    environment = {**os.environ, "NUMBA_CACHE_DIR": "/proc/nowhere"}
-    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

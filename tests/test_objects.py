@@ -1,13 +1,20 @@
-"""Machine code that is emitted once and loaded without a compiler, and the built-in functions made of it."""
+"""Machine code that is compiled once and loaded without a compiler, and the built-in functions made of it."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from hpccomm.__main__ import main
+from hpccomm.kernels import linker, objects
 from hpccomm.kernels.builtins import make_builtin
+from hpccomm.launcher import launch_command
 
 FASTCALL = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object, ctypes.POINTER(ctypes.py_object), ctypes.c_ssize_t)
 
@@ -36,3 +43,232 @@ def test_a_builtin_holds_one_reference_to_its_object() -> None:
     assert sys.getrefcount(itself) == held
     del body
     assert sys.getrefcount(itself) == held - 1
+
+
+# Files
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for files, and no function loaded yet."""
+    monkeypatch.setenv("HPCCOMM_CACHE", str(tmp_path))
+    objects.address.cache_clear()
+    yield tmp_path
+    objects.address.cache_clear()
+
+
+def run_kernel_on_a_callback() -> int:
+    """Run the function ``run_kernel``, at the address that the cache gives, on a kernel that adds one."""
+    kernel = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(lambda call: call + 1)
+    return make_builtin("run_kernel", objects.address("run_kernel"), address_of(kernel))(41)
+
+
+def test_a_function_is_loaded_from_the_file_that_was_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_kernel_on_a_callback() == 42
+    assert sorted(each.name for each in cache.iterdir()) == ["lock", objects.file_name("run_kernel")]
+    objects.address.cache_clear()
+    monkeypatch.setattr(objects, "compile_for_all", None)
+    assert run_kernel_on_a_callback() == 42
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:60] + b"?" + data[61:]]
+)
+def test_a_damaged_file_is_written_anew(cache: Path, damage) -> None:
+    run_kernel_on_a_callback()
+    file = cache / objects.file_name("run_kernel")
+    file.write_bytes(damage(data := file.read_bytes()))
+    objects.address.cache_clear()
+    assert objects.read("run_kernel") is None
+    assert run_kernel_on_a_callback() == 42
+    assert file.read_bytes() == data
+
+
+def test_without_a_folder_functions_are_compiled_in_each_process(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCCOMM_CACHE", "/proc/nowhere")
+    assert objects.writable_folder() is None
+    assert run_kernel_on_a_callback() == 42
+
+
+def test_on_a_full_disk_nothing_is_left_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_the_disk(path: Path, data: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    assert run_kernel_on_a_callback() == 42
+    assert [each.name for each in cache.iterdir()] == ["lock"]
+
+
+def test_a_temporary_folder_that_others_can_write_to_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HPCCOMM_CACHE", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    private = tmp_path / f"hpccomm-{os.getuid()}"
+    assert private in objects.folders()
+    private.chmod(0o770)
+    assert private not in objects.folders()
+
+
+def compute_key(module: str) -> str:
+    objects.describe_compiler.cache_clear()
+    return objects.key.__wrapped__(module)
+
+
+def test_the_key_changes_with_every_source_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, before = objects.read_beginning, {module: compute_key(module) for module in objects.SOURCES}
+    for module, sources in objects.SOURCES.items():
+        for source in sources:
+            edited = str(objects.KERNELS / source)
+            assert read(edited)
+            monkeypatch.setattr(
+                objects, "read_beginning", lambda path, edited=edited: read(path) + b"#" * (path == edited)
+            )
+            changed = {each for each in objects.SOURCES if compute_key(each) != before[each]}
+            assert changed == ({module} if module else set(objects.SOURCES)), source
+    objects.describe_compiler.cache_clear()
+
+
+def test_the_key_changes_with_the_processor_and_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, read = {compute_key("python_api")}, objects.read_beginning
+    for file in (objects.PROCESSOR_FILES[0], *map(objects.version_file, ("numba", "llvmlite"))):
+        monkeypatch.setattr(objects, "read_beginning", lambda path, file=file: read(path) + b"#" * (path == file))
+        keys.add(compute_key("python_api"))
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    assert len(keys | {compute_key("python_api")}) == 5
+    objects.describe_compiler.cache_clear()
+
+
+SCRIPT = """
+import sys
+from hpccomm.kernels import objects
+for name in ("run_kernel", "barrier"):
+    objects.address(name)
+"""
+REPORT = """
+from hpccomm.kernels import emission
+emit = emission.emit
+emission.emit = lambda name, *rest: print(name) or emit(name, *rest)
+"""
+
+
+def run_script(code: str, folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HPCCOMM_CACHE": str(folder)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_of_processes_that_start_together_one_compiles(tmp_path: Path) -> None:
+    running = [run_script(REPORT + SCRIPT, tmp_path) for _ in range(3)]
+    printed = "".join(each.communicate(timeout=240)[0] for each in running)
+    assert sorted(printed.split()) == ["barrier", "run_kernel"]
+    again = run_script(SCRIPT + "print({'numba', 'llvmlite'} & set(sys.modules))", tmp_path)
+    assert again.communicate(timeout=240)[0] == "set()\n"
+
+
+@pytest.mark.parametrize("module", sorted(set(objects.SOURCES) - {""}))
+def test_the_sources_name_all_that_is_imported_to_compile(module: str, tmp_path: Path) -> None:
+    code = f"import hpccomm.kernels.emission, hpccomm.kernels.{module}, sys\n"
+    code += "print(*[each.__file__ for name, each in sys.modules.items() if name.startswith('hpccomm.kernels.')])"
+    files = {Path(each) for each in run_script(code, tmp_path).communicate(timeout=240)[0].split()}
+    sources = {objects.KERNELS / each for each in objects.SOURCES[""] + objects.SOURCES[module]}
+    assert {each for each in files if each.name != "__init__.py"} <= sources
+
+
+ALLREDUCE = """
+import sys
+import numpy as np
+from mpi4py import MPI
+import hpccomm
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+total = np.empty(3)
+comm.Allreduce(np.full(3, comm.rank + 1.0), total)
+assert (total == comm.size * (comm.size + 1) / 2).all()
+print(comm.context.shared_memory._compiled, *[each for each in ("numba", "llvmlite") if sys.modules.get(each)])
+"""
+
+
+def run_allreduce(tmp_path: Path, code: str = ALLREDUCE) -> list[str]:
+    """The lines that two ranks print, with an empty cache in ``tmp_path`` at first."""
+    script = tmp_path / "program.py"
+    script.write_text(code)
+    environment = {**os.environ, "HPCCOMM_CACHE": str(tmp_path / "cache")}
+    command, environment = launch_command(2, [str(script)], environ=environment)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=240, check=True)
+    return done.stdout.splitlines()
+
+
+def test_a_program_with_files_never_imports_the_compiler(tmp_path: Path) -> None:
+    assert len(run_allreduce(tmp_path)) == 2
+    assert run_allreduce(tmp_path) == ["True", "True"]
+
+
+def test_without_numba_and_files_numpy_computes_the_same(tmp_path: Path) -> None:
+    assert run_allreduce(tmp_path, "import sys; sys.modules['numba'] = None" + ALLREDUCE) == ["False", "False"]
+
+
+def test_warm_compiles_what_is_missing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(objects, "EMITTED", {"run_kernel": objects.EMITTED["run_kernel"]})
+    assert objects.describe() == "not compiled yet: run `hpccomm warm`"
+    for compiled in (1, 0):
+        assert main(["warm"]) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"compiled {compiled} functions in ")
+        assert told.endswith(f": 1 of 1 in {cache}\n")
+    monkeypatch.setenv("HPCCOMM_CACHE", "/proc/nowhere")
+    assert main(["warm"]) == 1
+    assert "set HPCCOMM_CACHE" in capsys.readouterr().err
+
+
+# Linking
+
+
+def test_llvm_links_where_we_do_not(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpccomm.kernels import emission
+
+    monkeypatch.setattr(emission, "X86", False)
+    assert run_kernel_on_a_callback() == 42
+    assert b'"table"' not in objects.read("run_kernel")
+
+
+def compile_text(code: str) -> bytes:
+    """The object file of code in LLVM's language."""
+    from llvmlite import binding
+
+    from hpccomm.kernels import emission
+
+    return emission.make_target_machine().emit_object(binding.parse_assembly(code))
+
+
+def test_constants_may_point_to_each_other() -> None:
+    data = compile_text("""
+        @seven = internal constant i64 7
+        @nine = internal constant i64 9
+        @both = internal constant [2 x i64*] [i64* @seven, i64* @nine]
+        define i64 @pick(i64 %which) {
+            %place = getelementptr [2 x i64*], [2 x i64*]* @both, i64 0, i64 %which
+            %pointer = load volatile i64*, i64** %place
+            %value = load volatile i64, i64* %pointer
+            ret i64 %value
+        }""")
+    image = linker.link(data, "pick")._asdict()
+    pick = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(objects.place_image(**image))
+    assert len(image["pointers"]) == 2
+    assert [pick(0), pick(1)] == [7, 9]
+
+
+def test_variables_are_refused() -> None:
+    data = compile_text("""
+        @counter = global i64 0
+        define i64 @count(i64 %word) {
+            store i64 %word, i64* @counter
+            ret i64 %word
+        }""")
+    with pytest.raises(linker.LinkError, match="counter"):
+        linker.link(data, "count")

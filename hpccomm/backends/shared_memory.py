@@ -41,7 +41,6 @@ An allreduce of S bytes reads and writes about 5 S in each rank, 2 S where the a
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import math
 import os
 import platform
@@ -55,7 +54,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.errors import MismatchError, TransportError
-from hpccomm.kernels.numba_check import why_no_numba
+from hpccomm.kernels import objects
 from hpccomm.kernels.reductions.reference import code_of, has_kernel, itemsize
 from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
@@ -112,7 +111,7 @@ class SharedMemory:
 
     def _can_reach(self) -> bool:
         """Whether all ranks may copy from each other's memory, which a system can forbid (collective)."""
-        secret = np.random.default_rng().integers(1, 1 << 62, 1)
+        secret = np.frombuffer(os.urandom(8), np.int64)
         memory.store(self._segment.address + self.rank * self._region + kernels.PID, os.getpid())
         offers = self._node.allgather((int(secret[0]), secret.ctypes.data, os.getpid()))
         wanted, address, pid = offers[(self.rank + 1) % self.size]
@@ -370,24 +369,11 @@ class SharedMemory:
     # Code
 
     def _fold(self, op: str, code: str) -> int:
-        if not self._compiled:
-            return memory.fold_handle(op, code)
-        from hpccomm.kernels.shared_memory import compiled
-
-        with self._compile_lock():
-            return int(compiled.fold_kernel(op, code).address)
+        return objects.fold(op, code) if self._compiled else memory.fold_handle(op, code)
 
     def _kernel(self, name: str) -> Callable[[int], int]:
-        if not self._compiled:
-            function: Callable[[int], int] = getattr(kernels, name)
-            return function
-        from hpccomm.kernels.shared_memory import compiled
-
-        with self._compile_lock():
-            return compiled.kernel(name)
-
-    def _compile_lock(self) -> FileLock:
-        return FileLock(self._segment.file)
+        function: Callable[[int], int] = objects.kernel(name) if self._compiled else getattr(kernels, name)
+        return function
 
     def _tuning_row(self, name: str, nbytes: int) -> int:
         """Address of the tuning record for such calls."""
@@ -543,19 +529,6 @@ def forget(registered: dict[int, Allocation], allocation: Allocation) -> None:
     registered.pop(allocation.number, None)
 
 
-class FileLock:
-    """A lock on a file that all ranks have open: one process compiles, the others load its machine code."""
-
-    def __init__(self, file: int) -> None:
-        self._file = file
-
-    def __enter__(self) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *exception: object) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_UN)
-
-
 def copy_plan(to: int, source: int, nbytes: int, *held: Any) -> Plan:
     """A plan that copies."""
 
@@ -578,7 +551,7 @@ def spin_count(node: Any) -> int:
 def agree_on_code(node: Any, code: str) -> bool:
     """Whether the kernels are compiled; the same on all ranks."""
     wanted = node.bcast(code)
-    troubles = [each for each in node.allgather("" if wanted == "numpy" else why_no_numba()) if each]
+    troubles = [each for each in node.allgather("" if wanted == "numpy" else objects.why_none()) if each]
     if wanted != "numpy" and not troubles:
         return True
     if wanted == "compiled" or platform.machine().lower() not in TSO_MACHINES:

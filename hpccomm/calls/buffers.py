@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from hpccomm.arrays import is_masked
 from hpccomm.errors import ArgumentError
 
 MPI_KINDS = "biufc"
@@ -141,7 +142,7 @@ def apply_displacement(buffer: Buffer, who: str) -> Buffer:
 
 def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Buffer:
     """Read and check a NumPy array."""
-    if isinstance(raw, np.ma.MaskedArray):
+    if is_masked(raw):
         raise ArgumentError(f"{who}: a masked array would lose its mask: pass x.filled(value)")
     half = half_of(array.dtype)
     if array.dtype.kind not in MPI_KINDS and not half:

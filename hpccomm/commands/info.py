@@ -99,6 +99,7 @@ def launch(comm: Any) -> dict[str, str]:
 
 def transports(comm: Any) -> dict[str, str]:
     """The transports of messages and of shared memory."""
+    from hpccomm.kernels import objects
     from hpccomm.layout import ethernets, fast_networks
 
     resources = comm.context
@@ -108,6 +109,7 @@ def transports(comm: Any) -> dict[str, str]:
         "messages": "MPI point-to-point, with the fingerprint of the call in the tag",
         "network": ", ".join(fast_networks()) or f"Ethernet ({links}); decisions come from measurements over TCP",
         "shared memory": where if resources.node_memory else "not used" if comm.size > 1 else "not needed (one rank)",
+        "compiled functions": objects.describe(),
         "consistency table": "ranks of a node compare their calls"
         if resources.consistency
         else "off: calls are not compared",

@@ -15,10 +15,10 @@ import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 from numpy import ndarray
 
-SOURCES = ("intrinsics.py", "simd.py", "shared_memory/records.py", "reductions/loops.py", "vectors/loops.py")
+SOURCES = ("intrinsics.py", "simd.py", "reductions/loops.py", "vectors/loops.py")
 _text = b"".join((Path(__file__).parent / each).read_bytes() for each in SOURCES)
 CACHE_TAG = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_text):08x}"
-"""What machine code depends on besides its own source: the processor, intrinsics, record layouts, shared loops."""
+"""What machine code depends on besides its own source: the processor, intrinsics, shared loops."""
 
 jit = partial(numba.njit, nogil=True, error_model="numpy")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numba
@@ -125,16 +124,21 @@ STORAGE: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
 """Element type in memory and the functions that read and write it, for dtypes that need a conversion."""
 
 
-def compile_fold(op: str, code: str, compile: Callable[..., Any]) -> Any:
-    """A C function for :func:`hpccomm.kernels.intrinsics.fold`; ``compile(compiler, function, name)`` makes it."""
+def __getattr__(name: str) -> Callable[..., None]:
+    """The loop ``sum_f8`` and so on, for :func:`hpccomm.kernels.intrinsics.fold`, with its signature."""
+    op, _, code = name.partition("_")
+    if op not in COMBINE:
+        raise AttributeError(name)
     kind, read, write = STORAGE.get(code) or (numba.from_dtype(np.dtype(code)), pass_through, pass_through)
-    return compile(c_function(kind), reduction(COMBINE[op], read, write), f"{op}_{code}")
+    loop: Any = reduction(COMBINE[op], read, write)
+    loop.signature = signature_of(kind)
+    return loop  # type: ignore[no-any-return]
 
 
-def c_function(kind: Any) -> Callable[..., Any]:
-    """The compiler for reductions of elements of one kind."""
+def signature_of(kind: Any) -> Any:
+    """The signature of reductions of elements of one kind."""
     vectors = types.CPointer(types.CPointer(kind))
-    return partial(numba.cfunc, types.void(vectors, types.int64, types.int64, types.CPointer(kind), types.int64))
+    return types.void(vectors, types.int64, types.int64, types.CPointer(kind), types.int64)
 
 
 def reduction(combine: Callable[..., Any], read: Callable[..., Any], write: Callable[..., Any]) -> Callable[..., None]:
