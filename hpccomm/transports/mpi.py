@@ -21,7 +21,7 @@ MAX_MESSAGE_BYTES = 1 << 30
 """Bytes of the longest message."""
 
 SHORT_BYTES = 1 << 16
-"""Up to so many bytes a rank may sleep while it waits: MPI libraries move longer messages in pieces, one a poll."""
+"""Up to so many bytes a rank may sleep while it waits: MPI libraries move a part of a longer message in each poll."""
 EAGER_POLLS, EAGER_SECONDS = 50, 5e-3
 """How long a rank waits for a short message before it yields its core, and then before it sleeps."""
 

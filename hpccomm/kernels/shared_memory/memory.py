@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import time
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.kernels.futex import DOZE_NS, EVERY_SLEEPER, FUTEX, FUTEX_WAIT, FUTEX_WAKE
 from hpccomm.kernels.reductions.reference import reduce
 
 _word = ctypes.c_int64.from_address
@@ -93,14 +93,6 @@ def pause() -> None:
 def yield_cpu() -> None:
     """Yield the core to another process."""
     os.sched_yield()
-
-
-FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine(), 0)
-"""The number of the system call; 0 where it is not used, and ranks doze instead of sleeping until they are woken."""
-FUTEX_WAIT, FUTEX_WAKE = 0, 1
-EVERY_SLEEPER = (1 << 31) - 1
-DOZE_NS = 200_000
-"""The longest sleep where no other process can end it."""
 
 
 class Timespec(ctypes.Structure):
