@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Hashable
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from types import TracebackType
 from typing import Any
 
@@ -21,18 +21,49 @@ from mpi4py import MPI
 
 from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
+from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
+from hpccomm.calls.buffers import hold
 from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.plans import Plan, PlanCache, Run, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
 from hpccomm.device_planner import DevicePlanner
 from hpccomm.layout import Layout, Link
+from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
 from hpccomm.planner import is_in_place
-from hpccomm.requests import PersistentRequest
+from hpccomm.requests import COMPARED, compare_at_init
 
-IN_PLACE, INFO_NULL = MPI.IN_PLACE, MPI.INFO_NULL
+IN_PLACE = MPI.IN_PLACE
+
+
+def keep_ours(native: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of mpi4py that makes a communicator; the communicator is then one of ours."""
+
+    @wraps(native)
+    def method(self: Communicator | Intercomm, *args: Any, **named: Any) -> Any:
+        return adopt(native(self, *args, **named), self)
+
+    return method
+
+
+def adopt(made: Any, parent: Communicator | Intercomm) -> Any:
+    """A communicator that mpi4py has made from ``parent``, as ours and with the same settings.
+
+    mpi4py makes a duplicate by ``type(parent).__new__`` without arguments, all others with its own classes.  Those get
+    the parent's class if they have no topology, without a call of a subclass's own constructor.
+    """
+    if isinstance(made, tuple):  # with the request of a non-blocking call
+        return (adopt(made[0], parent), *made[1:])
+    if made == MPI.COMM_NULL:
+        return made
+    if not isinstance(made, Communicator | Intercomm):
+        ours = OURS[type(made)]
+        same = ours is Communicator and isinstance(parent, Communicator) and type(parent) not in OURS.values()
+        made = ours.__new__(type(parent) if same else ours, made)
+    made._algorithm = parent._algorithm
+    return made
 
 
 class Communicator(MPI.Intracomm):
@@ -40,6 +71,8 @@ class Communicator(MPI.Intracomm):
 
     ``algorithm`` (``"auto"``) is the default algorithm of all calls that it can take.  A communicator shares the MPI
     handle of the communicator from which it is made.  Its first collective call creates the context, on all ranks.
+    Communicators made from it keep the algorithm; one with a topology is also an ``MPI.Cartcomm``, ``MPI.Graphcomm`` or
+    ``MPI.Distgraphcomm``, whose neighbourhood collectives are MPI's.
     """
 
     _algorithm: str
@@ -49,7 +82,8 @@ class Communicator(MPI.Intracomm):
     _planner: DevicePlanner
 
     def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
-        self = super().__new__(cls, comm)
+        kind = OURS[type(unwrap(comm))] if cls is Communicator and isinstance(comm, MPI.Topocomm) else cls
+        self: Communicator = MPI.Intracomm.__new__(kind, comm)  # Python allows no other in a class with two bases
         self._algorithm = algorithm
         self._plan_cache = PlanCache()
         self._bounce_buffers = BounceBuffers()
@@ -78,6 +112,11 @@ class Communicator(MPI.Intracomm):
         if self._context is None:
             self._context = Context(self, self._plan_cache)
         return self._context
+
+    @property
+    def private_comm(self) -> MPI.Intracomm:
+        """The communicator of our own messages, which never meet the user's (the first use is collective)."""
+        return self.context.private_comm
 
     @property
     def layout(self) -> Layout:
@@ -169,40 +208,32 @@ class Communicator(MPI.Intracomm):
         """
         return self._planner.transports.describe()
 
-    # Communicators made from this one
+    # Communicators made from this one, as mpi4py makes them; what yields an intracommunicator yields one of ours
 
-    def Dup(self, info: MPI.Info | None = None) -> Communicator:
-        """A communicator of the same ranks."""
-        return self._wrap(unwrap(self).Dup(info))
+    Dup = keep_ours(MPI.Intracomm.Dup)
+    Clone = keep_ours(MPI.Intracomm.Clone)
+    Dup_with_info = keep_ours(MPI.Intracomm.Dup_with_info)
+    Idup = keep_ours(MPI.Intracomm.Idup)
+    Idup_with_info = keep_ours(MPI.Intracomm.Idup_with_info)
+    Split = keep_ours(MPI.Intracomm.Split)
+    Split_type = keep_ours(MPI.Intracomm.Split_type)
+    Create = keep_ours(MPI.Intracomm.Create)
+    Create_group = keep_ours(MPI.Intracomm.Create_group)
+    Create_cart = keep_ours(MPI.Intracomm.Create_cart)
+    Create_graph = keep_ours(MPI.Intracomm.Create_graph)
+    Create_dist_graph = keep_ours(MPI.Intracomm.Create_dist_graph)
+    Create_dist_graph_adjacent = keep_ours(MPI.Intracomm.Create_dist_graph_adjacent)
+    Create_intercomm = keep_ours(MPI.Intracomm.Create_intercomm)
+    Spawn = keep_ours(MPI.Intracomm.Spawn)
+    Spawn_multiple = keep_ours(MPI.Intracomm.Spawn_multiple)
+    Accept = keep_ours(MPI.Intracomm.Accept)
+    Connect = keep_ours(MPI.Intracomm.Connect)
+    Shrink = keep_ours(MPI.Intracomm.Shrink)
 
-    def Clone(self) -> Communicator:
-        """A communicator of the same ranks."""
-        return self._wrap(unwrap(self).Clone())
-
-    def Dup_with_info(self, info: MPI.Info) -> Communicator:
-        """A communicator of the same ranks with new hints."""
-        return self._wrap(unwrap(self).Dup_with_info(info))
-
-    def Split(self, color: int = 0, key: int = 0) -> Communicator:
-        """One communicator for each color."""
-        return self._wrap(unwrap(self).Split(color, key))
-
-    def Split_type(self, split_type: int, key: int = 0, info: MPI.Info = INFO_NULL) -> Communicator:
-        """One communicator for each group of ranks that share a resource, such as memory."""
-        return self._wrap(unwrap(self).Split_type(split_type, key, info))
-
-    def Create(self, group: MPI.Group) -> Communicator:
-        """A communicator of some of the ranks."""
-        return self._wrap(unwrap(self).Create(group))
-
-    def Create_group(self, group: MPI.Group, tag: int = 0) -> Communicator:
-        """A communicator of some of the ranks, collective over the group alone."""
-        return self._wrap(unwrap(self).Create_group(group, tag))
-
-    def _wrap(self, comm: MPI.Comm) -> Any:
-        if comm == MPI.COMM_NULL or not isinstance(comm, MPI.Intracomm):
-            return comm
-        return type(self)(comm, self.algorithm)
+    @classmethod
+    def Create_from_group(cls, *args: Any, **named: Any) -> Communicator:
+        """A communicator of a group, without a parent."""
+        return cls(MPI.Intracomm.Create_from_group(*args, **named))
 
     def Free(self) -> None:
         """Free the communicator and its context (collective)."""
@@ -256,6 +287,8 @@ class Communicator(MPI.Intracomm):
         method: a captured name costs every call of that method 20 ns, whether the plan is cached or not.
         """
         sendbuf, recvbuf = buffers
+        if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
+            return call(hold(sendbuf), hold(recvbuf), *rest)
         bound = self._find_plan(key)
         if bound is None:
             into = recvbuf if receives else None
@@ -286,7 +319,7 @@ class Communicator(MPI.Intracomm):
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
         rest = [each for each in arguments if each is not op]
-        key = None if None in rest else call_key(name, *buffers, "reproducible", op.handle, *rest)
+        key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
         bound = self._find_plan(key) or self._planner.bind_reproducible(key, name, buffers, arguments, op)
         if bound is None:
             return False
@@ -307,7 +340,7 @@ class Communicator(MPI.Intracomm):
         self,
         sendbuf: Any,
         recvbuf: Any,
-        op: MPI.Op = MPI.SUM,
+        op: MPI.Op | str = MPI.SUM,
         algorithm: str | None = None,
         reproducible: bool = False,
         stream: Any = None,
@@ -322,6 +355,9 @@ class Communicator(MPI.Intracomm):
         """
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
+        if type(op) is not MPI.Op:
+            rest: dict[str, Any] = {"algorithm": algorithm, "reproducible": reproducible}
+            return run_named(self, "Allreduce", op, sendbuf, recvbuf, **rest)
         if reproducible and self._run_reproducible("Allreduce", (sendbuf, recvbuf), (op,), op):
             return None
         known = self._plan_cache.get(id(recvbuf))
@@ -329,34 +365,29 @@ class Communicator(MPI.Intracomm):
             run, sender, same_op, same_algorithm, dtype, _ = known
             if sender == id(sendbuf) and same_op is op and same_algorithm is algorithm and recvbuf.dtype is dtype:
                 return run()
-        key = call_key("Allreduce", sendbuf, recvbuf, op.handle, algorithm)
+        key = call_key("Allreduce", sendbuf, recvbuf, operations.key_of(op), algorithm)
         return self._run_uncached(
             key, id(recvbuf), (sendbuf, recvbuf), op, self.Allreduce, self._planner.allreduce, (op, algorithm)
         )
 
-    def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op = MPI.SUM) -> npt.NDArray[Any]:
+    def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op | str = MPI.SUM) -> npt.NDArray[Any]:
         """Reduce registered arrays over all ranks into one result that the ranks of a node share.
 
         The ranks write p times fewer bytes than in :meth:`Allreduce`.  Returns a read-only array like ``buf``, which
         is valid until the next such call on ``buf``.
         """
-        key = call_key("Allreduce_view", buf, IN_PLACE, op.handle)
+        op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
+        key = call_key("Allreduce_view", buf, IN_PLACE, operations.key_of(op))
         bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
         bound.run()
         result: npt.NDArray[Any] = bound.result
         return result
 
-    def Allreduce_init(  # type: ignore[override]
-        self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, info: MPI.Info = INFO_NULL, algorithm: str | None = None
-    ) -> PersistentRequest:
-        """A persistent Allreduce: ``Start`` it and ``Wait`` for it any number of times."""
-        return PersistentRequest(self._planner.allreduce(None, sendbuf, recvbuf, op, algorithm), (sendbuf, recvbuf))
-
     def Reduce(
         self,
         sendbuf: Any,
         recvbuf: Any,
-        op: MPI.Op = MPI.SUM,
+        op: MPI.Op | str = MPI.SUM,
         root: int = 0,
         algorithm: str | None = None,
         reproducible: bool = False,
@@ -365,35 +396,26 @@ class Communicator(MPI.Intracomm):
         """Reduce over all ranks; ``root`` receives the result, other ranks ignore ``recvbuf``."""
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
+        if type(op) is not MPI.Op:
+            rest: dict[str, Any] = {"root": root, "algorithm": algorithm, "reproducible": reproducible}
+            return run_named(self, "Reduce", op, sendbuf, recvbuf, **rest)
         if reproducible and self._run_reproducible("Reduce", (sendbuf, recvbuf), (op, root), op):
             return None
         quick = ("Reduce", id(recvbuf), root)
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
-        key = call_key("Reduce", sendbuf, recvbuf, op.handle, algorithm, root)
-        rest = (op, root, algorithm)
+        key = call_key("Reduce", sendbuf, recvbuf, operations.key_of(op), algorithm, root)
+        arguments = (op, root, algorithm)
         return self._run_uncached(
-            key, quick, (sendbuf, recvbuf), op, self.Reduce, self._planner.reduce, rest, self.rank == root
+            key, quick, (sendbuf, recvbuf), op, self.Reduce, self._planner.reduce, arguments, self.rank == root
         )
-
-    def Reduce_init(  # type: ignore[override]
-        self,
-        sendbuf: Any,
-        recvbuf: Any,
-        op: MPI.Op = MPI.SUM,
-        root: int = 0,
-        info: MPI.Info = INFO_NULL,
-        algorithm: str | None = None,
-    ) -> PersistentRequest:
-        """A persistent Reduce."""
-        return PersistentRequest(self._planner.reduce(None, sendbuf, recvbuf, op, root, algorithm), (sendbuf, recvbuf))
 
     def Reduce_scatter_block(
         self,
         sendbuf: Any,
         recvbuf: Any,
-        op: MPI.Op = MPI.SUM,
+        op: MPI.Op | str = MPI.SUM,
         algorithm: str | None = None,
         reproducible: bool = False,
         stream: Any = None,
@@ -401,31 +423,27 @@ class Communicator(MPI.Intracomm):
         """Reduce over all ranks; each rank receives an equal block of the result."""
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
+        if type(op) is not MPI.Op:
+            rest: dict[str, Any] = {"algorithm": algorithm, "reproducible": reproducible}
+            return run_named(self, "Reduce_scatter_block", op, sendbuf, recvbuf, **rest)
         if reproducible and self._run_reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
             return None
         quick = ("Reduce_scatter_block", id(recvbuf))
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm)
         if known:
             return known()
-        key = call_key("Reduce_scatter_block", sendbuf, recvbuf, op.handle, algorithm)
-        rest = (op, algorithm)
+        key = call_key("Reduce_scatter_block", sendbuf, recvbuf, operations.key_of(op), algorithm)
+        arguments = (op, algorithm)
         return self._run_uncached(
-            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter_block, self._planner.reduce_scatter_block, rest
+            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter_block, self._planner.reduce_scatter_block, arguments
         )
-
-    def Reduce_scatter_block_init(  # type: ignore[override]
-        self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM, info: MPI.Info = INFO_NULL, algorithm: str | None = None
-    ) -> PersistentRequest:
-        """A persistent Reduce_scatter_block."""
-        bound = self._planner.reduce_scatter_block(None, sendbuf, recvbuf, op, algorithm)
-        return PersistentRequest(bound, (sendbuf, recvbuf))
 
     def Reduce_scatter(
         self,
         sendbuf: Any,
         recvbuf: Any,
         recvcounts: Any = None,
-        op: MPI.Op = MPI.SUM,
+        op: MPI.Op | str = MPI.SUM,
         algorithm: str | None = None,
         reproducible: bool = False,
         stream: Any = None,
@@ -437,6 +455,9 @@ class Communicator(MPI.Intracomm):
         """
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
+        if type(op) is not MPI.Op:
+            rest: dict[str, Any] = {"recvcounts": recvcounts, "algorithm": algorithm, "reproducible": reproducible}
+            return run_named(self, "Reduce_scatter", op, sendbuf, recvbuf, **rest)
         counts = self._counts(sendbuf, recvbuf) if recvcounts is None else tuple(recvcounts)
         if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (counts, op), op):
             return None
@@ -444,10 +465,14 @@ class Communicator(MPI.Intracomm):
         known = self._find_run(quick, sendbuf, recvbuf, op, algorithm) if counts else None
         if known:
             return known()
-        key = None if counts is None else call_key("Reduce_scatter", sendbuf, recvbuf, op.handle, algorithm, counts)
-        rest = (counts, op, algorithm)
+        key = (
+            None
+            if counts is None
+            else call_key("Reduce_scatter", sendbuf, recvbuf, operations.key_of(op), algorithm, counts)
+        )
+        arguments = (counts, op, algorithm)
         return self._run_uncached(
-            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._planner.reduce_scatter, rest
+            key, quick, (sendbuf, recvbuf), op, self.Reduce_scatter, self._planner.reduce_scatter, arguments
         )
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
@@ -455,20 +480,6 @@ class Communicator(MPI.Intracomm):
         if type(recvbuf) is not np.ndarray or sendbuf is recvbuf or is_in_place(sendbuf):
             return None
         return self.context.counts(recvbuf.size)
-
-    def Reduce_scatter_init(  # type: ignore[override]
-        self,
-        sendbuf: Any,
-        recvbuf: Any,
-        recvcounts: Any = None,
-        op: MPI.Op = MPI.SUM,
-        info: MPI.Info = INFO_NULL,
-        algorithm: str | None = None,
-    ) -> PersistentRequest:
-        """A persistent Reduce_scatter."""
-        counts = None if recvcounts is None else tuple(recvcounts)
-        bound = self._planner.reduce_scatter(None, sendbuf, recvbuf, counts, op, algorithm)
-        return PersistentRequest(bound, (sendbuf, recvbuf))
 
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of equal length from all ranks, in rank order, on every rank.
@@ -483,12 +494,6 @@ class Communicator(MPI.Intracomm):
             return known()
         return self._run_movement(self.Allgather, self._planner.allgather, quick, sendbuf, recvbuf, algorithm)
 
-    def Allgather_init(  # type: ignore[override]
-        self, sendbuf: Any, recvbuf: Any, info: MPI.Info = INFO_NULL, algorithm: str | None = None
-    ) -> PersistentRequest:
-        """A persistent Allgather."""
-        return PersistentRequest(self._planner.allgather(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
-
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of any length from all ranks, in rank order, on every rank."""
         if stream is not None:
@@ -498,12 +503,6 @@ class Communicator(MPI.Intracomm):
         if known:
             return known()
         return self._run_movement(self.Allgatherv, self._planner.allgatherv, quick, sendbuf, recvbuf, algorithm)
-
-    def Allgatherv_init(  # type: ignore[override]
-        self, sendbuf: Any, recvbuf: Any, info: MPI.Info = INFO_NULL, algorithm: str | None = None
-    ) -> PersistentRequest:
-        """A persistent Allgatherv."""
-        return PersistentRequest(self._planner.allgatherv(None, sendbuf, recvbuf, algorithm), (sendbuf, recvbuf))
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
@@ -524,12 +523,6 @@ class Communicator(MPI.Intracomm):
         """Bind a Bcast, with the parameters of :meth:`_run_uncached`."""
         return self._planner.bcast(key, buf, root, algorithm)
 
-    def Bcast_init(  # type: ignore[override]
-        self, buf: Any, root: int = 0, info: MPI.Info = INFO_NULL, algorithm: str | None = None
-    ) -> PersistentRequest:
-        """A persistent Bcast."""
-        return PersistentRequest(self._planner.bcast(None, buf, root, algorithm), (buf,))
-
     def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Send a block of equal length to every rank."""
         if stream is not None:
@@ -547,11 +540,16 @@ class Communicator(MPI.Intracomm):
     # Collectives that the MPI library runs; the consistency table compares them as well
 
     def _run_inherited(
-        self, name: str, buffers: tuple[Any, Any], root: int | None = None, op: MPI.Op | None = None
+        self, name: str, buffers: tuple[Any, Any], root: int | None = None, op: MPI.Op | str | None = None
     ) -> None:
         """Run MPI's own collective."""
-        uncacheable = name == "Alltoallw" or (op is not None and not op.is_predefined)
-        key = None if uncacheable else call_key(name, *buffers, root, None if op is None else op.handle)
+        op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
+        buffers = hold(buffers[0]), buffers[1]
+        key = (
+            None
+            if name == "Alltoallw"
+            else call_key(name, *buffers, root, None if op is None else operations.key_of(op))
+        )
         (self._find_plan(key) or self._planner.bind_inherited(key, name, buffers, root, op)).run()
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
@@ -578,11 +576,11 @@ class Communicator(MPI.Intracomm):
         """Send a block of any length and datatype to every rank."""
         self._run_inherited("Alltoallw", (sendbuf, recvbuf))
 
-    def Scan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
+    def Scan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks up to this one."""
         self._run_inherited("Scan", (sendbuf, recvbuf), op=op)
 
-    def Exscan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op = MPI.SUM) -> None:
+    def Exscan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks below this one."""
         self._run_inherited("Exscan", (sendbuf, recvbuf), op=op)
 
@@ -628,22 +626,68 @@ class Communicator(MPI.Intracomm):
         return mean
 
 
+class Cartcomm(Communicator, MPI.Cartcomm):
+    """A communicator with a Cartesian topology."""
+
+    Sub = keep_ours(MPI.Cartcomm.Sub)
+
+
+class Graphcomm(Communicator, MPI.Graphcomm):
+    """A communicator with a graph topology."""
+
+
+class Distgraphcomm(Communicator, MPI.Distgraphcomm):
+    """A communicator with a distributed graph topology."""
+
+
+class Intercomm(MPI.Intercomm):
+    """An intercommunicator whose collectives are MPI's, and whose ``Merge`` gives a :class:`Communicator`."""
+
+    _algorithm: str
+
+    Dup = keep_ours(MPI.Intercomm.Dup)
+    Clone = keep_ours(MPI.Intercomm.Clone)
+    Dup_with_info = keep_ours(MPI.Intercomm.Dup_with_info)
+    Split = keep_ours(MPI.Intercomm.Split)
+    Create = keep_ours(MPI.Intercomm.Create)
+    Merge = keep_ours(MPI.Intercomm.Merge)
+
+
+for _name in COMPARED:
+    setattr(Communicator, f"{_name}_init", compare_at_init(_name))
+
+OURS: dict[type[MPI.Comm], Any] = {
+    MPI.Intracomm: Communicator,
+    MPI.Cartcomm: Cartcomm,
+    MPI.Graphcomm: Graphcomm,
+    MPI.Distgraphcomm: Distgraphcomm,
+    MPI.Intercomm: Intercomm,
+}
+"""Our class for each of mpi4py's."""
+
+
 _hooks: list[Any] = []
 
 
 def install_abort_hook() -> None:
-    """Make an uncaught exception on one rank print its traceback and abort all ranks."""
-    if _hooks or MPI.COMM_WORLD.size == 1:
+    """Make an uncaught exception on one rank print its traceback and abort all ranks.
+
+    A hook that the program has set before is called first.  ``HPCCOMM_EXCEPTHOOK=off`` leaves ``sys.excepthook`` alone.
+    """
+    if _hooks or MPI.COMM_WORLD.size == 1 or os.environ.get("HPCCOMM_EXCEPTHOOK") == "off":
         return
-    _hooks.append(sys.excepthook)
+    previous = sys.excepthook
+    _hooks.append(previous)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        lines = traceback.format_exception(kind, error, trace)
-        sys.stderr.write(
-            f"[hpccomm] rank {MPI.COMM_WORLD.rank} aborts all ranks: uncaught exception:\n{''.join(lines)}"
-        )
-        sys.stderr.flush()
-        time.sleep(FLUSH_SECONDS)
-        MPI.COMM_WORLD.Abort(1)
+        try:
+            if previous is not sys.__excepthook__:
+                previous(kind, error, trace)
+        finally:
+            lines = "".join(traceback.format_exception(kind, error, trace))
+            line = f"[hpccomm] rank {MPI.COMM_WORLD.rank} aborts all ranks: uncaught exception:\n{lines}"
+            os.write(2, line.encode(errors="replace"))  # a library may have redirected sys.stderr
+            time.sleep(FLUSH_SECONDS)
+            MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook

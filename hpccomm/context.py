@@ -27,6 +27,7 @@ from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.performance import tuning
 from hpccomm.performance.cost import HIERARCHICAL
+from hpccomm.settings import check_environment
 from hpccomm.transports.mpi import MessageTransport, mpi_name
 from hpccomm.transports.segment import SharedSegment
 
@@ -51,9 +52,10 @@ class Context:
     """The context of one communicator; creating it is collective."""
 
     def __init__(self, comm: MPI.Intracomm, plan_cache: PlanCache) -> None:
+        check_environment(os.environ)
         self._plan_cache = plan_cache
         self.rank, self.size = comm.rank, comm.size
-        self.private_comm = unwrap(comm).Dup()
+        self.private_comm = create_private_comm(comm)
         self.node = ranks_of_this_node(self.private_comm)
         self.layout = layout.discover(self.private_comm, self.node, MPI.Get_processor_name())
         self.members = self.layout.members(int(self.layout.nodes[self.rank]))
@@ -222,9 +224,21 @@ def ranks_of_this_node(comm: MPI.Intracomm) -> MPI.Intracomm:
     return MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
 
 
+def create_private_comm(comm: MPI.Intracomm) -> MPI.Intracomm:
+    """A communicator of the same ranks for our messages (collective).
+
+    Unlike ``Dup`` this runs no copy callback of the user's attributes, and takes over no topology and no hints.
+    """
+    group = comm.Get_group()
+    made = unwrap(comm).Create(group)
+    group.Free()
+    return MPI.Intracomm(made)
+
+
 def unwrap(comm: MPI.Intracomm) -> MPI.Intracomm:
     """The same MPI communicator as mpi4py's own class."""
-    return MPI.Intracomm(comm)
+    own: type[MPI.Intracomm] = next(each for each in type(comm).__mro__ if each.__module__ == MPI.__name__)
+    return own(comm)
 
 
 def algorithm_setting(setting: str, collective: str) -> str:

@@ -10,47 +10,38 @@ import math
 import weakref
 import zlib
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.arrays import Array, DeviceArray, borrow, convert_like, is_on_device, narrow, view_for_mpi, widen
+from hpccomm.arrays import (
+    Array,
+    DeviceArray,
+    borrow,
+    convert_like,
+    is_on_device,
+    narrow,
+    reduction_dtype,
+    view_for_mpi,
+    widen,
+)
+from hpccomm.calls.operations import Reduction, resolve
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError, MismatchError
 
 
-class Reduction(NamedTuple):
-    """The meaning of an ``op``."""
-
-    op: MPI.Op
-    kinds: str
-    """The kinds of NumPy dtypes (``dtype.kind``) for which it is defined; V is bfloat16."""
-    logical: MPI.Op | None = None
-    """The operation on bools."""
-    remedy: str = ""
-    """The advice in the error for other dtypes."""
-
-
-REDUCTIONS = {
-    "sum": Reduction(MPI.SUM, "iufcV", None, "cast it: x.astype('i8') counts how many are true"),
-    "mean": Reduction(MPI.SUM, "fcV", None, "cast it: x.astype('f8'), or use op='sum'"),
-    "min": Reduction(MPI.MIN, "biufV", MPI.LAND, "reduce real and imaginary parts, or absolute values"),
-    "max": Reduction(MPI.MAX, "biufV", MPI.LOR, "reduce real and imaginary parts, or absolute values"),
-    "prod": Reduction(MPI.PROD, "iufcV", None, "use op='min', which is true where all are"),
-}
-
-
 def allreduce(
     x: Any,
-    op: str = "sum",
+    op: MPI.Op | str = "sum",
     comm: MPI.Intracomm | None = None,
     algorithm: str = "auto",
     reproducible: bool = False,
     stream: Any = None,
 ) -> Any:
-    """Reduce ``x`` over all ranks by sum (``"mean"``, ``"min"``, ``"max"``, ``"prod"``); every rank gets the result.
+    """Reduce ``x`` over all ranks by sum; every rank gets the result.
 
+    ``op`` is ``"sum"``, ``"mean"`` or ``"avg"``, ``"min"``, ``"max"``, ``"prod"``, ``"land"`` … or an ``MPI.Op``.
     ``x`` is any array, tensor or scalar, of the same shape and dtype on all ranks; the result has the type, shape and
     dtype of ``x``.  ``comm=None`` means all ranks.  The mean of integers and the sum of bools are refused: cast them
     first.  The min and max of bools are *all* and *any*.  Integers wrap around.  A NaN makes any result NaN; with
@@ -63,16 +54,16 @@ def allreduce(
     if is_on_device(x):
         return allreduce_on_device(x, op, ranks, algorithm, reproducible, stream)
     array, give_back = borrow(x, who)
-    mpi_op = operation(op, array, who)
-    send = prepare_reduction(array, op)
+    meaning = operation(op, array, who)
+    send = prepare_reduction(array, meaning)
     total = np.empty_like(send)
-    ranks.Allreduce(send, total, op=mpi_op, algorithm=algorithm_argument(algorithm), reproducible=reproducible)
-    return give_back(finish(total, op, ranks.size, array))
+    ranks.Allreduce(send, total, op=meaning.op, algorithm=algorithm_argument(algorithm), reproducible=reproducible)
+    return give_back(finish(total, meaning, ranks.size, array))
 
 
 def reduce_scatter(
     x: Any,
-    op: str = "sum",
+    op: MPI.Op | str = "sum",
     comm: MPI.Intracomm | None = None,
     algorithm: str = "auto",
     reproducible: bool = False,
@@ -90,16 +81,16 @@ def reduce_scatter(
     array, give_back = borrow(x, who)
     if array.ndim == 0:
         raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
-    mpi_op = operation(op, array, who)
-    send = prepare_reduction(array, op)
+    meaning = operation(op, array, who)
+    send = prepare_reduction(array, meaning)
     rows = rows_per_rank(len(send), ranks.size)
     mine = np.empty((rows[ranks.rank], *send.shape[1:]), send.dtype)
     row = int(np.prod(send.shape[1:], dtype=np.int64))
     counts = [each * row for each in rows]
     ranks.Reduce_scatter(
-        send, mine, counts, op=mpi_op, algorithm=algorithm_argument(algorithm), reproducible=reproducible
+        send, mine, counts, op=meaning.op, algorithm=algorithm_argument(algorithm), reproducible=reproducible
     )
-    return give_back(finish(mine, op, ranks.size, array))
+    return give_back(finish(mine, meaning, ranks.size, array))
 
 
 def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto", stream: Any = None) -> Any:
@@ -133,14 +124,15 @@ def broadcast(
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: broadcast"
-    if not 0 <= root < ranks.size:
+    if not (isinstance(root, int | np.integer) and 0 <= root < ranks.size):
         raise ArgumentError(f"{who}: root {root} is not a rank: pass one of 0 … {ranks.size - 1}")
     if x is None and ranks.rank == root:
         raise ArgumentError(f"{who}: the root passed None: pass the array to broadcast")
     if is_on_device(x):  # no consistency check: the ranks' types may differ
         return ranks.call_on_host("", x, lambda host: broadcast(host, root, ranks, algorithm), stream)
     array, give_back = (None, lambda result: result) if x is None else borrow(x, who)
-    shape, dtype = ranks.bcast((array.shape, array.dtype) if array is not None and ranks.rank == root else None, root)
+    mine = (array.shape, array.dtype) if array is not None and ranks.rank == root else None
+    shape, dtype = ranks.private_comm.bcast(mine, root)
     copy = np.empty(shape, dtype)
     if array is not None and ranks.rank == root:
         copy[...] = array
@@ -160,38 +152,40 @@ DEVICE_MEANS = "fd"
 """``dtype.char`` of the dtypes whose means are divided on the device; other means are computed on the host."""
 
 
-def allreduce_on_device(x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any) -> Any:
+def allreduce_on_device(
+    x: Any, op: MPI.Op | str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any
+) -> Any:
     """:func:`allreduce` of an array on a device, into a new one on the same device."""
     x, known = to_c_order(x, "allreduce", ranks, stream)
-    mpi_op = operation(op, known, f"rank {ranks.rank}: allreduce")
-    if op == "mean" and known.dtype.char not in DEVICE_MEANS:
+    meaning = operation(op, known, f"rank {ranks.rank}: allreduce")
+    if meaning.divides and known.dtype.char not in DEVICE_MEANS:
         body = partial(allreduce, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
         return ranks.call_on_host("Allreduce", x, body, stream)
     total = ranks.empty_like(x, known.shape, known.dtype)
-    ranks.Allreduce(x, total, mpi_op, algorithm_argument(algorithm), reproducible, stream)
-    if op == "mean":
+    ranks.Allreduce(x, total, meaning.op, algorithm_argument(algorithm), reproducible, stream)
+    if meaning.divides:
         ranks.divide(total)
     return convert_like(total, x)
 
 
 def reduce_scatter_on_device(
-    x: Any, op: str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any
+    x: Any, op: MPI.Op | str, ranks: Communicator, algorithm: str, reproducible: bool, stream: Any
 ) -> Any:
     """:func:`reduce_scatter` of an array on a device."""
     x, known = to_c_order(x, "reduce_scatter", ranks, stream)
     who = f"rank {ranks.rank}: reduce_scatter"
     if not known.shape:
         raise ArgumentError(f"{who}: a scalar cannot be divided over the ranks: use allreduce")
-    mpi_op = operation(op, known, who)
-    if op == "mean" and known.dtype.char not in DEVICE_MEANS:
+    meaning = operation(op, known, who)
+    if meaning.divides and known.dtype.char not in DEVICE_MEANS:
         body = partial(reduce_scatter, op=op, comm=ranks, algorithm=algorithm, reproducible=reproducible)
         return ranks.call_on_host("Reduce_scatter", x, body, stream)
     rows, row = rows_per_rank(known.shape[0], ranks.size), math.prod(known.shape[1:])
     mine = ranks.empty_like(x, (rows[ranks.rank], *known.shape[1:]), known.dtype)
     ranks.Reduce_scatter(
-        x, mine, [each * row for each in rows], mpi_op, algorithm_argument(algorithm), reproducible, stream
+        x, mine, [each * row for each in rows], meaning.op, algorithm_argument(algorithm), reproducible, stream
     )
-    if op == "mean":
+    if meaning.divides:
         ranks.divide(mine)
     return convert_like(mine, x)
 
@@ -235,19 +229,14 @@ _communicators: dict[int, Communicator] = {}
 """By the identity of the user's communicator, which is not hashable; an entry is deleted with it."""
 
 
-def operation(op: str, array: Array | DeviceArray, who: str) -> MPI.Op:
-    """MPI's operation for ``op`` on this dtype."""
-    if op not in REDUCTIONS:
-        raise ArgumentError(f"{who}: op={op!r} is not known: use one of {', '.join(map(repr, REDUCTIONS))}")
-    known, kind = REDUCTIONS[op], array.dtype.kind
-    if kind not in known.kinds:
-        raise ArgumentError(f"{who}: the {op} of {array.dtype} is not defined: {known.remedy}")
-    return known.logical if kind == "b" and known.logical else known.op
+def operation(op: MPI.Op | str, array: Array | DeviceArray, who: str) -> Reduction:
+    """The meaning of ``op`` on this dtype; 16-bit floats are reduced in float32."""
+    return resolve(op, who, reduction_dtype(array.dtype))
 
 
-def prepare_reduction(array: Array, op: str) -> Array:
+def prepare_reduction(array: Array, meaning: Reduction) -> Array:
     """``x`` in C order; for a mean in the wide dtype, because the division comes before the rounding."""
-    return widen(array) if op == "mean" else np.asarray(array, order="C")
+    return widen(array) if meaning.divides else np.asarray(array, order="C")
 
 
 def algorithm_argument(algorithm: str) -> str | None:
@@ -255,9 +244,9 @@ def algorithm_argument(algorithm: str) -> str | None:
     return None if algorithm == "auto" else algorithm
 
 
-def finish(total: Array, op: str, size: int, given: Array) -> Array:
+def finish(total: Array, meaning: Reduction, size: int, given: Array) -> Array:
     """Divide a mean, and round to the caller's dtype."""
-    if op == "mean":
+    if meaning.divides:
         np.true_divide(total, size, out=total)
     return narrow(total, given.dtype)
 
@@ -275,7 +264,7 @@ def exchange_row_counts(shape: tuple[int, ...], dtype: np.dtype[Any], ranks: Com
     ranks.Allgather(mine, everyone)
     odd = np.flatnonzero(everyone[:, 1] != everyone[0, 1])
     if odd.size:
-        forms = ranks.allgather(form)
+        forms = ranks.private_comm.allgather(form)
         (its_shape, its_dtype), (other_shape, other_dtype) = forms[0], forms[odd[0]]
         raise MismatchError(
             f"rank {ranks.rank}: allgather: rank {odd[0]} passed rows of {other_dtype}{list(other_shape)}, rank 0 rows "

@@ -230,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not program or args.ranks < 1:
         parser().error("pass the number of ranks and a program: hpccomm-run -n 4 train.py")
     try:
+        if program[0].endswith(".py") and not args.mpi_args and not Path(program[0]).is_file():
+            raise LaunchError(f"{program[0]} does not exist in {Path.cwd()}: pass the path of a script")
         command, env = launch_command(args.ranks, program, shlex.split(args.mpi_args))
     except LaunchError as error:
         sys.stderr.write(f"hpccomm-run: {error}\n")

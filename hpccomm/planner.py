@@ -19,7 +19,7 @@ from mpi4py import MPI
 from hpccomm.backends.hierarchical import Operands
 from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.calls import operations
-from hpccomm.calls.buffers import Buffer, address_of, apply_displacement, read
+from hpccomm.calls.buffers import Buffer, address_of, apply_displacement, as_pairs, read, view_at
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Plan, Run
 from hpccomm.collectives.engine import bind, bind_segments
@@ -143,7 +143,7 @@ class Planner:
             return self.keep_widened(key, a, inner, b if here else None)
         fingerprint = self.fingerprint("Reduce", send, choice, algorithm, op, root)
         if choice.algorithm == "native":
-            into = recv if self.rank == root else Buffer(recvbuf)
+            into = recv if self.rank == root else Buffer(None)
             return self.bind_native(key, fingerprint, "Reduce", (send, into), (op, root))
         source = send.vector()
         if choice.algorithm == "shared":
@@ -165,7 +165,8 @@ class Planner:
         who = self.call_label("Reduce_scatter_block")
         recv = self.read_operand(recvbuf, op, who, writable=True)
         in_place = is_in_place(sendbuf) or sendbuf is recvbuf
-        send = recv if in_place else self.read_operand(sendbuf, op, who)
+        send = self.join_blocks(recv if in_place else self.read_operand(sendbuf, op, who), who)
+        recv = send if in_place else recv
         if send.opaque or recv.opaque:
             counts = (0,) * self.size
         else:
@@ -315,7 +316,7 @@ class Planner:
         if not opaque:
             self.check_allgather(send, recv, counts, displs, who)
         if opaque and choice.algorithm != "native":
-            return self.bind_packed_allgather(send, recv, algorithm)
+            return self.bind_packed_allgather(key, send, recv, algorithm)
         if choice.algorithm == "native":
             return self.bind_native(key, fingerprint, name, (send, recv), ())
         assert recv.dtype is not None
@@ -341,7 +342,7 @@ class Planner:
             plan = bind(ours.steps(me, self.size), work, cuts, self.context.messages, None, fingerprint.digest)
         return self.keep(key, fingerprint, [copy_in, plan, copy_out], plan.free, octets)
 
-    def bind_packed_allgather(self, send: Buffer, recv: Buffer, algorithm: str | None) -> Plan:
+    def bind_packed_allgather(self, key: Hashable, send: Buffer, recv: Buffer, algorithm: str | None) -> Plan:
         """Pack a derived datatype, so that this rank runs the same algorithm as ranks with contiguous memory."""
         total = gather_bytes(recv, self.size)
         into = PackedBuffer(recv, self.comm, total)
@@ -352,7 +353,7 @@ class Planner:
         gathered = read(whole, "")
         mine = gathered if send is recv else read(out.octets.view(dtype), "")
         inner = self.bind_allgather(None, "Allgather", mine, gathered, counts, algorithm)
-        return Plan(compose([out.pack, inner.run, into.unpack]), inner.free)
+        return self.context.keep(key, Plan(compose([out.pack, inner.run, into.unpack]), inner.free))
 
     def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Plan:
         """Bcast."""
@@ -394,7 +395,7 @@ class Planner:
             )
         if not in_place:
             self.check_overlap(send, recv, who)
-        sent_bytes = PackedBuffer(send, self.comm, sent) if send.opaque else None
+        sent_bytes = PackedBuffer(send, self.comm, sent, in_place) if send.opaque else None
         received_bytes = PackedBuffer(recv, self.comm, received) if recv.opaque else None
         copied = np.empty(sent, "u1") if in_place and sent_bytes is None else None
         source = sent_bytes.octets if sent_bytes else copied
@@ -450,12 +451,12 @@ class Planner:
     def has_weak_form(self, name: str, number: int, buffer: Buffer) -> bool:
         """Whether buffer ``number`` (0 or 1) of a call has a form that holds no reference to the user's array."""
         if buffer.dtype is None:
-            return buffer.raw is None or buffer.raw is IN_PLACE
+            return buffer.weak or buffer.raw is None or buffer.raw is IN_PLACE
         return buffer.count is not None or number not in equal_blocks(name, False) or buffer.size % self.size == 0
 
     def make_form(self, name: str, number: int, buffer: Buffer, in_place: bool = False) -> Any:
         """The form for mpi4py of buffer ``number`` that holds no reference to the user's array."""
-        if buffer.dtype is None:
+        if buffer.dtype is None or buffer.pair:
             return buffer.raw
         if number in VARIABLE_BLOCKS.get(name, ()):
             return weak_form(buffer, buffer.blocks(self.size))
@@ -474,23 +475,34 @@ class Planner:
         buffer = read(given, who) if parts else apply_displacement(read(given, who), who)
         if writable and not buffer.writable:
             raise ArgumentError(f"{who}: the receive buffer is read-only: pass a writable array")
+        return self.check_room(buffer, who)
+
+    def check_room(self, buffer: Buffer, who: str) -> Buffer:
+        """Refuse a count larger than the buffer."""
         if buffer.dtype is not None and buffer.count is not None and buffer.count > buffer.size:
             raise ArgumentError(
-                f"{who}: the buffer holds {buffer.size} elements of {buffer.dtype}, the count is {buffer.count}: "
+                f"{who}: the buffer holds {buffer.size} elements of {buffer.kind}, the count is {buffer.count}: "
                 "pass a longer buffer or a smaller count"
             )
         return buffer
 
     def read_operand(self, given: Any, op: MPI.Op, who: str, writable: bool = False) -> Buffer:
         """Read and check a buffer of a reduction."""
-        buffer = self.read_buffer(given, who, writable)
+        buffer = self.check_room(as_pairs(self.read_buffer(given, who, writable)), who)
         if given is None:
             raise ArgumentError(f"{who}: the buffer is None: pass an array")
         if buffer.dtype is not None:
-            operations.check_defined(op, np.dtype("f4") if buffer.half else buffer.dtype, who)
+            operations.check_defined(op, np.dtype("f4") if buffer.half else buffer.dtype, who, buffer.pair)
         if buffer.half and not op.is_predefined:
             raise ArgumentError(f"{who}: a user-defined operation cannot reduce {buffer.kind}: cast to float32")
         return buffer
+
+    def join_blocks(self, buffer: Buffer, who: str) -> Buffer:
+        """The buffer of a block for each rank as one vector; a count in its form is that of one block."""
+        if buffer.dtype is None or buffer.count is None:
+            return buffer
+        whole = self.check_room(replace(buffer, count=buffer.count * self.size), who)
+        return replace(whole, count=None, size=whole.elements)
 
     def reduction_buffers(self, sendbuf: Any, recvbuf: Any, op: MPI.Op, who: str) -> tuple[Buffer, Buffer]:
         """The send and the receive buffer of a reduction; the same buffer twice when in place."""
@@ -520,7 +532,7 @@ class Planner:
 
     def check_root(self, root: int, who: str) -> None:
         """Refuse a root that is not a rank."""
-        if not 0 <= root < self.size:
+        if not (isinstance(root, int | np.integer) and 0 <= root < self.size):
             raise ArgumentError(f"{who}: root {root} is not a rank: pass one of 0 … {self.size - 1}")
 
     def check_blocks(self, send: Buffer, recv: Buffer, counts: Counts, who: str) -> None:
@@ -614,8 +626,9 @@ class Planner:
 
     def loses_nan(self, data: Buffer, op: MPI.Op | None) -> bool:
         """Whether MPI's own algorithm may drop a NaN."""
-        extreme = op is not None and operations.name_of(op) in ("min", "max")
-        return extreme and bool(data.half or (data.dtype is not None and data.dtype.kind == "f"))
+        extreme = op is not None and operations.name_of(op) in ("min", "max", "minloc", "maxloc")
+        value = data.dtype[0] if data.dtype is not None and data.pair else data.dtype
+        return extreme and bool(data.half or (value is not None and value.kind == "f"))
 
     def candidates(self, collective: str, data: Buffer, op: MPI.Op | None) -> tuple[str, ...]:
         """The algorithms of hpccomm, ``shared`` included, that can take this call."""
@@ -623,7 +636,7 @@ class Planner:
         if op is None:
             movable = data.dtype is not None or data.datatype is not None
             return (*ours, *(["shared"] if self.shared_memory else [])) if movable else ()
-        if data.dtype is None or data.dtype.kind not in "biufc":
+        if data.dtype is None:
             return ()
         fits = tuple(name for name, each in ours.items() if each.ordered or op.Is_commutative())
         shared = self.shared_memory
@@ -695,7 +708,7 @@ class Planner:
         first = buffers[0]
         same = len(buffers) == 2 and buffers[1] is first
         forms = [IN_PLACE if same else first.raw, *(each.raw for each in buffers[1:])]
-        reusable = key is not None and all(each.dtype is not None for each in buffers)
+        reusable = key is not None and all(each.dtype is not None or each.weak or each.raw is None for each in buffers)
         if reusable:
             forms = [self.make_form(name, k, each, same) for k, each in enumerate(buffers)]
             forms[:1] = [IN_PLACE] if same else forms[:1]
@@ -863,20 +876,23 @@ class ExactSum:
 
 
 class PackedBuffer:
-    """Data of any datatype, packed to contiguous bytes."""
+    """Data of any datatype, packed to contiguous bytes; without ``copy`` contiguous data is not copied."""
 
-    def __init__(self, data: Buffer, comm: MPI.Intracomm, nbytes: int) -> None:
+    def __init__(self, data: Buffer, comm: MPI.Intracomm, nbytes: int, copy: bool = False) -> None:
         self._datatype = data.datatype or MPI.BYTE
         self._comm = comm
-        items = nbytes // max(1, self._datatype.Get_size())
-        self._memory = MPI.memory.fromaddress(data.address, items * self._datatype.Get_extent()[1])
-        self.octets = np.empty(nbytes, np.uint8)
+        size, (_, extent) = self._datatype.Get_size(), self._datatype.Get_extent()
+        self._memory = MPI.memory.fromaddress(data.address, nbytes // max(1, size) * extent)
+        dense = size == extent and self._datatype.is_predefined and not copy
+        self.octets = view_at(data.address, nbytes, np.dtype("u1")) if dense else np.empty(nbytes, "u1")
+        self.pack: Run | None = None if dense else self._pack
+        self.unpack: Run | None = None if dense else self._unpack
 
-    def pack(self) -> None:
+    def _pack(self) -> None:
         """Pack the user's memory."""
         self._datatype.Pack(self._memory, self.octets, 0, self._comm)
 
-    def unpack(self) -> None:
+    def _unpack(self) -> None:
         """Unpack into the user's memory."""
         self._datatype.Unpack(self.octets, 0, self._memory, self._comm)
 
@@ -919,7 +935,8 @@ def weak_form(buffer: Buffer, amount: Any) -> Any:
         datatype = MPI.Datatype.fromcode(buffer.dtype.char)
     except (KeyError, ValueError):
         return buffer.raw
-    return [MPI.memory.fromaddress(buffer.address, buffer.size * buffer.dtype.itemsize), amount, datatype]
+    nbytes = buffer.size * buffer.dtype.itemsize
+    return [MPI.memory.fromaddress(buffer.address, nbytes, not buffer.writable), amount, datatype]
 
 
 def compose(moves: list[Run | None]) -> Run:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm.calls.buffers import read
+from hpccomm.calls.buffers import as_pairs, datatype_table, read
 from hpccomm.errors import ArgumentError
 
 X = np.arange(8, dtype="f4")
@@ -62,6 +62,36 @@ def test_a_derived_datatype_is_opaque_but_its_bytes_are_counted() -> None:
     datatype.Free()
     assert buffer.opaque
     assert buffer.octets == 8
+
+
+@pytest.mark.parametrize(
+    ("form", "first", "elements"),
+    [
+        ([np.zeros(40, "u1"), MPI.DOUBLE_INT], 0, 2),
+        ([np.zeros(3, np.dtype("f8, i4", align=True)), 2, MPI.DOUBLE_INT], 0, 2),
+        ((np.zeros(5, "c16"), 3, 2, MPI.LONG_INT), 32, 3),
+        ([np.zeros((4, 2), "i4"), MPI.TWOINT], 0, 4),
+        ([bytearray(24), np.int64(1), MPI.INT_INT], 0, 1),
+    ],
+)
+def test_pairs_are_read_for_reductions(form: Any, first: int, elements: int) -> None:
+    buffer = as_pairs(read(form, "rank 0: call"))
+    assert (buffer.elements, buffer.address) == (elements, MPI.Get_address(form[0]) + first)
+    assert buffer.dtype is not None
+    assert buffer.dtype.itemsize == form[-1].extent
+
+
+def test_datatypes_of_one_layout_have_one_code() -> None:
+    table = datatype_table()
+    for code, datatypes in {
+        "i4": (MPI.INT, MPI.INT32_T, MPI.INTEGER),
+        "f8": (MPI.DOUBLE, MPI.REAL8, MPI.DOUBLE_PRECISION),
+        "u1": (MPI.BYTE, MPI.CHAR, MPI.UINT8_T),
+        "c16": (MPI.C_DOUBLE_COMPLEX, MPI.DOUBLE_COMPLEX),
+        "b1": (MPI.C_BOOL, MPI.CXX_BOOL),
+        "TWOINT": (MPI.TWOINT, MPI.INT_INT),
+    }.items():
+        assert {table[each.handle].code for each in datatypes} == {code}
 
 
 @pytest.mark.parametrize("form", [None, MPI.BOTTOM, MPI.IN_PLACE, [X, MPI.FLOAT_INT], [MPI.BOTTOM, 1, MPI.INT]])

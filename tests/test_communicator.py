@@ -399,40 +399,70 @@ def test_a_user_defined_operation_works_with_every_algorithm(comm: Communicator)
     op.Free()
 
 
-def test_persistent_forms_run_as_often_as_they_are_started(comm: Communicator) -> None:
-    p = comm.size
-    a, b = np.ones(100), np.empty(100)
-    for plan, want in (
-        (comm.Allreduce_init(a, b), p * a),
-        (comm.Reduce_init(a, b, root=p - 1), p * a if comm.rank == p - 1 else b),
-        (comm.Bcast_init(b, 0), None),
-    ):
-        for _ in range(3):
-            plan.Start()
-            plan.Wait()
-        assert want is None or np.array_equal(b, want)
-        plan.Free()
-    wide = np.empty(100 * p)
-    gather = comm.Allgather_init(a, wide)
-    gather.Start()
-    assert gather.Test()
-    assert (wide == 1).all()
-    gather.Free()
+def reduce_by_name(comm: Communicator, name: str, dtype: str) -> Any:
+    """The reduction of ``operand`` over all ranks by a named operation, computed by NumPy."""
+    everyone = np.stack([operand(rank, 2 * comm.size, dtype) for rank in range(comm.size)])
+    if name in ("avg", "mean"):
+        return everyone.sum(axis=0) / everyone.dtype.type(comm.size)
+    return {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}[name].reduce(everyone)
 
 
-def test_communicators_made_from_ours_are_ours(comm: Communicator) -> None:
-    group = comm.Get_group()
-    made = [comm.Dup(), comm.Clone(), comm.Split(comm.rank % 2, comm.rank), comm.Create(group)]
-    made += [comm.Split_type(MPI.COMM_TYPE_SHARED), comm.Create_group(group)]
-    for each in made:
-        assert type(each) is Communicator
-        a = np.ones(3)
-        each.Allreduce(MPI.IN_PLACE, a)
-        assert (a == each.size).all()
-        each.Free()
-        assert each == MPI.COMM_NULL
-    group.Free()
-    assert comm.Split(MPI.UNDEFINED) == MPI.COMM_NULL
+@pytest.mark.mpi(sizes=(1, 2, 3))
+@pytest.mark.parametrize("dtype", ["f4", "f8", "c16", "i8"])
+@pytest.mark.parametrize("name", ["sum", "avg", "mean", "min", "max", "prod"])
+def test_an_operation_may_be_a_name(comm: Communicator, name: str, dtype: str) -> None:
+    p, me = comm.size, comm.rank
+    a, b = operand(me, 2 * p, dtype), np.zeros(2 * p, dtype)
+    if (dtype == "c16" and name in ("min", "max")) or (dtype == "i8" and name in ("avg", "mean")):
+        with pytest.raises(
+            ArgumentError, match=f"Allreduce: .*{name}.* for complex|the {name} of int64 is not defined"
+        ):
+            comm.Allreduce(a, b, name)
+        return
+    want, mine = reduce_by_name(comm, name, dtype), slice(2 * me, 2 * me + 2)
+    for _ in range(2):
+        comm.Allreduce(a, b, op=name)
+        assert have_same_bits(b, want)
+    comm.Reduce(a, c := np.zeros_like(b), name, p - 1)
+    assert np.array_equal(c, want if me == p - 1 else np.zeros_like(b))
+    comm.Reduce_scatter_block(a, d := np.zeros(2, dtype), name)
+    assert have_same_bits(d, want[mine])
+    comm.Reduce_scatter(a, d := np.zeros(2, dtype), [2] * p, name)
+    assert have_same_bits(d, want[mine])
+    comm.Allreduce(MPI.IN_PLACE, b := a.copy(), name)
+    assert have_same_bits(b, want)
+    comm.Reduce_scatter_block(MPI.IN_PLACE, b := a.copy(), name)
+    assert have_same_bits(b[:2], want[mine])
+    if name != "prod":
+        comm.Allreduce(a, b, name, reproducible=True)
+        assert np.array_equal(b, want)
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+@pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16], ids=str)
+def test_the_average_of_16_bit_floats_is_rounded_once_and_does_not_overflow(comm: Communicator, dtype: Any) -> None:
+    p, me = comm.size, comm.rank
+    a = np.array([60000, me, 1 + me / 128, -3], "f4").astype(dtype)
+    want = (
+        sum(np.array([60000, k, 1 + k / 128, -3], "f4").astype(dtype).astype("f4") for k in range(p)) / np.float32(p)
+    ).astype(dtype)
+    comm.Allreduce(a, b := np.zeros_like(a), "avg")
+    assert b.tobytes() == want.tobytes()
+    comm.Reduce(a, b := np.zeros_like(a), "avg", p - 1)
+    assert me < p - 1 or b.tobytes() == want.tobytes()
+    comm.Allreduce(MPI.IN_PLACE, a, "avg")
+    assert a.tobytes() == want.tobytes()
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+def test_names_on_bools_are_all_and_any(comm: Communicator) -> None:
+    a = np.array([True, comm.rank == 0, False])
+    comm.Allreduce(a, b := np.zeros_like(a), "min")
+    assert b.tolist() == [True, comm.size == 1, False]
+    comm.Allreduce(a, b, "max")
+    assert b.tolist() == [True, True, False]
+    comm.Scan(np.array([2]), c := np.zeros(1, "i8"), "prod")
+    assert c.tolist() == [2 ** (comm.rank + 1)]
 
 
 def test_the_layout_counts_ranks_and_nodes(comm: Communicator) -> None:

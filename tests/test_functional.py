@@ -18,7 +18,7 @@ pytestmark = pytest.mark.mpi
 
 BFLOAT16 = ml_dtypes.bfloat16
 FLOATS = ["f2", BFLOAT16, "f4", "f8", "g"]
-OPS: dict[str, Any] = {"sum": np.sum, "mean": None, "min": np.min, "max": np.max, "prod": np.prod}
+OPS: dict[str, Any] = {"sum": np.sum, "mean": None, "avg": None, "min": np.min, "max": np.max, "prod": np.prod}
 LENGTHS = (0, 1, 2, 3, 4, 7, 8, 1000)
 
 
@@ -30,7 +30,7 @@ def numbers(rank: int, n: int, dtype: Any = "f8") -> Any:
 def rank_reduction(op: str, size: int, n: int, dtype: Any) -> Any:
     """What the collective should give: exact, and a mean divided and rounded as it is documented."""
     everyone = np.stack([numbers(rank, n, "i8") for rank in range(size)])
-    if op == "mean":
+    if op in ("mean", "avg"):
         return (everyone.sum(axis=0).astype(reduction_dtype(np.dtype(dtype))) / size).astype(dtype)
     return np.asarray(OPS[op](everyone, axis=0)).astype(dtype)
 
@@ -40,7 +40,7 @@ def rank_reduction(op: str, size: int, n: int, dtype: Any) -> Any:
     [
         *((op, dtype) for op in OPS for dtype in FLOATS),
         *((op, dtype) for op in ("sum", "min", "max", "prod") for dtype in ("i2", "u4", "i8")),
-        *((op, dtype) for op in ("sum", "mean", "prod") for dtype in ("F", "D")),
+        *((op, dtype) for op in ("sum", "mean", "avg", "prod") for dtype in ("F", "D")),
     ],
 )
 def test_allreduce_gives_the_exact_result(comm: MPI.Intracomm, op: str, dtype: Any) -> None:
@@ -60,6 +60,13 @@ def test_16_bit_floats_are_rounded_once(comm: MPI.Intracomm, dtype: Any) -> None
     x = np.full(3, step if comm.rank == 0 else 1, dtype)
     total = np.float32(step + comm.size - 1)
     assert np.array_equal(allreduce(x, "sum", comm), np.full(3, total).astype(x.dtype))
+
+
+def test_an_operation_of_mpi_is_taken_as_well_as_its_name(comm: MPI.Intracomm) -> None:
+    x = numbers(comm.rank, 9, "i4")
+    for op, name in ((MPI.SUM, "sum"), (MPI.MAX, "max"), (MPI.BOR, "bor")):
+        assert np.array_equal(allreduce(x, op, comm), allreduce(x, name, comm))
+        assert np.array_equal(reduce_scatter(x, op, comm), reduce_scatter(x, name, comm))
 
 
 def test_the_mean_of_large_float16_does_not_overflow(comm: MPI.Intracomm) -> None:
@@ -90,10 +97,14 @@ def test_ranks_with_other_memory_orders_add_the_same_elements(comm: MPI.Intracom
 @pytest.mark.parametrize(
     ("x", "op", "remedy"),
     [
-        (np.ones(2, "i4"), "mean", r"the mean of int32 is not defined: cast it: x\.astype\('f8'\)"),
-        (np.ones(2, "?"), "sum", "the sum of bool is not defined: cast it"),
-        (np.ones(2, "F"), "max", "the max of complex64 is not defined: reduce real"),
-        (np.ones(2), "avg", "op='avg' is not known: use one of 'sum', 'mean', 'min', 'max', 'prod'"),
+        (np.ones(2, "i4"), "mean", "the mean of int32 is not defined: cast it to float64, or use op='sum'"),
+        (np.ones(2, "?"), "sum", "MPI does not define sum for bool: cast to an integer dtype, or use MPI.LOR"),
+        (np.ones(2, "F"), "max", "MPI does not define max for complex64: reduce real"),
+        (
+            np.ones(2),
+            "average",
+            "op='average' is not an operation: pass an MPI.Op or one of 'avg', 'mean', 'sum', 'prod'",
+        ),
         ([1.0], "sum", r"a list is not an array: pass np\.asarray"),
     ],
 )

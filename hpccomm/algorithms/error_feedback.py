@@ -97,6 +97,8 @@ def feedback(
     compressors or a message is damaged.  The state is then unchanged, except that u and v have advanced where a message
     was damaged in transit: continue from a checkpoint.
     """
+    require(hasattr(compressor, "decode_all"), f"feedback: {compressor!r} is no compressor: pass topk(0.01) …")
+    require(hasattr(comm, "Allgather"), f"feedback: {comm!r} is no communicator: pass hpccomm.Communicator(comm)")
     check_decay("feedback: momentum", momentum)
     require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
     require(not nesterov or momentum > 0, "feedback: nesterov needs momentum: pass one above 0")

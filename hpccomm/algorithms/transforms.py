@@ -53,6 +53,9 @@ class Chain(Transform):
 
 def chain(*transforms: Transform) -> Chain:
     """Apply the transforms one after the other; the state is the tuple of their states."""
+    for each in transforms:
+        fits = callable(getattr(each, "init", None)) and callable(getattr(each, "update", None))
+        require(fits, f"chain: {each!r} is no transform: pass momentum(0.9), scale(-lr) or another pair (init, update)")
 
     def init(weights: Vector) -> tuple[Any, ...]:
         return tuple(each.init(weights) for each in transforms)
@@ -149,6 +152,7 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction:
     """Adam's direction m̂ / (√v̂ + eps), or m / (√v + eps) without bias correction (Kingma & Ba, ICLR 2015)."""
     check_decay("adam: b1", b1)
     check_decay("adam: b2", b2)
+    require(eps >= 0, f"adam: eps is {eps}: pass 0 or more")
 
     def init(weights: Vector) -> AdamState:
         return AdamState(0, np.zeros_like(weights), np.zeros_like(weights))

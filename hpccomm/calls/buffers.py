@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from mpi4py import MPI
 
 from hpccomm.arrays import is_masked
 from hpccomm.errors import ArgumentError
+from hpccomm.kernels.reductions.reference import PAIRS, code_of
 
 MPI_KINDS = "biufc"
 """Kinds of NumPy dtypes (``dtype.kind``) for which MPI has a datatype."""
@@ -33,6 +35,8 @@ class Buffer:
     """``None`` if opaque; uint16 for 16-bit floats, whose type is :attr:`half`."""
     half: str = ""
     """``"float16"`` or ``"bfloat16"``: moved as uint16, reduced in float32."""
+    pair: str = ""
+    """The pair type that MINLOC and MAXLOC reduce, ``"DOUBLE_INT"`` and so on, see :func:`as_pairs`."""
     element_name: str = ""
     """Name of the elements in errors and fingerprints, if the dtype does not name them."""
     writable: bool = True
@@ -51,11 +55,13 @@ class Buffer:
     """The one NumPy dtype of which that datatype consists, if there is only one."""
     owner: Any = None
     """The object that keeps the memory alive."""
+    weak: bool = False
+    """Whether :attr:`raw` of an opaque form holds no reference to the user's array."""
 
     @property
     def kind(self) -> str:
         """The name of the elements' dtype."""
-        return self.half or str(self.dtype)
+        return self.half or self.pair or str(self.dtype)
 
     @property
     def opaque(self) -> bool:
@@ -103,6 +109,15 @@ class Buffer:
         assert self.dtype is not None
         count = self.elements if count is None else count
         return view_at(self.address + first * self.dtype.itemsize, count, self.dtype)
+
+
+def hold(given: Any) -> Any:
+    """A NumPy scalar, which is copied whenever it is read, as a read-only array; anything else as it is."""
+    if not isinstance(given, np.generic):
+        return given
+    array = np.asarray(given)
+    array.flags.writeable = False
+    return array
 
 
 def view_at(address: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -271,7 +286,7 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
         return Buffer(form)
     dtype = numpy_dtype(datatype) if datatype is not None else base.dtype
     if dtype is None:
-        return read_derived(form, base, count, datatype)
+        return read_derived(form, base, who)
     size = base.size * base.dtype.itemsize // dtype.itemsize if base.dtype is not None else 0
     buffer = Buffer(form, base.address, size, dtype, writable=base.writable, order=base.order, owner=base.owner)
     if datatype is None and base.half:
@@ -288,23 +303,52 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
     return buffer
 
 
-def read_derived(form: Any, base: Buffer, count: Any, datatype: Any) -> Buffer:
-    """Read a form with a derived datatype: opaque, but its number of bytes is known."""
-    if not isinstance(datatype, MPI.Datatype) or not (count is None or isinstance(count, int)):
+def read_derived(form: Any, base: Buffer, who: str) -> Buffer:
+    """Read a form with a derived datatype or a pair type: opaque, but its number of bytes is known."""
+    _, count, displs, datatype = split_form(form)
+    if not isinstance(datatype, MPI.Datatype) or base.dtype is None:
         return Buffer(form)
     _, extent = datatype.Get_extent()
-    nbytes = base.size * (base.dtype.itemsize if base.dtype is not None else 1)
-    items = nbytes // max(extent, 1) if count is None else count
-    octets, dtype = items * datatype.Get_size(), base_dtype(datatype)
-    return Buffer(form, base.address, items, octets=octets, datatype=datatype, count=count, base=dtype)
+    nbytes = base.size * base.dtype.itemsize
+    raw = [MPI.memory.fromaddress(base.address, nbytes, not base.writable), *form[1:]]
+    if not all(each is None or isinstance(each, int | np.integer) for each in (count, displs)) or extent < 1:
+        return Buffer(raw, base.address, nbytes, writable=base.writable, weak=True)  # a block for each rank
+    first, room = displs or 0, nbytes // extent
+    items = room - first if count is None else int(count)
+    if first < 0 or items < 0:
+        raise ArgumentError(f"{who}: count {count} and displacement {displs}: pass numbers that are not negative")
+    return Buffer(
+        raw,
+        base.address + first * extent,
+        room - first,
+        octets=items * datatype.Get_size(),
+        datatype=datatype,
+        count=None if count is None else items,
+        base=base_dtype(datatype),
+        writable=base.writable,
+        owner=base.owner,
+        weak=True,
+    )
+
+
+def as_pairs(buffer: Buffer) -> Buffer:
+    """A buffer to reduce: elements of a pair type, which are otherwise only moved, become pairs of value and index."""
+    element = None if buffer.datatype is None else element_of(buffer.datatype)
+    if element is None or element.code not in PAIRS:
+        return buffer
+    return replace(buffer, dtype=PAIRS[element.code], pair=element.code)
 
 
 def base_dtype(datatype: MPI.Datatype) -> np.dtype[Any] | None:
-    """The dtype of which a derived datatype consists; ``None`` for a struct."""
+    """The dtype of which a datatype consists; ``None`` if there are several."""
     while not datatype.is_predefined:
         datatype, combiner, _ = datatype.decode()
         if combiner == "STRUCT":
             return None
+    element = element_of(datatype)
+    pair = PAIRS.get(element.code) if element else None
+    if pair is not None:
+        return pair[0] if pair[0] == pair[1] else None
     return numpy_dtype(datatype)
 
 
@@ -327,6 +371,45 @@ def split_form(form: list[Any] | tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
     return data, rest[0] if rest else None, None, datatype
 
 
+class Element(NamedTuple):
+    """What a predefined datatype of MPI describes."""
+
+    code: str
+    """``"f8"`` and so on, see :func:`hpccomm.kernels.reductions.reference.code_of`; the name of a pair type."""
+    extent: int
+    """Bytes from one element to the next."""
+
+
+@cache
+def datatype_table() -> dict[int, Element]:
+    """All predefined datatypes, which are never freed, by handle; those of one layout have one code."""
+    named = [each for each in vars(MPI).values() if isinstance(each, MPI.Datatype)]
+    return {each.handle: element for each in named if (element := describe(each))}
+
+
+def describe(datatype: MPI.Datatype) -> Element | None:
+    """Describe a predefined datatype; ``None`` if the MPI library or NumPy lacks it."""
+    if datatype == MPI.DATATYPE_NULL:
+        return None
+    _, extent = datatype.Get_extent()
+    pair = next((name for name in PAIRS if datatype == getattr(MPI, name)), "")
+    if pair:
+        return Element(pair, extent) if extent == PAIRS[pair].itemsize else None
+    try:
+        dtype = np.dtype(datatype.tocode())
+    except (TypeError, ValueError):
+        return None
+    if dtype.kind in "SU":  # a character
+        dtype = np.dtype(f"u{extent}")
+    return Element(code_of(dtype), extent) if dtype.kind in MPI_KINDS and dtype.itemsize == extent else None
+
+
+def element_of(datatype: MPI.Datatype) -> Element | None:
+    """The element that a datatype describes; ``None`` for a derived datatype."""
+    known = datatype_table().get(datatype.handle)
+    return known or (describe(datatype) if datatype.is_predefined else None)
+
+
 def numpy_dtype(datatype: MPI.Datatype | str) -> np.dtype[Any] | None:
     """The NumPy dtype of a predefined datatype; ``None`` if there is none."""
     if isinstance(datatype, str):
@@ -334,12 +417,5 @@ def numpy_dtype(datatype: MPI.Datatype | str) -> np.dtype[Any] | None:
             datatype = MPI.Datatype.fromcode(datatype)
         except (KeyError, ValueError):
             return None
-    if datatype == MPI.DATATYPE_NULL or not datatype.is_predefined:
-        return None
-    if datatype == MPI.BYTE:
-        return np.dtype("u1")
-    try:
-        dtype = np.dtype(datatype.tocode())
-    except (TypeError, ValueError):
-        return None
-    return dtype if dtype.kind in MPI_KINDS and dtype.itemsize == datatype.Get_size() else None
+    element = element_of(datatype)
+    return np.dtype(element.code) if element and element.code not in PAIRS else None

@@ -73,9 +73,9 @@ class ConsistencyTable:
     def announce(self, fingerprint: Fingerprint) -> int:
         """Write the fingerprint of a future call; returns its digest for :meth:`enter`."""
         digest = fingerprint.digest
-        if self._fingerprints.get(digest) != fingerprint:
-            self._fingerprints[digest] = fingerprint
-            start = 8 * (self._base + CALLS + 16 + (digest % TEXTS) * (TEXT_BYTES // 8 + 1))
+        self._fingerprints[digest] = fingerprint
+        start = 8 * (self._base + CALLS + 16 + (digest % TEXTS) * (TEXT_BYTES // 8 + 1))
+        if self._words[start // 8] != digest:  # never written, or overwritten by another call
             text = fingerprint.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
             self._octets[start + 8 : start + 8 + TEXT_BYTES] = text
             self._words[start // 8] = digest

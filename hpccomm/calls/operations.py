@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
 from hpccomm.errors import ArgumentError
+from hpccomm.kernels.reductions.reference import UFUNCS
 
-NUMBERS, ORDERED, LOGICAL, BITS = "iufc", "iuf", "iub", "iu"
+NUMBERS, ORDERED, LOGICAL, BITS, PAIR = "iufc", "iuf", "iub", "iu", "V"
 
 
 class Operation(NamedTuple):
@@ -35,7 +36,73 @@ PREDEFINED: dict[int, Operation] = {
     MPI.BAND.handle: Operation("band", np.bitwise_and, BITS, "use an integer dtype, or MPI.LAND for bool"),
     MPI.BOR.handle: Operation("bor", np.bitwise_or, BITS, "use an integer dtype, or MPI.LOR for bool"),
     MPI.BXOR.handle: Operation("bxor", np.bitwise_xor, BITS, "use an integer dtype, or MPI.LXOR for bool"),
+    MPI.MINLOC.handle: Operation("minloc", UFUNCS["minloc"], PAIR, "pass pairs, as [x, MPI.DOUBLE_INT]"),
+    MPI.MAXLOC.handle: Operation("maxloc", UFUNCS["maxloc"], PAIR, "pass pairs, as [x, MPI.DOUBLE_INT]"),
 }
+
+
+class ByIdentity:
+    """An object of MPI as part of a key; the key keeps it alive, as another object may get a freed handle."""
+
+    __slots__ = ("_it",)
+
+    def __init__(self, it: Any) -> None:
+        self._it = it
+
+    def __hash__(self) -> int:
+        return id(self._it)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByIdentity) and self._it is other._it
+
+
+def key_of(op: MPI.Op) -> Hashable:
+    """The operation as part of a key."""
+    handle = op.handle
+    return handle if handle in PREDEFINED else ByIdentity(op)
+
+
+class Reduction(NamedTuple):
+    """The meaning of an ``op`` argument."""
+
+    op: MPI.Op
+    divides: bool = False
+    """Whether the result is divided by the number of ranks."""
+
+
+NAMED: dict[str, MPI.Op] = {known.name: getattr(MPI, known.name.upper()) for known in PREDEFINED.values()}
+ON_BOOLS: dict[str, MPI.Op] = {"min": MPI.LAND, "max": MPI.LOR}
+"""The meaning of names on bools: *all* and *any*."""
+AVERAGES = ("avg", "mean")
+
+
+def resolve(op: MPI.Op | str, who: str, dtype: np.dtype[Any] | None = None) -> Reduction:
+    """The meaning of ``op``: an operation of MPI, or a name of one (``"sum"``, ``"max"``), ``"avg"`` or ``"mean"``.
+
+    Raises if it is neither, or if it is not defined for ``dtype``, where that is given.
+    """
+    if isinstance(op, str) and op in AVERAGES:
+        if dtype is not None and dtype.kind not in "fc":
+            raise ArgumentError(f"{who}: the {op} of {dtype} is not defined: cast it to float64, or use op='sum'")
+        return Reduction(MPI.SUM, True)
+    if isinstance(op, str) and op in NAMED:
+        named = (ON_BOOLS.get(op) if dtype == np.bool_ else None) or NAMED[op]
+    elif isinstance(op, MPI.Op):
+        named = op if type(op) is MPI.Op else MPI.Op(op)
+    else:
+        names = ", ".join(map(repr, (*AVERAGES, *NAMED)))
+        raise ArgumentError(f"{who}: op={op!r} is not an operation: pass an MPI.Op or one of {names}")
+    if dtype is not None:
+        check_defined(named, dtype, who)
+    return Reduction(named)
+
+
+def read_op(op: MPI.Op | str, who: str) -> MPI.Op:
+    """The operation of a call that cannot divide."""
+    meaning = resolve(op, who)
+    if meaning.divides:
+        raise ArgumentError(f"{who}: op={op!r} is for reductions to whole results: use op='sum' and divide")
+    return meaning.op
 
 
 def name_of(op: MPI.Op) -> str:
@@ -44,11 +111,12 @@ def name_of(op: MPI.Op) -> str:
     return known.name if known else "other predefined" if op.is_predefined else "user-defined"
 
 
-def check_defined(op: MPI.Op, dtype: np.dtype[Any], who: str) -> None:
-    """Raise if MPI does not define a predefined operation for a dtype."""
+def check_defined(op: MPI.Op, dtype: np.dtype[Any], who: str, pair: str = "") -> None:
+    """Raise if MPI does not define a predefined operation for a dtype, or for the elements of a pair type."""
     known = PREDEFINED.get(op.handle)
     if known and dtype.kind not in known.kinds:
-        raise ArgumentError(f"{who}: MPI does not define {known.name} for {dtype}: {known.remedy}")
+        remedy = "use MPI.MINLOC or MPI.MAXLOC" if pair else known.remedy
+        raise ArgumentError(f"{who}: MPI does not define {known.name} for {pair or dtype}: {remedy}")
 
 
 def combiner(op: MPI.Op) -> Callable[[Any, Any, Any], Any]:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.calls.buffers import numpy_dtype, read
-from hpccomm.errors import ArgumentError
+from hpccomm.calls.buffers import DLPACK_HOST, datatype_table
+from hpccomm.calls.operations import ByIdentity
 
 IN_PLACE = MPI.IN_PLACE
 
@@ -61,7 +61,7 @@ class PlanCache(dict[Hashable, CachedCall]):
 def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:
     """The key of a call in its communicator's cache; ``None`` for a call that is bound each time, or refused.
 
-    Such a call has a buffer that is not contiguous, has a derived or no datatype, or lies on a device.
+    Such a call has a buffer that is not contiguous or lies on a device.
     """
     try:
         recv: Hashable
@@ -73,7 +73,7 @@ def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:
             return (name, address(sendbuf), sendbuf.size, sendbuf.dtype, sendbuf.flags.num, recv, rest)
         send = None if sendbuf is IN_PLACE or sendbuf is None else form_key(sendbuf)
         return (name, send, recv, rest)
-    except (ArgumentError, BufferError, KeyError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, BufferError, KeyError, RuntimeError, TypeError, ValueError):
         return None
 
 
@@ -82,30 +82,28 @@ def form_key(buffer: Any) -> Hashable:
     data = buffer[0] if isinstance(buffer, list | tuple) and buffer else buffer
     if type(data) is np.ndarray and data is not buffer:
         return (address(data), data.size, data.dtype, data.flags.num, *map(member_key, buffer[1:]))
-    known = read(buffer, "")
-    if known.opaque or isinstance(data, np.generic):  # a NumPy scalar is copied when it is read
+    if isinstance(data, np.generic):  # it is copied whenever it is read
         raise ValueError
-    form = (known.count, known.counts, known.displs)
-    return (known.address, known.size, known.dtype, known.half, known.writable, known.order, *form)
+    members = () if data is buffer else tuple(map(member_key, buffer[1:]))
+    return (*data_key(data), *members)
+
+
+def data_key(data: Any) -> tuple[Any, ...]:
+    """The key of an object with the buffer protocol, or of a tensor on the host; raises for any other."""
+    try:
+        view = memoryview(data)
+    except TypeError:
+        if data.__dlpack_device__()[0] != DLPACK_HOST:
+            raise
+        array = np.from_dlpack(data)
+        return (type(data), address(array), array.size, array.dtype, array.flags.num)
+    return (type(data), address(data), view.nbytes, view.format, view.readonly, view.c_contiguous)
 
 
 def member_key(member: Any) -> Hashable:
-    """The key of a member after the data of a form; raises for a datatype that NumPy does not know."""
+    """The key of a member after the data of a form."""
     if isinstance(member, MPI.Datatype):
-        return DTYPES.get(member.handle) or find_dtype(member)
+        return datatype_table().get(member.handle) or ByIdentity(member)
     if isinstance(member, list | tuple | np.ndarray):
-        return tuple(map(member_key, member))
+        return tuple(tuple(each) if isinstance(each, list | np.ndarray) else each for each in member)
     return member  # type: ignore[no-any-return]
-
-
-DTYPES: dict[int, np.dtype[Any]] = {}
-"""NumPy dtypes of MPI's predefined datatypes, which are never freed, by handle."""
-
-
-def find_dtype(datatype: MPI.Datatype) -> np.dtype[Any]:
-    """The NumPy dtype of a datatype, stored in :data:`DTYPES`; raises if there is none."""
-    dtype = numpy_dtype(datatype)
-    if dtype is None:
-        raise ValueError
-    DTYPES[datatype.handle] = dtype
-    return dtype

@@ -137,6 +137,7 @@ def settings(comm: Any) -> dict[str, str]:
     """The environment variables of rank 0, and the tuning table in use."""
     rows = {name: value or "not set" for name, value in comm.context.settings.items()}
     rows["HPCCOMM_STALL_SECONDS"] = os.environ.get("HPCCOMM_STALL_SECONDS", "not set (default 60)")
+    rows["HPCCOMM_EXCEPTHOOK"] = os.environ.get("HPCCOMM_EXCEPTHOOK", "not set (default on)")
     rows["tuning table"] = comm.context.table.source
     return rows
 

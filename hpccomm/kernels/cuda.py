@@ -119,7 +119,7 @@ def reduction_source(*pairs: tuple[str, str]) -> str:
 
 def every_reduction() -> list[tuple[str, str]]:
     """All operations and dtypes that have a kernel."""
-    return [(op, code) for op, codes in DTYPES.items() for code in codes]
+    return [(op, code) for op, codes in DTYPES.items() for code in codes if op in COMBINE]
 
 
 @cache

@@ -277,6 +277,27 @@ def set_element(context: Any, out: Any, i: Any, value: Any) -> Any:
     return none(out, i, value), emit
 
 
+@intrinsic
+def field(context: Any, address: Any, kind: Any) -> Any:
+    """The number of type ``kind`` at an address."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(pointer(builder, args[0], context.get_data_type(kind.dtype)))
+
+    return kind.dtype(address, kind), emit
+
+
+@intrinsic
+def set_field(context: Any, address: Any, value: Any) -> Any:
+    """Write a number at an address."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], pointer(builder, args[0], context.get_data_type(value)))
+        return context.get_dummy_value()
+
+    return none(address, value), emit
+
+
 @instruction(types.uint32, types.float32)
 def bits(builder, value):
     """The bits of a float32 as an integer."""

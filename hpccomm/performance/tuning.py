@@ -24,7 +24,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,6 +252,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "unknown"
 
 
+@cache
 def family(mpi: str) -> str:
     """The name of a library without its version."""
     return slug(re.sub(r"\d[\d.]*.*", "", mpi))
@@ -269,7 +270,7 @@ def read(path: Path) -> Table:
 def check_row(row: Row) -> Row:
     """Check the numbers of a row."""
     numbers = (row.nodes, row.per_node, row.bytes, row.us)
-    if not all(isinstance(number, (int, float)) for number in numbers) or min(row.nodes, row.per_node) < 1:
+    if not {*map(type, numbers)} <= {int, float} or min(row.nodes, row.per_node) < 1:
         raise ValueError(f"nodes, per_node, bytes and us of {row} must be numbers")
     if row.us <= 0 or row.bytes < 0:
         raise ValueError(f"us of {row} must be above 0, and bytes at least 0")

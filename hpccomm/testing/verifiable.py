@@ -16,13 +16,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.kernels.reductions import reference
 from hpccomm.kernels.reductions.reference import UFUNCS as FOLDS
 
 Array = npt.NDArray[Any]
 Values = Callable[[int, int, Array, "np.dtype[Any]"], Array]
 """(rank, size, positions, dtype) -> the values that this rank contributes."""
 
-KINDS = {"b": "land lor lxor", "iu": " ".join(FOLDS), "f": "sum prod min max", "c": "sum prod"}
+KINDS = {
+    "b": "land lor lxor",
+    "iu": " ".join(op for op in FOLDS if reference.has_kernel(op, "i4")),
+    "f": "sum prod min max",
+    "c": "sum prod",
+}
 DTYPES = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8", "c8", "c16", "?")
 
 

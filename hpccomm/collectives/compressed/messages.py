@@ -85,6 +85,7 @@ class CountingComm:
 
     def __init__(self, comm: Comm) -> None:
         self.comm, self.rank, self.size, self.bytes_sent = comm, comm.rank, comm.size, 0
+        self._private: Comm = getattr(comm, "private_comm", comm)
 
     def gather(self, message: Octets) -> list[Octets]:
         """The messages of all ranks, in rank order."""
@@ -115,14 +116,14 @@ class CountingComm:
     def post(self, message: Octets, to: int) -> Any:
         """Start to send a message."""
         self.bytes_sent += message.nbytes
-        return self.comm.Isend(message, to, TAG)
+        return self._private.Isend(message, to, TAG)
 
     def fetch(self, source: int) -> Octets:
         """Receive the next message of a rank."""
         from hpccomm.transports.mpi import probe_bytes
 
-        message = np.empty(probe_bytes(self.comm, source, TAG), np.uint8)
-        self.comm.Recv(message, source, TAG)
+        message = np.empty(probe_bytes(self._private, source, TAG), np.uint8)
+        self._private.Recv(message, source, TAG)
         return message
 
     def sendrecv(self, message: Octets, to: int, source: int) -> Octets:

@@ -16,12 +16,15 @@ from hpccomm.kernels.intrinsics import (
     STACK_ELEMENTS,
     bits,
     element,
+    field,
     float_of,
     float_to_half,
     half_to_float,
     set_element,
+    set_field,
     stack_buffer,
 )
+from hpccomm.kernels.reductions.reference import INDEX, PAIRS, VALUE
 
 
 @register_jitable
@@ -127,6 +130,8 @@ STORAGE: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
 def __getattr__(name: str) -> Callable[..., None]:
     """The loop ``sum_f8`` and so on, for :func:`hpccomm.kernels.intrinsics.fold`, with its signature."""
     op, _, code = name.partition("_")
+    if op in PRECEDES:
+        return pair_reduction(PRECEDES[op], PAIRS[code])
     if op not in COMBINE:
         raise AttributeError(name)
     kind, read, write = STORAGE.get(code) or (numba.from_dtype(np.dtype(code)), pass_through, pass_through)
@@ -174,3 +179,28 @@ def reduction(combine: Callable[..., Any], read: Callable[..., Any], write: Call
                 out[lo + i] = write(part[i])
 
     return reduce
+
+
+PRECEDES = {"minloc": register_jitable(operator.lt), "maxloc": register_jitable(operator.gt)}
+
+
+def pair_reduction(precedes: Callable[..., Any], pair: np.dtype[Any]) -> Callable[..., None]:
+    """The loop over pairs of a value and an index; bytes between their fields are neither read nor written."""
+    size, at, kind = pair.itemsize, pair.fields[INDEX][1], numba.from_dtype(pair.fields[VALUE][0])  # type: ignore[index]
+
+    def reduce(sources, k, first, out, n):  # type: ignore[no-untyped-def]
+        for i in range(n):
+            here = (first + i) * size
+            value, index = field(sources[0] + here, kind), field(sources[0] + here + at, types.intc)
+            for j in range(1, k):
+                other, place = field(sources[j] + here, kind), field(sources[j] + here + at, types.intc)
+                nan = (value != value) & (other == other)  # noqa: PLR0124
+                better = precedes(other, value) | ((other != other) & (value == value))  # noqa: PLR0124
+                before = better | (~(precedes(value, other) | nan) & (place < index))
+                value, index = (other, place) if before else (value, index)
+            set_field(out + i * size, value)
+            set_field(out + i * size + at, index)
+
+    loop: Any = reduce
+    loop.signature = types.void(types.CPointer(types.int64), *[types.int64] * 4)
+    return loop  # type: ignore[no-any-return]

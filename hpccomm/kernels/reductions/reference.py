@@ -2,6 +2,10 @@
 
 The order is always that of the ranks, so all ranks get the same bits.  16-bit floats are summed in float32 and rounded
 once, to nearest even.  ``min`` and ``max`` return NaN if any operand is NaN; those of MPI may not.
+
+``minloc`` and ``maxloc`` reduce pairs of a value and an index (MPI-4.1, 6.9.4): equal values give the lower index, and
+a NaN comes before every number, so the result is the NaN with the lowest index, in any order of the operands.  MPI does
+not define it: Open MPI and MPICH keep one of the two operands by their position in the order of reduction.
 """
 
 from __future__ import annotations
@@ -16,6 +20,19 @@ INTEGERS = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 FLOATS = ("f4", "f8")
 HALVES = ("f2", "bf16")
 COMPLEX = ("c8", "c16")
+VALUE, INDEX = "value", "index"
+PAIRS = {
+    name: np.dtype([(VALUE, value), (INDEX, np.intc)], align=True)
+    for name, value in {
+        "FLOAT_INT": np.single,
+        "DOUBLE_INT": np.double,
+        "LONG_INT": "l",
+        "TWOINT": np.intc,
+        "SHORT_INT": np.short,
+        "LONG_DOUBLE_INT": np.longdouble,
+    }.items()
+}
+"""The pairs of MPI with the alignment of C; bytes between their fields have no meaning."""
 
 DTYPES = {
     "sum": (*INTEGERS, *FLOATS, *HALVES, *COMPLEX),
@@ -24,8 +41,27 @@ DTYPES = {
     "max": (*INTEGERS, *FLOATS, *HALVES),
     **dict.fromkeys(("land", "lor", "lxor"), (*INTEGERS, "b1")),
     **dict.fromkeys(("band", "bor", "bxor"), INTEGERS),
+    **dict.fromkeys(("minloc", "maxloc"), ("FLOAT_INT", "DOUBLE_INT", "LONG_INT", "TWOINT", "SHORT_INT")),
 }
 """The dtypes of each operation, by :func:`code_of`."""
+
+
+def first_pairs(precedes: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that selects from two vectors of pairs; ``precedes`` compares values."""
+
+    def select(lower: Any, upper: Any, out: Any = None) -> Any:
+        a, b = lower[VALUE], upper[VALUE]
+        nan_a, nan_b = a != a, b != b  # noqa: PLR0124
+        equal = (a == b) | (nan_a & nan_b)
+        before = np.where(equal, upper[INDEX] < lower[INDEX], (nan_b & ~nan_a) | precedes(b, a))
+        found = np.where(before, upper, lower)
+        if out is None:
+            return found
+        out[...] = found
+        return out
+
+    return select
+
 
 UFUNCS: dict[str, Callable[..., Any]] = {
     "sum": np.add,
@@ -38,11 +74,15 @@ UFUNCS: dict[str, Callable[..., Any]] = {
     "band": np.bitwise_and,
     "bor": np.bitwise_or,
     "bxor": np.bitwise_xor,
+    "minloc": first_pairs(np.less),
+    "maxloc": first_pairs(np.greater),
 }
 
 
 def code_of(dtype: npt.DTypeLike) -> str:
-    """``"f4"`` for float32 and so on; ``"bf16"`` for bfloat16 (its name, or ``ml_dtypes``' dtype)."""
+    """``"f4"`` for float32 and so on; ``"bf16"`` for bfloat16 (its name, or ``ml_dtypes``' dtype); names of pairs."""
+    if isinstance(dtype, str) and dtype in PAIRS:
+        return dtype
     if "bfloat16" in (dtype, getattr(dtype, "name", "")):
         return "bf16"
     native = np.dtype(dtype)
@@ -54,9 +94,14 @@ def has_kernel(op: str, dtype: npt.DTypeLike) -> bool:
     return code_of(dtype) in DTYPES.get(op, ())
 
 
+def storage(code: str) -> np.dtype[Any]:
+    """The NumPy dtype of elements in memory."""
+    return np.dtype("u2") if code == "bf16" else PAIRS.get(code) or np.dtype(code)
+
+
 def itemsize(dtype: npt.DTypeLike) -> int:
     """Bytes of one element."""
-    return 2 if code_of(dtype) == "bf16" else np.dtype(dtype).itemsize
+    return storage(code_of(dtype)).itemsize
 
 
 # The NumPy reference, which defines every bit

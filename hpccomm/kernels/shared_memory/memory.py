@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.kernels.futex import DOZE_NS, EVERY_SLEEPER, FUTEX, FUTEX_WAIT, FUTEX_WAKE
-from hpccomm.kernels.reductions.reference import reduce
+from hpccomm.kernels.reductions.reference import reduce, storage
 
 _word = ctypes.c_int64.from_address
 
@@ -130,8 +130,7 @@ FOLDS: list[tuple[np.dtype[Any], Fold]] = []
 def fold_handle(op: str, code: str) -> int:
     """A handle for :func:`fold`."""
     name = "bfloat16" if code == "bf16" else code
-    dtype = np.dtype("u2" if code == "bf16" else code)
-    FOLDS.append((dtype, lambda vectors, out: reduce(op, name, vectors, out)))
+    FOLDS.append((storage(code), lambda vectors, out: reduce(op, name, vectors, out)))
     return len(FOLDS) - 1
 
 

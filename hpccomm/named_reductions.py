@@ -1,0 +1,63 @@
+"""Reductions whose operation is a name, ``comm.Allreduce(x, y, op="avg")``, as calls with an ``MPI.Op``.
+
+An average is a sum that each rank divides by the number of ranks: 16-bit floats in float32, rounded once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hpccomm.calls import operations
+from hpccomm.calls.buffers import Buffer
+from hpccomm.errors import ArgumentError
+from hpccomm.planner import IN_PLACE, Float32Copy, is_in_place
+
+
+def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any, **rest: Any) -> None:
+    """Run ``comm.<name>(sendbuf, recvbuf, **rest)`` with the operation that ``op`` means."""
+    who, planner = f"rank {comm.rank}: {name}", comm._planner
+    data = recvbuf if is_in_place(sendbuf) else sendbuf
+    operands = planner.operands(who, data)
+    buffer = operands[0].buffer if operands else planner.read_buffer(data, who)
+    meaning = operations.resolve(op, who, np.dtype("f4") if buffer.half else buffer.dtype)
+    call = partial(getattr(comm, name), op=meaning.op, **rest)
+    if not meaning.divides:
+        call(sendbuf, recvbuf)
+        return
+    if buffer.opaque:
+        raise ArgumentError(f"{who}: a derived datatype cannot be averaged: use op='sum' and divide")
+    receives = rest.get("root", comm.rank) == comm.rank
+    if operands:
+        if buffer.dtype is None or buffer.half:
+            raise ArgumentError(f"{who}: {buffer.kind} on a device: use hpccomm.allreduce(x, 'avg')")
+        call(sendbuf, recvbuf)
+        if receives:
+            planner.divide(recvbuf)
+    elif buffer.half:
+        average_halves(call, buffer, None if is_in_place(sendbuf) else recvbuf, receives, planner, who)
+    else:
+        call(sendbuf, recvbuf)
+        if receives:
+            divide(planner.read_buffer(recvbuf, who).vector(), comm.size)
+
+
+def average_halves(call: Any, data: Buffer, recvbuf: Any, receives: bool, planner: Any, who: str) -> None:
+    """Average 16-bit floats in float32; in place if ``recvbuf`` is ``None``."""
+    in_place = receives and recvbuf is None
+    wide = Float32Copy(data)
+    result = wide if in_place else Float32Copy(planner.read_buffer(recvbuf, who)) if receives else None
+    wide.widen()
+    call(IN_PLACE if in_place else wide.buffer.raw, result.buffer.raw if result else None)
+    if result:
+        divide(result.buffer.raw, planner.size)
+        result.narrow()
+
+
+def divide(result: Any, size: int) -> None:
+    """Divide a result by the number of ranks; in place this also reaches input that the call has left behind it."""
+    with np.errstate(all="ignore"):
+        np.true_divide(result, size, out=result)

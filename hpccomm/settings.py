@@ -1,0 +1,55 @@
+"""The environment variables ``HPCCOMM_*`` and their values; a wrong name or value is an error, not a default."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+
+from hpccomm.errors import ArgumentError
+
+
+def on_or_off(value: str) -> str:
+    """The remedy for a value that is neither ``on`` nor ``off``."""
+    return "" if value in ("on", "off") else "use on or off"
+
+
+def seconds(value: str) -> str:
+    """The remedy for a value that is not a number of seconds."""
+    try:
+        return "" if float(value) >= 0 else "use a number of seconds, such as 60"
+    except ValueError:
+        return "use a number of seconds, such as 60"
+
+
+def elsewhere(value: str) -> str:
+    """No remedy: the value is checked where it is used."""
+    return ""
+
+
+CHECKS: dict[str, Callable[[str], str]] = {
+    "HPCCOMM_ALGORITHM": elsewhere,
+    "HPCCOMM_CACHE": elsewhere,
+    "HPCCOMM_CONSISTENCY": on_or_off,
+    "HPCCOMM_ENTRY": on_or_off,
+    "HPCCOMM_EXCEPTHOOK": on_or_off,
+    "HPCCOMM_GPU_TRANSPORT": elsewhere,
+    "HPCCOMM_MPI": elsewhere,
+    "HPCCOMM_SHARED_MEMORY": on_or_off,
+    "HPCCOMM_STALL_SECONDS": seconds,
+    "HPCCOMM_TEST_LAUNCHER": elsewhere,
+    "HPCCOMM_TUNING": elsewhere,
+}
+"""Each variable with the function that gives the remedy for a wrong value; empty values are as good as none."""
+
+
+def check_environment(environ: Mapping[str, str]) -> None:
+    """Raise ArgumentError for a variable ``HPCCOMM_*`` that does not exist or has a wrong value."""
+    for name, value in environ.items():
+        if not name.startswith("HPCCOMM_"):
+            continue
+        if name not in CHECKS:
+            close = difflib.get_close_matches(name, CHECKS, 1, cutoff=0.8)
+            raise ArgumentError(f"{name} is not a setting of hpccomm: use {' or '.join(close or CHECKS)}")
+        remedy = CHECKS[name](value) if value else ""
+        if remedy:
+            raise ArgumentError(f"{name}={value!r} is not known: {remedy}")

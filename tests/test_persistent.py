@@ -1,0 +1,149 @@
+"""Persistent collectives are MPI's own requests, whose calls are compared when they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpccomm import ArgumentError, Communicator, MismatchError
+from hpccomm.requests import COMPARED
+
+pytestmark = pytest.mark.mpi(sizes=(1, 2, 3))
+
+N = 6
+"""Elements of each rank's block."""
+
+
+def numbers(rank: int, n: int = N) -> Any:
+    return np.arange(n) * 5.0 + 100 * rank
+
+
+def arguments(name: str, p: int, me: int, send: Any, recv: Any) -> tuple[Any, ...]:
+    """The arguments of a persistent call; ``send`` and ``recv`` hold a block for every rank."""
+    spread = [N] * p, [N * k for k in range(p)]
+    typed = ([N] * p, [8 * N * k for k in range(p)]), [MPI.DOUBLE] * p
+    return {
+        "Allgather": (send[:N], recv),
+        "Allgatherv": (send[:N], [recv, *spread, MPI.DOUBLE]),
+        "Allreduce": (send, recv, MPI.MAX),
+        "Alltoall": (send, recv),
+        "Alltoallv": ([send, *spread, MPI.DOUBLE], [recv, *spread, MPI.DOUBLE]),
+        "Alltoallw": ((send, *typed), (recv, *typed)),
+        "Barrier": (),
+        "Bcast": (recv, p - 1),
+        "Exscan": (send, recv),
+        "Gather": (send[:N], recv if me == p - 1 else None, p - 1),
+        "Gatherv": (send[:N], [recv, *spread, MPI.DOUBLE] if me == p - 1 else None, p - 1),
+        "Reduce": (send, recv if me == p - 1 else None, "sum", p - 1),
+        "Reduce_scatter": (send, recv[:N], [N] * p),
+        "Reduce_scatter_block": (send, recv[:N]),
+        "Scan": (send, recv),
+        "Scatter": (send if me == p - 1 else None, recv[:N], p - 1),
+        "Scatterv": ([send, *spread, MPI.DOUBLE] if me == p - 1 else None, recv[:N], p - 1),
+    }[name]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_persistent_call_gives_what_the_call_gives(comm: Communicator, name: str) -> None:
+    p, me = comm.size, comm.rank
+    send, recv, want = numbers(me, p * N), np.zeros(p * N), np.zeros(p * N)
+    request = getattr(comm, f"{name}_init")(*arguments(name, p, me, send, recv))
+    assert type(request) is MPI.Prequest
+    for step in range(3):
+        send += step
+        recv[...] = want[...] = 7 * me
+        request.Start()
+        request.Wait()
+        reference = arguments(name, p, me, send, want)
+        getattr(comm, name)(*reference)
+        assert np.array_equal(recv, want)
+    request.Free()
+
+
+def test_startall_starts_requests_of_several_collectives(comm: Communicator) -> None:
+    a, b, c = numbers(comm.rank), np.zeros(N), np.full(N, float(comm.rank))
+    requests = [comm.Allreduce_init(a, b), comm.Bcast_init(c, comm.size - 1), comm.Barrier_init()]
+    for _ in range(3):
+        MPI.Prequest.Startall(requests)
+        MPI.Request.Waitall(requests)
+        assert np.array_equal(b, sum(numbers(rank) for rank in range(comm.size)))
+        assert (c == comm.size - 1).all()
+    for each in requests:
+        each.Free()
+
+
+def test_requests_may_be_started_in_any_order(comm: Communicator) -> None:
+    """Rank 0 starts the first one first, the others start it last."""
+    p = comm.size
+    inputs = [numbers(comm.rank) * k for k in (1, 10)]
+    outputs = [np.zeros(N), np.zeros(N)]
+    requests = [comm.Allreduce_init(x, y) for x, y in zip(inputs, outputs, strict=True)]
+    total = sum(numbers(rank) for rank in range(p))
+    for _ in range(20):
+        for y in outputs:
+            y[...] = 0
+        order = requests if comm.rank == 0 else requests[::-1]
+        for each in order:
+            each.Start()
+        MPI.Request.Waitall(order)
+        assert np.array_equal(outputs[0], total)
+        assert np.array_equal(outputs[1], total * 10)
+    for each in requests:
+        each.Free()
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize(
+    ("name", "usual", "unusual", "remedy"),
+    [
+        ("Allreduce_init", (np.ones(8), np.ones(8)), (np.ones(4), np.ones(4)), "counts the same"),
+        ("Allreduce_init", (np.ones(8), np.ones(8)), (np.ones(8, "i8"), np.ones(8, "i8")), "cast before the call"),
+        ("Allreduce_init", (np.ones(8), np.ones(8)), (np.ones(8), np.ones(8), "max"), "same operation"),
+        ("Bcast_init", (np.ones(8), 0), (np.ones(8), 1), "same root"),
+        ("Bcast_init", (np.ones(8), 0), (np.ones(7), 0), "counts the same"),
+        ("Gather_init", (np.ones(8), np.ones(24)), (np.ones(9), np.ones(27)), "counts the same"),
+    ],
+)
+def test_ranks_that_make_different_requests_are_named(
+    comm: Communicator, name: str, usual: Any, unusual: Any, remedy: str
+) -> None:
+    call = unusual if comm.rank == 1 else usual
+    with pytest.raises(MismatchError, match=rf"rank 1 called {name}.*{remedy}"):
+        getattr(comm, name)(*call)
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_a_request_does_not_meet_a_blocking_call(comm: Communicator) -> None:
+    x, y = np.ones(8), np.ones(8)
+    with pytest.raises(MismatchError, match="rank 1 called Allreduce_init"):
+        (comm.Allreduce_init if comm.rank else comm.Allreduce)(x, y)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c, x: c.Allreduce_init(x, x.copy(), algorithm="ring"), "MPI's own request and cannot run .*'ring'"),
+        (lambda c, x: c.Allreduce_init(x, x.copy(), "avg"), "op='avg' is for reductions to whole results"),
+        (lambda c, x: c.Allreduce_init(x.astype("f2"), x.astype("f2")), "cannot reduce float16: cast to float32"),
+        (lambda c, x: c.Allreduce_init(x, x.copy(), MPI.BAND), "does not define band for float64"),
+        (lambda c, x: c.Bcast_init(x, c.size), "is not a rank: pass one of 0"),
+        (lambda c, x: c.Bcast_init(x[::2]), "the array is not contiguous"),
+    ],
+)
+def test_wrong_persistent_calls_are_refused(comm: Communicator, call: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"rank {comm.rank}: \w+_init: .*{message}"):
+        call(comm, np.ones(8))
+
+
+def test_the_default_algorithm_of_a_communicator_does_not_reach_requests(comm: Communicator) -> None:
+    comm.algorithm = "ring"
+    x, y = numbers(comm.rank), np.zeros(N)
+    for named in ({}, {"algorithm": "native"}, {"algorithm": "auto"}):
+        request = comm.Allreduce_init(x, y, **named)  # type: ignore[arg-type]
+        request.Start()
+        request.Wait()
+        assert np.array_equal(y, sum(numbers(rank) for rank in range(comm.size)))
+        request.Free()
