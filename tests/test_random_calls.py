@@ -33,7 +33,7 @@ class Draw:
     def __init__(self, *seed: int, shared: bool = False) -> None:
         self.random = np.random.default_rng(seed)
         self.shared = shared
-        """Whether all calls run in shared memory, on short vectors."""
+        """Whether all calls run in shared memory, on short vectors, with few kernels."""
 
     def pick(self, choices: Any) -> Any:
         return choices[int(self.random.integers(len(choices)))]
@@ -74,8 +74,8 @@ def memory(draw: Draw, registered: Any, n: int, dtype: Any) -> Any:
 
 
 def one_call(comm: Communicator, draw: Draw, registered: Any) -> None:
-    p, me, dtype = comm.size, comm.rank, draw.pick(DTYPES)
-    op = draw.pick(verifiable.operations(dtype))
+    p, me, dtype = comm.size, comm.rank, draw.pick(("i4", "f8") if draw.shared else DTYPES)
+    op = draw.pick(("sum", "max") if draw.shared else verifiable.operations(dtype))
     n, root, in_place = draw.length(), int(draw.random.integers(p)) if p > 1 else 0, draw.random.random() < 0.5
     kind = draw.pick(("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier"))
     algorithm = draw.algorithm(comm, kind)
