@@ -1,8 +1,9 @@
 """Every collective on this node beside native MPI's, and an allreduce of 16-bit floats; ordinary arrays.
 
 Each case has one launch a round, in which native MPI and ours take turns.  Figures are native MPI's time by ours,
-medians over the rounds with their range.  A second table has the bytes that must at least be read and written, in a
-second, for vectors beyond the cache.
+medians over the rounds with their range: on the same arrays in all calls, then on new arrays, whose making counts.
+Further tables have the first calls, and for vectors beyond the cache the bytes that must at least be read and written,
+in a second.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.launches import ratios_to_native
+from benchmarks.launches import NEW_ARRAYS, has_field, ratios_to_native
 from benchmarks.node import BEYOND_CACHE
 from hpccomm.launcher import library
 
@@ -48,7 +49,7 @@ def launch_case(key: tuple[int, str, int], sizes: str) -> Launch:
     """One launch of a case on so many ranks, with the key of its row."""
     ranks, case, number = key
     bench = ["-m", "hpccomm", "bench", *CASES[case], "--algorithm", "native,auto", "-m", sizes]
-    bench += ["--step-factor", str(FACTOR), "-i", "30", "-x", "10"]
+    bench += ["--step-factor", str(FACTOR), "-i", "30", "-x", "10", "--new-arrays", "--cold"]
     return {"on": ranks, "case": case, "round": number, **harness.launch(harness.on_node(ranks), bench)}
 
 
@@ -59,17 +60,30 @@ def read_old_form(data: dict[str, Any]) -> Iterator[Launch]:
             yield from ({"on": int(ranks), "case": case, "round": k, **each} for k, each in enumerate(launches))
 
 
-def ratio_table(launches: Launches) -> str:
+def ratio_table(launches: Launches, field: str = "p50_us") -> str:
     """A row a size, a column a case."""
     found = chain.from_iterable(launches.values())
     sizes = sorted({row["bytes"] for launch in found for row in launch["rows"]})
     return harness.table(
         ["bytes", *launches],
         [
-            [str(n), *(harness.spread(ratios_to_native(each, "auto", n), ".2f") for each in launches.values())]
+            [str(n), *(harness.spread(ratios_to_native(each, "auto", n, field), ".2f") for each in launches.values())]
             for n in sizes
         ],
     )
+
+
+def first_call_table(launches: Launches) -> str:
+    """Milliseconds of first calls, a column a case."""
+    rows = []
+    for what, field in (("of the process", "process_us"), ("of a new communicator", "communicator_us")):
+        for name in ("native", "auto"):
+            times = [
+                [first[field] for one in each for first in one.get("cold", []) if first["algorithm"] == name]
+                for each in launches.values()
+            ]
+            rows.append([f"first call {what}, {name}", *(harness.spread(each, ".3g", 1e-3) for each in times)])
+    return harness.table(["ms", *launches], rows, words=1)
 
 
 def speed_table(launches: Launches) -> str:
@@ -108,7 +122,11 @@ def main() -> int:
         launches = {case: [row for row in here if row["case"] == case] for case in CASES}
         launches = {case: each for case, each in launches.items() if each}
         if launches:
-            harness.emit(f"\n### {mpi}, {ranks} ranks\n", ratio_table(launches), speed_table(launches))
+            harness.emit(f"\n### {mpi}, {ranks} ranks\n", ratio_table(launches))
+        if has_field(here, NEW_ARRAYS):
+            harness.emit("On new arrays:\n", ratio_table(launches, NEW_ARRAYS), first_call_table(launches))
+        if launches:
+            harness.emit(speed_table(launches))
     return 0
 
 

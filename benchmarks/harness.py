@@ -28,6 +28,11 @@ from typing import Any, NamedTuple, TypeVar
 from hpccomm.bench.report import processor, versions
 from hpccomm.cluster.nodes import Cluster
 
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
 RESULTS = Path("bench-results")
 """Where results go unless ``--json`` names a file; the committed ones are in docs/measurements."""
 T = TypeVar("T")
@@ -206,7 +211,7 @@ class Record:
     def recall_all(self, keys: Iterable[Hashable], measure: Callable[[Any], Any], into: str = "") -> None:
         """Measure the keys that the file lacks, until the time is over."""
         try:
-            for key in keys:
+            for key in show_bar(keys):
                 self.recall(key, partial(measure, key), into)
         except OutOfTimeError:
             progress("out of time: the same command measures the rest")
@@ -289,8 +294,17 @@ def emit(*texts: str) -> None:
 
 
 def progress(text: str) -> None:
-    """Say on stderr what was done."""
-    sys.stderr.write(f"[{time.strftime('%H:%M:%S')}] {text}\n")
+    """Say on stderr what was done, above the bar if there is one."""
+    line = f"[{time.strftime('%H:%M:%S')}] {text}\n"
+    if tqdm is None:
+        sys.stderr.write(line)
+    else:
+        tqdm.write(line, file=sys.stderr, end="")
+
+
+def show_bar(keys: Iterable[T]) -> Iterable[T]:
+    """The keys, with a progress bar if stderr is a terminal and tqdm is installed."""
+    return keys if tqdm is None else tqdm(keys, file=sys.stderr, disable=None, unit="row", leave=False)
 
 
 # The command line

@@ -15,6 +15,8 @@ from typing import Any
 from benchmarks import harness
 
 Launch = dict[str, Any]
+NEW_ARRAYS = "new_p50_us"
+"""The field of a row for calls on new arrays, their making included."""
 
 
 def medians(launches: Sequence[Launch]) -> list[dict[str, Any]]:
@@ -35,14 +37,19 @@ def merge_values(values: list[Any]) -> Any:
     return None
 
 
-def ratios_to_native(launches: Sequence[Launch], algorithm: str, size: int) -> list[float]:
-    """How many times as fast as native, launch by launch."""
+def ratios_to_native(launches: Sequence[Launch], algorithm: str, size: int, field: str = "p50_us") -> list[float]:
+    """How many times as fast as native, launch by launch; older files have no times on new arrays."""
     found = []
     for each in launches:
-        times = {row["algorithm"]: row["p50_us"] for row in each["rows"] if row["bytes"] == size}
-        if "native" in times and algorithm in times:
+        times = {row["algorithm"]: row.get(field) for row in each["rows"] if row["bytes"] == size}
+        if times.get("native") and times.get(algorithm):
             found.append(times["native"] / times[algorithm])
     return found
+
+
+def has_field(launches: Sequence[Launch], field: str) -> bool:
+    """Whether some row has a value there."""
+    return any(row.get(field) for each in launches for row in each["rows"])
 
 
 def report(launches: Sequence[Launch]) -> str:
@@ -50,14 +57,16 @@ def report(launches: Sequence[Launch]) -> str:
     times = {(row["algorithm"], row["bytes"]): row["p50_us"] for row in medians(launches)}
     names = list(dict.fromkeys(name for name, _ in times))
     others = [name for name in names if name != "native"]
-    head = ["bytes", *(f"{name}, µs" for name in names), *(f"native / {name} (range)" for name in others)]
+    ratios = [(name, field) for field in ("p50_us", NEW_ARRAYS) for name in others if has_field(launches, field)]
+    words = [f"native / {name}{', new arrays' * (field == NEW_ARRAYS)} (range)" for name, field in ratios]
+    head = ["bytes", *(f"{name}, µs" for name in names), *words]
     return harness.table(
         head,
         [
             [
                 str(size),
                 *(f"{times[name, size]:.4g}" for name in names),
-                *(harness.spread(ratios_to_native(launches, name, size), ".2f") for name in others),
+                *(harness.spread(ratios_to_native(launches, name, size, field), ".2f") for name, field in ratios),
             ]
             for size in dict.fromkeys(size for _, size in times)
         ],

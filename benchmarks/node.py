@@ -73,16 +73,18 @@ class Contender(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-REGISTERED = ("--registered", "--in-place")
+REGISTERED, NEW_ARRAYS = ("--registered", "--in-place"), ("--new-arrays",)
+ON_NEW = ", new arrays"
+"""Ends the names of times on new arrays, whose making counts."""
 CONTENDERS = (
-    Contender(".venv", {}, {"native": "Open MPI", "auto": "auto on Open MPI"}),
+    Contender(".venv", {}, {"native": "Open MPI", "auto": "auto on Open MPI"}, NEW_ARRAYS),
     Contender(".venv", {}, {"auto": "registered on Open MPI"}, REGISTERED),
     Contender(".venv", {"OMPI_MCA_coll_han_priority": "100"}, {"native": "Open MPI, han"}),
     Contender(".venv", {"OMPI_MCA_coll_sm_priority": "100"}, {"native": "Open MPI, coll_sm"}),
     Contender(".venv", {"OMPI_MCA_pml": "ucx"}, {"native": "Open MPI, ucx"}),
-    Contender(".venv-mpich", {}, {"native": "MPICH", "auto": "auto on MPICH"}),
+    Contender(".venv-mpich", {}, {"native": "MPICH", "auto": "auto on MPICH"}, NEW_ARRAYS),
     Contender(".venv-mpich", {}, {"auto": "registered on MPICH"}, REGISTERED),
-    Contender(".venv-impi", {}, {"native": "Intel MPI", "auto": "auto on Intel MPI"}),
+    Contender(".venv-impi", {}, {"native": "Intel MPI", "auto": "auto on Intel MPI"}, NEW_ARRAYS),
 )
 OURS = {"auto": "auto on Open MPI", "registered": "registered on Open MPI"}
 REFERENCES = ("Open MPI", "MPICH", "best")
@@ -102,7 +104,9 @@ def launch_contender(contender: Contender, ranks: int, sizes: str) -> Times:
         names = ", ".join(contender.columns.values())
         harness.progress(f"{names}: left out, {str(error).splitlines()[-1]}")
         return {}
-    return {(contender.columns[row["algorithm"]], row["bytes"]): row["p50_us"] for row in rows}
+    found = {(contender.columns[row["algorithm"]], row["bytes"]): row["p50_us"] for row in rows}
+    new = {(contender.columns[row["algorithm"]] + ON_NEW, row["bytes"]): row["new_p50_us"] for row in rows}
+    return found | (new if contender.flags == NEW_ARRAYS else {})
 
 
 def launch_gloo(ranks: int, sizes: str) -> Times:
@@ -165,7 +169,7 @@ def traffic_bytes(name: str, nbytes: int, ranks: int) -> int:
 def tables(found: Rounds, ranks: int) -> str:
     """Medians in microseconds; then ratios with their range, and the share of the memory's bandwidth."""
     others = sorted({name for times, _ in found for name, _ in times} - {*OURS.values()})
-    natives = [name for name in others if not name.startswith(("auto", "registered"))]
+    natives = [name for name in others if not name.startswith(("auto", "registered")) and not name.endswith(ON_NEW)]
     sizes = sorted({nbytes for times, _ in found for _, nbytes in times})
     columns = [*natives, *OURS.values()]
     pairs = [(ours, other) for ours in OURS for other in REFERENCES]
@@ -181,7 +185,25 @@ def tables(found: Rounds, ranks: int) -> str:
     head = ["bytes", *(f"{other} / {ours}" for ours, other in pairs), *OURS]
     gbps = median(rate for _, rate in found)
     note = f"The last two columns: share of the {gbps:.0f} GB/s that all ranks together reach when they copy.\n"
-    return "\n".join([harness.table(["bytes", *columns], times), harness.table(head, rows), note])
+    return "\n".join([harness.table(["bytes", *columns], times), harness.table(head, rows), note, *new_table(found)])
+
+
+def new_table(found: Rounds) -> list[str]:
+    """Each MPI by ours on new arrays; older files have none."""
+    sizes = sorted({nbytes for times, _ in found for name, nbytes in times if name.endswith(ON_NEW)})
+    libraries = ("Open MPI", "MPICH", "Intel MPI")
+    names = [name for name in libraries if any(new_ratios(found, name, nbytes) for nbytes in sizes)]
+    rows = [
+        [str(nbytes), *(harness.spread(new_ratios(found, name, nbytes), ".2f") or "–" for name in names)]
+        for nbytes in sizes
+    ]
+    return [harness.table(["bytes", *(f"{name} / auto{ON_NEW}" for name in names)], rows)] if names else []
+
+
+def new_ratios(found: Rounds, mpi: str, nbytes: int) -> list[float]:
+    """How many times as fast ours is on new arrays, round by round."""
+    pairs = [(times.get((mpi + ON_NEW, nbytes)), times.get((f"auto on {mpi}{ON_NEW}", nbytes))) for times, _ in found]
+    return [theirs / ours for theirs, ours in pairs if theirs and ours]
 
 
 def bandwidth_share(found: Rounds, ours: str, nbytes: int, ranks: int) -> str:
@@ -214,7 +236,7 @@ def ratios(found: Rounds, natives: Sequence[str], ours: str, other: str, nbytes:
 def draw(found: Rounds, out: Path) -> None:
     """Medians against bytes, a line a contender."""
     figure, [[axes]] = harness.panels(8, 5.5)
-    for name in sorted({name for times, _ in found for name, _ in times}):
+    for name in sorted({name for times, _ in found for name, _ in times if not name.endswith(ON_NEW)}):
         sizes = sorted({nbytes for times, _ in found for each, nbytes in times if each == name})
         values = [median(times[name, size] for times, _ in found if (name, size) in times) for size in sizes]
         ours = name in OURS.values()

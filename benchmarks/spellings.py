@@ -75,6 +75,8 @@ comm.Bcast([x, 4, MPI.DOUBLE] if r else x, 0)
 comm.Bcast([i, MPI.INT], root=0)
 comm.Bcast(octets, root=0)
 comm.Bcast([octets, MPI.CHAR if r else MPI.BYTE])
+comm.Bcast(letters)
+comm.Gather([letters, 2, MPI.CHAR], [octets, 2, MPI.CHAR] if r == 0 else None)
 comm.Bcast(f)
 comm.Bcast(x.reshape(2, 2))
 comm.Bcast(half)
@@ -171,6 +173,7 @@ def make_names(comm: Any) -> dict[str, Any]:
         "m": m, "n": np.zeros((4, 4)), "f": np.asfortranarray(m[:, :3]),
         "z": x + 1j * r, "w": np.zeros(4, "c16"),
         "k": np.zeros(1, int),
+        "letters": np.array([b"a", b"b", b"c", b"d"]) if r else np.array([b"w", b"x", b"y", b"z"]),
         "number": np.zeros(()), "numbers": array.array("d", [0, 0]),
         "flags": np.arange(4) == r, "seen": np.zeros(4, bool),
         "octets": bytearray(range(r, r + 8)), "half": x.astype("f2"), "halves": np.zeros(4 * p, "f2"),

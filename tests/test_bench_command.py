@@ -87,6 +87,17 @@ def test_several_algorithms_are_compared_with_native_and_written_to_a_file(tmp_p
         assert words[1] == f"{row['p50_us']:.2f}"
 
 
+def test_new_arrays_add_columns_and_first_calls_add_comments(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    lines = lines_of(bench(2, f"bcast --algorithm native,auto --new-arrays --cold -m 4:8 -i 5 -x 1 -c --json {out}"))
+    for line, what in zip(lines[2:4], ("the process", "a new communicator"), strict=True):
+        assert re.fullmatch(rf"# First call of {what}, 4 bytes \(us\): native \d+\.\d\d, auto \d+\.\d\d", line)
+    assert [len(line.split()) for line in lines[6:-1]] == [1 + 2 * 3 + 3 + 1] * 2
+    found = json.loads(out.read_text())
+    assert [set(each) for each in found["cold"]] == [{"algorithm", "bytes", "process_us", "communicator_us"}] * 2
+    assert all(row["new_call_p50_us"] <= row["new_p50_us"] for row in found["rows"])
+
+
 def test_nccl_tests_table_and_its_readers() -> None:
     lines = lines_of(bench(2, "allreduce --format nccl -b 1K -e 4K -i 3"))
     start = next(k for k, line in enumerate(lines) if "out-of-place" in line)

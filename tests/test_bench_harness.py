@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -92,6 +93,12 @@ def test_no_measurement_begins_after_the_time_is_over(tmp_path: Path, capsys: py
     assert "the same command measures the rest" in capsys.readouterr().err
 
 
+def test_there_is_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(harness.show_bar(["a", "b"])) == ["a", "b"]
+    harness.progress("measured a")
+    assert re.fullmatch(r"\[\d\d:\d\d:\d\d\] measured a\n", capsys.readouterr().err)
+
+
 def test_a_record_reads_older_files_and_refuses_another_job(tmp_path: Path) -> None:
     file = tmp_path / "record.json"
     file.write_text('[{"shape": "4 x 2"}]')
@@ -136,6 +143,22 @@ def test_launches_are_joined_by_medians_and_the_worst_launch_stands_beside_them(
     assert [row["p50_us"] for row in medians(launches())] == [12.0, 8.0]
     assert ratios_to_native(launches(), "ring", 4) == [2.0, 4.0, 1.5]
     assert "| 4 | 12 | 8 | **2.00** (1.50–4.00) |" in report(launches())
+
+
+def test_ratios_on_new_arrays_stand_beside_those_on_the_same_arrays() -> None:
+    new = [
+        {
+            "rows": [
+                {**row, "new_p50_us": 2 * row["p50_us"] if row["algorithm"] == "ring" else 20.0} for row in each["rows"]
+            ]
+        }
+        for each in launches()
+    ]
+    assert ratios_to_native(new, "ring", 4, "new_p50_us") == [2.0, 1.0, 1.25]
+    assert ratios_to_native(launches(), "ring", 4, "new_p50_us") == []
+    head, _, line = report(new).splitlines()
+    assert head.endswith("| native / ring (range) | native / ring, new arrays (range) |")
+    assert line.endswith("| **2.00** (1.50–4.00) | **1.25** (1.00–2.00) |")
 
 
 def test_shapes_on_the_command_line_replace_the_default_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from mpi4py import MPI
 from hpccomm import ArgumentError
 from hpccomm.bench import Options, Row, measure
 from hpccomm.bench.cases import CASES
+from hpccomm.bench.cold import measure_first_calls
 from hpccomm.bench.loop import TURNS
 
 COLLECTIVES = [name for name, case in CASES.items() if not case.ends]
@@ -47,6 +49,81 @@ def test_every_algorithm_of_every_collective_is_right(comm: Any, collective: str
 def test_messages_arrive(comm: Any, name: str) -> None:
     rows = list(measure(comm, name, [0, 1, 1000, 100000], ("native",), options(dtype="i1", window=4)))
     assert [(row.bytes, row.validated) for row in rows] == [(1, True), (1000, True), (100000, True)]
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_windows_in_both_directions_need_no_answer(comm: Any) -> None:
+    class Logged(MPI.Intracomm):
+        def Isend(self, *message: Any) -> Any:
+            sent.append("Isend")
+            return super().Isend(*message)
+
+        def Send(self, *message: Any) -> None:
+            sent.append("Send")
+            super().Send(*message)
+
+    for name, answers in (("bw", comm.rank), ("bibw", 0)):
+        sent: list[str] = []
+        list(measure(Logged(comm), name, [8], ("native",), Options(iterations=3, warmup=2, dtype="i1", window=4)))
+        assert sent.count("Isend") == (0 if answers else 5 * 4)
+        assert sent.count("Send") == 5 * answers
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("collective", [name for name in COLLECTIVES if name != "barrier"])
+def test_calls_on_new_arrays_are_timed_and_right(comm: Any, collective: str) -> None:
+    case = CASES[collective]
+    roots = (0, None) if case.has_root else (0,)
+    for in_place, root in itertools.product({False, case.in_place}, roots):
+        chosen = options(new_arrays=True, in_place=in_place, root=root)
+        for row in measure(comm, collective, [60, 4000], ("native", "auto"), chosen):
+            assert row.complaint == ""
+            assert row.validated
+            assert 0 < row.new_call_avg_us < row.new_avg_us  # type: ignore[operator]
+            assert 0 < row.new_call_p50_us < row.new_p50_us  # type: ignore[operator]
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_successive_calls_on_new_arrays_never_have_the_same_memory(comm: Any) -> None:
+    class Logged(MPI.Intracomm):
+        def Allreduce(self, send: Any, recv: Any, op: MPI.Op = MPI.SUM) -> None:
+            addresses.append((send.ctypes.data, recv.ctypes.data))
+            super().Allreduce(send, recv, op)
+
+    addresses: list[tuple[int, int]] = []
+    list(measure(Logged(comm), "allreduce", [4096], ("native",), Options(iterations=50, warmup=0, new_arrays=True)))
+    same, new = addresses[:50], addresses[50:]
+    assert len(set(same)) == 1
+    assert len(new) == 50
+    assert not any({*a} & {*b} for a, b in itertools.pairwise(new))
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_a_result_that_goes_to_the_arrays_of_an_earlier_call_is_wrong(comm: Any) -> None:
+    class Remembering(MPI.Intracomm):
+        first: Any = None
+
+        def Allreduce(self, send: Any, recv: Any, op: MPI.Op = MPI.SUM) -> None:
+            self.first = recv if self.first is None else self.first
+            super().Allreduce(send, self.first, op)
+
+    for new_arrays in (False, True):
+        [row] = measure(Remembering(comm), "allreduce", [64], ("native",), options(new_arrays=new_arrays))
+        assert row.validated is not new_arrays
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("collective", [*COLLECTIVES, *MESSAGES])
+def test_first_calls_of_the_process_and_of_a_new_communicator_are_timed(comm: Any, collective: str) -> None:
+    if CASES[collective].ends and comm.size != 2:
+        return
+    found = measure_first_calls(collective, (0, 1, 64, 128), ("auto", "ring", "native"), Options())
+    assert [(each.algorithm, each.bytes) for each in found] == [
+        (name, 0 if collective == "barrier" else 64) for name in ("native", "auto")
+    ]
+    assert all(each.process_us > 0 and each.communicator_us > 0 for each in found)
+    assert comm.allgather(found) == [found] * comm.size
+    assert measure_first_calls(collective, (), ("auto",), Options()) == []
 
 
 @pytest.mark.mpi(sizes=(2, 3))

@@ -114,6 +114,28 @@ def test_bandwidth_is_in_millions_of_bytes() -> None:
     ]
 
 
+def test_bandwidths_of_several_algorithms_are_medians_too() -> None:
+    row = replace(ROW, collective="bw", bytes=1000, avg_us=0.5, p50_us=0.5, algbw_GBps=2.0)
+    header, line = table("bw", ["native", "auto"], [row, replace(row, avg_us=1.0, p50_us=0.4, algbw_GBps=1.0)])
+    assert re.split(r"\s{2,}", header)[1:] == ["native P50(MB/s)", "auto P50(MB/s)", "native/auto"]
+    assert line.split() == ["1000", "2000.00", "2500.00", "1.25"]
+
+
+def test_times_on_new_arrays_have_columns_of_their_own() -> None:
+    new = replace(ROW, new_avg_us=5.0, new_p50_us=4.0, new_call_avg_us=3.0, new_call_p50_us=2.5)
+    header, line = table("allreduce", ["auto"], [new], new_arrays=True)
+    assert header == "# Size         Avg Latency(us)      New Arrays(us)  New, Call Only(us)"
+    assert line.split() == ["8", "2.35", "5.00", "3.00"]
+    native = replace(new, p50_us=6.0, new_p50_us=2.0, new_call_p50_us=1.0)
+    header, line = table("allreduce", ["native", "auto"], [native, new], new_arrays=True)
+    assert re.split(r"\s{2,}", header)[1:] == [
+        *("native P50(us)", "native New Arrays(us)", "native New, Call Only(us)"),
+        *("auto P50(us)", "auto New Arrays(us)", "auto New, Call Only(us)"),
+        *("native/auto", "native/auto New Arrays", "native/auto New, Call Only"),
+    ]
+    assert line.split() == ["8", *("6.00", "2.00", "1.00"), *("2.00", "4.00", "2.50"), *("3.00", "0.50", "0.40")]
+
+
 def test_large_sizes_keep_a_space_before_the_number() -> None:
     line = table("allreduce", ["auto"], [replace(ROW, bytes=1 << 30, avg_us=1234567.891)])[1]
     assert line == "1073741824          1234567.89"
@@ -370,6 +392,18 @@ def test_flags_reach_the_loop() -> None:
     assert (streaming.iterations, streaming.warmup) == (20, 5)
 
 
+def test_new_arrays_and_first_calls_are_measured_on_demand() -> None:
+    plain, full = parse_line("allreduce"), parse_line("allreduce --new-arrays --cold")
+    assert (plain.options.new_arrays, plain.columns.new_arrays, plain.cold) == (False, False, False)
+    assert (full.options.new_arrays, full.columns.new_arrays, full.cold) == (True, True, True)
+    assert parse_line("latency --cold --algorithm all").cold
+
+
+def test_messages_are_measured_on_the_communicator_or_on_plain_mpi4py() -> None:
+    assert parse_line("latency").algorithms == ("auto",)
+    assert parse_line("bw --algorithm native,auto").algorithms == ("native", "auto")
+
+
 def test_times_of_single_calls_are_collected_only_on_demand() -> None:
     assert parse_line("allreduce").options.percentiles == ()
     assert parse_line("allreduce -z99").options.percentiles == (99,)
@@ -394,7 +428,12 @@ def test_times_of_single_calls_are_collected_only_on_demand() -> None:
         ("bcast -l", "-l"),
         ("barrier -c", "no data to check"),
         ("latency -f", "for collectives"),
-        ("latency --algorithm ring", "for collectives"),
+        ("latency --new-arrays", "ordinary arrays"),
+        ("barrier --new-arrays", "ordinary arrays"),
+        ("allreduce --new-arrays --registered", "ordinary arrays"),
+        ("allreduce --new-arrays --format nccl", "OSU's table"),
+        ("allreduce --cold --algorithm ring", "native and auto"),
+        ("allreduce --cold -d cuda", "in host memory"),
         ("bw --format nccl", "that move data"),
         ("allreduce --format nccl -m 8", "--minbytes"),
         ("allreduce --format nccl -b 8 -e 4", "a minimum up to the maximum"),
@@ -499,3 +538,19 @@ def test_bandwidth_counts_the_bytes_that_ranks_must_at_least_read_or_write() -> 
     assert "| 16777216 | native | 4 | 4 |" in collectives.speed_table(three)
     assert "| 16777216 | auto | 40 | 40 |" in collectives.speed_table(three)
     assert "| 16777216 | auto | 80 | 60 |" in collectives.speed_table(five)
+
+
+def test_the_tables_of_collectives_have_new_arrays_and_first_calls() -> None:
+    rows = [
+        {"algorithm": name, "bytes": 8, "p50_us": 1.0, "new_p50_us": us}
+        for name, us in (("native", 6.0), ("auto", 2.0))
+    ]
+    cold = [
+        {"algorithm": "native", "process_us": 50.0, "communicator_us": 20.0},
+        {"algorithm": "auto", "process_us": 9000.0, "communicator_us": 400.0},
+    ]
+    found = {"bcast": [{"rows": rows, "cold": cold}], "reduce": [{"rows": rows}]}  # an older file has no first calls
+    assert "| 8 | **3.00** (3.00–3.00) | **3.00** (3.00–3.00) |" in collectives.ratio_table(found, "new_p50_us")
+    lines = collectives.first_call_table(found).splitlines()
+    assert lines[2] == "| first call of the process, native | **0.05** (0.05–0.05) |  |"
+    assert lines[5] == "| first call of a new communicator, auto | **0.4** (0.4–0.4) |  |"

@@ -34,6 +34,8 @@ X = np.arange(8, dtype="f4")
         (bytearray(8), 8, "u1"),
         ([bytearray(8), MPI.INT], 2, "i4"),
         (np.zeros(0), 0, "f8"),
+        (np.array([b"a", b"b"]), 2, "u1"),
+        ([bytearray(8), MPI.CHAR], 8, "u1"),
     ],
 )
 def test_forms_with_one_block_have_elements_and_dtype(form: Any, elements: int, dtype: str) -> None:
@@ -107,7 +109,7 @@ def test_forms_without_contiguous_numpy_elements_are_opaque(form: Any) -> None:
         (np.broadcast_to(X[:1], (3,)), "ascontiguousarray"),
         (X.astype(">f4"), "newbyteorder"),
         (X.astype(object), "lower-case"),
-        (np.array(["a"]), "numeric"),
+        (np.array(["ab"]), "numeric"),
         (np.zeros(2, "M8[s]"), "numeric"),
         (np.zeros(2, [("a", "i4")]), "numeric"),
         (np.ma.masked_array(X), "filled"),

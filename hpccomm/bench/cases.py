@@ -203,17 +203,13 @@ def send_window(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str,
 
 
 def exchange_windows(comm: Any, s: Shape, send: Array, recv: Array, named: tuple[str, ...]) -> Call:
-    """A window of messages in each direction, then a short answer to rank 0."""
-    window, wait_all, answer, peer = range(s.window), MPI.Request.Waitall, bytearray(1), 1 - s.rank
+    """A window of messages in each direction, without an answer, as in osu_bibw."""
+    window, wait_all, peer = range(s.window), MPI.Request.Waitall, 1 - s.rank
 
     def exchange() -> None:
         requests = [comm.Irecv(recv, peer, 2) for _ in window]
         requests += [comm.Isend(send, peer, 2) for _ in window]
         wait_all(requests)
-        if peer:
-            comm.Recv(answer, 1, 3)
-        else:
-            comm.Send(answer, 0, 3)
 
     return exchange
 

@@ -35,6 +35,7 @@ class BenchArguments:
     options: Options
     columns: ColumnOptions
     nccl: bool
+    cold: bool
     factor: int
     memory_limit: int
     least: float | None
@@ -92,6 +93,8 @@ def parser(collective: str) -> Parser:
     add("--algorithm", default="auto", metavar="A,B,…", help="medians in columns: native,auto,… or all (default auto)")
     add("--stepfactor", "--step-factor", type=positive, metavar="F", help="ratio of successive sizes (default 2)")
     add("--registered", action="store_true", help="take buffers from comm.empty, which all ranks of a node can read")
+    add("--new-arrays", action="store_true", help="time and check calls on new arrays too, their making counted or not")
+    add("--cold", action="store_true", help="time the first call of the process and of a communicator: native, auto")
     add("--json", metavar="FILE", help="write the rows, the machine and this command into FILE")
     add = made.add_argument_group("as nccl-tests").add_argument
     add("--format", choices=("osu", "nccl"), default="osu", help="the format of the table (default osu)")
@@ -142,7 +145,7 @@ def parse_flags(collective: str, words: Sequence[str]) -> BenchArguments:
     check_flags(collective, case, args)
     nccl = args.format == "nccl"
     percentiles = percentiles_of(args.tail_lat)
-    algorithms = ("native",) if case.ends else tuple(args.algorithm.split(","))
+    algorithms = tuple(args.algorithm.split(","))
     collected = percentiles or ((50,) if args.json or len(algorithms) > 1 or algorithms == ("all",) else ())
     return BenchArguments(
         collective,
@@ -150,8 +153,9 @@ def parse_flags(collective: str, words: Sequence[str]) -> BenchArguments:
         datatypes_of(args, "mpi_char" if case.ends else "mpi_float"),
         algorithms,
         options_of(args, nccl, collected),
-        ColumnOptions(args.full, args.validation, percentiles),
+        ColumnOptions(args.full, args.validation, percentiles, args.new_arrays),
         nccl,
+        args.cold,
         args.stepfactor or 2,
         args.mem_limit or MEMORY_LIMIT,
         args.min_busbw,
@@ -176,7 +180,12 @@ def check_flags(collective: str, case: Case, args: argparse.Namespace) -> None:
         "--registered": args.registered
         and (case.ends or args.accelerator)
         and "is for collectives of host memory: leave it out",
-        "--algorithm": args.algorithm != "auto" and case.ends and "is for collectives: leave it out",
+        "--new-arrays": args.new_arrays
+        and (case.ends or nccl or collective == "barrier" or args.registered or args.accelerator)
+        and "is for collectives of ordinary arrays in OSU's table: leave it out",
+        "--cold": args.cold
+        and (args.accelerator or not {"native", "auto", "all"} & set(args.algorithm.split(",")))
+        and "is for native and auto in host memory: leave it out",
         "--format nccl": nccl
         and (case.ends or collective == "barrier")
         and "is for collectives that move data: use --format osu",
@@ -303,6 +312,7 @@ def options_of(args: argparse.Namespace, nccl: bool, percentiles: tuple[int, ...
         on_device=bool(args.accelerator),
         bare_native=not args.accelerator,
         streaming=nccl,
+        new_arrays=args.new_arrays,
         percentiles=percentiles,
         window=args.window_size or 64,
         **more,

@@ -3,17 +3,21 @@
 Each call is timed as ``t0; call; t1`` and followed by a barrier that is not timed.  A row shows the minimum, mean and
 maximum over the ranks of each rank's mean over its calls, as the OSU Micro-Benchmarks do.  Percentiles are of each
 call's mean over the ranks.  Results are checked in separate calls, so that checking does not change the times.
+
+Programs make new arrays for most of their calls.  With ``Options.new_arrays`` as many calls again are timed in that
+way, with the making of the arrays and without it, and results are checked on new arrays.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +42,18 @@ ALIGNMENT = 64
 """Alignment of buffers, bytes."""
 MAX_CACHED = 1 << 20
 """Inputs of up to this many elements are cached for the next checked call."""
+KEPT_ARRAYS = 2
+"""New arrays live until so many calls later, so that two successive calls never get the same memory."""
+
+BindArrays = Callable[[Any, Any], Call]
+"""Makes a call from the send and the receive buffer."""
+
+
+class NewCall(NamedTuple):
+    """A call on arrays that are made for it."""
+
+    make: Callable[[], tuple[Any, Any]]
+    bind: BindArrays
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,8 @@ class Options:
     """``"native"`` calls mpi4py's own method and not the communicator's."""
     streaming: bool = False
     """No barrier between calls, as in nccl-tests."""
+    new_arrays: bool = False
+    """Time as many calls again, and check results, on new arrays."""
     percentiles: tuple[int, ...] = (50, 99)
     """Empty: the times of single calls are not collected."""
     window: int = 64
@@ -98,6 +116,12 @@ class Row:
     """The time that the cost model predicts, if it covers the algorithm."""
     in_place: bool = False
     registered: bool = False
+    new_avg_us: float | None = None
+    """On new arrays, their making included; ``None``: not measured."""
+    new_p50_us: float | None = None
+    new_call_avg_us: float | None = None
+    """The calls alone, on new arrays."""
+    new_call_p50_us: float | None = None
     wrong: int = 0
     """Wrong elements over all ranks and checked calls."""
     complaint: str = ""
@@ -191,20 +215,26 @@ class Bench:
     def rows(self, size: int, algorithms: Sequence[str]) -> list[Row]:
         """Measure all algorithms at one size."""
         exercise = Exercise(self.case, self.shapes(size), self.inputs, self.memory)
-        calls = {name: self.calls(exercise, name) for name in algorithms}
+        binds = {name: self.binds(exercise, name) for name in algorithms}
+        calls = {name: [bind(exercise.send, exercise.recv) for bind in each] for name, each in binds.items()}
         exercise.clear_buffers()
         timed, untimed = self.repeats(size, calls)
         longest = max(max(self.time(each, untimed), default=0) for each in calls.values())
-        times = self.take_turns(calls, timed, self.max_over_ranks(longest) < LONG_CALL)
-        found = {name: self.check(exercise, each, timed) for name, each in calls.items()}
-        return [self.row(size, name, times[name], found[name]) for name in algorithms]
+        short = self.max_over_ranks(longest) < LONG_CALL
+        times, new = self.take_turns(calls, timed, short, self.time), {}
+        if self.options.new_arrays:
+            renewed = {name: exercise.renew_calls(each) for name, each in binds.items()}
+            new = self.take_turns(renewed, timed, short, self.time_new)
+        found = {name: self.check(exercise, each, timed) for name, each in binds.items()}
+        return [self.row(size, name, times[name], found[name], new.get(name, [])) for name in algorithms]
 
-    def calls(self, exercise: Exercise, algorithm: str) -> list[Call]:
-        """The calls of an algorithm, one for each root."""
+    def binds(self, exercise: Exercise, algorithm: str) -> list[BindArrays]:
+        """What makes the calls of an algorithm, one for each root; an algorithm that is the default is not named."""
         comm = self.plain if algorithm == "native" and self.options.bare_native else self.comm
         bind = self.case.bind
-        named = (algorithm,) if isinstance(bind, MethodCall) and takes_algorithm(getattr(comm, bind.method)) else ()
-        return [bind(comm, shape, exercise.send, exercise.recv, named) for shape in exercise.shapes]
+        by_name = isinstance(bind, MethodCall) and takes_algorithm(getattr(comm, bind.method))
+        named = (algorithm,) if by_name and algorithm != getattr(comm, "algorithm", "") else ()
+        return [partial(bind_arrays, bind, comm, shape, named) for shape in exercise.shapes]
 
     def repeats(self, size: int, calls: dict[str, list[Call]]) -> tuple[int, int]:
         """The numbers of timed and untimed calls."""
@@ -223,30 +253,39 @@ class Bench:
         """The longest of all ranks' times, in seconds (collective)."""
         return float(self.plain.allreduce(nanoseconds, MPI.MAX)) / 1e9
 
-    def take_turns(self, calls: dict[str, list[Call]], timed: int, short: bool) -> dict[str, list[int]]:
-        """Time the algorithms in turns, in nanoseconds.
+    def take_turns(self, calls: dict[str, list[Any]], timed: int, short: bool, time: Any) -> dict[str, list[Any]]:
+        """What ``time`` finds, with the algorithms in turns.
 
         Each turn begins with another algorithm.  Where calls are ``short``, the first one of a turn is not timed.
         """
-        times: dict[str, list[int]] = {name: [] for name in calls}
+        times: dict[str, list[Any]] = {name: [] for name in calls}
         names = list(calls)
         turns = min(TURNS, timed) if len(names) > 1 else 1
         for turn in range(turns):
             length = timed * (turn + 1) // turns - timed * turn // turns
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 warm = int(short and turns > 1)
-                times[name] += self.time(calls[name], length + warm, len(times[name]))[warm:]
+                times[name] += time(calls[name], length + warm, len(times[name]))[warm:]
         return times
 
     def time(self, calls: list[Call], count: int, first: int = 0) -> list[int]:
         """Time ``count`` calls, in nanoseconds."""
+        return self.run_timer(time_calls, calls, count, first)
+
+    def time_new(self, calls: list[NewCall], count: int, first: int = 0) -> list[tuple[int, int]]:
+        """Time ``count`` times the making of arrays and a call on them, in nanoseconds."""
+        return self.run_timer(time_new_calls, calls, count, first)
+
+    def run_timer(self, timer: Any, calls: list[Any], count: int, first: int) -> list[Any]:
+        """Run a timer over ``count`` calls, after a barrier and without garbage collection."""
         sequence = [calls[k % len(calls)] for k in range(first, first + count)]
         between = no_op if self.options.streaming or self.case.ends or self.collective == "barrier" else self.barrier
         self.barrier()
         collecting = gc.isenabled()
         gc.disable()
         try:
-            return time_calls(sequence, between)
+            times: list[Any] = timer(sequence, between)
+            return times
         finally:
             if collecting:
                 gc.enable()
@@ -257,13 +296,15 @@ class Bench:
         barrier: Call = self.plain.Barrier
         return barrier
 
-    def check(self, exercise: Exercise, calls: list[Call], count: int) -> tuple[int, str]:
+    def check(self, exercise: Exercise, binds: list[BindArrays], count: int) -> tuple[int, str]:
         """Check ``count`` calls: the number of wrong elements over all ranks, and a sentence about the first one."""
         if not self.options.check:
             return 0, ""
         wrong, complaint = 0, ""
         for k in range(count):
-            call = calls[k % len(calls)]
+            if self.options.new_arrays:
+                exercise.renew(k)
+            call = binds[k % len(binds)](exercise.send, exercise.recv)
             for _ in range(self.options.check_warmup):
                 call()
             self.barrier()
@@ -277,7 +318,9 @@ class Bench:
         found = self.plain.allgather((wrong, complaint))
         return sum(each for each, _ in found), next((words for _, words in found if words), "")
 
-    def row(self, size: int, algorithm: str, times: list[int], found: tuple[int, str]) -> Row:
+    def row(
+        self, size: int, algorithm: str, times: list[int], found: tuple[int, str], new: list[tuple[int, int]]
+    ) -> Row:
         """The row of an algorithm (collective)."""
         case, options, p, itemsize = self.case, self.options, self.comm.size, self.dtype.itemsize
         samples = np.array(times) * (1e-3 / case.messages(options.window))
@@ -303,11 +346,22 @@ class Bench:
             predicted_us=predict_us(self.comm, case, algorithm, nbytes) if self.comm.rank == 0 else None,
             in_place=options.in_place,
             registered=options.registered,
+            **self.summarise_new(new),
             wrong=wrong,
             complaint=complaint and f"{algorithm}: {complaint}",
         )
         row: Row = self.plain.bcast(made)
         return row
+
+    def summarise_new(self, times: list[tuple[int, int]]) -> dict[str, Any]:
+        """Mean and median of each call's mean over the ranks: with the making of the arrays, and without."""
+        if not times:
+            return {}
+        total = np.empty((len(times), 2))
+        self.plain.Allreduce(np.array(times) * (1e-3 / self.comm.size), total)
+        columns = {"new": total.sum(axis=1), "new_call": total[:, 1]}
+        means = {f"{name}_avg_us": float(each.mean()) for name, each in columns.items()}
+        return means | {f"{name}_p50_us": percentile(each, 50) for name, each in columns.items()}
 
     def tails(self, samples: npt.NDArray[np.float64]) -> dict[str, Any]:
         """Percentiles of each call's mean over the ranks; of tests between two ranks, those of rank 0's times."""
@@ -343,6 +397,20 @@ class Exercise:
         content[: before.size] = before
         write_buffer(self.send, self.numbers(layout.send, variant))
         write_buffer(self.recv, content)
+
+    def renew_calls(self, binds: list[BindArrays]) -> list[NewCall]:
+        """Calls on new arrays, one for each root."""
+        return [NewCall(partial(self.make_arrays, k), bind) for k, bind in enumerate(binds)]
+
+    def make_arrays(self, k: int) -> tuple[Any, Any]:
+        """New arrays of the k-th call, as programs make them: copies of input, uninitialised ones for results."""
+        layout = self.contents[k % len(self.contents)]
+        send = self.send.copy() if layout.send else self.send
+        return send, self.recv.copy() if layout.before else np.empty_like(self.recv)
+
+    def renew(self, k: int) -> None:
+        """Replace the buffers by new arrays of the k-th call."""
+        self.send, self.recv = self.make_arrays(k)
 
     def count_wrong(self, k: int) -> int:
         """The number of wrong elements after the k-th call on this rank."""
@@ -409,6 +477,28 @@ def time_calls(sequence: list[Call], between: Call) -> list[int]:
         keep(now() - began)
         between()
     return times
+
+
+def time_new_calls(sequence: list[NewCall], between: Call) -> list[tuple[int, int]]:
+    """Time the making of the arrays of each call, and the call, in nanoseconds; binding and freeing are not timed."""
+    now, times, kept = perf_counter_ns, list[tuple[int, int]](), deque[Any](maxlen=KEPT_ARRAYS)
+    for make, bind in sequence:
+        began = now()
+        arrays = make()
+        making = now() - began
+        call = bind(*arrays)
+        began = now()
+        call()
+        times.append((making, now() - began))
+        kept.append(arrays)
+        between()
+    return times
+
+
+def bind_arrays(bind: Any, comm: Any, shape: Shape, named: tuple[str, ...], send: Any, recv: Any) -> Call:
+    """The call of a benchmark on two buffers."""
+    call: Call = bind(comm, shape, send, recv, named)
+    return call
 
 
 def no_op() -> None:

@@ -37,6 +37,7 @@ class ColumnOptions(NamedTuple):
     full: bool = False
     check: bool = False
     percentiles: tuple[int, ...] = ()
+    new_arrays: bool = False
 
 
 def title(collective: str) -> str:
@@ -65,7 +66,11 @@ def line(columns: Sequence[Column], rows: Sequence[Row]) -> str:
 
 def columns_of(collective: str, algorithms: Sequence[str], options: ColumnOptions) -> list[Column]:
     """The columns of OSU's table for one algorithm, or of a comparison of several."""
-    found = osu_columns(collective, options) if len(algorithms) == 1 else comparison_columns(algorithms, options)
+    found = (
+        osu_columns(collective, options)
+        if len(algorithms) == 1
+        else comparison_columns(collective, algorithms, options)
+    )
     if collective != "barrier":
         return [Column("# Size", lambda rows: str(rows[0].bytes), 10), *found]
     first = found[0]
@@ -76,9 +81,11 @@ def osu_columns(collective: str, options: ColumnOptions) -> list[Column]:
     """The columns that OSU prints."""
     bandwidth = is_bandwidth(collective)
     if bandwidth:
-        found = [Column("Bandwidth (MB/s)", lambda rows: number(rows[0].algbw_GBps * 1e3))]
+        found = [bandwidth_column("Bandwidth (MB/s)", 0, "avg_us")]
     else:
         found = [statistic("Avg Latency(us)", 0, "avg_us")]
+    if options.new_arrays:
+        found += [statistic(title, 0, f"{field}_avg_us") for title, field in NEW_ARRAYS.items()]
     if options.full:
         found += [statistic("Min Latency(us)", 0, "min_us"), statistic("Max Latency(us)", 0, "max_us"), ITERATIONS]
     if options.check:
@@ -87,17 +94,24 @@ def osu_columns(collective: str, options: ColumnOptions) -> list[Column]:
     return found + [tail(f"P{p} Tail {unit}", 0, k, bandwidth) for k, p in enumerate(options.percentiles)]
 
 
-def comparison_columns(algorithms: Sequence[str], options: ColumnOptions) -> list[Column]:
-    """The median latency of each algorithm, then the speed of each as a multiple of native's."""
+def comparison_columns(collective: str, algorithms: Sequence[str], options: ColumnOptions) -> list[Column]:
+    """The median latency or bandwidth of each algorithm, then the speed of each as a multiple of native's."""
     found: list[Column] = []
+    bandwidth = is_bandwidth(collective)
+    new = {title: f"{field}_p50_us" for title, field in NEW_ARRAYS.items()} if options.new_arrays else {}
     for k, name in enumerate(algorithms):
-        found.append(statistic(f"{name} P50(us)", k, "p50_us"))
+        make, unit = (bandwidth_column, "MB/s") if bandwidth else (statistic, "us")
+        found.append(make(f"{name} P50({unit})", k, "p50_us"))
+        found += [statistic(f"{name} {title}", k, field) for title, field in new.items()]
         if options.full:
             found += [statistic(f"{name} {word}(us)", k, f"{word.lower()}_us") for word in ("Avg", "Min", "Max")]
-        found += [tail(f"{name} P{p}(us)", k, j) for j, p in enumerate(options.percentiles)]
+        found += [tail(f"{name} P{p}({unit})", k, j, bandwidth) for j, p in enumerate(options.percentiles)]
     if "native" in algorithms:
         native = list(algorithms).index("native")
-        found += [speed_up(f"native/{name}", native, k) for k, name in enumerate(algorithms) if k != native]
+        for title, field in {"": "p50_us", **new}.items():
+            words = f" {title.removesuffix('(us)')}".rstrip()
+            others = [(k, name) for k, name in enumerate(algorithms) if k != native]
+            found += [speed_up(f"native/{name}{words}", native, k, field) for k, name in others]
     return [*found, *([ITERATIONS] if options.full else []), *([VALIDATION] if options.check else [])]
 
 
@@ -106,25 +120,29 @@ def statistic(title: str, k: int, field: str) -> Column:
     return wide_column(title, lambda rows: number(getattr(rows[k], field)))
 
 
+def bandwidth_column(title: str, k: int, field: str) -> Column:
+    """The bandwidth of the k-th algorithm that belongs to a time of its row, in MB/s."""
+    return wide_column(title, lambda rows: number(bandwidth_of(rows[k], getattr(rows[k], field))))
+
+
+def bandwidth_of(row: Row, microseconds: float) -> float:
+    """The bandwidth in MB/s if a call of a row takes so long."""
+    return row.algbw_GBps * 1e3 * row.avg_us / microseconds
+
+
 def tail(title: str, k: int, j: int, bandwidth: bool = False) -> Column:
     """The j-th percentile of the k-th algorithm; of bandwidth tests in MB/s."""
 
     def text(rows: Sequence[Row]) -> str:
         row = rows[k]
-        return number(row.algbw_GBps * 1e3 * row.avg_us / row.tails[j] if bandwidth else row.tails[j])
+        return number(bandwidth_of(row, row.tails[j]) if bandwidth else row.tails[j])
 
     return wide_column(title, text)
 
 
-def speed_up(title: str, native: int, k: int) -> Column:
-    """The median time of native over that of the k-th algorithm."""
-    return wide_column(title, lambda rows: number(median(rows[native]) / median(rows[k])))
-
-
-def median(row: Row) -> float:
-    """The median time in microseconds."""
-    assert row.p50_us is not None
-    return row.p50_us
+def speed_up(title: str, native: int, k: int, field: str) -> Column:
+    """A median time of native over that of the k-th algorithm."""
+    return wide_column(title, lambda rows: number(getattr(rows[native], field) / getattr(rows[k], field)))
 
 
 def wide_column(name: str, text: Callable[..., str]) -> Column:
@@ -142,6 +160,8 @@ def number(value: float) -> str:
     return f"{value:.2f}"
 
 
+NEW_ARRAYS = {"New Arrays(us)": "new", "New, Call Only(us)": "new_call"}
+"""Titles of the times on new arrays, with their making and without, and the fields of a row."""
 ITERATIONS = Column("Iterations", lambda rows: str(rows[0].iterations), 12)
 VALIDATION = Column("Validation", lambda rows: "Pass" if all(row.validated for row in rows) else "Fail")
 

@@ -20,6 +20,8 @@ from hpccomm.kernels.reductions.reference import PAIRS, code_of
 
 MPI_KINDS = "biufc"
 """Kinds of NumPy dtypes (``dtype.kind``) for which MPI has a datatype."""
+CHARACTERS = {np.dtype("S1").str: "u1", np.dtype("U1").str: "u4"}
+"""The integers as which characters are moved."""
 
 
 @dataclass
@@ -160,6 +162,8 @@ def read_array(array: npt.NDArray[Any], raw: Any, who: str) -> Buffer:
     if is_masked(raw):
         raise ArgumentError(f"{who}: a masked array would lose its mask: pass x.filled(value)")
     half = half_of(array.dtype)
+    if array.dtype.str in CHARACTERS:
+        array = array.view(CHARACTERS[array.dtype.str])
     if array.dtype.kind not in MPI_KINDS and not half:
         raise ArgumentError(f"{who}: MPI has no datatype for {array.dtype}: {remedy_for(array.dtype)}")
     if not array.dtype.isnative:

@@ -79,13 +79,13 @@ def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:
 
 def form_key(buffer: Any) -> Hashable:
     """The key of mpi4py's forms and of other libraries' arrays; raises for buffers that a key cannot describe."""
-    data = buffer[0] if isinstance(buffer, list | tuple) and buffer else buffer
+    data = buffer[0] if isinstance(buffer, FORMS) and buffer else buffer
     if type(data) is np.ndarray and data is not buffer:
-        return (address(data), data.size, data.dtype, data.flags.num, *map(member_key, buffer[1:]))
+        members = member_key(buffer[1]) if len(buffer) == 2 else tuple([member_key(each) for each in buffer[1:]])
+        return (address(data), data.size, data.dtype, data.flags.num, members)
     if isinstance(data, np.generic):  # it is copied whenever it is read
         raise ValueError
-    members = () if data is buffer else tuple(map(member_key, buffer[1:]))
-    return (*data_key(data), *members)
+    return (*data_key(data), *(() if data is buffer else map(member_key, buffer[1:])))
 
 
 def data_key(data: Any) -> tuple[Any, ...]:
@@ -104,6 +104,11 @@ def member_key(member: Any) -> Hashable:
     """The key of a member after the data of a form."""
     if isinstance(member, MPI.Datatype):
         return datatype_table().get(member.handle) or ByIdentity(member)
-    if isinstance(member, list | tuple | np.ndarray):
-        return tuple(tuple(each) if isinstance(each, list | np.ndarray) else each for each in member)
+    if isinstance(member, SEQUENCES):
+        members = tuple(member)
+        return members if members and type(members[0]) is int else tuple(map(member_key, members))
     return member  # type: ignore[no-any-return]
+
+
+FORMS = (list, tuple)
+SEQUENCES = (*FORMS, np.ndarray)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hpccomm.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from hpccomm.bench.cold import FirstCalls
     from hpccomm.bench.flags import BenchArguments
     from hpccomm.bench.loop import Row
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         if rank_count_error(command, world.size):
             return refuse(world, printer, rank_count_error(command, world.size))
+        first_calls = measure_first_calls(command)
         comm = hpccomm.Communicator(world)
         command = fit_to_ranks(comm, command, printer)
         if path := command.json:
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             run_on_root(lambda: check_file("--json", Path(path)), comm)
     except ArgumentError as error:
         return refuse(world, printer, f"hpccomm bench: {error}")
-    session = Session(comm, command, printer)
+    session = Session(comm, command, printer, first_calls)
     status = nccl_tables(session) if command.nccl else osu_tables(session)
     session.write_json()
     return status if comm.rank == 0 else 0
@@ -113,6 +115,17 @@ def rank_count_error(command: BenchArguments, ranks: int) -> str:
     return "" if ranks > 1 else "This test requires at least two processes"
 
 
+def measure_first_calls(command: BenchArguments) -> list[FirstCalls]:
+    """The first calls of ``--cold`` on the smallest size, before anything else is called (collective)."""
+    from hpccomm.bench import cold
+    from hpccomm.bench.osu import DATATYPES
+
+    if not command.cold:
+        return []
+    options = replace(command.options, dtype=DATATYPES[command.datatypes[0]])
+    return cold.measure_first_calls(command.collective, command.sizes, command.algorithms, options)
+
+
 def fit_to_ranks(comm: Any, command: BenchArguments, printer: Printer) -> BenchArguments:
     """Complete and check a command for these ranks: algorithms, root, device, memory."""
     from hpccomm.bench.loop import check_algorithms, list_algorithms
@@ -154,8 +167,10 @@ def limit_sizes(ranks: int, command: BenchArguments, printer: Printer) -> tuple[
 class Session:
     """One command on its ranks, and the rows measured so far."""
 
-    def __init__(self, comm: Any, command: BenchArguments, printer: Printer) -> None:
-        self.comm, self.command, self.printer = comm, command, printer
+    def __init__(
+        self, comm: Any, command: BenchArguments, printer: Printer, first_calls: Sequence[FirstCalls] = ()
+    ) -> None:
+        self.comm, self.command, self.printer, self.first_calls = comm, command, printer, first_calls
         self.print_line = printer.print_line
         self.rows: list[Row] = []
 
@@ -183,6 +198,13 @@ class Session:
         bar: Iterable[Any] = tqdm(sizes, total=len(self.command.sizes), unit="size", leave=False, delay=2)
         return bar
 
+    def print_first_calls(self) -> None:
+        """Print the times of ``--cold`` as comments, which programs that read the table skip."""
+        for what, field in (("the process", "process_us"), ("a new communicator", "communicator_us")):
+            times = [f"{each.algorithm} {getattr(each, field):.2f}" for each in self.first_calls]
+            if times:
+                self.print_line(f"# First call of {what}, {self.first_calls[0].bytes} bytes (us): {', '.join(times)}")
+
     def report_wrong(self, rows: Sequence[Row]) -> bool:
         """Whether a result is wrong; prints what exactly."""
         for row in rows:
@@ -198,6 +220,8 @@ class Session:
             where = report.describe(self.comm, ["hpccomm", *sys.argv[1:]])
             if self.command.options.on_device:
                 where["device"] = cuda_device()
+            if self.first_calls:
+                where["cold"] = [each._asdict() for each in self.first_calls]
             Path(self.command.json).write_text(report.text(where, self.rows), encoding="utf-8")
 
 
@@ -209,6 +233,7 @@ def osu_tables(session: Session) -> int:
     columns = osu.columns_of(command.collective, command.algorithms, command.columns)
     print_line("")
     print_line(title_of(command))
+    session.print_first_calls()
     if command.options.on_device and command.case.ends:
         print_line("# Send Buffer on DEVICE (D) and Receive Buffer on DEVICE (D)")
     for datatype in command.datatypes[:1] if command.collective == "barrier" else command.datatypes:
@@ -244,6 +269,7 @@ def nccl_tables(session: Session) -> int:
     from hpccomm.bench import nccl
 
     command = session.command
+    session.print_first_calls()
     status = 0
     for datatype, algorithm in itertools.product(command.datatypes, command.algorithms):
         run = nccl_run(session, f"{command.collective} {algorithm}")
