@@ -10,7 +10,7 @@ import argparse
 import array
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,9 @@ def make_names(comm: Any) -> dict[str, Any]:
         made[dtype.names[0]], made[dtype.names[1]] = (np.arange(n) + r) % 3, np.arange(n) % 2 + 7 - r
         return made
 
-    shorts, longs, floats = (np.dtype([("value", each), ("index", "i4")], align=True) for each in ("i2", "i8", "f4"))
+    shorts, longs, floats, wide = (
+        np.dtype([("value", each), ("index", "i4")], align=True) for each in ("i2", "i8", "f4", "g")
+    )
     return {
         "comm": comm, "MPI": MPI, "np": np, "array": array, "p": p, "r": r,
         "counts": counts, "displs": displs, "doubles": [MPI.DOUBLE] * p,
@@ -183,20 +185,19 @@ def make_names(comm: Any) -> dict[str, Any]:
         "table2": np.zeros((2, 2), "i4"),
         "raw": pairs(3, floats).view("u1"), "raw2": np.zeros(24, "u1"),
         "shorts": pairs(3, shorts), "shorts2": pairs(3, shorts), "longs": pairs(3, longs), "longs2": pairs(3, longs),
-        "column": column(), "add": addition(),
+        "wide": pairs(3, wide), "wide2": pairs(3, wide), "column": column(), "add": addition(),
     }  # fmt: skip
 
 
+@cache
 def column() -> Any:
     """The datatype of a column of a matrix of four rows and four columns, one element after the other."""
     from mpi4py import MPI
 
-    if "column" not in _made:
-        vector = MPI.DOUBLE.Create_vector(4, 1, 4)
-        _made["column"] = vector.Create_resized(0, 8).Commit()
-    return _made["column"]
+    return MPI.DOUBLE.Create_vector(4, 1, 4).Create_resized(0, 8).Commit()
 
 
+@cache
 def addition() -> Any:
     """A user-defined operation."""
     from mpi4py import MPI
@@ -204,12 +205,7 @@ def addition() -> Any:
     def add(a: Any, b: Any, datatype: Any) -> None:
         np.frombuffer(b)[:] += np.frombuffer(a)
 
-    if "add" not in _made:
-        _made["add"] = MPI.Op.Create(add, commute=True)
-    return _made["add"]
-
-
-_made: dict[str, Any] = {}
+    return MPI.Op.Create(add, commute=True)
 
 
 def compile_call(spelling: str, names: dict[str, Any]) -> Callable[[], Any]:

@@ -29,13 +29,16 @@ from hpccomm.calls.plans import Plan, PlanCache, Run, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
 from hpccomm.device_planner import DevicePlanner
+from hpccomm.errors import ArgumentError
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
+from hpccomm.pickled import install
 from hpccomm.planner import is_in_place
 from hpccomm.requests import COMPARED, compare_at_init
 
 IN_PLACE = MPI.IN_PLACE
+PICKLES = ("mpi4py", "auto")
 
 
 def keep_ours(native: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +65,8 @@ def adopt(made: Any, parent: Communicator | Intercomm) -> Any:
         ours = OURS[type(made)]
         same = ours is Communicator and isinstance(parent, Communicator) and type(parent) not in OURS.values()
         made = ours.__new__(type(parent) if same else ours, made)
-    made._algorithm = parent._algorithm
+    made._algorithm, made._pickle = parent._algorithm, parent._pickle
+    install(made)
     return made
 
 
@@ -71,20 +75,28 @@ class Communicator(MPI.Intracomm):
 
     ``algorithm`` (``"auto"``) is the default algorithm of all calls that it can take.  A communicator shares the MPI
     handle of the communicator from which it is made.  Its first collective call creates the context, on all ranks.
-    Communicators made from it keep the algorithm; one with a topology is also an ``MPI.Cartcomm``, ``MPI.Graphcomm`` or
-    ``MPI.Distgraphcomm``, whose neighbourhood collectives are MPI's.
+    With ``pickle="auto"``, on all ranks, ``allreduce``, ``allgather`` and ``bcast`` send long NumPy arrays as they lie
+    in memory (:mod:`hpccomm.pickled`).  Communicators made from it keep both settings; one with a topology is also an
+    ``MPI.Cartcomm``, ``MPI.Graphcomm`` or ``MPI.Distgraphcomm``, whose neighbourhood collectives are MPI's.
     """
 
     _algorithm: str
+    _pickle: str
     _context: Context | None = None
     _plan_cache: PlanCache
     _bounce_buffers: BounceBuffers
     _planner: DevicePlanner
 
-    def __new__(cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto") -> Communicator:
+    def __new__(
+        cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py"
+    ) -> Communicator:
         kind = OURS[type(unwrap(comm))] if cls is Communicator and isinstance(comm, MPI.Topocomm) else cls
         self: Communicator = MPI.Intracomm.__new__(kind, comm)  # Python allows no other in a class with two bases
-        self._algorithm = algorithm
+        if pickle not in PICKLES:
+            raise ArgumentError(f"Communicator: pickle={pickle!r} is not known: use one of {', '.join(PICKLES)}")
+        self._algorithm, self._pickle = algorithm, pickle
+        if comm is not None:
+            install(self)
         self._plan_cache = PlanCache()
         self._bounce_buffers = BounceBuffers()
         self._planner = DevicePlanner(self)
@@ -644,6 +656,7 @@ class Intercomm(MPI.Intercomm):
     """An intercommunicator whose collectives are MPI's, and whose ``Merge`` gives a :class:`Communicator`."""
 
     _algorithm: str
+    _pickle: str
 
     Dup = keep_ours(MPI.Intercomm.Dup)
     Clone = keep_ours(MPI.Intercomm.Clone)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import array
+import ctypes
 from typing import Any
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm.calls.buffers import as_pairs, datatype_table, read
+from hpccomm.calls.buffers import DLPACK_BFLOAT, DLTensor, as_pairs, datatype_table, read
+from hpccomm.calls.plans import call_key
 from hpccomm.errors import ArgumentError
 
 X = np.arange(8, dtype="f4")
@@ -138,3 +140,30 @@ def test_fortran_order_is_detected() -> None:
 def test_buffers_overlap_if_they_share_bytes(lo: int, hi: int, shared: bool) -> None:
     who = "rank 0: call"
     assert read(X[:4], who).overlaps(read(X[lo:hi], who)) == shared
+
+
+class BfloatTensor:
+    """A tensor of bfloat16, which NumPy's own DLPack cannot express."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.words = words
+
+    def __dlpack__(self) -> Any:
+        capsule = self.words.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        DLTensor.from_address(pointer(capsule, b"dltensor")).code = DLPACK_BFLOAT
+        return capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.words.__dlpack_device__()
+
+
+def test_a_tensor_that_numpy_cannot_read_is_recognised() -> None:
+    words = np.zeros(4, "u2")
+    tensor, same, other = BfloatTensor(words), BfloatTensor(words), BfloatTensor(np.zeros(4, "u2"))
+    assert read(tensor, "rank 0: call").half == "bfloat16"
+    keys = [call_key("Bcast", each, MPI.IN_PLACE) for each in (tensor, same, other, words)]
+    assert keys[0] is not None
+    assert keys[0] == keys[1]
+    assert keys[0] not in keys[2:]

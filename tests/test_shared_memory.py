@@ -415,6 +415,7 @@ def test_an_abandoned_call_raises_on_the_other_ranks_instead_of_hanging(comm: MP
         shared.stall_handler = give_up
         x = pattern(100_000, comm.rank)
         plan = shared.bind_allreduce(at(x), at(x), x.size, "f4", "sum", 1)
+        comm.Barrier()  # binding may have compiled
         if comm.rank == comm.size - 1:
             time.sleep(0.5)
         with pytest.raises(EnoughError if comm.rank == 0 else TransportError):

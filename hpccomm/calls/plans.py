@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm.calls.buffers import DLPACK_HOST, datatype_table
+from hpccomm.calls.buffers import DLPACK_HOST, datatype_table, read
 from hpccomm.calls.operations import ByIdentity
 
 IN_PLACE = MPI.IN_PLACE
@@ -95,9 +95,20 @@ def data_key(data: Any) -> tuple[Any, ...]:
     except TypeError:
         if data.__dlpack_device__()[0] != DLPACK_HOST:
             raise
-        array = np.from_dlpack(data)
-        return (type(data), address(array), array.size, array.dtype, array.flags.num)
+        return (type(data), *tensor_key(data))
     return (type(data), address(data), view.nbytes, view.format, view.readonly, view.c_contiguous)
+
+
+def tensor_key(tensor: Any) -> tuple[Any, ...]:
+    """The key of a tensor on the host."""
+    try:
+        array = np.from_dlpack(tensor)
+    except (BufferError, RuntimeError, SystemError, TypeError, ValueError):  # bfloat16, or not contiguous
+        known = read(tensor, "")
+        if known.opaque:
+            raise
+        return (known.address, known.size, known.dtype, known.half)
+    return (address(array), array.size, array.dtype, array.flags.num)
 
 
 def member_key(member: Any) -> Hashable:

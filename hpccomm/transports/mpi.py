@@ -36,7 +36,7 @@ class MessageTransport:
     def __init__(self, comm: MPI.Intracomm, stray_message_error: StrayMessageFactory) -> None:
         self.comm, self.stray_message_error = comm, stray_message_error
         self.rank, self.size = comm.rank, comm.size
-        self.tags = int(comm.Get_attr(MPI.TAG_UB) or 32767)
+        self.tags = int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767)  # only this communicator must have it
 
     def exchange(self, send: Vector | None, to: int, recv: Vector | None, source: int, tag: int) -> Messages:
         """Bind one outgoing and one incoming message."""

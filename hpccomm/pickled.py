@@ -1,0 +1,203 @@
+"""``allreduce``, ``allgather`` and ``bcast`` of ``pickle="auto"``: small objects in one call, arrays as memory.
+
+*p ranks; a record is 8 bytes of header and room for 248 bytes.*  Every rank pickles its object with ``MPI.pickle``, as
+mpi4py does, and one Allgather, or Bcast, moves the records.  An object that fits travels in its record.  Of others the
+record tells the form, so all ranks decide alike what follows: a second call moves arrays as they lie in memory, other
+objects as their pickles.  Types and shapes may differ between the ranks.
+
+Results are those of mpi4py: an allreduce applies the operation to the objects themselves, in mpi4py's order, so
+integers keep all digits and results their types.  Only sums and products of long arrays of floating point are rounded
+in the order of ``Allreduce``.  ``reduce`` and ``gather`` stay mpi4py's: only their root waits for the others.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zlib
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hpccomm.calls import operations
+from hpccomm.errors import MismatchError
+
+HEADER, RECORD = 8, 256
+"""Bytes of a record: length and code of the call, 32 bits each, and all of it."""
+ROOM = RECORD - HEADER
+READ_HEADER, WRITE_HEADER = struct.Struct("=ii").unpack_from, struct.Struct("=ii").pack_into
+REST = -1
+"""The length in the record of an object that follows in a second call."""
+OURS_BYTES = 1 << 16
+"""From this size on a second call is ours; a shorter one, on new memory, is faster as MPI's."""
+GATHER_RANKS = 8
+"""Up to so many ranks an allreduce gathers long pickles; above, mpi4py's tree moves fewer bytes."""
+
+OPERATIONS = ("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "LXOR", "BAND", "BOR", "BXOR", "MINLOC", "MAXLOC")
+OP_NAMES = {getattr(MPI, name).handle: name for name in OPERATIONS}
+ELEMENTWISE = (MPI.SUM, MPI.PROD, MPI.BAND, MPI.BOR, MPI.BXOR)
+"""Operations that mean the same for arrays in Python and in MPI."""
+LOADS, DUMPS = MPI.pickle.loads, MPI.pickle.dumps
+"""Of the object that a program may set up with functions of its own."""
+PLAIN = "bhilqBHILQfdFD"
+"""``dtype.char`` of the arrays that go as they lie in memory."""
+Form = tuple[str, tuple[int, ...]]
+"""``dtype.char`` and shape of an array; ``""`` and ``(bytes,)`` of a pickle."""
+
+
+def install(comm: Any) -> None:
+    """Give an intracommunicator with ``pickle="auto"`` these methods; others keep mpi4py's, at no cost."""
+    if comm._pickle == "auto" and isinstance(comm, MPI.Intracomm):
+        calls = ObjectCalls(comm)
+        vars(comm).update(allreduce=calls.allreduce, allgather=calls.allgather, bcast=calls.bcast)
+
+
+class ObjectCalls:
+    """The calls of one communicator."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.mine, self.everyone = np.zeros(RECORD, np.uint8), np.zeros(comm.size * RECORD, np.uint8)
+        self._out, self._rows = self.mine.data, self.everyone.data
+        self._record = [self.mine, RECORD, MPI.BYTE]
+        self._read_headers = struct.Struct("=" + comm.size * f"ii{ROOM}x").unpack
+        self._starts = range(HEADER, comm.size * RECORD, RECORD)
+        self._codes: dict[str, int] = {}
+        self._rest: Any = None
+
+    def allreduce(self, sendobj: Any, op: Any = MPI.SUM) -> Any:
+        """mpi4py's ``allreduce``; ``op`` may also be a name."""
+        if isinstance(op, str):
+            op = operations.read_op(op, f"rank {self.rank}: allreduce")
+        if not (isinstance(op, MPI.Op) and op.handle in OP_NAMES):
+            return MPI.Intracomm.allreduce(self.comm, sendobj, op)
+        lengths = self.gather_records(sendobj, OP_NAMES[op.handle])
+        form = self.common_form(op) if lengths.count(REST) == self.size else None
+        if form is not None:
+            self.comm.Allreduce(sendobj, result := np.empty(form[1], form[0]), op)
+            return result
+        if REST in lengths and self.size > GATHER_RANKS:
+            return MPI.Intracomm.allreduce(self.comm, sendobj, op)
+        return fold(self.read_all(lengths), op)
+
+    def allgather(self, sendobj: Any) -> list[Any]:
+        """mpi4py's ``allgather``; its long arrays are views of one new block of memory."""
+        return self.read_all(self.gather_records(sendobj, "allgather"))
+
+    def bcast(self, obj: Any, root: int = 0) -> Any:
+        """mpi4py's ``bcast``; only the root's record travels."""
+        rest = self.write(obj, 0) if self.rank == root else None
+        MPI.Intracomm.Bcast(self.comm, self._record, root)
+        length, _ = READ_HEADER(self._out)
+        if length != REST:
+            return LOADS(self._out[HEADER : HEADER + length])
+        char, shape = pickle.loads(self._out[HEADER:])
+        block = np.empty(shape, char or "u1") if rest is None else rest
+        (self.comm.Bcast if block.nbytes >= OURS_BYTES else partial(MPI.Intracomm.Bcast, self.comm))(block, root)
+        if char:
+            return block.copy() if self.rank == root else block
+        return LOADS(block.data)
+
+    def read_all(self, lengths: tuple[int, ...]) -> list[Any]:
+        """The objects of all ranks."""
+        if REST not in lengths:
+            rows = self._rows
+            return [LOADS(rows[start : start + length]) for start, length in zip(self._starts, lengths, strict=True)]
+        forms = [self.describe(k) if length == REST else ("", (0,)) for k, length in enumerate(lengths)]
+        counts = [-(-count_bytes(form) // 64) * 64 for form in forms]  # every array is aligned
+        own, block = np.zeros(counts[self.rank], np.uint8), np.empty(sum(counts), np.uint8)
+        if self._rest is not None:
+            own[: self._rest.nbytes] = self._rest.reshape(-1).view(np.uint8)
+        native = partial(MPI.Intracomm.Allgatherv, self.comm)
+        (self.comm.Allgatherv if block.nbytes >= OURS_BYTES else native)(own, [block, counts])
+        places = pairwise(accumulate(counts, initial=0))
+        return [
+            self.read(k, length) if length != REST else restore(block[lo:hi], form)
+            for k, (length, form, (lo, hi)) in enumerate(zip(lengths, forms, places, strict=True))
+        ]
+
+    # Records
+
+    def gather_records(self, obj: Any, call: str) -> tuple[int, ...]:
+        """Send this rank's record to all ranks; returns the lengths in all records."""
+        code = self._codes.get(call)
+        if code is None:
+            code = self._codes[call] = zlib.crc32(call.encode()) & 0x7FFFFFFF
+        self._rest = self.write(obj, code)
+        self.comm.Allgather(self.mine, self.everyone)
+        headers = self._read_headers(self._rows)
+        codes = headers[1::2]
+        if codes.count(code) != self.size:
+            self.raise_mismatch(call, codes, code)
+        return headers[::2]
+
+    def write(self, obj: Any, code: int) -> Any:
+        """Write an object, or its form, into this rank's record; returns what follows, if anything does."""
+        rest = None
+        if type(obj) is np.ndarray and is_long(obj):
+            rest, octets = obj, pickle.dumps((obj.dtype.char, obj.shape))
+        else:
+            octets = DUMPS(obj)
+            if len(octets) > ROOM:
+                rest = np.frombuffer(octets, np.uint8)
+                octets = pickle.dumps(("", rest.shape))
+        WRITE_HEADER(self._out, 0, len(octets) if rest is None else REST, code)
+        self._out[HEADER : HEADER + len(octets)] = octets
+        return rest
+
+    def read(self, k: int, length: int) -> Any:
+        """The object in rank k's record."""
+        start = k * RECORD + HEADER
+        return LOADS(self._rows[start : start + length])
+
+    def describe(self, k: int) -> Form:
+        """The form of rank k's array."""
+        start = k * RECORD + HEADER
+        form: Form = pickle.loads(self._rows[start : start + ROOM])
+        return form
+
+    def common_form(self, op: MPI.Op) -> Form | None:
+        """The form of the arrays, if all ranks' are alike and MPI reduces them as Python does."""
+        first, *others = (self.describe(k) for k in range(self.size))
+        if not first[0] or op not in ELEMENTWISE or any(each != first for each in others):
+            return None
+        return first if np.dtype(first[0]).kind in operations.PREDEFINED[op.handle].kinds else None
+
+    def raise_mismatch(self, call: str, codes: tuple[int, ...], code: int) -> None:
+        """Raise the error of ranks that call something else."""
+        others = ", ".join(str(rank) for rank, each in enumerate(codes) if each != code)
+        raise MismatchError(
+            f"rank {self.rank} called {call}, ranks {others} another lower-case collective or operation: make all "
+            "ranks call the same"
+        )
+
+
+def is_long(x: Any) -> bool:
+    """Whether an array is longer than half a record and can go as it lies in memory."""
+    return bool(
+        x.nbytes > ROOM // 2 and 0 < x.ndim <= 8 and x.dtype.char in PLAIN and x.dtype.isnative and x.flags.c_contiguous
+    )
+
+
+def count_bytes(form: Form) -> int:
+    """Bytes of an array or a pickle."""
+    return int(np.prod(form[1], dtype=np.int64)) * np.dtype(form[0] or "u1").itemsize
+
+
+def restore(octets: Any, form: Form) -> Any:
+    """The array or the object in a block of bytes."""
+    octets = octets[: count_bytes(form)]
+    return octets.view(form[0]).reshape(form[1]) if form[0] else LOADS(octets.data)
+
+
+def fold(objects: list[Any], op: MPI.Op) -> Any:
+    """Reduce in the order of mpi4py: a binomial tree, lower ranks on the left."""
+    distance = 1
+    while distance < len(objects):
+        for k in range(0, len(objects) - distance, 2 * distance):
+            objects[k] = op(objects[k], objects[k + distance])
+        distance *= 2
+    return objects[0]
