@@ -28,7 +28,6 @@ from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels import objects
-from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
 from hpccomm.performance import tuning
 from hpccomm.performance.cost import HIERARCHICAL
 from hpccomm.settings import check_environment
@@ -41,8 +40,9 @@ MAX_PLANS = 128
 LOOK_SECONDS = 1.0
 """Seconds between two looks for compiled functions."""
 
-PROGRESS_NS = 100_000
-"""Nanoseconds for which a rank waits for another rank of its node before it drives its messages to other nodes."""
+NODE_PROGRESS_NS, PROGRESS_NS = 500_000, 100_000
+"""Nanoseconds for which a rank waits for another rank of its node before it drives its messages, on one node and on
+several; later up to ten times as long."""
 
 SETTINGS = (
     "HPCCOMM_ALGORITHM",
@@ -112,7 +112,7 @@ class Context:
             return None
         memory, trouble = None, ""
         try:
-            memory = SharedMemory(self.node, patience_ns=MAX_WAIT_NS if self.layout.count == 1 else PROGRESS_NS)
+            memory = SharedMemory(self.node, patience_ns=NODE_PROGRESS_NS if self.layout.count == 1 else PROGRESS_NS)
             memory.mismatch = self.mismatch_error
         except TransportError as error:
             trouble = str(error)

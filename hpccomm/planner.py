@@ -6,8 +6,6 @@ call to native MPI, to shared memory, or to one of our schedules on messages.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
@@ -59,9 +57,6 @@ INT_MAX, LARGE_COUNTS = (1 << 31) - 1, 4
 
 SEGMENT_BYTES = 1 << 17
 """Length of a segment in chains and trees when the tuning table names none."""
-
-PROGRESS_SECONDS = 0.05
-"""Seconds for which a rank that waits in shared memory drives MPI before it checks again which ranks are missing."""
 
 
 class Planner:
@@ -123,7 +118,7 @@ class Planner:
         if levels and op.is_predefined and levels.memory.reduces(operations.name_of(op), recv.kind):
             op_name, combine = operations.name_of(op), operations.combiner(op)
             data = Operands(send.address, recv.address, vector, recv.kind, op_name, combine)
-            levels.memory.stall_handler = self.progress_driver(levels.memory)
+            levels.memory.stall_handler = self.progress_driver()
             plan = levels.bind(data, fingerprint.digest)
             return self.keep(key, fingerprint, [plan], plan.free, vector.nbytes)
         ours = self.context.algorithms("allreduce")[choice.algorithm]
@@ -606,7 +601,7 @@ class Planner:
             return None
         if op is not None and not (op.is_predefined and found.memory.reduces(operations.name_of(op), kind)):
             return None
-        found.memory.stall_handler = self.progress_driver(found.memory)
+        found.memory.stall_handler = self.progress_driver()
         return found
 
     @property
@@ -813,7 +808,7 @@ class Planner:
         table, memory = self.context.consistency, self.shared_memory
         if table:
             table.announce(fingerprint)
-        progress = self.progress_driver(memory)
+        progress = self.progress_driver()
 
         def handle_stall(seconds: float, positions: list[int]) -> None:
             if table:
@@ -823,17 +818,14 @@ class Planner:
         memory.stall_handler = handle_stall
         return bind(fingerprint.word)
 
-    def progress_driver(self, memory: Any) -> Callable[[float, list[int]], None]:
+    def progress_driver(self) -> Callable[[float, list[int]], None]:
         """A stall handler that drives MPI while ranks of this node are missing, and raises if they can never enter."""
         table, progress = self.context.consistency, self.context.private_comm.Iprobe
 
         def drive(seconds: float, positions: list[int]) -> None:
             if table and table.active_seq:
                 table.raise_if_deadlocked()
-            until = time.monotonic() + PROGRESS_SECONDS
-            while memory.missing_ranks() and time.monotonic() < until:
-                progress()
-                os.sched_yield()
+            progress()
 
         return drive
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ CALLS = 3_000
 """Each of the four communicators gets about 750: several times as many as the plans that it caches."""
 SIZES = (0, 1, 2, 7, 12, 13, 63, 64, 100, 511, 1000, 2048, 2049, 5000, 16_384, 30_000, 70_001)
 LONG = (300_000, 1_000_003)
+SHORT = (0, 1, 2, 7, 12, 13, 63, 100, 511, 1000, 2049, 5000)
+MANY_CALLS = 5_000
 DTYPES = ("i1", "u2", "i4", "i8", "f4", "f8", "c8", "?")
 OPERATIONS = {name: getattr(MPI, name.upper()) for name in verifiable.FOLDS}
 
@@ -27,13 +30,22 @@ OPERATIONS = {name: getattr(MPI, name.upper()) for name in verifiable.FOLDS}
 class Draw:
     """The random choices of one call, the same on all ranks of its communicator."""
 
-    def __init__(self, *seed: int) -> None:
+    def __init__(self, *seed: int, shared: bool = False) -> None:
         self.random = np.random.default_rng(seed)
+        self.shared = shared
+        """Whether all calls run in shared memory, on short vectors, with few kernels."""
 
     def pick(self, choices: Any) -> Any:
         return choices[int(self.random.integers(len(choices)))]
 
+    def algorithm(self, comm: Communicator, kind: str) -> str | None:
+        if self.shared:
+            return "shared"
+        return self.pick(comm.algorithms(kind)) if self.random.random() < 0.3 and kind != "barrier" else None
+
     def length(self) -> int:
+        if self.shared:
+            return int(self.pick(SHORT))
         return int(self.pick(LONG) if self.random.random() < 0.005 else self.pick(SIZES))
 
 
@@ -62,11 +74,11 @@ def memory(draw: Draw, registered: Any, n: int, dtype: Any) -> Any:
 
 
 def one_call(comm: Communicator, draw: Draw, registered: Any) -> None:
-    p, me, dtype = comm.size, comm.rank, draw.pick(DTYPES)
-    op = draw.pick(verifiable.operations(dtype))
+    p, me, dtype = comm.size, comm.rank, draw.pick(("i4", "f8") if draw.shared else DTYPES)
+    op = draw.pick(("sum", "max") if draw.shared else verifiable.operations(dtype))
     n, root, in_place = draw.length(), int(draw.random.integers(p)) if p > 1 else 0, draw.random.random() < 0.5
     kind = draw.pick(("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier"))
-    algorithm = draw.pick(comm.algorithms(kind)) if draw.random.random() < 0.3 and kind != "barrier" else None
+    algorithm = draw.algorithm(comm, kind)
     a, want = verifiable.operand(me, p, n, dtype, op), verifiable.reduction(p, n, dtype, op)
     b = memory(draw, registered, n, dtype)
     b[...] = 0
@@ -124,3 +136,26 @@ def test_random_calls_are_exact_and_leak_nothing(comm: Communicator, pool: Pool)
     assert len(os.listdir("/proc/self/fd")) <= files
     assert resident_bytes() - middle < 64 << 20, "the number of cached plans is bounded, and so is their memory"
     assert {name for name in os.listdir("/dev/shm") if name.startswith("hpccomm")} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.mpi(sizes=(16,), timeout=1000)
+def test_many_more_ranks_than_cores_agree_in_shared_memory(comm: Communicator) -> None:
+    make_many_calls(comm)
+
+
+def make_many_calls(comm: Communicator) -> None:
+    """Random calls in shared memory; now and then a rank is so late that the others sleep."""
+    registered = comm.zeros(40_000, "u1")
+    for k in range(MANY_CALLS):
+        draw = Draw(comm.size, k, shared=True)
+        if int(draw.random.integers(50 * comm.size)) == comm.rank:
+            time.sleep(0.002)
+        one_call(comm, draw, registered)
+
+
+if __name__ == "__main__":  # hpccomm-run -n 64 tests/test_random_calls.py
+    began = time.monotonic()
+    make_many_calls(Communicator(MPI.COMM_WORLD))
+    if MPI.COMM_WORLD.rank == 0:
+        print(f"{MANY_CALLS} calls of {MPI.COMM_WORLD.size} ranks are right, {time.monotonic() - began:.1f} s")

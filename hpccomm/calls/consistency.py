@@ -29,6 +29,7 @@ from hpccomm.calls.fingerprint import (
 )
 from hpccomm.errors import MismatchError
 from hpccomm.kernels.entry.records import CALLS, COUNT_PRIME, COUNTS, DIGEST_BITS, DIGEST_MASK, STATUS
+from hpccomm.transports.polling import pause
 
 TEXTS = 64
 TEXT_BYTES = 248
@@ -46,6 +47,11 @@ PERIOD = 0.25
 
 MEETING_SECONDS = 1.0
 """Seconds after which a rank that has entered another of MPI's collectives does not come to this rank's barrier."""
+
+EAGER_POLLS, EAGER_SECONDS = 20, 1e-4
+"""How long a rank waits for another one to enter a call before it yields its core, and then before it sleeps."""
+POLLS_PER_CHECK = 200
+"""Polls between two checks whether that rank can still enter it."""
 
 FLUSH_SECONDS = 0.5
 """Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
@@ -144,13 +150,14 @@ class ConsistencyTable:
         words, seq = self._words, self._seq
         slot = seq % CALLS
         for peer in self._peers:
-            spins = 0
+            polls, began = 0, 0.0
             while words[peer + slot] >> DIGEST_BITS < seq:
-                spins += 1
-                if spins > 20:
-                    os.sched_yield()
+                polls += 1
+                if polls > EAGER_POLLS:
+                    began = began or time.monotonic()
+                    pause(began, EAGER_SECONDS, 8)
                     self.progress()
-                if spins % 2000 == 0:
+                if polls % POLLS_PER_CHECK == 0:
                     self.raise_if_deadlocked()
         self.compare_entries()
 

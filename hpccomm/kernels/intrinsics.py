@@ -16,6 +16,8 @@ from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from hpccomm.kernels.futex import DOZE_NS, EVERY_SLEEPER, FUTEX, FUTEX_WAIT, FUTEX_WAKE
+
 I8, I32, I64, VOID = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.VoidType()
 int64, none = types.int64, types.void
 
@@ -169,6 +171,42 @@ def pause(builder):
 def yield_cpu(builder):
     """Yield the core to another process."""
     builder.call(external(builder, "sched_yield", I32, []), [])
+
+
+def timespec(builder: Any, nanoseconds: Any) -> Any:
+    """The address of a ``struct timespec``."""
+    kind, second = ir.ArrayType(I64, 2), ir.Constant(I64, 10**9)
+    place = cgutils.alloca_once(builder, kind)
+    seconds, rest = builder.sdiv(nanoseconds, second), builder.srem(nanoseconds, second)
+    builder.store(builder.insert_value(builder.insert_value(kind(ir.Undefined), seconds, 0), rest, 1), place)
+    return builder.bitcast(place, I64.as_pointer())
+
+
+def call_futex(builder: Any, address: Any, action: int, value: Any, limit: Any) -> None:
+    """The system call; ``limit`` is the address of a time."""
+    nothing = ir.Constant(I64, 0)
+    arguments = [ir.Constant(I64, FUTEX), address, ir.Constant(I64, action), value, limit, nothing, nothing]
+    builder.call(external(builder, "syscall", I64, [I64] * len(arguments)), arguments)
+
+
+@instruction(none, int64, int64, int64)
+def sleep(builder, address, value, nanoseconds):
+    """Sleep until a process wakes those that sleep at a word, unless the word no longer has this value; or a time."""
+    if FUTEX:
+        limit = builder.ptrtoint(timespec(builder, nanoseconds), I64)
+        call_futex(builder, address, FUTEX_WAIT, builder.and_(value, ir.Constant(I64, 0xFFFFFFFF)), limit)
+        return
+    longest = ir.Constant(I64, DOZE_NS)
+    time = builder.select(builder.icmp_signed("<", nanoseconds, longest), nanoseconds, longest)
+    doze = external(builder, "nanosleep", I32, [I64.as_pointer()] * 2)
+    builder.call(doze, [timespec(builder, time), I64.as_pointer()(None)])
+
+
+@instruction(none, int64)
+def wake(builder, address):
+    """Wake the processes that sleep at a word."""
+    if FUTEX:
+        call_futex(builder, address, FUTEX_WAKE, ir.Constant(I64, EVERY_SLEEPER), ir.Constant(I64, 0))
 
 
 @instruction(int64)

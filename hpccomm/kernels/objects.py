@@ -48,7 +48,7 @@ EMITTED = {
 """The functions: the module that has each, and its signature, which may be the function's attribute instead."""
 SOURCES = {
     "": (
-        *("compiler.py", "emission.py", "linker.py", "intrinsics.py"),
+        *("compiler.py", "emission.py", "linker.py", "intrinsics.py", "futex.py"),
         *("shared_memory/memory.py", "reductions/reference.py"),
     ),
     "shared_memory.compiled": tuple(f"shared_memory/{each}.py" for each in ("compiled", "collectives", "records")),

@@ -7,6 +7,7 @@ on every MPI.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from hpccomm.transports.polling import pause
+
 MAX_MESSAGE_BYTES = 1 << 30
 """Bytes of the longest message."""
+
+SHORT_BYTES = 1 << 16
+"""Up to so many bytes a rank may sleep while it waits: MPI libraries move a part of a longer message in each poll."""
+EAGER_POLLS, EAGER_SECONDS = 50, 5e-3
+"""How long a rank waits for a short message before it yields its core, and then before it sleeps."""
 
 Vector = npt.NDArray[Any]
 StrayMessageFactory = Callable[[int, int, int], Exception]
@@ -51,15 +59,16 @@ class Messages:
         self._requests = [*incoming, *outgoing]
         self._status = MPI.Status()
         self.starts = [request.Start for request in self._requests]
-        self.waits = [self.arrival(request) for request in incoming] + [each.Wait for each in outgoing]
+        nbytes = recv.nbytes if recv is not None else 0
+        self.waits = [self.arrival(request, nbytes) for request in incoming] + [each.Wait for each in outgoing]
 
-    def arrival(self, request: MPI.Prequest) -> Callable[[], None]:
+    def arrival(self, request: MPI.Prequest, nbytes: int) -> Callable[[], None]:
         """The action that waits for a message and checks that it belongs to this call."""
-        wait, status, tag = request.Wait, self._status, self._tag
+        wait, status, tag = await_short if nbytes <= SHORT_BYTES else MPI.Request.Wait, self._status, self._tag
 
         def arrive() -> None:
             try:
-                wait(status)
+                wait(request, status)
             except MPI.Exception as failure:
                 if failure.Get_error_class() != MPI.ERR_TRUNCATE:
                     raise
@@ -74,6 +83,16 @@ class Messages:
         for request in self._requests:
             request.Free()
         self._requests = []
+
+
+def await_short(request: MPI.Request, status: MPI.Status) -> None:
+    """Wait for a short message, and leave the core to others if it is late."""
+    test, polls, began = request.Test, 0, 0.0
+    while not test(status):
+        polls += 1
+        if polls > EAGER_POLLS:
+            began = began or time.monotonic()
+            pause(began, EAGER_SECONDS, 32)
 
 
 def chunks(vector: Vector | None) -> Iterator[Any]:

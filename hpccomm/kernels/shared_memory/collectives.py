@@ -31,8 +31,10 @@ from hpccomm.kernels.shared_memory.memory import (
     pause,
     pull,
     push,
+    sleep,
     store,
     store_release,
+    wake,
     yield_cpu,
 )
 from hpccomm.kernels.shared_memory.records import (
@@ -53,6 +55,8 @@ PUBLISHED = offset_of(REGION_RECORD, "published")
 FINISHED = offset_of(REGION_RECORD, "finished")
 ABANDONED = offset_of(REGION_RECORD, "abandoned")
 PID = offset_of(REGION_RECORD, "pid")
+SLEEPERS = offset_of(REGION_RECORD, "sleepers")
+WAKES = offset_of(REGION_RECORD, "wakes")
 BUFFERS = offset_of(REGION_RECORD, "buffers")
 SLOTS = REGION_RECORD.itemsize
 
@@ -129,9 +133,14 @@ DONE, RETRY, MISMATCH, STUCK, SHUT = 0, 1, 2, 3, 4
 """Return codes of a call.  RETRY: a rank has not arrived yet, call again."""
 
 MAX_WAIT_NS = 50_000_000
-"""Default time in nanoseconds after which a wait for a missing rank returns to Python."""
+"""Default and longest time in nanoseconds after which a wait for a missing rank returns to Python."""
+FOREVER = 1 << 62
 MIN_SPIN = 20
 """Polls before a rank yields its core, where ranks share cores."""
+YIELDS, YIELD_NS = 8, 50_000
+"""A rank yields its core at least so often, and for so long, before it sleeps."""
+SHORTEST_SLEEP_NS, LONGEST_SLEEP_NS = 1_000_000, 5_000_000
+"""A sleep ends after a quarter of the time waited so far, within these limits, even if no rank ends it."""
 ALIGNMENT = 64
 """Slices begin at multiples of this, so that two ranks never write one cache line."""
 PROBE_CALLS = 4
@@ -185,7 +194,22 @@ def begin(call, state):
 
 def arrive(state):
     """Write the number of the call into the line, after everything else."""
-    store_release(line_of(state, load(state + RANK)), load(state + CALLS))
+    announce(state, line_of(state, load(state + RANK)), load(state + CALLS))
+
+
+def announce(state, flag, value):
+    """Set a flag of this rank, and wake the ranks that sleep until it does so.
+
+    The count in WAKES changes before they are woken: a rank that read it before, and does not sleep yet, will not fall
+    asleep, because the kernel compares.  SLEEPERS is cleared before that.  A rank whose word is cleared has thus read
+    the old count, or reads the new one and then writes SLEEPERS again.
+    """
+    store_release(flag, value)
+    mine = region(state, load(state + RANK))
+    if load_acquire(mine + SLEEPERS) != 0:
+        store(mine + SLEEPERS, 0)
+        store_release(mine + WAKES, load(mine + WAKES) + 1)
+        wake(mine + WAKES)
 
 
 def await_barrier(call, state):
@@ -193,10 +217,12 @@ def await_barrier(call, state):
     p, r, number = load(state + RANKS), load(state + RANK), load(state + CALLS)
     if load(state + PROBE) != 0 and load(call + WAITING) == 0:
         store(state + ELAPSED, nanoseconds() - load(state + CLOCK))
+    since = load(call + WAITING)
     for i in range(1, p):
-        code = await_rank(state, (r + i) % p, number)
+        q = (r + i) % p
+        code = await_flag(state, q, line_of(state, q), number, patience(state, since), since)
         if code != DONE:
-            store(call + WAITING, 1)
+            store(call + WAITING, nanoseconds() if since == 0 else since)
             return code
     store(call + WAITING, 0)
     mine = load(call + CALL_CHECK)
@@ -211,50 +237,66 @@ def await_barrier(call, state):
     return DONE
 
 
-def await_rank(state, q, number):
-    """Wait for the line of a rank, at most MAX_WAIT nanoseconds."""
-    flag, abandoned = line_of(state, q), load(state + MEMORY) + ABANDONED
-    spin, polls, began, patience = load(state + SPIN), 0, 0, load(state + MAX_WAIT)
-    while load_acquire(flag) < number:
+def patience(state, since):
+    """Nanoseconds after which a wait returns to Python: an eighth of the time it has lasted, within limits."""
+    least = load(state + MAX_WAIT)
+    if since == 0:
+        return least
+    return min(max(least, (nanoseconds() - since) >> 3), max(least, min(10 * least, MAX_WAIT_NS)))
+
+
+def await_flag(state, q, flag, count, limit, since):
+    """Wait until a flag of rank q reaches ``count``; RETRY after ``limit`` nanoseconds, STUCK if a rank gave up.
+
+    ``since``: when the first wait of this call returned to Python; if it is not 0, this one neither polls nor yields.
+    """
+    spin, polls = load(state + SPIN), 0
+    while polls < spin and since == 0:
+        if load_acquire(flag) >= count:
+            if polls > 0:
+                store(state + SPIN, min(load(state + SPIN_LIMIT), spin + (spin >> 3) + 1))
+            return DONE
         polls += 1
-        if polls < spin:
-            pause()
-            continue
-        if polls % 64 == 0:
-            if load_acquire(abandoned) != 0:
-                return STUCK
-            now = nanoseconds()
-            if began == 0:
-                began = now
-            elif now - began > patience:
-                return RETRY
-        yield_cpu()
-    adapt(state, spin, polls)
-    return DONE
-
-
-def adapt(state, spin, polls):
-    """Spin less if spinning did not end the wait, which means that ranks share cores; spin longer if it did."""
-    if polls >= spin:
+        pause()
+    if load_acquire(flag) >= count:
+        return DONE
+    if since == 0:  # spinning did not end the wait, which means that ranks share cores: spin less
         store(state + SPIN, max(MIN_SPIN, spin >> 1))
-    elif polls > 0:
-        store(state + SPIN, min(load(state + SPIN_LIMIT), spin + (spin >> 3) + 1))
+    return sleep_until(state, q, flag, count, limit, since)
+
+
+def sleep_until(state, q, flag, count, limit, since):
+    """Wait for a rank that is late: yield the core some times, then sleep until rank q signals.
+
+    Rank q writes the flag and then reads SLEEPERS, this one writes SLEEPERS and then reads the flag.  Each write may
+    still be in a store buffer when the read is done, on x86 and on ARM.  A fence between the two would cost rank q 20
+    ns in every call (measured).  Instead this rank, which is about to sleep anyway, gives both buffers time to drain.
+    A wake that is lost nevertheless delays a call until the sleep ends by itself.
+    """
+    abandoned, them = load(state + MEMORY) + ABANDONED, region(state, q)
+    began, waited, yields = nanoseconds(), 0, 0
+    while load_acquire(flag) < count:
+        if load_acquire(abandoned) != 0:
+            return STUCK
+        if waited > limit:
+            return RETRY
+        if since == 0 and (yields < YIELDS or waited < YIELD_NS):
+            yields += 1
+            yield_cpu()
+        else:
+            wakes = load_acquire(them + WAKES)
+            store_release(them + SLEEPERS, 1)
+            yield_cpu()
+            if load_acquire(flag) < count:
+                longest = min(LONGEST_SLEEP_NS, max(SHORTEST_SLEEP_NS, waited >> 2))
+                sleep(them + WAKES, wakes, min(longest, max(1, limit - waited)))
+        waited = nanoseconds() - began
+    return DONE
 
 
 def await_count(state, q, counter, count):
     """Wait until a counter of a rank that is in this call reaches ``count``; false if the call was abandoned."""
-    flag, abandoned = region(state, q) + counter, load(state + MEMORY) + ABANDONED
-    spin, polls = load(state + SPIN), 0
-    while load_acquire(flag) < count:
-        polls += 1
-        if polls < spin:
-            pause()
-        else:
-            if polls % 64 == 0 and load_acquire(abandoned) != 0:
-                return False
-            yield_cpu()
-    adapt(state, spin, polls)
-    return True
+    return await_flag(state, q, region(state, q) + counter, count, FOREVER, 0) == DONE
 
 
 def await_all(state, counter, count):
@@ -267,7 +309,7 @@ def await_all(state, counter, count):
 
 def signal(state, counter, count):
     """Set a counter of this rank."""
-    store_release(region(state, load(state + RANK)) + counter, count)
+    announce(state, region(state, load(state + RANK)) + counter, count)
 
 
 # Autotuning of how slots are filled

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.kernels.futex import DOZE_NS, EVERY_SLEEPER, FUTEX, FUTEX_WAIT, FUTEX_WAKE
 from hpccomm.kernels.reductions.reference import reduce, storage
 
 _word = ctypes.c_int64.from_address
@@ -92,6 +93,27 @@ def pause() -> None:
 def yield_cpu() -> None:
     """Yield the core to another process."""
     os.sched_yield()
+
+
+class Timespec(ctypes.Structure):
+    """``struct timespec``."""
+
+    _fields_ = (("seconds", ctypes.c_int64), ("nanoseconds", ctypes.c_int64))
+
+
+def sleep(address: int, value: int, nanoseconds: int) -> None:
+    """Sleep until a process wakes those that sleep at a word, unless the word no longer has this value; or a time."""
+    if not FUTEX:
+        time.sleep(min(nanoseconds, DOZE_NS) / 1e9)
+        return
+    limit = Timespec(*divmod(nanoseconds, 10**9))
+    _libc.syscall(*map(ctypes.c_long, (FUTEX, address, FUTEX_WAIT, value & 0xFFFFFFFF)), ctypes.byref(limit), None, 0)
+
+
+def wake(address: int) -> None:
+    """Wake the processes that sleep at a word."""
+    if FUTEX:
+        _libc.syscall(*map(ctypes.c_long, (FUTEX, address, FUTEX_WAKE, EVERY_SLEEPER, 0, 0, 0)))
 
 
 def nanoseconds() -> int:

@@ -2,7 +2,7 @@
 
 *W: bytes of a word; one region a rank, all regions side by side in one segment.*
 
-A region holds what the other ranks read: two lines that alternate from call to call, four words that each keep a line
+A region holds what the other ranks read: two lines that alternate from call to call, six words that each keep a line
 of their own, two buffers and the ring of slots.  The state, the call and the tuning record are private to a rank.
 """
 
@@ -58,6 +58,8 @@ _SHARED_WORDS: list[Field] = [
     ("finished", OWN_LINE),  # blocks that it has finished
     ("abandoned", OWN_LINE),  # in rank 0's region: 1 + a rank that left a call half done, after which none can go on
     ("pid", OWN_LINE),  # the rank's process number
+    ("sleepers", OWN_LINE),  # not zero: some rank may sleep until this one signals; the only word that others write
+    ("wakes", OWN_LINE),  # how often this rank has woken sleepers: the futex on which they sleep
 ]
 
 REGION_RECORD = record(
@@ -88,7 +90,7 @@ STATE_RECORD = record(
 
 CALL_RECORD = record(
     [
-        *words("state", "check", "fingerprint", "waiting"),  # waiting: 1 while ranks are missing at the barrier
+        *words("state", "check", "fingerprint", "waiting"),  # waiting: not 0 while ranks are missing at the barrier
         *words("fold", "send", "recv", "nbytes", "item", "root", "block", "protocol", "nontemporal_out"),
         *words("allocation", "alive", "copies", "copy_stride", "send_at", "recv_at"),  # of a registered array
         *words("longest", "tuning", "once", "slot_stride", "segment"),
