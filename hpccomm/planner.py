@@ -20,6 +20,7 @@ from hpccomm.backends.hierarchical import Operands
 from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.calls import operations
 from hpccomm.calls.buffers import Buffer, address_of, apply_displacement, as_pairs, read, view_at
+from hpccomm.calls.consistency import MEETING_SECONDS
 from hpccomm.calls.entry import Entry, why_no_entry
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import NativeCall, Plan, Run
@@ -823,7 +824,7 @@ class Planner:
         table, progress = self.context.consistency, self.context.private_comm.Iprobe
 
         def drive(seconds: float, positions: list[int]) -> None:
-            if table and table.active_seq:
+            if table and table.active_seq and seconds > MEETING_SECONDS:
                 table.raise_if_deadlocked()
             progress()
 
