@@ -218,9 +218,10 @@ def await_barrier(call, state):
     if load(state + PROBE) != 0 and load(call + WAITING) == 0:
         store(state + ELAPSED, nanoseconds() - load(state + CLOCK))
     since = load(call + WAITING)
+    late = since != 0 and nanoseconds() - since > YIELD_NS
     for i in range(1, p):
         q = (r + i) % p
-        code = await_flag(state, q, line_of(state, q), number, patience(state, since), since)
+        code = await_flag(state, q, line_of(state, q), number, patience(state, since), late)
         if code != DONE:
             store(call + WAITING, nanoseconds() if since == 0 else since)
             return code
@@ -245,13 +246,13 @@ def patience(state, since):
     return min(max(least, (nanoseconds() - since) >> 3), max(least, min(10 * least, MAX_WAIT_NS)))
 
 
-def await_flag(state, q, flag, count, limit, since):
+def await_flag(state, q, flag, count, limit, late):
     """Wait until a flag of rank q reaches ``count``; RETRY after ``limit`` nanoseconds, STUCK if a rank gave up.
 
-    ``since``: when the first wait of this call returned to Python; if it is not 0, this one neither polls nor yields.
+    ``late``: this call has returned to Python before, not just now; the wait then neither polls nor yields.
     """
     spin, polls = load(state + SPIN), 0
-    while polls < spin and since == 0:
+    while polls < spin and not late:
         if load_acquire(flag) >= count:
             if polls > 0:
                 store(state + SPIN, min(load(state + SPIN_LIMIT), spin + (spin >> 3) + 1))
@@ -260,12 +261,12 @@ def await_flag(state, q, flag, count, limit, since):
         pause()
     if load_acquire(flag) >= count:
         return DONE
-    if since == 0:  # spinning did not end the wait, which means that ranks share cores: spin less
+    if not late:  # spinning did not end the wait, which means that ranks share cores: spin less
         store(state + SPIN, max(MIN_SPIN, spin >> 1))
-    return sleep_until(state, q, flag, count, limit, since)
+    return sleep_until(state, q, flag, count, limit, late)
 
 
-def sleep_until(state, q, flag, count, limit, since):
+def sleep_until(state, q, flag, count, limit, late):
     """Wait for a rank that is late: yield the core some times, then sleep until rank q signals.
 
     Rank q writes the flag and then reads SLEEPERS, this one writes SLEEPERS and then reads the flag.  Each write may
@@ -280,7 +281,7 @@ def sleep_until(state, q, flag, count, limit, since):
             return STUCK
         if waited > limit:
             return RETRY
-        if since == 0 and (yields < YIELDS or waited < YIELD_NS):
+        if not late and (yields < YIELDS or waited < YIELD_NS):
             yields += 1
             yield_cpu()
         else:
@@ -296,7 +297,7 @@ def sleep_until(state, q, flag, count, limit, since):
 
 def await_count(state, q, counter, count):
     """Wait until a counter of a rank that is in this call reaches ``count``; false if the call was abandoned."""
-    return await_flag(state, q, region(state, q) + counter, count, FOREVER, 0) == DONE
+    return await_flag(state, q, region(state, q) + counter, count, FOREVER, False) == DONE
 
 
 def await_all(state, counter, count):
