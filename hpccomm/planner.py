@@ -846,7 +846,7 @@ class Planner:
             return body
         digest = table.announce(fingerprint)
         context, synchronises = self.context, fingerprint.collective in SYNCHRONISING
-        enter = table.begin if synchronises else table.enter
+        enter = table.begin if synchronises or lockstep else table.enter
         meet: Run = table.wait
         if lockstep and self.shared_memory:
             meet = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
