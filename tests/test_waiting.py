@@ -74,7 +74,7 @@ def compare_calls(comm: Communicator) -> None:
     assert table is not None
     table.begin(1)
     table.wait()
-    table.leave(1)
+    table.leave()
 
 
 @pytest.mark.mpi(sizes=(2,))
