@@ -25,7 +25,7 @@ from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last
 from hpccomm.calls.consistency import FLUSH_SECONDS
-from hpccomm.calls.entry import Doors, decline
+from hpccomm.calls.entry import Doors
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
@@ -290,7 +290,7 @@ class Communicator(MPI.Intracomm):
         """
         entry = self._context.entry if self._context else None
         if entry and code not in (NOT_MINE, MISS):
-            return entry.go_on(code, self._native_call(name, code, buffers, rest))
+            return entry.go_on(code, NATIVE_CALLS[name], self, *native_arguments(name, code, buffers, rest[:-1]))
         kind = entry.key() if entry and code == MISS else None
         sendbuf, recvbuf = buffers
         if pad_last(sendbuf) or pad_last(recvbuf):
@@ -313,16 +313,6 @@ class Communicator(MPI.Intracomm):
             return bound.run()
         finally:
             bound.free()
-
-    def _native_call(self, name: str, code: int, buffers: tuple[Any, Any], rest: tuple[Any, ...]) -> Callable[[], Any]:
-        """MPI's own collective with the arguments of :meth:`_run_uncached`."""
-        sendbuf, recvbuf = buffers
-        if name == "Barrier":
-            return super().Barrier
-        if name == "Bcast":
-            return partial(super().Bcast, recvbuf, *rest[:-1])
-        sent = IN_PLACE if code & NATIVE_IN_PLACE else sendbuf
-        return partial(getattr(MPI.Intracomm, name), self, sent, recvbuf, *rest[:-1])
 
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
@@ -538,15 +528,18 @@ class Communicator(MPI.Intracomm):
     # Collectives that the MPI library runs; the consistency table compares them as well
 
     def _run_inherited(
-        self, name: str, buffers: tuple[Any, Any], root: int | None = None, op: MPI.Op | str | None = None
+        self,
+        name: str,
+        buffers: tuple[Any, Any],
+        root: int | None = None,
+        op: MPI.Op | str | None = None,
+        code: int = NOT_MINE,
     ) -> None:
-        """Run MPI's own collective."""
-        entry, door = self._context.entry if self._context else None, getattr(self._doors, name.lower(), decline)
-        code = door(*buffers, op, root, None, None)
+        """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
+        entry = self._context.entry if self._context else None
         if entry and code not in (NOT_MINE, MISS):
             sent = IN_PLACE if code & NATIVE_IN_PLACE else buffers[0]
-            arguments = [each for each in (op, root) if each is not None]
-            return entry.go_on(code, partial(getattr(MPI.Intracomm, name), self, sent, buffers[1], *arguments))
+            return entry.go_on(code, NATIVE_CALLS[name], self, sent, buffers[1], root if op is None else op)
         kind = entry.key() if entry and code == MISS else None
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         buffers = hold(buffers[0]), buffers[1]
@@ -559,7 +552,8 @@ class Communicator(MPI.Intracomm):
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of equal length on ``root``."""
-        self._run_inherited("Gather", (sendbuf, recvbuf), root)
+        code = self._doors.gather(sendbuf, recvbuf, None, root, None, None)
+        self._run_inherited("Gather", (sendbuf, recvbuf), root, None, code)
 
     def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of any length on ``root``."""
@@ -567,7 +561,8 @@ class Communicator(MPI.Intracomm):
 
     def Scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of equal length of ``root``'s buffer."""
-        self._run_inherited("Scatter", (sendbuf, recvbuf), root)
+        code = self._doors.scatter(sendbuf, recvbuf, None, root, None, None)
+        self._run_inherited("Scatter", (sendbuf, recvbuf), root, None, code)
 
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of any length of ``root``'s buffer."""
@@ -583,11 +578,13 @@ class Communicator(MPI.Intracomm):
 
     def Scan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks up to this one."""
-        self._run_inherited("Scan", (sendbuf, recvbuf), op=op)
+        code = self._doors.scan(sendbuf, recvbuf, op, None, None, None)
+        self._run_inherited("Scan", (sendbuf, recvbuf), None, op, code)
 
     def Exscan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks below this one."""
-        self._run_inherited("Exscan", (sendbuf, recvbuf), op=op)
+        code = self._doors.exscan(sendbuf, recvbuf, op, None, None, None)
+        self._run_inherited("Exscan", (sendbuf, recvbuf), None, op, code)
 
     # Compressed collectives: arrays on a device are copied to the host, results are copied back
 
@@ -629,6 +626,26 @@ class Communicator(MPI.Intracomm):
         body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)
         mean: onebit.OneBitMean = self._planner.apply_to_copies("onebit_allreduce", body, arrays, written=2)
         return mean
+
+
+NATIVE_CALLS = {
+    name: getattr(MPI.Intracomm, name)
+    for name in (
+        *("Allreduce", "Reduce", "Reduce_scatter_block", "Allgather", "Bcast", "Alltoall", "Barrier"),
+        *("Gather", "Scatter", "Scan", "Exscan"),
+    )
+}
+"""MPI's own collectives that the entry compares."""
+
+
+def native_arguments(name: str, code: int, buffers: tuple[Any, Any], rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of MPI's own collective for a call that a door has answered with ``code``."""
+    sendbuf, recvbuf = buffers
+    if name == "Barrier":
+        return ()
+    if name == "Bcast":
+        return (recvbuf, *rest)
+    return (IN_PLACE if code & NATIVE_IN_PLACE else sendbuf, recvbuf, *rest)
 
 
 def run_padded(call: Callable[..., None], buffers: tuple[Any, Any], rest: tuple[Any, ...]) -> None:

@@ -39,6 +39,7 @@ from hpccomm.kernels.entry.records import (
     COUNT_CHECK,
     LATE,
     NATIVE,
+    NATIVE_IN_PLACE,
     NOT_MINE,
 )
 from hpccomm.kernels.reductions.reference import code_of
@@ -211,30 +212,21 @@ class Entry:
             at = (at + 1) & mask
         fill(self._rows[at : at + 1], **values)
 
-    def go_on(self, code: int, native: Callable[[], Any]) -> None:
-        """Go on with a call whose door has answered with a code; ``native`` calls MPI's own collective."""
+    def go_on(self, code: int, native: Callable[..., Any], *arguments: Any) -> None:
+        """Go on with a call whose door has answered with a code; ``native`` is MPI's own collective.
+
+        The ranks' calls of MPI's collectives are compared before and after them.
+        """
         if code < NOT_MINE:
-            self.resume(code)
-        else:
-            self.run_native(code & ~records.NATIVE_IN_PLACE, native)
-
-    def resume(self, code: int) -> None:
-        """Continue the call in shared memory that a door has answered with a code of its kernel."""
-        row = int(self._record["row"])
-        self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
-        if self._record["short"]:
-            ctypes.memmove(*(int(self._record[name]) for name in ("short", "recv", "short_bytes")))
-
-    def run_native(self, code: int, call: Callable[[], Any]) -> None:
-        """Run one of MPI's own collectives, which a door has answered with a code, and compare the ranks' calls."""
+            return self.resume(code)
         table = self._table
         if table is None:
-            call()
-            return
+            native(*arguments)
+            return None
         try:
-            if code != NATIVE:
-                self._settle(code)
-            call()
+            if code & ~NATIVE_IN_PLACE != NATIVE:
+                self._settle(code & ~NATIVE_IN_PLACE)
+            native(*arguments)
             if self._leave() is not None:
                 table.leave()
         except (MPI.Exception, TransportError) as failure:
@@ -243,6 +235,14 @@ class Entry:
         except BaseException:
             table.abandon()
             raise
+        return None
+
+    def resume(self, code: int) -> None:
+        """Continue the call in shared memory that a door has answered with a code of its kernel."""
+        row = int(self._record["row"])
+        self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
+        if self._record["short"]:
+            ctypes.memmove(*(int(self._record[name]) for name in ("short", "recv", "short_bytes")))
 
     def _settle(self, code: int) -> None:
         """Wait for the other ranks, where the entry has not, and compare their calls with this rank's."""
