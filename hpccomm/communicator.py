@@ -289,8 +289,8 @@ class Communicator(MPI.Intracomm):
         it; ``rest`` ends with the algorithm.  A rank that does not ``receive`` ignores ``recvbuf``.
         """
         entry = self._context.entry if self._context else None
-        if entry and code not in (NOT_MINE, MISS):
-            return entry.go_on(code, NATIVE_CALLS[name], self, *native_arguments(name, code, buffers, rest[:-1]))
+        if entry and code < NOT_MINE:
+            return entry.resume(code)
         kind = entry.key() if entry and code == MISS else None
         sendbuf, recvbuf = buffers
         if pad_last(sendbuf) or pad_last(recvbuf):
@@ -313,6 +313,13 @@ class Communicator(MPI.Intracomm):
             return bound.run()
         finally:
             bound.free()
+
+    def _run_native(self, code: int, name: str, *arguments: Any) -> None:
+        """Run MPI's own collective, as its door has answered; the ranks' calls are compared before and after it."""
+        entry = self._context.entry  # type: ignore[union-attr]
+        if code & NATIVE_IN_PLACE:
+            arguments = (IN_PLACE, *arguments[1:])
+        entry.run_native(code, NATIVE_CALLS[name], self, *arguments)  # type: ignore[union-attr]
 
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
@@ -354,6 +361,8 @@ class Communicator(MPI.Intracomm):
         code = self._doors.allreduce(sendbuf, recvbuf, op, None, algorithm, stream or reproducible or None)
         if code is None:
             return None
+        if code > MISS:
+            return self._run_native(code, "Allreduce", sendbuf, recvbuf, op)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if type(op) is not MPI.Op:
@@ -391,6 +400,8 @@ class Communicator(MPI.Intracomm):
         code = self._doors.reduce(sendbuf, recvbuf, op, root, algorithm, stream or reproducible or None)
         if code is None:
             return None
+        if code > MISS:
+            return self._run_native(code, "Reduce", sendbuf, recvbuf, op, root)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if type(op) is not MPI.Op:
@@ -416,6 +427,8 @@ class Communicator(MPI.Intracomm):
         code = self._doors.reduce_scatter_block(sendbuf, recvbuf, op, None, algorithm, stream or reproducible or None)
         if code is None:
             return None
+        if code > MISS:
+            return self._run_native(code, "Reduce_scatter_block", sendbuf, recvbuf, op)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if type(op) is not MPI.Op:
@@ -470,6 +483,8 @@ class Communicator(MPI.Intracomm):
         code = self._doors.allgather(sendbuf, recvbuf, None, None, algorithm, stream)
         if code is None:
             return None
+        if code > MISS:
+            return self._run_native(code, "Allgather", sendbuf, recvbuf)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         buffers = sendbuf, recvbuf
@@ -489,6 +504,8 @@ class Communicator(MPI.Intracomm):
         code = self._doors.bcast(None, buf, None, root, algorithm, stream)
         if code is None:
             return None
+        if code > MISS:
+            return self._run_native(code, "Bcast", buf, root)
         if stream is not None:
             (buf,) = self._planner.attach_stream(stream, buf)
         return self._run_uncached(code, "Bcast", (None, buf), self._bcast, self._bind_bcast, (root, algorithm))
@@ -506,6 +523,8 @@ class Communicator(MPI.Intracomm):
         code = self._doors.alltoall(sendbuf, recvbuf, None, None, algorithm, stream)
         if code is None:
             return None
+        if code > MISS:
+            return self._run_native(code, "Alltoall", sendbuf, recvbuf)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         buffers = sendbuf, recvbuf
@@ -514,8 +533,11 @@ class Communicator(MPI.Intracomm):
     def Barrier(self) -> None:
         """Wait until all ranks have entered."""
         code = self._doors.barrier(None, None, None, None, None, None)
-        if code is not None:
-            self._run_uncached(code, "Barrier", (None, None), self._barrier, self._bind_barrier, (None,))
+        if code is None:
+            return None
+        if code > MISS:
+            return self._run_native(code, "Barrier")
+        return self._run_uncached(code, "Barrier", (None, None), self._barrier, self._bind_barrier, (None,))
 
     def _barrier(self, sendbuf: None, recvbuf: None, algorithm: None) -> None:
         """Barrier with the parameters of :meth:`_run_uncached`."""
@@ -537,9 +559,8 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
         entry = self._context.entry if self._context else None
-        if entry and code not in (NOT_MINE, MISS):
-            sent = IN_PLACE if code & NATIVE_IN_PLACE else buffers[0]
-            return entry.go_on(code, NATIVE_CALLS[name], self, sent, buffers[1], root if op is None else op)
+        if code > MISS:
+            return self._run_native(code, name, *buffers, root if op is None else op)
         kind = entry.key() if entry and code == MISS else None
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         buffers = hold(buffers[0]), buffers[1]
@@ -636,16 +657,6 @@ NATIVE_CALLS = {
     )
 }
 """MPI's own collectives that the entry compares."""
-
-
-def native_arguments(name: str, code: int, buffers: tuple[Any, Any], rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of MPI's own collective for a call that a door has answered with ``code``."""
-    sendbuf, recvbuf = buffers
-    if name == "Barrier":
-        return ()
-    if name == "Bcast":
-        return (recvbuf, *rest)
-    return (IN_PLACE if code & NATIVE_IN_PLACE else sendbuf, recvbuf, *rest)
 
 
 def run_padded(call: Callable[..., None], buffers: tuple[Any, Any], rest: tuple[Any, ...]) -> None:

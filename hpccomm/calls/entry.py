@@ -212,17 +212,12 @@ class Entry:
             at = (at + 1) & mask
         fill(self._rows[at : at + 1], **values)
 
-    def go_on(self, code: int, native: Callable[..., Any], *arguments: Any) -> None:
-        """Go on with a call whose door has answered with a code; ``native`` is MPI's own collective.
-
-        The ranks' calls of MPI's collectives are compared before and after them.
-        """
-        if code < NOT_MINE:
-            return self.resume(code)
+    def run_native(self, code: int, native: Callable[..., Any], *arguments: Any) -> None:
+        """Run one of MPI's own collectives, which a door has answered with a code, and compare the ranks' calls."""
         table = self._table
         if table is None:
             native(*arguments)
-            return None
+            return
         try:
             if code & ~NATIVE_IN_PLACE != NATIVE:
                 self._settle(code & ~NATIVE_IN_PLACE)
@@ -235,7 +230,6 @@ class Entry:
         except BaseException:
             table.abandon()
             raise
-        return None
 
     def resume(self, code: int) -> None:
         """Continue the call in shared memory that a door has answered with a code of its kernel."""
