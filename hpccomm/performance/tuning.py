@@ -262,6 +262,13 @@ def family(mpi: str) -> str:
 
 def read(path: Path) -> Table:
     """Read a table; raises ``ValueError``, ``KeyError`` or ``TypeError`` if the file holds none."""
+    status = path.stat()
+    return parse(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def parse(path: Path, changed: int, nbytes: int) -> Table:
+    """The table in a file, which is read once for all communicators."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
         raise ValueError(f"its schema is not {SCHEMA}")
