@@ -559,8 +559,6 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
         entry = self._context.entry if self._context else None
-        if code > MISS:
-            return self._run_native(code, name, *buffers, root if op is None else op)
         kind = entry.key() if entry and code == MISS else None
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         buffers = hold(buffers[0]), buffers[1]
@@ -574,7 +572,9 @@ class Communicator(MPI.Intracomm):
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of equal length on ``root``."""
         code = self._doors.gather(sendbuf, recvbuf, None, root, None, None)
-        self._run_inherited("Gather", (sendbuf, recvbuf), root, None, code)
+        if code > MISS:
+            return self._run_native(code, "Gather", sendbuf, recvbuf, root)
+        return self._run_inherited("Gather", (sendbuf, recvbuf), root, None, code)
 
     def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of any length on ``root``."""
@@ -583,7 +583,9 @@ class Communicator(MPI.Intracomm):
     def Scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of equal length of ``root``'s buffer."""
         code = self._doors.scatter(sendbuf, recvbuf, None, root, None, None)
-        self._run_inherited("Scatter", (sendbuf, recvbuf), root, None, code)
+        if code > MISS:
+            return self._run_native(code, "Scatter", sendbuf, recvbuf, root)
+        return self._run_inherited("Scatter", (sendbuf, recvbuf), root, None, code)
 
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of any length of ``root``'s buffer."""
@@ -600,12 +602,16 @@ class Communicator(MPI.Intracomm):
     def Scan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks up to this one."""
         code = self._doors.scan(sendbuf, recvbuf, op, None, None, None)
-        self._run_inherited("Scan", (sendbuf, recvbuf), None, op, code)
+        if code > MISS:
+            return self._run_native(code, "Scan", sendbuf, recvbuf, op)
+        return self._run_inherited("Scan", (sendbuf, recvbuf), None, op, code)
 
     def Exscan(self, sendbuf: Any, recvbuf: Any, op: MPI.Op | str = MPI.SUM) -> None:
         """Reduce over the ranks below this one."""
         code = self._doors.exscan(sendbuf, recvbuf, op, None, None, None)
-        self._run_inherited("Exscan", (sendbuf, recvbuf), None, op, code)
+        if code > MISS:
+            return self._run_native(code, "Exscan", sendbuf, recvbuf, op)
+        return self._run_inherited("Exscan", (sendbuf, recvbuf), None, op, code)
 
     # Compressed collectives: arrays on a device are copied to the host, results are copied back
 
