@@ -167,7 +167,9 @@ class Context:
 
     def mismatch_error(self, digests: list[int]) -> MismatchError:
         """The error when the ranks of a node enter different calls in shared memory."""
-        calls = {rank: self.look_up_call(rank, digest) for rank, digest in zip(self.members, digests, strict=True)}
+        words = dict(zip(self.members, digests, strict=True))
+        self.look_up_call(self.rank, words[self.rank])  # which writes this rank's text for the others
+        calls = {rank: self.look_up_call(rank, word) for rank, word in words.items()}
         return MismatchError(mismatch_message(calls, self.rank))
 
     def look_up_call(self, rank: int, digest: int) -> Fingerprint | None:

@@ -15,8 +15,10 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm import Communicator
+from hpccomm.calls import consistency
 from hpccomm.calls import entry as calls_entry
 from hpccomm.calls.entry import COLLECTIVES, decline
+from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.errors import HpccommError
 from hpccomm.kernels.entry.records import MISS, NOT_MINE
 
@@ -302,3 +304,20 @@ def test_an_array_without_the_padding_of_its_last_pair_is_taken_and_nothing_behi
         assert found.tolist() == [(0.0, 7), (6.0 - ours.size, ours.size - 1), (0.0, 7)]
         ours.Bcast([found[1:2], 1, MPI.DOUBLE_INT])
         assert found.tolist() == [(0.0, 7), (6.0 - ours.size, ours.size - 1), (0.0, 7)]
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_a_mistake_is_named_after_the_texts_of_its_calls_were_overwritten(ours: Communicator) -> None:
+    x = np.ones(4)
+    for algorithm in ("shared", "native"):
+        ours.algorithm = algorithm
+        for _ in range(3):
+            ours.Allreduce(x, np.empty(4))
+            ours.Allreduce(x.astype("i4"), np.empty(4, "i4"))
+        table = ours.context.consistency
+        assert table is not None
+        for count in range(1, 4 * consistency.TEXTS):
+            table.announce(Fingerprint("Allreduce", "sum", str(count), "float32"))
+        mine = x.astype("i4" if ours.rank == 1 else "f8")
+        with pytest.raises(HpccommError, match=r"Allreduce\(sum, 4 float64\).*rank 1 called Allreduce\(sum, 4 int32\)"):
+            ours.Allreduce(mine, np.empty_like(mine))

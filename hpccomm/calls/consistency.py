@@ -25,10 +25,18 @@ from hpccomm.calls.fingerprint import (
     first_difference,
     format_ranks,
     mismatch_message,
-    template_digest,
 )
 from hpccomm.errors import MismatchError
-from hpccomm.kernels.entry.records import CALLS, COUNT_PRIME, COUNTS, DIGEST_BITS, DIGEST_MASK, STATUS
+from hpccomm.kernels.entry.records import (
+    CALLS,
+    COUNT_MASK,
+    COUNT_PRIME,
+    COUNT_SHIFT,
+    COUNTS,
+    DIGEST_BITS,
+    DIGEST_MASK,
+    STATUS,
+)
 from hpccomm.transports.polling import pause
 
 TEXTS = 64
@@ -44,6 +52,9 @@ ENTRY_MASK = (1 << DIGEST_BITS) - 1
 
 PERIOD = 0.25
 """Seconds between two checks by the watchdog."""
+
+TEXT_SECONDS = 0.2
+"""How long a rank that compares waits for the text of another rank's call."""
 
 MEETING_SECONDS = 1.0
 """Seconds after which a rank that has entered another of MPI's collectives does not come to this rank's barrier."""
@@ -192,11 +203,25 @@ class ConsistencyTable:
         entry, count = self._words[row + seq % CALLS], self._words[row + COUNTS + seq % CALLS]
         if entry >> DIGEST_BITS != seq:
             return None
-        found = self.find_fingerprint(row, entry & ENTRY_MASK)
-        if found is None and count:
-            found = self.find_fingerprint(row, (entry - count * COUNT_PRIME) & DIGEST_MASK)
-            return found and found._replace(count=str(count))
-        return found
+        return self.find_text(row, entry & ENTRY_MASK, count)
+
+    def find_text(self, row: int, digest: int, count: int) -> Fingerprint | None:
+        """A rank's fingerprint for a digest, which may be that of a template and a count.
+
+        This rank's own text is written again.  If other calls have overwritten that of another rank, this rank waits
+        for it: a rank that compares writes its own.
+        """
+        until = time.monotonic() + TEXT_SECONDS
+        while True:
+            found = self.find_fingerprint(row, digest)
+            if found is None and count:
+                template = self.find_fingerprint(row, (digest - count * COUNT_PRIME) & DIGEST_MASK)
+                found = template and template._replace(count=str(count))
+            if found and row == self._base:
+                self.announce(found)
+            if found or row == self._base or time.monotonic() > until:
+                return found
+            time.sleep(TEXT_SECONDS / 100)
 
     def find_fingerprint(self, row: int, digest: int) -> Fingerprint | None:
         """A rank's fingerprint for a digest; that of this rank is never overwritten."""
@@ -212,12 +237,7 @@ class ConsistencyTable:
     def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
         """The call of a rank of this node whose fingerprint has this word, or this digest."""
         row = self._members.index(rank) * ROW_WORDS if rank in self._members else self._base
-        template, count = template_digest(word)
-        found = self.find_fingerprint(row, word & DIGEST_MASK)
-        if found is None and count:
-            found = self.find_fingerprint(row, template)
-            return found and found._replace(count=str(count))
-        return found
+        return self.find_text(row, word & DIGEST_MASK, word >> COUNT_SHIFT & COUNT_MASK)
 
     def explain(self) -> str:
         """The error sentence for the current call."""
