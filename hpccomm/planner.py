@@ -813,7 +813,7 @@ class Planner:
 
         def handle_stall(seconds: float, positions: list[int]) -> None:
             if table:
-                table.check_stall(memory.own_fingerprint(), seconds, positions)
+                table.check_stall(memory.own_fingerprint(), seconds, memory.missing_ranks)
             progress(seconds, positions)
 
         memory.stall_handler = handle_stall

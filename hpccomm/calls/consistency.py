@@ -57,7 +57,7 @@ TEXT_SECONDS = 0.2
 """How long a rank that compares waits for the text of another rank's call."""
 
 MEETING_SECONDS = 1.0
-"""Seconds after which a rank that has entered another of MPI's collectives does not come to this rank's barrier."""
+"""Seconds after which a rank that has entered one of MPI's collectives does not come to a barrier in shared memory."""
 
 EAGER_POLLS, EAGER_SECONDS = 20, 1e-4
 """How long a rank waits for another one to enter a call before it yields its core, and then before it sleeps."""
@@ -182,8 +182,9 @@ class ConsistencyTable:
         return all(0 < self._words[k * ROW_WORDS + HAS_CODE] <= self._seq for k in range(len(self._members)))
 
     def raise_mismatch(self, failure: Exception) -> None:
-        """After an MPI error, raise a MismatchError if the ranks' calls differ, else MPI's own error."""
+        """After an error in a call, raise a MismatchError if the ranks' calls differ, else the error itself."""
         self.compare_entries()
+        self.raise_if_deadlocked()
         raise failure
 
     def compare(self, mine: int, theirs: int, peer: int) -> None:
@@ -276,18 +277,20 @@ class ConsistencyTable:
                 return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
         return None
 
-    def check_stall(self, word: int, seconds: float, positions: list[int]) -> None:
+    def check_stall(self, word: int, seconds: float, find_missing: Callable[[], list[int]]) -> None:
         """Check a call in shared memory that waits for some members: raise if they can never enter it, warn if slow.
 
-        ``word`` is that of the call's fingerprint.
+        ``word`` is that of the call's fingerprint.  A member that is found elsewhere may have entered and left this
+        call since it was missing, so ``find_missing`` is asked again.
         """
+        positions = find_missing()
         words, number = self._words, self.active_seq or self._seq + 1
         call, digest = self.look_up_call(self._me, word), word & DIGEST_MASK
         for position in positions:
             rank, row = self._members[position], position * ROW_WORDS
-            entered = words[row + STATUS] == number and (seconds > MEETING_SECONDS or not self.active_seq)
+            entered = words[row + STATUS] == number and seconds > MEETING_SECONDS
             other = self.find_call(row, number) if entered else None
-            if other or words[row + LEFT]:
+            if (other or words[row + LEFT]) and position in find_missing():
                 if call:
                     self.announce(call)
                 words[self._base + GAVE_UP] = (number - 1 << DIGEST_BITS) | digest
