@@ -25,7 +25,7 @@ from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last
 from hpccomm.calls.consistency import FLUSH_SECONDS
-from hpccomm.calls.entry import Doors
+from hpccomm.calls.entry import COLLECTIVES, Doors
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
@@ -315,7 +315,7 @@ class Communicator(MPI.Intracomm):
             bound.free()
 
     def _run_native(self, code: int, name: str, *arguments: Any) -> None:
-        """Run MPI's own collective, as its door has answered; the ranks' calls are compared before and after it."""
+        """Run MPI's own collective for a call whose door has returned ``code``; the ranks' calls are compared."""
         entry = self._context.entry  # type: ignore[union-attr]
         if code & NATIVE_IN_PLACE:
             arguments = (IN_PLACE, *arguments[1:])
@@ -649,13 +649,7 @@ class Communicator(MPI.Intracomm):
         return mean
 
 
-NATIVE_CALLS = {
-    name: getattr(MPI.Intracomm, name)
-    for name in (
-        *("Allreduce", "Reduce", "Reduce_scatter_block", "Allgather", "Bcast", "Alltoall", "Barrier"),
-        *("Gather", "Scatter", "Scan", "Exscan"),
-    )
-}
+NATIVE_CALLS = {name: getattr(MPI.Intracomm, name) for name in map(str.capitalize, COLLECTIVES)}
 """MPI's own collectives that the entry compares."""
 
 

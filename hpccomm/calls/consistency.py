@@ -46,7 +46,7 @@ PERIOD = 0.25
 """Seconds between two checks by the watchdog."""
 
 MEETING_SECONDS = 1.0
-"""Seconds after which a rank that has entered another of MPI's collectives does not come to this rank's barrier."""
+"""Seconds after which a rank that is in a call of MPI counts as one that will not come to this rank's barrier."""
 
 EAGER_POLLS, EAGER_SECONDS = 20, 1e-4
 """How long a rank waits for another one to enter a call before it yields its core, and then before it sleeps."""
@@ -187,7 +187,7 @@ class ConsistencyTable:
         raise MismatchError(self.explain())
 
     def find_call(self, row: int, seq: int = 0) -> Fingerprint | None:
-        """The call that the rank with this row has entered under a number, that of this rank's call by default."""
+        """The call that a rank has entered under number ``seq``, by default that of this rank's call."""
         seq = seq or self._seq
         entry, count = self._words[row + seq % CALLS], self._words[row + COUNTS + seq % CALLS]
         if entry >> DIGEST_BITS != seq:
@@ -226,6 +226,10 @@ class ConsistencyTable:
         calls = {self._members[k]: self.find_call(k * ROW_WORDS) for k in entered}
         return mismatch_message(calls, self._me)
 
+    def explain_departure(self, rank: int, call: Fingerprint | None) -> str:
+        """The error sentence for a call that waits for a rank which makes no more calls."""
+        return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
+
     def raise_if_deadlocked(self) -> None:
         """Raise if the current call can never complete."""
         reason = self.deadlock_reason()
@@ -252,8 +256,7 @@ class ConsistencyTable:
                 }
                 return mismatch_message(calls, self._me)
             if self._words[peer + LEFT] and abs(self._words[peer + STATUS]) < seq:
-                call = self.find_call(self._base)
-                return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
+                return self.explain_departure(rank, self.find_call(self._base))
         return None
 
     def check_stall(self, word: int, seconds: float, positions: list[int]) -> None:
@@ -271,11 +274,8 @@ class ConsistencyTable:
                 if call:
                     self.announce(call)
                 words[self._base + GAVE_UP] = (number - 1 << DIGEST_BITS) | digest
-                raise MismatchError(
-                    mismatch_message({self._me: call, rank: other}, self._me)
-                    if other
-                    else f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
-                )
+                different = mismatch_message({self._me: call, rank: other}, self._me) if other else ""
+                raise MismatchError(different or self.explain_departure(rank, call))
         if positions and seconds > stall_seconds() and self._warned != (number, digest):
             self._warned = (number, digest)
             absent = format_ranks([self._members[position] for position in positions])

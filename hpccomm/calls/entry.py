@@ -37,14 +37,17 @@ from hpccomm.kernels.entry.records import (
     CHECK_MASK,
     CHECK_PRIME,
     COUNT_CHECK,
+    IS_SENT_AT_ROOT,
     LATE,
     NATIVE,
     NATIVE_IN_PLACE,
     NOT_MINE,
+    RECEIVES_AT_ROOT,
+    SENDS_AT_ROOT,
 )
 from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
-from hpccomm.kernels.shared_memory.records import offset_of
+from hpccomm.kernels.shared_memory.records import fill, offset_of
 
 INHERITED = ("gather", "scatter", "scan", "exscan")
 """Collectives that only MPI runs."""
@@ -108,14 +111,20 @@ def door_facts(p: int) -> dict[str, dict[str, int]]:
     """The fields of each collective's door that are not 0, for p ranks."""
     return {
         "allreduce": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1},
-        "reduce": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1, "rooted": 1},
+        "reduce": {
+            **{"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1},
+            "rooted": RECEIVES_AT_ROOT,
+        },
         "reduce_scatter_block": {"send_blocks": p, "recv_blocks": 1, "send_counted": p},
         "allgather": {"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p, "own_block": 1},
-        "bcast": {"recv_blocks": 1, "rooted": 2},
+        "bcast": {"recv_blocks": 1, "rooted": IS_SENT_AT_ROOT},
         "alltoall": {"send_blocks": p, "recv_blocks": p, "send_counted": p, "recv_counted": p},
         "barrier": {},
-        "gather": {"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p, "rooted": 1},
-        "scatter": {"send_blocks": p, "recv_blocks": 1, "send_counted": p, "rooted": 3},
+        "gather": {
+            **{"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p},
+            "rooted": RECEIVES_AT_ROOT,
+        },
+        "scatter": {"send_blocks": p, "recv_blocks": 1, "send_counted": p, "rooted": SENDS_AT_ROOT},
         "scan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
         "exscan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
     }
@@ -129,7 +138,7 @@ class Entry:
     """
 
     def __init__(self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any) -> None:
-        self._doors, self.meeting, self._table = doors, meeting, table
+        self._doors, self._meeting, self._table = doors, meeting, table
         self._facts = door_facts(size)
         self._types, self._items = type_table(list_objects()), item_sizes()
         self._record = np.zeros((), records.ENTRY_RECORD)
@@ -156,11 +165,6 @@ class Entry:
         setattr(self._doors, name, make_builtin(name, objects.address("enter"), door))
         return door
 
-    def close(self) -> None:
-        """Leave all calls to the Python path."""
-        self._doors.close()
-        self.clear()
-
     def clear(self) -> None:
         """Forget all rows."""
         self._calls: list[Any] = []
@@ -185,8 +189,8 @@ class Entry:
         blocks = 0 if name in UNCOUNTED else max(1, self._facts[name].get("recv_blocks", 1))
         values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
-        first = 1 << key.nbytes.bit_length() >> 1
-        least, most = max(call.lengths[0], first), min(call.lengths[1], max(2 * first - 1, 0))
+        first, last = class_lengths(key.nbytes)
+        least, most = max(call.lengths[0], first), min(call.lengths[1], last)
         if count != key.nbytes // item * blocks or not least <= key.nbytes <= most:
             return
         if len(self._keys) >= MAX_ROWS:
@@ -213,7 +217,7 @@ class Entry:
         fill(self._rows[at : at + 1], **values)
 
     def run_native(self, code: int, native: Callable[..., Any], *arguments: Any) -> None:
-        """Run one of MPI's own collectives, which a door has answered with a code, and compare the ranks' calls."""
+        """Run MPI's own collective for a call whose door has returned ``code``, and compare the ranks' calls."""
         table = self._table
         if table is None:
             native(*arguments)
@@ -232,7 +236,7 @@ class Entry:
             raise
 
     def resume(self, code: int) -> None:
-        """Continue the call in shared memory that a door has answered with a code of its kernel."""
+        """Continue a call in shared memory whose kernel has ended with ``code``, which its door has returned."""
         row = int(self._record["row"])
         self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
         if self._record["short"]:
@@ -241,25 +245,26 @@ class Entry:
     def _settle(self, code: int) -> None:
         """Wait for the other ranks, where the entry has not, and compare their calls with this rank's."""
         if code >= BEFORE_NATIVE:
-            self.meeting.resume(code - BEFORE_NATIVE)
+            self._meeting.resume(code - BEFORE_NATIVE)
         if code == LATE:
             self._table.wait()
         self._table.compare_entries()
 
 
-ROW_KEY = ("kind", "op", "root", "algorithm")
+ROW_KEY = Key._fields[:4]
+"""The fields by which a row is found; the others differ between the calls of a kind."""
+
+
+def class_lengths(nbytes: int) -> tuple[int, int]:
+    """The first and last length with as many bits as this one."""
+    first = 1 << nbytes.bit_length() >> 1
+    return first, max(2 * first - 1, 0)
 
 
 def hash_words(*key: int) -> int:
     """The hash with which the entry looks up up to four words."""
     words = (*key, 0, 0, 0)[:4]
     return int(body.hash_words(*words))  # type: ignore[no-untyped-call]
-
-
-def fill(record: npt.NDArray[Any], **values: int) -> None:
-    """Write some fields of a record."""
-    for name, value in values.items():
-        record[name] = value
 
 
 def shared_values(call: Any, key: Key) -> dict[str, int]:

@@ -33,6 +33,7 @@ from hpccomm.kernels.entry.records import (
     DTYPE_KIND,
     ENTRY_RECORD,
     IN_PLACE_BIT,
+    IS_SENT_AT_ROOT,
     LATE,
     LIST_ITEMS,
     LOW_HALF,
@@ -41,10 +42,13 @@ from hpccomm.kernels.entry.records import (
     NATIVE_IN_PLACE,
     NOT_MINE,
     OBJECT_TYPE,
+    RECEIVES_AT_ROOT,
     ROW_RECORD,
     SCRATCH_BYTES,
+    SENDS_AT_ROOT,
     SEQUENCE_LENGTH,
     STATUS,
+    TABLES,
     TOKEN_BITS,
     TUPLE_ITEMS,
     TYPE_RECORD,
@@ -169,11 +173,9 @@ CALL_COPY_STRIDE = offset_of(CALL_RECORD, "copy_stride")
 CALL_SEND_AT = offset_of(CALL_RECORD, "send_at")
 CALL_RECV_AT = offset_of(CALL_RECORD, "recv_at")
 
-BLOCK_TABLE, ALLGATHER_TABLE, ALLTOALL_TABLE = 1, 2, 3
+BLOCK_TABLE, ALLGATHER_TABLE = TABLES.index("blocks"), TABLES.index("allgather")
 SHORT_WAIT_NS = 20_000
 """Nanoseconds for which a short call waits before it releases the GIL."""
-RECEIVES_AT_ROOT, IS_SENT_AT_ROOT, SENDS_AT_ROOT = 1, 2, 3
-"""How a collective is rooted: only the root receives; the one buffer is sent by the root; only the root sends."""
 SENT, RECEIVED = 0, 1
 
 
@@ -239,7 +241,10 @@ def read_call(entry, door, arguments):
 
 
 def names_permanent_objects(entry, arguments):
-    """Whether operation, root and algorithm are objects that are never freed, and no other argument is given."""
+    """Whether operation, root and algorithm are objects that are never freed, and no other argument is given.
+
+    Of a root only the type is checked: Python never frees the integers that are ranks (``MAX_RANKS``).
+    """
     root, none = load(arguments + 3 * W), load(entry + NONE)
     return (
         load(arguments + 5 * W) == none

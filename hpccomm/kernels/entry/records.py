@@ -39,10 +39,13 @@ DOOR_RECORD = record(
         *("send_blocks", "recv_blocks"),  # the length of a buffer as a multiple of the call's length; 0: not used
         *("in_place_blocks",),  # the same of a receive buffer in place; 0: in place is not taken
         *("send_counted", "recv_counted"),  # what a count in the buffer's form is multiplied by
-        *("rooted", "own_block", "same_is_in_place"),  # rooted: 1, 2, 3: see the body
+        *("rooted", "own_block", "same_is_in_place"),  # rooted: RECEIVES_AT_ROOT and so on; 0: no root
     )
 )
 """What is different between collectives."""
+
+RECEIVES_AT_ROOT, IS_SENT_AT_ROOT, SENDS_AT_ROOT = 1, 2, 3
+"""How a collective is rooted: only the root receives; the one buffer is sent by the root; only the root sends."""
 
 ROW_RECORD = record(
     [
