@@ -25,7 +25,7 @@ from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last
 from hpccomm.calls.consistency import FLUSH_SECONDS
-from hpccomm.calls.entry import Doors
+from hpccomm.calls.entry import COLLECTIVES, Doors
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
@@ -291,6 +291,8 @@ class Communicator(MPI.Intracomm):
         entry = self._context.entry if self._context else None
         if entry and code < NOT_MINE:
             return entry.resume(code)
+        if entry:
+            entry.check_interrupted()
         kind = entry.key() if entry and code == MISS else None
         sendbuf, recvbuf = buffers
         if pad_last(sendbuf) or pad_last(recvbuf):
@@ -315,7 +317,7 @@ class Communicator(MPI.Intracomm):
             bound.free()
 
     def _run_native(self, code: int, name: str, *arguments: Any) -> None:
-        """Run MPI's own collective, as its door has answered; the ranks' calls are compared before and after it."""
+        """Run MPI's own collective for a call whose door has returned ``code``; the ranks' calls are compared."""
         entry = self._context.entry  # type: ignore[union-attr]
         if code & NATIVE_IN_PLACE:
             arguments = (IN_PLACE, *arguments[1:])
@@ -409,6 +411,7 @@ class Communicator(MPI.Intracomm):
             return run_named(self, "Reduce", op, sendbuf, recvbuf, **rest)
         if reproducible and self._run_reproducible("Reduce", (sendbuf, recvbuf), (op, root), op):
             return None
+        root = self._planner.check_root(root, f"rank {self.rank}: Reduce")
         buffers, arguments = (sendbuf, recvbuf), (op, root, algorithm)
         return self._run_uncached(
             code, "Reduce", buffers, self.Reduce, self._planner.reduce, arguments, self.rank == root
@@ -508,6 +511,7 @@ class Communicator(MPI.Intracomm):
             return self._run_native(code, "Bcast", buf, root)
         if stream is not None:
             (buf,) = self._planner.attach_stream(stream, buf)
+        root = self._planner.check_root(root, f"rank {self.rank}: Bcast")
         return self._run_uncached(code, "Bcast", (None, buf), self._bcast, self._bind_bcast, (root, algorithm))
 
     def _bcast(self, nothing: None, buf: Any, root: int, algorithm: str | None) -> None:
@@ -559,8 +563,11 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
         entry = self._context.entry if self._context else None
+        if entry:
+            entry.check_interrupted()
         kind = entry.key() if entry and code == MISS else None
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
+        root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
         buffers = hold(buffers[0]), buffers[1]
         mark = None if op is None else operations.key_of(op)
         key = kind or (None if name == "Alltoallw" else call_key(name, *buffers, root, mark))
@@ -655,13 +662,7 @@ class Communicator(MPI.Intracomm):
         return mean
 
 
-NATIVE_CALLS = {
-    name: getattr(MPI.Intracomm, name)
-    for name in (
-        *("Allreduce", "Reduce", "Reduce_scatter_block", "Allgather", "Bcast", "Alltoall", "Barrier"),
-        *("Gather", "Scatter", "Scan", "Exscan"),
-    )
-}
+NATIVE_CALLS = {name: getattr(MPI.Intracomm, name) for name in map(str.capitalize, COLLECTIVES)}
 """MPI's own collectives that the entry compares."""
 
 

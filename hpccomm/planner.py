@@ -21,7 +21,7 @@ from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.calls import operations
 from hpccomm.calls.buffers import Buffer, address_of, apply_displacement, as_pairs, read, view_at
 from hpccomm.calls.consistency import MEETING_SECONDS
-from hpccomm.calls.entry import Entry, why_no_entry
+from hpccomm.calls.entry import Entry, class_lengths, why_no_entry
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import NativeCall, Plan, Run
 from hpccomm.collectives.engine import bind, bind_segments
@@ -559,10 +559,11 @@ class Planner:
         if send.overlaps(recv):
             raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
 
-    def check_root(self, root: int, who: str) -> None:
-        """Refuse a root that is not a rank."""
+    def check_root(self, root: int, who: str) -> int:
+        """Refuse a root that is not a rank; returns it as an integer of Python."""
         if not (isinstance(root, int | np.integer) and 0 <= root < self.size):
             raise ArgumentError(f"{who}: root {root} is not a rank: pass one of 0 … {self.size - 1}")
+        return int(root)
 
     def check_blocks(self, send: Buffer, recv: Buffer, counts: Counts, who: str) -> None:
         """Refuse counts of a reduce-scatter that do not fit the buffers."""
@@ -655,12 +656,11 @@ class Planner:
         return self.context.decide(collective, nbytes, dtype, allowed, who)._replace(lengths=(nbytes, nbytes))
 
     def lengths(self, collective: str, nbytes: int) -> tuple[int, int]:
-        """The lengths around ``nbytes`` whose calls in shared memory have the same record, or of the same size."""
+        """The lengths around ``nbytes`` whose calls in shared memory have the same record; without it, a size class."""
         if self.shared_memory:
             found: tuple[int, int] = self.shared_memory.lengths(collective, nbytes)
             return found
-        first = 1 << nbytes.bit_length() >> 1
-        return first, max(2 * first - 1, 0)
+        return class_lengths(nbytes)
 
     def why_not_native(self, data: Buffer, op: MPI.Op | None) -> str:
         """The reason to avoid MPI's own algorithm; empty if there is none."""
@@ -798,7 +798,7 @@ class Planner:
         call: Any = self.bind_shared(fingerprint, bind)
         row = call if choice and not before and not after and getattr(call, "lengths", None) else None
         if row and choice:
-            row.lengths = meet(row.lengths, self.unit_lengths(fingerprint.collective, choice))
+            row.lengths = intersect(row.lengths, self.unit_lengths(fingerprint.collective, choice))
         return self.context.keep(key, Plan(compose([before, call, after]), row=row))
 
     def bind_shared(self, fingerprint: Fingerprint, bind: Callable[[int], Run]) -> Run:
@@ -874,7 +874,7 @@ class Planner:
         return run
 
 
-def meet(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+def intersect(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     """What two ranges have in common."""
     return max(a[0], b[0]), min(a[1], b[1])
 

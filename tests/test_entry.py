@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -321,3 +322,57 @@ def test_a_mistake_is_named_after_the_texts_of_its_calls_were_overwritten(ours: 
         mine = x.astype("i4" if ours.rank == 1 else "f8")
         with pytest.raises(HpccommError, match=r"Allreduce\(sum, 4 float64\).*rank 1 called Allreduce\(sum, 4 int32\)"):
             ours.Allreduce(mine, np.empty_like(mine))
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_no_later_call_takes_up_one_that_an_exception_has_ended(ours: Communicator) -> None:
+    ours.algorithm = "shared"
+    for _ in range(5):
+        ours.Allreduce(np.ones(3), np.empty(3))
+
+    class RingError(Exception):
+        pass
+
+    def ring(*_: object) -> None:
+        raise RingError
+
+    before, ended = signal.signal(signal.SIGALRM, ring), False
+    try:
+        if ours.rank == 1:
+            time.sleep(0.05)
+        elif ours.rank == 0:
+            signal.setitimer(signal.ITIMER_REAL, 1e-4)
+        try:
+            ours.Allreduce(np.ones(3), np.empty(3))
+        except (RingError, HpccommError):
+            ended = True
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    raised = MPI.COMM_WORLD.allreduce(ended)
+    for k in range(3):
+        total = np.empty(3)
+        try:
+            ours.Allreduce(np.full(3, 10.0 * k), total)
+        except HpccommError:
+            raised += 1
+        else:
+            assert raised == 0 or np.array_equal(total, np.full(3, 20.0 * k))
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_roots_may_be_numpy_integers_on_some_ranks(ours: Communicator) -> None:
+    for kind in (np.int32, np.int64, int):
+        root = kind(1) if ours.rank == 0 else 1
+        x = np.full(47, ours.rank, "u1")
+        ours.Bcast(x, root)
+        assert np.array_equal(x, np.ones(47, "u1"))
+        total = np.zeros(4)
+        ours.Reduce(np.ones(4), total, root=root)
+        assert ours.rank != 1 or np.array_equal(total, np.full(4, ours.size))
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_a_call_without_arrays_raises_each_time(ours: Communicator) -> None:
+    for _ in range(5):
+        with pytest.raises((HpccommError, MPI.Exception)):
+            ours.Allreduce(MPI.IN_PLACE, MPI.IN_PLACE)

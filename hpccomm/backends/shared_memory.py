@@ -12,7 +12,7 @@ between ranks.
     plan()                                             # as often as you like; keeps no reference to the arrays
 
     SharedMemory.collectives                           # names of the collectives
-    bind_allreduce(send, recv, count, dtype, op, fingerprint, nontemporal=None)
+    bind_allreduce(send, recv, count, dtype, op, fingerprint, nontemporal=None, once=False)
     bind_reduce(send, recv, count, dtype, op, root, fingerprint)        recv is read on the root only
     bind_reduce_scatter(send, recv, counts, dtype, op, fingerprint)     counts: elements of each rank
     bind_allgather(send, recv, counts, places, fingerprint)             bytes and displacement of each rank
@@ -23,8 +23,8 @@ between ranks.
 
     shared.empty(shape, dtype)                         # registered: visible to all ranks, reduced without a copy
     shared.view(address, nbytes)                       # memory for one result of a registered array
-    shared.stall_handler = hook(seconds, missing)      # plans bound from now on call it every 50 ms while ranks are
-                                                       # missing; it may raise
+    shared.stall_handler = hook(seconds, missing)      # plans bound from now on call it while ranks are missing; it
+                                                       # may raise
     shared.mismatch = make(fingerprints)               # makes the error for calls that differ
     shared.peer_fingerprints()                         # the fingerprint of each rank's current or last call
     shared.close()
@@ -61,6 +61,7 @@ from hpccomm.kernels.reductions.reference import code_of, has_kernel, itemsize
 from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
 from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
+from hpccomm.kernels.shared_memory.records import fill
 from hpccomm.transports.segment import PAGE, SharedSegment
 
 Plan = Callable[[], None]
@@ -83,7 +84,7 @@ class SharedMemory:
     """The collectives of the ranks of ``node`` (collective); the module docstring lists the methods.
 
     ``code`` is ``"auto"``, ``"compiled"`` (Numba) or ``"numpy"``; rank 0's choice holds.  Takes about 1 MB a rank.
-    ``stall_handler`` is called whenever a rank has been missing for another ``patience_ns`` nanoseconds.
+    A call runs ``stall_handler`` after waiting ``patience_ns`` nanoseconds for a rank, then less and less often.
     """
 
     collectives = kernels.COLLECTIVES
@@ -452,7 +453,7 @@ class SharedMemory:
 
     def _generalise(self, plan: SharedCall, name: str, nbytes: int) -> SharedCall:
         """Let a plan take other addresses, and all lengths whose records are like that of ``nbytes`` bytes."""
-        plan.lengths, plan.nbytes, plan.checked = self.lengths(name, nbytes), nbytes, int(name != "alltoall")
+        plan.lengths, plan.checked = self.lengths(name, nbytes), int(name != "alltoall")
         plan.table = TABLES.index({"reduce_scatter": "blocks"}.get(name, name if name in TABLES else "none"))
         plan.sized = {"reduce_scatter": self.size}.get(name, int(name in ("allreduce", "reduce", "bcast")))
         plan.registers = int(name == "allreduce" and nbytes >= REGISTERED_BYTES)
@@ -509,9 +510,10 @@ class SharedMemory:
         """Handle an exception, such as Ctrl-C, in a call; if a rank was still missing, no rank can continue."""
         if call["waiting"]:
             call["waiting"] = 0
-            self._abandon()
+            self.abandon()
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """Make all later calls of all ranks raise: this rank has left one half done."""
         flag = self._segment.address + kernels.ABANDONED
         if not memory.load(flag):
             memory.store(flag, 1 + self.rank)
@@ -524,7 +526,7 @@ class SharedMemory:
         )
 
 
-GENERAL = ("lengths", "nbytes", "checked", "table", "sized", "registers", "releases")
+GENERAL = ("lengths", "checked", "table", "sized", "registers", "releases")
 """What a call knows of the other calls that its record can serve."""
 
 
@@ -532,7 +534,6 @@ class SharedCall:
     """A call in shared memory: its record and kernel, and which other calls the record can serve."""
 
     __slots__ = ("address", "allocation", "call", "kernel", "memory", "name", "stall_handler", *GENERAL)
-    nbytes: int
     checked: int
     table: int
     sized: int
@@ -594,12 +595,6 @@ def check_word(fingerprint: int, salt: int, nbytes: int) -> int:
 def are_even(counts: Sequence[int]) -> bool:
     """Whether all ranks have blocks of one length."""
     return len(set(counts)) == 1
-
-
-def fill(record: npt.NDArray[Any], **fields: Any) -> None:
-    """Write some fields of a record."""
-    for name, value in fields.items():
-        record[name] = value
 
 
 def call_of(plan: Plan) -> int:

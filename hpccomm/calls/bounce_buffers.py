@@ -35,7 +35,7 @@ class BounceBuffers:
         Buffers are plain arrays, ``IN_PLACE`` or ``None``.  ``recvbuf`` is copied in as well as out.
         """
         if (
-            sendbuf is recvbuf is None
+            np.ndarray not in (type(sendbuf), type(recvbuf))
             or not (fits(sendbuf) and fits(recvbuf))
             or id(recvbuf) in self._own
             or id(sendbuf) in self._own

@@ -57,7 +57,7 @@ TEXT_SECONDS = 0.2
 """How long a rank that compares waits for the text of another rank's call."""
 
 MEETING_SECONDS = 1.0
-"""Seconds after which a rank that has entered one of MPI's collectives does not come to a barrier in shared memory."""
+"""Seconds after which a rank that is in a call of MPI counts as one that will not come to this rank's barrier."""
 
 EAGER_POLLS, EAGER_SECONDS = 20, 1e-4
 """How long a rank waits for another one to enter a call before it yields its core, and then before it sleeps."""
@@ -199,7 +199,7 @@ class ConsistencyTable:
         raise MismatchError(self.explain())
 
     def find_call(self, row: int, seq: int = 0) -> Fingerprint | None:
-        """The call that the rank with this row has entered under a number, that of this rank's call by default."""
+        """The call that a rank has entered under number ``seq``, by default that of this rank's call."""
         seq = seq or self._seq
         entry, count = self._words[row + seq % CALLS], self._words[row + COUNTS + seq % CALLS]
         if entry >> DIGEST_BITS != seq:
@@ -233,7 +233,8 @@ class ConsistencyTable:
         start = 8 * (row + FIRST_TEXT + (digest % TEXTS) * TEXT_WORDS)
         if self._words[start // 8] != digest:
             return None
-        return decode(bytes(self._octets[start + 8 : start + 8 + TEXT_BYTES]).rstrip())
+        text = bytes(self._octets[start + 8 : start + 8 + TEXT_BYTES]).rstrip()
+        return decode(text) if self._words[start // 8] == digest else None
 
     def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
         """The call of a rank of this node whose fingerprint has this word, or this digest."""
@@ -246,6 +247,10 @@ class ConsistencyTable:
         entered = [k for k in range(len(self._members)) if self._words[k * ROW_WORDS + slot] >> DIGEST_BITS == seq]
         calls = {self._members[k]: self.find_call(k * ROW_WORDS) for k in entered}
         return mismatch_message(calls, self._me)
+
+    def explain_departure(self, rank: int, call: Fingerprint | None) -> str:
+        """The error sentence for a call that waits for a rank which makes no more calls."""
+        return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
 
     def raise_if_deadlocked(self) -> None:
         """Raise if the current call can never complete."""
@@ -273,8 +278,7 @@ class ConsistencyTable:
                 }
                 return mismatch_message(calls, self._me)
             if self._words[peer + LEFT] and abs(self._words[peer + STATUS]) < seq:
-                call = self.find_call(self._base)
-                return f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
+                return self.explain_departure(rank, self.find_call(self._base))
         return None
 
     def check_stall(self, word: int, seconds: float, find_missing: Callable[[], list[int]]) -> None:
@@ -294,11 +298,8 @@ class ConsistencyTable:
                 if call:
                     self.announce(call)
                 words[self._base + GAVE_UP] = (number - 1 << DIGEST_BITS) | digest
-                raise MismatchError(
-                    mismatch_message({self._me: call, rank: other}, self._me)
-                    if other
-                    else f"rank {rank} has left the program, rank {self._me} waits in {call}: make all ranks call it"
-                )
+                different = mismatch_message({self._me: call, rank: other}, self._me) if other else ""
+                raise MismatchError(different or self.explain_departure(rank, call))
         if positions and seconds > stall_seconds() and self._warned != (number, digest):
             self._warned = (number, digest)
             absent = format_ranks([self._members[position] for position in positions])
@@ -355,14 +356,17 @@ def run_watchdog() -> None:
     warned: weakref.WeakKeyDictionary[ConsistencyTable, int] = weakref.WeakKeyDictionary()
     while True:
         time.sleep(PERIOD)
-        for table in list(_tables):
-            seq = table.active_seq
-            before, began = since.get(table, (0, 0.0))
-            if not seq or seq != before:
-                since[table] = (seq, time.monotonic())
-                continue
-            with contextlib.suppress(ValueError):
-                check_progress(table, seq, time.monotonic() - began, warned)
+        tables: list[ConsistencyTable] = []
+        with contextlib.suppress(RuntimeError):  # another thread makes a communicator
+            tables = list(_tables)
+        for table in tables:
+            with contextlib.suppress(ValueError):  # or frees one
+                seq = table.active_seq
+                before, began = since.get(table, (0, 0.0))
+                if not seq or seq != before:
+                    since[table] = (seq, time.monotonic())
+                else:
+                    check_progress(table, seq, time.monotonic() - began, warned)
 
 
 def check_progress(table: ConsistencyTable, seq: int, waited: float, warned: Any) -> None:

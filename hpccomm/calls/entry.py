@@ -28,7 +28,7 @@ from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.fingerprint import template_digest
 from hpccomm.calls.plans import NativeCall
 from hpccomm.collectives import ALGORITHMS as SCHEDULES
-from hpccomm.errors import TransportError
+from hpccomm.errors import HpccommError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.kernels.entry import body, records
@@ -37,14 +37,19 @@ from hpccomm.kernels.entry.records import (
     CHECK_MASK,
     CHECK_PRIME,
     COUNT_CHECK,
+    ENTRY_RECORD,
+    INTERRUPTED,
+    IS_SENT_AT_ROOT,
     LATE,
     NATIVE,
     NATIVE_IN_PLACE,
     NOT_MINE,
+    RECEIVES_AT_ROOT,
+    SENDS_AT_ROOT,
 )
 from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
-from hpccomm.kernels.shared_memory.records import offset_of
+from hpccomm.kernels.shared_memory.records import fill, offset_of
 
 INHERITED = ("gather", "scatter", "scan", "exscan")
 """Collectives that only MPI runs."""
@@ -108,14 +113,20 @@ def door_facts(p: int) -> dict[str, dict[str, int]]:
     """The fields of each collective's door that are not 0, for p ranks."""
     return {
         "allreduce": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1},
-        "reduce": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1, "rooted": 1},
+        "reduce": {
+            **{"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1},
+            "rooted": RECEIVES_AT_ROOT,
+        },
         "reduce_scatter_block": {"send_blocks": p, "recv_blocks": 1, "send_counted": p},
         "allgather": {"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p, "own_block": 1},
-        "bcast": {"recv_blocks": 1, "rooted": 2},
+        "bcast": {"recv_blocks": 1, "rooted": IS_SENT_AT_ROOT},
         "alltoall": {"send_blocks": p, "recv_blocks": p, "send_counted": p, "recv_counted": p},
         "barrier": {},
-        "gather": {"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p, "rooted": 1},
-        "scatter": {"send_blocks": p, "recv_blocks": 1, "send_counted": p, "rooted": 3},
+        "gather": {
+            **{"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p},
+            "rooted": RECEIVES_AT_ROOT,
+        },
+        "scatter": {"send_blocks": p, "recv_blocks": 1, "send_counted": p, "rooted": SENDS_AT_ROOT},
         "scan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
         "exscan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
     }
@@ -129,10 +140,11 @@ class Entry:
     """
 
     def __init__(self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any) -> None:
-        self._doors, self.meeting, self._table = doors, meeting, table
+        self._doors, self._rank, self._memory, self._meeting, self._table = doors, rank, memory, meeting, table
         self._facts = door_facts(size)
         self._types, self._items = type_table(list_objects()), item_sizes()
-        self._record = np.zeros((), records.ENTRY_RECORD)
+        self._record = np.zeros((), ENTRY_RECORD)
+        self._pending = ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, "pending"))
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
         if memory:
@@ -155,11 +167,6 @@ class Entry:
         fill(door[0:1], entry=self._record.ctypes.data, collective=COLLECTIVES.index(name), **facts)
         setattr(self._doors, name, make_builtin(name, objects.address("enter"), door))
         return door
-
-    def close(self) -> None:
-        """Leave all calls to the Python path."""
-        self._doors.close()
-        self.clear()
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -185,8 +192,8 @@ class Entry:
         blocks = 0 if name in UNCOUNTED else max(1, self._facts[name].get("recv_blocks", 1))
         values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
-        first = 1 << key.nbytes.bit_length() >> 1
-        least, most = max(call.lengths[0], first), min(call.lengths[1], max(2 * first - 1, 0))
+        first, last = class_lengths(key.nbytes)
+        least, most = max(call.lengths[0], first), min(call.lengths[1], last)
         if count != key.nbytes // item * blocks or not least <= key.nbytes <= most:
             return
         if len(self._keys) >= MAX_ROWS:
@@ -213,18 +220,22 @@ class Entry:
         fill(self._rows[at : at + 1], **values)
 
     def run_native(self, code: int, native: Callable[..., Any], *arguments: Any) -> None:
-        """Run one of MPI's own collectives, which a door has answered with a code, and compare the ranks' calls."""
+        """Run MPI's own collective for a call whose door has returned ``code``, and compare the ranks' calls."""
         table = self._table
         if table is None:
             native(*arguments)
             return
+        if code & ~NATIVE_IN_PLACE == INTERRUPTED:
+            self.check_interrupted()
         try:
             if code & ~NATIVE_IN_PLACE != NATIVE:
                 self._settle(code & ~NATIVE_IN_PLACE)
             native(*arguments)
+            self._pending.value = 0
             if self._leave() is not None:
                 table.leave()
-        except (MPI.Exception, TransportError) as failure:
+        except (MPI.Exception, HpccommError) as failure:
+            self._pending.value = 0
             table.abandon()
             table.raise_mismatch(failure)
         except BaseException:
@@ -232,34 +243,51 @@ class Entry:
             raise
 
     def resume(self, code: int) -> None:
-        """Continue the call in shared memory that a door has answered with a code of its kernel."""
+        """Continue a call in shared memory whose kernel has ended with ``code``, which its door has returned."""
         row = int(self._record["row"])
-        self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
+        try:
+            self._calls[load(row + offset_of(records.ROW_RECORD, "number"))].resume(code)
+        except HpccommError:
+            self._pending.value = 0
+            raise
+        self._pending.value = 0
         if self._record["short"]:
             ctypes.memmove(*(int(self._record[name]) for name in ("short", "recv", "short_bytes")))
+
+    def check_interrupted(self) -> None:
+        """Raise if an exception, such as Ctrl-C, has come between a door and the rest of a call."""
+        if self._pending.value:
+            if self._memory:
+                self._memory.abandon()
+            self._table.abandon()
+            raise TransportError(
+                f"rank {self._rank}: an exception has ended the last call before it was complete, so this communicator "
+                "is out of step: free it and make a new one"
+            )
 
     def _settle(self, code: int) -> None:
         """Wait for the other ranks, where the entry has not, and compare their calls with this rank's."""
         if code >= BEFORE_NATIVE:
-            self.meeting.resume(code - BEFORE_NATIVE)
+            self._meeting.resume(code - BEFORE_NATIVE)
         if code == LATE:
             self._table.wait()
         self._table.compare_entries()
 
 
-ROW_KEY = ("kind", "op", "root", "algorithm")
+ROW_KEY = Key._fields[:4]
+"""The fields by which a row is found; the others differ between the calls of a kind."""
+
+
+def class_lengths(nbytes: int) -> tuple[int, int]:
+    """The first and last length with as many bits as this one."""
+    first = 1 << nbytes.bit_length() >> 1
+    return first, max(2 * first - 1, 0)
 
 
 def hash_words(*key: int) -> int:
     """The hash with which the entry looks up up to four words."""
     words = (*key, 0, 0, 0)[:4]
     return int(body.hash_words(*words))  # type: ignore[no-untyped-call]
-
-
-def fill(record: npt.NDArray[Any], **values: int) -> None:
-    """Write some fields of a record."""
-    for name, value in values.items():
-        record[name] = value
 
 
 def shared_values(call: Any, key: Key) -> dict[str, int]:
@@ -372,8 +400,10 @@ def why_python_has_none() -> str:
         return "HPCCOMM_ENTRY=off"
     if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "the entry reads objects of CPython with its global lock"
-    if objects.why_none():
-        return objects.why_none()
+    try:
+        objects.address("enter"), objects.address("leave")
+    except (ImportError, OSError) as error:
+        return f"its code is missing ({objects.why_none() or error})"
     return "" if reads_objects() else "objects of Python or NumPy are laid out in an unknown way"
 
 

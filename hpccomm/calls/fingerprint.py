@@ -76,9 +76,10 @@ def template_digest(word: int) -> tuple[int, int]:
     return (word - count * COUNT_PRIME) & DIGEST_MASK, count
 
 
-def decode(octets: bytes) -> Fingerprint:
-    """The fingerprint in bytes that another rank encoded."""
-    return Fingerprint(*octets.decode(errors="replace").split("|"))
+def decode(octets: bytes) -> Fingerprint | None:
+    """The fingerprint in bytes that another rank encoded; None if they are cut."""
+    fields = octets.decode(errors="replace").split("|")
+    return Fingerprint(*fields) if len(fields) == len(Fingerprint._fields) else None
 
 
 def first_difference(a: Fingerprint, b: Fingerprint) -> str | None:

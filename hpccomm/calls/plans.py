@@ -40,7 +40,7 @@ class Plan:
         self.result = result
         """The return value of the call, if it has one."""
         self.row = row
-        """What the compiled entry must know to make other calls of the kind: a call in shared memory or of MPI."""
+        """From which the compiled entry makes a row for other calls of the kind: a call in shared memory or of MPI."""
 
 
 def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:

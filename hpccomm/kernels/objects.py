@@ -172,7 +172,7 @@ _COMPLETE: list[bool] = []
 
 
 def find_all() -> bool:
-    """Look for the files of all functions."""
+    """Whether all functions have files now; remembered once they have."""
     present: set[str] = set()
     for folder in folders():
         with contextlib.suppress(OSError):
@@ -191,7 +191,7 @@ def compile_in_background() -> Any:
 
 
 def can_compile() -> bool:
-    """Whether such a process is likely to succeed."""
+    """Whether :func:`compile_in_background` is likely to succeed."""
     return bool(version_file("numba")) and writable_folder() is not None
 
 

@@ -33,6 +33,8 @@ from hpccomm.kernels.entry.records import (
     DTYPE_KIND,
     ENTRY_RECORD,
     IN_PLACE_BIT,
+    INTERRUPTED,
+    IS_SENT_AT_ROOT,
     LATE,
     LIST_ITEMS,
     LOW_HALF,
@@ -41,10 +43,13 @@ from hpccomm.kernels.entry.records import (
     NATIVE_IN_PLACE,
     NOT_MINE,
     OBJECT_TYPE,
+    RECEIVES_AT_ROOT,
     ROW_RECORD,
     SCRATCH_BYTES,
+    SENDS_AT_ROOT,
     SEQUENCE_LENGTH,
     STATUS,
+    TABLES,
     TOKEN_BITS,
     TUPLE_ITEMS,
     TYPE_RECORD,
@@ -93,6 +98,7 @@ NBYTES = offset_of(ENTRY_RECORD, "nbytes")
 SEND = offset_of(ENTRY_RECORD, "send")
 RECV = offset_of(ENTRY_RECORD, "recv")
 ROW = offset_of(ENTRY_RECORD, "row")
+PENDING = offset_of(ENTRY_RECORD, "pending")
 SENDS = offset_of(ENTRY_RECORD, "sends")
 RECEIVES = offset_of(ENTRY_RECORD, "receives")
 WITHIN = offset_of(ENTRY_RECORD, "within")
@@ -169,11 +175,9 @@ CALL_COPY_STRIDE = offset_of(CALL_RECORD, "copy_stride")
 CALL_SEND_AT = offset_of(CALL_RECORD, "send_at")
 CALL_RECV_AT = offset_of(CALL_RECORD, "recv_at")
 
-BLOCK_TABLE, ALLGATHER_TABLE, ALLTOALL_TABLE = 1, 2, 3
+BLOCK_TABLE, ALLGATHER_TABLE = TABLES.index("blocks"), TABLES.index("allgather")
 SHORT_WAIT_NS = 20_000
 """Nanoseconds for which a short call waits before it releases the GIL."""
-RECEIVES_AT_ROOT, IS_SENT_AT_ROOT, SENDS_AT_ROOT = 1, 2, 3
-"""How a collective is rooted: only the root receives; the one buffer is sent by the root; only the root sends."""
 SENT, RECEIVED = 0, 1
 
 
@@ -181,6 +185,8 @@ def enter(self, arguments, count):
     """``entry(sendbuf, recvbuf, op, root, algorithm, rest)``: None when the call is done, else a code."""
     door = load(self + ARRAY_DATA)
     entry = load(door + ENTRY)
+    if load(entry + PENDING) != 0:
+        return answer(entry, INTERRUPTED)
     code = read_call(entry, door, arguments) if count == 6 else NOT_MINE
     if code == DONE:
         code = find_row(entry)
@@ -188,11 +194,13 @@ def enter(self, arguments, count):
         row = load(entry + ROW)
         if load(row + BACKEND) == BY_MPI:
             code = start_native(entry, row) + NATIVE_IN_PLACE * load(entry + WITHIN)
+            store(entry + PENDING, code if load(entry + ENTRIES) != 0 else 0)
         else:
             aim(entry, row)
             code = run(entry, load(row + CALL), load(row + KERNEL), load(row + RELEASES))
             if code == DONE and load(entry + SHORT) != 0:
                 copy(load(entry + SHORT), load(entry + RECV), load(entry + SHORT_BYTES))
+            store(entry + PENDING, code)
     return answer(entry, code)
 
 
@@ -239,7 +247,10 @@ def read_call(entry, door, arguments):
 
 
 def names_permanent_objects(entry, arguments):
-    """Whether operation, root and algorithm are objects that are never freed, and no other argument is given."""
+    """Whether operation, root and algorithm are objects that are never freed, and no other argument is given.
+
+    Of a root only the type is checked: Python never frees the integers that are ranks (``MAX_RANKS``).
+    """
     root, none = load(arguments + 3 * W), load(entry + NONE)
     return (
         load(arguments + 5 * W) == none

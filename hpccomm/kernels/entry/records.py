@@ -25,6 +25,7 @@ ENTRY_RECORD = record(
         *words("meeting", "meet"),  # call record and kernel of the barrier before MPI's synchronising collectives
         *words("kind", "op", "root", "algorithm"),  # the key of the running call
         *words("nbytes", "send", "recv", "row"),  # its length, its addresses and its row
+        *words("pending"),  # whether a call awaits Python, which goes on with it
         *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
         *words("address", "octets", "token", "writable", "overflow"),  # the buffer read last
         *words("short", "short_bytes"),  # a receive buffer that ends before the padding of its last pair; 0 if none
@@ -39,10 +40,13 @@ DOOR_RECORD = record(
         *("send_blocks", "recv_blocks"),  # the length of a buffer as a multiple of the call's length; 0: not used
         *("in_place_blocks",),  # the same of a receive buffer in place; 0: in place is not taken
         *("send_counted", "recv_counted"),  # what a count in the buffer's form is multiplied by
-        *("rooted", "own_block", "same_is_in_place"),  # rooted: 1, 2, 3: see the body
+        *("rooted", "own_block", "same_is_in_place"),  # rooted: RECEIVES_AT_ROOT and so on; 0: no root
     )
 )
 """What is different between collectives."""
+
+RECEIVES_AT_ROOT, IS_SENT_AT_ROOT, SENDS_AT_ROOT = 1, 2, 3
+"""How a collective is rooted: only the root receives; the one buffer is sent by the root; only the root sends."""
 
 ROW_RECORD = record(
     [
@@ -66,9 +70,9 @@ TABLES = ("none", "blocks", "allgather", "alltoall")
 """What follows a call record: nothing, first bytes of blocks, lengths and places, or both of each side."""
 
 IN_SHARED_MEMORY, BY_MPI = 1, 2
-NOT_MINE, MISS, NATIVE, DIFFER, LATE = 5, 6, 7, 8, 9
+NOT_MINE, MISS, NATIVE, DIFFER, LATE, INTERRUPTED = 5, 6, 7, 8, 9, 10
 """Answers of the entry beyond those of the kernels: not readable here; readable, but no row; MPI's own collective; the
-same, but ranks differ; the same, but ranks have not entered."""
+same, but ranks differ; the same, but ranks have not entered; the call before was left half done."""
 NATIVE_IN_PLACE = 16
 """Added to an answer for one of MPI's own collectives in place."""
 BEFORE_NATIVE = 32
@@ -88,7 +92,7 @@ VOID_KIND = ord("V")
 # Fingerprints: the same arithmetic as in hpccomm.calls.fingerprint
 
 DIGEST_MASK = 0xFFFFFFF
-DIGEST_BITS = 31
+DIGEST_BITS = 28
 """Bits of an entry of the consistency table below the number of the call."""
 CALLS = 64
 """Entries of each rank: how many calls back a peer can still be compared."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 W = 8
 """Bytes of a word."""
@@ -106,3 +107,9 @@ def offset_of(layout: np.dtype[Any], name: str) -> int:
     """Bytes from the beginning of a record to a field."""
     fields: Any = layout.fields
     return int(fields[name][1])
+
+
+def fill(target: npt.NDArray[Any], **fields: Any) -> None:
+    """Write some fields of a record."""
+    for name, value in fields.items():
+        target[name] = value
