@@ -58,7 +58,7 @@ def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:
             return (name, address(sendbuf), sendbuf.size, sendbuf.dtype, sendbuf.flags.num, recv, rest)
         send = None if sendbuf is IN_PLACE or sendbuf is None else form_key(sendbuf)
         return (name, send, recv, rest)
-    except (AttributeError, BufferError, KeyError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, BufferError, KeyError, RuntimeError, SystemError, TypeError, ValueError):
         return None
 
 
