@@ -400,10 +400,12 @@ def why_python_has_none() -> str:
         return "HPCCOMM_ENTRY=off"
     if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "the entry reads objects of CPython with its global lock"
+    if objects.why_none():
+        return objects.why_none()
     try:
         objects.address("enter"), objects.address("leave")
     except (ImportError, OSError) as error:
-        return f"its code is missing ({objects.why_none() or error})"
+        return f"its code is missing ({error})"
     return "" if reads_objects() else "objects of Python or NumPy are laid out in an unknown way"
 
 
