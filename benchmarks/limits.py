@@ -36,21 +36,18 @@ Times = dict[str, float]
 
 def kernel_loops() -> dict[str, Callable[[int, int], None]]:
     """Compiled loops that call the kernel as it is, the kernel without waits, and the barrier."""
-    from hpccomm.kernels.shared_memory import compiled
+    from hpccomm.kernels import compiler
+    from hpccomm.kernels.shared_memory import collectives
 
     def on(kernel: Any) -> Any:
         def loop(call: int, n: int) -> None:
             for _ in range(n):
                 kernel(call)
 
-        return compiled.jit("void(int64, int64)")(loop)
+        return compiler.jit("void(int64, int64)")(loop)
 
-    here: dict[str, Callable[..., Any]] = {
-        "await_rank": skip_rank_wait,
-        "await_count": skip_count_wait,
-        "await_all": skip_all_wait,
-    }
-    waiting, hasty = compiled.compile_globals(), compiled.compile_globals(here)
+    waiting = compiler.compile_module(collectives)
+    hasty = compiler.compile_module(collectives, {"await_flag": skip_wait})
     return {
         "no Python": on(waiting["allreduce"]),
         "no waiting": on(hasty["allreduce"]),
@@ -58,19 +55,9 @@ def kernel_loops() -> dict[str, Callable[[int, int], None]]:
     }
 
 
-def skip_rank_wait(state, q, number):  # type: ignore[no-untyped-def]
-    """Replaces the wait for a rank at the beginning."""
+def skip_wait(state, q, flag, count, limit, late):  # type: ignore[no-untyped-def]
+    """Replaces every wait for a rank."""
     return 0
-
-
-def skip_count_wait(state, q, counter, count):  # type: ignore[no-untyped-def]
-    """Replaces the wait for a block of one rank."""
-    return True
-
-
-def skip_all_wait(state, counter, count):  # type: ignore[no-untyped-def]
-    """Replaces the wait for a block of all ranks."""
-    return True
 
 
 def measure_sizes(sizes: list[int]) -> list[dict[str, Any]]:

@@ -6,14 +6,17 @@ Only the modules ``loops`` and ``compiled`` of the families, and the intrinsics,
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
+from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 from numpy import ndarray
+
+from hpccomm.kernels import intrinsics
 
 SOURCES = ("intrinsics.py", "simd.py", "reductions/loops.py", "vectors/loops.py")
 _text = b"".join((Path(__file__).parent / each).read_bytes() for each in SOURCES)
@@ -21,6 +24,27 @@ CACHE_TAG = f"{llvmlite.binding.get_host_cpu_name()}_{zlib.crc32(_text):08x}"
 """What machine code depends on besides its own source: the processor, intrinsics, shared loops."""
 
 jit = partial(numba.njit, nogil=True, error_model="numpy")
+
+
+def compile_module(
+    module: ModuleType, instead: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The globals of a module whose functions are compiled, with intrinsics as its memory operations.
+
+    ``instead`` replaces functions of the module by others of the same name, for measurements.
+    """
+    scope = dict(vars(module))
+    for name in instead:
+        assert isinstance(scope[name], FunctionType), name
+    for name, function in vars(module).items():
+        if not isinstance(function, FunctionType):
+            continue
+        if function.__module__ == module.__name__:
+            here = FunctionType(instead.get(name, function).__code__, scope, name)
+            scope[name] = jit(no_cpython_wrapper=True, no_cfunc_wrapper=True)(here)
+        elif hasattr(intrinsics, name):
+            scope[name] = getattr(intrinsics, name)
+    return scope
 
 
 def compile_cached(compiler: Callable[..., Any], function: Callable[..., Any], name: str) -> Any:

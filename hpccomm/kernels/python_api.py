@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-
-from hpccomm.kernels.intrinsics import I64, VOID, external, instruction, int64, load, none, pointer
+from hpccomm.kernels.intrinsics import I64, VOID, call_1, external, instruction, int64, load, none
 
 
 def call_python(builder: Any, name: str, *values: Any, result: Any = I64) -> Any:
@@ -37,16 +35,10 @@ def PyEval_RestoreThread(builder, thread):
     call_python(builder, "PyEval_RestoreThread", thread, result=VOID)
 
 
-@instruction(int64, int64, int64)
-def run(builder, function, word):
-    """Call the C function at an address with one word."""
-    return builder.call(pointer(builder, function, ir.FunctionType(I64, [I64])), [word])
-
-
 def run_kernel(itself, arguments, n):
     """The body of a built-in function: run the kernel at the address ``itself`` on a call record, without the GIL."""
     kernel, call = PyLong_AsLongLong(itself), PyLong_AsLongLong(load(arguments))
     thread = PyEval_SaveThread()
-    code = run(kernel, call)
+    code = call_1(kernel, call)
     PyEval_RestoreThread(thread)
     return PyLong_FromLongLong(code)
