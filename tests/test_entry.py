@@ -39,7 +39,7 @@ REDUCTIONS = {
     "D": (MPI.SUM, MPI.PROD),
     "e": (MPI.SUM, MPI.MAX),
 }
-LENGTHS = (1, 5, 7, 300, 5000, 30_000)
+LENGTHS = (0, 1, 5, 7, 300, 5000, 30_000)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def run_all(comm: Communicator, n: int, dtype: str, op: MPI.Op, form: str) -> li
     return [reduced, in_place, total, own, prefix, prefix_in_place, *moved]
 
 
-@pytest.mark.mpi(sizes=(1, 2, 3, 5))
+@pytest.mark.mpi(sizes=(1, 2, 3, 5, 7))
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", REDUCTIONS)
 def test_the_entry_gives_the_bits_of_the_python_path(ours: Communicator, dtype: str, form: str) -> None:
@@ -325,7 +325,12 @@ def test_a_mistake_is_named_after_the_texts_of_its_calls_were_overwritten(ours: 
 
 
 @pytest.mark.mpi(sizes=(2,))
-def test_no_later_call_takes_up_one_that_an_exception_has_ended(ours: Communicator) -> None:
+@pytest.mark.parametrize("consistency_table", ["on", "off"])
+def test_no_later_call_takes_up_one_that_an_exception_has_ended(
+    comm: Communicator, consistency_table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPCCOMM_CONSISTENCY", consistency_table)
+    ours = comm.Dup()
     ours.algorithm = "shared"
     for _ in range(5):
         ours.Allreduce(np.ones(3), np.empty(3))

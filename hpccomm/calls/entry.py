@@ -51,9 +51,6 @@ from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
 from hpccomm.kernels.shared_memory.records import fill, offset_of
 
-INHERITED = ("gather", "scatter", "scan", "exscan")
-"""Collectives that only MPI runs."""
-COLLECTIVES = ("allreduce", "reduce", "reduce_scatter_block", "allgather", "bcast", "alltoall", "barrier", *INHERITED)
 UNCOUNTED = ("gather", "scatter")
 """Collectives whose lengths the ranks do not compare."""
 MAX_RANKS = 256
@@ -87,7 +84,6 @@ class Doors:
     A door returns None when the call is done, else a code.
     """
 
-    __slots__ = COLLECTIVES
     allreduce: Door
     reduce: Door
     reduce_scatter_block: Door
@@ -107,6 +103,11 @@ class Doors:
         """Leave all calls to the Python path."""
         for name in COLLECTIVES:
             setattr(self, name, decline)
+
+
+COLLECTIVES = tuple(Doors.__annotations__)
+INHERITED = ("gather", "scatter", "scan", "exscan")
+"""Collectives that only MPI runs."""
 
 
 def door_facts(p: int) -> dict[str, dict[str, int]]:
@@ -221,12 +222,12 @@ class Entry:
 
     def run_native(self, code: int, native: Callable[..., Any], *arguments: Any) -> None:
         """Run MPI's own collective for a call whose door has returned ``code``, and compare the ranks' calls."""
+        if code & ~NATIVE_IN_PLACE == INTERRUPTED:
+            self.check_interrupted()
         table = self._table
         if table is None:
             native(*arguments)
             return
-        if code & ~NATIVE_IN_PLACE == INTERRUPTED:
-            self.check_interrupted()
         try:
             if code & ~NATIVE_IN_PLACE != NATIVE:
                 self._settle(code & ~NATIVE_IN_PLACE)
@@ -257,9 +258,8 @@ class Entry:
     def check_interrupted(self) -> None:
         """Raise if an exception, such as Ctrl-C, has come between a door and the rest of a call."""
         if self._pending.value:
-            if self._memory:
-                self._memory.abandon()
-            self._table.abandon()
+            for each in filter(None, (self._memory, self._table)):
+                each.abandon()
             raise TransportError(
                 f"rank {self._rank}: an exception has ended the last call before it was complete, so this communicator "
                 "is out of step: free it and make a new one"
