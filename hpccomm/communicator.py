@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial, wraps
 from types import TracebackType
 from typing import Any
@@ -25,7 +25,7 @@ from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last
 from hpccomm.calls.consistency import FLUSH_SECONDS
-from hpccomm.calls.entry import COLLECTIVES, Doors
+from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, unwrap
@@ -172,7 +172,7 @@ class Communicator(MPI.Intracomm):
     def explain(self, collective: str, nbytes: int, dtype: str = "f4") -> Choice:
         """The algorithm selected for a call of ``nbytes`` bytes, and the reason (the first use is collective)."""
         names = self.context.names(collective)[1:]
-        return self.context.decide(collective, nbytes, dtype, names, f"rank {self.rank}: {collective}")
+        return self._planner.decide(collective, nbytes, dtype, names, f"rank {self.rank}: {collective}")
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = "f4") -> npt.NDArray[Any]:
         """An array in memory that all ranks of the node share: an Allreduce in place needs no copy (collective).
@@ -288,15 +288,13 @@ class Communicator(MPI.Intracomm):
         ``call(sendbuf, recvbuf, *rest)`` makes the call on other buffers, ``bind(key, sendbuf, recvbuf, *rest)`` binds
         it; ``rest`` ends with the algorithm.  A rank that does not ``receive`` ignores ``recvbuf``.
         """
-        entry = self._context.entry if self._context else None
-        if entry and code < NOT_MINE:
-            return entry.resume(code)
-        if entry:
-            entry.check_interrupted()
-        kind = entry.key() if entry and code == MISS else None
-        sendbuf, recvbuf = buffers
-        if pad_last(sendbuf) or pad_last(recvbuf):
-            return run_padded(call, buffers, rest)
+        if code < NOT_MINE:
+            self._context.entry.resume(code)  # type: ignore[union-attr]
+            return None
+        kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
+        padded = [pad_last(each) for each in buffers]
+        if any(padded):
+            return run_padded(call, buffers, padded, rest)
         marks = tuple(operations.key_of(each) if isinstance(each, MPI.Op) else each for each in rest)
         key = kind or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
         if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
@@ -306,15 +304,28 @@ class Communicator(MPI.Intracomm):
             into = recvbuf if receives else None
             if key is not None and self._bounce_buffers.run((name, *marks), call, sendbuf, into, rest):
                 return None
-            bound = bind(key, sendbuf, recvbuf, *rest)
-            if kind and bound.row and self._context and self._context.entry:
-                self._context.entry.insert(kind, bound.row)
+            bound = self._bind(kind, bind, key, sendbuf, recvbuf, *rest)
         if key is not None:
             return bound.run()
         try:
             return bound.run()
         finally:
             bound.free()
+
+    def _read_kind(self, code: int) -> Key | None:
+        """What the door has read of the call that it has answered with ``code``, if it takes such calls once bound."""
+        entry = self._context.entry if self._context else None
+        if entry is None:
+            return None
+        entry.check_interrupted()
+        return entry.key() if code == MISS else None
+
+    def _bind(self, kind: Key | None, bind: Callable[..., Plan], *arguments: Any) -> Plan:
+        """Bind a plan, and let the door take later calls of its kind."""
+        plan = bind(*arguments)
+        if kind and plan.row:
+            self._context.entry.insert(kind, plan.row)  # type: ignore[union-attr]
+        return plan
 
     def _run_native(self, code: int, name: str, *arguments: Any) -> None:
         """Run MPI's own collective for a call whose door has returned ``code``; the ranks' calls are compared."""
@@ -562,19 +573,14 @@ class Communicator(MPI.Intracomm):
         code: int = NOT_MINE,
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
-        entry = self._context.entry if self._context else None
-        if entry:
-            entry.check_interrupted()
-        kind = entry.key() if entry and code == MISS else None
+        kind = self._read_kind(code)
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
         buffers = hold(buffers[0]), buffers[1]
         mark = None if op is None else operations.key_of(op)
         key = kind or (None if name == "Alltoallw" else call_key(name, *buffers, root, mark))
-        plan = self._find_plan(key) or self._planner.bind_inherited(key, name, buffers, root, op)
-        if kind and plan.row and entry:
-            entry.insert(kind, plan.row)
-        return plan.run()
+        bind = self._planner.bind_inherited
+        return (self._find_plan(key) or self._bind(kind, bind, key, name, buffers, root, op)).run()
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of equal length on ``root``."""
@@ -666,9 +672,10 @@ NATIVE_CALLS = {name: getattr(MPI.Intracomm, name) for name in map(str.capitaliz
 """MPI's own collectives that the entry compares."""
 
 
-def run_padded(call: Callable[..., None], buffers: tuple[Any, Any], rest: tuple[Any, ...]) -> None:
-    """Make a call on copies of the buffers that lack the padding of their last pair."""
-    padded = [pad_last(each) for each in buffers]
+def run_padded(
+    call: Callable[..., None], buffers: tuple[Any, Any], padded: Sequence[Any], rest: tuple[Any, ...]
+) -> None:
+    """Make a call on copies of the buffers that lack the padding of their last pair, see :func:`pad_last`."""
     for each in padded:
         if each:
             each[2][...] = each[1]

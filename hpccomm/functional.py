@@ -124,8 +124,7 @@ def broadcast(
     """
     ranks = communicator(comm)
     who = f"rank {ranks.rank}: broadcast"
-    if not (isinstance(root, int | np.integer) and 0 <= root < ranks.size):
-        raise ArgumentError(f"{who}: root {root} is not a rank: pass one of 0 … {ranks.size - 1}")
+    root = ranks._planner.check_root(root, who)
     if x is None and ranks.rank == root:
         raise ArgumentError(f"{who}: the root passed None: pass the array to broadcast")
     if is_on_device(x):  # no consistency check: the ranks' types may differ

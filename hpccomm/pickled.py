@@ -36,8 +36,6 @@ OURS_BYTES = 1 << 16
 GATHER_RANKS = 8
 """Up to so many ranks an allreduce gathers long pickles; above, mpi4py's tree moves fewer bytes."""
 
-OPERATIONS = ("SUM", "PROD", "MIN", "MAX", "LAND", "LOR", "LXOR", "BAND", "BOR", "BXOR", "MINLOC", "MAXLOC")
-OP_NAMES = {getattr(MPI, name).handle: name for name in OPERATIONS}
 ELEMENTWISE = (MPI.SUM, MPI.PROD, MPI.BAND, MPI.BOR, MPI.BXOR)
 """Operations that mean the same for arrays in Python and in MPI."""
 LOADS, DUMPS = MPI.pickle.loads, MPI.pickle.dumps
@@ -72,9 +70,9 @@ class ObjectCalls:
         """mpi4py's ``allreduce``; ``op`` may also be a name."""
         if isinstance(op, str):
             op = operations.read_op(op, f"rank {self.rank}: allreduce")
-        if not (isinstance(op, MPI.Op) and op.handle in OP_NAMES):
+        if not (isinstance(op, MPI.Op) and op.handle in operations.PREDEFINED):
             return MPI.Intracomm.allreduce(self.comm, sendobj, op)
-        lengths = self.gather_records(sendobj, OP_NAMES[op.handle])
+        lengths = self.gather_records(sendobj, operations.PREDEFINED[op.handle].name.upper())
         form = self.common_form(op) if lengths.count(REST) == self.size else None
         if form is not None:
             self.comm.Allreduce(sendobj, result := np.empty(form[1], form[0]), op)

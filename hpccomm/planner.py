@@ -621,9 +621,10 @@ class Planner:
         nbytes: int | None = None,
     ) -> Choice:
         """The algorithm of this call, named by the caller, by the communicator, or selected from the tuning table."""
-        setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
-        if "shared" in (algorithm, self.comm.algorithm, setting):
-            self.use_code()
+        if self.context.awaits_code:
+            setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], collective)
+            if "shared" in (algorithm, self.comm.algorithm, setting):
+                self.use_code()
         names = self.context.names(collective)
         if algorithm is not None and algorithm not in names:
             raise unknown_algorithm_error(who, algorithm, names)
