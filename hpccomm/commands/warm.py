@@ -1,4 +1,4 @@
-"""``hpccomm warm``: compile the functions of shared memory for this machine, so that programs start at once.
+"""``hpccomm warm``: compile the functions of shared memory and probe the machine, so that programs start at once.
 
 One process a core compiles; what is there already stays.  Programs on other processors need their own.
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 from hpccomm.commands.verify import show_progress
 from hpccomm.errors import HpccommError
 from hpccomm.kernels import objects
+from hpccomm.performance import probe
 
-SUMMARY = "compile the functions of shared memory, so that programs start at once"
+SUMMARY = "compile the functions of shared memory and probe the machine, so that programs start at once"
 MAX_PROCESSES = 16
 LOWEST_PRIORITY = 19
 
@@ -37,9 +38,20 @@ def run(args: argparse.Namespace) -> int:
         compile_alone(names, folder)
     else:
         compile_in_processes(names)
+    found, idle = probe.ensure(os.sched_getaffinity(0))
     if not args.quiet:
         print(f"compiled {len(names)} functions in {time.monotonic() - began:.0f} s: {objects.describe()}")
+        print(f"machine: {describe_probe(found, idle)}")
     return 0
+
+
+def describe_probe(found: probe.Found, idle: bool) -> str:
+    """In words, where the probe is, or why there is none."""
+    if found.probe is None:
+        return found.trouble
+    if not idle:
+        return "probed, but busy, so the figures are not kept: repeat `hpccomm warm` when it is idle"
+    return f"{found.probe.cpu}, probe in {found.path}" if found.path else "probed, but no folder can be written to"
 
 
 def compile_alone(names: list[str], folder: Path | None) -> None:
