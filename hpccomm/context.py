@@ -10,13 +10,13 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Hashable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm import layout
+from hpccomm import first_use, layout
 from hpccomm.backends.hierarchical import TwoLevels
 from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.backends.shared_memory import SharedMemory
@@ -30,6 +30,7 @@ from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.performance import tuning
 from hpccomm.performance.cost import HIERARCHICAL
+from hpccomm.performance.probe import processor_name
 from hpccomm.settings import check_environment
 from hpccomm.transports.mpi import MessageTransport, mpi_name
 from hpccomm.transports.polling import pause
@@ -57,6 +58,7 @@ SETTINGS = (
     "HPCCOMM_CONSISTENCY",
     "HPCCOMM_GPU_TRANSPORT",
     "HPCCOMM_COMPILE",
+    "HPCCOMM_GUARD",
 )
 """Environment variables that must be the same on every rank: rank 0's values are used."""
 
@@ -86,7 +88,18 @@ class Context:
 
     def load_table(self) -> tuning.Table:
         """This machine's tuning table."""
-        return tuning.load(mpi_name(), MPI.Get_processor_name(), ethernet=not layout.fast_networks())
+        where = mpi_name(), MPI.Get_processor_name()
+        if self.settings["HPCCOMM_GUARD"] == "off":
+            return tuning.load(*where, ethernet=not layout.fast_networks())
+        table = tuning.load(*where, ethernet=not layout.fast_networks(), cpu=processor_name())
+        return table if table.frozen else table.add_first_use(first_use.load(mpi_name()))
+
+    def add_first_use(self, rows: list[tuning.Row]) -> None:
+        """Decide by what the first use of a size class has measured, now and in later programs."""
+        self.table = self.table.add_first_use(rows)
+        self._decisions.clear()
+        if self.rank == 0:
+            first_use.save(mpi_name(), rows)
 
     def counts(self, elements: int) -> tuple[int, ...]:
         """The number of elements of every rank (collective)."""
@@ -122,6 +135,8 @@ class Context:
         try:
             memory = SharedMemory(self.node, patience_ns=NODE_PROGRESS_NS if self.layout.count == 1 else PROGRESS_NS)
             memory.mismatch = self.mismatch_error
+            if self.rank == 0 and memory.trouble:
+                warn_once(memory.trouble)
         except TransportError as error:
             trouble = str(error)
         troubles = [each for each in self.private_comm.allgather(trouble) if each]
@@ -264,6 +279,12 @@ class Context:
             made.close()
         self.node.Free()
         self.messages.close()
+
+
+@cache
+def warn_once(trouble: str) -> None:
+    """Say once in a process that the defaults are used, because a file cannot be."""
+    consistency.log_line(f"{trouble}; the defaults are used")
 
 
 def ranks_of_this_node(comm: MPI.Intracomm) -> MPI.Intracomm:

@@ -757,7 +757,7 @@ def test_single_copy_is_exact_even_if_the_system_refuses(comm: MPI.Intracomm, sy
     early = DEFAULTS._replace(**dict.fromkeys(SINGLE_COPIES, 10_000), allgather_segment=65_536)
     p, r, n = comm.size, comm.rank, 300_001
     with open_memory(comm, code, early) as shared:
-        if not shared._reaches:
+        if not shared.reaches:
             pytest.skip("this system forbids a process to read the memory of another")
         if system == "refuses" or (system == "refuses one rank" and r == p - 1):
             no_process = 2**22 + 1  # above the largest process number of Linux
@@ -796,7 +796,7 @@ def test_a_system_that_forbids_single_copy_is_detected_at_construction(
     if comm.rank == 0:
         monkeypatch.setattr(memory, "pull", lambda *_: -1)
     with open_memory(comm) as shared:
-        assert not shared._reaches
+        assert not shared.reaches
 
 
 def test_short_blocks_use_the_parts_of_a_slot_in_turn() -> None:

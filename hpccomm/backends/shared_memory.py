@@ -120,7 +120,8 @@ class SharedMemory:
         self.allocation_count = np.zeros(1, np.int64)
         self._allocations = 0
         self._first: dict[str, list[int]] = {}
-        self._reaches = self._can_reach()
+        self.reaches = self._can_reach()
+        """Whether ranks may copy from each other's memory."""
 
     def _plant_tree(self, cores: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
         """Let barriers of many ranks go along a tree; returns the children of this rank."""
@@ -400,7 +401,7 @@ class SharedMemory:
 
     def _uses_single_copy(self, name: str, nbytes: int) -> bool:
         """Whether a call copies from process to process."""
-        return self._reaches and nbytes >= self._single_copy_bytes(name)
+        return self.reaches and nbytes >= self._single_copy_bytes(name)
 
     def _single_copy_bytes(self, name: str) -> int:
         """From how many bytes of all ranks together on a collective copies from process to process."""

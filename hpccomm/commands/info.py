@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         "Software": software(),
         "Launch": launch(comm),
         "Transports": transports(comm),
+        "Machine": machine(comm),
         "GPU": gpu(comm),
         "Settings": settings(comm),
         f"Decisions for {args.collective} (float32)": decisions(comm, args.collective),
@@ -114,6 +115,56 @@ def transports(comm: Any) -> dict[str, str]:
         if resources.consistency
         else "off: calls are not compared",
     }
+
+
+CACHES = {"l1": "L1", "l2": "L2", "l3": "last-level cache"}
+
+
+def machine(comm: Any) -> dict[str, str]:
+    """What was probed of the cores of rank 0's node, and how shared memory moves bytes there (collective)."""
+    from hpccomm.performance import probe
+    from hpccomm.performance.machine import DEFAULTS
+
+    cores = sorted(set().union(*comm.context.node.allgather(os.sched_getaffinity(0))))
+    found, memory = probe.load(cores), comm.context.node_memory
+    rows = {"processor": probe.processor_name(), "probe": str(found.path or found.trouble or UNPROBED)}
+    if found.probe:
+        rows |= format_probe(found.probe)
+    if memory is None:
+        return rows
+    used = memory.parameters
+    changed = {name: value for name, value in used._asdict().items() if value != getattr(DEFAULTS, name)}
+    changed.pop("source", None)
+    words = ", ".join(f"{name}={value}" for name, value in changed.items()) or "those of the reference machine"
+    single_copy = "permitted between the ranks of this node" if memory.reaches else "refused by the system"
+    barriers = "each rank polls all others" if memory.size <= used.flat_ranks else "along a tree"
+    return rows | {"parameters": f"{words}; from {used.source}", "single-copy": single_copy, "barriers": barriers}
+
+
+UNPROBED = "none yet: run `hpccomm warm` on an idle machine"
+
+
+def format_probe(known: Any) -> dict[str, str]:
+    """The figures of a probe, with their units; unknown ones are left out."""
+    sizes = {title: getattr(known, name) >> 10 for name, title in CACHES.items()}
+    caches = ", ".join(f"{title} {size} KB" for title, size in sizes.items() if size)
+    times = [(known.line_ns, "near"), (known.far_line_ns, "far"), (known.poll_ns, "poll"), (known.yield_ns, "yield")]
+    copies = [(known.l2_copy, "in L2"), (known.l3_copy, "in L3"), (known.memory_copy, "memory")]
+    copies += [(known.memory_copy_nontemporal, "non-temporal"), (known.single_copy, "single-copy")]
+    handed = [(known.handover, "ordinary stores"), (known.handover_nontemporal, "non-temporal stores")]
+    rows = {
+        "cores": f"{known.cores} in {known.cache_groups} cache groups; {caches or 'caches unknown'}",
+        "line transfer": join_figures(times, "ns"),
+        "copies by one core": join_figures(copies, "GB/s"),
+        "additions": join_figures([(known.memory_add, "memory")], "GB/s of results"),
+        "core to core": join_figures(handed, "GB/s each way"),
+    }
+    return {name: text for name, text in rows.items() if text}
+
+
+def join_figures(figures: list[tuple[float, str]], unit: str) -> str:
+    """The known ones of some figures in words."""
+    return ", ".join(f"{value:g} {unit} ({title})" for value, title in figures if value)
 
 
 def gpu(comm: Any) -> dict[str, str]:

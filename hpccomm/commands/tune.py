@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--algorithm", metavar="NAMES", help="algorithms to measure (default: all)")
     add("--sizes", metavar="BYTES", help=f"sizes to measure (default {SIZES})")
     add("--quick", action="store_true", help=f"measure fewer sizes: {QUICK}")
+    add("--probe", action="store_true", help="only probe the cores of each node again; takes a second")
     add(
         "--out",
         metavar="FILE",
@@ -75,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
 
     from hpccomm import Communicator
 
+    for line in probe_nodes(MPI.COMM_WORLD):
+        print(line)
+    if args.probe:
+        return 0
     comm = Communicator(MPI.COMM_WORLD)
     if comm.size == 1:
         raise ArgumentError("one rank has nothing to tune: use more, for example `mpirun -n 4 hpccomm tune`")
@@ -87,6 +94,30 @@ def run(args: argparse.Namespace) -> int:
     if comm.rank == 0:
         finish(rows, site, out, curves, link)
     return 0
+
+
+def probe_nodes(world: Any) -> list[str]:
+    """Probe the cores of the ranks of each node again; what to print, on rank 0 (collective).
+
+    The other ranks sleep meanwhile, so that they do not take part in what is measured.
+    """
+    from mpi4py import MPI
+
+    from hpccomm.commands.warm import describe_probe
+    from hpccomm.performance import probe
+
+    node = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
+    cores = set().union(*node.allgather(os.sched_getaffinity(0)))
+    line = describe_probe(*probe.ensure(cores, again=True)) if node.rank == 0 else ""
+    request = world.Ibarrier()
+    while not request.Test():
+        time.sleep(ASLEEP_SECONDS)
+    lines = world.gather(line and f"# {MPI.Get_processor_name()}: {line}")
+    node.Free()
+    return list(filter(None, lines or []))
+
+
+ASLEEP_SECONDS = 0.005
 
 
 def rounds_of(comm: Any, todo: Sequence[Task], wanted: Sequence[str]) -> tuple[tuple[CostCurve, ...], Link | None]:

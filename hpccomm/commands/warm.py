@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
         raise HpccommError("no folder can be written to: set HPCCOMM_CACHE to one that can")
     if args.background:
         os.nice(LOWEST_PRIORITY)
-        compile_alone(names, folder)
-    else:
-        compile_in_processes(names)
+        prepare_alone(names, folder)
+        return 0
+    compile_in_processes(names)
     found, idle = probe.ensure(os.sched_getaffinity(0))
     if not args.quiet:
         print(f"compiled {len(names)} functions in {time.monotonic() - began:.0f} s: {objects.describe()}")
@@ -54,11 +54,13 @@ def describe_probe(found: probe.Found, idle: bool) -> str:
     return f"{found.probe.cpu}, probe in {found.path}" if found.path else "probed, but no folder can be written to"
 
 
-def compile_alone(names: list[str], folder: Path | None) -> None:
-    """Compile one after the other; leave it to another process that does so already."""
+def prepare_alone(names: list[str], folder: Path | None) -> None:
+    """Compile one after the other, then probe; leave it to another process that does so already."""
     with objects.lock(folder, "background", wait=False) as mine:
-        for name in names if mine else []:
-            objects.address(name)
+        if mine:
+            for name in names:
+                objects.address(name)
+            probe.ensure(os.sched_getaffinity(0))
 
 
 def compile_in_processes(names: list[str]) -> None:

@@ -399,18 +399,24 @@ def save(probe: Probe, cores: Iterable[int]) -> Path | None:
 
 def write_json(path: Path, data: Any) -> bool:
     """Write a file at once; False if the system refuses."""
-    aside = ""
     try:
-        number, aside = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+        write_text(path, json.dumps(data, indent=1) + "\n")
+    except OSError:
+        return False
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once: processes of any machine that read it meanwhile see the old or the new one."""
+    number, aside = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+    try:
         with os.fdopen(number, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
+            file.write(text)
         os.replace(aside, path)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(aside)
-        return False
-    return True
+        raise
 
 
 def ensure(cores: Iterable[int], again: bool = False) -> tuple[Found, bool]:
