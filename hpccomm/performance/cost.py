@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.collectives import ALGORITHMS, hierarchical
+from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.collectives.schedule import Algorithm, Step
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import costs_for_shape
@@ -37,13 +38,6 @@ FACTORS = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
 
 INPUT_COPIES = {"allreduce": "vector", "reduce_scatter": "vector", "allgather": "block"}
 """The data that a call copies into its work buffer before the first message."""
-
-HIERARCHICAL: dict[str, Callable[[Any], Algorithm]] = {
-    "allreduce": hierarchical.build_allreduce,
-    "reduce_scatter": hierarchical.build_reduce_scatter,
-    "allgather": hierarchical.build_allgather,
-}
-"""Algorithms whose steps depend on the nodes of the ranks.  Reordering inside a rank is not priced."""
 
 MODEL, MEASURED = "alpha and beta", "measured rounds"
 """The sources of a prediction."""
