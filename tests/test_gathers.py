@@ -11,12 +11,18 @@ import pytest
 from hpccomm.__main__ import main
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind
-from hpccomm.collectives.hierarchical import build_allgather, build_reduce_scatter, reorder_by_block, reorder_by_rank
+from hpccomm.collectives.hierarchical import (
+    HIERARCHICAL,
+    build_allgather,
+    build_reduce_scatter,
+    reorder_by_block,
+    reorder_by_rank,
+)
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.verify import verify_algorithm
 from hpccomm.errors import ScheduleError
 from hpccomm.layout import Link
-from hpccomm.performance.cost import HIERARCHICAL, predict, price
+from hpccomm.performance.cost import predict, price
 from hpccomm.performance.machine import Machine
 from hpccomm.transports.threads import ThreadTransport, run_on_threads
 

@@ -61,8 +61,8 @@ def check_algorithm(
 ) -> int:
     """Lower an algorithm for every rank and check the records; returns their number.
 
-    ``shared``: node steps stay, else they are messages.  ``length`` are the elements of a vector, by default one a block
-    and segment; block b of an allgather or a reduce-scatter has ``length + b % 2`` elements, by default one.
+    ``shared``: node steps stay, else they are messages.  ``length`` are the elements of a vector, by default one for
+    each block and segment; block b of an allgather or a reduce-scatter has ``length + b % 2`` elements.
     """
     name, algorithm = find_algorithm(algorithm, collective)
     how = pipeline or Pipeline()
@@ -118,24 +118,24 @@ class Duty(NamedTuple):
         """The elements that rank r must hold in the end."""
         if self.collective == "reduce" and r != self.root:
             return 0, 0
-        return self.block(r) if self.collective == "reduce_scatter" else (0, self.layout.count)
+        return self.block(r) if self.collective == "reduce_scatter" else (0, self.layout.elements)
 
     def before(self, r: int, p: int) -> list[int]:
         """The operand of rank r, or its vector where nothing is reduced."""
-        lo, hi = 0, self.layout.count
+        lo, hi = 0, self.layout.elements
         if self.collective == "allgather":
             lo, hi = self.block(r)
         elif self.collective == "bcast" and r != self.root:
             hi = 0
-        return [(k << p) | (1 << r) if lo <= k < hi else EMPTY for k in range(self.layout.count)]
+        return [(k << p) | (1 << r) if lo <= k < hi else EMPTY for k in range(self.layout.elements)]
 
     def after(self, p: int) -> list[int]:
         """What every cell that is due must hold."""
         if self.collective in REDUCING_COLLECTIVES:
-            return [(k << p) | ((1 << p) - 1) for k in range(self.layout.count)]
+            return [(k << p) | ((1 << p) - 1) for k in range(self.layout.elements)]
         if self.collective == "bcast":
-            return [(k << p) | (1 << self.root) for k in range(self.layout.count)]
-        found = [EMPTY] * self.layout.count
+            return [(k << p) | (1 << self.root) for k in range(self.layout.elements)]
+        found = [EMPTY] * self.layout.elements
         for r in range(p):
             for k in range(*self.block(r)):
                 found[k] = (k << p) | (1 << r)
@@ -186,9 +186,7 @@ class World:
         self.p, self.duty, self.title = len(programs), duty, title
         self.mask = (1 << self.p) - 1
         reduces = duty.collective in REDUCING_COLLECTIVES
-        self.machines = [
-            Machine(r, program, duty.before(r, self.p), reduces) for r, program in enumerate(programs)
-        ]
+        self.machines = [Machine(r, program, duty.before(r, self.p), reduces) for r, program in enumerate(programs)]
         self.sent: dict[tuple[int, int], list[list[int]]] = defaultdict(list)
         self.received: dict[tuple[int, int], list[int]] = defaultdict(list)
         self.came: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -207,7 +205,7 @@ class World:
         """Run all ranks until none can go on."""
         while self.ready:
             machine = self.machines[self.ready.popleft()]
-            records, acts = machine.records, self.ACTS
+            records, acts = machine.records, ACTS
             while machine.at < len(records):
                 record = records[machine.at]
                 act = acts.get(record[0])
@@ -239,7 +237,9 @@ class World:
                 self.refuse(machine, f"the message {what} was never awaited")
         for (source, to), messages in self.sent.items():
             if len(messages) != len(self.received[source, to]):
-                self.refuse(self.machines[to], f"rank {source} sends {len(messages)} messages, not as many are received")
+                self.refuse(
+                    self.machines[to], f"rank {source} sends {len(messages)} messages, not as many are received"
+                )
 
     # Memory
 
@@ -401,8 +401,6 @@ class World:
         if meeting.collective == "reduce_scatter" and meeting.only < 0 and apart:
             self.refuse(machine, "the parts of a reduction inside a node are not one interval")
 
-    ACTS = {SEND: send, RECEIVE: receive, WAIT: wait, REDUCE: reduce, COPY: copy, NODE: node}
-
     def check_result(self) -> None:
         """Each rank holds what the collective promises."""
         after = self.duty.after(self.p)
@@ -419,3 +417,14 @@ class World:
             return "not initialised"
         ranks = [r for r in range(self.p) if cell >> r & 1]
         return f"the sum of element {cell >> self.p} of ranks {ranks}"
+
+
+ACTS = {
+    SEND: World.send,
+    RECEIVE: World.receive,
+    WAIT: World.wait,
+    REDUCE: World.reduce,
+    COPY: World.copy,
+    NODE: World.node,
+}
+"""What runs each kind of record."""

@@ -1,8 +1,8 @@
 """The engine binds a schedule to a vector once; the plan that results is a flat list of actions.
 
 It is the interpreter of records (:mod:`hpccomm.collectives.lower`) in Python: it runs on any transport, with any
-operation, and where nothing is compiled; the compiled interpreter is tested against it.  A running plan looks up, slices
-and checks nothing.
+operation, and where nothing is compiled; the compiled interpreter is tested against it.  A running plan looks up,
+slices and checks nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from hpccomm.collectives.lower import Layout, Pipeline, lower
 from hpccomm.collectives.records import COPY, NODE, RECEIVE, REDUCE, SEND, Meeting, Program
-from hpccomm.collectives.schedule import NodeStep, Step, even_cuts, without_node_steps
+from hpccomm.collectives.schedule import NOBODY, NodeStep, Step, even_cuts, without_node_steps
 
 __all__ = ["BoundSchedule", "Exchange", "Transport", "bind", "bind_program", "bind_segments", "even_cuts"]
 
@@ -105,9 +105,7 @@ def bind_segments(
     """Bind a schedule with blocks of any offsets (allreduce, bcast, reduce) to a vector in ``number`` segments."""
     layout = Layout(vector.size, vector.itemsize, blocks)
     steps = without_node_steps(steps, transport.rank)
-    return bind_program(
-        lower(steps, transport.rank, layout, Pipeline(number)), vector, None, transport, combine, tag
-    )
+    return bind_program(lower(steps, transport.rank, layout, Pipeline(number)), vector, None, transport, combine, tag)
 
 
 def bind_program(
@@ -135,8 +133,11 @@ def bind_program(
         kind, peer, buffer, at, nbytes, request, operand, operand_at, lower_first = record
         if kind in (SEND, RECEIVE):
             memory = view(buffer, at, nbytes)
-            out = (memory, peer, None, -1) if kind == SEND else (None, -1, memory, peer)
-            pending[request] = exchange = transport.exchange(*out, tag)
+            sends = kind == SEND
+            out, into = (memory, None) if sends else (None, memory)
+            pending[request] = exchange = transport.exchange(
+                out, peer if sends else -1, into, -1 if sends else peer, tag
+            )
             exchanges.append(exchange)
             actions += exchange.starts
         elif kind == NODE:

@@ -7,7 +7,7 @@ a flat schedule between the nodes (the *inter* schedule), and the ranks of a nod
     allreduce         reduce-scatter over the channels, allreduce on each, allgather
     reduce            reduce-scatter over the channels, reduce on each, allgather on the root's node
     broadcast         broadcast on the root's node, broadcast on each channel, allgather on the other nodes
-    allgather         allgather of the node's blocks; N-1 rounds on each channel, an allgather of what arrived after each
+    allgather         allgather of the node's blocks; N-1 rounds on each channel, each followed by an allgather
     reduce-scatter    the same backwards: a reduce-scatter of the next blocks before each round
 
 Long vectors use one channel for each rank of the smallest node, so that every rank drives the network, and every
@@ -116,7 +116,9 @@ def build_allreduce(nodes: Any, inter: Algorithm | None = None, width: int | Non
         yield from inter_node_steps(inter.steps, r, channels, per_channel)
         yield channel_parts("allgather", channels, per_channel)
 
-    return Algorithm(steps, lambda p: blocks, volume=allreduce_volume(channels) if inter.volume is FULL_VOLUME else None)
+    return Algorithm(
+        steps, lambda p: blocks, volume=allreduce_volume(channels) if inter.volume is FULL_VOLUME else None
+    )
 
 
 def build_reduce(nodes: Any, inter: Algorithm | None = None, width: int | None = None) -> Algorithm:
@@ -163,7 +165,7 @@ def build_allgather(nodes: Any, width: int | None = None) -> Algorithm:
         own = order.own_block
         yield NodeStep("allgather", channels.node, own, own + 1)
         if width == 1:
-            yield from map_blocks(channel_steps(recursive.bruck, r, channels), order, 0, p)
+            yield from map_blocks(channel_steps(recursive.bruck, r, channels), order, p)
             yield parts_of("allgather", channels, 0 * own, 0 * own + p)
             return
         rounds = ring.allgather(np.arange(drivers), drivers)
@@ -184,7 +186,7 @@ def build_reduce_scatter(nodes: Any, width: int | None = None) -> Algorithm:
         own = order.own_block
         if width == 1:
             yield parts_of("reduce_scatter", channels, 0 * own, 0 * own + p)
-            yield from map_blocks(channel_steps(recursive.reduce_scatter, r, channels), order, 0, p)
+            yield from map_blocks(channel_steps(recursive.reduce_scatter, r, channels), order, p)
         else:
             rounds = list(ring.reduce_scatter(everybody, drivers))
             yield node_parts("reduce_scatter", channels, order, rounds[0].send[0] if rounds else everybody)
@@ -225,7 +227,7 @@ def select_form(collective: str, nodes: Any, nbytes: float, link: Link, shared: 
     """
     short = shared and nbytes <= SHORT_BYTES[collective]
     channels = channels_of(nodes, 1 if short else None)
-    count, width = channels.rank.shape
+    count = len(channels.rank)
     how: dict[str, Any] = {"width": 1} if short else {}
     if collective == "allreduce":
         how["inter"] = select_inter_node(count, nbytes, channels_of(nodes).rank.shape[1], link) if shared else None
@@ -326,19 +328,18 @@ def block_steps(steps: Steps, r: Rank, channels: Channels, order: BlockOrder) ->
     channel = channels.channel[r]
     for step in channel_steps(steps, r, channels):
         sent, received = order.ends[step.send[0]], order.ends[step.recv[0]]
-        pick = (lambda ends, k: ends[channel + k]) if np.ndim(r) == 0 else (lambda ends, k: at(ends, channel + k))
-        yield step._replace(send=(pick(sent, 0), pick(sent, 1)), recv=(pick(received, 0), pick(received, 1)))
+        yield step._replace(send=interval(sent, channel), recv=interval(received, channel))
 
 
-def at(table: Any, column: Any) -> Any:
-    """One entry of each row."""
-    return table[np.arange(len(table)), column]
+def interval(ends: Any, channel: Any) -> tuple[Rank, Rank]:
+    """The blocks of a channel on a node, given the ends of its channels; or for each rank, with one row a rank."""
+    row = () if np.ndim(channel) == 0 else (np.arange(len(ends)),)
+    return ends[(*row, channel)], ends[(*row, channel + 1)]
 
 
-def map_blocks(steps: Iterator[Step], order: BlockOrder, channel: int, p: int) -> Iterator[Step]:
+def map_blocks(steps: Iterator[Step], order: BlockOrder, p: int) -> Iterator[Step]:
     """Steps whose blocks are nodes, with the blocks of these nodes; intervals may wrap around."""
-    count = len(order.ends)
-    starts = order.ends[:, channel]
+    count, starts = len(order.ends), order.ends[:, 0]
 
     def first(node: Any) -> Any:
         return starts[np.asarray(node) % count] + p * (np.asarray(node) // count)

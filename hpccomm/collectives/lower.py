@@ -16,7 +16,7 @@ its peers start once they have finished the steps before.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise, zip_longest
+from itertools import chain, pairwise, zip_longest
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class Pipeline(NamedTuple):
 class Layout(NamedTuple):
     """Where the blocks of a vector lie."""
 
-    count: int
+    elements: int
     """Elements of the vector."""
     item: int
     """Bytes of an element."""
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
     def segments(self, number: int) -> Iterator[Segment]:
         """The segments; fewer than ``number`` where elements are fewer."""
         if self.offsets is None:
-            for lo, hi in pairwise(even_cuts(self.count, max(1, min(number, self.count))).tolist()):
+            for lo, hi in pairwise(even_cuts(self.elements, max(1, min(number, self.elements))).tolist()):
                 cuts = (self.item * (lo + even_cuts(hi - lo, self.blocks))).tolist()
                 yield Segment(cuts, 0, 1, self.item)
         else:
@@ -152,10 +152,7 @@ def lower(
         script = [(k, each) for k, each in script if is_active(each)]
     segments = list(layout.segments(how.segments))
     items, owners = order_items(script, rank, segments, how)
-    if how.pending:
-        starts = early_starts(items, how.pending)
-    else:
-        starts = starts_step_by_step(items, owners)
+    starts = early_starts(items, how.pending) if how.pending else starts_step_by_step(items, owners)
     writer = Writer(rank, layout.item)
     if from_source:
         items = read_source(items, layout, due, writer)
@@ -171,17 +168,14 @@ def turns(steps: Iterable[Step | NodeStep]) -> Iterator[tuple[int, Step | NodeSt
         yield turn, step
 
 
-def order_turns(script: Sequence[tuple[int, Any]], segments: int, lag: int) -> Iterator[tuple[int, list[Any]]]:
-    """The segments in the order in which they take their turns, each with the steps of the turn."""
+def order_turns(script: Sequence[tuple[int, Any]], segments: int, lag: int) -> Iterator[list[tuple[int, Any]]]:
+    """For every turn, the segments in order, each with the steps that it takes."""
     steps: dict[int, list[Any]] = {}
     for turn, step in script:
         steps.setdefault(turn, []).append(step)
     last = max(steps, default=-1)
     for now in range(last + 1 + lag * max(0, segments - 1)):
-        for segment in range(segments):
-            found = steps.get(now - lag * segment)
-            if found:
-                yield segment, found
+        yield [(segment, step) for segment in range(segments) for step in steps.get(now - lag * segment, ())]
 
 
 def is_active(step: Any) -> bool:
@@ -195,16 +189,15 @@ def order_items(
     """The items of this rank in the order in which they are finished, and the segment and step of each."""
     items: list[Item] = []
     owners: list[tuple[int, int]] = []
-    for segment, steps in order_turns(script, len(segments), how.lag):
-        for step in steps:
-            if isinstance(step, NodeStep):
-                found = meetings(step, rank, segments[segment])
-            elif is_active(step):
-                found = exchanges(step, segments[segment], how.message_bytes)
-            else:
-                continue
-            owners += [(segment, len(items))] * len(found)
-            items += found
+    for segment, step in chain.from_iterable(order_turns(script, len(segments), how.lag)):
+        if isinstance(step, NodeStep):
+            found = meetings(step, rank, segments[segment])
+        elif is_active(step):
+            found = exchanges(step, segments[segment], how.message_bytes)
+        else:
+            continue
+        owners += [(segment, len(items))] * len(found)
+        items += found
     return items, owners
 
 
@@ -278,7 +271,9 @@ def starts_step_by_step(items: list[Item], owners: list[tuple[int, int]]) -> lis
 def early_starts(items: list[Item], pending: int) -> list[int]:
     """After which item each starts, where messages start as early as their data and the window allow."""
     touched = Touched(items)
-    starts, finished, latest = [], [], -1
+    starts: list[int] = []
+    finished: list[int] = []
+    latest = -1
     for number, item in enumerate(items):
         if isinstance(item, Meeting):
             starts.append(number - 1)
@@ -335,12 +330,13 @@ def intervals_of(item: Item) -> list[Interval]:
 
 
 def read_source(items: list[Item], layout: Layout, due: Interval | None, writer: Writer) -> list[Item]:
-    """Let the first node steps read the operand where it is; copy what is sent or summed before they have written it."""
-    end = layout.count * layout.item
+    """Let the first node steps read the operand where it is; copy what messages use before they have written it."""
+    end = layout.elements * layout.item
     result = (0, end) if due is None else (layout.item * due[0], layout.item * due[1])
     touched = Touched(items, (0, end), result)
     copied, found = np.zeros(touched.written.size, bool), []
-    for number, item in enumerate(items):
+    for number, each in enumerate(items):
+        item = each
         if isinstance(item, Exchange):
             reads, writes = [item.out, *([item.into] if item.reduce else [])], [item.into]
         elif item.collective == "reduce_scatter":
@@ -352,10 +348,10 @@ def read_source(items: list[Item], layout: Layout, due: Interval | None, writer:
         else:
             mine = item.members.index(writer.rank)
             reads, writes = [(item.first[mine], item.first[mine] + item.nbytes[mine])], intervals_of(item)
-        for each in map(touched.where, reads):
-            copied[each] |= touched.written[each] < 0
-        for each in map(touched.where, [*reads, *writes]):
-            touched.written[each] = number
+        for stretches in map(touched.where, reads):
+            copied[stretches] |= touched.written[stretches] < 0
+        for stretches in map(touched.where, [*reads, *writes]):
+            touched.written[stretches] = number
         found.append(item)
     where = touched.where(result)
     copied[where] |= touched.written[where] < 0

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.commands.verify import show_progress
 from hpccomm.errors import ArgumentError
 from hpccomm.layout import Link
 from hpccomm.performance import tuning
-from hpccomm.performance.cost import HIERARCHICAL, prediction
+from hpccomm.performance.cost import prediction
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import CostCurve
 from hpccomm.performance.tuning import Row, Table

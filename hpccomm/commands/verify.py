@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.collectives.verify import ROOTED_COLLECTIVES, Report, layouts, verify_algorithm
 from hpccomm.errors import ArgumentError, ScheduleError
-from hpccomm.performance.cost import HIERARCHICAL
 
 SUMMARY = "prove schedules correct for a range of sizes"
 
