@@ -21,6 +21,7 @@ COMMANDS = {
     "tune": "measure which algorithm is fastest on this machine, and save that for later jobs",
     "warm": "compile the functions of shared memory, so that programs start at once",
     "info": "show the software, ranks and devices found here, the settings in force, and which algorithms are used",
+    "doctor": "check what a job needs on this machine, and say the cure for what is missing",
     "verify": "prove schedules correct for a range of sizes",
     "predict": "predict the time of every algorithm of a collective on a cluster of your choice",
     "plot": "print or draw a schedule, or draw benchmark results",
