@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from hpccomm.collectives.lower import Layout, Pipeline, lower
 from hpccomm.collectives.records import COPY, NODE, RECEIVE, REDUCE, SEND, Meeting, Program
-from hpccomm.collectives.schedule import NOBODY, NodeStep, Step, even_cuts, without_node_steps
+from hpccomm.collectives.schedule import NodeStep, Step, even_cuts, without_node_steps
 
 __all__ = ["BoundSchedule", "Exchange", "Transport", "bind", "bind_program", "bind_segments", "even_cuts"]
 

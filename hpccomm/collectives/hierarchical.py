@@ -94,7 +94,7 @@ def channels_of(nodes: Any, width: int | None = None) -> Channels:
     return Channels(node, channel, members[np.arange(counts.size)[:, None], first])
 
 
-def led_by(channels: Channels, root: int) -> Channels:
+def drive_from(channels: Channels, root: int) -> Channels:
     """The same single channel, but driven by the root on its node."""
     rank = channels.rank.copy()
     rank[channels.node[root]] = root
@@ -127,7 +127,7 @@ def build_reduce(nodes: Any, inter: Algorithm | None = None, width: int | None =
     common = channels_of(nodes, width)
 
     def steps(r: Rank, p: int, root: int = 0) -> Iterator[Step | NodeStep]:
-        channels = led_by(common, root) if width == 1 else common
+        channels = drive_from(common, root) if width == 1 else common
         here = int(channels.node[root])
         yield channel_parts("reduce_scatter", channels, 1)
         yield from inter_node_steps(inter.steps, r, channels, 1, here)
@@ -144,7 +144,7 @@ def build_bcast(nodes: Any, inter: Algorithm | None = None, width: int | None = 
     blocks = common.rank.shape[1]
 
     def steps(r: Rank, p: int, root: int = 0) -> Iterator[Step | NodeStep]:
-        channels = led_by(common, root) if width == 1 else common
+        channels = drive_from(common, root) if width == 1 else common
         here = channels.node == channels.node[root]
         if width != 1:
             own = np.where(np.arange(here.size) == root, blocks, 0)

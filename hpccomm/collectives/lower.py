@@ -289,7 +289,7 @@ def early_starts(items: list[Item], pending: int) -> list[int]:
 
 
 class Touched:
-    """Which item last read and last wrote each stretch of the vector between two ends of intervals."""
+    """Which item last read and last wrote each range of bytes between two ends of intervals."""
 
     def __init__(self, items: list[Item], *more: Interval) -> None:
         ends = {end for item in items for interval in intervals_of(item) for end in interval}
@@ -299,7 +299,7 @@ class Touched:
         self.written = np.full(len(ends), -1)
 
     def where(self, interval: Interval) -> slice:
-        """The stretches of an interval."""
+        """The ranges of an interval."""
         return slice(self.place[interval[0]], self.place[interval[1]])
 
     def exchange(self, number: int, item: Exchange) -> int:
@@ -348,10 +348,10 @@ def read_source(items: list[Item], layout: Layout, due: Interval | None, writer:
         else:
             mine = item.members.index(writer.rank)
             reads, writes = [(item.first[mine], item.first[mine] + item.nbytes[mine])], intervals_of(item)
-        for stretches in map(touched.where, reads):
-            copied[stretches] |= touched.written[stretches] < 0
-        for stretches in map(touched.where, [*reads, *writes]):
-            touched.written[stretches] = number
+        for place in map(touched.where, reads):
+            copied[place] |= touched.written[place] < 0
+        for place in map(touched.where, [*reads, *writes]):
+            touched.written[place] = number
         found.append(item)
     where = touched.where(result)
     copied[where] |= touched.written[where] < 0
