@@ -28,7 +28,7 @@ from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
-from hpccomm.context import Context, unwrap
+from hpccomm.context import Arrival, Context, unwrap
 from hpccomm.device_planner import DevicePlanner
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
@@ -37,6 +37,7 @@ from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import install
 from hpccomm.planner import is_in_place
+from hpccomm.progress import Queue
 from hpccomm.requests import COMPARED, compare_at_init
 
 IN_PLACE = MPI.IN_PLACE
@@ -85,7 +86,9 @@ class Communicator(MPI.Intracomm):
     _algorithm: str
     _pickle: str
     _context: Context | None = None
+    _queue: Queue | None = None
     _doors: Doors
+    _own_doors: Doors
     _bounce_buffers: BounceBuffers
     _planner: DevicePlanner
 
@@ -99,7 +102,7 @@ class Communicator(MPI.Intracomm):
         self._algorithm, self._pickle = algorithm, pickle
         if comm is not None:
             install(self)
-        self._doors = Doors()
+        self._doors = self._own_doors = Doors()
         self._bounce_buffers = BounceBuffers()
         self._planner = DevicePlanner(self)
         if comm is not None and comm != MPI.COMM_NULL:
@@ -123,10 +126,20 @@ class Communicator(MPI.Intracomm):
     @property
     def context(self) -> Context:
         """What the collectives use: private communicator, layout, settings, plans (the first use is collective)."""
+        if self._queue is not None:
+            self._queue.drain()
         if self._context is None:
-            self._context = Context(self, self._doors)
-            self._planner.open_doors()
-        return self._context
+            self._open_context()
+        return self._context  # type: ignore[return-value]
+
+    def _open_context(self, arrival: Arrival | None = None) -> None:
+        """Make the context (collective); ``arrival`` is this rank's first call, if a progress thread makes it."""
+        self._context = Context(self, self._own_doors, arrival)
+        self._planner.open_doors()
+
+    def _make_channel(self, private: MPI.Intracomm) -> Communicator:
+        """The communicator on which a progress thread makes this one's calls."""
+        return Communicator(private, self._algorithm)
 
     @property
     def private_comm(self) -> MPI.Intracomm:
@@ -266,6 +279,8 @@ class Communicator(MPI.Intracomm):
             level = self.__dict__.pop(name, None)
             if level is not None and level != MPI.COMM_NULL:
                 level.Free()
+        if self._queue is not None:
+            self._queue.close()
         if self._context is not None:
             self._planner.release()
             self._context.close()
@@ -291,6 +306,8 @@ class Communicator(MPI.Intracomm):
         if code < NOT_MINE:
             self._context.entry.resume(code)  # type: ignore[union-attr]
             return None
+        if self._queue is not None:
+            self._queue.drain()
         kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
         padded = [pad_last(each) for each in buffers]
         if any(padded):
@@ -573,6 +590,8 @@ class Communicator(MPI.Intracomm):
         code: int = NOT_MINE,
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
+        if self._queue is not None:
+            self._queue.drain()
         kind = self._read_kind(code)
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
