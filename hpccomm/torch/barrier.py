@@ -24,9 +24,9 @@ def monitored_barrier(group: Any = None, timeout: timedelta | None = None, wait_
     group = dist.group.WORLD if group is None else group
     if not isinstance(group, Group):
         raise ArgumentError(f"monitored_barrier: {group!r} is not a group of hpccomm: make it with backend='hpccomm'")
-    limit = group._timeout if timeout is None else timeout
-    group._barriers += 1
-    prefix, store, ranks = f"barrier {group._barriers}", group._store, range(group.size())
+    limit = group.timeout if timeout is None else timeout
+    group.barriers += 1
+    prefix, store, ranks = f"barrier {group.barriers}", group.store, range(group.size())
     store.set(f"{prefix} {group.rank()}", "here")
     until, missing = time.monotonic() + limit.total_seconds(), list(ranks)
     while missing := [rank for rank in missing if not store.check([f"{prefix} {rank}"])]:

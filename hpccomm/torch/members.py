@@ -50,7 +50,7 @@ def create_default(rank: int, size: int) -> Communicator:
     if "world" in _base:
         _base.pop("world").Free()
     _base["world"] = world
-    comm = Communicator(world.Split(0, rank))
+    comm = Communicator(MPI.Intracomm(world.Split(0, rank)))
     comm.context  # noqa: B018
     return comm
 
@@ -59,11 +59,6 @@ def remember(group: Any, ranks: list[int]) -> None:
     """Keep the options of the default group for groups that are made without."""
     if not ranks:
         _base["options"] = group.options
-
-
-def allows_threads() -> bool:
-    """Whether calls may run on a thread of their own."""
-    return MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
 
 def find_missing(comm: Any) -> list[int]:
