@@ -65,6 +65,8 @@ class Collectives:
     def reduce(self, tensor: Tensor, op: Any, root: int) -> None:
         """Reduce a tensor to the root, in place."""
         who = self._who("reduce")
+        if tensor.is_complex():
+            op, tensor = reductions.check_complex(op, tensor.dtype, who), torch.view_as_real(tensor.detach())
         with update(tensor, who) as dense:
             scaled = reductions.scale(dense, op)
             array, meaning = as_array(scaled), reductions.meaning(op, scaled.dtype, who)
@@ -88,6 +90,10 @@ class Collectives:
             )
         if output.dtype != row.dtype:
             raise ArgumentError(f"{who}: the output is {output.dtype}, the input {row.dtype}: pass one dtype")
+        if row.is_complex():  # real and imaginary parts are divided each for itself, as torch does in all_reduce
+            parts = torch.view_as_real(output), torch.view_as_real(row).view(-1)
+            self._scatter_sum(*parts, [2 * each for each in counts], reductions.check_complex(op, row.dtype, who), who)
+            return
         scaled = reductions.scale(row, op)
         meaning = reductions.meaning(op, scaled.dtype, who)
         target = torch.empty_like(output) if overlap(output, row) else output

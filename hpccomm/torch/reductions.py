@@ -54,3 +54,12 @@ def scale(tensor: Tensor, op: Any) -> Tensor:
         return tensor
     wide = tensor.detach().to(torch.float32) if tensor.dtype in HALVES else tensor.detach()
     return wide * op.factor
+
+
+def check_complex(op: Any, dtype: torch.dtype, who: str) -> Any:
+    """The operation, if real and imaginary parts can be reduced each for itself."""
+    if op.op not in (KINDS.SUM, KINDS.AVG, KINDS.PREMUL_SUM):
+        raise ArgumentError(
+            f"{who}: {op.op.name} of {str(dtype).removeprefix('torch.')} is not defined: use SUM or AVG"
+        )
+    return op
