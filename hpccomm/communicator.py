@@ -28,7 +28,7 @@ from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
-from hpccomm.context import Context, unwrap
+from hpccomm.context import Arrival, Context, unwrap
 from hpccomm.device_planner import DevicePlanner
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
@@ -37,6 +37,7 @@ from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import install
 from hpccomm.planner import is_in_place
+from hpccomm.progress import Queue
 from hpccomm.requests import COMPARED, compare_at_init
 
 IN_PLACE = MPI.IN_PLACE
@@ -85,7 +86,9 @@ class Communicator(MPI.Intracomm):
     _algorithm: str
     _pickle: str
     _context: Context | None = None
+    _queue: Queue | None = None
     _doors: Doors
+    _own_doors: Doors
     _bounce_buffers: BounceBuffers
     _planner: DevicePlanner
 
@@ -99,7 +102,7 @@ class Communicator(MPI.Intracomm):
         self._algorithm, self._pickle = algorithm, pickle
         if comm is not None:
             install(self)
-        self._doors = Doors()
+        self._doors = self._own_doors = Doors()
         self._bounce_buffers = BounceBuffers()
         self._planner = DevicePlanner(self)
         if comm is not None and comm != MPI.COMM_NULL:
@@ -123,10 +126,20 @@ class Communicator(MPI.Intracomm):
     @property
     def context(self) -> Context:
         """What the collectives use: private communicator, layout, settings, plans (the first use is collective)."""
+        if self._queue is not None:
+            self._queue.drain()
         if self._context is None:
-            self._context = Context(self, self._doors)
-            self._planner.open_doors()
-        return self._context
+            self._open_context()
+        return self._context  # type: ignore[return-value]
+
+    def _open_context(self, arrival: Arrival | None = None) -> None:
+        """Make the context (collective); ``arrival`` is this rank's first call, if a progress thread makes it."""
+        self._context = Context(self, self._own_doors, arrival)
+        self._planner.open_doors()
+
+    def _make_channel(self, private: MPI.Intracomm) -> Communicator:
+        """The communicator on which a progress thread makes this one's calls."""
+        return Communicator(private, self._algorithm)
 
     @property
     def private_comm(self) -> MPI.Intracomm:
@@ -266,6 +279,8 @@ class Communicator(MPI.Intracomm):
             level = self.__dict__.pop(name, None)
             if level is not None and level != MPI.COMM_NULL:
                 level.Free()
+        if self._queue is not None:
+            self._queue.close()
         if self._context is not None:
             self._planner.release()
             self._context.close()
@@ -291,6 +306,8 @@ class Communicator(MPI.Intracomm):
         if code < NOT_MINE:
             self._context.entry.resume(code)  # type: ignore[union-attr]
             return None
+        if self._queue is not None:
+            self._queue.drain()
         kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
         padded = [pad_last(each) for each in buffers]
         if any(padded):
@@ -470,17 +487,25 @@ class Communicator(MPI.Intracomm):
         Without ``recvcounts`` the ranks exchange the lengths of their receive buffers.  ``algorithm="hierarchical"``
         reduces inside the nodes first (Zhang et al., VLDB 2022).
         """
+        if recvcounts is None:
+            recvcounts = self._counts(sendbuf, recvbuf)
+        extra = stream or reproducible or None
+        code = self._doors.reduce_scatter(sendbuf, recvbuf, op, recvcounts, algorithm, extra)
+        if code is None:
+            return None
+        if code > MISS:
+            return self._run_native(code, "Reduce_scatter", sendbuf, recvbuf, recvcounts, op)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if type(op) is not MPI.Op:
             rest: dict[str, Any] = {"recvcounts": recvcounts, "algorithm": algorithm, "reproducible": reproducible}
             return run_named(self, "Reduce_scatter", op, sendbuf, recvbuf, **rest)
-        counts = self._counts(sendbuf, recvbuf) if recvcounts is None else tuple(recvcounts)
+        counts = None if recvcounts is None else tuple(recvcounts)
         if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (counts, op), op):
             return None
         buffers, arguments = (sendbuf, recvbuf), (counts, op, algorithm)
         return self._run_uncached(
-            NOT_MINE, "Reduce_scatter", buffers, self.Reduce_scatter, self._planner.reduce_scatter, arguments
+            code, "Reduce_scatter", buffers, self.Reduce_scatter, self._planner.reduce_scatter, arguments
         )
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
@@ -506,12 +531,15 @@ class Communicator(MPI.Intracomm):
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of any length from all ranks, in rank order, on every rank."""
+        code = self._doors.allgatherv(sendbuf, recvbuf, None, None, algorithm, stream)
+        if code is None:
+            return None
+        if code > MISS:
+            return self._run_native(code, "Allgatherv", sendbuf, recvbuf)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         buffers = sendbuf, recvbuf
-        return self._run_uncached(
-            NOT_MINE, "Allgatherv", buffers, self.Allgatherv, self._planner.allgatherv, (algorithm,)
-        )
+        return self._run_uncached(code, "Allgatherv", buffers, self.Allgatherv, self._planner.allgatherv, (algorithm,))
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
@@ -573,6 +601,8 @@ class Communicator(MPI.Intracomm):
         code: int = NOT_MINE,
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
+        if self._queue is not None:
+            self._queue.drain()
         kind = self._read_kind(code)
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
@@ -591,7 +621,10 @@ class Communicator(MPI.Intracomm):
 
     def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of any length on ``root``."""
-        self._run_inherited("Gatherv", (sendbuf, recvbuf), root)
+        code = self._doors.gatherv(sendbuf, recvbuf, None, root, None, None)
+        if code > MISS:
+            return self._run_native(code, "Gatherv", sendbuf, recvbuf, root)
+        return self._run_inherited("Gatherv", (sendbuf, recvbuf), root, None, code)
 
     def Scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of equal length of ``root``'s buffer."""
@@ -602,11 +635,17 @@ class Communicator(MPI.Intracomm):
 
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of any length of ``root``'s buffer."""
-        self._run_inherited("Scatterv", (sendbuf, recvbuf), root)
+        code = self._doors.scatterv(sendbuf, recvbuf, None, root, None, None)
+        if code > MISS:
+            return self._run_native(code, "Scatterv", sendbuf, recvbuf, root)
+        return self._run_inherited("Scatterv", (sendbuf, recvbuf), root, None, code)
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Send a block of any length to every rank."""
-        self._run_inherited("Alltoallv", (sendbuf, recvbuf))
+        code = self._doors.alltoallv(sendbuf, recvbuf, None, None, None, None)
+        if code > MISS:
+            return self._run_native(code, "Alltoallv", sendbuf, recvbuf)
+        return self._run_inherited("Alltoallv", (sendbuf, recvbuf), None, None, code)
 
     def Alltoallw(self, sendbuf: Any, recvbuf: Any) -> None:
         """Send a block of any length and datatype to every rank."""

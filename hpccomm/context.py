@@ -22,7 +22,7 @@ from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
 from hpccomm.backends.shared_memory import SharedMemory
 from hpccomm.calls import consistency
 from hpccomm.calls.entry import Doors, Entry
-from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, mismatch_message
+from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, format_ranks, mismatch_message
 from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.schedule import Algorithm
@@ -32,6 +32,7 @@ from hpccomm.performance import tuning
 from hpccomm.performance.cost import HIERARCHICAL
 from hpccomm.settings import check_environment
 from hpccomm.transports.mpi import MessageTransport, mpi_name
+from hpccomm.transports.polling import pause
 from hpccomm.transports.segment import SharedSegment
 
 MAX_PLANS = 128
@@ -43,6 +44,11 @@ LOOK_SECONDS = 1.0
 NODE_PROGRESS_NS, PROGRESS_NS = 500_000, 100_000
 """Nanoseconds for which a rank waits for another rank of its node before it drives its messages, on one node and on
 several; later up to ten times as long."""
+
+CREATION_TAG = 17
+"""MPI's tag for the creation of our communicators."""
+EAGER_SECONDS = 1e-3
+"""How long a rank waits for the others before it sleeps between two polls."""
 
 SETTINGS = (
     "HPCCOMM_ALGORITHM",
@@ -58,11 +64,13 @@ SETTINGS = (
 class Context:
     """The context of one communicator; creating it is collective."""
 
-    def __init__(self, comm: MPI.Intracomm, doors: Doors) -> None:
+    def __init__(self, comm: MPI.Intracomm, doors: Doors, arrival: Arrival | None = None) -> None:
         check_environment(os.environ)
         self.doors = doors
         self.rank, self.size = comm.rank, comm.size
-        self.private_comm = create_private_comm(comm)
+        arrival = arrival or Arrival(comm, False)
+        arrival.complete()
+        self.private_comm = create_private_comm(comm, arrival)
         self.node = ranks_of_this_node(self.private_comm)
         self.layout = layout.discover(self.private_comm, self.node, MPI.Get_processor_name())
         self.members = self.layout.members(int(self.layout.nodes[self.rank]))
@@ -263,15 +271,47 @@ def ranks_of_this_node(comm: MPI.Intracomm) -> MPI.Intracomm:
     return MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
 
 
-def create_private_comm(comm: MPI.Intracomm) -> MPI.Intracomm:
+class Arrival:
+    """The first collective call of all ranks on a communicator, whose context they make then (collective).
+
+    ``beside``: this rank's call is non-blocking.  The ranks exchange that by a non-blocking call of MPI, which is
+    ordered among the other calls of this rank: the progress thread that makes the context need not be.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, beside: bool) -> None:
+        self.beside, self.failure = beside, ""
+        self._rank, self._own = comm.rank, np.array([beside])
+        self._all = np.empty(comm.size, bool)
+        self._request = unwrap(comm).Iallgather([self._own, MPI.BOOL], [self._all, MPI.BOOL])
+
+    def complete(self) -> None:
+        """Wait for all ranks; raise on all of them if only some have made a non-blocking call."""
+        await_quietly(self._request)
+        if self._all.any() and not self._all.all():
+            kinds = (("a non-blocking", self._all), ("a blocking", ~self._all))
+            made = ", ".join(f"{format_ranks(np.flatnonzero(who).tolist())} made {kind} call" for kind, who in kinds)
+            self.failure = f"{made}, the first on this communicator: {REMEDIES['collective']}"
+            raise MismatchError(f"{self.failure} (noticed by rank {self._rank})")
+
+
+def create_private_comm(comm: MPI.Intracomm, arrival: Arrival | None = None) -> MPI.Intracomm:
     """A communicator of the same ranks for our messages (collective).
 
-    Unlike ``Dup`` this runs no copy callback of the user's attributes, and takes over no topology and no hints.
+    Unlike ``Dup`` this takes over no topology and no hints, and runs no copy callback of the user's attributes.  If the
+    ranks arrive in a progress thread it is not ordered among other calls on ``comm``; Open MPI then copies attributes.
     """
-    group = comm.Get_group()
-    made = unwrap(comm).Create(group)
+    own = unwrap(comm)
+    group = own.Get_group()
+    made = own.Create_group(group, CREATION_TAG) if arrival and arrival.beside else own.Create(group)
     group.Free()
     return MPI.Intracomm(made)
+
+
+def await_quietly(request: MPI.Request) -> None:
+    """Wait for MPI, and leave the core to others while it takes long."""
+    began = time.monotonic()
+    while not request.Test():
+        pause(began, EAGER_SECONDS, 32)
 
 
 def unwrap(comm: MPI.Intracomm) -> MPI.Intracomm:

@@ -49,7 +49,7 @@ InBlock = Annotated[int, RankChange.BLOCK]
 
 
 @cache
-def declared_changes(kind: type) -> dict[str, RankChange]:
+def find_changes(kind: type) -> dict[str, RankChange]:
     """What a state's type declares, field by field."""
     try:
         hints = get_type_hints(kind, include_extras=True)
@@ -70,24 +70,24 @@ def changes_in(hint: Any) -> Iterator[RankChange]:
 def children_of(state: tuple[Any, ...]) -> list[tuple[str, Any, RankChange | None]]:
     """The names, values and declared changes directly inside a state."""
     names = getattr(state, "_fields", range(len(state)))
-    changes = declared_changes(type(state)) if hasattr(state, "_fields") else {}
+    changes = find_changes(type(state)) if hasattr(state, "_fields") else {}
     return [(str(name), each, changes.get(str(name))) for name, each in zip(names, state, strict=True)]
 
 
-def declared_leaves(
+def leaves_with_changes(
     state: Any, path: str = "", change: RankChange | None = None
 ) -> Iterator[tuple[str, Any, RankChange | None]]:
     """The path, the value and the declared change of every array and number in a state, depth first."""
     if isinstance(state, tuple):
         for name, each, own in children_of(state):
-            yield from declared_leaves(each, f"{path}.{name}" if path else name, own or change)
+            yield from leaves_with_changes(each, f"{path}.{name}" if path else name, own or change)
     elif state is not None:
         yield path, state, change
 
 
 def leaves(state: Any) -> Iterator[tuple[str, Any]]:
     """The path and value of every array and number in a state, depth first."""
-    return ((path, leaf) for path, leaf, _ in declared_leaves(state))
+    return ((path, leaf) for path, leaf, _ in leaves_with_changes(state))
 
 
 def map_declared(
@@ -136,7 +136,7 @@ def scale_unsent(state: Any, factor: float) -> Any:
 
 def unsent_leaves(state: Any) -> list[Vector]:
     """The arrays of a state that hold what was not sent."""
-    return [leaf for _, leaf, change in declared_leaves(state) if change is RankChange.UNSENT]
+    return [leaf for _, leaf, change in leaves_with_changes(state) if change is RankChange.UNSENT]
 
 
 def for_ranks(states: Sequence[Any], rank: int, size: int) -> Any:
@@ -167,10 +167,10 @@ def for_ranks(states: Sequence[Any], rank: int, size: int) -> Any:
 
 def divide_anew(state: Any, columns: list[dict[str, Any]], rank: int, size: int) -> Any:
     """One old rank's state as that of a rank of ``size``; ``columns`` are the leaves of all old ranks."""
-    group = next((leaf for _, leaf, change in declared_leaves(state) if change is RankChange.GROUP), len(columns))
+    group = next((leaf for _, leaf, change in leaves_with_changes(state) if change is RankChange.GROUP), len(columns))
     new_group = size if group == len(columns) else group
 
-    def summed_above(path: str) -> bool:
+    def sums_over_ranks(path: str) -> bool:
         return bool(columns[0].get(f"{path.rpartition('.')[0]}.summed".lstrip("."), False))
 
     def leaf_of(path: str, leaf: Any, change: RankChange | None) -> Any:
@@ -183,7 +183,7 @@ def divide_anew(state: Any, columns: list[dict[str, Any]], rank: int, size: int)
             return np.array_split(np.concatenate(values), size)[rank].copy()
         if change in (RankChange.UNSENT, RankChange.LOCAL) and getattr(leaf, "dtype", np.dtype(int)).kind in "fV":
             total = np.sum(values, axis=0, dtype=np.float64) / len(values)
-            return (total * (group / new_group if summed_above(path) else 1)).astype(leaf.dtype)
+            return (total * (group / new_group if sums_over_ranks(path) else 1)).astype(leaf.dtype)
         return leaf.copy() if hasattr(leaf, "copy") else leaf
 
     return map_declared(leaf_of, state)

@@ -29,6 +29,7 @@ from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, Peri
 from hpccomm.algorithms.reports import ExchangeReport, norm_of
 from hpccomm.algorithms.states import scale_unsent, unsent_leaves
 from hpccomm.algorithms.transforms import Transform, Vector, can_flush, chain, flush_terms, require
+from hpccomm.performance.units import format_count
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -107,8 +108,8 @@ def find_group(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
         return found
     require(
         isinstance(group_size, int) and group_size >= 1 and comm.size % group_size == 0,
-        f"rank {comm.rank}: hybrid: group_size {group_size} does not divide {comm.size} ranks: pass a divisor, or None "
-        "for the nodes",
+        f"rank {comm.rank}: hybrid: group_size {group_size} does not divide {format_count(comm.size, 'rank')}: pass a "
+        "divisor, or None for the nodes",
     )
     part: Any = comm.Split(comm.rank // group_size, comm.rank)
     return part
