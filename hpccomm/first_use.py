@@ -41,10 +41,11 @@ Run = Callable[[], Any]
 
 
 class FirstUse:
-    """The comparisons of one communicator."""
+    """The comparisons of one communicator, which may take so many seconds in all."""
 
-    def __init__(self, planner: Any) -> None:
+    def __init__(self, planner: Any, seconds: float | None = None) -> None:
         self._planner, self._began, self._spent = planner, time.monotonic(), 0.0
+        self._seconds = ALL_SECONDS if seconds is None else seconds
         self._refused: set[tuple[str, int]] = set()
         self.enabled = True
         """False while calls are bound that must take no part."""
@@ -82,7 +83,7 @@ class FirstUse:
         plan = bind_ours(self._planner, collective, candidate, length)
         try:
             plan.run()  # compares the calls of all ranks before anything else is sent
-            allowed = self._spent <= ALL_SECONDS + SHARE * (time.monotonic() - self._began)
+            allowed = self._spent <= self._seconds + SHARE * (time.monotonic() - self._began)
             if not comm.bcast(allowed):
                 return None
             runs = {candidate: plan.run, "native": bind_native(comm, collective, length)}

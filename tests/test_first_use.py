@@ -14,6 +14,7 @@ from mpi4py import MPI
 
 import hpccomm
 from hpccomm import first_use
+from hpccomm.commands import tune
 from hpccomm.errors import MismatchError
 from hpccomm.performance import tuning
 from hpccomm.performance.tuning import Row, Table
@@ -33,7 +34,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
 
 
 @contextmanager
-def unmeasured(world: MPI.Intracomm, guard: str = "on") -> Iterator[hpccomm.Communicator]:
+def open_unmeasured(world: MPI.Intracomm, guard: str = "on") -> Iterator[hpccomm.Communicator]:
     """A communicator on a processor that no row was measured on."""
     comm = hpccomm.Communicator(MPI.Intracomm(world).Dup())
     context = comm.context
@@ -76,7 +77,7 @@ def nbytes_of(collective: str, p: int) -> int:
 def test_the_first_call_of_a_size_compares_and_all_ranks_decide_alike(
     comm: MPI.Intracomm, collective: str, kept: list[Row]
 ) -> None:
-    with unmeasured(comm) as ours:
+    with open_unmeasured(comm) as ours:
         length = nbytes_of(collective, ours.size)
         before = ours.explain(collective, length)
         act, native = calls(ours)[collective], calls(MPI.Intracomm(comm))[collective]
@@ -106,7 +107,7 @@ def test_a_size_class_is_compared_once(comm: MPI.Intracomm, monkeypatch: pytest.
         return inner(*arguments)
 
     monkeypatch.setattr(first_use, "time_in_turns", count)
-    with unmeasured(comm) as ours:
+    with open_unmeasured(comm) as ours:
         for n in (100_000, 100_001, 99_999, 50_000, 100_000):
             x, y = np.full(n, ours.rank, "f8"), np.zeros(n, "f8")
             for _ in range(3):
@@ -122,7 +123,7 @@ def test_the_faster_algorithm_takes_the_later_calls(
 ) -> None:
     times = {"native": 100.0, "shared": 50.0 if winner == "shared" else 99.0}
     monkeypatch.setattr(first_use, "time_in_turns", lambda comm, runs: times)
-    with unmeasured(comm) as ours:
+    with open_unmeasured(comm) as ours:
         x, y = np.ones(N, "f4"), np.zeros(N, "f4")
         for _ in range(3):
             ours.Allreduce(x, y)
@@ -137,7 +138,7 @@ def test_when_the_time_is_spent_sizes_stay_native(comm: MPI.Intracomm, monkeypat
     """Rank 0's clock decides for all ranks."""
     monkeypatch.setattr(first_use, "ALL_SECONDS", -1.0 if comm.rank == 0 else 1e9)
     monkeypatch.setattr(first_use, "SHARE", 0.0)
-    with unmeasured(comm) as ours:
+    with open_unmeasured(comm) as ours:
         x, y = np.ones(N, "f4"), np.zeros(N, "f4")
         for _ in range(3):
             ours.Allreduce(x, y)
@@ -167,7 +168,7 @@ def test_a_comparison_is_short(comm: MPI.Intracomm) -> None:
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("guard", ["off", "on"])
 def test_reproducible_runs_and_those_without_guard_compare_nothing(comm: MPI.Intracomm, guard: str) -> None:
-    with unmeasured(comm, guard) as ours:
+    with open_unmeasured(comm, guard) as ours:
         x, y = np.full(N, 0.1 * ours.rank, "f4"), np.zeros(N, "f4")
         ours.Allreduce(x, y, reproducible=guard == "on")
         ours.Reduce(x, y, reproducible=guard == "on")
@@ -176,7 +177,7 @@ def test_reproducible_runs_and_those_without_guard_compare_nothing(comm: MPI.Int
 
 @pytest.mark.mpi(min_size=2)
 def test_explain_compares_nothing(comm: MPI.Intracomm) -> None:
-    with unmeasured(comm) as ours:
+    with open_unmeasured(comm) as ours:
         if ours.rank == 0:
             assert ours.explain("allreduce", 4 * N).candidate == "shared"
         comm.Barrier()
@@ -185,20 +186,18 @@ def test_explain_compares_nothing(comm: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi(min_size=2)
 def test_ranks_that_make_different_calls_at_a_first_use_are_named(comm: MPI.Intracomm) -> None:
-    with unmeasured(comm) as ours:
+    with open_unmeasured(comm) as ours:
         x, y = np.ones(N, "f4"), np.zeros(N, "f4")
+        act = (lambda: ours.Allreduce(x, y)) if ours.rank == 0 else ours.Barrier
         with pytest.raises(MismatchError):
-            if ours.rank == 0:
-                ours.Allreduce(x, y)
-            else:
-                ours.Barrier()
+            act()
         comm.Barrier()
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("kind", ["float16", "pairs", "complex", "small integers", "user's operation"])
 def test_calls_of_every_dtype_and_operation_are_right_at_a_first_use(comm: MPI.Intracomm, kind: str) -> None:
-    with unmeasured(comm) as ours:
+    with open_unmeasured(comm) as ours:
         p = ours.size
         if kind == "pairs":
             x = np.zeros(500, np.dtype([("value", "f8"), ("index", "i4")], align=True))
@@ -221,7 +220,7 @@ def test_calls_of_every_dtype_and_operation_are_right_at_a_first_use(comm: MPI.I
 
 @pytest.mark.mpi(sizes=(2,))
 def test_vectors_without_elements_and_of_one_are_compared_too(comm: MPI.Intracomm) -> None:
-    with unmeasured(comm) as ours:
+    with open_unmeasured(comm) as ours:
         for n in (0, 1):
             for name, act in calls(ours, n).items():
                 assert np.array_equal(act(), calls(MPI.Intracomm(comm), n)[name]())
@@ -251,3 +250,27 @@ def test_decisions_are_kept_and_merged_with_those_of_other_programs(
     path.mkdir()
     assert first_use.load(mpi) == ()
     assert first_use.save(mpi, [row]) is None
+
+
+@pytest.mark.mpi(min_size=2)
+def test_frozen_decisions_are_complete_and_need_no_measurement(
+    comm: MPI.Intracomm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(comm.bcast(str(tmp_path))) / "frozen.json"
+    monkeypatch.setattr(first_use, "time_in_turns", lambda comm, runs: dict.fromkeys(runs, 10.0) | {"shared": 5.0})
+    monkeypatch.setattr(tune, "COLLECTIVES", ("bcast", "alltoall"))
+    with open_unmeasured(comm) as ours:
+        assert tune.freeze(ours, path) == 0
+        comm.Barrier()
+        frozen = tuning.read(path)
+        assert frozen.frozen
+        for collective in ("bcast", "alltoall"):
+            for nbytes in (ours.size << k for k in range(2, 26)):
+                found = frozen.choose(collective, 1, ours.size, nbytes)
+                assert not found.candidate
+                assert found.algorithm == ours.explain(collective, nbytes).algorithm
+        ours.context.table = frozen
+        before = len(ours.context.table.first_use)
+        for act in calls(ours).values():
+            act()
+        assert len(ours.context.table.first_use) == before

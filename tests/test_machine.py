@@ -65,7 +65,7 @@ def test_another_probe_of_the_reference_machine_changes_nothing(recorded: Probe)
 
 
 def test_a_machine_with_slow_lines_and_memory_fills_slots_with_ordinary_stores() -> None:
-    """There, blocks filled around the cache cost two to four times the time of native MPI at 4 MB."""
+    """There, blocks filled with non-temporal stores cost two to four times the time of native MPI at 4 MB."""
     found = derive_parameters(XEON)
     assert not found.fills_nontemporal
     assert found.slot == DEFAULTS.slot  # a quarter of L2 would be more than the memory of a slot

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm.backends import shared_memory
+from hpccomm.backends import live, shared_memory
 from hpccomm.backends.shared_memory import (
     SharedMemory,
 )
@@ -682,6 +682,30 @@ def test_all_ranks_choose_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> Non
         assert row["time_nontemporal"] > 0
         shared_facts = [name for name in row.dtype.names if name != "samples"]
         assert len(set(comm.allgather(tuple(int(row[name]) for name in shared_facts)))) == 1
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_user_sees_what_running_programs_have_decided(comm: MPI.Intracomm) -> None:
+    n = 40_000
+    with open_memory(comm) as shared:
+        x, y = pattern(n, comm.rank), np.zeros(n, "f4")
+        plan = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 1)
+        for _ in range(60):
+            plan()
+        comm.Barrier()
+        own = comm.bcast(os.getpid())
+        (seen,) = [each for each in live.find_running() if each.pid == own]
+        assert seen.facts["ranks"] == comm.size
+        assert seen.facts["parameters"]["slot"] == DEFAULTS.slot
+        (decision,) = seen.decisions
+        row = shared._tuning[(4 * n).bit_length()]
+        assert (decision.collective, decision.first) == ("allreduce", 131_072)
+        assert decision.way == live.WAYS[int(row["choice"])]
+        assert decision.us_ordinary == row["time_cached"] / 1e3
+        assert decision.decisions == row["decisions"] >= 1
+        comm.Barrier()
+    comm.Barrier()
+    assert not [each for each in live.find_running() if each.pid == own]
 
 
 FAST, SLOW = 1000, 5000

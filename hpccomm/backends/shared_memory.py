@@ -54,6 +54,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.backends.live import LiveTable
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.kernels.entry.records import ALLOCATION_RECORD, CHECK_MASK, CHECK_PRIME, COUNT_CHECK, TABLES
@@ -113,7 +114,9 @@ class SharedMemory:
         fill(self._state, memory=self._segment.address, region=self._region, ranks=self.size, rank=self.rank)
         fill(self._state, spin=spin, spin_limit=spin, spin_least=least, slot=self._slot, max_wait=patience_ns)
         self._tree = self._plant_tree(cores)
-        self._tuning = new_tuning_table(self._slot, self.parameters, self._direct_sum)
+        rows = new_tuning_table(self._slot, self.parameters, self._direct_sum)
+        self._live = LiveTable(rows, self.describe()) if self.rank == 0 else None
+        self._tuning = self._live.rows if self._live else rows
         self._registered: dict[int, Allocation] = {}
         self.allocations = np.zeros(MAX_ALLOCATIONS, ALLOCATION_RECORD)
         """The registered arrays, for compiled code; beyond MAX_ALLOCATIONS they are copied like others."""
@@ -147,11 +150,17 @@ class SharedMemory:
     def close(self) -> None:
         """Free the memory; plans raise from now on."""
         self._state["closed"] = 1
+        if self._live:
+            self._live.close()
         self._registered.clear()
         self.allocation_count[0] = 0
         self._segment.close()
 
     # Queries
+
+    def describe(self) -> dict[str, Any]:
+        """What holds for all calls: ranks, code, and the parameters of the machine."""
+        return {"ranks": self.size, "compiled": self._compiled, "parameters": self.parameters._asdict()}
 
     @property
     def state_address(self) -> int:

@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print from rank 0 (collective)."""
+    if args.live:
+        return show_live()
     from mpi4py import MPI
 
     import hpccomm
@@ -52,9 +54,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_live() -> int:
+    """Print what the programs of this user that run on this machine have decided by trials."""
+    from hpccomm.backends.live import find_running
+
+    found = find_running()
+    sections = {format_running(each): format_decisions(each.decisions) for each in found}
+    text = render(sections) if sections else "no program of yours uses shared memory on this machine\n"
+    sys.stdout.write(text)
+    return 0
+
+
+def format_running(each: Any) -> str:
+    """A communicator in words."""
+    return f"Process {each.pid}: {each.facts['ranks']} ranks, parameters from {each.facts['parameters']['source']}"
+
+
+def format_decisions(decisions: Any) -> dict[str, str]:
+    """How slots are filled, by collective and size class."""
+    return {
+        f"{each.collective} from {each.first:,} bytes": (
+            f"{each.way}; last trial {each.us_ordinary:g} us with ordinary stores, {each.us_nontemporal:g} us with "
+            f"non-temporal ones; {each.decisions} trials, {each.changes} changes"
+        )
+        for each in decisions
+    } or {"trials": "none has ended yet"}
+
+
 def render(sections: dict[str, dict[str, str]]) -> str:
     """The sections as text: a title, then a name and a value on each line."""
-    width = max(len(name) for rows in sections.values() for name in rows)
+    width = max((len(name) for rows in sections.values() for name in rows), default=0)
     lines = []
     for title, rows in sections.items():
         lines += [title, *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""]
