@@ -36,7 +36,7 @@ def test_a_round_has_every_library_with_its_settings_and_a_second_launch() -> No
 
 
 @pytest.mark.parametrize(
-    ("sizes", "factor", "spans"),
+    ("sizes", "factor", "ranges"),
     [
         ("4:64Mi", 4, ["4:65536", "262144:16777216", "67108864:67108864"]),
         ("8", 2, ["8:8"]),
@@ -44,9 +44,9 @@ def test_a_round_has_every_library_with_its_settings_and_a_second_launch() -> No
         ("1Mi:1Mi", 3, ["1048576:1048576"]),
     ],
 )
-def test_sizes_are_launched_in_ranges_with_a_number_of_calls_each(sizes: str, factor: int, spans: list[str]) -> None:
+def test_sizes_are_launched_in_ranges_with_a_number_of_calls_each(sizes: str, factor: int, ranges: list[str]) -> None:
     found = compare.read_sizes(sizes, factor)
-    assert [words[1] for words in found] == spans
+    assert [words[1] for words in found] == ranges
     assert all(int(words[words.index("-x") + 1]) >= 20 for words in found)  # a trial of the slots is over
 
 

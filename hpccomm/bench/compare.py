@@ -161,8 +161,8 @@ def flags_of(first: int, last: int, factor: int) -> list[list[str]]:
     for most, calls, warmup in CALLS:
         here = [n for n in sizes if least < n <= most]
         if here:
-            span = ["-m", f"{here[0]}:{here[-1]}", "--step-factor", str(factor), "-M", str(1 << 31)]
-            found.append([*span, "-i", calls, "-x", warmup])
+            words = ["-m", f"{here[0]}:{here[-1]}", "--step-factor", str(factor), "-M", str(1 << 31)]
+            found.append([*words, "-i", calls, "-x", warmup])
         least = most
     return found
 
