@@ -285,8 +285,8 @@ def without_feedback(
     )
     require(
         compressor.unbiased,
-        f"without_feedback: {compressor.name} leaves out the same elements again and again: pass qsgd, ternary or natural, or "
-        "use feedback",
+        f"without_feedback: {compressor.name} leaves out the same elements again and again: pass qsgd, ternary or "
+        "natural, or use feedback",
     )
     require(reduce in ("mean", "sum"), f"without_feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
     sends = UnbiasedExchange(compressor, comm, 0.0, False, False, reduce, parts)
