@@ -2,7 +2,6 @@ __version__: str
 
 from hpccomm.algorithms.blockwise_filtering import bmuf as bmuf
 from hpccomm.algorithms.blockwise_filtering import bmuf_adam as bmuf_adam
-from hpccomm.algorithms.checkpoints import for_ranks as for_ranks
 from hpccomm.algorithms.checkpoints import load as load
 from hpccomm.algorithms.checkpoints import load_state_dict as load_state_dict
 from hpccomm.algorithms.checkpoints import save as save
@@ -35,9 +34,12 @@ from hpccomm.algorithms.onebit import onebit_lamb as onebit_lamb
 from hpccomm.algorithms.onebit import onebit_sgd as onebit_sgd
 from hpccomm.algorithms.parameter_server import ParameterServer as ParameterServer
 from hpccomm.algorithms.power_sgd import powersgd as powersgd
+from hpccomm.algorithms.reports import report as report
 from hpccomm.algorithms.sharded.groups import mics as mics
 from hpccomm.algorithms.sharded.units import data_parallel as data_parallel
 from hpccomm.algorithms.sharded.units import zero as zero
+from hpccomm.algorithms.states import for_ranks as for_ranks
+from hpccomm.algorithms.states import snapshot as snapshot
 from hpccomm.algorithms.threshold_compression import gtc as gtc
 from hpccomm.algorithms.transforms import Transform as Transform
 from hpccomm.algorithms.transforms import adam as adam
@@ -45,6 +47,7 @@ from hpccomm.algorithms.transforms import chain as chain
 from hpccomm.algorithms.transforms import clip as clip
 from hpccomm.algorithms.transforms import descend as descend
 from hpccomm.algorithms.transforms import every as every
+from hpccomm.algorithms.transforms import flush as flush
 from hpccomm.algorithms.transforms import momentum as momentum
 from hpccomm.algorithms.transforms import scale as scale
 from hpccomm.algorithms.transforms import scale_by_schedule as scale_by_schedule

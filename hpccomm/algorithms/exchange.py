@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from hpccomm.algorithms import transforms
+from hpccomm.algorithms.reports import ExchangeReport, MessageReport
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, descend
 from hpccomm.arrays import narrow, reduction_dtype, widen
 from hpccomm.errors import MismatchError
@@ -23,27 +23,16 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-class ExchangeReport(NamedTuple):
-    """The cost of this rank's exchanges since ``init``."""
-
-    exchanges: int = 0
-    seconds: float = 0.0
-    """Wall time of the exchanges, waiting for slower ranks included."""
-    wire_bytes: int = 0
-    """Bytes sent by this rank, from the formula of the exchange."""
-
-    def add(self, other: ExchangeReport) -> ExchangeReport:
-        """The sum of both costs."""
-        return ExchangeReport(
-            self.exchanges + other.exchanges, self.seconds + other.seconds, self.wire_bytes + other.wire_bytes
-        )
-
-
 class MeanState(NamedTuple):
     """A buffer for the sum, reused so that the communicator plans once, and the cost so far."""
 
     total: Vector
     report: ExchangeReport
+
+    def messages(self) -> MessageReport:
+        """The vector of the last exchange."""
+        sent = bool(self.report.exchanges)
+        return MessageReport(self.total.nbytes * sent, self.total.size * sent, path="dense" if sent else "")
 
 
 def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
@@ -83,22 +72,15 @@ def allreduce_mean(comm: MPI.Intracomm, vector: Vector) -> tuple[Vector, int]:
     return total, allreduce_bytes(total.nbytes, comm.size)
 
 
-def sum_reports(state: Any) -> ExchangeReport:
-    """The cost of all exchanges in a state, at any depth of chains."""
-    total = ExchangeReport()
-    for report in reports(state):
-        total = total.add(report)
-    return total
-
-
-def reports(state: Any) -> Iterator[ExchangeReport]:
-    """Every report inside nested tuples, except in the state saved at the start of a block (``inner_start``)."""
-    if isinstance(state, ExchangeReport):
-        yield state
-    elif isinstance(state, tuple):
-        for name, each in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
-            if name != "inner_start":
-                yield from reports(each)
+def exchange_unsent(comm: MPI.Intracomm, residual: Vector, reduce: str) -> tuple[Vector, ExchangeReport]:
+    """The mean, or sum, of the ranks' residuals, and the cost (collective)."""
+    began = time.perf_counter()
+    total, nbytes = allreduce_mean(comm, residual)
+    if reduce == "sum":
+        total = total * np.float32(comm.size)
+    elif total is residual:
+        total = residual.copy()
+    return total, ExchangeReport(1, time.perf_counter() - began, nbytes)
 
 
 def synchronous_sgd(

@@ -1,23 +1,25 @@
 """A transform is a pair of functions: it turns a gradient into a step, and its state is data, in and out.
 
 ``init(weights) -> state``, ``update(gradient, state, weights) -> (step, state)``; then ``weights +=
-step``.  Vectors are flat and of one floating-point dtype.  The functions of this module write neither the gradient nor
-the weights nor the state that they receive, so a caller can keep a state, compare it and return to it; a step may be
-the same array as the gradient.  Transforms after ``scale(-lr)`` receive updates, those before it gradients.  The form
-is that of optax (DeepMind, 2020).
+step``.  Vectors are flat and of one floating-point dtype.  ``update`` writes neither the gradient nor the weights; it
+consumes the state, whose arrays it may overwrite: keep :func:`hpccomm.snapshot` of a state to return to it.  A step may
+be the same array as the gradient or as one of the new state: add it before the next update.  Transforms after
+``scale(-lr)`` or ``descend(lr)`` receive updates, those before it gradients.  The form is that of optax (DeepMind,
+2020).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.trees import init_for_trees, update_for_trees
+from hpccomm.algorithms.trees import finish_for_trees, init_for_trees, update_for_trees
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 
@@ -78,6 +80,66 @@ class Chain(Transform):
     terms: tuple[Transform, ...]
 
 
+class ResidualTransform(Transform):
+    """A transform whose state holds gradients that no step has applied yet.
+
+    ``flush_state(state) -> (gradient, state)`` (collective): exchange all of them densely.
+    """
+
+    flush_state: Callable[[Any], tuple[Vector, Any]]
+
+    @classmethod
+    def of(
+        cls,
+        init: Callable[[Vector], Any],
+        update: Callable[[Vector, Any, Vector], tuple[Vector, Any]],
+        flush_state: Callable[[Any], tuple[Vector, Any]],
+        bucket: Bucket | None,
+    ) -> ResidualTransform:
+        """The transform of these functions."""
+        made = cls(init, update, bucket)
+        made.flush_state = flush_state
+        return made
+
+
+def can_flush(method: Any) -> bool:
+    """Whether a method, or a part of a chain, keeps what it has not sent."""
+    return isinstance(method, ResidualTransform) or any(map(can_flush, getattr(method, "terms", ())))
+
+
+def flush(method: Transform, state: Any, weights: Any) -> tuple[Any, Any]:
+    """The step of all gradients that compressed exchanges have not applied yet, and the state without them.
+
+    Collective.  Call it at the end of a run, and add the step to the weights: what ranks have not sent is averaged, or
+    summed, densely, and passes the transforms that follow the exchange.
+
+    >>> from mpi4py import MPI
+    >>> from hpccomm import gtc
+    >>> method, weights = chain(gtc(MPI.COMM_SELF, tau=1.0), scale(-1)), np.zeros(2, "f4")
+    >>> step, state = method.update(np.float32([0.75, 1.5]), method.init(weights), weights)
+    >>> step.tolist()
+    [-0.0, -1.0]
+    >>> flush(method, state, weights)[0].tolist()
+    [-0.75, -0.5]
+    """
+    require(can_flush(method), "flush: this method sends every gradient at once: there is nothing to flush")
+    return finish_for_trees(partial(flush_terms, method), method.bucket)(state, weights)
+
+
+def flush_terms(method: Any, state: Any, weights: Vector, gradient: Vector | None = None) -> tuple[Any, Any]:
+    """What a method makes of a gradient, and of what it has not sent; None where there is neither."""
+    if isinstance(method, Chain):
+        after = []
+        for each, before in zip(method.terms, state, strict=True):
+            gradient, one = flush_terms(each, before, weights, gradient)
+            after.append(one)
+        return gradient, tuple(after)
+    if not isinstance(method, ResidualTransform):
+        return (None, state) if gradient is None else method.update(gradient, state, weights)
+    require(gradient is None, "flush: two exchanges in one chain keep what they have not sent: flush them one by one")
+    return method.flush_state(state)
+
+
 def chain(*transforms: Transform) -> Chain:
     """Apply the transforms one after the other; the state is the tuple of their states."""
     for each in transforms:
@@ -107,6 +169,7 @@ def stateless(step: Callable[[Vector, Vector], Vector]) -> Transform:
 
 def scale(factor: float) -> Transform:
     """Multiply by a number; ``scale(-lr)`` ends most chains."""
+    require(not callable(factor), "scale: the factor is a function: pass descend(lr), or scale_by_schedule(factor)")
     number = float(factor)
     return stateless(lambda gradient, weights: gradient * number)
 
@@ -122,6 +185,7 @@ def scale_by_schedule(schedule: Schedule) -> Transform:
 
 def descend(lr: float | Schedule) -> Term:
     """Multiply by minus the learning rate, a number or a function of the update's count."""
+    check_rate("descend: lr", lr)
     step = scale_by_schedule(lambda count: -lr(count)) if callable(lr) else scale(-lr)
     return Term.of(step, "descend", lr=lr)
 
@@ -235,6 +299,14 @@ def check_alike(gradient: Vector, weights: Vector) -> None:
 def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
     """Raise for a value that is none of the known ones."""
     require(value in known, f"{name} is {value!r}: pass one of {', '.join(map(repr, known))}")
+
+
+def check_rate(name: str, rate: float | Schedule) -> None:
+    """Raise for a learning rate below 0: every optimizer takes a positive rate, and its step descends."""
+    number = callable(rate) or isinstance(rate, int | float | np.floating | np.integer)
+    require(number, f"{name} is {rate!r}: pass a number, or a function of the update's count")
+    if not callable(rate):
+        require(rate >= 0, f"{name} is {rate}: pass a positive rate, the step descends by itself")
 
 
 def check_decay(name: str, value: float) -> None:

@@ -30,7 +30,7 @@ def is_tree(x: Any) -> bool:
 
 def tree_leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
     """The path and value of every leaf, in order; a tree that is one leaf has the path ``""``."""
-    for name, each in named_children(tree):
+    for name, each in list_children(tree):
         if is_branch(each):
             yield from tree_leaves(each, f"{path}{name}.")
         else:
@@ -42,7 +42,7 @@ def is_branch(x: Any) -> bool:
     return isinstance(x, Mapping | list | tuple)
 
 
-def named_children(tree: Tree) -> list[tuple[str, Any]]:
+def list_children(tree: Tree) -> list[tuple[str, Any]]:
     """The names and values directly inside a tree; a leaf is its own only child."""
     if isinstance(tree, Mapping):
         return [(str(name), each) for name, each in tree.items()]
@@ -55,7 +55,7 @@ def rebuild_tree(like: Tree, take: Callable[[str, Any], Any], path: str = "") ->
     """A tree of the form of ``like`` whose leaves are ``take(path, leaf)``."""
     if not is_branch(like):
         return take(path.rstrip("."), like)
-    parts = [rebuild_tree(each, take, f"{path}{name}.") for name, each in named_children(like)]
+    parts = [rebuild_tree(each, take, f"{path}{name}.") for name, each in list_children(like)]
     if isinstance(like, Mapping):
         return dict(zip(like, parts, strict=True))
     return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)

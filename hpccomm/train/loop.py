@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, check_replicas, sum_reports
+from hpccomm.algorithms.exchange import allreduce_bytes, check_replicas
 from hpccomm.algorithms.local_steps import PeriodicTransform
+from hpccomm.algorithms.reports import ExchangeReport, report
 from hpccomm.algorithms.transforms import Transform, Vector
 from hpccomm.buckets import Bucket
 from hpccomm.train.datasets import Dataset
@@ -117,11 +118,11 @@ class Training:
     def epoch(self, number: int, on_step: Callable[[], object], should_stop: Callable[[], bool]) -> Epoch | None:
         """Train on the remaining batches, then test; None where all ranks are told to stop before the last batch."""
         if not self.progress.steps:
-            self.progress = EpochProgress(start_report=sum_reports(self.state))
+            self.progress = EpochProgress(start_report=report(self.state).cost)
         if not train_batches(self, number, on_step, should_stop):
             return None
         done, self.progress = self.progress, EpochProgress()
-        after = sum_reports(self.state)
+        after = report(self.state).cost
         exchange_s, sent = after.seconds - done.start_report.seconds, after.wire_bytes - done.start_report.wire_bytes
         right = count_right(self.comm, self.data, self.network, self.model)
         per_step = sent // max(1, done.steps) if self.comm.rank == 0 else 0

@@ -212,7 +212,7 @@ def hybrid(setup: MethodSetup) -> Transform:
         hpccomm.scale(-setup.lr),
         setup.group_size,
         period=setup.period,
-        reduce="mean",
+        warmup=setup.steps // 10,
     )
 
 

@@ -17,6 +17,7 @@ from hpccomm.algorithms.compression.format import (
     Compressor,
     Kind,
     Message,
+    NotFiniteError,
     Values,
     demand_finite,
     message_of,
@@ -63,7 +64,7 @@ def write_range(vector: Vector) -> Message:
     """256 values from least to largest."""
     codes, scale, lower = kernels().range_codes(vector)
     if not math.isfinite(scale) or (vector.size and scale == 0):
-        raise ArgumentError("cast('uint8'): the elements span more than float32 holds: scale them down")
+        raise NotFiniteError("cast('uint8'): the elements span more than float32 holds: scale them down")
     return message_of(Kind.RANGE, vector.size, [np.array([lower], "<i8"), codes], scale=scale)
 
 

@@ -32,9 +32,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.checkpoints import leaves
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
+from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.fused import InPlaceTransform
+from hpccomm.algorithms.reports import ExchangeReport
+from hpccomm.algorithms.states import leaves
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, require
 from hpccomm.algorithms.trust_ratio import NormReduce, global_norm
 from hpccomm.arrays import narrow, reduction_dtype, view_for_mpi
