@@ -17,7 +17,7 @@ MOST_RANKS = 64
 """The largest table of who waited for whom; of more ranks, those that were waited for the longest."""
 MOST_MARKS = 3000
 """Calls that are drawn; of more, the longest."""
-WIDTH, LANE = 1000, 22
+WIDTH, HEIGHT = 1000, 22
 """The picture: units of its width, and the height of a rank."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4A2B", "#5B2A86")
 
@@ -193,26 +193,26 @@ def size_table(calls: Sequence[Slice]) -> str:
 
 
 def picture(slices: Sequence[Slice], calls: Sequence[Slice], ranks: Sequence[int], span: float) -> str:
-    """A lane for each rank, with its calls and, darker, the waiting in them."""
+    """A row for each rank, with its calls and, darker, the waiting in them."""
     names = list(dict.fromkeys(each.name for each in calls))
     colours = {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
-    lanes = {rank: k for k, rank in enumerate(ranks)}
+    places = {rank: k for k, rank in enumerate(ranks)}
     waits = [each for each in slices if each.kind == "wait"]
     drawn = sorted([*calls, *waits], key=lambda each: -each.us)[:MOST_MARKS]
-    marks = [mark(each, lanes, span, colours) for each in sorted(drawn, key=lambda each: each.kind)]
-    labels = [f"<text x='0' y='{k * LANE + 15}'>rank {rank}</text>" for rank, k in lanes.items()]
+    marks = [mark(each, places, span, colours) for each in sorted(drawn, key=lambda each: each.kind)]
+    labels = [f"<text x='0' y='{k * HEIGHT + 15}'>rank {rank}</text>" for rank, k in places.items()]
     key = " ".join(f"<span style='color:{colours[name]}'>■</span> {html.escape(name)}" for name in names)
-    size = f"viewBox='0 0 {WIDTH + 70} {LANE * len(ranks) + 4}'"
+    size = f"viewBox='0 0 {WIDTH + 70} {HEIGHT * len(ranks) + 4}'"
     return f"<p>{key} ▨ grey: waiting</p><div class=scroll><svg {size} role=img>{''.join(labels + marks)}</svg></div>"
 
 
-def mark(each: Slice, lanes: Mapping[int, int], span: float, colours: Mapping[str, str]) -> str:
+def mark(each: Slice, places: Mapping[int, int], span: float, colours: Mapping[str, str]) -> str:
     """One rectangle."""
     x, width = 70 + WIDTH * each.begin / span, max(0.3, WIDTH * each.us / span)
     colour = "#7778" if each.kind == "wait" else colours[each.name]
-    place = f"x='{x:.2f}' y='{lanes[each.rank] * LANE + 3}' width='{width:.2f}' height='{LANE - 5}'"
+    where = f"x='{x:.2f}' y='{places[each.rank] * HEIGHT + 3}' width='{width:.2f}' height='{HEIGHT - 5}'"
     said = html.escape(f"{each.name}, {format_time(each.us)}")
-    return f"<rect {place} fill='{colour}'><title>{said}</title></rect>"
+    return f"<rect {where} fill='{colour}'><title>{said}</title></rect>"
 
 
 def bar(value: float, most: float) -> str:
