@@ -15,8 +15,9 @@ import numpy as np
 
 from hpccomm.algorithms import transforms
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
-from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, descend
+from hpccomm.algorithms.transforms import Schedule, Transform, Vector, apply_if_finite, chain, check_alike, descend
 from hpccomm.arrays import narrow, reduction_dtype, widen
+from hpccomm.buckets import Bucket
 from hpccomm.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -90,19 +91,17 @@ def synchronous_sgd(
     momentum: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    bucket: Bucket | None = None,
     algorithm: str = "auto",
 ) -> Transform:
     """Stochastic gradient descent on the mean gradient: equivalent to one rank with the whole batch.
 
     ``lr`` is a number or a function of the update's count.  ``weight_decay`` is L2 regularisation: it is added before
-    the momentum.
+    the momentum, with a ``bucket`` only in tensors that decay by its flags, which exempt biases, else everywhere.  A
+    mean that is not finite is skipped on all ranks (:func:`~hpccomm.apply_if_finite`).
     """
-    parts = [mean(comm, algorithm)]
-    if weight_decay:
-        parts.append(transforms.weight_decay(weight_decay))
-    if momentum:
-        parts.append(transforms.momentum(momentum, nesterov))
-    return chain(*parts, descend(lr))
+    parts = [decay_by(weight_decay, bucket), transforms.momentum(momentum, nesterov) if momentum else None, descend(lr)]
+    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))))
 
 
 def synchronous_adam(
@@ -113,13 +112,21 @@ def synchronous_adam(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    bucket: Bucket | None = None,
     algorithm: str = "auto",
 ) -> Transform:
-    """Adam on the mean gradient; with ``weight_decay`` it is AdamW."""
-    parts = [mean(comm, algorithm), transforms.adam(b1, b2, eps)]
-    if weight_decay:
-        parts.append(transforms.weight_decay(weight_decay))
-    return chain(*parts, descend(lr))
+    """Adam on the mean gradient; with ``weight_decay`` it is AdamW.
+
+    ``bucket`` as in :func:`synchronous_sgd`; a mean that is not finite is skipped on all ranks.
+    """
+    parts = [transforms.adam(b1, b2, eps), decay_by(weight_decay, bucket), descend(lr)]
+    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))))
+
+
+def decay_by(rate: float, bucket: Bucket | None) -> Transform | None:
+    """Weight decay in the tensors that decay, or everywhere without a bucket; None for a rate of 0."""
+    decays = transforms.weight_decay(rate, None if bucket is None else bucket.mask("decay"))
+    return Transform(*decays, bucket) if rate else None
 
 
 def check_replicas(comm: MPI.Intracomm, vector: Vector) -> None:
