@@ -38,7 +38,7 @@ from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import install
 from hpccomm.planner import is_in_place
 from hpccomm.progress import Queue
-from hpccomm.requests import COMPARED, compare_at_init
+from hpccomm.requests import COMPARED, compare_at_init, start_beside
 
 IN_PLACE = MPI.IN_PLACE
 PICKLES = ("mpi4py", "auto")
@@ -733,6 +733,7 @@ class Intercomm(MPI.Intercomm):
 
 for _name in COMPARED:
     setattr(Communicator, f"{_name}_init", compare_at_init(_name))
+    setattr(Communicator, f"I{_name.lower()}", start_beside(_name, getattr(Communicator, _name)))
 
 OURS: dict[type[MPI.Comm], Any] = {
     MPI.Intracomm: Communicator,

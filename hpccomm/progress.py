@@ -40,6 +40,8 @@ class Call:
         self.text = text
         self.error: BaseException | None = None
         """The exception that has ended the call."""
+        self.requests: tuple[Any, ...] = ()
+        """Requests of MPI to complete with the call; the last one is its generalized request."""
         self.arrival: Arrival | None = None
         """The communicator's first call, under which this one was issued."""
         self._function: Callable[[Any], Any] | None = function  # holds the call's arrays until it is complete
@@ -80,6 +82,9 @@ class Call:
 
     def finish(self) -> None:
         """Wake those that wait."""
+        if self.requests:
+            self.requests[-1].Complete()
+        self.requests = ()
         self._complete.set()
 
 
@@ -95,7 +100,7 @@ class Queue:
         self._channel: Any = None
         self._arrival: Arrival | None = None
 
-    def submit(self, call: Call) -> Call:
+    def submit(self, call: Call) -> None:
         """Append a call."""
         if self.comm._context is None and (self._arrival is None or self._arrival.failure):
             self._arrival = Arrival(self.comm, True)
@@ -106,7 +111,6 @@ class Queue:
             first = len(self.calls) == 1
         if first:
             give_to_thread(self)
-        return call
 
     def run(self) -> None:
         """Run all calls, in a progress thread."""
@@ -170,7 +174,12 @@ class WaitingDoors(Doors):
         return getattr(queue._doors, name)(*arguments)
 
 
-def submit(comm: Any, function: Callable[[Any], Any], text: str = "a submitted function") -> Call:
+def submit(
+    comm: Any,
+    function: Callable[[Any], Any],
+    text: str = "a submitted function",
+    wrap: Callable[[Call], Any] = lambda call: call,
+) -> Any:
     """Run ``function(channel)`` beside the program, after what was issued on ``comm`` before; returns a future.
 
     ``comm`` is a :class:`hpccomm.Communicator`; all ranks submit in the same order, also in the order of their blocking
@@ -178,19 +187,22 @@ def submit(comm: Any, function: Callable[[Any], Any], text: str = "a submitted f
     likes, and which no other thread uses; the function must not call ``comm``.  The future has ``wait()``, which sleeps
     until the function has returned and gives its result or raises its exception, and ``done()``.  ``function`` and
     what it refers to are kept alive until then; arrays must not be changed before.  ``text`` names the call in errors.
+    ``wrap`` turns the future into what is returned, before the call begins.
 
     A blocking call on ``comm`` waits for all submitted functions.  Where no thread may call MPI
     (:func:`has_thread`), and on a single rank, the function runs at once, on ``comm`` itself.
     """
     call = Call(function, f"rank {comm.rank}: {text}")
+    future = wrap(call)
     if comm.size == 1 or not has_thread():
         call.run(lambda arrival: comm)
         call.finish()
-        return call
+        return future
     if comm._queue is None:
         comm._queue = Queue(comm)
         _state.queues.add(comm._queue)
-    return comm._queue.submit(call)  # type: ignore[no-any-return]
+    comm._queue.submit(call)
+    return future
 
 
 def has_thread() -> bool:
