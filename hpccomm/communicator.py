@@ -487,17 +487,25 @@ class Communicator(MPI.Intracomm):
         Without ``recvcounts`` the ranks exchange the lengths of their receive buffers.  ``algorithm="hierarchical"``
         reduces inside the nodes first (Zhang et al., VLDB 2022).
         """
+        if recvcounts is None:
+            recvcounts = self._counts(sendbuf, recvbuf)
+        extra = stream or reproducible or None
+        code = self._doors.reduce_scatter(sendbuf, recvbuf, op, recvcounts, algorithm, extra)
+        if code is None:
+            return None
+        if code > MISS:
+            return self._run_native(code, "Reduce_scatter", sendbuf, recvbuf, recvcounts, op)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if type(op) is not MPI.Op:
             rest: dict[str, Any] = {"recvcounts": recvcounts, "algorithm": algorithm, "reproducible": reproducible}
             return run_named(self, "Reduce_scatter", op, sendbuf, recvbuf, **rest)
-        counts = self._counts(sendbuf, recvbuf) if recvcounts is None else tuple(recvcounts)
+        counts = None if recvcounts is None else tuple(recvcounts)
         if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (counts, op), op):
             return None
         buffers, arguments = (sendbuf, recvbuf), (counts, op, algorithm)
         return self._run_uncached(
-            NOT_MINE, "Reduce_scatter", buffers, self.Reduce_scatter, self._planner.reduce_scatter, arguments
+            code, "Reduce_scatter", buffers, self.Reduce_scatter, self._planner.reduce_scatter, arguments
         )
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
@@ -523,12 +531,15 @@ class Communicator(MPI.Intracomm):
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of any length from all ranks, in rank order, on every rank."""
+        code = self._doors.allgatherv(sendbuf, recvbuf, None, None, algorithm, stream)
+        if code is None:
+            return None
+        if code > MISS:
+            return self._run_native(code, "Allgatherv", sendbuf, recvbuf)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         buffers = sendbuf, recvbuf
-        return self._run_uncached(
-            NOT_MINE, "Allgatherv", buffers, self.Allgatherv, self._planner.allgatherv, (algorithm,)
-        )
+        return self._run_uncached(code, "Allgatherv", buffers, self.Allgatherv, self._planner.allgatherv, (algorithm,))
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
@@ -610,7 +621,10 @@ class Communicator(MPI.Intracomm):
 
     def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of any length on ``root``."""
-        self._run_inherited("Gatherv", (sendbuf, recvbuf), root)
+        code = self._doors.gatherv(sendbuf, recvbuf, None, root, None, None)
+        if code > MISS:
+            return self._run_native(code, "Gatherv", sendbuf, recvbuf, root)
+        return self._run_inherited("Gatherv", (sendbuf, recvbuf), root, None, code)
 
     def Scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of equal length of ``root``'s buffer."""
@@ -621,11 +635,17 @@ class Communicator(MPI.Intracomm):
 
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of any length of ``root``'s buffer."""
-        self._run_inherited("Scatterv", (sendbuf, recvbuf), root)
+        code = self._doors.scatterv(sendbuf, recvbuf, None, root, None, None)
+        if code > MISS:
+            return self._run_native(code, "Scatterv", sendbuf, recvbuf, root)
+        return self._run_inherited("Scatterv", (sendbuf, recvbuf), root, None, code)
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Send a block of any length to every rank."""
-        self._run_inherited("Alltoallv", (sendbuf, recvbuf))
+        code = self._doors.alltoallv(sendbuf, recvbuf, None, None, None, None)
+        if code > MISS:
+            return self._run_native(code, "Alltoallv", sendbuf, recvbuf)
+        return self._run_inherited("Alltoallv", (sendbuf, recvbuf), None, None, code)
 
     def Alltoallw(self, sendbuf: Any, recvbuf: Any) -> None:
         """Send a block of any length and datatype to every rank."""

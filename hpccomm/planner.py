@@ -31,6 +31,7 @@ from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels import objects, reproducible
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
 from hpccomm.performance.tuning import Choice
+from hpccomm.performance.units import format_count
 
 IN_PLACE = MPI.IN_PLACE
 Counts = tuple[int, ...]
@@ -326,7 +327,8 @@ class Planner:
         send = recv if is_in_place(sendbuf) else self.read_buffer(sendbuf, who)
         counts = (0,) * self.size if recv.opaque else recv.blocks(self.size)[0]
         if len(counts) != self.size:
-            raise ArgumentError(f"{who}: {len(counts)} counts for {self.size} ranks: pass one count per rank")
+            ranks = format_count(self.size, "rank")
+            raise ArgumentError(f"{who}: {len(counts)} counts for {ranks}: pass one count per rank")
         return self.bind_allgather(key, "Allgatherv", send, recv, counts, algorithm)
 
     def bind_allgather(
@@ -568,7 +570,8 @@ class Planner:
     def check_blocks(self, send: Buffer, recv: Buffer, counts: Counts, who: str) -> None:
         """Refuse counts of a reduce-scatter that do not fit the buffers."""
         if len(counts) != self.size or min(counts) < 0:
-            raise ArgumentError(f"{who}: recvcounts {counts} for {self.size} ranks: pass one count per rank")
+            ranks = format_count(self.size, "rank")
+            raise ArgumentError(f"{who}: recvcounts {counts} for {ranks}: pass one count per rank")
         total, in_place = sum(counts), send is recv
         if send.kind != recv.kind or send.elements != total or (not in_place and recv.elements < counts[self.rank]):
             raise ArgumentError(

@@ -28,6 +28,7 @@ from hpccomm.algorithms.checkpoints import leaves, map_leaves
 from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
 from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, PeriodicTransform, Weighting
 from hpccomm.algorithms.transforms import Transform, Vector, chain, require
+from hpccomm.performance.units import format_count
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -79,7 +80,7 @@ def hybrid(
     return local_steps.periodic_transform(
         comm,
         period,
-        Transform(lambda weights: check_state(residual, inner.init(weights)), inner.update),
+        Transform(lambda weights: check_state(residual, inner.init(weights)), inner.update, inner.bucket),
         chain(mean_of_groups(comm, group, sliced_leaders), block),
         local_state=policy(residual, local_state, descent),
         weight_by=weight_by,
@@ -105,8 +106,8 @@ def find_group(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
         return found
     require(
         isinstance(group_size, int) and group_size >= 1 and comm.size % group_size == 0,
-        f"rank {comm.rank}: hybrid: group_size {group_size} does not divide {comm.size} ranks: pass a divisor, or None "
-        "for the nodes",
+        f"rank {comm.rank}: hybrid: group_size {group_size} does not divide {format_count(comm.size, 'rank')}: pass a "
+        "divisor, or None for the nodes",
     )
     part: Any = comm.Split(comm.rank // group_size, comm.rank)
     return part

@@ -49,6 +49,8 @@ TRUST = 0.8
 """A predicted price counts if it is less than this fraction of native MPI's."""
 FLAT_ALGORITHMS = ("ring", "butterfly", "doubling", "bruck")
 """The algorithms whose lowest price stands for native MPI between nodes, where nothing was measured."""
+COLLECTIVES = (*ALGORITHMS, "alltoall")
+"""The collectives that can be tuned; alltoall has no schedules, only shared memory beside native MPI."""
 DEFAULT_TABLE = Path(__file__).with_name("tuning_default.json")
 """The default table."""
 
@@ -185,8 +187,20 @@ def choose_measured(series: Series, nbytes: int, candidates: Sequence[str]) -> C
     if times[best] >= NOISE * native:
         best, row = "native", nearest_row(series["native"], nbytes)
     compared = format_time(times[best]) + ("" if best == "native" else f" against {format_time(native)} by native MPI")
-    reason = f"measured {row.origin}, {row.nodes} x {row.per_node} ranks: {compared}"
+    how = describe_evidence(series[best], nbytes)
+    reason = f"{how} {row.origin}, {row.nodes} x {row.per_node} ranks: {compared}"
     return Choice(best, row.segment_bytes, reason)
+
+
+def describe_evidence(rows: Sequence[Row], nbytes: int) -> str:
+    """What a time is: measured at this size, or computed from sizes that were measured."""
+    first, last = rows[0].bytes, rows[-1].bytes
+    if any(row.bytes == nbytes for row in rows):
+        return "measured"
+    if first < nbytes < last:
+        return "interpolated between sizes measured"
+    end = f"up to {last:,}" if nbytes > last else f"from {first:,}"
+    return f"extrapolated from sizes {end} bytes measured"
 
 
 def nearest_row(rows: Sequence[Row], nbytes: int) -> Row:

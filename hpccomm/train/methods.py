@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hpccomm
 from hpccomm.errors import ArgumentError
+from hpccomm.performance.units import format_count
 
 if TYPE_CHECKING:
     from hpccomm.algorithms.sharded.units import ShardedModel
@@ -218,13 +219,15 @@ def hybrid(setup: MethodSetup) -> Transform:
 def check_groups(comm: Any, args: Any) -> None:
     """Groups of equal size."""
     if args.group_size and comm.size % args.group_size:
-        raise ArgumentError(f"--group-size {args.group_size} does not divide {comm.size} ranks: give a divisor")
+        ranks = format_count(comm.size, "rank")
+        raise ArgumentError(f"--group-size {args.group_size} does not divide {ranks}: give a divisor")
 
 
 def check_servers(comm: Any, args: Any) -> None:
     """A server and a worker."""
     if args.servers >= comm.size:
-        raise ArgumentError(f"--servers {args.servers} of {comm.size} ranks: leave at least one server and one worker")
+        ranks = format_count(comm.size, "rank")
+        raise ArgumentError(f"--servers {args.servers} of {ranks}: leave at least one server and one worker")
 
 
 def mics(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:
