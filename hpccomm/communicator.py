@@ -37,7 +37,7 @@ from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import install
 from hpccomm.planner import is_in_place
-from hpccomm.progress import Queue
+from hpccomm.progress import Queue, drive_all
 from hpccomm.requests import COMPARED, compare_at_init, start_beside
 
 IN_PLACE = MPI.IN_PLACE
@@ -108,6 +108,7 @@ class Communicator(MPI.Intracomm):
         if comm is not None and comm != MPI.COMM_NULL:
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
             install_abort_hook()
+            drive_all()
         return self
 
     @property
@@ -127,7 +128,7 @@ class Communicator(MPI.Intracomm):
     def context(self) -> Context:
         """What the collectives use: private communicator, layout, settings, plans (the first use is collective)."""
         if self._queue is not None:
-            self._queue.drain()
+            self._queue.let_pass()
         if self._context is None:
             self._open_context()
         return self._context  # type: ignore[return-value]
@@ -307,7 +308,7 @@ class Communicator(MPI.Intracomm):
             self._context.entry.resume(code)  # type: ignore[union-attr]
             return None
         if self._queue is not None:
-            self._queue.drain()
+            self._queue.let_pass()
         kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
         padded = [pad_last(each) for each in buffers]
         if any(padded):
@@ -602,7 +603,7 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
         if self._queue is not None:
-            self._queue.drain()
+            self._queue.let_pass()
         kind = self._read_kind(code)
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")

@@ -1,9 +1,9 @@
 """Requests: non-blocking collectives of ours, and persistent ones of MPI.
 
-A non-blocking call is run by a progress thread (:mod:`hpccomm.progress`) as the blocking call of the same name, with the
-same checks, algorithms and errors.  Its request is a generalized request of MPI, so it may be completed by MPI's own
-``Waitall``, ``Testany`` and so on, together with requests of messages; its own ``Wait`` sleeps, and raises the call's
-error.  Where no thread may call MPI, it is MPI's own request, and the ranks' calls are compared without waiting.
+A non-blocking call is run by a progress thread (:mod:`hpccomm.progress`) as the blocking call of the same name, with
+the same checks, algorithms and errors.  Its request is a generalized request of MPI, so it may be completed by MPI's
+own ``Waitall``, ``Testany`` and so on, together with requests of messages; its own ``Wait`` sleeps, and raises the
+call's error.  Where no thread may call MPI, it is MPI's own request, and the ranks' calls are compared without waiting.
 
 Persistent collectives are MPI's own requests; the ranks compare their calls when they make one.  MPI matches persistent
 calls at ``*_init``, so the requests may be started in any order, also by ``MPI.Prequest.Startall``.  A start compares
@@ -17,8 +17,9 @@ import re
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from functools import wraps
-from typing import Any
+from contextlib import suppress
+from functools import partial, wraps
+from typing import Any, Literal
 
 import numpy as np
 from mpi4py import MPI
@@ -73,7 +74,7 @@ class CollectiveRequest(MPI.Grequest):
     raises = True
     """Whether MPI's own ``Waitall`` and so on raise if the call has failed."""
 
-    def Wait(self, status: MPI.Status | None = None) -> bool:
+    def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
         """Sleep until the call is complete; raises the call's error."""
         self.call.sleep()
         return self._complete(status)
@@ -82,7 +83,7 @@ class CollectiveRequest(MPI.Grequest):
         """Whether the call is complete; raises the call's error."""
         return self.call.sleep(TEST_SECONDS) and self._complete(status)
 
-    def _complete(self, status: MPI.Status | None) -> bool:
+    def _complete(self, status: MPI.Status | None) -> Literal[True]:
         error, self.raises = self.call.error, False
         MPI.Request.Wait(self, status)
         if error is not None:
@@ -138,12 +139,15 @@ def start_beside(name: str, blocking: Callable[..., None]) -> Callable[..., MPI.
         given = form.bind(self, *args, **named)
         given.apply_defaults()
         _, *arguments = given.arguments.items()
-        start = start_ours if has_thread() else start_native
-        return start(self, name, dict(arguments), blocking if has_thread() else native)
+        if has_thread():
+            return start_ours(self, name, dict(arguments), blocking)
+        return start_native(self, name, dict(arguments), native)
 
     method.__name__ = f"I{name.lower()}"
     method.__qualname__ = f"Communicator.{method.__name__}"
-    method.__doc__ = f"""Start :meth:`{name}` and return its request; the buffers must not be used before it is complete."""
+    method.__doc__ = (
+        f"""Start :meth:`{name}` and return its request; the buffers must not be used before it is complete."""
+    )
     method.__signature__ = form  # type: ignore[attr-defined]
     return method
 
@@ -152,11 +156,8 @@ def start_ours(comm: Any, name: str, given: dict[str, Any], blocking: Callable[.
     """Check the call and let a progress thread make it; a call on a device's arrays is complete at once."""
     spelling = f"I{name.lower()}"
     if given.get("stream") is not None or any(map(is_on_device, list_arrays(given))):
-        call = Call(lambda channel: blocking(comm, **given), f"rank {comm.rank}: {spelling}")
-        request = begin_request(call)
-        call.run(lambda arrival: comm)
-        call.finish()
-        return request
+        at_once = partial(blocking, **given)
+        return submit(comm, at_once, Fingerprint(spelling), begin_request, here=True)  # type: ignore[no-any-return]
     fingerprint, _ = read_call(comm, name, given, spelling)
     copies: list[MPI.Datatype] = []
     frozen = {key: freeze(value, copies) for key, value in given.items()}
@@ -170,7 +171,7 @@ def start_ours(comm: Any, name: str, given: dict[str, Any], blocking: Callable[.
             for each in copies:
                 each.Free()
 
-    return submit(comm, function, str(fingerprint), begin_request)  # type: ignore[no-any-return]
+    return submit(comm, function, fingerprint, begin_request)  # type: ignore[no-any-return]
 
 
 def list_arrays(given: dict[str, Any]) -> Iterable[Any]:
@@ -212,14 +213,18 @@ class ComparedRequest(MPI.Request):
     """A non-blocking request of MPI; while it waits, the ranks' calls are compared."""
 
     compare: Callable[[bool], None]
+    buffers: tuple[Any, ...]
+    """The arguments, which stay alive until the request does not."""
 
-    def Wait(self, status: MPI.Status | None = None) -> bool:
+    def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
         """Wait for the call; raises if another rank has made another one."""
         began = time.monotonic()
-        while not MPI.Request.Test(self, status):
-            self.compare(True)
-            pause(began, EAGER_SECONDS, 32)
-        self.compare(False)
+        try:
+            while not MPI.Request.Test(self, status):
+                self.compare(True)
+                pause(began, EAGER_SECONDS, 32)
+        finally:
+            self.compare(False)
         return True
 
     def wait(self, status: MPI.Status | None = None) -> None:
@@ -234,7 +239,7 @@ def start_native(comm: Any, name: str, given: dict[str, Any], native: Callable[.
     fingerprint, arguments = read_call(comm, name, given, spelling, for_mpi=True)
     compare = compare_quietly(comm, fingerprint)
     request = ComparedRequest(native(comm, *arguments.values()))
-    request.compare = compare
+    request.compare, request.buffers = compare, tuple(arguments.values())
     return request
 
 
@@ -252,8 +257,8 @@ def compare_quietly(comm: Any, fingerprint: Fingerprint) -> Callable[[bool], Non
     table.abandon()
 
     def compare(waits: bool) -> None:
-        if table.place and table.resume(number, waits):
-            table.compare_entries()
+        with suppress(ValueError):  # the communicator has been freed
+            table.watch_request(number, waits)
 
     return compare
 
