@@ -34,6 +34,7 @@ from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
+from hpccomm.observe import timeline
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import install
 from hpccomm.planner import is_in_place
@@ -791,3 +792,7 @@ def install_abort_hook() -> None:
             MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook
+
+
+if os.environ.get(timeline.VARIABLE):
+    timeline.record(Communicator)

@@ -49,6 +49,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_SHARED_MEMORY": on_or_off,
     "HPCCOMM_STALL_SECONDS": seconds,
     "HPCCOMM_TEST_LAUNCHER": elsewhere,
+    "HPCCOMM_TIMELINE": elsewhere,
     "HPCCOMM_TUNING": elsewhere,
 }
 """Each variable with the function that gives the remedy for a wrong value; empty values are as good as none."""

@@ -16,7 +16,7 @@ from typing import Any
 from mpi4py import MPI
 
 from hpccomm.algorithms.checkpoints import load, save
-from hpccomm.algorithms.exchange import ExchangeReport
+from hpccomm.algorithms.reports import ExchangeReport
 from hpccomm.algorithms.sharded.checkpoints import load_shards, run_collectively, save_shards, write_note
 from hpccomm.algorithms.sharded.units import Hops
 from hpccomm.errors import ArgumentError
