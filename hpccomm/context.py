@@ -134,6 +134,8 @@ class Context:
         try:
             memory = SharedMemory(self.node, patience_ns=NODE_PROGRESS_NS if self.layout.count == 1 else PROGRESS_NS)
             memory.mismatch = self.mismatch_error
+            if self.consistency:
+                memory.miss_call = self.consistency.miss_call
             if self.rank == 0 and memory.trouble:
                 warn_once(memory.trouble)
         except TransportError as error:

@@ -93,6 +93,8 @@ class SharedMemory:
         self.rank, self.size = node.Get_rank(), node.Get_size()
         self.stall_handler: StallHandler | None = None
         self.mismatch: Callable[[list[int]], Exception] = fingerprint_mismatch
+        self.miss_call: Callable[[], None] = lambda: None
+        """Runs where other ranks were about to begin a call on another backend, which this rank does not make."""
         self._node, self.patience_ns = node, patience_ns
         self._compiled = agree_on_code(node, code)
         cores = node.allgather(tuple(sorted(os.sched_getaffinity(0))))
@@ -412,7 +414,7 @@ class SharedMemory:
     def bind_entry_barrier(self, fingerprint: int) -> Plan:
         """Wait for all ranks before a call on another backend; any other call here is a mismatch."""
         call = self._call(("meeting",), fingerprint)
-        call["check"] = zlib.crc32(b"meeting")
+        call["check"] = MEETING
         return self._plan("barrier", call)
 
     def _uses_single_copy(self, name: str, nbytes: int) -> bool:
@@ -548,6 +550,8 @@ class SharedMemory:
                 plan.stall_handler(time.monotonic() - began, self.missing_ranks())
             code = plan.kernel(plan.address)
         if code == kernels.MISMATCH:
+            if plan.call["check"] != MEETING and MEETING in [self._word(q, kernels.CHECK) for q in range(self.size)]:
+                self.miss_call()
             raise self.mismatch(self.peer_fingerprints())
         if code == kernels.SHUT:
             raise TransportError(f"rank {self.rank}: a plan outlived its shared memory: bind it again on a new one")
@@ -574,6 +578,8 @@ class SharedMemory:
         )
 
 
+MEETING = zlib.crc32(b"meeting")
+"""The check word of barriers before calls on other backends."""
 GENERAL = ("lengths", "checked", "table", "sized", "registers", "releases")
 """What a call knows of the other calls that its record can serve."""
 

@@ -42,7 +42,7 @@ def fold_name(op: str, code: str) -> str:
 EMITTED = {
     **dict.fromkeys(COLLECTIVES, ("shared_memory.compiled", "int64(int64)")),
     **dict.fromkeys(("enter", "leave"), ("entry.compiled", "int64(int64, int64, int64)")),
-    "probe": ("shared_memory.compiled_probe", "int64(int64)"),
+    "run_probe": ("shared_memory.compiled_probe", "int64(int64)"),
     "run_kernel": ("python_api", "int64(int64, int64, int64)"),
     **{fold_name(op, code): ("reductions.loops", "") for op, codes in DTYPES.items() for code in codes},
 }

@@ -179,7 +179,7 @@ class Worker:
 
     def _run(self) -> int:
         wall, mine = time.perf_counter(), time.thread_time()
-        found = objects.kernel("probe")(self.record.ctypes.data)
+        found = objects.kernel("run_probe")(self.record.ctypes.data)
         wall, mine = time.perf_counter() - wall, time.thread_time() - mine
         self.got.append(mine)
         self.spent.append(wall)
@@ -277,7 +277,7 @@ def measure(cores: Iterable[int]) -> tuple[Probe, bool]:
     workers = {core: Worker(core) for core in dict.fromkeys((*whole[:1], *near, *far))}
     caches = read_caches(whole[0])
     slot = max(1 << 15, min(DEFAULTS.slot, floor_power(caches.l2 // 4) or DEFAULTS.slot))
-    objects.kernel("probe")
+    objects.kernel("run_probe")
     vectors = Vectors()
     try:
         near_pair, far_pair = ([workers[core] for core in each] for each in (near, far))

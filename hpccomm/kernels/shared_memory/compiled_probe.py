@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from hpccomm.kernels.compiler import compile_module
-from hpccomm.kernels.shared_memory import probe as measurement
+from hpccomm.kernels.shared_memory import probe
 
-probe = compile_module(measurement)["probe"]
+run_probe = compile_module(probe)["run_probe"]

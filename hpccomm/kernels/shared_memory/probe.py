@@ -42,7 +42,7 @@ PATIENCE_NS = 200_000_000
 POLLS_BEFORE_YIELD = 2000
 
 
-def probe(record):
+def run_probe(record):
     """Do a task ``repeats`` times; returns nanoseconds, or FAILED."""
     task, began = load(record + TASK), nanoseconds()
     if task == ECHOES:
