@@ -651,8 +651,8 @@ def test_every_mismatch_after_another_one_is_noticed_by_all(comm: Communicator, 
     odd = comm.rank == comm.size - 1
     x = np.ones(10)
     for usual, unusual in ((first, second), (second, second), (second, first), ("native", "native")):
+        algorithm = unusual if odd else usual
         with pytest.raises(hpccomm.MismatchError, match=f"rank {comm.size - 1} called"):
-            algorithm = unusual if odd else usual
             comm.Allreduce(MPI.IN_PLACE, x, MPI.MAX if odd else MPI.SUM, algorithm=algorithm)
         assert (x == 1).all()
     for algorithm in ("native", "shared"):

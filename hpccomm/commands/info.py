@@ -28,12 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"collective of the decisions: {', '.join(COLLECTIVES)} (default allreduce)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--live", action="store_true", help="show what running programs of yours have decided by trials"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print from rank 0 (collective)."""
     if args.live:
-        return show_live()
+        return show_live(args.json)
     from mpi4py import MPI
 
     import hpccomm
@@ -54,12 +57,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def show_live() -> int:
+def show_live(as_json: bool = False) -> int:
     """Print what the programs of this user that run on this machine have decided by trials."""
     from hpccomm.backends.live import find_running
 
     found = find_running()
-    sections = {format_running(each): format_decisions(each.decisions) for each in found}
+    if as_json:
+        rows = [each._asdict() | {"decisions": [one._asdict() for one in each.decisions]} for each in found]
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return 0
+    sections = {
+        f"{number}. {format_running(each)}": format_decisions(each.decisions) for number, each in enumerate(found, 1)
+    }
     text = render(sections) if sections else "no program of yours uses shared memory on this machine\n"
     sys.stdout.write(text)
     return 0
