@@ -38,7 +38,7 @@ _made: dict[str, Communicator] = {}
 def init(comm: Any = None) -> None:
     """Make the communicator: of all ranks, or of those of ``comm`` (collective)."""
     if "world" not in _made:
-        _made["world"] = Communicator(MPI.COMM_WORLD if comm is None else comm)
+        _made["world"] = Communicator(MPI.Intracomm(MPI.COMM_WORLD if comm is None else comm).Dup())
 
 
 def is_initialized() -> bool:
