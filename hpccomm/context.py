@@ -17,19 +17,18 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm import layout
-from hpccomm.backends.hierarchical import TwoLevels
-from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
+from hpccomm.backends.schedules import Schedules
 from hpccomm.backends.shared_memory import SharedMemory
 from hpccomm.calls import consistency
 from hpccomm.calls.entry import Doors, Entry
 from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, format_ranks, mismatch_message
 from hpccomm.calls.plans import Plan
-from hpccomm.collectives import ALGORITHMS, hierarchical
+from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.hierarchical import HIERARCHICAL, Form, select_form
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.performance import tuning
-from hpccomm.performance.cost import HIERARCHICAL
 from hpccomm.settings import check_environment
 from hpccomm.transports.mpi import MessageTransport, mpi_name
 from hpccomm.transports.polling import pause
@@ -160,18 +159,13 @@ class Context:
         self.forget()
 
     @cached_property
-    def two_levels(self) -> TwoLevels | None:
-        """Allreduce in shared memory inside the nodes and by messages between them; ``None`` on a single node."""
-        if self.layout.count == 1 or self.node_memory is None:
-            return None
-        channels = hierarchical.channels_of(self.layout.nodes)
-        return TwoLevels(self.node_memory, self.messages, channels, self.table.machine.inter)
+    def schedules(self) -> Schedules:
+        """Schedules on messages; on several nodes they meet in the shared memory of each."""
+        return Schedules(self.node_memory if self.layout.count > 1 else None, self.messages)
 
-    @cached_property
-    def two_level_gathers(self) -> TwoLevelGathers | None:
-        """Allgather and reduce-scatter in the same two levels."""
-        levels = self.two_levels
-        return TwoLevelGathers(levels.memory, levels.transport, levels.channels) if levels else None
+    def hierarchical_form(self, collective: str, nbytes: int, shared: bool) -> Form:
+        """What runs for the hierarchical algorithm; ``shared``: the ranks of each node meet in shared memory."""
+        return select_form(collective, self.layout.nodes, nbytes, self.table.machine.inter, shared)
 
     def mismatch_error(self, digests: list[int]) -> MismatchError:
         """The error when the ranks of a node enter different calls in shared memory."""

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from hpccomm.collectives import ALGORITHMS, draw
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.verify import ROOTED_COLLECTIVES
 from hpccomm.commands.files import check_drawable
 from hpccomm.errors import ArgumentError
-from hpccomm.performance.cost import HIERARCHICAL
 from hpccomm.performance.units import format_count
 
 SUMMARY = "print or draw a schedule, or draw benchmark results"

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.commands.files import check_folder, run_on_root
 from hpccomm.commands.progress import show_progress
 from hpccomm.errors import ArgumentError
 from hpccomm.layout import Link
 from hpccomm.performance import tuning
-from hpccomm.performance.cost import HIERARCHICAL, prediction
+from hpccomm.performance.cost import prediction
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import CostCurve
 from hpccomm.performance.tuning import COLLECTIVES, Row, Table

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.collectives.verify import ROOTED_COLLECTIVES, Report, layouts, verify_algorithm
 from hpccomm.commands.progress import show_progress
 from hpccomm.errors import ArgumentError, ScheduleError
-from hpccomm.performance.cost import HIERARCHICAL
 
 SUMMARY = "prove schedules correct for a range of sizes"
 

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.layout import Link
 from hpccomm.performance import cost
 from hpccomm.performance.machine import Machine
@@ -211,7 +212,7 @@ def nearest_row(rows: Sequence[Row], nbytes: int) -> Row:
 def choose_priced(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:
     """The hierarchical algorithm if its price is far below that of every flat one, else native MPI."""
     native = Choice("native", None, "not measured between nodes, and no predicted price is far below native MPI's")
-    possible = collective in cost.HIERARCHICAL and min(shape) > 1
+    possible = collective in cost.INPUT_COPIES and min(shape) > 1
     if not possible or (candidates and "hierarchical" not in candidates):
         return native
     names = ("hierarchical", *(name for name in FLAT_ALGORITHMS if name in ALGORITHMS[collective]))
@@ -369,7 +370,7 @@ def fit(rows: Iterable[Row], source: str = "fitted") -> Machine:
 def schedule_of(row: Row) -> Any:
     """The schedule that was measured, if it can be priced as it ran."""
     if row.algorithm == "hierarchical":
-        return cost.HIERARCHICAL[row.collective](np.repeat(np.arange(row.nodes), row.per_node))
+        return HIERARCHICAL[row.collective](np.repeat(np.arange(row.nodes), row.per_node))
     algorithm = ALGORITHMS.get(row.collective, {}).get(row.algorithm)
     return None if algorithm is None or algorithm.segmented or row.nodes * row.per_node == 1 else algorithm
 
