@@ -180,9 +180,13 @@ def allreduce_async_(
     return Handle(body, f"allreduce({name})" if name else "allreduce")
 
 
-def grouped_allreduce(tensors: Iterable[Any], average: bool | None = None, op: str | None = None) -> list[Any]:
+def allreduce_group(tensors: Iterable[Any], average: bool | None = None, op: str | None = None) -> list[Any]:
     """The reductions of several tensors."""
     return [allreduce(each, average, op=op) for each in tensors]
+
+
+grouped_allreduce = allreduce_group
+"""Horovod's name."""
 
 
 def allgather(tensor: Any, name: str | None = None) -> Any:

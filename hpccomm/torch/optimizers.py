@@ -13,7 +13,7 @@ from hpccomm.algorithms import checkpoints
 from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.onebit import onebit_adam
 from hpccomm.errors import ArgumentError
-from hpccomm.torch.parameters import ParameterVector, communicator, from_tensors, named_parameters, to_tensors
+from hpccomm.torch.parameters import ParameterVector, communicator, from_tensors, name_parameters, to_tensors
 
 Exclude = Callable[[str, Any], bool]
 
@@ -60,10 +60,10 @@ class MethodOptimizer(torch.optim.Optimizer):
 def name_group(group: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a group by name."""
     names = group.get("param_names")
-    return named_parameters(zip(names, group["params"], strict=True) if names else group["params"])
+    return name_parameters(zip(names, group["params"], strict=True) if names else group["params"])
 
 
-class LayerwiseOptimizer(MethodOptimizer):
+class TrustRatioOptimizer(MethodOptimizer):
     """LARS and LAMB: one method for each param group, on all ranks the same, after gradients were averaged."""
 
     def __init__(self, parameters: Any, defaults: dict[str, Any], exclude: Exclude) -> None:
@@ -105,7 +105,7 @@ def run_closure(closure: Any) -> Any:
         return closure()
 
 
-class LARS(LayerwiseOptimizer):
+class LARS(TrustRatioOptimizer):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017), :func:`hpccomm.lars`.
 
     ``exclude(name, parameter)`` says which parameters have neither weight decay nor trust ratio, by default those of
@@ -133,7 +133,7 @@ class LARS(LayerwiseOptimizer):
         return lars(bucket, lr, **named, **self.options)
 
 
-class LAMB(LayerwiseOptimizer):
+class LAMB(TrustRatioOptimizer):
     """Layer-wise adaptive moments (You et al., ICLR 2020), :func:`hpccomm.lamb`.
 
     ``exclude(name, parameter)`` says which parameters have no weight decay, by default those of fewer than two

@@ -115,7 +115,7 @@ def check_parameter(name: str, parameter: Any) -> None:
         raise ArgumentError(f"the parameter {name} is {parameter.dtype}: pass parameters of floating point")
 
 
-def named_parameters(parameters: Any) -> dict[str, Any]:
+def name_parameters(parameters: Any) -> dict[str, Any]:
     """The parameters of an optimizer's argument by name: pairs keep theirs, others are numbered."""
     found: dict[str, Any] = {}
     for number, each in enumerate(parameters):
