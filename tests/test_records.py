@@ -13,7 +13,7 @@ from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.check import Duty, check_algorithm, check_programs, columns
 from hpccomm.collectives.hierarchical import HIERARCHICAL, MANY, MESSAGE_BYTES, channels_of, select_form
 from hpccomm.collectives.lower import Layout, Pipeline, lower
-from hpccomm.collectives.records import COPY, NODE, RECEIVE, REDUCE, SEND, WAIT, Program
+from hpccomm.collectives.records import Program
 from hpccomm.collectives.schedule import Algorithm, NodeStep, without_node_steps
 from hpccomm.collectives.verify import (
     BLOCK_IS_RANK,
@@ -25,6 +25,7 @@ from hpccomm.collectives.verify import (
     verify_algorithm,
 )
 from hpccomm.errors import ScheduleError
+from hpccomm.kernels.interpreter.records import COPY, NODE, RECEIVE, REDUCE, SEND, WAIT
 from hpccomm.layout import Link
 
 EVERY = [(collective, name) for collective, names in ALGORITHMS.items() for name in names]
@@ -168,7 +169,9 @@ def programs_of(collective: str, algorithm: Algorithm, p: int, how: Pipeline) ->
     return [lower(each, r, layout, how, reduces, duty.due(r)) for r, each in enumerate(columns(table))], duty
 
 
-def change(field: int, kinds: tuple[int, ...], by: Callable[[int, int], int]) -> Callable[[Rows, int, int], Rows | None]:
+def change(
+    field: int, kinds: tuple[int, ...], by: Callable[[int, int], int]
+) -> Callable[[Rows, int, int], Rows | None]:
     """A change of one field of a record."""
 
     def mutate(rows: Rows, k: int, draw: int) -> Rows | None:
@@ -232,6 +235,11 @@ MUTATIONS = {
 }
 
 
+def survive(what: str, records: int) -> None:
+    """Fail with the mutation that was not found."""
+    pytest.fail(f"{what} survives among {records} records")
+
+
 def test_none_of_1000_random_mutations_of_records_survives() -> None:
     """What a mutation may change without harm is left out: a copy to where nothing is read, an equal record."""
     random = np.random.default_rng(7)
@@ -250,9 +258,9 @@ def test_none_of_1000_random_mutations_of_records_survives() -> None:
             continue
         counts[name] = counts.get(name, 0) + 1
         wrong = programs[r]._replace(records=np.array(mutated, programs[r].records.dtype))
+        what = f"{name} of record {k} of rank {r} of {subject[0]}, p={subject[2]}: {rows[k]}"
         with pytest.raises(ScheduleError, match=r"rank \d+, "):
-            check_programs([*programs[:r], wrong, *programs[r + 1 :]], duty, "mutated")
-            pytest.fail(f"{subject[0]}, p={subject[2]}: {name} of record {k} of rank {r} survives: {rows[k]}")
+            survive(what, check_programs([*programs[:r], wrong, *programs[r + 1 :]], duty, "mutated"))
     assert counts.keys() == MUTATIONS.keys(), "every kind of mutation was tried"
 
 

@@ -22,21 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.collectives.records import (
-    COPY,
-    NODE,
-    RECEIVE,
-    RECORD,
-    REDUCE,
-    SEND,
-    SOURCE,
-    SPARE,
-    VECTOR,
-    WAIT,
-    Meeting,
-    Program,
-)
+from hpccomm.collectives.records import Meeting, Program
 from hpccomm.collectives.schedule import NOBODY, NodeStep, Step, even_cuts
+from hpccomm.kernels.interpreter.records import COPY, NODE, RECEIVE, RECORD, REDUCE, SEND, SOURCE, SPARE, VECTOR, WAIT
 
 Interval = tuple[int, int]
 """[first, end) in bytes."""
