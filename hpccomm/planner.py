@@ -726,7 +726,7 @@ class Planner:
         steps = steps if shared else without_node_steps(steps, self.rank)
         layout = Layout(vector.size, vector.itemsize, form.algorithm.blocks(self.size), cuts)
         program = lower(steps, self.rank, layout, form.pipeline, source is not None, due)
-        reduction = None if op is None else Reduction(operations.combiner(op), kind, op_name or "")
+        reduction = None if op is None else Reduction(operations.combiner(op, kind), kind, op_name or "")
         return self.context.schedules.bind(program, vector, source, reduction, fingerprint.digest)
 
     def form_of(self, collective: str, choice: Choice, nbytes: int, shared: bool) -> Form:
