@@ -17,10 +17,11 @@ _MODULES = {
     "buckets": "Bucket",
     "layout": "Layout",
     "errors": "ArgumentError HpccommError LaunchError MismatchError ScheduleError TransportError",
-    "algorithms.transforms": "Transform adam chain clip descend every flush momentum scale scale_by_schedule "
-    "weight_decay",
+    "algorithms.transforms": "Transform adam apply_if_finite chain clip descend every flush momentum scale "
+    "scale_by_schedule weight_decay",
+    "algorithms.block_codes": "block_mean",
     "algorithms.exchange": "mean synchronous_adam synchronous_sgd",
-    "algorithms.error_feedback": "feedback",
+    "algorithms.error_feedback": "feedback without_feedback",
     "algorithms.threshold_compression": "gtc",
     "algorithms.deep_gradient_compression": "dgc",
     "algorithms.onebit": "ef_signsgd onebit_adam onebit_lamb onebit_sgd",

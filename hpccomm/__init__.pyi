@@ -1,5 +1,6 @@
 __version__: str
 
+from hpccomm.algorithms.block_codes import block_mean as block_mean
 from hpccomm.algorithms.blockwise_filtering import bmuf as bmuf
 from hpccomm.algorithms.blockwise_filtering import bmuf_adam as bmuf_adam
 from hpccomm.algorithms.checkpoints import load as load
@@ -19,6 +20,7 @@ from hpccomm.algorithms.compression.signs import onebit as onebit
 from hpccomm.algorithms.compression.signs import sign_majority as sign_majority
 from hpccomm.algorithms.deep_gradient_compression import dgc as dgc
 from hpccomm.algorithms.error_feedback import feedback as feedback
+from hpccomm.algorithms.error_feedback import without_feedback as without_feedback
 from hpccomm.algorithms.exchange import mean as mean
 from hpccomm.algorithms.exchange import synchronous_adam as synchronous_adam
 from hpccomm.algorithms.exchange import synchronous_sgd as synchronous_sgd
@@ -43,6 +45,7 @@ from hpccomm.algorithms.states import snapshot as snapshot
 from hpccomm.algorithms.threshold_compression import gtc as gtc
 from hpccomm.algorithms.transforms import Transform as Transform
 from hpccomm.algorithms.transforms import adam as adam
+from hpccomm.algorithms.transforms import apply_if_finite as apply_if_finite
 from hpccomm.algorithms.transforms import chain as chain
 from hpccomm.algorithms.transforms import clip as clip
 from hpccomm.algorithms.transforms import descend as descend

@@ -34,11 +34,12 @@ from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
+from hpccomm.observe import timeline
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import install
 from hpccomm.planner import is_in_place
-from hpccomm.progress import Queue
-from hpccomm.requests import COMPARED, compare_at_init
+from hpccomm.progress import Queue, drive_all
+from hpccomm.requests import COMPARED, compare_at_init, start_beside
 
 IN_PLACE = MPI.IN_PLACE
 PICKLES = ("mpi4py", "auto")
@@ -108,6 +109,7 @@ class Communicator(MPI.Intracomm):
         if comm is not None and comm != MPI.COMM_NULL:
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
             install_abort_hook()
+            drive_all()
         return self
 
     @property
@@ -127,7 +129,7 @@ class Communicator(MPI.Intracomm):
     def context(self) -> Context:
         """What the collectives use: private communicator, layout, settings, plans (the first use is collective)."""
         if self._queue is not None:
-            self._queue.drain()
+            self._queue.let_pass()
         if self._context is None:
             self._open_context()
         return self._context  # type: ignore[return-value]
@@ -307,7 +309,7 @@ class Communicator(MPI.Intracomm):
             self._context.entry.resume(code)  # type: ignore[union-attr]
             return None
         if self._queue is not None:
-            self._queue.drain()
+            self._queue.let_pass()
         kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
         padded = [pad_last(each) for each in buffers]
         if any(padded):
@@ -602,7 +604,7 @@ class Communicator(MPI.Intracomm):
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
         if self._queue is not None:
-            self._queue.drain()
+            self._queue.let_pass()
         kind = self._read_kind(code)
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
@@ -753,6 +755,7 @@ class Intercomm(MPI.Intercomm):
 
 for _name in COMPARED:
     setattr(Communicator, f"{_name}_init", compare_at_init(_name))
+    setattr(Communicator, f"I{_name.lower()}", start_beside(_name, getattr(Communicator, _name)))
 
 OURS: dict[type[MPI.Comm], Any] = {
     MPI.Intracomm: Communicator,
@@ -789,3 +792,7 @@ def install_abort_hook() -> None:
             MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook
+
+
+if os.environ.get(timeline.VARIABLE):
+    timeline.record(Communicator)

@@ -38,7 +38,7 @@ from hpccomm.algorithms.compression.format import (
 from hpccomm.algorithms.exchange import exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import GroupSize, LocalVector, Unsent
-from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_decay, require
+from hpccomm.algorithms.transforms import ResidualTransform, Transform, Vector, check_alike, check_decay, require
 from hpccomm.collectives.compressed.messages import MessageGather
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
@@ -242,6 +242,55 @@ class FeedbackExchange:
         """Exchange the residuals densely."""
         total, cost = exchange_unsent(self.comm, state.residual, self.reduce)
         return total, state._replace(residual=np.zeros_like(total), report=state.report.add(cost))
+
+
+class UnbiasedExchange(FeedbackExchange):
+    """The exchange of :func:`without_feedback`: there is no residual."""
+
+    def init(self, weights: Vector) -> FeedbackState:
+        """Nothing is ever unsent."""
+        state, nothing = super().init(weights), weights[:0].copy()
+        return state._replace(residual=nothing, spare=nothing.copy())
+
+    def encode(self, gradient: Vector, state: FeedbackState) -> list[Message] | None:
+        """The message of each part."""
+        step = state.steps * self.comm.size + self.comm.rank
+        try:
+            parts = zip(self.slices_of(gradient), state.headers, strict=True)
+            return [self.compressor.encode(gradient[part], step, last) for part, last in parts]
+        except NotFiniteError:
+            return None
+
+
+def without_feedback(
+    compressor: Compressor,
+    comm: MPI.Intracomm,
+    *,
+    reduce: Literal["mean", "sum"] = "mean",
+    parts: Sequence[slice] | None = None,
+) -> Transform:
+    """Exchange gradients of shape (n,), float32, as messages of a compressor that rounds at random, without feedback.
+
+    The step is the mean, or sum, of the decoded messages; its mean over the random numbers, which differ on every rank
+    and in every step, is that of the gradients.  Right where the error is small, or averages out over many ranks and
+    steps: QSGD with many levels, natural compression, TernGrad with small steps.  With error feedback the error of a
+    step is made up for in later ones, at the price of a vector of memory and of delay.  ``parts`` as in
+    :func:`feedback`; steps with a gradient that is not finite are skipped on all ranks.
+
+    Raises ArgumentError for a compressor whose error has a direction, such as topk: it needs :func:`feedback`.
+    """
+    require(
+        hasattr(compressor, "decode_all"),
+        f"without_feedback: {compressor!r} is no compressor: pass qsgd(), ternary() …",
+    )
+    require(
+        compressor.unbiased,
+        f"without_feedback: {compressor.name} leaves out the same elements again and again: pass qsgd, ternary or "
+        "natural, or use feedback",
+    )
+    require(reduce in ("mean", "sum"), f"without_feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
+    sends = UnbiasedExchange(compressor, comm, 0.0, False, False, reduce, parts)
+    return Transform(sends.init, sends.update)
 
 
 NEVER_OVERFLOWS, LARGEST_SUM = 1e20, 3e38

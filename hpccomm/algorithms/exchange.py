@@ -15,8 +15,10 @@ import numpy as np
 
 from hpccomm.algorithms import transforms
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
-from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, descend
+from hpccomm.algorithms.transforms import Schedule, Transform, Vector, apply_if_finite, chain, check_alike, descend
 from hpccomm.arrays import narrow, reduction_dtype, widen
+from hpccomm.buckets import Bucket
+from hpccomm.collectives.compressed.two_phase import mean_of_halves, shard_elements
 from hpccomm.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class MeanState(NamedTuple):
-    """A buffer for the sum, reused so that the communicator plans once, and the cost so far."""
+    """A buffer for the sum, or for the shards of 16-bit floats that arrive, and the cost so far."""
 
     total: Vector
     report: ExchangeReport
@@ -38,11 +40,19 @@ class MeanState(NamedTuple):
 def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
     """The arithmetic mean of the gradients of all ranks, on all of them with the same bits.
 
-    float16 and bfloat16 are widened to float32 for the exchange.  A single rank sends nothing.
+    float16 and bfloat16 on the host travel in 16 bits, are added in float32 in rank order, and rounded once; on a
+    device, and by a named algorithm, they are widened to float32.  A single rank sends nothing.
     """
     named: dict[str, Any] = {} if algorithm == "auto" else {"algorithm": algorithm}
 
+    def travels_in_halves(vector: Vector) -> bool:
+        return not named and reduction_dtype(vector.dtype) != vector.dtype and isinstance(vector, np.ndarray)
+
     def init(weights: Vector) -> MeanState:
+        if travels_in_halves(weights):
+            return MeanState(
+                np.zeros(comm.size * shard_elements(weights.size, comm.size), weights.dtype), ExchangeReport()
+            )
         return MeanState(np.zeros_like(weights, dtype=reduction_dtype(weights.dtype)), ExchangeReport())
 
     def update(gradient: Vector, state: MeanState, weights: Vector) -> tuple[Vector, MeanState]:
@@ -50,6 +60,10 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
         if comm.size == 1:
             return gradient, state
         began = time.perf_counter()
+        if travels_in_halves(gradient):
+            average, nbytes = mean_of_halves(comm, gradient, state.total)
+            cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
+            return average, state._replace(report=state.report.add(cost))
         comm.Allreduce(widen(gradient), state.total, **named)
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(state.total.nbytes, comm.size))
         return narrow(state.total / comm.size, gradient.dtype), MeanState(state.total, state.report.add(cost))
@@ -90,19 +104,17 @@ def synchronous_sgd(
     momentum: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    bucket: Bucket | None = None,
     algorithm: str = "auto",
 ) -> Transform:
     """Stochastic gradient descent on the mean gradient: equivalent to one rank with the whole batch.
 
     ``lr`` is a number or a function of the update's count.  ``weight_decay`` is L2 regularisation: it is added before
-    the momentum.
+    the momentum, with a ``bucket`` only in tensors that decay by its flags, which exempt biases, else everywhere.  A
+    mean that is not finite is skipped on all ranks (:func:`~hpccomm.apply_if_finite`).
     """
-    parts = [mean(comm, algorithm)]
-    if weight_decay:
-        parts.append(transforms.weight_decay(weight_decay))
-    if momentum:
-        parts.append(transforms.momentum(momentum, nesterov))
-    return chain(*parts, descend(lr))
+    parts = [decay_by(weight_decay, bucket), transforms.momentum(momentum, nesterov) if momentum else None, descend(lr)]
+    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))))
 
 
 def synchronous_adam(
@@ -113,13 +125,21 @@ def synchronous_adam(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    bucket: Bucket | None = None,
     algorithm: str = "auto",
 ) -> Transform:
-    """Adam on the mean gradient; with ``weight_decay`` it is AdamW."""
-    parts = [mean(comm, algorithm), transforms.adam(b1, b2, eps)]
-    if weight_decay:
-        parts.append(transforms.weight_decay(weight_decay))
-    return chain(*parts, descend(lr))
+    """Adam on the mean gradient; with ``weight_decay`` it is AdamW.
+
+    ``bucket`` as in :func:`synchronous_sgd`; a mean that is not finite is skipped on all ranks.
+    """
+    parts = [transforms.adam(b1, b2, eps), decay_by(weight_decay, bucket), descend(lr)]
+    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))))
+
+
+def decay_by(rate: float, bucket: Bucket | None) -> Transform | None:
+    """Weight decay in the tensors that decay, or everywhere without a bucket; None for a rate of 0."""
+    decays = transforms.weight_decay(rate, None if bucket is None else bucket.mask("decay"))
+    return Transform(*decays, bucket) if rate else None
 
 
 def check_replicas(comm: MPI.Intracomm, vector: Vector) -> None:

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.trees import finish_for_trees, init_for_trees, update_for_trees
+from hpccomm.algorithms.reports import MessageReport, message_reports
+from hpccomm.algorithms.trees import StateKind, finish_for_trees, init_for_trees, update_for_trees
+from hpccomm.arrays import narrow, reduction_dtype, widen
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 
@@ -55,7 +57,8 @@ class Transform(Pair):
         bucket: Bucket | None = None,
     ) -> AnyTransform:
         """The pair, whose functions take trees."""
-        made = Pair.__new__(cls, init_for_trees(init, bucket), update_for_trees(update, bucket))
+        kind = StateKind()
+        made = Pair.__new__(cls, init_for_trees(init, bucket, kind), update_for_trees(update, bucket, kind))
         made.bucket = bucket
         return made
 
@@ -151,6 +154,9 @@ def chain(*transforms: Transform) -> Chain:
 
     def update(gradient: Vector, state: tuple[Any, ...], weights: Vector) -> tuple[Vector, tuple[Any, ...]]:
         check_alike(gradient, weights)
+        if not isinstance(state, tuple) or len(state) != len(transforms):
+            given = f"{len(state)} states" if isinstance(state, tuple) else f"a {type(state).__name__}"
+            raise ArgumentError(f"chain: {given} for {len(transforms)} transforms: {OWN_STATE}")
         states = []
         for each, before in zip(transforms, state, strict=True):
             gradient, after = each.update(gradient, before, weights)
@@ -171,14 +177,14 @@ def scale(factor: float) -> Transform:
     """Multiply by a number; ``scale(-lr)`` ends most chains."""
     require(not callable(factor), "scale: the factor is a function: pass descend(lr), or scale_by_schedule(factor)")
     number = float(factor)
-    return stateless(lambda gradient, weights: gradient * number)
+    return stateless(lambda gradient, weights: narrow(gradient * number, gradient.dtype))
 
 
 def scale_by_schedule(schedule: Schedule) -> Transform:
     """Multiply by ``schedule(count)``; the state is the number of updates."""
 
     def update(gradient: Vector, count: int, weights: Vector) -> tuple[Vector, int]:
-        return gradient * float(schedule(count)), count + 1
+        return narrow(gradient * float(schedule(count)), gradient.dtype), count + 1
 
     return Transform(lambda weights: 0, update)
 
@@ -199,8 +205,8 @@ def clip(max_norm: float) -> Transform:
     require(max_norm > 0, f"clip: max_norm is {max_norm}: pass a positive number")
 
     def clip_gradient(gradient: Vector, weights: Vector) -> Vector:
-        norm = math.sqrt(np.add.reduce(np.square(gradient, dtype=np.float64)))
-        return gradient * (max_norm / norm) if norm > max_norm else gradient
+        norm = math.sqrt(np.add.reduce(np.square(widen(gradient), dtype=np.float64)))
+        return narrow(gradient * (max_norm / norm), gradient.dtype) if norm > max_norm else gradient
 
     return stateless(clip_gradient)
 
@@ -214,21 +220,22 @@ def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Tra
     require(rate >= 0, f"weight_decay: rate is {rate}: pass 0 or more")
 
     def add_decay(gradient: Vector, weights: Vector) -> Vector:
-        pull = float(rate) * weights
-        return gradient + (pull if where is None else np.where(where, pull, weights.dtype.type(0)))
+        pull = float(rate) * widen(weights)
+        return narrow(gradient + (pull if where is None else np.where(where, pull, pull.dtype.type(0))), gradient.dtype)
 
     return stateless(add_decay)
 
 
 def momentum(beta: float, nesterov: bool = False) -> Term:
-    """m ← βm + g; the step is m, or g + βm when ``nesterov``.  The state is m."""
+    """m ← βm + g; the step is m, or g + βm when ``nesterov``.  The state is m, in float32 for 16-bit gradients."""
     check_decay("momentum: beta", beta)
 
     def update(gradient: Vector, moment: Vector, weights: Vector) -> tuple[Vector, Vector]:
+        check_shape("momentum", moment, weights)
         moment = float(beta) * moment + gradient
-        return (gradient + float(beta) * moment if nesterov else moment), moment
+        return narrow(gradient + float(beta) * moment if nesterov else moment, gradient.dtype), moment
 
-    return Term.of(Transform(np.zeros_like, update), "momentum", beta=beta, nesterov=nesterov)
+    return Term.of(Transform(zeros_to_add, update), "momentum", beta=beta, nesterov=nesterov)
 
 
 class AdamState(NamedTuple):
@@ -240,22 +247,61 @@ class AdamState(NamedTuple):
 
 
 def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction: bool = True) -> Term:
-    """Adam's direction m̂ / (√v̂ + eps), or m / (√v + eps) without bias correction (Kingma & Ba, ICLR 2015)."""
+    """Adam's direction m̂ / (√v̂ + eps), or m / (√v + eps) without bias correction (Kingma & Ba, ICLR 2015).
+
+    The moments of 16-bit gradients are float32.  An ``eps`` of 0 means the least one that keeps 0/0 at 0.
+    """
     check_decay("adam: b1", b1)
     check_decay("adam: b2", b2)
     require(eps >= 0, f"adam: eps is {eps}: pass 0 or more")
 
     def init(weights: Vector) -> AdamState:
-        return AdamState(0, np.zeros_like(weights), np.zeros_like(weights))
+        return AdamState(0, zeros_to_add(weights), zeros_to_add(weights))
 
     def update(gradient: Vector, state: AdamState, weights: Vector) -> tuple[Vector, AdamState]:
-        updates = state.updates + 1
-        mean = b1 * state.mean + (1 - b1) * gradient
-        square = b2 * state.square + (1 - b2) * (gradient * gradient)
+        check_shape("adam", state.mean, weights)
+        updates, wide = state.updates + 1, widen(gradient)
+        mean = b1 * state.mean + (1 - b1) * wide
+        square = b2 * state.square + (1 - b2) * (wide * wide)
         k1, k2 = (1 - b1**updates, 1 - b2**updates) if bias_correction else (1.0, 1.0)
-        return (mean / k1) / (np.sqrt(square / k2) + eps), AdamState(updates, mean, square)
+        direction = (mean / k1) / (np.sqrt(square / k2) + least_eps(eps, wide.dtype))
+        return narrow(direction, gradient.dtype), AdamState(updates, mean, square)
 
     return Term.of(Transform(init, update), "adam", b1=b1, b2=b2, eps=eps, bias_correction=bias_correction)
+
+
+class SkipState(NamedTuple):
+    """The number of updates that were skipped, and the inner state."""
+
+    skipped: int
+    inner: Any
+
+    def messages(self) -> MessageReport:
+        """The messages of the inner state, and what was skipped before it."""
+        found = MessageReport(skipped=self.skipped)
+        for each in message_reports(self.inner):
+            found = found.add(each)
+        return found
+
+
+def apply_if_finite(inner: Transform) -> Transform:
+    """Step by zero, and leave the inner state alone, where the gradient has a NaN or an infinity.
+
+    Place it after the exchange: the mean is the same on all ranks, so that all of them skip the same steps.
+
+    >>> method, weights = apply_if_finite(scale(-1)), np.zeros(2)
+    >>> step, state = method.update(np.array([1.0, np.nan]), method.init(weights), weights)
+    >>> step.tolist(), state.skipped
+    ([0.0, 0.0], 1)
+    """
+
+    def update(gradient: Vector, state: SkipState, weights: Vector) -> tuple[Vector, SkipState]:
+        if not np.isfinite(gradient).all():
+            return np.zeros_like(weights), state._replace(skipped=state.skipped + 1)
+        step, after = inner.update(gradient, state.inner, weights)
+        return step, SkipState(state.skipped, after)
+
+    return Transform(lambda weights: SkipState(0, inner.init(weights)), update, inner.bucket)
 
 
 class EveryState(NamedTuple):
@@ -275,16 +321,40 @@ def every(k: int, inner: Transform) -> Transform:
     require(k >= 1, f"every: k is {k}: pass 1 or more")
 
     def init(weights: Vector) -> EveryState:
-        return EveryState(0, np.zeros_like(weights), inner.init(weights))
+        return EveryState(0, zeros_to_add(weights), inner.init(weights))
 
     def update(gradient: Vector, state: EveryState, weights: Vector) -> tuple[Vector, EveryState]:
+        check_shape("every", state.total, weights)
         total = state.total + gradient
         if state.micro_steps + 1 < k:
             return np.zeros_like(weights), EveryState(state.micro_steps + 1, total, state.inner)
-        step, after = inner.update(total, state.inner, weights)
-        return step, EveryState(0, np.zeros_like(weights), after)
+        step, after = inner.update(narrow(total, gradient.dtype), state.inner, weights)
+        return step, EveryState(0, zeros_to_add(weights), after)
 
-    return Transform(init, update)
+    return Transform(init, update, inner.bucket)
+
+
+def zeros_to_add(weights: Vector) -> Vector:
+    """Zeros of the shape of the weights in which many gradients are added: float32 for 16-bit floats."""
+    return np.zeros_like(weights, dtype=reduction_dtype(weights.dtype))
+
+
+SMALLEST_ROOT = {np.dtype(np.float32): 2.0**-75, np.dtype(np.float64): 2.0**-537}
+"""Half the root of the smallest square above 0: an eps that no other square feels."""
+
+
+def least_eps(eps: float, dtype: np.dtype[Any]) -> float:
+    """Adam's eps, above 0: the direction of an element whose gradients were all 0 is 0, not 0/0."""
+    return max(eps, SMALLEST_ROOT.get(dtype, 0.0))
+
+
+def check_shape(who: str, vector: Vector, weights: Vector) -> None:
+    """Raise for the state of other weights, which broadcasting would hide."""
+    if vector.shape != weights.shape:
+        raise ArgumentError(f"{who}: the state has shape {vector.shape}, the weights {weights.shape}: {OWN_STATE}")
+
+
+OWN_STATE = "pass the state that init, or the last update, of this method returned"
 
 
 def check_alike(gradient: Vector, weights: Vector) -> None:

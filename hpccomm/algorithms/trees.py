@@ -106,28 +106,51 @@ def check_names(what: str, given: Mapping[str, Any], wanted: list[str]) -> None:
         )
 
 
-def init_for_trees(init: Callable[[Vector], Any], bucket: Bucket | None) -> Callable[[Tree], Any]:
+class StateKind:
+    """The type of a method's states, known once ``init`` was called; the update refuses those of other methods."""
+
+    def __init__(self) -> None:
+        self.type: type | None = None
+
+    def note(self, state: Any) -> Any:
+        """The state, whose type is that of all to come."""
+        self.type = type(state)
+        return state
+
+    def check(self, state: Any) -> None:
+        """Raise for the state of another method."""
+        kind = type(state)
+        if self.type is None or kind is self.type or not (issubclass(kind, tuple) or issubclass(self.type, tuple)):
+            return
+        raise ArgumentError(
+            f"update: the state is a {kind.__name__}, this method's is a {self.type.__name__}: pass the state that "
+            "init, or the last update, of this method returned"
+        )
+
+
+def init_for_trees(init: Callable[[Vector], Any], bucket: Bucket | None, kind: StateKind) -> Callable[[Tree], Any]:
     """``init(weights)`` for weights of any form."""
     init = getattr(init, "for_vectors", init)
 
     def init_any(weights: Tree) -> Any:
         if not is_tree(weights):
-            return init(weights)
+            return kind.note(init(weights))
         if is_on_device(weights):
-            return init(as_cupy(weights))
-        return init(TreeLayout(weights, bucket).flatten(weights, "weights"))
+            return kind.note(init(as_cupy(weights)))
+        return kind.note(init(TreeLayout(weights, bucket).flatten(weights, "weights")))
 
     init_any.for_vectors = init  # type: ignore[attr-defined]
     return init_any
 
 
 def update_for_trees(
-    update: Callable[[Vector, Any, Vector], tuple[Vector, Any]], bucket: Bucket | None
+    update: Callable[[Vector, Any, Vector], tuple[Vector, Any]], bucket: Bucket | None, kind: StateKind
 ) -> Callable[[Tree, Any, Tree], tuple[Tree, Any]]:
     """``update(gradient, state, weights)`` for gradients and weights of any form; the step has that of the weights."""
     update = getattr(update, "for_vectors", update)
 
     def update_any(gradient: Tree, state: Any, weights: Tree) -> tuple[Tree, Any]:
+        kind.check(state)
         if not is_tree(weights):
             if is_branch(gradient):
                 raise ArgumentError(f"the gradient is a {type(gradient).__name__}, the weights one array: {ALIKE}")

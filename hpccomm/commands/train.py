@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -319,7 +320,7 @@ def prepare(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
     """Settings, network, transform and console of a run of replicas; prints its headline."""
     from hpccomm.algorithms.device import run_on_host
     from hpccomm.buckets import Bucket
-    from hpccomm.train.loop import Settings, count_steps
+    from hpccomm.train.loop import TRIAL_STEPS, Settings, count_steps
     from hpccomm.train.networks import network_for
 
     method, network = METHODS[name], network_for(data)
@@ -329,10 +330,27 @@ def prepare(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
     print_on_root(comm, headline(name, lr, args, comm) + HEADER)
     flags = {flag: getattr(args, flag) for flag in method.flags if flag in MethodSetup._fields}
     steps = count_steps(len(data.targets), settings._replace(epochs=args.planned_epochs))
-    transform = method.make(MethodSetup(comm, Bucket(network.shapes), lr, steps, args.algorithm, **flags))
-    if args.device == "cuda" and not method.on_device:
-        transform = run_on_host(transform)
+
+    def make(count: int) -> Any:
+        made = method.make(MethodSetup(comm, Bucket(network.shapes), lr, count, args.algorithm, **flags))
+        return run_on_host(made) if args.device == "cuda" and not method.on_device else made
+
+    if method.loop == "replicas":
+        compile_first(comm, make(TRIAL_STEPS), library.zeros(Bucket(network.shapes).size, "f4"))
+    transform = make(steps)
     return settings, network, transform, Console(comm, len(data.targets), settings, args.progress)
+
+
+def compile_first(comm: Communicator, method: Any, weights: Any) -> None:
+    """Compile a method's kernels before the clock of the training starts; says so where it takes over a second."""
+    from hpccomm.train.loop import compile_kernels
+
+    notice = threading.Timer(1.0, print_on_root, (comm, "# compiling the method's kernels, once for each machine …\n"))
+    notice.start()
+    try:
+        compile_kernels(method, weights)
+    finally:
+        notice.cancel()
 
 
 def finish(

@@ -132,12 +132,14 @@ def adam(setup: MethodSetup) -> Transform:
 
 def lars(setup: MethodSetup) -> Transform:
     """A trust ratio for each tensor; the trust coefficient is 0.02, as these networks have few layers."""
-    return hpccomm.chain(hpccomm.mean(setup.comm, setup.algorithm), hpccomm.lars(setup.bucket, setup.lr, trust=0.02))
+    step = hpccomm.lars(setup.bucket, setup.lr, trust=0.02)
+    return hpccomm.chain(hpccomm.mean(setup.comm, setup.algorithm), hpccomm.apply_if_finite(step))
 
 
 def lamb(setup: MethodSetup) -> Transform:
     """Adam with a trust ratio for each tensor."""
-    return hpccomm.chain(hpccomm.mean(setup.comm, setup.algorithm), hpccomm.lamb(setup.bucket, setup.lr))
+    step = hpccomm.lamb(setup.bucket, setup.lr)
+    return hpccomm.chain(hpccomm.mean(setup.comm, setup.algorithm), hpccomm.apply_if_finite(step))
 
 
 def gtc(setup: MethodSetup) -> Transform:

@@ -125,7 +125,7 @@ class Compressor:
     is_random: bool = False
     """It rounds at random: ranks encode different steps, so that their errors are independent."""
     unbiased: bool = False
-    """The mean of the decoded message, over its random numbers, is the vector."""
+    """The mean of the decoded message, over its random numbers, is the vector (TernGrad's: after clipping)."""
     contraction: Compressor | None = None
     """The form for error feedback, where the decoded message itself may be longer than the vector."""
 
