@@ -75,7 +75,7 @@ class CompiledSchedule:
             run, vector=address_of(vector), spare=address_of(spare), source=0 if source is None else address_of(source)
         )
         fill(run, requests=self.requests.ctypes.data, meetings=self.calls.ctypes.data)
-        fill(run, comm=signed(comm.handle), datatype=signed(MPI.BYTE.handle), tag=tag)
+        fill(run, comm=as_word(comm.handle), datatype=as_word(MPI.BYTE.handle), tag=tag)
         fill(run, any_source=MPI.ANY_SOURCE, any_tag=MPI.ANY_TAG, **message_functions())
         status, (offset, shift) = MPI._addressof(self.status), tag_place()
         fill(run, status=status, tag_word=status + offset, tag_half=shift)
@@ -149,7 +149,7 @@ class CompiledSchedule:
         """Nothing is held between two runs."""
 
 
-def signed(handle: int) -> int:
+def as_word(handle: int) -> int:
     """A handle as a word; an integer handle of MPICH may have its highest bit set."""
     return ctypes.c_int64(handle).value
 
