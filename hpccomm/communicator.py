@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property, partial, wraps
+from functools import partial, wraps
 from types import TracebackType
 from typing import Any
 
@@ -28,7 +28,7 @@ from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
-from hpccomm.context import Arrival, Context, unwrap
+from hpccomm.context import Arrival, Context, Once, unwrap
 from hpccomm.device_planner import DevicePlanner
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
@@ -175,7 +175,7 @@ class Communicator(MPI.Intracomm):
         level: Communicator = self.__dict__[name]
         return level
 
-    @cached_property
+    @Once
     def message_gather(self) -> messages.MessageGather:
         """The gather of variable-length messages on this communicator."""
         return messages.MessageGather(self)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Hashable
-from functools import cache, cached_property
+from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,24 @@ SETTINGS = (
     "HPCCOMM_GUARD",
 )
 """Environment variables that must be the same on every rank: rank 0's values are used."""
+
+
+class Once:
+    """A property that is made at its first use, as ``functools.cached_property``, but without a lock.
+
+    That has one lock for all objects until Python 3.12.  The first use may be collective, and the ranks' threads may
+    make the contexts of two communicators in different orders.
+    """
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self._make, self.__doc__ = make, make.__doc__
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        """Make the value and let it take the place of this property."""
+        if owner is None:
+            return self
+        made = vars(owner)[self._make.__name__] = self._make(owner)
+        return made
 
 
 class Context:
@@ -125,7 +143,7 @@ class Context:
         memory = self.node_memory
         return memory if self.layout.count == 1 else None
 
-    @cached_property
+    @Once
     def node_memory(self) -> SharedMemory | None:
         """Shared memory of this node's ranks; ``None`` on all nodes if it is not available on one of them."""
         if self.size == 1 or self.settings["HPCCOMM_SHARED_MEMORY"] == "off" or self.awaits_code:
@@ -177,7 +195,7 @@ class Context:
         self._decisions.clear()
         self.forget()
 
-    @cached_property
+    @Once
     def schedules(self) -> Schedules:
         """Schedules on messages; on several nodes they meet in the shared memory of each."""
         return Schedules(self.node_memory if self.layout.count > 1 else None, self.messages)
@@ -197,7 +215,7 @@ class Context:
         """The call of a rank of this node with a digest."""
         return self.consistency.look_up_call(rank, digest) if self.consistency else None
 
-    @cached_property
+    @Once
     def hierarchical_algorithms(self) -> dict[str, Algorithm]:
         """The hierarchical schedule for this layout, by collective."""
         return {collective: on(self.layout.nodes) for collective, on in HIERARCHICAL.items()}
