@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property, partial, wraps
+from functools import partial, wraps
 from types import TracebackType
 from typing import Any
 
@@ -28,7 +28,7 @@ from hpccomm.calls.consistency import FLUSH_SECONDS
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
-from hpccomm.context import Context, unwrap
+from hpccomm.context import Context, PlanCache, context_of, unwrap
 from hpccomm.device_planner import DevicePlanner
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
@@ -59,8 +59,16 @@ def adopt(made: Any, parent: Communicator | Intercomm) -> Any:
     mpi4py makes a duplicate by ``type(parent).__new__`` without arguments, all others with its own classes.  Those get
     the parent's class if they have no topology, without a call of a subclass's own constructor.
     """
-    if isinstance(made, tuple):  # with the request of a non-blocking call
-        return (adopt(made[0], parent), *made[1:])
+    if isinstance(made, tuple):  # with the request of a non-blocking call, before whose end there can be no context
+        return (keep_settings(made[0], parent), *made[1:])
+    made = keep_settings(made, parent)
+    if isinstance(made, Communicator) and made != MPI.COMM_NULL:
+        made._context = context_of(made)
+    return made
+
+
+def keep_settings(made: Any, parent: Communicator | Intercomm) -> Any:
+    """A communicator that mpi4py has made from ``parent``, as ours and with the same settings, without a context."""
     if made == MPI.COMM_NULL:
         return made
     if not isinstance(made, Communicator | Intercomm):
@@ -76,7 +84,7 @@ class Communicator(MPI.Intracomm):
     """``MPI.Intracomm`` with our collectives: ``Communicator(MPI.COMM_WORLD)``.
 
     ``algorithm`` (``"auto"``) is the default algorithm of all calls that it can take.  A communicator shares the MPI
-    handle of the communicator from which it is made.  Its first collective call creates the context, on all ranks.
+    handle of the communicator from which it is made.  Making one is collective.
     With ``pickle="auto"``, on all ranks, ``allreduce``, ``allgather`` and ``bcast`` send long NumPy arrays as they lie
     in memory (:mod:`hpccomm.pickled`).  Communicators made from it keep both settings; one with a topology is also an
     ``MPI.Cartcomm``, ``MPI.Graphcomm`` or ``MPI.Distgraphcomm``, whose neighbourhood collectives are MPI's.
@@ -85,9 +93,15 @@ class Communicator(MPI.Intracomm):
     _algorithm: str
     _pickle: str
     _context: Context | None = None
+    plans: PlanCache
+    """The plans of this communicator, and its compiled entry."""
     _doors: Doors
     _bounce_buffers: BounceBuffers
     _planner: DevicePlanner
+    _levels: dict[str, Communicator]
+    _level_of: tuple[Context, str] | None = None
+    """The context that frees this communicator, and its name there."""
+    _message_gather: messages.MessageGather | None = None
 
     def __new__(
         cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py"
@@ -99,13 +113,20 @@ class Communicator(MPI.Intracomm):
         self._algorithm, self._pickle = algorithm, pickle
         if comm is not None:
             install(self)
-        self._doors = Doors()
+        self.plans = PlanCache()
+        self._doors = self.plans.doors
         self._bounce_buffers = BounceBuffers()
         self._planner = DevicePlanner(self)
+        self._levels = {}
         if comm is not None and comm != MPI.COMM_NULL:
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
             install_abort_hook()
+            self._context = context_of(self)
         return self
+
+    def __init__(self, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py") -> None:
+        if self._context is not None:
+            self._context.level("intra")
 
     @property
     def algorithm(self) -> str:
@@ -115,27 +136,32 @@ class Communicator(MPI.Intracomm):
     @algorithm.setter
     def algorithm(self, name: str) -> None:
         self._algorithm = name
-        if self._context:
-            self._context.forget()
+        self.plans.forget()
 
     # Properties of the communicator
 
     @property
     def context(self) -> Context:
-        """What the collectives use: private communicator, layout, settings, plans (the first use is collective)."""
+        """What the collectives use: private communicator, layout, settings, shared memory."""
         if self._context is None:
-            self._context = Context(self, self._doors)
-            self._planner.open_doors()
+            self._context = context_of(self)
         return self._context
+
+    def _prepare(self, name: str) -> None:
+        """Set up what the first collective needs, which is ``name``, and let the compiled entry take later ones."""
+        if self.context.stage == 0:
+            self.context.prepare(name)
+        if self.plans.stage != self.context.stage:
+            self._planner.open_doors()
 
     @property
     def private_comm(self) -> MPI.Intracomm:
-        """The communicator of our own messages, which never meet the user's (the first use is collective)."""
+        """The communicator of our own messages, which never meet the user's."""
         return self.context.private_comm
 
     @property
     def layout(self) -> Layout:
-        """Which ranks share a node (the first use is collective)."""
+        """Which ranks share a node."""
         return self.context.layout
 
     @property
@@ -146,31 +172,34 @@ class Communicator(MPI.Intracomm):
 
     @property
     def intra_node(self) -> Communicator:
-        """The ranks of this node (the first use is collective)."""
-        return self._level("_intra_node", lambda: (int(self.layout.nodes[self.rank]), self.rank))
+        """The ranks of this node; its first use is collective if MPI has made this communicator from another one."""
+        return self._level("intra")
 
     @property
     def inter_node(self) -> Communicator:
-        """The ranks with the same local rank on their nodes (the first use is collective)."""
-        return self._level("_inter_node", lambda: (self.layout.local_rank(self.rank), self.rank))
+        """The ranks with the same local rank on their nodes; collective as :attr:`intra_node` is."""
+        return self._level("inter")
 
-    def _level(self, name: str, color_and_key: Callable[[], tuple[int, int]]) -> Communicator:
-        if name not in self.__dict__:
-            self.__dict__[name] = self.Split(*color_and_key())
-        level: Communicator = self.__dict__[name]
-        return level
+    def _level(self, name: str) -> Communicator:
+        if name not in self._levels:
+            level: Communicator = adopt(self.context.level(name), self)
+            level._level_of = (self.context, name)
+            self._levels[name] = level
+        return self._levels[name]
 
-    @cached_property
+    @property
     def message_gather(self) -> messages.MessageGather:
         """The gather of variable-length messages on this communicator."""
-        return messages.MessageGather(self)
+        if self._message_gather is None:
+            self._message_gather = messages.MessageGather(self)
+        return self._message_gather
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
-        """Valid values of ``algorithm=`` for ``"allreduce"``, ``"bcast"``, … (the first use is collective)."""
+        """Valid values of ``algorithm=`` for ``"allreduce"``, ``"bcast"``, …."""
         return self.context.names(collective)
 
     def explain(self, collective: str, nbytes: int, dtype: str = "f4") -> Choice:
-        """The algorithm selected for a call of ``nbytes`` bytes, and the reason (the first use is collective)."""
+        """The algorithm selected for a call of ``nbytes`` bytes, and the reason."""
         names = self.context.names(collective)[1:]
         return self._planner.decide(collective, nbytes, dtype, names, f"rank {self.rank}: {collective}")
 
@@ -180,6 +209,7 @@ class Communicator(MPI.Intracomm):
         Shape and dtype must be the same on all ranks.  The memory is released with the array.  Where the ranks do not
         share memory, the array is an ordinary one.
         """
+        self._prepare("empty")
         self._planner.use_code()
         shared = self._planner.shared_memory
         return shared.empty(shape, dtype) if shared else np.empty(shape, dtype)
@@ -262,14 +292,13 @@ class Communicator(MPI.Intracomm):
         super().Disconnect()
 
     def _release(self) -> None:
-        for name in ("_intra_node", "_inter_node"):
-            level = self.__dict__.pop(name, None)
-            if level is not None and level != MPI.COMM_NULL:
-                level.Free()
-        if self._context is not None:
-            self._planner.release()
-            self._context.close()
-            self._context = None
+        self._levels.clear()
+        if self._level_of:
+            context, name = self._level_of
+            context.levels.pop(name, None)
+        self._planner.release()
+        self.plans.close()
+        self._context = None
 
     # Calls that the compiled entry has not taken
 
@@ -289,8 +318,9 @@ class Communicator(MPI.Intracomm):
         it; ``rest`` ends with the algorithm.  A rank that does not ``receive`` ignores ``recvbuf``.
         """
         if code < NOT_MINE:
-            self._context.entry.resume(code)  # type: ignore[union-attr]
+            self.plans.entry.resume(code)  # type: ignore[union-attr]
             return None
+        self._prepare(name)
         kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
         padded = [pad_last(each) for each in buffers]
         if any(padded):
@@ -314,7 +344,7 @@ class Communicator(MPI.Intracomm):
 
     def _read_kind(self, code: int) -> Key | None:
         """What the door has read of the call that it has answered with ``code``, if it takes such calls once bound."""
-        entry = self._context.entry if self._context else None
+        entry = self.plans.entry
         if entry is None:
             return None
         entry.check_interrupted()
@@ -324,18 +354,19 @@ class Communicator(MPI.Intracomm):
         """Bind a plan, and let the door take later calls of its kind."""
         plan = bind(*arguments)
         if kind and plan.row:
-            self._context.entry.insert(kind, plan.row)  # type: ignore[union-attr]
+            self.plans.entry.insert(kind, plan.row)  # type: ignore[union-attr]
         return plan
 
     def _run_native(self, code: int, name: str, *arguments: Any) -> None:
         """Run MPI's own collective for a call whose door has returned ``code``; the ranks' calls are compared."""
-        entry = self._context.entry  # type: ignore[union-attr]
+        entry = self.plans.entry
         if code & NATIVE_IN_PLACE:
             arguments = (IN_PLACE, *arguments[1:])
         entry.run_native(code, NATIVE_CALLS[name], self, *arguments)  # type: ignore[union-attr]
 
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
+        self._prepare(name)
         rest = [each for each in arguments if each is not op]
         key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
         bound = self._find_plan(key) or self._planner.bind_reproducible(key, name, buffers, arguments, op)
@@ -350,7 +381,7 @@ class Communicator(MPI.Intracomm):
 
     def _find_plan(self, key: Hashable) -> Plan | None:
         """The plan of an earlier call on the same memory."""
-        return self._context.plans.get(key) if self._context and key is not None else None
+        return self.plans.plans.get(key) if key is not None else None
 
     # Collectives
 
@@ -392,6 +423,7 @@ class Communicator(MPI.Intracomm):
         The ranks write p times fewer bytes than in :meth:`Allreduce`.  Returns a read-only array like ``buf``, which
         is valid until the next such call on ``buf``.
         """
+        self._prepare("Allreduce_view")
         op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
         key = call_key("Allreduce_view", buf, IN_PLACE, operations.key_of(op))
         bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
@@ -573,10 +605,11 @@ class Communicator(MPI.Intracomm):
         code: int = NOT_MINE,
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
+        self._prepare(name)
         kind = self._read_kind(code)
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
-        buffers = hold(buffers[0]), buffers[1]
+        buffers = self._planner.significant(name, hold(buffers[0]), buffers[1], root)
         mark = None if op is None else operations.key_of(op)
         key = kind or (None if name == "Alltoallw" else call_key(name, *buffers, root, mark))
         bind = self._planner.bind_inherited

@@ -195,12 +195,12 @@ def test_reduce_scatter_gives_every_rank_its_part(comm: Communicator) -> None:
         want = total(comm.size, int(ends[-1]), "f8")[ends[comm.rank] : ends[comm.rank + 1]]
         comm.Reduce_scatter(a, b, counts, algorithm=algorithm)
         assert np.array_equal(b, want)
-        bound = set(comm.context.plans)
+        bound = set(comm.plans.plans)
         for buffer in (b, [b, MPI.DOUBLE] if comm.rank == 0 else b):
             b[...] = 0
             comm.Reduce_scatter(a, buffer, algorithm=algorithm)
             assert np.array_equal(b, want)
-        assert set(comm.context.plans) == bound  # what was bound with the counts said
+        assert set(comm.plans.plans) == bound  # what was bound with the counts said
         assert np.array_equal(a, operand(comm.rank, int(ends[-1]), "f8"))
 
 
@@ -537,7 +537,7 @@ def test_every_form_gives_mpi4pys_result_and_is_bound_once(comm: Communicator) -
             ours[name][...] = theirs[name][...] = verifiable.operand(comm.rank, 16, ours[name].size, "f4") + step - k
         for _ in zip(calls_by_form(comm, ours), calls_by_form(MPI.Intracomm(comm), theirs), strict=True):
             assert {name: each.tolist() for name, each in ours.items()} == {n: e.tolist() for n, e in theirs.items()}
-        bound.append(len(comm.context.plans))
+        bound.append(len(comm.plans.plans))
     assert bound[0] == bound[1] == bound[2] >= 20
 
 
@@ -571,7 +571,7 @@ def test_short_calls_on_new_arrays_use_bounce_buffers(comm: Communicator) -> Non
         comm.Bcast(root_data)
         assert np.array_equal(root_data, operand(0, 5 * p, "f4") + step)
         held += [a, b, whole, part, own, other, table, turned, root_data]  # so that each step's lie elsewhere
-        bound.append(len(comm.context.plans))
+        bound.append(len(comm.plans.plans))
     kept = int(p > 1)  # a table in columns is bound each time; one of a single row is no such table
     assert bound[5] - bound[3] == 2 * kept < bound[1] - bound[0]
 
@@ -581,7 +581,7 @@ def test_a_new_default_algorithm_applies_to_cached_calls(comm: Communicator) -> 
     a, b = operand(comm.rank, 100, "f4"), np.empty(100, "f4")
     for name in ("auto", "ring", "native", "tree"):
         if comm.rank == 0:
-            comm.context.forget()  # a rank that binds anew does what those do that need not
+            comm.plans.forget()  # a rank that binds anew does what those do that need not
         comm.algorithm = name
         for _ in range(2):
             comm.Allreduce(a, b)
@@ -660,7 +660,7 @@ def test_all_ranks_raise_if_some_call_shared_memory_and_others_mpi(comm: Communi
 def test_the_number_of_cached_plans_is_bounded(comm: Communicator) -> None:
     for n in range(1, 300):
         comm.Allreduce(MPI.IN_PLACE, np.ones(n), algorithm="ring")
-    assert len(comm.context.plans) <= 128
+    assert len(comm.plans.plans) <= 128
 
 
 def test_a_new_array_at_an_old_address_gets_its_own_result(comm: Communicator) -> None:

@@ -19,7 +19,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from hpccomm.calls.blocks import NOT_COMPARED, Amounts
 from hpccomm.calls.fingerprint import (
+    REMEDIES,
     Fingerprint,
     decode,
     first_difference,
@@ -44,8 +48,9 @@ TEXT_BYTES = 248
 LEFT, GAVE_UP, HAS_CODE = STATUS + 1, STATUS + 2, STATUS + 3
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
-ROW_WORDS = FIRST_TEXT + TEXTS * TEXT_WORDS
-"""64-bit words per rank: entries of the last calls, the status, counts of the last calls, fingerprints as text."""
+FIRST_AMOUNTS = FIRST_TEXT + TEXTS * TEXT_WORDS
+AMOUNTS = 8
+"""Calls whose amounts a rank keeps: what it sends to each rank of its node, and what it receives from each."""
 
 ENTRY_MASK = (1 << DIGEST_BITS) - 1
 """The digest in an entry; the number of the call is above it."""
@@ -68,9 +73,14 @@ FLUSH_SECONDS = 0.5
 """Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
 
 
+def row_words(members: int) -> int:
+    """64-bit words per rank: the last calls, status, their counts, fingerprints as text, and amounts of blocks."""
+    return FIRST_AMOUNTS + AMOUNTS * (1 + 2 * members)
+
+
 def bytes_needed(members: int) -> int:
     """Shared bytes for the ranks of one node."""
-    return members * ROW_WORDS * 8
+    return 8 * members * row_words(members)
 
 
 class ConsistencyTable:
@@ -84,8 +94,10 @@ class ConsistencyTable:
         self._octets = memoryview(memory)
         self._words = self._octets.cast("q")
         self._members, self._me = members, me
-        self._base = members.index(me) * ROW_WORDS
-        self._peers = [k * ROW_WORDS for k, rank in enumerate(members) if rank != me]
+        self._stride = row_words(len(members))
+        self._base = members.index(me) * self._stride
+        self._peers = [k * self._stride for k, rank in enumerate(members) if rank != me]
+        self._amounts: tuple[int, Amounts] | None = None
         self._fingerprints: dict[int, Fingerprint] = {}
         self._compatible: set[tuple[int, int]] = set()
         self._warned = (0, 0)
@@ -111,7 +123,7 @@ class ConsistencyTable:
     def place(self) -> tuple[int, int, int, int]:
         """Where compiled code finds the table: its address, bytes of a row, its rows, and this rank's row."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._octets))
-        return address, 8 * ROW_WORDS, len(self._members), self._base // ROW_WORDS
+        return address, 8 * self._stride, len(self._members), self._base // self._stride
 
     def announce(self, fingerprint: Fingerprint) -> int:
         """Write the fingerprint of a future call; returns its digest for :meth:`enter`."""
@@ -126,14 +138,15 @@ class ConsistencyTable:
             self._words[start // 8] = digest
         return digest
 
-    def enter(self, digest: int) -> None:
+    def enter(self, digest: int, amounts: Amounts | None = None) -> None:
         """Enter a call; raise if a rank that has entered before called something else."""
-        self.begin(digest)
+        self.begin(digest, amounts)
         self.compare_entries()
 
-    def begin(self, digest: int) -> None:
+    def begin(self, digest: int, amounts: Amounts | None = None) -> None:
         """Enter a call that no rank leaves before all have entered: comparing in :meth:`leave` is early enough."""
         words, seq = self._words, self._seq + 1
+        self._amounts = None if amounts is None else self.write_amounts(seq, amounts)
         words[self._base + COUNTS + seq % CALLS] = 0
         words[self._base + seq % CALLS] = (seq << DIGEST_BITS) | digest
         words[self._base + STATUS] = seq
@@ -150,8 +163,47 @@ class ConsistencyTable:
         mine = words[self._base + slot]
         for peer in self._peers:
             theirs = words[peer + slot]
-            if theirs != mine and theirs >> DIGEST_BITS == seq:
-                self.compare(mine, theirs, peer)
+            if theirs >> DIGEST_BITS == seq:
+                if theirs != mine:
+                    self.compare(mine, theirs, peer)
+                if self._amounts:
+                    self.compare_amounts(peer)
+
+    def write_amounts(self, seq: int, amounts: Amounts) -> tuple[int, Amounts]:
+        """Write what this rank sends to each rank of this node in call ``seq``, and receives from each."""
+        start, number = self._base + FIRST_AMOUNTS + seq % AMOUNTS * (1 + 2 * len(self._members)), len(self._members)
+        self._words[start] = 0
+        for k, rank in enumerate(self._members):
+            self._words[start + 1 + k] = amounts.sends[rank]
+            self._words[start + 1 + number + k] = amounts.receives[rank]
+        self._words[start] = seq
+        return seq, amounts
+
+    def compare_amounts(self, peer: int) -> None:
+        """Raise if a rank of this node sends another amount than this one receives from it, or the other way round."""
+        seq, amounts = self._amounts or (0, Amounts((), ()))
+        number, me = len(self._members), self._base // self._stride
+        start = peer + FIRST_AMOUNTS + seq % AMOUNTS * (1 + 2 * number)
+        theirs, mine = self._members[peer // self._stride], self._me
+        sends, receives = self._words[start + 1 + me], self._words[start + 1 + number + me]
+        if seq != self._seq or self._words[start] != seq:
+            return
+        for sender, sent, receiver, room in (
+            (mine, amounts.sends[theirs], theirs, receives),
+            (theirs, sends, mine, amounts.receives[theirs]),
+        ):
+            if sent != room and NOT_COMPARED not in (sent, room):
+                raise MismatchError(self.explain_amounts(sender, sent, receiver, room))
+
+    def explain_amounts(self, sender: int, sent: int, receiver: int, room: int) -> str:
+        """The error sentence for a rank that sends another amount than the receiver expects."""
+        call = self.find_call(self._base)
+        item = np.dtype(call.dtype).itemsize if call and call.dtype in np.sctypeDict else 1
+        unit = call.dtype if call and item > 1 else "bytes"
+        return (
+            f"rank {sender} called {call} and sends {sent // item} {unit} to rank {receiver}, which receives "
+            f"{room // item} from it: {REMEDIES['amounts']} (noticed by rank {self._me})"
+        )
 
     def wait(self) -> None:
         """Wait until every member has entered this call, then compare; all members raise if one differs.
@@ -179,7 +231,7 @@ class ConsistencyTable:
 
     def all_had_code(self) -> bool:
         """Whether all members had them on entering this call, which all have entered: the same answer on all."""
-        return all(0 < self._words[k * ROW_WORDS + HAS_CODE] <= self._seq for k in range(len(self._members)))
+        return all(0 < self._words[k * self._stride + HAS_CODE] <= self._seq for k in range(len(self._members)))
 
     def raise_mismatch(self, failure: Exception) -> None:
         """After an error in a call, raise a MismatchError if the ranks' calls differ, else the error itself."""
@@ -238,14 +290,14 @@ class ConsistencyTable:
 
     def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
         """The call of a rank of this node whose fingerprint has this word, or this digest."""
-        row = self._members.index(rank) * ROW_WORDS if rank in self._members else self._base
+        row = self._members.index(rank) * self._stride if rank in self._members else self._base
         return self.find_text(row, word & DIGEST_MASK, word >> COUNT_SHIFT & COUNT_MASK)
 
     def explain(self) -> str:
         """The error sentence for the current call."""
         slot, seq = self._seq % CALLS, self._seq
-        entered = [k for k in range(len(self._members)) if self._words[k * ROW_WORDS + slot] >> DIGEST_BITS == seq]
-        calls = {self._members[k]: self.find_call(k * ROW_WORDS) for k in entered}
+        entered = [k for k in range(len(self._members)) if self._words[k * self._stride + slot] >> DIGEST_BITS == seq]
+        calls = {self._members[k]: self.find_call(k * self._stride) for k in entered}
         return mismatch_message(calls, self._me)
 
     def explain_departure(self, rank: int, call: Fingerprint | None) -> str:
@@ -265,9 +317,12 @@ class ConsistencyTable:
         mine = self._words[self._base + slot]
         for peer, rank in zip(self._peers, (r for r in self._members if r != self._me), strict=True):
             theirs = self._words[peer + slot]
-            if theirs >> DIGEST_BITS == seq and theirs != mine:
+            if theirs >> DIGEST_BITS == seq:
                 try:
-                    self.compare(mine, theirs, peer)
+                    if theirs != mine:
+                        self.compare(mine, theirs, peer)
+                    if self._amounts:
+                        self.compare_amounts(peer)
                 except MismatchError as error:
                     return str(error)
             gave_up = self._words[peer + GAVE_UP]
@@ -291,7 +346,7 @@ class ConsistencyTable:
         words, number = self._words, self.active_seq or self._seq + 1
         call, digest = self.look_up_call(self._me, word), word & DIGEST_MASK
         for position in positions:
-            rank, row = self._members[position], position * ROW_WORDS
+            rank, row = self._members[position], position * self._stride
             entered = words[row + STATUS] == number and seconds > MEETING_SECONDS
             other = self.find_call(row, number) if entered else None
             if (other or words[row + LEFT]) and position in find_missing():
@@ -307,7 +362,7 @@ class ConsistencyTable:
 
     def missing_ranks(self) -> list[int]:
         """The members that have not entered the current call."""
-        reached = [abs(self._words[k * ROW_WORDS + STATUS]) for k in range(len(self._members))]
+        reached = [abs(self._words[k * self._stride + STATUS]) for k in range(len(self._members))]
         return [rank for rank, seq in zip(self._members, reached, strict=True) if seq < self._seq]
 
     def describe_call(self) -> str:

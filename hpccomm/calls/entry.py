@@ -51,8 +51,8 @@ from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
 from hpccomm.kernels.shared_memory.records import fill, offset_of
 
-UNCOUNTED = ("gather", "scatter")
-"""Collectives whose lengths the ranks do not compare."""
+ONE_BLOCK = ("gather", "scatter")
+"""Collectives whose fingerprints count one block, although one rank has a block of every rank."""
 MAX_RANKS = 256
 """Python has one object each for the integers up to 256, so a root is recognised by its address."""
 FIRST_ROWS, MAX_ROWS = 64, 4096
@@ -190,7 +190,7 @@ class Entry:
     def insert(self, key: Key, call: Any) -> None:
         """Let the entry take the calls of the kind of ``key``; ``call`` in shared memory has taken one of them."""
         name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
-        blocks = 0 if name in UNCOUNTED else max(1, self._facts[name].get("recv_blocks", 1))
+        blocks = 1 if name in ONE_BLOCK else max(1, self._facts[name].get("recv_blocks", 1))
         values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
         first, last = class_lengths(key.nbytes)
