@@ -37,6 +37,7 @@ from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import install
 from hpccomm.planner import is_in_place
+from hpccomm.progress import Queue
 from hpccomm.requests import COMPARED, compare_at_init
 
 IN_PLACE = MPI.IN_PLACE
@@ -95,6 +96,7 @@ class Communicator(MPI.Intracomm):
     _context: Context | None = None
     plans: PlanCache
     """The plans of this communicator, and its compiled entry."""
+    _queue: Queue | None = None
     _doors: Doors
     _bounce_buffers: BounceBuffers
     _planner: DevicePlanner
@@ -143,15 +145,27 @@ class Communicator(MPI.Intracomm):
     @property
     def context(self) -> Context:
         """What the collectives use: private communicator, layout, settings, shared memory."""
+        if self._queue is not None:
+            self._queue.drain()
         if self._context is None:
             self._context = context_of(self)
         return self._context
 
+    @property
+    def _own_context(self) -> Context:
+        """The context, also while calls are under way."""
+        return self._context or self.context
+
+    def _make_channel(self, private: MPI.Intracomm) -> Communicator:
+        """The communicator on which a progress thread makes this one's calls."""
+        return Communicator.__new__(Communicator, private, self._algorithm)
+
     def _prepare(self, name: str) -> None:
         """Set up what the first collective needs, which is ``name``, and let the compiled entry take later ones."""
-        if self.context.stage == 0:
-            self.context.prepare(name)
-        if self.plans.stage != self.context.stage:
+        context = self.context
+        if context.stage == 0:
+            context.prepare(name)
+        if self.plans.stage != context.stage:
             self._planner.open_doors()
 
     @property
@@ -162,7 +176,7 @@ class Communicator(MPI.Intracomm):
     @property
     def layout(self) -> Layout:
         """Which ranks share a node."""
-        return self.context.layout
+        return self._own_context.layout
 
     @property
     def link(self) -> Link:
@@ -196,7 +210,7 @@ class Communicator(MPI.Intracomm):
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
         """Valid values of ``algorithm=`` for ``"allreduce"``, ``"bcast"``, …."""
-        return self.context.names(collective)
+        return self._own_context.names(collective)
 
     def explain(self, collective: str, nbytes: int, dtype: str = "f4") -> Choice:
         """The algorithm selected for a call of ``nbytes`` bytes, and the reason."""
@@ -292,6 +306,8 @@ class Communicator(MPI.Intracomm):
         super().Disconnect()
 
     def _release(self) -> None:
+        if self._queue is not None:
+            self._queue.close()
         self._levels.clear()
         if self._level_of:
             context, name = self._level_of
@@ -502,17 +518,25 @@ class Communicator(MPI.Intracomm):
         Without ``recvcounts`` the ranks exchange the lengths of their receive buffers.  ``algorithm="hierarchical"``
         reduces inside the nodes first (Zhang et al., VLDB 2022).
         """
+        if recvcounts is None:
+            recvcounts = self._counts(sendbuf, recvbuf)
+        extra = stream or reproducible or None
+        code = self._doors.reduce_scatter(sendbuf, recvbuf, op, recvcounts, algorithm, extra)
+        if code is None:
+            return None
+        if code > MISS:
+            return self._run_native(code, "Reduce_scatter", sendbuf, recvbuf, recvcounts, op)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         if type(op) is not MPI.Op:
             rest: dict[str, Any] = {"recvcounts": recvcounts, "algorithm": algorithm, "reproducible": reproducible}
             return run_named(self, "Reduce_scatter", op, sendbuf, recvbuf, **rest)
-        counts = self._counts(sendbuf, recvbuf) if recvcounts is None else tuple(recvcounts)
+        counts = None if recvcounts is None else tuple(recvcounts)
         if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (counts, op), op):
             return None
         buffers, arguments = (sendbuf, recvbuf), (counts, op, algorithm)
         return self._run_uncached(
-            NOT_MINE, "Reduce_scatter", buffers, self.Reduce_scatter, self._planner.reduce_scatter, arguments
+            code, "Reduce_scatter", buffers, self.Reduce_scatter, self._planner.reduce_scatter, arguments
         )
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
@@ -538,12 +562,15 @@ class Communicator(MPI.Intracomm):
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of any length from all ranks, in rank order, on every rank."""
+        code = self._doors.allgatherv(sendbuf, recvbuf, None, None, algorithm, stream)
+        if code is None:
+            return None
+        if code > MISS:
+            return self._run_native(code, "Allgatherv", sendbuf, recvbuf)
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         buffers = sendbuf, recvbuf
-        return self._run_uncached(
-            NOT_MINE, "Allgatherv", buffers, self.Allgatherv, self._planner.allgatherv, (algorithm,)
-        )
+        return self._run_uncached(code, "Allgatherv", buffers, self.Allgatherv, self._planner.allgatherv, (algorithm,))
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
@@ -624,7 +651,10 @@ class Communicator(MPI.Intracomm):
 
     def Gatherv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of any length on ``root``."""
-        self._run_inherited("Gatherv", (sendbuf, recvbuf), root)
+        code = self._doors.gatherv(sendbuf, recvbuf, None, root, None, None)
+        if code > MISS:
+            return self._run_native(code, "Gatherv", sendbuf, recvbuf, root)
+        return self._run_inherited("Gatherv", (sendbuf, recvbuf), root, None, code)
 
     def Scatter(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of equal length of ``root``'s buffer."""
@@ -635,11 +665,17 @@ class Communicator(MPI.Intracomm):
 
     def Scatterv(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Scatter blocks of any length of ``root``'s buffer."""
-        self._run_inherited("Scatterv", (sendbuf, recvbuf), root)
+        code = self._doors.scatterv(sendbuf, recvbuf, None, root, None, None)
+        if code > MISS:
+            return self._run_native(code, "Scatterv", sendbuf, recvbuf, root)
+        return self._run_inherited("Scatterv", (sendbuf, recvbuf), root, None, code)
 
     def Alltoallv(self, sendbuf: Any, recvbuf: Any) -> None:
         """Send a block of any length to every rank."""
-        self._run_inherited("Alltoallv", (sendbuf, recvbuf))
+        code = self._doors.alltoallv(sendbuf, recvbuf, None, None, None, None)
+        if code > MISS:
+            return self._run_native(code, "Alltoallv", sendbuf, recvbuf)
+        return self._run_inherited("Alltoallv", (sendbuf, recvbuf), None, None, code)
 
     def Alltoallw(self, sendbuf: Any, recvbuf: Any) -> None:
         """Send a block of any length and datatype to every rank."""

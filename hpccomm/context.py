@@ -371,10 +371,11 @@ def ranks_of_this_node(comm: MPI.Intracomm) -> MPI.Intracomm:
 def create_private_comm(comm: MPI.Intracomm) -> MPI.Intracomm:
     """A communicator of the same ranks for our messages (collective).
 
-    Unlike ``Dup`` this runs no copy callback of the user's attributes, and takes over no topology and no hints.
+    Unlike ``Dup`` this takes over no topology and no hints, and runs no copy callback of the user's attributes.
     """
-    group = comm.Get_group()
-    made = unwrap(comm).Create(group)
+    own = unwrap(comm)
+    group = own.Get_group()
+    made = own.Create(group)
     group.Free()
     return MPI.Intracomm(made)
 

@@ -165,7 +165,7 @@ def dgc(
         decay, more = ball(decay_term(weights, weight_decay, bucket), state.decay)
         return step + more, state._replace(decay=decay)
 
-    return Transform(init, update)
+    return Transform(init, update, bucket)
 
 
 def average_dense(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpccomm.algorithms.transforms import AdamState, Chain, Term, Transform, Vector, adam, require
+from hpccomm.algorithms.trees import apply_for_trees
 from hpccomm.algorithms.trust_ratio import (
     Layers,
     Rows,
@@ -28,6 +29,7 @@ from hpccomm.algorithms.trust_ratio import (
     to_contiguous,
     walk_order,
 )
+from hpccomm.buckets import Bucket
 from hpccomm.kernels.optimizers.reference import DECAYED_GRADIENT, GRADIENT, UPDATE
 
 Terms = dict[str, SimpleNamespace]
@@ -54,7 +56,7 @@ class LarsState(NamedTuple):
     velocity: Vector
 
 
-def fuse(who: str, formula: Chain, here: Layers) -> InPlaceTransform:
+def fuse(who: str, formula: Chain, here: Layers, bucket: Bucket | None = None) -> InPlaceTransform:
     """The step of the chain by one kernel; raises where no kernel computes these terms in this order."""
     terms: Terms = {term.name: term.numbers for term in each_term(formula)}
     require(tuple(terms) in FUSED, f"{who}: no kernel for the terms {', '.join(terms)}: use the chain as it is")
@@ -71,8 +73,8 @@ def fuse(who: str, formula: Chain, here: Layers) -> InPlaceTransform:
         walk(gradient, state, weights, None)
         return state._replace(updates=state.updates + 1)
 
-    made = InPlaceTransform(init, update)
-    made.apply, made.formula = apply, formula
+    made = InPlaceTransform(init, update, bucket)
+    made.apply, made.formula = apply_for_trees(apply, bucket), formula
     return made
 
 

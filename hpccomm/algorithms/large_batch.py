@@ -108,7 +108,7 @@ def lars(
         "mlperf": (clip_gradient, ratio(chain(decayed, velocity)), rate),
         "simclr": (clip_gradient, decayed, velocity, ratio(), rate),
     }
-    return fuse("lars", chain(*terms[variant]), here)
+    return fuse("lars", chain(*terms[variant]), here, bucket if part is None else None)
 
 
 def lamb(
@@ -167,4 +167,4 @@ def lamb(
         scale_by_trust_ratio(here, ratio_clip=ratio_clip, weight_clip=weight_clip, norm_reduce=norm_reduce),
         descend(rate_with_correction if bias_correction == "in_step" else lr),
     )
-    return fuse("lamb", chain(*terms), here)
+    return fuse("lamb", chain(*terms), here, bucket if part is None else None)

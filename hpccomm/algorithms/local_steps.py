@@ -43,6 +43,7 @@ from hpccomm.algorithms.transforms import (
     scale,
     scale_by_schedule,
 )
+from hpccomm.algorithms.trees import export_for_trees, finish_for_trees
 from hpccomm.arrays import narrow, widen
 
 if TYPE_CHECKING:
@@ -163,11 +164,12 @@ class PeriodicTransform(Transform):
 
     ``finish(state, weights) -> (step, state)`` (collective): call it once, when this rank has no more batches.  It
     takes part in the remaining steps of the other ranks and in the last exchange.
-    ``export(state) -> vector``: the global model after the last exchange, in the dtype of the reduction.
+    ``export(state) -> vector``: the global model after the last exchange, in the dtype of the reduction;
+    ``export(state, weights)`` gives it in the form and dtype of the weights.
     """
 
-    finish: Callable[[Any, Vector], tuple[Vector, Any]]
-    export: Callable[[Any], Vector]
+    finish: Callable[[Any, Any], tuple[Any, Any]]
+    export: Callable[..., Any]
 
 
 def periodic_transform(
@@ -209,8 +211,8 @@ def periodic_transform(
     require(not (warmup and group is not None), "periodic: synchronous steps and a group exclude each other")
     policy = local_state or keep()
     blocks = PeriodicSteps(comm, period, inner, outer, policy, weight_by, warmup, group, closing, check)
-    made = PeriodicTransform(blocks.init, blocks.update)
-    made.finish, made.export = blocks.finish, export
+    made = PeriodicTransform(blocks.init, blocks.update, inner.bucket)
+    made.finish, made.export = finish_for_trees(blocks.finish, inner.bucket), export_for_trees(export, inner.bucket)
     return made
 
 

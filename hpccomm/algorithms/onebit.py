@@ -46,12 +46,13 @@ if TYPE_CHECKING:
 
 def onebit_sgd(comm: MPI.Intracomm, bucket: Bucket | None = None) -> Transform:
     """The mean of the ranks' signs, each tensor of ``bucket`` with two scales of its own, or the vector with two."""
-    return feedback(onebit("per-sign"), comm, parts=tensor_slices(bucket))
+    return Transform(*feedback(onebit("per-sign"), comm, parts=tensor_slices(bucket)), bucket)
 
 
 def ef_signsgd(comm: MPI.Intracomm, lr: float, bucket: Bucket | None = None) -> Transform:
     """Steps −mean of s·sign(lr·g + e): the rate is applied before the feedback, so it does not rescale the residual."""
-    return chain(scale(lr), feedback(onebit("l1"), comm, parts=tensor_slices(bucket)), scale(-1))
+    signs = Transform(*feedback(onebit("l1"), comm, parts=tensor_slices(bucket)), bucket)
+    return chain(scale(lr), signs, scale(-1))
 
 
 def tensor_slices(bucket: Bucket | None) -> list[slice] | None:
@@ -149,7 +150,7 @@ def onebit_adam(
         after = state._replace(steps=state.steps + 1, mean=moment, variance=variance, report=report)
         return (step * np.float32(-rate)).astype(weights.dtype, copy=False), after
 
-    return Transform(init, update)
+    return Transform(init, update, bucket)
 
 
 def message_report(state: OneBitAdamState | OneBitLambState) -> MessageReport:
@@ -290,7 +291,7 @@ def onebit_lamb(
             u[place] += decay * weights[place]
         return u
 
-    return Transform(init, update)
+    return Transform(init, update, bucket)
 
 
 LambParts = tuple[OneBitLambState, Vector, npt.NDArray[np.float64], int]

@@ -147,7 +147,7 @@ def powersgd(
         report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes + more))
         return step, PowerSgdState(backlog, factors, state.steps + 1, state.skipped, report)
 
-    return Transform(init, update)
+    return Transform(init, update, bucket)
 
 
 def matrix(vector: Vector, place: MatrixSlices) -> Matrix:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.algorithms.trees import init_for_trees, update_for_trees
+from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 
 Vector = npt.NDArray[Any]
@@ -24,11 +26,36 @@ Schedule = Callable[[int], float]
 """A value for each update, counted from 0."""
 
 
-class Transform(NamedTuple):
-    """A pair of functions that turns a gradient into a step."""
+AnyTransform = TypeVar("AnyTransform", bound="Transform")
 
-    init: Callable[[Vector], Any]
-    update: Callable[[Vector, Any, Vector], tuple[Vector, Any]]
+
+class Pair(NamedTuple):
+    """The two functions of a transform."""
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+class Transform(Pair):
+    """A pair of functions that turns a gradient into a step.
+
+    Written for vectors; made into a transform, both also take PyTorch's tensors, JAX's arrays, and dicts, lists and
+    tuples of arrays, and give steps of the same form (:mod:`hpccomm.algorithms.trees`).  ``bucket`` names the tensors
+    of a method that treats them one by one.
+    """
+
+    bucket: Bucket | None = None
+
+    def __new__(
+        cls: type[AnyTransform],
+        init: Callable[[Vector], Any],
+        update: Callable[[Vector, Any, Vector], tuple[Vector, Any]],
+        bucket: Bucket | None = None,
+    ) -> AnyTransform:
+        """The pair, whose functions take trees."""
+        made = Pair.__new__(cls, init_for_trees(init, bucket), update_for_trees(update, bucket))
+        made.bucket = bucket
+        return made
 
 
 class Term(Transform):
@@ -40,7 +67,7 @@ class Term(Transform):
     @classmethod
     def of(cls, transform: Transform, name: str, **numbers: Any) -> Term:
         """The transform under this name."""
-        term = cls(*transform)
+        term = cls(*transform, transform.bucket)
         term.name, term.numbers = name, SimpleNamespace(**numbers)
         return term
 
@@ -68,7 +95,7 @@ def chain(*transforms: Transform) -> Chain:
             states.append(after)
         return gradient, tuple(states)
 
-    joined = Chain(init, update)
+    joined = Chain(init, update, next((each.bucket for each in transforms if getattr(each, "bucket", None)), None))
     joined.terms = transforms
     return joined
 

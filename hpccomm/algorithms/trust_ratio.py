@@ -103,7 +103,8 @@ def add_decayed_weights(rate: float, tensors: Bucket | Layers) -> Term:
             step[lo:hi] += each * weights[lo:hi]
         return step, state
 
-    return Term.of(Transform(lambda weights: (), update), "add_decayed_weights", rate=rate)
+    bucket = tensors if isinstance(tensors, Bucket) else None
+    return Term.of(Transform(lambda weights: (), update, bucket), "add_decayed_weights", rate=rate)
 
 
 class TrustRatioState(NamedTuple):
@@ -159,7 +160,8 @@ def scale_by_trust_ratio(
         out[here.rows.stop :] = 0
         return out, TrustRatioState(state.updates + 1, inside)
 
-    return Term.of(Transform(init, update), "scale_by_trust_ratio", inner=inner, ratio=ratio)
+    bucket = tensors if isinstance(tensors, Bucket) else None
+    return Term.of(Transform(init, update, bucket), "scale_by_trust_ratio", inner=inner, ratio=ratio)
 
 
 def decay_rate(inner: Transform) -> float:

@@ -299,7 +299,7 @@ class SharedMemory:
         if disjoint:
             call["recv"] = recv
             plan = self._plan("reduce_scatter", call, cuts[-1])
-            return self._generalise(plan, "reduce_scatter", mine) if even else plan
+            return self._generalise(plan, "reduce_scatter", mine) if even else self._release_addresses(plan)
         part = np.empty(mine, np.uint8)  # recv overlaps bytes that the others still read
         call["recv"] = part.ctypes.data
         run, copy_back = self._plan("reduce_scatter", call, cuts[-1]), copy_plan(recv, part.ctypes.data, mine, part)
@@ -327,7 +327,7 @@ class SharedMemory:
             call["protocol"] = kernels.SINGLE_COPY
         plan = self._plan("allgather", call, max(counts))
         in_order = even and list(places) == [counts[0] * q for q in range(self.size)]
-        return self._generalise(plan, "allgather", counts[0]) if in_order else plan
+        return self._generalise(plan, "allgather", counts[0]) if in_order else self._release_addresses(plan)
 
     def bind_bcast(
         self, address: int, nbytes: int, root: int, fingerprint: int, stall_handler: StallHandler | None = None
@@ -457,6 +457,15 @@ class SharedMemory:
         plan.table = TABLES.index({"reduce_scatter": "blocks"}.get(name, name if name in TABLES else "none"))
         plan.sized = {"reduce_scatter": self.size}.get(name, int(name in ("allreduce", "reduce", "bcast")))
         plan.registers = int(name == "allreduce" and nbytes >= REGISTERED_BYTES)
+        return self._set_release(plan, name)
+
+    def _release_addresses(self, plan: SharedCall) -> SharedCall:
+        """Let a plan take other addresses with the same lengths and places of blocks."""
+        plan.lengths, plan.checked, plan.table, plan.sized, plan.registers = ALL_LENGTHS, 0, 0, 0, 0
+        return self._set_release(plan, plan.name)
+
+    def _set_release(self, plan: SharedCall, name: str) -> SharedCall:
+        """Note whether a plan may wait so long that it releases the GIL."""
         short = (kernels.INLINE, kernels.BUFFERED, *([kernels.DIRECT] if name != "allreduce" else []))
         plan.releases = int(name != "barrier" and plan.call["protocol"] not in short)
         return plan
@@ -528,6 +537,9 @@ class SharedMemory:
 
 GENERAL = ("lengths", "checked", "table", "sized", "registers", "releases")
 """What a call knows of the other calls that its record can serve."""
+
+
+ALL_LENGTHS = (0, 1 << 62)
 
 
 class SharedCall:

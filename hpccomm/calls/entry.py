@@ -33,10 +33,12 @@ from hpccomm.kernels import objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.kernels.entry import body, records
 from hpccomm.kernels.entry.records import (
+    ANY_LAYOUT,
     BEFORE_NATIVE,
     CHECK_MASK,
     CHECK_PRIME,
     COUNT_CHECK,
+    COUNTS_GIVEN,
     ENTRY_RECORD,
     INTERRUPTED,
     IS_SENT_AT_ROOT,
@@ -44,8 +46,10 @@ from hpccomm.kernels.entry.records import (
     NATIVE,
     NATIVE_IN_PLACE,
     NOT_MINE,
+    RECEIVED_UNEVEN,
     RECEIVES_AT_ROOT,
     SENDS_AT_ROOT,
+    SENT_UNEVEN,
 )
 from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
@@ -53,6 +57,8 @@ from hpccomm.kernels.shared_memory.records import fill, offset_of
 
 ONE_BLOCK = ("gather", "scatter")
 """Collectives whose fingerprints count one block, although one rank has a block of every rank."""
+UNCOUNTED = ("gatherv", "scatterv", "alltoallv")
+"""Collectives of which every two ranks compare what one sends to the other."""
 MAX_RANKS = 256
 """Python has one object each for the integers up to 256, so a root is recognised by its address."""
 FIRST_ROWS, MAX_ROWS = 64, 4096
@@ -68,6 +74,7 @@ class Key(NamedTuple):
     op: int
     root: int
     algorithm: int
+    layout: int
     nbytes: int
     send: int
     recv: int
@@ -95,6 +102,11 @@ class Doors:
     scatter: Door
     scan: Door
     exscan: Door
+    allgatherv: Door
+    reduce_scatter: Door
+    alltoallv: Door
+    gatherv: Door
+    scatterv: Door
 
     def __init__(self) -> None:
         self.close()
@@ -106,7 +118,7 @@ class Doors:
 
 
 COLLECTIVES = tuple(Doors.__annotations__)
-INHERITED = ("gather", "scatter", "scan", "exscan")
+INHERITED = ("gather", "scatter", "scan", "exscan", "alltoallv", "gatherv", "scatterv")
 """Collectives that only MPI runs."""
 
 
@@ -130,6 +142,17 @@ def door_facts(p: int) -> dict[str, dict[str, int]]:
         "scatter": {"send_blocks": p, "recv_blocks": 1, "send_counted": p, "rooted": SENDS_AT_ROOT},
         "scan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
         "exscan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
+        "allgatherv": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "uneven": RECEIVED_UNEVEN},
+        "reduce_scatter": {"send_blocks": 1, "recv_blocks": 1, "uneven": COUNTS_GIVEN},
+        "alltoallv": {"send_blocks": 1, "recv_blocks": 1, "uneven": SENT_UNEVEN | RECEIVED_UNEVEN | ANY_LAYOUT},
+        "gatherv": {
+            **{"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
+            **{"rooted": RECEIVES_AT_ROOT, "uneven": RECEIVED_UNEVEN | ANY_LAYOUT},
+        },
+        "scatterv": {
+            **{"send_blocks": 1, "recv_blocks": 1},
+            **{"rooted": SENDS_AT_ROOT, "uneven": SENT_UNEVEN | ANY_LAYOUT},
+        },
     }
 
 
@@ -144,9 +167,10 @@ class Entry:
         self._doors, self._rank, self._memory, self._meeting, self._table = doors, rank, memory, meeting, table
         self._facts = door_facts(size)
         self._types, self._items = type_table(list_objects()), item_sizes()
-        self._record = np.zeros((), ENTRY_RECORD)
+        self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
         self._pending = ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, "pending"))
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
+        fill(self._record, blocks=self._blocks.ctypes.data)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
         if memory:
             fill(self._record, state=memory.state_address, patience=memory.patience_ns)
@@ -172,6 +196,8 @@ class Entry:
     def clear(self) -> None:
         """Forget all rows."""
         self._calls: list[Any] = []
+        self._places: list[npt.NDArray[np.int64]] = []
+        self._layouts: set[int] = set()
         self._keys: list[tuple[Key, dict[str, int]]] = []
         self._resize(FIRST_ROWS)
 
@@ -189,12 +215,20 @@ class Entry:
 
     def insert(self, key: Key, call: Any) -> None:
         """Let the entry take the calls of the kind of ``key``; ``call`` in shared memory has taken one of them."""
+        if key.layout and key.layout not in self._layouts:
+            if len(self._layouts) >= MAX_ROWS:
+                self._layouts.clear()
+            self._layouts.add(key.layout)
+            return  # many programs use one layout once
         name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
         blocks = 1 if name in ONE_BLOCK else max(1, self._facts[name].get("recv_blocks", 1))
         values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
         first, last = class_lengths(key.nbytes)
         least, most = max(call.lengths[0], first), min(call.lengths[1], last)
+        if key.layout:
+            least = most = item = key.nbytes  # the row takes this one length, whatever is counted
+            blocks = count
         if count != key.nbytes // item * blocks or not least <= key.nbytes <= most:
             return
         if len(self._keys) >= MAX_ROWS:
@@ -204,7 +238,10 @@ class Entry:
         if not isinstance(call, NativeCall):
             own = call.copy()
             self._calls.append(own)
-            values |= {"call": own.address, "kernel": own.kernel_address, "last": -1}
+            values |= {"call": own.address, "kernel": own.kernel_address, "last": key.nbytes if key.layout else -1}
+        if key.layout:
+            self._places.append(self._blocks.copy())
+            values["places"] = self._places[-1].ctypes.data
         del values["fingerprint"]
         self._keys.append((key, values))
         if 2 * len(self._keys) > len(self._rows):
@@ -215,7 +252,7 @@ class Entry:
     def _write_row(self, key: Key, values: dict[str, int]) -> None:
         """Write a row to the first free place after its hash."""
         mask = len(self._rows) - 1
-        at = hash_words(*key[:4]) & mask
+        at = hash_words(key.kind, key.op, key.root ^ key.layout, key.algorithm) & mask
         while self._rows["backend"][at]:
             at = (at + 1) & mask
         fill(self._rows[at : at + 1], **values)
@@ -274,7 +311,7 @@ class Entry:
         self._table.compare_entries()
 
 
-ROW_KEY = Key._fields[:4]
+ROW_KEY = Key._fields[:5]
 """The fields by which a row is found; the others differ between the calls of a kind."""
 
 

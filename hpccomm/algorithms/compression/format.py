@@ -526,10 +526,7 @@ def check_flat(vector: Any, who: str, on_device: bool = False) -> Vector:
             "wrap the transform with hpccomm.algorithms.device.run_on_host"
         )
     if there and not hasattr(vector, "flags"):
-        raise ArgumentError(
-            f"{who}: this {type(vector).__name__} is not CuPy's: wrap the transform with "
-            "hpccomm.algorithms.device.run_with_cupy"
-        )
+        raise ArgumentError(f"{who}: this {type(vector).__name__} is not CuPy's: pass cupy.from_dlpack(x)")
     if (
         not (there or isinstance(vector, np.ndarray))
         or vector.dtype != np.float32

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hpccomm.kernels.entry.records import (
     ALIGNED,
     ALLOCATION_RECORD,
+    ANY_LAYOUT,
     ARRAY_DATA,
     ARRAY_DIMENSIONS,
     ARRAY_DTYPE,
@@ -26,6 +27,7 @@ from hpccomm.kernels.entry.records import (
     COUNT_PRIME,
     COUNT_SHIFT,
     COUNTS,
+    COUNTS_GIVEN,
     DIFFER,
     DIGEST_BITS,
     DIGEST_MASK,
@@ -33,6 +35,7 @@ from hpccomm.kernels.entry.records import (
     DTYPE_KIND,
     ENTRY_RECORD,
     IN_PLACE_BIT,
+    INTEGER_KIND,
     INTERRUPTED,
     IS_SENT_AT_ROOT,
     LATE,
@@ -43,10 +46,12 @@ from hpccomm.kernels.entry.records import (
     NATIVE_IN_PLACE,
     NOT_MINE,
     OBJECT_TYPE,
+    RECEIVED_UNEVEN,
     RECEIVES_AT_ROOT,
     ROW_RECORD,
     SCRATCH_BYTES,
     SENDS_AT_ROOT,
+    SENT_UNEVEN,
     SEQUENCE_LENGTH,
     STATUS,
     TABLES,
@@ -94,6 +99,8 @@ KIND = offset_of(ENTRY_RECORD, "kind")
 OP = offset_of(ENTRY_RECORD, "op")
 ROOT = offset_of(ENTRY_RECORD, "root")
 ALGORITHM = offset_of(ENTRY_RECORD, "algorithm")
+LAYOUT = offset_of(ENTRY_RECORD, "layout")
+BLOCKS = offset_of(ENTRY_RECORD, "blocks")
 NBYTES = offset_of(ENTRY_RECORD, "nbytes")
 SEND = offset_of(ENTRY_RECORD, "send")
 RECV = offset_of(ENTRY_RECORD, "recv")
@@ -105,6 +112,8 @@ WITHIN = offset_of(ENTRY_RECORD, "within")
 CALL_TOKEN = offset_of(ENTRY_RECORD, "call_token")
 ADDRESS = offset_of(ENTRY_RECORD, "address")
 OCTETS = offset_of(ENTRY_RECORD, "octets")
+EXTENT = offset_of(ENTRY_RECORD, "extent")
+ELEMENT = offset_of(ENTRY_RECORD, "element")
 TOKEN = offset_of(ENTRY_RECORD, "token")
 WRITABLE = offset_of(ENTRY_RECORD, "writable")
 OVERFLOW = offset_of(ENTRY_RECORD, "overflow")
@@ -123,19 +132,22 @@ RECV_COUNTED = offset_of(DOOR_RECORD, "recv_counted")
 ROOTED = offset_of(DOOR_RECORD, "rooted")
 OWN_BLOCK = offset_of(DOOR_RECORD, "own_block")
 SAME_IS_IN_PLACE = offset_of(DOOR_RECORD, "same_is_in_place")
+UNEVEN = offset_of(DOOR_RECORD, "uneven")
 
 # A row
 ROW_KIND = offset_of(ROW_RECORD, "kind")
 ROW_OP = offset_of(ROW_RECORD, "op")
 ROW_ROOT = offset_of(ROW_RECORD, "root")
 ROW_ALGORITHM = offset_of(ROW_RECORD, "algorithm")
+ROW_LAYOUT = offset_of(ROW_RECORD, "layout")
+PLACES = offset_of(ROW_RECORD, "places")
 LEAST = offset_of(ROW_RECORD, "least")
 MOST = offset_of(ROW_RECORD, "most")
 CALL = offset_of(ROW_RECORD, "call")
 KERNEL = offset_of(ROW_RECORD, "kernel")
 LAST = offset_of(ROW_RECORD, "last")
 ITEM = offset_of(ROW_RECORD, "item")
-BLOCKS = offset_of(ROW_RECORD, "blocks")
+ROW_BLOCKS = offset_of(ROW_RECORD, "blocks")
 TEMPLATE = offset_of(ROW_RECORD, "template")
 SALT = offset_of(ROW_RECORD, "salt")
 BACKEND = offset_of(ROW_RECORD, "backend")
@@ -179,6 +191,7 @@ BLOCK_TABLE, ALLGATHER_TABLE = TABLES.index("blocks"), TABLES.index("allgather")
 SHORT_WAIT_NS = 20_000
 """Nanoseconds for which a short call waits before it releases the GIL."""
 SENT, RECEIVED = 0, 1
+BOTH_UNEVEN = SENT_UNEVEN | RECEIVED_UNEVEN
 
 
 def enter(self, arguments, count):
@@ -229,29 +242,30 @@ def answer(entry, code):
 
 def read_call(entry, door, arguments):
     """Read and check the buffers, and write the key of the call; NOT_MINE for what the Python path must see."""
-    mine = (
-        names_permanent_objects(entry, arguments)
-        and choose_buffers(entry, door, arguments)
-        and read_receiver(entry, door, load(arguments + W), load(arguments + 3 * W))
-        and read_sender(entry, door, load(arguments))
-    )
+    mine = names_permanent_objects(entry, door, arguments) and choose_buffers(entry, door, arguments)
+    if mine and load(door + UNEVEN) != 0:
+        mine = read_uneven(entry, door, arguments)
+    elif mine:
+        mine = read_receiver(entry, door, load(arguments + W), load(arguments + 3 * W))
+        mine = mine and read_sender(entry, door, load(arguments))
     nbytes = load(entry + NBYTES)
     if not mine or (nbytes == 0 and load(entry + SENDS) + load(entry + RECEIVES) != 0):
         return NOT_MINE
     kind = load(door + COLLECTIVE) | load(entry + WITHIN) << IN_PLACE_BIT
     store(entry + KIND, kind | size_class(nbytes) << CLASS_BITS | load(entry + CALL_TOKEN) << TOKEN_BITS)
     store(entry + OP, load(arguments + 2 * W))
-    store(entry + ROOT, load(arguments + 3 * W))
+    store(entry + ROOT, load(entry + NONE) if load(door + UNEVEN) & COUNTS_GIVEN else load(arguments + 3 * W))
     store(entry + ALGORITHM, load(arguments + 4 * W))
     return DONE
 
 
-def names_permanent_objects(entry, arguments):
+def names_permanent_objects(entry, door, arguments):
     """Whether operation, root and algorithm are objects that are never freed, and no other argument is given.
 
     Of a root only the type is checked: Python never frees the integers that are ranks (``MAX_RANKS``).
     """
-    root, none = load(arguments + 3 * W), load(entry + NONE)
+    none = load(entry + NONE)
+    root = none if load(door + UNEVEN) & COUNTS_GIVEN else load(arguments + 3 * W)
     return (
         load(arguments + 5 * W) == none
         and is_permanent(entry, load(arguments + 2 * W))
@@ -281,6 +295,7 @@ def choose_buffers(entry, door, arguments):
     store(entry + SEND, 0)
     store(entry + RECV, 0)
     store(entry + SHORT, 0)
+    store(entry + LAYOUT, 0)
     return receives != 0 or not within
 
 
@@ -323,6 +338,147 @@ def read_sender(entry, door, sendbuf):
     return send >= recv + nbytes * received or recv >= send + octets
 
 
+def read_uneven(entry, door, arguments):
+    """Read buffers of which at least one has a block of any length for each rank; false for what Python must see."""
+    uneven, sends, receives = load(door + UNEVEN), load(entry + SENDS), load(entry + RECEIVES)
+    sent, received, token, room = 0, 0, 0, 0
+    for k in range(4 * load(entry + SIZE)):
+        store(load(entry + BLOCKS) + W * k, 0)
+    if receives != 0:
+        found = read_blocks(entry, load(arguments + W), uneven & RECEIVED_UNEVEN, RECEIVED)
+        if found == 0 or load(entry + WRITABLE) == 0:
+            return False
+        received, room, token = load(entry + OCTETS), load(entry + EXTENT), load(entry + TOKEN)
+        store(entry + RECV, load(entry + ADDRESS))
+        own_place = load(block_of(entry, RECEIVED, 1))
+        store(entry + SEND, load(entry + ADDRESS) + own_place * load(entry + WITHIN))
+    if sends != 0:
+        if read_blocks(entry, load(arguments), uneven & SENT_UNEVEN, SENT) == 0:
+            return False
+        sent, send, recv = load(entry + OCTETS), load(entry + ADDRESS), load(entry + RECV)
+        overlap = recv < send + load(entry + EXTENT) and send < recv + room
+        if receives != 0 and (token != load(entry + TOKEN) or overlap):
+            return False
+        store(entry + SEND, send)
+        token = load(entry + TOKEN)
+    store(entry + NBYTES, max(sent, received))
+    store(entry + CALL_TOKEN, token)
+    if uneven & COUNTS_GIVEN:
+        return has_counts(entry, load(arguments + 3 * W), sent, received)
+    if uneven & ANY_LAYOUT:
+        store(entry + LAYOUT, 0)
+    fits = sends == 0 or receives == 0 or uneven & BOTH_UNEVEN == BOTH_UNEVEN
+    own = load(block_of(entry, RECEIVED if uneven & RECEIVED_UNEVEN else SENT, 0))
+    return fits or own == (sent if uneven & RECEIVED_UNEVEN else received)
+
+
+def block_of(entry, side, column):
+    """Where the length (column 0) or the place (1) of this rank's block of one side is."""
+    return load(entry + BLOCKS) + W * ((2 * side + column) * load(entry + SIZE) + load(entry + RANK))
+
+
+def has_counts(entry, counts, sent, received):
+    """Whether counts, given beside the buffers, add up to what is sent, and give this rank what it receives."""
+    fits = write_blocks(entry, counts, load(entry + NONE), sent, RECEIVED)
+    return fits and load(entry + OCTETS) == sent and received == load(block_of(entry, RECEIVED, 0))
+
+
+def read_blocks(entry, thing, uneven, side):
+    """Read an array, or the forms of one; with ``uneven`` its blocks too.  0 for anything else.
+
+    Writes its address, the bytes of all blocks, and the bytes from its address to the end of the last block.
+    """
+    if uneven == 0:
+        found = read_buffer(entry, thing, 1, side)
+        store(entry + EXTENT, load(entry + OCTETS))
+        return found
+    length, none = sequence_length(entry, thing), load(entry + NONE)
+    if length < 2 or length > 4:
+        return 0
+    items = sequence_items(entry, thing)
+    array, counts, places, last = load(items), load(items + W), none, load(items + W * (length - 1))
+    if load(array + OBJECT_TYPE) != load(entry + ARRAY_TYPE):
+        return 0
+    if length == 4:
+        places = load(items + 2 * W)
+    elif load(counts + OBJECT_TYPE) == load(entry + TUPLE_TYPE):  # mpi4py reads a tuple as counts and displacements
+        if sequence_length(entry, counts) != 2:
+            return 0
+        pair = sequence_items(entry, counts)
+        counts, places = load(pair), load(pair + W)
+    datatype = find_type(entry, last if length > 2 else load(array + ARRAY_DTYPE))
+    if read_array(entry, array, datatype) == 0:
+        return 0
+    return 1 if write_blocks(entry, counts, places, load(entry + OCTETS), side) else 0
+
+
+def write_blocks(entry, counts, places, room, side):
+    """Write length and place of each rank's block in bytes; false if they are not integers, or outside the buffer."""
+    size, packed = load(entry + SIZE), places == load(entry + NONE)
+    lengths = load(entry + BLOCKS) + W * 2 * side * size
+    starts = lengths + W * size
+    if not read_integers(entry, counts, lengths) or not (packed or read_integers(entry, places, starts)):
+        return False
+    total, extent, layout, item = 0, 0, load(entry + LAYOUT), load(entry + ELEMENT)
+    most = room // item
+    for q in range(size):
+        count, start = load(lengths + W * q), total // item if packed else load(starts + W * q)
+        if count < 0 or count > most or start < 0 or start > most - count:
+            return False
+        store(lengths + W * q, count * item)
+        store(starts + W * q, start * item)
+        total += count * item
+        extent = max(extent, (start + count) * item)
+        layout = hash_words(layout, count << 4, start << 3, q << 4)
+    store(entry + OCTETS, total)
+    store(entry + EXTENT, extent)
+    store(entry + LAYOUT, layout | 1)
+    return True
+
+
+def read_integers(entry, thing, into):
+    """Read one integer for each rank from a list, a tuple or an array of 4 or 8 bytes; false for anything else."""
+    size = load(entry + SIZE)
+    if load(thing + OBJECT_TYPE) == load(entry + ARRAY_TYPE):
+        return read_integer_array(entry, thing, into)
+    if sequence_length(entry, thing) != size:
+        return False
+    items = sequence_items(entry, thing)
+    for q in range(size):
+        if load(load(items + W * q) + OBJECT_TYPE) != load(entry + INT_TYPE):
+            return False
+        store(into + W * q, call_2(load(entry + AS_INTEGER), load(items + W * q), entry + OVERFLOW))
+    return True
+
+
+def read_integer_array(entry, array, into):
+    """Read one integer for each rank from an array."""
+    dtype = load(array + ARRAY_DTYPE)
+    datatype, size, address = find_type(entry, dtype), load(entry + SIZE), load(array + ARRAY_DATA)
+    one_row = load(array + ARRAY_DIMENSIONS) & LOW_HALF == 1 and load(array + ARRAY_FLAGS) & C_CONTIGUOUS != 0
+    if datatype == 0 or not one_row or load(load(array + ARRAY_SHAPE)) != size or address & 3 != 0:
+        return False
+    item = load(datatype + TYPE_ITEM)
+    if load(dtype + DTYPE_KIND) & 0xFF != INTEGER_KIND or item not in (4, 8) or address & (item - 1) != 0:
+        return False
+    for q in range(size):
+        at = address + item * q
+        word = load(at & -8)  # a word of the array, or the aligned one around half of it
+        store(into + W * q, word if item == 8 else (word >> 8 * (at & 4)) << 32 >> 32)
+    return True
+
+
+def sequence_length(entry, thing):
+    """The length of a list or tuple; 0 for other objects."""
+    kind = load(thing + OBJECT_TYPE)
+    return load(thing + SEQUENCE_LENGTH) if kind in (load(entry + LIST_TYPE), load(entry + TUPLE_TYPE)) else 0
+
+
+def sequence_items(entry, thing):
+    """The address of the first item of a list or tuple."""
+    return load(thing + LIST_ITEMS) if load(thing + OBJECT_TYPE) == load(entry + LIST_TYPE) else thing + TUPLE_ITEMS
+
+
 def is_permanent(entry, thing):
     """Whether an object is None, or one of those that are never freed: its address then identifies it."""
     return thing == load(entry + NONE) or find_type(entry, thing) != 0
@@ -342,10 +498,10 @@ def read_buffer(entry, thing, per_count, side):
     kind = load(thing + OBJECT_TYPE)
     if kind == load(entry + ARRAY_TYPE):
         return read_array(entry, thing, find_type(entry, load(thing + ARRAY_DTYPE)))
-    length = load(thing + SEQUENCE_LENGTH) if kind in (load(entry + LIST_TYPE), load(entry + TUPLE_TYPE)) else 0
+    length = sequence_length(entry, thing)
     if length not in (2, 3):
         return 0
-    items = load(thing + LIST_ITEMS) if kind == load(entry + LIST_TYPE) else thing + TUPLE_ITEMS
+    items = sequence_items(entry, thing)
     return read_form(entry, load(items), load(items + W), load(items + W * (length - 1)), per_count, side)
 
 
@@ -400,6 +556,7 @@ def read_array(entry, array, datatype):
         octets *= load(shape + W * k)
     store(entry + ADDRESS, load(array + ARRAY_DATA))
     store(entry + OCTETS, octets)
+    store(entry + ELEMENT, load(datatype + TYPE_ITEM))
     store(entry + TOKEN, load(datatype + TYPE_TOKEN))
     store(entry + WRITABLE, flags & WRITEABLE)
     return 1
@@ -439,8 +596,8 @@ def find_type(entry, thing):
 def find_row(entry):
     """Find the row of the call that was read: DONE, or MISS."""
     kind, op, root, algorithm = load(entry + KIND), load(entry + OP), load(entry + ROOT), load(entry + ALGORITHM)
-    rows, mask, nbytes = load(entry + ROWS), load(entry + MASK), load(entry + NBYTES)
-    at = hash_words(kind, op, root, algorithm) & mask
+    rows, mask, nbytes, layout = load(entry + ROWS), load(entry + MASK), load(entry + NBYTES), load(entry + LAYOUT)
+    at = hash_words(kind, op, root ^ layout, algorithm) & mask
     while True:
         row = rows + ROW_BYTES * at
         if load(row + BACKEND) == 0:
@@ -451,15 +608,26 @@ def find_row(entry):
             and load(row + ROW_ROOT) == root
             and load(row + ROW_ALGORITHM) == algorithm
             and load(row + LEAST) <= nbytes <= load(row + MOST)
+            and (load(row + ROW_LAYOUT) == layout and has_places(entry, row))
         ):
             store(entry + ROW, row)
             return DONE
         at = (at + 1) & mask
 
 
+def has_places(entry, row):
+    """Whether a row was made for the blocks of the call that was read."""
+    words, places = load(entry + BLOCKS), load(row + PLACES)
+    if places != 0:
+        for k in range(4 * load(entry + SIZE)):
+            if load(places + W * k) != load(words + W * k):
+                return False
+    return True
+
+
 def fingerprint_word(row, nbytes):
     """The word of the fingerprint of a call: its digest and its count."""
-    count = nbytes // load(row + ITEM) * load(row + BLOCKS)
+    count = nbytes // load(row + ITEM) * load(row + ROW_BLOCKS)
     digest = (load(row + TEMPLATE) + count * COUNT_PRIME) & DIGEST_MASK
     return digest | (count & COUNT_MASK) << COUNT_SHIFT
 

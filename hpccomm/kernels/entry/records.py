@@ -23,11 +23,12 @@ ENTRY_RECORD = record(
         *words("registered", "registrations"),  # addresses of ALLOCATION_RECORDs and of their number
         *words("entries", "row_bytes", "members", "member"),  # the consistency table; 0 without one
         *words("meeting", "meet"),  # call record and kernel of the barrier before MPI's synchronising collectives
-        *words("kind", "op", "root", "algorithm"),  # the key of the running call
+        *words("kind", "op", "root", "algorithm", "layout"),  # the key of the running call
         *words("nbytes", "send", "recv", "row"),  # its length, its addresses and its row
+        *words("blocks"),  # address of the lengths and places of its blocks, sent and received; 4 x size words
         *words("pending"),  # whether a call awaits Python, which goes on with it
         *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
-        *words("address", "octets", "token", "writable", "overflow"),  # the buffer read last
+        *words("address", "octets", "extent", "element", "token", "writable", "overflow"),  # the buffer read last
         *words("short", "short_bytes"),  # a receive buffer that ends before the padding of its last pair; 0 if none
         ("scratch", np.uint8, (2, SCRATCH_BYTES)),  # copies of such buffers, sent and received
     ]
@@ -41,6 +42,7 @@ DOOR_RECORD = record(
         *("in_place_blocks",),  # the same of a receive buffer in place; 0: in place is not taken
         *("send_counted", "recv_counted"),  # what a count in the buffer's form is multiplied by
         *("rooted", "own_block", "same_is_in_place"),  # rooted: RECEIVES_AT_ROOT and so on; 0: no root
+        *("uneven",),  # SENT_UNEVEN and so on: which buffers have a block of any length for each rank; 0: none
     )
 )
 """What is different between collectives."""
@@ -48,9 +50,14 @@ DOOR_RECORD = record(
 RECEIVES_AT_ROOT, IS_SENT_AT_ROOT, SENDS_AT_ROOT = 1, 2, 3
 """How a collective is rooted: only the root receives; the one buffer is sent by the root; only the root sends."""
 
+SENT_UNEVEN, RECEIVED_UNEVEN, COUNTS_GIVEN, ANY_LAYOUT = 1, 2, 4, 8
+"""Which buffers of a collective have a block of any length for each rank; whether the counts are passed where others
+pass the root; whether a row takes blocks of any lengths."""
+
 ROW_RECORD = record(
     [
-        *words("kind", "op", "root", "algorithm", "least", "most"),  # the key, and the lengths that the row takes
+        *words("kind", "op", "root", "algorithm", "layout"),  # the key
+        *words("least", "most", "places"),  # the lengths that the row takes; its uneven blocks: an address, or 0
         *words("number", "call", "kernel", "last"),  # last: the length for which the call record is filled
         *words("item", "blocks", "template", "salt"),  # what the fingerprint is made of
         *words("backend", "synchronises"),  # backend: 0 for an empty row, IN_SHARED_MEMORY, or BY_MPI
@@ -87,7 +94,7 @@ ARRAY_DATA, ARRAY_DIMENSIONS, ARRAY_SHAPE, ARRAY_DTYPE, ARRAY_FLAGS = 16, 24, 32
 DTYPE_KIND = 24
 C_CONTIGUOUS, ALIGNED, WRITEABLE = 0x1, 0x100, 0x400
 LOW_HALF = 0xFFFFFFFF
-VOID_KIND = ord("V")
+VOID_KIND, INTEGER_KIND = ord("V"), ord("i")
 
 # Fingerprints: the same arithmetic as in hpccomm.calls.fingerprint
 

@@ -1,0 +1,212 @@
+"""Trees: tensors of any library, alone or in dicts, lists and tuples, seen as the one vector that a method works on.
+
+*A leaf is an array on the host of any library that* :func:`hpccomm.arrays.borrow` *reads; a path names it:*
+``layer.w``.  NumPy's and CuPy's arrays are no trees, methods take them as they are.  For everything else
+the functions of this module flatten weights and gradients to one vector, leaf after leaf in the order of the weights,
+or of the method's bucket where it has one, and give the step back in the form and library of the weights.  A single
+contiguous tensor of one dimension is not copied.  A tensor of PyTorch or JAX on a CUDA device is seen by CuPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.arrays import borrow, convert_like, is_on_device, to_torch
+from hpccomm.buckets import Bucket
+from hpccomm.errors import ArgumentError
+
+Vector = npt.NDArray[Any]
+Tree = Any
+
+
+def is_tree(x: Any) -> bool:
+    """Whether ``x`` is to be flattened: anything but an array with NumPy's functions, as NumPy's and CuPy's are."""
+    return not isinstance(x, np.ndarray) and not hasattr(x, "__array_function__")
+
+
+def tree_leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The path and value of every leaf, in order; a tree that is one leaf has the path ``""``."""
+    for name, each in named_children(tree):
+        if is_branch(each):
+            yield from tree_leaves(each, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", each
+
+
+def is_branch(x: Any) -> bool:
+    """Whether ``x`` holds other trees."""
+    return isinstance(x, Mapping | list | tuple)
+
+
+def named_children(tree: Tree) -> list[tuple[str, Any]]:
+    """The names and values directly inside a tree; a leaf is its own only child."""
+    if isinstance(tree, Mapping):
+        return [(str(name), each) for name, each in tree.items()]
+    if is_branch(tree):
+        return list(zip(map(str, getattr(tree, "_fields", range(len(tree)))), tree, strict=True))
+    return [("", tree)]
+
+
+def rebuild_tree(like: Tree, take: Callable[[str, Any], Any], path: str = "") -> Tree:
+    """A tree of the form of ``like`` whose leaves are ``take(path, leaf)``."""
+    if not is_branch(like):
+        return take(path.rstrip("."), like)
+    parts = [rebuild_tree(each, take, f"{path}{name}.") for name, each in named_children(like)]
+    if isinstance(like, Mapping):
+        return dict(zip(like, parts, strict=True))
+    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+
+
+ALIKE = "pass weights and gradients as trees of the same form"
+
+
+class TreeLayout:
+    """Where the leaves of a tree of weights lie in its vector."""
+
+    def __init__(self, weights: Tree, bucket: Bucket | None = None) -> None:
+        arrays = dict(tree_leaves(weights))
+        names = list(arrays) if bucket is None else [entry.name for entry in bucket.table]
+        check_names("weights", arrays, names)
+        self.like = weights
+        self.bucket = Bucket({name: arrays[name] for name in names})
+
+    def flatten(self, tree: Tree, what: str) -> Vector:
+        """The leaves of a tree of the same form as one vector, without a copy where it is a single vector."""
+        leaves = dict(tree_leaves(tree))
+        check_names(what, leaves, [entry.name for entry in self.bucket.table])
+        if len(leaves) == 1:
+            array, _ = borrow(next(iter(leaves.values())), f"the {what}")
+            if array.shape == (self.bucket.size,) and array.dtype == self.bucket.dtype and array.flags.c_contiguous:
+                return array
+        return self.bucket.flatten(leaves)
+
+    def restore(self, vector: Vector) -> Tree:
+        """A vector in the form and library of the weights."""
+        views = self.bucket.views(np.ascontiguousarray(vector, self.bucket.dtype))
+        return rebuild_tree(self.like, lambda name, leaf: convert_leaf(views[name], leaf))
+
+
+def convert_leaf(array: npt.NDArray[Any], like: Any) -> Any:
+    """An array as one of ``like``'s library; libraries whose arrays cannot be written get memory of their own."""
+    array, back = np.asarray(array), borrow(like)[1]
+    return back(array if back is to_torch or isinstance(like, np.ndarray) else array.copy())
+
+
+def check_names(what: str, given: Mapping[str, Any], wanted: list[str]) -> None:
+    """Raise where a tree has other leaves than it should."""
+    if given.keys() != set(wanted):
+        missing, extra = sorted(set(wanted) - given.keys()), sorted(given.keys() - set(wanted))
+        raise ArgumentError(
+            f"the {what} lack {missing or 'nothing'} and have {extra or 'nothing'} too many: "
+            f"{ALIKE}, with the names of the bucket if the method has one"
+        )
+
+
+def init_for_trees(init: Callable[[Vector], Any], bucket: Bucket | None) -> Callable[[Tree], Any]:
+    """``init(weights)`` for weights of any form."""
+    init = getattr(init, "for_vectors", init)
+
+    def init_any(weights: Tree) -> Any:
+        if not is_tree(weights):
+            return init(weights)
+        if is_on_device(weights):
+            return init(as_cupy(weights))
+        return init(TreeLayout(weights, bucket).flatten(weights, "weights"))
+
+    init_any.for_vectors = init  # type: ignore[attr-defined]
+    return init_any
+
+
+def update_for_trees(
+    update: Callable[[Vector, Any, Vector], tuple[Vector, Any]], bucket: Bucket | None
+) -> Callable[[Tree, Any, Tree], tuple[Tree, Any]]:
+    """``update(gradient, state, weights)`` for gradients and weights of any form; the step has that of the weights."""
+    update = getattr(update, "for_vectors", update)
+
+    def update_any(gradient: Tree, state: Any, weights: Tree) -> tuple[Tree, Any]:
+        if not is_tree(weights):
+            if is_branch(gradient):
+                raise ArgumentError(f"the gradient is a {type(gradient).__name__}, the weights one array: {ALIKE}")
+            return update(gradient, state, weights)
+        if is_on_device(weights):
+            step, state = update(as_cupy(gradient), state, as_cupy(weights))
+            return convert_like(step.reshape(weights.shape), weights), state
+        layout = TreeLayout(weights, bucket)
+        step, state = update(layout.flatten(gradient, "gradient"), state, layout.flatten(weights, "weights"))
+        return layout.restore(step), state
+
+    update_any.for_vectors = update  # type: ignore[attr-defined]
+    return update_any
+
+
+def finish_for_trees(
+    finish: Callable[[Any, Vector], tuple[Vector, Any]], bucket: Bucket | None
+) -> Callable[[Any, Tree], tuple[Tree, Any]]:
+    """``finish(state, weights)`` for weights of any form."""
+
+    def finish_any(state: Any, weights: Tree) -> tuple[Tree, Any]:
+        if not is_tree(weights):
+            return finish(state, weights)
+        layout = TreeLayout(weights, bucket)
+        step, state = finish(state, layout.flatten(weights, "weights"))
+        return layout.restore(step), state
+
+    return finish_any
+
+
+def export_for_trees(export: Callable[[Any], Vector], bucket: Bucket | None) -> Callable[..., Tree]:
+    """``export(state, weights)``: the vector in the form of the weights; ``export(state)`` is the vector."""
+
+    def export_any(state: Any, weights: Tree = None) -> Tree:
+        vector = export(state)
+        if weights is None:
+            return vector
+        return TreeLayout(weights, bucket).restore(vector) if is_tree(weights) else vector.astype(weights.dtype)
+
+    return export_any
+
+
+def apply_for_trees(
+    apply: Callable[[Vector, Any, Vector], Any], bucket: Bucket | None
+) -> Callable[[Tree, Any, Tree], Any]:
+    """``apply(gradient, state, weights)`` for weights of any form, which are written."""
+
+    def apply_any(gradient: Tree, state: Any, weights: Tree) -> Any:
+        if not is_tree(weights):
+            return apply(gradient, state, weights)
+        if is_on_device(weights):
+            return apply(as_cupy(gradient), state, as_cupy(weights))
+        layout = TreeLayout(weights, bucket)
+        leaves = {name: writable_view(name, leaf) for name, leaf in tree_leaves(weights)}
+        vector = layout.bucket.flatten(leaves)
+        state = apply(layout.flatten(gradient, "gradient"), state, vector)
+        for name, part in layout.bucket.views(vector).items():
+            leaves[name][...] = part
+        return state
+
+    return apply_any
+
+
+def writable_view(name: str, leaf: Any) -> npt.NDArray[Any]:
+    """A leaf's memory; raises where it cannot be written."""
+    array, _ = borrow(leaf, f"the weights {name}".rstrip())
+    if not array.flags.writeable:
+        raise ArgumentError(
+            f"the weights {name} are a read-only {type(leaf).__name__}: call update, and add the step that it returns"
+        )
+    return array
+
+
+def as_cupy(tensor: Any) -> Any:
+    """A contiguous tensor on a CUDA device as CuPy's vector; no element is copied.
+
+    Kernels run on CuPy's current stream.  DLPack makes that stream wait for the other library's when a tensor is passed
+    in, and the other one wait for CuPy's when the step is returned.
+    """
+    import cupy
+
+    return cupy.from_dlpack(tensor.detach() if hasattr(tensor, "detach") else tensor).reshape(-1)

@@ -1,0 +1,273 @@
+"""Calls beside the program: a progress thread runs the calls of a communicator in the order of issue.
+
+*A call is a function of the channel, a private duplicate of the user's communicator that only the progress thread
+uses.*  So a call beside the program never meets a call of the program, in messages, in shared memory or in the
+consistency table, and ranks whose calls differ are named as in blocking calls.
+
+Each communicator has a queue.  A progress thread takes one queue and runs it until it is empty; a second thread is
+started only while two queues have calls, because ranks may issue the calls of two communicators in different orders.
+A thread without a queue sleeps.  A blocking call waits for the calls that were issued before it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from mpi4py import MPI
+
+from hpccomm.calls.consistency import FLUSH_SECONDS, log_line
+from hpccomm.calls.entry import COLLECTIVES, Doors
+from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.context import create_private_comm
+from hpccomm.errors import TransportError
+
+EXIT_SECONDS = 10.0
+"""How long a program that ends waits for its calls before it aborts all ranks."""
+
+
+class Call:
+    """A call under way: a future.  ``text`` describes it in errors."""
+
+    def __init__(self, function: Callable[[Any], Any], text: str) -> None:
+        self.text = text
+        self.error: BaseException | None = None
+        """The exception that has ended the call."""
+        self._function: Callable[[Any], Any] | None = function  # holds the call's arrays until it is complete
+        self._result: Any = None
+        self._complete = threading.Event()
+        self._process = os.getpid()
+
+    def done(self) -> bool:
+        """Whether the call is complete, or has failed."""
+        return self._complete.is_set()
+
+    def wait(self) -> Any:
+        """Sleep until the call is complete; returns its result or raises its exception."""
+        self.sleep()
+        if self.error is not None:
+            raise self.error
+        return self._result
+
+    def sleep(self, seconds: float | None = None) -> bool:
+        """Sleep until the call is complete, at most for some seconds; returns whether it is."""
+        if not self.done() and os.getpid() != self._process:
+            raise TransportError(
+                f"{self.text}: this process was forked while the call was under way, which its parent completes: "
+                "wait before the fork, or start processes by spawn"
+            )
+        return self._complete.wait(seconds)
+
+    def run(self, find_channel: Callable[[], Any]) -> None:
+        """Run the call on the channel and keep its result or its exception, which is also printed."""
+        assert self._function is not None
+        try:
+            self._result = self._function(find_channel())
+        except BaseException as error:
+            self.error = error
+            lines = "".join(traceback.format_exception(error))
+            os.write(2, f"[hpccomm] {self.text} has failed:\n{lines}".encode(errors="replace"))
+        self._function = None
+
+    def finish(self) -> None:
+        """Wake those that wait."""
+        self._complete.set()
+
+
+class Queue:
+    """The calls of one communicator that are not complete, in the order of issue."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm = comm
+        self.calls: deque[Call] = deque()
+        """The first one is running."""
+        self._doors, self._waiting_doors = comm._doors, WaitingDoors(self)
+        self._thread = 0
+        self._channel: Any = None
+        self._context: Any = None
+
+    def submit(self, call: Call) -> Call:
+        """Append a call."""
+        self._context = self.comm._own_context
+        with _state.lock:
+            self.calls.append(call)
+            self.comm._doors = self._waiting_doors
+            first = len(self.calls) == 1
+        if first:
+            give_to_thread(self)
+        return call
+
+    def run(self) -> None:
+        """Run all calls, in a progress thread."""
+        self._thread = threading.get_ident()
+        while self.calls:
+            call = self.calls[0]
+            call.run(self._find_channel)
+            with _state.lock:
+                if len(self.calls) == 1:
+                    self.comm._doors = self._doors
+                    self._thread = 0
+                    release_thread()
+                self.calls.popleft()
+                last = not self.calls
+            call.finish()
+            if last:
+                return
+
+    def drain(self) -> None:
+        """Wait for all calls; the progress thread itself does not wait."""
+        if self._thread == threading.get_ident():
+            return
+        while self.calls:
+            with _state.lock:
+                last = self.calls[-1] if self.calls else None
+            if last:
+                last.sleep()
+
+    def _find_channel(self) -> Any:
+        """The channel; the first call makes it (collective)."""
+        if self._channel is None:
+            self._context.run_together(Fingerprint("a non-blocking call"), self._make_channel)
+        if self._channel.algorithm != self.comm.algorithm:
+            self._channel.algorithm = self.comm.algorithm
+        return self._channel
+
+    def _make_channel(self) -> None:
+        self._channel = self.comm._make_channel(create_private_comm(self._context.private_comm))
+        atexit.unregister(complete_all)
+        atexit.register(complete_all)  # runs before the tables tell the other ranks that this rank has left
+
+    def close(self) -> None:
+        """Wait for all calls and free the channel (collective)."""
+        self.drain()
+        if self._channel is not None:
+            self._channel.Free()
+        self._channel = None
+
+
+class WaitingDoors(Doors):
+    """The doors of a communicator with calls under way: wait for them, then enter by its own doors."""
+
+    def __init__(self, queue: Queue) -> None:
+        for name in COLLECTIVES:
+            setattr(self, name, partial(self.enter, queue, name))
+
+    @staticmethod
+    def enter(queue: Queue, name: str, *arguments: Any) -> Any:
+        """Enter a collective after all calls of the queue."""
+        queue.drain()
+        return getattr(queue._doors, name)(*arguments)
+
+
+def submit(comm: Any, function: Callable[[Any], Any], text: str = "a submitted function") -> Call:
+    """Run ``function(channel)`` beside the program, after what was issued on ``comm`` before; returns a future.
+
+    ``comm`` is a :class:`hpccomm.Communicator`; all ranks submit in the same order, also in the order of their blocking
+    calls.  ``channel`` is a Communicator of the same ranks on which the function makes blocking calls, as many as it
+    likes, and which no other thread uses; the function must not call ``comm``.  The future has ``wait()``, which sleeps
+    until the function has returned and gives its result or raises its exception, and ``done()``.  ``function`` and
+    what it refers to are kept alive until then; arrays must not be changed before.  ``text`` names the call in errors.
+
+    A blocking call on ``comm`` waits for all submitted functions.  Where no thread may call MPI
+    (:func:`has_thread`), and on a single rank, the function runs at once, on ``comm`` itself.
+    """
+    call = Call(function, f"rank {comm.rank}: {text}")
+    if comm.size == 1 or not has_thread():
+        call.run(lambda: comm)
+        call.finish()
+        return call
+    if comm._queue is None:
+        comm._queue = Queue(comm)
+        _state.queues.add(comm._queue)
+    return comm._queue.submit(call)  # type: ignore[no-any-return]
+
+
+def has_thread() -> bool:
+    """Whether a progress thread may call MPI beside the program."""
+    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+
+
+# Threads
+
+
+class Worker(threading.Thread):
+    """A progress thread; it sleeps until it is given a queue."""
+
+    def __init__(self) -> None:
+        super().__init__(name="hpccomm-progress", daemon=True)
+        self._given = threading.Semaphore(0)
+        self._queue: Queue | None = None
+        self.start()
+
+    def give(self, queue: Queue) -> None:
+        """Wake the thread to run a queue."""
+        self._queue = queue
+        self._given.release()
+
+    def run(self) -> None:
+        """Run queues."""
+        while True:
+            self._given.acquire()
+            queue, self._queue = self._queue, None
+            assert queue is not None
+            queue.run()
+
+
+class State:
+    """The progress threads of this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.idle: list[Worker] = []
+        self.queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+
+
+_state = State()
+
+
+def give_to_thread(queue: Queue) -> None:
+    """Let a progress thread run a queue."""
+    with _state.lock:
+        worker = _state.idle.pop() if _state.idle else None
+    (worker or Worker()).give(queue)
+
+
+def release_thread() -> None:
+    """This thread is free for another queue."""
+    worker = threading.current_thread()
+    assert isinstance(worker, Worker)
+    _state.idle.append(worker)
+
+
+def forget_threads() -> None:
+    """In a forked process there are none."""
+    _state.__init__()  # type: ignore[misc]
+
+
+def complete_all() -> None:
+    """At the end of the program, wait for calls that are not complete; abort all ranks if that takes too long."""
+    pending = [call for queue in list(_state.queues) for call in list(queue.calls)]
+    if not pending:
+        return
+    names = ", ".join(call.text.partition(": ")[2] for call in pending[:4]) + (", …" if len(pending) > 4 else "")
+    log_line(
+        f"rank {MPI.COMM_WORLD.rank}: the program ends while calls are under way ({names}): "
+        "wait for every request and future before the end"
+    )
+    until = time.monotonic() + EXIT_SECONDS
+    if not all(call.sleep(max(0.0, until - time.monotonic())) for call in pending):
+        log_line(f"rank {MPI.COMM_WORLD.rank} aborts all ranks: {names} cannot complete")
+        time.sleep(FLUSH_SECONDS)
+        MPI.COMM_WORLD.Abort(1)
+
+
+os.register_at_fork(after_in_child=forget_threads)
+atexit.register(complete_all)
