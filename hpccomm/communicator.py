@@ -24,18 +24,19 @@ from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last
-from hpccomm.calls.consistency import FLUSH_SECONDS
+from hpccomm.calls.consistency import FLUSH_SECONDS, claim_report
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, PlanCache, context_of, unwrap
 from hpccomm.device_planner import DevicePlanner
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, HpccommError, MismatchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
 from hpccomm.performance.tuning import Choice
-from hpccomm.pickled import install
+from hpccomm.pickled import COMPARED as OBJECT_CALLS
+from hpccomm.pickled import compare_objects, install
 from hpccomm.planner import is_in_place
 from hpccomm.progress import Queue
 from hpccomm.requests import COMPARED, compare_at_init
@@ -441,7 +442,7 @@ class Communicator(MPI.Intracomm):
         """
         self._prepare("Allreduce_view")
         op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
-        key = call_key("Allreduce_view", buf, IN_PLACE, operations.key_of(op))
+        key = self._planner.view_key(buf, op)
         bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
         bound.run()
         result: npt.NDArray[Any] = bound.result
@@ -543,7 +544,7 @@ class Communicator(MPI.Intracomm):
         """The receive counts of all ranks, if ``recvbuf`` is a NumPy array; otherwise binding determines them."""
         if type(recvbuf) is not np.ndarray or sendbuf is recvbuf or is_in_place(sendbuf):
             return None
-        return self.context.counts(recvbuf.size)
+        return self.context.exchange_counts(recvbuf.size)
 
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of equal length from all ranks, in rank order, on every rank.
@@ -612,6 +613,8 @@ class Communicator(MPI.Intracomm):
         if code > MISS:
             return self._run_native(code, "Barrier")
         return self._run_uncached(code, "Barrier", (None, None), self._barrier, self._bind_barrier, (None,))
+
+    barrier = Barrier
 
     def _barrier(self, sendbuf: None, recvbuf: None, algorithm: None) -> None:
         """Barrier with the parameters of :meth:`_run_uncached`."""
@@ -784,6 +787,9 @@ class Intercomm(MPI.Intercomm):
 for _name in COMPARED:
     setattr(Communicator, f"{_name}_init", compare_at_init(_name))
 
+for _name in OBJECT_CALLS:
+    setattr(Communicator, _name, compare_objects(_name))
+
 OURS: dict[type[MPI.Comm], Any] = {
     MPI.Intracomm: Communicator,
     MPI.Cartcomm: Cartcomm,
@@ -804,18 +810,37 @@ def install_abort_hook() -> None:
     """
     if _hooks or MPI.COMM_WORLD.size == 1 or os.environ.get("HPCCOMM_EXCEPTHOOK") == "off":
         return
-    previous = sys.excepthook
+    previous, process = sys.excepthook, os.getpid()
     _hooks.append(previous)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if os.getpid() != process:  # a child of fork is no rank
+            return previous(kind, error, trace)
         try:
             if previous is not sys.__excepthook__:
                 previous(kind, error, trace)
         finally:
-            lines = "".join(traceback.format_exception(kind, error, trace))
-            line = f"[hpccomm] rank {MPI.COMM_WORLD.rank} aborts all ranks: uncaught exception:\n{lines}"
-            os.write(2, line.encode(errors="replace"))  # a library may have redirected sys.stderr
+            lines = describe_failure(MPI.COMM_WORLD.rank, error, trace)
+            os.write(2, lines.encode(errors="replace"))  # a library may have redirected sys.stderr
             time.sleep(FLUSH_SECONDS)
             MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook
+
+
+def describe_failure(rank: int, error: BaseException, trace: TracebackType | None) -> str:
+    """What a rank prints of an uncaught exception: of a mistake of ours a sentence and the program's own line.
+
+    The sentence of a mismatch, which all ranks see, is printed by one of them.  ``HPCCOMM_TRACEBACK=full`` prints all.
+    """
+    head = f"[hpccomm] rank {rank} aborts all ranks: "
+    frames = [each for each in traceback.extract_tb(trace) if not each.filename.startswith(PACKAGE)]
+    if not isinstance(error, HpccommError) or not frames or os.environ.get("HPCCOMM_TRACEBACK") == "full":
+        return f"{head}uncaught exception:\n{''.join(traceback.format_exception(type(error), error, trace))}"
+    at = frames[-1]
+    place = f"{head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
+    sentence = f"[hpccomm] {error}\n"
+    return sentence + place if not isinstance(error, MismatchError) or claim_report() else place
+
+
+PACKAGE = os.path.join(os.path.dirname(__file__), "")

@@ -14,6 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -166,10 +167,12 @@ class Context:
         """This machine's tuning table."""
         return tuning.load(mpi_name(), MPI.Get_processor_name(), ethernet=not layout.fast_networks())
 
-    def counts(self, elements: int) -> tuple[int, ...]:
-        """The number of elements of every rank (collective)."""
+    def exchange_counts(self, elements: int) -> tuple[int, ...]:
+        """The number of elements of every rank of a Reduce_scatter without counts (collective)."""
         counts = np.empty(self.size, np.int64)
-        self.private_comm.Allgather(np.array([elements], np.int64), counts)
+        own = np.array([elements], np.int64)
+        exchange = partial(self.private_comm.Allgather, own, counts)
+        self.run_together(Fingerprint("Reduce_scatter without recvcounts"), exchange)
         return tuple(counts.tolist())
 
     def open_consistency_table(self) -> tuple[consistency.ConsistencyTable | None, SharedSegment | None]:
@@ -199,6 +202,10 @@ class Context:
         try:
             memory = SharedMemory(self.node, patience_ns=NODE_PROGRESS_NS if self.layout.count == 1 else PROGRESS_NS)
             memory.mismatch = self.mismatch_error
+            if self.consistency:
+                table = self.consistency
+                memory.give_reason = table.write_reason
+                memory.find_reason = lambda k: table.read_reason(table.members[k])
         except TransportError as error:
             trouble = str(error)
         troubles = [each for each in self.private_comm.allgather(trouble) if each]

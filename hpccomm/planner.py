@@ -22,7 +22,6 @@ from hpccomm.calls import operations
 from hpccomm.calls.blocks import (
     EQUAL,
     FORMS,
-    NOT_COMPARED,
     ONE,
     PARTS,
     TYPED,
@@ -38,12 +37,13 @@ from hpccomm.calls.buffers import Buffer, address_of, apply_displacement, as_pai
 from hpccomm.calls.consistency import MEETING_SECONDS
 from hpccomm.calls.entry import Entry, class_lengths, why_no_entry
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
-from hpccomm.calls.plans import NativeCall, Plan, Run
+from hpccomm.calls.plans import NativeCall, Plan, Run, call_key
 from hpccomm.collectives.engine import bind, bind_segments
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels import objects, reproducible
+from hpccomm.kernels.entry.records import NOT_COMPARED
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
 from hpccomm.performance.tuning import Choice
 
@@ -144,6 +144,13 @@ class Planner:
         copy_in = None if source is None else lambda: np.copyto(vector, source)
         return self.keep(key, fingerprint, [copy_in, plan], plan.free, vector.nbytes)
 
+    def view_key(self, buf: Any, op: MPI.Op) -> Hashable:
+        """The key of an Allreduce_view: by the registered array, as its address may come back on some ranks only."""
+        key, memory = call_key("Allreduce_view", buf, IN_PLACE, operations.key_of(op)), self.shared_memory
+        if key is None or memory is None or type(buf) is not np.ndarray:
+            return key
+        return key, memory.allocation_number(address_of(buf), buf.nbytes)
+
     def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Plan:
         """Allreduce into one result per node, or into one result per rank where ranks share no memory."""
         who = self.call_label("Allreduce_view")
@@ -234,7 +241,7 @@ class Planner:
         """The number of elements for each rank; without ``recvcounts`` the ranks exchange theirs."""
         if recvcounts is None and in_place:
             raise ArgumentError(f"{who}: in place, the number of elements for each rank is unknown: pass recvcounts")
-        return self.context.counts(recv.elements) if recvcounts is None else recvcounts
+        return self.context.exchange_counts(recv.elements) if recvcounts is None else recvcounts
 
     def bind_reduce_scatter(
         self,
@@ -306,7 +313,7 @@ class Planner:
         if name == "Reduce_scatter":
             counts = arguments[0]
             if counts is None:
-                counts = self.context.counts(result.elements)
+                counts = self.context.exchange_counts(result.elements)
             first, result = sum(counts[: self.rank]), replace(result, count=counts[self.rank])
             arguments = (tuple(width * each for each in counts), *arguments[1:])
         elif name == "Reduce_scatter_block":

@@ -18,6 +18,11 @@ def wait_or_background(value: str) -> str:
     return "" if value in ("wait", "background") else "use wait or background"
 
 
+def short_or_full(value: str) -> str:
+    """The remedy for a value that is neither ``short`` nor ``full``."""
+    return "" if value in ("short", "full") else "use short or full"
+
+
 def seconds(value: str) -> str:
     """The remedy for a value that is not a number of seconds."""
     try:
@@ -43,6 +48,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_SHARED_MEMORY": on_or_off,
     "HPCCOMM_STALL_SECONDS": seconds,
     "HPCCOMM_TEST_LAUNCHER": elsewhere,
+    "HPCCOMM_TRACEBACK": short_or_full,
     "HPCCOMM_TUNING": elsewhere,
 }
 """Each variable with the function that gives the remedy for a wrong value; empty values are as good as none."""

@@ -16,11 +16,9 @@ from mpi4py import MPI
 
 from hpccomm.calls.buffers import Buffer, split_form
 from hpccomm.errors import ArgumentError
+from hpccomm.kernels.entry.records import NOT_COMPARED
 
 ONE, EQUAL, PARTS, TYPED = "one block", "equal blocks", "blocks of any length", "blocks of any datatype"
-
-NOT_COMPARED = -1
-"""The bytes of a block whose length this rank cannot determine, or that does not exist."""
 
 
 class Form(NamedTuple):

@@ -8,20 +8,20 @@ ranks that are missing from a slow one.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import os
-import sys
+import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 
-from hpccomm.calls.blocks import NOT_COMPARED, Amounts
+from hpccomm.calls.blocks import Amounts
+from hpccomm.calls.departures import Departure, Launchers
 from hpccomm.calls.fingerprint import (
     REMEDIES,
     Fingerprint,
@@ -30,8 +30,9 @@ from hpccomm.calls.fingerprint import (
     format_ranks,
     mismatch_message,
 )
-from hpccomm.errors import MismatchError
+from hpccomm.errors import HpccommError, MismatchError
 from hpccomm.kernels.entry.records import (
+    AMOUNT_CALLS,
     CALLS,
     COUNT_MASK,
     COUNT_PRIME,
@@ -39,18 +40,17 @@ from hpccomm.kernels.entry.records import (
     COUNTS,
     DIGEST_BITS,
     DIGEST_MASK,
+    NOT_COMPARED,
     STATUS,
 )
 from hpccomm.transports.polling import pause
 
 TEXTS = 64
 TEXT_BYTES = 248
-LEFT, GAVE_UP, HAS_CODE = STATUS + 1, STATUS + 2, STATUS + 3
+LEFT, GAVE_UP, HAS_CODE, REPORTED = STATUS + 1, STATUS + 2, STATUS + 3, STATUS + 4
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 FIRST_AMOUNTS = FIRST_TEXT + TEXTS * TEXT_WORDS
-AMOUNTS = 8
-"""Calls whose amounts a rank keeps: what it sends to each rank of its node, and what it receives from each."""
 
 ENTRY_MASK = (1 << DIGEST_BITS) - 1
 """The digest in an entry; the number of the call is above it."""
@@ -73,9 +73,12 @@ FLUSH_SECONDS = 0.5
 """Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
 
 
+REASON_BYTES = 512
+
+
 def row_words(members: int) -> int:
-    """64-bit words per rank: the last calls, status, their counts, fingerprints as text, and amounts of blocks."""
-    return FIRST_AMOUNTS + AMOUNTS * (1 + 2 * members)
+    """64-bit words per rank: the last calls, status, their counts, fingerprints as text, amounts, and a reason."""
+    return FIRST_AMOUNTS + AMOUNT_CALLS * (1 + 2 * members) + REASON_BYTES // 8
 
 
 def bytes_needed(members: int) -> int:
@@ -93,12 +96,13 @@ class ConsistencyTable:
     def __init__(self, memory: Any, members: tuple[int, ...], me: int) -> None:
         self._octets = memoryview(memory)
         self._words = self._octets.cast("q")
-        self._members, self._me = members, me
+        self.members, self._me = members, me
         self._stride = row_words(len(members))
         self._base = members.index(me) * self._stride
         self._peers = [k * self._stride for k, rank in enumerate(members) if rank != me]
-        self._amounts: tuple[int, Amounts] | None = None
         self._fingerprints: dict[int, Fingerprint] = {}
+        self.known_calls: dict[Hashable, int] = {}
+        """The digests of calls that are announced once."""
         self._compatible: set[tuple[int, int]] = set()
         self._warned = (0, 0)
         self.progress: Callable[[], Any] = lambda: None
@@ -120,10 +124,11 @@ class ConsistencyTable:
         self._words[self._base + STATUS] = -self._seq
 
     @property
-    def place(self) -> tuple[int, int, int, int]:
-        """Where compiled code finds the table: its address, bytes of a row, its rows, and this rank's row."""
+    def place(self) -> dict[str, int]:
+        """Where compiled code finds the table: its address, bytes of a row, its rows, this rank's row, and amounts."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._octets))
-        return address, 8 * self._stride, len(self._members), self._base // self._stride
+        rows = {"members": len(self.members), "member": self._base // self._stride}
+        return {"entries": address, "row_bytes": 8 * self._stride, "amounts_at": 8 * FIRST_AMOUNTS, **rows}
 
     def announce(self, fingerprint: Fingerprint) -> int:
         """Write the fingerprint of a future call; returns its digest for :meth:`enter`."""
@@ -146,7 +151,8 @@ class ConsistencyTable:
     def begin(self, digest: int, amounts: Amounts | None = None) -> None:
         """Enter a call that no rank leaves before all have entered: comparing in :meth:`leave` is early enough."""
         words, seq = self._words, self._seq + 1
-        self._amounts = None if amounts is None else self.write_amounts(seq, amounts)
+        if amounts:
+            self.write_amounts(seq, amounts)
         words[self._base + COUNTS + seq % CALLS] = 0
         words[self._base + seq % CALLS] = (seq << DIGEST_BITS) | digest
         words[self._base + STATUS] = seq
@@ -166,34 +172,32 @@ class ConsistencyTable:
             if theirs >> DIGEST_BITS == seq:
                 if theirs != mine:
                     self.compare(mine, theirs, peer)
-                if self._amounts:
-                    self.compare_amounts(peer)
+                self.compare_amounts(peer)
 
-    def write_amounts(self, seq: int, amounts: Amounts) -> tuple[int, Amounts]:
+    def find_amounts(self, row: int, seq: int) -> int:
+        """Where the amounts of a rank's call are: its number, what it sends to each member, what it receives."""
+        return row + FIRST_AMOUNTS + seq % AMOUNT_CALLS * (1 + 2 * len(self.members))
+
+    def write_amounts(self, seq: int, amounts: Amounts) -> None:
         """Write what this rank sends to each rank of this node in call ``seq``, and receives from each."""
-        start, number = self._base + FIRST_AMOUNTS + seq % AMOUNTS * (1 + 2 * len(self._members)), len(self._members)
+        start, number = self.find_amounts(self._base, seq), len(self.members)
         self._words[start] = 0
-        for k, rank in enumerate(self._members):
+        for k, rank in enumerate(self.members):
             self._words[start + 1 + k] = amounts.sends[rank]
             self._words[start + 1 + number + k] = amounts.receives[rank]
         self._words[start] = seq
-        return seq, amounts
 
     def compare_amounts(self, peer: int) -> None:
         """Raise if a rank of this node sends another amount than this one receives from it, or the other way round."""
-        seq, amounts = self._amounts or (0, Amounts((), ()))
-        number, me = len(self._members), self._base // self._stride
-        start = peer + FIRST_AMOUNTS + seq % AMOUNTS * (1 + 2 * number)
-        theirs, mine = self._members[peer // self._stride], self._me
-        sends, receives = self._words[start + 1 + me], self._words[start + 1 + number + me]
-        if seq != self._seq or self._words[start] != seq:
+        words, seq, number = self._words, self._seq, len(self.members)
+        mine, theirs = self.find_amounts(self._base, seq), self.find_amounts(peer, seq)
+        if words[mine] != seq or words[theirs] != seq:
             return
-        for sender, sent, receiver, room in (
-            (mine, amounts.sends[theirs], theirs, receives),
-            (theirs, sends, mine, amounts.receives[theirs]),
-        ):
+        me, member = self._base // self._stride, peer // self._stride
+        for a, sender, b, receiver in ((mine, me, theirs, member), (theirs, member, mine, me)):
+            sent, room = words[a + 1 + receiver], words[b + 1 + number + sender]
             if sent != room and NOT_COMPARED not in (sent, room):
-                raise MismatchError(self.explain_amounts(sender, sent, receiver, room))
+                raise MismatchError(self.explain_amounts(self.members[sender], sent, self.members[receiver], room))
 
     def explain_amounts(self, sender: int, sent: int, receiver: int, room: int) -> str:
         """The error sentence for a rank that sends another amount than the receiver expects."""
@@ -231,7 +235,7 @@ class ConsistencyTable:
 
     def all_had_code(self) -> bool:
         """Whether all members had them on entering this call, which all have entered: the same answer on all."""
-        return all(0 < self._words[k * self._stride + HAS_CODE] <= self._seq for k in range(len(self._members)))
+        return all(0 < self._words[k * self._stride + HAS_CODE] <= self._seq for k in range(len(self.members)))
 
     def raise_mismatch(self, failure: Exception) -> None:
         """After an error in a call, raise a MismatchError if the ranks' calls differ, else the error itself."""
@@ -290,14 +294,14 @@ class ConsistencyTable:
 
     def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
         """The call of a rank of this node whose fingerprint has this word, or this digest."""
-        row = self._members.index(rank) * self._stride if rank in self._members else self._base
+        row = self.members.index(rank) * self._stride if rank in self.members else self._base
         return self.find_text(row, word & DIGEST_MASK, word >> COUNT_SHIFT & COUNT_MASK)
 
     def explain(self) -> str:
         """The error sentence for the current call."""
         slot, seq = self._seq % CALLS, self._seq
-        entered = [k for k in range(len(self._members)) if self._words[k * self._stride + slot] >> DIGEST_BITS == seq]
-        calls = {self._members[k]: self.find_call(k * self._stride) for k in entered}
+        entered = [k for k in range(len(self.members)) if self._words[k * self._stride + slot] >> DIGEST_BITS == seq]
+        calls = {self.members[k]: self.find_call(k * self._stride) for k in entered}
         return mismatch_message(calls, self._me)
 
     def explain_departure(self, rank: int, call: Fingerprint | None) -> str:
@@ -315,14 +319,13 @@ class ConsistencyTable:
         seq = self._seq
         slot = seq % CALLS
         mine = self._words[self._base + slot]
-        for peer, rank in zip(self._peers, (r for r in self._members if r != self._me), strict=True):
+        for peer, rank in zip(self._peers, (r for r in self.members if r != self._me), strict=True):
             theirs = self._words[peer + slot]
             if theirs >> DIGEST_BITS == seq:
                 try:
                     if theirs != mine:
                         self.compare(mine, theirs, peer)
-                    if self._amounts:
-                        self.compare_amounts(peer)
+                    self.compare_amounts(peer)
                 except MismatchError as error:
                     return str(error)
             gave_up = self._words[peer + GAVE_UP]
@@ -346,7 +349,7 @@ class ConsistencyTable:
         words, number = self._words, self.active_seq or self._seq + 1
         call, digest = self.look_up_call(self._me, word), word & DIGEST_MASK
         for position in positions:
-            rank, row = self._members[position], position * self._stride
+            rank, row = self.members[position], position * self._stride
             entered = words[row + STATUS] == number and seconds > MEETING_SECONDS
             other = self.find_call(row, number) if entered else None
             if (other or words[row + LEFT]) and position in find_missing():
@@ -357,13 +360,31 @@ class ConsistencyTable:
                 raise MismatchError(different or self.explain_departure(rank, call))
         if positions and seconds > stall_seconds() and self._warned != (number, digest):
             self._warned = (number, digest)
-            absent = format_ranks([self._members[position] for position in positions])
+            absent = format_ranks([self.members[position] for position in positions])
             log_line(f"rank {self._me}: {call} not complete after {seconds:.0f} s; missing: {absent}")
+
+    def write_reason(self, error: BaseException) -> None:
+        """Tell the other ranks why this rank has left a call half done."""
+        text = (
+            str(error) if isinstance(error, HpccommError) else f"rank {self._me} raised {type(error).__name__}: {error}"
+        )
+        end = 8 * (self._base + self._stride)
+        self._octets[end - REASON_BYTES : end] = text.encode()[:REASON_BYTES].ljust(REASON_BYTES)
+
+    def read_reason(self, rank: int) -> str:
+        """Why a rank has left a call half done; empty if it has not said."""
+        end = 8 * (self.members.index(rank) + 1) * self._stride
+        return bytes(self._octets[end - REASON_BYTES : end]).rstrip(b" \0").decode(errors="replace")
+
+    def claim_report(self) -> bool:
+        """Whether no rank of this node has reported an error yet; from now on one has."""
+        first, self._words[REPORTED] = not self._words[REPORTED], 1
+        return first
 
     def missing_ranks(self) -> list[int]:
         """The members that have not entered the current call."""
-        reached = [abs(self._words[k * self._stride + STATUS]) for k in range(len(self._members))]
-        return [rank for rank, seq in zip(self._members, reached, strict=True) if seq < self._seq]
+        reached = [abs(self._words[k * self._stride + STATUS]) for k in range(len(self.members))]
+        return [rank for rank, seq in zip(self.members, reached, strict=True) if seq < self._seq]
 
     def describe_call(self) -> str:
         """The current call, for log lines."""
@@ -383,6 +404,16 @@ class ConsistencyTable:
 
 _tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()
 _watchdog: list[threading.Thread] = []
+_departure = Departure(_tables)
+
+
+def forget_watchdog() -> None:
+    """A child of fork has no watchdog; its tables belong to its parent."""
+    _watchdog.clear()
+    _tables.clear()
+
+
+os.register_at_fork(after_in_child=forget_watchdog)
 
 
 def watch(table: ConsistencyTable) -> None:
@@ -391,13 +422,6 @@ def watch(table: ConsistencyTable) -> None:
     if not _watchdog:
         _watchdog.append(threading.Thread(target=run_watchdog, name="hpccomm-watchdog", daemon=True))
         _watchdog[0].start()
-        atexit.register(mark_all_left)
-
-
-def mark_all_left() -> None:
-    """At exit, tell the other ranks of all communicators."""
-    for table in list(_tables):
-        table.mark_left()
 
 
 def stall_seconds() -> float:
@@ -409,8 +433,11 @@ def run_watchdog() -> None:
     """Abort calls that can never complete, with the reason; log calls that take long."""
     since: weakref.WeakKeyDictionary[ConsistencyTable, tuple[int, float]] = weakref.WeakKeyDictionary()
     warned: weakref.WeakKeyDictionary[ConsistencyTable, int] = weakref.WeakKeyDictionary()
+    launchers = Launchers()
     while True:
         time.sleep(PERIOD)
+        if launchers.describe_loss():
+            end_orphan(launchers.describe_loss())
         tables: list[ConsistencyTable] = []
         with contextlib.suppress(RuntimeError):  # another thread makes a communicator
             tables = list(_tables)
@@ -436,9 +463,28 @@ def check_progress(table: ConsistencyTable, seq: int, waited: float, warned: Any
 
 
 def log_line(sentence: str) -> None:
-    """Write one line to stderr with a single call, so that lines of different ranks do not mix."""
-    sys.stderr.write(f"[hpccomm] {sentence}\n")
-    sys.stderr.flush()
+    """Write one line to stderr with a single call, so that lines of different ranks do not mix.
+
+    A library may have redirected ``sys.stderr``.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"[hpccomm] {sentence}\n".encode(errors="replace"))
+
+
+def end_orphan(reason: str) -> None:
+    """End this process, which nobody waits for any more."""
+    with contextlib.suppress(OSError, ValueError):
+        log_line(reason)
+    os.kill(os.getpid(), signal.SIGKILL)  # MPI cannot end in order without its launcher
+
+
+def claim_report() -> bool:
+    """Whether no other rank of this node has reported an error that concerns all of them."""
+    first = True
+    for table in list(_tables):
+        with contextlib.suppress(ValueError):  # it is closed
+            first = table.claim_report() and first
+    return first
 
 
 def abort_all(reason: str) -> None:
