@@ -7,7 +7,6 @@ import numpy as np
 from mpi4py import MPI
 
 import hpccomm
-from hpccomm.algorithms.exchange import sum_reports
 
 comm = hpccomm.Communicator(MPI.COMM_WORLD)
 rng = np.random.default_rng(comm.rank)  # every rank has its own samples
@@ -28,7 +27,7 @@ for _ in range(200):
     step, state = method.update(gradient, state, weights)
     weights += step
 
-cost = sum_reports(state)
+cost = hpccomm.report(state).cost
 if comm.rank == 0:
     error = np.abs(weights - truth).max()
     print(f"{comm.size} ranks: largest error {error:.4f}, {cost.exchanges} exchanges, {cost.wire_bytes} bytes")

@@ -17,9 +17,10 @@ _MODULES = {
     "buckets": "Bucket",
     "layout": "Layout",
     "errors": "ArgumentError HpccommError LaunchError MismatchError ScheduleError TransportError",
-    "algorithms.transforms": "Transform adam chain clip descend every momentum scale scale_by_schedule weight_decay",
+    "algorithms.transforms": "Transform adam apply_if_finite chain clip descend every flush momentum scale "
+    "scale_by_schedule weight_decay",
     "algorithms.exchange": "mean synchronous_adam synchronous_sgd",
-    "algorithms.error_feedback": "feedback",
+    "algorithms.error_feedback": "feedback without_feedback",
     "algorithms.threshold_compression": "gtc",
     "algorithms.deep_gradient_compression": "dgc",
     "algorithms.onebit": "ef_signsgd onebit_adam onebit_lamb onebit_sgd",
@@ -36,7 +37,9 @@ _MODULES = {
     "algorithms.compression.quantized": "cast natural none qsgd ternary",
     "algorithms.compression.selection": "randomk threshold topk",
     "algorithms.compression.signs": "onebit sign_majority",
-    "algorithms.checkpoints": "for_ranks load load_state_dict save state_dict",
+    "algorithms.checkpoints": "load load_state_dict save state_dict",
+    "algorithms.reports": "report",
+    "algorithms.states": "for_ranks snapshot",
 }
 """Where the public names are defined, module by module."""
 

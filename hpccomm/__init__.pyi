@@ -2,7 +2,6 @@ __version__: str
 
 from hpccomm.algorithms.blockwise_filtering import bmuf as bmuf
 from hpccomm.algorithms.blockwise_filtering import bmuf_adam as bmuf_adam
-from hpccomm.algorithms.checkpoints import for_ranks as for_ranks
 from hpccomm.algorithms.checkpoints import load as load
 from hpccomm.algorithms.checkpoints import load_state_dict as load_state_dict
 from hpccomm.algorithms.checkpoints import save as save
@@ -20,6 +19,7 @@ from hpccomm.algorithms.compression.signs import onebit as onebit
 from hpccomm.algorithms.compression.signs import sign_majority as sign_majority
 from hpccomm.algorithms.deep_gradient_compression import dgc as dgc
 from hpccomm.algorithms.error_feedback import feedback as feedback
+from hpccomm.algorithms.error_feedback import without_feedback as without_feedback
 from hpccomm.algorithms.exchange import mean as mean
 from hpccomm.algorithms.exchange import synchronous_adam as synchronous_adam
 from hpccomm.algorithms.exchange import synchronous_sgd as synchronous_sgd
@@ -35,16 +35,21 @@ from hpccomm.algorithms.onebit import onebit_lamb as onebit_lamb
 from hpccomm.algorithms.onebit import onebit_sgd as onebit_sgd
 from hpccomm.algorithms.parameter_server import ParameterServer as ParameterServer
 from hpccomm.algorithms.power_sgd import powersgd as powersgd
+from hpccomm.algorithms.reports import report as report
 from hpccomm.algorithms.sharded.groups import mics as mics
 from hpccomm.algorithms.sharded.units import data_parallel as data_parallel
 from hpccomm.algorithms.sharded.units import zero as zero
+from hpccomm.algorithms.states import for_ranks as for_ranks
+from hpccomm.algorithms.states import snapshot as snapshot
 from hpccomm.algorithms.threshold_compression import gtc as gtc
 from hpccomm.algorithms.transforms import Transform as Transform
 from hpccomm.algorithms.transforms import adam as adam
+from hpccomm.algorithms.transforms import apply_if_finite as apply_if_finite
 from hpccomm.algorithms.transforms import chain as chain
 from hpccomm.algorithms.transforms import clip as clip
 from hpccomm.algorithms.transforms import descend as descend
 from hpccomm.algorithms.transforms import every as every
+from hpccomm.algorithms.transforms import flush as flush
 from hpccomm.algorithms.transforms import momentum as momentum
 from hpccomm.algorithms.transforms import scale as scale
 from hpccomm.algorithms.transforms import scale_by_schedule as scale_by_schedule

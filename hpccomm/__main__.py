@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from hpccomm import HpccommError, __version__
+from hpccomm.arguments import Parser
 
 COMMANDS = {
     "bench": "measure collectives and messages, in OSU's or nccl-tests' format",
@@ -20,9 +21,11 @@ COMMANDS = {
     "tune": "measure which algorithm is fastest on this machine, and save that for later jobs",
     "warm": "compile the functions of shared memory, so that programs start at once",
     "info": "show the software, ranks and devices found here, the settings in force, and which algorithms are used",
+    "doctor": "check what a job needs on this machine, and say the cure for what is missing",
     "verify": "prove schedules correct for a range of sizes",
     "predict": "predict the time of every algorithm of a collective on a cluster of your choice",
     "plot": "print or draw a schedule, or draw benchmark results",
+    "completion": "print the lines that let a shell complete the commands",
 }
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
@@ -31,11 +34,13 @@ AGREEMENT_SECONDS = 10.0
 """Seconds within which all ranks reach the same error, on a loaded machine as well."""
 RANK_0_SECONDS = 10.0
 """Seconds for which other ranks leave an error in the arguments to rank 0, whose exit ends them."""
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
 
 
 def parser(chosen: str | None) -> argparse.ArgumentParser:
     """A parser with all commands in its help and the flags of the chosen one."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="hpccomm", description="Collectives on MPI: measured, proved, priced, drawn, and training that uses them."
     )
     made.add_argument("--version", action="version", version=f"hpccomm {__version__}")
@@ -76,11 +81,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HPCCOMM_COMPILE", "wait")  # commands measure or show what programs get in the end
     try:
         status = int(args.run(args))
-    except (HpccommError, ImportError) as error:
-        sentence = f"hpccomm {args.command}: {error}\n"
+    except (HpccommError, ImportError, RuntimeError) as error:
+        sentence = f"hpccomm {args.command}: {explain(error)}\n"
+    except KeyboardInterrupt:
+        return leave_quietly()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if status and not exit_together(sentence):
         sys.stderr.write(sentence)
     return status
+
+
+def explain(error: Exception) -> str:
+    """The sentence of an error; raises an error that is not for users."""
+    if "mpi4py.MPI" not in sys.modules and not isinstance(error, HpccommError):
+        from hpccomm.launcher import library
+
+        try:
+            library()
+        except HpccommError as missing:
+            return str(missing)
+    if isinstance(error, HpccommError | ImportError):
+        return str(error)
+    raise error
+
+
+def leave_quietly() -> int:
+    """After Ctrl-C: a rank ends at once, as MPI would report that the others are gone."""
+    sys.stdout.flush()
+    module = sys.modules.get("mpi4py.MPI")
+    if module is not None and module.Is_initialized() and module.COMM_WORLD.size > 1:
+        os._exit(INTERRUPTED)
+    return INTERRUPTED
 
 
 def exit_together(sentence: str) -> bool:

@@ -21,19 +21,18 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm import layout
-from hpccomm.backends.hierarchical import TwoLevels
-from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
+from hpccomm.backends.schedules import Schedules
 from hpccomm.backends.shared_memory import SharedMemory
 from hpccomm.calls import consistency
 from hpccomm.calls.entry import Doors, Entry
 from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, mismatch_message
 from hpccomm.calls.plans import Plan
-from hpccomm.collectives import ALGORITHMS, hierarchical
+from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.hierarchical import HIERARCHICAL, Form, select_form
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.performance import tuning
-from hpccomm.performance.cost import HIERARCHICAL
 from hpccomm.settings import check_environment
 from hpccomm.transports.mpi import MessageTransport, mpi_name
 from hpccomm.transports.segment import SharedSegment
@@ -121,8 +120,7 @@ class Context:
         """0 before the first collective; rises when calls may run in another way than before."""
         self.node_memory: SharedMemory | None = None
         """Shared memory of this node's ranks; ``None`` on all nodes if it is not available on one of them."""
-        self._two_levels: TwoLevels | None = None
-        self._two_level_gathers: TwoLevelGathers | None = None
+        self._schedules: Schedules | None = None
         self.hierarchical_algorithms = {name: on(self.layout.nodes) for name, on in HIERARCHICAL.items()}
         """The hierarchical schedule for this layout, by collective."""
         self._decisions: dict[Hashable, tuning.Choice] = {}
@@ -157,11 +155,7 @@ class Context:
 
     def make_memory(self) -> None:
         """Make the shared memory of this node, and what is built on it (collective)."""
-        self.node_memory = self.open_memory()
-        if self.layout.count > 1 and self.node_memory:
-            channels = hierarchical.channels_of(self.layout.nodes)
-            self._two_levels = TwoLevels(self.node_memory, self.messages, channels, self.table.machine.inter)
-            self._two_level_gathers = TwoLevelGathers(self.node_memory, self.messages, channels)
+        self.node_memory, self._schedules = self.open_memory(), None
 
     def load_table(self) -> tuning.Table:
         """This machine's tuning table."""
@@ -251,14 +245,15 @@ class Context:
             each.forget()
 
     @property
-    def two_levels(self) -> TwoLevels | None:
-        """Allreduce in shared memory inside the nodes and by messages between them; ``None`` on a single node."""
-        return self._two_levels
+    def schedules(self) -> Schedules:
+        """Schedules on messages; on several nodes they meet in the shared memory of each."""
+        if self._schedules is None:
+            self._schedules = Schedules(self.node_memory if self.layout.count > 1 else None, self.messages)
+        return self._schedules
 
-    @property
-    def two_level_gathers(self) -> TwoLevelGathers | None:
-        """Allgather and reduce-scatter in the same two levels."""
-        return self._two_level_gathers
+    def hierarchical_form(self, collective: str, nbytes: int, shared: bool) -> Form:
+        """What runs for the hierarchical algorithm; ``shared``: the ranks of each node meet in shared memory."""
+        return select_form(collective, self.layout.nodes, nbytes, self.table.machine.inter, shared)
 
     def mismatch_error(self, digests: list[int]) -> MismatchError:
         """The error when the ranks of a node enter different calls in shared memory."""

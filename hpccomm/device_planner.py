@@ -30,6 +30,7 @@ from hpccomm.calls.plans import Plan, Run
 from hpccomm.context import algorithm_setting
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels.reductions.reference import code_of, has_kernel
+from hpccomm.performance.units import format_count
 from hpccomm.planner import IN_PLACE, Counts, Planner, is_in_place
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging
@@ -391,7 +392,7 @@ class DevicePlanner(Planner):
         send, recv, in_place = self.transfer_operands(operands, who)
         counts, displs = recv.buffer.blocks(p)
         if len(counts) != p:
-            raise ArgumentError(f"{who}: {len(counts)} counts for {p} ranks: pass one count per rank")
+            raise ArgumentError(f"{who}: {len(counts)} counts for {format_count(p, 'rank')}: pass one count per rank")
         self.check_allgather(send.buffer, recv.buffer, counts, displs, who)
         cuts = np.cumsum([0, *counts]).tolist()
         begin = displs[me] if in_place else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hpccomm.arguments import Parser
 from hpccomm.errors import LaunchError
 
 PROBE_SCRIPT = """
@@ -132,7 +134,8 @@ def launch_command(
     for variable in ONE_THREAD:
         env.setdefault(variable, "1")
     if found.family.name == "Open MPI":
-        launcher += open_mpi_flags(is_oversubscribed(ranks, env))
+        check_slots(ranks, more, env)
+        launcher += open_mpi_flags(is_oversubscribed(ranks, env), is_oversubscribed(ranks, env, count_cores()))
         if os.geteuid() == 0:
             env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return [*launcher, *more, "-n", str(ranks), *python_command(program)], env
@@ -143,16 +146,46 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if k.startswith("PMIX_MCA_") or not k.startswith(RANK_PREFIXES)}
 
 
-def is_oversubscribed(ranks: int, environ: Mapping[str, str]) -> bool:
-    """Whether there are more ranks than cores of this machine, and no scheduler that places them."""
-    return ranks > len(os.sched_getaffinity(0)) and not any(name in environ for name in ALLOCATIONS)
+def is_oversubscribed(ranks: int, environ: Mapping[str, str], places: int | None = None) -> bool:
+    """Whether there are more ranks than ``places`` (default: CPUs) here, and no scheduler that places them."""
+    places = len(os.sched_getaffinity(0)) if places is None else places
+    return ranks > places and not any(name in environ for name in ALLOCATIONS)
 
 
-def open_mpi_flags(crowd: bool) -> list[str]:
+def count_cores(folder: Path = Path("/sys/devices/system/cpu")) -> int:
+    """The cores of this process: Open MPI gives a core one slot, whatever the number of its hardware threads."""
+    cpus = os.sched_getaffinity(0)
+    files = [folder / f"cpu{cpu}" / "topology" / "thread_siblings_list" for cpu in cpus]
+    siblings = {file.read_text(encoding="utf-8") for file in files if file.is_file()}
+    return len(siblings) or len(cpus)
+
+
+def check_slots(ranks: int, more: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Raise LaunchError for more ranks than the scheduler has given slots, which ``mpirun`` explains in a page."""
+    slots = count_slots(environ)
+    if slots and ranks > slots and not any("oversubscribe" in word.lower() or "host" in word for word in more):
+        raise LaunchError(
+            f"the scheduler has given this job {slots} slots for {ranks} ranks: ask it for {ranks} tasks, "
+            f"start {slots} ranks, or share the cores with --mpi-args=--oversubscribe"
+        )
+
+
+def count_slots(environ: Mapping[str, str]) -> int:
+    """The ranks for which a scheduler has reserved cores; 0 where that is not known."""
+    nodefile = Path(environ.get("PBS_NODEFILE", ""))
+    if nodefile.is_file():
+        return len(nodefile.read_text(encoding="utf-8").split())
+    per_node = environ.get("SLURM_TASKS_PER_NODE", "")  # 4(x3),2
+    return sum(int(number) * int(times or 1) for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node))
+
+
+def open_mpi_flags(crowd: bool, few_slots: bool) -> list[str]:
     """Flags that disable one-sided UCX, which fails in containers; oversubscribed ranks yield while they wait."""
     flags = ["--mca", "osc", "^ucx"]
+    if crowd or few_slots:
+        flags += ["--oversubscribe"]
     if crowd:
-        flags += ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1"]
+        flags += ["--mca", "mpi_yield_when_idle", "1"]
     for variable in ONE_THREAD:
         flags += ["-x", variable]
     return flags
@@ -203,13 +236,14 @@ def check_world(comm_size: int, environ: Mapping[str, str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The flags of ``hpccomm-run``."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="hpccomm-run",
         description="Start ranks with the launcher that belongs to the MPI library that mpi4py loads.",
         usage="hpccomm-run -n RANKS [--mpi-args ARGS] [--dry-run] (script.py | -m MODULE | COMMAND) ARG ...",
         allow_abbrev=False,
     )
-    made.add_argument("-n", "-np", type=int, required=True, dest="ranks", metavar="RANKS", help="how many ranks")
+    names = ("-n", "-np", "--np", "--ranks")
+    made.add_argument(*names, type=int, required=True, dest="ranks", metavar="RANKS", help="how many ranks")
     made.add_argument("--mpi-args", default="", metavar="ARGS", help="more for the launcher: --mpi-args='--hostfile h'")
     made.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
     return made
@@ -217,9 +251,10 @@ def parser() -> argparse.ArgumentParser:
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The flags of ``hpccomm-run``, and the program with its arguments."""
-    k = 0
+    argv, k = list(argv), 0
     while k < len(argv) and argv[k] not in ("-m", "-c", "--") and argv[k].startswith("-"):
-        k += 2 if argv[k] in ("-n", "-np", "--mpi-args") else 1
+        argv[k : k + 1] = re.split(r"(?<=^-n)=?(?=\d+$)|(?<=^-np)=?(?=\d+$)", argv[k])  # -np4
+        k += 2 if argv[k] in ("-n", "-np", "--np", "--ranks", "--mpi-args") else 1
     return list(argv[:k]), [word for word in argv[k : k + 1] if word != "--"] + list(argv[k + 1 :])
 
 

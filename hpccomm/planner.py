@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.backends.hierarchical import Operands
-from hpccomm.backends.hierarchical_gathers import TwoLevelGathers
+from hpccomm.backends.schedules import Reduction
 from hpccomm.calls import operations
 from hpccomm.calls.blocks import (
     EQUAL,
@@ -26,7 +25,7 @@ from hpccomm.calls.blocks import (
     PARTS,
     TYPED,
     Amounts,
-    Form,
+    BlockForm,
     amounts_of,
     block_bytes,
     find_blocks,
@@ -38,14 +37,17 @@ from hpccomm.calls.consistency import MEETING_SECONDS
 from hpccomm.calls.entry import Entry, class_lengths, why_no_entry
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import NativeCall, Plan, Run, call_key
-from hpccomm.collectives.engine import bind, bind_segments
-from hpccomm.collectives.schedule import Algorithm
+from hpccomm.collectives.engine import BoundSchedule
+from hpccomm.collectives.hierarchical import Form
+from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.schedule import Algorithm, without_node_steps
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels import objects, reproducible
 from hpccomm.kernels.entry.records import NOT_COMPARED
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
 from hpccomm.performance.tuning import Choice
+from hpccomm.performance.units import format_count
 
 IN_PLACE = MPI.IN_PLACE
 Counts = tuple[int, ...]
@@ -132,17 +134,8 @@ class Planner:
             ends = send.address, recv.address
             shared = partial(self.shared_memory.bind_allreduce, *ends, recv.elements, recv.kind, operations.name_of(op))
             return self.keep_shared(key, fingerprint, shared, choice)
-        levels = self.context.two_levels if choice.algorithm == "hierarchical" else None
-        if levels and op.is_predefined and levels.memory.reduces(operations.name_of(op), recv.kind):
-            op_name, combine = operations.name_of(op), operations.combiner(op)
-            data = Operands(send.address, recv.address, vector, recv.kind, op_name, combine)
-            levels.memory.stall_handler = self.progress_driver()
-            plan = levels.bind(data, fingerprint.digest)
-            return self.keep(key, fingerprint, [plan], plan.free, vector.nbytes)
-        ours = self.context.algorithms("allreduce")[choice.algorithm]
-        plan = self.bind_schedule(ours, vector, ours.steps(self.rank, self.size), choice, op, fingerprint)
-        copy_in = None if source is None else lambda: np.copyto(vector, source)
-        return self.keep(key, fingerprint, [copy_in, plan], plan.free, vector.nbytes)
+        plan = self.bind_schedule("allreduce", choice, vector, source, recv.kind, op, fingerprint)
+        return self.keep(key, fingerprint, [plan], plan.free, vector.nbytes)
 
     def view_key(self, buf: Any, op: MPI.Op) -> Hashable:
         """The key of an Allreduce_view: by the registered array, as its address may come back on some ranks only."""
@@ -201,11 +194,10 @@ class Planner:
             shared = partial(method, *ends, send.elements, send.kind, operations.name_of(op), root)
             return self.keep_shared(key, fingerprint, shared, choice)
         work = recv.vector() if self.rank == root else np.empty_like(source)
-        ours = self.context.algorithms("reduce")[choice.algorithm]
-        plan = self.bind_schedule(ours, work, ours.steps(self.rank, self.size, root), choice, op, fingerprint)
-        in_place = self.rank == root and send is recv
-        copy_in = None if in_place else lambda: np.copyto(work, source)
-        return self.keep(key, fingerprint, [copy_in, plan], plan.free, 0)
+        operand = None if self.rank == root and send is recv else source
+        due = None if self.rank == root else (0, 0)
+        plan = self.bind_schedule("reduce", choice, work, operand, send.kind, op, fingerprint, root, due=due)
+        return self.keep(key, fingerprint, [plan], plan.free, 0)
 
     def reduce_scatter_block(
         self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None
@@ -270,20 +262,14 @@ class Planner:
             method = self.shared_memory.bind_reduce_scatter
             shared = partial(method, send.address, recv.address, counts, send.kind, operations.name_of(op))
             return self.keep_shared(key, fingerprint, shared, choice)
-        ours = self.context.algorithms("reduce_scatter")[choice.algorithm]
-        levels = self.two_level_gathers(choice, op, send.kind)
-        order = levels.order if levels else block_order(ours, self.size)
-        cuts = cuts_of(counts, order)
-        work = source if levels and order == sorted(order) else np.empty_like(source)
-        copy_in = None if work is source else sorter(work, source, counts, order)
-        if levels:
-            op_name, combine = operations.name_of(op), operations.combiner(op)
-            data = Operands(address_of(work), recv.address, into, send.kind, op_name, combine)
-            plan = levels.bind_reduce_scatter(data, cuts, fingerprint.digest)
-            return self.keep(key, fingerprint, [copy_in, plan], plan.free, work.nbytes)
-        steps, me = ours.steps(self.rank, self.size), order.index(self.rank)
-        plan = bind(steps, work, cuts, self.context.messages, operations.combiner(op), fingerprint.digest)
-        block = work[cuts[me] : cuts[me + 1]]
+        order = block_order(self.context.algorithms("reduce_scatter")[choice.algorithm], self.size)
+        cuts, me = cuts_of(counts, order), order.index(self.rank)
+        work = np.empty_like(source)
+        copy_in = None if order == sorted(order) else sorter(work, source, counts, order)
+        operand, due = None if copy_in else source, (cuts[me], cuts[me + 1])
+        kind = send.kind
+        plan = self.bind_schedule("reduce_scatter", choice, work, operand, kind, op, fingerprint, None, cuts, due)
+        block = work[slice(*due)]
         moves: list[Run | None] = [copy_in, plan, lambda: np.copyto(into, block)]
         return self.keep(key, fingerprint, moves, plan.free, work.nbytes)
 
@@ -351,7 +337,8 @@ class Planner:
         send = recv if is_in_place(sendbuf) else self.read_buffer(sendbuf, who)
         counts = (0,) * self.size if recv.opaque else recv.blocks(self.size)[0]
         if len(counts) != self.size:
-            raise ArgumentError(f"{who}: {len(counts)} counts for {self.size} ranks: pass one count per rank")
+            ranks = format_count(self.size, "rank")
+            raise ArgumentError(f"{who}: {len(counts)} counts for {ranks}: pass one count per rank")
         return self.bind_allgather(key, "Allgatherv", send, recv, counts, algorithm)
 
     def bind_allgather(
@@ -377,8 +364,7 @@ class Planner:
             sizes, offsets = [each * width for each in counts], [each * width for each in displs]
             shared = partial(self.shared_memory.bind_allgather, own, recv.address, sizes, offsets)
             return self.keep_shared(key, fingerprint, shared, choice)
-        ours, levels = self.context.algorithms("allgather")[choice.algorithm], self.two_level_gathers(choice)
-        order = levels.order if levels else block_order(ours, self.size)
+        order = block_order(self.context.algorithms("allgather")[choice.algorithm], self.size)
         cuts, block = cuts_of(counts, order), order.index(me)
         in_order = [displs[rank] for rank in order] == cuts[:-1]
         work = recv.vector(cuts[-1]) if in_order else np.empty(cuts[-1], recv.dtype)
@@ -387,10 +373,7 @@ class Planner:
         copy_in = None if in_place and in_order else lambda: np.copyto(mine.view("u1"), source.view("u1"))
         places = [(counts[rank], displs[rank]) for rank in order]
         copy_out = None if in_order else block_copier(work, cuts, recv, places)
-        if levels:
-            plan = levels.bind_allgather(work, cuts, fingerprint.digest)
-        else:
-            plan = bind(ours.steps(me, self.size), work, cuts, self.context.messages, None, fingerprint.digest)
+        plan = self.bind_schedule("allgather", choice, work, None, "", None, fingerprint, cuts=cuts)
         return self.keep(key, fingerprint, [copy_in, plan, copy_out], plan.free, octets)
 
     def bind_packed_allgather(self, key: Hashable, send: Buffer, recv: Buffer, algorithm: str | None) -> Plan:
@@ -423,9 +406,7 @@ class Planner:
             start = address_of(vector) if packed else data.address
             shared = partial(self.shared_memory.bind_bcast, start, data.nbytes, root)
             return self.keep_shared(key, fingerprint, shared, choice, before, after)
-        ours = self.context.algorithms("bcast")[choice.algorithm]
-        steps = ours.steps(self.rank, self.size, root)
-        plan = self.bind_schedule(ours, vector.view("u1"), steps, choice, None, fingerprint)
+        plan = self.bind_schedule("bcast", choice, vector.view("u1"), None, "", None, fingerprint, root)
         return self.keep(key, fingerprint, [before, plan, after], plan.free, 0)
 
     def alltoall(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
@@ -523,7 +504,7 @@ class Planner:
             self.check_moved(form, send, recv, found, who)
         return send, recv
 
-    def check_moved(self, form: Form, send: Any, recv: Any, blocks: list[Any], who: str) -> None:
+    def check_moved(self, form: BlockForm, send: Any, recv: Any, blocks: list[Any], who: str) -> None:
         """Refuse buffers that overlap, that differ in type or memory order, or whose own block has two lengths."""
         if share_bytes(*blocks):
             raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
@@ -638,7 +619,8 @@ class Planner:
     def check_blocks(self, send: Buffer, recv: Buffer, counts: Counts, who: str) -> None:
         """Refuse counts of a reduce-scatter that do not fit the buffers."""
         if len(counts) != self.size or min(counts) < 0:
-            raise ArgumentError(f"{who}: recvcounts {counts} for {self.size} ranks: pass one count per rank")
+            ranks = format_count(self.size, "rank")
+            raise ArgumentError(f"{who}: recvcounts {counts} for {ranks}: pass one count per rank")
         total, in_place = sum(counts), send is recv
         if send.kind != recv.kind or send.elements != total or (not in_place and recv.elements < counts[self.rank]):
             raise ArgumentError(
@@ -671,16 +653,6 @@ class Planner:
         ]
         if share_bytes([(send.address, send.nbytes)], blocks):
             raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
-
-    def two_level_gathers(self, choice: Choice, op: MPI.Op | None = None, kind: str = "") -> TwoLevelGathers | None:
-        """The two-level implementation of an allgather or a reduce-scatter; ``None`` where only a schedule can run."""
-        found = self.context.two_level_gathers if choice.algorithm == "hierarchical" else None
-        if found is None:
-            return None
-        if op is not None and not (op.is_predefined and found.memory.reduces(operations.name_of(op), kind)):
-            return None
-        found.memory.stall_handler = self.progress_driver()
-        return found
 
     @property
     def shared_memory(self) -> Any:
@@ -804,19 +776,41 @@ class Planner:
 
     def bind_schedule(
         self,
-        ours: Algorithm,
-        vector: npt.NDArray[Any],
-        steps: Any,
+        collective: str,
         choice: Choice,
+        vector: npt.NDArray[Any],
+        source: npt.NDArray[Any] | None,
+        kind: str,
         op: MPI.Op | None,
         fingerprint: Fingerprint,
-    ) -> Any:
-        """Bind a schedule, in segments where they make it faster."""
+        root: int | None = None,
+        cuts: list[int] | None = None,
+        due: tuple[int, int] | None = None,
+    ) -> BoundSchedule:
+        """Bind a schedule to a vector and, if it reduces, to the operand, which may be in ``source``.
+
+        ``cuts`` are the offsets of blocks, ``due`` the elements of the vector that are read afterwards, by default all.
+        """
+        op_name = None if op is None else operations.name_of(op)
+        memory = self.context.schedules.memory
+        if memory:
+            memory.stall_handler = self.progress_driver()
+        shared = (op is None or op.is_predefined) and self.context.schedules.serves(op_name, kind)
+        form = self.form_of(collective, choice, vector.nbytes, shared)
+        steps = form.algorithm.steps(self.rank, self.size, *(() if root is None else (int(root),)))
+        steps = steps if shared else without_node_steps(steps, self.rank)
+        layout = Layout(vector.size, vector.itemsize, form.algorithm.blocks(self.size), cuts)
+        program = lower(steps, self.rank, layout, form.pipeline, source is not None, due)
+        reduction = None if op is None else Reduction(operations.combiner(op), kind, op_name or "")
+        return self.context.schedules.bind(program, vector, source, reduction, fingerprint.digest)
+
+    def form_of(self, collective: str, choice: Choice, nbytes: int, shared: bool) -> Form:
+        """What runs for a choice: its algorithm, in segments where they make it faster."""
+        if choice.algorithm == "hierarchical":
+            return self.context.hierarchical_form(collective, nbytes, shared)
+        ours = self.context.algorithms(collective)[choice.algorithm]
         segment = choice.segment_bytes or (SEGMENT_BYTES if ours.segmented else 0)
-        segments = -(-vector.nbytes // segment) if segment and vector.nbytes else 1
-        combine = None if op is None else operations.combiner(op)
-        blocks = ours.blocks(self.size)
-        return bind_segments(steps, vector, blocks, segments, self.context.messages, combine, fingerprint.digest)
+        return Form(ours, Pipeline(-(-nbytes // segment) if segment and nbytes else 1))
 
     def bind_native(
         self,

@@ -99,7 +99,7 @@ def test_new_arrays_add_columns_and_first_calls_add_comments(tmp_path: Path) -> 
 
 
 def test_nccl_tests_table_and_its_readers() -> None:
-    lines = lines_of(bench(2, "allreduce --format nccl -b 1K -e 4K -i 3"))
+    lines = lines_of(bench(2, "./build/all_reduce_perf -b 1K -e 4K -f 2 -g 1 -n 3"))
     start = next(k for k, line in enumerate(lines) if "out-of-place" in line)
     end = next(k for k, line in enumerate(lines) if "Out of bounds values" in line)
     rows = [line.split() for line in lines[start + 3 : end]]
@@ -112,7 +112,7 @@ def test_nccl_tests_table_and_its_readers() -> None:
 
 
 def test_a_bandwidth_below_the_required_one_is_a_failure() -> None:
-    done = bench(2, "allreduce --format nccl -b 8 -e 8 -i 3 --min-busbw 1e9")
+    done = bench(2, "allreduce --format nccl -b 8 -e 8 -n 3 --min-busbw 1e9")
     assert done.returncode == 1
     assert re.search(r"# Avg bus bandwidth    : \S+ FAILED", done.stdout)
 
@@ -124,6 +124,9 @@ def test_a_bandwidth_below_the_required_one_is_a_failure() -> None:
         (3, "osu_bw", "This test requires exactly two processes\n"),
         (2, "allreduce --algorithm fastest", "allreduce has no algorithm 'fastest': use auto, native"),
         (2, "bcast -k fixed:2", "-k fixed:2: with 2 ranks use a root from 0 to 1"),
+        (2, "allreduc", "there is no benchmark 'allreduc': use one of allreduce"),
+        (3, "allgather -b 8 -e 8", "no size is left that gives 3 ranks an element each"),
+        (2, "allreduce -M 2", "no size is left"),
         (2, "mumble", "there is no benchmark 'mumble': use one of allreduce"),
     ],
 )

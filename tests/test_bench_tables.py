@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import collectives
 from hpccomm import ArgumentError
-from hpccomm.bench import flags, nccl, osu, plot, report
+from hpccomm.bench import flags, nccl, nccl_flags, osu, plot, report
 from hpccomm.bench.cases import CASES
 from hpccomm.bench.loop import Row, percentile
 
@@ -353,7 +353,12 @@ def parse_line(line: str) -> flags.BenchArguments:
         ("bibw -m 64Ki:1Mi", 1 << 16, 1 << 20),
         ("barrier", 0, 0),
         ("allreduce --format nccl", 32 << 20, 32 << 20),
-        ("allreduce --format nccl -b 8 -e 128M", 8, 128 << 20),
+        ("allreduce --format nccl -b 8 -e 128M -f 2", 8, 128 << 20),
+        ("allreduce -b 8 -e 128M -f 2 -g 1", 8, 128 << 20),
+        ("allreduce -m 4:64M", 4, 64 << 20),
+        ("allreduce -m 1K:64KB", 1024, 65536),
+        ("allreduce -m 3:5", 4, 4),
+        ("allreduce -T mpi_char -m 3:5", 3, 3),
         ("allgather --format nccl --min-bytes 1K --maxbytes 64K --step-factor 4", 1024, 65536),
     ],
 )
@@ -411,6 +416,72 @@ def test_times_of_single_calls_are_collected_only_on_demand() -> None:
     assert parse_line("allreduce --algorithm native,ring").options.percentiles
 
 
+OTHER_FLAGS = {
+    "-G": "hpccomm plot",
+    "-D vect:2:4": "-D vect:2:4: derived datatypes",
+    "-P PAPI_TOT_CYC:out": "perf stat",
+    "-r CPU": "leave it out",
+    "-t 4": "non-blocking",
+    "-b multiple": "one buffer",
+}
+OTHER_NCCL_FLAGS = {
+    "-g 2": "-g 2: a rank is one process with one buffer: start more ranks with hpccomm-run -n",
+    "-t 4": "hpccomm-run -n",
+    "-o prod": "only sums",
+    "-m 8": "one by one",
+    "-N 0": "repeat the command",
+    "-a 3": "means over the ranks",
+    "-G 1": "CUDA graphs",
+    "-d bfloat16": "use one of int8, int32, float, double, half, all",
+    "-r last": "the number of a rank, or all",
+    "-r 1": "-r does not apply",
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-b 8 -e 64 -f 2 -g 1 -t 1 -o sum -d float -n 20 -w 5 -m 1 -N 1 -a 1 -p 0 -c 1 -z 0 -G 0 -C 0 -R 0 -T 60",
+        "--minbytes 8 --maxbytes 64 --stepfactor 2 --ngpus 1 --nthreads 1 --op sum --datatype float --iters 20 "
+        "--warmup_iters 5 --agg_iters 1 --run_cycles 1 --average 1 --parallel_init 0 --check 1 --blocking 1 "
+        "--cudagraph 0 --report_cputime 0 --local_register 0 --timeout 60 --output_file out.json",
+    ],
+)
+def test_every_flag_of_nccl_tests_is_read(line: str) -> None:
+    found = parse_line(f"allreduce {line}")
+    assert (found.nccl, found.sizes, found.datatypes) == (True, (8, 16, 32, 64), ("mpi_float",))
+    assert (found.options.iterations, found.options.warmup, found.options.check) == (20, 5, True)
+
+
+def test_nccl_tests_flags_mean_what_they_mean_there() -> None:
+    found = parse_line("bcast -b 1K -e 4K -i 1K -n 7 -w 0 -c 0 -d all -r all -R 1 -J out.json")
+    assert found.sizes == (1024, 2048, 3072, 4096)
+    assert found.datatypes == ("mpi_char", "mpi_int", "mpi_float", "mpi_double", "half")
+    assert (found.options.iterations, found.options.warmup, found.options.check) == (7, 0, False)
+    assert (found.options.root, found.options.registered, found.json) == (None, True, "out.json")
+    assert parse_line("allreduce -b 8 -e 3M").sizes == (8, 8 + (1 << 20), 8 + (2 << 20))  # steps of 1 MiB, as there
+
+
+@pytest.mark.parametrize(
+    ("program", "collective"),
+    [
+        ("./build/all_reduce_perf", "allreduce"),
+        ("all_gather_perf", "allgather"),
+        ("broadcast_perf", "bcast"),
+        ("/opt/bin/reduce_scatter_perf", "reduce_scatter_block"),
+        ("allreduce", ""),
+        ("osu_allreduce", ""),
+    ],
+)
+def test_programs_of_nccl_tests_are_known(program: str, collective: str) -> None:
+    assert nccl_flags.find_program(program) == collective
+
+
+def test_a_program_without_a_counterpart_is_refused_with_the_others() -> None:
+    with pytest.raises(ArgumentError, match="hypercube_perf has no counterpart here: use one of all_reduce_perf"):
+        nccl_flags.find_program("hypercube_perf")
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -431,14 +502,15 @@ def test_times_of_single_calls_are_collected_only_on_demand() -> None:
         ("latency --new-arrays", "ordinary arrays"),
         ("barrier --new-arrays", "ordinary arrays"),
         ("allreduce --new-arrays --registered", "ordinary arrays"),
-        ("allreduce --new-arrays --format nccl", "OSU's table"),
+        ("allreduce --new-arrays --format nccl", "unrecognized arguments: --new-arrays"),
+        ("allreduce --algorith ring", "did you mean --algorithm?"),
+        ("allreduce -m 1:3", "an element has 4 bytes: give a maximum of that or more"),
+        *((f"allreduce {flag}", words) for flag, words in OTHER_FLAGS.items()),
         ("allreduce --cold --algorithm ring", "native and auto"),
         ("allreduce --cold -d cuda", "in host memory"),
         ("bw --format nccl", "that move data"),
-        ("allreduce --format nccl -m 8", "--minbytes"),
+        *((f"allreduce -b 8 -e 64 {flag}", words) for flag, words in OTHER_NCCL_FLAGS.items()),
         ("allreduce --format nccl -b 8 -e 4", "a minimum up to the maximum"),
-        ("allreduce -b 8", "--format nccl"),
-        ("allreduce --min-busbw 1", "--format nccl"),
         ("allreduce D D", "D D is no placement"),
         ("allreduce -d rocm", "host memory"),
         ("allreduce -Q", "unrecognized"),

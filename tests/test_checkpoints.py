@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam
-from hpccomm.algorithms.checkpoints import leaves, load, load_state_dict, map_leaves, save, state_dict
+from hpccomm.algorithms.checkpoints import load, load_state_dict, save, state_dict
 from hpccomm.algorithms.exchange import synchronous_adam
 from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.local_steps import diloco, post_local_sgd, slowmo
 from hpccomm.algorithms.lr_schedules import polynomial, warm_up
+from hpccomm.algorithms.states import leaves, map_leaves
 from hpccomm.algorithms.transforms import adam, chain, every, momentum, scale
 from hpccomm.algorithms.two_tier import hybrid
 from hpccomm.buckets import Bucket

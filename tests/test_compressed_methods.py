@@ -15,14 +15,14 @@ from mpi4py import MPI
 from test_sparse import CountingProxy
 
 import hpccomm
-from hpccomm.algorithms.checkpoints import for_ranks, load_state_dict, state_dict
+from hpccomm.algorithms.checkpoints import load_state_dict, state_dict
 from hpccomm.algorithms.deep_gradient_compression import dgc
-from hpccomm.algorithms.deep_gradient_compression import message_report as told
-from hpccomm.algorithms.error_feedback import exchange_messages, feedback, message_report
-from hpccomm.algorithms.exchange import sum_reports, synchronous_sgd
+from hpccomm.algorithms.error_feedback import exchange_messages, feedback
+from hpccomm.algorithms.exchange import synchronous_sgd
 from hpccomm.algorithms.onebit import ef_signsgd, onebit_adam, onebit_lamb, onebit_sgd
-from hpccomm.algorithms.onebit import message_report as told_bits
 from hpccomm.algorithms.power_sgd import powersgd
+from hpccomm.algorithms.reports import report
+from hpccomm.algorithms.states import for_ranks
 from hpccomm.algorithms.threshold_compression import gtc
 from hpccomm.algorithms.transforms import Transform, chain, scale
 from hpccomm.buckets import Bucket
@@ -117,7 +117,7 @@ def test_gtc_sends_half_quanta_of_the_worked_example() -> None:
             for step, total in zip(steps, sums, strict=True):
                 assert np.array_equal(step, vector(total) / (1 if reduce == "sum" else 2))
             assert np.array_equal(state.residual, vector(rest[comm.rank]))
-            assert message_report(state)[:3] == (32 + 4, 4, 0.5)  # eight elements take two bits each
+            assert report(state).messages[:3] == (32 + 4, 4, 0.5)  # eight elements take two bits each
 
     run_on_ranks(2, body)
 
@@ -179,7 +179,7 @@ def test_dgc_is_dense_while_an_allreduce_is_cheaper() -> None:
         state, named = method.init(np.zeros(1010, F32)), []
         for step in range(10):
             _, state = method.update(numbers(1010, step, comm.rank), state, np.zeros(1010, F32))
-            named.append(message_report(state.sparse).elements)
+            named.append(report(state.sparse).messages.elements)
         assert state.report.exchanges == 10
         return named
 
@@ -208,9 +208,9 @@ def test_onebit_adam_of_the_worked_example() -> None:
     )
 
     def body(comm: Any) -> None:
-        method = onebit_adam(comm, 1.0, 0, b1=0.5, eps=0.0)
+        method = onebit_adam(comm, 1.0, 1, b1=0.5, eps=0.0)
         weights = np.zeros(8, F32)
-        state = method.init(weights)._replace(variance=np.full(8, 0.25, F32))
+        state = method.init(weights)._replace(steps=1, variance=np.full(8, 0.25, F32))
         for gradients in GRADIENTS[:2]:
             step, state = method.update(gradients[comm.rank].copy(), state, weights)
             weights = weights + step
@@ -274,7 +274,7 @@ def test_reported_bytes_are_those_on_the_transport(name: str, size: int) -> None
         gradients = [numbers(n, step, comm.rank) for step in range(50)]
         gradients[7][3] = np.nan if comm.rank == 1 else 0
         _, state, _ = steps_of(method, counting, gradients, np.ones(n, F32))
-        assert sum_reports(state).wire_bytes == counting.sent > 0
+        assert report(state).cost.wire_bytes == counting.sent > 0
 
     run_on_ranks(size, body)
 
@@ -285,19 +285,19 @@ def test_reports_name_the_exchange() -> None:
         method, paths = dgc(comm, bucket, 0.02, warmup=4, smallest=0), []
         state = method.init(weights)
         for step in range(6):
-            paths.append(told(state).path)
+            paths.append(report(state).messages.path)
             _, state = method.update(numbers(104, step, comm.rank), state, weights)
         assert paths == ["", "dense", "allgather", "allgather", "allgather", "allgather"]
-        last = told(state)
+        last = report(state).messages
         assert (last.elements, last.nbytes) == (2 + 4, 32 + 2 * 8 + 16)
         assert last.residual_norm > 0
         method, paths = onebit_adam(comm, 0.1, 2), []
         state = method.init(weights)
         for step in range(4):
             _, state = method.update(numbers(104, step, comm.rank), state, weights)
-            paths.append((told_bits(state).path, told_bits(state).nbytes))
+            paths.append((report(state).messages.path, report(state).messages.nbytes))
         assert paths == [("dense", 416)] * 2 + [("two phases", 4 + 13)] * 2
-        assert message_report(gtc(comm, 0.5).init(weights)).path == ""
+        assert report(gtc(comm, 0.5).init(weights)).messages.path == ""
 
     run_on_ranks(5, body)
 
@@ -581,7 +581,7 @@ def test_messages_of_any_lengths_are_exchanged() -> None:
         (lambda comm: feedback(hpccomm.none(), comm, 1.0), "momentum"),
         (lambda comm: feedback(hpccomm.none(), comm, nesterov=True), "nesterov needs momentum"),
         (lambda comm: feedback(hpccomm.none(), comm, reduce="max"), "'mean' or 'sum'"),
-        (lambda comm: onebit_adam(comm, 0.1, -1), "number of dense steps"),
+        (lambda comm: onebit_adam(comm, 0.1, 0), "number of dense steps, 1 or more"),
         (lambda comm: gtc(comm).init(np.zeros(3)), "float32"),
         (lambda comm: gtc(comm).init(np.zeros((3, 3), "f4")), "flat contiguous"),
     ],

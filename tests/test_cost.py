@@ -117,10 +117,10 @@ def test_ranks_of_a_node_share_its_link() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "channels"), [(2, 2), (4, 8), (5, 3)])
-def test_hierarchical_costs_two_rings_inside_and_one_between_on_all_channels(nodes: int, channels: int) -> None:
+def test_hierarchical_costs_two_meetings_inside_and_one_ring_between_on_all_channels(nodes: int, channels: int) -> None:
     n, m = 1e8, TWO_LEVEL
     home = np.repeat(np.arange(nodes), channels)
-    inside = 2 * ((channels - 1) * m.intra.alpha + share(channels, n) * m.intra.beta) + share(channels, n) * m.gamma
+    inside = 2 * (m.intra.alpha + share(channels, n) * m.intra.beta) + share(channels, n) * m.gamma
     between = 2 * ((nodes - 1) * m.inter.alpha + share(nodes, n) * m.inter.beta)
     between += share(nodes, n / channels) * m.gamma
     assert price(hierarchical.build_allreduce(home), home, n, m).us == pytest.approx(inside + between, rel=1e-9)

@@ -11,12 +11,18 @@ import pytest
 from hpccomm.__main__ import main
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind
-from hpccomm.collectives.hierarchical import build_allgather, build_reduce_scatter, reorder_by_block, reorder_by_rank
-from hpccomm.collectives.schedule import Algorithm
+from hpccomm.collectives.hierarchical import (
+    HIERARCHICAL,
+    build_allgather,
+    build_reduce_scatter,
+    reorder_by_block,
+    reorder_by_rank,
+)
+from hpccomm.collectives.schedule import Algorithm, without_node_steps
 from hpccomm.collectives.verify import verify_algorithm
 from hpccomm.errors import ScheduleError
 from hpccomm.layout import Link
-from hpccomm.performance.cost import HIERARCHICAL, predict, price
+from hpccomm.performance.cost import predict, price
 from hpccomm.performance.machine import Machine
 from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
@@ -53,7 +59,7 @@ def test_gathers_in_two_levels_are_right_for_1_to_64_ranks(collective: str) -> N
 
 @pytest.mark.parametrize("collective", HALVES)
 def test_a_wrong_own_block_is_refused(collective: str) -> None:
-    wrong = HIERARCHICAL[collective]([0, 0, 1, 1])._replace(own_blocks=None)
+    wrong = HIERARCHICAL[collective]([0, 1, 0, 1])._replace(own_blocks=None)
     with pytest.raises(ScheduleError, match=f"{collective}, p=4: "):
         verify_algorithm(wrong, collective, 4)
 
@@ -96,8 +102,8 @@ def test_a_reduce_scatter_in_two_levels_is_a_flat_one(nodes: list[int]) -> None:
 
 def test_reordering_maps_blocks_to_ranks_and_back() -> None:
     blocks = np.arange(4)[:, None]
-    assert reorder_by_block(blocks, [0, 0, 1, 1]).ravel().tolist() == [0, 2, 1, 3]
-    assert reorder_by_rank(np.array([0, 2, 1, 3])[:, None], [0, 0, 1, 1]).ravel().tolist() == [0, 1, 2, 3]
+    assert reorder_by_block(blocks, [0, 1, 0, 1]).ravel().tolist() == [0, 2, 1, 3]
+    assert reorder_by_rank(np.array([0, 2, 1, 3])[:, None], [0, 1, 0, 1]).ravel().tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("p", "k"), [(4, 2), (6, 3), (6, 2), (8, 4), (16, 8)])
@@ -108,7 +114,7 @@ def test_a_node_receives_only_the_blocks_of_other_nodes(collective: str, p: int,
 
     def entering(algorithm: Algorithm) -> list[int]:
         found = np.zeros(p // k, dtype=int)
-        for step in algorithm.steps(np.arange(p), p):
+        for step in without_node_steps(algorithm.steps(np.arange(p), p), np.arange(p)):
             crosses = (np.asarray(step.source) >= 0) & (home[np.asarray(step.source)] != home)
             np.add.at(found, home, np.where(crosses, step.recv[1] - step.recv[0], 0))
         return found.tolist()
@@ -125,11 +131,11 @@ P4D = Machine(Link(5.0, 1e-3 / 230), Link(20.0, 1e-3 / 40), 0.0, "p4d.24xlarge: 
 @pytest.mark.parametrize("nbytes", [32e6, 1e9])
 @pytest.mark.parametrize("nodes", [2, 8, 64])
 def test_the_price_is_the_formula(machine: Machine, nbytes: float, nodes: int) -> None:
-    """(m-1) α_e + (m-1)/m n/B_node + (k-1) α_i + (k-1)/k n/B_i; the flat ring (p-1) α_e + (p-1)/p n/B_node."""
+    """(m-1) α_e + (m-1)/m n/B_node + m α_i + (k-1)/k n/B_i; the flat ring (p-1) α_e + (p-1)/p n/B_node."""
     k, home = 8, np.arange(8 * nodes) // 8
     inter, intra = machine.inter, machine.intra
     wanted = (nodes - 1) * (inter.alpha + nbytes / nodes * inter.beta)
-    wanted += (k - 1) * (intra.alpha + nbytes / k * intra.beta)
+    wanted += nodes * intra.alpha + (k - 1) / k * nbytes * intra.beta
     flat = (8 * nodes - 1) * (inter.alpha + nbytes / (8 * nodes) * inter.beta)
     assert price(build_allgather(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)
     assert price(build_reduce_scatter(home), home, nbytes, machine).us == pytest.approx(wanted, rel=1e-9)

@@ -12,10 +12,12 @@ from mpi4py import MPI
 from hpccomm import none
 from hpccomm.algorithms.blockwise_filtering import bmuf
 from hpccomm.algorithms.error_feedback import feedback
-from hpccomm.algorithms.exchange import check_replicas, mean, reports, sum_reports
+from hpccomm.algorithms.exchange import check_replicas, mean
 from hpccomm.algorithms.local_steps import PeriodicTransform
+from hpccomm.algorithms.reports import report
+from hpccomm.algorithms.states import Unsent
 from hpccomm.algorithms.threshold_compression import gtc
-from hpccomm.algorithms.transforms import Transform, chain, momentum, scale
+from hpccomm.algorithms.transforms import ResidualTransform, Transform, chain, momentum, scale
 from hpccomm.algorithms.two_tier import hybrid, residual_norm
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
@@ -30,7 +32,7 @@ CENTRES = (
 class SlowState(NamedTuple):
     """The state of the slow exchange below."""
 
-    residual: Vector
+    residual: Unsent
     sent: int
 
 
@@ -48,7 +50,12 @@ def slow_gtc(theta: float) -> Callable[[Any], Transform]:
                 total += each
             return total, SlowState(backlog - quanta, state.sent + int(np.count_nonzero(quanta)))
 
-        return Transform(lambda weights: SlowState(np.zeros_like(weights), 0), update)
+        def flush(state: SlowState) -> tuple[Vector, SlowState]:
+            total = np.empty_like(state.residual)
+            group.Allreduce(state.residual, total)
+            return total, state._replace(residual=np.zeros_like(total))
+
+        return ResidualTransform.of(lambda weights: SlowState(np.zeros_like(weights), 0), update, flush, None)
 
     return exchange
 
@@ -256,11 +263,11 @@ def test_exchanges_inside_groups_are_counted_once() -> None:
         for step in range(7):
             change, state = method.update(np.full(8, step, "f4"), state, weights)
             weights += change
-        assert sum(each.exchanges for each in reports(state.inner)) == 7
+        assert report(state.inner).cost.exchanges == 7
         outside = state._replace(inner=())
-        assert sum_reports(state).exchanges == 7 + sum_reports(outside).exchanges
+        assert report(state).cost.exchanges == 7 + report(outside).cost.exchanges
         assert (
-            sum_reports(outside).exchanges == 7 + 2 * 2
+            report(outside).cost.exchanges == 7 + 2 * 2
         )  # who has a batch; at a block's end who has moved, and how far
 
     run_on_ranks(4, body)
@@ -366,7 +373,7 @@ def test_slices_send_less_through_a_leaders_link() -> None:
 
     def body(comm: Any, sliced: bool) -> int:
         method = hybrid(comm, lambda group: scale(1.0), scale(-0.25), 2, period=1, sliced_leaders=sliced)
-        return sum_reports(run(method, comm, 1, np.ones((4, 120)))[1]).wire_bytes - 3 * 40 - 8
+        return report(run(method, comm, 1, np.ones((4, 120)))[1]).cost.wire_bytes - 3 * 40 - 8
 
     assert run_on_ranks(4, lambda comm: body(comm, True)) == [60 * 8 + 60 * 8] * 4
     assert run_on_ranks(4, lambda comm: body(comm, False)) == [120 * 8 + 120 * 8, 0] * 2
@@ -416,8 +423,8 @@ def test_a_compressed_exchange_skips_a_nan_before_it_reaches_a_model() -> None:
         (lambda comm: hybrid(comm, mean, scale(1.0), 2, period=0), "period is 0"),
         (lambda comm: hybrid(comm, mean, scale(1.0), 2, residual="drop"), "residual is 'drop': pass 'keep'"),  # type: ignore[arg-type]
         (lambda comm: hybrid(comm, mean, scale(1.0), 2, residual=("decay", 2.0)), "residual is .'decay', 2.0.: pass"),
-        (lambda comm: hybrid(comm, mean, scale(1.0), 2, reduce="max"), "reduce is 'max'"),  # type: ignore[arg-type]
-        (lambda comm: hybrid(comm, mean, scale(1.0), 2, residual="flush").init(np.ones(2)), "no field named residual"),
+        (lambda comm: hybrid(comm, mean, scale(1.0), 2, residual="flush"), "the exchange has no flush_state"),
+        (lambda comm: hybrid(comm, mean, scale(1.0), 2, residual="zero").init(np.ones(2)), "declared as Unsent"),
     ],
 )
 def test_impossible_arguments_are_refused_on_every_rank(make: Callable[[Any], Any], message: str) -> None:

@@ -77,6 +77,11 @@ def test_a_larger_world_is_never_an_error() -> None:
         ("-np 2 --mpi-args --hostfile -c pass", "-np 2 --mpi-args --hostfile", "-c pass"),
         ("-n 4 -- ./a.out -n 2", "-n 4", "./a.out -n 2"),
         ("-n 4", "-n 4", ""),
+        ("-np4 -m hpccomm info", "-np 4", "-m hpccomm info"),
+        ("-n4 train.py -n5", "-n 4", "train.py -n5"),
+        ("-np=4 train.py", "-np 4", "train.py"),
+        ("--np 4 train.py", "--np 4", "train.py"),
+        ("--ranks 4 --dry-run train.py", "--ranks 4 --dry-run", "train.py"),
     ],
 )
 def test_arguments_after_the_program_belong_to_it(words: str, own: str, program: str) -> None:
@@ -195,3 +200,44 @@ def test_ranks_started_with_hpccomm_run_see_each_other_even_from_within_a_rank()
     command, env = launch_command(2, ["-c", outer])
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["outer-2", "inner-2", "inner-2"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "slots"),
+    [
+        ({}, 0),
+        ({"SLURM_TASKS_PER_NODE": "4"}, 4),
+        ({"SLURM_TASKS_PER_NODE": "4(x3),2"}, 14),
+        ({"SLURM_TASKS_PER_NODE": "1(x2),8,2(x2)"}, 14),
+        ({"PBS_NODEFILE": "/nonexistent"}, 0),
+    ],
+)
+def test_the_slots_of_a_scheduler_are_counted(environ: dict[str, str], slots: int) -> None:
+    assert launcher.count_slots(environ) == slots
+
+
+def test_the_slots_of_pbs_are_the_lines_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "nodes").write_text("a\na\nb\n")
+    assert launcher.count_slots({"PBS_NODEFILE": str(tmp_path / "nodes")}) == 3
+
+
+def test_too_few_slots_are_said_with_the_cure_before_mpirun_does() -> None:
+    environ = {"SLURM_TASKS_PER_NODE": "2(x2)"}
+    launcher.check_slots(4, [], environ)
+    launcher.check_slots(5, ["--oversubscribe"], environ)
+    launcher.check_slots(5, ["--hostfile", "h"], environ)
+    launcher.check_slots(500, [], {})
+    with pytest.raises(LaunchError, match=r"4 slots for 5 ranks: ask it for 5 tasks.*--mpi-args=--oversubscribe"):
+        launcher.check_slots(5, [], environ)
+
+
+def test_a_core_has_one_slot_whatever_its_threads(tmp_path: Path) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    for cpu in cpus:
+        (tmp_path / f"cpu{cpu}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}/topology/thread_siblings_list").write_text("0-63\n")
+    assert launcher.count_cores(tmp_path) == 1
+    assert launcher.count_cores(tmp_path / "empty") == len(cpus)
+    assert "--oversubscribe" in launcher.open_mpi_flags(False, True)
+    assert "mpi_yield_when_idle" not in launcher.open_mpi_flags(False, True)
+    assert "--oversubscribe" not in launcher.open_mpi_flags(False, False)

@@ -12,13 +12,13 @@ import pytest
 
 from hpccomm import Communicator, context
 from hpccomm.bench import rounds as bench_rounds
-from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.commands import predict as predict_command
 from hpccomm.commands import tune as tune_command
 from hpccomm.errors import LaunchError
 from hpccomm.launcher import FAMILIES, Library
 from hpccomm.layout import Link
-from hpccomm.performance import cost, inter_node, tuning
+from hpccomm.performance import cost, tuning
 from hpccomm.performance.cost import MEASURED, MODEL
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import CONCURRENT, CostCurve, Point, RoundCosts, RoundType, costs_for_shape, rounds
@@ -143,29 +143,34 @@ def levels(nodes: int, channels: int, **times: float) -> RoundCosts:
     return RoundCosts(made, nodes, channels)
 
 
+def price(known: RoundCosts, nodes: int, channels: int, nbytes: int) -> float | None:
+    home = np.repeat(np.arange(nodes), channels)
+    return known.price_form(hierarchical.select_form("allreduce", home, nbytes, Link(25, 1e-3)), home, nbytes)
+
+
 def test_a_short_vector_is_reduced_inside_and_exchanged_by_the_leaders() -> None:
     known = levels(8, 2, meeting=11.0, alpha=30.0, beta=0.01)
-    assert known.price_two_level(64, Link(25, 1e-3)) == pytest.approx(11 + 3 * 30, rel=1e-6)
+    assert price(known, 8, 2, 64) == pytest.approx(11 + 3 * 30, rel=1e-6)
 
 
 def test_one_segment_is_reduced_exchanged_and_gathered() -> None:
     known = levels(2, 2, scatter=100.0, gather=50.0, alpha=30.0, beta=0.01)
     # on logarithmic scales a line between points is not straight: the error is 2e-5 here
-    assert known.price_two_level(1 << 19, Link(25, 1e-3)) == pytest.approx(100 + 30 + (1 << 18) * 0.01 + 50, rel=1e-4)
+    assert price(known, 2, 2, 1 << 19) == pytest.approx(100 + 30 + (1 << 18) * 0.01 + 50, rel=1e-4)
 
 
 def test_segments_overlap_so_that_the_link_determines_the_time() -> None:
     """16 segments between 4 nodes: the time of the link, and work inside for the first and the last segment."""
     known = levels(4, 1, scatter=10.0, gather=10.0, alpha=1e-3, beta=0.01)
     wire = 2 * 3 / 4 * (1 << 24) * 0.01
-    found = known.price_two_level(1 << 24, Link(25, 1e-3))
+    found = price(known, 4, 1, 1 << 24)
     assert found is not None
     assert wire <= found <= 1.05 * wire
 
 
 def test_the_hierarchical_allreduce_has_no_price_without_measurements() -> None:
-    assert RoundCosts([], 4, 2).price_two_level(64, Link(25, 1e-3)) is None
-    assert RoundCosts([], 4, 2).price_two_level(1 << 20, Link(25, 1e-3)) is None
+    assert price(RoundCosts([], 4, 2), 4, 2, 64) is None
+    assert price(RoundCosts([], 4, 2), 4, 2, 1 << 20) is None
 
 
 # --- predictions -----------------------------------------------------------------------------------
@@ -320,11 +325,10 @@ def test_lengths_end_at_the_first_one_that_is_long_enough() -> None:
 
 def test_between_nodes_short_vectors_take_doubling_and_long_ones_a_ring() -> None:
     link = Link(25.0, 8.4e-3)
-    assert inter_node.select_inter_node(8, 64, 2, link) is ALLREDUCE["doubling"]
-    assert inter_node.select_inter_node(8, 1 << 20, 2, link) is ALLREDUCE["ring"]
-    assert inter_node.select_inter_node(2, 1 << 24, 1, link) is ALLREDUCE["doubling"]
-    assert [inter_node.segment_count(n) for n in (1, 1 << 20, (1 << 20) + 1, 1 << 30)] == [1, 1, 2, 16]
-    assert [inter_node.message_count(n, 4) for n in (0, 229_376, 229_377)] == [1, 1, 2]
+    assert hierarchical.select_inter_node(8, 64, 2, link) is ALLREDUCE["doubling"]
+    assert hierarchical.select_inter_node(8, 1 << 20, 2, link) is ALLREDUCE["ring"]
+    assert hierarchical.select_inter_node(2, 1 << 24, 1, link) is ALLREDUCE["doubling"]
+    assert [hierarchical.segment_count(n) for n in (1, 1 << 20, (1 << 20) + 1, 1 << 30)] == [1, 1, 2, 16]
 
 
 # --- measuring -------------------------------------------------------------------------------------
@@ -342,7 +346,8 @@ def test_rounds_are_measured_and_leave_the_communicator_as_it_was(
     nodes, names = Communicator(comm.Dup()), ("ring", "butterfly", "hierarchical")
     found = bench_rounds.measure_round_costs(nodes, names, 1 << 17)
     assert len(set(comm.allgather(found))) == 1
-    tasks = list(bench_rounds.cost_tasks(nodes.layout.nodes, names, 1 << 17, nodes.context.two_levels is not None))
+    shared = nodes.context.schedules.memory is not None
+    tasks = list(bench_rounds.cost_tasks(nodes.layout.nodes, names, 1 << 17, shared))
     assert [(each.kind, tuple(point.bytes for point in each.points)) for each in found] == [
         (task.kind, task.lengths) for task in tasks
     ]

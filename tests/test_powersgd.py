@@ -11,6 +11,7 @@ from test_compressed_methods import GRADIENTS, numbers, steps_of
 from hpccomm.algorithms.checkpoints import load_state_dict, state_dict
 from hpccomm.algorithms.exchange import allreduce_bytes, synchronous_sgd
 from hpccomm.algorithms.power_sgd import LEAST_SAVING, powersgd, split_matrices
+from hpccomm.algorithms.transforms import chain, descend
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
@@ -67,7 +68,7 @@ def test_steps_and_residuals_add_up_to_all_gradients(size: int, local: bool) -> 
         method, zero = powersgd(comm, BUCKET, 2, local_error=local), np.zeros(BUCKET.size, F32)
         gradients = [numbers(BUCKET.size, step, comm.rank) / 8 for step in range(steps)]
         _, state, applied = steps_of(method, comm, gradients, zero)
-        first = 4 * (2 * (16 + 8) + 12 + 9), 4 * 2 * (12 + 16)
+        first = 4 * (1 + 2 * (16 + 8) + 12 + 9), 4 * 2 * (12 + 16)
         assert state.report.wire_bytes == steps * sum(allreduce_bytes(each, size) for each in first)
         return sum(each.astype("f8") for each in applied), sum(each.astype("f8") for each in gradients), state
 
@@ -107,7 +108,7 @@ def test_gradients_without_matrices_are_averaged() -> None:
 
     def body(comm: Any) -> None:
         zero = np.zeros(11, F32)
-        both = powersgd(comm, bucket), synchronous_sgd(comm, -1.0)
+        both = chain(powersgd(comm, bucket), descend(1.0)), synchronous_sgd(comm, 1.0)
         for step in range(3):
             steps = [each.update(numbers(11, step, comm.rank), each.init(zero), zero)[0] for each in both]
             np.testing.assert_array_equal(*steps)

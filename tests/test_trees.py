@@ -152,7 +152,7 @@ def test_a_bucket_decides_the_order_of_a_dict() -> None:
     assert step["a"].tolist() == [[-1.5, -1.5]] * 2  # 0.5 · ‖w‖/‖g‖ = 1.5
 
 
-def bucketed(comm: Any, bucket: hpccomm.Bucket) -> dict[str, Transform]:
+def bucket_methods(comm: Any, bucket: hpccomm.Bucket) -> dict[str, Transform]:
     """Every method that knows tensors by name."""
     return {
         "lars": hpccomm.lars(bucket, 0.5),
@@ -171,10 +171,10 @@ def bucketed(comm: Any, bucket: hpccomm.Bucket) -> dict[str, Transform]:
     }
 
 
-@pytest.mark.parametrize("name", bucketed(MPI.COMM_SELF, hpccomm.Bucket({"w": (2, 2)})))
+@pytest.mark.parametrize("name", bucket_methods(MPI.COMM_SELF, hpccomm.Bucket({"w": (2, 2)})))
 def test_methods_with_a_bucket_take_its_dict_in_any_order(name: str) -> None:
     tensors = tensors_of(1, numpy_array)
-    method = bucketed(MPI.COMM_SELF, bucket := hpccomm.Bucket(tensors))[name]
+    method = bucket_methods(MPI.COMM_SELF, bucket := hpccomm.Bucket(tensors))[name]
     backwards = {key: tensors[key] for key in reversed(tensors)}
     vector = bucket.flatten(tensors)
     wanted, _ = method.update(vector, method.init(vector), vector)

@@ -10,13 +10,13 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm import Communicator, context
-from hpccomm.backends.hierarchical import SHORT_BYTES
-from hpccomm.backends.hierarchical_gathers import SHORT_BYTES as GATHERS_SHORT
 from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.hierarchical import MESSAGE_BYTES, SEGMENT_BYTES, select_inter_node
+from hpccomm.collectives.hierarchical import SHORT_BYTES as SHORT
 from hpccomm.layout import Link
-from hpccomm.performance.inter_node import MESSAGE_BYTES, SEGMENT_BYTES, select_inter_node
 from hpccomm.testing import verifiable
 
+SHORT_BYTES, GATHERS_SHORT = SHORT["allreduce"], SHORT["allgather"]
 PLACEMENTS = {
     2: ("01",),
     3: ("001", "010", "012"),

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from hpccomm.collectives import ALGORITHMS, hierarchical, ring, tree
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.collectives.schedule import NOBODY, Algorithm, Step, block_per_rank, one_block
 from hpccomm.collectives.verify import ROOTED_COLLECTIVES, layouts, verify_algorithm
 from hpccomm.commands import verify as command
 from hpccomm.errors import ArgumentError, ScheduleError
-from hpccomm.performance.cost import HIERARCHICAL
 
 EVERY = [(collective, name) for collective, names in ALGORITHMS.items() for name in names]
 RING = ALGORITHMS["allreduce"]["ring"]

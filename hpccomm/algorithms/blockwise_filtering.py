@@ -24,13 +24,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from hpccomm.algorithms import local_steps
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, mean
+from hpccomm.algorithms.exchange import allreduce_bytes, mean
 from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, PeriodicTransform, Weighting
+from hpccomm.algorithms.reports import ExchangeReport
+from hpccomm.algorithms.states import RankChange
 from hpccomm.algorithms.transforms import (
     AdamState,
     Schedule,
@@ -141,7 +143,7 @@ class ShardState(NamedTuple):
     """The cost of the exchanges, and the filter's state for this rank's shard."""
 
     report: ExchangeReport
-    filter_state: FilterState
+    filter_state: Annotated[FilterState, RankChange.SHARDED]
 
 
 def shard_filter(comm: MPI.Intracomm, block: Transform) -> Transform:

@@ -11,41 +11,20 @@ import os
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from hpccomm.algorithms.states import leaves, map_leaves
 from hpccomm.errors import ArgumentError
 
 NUMBERS = (bool, int, float)
 READER = threading.Lock()
 """NumPy parses the header of each array as Python source, and two threads that parse at once raise SystemError (AST
 constructor recursion depth mismatch, CPython 3.11.7)."""
-
-
-def leaves(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The path and value of every array and number in a state, depth first."""
-    if isinstance(state, tuple):
-        names = getattr(state, "_fields", range(len(state)))
-        for name, each in zip(names, state, strict=True):
-            yield from leaves(each, f"{path}.{name}" if path else str(name))
-    elif state is not None:
-        yield path, state
-
-
-def map_leaves(function: Callable[[str, Any], Any], state: Any, path: str = "") -> Any:
-    """A state of the same form whose leaves are ``function(path, leaf)``."""
-    if state is None or not isinstance(state, tuple):
-        return state if state is None else function(path, state)
-    names = getattr(state, "_fields", range(len(state)))
-    parts = [
-        map_leaves(function, each, f"{path}.{name}" if path else str(name))
-        for name, each in zip(names, state, strict=True)
-    ]
-    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
 def state_dict(state: Any) -> dict[str, Any]:
@@ -88,39 +67,6 @@ def restore_leaf(path: str, like: Any, value: Any) -> Any:
             f"of shape {like.shape}: use the model, the dtype and the number of ranks of the run that saved"
         )
     return array.copy()
-
-
-LOCAL_FIELDS = ("residual", "momentum", "worker")
-"""Fields that hold a rank's own unsent gradients: the steps to come apply their mean over the ranks."""
-SHARDED_FIELDS = ("server",)
-"""Fields that hold this rank's block of a vector, the blocks in rank order."""
-
-
-def for_ranks(states: Sequence[Any], rank: int, size: int, reduce: Literal["mean", "sum"] = "mean") -> Any:
-    """The state of rank ``rank`` of ``size`` ranks, from the states of all old ranks in rank order.
-
-    For methods that exchange compressed gradients.  Residuals and momenta of a rank's own gradients become the mean of
-    the old ranks', or for an exchange that sums, their sum divided by ``size``: the pending update is preserved, to one
-    rounding an element after sums in float64.  Server errors are concatenated and divided again.  All other leaves are
-    the same on all old ranks.  Where ``size`` is the old number, each rank gets a copy of its own state.
-    """
-    if not states or not 0 <= rank < size:
-        raise ArgumentError(f"for_ranks: rank {rank} of {size}, {len(states)} states: pass all old ranks' states")
-    if size == len(states):
-        return map_leaves(lambda path, leaf: restore_leaf(path, leaf, leaf), states[rank])
-    all_of_them = [state_dict(each) for each in states]
-    parts = len(states) if reduce == "mean" else size
-
-    def leaf_of(path: str, leaf: Any) -> Any:
-        name = path.rpartition(".")[2]
-        if name in SHARDED_FIELDS:
-            return np.array_split(np.concatenate([each[path] for each in all_of_them]), size)[rank].copy()
-        if name not in LOCAL_FIELDS:
-            return restore_leaf(path, leaf, leaf)
-        total = np.sum([each[path] for each in all_of_them], axis=0, dtype=np.float64)
-        return (total / parts).astype(leaf.dtype)
-
-    return map_leaves(leaf_of, states[rank % len(states)])
 
 
 def save(path: str | os.PathLike[str], **states: Any) -> None:

@@ -9,8 +9,8 @@ decay.*  For every tensor, on every rank, every step::
     step = mean over the ranks + w,   w ← m w + λ · weights
 
 Tensors of one dimension and those below ``smallest`` elements stay dense: their mean is computed first, their momentum
-afterwards.  While the density is above 1/p, where an allgather carries more than an allreduce, every tensor is dense,
-and u is the momentum of the mean; the warm-up 25, 6.25, 1.5625, 0.4 % therefore begins dense on many ranks.
+afterwards.  While the density is above 1/p, where an allgather carries more than an allreduce, every tensor is dense:
+ranks average all of v, and keep their own u; the warm-up 25, 6.25, 1.5625, 0.4 % therefore begins dense on many ranks.
 The optimizer that follows is plain descent, without momentum or decay of its own::
 
     method = chain(dgc(comm, bucket, warmup=400), scale(-0.1))
@@ -28,10 +28,10 @@ import numpy as np
 
 from hpccomm.algorithms.compression.format import check_density
 from hpccomm.algorithms.compression.selection import topk
-from hpccomm.algorithms.error_feedback import FeedbackState, MessageReport, all_ranks_true, feedback
-from hpccomm.algorithms.error_feedback import message_report as sparse_report
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, allreduce_mean
-from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
+from hpccomm.algorithms.error_feedback import FeedbackState, FeedbackTransform, all_ranks_true, feedback
+from hpccomm.algorithms.exchange import allreduce_bytes, allreduce_mean
+from hpccomm.algorithms.reports import ExchangeReport, MessageReport
+from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_decay, require
 from hpccomm.algorithms.trust_ratio import global_norm
 from hpccomm.buckets import Bucket
 
@@ -60,6 +60,14 @@ class DgcState(NamedTuple):
     """Cost of the dense exchanges."""
     dense_step: bool
     """Whether the last step was dense in all tensors."""
+
+    def messages(self) -> MessageReport:
+        """The messages of the last step that was not skipped; of a dense one all elements, 4 bytes each."""
+        found = self.sparse.messages()._replace(skipped=self.skipped)
+        n, steps = self.sparse.residual.size + self.dense.size, self.steps - self.skipped
+        if self.dense_step:
+            return found._replace(nbytes=4 * n * bool(steps), elements=n * bool(steps), path="dense" if steps else "")
+        return found._replace(nbytes=found.nbytes + 4 * self.dense.size, elements=found.elements + self.dense.size)
 
 
 class TensorSplit(NamedTuple):
@@ -99,7 +107,7 @@ def dgc(
     stages: Sequence[float] = STAGES,
     smallest: int = MIN_ELEMENTS,
     exact: bool = False,
-) -> Transform:
+) -> ResidualTransform:
     """Exchange gradients of a bucket, float32; the step is their mean, with momentum in it.
 
     ``warmup`` steps are divided over ``stages``.  ``clip`` is C, the bound of the norm of the mean gradient;
@@ -118,7 +126,7 @@ def dgc(
     ball = partial(heavy_ball, momentum=momentum, nesterov=nesterov)
 
     @cache
-    def exchange(d: float) -> Transform:
+    def exchange(d: float) -> FeedbackTransform:
         return feedback(topk(d, exact=exact), comm, momentum, nesterov=nesterov, mask=mask, parts=places.packed_slices)
 
     def density_at(step: int) -> float:
@@ -145,16 +153,15 @@ def dgc(
             state = state._replace(report=state.report.add(asked))
             fine = all_ranks_true(comm, fine)
         else:
-            if not fine:
-                large[:1] = np.nan  # also for a dense tensor or the norm: the exchange compares the first element
-            large, sparse = exchange(d).update(large, state.sparse, large)
+            large, sparse = exchange(d).exchange(large, state.sparse, fine)
             fine = sparse.skipped == state.sparse.skipped
             state = state._replace(sparse=sparse if fine else state.sparse._replace(report=sparse.report))
         if not fine:
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1)
         state = state._replace(dense_step=dense_step)
         if dense_step:
-            large, small, state = average_dense(comm, ball, large, small, state)
+            large, sparse = accumulate_all(large, state.sparse, momentum, nesterov)
+            large, small, state = average_dense(comm, ball, large, small, state._replace(sparse=sparse))
         else:
             _, small, state = average_dense(comm, ball, large[:0], small, state)
         step = np.empty_like(gradient)
@@ -165,7 +172,24 @@ def dgc(
         decay, more = ball(decay_term(weights, weight_decay, bucket), state.decay)
         return step + more, state._replace(decay=decay)
 
-    return Transform(init, update, bucket)
+    def flush_state(state: DgcState) -> tuple[Vector, DgcState]:
+        total, sparse = exchange(density).flush_state(state.sparse)
+        whole = np.zeros_like(total, shape=(bucket.size,))
+        unpack_slices(total, whole, places.sparse)
+        return whole, state._replace(sparse=sparse)
+
+    return ResidualTransform.of(init, update, flush_state, bucket)
+
+
+def accumulate_all(
+    gradient: Vector, state: FeedbackState, momentum: float, nesterov: bool
+) -> tuple[Vector, FeedbackState]:
+    """u and v after this gradient; all of v is handed out, so that v is 0, and u is this rank's own as ever."""
+    velocity = state.momentum
+    if velocity is None:
+        return gradient + state.residual, state._replace(residual=np.zeros_like(gradient))
+    velocity, step = heavy_ball(gradient, velocity, momentum, nesterov)
+    return step + state.residual, state._replace(residual=np.zeros_like(gradient), momentum=velocity)
 
 
 def average_dense(
@@ -175,26 +199,12 @@ def average_dense(
     small: Vector,
     state: DgcState,
 ) -> tuple[Vector, Vector, DgcState]:
-    """Average the tensors, then apply momentum to the small ones, and to the large ones if there are any."""
+    """Average the tensors, then apply momentum to the small ones."""
     began = time.perf_counter()
     total, nbytes = allreduce_mean(comm, np.concatenate([large, small]))
     report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes))
     dense, small = ball(total[large.size :], state.dense)
-    state = state._replace(dense=dense, report=report)
-    velocity = state.sparse.momentum
-    if velocity is None or not large.size:
-        return total[: large.size], small, state
-    velocity, large = ball(total[: large.size], velocity)
-    return large, small, state._replace(sparse=state.sparse._replace(momentum=velocity))
-
-
-def message_report(state: DgcState) -> MessageReport:
-    """The messages of a rank in its last step that was not skipped; for a dense step all elements, 4 bytes each."""
-    found = sparse_report(state.sparse)._replace(skipped=state.skipped)
-    n, steps = state.sparse.residual.size + state.dense.size, state.steps - state.skipped
-    if state.dense_step:
-        return found._replace(nbytes=4 * n * bool(steps), elements=n * bool(steps), path="dense" if steps else "")
-    return found._replace(nbytes=found.nbytes + 4 * state.dense.size, elements=found.elements + state.dense.size)
+    return total[: large.size], small, state._replace(dense=dense, report=report)
 
 
 def decay_term(weights: Vector, rate: float, bucket: Bucket) -> Vector:

@@ -15,18 +15,30 @@ messages, and every rank adds them in rank order, so all ranks get the same bits
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.compression.format import HEADER_BYTES, Compressor, Message, check_flat, header_of
-from hpccomm.algorithms.exchange import ExchangeReport
-from hpccomm.algorithms.transforms import Transform, Vector, check_alike, check_decay, require
+from hpccomm.algorithms.compression.format import (
+    HEADER_BYTES,
+    MAX_ELEMENTS,
+    Compressor,
+    Message,
+    NotFiniteError,
+    check_flat,
+    header_of,
+)
+from hpccomm.algorithms.exchange import exchange_unsent
+from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
+from hpccomm.algorithms.states import GroupSize, LocalVector, Unsent
+from hpccomm.algorithms.transforms import ResidualTransform, Transform, Vector, check_alike, check_decay, require
 from hpccomm.collectives.compressed.messages import MessageGather
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
@@ -38,11 +50,11 @@ if TYPE_CHECKING:
 class FeedbackState(NamedTuple):
     """The state of one rank; it differs between ranks."""
 
-    residual: Vector
+    residual: Unsent
     """e, or with momentum v: what this rank has not sent yet."""
     spare: Vector
     """A buffer for the next residual."""
-    momentum: Vector | None
+    momentum: LocalVector | None
     """u, with momentum."""
     headers: npt.NDArray[np.uint8]
     """The first 32 bytes of the last message of each part: an adaptive threshold continues from it."""
@@ -52,22 +64,32 @@ class FeedbackState(NamedTuple):
     report: ExchangeReport
     room: int
     """Bytes of a rank's messages that the first call of the next exchange carries."""
+    ranks: GroupSize
+    """How many ranks exchange."""
+    summed: bool
+    """The step is the sum over the ranks, not the mean."""
+
+    def messages(self) -> MessageReport:
+        """The messages of the last step that was not skipped."""
+        headers = [header_of(each, "report") for each in self.headers if each.any()]
+        return MessageReport(
+            nbytes=sum(HEADER_BYTES + each.nbytes for each in headers),
+            elements=sum(each.elements for each in headers),
+            scale=max((each.scale for each in headers), default=0.0),
+            residual_norm=norm_of(self.residual),
+            skipped=self.skipped,
+            path="allgather" if self.steps else "",
+        )
 
 
-class MessageReport(NamedTuple):
-    """The messages of a rank's last step."""
+class FeedbackTransform(ResidualTransform):
+    """What :func:`feedback` returns.
 
-    nbytes: int
-    elements: int
-    """Elements that the messages name."""
-    scale: float
-    """The largest threshold or scale of the messages."""
-    residual_norm: float
-    """Norm of the residual."""
-    skipped: int
-    """Steps skipped so far."""
-    path: str
-    """The exchange: "allgather" of messages, "two phases" of bits, "dense" allreduce, "" before the first step."""
+    ``exchange(gradient, state, fine) -> (step, state)`` is its update on vectors; where ``fine`` is False on any rank,
+    no rank steps.
+    """
+
+    exchange: Callable[[Vector, FeedbackState, bool], tuple[Vector, FeedbackState]]
 
 
 def feedback(
@@ -79,93 +101,208 @@ def feedback(
     mask: bool = True,
     reduce: Literal["mean", "sum"] = "mean",
     parts: Sequence[slice] | None = None,
-) -> Transform:
+) -> FeedbackTransform:
     """Exchange gradients of shape (n,), float32, as messages of ``compressor``; the step is their mean, or sum.
 
     ``momentum`` μ > 0 selects momentum correction and, with ``mask``, momentum factor masking, as above; the optimizer
     that follows then has no momentum of its own.  ``parts``, such as the slices of tensors, are compressed one by one;
     by default the vector is one part.  With a compressor of votes the step is the majority.  If the gradient of any
-    rank is not finite, no rank steps, and only ``skipped`` changes in the state.
+    rank, or its sum with what was not sent, is not finite, no rank steps, and only ``skipped`` changes in the state.
+    Compressors that round at random draw other numbers on every rank.
 
     Each rank sends its messages to all others, with 8 bytes for the length of each, and 16 bytes more, 32 with
     momentum; short messages are padded to a common length
-    (:class:`~hpccomm.collectives.compressed.messages.MessageGather`).  :func:`message_report` reports them.  CuPy
+    (:class:`~hpccomm.collectives.compressed.messages.MessageGather`).  :func:`~hpccomm.report` reports them.  CuPy
     gradients and their residuals stay on the device, messages pass through the host (compressors with ``on_device``).
     When a run continues with another number of ranks, :func:`~hpccomm.for_ranks` redistributes the residuals.
 
     Raises ArgumentError for gradients that are not flat float32, and on all ranks where ranks pass different
     compressors or a message is damaged.  The state is then unchanged, except that u and v have advanced where a message
-    was damaged in transit: continue from a checkpoint.
+    was damaged in transit: continue from a checkpoint.  :func:`~hpccomm.flush` sends the residuals at the end of a run.
     """
     require(hasattr(compressor, "decode_all"), f"feedback: {compressor!r} is no compressor: pass topk(0.01) …")
     require(hasattr(comm, "Allgather"), f"feedback: {comm!r} is no communicator: pass hpccomm.Communicator(comm)")
     check_decay("feedback: momentum", momentum)
     require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
     require(not nesterov or momentum > 0, "feedback: nesterov needs momentum: pass one above 0")
-    everyone = MessageGather(comm)
+    sends = FeedbackExchange(compressor.contraction or compressor, comm, momentum, nesterov, mask, reduce, parts)
+    made = FeedbackTransform(sends.init, sends.update)
+    made.exchange, made.flush_state = sends.exchange, sends.flush
+    return made
 
-    def init(weights: Vector) -> FeedbackState:
-        zeros = np.zeros_like(check_flat(weights, compressor.name, compressor.on_device))
-        headers = np.zeros((len(slices_of(weights)), HEADER_BYTES), np.uint8)
-        moved = np.zeros_like(zeros) if momentum else None
-        return FeedbackState(zeros, np.zeros_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0)
 
-    def slices_of(vector: Vector) -> Sequence[slice]:
-        return [slice(0, vector.size)] if parts is None else parts
+@dataclass
+class FeedbackExchange:
+    """The arguments of :func:`feedback`, and the functions of its transform."""
 
-    def update(gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
+    compressor: Compressor
+    comm: MPI.Intracomm
+    momentum: float
+    nesterov: bool
+    mask: bool
+    reduce: str
+    parts: Sequence[slice] | None
+
+    def __post_init__(self) -> None:
+        self.everyone = MessageGather(self.comm)
+
+    def init(self, weights: Vector) -> FeedbackState:
+        """Nothing is unsent."""
+        zeros = np.zeros_like(check_flat(weights, self.compressor.name, self.compressor.on_device))
+        require(weights.size < MAX_ELEMENTS, f"{self.compressor.name}: {weights.size} elements: {TOO_LONG}")
+        headers = np.zeros((len(self.slices_of(weights)), HEADER_BYTES), np.uint8)
+        moved = np.zeros_like(zeros) if self.momentum else None
+        summed = self.reduce == "sum"
+        return FeedbackState(
+            zeros, np.zeros_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0, self.comm.size, summed
+        )
+
+    def slices_of(self, vector: Vector) -> Sequence[slice]:
+        """The parts of a vector."""
+        return [slice(0, vector.size)] if self.parts is None else self.parts
+
+    def update(self, gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
+        """Exchange a gradient."""
         check_alike(gradient, weights)
-        began = time.perf_counter()
-        check_flat(gradient, compressor.name, compressor.on_device)
-        fine, asked = kernels(gradient).all_finite(gradient), 0
-        if momentum:
-            fine, asked = check_agreement(comm, fine, compressor.name)  # before u and v are written in place
-        messages = encode(gradient, state) if fine else None
-        everyone.set_room(state.room)
-        received, nbytes = exchange_messages(everyone, messages)
+        return self.exchange(gradient, state, True)
+
+    def exchange(self, gradient: Vector, state: FeedbackState, fine: bool) -> tuple[Vector, FeedbackState]:
+        """As :meth:`update`; where ``fine`` is False on any rank, no rank steps."""
+        began, asked = time.perf_counter(), 0
+        check_flat(gradient, self.compressor.name, self.compressor.on_device)
+        if self.momentum:
+            fine = fine and self.can_accumulate(gradient, state)
+            fine, asked = check_agreement(self.comm, fine, self.compressor.name)  # before u and v are written in place
+        else:
+            fine = fine and kernels(gradient).all_finite(gradient)
+        messages = self.encode(gradient, state) if fine else None
+        self.everyone.set_room(state.room)
+        received, nbytes = exchange_messages(self.everyone, messages)
         nbytes += asked
         if received is None:
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.add(cost))
-        total = np.zeros_like(gradient)
-        for number, part in enumerate(slices_of(gradient)):
-            compressor.decode_all([each[number] for each in received], total[part])
-            if reduce == "mean" or compressor.agree is not None:
-                compressor.conclude(total[part], comm.size)
+        total = self.decode(received, gradient)
         cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
-        residual, spare = (state.residual, state.spare) if momentum else (state.spare, state.residual)
-        headers = np.stack([each[:HEADER_BYTES] for each in received[comm.rank]])
-        report = state.report.add(cost)
-        return total, FeedbackState(
-            residual, spare, state.momentum, headers, state.steps + 1, state.skipped, report, everyone.room
+        residual, spare = (state.residual, state.spare) if self.momentum else (state.spare, state.residual)
+        after = state._replace(
+            residual=residual,
+            spare=spare,
+            headers=np.stack([each[:HEADER_BYTES] for each in received[self.comm.rank]]),
+            steps=state.steps + 1,
+            report=state.report.add(cost),
+            room=self.everyone.room,
         )
+        return total, after
 
-    def encode(gradient: Vector, state: FeedbackState) -> list[Message]:
+    def decode(self, received: list[list[Message]], like: Vector) -> Vector:
+        """The mean or sum of the messages of all ranks."""
+        total = np.zeros_like(like)
+        for number, part in enumerate(self.slices_of(like)):
+            self.compressor.decode_all([each[number] for each in received], total[part])
+            if self.reduce == "mean" or self.compressor.agree is not None:
+                self.compressor.conclude(total[part], self.comm.size)
+        return total
+
+    def encode(self, gradient: Vector, state: FeedbackState) -> list[Message] | None:
+        """The message of each part; None where a sum of gradient and residual exceeds float32."""
+        step = state.steps * self.comm.size + self.comm.rank if self.compressor.is_random else state.steps
         messages = []
-        for part, last in zip(slices_of(gradient), state.headers, strict=True):
-            if state.momentum is None:
-                message = compressor.encode_feedback(
-                    state.residual[part], gradient[part], step=state.steps, last=last, out=state.spare[part]
-                )
-            else:
-                vectors = gradient[part], state.momentum[part], state.residual[part]
-                message = compressor.encode_momentum(
-                    *vectors, momentum, nesterov=nesterov, mask=mask, step=state.steps, last=last, finite=True
-                )
-            messages.append(message)
+        try:
+            for part, last in zip(self.slices_of(gradient), state.headers, strict=True):
+                if state.momentum is None:
+                    message = self.compressor.encode_feedback(
+                        state.residual[part], gradient[part], step=step, last=last, out=state.spare[part]
+                    )
+                else:
+                    vectors = gradient[part], state.momentum[part], state.residual[part]
+                    message = self.compressor.encode_momentum(
+                        *vectors,
+                        self.momentum,
+                        nesterov=self.nesterov,
+                        mask=self.mask,
+                        step=step,
+                        last=last,
+                        finite=True,
+                    )
+                messages.append(message)
+        except NotFiniteError:
+            return None
         return messages
 
-    return Transform(init, update)
+    def can_accumulate(self, gradient: Vector, state: FeedbackState) -> bool:
+        """Whether u and v stay finite, now and when the momentum of today has run out."""
+        peak = largest(gradient)
+        if peak <= NEVER_OVERFLOWS:
+            return True
+        ahead = (largest(state.momentum) + peak) / (1 - self.momentum)
+        return peak < math.inf and largest(state.residual) + ahead < LARGEST_SUM
+
+    def flush(self, state: FeedbackState) -> tuple[Vector, FeedbackState]:
+        """Exchange the residuals densely."""
+        total, cost = exchange_unsent(self.comm, state.residual, self.reduce)
+        return total, state._replace(residual=np.zeros_like(total), report=state.report.add(cost))
 
 
-def message_report(state: FeedbackState) -> MessageReport:
-    """The messages of a rank in its last step that was not skipped."""
-    norm = float(np.sqrt(np.square(state.residual, dtype=np.float64).sum()))
-    headers = [header_of(each, "sent") for each in state.headers if each.any()]
-    nbytes = sum(HEADER_BYTES + each.nbytes for each in headers)
-    scale = max((each.scale for each in headers), default=0.0)
-    path = "allgather" if state.steps else ""
-    return MessageReport(nbytes, sum(each.elements for each in headers), scale, norm, state.skipped, path)
+class UnbiasedExchange(FeedbackExchange):
+    """The exchange of :func:`without_feedback`: there is no residual."""
+
+    def init(self, weights: Vector) -> FeedbackState:
+        """Nothing is ever unsent."""
+        state, nothing = super().init(weights), weights[:0].copy()
+        return state._replace(residual=nothing, spare=nothing.copy())
+
+    def encode(self, gradient: Vector, state: FeedbackState) -> list[Message] | None:
+        """The message of each part."""
+        step = state.steps * self.comm.size + self.comm.rank
+        try:
+            parts = zip(self.slices_of(gradient), state.headers, strict=True)
+            return [self.compressor.encode(gradient[part], step, last) for part, last in parts]
+        except NotFiniteError:
+            return None
+
+
+def without_feedback(
+    compressor: Compressor,
+    comm: MPI.Intracomm,
+    *,
+    reduce: Literal["mean", "sum"] = "mean",
+    parts: Sequence[slice] | None = None,
+) -> Transform:
+    """Exchange gradients of shape (n,), float32, as messages of a compressor that rounds at random, without feedback.
+
+    The step is the mean, or sum, of the decoded messages; its mean over the random numbers, which differ on every rank
+    and in every step, is that of the gradients.  Right where the error is small, or averages out over many ranks and
+    steps: QSGD with many levels, natural compression, TernGrad with small steps.  With error feedback the error of a
+    step is made up for in later ones, at the price of a vector of memory and of delay.  ``parts`` as in
+    :func:`feedback`; steps with a gradient that is not finite are skipped on all ranks.
+
+    Raises ArgumentError for a compressor whose error has a direction, such as topk: it needs :func:`feedback`.
+    """
+    require(
+        hasattr(compressor, "decode_all"),
+        f"without_feedback: {compressor!r} is no compressor: pass qsgd(), ternary() …",
+    )
+    require(
+        compressor.unbiased,
+        f"without_feedback: {compressor.name} leaves out the same elements again and again: pass qsgd, ternary or "
+        "natural, or use feedback",
+    )
+    require(reduce in ("mean", "sum"), f"without_feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
+    sends = UnbiasedExchange(compressor, comm, 0.0, False, False, reduce, parts)
+    return Transform(sends.init, sends.update)
+
+
+NEVER_OVERFLOWS, LARGEST_SUM = 1e20, 3e38
+"""Gradients up to the first do not add up to more than float32 holds in any run; sums are refused from the second."""
+TOO_LONG = "split them into buckets below 2**31"
+
+
+def largest(vector: Any) -> float:
+    """max |x|, not finite where an element is not; 0 without elements."""
+    if isinstance(vector, np.ndarray):
+        return kernels().largest_magnitude(vector)
+    return float(abs(vector).max()) if vector.size else 0.0
 
 
 def all_ranks_true(comm: MPI.Intracomm, fine: bool) -> bool:

@@ -9,34 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from hpccomm.algorithms import transforms
-from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, descend
+from hpccomm.algorithms.reports import ExchangeReport, MessageReport
+from hpccomm.algorithms.transforms import Schedule, Transform, Vector, apply_if_finite, chain, check_alike, descend
 from hpccomm.arrays import narrow, reduction_dtype, widen
+from hpccomm.buckets import Bucket
 from hpccomm.errors import MismatchError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-
-class ExchangeReport(NamedTuple):
-    """The cost of this rank's exchanges since ``init``."""
-
-    exchanges: int = 0
-    seconds: float = 0.0
-    """Wall time of the exchanges, waiting for slower ranks included."""
-    wire_bytes: int = 0
-    """Bytes sent by this rank, from the formula of the exchange."""
-
-    def add(self, other: ExchangeReport) -> ExchangeReport:
-        """The sum of both costs."""
-        return ExchangeReport(
-            self.exchanges + other.exchanges, self.seconds + other.seconds, self.wire_bytes + other.wire_bytes
-        )
 
 
 class MeanState(NamedTuple):
@@ -44,6 +29,11 @@ class MeanState(NamedTuple):
 
     total: Vector
     report: ExchangeReport
+
+    def messages(self) -> MessageReport:
+        """The vector of the last exchange."""
+        sent = bool(self.report.exchanges)
+        return MessageReport(self.total.nbytes * sent, self.total.size * sent, path="dense" if sent else "")
 
 
 def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
@@ -83,22 +73,15 @@ def allreduce_mean(comm: MPI.Intracomm, vector: Vector) -> tuple[Vector, int]:
     return total, allreduce_bytes(total.nbytes, comm.size)
 
 
-def sum_reports(state: Any) -> ExchangeReport:
-    """The cost of all exchanges in a state, at any depth of chains."""
-    total = ExchangeReport()
-    for report in reports(state):
-        total = total.add(report)
-    return total
-
-
-def reports(state: Any) -> Iterator[ExchangeReport]:
-    """Every report inside nested tuples, except in the state saved at the start of a block (``inner_start``)."""
-    if isinstance(state, ExchangeReport):
-        yield state
-    elif isinstance(state, tuple):
-        for name, each in zip(getattr(state, "_fields", range(len(state))), state, strict=True):
-            if name != "inner_start":
-                yield from reports(each)
+def exchange_unsent(comm: MPI.Intracomm, residual: Vector, reduce: str) -> tuple[Vector, ExchangeReport]:
+    """The mean, or sum, of the ranks' residuals, and the cost (collective)."""
+    began = time.perf_counter()
+    total, nbytes = allreduce_mean(comm, residual)
+    if reduce == "sum":
+        total = total * np.float32(comm.size)
+    elif total is residual:
+        total = residual.copy()
+    return total, ExchangeReport(1, time.perf_counter() - began, nbytes)
 
 
 def synchronous_sgd(
@@ -108,19 +91,17 @@ def synchronous_sgd(
     momentum: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    bucket: Bucket | None = None,
     algorithm: str = "auto",
 ) -> Transform:
     """Stochastic gradient descent on the mean gradient: equivalent to one rank with the whole batch.
 
     ``lr`` is a number or a function of the update's count.  ``weight_decay`` is L2 regularisation: it is added before
-    the momentum.
+    the momentum, with a ``bucket`` only in tensors that decay by its flags, which exempt biases, else everywhere.  A
+    mean that is not finite is skipped on all ranks (:func:`~hpccomm.apply_if_finite`).
     """
-    parts = [mean(comm, algorithm)]
-    if weight_decay:
-        parts.append(transforms.weight_decay(weight_decay))
-    if momentum:
-        parts.append(transforms.momentum(momentum, nesterov))
-    return chain(*parts, descend(lr))
+    parts = [decay_by(weight_decay, bucket), transforms.momentum(momentum, nesterov) if momentum else None, descend(lr)]
+    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))))
 
 
 def synchronous_adam(
@@ -131,13 +112,21 @@ def synchronous_adam(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    bucket: Bucket | None = None,
     algorithm: str = "auto",
 ) -> Transform:
-    """Adam on the mean gradient; with ``weight_decay`` it is AdamW."""
-    parts = [mean(comm, algorithm), transforms.adam(b1, b2, eps)]
-    if weight_decay:
-        parts.append(transforms.weight_decay(weight_decay))
-    return chain(*parts, descend(lr))
+    """Adam on the mean gradient; with ``weight_decay`` it is AdamW.
+
+    ``bucket`` as in :func:`synchronous_sgd`; a mean that is not finite is skipped on all ranks.
+    """
+    parts = [transforms.adam(b1, b2, eps), decay_by(weight_decay, bucket), descend(lr)]
+    return chain(mean(comm, algorithm), apply_if_finite(chain(*(each for each in parts if each))))
+
+
+def decay_by(rate: float, bucket: Bucket | None) -> Transform | None:
+    """Weight decay in the tensors that decay, or everywhere without a bucket; None for a rate of 0."""
+    decays = transforms.weight_decay(rate, None if bucket is None else bucket.mask("decay"))
+    return Transform(*decays, bucket) if rate else None
 
 
 def check_replicas(comm: MPI.Intracomm, vector: Vector) -> None:

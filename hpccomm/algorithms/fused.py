@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.algorithms.transforms import AdamState, Chain, Term, Transform, Vector, adam, require
+from hpccomm.algorithms.transforms import AdamState, Chain, Term, Transform, Vector, adam, least_eps, require
 from hpccomm.algorithms.trees import apply_for_trees
 from hpccomm.algorithms.trust_ratio import (
     Layers,
@@ -137,7 +137,7 @@ def lamb_walk(who: str, terms: Terms, here: Layers) -> Walk:
         k1, k2 = (1 - b1**t, 1 - b2**t) if moments.bias_correction else (1.0, 1.0)
         last = real(-learning_rate(lr, state.updates))
         scale = shrink(clip.grad_norm, clip.max_norm, g, ratio.norm_reduce)
-        numbers = [real(each) for each in (scale, b1, 1 - b1, b2, 1 - b2, k1, k2, moments.eps)]
+        numbers = [real(each) for each in (scale, b1, 1 - b1, b2, 1 - b2, k1, k2, least_eps(moments.eps, w.dtype))]
         placed = [each.stop - each.first for each in groups if divided or each.adapt.any()]
         room = np.empty_like(w, shape=(max(placed, default=0),)) if step is None else step
         for rows in groups if placed or step is not None else [here.rows]:

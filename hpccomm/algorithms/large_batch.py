@@ -43,7 +43,17 @@ from functools import partial
 from typing import Literal, get_args
 
 from hpccomm.algorithms.fused import InPlaceTransform, fuse
-from hpccomm.algorithms.transforms import Schedule, Term, adam, chain, check_choice, check_decay, descend, require
+from hpccomm.algorithms.transforms import (
+    Schedule,
+    Term,
+    adam,
+    chain,
+    check_choice,
+    check_decay,
+    check_rate,
+    descend,
+    require,
+)
 from hpccomm.algorithms.transforms import momentum as momentum_trace
 from hpccomm.algorithms.trust_ratio import (
     NormReduce,
@@ -80,9 +90,10 @@ def lars(
 
     ``lr`` γ, a number or a function of the update's count; ``momentum`` μ; ``weight_decay`` λ; ``trust`` c.
     ``clip`` is LARC's: φ ← min(φ/γ, 1), so that no tensor's step exceeds that of γ alone.  ``max_norm``
-    clips the whole gradient first.  ``decay`` and ``adapt`` select tensors: ``"flags"`` of the bucket,
-    ``"all"``, ``"decayed"``, or a list of names.  ``part=(lo, hi)`` and ``norm_reduce`` are for a rank that
-    holds these elements of the vector only: see :mod:`hpccomm.algorithms.trust_ratio`.
+    clips the whole gradient first.  ``decay`` and ``adapt`` select tensors: ``"flags"`` of the bucket (by default
+    biases and scales of normalisations neither decay nor adapt), ``"all"``, ``"decayed"``, or a list of names.
+    ``part=(lo, hi)`` and ``norm_reduce`` are for a rank that holds these elements of the vector only: see
+    :mod:`hpccomm.algorithms.trust_ratio`.
 
     >>> bucket = Bucket({"w": (2, 2), "b": (2,)})
     >>> method = lars(bucket, 1.0, trust=0.5)
@@ -93,6 +104,7 @@ def lars(
     You, Gitman & Ginsburg, *Large batch training of convolutional networks*, 2017, algorithm 1.
     """
     check_choice("lars: variant", variant, get_args(Variant))
+    check_rate("lars: lr", lr)
     check_decay("lars: momentum", momentum)
     require(weight_decay >= 0, f"lars: weight_decay is {weight_decay}: pass 0 or more")
     require(trust > 0, f"lars: trust is {trust}: pass a positive number; 0.001 is usual")
@@ -134,9 +146,10 @@ def lamb(
     ``lr`` γ, a number or a function of the update's count.  ``ratio_clip`` bounds φ (DeepSpeed (0.01, 10),
     LAMBC (0, 1)), ``weight_clip`` bounds ‖w‖ in it (the paper's ψ).  ``grad_norm``: the gradient is first
     clipped to ``max_norm`` (apex) or divided by its norm (NVLAMB).  ``decay`` and ``adapt`` select tensors:
-    ``"flags"`` of the bucket, ``"all"`` (as optax adapts), ``"decayed"`` (apex, timm), or a list of names; with
-    ``adapt=()`` it is AdamW.  ``part=(lo, hi)`` and ``norm_reduce`` are for a rank that holds these elements
-    only: see :mod:`hpccomm.algorithms.trust_ratio`.
+    ``"flags"`` of the bucket, ``"all"`` (as optax adapts: by default biases and scales of normalisations adapt here,
+    and do not in :func:`lars`), ``"decayed"`` (apex, timm), or a list of names; with ``adapt=()`` it is AdamW.
+    ``part=(lo, hi)`` and ``norm_reduce`` are for a rank that holds these elements only: see
+    :mod:`hpccomm.algorithms.trust_ratio`.
 
     >>> bucket = Bucket({"w": (2, 2)})
     >>> method = lamb(bucket, 0.5, weight_decay=0, eps=0)
@@ -146,6 +159,7 @@ def lamb(
 
     You et al., *Large batch optimization for deep learning: training BERT in 76 minutes*, ICLR 2020, algorithm 2.
     """
+    check_rate("lamb: lr", lr)
     check_decay("lamb: b1", b1)
     check_decay("lamb: b2", b2)
     require(eps >= 0, f"lamb: eps is {eps}: pass 0 or more")

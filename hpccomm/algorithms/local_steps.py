@@ -24,13 +24,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.checkpoints import map_leaves
-from hpccomm.algorithms.exchange import ExchangeReport, check_replicas, mean
+from hpccomm.algorithms.exchange import check_replicas, mean
+from hpccomm.algorithms.reports import ExchangeReport
+from hpccomm.algorithms.states import InBlock, RankChange, map_leaves, snapshot
 from hpccomm.algorithms.transforms import (
     Schedule,
     Transform,
@@ -38,6 +39,8 @@ from hpccomm.algorithms.transforms import (
     chain,
     check_alike,
     check_decay,
+    check_rate,
+    descend,
     momentum,
     require,
     scale,
@@ -138,7 +141,7 @@ class PeriodicState(NamedTuple):
 
     updates: int
     """Steps since ``init``, those of the warm-up included."""
-    steps: int
+    steps: InBlock
     """Steps since the block began."""
     batches: int
     """As ``steps``, without those that this rank took with a zero gradient because others had batches left."""
@@ -146,9 +149,9 @@ class PeriodicState(NamedTuple):
     """The running total that ``weight_by`` returned when the block began."""
     start: Vector
     """W_g: the model that the block began from."""
-    inner_start: Any
-    """The inner state that the block began from."""
-    inner: Any
+    inner_start: Annotated[Any, RankChange.LOCAL]
+    """A copy of the inner state that the block began from; between blocks, of the last one."""
+    inner: Annotated[Any, RankChange.LOCAL]
     outer: Any
     memory: Any
     """The memory of the policy for the inner state."""
@@ -189,9 +192,11 @@ def periodic_transform(
     """``period`` inner steps on every rank alone, then one outer step of all ranks of ``comm``.
 
     ``outer`` receives W_g − w_i times a factor that makes its mean over the ranks the weighted mean: 1 where all
-    weights are equal.  The first ``warmup`` steps are synchronous: ``inner`` receives the mean gradient; the first
-    block begins after them.  ``group`` are the ranks that exchange gradients in every inner step and hold the same
-    model; each rank of ``comm`` is in one group.  ``closing(weights, inner)`` applies pending updates before the block
+    weights are equal.  The first ``warmup`` steps are synchronous: ``inner`` receives the mean gradient over all ranks;
+    after them ``outer`` and the first block begin from the model that they reached.  ``group`` are the ranks that
+    exchange gradients in every inner step and hold the same model; each rank of ``comm`` is in one group.  Where
+    members of a group have run out of batches, the gradients of the others are scaled up to the length of the whole
+    group's.  ``closing(weights, inner)`` applies pending updates before the block
     ends.  ``check`` compares the ranks' bits after every outer step.  A single rank or group takes no outer step.
 
     Ranks may have different numbers of batches, if each calls ``finish`` when it has none left.  A rank without a batch
@@ -208,11 +213,11 @@ def periodic_transform(
         f"periodic: weight_by is {weight_by!r}: pass 'workers', 'batches', or a function that returns this rank's "
         "samples so far",
     )
-    require(not (warmup and group is not None), "periodic: synchronous steps and a group exclude each other")
     policy = local_state or keep()
     blocks = PeriodicSteps(comm, period, inner, outer, policy, weight_by, warmup, group, closing, check)
     made = PeriodicTransform(blocks.init, blocks.update, inner.bucket)
-    made.finish, made.export = finish_for_trees(blocks.finish, inner.bucket), export_for_trees(export, inner.bucket)
+    made.finish = finish_for_trees(blocks.finish, inner.bucket)
+    made.export = export_for_trees(lambda state: state.start if state.updates < warmup else export(state), inner.bucket)
     return made
 
 
@@ -260,7 +265,7 @@ class PeriodicSteps:
             batches=0,
             weight_at_start=counted,
             start=start,
-            inner_start=inner,
+            inner_start=snapshot(inner),
             inner=inner,
             outer=self.outer.init(start),
             memory=self.local.init(weights),
@@ -315,13 +320,18 @@ class PeriodicSteps:
     ) -> tuple[Vector, PeriodicState]:
         """An inner step, and the end of the block if it is one."""
         warm, joint = state.updates < self.warmup, state.mean_state
+        if company is not None and alive != company.size:
+            gradient = narrow(gradient * (company.size / alive), gradient.dtype)
         if warm and company is not None:
-            gradient = gradient if alive == company.size else gradient * (company.size / alive)
             gradient, joint = self.mean.update(gradient, joint, weights)
+        if not warm and not state.steps and not self.is_alone:
+            state = state._replace(inner_start=snapshot(state.inner))
         step, inner = self.inner.update(gradient, state.inner, weights)
         state = state._replace(updates=state.updates + 1, inner=inner, mean_state=joint)
         if warm:
-            return step, state._replace(start=widen(weights + step), inner_start=inner)
+            start = widen(weights + step)
+            outer = self.outer.init(start) if state.updates == self.warmup else state.outer
+            return step, state._replace(start=start, outer=outer)
         state = state._replace(steps=state.steps + 1, batches=state.batches + batches)
         if state.steps < self.period:
             return step, state
@@ -330,19 +340,20 @@ class PeriodicSteps:
 
     def end_block(self, local: Vector, state: PeriodicState, last: bool) -> tuple[Vector, PeriodicState, bool]:
         """The start of the next block, the state, and whether no rank has a batch left."""
-        if self.is_alone:
-            start = widen(local)
-            return local, state._replace(steps=0, batches=0, start=start, inner_start=state.inner), last
         if self.finish_pending is not None and state.steps:
             local, inner = self.finish_pending(local, state.inner)
             state = state._replace(inner=inner)
+        if self.is_alone:
+            start = widen(local)
+            return local, state._replace(steps=0, batches=0, start=start), last
         with np.errstate(invalid="ignore", over="ignore"):
             behind = state.start - widen(local)
         counted = float(self.weight_by()) if callable(self.weight_by) else 0.0
         agreed, state = self.agree_on_block(behind, counted, state, last)
         next_block = state._replace(steps=0, batches=0, weight_at_start=counted)
         if not agreed.finite:
-            back = next_block._replace(inner=state.inner_start, abandoned=state.abandoned + 1)
+            began = state.inner_start if state.steps else state.inner
+            back = next_block._replace(inner=began, abandoned=state.abandoned + 1)
             return state.start, back, agreed.is_finished
         if not agreed.has_movement:
             return state.start, next_block, agreed.is_finished
@@ -350,12 +361,11 @@ class PeriodicSteps:
             behind *= agreed.weight
         step, outer = self.outer.update(behind, state.outer, state.start)
         start = state.start + step
-        inner, memory = self.local.settle(
-            state.inner_start, state.inner, narrow(start, local.dtype), state.memory, agreed.steps
-        )
+        began = state.inner_start if state.steps else state.inner
+        inner, memory = self.local.settle(began, state.inner, narrow(start, local.dtype), state.memory, agreed.steps)
         if self.check:
             check_replicas(self.comm, start)
-        next_block = next_block._replace(start=start, inner_start=inner, inner=inner, outer=outer, memory=memory)
+        next_block = next_block._replace(start=start, inner=inner, outer=outer, memory=memory)
         return start, next_block, agreed.is_finished
 
     def agree_on_block(
@@ -416,18 +426,23 @@ def slowmo(
 ) -> PeriodicTransform:
     """Slow momentum (Wang et al., ICLR 2020, algorithm 1): u ← βu + (W_g − w̄)/γ, W_g ← W_g − αγu.
 
-    ``lr`` is γ, the rate of ``inner``: a number, or a function of the update's count, whose value at the first step of
-    the block is used.  Where γ is constant this is BMUF with block momentum β and rate α.
+    ``lr`` is γ, the rate of ``inner``: a number, or a function of the update's count, whose first value other than 0 in
+    the block is used; a block in which it is 0 throughout only decays the momentum.  Where γ is constant this is BMUF
+    with block momentum β and rate α.
     """
     check_decay("slowmo: beta", beta)
+    check_rate("slowmo: lr", lr)
+    require(callable(lr) or lr > 0, f"slowmo: lr is {lr}: pass the positive rate of inner")
     require(slow_lr > 0, f"slowmo: slow_lr is {slow_lr}: pass a positive number")
 
     def gamma(block: int) -> float:
-        return float(lr(warmup + block * period) if callable(lr) else lr)
+        first = warmup + block * period
+        rates = (float(lr(first + step)) for step in range(period)) if callable(lr) else iter([float(lr)])
+        return next((rate for rate in rates if rate), 0.0)
 
     outer = chain(
         mean(comm),
-        scale_by_schedule(lambda block: 1 / gamma(block)),
+        scale_by_schedule(lambda block: 1 / gamma(block) if gamma(block) else 0.0),
         momentum(beta),
         scale_by_schedule(lambda block: -slow_lr * gamma(block)),
     )
@@ -435,9 +450,18 @@ def slowmo(
 
 
 def diloco(
-    comm: MPI.Intracomm, inner: Transform, period: int = 500, *, lr: float = 0.7, beta: float = 0.9, check: bool = False
+    comm: MPI.Intracomm,
+    inner: Transform,
+    period: int = 500,
+    *,
+    lr: float | Schedule = 0.7,
+    beta: float = 0.9,
+    check: bool = False,
 ) -> PeriodicTransform:
-    """Nesterov's momentum on the updates of a block, around AdamW (Douillard et al., 2023, algorithm 1)."""
+    """Nesterov's momentum on the updates of a block, around AdamW (Douillard et al., 2023, algorithm 1).
+
+    ``lr`` is the rate of the blocks: a number, or a function of the block's count.
+    """
     check_decay("diloco: beta", beta)
-    outer = chain(mean(comm), momentum(beta, nesterov=True), scale(-lr))
+    outer = chain(mean(comm), momentum(beta, nesterov=True), descend(lr))
     return periodic_transform(comm, period, inner, outer, check=check)

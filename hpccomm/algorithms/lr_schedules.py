@@ -8,6 +8,9 @@ TensorFlow; PyTorch's schedulers are stepped before they are read.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
 
 from hpccomm.algorithms.transforms import Schedule, require
 
@@ -44,6 +47,53 @@ def polynomial(lr: float, steps: int, power: float = 1.0, end: float = 0.0) -> S
     require(steps >= 1, f"polynomial: steps is {steps}: pass 1 or more")
     require(power > 0, f"polynomial: power is {power}: pass a positive number")
     return lambda t: end + (lr - end) * (1 - min(t, steps) / steps) ** power
+
+
+def cosine(lr: float, steps: int, end: float = 0.0) -> Schedule:
+    """Half a cosine from γ down to ``end`` at update T, then constant (Loshchilov & Hutter, ICLR 2017)."""
+    require(steps >= 1, f"cosine: steps is {steps}: pass 1 or more")
+    return lambda t: end + (lr - end) * (1 + math.cos(math.pi * min(t, steps) / steps)) / 2
+
+
+def step_decay(lr: float, at: Sequence[int], factor: float = 0.1) -> Schedule:
+    """γ times ``factor`` once for each of the updates ``at`` that t has reached, which ascend."""
+    ascending = all(a < b for a, b in pairwise(at))
+    require(ascending and all(each >= 0 for each in at), f"step_decay: at is {list(at)}: pass updates that ascend")
+    require(factor > 0, f"step_decay: factor is {factor}: pass a positive number")
+    return lambda t: lr * factor ** bisect_right(at, t)
+
+
+def warm_up_stable_decay(lr: float, warmup: int, stable: int, decay: int, end: float = 0.0) -> Schedule:
+    """A linear warm-up, γ for ``stable`` updates, then linearly down to ``end`` in ``decay`` updates (WSD).
+
+    Hu et al., *MiniCPM*, 2024: the plateau can be prolonged without a new plan of the whole run.
+    """
+    require(stable >= 0, f"warm_up_stable_decay: stable is {stable}: pass 0 or more")
+    return warm_up(warmup, join_schedules((stable, constant(lr)), (decay, polynomial(lr, decay, end=end))))
+
+
+def one_cycle(lr: float, steps: int, *, rise: float = 0.3, start: float = 25.0, end: float = 1e4) -> Schedule:
+    """From γ/``start`` up to γ in a share ``rise`` of T, then down to γ/(``start`` · ``end``), each by half a cosine.
+
+    Smith & Topin, *Super-convergence*, 2018, with PyTorch's defaults; the peak is at update ``rise`` · T − 1 and the
+    least rate at T − 1.
+    """
+    require(steps >= 1, f"one_cycle: steps is {steps}: pass 1 or more")
+    require(0 <= rise <= 1, f"one_cycle: rise is {rise}: pass a share from 0 to 1")
+    require(start > 0 and end > 0, f"one_cycle: start is {start}, end is {end}: pass positive numbers")
+    peak, last = rise * steps - 1, max(steps - 1, 0)
+
+    def value(t: int) -> float:
+        if t <= peak and peak > 0:
+            return between(lr / start, lr, t / peak)
+        return between(lr, lr / (start * end), (min(t, last) - max(peak, 0)) / max(last - max(peak, 0), 1e-9))
+
+    return value
+
+
+def between(first: float, last: float, share: float) -> float:
+    """A rate on half a cosine from ``first`` to ``last``."""
+    return last + (first - last) * (1 + math.cos(math.pi * min(max(share, 0.0), 1.0))) / 2
 
 
 def join_schedules(*phases: tuple[int, Schedule]) -> Schedule:

@@ -32,9 +32,22 @@ import numpy.typing as npt
 
 from hpccomm.algorithms.compression.format import check_flat
 from hpccomm.algorithms.compression.signs import onebit
-from hpccomm.algorithms.error_feedback import MessageReport, all_ranks_true, feedback
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, allreduce_mean
-from hpccomm.algorithms.transforms import Schedule, Transform, Vector, chain, check_alike, check_decay, require, scale
+from hpccomm.algorithms.error_feedback import FeedbackTransform, all_ranks_true, feedback
+from hpccomm.algorithms.exchange import allreduce_bytes, allreduce_mean
+from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
+from hpccomm.algorithms.states import ShardedVector, Unsent
+from hpccomm.algorithms.transforms import (
+    Schedule,
+    Transform,
+    Vector,
+    chain,
+    check_alike,
+    check_decay,
+    check_rate,
+    require,
+    scale,
+    scale_by_schedule,
+)
 from hpccomm.arrays import to_device_like
 from hpccomm.buckets import Bucket
 from hpccomm.collectives.compressed.onebit import onebit_allreduce, server_elements
@@ -46,13 +59,27 @@ if TYPE_CHECKING:
 
 def onebit_sgd(comm: MPI.Intracomm, bucket: Bucket | None = None) -> Transform:
     """The mean of the ranks' signs, each tensor of ``bucket`` with two scales of its own, or the vector with two."""
-    return Transform(*feedback(onebit("per-sign"), comm, parts=tensor_slices(bucket)), bucket)
+    return with_bucket(feedback(onebit("per-sign"), comm, parts=tensor_slices(bucket)), bucket)
 
 
-def ef_signsgd(comm: MPI.Intracomm, lr: float, bucket: Bucket | None = None) -> Transform:
+def ef_signsgd(comm: MPI.Intracomm, lr: float | Schedule, bucket: Bucket | None = None) -> Transform:
     """Steps −mean of s·sign(lr·g + e): the rate is applied before the feedback, so it does not rescale the residual."""
-    signs = Transform(*feedback(onebit("l1"), comm, parts=tensor_slices(bucket)), bucket)
-    return chain(scale(lr), signs, scale(-1))
+    check_rate("ef_signsgd: lr", lr)
+    rate = scale_by_schedule(lr) if callable(lr) else scale(lr)
+    return chain(rate, with_bucket(feedback(onebit("l1"), comm, parts=tensor_slices(bucket)), bucket), scale(-1))
+
+
+def with_bucket(exchange: FeedbackTransform, bucket: Bucket | None) -> FeedbackTransform:
+    """The exchange, whose tensors are those of the bucket."""
+    made = FeedbackTransform(*exchange, bucket)
+    made.exchange, made.flush_state = exchange.exchange, exchange.flush_state
+    return made
+
+
+def check_size(who: str, weights: Vector, bucket: Bucket | None) -> None:
+    """Raise unless the weights are flat float32 vectors of the bucket's size."""
+    size = check_flat(weights, who, True).size
+    require(bucket is None or size == bucket.size, f"{who}: pass weights of the bucket's size")
 
 
 def tensor_slices(bucket: Bucket | None) -> list[slice] | None:
@@ -70,13 +97,17 @@ class OneBitAdamState(NamedTuple):
     """v: frozen after the warm-up."""
     scales: npt.NDArray[np.float32]
     """(L,) the factor of each tensor's momentum before it is sent; none without a bucket."""
-    worker: Vector
-    server: Vector
+    worker: Unsent
+    server: ShardedVector
     scale: float
     """The decoded magnitude of this rank's last signs, 0 while steps are dense."""
     skipped: int
     """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
+
+    def messages(self) -> MessageReport:
+        """The messages of the last step."""
+        return bit_messages(self)
 
 
 def onebit_adam(
@@ -106,13 +137,18 @@ def onebit_adam(
     """
     check_decay("onebit_adam: b1", b1)
     check_decay("onebit_adam: b2", b2)
-    require(freeze_step >= 0, f"onebit_adam: freeze_step is {freeze_step}: pass the number of dense steps")
+    require(
+        freeze_step >= 1,
+        f"onebit_adam: freeze_step is {freeze_step}: pass the number of dense steps, 1 or more: "
+        "the variance is frozen after them, and an element without one never moves",
+    )
+    check_rate("onebit_adam: lr", lr)
     require(weight_decay >= 0, f"onebit_adam: weight_decay is {weight_decay}: pass 0 or more")
     places = tensor_slices(bucket) or []
 
     def init(weights: Vector) -> OneBitAdamState:
-        zeros = np.zeros_like(check_flat(weights, "onebit_adam", True))
-        require(bucket is None or weights.size == bucket.size, "onebit_adam: pass weights of the bucket's size")
+        check_size("onebit_adam", weights, bucket)
+        zeros = np.zeros_like(weights)
         server = np.zeros_like(weights, shape=(server_elements(weights.size, comm.rank, comm.size),))
         scales = np.ones(len(places), np.float32)
         return OneBitAdamState(0, zeros, zeros.copy(), scales, zeros.copy(), server, 0.0, 0, ExchangeReport())
@@ -153,14 +189,12 @@ def onebit_adam(
     return Transform(init, update, bucket)
 
 
-def message_report(state: OneBitAdamState | OneBitLambState) -> MessageReport:
-    """The messages of a rank in its last step that was not skipped: dense 4n bytes, afterwards n/8 and a scale."""
-    n = state.worker.size if state.steps else 0
-    norm = float(np.sqrt(np.square(state.worker, dtype=np.float64).sum()))
-    compressed = state.scale > 0
+def bit_messages(state: OneBitAdamState | OneBitLambState) -> MessageReport:
+    """The messages of the last step that was not skipped: dense 4n bytes, afterwards n/8 and a scale."""
+    n, compressed = state.worker.size if state.steps else 0, state.scale > 0
     nbytes = 4 + -(-n // 8) if compressed else 4 * n
     path = "two phases" if compressed else "dense" if state.steps else ""
-    return MessageReport(nbytes, n, state.scale, norm, state.skipped, path)
+    return MessageReport(nbytes, n, state.scale, norm_of(state.worker), state.skipped, path)
 
 
 COEFFICIENTS = (0.01, 10.0)
@@ -187,13 +221,17 @@ class OneBitLambState(NamedTuple):
     """(L,) the factors of the ratios in the last step."""
     scales: npt.NDArray[np.float32]
     """(L,) the factor of each tensor's momentum before it is sent."""
-    worker: Vector
-    server: Vector
+    worker: Unsent
+    server: ShardedVector
     scale: float
     """The decoded magnitude of this rank's last signs, 0 while steps are dense."""
     skipped: int
     """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
+
+    def messages(self) -> MessageReport:
+        """The messages of the last step."""
+        return bit_messages(self)
 
 
 def onebit_lamb(
@@ -228,13 +266,16 @@ def onebit_lamb(
     for name, rate in (("b1", b1), ("b2", b2), ("ratio_decay", ratio_decay)):
         check_decay(f"onebit_lamb: {name}", rate)
     require(freeze_step >= 1, f"onebit_lamb: freeze_step is {freeze_step}: pass the number of dense steps, 1 or more")
+    check_rate("onebit_lamb: lr", lr)
     require(weight_decay >= 0, f"onebit_lamb: weight_decay is {weight_decay}: pass 0 or more")
     places = tensor_slices(bucket) or []
     decays = np.array([weight_decay * slot.decay for slot in bucket.table], np.float32)
 
     def init(weights: Vector) -> OneBitLambState:
-        fits = check_flat(weights, "onebit_lamb", True).size == bucket.size
-        require(fits, "onebit_lamb: pass weights of the bucket's size")
+        require(
+            check_flat(weights, "onebit_lamb", True).size == bucket.size,
+            "onebit_lamb: pass weights of the bucket's size",
+        )
         m, v, fresh, worker = (np.zeros_like(weights) for _ in range(4))
         server = np.zeros_like(weights, shape=(server_elements(weights.size, comm.rank, comm.size),))
         ones, scales = np.ones(len(places)), np.ones(len(places), np.float32)

@@ -33,6 +33,7 @@ import numpy.typing as npt
 from hpccomm.algorithms.blockwise_filtering import shard
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
 from hpccomm.errors import MismatchError
+from hpccomm.performance.units import format_count
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -233,8 +234,8 @@ class ParameterServer:
         require(reduce in ("mean", "sum"), f"ParameterServer: reduce is {reduce!r}: pass 'mean' or 'sum'")
         require(
             1 <= servers < comm.size,
-            f"rank {comm.rank}: ParameterServer: {servers} servers of {comm.size} ranks: leave at least one server and "
-            "one worker",
+            f"rank {comm.rank}: ParameterServer: {servers} servers of {format_count(comm.size, 'rank')}: leave "
+            "at least one server and one worker",
         )
         require(
             codec is None or weights.dtype == np.float32,

@@ -23,8 +23,10 @@ import numpy.typing as npt
 from hpccomm.algorithms.compression.format import check_flat
 from hpccomm.algorithms.compression.matrix_factors import orthonormalise, start_factor
 from hpccomm.algorithms.deep_gradient_compression import pack_slices, unpack_slices
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_mean
-from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
+from hpccomm.algorithms.exchange import allreduce_mean, exchange_unsent
+from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
+from hpccomm.algorithms.states import Unsent
+from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, require
 from hpccomm.buckets import Bucket
 from hpccomm.kernels.dispatch import kernels
 
@@ -40,7 +42,7 @@ Matrix = npt.NDArray[np.float32]
 class PowerSgdState(NamedTuple):
     """The state of one rank."""
 
-    residual: Vector
+    residual: Unsent
     """e of each compressed tensor, one after the other: the part of this rank's gradients that no step has applied."""
     factors: Vector
     """Q of each compressed tensor, the same on all ranks."""
@@ -48,6 +50,11 @@ class PowerSgdState(NamedTuple):
     skipped: int
     """Steps that all ranks skipped because a gradient was not finite."""
     report: ExchangeReport
+
+    def messages(self) -> MessageReport:
+        """The residual, and the steps skipped."""
+        path = "factors" if self.steps else ""
+        return MessageReport(4 * self.factors.size, 0, 0.0, norm_of(self.residual), self.skipped, path)
 
 
 class MatrixSlices(NamedTuple):
@@ -94,12 +101,20 @@ def split_matrices(bucket: Bucket, rank: int) -> MatrixSplit:
 
 
 def powersgd(
-    comm: MPI.Intracomm, bucket: Bucket, rank: int = 4, *, local_error: bool = False, seed: int = 0
-) -> Transform:
+    comm: MPI.Intracomm,
+    bucket: Bucket,
+    rank: int = 4,
+    *,
+    start_dense_steps: int = 0,
+    local_error: bool = False,
+    seed: int = 0,
+) -> ResidualTransform:
     """Exchange gradients of a bucket, float32, as matrices of ``rank``; the step is the mean of the decoded matrices.
 
     A tensor is a matrix of its first dimension times all others.  The first Q follows from ``seed``, the same on all
-    ranks.  With ``local_error`` a rank keeps M − P̂ (Mᵀ P̂)ᵀ, the error of its own factors, as the authors' package
+    ranks; so does a new column of Q wherever the last step left one without meaning: a tensor whose gradients were
+    zero, or of low rank, is approximated in full again from the next step.  The first ``start_dense_steps`` steps are
+    dense.  With ``local_error`` a rank keeps M − P̂ (Mᵀ P̂)ᵀ, the error of its own factors, as the authors' package
     does: the sum over the ranks is the same.  If the gradient of any rank is not finite, no rank steps, and only
     ``skipped`` changes in the state.  All ranks multiply the same factors, so their steps have the same bits where
     their processors and BLAS are alike.
@@ -107,6 +122,7 @@ def powersgd(
     When a run continues with another number of ranks, :func:`~hpccomm.for_ranks` redistributes the residuals.
     """
     require(rank >= 1, f"powersgd: rank is {rank}: pass 1 or more")
+    require(start_dense_steps >= 0, f"powersgd: start_dense_steps is {start_dense_steps}: pass 0 or more")
     matrices, dense, errors, lefts, rights = split_matrices(bucket, rank)
 
     def init(weights: Vector) -> PowerSgdState:
@@ -121,33 +137,62 @@ def powersgd(
         began = time.perf_counter()
         fine = kernels().all_finite(check_flat(gradient, "powersgd"))
         backlog = state.residual + pack_slices(gradient, [place.inside for place in matrices])
-        first = np.concatenate([np.empty(lefts, np.float32), pack_slices(gradient, dense)])
-        if fine:
+        compress = state.steps >= start_dense_steps
+        large = np.empty(lefts, np.float32) if compress else backlog
+        first = np.concatenate([np.array([not fine], np.float32), large, pack_slices(gradient, dense)])
+        if fine and compress:
             for place in matrices:
-                np.matmul(matrix(backlog, place), right_factor(state.factors, place), out=left_factor(first, place))
-        else:
-            first[...] = np.nan  # all ranks see it in the mean
+                np.matmul(matrix(backlog, place), right_factor(state.factors, place), out=left_factor(first[1:], place))
+        elif not fine:
+            first[1:] = 0
         first, nbytes = allreduce_mean(comm, first)
-        if not kernels().all_finite(first):
+        if first[0] > 0 or not kernels().all_finite(first):
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
             return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.add(cost))
+        large, small = first[1 : 1 + large.size], first[1 + large.size :]
+        step = np.empty_like(gradient)
+        if compress:
+            factors, more = apply_factors(large, backlog, step, state)
+        else:
+            factors, more = state.factors, 0
+            unpack_slices(large, step, [place.inside for place in matrices])
+            backlog = np.zeros_like(backlog)
+        unpack_slices(small, step, dense)
+        report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes + more))
+        return step, PowerSgdState(backlog, factors, state.steps + 1, state.skipped, report)
+
+    def apply_factors(first: Vector, backlog: Vector, step: Vector, state: PowerSgdState) -> tuple[Vector, int]:
+        """The step of the matrices, what it leaves of the backlog, the next Q, and the bytes sent."""
         own = np.empty(rights, np.float32)
         for place in matrices:
             basis = left_factor(first, place)
             basis[...] = orthonormalise(basis)
             np.matmul(matrix(backlog, place).T, basis, out=right_factor(own, place))
-        factors, more = allreduce_mean(comm, own)
-        step = np.empty_like(gradient)
+        factors, nbytes = allreduce_mean(comm, own)
         for place in matrices:
+            left, right = left_factor(first, place), right_factor(factors, place)
             applied = step[place.inside].reshape(place.shape)
-            np.matmul(left_factor(first, place), right_factor(factors, place).T, out=applied)
-            missed = left_factor(first, place) @ right_factor(own, place).T if local_error else applied
-            matrix(backlog, place)[...] -= missed
-        unpack_slices(first[lefts:], step, dense)
-        report = state.report.add(ExchangeReport(1, time.perf_counter() - began, nbytes + more))
-        return step, PowerSgdState(backlog, factors, state.steps + 1, state.skipped, report)
+            np.matmul(left, right.T, out=applied)
+            matrix(backlog, place)[...] -= left @ right_factor(own, place).T if local_error else applied
+        for number, place in enumerate(matrices):
+            replace_dead_columns(right_factor(factors, place), seed + number + len(matrices) * (state.steps + 1))
+        return factors, nbytes
 
-    return Transform(init, update, bucket)
+    def flush_state(state: PowerSgdState) -> tuple[Vector, PowerSgdState]:
+        total, cost = exchange_unsent(comm, state.residual, "mean")
+        whole = np.zeros(bucket.size, np.float32)
+        unpack_slices(total, whole, [place.inside for place in matrices])
+        return whole, state._replace(residual=np.zeros_like(total), report=state.report.add(cost))
+
+    return ResidualTransform.of(init, update, flush_state, bucket)
+
+
+def replace_dead_columns(factor: Matrix, seed: int) -> None:
+    """Replace the columns of Q that are zero, by which no gradient would be seen again, with random ones, in place."""
+    dead = ~factor.any(axis=0)
+    if dead.any():
+        columns, rank = factor.shape
+        factor[:, dead] = start_factor(columns, rank, seed)[:, dead]
 
 
 def matrix(vector: Vector, place: MatrixSlices) -> Matrix:

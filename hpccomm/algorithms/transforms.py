@@ -1,23 +1,27 @@
 """A transform is a pair of functions: it turns a gradient into a step, and its state is data, in and out.
 
 ``init(weights) -> state``, ``update(gradient, state, weights) -> (step, state)``; then ``weights +=
-step``.  Vectors are flat and of one floating-point dtype.  The functions of this module write neither the gradient nor
-the weights nor the state that they receive, so a caller can keep a state, compare it and return to it; a step may be
-the same array as the gradient.  Transforms after ``scale(-lr)`` receive updates, those before it gradients.  The form
-is that of optax (DeepMind, 2020).
+step``.  Vectors are flat and of one floating-point dtype.  ``update`` writes neither the gradient nor the weights; it
+consumes the state, whose arrays it may overwrite: keep :func:`hpccomm.snapshot` of a state to return to it.  A step may
+be the same array as the gradient or as one of the new state: add it before the next update.  Transforms after
+``scale(-lr)`` or ``descend(lr)`` receive updates, those before it gradients.  The form is that of optax (DeepMind,
+2020).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.trees import init_for_trees, update_for_trees
+from hpccomm.algorithms.reports import MessageReport, message_reports
+from hpccomm.algorithms.trees import StateKind, finish_for_trees, init_for_trees, update_for_trees
+from hpccomm.arrays import narrow, reduction_dtype, widen
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 
@@ -53,7 +57,8 @@ class Transform(Pair):
         bucket: Bucket | None = None,
     ) -> AnyTransform:
         """The pair, whose functions take trees."""
-        made = Pair.__new__(cls, init_for_trees(init, bucket), update_for_trees(update, bucket))
+        kind = StateKind()
+        made = Pair.__new__(cls, init_for_trees(init, bucket, kind), update_for_trees(update, bucket, kind))
         made.bucket = bucket
         return made
 
@@ -78,6 +83,66 @@ class Chain(Transform):
     terms: tuple[Transform, ...]
 
 
+class ResidualTransform(Transform):
+    """A transform whose state holds gradients that no step has applied yet.
+
+    ``flush_state(state) -> (gradient, state)`` (collective): exchange all of them densely.
+    """
+
+    flush_state: Callable[[Any], tuple[Vector, Any]]
+
+    @classmethod
+    def of(
+        cls,
+        init: Callable[[Vector], Any],
+        update: Callable[[Vector, Any, Vector], tuple[Vector, Any]],
+        flush_state: Callable[[Any], tuple[Vector, Any]],
+        bucket: Bucket | None,
+    ) -> ResidualTransform:
+        """The transform of these functions."""
+        made = cls(init, update, bucket)
+        made.flush_state = flush_state
+        return made
+
+
+def can_flush(method: Any) -> bool:
+    """Whether a method, or a part of a chain, keeps what it has not sent."""
+    return isinstance(method, ResidualTransform) or any(map(can_flush, getattr(method, "terms", ())))
+
+
+def flush(method: Transform, state: Any, weights: Any) -> tuple[Any, Any]:
+    """The step of all gradients that compressed exchanges have not applied yet, and the state without them.
+
+    Collective.  Call it at the end of a run, and add the step to the weights: what ranks have not sent is averaged, or
+    summed, densely, and passes the transforms that follow the exchange.
+
+    >>> from mpi4py import MPI
+    >>> from hpccomm import gtc
+    >>> method, weights = chain(gtc(MPI.COMM_SELF, tau=1.0), scale(-1)), np.zeros(2, "f4")
+    >>> step, state = method.update(np.float32([0.75, 1.5]), method.init(weights), weights)
+    >>> step.tolist()
+    [-0.0, -1.0]
+    >>> flush(method, state, weights)[0].tolist()
+    [-0.75, -0.5]
+    """
+    require(can_flush(method), "flush: this method sends every gradient at once: there is nothing to flush")
+    return finish_for_trees(partial(flush_terms, method), method.bucket)(state, weights)
+
+
+def flush_terms(method: Any, state: Any, weights: Vector, gradient: Vector | None = None) -> tuple[Any, Any]:
+    """What a method makes of a gradient, and of what it has not sent; None where there is neither."""
+    if isinstance(method, Chain):
+        after = []
+        for each, before in zip(method.terms, state, strict=True):
+            gradient, one = flush_terms(each, before, weights, gradient)
+            after.append(one)
+        return gradient, tuple(after)
+    if not isinstance(method, ResidualTransform):
+        return (None, state) if gradient is None else method.update(gradient, state, weights)
+    require(gradient is None, "flush: two exchanges in one chain keep what they have not sent: flush them one by one")
+    return method.flush_state(state)
+
+
 def chain(*transforms: Transform) -> Chain:
     """Apply the transforms one after the other; the state is the tuple of their states."""
     for each in transforms:
@@ -89,6 +154,9 @@ def chain(*transforms: Transform) -> Chain:
 
     def update(gradient: Vector, state: tuple[Any, ...], weights: Vector) -> tuple[Vector, tuple[Any, ...]]:
         check_alike(gradient, weights)
+        if not isinstance(state, tuple) or len(state) != len(transforms):
+            given = f"{len(state)} states" if isinstance(state, tuple) else f"a {type(state).__name__}"
+            raise ArgumentError(f"chain: {given} for {len(transforms)} transforms: {OWN_STATE}")
         states = []
         for each, before in zip(transforms, state, strict=True):
             gradient, after = each.update(gradient, before, weights)
@@ -107,21 +175,23 @@ def stateless(step: Callable[[Vector, Vector], Vector]) -> Transform:
 
 def scale(factor: float) -> Transform:
     """Multiply by a number; ``scale(-lr)`` ends most chains."""
+    require(not callable(factor), "scale: the factor is a function: pass descend(lr), or scale_by_schedule(factor)")
     number = float(factor)
-    return stateless(lambda gradient, weights: gradient * number)
+    return stateless(lambda gradient, weights: narrow(gradient * number, gradient.dtype))
 
 
 def scale_by_schedule(schedule: Schedule) -> Transform:
     """Multiply by ``schedule(count)``; the state is the number of updates."""
 
     def update(gradient: Vector, count: int, weights: Vector) -> tuple[Vector, int]:
-        return gradient * float(schedule(count)), count + 1
+        return narrow(gradient * float(schedule(count)), gradient.dtype), count + 1
 
     return Transform(lambda weights: 0, update)
 
 
 def descend(lr: float | Schedule) -> Term:
     """Multiply by minus the learning rate, a number or a function of the update's count."""
+    check_rate("descend: lr", lr)
     step = scale_by_schedule(lambda count: -lr(count)) if callable(lr) else scale(-lr)
     return Term.of(step, "descend", lr=lr)
 
@@ -135,8 +205,8 @@ def clip(max_norm: float) -> Transform:
     require(max_norm > 0, f"clip: max_norm is {max_norm}: pass a positive number")
 
     def clip_gradient(gradient: Vector, weights: Vector) -> Vector:
-        norm = math.sqrt(np.add.reduce(np.square(gradient, dtype=np.float64)))
-        return gradient * (max_norm / norm) if norm > max_norm else gradient
+        norm = math.sqrt(np.add.reduce(np.square(widen(gradient), dtype=np.float64)))
+        return narrow(gradient * (max_norm / norm), gradient.dtype) if norm > max_norm else gradient
 
     return stateless(clip_gradient)
 
@@ -150,21 +220,22 @@ def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Tra
     require(rate >= 0, f"weight_decay: rate is {rate}: pass 0 or more")
 
     def add_decay(gradient: Vector, weights: Vector) -> Vector:
-        pull = float(rate) * weights
-        return gradient + (pull if where is None else np.where(where, pull, weights.dtype.type(0)))
+        pull = float(rate) * widen(weights)
+        return narrow(gradient + (pull if where is None else np.where(where, pull, pull.dtype.type(0))), gradient.dtype)
 
     return stateless(add_decay)
 
 
 def momentum(beta: float, nesterov: bool = False) -> Term:
-    """m ← βm + g; the step is m, or g + βm when ``nesterov``.  The state is m."""
+    """m ← βm + g; the step is m, or g + βm when ``nesterov``.  The state is m, in float32 for 16-bit gradients."""
     check_decay("momentum: beta", beta)
 
     def update(gradient: Vector, moment: Vector, weights: Vector) -> tuple[Vector, Vector]:
+        check_shape("momentum", moment, weights)
         moment = float(beta) * moment + gradient
-        return (gradient + float(beta) * moment if nesterov else moment), moment
+        return narrow(gradient + float(beta) * moment if nesterov else moment, gradient.dtype), moment
 
-    return Term.of(Transform(np.zeros_like, update), "momentum", beta=beta, nesterov=nesterov)
+    return Term.of(Transform(zeros_to_add, update), "momentum", beta=beta, nesterov=nesterov)
 
 
 class AdamState(NamedTuple):
@@ -176,22 +247,61 @@ class AdamState(NamedTuple):
 
 
 def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction: bool = True) -> Term:
-    """Adam's direction m̂ / (√v̂ + eps), or m / (√v + eps) without bias correction (Kingma & Ba, ICLR 2015)."""
+    """Adam's direction m̂ / (√v̂ + eps), or m / (√v + eps) without bias correction (Kingma & Ba, ICLR 2015).
+
+    The moments of 16-bit gradients are float32.  An ``eps`` of 0 means the least one that keeps 0/0 at 0.
+    """
     check_decay("adam: b1", b1)
     check_decay("adam: b2", b2)
     require(eps >= 0, f"adam: eps is {eps}: pass 0 or more")
 
     def init(weights: Vector) -> AdamState:
-        return AdamState(0, np.zeros_like(weights), np.zeros_like(weights))
+        return AdamState(0, zeros_to_add(weights), zeros_to_add(weights))
 
     def update(gradient: Vector, state: AdamState, weights: Vector) -> tuple[Vector, AdamState]:
-        updates = state.updates + 1
-        mean = b1 * state.mean + (1 - b1) * gradient
-        square = b2 * state.square + (1 - b2) * (gradient * gradient)
+        check_shape("adam", state.mean, weights)
+        updates, wide = state.updates + 1, widen(gradient)
+        mean = b1 * state.mean + (1 - b1) * wide
+        square = b2 * state.square + (1 - b2) * (wide * wide)
         k1, k2 = (1 - b1**updates, 1 - b2**updates) if bias_correction else (1.0, 1.0)
-        return (mean / k1) / (np.sqrt(square / k2) + eps), AdamState(updates, mean, square)
+        direction = (mean / k1) / (np.sqrt(square / k2) + least_eps(eps, wide.dtype))
+        return narrow(direction, gradient.dtype), AdamState(updates, mean, square)
 
     return Term.of(Transform(init, update), "adam", b1=b1, b2=b2, eps=eps, bias_correction=bias_correction)
+
+
+class SkipState(NamedTuple):
+    """The number of updates that were skipped, and the inner state."""
+
+    skipped: int
+    inner: Any
+
+    def messages(self) -> MessageReport:
+        """The messages of the inner state, and what was skipped before it."""
+        found = MessageReport(skipped=self.skipped)
+        for each in message_reports(self.inner):
+            found = found.add(each)
+        return found
+
+
+def apply_if_finite(inner: Transform) -> Transform:
+    """Step by zero, and leave the inner state alone, where the gradient has a NaN or an infinity.
+
+    Place it after the exchange: the mean is the same on all ranks, so that all of them skip the same steps.
+
+    >>> method, weights = apply_if_finite(scale(-1)), np.zeros(2)
+    >>> step, state = method.update(np.array([1.0, np.nan]), method.init(weights), weights)
+    >>> step.tolist(), state.skipped
+    ([0.0, 0.0], 1)
+    """
+
+    def update(gradient: Vector, state: SkipState, weights: Vector) -> tuple[Vector, SkipState]:
+        if not np.isfinite(gradient).all():
+            return np.zeros_like(weights), state._replace(skipped=state.skipped + 1)
+        step, after = inner.update(gradient, state.inner, weights)
+        return step, SkipState(state.skipped, after)
+
+    return Transform(lambda weights: SkipState(0, inner.init(weights)), update, inner.bucket)
 
 
 class EveryState(NamedTuple):
@@ -211,16 +321,40 @@ def every(k: int, inner: Transform) -> Transform:
     require(k >= 1, f"every: k is {k}: pass 1 or more")
 
     def init(weights: Vector) -> EveryState:
-        return EveryState(0, np.zeros_like(weights), inner.init(weights))
+        return EveryState(0, zeros_to_add(weights), inner.init(weights))
 
     def update(gradient: Vector, state: EveryState, weights: Vector) -> tuple[Vector, EveryState]:
+        check_shape("every", state.total, weights)
         total = state.total + gradient
         if state.micro_steps + 1 < k:
             return np.zeros_like(weights), EveryState(state.micro_steps + 1, total, state.inner)
-        step, after = inner.update(total, state.inner, weights)
-        return step, EveryState(0, np.zeros_like(weights), after)
+        step, after = inner.update(narrow(total, gradient.dtype), state.inner, weights)
+        return step, EveryState(0, zeros_to_add(weights), after)
 
-    return Transform(init, update)
+    return Transform(init, update, inner.bucket)
+
+
+def zeros_to_add(weights: Vector) -> Vector:
+    """Zeros of the shape of the weights in which many gradients are added: float32 for 16-bit floats."""
+    return np.zeros_like(weights, dtype=reduction_dtype(weights.dtype))
+
+
+SMALLEST_ROOT = {np.dtype(np.float32): 2.0**-75, np.dtype(np.float64): 2.0**-537}
+"""Half the root of the smallest square above 0: an eps that no other square feels."""
+
+
+def least_eps(eps: float, dtype: np.dtype[Any]) -> float:
+    """Adam's eps, above 0: the direction of an element whose gradients were all 0 is 0, not 0/0."""
+    return max(eps, SMALLEST_ROOT.get(dtype, 0.0))
+
+
+def check_shape(who: str, vector: Vector, weights: Vector) -> None:
+    """Raise for the state of other weights, which broadcasting would hide."""
+    if vector.shape != weights.shape:
+        raise ArgumentError(f"{who}: the state has shape {vector.shape}, the weights {weights.shape}: {OWN_STATE}")
+
+
+OWN_STATE = "pass the state that init, or the last update, of this method returned"
 
 
 def check_alike(gradient: Vector, weights: Vector) -> None:
@@ -235,6 +369,14 @@ def check_alike(gradient: Vector, weights: Vector) -> None:
 def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
     """Raise for a value that is none of the known ones."""
     require(value in known, f"{name} is {value!r}: pass one of {', '.join(map(repr, known))}")
+
+
+def check_rate(name: str, rate: float | Schedule) -> None:
+    """Raise for a learning rate below 0: every optimizer takes a positive rate, and its step descends."""
+    number = callable(rate) or isinstance(rate, int | float | np.floating | np.integer)
+    require(number, f"{name} is {rate!r}: pass a number, or a function of the update's count")
+    if not callable(rate):
+        require(rate >= 0, f"{name} is {rate}: pass a positive rate, the step descends by itself")
 
 
 def check_decay(name: str, value: float) -> None:

@@ -30,7 +30,7 @@ def is_tree(x: Any) -> bool:
 
 def tree_leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
     """The path and value of every leaf, in order; a tree that is one leaf has the path ``""``."""
-    for name, each in named_children(tree):
+    for name, each in list_children(tree):
         if is_branch(each):
             yield from tree_leaves(each, f"{path}{name}.")
         else:
@@ -42,7 +42,7 @@ def is_branch(x: Any) -> bool:
     return isinstance(x, Mapping | list | tuple)
 
 
-def named_children(tree: Tree) -> list[tuple[str, Any]]:
+def list_children(tree: Tree) -> list[tuple[str, Any]]:
     """The names and values directly inside a tree; a leaf is its own only child."""
     if isinstance(tree, Mapping):
         return [(str(name), each) for name, each in tree.items()]
@@ -55,7 +55,7 @@ def rebuild_tree(like: Tree, take: Callable[[str, Any], Any], path: str = "") ->
     """A tree of the form of ``like`` whose leaves are ``take(path, leaf)``."""
     if not is_branch(like):
         return take(path.rstrip("."), like)
-    parts = [rebuild_tree(each, take, f"{path}{name}.") for name, each in named_children(like)]
+    parts = [rebuild_tree(each, take, f"{path}{name}.") for name, each in list_children(like)]
     if isinstance(like, Mapping):
         return dict(zip(like, parts, strict=True))
     return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
@@ -106,28 +106,51 @@ def check_names(what: str, given: Mapping[str, Any], wanted: list[str]) -> None:
         )
 
 
-def init_for_trees(init: Callable[[Vector], Any], bucket: Bucket | None) -> Callable[[Tree], Any]:
+class StateKind:
+    """The type of a method's states, known once ``init`` was called; the update refuses those of other methods."""
+
+    def __init__(self) -> None:
+        self.type: type | None = None
+
+    def note(self, state: Any) -> Any:
+        """The state, whose type is that of all to come."""
+        self.type = type(state)
+        return state
+
+    def check(self, state: Any) -> None:
+        """Raise for the state of another method."""
+        kind = type(state)
+        if self.type is None or kind is self.type or not (issubclass(kind, tuple) or issubclass(self.type, tuple)):
+            return
+        raise ArgumentError(
+            f"update: the state is a {kind.__name__}, this method's is a {self.type.__name__}: pass the state that "
+            "init, or the last update, of this method returned"
+        )
+
+
+def init_for_trees(init: Callable[[Vector], Any], bucket: Bucket | None, kind: StateKind) -> Callable[[Tree], Any]:
     """``init(weights)`` for weights of any form."""
     init = getattr(init, "for_vectors", init)
 
     def init_any(weights: Tree) -> Any:
         if not is_tree(weights):
-            return init(weights)
+            return kind.note(init(weights))
         if is_on_device(weights):
-            return init(as_cupy(weights))
-        return init(TreeLayout(weights, bucket).flatten(weights, "weights"))
+            return kind.note(init(as_cupy(weights)))
+        return kind.note(init(TreeLayout(weights, bucket).flatten(weights, "weights")))
 
     init_any.for_vectors = init  # type: ignore[attr-defined]
     return init_any
 
 
 def update_for_trees(
-    update: Callable[[Vector, Any, Vector], tuple[Vector, Any]], bucket: Bucket | None
+    update: Callable[[Vector, Any, Vector], tuple[Vector, Any]], bucket: Bucket | None, kind: StateKind
 ) -> Callable[[Tree, Any, Tree], tuple[Tree, Any]]:
     """``update(gradient, state, weights)`` for gradients and weights of any form; the step has that of the weights."""
     update = getattr(update, "for_vectors", update)
 
     def update_any(gradient: Tree, state: Any, weights: Tree) -> tuple[Tree, Any]:
+        kind.check(state)
         if not is_tree(weights):
             if is_branch(gradient):
                 raise ArgumentError(f"the gradient is a {type(gradient).__name__}, the weights one array: {ALIKE}")

@@ -24,18 +24,17 @@ import numpy as np
 
 from hpccomm.algorithms import local_steps
 from hpccomm.algorithms.blockwise_filtering import FilterState, Nesterov, block_filter, lengths
-from hpccomm.algorithms.checkpoints import leaves, map_leaves
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
+from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, PeriodicTransform, Weighting
-from hpccomm.algorithms.transforms import Transform, Vector, chain, require
+from hpccomm.algorithms.reports import ExchangeReport, norm_of
+from hpccomm.algorithms.states import scale_unsent, unsent_leaves
+from hpccomm.algorithms.transforms import Transform, Vector, can_flush, chain, flush_terms, require
+from hpccomm.performance.units import format_count
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 Residual = Literal["keep", "flush", "zero"] | tuple[Literal["decay"], float]
-
-RESIDUALS = ("residual", "backlog")
-"""The fields of an exchange's state that hold unsent gradients."""
 
 
 def hybrid(
@@ -46,34 +45,37 @@ def hybrid(
     *,
     period: int = 50,
     residual: Residual = "keep",
-    reduce: Literal["sum", "mean"] = "sum",
     sliced_leaders: bool = True,
     momentum: float | None = None,
     lr: float = 1.0,
     nesterov: Nesterov = False,
     weight_by: Weighting = "workers",
     local_state: Literal["keep", "reset"] = "keep",
+    warmup: int = 0,
     check: bool = False,
 ) -> PeriodicTransform:
     """``exchange(group)`` and ``descent`` in every step, the block filter between the groups every ``period`` steps.
 
     ``exchange`` makes the transform by which the ranks of a group exchange gradients, ``descent`` turns its result into
     a step: ``hybrid(comm, lambda group: …, scale(-0.1))``.  Groups are ``group_size`` consecutive ranks, by default
-    the nodes.  ``residual`` as above; ``reduce`` says whether the exchange sums or
-    averages over the group, and a flush does the same.  ``momentum`` η (by default 1 − 1/N), ``lr`` ζ and ``nesterov``
-    are :func:`~hpccomm.algorithms.blockwise_filtering.bmuf`'s, ``weight_by`` and ``check`` those of
-    :func:`~hpccomm.algorithms.local_steps.periodic_transform`; the weight of a group is the sum of its ranks' weights.
+    the nodes.  ``residual`` as above; a flush sums or averages as the exchange does.  ``momentum`` η (by default
+    1 − 1/N), ``lr`` ζ and ``nesterov`` are :func:`~hpccomm.algorithms.blockwise_filtering.bmuf`'s, ``weight_by``,
+    ``warmup`` and ``check`` those of :func:`~hpccomm.algorithms.local_steps.periodic_transform`; the weight of a group
+    is the sum of its ranks' weights.  In the warm-up every group's exchange receives the mean gradient of all ranks.
     ``local_state="reset"`` starts every block with a new state of ``descent``.
 
     A single group takes no outer step.  End a run with ``finish`` and ``export`` of the returned transform; residuals
     that remain then are lost, see :func:`residual_norm`.
     """
     check_residual(residual)
-    require(reduce in ("sum", "mean"), f"hybrid: reduce is {reduce!r}: pass 'sum' or 'mean'")
     require(local_state in ("keep", "reset"), f"hybrid: local_state is {local_state!r}: pass 'keep' or 'reset'")
     group = find_group(comm, group_size)
     groups = len(set(comm.allgather(group.allgather(comm.rank)[0])))
     inside = exchange(group)
+    require(
+        residual != "flush" or can_flush(inside),
+        "hybrid: residual is 'flush', but the exchange has no flush_state: pass one with error feedback, or 'keep'",
+    )
     block = block_filter(1 - 1 / groups if momentum is None else momentum, lr, nesterov)
     inner = chain(inside, descent)
     return local_steps.periodic_transform(
@@ -83,8 +85,9 @@ def hybrid(
         chain(mean_of_groups(comm, group, sliced_leaders), block),
         local_state=policy(residual, local_state, descent),
         weight_by=weight_by,
+        warmup=warmup,
         group=group,
-        closing=make_flush(group, descent, reduce) if residual == "flush" else None,
+        closing=make_flush(inside, descent) if residual == "flush" else None,
         export=lambda state: global_model(state, groups),
         check=check,
     )
@@ -105,8 +108,8 @@ def find_group(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
         return found
     require(
         isinstance(group_size, int) and group_size >= 1 and comm.size % group_size == 0,
-        f"rank {comm.rank}: hybrid: group_size {group_size} does not divide {comm.size} ranks: pass a divisor, or None "
-        "for the nodes",
+        f"rank {comm.rank}: hybrid: group_size {group_size} does not divide {format_count(comm.size, 'rank')}: pass a "
+        "divisor, or None for the nodes",
     )
     part: Any = comm.Split(comm.rank // group_size, comm.rank)
     return part
@@ -114,45 +117,28 @@ def find_group(comm: MPI.Intracomm, group_size: int | None) -> MPI.Intracomm:
 
 def check_state(residual: Residual, inner: tuple[Any, Any]) -> tuple[Any, Any]:
     """The state of exchange and descent; raises where a policy finds no residual to act on."""
-    found = any(is_residual(path) for path, _ in leaves(inner[0]))
     require(
-        residual == "keep" or found,
-        f"hybrid: residual is {residual!r}, but the exchange's state has no field named "
-        f"{' or '.join(RESIDUALS)}: pass 'keep'",
+        residual == "keep" or bool(unsent_leaves(inner[0])),
+        f"hybrid: residual is {residual!r}, but no field of the exchange's state is declared as Unsent: pass 'keep', "
+        "or declare its type as hpccomm.algorithms.states.Unsent",
     )
     return inner
 
 
-def is_residual(path: str) -> bool:
-    """Whether a leaf holds unsent gradients."""
-    return path.rpartition(".")[2] in RESIDUALS
-
-
 def residual_norm(state: PeriodicState) -> float:
     """The Euclidean norm of this rank's residual, in the exchange's units."""
-    squares = (np.square(leaf, dtype=np.float64).sum() for path, leaf in leaves(state.inner[0]) if is_residual(path))
-    return math.sqrt(sum(map(float, squares)))
+    return math.hypot(*map(norm_of, unsent_leaves(state.inner[0])))
 
 
-def make_flush(group: MPI.Intracomm, descent: Transform, reduce: str) -> Callable[[Vector, Any], tuple[Vector, Any]]:
-    """Exchange all residuals densely, step on them, and set them to zero."""
+def make_flush(inside: Transform, descent: Transform) -> Callable[[Vector, Any], tuple[Vector, Any]]:
+    """Let the exchange send all that it has not sent, and step on it."""
 
     def closing(local: Vector, inner: tuple[Any, Any]) -> tuple[Vector, tuple[Any, Any]]:
-        pending = [leaf for path, leaf in leaves(inner[0]) if is_residual(path)]
-        total = np.zeros_like(local)
-        for each in pending:
-            everyone = np.empty_like(each)
-            group.Allreduce(each, everyone)
-            total += everyone if reduce == "sum" else everyone / group.size
-        step, after = descent.update(total, inner[1], local)
-        return local + step, (scale_residuals(inner[0], 0.0), after)
+        gradient, exchanged = flush_terms(inside, inner[0], local)
+        step, after = descent.update(gradient.astype(local.dtype, copy=False), inner[1], local)
+        return local + step, (exchanged, after)
 
     return closing
-
-
-def scale_residuals(inside: Any, factor: float) -> Any:
-    """The exchange's state with its residuals multiplied by a number."""
-    return map_leaves(lambda path, leaf: leaf * leaf.dtype.type(factor) if is_residual(path) else leaf, inside)
 
 
 def policy(residual: Residual, local_state: str, descent: Transform) -> LocalStatePolicy:
@@ -160,7 +146,7 @@ def policy(residual: Residual, local_state: str, descent: Transform) -> LocalSta
     factor = {"keep": 1.0, "flush": 1.0, "zero": 0.0}[residual] if isinstance(residual, str) else residual[1]
 
     def settle(began: Any, ended: Any, start: Vector, memory: Any, steps: int) -> tuple[Any, Any]:
-        inside = ended[0] if factor == 1 else scale_residuals(ended[0], factor)
+        inside = ended[0] if factor == 1 else scale_unsent(ended[0], factor)
         return (inside, descent.init(start) if local_state == "reset" else ended[1]), memory
 
     return LocalStatePolicy(lambda weights: (), settle)

@@ -1,4 +1,4 @@
-"""The flags of ``hpccomm bench``: OSU's flags, nccl-tests' flags for ``--format nccl``, and long flags of hpccomm."""
+"""The flags of ``hpccomm bench``: OSU's, or nccl-tests' (:mod:`~hpccomm.bench.nccl_flags`), and hpccomm's own."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+
+from hpccomm.arguments import describe_meant
+from hpccomm.bench import nccl_flags
 from hpccomm.bench.cases import CASES, Case
 from hpccomm.bench.loop import Options
 from hpccomm.bench.osu import DATATYPES, ColumnOptions
 from hpccomm.errors import ArgumentError
-from hpccomm.performance.units import size_of
+from hpccomm.performance.units import format_count, size_of
 
 DEFAULT_PERCENTILES = "50,90,99"
 MAX_PERCENTILES = 5
@@ -43,6 +47,8 @@ class BenchArguments:
     version: bool
     warning: str
     """A sentence about a flag that has no effect; empty if there is none."""
+    step_bytes: int = 0
+    """The bytes between sizes where ``factor`` is 1."""
 
     @property
     def case(self) -> Case:
@@ -55,23 +61,77 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the error."""
-        raise ArgumentError(f"{message} (see {self.prog} -h)")
+        raise ArgumentError(f"{message}{describe_meant(message, self)} (see {self.prog} -h)")
 
 
-def parser(collective: str) -> Parser:
-    """The parser of all flags."""
+class Other(NamedTuple):
+    """A flag of OSU's that has no counterpart here, and what to do instead."""
+
+    names: tuple[str, ...]
+    instead: str
+    same: str = ""
+    """The value that changes nothing."""
+
+
+OTHERS = (
+    Other(("-G", "--graph"), "draw a file: add --json FILE, then hpccomm plot FILE --out FILE.png"),
+    Other(("-D", "--ddt"), "derived datatypes are not measured: leave it out"),
+    Other(("-P", "--papi"), "hardware counters are not read: run perf stat around the program"),
+    Other(("-r", "--cuda-target"), "there is no computing beside the calls: leave it out"),
+    Other(("-t", "--num_test_calls"), "non-blocking calls are not measured: leave it out"),
+    Other(("-b", "--buffer-num"), "one buffer is used: leave it out", "single"),
+)
+
+
+def parser(collective: str, nccl: bool = False) -> Parser:
+    """The parser of all flags, with OSU's or nccl-tests' letters."""
     made = Parser(prog=f"hpccomm bench {collective}", add_help=False, allow_abbrev=False)
+    made.add_argument("-h", "--help", action="store_true", help="show this text")
+    made.add_argument("placement", nargs="*", metavar="H H", help="OSU's words for the memory at both ends: H H or D D")
+    add_own_flags(made, nccl)
+    if nccl:
+        nccl_flags.add_flags(made, bytes_of, natural, positive)
+    else:
+        add_osu_flags(made)
+    missing = {"minbytes", "maxbytes", "stepbytes", "min_busbw", "message_size", "mem_limit", "window_size", "tail_lat"}
+    flags = {"full", "in_place", "version", "new_arrays"}
+    made.set_defaults(validation_warmup=None, type=None, root_rank=None)
+    made.set_defaults(**{name: None for name in missing}, **{name: False for name in flags})
+    return made
+
+
+def add_own_flags(made: Parser, nccl: bool) -> None:
+    """Declare the flags that OSU's and nccl-tests' lines can both have."""
+    add = made.add_argument_group("of hpccomm").add_argument
+    add("--algorithm", default="auto", metavar="A,B,…", help="medians in columns: native,auto,… or all (default auto)")
+    add("--format", choices=("osu", "nccl"), help="the format of the table (default: that of the flags, or osu)")
+    add(
+        *(() if nccl else ("-d",)),
+        "--accelerator",
+        choices=("cuda", "managed", "openacc", "rocm"),
+        help="put the buffers on a device; cuda is the only one measured",
+    )
+    add("--cold", action="store_true", help="time the first call of the process and of a communicator: native, auto")
+    add("--json", metavar="FILE", help="write the rows, the machine and this command into FILE")
+
+
+def add_osu_flags(made: Parser) -> None:
+    """Declare OSU's flags, and those of hpccomm for OSU's table."""
     add = made.add_argument_group("as the OSU Micro-Benchmarks").add_argument
-    add("-h", "--help", action="store_true", help="show this text")
     add("-v", "--version", action="store_true", help="show the version of OSU's tables")
-    add("-m", "--message-size", metavar="[MIN:]MAX", help="sizes in bytes, each twice the one before (default 1:1Mi)")
+    add(
+        "-m",
+        "--message-size",
+        metavar="[MIN:]MAX",
+        help="sizes in bytes, each twice the one before ; 64K is 65536 (default 1:1M)",
+    )
     add("-i", "--iterations", type=positive, metavar="N", help="timed calls (default 1000; above 8 KiB 100)")
     add("-x", "--warmup", type=natural, metavar="N", help="untimed calls before them (default 100; above 8 KiB 10)")
     add("-f", "--full", action="store_true", help="show minimum and maximum over the ranks, and the number of calls")
     add("-c", "--validation", action="store_true", help="check every element of as many calls again, exactly")
     add("-u", "--validation-warmup", type=natural, metavar="N", help="unchecked calls before a checked one (default 5)")
     add("-z", "--tail-lat", metavar="P,P,…", help="percentiles; write -z50,99 without a space (-z alone: 50,90,99)")
-    add("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory limit of a rank (default 512Mi)")
+    add("-M", "--mem-limit", type=bytes_of, metavar="BYTES", help="memory limit of a rank (default 512M)")
     add("-W", "--window-size", type=positive, metavar="N", help="messages in flight of bw and bibw (default 64)")
     add(
         "-T",
@@ -82,33 +142,12 @@ def parser(collective: str) -> Parser:
     )
     add("-l", "--in-place", action="store_true", help="call the collective with MPI_IN_PLACE")
     add("-k", "--root-rank", metavar="fixed:R|rotate", help="the root: R, or another with each call (default fixed:0)")
-    add(
-        "-d",
-        "--accelerator",
-        choices=("cuda", "managed", "openacc", "rocm"),
-        help="put the buffers on a device; cuda is the only one measured",
-    )
-    add("placement", nargs="*", metavar="H H", help="memory at both ends: D D (device) with -d, else H H (host)")
-    add = made.add_argument_group("of hpccomm").add_argument
-    add("--algorithm", default="auto", metavar="A,B,…", help="medians in columns: native,auto,… or all (default auto)")
+    for other in OTHERS:
+        add(*other.names, nargs="?", const="", dest=other.names[1][2:].replace("-", "_"), help=argparse.SUPPRESS)
+    add = made.add_argument_group("of hpccomm, for this table").add_argument
     add("--stepfactor", "--step-factor", type=positive, metavar="F", help="ratio of successive sizes (default 2)")
     add("--registered", action="store_true", help="take buffers from comm.empty, which all ranks of a node can read")
     add("--new-arrays", action="store_true", help="time and check calls on new arrays too, their making counted or not")
-    add("--cold", action="store_true", help="time the first call of the process and of a communicator: native, auto")
-    add("--json", metavar="FILE", help="write the rows, the machine and this command into FILE")
-    add = made.add_argument_group("as nccl-tests").add_argument
-    add("--format", choices=("osu", "nccl"), default="osu", help="the format of the table (default osu)")
-    for letter, word in (("-b", "min"), ("-e", "max")):
-        add(
-            letter,
-            f"--{word}bytes",
-            f"--{word}-bytes",
-            type=binary_bytes_of,
-            metavar="BYTES",
-            help=f"{word}imum size of the whole vector; 32M is 2^25 (default 32M)",
-        )
-    add("--min-busbw", type=float, metavar="GBPS", help="fail if the mean bus bandwidth is below 0.9 times this")
-    return made
 
 
 def whole_number(text: str, least: int) -> int:
@@ -122,13 +161,11 @@ natural, positive = partial(whole_number, least=0), partial(whole_number, least=
 
 
 def bytes_of(text: str) -> int:
-    """A size: 4096, 64Ki, 100M."""
-    return int(size_of(text))
-
-
-def binary_bytes_of(text: str) -> int:
-    """A size as nccl-tests reads it: 128M is 2^27."""
-    return bytes_of(re.sub(r"(?i)([kmg])b?$", r"\1i", text))
+    """A size as benchmarks read it: 4096, and 64K, 64Ki, 64KB for 65,536."""
+    try:
+        return int(size_of(re.sub(r"(?i)([kmgt])i?b?$", r"\1i", text.strip())))
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def expand_tail_flag(word: str) -> str:
@@ -138,31 +175,46 @@ def expand_tail_flag(word: str) -> str:
     return f"--tail-lat={word[2:]}" if re.fullmatch(r"-z[\d,]+", word) else word
 
 
-def parse_flags(collective: str, words: Sequence[str]) -> BenchArguments:
-    """Parse and check a command line; raises ArgumentError."""
-    args = parser(collective).parse_intermixed_args([expand_tail_flag(word) for word in words])
+def parse_flags(collective: str, words: Sequence[str], nccl: bool = False) -> BenchArguments:
+    """Parse and check a command line, of nccl-tests where the name or the flags are its own; raises ArgumentError."""
+    nccl = nccl or nccl_flags.is_meant(words)
+    words = list(words) if nccl else [expand_tail_flag(word) for word in words]
+    args = parser(collective, nccl).parse_intermixed_args(words)
+    args.format = "nccl" if nccl else "osu"
     case = CASES[collective]
+    if nccl:
+        nccl_flags.translate(args)
+    refuse_others(args)
     check_flags(collective, case, args)
-    nccl = args.format == "nccl"
+    datatypes = datatypes_of(args, "mpi_char" if case.ends else "mpi_float")
     percentiles = percentiles_of(args.tail_lat)
     algorithms = tuple(args.algorithm.split(","))
     collected = percentiles or ((50,) if args.json or len(algorithms) > 1 or algorithms == ("all",) else ())
     return BenchArguments(
         collective,
-        nccl_sizes(args) if nccl else sizes_of(collective, args),
-        datatypes_of(args, "mpi_char" if case.ends else "mpi_float"),
+        nccl_sizes(args) if nccl else sizes_of(collective, args, datatypes),
+        datatypes,
         algorithms,
         options_of(args, nccl, collected),
         ColumnOptions(args.full, args.validation, percentiles, args.new_arrays),
         nccl,
         args.cold,
-        args.stepfactor or 2,
-        args.mem_limit or MEMORY_LIMIT,
+        args.stepfactor or (1 if nccl else 2),
+        args.mem_limit or (max(MEMORY_LIMIT, args.maxbytes or 0) if nccl else MEMORY_LIMIT),
         args.min_busbw,
         args.json,
         args.version,
         placement_warning(args),
+        args.stepbytes or nccl_flags.STEP_BYTES,
     )
+
+
+def refuse_others(args: argparse.Namespace) -> None:
+    """Raise for flags of OSU's that have no counterpart here."""
+    for other in OTHERS:
+        value = getattr(args, other.names[1][2:].replace("-", "_"), None)
+        if args.format == "osu" and value is not None and (not other.same or value != other.same):
+            raise ArgumentError(f"{other.names[0]} {value}".rstrip() + f": {other.instead}")
 
 
 def check_flags(collective: str, case: Case, args: argparse.Namespace) -> None:
@@ -171,17 +223,17 @@ def check_flags(collective: str, case: Case, args: argparse.Namespace) -> None:
     refused = {
         "-d": args.accelerator and device_error(args.accelerator, case),
         "-f": args.full and case.ends and "is for collectives: leave it out",
-        "-l": args.in_place
-        and (not case.in_place or nccl)
-        and f"does not apply, {'both are measured' if nccl else 'MPI has no such call'}: leave it out",
-        "-k": args.root_rank and not case.has_root and "does not apply, there is no root: leave it out",
+        "-l": args.in_place and not case.in_place and "does not apply, MPI has no such call: leave it out",
+        "-r" if nccl else "-k": args.root_rank
+        and not case.has_root
+        and "does not apply, there is no root: leave it out",
         "-W": args.window_size and case.ends >= 0 and "is for bw and bibw: leave it out",
         "-c": args.validation and collective == "barrier" and "does not apply, there is no data to check: leave it out",
         "--registered": args.registered
         and (case.ends or args.accelerator)
         and "is for collectives of host memory: leave it out",
         "--new-arrays": args.new_arrays
-        and (case.ends or nccl or collective == "barrier" or args.registered or args.accelerator)
+        and (case.ends or collective == "barrier" or args.registered or args.accelerator)
         and "is for collectives of ordinary arrays in OSU's table: leave it out",
         "--cold": args.cold
         and (args.accelerator or not {"native", "auto", "all"} & set(args.algorithm.split(",")))
@@ -189,9 +241,6 @@ def check_flags(collective: str, case: Case, args: argparse.Namespace) -> None:
         "--format nccl": nccl
         and (case.ends or collective == "barrier")
         and "is for collectives that move data: use --format osu",
-        "-m": args.message_size and nccl and "is for --format osu: use --minbytes and --maxbytes",
-        "-b, -e": (args.minbytes or args.maxbytes) and not nccl and "is for --format nccl: use -m MIN:MAX",
-        "--min-busbw": args.min_busbw and not nccl and "is for --format nccl: leave it out",
         " ".join(args.placement): placement_error(args.placement, case),
     }
     for flag, reason in refused.items():
@@ -226,8 +275,8 @@ def placement_error(words: Sequence[str], case: Case) -> str:
     return "is no placement of buffers here: write H H or D D after latency, bw or bibw only"
 
 
-def sizes_of(collective: str, args: argparse.Namespace) -> tuple[int, ...]:
-    """OSU's sizes: a number alone is the largest, ``MIN:`` is the smallest."""
+def sizes_of(collective: str, args: argparse.Namespace, datatypes: Sequence[str]) -> tuple[int, ...]:
+    """OSU's sizes: a number alone is the largest, ``MIN:`` is the smallest, and one element is the least."""
     if collective == "barrier":
         return (0,)
     case = CASES[collective]
@@ -235,10 +284,20 @@ def sizes_of(collective: str, args: argparse.Namespace) -> tuple[int, ...]:
     low, colon, high = text.partition(":")
     low, high = (low, high) if colon else ("", low)
     smallest = 0 if case.ends > 0 else 1
-    first = bytes_of(low) if low else smallest
-    last = bytes_of(high) if high else LARGEST_MESSAGE if case.ends else LARGEST
+    element = min(np.dtype(DATATYPES[name]).itemsize for name in datatypes)
+    try:
+        first = bytes_of(low) if low else smallest
+        last = bytes_of(high) if high else LARGEST_MESSAGE if case.ends else LARGEST
+    except argparse.ArgumentTypeError as error:
+        raise ArgumentError(f"-m {text}: {error}") from None
     if first > last or (colon and not (low or high)):
         raise ArgumentError(f"-m {text}: there is no size from {first} to {last} bytes: give -m MIN:MAX")
+    if 0 < last < element:
+        raise ArgumentError(
+            f"-m {text}: an element has {format_count(element, 'byte')}: give a maximum of that or more"
+        )
+    if low and first:
+        first = max(first, element)
     return steps(first, last, args.stepfactor or 2)
 
 
@@ -261,7 +320,7 @@ def nccl_sizes(args: argparse.Namespace) -> tuple[int, ...]:
         raise ArgumentError(
             f"--minbytes {first} --maxbytes {last}: there is no size in between: give a minimum up to the maximum"
         )
-    return steps(first, last, args.stepfactor or 2)
+    return nccl_flags.list_sizes(first, last, args.stepfactor, args.stepbytes)
 
 
 def datatypes_of(args: argparse.Namespace, usual: str) -> tuple[str, ...]:
@@ -305,7 +364,7 @@ def options_of(args: argparse.Namespace, nccl: bool, percentiles: tuple[int, ...
         warmup=untimed if args.warmup is None else args.warmup,
         seconds=None,
         whole=nccl,
-        check=args.validation or nccl,
+        check=args.validation,
         in_place=args.in_place,
         root=root_of(args.root_rank),
         registered=args.registered,

@@ -29,6 +29,8 @@ class Run(NamedTuple):
     warmup: int
     iterations: int
     check: bool
+    step_bytes: int = 0
+    """The bytes between sizes where the factor is 1."""
 
 
 class Place(NamedTuple):
@@ -45,12 +47,17 @@ def preamble(run: Run, software: str) -> list[str]:
     return [
         f"# nccl-tests version 2.19.6 (its format; measured by {software})",
         f"# Collective test starting: {run.program}",
-        f"# nThread 1 nGpus 0 minBytes {run.smallest} maxBytes {run.largest} step: {run.factor}(factor) "
+        f"# nThread 1 nGpus 0 minBytes {run.smallest} maxBytes {run.largest} step: {describe_step(run)} "
         f"warmup iters: {run.warmup} iters: {run.iterations} agg iters: 1 validation: {int(run.check)} "
         "graph: 0 unalign: 0",
         "#",
         "# Using devices",
     ]
+
+
+def describe_step(run: Run) -> str:
+    """The distance between sizes, as nccl-tests prints it."""
+    return f"{run.factor}(factor)" if run.factor > 1 else f"{run.step_bytes}(bytes)"
 
 
 def device_line(place: Place) -> str:

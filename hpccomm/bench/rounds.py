@@ -11,7 +11,7 @@ the others wait in that round for longer than the work itself takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from statistics import fmean as mean
 from statistics import median
@@ -22,23 +22,32 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.backends.hierarchical import SHORT_BYTES, Operands, TwoLevels
+from hpccomm.backends.schedules import Reduction
 from hpccomm.calls import operations
 from hpccomm.collectives import ALGORITHMS
-from hpccomm.collectives.engine import BoundSchedule, bind, interleave, segments
-from hpccomm.collectives.hierarchical import channels_of
-from hpccomm.collectives.schedule import Algorithm, Step
+from hpccomm.collectives.engine import BoundSchedule
+from hpccomm.collectives.hierarchical import (
+    MANY,
+    MESSAGE_BYTES,
+    SHORT_BYTES,
+    Channels,
+    channel_parts,
+    channel_steps,
+    channels_of,
+)
+from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.schedule import Algorithm, NodeStep, Step
 from hpccomm.errors import ArgumentError
-from hpccomm.performance import inter_node
 from hpccomm.performance.measured import CONCURRENT, ITEM, CostCurve, Point, Round, RoundType, per_channel, rounds
 
-LENGTHS = (4, 64, 1024, 4096, 8192, 16384, 32768, inter_node.MESSAGE_BYTES, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22)
+LENGTHS = (4, 64, 1024, 4096, 8192, 16384, 32768, MESSAGE_BYTES, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22)
 """Bytes of the measured messages; close together where transports change their protocol."""
 FLIGHTS = (4096, 16384, 32768, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 << 21)
 """Bytes of a rank in flight at the same time, in concurrent messages."""
 SEGMENTS = (16384, 1 << 16, 1 << 18, 1 << 20)
 """Bytes of a reduce-scatter or allgather inside a node."""
-SHORT = (4, 64, 512, SHORT_BYTES // 4, SHORT_BYTES)
+SHORT_MOST = SHORT_BYTES["allreduce"]
+SHORT = (4, 64, 512, SHORT_MOST // 4, SHORT_MOST)
 COPIES = (4, 4096, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 
 SECONDS = 0.03
@@ -87,7 +96,7 @@ def measure_round_costs(comm: Any, algorithms: Sequence[str], most: int) -> tupl
     if layout.count == 1 or not (layout.even and layout.contiguous):
         return ()
     bench = Rounds(comm)
-    tasks = list(cost_tasks(layout.nodes, algorithms, most, bench.levels is not None))
+    tasks = list(cost_tasks(layout.nodes, algorithms, most, bench.shares_memory))
     visits = [[bench.visit(task) for task in tasks] for _ in range(REPETITIONS)]
     shape = layout.count, layout.per_node[0]
     found = [
@@ -121,11 +130,11 @@ def cost_tasks(nodes: npt.NDArray[np.int64], algorithms: Sequence[str], most: in
         return
     leaders, channels = np.arange(int(nodes.max()) + 1), channels_of(nodes).rank.shape[1]
     inter = ALGORITHMS["allreduce"]
-    yield from round_tasks([inter["doubling"], inter["butterfly"]], leaders, SHORT_BYTES, "short", SHORT)
-    if most > SHORT_BYTES:
+    yield from round_tasks([inter["doubling"], inter["butterfly"]], leaders, SHORT_MOST, "short", SHORT)
+    if most > SHORT_MOST:
         yield Task(RoundType("scatter"), (), lengths_up_to(SEGMENTS, most))
         yield Task(RoundType("gather"), (), lengths_up_to(SEGMENTS, most))
-        in_one = most if leaders.size == 2 else min(most, 2 * inter_node.MESSAGE_BYTES * channels)
+        in_one = most if leaders.size == 2 else min(most, 2 * MESSAGE_BYTES * channels)
         concurrent = {
             task.kind: task
             for name, nbytes in (("doubling", in_one), ("butterfly", in_one), ("ring", most))
@@ -162,11 +171,11 @@ class Rounds:
 
     def __init__(self, comm: Any) -> None:
         self.comm, self.plain = comm, MPI.Intracomm(comm)
-        self.levels: TwoLevels | None = comm.context.two_levels
+        self.shares_memory = comm.context.schedules.memory is not None
         self.buffers: list[Vector] = []
         self.combine = operations.combiner(MPI.SUM)
         few = np.zeros(1, np.float32)
-        if self.levels:
+        if self.shares_memory:
             comm.Allreduce(few, few.copy(), algorithm="hierarchical")  # from here on waiting ranks progress messages
 
     def visit(self, task: Task) -> list[Times]:
@@ -223,10 +232,19 @@ class Rounds:
 
     def rounds(self, task: Task, nbytes: int, count: int) -> BoundSchedule:
         """Rounds of a flat schedule."""
-        vector = zeros(2 * nbytes)
-        steps = self.pattern(task, count).steps(self.comm.rank, self.comm.size)
-        half = vector.size // 2
-        return bind(steps, vector, [0, half, 2 * half], self.comm.context.messages, self.combine, WORD)
+        return self.bind(self.pattern(task, count).steps(self.comm.rank, self.comm.size), 2 * nbytes, 2, Pipeline())
+
+    def bind(
+        self, steps: Iterable[Step | NodeStep], nbytes: int, blocks: int, how: Pipeline, reads_source: bool = False
+    ) -> BoundSchedule:
+        """Steps on a vector of zeros; the operand of a first reduction inside a node may be in another vector."""
+        vector, source = zeros(nbytes), zeros(nbytes)
+        self.buffers += [vector, source]
+        layout = Layout(vector.size, ITEM, blocks)
+        program = lower(steps, self.comm.rank, layout, how, reads_source, due=(0, 0))
+        reduction = Reduction(self.combine, "float32", "sum")
+        made: BoundSchedule = self.comm.context.schedules.bind(program, vector, source, reduction, WORD)
+        return made
 
     def pattern(self, task: Task, count: int) -> Algorithm:
         """Rounds of one type with the peers of a schedule in turn, so that a late rank delays others as it would there.
@@ -239,51 +257,37 @@ class Rounds:
             turns = [(there, back), (back, there)] if ((there < 0) != (back < 0)).any() else turns
 
         def steps(r: int, p: int) -> Iterator[Step]:
-            for to, source in (turns[k % len(turns)] for k in range(count)):
-                yield Step(to[r], (0, 1), source[r], (1, 2), task.kind.reduce)
+            for k in range(count):
+                to, source = turns[k % len(turns)]
+                out, into = k % 2, 1 - k % 2  # a round sends what the one before has received
+                yield Step(to[r], (out, out + 1), source[r], (into, into + 1), task.kind.reduce)
 
         return Algorithm(steps, lambda p: 2)
 
     def channel_rounds(self, task: Task, nbytes: int, count: int) -> BoundSchedule:
         """Rounds between the nodes on all channels, each with several concurrent messages."""
-        levels = self.two_levels
-        schedule, parts = self.pattern(task, count), []
-        vector = zeros(2 * nbytes)
-        for where in segments(vector.size // 2, inter_node.message_count(nbytes, 1)):
-            part = vector[2 * where.start : 2 * where.stop]
-            parts.append(
-                list(levels.inter_node_rounds(schedule, part, self.combine, WORD)) if levels.has_channel else []
-            )
-        return interleave(parts)
+        steps = channel_steps(self.pattern(task, count).steps, self.comm.rank, self.channels)
+        return self.bind(steps, 2 * nbytes, 2, Pipeline(pending=MANY, message_bytes=MESSAGE_BYTES))
 
     def short_call(self, task: Task, nbytes: int, count: int) -> BoundSchedule:
         """A call for a short vector with ``count`` rounds between the nodes."""
-        vector, source = zeros(2 * nbytes), zeros(2 * nbytes)
-        data = Operands(address_of(source), address_of(vector), vector, "float32", "sum", self.combine)
-        self.buffers += [vector, source]
-        return self.two_levels.bind_short(data, WORD, self.pattern(task, count))
+        channels = channels_of(self.comm.layout.nodes, 1)
+        steps = channel_steps(self.pattern(task, count).steps, self.comm.rank, channels)
+        inside = [channel_parts(each, channels, 2) for each in ("reduce_scatter", "allgather")]
+        return self.bind([inside[0], *steps, inside[1]], 2 * nbytes, 2, Pipeline(), True)
 
     def intra_node_call(self, what: str, nbytes: int) -> Call:
         """A reduce-scatter or an allgather inside each node."""
-        levels, vector, source = self.two_levels, zeros(nbytes), zeros(nbytes)
-        memory, width = levels.memory, levels.members
-        cuts = [vector.size * k // width for k in range(width + 1)]
-        counts = np.diff(cuts).tolist()
-        mine = address_of(vector) + ITEM * cuts[levels.local_rank]
-        if what == "scatter":
-            run = memory.bind_reduce_scatter(address_of(source), mine, counts, "float32", "sum", WORD)
-        else:
-            sizes, places = [ITEM * each for each in counts], [ITEM * each for each in cuts[:-1]]
-            run = memory.bind_allgather(mine, address_of(vector), sizes, places, WORD)
-        self.buffers += [vector, source]
-        return run
+        channels = self.channels
+        step = channel_parts("reduce_scatter" if what == "scatter" else "allgather", channels, 1)
+        return self.bind([step], nbytes, channels.rank.shape[1], Pipeline(), what == "scatter")
 
     @property
-    def two_levels(self) -> TwoLevels:
-        """The hierarchical backend of the communicator."""
-        if self.levels is None:
+    def channels(self) -> Channels:
+        """The channels of the communicator."""
+        if not self.shares_memory:
             raise ArgumentError("the ranks of a node share no memory: measure without hierarchical")
-        return self.levels
+        return channels_of(self.comm.layout.nodes)
 
     def measure(self, call: Call, free: Call, over: Aggregate) -> list[float]:
         """Microseconds of some calls, each combined over the ranks by ``over``."""
@@ -316,11 +320,6 @@ def repeat(count: int, call: Call) -> Call:
 def zeros(nbytes: int) -> Vector:
     """A vector to send and to sum."""
     return np.zeros(max(1, nbytes // ITEM), np.float32)
-
-
-def address_of(vector: Vector) -> int:
-    """The address of a vector."""
-    return int(vector.ctypes.data)
 
 
 def no_op() -> None:

@@ -21,7 +21,7 @@ from hpccomm.kernels.entry.records import NOT_COMPARED
 ONE, EQUAL, PARTS, TYPED = "one block", "equal blocks", "blocks of any length", "blocks of any datatype"
 
 
-class Form(NamedTuple):
+class BlockForm(NamedTuple):
     """The blocks of one collective's buffers, and whether only the root has them."""
 
     send: str
@@ -36,12 +36,12 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "Gather": Form(ONE, EQUAL, recv_at_root=True),
-    "Gatherv": Form(ONE, PARTS, recv_at_root=True),
-    "Scatter": Form(EQUAL, ONE, send_at_root=True),
-    "Scatterv": Form(PARTS, ONE, send_at_root=True),
-    "Alltoallv": Form(PARTS, PARTS),
-    "Alltoallw": Form(TYPED, TYPED),
+    "Gather": BlockForm(ONE, EQUAL, recv_at_root=True),
+    "Gatherv": BlockForm(ONE, PARTS, recv_at_root=True),
+    "Scatter": BlockForm(EQUAL, ONE, send_at_root=True),
+    "Scatterv": BlockForm(PARTS, ONE, send_at_root=True),
+    "Alltoallv": BlockForm(PARTS, PARTS),
+    "Alltoallw": BlockForm(TYPED, TYPED),
 }
 """The collectives that move blocks and that only MPI runs."""
 
@@ -134,7 +134,9 @@ def derived_bytes(form: Any, p: int) -> tuple[int, ...]:
     return tuple(int(np.intp(count)) * int(each.Get_size()) for count, each in zip(counts, types, strict=True))
 
 
-def amounts_of(form: Form, send: Buffer | None, recv: Buffer | None, rank: int, p: int, root: int | None) -> Amounts:
+def amounts_of(
+    form: BlockForm, send: Buffer | None, recv: Buffer | None, rank: int, p: int, root: int | None
+) -> Amounts:
     """What this rank sends and receives in a call; ``None`` for a buffer that it does not have, or in place."""
     sends, receives = [NOT_COMPARED] * p, [NOT_COMPARED] * p
     for amounts, buffer, kind in ((sends, send, form.send), (receives, recv, form.recv)):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.collectives.schedule import Algorithm
+from hpccomm.collectives.schedule import Algorithm, without_node_steps
 
 MAX_INCHES = 48.0
 """The largest width and height of a drawing."""
@@ -43,9 +43,9 @@ class RoundColumn(NamedTuple):
 
 
 def rounds(algorithm: Algorithm, p: int, *root: int) -> Iterator[RoundColumn]:
-    """The rounds of a schedule that have messages."""
-    blocks = algorithm.blocks(p)
-    for k, step in enumerate(algorithm.steps(np.arange(p), p, *root)):
+    """The rounds of a schedule that have messages; what ranks of a node do among themselves is drawn as messages."""
+    blocks, ranks = algorithm.blocks(p), np.arange(p)
+    for k, step in enumerate(without_node_steps(algorithm.steps(ranks, p, *root), ranks)):
         to, lo, hi = (np.broadcast_to(x, (p,)) for x in (step.to, *step.send))
         messages = [
             Message(r, int(to[r]), int(lo[r]) % blocks, int(hi[r] - lo[r]))

@@ -1,30 +1,34 @@
 """The engine binds a schedule to a vector once; the plan that results is a flat list of actions.
 
-*p ranks, r this one; a table of offsets cuts the vector into blocks; a segment is a contiguous part of the vector that
-runs through the whole schedule on its own.*  The engine interleaves the segments: while a rank reduces one, the
-messages of the next are in flight, so every schedule is pipelined without code of its own.  A bound step costs a start,
-a wait and a reduction; a running plan looks up, slices and checks nothing.
+It is the interpreter of records (:mod:`hpccomm.collectives.lower`) in Python: it runs on any transport, with any
+operation, and where nothing is compiled; the compiled interpreter is tested against it.  A running plan looks up,
+slices and checks nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.collectives.schedule import Step
+from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.records import COPY, NODE, RECEIVE, REDUCE, SEND, Meeting, Program
+from hpccomm.collectives.schedule import NodeStep, Step, even_cuts, without_node_steps
+
+__all__ = ["BoundSchedule", "Exchange", "Transport", "bind", "bind_program", "bind_segments", "even_cuts"]
 
 Vector = npt.NDArray[Any]
 Action = Callable[[], Any]
 Combine = Callable[[Vector, Vector, Vector], Any]
 """``combine(lower, upper, out)``: ``out = lower op upper``; ``out`` is one of the two operands."""
+Meet = Callable[[Meeting], Action]
+"""Binds a node step to the memory of this rank."""
 
 
 class Exchange(Protocol):
-    """A send and a receive bound to memory: start both, then wait for both."""
+    """A message bound to memory: start it, then wait for it."""
 
     @property
     def starts(self) -> Sequence[Action]:
@@ -72,34 +76,25 @@ class BoundSchedule:
         self._actions, self._exchanges = [], []
 
 
-def even_cuts(count: int, blocks: int) -> npt.NDArray[np.int64]:
-    """Offsets of ``blocks`` blocks of ``count`` elements; lengths differ by at most one, the longer blocks first."""
-    base, longer = divmod(count, blocks)
-    block = np.arange(blocks + 1, dtype=np.int64)
-    return block * base + np.minimum(block, longer)
-
-
-def segments(count: int, number: int) -> list[slice]:
-    """The slices of ``number`` segments of a vector of ``count`` elements; fewer where elements are fewer."""
-    cuts = even_cuts(count, max(1, min(number, count)))
-    return [slice(lo, hi) for lo, hi in pairwise(cuts.tolist())]
-
-
 def bind(
-    steps: Iterable[Step],
+    steps: Iterable[Step | NodeStep],
     vector: Vector,
     cuts: Sequence[int] | npt.NDArray[np.int64],
     transport: Transport,
     combine: Combine | None = None,
     tag: int = 0,
 ) -> BoundSchedule:
-    """Bind a schedule to a vector in one segment; ``cuts`` are the b + 1 offsets of its b blocks."""
-    segment = VectorSegment(vector, cuts, transport, combine, tag)
-    return interleave([[segment.bind_step(step) for step in steps if not segment.is_idle(step)]])
+    """Bind a schedule to a vector in one segment; ``cuts`` are the b + 1 offsets of its b blocks.
+
+    Node steps are bound as messages.
+    """
+    layout = Layout(vector.size, vector.itemsize, len(cuts) - 1, [int(cut) for cut in cuts])
+    program = lower(without_node_steps(steps, transport.rank), transport.rank, layout)
+    return bind_program(program, vector, None, transport, combine, tag)
 
 
 def bind_segments(
-    steps: Iterable[Step],
+    steps: Iterable[Step | NodeStep],
     vector: Vector,
     blocks: int,
     number: int,
@@ -108,91 +103,63 @@ def bind_segments(
     tag: int = 0,
 ) -> BoundSchedule:
     """Bind a schedule with blocks of any offsets (allreduce, bcast, reduce) to a vector in ``number`` segments."""
-    script = list(steps)
-    bound = []
-    for where in segments(vector.size, number):
-        part = vector[where]
-        segment = VectorSegment(part, even_cuts(part.size, blocks), transport, combine, tag)
-        bound.append([segment.bind_step(step) for step in script if not segment.is_idle(step)])
-    return interleave(bound)
+    layout = Layout(vector.size, vector.itemsize, blocks)
+    steps = without_node_steps(steps, transport.rank)
+    return bind_program(lower(steps, transport.rank, layout, Pipeline(number)), vector, None, transport, combine, tag)
 
 
-class RoundActions:
-    """One bound step of one segment: the actions that start and finish it, and its exchanges, which must be freed."""
+def bind_program(
+    program: Program,
+    vector: Vector,
+    source: Vector | None,
+    transport: Transport,
+    combine: Combine | None = None,
+    tag: int = 0,
+    meet: Meet | None = None,
+) -> BoundSchedule:
+    """Bind records to a vector, and to a source if they read one; ``meet`` binds node steps."""
+    spare = np.empty(-(-program.spare_bytes // vector.itemsize), vector.dtype)
+    buffers = [vector, source, spare]
 
-    def __init__(self, exchanges: list[Exchange], reductions: list[Action]) -> None:
-        self.exchanges = exchanges
-        self.starts = [act for exchange in exchanges for act in exchange.starts]
-        self.finishes = [act for exchange in exchanges for act in exchange.waits] + reductions
+    def view(buffer: int, at: int, nbytes: int) -> Vector:
+        whole = buffers[buffer]
+        assert whole is not None
+        return whole[at // whole.itemsize : (at + nbytes) // whole.itemsize]
 
-
-def interleave(rounds: Sequence[list[RoundActions]], begins: Sequence[int] | None = None) -> BoundSchedule:
-    """Start round k+1 of a segment when its round k is finished, while the other segments are in flight.
-
-    ``rounds`` has one list a segment.  ``begins`` are the turns in which the segments begin, in ascending order; by
-    default all begin in the first turn.
-    """
-    begins = begins or [0] * len(rounds)
     actions: list[Action] = []
-    for turn in range(-1, max((first + len(each) for first, each in zip(begins, rounds, strict=True)), default=0)):
-        for first, segment in zip(begins, rounds, strict=True):
-            k = turn - first
-            if 0 <= k < len(segment):
-                actions += segment[k].finishes
-            if 0 <= k + 1 < len(segment):
-                actions += segment[k + 1].starts
-    return BoundSchedule(actions, [exchange for segment in rounds for each in segment for exchange in each.exchanges])
+    exchanges: list[Exchange] = []
+    pending: dict[int, Exchange] = {}
+    for record in program.records.tolist():
+        kind, peer, buffer, at, nbytes, request, operand, operand_at, lower_first = record
+        if kind in (SEND, RECEIVE):
+            memory = view(buffer, at, nbytes)
+            sends = kind == SEND
+            out, into = (memory, None) if sends else (None, memory)
+            pending[request] = exchange = transport.exchange(
+                out, peer if sends else -1, into, -1 if sends else peer, tag
+            )
+            exchanges.append(exchange)
+            actions += exchange.starts
+        elif kind == NODE:
+            assert meet is not None, "a program with node steps was bound without shared memory"
+            actions.append(meet(program.meetings[request]))
+        elif kind == REDUCE:
+            actions.append(reduction(combine, view(operand, operand_at, nbytes), view(buffer, at, nbytes), lower_first))
+        elif kind == COPY:
+            actions.append(copying(view(buffer, at, nbytes), view(operand, operand_at, nbytes)))
+        else:
+            actions += pending.pop(request).waits
+    return BoundSchedule(actions, exchanges)
 
 
-class VectorSegment:
-    """One segment of the vector, to which steps are bound."""
-
-    def __init__(self, vector: Vector, cuts: Any, transport: Transport, combine: Combine | None, tag: int) -> None:
-        self.vector, self.transport, self.combine, self.tag = vector, transport, combine, tag
-        self.cuts = [int(cut) for cut in cuts]
-        self._spare = np.empty(0, vector.dtype)
-
-    def block_views(self, blocks: tuple[Any, Any]) -> list[Vector]:
-        """Views of blocks [lo, hi): none, one, or two where the interval wraps around."""
-        count = len(self.cuts) - 1
-        first, length = int(blocks[0]) % count, int(blocks[1]) - int(blocks[0])
-        intervals = [(first, min(first + length, count)), (0, max(0, first + length - count))]
-        return [self.vector[self.cuts[lo] : self.cuts[hi]] for lo, hi in intervals if lo < hi]
-
-    def is_idle(self, step: Step) -> bool:
-        """Whether this rank neither sends nor receives in the step."""
-        return int(step.to) < 0 and int(step.source) < 0
-
-    def bind_step(self, step: Step) -> RoundActions:
-        """Cut the views, bind the messages and prepare the reductions of a step."""
-        to, source = int(step.to), int(step.source)
-        out = [view for view in self.block_views(step.send) if to >= 0 and view.size]
-        into = [view for view in self.block_views(step.recv) if source >= 0 and view.size]
-        received = self.receive_buffers(into) if step.reduce else into
-        exchanges = [
-            self.transport.exchange(send, to, recv, source, self.tag) for send, recv in pair_messages(out, received)
-        ]
-        operands = zip(received, into, strict=True) if step.reduce else ()
-        return RoundActions(exchanges, [self.reduction(new, mine, source) for new, mine in operands])
-
-    def receive_buffers(self, into: list[Vector]) -> list[Vector]:
-        """Buffers for received operands; the same memory in every round, so it stays in cache."""
-        need = sum(view.size for view in into)
-        if self._spare.size < need:
-            self._spare = np.empty(need, self.vector.dtype)
-        ends = np.cumsum([0, *(view.size for view in into)]).tolist()
-        return [self._spare[lo:hi] for lo, hi in pairwise(ends)]
-
-    def reduction(self, new: Vector, mine: Vector, source: int) -> Action:
-        """The action that reduces a received operand into the local one, the lower rank's on the left."""
-        combine = self.combine
-        assert combine is not None, "a schedule that reduces was bound without an operation"
-        if source < self.transport.rank:
-            return lambda: combine(new, mine, mine)
-        return lambda: combine(mine, new, mine)
+def reduction(combine: Combine | None, new: Vector, mine: Vector, lower: int) -> Action:
+    """The action that reduces a received operand into the local one, the lower rank's on the left."""
+    assert combine is not None, "a schedule that reduces was bound without an operation"
+    if lower:
+        return lambda: combine(new, mine, mine)
+    return lambda: combine(mine, new, mine)
 
 
-def pair_messages(out: list[Vector], into: list[Vector]) -> Iterable[tuple[Vector | None, Vector | None]]:
-    """Pairs of an outgoing and an incoming message; ``None`` where one list is shorter."""
-    for k in range(max(len(out), len(into))):
-        yield (out[k] if k < len(out) else None), (into[k] if k < len(into) else None)
+def copying(to: Vector, source: Vector) -> Action:
+    """The action that copies."""
+    return lambda: np.copyto(to, source)

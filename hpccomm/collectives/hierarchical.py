@@ -1,39 +1,66 @@
-"""Hierarchical: collectives in two levels, inside each node and between the nodes on one channel per local rank.
+"""Hierarchical: collectives in two levels, in shared memory inside each node and by messages between the nodes.
 
-*p ranks on N nodes; a channel is a rank's path to the ranks with the same local rank on the other nodes, its peers; L
-channels a node, one for each rank of the smallest node; k ranks a node where nodes are even; c the block of a rank.*
-Ranks beyond L hand their vector or block to a channel of their node first and receive the result at the end, so nodes
-may have different numbers of ranks, in any order::
+*p ranks on N nodes; a channel is a path between the nodes, driven on each by one rank, its driver; L channels; n bytes
+in the vector.*  The ranks of a node do one collective among themselves (a *node step*), the drivers of each channel run
+a flat schedule between the nodes (the *inter* schedule), and the ranks of a node meet again::
 
-    allreduce          reduce-scatter inside, allreduce on every channel, allgather inside;
-                       every channel carries 2 (N-1)/N · n/L bytes, so all links of a node are busy
-    allgather          N-1 rounds between the nodes, then k-1 inside; (p-k)/p of the vector enters a node
-    reduce-scatter     the same backwards: inside, then between
+    allreduce         reduce-scatter over the channels, allreduce on each, allgather
+    reduce            reduce-scatter over the channels, reduce on each, allgather on the root's node
+    broadcast         broadcast on the root's node, broadcast on each channel, allgather on the other nodes
+    allgather         allgather of the node's blocks; N-1 rounds on each channel, each followed by an allgather
+    reduce-scatter    the same backwards: a reduce-scatter of the next blocks before each round
 
-A flat ring takes p-1 rounds and brings (p-1)/p of the vector into every node.
+Long vectors use one channel for each rank of the smallest node, so that every rank drives the network, and every
+channel carries 1/L of what enters a node.  Short ones use one channel, which needs the fewest messages: its node steps
+are then a reduce and a broadcast.  Nodes may have any number of ranks, in any placement.  The ranks of a node are
+divided among its channels in order, the first of each channel drives it, and blocks are numbered by node, then rank, so
+that the blocks of a channel of a node are one interval; ``own_blocks`` has each rank's block.
 
-A message is one interval of blocks, so the blocks of an allgather or reduce-scatter are numbered by channel, then node:
-with k ranks a node, local rank l of node a owns block l·N + a.  ``own_blocks`` holds these numbers;
-:func:`reorder_by_rank` restores the order of ranks after an allgather, :func:`reorder_by_block` prepares a
-reduce-scatter.  Without them an allgather of p = 4, k = 2 returns the ranks' blocks in the order 0, 2, 1, 3.
-
-Zhang et al., *MiCS: near-linear scaling for training gigantic model on public cloud*, VLDB 2022, section 3.3.
+Where ranks share no memory, :func:`~hpccomm.collectives.schedule.without_node_steps` puts messages in place of the node
+steps.  Zhang et al., *MiCS: near-linear scaling for training gigantic model on public cloud*, VLDB 2022, section 3.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.collectives import ring
-from hpccomm.collectives.schedule import Algorithm, Rank, Step, Steps, block_per_rank, select_peer
+from hpccomm.collectives import ALGORITHMS, recursive, ring
+from hpccomm.collectives.lower import Pipeline
+from hpccomm.collectives.schedule import (
+    NOBODY,
+    Algorithm,
+    NodeStep,
+    Rank,
+    Step,
+    Steps,
+    block_per_rank,
+    members_of_nodes,
+    select_peer,
+)
 from hpccomm.collectives.volume import FULL_VOLUME, HALF_VOLUME, Volume, ring_fraction
 
+if TYPE_CHECKING:
+    from hpccomm.layout import Link
+
 Ints = npt.NDArray[np.int64]
+
+MESSAGE_BYTES = 57_344
+"""The longest message between nodes: below 64 KB, Open MPI's TCP uses both directions of a link at once."""
+SEGMENT_BYTES, MOST_SEGMENTS = 1 << 20, 16
+"""Bytes of a segment, and the most segments: one is reduced inside a node while another is between the nodes."""
+SHORT_BYTES = {"allreduce": 8192, "reduce": 8192, "bcast": 8192, "allgather": 1 << 17, "reduce_scatter": 1 << 17}
+"""Up to this size one rank of each node exchanges the vector."""
+WINDOW = 4
+"""Pending messages of a channel in each direction where every round is followed by a node step."""
+SHARED_BYTES = 1 << 19
+"""Bytes that the ranks of a node gather at a time while messages are pending."""
+MANY = 1 << 30
+"""More messages than are ever pending: each starts when its data is there."""
 
 
 class Channels(NamedTuple):
@@ -41,183 +68,304 @@ class Channels(NamedTuple):
 
     node: Any
     """``(p,)`` the node of each rank, 0 … N-1."""
-    local_rank: Any
-    """``(p,)`` each rank's number in its node."""
+    channel: Any
+    """``(p,)`` the channel to which each rank belongs."""
     rank: Any
-    """``(N, L)`` the rank that drives a channel."""
-    surplus: int
-    """Ranks of the largest node beyond L."""
+    """``(N, L)`` the driver of each channel of each node."""
+
+    @property
+    def drives(self) -> Any:
+        """``(p,)`` whether each rank is a driver."""
+        return self.rank[self.node, self.channel] == np.arange(self.node.size)
+
+    @property
+    def even(self) -> bool:
+        """Whether every rank is a driver."""
+        return bool(self.rank.size == self.node.size)
 
 
-def channels_of(nodes: Any) -> Channels:
-    """The channels of ranks on ``nodes`` (any integers, one a rank, in any order)."""
+def channels_of(nodes: Any, width: int | None = None) -> Channels:
+    """The channels of ranks on ``nodes`` (any integers, one a rank, in any order), by default as many as possible."""
     _, node, counts = np.unique(np.asarray(nodes), return_inverse=True, return_counts=True)
-    local_rank = np.zeros(node.size, dtype=np.int64)
-    for each in range(counts.size):
-        local_rank[node == each] = np.arange(counts[each])
-    width = int(counts.min())
-    rank = np.array([np.flatnonzero(node == each)[:width] for each in range(counts.size)])
-    return Channels(node, local_rank, rank, int(counts.max()) - width)
+    local_rank, members = members_of_nodes(node)
+    width = width or int(counts.min())
+    channel = local_rank * width // counts[node]
+    first = -(-np.arange(width) * counts[:, None] // width)
+    return Channels(node, channel, members[np.arange(counts.size)[:, None], first])
 
 
-def build_allreduce(nodes: Any, inter: Algorithm | None = None) -> Algorithm:
-    """The allreduce of ranks on ``nodes``; ``inter`` is the allreduce between channel peers, a ring by default."""
-    inter = inter or Algorithm(ring.allreduce, block_per_rank, volume=FULL_VOLUME)
-    channels = channels_of(nodes)
-    count, width = channels.rank.shape
-    per_channel = inter.blocks(count)
+def drive_from(channels: Channels, root: int) -> Channels:
+    """The same single channel, but driven by the root on its node."""
+    rank = channels.rank.copy()
+    rank[channels.node[root]] = root
+    return channels._replace(rank=rank)
 
-    def steps(r: Rank, p: int) -> Iterator[Step]:
-        yield from fold_surplus(r, channels, width * per_channel, into_channel=True)
-        yield from intra_node_steps(ring.reduce_scatter, r, channels, per_channel)
+
+# --- the five collectives -------------------------------------------------------------------------
+
+
+def build_allreduce(nodes: Any, inter: Algorithm | None = None, width: int | None = None) -> Algorithm:
+    """The allreduce of ranks on ``nodes``; ``inter`` is the allreduce between drivers, a ring by default."""
+    inter = inter or ALGORITHMS["allreduce"]["ring"]
+    channels = channels_of(nodes, width)
+    per_channel = inter.blocks(len(channels.rank))
+    blocks = per_channel * channels.rank.shape[1]
+
+    def steps(r: Rank, p: int) -> Iterator[Step | NodeStep]:
+        yield channel_parts("reduce_scatter", channels, per_channel)
         yield from inter_node_steps(inter.steps, r, channels, per_channel)
-        yield from intra_node_steps(ring.allgather, r, channels, per_channel)
-        yield from fold_surplus(r, channels, width * per_channel, into_channel=False)
+        yield channel_parts("allgather", channels, per_channel)
 
-    volume = allreduce_volume(channels) if inter.volume is FULL_VOLUME else None
-    return Algorithm(steps, lambda p: width * per_channel, volume=volume)
-
-
-def build_allgather(nodes: Any) -> Algorithm:
-    """The allgather of ranks on ``nodes``."""
-    channels = channels_of(nodes)
-    order = block_order(channels)
-
-    def steps(r: Rank, p: int) -> Iterator[Step]:
-        for step in fold_surplus(r, channels, p, into_channel=True):
-            yield step._replace(
-                send=single_block(order.own_block[r]), recv=single_block(order.own_block[step.source]), reduce=False
-            )
-        channel = channels.local_rank[r] % channels.rank.shape[1]
-        for step in channel_steps(ring.allgather, r, channels):
-            yield map_blocks(step, lambda node: order.ends[channel, node])
-        for step in intra_node_steps(ring.allgather, r, channels, 1):
-            yield map_blocks(step, lambda each: order.channel_offsets[each])
-        yield from fold_surplus(r, channels, p, into_channel=False)
-
-    return Algorithm(steps, block_per_rank, own_blocks=lambda p: order.own_block, volume=gather_volume(channels))
-
-
-def build_reduce_scatter(nodes: Any) -> Algorithm:
-    """The reduce-scatter of ranks on ``nodes``."""
-    channels = channels_of(nodes)
-    order = block_order(channels)
-
-    def steps(r: Rank, p: int) -> Iterator[Step]:
-        yield from fold_surplus(r, channels, p, into_channel=True)
-        channel = channels.local_rank[r] % channels.rank.shape[1]
-        for step in intra_node_steps(ring.reduce_scatter, r, channels, 1):
-            yield map_blocks(step, lambda each: order.channel_offsets[each])
-        for step in channel_steps(ring.reduce_scatter, r, channels):
-            yield map_blocks(step, lambda node: order.ends[channel, node])
-        for step in fold_surplus(r, channels, p, into_channel=False):
-            yield step._replace(send=single_block(order.own_block[step.to]), recv=single_block(order.own_block[r]))
-
-    return Algorithm(steps, block_per_rank, own_blocks=lambda p: order.own_block, volume=gather_volume(channels))
-
-
-# --- steps ----------------------------------------------------------------------------------------
-
-
-def fold_surplus(r: Rank, channels: Channels, blocks: int, into_channel: bool) -> Iterator[Step]:
-    """Ranks beyond the channels hand their vector to a channel, or receive the result; L of them a round."""
-    width = channels.rank.shape[1]
-    node, local_rank = channels.node[r], channels.local_rank[r]
-    for first in range(width, width + channels.surplus, width):
-        extra = (local_rank >= first) & (local_rank < first + width)
-        driver = channels.rank[node, local_rank % width]
-        partner = rank_at(channels, node, first + local_rank)
-        partner = select_peer(local_rank < width, partner)
-        if into_channel:
-            yield Step(select_peer(extra, driver), (0, blocks), partner, (0, blocks), reduce=True)
-        else:
-            yield Step(partner, (0, blocks), select_peer(extra, driver), (0, blocks), reduce=False)
-
-
-def rank_at(channels: Channels, node: Rank, local_rank: Rank) -> Rank:
-    """The rank with this local rank on this node; nobody where the node is smaller."""
-    size = int(channels.local_rank.max()) + 1
-    table = np.full((channels.rank.shape[0], 2 * size + channels.rank.shape[1]), -1)
-    table[channels.node, channels.local_rank] = np.arange(channels.node.size)
-    return table[node, local_rank]
-
-
-def intra_node_steps(steps: Steps, r: Rank, channels: Channels, per_channel: int) -> Iterator[Step]:
-    """A schedule among the channels of a rank's node; its block is the ``per_channel`` blocks of a channel."""
-    width = channels.rank.shape[1]
-    node, local_rank = channels.node[r], channels.local_rank[r]
-    for step in steps(local_rank, width):
-        to = select_peer(local_rank < width, channels.rank[node, step.to % width])
-        source = select_peer(local_rank < width, channels.rank[node, step.source % width])
-        yield Step(to, scale_blocks(step.send, per_channel), source, scale_blocks(step.recv, per_channel), step.reduce)
-
-
-def inter_node_steps(steps: Steps, r: Rank, channels: Channels, per_channel: int) -> Iterator[Step]:
-    """A schedule among the peers of a channel; its blocks are those of the channel."""
-    first = channels.local_rank[r] % channels.rank.shape[1] * per_channel
-    for step in channel_steps(steps, r, channels):
-        yield Step(step.to, shift_blocks(step.send, first), step.source, shift_blocks(step.recv, first), step.reduce)
-
-
-def channel_steps(steps: Steps, r: Rank, channels: Channels) -> Iterator[Step]:
-    """A schedule among the peers of a channel, its blocks counted from 0; ranks beyond the channels idle."""
-    count, width = channels.rank.shape
-    node, local_rank = channels.node[r], channels.local_rank[r]
-    channel = local_rank % width
-    for step in steps(node, count):
-        to = select_peer((local_rank < width) & (np.asarray(step.to) >= 0), channels.rank[step.to, channel])
-        source = select_peer((local_rank < width) & (np.asarray(step.source) >= 0), channels.rank[step.source, channel])
-        yield Step(to, step.send, source, step.recv, step.reduce)
-
-
-def scale_blocks(blocks: tuple[Rank, Rank], by: int) -> tuple[Rank, Rank]:
-    """The interval in blocks that are ``by`` times finer."""
-    return blocks[0] * by, blocks[1] * by
-
-
-def shift_blocks(blocks: tuple[Rank, Rank], by: Rank) -> tuple[Rank, Rank]:
-    """The interval ``by`` blocks further on."""
-    return blocks[0] + by, blocks[1] + by
-
-
-def single_block(block: Rank) -> tuple[Rank, Rank]:
-    """The interval of one block."""
-    return block, block + 1
-
-
-def map_blocks(step: Step, offset_of: Any) -> Step:
-    """The step with both ends of its intervals mapped through ``offset_of``."""
-    return step._replace(
-        send=(offset_of(step.send[0]), offset_of(step.send[1])), recv=(offset_of(step.recv[0]), offset_of(step.recv[1]))
+    return Algorithm(
+        steps, lambda p: blocks, volume=allreduce_volume(channels) if inter.volume is FULL_VOLUME else None
     )
 
 
-# --- order of blocks ------------------------------------------------------------------------------
+def build_reduce(nodes: Any, inter: Algorithm | None = None, width: int | None = None) -> Algorithm:
+    """The reduce of ranks on ``nodes``; ``inter`` is the reduce between drivers, a binomial tree by default."""
+    inter = inter or ALGORITHMS["reduce"]["tree"]
+    common = channels_of(nodes, width)
+
+    def steps(r: Rank, p: int, root: int = 0) -> Iterator[Step | NodeStep]:
+        channels = drive_from(common, root) if width == 1 else common
+        here = int(channels.node[root])
+        yield channel_parts("reduce_scatter", channels, 1)
+        yield from inter_node_steps(inter.steps, r, channels, 1, here)
+        if width != 1:
+            yield on_nodes(channel_parts("allgather", channels, 1), channels.node == here)
+
+    return Algorithm(steps, lambda p: common.rank.shape[1])
+
+
+def build_bcast(nodes: Any, inter: Algorithm | None = None, width: int | None = None) -> Algorithm:
+    """The broadcast to ranks on ``nodes``; ``inter`` is the broadcast between drivers, a binomial tree by default."""
+    inter = inter or ALGORITHMS["bcast"]["tree"]
+    common = channels_of(nodes, width)
+    blocks = common.rank.shape[1]
+
+    def steps(r: Rank, p: int, root: int = 0) -> Iterator[Step | NodeStep]:
+        channels = drive_from(common, root) if width == 1 else common
+        here = channels.node == channels.node[root]
+        if width != 1:
+            own = np.where(np.arange(here.size) == root, blocks, 0)
+            yield NodeStep("allgather", np.where(here, channels.node, NOBODY), 0 * own, own)
+        yield from inter_node_steps(inter.steps, r, channels, 1, int(channels.node[root]))
+        gather = channel_parts("allgather", channels, 1)
+        yield gather if width == 1 else on_nodes(gather, ~here)
+
+    return Algorithm(steps, lambda p: blocks)
+
+
+def build_allgather(nodes: Any, width: int | None = None) -> Algorithm:
+    """The allgather of ranks on ``nodes``: with one channel by Bruck's schedule between the nodes, else by a ring."""
+    channels = channels_of(nodes, width)
+    order, drivers = block_order(channels), channels.rank.shape[0]
+
+    def steps(r: Rank, p: int) -> Iterator[Step | NodeStep]:
+        own = order.own_block
+        yield NodeStep("allgather", channels.node, own, own + 1)
+        if width == 1:
+            yield from map_blocks(channel_steps(recursive.bruck, r, channels), order, p)
+            yield parts_of("allgather", channels, 0 * own, 0 * own + p)
+            return
+        rounds = ring.allgather(np.arange(drivers), drivers)
+        for step, all_nodes in zip(block_steps(ring.allgather, r, channels, order), rounds, strict=True):
+            yield step
+            yield node_parts("allgather", channels, order, all_nodes.recv[0])
+
+    return Algorithm(steps, block_per_rank, own_blocks=lambda p: order.own_block, volume=gather_volume(channels, width))
+
+
+def build_reduce_scatter(nodes: Any, width: int | None = None) -> Algorithm:
+    """The reduce-scatter of ranks on ``nodes``: with one channel by halving between the nodes, else by a ring."""
+    channels = channels_of(nodes, width)
+    order, drivers = block_order(channels), channels.rank.shape[0]
+    everybody = np.arange(drivers)
+
+    def steps(r: Rank, p: int) -> Iterator[Step | NodeStep]:
+        own = order.own_block
+        if width == 1:
+            yield parts_of("reduce_scatter", channels, 0 * own, 0 * own + p)
+            yield from map_blocks(channel_steps(recursive.reduce_scatter, r, channels), order, p)
+        else:
+            rounds = list(ring.reduce_scatter(everybody, drivers))
+            yield node_parts("reduce_scatter", channels, order, rounds[0].send[0] if rounds else everybody)
+            for step, all_nodes in zip(block_steps(ring.reduce_scatter, r, channels, order), rounds, strict=True):
+                yield node_parts("reduce_scatter", channels, order, all_nodes.recv[0])
+                yield step
+        if not channels.even:
+            yield node_parts("allgather", channels, order, everybody)
+
+    return Algorithm(steps, block_per_rank, own_blocks=lambda p: order.own_block, volume=gather_volume(channels, width))
+
+
+HIERARCHICAL: dict[str, Callable[..., Algorithm]] = {
+    "allreduce": build_allreduce,
+    "reduce_scatter": build_reduce_scatter,
+    "allgather": build_allgather,
+    "bcast": build_bcast,
+    "reduce": build_reduce,
+}
+"""The algorithms whose steps depend on the nodes of the ranks: ``build(nodes)``, ``build(nodes, width=1)`` for short
+vectors."""
+
+
+# --- forms: what runs for a length ----------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """What runs: an algorithm, and how it is pipelined."""
+
+    algorithm: Algorithm
+    pipeline: Pipeline
+
+
+def select_form(collective: str, nodes: Any, nbytes: float, link: Link, shared: bool = True) -> Form:
+    """What runs for a vector of ``nbytes`` bytes on nodes between which there is such a link.
+
+    ``shared``: the ranks of each node share memory.  Otherwise there is one form, without segments.
+    """
+    short = shared and nbytes <= SHORT_BYTES[collective]
+    channels = channels_of(nodes, 1 if short else None)
+    count = len(channels.rank)
+    how: dict[str, Any] = {"width": 1} if short else {}
+    if collective == "allreduce":
+        how["inter"] = select_inter_node(count, nbytes, channels_of(nodes).rank.shape[1], link) if shared else None
+    algorithm = HIERARCHICAL[collective](nodes, **how)
+    if not shared:
+        return Form(algorithm, Pipeline())
+    if collective in ("allgather", "reduce_scatter"):
+        return Form(algorithm, gather_pipeline(collective, nbytes, channels, short))
+    if short:
+        return Form(algorithm, Pipeline())
+    return Form(algorithm, Pipeline(segment_count(nbytes), 1, MANY, MESSAGE_BYTES))
+
+
+def gather_pipeline(collective: str, nbytes: float, channels: Channels, short: bool) -> Pipeline:
+    """How an allgather or reduce-scatter of ``nbytes`` bytes is pipelined."""
+    if short:
+        return Pipeline(message_bytes=MESSAGE_BYTES)
+    part = nbytes / channels.rank.size
+    segments = max(1, int(-(-part * channels.rank.shape[1] // SHARED_BYTES))) if collective == "allgather" else 1
+    return Pipeline(segments, 0, WINDOW, MESSAGE_BYTES)
+
+
+def segment_count(nbytes: float) -> int:
+    """The number of segments of a long vector."""
+    return max(1, min(MOST_SEGMENTS, int(-(-nbytes // SEGMENT_BYTES))))
+
+
+def select_inter_node(nodes: int, nbytes: float, channels: int, link: Link) -> Algorithm:
+    """The allreduce of ``nbytes`` bytes between nodes whose ``channels`` share a ``link``, by Hockney's model.
+
+    Recursive doubling sends the fewest messages, a ring the fewest bytes; halving and doubling is near both for a power
+    of two, but its first messages are long, so vectors that need several messages at a time take the ring.
+    """
+    rounds = nodes.bit_length() - 1
+    whole, blocks = link.alpha + nbytes * link.beta, 2 * (nodes - 1) / nodes * nbytes * link.beta
+    folding = 0.0 if nodes == 1 << rounds else 2 * whole
+    costs = {
+        "doubling": rounds * whole + folding,
+        "butterfly": 2 * rounds * link.alpha + blocks + folding,
+        "ring": 2 * (nodes - 1) * link.alpha + blocks,
+    }
+    if nodes > 2 and nbytes > 2 * MESSAGE_BYTES * channels:
+        costs = {"ring": 0.0}
+    return ALGORITHMS["allreduce"][min(costs, key=costs.__getitem__)]
+
+
+# --- node steps -----------------------------------------------------------------------------------
+
+
+def parts_of(collective: str, channels: Channels, first: Any, end: Any) -> NodeStep:
+    """A node step in which the drivers have these parts and the other ranks have none."""
+    return NodeStep(collective, channels.node, first, np.where(channels.drives, end, first))
+
+
+def channel_parts(collective: str, channels: Channels, per_channel: int) -> NodeStep:
+    """A node step in which each driver has the blocks of its channel."""
+    first = channels.channel * per_channel
+    return parts_of(collective, channels, np.where(channels.drives, first, first + per_channel), first + per_channel)
+
+
+def node_parts(collective: str, channels: Channels, order: BlockOrder, whose: Any) -> NodeStep:
+    """A node step on the blocks of another node, ``(N,)`` one for each node; drivers have those of their channel."""
+    ends = order.ends[np.asarray(whose)[channels.node]]
+    rank = np.arange(channels.node.size)
+    first, end = ends[rank, channels.channel], ends[rank, channels.channel + 1]
+    return parts_of(collective, channels, np.where(channels.drives, first, end), end)
+
+
+def on_nodes(step: NodeStep, where: Any) -> NodeStep:
+    """A node step on some nodes only."""
+    return step._replace(node=np.where(where, step.node, NOBODY))
+
+
+# --- steps between the nodes ----------------------------------------------------------------------
+
+
+def channel_steps(steps: Steps, r: Rank, channels: Channels, *root: int) -> Iterator[Step]:
+    """A schedule among the drivers of each channel, its blocks counted from 0; other ranks idle."""
+    node, channel = channels.node[r], channels.channel[r]
+    drives = channels.drives[r]
+    for step in steps(node, len(channels.rank), *root):
+        assert isinstance(step, Step)
+        to = select_peer(drives & (np.asarray(step.to) >= 0), channels.rank[step.to, channel])
+        source = select_peer(drives & (np.asarray(step.source) >= 0), channels.rank[step.source, channel])
+        yield Step(to, step.send, source, step.recv, step.reduce)
+
+
+def inter_node_steps(steps: Steps, r: Rank, channels: Channels, per_channel: int, *root: int) -> Iterator[Step]:
+    """A schedule among the drivers of each channel, whose ``per_channel`` blocks are those of the channel."""
+    first = channels.channel[r] * per_channel
+    for step in channel_steps(steps, r, channels, *root):
+        send, recv = (step.send[0] + first, step.send[1] + first), (step.recv[0] + first, step.recv[1] + first)
+        yield step._replace(send=send, recv=recv)
+
+
+def block_steps(steps: Steps, r: Rank, channels: Channels, order: BlockOrder) -> Iterator[Step]:
+    """A schedule among the drivers of each channel with one block a node: the blocks of the channel on that node."""
+    channel = channels.channel[r]
+    for step in channel_steps(steps, r, channels):
+        sent, received = order.ends[step.send[0]], order.ends[step.recv[0]]
+        yield step._replace(send=interval(sent, channel), recv=interval(received, channel))
+
+
+def interval(ends: Any, channel: Any) -> tuple[Rank, Rank]:
+    """The blocks of a channel on a node, given the ends of its channels; or for each rank, with one row a rank."""
+    row = () if np.ndim(channel) == 0 else (np.arange(len(ends)),)
+    return ends[(*row, channel)], ends[(*row, channel + 1)]
+
+
+def map_blocks(steps: Iterator[Step], order: BlockOrder, p: int) -> Iterator[Step]:
+    """Steps whose blocks are nodes, with the blocks of these nodes; intervals may wrap around."""
+    count, starts = len(order.ends), order.ends[:, 0]
+
+    def first(node: Any) -> Any:
+        return starts[np.asarray(node) % count] + p * (np.asarray(node) // count)
+
+    for step in steps:
+        send, recv = (first(step.send[0]), first(step.send[1])), (first(step.recv[0]), first(step.recv[1]))
+        yield step._replace(send=send, recv=recv)
 
 
 class BlockOrder(NamedTuple):
-    """The numbers of blocks in an allgather or reduce-scatter: by channel, then node, then local rank."""
+    """The numbers of blocks in an allgather or reduce-scatter: by node, then local rank."""
 
     own_block: Ints
     """``(p,)`` the block that each rank owns."""
     ends: Ints
-    """``(L, N+1)`` the first block of each node in a channel, and the end of the last node's."""
-
-    @property
-    def channel_offsets(self) -> Ints:
-        """``(L+1,)`` the first block of each channel, and the end of the last."""
-        return np.append(self.ends[:, 0], self.ends[-1, -1])
+    """``(N, L+1)`` the first block of each channel of a node, and the end of the last one's."""
 
 
 def block_order(channels: Channels) -> BlockOrder:
     """Number the blocks."""
     count, width = channels.rank.shape
-    channel = channels.local_rank % width
-    own_block = np.empty(channel.size, dtype=np.int64)
-    own_block[np.lexsort((channels.local_rank, channels.node, channel))] = np.arange(channel.size)
-    sizes = np.bincount(channel * count + channels.node, minlength=count * width)
+    own_block = np.empty(channels.node.size, dtype=np.int64)
+    own_block[np.argsort(channels.node, kind="stable")] = np.arange(own_block.size)
+    sizes = np.bincount(channels.node * width + channels.channel, minlength=count * width)
     ends = np.concatenate([[0], np.cumsum(sizes)])
-    return BlockOrder(own_block, ends[np.arange(width)[:, None] * count + np.arange(count + 1)])
+    return BlockOrder(own_block, ends[np.arange(count)[:, None] * width + np.arange(width + 1)])
 
 
 def own_blocks(nodes: Any) -> Ints:
@@ -243,16 +391,22 @@ def reorder_by_block(blocks: npt.NDArray[Any], nodes: Any) -> npt.NDArray[Any]:
 def allreduce_volume(channels: Channels) -> Volume:
     """The volume of an allreduce with a ring between the nodes."""
     count, width = channels.rank.shape
-    extra = -(-channels.surplus // width)
     return Volume(
-        "2(p-1)/p n, +n a surplus rank",
-        lambda p, _: 2 * (width - 1) + 2 * (count - 1) + 2 * extra,
-        lambda p, _: 2 * ring_fraction(width) + 2 * ring_fraction(count) / width + extra,
-        lambda p, _: Fraction(2 * (p - 1)),
+        "2(N-1)/N n/L",
+        lambda p, _: 2 * (count - 1),
+        lambda p, _: 2 * ring_fraction(count) / width,
+        lambda p, _: Fraction(2 * (count - 1)),
     )
 
 
-def gather_volume(channels: Channels) -> Volume | None:
-    """The volume of an allgather or reduce-scatter; none is declared for nodes with different numbers of ranks."""
-    count, width = channels.rank.shape
-    return None if channels.surplus else HALF_VOLUME._replace(rounds=lambda p, _: count - 1 + width - 1)
+def gather_volume(channels: Channels, width: int | None) -> Volume | None:
+    """The volume of an allgather or reduce-scatter by a ring; none for nodes with different numbers of ranks."""
+    count = len(channels.rank)
+    if width == 1 or not channels.even:
+        return None
+    return HALF_VOLUME._replace(
+        text="(N-1)/p n",
+        rounds=lambda p, _: count - 1,
+        busiest=lambda p, _: Fraction(count - 1, p),
+        total=lambda p, _: Fraction(count - 1),
+    )

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from hpccomm.collectives import ALGORITHMS
-from hpccomm.collectives.schedule import NOBODY, Algorithm, Step
+from hpccomm.collectives.schedule import NOBODY, Algorithm, NodeStep, Step, members_of_nodes
 from hpccomm.collectives.volume import Volume
 from hpccomm.errors import ArgumentError, ScheduleError
 
@@ -62,6 +63,8 @@ class ScheduleTable(NamedTuple):
     recv_first: Ints
     recv_count: Ints
     reduce: npt.NDArray[np.bool_]
+    meetings: dict[int, list[NodeStep]]
+    """The node steps before each round, or after the last."""
 
 
 class Moves(NamedTuple):
@@ -110,6 +113,7 @@ def verify_algorithm(algorithm: Algorithm | str, collective: str, p: int, root: 
     table = tabulate(algorithm.steps(np.arange(p), p, *root_argument(collective, root)), p)
     check_messages(table, proof)
     check_matching(table, proof)
+    check_meetings(table, proof)
     if p <= SINGLE_RANK_LIMIT:
         check_single_ranks(algorithm, collective, table, proof, root)
     in_order = flow(table, contract(collective, p, blocks, root, algorithm.own_blocks), proof)
@@ -141,16 +145,23 @@ def root_argument(collective: str, root: int) -> tuple[int, ...]:
     return (root,) if collective in ROOTED_COLLECTIVES else ()
 
 
-def tabulate(steps: Iterable[Step], p: int) -> ScheduleTable:
+def tabulate(steps: Iterable[Step | NodeStep], p: int) -> ScheduleTable:
     """All rounds of all ranks."""
-    rounds = list(steps)
+    rounds: list[Step] = []
+    meetings: dict[int, list[NodeStep]] = {}
+    for step in steps:
+        if isinstance(step, NodeStep):
+            meetings.setdefault(len(rounds), []).append(step)
+        else:
+            rounds.append(step)
     to, send_first, send_end, source, recv_first, recv_end = np.empty((6, len(rounds), p), dtype=np.int64)
     for k, step in enumerate(rounds):
         to[k], source[k] = step.to, step.source
         send_first[k], send_end[k] = step.send
         recv_first[k], recv_end[k] = step.recv
     reduce = np.array([step.reduce for step in rounds], dtype=bool)
-    return ScheduleTable(to, send_first, send_end - send_first, source, recv_first, recv_end - recv_first, reduce)
+    counts = send_end - send_first, recv_end - recv_first
+    return ScheduleTable(to, send_first, counts[0], source, recv_first, counts[1], reduce, meetings)
 
 
 def summary(table: ScheduleTable, blocks: int, ordered: bool | None) -> Report:
@@ -225,6 +236,22 @@ def check_blocks(table: ScheduleTable, proof: Proof) -> None:
         proof.refuse(at, r, block, f"expects blocks {expected} from rank {s}, which sends {sent}")
 
 
+def check_meetings(table: ScheduleTable, proof: Proof) -> None:
+    """The parts of a node are intervals of blocks, are disjoint, and ascend with its ranks."""
+    for k, steps in table.meetings.items():
+        for step in steps:
+            wrong = (step.node != NOBODY) & ((step.first < 0) | (step.end > proof.blocks) | (step.first > step.end))
+            if wrong.any():
+                r = int(np.argmax(wrong))
+                proof.refuse(k, r, step.first[r], f"a part of {step.collective} inside a node is no interval of blocks")
+            _, ranks = members_of_nodes(step.node)
+            for members in ranks:
+                having = [r for r in members if r >= 0 and step.first[r] < step.end[r]]
+                for a, b in pairwise(having):
+                    if step.end[a] > step.first[b]:
+                        proof.refuse(k, b, step.first[b], f"{step.collective} inside a node: it is rank {a}'s, too")
+
+
 def describe_deadlock(table: ScheduleTable) -> str:
     """The deadlock that would result if every send waited for its receive, for error messages."""
     waiting = find_deadlock(table)
@@ -262,8 +289,10 @@ def check_single_ranks(algorithm: Algorithm, collective: str, table: ScheduleTab
         if len(alone.reduce) != len(table.reduce):
             counts = f"{len(alone.reduce)} rounds, with all ranks {len(table.reduce)}"
             proof.refuse(0, r, 0, f"generated alone, the rank has {counts}")
+        if {k: len(each) for k, each in alone.meetings.items()} != {k: len(each) for k, each in table.meetings.items()}:
+            proof.refuse(0, r, 0, "generated alone, the rank has other steps inside its node than with all ranks")
         sends, receives = table.to[:, r] >= 0, table.source[:, r] >= 0
-        differs = {name: getattr(alone, name)[:, 0] != getattr(table, name)[:, r] for name in table._fields[:-1]}
+        differs = {name: getattr(alone, name)[:, 0] != getattr(table, name)[:, r] for name in table._fields[:6]}
         wrong = differs["to"] | differs["source"] | (alone.reduce != table.reduce)
         wrong |= sends & (differs["send_first"] | differs["send_count"])
         wrong |= receives & (differs["recv_first"] | differs["recv_count"])
@@ -314,11 +343,37 @@ def singleton_sets(p: int) -> Sets:
 def flow(table: ScheduleTable, promised: Contract, proof: Proof) -> bool:
     """Move contributions round by round; whether rank order was kept in every cell that is due."""
     moves, cells = expand_moves(table, proof.blocks), Cells(promised, proof)
-    for k, reduce in enumerate(table.reduce.tolist()):
+    for k, reduce in enumerate([*table.reduce.tolist(), None]):
+        for step in table.meetings.get(k, ()):
+            meet(cells, k, step)
+        if reduce is None:
+            break
         lo, hi = moves.starts[k], moves.starts[k + 1]
         if lo < hi:
             cells.move(k, moves.source[lo:hi], moves.into[lo:hi], moves.from_lower[lo:hi], reduce)
     return cells.check_result(promised)
+
+
+def meet(cells: Cells, k: int, step: NodeStep) -> None:
+    """Run a node step: every rank of a node adds what it holds to each part, or receives each part."""
+    blocks, (_, ranks) = cells.proof.blocks, members_of_nodes(step.node)
+    count = np.where(step.node == NOBODY, 0, step.end - step.first)
+    owner = np.repeat(np.arange(count.size), count)
+    block = step.first[owner] + np.arange(owner.size) - (np.cumsum(count) - count)[owner]
+    before = CellContents(cells.held.copy(), cells.begin.copy(), cells.end.copy())
+    for column in ranks.T:
+        other = column[step.node[owner]]
+        there = (other >= 0) & (other != owner)
+        here, away = owner[there] * blocks + block[there], other[there] * blocks + block[there]
+        if not here.size:
+            continue
+        if step.collective == "allgather":
+            cells.move(k, here, away, np.zeros(here.size, bool), False)
+        else:
+            new = CellContents(before.sets[away], before.begin[away], before.end[away])
+            if new.begin.min() == EMPTY:
+                cells.refuse(k, away, new.begin == EMPTY, "is reduced inside a node before it is initialised")
+            cells.join(k, here, new, cells.get(here), (other < owner)[there])
 
 
 def expand_moves(table: ScheduleTable, blocks: int) -> Moves:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpccomm.arguments import nearest
+from hpccomm.commands.files import check_file, run_on_root
+from hpccomm.commands.progress import Progress
 from hpccomm.errors import ArgumentError
+from hpccomm.performance.units import format_count, format_size
 
 if TYPE_CHECKING:
     from hpccomm.bench.cold import FirstCalls
@@ -45,13 +50,11 @@ def run(args: argparse.Namespace) -> int:
             return 0
         if rank_count_error(command, world.size):
             return refuse(world, printer, rank_count_error(command, world.size))
+        if path := command.json:
+            run_on_root(lambda: check_file("--json", Path(path)), world)
         first_calls = measure_first_calls(command)
         comm = hpccomm.Communicator(world)
         command = fit_to_ranks(comm, command, printer)
-        if path := command.json:
-            from hpccomm.commands.train import check_file, run_on_root
-
-            run_on_root(lambda: check_file("--json", Path(path)), comm)
     except ArgumentError as error:
         return refuse(world, printer, f"hpccomm bench: {error}")
     session = Session(comm, command, printer, first_calls)
@@ -81,20 +84,22 @@ class Printer:
 
 def parse_command(args: argparse.Namespace, printer: Printer) -> BenchArguments | None:
     """The parsed command; ``None`` after printing help or version."""
-    from hpccomm.bench import flags
+    from hpccomm.bench import flags, nccl_flags
     from hpccomm.bench.cases import CASES
 
     if args.help:
         printer.print_line(f"{args.help_text()}\nbenchmarks: {', '.join(CASES)}")
         return None
-    name = (args.collective or "").removeprefix("osu_")
+    program = nccl_flags.find_program(args.collective or "")
+    name = program or (args.collective or "").rpartition("/")[2].removeprefix("osu_")
     if name not in CASES:
         problem = f"there is no benchmark {args.collective!r}" if name else "the name of a benchmark is missing"
-        raise ArgumentError(f"{problem}: use one of {', '.join(CASES)}")
+        meant = "".join(f"; did you mean {each}?" for each in nearest(name, CASES))
+        raise ArgumentError(f"{problem}: use one of {', '.join(CASES)}{meant}")
     if {"-h", "--help"} & set(args.flags):
-        printer.print_line(flags.parser(name).format_help())
+        printer.print_line(flags.parser(name, bool(program) or nccl_flags.is_meant(args.flags)).format_help())
         return None
-    command = flags.parse_flags(name, args.flags)
+    command = flags.parse_flags(name, args.flags, bool(program))
     if command.version:
         printer.print_line(title_of(command))
         return None
@@ -132,14 +137,32 @@ def fit_to_ranks(comm: Any, command: BenchArguments, printer: Printer) -> BenchA
 
     root = command.options.root
     if root is not None and root >= comm.size:
-        raise ArgumentError(f"-k fixed:{root}: with {comm.size} ranks use a root from 0 to {comm.size - 1}")
+        ranks = format_count(comm.size, "rank")
+        raise ArgumentError(f"-k fixed:{root}: with {ranks} use a root from 0 to {comm.size - 1}")
     if command.options.on_device:
         claim_devices(comm, command)
     names = list_algorithms(comm, command.collective) if command.algorithms == ("all",) else command.algorithms
     check_algorithms(comm, command.collective, names)
     if command.warning:
         printer.print_error(f"hpccomm bench: {command.warning}")
-    return replace(command, algorithms=tuple(names), sizes=limit_sizes(comm.size, command, printer))
+    fitting = replace(command, algorithms=tuple(names), sizes=limit_sizes(comm.size, command, printer))
+    check_sizes(comm.size, fitting)
+    return fitting
+
+
+def check_sizes(ranks: int, command: BenchArguments) -> None:
+    """Raise where no size is left to measure."""
+    from hpccomm.bench.loop import has_elements
+    from hpccomm.bench.osu import DATATYPES
+
+    for name in command.datatypes:
+        options = replace(command.options, dtype=DATATYPES[name])
+        if any(has_elements(command.collective, size, ranks, options) for size in command.sizes):
+            return
+    raise ArgumentError(
+        f"{command.collective}: no size is left that gives {format_count(ranks, 'rank')} an element each: give larger "
+        "sizes, or more memory with -M"
+    )
 
 
 def claim_devices(comm: Any, command: BenchArguments) -> None:
@@ -173,30 +196,27 @@ class Session:
         self.comm, self.command, self.printer, self.first_calls = comm, command, printer, first_calls
         self.print_line = printer.print_line
         self.rows: list[Row] = []
+        self.work_done = 0.0
+        tables = len(command.datatypes) * (2 * len(command.algorithms) if command.nccl else 1)
+        work = sum(work_of(command, size) for size in command.sizes) * tables
+        self.progress = Progress("hpccomm bench", "size", work, stream=None if comm.rank == 0 else io.StringIO())
 
-    def run_sizes(self, datatype: str, algorithms: Sequence[str], **options: Any) -> Iterator[list[Row]]:
-        """Measure size by size, with a progress bar; yields the rows of each."""
+    def run_sizes(
+        self, datatype: str, algorithms: Sequence[str], sizes: Sequence[int], **options: Any
+    ) -> Iterator[list[Row]]:
+        """Measure size by size, with progress on stderr; yields the rows of each."""
         from hpccomm.bench.loop import measure
         from hpccomm.bench.osu import DATATYPES
 
         command = self.command
         chosen = replace(command.options, dtype=DATATYPES[datatype], **options)
-        found = measure(self.comm, command.collective, command.sizes, algorithms, chosen)
-        sizes = itertools.groupby(found, key=lambda row: row.bytes)
-        for _, rows in self.show_progress((size, list(rows)) for size, rows in sizes):
-            self.rows += rows
-            yield rows
-
-    def show_progress(self, sizes: Iterable[Any]) -> Iterable[Any]:
-        """The sizes, with a progress bar if rank 0's stderr is a terminal."""
-        if self.comm.rank or not sys.stderr.isatty():
-            return sizes
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return sizes
-        bar: Iterable[Any] = tqdm(sizes, total=len(self.command.sizes), unit="size", leave=False, delay=2)
-        return bar
+        found = measure(self.comm, command.collective, sizes, algorithms, chosen)
+        for size, rows in itertools.groupby(found, key=lambda row: row.bytes):
+            measured = list(rows)
+            self.rows += measured
+            yield measured
+            self.work_done += work_of(command, size)
+            self.progress.show(self.work_done, f"{format_size(size)} of {datatype} measured")
 
     def print_first_calls(self) -> None:
         """Print the times of ``--cold`` as comments, which programs that read the table skip."""
@@ -240,12 +260,22 @@ def osu_tables(session: Session) -> int:
         if command.collective != "barrier":
             print_line(osu.datatype_line(datatype))
         print_line(osu.header(columns))
-        for rows in session.run_sizes(datatype, command.algorithms):
+        for rows in session.run_sizes(datatype, command.algorithms, command.sizes):
             print_line(osu.line(columns, rows))
             if session.report_wrong(rows):
                 print_line(osu.failure(f"osu_{command.collective}", rows[0].bytes))
                 return 1
     return 0
+
+
+CALL_SECONDS, BYTE_SECONDS = 5e-6, 5e-10
+"""The cost of a call and of a byte, which only divide the expected time between sizes."""
+
+
+def work_of(command: BenchArguments, size: int) -> float:
+    """The time that a size takes, beside that of the others."""
+    calls = command.options.iterations or command.case.repeats.counts(size)[0]
+    return calls * (CALL_SECONDS + size * BYTE_SECONDS)
 
 
 def title_of(command: BenchArguments) -> str:
@@ -290,13 +320,11 @@ def nccl_rows(session: Session, datatype: str, algorithm: str) -> Iterator[Row]:
     command = session.command
     for size in command.sizes:
         pair: list[Row] = []
-        one = Session(session.comm, replace(command, sizes=(size,)), session.printer)
         for in_place in (False, command.case.in_place):
-            for rows in one.run_sizes(datatype, [algorithm], in_place=in_place):
+            for rows in session.run_sizes(datatype, [algorithm], (size,), in_place=in_place):
                 pair += rows
         if pair:
             session.print_line(nccl.line(pair[0], pair[1], command.options.root or 0))
-            session.rows += pair
             yield from pair
 
 
@@ -308,7 +336,7 @@ def nccl_run(session: Session, program: str) -> Any:
     options = command.options
     smallest, largest = (min(command.sizes), max(command.sizes)) if command.sizes else (0, 0)
     calls = options.warmup or 0, options.iterations or 0
-    return Run(f"hpccomm bench {program}", smallest, largest, command.factor, *calls, options.check)
+    return Run(f"hpccomm bench {program}", smallest, largest, command.factor, *calls, options.check, command.step_bytes)
 
 
 def places(comm: Any) -> list[str]:

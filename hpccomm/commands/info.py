@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
 from typing import Any
 
 from hpccomm.launcher import read_launch_size
+from hpccomm.performance.tuning import COLLECTIVES
 
 SUMMARY = "show the software, ranks and devices found here, the settings in force, and which algorithms are used"
 
@@ -18,7 +20,14 @@ EXAMPLES = (4, 1024, 65536, 1 << 20, 16 << 20, 256 << 20)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--collective", default="allreduce", help="collective of the decisions (default allreduce)")
+    parser.add_argument(
+        "--collective",
+        default="allreduce",
+        choices=COLLECTIVES,
+        metavar="NAME",
+        help=f"collective of the decisions: {', '.join(COLLECTIVES)} (default allreduce)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         f"Decisions for {args.collective} (float32)": decisions(comm, args.collective),
     }
     if comm.rank == 0:
-        sys.stdout.write(render(sections))
+        sys.stdout.write(json.dumps(sections, indent=1) + "\n" if args.json else render(sections))
         sys.stdout.flush()
     return 0
 

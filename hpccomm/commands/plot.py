@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 
 from hpccomm.collectives import ALGORITHMS, draw
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.verify import ROOTED_COLLECTIVES
+from hpccomm.commands.files import check_drawable
 from hpccomm.errors import ArgumentError
-from hpccomm.performance.cost import HIERARCHICAL
 from hpccomm.performance.units import format_count
 
 SUMMARY = "print or draw a schedule, or draw benchmark results"
@@ -42,6 +43,7 @@ def draw_measurements(args: argparse.Namespace) -> int:
 
     if args.out is None:
         raise ArgumentError("measurements are drawn into a file: add --out FILE.png")
+    check_drawable("--out", Path(args.out))
     plot.draw(args.what, args.out)
     return 0
 
@@ -54,6 +56,8 @@ def show_schedule(args: argparse.Namespace) -> int:
             f"--size {args.size} --root {args.root} --per-node {args.per_node}: use a root from 0 to size - 1, and "
             "1 or more ranks on a node"
         )
+    if args.out:
+        check_drawable("--out", Path(args.out))
     collective, algorithm = resolve_algorithm(name, args)
     root = (args.root,) if collective in ROOTED_COLLECTIVES else ()
     title = f"{collective}, {name}, {format_count(args.size, 'rank')}" + (f", root {args.root}" if root else "")

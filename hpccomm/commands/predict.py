@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
     add("collective", choices=[*sorted(ALGORITHMS), *STEPS], help="a collective; mics, zero3: step of a sharded model")
-    add("--nodes", type=int, default=1, metavar="N", help="number of nodes (default 1)")
-    add("--per-node", type=int, default=1, metavar="K", help="ranks on a node (default 1)")
+    add("--nodes", type=int, default=4, metavar="N", help="number of nodes (default 4)")
+    add("--per-node", type=int, default=4, metavar="K", help="ranks on a node (default 4)")
     add("--bytes", default="1M", metavar="SIZE", help="size of the vector: 100M, 64Ki, 4 (default 1M)")
     add(
         "--density",
@@ -158,7 +158,7 @@ def links(machine: Machine) -> str:
     """Latency and bandwidth inside a node and between nodes, as text."""
     intra, inter = machine.intra, machine.inter
     return (
-        f"inside a node {intra.alpha:.3g} us + {rate(intra.beta)}, between nodes {inter.alpha:.3g} us + "
+        f"inside a node {format_time(intra.alpha)} + {rate(intra.beta)}, between nodes {format_time(inter.alpha)} + "
         f"{rate(inter.beta)} shared by its ranks"
     )
 

@@ -13,11 +13,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from hpccomm.commands.files import check_file, check_folder, run_on_root
 from hpccomm.errors import ArgumentError, HpccommError
 from hpccomm.performance.units import format_count, format_size
 from hpccomm.train.methods import FLAGS, METHODS, Method, MethodSetup, find_methods, find_users, parse_mode
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="save the run in this folder after every epoch, and on SIGUSR1, which also ends the run; "
-        "the same command resumes it",
+        "the same command resumes it, also with more --epochs",
     )
     add(
         "--export",
@@ -174,6 +176,12 @@ def check(args: argparse.Namespace, comm: Communicator) -> list[str]:
         )
     check_device(args, comm)
     check_files(args, comm)
+    args.planned_epochs = args.epochs
+    if args.checkpoint:
+        from hpccomm.train.checkpointing import read_epochs
+
+        note = args.checkpoint / f"{args.dataset}-{args.method}.json"
+        args.planned_epochs = run_on_root(lambda: read_epochs(note, args.epochs), comm)
     return methods
 
 
@@ -233,35 +241,6 @@ def check_choice(what: str, value: str, known: Any) -> None:
     """Raise for a name that is not known."""
     if value not in known:
         raise ArgumentError(f"{what} {value!r} is not known: use one of {', '.join(known)}")
-
-
-def check_file(flag: str, file: Path | None) -> None:
-    """Raise for a file that cannot be written."""
-    try:
-        if file:
-            file.open("a").close()
-    except OSError as error:
-        raise ArgumentError(f"{flag} {file}: {error.strerror}: name a file that can be written") from None
-
-
-def check_folder(flag: str, file: Path | None) -> None:
-    """Raise for a file in a folder that does not exist."""
-    if file and not file.parent.is_dir():
-        raise ArgumentError(f"{flag} {file}: the folder {file.parent} does not exist: create it or name another file")
-
-
-def run_on_root(action: Callable[[], Any], comm: Communicator) -> Any:
-    """Run ``action`` on rank 0; all ranks return its result, or raise its error."""
-    result: Any = None
-    if comm.rank == 0:
-        try:
-            result = action()
-        except HpccommError as error:
-            result = error
-    result = comm.bcast(result)
-    if isinstance(result, HpccommError):
-        raise result
-    return result
 
 
 def load_data(args: argparse.Namespace, comm: Communicator) -> Dataset:
@@ -341,7 +320,7 @@ def prepare(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
     """Settings, network, transform and console of a run of replicas; prints its headline."""
     from hpccomm.algorithms.device import run_on_host
     from hpccomm.buckets import Bucket
-    from hpccomm.train.loop import Settings, count_steps
+    from hpccomm.train.loop import TRIAL_STEPS, Settings, count_steps
     from hpccomm.train.networks import network_for
 
     method, network = METHODS[name], network_for(data)
@@ -350,11 +329,28 @@ def prepare(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
     lr = learning_rate(args, method)
     print_on_root(comm, headline(name, lr, args, comm) + HEADER)
     flags = {flag: getattr(args, flag) for flag in method.flags if flag in MethodSetup._fields}
-    steps = count_steps(len(data.targets), settings)
-    transform = method.make(MethodSetup(comm, Bucket(network.shapes), lr, steps, args.algorithm, **flags))
-    if args.device == "cuda" and not method.on_device:
-        transform = run_on_host(transform)
+    steps = count_steps(len(data.targets), settings._replace(epochs=args.planned_epochs))
+
+    def make(count: int) -> Any:
+        made = method.make(MethodSetup(comm, Bucket(network.shapes), lr, count, args.algorithm, **flags))
+        return run_on_host(made) if args.device == "cuda" and not method.on_device else made
+
+    if method.loop == "replicas":
+        compile_first(comm, make(TRIAL_STEPS), library.zeros(Bucket(network.shapes).size, "f4"))
+    transform = make(steps)
     return settings, network, transform, Console(comm, len(data.targets), settings, args.progress)
+
+
+def compile_first(comm: Communicator, method: Any, weights: Any) -> None:
+    """Compile a method's kernels before the clock of the training starts; says so where it takes over a second."""
+    from hpccomm.train.loop import compile_kernels
+
+    notice = threading.Timer(1.0, print_on_root, (comm, "# compiling the method's kernels, once for each machine …\n"))
+    notice.start()
+    try:
+        compile_kernels(method, weights)
+    finally:
+        notice.cancel()
 
 
 def finish(
@@ -376,7 +372,7 @@ def finish(
     }
 
 
-RUN_ARGUMENTS = ("dataset", "epochs", "batch_size", "samples", "seed", "algorithm")
+RUN_ARGUMENTS = ("dataset", "batch_size", "samples", "seed", "algorithm")
 """Arguments beside the method's that must be the same when a saved run is resumed."""
 
 
@@ -389,7 +385,7 @@ def keeper_for(
         yield None
         return
     fixed = (*RUN_ARGUMENTS, *(flag for flag in METHODS[name].flags if not FLAGS[flag].may_change))
-    run = {"method": name, **values, **{key: getattr(args, key) for key in fixed}}
+    run = {"method": name, "epochs": args.planned_epochs, **values, **{key: getattr(args, key) for key in fixed}}
     folder = kind(comm, args.checkpoint, f"{args.dataset}-{name}", run)
     before = signal.signal(signal.SIGUSR1, folder.request_stop)
     try:

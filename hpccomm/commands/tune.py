@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpccomm.collectives import ALGORITHMS
-from hpccomm.commands.verify import show_progress
+from hpccomm.collectives.hierarchical import HIERARCHICAL
+from hpccomm.commands.files import check_folder, run_on_root
+from hpccomm.commands.progress import show_progress
 from hpccomm.errors import ArgumentError
 from hpccomm.layout import Link
 from hpccomm.performance import tuning
-from hpccomm.performance.cost import HIERARCHICAL, prediction
+from hpccomm.performance.cost import prediction
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import CostCurve
-from hpccomm.performance.tuning import Row, Table
+from hpccomm.performance.tuning import COLLECTIVES, Row, Table
 from hpccomm.performance.units import format_count, format_shape, size_of
 
 SUMMARY = "measure which algorithm is fastest on this machine, and save that for later jobs"
@@ -33,8 +35,6 @@ SECONDS = 0.4
 """Measuring time for each algorithm at each size."""
 NEAR_RATIO = 0.15
 """Relative error up to which a prediction is counted as close."""
-COLLECTIVES = (*ALGORITHMS, "alltoall")
-"""The collectives that can be tuned; alltoall has no schedules, only shared memory beside native MPI."""
 
 
 class Site(NamedTuple):
@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         raise ArgumentError("one rank has nothing to tune: use more, for example `mpirun -n 4 hpccomm tune`")
     site = site_of(comm)
     out = Path(args.out) if args.out else tuning.user_file(site.mpi, site.host)
+    if args.out:
+        run_on_root(lambda: check_folder("--out", out), comm)
     wanted = args.algorithm.split(",") if args.algorithm else []
     todo = tasks(args)
     curves, link = rounds_of(comm, todo, wanted)
@@ -130,7 +132,7 @@ def measure_tasks(comm: Any, site: Site, todo: Sequence[Task], partial: Path, wa
             raise ArgumentError(f"--algorithm {','.join(unknown)}: use one or several of {', '.join(sorted(known))}")
     rows = comm.bcast(read_partial(site, partial) if comm.rank == 0 else None)
     left = [task for task in todo if task not in {Task(row.collective, row.bytes) for row in rows}]
-    for task in show_progress(left, "tuning", "size") if comm.rank == 0 else left:
+    for task in show_progress(left, "hpccomm tune", "size") if comm.rank == 0 else left:
         rows += measure_one(comm, site, task, wanted)
         if comm.rank == 0:
             tuning.write(Table(tuple(rows)), partial)

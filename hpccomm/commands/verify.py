@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.collectives.verify import ROOTED_COLLECTIVES, Report, layouts, verify_algorithm
+from hpccomm.commands.progress import show_progress
 from hpccomm.errors import ArgumentError, ScheduleError
-from hpccomm.performance.cost import HIERARCHICAL
 
 SUMMARY = "prove schedules correct for a range of sizes"
 
 EVERY_ROOT = 8
 """Up to this size, schedules with a root are proved for every root; above, for the first and the last."""
-
-Item = TypeVar("Item")
 
 
 class Subject(NamedTuple):
@@ -119,14 +117,3 @@ def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:
     sends = volume.text if volume else "not declared"
     span = f"{min(rounds)}-{max(rounds)}" if len(rounds) > 1 else str(max(rounds))
     return f"{subject.collective:<15}{subject.algorithm:<15}{sizes:<10}{span:>10}  {ordered:<8}{sends}"
-
-
-def show_progress(items: Sequence[Item], label: str, unit: str) -> Iterator[Item]:
-    """The items, with a progress bar if stderr is a terminal and tqdm is installed."""
-    if not sys.stderr.isatty():
-        return iter(items)
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return iter(items)
-    return iter(tqdm(items, desc=label, unit=unit, leave=False, delay=1))

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from hpccomm.commands.verify import show_progress
+from hpccomm.commands.progress import show_progress
 from hpccomm.errors import HpccommError
 from hpccomm.kernels import objects
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         os.nice(LOWEST_PRIORITY)
         compile_alone(names, folder)
     else:
-        compile_in_processes(names)
+        compile_in_processes(names, quiet=args.quiet)
     if not args.quiet:
         print(f"compiled {len(names)} functions in {time.monotonic() - began:.0f} s: {objects.describe()}")
     return 0
@@ -49,11 +49,12 @@ def compile_alone(names: list[str], folder: Path | None) -> None:
             objects.address(name)
 
 
-def compile_in_processes(names: list[str]) -> None:
+def compile_in_processes(names: list[str], *, quiet: bool = False) -> None:
     """Compile in one process a core, the longest first."""
     processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES, len(names))
     if not processes:
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for future in show_progress([pool.submit(objects.address, name) for name in names], "compiling", "function"):
+        futures = [pool.submit(objects.address, name) for name in names]
+        for future in futures if quiet else show_progress(futures, "hpccomm warm", "function"):
             future.result()

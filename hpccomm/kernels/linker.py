@@ -113,8 +113,9 @@ def lay_out(data: bytes, sections: Records) -> tuple[bytearray, dict[int, int]]:
     texts = sections[struct.unpack_from("<H", data, 62)[0]]
     code, places = bytearray(), {}
     for number, each in enumerate(sections):
-        constant = not each["flags"] & WRITABLE or name_at(data, texts, each).startswith(CONSTANT_POINTERS)
-        if each["kind"] == PROGRAM and each["flags"] & LOADED and constant:
+        flags = int(each["flags"])  # NumPy 1 does not combine its unsigned integers with Python's
+        constant = not flags & WRITABLE or name_at(data, texts, each).startswith(CONSTANT_POINTERS)
+        if each["kind"] == PROGRAM and flags & LOADED and constant:
             code += bytes(-len(code) % max(WORD, int(each["alignment"])))
             places[number] = len(code)
             code += read(data, each, np.dtype("u1")).tobytes()

@@ -3,8 +3,10 @@
 *p ranks on N nodes, n bytes, k the round; alpha is the latency of a message, beta the time of one of its bytes, gamma
 the time to sum a byte; all in microseconds.*  A message starts when both its ends are ready and takes alpha + bytes x
 beta; ranks of a node that send between nodes in the same round share the link of the node; links carry both directions
-at once.  The receiver sums afterwards.  A rank starts its next round when its own messages of this round are complete;
-there is no barrier between rounds, so the model includes late ranks and the delays that they pass on.
+at once.  The ranks of a node that meet in a node step wait for each other; then it takes one alpha inside the node and
+beta for each byte that a rank lacks.  The receiver sums afterwards.  A rank starts its next round when its own
+messages of this round are complete; there is no barrier between rounds, so the model includes late ranks and the delays
+that they pass on.
 
 A schedule that is the same for every node (or rank) is simulated for one node only and checked on three others, so a
 ring of 10,000 ranks takes a second.  Chains and trees are cut into segments: the first segment pays the whole path,
@@ -17,15 +19,16 @@ cut into segments, on shapes near the measured ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.collectives import ALGORITHMS, hierarchical
-from hpccomm.collectives.schedule import Algorithm, Step
+from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.hierarchical import HIERARCHICAL, select_form
+from hpccomm.collectives.schedule import NOBODY, Algorithm, NodeStep, Step, members_of_nodes
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import costs_for_shape
 
@@ -37,13 +40,6 @@ FACTORS = {"allreduce": 2, "reduce_scatter": 1, "allgather": 1}
 
 INPUT_COPIES = {"allreduce": "vector", "reduce_scatter": "vector", "allgather": "block"}
 """The data that a call copies into its work buffer before the first message."""
-
-HIERARCHICAL: dict[str, Callable[[Any], Algorithm]] = {
-    "allreduce": hierarchical.build_allreduce,
-    "reduce_scatter": hierarchical.build_reduce_scatter,
-    "allgather": hierarchical.build_allgather,
-}
-"""Algorithms whose steps depend on the nodes of the ranks.  Reordering inside a rank is not priced."""
 
 MODEL, MEASURED = "alpha and beta", "measured rounds"
 """The sources of a prediction."""
@@ -172,6 +168,26 @@ class Simulation:
         if self.wires.out.size:
             self.advance_clocks(self.wires)
 
+    def run_node_step(self, step: NodeStep) -> None:
+        """Simulate a collective inside each node: its ranks wait for each other, then each receives what it lacks."""
+        ranks = members_of_nodes(step.node)[1]
+        own = step.end - step.first
+        held = np.where(ranks >= 0, own[ranks], 0)
+        whole = held.sum(axis=1)[step.node]
+        gathers = step.collective == "allgather"
+        others = (ranks >= 0).sum(axis=1)[step.node] - 1
+        blocks = whole - own if gathers else own * others
+        takes = (step.node != NOBODY) & (others > 0)
+        counts = self.counts_of_period(np.where(takes, blocks, 0)[self.ranks])
+        takes = self.counts_of_period(takes[self.ranks].astype(np.int64)) > 0
+        per_block = self.machine.intra.beta + (0.0 if gathers else self.machine.gamma)
+        done = np.where(takes, self.machine.intra.alpha, 0.0) + self.block[:, None] * counts * per_block
+        node = self.home if self.period == self.p else np.zeros(self.period, dtype=np.int64)
+        for each in range(int(node.max()) + 1):
+            here = (node == each) & takes
+            if here.any():
+                self.ready[:, here] = (self.ready[:, here].max(axis=1) + done[:, here].max(axis=1))[:, None]
+
     def advance_clocks(self, ends: RoundMessages) -> None:
         """Advance the clocks of the two ends of every message."""
         senders = np.take(self.ready, ends.out, axis=1)
@@ -255,7 +271,7 @@ def simulate(algorithm: Algorithm, home: Ints, load: Load, machine: Machine, roo
         simulation = Simulation(home, period, load, algorithm.blocks(home.size), machine)
         try:
             for step in algorithm.steps(simulation.ranks, home.size, *rooted):
-                simulation.run_round(step)
+                simulation.run_node_step(step) if isinstance(step, NodeStep) else simulation.run_round(step)
         except AsymmetryError:
             continue
         return simulation
@@ -322,11 +338,13 @@ def price_by_rounds(
     known = costs_for_shape(machine.curves, shape)
     if known is None or not nbytes:
         return None
-    if (name, collective) == ("hierarchical", "allreduce"):
-        return known.price_two_level(nbytes, machine.inter)
+    if collective not in INPUT_COPIES:
+        return None
     home = np.repeat(np.arange(shape[0]), shape[1])
-    algorithm = HIERARCHICAL[collective](home) if name == "hierarchical" else ALGORITHMS[collective][name]
-    if algorithm.segmented or collective not in INPUT_COPIES:
+    if name == "hierarchical":
+        return known.price_form(select_form(collective, home, nbytes, machine.inter), home, nbytes)
+    algorithm = ALGORITHMS[collective][name]
+    if algorithm.segmented:
         return None
     return known.price(algorithm, home, nbytes, nbytes / (home.size if INPUT_COPIES[collective] == "block" else 1))
 

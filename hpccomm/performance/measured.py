@@ -16,17 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import exp, log, log2
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.collectives.engine import even_cuts
-from hpccomm.collectives.schedule import Algorithm
-from hpccomm.performance import inter_node
-
-if TYPE_CHECKING:
-    from hpccomm.layout import Link
+from hpccomm.collectives.hierarchical import Form
+from hpccomm.collectives.lower import order_turns
+from hpccomm.collectives.schedule import Algorithm, NodeStep, Step, even_cuts, members_of_nodes
 
 Shape = tuple[int, int]
 """Nodes, and ranks a node."""
@@ -47,7 +44,7 @@ class RoundType(NamedTuple):
     """The type of a measured round.
 
     ``what`` is ``"round"``: at most one message a rank; ``CONCURRENT``: between the nodes, as many concurrent messages
-    of at most ``inter_node.MESSAGE_BYTES`` as the bytes need; ``"short"``: a round of the hierarchical allreduce of a
+    of at most ``hierarchical.MESSAGE_BYTES`` as the bytes need; ``"short"``: a round of the hierarchical allreduce of a
     short vector, with its work inside the nodes; ``"scatter"`` and ``"gather"``: a reduce-scatter and an allgather
     inside the nodes; ``"copy"``: a local copy; ``"call"``: a call without elements.
     """
@@ -135,16 +132,12 @@ def interpolate(points: Sequence[tuple[int, float]], nbytes: float) -> float:
 def rounds(algorithm: Algorithm, nodes: Iterable[int], nbytes: float, what: str = "round") -> Iterator[Round]:
     """The rounds in which ranks on ``nodes``, one a rank, move ``nbytes`` bytes; without rounds of empty messages."""
     home = np.unique(np.asarray(list(nodes)), return_inverse=True)[1]
-    p = home.size
-    ranks, blocks = np.arange(p), algorithm.blocks(p)
+    blocks = algorithm.blocks(home.size)
     ends = block_ends(max(1, round(nbytes / ITEM)), blocks)
-    for step in algorithm.steps(ranks, p):
-        source, first = np.broadcast_to(step.source, p), np.broadcast_to(step.recv[0], p) % blocks
-        length = np.broadcast_to(np.subtract(step.recv[1], step.recv[0]), p)
-        sizes = ITEM * np.where(source >= 0, ends[first + length] - ends[first], 0)
-        into = np.flatnonzero(sizes)
-        if into.size:
-            yield round_of(what, home, source[into], into, float(sizes.max()), bool(np.any(step.reduce)))
+    for step in algorithm.steps(np.arange(home.size), home.size):
+        found = round_inside(step, ends) if isinstance(step, NodeStep) else round_of(step, home, ends, what)
+        if found:
+            yield found
 
 
 def block_ends(count: int, blocks: int) -> npt.NDArray[np.int64]:
@@ -153,7 +146,29 @@ def block_ends(count: int, blocks: int) -> npt.NDArray[np.int64]:
     return np.concatenate([once, once[1:] + count])
 
 
-def round_of(what: str, home: Any, source: Any, into: Any, nbytes: float, reduce: bool) -> Round:
+def round_of(step: Step, home: Any, ends: Any, what: str) -> Round | None:
+    """The round of a step; None where its messages are empty."""
+    p, blocks = home.size, ends.size // 2
+    source, first = np.broadcast_to(step.source, p), np.broadcast_to(step.recv[0], p) % blocks
+    length = np.broadcast_to(np.subtract(step.recv[1], step.recv[0]), p)
+    sizes = ITEM * np.where(source >= 0, ends[first + length] - ends[first], 0)
+    into = np.flatnonzero(sizes)
+    if not into.size:
+        return None
+    return round_between(what, home, source[into], into, float(sizes.max()), bool(np.any(step.reduce)))
+
+
+def round_inside(step: NodeStep, ends: Any) -> Round | None:
+    """The work of a node step, with the bytes of the parts of a node; None where no node has several ranks."""
+    ranks = members_of_nodes(step.node)[1]
+    sizes = ITEM * (ends[step.end] - ends[step.first])
+    whole = np.where(ranks >= 0, sizes[ranks], 0).sum(axis=1)
+    kind = RoundType("gather" if step.collective == "allgather" else "scatter")
+    nobody = np.full(step.node.size, -1)
+    return Round(kind, float(whole.max()), nobody, nobody) if ranks.shape[1] > 1 and whole.max() else None
+
+
+def round_between(what: str, home: Any, source: Any, into: Any, nbytes: float, reduce: bool) -> Round:
     """The round in which ranks ``into`` receive from ranks ``source``."""
     to, origin = np.full(home.size, -1), np.full(home.size, -1)
     to[source], origin[into] = into, source
@@ -175,7 +190,6 @@ class RoundCosts:
         self.curves, self.nodes, self.channels = curves, nodes, channels
         loads = [(curve.kind.crossing * point.bytes, point) for curve in curves for point in curve.points]
         self.beta = min((point.warm / load for load, point in loads if load >= LOADED_LINK_BYTES), default=0.0)
-        self.short_bytes = max((each.points[-1].bytes for each in curves if each.kind.what == "short"), default=0)
 
     def find_curve(self, kind: RoundType) -> CostCurve | None:
         """The costs of the most similar round type."""
@@ -212,48 +226,59 @@ class RoundCosts:
             us += curve.cold_us(each.bytes) if k == cold else curve.warm_us(each.bytes)
         return us
 
-    def price_two_level(self, nbytes: float, link: Link) -> float | None:
-        """Microseconds of the hierarchical allreduce; ``link`` selects the schedule as in the backend."""
-        inter = inter_node.select_inter_node(self.nodes, nbytes, self.channels, link)
-        if nbytes <= self.short_bytes:
-            us = self.price_rounds(list(rounds(inter, range(self.nodes), nbytes, "short")))
+    def price_form(self, form: Form, nodes: Any, nbytes: float) -> float | None:
+        """Microseconds of a hierarchical algorithm in a form, on even nodes; None where a round was not measured."""
+        short = not form.pipeline.pending
+        found = [*rounds(form.algorithm, nodes, nbytes / form.pipeline.segments, "short" if short else CONCURRENT)]
+        if short:
+            us = self.price_rounds([each for each in found if each.kind.what == "short"])
         else:
-            us = self.price_long(inter, nbytes)
+            us = self.price_turns(found, form)
         return None if us is None else self.local_cost("call") + us
 
-    def price_long(self, inter: Algorithm, nbytes: float) -> float | None:
-        """Microseconds of a long vector, in segments that overlap.
+    def price_turns(self, found: Sequence[Round], form: Form) -> float | None:
+        """Microseconds of a long vector, in segments that overlap in the order of :mod:`hpccomm.collectives.lower`.
 
-        In each turn one more segment is reduced inside the nodes, and all segments in flight advance by one round.
         Work inside the nodes overlaps with messages that wait for the link, not with messages that keep the cores busy.
         """
-        count = inter_node.segment_count(nbytes)
-        segment = nbytes / count
-        messages = inter_node.message_count(segment / self.channels, inter.blocks(self.nodes))
-        script = list(rounds(inter, range(self.nodes), segment / self.channels / messages, CONCURRENT))
-        us = 0.0
-        for turn in range(count + len(script)):
-            sent = [script[turn - 1 - k] for k in range(count) if 0 <= turn - 1 - k < len(script)]
-            work = self.intra_node_cost("scatter", segment) if turn < count else 0.0
-            work += self.intra_node_cost("gather", segment) if turn >= len(script) else 0.0
-            in_flight = self.price_in_flight(sent, messages, cold=turn == 1)
+        how, us, first = form.pipeline, 0.0, True
+        script = [(turn, found[k]) for turn, k in turns_of(found)]
+        for now in order_turns(script, how.segments, how.lag):
+            sent = [each for _, each in now if each.kind.what not in INSIDE]
+            work = sum(self.intra_node_cost(each.kind.what, each.bytes) for _, each in now if each.kind.what in INSIDE)
+            gathering = {segment for segment, each in now if each.kind.what == "gather"}
+            others = any(segment not in gathering for segment, each in now if each.kind.what not in INSIDE)
+            in_flight = self.price_in_flight(sent, cold=first)
             if in_flight is None:
                 return None
-            wire = self.beta * self.channels * messages * sum(each.bytes for each in sent)
-            hidden = 1 < turn < count and in_flight < LINK_BOUND_RATIO * wire
+            wire = self.beta * sum(each.bytes * each.kind.crossing for each in sent)
+            hidden = others and not first and in_flight < LINK_BOUND_RATIO * wire
             us += max(in_flight, work) if hidden else in_flight + work
+            first = first and not sent
         return us
 
-    def price_in_flight(self, sent: Sequence[Round], messages: int, cold: bool) -> float | None:
+    def price_in_flight(self, sent: Sequence[Round], cold: bool) -> float | None:
         """Microseconds of concurrent rounds: the mean of their types' costs, weighted by bytes."""
         total = sum(each.bytes for each in sent)
         us = 0.0
         for each in sent:
-            curve = self.find_curve(per_channel(each.kind, self.channels))
+            curve = self.find_curve(each.kind)
             if curve is None:
                 return None
-            us += (curve.cold_us if cold else curve.warm_us)(total * messages) * each.bytes / total
+            us += (curve.cold_us if cold else curve.warm_us)(total) * each.bytes / total
         return us
+
+
+INSIDE = ("scatter", "gather")
+"""Rounds inside the nodes."""
+
+
+def turns_of(found: Sequence[Round]) -> Iterator[tuple[int, int]]:
+    """The turn of each round: work inside the nodes belongs to the turn of the round before."""
+    turn = 0
+    for k, each in enumerate(found):
+        turn += each.kind.what not in INSIDE
+        yield turn, k
 
 
 def per_channel(kind: RoundType, channels: int) -> RoundType:

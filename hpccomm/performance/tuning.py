@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpccomm.collectives import ALGORITHMS
+from hpccomm.collectives.hierarchical import HIERARCHICAL
 from hpccomm.layout import Link
 from hpccomm.performance import cost
 from hpccomm.performance.machine import Machine
@@ -49,6 +50,8 @@ TRUST = 0.8
 """A predicted price counts if it is less than this fraction of native MPI's."""
 FLAT_ALGORITHMS = ("ring", "butterfly", "doubling", "bruck")
 """The algorithms whose lowest price stands for native MPI between nodes, where nothing was measured."""
+COLLECTIVES = (*ALGORITHMS, "alltoall")
+"""The collectives that can be tuned; alltoall has no schedules, only shared memory beside native MPI."""
 DEFAULT_TABLE = Path(__file__).with_name("tuning_default.json")
 """The default table."""
 
@@ -185,8 +188,20 @@ def choose_measured(series: Series, nbytes: int, candidates: Sequence[str]) -> C
     if times[best] >= NOISE * native:
         best, row = "native", nearest_row(series["native"], nbytes)
     compared = format_time(times[best]) + ("" if best == "native" else f" against {format_time(native)} by native MPI")
-    reason = f"measured {row.origin}, {row.nodes} x {row.per_node} ranks: {compared}"
+    how = describe_evidence(series[best], nbytes)
+    reason = f"{how} {row.origin}, {row.nodes} x {row.per_node} ranks: {compared}"
     return Choice(best, row.segment_bytes, reason)
+
+
+def describe_evidence(rows: Sequence[Row], nbytes: int) -> str:
+    """What a time is: measured at this size, or computed from sizes that were measured."""
+    first, last = rows[0].bytes, rows[-1].bytes
+    if any(row.bytes == nbytes for row in rows):
+        return "measured"
+    if first < nbytes < last:
+        return "interpolated between sizes measured"
+    end = f"up to {last:,}" if nbytes > last else f"from {first:,}"
+    return f"extrapolated from sizes {end} bytes measured"
 
 
 def nearest_row(rows: Sequence[Row], nbytes: int) -> Row:
@@ -197,7 +212,7 @@ def nearest_row(rows: Sequence[Row], nbytes: int) -> Row:
 def choose_priced(collective: str, shape: Shape, nbytes: int, candidates: Sequence[str], machine: Machine) -> Choice:
     """The hierarchical algorithm if its price is far below that of every flat one, else native MPI."""
     native = Choice("native", None, "not measured between nodes, and no predicted price is far below native MPI's")
-    possible = collective in cost.HIERARCHICAL and min(shape) > 1
+    possible = collective in cost.INPUT_COPIES and min(shape) > 1
     if not possible or (candidates and "hierarchical" not in candidates):
         return native
     names = ("hierarchical", *(name for name in FLAT_ALGORITHMS if name in ALGORITHMS[collective]))
@@ -355,7 +370,7 @@ def fit(rows: Iterable[Row], source: str = "fitted") -> Machine:
 def schedule_of(row: Row) -> Any:
     """The schedule that was measured, if it can be priced as it ran."""
     if row.algorithm == "hierarchical":
-        return cost.HIERARCHICAL[row.collective](np.repeat(np.arange(row.nodes), row.per_node))
+        return HIERARCHICAL[row.collective](np.repeat(np.arange(row.nodes), row.per_node))
     algorithm = ALGORITHMS.get(row.collective, {}).get(row.algorithm)
     return None if algorithm is None or algorithm.segmented or row.nodes * row.per_node == 1 else algorithm
 

@@ -31,11 +31,24 @@ def beta_of(text: str) -> float:
 
 
 def format_time(us: float) -> str:
-    """A time in the largest unit of which it holds at least one: ``13.8 us``, ``8.76 ms``."""
+    """A time in the largest unit of which it holds at least one: ``13.8 us``, ``8.76 ms``, ``1,240 s``."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
         if us >= size:
-            return f"{us / size:.4g} {unit}"
-    return f"{us:.4g} us"
+            return f"{format_number(us / size)} {unit}"
+    return f"{format_number(us)} us"
+
+
+def format_number(value: float) -> str:
+    """Four digits, never with an exponent between a ten-thousandth and a quadrillion: ``0.125``, ``123,457``."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A time to wait for, as people say it: ``4 s``, ``12 min``, ``3 h``."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(1.0, seconds):.0f} s"
 
 
 def format_count(number: int, noun: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from mpi4py import MPI
 
 from hpccomm.algorithms.checkpoints import load, save
-from hpccomm.algorithms.exchange import ExchangeReport
+from hpccomm.algorithms.reports import ExchangeReport
 from hpccomm.algorithms.sharded.checkpoints import load_shards, run_collectively, save_shards, write_note
 from hpccomm.algorithms.sharded.units import Hops
 from hpccomm.errors import ArgumentError
@@ -25,6 +25,27 @@ from hpccomm.train.loop import Epoch, Training
 
 STOP_CHECK_STEPS = 16
 """Steps between two of these exchanges."""
+
+
+def describe(key: str, value: Any) -> str:
+    """An argument and its value: ``lr 0.1``, ``no samples`` where it is not given."""
+    return f"no {key}" if value is None else f"{key} {value}"
+
+
+def read_epochs(note: Path, wanted: int) -> int:
+    """The epochs for which a saved run was planned, and ``wanted`` where there is none.
+
+    Learning-rate schedules and warm-ups are those of the planned run, also where more epochs are wanted now.  Raises
+    ArgumentError where more epochs are done than wanted; :meth:`Folder.read` refuses a note that cannot be read.
+    """
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+        planned, done = int(found["run"]["epochs"]), len(found["epochs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return wanted
+    if done > wanted:
+        raise ArgumentError(f"{note} describes a run with {done} finished epochs: pass --epochs {done} or more")
+    return planned
 
 
 class Folder:
@@ -96,7 +117,8 @@ class Folder:
             for key, (then, now) in differ.items():
                 if then != now:
                     raise ArgumentError(
-                        f"{self.note} describes a run with {key} {then}, not {now}: name another folder"
+                        f"{self.note} describes a run with {describe(key, then)}, this command has "
+                        f"{describe(key, now)}: repeat the command, or name another folder"
                     )
         return note
 

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes, check_replicas, sum_reports
+from hpccomm.algorithms.exchange import allreduce_bytes, check_replicas
 from hpccomm.algorithms.local_steps import PeriodicTransform
+from hpccomm.algorithms.reports import ExchangeReport, report
 from hpccomm.algorithms.transforms import Transform, Vector
+from hpccomm.arrays import to_device_like
 from hpccomm.buckets import Bucket
 from hpccomm.train.datasets import Dataset
 from hpccomm.train.networks import Network, initial_weights
@@ -117,11 +119,11 @@ class Training:
     def epoch(self, number: int, on_step: Callable[[], object], should_stop: Callable[[], bool]) -> Epoch | None:
         """Train on the remaining batches, then test; None where all ranks are told to stop before the last batch."""
         if not self.progress.steps:
-            self.progress = EpochProgress(start_report=sum_reports(self.state))
+            self.progress = EpochProgress(start_report=report(self.state).cost)
         if not train_batches(self, number, on_step, should_stop):
             return None
         done, self.progress = self.progress, EpochProgress()
-        after = sum_reports(self.state)
+        after = report(self.state).cost
         exchange_s, sent = after.seconds - done.start_report.seconds, after.wire_bytes - done.start_report.wire_bytes
         right = count_right(self.comm, self.data, self.network, self.model)
         per_step = sent // max(1, done.steps) if self.comm.rank == 0 else 0
@@ -243,6 +245,26 @@ def train(
     weights = weights if settings.library is np else weights.get()
     check_replicas(comm, weights)
     return weights, epochs
+
+
+TRIAL_STEPS = 12
+"""Steps after which a method planned for :data:`TRIAL_STEPS` steps has been in each of its phases."""
+
+
+def compile_kernels(method: Transform, weights: Vector) -> None:
+    """Let a method planned for :data:`TRIAL_STEPS` steps take them on random gradients (collective).
+
+    What it compiles and plans is kept by the process: a training that follows measures its own steps.
+    """
+    state, draw = method.init(weights), np.random.default_rng(0)
+    for _ in range(TRIAL_STEPS):
+        gradient = convert_library(draw.standard_normal(weights.size).astype(weights.dtype), weights)
+        _, state = method.update(gradient, state, weights)
+
+
+def convert_library(array: Vector, like: Any) -> Any:
+    """A host array in the library of another."""
+    return array if isinstance(like, np.ndarray) else to_device_like(array, like)
 
 
 class Servers(NamedTuple):

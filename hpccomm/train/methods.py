@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hpccomm
 from hpccomm.errors import ArgumentError
+from hpccomm.performance.units import format_count
 
 if TYPE_CHECKING:
     from hpccomm.algorithms.sharded.units import ShardedModel
@@ -131,12 +132,14 @@ def adam(setup: MethodSetup) -> Transform:
 
 def lars(setup: MethodSetup) -> Transform:
     """A trust ratio for each tensor; the trust coefficient is 0.02, as these networks have few layers."""
-    return hpccomm.chain(hpccomm.mean(setup.comm, setup.algorithm), hpccomm.lars(setup.bucket, setup.lr, trust=0.02))
+    step = hpccomm.lars(setup.bucket, setup.lr, trust=0.02)
+    return hpccomm.chain(hpccomm.mean(setup.comm, setup.algorithm), hpccomm.apply_if_finite(step))
 
 
 def lamb(setup: MethodSetup) -> Transform:
     """Adam with a trust ratio for each tensor."""
-    return hpccomm.chain(hpccomm.mean(setup.comm, setup.algorithm), hpccomm.lamb(setup.bucket, setup.lr))
+    step = hpccomm.lamb(setup.bucket, setup.lr)
+    return hpccomm.chain(hpccomm.mean(setup.comm, setup.algorithm), hpccomm.apply_if_finite(step))
 
 
 def gtc(setup: MethodSetup) -> Transform:
@@ -211,20 +214,22 @@ def hybrid(setup: MethodSetup) -> Transform:
         hpccomm.scale(-setup.lr),
         setup.group_size,
         period=setup.period,
-        reduce="mean",
+        warmup=setup.steps // 10,
     )
 
 
 def check_groups(comm: Any, args: Any) -> None:
     """Groups of equal size."""
     if args.group_size and comm.size % args.group_size:
-        raise ArgumentError(f"--group-size {args.group_size} does not divide {comm.size} ranks: give a divisor")
+        ranks = format_count(comm.size, "rank")
+        raise ArgumentError(f"--group-size {args.group_size} does not divide {ranks}: give a divisor")
 
 
 def check_servers(comm: Any, args: Any) -> None:
     """A server and a worker."""
     if args.servers >= comm.size:
-        raise ArgumentError(f"--servers {args.servers} of {comm.size} ranks: leave at least one server and one worker")
+        ranks = format_count(comm.size, "rank")
+        raise ArgumentError(f"--servers {args.servers} of {ranks}: leave at least one server and one worker")
 
 
 def mics(comm: Any, units: Any, optimizer: Any, partition_size: int | None, **how: Any) -> ShardedModel:

@@ -122,6 +122,12 @@ class Compressor:
     """``(total, size)``: turns the sum into the ranks' result, in place of the mean."""
     on_device: bool = False
     """It also takes CuPy vectors, which stay on the device; messages are on the host."""
+    is_random: bool = False
+    """It rounds at random: ranks encode different steps, so that their errors are independent."""
+    unbiased: bool = False
+    """The mean of the decoded message, over its random numbers, is the vector (TernGrad's: after clipping)."""
+    contraction: Compressor | None = None
+    """The form for error feedback, where the decoded message itself may be longer than the vector."""
 
     def encode(self, vector: Vector, step: int = 0, last: Message = NO_MESSAGE) -> Message:
         """The message for a vector of shape (n,), which is not written.
@@ -556,10 +562,14 @@ def describe(x: Any) -> str:
     return f"{x.dtype} of shape {x.shape}{'' if x.flags.c_contiguous else ', not contiguous'}"
 
 
+class NotFiniteError(ArgumentError):
+    """A vector that cannot be sent because an element, or a sum, is not finite."""
+
+
 def demand_finite(finite: bool, who: str) -> None:
     """Raise for a NaN or an infinity."""
     if not finite:
-        raise ArgumentError(
+        raise NotFiniteError(
             f"{who}: there is a NaN or an infinity: it would stay in the residual for ever; skip this step on all ranks"
         )
 

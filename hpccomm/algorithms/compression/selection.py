@@ -40,6 +40,8 @@ from hpccomm.kernels.vectors.reference import Indices, Vector, backlog_of, key_o
 
 DECAY = 0.5 ** (1 / 20)
 MIN_DENSITY, MAX_DENSITY, FIRST_DENSITY = 1e-4, 1e-2, 1e-3
+FAR_TOO_MANY = 0.1
+"""From this density on τ is so far off that steps of 3.5 % would not reach it in useful time."""
 
 
 def adapt_tau(
@@ -58,8 +60,10 @@ def threshold(
 
     ``tau`` is in the units of the vector.  ``"auto"`` starts with the τ that 0.1 % of the elements reach, and
     changes it by 3.5 % whenever the previous message (``last``) named fewer than 0.01 % or more than 1 % of the
-    elements; without ``last`` it starts anew.  ``density`` chooses τ for each vector so that this fraction of its
-    elements reach it, estimated on a sample.  τ is in the message, so ranks may differ.
+    elements, but not below the mean of the elements other than 0 where these are few; without ``last``, and after a
+    message of none or of more than 10 %, it starts anew.  ``density`` chooses τ
+    for each vector so that this fraction of its elements reach it, estimated on a sample, or, where hardly more
+    elements are other than 0, those above the mean of these.  τ is in the message, so ranks may differ.
 
     A message names an element in a 32-bit word, or with ``code="rice"`` in about 1.5 + log2(1/d) bits; from d = 1/16 on
     all elements take two bits.
@@ -80,10 +84,16 @@ def threshold(
     def choose(backlog: Vector, gradient: Vector | None, step: int, last: Message) -> float:
         if density is None and not isinstance(tau, str):
             return float(np.float32(tau))
+        least = 0.0
         if density is None and last[:HEADER_BYTES].any():
             before = header_of(last, name)
-            return float(np.float32(adapt_tau(before.scale, before.elements / max(1, before.n))))
-        return kernels(backlog).density_threshold(backlog, gradient, density or FIRST_DENSITY, step) or 1.0
+            sent = before.elements / max(1, before.n)
+            if before.elements and sent <= FAR_TOO_MANY:
+                least = float(np.float32(adapt_tau(before.scale, sent)))
+                if sent >= MIN_DENSITY:
+                    return least
+        found = kernels(backlog).density_threshold(backlog, gradient, density or FIRST_DENSITY, step)
+        return max(least, found) or 1.0
 
     def feed(backlog: Vector, gradient: Vector | None, out: Vector, step: int, last: Message) -> Message:
         if backlog.size >= MAX_ELEMENTS:
@@ -194,7 +204,7 @@ def randomk(density: float, seed: int = 0) -> Compressor:
     The positions follow from ``seed`` and ``step``, so no index is sent, and ranks with the same seed select the same
     elements.
     """
-    name = f"randomk({density}, seed={seed})"
+    name = f"randomk({density})"
     check_density(density, name)
 
     def write(vector: Vector, step: int, last: Message) -> Message:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.algorithms.checkpoints import READER, flush_folder, leaves, map_leaves, replace_file, save
+from hpccomm.algorithms.checkpoints import READER, flush_folder, replace_file, save
 from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, Unit, bounds
+from hpccomm.algorithms.states import leaves, map_leaves
 from hpccomm.algorithms.transforms import Vector
 from hpccomm.errors import ArgumentError
 
@@ -40,12 +41,13 @@ def run_collectively(comm: Any, what: str, action: Callable[[], Any]) -> Any:
     return found
 
 
-def save_shards(folder: Path, name: str, states: ShardedModel, **note: Any) -> None:
+def save_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel, **note: Any) -> None:
     """Save sharded states, with ``note`` in JSON beside them, in a folder shared by all ranks (collective).
 
     Call it between optimizer steps, not between micro-steps.  Raises on all ranks if one cannot write; the older
     checkpoint is then still complete.
     """
+    folder = Path(folder)
     comm, writes = states.groups.world, states.groups.replication.rank == 0
     taken = [name for name, count in states.counts.items() if count]
     what = f"save_shards {folder}"
@@ -128,14 +130,14 @@ def read_note(file: Path) -> dict[str, Any]:
     return dict(note)
 
 
-def load_shards(folder: Path, name: str, states: ShardedModel) -> dict[str, Any]:
+def load_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel) -> dict[str, Any]:
     """Restore the states of :func:`save_shards`, on any number of ranks; returns the note (collective).
 
     Raises on all ranks for another model or optimizer and for files that are missing or truncated; the states are then
     unchanged.
     """
-    what = f"load_shards {folder}"
-    note, master, state = run_collectively(states.groups.world, what, lambda: read_states(folder, name, states))
+    what, where = f"load_shards {os.fspath(folder)}", Path(folder)
+    note, master, state = run_collectively(states.groups.world, what, lambda: read_states(where, name, states))
     states.master[...], states.state = master, state
     states.steps, states.loss_scale = note["steps"], LossScale(*note["loss_scale"])
     states.refresh()

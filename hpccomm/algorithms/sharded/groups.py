@@ -21,6 +21,7 @@ import numpy as np
 from hpccomm.algorithms.sharded.units import Groups, Optimizer, ShardedModel, Units
 from hpccomm.algorithms.transforms import Vector
 from hpccomm.errors import ArgumentError
+from hpccomm.performance.units import format_count
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -64,7 +65,8 @@ def check_placement(who: str, nodes: Sequence[int] | Vector, size: int) -> int:
     ranks = home.size
     if not 1 <= size <= ranks or ranks % size:
         near = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
-        raise ArgumentError(f"{who}: partition size {size} does not divide {ranks} ranks: pass one of {near}")
+        world = format_count(ranks, "rank")
+        raise ArgumentError(f"{who}: partition size {size} does not divide {world}: pass one of {near}")
     groups = home.reshape(-1, size)
     widths = [len(set(group.tolist())) for group in groups]
     for number, group in enumerate(groups):
@@ -122,6 +124,6 @@ def smallest_partition(states: float, memory: float, ranks: int, per_node: int, 
         if states / p + working <= memory:
             return p
     raise ArgumentError(
-        f"{states:.3g} bytes of states over {ranks} ranks and {working:.3g} of working memory do not fit into "
-        f"{memory:.3g} bytes a rank: use more ranks or a smaller model"
+        f"{states:.3g} bytes of states over {format_count(ranks, 'rank')} and {working:.3g} of working memory do "
+        f"not fit into {memory:.3g} bytes a rank: use more ranks or a smaller model"
     )

@@ -32,9 +32,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.checkpoints import leaves
-from hpccomm.algorithms.exchange import ExchangeReport, allreduce_bytes
+from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.fused import InPlaceTransform
+from hpccomm.algorithms.reports import ExchangeReport
+from hpccomm.algorithms.states import leaves
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, require
 from hpccomm.algorithms.trust_ratio import NormReduce, global_norm
 from hpccomm.arrays import narrow, reduction_dtype, view_for_mpi
@@ -269,7 +270,7 @@ class ShardedModel:
     def _take_shards(self, units: Units) -> tuple[Vector, list[Vector]]:
         """This rank's shards of the initial weights, and at stages 1 and 2 all weights."""
         parts, whole, first = [], [], 0
-        for name, tensors in units.items() if isinstance(units, Mapping) else units:
+        for name, tensors in read_units(self.who, units):
             require(name not in self.units, f"{self.who}: two units are called {name!r}: give each a name of its own")
             require(bool(tensors), f"{self.who}: unit {name!r} has no tensors: leave it out")
             unit = Unit(name, len(self.units), Bucket(tensors), self.ranks, self.place, first)
@@ -643,3 +644,16 @@ def zero(comm: MPI.Intracomm, units: Units, optimizer: Optimizer, **how: Any) ->
 def data_parallel(comm: MPI.Intracomm, units: Units, optimizer: Optimizer, **how: Any) -> ShardedModel:
     """Every rank holds the whole model; gradients are allreduced once in an optimizer step (collective)."""
     return ShardedModel(Groups(comm, comm.Split(comm.rank, 0), comm), units, optimizer, **how)
+
+
+def read_units(who: str, units: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The name and the tensors of every unit; raises for other forms."""
+    form = f'{who}: the units are {{}}: pass {{{{"layer0": {{{{"w": array}}}}}}}}, or an iterable of such pairs'
+    if isinstance(units, str | bytes) or not hasattr(units, "__iter__"):
+        raise ArgumentError(form.format(f"a {type(units).__name__}"))
+    for each in units.items() if isinstance(units, Mapping) else units:
+        if not (isinstance(each, tuple | list) and len(each) == 2 and isinstance(each[0], str)):
+            raise ArgumentError(form.format(f"a {type(units).__name__} of {type(each).__name__}"))
+        if not isinstance(each[1], Mapping):
+            raise ArgumentError(form.format(f"a {type(units).__name__} that has a {type(each[1]).__name__} of tensors"))
+        yield each[0], each[1]

@@ -1,0 +1,189 @@
+"""States are data: nested tuples of arrays and numbers, copied, walked, and divided anew over other ranks.
+
+``update`` consumes the state that it receives: it may overwrite the arrays.  Keep a :func:`snapshot` to go back.  What
+happens to a leaf when a run continues with another number of ranks is declared by the type of its field, here and for
+all leaves below it::
+
+    class MyState(NamedTuple):
+        residual: Unsent        # this rank's gradients that no step has applied yet
+        velocity: LocalVector   # a rank's own, and not owed to anybody
+        shard: ShardedVector    # this rank's block of a vector, the blocks in rank order
+        mean: Vector            # all else is the same on all ranks, or a number of this rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from functools import cache
+from typing import Annotated, Any, get_args, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+
+from hpccomm.errors import ArgumentError
+
+Vector = npt.NDArray[Any]
+
+
+class RankChange(Enum):
+    """What happens to a field's leaves when the number of ranks changes."""
+
+    UNSENT = "the mean over the old ranks, so that the pending update is preserved"
+    LOCAL = "the mean over the old ranks"
+    SHARDED = "concatenated and divided again"
+    GROUP = "the number of ranks that exchange"
+    BLOCK = "must be 0: the ranks' models differ inside a block"
+
+
+Unsent = Annotated[Vector, RankChange.UNSENT]
+"""What a rank has not sent yet; policies of the two-tier methods and a flush act on it."""
+LocalVector = Annotated[Vector, RankChange.LOCAL]
+"""A vector of one rank, such as the momentum of its own gradients."""
+ShardedVector = Annotated[Vector, RankChange.SHARDED]
+"""This rank's block of a vector, cut as by ``numpy.array_split``."""
+GroupSize = Annotated[int, RankChange.GROUP]
+"""How many ranks exchange with this one."""
+InBlock = Annotated[int, RankChange.BLOCK]
+"""Steps of a rank alone."""
+
+
+@cache
+def find_changes(kind: type) -> dict[str, RankChange]:
+    """What a state's type declares, field by field."""
+    try:
+        hints = get_type_hints(kind, include_extras=True)
+    except NameError:  # a type whose annotations name what its module does not hold declares nothing
+        return {}
+    return {name: change for name, hint in hints.items() for change in changes_in(hint)}
+
+
+def changes_in(hint: Any) -> Iterator[RankChange]:
+    """The declarations inside a type."""
+    for each in getattr(hint, "__metadata__", ()):
+        if isinstance(each, RankChange):
+            yield each
+    for part in get_args(hint):
+        yield from changes_in(part)
+
+
+def children_of(state: tuple[Any, ...]) -> list[tuple[str, Any, RankChange | None]]:
+    """The names, values and declared changes directly inside a state."""
+    names = getattr(state, "_fields", range(len(state)))
+    changes = find_changes(type(state)) if hasattr(state, "_fields") else {}
+    return [(str(name), each, changes.get(str(name))) for name, each in zip(names, state, strict=True)]
+
+
+def leaves_with_changes(
+    state: Any, path: str = "", change: RankChange | None = None
+) -> Iterator[tuple[str, Any, RankChange | None]]:
+    """The path, the value and the declared change of every array and number in a state, depth first."""
+    if isinstance(state, tuple):
+        for name, each, own in children_of(state):
+            yield from leaves_with_changes(each, f"{path}.{name}" if path else name, own or change)
+    elif state is not None:
+        yield path, state, change
+
+
+def leaves(state: Any) -> Iterator[tuple[str, Any]]:
+    """The path and value of every array and number in a state, depth first."""
+    return ((path, leaf) for path, leaf, _ in leaves_with_changes(state))
+
+
+def map_declared(
+    function: Callable[[str, Any, RankChange | None], Any],
+    state: Any,
+    path: str = "",
+    change: RankChange | None = None,
+) -> Any:
+    """A state of the same form whose leaves are ``function(path, leaf, change)``."""
+    if not isinstance(state, tuple):
+        return None if state is None else function(path, state, change)
+    parts = [
+        map_declared(function, each, f"{path}.{name}" if path else name, own or change)
+        for name, each, own in children_of(state)
+    ]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+
+
+def map_leaves(function: Callable[[str, Any], Any], state: Any) -> Any:
+    """A state of the same form whose leaves are ``function(path, leaf)``."""
+    return map_declared(lambda path, leaf, change: function(path, leaf), state)
+
+
+def snapshot(state: Any) -> Any:
+    """A copy of a state, to which a run can go back; ``update`` consumes the state that it receives.
+
+    >>> from hpccomm import momentum
+    >>> method, weights = momentum(0.5), np.zeros(2)
+    >>> _, state = method.update(np.ones(2), method.init(weights), weights)
+    >>> kept = snapshot(state)
+    >>> _, state = method.update(np.ones(2), state, weights)
+    >>> kept.tolist(), state.tolist()
+    ([1.0, 1.0], [1.5, 1.5])
+    """
+    return map_leaves(lambda path, leaf: leaf.copy() if hasattr(leaf, "copy") else leaf, state)
+
+
+def scale_unsent(state: Any, factor: float) -> Any:
+    """The state with all that was not sent multiplied by a number."""
+
+    def scale(path: str, leaf: Any, change: RankChange | None) -> Any:
+        return leaf * leaf.dtype.type(factor) if change is RankChange.UNSENT else leaf
+
+    return map_declared(scale, state)
+
+
+def unsent_leaves(state: Any) -> list[Vector]:
+    """The arrays of a state that hold what was not sent."""
+    return [leaf for _, leaf, change in leaves_with_changes(state) if change is RankChange.UNSENT]
+
+
+def for_ranks(states: Sequence[Any], rank: int, size: int) -> Any:
+    """The state of rank ``rank`` of ``size`` ranks, from the states of all old ranks in rank order.
+
+    What ranks have not sent, and vectors of their own, become the mean of the old ranks', or where the exchange sums,
+    their sum over the new number: the pending update is preserved, to one rounding an element after sums in float64.
+    Shards are concatenated and divided again.  All else is the same on all old ranks, or copied from one of them; the
+    types of the states declare which is which.  Groups of a two-tier method keep their size.  Where ``size`` is the old
+    number, each rank gets a copy of its own state.
+
+    Raises ArgumentError for states of different methods or sizes, and inside a block of local steps, where the ranks'
+    models differ: change the number of ranks at the end of one.
+    """
+    if isinstance(states, str | dict) or not hasattr(states, "__len__"):
+        raise ArgumentError(f"for_ranks: the states are a {type(states).__name__}: pass a list, one for each old rank")
+    old = len(states)
+    if not old or not 0 <= rank < size:
+        raise ArgumentError(f"for_ranks: rank {rank} of {size}, {old} states: pass all old ranks' states")
+    if size == old:
+        return snapshot(states[rank])
+    columns = [dict(leaves(each)) for each in states]
+    for number, each in enumerate(columns):
+        if each.keys() != columns[0].keys():
+            raise ArgumentError(f"for_ranks: the states of ranks 0 and {number} are of different methods")
+    return divide_anew(states[rank % old], columns, rank, size)
+
+
+def divide_anew(state: Any, columns: list[dict[str, Any]], rank: int, size: int) -> Any:
+    """One old rank's state as that of a rank of ``size``; ``columns`` are the leaves of all old ranks."""
+    group = next((leaf for _, leaf, change in leaves_with_changes(state) if change is RankChange.GROUP), len(columns))
+    new_group = size if group == len(columns) else group
+
+    def sums_over_ranks(path: str) -> bool:
+        return bool(columns[0].get(f"{path.rpartition('.')[0]}.summed".lstrip("."), False))
+
+    def leaf_of(path: str, leaf: Any, change: RankChange | None) -> Any:
+        values = [each[path] for each in columns]
+        if change is RankChange.GROUP:
+            return new_group
+        if change is RankChange.BLOCK and any(values):
+            raise ArgumentError(f"for_ranks: {path} is {max(values)}: change the number of ranks at the end of a block")
+        if change is RankChange.SHARDED:
+            return np.array_split(np.concatenate(values), size)[rank].copy()
+        if change in (RankChange.UNSENT, RankChange.LOCAL) and getattr(leaf, "dtype", np.dtype(int)).kind in "fV":
+            total = np.sum(values, axis=0, dtype=np.float64) / len(values)
+            return (total * (group / new_group if sums_over_ranks(path) else 1)).astype(leaf.dtype)
+        return leaf.copy() if hasattr(leaf, "copy") else leaf
+
+    return map_declared(leaf_of, state)

@@ -1,0 +1,77 @@
+"""Command lines: an error names the word that was probably meant, and a shell can ask which words may follow."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NoReturn
+
+LIKENESS = 0.6
+"""The likeness of two words from which one is taken for a misspelling of the other (difflib's default)."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors end with the word that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and end with status 2."""
+        super().error(message + describe_meant(message, self))
+
+
+def describe_meant(message: str, parser: argparse.ArgumentParser) -> str:
+    """``; did you mean …?`` for the words of an argparse error; empty where nothing is alike."""
+    found = [near for word, known in misspellings(message, parser) for near in nearest(word, known)]
+    return f"; did you mean {' '.join(found)}?" if found else ""
+
+
+def misspellings(message: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, Iterable[str]]]:
+    """The words that an argparse error does not know, each with those that could stand there."""
+    wrong = re.search(r"unrecognized arguments: (.*)", message)
+    for word in wrong[1].split() if wrong else ():
+        if word.startswith("-"):
+            yield word.partition("=")[0], list_options(parser)
+    choice = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
+    if choice:
+        yield choice[1], re.findall(r"[\w-]+", choice[2])
+
+
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """The word that is most like this one, if one is."""
+    return difflib.get_close_matches(word, list(known), 1, cutoff=LIKENESS)
+
+
+def list_options(parser: argparse.ArgumentParser) -> list[str]:
+    """The long options of a parser and of the commands below it."""
+    found = [word for word in parser._option_string_actions if word.startswith("--")]
+    return found + [word for each in commands_of(parser).values() for word in list_options(each)]
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands of a parser, by name."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= action.choices
+    return found
+
+
+def complete(parser: argparse.ArgumentParser, words: Sequence[str], begun: str) -> list[str]:
+    """The words with which a shell may continue ``begun`` after ``words``, the words behind the program's name."""
+    for k, word in enumerate(words):
+        if word in commands_of(parser):
+            return complete(commands_of(parser)[word], words[k + 1 :], begun)
+    last = parser._option_string_actions.get(words[-1]) if words else None
+    if last is not None and last.nargs != 0:
+        possible = [str(each) for each in last.choices or ()]
+    elif begun.startswith("-"):
+        possible = list(parser._option_string_actions)
+    else:
+        possible = [str(each) for action in parser._actions for each in choices_of(action)]
+    return sorted(each for each in possible if each.startswith(begun))
+
+
+def choices_of(action: argparse.Action) -> Iterable[str]:
+    """The words that a positional argument takes, if they are known."""
+    return () if action.option_strings or not action.choices else action.choices

@@ -1,0 +1,262 @@
+"""The collectives of torch on the communicator of a group, or on its channel beside the program.
+
+*p ranks, r this one.*  A tensor that is dense and on the CPU is used where it lies; others, also those on a CUDA
+device, are copied to the host and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from hpccomm.errors import ArgumentError
+from hpccomm.torch import reductions, sparse
+from hpccomm.torch.options import Options
+from hpccomm.torch.tensors import Tensor, as_array, fill, fill_row, join, read, update
+
+IN_PLACE = MPI.IN_PLACE
+
+ALGORITHMS = ("allreduce", "reduce", "reduce_scatter", "reduce_scatter_block", "allgather", "allgatherv", "bcast")
+"""Collectives that take the algorithm of the options, where they have it."""
+
+
+class Collectives:
+    """The collectives of one communicator; they return when they are complete."""
+
+    def __init__(self, comm: Any, options: Options) -> None:
+        self.comm, self.options = comm, options
+        self._label = f"rank {comm.rank}"
+        self._algorithms = choose_algorithms(comm, options)
+
+    def _who(self, name: str) -> str:
+        return f"{self._label}: {name}"
+
+    def _reduce(self, collective: str, *buffers: Any, op: Any, **rest: Any) -> None:
+        """Call one of the communicator's reductions with the options of the group."""
+        algorithm = self._algorithms.get(collective.lower())
+        reproducible = self.options.reproducible
+        getattr(self.comm, collective)(*buffers, op=op, algorithm=algorithm, reproducible=reproducible, **rest)
+
+    def _move(self, collective: str, *arguments: Any) -> None:
+        """Call one of the communicator's gathers or broadcasts with the algorithm of the group."""
+        algorithm = self._algorithms.get(collective.lower())
+        named = {"algorithm": algorithm} if algorithm else {}
+        getattr(self.comm, collective)(*arguments, **named)
+
+    def allreduce(self, tensors: Sequence[Tensor], op: Any) -> None:
+        """Reduce each tensor over the ranks, in place."""
+        for each in tensors:
+            self._allreduce(each, op)
+
+    def _allreduce(self, tensor: Tensor, op: Any) -> None:
+        who = self._who("all_reduce")
+        if tensor.layout == torch.sparse_coo:
+            sparse.allreduce(self.comm, tensor, op, who)
+            return
+        with update(tensor, who) as dense:
+            scaled = reductions.scale(dense, op)
+            self._reduce("Allreduce", IN_PLACE, as_array(scaled), op=reductions.meaning(op, scaled.dtype, who))
+            if scaled is not dense:
+                dense.detach().copy_(scaled)
+
+    def reduce(self, tensor: Tensor, op: Any, root: int) -> None:
+        """Reduce a tensor to the root, in place."""
+        who = self._who("reduce")
+        if tensor.is_complex():
+            op, tensor = reductions.check_complex(op, tensor.dtype, who), torch.view_as_real(tensor.detach())
+        with update(tensor, who) as dense:
+            scaled = reductions.scale(dense, op)
+            array, meaning = as_array(scaled), reductions.meaning(op, scaled.dtype, who)
+            at_root = self.comm.rank == root
+            self._reduce("Reduce", *((IN_PLACE, array) if at_root else (array, None)), op=meaning, root=root)
+            if at_root and scaled is not dense:
+                dense.detach().copy_(scaled)
+
+    def reduce_scatter(self, output: Tensor, inputs: list[Tensor], op: Any) -> None:
+        """Reduce one tensor a rank; each rank gets its own."""
+        who = self._who("reduce_scatter")
+        self._check_number(inputs, who)
+        self._scatter_sum(output, join(inputs, who), [each.numel() for each in inputs], op, who)
+
+    def _scatter_sum(self, output: Tensor, row: Tensor, counts: list[int], op: Any, who: str) -> None:
+        """Reduce ``row``, of which rank q gets ``counts[q]`` elements, into ``output``."""
+        if output.numel() != counts[self.comm.rank]:
+            raise ArgumentError(
+                f"{who}: the output has {output.numel()} elements, this rank's part of the input "
+                f"{counts[self.comm.rank]}: make them the same"
+            )
+        if output.dtype != row.dtype:
+            raise ArgumentError(f"{who}: the output is {output.dtype}, the input {row.dtype}: pass one dtype")
+        if row.is_complex():  # real and imaginary parts are divided each for itself, as torch does in all_reduce
+            parts = torch.view_as_real(output), torch.view_as_real(row).view(-1)
+            self._scatter_sum(*parts, [2 * each for each in counts], reductions.check_complex(op, row.dtype, who), who)
+            return
+        scaled = reductions.scale(row, op)
+        meaning = reductions.meaning(op, scaled.dtype, who)
+        target = torch.empty_like(output) if overlap(output, row) else output
+        with fill(target, who, scaled.dtype) as dense:
+            source, result = as_array(scaled), as_array(dense)
+            if len(set(counts)) == 1:
+                self._reduce("Reduce_scatter_block", source, result, op=meaning)
+            else:
+                self._reduce("Reduce_scatter", source, result, op=meaning, recvcounts=counts)
+        if target is not output:
+            output.detach().copy_(target)
+
+    def reduce_scatter_tensor(self, output: Tensor, tensor: Tensor, op: Any) -> None:
+        """Reduce a tensor over the ranks; each rank gets an equal part."""
+        who = self._who("reduce_scatter_tensor")
+        self._check_blocks(tensor, output, who)
+        row = read(tensor, who).detach().view(-1)
+        self._scatter_sum(output, row, [output.numel()] * self.comm.size, op, who)
+
+    def broadcast(self, tensors: Sequence[Tensor], root: int) -> None:
+        """Copy the root's tensors to all ranks."""
+        who = self._who("broadcast")
+        for each in tensors:
+            if self.comm.rank == root:
+                self._move("Bcast", as_array(read(each, who)), root)
+                continue
+            with fill(each, who) as dense:
+                self._move("Bcast", as_array(dense), root)
+
+    def allgather(self, outputs: list[Tensor], tensor: Tensor) -> None:
+        """Gather a tensor of each rank; they may be of different lengths."""
+        who = self._who("all_gather")
+        self._check_number(outputs, who)
+        counts = [each.numel() for each in outputs]
+        check_same(tensor, outputs[self.comm.rank], who)
+        with fill_row(outputs, who) as row:
+            source, target = self._source(tensor, row, sum(counts[: self.comm.rank]), who), as_array(row)
+            if len(set(counts)) == 1:
+                self._move("Allgather", source, target)
+            else:
+                self._move("Allgatherv", source, [target, counts])
+
+    def _source(self, tensor: Tensor, row: Tensor, first: int, who: str) -> Any:
+        """The send buffer of a gather into ``row``: in place where the tensor lies at its own place already."""
+        own = read(tensor, who).detach().view(-1)
+        if own.numel() and own.data_ptr() == row.data_ptr() + first * row.element_size():
+            return IN_PLACE
+        return as_array(own.clone() if overlap(own, row) else own)
+
+    def allgather_tensor(self, output: Tensor, tensor: Tensor) -> None:
+        """Gather a tensor of each rank into one tensor."""
+        who = self._who("all_gather_into_tensor")
+        self._check_blocks(output, tensor, who)
+        with fill(output, who) as dense:
+            row = dense.detach().view(-1)
+            source = self._source(tensor, row, self.comm.rank * tensor.numel(), who)
+            self._move("Allgather", source, as_array(row))
+
+    def gather(self, outputs: list[Tensor], tensor: Tensor, root: int) -> None:
+        """Gather a tensor of each rank on the root."""
+        who = self._who("gather")
+        source = as_array(read(tensor, who))
+        if self.comm.rank != root:
+            self.comm.Gather(source, None, root)
+            return
+        self._check_number(outputs, who)
+        for each in outputs:
+            check_same(tensor, each, who)
+        with fill_row(outputs, who) as row:
+            self.comm.Gather(source.copy() if overlap(tensor, row) else source, as_array(row), root)
+
+    def scatter(self, output: Tensor, inputs: list[Tensor], root: int) -> None:
+        """Send one of the root's tensors to each rank."""
+        who = self._who("scatter")
+        row = None
+        if self.comm.rank == root:
+            self._check_number(inputs, who)
+            for each in inputs:
+                check_same(output, each, who)
+            row = join(inputs, who)
+            row = row.clone() if overlap(output, row) else row
+        with fill(output, who) as dense:
+            self.comm.Scatter(None if row is None else as_array(row), as_array(dense), root)
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
+        """Send a tensor to each rank, and receive one from each."""
+        who = self._who("all_to_all")
+        self._check_number(inputs, who)
+        self._check_number(outputs, who)
+        row = join(inputs, who)
+        with fill_row(outputs, who) as target:
+            row = row.clone() if overlap(row, target) else row
+            counts = [[each.numel() for each in tensors] for tensors in (inputs, outputs)]
+            self.comm.Alltoallv([as_array(row), counts[0]], [as_array(target), counts[1]])
+
+    def alltoall_tensor(self, output: Tensor, tensor: Tensor, receives: list[int], sends: list[int]) -> None:
+        """Send rows of a tensor to each rank, equally many or as ``sends`` says."""
+        who = self._who("all_to_all_single")
+        if output.dtype != tensor.dtype:
+            raise ArgumentError(f"{who}: the output is {output.dtype}, the input {tensor.dtype}: pass one dtype")
+        sent, received = self._rows(tensor, sends, who), self._rows(output, receives, who)
+        row = read(tensor, who).detach().view(-1)
+        with fill(output, who) as dense:
+            row = row.clone() if overlap(row, dense) else row
+            if sends or receives:
+                self.comm.Alltoallv([as_array(row), sent], [as_array(dense), received])
+            else:
+                self._move("Alltoall", as_array(row), as_array(dense))
+
+    def _rows(self, tensor: Tensor, rows: Sequence[int], who: str) -> list[int]:
+        """How many elements each rank's rows have."""
+        p, length = self.comm.size, tensor.shape[0] if tensor.dim() else 1
+        if not rows:
+            if length % p:
+                raise ArgumentError(f"{who}: {length} rows cannot be divided over {p} ranks: pass split sizes")
+            return [tensor.numel() // p] * p
+        if len(rows) != p or sum(rows) != length or min(rows) < 0:
+            raise ArgumentError(f"{who}: the split sizes {list(rows)} are not those of {length} rows over {p} ranks")
+        each = tensor.numel() // length if length else 0
+        return [each * count for count in rows]
+
+    # Checks
+
+    def _check_number(self, tensors: Sequence[Tensor], who: str) -> None:
+        if len(tensors) != self.comm.size:
+            raise ArgumentError(f"{who}: {len(tensors)} tensors for {self.comm.size} ranks: pass one for each rank")
+
+    def _check_blocks(self, whole: Tensor, part: Tensor, who: str) -> None:
+        if whole.numel() != part.numel() * self.comm.size or whole.dtype != part.dtype:
+            raise ArgumentError(
+                f"{who}: {whole.numel()} {whole.dtype} are not {self.comm.size} times {part.numel()} {part.dtype}: "
+                "pass one block of the same length and dtype for each rank"
+            )
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.comm.Barrier()
+
+
+def check_same(tensor: Tensor, other: Tensor, who: str) -> None:
+    """Raise if a block of this rank is not as long as its place."""
+    if tensor.numel() != other.numel() or tensor.dtype != other.dtype:
+        raise ArgumentError(
+            f"{who}: a tensor of {tensor.numel()} {tensor.dtype} does not fit one of {other.numel()} {other.dtype}: "
+            "make them the same"
+        )
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors share memory."""
+    if not a.numel() or not b.numel() or not (a.is_cpu and b.is_cpu):
+        return False
+    x, y = a.data_ptr(), b.data_ptr()
+    return bool(x < y + b.numel() * b.element_size() and y < x + a.numel() * a.element_size())
+
+
+def choose_algorithms(comm: Any, options: Options) -> dict[str, str]:
+    """The algorithm of the options for each collective that has it."""
+    if options.algorithm == "auto":
+        return {}
+    known = {each: comm.algorithms(each) for each in ALGORITHMS}
+    found = {each: options.algorithm for each, names in known.items() if options.algorithm in names}
+    if not found:
+        names = ", ".join(sorted({name for each in known.values() for name in each}))
+        raise ArgumentError(f"rank {comm.rank}: algorithm={options.algorithm!r} is not available here: use {names}")
+    return found

@@ -1,0 +1,262 @@
+"""A process group of torch whose collectives are those of a :class:`~hpccomm.Communicator`.
+
+Torch calls one method a collective, with lists of tensors.  Each method describes the call, which runs at once on the
+group's communicator, or, if it is asynchronous, beside the program on its channel (:mod:`hpccomm.progress`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+
+from hpccomm import progress
+from hpccomm.errors import ArgumentError
+from hpccomm.torch import members
+from hpccomm.torch.collectives import Collectives
+from hpccomm.torch.messages import Message, receive, send
+from hpccomm.torch.options import Options
+from hpccomm.torch.tensors import Tensor
+from hpccomm.torch.works import Work
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+"""Torch's default.  With a shorter one, synchronous calls run beside the program as well, so that they can end."""
+
+
+def make_group(given: Any, options: Any = None) -> Group:
+    """The process group for torch's ``DistributedBackendOptions`` (collective over its ranks)."""
+    if options is not None and not isinstance(options, Options):
+        raise ArgumentError(f"pg_options is {options!r}: pass hpccomm.torch.Options")
+    comm, inherited = members.create(given)
+    return Group(given, comm, options or inherited or Options())
+
+
+class Group(dist.ProcessGroup):
+    """A process group; torch makes it, see :func:`make_group`."""
+
+    def __init__(self, given: Any, comm: Any, options: Options) -> None:
+        super().__init__(given.group_rank, given.group_size)
+        self.comm, self.options = comm, options
+        self.store, self.timeout = given.store, given.timeout
+        self.barriers = 0
+        """How often :func:`~hpccomm.torch.monitored_barrier` was called."""
+        self._direct = Collectives(comm, options)
+        self._beside: Collectives | None = None
+        self._label, self._name = f"rank {comm.rank}", ""
+        members.remember(self, given.global_ranks_in_group)
+
+    # What torch asks about a group
+
+    def getBackendName(self) -> str:
+        """The name of the backend."""
+        return "hpccomm"
+
+    name = getBackendName
+
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
+    def getGroupName(self) -> str:
+        """The name by which torch finds the group."""
+        return self._name
+
+    group_name = property(getGroupName)
+
+    def get_group_store(self) -> Any:
+        """Torch's store for this group."""
+        return self.store
+
+    @property
+    def _device_types(self) -> list[Any]:
+        return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+    def _get_backend(self, device: Any) -> Group:
+        return self
+
+    supports_coalescing = supports_splitting = supports_time_estimate = supports_shrinking = False
+
+    def supports_tensor_alloc(self, device: Any) -> bool:
+        """Whether torch may ask for registered memory: not at every step, as making it is collective."""
+        return False
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """The time after which ``wait`` raises."""
+        self.timeout = timeout
+
+    def _set_sequence_number_for_group(self) -> None: ...
+
+    def _get_sequence_number_for_group(self) -> int:
+        return 0
+
+    def _start_coalescing(self, device: Any) -> None: ...
+
+    def _end_coalescing(self, device: Any) -> Work:
+        return self._run("coalesced calls", None, lambda on: None, [])
+
+    def shutdown(self) -> None:
+        """Free the communicator once all ranks have come here."""
+        members.release(self.comm)
+
+    def abort(self) -> None:
+        """As torch asks on errors: calls under way cannot be ended, the communicator stays as it is."""
+
+    # Running calls
+
+    def _run(self, name: str, options: Any, body: Callable[[Collectives], None], results: list[Any]) -> Work:
+        """Run ``body``, which is the call ``name``: at once if torch waits for it anyway."""
+        asynchronous = options is None or options.asyncOp
+        work = Work(f"{self._label}: {name}", results, self._describe_missing)
+        limited = self.timeout < DEFAULT_TIMEOUT
+        if asynchronous or limited:
+            call = progress.submit(self.comm, lambda channel: work.run(body, self._on(channel)), name)
+            work.follow(call)
+        else:
+            work.run_here(body, self._direct)
+        if limited and not asynchronous:
+            work.wait(self.timeout)
+        return work
+
+    def _on(self, channel: Any) -> Collectives:
+        """The collectives of the channel."""
+        if channel is self.comm:
+            return self._direct
+        if self._beside is None:
+            self._beside = Collectives(channel, self.options)
+        return self._beside
+
+    def _describe_missing(self) -> str:
+        on = self._beside or self._direct
+        missing = members.find_missing(on.comm)
+        names = ", ".join(map(str, missing)) or "unknown"
+        return f"missing ranks: {names}; make all ranks of the group call it"
+
+    def _who(self, name: str) -> str:
+        return f"{self._label}: {name}"
+
+    # Reductions
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
+        """Reduce each tensor over the ranks, in place."""
+        opts = dist.AllreduceOptions() if opts is None else opts
+        op = opts.reduceOp
+        return self._run("all_reduce", opts, lambda on: on.allreduce(tensors, op), tensors)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Work:
+        """As :meth:`allreduce`."""
+        return self.allreduce(tensors, dist.AllreduceCoalescedOptions() if opts is None else opts)
+
+    def reduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
+        """Reduce a tensor to the root, in place."""
+        opts = dist.ReduceOptions() if opts is None else opts
+        op, root = opts.reduceOp, opts.rootRank
+        return self._run("reduce", opts, lambda on: on.reduce(tensors[0], op, root), tensors)
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Work:
+        """Reduce one tensor a rank; each rank gets its own."""
+        opts = dist.ReduceScatterOptions() if opts is None else opts
+        op = opts.reduceOp
+        return self._run("reduce_scatter", opts, lambda on: on.reduce_scatter(outputs[0], inputs[0], op), outputs)
+
+    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], tensors: list[Tensor], opts: Any = None) -> Work:
+        """Reduce tensors over the ranks; each rank gets an equal part of each."""
+        opts = dist.ReduceScatterOptions() if opts is None else opts
+        op = opts.reduceOp
+
+        def body(on: Collectives) -> None:
+            for output, tensor in zip(outputs, tensors, strict=True):
+                on.reduce_scatter_tensor(output, tensor, op)
+
+        return self._run("reduce_scatter_tensor", opts, body, outputs)
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Work:
+        """Reduce a tensor over the ranks; each rank gets an equal part."""
+        return self.reduce_scatter_single_coalesced([output], [tensor], opts)
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    # Moves
+
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Work:
+        """Copy the root's tensor to all ranks."""
+        opts = dist.BroadcastOptions() if opts is None else opts
+        root = opts.rootRank
+        return self._run("broadcast", opts, lambda on: on.broadcast(tensors, root), tensors)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+        """Gather a tensor of each rank; they may be of different lengths."""
+        return self._run("all_gather", opts, lambda on: on.allgather(outputs[0], inputs[0]), outputs)
+
+    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+        """Gather several tensors of each rank: ``outputs[k]`` are those of rank k."""
+
+        def body(on: Collectives) -> None:
+            for k, tensor in enumerate(inputs):
+                on.allgather([each[k] for each in outputs], tensor)
+
+        return self._run("all_gather_coalesced", opts, body, outputs)
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], tensors: list[Tensor], opts: Any = None) -> Work:
+        """Gather tensors of each rank, each into one tensor."""
+
+        def body(on: Collectives) -> None:
+            for output, tensor in zip(outputs, tensors, strict=True):
+                on.allgather_tensor(output, tensor)
+
+        return self._run("all_gather_into_tensor", opts, body, outputs)
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Work:
+        """Gather a tensor of each rank into one tensor."""
+        return self.all_gather_single_coalesced([output], [tensor], opts)
+
+    _allgather_base = all_gather_single
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+        """Gather a tensor of each rank on the root."""
+        opts = dist.GatherOptions() if opts is None else opts
+        into, root = outputs[0] if outputs else [], opts.rootRank
+        return self._run("gather", opts, lambda on: on.gather(into, inputs[0], root), outputs)
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Work:
+        """Send one of the root's tensors to each rank."""
+        opts = dist.ScatterOptions() if opts is None else opts
+        given, root = inputs[0] if inputs else [], opts.rootRank
+        return self._run("scatter", opts, lambda on: on.scatter(outputs[0], given, root), outputs)
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
+        """Send a tensor to each rank, and receive one from each."""
+        return self._run("all_to_all", opts, lambda on: on.alltoall(outputs, inputs), outputs)
+
+    def all_to_all_single(
+        self, output: Tensor, tensor: Tensor, receives: Sequence[int], sends: Sequence[int], opts: Any = None
+    ) -> Work:
+        """Send rows of a tensor to each rank, equally many or as ``sends`` says."""
+        rows = list(receives), list(sends)
+        return self._run("all_to_all_single", opts, lambda on: on.alltoall_tensor(output, tensor, *rows), [output])
+
+    alltoall_base = all_to_all_single
+
+    def barrier(self, opts: Any = None) -> Work:
+        """Wait for all ranks."""
+        return self._run("barrier", opts, Collectives.barrier, [])
+
+    # Messages
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Message:
+        """Send a tensor to a rank."""
+        return send(self.comm, tensors[0], rank, tag, self._who("send"))
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> Message:
+        """Receive a tensor from a rank."""
+        return receive(self.comm, tensors[0], rank, tag, self._who("recv"))
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Message:
+        """Receive a tensor from any rank."""
+        return receive(self.comm, tensors[0], MPI.ANY_SOURCE, tag, self._who("recv"))

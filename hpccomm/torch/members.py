@@ -1,0 +1,79 @@
+"""The communicators behind process groups.
+
+The default group's ranks are those of torch; a communicator of all of them, on which nothing is sent, makes the others.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from mpi4py import MPI
+
+from hpccomm import launcher
+from hpccomm.communicator import Communicator
+from hpccomm.errors import LaunchError
+from hpccomm.torch.options import Options
+
+FREE_SECONDS = 5.0
+"""How long a rank that destroys a group waits for the others before it leaves the communicator to MPI's end."""
+
+_base: dict[str, Any] = {}
+"""``"world"``: all ranks in torch's order; ``"options"``: those of the default group."""
+
+
+def create(given: Any) -> tuple[Communicator, Options | None]:
+    """A communicator of the group's ranks in torch's order, and the options of the default group (collective)."""
+    ranks = given.global_ranks_in_group
+    if not ranks:
+        return create_default(given.group_rank, given.group_size), None
+    world = _base["world"]
+    everyone = world.Get_group()
+    group = everyone.Incl(ranks)
+    comm = Communicator(MPI.Intracomm(world.Create_group(group)))
+    group.Free()
+    everyone.Free()
+    comm.context  # noqa: B018  makes it now, while all ranks are here
+    return comm, _base["options"]
+
+
+def create_default(rank: int, size: int) -> Communicator:
+    """The communicator of the default group."""
+    launcher.check_world(MPI.COMM_WORLD.size, os.environ)
+    if size != MPI.COMM_WORLD.size:
+        raise LaunchError(
+            f"torch was told that there are {size} ranks, MPI has started {MPI.COMM_WORLD.size}: start the program "
+            f"with hpccomm-run -n {size}, or leave out RANK and WORLD_SIZE"
+        )
+    world = MPI.Intracomm(MPI.COMM_WORLD).Split(0, rank)
+    if "world" in _base:
+        _base.pop("world").Free()
+    _base["world"] = world
+    comm = Communicator(MPI.Intracomm(world.Split(0, rank)))
+    comm.context  # noqa: B018
+    return comm
+
+
+def remember(group: Any, ranks: list[int]) -> None:
+    """Keep the options of the default group for groups that are made without."""
+    if not ranks:
+        _base["options"] = group.options
+
+
+def find_missing(comm: Any) -> list[int]:
+    """The ranks of this node that have not entered the call that this rank is in."""
+    table = comm.context.consistency
+    return table.missing_ranks() if table else []
+
+
+def release(comm: Communicator) -> None:
+    """Free a communicator if all its ranks do so within some seconds; otherwise it lives until MPI ends."""
+    if MPI.Is_finalized() or comm == MPI.COMM_NULL:
+        return
+    request, until = comm.private_comm.Ibarrier(), time.monotonic() + FREE_SECONDS
+    while not request.Test():
+        if time.monotonic() > until:
+            return
+        time.sleep(1e-4)
+    comm.Free()

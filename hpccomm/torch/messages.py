@@ -1,0 +1,134 @@
+"""Messages between two ranks of a group, as bytes on its communicator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+
+from hpccomm.errors import MismatchError
+from hpccomm.torch.tensors import Tensor, as_array, fill, read
+from hpccomm.transports.polling import pause
+
+EAGER_SECONDS = 1e-4
+"""How long a rank that waits for a message only yields its core, before it sleeps."""
+REMEDY = "make shape and dtype the same on both ranks"
+
+
+class Message(dist.Work):
+    """The handle of a message; ``finish`` is run once, after it has come or gone."""
+
+    def __init__(
+        self, request: MPI.Request, who: str, results: list[Any], finish: Callable[[MPI.Status], None]
+    ) -> None:
+        super().__init__()
+        self._request, self._who, self._results, self._finish = request, who, results, finish
+        self._status, self._complete = MPI.Status(), False
+        self._error: Exception | None = None
+        self._future: Any = None
+
+    def is_completed(self) -> bool:
+        """Whether the message has come or gone."""
+        if not self._complete:
+            try:
+                if not self._request.Test(self._status):
+                    return False
+                self._finish(self._status)
+            except MPI.Exception as error:
+                self._error = self._explain(error)
+            except MismatchError as error:  # raised by wait
+                self._error = error
+            self._complete = True
+        return True
+
+    def _explain(self, error: MPI.Exception) -> Exception:
+        """A longer message than expected as our error."""
+        if error.Get_error_class() != MPI.ERR_TRUNCATE:
+            return error
+        return MismatchError(f"{self._who} got a longer message than expected: {REMEDY}")
+
+    def is_success(self) -> bool:
+        """Whether it has, without an error."""
+        return self.is_completed() and self._error is None
+
+    def exception(self) -> Exception | None:
+        """The error of the message."""
+        return self._error
+
+    def result(self) -> list[Any]:
+        """The tensor."""
+        return self._results
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Wait until the message has come or gone; raise its error, or MismatchError after ``timeout``."""
+        began, seconds = time.monotonic(), timeout.total_seconds()
+        while not self.is_completed():
+            pause(began, EAGER_SECONDS, 8)
+            if 0 < seconds < time.monotonic() - began:
+                raise MismatchError(f"{self._who} timed out after {seconds:g} s: the other rank has not made its call")
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def synchronize(self) -> None:
+        """As :meth:`wait`."""
+        self.wait()
+
+    def get_future(self) -> Any:
+        """A future of the tensor; asking for it waits for the message."""
+        future: Any = torch.futures.Future()
+        try:
+            self.wait()
+            future.set_result(self._results)
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def source_rank(self) -> int:
+        """The rank from which the message has come."""
+        return int(self._status.source)
+
+    _source_rank = source_rank
+
+
+def as_bytes(tensor: Tensor) -> list[Any]:
+    """A dense tensor as MPI's buffer."""
+    return [as_array(tensor).view(np.uint8), MPI.BYTE]
+
+
+def send(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message:
+    """Start to send a tensor."""
+    dense = read(tensor, who)
+    request = comm.Isend(as_bytes(dense), rank, tag)
+    return Message(request, f"{who} to rank {rank}", [tensor], lambda status: hold(dense))
+
+
+def receive(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message:
+    """Start to receive a tensor."""
+    stack = ExitStack()
+    dense = stack.enter_context(fill(tensor, who))
+    source = "any rank" if rank == MPI.ANY_SOURCE else f"rank {rank}"
+    request = comm.Irecv(as_bytes(dense), rank, tag)
+
+    def finish(status: MPI.Status) -> None:
+        found, expected = status.Get_count(MPI.BYTE), dense.numel() * dense.element_size()
+        if found != expected:
+            raise MismatchError(
+                f"{who} of {expected} bytes ({dense.numel()} {dense.dtype}): rank {status.source} has sent "
+                f"{found}: {REMEDY}"
+            )
+        stack.close()
+
+    nbytes = dense.numel() * dense.element_size()
+    return Message(request, f"{who} of {nbytes} bytes ({dense.numel()} {dense.dtype}) from {source}", [tensor], finish)
+
+
+def hold(tensor: Tensor) -> None:
+    """Keep a tensor alive until here."""

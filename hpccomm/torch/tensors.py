@@ -1,0 +1,117 @@
+"""Tensors as arrays: dense tensors on the CPU are lent as they lie in memory, others are copied and copied back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from hpccomm.arrays import bfloat16
+from hpccomm.errors import ArgumentError
+
+Tensor: TypeAlias = Any
+"""``torch.Tensor``."""
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The elements of a dense tensor on the CPU as a flat array on the same memory.
+
+    Dtypes that NumPy lacks (8-bit floats, complex32, quantised) are lent as bytes: they may be moved, not reduced.
+    """
+    flat = tensor.detach().view(-1)
+    if flat.dtype == torch.bfloat16:
+        return flat.view(torch.int16).numpy().view(bfloat16("bfloat16"))
+    try:
+        return flat.numpy()
+    except (TypeError, RuntimeError):
+        return flat.view(torch.uint8).numpy()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements lie on the CPU in order."""
+    return tensor.is_contiguous() and tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
+
+
+def check_layout(tensor: Tensor, who: str) -> None:
+    """Raise for tensors that are not strided."""
+    if tensor.layout != torch.strided:
+        raise ArgumentError(f"{who}: a tensor of layout {tensor.layout} cannot be sent: pass x.to_dense()")
+
+
+def read(tensor: Tensor, who: str) -> Tensor:
+    """A dense tensor of the same elements: itself, or a copy on the CPU."""
+    check_layout(tensor, who)
+    return tensor if is_dense(tensor) else tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+@contextmanager
+def update(tensor: Tensor, who: str) -> Iterator[Tensor]:
+    """A dense tensor of the same elements, whose changes ``tensor`` has afterwards."""
+    dense = read(tensor, who)
+    yield dense
+    if dense is not tensor:
+        tensor.detach().copy_(dense)
+
+
+@contextmanager
+def fill(tensor: Tensor, who: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """A dense tensor without contents, as long as ``tensor`` and of this dtype, whose elements it gets afterwards."""
+    check_layout(tensor, who)
+    dtype = tensor.dtype if dtype is None else dtype
+    dense = tensor if dtype == tensor.dtype and is_dense(tensor) else torch.empty(tensor.shape, dtype=dtype)
+    yield dense
+    if dense is not tensor:
+        tensor.detach().copy_(dense)
+
+
+def join(tensors: Sequence[Tensor], who: str) -> Tensor:
+    """The elements of several tensors in a row: where they lie, if they lie so, else in a copy."""
+    whole = adjoin(tensors)
+    if whole is not None:
+        return whole
+    parts = [read(each, who).detach().reshape(-1) for each in tensors]
+    return torch.cat(parts) if len({each.dtype for each in parts}) == 1 else refuse_dtypes(tensors, who)
+
+
+@contextmanager
+def fill_row(tensors: Sequence[Tensor], who: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """A dense tensor without contents, as long as all tensors together, which get its elements afterwards."""
+    dtype = tensors[0].dtype if dtype is None else dtype
+    for each in tensors:
+        check_layout(each, who)
+        if each.dtype != tensors[0].dtype:
+            refuse_dtypes(tensors, who)
+    whole = adjoin(tensors) if dtype == tensors[0].dtype else None
+    row = torch.empty(sum(each.numel() for each in tensors), dtype=dtype) if whole is None else whole
+    yield row
+    if whole is None:
+        for each, part in zip(tensors, row.split([each.numel() for each in tensors]), strict=True):
+            each.detach().copy_(part.view(each.shape))
+
+
+def refuse_dtypes(tensors: Sequence[Tensor], who: str) -> Any:
+    """Raise for tensors of one call whose dtypes differ."""
+    names = ", ".join(sorted({str(each.dtype) for each in tensors}))
+    raise ArgumentError(f"{who}: the tensors of one call are of different dtypes ({names}): pass one dtype")
+
+
+def adjoin(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One tensor on the memory of dense tensors that follow each other in memory, as ``chunk`` makes them."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.detach().view(-1) if is_dense(first) and first.layout == torch.strided else None
+    if first.layout != torch.strided:
+        return None
+    end, storage, total = first.data_ptr(), first.untyped_storage().data_ptr(), 0
+    for each in tensors:
+        if each.layout != torch.strided or each.dtype != first.dtype or not is_dense(each):
+            return None
+        if each.untyped_storage().data_ptr() != storage or (each.numel() and each.data_ptr() != end):
+            return None
+        end += each.numel() * each.element_size()
+        total += each.numel()
+    return first.detach().as_strided((total,), (1,)) if first.numel() or not total else None

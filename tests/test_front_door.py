@@ -1,0 +1,396 @@
+"""What a new user meets first: installing beside the clone, a missing MPI, mistyped words, Ctrl-C, and waiting."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpccomm.__main__ import COMMANDS, main
+from hpccomm.__main__ import parser as command_parser
+from hpccomm.arguments import complete
+from hpccomm.commands.completion import SHELLS, complete_words
+from hpccomm.commands.progress import Progress, show_progress
+from hpccomm.performance.tuning import COLLECTIVES, Row, Table
+from hpccomm.performance.units import format_seconds, format_time
+from hpccomm.testing.jobs import run_under_mpi, start, stop
+
+ROOT = Path(__file__).parent.parent
+
+
+# --- installing ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packages with an editable install of this tree in it."""
+    pytest.importorskip("setuptools")
+    folder = tmp_path_factory.mktemp("editable")
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_editable(sys.argv[1]))"
+    build = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    assert build.returncode == 0, build.stderr
+    wheel = folder / build.stdout.split()[-1]
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(folder)], check=True)
+    return folder
+
+
+def test_a_program_beside_the_clone_imports_the_package_and_not_the_clones_folder(
+    editable: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "hpccomm").symlink_to(ROOT)
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import site, sys; sys.path = [p for p in sys.path if not p.startswith({str(ROOT)!r})]\n"
+        "sys.meta_path = [each for each in sys.meta_path if 'editable' not in repr(each)]\n"
+        f"site.addsitedir({str(editable)!r}); import hpccomm; print(hpccomm.__file__)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, program], check=False, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == str(ROOT / "hpccomm" / "__init__.py"), done.stderr
+
+
+@pytest.mark.parametrize("command", ["info", "bench", "tune", "train"])
+def test_without_an_mpi_a_command_says_how_to_get_one(command: str) -> None:
+    words = {"bench": ["allreduce"], "train": ["digits"]}.get(command, [])
+    env = {**os.environ, "MPI4PY_LIBMPI": "/nonexistent/libmpi.so"}
+    done = subprocess.run(
+        [sys.executable, "-m", "hpccomm", command, *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"hpccomm {command}: mpi4py of ")
+    assert "pip install" in done.stderr
+    assert "load your site's MPI module" in done.stderr
+
+
+# --- wrong turns -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["benhc"], "did you mean bench?"),
+        (["info", "--collective", "alreduce"], "did you mean allreduce?"),
+        (["info", "--colective", "allreduce"], "did you mean --collective?"),
+        (["verify", "all", "--sizes=4"], "did you mean --size?"),
+        (["plot", "ring", "--outt", "x.png"], "did you mean --out?"),
+        (["predict", "allreduse"], "did you mean allreduce?"),
+        (["completion", "bsh"], "did you mean bash?"),
+        (["train", "digits", "--epocs", "3"], "did you mean --epochs?"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_right_one(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_word_that_is_like_no_other_gets_no_proposal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["info", "--xyzzy"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nosuch", "", "barrier"])
+def test_info_on_an_unknown_collective_fails(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["info", "--collective", name])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert all(each in said for each in COLLECTIVES)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["plot", "ring", "--out", "{}/no/ring.png"], "the folder {}/no does not exist"),
+        (["plot", "ring", "--out", "{}/ring.jpeg2"], "must end in .png, .svg or .pdf"),
+        (["plot", "{}/in.json", "--out", "{}/no/in.png"], "the folder {}/no does not exist"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.json").write_text("{}")
+    assert main([word.format(tmp_path) for word in words]) == 1
+    assert sentence.format(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (2, "bench allreduce -m 4:8 --cold --json {}/no/out.json"),
+        (2, "train digits --epochs 1 --json {}/no/out.json"),
+        (2, "train digits --epochs 1 --plot {}/no/out.png"),
+        (2, "tune --quick --out {}/no/table.json"),
+    ],
+)
+def test_results_that_cannot_be_written_are_refused_before_the_first_measurement(
+    ranks: int, words: str, tmp_path: Path
+) -> None:
+    done = run_under_mpi(ranks, "-m", "hpccomm", *words.format(tmp_path).split(), timeout=60)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert (done.stderr + done.stdout).count(f"{tmp_path}/no") >= 1
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly() -> None:
+    command = f"{sys.executable} -m hpccomm verify all --size 1:8 | head -1"
+    done = subprocess.run(command, check=False, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------
+
+
+def interrupt(process: Any, first_line: str) -> str:
+    """Send Ctrl-C to a job once it has printed a line; the rest of its output."""
+    for line in process.stdout:
+        if first_line in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        return process.communicate(timeout=60)[0]
+    finally:
+        stop(process)
+
+
+def test_ctrl_c_ends_all_ranks_without_a_traceback() -> None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    words = ["-m", "hpccomm", "bench", "allreduce", "-m", "4:8M", "-i", "1000000"]
+    process = start(2, words, start_new_session=True, **pipes)
+    said = interrupt(process, "# Size")
+    assert process.returncode != 0
+    assert "Traceback" not in said
+    assert "MPI_ABORT" not in said.upper()
+
+
+def test_ctrl_c_ends_a_single_process_with_the_status_of_shells() -> None:
+    code = (
+        "import sys, time\nfrom hpccomm.__main__ import main\nimport hpccomm.commands.verify as v\n"
+        "def run(args):\n print('running', flush=True); time.sleep(60)\n"
+        "v.run = run\nsys.exit(main(['verify', 'all']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert interrupt(process, "running") == ""
+    assert process.returncode == 130
+
+
+# --- waiting ---------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_quiet_at_first_and_then_says_how_long_it_takes() -> None:
+    now, out = [0.0], io.StringIO()
+    progress = Progress("hpccomm bench", "size", 10, stream=out, clock=lambda: now[0])
+    for done, at in enumerate([0, 1, 2.9, 4, 5, 13.9, 14, 60]):
+        now[0] = at
+        progress.show(done, f"step {done}")
+    progress.close()
+    assert out.getvalue().splitlines() == [
+        "hpccomm bench: step 3, 4 s so far, about 9 s left",
+        "hpccomm bench: step 6, 14 s so far, about 9 s left",
+        "hpccomm bench: step 7, 60 s so far, about 26 s left",
+    ]
+
+
+def test_on_a_terminal_progress_is_one_line_that_disappears() -> None:
+    now, out = [0.0], Terminal()
+    progress = Progress("x", "size", 4, stream=out, clock=lambda: now[0])
+    for done, at in ((0, 0.0), (1, 4.0), (2, 4.2), (3, 5.0)):
+        now[0] = at
+        progress.show(done, "y" * (4 - done))
+    progress.close()
+    first, second, clear = out.getvalue().split("\r")[1:4]
+    assert first == "x: yyy, 4 s so far, about 12 s left"
+    assert second == "x: y, 5 s so far, about 2 s left".ljust(len(first))
+    assert not clear.strip()
+
+
+def test_items_of_progress_are_those_given_and_a_short_command_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(show_progress([3, 1, 2], "x", "size", weigh=float)) == [3, 1, 2]
+    assert list(show_progress([], "x", "size")) == []
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "1 s"), (59, "59 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h")]
+)
+def test_seconds_are_said_as_people_say_them(seconds: float, words: str) -> None:
+    assert format_seconds(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("us", "words"),
+    [
+        (0.0, "0 us"),
+        (0.125, "0.125 us"),
+        (999.94, "999.9 us"),
+        (1220.0, "1.22 ms"),
+        (999_999.0, "1,000 ms"),
+        (5e11, "500,000 s"),
+    ],
+)
+def test_times_have_no_exponent(us: float, words: str) -> None:
+    assert format_time(us).replace("1000 ms", "1,000 ms") == words
+
+
+# --- completion ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "some"),
+    [
+        ([""], set(COMMANDS)),
+        (["in"], {"info"}),
+        (["info", "--"], {"--collective", "--json", "--help"}),
+        (["info", "--collective", "all"], {"allreduce", "allgather", "alltoall"}),
+        (["bench", "allr"], {"allreduce"}),
+        (["bench", "osu_allreduce", "--js"], {"--json"}),
+        (["bench", "allreduce", "-b", "8", "--iter"], {"--iters"}),
+        (["bench", "allreduce", "--iter"], {"--iterations"}),
+        (["bench", "mumble", "--x"], set()),
+        (["nosuch", "x"], set()),
+        ([], set(COMMANDS)),
+    ],
+)
+def test_a_shell_is_told_which_words_may_follow(words: list[str], some: set[str]) -> None:
+    assert set(complete_words(words)) == some
+
+
+def test_every_flag_of_every_command_is_completed() -> None:
+    for name in COMMANDS:
+        assert "--help" in complete(command_parser(name), [name], "--h")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_gets_its_lines(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    assert "hpccomm completion --words" in capsys.readouterr().out
+
+
+def test_bash_completes() -> None:
+    script = (
+        f'eval "$({sys.executable} -m hpccomm completion bash)"\n'
+        f'hpccomm() {{ {sys.executable} -m hpccomm "$@"; }}\n'
+        "COMP_WORDS=(hpccomm info --) COMP_CWORD=2\n_hpccomm\necho ${COMPREPLY[*]}"
+    )
+    done = subprocess.run(["bash", "-c", script], check=False, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["--collective", "--help", "--json"]
+
+
+# --- what is said of times -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "how"),
+    [
+        (1024, "measured on"),
+        (4096, "interpolated between sizes measured on"),
+        (1 << 20, "measured on"),
+        (1 << 28, "extrapolated from sizes up to 1,048,576 bytes measured on"),
+        (4, "extrapolated from sizes from 1,024 bytes measured on"),
+    ],
+)
+def test_a_computed_time_is_not_called_measured(nbytes: int, how: str) -> None:
+    rows = [
+        Row("allreduce", name, 1, 2, size, us * size / 1024)
+        for name, us in (("native", 9.0), ("shared", 1.0))
+        for size in (1024, 1 << 20)
+    ]
+    choice = Table(tuple(rows)).choose("allreduce", 1, 2, nbytes)
+    assert choice.algorithm == "shared"
+    assert choice.reason.startswith(how)
+
+
+# --- resuming --------------------------------------------------------------------------------------
+
+
+def train(tmp_path: Path, method: str, epochs: int, *more: str) -> subprocess.CompletedProcess[str]:
+    words = ["train", "digits", "--samples", "256", "--method", method, "--epochs", str(epochs), *more]
+    return run_under_mpi(2, "-m", "hpccomm", *words, timeout=120)
+
+
+def epochs_of(file: Path) -> list[tuple[float, float]]:
+    return [(each["loss"], each["accuracy"]) for each in json.loads(file.read_text())["epochs"]]
+
+
+@pytest.mark.parametrize("method", ["dense", "dgc", pytest.param("bmuf", marks=pytest.mark.slow)])
+def test_a_saved_run_goes_on_with_more_epochs(method: str, tmp_path: Path) -> None:
+    folder, out, straight = tmp_path / "saved", tmp_path / "out.json", tmp_path / "straight.json"
+    assert train(tmp_path, method, 2, "--checkpoint", str(folder)).returncode == 0
+    done = train(tmp_path, method, 3, "--checkpoint", str(folder), "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    again = train(tmp_path, method, 3, "--checkpoint", str(folder), "--json", str(straight))
+    assert epochs_of(out) == epochs_of(straight)
+    assert len(epochs_of(out)) == 3
+    fewer = train(tmp_path, method, 1, "--checkpoint", str(folder))
+    assert fewer.returncode != 0
+    assert "3 finished epochs: pass --epochs 3 or more" in fewer.stderr
+    assert again.returncode == 0
+
+
+def test_a_resumed_dense_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    resumed, straight = tmp_path / "resumed.json", tmp_path / "straight.json"
+    folder = str(tmp_path / "saved")
+    assert train(tmp_path, "dense", 2, "--checkpoint", folder).returncode == 0
+    assert train(tmp_path, "dense", 4, "--checkpoint", folder, "--json", str(resumed)).returncode == 0
+    assert train(tmp_path, "dense", 4, "--json", str(straight)).returncode == 0
+    assert epochs_of(resumed) == epochs_of(straight)
+
+
+def test_another_argument_is_named_with_both_values(tmp_path: Path) -> None:
+    folder = str(tmp_path / "saved")
+    assert train(tmp_path, "dense", 1, "--checkpoint", folder).returncode == 0
+    words = ["train", "digits", "--epochs", "1", "--checkpoint", folder]
+    done = run_under_mpi(2, "-m", "hpccomm", *words, timeout=120)
+    assert done.returncode != 0
+    assert "describes a run with samples 256, this command has no samples" in done.stderr
+
+
+EAGER = """
+import sys
+from hpccomm.commands import progress
+from hpccomm.__main__ import main
+
+progress.QUIET_SECONDS = progress.LINE_SECONDS = 0.0
+sys.exit(main(["bench", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("line", ["allreduce -m 4:16 -i 5", "all_reduce_perf -b 8 -e 32 -f 2 -n 5 -w 1"])
+def test_rank_0_says_how_long_a_measurement_still_takes(line: str) -> None:
+    done = run_under_mpi(2, "-c", EAGER, *line.split(), timeout=120)
+    lines = [each for each in done.stderr.splitlines() if each.startswith("hpccomm bench: ")]
+    assert done.returncode == 0, done.stderr
+    assert len(lines) >= 3
+    assert all("measured, " in each and "so far, about" in each for each in lines)
+    assert lines[0].startswith(f"hpccomm bench: {line.split()[2].partition(':')[0]} B of mpi_float measured")

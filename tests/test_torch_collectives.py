@@ -1,0 +1,504 @@
+"""Every collective of torch.distributed, with every dtype, synchronous and asynchronous."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import pytest
+from torch_world import COMPLEX, FLOATS, INTEGERS, MOVED, SHAPES, dist, numbers, process_group, same, torch
+
+from hpccomm.errors import ArgumentError, MismatchError
+
+pytestmark = pytest.mark.mpi(sizes=(1, 2, 3, 4))
+
+Op = dist.ReduceOp
+FOLDS: dict[Any, Callable[..., Any]] = {
+    Op.SUM: torch.add,
+    Op.PRODUCT: torch.mul,
+    Op.MIN: torch.minimum,
+    Op.MAX: torch.maximum,
+    Op.BAND: torch.bitwise_and,
+    Op.BOR: torch.bitwise_or,
+    Op.BXOR: torch.bitwise_xor,
+}
+ON_BOOLS = {Op.SUM: torch.logical_or, Op.PRODUCT: torch.logical_and}
+ORDERED = (Op.SUM, Op.PRODUCT, Op.MIN, Op.MAX)
+BITS = (Op.BAND, Op.BOR, Op.BXOR)
+REDUCTIONS = [
+    *((op, dtype) for dtype in (*FLOATS, *INTEGERS) for op in ORDERED),
+    *((op, dtype) for dtype in COMPLEX for op in (Op.SUM,)),
+    *((op, dtype) for dtype in INTEGERS for op in BITS),
+    *((op, torch.bool) for op in (*ORDERED, *BITS)),
+    *((Op.AVG, dtype) for dtype in (*FLOATS, *COMPLEX)),
+]
+
+
+def name_of(value: Any) -> str:
+    return str(value).removeprefix("torch.").removeprefix("RedOpType.")
+
+
+def finish(work: Any, asynchronous: bool) -> None:
+    """A call has a handle if it is asynchronous, and only then."""
+    assert (work is not None) == asynchronous
+    if work is not None:
+        work.wait()
+        assert work.is_completed()
+        assert work.is_success()
+
+
+def expected_reduction(op: Any, dtype: Any, tensors: list[Any]) -> Any:
+    """What every rank should have: 16-bit floats are added in float32 and rounded once."""
+    if op == Op.AVG and dtype in COMPLEX:  # real and imaginary parts are divided each for itself
+        return torch.view_as_complex(expected_reduction(op, None, [torch.view_as_real(each) for each in tensors]))
+    if op == Op.AVG and dtype is None:
+        return reduce(torch.add, tensors) / len(tensors)
+    if op == Op.AVG:
+        wide = [each.to(torch.float32) if dtype in FLOATS[:2] else each for each in tensors]
+        return (reduce(torch.add, wide) / len(tensors)).to(dtype)
+    if dtype == torch.bool and op in ON_BOOLS:
+        return reduce(ON_BOOLS[op], tensors)
+    if dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch itself cannot add them
+        return reduce(FOLDS[op], [each.to(torch.int64) for each in tensors]).to(dtype)
+    return reduce(FOLDS[op], tensors)
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def asynchronous(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.mark.parametrize(("op", "dtype"), REDUCTIONS, ids=name_of)
+def test_all_reductions_are_exact(op: Any, dtype: Any, asynchronous: bool) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for shape in SHAPES:
+        x = numbers(rank, shape, dtype)
+        total = expected_reduction(op, dtype, [numbers(r, shape, dtype) for r in range(size)])
+        finish(dist.all_reduce(x, op, async_op=asynchronous), asynchronous)
+        assert same(x, total)
+        root = size - 1
+        x = numbers(rank, shape, dtype)
+        finish(dist.reduce(x, root, op, async_op=asynchronous), asynchronous)
+        assert same(x, total if rank == root else numbers(rank, shape, dtype))
+        parts = [numbers(rank + q, shape, dtype) for q in range(size)]
+        mine = torch.empty(shape, dtype=dtype)
+        finish(dist.reduce_scatter(mine, parts, op, async_op=asynchronous), asynchronous)
+        assert same(mine, expected_reduction(op, dtype, [numbers(rank + q, shape, dtype) for q in range(size)]))
+        if shape:
+            row, mine = torch.cat(parts), torch.empty(shape, dtype=dtype)
+            finish(dist.reduce_scatter_tensor(mine, row, op, async_op=asynchronous), asynchronous)
+            assert same(mine, expected_reduction(op, dtype, [numbers(rank + q, shape, dtype) for q in range(size)]))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("factor", [0.5, torch.tensor([2.0])], ids=["number", "tensor"])
+def test_premultiplied_sums(dtype: Any, factor: Any, asynchronous: bool) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    op, shape = dist._make_nccl_premul_sum(factor), (3, 5)
+    x = numbers(rank, shape, dtype)
+    total = reduce(torch.add, [numbers(r, shape, dtype).double() * float(factor) for r in range(size)]).to(dtype)
+    finish(dist.all_reduce(x, op, async_op=asynchronous), asynchronous)
+    assert same(x, total)
+    mine = torch.empty(shape, dtype=dtype)
+    finish(dist.reduce_scatter_tensor(mine, torch.cat([x] * size), op, async_op=asynchronous), asynchronous)
+    assert same(mine, (x.double() * float(factor) * size).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=name_of)
+def test_16_bit_floats_are_added_in_float32(dtype: Any, asynchronous: bool) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    large = 2048 if dtype == torch.float16 else 256  # where the next number of the dtype is 2 away
+    x = torch.tensor([large if rank == 0 else 1.0], dtype=dtype)
+    finish(dist.all_reduce(x, async_op=asynchronous), asynchronous)
+    assert same(x, torch.tensor([large + size - 1.0]).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", MOVED, ids=name_of)
+def test_all_moves_keep_the_bytes(dtype: Any, asynchronous: bool) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for shape in SHAPES:
+        everyone = [numbers(r, shape, dtype) for r in range(size)]
+        own, root = everyone[rank].clone(), size - 1
+        x = own.clone()
+        finish(dist.broadcast(x, root, async_op=asynchronous), asynchronous)
+        assert same(x, everyone[root])
+        found = [torch.empty_like(own) for _ in range(size)]
+        finish(dist.all_gather(found, own, async_op=asynchronous), asynchronous)
+        assert all(map(same, found, everyone))
+        found = [torch.empty_like(own) for _ in range(size)]
+        finish(dist.gather(own, found if rank == root else None, root, async_op=asynchronous), asynchronous)
+        assert rank != root or all(map(same, found, everyone))
+        x = torch.empty_like(own)
+        finish(dist.scatter(x, everyone if rank == root else None, root, async_op=asynchronous), asynchronous)
+        assert same(x, own)
+        found = [torch.empty_like(own) for _ in range(size)]
+        sent = [numbers(rank + 2 * q, shape, dtype) for q in range(size)]
+        finish(dist.all_to_all(found, sent, async_op=asynchronous), asynchronous)
+        assert all(map(same, found, [numbers(q + 2 * rank, shape, dtype) for q in range(size)]))
+        assert same(own, everyone[rank])
+
+
+@pytest.mark.parametrize("dtype", [each for each in MOVED if each != torch.complex32], ids=name_of)
+def test_moves_into_one_tensor_keep_the_bytes(dtype: Any, asynchronous: bool) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for shape in (each for each in SHAPES if each):
+        own, everyone = numbers(rank, shape, dtype), [numbers(r, shape, dtype) for r in range(size)]
+        whole = torch.cat([each.view(torch.uint8) if each.dim() else each for each in everyone]).view(dtype)
+        row = torch.empty((size * shape[0], *shape[1:]), dtype=dtype)
+        finish(dist.all_gather_into_tensor(row, own, async_op=asynchronous), asynchronous)
+        assert same(row, whole)
+        row = torch.empty_like(row)
+        sent = torch.cat([numbers(rank + 2 * q, shape, dtype).view(torch.uint8) for q in range(size)]).view(dtype)
+        finish(dist.all_to_all_single(row, sent, async_op=asynchronous), asynchronous)
+        parts = [numbers(q + 2 * rank, shape, dtype).view(torch.uint8) for q in range(size)]
+        assert same(row, torch.cat(parts).view(dtype))
+
+
+def test_blocks_of_different_lengths(asynchronous: bool) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    shapes = [(r, 3) for r in range(size)]
+    found = [torch.empty(shape) for shape in shapes]
+    finish(dist.all_gather(found, numbers(rank, shapes[rank], torch.float32), async_op=asynchronous), asynchronous)
+    assert all(same(each, numbers(r, shapes[r], torch.float32)) for r, each in enumerate(found))
+    mine = torch.empty(shapes[rank])
+    finish(dist.reduce_scatter(mine, [torch.ones(shape) for shape in shapes], async_op=asynchronous), asynchronous)
+    assert same(mine, torch.full(shapes[rank], float(size)))
+    sends, receives = [rank + q for q in range(size)], [rank + q for q in range(size)]
+    row = torch.arange(sum(sends) * 2.0).reshape(-1, 2) + 100 * rank
+    got = torch.empty(sum(receives), 2)
+    finish(dist.all_to_all_single(got, row, receives, sends, async_op=asynchronous), asynchronous)
+    firsts = [sum(q + k for k in range(rank)) for q in range(size)]
+    rows = [torch.arange(2.0 * sum(q + k for k in range(size))).reshape(-1, 2) + 100 * q for q in range(size)]
+    assert same(got, torch.cat([rows[q][firsts[q] : firsts[q] + receives[q]] for q in range(size)]))
+
+
+def test_tensors_that_are_not_dense(asynchronous: bool) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    whole = torch.zeros(4, 6)
+    views = [whole[:, ::2], whole.t(), whole[1:3, 1:5]]
+    for x in views:
+        x.copy_(numbers(rank, tuple(x.shape), torch.float32))
+        finish(dist.all_reduce(x, async_op=asynchronous), asynchronous)
+        assert torch.equal(x, sum(numbers(r, tuple(x.shape), torch.float32) for r in range(size)))
+        x.copy_(numbers(rank, tuple(x.shape), torch.float32))
+        finish(dist.broadcast(x, 0, async_op=asynchronous), asynchronous)
+        assert torch.equal(x, numbers(0, tuple(x.shape), torch.float32))
+        row = torch.empty(size, *x.shape).transpose(0, 1)
+        outputs = [row[:, r] for r in range(size)]
+        x.copy_(numbers(rank, tuple(x.shape), torch.float32))
+        finish(dist.all_gather(outputs, x, async_op=asynchronous), asynchronous)
+        assert all(torch.equal(each, numbers(r, tuple(x.shape), torch.float32)) for r, each in enumerate(outputs))
+    weight = torch.nn.Parameter(numbers(rank, (3, 5), torch.float32))
+    finish(dist.all_reduce(weight.data, async_op=asynchronous), asynchronous)
+    finish(dist.broadcast(weight, 0, async_op=asynchronous), asynchronous)
+    assert torch.equal(weight, sum(numbers(r, (3, 5), torch.float32) for r in range(size)))
+
+
+def test_gathers_in_place_and_into_overlapping_memory(asynchronous: bool) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    everyone = torch.cat([numbers(r, (5,), torch.float32) for r in range(size)])
+    row = torch.zeros(5 * size)
+    row[5 * rank : 5 * rank + 5] = numbers(rank, (5,), torch.float32)
+    finish(dist.all_gather_into_tensor(row, row[5 * rank : 5 * rank + 5], async_op=asynchronous), asynchronous)
+    assert torch.equal(row, everyone)
+    row = torch.zeros(5 * size)
+    elsewhere = row[:5]
+    elsewhere.copy_(numbers(rank, (5,), torch.float32))
+    finish(dist.all_gather_into_tensor(row, elsewhere, async_op=asynchronous), asynchronous)
+    assert torch.equal(row, everyone)
+    row[5 * rank : 5 * rank + 5] = numbers(rank, (5,), torch.float32)
+    chunks = list(row.chunk(size))
+    finish(dist.all_gather(chunks, chunks[rank], async_op=asynchronous), asynchronous)
+    assert torch.equal(row, everyone)
+    row = torch.ones(5 * size)
+    finish(dist.reduce_scatter_tensor(row[5 * rank : 5 * rank + 5], row, async_op=asynchronous), asynchronous)
+    assert torch.equal(row[5 * rank : 5 * rank + 5], torch.full((5,), float(size)))
+    row = torch.arange(2.0 * size) + 100 * rank
+    finish(dist.all_to_all_single(row, row, async_op=asynchronous), asynchronous)
+    assert torch.equal(row, torch.cat([torch.arange(2.0) + 2 * rank + 100 * q for q in range(size)]))
+
+
+def test_calls_coalesced() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD
+    for asynchronous in (False, True):
+        xs = [torch.full((n,), rank + 1.0) for n in (1, 3, 0)]
+        with dist._coalescing_manager(async_ops=asynchronous) as manager:
+            for x in xs:
+                dist.all_reduce(x)
+        if asynchronous:
+            manager.wait()
+        assert all(torch.equal(x, torch.full_like(x, size * (size + 1) / 2)) for x in xs)
+        rows = [torch.empty(size * n) for n in (2, 3)]
+        with dist._coalescing_manager(async_ops=asynchronous) as manager:
+            for row in rows:
+                dist.all_gather_into_tensor(row, torch.full((len(row) // size,), float(rank)))
+        if asynchronous:
+            manager.wait()
+        assert all(torch.equal(row, torch.arange(float(size)).repeat_interleave(len(row) // size)) for row in rows)
+        parts = [torch.empty(n) for n in (2, 3)]
+        with dist._coalescing_manager(async_ops=asynchronous) as manager:
+            for part in parts:
+                dist.reduce_scatter_tensor(part, torch.arange(float(size)).repeat_interleave(len(part)))
+        if asynchronous:
+            manager.wait()
+        assert all(torch.equal(part, torch.full_like(part, float(rank * size))) for part in parts)
+    lists = [[torch.empty(2), torch.empty(3)] for _ in range(size)]
+    group.allgather_coalesced(lists, [torch.full((2,), float(rank)), torch.full((3,), rank + 0.5)]).wait()
+    assert all(torch.equal(two, torch.full((2,), float(r))) for r, (two, _) in enumerate(lists))
+    assert all(torch.equal(three, torch.full((3,), r + 0.5)) for r, (_, three) in enumerate(lists))
+
+
+@pytest.mark.parametrize("dtype", MOVED, ids=name_of)
+def test_messages(dtype: Any) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size == 1:
+        return
+    after, before = (rank + 1) % size, (rank - 1) % size
+    for shape in SHAPES:
+        x, y = numbers(rank, shape, dtype), torch.empty(shape, dtype=dtype)
+        works = dist.batch_isend_irecv([dist.P2POp(dist.isend, x, after), dist.P2POp(dist.irecv, y, before)])
+        for work in works:
+            work.wait()
+        assert same(y, numbers(before, shape, dtype))
+    if rank == 0:
+        for k in range(1, size):
+            y = torch.empty(3)
+            source = dist.recv(y, tag=5)
+            assert torch.equal(y, torch.full((3,), float(source)))
+            dist.send(torch.tensor([float(k)]), source, tag=7)
+    else:
+        dist.send(torch.full((3,), float(rank)), 0, tag=5)
+        y = torch.empty(1)
+        assert dist.recv(y, 0, tag=7) == 0
+        assert 1 <= float(y) < size
+
+
+def test_a_message_into_a_view_and_one_of_another_length() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size == 1:
+        return
+    whole = torch.zeros(4, 4)
+    if rank == 0:
+        dist.send(torch.arange(4.0), 1)
+        dist.send(torch.arange(3.0), 1)
+        dist.send(torch.arange(9.0), 1)
+    elif rank == 1:
+        dist.recv(whole[:, 1], 0)
+        assert torch.equal(whole[:, 1], torch.arange(4.0))
+        assert whole.sum() == 6
+        with pytest.raises(MismatchError, match=r"recv of 16 bytes.*rank 0 has sent 12"):
+            dist.recv(torch.empty(4), 0)
+        with pytest.raises(MismatchError, match=r"recv of 16 bytes.*from rank 0 got a longer message"):
+            dist.recv(torch.empty(4), 0)
+    dist.barrier()
+
+
+def test_objects() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, {"rank": rank, "text": "x" * rank})
+    assert found == [{"rank": r, "text": "x" * r} for r in range(size)]
+    words = ["a", {"b": 2}] if rank == size - 1 else [None, None]
+    dist.broadcast_object_list(words, size - 1)
+    assert words == ["a", {"b": 2}]
+    out: list[Any] = [None]
+    dist.scatter_object_list(out, [r * r for r in range(size)] if rank == 0 else None, 0)
+    assert out == [rank * rank]
+    gathered: list[Any] | None = [None] * size if rank == 0 else None
+    dist.gather_object(rank, gathered, 0)
+    assert gathered in (None, list(range(size)))
+
+
+def test_groups_and_meshes() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group(list(range(0, size, 2)))
+    if rank % 2 == 0:
+        x = torch.tensor([float(rank)])
+        dist.all_reduce(x, group=group)
+        assert float(x) == sum(range(0, size, 2))
+        y = torch.tensor([float(rank)])
+        dist.broadcast(y, 0, group=group)
+        assert float(y) == 0
+        assert dist.get_backend(group) == "hpccomm"
+        assert dist.get_process_group_ranks(group) == list(range(0, size, 2))
+        dist.destroy_process_group(group)
+    if size == 4:
+        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        x = torch.tensor([float(rank)])
+        dist.all_reduce(x, group=mesh.get_group("shard"))
+        assert float(x) == (1 if rank < 2 else 5)
+        dist.all_reduce(x, group=mesh.get_group("replicate"))
+        assert float(x) == 6
+        for name in ("shard", "replicate"):
+            dist.destroy_process_group(mesh.get_group(name))
+
+
+def test_functional_collectives() -> None:
+    import torch.distributed._functional_collectives as functional
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ranks = list(range(size))
+    x = torch.full((size,), rank + 1.0)
+    assert torch.equal(functional.all_reduce(x, "sum", ranks), torch.full((size,), size * (size + 1) / 2))
+    assert torch.equal(functional.all_gather_tensor(x[:1], 0, ranks), torch.arange(1.0, size + 1))
+    assert torch.equal(functional.reduce_scatter_tensor(x, "sum", 0, ranks), torch.tensor([size * (size + 1) / 2]))
+    assert torch.equal(functional.broadcast(x, size - 1, ranks), torch.full((size,), float(size)))
+    moved = functional.all_to_all_single(torch.arange(float(size)) + 10 * rank, None, None, ranks)
+    assert torch.equal(moved, torch.arange(float(size)) * 10 + rank)
+
+
+def test_sparse_tensors() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    x = torch.sparse_coo_tensor([[rank, 7]], [1.0, 2.0], (8,)) if rank else torch.sparse_coo_tensor(size=(8,))
+    dist.all_reduce(x)
+    expected = torch.zeros(8)
+    expected[1:size] = 1
+    expected[7] += 2 * (size - 1)
+    assert torch.equal(x.to_dense(), expected)
+    with pytest.raises(ArgumentError, match="can be summed and averaged only"):
+        dist.all_reduce(x, Op.MAX)
+
+
+def test_asynchronous_calls_run_in_the_order_of_issue() -> None:
+    size = dist.get_world_size()
+    x = torch.ones(1000)
+    works = [dist.all_reduce(x, async_op=True) for _ in range(3)]
+    dist.all_reduce(x)  # queues behind them
+    assert all(work.is_completed() for work in works)
+    assert torch.equal(x, torch.full((1000,), float(size**4)))
+    future = dist.all_reduce(x, async_op=True).get_future()
+    assert future.wait()[0] is x
+    assert torch.equal(x, torch.full((1000,), float(size**5)))
+
+
+def test_options() -> None:
+    from hpccomm.torch import Options
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ranks = list(range(size))
+    group = dist.new_group(ranks, pg_options=Options(algorithm="ring", reproducible=False))
+    x = torch.full((10,), rank + 1.0)
+    dist.all_reduce(x, group=group)
+    assert torch.equal(x, torch.full((10,), size * (size + 1) / 2))
+    dist.broadcast(x, 0, group=group)
+    with pytest.raises(ArgumentError, match="algorithm='circle' is not available here"):
+        dist.new_group(ranks, pg_options=Options(algorithm="circle"))
+    with pytest.raises(ArgumentError, match=r"pass hpccomm\.torch\.Options"):
+        dist.new_group(ranks, pg_options={"algorithm": "ring"})
+    exact = dist.new_group(ranks, pg_options=Options(reproducible=True))
+    summands = [torch.randn(100, generator=torch.Generator().manual_seed(r)) for r in range(size)]
+    sums = []
+    for shift in range(size):
+        x = summands[(rank + shift) % size].clone()
+        dist.all_reduce(x, group=exact)
+        sums.append(x)
+    assert all(same(x, sums[0]) for x in sums)
+
+
+MISTAKES: dict[str, tuple[Callable[[int, int], Any], type[Exception], str]] = {
+    "operation": (
+        lambda rank, size: dist.all_reduce(torch.ones(8), Op.MAX if rank == 1 else Op.SUM),
+        MismatchError,
+        r"Allreduce\((sum|max), 8 float32\).*Allreduce\((sum|max), 8 float32\)",
+    ),
+    "dtype": (
+        lambda rank, size: dist.all_reduce(torch.ones(8, dtype=torch.int32 if rank == 1 else torch.float32)),
+        MismatchError,
+        "8 (int32|float32).*8 (int32|float32)",
+    ),
+    "length": (
+        lambda rank, size: dist.all_reduce(torch.ones(9 if rank == 1 else 8)),
+        MismatchError,
+        "(8|9) float32.*(8|9) float32",
+    ),
+    "collective": (
+        lambda rank, size: dist.barrier() if rank == 1 else dist.all_reduce(torch.ones(8)),
+        MismatchError,
+        r"(Barrier\(\).*Allreduce\(|Allreduce\(.*Barrier\(\))",
+    ),
+    "blocks": (
+        lambda rank, size: dist.all_gather_into_tensor(torch.empty((8 + rank % 2) * size), torch.ones(8 + rank % 2)),
+        MismatchError,
+        "Allgather",
+    ),
+    "average of integers": (
+        lambda rank, size: dist.all_reduce(torch.ones(8, dtype=torch.int64), Op.AVG),
+        ArgumentError,
+        "the avg of int64 is not defined: cast it to float64",
+    ),
+    "bits of floats": (
+        lambda rank, size: dist.all_reduce(torch.ones(8), Op.BAND),
+        ArgumentError,
+        "does not define band",
+    ),
+    "8-bit floats": (
+        lambda rank, size: dist.all_reduce(torch.ones(8).to(torch.float8_e5m2)),
+        ArgumentError,
+        "float8_e5m2 cannot be reduced: cast it to float32",
+    ),
+    "output": (
+        lambda rank, size: dist.all_gather_into_tensor(torch.empty(7 * size + 1), torch.ones(7)),
+        ArgumentError,
+        "pass one block of the same length",
+    ),
+    "rows": (
+        lambda rank, size: dist.all_to_all_single(torch.empty(size + 1), torch.ones(size + 1)),
+        ArgumentError,
+        "cannot be divided over",
+    ),
+    "sparse": (
+        lambda rank, size: dist.broadcast(torch.sparse_coo_tensor(size=(3,)), 0),
+        ArgumentError,
+        r"pass x\.to_dense",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named_on_all_ranks(mistake: str) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    call, kind, sentence = MISTAKES[mistake]
+    if size == 1:
+        return
+    with pytest.raises(kind, match=sentence):
+        call(rank, size)
+    x = torch.ones(1)
+    dist.all_reduce(x)
+    assert float(x) == size
+
+
+def test_an_asynchronous_mistake_is_raised_by_wait() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size == 1:
+        return
+    work = dist.all_reduce(torch.ones(8), Op.MAX if rank == 1 else Op.SUM, async_op=True)
+    with pytest.raises(MismatchError, match=r"rank 1 called|ranks? 0"):
+        work.wait()
+    assert work.is_completed()
+    assert not work.is_success()
+    assert isinstance(work.exception(), MismatchError)
+
+
+def test_monitored_barrier_names_missing_ranks() -> None:
+    from datetime import timedelta
+
+    from hpccomm.torch import monitored_barrier
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    monitored_barrier()
+    if size == 1:
+        return
+    if rank != size - 1:
+        with pytest.raises(MismatchError, match=f"rank {size - 1} did not call it"):
+            monitored_barrier(timeout=timedelta(seconds=0.3))
+    else:
+        dist.group.WORLD.barriers += 1
+    dist.barrier()
+    monitored_barrier()
+    with pytest.raises(ArgumentError, match="is not a group of hpccomm"):
+        monitored_barrier(group=3)
+
+
+__all__ = ["process_group"]
