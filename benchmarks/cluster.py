@@ -168,7 +168,7 @@ def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
     axes.set_xticks(range(len(records)), [title(record) for record in records], rotation=60, ha="right", fontsize=8)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(ylabel="share of the wire", title="Allreduce of the longest vector, float32 sums")
-    axes.legend(fontsize=8, ncols=3)
+    harness.put_legend_below(axes)
     harness.save(figure, out)
 
 

@@ -280,6 +280,11 @@ def panels(width: float, height: float, rows: int = 1, columns: int = 1, **share
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
+def put_legend_below(axes: Any) -> None:
+    """A legend that covers no bar."""
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+
+
 def save(figure: Any, out: Path) -> None:
     """Write a figure; the same results give the same file."""
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -588,7 +588,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
         axes.set_xscale("log")
         axes.axvline(1, color="black", linewidth=0.8)
     left.set_yticks(range(len(titles)), titles, fontsize=8)
-    left.legend(fontsize=8, loc="lower right")
+    harness.put_legend_below(left)
     harness.save(figure, out)
 
 

@@ -453,7 +453,7 @@ def draw_bars(axes: Any, record: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("seconds")
     axes.set_title(f"{NODES} x {PER_NODE} ranks, {record['rate']}, {4 * ELEMENTS:,} bytes", fontsize=10, loc="left")
-    axes.legend(fontsize=7)
+    harness.put_legend_below(axes)
 
 
 def draw_lines(axes: Any, records: Sequence[dict[str, Any]], rate: str) -> None:

@@ -1,16 +1,73 @@
-"""Sphinx: ``sphinx-build docs docs/_build``."""
+"""Sphinx: ``sphinx-build -W docs site``."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 
 project = "hpccomm"
 author = "the hpccomm developers"
 release = importlib.metadata.version("hpccomm")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
-myst_enable_extensions = ["colon_fence"]
+html_title = f"hpccomm {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_theme_options = {
+    "top_of_page_buttons": [],
+    "light_css_variables": {"color-brand-primary": "#0060a0", "color-brand-content": "#0060a0"},
+    "dark_css_variables": {"color-brand-primary": "#5ab0ee", "color-brand-content": "#5ab0ee"},
+}
+myst_enable_extensions = ["colon_fence", "attrs_block"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 exclude_patterns = ["_build"]
+
+
+def setup(app: object) -> None:
+    """Register the directives that read the package itself, so that no page can fall behind it."""
+    from docutils import nodes
+    from docutils.parsers.rst import Directive, directives
+    from docutils.statemachine import StringList
+
+    import hpccomm
+    from hpccomm import launcher
+    from hpccomm.__main__ import COMMANDS, parser
+
+    class CommandHelp(Directive):
+        """The help of every command."""
+
+        def run(self) -> list[nodes.Node]:
+            os.environ["COLUMNS"] = "100"
+            texts = {"hpccomm-run": launcher.parser().format_help()}
+            for name in COMMANDS:
+                command = parser(name)._subparsers._group_actions[0].choices[name]
+                texts[f"hpccomm {name}"] = command.format_help()
+            found: list[nodes.Node] = []
+            for title, text in texts.items():
+                section = nodes.section(ids=[title.replace(" ", "-")])
+                section += nodes.title(text=title)
+                section += nodes.literal_block(text, text, language="none")
+                found.append(section)
+            return found
+
+    class PublicNames(Directive):
+        """A table of all public names, each with the first line of its description."""
+
+        def run(self) -> list[nodes.Node]:
+            lines = [".. list-table::", "   :widths: 25 75", ""]
+            for name in hpccomm.__all__:
+                home = hpccomm._HOME[name]
+                first = (getattr(hpccomm, name).__doc__ or "").strip().split("\n")[0]
+                lines += [f"   * - :any:`hpccomm.{name} <{target(name, home)}>`", f"     - {first}"]
+            node = nodes.Element()
+            self.state.nested_parse(StringList(lines, "public-names"), 0, node)
+            return node.children
+
+    def target(name: str, home: str) -> str:
+        return "hpccomm.Communicator" if name == "Communicator" else f"{home}.{name}"
+
+    directives.register_directive("command-help", CommandHelp)
+    directives.register_directive("public-names", PublicNames)

@@ -1,5 +1,6 @@
 __version__: str
 
+from hpccomm.algorithms.block_codes import block_mean as block_mean
 from hpccomm.algorithms.blockwise_filtering import bmuf as bmuf
 from hpccomm.algorithms.blockwise_filtering import bmuf_adam as bmuf_adam
 from hpccomm.algorithms.checkpoints import load as load

@@ -34,6 +34,7 @@ from hpccomm.errors import ArgumentError, HpccommError, MismatchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
+from hpccomm.observe import timeline
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import COMPARED as OBJECT_CALLS
 from hpccomm.pickled import compare_objects, install
@@ -844,3 +845,7 @@ def describe_failure(rank: int, error: BaseException, trace: TracebackType | Non
 
 
 PACKAGE = os.path.join(os.path.dirname(__file__), "")
+
+
+if os.environ.get(timeline.VARIABLE):
+    timeline.record(Communicator)

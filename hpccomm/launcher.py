@@ -135,6 +135,7 @@ def launch_command(
         env.setdefault(variable, "1")
     if found.family.name == "Open MPI":
         check_slots(ranks, more, env)
+        launcher += ["-x", "HPCCOMM_TIMELINE"] if env.get("HPCCOMM_TIMELINE") else []
         launcher += open_mpi_flags(is_oversubscribed(ranks, env), is_oversubscribed(ranks, env, count_cores()))
         if os.geteuid() == 0:
             env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -239,12 +240,14 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog="hpccomm-run",
         description="Start ranks with the launcher that belongs to the MPI library that mpi4py loads.",
-        usage="hpccomm-run -n RANKS [--mpi-args ARGS] [--dry-run] (script.py | -m MODULE | COMMAND) ARG ...",
+        usage="hpccomm-run -n RANKS [--timeline FILE] [--mpi-args ARGS] [--dry-run] "
+        "(script.py | -m MODULE | COMMAND) ARG ...",
         allow_abbrev=False,
     )
     names = ("-n", "-np", "--np", "--ranks")
     made.add_argument(*names, type=int, required=True, dest="ranks", metavar="RANKS", help="how many ranks")
     made.add_argument("--mpi-args", default="", metavar="ARGS", help="more for the launcher: --mpi-args='--hostfile h'")
+    made.add_argument("--timeline", type=Path, metavar="FILE", help="write a trace of all ranks' calls, for Perfetto")
     made.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
     return made
 
@@ -254,8 +257,17 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     argv, k = list(argv), 0
     while k < len(argv) and argv[k] not in ("-m", "-c", "--") and argv[k].startswith("-"):
         argv[k : k + 1] = re.split(r"(?<=^-n)=?(?=\d+$)|(?<=^-np)=?(?=\d+$)", argv[k])  # -np4
-        k += 2 if argv[k] in ("-n", "-np", "--np", "--ranks", "--mpi-args") else 1
+        k += 2 if argv[k] in ("-n", "-np", "--np", "--ranks", "--mpi-args", "--timeline") else 1
     return list(argv[:k]), [word for word in argv[k : k + 1] if word != "--"] + list(argv[k + 1 :])
+
+
+def trace_into(file: Path | None) -> dict[str, str]:
+    """The variable that makes ranks write a trace; raises LaunchError for a file that cannot be written."""
+    if file is None:
+        return {}
+    if not file.absolute().parent.is_dir() or file.is_dir():
+        raise LaunchError(f"--timeline {file}: name a file in a folder that exists")
+    return {"HPCCOMM_TIMELINE": str(file.absolute())}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if program[0].endswith(".py") and not args.mpi_args and not Path(program[0]).is_file():
             raise LaunchError(f"{program[0]} does not exist in {Path.cwd()}: pass the path of a script")
-        command, env = launch_command(args.ranks, program, shlex.split(args.mpi_args))
+        environ = os.environ | trace_into(args.timeline)
+        command, env = launch_command(args.ranks, program, shlex.split(args.mpi_args), environ)
     except LaunchError as error:
         sys.stderr.write(f"hpccomm-run: {error}\n")
         return 1

@@ -48,6 +48,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_SHARED_MEMORY": on_or_off,
     "HPCCOMM_STALL_SECONDS": seconds,
     "HPCCOMM_TEST_LAUNCHER": elsewhere,
+    "HPCCOMM_TIMELINE": elsewhere,
     "HPCCOMM_TRACEBACK": short_or_full,
     "HPCCOMM_TUNING": elsewhere,
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,3 +115,69 @@ def test_plot_draws_measurements_from_json_files(tmp_path: Path, monkeypatch: py
 def test_wrong_arguments_of_plot_are_named(words: list[str], error: str) -> None:
     with pytest.raises(ArgumentError, match=error):
         run(*words)
+
+
+def lightness_and_colour(code: str) -> tuple[float, float, float]:
+    """CIE L*a*b* of a colour ``#rrggbb``, in which distances are as large as people see them."""
+    rgb = [int(code[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in rgb]
+    rows = ((0.4124, 0.3576, 0.1805, 0.9505), (0.2126, 0.7152, 0.0722, 1.0), (0.0193, 0.1192, 0.9505, 1.089))
+    x, y, z = (sum(a * b for a, b in zip(row[:3], linear, strict=True)) / row[3] for row in rows)
+    x, y, z = (each ** (1 / 3) if each > 0.008856 else 7.787 * each + 16 / 116 for each in (x, y, z))
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+def test_no_two_algorithms_have_colours_that_look_alike() -> None:
+    """A distance of 20 is seen at a glance; the two greens of before were 9 apart."""
+    from hpccomm.bench.plot import COLOURS
+
+    for a, b in itertools.combinations(COLOURS, 2):
+        assert math.dist(lightness_and_colour(a), lightness_and_colour(b)) > 20, (a, b)
+
+
+@pytest.mark.parametrize(("p", "most"), [(2, 1000), (12, 2200)])
+def test_a_drawing_is_no_wider_than_a_screen(p: int, most: int, tmp_path: Path) -> None:
+    out = tmp_path / "ring.png"
+    draw.draw_schedule(ALGORITHMS["allreduce"]["ring"], p, out, "ring")
+    header = out.read_bytes()[16:24]
+    assert 200 < int.from_bytes(header[:4], "big") <= most
+
+
+def test_a_hierarchical_drawing_marks_the_nodes(tmp_path: Path) -> None:
+    out = tmp_path / "x.svg"
+    assert run("hierarchical", "--size", "6", "--per-node", "3", "--out", str(out)) == 0
+    drawing = out.read_text(encoding="utf-8")
+    assert [drawing.count(f"<!-- node {node}, rank") for node in (0, 1)] == [3 * k for k in (1, 1)]
+
+
+def test_labels_of_a_drawing_stay_inside_its_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    outside: list[str] = []
+
+    def check(self: Any, *_: Any, **__: Any) -> None:
+        self.canvas.draw()
+        for axes in self.axes:
+            for text in axes.texts:
+                box, frame = text.get_window_extent(), axes.get_window_extent()
+                if box.x0 < frame.x0 or box.x1 > frame.x1:
+                    outside.append(text.get_text())
+
+    monkeypatch.setattr(Figure, "savefig", check)
+    for name, p in (("ring", 7), ("butterfly", 12)):
+        draw.draw_schedule(ALGORITHMS["allreduce"][name], p, tmp_path / "x.png", name)
+    assert not outside
+
+
+@pytest.mark.parametrize(("times", "setup"), [([16.0, 0.5, 0.5], 15.5), ([0.6, 0.5, 0.5], 0.0), ([3.0], 0.0)])
+def test_a_slow_first_epoch_does_not_push_the_others_to_the_end_of_the_time_axis(
+    times: list[float], setup: float
+) -> None:
+    from hpccomm.train.figure import curve
+
+    epochs = [
+        {"loss": 1.0, "wire_bytes": 1, "compute_s": each, "communication_s": 0.0, "step_s": 0.0} for each in times
+    ]
+    found = curve({"method": "dense", "steps_an_epoch": 1, "epochs": epochs})
+    assert found.setup == setup
+    assert found.seconds[-1] == sum(times) - setup

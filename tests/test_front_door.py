@@ -343,34 +343,27 @@ def epochs_of(file: Path) -> list[tuple[float, float]]:
     return [(each["loss"], each["accuracy"]) for each in json.loads(file.read_text())["epochs"]]
 
 
-@pytest.mark.parametrize("method", ["dense", "dgc", pytest.param("bmuf", marks=pytest.mark.slow)])
-def test_a_saved_run_goes_on_with_more_epochs(method: str, tmp_path: Path) -> None:
-    folder, out, straight = tmp_path / "saved", tmp_path / "out.json", tmp_path / "straight.json"
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dgc", "bmuf"])
+def test_a_saved_run_goes_on_with_more_epochs_and_not_with_fewer(method: str, tmp_path: Path) -> None:
+    folder, out = tmp_path / "saved", tmp_path / "out.json"
     assert train(tmp_path, method, 2, "--checkpoint", str(folder)).returncode == 0
     done = train(tmp_path, method, 3, "--checkpoint", str(folder), "--json", str(out))
     assert done.returncode == 0, done.stderr
-    again = train(tmp_path, method, 3, "--checkpoint", str(folder), "--json", str(straight))
-    assert epochs_of(out) == epochs_of(straight)
     assert len(epochs_of(out)) == 3
     fewer = train(tmp_path, method, 1, "--checkpoint", str(folder))
     assert fewer.returncode != 0
     assert "3 finished epochs: pass --epochs 3 or more" in fewer.stderr
-    assert again.returncode == 0
 
 
 def test_a_resumed_dense_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path: Path) -> None:
     resumed, straight = tmp_path / "resumed.json", tmp_path / "straight.json"
     folder = str(tmp_path / "saved")
-    assert train(tmp_path, "dense", 2, "--checkpoint", folder).returncode == 0
-    assert train(tmp_path, "dense", 4, "--checkpoint", folder, "--json", str(resumed)).returncode == 0
-    assert train(tmp_path, "dense", 4, "--json", str(straight)).returncode == 0
-    assert epochs_of(resumed) == epochs_of(straight)
-
-
-def test_another_argument_is_named_with_both_values(tmp_path: Path) -> None:
-    folder = str(tmp_path / "saved")
     assert train(tmp_path, "dense", 1, "--checkpoint", folder).returncode == 0
-    words = ["train", "digits", "--epochs", "1", "--checkpoint", folder]
+    assert train(tmp_path, "dense", 3, "--checkpoint", folder, "--json", str(resumed)).returncode == 0
+    assert train(tmp_path, "dense", 3, "--json", str(straight)).returncode == 0
+    assert epochs_of(resumed) == epochs_of(straight)
+    words = ["train", "digits", "--epochs", "3", "--checkpoint", folder]
     done = run_under_mpi(2, "-m", "hpccomm", *words, timeout=120)
     assert done.returncode != 0
     assert "describes a run with samples 256, this command has no samples" in done.stderr

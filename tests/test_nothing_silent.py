@@ -17,7 +17,7 @@ from hpccomm.testing.jobs import run_under_mpi
 Call = Callable[[Communicator], Any]
 
 
-def frozen(n: int) -> Any:
+def freeze(n: int) -> Any:
     """A read-only array."""
     made = np.ones(n)
     made.flags.writeable = False
@@ -36,14 +36,14 @@ def on_parts(n: int, call: Callable[..., Any], *parts: tuple[int, int]) -> Any:
 
 
 REFUSED: dict[str, tuple[Call, str]] = {
-    "read-only Gather": (lambda c: c.Gather(np.ones(1), frozen(c.size), c.rank), "read-only"),
-    "read-only Scatter": (lambda c: c.Scatter(np.ones(c.size), frozen(1), c.rank), "read-only"),
-    "read-only Scan": (lambda c: c.Scan(np.ones(1), frozen(1)), "read-only"),
+    "read-only Gather": (lambda c: c.Gather(np.ones(1), freeze(c.size), c.rank), "read-only"),
+    "read-only Scatter": (lambda c: c.Scatter(np.ones(c.size), freeze(1), c.rank), "read-only"),
+    "read-only Scan": (lambda c: c.Scan(np.ones(1), freeze(1)), "read-only"),
     "read-only Alltoallv": (
-        lambda c: c.Alltoallv([np.ones(c.size), [1] * c.size], [frozen(c.size), [1] * c.size]),
+        lambda c: c.Alltoallv([np.ones(c.size), [1] * c.size], [freeze(c.size), [1] * c.size]),
         "read-only",
     ),
-    "read-only Alltoall": (lambda c: c.Alltoall(np.ones(c.size), frozen(c.size), algorithm="native"), "read-only"),
+    "read-only Alltoall": (lambda c: c.Alltoall(np.ones(c.size), freeze(c.size), algorithm="native"), "read-only"),
     "aliased Alltoall": (
         lambda c: on_parts(
             2 * c.size + 1,
@@ -308,7 +308,8 @@ def test_exit_handlers_and_forked_children_may_end_as_they_like() -> None:
         import atexit
         pid = os.fork()
         if pid == 0:
-            sys.exit(0) if comm.rank == 0 else os._exit(0)
+            atexit._run_exitfuncs()
+            os._exit(0)
         os.waitpid(pid, 0)
         time.sleep(0.7)
         comm.Allreduce(x, np.empty(4))

@@ -18,6 +18,7 @@ from hpccomm.algorithms.reports import ExchangeReport, MessageReport
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, apply_if_finite, chain, check_alike, descend
 from hpccomm.arrays import narrow, reduction_dtype, widen
 from hpccomm.buckets import Bucket
+from hpccomm.collectives.compressed.two_phase import mean_of_halves, shard_elements
 from hpccomm.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class MeanState(NamedTuple):
-    """A buffer for the sum, reused so that the communicator plans once, and the cost so far."""
+    """A buffer for the sum, or for the shards of 16-bit floats that arrive, and the cost so far."""
 
     total: Vector
     report: ExchangeReport
@@ -39,11 +40,19 @@ class MeanState(NamedTuple):
 def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
     """The arithmetic mean of the gradients of all ranks, on all of them with the same bits.
 
-    float16 and bfloat16 are widened to float32 for the exchange.  A single rank sends nothing.
+    float16 and bfloat16 on the host travel in 16 bits, are added in float32 in rank order, and rounded once; on a
+    device, and by a named algorithm, they are widened to float32.  A single rank sends nothing.
     """
     named: dict[str, Any] = {} if algorithm == "auto" else {"algorithm": algorithm}
 
+    def travels_in_halves(vector: Vector) -> bool:
+        return not named and reduction_dtype(vector.dtype) != vector.dtype and isinstance(vector, np.ndarray)
+
     def init(weights: Vector) -> MeanState:
+        if travels_in_halves(weights):
+            return MeanState(
+                np.zeros(comm.size * shard_elements(weights.size, comm.size), weights.dtype), ExchangeReport()
+            )
         return MeanState(np.zeros_like(weights, dtype=reduction_dtype(weights.dtype)), ExchangeReport())
 
     def update(gradient: Vector, state: MeanState, weights: Vector) -> tuple[Vector, MeanState]:
@@ -51,6 +60,10 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
         if comm.size == 1:
             return gradient, state
         began = time.perf_counter()
+        if travels_in_halves(gradient):
+            average, nbytes = mean_of_halves(comm, gradient, state.total)
+            cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
+            return average, state._replace(report=state.report.add(cost))
         comm.Allreduce(widen(gradient), state.total, **named)
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(state.total.nbytes, comm.size))
         return narrow(state.total / comm.size, gradient.dtype), MeanState(state.total, state.report.add(cost))

@@ -13,7 +13,7 @@ from hpccomm.errors import ArgumentError
 NATIVE = "native"
 KEYS = ("file", "collective", "datatype", "ranks", "in_place", "registered", "algorithm")
 """The fields that distinguish lines; a label names those that differ."""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7F3C8D", "#11A579", "#BC5090")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4A2B", "#5B2A86", "#8A8A8A", "#C8D400")
 """One colour for each algorithm; the first ones are Okabe and Ito's, which colour-blind readers can distinguish."""
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")

@@ -6,7 +6,7 @@ Rounds without messages are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ import numpy as np
 from hpccomm.collectives.schedule import Algorithm, without_node_steps
 
 MAX_INCHES = 48.0
-"""The largest width and height of a drawing."""
+"""The largest height of a drawing."""
+MAX_COLUMNS = 10
+"""Rounds beside each other; further rounds are drawn below them."""
 
 
 class Message(NamedTuple):
@@ -64,37 +66,51 @@ def text(algorithm: Algorithm, p: int, *root: int) -> Iterator[str]:
         yield f"round {each.number:>3}  {'sum ' if each.reduce else 'copy'}  {'  '.join(arrows)}"
 
 
-def draw_schedule(algorithm: Algorithm, p: int, out: str | Path, title: str, *root: int) -> None:
+def draw_schedule(
+    algorithm: Algorithm, p: int, out: str | Path, title: str, *root: int, nodes: Sequence[int] = ()
+) -> None:
     """Draw the schedule into ``out``, in the format of the name's suffix (png, svg, pdf).
 
-    An arrow has the colour of its first block; it is solid where the receiver sums, dashed where it copies.
+    An arrow has the colour of its first block; it is solid where the receiver sums, dashed where it copies.  With
+    ``nodes``, the node of each rank, arrows between nodes are thick and the nodes are marked at the left.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'hpccomm[plot]'") from error
     columns = list(rounds(algorithm, p, *root))
-    width, height = min(MAX_INCHES, 1.6 + 1.25 * max(len(columns), 2)), min(MAX_INCHES, 1.5 + 0.55 * max(p, 2))
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    for x, column in enumerate(columns):
-        draw_round(axes, x, column, algorithm.blocks(p))
-    frame(axes, columns, p, title)
+    rows = [columns[k : k + MAX_COLUMNS] for k in range(0, len(columns), MAX_COLUMNS)] or [[]]
+    width = max(len(rows[0]), 2)
+    figure = Figure(
+        figsize=(1.6 + 1.25 * width, min(MAX_INCHES, (1.2 + 0.55 * max(p, 2)) * len(rows) + 0.3)), layout="constrained"
+    )
+    for number, (axes, row) in enumerate(zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True)):
+        for x, column in enumerate(row):
+            draw_round(axes, x, column, algorithm.blocks(p), nodes)
+        frame(axes, row, p, "" if number else title, width, nodes)
+    figure.supxlabel("round (solid on orange: summed, dashed on blue: copied; in the boxes: blocks)", fontsize=9)
     figure.savefig(out, dpi=150)
 
 
-def draw_round(axes: Any, x: int, column: RoundColumn, blocks: int) -> None:
+def draw_round(axes: Any, x: int, column: RoundColumn, blocks: int, nodes: Sequence[int] = ()) -> None:
     """One column of arrows; the label with the blocks is at the tail, where no other arrow begins."""
     axes.axvspan(x, x + 1, color="#fff3e0" if column.reduce else "#e3f2fd", zorder=0, linewidth=0)
     line = "-" if column.reduce else (0, (4, 2))
     for m in column.messages:
         colour = colour_of(m.first, blocks)
-        arrow = {"arrowstyle": "-|>", "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 11}
+        far = bool(nodes) and nodes[m.source] != nodes[m.to]
+        arrow = {
+            "arrowstyle": "-|>",
+            "linewidth": 2.8 if far else 1.6,
+            "shrinkA": 0,
+            "shrinkB": 0,
+            "mutation_scale": 11,
+        }
         ends = {"xy": (x + 0.94, m.to), "xytext": (x + 0.16, m.source)}
         axes.annotate("", **ends, arrowprops={**arrow, "color": colour, "linestyle": line})
         box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": colour, "linewidth": 1.0}
-        label = {"fontsize": 8, "ha": "center", "va": "center", "zorder": 5, "bbox": box}
-        axes.text(x + 0.16, m.source, m.label(blocks), color=colour, **label)
+        label = {"fontsize": 8, "ha": "left", "va": "center", "zorder": 5, "bbox": box}
+        axes.text(x + 0.07, m.source, m.label(blocks), color=colour, **label)
 
 
 def colour_of(block: int, blocks: int) -> Any:
@@ -105,11 +121,14 @@ def colour_of(block: int, blocks: int) -> Any:
     return colormaps["tab10"](block) if blocks <= few else colormaps["turbo"](block / (blocks - 1) * 0.9 + 0.05)
 
 
-def frame(axes: Any, columns: list[RoundColumn], p: int, title: str) -> None:
-    """Label the ranks at the left and the rounds on top, and draw a line for each rank."""
-    axes.set_xlim(0, max(len(columns), 1))
+def frame(axes: Any, columns: list[RoundColumn], p: int, title: str, width: int, nodes: Sequence[int] = ()) -> None:
+    """Label the ranks at the left and the rounds on top, and draw a line for each rank and between nodes."""
+    axes.set_xlim(0, width)
     axes.set_ylim(p - 0.5, -0.5)
-    axes.set_yticks(range(p), [f"rank {r}" for r in range(p)])
+    axes.set_yticks(range(p), [f"node {nodes[r]}, rank {r}" if nodes else f"rank {r}" for r in range(p)])
+    for r in range(1, p):
+        if nodes and nodes[r] != nodes[r - 1]:
+            axes.axhline(r - 0.5, color="#455a64", linewidth=1.6, zorder=2)
     axes.set_xticks([x + 0.5 for x in range(len(columns))], [str(each.number) for each in columns])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -120,4 +139,3 @@ def frame(axes: Any, columns: list[RoundColumn], p: int, title: str) -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_title(title, loc="left", fontsize=11, pad=8)
-    axes.set_xlabel("round (solid on orange: summed, dashed on blue: copied; in the boxes: blocks)", fontsize=9)

@@ -61,18 +61,25 @@ def show_schedule(args: argparse.Namespace) -> int:
     collective, algorithm = resolve_algorithm(name, args)
     root = (args.root,) if collective in ROOTED_COLLECTIVES else ()
     title = f"{collective}, {name}, {format_count(args.size, 'rank')}" + (f", root {args.root}" if root else "")
-    print(f"{title}, {format_count(algorithm.blocks(args.size), 'block')}")
+    where = f", {format_count(args.per_node, 'rank')} on a node" if name == "hierarchical" else ""
+    print(f"{title}, {format_count(algorithm.blocks(args.size), 'block')}{where}")
     print("\n".join(draw.text(algorithm, args.size, *root)))
     if args.out:
-        draw.draw_schedule(algorithm, args.size, args.out, title, *root)
+        nodes = nodes_of(args) if name == "hierarchical" else []
+        draw.draw_schedule(algorithm, args.size, args.out, title, *root, nodes=nodes)
     return 0
+
+
+def nodes_of(args: argparse.Namespace) -> list[int]:
+    """The node of each rank."""
+    return [r // args.per_node for r in range(args.size)]
 
 
 def resolve_algorithm(name: str, args: argparse.Namespace) -> tuple[str, Algorithm]:
     """The collective and the algorithm with this name."""
     collective = args.collective or "allreduce"
     if name == "hierarchical" and collective in HIERARCHICAL:
-        return collective, HIERARCHICAL[collective]([r // args.per_node for r in range(args.size)])
+        return collective, HIERARCHICAL[collective](nodes_of(args))
     for collective, algorithms in ALGORITHMS.items():
         if name in algorithms and args.collective in (None, collective):
             return collective, algorithms[name]

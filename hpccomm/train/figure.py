@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from hpccomm.bench.plot import COLOURS, DASHES
@@ -12,6 +13,10 @@ from hpccomm.errors import ArgumentError
 
 Run = dict[str, Any]
 """What ``--json`` writes for one method."""
+
+
+SLOW_START = 3.0
+"""A first epoch of so many times the median of the others is taken to contain compiling and other set-up."""
 
 
 class Curve(NamedTuple):
@@ -22,15 +27,26 @@ class Curve(NamedTuple):
     megabytes: list[float]
     """Sent by rank 0 since the start."""
     seconds: list[float]
-    """Spent on gradients, exchanges and steps since the start, the mean over the ranks."""
+    """Spent on gradients, exchanges and steps since the start, the mean over the ranks, without ``setup``."""
+    setup: float = 0.0
+    """Seconds by which the first epoch was longer than the others, if it was much longer."""
 
 
 def curve(run: Run) -> Curve:
     """The curve of a run: running sums over its epochs."""
     epochs = run["epochs"]
-    times = map(seconds_of, epochs)
+    times = [seconds_of(epoch) for epoch in epochs]
+    setup = setup_of(times)
+    times[0] -= setup
     sent = (each["wire_bytes"] * run["steps_an_epoch"] / 1e6 for each in epochs)
-    return Curve(run["method"], [each["loss"] for each in epochs], list(accumulate(sent)), list(accumulate(times)))
+    losses = [each["loss"] for each in epochs]
+    return Curve(run["method"], losses, list(accumulate(sent)), list(accumulate(times)), setup)
+
+
+def setup_of(times: Sequence[float]) -> float:
+    """The set-up in the first epoch, which would push all others to the end of the time axis; 0 where it is short."""
+    usual = median(times[1:]) if len(times) > 1 else times[0]
+    return times[0] - usual if times[0] > SLOW_START * usual else 0.0
 
 
 def seconds_of(epoch: dict[str, Any]) -> float:
@@ -65,9 +81,13 @@ def draw(runs: Sequence[Run], file: Path) -> None:
             dash = DASHES[number // len(COLOURS) % len(DASHES)]
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(getattr(each, values), each.loss, dash, color=colour, marker="o", markersize=3, label=each.method)
-        axes.set_xscale("log")
+        setup = max(each.setup for each in found) if values == "seconds" else 0.0
+        if values == "seconds":
+            axes.set_xlim(left=0)
+        else:
+            axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel(label)
+        axes.set_xlabel(f"{label}, after a set-up of up to {setup:.1f} s" if setup else label)
         axes.set_ylabel("loss")
         axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
     handles, labels = figure.axes[0].get_legend_handles_labels()
