@@ -39,8 +39,8 @@ from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import COMPARED as OBJECT_CALLS
 from hpccomm.pickled import compare_objects, install
 from hpccomm.planner import is_in_place
-from hpccomm.progress import Queue
-from hpccomm.requests import COMPARED, compare_at_init
+from hpccomm.progress import Queue, drive_all
+from hpccomm.requests import COMPARED, compare_at_init, start_beside
 
 IN_PLACE = MPI.IN_PLACE
 PICKLES = ("mpi4py", "auto")
@@ -126,6 +126,7 @@ class Communicator(MPI.Intracomm):
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
             install_abort_hook()
             self._context = context_of(self)
+            drive_all()
         return self
 
     def __init__(self, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py") -> None:
@@ -148,7 +149,7 @@ class Communicator(MPI.Intracomm):
     def context(self) -> Context:
         """What the collectives use: private communicator, layout, settings, shared memory."""
         if self._queue is not None:
-            self._queue.drain()
+            self._queue.let_pass()
         if self._context is None:
             self._context = context_of(self)
         return self._context
@@ -787,6 +788,7 @@ class Intercomm(MPI.Intercomm):
 
 for _name in COMPARED:
     setattr(Communicator, f"{_name}_init", compare_at_init(_name))
+    setattr(Communicator, f"I{_name.lower()}", start_beside(_name, getattr(Communicator, _name)))
 
 for _name in OBJECT_CALLS:
     setattr(Communicator, _name, compare_objects(_name))

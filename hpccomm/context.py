@@ -204,6 +204,8 @@ class Context:
             trouble = str(error)
         troubles = [each for each in self.private_comm.allgather(trouble) if each]
         if not troubles:
+            if self.consistency and memory:
+                self.consistency.last_shared_call = memory.last_call
             return memory
         if self.rank == 0:
             consistency.log_line(f"shared memory is not used, collectives use slower messages: {troubles[0]}")

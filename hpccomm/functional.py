@@ -29,6 +29,7 @@ from hpccomm.arrays import (
 from hpccomm.calls.operations import Reduction, resolve
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError, MismatchError
+from hpccomm.progress import Call, submit
 
 
 def allreduce(
@@ -38,6 +39,7 @@ def allreduce(
     algorithm: str = "auto",
     reproducible: bool = False,
     stream: Any = None,
+    wait: bool = True,
 ) -> Any:
     """Reduce ``x`` over all ranks by sum; every rank gets the result.
 
@@ -48,8 +50,15 @@ def allreduce(
     ``algorithm="native"`` min and max may lose it, as in MPI.  ``reproducible`` and ``stream`` are those of
     :meth:`Communicator.Allreduce <hpccomm.Communicator.Allreduce>`; the result of an array on a CUDA device lies on
     that device.
+
+    ``wait=False`` returns a future at once, here as in the other functions: ``future.wait()`` sleeps until the call is
+    complete and gives the array, or raises the call's error; ``future.done()`` tells whether it is complete.  ``x``
+    must not be changed before.  A call on an array on a device is complete when the function returns.
     """
     ranks = communicator(comm)
+    if not wait:
+        rest: dict[str, Any] = {"algorithm": algorithm, "reproducible": reproducible, "stream": stream}
+        return start(partial(allreduce, x, op, **rest), ranks)
     who = f"rank {ranks.rank}: allreduce"
     if is_on_device(x):
         return allreduce_on_device(x, op, ranks, algorithm, reproducible, stream)
@@ -68,6 +77,7 @@ def reduce_scatter(
     algorithm: str = "auto",
     reproducible: bool = False,
     stream: Any = None,
+    wait: bool = True,
 ) -> Any:
     """This rank's rows of the result of :func:`allreduce`, for half the traffic.
 
@@ -75,6 +85,9 @@ def reduce_scatter(
     first ranks get one more.  ``x`` is as in :func:`allreduce`, with one dimension or more.
     """
     ranks = communicator(comm)
+    if not wait:
+        rest: dict[str, Any] = {"algorithm": algorithm, "reproducible": reproducible, "stream": stream}
+        return start(partial(reduce_scatter, x, op, **rest), ranks)
     who = f"rank {ranks.rank}: reduce_scatter"
     if is_on_device(x):
         return reduce_scatter_on_device(x, op, ranks, algorithm, reproducible, stream)
@@ -93,13 +106,17 @@ def reduce_scatter(
     return give_back(finish(mine, meaning, ranks.size, array))
 
 
-def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto", stream: Any = None) -> Any:
+def allgather(
+    x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto", stream: Any = None, wait: bool = True
+) -> Any:
     """Concatenate the arrays of all ranks along axis 0 in rank order; every rank gets the result.
 
     The ranks' arrays may differ in their number of rows, which may be 0; all other dimensions and the dtype must agree.
     A scalar is one row: the result has shape ``(p,)``.
     """
     ranks = communicator(comm)
+    if not wait:
+        return start(partial(allgather, x, algorithm=algorithm, stream=stream), ranks)
     if is_on_device(x):
         return allgather_on_device(x, ranks, algorithm, stream)
     array, give_back = borrow(x, f"rank {ranks.rank}: allgather")
@@ -116,13 +133,20 @@ def allgather(x: Any, comm: MPI.Intracomm | None = None, algorithm: str = "auto"
 
 
 def broadcast(
-    x: Any, root: int = 0, comm: MPI.Intracomm | None = None, algorithm: str = "auto", stream: Any = None
+    x: Any,
+    root: int = 0,
+    comm: MPI.Intracomm | None = None,
+    algorithm: str = "auto",
+    stream: Any = None,
+    wait: bool = True,
 ) -> Any:
     """A copy of ``root``'s array on all ranks, of the type that each rank passes.
 
     Other ranks pass an array of the same shape and dtype, whose values are ignored, or ``None`` for a NumPy array.
     """
     ranks = communicator(comm)
+    if not wait:
+        return start(partial(broadcast, x, root, algorithm=algorithm, stream=stream), ranks)
     who = f"rank {ranks.rank}: broadcast"
     root = ranks._planner.check_root(root, who)
     if x is None and ranks.rank == root:
@@ -209,6 +233,13 @@ def to_c_order(x: Any, name: str, ranks: Communicator, stream: Any) -> tuple[Any
 
 
 # Common to all functions
+
+
+def start(function: partial[Any], ranks: Communicator) -> Call:
+    """Run a function on ``comm=`` the channel of these ranks in a progress thread; on a device's arrays at once."""
+    name, x = function.func.__name__, function.args[0]
+    call: Call = submit(ranks, lambda channel: function(comm=channel), name, here=is_on_device(x))
+    return call
 
 
 def communicator(comm: MPI.Intracomm | None = None) -> Communicator:

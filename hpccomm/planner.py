@@ -253,7 +253,7 @@ class Planner:
             b = Float32Copy(recv) if recv is not send else a
             inner = self.bind_reduce_scatter(None, name, (a.buffer, b.buffer), counts, arguments, choice.algorithm)
             return self.keep_widened(key, a, inner, b)
-        count = str(counts[0]) if name == "Reduce_scatter_block" else "+".join(map(str, shorten(counts)))
+        count = str(counts[0]) if name == "Reduce_scatter_block" else describe_counts(counts)
         fingerprint = self.fingerprint(name, send, choice, algorithm, op, count=count)
         if choice.algorithm == "native":
             return self.bind_native(key, fingerprint, name, (send, recv), arguments, choice)
@@ -1060,9 +1060,9 @@ class PackedBuffer:
 
 
 def gather_count(recv: Buffer, counts: tuple[int, ...], octets: int) -> str:
-    """The number of elements that an allgather collects, for its fingerprint."""
+    """The elements that an allgather collects, for its fingerprint."""
     if recv.dtype is not None:
-        return str(sum(counts))
+        return describe_counts(counts)
     return UNKNOWN if recv.base is None else str(octets // recv.base.itemsize)
 
 
@@ -1155,6 +1155,9 @@ def sorter(work: npt.NDArray[Any], source: npt.NDArray[Any], counts: tuple[int, 
     return sort
 
 
-def shorten(counts: tuple[int, ...]) -> tuple[Any, ...]:
-    """Counts for a fingerprint: at most eight, and a hash of all."""
-    return counts if len(counts) <= 8 else (*counts[:8], f"and {len(counts) - 8} more", hash(counts))
+def describe_counts(counts: tuple[int, ...]) -> str:
+    """The counts of all ranks for a fingerprint: their sum where they are alike, else at most eight, and a hash."""
+    if min(counts) == max(counts):
+        return str(sum(counts))
+    known = counts if len(counts) <= 8 else (*counts[:8], f"and {len(counts) - 8} more", hash(counts))
+    return "+".join(map(str, known))

@@ -19,7 +19,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from mpi4py import MPI
@@ -28,19 +28,27 @@ from hpccomm.calls.consistency import FLUSH_SECONDS, log_line
 from hpccomm.calls.entry import COLLECTIVES, Doors
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.context import create_private_comm
-from hpccomm.errors import TransportError
+from hpccomm.errors import HpccommError, TransportError
+
+DRIVE_SECONDS = 5e-4
+"""Seconds between two calls of MPI with ``HPCCOMM_PROGRESS=all``."""
 
 EXIT_SECONDS = 10.0
 """How long a program that ends waits for its calls before it aborts all ranks."""
 
 
 class Call:
-    """A call under way: a future.  ``text`` describes it in errors."""
+    """A call under way: a future.  ``description`` names it in errors."""
 
-    def __init__(self, function: Callable[[Any], Any], text: str) -> None:
-        self.text = text
+    def __init__(self, function: Callable[[Any], Any], description: str | Fingerprint, rank: int) -> None:
+        self.text = f"rank {rank}: {description}"
+        self.fingerprint = description if isinstance(description, Fingerprint) else Fingerprint(description)
+        self.blocking_calls = self.number = 0
+        """How many blocking calls this rank has made before it; its number among the others of its communicator."""
         self.error: BaseException | None = None
         """The exception that has ended the call."""
+        self.requests: tuple[Any, ...] = ()
+        """Requests of MPI to complete with the call; the last one is its generalized request."""
         self._function: Callable[[Any], Any] | None = function  # holds the call's arrays until it is complete
         self._result: Any = None
         self._complete = threading.Event()
@@ -66,11 +74,11 @@ class Call:
             )
         return self._complete.wait(seconds)
 
-    def run(self, find_channel: Callable[[], Any]) -> None:
+    def run(self, find_channel: Callable[[Call], Any]) -> None:
         """Run the call on the channel and keep its result or its exception, which is also printed."""
         assert self._function is not None
         try:
-            self._result = self._function(find_channel())
+            self._result = self._function(find_channel(self))
         except BaseException as error:
             self.error = error
             lines = "".join(traceback.format_exception(error))
@@ -79,6 +87,9 @@ class Call:
 
     def finish(self) -> None:
         """Wake those that wait."""
+        if self.requests:
+            self.requests[-1].Complete()
+        self.requests = ()
         self._complete.set()
 
 
@@ -92,18 +103,19 @@ class Queue:
         self._doors, self._waiting_doors = comm._doors, WaitingDoors(self)
         self._thread = 0
         self._channel: Any = None
-        self._context: Any = None
+        self.failure: HpccommError | None = None
+        """The error after which the communicator is out of step."""
 
-    def submit(self, call: Call) -> Call:
+    def submit(self, call: Call) -> None:
         """Append a call."""
-        self._context = self.comm._own_context
+        _ = self.comm._own_context
         with _state.lock:
             self.calls.append(call)
+            self._issue()
             self.comm._doors = self._waiting_doors
             first = len(self.calls) == 1
         if first:
             give_to_thread(self)
-        return call
 
     def run(self) -> None:
         """Run all calls, in a progress thread."""
@@ -122,6 +134,12 @@ class Queue:
             if last:
                 return
 
+    def let_pass(self) -> None:
+        """Let a blocking call pass after all calls of the queue; raise if the ranks are out of step."""
+        self.drain()
+        if self.failure is not None:
+            raise type(self.failure)(*self.failure.args)
+
     def drain(self) -> None:
         """Wait for all calls; the progress thread itself does not wait."""
         if self._thread == threading.get_ident():
@@ -132,18 +150,37 @@ class Queue:
             if last:
                 last.sleep()
 
-    def _find_channel(self) -> Any:
-        """The channel; the first call makes it (collective)."""
+    def _issue(self) -> None:
+        """Write the calls that this rank has issued to the consistency table, as soon as there is one."""
+        table = self._table
+        for call in self.calls if table else ():
+            if not call.number:
+                call.blocking_calls = table.blocking_calls_here()
+                call.number = table.issue(call.fingerprint, call.blocking_calls)
+
+    @property
+    def _table(self) -> Any:
+        """The consistency table of the user's communicator."""
+        return self.comm._context.consistency if self.comm._context else None
+
+    def _find_channel(self, call: Call) -> Any:
+        """The channel, as soon as all ranks of the node have issued this call, which until then costs no core.
+
+        The first call makes it (collective).
+        """
+        if call.number:
+            try:
+                self._table.await_issue(call.number, call.blocking_calls, call.fingerprint)
+            except HpccommError as error:
+                self.failure = error
+                raise
         if self._channel is None:
-            self._context.run_together(Fingerprint("a non-blocking call"), self._make_channel)
+            self._channel = self.comm._make_channel(create_private_comm(self.comm._context.private_comm))
+            atexit.unregister(complete_all)
+            atexit.register(complete_all)  # runs before the tables tell the other ranks that this rank has left
         if self._channel.algorithm != self.comm.algorithm:
             self._channel.algorithm = self.comm.algorithm
         return self._channel
-
-    def _make_channel(self) -> None:
-        self._channel = self.comm._make_channel(create_private_comm(self._context.private_comm))
-        atexit.unregister(complete_all)
-        atexit.register(complete_all)  # runs before the tables tell the other ranks that this rank has left
 
     def close(self) -> None:
         """Wait for all calls and free the channel (collective)."""
@@ -163,11 +200,17 @@ class WaitingDoors(Doors):
     @staticmethod
     def enter(queue: Queue, name: str, *arguments: Any) -> Any:
         """Enter a collective after all calls of the queue."""
-        queue.drain()
+        queue.let_pass()
         return getattr(queue._doors, name)(*arguments)
 
 
-def submit(comm: Any, function: Callable[[Any], Any], text: str = "a submitted function") -> Call:
+def submit(
+    comm: Any,
+    function: Callable[[Any], Any],
+    text: str | Fingerprint = "a submitted function",
+    wrap: Callable[[Call], Any] = lambda call: call,
+    here: bool = False,
+) -> Any:
     """Run ``function(channel)`` beside the program, after what was issued on ``comm`` before; returns a future.
 
     ``comm`` is a :class:`hpccomm.Communicator`; all ranks submit in the same order, also in the order of their blocking
@@ -175,24 +218,28 @@ def submit(comm: Any, function: Callable[[Any], Any], text: str = "a submitted f
     likes, and which no other thread uses; the function must not call ``comm``.  The future has ``wait()``, which sleeps
     until the function has returned and gives its result or raises its exception, and ``done()``.  ``function`` and
     what it refers to are kept alive until then; arrays must not be changed before.  ``text`` names the call in errors.
+    ``wrap`` turns the future into what is returned, before the call begins.
 
-    A blocking call on ``comm`` waits for all submitted functions.  Where no thread may call MPI
-    (:func:`has_thread`), and on a single rank, the function runs at once, on ``comm`` itself.
+    A blocking call on ``comm`` waits for all submitted functions.  Where no thread may call MPI (:func:`has_thread`),
+    on a single rank, and with ``here``, the function runs at once, on ``comm`` itself.
     """
-    call = Call(function, f"rank {comm.rank}: {text}")
-    if comm.size == 1 or not has_thread():
-        call.run(lambda: comm)
+    call = Call(function, text, comm.rank)
+    future = wrap(call)
+    if here or comm.size == 1 or not has_thread():
+        call.run(lambda call: comm)
         call.finish()
-        return call
+        return future
     if comm._queue is None:
         comm._queue = Queue(comm)
         _state.queues.add(comm._queue)
-    return comm._queue.submit(call)  # type: ignore[no-any-return]
+        complete_at_finalize()
+    comm._queue.submit(call)
+    return future
 
 
 def has_thread() -> bool:
-    """Whether a progress thread may call MPI beside the program."""
-    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+    """Whether a progress thread may call MPI beside the program (``HPCCOMM_PROGRESS``, the same on all ranks)."""
+    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE) and os.environ.get("HPCCOMM_PROGRESS") != "off"
 
 
 # Threads
@@ -221,6 +268,25 @@ class Worker(threading.Thread):
             queue.run()
 
 
+class Driver(threading.Thread):
+    """A thread that drives the messages and requests of MPI while the program computes."""
+
+    def __init__(self) -> None:
+        super().__init__(name="hpccomm-driver", daemon=True)
+        self._ends = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        """Call MPI from time to time, in which it drives everything that is under way."""
+        while not self._ends.wait(DRIVE_SECONDS):
+            MPI.COMM_SELF.Iprobe()
+
+    def end(self) -> None:
+        """End the thread, which must not call MPI any more."""
+        self._ends.set()
+        self.join()
+
+
 class State:
     """The progress threads of this process."""
 
@@ -228,6 +294,7 @@ class State:
         self.lock = threading.Lock()
         self.idle: list[Worker] = []
         self.queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+        self.driver: Driver | None = None
 
 
 _state = State()
@@ -247,6 +314,20 @@ def release_thread() -> None:
     _state.idle.append(worker)
 
 
+def drive_all() -> None:
+    """With ``HPCCOMM_PROGRESS=all``, let a thread drive MPI's own requests and messages from now on."""
+    if _state.driver is None and has_thread() and os.environ.get("HPCCOMM_PROGRESS") == "all":
+        _state.driver = Driver()
+        complete_at_finalize()
+
+
+@cache
+def complete_at_finalize() -> None:
+    """Let MPI's Finalize begin with what this module does at the end of the program."""
+    keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: complete_all())
+    MPI.COMM_SELF.Set_attr(keyval, None)
+
+
 def forget_threads() -> None:
     """In a forked process there are none."""
     _state.__init__()  # type: ignore[misc]
@@ -254,6 +335,9 @@ def forget_threads() -> None:
 
 def complete_all() -> None:
     """At the end of the program, wait for calls that are not complete; abort all ranks if that takes too long."""
+    if _state.driver:
+        _state.driver.end()
+        _state.driver = None
     pending = [call for queue in list(_state.queues) for call in list(queue.calls)]
     if not pending:
         return

@@ -1,22 +1,36 @@
-"""Persistent collectives are MPI's own requests; the ranks compare their calls when they make one.
+"""Requests: non-blocking collectives of ours, and persistent ones of MPI.
 
-MPI matches persistent calls at ``*_init``, so the requests may be started in any order, also by
-``MPI.Prequest.Startall``.  A start compares nothing.
+A non-blocking call is run by a progress thread (:mod:`hpccomm.progress`) as the blocking call of the same name, with
+the same checks, algorithms and errors.  Its request is a generalized request of MPI, so it may be completed by MPI's
+own ``Waitall``, ``Testany`` and so on, together with requests of messages; its own ``Wait`` sleeps, and raises the
+call's error.  Where no thread may call MPI, it is MPI's own request, and the ranks' calls are compared without waiting.
+
+Persistent collectives are MPI's own requests; the ranks compare their calls when they make one.  MPI matches persistent
+calls at ``*_init``, so the requests may be started in any order, also by ``MPI.Prequest.Startall``.  A start compares
+nothing.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
+import re
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial, wraps
+from typing import Any, Literal
 
+import numpy as np
 from mpi4py import MPI
 
+from hpccomm.arrays import is_on_device
 from hpccomm.calls import operations
-from hpccomm.calls.buffers import Buffer
+from hpccomm.calls.buffers import Buffer, pad_last
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, HpccommError
+from hpccomm.progress import Call, has_thread, submit
+from hpccomm.transports.polling import pause
 
 SEND, RECV, BUF = "sendbuf", "recvbuf", "buf"
 
@@ -45,6 +59,210 @@ PER_RANK = ("Allgather", "Alltoall")
 """Collectives in which the count of a buffer's form is that of one rank."""
 
 
+RECEIVED_AT_ROOT, SENT_AT_ROOT = ("Reduce", "Gather", "Gatherv"), ("Scatter", "Scatterv")
+"""Collectives whose receive buffer, or send buffer, matters on the root only."""
+
+TEST_SECONDS, EAGER_SECONDS = 5e-5, 1e-3
+"""How long a ``Test`` sleeps, so that the progress thread gets the interpreter; and how long a rank polls one of MPI's
+requests before it sleeps between two polls."""
+
+
+class CollectiveRequest(MPI.Grequest):
+    """The request of a non-blocking collective, which a progress thread completes."""
+
+    call: Call
+    raises = True
+    """Whether MPI's own ``Waitall`` and so on raise if the call has failed."""
+
+    def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
+        """Sleep until the call is complete; raises the call's error."""
+        self.call.sleep()
+        return self._complete(status)
+
+    def Test(self, status: MPI.Status | None = None) -> bool:
+        """Whether the call is complete; raises the call's error."""
+        return self.call.sleep(TEST_SECONDS) and self._complete(status)
+
+    def _complete(self, status: MPI.Status | None) -> Literal[True]:
+        error, self.raises = self.call.error, False
+        MPI.Request.Wait(self, status)
+        if error is not None:
+            raise error
+        return True
+
+    def wait(self, status: MPI.Status | None = None) -> None:
+        """As :meth:`Wait`."""
+        self.Wait(status)
+
+    def test(self, status: MPI.Status | None = None) -> tuple[bool, None]:
+        """As :meth:`Test`."""
+        return self.Test(status), None
+
+    def Cancel(self) -> None:
+        """Raise: other ranks take part in the call."""
+        raise ArgumentError(f"{self.call.text}: a collective call cannot be cancelled: complete it with Wait or Test")
+
+    def Free(self) -> None:
+        """Free the request of a complete call; MPI allows no other."""
+        if not self.call.done():
+            raise ArgumentError(f"{self.call.text}: the request is not complete: complete it with Wait or Test")
+        super().Free()
+
+    def __del__(self) -> None:
+        """Free a request that nobody has completed; its call is complete, because it refers to the request."""
+        if self != MPI.REQUEST_NULL and not MPI.Is_finalized():
+            super().Free()
+
+
+def begin_request(call: Call) -> CollectiveRequest:
+    """A request that is complete when the call is."""
+
+    def query(status: MPI.Status) -> None:
+        status.Set_elements(MPI.BYTE, 0)
+        status.Set_cancelled(False)
+        request = known()
+        if call.error is not None and (request is None or request.raises):
+            raise MPI.Exception(MPI.ERR_OTHER)
+
+    handle = MPI.Grequest.Start(query, None, None)
+    request = CollectiveRequest(handle)
+    request.call, known = call, weakref.ref(request)
+    call.requests = (request, handle)
+    return request
+
+
+def start_beside(name: str, blocking: Callable[..., None]) -> Callable[..., MPI.Request]:
+    """The non-blocking method for the ``blocking`` method ``name`` of a communicator."""
+    form, native = inspect.signature(blocking), getattr(MPI.Intracomm, f"I{name.lower()}")
+
+    def method(self: Any, *args: Any, **named: Any) -> MPI.Request:
+        given = form.bind(self, *args, **named)
+        given.apply_defaults()
+        _, *arguments = given.arguments.items()
+        if has_thread():
+            return start_ours(self, name, dict(arguments), blocking)
+        return start_native(self, name, dict(arguments), native)
+
+    method.__name__ = f"I{name.lower()}"
+    method.__qualname__ = f"Communicator.{method.__name__}"
+    method.__doc__ = (
+        f"""Start :meth:`{name}` and return its request; the buffers must not be used before it is complete."""
+    )
+    method.__signature__ = form  # type: ignore[attr-defined]
+    return method
+
+
+def start_ours(comm: Any, name: str, given: dict[str, Any], blocking: Callable[..., None]) -> MPI.Request:
+    """Check the call and let a progress thread make it; a call on a device's arrays is complete at once."""
+    spelling = f"I{name.lower()}"
+    if given.get("stream") is not None or any(map(is_on_device, list_arrays(given))):
+        at_once = partial(blocking, **given)
+        return submit(comm, at_once, Fingerprint(spelling), begin_request, here=True)  # type: ignore[no-any-return]
+    fingerprint, _ = read_call(comm, name, given, spelling)
+    copies: list[MPI.Datatype] = []
+    frozen = {key: freeze(value, copies) for key, value in given.items()}
+
+    def function(channel: Any) -> None:
+        try:
+            blocking(channel, **frozen)
+        except HpccommError as error:
+            raise type(error)(respell(str(error))).with_traceback(error.__traceback__) from None
+        finally:
+            for each in copies:
+                each.Free()
+
+    return submit(comm, function, fingerprint, begin_request)  # type: ignore[no-any-return]
+
+
+def list_arrays(given: dict[str, Any]) -> Iterable[Any]:
+    """The arrays of a call's buffers."""
+    for key in (SEND, RECV, BUF):
+        value = given.get(key)
+        yield value[0] if isinstance(value, list | tuple) and value else value
+
+
+def freeze(value: Any, copies: list[MPI.Datatype], is_data: bool = True) -> Any:
+    """An argument that later changes of its lists and datatypes do not reach; data is not copied.
+
+    Datatypes of the user's own are duplicated and appended to ``copies``: the user may free them at once.
+    """
+    if isinstance(value, list | tuple):
+        members = [freeze(each, copies, is_data and number == 0) for number, each in enumerate(value)]
+        return members if isinstance(value, list) else tuple(members)
+    if isinstance(value, np.ndarray) and not is_data:
+        return tuple(value.tolist())
+    if isinstance(value, MPI.Datatype) and value != MPI.DATATYPE_NULL and not value.is_predefined:
+        copies.append(value.Dup())
+        return copies[-1]
+    return value
+
+
+def respell(sentence: str) -> str:
+    """An error of a blocking call as that of the non-blocking one."""
+    return BLOCKING_NAMES.sub(lambda found: f"I{found[0].lower()}", sentence)
+
+
+BLOCKING_NAMES = re.compile(rf"\b({'|'.join(COMPARED)})\b(?=[(:])")
+"""Where an error names a call."""
+
+
+# MPI's own requests
+
+
+class ComparedRequest(MPI.Request):
+    """A non-blocking request of MPI; while it waits, the ranks' calls are compared."""
+
+    compare: Callable[[bool], None]
+    buffers: tuple[Any, ...]
+    """The arguments, which stay alive until the request does not."""
+
+    def Wait(self, status: MPI.Status | None = None) -> Literal[True]:
+        """Wait for the call; raises if another rank has made another one."""
+        began = time.monotonic()
+        try:
+            while not MPI.Request.Test(self, status):
+                self.compare(True)
+                pause(began, EAGER_SECONDS, 32)
+        finally:
+            self.compare(False)
+        return True
+
+    def wait(self, status: MPI.Status | None = None) -> None:
+        """As :meth:`Wait`."""
+        self.Wait(status)
+
+
+def start_native(comm: Any, name: str, given: dict[str, Any], native: Callable[..., MPI.Request]) -> MPI.Request:
+    """Let MPI make the call; it is compared with those of the ranks that have already made theirs."""
+    spelling = f"I{name.lower()}"
+    refuse_own_arguments(comm, spelling, given, "without a progress thread a non-blocking call")
+    fingerprint, arguments = read_call(comm, name, given, spelling, for_mpi=True)
+    compare = compare_quietly(comm, fingerprint)
+    request = ComparedRequest(native(comm, *arguments.values()))
+    request.compare, request.buffers = compare, tuple(arguments.values())
+    return request
+
+
+def compare_quietly(comm: Any, fingerprint: Fingerprint) -> Callable[[bool], None]:
+    """Compare a call with those of the ranks of this node that have made theirs; returns the function that goes on.
+
+    It does so until the next call, and takes whether this rank waits.  Before the first blocking call there is no
+    table to compare with: a non-blocking call must not wait for the other ranks, which making one does.
+    """
+    table = comm._context.consistency if comm._context else None
+    if table is None:
+        return lambda waits: None
+    table.enter(table.announce(fingerprint))
+    number = table.active_seq
+    table.abandon()
+
+    def compare(waits: bool) -> None:
+        with suppress(ValueError):  # the communicator has been freed
+            table.watch_request(number, waits)
+
+    return compare
+
+
 def compare_at_init(name: str) -> Callable[..., MPI.Prequest]:
     """The method ``<name>_init`` of a communicator."""
     native = getattr(MPI.Intracomm, f"{name}_init")
@@ -54,38 +272,61 @@ def compare_at_init(name: str) -> Callable[..., MPI.Prequest]:
     def method(self: Any, *args: Any, algorithm: str | None = None, **named: Any) -> MPI.Prequest:
         given = form.bind(self, *args, **named)
         given.apply_defaults()
-        return make_request(self, name, native, dict(given.arguments), algorithm)
+        _, *arguments = given.arguments.items()
+        return make_request(self, name, native, {**dict(arguments), "algorithm": algorithm})
 
     return method
 
 
-def make_request(comm: Any, name: str, native: Callable[..., Any], given: dict[str, Any], algorithm: Any) -> Any:
+def make_request(comm: Any, name: str, native: Callable[..., Any], given: dict[str, Any]) -> Any:
     """Check the call, compare it with those of the other ranks, and let MPI make the request."""
-    planner, who = comm._planner, f"rank {comm.rank}: {name}_init"
-    if algorithm not in (None, "auto", "native"):
-        raise ArgumentError(
-            f"{who}: a persistent call is MPI's own request and cannot run algorithm={algorithm!r}: leave the "
-            f"algorithm out, or call {name} in the loop"
-        )
-    op, root, buffers = given.get("op"), given.get("root"), {}
-    if op is not None:
-        given["op"] = op = operations.read_op(op, who)
-    if root is not None:
-        planner.check_root(root, who)
-    for key in (SEND, RECV, BUF):
-        if key in given and name != "Alltoallw":
-            buffers[key] = read_buffer(planner, given[key], op, who)
-            given[key] = buffers[key].raw
-    fingerprint = describe(name, [buffers[key] for key in COMPARED[name]], comm.size, op, root)
+    refuse_own_arguments(comm, f"{name}_init", given, "a persistent call")
+    fingerprint, arguments = read_call(comm, name, given, f"{name}_init", for_mpi=True)
     made: list[MPI.Prequest] = []
-    planner.guard(fingerprint, lambda: made.append(native(*given.values())), True)()
+    comm._planner.guard(fingerprint, lambda: made.append(native(comm, *arguments.values())), True)()
     return made[0]
 
 
-def read_buffer(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Buffer:
+def refuse_own_arguments(comm: Any, spelling: str, given: dict[str, Any], subject: str) -> None:
+    """Take the arguments that MPI does not know out of a call; refuse those that ask for something."""
+    who, algorithm = f"rank {comm.rank}: {spelling}", given.pop("algorithm", None)
+    if algorithm not in (None, "auto", "native"):
+        raise ArgumentError(
+            f"{who}: {subject} is MPI's own request and cannot run algorithm={algorithm!r}: leave the "
+            "algorithm out, or make the blocking call"
+        )
+    for key in ("reproducible", "stream"):
+        if given.pop(key, None):
+            raise ArgumentError(f"{who}: {subject} is MPI's own request and takes no {key}: make the blocking call")
+
+
+def read_call(
+    comm: Any, name: str, given: dict[str, Any], spelling: str, for_mpi: bool = False
+) -> tuple[Fingerprint, dict[str, Any]]:
+    """Check the arguments of a call; returns its fingerprint, and with ``for_mpi`` its arguments as MPI takes them."""
+    planner, who = comm._planner, f"rank {comm.rank}: {spelling}"
+    op, root, arguments, buffers = given.get("op"), given.get("root"), dict(given), {}
+    if op is not None:
+        arguments["op"] = op = operations.read_op(op, who) if for_mpi else operations.resolve(op, who).op
+    if root is not None:
+        planner.check_root(root, who)
+    ignored = {RECV: RECEIVED_AT_ROOT, SEND: SENT_AT_ROOT}
+    for key in (SEND, RECV, BUF):
+        if key not in given or name == "Alltoallw":
+            continue
+        if name in ignored.get(key, ()) and root != comm.rank:
+            buffers[key] = Buffer(None)
+            continue
+        read = read_for_mpi if for_mpi else read_for_thread
+        buffers[key] = read(planner, given[key], op, who)
+        arguments[key] = buffers[key].raw
+    return describe(name, spelling, [buffers[key] for key in COMPARED[name]], comm.size, op, root), arguments
+
+
+def read_for_mpi(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Buffer:
     """Read and check a buffer, which belongs to MPI's library while the call runs."""
     if planner.uses_device(given):
-        raise ArgumentError(f"{who}: MPI's persistent calls cannot take an array on a device: pass a copy on the host")
+        raise ArgumentError(f"{who}: MPI's own requests cannot take an array on a device: pass a copy on the host")
     buffer: Buffer = planner.read_buffer(given, who, parts=True)
     if op is not None and buffer.half:
         raise ArgumentError(f"{who}: MPI cannot reduce {buffer.kind}: cast to float32 before the call")
@@ -94,12 +335,24 @@ def read_buffer(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Buffer
     return buffer
 
 
-def describe(name: str, buffers: list[Buffer], size: int, op: MPI.Op | None, root: int | None) -> Fingerprint:
+def read_for_thread(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Buffer:
+    """Read a buffer of ours; the progress thread makes all other checks."""
+    if given is None or given is MPI.IN_PLACE:
+        return Buffer(given)
+    padded = pad_last(given)
+    whole = padded[0] if padded else given
+    buffer: Buffer = planner.read_buffer(whole, who, parts=True) if op is None else planner.read_operand(whole, op, who)
+    return buffer
+
+
+def describe(
+    name: str, spelling: str, buffers: list[Buffer], size: int, op: MPI.Op | None, root: int | None
+) -> Fingerprint:
     """The call as the other ranks see it."""
     data = next((each for each in buffers if each.raw is not None and each.raw is not MPI.IN_PLACE), Buffer(None))
     dtype, unknown = data.dtype or data.base, UNKNOWN if buffers else ""
     return Fingerprint(
-        f"{name}_init",
+        spelling,
         "" if op is None else operations.name_of(op),
         unknown if dtype is None else str(count_bytes(name, data, size) // dtype.itemsize),
         unknown if dtype is None else data.half or str(dtype),

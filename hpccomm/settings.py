@@ -23,6 +23,11 @@ def short_or_full(value: str) -> str:
     return "" if value in ("short", "full") else "use short or full"
 
 
+def progress_kind(value: str) -> str:
+    """The remedy for a value that names no use of the progress thread."""
+    return "" if value in ("on", "off", "all") else "use on, off or all"
+
+
 def seconds(value: str) -> str:
     """The remedy for a value that is not a number of seconds."""
     try:
@@ -45,6 +50,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_EXCEPTHOOK": on_or_off,
     "HPCCOMM_GPU_TRANSPORT": elsewhere,
     "HPCCOMM_MPI": elsewhere,
+    "HPCCOMM_PROGRESS": progress_kind,
     "HPCCOMM_SHARED_MEMORY": on_or_off,
     "HPCCOMM_STALL_SECONDS": seconds,
     "HPCCOMM_TEST_LAUNCHER": elsewhere,

@@ -335,6 +335,30 @@ def test_mistakes_are_named_whichever_path_a_rank_takes(ours: Communicator) -> N
             ours.Barrier()
 
 
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("algorithm", ["auto", "native"])
+@pytest.mark.parametrize("wrong", [(3, 2, 1), (2, 2, 2), (2, 4, 1)])
+def test_counts_that_differ_between_ranks_are_named(
+    ours: Communicator, wrong: tuple[int, ...], algorithm: str, first: bool
+) -> None:
+    right, odd = (2, 3, 1)[: ours.size], list(wrong[: ours.size])
+    ours.algorithm = algorithm
+
+    def gather(counts: Any) -> None:
+        ours.Allgatherv(np.ones(counts[ours.rank]), [np.empty(sum(counts)), list(counts)])
+
+    def scatter(counts: Any) -> None:
+        ours.Reduce_scatter(np.ones(sum(counts)), np.empty(counts[ours.rank]), list(counts))
+
+    for call in (gather, scatter):
+        for _ in range(0 if first else 4):
+            call(right)
+        with pytest.raises(HpccommError, match=r"rank 1 called \w+\(.*make the counts the same on all ranks"):
+            call(odd if ours.rank == 1 else right)
+        ours.Barrier()
+
+
 @pytest.mark.mpi(sizes=(1, 2, 3))
 def test_the_entry_keeps_no_reference(ours: Communicator) -> None:
     x, y, form = np.ones(16), np.empty(16), [np.ones(16), MPI.DOUBLE]

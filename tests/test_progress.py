@@ -15,7 +15,7 @@ from hpccomm.errors import MismatchError
 pytestmark = pytest.mark.mpi(sizes=(1, 2, 3))
 
 
-def summed(n: int) -> Any:
+def sum_on(n: int) -> Any:
     """A function that sums n numbers over the ranks."""
 
     def function(channel: Any) -> Any:
@@ -27,7 +27,7 @@ def summed(n: int) -> Any:
 
 
 def test_a_submitted_function_gives_its_result(comm: Communicator) -> None:
-    calls = [progress.submit(comm, summed(n)) for n in (1, 1000, 0, 100_000)]
+    calls = [progress.submit(comm, sum_on(n)) for n in (1, 1000, 0, 100_000)]
     for call, n in reversed(list(zip(calls, (1, 1000, 0, 100_000), strict=True))):
         assert np.array_equal(call.wait(), np.full(n, comm.size * (comm.size + 1) / 2))
         assert call.done()
@@ -39,7 +39,7 @@ def test_the_first_call_of_a_communicator_waits_for_no_rank(comm: Communicator) 
     new = Communicator(comm.Dup())
     if comm.rank:
         comm.recv(source=0)
-    call = progress.submit(new, summed(4))
+    call = progress.submit(new, sum_on(4))
     if comm.rank == 0:
         for rank in range(1, comm.size):
             comm.send(None, rank)
@@ -74,7 +74,7 @@ def test_an_error_is_raised_by_every_wait_and_printed(comm: Communicator, capfd:
         with pytest.raises(KeyError, match="an unknown name"):
             call.wait()
     assert f"rank {comm.rank}: a test's function has failed" in capfd.readouterr().err
-    assert progress.submit(comm, summed(2)).wait()[0] == comm.size * (comm.size + 1) / 2
+    assert progress.submit(comm, sum_on(2)).wait()[0] == comm.size * (comm.size + 1) / 2
 
 
 @pytest.mark.mpi(sizes=(2, 3))
@@ -89,10 +89,10 @@ def test_calls_that_differ_are_named(comm: Communicator) -> None:
 @pytest.mark.mpi(sizes=(2, 3))
 def test_first_calls_of_different_kinds_are_named(comm: Communicator) -> None:
     new = Communicator(comm.Dup())
-    with pytest.raises(MismatchError, match=r"rank 0 called a non-blocking call\(\), ranks? 1.* called "):
-        progress.submit(new, summed(2)).wait() if comm.rank == 0 else new.Barrier()
+    with pytest.raises(MismatchError, match=r"rank 0 called a submitted function\(\), ranks? 1.* called Barrier"):
+        progress.submit(new, sum_on(2)).wait() if comm.rank == 0 else new.Barrier()
     new.Barrier()
-    assert progress.submit(new, summed(2)).wait()[0] == comm.size * (comm.size + 1) / 2
+    assert progress.submit(new, sum_on(2)).wait()[0] == comm.size * (comm.size + 1) / 2
     new.Free()
 
 
@@ -102,18 +102,18 @@ def test_calls_of_two_communicators_may_be_issued_in_different_orders(comm: Comm
     for _ in range(20):
         order = [comm, other] if comm.rank == 0 else [other, comm]
         if comm.rank:
-            progress.submit(order[0], summed(8))
-            progress.submit(order[1], summed(8)).wait()
+            progress.submit(order[0], sum_on(8))
+            progress.submit(order[1], sum_on(8)).wait()
         else:
-            first = progress.submit(order[0], summed(8))
+            first = progress.submit(order[0], sum_on(8))
             first.wait()
-            progress.submit(order[1], summed(8)).wait()
+            progress.submit(order[1], sum_on(8)).wait()
     other.Free()
 
 
 def test_threads_sleep_and_are_used_again(comm: Communicator) -> None:
     for _ in range(10):
-        progress.submit(comm, summed(8)).wait()
+        progress.submit(comm, sum_on(8)).wait()
     comm.Barrier()
     assert sum(thread.name == "hpccomm-progress" for thread in threading.enumerate()) <= 4
     began = time.process_time()
@@ -124,8 +124,8 @@ def test_threads_sleep_and_are_used_again(comm: Communicator) -> None:
 @pytest.mark.mpi(sizes=(2,))
 def test_a_rank_that_waits_sleeps(comm: Communicator) -> None:
     """It takes at most 5 % of its core while another rank is late."""
-    progress.submit(comm, summed(8)).wait()
-    for function in (summed(8), summed(300_000)):
+    progress.submit(comm, sum_on(8)).wait()
+    for function in (sum_on(8), sum_on(300_000)):
         comm.Barrier()
         if comm.rank:
             time.sleep(1.0)

@@ -165,6 +165,13 @@ class SharedMemory:
         number = self._call_number()
         return [q for q in range(self.size) if self._word(q, kernels.NUMBER) < number]
 
+    def last_call(self, q: int) -> tuple[int, int]:
+        """The number and the fingerprint of the last call at whose barrier rank ``q`` has arrived."""
+        self._check_open()
+        lines = [self._segment.address + q * self._region + records.LINE * parity for parity in (0, 1)]
+        last = max(lines, key=lambda line: memory.load_acquire(line + kernels.NUMBER))
+        return memory.load_acquire(last + kernels.NUMBER), memory.load_acquire(last + kernels.FINGERPRINT)
+
     def _call_number(self) -> int:
         return int(self._state["calls"])
 

@@ -30,7 +30,7 @@ from hpccomm.calls.fingerprint import (
     format_ranks,
     mismatch_message,
 )
-from hpccomm.errors import HpccommError, MismatchError
+from hpccomm.errors import HpccommError, MismatchError, TransportError
 from hpccomm.kernels.entry.records import (
     AMOUNT_CALLS,
     CALLS,
@@ -50,7 +50,9 @@ TEXT_BYTES = 248
 LEFT, GAVE_UP, HAS_CODE, REPORTED = STATUS + 1, STATUS + 2, STATUS + 3, STATUS + 4
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
-FIRST_AMOUNTS = FIRST_TEXT + TEXTS * TEXT_WORDS
+ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
+OUT_OF_STEP, FIRST_ISSUE = ISSUED + 1, ISSUED + 2
+FIRST_AMOUNTS = FIRST_ISSUE + 2 * CALLS
 
 ENTRY_MASK = (1 << DIGEST_BITS) - 1
 """The digest in an entry; the number of the call is above it."""
@@ -77,7 +79,11 @@ REASON_BYTES = 512
 
 
 def row_words(members: int) -> int:
-    """64-bit words per rank: the last calls, status, their counts, fingerprints as text, amounts, and a reason."""
+    """64-bit words per rank: entries of the last calls, the status, counts of the last calls, fingerprints as text.
+
+    Then the number of non-blocking calls, and of the last ones the entry and the number of blocking calls before it;
+    amounts of blocks; a reason.
+    """
     return FIRST_AMOUNTS + AMOUNT_CALLS * (1 + 2 * members) + REASON_BYTES // 8
 
 
@@ -107,6 +113,8 @@ class ConsistencyTable:
         self._warned = (0, 0)
         self.progress: Callable[[], Any] = lambda: None
         """Lets MPI make progress with pending messages."""
+        self.last_shared_call: Callable[[int], tuple[int, int]] = lambda k: (0, 0)
+        """Number and fingerprint of member k's last call in shared memory, which has no entry here."""
         watch(self)
 
     @property
@@ -337,7 +345,7 @@ class ConsistencyTable:
                 return mismatch_message(calls, self._me)
             if self._words[peer + LEFT] and abs(self._words[peer + STATUS]) < seq:
                 return self.explain_departure(rank, self.find_call(self._base))
-        return None
+        return self.explain_issue_after(self.find_call(self._base))
 
     def check_stall(self, word: int, seconds: float, find_missing: Callable[[], list[int]]) -> None:
         """Check a call in shared memory that waits for some members: raise if they can never enter it, warn if slow.
@@ -358,6 +366,9 @@ class ConsistencyTable:
                 words[self._base + GAVE_UP] = (number - 1 << DIGEST_BITS) | digest
                 different = mismatch_message({self._me: call, rank: other}, self._me) if other else ""
                 raise MismatchError(different or self.explain_departure(rank, call))
+        reason = self.explain_issue_after(call) if seconds > MEETING_SECONDS else None
+        if reason:
+            raise MismatchError(reason)
         if positions and seconds > stall_seconds() and self._warned != (number, digest):
             self._warned = (number, digest)
             absent = format_ranks([self.members[position] for position in positions])
@@ -380,6 +391,100 @@ class ConsistencyTable:
         """Whether no rank of this node has reported an error yet; from now on one has."""
         first, self._words[REPORTED] = not self._words[REPORTED], 1
         return first
+
+    def watch_request(self, number: int, waits: bool) -> None:
+        """Compare call ``number``, which MPI makes without blocking, unless this rank has made another one since.
+
+        While this rank ``waits`` for it, it is in the call, so other ranks and the watchdog see that.
+        """
+        if self._seq == number:
+            self._words[self._base + STATUS] = number if waits else -number
+            self.compare_entries()
+
+    # Non-blocking calls, which are made on another communicator: here the ranks only compare their order
+
+    def blocking_calls(self, k: int) -> int:
+        """How many blocking calls member k has entered: the same number on all members before the same call."""
+        return abs(self._words[k * self._stride + STATUS]) + self.last_shared_call(k)[0]
+
+    def blocking_calls_here(self) -> int:
+        """How many blocking calls this rank has entered."""
+        return self.blocking_calls(self._base // self._stride)
+
+    def issue(self, fingerprint: Fingerprint, blocking_calls: int) -> int:
+        """Write a non-blocking call that this rank issues, after so many blocking ones; returns its number."""
+        number = self._words[self._base + ISSUED] + 1
+        at = self._base + FIRST_ISSUE + 2 * (number % CALLS)
+        self._words[at] = number << DIGEST_BITS | self.announce(fingerprint)
+        self._words[at + 1] = blocking_calls
+        self._words[self._base + ISSUED] = number
+        return number
+
+    def await_issue(self, number: int, blocking_calls: int, call: Fingerprint) -> None:
+        """Sleep until all members have issued their non-blocking call of this number; raise if one never can.
+
+        Members issue it after equally many blocking calls.
+        """
+        began, warned = time.monotonic(), False
+        for position in range(len(self.members)):
+            polls = 0
+            while not self.has_issued(position, number, call):
+                pause(began, EAGER_SECONDS, 32)
+                self.progress()
+                polls, waited = polls + 1, time.monotonic() - began
+                if polls % POLLS_PER_CHECK == 0 and waited > MEETING_SECONDS:
+                    self.check_order(position, number, blocking_calls, call)
+                if waited > stall_seconds() and not warned:
+                    warned = True
+                    names = format_ranks([rank for rank in self.members if self.count_issues(rank) < number])
+                    log_line(f"rank {self._me}: {call} not complete after {waited:.0f} s; missing: {names}")
+
+    def has_issued(self, k: int, number: int, call: Fingerprint) -> bool:
+        """Whether member k has issued its non-blocking call of this number; raises if a member is out of step."""
+        row = k * self._stride
+        if self._words[self._base + OUT_OF_STEP]:
+            raise TransportError(
+                f"rank {self._me}: the ranks have made blocking and non-blocking calls in different orders, so this "
+                "communicator is out of step: free it and make a new one"
+            )
+        if self._words[row + OUT_OF_STEP]:
+            self.leave_step(call)
+            other = self.read_fingerprint(row, self._words[row + OUT_OF_STEP] & ENTRY_MASK)
+            raise MismatchError(mismatch_message({self._me: call, self.members[k]: other}, self._me))
+        return bool(self._words[row + ISSUED] >= number)
+
+    def leave_step(self, call: Fingerprint | None) -> None:
+        """Tell the other members that this call was made in another order."""
+        self._words[self._base + OUT_OF_STEP] = 1 << DIGEST_BITS | (self.announce(call) if call else 0)
+
+    def count_issues(self, rank: int) -> int:
+        """How many non-blocking calls a member has issued."""
+        return int(self._words[self.members.index(rank) * self._stride + ISSUED])
+
+    def check_order(self, k: int, number: int, blocking_calls: int, call: Fingerprint) -> None:
+        """Raise if member k has left, or has entered the next blocking call before this non-blocking one."""
+        row, rank, (_, word) = k * self._stride, self.members[k], self.last_shared_call(k)
+        ahead, left = self.blocking_calls(k) > blocking_calls, self._words[row + LEFT]
+        if self._words[row + ISSUED] >= number or not (ahead or left):
+            return
+        self.leave_step(call)
+        if not ahead:
+            raise MismatchError(self.explain_departure(rank, call))
+        active = self._words[row + STATUS]
+        other = self.find_call(row, active) if active > 0 else self.look_up_call(rank, word)
+        raise MismatchError(mismatch_message({self._me: call, rank: other}, self._me))
+
+    def explain_issue_after(self, call: Fingerprint | None) -> str | None:
+        """The error sentence if a member has issued a non-blocking call before this blocking one, and this rank not."""
+        number, mine = self._words[self._base + ISSUED] + 1, self.blocking_calls_here()
+        for peer, rank in zip(self._peers, (r for r in self.members if r != self._me), strict=True):
+            at = peer + FIRST_ISSUE + 2 * (number % CALLS)
+            entry, before = self._words[at], self._words[at + 1]
+            if self._words[peer + ISSUED] >= number and entry >> DIGEST_BITS == number and before < mine:
+                self.leave_step(call)
+                calls = {self._me: call, rank: self.find_text(peer, entry & ENTRY_MASK, 0)}
+                return mismatch_message(calls, self._me)
+        return None
 
     def missing_ranks(self) -> list[int]:
         """The members that have not entered the current call."""
