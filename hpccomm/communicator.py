@@ -28,7 +28,7 @@ from hpccomm.calls.consistency import FLUSH_SECONDS, claim_report
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
-from hpccomm.context import Context, PlanCache, context_of, unwrap
+from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
 from hpccomm.device_planner import DevicePlanner
 from hpccomm.errors import ArgumentError, HpccommError, MismatchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
@@ -105,7 +105,6 @@ class Communicator(MPI.Intracomm):
     _levels: dict[str, Communicator]
     _level_of: tuple[Context, str] | None = None
     """The context that frees this communicator, and its name there."""
-    _message_gather: messages.MessageGather | None = None
 
     def __new__(
         cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py"
@@ -204,12 +203,10 @@ class Communicator(MPI.Intracomm):
             self._levels[name] = level
         return self._levels[name]
 
-    @property
+    @Once
     def message_gather(self) -> messages.MessageGather:
         """The gather of variable-length messages on this communicator."""
-        if self._message_gather is None:
-            self._message_gather = messages.MessageGather(self)
-        return self._message_gather
+        return messages.MessageGather(self)
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
         """Valid values of ``algorithm=`` for ``"allreduce"``, ``"bcast"``, …."""

@@ -58,6 +58,24 @@ SETTINGS = (
 """Environment variables that must be the same on every rank: rank 0's values are used."""
 
 
+class Once:
+    """A property that is made at its first use, as ``functools.cached_property``, but without a lock.
+
+    That has one lock for all objects until Python 3.12.  The first use may be collective, and the ranks' threads may
+    make the contexts of two communicators in different orders.
+    """
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self._make, self.__doc__ = make, make.__doc__
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        """Make the value and let it take the place of this property."""
+        if owner is None:
+            return self
+        made = vars(owner)[self._make.__name__] = self._make(owner)
+        return made
+
+
 class PlanCache:
     """The plans and the compiled entry of one :class:`hpccomm.Communicator`, whose default algorithm they depend on."""
 

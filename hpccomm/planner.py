@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from hpccomm.backends.interpreter import CompiledSchedule
 from hpccomm.backends.schedules import Reduction
 from hpccomm.calls import operations
 from hpccomm.calls.blocks import (
@@ -786,7 +787,7 @@ class Planner:
         root: int | None = None,
         cuts: list[int] | None = None,
         due: tuple[int, int] | None = None,
-    ) -> BoundSchedule:
+    ) -> BoundSchedule | CompiledSchedule:
         """Bind a schedule to a vector and, if it reduces, to the operand, which may be in ``source``.
 
         ``cuts`` are the offsets of blocks, ``due`` the elements of the vector that are read afterwards, by default all.
@@ -801,7 +802,7 @@ class Planner:
         steps = steps if shared else without_node_steps(steps, self.rank)
         layout = Layout(vector.size, vector.itemsize, form.algorithm.blocks(self.size), cuts)
         program = lower(steps, self.rank, layout, form.pipeline, source is not None, due)
-        reduction = None if op is None else Reduction(operations.combiner(op), kind, op_name or "")
+        reduction = None if op is None else Reduction(operations.combiner(op, kind), kind, op_name or "")
         return self.context.schedules.bind(program, vector, source, reduction, fingerprint.digest)
 
     def form_of(self, collective: str, choice: Choice, nbytes: int, shared: bool) -> Form:

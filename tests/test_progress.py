@@ -109,6 +109,18 @@ def test_calls_of_two_communicators_may_be_issued_in_different_orders(comm: Comm
     other.Free()
 
 
+@pytest.mark.mpi(sizes=(2, 3))
+def test_first_calls_of_two_communicators_may_be_issued_in_different_orders(comm: Communicator) -> None:
+    """Each makes its context in a thread of its own."""
+    for _ in range(5):
+        new = [Communicator(comm.Dup()) for _ in range(3)]
+        order = new if comm.rank == 0 else new[::-1]
+        for call in [progress.submit(each, sum_on(8)) for each in order]:
+            call.wait()
+        for each in new:
+            each.Free()
+
+
 def test_threads_sleep_and_are_used_again(comm: Communicator) -> None:
     for _ in range(10):
         progress.submit(comm, sum_on(8)).wait()
