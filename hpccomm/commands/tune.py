@@ -118,6 +118,7 @@ def compare_all(comm: Any) -> None:
     """Let every size class from 4 B to 64 MB have had its first use (collective)."""
     from hpccomm.first_use import FirstUse
 
+    comm.Barrier()  # the first call sets up shared memory
     first_use = FirstUse(comm._planner, seconds=math.inf)
     for collective in COLLECTIVES:
         parts = comm.size if collective in tuning.BLOCKWISE else 1
