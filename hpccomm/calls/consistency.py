@@ -12,7 +12,6 @@ import atexit
 import contextlib
 import ctypes
 import os
-import sys
 import threading
 import time
 import weakref
@@ -37,6 +36,7 @@ from hpccomm.kernels.entry.records import (
     DIGEST_MASK,
     STATUS,
 )
+from hpccomm.log import logger
 from hpccomm.transports.polling import pause
 
 TEXTS = 64
@@ -483,9 +483,8 @@ def check_progress(table: ConsistencyTable, seq: int, waited: float, warned: Any
 
 
 def log_line(sentence: str) -> None:
-    """Write one line to stderr with a single call, so that lines of different ranks do not mix."""
-    sys.stderr.write(f"[hpccomm] {sentence}\n")
-    sys.stderr.flush()
+    """Log one line, by default with a single write to stderr, so that lines of different ranks do not mix."""
+    logger().error(sentence)
 
 
 def abort_all(reason: str) -> None:
