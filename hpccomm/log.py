@@ -6,9 +6,10 @@ one write.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-import sys
+import os
 
 NAME = "hpccomm"
 
@@ -17,11 +18,16 @@ class DefaultHandler(logging.Handler):
     """Lines on stderr, unless the program has handlers of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
-        if logging.getLogger().handlers or logging.getLogger(NAME).handlers != [self]:
+        """Write one line; a library may have redirected ``sys.stderr``."""
+        if self.is_replaced():
             return
-        sys.stderr.write(f"[hpccomm] {self.format(record)}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            os.write(2, f"[hpccomm] {self.format(record)}\n".encode(errors="replace"))
+
+    def is_replaced(self) -> bool:
+        """Whether the program has handlers of its own; those of pytest only look on."""
+        others = {*logging.getLogger().handlers, *logging.getLogger(NAME).handlers} - {self}
+        return any(not type(each).__module__.startswith("_pytest.") for each in others)
 
 
 @functools.cache

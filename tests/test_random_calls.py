@@ -27,6 +27,14 @@ DTYPES = ("i1", "u2", "i4", "i8", "f4", "f8", "c8", "?")
 OPERATIONS = {name: getattr(MPI, name.upper()) for name in verifiable.FOLDS}
 
 
+KINDS = {
+    **dict.fromkeys(("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier")),
+    **{"allgatherv": "allgather", "reduce_scatter of few layouts": "reduce_scatter"},
+    **dict.fromkeys(("gatherv", "scatterv", "alltoallv"), "barrier"),
+}
+"""The calls, and the collective whose algorithms each takes if not its own; those of a barrier are not named."""
+
+
 class Draw:
     """The random choices of one call, the same on all ranks of its communicator."""
 
@@ -77,8 +85,8 @@ def one_call(comm: Communicator, draw: Draw, registered: Any) -> None:
     p, me, dtype = comm.size, comm.rank, draw.pick(("i4", "f8") if draw.shared else DTYPES)
     op = draw.pick(("sum", "max") if draw.shared else verifiable.operations(dtype))
     n, root, in_place = draw.length(), int(draw.random.integers(p)) if p > 1 else 0, draw.random.random() < 0.5
-    kind = draw.pick(("allreduce", "reduce", "reduce_scatter", "allgather", "bcast", "alltoall", "barrier"))
-    algorithm = draw.algorithm(comm, kind)
+    kind = draw.pick(tuple(KINDS))
+    algorithm = draw.algorithm(comm, KINDS[kind] or kind)
     a, want = verifiable.operand(me, p, n, dtype, op), verifiable.reduction(p, n, dtype, op)
     b = memory(draw, registered, n, dtype)
     b[...] = 0
@@ -95,6 +103,14 @@ def one_call(comm: Communicator, draw: Draw, registered: Any) -> None:
         ends = [0, *cuts.tolist(), n]
         comm.Reduce_scatter(a, part := b[: ends[me + 1] - ends[me]], np.diff(ends).tolist(), OPERATIONS[op], algorithm)
         assert np.array_equal(part, want[ends[me] : ends[me + 1]])
+    elif kind == "reduce_scatter of few layouts":
+        counts = few_counts(draw, p)
+        a, want = verifiable.operand(me, p, sum(counts), dtype, op), verifiable.reduction(p, sum(counts), dtype, op)
+        ends = [0, *np.cumsum(counts).tolist()]
+        comm.Reduce_scatter(a, part := np.zeros(counts[me], dtype), counts, OPERATIONS[op], algorithm)
+        assert np.array_equal(part, want[ends[me] : ends[me + 1]])
+    elif kind in ("allgatherv", "gatherv", "scatterv", "alltoallv"):
+        move_uneven(comm, kind, few_counts(draw, p), dtype, root, {"algorithm": algorithm} if algorithm else {})
     elif kind == "allgather":
         n = min(n, 5000)
         parts = [verifiable.operand(rank, p, n, dtype, op) for rank in range(p)]
@@ -112,6 +128,33 @@ def one_call(comm: Communicator, draw: Draw, registered: Any) -> None:
         assert np.array_equal(out, np.concatenate(parts))
     else:
         comm.Barrier()
+
+
+def few_counts(draw: Draw, p: int) -> list[int]:
+    """The counts of all ranks: one of a few layouts, so that they come again; some counts are 0."""
+    unit, shift = draw.pick((1, 7, 300)), int(draw.random.integers(3))
+    return [(rank + shift) % 3 * unit for rank in range(p)]
+
+
+def move_uneven(comm: Communicator, kind: str, counts: list[int], dtype: str, root: int, named: dict[str, Any]) -> None:
+    """A collective that moves blocks of any length; rank q's block has ``counts[q]`` elements and begins with q."""
+    p, me = comm.size, comm.rank
+    blocks = [((np.arange(count) + rank) % 2).astype(dtype) for rank, count in enumerate(counts)]
+    whole, out = np.concatenate(blocks), np.zeros(sum(counts), dtype)
+    part = np.zeros(counts[me], dtype)
+    if kind == "allgatherv":
+        comm.Allgatherv(blocks[me], [out, counts], **named)
+        assert np.array_equal(out, whole)
+    elif kind == "gatherv":
+        comm.Gatherv(blocks[me], [out, counts] if me == root else None, root)
+        assert np.array_equal(out, whole if me == root else np.zeros_like(out))
+    elif kind == "scatterv":
+        comm.Scatterv([whole, counts] if me == root else None, part, root)
+        assert np.array_equal(part, blocks[me])
+    else:
+        sent, taken = np.tile(blocks[me], p), np.zeros_like(whole)
+        comm.Alltoallv([sent, [counts[me]] * p], [taken, counts])
+        assert np.array_equal(taken, whole)
 
 
 def resident_bytes() -> int:
