@@ -122,6 +122,24 @@ def test_a_long_vector_is_cut_into_segments_and_messages_that_overlap() -> None:
     assert program.requests <= 2 * (2 * 10 + 1)
 
 
+@pytest.mark.parametrize("collective", HIERARCHICAL)
+def test_the_forms_that_run_are_right_at_every_length(collective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lengths at which forms change are scaled down, so that vectors of a few elements take all of them."""
+    for name, value in (("MESSAGE_BYTES", 7), ("SEGMENT_BYTES", 60), ("SHARED_BYTES", 40)):
+        monkeypatch.setattr(hierarchical, name, value)
+    monkeypatch.setattr(hierarchical, "SHORT_BYTES", dict.fromkeys(HIERARCHICAL, 20))
+    forms = set()
+    for nodes in ([0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 1], [0, 1, 2, 0, 1, 2, 0], [0, 1, 2, 3]):
+        p = len(nodes)
+        for length in (5, 19, 21, 130, 401):
+            form = select_form(collective, nodes, length, Link(25, 8e-3))
+            forms.add(form.pipeline)
+            each = length // p if collective in BLOCK_IS_RANK else length
+            for root in roots_of(collective, p):
+                check_algorithm(form.algorithm, collective, p, root, form.pipeline, length=each)
+    assert len(forms) > 1
+
+
 def test_a_window_bounds_the_messages_in_flight() -> None:
     form = select_form("allgather", [0, 0, 1, 1], 1 << 24, Link(25, 8e-3))
     layout = Layout(1 << 22, 4, 4, [k << 20 for k in range(5)])
