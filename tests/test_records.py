@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,16 @@ def test_a_long_vector_is_cut_into_segments_and_messages_that_overlap() -> None:
     second = [k for k, kind in enumerate(kinds) if kind == NODE][1]
     assert kinds.index(SEND) < second < kinds.index(WAIT), "messages are pending while the next segment is reduced"
     assert program.requests <= 2 * (2 * 10 + 1)
+
+
+def test_ranks_alone_on_their_nodes_copy_and_send_segment_by_segment() -> None:
+    form = select_form("allreduce", [0, 1, 2, 3], 1 << 24, Link(25, 8e-3))
+    program = lower(form.algorithm.steps(0, 4), 0, Layout(1 << 22, 4, 4), form.pipeline, from_source=True)
+    copies = np.flatnonzero(program.records["kind"] == COPY)
+    sends = np.flatnonzero(program.records["kind"] == SEND)
+    assert len(copies) == 16
+    assert all(((sends > a) & (sends < b)).any() for a, b in pairwise(copies.tolist()))
+    assert NODE not in program.records["kind"]
 
 
 @pytest.mark.parametrize("collective", HIERARCHICAL)
