@@ -10,6 +10,7 @@ author = "the hpccomm developers"
 release = importlib.metadata.version("hpccomm")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
+highlight_language = "none"
 html_title = f"hpccomm {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -10,7 +10,6 @@ Calls that cannot be divided are one chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +26,7 @@ from hpccomm.calls import operations
 from hpccomm.calls.buffers import Buffer, apply_displacement, read, view_at
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Plan, Run
-from hpccomm.context import algorithm_setting
+from hpccomm.context import Once, algorithm_setting
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels.reductions.reference import code_of, has_kernel
 from hpccomm.performance.units import format_count
@@ -107,7 +106,7 @@ def check_place(array: DeviceArray, device: cuda.Device, who: str) -> None:
 class DevicePlanner(Planner):
     """A planner that also takes arrays on a device."""
 
-    @cached_property
+    @Once
     def staging(self) -> Staging:
         """The transport through the host."""
         device_selection.read_setting(self.context.settings[cuda.TRANSPORT])

@@ -41,7 +41,7 @@ def run(make: Callable[[Any], Transform], gradients: Callable[[Any, int], Any], 
 # GTC on vectors that are zero in most places, or almost zero at first
 
 
-def frozen_gradients(share: float) -> Callable[[Any, int], Any]:
+def gradients_of_frozen(share: float) -> Callable[[Any, int], Any]:
     """A hundred thousand elements, of which a share moves, by 1 on the average."""
 
     def gradient(comm: Any, number: int) -> Any:
@@ -57,7 +57,7 @@ def frozen_gradients(share: float) -> Callable[[Any, int], Any]:
 @pytest.mark.parametrize("share", [1e-5, 5e-4, 9e-4, 1e-3, 1.05e-3, 2e-3])
 @pytest.mark.parametrize("make", [lambda comm: hpccomm.gtc(comm, density=0.001), hpccomm.gtc], ids=["density", "auto"])
 def test_a_mostly_frozen_model_moves_from_the_first_step(share: float, make: Any) -> None:
-    total, given, residual, moved = run(make, frozen_gradients(share), 60)
+    total, given, residual, moved = run(make, gradients_of_frozen(share), 60)
     assert moved[0] > 0
     assert max(moved) < 20 * np.mean(given[given > 0]) / 60 + 20
     assert residual < 40, "what waits is some steps' worth"

@@ -22,13 +22,20 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from hpccomm.algorithms.compression.format import check_density
 from hpccomm.algorithms.compression.selection import topk
-from hpccomm.algorithms.error_feedback import FeedbackState, FeedbackTransform, all_ranks_true, feedback
+from hpccomm.algorithms.error_feedback import (
+    FeedbackState,
+    FeedbackTransform,
+    accumulate_all,
+    all_ranks_true,
+    feedback,
+    heavy_ball,
+)
 from hpccomm.algorithms.exchange import allreduce_bytes, allreduce_mean
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
 from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_decay, require
@@ -107,13 +114,15 @@ def dgc(
     stages: Sequence[float] = STAGES,
     smallest: int = MIN_ELEMENTS,
     exact: bool = False,
+    exchange: str = "auto",
 ) -> ResidualTransform:
     """Exchange gradients of a bucket, float32; the step is their mean, with momentum in it.
 
     ``warmup`` steps are divided over ``stages``.  ``clip`` is C, the bound of the norm of the mean gradient;
     ``weight_decay`` λ applies to tensors whose flag says so.  With ``exact`` a message names exactly the largest
-    elements (:func:`~hpccomm.topk`).  ``density=1, mask=False`` is momentum SGD.  If any rank's gradient is not finite,
-    no rank steps, and only ``steps`` and ``skipped`` change in the state.
+    elements (:func:`~hpccomm.topk`).  ``exchange`` as in :func:`~hpccomm.feedback`.  ``density=1, mask=False`` is
+    momentum SGD.  If any rank's gradient is not finite, no rank steps, and only ``steps`` and ``skipped`` change in the
+    state.
     """
     for each in (density, *stages):
         check_density(each, "dgc")
@@ -126,15 +135,16 @@ def dgc(
     ball = partial(heavy_ball, momentum=momentum, nesterov=nesterov)
 
     @cache
-    def exchange(d: float) -> FeedbackTransform:
-        return feedback(topk(d, exact=exact), comm, momentum, nesterov=nesterov, mask=mask, parts=places.packed_slices)
+    def messages_of(d: float) -> FeedbackTransform:
+        how: Any = {"nesterov": nesterov, "mask": mask, "parts": places.packed_slices, "exchange": exchange}
+        return feedback(topk(d, exact=exact), comm, momentum, **how)
 
     def density_at(step: int) -> float:
         return stages[step * len(stages) // warmup] if step < warmup else density
 
     def init(weights: Vector) -> DgcState:
         require(weights.shape == (bucket.size,), f"dgc: weights of shape {weights.shape}: pass the bucket's vector")
-        sparse = exchange(density).init(pack_slices(weights, places.sparse))
+        sparse = messages_of(density).init(pack_slices(weights, places.sparse))
         decay = np.zeros_like(weights) if weight_decay else None
         return DgcState(sparse, np.zeros_like(pack_slices(weights, places.dense)), decay, 0, 0, ExchangeReport(), True)
 
@@ -153,7 +163,7 @@ def dgc(
             state = state._replace(report=state.report.add(asked))
             fine = all_ranks_true(comm, fine)
         else:
-            large, sparse = exchange(d).exchange(large, state.sparse, fine)
+            large, sparse = messages_of(d).exchange(large, state.sparse, fine)
             fine = sparse.skipped == state.sparse.skipped
             state = state._replace(sparse=sparse if fine else state.sparse._replace(report=sparse.report))
         if not fine:
@@ -173,23 +183,12 @@ def dgc(
         return step + more, state._replace(decay=decay)
 
     def flush_state(state: DgcState) -> tuple[Vector, DgcState]:
-        total, sparse = exchange(density).flush_state(state.sparse)
+        total, sparse = messages_of(density).flush_state(state.sparse)
         whole = np.zeros_like(total, shape=(bucket.size,))
         unpack_slices(total, whole, places.sparse)
         return whole, state._replace(sparse=sparse)
 
     return ResidualTransform.of(init, update, flush_state, bucket)
-
-
-def accumulate_all(
-    gradient: Vector, state: FeedbackState, momentum: float, nesterov: bool
-) -> tuple[Vector, FeedbackState]:
-    """u and v after this gradient; all of v is handed out, so that v is 0, and u is this rank's own as ever."""
-    velocity = state.momentum
-    if velocity is None:
-        return gradient + state.residual, state._replace(residual=np.zeros_like(gradient))
-    velocity, step = heavy_ball(gradient, velocity, momentum, nesterov)
-    return step + state.residual, state._replace(residual=np.zeros_like(gradient), momentum=velocity)
 
 
 def average_dense(
@@ -214,16 +213,6 @@ def decay_term(weights: Vector, rate: float, bucket: Bucket) -> Vector:
         if not slot.decay:
             pull[slot.offset : slot.offset + slot.length] = 0
     return pull
-
-
-def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bool) -> tuple[Vector, Vector]:
-    """The new velocity, and the step."""
-    factor = np.float32(momentum)
-    if nesterov:
-        velocity = factor * (velocity + gradient)
-        return velocity, velocity + gradient
-    velocity = factor * velocity + gradient
-    return velocity, velocity
 
 
 def pack_slices(vector: Vector, places: Sequence[slice]) -> Vector:

@@ -36,9 +36,18 @@ from hpccomm.algorithms.compression.format import (
     header_of,
 )
 from hpccomm.algorithms.exchange import exchange_unsent
+from hpccomm.algorithms.message_paths import ALLGATHER, AUTO, DENSE, EXCHANGES, NODE, PATHS, choose_path
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import GroupSize, LocalVector, Unsent
-from hpccomm.algorithms.transforms import ResidualTransform, Transform, Vector, check_alike, check_decay, require
+from hpccomm.algorithms.transforms import (
+    ResidualTransform,
+    Transform,
+    Vector,
+    check_alike,
+    check_choice,
+    check_decay,
+    require,
+)
 from hpccomm.collectives.compressed.messages import MessageGather
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
@@ -68,6 +77,10 @@ class FeedbackState(NamedTuple):
     """How many ranks exchange."""
     summed: bool
     """The step is the sum over the ranks, not the mean."""
+    path: int
+    """The position in EXCHANGES of the exchange of the last step."""
+    longest: int
+    """Bytes of the longest message of all ranks, without headers, when they were last gathered."""
 
     def messages(self) -> MessageReport:
         """The messages of the last step that was not skipped."""
@@ -78,7 +91,7 @@ class FeedbackState(NamedTuple):
             scale=max((each.scale for each in headers), default=0.0),
             residual_norm=norm_of(self.residual),
             skipped=self.skipped,
-            path="allgather" if self.steps else "",
+            path=EXCHANGES[self.path] if self.steps else "",
         )
 
 
@@ -101,6 +114,7 @@ def feedback(
     mask: bool = True,
     reduce: Literal["mean", "sum"] = "mean",
     parts: Sequence[slice] | None = None,
+    exchange: str = AUTO,
 ) -> FeedbackTransform:
     """Exchange gradients of shape (n,), float32, as messages of ``compressor``; the step is their mean, or sum.
 
@@ -109,6 +123,10 @@ def feedback(
     by default the vector is one part.  With a compressor of votes the step is the majority.  If the gradient of any
     rank, or its sum with what was not sent, is not finite, no rank steps, and only ``skipped`` changes in the state.
     Compressors that round at random draw other numbers on every rank.
+
+    ``exchange``: a path of :mod:`hpccomm.algorithms.message_paths`, ``"allgather"``, ``"node"``, ``"split"``,
+    ``"recursive_doubling"``, ``"ok_topk"`` or ``"dense"``.  ``"auto"`` adds inside nodes where several ranks of a node
+    exchange with other nodes, else gathers, and sends long vectors densely while their messages would take longer.
 
     Each rank sends its messages to all others, with 8 bytes for the length of each, and 16 bytes more, 32 with
     momentum; short messages are padded to a common length
@@ -125,7 +143,17 @@ def feedback(
     check_decay("feedback: momentum", momentum)
     require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
     require(not nesterov or momentum > 0, "feedback: nesterov needs momentum: pass one above 0")
-    sends = FeedbackExchange(compressor.contraction or compressor, comm, momentum, nesterov, mask, reduce, parts)
+    check_choice("feedback: exchange", exchange, EXCHANGES)
+    require(
+        exchange != NODE or hasattr(comm, "intra_node"),
+        "feedback: exchange is 'node', but this communicator does not know its nodes: pass hpccomm.Communicator(comm)",
+    )
+    require(
+        exchange != DENSE or compressor.agree is None,
+        f"feedback: exchange is 'dense', but {compressor.name} counts votes: pass 'allgather' or 'auto'",
+    )
+    shorter = compressor.contraction or compressor
+    sends = FeedbackExchange(shorter, comm, momentum, nesterov, mask, reduce, parts, exchange)
     made = FeedbackTransform(sends.init, sends.update)
     made.exchange, made.flush_state = sends.exchange, sends.flush
     return made
@@ -142,6 +170,7 @@ class FeedbackExchange:
     mask: bool
     reduce: str
     parts: Sequence[slice] | None
+    how: str = ALLGATHER
 
     def __post_init__(self) -> None:
         self.everyone = MessageGather(self.comm)
@@ -154,7 +183,7 @@ class FeedbackExchange:
         moved = np.zeros_like(zeros) if self.momentum else None
         summed = self.reduce == "sum"
         return FeedbackState(
-            zeros, np.zeros_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0, self.comm.size, summed
+            zeros, np.zeros_like(zeros), moved, headers, 0, 0, ExchangeReport(), 0, self.comm.size, summed, 0, 0
         )
 
     def slices_of(self, vector: Vector) -> Sequence[slice]:
@@ -175,13 +204,17 @@ class FeedbackExchange:
             fine, asked = check_agreement(self.comm, fine, self.compressor.name)  # before u and v are written in place
         else:
             fine = fine and kernels(gradient).all_finite(gradient)
+        path = self.choose(gradient, state)
+        if path == DENSE:
+            return self.send_all(gradient, state, fine, began, asked)
         messages = self.encode(gradient, state) if fine else None
+        if path != ALLGATHER:
+            return self.add_messages(path, messages, gradient, state, began, asked)
         self.everyone.set_room(state.room)
         received, nbytes = exchange_messages(self.everyone, messages)
         nbytes += asked
         if received is None:
-            cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
-            return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.add(cost))
+            return self.skip(gradient, state, began, nbytes)
         total = self.decode(received, gradient)
         cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
         residual, spare = (state.residual, state.spare) if self.momentum else (state.spare, state.residual)
@@ -192,8 +225,75 @@ class FeedbackExchange:
             steps=state.steps + 1,
             report=state.report.add(cost),
             room=self.everyone.room,
+            path=EXCHANGES.index(ALLGATHER),
+            longest=max(sum(each.size - HEADER_BYTES for each in mine) for mine in received),
         )
         return total, after
+
+    def choose(self, gradient: Vector, state: FeedbackState) -> str:
+        """The path of this step, the same on all ranks."""
+        if self.comm.size == 1 or not isinstance(gradient, np.ndarray):
+            return ALLGATHER
+        if self.how != AUTO:
+            return self.how
+        if self.compressor.agree is not None:
+            return ALLGATHER
+        return choose_path(self.comm, gradient.size, state.longest // 8, state.steps)
+
+    def skip(self, gradient: Vector, state: FeedbackState, began: float, nbytes: int) -> tuple[Vector, FeedbackState]:
+        """A step of zero."""
+        cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
+        return np.zeros_like(gradient), state._replace(skipped=state.skipped + 1, report=state.report.add(cost))
+
+    def add_messages(
+        self,
+        path: str,
+        messages: list[Message] | None,
+        gradient: Vector,
+        state: FeedbackState,
+        began: float,
+        asked: int,
+    ) -> tuple[Vector, FeedbackState]:
+        """Add the decoded messages of all ranks along a path."""
+        fine, more = check_agreement(self.comm, messages is not None, self.compressor.name)
+        if not fine or messages is None:
+            return self.skip(gradient, state, began, asked + more)
+        own = np.zeros_like(gradient)
+        for message, part in zip(messages, self.slices_of(gradient), strict=True):
+            self.compressor.decode_all([message], own[part])
+        headers = [header_of(each) for each in messages]
+        largest_k = agree_on_most(self.comm, sum(each.elements for each in headers)) if path == "ok_topk" else 0
+        found = PATHS[path](self.comm, own, largest_k)
+        for part in self.slices_of(gradient):
+            if self.reduce == "mean" or self.compressor.agree is not None:
+                self.compressor.conclude(found.total[part], self.comm.size)
+        residual, spare = (state.residual, state.spare) if self.momentum else (state.spare, state.residual)
+        if found.returned is not None:
+            residual[found.returned[0]] += found.returned[1]
+        cost = ExchangeReport(1, time.perf_counter() - began, asked + more + found.bytes_sent)
+        after = state._replace(
+            residual=residual,
+            spare=spare,
+            headers=np.stack([each[:HEADER_BYTES] for each in messages]),
+            steps=state.steps + 1,
+            report=state.report.add(cost),
+            path=EXCHANGES.index(path),
+        )
+        return found.total, after
+
+    def send_all(
+        self, gradient: Vector, state: FeedbackState, fine: bool, began: float, asked: int
+    ) -> tuple[Vector, FeedbackState]:
+        """Gradient and residual in an ordinary allreduce; nothing waits afterwards."""
+        if not self.momentum:
+            fine, asked = check_agreement(self.comm, fine, self.compressor.name)
+        if not fine:
+            return self.skip(gradient, state, began, asked)
+        whole, after = accumulate_all(gradient, state, self.momentum, self.nesterov)
+        total, cost = exchange_unsent(self.comm, whole, self.reduce)
+        cost = ExchangeReport(1, time.perf_counter() - began, cost.wire_bytes + asked)
+        path = EXCHANGES.index(DENSE)
+        return total, after._replace(steps=state.steps + 1, report=state.report.add(cost), path=path)
 
     def decode(self, received: list[list[Message]], like: Vector) -> Vector:
         """The mean or sum of the messages of all ranks."""
@@ -296,6 +396,34 @@ def without_feedback(
 NEVER_OVERFLOWS, LARGEST_SUM = 1e20, 3e38
 """Gradients up to the first do not add up to more than float32 holds in any run; sums are refused from the second."""
 TOO_LONG = "split them into buckets below 2**31"
+
+
+def accumulate_all(
+    gradient: Vector, state: FeedbackState, momentum: float, nesterov: bool
+) -> tuple[Vector, FeedbackState]:
+    """u and v after this gradient; all of v is handed out, so that v is 0, and u is this rank's own as ever."""
+    nothing, velocity = np.zeros_like(gradient), state.momentum
+    if velocity is None:
+        return gradient + state.residual, state._replace(residual=nothing)
+    velocity, step = heavy_ball(gradient, velocity, momentum, nesterov)
+    return step + state.residual, state._replace(residual=nothing, momentum=velocity)
+
+
+def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bool) -> tuple[Vector, Vector]:
+    """The new velocity, and the step."""
+    factor = np.float32(momentum)
+    if nesterov:
+        velocity = factor * (velocity + gradient)
+        return velocity, velocity + gradient
+    velocity = factor * velocity + gradient
+    return velocity, velocity
+
+
+def agree_on_most(comm: MPI.Intracomm, count: int) -> int:
+    """The largest count of all ranks, at least 1 (collective)."""
+    counts = np.empty(comm.size, np.int64)
+    comm.Allgather(np.array([count], np.int64), counts)
+    return max(1, int(counts.max()))
 
 
 def largest(vector: Any) -> float:

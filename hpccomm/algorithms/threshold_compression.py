@@ -33,9 +33,11 @@ def gtc(
     density: float | None = None,
     reduce: Literal["mean", "sum"] = "mean",
     code: Literal["words", "rice"] = "words",
+    exchange: str = "auto",
 ) -> Transform:
     """Exchange the elements that reach ``tau``; ``density`` instead sets the fraction of the elements sent in a step.
 
-    ``tau="auto"`` keeps between 0.01 % and 1 % of the elements on the wire.  Gradients of shape (n,), float32.
+    ``exchange`` as in :func:`~hpccomm.feedback`.  ``tau="auto"`` keeps between 0.01 % and 1 % of the elements on the
+    wire.  Gradients of shape (n,), float32.
     """
-    return feedback(threshold(tau, density=density, code=code), comm, reduce=reduce)
+    return feedback(threshold(tau, density=density, code=code), comm, reduce=reduce, exchange=exchange)

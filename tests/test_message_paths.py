@@ -1,0 +1,193 @@
+"""The paths of compressed messages: the same bits on all ranks, nothing lost, dense where that is cheaper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import hpccomm
+from hpccomm.algorithms import message_paths
+from hpccomm.algorithms.message_paths import EXCHANGES, choose_path
+from hpccomm.algorithms.transforms import Transform, flush
+from hpccomm.errors import ArgumentError
+from hpccomm.layout import ETHERNET
+from hpccomm.testing import run_on_ranks
+
+F32 = np.float32
+NODES = [[0], [0, 0, 0], [0, 1, 2], [0, 0, 1, 1], [0, 1, 0, 1, 0], [0, 0, 0, 1]]
+METHODS: dict[str, Callable[[Any, str], Transform]] = {
+    "gtc": lambda comm, path: hpccomm.gtc(comm, 0.5, exchange=path),
+    "gtc, sum": lambda comm, path: hpccomm.gtc(comm, 0.5, reduce="sum", exchange=path),
+    "topk": lambda comm, path: hpccomm.feedback(hpccomm.topk(0.1), comm, exchange=path),
+    "parts": lambda comm, path: hpccomm.feedback(
+        hpccomm.topk(0.1), comm, parts=[slice(0, 100), slice(100, 300)], exchange=path
+    ),
+    "qsgd": lambda comm, path: hpccomm.feedback(hpccomm.qsgd(), comm, exchange=path),
+    "onebit": lambda comm, path: hpccomm.feedback(hpccomm.onebit(), comm, exchange=path),
+}
+
+
+def gradient_of(n: int, rank: int, number: int) -> Any:
+    """Halves, so that sums of thresholds are exact."""
+    return np.random.default_rng([n, rank, number]).integers(-4, 5, n).astype(F32) / 2
+
+
+def run(comm: Any, name: str, path: str, n: int = 300, steps: int = 5) -> tuple[list[Any], Any]:
+    method, weights = METHODS[name](comm, path), np.zeros(n, F32)
+    state, found = method.init(weights), []
+    for number in range(steps):
+        step, state = method.update(gradient_of(n, comm.rank, number), state, weights)
+        found.append(step)
+    found.append(flush(method, state, weights)[0])
+    return found, state
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("path", EXCHANGES)
+@pytest.mark.parametrize("nodes", NODES, ids=str)
+def test_paths_apply_all_gradients_and_ranks_step_alike(name: str, path: str, nodes: list[int]) -> None:
+    def body(comm: Any) -> Any:
+        found, state = run(comm, name, path)
+        wanted, _ = run(comm, name, "allgather")
+        if path not in ("dense", "ok_topk"):
+            for step, other in zip(found, wanted, strict=True):
+                np.testing.assert_allclose(step, other, atol=1e-5)
+        if comm.size > 1:
+            has_nodes = 1 < len(set(nodes)) < len(nodes)
+            expected = path if path != "auto" else "node" if has_nodes else "allgather"
+            assert hpccomm.report(state).messages.path == expected
+        return [step.tobytes() for step in found], sum(step.astype("f8") for step in found)
+
+    found = run_on_ranks(len(nodes), body, nodes=nodes)
+    assert all(each[0] == found[0][0] for each in found)
+    given = sum(gradient_of(300, rank, number).astype("f8") for rank in range(len(nodes)) for number in range(5))
+    np.testing.assert_allclose(found[0][1], given / (1 if "sum" in name else len(nodes)), atol=1e-4)
+
+
+@pytest.mark.parametrize("path", EXCHANGES)
+@pytest.mark.parametrize("n", [0, 1, 5])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_short_and_still_vectors_take_every_path(path: str, n: int, momentum: float) -> None:
+    def body(comm: Any) -> None:
+        method, weights = hpccomm.feedback(hpccomm.topk(0.5), comm, momentum, exchange=path), np.zeros(n, F32)
+        state = method.init(weights)
+        for gradient in (np.zeros(n, F32), np.ones(n, F32)):
+            step, state = method.update(gradient, state, weights)
+            assert step.shape == (n,)
+        assert step.any() == (n > 0)
+
+    run_on_ranks(4, body, nodes=[0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("path", EXCHANGES)
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_every_path_skips_a_gradient_that_is_not_finite(path: str, momentum: float, bad: float) -> None:
+    def body(comm: Any) -> None:
+        method, weights = hpccomm.feedback(hpccomm.topk(0.5), comm, momentum, exchange=path), np.zeros(6, F32)
+        _, state = method.update(gradient_of(6, comm.rank, 0), method.init(weights), weights)
+        kept = hpccomm.snapshot(state)
+        gradient = np.full(6, bad if comm.rank == 2 else 1, F32)
+        step, state = method.update(gradient, state, weights)
+        assert not step.any()
+        assert state.skipped == 1
+        assert np.array_equal(state.residual, kept.residual)
+
+    run_on_ranks(4, body, nodes=[0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("path", EXCHANGES)
+def test_ranks_with_different_compressors_are_named_on_every_path(path: str) -> None:
+    def body(comm: Any) -> None:
+        made = hpccomm.threshold(0.5) if comm.rank else hpccomm.topk(0.5)
+        method, weights = hpccomm.feedback(made, comm, exchange=path), np.zeros(8, F32)
+        with pytest.raises(ArgumentError, match="different compressors"):
+            method.update(np.ones(8, F32), method.init(weights), weights)
+
+    run_on_ranks(2, body)
+
+
+@pytest.mark.parametrize("path", EXCHANGES)
+def test_dgc_takes_every_path(path: str) -> None:
+    bucket = hpccomm.Bucket({"w": (20, 20), "bias": (4,)})
+
+    def body(comm: Any) -> Any:
+        method = hpccomm.dgc(comm, bucket, 0.05, smallest=1, mask=False, exchange=path)
+        weights = np.zeros(bucket.size, F32)
+        state, total = method.init(weights), 0.0
+        for number in range(4):
+            step, state = method.update(gradient_of(bucket.size, comm.rank, number), state, weights)
+            total = total + step.astype("f8")
+        return total + flush(method, state, weights)[0]
+
+    found = run_on_ranks(4, body, nodes=[0, 0, 1, 1])
+    velocity, wanted = 0.0, 0.0
+    for number in range(4):
+        velocity = 0.9 * velocity + sum(gradient_of(bucket.size, rank, number) for rank in range(4)) / 4
+        wanted = wanted + velocity
+    assert all(np.array_equal(each, found[0]) for each in found)
+    np.testing.assert_allclose(found[0], wanted, atol=1e-4)
+
+
+def test_a_run_continues_from_its_state_on_the_node_path() -> None:
+    def body(comm: Any) -> None:
+        method, weights = METHODS["topk"](comm, "auto"), np.zeros(50, F32)
+        state = method.init(weights)
+        for number in range(3):
+            _, state = method.update(gradient_of(50, comm.rank, number), state, weights)
+        again = hpccomm.load_state_dict(method.init(weights), hpccomm.state_dict(state))
+        steps = [method.update(gradient_of(50, comm.rank, 3), each, weights)[0] for each in (state, again)]
+        assert np.array_equal(*steps)
+
+    run_on_ranks(4, body, nodes=[0, 1, 0, 1])
+
+
+# Dense where that is cheaper
+
+
+@pytest.mark.parametrize(("density", "ranks", "dense"), [(0.001, 8, False), (0.001, 4000, True), (0.3, 8, True)])
+def test_long_vectors_are_sent_densely_where_their_messages_would_take_longer(
+    density: float, ranks: int, dense: bool
+) -> None:
+    class Comm:
+        size, link = ranks, ETHERNET
+
+    n = 25_000_000
+    assert (choose_path(Comm(), n, round(density * n), 5) == "dense") == dense
+    assert choose_path(Comm(), n, round(density * n), message_paths.TRY_AGAIN) == "allgather"
+    assert choose_path(Comm(), n, 0, 5) == "allgather"
+
+
+def test_a_compressor_that_sends_most_elements_becomes_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_paths, "LONG", 100)
+
+    def body(comm: Any) -> None:
+        method, weights = hpccomm.feedback(hpccomm.topk(0.9), comm), np.zeros(30_000, F32)
+        state, paths = method.init(weights), []
+        for number in range(3):
+            _, state = method.update(gradient_of(30_000, comm.rank, number), state, weights)
+            paths.append(hpccomm.report(state).messages.path)
+        assert paths == ["allgather", "dense", "dense"]
+        assert not state.residual.any()
+
+    run_on_ranks(5, body)
+
+
+MISTAKES: list[tuple[Callable[[], Any], str]] = [
+    (
+        lambda: hpccomm.gtc(MPI.COMM_SELF, exchange="ring"),
+        "exchange is 'ring': pass one of 'auto', 'allgather'",
+    ),
+    (lambda: hpccomm.gtc(MPI.COMM_SELF, exchange="node"), "does not know its nodes"),
+    (lambda: hpccomm.feedback(hpccomm.sign_majority(), MPI.COMM_SELF, exchange="dense"), "counts votes"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), MISTAKES)
+def test_paths_that_cannot_be_taken_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make()

@@ -1,0 +1,94 @@
+"""The sdist holds the repository, the wheel the package, and the recipes name what setup.cfg names."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hpccomm
+
+ROOT = Path(__file__).parent.parent
+PACKAGING = ROOT / "packaging"
+
+
+def list_files(*paths: str) -> set[str]:
+    """The files that git knows, less the two links at the root."""
+    done = subprocess.run(["git", "ls-files", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("this is no clone")
+    return {line for line in done.stdout.splitlines() if not (ROOT / line).is_symlink() and (ROOT / line).is_file()}
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist and the wheel, built from a copy of what git knows."""
+    pytest.importorskip("setuptools")
+    folder, copy = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("copy")
+    for name in list_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    return build("sdist", folder, copy), build("wheel", folder, copy)
+
+
+def build(kind: str, folder: Path, source: Path) -> Path:
+    """One distribution."""
+    code = f"import sys; from setuptools import build_meta as b; print('built', b.build_{kind}(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.rsplit("built", 1)[1].strip()
+
+
+def test_the_sdist_holds_every_file_of_the_repository(distributions: tuple[Path, Path]) -> None:
+    with tarfile.open(distributions[0]) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert not sorted(list_files() - inside)
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(distributions: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(distributions[1]) as archive:
+        inside = set(archive.namelist())
+    wanted = {name for name in list_files("hpccomm") if name.endswith((".py", ".pyi", ".typed", ".cu", ".json"))}
+    assert not sorted(wanted - inside)
+    assert {name.partition("/")[0] for name in inside} == {"hpccomm", f"hpccomm-{hpccomm.__version__}.dist-info"}
+
+
+def requirements() -> dict[str, str]:
+    """The packages that setup.cfg requires, each with its least version."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = [line.partition(";")[0] for line in config["options"]["install_requires"].splitlines()]
+    found = [re.match(r"\s*([\w-]+) *>= *([\d.]+)", line) for line in lines if line.strip() and "#" not in line]
+    return {match[1]: match[2] for match in found if match}
+
+
+def test_the_recipes_name_the_version_and_the_requirements() -> None:
+    spack, conda = (PACKAGING / "spack/package.py").read_text(), (PACKAGING / "conda/meta.yaml").read_text()
+    assert f'version("{hpccomm.__version__}"' in spack
+    assert f'version = "{hpccomm.__version__}"' in conda
+    assert f"version: {hpccomm.__version__}" in (ROOT / "CITATION.cff").read_text()
+    assert set(requirements()) == {"mpi4py", "numpy", "numba"}
+    for name, least in requirements().items():
+        assert f'"py-{name}@{least}:"' in spack
+        assert f"- {name} >={least}" in conda
+    assert 'depends_on("python@3.10:"' in spack
+    assert "- python >=3.10" in conda
+
+
+def test_the_spack_package_is_python() -> None:
+    compile((PACKAGING / "spack/package.py").read_text(), "package.py", "exec")
+
+
+def test_the_extras_that_recipes_install_exist() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for file in (PACKAGING / "apptainer/hpccomm.def", ROOT / "README.md", ROOT / "docs/index.md"):
+        for extras in re.findall(r"(?:hpccomm|source)\[([\w,]+)\]", file.read_text()):
+            assert set(extras.split(",")) <= set(config["options.extras_require"]), file
