@@ -44,18 +44,27 @@ def roots_of(collective: str, p: int) -> set[int]:
     return {0, p - 1} if collective in ROOTED_COLLECTIVES else {0}
 
 
+def count_to_five_million() -> float:
+    """Seconds of this process, which other processes on the same core and cache lengthen."""
+    began, total = time.process_time(), 0
+    for k in range(5_000_000):
+        total += k
+    return time.process_time() - began
+
+
 # --- what runs is right ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow(0)
 def test_the_records_of_every_schedule_of_1_to_64_ranks_are_right_within_20_seconds() -> None:
-    """A quiet machine takes about half as long; it is the time of this process, not of the clock."""
+    """Of the time of this process, on a machine that counts to five million in 0.15 s; a busy one takes longer."""
+    busy = max(1.0, count_to_five_million() / 0.15)
     began = time.process_time()
     for collective, name in EVERY:
         for p in range(1, 65):
             for root in roots_of(collective, p) if p < 17 else {p // 2 if collective in ROOTED_COLLECTIVES else 0}:
                 assert (check_algorithm(name, collective, p, root) > 0) == (p > 1 or collective in REDUCING_COLLECTIVES)
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 20 * max(busy, count_to_five_million() / 0.15)
 
 
 @pytest.mark.parametrize("placement", LAYOUTS)

@@ -96,6 +96,11 @@ class Segment(NamedTuple):
 
     def messages(self, first: int, end: int, most: int) -> list[Interval]:
         """The same in messages of at most ``most`` bytes."""
+        count = len(self.cuts) - 1
+        if self.of == 1 and first % count + end - first <= count:  # most steps: one interval, and short enough
+            lo, hi = self.cuts[first % count], self.cuts[first % count + end - first]
+            if hi - lo <= most:
+                return [(lo, hi)] if lo < hi else []
         found = self.intervals(first, end)
         if all(hi - lo <= most for lo, hi in found):
             return found
