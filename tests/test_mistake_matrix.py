@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -74,9 +75,7 @@ def run_job(folder: Path, numbers: list[int]) -> dict[int, Outcome]:
 
 def is_named(said: str) -> bool:
     """Whether a text names the odd rank."""
-    return any(
-        each in said for each in ("rank 1 ", "rank 1:", "ranks 0, 1", "ranks 1, 2", "missing: rank 1", "rank 1\n")
-    )
+    return bool(re.search(r"\brank 1\b|\branks (\d+, )*1\b", said))
 
 
 def judge(number: int, outcome: Outcome) -> str:
