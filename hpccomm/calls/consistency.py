@@ -171,6 +171,10 @@ class ConsistencyTable:
         self.compare_entries()
         self.abandon()
 
+    def miss_call(self) -> None:
+        """Count a call that other members have entered, and that has failed because this one made another."""
+        self._words[self._base + STATUS] = -(self._seq + 1)
+
     def compare_entries(self) -> None:
         """Raise if a rank that has entered this call, too, called something else."""
         words, seq = self._words, self._seq
