@@ -27,7 +27,7 @@ from mpi4py import MPI
 from hpccomm.calls.consistency import FLUSH_SECONDS, log_line
 from hpccomm.calls.entry import COLLECTIVES, Doors
 from hpccomm.calls.fingerprint import Fingerprint
-from hpccomm.context import Arrival, create_private_comm
+from hpccomm.context import Arrival, await_quietly, create_private_comm
 from hpccomm.errors import HpccommError, TransportError
 
 DRIVE_SECONDS = 5e-4
@@ -170,7 +170,7 @@ class Queue:
         return self.comm._context.consistency if self.comm._context else None
 
     def _find_channel(self, call: Call) -> Any:
-        """The channel, as soon as all ranks of the node have issued this call, which until then costs no core.
+        """The channel, as soon as all ranks have issued this call, which until then costs no core.
 
         The first call makes it, and before it the communicator's context (collective).
         """
@@ -191,6 +191,8 @@ class Queue:
             atexit.register(complete_all)  # runs before the tables tell the other ranks that this rank has left
         if self._channel.algorithm != self.comm.algorithm:
             self._channel.algorithm = self.comm.algorithm
+        if self._channel.layout.count > 1:
+            await_quietly(self._channel.private_comm.Ibarrier())
         return self._channel
 
     def close(self) -> None:
