@@ -41,6 +41,7 @@ _MODULES = {
     "algorithms.checkpoints": "load load_state_dict save state_dict",
     "algorithms.reports": "report",
     "algorithms.states": "for_ranks snapshot",
+    "jax.gradients": "optax",
 }
 """Where the public names are defined, module by module."""
 

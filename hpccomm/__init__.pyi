@@ -71,4 +71,5 @@ from hpccomm.functional import allgather as allgather
 from hpccomm.functional import allreduce as allreduce
 from hpccomm.functional import broadcast as broadcast
 from hpccomm.functional import reduce_scatter as reduce_scatter
+from hpccomm.jax.gradients import optax as optax
 from hpccomm.layout import Layout as Layout

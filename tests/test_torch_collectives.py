@@ -48,10 +48,10 @@ def finish(work: Any, asynchronous: bool) -> None:
         assert work.is_success()
 
 
-def expected_reduction(op: Any, dtype: Any, tensors: list[Any]) -> Any:
+def fold(op: Any, dtype: Any, tensors: list[Any]) -> Any:
     """What every rank should have: 16-bit floats are added in float32 and rounded once."""
     if op == Op.AVG and dtype in COMPLEX:  # real and imaginary parts are divided each for itself
-        return torch.view_as_complex(expected_reduction(op, None, [torch.view_as_real(each) for each in tensors]))
+        return torch.view_as_complex(fold(op, None, [torch.view_as_real(each) for each in tensors]))
     if op == Op.AVG and dtype is None:
         return reduce(torch.add, tensors) / len(tensors)
     if op == Op.AVG:
@@ -74,7 +74,7 @@ def test_all_reductions_are_exact(op: Any, dtype: Any, asynchronous: bool) -> No
     rank, size = dist.get_rank(), dist.get_world_size()
     for shape in SHAPES:
         x = numbers(rank, shape, dtype)
-        total = expected_reduction(op, dtype, [numbers(r, shape, dtype) for r in range(size)])
+        total = fold(op, dtype, [numbers(r, shape, dtype) for r in range(size)])
         finish(dist.all_reduce(x, op, async_op=asynchronous), asynchronous)
         assert same(x, total)
         root = size - 1
@@ -84,11 +84,11 @@ def test_all_reductions_are_exact(op: Any, dtype: Any, asynchronous: bool) -> No
         parts = [numbers(rank + q, shape, dtype) for q in range(size)]
         mine = torch.empty(shape, dtype=dtype)
         finish(dist.reduce_scatter(mine, parts, op, async_op=asynchronous), asynchronous)
-        assert same(mine, expected_reduction(op, dtype, [numbers(rank + q, shape, dtype) for q in range(size)]))
+        assert same(mine, fold(op, dtype, [numbers(rank + q, shape, dtype) for q in range(size)]))
         if shape:
             row, mine = torch.cat(parts), torch.empty(shape, dtype=dtype)
             finish(dist.reduce_scatter_tensor(mine, row, op, async_op=asynchronous), asynchronous)
-            assert same(mine, expected_reduction(op, dtype, [numbers(rank + q, shape, dtype) for q in range(size)]))
+            assert same(mine, fold(op, dtype, [numbers(rank + q, shape, dtype) for q in range(size)]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)

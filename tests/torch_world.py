@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+import hpccomm
 
 torch = pytest.importorskip("torch")
 dist: Any = pytest.importorskip("torch.distributed")
@@ -51,3 +54,15 @@ def same(x: Any, y: Any) -> bool:
     return bytes(x.contiguous().reshape(-1).view(torch.uint8).numpy()) == bytes(
         y.contiguous().reshape(-1).view(torch.uint8).numpy()
     )
+
+
+@pytest.fixture(scope="session")
+def entry_point(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a program in which ``import torch`` finds the backend, whatever is installed."""
+    folder = tmp_path_factory.mktemp("installed")
+    info = folder / "hpccomm_of_this_test-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hpccomm-of-this-test\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nhpccomm = hpccomm.torch.plugin:register\n")
+    paths = [str(Path(hpccomm.__file__).parent.parent), str(folder), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from hpccomm.backends.interpreter import CompiledSchedule
 from hpccomm.calls.buffers import address_of
-from hpccomm.collectives.engine import Action, BoundSchedule, Combine, Transport, Vector, bind_program
-from hpccomm.collectives.records import SOURCE, Meeting, Program
+from hpccomm.collectives.engine import Action, BoundSchedule, Combine, Vector, bind_program
+from hpccomm.collectives.records import Meeting, Program
+from hpccomm.kernels import objects
+from hpccomm.kernels.interpreter.records import SOURCE
+from hpccomm.kernels.reductions.reference import code_of, has_kernel
+from hpccomm.transports.mpi import MessageTransport, message_functions
 
 IDLE_SECONDS = 2e-3
 """Seconds for which a rank without pending messages waits in shared memory before it drives MPI."""
@@ -28,6 +33,11 @@ class Reduction(NamedTuple):
     op: str
     """The operation's name."""
 
+    @property
+    def fold(self) -> int:
+        """The address of its kernel; 0 if it has none."""
+        return objects.fold(self.op, code_of(self.kind)) if has_kernel(self.op, self.kind) else 0
+
 
 class Schedules:
     """Binds records; ``memory`` is shared by the ranks of this node, ``None`` where node steps are messages.
@@ -35,7 +45,7 @@ class Schedules:
     ``memory.stall_handler`` must drive messages while ranks of the node are missing.
     """
 
-    def __init__(self, memory: Any, transport: Transport) -> None:
+    def __init__(self, memory: Any, transport: MessageTransport) -> None:
         self.memory, self.transport = memory, transport
 
     def serves(self, op: str | None, kind: str) -> bool:
@@ -44,14 +54,24 @@ class Schedules:
 
     def bind(
         self, program: Program, vector: Vector, source: Vector | None, reduction: Reduction | None, digest: int
-    ) -> BoundSchedule:
+    ) -> BoundSchedule | CompiledSchedule:
         """Bind a program to a vector and the operand of a reduction, where it is not in the vector.
 
         ``digest`` is that of the call's fingerprint.
         """
-        meetings = NodeSteps(self.memory, self.transport.rank, vector, source, reduction, digest)
+        node_steps = NodeSteps(self.memory, self.transport.rank, vector, source, reduction, digest)
         combine = reduction.combine if reduction else None
-        return bind_program(program, vector, source, self.transport, combine, digest, meetings.bind)
+        if not self.runs_compiled(program):
+            return bind_program(program, vector, source, self.transport, combine, digest, node_steps.bind)
+        meetings = [node_steps.bind(meeting) for meeting in program.meetings]
+        fold = reduction.fold if reduction else 0
+        return CompiledSchedule(program, vector, source, self.transport, digest, fold, combine, meetings)
+
+    def runs_compiled(self, program: Program) -> bool:
+        """Whether there is compiled code for everything in a program; each rank may answer for itself."""
+        if program.meetings and not self.memory.compiled:
+            return False
+        return bool(message_functions()) and objects.complete()
 
 
 class NodeSteps(NamedTuple):

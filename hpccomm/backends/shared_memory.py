@@ -54,7 +54,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.errors import MismatchError, TransportError
+from hpccomm.errors import HpccommError, MismatchError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.kernels.entry.records import ALLOCATION_RECORD, CHECK_MASK, CHECK_PRIME, COUNT_CHECK, TABLES
 from hpccomm.kernels.reductions.reference import code_of, has_kernel, itemsize
@@ -93,6 +93,10 @@ class SharedMemory:
         self.rank, self.size = node.Get_rank(), node.Get_size()
         self.stall_handler: StallHandler | None = None
         self.mismatch: Callable[[list[int]], Exception] = fingerprint_mismatch
+        self.give_reason: Callable[[BaseException], None] = lambda error: None
+        """Tells the other ranks why this rank leaves a call half done."""
+        self.find_reason: Callable[[int], str] = lambda rank: ""
+        """Why a rank of this node has left a call half done, if it has told."""
         self._node, self.patience_ns = node, patience_ns
         self._compiled = agree_on_code(node, code)
         self._slot = slot_bytes(self.size)
@@ -231,6 +235,11 @@ class SharedMemory:
         if allocation.result is None:
             allocation.result = SharedSegment(self._node, allocation.stride)
         return allocation.result, address - allocation.mine
+
+    def allocation_number(self, address: int, nbytes: int) -> int:
+        """The number of the allocation that contains this rank's bytes from an address on; 0 if there is none."""
+        allocation = self._allocation((address, nbytes))
+        return allocation.number if allocation else 0
 
     def _allocation(self, *ranges: tuple[int, int]) -> Allocation | None:
         """The allocation whose copy of this rank contains all these ranges (address, bytes)."""
@@ -522,10 +531,11 @@ class SharedMemory:
         if code == kernels.STUCK:
             raise self._stuck_error()
 
-    def handle_exception(self, call: npt.NDArray[Any]) -> None:
+    def handle_exception(self, call: npt.NDArray[Any], error: BaseException) -> None:
         """Handle an exception, such as Ctrl-C, in a call; if a rank was still missing, no rank can continue."""
         if call["waiting"]:
             call["waiting"] = 0
+            self.give_reason(error)
             self.abandon()
 
     def abandon(self) -> None:
@@ -534,8 +544,11 @@ class SharedMemory:
         if not memory.load(flag):
             memory.store(flag, 1 + self.rank)
 
-    def _stuck_error(self) -> TransportError:
+    def _stuck_error(self) -> HpccommError:
         culprit = memory.load(self._segment.address + kernels.ABANDONED) - 1
+        reason = self.find_reason(culprit)
+        if reason:
+            return MismatchError(f"{reason}; after it free the communicator and make a new one")
         return TransportError(
             f"rank {self.rank}: local rank {culprit} left a collective half done after an error, so this shared memory "
             "is out of step: free the communicator and make a new one"
@@ -593,16 +606,16 @@ class SharedCall:
             code = self.kernel(self.address)
             if code:
                 self.memory.resolve(code, self)
-        except BaseException:
-            self.memory.handle_exception(self.call)
+        except BaseException as error:
+            self.memory.handle_exception(self.call, error)
             raise
 
     def resume(self, code: int) -> None:
         """Continue the call after its kernel has returned a code."""
         try:
             self.memory.resolve(code, self)
-        except BaseException:
-            self.memory.handle_exception(self.call)
+        except BaseException as error:
+            self.memory.handle_exception(self.call, error)
             raise
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from hpccomm.backends.interpreter import CompiledSchedule
 from hpccomm.backends.schedules import Reduction
 from hpccomm.calls import operations
 from hpccomm.collectives import ALGORITHMS
@@ -230,20 +231,22 @@ class Rounds:
             return lambda: np.copyto(a, b)
         return self.intra_node_call(what, nbytes)
 
-    def rounds(self, task: Task, nbytes: int, count: int) -> BoundSchedule:
+    def rounds(self, task: Task, nbytes: int, count: int) -> BoundSchedule | CompiledSchedule:
         """Rounds of a flat schedule."""
         return self.bind(self.pattern(task, count).steps(self.comm.rank, self.comm.size), 2 * nbytes, 2, Pipeline())
 
     def bind(
         self, steps: Iterable[Step | NodeStep], nbytes: int, blocks: int, how: Pipeline, reads_source: bool = False
-    ) -> BoundSchedule:
+    ) -> BoundSchedule | CompiledSchedule:
         """Steps on a vector of zeros; the operand of a first reduction inside a node may be in another vector."""
         vector, source = zeros(nbytes), zeros(nbytes)
         self.buffers += [vector, source]
         layout = Layout(vector.size, ITEM, blocks)
         program = lower(steps, self.comm.rank, layout, how, reads_source, due=(0, 0))
         reduction = Reduction(self.combine, "float32", "sum")
-        made: BoundSchedule = self.comm.context.schedules.bind(program, vector, source, reduction, WORD)
+        made: BoundSchedule | CompiledSchedule = self.comm.context.schedules.bind(
+            program, vector, source, reduction, WORD
+        )
         return made
 
     def pattern(self, task: Task, count: int) -> Algorithm:
@@ -264,12 +267,12 @@ class Rounds:
 
         return Algorithm(steps, lambda p: 2)
 
-    def channel_rounds(self, task: Task, nbytes: int, count: int) -> BoundSchedule:
+    def channel_rounds(self, task: Task, nbytes: int, count: int) -> BoundSchedule | CompiledSchedule:
         """Rounds between the nodes on all channels, each with several concurrent messages."""
         steps = channel_steps(self.pattern(task, count).steps, self.comm.rank, self.channels)
         return self.bind(steps, 2 * nbytes, 2, Pipeline(pending=MANY, message_bytes=MESSAGE_BYTES))
 
-    def short_call(self, task: Task, nbytes: int, count: int) -> BoundSchedule:
+    def short_call(self, task: Task, nbytes: int, count: int) -> BoundSchedule | CompiledSchedule:
         """A call for a short vector with ``count`` rounds between the nodes."""
         channels = channels_of(self.comm.layout.nodes, 1)
         steps = channel_steps(self.pattern(task, count).steps, self.comm.rank, channels)

@@ -9,7 +9,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm.errors import ArgumentError
-from hpccomm.kernels.reductions.reference import UFUNCS
+from hpccomm.kernels.reductions.reference import UFUNCS, code_of, reduce, storage
 
 NUMBERS, ORDERED, LOGICAL, BITS, PAIR = "iufc", "iuf", "iub", "iu", "V"
 
@@ -119,9 +119,12 @@ def check_defined(op: MPI.Op, dtype: np.dtype[Any], who: str, pair: str = "") ->
         raise ArgumentError(f"{who}: MPI does not define {known.name} for {pair or dtype}: {remedy}")
 
 
-def combiner(op: MPI.Op) -> Callable[[Any, Any, Any], Any]:
-    """The function ``combine(lower, upper, out)`` of the engine."""
+def combiner(op: MPI.Op, kind: str = "") -> Callable[[Any, Any, Any], Any]:
+    """The function ``combine(lower, upper, out)`` of the engine; ``kind`` names 16-bit floats, added in float32."""
     known = PREDEFINED.get(op.handle)
+    if kind in ("float16", "bfloat16"):
+        name, stored = name_of(op), storage(code_of(kind))
+        return lambda lower, upper, out: reduce(name, kind, [lower.view(stored), upper.view(stored)], out.view(stored))
     if known and known.ufunc in (np.minimum, np.maximum):  # the result must be passed as out=
         return lambda lower, upper, out: known.ufunc(lower, upper, out=out)
     if known:

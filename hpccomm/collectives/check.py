@@ -20,20 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from hpccomm.collectives.lower import Layout, Pipeline, lower
-from hpccomm.collectives.records import (
-    COPY,
-    KINDS,
-    NODE,
-    RECEIVE,
-    REDUCE,
-    SEND,
-    SOURCE,
-    SPARE,
-    VECTOR,
-    WAIT,
-    Meeting,
-    Program,
-)
+from hpccomm.collectives.records import KINDS, Meeting, Program
 from hpccomm.collectives.schedule import Algorithm, NodeStep, Step, without_node_steps
 from hpccomm.collectives.verify import (
     BLOCK_IS_RANK,
@@ -45,6 +32,7 @@ from hpccomm.collectives.verify import (
     tabulate,
 )
 from hpccomm.errors import ScheduleError
+from hpccomm.kernels.interpreter.records import COPY, NODE, RECEIVE, REDUCE, SEND, SOURCE, SPARE, VECTOR, WAIT
 
 EMPTY = -1
 """A cell without contents."""

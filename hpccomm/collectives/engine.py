@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.collectives.lower import Layout, Pipeline, lower
-from hpccomm.collectives.records import COPY, NODE, RECEIVE, REDUCE, SEND, Meeting, Program
+from hpccomm.collectives.records import Meeting, Program
 from hpccomm.collectives.schedule import NodeStep, Step, even_cuts, without_node_steps
+from hpccomm.kernels.interpreter.records import COPY, NODE, RECEIVE, REDUCE, SEND
 
 __all__ = ["BoundSchedule", "Exchange", "Transport", "bind", "bind_program", "bind_segments", "even_cuts"]
 

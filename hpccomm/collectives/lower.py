@@ -22,21 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.collectives.records import (
-    COPY,
-    NODE,
-    RECEIVE,
-    RECORD,
-    REDUCE,
-    SEND,
-    SOURCE,
-    SPARE,
-    VECTOR,
-    WAIT,
-    Meeting,
-    Program,
-)
+from hpccomm.collectives.records import Meeting, Program
 from hpccomm.collectives.schedule import NOBODY, NodeStep, Step, even_cuts
+from hpccomm.kernels.interpreter.records import COPY, NODE, RECEIVE, RECORD, REDUCE, SEND, SOURCE, SPARE, VECTOR, WAIT
 
 Interval = tuple[int, int]
 """[first, end) in bytes."""
@@ -169,13 +157,17 @@ def turns(steps: Iterable[Step | NodeStep]) -> Iterator[tuple[int, Step | NodeSt
 
 
 def order_turns(script: Sequence[tuple[int, Any]], segments: int, lag: int) -> Iterator[list[tuple[int, Any]]]:
-    """For every turn, the segments in order, each with the steps that it takes."""
+    """For every turn, the segments in order, each with the steps that it takes.
+
+    A segment that begins goes first: its node step runs, and its messages start, while those of the others are pending.
+    """
     steps: dict[int, list[Any]] = {}
     for turn, step in script:
         steps.setdefault(turn, []).append(step)
     last = max(steps, default=-1)
     for now in range(last + 1 + lag * max(0, segments - 1)):
-        yield [(segment, step) for segment in range(segments) for step in steps.get(now - lag * segment, ())]
+        numbers = sorted(range(segments), key=lambda segment: now - lag * segment != 0)
+        yield [(segment, step) for segment in numbers for step in steps.get(now - lag * segment, ())]
 
 
 def is_active(step: Any) -> bool:
@@ -257,14 +249,18 @@ def meetings(step: NodeStep, rank: int, segment: Segment) -> list[Item]:
 
 
 def starts_step_by_step(items: list[Item], owners: list[tuple[int, int]]) -> list[int]:
-    """After which item each starts, where a step of a segment starts when the one before is finished; -1: at once."""
+    """After which item each starts, where a step of a segment starts when the one before is finished; -1: at once.
+
+    All wait for the node steps before, which may be of another segment.
+    """
     starts, last = [0] * len(items), dict[int, tuple[int, int]]()
-    before = dict[int, int]()
+    before, met = dict[int, int](), -1
     for number, (segment, step) in enumerate(owners):
         if segment in last and last[segment][0] != step:
             before[segment] = last[segment][1]
-        starts[number] = before.get(segment, -1)
+        starts[number] = max(met, before.get(segment, -1))
         last[segment] = (step, number)
+        met = number if isinstance(items[number], Meeting) else met
     return starts
 
 
@@ -332,6 +328,9 @@ def intervals_of(item: Item) -> list[Interval]:
 def read_source(items: list[Item], layout: Layout, due: Interval | None, writer: Writer) -> list[Item]:
     """Let the first node steps read the operand where it is; copy what messages use before they have written it."""
     end = layout.elements * layout.item
+    if end and not any(isinstance(item, Meeting) for item in items):
+        writer.rows.append((COPY, -1, VECTOR, 0, end, 0, SOURCE, 0, 0))
+        return items
     result = (0, end) if due is None else (layout.item * due[0], layout.item * due[1])
     touched = Touched(items, (0, end), result)
     copied, found = np.zeros(touched.written.size, bool), []

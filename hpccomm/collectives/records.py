@@ -8,32 +8,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
-RECORD = np.dtype(
-    [
-        (name, np.int64)
-        for name in (
-            "kind",  # SEND, RECEIVE, WAIT, REDUCE, COPY or NODE
-            "peer",  # SEND, RECEIVE: the other rank; WAIT: that of a receive, else -1
-            "buffer",  # the memory that is sent, written or reduced into: VECTOR, SOURCE or SPARE
-            "at",  # bytes from its beginning
-            "nbytes",
-            "request",  # SEND, RECEIVE, WAIT: the number of the request; NODE: the number of the meeting
-            "operand",  # REDUCE, COPY: the buffer of the other operand
-            "operand_at",  # bytes from its beginning
-            "lower",  # REDUCE: 1 if the other operand is of a lower rank, and so stands on the left
-        )
-    ]
-)
+from hpccomm.kernels.interpreter.records import VECTOR
 
-SEND, RECEIVE, WAIT, REDUCE, COPY, NODE = range(1, 7)
 KINDS = ("", "send", "receive", "wait", "reduce", "copy", "node step")
-VECTOR, SOURCE, SPARE = range(3)
-"""The buffers: the vector in which the result is made; the operand of a reduction that is not in place; room for what
-was received and is not reduced yet."""
-
 Records = npt.NDArray[Any]
 
 

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
+from hpccomm.collectives.check import check_algorithm
 from hpccomm.collectives.hierarchical import HIERARCHICAL
-from hpccomm.collectives.verify import ROOTED_COLLECTIVES, Report, layouts, verify_algorithm
+from hpccomm.collectives.lower import Pipeline
+from hpccomm.collectives.schedule import Algorithm
+from hpccomm.collectives.verify import BLOCK_IS_RANK, ROOTED_COLLECTIVES, Report, layouts, verify_algorithm
 from hpccomm.commands.progress import show_progress
 from hpccomm.errors import ArgumentError, ScheduleError
 
@@ -16,6 +19,12 @@ SUMMARY = "prove schedules correct for a range of sizes"
 
 EVERY_ROOT = 8
 """Up to this size, schedules with a root are proved for every root; above, for the first and the last."""
+
+
+MOST_RANKS = 16
+"""Up to this size the records of all ranks are checked."""
+PIPELINES = (Pipeline(), Pipeline(3, 1, hierarchical.MANY, 1), Pipeline(2, 0, hierarchical.WINDOW, 1))
+"""Step by step; segments of a vector that follow one another; parts of blocks in a window."""
 
 
 class Subject(NamedTuple):
@@ -86,23 +95,26 @@ def prove(subject: Subject, sizes: Sequence[int]) -> list[Report]:
 
 
 def proofs(subject: Subject, p: int) -> Iterator[Report]:
-    """The reports of one size."""
-    if subject.algorithm == "hierarchical":
-        for nodes in layouts(p).values():
-            yield from two_level_proofs(subject.collective, nodes)
-        return
-    roots = range(p) if p <= EVERY_ROOT else (0, p - 1)
-    for root in roots if subject.collective in ROOTED_COLLECTIVES else (0,):
-        yield verify_algorithm(subject.algorithm, subject.collective, p, root)
+    """The reports of one size; the records of all ranks are checked where they are not too many."""
+    collective = subject.collective
+    rooted = collective in ROOTED_COLLECTIVES
+    roots = (range(p) if p <= EVERY_ROOT else (0, p - 1)) if rooted else (0,)
+    levels = subject.algorithm == "hierarchical"
+    for nodes in layouts(p).values() if levels else ([],):
+        for algorithm, how in forms(collective, nodes) if levels else ((subject.algorithm, PIPELINES[:1]),):
+            for root in roots if p <= EVERY_ROOT or not levels else roots[-1:]:
+                yield verify_algorithm(algorithm, collective, p, root)
+                if p <= MOST_RANKS:
+                    for pipeline in how:
+                        check_algorithm(algorithm, collective, p, root, pipeline)
 
 
-def two_level_proofs(collective: str, nodes: list[int]) -> Iterator[Report]:
-    """The reports of one layout."""
-    yield verify_algorithm(HIERARCHICAL[collective](nodes), collective, len(nodes))
-    if collective == "allreduce":
-        yield verify_algorithm(
-            hierarchical.build_allreduce(nodes, ALGORITHMS["allreduce"]["butterfly"]), collective, len(nodes)
-        )
+def forms(collective: str, nodes: list[int]) -> Iterator[tuple[Algorithm, Sequence[Pipeline]]]:
+    """The hierarchical algorithm for long and for short vectors, and how each is pipelined."""
+    build = HIERARCHICAL[collective]
+    yield build(nodes), PIPELINES[1 + (collective in BLOCK_IS_RANK) :][:1]
+    short = {"inter": ALGORITHMS["allreduce"]["doubling"]} if collective == "allreduce" else {}
+    yield build(nodes, width=1, **short), PIPELINES[:1]
 
 
 def line(subject: Subject, sizes: str, reports: Sequence[Report]) -> str:

@@ -42,6 +42,7 @@ def fold_name(op: str, code: str) -> str:
 EMITTED = {
     **dict.fromkeys(COLLECTIVES, ("shared_memory.compiled", "int64(int64)")),
     **dict.fromkeys(("enter", "leave"), ("entry.compiled", "int64(int64, int64, int64)")),
+    "interpret": ("interpreter.compiled", "int64(int64)"),
     "run_kernel": ("python_api", "int64(int64, int64, int64)"),
     **{fold_name(op, code): ("reductions.loops", "") for op, codes in DTYPES.items() for code in codes},
 }
@@ -54,6 +55,10 @@ SOURCES = {
     "shared_memory.compiled": tuple(f"shared_memory/{each}.py" for each in ("compiled", "collectives", "records")),
     "entry.compiled": (
         *("entry/body.py", "entry/records.py", "entry/compiled.py"),
+        *("shared_memory/collectives.py", "shared_memory/records.py"),
+    ),
+    "interpreter.compiled": (
+        *("interpreter/body.py", "interpreter/records.py", "interpreter/compiled.py"),
         *("shared_memory/collectives.py", "shared_memory/records.py"),
     ),
     "reductions.loops": ("reductions/loops.py",),

@@ -15,6 +15,11 @@ from typing import Any
 _MODULES = {
     "options": "Options",
     "barrier": "monitored_barrier",
+    "parameters": "communicator",
+    "compression": "compress",
+    "optimizers": "LAMB LARS OneBitAdam",
+    "local_steps": "local",
+    "mics": "second_hop",
 }
 """Where the public names are defined, module by module."""
 

@@ -48,6 +48,8 @@ class Group(dist.ProcessGroup):
         self._beside: Collectives | None = None
         self._label, self._name = f"rank {comm.rank}", ""
         members.remember(self, given.global_ranks_in_group)
+        if self.timeout < DEFAULT_TIMEOUT:  # the channel is made while all ranks are here
+            progress.submit(comm, self._on, "init_process_group").wait()
 
     # What torch asks about a group
 

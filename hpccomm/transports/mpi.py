@@ -7,8 +7,10 @@ on every MPI.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,27 @@ class MessageTransport:
     def close(self) -> None:
         """Free the communicator (collective)."""
         self.comm.Free()
+
+
+@cache
+def message_functions() -> dict[str, int]:
+    """The addresses of MPI's functions for messages; empty where they are not found."""
+    names = {"isend": "MPI_Isend", "irecv": "MPI_Irecv", "test": "MPI_Test", "probe": "MPI_Iprobe"}
+    try:
+        library = ctypes.CDLL(MPI.__file__)  # looks through the libraries that it is linked with, too
+        return {name: ctypes.cast(library[each], ctypes.c_void_p).value or 0 for name, each in names.items()}
+    except (AttributeError, OSError):
+        return {}
+
+
+@cache
+def tag_place() -> tuple[int, int]:
+    """Where the tag is in a status: the offset of a word, and 32 if its upper half has it."""
+    status, mark = MPI.Status(), 0x1234567
+    status.Set_tag(mark)
+    halves = np.frombuffer(ctypes.string_at(MPI._addressof(status), MPI._sizeof(MPI.Status)), np.uint32)
+    place = int(np.flatnonzero(halves == mark)[0])
+    return place // 2 * 8, place % 2 * 32
 
 
 class Messages:

@@ -1,0 +1,159 @@
+"""Runs records by compiled code, which calls MPI's functions and the kernels of shared memory without the GIL.
+
+What compiled code cannot do itself it leaves to Python: reductions without a kernel, ranks of a node that are late, and
+errors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hpccomm.calls.buffers import address_of
+from hpccomm.collectives.engine import Combine, Vector
+from hpccomm.collectives.records import Program
+from hpccomm.kernels import objects
+from hpccomm.kernels.interpreter.records import (
+    COMBINE,
+    DONE,
+    FAILED,
+    MEETING,
+    MEETING_RECORD,
+    NODE,
+    RUN_RECORD,
+    SPARE,
+    STRAY,
+)
+from hpccomm.kernels.shared_memory.collectives import RETRY
+from hpccomm.kernels.shared_memory.records import fill
+from hpccomm.transports.mpi import MessageTransport, message_functions, tag_place
+
+
+class CompiledSchedule:
+    """A program bound to memory: call it any number of times.
+
+    ``fold`` is the address of the reduction of two vectors, 0 where ``combine`` must do it; ``meetings`` are the calls
+    in shared memory of the node steps.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        vector: Vector,
+        source: Vector | None,
+        transport: MessageTransport,
+        digest: int,
+        fold: int,
+        combine: Combine | None,
+        meetings: Sequence[Any],
+    ) -> None:
+        self.program, self.transport, self.combine, self.meetings = program, transport, combine, meetings
+        self.kernel = objects.kernel("interpret")
+        self.spare = np.empty(-(-program.spare_bytes // vector.itemsize), vector.dtype)
+        self.buffers = [vector, source, self.spare]
+        self.requests = np.zeros(program.requests, np.int64)
+        self.status = MPI.Status()
+        calls = [(each.kernel_address, each.address) for each in meetings]
+        self.calls = np.array(calls, MEETING_RECORD)
+        self.run = np.zeros((), RUN_RECORD)
+        self.address = int(self.run.ctypes.data)
+        self.fill(fold, digest % transport.tags)
+
+    def fill(self, fold: int, tag: int) -> None:
+        """Write what the compiled code reads."""
+        run, comm, program = self.run, self.transport.comm, self.program
+        vector, source, spare = self.buffers
+        assert vector is not None
+        assert spare is not None
+        fill(run, records=program.records.ctypes.data, count=len(program.records), fold=fold, item=vector.itemsize)
+        fill(
+            run, vector=address_of(vector), spare=address_of(spare), source=0 if source is None else address_of(source)
+        )
+        fill(run, requests=self.requests.ctypes.data, meetings=self.calls.ctypes.data)
+        fill(run, comm=as_word(comm.handle), datatype=as_word(MPI.BYTE.handle), tag=tag)
+        fill(run, any_source=MPI.ANY_SOURCE, any_tag=MPI.ANY_TAG, **message_functions())
+        status, (offset, shift) = MPI._addressof(self.status), tag_place()
+        fill(run, status=status, tag_word=status + offset, tag_half=shift)
+
+    def __call__(self) -> None:
+        """Run it once."""
+        try:
+            code, began = self.kernel(self.address), 0.0
+            while code != DONE:
+                began = began or time.monotonic()
+                self.go_on(code, time.monotonic() - began)
+                code = self.kernel(self.address)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def go_on(self, code: int, seconds: float) -> None:
+        """Do what compiled code has left to Python, or raise its error."""
+        record = self.program.records[int(self.run["next"])]
+        if code == COMBINE:
+            self.reduce(record)
+        elif code == MEETING:
+            self.await_node(self.meetings[int(record["request"])], int(self.run["error"]), seconds)
+        elif code in (FAILED, STRAY):
+            raise self.error_of(code, int(record["peer"]))
+
+    def reduce(self, record: Any) -> None:
+        """Reduce where there is no kernel."""
+        assert self.combine is not None, "a schedule that reduces was bound without an operation"
+        mine, new = (self.view(record[a], record[b], record["nbytes"]) for a, b in OPERANDS)
+        lower, upper = (new, mine) if record["lower"] else (mine, new)
+        self.combine(lower, upper, mine)
+        self.run["next"] += 1
+
+    def view(self, buffer: int, at: int, nbytes: int) -> Vector:
+        """What a record names."""
+        whole = self.buffers[buffer]
+        assert whole is not None
+        return whole[at // whole.itemsize : (at + nbytes) // whole.itemsize]
+
+    def await_node(self, call: Any, code: int, seconds: float) -> None:
+        """Look after ranks of this node that are late; raise the error of a call that no rank can continue."""
+        if code != RETRY:
+            call.memory.resolve(code, call)
+        elif call.stall_handler:
+            call.stall_handler(seconds, call.memory.missing_ranks())
+
+    def error_of(self, code: int, peer: int) -> Exception:
+        """The error of MPI, or that for a message of another call."""
+        number, tag = int(self.run["error"]), int(self.run["tag"])
+        if code == STRAY:
+            return self.transport.stray_message_error(peer, number, tag)
+        failure = MPI.Exception(number)
+        if peer >= 0 and failure.Get_error_class() == MPI.ERR_TRUNCATE:
+            return self.transport.stray_message_error(peer, self.status.tag, tag)
+        return failure
+
+    def abandon(self) -> None:
+        """After an error keep the memory of messages that are still pending; the next run begins anew."""
+        number = min(int(self.run["next"]), len(self.program.records) - 1)
+        record = self.program.records[number]
+        if record["kind"] == NODE:
+            call = self.meetings[int(record["request"])]
+            call.memory.handle_exception(call.call)
+        KEPT.append((self.buffers, self.requests, self.spare))
+        self.spare, self.requests = np.empty_like(self.spare), np.zeros_like(self.requests)
+        self.buffers[SPARE] = self.spare
+        fill(self.run, next=0, spare=address_of(self.spare), requests=self.requests.ctypes.data)
+
+    def free(self) -> None:
+        """Nothing is held between two runs."""
+
+
+def as_word(handle: int) -> int:
+    """A handle as a word; an integer handle of MPICH may have its highest bit set."""
+    return ctypes.c_int64(handle).value
+
+
+OPERANDS = (("buffer", "at"), ("operand", "operand_at"))
+KEPT: list[Any] = []
+"""The memory of messages that were pending when a schedule ended with an error."""

@@ -1,0 +1,1 @@
+"""The interpreter of records: MPI's functions and the shared-memory kernels, called by address."""

@@ -1,0 +1,277 @@
+"""hpccomm's methods in PyTorch: compressed DDP, optimizers, local steps and MiCS under FSDP2."""
+
+from __future__ import annotations
+
+import copy
+import io
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from test_torch_training import CONTEXT, batch_of, hash_of, make_model
+from torch_networks import gpt_loss
+from torch_world import dist, process_group, torch
+
+import hpccomm
+from hpccomm.errors import ArgumentError
+from hpccomm.torch import LAMB, LARS, OneBitAdam, communicator, compress, local, second_hop
+
+pytestmark = pytest.mark.mpi(sizes=(2,), timeout=300)
+
+EXCHANGES: dict[str, Any] = {
+    "gtc": partial(hpccomm.gtc, density=0.05),
+    "dgc": partial(hpccomm.dgc, density=0.05),
+    "onebit": hpccomm.onebit_sgd,
+    "powersgd": partial(hpccomm.powersgd, rank=2),
+    "int8": lambda comm: hpccomm.feedback(hpccomm.qsgd(seed=comm.rank), comm),
+    "mean": hpccomm.mean,
+}
+
+
+def run_steps(model: Any, optimizer: Any, first: int, last: int) -> float:
+    loss = torch.tensor(0.0)
+    for step in range(first, last):
+        optimizer.zero_grad()
+        loss = gpt_loss(model, batch_of(step))
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def write_and_read(state: Any) -> Any:
+    """A state from a file, as a run that continues gets it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def wrap(method: Any) -> tuple[Any, Any, Any]:
+    ddp = torch.nn.parallel.DistributedDataParallel(make_model(), bucket_cap_mb=0.01)
+    made = compress(ddp, method)
+    return ddp, made, torch.optim.SGD(ddp.parameters(), 0.05)
+
+
+def hashes_of(parameters: Any) -> set[str]:
+    """The hashes of all ranks."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, hash_of(parameters))
+    return set(found)
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_a_compressed_training_continues_with_the_same_bits(name: str) -> None:
+    ddp, made, optimizer = wrap(EXCHANGES[name])
+    run_steps(ddp, optimizer, 0, 4)
+    saved = write_and_read([ddp.module.state_dict(), made.state_dict(), optimizer.state_dict()])
+    run_steps(ddp, optimizer, 4, 7)
+    again, other, second = wrap(EXCHANGES[name])
+    again.module.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    second.load_state_dict(saved[2])
+    run_steps(again, second, 4, 7)
+    assert hash_of(again.parameters()) == hash_of(ddp.parameters())
+    assert len(hashes_of(ddp.parameters())) == 1
+
+
+def test_a_dense_exchange_is_that_of_ddp() -> None:
+    ddp, _, optimizer = wrap(hpccomm.mean)
+    plain = torch.nn.parallel.DistributedDataParallel(make_model())
+    run_steps(ddp, optimizer, 0, 3)
+    run_steps(plain, torch.optim.SGD(plain.parameters(), 0.05), 0, 3)
+    assert hash_of(ddp.parameters()) == hash_of(plain.parameters())
+
+
+def test_a_compressed_state_for_another_number_of_ranks() -> None:
+    ddp, made, optimizer = wrap(EXCHANGES["gtc"])
+    run_steps(ddp, optimizer, 0, 3)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, made.state_dict())
+    both = made.merge(parts)
+    residuals = [next(iter(part.values()))["residual"].numpy() for part in parts]
+    unsent = np.mean(residuals, axis=0, dtype=np.float64)
+    four = {f"rank {r} of 4": next(iter(parts[r % 2].values())) for r in range(4)}
+    made.load_state_dict(four)
+    assert np.allclose(made.state.residual, unsent, rtol=1e-6, atol=1e-9)  # a mean of float32 in float64, rounded once
+    made.load_state_dict(both)
+    assert np.array_equal(made.state.residual, residuals[dist.get_rank()])
+    with pytest.raises(ArgumentError, match=r"the state of rank . of 2 is not among rank 0 of 3"):
+        made.load_state_dict({"rank 0 of 3": both["rank 0 of 2"]})
+
+
+def test_a_compressed_state_in_torchs_distributed_checkpoints(tmp_path: Any) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    folder: list[Any] = [str(tmp_path)]
+    dist.broadcast_object_list(folder, 0)
+    ddp, made, optimizer = wrap(EXCHANGES["onebit"])
+    run_steps(ddp, optimizer, 0, 3)
+    dcp.save({"model": ddp.module.state_dict(), "compression": made}, checkpoint_id=folder[0])
+    kept = made.state.residual.copy()
+    run_steps(ddp, optimizer, 3, 4)
+    assert not np.array_equal(made.state.residual, kept)
+    dcp.load({"model": ddp.module.state_dict(), "compression": made}, checkpoint_id=folder[0])
+    assert np.array_equal(made.state.residual, kept)
+
+
+def test_mistakes_in_compress() -> None:
+    with pytest.raises(ArgumentError, match="Linear is no DistributedDataParallel"):
+        compress(torch.nn.Linear(2, 2), hpccomm.gtc)
+    ddp = torch.nn.parallel.DistributedDataParallel(make_model())
+    with pytest.raises(ArgumentError, match=r"pass hpccomm\.gtc"):
+        compress(ddp, lambda comm: 3)
+    with pytest.raises(ArgumentError, match="is not a group of hpccomm"):
+        communicator(dist.new_group(backend="gloo"))
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "LARS": lambda params: LARS(params, 1.0, weight_decay=1e-4),
+    "LAMB": lambda params: LAMB(params, 1e-2),
+    "OneBitAdam": lambda params: OneBitAdam(params, 1e-2, freeze_step=3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_continue_with_the_same_bits_and_learn(name: str) -> None:
+    model = make_model()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    before = float(gpt_loss(model, batch_of(0)))
+    run_steps(model, optimizer, 0, 5)
+    saved = write_and_read([model.state_dict(), optimizer.state_dict()])
+    run_steps(model, optimizer, 5, 8)
+    assert float(gpt_loss(model, batch_of(0))) < before
+    again = make_model()
+    again.load_state_dict(saved[0])
+    other = OPTIMIZERS[name](again.parameters())
+    other.load_state_dict(saved[1])
+    run_steps(again, other, 5, 8)
+    assert hash_of(again.parameters()) == hash_of(model.parameters())
+    if name == "OneBitAdam":
+        assert len(hashes_of(model.parameters())) == 1
+
+
+def test_lars_on_one_matrix_is_its_formula() -> None:
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    bias = torch.nn.Parameter(torch.tensor([1.0]))
+    weight.grad, bias.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([0.5])
+    optimizer = LARS([{"params": [weight]}, {"params": [bias], "lr": 0.25}], 0.5, momentum=0.0, trust=0.5)
+    optimizer.step()
+    # the trust ratio is 0.5 · 5 / 2; a bias has none
+    assert torch.equal(weight.data, torch.tensor([[3.0, 4.0 - 0.5 * 1.25 * 2]]))
+    assert torch.equal(bias.data, torch.tensor([1.0 - 0.25 * 0.5]))
+    optimizer.param_groups[1]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(bias.data, torch.tensor([0.875]))
+    with pytest.raises(ArgumentError, match="cannot be added later"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+
+
+def test_param_groups_of_onebit_adam() -> None:
+    x, y = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
+    x.grad, y.grad = torch.ones(4), torch.ones(4)
+    optimizer = OneBitAdam([{"params": [x]}, {"params": [y], "lr": 0.0, "weight_decay": 0.5}], 0.1, freeze_step=2)
+    optimizer.step()
+    direction = (1 - x.data) / 0.1
+    assert torch.allclose(direction, torch.full((4,), 0.1 / 0.001**0.5), rtol=1e-5)  # (1 - b1) / sqrt(1 - b2), rounded
+    assert torch.equal(y.data, torch.ones(4))
+
+
+LOCAL: dict[str, Any] = {
+    "bmuf": lambda comm, inner: hpccomm.bmuf(comm, inner, period=3),
+    "bmuf, reset": lambda comm, inner: hpccomm.bmuf(comm, inner, period=3, local_state="reset"),
+    "local_sgd": lambda comm, inner: hpccomm.local_sgd(comm, inner, 3),
+    "post_local_sgd": lambda comm, inner: hpccomm.post_local_sgd(comm, inner, 3, after=2),
+    "slowmo": lambda comm, inner: hpccomm.slowmo(comm, inner, 0.05, 3),
+    "diloco": lambda comm, inner: hpccomm.diloco(comm, inner, 3),
+    "hybrid": lambda comm, inner: hpccomm.hybrid(comm, hpccomm.gtc, inner, 1, period=3),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_local_methods_end_with_one_model_and_learn(name: str) -> None:
+    model = make_model()
+    before = float(gpt_loss(model, batch_of(0)))
+    optimizer = local(torch.optim.SGD(model.parameters(), 0.05, momentum=0.5), LOCAL[name])
+    run_steps(model, optimizer, 0, 7 + dist.get_rank())  # one rank has a batch more
+    optimizer.finish()
+    assert len(hashes_of(model.parameters())) == 1
+    assert float(gpt_loss(model, batch_of(0))) < before
+
+
+def test_local_sgd_with_a_period_of_one_is_the_mean_of_the_models() -> None:
+    model = make_model()
+    start = [each.detach().clone() for each in model.parameters()]
+    optimizer = local(torch.optim.SGD(model.parameters(), 0.5), lambda comm, inner: hpccomm.local_sgd(comm, inner, 1))
+    run_steps(model, optimizer, 0, 1)
+    gradients = [each.grad for each in model.parameters()]
+    for weight, begin, gradient in zip(model.parameters(), start, gradients, strict=True):
+        dist.all_reduce(gradient, dist.ReduceOp.AVG)
+        assert torch.allclose(weight, begin - 0.5 * gradient, atol=1e-6)  # other roundings
+
+
+def test_local_steps_continue_with_the_same_bits() -> None:
+    model = make_model()
+    optimizer = local(torch.optim.Adam(model.parameters(), 1e-3), LOCAL["bmuf"])
+    run_steps(model, optimizer, 0, 4)
+    saved = write_and_read([model.state_dict(), optimizer.state_dict()])
+    run_steps(model, optimizer, 4, 7)
+    again = make_model()
+    again.load_state_dict(saved[0])
+    other = local(torch.optim.Adam(again.parameters(), 1e-3), LOCAL["bmuf"])
+    other.load_state_dict(saved[1])
+    run_steps(again, other, 4, 7)
+    assert hash_of(again.parameters()) == hash_of(model.parameters())
+    with pytest.raises(ArgumentError, match="pass lambda comm, inner"):
+        local(torch.optim.SGD(again.parameters(), 0.1), lambda comm, inner: inner)
+
+
+def shard_on(mesh: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_model()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.mpi(sizes=(4,), timeout=300)
+def test_mics_is_data_parallel_training_in_two_hops() -> None:
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = shard_on(mesh["shard"])
+    second_hop(model, mesh.get_group("replicate"), hpccomm.mean)
+    run_steps(model, torch.optim.SGD(model.parameters(), 0.05), 0, 4)
+    plain = torch.nn.parallel.DistributedDataParallel(make_model())
+    run_steps(plain, torch.optim.SGD(plain.parameters(), 0.05), 0, 4)
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine.full_tensor(), other, atol=1e-6)  # sums of four float32 in another order
+    assert len(hashes_of(model.parameters())) == 1
+
+
+@pytest.mark.mpi(sizes=(4,), timeout=300)
+@pytest.mark.parametrize("name", ["gtc", "int8", "onebit"])
+def test_mics_with_a_compressed_second_hop_sends_less_and_continues_with_the_same_bits(name: str) -> None:
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    group = mesh.get_group("replicate")
+    model = shard_on(mesh["shard"])
+    hop = second_hop(model, group, EXCHANGES[name])
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    run_steps(model, optimizer, 0, 3)
+    weights = copy.deepcopy([each.to_local().detach().clone() for each in model.parameters()])
+    saved = write_and_read(hop.state_dict())
+    run_steps(model, optimizer, 3, 5)
+    again = shard_on(mesh["shard"])
+    for each, value in zip(again.parameters(), weights, strict=True):
+        each.to_local().detach().copy_(value)
+    other = second_hop(again, group, EXCHANGES[name])
+    other.load_state_dict(saved)
+    run_steps(again, torch.optim.SGD(again.parameters(), 0.05), 3, 5)
+    assert hash_of(again.parameters()) == hash_of(model.parameters())
+    sent = sum(hpccomm.report(each).cost.wire_bytes for each in hop.states.values())
+    dense = 5 * sum(each.to_local().numel() * 4 for each in model.parameters())
+    assert sent < dense / 2
+    with pytest.raises(ArgumentError, match="no module of fully_shard"):
+        second_hop(torch.nn.Linear(2, 2), group, hpccomm.mean)
+
+
+__all__ = ["CONTEXT", "process_group"]
