@@ -14,13 +14,13 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm import layout
+from hpccomm import first_use, layout
 from hpccomm.backends.schedules import Schedules
 from hpccomm.backends.shared_memory import SharedMemory
 from hpccomm.calls import consistency
@@ -33,6 +33,7 @@ from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.performance import tuning
+from hpccomm.performance.probe import processor_name
 from hpccomm.settings import check_environment
 from hpccomm.transports.mpi import MessageTransport, mpi_name
 from hpccomm.transports.segment import SharedSegment
@@ -54,6 +55,7 @@ SETTINGS = (
     "HPCCOMM_CONSISTENCY",
     "HPCCOMM_GPU_TRANSPORT",
     "HPCCOMM_COMPILE",
+    "HPCCOMM_GUARD",
 )
 """Environment variables that must be the same on every rank: rank 0's values are used."""
 
@@ -196,7 +198,18 @@ class Context:
 
     def load_table(self) -> tuning.Table:
         """This machine's tuning table."""
-        return tuning.load(mpi_name(), MPI.Get_processor_name(), ethernet=not layout.fast_networks())
+        where = mpi_name(), MPI.Get_processor_name()
+        if self.settings["HPCCOMM_GUARD"] == "off":
+            return tuning.load(*where, ethernet=not layout.fast_networks())
+        table = tuning.load(*where, ethernet=not layout.fast_networks(), cpu=processor_name())
+        return table if table.frozen else table.add_first_use(first_use.load(mpi_name()))
+
+    def add_first_use(self, rows: list[tuning.Row]) -> None:
+        """Decide by what the first use of a size class has measured, now and in later programs."""
+        self.table = self.table.add_first_use(rows)
+        self._decisions.clear()
+        if self.rank == 0:
+            first_use.save(mpi_name(), rows)
 
     def exchange_counts(self, elements: int) -> tuple[int, ...]:
         """The number of elements of every rank of a Reduce_scatter without counts (collective)."""
@@ -235,8 +248,11 @@ class Context:
             memory.mismatch = self.mismatch_error
             if self.consistency:
                 table = self.consistency
+                memory.miss_call = table.miss_call
                 memory.give_reason = table.write_reason
                 memory.find_reason = lambda k: table.read_reason(table.members[k])
+            if self.rank == 0 and memory.trouble:
+                warn_once(memory.trouble)
         except TransportError as error:
             trouble = str(error)
         troubles = [each for each in self.private_comm.allgather(trouble) if each]
@@ -380,6 +396,12 @@ class Context:
         if self.node != self.private_comm:
             self.node.Free()
         self.messages.close()
+
+
+@cache
+def warn_once(trouble: str) -> None:
+    """Say once in a process that the defaults are used, because a file cannot be."""
+    consistency.log_line(f"{trouble}; the defaults are used")
 
 
 def close_context(comm: MPI.Comm, keyval: int, context: Context) -> None:

@@ -44,10 +44,11 @@ from hpccomm.collectives.lower import Layout, Pipeline, lower
 from hpccomm.collectives.schedule import Algorithm, without_node_steps
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError, TransportError
+from hpccomm.first_use import FirstUse
 from hpccomm.kernels import objects, reproducible
 from hpccomm.kernels.entry.records import NOT_COMPARED
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
-from hpccomm.performance.tuning import Choice
+from hpccomm.performance.tuning import BLOCKWISE, Choice
 from hpccomm.performance.units import format_count
 
 IN_PLACE = MPI.IN_PLACE
@@ -60,8 +61,6 @@ ALL_LENGTHS = (0, 1 << 62)
 ALWAYS = Choice("", None, "", ALL_LENGTHS)
 EQUAL_BLOCKS = ("Allgather", "Alltoall", "Reduce_scatter_block")
 """Calls that are counted in bytes of one block."""
-BLOCKWISE = ("allgather", "alltoall", "reduce_scatter")
-"""Collectives whose calls are counted in bytes of all blocks, and have one block for each rank."""
 
 LOCKSTEP_BYTES = 1 << 23
 """From this size on, our algorithms on messages compare the calls of all ranks before the first message.  Below it the
@@ -83,6 +82,7 @@ class Planner:
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm
+        self.first_use = FirstUse(self)
 
     @property
     def rank(self) -> int:
@@ -307,10 +307,11 @@ class Planner:
             each = buffer.elements // self.size
             first, result = self.rank * each, replace(result, count=each)
         whole, total = ExactSum(buffer), ExactSum(result)
-        inner = [self.allreduce(None, IN_PLACE, whole.as_buffer(whole.exponents), MPI.MAX, None)]
-        for part, sums in zip(whole.parts, total.totals, strict=True):
-            into = total.as_buffer(sums) if here else None
-            inner.append(getattr(self, name.lower())(None, whole.as_buffer(part), into, *arguments, None))
+        with self.first_use.pause():
+            inner = [self.allreduce(None, IN_PLACE, whole.as_buffer(whole.exponents), MPI.MAX, None)]
+            for part, sums in zip(whole.parts, total.totals, strict=True):
+                into = total.as_buffer(sums) if here else None
+                inner.append(getattr(self, name.lower())(None, whole.as_buffer(part), into, *arguments, None))
         exponents = whole.exponents[width * first : width * first + total.elements]
         store = partial(total.store, exponents) if here else None
         steps = [whole.find_exponents, inner[0].run, whole.split, *(each.run for each in inner[1:]), store]
@@ -691,7 +692,10 @@ class Planner:
         if self.size == 1 or not fits:
             choice = Choice("native", None, "no other algorithm can take the call", ALL_LENGTHS)
         else:
-            choice = self.decide(collective, data.nbytes if nbytes is None else nbytes, dtype, allowed, who)
+            length = data.nbytes if nbytes is None else nbytes
+            choice = self.decide(collective, length, dtype, allowed, who)
+            if choice.candidate and self.first_use.compare(collective, length, choice.candidate):
+                choice = self.decide(collective, length, dtype, allowed, who)
         reason = self.why_not_native(data, op) if choice.algorithm == "native" else ""
         return Choice(next(name for name in FALLBACKS if name in fits), None, reason) if reason and fits else choice
 

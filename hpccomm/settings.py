@@ -49,6 +49,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_ENTRY": on_or_off,
     "HPCCOMM_EXCEPTHOOK": on_or_off,
     "HPCCOMM_GPU_TRANSPORT": elsewhere,
+    "HPCCOMM_GUARD": on_or_off,
     "HPCCOMM_MPI": elsewhere,
     "HPCCOMM_PROGRESS": progress_kind,
     "HPCCOMM_SHARED_MEMORY": on_or_off,

@@ -647,6 +647,24 @@ def test_all_ranks_raise_on_mismatched_calls_and_can_continue(comm: Communicator
 
 
 @pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("first", ["shared", "native"])
+@pytest.mark.parametrize("second", ["shared", "native"])
+def test_every_mismatch_after_another_one_is_noticed_by_all(comm: Communicator, first: str, second: str) -> None:
+    """A rank that was in shared memory while the others began a call of MPI counts that call, too."""
+    odd = comm.rank == comm.size - 1
+    x = np.ones(10)
+    for usual, unusual in ((first, second), (second, second), (second, first), ("native", "native")):
+        algorithm = unusual if odd else usual
+        with pytest.raises(hpccomm.MismatchError, match=f"rank {comm.size - 1} called"):
+            comm.Allreduce(MPI.IN_PLACE, x, MPI.MAX if odd else MPI.SUM, algorithm=algorithm)
+        assert (x == 1).all()
+    for algorithm in ("native", "shared"):
+        x[:] = 1
+        comm.Allreduce(MPI.IN_PLACE, x, algorithm=algorithm)
+        assert (x == comm.size).all()
+
+
+@pytest.mark.mpi(sizes=(2, 3))
 def test_all_ranks_raise_if_some_call_shared_memory_and_others_mpi(comm: Communicator) -> None:
     """Repeated, to show that no rank gets a call ahead of the others."""
     odd = comm.rank == comm.size - 1

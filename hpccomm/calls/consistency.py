@@ -43,6 +43,7 @@ from hpccomm.kernels.entry.records import (
     NOT_COMPARED,
     STATUS,
 )
+from hpccomm.log import logger
 from hpccomm.transports.polling import pause
 
 TEXTS = 64
@@ -169,6 +170,10 @@ class ConsistencyTable:
         """Leave a call; raise if another rank called something else."""
         self.compare_entries()
         self.abandon()
+
+    def miss_call(self) -> None:
+        """Count a call that other members have entered, and that has failed because this one made another."""
+        self._words[self._base + STATUS] = -(self._seq + 1)
 
     def compare_entries(self) -> None:
         """Raise if a rank that has entered this call, too, called something else."""
@@ -568,12 +573,8 @@ def check_progress(table: ConsistencyTable, seq: int, waited: float, warned: Any
 
 
 def log_line(sentence: str) -> None:
-    """Write one line to stderr with a single call, so that lines of different ranks do not mix.
-
-    A library may have redirected ``sys.stderr``.
-    """
-    with contextlib.suppress(OSError):
-        os.write(2, f"[hpccomm] {sentence}\n".encode(errors="replace"))
+    """Log one line, by default with a single write to stderr, so that lines of different ranks do not mix."""
+    logger().error(sentence)
 
 
 def end_orphan(reason: str) -> None:
