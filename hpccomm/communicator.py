@@ -165,7 +165,9 @@ class Communicator(MPI.Intracomm):
     @staticmethod
     def _make_channel(private: MPI.Intracomm, algorithm: str) -> Communicator:
         """The communicator on which a progress thread makes the calls of another one."""
-        return Communicator.__new__(Communicator, private, algorithm)
+        channel = Communicator.__new__(Communicator, private, algorithm)
+        channel._planner.in_lockstep = True
+        return channel
 
     def _prepare(self, name: str) -> None:
         """Set up what the first collective needs, which is ``name``, and let the compiled entry take later ones."""

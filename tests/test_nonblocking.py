@@ -247,6 +247,8 @@ def test_a_wrong_argument_is_refused_at_the_issue_or_by_wait(comm: Communicator,
         (("Allgather", np.ones(8), np.ones(24)), ("Allgather", np.ones(4), np.ones(12)), "counts the same"),
         (("Barrier",), ("Allreduce", np.ones(8), np.ones(8)), "same collective in the same order"),
         (("Reduce", np.ones(8), np.ones(8)), ("Bcast", np.ones(8)), "same collective in the same order"),
+        (("Gather", np.ones(8), np.ones(24)), ("Barrier",), "same collective in the same order"),
+        (("Scatterv", np.ones(24), np.ones(8)), ("Gatherv", np.ones(8), np.ones(24)), "same collective in the same"),
     ],
 )
 def test_calls_that_differ_are_named(comm: Communicator, usual: Any, unusual: Any, remedy: str) -> None:
