@@ -83,9 +83,10 @@ class CompiledSchedule:
     def __call__(self) -> None:
         """Run it once."""
         try:
-            code, began = self.kernel(self.address), 0.0
+            code, began, number = self.kernel(self.address), 0.0, -1
             while code != DONE:
-                began = began or time.monotonic()
+                if number != self.run["next"]:
+                    began, number = time.monotonic(), int(self.run["next"])
                 self.go_on(code, time.monotonic() - began)
                 code = self.kernel(self.address)
         except BaseException:
@@ -93,7 +94,7 @@ class CompiledSchedule:
             raise
 
     def go_on(self, code: int, seconds: float) -> None:
-        """Do what compiled code has left to Python, or raise its error."""
+        """Do what compiled code has left to Python, or raise its error; the record has run for some seconds."""
         record = self.program.records[int(self.run["next"])]
         if code == COMBINE:
             self.reduce(record)
