@@ -87,6 +87,23 @@ class PlanCache:
         self.entry: Entry | None = None
         self.stage = -1
         """The stage of the context for which the doors were opened."""
+        self._held: dict[str, Any] = {}
+
+    def hold(self, let_pass: Callable[[], None]) -> None:
+        """Let calls wait before they enter by the doors: ``let_pass`` returns when they may."""
+        if not self._held:
+            self._held = dict(vars(self.doors))
+            vars(self.doors).update({name: partial(self._enter_later, let_pass, name) for name in self._held})
+
+    def let_go(self) -> None:
+        """Let calls enter at once again."""
+        vars(self.doors).update(self._held)
+        self._held = {}
+
+    def _enter_later(self, let_pass: Callable[[], None], name: str, *arguments: Any) -> Any:
+        """Enter by a door that was held."""
+        let_pass()
+        return (self._held or vars(self.doors))[name](*arguments)
 
     def keep(self, key: Hashable, bound: Plan) -> Plan:
         """Cache a plan, if it has a key; beyond MAX_PLANS the oldest is freed."""
@@ -135,6 +152,8 @@ class Context:
         self.consistency, self._segment = self.open_consistency_table()
         self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
         self.closed = False
+        self.queue: Any = None
+        """The calls of progress threads (:mod:`hpccomm.progress`)."""
         self.levels: dict[str, MPI.Intracomm] = {}
         self.stage = 0
         """0 before the first collective; rises when calls may run in another way than before."""
@@ -362,6 +381,8 @@ class Context:
 
     def close(self) -> None:
         """Free all resources (collective)."""
+        if self.queue:
+            self.queue.close()
         self.closed, self.stage = True, 0
         for level in self.levels.values():
             level.Free()
