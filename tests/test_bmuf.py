@@ -11,12 +11,11 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam, extrapolation
+from hpccomm.algorithms.exact_steps import ExactStep, exact_step, exact_tensor
 from hpccomm.algorithms.exchange import check_replicas, mean, synchronous_sgd
 from hpccomm.algorithms.local_steps import (
-    ExactStep,
     PeriodicTransform,
     diloco,
-    exact_step,
     local_sgd,
     periodic_transform,
     post_local_sgd,
@@ -25,6 +24,7 @@ from hpccomm.algorithms.local_steps import (
 from hpccomm.algorithms.reports import report
 from hpccomm.algorithms.states import snapshot
 from hpccomm.algorithms.transforms import AdamState, Transform, adam, chain, momentum, scale
+from hpccomm.arrays import borrow
 from hpccomm.errors import ArgumentError
 from hpccomm.testing.ranks import run_on_ranks
 
@@ -484,6 +484,56 @@ def test_an_exact_step_is_an_ordinary_array_in_other_expressions() -> None:
     step *= 0.5
     assert np.asarray(step).tolist() == [1.5, -1]
     assert (weights + step).tolist() == [2.5, 1.5], "a step that was changed does not land"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_step_of_a_tensor_is_exact_for_the_functions_that_add(dtype: str, in_place: bool) -> None:
+    torch = pytest.importorskip("torch")
+    weights = torch.tensor([1, 1e10, -3, torch.nan], dtype=getattr(torch, dtype))
+    target = torch.tensor([1e-9, 1e-5, 7, 2], dtype=weights.dtype)
+    array = borrow(target)[0]
+    step = exact_tensor(weights, array)
+    assert torch.equal((weights.nan_to_num() + step)[:3], weights[:3] + (target - weights)[:3]), "other weights"
+    assert type(step * 2) is torch.Tensor
+    assert not torch.equal(weights + exact_tensor(weights, array).mul_(1), target), "a step that was changed"
+    if in_place:
+        weights += step
+    else:
+        weights = weights + step
+    assert type(weights) is torch.Tensor
+    assert torch.equal(weights, target)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_block_ends_at_the_same_bits_for_weights_in_trees(name: str, library: str, bad: bool) -> None:
+    """Also where a rank had a gradient that is not finite, and all return to the start of the block."""
+    convert: Callable[[Any], Any] = np.array if library == "numpy" else pytest.importorskip("torch").tensor
+
+    def train(comm: Any) -> dict[str, Any]:
+        weights = {"w": convert(np.linspace(1, 2, 6, dtype="f4").reshape(2, 3)), "b": convert(np.zeros(2, "f4"))}
+        method = METHODS[name](comm)
+        state = method.init(weights)
+        for number in range(12):
+            rng = np.random.default_rng((comm.rank, number))
+            arrays = {key: rng.normal(size=tuple(each.shape)).astype("f4") for key, each in weights.items()}
+            if bad and number == 4 and comm.rank == 0:
+                arrays["b"][0] = np.nan
+            step, state = method.update({key: convert(each) for key, each in arrays.items()}, state, weights)
+            for key in weights:
+                weights[key] += step[key]
+        step, state = method.finish(state, weights)
+        for key in weights:
+            weights[key] += step[key]
+        assert state.abandoned == int(bad)
+        assert np.array_equal(np.concatenate([np.ravel(each) for each in weights.values()]), state.start)
+        return {key: np.asarray(each) for key, each in weights.items()}
+
+    first, *others = run_on_ranks(3, train)
+    assert all(np.isfinite(each).all() for each in first.values())
+    assert all(np.array_equal(other[key], first[key]) for other in others for key in first)
 
 
 # Mistakes

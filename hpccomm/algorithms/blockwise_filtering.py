@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from hpccomm.algorithms import local_steps
+from hpccomm.algorithms.exact_steps import exact_step
 from hpccomm.algorithms.exchange import allreduce_bytes, mean
 from hpccomm.algorithms.local_steps import LocalStatePolicy, PeriodicState, PeriodicTransform, Weighting
 from hpccomm.algorithms.reports import ExchangeReport
@@ -74,10 +75,10 @@ def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -
         velocity = momentum * state.velocity - lr * behind
         if nesterov == "lookahead":
             ahead = start + (1 + momentum) * velocity
-            return local_steps.exact_step(start, ahead), FilterState(ahead, velocity)
+            return exact_step(start, ahead), FilterState(ahead, velocity)
         model = state.model + velocity
         ahead = model + momentum * velocity if nesterov else model
-        return local_steps.exact_step(start, ahead), FilterState(model, velocity)
+        return exact_step(start, ahead), FilterState(model, velocity)
 
     return Transform(init, update)
 
@@ -162,7 +163,7 @@ def shard_filter(comm: MPI.Intracomm, block: Transform) -> Transform:
         step, after = block.update(part / comm.size, state.filter_state, start[mine])
         ahead = gather_shards(start[mine] + step, start.size, comm)
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(behind.nbytes, comm.size))
-        return local_steps.exact_step(start, ahead), ShardState(state.report.add(cost), after)
+        return exact_step(start, ahead), ShardState(state.report.add(cost), after)
 
     return Transform(init, update)
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.algorithms.exact_steps import exact_step
 from hpccomm.algorithms.exchange import check_replicas, mean
 from hpccomm.algorithms.reports import ExchangeReport
 from hpccomm.algorithms.states import InBlock, RankChange, map_leaves, snapshot
@@ -55,47 +56,6 @@ if TYPE_CHECKING:
 
 Weighting = Literal["workers", "batches"] | Callable[[], float]
 """The weight of a rank's update: equal, its batches in the block, or the increase of a running total of samples."""
-
-
-class ExactStep(np.ndarray[Any, np.dtype[Any]]):
-    """A step whose sum with the weights it was made for is ``target``, bit for bit.
-
-    ``weights + (target − weights)`` is rounded, differently on ranks whose weights differ, and where a weight is much
-    larger than its target no floating-point step reaches the target.  Adding this step to those weights therefore
-    copies the target; in every other expression it is the ordinary array ``target − weights``.
-    """
-
-    target: Vector | None
-    origin: Vector | None
-
-    def __array_finalize__(self, source: Any) -> None:
-        self.target = self.origin = None
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        if ufunc is np.add and method == "__call__" and inputs[1] is self and self.starts_from(inputs[0]):
-            inputs, ufunc = (self.target,), np.positive
-        plain = [np.asarray(each) if isinstance(each, ExactStep) else each for each in inputs]
-        if "out" in kwargs:
-            kwargs["out"] = tuple(np.asarray(each) if isinstance(each, ExactStep) else each for each in kwargs["out"])
-        return getattr(ufunc, method)(*plain, **kwargs)
-
-    def starts_from(self, weights: Any) -> bool:
-        """Whether these are the weights that the step was made for."""
-        return (
-            self.origin is not None
-            and getattr(weights, "shape", None) == self.shape
-            and weights.dtype == self.dtype
-            and (np.may_share_memory(weights, self.origin) or np.array_equal(weights, self.origin))
-        )
-
-
-def exact_step(weights: Vector, target: Vector) -> Vector:
-    """The step from ``weights`` to ``target``, rounded to the weights' dtype."""
-    target = narrow(target, weights.dtype)
-    with np.errstate(invalid="ignore", over="ignore"):
-        step: Any = np.subtract(target, weights).view(ExactStep)
-    step.target, step.origin = target, weights
-    return step
 
 
 class LocalStatePolicy(NamedTuple):
@@ -205,7 +165,7 @@ def periodic_transform(
     the block (``abandoned`` counts it).
 
     Start all ranks from the same weights.  Adding the step that ends a block to the weights gives the same bits on all
-    ranks, see :class:`ExactStep`; copy ``export(state)`` if another transform follows.
+    ranks, see :mod:`hpccomm.algorithms.exact_steps`; copy ``state.start`` if another transform follows, or in JAX.
     """
     require(isinstance(period, int) and period >= 1, f"periodic: period is {period}: pass an integer, 1 or more")
     whole = isinstance(warmup, int | np.integer)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.algorithms.exact_steps import exact_step, exact_tensor
 from hpccomm.arrays import borrow, convert_like, is_on_device, to_torch
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
@@ -89,15 +90,25 @@ class TreeLayout:
         return self.bucket.flatten(leaves)
 
     def restore(self, vector: Vector) -> Tree:
-        """A vector in the form and library of the weights."""
-        views = self.bucket.views(np.ascontiguousarray(vector, self.bucket.dtype))
-        return rebuild_tree(self.like, lambda name, leaf: convert_leaf(views[name], leaf))
+        """A vector in the form and library of the weights; an exact step has exact steps as leaves."""
+        target = getattr(vector, "target", None)
+        convert = convert_leaf if target is None else step_leaf
+        views = self.bucket.views(np.ascontiguousarray(vector if target is None else target, self.bucket.dtype))
+        return rebuild_tree(self.like, lambda name, leaf: convert(views[name], leaf))
 
 
 def convert_leaf(array: npt.NDArray[Any], like: Any) -> Any:
     """An array as one of ``like``'s library; libraries whose arrays cannot be written get memory of their own."""
     array, back = np.asarray(array), borrow(like)[1]
     return back(array if back is to_torch or isinstance(like, np.ndarray) else array.copy())
+
+
+def step_leaf(target: npt.NDArray[Any], weights: Any) -> Any:
+    """The step from a leaf to its target, exact where the arrays of the library can be written."""
+    if isinstance(weights, np.ndarray):
+        return exact_step(weights, target)
+    array, back = borrow(weights)
+    return exact_tensor(weights, target) if back is to_torch else convert_leaf(exact_step(array, target), weights)
 
 
 def check_names(what: str, given: Mapping[str, Any], wanted: list[str]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from hpccomm.algorithms import checkpoints
-from hpccomm.algorithms.local_steps import PeriodicTransform, exact_step
+from hpccomm.algorithms.exact_steps import exact_step
+from hpccomm.algorithms.local_steps import PeriodicTransform
 from hpccomm.algorithms.transforms import Transform
 from hpccomm.errors import ArgumentError
 from hpccomm.torch.parameters import ParameterVector, communicator, from_tensors, name_groups, to_tensors
