@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
+from pathlib import Path
 
 project = "hpccomm"
 author = "the hpccomm developers"
@@ -58,17 +60,29 @@ def setup(app: object) -> None:
         """A table of all public names, each with the first line of its description."""
 
         def run(self) -> list[nodes.Node]:
-            lines = [".. list-table::", "   :widths: 25 75", ""]
+            lines, missing = [".. list-table::", "   :widths: 25 75", ""], [""]
             for name in hpccomm.__all__:
                 home = hpccomm._HOME[name]
                 first = (getattr(hpccomm, name).__doc__ or "").strip().split("\n")[0]
                 lines += [f"   * - :any:`hpccomm.{name} <{target(name, home)}>`", f"     - {first}"]
+                if not is_described(name, home):
+                    kind = "class" if isinstance(getattr(hpccomm, name), type) else "function"
+                    missing += [f".. auto{kind}:: {home}.{name}", ""]
+            lines += missing
             node = nodes.Element()
             self.state.nested_parse(StringList(lines, "public-names"), 0, node)
             return node.children
 
     def target(name: str, home: str) -> str:
         return "hpccomm.Communicator" if name == "Communicator" else f"{home}.{name}"
+
+    page = (Path(__file__).parent / "reference.md").read_text(encoding="utf-8")
+    modules = dict(re.findall(r"automodule:: ([\w.]+)\n   :members: ?(.*)", page))
+
+    def is_described(name: str, home: str) -> bool:
+        """Whether a block of the page describes a name: all members of its module, or this one."""
+        listed = modules.get(home)
+        return name == "Communicator" or (listed is not None and (not listed or name in re.split(r",\s*", listed)))
 
     directives.register_directive("command-help", CommandHelp)
     directives.register_directive("public-names", PublicNames)

@@ -19,7 +19,7 @@ COMMANDS = {
     "bench": "measure collectives and messages, in OSU's or nccl-tests' format",
     "train": "train a small network on real data and show what the exchange costs",
     "tune": "measure which algorithm is fastest on this machine, and save that for later jobs",
-    "warm": "compile the functions of shared memory, so that programs start at once",
+    "warm": "compile the functions of shared memory and probe the machine, so that programs start at once",
     "info": "show the software, ranks and devices found here, the settings in force, and which algorithms are used",
     "doctor": "check what a job needs on this machine, and say the cure for what is missing",
     "verify": "prove schedules correct for a range of sizes",

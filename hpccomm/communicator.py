@@ -24,19 +24,20 @@ from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last
-from hpccomm.calls.consistency import FLUSH_SECONDS
+from hpccomm.calls.consistency import FLUSH_SECONDS, claim_report
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
 from hpccomm.collectives.compressed import messages, onebit, sparse
-from hpccomm.context import Arrival, Context, Once, unwrap
+from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
 from hpccomm.device_planner import DevicePlanner
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, HpccommError, MismatchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
 from hpccomm.observe import timeline
 from hpccomm.performance.tuning import Choice
-from hpccomm.pickled import install
+from hpccomm.pickled import COMPARED as OBJECT_CALLS
+from hpccomm.pickled import compare_objects, install
 from hpccomm.planner import is_in_place
 from hpccomm.progress import Queue, drive_all
 from hpccomm.requests import COMPARED, compare_at_init, start_beside
@@ -61,8 +62,16 @@ def adopt(made: Any, parent: Communicator | Intercomm) -> Any:
     mpi4py makes a duplicate by ``type(parent).__new__`` without arguments, all others with its own classes.  Those get
     the parent's class if they have no topology, without a call of a subclass's own constructor.
     """
-    if isinstance(made, tuple):  # with the request of a non-blocking call
-        return (adopt(made[0], parent), *made[1:])
+    if isinstance(made, tuple):  # with the request of a non-blocking call, before whose end there can be no context
+        return (keep_settings(made[0], parent), *made[1:])
+    made = keep_settings(made, parent)
+    if isinstance(made, Communicator) and made != MPI.COMM_NULL:
+        made._context = context_of(made)
+    return made
+
+
+def keep_settings(made: Any, parent: Communicator | Intercomm) -> Any:
+    """A communicator that mpi4py has made from ``parent``, as ours and with the same settings, without a context."""
     if made == MPI.COMM_NULL:
         return made
     if not isinstance(made, Communicator | Intercomm):
@@ -78,7 +87,7 @@ class Communicator(MPI.Intracomm):
     """``MPI.Intracomm`` with our collectives: ``Communicator(MPI.COMM_WORLD)``.
 
     ``algorithm`` (``"auto"``) is the default algorithm of all calls that it can take.  A communicator shares the MPI
-    handle of the communicator from which it is made.  Its first collective call creates the context, on all ranks.
+    handle of the communicator from which it is made.  Making one is collective.
     With ``pickle="auto"``, on all ranks, ``allreduce``, ``allgather`` and ``bcast`` send long NumPy arrays as they lie
     in memory (:mod:`hpccomm.pickled`).  Communicators made from it keep both settings; one with a topology is also an
     ``MPI.Cartcomm``, ``MPI.Graphcomm`` or ``MPI.Distgraphcomm``, whose neighbourhood collectives are MPI's.
@@ -87,11 +96,15 @@ class Communicator(MPI.Intracomm):
     _algorithm: str
     _pickle: str
     _context: Context | None = None
+    plans: PlanCache
+    """The plans of this communicator, and its compiled entry."""
     _queue: Queue | None = None
     _doors: Doors
-    _own_doors: Doors
     _bounce_buffers: BounceBuffers
     _planner: DevicePlanner
+    _levels: dict[str, Communicator]
+    _level_of: tuple[Context, str] | None = None
+    """The context that frees this communicator, and its name there."""
 
     def __new__(
         cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py"
@@ -103,14 +116,21 @@ class Communicator(MPI.Intracomm):
         self._algorithm, self._pickle = algorithm, pickle
         if comm is not None:
             install(self)
-        self._doors = self._own_doors = Doors()
+        self.plans = PlanCache()
+        self._doors = self.plans.doors
         self._bounce_buffers = BounceBuffers()
         self._planner = DevicePlanner(self)
+        self._levels = {}
         if comm is not None and comm != MPI.COMM_NULL:
             launcher.check_world(MPI.COMM_WORLD.size, os.environ)
             install_abort_hook()
+            self._context = context_of(self)
             drive_all()
         return self
+
+    def __init__(self, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py") -> None:
+        if self._context is not None:
+            self._context.level("intra")
 
     @property
     def algorithm(self) -> str:
@@ -120,38 +140,45 @@ class Communicator(MPI.Intracomm):
     @algorithm.setter
     def algorithm(self, name: str) -> None:
         self._algorithm = name
-        if self._context:
-            self._context.forget()
+        self.plans.forget()
 
     # Properties of the communicator
 
     @property
     def context(self) -> Context:
-        """What the collectives use: private communicator, layout, settings, plans (the first use is collective)."""
+        """What the collectives use: private communicator, layout, settings, shared memory."""
         if self._queue is not None:
             self._queue.let_pass()
         if self._context is None:
-            self._open_context()
-        return self._context  # type: ignore[return-value]
+            self._context = context_of(self)
+        return self._context
 
-    def _open_context(self, arrival: Arrival | None = None) -> None:
-        """Make the context (collective); ``arrival`` is this rank's first call, if a progress thread makes it."""
-        self._context = Context(self, self._own_doors, arrival)
-        self._planner.open_doors()
+    @property
+    def _own_context(self) -> Context:
+        """The context, also while calls are under way."""
+        return self._context or self.context
 
     def _make_channel(self, private: MPI.Intracomm) -> Communicator:
         """The communicator on which a progress thread makes this one's calls."""
-        return Communicator(private, self._algorithm)
+        return Communicator.__new__(Communicator, private, self._algorithm)
+
+    def _prepare(self, name: str) -> None:
+        """Set up what the first collective needs, which is ``name``, and let the compiled entry take later ones."""
+        context = self.context
+        if context.stage == 0:
+            context.prepare(name)
+        if self.plans.stage != context.stage:
+            self._planner.open_doors()
 
     @property
     def private_comm(self) -> MPI.Intracomm:
-        """The communicator of our own messages, which never meet the user's (the first use is collective)."""
+        """The communicator of our own messages, which never meet the user's."""
         return self.context.private_comm
 
     @property
     def layout(self) -> Layout:
-        """Which ranks share a node (the first use is collective)."""
-        return self.context.layout
+        """Which ranks share a node."""
+        return self._own_context.layout
 
     @property
     def link(self) -> Link:
@@ -161,19 +188,20 @@ class Communicator(MPI.Intracomm):
 
     @property
     def intra_node(self) -> Communicator:
-        """The ranks of this node (the first use is collective)."""
-        return self._level("_intra_node", lambda: (int(self.layout.nodes[self.rank]), self.rank))
+        """The ranks of this node; its first use is collective if MPI has made this communicator from another one."""
+        return self._level("intra")
 
     @property
     def inter_node(self) -> Communicator:
-        """The ranks with the same local rank on their nodes (the first use is collective)."""
-        return self._level("_inter_node", lambda: (self.layout.local_rank(self.rank), self.rank))
+        """The ranks with the same local rank on their nodes; collective as :attr:`intra_node` is."""
+        return self._level("inter")
 
-    def _level(self, name: str, color_and_key: Callable[[], tuple[int, int]]) -> Communicator:
-        if name not in self.__dict__:
-            self.__dict__[name] = self.Split(*color_and_key())
-        level: Communicator = self.__dict__[name]
-        return level
+    def _level(self, name: str) -> Communicator:
+        if name not in self._levels:
+            level: Communicator = adopt(self.context.level(name), self)
+            level._level_of = (self.context, name)
+            self._levels[name] = level
+        return self._levels[name]
 
     @Once
     def message_gather(self) -> messages.MessageGather:
@@ -181,11 +209,11 @@ class Communicator(MPI.Intracomm):
         return messages.MessageGather(self)
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
-        """Valid values of ``algorithm=`` for ``"allreduce"``, ``"bcast"``, … (the first use is collective)."""
-        return self.context.names(collective)
+        """Valid values of ``algorithm=`` for ``"allreduce"``, ``"bcast"``, …."""
+        return self._own_context.names(collective)
 
     def explain(self, collective: str, nbytes: int, dtype: str = "f4") -> Choice:
-        """The algorithm selected for a call of ``nbytes`` bytes, and the reason (the first use is collective)."""
+        """The algorithm selected for a call of ``nbytes`` bytes, and the reason."""
         names = self.context.names(collective)[1:]
         return self._planner.decide(collective, nbytes, dtype, names, f"rank {self.rank}: {collective}")
 
@@ -195,6 +223,7 @@ class Communicator(MPI.Intracomm):
         Shape and dtype must be the same on all ranks.  The memory is released with the array.  Where the ranks do not
         share memory, the array is an ordinary one.
         """
+        self._prepare("empty")
         self._planner.use_code()
         shared = self._planner.shared_memory
         return shared.empty(shape, dtype) if shared else np.empty(shape, dtype)
@@ -277,16 +306,15 @@ class Communicator(MPI.Intracomm):
         super().Disconnect()
 
     def _release(self) -> None:
-        for name in ("_intra_node", "_inter_node"):
-            level = self.__dict__.pop(name, None)
-            if level is not None and level != MPI.COMM_NULL:
-                level.Free()
         if self._queue is not None:
             self._queue.close()
-        if self._context is not None:
-            self._planner.release()
-            self._context.close()
-            self._context = None
+        self._levels.clear()
+        if self._level_of:
+            context, name = self._level_of
+            context.levels.pop(name, None)
+        self._planner.release()
+        self.plans.close()
+        self._context = None
 
     # Calls that the compiled entry has not taken
 
@@ -306,10 +334,9 @@ class Communicator(MPI.Intracomm):
         it; ``rest`` ends with the algorithm.  A rank that does not ``receive`` ignores ``recvbuf``.
         """
         if code < NOT_MINE:
-            self._context.entry.resume(code)  # type: ignore[union-attr]
+            self.plans.entry.resume(code)  # type: ignore[union-attr]
             return None
-        if self._queue is not None:
-            self._queue.let_pass()
+        self._prepare(name)
         kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
         padded = [pad_last(each) for each in buffers]
         if any(padded):
@@ -333,7 +360,7 @@ class Communicator(MPI.Intracomm):
 
     def _read_kind(self, code: int) -> Key | None:
         """What the door has read of the call that it has answered with ``code``, if it takes such calls once bound."""
-        entry = self._context.entry if self._context else None
+        entry = self.plans.entry
         if entry is None:
             return None
         entry.check_interrupted()
@@ -343,18 +370,19 @@ class Communicator(MPI.Intracomm):
         """Bind a plan, and let the door take later calls of its kind."""
         plan = bind(*arguments)
         if kind and plan.row:
-            self._context.entry.insert(kind, plan.row)  # type: ignore[union-attr]
+            self.plans.entry.insert(kind, plan.row)  # type: ignore[union-attr]
         return plan
 
     def _run_native(self, code: int, name: str, *arguments: Any) -> None:
         """Run MPI's own collective for a call whose door has returned ``code``; the ranks' calls are compared."""
-        entry = self._context.entry  # type: ignore[union-attr]
+        entry = self.plans.entry
         if code & NATIVE_IN_PLACE:
             arguments = (IN_PLACE, *arguments[1:])
         entry.run_native(code, NATIVE_CALLS[name], self, *arguments)  # type: ignore[union-attr]
 
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
+        self._prepare(name)
         rest = [each for each in arguments if each is not op]
         key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
         bound = self._find_plan(key) or self._planner.bind_reproducible(key, name, buffers, arguments, op)
@@ -369,7 +397,7 @@ class Communicator(MPI.Intracomm):
 
     def _find_plan(self, key: Hashable) -> Plan | None:
         """The plan of an earlier call on the same memory."""
-        return self._context.plans.get(key) if self._context and key is not None else None
+        return self.plans.plans.get(key) if key is not None else None
 
     # Collectives
 
@@ -411,8 +439,9 @@ class Communicator(MPI.Intracomm):
         The ranks write p times fewer bytes than in :meth:`Allreduce`.  Returns a read-only array like ``buf``, which
         is valid until the next such call on ``buf``.
         """
+        self._prepare("Allreduce_view")
         op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
-        key = call_key("Allreduce_view", buf, IN_PLACE, operations.key_of(op))
+        key = self._planner.view_key(buf, op)
         bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
         bound.run()
         result: npt.NDArray[Any] = bound.result
@@ -514,7 +543,7 @@ class Communicator(MPI.Intracomm):
         """The receive counts of all ranks, if ``recvbuf`` is a NumPy array; otherwise binding determines them."""
         if type(recvbuf) is not np.ndarray or sendbuf is recvbuf or is_in_place(sendbuf):
             return None
-        return self.context.counts(recvbuf.size)
+        return self.context.exchange_counts(recvbuf.size)
 
     def Allgather(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of equal length from all ranks, in rank order, on every rank.
@@ -584,6 +613,8 @@ class Communicator(MPI.Intracomm):
             return self._run_native(code, "Barrier")
         return self._run_uncached(code, "Barrier", (None, None), self._barrier, self._bind_barrier, (None,))
 
+    barrier = Barrier
+
     def _barrier(self, sendbuf: None, recvbuf: None, algorithm: None) -> None:
         """Barrier with the parameters of :meth:`_run_uncached`."""
         self.Barrier()
@@ -603,12 +634,11 @@ class Communicator(MPI.Intracomm):
         code: int = NOT_MINE,
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
-        if self._queue is not None:
-            self._queue.let_pass()
+        self._prepare(name)
         kind = self._read_kind(code)
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
-        buffers = hold(buffers[0]), buffers[1]
+        buffers = self._planner.significant(name, hold(buffers[0]), buffers[1], root)
         mark = None if op is None else operations.key_of(op)
         key = kind or (None if name == "Alltoallw" else call_key(name, *buffers, root, mark))
         bind = self._planner.bind_inherited
@@ -757,6 +787,9 @@ for _name in COMPARED:
     setattr(Communicator, f"{_name}_init", compare_at_init(_name))
     setattr(Communicator, f"I{_name.lower()}", start_beside(_name, getattr(Communicator, _name)))
 
+for _name in OBJECT_CALLS:
+    setattr(Communicator, _name, compare_objects(_name))
+
 OURS: dict[type[MPI.Comm], Any] = {
     MPI.Intracomm: Communicator,
     MPI.Cartcomm: Cartcomm,
@@ -777,21 +810,40 @@ def install_abort_hook() -> None:
     """
     if _hooks or MPI.COMM_WORLD.size == 1 or os.environ.get("HPCCOMM_EXCEPTHOOK") == "off":
         return
-    previous = sys.excepthook
+    previous, process = sys.excepthook, os.getpid()
     _hooks.append(previous)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if os.getpid() != process:  # a child of fork is no rank
+            return previous(kind, error, trace)
         try:
             if previous is not sys.__excepthook__:
                 previous(kind, error, trace)
         finally:
-            lines = "".join(traceback.format_exception(kind, error, trace))
-            line = f"[hpccomm] rank {MPI.COMM_WORLD.rank} aborts all ranks: uncaught exception:\n{lines}"
-            os.write(2, line.encode(errors="replace"))  # a library may have redirected sys.stderr
+            lines = describe_failure(MPI.COMM_WORLD.rank, error, trace)
+            os.write(2, lines.encode(errors="replace"))  # a library may have redirected sys.stderr
             time.sleep(FLUSH_SECONDS)
             MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook
+
+
+def describe_failure(rank: int, error: BaseException, trace: TracebackType | None) -> str:
+    """What a rank prints of an uncaught exception: of a mistake of ours a sentence and the program's own line.
+
+    The sentence of a mismatch, which all ranks see, is printed by one of them.  ``HPCCOMM_TRACEBACK=full`` prints all.
+    """
+    head = f"[hpccomm] rank {rank} aborts all ranks: "
+    frames = [each for each in traceback.extract_tb(trace) if not each.filename.startswith(PACKAGE)]
+    if not isinstance(error, HpccommError) or not frames or os.environ.get("HPCCOMM_TRACEBACK") == "full":
+        return f"{head}uncaught exception:\n{''.join(traceback.format_exception(type(error), error, trace))}"
+    at = frames[-1]
+    place = f"{head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
+    sentence = f"[hpccomm] {error}\n"
+    return sentence + place if not isinstance(error, MismatchError) or claim_report() else place
+
+
+PACKAGE = os.path.join(os.path.dirname(__file__), "")
 
 
 if os.environ.get(timeline.VARIABLE):

@@ -1,26 +1,31 @@
-"""The context of a communicator: layout, private communicator, consistency table, tuning table and cached plans.
+"""The context of an MPI communicator: layout, private communicator, consistency table, tuning table, shared memory.
 
-The first collective call creates the context on all ranks, so a communicator that only sends and receives has none.
-Rank 0 broadcasts all settings and the tuning table, so that every rank selects the same algorithm.
+The context is made with the first :class:`hpccomm.Communicator` of an MPI communicator, on all ranks; an attribute of
+the MPI communicator keeps it, and frees it with the communicator.  So the ranks can compare their first calls: shared
+memory is made only when all ranks have entered the same first collective.  Rank 0 broadcasts all settings and the
+tuning table, so that every rank selects the same algorithm.
 """
 
 from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from hpccomm import layout
+from hpccomm import first_use, layout
 from hpccomm.backends.schedules import Schedules
 from hpccomm.backends.shared_memory import SharedMemory
 from hpccomm.calls import consistency
 from hpccomm.calls.entry import Doors, Entry
-from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, format_ranks, mismatch_message
+from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, mismatch_message
 from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.hierarchical import HIERARCHICAL, Form, select_form
@@ -28,9 +33,9 @@ from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.performance import tuning
+from hpccomm.performance.probe import processor_name
 from hpccomm.settings import check_environment
 from hpccomm.transports.mpi import MessageTransport, mpi_name
-from hpccomm.transports.polling import pause
 from hpccomm.transports.segment import SharedSegment
 
 MAX_PLANS = 128
@@ -43,11 +48,6 @@ NODE_PROGRESS_NS, PROGRESS_NS = 500_000, 100_000
 """Nanoseconds for which a rank waits for another rank of its node before it drives its messages, on one node and on
 several; later up to ten times as long."""
 
-CREATION_TAG = 17
-"""MPI's tag for the creation of our communicators."""
-EAGER_SECONDS = 1e-3
-"""How long a rank waits for the others before it sleeps between two polls."""
-
 SETTINGS = (
     "HPCCOMM_ALGORITHM",
     "HPCCOMM_TUNING",
@@ -55,6 +55,7 @@ SETTINGS = (
     "HPCCOMM_CONSISTENCY",
     "HPCCOMM_GPU_TRANSPORT",
     "HPCCOMM_COMPILE",
+    "HPCCOMM_GUARD",
 )
 """Environment variables that must be the same on every rank: rank 0's values are used."""
 
@@ -77,16 +78,54 @@ class Once:
         return made
 
 
-class Context:
-    """The context of one communicator; creating it is collective."""
+class PlanCache:
+    """The plans and the compiled entry of one :class:`hpccomm.Communicator`, whose default algorithm they depend on."""
 
-    def __init__(self, comm: MPI.Intracomm, doors: Doors, arrival: Arrival | None = None) -> None:
+    def __init__(self) -> None:
+        self.doors = Doors()
+        self.plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self.entry: Entry | None = None
+        self.stage = -1
+        """The stage of the context for which the doors were opened."""
+
+    def keep(self, key: Hashable, bound: Plan) -> Plan:
+        """Cache a plan, if it has a key; beyond MAX_PLANS the oldest is freed."""
+        if key is None:
+            return bound
+        self.plans[key] = bound
+        if len(self.plans) > MAX_PLANS:
+            _, oldest = self.plans.popitem(last=False)
+            oldest.free()
+        return bound
+
+    def forget(self) -> None:
+        """Free all cached plans."""
+        if self.entry:
+            self.entry.clear()
+        for bound in self.plans.values():
+            bound.free()
+        self.plans.clear()
+
+    def __del__(self) -> None:
+        """Free the plans of a communicator that nobody uses any more."""
+        with suppress(Exception):  # at the end of the program their parts may be gone
+            if not MPI.Is_finalized():
+                self.forget()
+
+    def close(self) -> None:
+        """Free all plans, and leave all calls to the Python path."""
+        self.forget()
+        self.doors.close()
+        self.entry, self.stage = None, -1
+
+
+class Context:
+    """The context of one MPI communicator; creating it is collective."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
         check_environment(os.environ)
-        self.doors = doors
         self.rank, self.size = comm.rank, comm.size
-        arrival = arrival or Arrival(comm, False)
-        arrival.complete()
-        self.private_comm = create_private_comm(comm, arrival)
+        self.private_comm = create_private_comm(comm)
         self.node = ranks_of_this_node(self.private_comm)
         self.layout = layout.discover(self.private_comm, self.node, MPI.Get_processor_name())
         self.members = self.layout.members(int(self.layout.nodes[self.rank]))
@@ -94,20 +133,71 @@ class Context:
         self.table = self.private_comm.bcast(self.load_table() if self.rank == 0 else None)
         self.messages = MessageTransport(self.private_comm, self.stray_message_error)
         self.consistency, self._segment = self.open_consistency_table()
-        self.plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
+        self.closed = False
+        self.levels: dict[str, MPI.Intracomm] = {}
+        self.stage = 0
+        """0 before the first collective; rises when calls may run in another way than before."""
+        self.node_memory: SharedMemory | None = None
+        """Shared memory of this node's ranks; ``None`` on all nodes if it is not available on one of them."""
+        self._schedules: Schedules | None = None
+        self.hierarchical_algorithms = {name: on(self.layout.nodes) for name, on in HIERARCHICAL.items()}
+        """The hierarchical schedule for this layout, by collective."""
         self._decisions: dict[Hashable, tuning.Choice] = {}
         self.awaits_code = self.must_await_code()
         self._look_again = 0.0
-        self.entry: Entry | None = None
+
+    def prepare(self, name: str) -> None:
+        """Set up what collectives need, at the first one, which is called ``name`` (collective).
+
+        The ranks compare their first calls before: none waits for a rank that calls something else.
+        """
+        if self.stage:
+            return
+        if self.closed:
+            raise ArgumentError(f"rank {self.rank}: {name}: the communicator has been freed: make a new one")
+        self.run_together(Fingerprint(name), self.make_memory)
+        self.stage = 1
+
+    def run_together(self, fingerprint: Fingerprint, body: Callable[[], None]) -> None:
+        """Run a body with messages between all ranks, once all ranks of this node have entered the same call."""
+        table = self.consistency
+        if table is None:
+            return body()
+        try:
+            table.begin(table.announce(fingerprint))
+            table.wait()
+            body()
+            table.leave()
+        except BaseException:
+            table.abandon()
+            raise
+
+    def make_memory(self) -> None:
+        """Make the shared memory of this node, and what is built on it (collective)."""
+        self.node_memory, self._schedules = self.open_memory(), None
 
     def load_table(self) -> tuning.Table:
         """This machine's tuning table."""
-        return tuning.load(mpi_name(), MPI.Get_processor_name(), ethernet=not layout.fast_networks())
+        where = mpi_name(), MPI.Get_processor_name()
+        if self.settings["HPCCOMM_GUARD"] == "off":
+            return tuning.load(*where, ethernet=not layout.fast_networks())
+        table = tuning.load(*where, ethernet=not layout.fast_networks(), cpu=processor_name())
+        return table if table.frozen else table.add_first_use(first_use.load(mpi_name()))
 
-    def counts(self, elements: int) -> tuple[int, ...]:
-        """The number of elements of every rank (collective)."""
+    def add_first_use(self, rows: list[tuning.Row]) -> None:
+        """Decide by what the first use of a size class has measured, now and in later programs."""
+        self.table = self.table.add_first_use(rows)
+        self._decisions.clear()
+        if self.rank == 0:
+            first_use.save(mpi_name(), rows)
+
+    def exchange_counts(self, elements: int) -> tuple[int, ...]:
+        """The number of elements of every rank of a Reduce_scatter without counts (collective)."""
         counts = np.empty(self.size, np.int64)
-        self.private_comm.Allgather(np.array([elements], np.int64), counts)
+        own = np.array([elements], np.int64)
+        exchange = partial(self.private_comm.Allgather, own, counts)
+        self.run_together(Fingerprint("Reduce_scatter without recvcounts"), exchange)
         return tuple(counts.tolist())
 
     def open_consistency_table(self) -> tuple[consistency.ConsistencyTable | None, SharedSegment | None]:
@@ -129,15 +219,21 @@ class Context:
         memory = self.node_memory
         return memory if self.layout.count == 1 else None
 
-    @Once
-    def node_memory(self) -> SharedMemory | None:
+    def open_memory(self) -> SharedMemory | None:
         """Shared memory of this node's ranks; ``None`` on all nodes if it is not available on one of them."""
-        if self.size == 1 or self.settings["HPCCOMM_SHARED_MEMORY"] == "off" or self.awaits_code:
+        if not self.wants_memory or self.awaits_code:
             return None
         memory, trouble = None, ""
         try:
             memory = SharedMemory(self.node, patience_ns=NODE_PROGRESS_NS if self.layout.count == 1 else PROGRESS_NS)
             memory.mismatch = self.mismatch_error
+            if self.consistency:
+                table = self.consistency
+                memory.miss_call = table.miss_call
+                memory.give_reason = table.write_reason
+                memory.find_reason = lambda k: table.read_reason(table.members[k])
+            if self.rank == 0 and memory.trouble:
+                warn_once(memory.trouble)
         except TransportError as error:
             trouble = str(error)
         troubles = [each for each in self.private_comm.allgather(trouble) if each]
@@ -150,6 +246,11 @@ class Context:
         if memory:
             memory.close()
         return None
+
+    @property
+    def wants_memory(self) -> bool:
+        """Whether collectives use shared memory where it is available."""
+        return self.size > 1 and self.settings["HPCCOMM_SHARED_MEMORY"] != "off"
 
     def must_await_code(self) -> bool:
         """Whether other algorithms take the calls of this node until shared memory's functions are compiled."""
@@ -171,16 +272,20 @@ class Context:
                 self.consistency.announce_code()
 
     def use_code(self) -> None:
-        """Stop awaiting the functions: all decisions are made again."""
+        """Stop awaiting the functions: all decisions are made again (collective)."""
         self.awaits_code = False
-        self.__dict__.pop("node_memory", None)
+        self.make_memory()
         self._decisions.clear()
-        self.forget()
+        self.stage += 1
+        for each in list(self.users):
+            each.forget()
 
-    @Once
+    @property
     def schedules(self) -> Schedules:
         """Schedules on messages; on several nodes they meet in the shared memory of each."""
-        return Schedules(self.node_memory if self.layout.count > 1 else None, self.messages)
+        if self._schedules is None:
+            self._schedules = Schedules(self.node_memory if self.layout.count > 1 else None, self.messages)
+        return self._schedules
 
     def hierarchical_form(self, collective: str, nbytes: int, shared: bool) -> Form:
         """What runs for the hierarchical algorithm; ``shared``: the ranks of each node meet in shared memory."""
@@ -197,11 +302,6 @@ class Context:
         """The call of a rank of this node with a digest."""
         return self.consistency.look_up_call(rank, digest) if self.consistency else None
 
-    @Once
-    def hierarchical_algorithms(self) -> dict[str, Algorithm]:
-        """The hierarchical schedule for this layout, by collective."""
-        return {collective: on(self.layout.nodes) for collective, on in HIERARCHICAL.items()}
-
     def algorithms(self, collective: str) -> dict[str, Algorithm]:
         """The schedules of hpccomm for a collective, by name."""
         found = dict(ALGORITHMS.get(collective, {}))
@@ -211,7 +311,9 @@ class Context:
 
     def names(self, collective: str) -> tuple[str, ...]:
         """Valid values of ``algorithm=`` for a collective."""
-        shared = ("shared",) if self.shared_memory and collective in SharedMemory.collectives else ()
+        expected = self.wants_memory and self.layout.count == 1 and not self.awaits_code
+        offered = self.shared_memory if self.stage else expected
+        shared = ("shared",) if offered and collective in SharedMemory.collectives else ()
         return ("auto", "native", *shared, *self.algorithms(collective))
 
     def decide(self, collective: str, nbytes: int, dtype: str, allowed: tuple[str, ...], who: str) -> tuning.Choice:
@@ -246,85 +348,80 @@ class Context:
             )
         return MismatchError(mismatch_message(calls, self.rank))
 
-    def keep(self, key: Hashable, bound: Plan) -> Plan:
-        """Cache a plan, if it has a key; beyond MAX_PLANS the oldest is freed."""
-        if key is None:
-            return bound
-        self.plans[key] = bound
-        if len(self.plans) > MAX_PLANS:
-            _, oldest = self.plans.popitem(last=False)
-            oldest.free()
-        return bound
+    def level(self, name: str) -> MPI.Intracomm:
+        """MPI's communicator ``"intra"``, the ranks of this node, or ``"inter"``, those with the same local rank.
 
-    def forget(self) -> None:
-        """Free all cached plans."""
-        if self.entry:
-            self.entry.clear()
-        for bound in self.plans.values():
-            bound.free()
-        self.plans.clear()
+        Both are made at the first request, which is collective.
+        """
+        if not self.levels:
+            node, place = int(self.layout.nodes[self.rank]), self.layout.local_rank(self.rank)
+            for each, color in (("intra", node), ("inter", place)):
+                self.levels[each] = MPI.Intracomm(self.private_comm.Split(color, self.rank))
+                context_of(self.levels[each])
+        return self.levels[name]
 
     def close(self) -> None:
         """Free all resources (collective)."""
-        self.forget()
-        self.doors.close()
+        self.closed, self.stage = True, 0
+        for level in self.levels.values():
+            level.Free()
+        for each in list(self.users):
+            each.close()
         if self.consistency:
             self.consistency.close()
-        if self._segment:
-            self._segment.close()
-        made: SharedMemory | None = self.__dict__.get("node_memory")
-        if made:
-            made.close()
-        self.node.Free()
+        for memory in (self._segment, self.node_memory):
+            if memory:
+                memory.close()
+        if self.node != self.private_comm:
+            self.node.Free()
         self.messages.close()
 
 
+@cache
+def warn_once(trouble: str) -> None:
+    """Say once in a process that the defaults are used, because a file cannot be."""
+    consistency.log_line(f"{trouble}; the defaults are used")
+
+
+def close_context(comm: MPI.Comm, keyval: int, context: Context) -> None:
+    """Free the context of a communicator that MPI frees; when MPI ends, the process frees its memory."""
+    if comm not in (MPI.COMM_WORLD, MPI.COMM_SELF):
+        context.close()
+
+
+CONTEXT_KEY = MPI.Comm.Create_keyval(delete_fn=close_context)
+"""The attribute of an MPI communicator that keeps its context."""
+
+
+def context_of(comm: MPI.Intracomm) -> Context:
+    """The context of an MPI communicator; the first request is collective."""
+    known: Any = comm.Get_attr(CONTEXT_KEY)
+    if known is None:
+        known = Context(comm)
+        comm.Set_attr(CONTEXT_KEY, known)
+    found: Context = known
+    return found
+
+
 def ranks_of_this_node(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """The ranks that share memory with this one, in rank order (collective)."""
-    return MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
+    """The ranks that share memory with this one, in rank order (collective); ``comm`` itself if these are all."""
+    node = MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
+    if node.size < comm.size:
+        return node
+    node.Free()
+    return comm
 
 
-class Arrival:
-    """The first collective call of all ranks on a communicator, whose context they make then (collective).
-
-    ``beside``: this rank's call is non-blocking.  The ranks exchange that by a non-blocking call of MPI, which is
-    ordered among the other calls of this rank: the progress thread that makes the context need not be.
-    """
-
-    def __init__(self, comm: MPI.Intracomm, beside: bool) -> None:
-        self.beside, self.failure = beside, ""
-        self._rank, self._own = comm.rank, np.array([beside])
-        self._all = np.empty(comm.size, bool)
-        self._request = unwrap(comm).Iallgather([self._own, MPI.BOOL], [self._all, MPI.BOOL])
-
-    def complete(self) -> None:
-        """Wait for all ranks; raise on all of them if only some have made a non-blocking call."""
-        await_quietly(self._request)
-        if self._all.any() and not self._all.all():
-            kinds = (("a non-blocking", self._all), ("a blocking", ~self._all))
-            made = ", ".join(f"{format_ranks(np.flatnonzero(who).tolist())} made {kind} call" for kind, who in kinds)
-            self.failure = f"{made}, the first on this communicator: {REMEDIES['collective']}"
-            raise MismatchError(f"{self.failure} (noticed by rank {self._rank})")
-
-
-def create_private_comm(comm: MPI.Intracomm, arrival: Arrival | None = None) -> MPI.Intracomm:
+def create_private_comm(comm: MPI.Intracomm) -> MPI.Intracomm:
     """A communicator of the same ranks for our messages (collective).
 
-    Unlike ``Dup`` this takes over no topology and no hints, and runs no copy callback of the user's attributes.  If the
-    ranks arrive in a progress thread it is not ordered among other calls on ``comm``; Open MPI then copies attributes.
+    Unlike ``Dup`` this takes over no topology and no hints, and runs no copy callback of the user's attributes.
     """
     own = unwrap(comm)
     group = own.Get_group()
-    made = own.Create_group(group, CREATION_TAG) if arrival and arrival.beside else own.Create(group)
+    made = own.Create(group)
     group.Free()
     return MPI.Intracomm(made)
-
-
-def await_quietly(request: MPI.Request) -> None:
-    """Wait for MPI, and leave the core to others while it takes long."""
-    began = time.monotonic()
-    while not request.Test():
-        pause(began, EAGER_SECONDS, 32)
 
 
 def unwrap(comm: MPI.Intracomm) -> MPI.Intracomm:

@@ -250,7 +250,7 @@ def communicator(comm: MPI.Intracomm | None = None) -> Communicator:
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         raise ArgumentError(f"comm is {comm!r}: pass an MPI.Intracomm, an hpccomm.Communicator, or None for all ranks")
     if id(comm) not in _communicators:
-        _communicators[id(comm)] = Communicator(comm)
+        _communicators[id(comm)] = Communicator.__new__(Communicator, comm)
         weakref.finalize(comm, _communicators.pop, id(comm), None)
     return _communicators[id(comm)]
 

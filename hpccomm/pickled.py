@@ -15,7 +15,7 @@ from __future__ import annotations
 import pickle
 import struct
 import zlib
-from functools import partial
+from functools import partial, wraps
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -23,7 +23,8 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm.calls import operations
-from hpccomm.errors import MismatchError
+from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.errors import HpccommError, MismatchError
 
 HEADER, RECORD = 8, 256
 """Bytes of a record: length and code of the call, 32 bits each, and all of it."""
@@ -51,6 +52,60 @@ def install(comm: Any) -> None:
     if comm._pickle == "auto" and isinstance(comm, MPI.Intracomm):
         calls = ObjectCalls(comm)
         vars(comm).update(allreduce=calls.allreduce, allgather=calls.allgather, bcast=calls.bcast)
+
+
+COMPARED: dict[str, dict[str, int]] = {
+    "allgather": {},
+    "allreduce": {"op": 1},
+    "alltoall": {},
+    "bcast": {"root": 1},
+    "exscan": {"op": 1},
+    "gather": {"root": 1},
+    "reduce": {"op": 1, "root": 2},
+    "scan": {"op": 1},
+    "scatter": {"root": 1},
+}
+"""mpi4py's lower-case collectives, and the positions of the arguments that must agree between ranks."""
+
+
+def compare_objects(name: str) -> Any:
+    """mpi4py's method for objects, before and after which the ranks of a node compare their calls."""
+    native, places = getattr(MPI.Intracomm, name), COMPARED[name]
+
+    @wraps(native)
+    def method(self: Any, *args: Any, **named: Any) -> Any:
+        table = self.context.consistency
+        if table is None:
+            return native(self, *args, **named)
+        given = [named.get(each, args[place] if place < len(args) else None) for each, place in places.items()]
+        try:
+            table.enter(announce(table, name, places, given))
+            result = native(self, *args, **named)
+            table.leave()
+        except (MPI.Exception, HpccommError) as failure:
+            table.abandon()
+            table.raise_mismatch(failure)
+            raise
+        except BaseException:
+            table.abandon()
+            raise
+        return result
+
+    return method
+
+
+def announce(table: Any, name: str, places: dict[str, int], given: list[Any]) -> int:
+    """The digest of a lower-case call; its text is written once."""
+    values = dict(zip(places, given, strict=True))
+    op, root = values.get("op"), values.get("root")
+    mark = op.handle if isinstance(op, MPI.Op) else op is None
+    key = (name, mark, root if isinstance(root, int) else 0)
+    digest: int | None = table.known_calls.get(key)
+    if digest is None:
+        op_name = operations.name_of(op) if isinstance(op, MPI.Op) else "sum" if op is None else "a function"
+        of = str(root or 0) if "root" in places else ""
+        digest = table.known_calls[key] = table.announce(Fingerprint(name, op_name if "op" in places else "", root=of))
+    return digest
 
 
 class ObjectCalls:

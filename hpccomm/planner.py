@@ -19,20 +19,36 @@ from mpi4py import MPI
 from hpccomm.backends.interpreter import CompiledSchedule
 from hpccomm.backends.schedules import Reduction
 from hpccomm.calls import operations
+from hpccomm.calls.blocks import (
+    EQUAL,
+    FORMS,
+    ONE,
+    PARTS,
+    TYPED,
+    Amounts,
+    BlockForm,
+    amounts_of,
+    block_bytes,
+    find_blocks,
+    overlap_within,
+    share_bytes,
+)
 from hpccomm.calls.buffers import Buffer, address_of, apply_displacement, as_pairs, read, view_at
 from hpccomm.calls.consistency import MEETING_SECONDS
 from hpccomm.calls.entry import Entry, class_lengths, why_no_entry
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
-from hpccomm.calls.plans import NativeCall, Plan, Run
+from hpccomm.calls.plans import NativeCall, Plan, Run, call_key
 from hpccomm.collectives.engine import BoundSchedule
 from hpccomm.collectives.hierarchical import Form
 from hpccomm.collectives.lower import Layout, Pipeline, lower
 from hpccomm.collectives.schedule import Algorithm, without_node_steps
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError, TransportError
+from hpccomm.first_use import FirstUse
 from hpccomm.kernels import objects, reproducible
+from hpccomm.kernels.entry.records import NOT_COMPARED
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
-from hpccomm.performance.tuning import Choice
+from hpccomm.performance.tuning import BLOCKWISE, Choice
 from hpccomm.performance.units import format_count
 
 IN_PLACE = MPI.IN_PLACE
@@ -45,8 +61,6 @@ ALL_LENGTHS = (0, 1 << 62)
 ALWAYS = Choice("", None, "", ALL_LENGTHS)
 EQUAL_BLOCKS = ("Allgather", "Alltoall", "Reduce_scatter_block")
 """Calls that are counted in bytes of one block."""
-BLOCKWISE = ("allgather", "alltoall", "reduce_scatter")
-"""Collectives whose calls are counted in bytes of all blocks, and have one block for each rank."""
 
 LOCKSTEP_BYTES = 1 << 23
 """From this size on, our algorithms on messages compare the calls of all ranks before the first message.  Below it the
@@ -68,6 +82,7 @@ class Planner:
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm
+        self.first_use = FirstUse(self)
 
     @property
     def rank(self) -> int:
@@ -81,19 +96,21 @@ class Planner:
 
     @property
     def context(self) -> Context:
-        """The communicator's context (the first use is collective)."""
+        """The communicator's context."""
         made: Context = self.comm.context
         return made
 
     def open_doors(self) -> None:
         """Let the compiled entry take calls, where there is one."""
-        context, memory = self.context, self.shared_memory
+        context, memory, plans = self.context, self.shared_memory, self.comm.plans
+        plans.stage = context.stage
+        context.users.add(plans)
         if context.awaits_code or why_no_entry(self.size) or (memory and not memory.compiled):
             return
         if memory is None and context.settings["HPCCOMM_COMPILE"] != "wait" and not objects.complete():
             return  # nothing else needs the compiler now
         meeting = self.bind_shared(Fingerprint("Barrier"), memory.bind_entry_barrier) if memory else None
-        context.entry = Entry(context.doors, self.rank, self.size, memory, context.consistency, meeting)
+        plans.entry = Entry(plans.doors, self.rank, self.size, memory, context.consistency, meeting)
 
     def use_code(self) -> None:
         """Take shared memory into use from the next call on; the same call on all ranks."""
@@ -121,6 +138,13 @@ class Planner:
         plan = self.bind_schedule("allreduce", choice, vector, source, recv.kind, op, fingerprint)
         return self.keep(key, fingerprint, [plan], plan.free, vector.nbytes)
 
+    def view_key(self, buf: Any, op: MPI.Op) -> Hashable:
+        """The key of an Allreduce_view: by the registered array, as its address may come back on some ranks only."""
+        key, memory = call_key("Allreduce_view", buf, IN_PLACE, operations.key_of(op)), self.shared_memory
+        if key is None or memory is None or type(buf) is not np.ndarray:
+            return key
+        return key, memory.allocation_number(address_of(buf), buf.nbytes)
+
     def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Plan:
         """Allreduce into one result per node, or into one result per rank where ranks share no memory."""
         who = self.call_label("Allreduce_view")
@@ -130,7 +154,7 @@ class Planner:
         if shared is None or not shared.reduces(op_name, send.kind):
             result = np.empty(np.shape(buf), buf.dtype)
             inner = self.allreduce(None, buf, result, op, None)
-            return self.context.keep(key, Plan(inner.run, inner.free, read_only_view(result)))
+            return self.comm.plans.keep(key, Plan(inner.run, inner.free, read_only_view(result)))
         view = shared.view(send.address, send.nbytes)
         if view is None:
             raise ArgumentError(
@@ -210,7 +234,7 @@ class Planner:
         """The number of elements for each rank; without ``recvcounts`` the ranks exchange theirs."""
         if recvcounts is None and in_place:
             raise ArgumentError(f"{who}: in place, the number of elements for each rank is unknown: pass recvcounts")
-        return self.context.counts(recv.elements) if recvcounts is None else recvcounts
+        return self.context.exchange_counts(recv.elements) if recvcounts is None else recvcounts
 
     def bind_reduce_scatter(
         self,
@@ -276,17 +300,18 @@ class Planner:
         if name == "Reduce_scatter":
             counts = arguments[0]
             if counts is None:
-                counts = self.context.counts(result.elements)
+                counts = self.context.exchange_counts(result.elements)
             first, result = sum(counts[: self.rank]), replace(result, count=counts[self.rank])
             arguments = (tuple(width * each for each in counts), *arguments[1:])
         elif name == "Reduce_scatter_block":
             each = buffer.elements // self.size
             first, result = self.rank * each, replace(result, count=each)
         whole, total = ExactSum(buffer), ExactSum(result)
-        inner = [self.allreduce(None, IN_PLACE, whole.as_buffer(whole.exponents), MPI.MAX, None)]
-        for part, sums in zip(whole.parts, total.totals, strict=True):
-            into = total.as_buffer(sums) if here else None
-            inner.append(getattr(self, name.lower())(None, whole.as_buffer(part), into, *arguments, None))
+        with self.first_use.pause():
+            inner = [self.allreduce(None, IN_PLACE, whole.as_buffer(whole.exponents), MPI.MAX, None)]
+            for part, sums in zip(whole.parts, total.totals, strict=True):
+                into = total.as_buffer(sums) if here else None
+                inner.append(getattr(self, name.lower())(None, whole.as_buffer(part), into, *arguments, None))
         exponents = whole.exponents[width * first : width * first + total.elements]
         store = partial(total.store, exponents) if here else None
         steps = [whole.find_exponents, inner[0].run, whole.split, *(each.run for each in inner[1:]), store]
@@ -296,13 +321,14 @@ class Planner:
                 each.free()
 
         plan = Plan(compose(steps), free)
-        return self.context.keep(key, plan)
+        return self.comm.plans.keep(key, plan)
 
     def allgather(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
         """Allgather."""
         who = self.call_label("Allgather")
         recv = self.read_buffer(recvbuf, who, writable=True)
         send = recv if is_in_place(sendbuf) else self.read_buffer(sendbuf, who)
+        find_blocks(recv, EQUAL, self.size, who)
         counts = (0 if recv.opaque else recv.block_length(self.size),) * self.size
         return self.bind_allgather(key, "Allgather", send, recv, counts, algorithm)
 
@@ -363,7 +389,7 @@ class Planner:
         gathered = read(whole, "")
         mine = gathered if send is recv else read(out.octets.view(dtype), "")
         inner = self.bind_allgather(None, "Allgather", mine, gathered, counts, algorithm)
-        return self.context.keep(key, Plan(compose([out.pack, inner.run, into.unpack]), inner.free))
+        return self.comm.plans.keep(key, Plan(compose([out.pack, inner.run, into.unpack]), inner.free))
 
     def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Plan:
         """Bcast."""
@@ -391,18 +417,17 @@ class Planner:
         recv = self.read_buffer(recvbuf, who, writable=True)
         send = recv if in_place else self.read_buffer(sendbuf, who)
         sent, received = gather_bytes(send, self.size), gather_bytes(recv, self.size)
+        if sent != received or sent % self.size:
+            raise ArgumentError(
+                f"{who}: sends {sent} bytes, receives {received}: pass buffers of equal size, a multiple of the ranks"
+            )
+        self.check_places(send, recv, who, EQUAL, EQUAL)
         choice = self.choose("alltoall", recv, None, algorithm, who, received)
         counts = (0,) if recv.dtype is None else (recv.block_length(self.size),) * self.size
         count = gather_count(recv, counts, received)
         fingerprint = self.fingerprint("Alltoall", recv, choice, algorithm, count=count)
         if choice.algorithm == "native":
             return self.bind_native(key, fingerprint, "Alltoall", (send, recv), (), choice)
-        if sent != received or sent % self.size:
-            raise ArgumentError(
-                f"{who}: sends {sent} bytes, receives {received}: pass buffers of equal size, a multiple of the ranks"
-            )
-        if not in_place:
-            self.check_overlap(send, recv, who)
         sent_bytes = PackedBuffer(send, self.comm, sent, in_place) if send.opaque else None
         received_bytes = PackedBuffer(recv, self.comm, received) if recv.opaque else None
         copied = np.empty(sent, "u1") if in_place and sent_bytes is None else None
@@ -426,53 +451,88 @@ class Planner:
         if self.shared_memory and "native" not in (comm.algorithm, setting):
             return self.keep_shared(key, fingerprint, self.shared_memory.bind_barrier, ALWAYS)
         run = self.guard(fingerprint, lambda: MPI.Intracomm.Barrier(comm), lockstep=False)
-        return self.context.keep(key, Plan(run, row=NativeCall(fingerprint.word, ALL_LENGTHS, False)))
+        return self.comm.plans.keep(key, Plan(run, row=NativeCall(fingerprint.word, ALL_LENGTHS, False)))
 
     def bind_inherited(
         self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
     ) -> Plan:
         """Bind one of MPI's own collectives; the calls of all ranks are compared."""
         who = self.call_label(name)
-        if root is not None:
-            self.check_root(root, who)
-        dtype, count, known = "", "", []
-        if name != "Alltoallw":
-            known = [read(each, who) for each in buffers]
-            buffers = tuple(each.raw for each in known)
         if op is not None:
-            first = known[1]
-            dtype = UNKNOWN if first.dtype is None else first.kind
-            count = UNKNOWN if first.dtype is None else str(first.elements)
-            if first.half:
-                raise ArgumentError(f"{who}: MPI cannot reduce {first.kind}: cast to float32 before the call")
-            if first.dtype is not None:
-                operations.check_defined(op, first.dtype, who)
-        op_name = "" if op is None else operations.name_of(op)
-        fingerprint = Fingerprint(name, op_name, count, dtype, "" if root is None else str(root))
-        arguments = [each for each in (op, root) if each is not None]
-        reusable = key is not None and all(self.has_weak_form(name, k, each) for k, each in enumerate(known))
-        if reusable:
-            buffers = tuple(self.make_form(name, k, each) for k, each in enumerate(known))
-        call, comm = getattr(MPI.Intracomm, name), self.comm
-        plain = reusable and not any(each.half for each in known)
-        row = NativeCall(fingerprint.word, ALL_LENGTHS, False) if plain else None
-        plan = Plan(self.guard(fingerprint, lambda: call(comm, *buffers, *arguments), False), row=row)
-        return self.context.keep(key, plan) if reusable else plan
+            first, into = self.reduction_buffers(buffers[0], buffers[1], op, who)
+            if into.half:
+                raise ArgumentError(f"{who}: MPI cannot reduce {into.kind}: cast to float32 before the call")
+            fingerprint = self.fingerprint(name, into, ALWAYS, None, op)
+            return self.bind_native(key, fingerprint, name, (first, into), (op,), ALWAYS)
+        send, recv = self.read_blocks(name, buffers, root, who)
+        fingerprint = self.describe_blocks(name, send, recv, root)
+        shown = [Buffer(None) if each is None else each for each in (send, recv)]
+        if TYPED in FORMS[name]:
+            shown = [Buffer(each) for each in buffers]
+        arguments = () if root is None else (root,)
+        amounts = amounts_of(FORMS[name], send, recv, self.rank, self.size, root) if FORMS[name].varies else None
+        return self.bind_native(key, fingerprint, name, (shown[0], shown[1]), arguments, ALWAYS, amounts)
 
-    def has_weak_form(self, name: str, number: int, buffer: Buffer) -> bool:
-        """Whether buffer ``number`` (0 or 1) of a call has a form that holds no reference to the user's array."""
-        if buffer.dtype is None:
-            return buffer.weak or buffer.raw is None or buffer.raw is IN_PLACE
-        return buffer.count is not None or number not in equal_blocks(name, False) or buffer.size % self.size == 0
+    def significant(self, name: str, sendbuf: Any, recvbuf: Any, root: int | None) -> tuple[Any, Any]:
+        """The buffers of a collective, without the one that only the root has."""
+        form = FORMS.get(name)
+        if form is None or root is None or self.rank == root:
+            return sendbuf, recvbuf
+        return None if form.send_at_root else sendbuf, None if form.recv_at_root else recvbuf
 
-    def make_form(self, name: str, number: int, buffer: Buffer, in_place: bool = False) -> Any:
-        """The form for mpi4py of buffer ``number`` that holds no reference to the user's array."""
-        if buffer.dtype is None or buffer.pair:
-            return buffer.raw
-        if number in VARIABLE_BLOCKS.get(name, ()):
-            return weak_form(buffer, buffer.blocks(self.size))
-        one = apply_displacement(buffer, self.call_label(name))
-        return weak_form(one, one.block_length(self.size) if number in equal_blocks(name, in_place) else one.elements)
+    def read_blocks(
+        self, name: str, buffers: tuple[Any, ...], root: int | None, who: str
+    ) -> tuple[Buffer | None, Buffer | None]:
+        """Read and check the buffers of a collective that moves blocks; ``None`` for one that this rank does not have.
+
+        Of a call in place both are the same buffer, but the receive buffer of a Scatter(v) in place is ``IN_PLACE``.
+        """
+        form, here = FORMS[name], root is None or self.rank == root
+        sends, receives = here or not form.send_at_root, here or not form.recv_at_root
+        send = recv = None
+        if TYPED in form:
+            return Buffer(buffers[0]) if not is_in_place(buffers[0]) else Buffer(buffers[1]), Buffer(buffers[1])
+        if receives:
+            keeps = form.send_at_root and here and is_in_place(buffers[1])
+            recv = Buffer(IN_PLACE) if keeps else self.read_buffer(buffers[1], who, True, form.recv in (PARTS, TYPED))
+        if sends:
+            within = not form.send_at_root and here and is_in_place(buffers[0])
+            send = recv if within else self.read_buffer(buffers[0], who, parts=form.send in (PARTS, TYPED))
+        found = [
+            find_blocks(each, kind, self.size, who) if each else None
+            for each, kind in ((send, form.send), (recv, form.recv))
+        ]
+        if send is not recv and None not in found:
+            self.check_moved(form, send, recv, found, who)
+        return send, recv
+
+    def check_moved(self, form: BlockForm, send: Any, recv: Any, blocks: list[Any], who: str) -> None:
+        """Refuse buffers that overlap, that differ in type or memory order, or whose own block has two lengths."""
+        if share_bytes(*blocks):
+            raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
+        if overlap_within(blocks[1]):
+            raise ArgumentError(f"{who}: blocks of the receive buffer overlap: pass other displacements")
+        self.check_order(send, recv, who)
+        sent, received = (each[0 if len(each) == 1 else self.rank][1] for each in blocks)
+        if send.kind != recv.kind or sent != received:
+            raise ArgumentError(
+                f"{who}: sends {sent // send.dtype.itemsize} {send.kind} to itself, has room for "
+                f"{received // recv.dtype.itemsize} {recv.kind} from itself: make both the same"
+            )
+
+    def describe_blocks(self, name: str, send: Buffer | None, recv: Buffer | None, root: int | None) -> Fingerprint:
+        """The fingerprint of a collective that moves blocks; counts that may differ between ranks are not in it."""
+        form = FORMS[name]
+        both = (recv, send) if form.send_at_root else (send, recv)
+        data = next((each for each in both if each and each.known), Buffer(None))
+        dtype, of = data.dtype or data.base, "" if root is None else str(root)
+        if dtype is None or TYPED in form:
+            return Fingerprint(name, "", "" if form.varies else UNKNOWN, UNKNOWN, of, UNKNOWN)
+        count = ""
+        if not form.varies:
+            amount = block_bytes(data, form.recv if data is recv else form.send, self.size)[0]
+            count = UNKNOWN if amount == NOT_COMPARED else str(amount // dtype.itemsize)
+        return Fingerprint(name, "", count, str(dtype) if data.opaque else data.kind, of, data.order)
 
     def call_label(self, name: str) -> str:
         """The rank and the call, with which every error begins."""
@@ -527,19 +587,30 @@ class Planner:
             raise ArgumentError(
                 f"{who}: sends {send.elements} {send.kind}, receives {recv.elements} {recv.kind}: make both the same"
             )
-        if send.order != recv.order:
-            raise ArgumentError(
-                f"{who}: one array is in C order, the other in Fortran order: pass np.ascontiguousarray(x)"
-            )
+        self.check_order(send, recv, who)
         if send.address == recv.address:
             return recv, recv
         self.check_overlap(send, recv, who)
         return send, recv
 
-    def check_overlap(self, send: Buffer, recv: Buffer, who: str) -> None:
-        """Refuse buffers that overlap."""
-        if send.overlaps(recv):
+    def check_order(self, send: Buffer, recv: Buffer, who: str) -> None:
+        """Refuse arrays of different memory orders; an array of one dimension is in C order."""
+        if send.order != recv.order:
+            raise ArgumentError(
+                f"{who}: one array is in C order, the other in Fortran order: pass np.ascontiguousarray(x)"
+            )
+
+    def check_overlap(self, send: Buffer, recv: Buffer, who: str, sends: str = ONE, receives: str = ONE) -> None:
+        """Refuse buffers that have these blocks and overlap."""
+        sent, received = find_blocks(send, sends, self.size, who), find_blocks(recv, receives, self.size, who)
+        if send is not recv and sent and received and share_bytes(sent, received):
             raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
+
+    def check_places(self, send: Buffer, recv: Buffer, who: str, sends: str, receives: str) -> None:
+        """Refuse buffers that have these blocks and overlap, or of different memory orders."""
+        self.check_overlap(send, recv, who, sends, receives)
+        if not (send.opaque or recv.opaque):
+            self.check_order(send, recv, who)
 
     def check_root(self, root: int, who: str) -> int:
         """Refuse a root that is not a rank; returns it as an integer of Python."""
@@ -559,7 +630,7 @@ class Planner:
                 f"are {total} in all and {counts[self.rank]} for this rank: make buffers and counts agree"
             )
         if not in_place:
-            self.check_overlap(send, recv, who)
+            self.check_places(send, recv, who, ONE, ONE)
 
     def check_allgather(self, send: Buffer, recv: Buffer, counts: Counts, displs: Counts, who: str) -> None:
         """Refuse counts and displacements of an allgather that do not fit the buffers."""
@@ -577,7 +648,13 @@ class Planner:
                 f"{who}: sends {send.nbytes} bytes, the receive buffer has room for {room} from this rank: "
                 "make both the same"
             )
-        self.check_overlap(send, recv, who)
+        self.check_order(send, recv, who)
+        blocks = [
+            (recv.address + d * recv.dtype.itemsize, c * recv.dtype.itemsize)
+            for c, d in zip(counts, displs, strict=True)
+        ]
+        if share_bytes([(send.address, send.nbytes)], blocks):
+            raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
 
     @property
     def shared_memory(self) -> Any:
@@ -615,7 +692,10 @@ class Planner:
         if self.size == 1 or not fits:
             choice = Choice("native", None, "no other algorithm can take the call", ALL_LENGTHS)
         else:
-            choice = self.decide(collective, data.nbytes if nbytes is None else nbytes, dtype, allowed, who)
+            length = data.nbytes if nbytes is None else nbytes
+            choice = self.decide(collective, length, dtype, allowed, who)
+            if choice.candidate and self.first_use.compare(collective, length, choice.candidate):
+                choice = self.decide(collective, length, dtype, allowed, who)
         reason = self.why_not_native(data, op) if choice.algorithm == "native" else ""
         return Choice(next(name for name in FALLBACKS if name in fits), None, reason) if reason and fits else choice
 
@@ -745,6 +825,7 @@ class Planner:
         buffers: tuple[Buffer, ...],
         arguments: tuple[Any, ...],
         choice: Choice,
+        amounts: Amounts | None = None,
     ) -> Plan:
         """Bind MPI's own algorithm; a plan with contiguous buffers is cached and does not keep the user's array alive.
 
@@ -755,15 +836,28 @@ class Planner:
         first = buffers[0]
         same = len(buffers) == 2 and buffers[1] is first
         forms = [IN_PLACE if same else first.raw, *(each.raw for each in buffers[1:])]
-        reusable = key is not None and all(each.dtype is not None or each.weak or each.raw is None for each in buffers)
+        reusable = key is not None and all(self.has_weak_form(each) for each in buffers)
         if reusable:
             forms = [self.make_form(name, k, each, same) for k, each in enumerate(buffers)]
             forms[:1] = [IN_PLACE] if same else forms[:1]
-        run = self.guard(fingerprint, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING)
+        run = self.guard(fingerprint, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING, amounts)
         plain = reusable and not any(each.half for each in buffers)
         lengths = self.unit_lengths(name, choice)
         row = NativeCall(fingerprint.word, lengths, name in SYNCHRONISING) if plain else None
-        return self.context.keep(key, Plan(run, row=row)) if reusable else Plan(run)
+        return self.comm.plans.keep(key, Plan(run, row=row)) if reusable else Plan(run)
+
+    def has_weak_form(self, buffer: Buffer) -> bool:
+        """Whether a buffer has a form that holds no reference to the user's array."""
+        return buffer.dtype is not None or buffer.weak or buffer.raw is None or buffer.raw is IN_PLACE
+
+    def make_form(self, name: str, number: int, buffer: Buffer, in_place: bool = False) -> Any:
+        """The form for mpi4py of buffer ``number`` that holds no reference to the user's array."""
+        if buffer.dtype is None or buffer.pair:
+            return buffer.raw
+        if number in VARIABLE_BLOCKS.get(name, ()):
+            return weak_form(buffer, buffer.blocks(self.size))
+        one = apply_displacement(buffer, self.call_label(name))
+        return weak_form(one, one.block_length(self.size) if number in equal_blocks(name, in_place) else one.elements)
 
     def unit_lengths(self, name: str, choice: Choice) -> tuple[int, int]:
         """The lengths of one block, or of a vector, for which a choice holds."""
@@ -776,7 +870,7 @@ class Planner:
     ) -> Plan:
         """A plan on messages, cached under its key."""
         run = self.guard(fingerprint, compose(moves), lockstep_bytes >= LOCKSTEP_BYTES)
-        return self.context.keep(key, Plan(run, free))
+        return self.comm.plans.keep(key, Plan(run, free))
 
     def keep_shared(
         self,
@@ -795,7 +889,7 @@ class Planner:
         row = call if choice and not before and not after and getattr(call, "lengths", None) else None
         if row and choice:
             row.lengths = intersect(row.lengths, self.unit_lengths(fingerprint.collective, choice))
-        return self.context.keep(key, Plan(compose([before, call, after]), row=row))
+        return self.comm.plans.keep(key, Plan(compose([before, call, after]), row=row))
 
     def bind_shared(self, fingerprint: Fingerprint, bind: Callable[[int], Run]) -> Run:
         """Bind a call in shared memory.
@@ -829,9 +923,9 @@ class Planner:
     def keep_widened(self, key: Hashable, first: Float32Copy, inner: Plan, last: Float32Copy | None) -> Plan:
         """A plan on 16-bit floats, which are reduced in float32 and rounded once."""
         plan = Plan(compose([first.widen, inner.run, last.narrow if last else None]), inner.free)
-        return self.context.keep(key, plan)
+        return self.comm.plans.keep(key, plan)
 
-    def guard(self, fingerprint: Fingerprint, body: Run, lockstep: bool) -> Run:
+    def guard(self, fingerprint: Fingerprint, body: Run, lockstep: bool, amounts: Amounts | None = None) -> Run:
         """Run ``body`` between two comparisons with the other ranks' calls.
 
         In lockstep no rank begins before all calls have been compared.  Ranks that share memory first pass a barrier
@@ -849,7 +943,7 @@ class Planner:
 
         def run() -> None:
             try:
-                enter(digest)
+                enter(digest, amounts)
                 context.announce_code()
                 if lockstep:
                     meet()

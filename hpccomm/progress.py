@@ -27,7 +27,7 @@ from mpi4py import MPI
 from hpccomm.calls.consistency import FLUSH_SECONDS, log_line
 from hpccomm.calls.entry import COLLECTIVES, Doors
 from hpccomm.calls.fingerprint import Fingerprint
-from hpccomm.context import Arrival, create_private_comm
+from hpccomm.context import create_private_comm
 from hpccomm.errors import HpccommError, TransportError
 
 DRIVE_SECONDS = 5e-4
@@ -49,8 +49,6 @@ class Call:
         """The exception that has ended the call."""
         self.requests: tuple[Any, ...] = ()
         """Requests of MPI to complete with the call; the last one is its generalized request."""
-        self.arrival: Arrival | None = None
-        """The communicator's first call, under which this one was issued."""
         self._function: Callable[[Any], Any] | None = function  # holds the call's arrays until it is complete
         self._result: Any = None
         self._complete = threading.Event()
@@ -107,14 +105,10 @@ class Queue:
         self._channel: Any = None
         self.failure: HpccommError | None = None
         """The error after which the communicator is out of step."""
-        self._arrival: Arrival | None = None
 
     def submit(self, call: Call) -> None:
         """Append a call."""
-        if self.comm._context is None:
-            if self._arrival is None or self._arrival.failure:
-                self._arrival = Arrival(self.comm, True)
-            call.arrival = self._arrival
+        _ = self.comm._own_context
         with _state.lock:
             self.calls.append(call)
             self._issue()
@@ -161,7 +155,7 @@ class Queue:
         table = self._table
         for call in self.calls if table else ():
             if not call.number:
-                call.blocking_calls = 0 if call.arrival else table.blocking_calls_here()
+                call.blocking_calls = table.blocking_calls_here()
                 call.number = table.issue(call.fingerprint, call.blocking_calls)
 
     @property
@@ -172,12 +166,8 @@ class Queue:
     def _find_channel(self, call: Call) -> Any:
         """The channel, as soon as all ranks of the node have issued this call, which until then costs no core.
 
-        The first call makes it, and before it the communicator's context (collective).
+        The first call makes it (collective).
         """
-        if self.comm._context is None:
-            self.comm._open_context(call.arrival)
-            with _state.lock:
-                self._issue()
         if call.number:
             try:
                 self._table.await_issue(call.number, call.blocking_calls, call.fingerprint)
@@ -186,7 +176,6 @@ class Queue:
                 raise
         if self._channel is None:
             self._channel = self.comm._make_channel(create_private_comm(self.comm._context.private_comm))
-            self._channel.context  # noqa: B018  the first use makes it
             atexit.unregister(complete_all)
             atexit.register(complete_all)  # runs before the tables tell the other ranks that this rank has left
         if self._channel.algorithm != self.comm.algorithm:
@@ -198,7 +187,7 @@ class Queue:
         self.drain()
         if self._channel is not None:
             self._channel.Free()
-        self._channel = self._arrival = None
+        self._channel = None
 
 
 class WaitingDoors(Doors):

@@ -18,6 +18,11 @@ def wait_or_background(value: str) -> str:
     return "" if value in ("wait", "background") else "use wait or background"
 
 
+def short_or_full(value: str) -> str:
+    """The remedy for a value that is neither ``short`` nor ``full``."""
+    return "" if value in ("short", "full") else "use short or full"
+
+
 def progress_kind(value: str) -> str:
     """The remedy for a value that names no use of the progress thread."""
     return "" if value in ("on", "off", "all") else "use on, off or all"
@@ -44,12 +49,14 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_ENTRY": on_or_off,
     "HPCCOMM_EXCEPTHOOK": on_or_off,
     "HPCCOMM_GPU_TRANSPORT": elsewhere,
+    "HPCCOMM_GUARD": on_or_off,
     "HPCCOMM_MPI": elsewhere,
     "HPCCOMM_PROGRESS": progress_kind,
     "HPCCOMM_SHARED_MEMORY": on_or_off,
     "HPCCOMM_STALL_SECONDS": seconds,
     "HPCCOMM_TEST_LAUNCHER": elsewhere,
     "HPCCOMM_TIMELINE": elsewhere,
+    "HPCCOMM_TRACEBACK": short_or_full,
     "HPCCOMM_TUNING": elsewhere,
 }
 """Each variable with the function that gives the remedy for a wrong value; empty values are as good as none."""

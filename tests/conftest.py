@@ -13,6 +13,7 @@ import pytest
 pytest_plugins = ["hpccomm.testing.lockstep"]
 
 os.environ.setdefault("HPCCOMM_COMPILE", "wait")  # what runs must not depend on what was compiled before
+os.environ.setdefault("HPCCOMM_GUARD", "off")  # nor on what was fast before
 
 with suppress(ImportError):  # a bare machine with a device runs the tests that need no examples
     from hypothesis import settings

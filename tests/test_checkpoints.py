@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam
-from hpccomm.algorithms.checkpoints import load, load_state_dict, save, state_dict
+from hpccomm.algorithms.checkpoints import load, load_state_dict, replace_file, save, state_dict
 from hpccomm.algorithms.exchange import synchronous_adam
 from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.local_steps import diloco, post_local_sgd, slowmo
@@ -198,3 +200,25 @@ def test_a_file_with_other_names_or_no_checkpoint_is_refused(tmp_path: Path) -> 
 def test_a_state_of_other_types_is_refused() -> None:
     with pytest.raises(ArgumentError, match="state_dict: 1 is list: a state is nested tuples"):
         state_dict((1, [2]))
+
+
+def test_a_save_removes_what_a_killed_save_has_left(tmp_path: Path) -> None:
+    script = f"""
+import os, numpy as np
+from hpccomm.algorithms import checkpoints
+os.replace = lambda *names: os.kill(os.getpid(), 9)
+checkpoints.save({str(tmp_path / "step1.npz")!r}, weights=np.ones(5))
+"""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script], check=False)
+    assert len(list(tmp_path.iterdir())) == 1  # the second has removed what the first had left
+    save(tmp_path / "step2.npz", weights=np.ones(5))
+    assert [each.name for each in tmp_path.iterdir()] == ["step2.npz"]
+
+
+def test_a_save_leaves_what_another_process_is_writing(tmp_path: Path) -> None:
+    with replace_file(tmp_path / "a.npz") as file:
+        file.write(b"some")
+        file.flush()
+        save(tmp_path / "b.npz", weights=np.ones(5))
+    assert (tmp_path / "a.npz").read_bytes() == b"some"

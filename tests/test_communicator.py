@@ -187,6 +187,7 @@ def test_allgatherv_puts_uneven_parts_where_they_are_wanted(comm: Communicator) 
 
 
 def test_reduce_scatter_gives_every_rank_its_part(comm: Communicator) -> None:
+    comm.Barrier()  # the first call opens the doors
     for algorithm in comm.algorithms("reduce_scatter"):
         counts = [(5 * rank) % 4 for rank in range(comm.size)]
         ends = np.cumsum([0, *counts])
@@ -195,12 +196,12 @@ def test_reduce_scatter_gives_every_rank_its_part(comm: Communicator) -> None:
         want = total(comm.size, int(ends[-1]), "f8")[ends[comm.rank] : ends[comm.rank + 1]]
         comm.Reduce_scatter(a, b, counts, algorithm=algorithm)
         assert np.array_equal(b, want)
-        bound = set(comm.context.plans)
+        bound = set(comm.plans.plans)
         for buffer in (b, [b, MPI.DOUBLE] if comm.rank == 0 else b):
             b[...] = 0
             comm.Reduce_scatter(a, buffer, algorithm=algorithm)
             assert np.array_equal(b, want)
-        assert set(comm.context.plans) == bound  # what was bound with the counts said
+        assert set(comm.plans.plans) == bound  # what was bound with the counts said
         assert np.array_equal(a, operand(comm.rank, int(ends[-1]), "f8"))
 
 
@@ -352,7 +353,7 @@ def test_no_rank_leaves_a_barrier_before_all_have_entered(comm: Communicator) ->
             other.Barrier()
             times = comm.allgather((came, time.monotonic()))
             assert max(came for came, _ in times) <= min(left for _, left in times), algorithm
-        other.context.close()
+        other.plans.close()
 
 
 def test_a_non_commutative_operation_is_applied_in_rank_order(comm: Communicator) -> None:
@@ -537,7 +538,7 @@ def test_every_form_gives_mpi4pys_result_and_is_bound_once(comm: Communicator) -
             ours[name][...] = theirs[name][...] = verifiable.operand(comm.rank, 16, ours[name].size, "f4") + step - k
         for _ in zip(calls_by_form(comm, ours), calls_by_form(MPI.Intracomm(comm), theirs), strict=True):
             assert {name: each.tolist() for name, each in ours.items()} == {n: e.tolist() for n, e in theirs.items()}
-        bound.append(len(comm.context.plans))
+        bound.append(len(comm.plans.plans))
     assert bound[0] == bound[1] == bound[2] >= 20
 
 
@@ -571,7 +572,7 @@ def test_short_calls_on_new_arrays_use_bounce_buffers(comm: Communicator) -> Non
         comm.Bcast(root_data)
         assert np.array_equal(root_data, operand(0, 5 * p, "f4") + step)
         held += [a, b, whole, part, own, other, table, turned, root_data]  # so that each step's lie elsewhere
-        bound.append(len(comm.context.plans))
+        bound.append(len(comm.plans.plans))
     kept = int(p > 1)  # a table in columns is bound each time; one of a single row is no such table
     assert bound[5] - bound[3] == 2 * kept < bound[1] - bound[0]
 
@@ -581,7 +582,7 @@ def test_a_new_default_algorithm_applies_to_cached_calls(comm: Communicator) -> 
     a, b = operand(comm.rank, 100, "f4"), np.empty(100, "f4")
     for name in ("auto", "ring", "native", "tree"):
         if comm.rank == 0:
-            comm.context.forget()  # a rank that binds anew does what those do that need not
+            comm.plans.forget()  # a rank that binds anew does what those do that need not
         comm.algorithm = name
         for _ in range(2):
             comm.Allreduce(a, b)
@@ -615,7 +616,9 @@ def test_bad_arguments_are_refused_before_the_first_message(comm: Communicator) 
         (lambda: comm.Gather(x, None, root=99), "is not a rank: pass one of"),
         (lambda: comm.Reduce_scatter(x, y, [8] * (comm.size + 1)), "one count per rank"),
         (lambda: comm.Reduce_scatter(MPI.IN_PLACE, y), "recvcounts"),
-        (lambda: comm.Allgather(np.ones(3), np.ones(3 * comm.size + 1)[: 3 * comm.size - 1]), "make both the same"),
+        (lambda: comm.Allgather(np.ones(3), np.ones(2 * comm.size)), "make both the same"),
+        (lambda: comm.Allgather(np.ones(3), np.ones(3 * comm.size + 1)), "a multiple of the number of ranks"),
+        (lambda: comm.Alltoall(np.ones(2 * comm.size + 1), np.ones(2 * comm.size + 1)), "a multiple of the number"),
     ]
     for call, remedy in mistakes:
         with pytest.raises(ArgumentError, match=remedy) as refused:
@@ -644,6 +647,24 @@ def test_all_ranks_raise_on_mismatched_calls_and_can_continue(comm: Communicator
 
 
 @pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("first", ["shared", "native"])
+@pytest.mark.parametrize("second", ["shared", "native"])
+def test_every_mismatch_after_another_one_is_noticed_by_all(comm: Communicator, first: str, second: str) -> None:
+    """A rank that was in shared memory while the others began a call of MPI counts that call, too."""
+    odd = comm.rank == comm.size - 1
+    x = np.ones(10)
+    for usual, unusual in ((first, second), (second, second), (second, first), ("native", "native")):
+        algorithm = unusual if odd else usual
+        with pytest.raises(hpccomm.MismatchError, match=f"rank {comm.size - 1} called"):
+            comm.Allreduce(MPI.IN_PLACE, x, MPI.MAX if odd else MPI.SUM, algorithm=algorithm)
+        assert (x == 1).all()
+    for algorithm in ("native", "shared"):
+        x[:] = 1
+        comm.Allreduce(MPI.IN_PLACE, x, algorithm=algorithm)
+        assert (x == comm.size).all()
+
+
+@pytest.mark.mpi(sizes=(2, 3))
 def test_all_ranks_raise_if_some_call_shared_memory_and_others_mpi(comm: Communicator) -> None:
     """Repeated, to show that no rank gets a call ahead of the others."""
     odd = comm.rank == comm.size - 1
@@ -660,7 +681,7 @@ def test_all_ranks_raise_if_some_call_shared_memory_and_others_mpi(comm: Communi
 def test_the_number_of_cached_plans_is_bounded(comm: Communicator) -> None:
     for n in range(1, 300):
         comm.Allreduce(MPI.IN_PLACE, np.ones(n), algorithm="ring")
-    assert len(comm.context.plans) <= 128
+    assert len(comm.plans.plans) <= 128
 
 
 def test_a_new_array_at_an_old_address_gets_its_own_result(comm: Communicator) -> None:
@@ -677,7 +698,7 @@ def test_the_default_algorithm_takes_the_calls_that_it_can(comm: Communicator) -
     preferring.Allreduce(MPI.IN_PLACE, a)
     assert (a == comm.size).all()
     preferring.Bcast(a, 0)
-    preferring.context.close()
+    preferring.plans.close()
 
 
 @pytest.mark.mpi(min_size=2)

@@ -13,7 +13,7 @@ import pytest
 
 import hpccomm
 from hpccomm import __main__ as command_line
-from hpccomm.bench import flags
+from hpccomm.bench import compare, flags
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
@@ -86,6 +86,7 @@ def flags_of(command: str) -> frozenset[str]:
     found = set(known._option_string_actions)
     if command == "bench":
         found.update(*(flags.parser(each)._option_string_actions for each in ("allreduce", "latency")))
+        found.update(compare.make_parser()._option_string_actions)
     return frozenset(found)
 
 

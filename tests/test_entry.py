@@ -168,7 +168,7 @@ def test_blocks_of_any_length_give_the_bits_of_the_python_path(
 
 @pytest.mark.mpi(sizes=(2, 3))
 def test_the_doors_of_uneven_blocks_take_a_layout_that_comes_again(ours: Communicator) -> None:
-    entry = ours.context.entry
+    entry = ours.plans.entry
     if entry is None:
         pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
     for _ in range(3):
@@ -207,7 +207,7 @@ UNREADABLE_LAYOUTS = {
 @pytest.mark.mpi(sizes=(2, 3))
 @pytest.mark.parametrize("unreadable", UNREADABLE_LAYOUTS)
 def test_layouts_that_the_entry_cannot_read_are_left_to_python(ours: Communicator, unreadable: str) -> None:
-    if ours.context.entry is None:
+    if ours.plans.entry is None:
         pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
     p, doors = ours.size, ours._doors
     odd, x = UNREADABLE_LAYOUTS[unreadable](np.ones(8), p), np.ones(1)
@@ -221,7 +221,7 @@ def test_layouts_that_the_entry_cannot_read_are_left_to_python(ours: Communicato
 
 @pytest.mark.mpi(sizes=(2, 3))
 def test_a_kind_that_was_seen_is_taken_by_its_door(ours: Communicator) -> None:
-    if ours.context.entry is None:
+    if ours.plans.entry is None:
         pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
     made = [np.ones(8), np.ones(8 * ours.size)]
 
@@ -247,7 +247,7 @@ def test_a_kind_that_was_seen_is_taken_by_its_door(ours: Communicator) -> None:
         ours.Bcast(np.ones(8))
         ours.Alltoall(made[1], np.empty(8 * ours.size))
         ours.Barrier()
-    rows = {COLLECTIVES[key.kind & 0xFF] for key, _ in ours.context.entry._keys}
+    rows = {COLLECTIVES[key.kind & 0xFF] for key, _ in ours.plans.entry._keys}
     assert rows == set(COLLECTIVES) - set(calls_entry.INHERITED) - {"allgatherv", "reduce_scatter"}
 
 
@@ -276,7 +276,7 @@ VECTOR = MPI.DOUBLE.Create_vector(2, 1, 2).Commit()
 @pytest.mark.mpi(sizes=(2,))
 @pytest.mark.parametrize("unreadable", UNREADABLE)
 def test_what_the_entry_cannot_read_is_left_to_python(ours: Communicator, unreadable: str) -> None:
-    if ours.context.entry is None:
+    if ours.plans.entry is None:
         pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
     x, odd = np.ones(8), UNREADABLE[unreadable](np.ones(8))
     doors = ours._doors
@@ -288,7 +288,7 @@ def test_what_the_entry_cannot_read_is_left_to_python(ours: Communicator, unread
 
 @pytest.mark.mpi(sizes=(2,))
 def test_other_arguments_are_left_to_python(ours: Communicator) -> None:
-    if ours.context.entry is None:
+    if ours.plans.entry is None:
         pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
     x, y, doors = np.ones(8), np.ones(8), ours._doors
     read_only = np.ones(8)
@@ -408,7 +408,7 @@ def test_a_rank_that_comes_late_leaves_other_threads_the_interpreter(ours: Commu
 
 @pytest.mark.mpi(sizes=(2,))
 def test_lengths_of_one_row_have_the_record_that_python_would_bind(ours: Communicator) -> None:
-    entry = ours.context.entry
+    entry = ours.plans.entry
     if entry is None:
         pytest.skip(calls_entry.why_no_entry(ours.size) or "shared memory runs without compiled kernels here")
     memory = ours.context.shared_memory

@@ -751,3 +751,13 @@ def test_a_unit_smaller_than_the_group_leaves_some_ranks_without_elements() -> N
     found = run_on_ranks(10, body, [rank // 5 for rank in range(10)])
     assert [size for size, _ in found] == [1, 1, 0, 0, 0] * 2
     assert all(weights == [[0.5, 1.5], []] for _, weights in found)
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_ranks_with_different_numbers_of_micro_steps_are_named(comm: Communicator) -> None:
+    states = data_parallel(comm, {"a": {"w": np.ones(4)}}, scale(-0.1))
+    for _ in range(2 + comm.rank):
+        states.reduce_accumulate("a", {"w": np.ones(4)})
+    with pytest.raises(MismatchError, match="rank 1 has made 3 micro-steps, rank 0 2"):
+        states.boundary()
+    assert (states.master == 1).all()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from hpccomm.__main__ import main
 from hpccomm.kernels import linker, objects
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.launcher import launch_command
+from hpccomm.performance import probe
+from hpccomm.performance.machine import REFERENCE
 
 FASTCALL = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object, ctypes.POINTER(ctypes.py_object), ctypes.c_ssize_t)
 
@@ -222,12 +225,13 @@ def test_warm_compiles_what_is_missing(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(objects, "EMITTED", {"run_kernel": objects.EMITTED["run_kernel"]})
+    monkeypatch.setattr(probe, "ensure", lambda cores: (probe.Found(REFERENCE, cache / "machine.json"), True))
     assert objects.describe() == "not compiled yet: run `hpccomm warm`"
     for compiled in (1, 0):
         assert main(["warm"]) == 0
         told = capsys.readouterr().out
         assert told.startswith(f"compiled {compiled} functions in ")
-        assert told.endswith(f": 1 of 1 in {cache}\n")
+        assert told.endswith(f": 1 of 1 in {cache}\nmachine: AMD EPYC, probe in {cache}/machine.json\n")
     monkeypatch.setenv("HPCCOMM_CACHE", "/proc/nowhere")
     assert main(["warm"]) == 1
     assert "set HPCCOMM_CACHE" in capsys.readouterr().err
@@ -238,6 +242,8 @@ def test_a_second_process_in_the_background_leaves_the_work_to_the_first(
 ) -> None:
     monkeypatch.setattr(objects, "EMITTED", {"run_kernel": objects.EMITTED["run_kernel"]})
     monkeypatch.setattr(os, "nice", lambda _: 0)
+    probed: list[Any] = []
+    monkeypatch.setattr(probe, "ensure", probed.append)
     code = f"""
 from pathlib import Path
 from hpccomm.kernels import objects
@@ -250,9 +256,11 @@ with objects.lock(Path({str(cache)!r}), "background", wait=False) as mine:
         assert first.stdout.read(4) == "True"
         assert main(["warm", "--quiet", "--background"]) == 0
         assert objects.missing() == ["run_kernel"]
+        assert not probed
         first.communicate("\n")
     assert main(["warm", "--quiet", "--background"]) == 0
     assert objects.missing() == []
+    assert probed == [os.sched_getaffinity(0)]
 
 
 # Linking

@@ -89,11 +89,9 @@ def test_calls_that_differ_are_named(comm: Communicator) -> None:
 @pytest.mark.mpi(sizes=(2, 3))
 def test_first_calls_of_different_kinds_are_named(comm: Communicator) -> None:
     new = Communicator(comm.Dup())
-    with pytest.raises(MismatchError, match=r"rank 0 made a non-blocking call, ranks? 1.* made a blocking call, the"):
+    with pytest.raises(MismatchError, match=r"rank 0 called a submitted function\(\), ranks? [12].* called Barrier"):
         progress.submit(new, sum_on(2)).wait() if comm.rank == 0 else new.Barrier()
-    new.Barrier()
-    assert progress.submit(new, sum_on(2)).wait()[0] == comm.size * (comm.size + 1) / 2
-    new.Free()
+    comm.Barrier()
 
 
 @pytest.mark.mpi(sizes=(2, 3))

@@ -98,7 +98,7 @@ def test_bits_depend_on_neither_the_order_nor_the_algorithm(comm: Communicator, 
             a = own_addend(comm, dtype, seed)
             ranks.Allreduce(MPI.IN_PLACE, a, reproducible=True)
             assert a.tobytes() == want.tobytes(), algorithm
-        ranks.context.close()
+        ranks.plans.close()
 
 
 @pytest.mark.mpi(min_size=2)

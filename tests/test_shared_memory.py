@@ -9,7 +9,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpccomm.backends import shared_memory
+from hpccomm.backends import live, shared_memory
 from hpccomm.backends.shared_memory import (
     SharedMemory,
 )
@@ -26,17 +26,33 @@ from hpccomm.errors import MismatchError, TransportError
 from hpccomm.kernels.reductions.reference import DTYPES, narrow, reduce
 from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
+from hpccomm.performance.machine import DEFAULTS, LIMITS, NEVER, SINGLE_COPIES, Parameters
+from hpccomm.performance.probe import Place
 from hpccomm.transports.segment import GROUP_V2, SharedSegment, free_bytes, free_in_group
 
 at = MPI.Get_address
 CODES = ("compiled", "numpy")
+TREE = DEFAULTS._replace(flat_ranks=1, tree_arity=2)
+LEAST = DEFAULTS._replace(**{name: least for name, (least, _) in LIMITS.items()}, **dict.fromkeys(SINGLE_COPIES, 4096))
+MOST = DEFAULTS._replace(**{name: most for name, (_, most) in LIMITS.items()}, **dict.fromkeys(SINGLE_COPIES, NEVER))
+MACHINES = {
+    "reference": DEFAULTS,
+    "tree": TREE,
+    "least": LEAST._replace(fills_nontemporal=False, flat_ranks=2, tree_arity=1),
+    "most": MOST,
+}
+"""Parameters of very different machines."""
+BARRIERS = {"compiled": ("compiled", DEFAULTS), "numpy": ("numpy", DEFAULTS), "tree": ("compiled", TREE)}
+"""Ways in which ranks meet: code and parameters."""
 LENGTHS = (0, 1, 2, 5, 12, 13, 1000, 8193, 70001)
 """Elements that fit in a line, in the buffers, in one block, in several; not divisible by every p."""
 
 
 @contextmanager
-def open_memory(comm: MPI.Intracomm, code: str = "compiled") -> Iterator[SharedMemory]:
-    shared = SharedMemory(MPI.Intracomm(comm), code)
+def open_memory(
+    comm: MPI.Intracomm, code: str = "compiled", parameters: Parameters | None = DEFAULTS
+) -> Iterator[SharedMemory]:
+    shared = SharedMemory(MPI.Intracomm(comm), code, parameters=parameters)
     yield shared
     shared.close()
 
@@ -219,9 +235,9 @@ def starts(counts: Sequence[int]) -> list[int]:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("code", CODES)
-def test_no_rank_leaves_a_barrier_before_all_have_entered(comm: MPI.Intracomm, code: str) -> None:
-    with open_memory(comm, code) as shared:
+@pytest.mark.parametrize("way", BARRIERS)
+def test_no_rank_leaves_a_barrier_before_all_have_entered(comm: MPI.Intracomm, way: str) -> None:
+    with open_memory(comm, *BARRIERS[way]) as shared:
         barrier, entered = shared.bind_barrier(12), shared.empty(1, "i8")
         entered[0] = 0
         comm.Barrier()
@@ -241,13 +257,14 @@ def peek(shared: SharedMemory, array: np.ndarray, rank: int) -> int:
 
 
 @pytest.mark.mpi
-def test_a_thousand_mixed_calls_in_any_order(comm: MPI.Intracomm) -> None:
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_thousand_mixed_calls_in_any_order(comm: MPI.Intracomm, machine: str) -> None:
     """Calls of all kinds and sizes follow each other at once; lines, buffers and slots are never reused too early."""
     rng = np.random.default_rng(comm.size)
     p, r = comm.size, comm.rank
-    with open_memory(comm) as shared:
+    with open_memory(comm, parameters=MACHINES[machine]) as shared:
         registered = shared.empty(50_000, "i4")
-        for turn in range(1500):
+        for turn in range(1500 if machine == "reference" else 500):
             kind, root = int(rng.integers(7)), int(rng.integers(p))
             n = int(rng.integers(1, 10 ** int(rng.integers(1, 6)) // 2))
             pause = int(rng.integers(8 * p))
@@ -305,10 +322,10 @@ def test_a_plan_may_run_thousands_of_times(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("code", CODES)
-def test_different_fingerprints_raise_on_all_ranks_and_the_next_call_works(comm: MPI.Intracomm, code: str) -> None:
+@pytest.mark.parametrize("way", BARRIERS)
+def test_different_fingerprints_raise_on_all_ranks_and_the_next_call_works(comm: MPI.Intracomm, way: str) -> None:
     odd = comm.size - 1
-    with open_memory(comm, code) as shared:
+    with open_memory(comm, *BARRIERS[way]) as shared:
         for n in (4, 1000, 100_000):
             x, y = pattern(n, comm.rank), np.full(n, -1, "f4")
             wrong = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 100 + (comm.rank == odd))
@@ -372,10 +389,10 @@ def test_the_owner_provides_the_mismatch_error(comm: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("code", CODES)
-def test_a_late_rank_is_named_while_the_others_wait(comm: MPI.Intracomm, code: str) -> None:
+@pytest.mark.parametrize("way", BARRIERS)
+def test_a_late_rank_is_named_while_the_others_wait(comm: MPI.Intracomm, way: str) -> None:
     late = comm.size - 1
-    with open_memory(comm, code) as shared:
+    with open_memory(comm, *BARRIERS[way]) as shared:
         reports: list[tuple[float, list[int]]] = []
         requests: list[MPI.Request] = []
 
@@ -401,8 +418,8 @@ def test_a_late_rank_is_named_while_the_others_wait(comm: MPI.Intracomm, code: s
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("code", CODES)
-def test_an_abandoned_call_raises_on_the_other_ranks_instead_of_hanging(comm: MPI.Intracomm, code: str) -> None:
+@pytest.mark.parametrize("way", BARRIERS)
+def test_an_abandoned_call_raises_on_the_other_ranks_instead_of_hanging(comm: MPI.Intracomm, way: str) -> None:
     class EnoughError(Exception):
         pass
 
@@ -410,7 +427,7 @@ def test_an_abandoned_call_raises_on_the_other_ranks_instead_of_hanging(comm: MP
         if comm.rank == 0:
             raise EnoughError
 
-    with open_memory(comm, code) as shared:
+    with open_memory(comm, *BARRIERS[way]) as shared:
         shared.stall_handler = give_up
         x = pattern(100_000, comm.rank)
         plan = shared.bind_allreduce(at(x), at(x), x.size, "f4", "sum", 1)
@@ -420,7 +437,7 @@ def test_an_abandoned_call_raises_on_the_other_ranks_instead_of_hanging(comm: MP
         with pytest.raises(EnoughError if comm.rank == 0 else TransportError):
             plan()
         check_all_raise(comm, TransportError, plan, "local rank 0 left a collective half done")
-    with open_memory(comm, code) as shared:
+    with open_memory(comm, *BARRIERS[way]) as shared:
         shared.bind_barrier(1)()
 
 
@@ -649,7 +666,7 @@ def test_pure_python_refuses_processors_with_weak_memory_order(
 
 @pytest.mark.mpi(min_size=2)
 def test_all_ranks_choose_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> None:
-    """Calls probe both ways, all ranks take the faster one for the slowest rank, and results stay right throughout."""
+    """Calls try both ways, all ranks decide alike for the slowest of them, and results stay right throughout."""
     n, rounds = 40_000, 256 + 30
     with open_memory(comm) as shared:
         x, y, expected = pattern(n, comm.rank), np.zeros(n, "f4"), pattern_sum(n, comm.size)
@@ -659,27 +676,112 @@ def test_all_ranks_choose_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> Non
             y[:] = 0
             plan()
             assert np.array_equal(y, expected)
-        assert row["period"] == 256
-        times = comm.allgather((int(row["time_cached"]), int(row["time_nontemporal"])))
-        slowest = [max(each) for each in zip(*times, strict=True)]
-        assert min(min(each) for each in times) > 0
-        assert row["choice"] == int(slowest[1] < slowest[0])
-        assert row["count"] > rounds
+        assert row["decisions"] >= 1
+        assert 256 <= row["period"] <= 16 * 256
+        assert row["time_cached"] > 0
+        assert row["time_nontemporal"] > 0
+        shared_facts = [name for name in row.dtype.names if name != "samples"]
+        assert len(set(comm.allgather(tuple(int(row[name]) for name in shared_facts)))) == 1
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_user_sees_what_running_programs_have_decided(comm: MPI.Intracomm) -> None:
+    n = 40_000
+    with open_memory(comm) as shared:
+        x, y = pattern(n, comm.rank), np.zeros(n, "f4")
+        plan = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 1)
+        for _ in range(60):
+            plan()
+        comm.Barrier()
+        own = comm.bcast(os.getpid())
+        (seen,) = [each for each in live.find_running() if each.pid == own]
+        assert seen.facts["ranks"] == comm.size
+        assert seen.facts["parameters"]["slot"] == DEFAULTS.slot
+        (decision,) = seen.decisions
+        row = shared._tuning[(4 * n).bit_length()]
+        assert (decision.collective, decision.first) == ("allreduce", 131_072)
+        assert decision.way == live.WAYS[int(row["choice"])]
+        assert decision.us_ordinary == row["time_cached"] / 1e3
+        assert decision.decisions == row["decisions"] >= 1
+        comm.Barrier()
+    comm.Barrier()
+    assert not [each for each in live.find_running() if each.pid == own]
+
+
+FAST, SLOW = 1000, 5000
+
+
+def decide_alone(
+    times: Callable[[int, int], int], calls: int, trial: int = kernels.LONG_TRIAL
+) -> tuple[Any, list[int]]:
+    """Run the autotuner of one rank: ``times(call, way)`` is what a call takes; returns its row and the ways taken."""
+    region = np.zeros(1, records.region_record(1 << 12))
+    state, row = np.zeros((), records.STATE_RECORD), np.zeros((), records.TUNING_RECORD)
+    records.fill(state, memory=region.ctypes.data, region=region.itemsize, ranks=1)
+    records.fill(row, trial=trial, period=64, shortest=64, longest=256, choice=1)
+    there, at_row, ways = state.ctypes.data, row.ctypes.data, []
+    for call in range(calls):
+        state["calls"] += 1
+        kernels.begin_probe(at_row, kernels.line_of(there, 0), there)
+        kernels.decide(at_row, there)
+        way = int(state["nontemporal_fill"])
+        ways.append(way)
+        if state["probe"] and (int(state["probe"]) - 1) & 1:
+            at_sample = kernels.TUNING_SAMPLES + records.W * (records.SAMPLES * way + ((int(state["probe"]) - 1) >> 2))
+            kernels.store(at_row + at_sample, times(call, way))
+    return row, ways
+
+
+def test_a_trial_takes_turns_and_stops_early_where_one_way_is_clearly_slower() -> None:
+    row, ways = decide_alone(lambda _, way: (FAST, SLOW)[way], 21)
+    assert ways[:13] == [0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1]
+    assert set(ways[13:]) == {0}
+    assert (row["decisions"], row["changes"], row["choice"], row["period"]) == (1, 1, 0, 64)
+
+
+@pytest.mark.parametrize("late", range(20))
+def test_one_noisy_call_decides_nothing(late: int) -> None:
+    """Wherever a delay falls, the way that is faster in all other calls is taken."""
+    for fast in (0, 1):
+        row, _ = decide_alone(lambda call, way: (FAST if way == fast else SLOW) + 50 * SLOW * (call == late), 30)
+        assert row["choice"] == fast
+
+
+def test_a_small_advantage_changes_nothing_and_makes_trials_rarer() -> None:
+    row, ways = decide_alone(lambda _, way: (1000, 1050)[way], 64)
+    assert (row["decisions"], row["changes"], row["choice"], row["period"]) == (1, 0, 1, 128)
+    assert sorted(ways[:20]) == [0] * 10 + [1] * 10
+
+
+def test_a_machine_that_changes_is_tried_again() -> None:
+    row, ways = decide_alone(lambda call, way: SLOW if way == (call < 100) else FAST, 400)
+    assert row["changes"] == 2
+    assert row["choice"] == 1
+    assert set(ways[13:50]) == {0}
+
+
+def test_a_short_trial_ends_after_twelve_calls() -> None:
+    row, ways = decide_alone(lambda _, way: (1000, 1120)[way], 20, kernels.SHORT_TRIAL)
+    assert (row["decisions"], row["choice"]) == (1, 0)
+    assert set(ways[13:]) == {0}
+
+
+@pytest.mark.parametrize("n", range(1, records.SAMPLES + 1))
+def test_the_middle_time_is_the_median(n: int) -> None:
+    for times in itertools.product((1, 2, 3), repeat=n):
+        words = np.array(times, np.int64)
+        assert kernels.middle(words.ctypes.data, n) == sorted(times)[(n - 1) // 2]
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("system", ["allows", "refuses one rank", "refuses"])
-def test_single_copy_is_exact_even_if_the_system_refuses(
-    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, system: str, code: str
-) -> None:
+def test_single_copy_is_exact_even_if_the_system_refuses(comm: MPI.Intracomm, system: str, code: str) -> None:
     """If the system refuses in the middle of a call, all ranks fall back together."""
-    for name in ("SINGLE_COPY_BYTES", "SINGLE_COPY_BYTES_OF_TWO"):
-        monkeypatch.setattr(shared_memory, name, dict.fromkeys(("bcast", "allgather", "alltoall"), 10_000))
-    monkeypatch.setattr(shared_memory, "ALLGATHER_SEGMENT_BYTES", 65_536)
+    early = DEFAULTS._replace(**dict.fromkeys(SINGLE_COPIES, 10_000), allgather_segment=65_536)
     p, r, n = comm.size, comm.rank, 300_001
-    with open_memory(comm, code) as shared:
-        if not shared._reaches:
+    with open_memory(comm, code, early) as shared:
+        if not shared.reaches:
             pytest.skip("this system forbids a process to read the memory of another")
         if system == "refuses" or (system == "refuses one rank" and r == p - 1):
             no_process = 2**22 + 1  # above the largest process number of Linux
@@ -718,7 +820,7 @@ def test_a_system_that_forbids_single_copy_is_detected_at_construction(
     if comm.rank == 0:
         monkeypatch.setattr(memory, "pull", lambda *_: -1)
     with open_memory(comm) as shared:
-        assert not shared._reaches
+        assert not shared.reaches
 
 
 def test_short_blocks_use_the_parts_of_a_slot_in_turn() -> None:
@@ -754,6 +856,25 @@ def test_the_first_probe_waits_until_every_part_of_every_slot_was_used() -> None
         assert len(used) == records.RING * slot // size, (name, nbytes)
 
 
+@pytest.mark.parametrize("arity", [1, 2, 8])
+@pytest.mark.parametrize("placement", [(1, 1), (2, 1), (2, 4), (8, 2)])
+@pytest.mark.parametrize("p", [1, 2, 3, 5, 16, 31, 128])
+def test_a_tree_joins_all_ranks_and_crosses_caches_as_seldom_as_possible(
+    p: int, placement: tuple[int, int], arity: int
+) -> None:
+    packages, groups = placement
+    rng = np.random.default_rng(p)
+    where = rng.integers(packages * groups, size=p)
+    places = [Place(str(each // groups), str(each)) for each in where]
+    parents = shared_memory.parents_of(places, arity)
+    assert parents[0] == -1
+    assert all(0 <= parents[r] < r for r in range(1, p))  # so that there is no cycle
+    for level in range(2):
+        crossings = sum(places[r][level] != places[parents[r]][level] for r in range(1, p))
+        assert crossings == len({each[level] for each in places}) - 1
+    assert max(parents.count(r) for r in range(p)) <= 3 * arity
+
+
 # The layout
 
 
@@ -787,7 +908,7 @@ def test_no_two_fields_of_a_record_overlap(name: str) -> None:
 
 def test_every_offset_in_compiled_code_is_a_field_of_its_record() -> None:
     """Two constants of one record never name the same field."""
-    for layout in ("REGION", "LINE", "STATE", "CALL", "TUNING"):
+    for layout in ("REGION", "LINE", "STATE", "CALL", "TUNING"):  # the probe's names are its fields
         record = LAYOUTS[f"{layout}_RECORD"]
         source = Path(kernels.__file__).read_text()
         names = re.findall(rf'^([A-Z_]+) = offset_of\({layout}_RECORD, "(\w+)"\)$', source, re.MULTILINE)
@@ -804,7 +925,7 @@ def test_words_that_different_ranks_write_share_no_cache_line() -> None:
         region = records.region_record(slot)
         assert region.itemsize % records.PAGE == 0  # so the regions of two ranks share no line
     layout = records.REGION_RECORD
-    for name in ("lines", "published", "finished", "abandoned", "pid", "buffers"):
+    for name in ("lines", "published", "finished", "abandoned", "pid", "gathered", "released", "buffers"):
         assert layout.fields[name][1] % records.LINE == 0, name
     assert records.LINE_RECORD.itemsize == records.LINE
     assert kernels.FINGERPRINT == 64  # what small calls read is one cache line
@@ -822,4 +943,7 @@ def test_allocated_bytes_are_those_of_the_records(comm: MPI.Intracomm) -> None:
         assert call.nbytes == kernels.TABLE
         words = [kernels.load(call.ctypes.data + kernels.TABLE + records.W * i) for i in range(3 * comm.size)]
         assert words == [0] * comm.size + [7] * 2 * comm.size
-        assert shared._tuning.nbytes == len(kernels.COLLECTIVES) * shared_memory.SIZE_CLASSES * 5 * records.W
+        assert (
+            shared._tuning.nbytes
+            == len(kernels.COLLECTIVES) * shared_memory.SIZE_CLASSES * records.TUNING_RECORD.itemsize
+        )

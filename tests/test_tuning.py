@@ -6,6 +6,7 @@ import argparse
 import json
 import pickle
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from hpccomm.performance.tuning import (
     interpolate,
     load,
     read,
+    size_class,
     user_file,
     write,
 )
@@ -115,8 +117,62 @@ def test_the_nearest_shape_decides_up_to_a_factor_of_four() -> None:
     near = rows("native", {8: 1.0}, per_node=2) + rows("ring", {8: 0.5}, per_node=2)
     far = rows("native", {8: 1.0}, per_node=16) + rows("shared", {8: 0.5}, per_node=16)
     table = Table((*near, *far))
-    assert [choose(table, 8, per_node=k).algorithm for k in (2, 3, 16, 64)] == ["ring"] * 2 + ["shared"] * 2
-    assert choose(table, 8, per_node=65).algorithm == "native"
+    assert [choose(table, 8, per_node=k).algorithm for k in (2, 3, 16)] == ["ring"] * 2 + ["shared"]
+
+
+def test_above_every_measured_number_of_local_ranks_native_is_chosen_until_a_first_use() -> None:
+    found = choose(TABLE, 1 << 20, per_node=5)
+    assert (found.algorithm, found.candidate) == ("native", "shared")
+    assert "not measured with 5 ranks on a node" in found.reason
+    assert choose(TABLE, 8, per_node=5).candidate == ""  # native is faster where it was measured, too
+    assert choose(TABLE, 1 << 20, per_node=17).candidate == ""
+
+
+def test_rows_of_another_processor_count_once_a_first_use_has_compared() -> None:
+    table = replace(TABLE, rows=tuple(row._replace(cpu="A") for row in TABLE.rows))
+    assert choose(table, 1 << 20).algorithm == "shared"
+    assert choose(replace(table, cpu="A"), 1 << 20).algorithm == "shared"
+    other = replace(table, cpu="B")
+    found = choose(other, 1 << 20)
+    assert (found.algorithm, found.candidate) == ("native", "shared")
+    assert "measured on A only" in found.reason
+    for us, chosen in ((50.0, "shared"), (98.0, "native"), (200.0, "native")):
+        compared = other.add_first_use([first_use("native", 100.0), first_use("shared", us)])
+        for nbytes in (1 << 20, (1 << 21) - 1):
+            found = choose(compared, nbytes)
+            assert (found.algorithm, found.candidate) == (chosen, "")
+            assert "measured on here" in found.reason
+        for nbytes in (1 << 19, 1 << 21):
+            assert choose(compared, nbytes).candidate == "shared"
+        assert choose(compared, 1 << 20, per_node=2).candidate == "shared"
+
+
+def first_use(algorithm: str, us: float, **more: Any) -> Row:
+    """What a first use has measured."""
+    return Row("allreduce", algorithm, 1, 4, 1 << 20, us, mpi=MPI, host="here", when="today", **more)
+
+
+@pytest.mark.parametrize("collective", ["allgather", "alltoall", "reduce_scatter"])
+def test_blocks_of_one_length_are_one_size_class_for_any_number_of_ranks(collective: str) -> None:
+    for p in (2, 3, 5):
+        assert {size_class(collective, p, p * block) for block in (64, 65, 127)} == {7}
+        assert size_class(collective, p, p * 128) == 8
+    assert size_class("allreduce", 3, 64) == 7
+
+
+def test_a_frozen_table_decides_the_same_anywhere_and_compares_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    table = replace(TABLE, rows=tuple(row._replace(cpu="A") for row in TABLE.rows), cpu="B")
+    table = table.add_first_use([first_use("native", 100.0), first_use("shared", 10.0)])
+    write(table.freeze(), tmp_path / "frozen.json")
+    monkeypatch.setenv("HPCCOMM_TUNING", str(tmp_path / "frozen.json"))
+    for cpu in ("", "A", "B", "C"):
+        frozen = load(MPI, "anywhere", cpu=cpu)
+        assert frozen.frozen
+        for nbytes in (8, 1000, 1 << 20, 1 << 21, 1 << 25):
+            for ranks in (2, 4, 5):
+                found = choose(frozen, nbytes, per_node=ranks)
+                assert found.algorithm == choose(table, nbytes, per_node=ranks).algorithm
+                assert found.candidate == ""
 
 
 def test_of_equally_distant_shapes_the_one_with_the_smaller_total_distance_decides() -> None:

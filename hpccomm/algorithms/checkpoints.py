@@ -7,12 +7,13 @@ atomically.  A run restored from a checkpoint takes the same steps, bit for bit,
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -86,9 +87,11 @@ def save(path: str | os.PathLike[str], **states: Any) -> None:
 @contextmanager
 def replace_file(target: Path) -> Iterator[BinaryIO]:
     """A new file that replaces ``target`` at the end, flushed to the disk; an error leaves ``target`` as it was."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    remove_parts(target.parent)
+    handle, temporary = tempfile.mkstemp(PART, f".{target.name}.", target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
+            lock(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -97,6 +100,27 @@ def replace_file(target: Path) -> Iterator[BinaryIO]:
         Path(temporary).unlink(missing_ok=True)
         raise
     flush_folder(target.parent)
+
+
+PART = ".hpccomm-part"
+"""The end of the name of a file that is being written."""
+
+
+def lock(file: int) -> bool:
+    """Lock a file; false if another process, which is alive, has locked it, or the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what processes that died while they were writing have left in a folder."""
+    for part in folder.glob(f".*{PART}"):
+        with suppress(OSError), part.open("rb") as file:
+            if lock(file.fileno()) and file.seek(0, os.SEEK_END):  # a live process locks a file before it writes
+                part.unlink()
 
 
 def load(path: str | os.PathLike[str], **like: Any) -> tuple[Any, ...]:

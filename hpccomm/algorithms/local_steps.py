@@ -158,7 +158,7 @@ class PeriodicState(NamedTuple):
     mean_state: Any
     """State of the exchange of synchronous steps."""
     abandoned: int
-    """Blocks that were discarded because a rank's model was not finite."""
+    """Blocks, and synchronous steps, that were discarded because a rank's model, or gradient, was not finite."""
     report: ExchangeReport
 
 
@@ -324,19 +324,24 @@ class PeriodicSteps:
             gradient = narrow(gradient * (company.size / alive), gradient.dtype)
         if warm and company is not None:
             gradient, joint = self.mean.update(gradient, joint, weights)
+        if warm and not np.isfinite(gradient).all():  # of the mean: all ranks see it
+            state = state._replace(updates=state.updates + 1, mean_state=joint, abandoned=state.abandoned + 1)
+            return np.zeros_like(weights), self.end_warm_up(state)
         if not warm and not state.steps and not self.is_alone:
             state = state._replace(inner_start=snapshot(state.inner))
         step, inner = self.inner.update(gradient, state.inner, weights)
         state = state._replace(updates=state.updates + 1, inner=inner, mean_state=joint)
         if warm:
-            start = widen(weights + step)
-            outer = self.outer.init(start) if state.updates == self.warmup else state.outer
-            return step, state._replace(start=start, outer=outer)
+            return step, self.end_warm_up(state._replace(start=widen(weights + step)))
         state = state._replace(steps=state.steps + 1, batches=state.batches + batches)
         if state.steps < self.period:
             return step, state
         target, state, _ = self.end_block(weights + step, state, last=False)
         return exact_step(weights, target), state
+
+    def end_warm_up(self, state: PeriodicState) -> PeriodicState:
+        """After the last synchronous step the outer transform begins from the model that they reached."""
+        return state._replace(outer=self.outer.init(state.start)) if state.updates == self.warmup else state
 
     def end_block(self, local: Vector, state: PeriodicState, last: bool) -> tuple[Vector, PeriodicState, bool]:
         """The start of the next block, the state, and whether no rank has a batch left."""

@@ -54,7 +54,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.errors import MismatchError, TransportError
+from hpccomm.backends.live import LiveTable
+from hpccomm.errors import HpccommError, MismatchError, TransportError
 from hpccomm.kernels import objects
 from hpccomm.kernels.entry.records import ALLOCATION_RECORD, CHECK_MASK, CHECK_PRIME, COUNT_CHECK, TABLES
 from hpccomm.kernels.reductions.reference import code_of, has_kernel, itemsize
@@ -62,17 +63,13 @@ from hpccomm.kernels.shared_memory import collectives as kernels
 from hpccomm.kernels.shared_memory import memory, records
 from hpccomm.kernels.shared_memory.collectives import MAX_WAIT_NS
 from hpccomm.kernels.shared_memory.records import fill
+from hpccomm.performance.machine import DEFAULTS, Parameters, derive_parameters
+from hpccomm.performance.probe import Found, Place, common_place, load_once
 from hpccomm.transports.segment import PAGE, SharedSegment
 
 Plan = Callable[[], None]
 StallHandler = Callable[[float, list[int]], None]
 
-MAX_SPIN = 2000
-"""Most polls of a flag before a rank yields its core, where every rank has a core.
-
-Too many cost a factor of twenty where ranks share cores with each other or with other jobs, so the number adapts
-(:func:`hpccomm.kernels.shared_memory.collectives.adapt`).
-"""
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 """Environment variables in which launchers pass the number of ranks on this node."""
 
@@ -84,35 +81,66 @@ class SharedMemory:
     """The collectives of the ranks of ``node`` (collective); the module docstring lists the methods.
 
     ``code`` is ``"auto"``, ``"compiled"`` (Numba) or ``"numpy"``; rank 0's choice holds.  Takes about 1 MB a rank.
+    ``parameters`` are those of the machine; without them rank 0 looks for a probe of the cores of all ranks.
     A call runs ``stall_handler`` after waiting ``patience_ns`` nanoseconds for a rank, then less and less often.
     """
 
     collectives = kernels.COLLECTIVES
 
-    def __init__(self, node: Any, code: str = "auto", patience_ns: int = MAX_WAIT_NS) -> None:
+    def __init__(
+        self, node: Any, code: str = "auto", patience_ns: int = MAX_WAIT_NS, parameters: Parameters | None = None
+    ) -> None:
         self.rank, self.size = node.Get_rank(), node.Get_size()
         self.stall_handler: StallHandler | None = None
         self.mismatch: Callable[[list[int]], Exception] = fingerprint_mismatch
+        self.miss_call: Callable[[], None] = lambda: None
+        """Runs where other ranks were about to begin a call on another backend, which this rank does not make."""
+        self.give_reason: Callable[[BaseException], None] = lambda error: None
+        """Tells the other ranks why this rank leaves a call half done."""
+        self.find_reason: Callable[[int], str] = lambda rank: ""
+        """Why a rank of this node has left a call half done, if it has told."""
         self._node, self.patience_ns = node, patience_ns
         self._compiled = agree_on_code(node, code)
-        self._slot = slot_bytes(self.size)
-        self._direct = max(records.PAYLOAD_BYTES, min(records.BUFFER, DIRECT_BYTES // self.size))
+        cores = node.allgather(tuple(sorted(os.sched_getaffinity(0))))
+        self.parameters, self.trouble = find_parameters(node, cores, parameters)
+        """How bytes move on this machine, the same on all ranks; and why its probe could not be used."""
+        self._slot = slot_bytes(self.size, self.parameters.slot)
+        self._direct = max(records.PAYLOAD_BYTES, min(records.BUFFER, self.parameters.direct // self.size))
+        if self.size == 2:
+            self._direct_sum = min(records.BUFFER, self.parameters.direct_of_two)
+        else:
+            self._direct_sum = self._direct
         self._region = records.region_record(self._slot).itemsize
         self._segment = SharedSegment(node, self.size * self._region)
         self._segment.prefault()
-        spin = spin_count(node)
-        self._crowded = spin == kernels.MIN_SPIN  # ranks that share a core also share its cache
+        self._crowded = share_cores(node, cores)  # ranks that share a core also share its cache
+        least = self.parameters.crowded_spin
+        spin = least if self._crowded else max(least, self.parameters.spin)
         self._state = np.zeros((), records.STATE_RECORD)
         fill(self._state, memory=self._segment.address, region=self._region, ranks=self.size, rank=self.rank)
-        fill(self._state, spin=spin, spin_limit=spin, slot=self._slot, max_wait=patience_ns)
-        self._tuning = new_tuning_table(self._slot)
+        fill(self._state, spin=spin, spin_limit=spin, spin_least=least, slot=self._slot, max_wait=patience_ns)
+        self._tree = self._plant_tree(cores)
+        rows = new_tuning_table(self._slot, self.parameters, self._direct_sum)
+        self._live = LiveTable(rows, self.describe()) if self.rank == 0 else None
+        self._tuning = self._live.rows if self._live else rows
         self._registered: dict[int, Allocation] = {}
         self.allocations = np.zeros(MAX_ALLOCATIONS, ALLOCATION_RECORD)
         """The registered arrays, for compiled code; beyond MAX_ALLOCATIONS they are copied like others."""
         self.allocation_count = np.zeros(1, np.int64)
         self._allocations = 0
         self._first: dict[str, list[int]] = {}
-        self._reaches = self._can_reach()
+        self.reaches = self._can_reach()
+        """Whether ranks may copy from each other's memory."""
+
+    def _plant_tree(self, cores: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+        """Let barriers of many ranks go along a tree; returns the children of this rank."""
+        if self.size <= self.parameters.flat_ranks:
+            return np.zeros(0, np.int64)
+        places = self._node.allgather(common_place(cores[self.rank]))
+        parents = parents_of(places, self.parameters.tree_arity)
+        children = np.array([q for q, parent in enumerate(parents) if parent == self.rank], np.int64)
+        fill(self._state, tree=1, parent=parents[self.rank], child_count=len(children), child=children.ctypes.data)
+        return children
 
     def _can_reach(self) -> bool:
         """Whether all ranks may copy from each other's memory, which a system can forbid (collective)."""
@@ -128,11 +156,17 @@ class SharedMemory:
     def close(self) -> None:
         """Free the memory; plans raise from now on."""
         self._state["closed"] = 1
+        if self._live:
+            self._live.close()
         self._registered.clear()
         self.allocation_count[0] = 0
         self._segment.close()
 
     # Queries
+
+    def describe(self) -> dict[str, Any]:
+        """What holds for all calls: ranks, code, and the parameters of the machine."""
+        return {"ranks": self.size, "compiled": self._compiled, "parameters": self.parameters._asdict()}
 
     @property
     def state_address(self) -> int:
@@ -232,6 +266,11 @@ class SharedMemory:
             allocation.result = SharedSegment(self._node, allocation.stride)
         return allocation.result, address - allocation.mine
 
+    def allocation_number(self, address: int, nbytes: int) -> int:
+        """The number of the allocation that contains this rank's bytes from an address on; 0 if there is none."""
+        allocation = self._allocation((address, nbytes))
+        return allocation.number if allocation else 0
+
     def _allocation(self, *ranges: tuple[int, int]) -> Allocation | None:
         """The allocation whose copy of this rank contains all these ranges (address, bytes)."""
         for allocation in self._registered.values():
@@ -261,13 +300,13 @@ class SharedMemory:
         if self.size == 1:
             return copy_plan(recv, send, nbytes)
         if nontemporal is None:
-            nontemporal = send != recv and nbytes * self.size >= NONTEMPORAL_BYTES
+            nontemporal = send != recv and nbytes * self.size >= self.parameters.nontemporal
         call = self._reduction(("allreduce", once), dtype, op, fingerprint, nbytes)
         fill(call, once=once, nontemporal_out=nontemporal)
-        self._vector(call, send, recv, nbytes, DIRECT_BYTES_OF_TWO if self.size == 2 else self._direct)
+        self._vector(call, send, recv, nbytes, self._direct_sum)
         ranges = [(send, nbytes)] if once else [(send, nbytes), (recv, nbytes)]
-        allocation = self._allocation(*ranges) if nbytes >= REGISTERED_BYTES else None
-        if nbytes >= REGISTERED_BYTES and call["protocol"] == kernels.BUFFERED:
+        allocation = self._allocation(*ranges) if nbytes >= self.parameters.registered else None
+        if nbytes >= self.parameters.registered and call["protocol"] == kernels.BUFFERED:
             call["protocol"] = kernels.DIRECT
         if allocation:
             fill(call, allocation=allocation.number, alive=allocation.alive.ctypes.data, copies=allocation.copies)
@@ -328,7 +367,7 @@ class SharedMemory:
         call = self._call(key, fingerprint, counts[0] if even else 0, [*counts, *places])
         protocol = kernels.DIRECT if max(counts) <= records.BUFFER else kernels.PIPELINE
         fill(call, send=send, recv=recv, protocol=protocol, block=self._slot)
-        segment = ALLGATHER_SEGMENT_BYTES if self.size > 2 else kernels.MAX_SINGLE_COPY
+        segment = self.parameters.allgather_segment if self.size > 2 else kernels.MAX_SINGLE_COPY
         fill(call, slot_stride=self._slot_stride(max(counts)), segment=segment)
         if self._uses_single_copy("allgather", sum(counts)):
             call["protocol"] = kernels.SINGLE_COPY
@@ -384,12 +423,17 @@ class SharedMemory:
     def bind_entry_barrier(self, fingerprint: int) -> Plan:
         """Wait for all ranks before a call on another backend; any other call here is a mismatch."""
         call = self._call(("meeting",), fingerprint)
-        call["check"] = zlib.crc32(b"meeting")
+        call["check"] = MEETING
         return self._plan("barrier", call)
 
     def _uses_single_copy(self, name: str, nbytes: int) -> bool:
         """Whether a call copies from process to process."""
-        return self._reaches and nbytes >= (SINGLE_COPY_BYTES if self.size > 2 else SINGLE_COPY_BYTES_OF_TWO)[name]
+        return self.reaches and nbytes >= self._single_copy_bytes(name)
+
+    def _single_copy_bytes(self, name: str) -> int:
+        """From how many bytes of all ranks together on a collective copies from process to process."""
+        least: int = getattr(self.parameters, f"{name}_single_copy" + ("_of_two" if self.size == 2 else ""))
+        return least
 
     def _slot_stride(self, nbytes: int) -> int:
         """Bytes of the parts of a slot that consecutive calls use in turn, 0 for none."""
@@ -463,7 +507,7 @@ class SharedMemory:
         plan.lengths, plan.checked = self.lengths(name, nbytes), int(name != "alltoall")
         plan.table = TABLES.index({"reduce_scatter": "blocks"}.get(name, name if name in TABLES else "none"))
         plan.sized = {"reduce_scatter": self.size}.get(name, int(name in ("allreduce", "reduce", "bcast")))
-        plan.registers = int(name == "allreduce" and nbytes >= REGISTERED_BYTES)
+        plan.registers = int(name == "allreduce" and nbytes >= self.parameters.registered)
         return self._set_release(plan, name)
 
     def _release_addresses(self, plan: SharedCall) -> SharedCall:
@@ -490,7 +534,7 @@ class SharedMemory:
         parts = self.size if name in ("alltoall", "reduce_scatter") else 1
         powers = [1 << k for k in range(63)]
         limits = {
-            "allreduce": (records.PAYLOAD_BYTES, DIRECT_BYTES_OF_TWO if self.size == 2 else self._direct),
+            "allreduce": (records.PAYLOAD_BYTES, self._direct_sum),
             "reduce": (records.PAYLOAD_BYTES, self._direct),
             "bcast": (records.PAYLOAD_BYTES, records.BUFFER),
             "allgather": (records.BUFFER,),
@@ -498,10 +542,9 @@ class SharedMemory:
         }
         at = [0, AUTOTUNE_BYTES, *powers, *(each + 1 for each in powers), *(each + 1 for each in limits.get(name, ()))]
         if name == "allreduce":
-            at += [REGISTERED_BYTES, -(-NONTEMPORAL_BYTES // self.size)]
-        if name in SINGLE_COPY_BYTES:
-            whole = SINGLE_COPY_BYTES if self.size > 2 else SINGLE_COPY_BYTES_OF_TWO
-            at.append(-(-whole[name] // (1 if name == "bcast" else self.size)))
+            at += [self.parameters.registered, -(-self.parameters.nontemporal // self.size)]
+        if name in SINGLE_COPIES:
+            at.append(-(-self._single_copy_bytes(name) // (1 if name == "bcast" else self.size)))
         if parts > 1:
             at += [-(-each // parts) for each in (AUTOTUNE_BYTES, *powers)]
         return sorted({*at, 1 << 62})
@@ -516,16 +559,19 @@ class SharedMemory:
                 plan.stall_handler(time.monotonic() - began, self.missing_ranks())
             code = plan.kernel(plan.address)
         if code == kernels.MISMATCH:
+            if plan.call["check"] != MEETING and MEETING in [self._word(q, kernels.CHECK) for q in range(self.size)]:
+                self.miss_call()
             raise self.mismatch(self.peer_fingerprints())
         if code == kernels.SHUT:
             raise TransportError(f"rank {self.rank}: a plan outlived its shared memory: bind it again on a new one")
         if code == kernels.STUCK:
             raise self._stuck_error()
 
-    def handle_exception(self, call: npt.NDArray[Any]) -> None:
+    def handle_exception(self, call: npt.NDArray[Any], error: BaseException) -> None:
         """Handle an exception, such as Ctrl-C, in a call; if a rank was still missing, no rank can continue."""
         if call["waiting"]:
             call["waiting"] = 0
+            self.give_reason(error)
             self.abandon()
 
     def abandon(self) -> None:
@@ -534,14 +580,19 @@ class SharedMemory:
         if not memory.load(flag):
             memory.store(flag, 1 + self.rank)
 
-    def _stuck_error(self) -> TransportError:
+    def _stuck_error(self) -> HpccommError:
         culprit = memory.load(self._segment.address + kernels.ABANDONED) - 1
+        reason = self.find_reason(culprit)
+        if reason:
+            return MismatchError(f"{reason}; after it free the communicator and make a new one")
         return TransportError(
             f"rank {self.rank}: local rank {culprit} left a collective half done after an error, so this shared memory "
             "is out of step: free the communicator and make a new one"
         )
 
 
+MEETING = zlib.crc32(b"meeting")
+"""The check word of barriers before calls on other backends."""
 GENERAL = ("lengths", "checked", "table", "sized", "registers", "releases")
 """What a call knows of the other calls that its record can serve."""
 
@@ -593,16 +644,16 @@ class SharedCall:
             code = self.kernel(self.address)
             if code:
                 self.memory.resolve(code, self)
-        except BaseException:
-            self.memory.handle_exception(self.call)
+        except BaseException as error:
+            self.memory.handle_exception(self.call, error)
             raise
 
     def resume(self, code: int) -> None:
         """Continue the call after its kernel has returned a code."""
         try:
             self.memory.resolve(code, self)
-        except BaseException:
-            self.memory.handle_exception(self.call)
+        except BaseException as error:
+            self.memory.handle_exception(self.call, error)
             raise
 
 
@@ -626,46 +677,71 @@ SIZE_CLASSES = 40
 """Size classes, powers of two, that the autotuner keeps apart."""
 AUTOTUNE_BYTES = 2048
 """From here on the autotuner chooses how calls fill slots and buffers; below, stores are ordinary."""
-LONG_CALLS, PROBE_PERIODS = 17, (4096, 256)
-"""Calls between two probes: below the class of 64 KB, and from there on."""
+PERIODS = (4096, 256)
+"""Calls between the first trials of how slots are filled: of short calls, and of long ones."""
+LONGEST_PERIODS = 16
+"""A trial that changes nothing doubles the time to the next one, up to so many of the shortest."""
 WARM_UP = 8
-"""Calls before the first probe, except where calls use the parts of slots in turn: first touches of pages are slow."""
-SINGLE_COPY_BYTES = {"bcast": 1 << 23, "alltoall": 1 << 23, "allgather": 1 << 25}
-"""From so many bytes on these collectives use single-copy: one copy instead of two, at the price of a system call."""
-SINGLE_COPY_BYTES_OF_TWO = {"bcast": 1 << 18, "alltoall": 1 << 20, "allgather": 1 << 22}
-"""The same between two ranks, which copying through slots would keep busy all the time."""
-ALLGATHER_SEGMENT_BYTES = 1 << 20
-"""Bytes of each rank that a single-copy allgather of more than two ranks copies in one step: a whole block would no
-longer be in the cache when the last rank copies it (16 MB of each of four ranks: 14.8 ms in steps, 18.8 without)."""
-REGISTERED_BYTES = 8192
-"""From here on registered arrays are reduced in place; below, one barrier instead of two is worth a copy."""
-DIRECT_BYTES = 98304
-"""Up to so many bytes of all ranks together, every rank reduces everything: one barrier instead of two."""
-DIRECT_BYTES_OF_TWO = 12288
-"""The same for an allreduce of two ranks: from 16 KB on copying half of it twice is faster, by half where cores share a
-cache."""
-NONTEMPORAL_BYTES = 1 << 25
-"""From so many bytes of all ranks together on, out-of-place results exceed the cache and use non-temporal stores."""
+"""Calls before the first trial, except where calls use the parts of slots in turn: first touches of pages are slow."""
+SHORT_TRIAL_BYTES = 1 << 24
+"""From here on a trial is short, since every call in it takes milliseconds."""
+SINGLE_COPIES = ("bcast", "alltoall", "allgather")
+"""Collectives that can copy from process to process."""
 
 
-def new_tuning_table(slot: int) -> npt.NDArray[Any]:
-    """A tuning record for each collective and size class, before any probe.
+def find_parameters(node: Any, cores: Sequence[Sequence[int]], given: Parameters | None) -> tuple[Parameters, str]:
+    """The parameters that rank 0 has for the cores of all ranks, or was given, and why a probe could not be used."""
+    mine: tuple[Parameters, str] | None = None
+    if node.Get_rank() == 0:
+        found = Found() if given else load_once(tuple(sorted(set().union(*cores))))
+        mine = given or derive_parameters(found.probe), found.trouble
+    agreed: tuple[Parameters, str] = node.bcast(mine)
+    return agreed
 
-    A probe is meaningful only in the steady state, in which the other ranks have read the slots before.  So the first
-    one waits until all parts of the ring have been used.  Until then long calls fill slots with non-temporal stores: if
-    that is wrong it costs up to twice the time, the opposite mistake four to six times (measured on two cores, with and
-    without a shared cache).
+
+def parents_of(places: Sequence[Place], arity: int) -> list[int]:
+    """The parent of each rank in a tree that crosses packages and caches as seldom as it can; -1 for the root.
+
+    On each level a rank has at most ``arity`` children, and the lowest rank of a group is its root.
+    """
+    parents = [-1] * len(places)
+
+    def join(roots: list[int]) -> int:
+        for i in range(1, len(roots)):
+            parents[roots[i]] = roots[(i - 1) // arity]
+        return roots[0]
+
+    def plant(ranks: list[int], level: int) -> int:
+        if level == len(Place._fields):
+            return join(ranks)
+        groups: dict[str, list[int]] = {}
+        for rank in ranks:
+            groups.setdefault(places[rank][level], []).append(rank)
+        return join([plant(each, level + 1) for each in groups.values()])
+
+    plant(list(range(len(places))), 0)
+    return parents
+
+
+def new_tuning_table(slot: int, parameters: Parameters = DEFAULTS, direct_sum: int = 12288) -> npt.NDArray[Any]:
+    """A tuning record for each collective and size class, before any trial.
+
+    A trial is meaningful only in the steady state, in which the other ranks have read the slots before.  So the first
+    one waits until all parts of the ring have been used.  ``direct_sum``: up to so many bytes an allreduce is direct.
     """
     table = np.zeros((len(kernels.COLLECTIVES), SIZE_CLASSES), records.TUNING_RECORD)
     for name, rows in zip(kernels.COLLECTIVES, table, strict=True):
-        buffered = DIRECT_BYTES_OF_TWO if name == "allreduce" else records.BUFFER
+        buffered = direct_sum if name == "allreduce" else records.BUFFER
         for size in range(1, SIZE_CLASSES):
-            least, long = 1 << (size - 1), size >= LONG_CALLS
-            period = PROBE_PERIODS[long]
+            least = 1 << (size - 1)
+            long = least >= parameters.long
+            period = PERIODS[long]
             warm_up = 2 + records.RING * slot // slot_stride(least, slot) if least > buffered else WARM_UP
-            rows["period"][size] = period
+            trial = kernels.SHORT_TRIAL if least >= SHORT_TRIAL_BYTES else kernels.LONG_TRIAL
+            rows["trial"][size], rows["longest"][size] = trial, LONGEST_PERIODS * period
+            rows["period"][size] = rows["shortest"][size] = period
             rows["count"][size] = period - warm_up
-            rows["choice"][size] = long
+            rows["choice"][size] = long and parameters.fills_nontemporal
     return table.reshape(-1)
 
 
@@ -674,9 +750,12 @@ def slot_stride(nbytes: int, slot: int) -> int:
     return min(slot, max(PAGE, 1 << (nbytes - 1).bit_length()))
 
 
-def slot_bytes(ranks: int) -> int:
-    """Bytes of a slot, a power of two (measured with 2 and 4 ranks); less for many ranks, to save memory."""
-    return 1 << 18 if ranks <= 32 else 1 << 17
+def slot_bytes(ranks: int, most: int = DEFAULTS.slot) -> int:
+    """Bytes of a slot, a power of two; less for many ranks, to save memory."""
+    return most if ranks <= MANY_RANKS else most // 2
+
+
+MANY_RANKS = 32
 
 
 class Allocation:
@@ -702,12 +781,11 @@ def copy_plan(to: int, source: int, nbytes: int, *held: Any) -> Plan:
     return move
 
 
-def spin_count(node: Any) -> int:
-    """Polls of a flag before a rank yields; the same on all ranks."""
-    masks = node.allgather(os.sched_getaffinity(0))
+def share_cores(node: Any, cores: Sequence[Sequence[int]]) -> bool:
+    """Whether ranks share cores with each other; the same on all ranks."""
     started = max(int(os.environ.get(name, "0")) for name in LOCAL_RANKS)
-    shared = len(set().union(*masks)) < node.Get_size() or (os.cpu_count() or 1) < started
-    return kernels.MIN_SPIN if any(node.allgather(shared)) else MAX_SPIN
+    shared = len(set().union(*cores)) < node.Get_size() or (os.cpu_count() or 1) < started
+    return any(node.allgather(shared))
 
 
 def agree_on_code(node: Any, code: str) -> bool:

@@ -71,6 +71,11 @@ class Buffer:
         return self.dtype is None
 
     @property
+    def known(self) -> bool:
+        """Whether the dtype of the elements is known."""
+        return self.dtype is not None or self.base is not None
+
+    @property
     def elements(self) -> int:
         """Elements that a call with one block moves."""
         return self.size if self.count is None else self.count
@@ -98,13 +103,6 @@ class Buffer:
         if self.displs is None:
             return counts, tuple(sum(counts[:k]) for k in range(ranks))
         return counts, self.displs
-
-    def overlaps(self, other: Buffer) -> bool:
-        """Whether two buffers share bytes."""
-        if self.dtype is None or other.dtype is None:
-            return False
-        ends = [each.address + each.size * each.dtype.itemsize for each in (self, other) if each.dtype is not None]
-        return bool(self.size and other.size) and self.address < ends[1] and other.address < ends[0]
 
     def vector(self, count: int | None = None, first: int = 0) -> npt.NDArray[Any]:
         """The elements as a view that holds no reference to the user's array."""
@@ -158,7 +156,7 @@ def read(given: Any, who: str) -> Buffer:
         return read_array(np.asarray(given), given, who)
     if isinstance(given, list | tuple):
         return read_form(given, who)
-    if given is None or given is MPI.BOTTOM or given is MPI.IN_PLACE or isinstance(given, int):
+    if given is None or given is MPI.BOTTOM or given is MPI.IN_PLACE:
         return Buffer(given)
     return read_provider(given, who)
 
@@ -246,7 +244,11 @@ def read_provider(given: Any, who: str) -> Buffer:
 
 def read_dlpack(given: Any, who: str) -> Buffer:
     """Read a tensor of another library on the host; opaque on a device."""
-    if not hasattr(given, "__dlpack__") or given.__dlpack_device__()[0] != DLPACK_HOST:
+    if not hasattr(given, "__dlpack__"):
+        if hasattr(given, "__cuda_array_interface__"):
+            return Buffer(given)
+        raise ArgumentError(f"{who}: {type(given).__name__} has no memory that MPI can read: {NO_MEMORY}")
+    if given.__dlpack_device__()[0] != DLPACK_HOST:
         return Buffer(given)
     try:
         dtype, half = dlpack_dtype(given.__dlpack__())
@@ -265,6 +267,8 @@ def read_dlpack(given: Any, who: str) -> Buffer:
     buffer = Buffer(given, memory.address, memory.nbytes // dtype.itemsize, dtype, owner=given)
     return to_uint16(buffer, half) if half else buffer
 
+
+NO_MEMORY = "pass an array, np.array(x), or use the lower-case method, which pickles"
 
 DLPACK_HOST, DLPACK_FLOAT, DLPACK_BFLOAT = 1, 2, 4
 DLPACK_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
@@ -302,6 +306,10 @@ def dlpack_dtype(capsule: Any) -> tuple[np.dtype[Any] | None, str]:
 
 def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
     """Read mpi4py's ``[data, count(s), displacement(s), datatype]`` and its shorter forms."""
+    if not form or (
+        isinstance(form[0], int | float | complex | str) and not isinstance(form[0], np.generic | type(MPI.BOTTOM))
+    ):
+        raise ArgumentError(f"{who}: a {type(form).__name__} of {len(form)} values is no buffer: {NO_MEMORY}")
     if not 2 <= len(form) <= 4 or form[0] is None or form[0] is MPI.BOTTOM:
         return Buffer(form)
     data, count, displs, datatype = split_form(form)

@@ -8,26 +8,31 @@ ranks that are missing from a slow one.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import os
-import sys
+import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import numpy as np
+
+from hpccomm.calls.blocks import Amounts
+from hpccomm.calls.departures import Departure, Launchers
 from hpccomm.calls.fingerprint import (
+    REMEDIES,
     Fingerprint,
     decode,
     first_difference,
     format_ranks,
     mismatch_message,
 )
-from hpccomm.errors import MismatchError, TransportError
+from hpccomm.errors import HpccommError, MismatchError, TransportError
 from hpccomm.kernels.entry.records import (
+    AMOUNT_CALLS,
     CALLS,
     COUNT_MASK,
     COUNT_PRIME,
@@ -35,20 +40,20 @@ from hpccomm.kernels.entry.records import (
     COUNTS,
     DIGEST_BITS,
     DIGEST_MASK,
+    NOT_COMPARED,
     STATUS,
 )
+from hpccomm.log import logger
 from hpccomm.transports.polling import pause
 
 TEXTS = 64
 TEXT_BYTES = 248
-LEFT, GAVE_UP, HAS_CODE = STATUS + 1, STATUS + 2, STATUS + 3
+LEFT, GAVE_UP, HAS_CODE, REPORTED = STATUS + 1, STATUS + 2, STATUS + 3, STATUS + 4
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
 OUT_OF_STEP, FIRST_ISSUE = ISSUED + 1, ISSUED + 2
-ROW_WORDS = FIRST_ISSUE + 2 * CALLS
-"""64-bit words per rank: entries of the last calls, the status, counts of the last calls, fingerprints as text; the
-number of non-blocking calls, and of the last ones the entry and the number of blocking calls before it."""
+FIRST_AMOUNTS = FIRST_ISSUE + 2 * CALLS
 
 ENTRY_MASK = (1 << DIGEST_BITS) - 1
 """The digest in an entry; the number of the call is above it."""
@@ -71,9 +76,21 @@ FLUSH_SECONDS = 0.5
 """Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
 
 
+REASON_BYTES = 512
+
+
+def row_words(members: int) -> int:
+    """64-bit words per rank: entries of the last calls, the status, counts of the last calls, fingerprints as text.
+
+    Then the number of non-blocking calls, and of the last ones the entry and the number of blocking calls before it;
+    amounts of blocks; a reason.
+    """
+    return FIRST_AMOUNTS + AMOUNT_CALLS * (1 + 2 * members) + REASON_BYTES // 8
+
+
 def bytes_needed(members: int) -> int:
     """Shared bytes for the ranks of one node."""
-    return members * ROW_WORDS * 8
+    return 8 * members * row_words(members)
 
 
 class ConsistencyTable:
@@ -86,10 +103,13 @@ class ConsistencyTable:
     def __init__(self, memory: Any, members: tuple[int, ...], me: int) -> None:
         self._octets = memoryview(memory)
         self._words = self._octets.cast("q")
-        self._members, self._me = members, me
-        self._base = members.index(me) * ROW_WORDS
-        self._peers = [k * ROW_WORDS for k, rank in enumerate(members) if rank != me]
+        self.members, self._me = members, me
+        self._stride = row_words(len(members))
+        self._base = members.index(me) * self._stride
+        self._peers = [k * self._stride for k, rank in enumerate(members) if rank != me]
         self._fingerprints: dict[int, Fingerprint] = {}
+        self.known_calls: dict[Hashable, int] = {}
+        """The digests of calls that are announced once."""
         self._compatible: set[tuple[int, int]] = set()
         self._warned = (0, 0)
         self.progress: Callable[[], Any] = lambda: None
@@ -113,10 +133,11 @@ class ConsistencyTable:
         self._words[self._base + STATUS] = -self._seq
 
     @property
-    def place(self) -> tuple[int, int, int, int]:
-        """Where compiled code finds the table: its address, bytes of a row, its rows, and this rank's row."""
+    def place(self) -> dict[str, int]:
+        """Where compiled code finds the table: its address, bytes of a row, its rows, this rank's row, and amounts."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._octets))
-        return address, 8 * ROW_WORDS, len(self._members), self._base // ROW_WORDS
+        rows = {"members": len(self.members), "member": self._base // self._stride}
+        return {"entries": address, "row_bytes": 8 * self._stride, "amounts_at": 8 * FIRST_AMOUNTS, **rows}
 
     def announce(self, fingerprint: Fingerprint) -> int:
         """Write the fingerprint of a future call; returns its digest for :meth:`enter`."""
@@ -131,14 +152,16 @@ class ConsistencyTable:
             self._words[start // 8] = digest
         return digest
 
-    def enter(self, digest: int) -> None:
+    def enter(self, digest: int, amounts: Amounts | None = None) -> None:
         """Enter a call; raise if a rank that has entered before called something else."""
-        self.begin(digest)
+        self.begin(digest, amounts)
         self.compare_entries()
 
-    def begin(self, digest: int) -> None:
+    def begin(self, digest: int, amounts: Amounts | None = None) -> None:
         """Enter a call that no rank leaves before all have entered: comparing in :meth:`leave` is early enough."""
         words, seq = self._words, self._seq + 1
+        if amounts:
+            self.write_amounts(seq, amounts)
         words[self._base + COUNTS + seq % CALLS] = 0
         words[self._base + seq % CALLS] = (seq << DIGEST_BITS) | digest
         words[self._base + STATUS] = seq
@@ -148,6 +171,10 @@ class ConsistencyTable:
         self.compare_entries()
         self.abandon()
 
+    def miss_call(self) -> None:
+        """Count a call that other members have entered, and that has failed because this one made another."""
+        self._words[self._base + STATUS] = -(self._seq + 1)
+
     def compare_entries(self) -> None:
         """Raise if a rank that has entered this call, too, called something else."""
         words, seq = self._words, self._seq
@@ -155,8 +182,45 @@ class ConsistencyTable:
         mine = words[self._base + slot]
         for peer in self._peers:
             theirs = words[peer + slot]
-            if theirs != mine and theirs >> DIGEST_BITS == seq:
-                self.compare(mine, theirs, peer)
+            if theirs >> DIGEST_BITS == seq:
+                if theirs != mine:
+                    self.compare(mine, theirs, peer)
+                self.compare_amounts(peer)
+
+    def find_amounts(self, row: int, seq: int) -> int:
+        """Where the amounts of a rank's call are: its number, what it sends to each member, what it receives."""
+        return row + FIRST_AMOUNTS + seq % AMOUNT_CALLS * (1 + 2 * len(self.members))
+
+    def write_amounts(self, seq: int, amounts: Amounts) -> None:
+        """Write what this rank sends to each rank of this node in call ``seq``, and receives from each."""
+        start, number = self.find_amounts(self._base, seq), len(self.members)
+        self._words[start] = 0
+        for k, rank in enumerate(self.members):
+            self._words[start + 1 + k] = amounts.sends[rank]
+            self._words[start + 1 + number + k] = amounts.receives[rank]
+        self._words[start] = seq
+
+    def compare_amounts(self, peer: int) -> None:
+        """Raise if a rank of this node sends another amount than this one receives from it, or the other way round."""
+        words, seq, number = self._words, self._seq, len(self.members)
+        mine, theirs = self.find_amounts(self._base, seq), self.find_amounts(peer, seq)
+        if words[mine] != seq or words[theirs] != seq:
+            return
+        me, member = self._base // self._stride, peer // self._stride
+        for a, sender, b, receiver in ((mine, me, theirs, member), (theirs, member, mine, me)):
+            sent, room = words[a + 1 + receiver], words[b + 1 + number + sender]
+            if sent != room and NOT_COMPARED not in (sent, room):
+                raise MismatchError(self.explain_amounts(self.members[sender], sent, self.members[receiver], room))
+
+    def explain_amounts(self, sender: int, sent: int, receiver: int, room: int) -> str:
+        """The error sentence for a rank that sends another amount than the receiver expects."""
+        call = self.find_call(self._base)
+        item = np.dtype(call.dtype).itemsize if call and call.dtype in np.sctypeDict else 1
+        unit = call.dtype if call and item > 1 else "bytes"
+        return (
+            f"rank {sender} called {call} and sends {sent // item} {unit} to rank {receiver}, which receives "
+            f"{room // item} from it: {REMEDIES['amounts']} (noticed by rank {self._me})"
+        )
 
     def wait(self) -> None:
         """Wait until every member has entered this call, then compare; all members raise if one differs.
@@ -184,7 +248,7 @@ class ConsistencyTable:
 
     def all_had_code(self) -> bool:
         """Whether all members had them on entering this call, which all have entered: the same answer on all."""
-        return all(0 < self._words[k * ROW_WORDS + HAS_CODE] <= self._seq for k in range(len(self._members)))
+        return all(0 < self._words[k * self._stride + HAS_CODE] <= self._seq for k in range(len(self.members)))
 
     def raise_mismatch(self, failure: Exception) -> None:
         """After an error in a call, raise a MismatchError if the ranks' calls differ, else the error itself."""
@@ -243,14 +307,14 @@ class ConsistencyTable:
 
     def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
         """The call of a rank of this node whose fingerprint has this word, or this digest."""
-        row = self._members.index(rank) * ROW_WORDS if rank in self._members else self._base
+        row = self.members.index(rank) * self._stride if rank in self.members else self._base
         return self.find_text(row, word & DIGEST_MASK, word >> COUNT_SHIFT & COUNT_MASK)
 
     def explain(self) -> str:
         """The error sentence for the current call."""
         slot, seq = self._seq % CALLS, self._seq
-        entered = [k for k in range(len(self._members)) if self._words[k * ROW_WORDS + slot] >> DIGEST_BITS == seq]
-        calls = {self._members[k]: self.find_call(k * ROW_WORDS) for k in entered}
+        entered = [k for k in range(len(self.members)) if self._words[k * self._stride + slot] >> DIGEST_BITS == seq]
+        calls = {self.members[k]: self.find_call(k * self._stride) for k in entered}
         return mismatch_message(calls, self._me)
 
     def explain_departure(self, rank: int, call: Fingerprint | None) -> str:
@@ -268,11 +332,13 @@ class ConsistencyTable:
         seq = self._seq
         slot = seq % CALLS
         mine = self._words[self._base + slot]
-        for peer, rank in zip(self._peers, (r for r in self._members if r != self._me), strict=True):
+        for peer, rank in zip(self._peers, (r for r in self.members if r != self._me), strict=True):
             theirs = self._words[peer + slot]
-            if theirs >> DIGEST_BITS == seq and theirs != mine:
+            if theirs >> DIGEST_BITS == seq:
                 try:
-                    self.compare(mine, theirs, peer)
+                    if theirs != mine:
+                        self.compare(mine, theirs, peer)
+                    self.compare_amounts(peer)
                 except MismatchError as error:
                     return str(error)
             gave_up = self._words[peer + GAVE_UP]
@@ -296,7 +362,7 @@ class ConsistencyTable:
         words, number = self._words, self.active_seq or self._seq + 1
         call, digest = self.look_up_call(self._me, word), word & DIGEST_MASK
         for position in positions:
-            rank, row = self._members[position], position * ROW_WORDS
+            rank, row = self.members[position], position * self._stride
             entered = words[row + STATUS] == number and seconds > MEETING_SECONDS
             other = self.find_call(row, number) if entered else None
             if (other or words[row + LEFT]) and position in find_missing():
@@ -310,8 +376,26 @@ class ConsistencyTable:
             raise MismatchError(reason)
         if positions and seconds > stall_seconds() and self._warned != (number, digest):
             self._warned = (number, digest)
-            absent = format_ranks([self._members[position] for position in positions])
+            absent = format_ranks([self.members[position] for position in positions])
             log_line(f"rank {self._me}: {call} not complete after {seconds:.0f} s; missing: {absent}")
+
+    def write_reason(self, error: BaseException) -> None:
+        """Tell the other ranks why this rank has left a call half done."""
+        text = (
+            str(error) if isinstance(error, HpccommError) else f"rank {self._me} raised {type(error).__name__}: {error}"
+        )
+        end = 8 * (self._base + self._stride)
+        self._octets[end - REASON_BYTES : end] = text.encode()[:REASON_BYTES].ljust(REASON_BYTES)
+
+    def read_reason(self, rank: int) -> str:
+        """Why a rank has left a call half done; empty if it has not said."""
+        end = 8 * (self.members.index(rank) + 1) * self._stride
+        return bytes(self._octets[end - REASON_BYTES : end]).rstrip(b" \0").decode(errors="replace")
+
+    def claim_report(self) -> bool:
+        """Whether no rank of this node has reported an error yet; from now on one has."""
+        first, self._words[REPORTED] = not self._words[REPORTED], 1
+        return first
 
     def watch_request(self, number: int, waits: bool) -> None:
         """Compare call ``number``, which MPI makes without blocking, unless this rank has made another one since.
@@ -326,11 +410,11 @@ class ConsistencyTable:
 
     def blocking_calls(self, k: int) -> int:
         """How many blocking calls member k has entered: the same number on all members before the same call."""
-        return abs(self._words[k * ROW_WORDS + STATUS]) + self.last_shared_call(k)[0]
+        return abs(self._words[k * self._stride + STATUS]) + self.last_shared_call(k)[0]
 
     def blocking_calls_here(self) -> int:
         """How many blocking calls this rank has entered."""
-        return self.blocking_calls(self._base // ROW_WORDS)
+        return self.blocking_calls(self._base // self._stride)
 
     def issue(self, fingerprint: Fingerprint, blocking_calls: int) -> int:
         """Write a non-blocking call that this rank issues, after so many blocking ones; returns its number."""
@@ -347,7 +431,7 @@ class ConsistencyTable:
         Members issue it after equally many blocking calls.
         """
         began, warned = time.monotonic(), False
-        for position in range(len(self._members)):
+        for position in range(len(self.members)):
             polls = 0
             while not self.has_issued(position, number, call):
                 pause(began, EAGER_SECONDS, 32)
@@ -357,12 +441,12 @@ class ConsistencyTable:
                     self.check_order(position, number, blocking_calls, call)
                 if waited > stall_seconds() and not warned:
                     warned = True
-                    names = format_ranks([rank for rank in self._members if self.count_issues(rank) < number])
+                    names = format_ranks([rank for rank in self.members if self.count_issues(rank) < number])
                     log_line(f"rank {self._me}: {call} not complete after {waited:.0f} s; missing: {names}")
 
     def has_issued(self, k: int, number: int, call: Fingerprint) -> bool:
         """Whether member k has issued its non-blocking call of this number; raises if a member is out of step."""
-        row = k * ROW_WORDS
+        row = k * self._stride
         if self._words[self._base + OUT_OF_STEP]:
             raise TransportError(
                 f"rank {self._me}: the ranks have made blocking and non-blocking calls in different orders, so this "
@@ -371,7 +455,7 @@ class ConsistencyTable:
         if self._words[row + OUT_OF_STEP]:
             self.leave_step(call)
             other = self.read_fingerprint(row, self._words[row + OUT_OF_STEP] & ENTRY_MASK)
-            raise MismatchError(mismatch_message({self._me: call, self._members[k]: other}, self._me))
+            raise MismatchError(mismatch_message({self._me: call, self.members[k]: other}, self._me))
         return bool(self._words[row + ISSUED] >= number)
 
     def leave_step(self, call: Fingerprint | None) -> None:
@@ -380,11 +464,11 @@ class ConsistencyTable:
 
     def count_issues(self, rank: int) -> int:
         """How many non-blocking calls a member has issued."""
-        return int(self._words[self._members.index(rank) * ROW_WORDS + ISSUED])
+        return int(self._words[self.members.index(rank) * self._stride + ISSUED])
 
     def check_order(self, k: int, number: int, blocking_calls: int, call: Fingerprint) -> None:
         """Raise if member k has left, or has entered the next blocking call before this non-blocking one."""
-        row, rank, (_, word) = k * ROW_WORDS, self._members[k], self.last_shared_call(k)
+        row, rank, (_, word) = k * self._stride, self.members[k], self.last_shared_call(k)
         ahead, left = self.blocking_calls(k) > blocking_calls, self._words[row + LEFT]
         if self._words[row + ISSUED] >= number or not (ahead or left):
             return
@@ -398,7 +482,7 @@ class ConsistencyTable:
     def explain_issue_after(self, call: Fingerprint | None) -> str | None:
         """The error sentence if a member has issued a non-blocking call before this blocking one, and this rank not."""
         number, mine = self._words[self._base + ISSUED] + 1, self.blocking_calls_here()
-        for peer, rank in zip(self._peers, (r for r in self._members if r != self._me), strict=True):
+        for peer, rank in zip(self._peers, (r for r in self.members if r != self._me), strict=True):
             at = peer + FIRST_ISSUE + 2 * (number % CALLS)
             entry, before = self._words[at], self._words[at + 1]
             if self._words[peer + ISSUED] >= number and entry >> DIGEST_BITS == number and before < mine:
@@ -409,8 +493,8 @@ class ConsistencyTable:
 
     def missing_ranks(self) -> list[int]:
         """The members that have not entered the current call."""
-        reached = [abs(self._words[k * ROW_WORDS + STATUS]) for k in range(len(self._members))]
-        return [rank for rank, seq in zip(self._members, reached, strict=True) if seq < self._seq]
+        reached = [abs(self._words[k * self._stride + STATUS]) for k in range(len(self.members))]
+        return [rank for rank, seq in zip(self.members, reached, strict=True) if seq < self._seq]
 
     def describe_call(self) -> str:
         """The current call, for log lines."""
@@ -430,6 +514,16 @@ class ConsistencyTable:
 
 _tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()
 _watchdog: list[threading.Thread] = []
+_departure = Departure(_tables)
+
+
+def forget_watchdog() -> None:
+    """A child of fork has no watchdog; its tables belong to its parent."""
+    _watchdog.clear()
+    _tables.clear()
+
+
+os.register_at_fork(after_in_child=forget_watchdog)
 
 
 def watch(table: ConsistencyTable) -> None:
@@ -438,13 +532,6 @@ def watch(table: ConsistencyTable) -> None:
     if not _watchdog:
         _watchdog.append(threading.Thread(target=run_watchdog, name="hpccomm-watchdog", daemon=True))
         _watchdog[0].start()
-        atexit.register(mark_all_left)
-
-
-def mark_all_left() -> None:
-    """At exit, tell the other ranks of all communicators."""
-    for table in list(_tables):
-        table.mark_left()
 
 
 def stall_seconds() -> float:
@@ -456,8 +543,11 @@ def run_watchdog() -> None:
     """Abort calls that can never complete, with the reason; log calls that take long."""
     since: weakref.WeakKeyDictionary[ConsistencyTable, tuple[int, float]] = weakref.WeakKeyDictionary()
     warned: weakref.WeakKeyDictionary[ConsistencyTable, int] = weakref.WeakKeyDictionary()
+    launchers = Launchers()
     while True:
         time.sleep(PERIOD)
+        if launchers.describe_loss():
+            end_orphan(launchers.describe_loss())
         tables: list[ConsistencyTable] = []
         with contextlib.suppress(RuntimeError):  # another thread makes a communicator
             tables = list(_tables)
@@ -483,9 +573,24 @@ def check_progress(table: ConsistencyTable, seq: int, waited: float, warned: Any
 
 
 def log_line(sentence: str) -> None:
-    """Write one line to stderr with a single call, so that lines of different ranks do not mix."""
-    sys.stderr.write(f"[hpccomm] {sentence}\n")
-    sys.stderr.flush()
+    """Log one line, by default with a single write to stderr, so that lines of different ranks do not mix."""
+    logger().error(sentence)
+
+
+def end_orphan(reason: str) -> None:
+    """End this process, which nobody waits for any more."""
+    with contextlib.suppress(OSError, ValueError):
+        log_line(reason)
+    os.kill(os.getpid(), signal.SIGKILL)  # MPI cannot end in order without its launcher
+
+
+def claim_report() -> bool:
+    """Whether no other rank of this node has reported an error that concerns all of them."""
+    first = True
+    for table in list(_tables):
+        with contextlib.suppress(ValueError):  # it is closed
+            first = table.claim_report() and first
+    return first
 
 
 def abort_all(reason: str) -> None:

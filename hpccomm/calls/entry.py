@@ -55,8 +55,10 @@ from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
 from hpccomm.kernels.shared_memory.records import fill, offset_of
 
-UNCOUNTED = ("gather", "scatter", "gatherv", "scatterv", "alltoallv")
-"""Collectives whose lengths the ranks do not compare."""
+ONE_BLOCK = ("gather", "scatter")
+"""Collectives whose fingerprints count one block, although one rank has a block of every rank."""
+UNCOUNTED = ("gatherv", "scatterv", "alltoallv")
+"""Collectives of which every two ranks compare what one sends to the other."""
 MAX_RANKS = 256
 """Python has one object each for the integers up to 256, so a root is recognised by its address."""
 FIRST_ROWS, MAX_ROWS = 64, 4096
@@ -175,8 +177,8 @@ class Entry:
             registered, count = memory.allocations.ctypes.data, memory.allocation_count.ctypes.data
             fill(self._record, registered=registered, registrations=count)
         if table:
-            address, row_bytes, members, member = table.place
-            fill(self._record, entries=address, row_bytes=row_bytes, members=members, member=member)
+            self._members = np.array(table.members, np.int64)
+            fill(self._record, **table.place, member_ranks=self._members.ctypes.data)
         if meeting:
             fill(self._record, meeting=meeting.address, meet=meeting.kernel_address)
         self.clear()
@@ -219,7 +221,7 @@ class Entry:
             self._layouts.add(key.layout)
             return  # many programs use one layout once
         name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
-        blocks = 0 if name in UNCOUNTED else max(1, self._facts[name].get("recv_blocks", 1))
+        blocks = 1 if name in ONE_BLOCK else max(1, self._facts[name].get("recv_blocks", 1)) * (name not in UNCOUNTED)
         values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
         first, last = class_lengths(key.nbytes)
@@ -233,6 +235,9 @@ class Entry:
             self.clear()
         values |= {"least": least, "most": most, "item": item, "blocks": blocks, "template": template}
         values |= {"number": len(self._calls), **{name: getattr(key, name) for name in ROW_KEY}}
+        if name in UNCOUNTED:
+            root = next((rank for rank in range(len(self._blocks) // 4) if id(rank) == key.root), -1)
+            values |= {"uneven": self._facts[name]["uneven"] & (SENT_UNEVEN | RECEIVED_UNEVEN), "root_rank": root}
         if not isinstance(call, NativeCall):
             own = call.copy()
             self._calls.append(own)

@@ -17,6 +17,7 @@ REMEDIES = {
     "collective": "make all ranks call the same collective in the same order",
     "dtype": "cast before the call",
     "count": "make the counts the same on all ranks",
+    "amounts": "make what a rank sends and what the other receives the same",
     "op": "use the same operation on all ranks",
     "root": "name the same root on all ranks",
     "order": "convert the arrays to one memory order, np.ascontiguousarray(x), before the call",

@@ -31,13 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "hpccomm bench COLLECTIVE [FLAG ...]"
     parser.epilog = "for the flags of a benchmark: hpccomm bench COLLECTIVE -h"
     parser.add_argument("-h", "--help", action="store_true", help="show this text")
-    parser.add_argument("collective", nargs="?", help="allreduce, bcast, latency …; OSU's names (osu_allreduce …) too")
+    parser.add_argument("collective", nargs="?", help="allreduce, bcast, latency …; OSU's names too; compare")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="OSU's flags, and some of hpccomm")
     parser.set_defaults(help_text=parser.format_help)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print (collective); returns the exit status."""
+    if args.collective == "compare":
+        from hpccomm.bench import compare
+
+        return compare.run(args.flags)
     from mpi4py import MPI
 
     import hpccomm

@@ -28,10 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"collective of the decisions: {', '.join(COLLECTIVES)} (default allreduce)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--live", action="store_true", help="show what running programs of yours have decided by trials"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print from rank 0 (collective)."""
+    if args.live:
+        return show_live(args.json)
     from mpi4py import MPI
 
     import hpccomm
@@ -41,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         "Software": software(),
         "Launch": launch(comm),
         "Transports": transports(comm),
+        "Machine": machine(comm),
         "GPU": gpu(comm),
         "Settings": settings(comm),
         f"Decisions for {args.collective} (float32)": decisions(comm, args.collective),
@@ -51,9 +57,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_live(as_json: bool = False) -> int:
+    """Print what the programs of this user that run on this machine have decided by trials."""
+    from hpccomm.backends.live import find_running
+
+    found = find_running()
+    if as_json:
+        rows = [each._asdict() | {"decisions": [one._asdict() for one in each.decisions]} for each in found]
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return 0
+    sections = {
+        f"{number}. {format_running(each)}": format_decisions(each.decisions) for number, each in enumerate(found, 1)
+    }
+    text = render(sections) if sections else "no program of yours uses shared memory on this machine\n"
+    sys.stdout.write(text)
+    return 0
+
+
+def format_running(each: Any) -> str:
+    """A communicator in words."""
+    return f"Process {each.pid}: {each.facts['ranks']} ranks, parameters from {each.facts['parameters']['source']}"
+
+
+def format_decisions(decisions: Any) -> dict[str, str]:
+    """How slots are filled, by collective and size class."""
+    return {
+        f"{each.collective} from {each.first:,} bytes": (
+            f"{each.way}; last trial {each.us_ordinary:g} us with ordinary stores, {each.us_nontemporal:g} us with "
+            f"non-temporal ones; {each.decisions} trials, {each.changes} changes"
+        )
+        for each in decisions
+    } or {"trials": "none has ended yet"}
+
+
 def render(sections: dict[str, dict[str, str]]) -> str:
     """The sections as text: a title, then a name and a value on each line."""
-    width = max(len(name) for rows in sections.values() for name in rows)
+    width = max((len(name) for rows in sections.values() for name in rows), default=0)
     lines = []
     for title, rows in sections.items():
         lines += [title, *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""]
@@ -123,6 +162,56 @@ def transports(comm: Any) -> dict[str, str]:
         if resources.consistency
         else "off: calls are not compared",
     }
+
+
+CACHES = {"l1": "L1", "l2": "L2", "l3": "last-level cache"}
+
+
+def machine(comm: Any) -> dict[str, str]:
+    """What was probed of the cores of rank 0's node, and how shared memory moves bytes there (collective)."""
+    from hpccomm.performance import probe
+    from hpccomm.performance.machine import DEFAULTS
+
+    cores = sorted(set().union(*comm.context.node.allgather(os.sched_getaffinity(0))))
+    found, memory = probe.load(cores), comm.context.node_memory
+    rows = {"processor": probe.processor_name(), "probe": str(found.path or found.trouble or UNPROBED)}
+    if found.probe:
+        rows |= format_probe(found.probe)
+    if memory is None:
+        return rows
+    used = memory.parameters
+    changed = {name: value for name, value in used._asdict().items() if value != getattr(DEFAULTS, name)}
+    changed.pop("source", None)
+    words = ", ".join(f"{name}={value}" for name, value in changed.items()) or "those of the reference machine"
+    single_copy = "permitted between the ranks of this node" if memory.reaches else "refused by the system"
+    barriers = "each rank polls all others" if memory.size <= used.flat_ranks else "along a tree"
+    return rows | {"parameters": f"{words}; from {used.source}", "single-copy": single_copy, "barriers": barriers}
+
+
+UNPROBED = "none yet: run `hpccomm warm` on an idle machine"
+
+
+def format_probe(known: Any) -> dict[str, str]:
+    """The figures of a probe, with their units; unknown ones are left out."""
+    sizes = {title: getattr(known, name) >> 10 for name, title in CACHES.items()}
+    caches = ", ".join(f"{title} {size} KB" for title, size in sizes.items() if size)
+    times = [(known.line_ns, "near"), (known.far_line_ns, "far"), (known.poll_ns, "poll"), (known.yield_ns, "yield")]
+    copies = [(known.l2_copy, "in L2"), (known.l3_copy, "in L3"), (known.memory_copy, "memory")]
+    copies += [(known.memory_copy_nontemporal, "non-temporal"), (known.single_copy, "single-copy")]
+    handed = [(known.handover, "ordinary stores"), (known.handover_nontemporal, "non-temporal stores")]
+    rows = {
+        "cores": f"{known.cores} in {known.cache_groups} cache groups; {caches or 'caches unknown'}",
+        "line transfer": join_figures(times, "ns"),
+        "copies by one core": join_figures(copies, "GB/s"),
+        "additions": join_figures([(known.memory_add, "memory")], "GB/s of results"),
+        "core to core": join_figures(handed, "GB/s each way"),
+    }
+    return {name: text for name, text in rows.items() if text}
+
+
+def join_figures(figures: list[tuple[float, str]], unit: str) -> str:
+    """The known ones of some figures in words."""
+    return ", ".join(f"{value:g} {unit} ({title})" for value, title in figures if value)
 
 
 def gpu(comm: Any) -> dict[str, str]:

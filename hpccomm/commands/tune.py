@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
+import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any, NamedTuple
 
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.hierarchical import HIERARCHICAL
-from hpccomm.commands.files import check_folder, run_on_root
+from hpccomm.commands.files import check_file, check_folder, run_on_root
 from hpccomm.commands.progress import show_progress
 from hpccomm.errors import ArgumentError
 from hpccomm.layout import Link
@@ -24,6 +27,7 @@ from hpccomm.performance import tuning
 from hpccomm.performance.cost import prediction
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import CostCurve
+from hpccomm.performance.probe import processor_name
 from hpccomm.performance.tuning import COLLECTIVES, Row, Table
 from hpccomm.performance.units import format_count, format_shape, size_of
 
@@ -45,6 +49,7 @@ class Site(NamedTuple):
     mpi: str
     host: str
     when: str
+    cpu: str = ""
 
 
 class Task(NamedTuple):
@@ -62,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--algorithm", metavar="NAMES", help="algorithms to measure (default: all)")
     add("--sizes", metavar="BYTES", help=f"sizes to measure (default {SIZES})")
     add("--quick", action="store_true", help=f"measure fewer sizes: {QUICK}")
+    add("--freeze", metavar="FILE", help="write what auto decides now into FILE; HPCCOMM_TUNING=FILE pins it")
+    add("--probe", action="store_true", help="only probe the cores of each node again; takes a second")
     add(
         "--out",
         metavar="FILE",
@@ -75,6 +82,12 @@ def run(args: argparse.Namespace) -> int:
 
     from hpccomm import Communicator
 
+    if args.freeze:
+        return freeze(Communicator(MPI.COMM_WORLD), Path(args.freeze))
+    for line in probe_nodes(MPI.COMM_WORLD):
+        print(line)
+    if args.probe:
+        return 0
     comm = Communicator(MPI.COMM_WORLD)
     if comm.size == 1:
         raise ArgumentError("one rank has nothing to tune: use more, for example `mpirun -n 4 hpccomm tune`")
@@ -89,6 +102,54 @@ def run(args: argparse.Namespace) -> int:
     if comm.rank == 0:
         finish(rows, site, out, curves, link)
     return 0
+
+
+def freeze(comm: Any, path: Path) -> int:
+    """Compare what no first use has compared yet, and write all decisions (collective)."""
+    run_on_root(lambda: check_file("--freeze", path), comm)
+    compare_all(comm)
+    if comm.rank == 0:
+        tuning.write(comm.context.table.freeze(), path)
+        print(f"# decisions for {comm.layout.describe()} written to {path}: HPCCOMM_TUNING={path} pins them")
+    return 0
+
+
+def compare_all(comm: Any) -> None:
+    """Let every size class from 4 B to 64 MB have had its first use (collective)."""
+    from hpccomm.first_use import FirstUse
+
+    comm.Barrier()  # the first call sets up shared memory
+    first_use = FirstUse(comm._planner, seconds=math.inf)
+    for collective in COLLECTIVES:
+        parts = comm.size if collective in tuning.BLOCKWISE else 1
+        for nbytes in (parts << k for k in range(2, 27)):
+            candidate = comm.explain(collective, nbytes).candidate
+            if candidate:
+                first_use.compare(collective, nbytes, candidate)
+
+
+def probe_nodes(world: Any) -> list[str]:
+    """Probe the cores of the ranks of each node again; what to print, on rank 0 (collective).
+
+    The other ranks sleep meanwhile, so that they do not take part in what is measured.
+    """
+    from mpi4py import MPI
+
+    from hpccomm.commands.warm import describe_probe
+    from hpccomm.performance import probe
+
+    node = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
+    cores = set().union(*node.allgather(os.sched_getaffinity(0)))
+    line = describe_probe(*probe.ensure(cores, again=True)) if node.rank == 0 else ""
+    request = world.Ibarrier()
+    while not request.Test():
+        time.sleep(ASLEEP_SECONDS)
+    lines = world.gather(line and f"# {MPI.Get_processor_name()}: {line}")
+    node.Free()
+    return list(filter(None, lines or []))
+
+
+ASLEEP_SECONDS = 0.005
 
 
 def rounds_of(comm: Any, todo: Sequence[Task], wanted: Sequence[str]) -> tuple[tuple[CostCurve, ...], Link | None]:
@@ -109,7 +170,8 @@ def site_of(comm: Any) -> Site:
     from hpccomm.transports.mpi import mpi_name
 
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    site = Site(comm.layout.count, max(comm.layout.per_node), mpi_name(), MPI.Get_processor_name(), today)
+    where = MPI.Get_processor_name(), today, processor_name() if comm.layout.count == 1 else ""
+    site = Site(comm.layout.count, max(comm.layout.per_node), mpi_name(), *where)
     return Site(*comm.bcast(tuple(site)))
 
 
@@ -167,6 +229,7 @@ def measure_one(comm: Any, site: Site, task: Task, wanted: Sequence[str] = ()) -
             mpi=site.mpi,
             host=site.host,
             when=site.when,
+            cpu=site.cpu,
         )
 
 
@@ -233,4 +296,4 @@ def merge_rows(old: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:
 
 def decision_key(row: Row) -> Row:
     """The decision that a row belongs to."""
-    return row._replace(algorithm="", bytes=0, us=0.0, segment_bytes=None, host="", when="")
+    return row._replace(algorithm="", bytes=0, us=0.0, segment_bytes=None, host="", when="", cpu="")

@@ -1,4 +1,4 @@
-"""``hpccomm warm``: compile the functions of shared memory for this machine, so that programs start at once.
+"""``hpccomm warm``: compile the functions of shared memory and probe the machine, so that programs start at once.
 
 One process a core compiles; what is there already stays.  Programs on other processors need their own.
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 from hpccomm.commands.progress import show_progress
 from hpccomm.errors import HpccommError
 from hpccomm.kernels import objects
+from hpccomm.performance import probe
 
-SUMMARY = "compile the functions of shared memory, so that programs start at once"
+SUMMARY = "compile the functions of shared memory and probe the machine, so that programs start at once"
 MAX_PROCESSES = 16
 LOWEST_PRIORITY = 19
 
@@ -34,19 +35,32 @@ def run(args: argparse.Namespace) -> int:
         raise HpccommError("no folder can be written to: set HPCCOMM_CACHE to one that can")
     if args.background:
         os.nice(LOWEST_PRIORITY)
-        compile_alone(names, folder)
-    else:
-        compile_in_processes(names, quiet=args.quiet)
+        prepare_alone(names, folder)
+        return 0
+    compile_in_processes(names, quiet=args.quiet)
+    found, idle = probe.ensure(os.sched_getaffinity(0))
     if not args.quiet:
         print(f"compiled {len(names)} functions in {time.monotonic() - began:.0f} s: {objects.describe()}")
+        print(f"machine: {describe_probe(found, idle)}")
     return 0
 
 
-def compile_alone(names: list[str], folder: Path | None) -> None:
-    """Compile one after the other; leave it to another process that does so already."""
+def describe_probe(found: probe.Found, idle: bool) -> str:
+    """In words, where the probe is, or why there is none."""
+    if found.probe is None:
+        return found.trouble
+    if not idle:
+        return "probed, but busy, so the figures are not kept: repeat `hpccomm warm` when it is idle"
+    return f"{found.probe.cpu}, probe in {found.path}" if found.path else "probed, but no folder can be written to"
+
+
+def prepare_alone(names: list[str], folder: Path | None) -> None:
+    """Compile one after the other, then probe; leave it to another process that does so already."""
     with objects.lock(folder, "background", wait=False) as mine:
-        for name in names if mine else []:
-            objects.address(name)
+        if mine:
+            for name in names:
+                objects.address(name)
+            probe.ensure(os.sched_getaffinity(0))
 
 
 def compile_in_processes(names: list[str], *, quiet: bool = False) -> None:

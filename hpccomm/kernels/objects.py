@@ -43,6 +43,7 @@ EMITTED = {
     **dict.fromkeys(COLLECTIVES, ("shared_memory.compiled", "int64(int64)")),
     **dict.fromkeys(("enter", "leave"), ("entry.compiled", "int64(int64, int64, int64)")),
     "interpret": ("interpreter.compiled", "int64(int64)"),
+    "run_probe": ("shared_memory.compiled_probe", "int64(int64)"),
     "run_kernel": ("python_api", "int64(int64, int64, int64)"),
     **{fold_name(op, code): ("reductions.loops", "") for op, codes in DTYPES.items() for code in codes},
 }
@@ -53,6 +54,9 @@ SOURCES = {
         *("shared_memory/memory.py", "reductions/reference.py"),
     ),
     "shared_memory.compiled": tuple(f"shared_memory/{each}.py" for each in ("compiled", "collectives", "records")),
+    "shared_memory.compiled_probe": tuple(
+        f"shared_memory/{each}.py" for each in ("compiled_probe", "probe", "records")
+    ),
     "entry.compiled": (
         *("entry/body.py", "entry/records.py", "entry/compiled.py"),
         *("shared_memory/collectives.py", "shared_memory/records.py"),

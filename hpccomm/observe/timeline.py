@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpccomm.log import logger
+
 VARIABLE = "HPCCOMM_TIMELINE"
 KEPT = 200_000
 """Events that a rank keeps; older ones are dropped."""
@@ -221,7 +223,7 @@ def write(
     try:
         path.write_text(json.dumps(trace), encoding="utf-8")
     except OSError as error:
-        sys.stderr.write(f"[hpccomm] {VARIABLE}={path}: {error.strerror}: name a file that can be written\n")
+        logger().error(f"{VARIABLE}={path}: {error.strerror}: name a file that can be written")
 
 
 def build(

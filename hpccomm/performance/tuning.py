@@ -7,7 +7,8 @@
    Between two measured sizes, times are interpolated on logarithmic scales; below the smallest size its time holds,
    above the largest, times grow with the bytes.  The fastest algorithm is selected if it beats native MPI, with the
    checks around it, by more than the noise, 5 %.
-2. Without rows, on one node: native MPI.
+2. Without rows, on one node: native MPI.  So also with rows of another processor, or of fewer ranks a node only, until
+   the first use has compared the algorithm of these rows with native MPI (:mod:`hpccomm.first_use`).
 3. Without rows, on several nodes: the hierarchical algorithm if its price is a fifth below that of the cheapest flat
    one, which stands for native MPI; else native MPI.
 
@@ -37,6 +38,7 @@ from hpccomm.layout import Link
 from hpccomm.performance import cost
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import REACH, CostCurve, Point, RoundType, Shape, distance, distance_key, interpolate
+from hpccomm.performance.probe import write_text
 from hpccomm.performance.units import format_time
 
 SCHEMA = 1
@@ -52,6 +54,8 @@ FLAT_ALGORITHMS = ("ring", "butterfly", "doubling", "bruck")
 """The algorithms whose lowest price stands for native MPI between nodes, where nothing was measured."""
 COLLECTIVES = (*ALGORITHMS, "alltoall")
 """The collectives that can be tuned; alltoall has no schedules, only shared memory beside native MPI."""
+BLOCKWISE = ("allgather", "alltoall", "reduce_scatter")
+"""Collectives whose calls are counted in bytes of all blocks, and have one block for each rank."""
 DEFAULT_TABLE = Path(__file__).with_name("tuning_default.json")
 """The default table."""
 
@@ -68,6 +72,8 @@ class Choice(NamedTuple):
     """The reason, as text."""
     lengths: tuple[int, int] = (0, -1)
     """The first and the last length in bytes for which it is selected, if known."""
+    candidate: str = ""
+    """The algorithm that was faster where rows were measured, and must be compared with native MPI here."""
 
 
 class Row(NamedTuple):
@@ -86,6 +92,8 @@ class Row(NamedTuple):
     mpi: str = ""
     host: str = ""
     when: str = ""
+    cpu: str = ""
+    """The model of the processor, on one node."""
 
     @property
     def origin(self) -> str:
@@ -102,6 +110,12 @@ class Table:
     """The cost model for calls without measurements; ``None``: no prices."""
     source: str = "empty"
     """The origin of the table, as text."""
+    cpu: str = ""
+    """The model of the processor here: on one node, rows of another one were not measured here.  Empty: they count."""
+    first_use: tuple[Row, ...] = ()
+    """What first uses have measured here, one size in each size class."""
+    frozen: bool = False
+    """No first use compares anything any more."""
 
     def choose(
         self,
@@ -122,10 +136,53 @@ class Table:
             return Choice("native", None, "one rank needs no algorithm")
         found = self.find_series(collective, (nodes, per_node), dtype, memory)
         if found:
-            return choose_measured(found, nbytes, candidates)
+            choice = choose_measured(found, nbytes, candidates)
+            why = self.why_unmeasured(found, (nodes, per_node), (collective, dtype, memory))
+            if not why or choice.algorithm == "native":
+                return choice
+            return self.choose_first_use(collective, per_node, nbytes, choice.algorithm, why)
         if nodes > 1 and memory == "host" and self.machine is not None:
             return choose_priced(collective, (nodes, per_node), nbytes, candidates, self.machine)
         return Choice("native", None, f"nothing was measured ({self.source}): run `hpccomm tune`")
+
+    def why_unmeasured(self, series: Series, shape: Shape, key: tuple[str, str, str]) -> str:
+        """Why these rows say little of this node; empty if they hold."""
+        row, (nodes, per_node) = series["native"][0], shape
+        if nodes > 1:
+            return ""
+        if per_node > row.per_node and per_node > max(self.local_ranks(key), default=0):
+            return f"not measured with {per_node} ranks on a node"
+        return f"measured on {row.cpu} only" if self.cpu and row.cpu and row.cpu != self.cpu else ""
+
+    def local_ranks(self, key: tuple[str, str, str]) -> list[int]:
+        """The numbers of ranks on one node with rows of a (collective, datatype, memory)."""
+        return [per_node for nodes, per_node in self.series.get(key, {}) if nodes == 1]
+
+    def choose_first_use(self, collective: str, per_node: int, nbytes: int, candidate: str, why: str) -> Choice:
+        """What the first use of this size class has decided; before it, native MPI."""
+        found = self.compared.get((collective, per_node, size_class(collective, per_node, nbytes)), {})
+        if candidate in found and "native" in found:
+            return choose_measured(found, nbytes, (candidate,))
+        if self.frozen:
+            return Choice("native", None, f"{why}, and the table is frozen")
+        return Choice("native", None, f"{why}, so native MPI until a first use has compared it", candidate=candidate)
+
+    @cached_property
+    def compared(self) -> dict[tuple[str, int, int], Series]:
+        """The rows of first uses by collective, ranks and size class."""
+        found: dict[tuple[str, int, int], Series] = {}
+        for row in self.first_use:
+            key = (row.collective, row.per_node, size_class(row.collective, row.per_node, row.bytes))
+            found.setdefault(key, {})[row.algorithm] = [row]
+        return found
+
+    def add_first_use(self, rows: Iterable[Row]) -> Table:
+        """This table with what a first use has measured."""
+        return replace(self, first_use=(*self.first_use, *rows))
+
+    def freeze(self) -> Table:
+        """A table that decides as this one does now, on any machine, and that no first use changes."""
+        return replace(self, frozen=True)
 
     def find_series(self, collective: str, shape: Shape, dtype: str, memory: str) -> Series | None:
         """The measurements at the shape nearest to ``shape``, by algorithm, in ascending order of bytes."""
@@ -150,7 +207,7 @@ class Table:
 
     def select_mpi(self, mpi: str) -> Table:
         """The rows of this MPI library, of any version; for collectives without such rows, those of all libraries."""
-        same = Table(tuple(row for row in self.rows if family(row.mpi) == family(mpi)), self.machine, self.source)
+        same = replace(self, rows=tuple(row for row in self.rows if family(row.mpi) == family(mpi)))
         return same.fill_from(self)
 
     def fill_from(self, other: Table) -> Table:
@@ -160,7 +217,7 @@ class Table:
         """
         measured = {(row.collective, row.nodes > 1) for row in self.rows}
         more = tuple(row for row in other.rows if (row.collective, row.nodes > 1) not in measured)
-        return Table(self.rows + more, self.machine or other.machine, self.source)
+        return replace(self, rows=self.rows + more, machine=self.machine or other.machine)
 
     def explain(self, collective: str, nodes: int, per_node: int, **more: Any) -> list[str]:
         """The choices from 4 B to 1 GiB, one line for each range with the same one; ``more`` as in :meth:`choose`."""
@@ -172,6 +229,11 @@ class Table:
             else:
                 lines.append((nbytes, nbytes, algorithm))
         return [f"{collective} {low} to {high} bytes: {algorithm}" for low, high, algorithm in lines]
+
+
+def size_class(collective: str, per_node: int, nbytes: int) -> int:
+    """The size class of a call on one node: the bits of the length of a block, or of a vector."""
+    return (nbytes // per_node if collective in BLOCKWISE else nbytes).bit_length()
 
 
 def choose_measured(series: Series, nbytes: int, candidates: Sequence[str]) -> Choice:
@@ -227,25 +289,28 @@ def choose_priced(collective: str, shape: Shape, nbytes: int, candidates: Sequen
 # --- files -----------------------------------------------------------------------------------------
 
 
-def load(mpi: str, hostname: str, *, ethernet: bool = True) -> Table:
+def load(mpi: str, hostname: str, *, ethernet: bool = True, cpu: str = "") -> Table:
     """The table in force: that of ``HPCCOMM_TUNING``, that of this host and MPI, or the default table.
 
     ``mpi`` is the library's name and version, as in ``"Open MPI 5.0.11"``.  On a cluster one rank loads the table and
     broadcasts it, so that all ranks choose the same.  The default table's rows of several nodes were measured over TCP:
-    without ``ethernet`` they are left out.  If a file cannot be read, one warning names it and the default table is
-    used.
+    without ``ethernet`` they are left out.  Rows of another processor than ``cpu`` must be compared here before they
+    hold on one node, where a ``cpu`` is named.  If a file cannot be read, one warning names it and the default table
+    is used.
     """
     setting = os.environ.get("HPCCOMM_TUNING", "")
     if setting == "off":
         return Table(source="HPCCOMM_TUNING=off")
     default = replace(read(DEFAULT_TABLE).select_mpi(mpi), machine=Machine(), source="the default table of hpccomm")
+    default = replace(default, cpu=cpu)
     if not ethernet:
         default = replace(default, rows=tuple(row for row in default.rows if row.nodes == 1))
     path = Path(setting).expanduser() if setting else user_file(mpi, hostname)
     if not setting and not path.exists():
         return default
     try:
-        return read(path).fill_from(default)
+        found = read(path)
+        return found if found.frozen else replace(found.fill_from(default), cpu=cpu)
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "write it again with `hpccomm tune`, or set HPCCOMM_TUNING=off"
         warnings.warn(f"{path} is no tuning table ({error}): {remedy}", RuntimeWarning, stacklevel=2)
@@ -287,8 +352,11 @@ def parse(path: Path, changed: int, nbytes: int) -> Table:
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
         raise ValueError(f"its schema is not {SCHEMA}")
-    rows = tuple(check_row(Row(**row)) for row in data["rows"])
-    return Table(rows, parse_machine(data["machine"]), str(path))
+    rows, first_use = (
+        tuple(check_row(Row(**row)) for row in each) for each in (data["rows"], data.get("first_use", ()))
+    )
+    cpu, frozen = str(data.get("cpu", "")), data.get("frozen") is True
+    return Table(rows, parse_machine(data["machine"]), str(path), cpu, first_use, frozen)
 
 
 def check_row(row: Row) -> Row:
@@ -328,14 +396,18 @@ def write(table: Table, path: Path) -> None:
     machine = None
     if table.machine is not None:
         machine = table.machine._asdict() | {"curves": [dump_cost_curve(each) for each in table.machine.curves]}
-    fields = ({name: value for name, value in row._asdict().items() if value not in (None, "")} for row in table.rows)
-    rows = ",\n".join(map(json.dumps, fields))
     costs = json.dumps(machine).replace('{"nodes"', '\n{"nodes"')
-    text = f'{{"schema": {SCHEMA},\n"machine": {costs},\n"rows": [\n{rows}\n]}}\n'
+    frozen = f'"frozen": true,\n"cpu": {json.dumps(table.cpu)},\n' if table.frozen else ""
+    first_use = f'"first_use": {dump_rows(table.first_use)},\n' if table.frozen else ""
+    text = f'{{"schema": {SCHEMA},\n{frozen}{first_use}"machine": {costs},\n"rows": {dump_rows(table.rows)}}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, text)
+
+
+def dump_rows(rows: Iterable[Row]) -> str:
+    """Rows as written to a file, one line each."""
+    fields = ({name: value for name, value in row._asdict().items() if value not in (None, "")} for row in rows)
+    return "[\n" + ",\n".join(map(json.dumps, fields)) + "\n]"
 
 
 # --- fitting ---------------------------------------------------------------------------------------

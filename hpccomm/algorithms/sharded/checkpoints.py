@@ -1,7 +1,7 @@
 """Sharded checkpoints: one copy of the model on disk, to be read by any number of ranks.
 
 *p ranks of a partition group; Ψ parameters.*  Only the first partition group writes: each of its ranks one file of its
-shards.  When all files exist, rank 0 writes a note in JSON that names the set, and then removes older files, so the
+shards.  When all files exist, rank 0 writes a note in JSON that names the set, and then removes all other files, so the
 note names a complete set even if the run is killed at any point.  A reader takes the elements that it holds from these
 files: any number of ranks, any partition size and any stage can continue.  :func:`export` writes the weights as named
 arrays for any program with NumPy.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ def save_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel,
     what = f"save_shards {folder}"
     if taken:
         raise ArgumentError(f"{what}: unit {taken[0]!r} has seen gradients since the last step: save after boundary()")
-    before = run_collectively(comm, what, lambda: files_of(folder, name) if comm.rank == 0 else [])
+    run_collectively(comm, what, lambda: files_of(folder, name) if comm.rank == 0 else [])
     part = file_of(folder, name, states.steps, states.place, states.ranks)
     run_collectively(comm, what, lambda: save(part, **contents(states)) if writes else None)
     written = {
@@ -66,7 +67,14 @@ def save_shards(folder: str | os.PathLike[str], name: str, states: ShardedModel,
     }
     run_collectively(comm, what, lambda: write_note(folder / f"{name}.json", written) if comm.rank == 0 else None)
     if comm.rank == 0:
-        for file in set(before) - set(files_of(folder, name)):
+        remove_other_sets(folder, name)
+
+
+def remove_other_sets(folder: Path, name: str) -> None:
+    """Remove the files of older sets, and of sets whose run was killed before the note named them."""
+    kept, form = set(files_of(folder, name)), re.compile(re.escape(name) + r"\.step\d+\.shard\d+of\d+\.npz")
+    for file in list(folder.iterdir()):
+        if form.fullmatch(file.name) and file not in kept:
             file.unlink(missing_ok=True)
 
 

@@ -478,7 +478,22 @@ class ShardedModel:
             )
         if self.ranks > 1:
             self._check_same_calls()
+        self._check_micro_steps(self.counts[few])
         return self.counts[few]
+
+    def _check_micro_steps(self, mine: int) -> None:
+        """Raise on all ranks unless all made the same number of micro-steps: their gradients weigh the same."""
+        world = self.groups.world
+        if world.size == self.ranks:
+            return  # as all of them made the same calls
+        everyone = np.empty(world.size, np.int64)
+        world.Allgather(np.array([mine], np.int64), everyone)
+        odd = np.flatnonzero(everyone != everyone[0])
+        if odd.size:
+            raise MismatchError(
+                f"{self.who}: boundary: rank {odd[0]} has made {everyone[odd[0]]} micro-steps, rank 0 {everyone[0]}: "
+                "make as many on all ranks, with gradients of zeros where data is missing; the weights are as they were"
+            )
 
     def _check_same_calls(self) -> None:
         """Raise on all ranks of the partition group unless they made the same calls in the same order."""

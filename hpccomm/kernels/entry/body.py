@@ -9,6 +9,7 @@ from __future__ import annotations
 from hpccomm.kernels.entry.records import (
     ALIGNED,
     ALLOCATION_RECORD,
+    AMOUNT_CALLS,
     ANY_LAYOUT,
     ARRAY_DATA,
     ARRAY_DIMENSIONS,
@@ -44,6 +45,7 @@ from hpccomm.kernels.entry.records import (
     MISS,
     NATIVE,
     NATIVE_IN_PLACE,
+    NOT_COMPARED,
     NOT_MINE,
     OBJECT_TYPE,
     RECEIVED_UNEVEN,
@@ -93,6 +95,8 @@ ENTRIES = offset_of(ENTRY_RECORD, "entries")
 ROW_STRIDE = offset_of(ENTRY_RECORD, "row_bytes")
 MEMBERS = offset_of(ENTRY_RECORD, "members")
 MEMBER = offset_of(ENTRY_RECORD, "member")
+MEMBER_RANKS = offset_of(ENTRY_RECORD, "member_ranks")
+AMOUNTS_AT = offset_of(ENTRY_RECORD, "amounts_at")
 MEETING = offset_of(ENTRY_RECORD, "meeting")
 MEET = offset_of(ENTRY_RECORD, "meet")
 KIND = offset_of(ENTRY_RECORD, "kind")
@@ -152,6 +156,8 @@ TEMPLATE = offset_of(ROW_RECORD, "template")
 SALT = offset_of(ROW_RECORD, "salt")
 BACKEND = offset_of(ROW_RECORD, "backend")
 SYNCHRONISES = offset_of(ROW_RECORD, "synchronises")
+ROW_UNEVEN = offset_of(ROW_RECORD, "uneven")
+ROOT_RANK = offset_of(ROW_RECORD, "root_rank")
 CHECKED = offset_of(ROW_RECORD, "checked")
 ROW_TABLE = offset_of(ROW_RECORD, "table")
 SIZED = offset_of(ROW_RECORD, "sized")
@@ -709,6 +715,8 @@ def start_native(entry, row):
     fingerprint, own = fingerprint_word(row, load(entry + NBYTES)), own_row(entry)
     number = abs(load(own + W * STATUS)) + 1
     store(own + W * (COUNTS + number % CALLS), fingerprint >> COUNT_SHIFT)
+    if load(row + ROW_UNEVEN) != 0:
+        write_amounts(entry, row, number)
     store_release(own + W * (number % CALLS), number << DIGEST_BITS | (fingerprint & DIGEST_MASK))
     store_release(own + W * STATUS, number)
     if load(row + SYNCHRONISES) == 0:
@@ -728,6 +736,47 @@ def compare_entries(entry):
     mine = load(own + place)
     for k in range(load(entry + MEMBERS)):
         theirs = load_acquire(load(entry + ENTRIES) + load(entry + ROW_STRIDE) * k + place)
-        if theirs != mine and theirs >> DIGEST_BITS == number:
+        if theirs >> DIGEST_BITS == number and (theirs != mine or amounts_differ(entry, k, number)):
             code = DIFFER
     return code
+
+
+def amounts_of(entry, member, number):
+    """Where the amounts of a rank's call are: its number, bytes sent to each rank, and bytes received from each."""
+    place = load(entry + AMOUNTS_AT) + W * (number % AMOUNT_CALLS) * (1 + 2 * load(entry + MEMBERS))
+    return load(entry + ENTRIES) + load(entry + ROW_STRIDE) * member + place
+
+
+def write_amounts(entry, row, number):
+    """Write what this rank sends to each rank of its node in a call, and what it receives from each."""
+    members, amounts = load(entry + MEMBERS), amounts_of(entry, load(entry + MEMBER), number)
+    store(amounts, 0)
+    for k in range(members):
+        rank = load(load(entry + MEMBER_RANKS) + W * k)
+        store(amounts + W * (1 + k), amount(entry, row, SENT, rank))
+        store(amounts + W * (1 + members + k), amount(entry, row, RECEIVED, rank))
+    store_release(amounts, number)
+
+
+def amount(entry, row, side, rank):
+    """The bytes of the running call's block for one rank, or from it; NOT_COMPARED if there is none."""
+    if load(entry + (SENDS if side == SENT else RECEIVES)) == 0:
+        return NOT_COMPARED
+    if load(row + ROW_UNEVEN) & (SENT_UNEVEN if side == SENT else RECEIVED_UNEVEN) != 0:
+        return load(load(entry + BLOCKS) + W * (2 * side * load(entry + SIZE) + rank))
+    here = rank == load(row + ROOT_RANK) and rank != load(entry + RANK)
+    return load(entry + NBYTES) if here else NOT_COMPARED
+
+
+def amounts_differ(entry, member, number):
+    """Whether a rank sends this one another amount than it receives, or the other way round."""
+    if load(load(entry + ROW) + ROW_UNEVEN) == 0:
+        return False
+    members, me = load(entry + MEMBERS), load(entry + MEMBER)
+    mine, theirs = amounts_of(entry, me, number), amounts_of(entry, member, number)
+    if load_acquire(theirs) != number:
+        return False
+    sent, room = load(mine + W * (1 + member)), load(theirs + W * (1 + members + me))
+    received, amount_there = load(mine + W * (1 + members + member)), load(theirs + W * (1 + me))
+    wrong = sent != room and min(sent, room) != NOT_COMPARED
+    return wrong or (received != amount_there and min(received, amount_there) != NOT_COMPARED)

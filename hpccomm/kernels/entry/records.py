@@ -22,6 +22,7 @@ ENTRY_RECORD = record(
         *words("state", "patience"),  # of shared memory: its state record, and how long a call waits for ranks
         *words("registered", "registrations"),  # addresses of ALLOCATION_RECORDs and of their number
         *words("entries", "row_bytes", "members", "member"),  # the consistency table; 0 without one
+        *words("member_ranks", "amounts_at"),  # address of its ranks; bytes from the start of a row to its amounts
         *words("meeting", "meet"),  # call record and kernel of the barrier before MPI's synchronising collectives
         *words("kind", "op", "root", "algorithm", "layout"),  # the key of the running call
         *words("nbytes", "send", "recv", "row"),  # its length, its addresses and its row
@@ -61,6 +62,7 @@ ROW_RECORD = record(
         *words("number", "call", "kernel", "last"),  # last: the length for which the call record is filled
         *words("item", "blocks", "template", "salt"),  # what the fingerprint is made of
         *words("backend", "synchronises"),  # backend: 0 for an empty row, IN_SHARED_MEMORY, or BY_MPI
+        *words("uneven", "root_rank"),  # the buffers of whose blocks every two ranks compare the lengths; the root
         *words("checked", "table", "sized", "registers"),
         *words("releases"),  # the call may wait long, and releases the GIL
     ]
@@ -103,6 +105,10 @@ DIGEST_BITS = 28
 """Bits of an entry of the consistency table below the number of the call."""
 CALLS = 64
 """Entries of each rank: how many calls back a peer can still be compared."""
+AMOUNT_CALLS = 8
+"""Calls whose amounts a rank keeps: what it sends to each rank of its node, and what it receives from each."""
+NOT_COMPARED = -1
+"""The bytes of a block whose length a rank cannot determine, or that does not exist."""
 STATUS, COUNTS = CALLS, CALLS + 16
 """Words of a rank's row: its number of calls, negative between calls, and the counts of the last calls."""
 COUNT_SHIFT = 28

@@ -44,6 +44,7 @@ from hpccomm.kernels.shared_memory.records import (
     LINE_RECORD,
     REGION_RECORD,
     RING,
+    SAMPLES,
     STATE_RECORD,
     TUNING_RECORD,
     W,
@@ -56,6 +57,8 @@ FINISHED = offset_of(REGION_RECORD, "finished")
 ABANDONED = offset_of(REGION_RECORD, "abandoned")
 PID = offset_of(REGION_RECORD, "pid")
 SLEEPERS = offset_of(REGION_RECORD, "sleepers")
+GATHERED = offset_of(REGION_RECORD, "gathered")
+RELEASED = offset_of(REGION_RECORD, "released")
 WAKES = offset_of(REGION_RECORD, "wakes")
 BUFFERS = offset_of(REGION_RECORD, "buffers")
 SLOTS = REGION_RECORD.itemsize
@@ -90,6 +93,11 @@ CLOCK = offset_of(STATE_RECORD, "clock")
 ELAPSED = offset_of(STATE_RECORD, "elapsed")
 MAX_WAIT = offset_of(STATE_RECORD, "max_wait")
 SLOT_STRIDE = offset_of(STATE_RECORD, "slot_stride")
+SPIN_LEAST = offset_of(STATE_RECORD, "spin_least")
+TREE = offset_of(STATE_RECORD, "tree")
+PARENT = offset_of(STATE_RECORD, "parent")
+CHILD_COUNT = offset_of(STATE_RECORD, "child_count")
+CHILD = offset_of(STATE_RECORD, "child")
 
 # The call
 STATE = offset_of(CALL_RECORD, "state")
@@ -122,6 +130,12 @@ TABLE = CALL_RECORD.itemsize
 COUNT = offset_of(TUNING_RECORD, "count")
 PERIOD = offset_of(TUNING_RECORD, "period")
 CHOICE = offset_of(TUNING_RECORD, "choice")
+TRIAL = offset_of(TUNING_RECORD, "trial")
+SHORTEST = offset_of(TUNING_RECORD, "shortest")
+TUNING_LONGEST = offset_of(TUNING_RECORD, "longest")
+DECISIONS = offset_of(TUNING_RECORD, "decisions")
+CHANGES = offset_of(TUNING_RECORD, "changes")
+TUNING_SAMPLES = offset_of(TUNING_RECORD, "samples")
 TIME_CACHED = offset_of(TUNING_RECORD, "time_cached")
 TIME_NONTEMPORAL = offset_of(TUNING_RECORD, "time_nontemporal")
 
@@ -135,16 +149,14 @@ DONE, RETRY, MISMATCH, STUCK, SHUT = 0, 1, 2, 3, 4
 MAX_WAIT_NS = 50_000_000
 """Default and longest time in nanoseconds after which a wait for a missing rank returns to Python."""
 FOREVER = 1 << 62
-MIN_SPIN = 20
-"""Polls before a rank yields its core, where ranks share cores."""
 YIELDS, YIELD_NS = 8, 50_000
 """A rank yields its core at least so often, and for so long, before it sleeps."""
 SHORTEST_SLEEP_NS, LONGEST_SLEEP_NS = 1_000_000, 5_000_000
 """A sleep ends after a quarter of the time waited so far, within these limits, even if no rank ends it."""
 ALIGNMENT = 64
 """Slices begin at multiples of this, so that two ranks never write one cache line."""
-PROBE_CALLS = 4
-"""Probe calls for each way to fill slots."""
+SHORT_TRIAL, LONG_TRIAL = 12, 4 * SAMPLES
+"""Calls of a trial.  A long one ends like a short one where the ways differ by half."""
 MAX_SINGLE_COPY = 1 << 30
 """Most bytes of one single-copy system call (Linux allows a little less than 2 GiB)."""
 CACHE_BLOCK = 16384
@@ -214,28 +226,68 @@ def announce(state, flag, value):
 
 def await_barrier(call, state):
     """Wait until every rank is in this call, then compare: no rank continues unless all ranks make the same call."""
-    p, r, number = load(state + RANKS), load(state + RANK), load(state + CALLS)
     if load(state + PROBE) != 0 and load(call + WAITING) == 0:
         store(state + ELAPSED, nanoseconds() - load(state + CLOCK))
     since = load(call + WAITING)
     late = since != 0 and nanoseconds() - since > YIELD_NS
-    for i in range(1, p):
-        q = (r + i) % p
-        code = await_flag(state, q, line_of(state, q), number, patience(state, since), late)
-        if code != DONE:
-            store(call + WAITING, nanoseconds() if since == 0 else since)
-            return code
+    code = meet_in_tree(call, state, since, late) if load(state + TREE) != 0 else meet_all(call, state, since, late)
+    if code in (RETRY, STUCK):
+        store(call + WAITING, nanoseconds() if since == 0 else since)
+        return code
     store(call + WAITING, 0)
-    mine = load(call + CALL_CHECK)
-    for q in range(p):
-        if load(line_of(state, q) + CHECK) != mine:
-            store(state + BLOCKS, load(state + BLOCKS) + 1)
-            return MISMATCH
+    if code == MISMATCH:
+        store(state + BLOCKS, load(state + BLOCKS) + 1)
+        return MISMATCH
     if load(call + TUNING) != 0:
         decide(load(call + TUNING), state)
     if load(state + PROBE) != 0:
         store(state + CLOCK, nanoseconds())
     return DONE
+
+
+def meet_all(call, state, since, late):
+    """Wait for the line of every rank, and compare it."""
+    p, r, number = load(state + RANKS), load(state + RANK), load(state + CALLS)
+    for i in range(1, p):
+        q = (r + i) % p
+        code = await_flag(state, q, line_of(state, q), number, patience(state, since), late)
+        if code != DONE:
+            return code
+    mine = load(call + CALL_CHECK)
+    for q in range(p):
+        if load(line_of(state, q) + CHECK) != mine:
+            return MISMATCH
+    return DONE
+
+
+def meet_in_tree(call, state, since, late):
+    """Wait for the ranks below this one, tell the rank above, wait for its answer, and pass it on.
+
+    A rank reads the words of at most its children and its parent, whatever the number of ranks.  An answer is written
+    again only in the next call, which no rank reaches before all of its children have read this one.
+    """
+    r, number, check, differs = load(state + RANK), load(state + CALLS), load(call + CALL_CHECK), 0
+    mine, above = region(state, r), load(state + PARENT)
+    for i in range(load(state + CHILD_COUNT)):
+        q = load(load(state + CHILD) + W * i)
+        them = region(state, q)
+        code = await_flag(state, q, them + GATHERED, number, patience(state, since), late)
+        if code != DONE:
+            return code
+        if load(them + GATHERED + W) != 0 or load(line_of(state, q) + CHECK) != check:
+            differs = 1
+    if above >= 0:
+        if load(mine + GATHERED) != number:
+            store(mine + GATHERED + W, differs)
+            announce(state, mine + GATHERED, number)
+        them = region(state, above)
+        code = await_flag(state, above, them + RELEASED, number, patience(state, since), late)
+        if code != DONE:
+            return code
+        differs = load(them + RELEASED + W)
+    store(mine + RELEASED + W, differs)
+    announce(state, mine + RELEASED, number)
+    return MISMATCH if differs != 0 else DONE
 
 
 def patience(state, since):
@@ -262,7 +314,7 @@ def await_flag(state, q, flag, count, limit, late):
     if load_acquire(flag) >= count:
         return DONE
     if not late:  # spinning did not end the wait, which means that ranks share cores: spin less
-        store(state + SPIN, max(MIN_SPIN, spin >> 1))
+        store(state + SPIN, max(load(state + SPIN_LEAST), spin >> 1))
     return sleep_until(state, q, flag, count, limit, late)
 
 
@@ -329,41 +381,84 @@ def fill(state, slot, source, nbytes):
 
 
 def begin_probe(row, mine, state):
-    """Choose how this call fills slots: probe calls each way, then the faster way for a period; publish the times."""
-    trial = load(row + COUNT) % load(row + PERIOD)
-    store(row + COUNT, load(row + COUNT) + 1)
-    store(state + PROBE, 1 + trial if trial < 2 * PROBE_CALLS else 0)
-    if trial < 2 * PROBE_CALLS:
-        store(state + NONTEMPORAL_FILL, 0 if trial < PROBE_CALLS else 1)
+    """Choose how this call fills slots: both ways in turn during a trial, else the way chosen; publish middle times."""
+    trial, last = load(row + COUNT), load(row + TRIAL)
+    store(row + COUNT, trial + 1 if trial + 1 < load(row + PERIOD) else 0)
+    if is_over(trial, last):
+        rounds = trial >> 2
+        store(mine + LINE_TIME_CACHED, middle(row + TUNING_SAMPLES, rounds))
+        store(mine + LINE_TIME_NONTEMPORAL, middle(row + TUNING_SAMPLES + W * SAMPLES, rounds))
+    if trial < last:
+        store(state + PROBE, 1 + trial)
+        store(state + NONTEMPORAL_FILL, way_of(trial))
         store(state + CLOCK, nanoseconds())
-        return
-    store(state + NONTEMPORAL_FILL, load(row + CHOICE))
-    if trial == 2 * PROBE_CALLS:
-        store(mine + LINE_TIME_CACHED, load(row + TIME_CACHED))
-        store(mine + LINE_TIME_NONTEMPORAL, load(row + TIME_NONTEMPORAL))
+    else:
+        store(state + PROBE, 0)
+        store(state + NONTEMPORAL_FILL, load(row + CHOICE))
+
+
+def way_of(trial):
+    """How call ``trial`` of a trial fills slots: c c n n n n c c c c n n …
+
+    The first call of a pair finds the caches as the other way has left them, and does not count.
+    """
+    return ((trial + 2) >> 2) & 1
+
+
+def is_over(trial, last):
+    """Whether a trial may end with this call."""
+    return trial in (SHORT_TRIAL, last)
+
+
+def middle(times, n):
+    """The median of n words, or of n - 1 if n is even; n is at most SAMPLES."""
+    for i in range(n):
+        rank = 0
+        for j in range(n):
+            a, b = load(times + W * j), load(times + W * i)
+            if a < b or (a == b and j < i):
+                rank += 1
+        if rank == (n - 1) >> 1:
+            return load(times + W * i)
+    return 0
 
 
 def decide(row, state):
-    """After the probe calls, take the way that is faster for the slowest rank; all ranks read the same times."""
-    if (load(row + COUNT) - 1) % load(row + PERIOD) != 2 * PROBE_CALLS:
+    """At the end of a trial, take the way that is clearly faster for the slowest rank, else keep the one in use.
+
+    All ranks read the same times in the same call, so they decide alike.
+    """
+    last, choice = load(row + TRIAL), load(row + CHOICE)
+    # the call that runs has been counted already
+    trial = load(row + COUNT) - 1
+    if not is_over(trial, last):
         return
     cached, nontemporal = 0, 0
     for q in range(load(state + RANKS)):
         cached = max(cached, load(line_of(state, q) + LINE_TIME_CACHED))
         nontemporal = max(nontemporal, load(line_of(state, q) + LINE_TIME_NONTEMPORAL))
-    store(row + CHOICE, 1 if nontemporal < cached else 0)
+    short, long = min(cached, nontemporal), max(cached, nontemporal)
+    if trial < last and 2 * long < 3 * short:
+        return
+    better = 1 if nontemporal < cached else 0
+    changes = 1 if better != choice and 10 * long > 11 * short else 0
+    store(row + TIME_CACHED, cached)
+    store(row + TIME_NONTEMPORAL, nontemporal)
+    store(row + DECISIONS, load(row + DECISIONS) + 1)
+    store(row + CHANGES, load(row + CHANGES) + changes)
+    store(row + CHOICE, better if changes != 0 else choice)
+    period = load(row + SHORTEST) if changes != 0 else min(load(row + TUNING_LONGEST), 2 * load(row + PERIOD))
+    store(row + PERIOD, period)
+    store(row + COUNT, last + 1)
 
 
 def end_probe(call, state):
-    """After a probe call record the best time; waiting for late ranks does not count."""
+    """Keep the time of every second call of a trial; waiting for late ranks does not count."""
     trial = load(state + PROBE) - 1
-    if trial < 0:
+    if trial < 0 or trial & 1 == 0:
         return
     spent = load(state + ELAPSED) + nanoseconds() - load(state + CLOCK)
-    best = load(call + TUNING) + (TIME_CACHED if trial < PROBE_CALLS else TIME_NONTEMPORAL)
-    # the first call each way finds the caches as the other way left them
-    if trial % PROBE_CALLS <= 1 or spent < load(best):
-        store(best, spent)
+    store(load(call + TUNING) + TUNING_SAMPLES + W * (SAMPLES * way_of(trial) + (trial >> 2)), spent)
 
 
 def finish(call, state, blocks):

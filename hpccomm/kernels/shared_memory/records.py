@@ -45,11 +45,13 @@ LINE_RECORD = record(
         *words("number", "check"),  # number: of the call, written last; check: hash of what all ranks must agree on
         ("payload", np.uint8, PAYLOAD_BYTES),  # so far 64 bytes: all that a small call reads
         *words("fingerprint", "array", "send_at", "recv_at", "longest"),
-        *words("time_cached", "time_nontemporal"),  # best probe times of this rank
+        *words("time_cached", "time_nontemporal"),  # middle times of this rank's trial
         *words("refusals"),  # single copies that the system refused
     ]
 )
 
+ANSWER_LINE = np.dtype({"names": ["number", "differs"], "formats": [np.int64] * 2, "itemsize": LINE})
+"""The number of a call, and whether some ranks below, or any, make another one."""
 OWN_LINE = np.dtype({"names": ["value"], "formats": [np.int64], "itemsize": LINE})
 """A word that shares its line with no other."""
 
@@ -60,6 +62,8 @@ _SHARED_WORDS: list[Field] = [
     ("abandoned", OWN_LINE),  # in rank 0's region: 1 + a rank that left a call half done, after which none can go on
     ("pid", OWN_LINE),  # the rank's process number
     ("sleepers", OWN_LINE),  # not zero: some rank may sleep until this one signals; the only word that others write
+    ("gathered", ANSWER_LINE),  # in a tree: the call that all ranks below this one have reached
+    ("released", ANSWER_LINE),  # the call that all ranks have reached
     ("wakes", OWN_LINE),  # how often this rank has woken sleepers: the futex on which they sleep
 ]
 
@@ -85,6 +89,10 @@ STATE_RECORD = record(
         *words("spin", "spin_limit", "closed", "slot"),  # slot: bytes of one
         *words("nontemporal_fill", "probe"),  # of the running call; probe: 1 + number of the trial, 0 for none
         *words("clock", "elapsed", "max_wait", "slot_stride"),
+        *words("spin_least"),  # spin is between this and spin_limit
+        *words(
+            "tree", "parent", "child_count", "child"
+        ),  # tree: 1 for barriers along one; child: address of their ranks
     ]
 )
 """What a rank knows of the transport."""
@@ -99,8 +107,26 @@ CALL_RECORD = record(
 )
 """What a rank knows of a call; a table follows: p addresses to reduce, then what the collective needs for each rank."""
 
-TUNING_RECORD = record(words("count", "period", "choice", "time_cached", "time_nontemporal"))
+SAMPLES = 5
+"""Times that a trial keeps of each way."""
+TUNING_RECORD = record(
+    [
+        *words("count", "period", "choice"),  # calls since the last trial began, and until the next one begins
+        *words("trial", "shortest", "longest"),  # calls of a trial; limits of the period
+        *words("decisions", "changes"),  # how many trials have ended, and how many have changed the choice
+        *words("time_cached", "time_nontemporal"),  # of the slowest rank, in the last trial
+        ("samples", np.int64, (2, SAMPLES)),  # of this rank, in the running trial
+    ]
+)
 """What the autotuner knows of the calls of one collective and size class."""
+
+PROBE_RECORD = record(
+    words(
+        *("task", "mine", "theirs", "first"),  # flags of this thread and of the other; whether this one begins
+        *("to", "source", "slot", "their_slot", "nbytes", "repeats", "fold", "pid"),
+    )
+)
+"""One measurement by one thread; two words for the sources of an addition follow."""
 
 
 def offset_of(layout: np.dtype[Any], name: str) -> int:

@@ -1,0 +1,151 @@
+"""The blocks of a collective's buffers: which bytes it sends and receives, checked before the first message.
+
+*p ranks; a buffer has one block, p blocks of one length, or p blocks of any length.*  The lengths of blocks of any
+length may differ between ranks, but what a rank sends to another must be what that one receives from it: ranks of a
+node write both into the consistency table (:class:`Amounts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from hpccomm.calls.buffers import Buffer, split_form
+from hpccomm.errors import ArgumentError
+from hpccomm.kernels.entry.records import NOT_COMPARED
+
+ONE, EQUAL, PARTS, TYPED = "one block", "equal blocks", "blocks of any length", "blocks of any datatype"
+
+
+class BlockForm(NamedTuple):
+    """The blocks of one collective's buffers, and whether only the root has them."""
+
+    send: str
+    recv: str
+    send_at_root: bool = False
+    recv_at_root: bool = False
+
+    @property
+    def varies(self) -> bool:
+        """Whether blocks may have any length."""
+        return bool({self.send, self.recv} & {PARTS, TYPED})
+
+
+FORMS = {
+    "Gather": BlockForm(ONE, EQUAL, recv_at_root=True),
+    "Gatherv": BlockForm(ONE, PARTS, recv_at_root=True),
+    "Scatter": BlockForm(EQUAL, ONE, send_at_root=True),
+    "Scatterv": BlockForm(PARTS, ONE, send_at_root=True),
+    "Alltoallv": BlockForm(PARTS, PARTS),
+    "Alltoallw": BlockForm(TYPED, TYPED),
+}
+"""The collectives that move blocks and that only MPI runs."""
+
+
+class Amounts(NamedTuple):
+    """Bytes that one rank sends to each rank, and receives from each, or ``NOT_COMPARED``."""
+
+    sends: tuple[int, ...]
+    receives: tuple[int, ...]
+
+
+def find_blocks(buffer: Buffer, kind: str, p: int, who: str) -> list[tuple[int, int]] | None:
+    """Address and bytes of each block of a contiguous buffer; ``None`` for a buffer that mpi4py must read.
+
+    Raises if the buffer does not hold them.
+    """
+    if buffer.dtype is None:
+        return None
+    item = buffer.dtype.itemsize
+    counts: tuple[int, ...]
+    displs: tuple[int, ...]
+    if kind == ONE:
+        counts, displs = (buffer.elements,), (0,)
+    elif kind == EQUAL:
+        if buffer.count is None and buffer.size % p:
+            raise ArgumentError(
+                f"{who}: the buffer of {buffer.size} {buffer.kind} has a block for each of {p} ranks: "
+                "pass an array whose length is a multiple of the number of ranks, or a count"
+            )
+        each = buffer.block_length(p)
+        counts, displs = (each,) * p, tuple(each * k for k in range(p))
+    else:
+        counts, displs = buffer.blocks(p)
+    for name, values in (("counts", counts), ("displacements", displs)):
+        if len(values) != len(counts) or (kind == PARTS and len(values) != p):
+            raise ArgumentError(f"{who}: {len(values)} {name} for {p} ranks: pass one for each rank")
+        if min(values) < 0:
+            raise ArgumentError(f"{who}: {name} {list(values)}: pass numbers that are not negative")
+    end = max((d + c for c, d in zip(counts, displs, strict=True) if c), default=0)
+    if end > buffer.size:
+        raise ArgumentError(
+            f"{who}: the blocks end at element {end}, the buffer holds {buffer.size} {buffer.kind}: "
+            "pass a longer buffer or smaller counts"
+        )
+    return [(buffer.address + d * item, c * item) for c, d in zip(counts, displs, strict=True)]
+
+
+def share_bytes(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> bool:
+    """Whether a block of one buffer shares bytes with a block of the other; blocks are (address, bytes)."""
+    ends = sorted([(first, first + size, side) for side, blocks in enumerate((a, b)) for first, size in blocks if size])
+    reached = [0, 0]
+    for first, last, side in ends:
+        if reached[1 - side] > first:
+            return True
+        reached[side] = max(reached[side], last)
+    return False
+
+
+def overlap_within(blocks: Sequence[tuple[int, int]]) -> bool:
+    """Whether two blocks of one buffer share bytes."""
+    ordered = sorted((first, first + size) for first, size in blocks if size)
+    return any(a[1] > b[0] for a, b in pairwise(ordered))
+
+
+def block_bytes(buffer: Buffer, kind: str, p: int) -> tuple[int, ...]:
+    """Bytes of each block, also of a buffer that mpi4py must read; ``NOT_COMPARED`` where that is unknown."""
+    unknown = (NOT_COMPARED,) * (1 if kind == ONE else p)
+    if buffer.dtype is not None:
+        counts = (buffer.elements,) if kind == ONE else buffer.blocks(p)[0]
+        return tuple(each * buffer.dtype.itemsize for each in counts)
+    if kind == ONE:
+        return unknown if buffer.octets is None else (buffer.octets,)
+    try:
+        return derived_bytes(buffer.raw, p)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return unknown
+
+
+def derived_bytes(form: Any, p: int) -> tuple[int, ...]:
+    """Bytes of each block of a form with counts and a datatype, or a datatype for each rank."""
+    if isinstance(form[-1], MPI.Datatype | str):
+        _, counts, _, datatype = split_form(form)
+        types = [datatype] * p
+    else:
+        types = list(form[-1])
+        counts = (form[1][0] if len(form) == 3 else form[1]) if len(form) > 2 else None
+        counts = [1] * p if counts is None else counts
+    if len(counts) != p or len(types) != p:
+        raise ValueError
+    return tuple(int(np.intp(count)) * int(each.Get_size()) for count, each in zip(counts, types, strict=True))
+
+
+def amounts_of(
+    form: BlockForm, send: Buffer | None, recv: Buffer | None, rank: int, p: int, root: int | None
+) -> Amounts:
+    """What this rank sends and receives in a call; ``None`` for a buffer that it does not have, or in place."""
+    sends, receives = [NOT_COMPARED] * p, [NOT_COMPARED] * p
+    for amounts, buffer, kind in ((sends, send, form.send), (receives, recv, form.recv)):
+        if buffer is None:
+            continue
+        found = block_bytes(buffer, kind, p)
+        if kind == ONE:
+            assert root is not None
+            amounts[root] = found[0]
+        else:
+            amounts[:] = found
+    return Amounts(tuple(sends), tuple(receives))

@@ -1,0 +1,214 @@
+"""A program that makes mistakes: each cell is one call on a new communicator, which one rank makes in another way.
+
+``mistake_matrix.py FOLDER 3,4,7`` runs these cells; each rank appends what a cell gave to FOLDER/RANK.jsonl.  A cell is
+a collective, what the odd rank does, a path, and whether the call is the communicator's first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PATHS = ("native", "shared", "ring")
+WHEN = ("first", "later")
+STALL_SECONDS, LATE_SECONDS = 0.5, 2.0
+"""When a missing rank is named, and how late the odd rank makes a call that it leaves out at first."""
+ROOTED = ("Bcast", "Gather", "Gatherv", "Reduce", "Scatter", "Scatterv", "bcast", "gather", "reduce", "scatter")
+REDUCTIONS = ("Allreduce", "Reduce", "Reduce_scatter_block", "Reduce_scatter", "Scan", "Exscan")
+COLLECTIVES = {
+    **dict.fromkeys(("Allreduce", "Reduce", "Reduce_scatter_block", "Reduce_scatter"), PATHS),
+    **dict.fromkeys(("Allgather", "Allgatherv", "Bcast"), PATHS),
+    "Alltoall": ("native", "shared"),
+    **dict.fromkeys(
+        ("Scan", "Exscan", "Gather", "Gatherv", "Scatter", "Scatterv", "Alltoallv", "Alltoallw"), ("native",)
+    ),
+    **dict.fromkeys(
+        ("allreduce", "reduce", "bcast", "gather", "allgather", "scatter", "alltoall", "barrier"), ("native",)
+    ),
+    **dict.fromkeys(("Allreduce_init", "Bcast_init", "Gather_init"), ("native",)),
+}
+"""The collectives, and the paths on which they run."""
+
+
+class Cell(NamedTuple):
+    """One call and one mistake; ``legal`` if it is none."""
+
+    collective: str
+    mistake: str
+    path: str
+    when: str
+    legal: bool = False
+
+
+def is_possible(name: str, mistake: str) -> bool:
+    """Whether a mistake can be made in a collective."""
+    upper = name[0].isupper()
+    if mistake in ("missing", "collective"):
+        return True
+    if mistake == "op":
+        return name.removesuffix("_init") in (*REDUCTIONS, "allreduce", "reduce")
+    if mistake == "root":
+        return name.removesuffix("_init") in ROOTED
+    return upper and not (mistake in ("dtype", "order") and name == "Alltoallw")
+
+
+def all_cells() -> list[Cell]:
+    """The whole matrix."""
+    mistakes = ("dtype", "count", "order", "op", "root", "collective", "missing")
+    cells = [
+        Cell(name, mistake, path, when)
+        for name, paths in COLLECTIVES.items()
+        for mistake, path, when in product(mistakes, paths, WHEN)
+        if is_possible(name, mistake)
+    ]
+    legal = [
+        Cell(name, cousin, path, when, True)
+        for name, paths in COLLECTIVES.items()
+        for cousin, path, when in product(("same", "shape", "new arrays"), paths, WHEN)
+        if name[0].isupper()
+    ]
+    return cells + legal
+
+
+def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
+    """The call of one rank."""
+    import numpy as np
+    from mpi4py import MPI
+
+    p, me, name = comm.size, comm.rank, cell.collective
+    dtype = "f4" if odd and cell.mistake == "dtype" else "f8"
+    n = 3 if odd and cell.mistake == "count" else 4
+    op = MPI.MAX if odd and cell.mistake == "op" else MPI.SUM
+    root = 1 if odd and cell.mistake == "root" else 0
+    if odd and cell.mistake == "collective":
+        return comm.Barrier if name != "barrier" else lambda: comm.Allreduce(MPI.IN_PLACE, np.ones(4))
+    order = "F" if odd and cell.mistake == "order" else "C"
+    flat = not (cell.mistake == "order" or (odd and cell.mistake == "shape"))
+
+    def array(blocks: int, value: float | None = None) -> Any:
+        made = np.full(blocks * n, float(me + 1) if value is None else value, dtype)
+        return made if flat else np.asarray(made.reshape(-1, n // 2 if n % 2 == 0 else 1), order=order)
+
+    named = {} if cell.path == "auto" or COLLECTIVES[name] == ("native",) else {"algorithm": cell.path}
+    one, each, into_one, into_each = array(1), array(p), array(1, 0), array(p, 0)
+    even, places = [n] * p, [n * k for k in range(p)]
+    at_root = me == root
+    types = [MPI.DOUBLE] * p
+    calls: dict[str, Callable[[], Any]] = {
+        "Allreduce": lambda: comm.Allreduce(one, into_one, op, **named),
+        "Reduce": lambda: comm.Reduce(one, into_one, op, root, **named),
+        "Reduce_scatter_block": lambda: comm.Reduce_scatter_block(each, into_one, op, **named),
+        "Reduce_scatter": lambda: comm.Reduce_scatter(each, into_one, even, op, **named),
+        "Allgather": lambda: comm.Allgather(one, into_each, **named),
+        "Allgatherv": lambda: comm.Allgatherv(one, into_each, **named),
+        "Bcast": lambda: comm.Bcast(one, root, **named),
+        "Alltoall": lambda: comm.Alltoall(each, into_each, **named),
+        "Scan": lambda: comm.Scan(one, into_one, op),
+        "Exscan": lambda: comm.Exscan(one, into_one, op),
+        "Gather": lambda: comm.Gather(one, into_each if at_root else None, root),
+        "Gatherv": lambda: comm.Gatherv(one, [into_each, even] if at_root else None, root),
+        "Scatter": lambda: comm.Scatter(each if at_root else None, into_one, root),
+        "Scatterv": lambda: comm.Scatterv([each, even] if at_root else None, into_one, root),
+        "Alltoallv": lambda: comm.Alltoallv([each, even], [into_each, even]),
+        "Alltoallw": lambda: comm.Alltoallw(
+            [each, even, [8 * k for k in places], types], [into_each, even, [8 * k for k in places], types]
+        ),
+        "allreduce": lambda: comm.allreduce(me, op),
+        "reduce": lambda: comm.reduce(me, op, root),
+        "bcast": lambda: comm.bcast(me, root),
+        "gather": lambda: comm.gather(me, root),
+        "allgather": lambda: comm.allgather(me),
+        "scatter": lambda: comm.scatter(list(range(p)) if at_root else None, root),
+        "alltoall": lambda: comm.alltoall(list(range(p))),
+        "barrier": comm.barrier,
+        "Allreduce_init": lambda: run_request(comm.Allreduce_init(one, into_one, op)),
+        "Bcast_init": lambda: run_request(comm.Bcast_init(one, root)),
+        "Gather_init": lambda: run_request(comm.Gather_init(one, into_each if at_root else None, root)),
+    }
+    return calls[name]
+
+
+def run_request(request: Any) -> None:
+    """Start and complete a persistent call."""
+    request.Start()
+    request.Wait()
+    request.Free()
+
+
+def run_cell(world: Any, cell: Cell) -> str:
+    """Run one cell; what this rank has seen: an error's class and sentence, or that there was none."""
+    import hpccomm
+
+    comm = hpccomm.Communicator(world.Dup())
+    odd = comm.rank == 1
+    if cell.when == "later":
+        for _ in range(2):
+            make_call(comm, cell, False)()
+    call = make_call(comm, cell, odd)
+    again = 2 if cell.mistake == "new arrays" else 1
+    try:
+        if odd and cell.mistake == "missing":
+            time.sleep(LATE_SECONDS)
+        for _ in range(again):
+            call()
+    except Exception as error:  # every one counts
+        return f"{type(error).__name__}: {error}"
+    return "silent"
+
+
+def main() -> None:
+    """Run the cells and write what each gave."""
+    from mpi4py import MPI
+
+    folder, numbers = Path(sys.argv[1]), [int(each) for each in sys.argv[2].split(",")]
+    world, cells = MPI.COMM_WORLD, all_cells()
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
+    said = (folder / f"{world.rank}.stderr").open("w+b")
+    os.dup2(said.fileno(), 2)
+    with (folder / f"{world.rank}.jsonl").open("a", buffering=1) as log:
+        for number in numbers:
+            before = os.lseek(2, 0, os.SEEK_END)
+            outcome = run_cell(world, cells[number])
+            world.Barrier()
+            warned = os.pread(2, 10000, before).decode()
+            log.write(json.dumps([number, outcome, warned]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

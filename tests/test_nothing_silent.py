@@ -1,0 +1,333 @@
+"""Wrong calls are refused or named, whatever collective they make; legal calls that look alike pass."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpccomm import ArgumentError, Communicator
+from hpccomm.testing.jobs import run_under_mpi
+
+Call = Callable[[Communicator], Any]
+
+
+def freeze(n: int) -> Any:
+    """A read-only array."""
+    made = np.ones(n)
+    made.flags.writeable = False
+    return made
+
+
+def fortran(p: int) -> Any:
+    """An array in Fortran order, of a block of two elements for each rank."""
+    return np.asfortranarray(np.ones((2, p)))
+
+
+def on_parts(n: int, call: Callable[..., Any], *parts: tuple[int, int]) -> Any:
+    """A call on parts (first, last) of one array."""
+    x = np.ones(n)
+    return call(*(x[first:last] for first, last in parts))
+
+
+REFUSED: dict[str, tuple[Call, str]] = {
+    "read-only Gather": (lambda c: c.Gather(np.ones(1), freeze(c.size), c.rank), "read-only"),
+    "read-only Scatter": (lambda c: c.Scatter(np.ones(c.size), freeze(1), c.rank), "read-only"),
+    "read-only Scan": (lambda c: c.Scan(np.ones(1), freeze(1)), "read-only"),
+    "read-only Alltoallv": (
+        lambda c: c.Alltoallv([np.ones(c.size), [1] * c.size], [freeze(c.size), [1] * c.size]),
+        "read-only",
+    ),
+    "read-only Alltoall": (lambda c: c.Alltoall(np.ones(c.size), freeze(c.size), algorithm="native"), "read-only"),
+    "aliased Alltoall": (
+        lambda c: on_parts(
+            2 * c.size + 1,
+            lambda x, y: c.Alltoall(x, y, algorithm="native"),
+            (0, 2 * c.size),
+            (1, 2 * c.size + 1),
+        ),
+        "overlap",
+    ),
+    "aliased Scan": (lambda c: on_parts(5, c.Scan, (0, 4), (1, 5)), "overlap"),
+    "aliased Gather": (
+        lambda c: on_parts(2 * c.size + 1, lambda x, y: c.Gather(x, y, c.rank), (0, 2), (1, 2 * c.size + 1)),
+        "overlap",
+    ),
+    "overlapping blocks": (
+        lambda c: c.Gatherv(np.ones(2), [np.ones(4 * c.size), [2] * c.size, [1] * c.size, MPI.DOUBLE], c.rank),
+        "overlap",
+    ),
+    "odd Alltoall": (lambda c: c.Alltoall(np.ones(2 * c.size + 1), np.ones(2 * c.size + 1)), "multiple"),
+    "odd Gather": (lambda c: c.Gather(np.ones(2), np.ones(2 * c.size + 1), c.rank), "multiple"),
+    "odd Scatter": (lambda c: c.Scatter(np.ones(2 * c.size + 1), np.ones(2), c.rank), "multiple"),
+    "odd Allgather": (lambda c: c.Allgather(np.ones(2), np.ones(2 * c.size + 1)), "multiple"),
+    "short Gather": (lambda c: c.Gather(np.ones(4), np.ones(3 * c.size), c.rank), "make both the same"),
+    "short Gatherv": (
+        lambda c: c.Gatherv(np.ones(4), [np.ones(4 * c.size), [5] * c.size], c.rank),
+        "pass a longer buffer",
+    ),
+    "few counts": (lambda c: c.Scatterv([np.ones(8), [1] * (c.size + 1)], np.ones(1), c.rank), "one for each rank"),
+    "negative counts": (lambda c: c.Scatterv([np.ones(8), [-1] * c.size], np.ones(1), c.rank), "negative"),
+    "two dtypes": (lambda c: c.Gather(np.ones(4, "f4"), np.ones(2 * c.size), c.rank), "make both the same"),
+    "two orders in Gather": (lambda c: c.Gather(np.ones((2, 1)), fortran(c.size), c.rank), "Fortran"),
+    "two orders in Scatter": (lambda c: c.Scatter(fortran(c.size), np.ones(2), c.rank), "Fortran"),
+    "two orders in Alltoall": (lambda c: c.Alltoall(fortran(c.size), np.ones((c.size, 2))), "Fortran"),
+    "two orders in Allgather": (lambda c: c.Allgather(np.ones(2), fortran(c.size)), "Fortran"),
+    "a list of numbers": (lambda c: c.Allreduce([1, 2, 3], np.ones(3)), r"np\.array"),
+    "a list to receive": (lambda c: c.Allreduce(np.ones(3), [1.0, 2.0, 3.0]), r"np\.array"),
+    "a list to broadcast": (lambda c: c.Bcast([1, 2, 3]), r"np\.array"),
+    "a list to gather": (lambda c: c.Gather([1, 2], np.ones(2 * c.size), c.rank), r"np\.array"),
+    "a dict": (lambda c: c.Allreduce({}, np.ones(3)), "has no memory"),
+    "a number": (lambda c: c.Bcast(3), "has no memory"),
+    "a text": (lambda c: c.Bcast("abc"), "has no memory"),
+    "a root of 1.5": (lambda c: c.Bcast(np.ones(1), 1.5), "not a rank"),
+}
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_a_wrong_argument_is_refused_before_the_first_message(comm: Communicator, mistake: str) -> None:
+    call, remedy = REFUSED[mistake]
+    if comm.size == 1 and mistake.startswith(("odd", "two orders", "overlapping")):
+        pytest.skip("one block has no other length or order")
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=remedy) as refused:
+            call(comm)
+        assert f"rank {comm.rank}" in str(refused.value)
+    comm.Barrier()
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_a_receive_buffer_that_becomes_read_only_is_refused(comm: Communicator) -> None:
+    x, y, z = np.ones(4), np.empty(4), np.empty(4 * comm.size)
+    calls: list[tuple[Any, Callable[[], Any]]] = [
+        (y, lambda: comm.Allreduce(x, y)),
+        (y, lambda: comm.Scan(x, y)),
+        (z, lambda: comm.Allgather(x, z)),
+        (z, lambda: comm.Gather(x, z, comm.rank) if comm.size == 1 else comm.Alltoall(z + 1, z)),
+        (y, lambda: comm.Scatter(np.ones(4 * comm.size), y, 0)),
+    ]
+    for received, call in calls:
+        for _ in range(3):
+            call()
+        received.flags.writeable = False
+        with pytest.raises(ArgumentError, match="read-only"):
+            call()
+        received.flags.writeable = True
+
+
+LEGAL: dict[str, Call] = {
+    "another shape in Gather": lambda c: c.Gather(np.ones((2, 2) if c.rank else 4), np.ones((c.size, 4)), 0),
+    "a derived datatype in Gather": lambda c: c.Gather(
+        [np.ones(4), 2, MPI.DOUBLE.Create_contiguous(2).Commit()] if c.rank == 1 else np.ones(4), np.ones(4 * c.size), 0
+    ),
+    "other lengths in Gatherv": lambda c: c.Gatherv(
+        np.ones(c.rank), [np.ones(c.size**2), list(range(c.size))] if c.rank == 0 else None, 0
+    ),
+    "other lengths in Scatterv": lambda c: c.Scatterv(
+        [np.ones(c.size**2), list(range(c.size))] if c.rank == 0 else None, np.ones(c.rank), 0
+    ),
+    "other lengths in Alltoallv": lambda c: c.Alltoallv(
+        [np.ones(c.size**2), [c.rank + k for k in range(c.size)]],
+        [np.ones(c.size**2), [c.rank + k for k in range(c.size)]],
+    ),
+    "gaps between blocks": lambda c: c.Gatherv(
+        np.ones(1), [np.ones(2 * c.size), [1] * c.size, [2 * k for k in range(c.size)], MPI.DOUBLE], 0
+    ),
+    "both halves of one array": lambda c: on_parts(
+        2 * c.size,
+        lambda x: c.Alltoallv(
+            [x, [1] * c.size, list(range(c.size)), MPI.DOUBLE],
+            [x, [1] * c.size, list(range(c.size, 2 * c.size)), MPI.DOUBLE],
+        ),
+        (0, 2 * c.size),
+    ),
+    "anything where only the root receives": lambda c: c.Gather(
+        np.ones(2), np.ones(2 * c.size) if c.rank == 0 else "x", 0
+    ),
+    "in place at the root": lambda c: c.Gather(MPI.IN_PLACE if c.rank == 0 else np.ones(2), np.ones(2 * c.size), 0),
+    "Scatter in place": lambda c: c.Scatter(np.ones(2 * c.size), MPI.IN_PLACE if c.rank == 0 else np.ones(2), 0),
+    "no elements": lambda c: c.Gather(np.ones(0), np.ones(0), 0),
+    "barrier and Barrier": lambda c: c.barrier() if c.rank else c.Barrier(),
+    "objects of any type": lambda c: c.allgather("x" * c.rank if c.rank else 3),
+    "a function as operation": lambda c: c.allreduce(c.rank, op=max),
+    "no operation and MPI.SUM": lambda c: c.allreduce(1, MPI.SUM) if c.rank else c.allreduce(1),
+    "a root by name": lambda c: c.bcast(1, root=0) if c.rank else c.bcast(1),
+    "Alltoallw": lambda c: c.Alltoallw(
+        [np.ones(c.size), [1] * c.size, [8 * k for k in range(c.size)], [MPI.DOUBLE] * c.size],
+        [np.ones(c.size), [1] * c.size, [8 * k for k in range(c.size)], [MPI.DOUBLE] * c.size],
+    ),
+}
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+@pytest.mark.parametrize("cousin", LEGAL)
+def test_a_legal_call_that_looks_like_a_mistake_passes(comm: Communicator, cousin: str) -> None:
+    for _ in range(4):
+        LEGAL[cousin](comm)
+    comm.Barrier()
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+def test_what_looks_local_is_local(comm: Communicator) -> None:
+    made = Communicator(comm.Dup())
+    if made.rank == 0:
+        assert made.layout.size == made.size
+        assert "ring" in made.algorithms("allreduce")
+        assert made.explain("allreduce", 1000).algorithm
+        assert made.intra_node.size * made.inter_node.size >= made.size
+        assert isinstance(made.topology, int)
+    made.Free()
+
+
+@pytest.mark.mpi(sizes=(1, 2))
+def test_communicators_free_what_belongs_to_them(comm: Communicator) -> None:
+    import hpccomm
+
+    world, x = MPI.COMM_WORLD, np.ones(3)
+    for _ in range(8):
+        other = world.Dup()
+        hpccomm.allreduce(x, comm=other)
+        other.Free()
+        Communicator(world).Allreduce(x, np.empty(3))
+        kept = Communicator(comm.Dup())
+        kept.Allreduce(MPI.IN_PLACE, x)
+        kept.intra_node.Barrier()
+        kept.Free()
+
+
+@pytest.mark.mpi(sizes=(1, 2))
+def test_two_wrappers_of_one_communicator_keep_their_own_algorithm(comm: Communicator) -> None:
+    ring = Communicator(comm, "ring")
+    x = np.ones(1000)
+    for _ in range(3):
+        assert (ring.Allreduce(x, y := np.empty(1000)) or y[0]) == comm.size
+        assert (comm.Allreduce(x, y := np.empty(1000)) or y[0]) == comm.size
+    assert (ring.algorithm, comm.algorithm) == ("ring", "auto")
+    assert ring.context is comm.context
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_views_of_arrays_that_are_made_again_at_other_addresses(comm: Communicator) -> None:
+    """The old address comes back on some ranks only."""
+    for step in range(40):
+        x = comm.zeros(256)
+        hole = bytearray(5000 * (1 + comm.rank) * (step % 3))
+        x[...] = step
+        assert (comm.Allreduce_view(x) == comm.size * step).all()
+        assert (comm.Allreduce_view(x[:100]) == comm.size * step).all()
+        del x, hole
+
+
+@pytest.mark.mpi(sizes=(1, 2))
+def test_an_array_can_be_resized_after_a_call(comm: Communicator) -> None:
+    x, y = np.ones(4), np.empty(4)
+    for _ in range(3):
+        comm.Allreduce(x, y)
+    x.resize(8)
+    y.resize(8)
+
+
+SETUP = """
+import os, sys, threading, time
+import numpy as np
+from mpi4py import MPI
+import hpccomm
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+odd, x = comm.rank == 1, np.ones(4)
+"""
+
+
+def run_job(ranks: int, body: str, seconds: float = 90.0) -> tuple[int, str]:
+    """Exit status and output of a job."""
+    began = time.monotonic()
+    done = run_under_mpi(ranks, "-c", SETUP + textwrap.dedent(body), timeout=seconds)
+    assert time.monotonic() - began < seconds
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_mismatch_prints_its_sentence_first_and_few_lines() -> None:
+    status, said = run_job(3, 'comm.Allreduce(x, np.empty(4), MPI.MAX if odd else MPI.SUM, algorithm="shared")')
+    ours = [line for line in said.splitlines() if "hpccomm" in line]
+    assert status != 0
+    assert ours[0].startswith("[hpccomm] ranks 0, 2 called Allreduce(sum, 4 float64"), said
+    assert "rank 1 called Allreduce(max, 4 float64" in ours[0]
+    assert "Traceback" not in said
+    assert len(ours) <= 2 * 3
+
+
+def test_eight_threads_with_a_communicator_each() -> None:
+    status, said = run_job(
+        2,
+        """
+        comms = [MPI.COMM_WORLD.Dup() for _ in range(8)]
+        def body(k):
+            mine = hpccomm.Communicator(comms[k])
+            for _ in range(5):
+                y = np.empty(4)
+                mine.Allreduce(x * k, y)
+                assert (y == 2 * k).all()
+        threads = [threading.Thread(target=body, args=(k,)) for k in range(8)]
+        for each in threads: each.start()
+        for each in threads: each.join(60)
+        assert not any(each.is_alive() for each in threads)
+        print("done", flush=True)
+        """,
+    )
+    assert (status, said.count("done")) == (0, 2), said
+
+
+def test_two_threads_on_two_communicators_in_different_orders() -> None:
+    status, said = run_job(
+        2,
+        """
+        a, b = comm.Dup(), comm.Dup()
+        def body(mine, late):
+            time.sleep(late)
+            for _ in range(20): mine.Allreduce(x, np.empty(4))
+        first = threading.Thread(target=body, args=(a, 0.2 * comm.rank))
+        second = threading.Thread(target=body, args=(b, 0.2 * (1 - comm.rank)))
+        for each in (first, second): each.start()
+        for each in (first, second): each.join(30)
+        assert not first.is_alive() and not second.is_alive()
+        print("done", flush=True)
+        """,
+    )
+    assert (status, said.count("done")) == (0, 2), said
+
+
+def test_exit_handlers_and_forked_children_may_end_as_they_like() -> None:
+    status, said = run_job(
+        2,
+        """
+        import atexit
+        pid = os.fork()
+        if pid == 0:
+            atexit._run_exitfuncs()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        time.sleep(0.7)
+        comm.Allreduce(x, np.empty(4))
+        atexit.register(comm.Barrier)
+        """,
+    )
+    assert status == 0, said
+    assert "has left" not in said
+
+
+def test_a_rank_that_misses_the_first_collective_is_named() -> None:
+    status, said = run_job(
+        3,
+        """
+        os.environ["HPCCOMM_STALL_SECONDS"] = "1"
+        if odd: time.sleep(4)
+        comm.Gather(x, np.empty(12) if comm.rank == 0 else None)
+        """,
+    )
+    assert status == 0, said
+    assert "missing: rank 1" in said
