@@ -771,7 +771,7 @@ class Planner:
             count = UNKNOWN if dtype is None else str(data.nbytes // dtype.itemsize)
         return Fingerprint(
             name,
-            operations.name_of(op) if op is not None else "",
+            operations.name_in_fingerprint(op) if op is not None else "",
             count,
             UNKNOWN if dtype is None else data.element_name or data.kind if data.dtype is not None else dtype.name,
             "" if root is None else str(root),

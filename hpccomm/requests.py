@@ -353,7 +353,7 @@ def describe(
     dtype, unknown = data.dtype or data.base, UNKNOWN if buffers else ""
     return Fingerprint(
         spelling,
-        "" if op is None else operations.name_of(op),
+        "" if op is None else operations.name_in_fingerprint(op),
         unknown if dtype is None else str(count_bytes(name, data, size) // dtype.itemsize),
         unknown if dtype is None else data.half or str(dtype),
         "" if root is None else str(root),

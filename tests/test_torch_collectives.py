@@ -462,6 +462,18 @@ MISTAKES: dict[str, tuple[Callable[[int, int], Any], type[Exception], str]] = {
         MismatchError,
         r"(Barrier\(\).*Allreduce\(|Allreduce\(.*Barrier\(\))",
     ),
+    "average and sum": (
+        lambda rank, size: dist.all_reduce(torch.ones(8), Op.AVG if rank == 1 else Op.SUM),
+        MismatchError,
+        r"(avg|sum), 8 float32.*(avg|sum), 8 float32.*: use the same operation on all ranks",
+    ),
+    "average and sum in parts": (
+        lambda rank, size: dist.reduce_scatter_tensor(
+            torch.ones(8), torch.ones(8 * size), Op.AVG if rank == 1 else Op.SUM
+        ),
+        MismatchError,
+        "use the same operation",
+    ),
     "blocks": (
         lambda rank, size: dist.all_gather_into_tensor(torch.empty((8 + rank % 2) * size), torch.ones(8 + rank % 2)),
         MismatchError,
