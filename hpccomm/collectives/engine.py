@@ -61,9 +61,10 @@ class Transport(Protocol):
 class BoundSchedule:
     """A schedule bound to memory: call it any number of times, then free it."""
 
-    def __init__(self, actions: list[Action], exchanges: list[Exchange]) -> None:
+    def __init__(self, actions: list[Action], exchanges: list[Exchange], buffers: Sequence[Vector | None] = ()) -> None:
         self._actions = actions
         self._exchanges = exchanges
+        self._buffers = buffers  # node steps know addresses only
 
     def __call__(self) -> None:
         """Run it once."""
@@ -150,7 +151,7 @@ def bind_program(
             actions.append(copying(view(buffer, at, nbytes), view(operand, operand_at, nbytes)))
         else:
             actions += pending.pop(request).waits
-    return BoundSchedule(actions, exchanges)
+    return BoundSchedule(actions, exchanges, buffers)
 
 
 def reduction(combine: Combine | None, new: Vector, mine: Vector, lower: int) -> Action:
