@@ -115,12 +115,12 @@ def block_bytes(buffer: Buffer, kind: str, p: int) -> tuple[int, ...]:
     if kind == ONE:
         return unknown if buffer.octets is None else (buffer.octets,)
     try:
-        return derived_bytes(buffer.raw, p)
+        return read_block_bytes(buffer.raw, p)
     except (AttributeError, LookupError, TypeError, ValueError):
         return unknown
 
 
-def derived_bytes(form: Any, p: int) -> tuple[int, ...]:
+def read_block_bytes(form: Any, p: int) -> tuple[int, ...]:
     """Bytes of each block of a form with counts and a datatype, or a datatype for each rank."""
     if isinstance(form[-1], MPI.Datatype | str):
         _, counts, _, datatype = split_form(form)
