@@ -462,6 +462,41 @@ def test_nccl_tests_flags_mean_what_they_mean_there() -> None:
     assert parse_line("allreduce -b 8 -e 3M").sizes == (8, 8 + (1 << 20), 8 + (2 << 20))  # steps of 1 MiB, as there
 
 
+COMMON_LINES = [
+    # as people write them in issues and job scripts, after the launcher's own words
+    ("./build/all_reduce_perf -b 8 -e 128M -f 2 -g 1", (8, 128 << 20), True),
+    ("./build/all_reduce_perf -b 8 -e 1G -f 2 -g 1", (8, 1 << 30), True),
+    ("all_reduce_perf -t 1 -g 1 -b 2M -e 32M -d float -o sum", (2 << 20, 32 << 20), True),
+    ("all_reduce_perf -t 1 -g 1 -b 4 -e 32M -f 2 -n 100", (4, 32 << 20), True),
+    ("./all_gather_perf -b 1M -e 64M -f 2 -g 1 -n 20 -w 5 -c 1", (1 << 20, 64 << 20), True),
+    ("alltoall_perf -b 128K -e 1M -f 2 -c 0 -G 0", (128 << 10, 1 << 20), True),
+    ("osu_allreduce -m 4:1048576 -i 1000 -x 200 -f", (4, 1 << 20), False),
+    ("osu_allreduce --full --type mpi_float", (1, 1 << 20), False),
+    ("osu_latency -m 4194304 -x 10 -i 1000 -c D D", (0, 1 << 22), False),
+    ("osu_bw -d cuda D D", (1, 1 << 22), False),
+    ("osu_bcast -m :65536 -z -u 3 -c", (1, 65536), False),
+    ("osu_alltoall -m 1:1M -M 1G", (4, 1 << 20), False),
+    ("allreduce --buffer numpy --min 4 --max 1048576 --iterations 100 --skip 10", (4, 1 << 20), False),
+    ("osu_allreduce -m 4194304:", (4 << 20, 1 << 20), False),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "sizes", "nccl"), COMMON_LINES, ids=lambda each: each if isinstance(each, str) else ""
+)
+def test_the_lines_that_people_know_by_heart_are_read(line: str, sizes: tuple[int, int], nccl: bool) -> None:
+    program, *words = line.split()
+    program_name = nccl_flags.find_program(program)
+    name = program_name or program.removeprefix("osu_")
+    if sizes[0] > sizes[1]:
+        with pytest.raises(ArgumentError, match="no size from 4194304 to 1048576 bytes: give -m MIN:MAX"):
+            flags.parse_flags(name, words, bool(program_name))
+        return
+    found = flags.parse_flags(name, words, bool(program_name))
+    assert (found.nccl, found.sizes[0]) == (nccl, sizes[0])
+    assert found.sizes[-1] <= sizes[1] < 2 * found.sizes[-1] or found.step_bytes
+
+
 @pytest.mark.parametrize(
     ("program", "collective"),
     [
@@ -511,6 +546,8 @@ def test_a_program_without_a_counterpart_is_refused_with_the_others() -> None:
         ("bw --format nccl", "that move data"),
         *((f"allreduce -b 8 -e 64 {flag}", words) for flag, words in OTHER_NCCL_FLAGS.items()),
         ("allreduce --format nccl -b 8 -e 4", "a minimum up to the maximum"),
+        ("allreduce -b 0 -e 64", "a minimum up to the maximum"),
+        ("allreduce -b 8 -e 16G -i 8", "gives 2,147,483,648 sizes: give a larger step, or a factor with -f"),
         ("allreduce D D", "D D is no placement"),
         ("allreduce -d rocm", "host memory"),
         ("allreduce -Q", "unrecognized"),

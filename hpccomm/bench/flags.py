@@ -126,7 +126,17 @@ def add_osu_flags(made: Parser) -> None:
         help="sizes in bytes, each twice the one before ; 64K is 65536 (default 1:1M)",
     )
     add("-i", "--iterations", type=positive, metavar="N", help="timed calls (default 1000; above 8 KiB 100)")
-    add("-x", "--warmup", type=natural, metavar="N", help="untimed calls before them (default 100; above 8 KiB 10)")
+    add(
+        "-x",
+        "--warmup",
+        "--skip",
+        type=natural,
+        metavar="N",
+        help="untimed calls before them (default 100; above 8 KiB 10)",
+    )
+    add("--min", type=bytes_of, dest="low", metavar="BYTES", help="as OMB-Py: the smallest size")
+    add("--max", type=bytes_of, dest="high", metavar="BYTES", help="as OMB-Py: the largest size")
+    add("--buffer", choices=("numpy",), help="as OMB-Py: the kind of array; numpy is what is measured")
     add("-f", "--full", action="store_true", help="show minimum and maximum over the ranks, and the number of calls")
     add("-c", "--validation", action="store_true", help="check every element of as many calls again, exactly")
     add("-u", "--validation-warmup", type=natural, metavar="N", help="unchecked calls before a checked one (default 5)")
@@ -280,7 +290,7 @@ def sizes_of(collective: str, args: argparse.Namespace, datatypes: Sequence[str]
     if collective == "barrier":
         return (0,)
     case = CASES[collective]
-    text = args.message_size or ""
+    text = args.message_size or f"{args.low or ''}:{args.high or ''}".removesuffix(":")
     low, colon, high = text.partition(":")
     low, high = (low, high) if colon else ("", low)
     smallest = 0 if case.ends > 0 else 1

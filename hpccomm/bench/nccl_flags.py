@@ -128,10 +128,15 @@ def translate(args: argparse.Namespace) -> None:
 
 STEP_BYTES = 1 << 20
 """The default distance between sizes."""
+MOST_SIZES = 10_000
+"""More sizes are a mistake, and would take days."""
 
 
 def list_sizes(first: int, last: int, factor: int | None, step: int | None) -> tuple[int, ...]:
     """The sizes from the first to the last, by a factor or by a number of bytes."""
+    if not (factor and factor > 1) and (last - first) // (step or STEP_BYTES) >= MOST_SIZES:
+        count = (last - first) // (step or STEP_BYTES) + 1
+        raise ArgumentError(f"-i {step or STEP_BYTES} gives {count:,} sizes: give a larger step, or a factor with -f")
     found = []
     while first <= last:
         found.append(first)
