@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import textwrap
 import time
 from collections.abc import Callable
@@ -12,7 +15,8 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm import ArgumentError, Communicator
-from hpccomm.testing.jobs import run_under_mpi
+from hpccomm.calls.departures import Launchers, stat_of
+from hpccomm.testing.jobs import run_under_mpi, start
 
 Call = Callable[[Communicator], Any]
 
@@ -331,3 +335,32 @@ def test_a_rank_that_misses_the_first_collective_is_named() -> None:
     )
     assert status == 0, said
     assert "missing: rank 1" in said
+
+
+def test_no_rank_outlives_its_launcher() -> None:
+    body = """
+    comm.Barrier()
+    print(os.getpid(), flush=True)
+    if odd: time.sleep(100)
+    comm.Allreduce(x, np.empty(4))
+    """
+    process = start(3, ["-c", SETUP + textwrap.dedent(body)], stdout=subprocess.PIPE, text=True)
+    ranks = [int(process.stdout.readline()) for _ in range(3)]
+    os.kill(process.pid, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while any(stat_of(rank)[2] for rank in ranks) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(stat_of(rank)[2] for rank in ranks)
+    process.stdout.close()
+    process.wait()
+
+
+def test_a_launcher_that_is_gone_is_noticed() -> None:
+    process = subprocess.Popen(["/bin/sleep", "60"])
+    name, parent, started = stat_of(process.pid)
+    launchers = Launchers()
+    launchers._found = {process.pid: started}
+    assert (name, parent, launchers.describe_loss()) == ("sleep", os.getpid(), "")
+    process.kill()
+    process.wait()
+    assert f"the launcher (process {process.pid}) is gone" in launchers.describe_loss()

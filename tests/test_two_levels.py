@@ -56,6 +56,47 @@ def test_allreduces_of_every_placement_length_and_type(placed: list[Communicator
 
 
 @pytest.mark.mpi(min_size=2)
+def test_broadcasts_of_every_placement_length_and_root(placed: list[Communicator]) -> None:
+    for comm in placed:
+        for n in (0, 1, SHORT_BYTES // 4 + 1, 2 * SEGMENT_BYTES // 4 + 5):
+            for root in {0, comm.size // 2, comm.size - 1}:
+                want = (np.arange(n) % 251 + root).astype("i4")
+                found = want.copy() if comm.rank == root else np.full(n, -1, "i4")
+                found.flags.writeable = comm.rank != root
+                for _ in range(2):
+                    comm.Bcast(found, root)
+                    assert np.array_equal(found, want), (n, root)
+                    if comm.rank != root:
+                        found[...] = -1
+        strided = np.zeros((5, 3), "f8")
+        strided[:, 1] = comm.rank
+        column = MPI.DOUBLE.Create_vector(5, 1, 3).Commit()
+        comm.Bcast([strided.ravel()[1:], 1, column], comm.size - 1)
+        column.Free()
+        assert (strided[:, 1] == comm.size - 1).all()
+        assert not strided[:, [0, 2]].any()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_reductions_of_every_placement_length_type_and_root(placed: list[Communicator]) -> None:
+    for comm in placed:
+        cases = [(n, "f4", "sum") for n in (0, 1, SHORT_BYTES // 4 + 1, SEGMENT_BYTES // 4 + 5)]
+        cases += [(1000, "i1", "prod"), (1000, "c16", "sum"), (3000, "f2", "sum")]
+        for n, dtype, op in cases:
+            for root in {0, comm.size // 2, comm.size - 1}:
+                given = verifiable.operand(comm.rank, comm.size, n, dtype, op)
+                want = verifiable.reduction(comm.size, n, dtype, op)
+                a, b = given.copy(), np.empty_like(given)
+                for _ in range(2):
+                    comm.Reduce(a, b if comm.rank == root else None, getattr(MPI, op.upper()), root)
+                    assert comm.rank != root or np.array_equal(b, want), (n, dtype, op, root)
+                    assert a.tobytes() == given.tobytes()
+                into = (MPI.IN_PLACE, a) if comm.rank == root else (a, None)
+                comm.Reduce(*into, getattr(MPI, op.upper()), root)
+                assert np.array_equal(a, want if comm.rank == root else given)
+
+
+@pytest.mark.mpi(min_size=2)
 def test_all_ranks_get_the_same_bits_again_and_again(placed: list[Communicator]) -> None:
     for comm in placed:
         for n in (17, 5000, 300_001):
@@ -76,6 +117,9 @@ def test_sixteen_bits_users_operations_and_other_collectives(placed: list[Commun
         x = np.array([comm.rank, -comm.rank], "f8")
         comm.Allreduce(MPI.IN_PLACE, x, largest)
         assert x.tolist() == [3, 0]
+        x = np.array([comm.rank, -comm.rank], "f8")
+        comm.Reduce(x, y := np.zeros(2), largest, 1)
+        assert y.tolist() == ([3, 0] if comm.rank == 1 else [0, 0])
         largest.Free()
         everybody = np.empty(4, "i8")
         comm.Allgather(np.array([comm.rank]), everybody)

@@ -83,17 +83,18 @@ class CompiledSchedule:
     def __call__(self) -> None:
         """Run it once."""
         try:
-            code, began = self.kernel(self.address), 0.0
+            code, began, number = self.kernel(self.address), 0.0, -1
             while code != DONE:
-                began = began or time.monotonic()
+                if number != self.run["next"]:
+                    began, number = time.monotonic(), int(self.run["next"])
                 self.go_on(code, time.monotonic() - began)
                 code = self.kernel(self.address)
-        except BaseException:
-            self.abandon()
+        except BaseException as error:
+            self.abandon(error)
             raise
 
     def go_on(self, code: int, seconds: float) -> None:
-        """Do what compiled code has left to Python, or raise its error."""
+        """Do what compiled code has left to Python, or raise its error; the record has run for some seconds."""
         record = self.program.records[int(self.run["next"])]
         if code == COMBINE:
             self.reduce(record)
@@ -133,13 +134,13 @@ class CompiledSchedule:
             return self.transport.stray_message_error(peer, self.status.tag, tag)
         return failure
 
-    def abandon(self) -> None:
+    def abandon(self, error: BaseException) -> None:
         """After an error keep the memory of messages that are still pending; the next run begins anew."""
         number = min(int(self.run["next"]), len(self.program.records) - 1)
         record = self.program.records[number]
         if record["kind"] == NODE:
             call = self.meetings[int(record["request"])]
-            call.memory.handle_exception(call.call)
+            call.memory.handle_exception(call.call, error)
         KEPT.append((self.buffers, self.requests, self.spare))
         self.spare, self.requests = np.empty_like(self.spare), np.zeros_like(self.requests)
         self.buffers[SPARE] = self.spare

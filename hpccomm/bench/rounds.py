@@ -172,6 +172,7 @@ class Rounds:
 
     def __init__(self, comm: Any) -> None:
         self.comm, self.plain = comm, MPI.Intracomm(comm)
+        comm.context.prepare("Allreduce")
         self.shares_memory = comm.context.schedules.memory is not None
         self.buffers: list[Vector] = []
         self.combine = operations.combiner(MPI.SUM)

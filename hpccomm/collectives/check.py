@@ -240,24 +240,26 @@ class World:
             self.refuse(machine, f"bytes {first} to {first + nbytes} do not lie in a buffer of {len(memory)}")
         if writes and buffer == SOURCE:
             self.refuse(machine, "writes the source")
-        for use in machine.uses.values():
-            if use.buffer == buffer and use.first < first + nbytes and first < use.end and (writes or use.receives):
-                self.refuse(machine, f"uses bytes {first} to {first + nbytes} while a message of rank {use.peer} does")
+        end = first + nbytes
+        for _, _, used, at, use_end, receives in machine.uses.values():
+            if used == buffer and at < end and first < use_end and (writes or receives):
+                self.refuse(machine, f"uses bytes {first} to {end} while a pending message does")
         return memory
 
     def read(self, machine: Machine, buffer: int, first: int, nbytes: int) -> list[int]:
         """Contents, all of which must be initialised."""
-        found = self.cells(machine, buffer, first, nbytes, False)[first : first + nbytes]
+        found = self.cells(machine, buffer, first, nbytes, writes=False)[first : first + nbytes]
         if EMPTY in found:
             self.refuse(machine, f"reads byte {first + found.index(EMPTY)} before it is initialised")
         return found
 
     def join(self, machine: Machine, mine: list[int], new: list[int]) -> list[int]:
         """The sums of two operands."""
+        p, mask = self.p, self.mask
         for a, b in zip(mine, new, strict=True):
-            if a >> self.p != b >> self.p:
-                self.refuse(machine, f"adds element {b >> self.p} to element {a >> self.p}")
-            if a & b & self.mask:
+            if a >> p != b >> p:
+                self.refuse(machine, f"adds element {b >> p} to element {a >> p}")
+            if a & b & mask:
                 twice = (a & b & self.mask).bit_length() - 1
                 self.refuse(machine, f"counts the contribution of rank {twice} to element {a >> self.p} twice")
         return [a | b for a, b in zip(mine, new, strict=True)]

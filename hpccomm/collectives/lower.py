@@ -96,6 +96,11 @@ class Segment(NamedTuple):
 
     def messages(self, first: int, end: int, most: int) -> list[Interval]:
         """The same in messages of at most ``most`` bytes."""
+        count = len(self.cuts) - 1
+        if self.of == 1 and first % count + end - first <= count:  # most steps: one interval, and short enough
+            lo, hi = self.cuts[first % count], self.cuts[first % count + end - first]
+            if hi - lo <= most:
+                return [(lo, hi)] if lo < hi else []
         found = self.intervals(first, end)
         if all(hi - lo <= most for lo, hi in found):
             return found
@@ -216,8 +221,9 @@ def exchanges(step: Step, segment: Segment, most: int) -> list[Item]:
 
 
 def meetings(step: NodeStep, rank: int, segment: Segment) -> list[Item]:
-    """A node step on one segment; none for a rank that takes no part, alone on its node, or for an empty segment.
+    """A node step on one segment; none for a rank that takes no part, or for an empty segment.
 
+    That of a rank alone on its node keeps its place, so that later segments do not start too early.
     The parts of a reduce-scatter in shared memory are one interval, so the first segment reduces those of all.
     """
     members = step.members(rank)
@@ -225,7 +231,7 @@ def meetings(step: NodeStep, rank: int, segment: Segment) -> list[Item]:
         if segment.number:
             return []
         segment = segment._replace(of=1)
-    if len(members) < 2:
+    if not members:
         return []
     bounds = [(int(step.first[each]), int(step.end[each])) for each in members]
     having = [k for k, (first, end) in enumerate(bounds) if first < end]
@@ -450,8 +456,11 @@ def finish(item: Item, pending: Pending | None, writer: Writer) -> None:
     """Wait, then reduce; or meet."""
     rows = writer.rows
     if isinstance(item, Meeting):
-        rows.append((NODE, -1, 0, 0, 0, len(writer.meetings), 0, 0, 0))
-        writer.meetings.append(item)
+        if len(item.members) > 1:
+            rows.append((NODE, -1, 0, 0, 0, len(writer.meetings), 0, 0, 0))
+            writer.meetings.append(item)
+        elif item.operand == SOURCE:
+            rows.append((COPY, -1, VECTOR, item.first[0], item.nbytes[0], 0, SOURCE, item.first[0], 0))
         return
     assert pending is not None
     if pending.receive >= 0:
