@@ -117,7 +117,7 @@ def shape_of(given: Any) -> tuple[int, ...]:
     """The shape of an array, or the shape itself."""
     try:
         return tuple(int(each) for each in getattr(given, "shape", given))
-    except TypeError:
+    except (TypeError, ValueError):
         raise ArgumentError(f"Bucket: {given!r} is neither an array nor a shape: pass np.asarray(x)") from None
 
 

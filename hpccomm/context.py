@@ -204,11 +204,11 @@ class Context:
         table = tuning.load(*where, ethernet=not layout.fast_networks(), cpu=processor_name())
         return table if table.frozen else table.add_first_use(first_use.load(mpi_name()))
 
-    def add_first_use(self, rows: list[tuning.Row]) -> None:
-        """Decide by what the first use of a size class has measured, now and in later programs."""
+    def add_first_use(self, rows: list[tuning.Row], keep: bool) -> None:
+        """Decide by what the first use of a size class has measured, and with ``keep`` in later programs too."""
         self.table = self.table.add_first_use(rows)
         self._decisions.clear()
-        if self.rank == 0:
+        if keep and self.rank == 0:
             first_use.save(mpi_name(), rows)
 
     def exchange_counts(self, elements: int) -> tuple[int, ...]:

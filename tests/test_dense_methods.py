@@ -268,3 +268,40 @@ def test_compiling_is_said_while_it_happens(capsys: pytest.CaptureFixture[str]) 
     for update, said in ((slow, True), (lambda gradient, state, weights: (gradient, state), False)):
         compile_first(MPI.COMM_SELF, Transform(lambda weights: (), update), np.zeros(2, "f4"))  # type: ignore[arg-type]
         assert ("compiling" in capsys.readouterr().out) == said
+
+
+# Mistakes
+
+
+C = MPI.COMM_SELF
+MISTAKES: list[tuple[Callable[[], Any], str]] = [
+    (lambda: scale("a"), "factor is 'a': pass a number"),  # type: ignore[arg-type]
+    (lambda: scale(None), "factor is None: pass a number"),  # type: ignore[arg-type]
+    (lambda: momentum("a"), "beta is 'a': pass a number"),  # type: ignore[arg-type]
+    (lambda: every(2, None), "every: None is no transform"),  # type: ignore[arg-type]
+    (lambda: apply_if_finite(None), "apply_if_finite: None is no transform"),  # type: ignore[arg-type]
+    (lambda: hpccomm.bmuf(C, None), "inner: None is no transform"),  # type: ignore[arg-type]
+    (lambda: hpccomm.local_sgd(C, None, 2), "inner: None is no transform"),  # type: ignore[arg-type]
+    (lambda: hpccomm.bmuf(C, scale(-1), lr=lambda t: 1.0), "bmuf: lr is .*: pass a number"),  # type: ignore[arg-type]
+    (lambda: hpccomm.bmuf(C, scale(-1), warmup=2.5), "warmup is 2.5"),  # type: ignore[arg-type]
+    (lambda: hpccomm.hybrid(C, hpccomm.gtc(C), scale(-1), 1), "the exchange is no function"),  # type: ignore[arg-type]
+    (lambda: hpccomm.dgc(C, hpccomm.Bucket({"w": (9, 9)}), warmup=3, stages=()), "stages is empty"),
+    (lambda: hpccomm.powersgd(C, hpccomm.Bucket({"w": (9, 9)}), 2.5), "rank is 2.5: pass a whole number"),  # type: ignore[arg-type]
+    (lambda: hpccomm.gtc(C, [1]), "tau is .1.: pass a positive number"),  # type: ignore[arg-type]
+    (lambda: scale(1).init({"w": "b"}), "'b' is neither an array nor a shape"),
+    (lambda: scale(1).init({1: np.ones(2), "1": np.ones(2)}), "two of the weights are called 1"),
+    (lambda: scale(1).init({"a": {"b": np.ones(2)}, "a.b": np.ones(2)}), "two of the weights are called a.b"),
+    (lambda: hpccomm.for_ranks([hpccomm.gtc(C).init(np.zeros(n, "f4")) for n in (3, 4)], 0, 3), "residual has shape"),
+    (lambda: hpccomm.gtc(C).init(np.empty(1 << 31, "f4")), "2147483648 elements: split them into buckets"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), MISTAKES)
+def test_arguments_that_cannot_be_meant_are_refused_in_a_sentence(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make()
+
+
+def test_integers_are_not_truncated() -> None:
+    step, _ = scale(-0.25).update(np.arange(3), (), np.arange(3))
+    assert step.tolist() == [0, -0.25, -0.5]

@@ -41,6 +41,8 @@ from hpccomm.algorithms.transforms import (
     adam,
     chain,
     check_decay,
+    check_number,
+    check_transform,
     descend,
     require,
 )
@@ -61,6 +63,7 @@ class FilterState(NamedTuple):
 def block_filter(momentum: float, lr: float = 1.0, nesterov: Nesterov = False) -> Transform:
     """The filter as an outer transform: it receives −G and steps from W_g(t−1) to W_g(t); see the formulas above."""
     check_decay("bmuf: momentum", momentum)
+    check_number("bmuf: lr", lr)
     require(lr > 0, f"bmuf: lr is {lr}: pass a positive block rate; 1 is usual")
     require(nesterov in get_args(Nesterov), f"bmuf: nesterov is {nesterov!r}: pass False, 'paper' or 'lookahead'")
 
@@ -191,6 +194,7 @@ def policy(local_state: str | LocalStatePolicy, comm: MPI.Intracomm, inner: Tran
         "reset": lambda: local_steps.reset(inner),
         "average": lambda: local_steps.average(comm),
     }
+    check_transform("bmuf: inner", inner)
     require(local_state in known, f"bmuf: local_state is {local_state!r}: pass one of {', '.join(map(repr, known))}")
     return known[local_state]()
 

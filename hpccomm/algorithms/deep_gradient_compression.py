@@ -127,7 +127,7 @@ def dgc(
     for each in (density, *stages):
         check_density(each, "dgc")
     check_decay("dgc: momentum", momentum)
-    require(warmup >= 0, f"dgc: warmup is {warmup}: pass 0 or more steps")
+    check_warm_up(warmup, stages)
     require(weight_decay >= 0, f"dgc: weight_decay is {weight_decay}: pass 0 or more")
     require(clip is None or clip > 0, f"dgc: clip is {clip}: pass a positive norm")
     places = split_tensors(bucket, smallest)
@@ -189,6 +189,12 @@ def dgc(
         return whole, state._replace(sparse=sparse)
 
     return ResidualTransform.of(init, update, flush_state, bucket)
+
+
+def check_warm_up(warmup: int, stages: Sequence[float]) -> None:
+    """Raise for a warm-up that has no steps or no densities."""
+    require(warmup >= 0, f"dgc: warmup is {warmup}: pass 0 or more steps")
+    require(not warmup or len(stages) > 0, "dgc: stages is empty: pass the densities of the warm-up, or warmup=0")
 
 
 def average_dense(

@@ -40,6 +40,7 @@ from hpccomm.algorithms.transforms import (
     check_alike,
     check_decay,
     check_rate,
+    check_transform,
     descend,
     momentum,
     require,
@@ -207,7 +208,9 @@ def periodic_transform(
     ranks, see :class:`ExactStep`; copy ``export(state)`` if another transform follows.
     """
     require(isinstance(period, int) and period >= 1, f"periodic: period is {period}: pass an integer, 1 or more")
-    require(warmup >= 0, f"periodic: warmup is {warmup}: pass 0 or more synchronous steps")
+    whole = isinstance(warmup, int | np.integer)
+    require(whole and warmup >= 0, f"periodic: warmup is {warmup}: pass 0 or more synchronous steps")
+    check_transform("periodic: inner", inner)
     require(
         callable(weight_by) or weight_by in ("workers", "batches"),
         f"periodic: weight_by is {weight_by!r}: pass 'workers', 'batches', or a function that returns this rank's "

@@ -26,7 +26,7 @@ from hpccomm.algorithms.deep_gradient_compression import pack_slices, unpack_sli
 from hpccomm.algorithms.exchange import allreduce_mean, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import Unsent
-from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, require
+from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_count, require
 from hpccomm.buckets import Bucket
 from hpccomm.kernels.dispatch import kernels
 
@@ -121,8 +121,8 @@ def powersgd(
 
     When a run continues with another number of ranks, :func:`~hpccomm.for_ranks` redistributes the residuals.
     """
-    require(rank >= 1, f"powersgd: rank is {rank}: pass 1 or more")
-    require(start_dense_steps >= 0, f"powersgd: start_dense_steps is {start_dense_steps}: pass 0 or more")
+    check_count("powersgd: rank", rank, 1)
+    check_count("powersgd: start_dense_steps", start_dense_steps, 0)
     matrices, dense, errors, lefts, rights = split_matrices(bucket, rank)
 
     def init(weights: Vector) -> PowerSgdState:

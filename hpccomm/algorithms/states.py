@@ -162,6 +162,12 @@ def for_ranks(states: Sequence[Any], rank: int, size: int) -> Any:
     for number, each in enumerate(columns):
         if each.keys() != columns[0].keys():
             raise ArgumentError(f"for_ranks: the states of ranks 0 and {number} are of different methods")
+        for path, leaf, change in leaves_with_changes(states[0]):
+            if change is not RankChange.SHARDED and np.shape(leaf) != np.shape(each[path]):
+                raise ArgumentError(
+                    f"for_ranks: {path} has shape {np.shape(leaf)} on rank 0, {np.shape(each[path])} on rank {number}: "
+                    "pass the states of one model"
+                )
     return divide_anew(states[rank % old], columns, rank, size)
 
 

@@ -146,8 +146,7 @@ def flush_terms(method: Any, state: Any, weights: Vector, gradient: Vector | Non
 def chain(*transforms: Transform) -> Chain:
     """Apply the transforms one after the other; the state is the tuple of their states."""
     for each in transforms:
-        fits = callable(getattr(each, "init", None)) and callable(getattr(each, "update", None))
-        require(fits, f"chain: {each!r} is no transform: pass momentum(0.9), scale(-lr) or another pair (init, update)")
+        check_transform("chain", each)
 
     def init(weights: Vector) -> tuple[Any, ...]:
         return tuple(each.init(weights) for each in transforms)
@@ -176,15 +175,16 @@ def stateless(step: Callable[[Vector, Vector], Vector]) -> Transform:
 def scale(factor: float) -> Transform:
     """Multiply by a number; ``scale(-lr)`` ends most chains."""
     require(not callable(factor), "scale: the factor is a function: pass descend(lr), or scale_by_schedule(factor)")
+    check_number("scale: factor", factor)
     number = float(factor)
-    return stateless(lambda gradient, weights: narrow(gradient * number, gradient.dtype))
+    return stateless(lambda gradient, weights: round_like(gradient * number, gradient.dtype))
 
 
 def scale_by_schedule(schedule: Schedule) -> Transform:
     """Multiply by ``schedule(count)``; the state is the number of updates."""
 
     def update(gradient: Vector, count: int, weights: Vector) -> tuple[Vector, int]:
-        return narrow(gradient * float(schedule(count)), gradient.dtype), count + 1
+        return round_like(gradient * float(schedule(count)), gradient.dtype), count + 1
 
     return Transform(lambda weights: 0, update)
 
@@ -206,7 +206,7 @@ def clip(max_norm: float) -> Transform:
 
     def clip_gradient(gradient: Vector, weights: Vector) -> Vector:
         norm = math.sqrt(np.add.reduce(np.square(widen(gradient), dtype=np.float64)))
-        return narrow(gradient * (max_norm / norm), gradient.dtype) if norm > max_norm else gradient
+        return round_like(gradient * (max_norm / norm), gradient.dtype) if norm > max_norm else gradient
 
     return stateless(clip_gradient)
 
@@ -221,7 +221,9 @@ def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Tra
 
     def add_decay(gradient: Vector, weights: Vector) -> Vector:
         pull = float(rate) * widen(weights)
-        return narrow(gradient + (pull if where is None else np.where(where, pull, pull.dtype.type(0))), gradient.dtype)
+        return round_like(
+            gradient + (pull if where is None else np.where(where, pull, pull.dtype.type(0))), gradient.dtype
+        )
 
     return stateless(add_decay)
 
@@ -233,7 +235,7 @@ def momentum(beta: float, nesterov: bool = False) -> Term:
     def update(gradient: Vector, moment: Vector, weights: Vector) -> tuple[Vector, Vector]:
         check_shape("momentum", moment, weights)
         moment = float(beta) * moment + gradient
-        return narrow(gradient + float(beta) * moment if nesterov else moment, gradient.dtype), moment
+        return round_like(gradient + float(beta) * moment if nesterov else moment, gradient.dtype), moment
 
     return Term.of(Transform(zeros_to_add, update), "momentum", beta=beta, nesterov=nesterov)
 
@@ -265,7 +267,7 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction:
         square = b2 * state.square + (1 - b2) * (wide * wide)
         k1, k2 = (1 - b1**updates, 1 - b2**updates) if bias_correction else (1.0, 1.0)
         direction = (mean / k1) / (np.sqrt(square / k2) + least_eps(eps, wide.dtype))
-        return narrow(direction, gradient.dtype), AdamState(updates, mean, square)
+        return round_like(direction, gradient.dtype), AdamState(updates, mean, square)
 
     return Term.of(Transform(init, update), "adam", b1=b1, b2=b2, eps=eps, bias_correction=bias_correction)
 
@@ -295,6 +297,8 @@ def apply_if_finite(inner: Transform) -> Transform:
     ([0.0, 0.0], 1)
     """
 
+    check_transform("apply_if_finite", inner)
+
     def update(gradient: Vector, state: SkipState, weights: Vector) -> tuple[Vector, SkipState]:
         if not np.isfinite(gradient).all():
             return np.zeros_like(weights), state._replace(skipped=state.skipped + 1)
@@ -319,6 +323,7 @@ def every(k: int, inner: Transform) -> Transform:
     updates.
     """
     require(k >= 1, f"every: k is {k}: pass 1 or more")
+    check_transform("every", inner)
 
     def init(weights: Vector) -> EveryState:
         return EveryState(0, zeros_to_add(weights), inner.init(weights))
@@ -328,10 +333,15 @@ def every(k: int, inner: Transform) -> Transform:
         total = state.total + gradient
         if state.micro_steps + 1 < k:
             return np.zeros_like(weights), EveryState(state.micro_steps + 1, total, state.inner)
-        step, after = inner.update(narrow(total, gradient.dtype), state.inner, weights)
+        step, after = inner.update(round_like(total, gradient.dtype), state.inner, weights)
         return step, EveryState(0, zeros_to_add(weights), after)
 
     return Transform(init, update, inner.bucket)
+
+
+def round_like(x: Vector, dtype: np.dtype[Any]) -> Vector:
+    """What was computed in float32 for 16-bit floats, rounded to them; all else as it is."""
+    return x if reduction_dtype(dtype) == dtype else narrow(x, dtype)
 
 
 def zeros_to_add(weights: Vector) -> Vector:
@@ -371,16 +381,40 @@ def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
     require(value in known, f"{name} is {value!r}: pass one of {', '.join(map(repr, known))}")
 
 
+def check_transform(who: str, given: Any) -> None:
+    """Raise for what is no transform."""
+    fits = callable(getattr(given, "init", None)) and callable(getattr(given, "update", None))
+    require(fits, f"{who}: {given!r} is no transform: pass momentum(0.9), scale(-lr) or another pair (init, update)")
+
+
+def is_number(given: Any) -> bool:
+    """Whether this is one real number."""
+    return isinstance(given, int | float | np.floating | np.integer)
+
+
+def check_number(name: str, given: Any) -> None:
+    """Raise for what is no number."""
+    require(is_number(given), f"{name} is {given!r}: pass a number")
+
+
+def check_count(name: str, given: Any, least: int) -> None:
+    """Raise for what is no whole number, or too small a one."""
+    whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
+    require(whole and given >= least, f"{name} is {given!r}: pass a whole number, {least} or more")
+
+
 def check_rate(name: str, rate: float | Schedule) -> None:
     """Raise for a learning rate below 0: every optimizer takes a positive rate, and its step descends."""
-    number = callable(rate) or isinstance(rate, int | float | np.floating | np.integer)
-    require(number, f"{name} is {rate!r}: pass a number, or a function of the update's count")
+    require(
+        callable(rate) or is_number(rate), f"{name} is {rate!r}: pass a number, or a function of the update's count"
+    )
     if not callable(rate):
         require(rate >= 0, f"{name} is {rate}: pass a positive rate, the step descends by itself")
 
 
 def check_decay(name: str, value: float) -> None:
     """Raise for a decay rate outside [0, 1)."""
+    check_number(name, value)
     require(0 <= value < 1, f"{name} is {value}: pass a number from 0 to below 1")
 
 

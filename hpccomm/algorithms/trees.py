@@ -68,7 +68,11 @@ class TreeLayout:
     """Where the leaves of a tree of weights lie in its vector."""
 
     def __init__(self, weights: Tree, bucket: Bucket | None = None) -> None:
-        arrays = dict(tree_leaves(weights))
+        found = list(tree_leaves(weights))
+        arrays = dict(found)
+        if len(arrays) < len(found):
+            twice = sorted({name for name, _ in found if [other for other, _ in found].count(name) > 1})
+            raise ArgumentError(f"two of the weights are called {', '.join(twice)}: rename the keys of the tree")
         names = list(arrays) if bucket is None else [entry.name for entry in bucket.table]
         check_names("weights", arrays, names)
         self.like = weights

@@ -71,6 +71,10 @@ def hybrid(
     require(local_state in ("keep", "reset"), f"hybrid: local_state is {local_state!r}: pass 'keep' or 'reset'")
     group = find_group(comm, group_size)
     groups = len(set(comm.allgather(group.allgather(comm.rank)[0])))
+    require(
+        callable(exchange),
+        "hybrid: the exchange is no function: pass hpccomm.gtc, or lambda group: …, which is called with the group",
+    )
     inside = exchange(group)
     require(
         residual != "flush" or can_flush(inside),

@@ -76,7 +76,7 @@ def threshold(
     elif isinstance(tau, str):
         if tau != "auto":
             raise ArgumentError(f"threshold: tau is {tau!r}: pass a positive number or 'auto'")
-    elif not (tau > 0 and math.isfinite(tau) and np.float32(tau) > 0):
+    elif not (isinstance(tau, int | float | np.number) and tau > 0 and math.isfinite(tau) and np.float32(tau) > 0):
         raise ArgumentError(f"threshold: tau is {tau}: pass a positive number, in the units of the gradient, or 'auto'")
     if code not in ("words", "rice"):
         raise ArgumentError(f"{name}: code is {code!r}: pass 'words' or 'rice'")
