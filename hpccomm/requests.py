@@ -108,11 +108,6 @@ class CollectiveRequest(MPI.Grequest):
             raise ArgumentError(f"{self.call.text}: the request is not complete: complete it with Wait or Test")
         super().Free()
 
-    def __del__(self) -> None:
-        """Free a request that nobody has completed; its call is complete, because it refers to the request."""
-        if self != MPI.REQUEST_NULL and not MPI.Is_finalized():
-            super().Free()
-
 
 def begin_request(call: Call) -> CollectiveRequest:
     """A request that is complete when the call is."""
