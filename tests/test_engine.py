@@ -11,7 +11,7 @@ import pytest
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.engine import bind, bind_program, bind_segments, even_cuts
-from hpccomm.collectives.lower import Layout, lower
+from hpccomm.collectives.lowering import Layout, lower
 from hpccomm.collectives.schedule import Algorithm, NodeStep
 from hpccomm.errors import MismatchError
 from hpccomm.transports.threads import ThreadTransport, run_on_threads

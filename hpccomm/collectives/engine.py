@@ -1,6 +1,6 @@
 """The engine binds a schedule to a vector once; the plan that results is a flat list of actions.
 
-It is the interpreter of records (:mod:`hpccomm.collectives.lower`) in Python: it runs on any transport, with any
+It is the interpreter of records (:mod:`hpccomm.collectives.lowering`) in Python: it runs on any transport, with any
 operation, and where nothing is compiled; the compiled interpreter is tested against it.  A running plan looks up,
 slices and checks nothing.
 """
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.collectives.records import Meeting, Program
 from hpccomm.collectives.schedule import NodeStep, Step, even_cuts, without_node_steps
 from hpccomm.kernels.interpreter.records import COPY, NODE, RECEIVE, REDUCE, SEND
