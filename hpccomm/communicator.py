@@ -98,7 +98,6 @@ class Communicator(MPI.Intracomm):
     _context: Context | None = None
     plans: PlanCache
     """The plans of this communicator, and its compiled entry."""
-    _queue: Queue | None = None
     _doors: Doors
     _bounce_buffers: BounceBuffers
     _planner: DevicePlanner
@@ -128,7 +127,7 @@ class Communicator(MPI.Intracomm):
             drive_all()
         return self
 
-    def __init__(self, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py") -> None:
+    def __init__(self, *args: Any, **named: Any) -> None:  # a subclass may have other arguments
         if self._context is not None:
             self._context.level("intra")
 
@@ -158,9 +157,17 @@ class Communicator(MPI.Intracomm):
         """The context, also while calls are under way."""
         return self._context or self.context
 
-    def _make_channel(self, private: MPI.Intracomm) -> Communicator:
-        """The communicator on which a progress thread makes this one's calls."""
-        return Communicator.__new__(Communicator, private, self._algorithm)
+    @property
+    def _queue(self) -> Queue | None:
+        """The calls of progress threads, if there have been any."""
+        return self._context.queue if self._context else None
+
+    @staticmethod
+    def _make_channel(private: MPI.Intracomm, algorithm: str) -> Communicator:
+        """The communicator on which a progress thread makes the calls of another one."""
+        channel = Communicator.__new__(Communicator, private, algorithm)
+        channel._planner.in_lockstep = True
+        return channel
 
     def _prepare(self, name: str) -> None:
         """Set up what the first collective needs, which is ``name``, and let the compiled entry take later ones."""

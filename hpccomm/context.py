@@ -87,6 +87,23 @@ class PlanCache:
         self.entry: Entry | None = None
         self.stage = -1
         """The stage of the context for which the doors were opened."""
+        self._held: dict[str, Any] = {}
+
+    def hold(self, let_pass: Callable[[], None]) -> None:
+        """Let calls wait before they enter by the doors: ``let_pass`` returns when they may."""
+        if not self._held:
+            self._held = dict(vars(self.doors))
+            vars(self.doors).update({name: partial(self._enter_later, let_pass, name) for name in self._held})
+
+    def let_go(self) -> None:
+        """Let calls enter at once again."""
+        vars(self.doors).update(self._held)
+        self._held = {}
+
+    def _enter_later(self, let_pass: Callable[[], None], name: str, *arguments: Any) -> Any:
+        """Enter by a door that was held."""
+        let_pass()
+        return (self._held or vars(self.doors))[name](*arguments)
 
     def keep(self, key: Hashable, bound: Plan) -> Plan:
         """Cache a plan, if it has a key; beyond MAX_PLANS the oldest is freed."""
@@ -135,6 +152,8 @@ class Context:
         self.consistency, self._segment = self.open_consistency_table()
         self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
         self.closed = False
+        self.queue: Any = None
+        """The calls of progress threads (:mod:`hpccomm.progress`)."""
         self.levels: dict[str, MPI.Intracomm] = {}
         self.stage = 0
         """0 before the first collective; rises when calls may run in another way than before."""
@@ -185,11 +204,11 @@ class Context:
         table = tuning.load(*where, ethernet=not layout.fast_networks(), cpu=processor_name())
         return table if table.frozen else table.add_first_use(first_use.load(mpi_name()))
 
-    def add_first_use(self, rows: list[tuning.Row]) -> None:
-        """Decide by what the first use of a size class has measured, now and in later programs."""
+    def add_first_use(self, rows: list[tuning.Row], keep: bool) -> None:
+        """Decide by what the first use of a size class has measured, and with ``keep`` in later programs too."""
         self.table = self.table.add_first_use(rows)
         self._decisions.clear()
-        if self.rank == 0:
+        if keep and self.rank == 0:
             first_use.save(mpi_name(), rows)
 
     def exchange_counts(self, elements: int) -> tuple[int, ...]:
@@ -362,6 +381,8 @@ class Context:
 
     def close(self) -> None:
         """Free all resources (collective)."""
+        if self.queue:
+            self.queue.close()
         self.closed, self.stage = True, 0
         for level in self.levels.values():
             level.Free()

@@ -3,8 +3,8 @@
 ``auto`` takes what the tuning table says was faster.  The rows of one node were measured on one processor with a few
 ranks.  Elsewhere the first call of a collective in a size class runs both on scratch memory, in turns: a few
 milliseconds, with medians that all ranks share, so all of them decide alike, at this call.  Later calls of the class
-and later programs of the user keep the decision, which is a file beside the compiled functions.  What all comparisons
-of a communicator may take is bounded; a class that is not compared any more stays native.
+keep the decision, and so do later programs of the user, by a file beside the compiled functions, unless the machine was
+busy.  What all comparisons of a communicator may take is bounded; a class that is not compared any more stays native.
 
 Sums of floating-point numbers may round differently in the two algorithms.  ``reproducible=True`` takes no part.
 ``HPCCOMM_GUARD=off`` compares nothing and takes the table as it is; ``hpccomm tune --freeze`` pins what was decided.
@@ -37,6 +37,8 @@ ALL_SECONDS, SHARE = 0.06, 0.02
 MOST_BYTES = 1 << 22
 """Longer vectors are compared at this length."""
 MOST_REPEATS = 64
+SPREAD = 2.0
+"""On an idle machine the middle round takes less than so many times the best one."""
 Run = Callable[[], Any]
 
 
@@ -72,13 +74,15 @@ class FirstUse:
         if found is None:
             self._refused.add(key)
             return False
+        times, steady = found
         whole = 1 << max(0, key[1] - 1)
         at = whole * self._planner.size if collective in BLOCKWISE else whole
-        context.add_first_use([row_of(collective, name, self._planner.size, at, us) for name, us in found.items()])
+        rows = [row_of(collective, name, self._planner.size, at, us) for name, us in times.items()]
+        context.add_first_use(rows, keep=steady)
         return True
 
-    def _measure(self, collective: str, length: int, candidate: str) -> dict[str, float] | None:
-        """Microseconds of either algorithm for the slowest rank; None if too much time has been spent (collective)."""
+    def _measure(self, collective: str, length: int, candidate: str) -> tuple[dict[str, float], bool] | None:
+        """What :func:`time_in_turns` finds; None if too much time has been spent (collective)."""
         comm = self._planner.context.private_comm
         plan = bind_ours(self._planner, collective, candidate, length)
         try:
@@ -92,8 +96,11 @@ class FirstUse:
             plan.free()
 
 
-def time_in_turns(comm: Any, runs: dict[str, Run]) -> dict[str, float]:
-    """The median time of each run in microseconds, for the slowest rank (collective)."""
+def time_in_turns(comm: Any, runs: dict[str, Run]) -> tuple[dict[str, float], bool]:
+    """The median time of each run in microseconds for the slowest rank, and whether the rounds were alike (collective).
+
+    Rounds differ where the machine is busy with other work: what they decide is not kept for later programs.
+    """
     once = max(comm.allreduce(sum(time_of(run, 1) for run in runs.values()), MPI.MAX), 1e-7)
     repeats = int(min(MOST_REPEATS, max(1, SECONDS / ROUNDS / once)))
     rounds = int(min(ROUNDS, max(1, SECONDS / once)))
@@ -104,7 +111,9 @@ def time_in_turns(comm: Any, runs: dict[str, Run]) -> dict[str, float]:
             found[name].append(time_of(runs[name], repeats))
         names.reverse()
     middle = {name: sorted(times)[len(times) // 2] for name, times in found.items()}
-    return {name: 1e6 * float(comm.allreduce(seconds, MPI.MAX)) for name, seconds in middle.items()}
+    steady = rounds == ROUNDS and all(middle[name] <= SPREAD * min(times) for name, times in found.items())
+    slowest = {name: 1e6 * float(comm.allreduce(seconds, MPI.MAX)) for name, seconds in middle.items()}
+    return slowest, bool(comm.allreduce(steady, MPI.LAND))
 
 
 def time_of(run: Run, repeats: int) -> float:

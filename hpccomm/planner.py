@@ -40,7 +40,7 @@ from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import NativeCall, Plan, Run, call_key
 from hpccomm.collectives.engine import BoundSchedule
 from hpccomm.collectives.hierarchical import Form
-from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.collectives.schedule import Algorithm, without_node_steps
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError, TransportError
@@ -79,6 +79,9 @@ SEGMENT_BYTES = 1 << 17
 
 class Planner:
     """Plans the calls of one communicator."""
+
+    in_lockstep = False
+    """Whether no rank begins any call before all have been compared; a progress thread waits for the others anyway."""
 
     def __init__(self, comm: Any) -> None:
         self.comm = comm
@@ -451,7 +454,7 @@ class Planner:
         if self.shared_memory and "native" not in (comm.algorithm, setting):
             return self.keep_shared(key, fingerprint, self.shared_memory.bind_barrier, ALWAYS)
         run = self.guard(fingerprint, lambda: MPI.Intracomm.Barrier(comm), lockstep=False)
-        return self.comm.plans.keep(key, Plan(run, row=NativeCall(fingerprint.word, ALL_LENGTHS, False)))
+        return self.comm.plans.keep(key, Plan(run, row=NativeCall(fingerprint.word, ALL_LENGTHS, self.in_lockstep)))
 
     def bind_inherited(
         self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
@@ -843,7 +846,7 @@ class Planner:
         run = self.guard(fingerprint, lambda: method(comm, *forms, *arguments), name in SYNCHRONISING, amounts)
         plain = reusable and not any(each.half for each in buffers)
         lengths = self.unit_lengths(name, choice)
-        row = NativeCall(fingerprint.word, lengths, name in SYNCHRONISING) if plain else None
+        row = NativeCall(fingerprint.word, lengths, self.in_lockstep or name in SYNCHRONISING) if plain else None
         return self.comm.plans.keep(key, Plan(run, row=row)) if reusable else Plan(run)
 
     def has_weak_form(self, buffer: Buffer) -> bool:
@@ -934,6 +937,7 @@ class Planner:
         table = self.context.consistency
         if table is None:
             return body
+        lockstep = lockstep or self.in_lockstep
         digest = table.announce(fingerprint)
         context, synchronises = self.context, fingerprint.collective in SYNCHRONISING
         enter = table.begin if synchronises or lockstep else table.enter

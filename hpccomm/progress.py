@@ -19,19 +19,22 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 from mpi4py import MPI
 
 from hpccomm.calls.consistency import FLUSH_SECONDS, log_line
-from hpccomm.calls.entry import COLLECTIVES, Doors
 from hpccomm.calls.fingerprint import Fingerprint
-from hpccomm.context import create_private_comm
+from hpccomm.context import Context, create_private_comm
 from hpccomm.errors import HpccommError, TransportError
+from hpccomm.transports.polling import pause
 
 DRIVE_SECONDS = 5e-4
 """Seconds between two calls of MPI with ``HPCCOMM_PROGRESS=all``."""
+
+EAGER_SECONDS = 1e-3
+"""How long a rank polls MPI for the ranks of other nodes before it sleeps between two polls."""
 
 EXIT_SECONDS = 10.0
 """How long a program that ends waits for its calls before it aborts all ranks."""
@@ -43,6 +46,7 @@ class Call:
     def __init__(self, function: Callable[[Any], Any], description: str | Fingerprint, rank: int) -> None:
         self.text = f"rank {rank}: {description}"
         self.fingerprint = description if isinstance(description, Fingerprint) else Fingerprint(description)
+        self.algorithm = "auto"
         self.blocking_calls = self.number = 0
         """How many blocking calls this rank has made before it; its number among the others of its communicator."""
         self.error: BaseException | None = None
@@ -94,13 +98,12 @@ class Call:
 
 
 class Queue:
-    """The calls of one communicator that are not complete, in the order of issue."""
+    """The calls of one MPI communicator that are not complete, in the order of issue."""
 
-    def __init__(self, comm: Any) -> None:
-        self.comm = comm
+    def __init__(self, context: Context, make_channel: Callable[[MPI.Intracomm, str], Any]) -> None:
         self.calls: deque[Call] = deque()
         """The first one is running."""
-        self._doors, self._waiting_doors = comm._doors, WaitingDoors(self)
+        self._context, self._make_channel = context, make_channel
         self._thread = 0
         self._channel: Any = None
         self.failure: HpccommError | None = None
@@ -108,11 +111,11 @@ class Queue:
 
     def submit(self, call: Call) -> None:
         """Append a call."""
-        _ = self.comm._own_context
         with _state.lock:
             self.calls.append(call)
-            self._issue()
-            self.comm._doors = self._waiting_doors
+            self._issue(call)
+            for each in list(self._context.users):
+                each.hold(self.let_pass)
             first = len(self.calls) == 1
         if first:
             give_to_thread(self)
@@ -125,8 +128,9 @@ class Queue:
             call.run(self._find_channel)
             with _state.lock:
                 if len(self.calls) == 1:
-                    self.comm._doors = self._doors
                     self._thread = 0
+                    for each in list(self._context.users):
+                        each.let_go()
                     release_thread()
                 self.calls.popleft()
                 last = not self.calls
@@ -150,58 +154,48 @@ class Queue:
             if last:
                 last.sleep()
 
-    def _issue(self) -> None:
-        """Write the calls that this rank has issued to the consistency table, as soon as there is one."""
-        table = self._table
-        for call in self.calls if table else ():
-            if not call.number:
-                call.blocking_calls = table.blocking_calls_here()
-                call.number = table.issue(call.fingerprint, call.blocking_calls)
-
-    @property
-    def _table(self) -> Any:
-        """The consistency table of the user's communicator."""
-        return self.comm._context.consistency if self.comm._context else None
+    def _issue(self, call: Call) -> None:
+        """Write a call that this rank issues to the consistency table."""
+        table = self._context.consistency
+        if table:
+            call.blocking_calls = table.blocking_calls_here()
+            call.number = table.issue(call.fingerprint, call.blocking_calls)
 
     def _find_channel(self, call: Call) -> Any:
-        """The channel, as soon as all ranks of the node have issued this call, which until then costs no core.
+        """The channel, as soon as all ranks have issued this call, which until then costs no core.
 
         The first call makes it (collective).
         """
-        if call.number:
+        table = self._context.consistency
+        if table:
             try:
-                self._table.await_issue(call.number, call.blocking_calls, call.fingerprint)
+                table.await_issue(call.number, call.blocking_calls, call.fingerprint)
             except HpccommError as error:
                 self.failure = error
                 raise
+        if self._context.layout.count > 1:
+            await_quietly((self._channel or self._context).private_comm.Ibarrier())
         if self._channel is None:
-            self._channel = self.comm._make_channel(create_private_comm(self.comm._context.private_comm))
+            self._channel = self._make_channel(create_private_comm(self._context.private_comm), call.algorithm)
             atexit.unregister(complete_all)
             atexit.register(complete_all)  # runs before the tables tell the other ranks that this rank has left
-        if self._channel.algorithm != self.comm.algorithm:
-            self._channel.algorithm = self.comm.algorithm
+        if self._channel.algorithm != call.algorithm:
+            self._channel.algorithm = call.algorithm
         return self._channel
 
     def close(self) -> None:
         """Wait for all calls and free the channel (collective)."""
         self.drain()
-        if self._channel is not None:
-            self._channel.Free()
-        self._channel = None
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.Free()
 
 
-class WaitingDoors(Doors):
-    """The doors of a communicator with calls under way: wait for them, then enter by its own doors."""
-
-    def __init__(self, queue: Queue) -> None:
-        for name in COLLECTIVES:
-            setattr(self, name, partial(self.enter, queue, name))
-
-    @staticmethod
-    def enter(queue: Queue, name: str, *arguments: Any) -> Any:
-        """Enter a collective after all calls of the queue."""
-        queue.let_pass()
-        return getattr(queue._doors, name)(*arguments)
+def await_quietly(request: MPI.Request) -> None:
+    """Wait for MPI, and leave the core to others while it takes long."""
+    began = time.monotonic()
+    while not request.Test():
+        pause(began, EAGER_SECONDS, 32)
 
 
 def submit(
@@ -229,11 +223,13 @@ def submit(
         call.run(lambda call: comm)
         call.finish()
         return future
-    if comm._queue is None:
-        comm._queue = Queue(comm)
-        _state.queues.add(comm._queue)
+    context = comm._own_context
+    if context.queue is None:
+        context.queue = Queue(context, comm._make_channel)
+        _state.queues.add(context.queue)
         complete_at_finalize()
-    comm._queue.submit(call)
+    call.algorithm = comm.algorithm
+    context.queue.submit(call)
     return future
 
 

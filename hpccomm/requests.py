@@ -108,11 +108,6 @@ class CollectiveRequest(MPI.Grequest):
             raise ArgumentError(f"{self.call.text}: the request is not complete: complete it with Wait or Test")
         super().Free()
 
-    def __del__(self) -> None:
-        """Free a request that nobody has completed; its call is complete, because it refers to the request."""
-        if self != MPI.REQUEST_NULL and not MPI.Is_finalized():
-            super().Free()
-
 
 def begin_request(call: Call) -> CollectiveRequest:
     """A request that is complete when the call is."""
@@ -246,8 +241,7 @@ def start_native(comm: Any, name: str, given: dict[str, Any], native: Callable[.
 def compare_quietly(comm: Any, fingerprint: Fingerprint) -> Callable[[bool], None]:
     """Compare a call with those of the ranks of this node that have made theirs; returns the function that goes on.
 
-    It does so until the next call, and takes whether this rank waits.  Before the first blocking call there is no
-    table to compare with: a non-blocking call must not wait for the other ranks, which making one does.
+    It does so until the next call, and takes whether this rank waits.
     """
     table = comm._context.consistency if comm._context else None
     if table is None:

@@ -22,8 +22,10 @@ STALL_SECONDS, LATE_SECONDS = 0.5, 2.0
 ROOTED = ("Bcast", "Gather", "Gatherv", "Reduce", "Scatter", "Scatterv", "bcast", "gather", "reduce", "scatter")
 REDUCTIONS = ("Allreduce", "Reduce", "Reduce_scatter_block", "Reduce_scatter", "Scan", "Exscan")
 COLLECTIVES = {
-    **dict.fromkeys(("Allreduce", "Reduce", "Reduce_scatter_block", "Reduce_scatter"), PATHS),
-    **dict.fromkeys(("Allgather", "Allgatherv", "Bcast"), PATHS),
+    **dict.fromkeys(("Allreduce", "Reduce_scatter_block", "Reduce_scatter"), PATHS),
+    "Reduce": ("native", "shared", "tree"),
+    **dict.fromkeys(("Allgather", "Allgatherv"), PATHS),
+    "Bcast": ("native", "shared", "tree"),
     "Alltoall": ("native", "shared"),
     **dict.fromkeys(
         ("Scan", "Exscan", "Gather", "Gatherv", "Scatter", "Scatterv", "Alltoallv", "Alltoallw"), ("native",)
@@ -174,6 +176,7 @@ def main() -> None:
     with (folder / f"{world.rank}.jsonl").open("a", buffering=1) as log:
         for number in numbers:
             before = os.lseek(2, 0, os.SEEK_END)
+            os.write(2, f"cell {number}\n".encode())
             outcome = run_cell(world, cells[number])
             world.Barrier()
             warned = os.pread(2, 10000, before).decode()

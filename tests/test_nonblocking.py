@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
 from functools import partial
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
+from nonblocking_rounds import run_rounds
 
 import hpccomm
-from hpccomm import ArgumentError, Communicator, MismatchError
+from hpccomm import ArgumentError, Communicator, MismatchError, context
 from hpccomm.errors import TransportError
 from hpccomm.requests import COMPARED
 
@@ -180,6 +182,17 @@ def test_a_request_that_is_dropped_completes_all_the_same(comm: Communicator) ->
     assert (y == comm.size).all()
 
 
+def test_a_copy_of_a_request_completes_the_call(comm: Communicator) -> None:
+    """MPI.Request(request) shares the handle, and may outlive the request."""
+    for _ in range(20):
+        y = np.zeros(3)
+        copy = MPI.Request(comm.Iallreduce(np.ones(3), y))
+        comm.Barrier()
+        gc.collect()
+        copy.Wait()
+        assert (y == comm.size).all()
+
+
 def test_a_communicator_is_freed_after_its_calls(comm: Communicator) -> None:
     new = Communicator(comm.Dup())
     y = np.zeros(3)
@@ -245,6 +258,8 @@ def test_a_wrong_argument_is_refused_at_the_issue_or_by_wait(comm: Communicator,
         (("Allgather", np.ones(8), np.ones(24)), ("Allgather", np.ones(4), np.ones(12)), "counts the same"),
         (("Barrier",), ("Allreduce", np.ones(8), np.ones(8)), "same collective in the same order"),
         (("Reduce", np.ones(8), np.ones(8)), ("Bcast", np.ones(8)), "same collective in the same order"),
+        (("Gather", np.ones(8), np.ones(24)), ("Barrier",), "same collective in the same order"),
+        (("Scatterv", np.ones(24), np.ones(8)), ("Gatherv", np.ones(8), np.ones(24)), "same collective in the same"),
     ],
 )
 def test_calls_that_differ_are_named(comm: Communicator, usual: Any, unusual: Any, remedy: str) -> None:
@@ -315,14 +330,67 @@ def test_pending_calls_precede_blocking_and_pickled_calls(comm: Communicator) ->
         request.Wait()
 
 
-ROUNDS = 60
+ROUNDS = 40
 
 
 def test_many_mixed_calls_on_two_communicators_complete_in_any_order(comm: Communicator) -> None:
     """The longer form of this test is ``python tests/nonblocking_rounds.py``."""
-    from nonblocking_rounds import run_rounds
-
     run_rounds(comm, ROUNDS, seed=comm.size)
+
+
+@pytest.mark.mpi(sizes=(4,))
+@pytest.mark.parametrize("nodes", [(0, 0, 1, 1), (0, 1, 0, 2)])
+def test_mixed_calls_between_nodes(comm: Communicator, nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = nodes[comm.rank]
+    monkeypatch.setattr(context, "ranks_of_this_node", lambda channel: channel.Split(here, channel.rank))
+    placed = Communicator(comm.Dup())
+    run_rounds(placed, 20, seed=comm.size)
+    assert placed.layout.count == len(set(nodes))
+    placed.Barrier()
+    used = time.process_time()
+    if comm.rank == 0:
+        time.sleep(1.0)
+    placed.Ibcast(np.zeros(300_000)).Wait()
+    assert time.process_time() - used < 0.1, "a rank that waits for one on another node takes its core"
+    placed.Free()
+
+
+def test_a_program_may_use_requests_in_its_own_threads(comm: Communicator) -> None:
+    """One thread issues calls, another one completes them."""
+    y = np.zeros(1000)
+    requests = [comm.Iallreduce(np.ones(1000), y), comm.Ibarrier()]
+    other = threading.Thread(target=lambda: [each.Wait() for each in requests])
+    other.start()
+    other.join()
+    assert (y == comm.size).all()
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_communicators_of_every_class_have_non_blocking_calls(comm: Communicator) -> None:
+    class Mine(Communicator):
+        pass
+
+    made = [Mine(comm.Dup()), comm.Create_cart([comm.size]), Communicator(comm.Dup(), pickle="auto")]
+    for each in (*made, Communicator(MPI.COMM_SELF), Communicator(comm, "ring")):
+        y, z = np.zeros(3), np.zeros(3)
+        requests = [each.Iallreduce(np.ones(3), y), each.Iallreduce(np.ones(3), z)]
+        assert each.allreduce(1) == each.size
+        MPI.Request.Waitall(requests)
+        each.algorithm = "native"
+        each.Iallreduce(np.ones(3), z).Wait()
+        assert (y == each.size).all()
+        assert (z == each.size).all()
+    for each in made:
+        each.Free()
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_many_calls_may_be_under_way(comm: Communicator) -> None:
+    results = [np.zeros(1) for _ in range(500)]
+    requests = [comm.Iallreduce(np.full(1, float(k)), into) for k, into in enumerate(results)]
+    requests[-1].Wait()
+    MPI.Request.Waitall(requests)
+    assert [each[0] for each in results] == [k * comm.size for k in range(500)]
 
 
 # Futures

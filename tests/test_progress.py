@@ -65,6 +65,23 @@ def test_a_blocking_call_follows_the_calls_before_it(comm: Communicator) -> None
         assert (total == comm.size).all()
 
 
+@pytest.mark.mpi(sizes=(2, 3))
+def test_communicators_that_share_a_handle_share_the_order(comm: Communicator) -> None:
+    """A blocking call on one follows the calls of the other, also while both make their first one."""
+    base = comm.Dup()
+    first, second = Communicator(base), Communicator(base, "ring")
+    calls = [progress.submit(each, sum_on(8)) for each in (first, second, first)]
+    total = np.zeros(3)
+    second.Allreduce(np.ones(3), total)
+    assert all(each.done() for each in calls)
+    assert (total == comm.size).all()
+    calls = [progress.submit(first, sum_on(50_000))]
+    first.Allreduce(np.ones(3), total)
+    second.Barrier()
+    assert calls[0].done()
+    base.Free()
+
+
 def test_an_error_is_raised_by_every_wait_and_printed(comm: Communicator, capfd: pytest.CaptureFixture[str]) -> None:
     def fail(channel: Any) -> None:
         raise KeyError("an unknown name")

@@ -686,15 +686,19 @@ def test_all_ranks_choose_the_same_way_to_fill_slots(comm: MPI.Intracomm) -> Non
 
 @pytest.mark.mpi(min_size=2)
 def test_a_user_sees_what_running_programs_have_decided(comm: MPI.Intracomm) -> None:
-    n = 40_000
-    with open_memory(comm) as shared:
+    n, mine = 40_000, DEFAULTS._replace(source="this test")
+
+    def find() -> list[live.Running]:
+        return [each for each in live.find_running() if each.facts["parameters"]["source"] == "this test"]
+
+    with open_memory(comm, parameters=mine) as shared:
         x, y = pattern(n, comm.rank), np.zeros(n, "f4")
         plan = shared.bind_allreduce(at(x), at(y), n, "f4", "sum", 1)
         for _ in range(60):
             plan()
         comm.Barrier()
-        own = comm.bcast(os.getpid())
-        (seen,) = [each for each in live.find_running() if each.pid == own]
+        (seen,) = find()
+        assert seen.pid == comm.bcast(os.getpid())
         assert seen.facts["ranks"] == comm.size
         assert seen.facts["parameters"]["slot"] == DEFAULTS.slot
         (decision,) = seen.decisions
@@ -705,7 +709,7 @@ def test_a_user_sees_what_running_programs_have_decided(comm: MPI.Intracomm) -> 
         assert decision.decisions == row["decisions"] >= 1
         comm.Barrier()
     comm.Barrier()
-    assert not [each for each in live.find_running() if each.pid == own]
+    assert not find()
 
 
 FAST, SLOW = 1000, 5000

