@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -26,6 +28,7 @@ myst_enable_extensions = ["colon_fence", "attrs_block"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+autodoc_mock_imports = [name for name in ("torch", "jax", "cupy") if importlib.util.find_spec(name) is None]
 exclude_patterns = ["_build"]
 
 
@@ -63,15 +66,23 @@ def setup(app: object) -> None:
             lines, missing = [".. list-table::", "   :widths: 25 75", ""], [""]
             for name in hpccomm.__all__:
                 home = hpccomm._HOME[name]
-                first = (getattr(hpccomm, name).__doc__ or "").strip().split("\n")[0]
+                kind, first = describe(name, home)
                 lines += [f"   * - :any:`hpccomm.{name} <{target(name, home)}>`", f"     - {first}"]
                 if not is_described(name, home):
-                    kind = "class" if isinstance(getattr(hpccomm, name), type) else "function"
                     missing += [f".. auto{kind}:: {home}.{name}", ""]
             lines += missing
             node = nodes.Element()
             self.state.nested_parse(StringList(lines, "public-names"), 0, node)
             return node.children
+
+    def describe(name: str, home: str) -> tuple[str, str]:
+        """Kind and first line of a name, read from the source: its module may need a library that is not here."""
+        file = Path(importlib.util.find_spec(home).origin)
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if getattr(node, "name", "") == name:
+                text = ast.get_docstring(node) or ""
+                return "class" if isinstance(node, ast.ClassDef) else "function", text.split("\n")[0]
+        return "data", ""
 
     def target(name: str, home: str) -> str:
         return "hpccomm.Communicator" if name == "Communicator" else f"{home}.{name}"
@@ -82,6 +93,8 @@ def setup(app: object) -> None:
     def is_described(name: str, home: str) -> bool:
         """Whether a block of the page describes a name: all members of its module, or this one."""
         listed = modules.get(home)
+        if re.search(rf"auto\w+:: {re.escape(home)}\.{name}\b", page):
+            return True
         return name == "Communicator" or (listed is not None and (not listed or name in re.split(r",\s*", listed)))
 
     directives.register_directive("command-help", CommandHelp)

@@ -228,7 +228,7 @@ class DevicePlanner(Planner):
         """A barrier that raises on all ranks if their calls, or the memory of their arrays, differ."""
         fingerprint = Fingerprint(
             name,
-            operations.name_of(op) if op is not None else "",
+            operations.name_in_fingerprint(op) if op is not None else "",
             UNKNOWN if count is None else str(count),
             data.kind,
             "" if root is None else str(root),

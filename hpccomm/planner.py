@@ -40,7 +40,7 @@ from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import NativeCall, Plan, Run, call_key
 from hpccomm.collectives.engine import BoundSchedule
 from hpccomm.collectives.hierarchical import Form
-from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.collectives.schedule import Algorithm, without_node_steps
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
 from hpccomm.errors import ArgumentError, TransportError
@@ -774,7 +774,7 @@ class Planner:
             count = UNKNOWN if dtype is None else str(data.nbytes // dtype.itemsize)
         return Fingerprint(
             name,
-            operations.name_of(op) if op is not None else "",
+            operations.name_in_fingerprint(op) if op is not None else "",
             count,
             UNKNOWN if dtype is None else data.element_name or data.kind if data.dtype is not None else dtype.name,
             "" if root is None else str(root),

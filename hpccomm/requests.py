@@ -108,11 +108,6 @@ class CollectiveRequest(MPI.Grequest):
             raise ArgumentError(f"{self.call.text}: the request is not complete: complete it with Wait or Test")
         super().Free()
 
-    def __del__(self) -> None:
-        """Free a request that nobody has completed; its call is complete, because it refers to the request."""
-        if self != MPI.REQUEST_NULL and not MPI.Is_finalized():
-            super().Free()
-
 
 def begin_request(call: Call) -> CollectiveRequest:
     """A request that is complete when the call is."""
@@ -352,7 +347,7 @@ def describe(
     dtype, unknown = data.dtype or data.base, UNKNOWN if buffers else ""
     return Fingerprint(
         spelling,
-        "" if op is None else operations.name_of(op),
+        "" if op is None else operations.name_in_fingerprint(op),
         unknown if dtype is None else str(count_bytes(name, data, size) // dtype.itemsize),
         unknown if dtype is None else data.half or str(dtype),
         "" if root is None else str(root),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hpccomm.collectives import ALGORITHMS, hierarchical
-from hpccomm.collectives.engine import bind, bind_segments, even_cuts
-from hpccomm.collectives.schedule import Algorithm
+from hpccomm.collectives.engine import bind, bind_program, bind_segments, even_cuts
+from hpccomm.collectives.lowering import Layout, lower
+from hpccomm.collectives.schedule import Algorithm, NodeStep
 from hpccomm.errors import MismatchError
 from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
@@ -164,6 +166,17 @@ def test_a_plan_may_run_many_times() -> None:
         return vector
 
     assert all((vector == 81).all() for vector in run_on_threads(3, body))
+
+
+def test_a_bound_schedule_keeps_the_memory_of_which_node_steps_know_the_address() -> None:
+    step = NodeStep("reduce_scatter", np.zeros(2, dtype=np.int64), np.array([0, 1]), np.array([1, 2]))
+    program = lower([step], 0, Layout(4, 8, 2), from_source=True)
+    vector, source = np.ones(4), np.ones(4)
+    kept = weakref.ref(vector), weakref.ref(source)
+    plan = bind_program(program, vector, source, None, meet=lambda meeting: lambda: None)
+    del vector, source
+    assert all(each() is not None for each in kept)
+    plan()
 
 
 def test_a_message_of_another_call_is_refused() -> None:

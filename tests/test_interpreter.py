@@ -20,7 +20,7 @@ from hpccomm.backends.schedules import Reduction
 from hpccomm.calls import operations
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import BoundSchedule
-from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.kernels import objects
 from hpccomm.kernels.interpreter import body
 from hpccomm.testing import verifiable

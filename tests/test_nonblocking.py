@@ -182,6 +182,17 @@ def test_a_request_that_is_dropped_completes_all_the_same(comm: Communicator) ->
     assert (y == comm.size).all()
 
 
+def test_a_copy_of_a_request_completes_the_call(comm: Communicator) -> None:
+    """MPI.Request(request) shares the handle, and may outlive the request."""
+    for _ in range(20):
+        y = np.zeros(3)
+        copy = MPI.Request(comm.Iallreduce(np.ones(3), y))
+        comm.Barrier()
+        gc.collect()
+        copy.Wait()
+        assert (y == comm.size).all()
+
+
 def test_a_communicator_is_freed_after_its_calls(comm: Communicator) -> None:
     new = Communicator(comm.Dup())
     y = np.zeros(3)

@@ -216,6 +216,23 @@ def test_two_wrappers_of_one_communicator_keep_their_own_algorithm(comm: Communi
     assert ring.context is comm.context
 
 
+class WithArgument(Communicator):
+    """A communicator with an argument of its own."""
+
+    def __new__(cls, comm: Any = None, step: int = 1) -> Any:
+        """Keep the argument."""
+        made: Any = super().__new__(cls, comm)
+        made.step = step
+        return made
+
+
+@pytest.mark.mpi(sizes=(1, 2))
+def test_a_subclass_may_have_arguments_of_its_own(comm: Communicator) -> None:
+    made = WithArgument(comm, step=3)
+    assert made.Dup().Allreduce(np.ones(1), np.empty(1)) is None
+    assert made.step == 3
+
+
 @pytest.mark.mpi(sizes=(2,))
 def test_views_of_arrays_that_are_made_again_at_other_addresses(comm: Communicator) -> None:
     """The old address comes back on some ranks only."""

@@ -13,7 +13,7 @@ import pytest
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.check import Duty, check_algorithm, check_programs, columns
 from hpccomm.collectives.hierarchical import HIERARCHICAL, MANY, MESSAGE_BYTES, channels_of, select_form
-from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.collectives.records import Program
 from hpccomm.collectives.schedule import Algorithm, NodeStep, without_node_steps
 from hpccomm.collectives.verify import (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch_world import COMPLEX, FLOATS, INTEGERS, MOVED, SHAPES, dist, numbers, process_group, same, torch
 
-from hpccomm.errors import ArgumentError, MismatchError
+from hpccomm.errors import ArgumentError, MismatchError, TransportError
 
 pytestmark = pytest.mark.mpi(sizes=(1, 2, 3, 4))
 
@@ -373,6 +373,50 @@ def test_asynchronous_calls_run_in_the_order_of_issue() -> None:
     assert torch.equal(x, torch.full((1000,), float(size**5)))
 
 
+def test_one_rank_may_wait_at_once_where_another_waits_later() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    xs = [torch.ones(3) for _ in range(4)]
+    works = [dist.all_reduce(x, async_op=(rank + k) % 2 == 0) for k, x in enumerate(xs)]
+    for work in works:
+        if work is not None:
+            work.wait()
+    assert all(float(x[0]) == size for x in xs)
+    group = dist.new_group()
+    order = [None, group] if rank % 2 else [group, None]  # the groups' calls in different orders
+    works = [dist.all_reduce(x, group=each, async_op=True) for each, x in zip(order, xs[:2], strict=True)]
+    for work in works:
+        work.wait()
+    assert [float(x[0]) for x in xs[:2]] == [size**2] * 2
+
+
+def test_a_callback_of_a_future_may_make_calls_and_wait_for_them() -> None:
+    size = dist.get_world_size()
+    x, y = torch.ones(3), torch.ones(3)
+
+    def add_up(future: Any) -> Any:
+        return future.value()[0] + dist.all_reduce(y, async_op=True).get_future().wait()[0]
+
+    future = dist.all_reduce(x, async_op=True).get_future().then(add_up)
+    assert torch.equal(future.wait(), torch.full((3,), 2.0 * size))
+
+
+def test_a_receive_that_is_late_and_a_group_that_was_destroyed() -> None:
+    from datetime import timedelta
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size > 1:
+        work = dist.irecv(torch.ones(3), (rank + 1) % size, tag=99)
+        with pytest.raises(MismatchError, match=r"timed out after 0\.1 s"):
+            work.wait(timedelta(seconds=0.1))
+        dist.barrier()
+        dist.send(torch.ones(3), (rank - 1) % size, tag=99)
+        work.wait()
+    group = dist.new_group()
+    dist.destroy_process_group(group)
+    with pytest.raises(TransportError, match="has been destroyed"):
+        group.allreduce([torch.ones(1)])
+
+
 def test_options() -> None:
     from hpccomm.torch import Options
 
@@ -417,6 +461,18 @@ MISTAKES: dict[str, tuple[Callable[[int, int], Any], type[Exception], str]] = {
         lambda rank, size: dist.barrier() if rank == 1 else dist.all_reduce(torch.ones(8)),
         MismatchError,
         r"(Barrier\(\).*Allreduce\(|Allreduce\(.*Barrier\(\))",
+    ),
+    "average and sum": (
+        lambda rank, size: dist.all_reduce(torch.ones(8), Op.AVG if rank == 1 else Op.SUM),
+        MismatchError,
+        r"(avg|sum), 8 float32.*(avg|sum), 8 float32.*: use the same operation on all ranks",
+    ),
+    "average and sum in parts": (
+        lambda rank, size: dist.reduce_scatter_tensor(
+            torch.ones(8), torch.ones(8 * size), Op.AVG if rank == 1 else Op.SUM
+        ),
+        MismatchError,
+        "use the same operation",
     ),
     "blocks": (
         lambda rank, size: dist.all_gather_into_tensor(torch.empty((8 + rank % 2) * size), torch.ones(8 + rank % 2)),

@@ -71,6 +71,14 @@ MISTAKES = {
         "if dist.get_rank():\n    raise KeyError('lost')\ndist.all_reduce(torch.ones(8))",
         ("KeyError: 'lost'", "program.py"),
     ),
+    "a group that a rank does not make": (
+        "import sys\nif dist.get_rank():\n    sys.exit()\ndist.new_group()",
+        ("rank 0: the group of ranks 0, 1 cannot be made, rank 1 left the program before: make all ranks",),
+    ),
+    "groups of other ranks": (
+        "dist.new_group([0, 1] if dist.get_rank() else [0])\ndist.new_group([0] if dist.get_rank() else [0, 1])",
+        ("rank 1: the group of ranks 0, 1: rank 0 makes one of ranks 0: make all ranks call new_group",),
+    ),
     "a missing rank": (
         "from datetime import timedelta\n"
         "group = dist.new_group(timeout=timedelta(seconds=1))\n"

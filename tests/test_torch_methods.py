@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_torch_training import CONTEXT, batch_of, hash_of, make_model
+from test_torch_training import CONTEXT, batch_of, hash_of, hashes_of, make_model
 from torch_networks import gpt_loss
 from torch_world import dist, process_group, torch
 
@@ -51,13 +51,6 @@ def wrap(method: Any) -> tuple[Any, Any, Any]:
     ddp = torch.nn.parallel.DistributedDataParallel(make_model(), bucket_cap_mb=0.01)
     made = compress(ddp, method)
     return ddp, made, torch.optim.SGD(ddp.parameters(), 0.05)
-
-
-def hashes_of(parameters: Any) -> set[str]:
-    """The hashes of all ranks."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, hash_of(parameters))
-    return set(found)
 
 
 @pytest.mark.parametrize("name", EXCHANGES)

@@ -51,6 +51,13 @@ def hash_of(parameters: Any) -> str:
     return digest.hexdigest()
 
 
+def hashes_of(parameters: Any) -> set[str]:
+    """The hashes of all ranks."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, hash_of(parameters))
+    return set(found)
+
+
 def run_ddp(group: Any, dtype: Any) -> str:
     model = torch.nn.parallel.DistributedDataParallel(make_model().to(dtype), process_group=group)
     train(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
@@ -90,9 +97,33 @@ def test_all_ranks_end_with_the_same_weights_and_a_smaller_loss() -> None:
     model = torch.nn.parallel.DistributedDataParallel(make_model())
     losses = train(model, torch.optim.Adam(model.parameters(), 1e-2))
     assert losses[-1] < losses[0]
-    hashes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, hash_of(model.parameters()))
-    assert len(set(hashes)) == 1
+    assert len(hashes_of(model.parameters())) == 1
+
+
+def test_fsdp1_and_the_hooks_of_torch() -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+    from torch.distributed.algorithms.join import Join
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    layers = torch.nn.Sequential(torch.nn.Linear(17, 20), torch.nn.Linear(20, 3))
+    sharded = FullyShardedDataParallel(layers, device_id=torch.device("cpu"))  # resizes the storage of its tensors
+    optimizer = torch.optim.Adam(sharded.parameters())
+    for _ in range(2):
+        sharded(torch.ones(4, 17)).sum().backward()
+        optimizer.step()
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(30, 20))
+    state = powerSGD_hook.PowerSGDState(None, 1, start_powerSGD_iter=2)
+    model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)  # its callbacks call, and wait
+    shards = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.1)
+    for _ in range(3):
+        model(torch.ones(4, 30)).sum().backward()
+        shards.step()
+    assert len(hashes_of(model.parameters())) == 1
+    plain = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2))
+    with Join([plain]):  # the rank that has joined waits at once where the other waits later
+        for _ in range(2 + dist.get_rank()):
+            plain(torch.ones(4, 3)).sum().backward()
 
 
 def test_batch_norms_buffers_and_unused_parameters_of_ddp() -> None:
@@ -106,9 +137,7 @@ def test_batch_norms_buffers_and_unused_parameters_of_ddp() -> None:
         x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
         model(x).square().mean().backward()
         optimizer.step()
-    hashes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, hash_of([*model.parameters()]))
-    assert len(set(hashes)) == 1
+    assert len(hashes_of(model.parameters())) == 1
 
 
 __all__ = ["process_group"]

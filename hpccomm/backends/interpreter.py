@@ -89,8 +89,8 @@ class CompiledSchedule:
                     began, number = time.monotonic(), int(self.run["next"])
                 self.go_on(code, time.monotonic() - began)
                 code = self.kernel(self.address)
-        except BaseException:
-            self.abandon()
+        except BaseException as error:
+            self.abandon(error)
             raise
 
     def go_on(self, code: int, seconds: float) -> None:
@@ -134,13 +134,13 @@ class CompiledSchedule:
             return self.transport.stray_message_error(peer, self.status.tag, tag)
         return failure
 
-    def abandon(self) -> None:
+    def abandon(self, error: BaseException) -> None:
         """After an error keep the memory of messages that are still pending; the next run begins anew."""
         number = min(int(self.run["next"]), len(self.program.records) - 1)
         record = self.program.records[number]
         if record["kind"] == NODE:
             call = self.meetings[int(record["request"])]
-            call.memory.handle_exception(call.call)
+            call.memory.handle_exception(call.call, error)
         KEPT.append((self.buffers, self.requests, self.spare))
         self.spare, self.requests = np.empty_like(self.spare), np.zeros_like(self.requests)
         self.buffers[SPARE] = self.spare

@@ -10,8 +10,7 @@ import contextlib
 import json
 import mmap
 import os
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,22 +30,25 @@ class LiveTable:
 
     def __init__(self, rows: npt.NDArray[Any], facts: dict[str, Any]) -> None:
         self.rows = rows
-        self._close: Callable[[], Any] = tuple  # nothing to close
+        self._memory: mmap.mmap | None = None
         text = json.dumps({"schema": SCHEMA, **facts}).encode()
         if len(text) > HEAD or not hasattr(os, "memfd_create"):
             return
         with contextlib.suppress(OSError):
             file = os.memfd_create(NAME, os.MFD_CLOEXEC)
-            self._close = weakref.finalize(self, os.close, file)
-            os.ftruncate(file, HEAD + rows.nbytes)
-            memory = mmap.mmap(file, HEAD + rows.nbytes)
-            memory[: len(text)] = text
-            self.rows = np.frombuffer(memory, rows.dtype, offset=HEAD)
+            try:
+                os.ftruncate(file, HEAD + rows.nbytes)
+                self._memory = mmap.mmap(file, HEAD + rows.nbytes)  # which keeps the file open
+            finally:
+                os.close(file)
+            self._memory[: len(text)] = text
+            self.rows = np.frombuffer(self._memory, rows.dtype, offset=HEAD)
             self.rows[:] = rows
 
     def close(self) -> None:
-        """Let nobody else find it; the rows stay."""
-        self._close()
+        """Let nobody else read it as a running communicator; the rows stay."""
+        if self._memory:
+            self._memory[:1] = b"\0"
 
 
 class Decision(NamedTuple):

@@ -1,6 +1,6 @@
 """Schedules on messages, with the collectives inside each node in shared memory: binds records to memory.
 
-Steps are lowered to records (:mod:`hpccomm.collectives.lower`); what is proved and checked is what runs here.
+Steps are lowered to records (:mod:`hpccomm.collectives.lowering`); what is proved and checked is what runs here.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from hpccomm.collectives.hierarchical import (
     channel_steps,
     channels_of,
 )
-from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.collectives.schedule import Algorithm, NodeStep, Step
 from hpccomm.errors import ArgumentError
 from hpccomm.performance.measured import CONCURRENT, ITEM, CostCurve, Point, Round, RoundType, per_channel, rounds

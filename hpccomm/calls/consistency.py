@@ -496,6 +496,10 @@ class ConsistencyTable:
         reached = [abs(self._words[k * self._stride + STATUS]) for k in range(len(self.members))]
         return [rank for rank, seq in zip(self.members, reached, strict=True) if seq < self._seq]
 
+    def left_ranks(self) -> list[int]:
+        """The members that have left the program."""
+        return [rank for k, rank in enumerate(self.members) if self._words[k * self._stride + LEFT]]
+
     def describe_call(self) -> str:
         """The current call, for log lines."""
         return f"{self.find_call(self._base)} (call {self._seq})"

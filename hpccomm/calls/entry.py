@@ -26,6 +26,7 @@ from mpi4py import MPI
 
 from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.fingerprint import template_digest
+from hpccomm.calls.operations import SUM_OF_AVERAGE
 from hpccomm.calls.plans import NativeCall
 from hpccomm.collectives import ALGORITHMS as SCHEDULES
 from hpccomm.errors import HpccommError, TransportError
@@ -380,8 +381,11 @@ def list_types() -> tuple[tuple[Any, int, int], ...]:
             found[id(each)] = (each, element.code, element.extent)
     codes = sorted({code for _, code, _ in found.values()})
     types = tuple((each, 1 + codes.index(code), item) for each, code, item in found.values())
-    ops = tuple((each, 0, 1) for each in vars(MPI).values() if isinstance(each, MPI.Op) and each != MPI.OP_NULL)
-    return (*types, *ops)
+    known_ops = (
+        *(each for each in vars(MPI).values() if isinstance(each, MPI.Op) and each != MPI.OP_NULL),
+        SUM_OF_AVERAGE,
+    )
+    return (*types, *((each, 0, 1) for each in known_ops))
 
 
 def type_table(known: Iterable[tuple[Any, int, int]]) -> npt.NDArray[Any]:

@@ -58,6 +58,8 @@ class ByIdentity:
 
 def key_of(op: MPI.Op) -> Hashable:
     """The operation as part of a key."""
+    if op is SUM_OF_AVERAGE:
+        return AVERAGES[0]
     handle = op.handle
     return handle if handle in PREDEFINED else ByIdentity(op)
 
@@ -74,6 +76,8 @@ NAMED: dict[str, MPI.Op] = {known.name: getattr(MPI, known.name.upper()) for kno
 ON_BOOLS: dict[str, MPI.Op] = {"min": MPI.LAND, "max": MPI.LOR}
 """The meaning of names on bools: *all* and *any*."""
 AVERAGES = ("avg", "mean")
+SUM_OF_AVERAGE = MPI.Op(MPI.SUM)
+"""The sum of an average: MPI's, as an object of its own, so that ranks that call a sum instead are named."""
 
 
 def resolve(op: MPI.Op | str, who: str, dtype: np.dtype[Any] | None = None) -> Reduction:
@@ -84,7 +88,7 @@ def resolve(op: MPI.Op | str, who: str, dtype: np.dtype[Any] | None = None) -> R
     if isinstance(op, str) and op in AVERAGES:
         if dtype is not None and dtype.kind not in "fc":
             raise ArgumentError(f"{who}: the {op} of {dtype} is not defined: cast it to float64, or use op='sum'")
-        return Reduction(MPI.SUM, True)
+        return Reduction(SUM_OF_AVERAGE, True)
     if isinstance(op, str) and op in NAMED:
         named = (ON_BOOLS.get(op) if dtype == np.bool_ else None) or NAMED[op]
     elif isinstance(op, MPI.Op):
@@ -105,8 +109,13 @@ def read_op(op: MPI.Op | str, who: str) -> MPI.Op:
     return meaning.op
 
 
+def name_in_fingerprint(op: MPI.Op) -> str:
+    """The name that the ranks compare: that of :func:`name_of`, but an average is not a sum."""
+    return AVERAGES[0] if op is SUM_OF_AVERAGE else name_of(op)
+
+
 def name_of(op: MPI.Op) -> str:
-    """The name in errors and fingerprints; all user-defined operations share one name."""
+    """The name in errors; all user-defined operations share one name."""
     known = PREDEFINED.get(op.handle)
     return known.name if known else "other predefined" if op.is_predefined else "user-defined"
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.collectives.records import KINDS, Meeting, Program
 from hpccomm.collectives.schedule import Algorithm, NodeStep, Step, without_node_steps
 from hpccomm.collectives.verify import (

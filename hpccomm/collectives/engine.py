@@ -1,6 +1,6 @@
 """The engine binds a schedule to a vector once; the plan that results is a flat list of actions.
 
-It is the interpreter of records (:mod:`hpccomm.collectives.lower`) in Python: it runs on any transport, with any
+It is the interpreter of records (:mod:`hpccomm.collectives.lowering`) in Python: it runs on any transport, with any
 operation, and where nothing is compiled; the compiled interpreter is tested against it.  A running plan looks up,
 slices and checks nothing.
 """
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.collectives.lower import Layout, Pipeline, lower
+from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.collectives.records import Meeting, Program
 from hpccomm.collectives.schedule import NodeStep, Step, even_cuts, without_node_steps
 from hpccomm.kernels.interpreter.records import COPY, NODE, RECEIVE, REDUCE, SEND
@@ -61,9 +61,10 @@ class Transport(Protocol):
 class BoundSchedule:
     """A schedule bound to memory: call it any number of times, then free it."""
 
-    def __init__(self, actions: list[Action], exchanges: list[Exchange]) -> None:
+    def __init__(self, actions: list[Action], exchanges: list[Exchange], buffers: Sequence[Vector | None] = ()) -> None:
         self._actions = actions
         self._exchanges = exchanges
+        self._buffers = buffers  # node steps know addresses only
 
     def __call__(self) -> None:
         """Run it once."""
@@ -150,7 +151,7 @@ def bind_program(
             actions.append(copying(view(buffer, at, nbytes), view(operand, operand_at, nbytes)))
         else:
             actions += pending.pop(request).waits
-    return BoundSchedule(actions, exchanges)
+    return BoundSchedule(actions, exchanges, buffers)
 
 
 def reduction(combine: Combine | None, new: Vector, mine: Vector, lower: int) -> Action:

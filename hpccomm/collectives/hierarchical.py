@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.collectives import ALGORITHMS, recursive, ring
-from hpccomm.collectives.lower import Pipeline
+from hpccomm.collectives.lowering import Pipeline
 from hpccomm.collectives.schedule import (
     NOBODY,
     Algorithm,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hpccomm.collectives import ALGORITHMS, hierarchical
 from hpccomm.collectives.check import check_algorithm
 from hpccomm.collectives.hierarchical import HIERARCHICAL
-from hpccomm.collectives.lower import Pipeline
+from hpccomm.collectives.lowering import Pipeline
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.collectives.verify import BLOCK_IS_RANK, ROOTED_COLLECTIVES, Report, layouts, verify_algorithm
 from hpccomm.commands.progress import show_progress

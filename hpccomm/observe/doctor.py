@@ -317,7 +317,8 @@ def check_settings(host: Host) -> Finding:
     except HpccommError as error:
         text, _, cure = str(error).partition(": ")
         return fault(text, cure)
-    found = sorted(name for name in host.environ if name.startswith("HPCCOMM_"))
+    own = ("HPCCOMM_COMPILE", "wait")  # set by every command
+    found = sorted(name for name, value in host.environ.items() if name.startswith("HPCCOMM_") and (name, value) != own)
     return ok(", ".join(found) or "none set")
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.collectives.hierarchical import Form
-from hpccomm.collectives.lower import order_turns
+from hpccomm.collectives.lowering import order_turns
 from hpccomm.collectives.schedule import Algorithm, NodeStep, Step, even_cuts, members_of_nodes
 
 Shape = tuple[int, int]
@@ -237,7 +237,7 @@ class RoundCosts:
         return None if us is None else self.local_cost("call") + us
 
     def price_turns(self, found: Sequence[Round], form: Form) -> float | None:
-        """Microseconds of a long vector, in segments that overlap in the order of :mod:`hpccomm.collectives.lower`.
+        """Microseconds of a long vector, in segments that overlap in the order of :mod:`hpccomm.collectives.lowering`.
 
         Work inside the nodes overlaps with messages that wait for the link, not with messages that keep the cores busy.
         """

@@ -1,4 +1,4 @@
-"""The collectives of torch on the communicator of a group, or on its channel beside the program.
+"""The collectives of torch on the communicator of a group.
 
 *p ranks, r this one.*  A tensor that is dense and on the CPU is used where it lies; others, also those on a CUDA
 device, are copied to the host and back.

@@ -1,30 +1,30 @@
 """A process group of torch whose collectives are those of a :class:`~hpccomm.Communicator`.
 
-Torch calls one method a collective, with lists of tensors.  Each method describes the call, which runs at once on the
-group's communicator, or, if it is asynchronous, beside the program on its channel (:mod:`hpccomm.progress`).
+Torch calls one method a collective, with lists of tensors.  Each method describes the call, which runs at once, or, if
+it is asynchronous, on the group's thread (:mod:`hpccomm.torch.works`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from hpccomm import progress
 from hpccomm.errors import ArgumentError
 from hpccomm.torch import members
 from hpccomm.torch.collectives import Collectives
 from hpccomm.torch.messages import Message, receive, send
 from hpccomm.torch.options import Options
 from hpccomm.torch.tensors import Tensor
-from hpccomm.torch.works import Work
+from hpccomm.torch.works import CallQueue, Work
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
-"""Torch's default.  With a shorter one, synchronous calls run beside the program as well, so that they can end."""
+"""Torch's default.  With a shorter one, synchronous calls run on the group's thread as well, so that they can end."""
 
 
 def make_group(given: Any, options: Any = None) -> Group:
@@ -44,12 +44,9 @@ class Group(dist.ProcessGroup):
         self.store, self.timeout = given.store, given.timeout
         self.barriers = 0
         """How often :func:`~hpccomm.torch.monitored_barrier` was called."""
-        self._direct = Collectives(comm, options)
-        self._beside: Collectives | None = None
+        self._collectives, self._calls = Collectives(comm, options), CallQueue()
         self._label, self._name = f"rank {comm.rank}", ""
         members.remember(self, given.global_ranks_in_group)
-        if self.timeout < DEFAULT_TIMEOUT:  # the channel is made while all ranks are here
-            progress.submit(comm, self._on, "init_process_group").wait()
 
     # What torch asks about a group
 
@@ -100,40 +97,31 @@ class Group(dist.ProcessGroup):
         return self._run("coalesced calls", None, lambda on: None, [])
 
     def shutdown(self) -> None:
-        """Free the communicator once all ranks have come here."""
+        """End the thread, and free the communicator once all ranks have come here."""
+        self._calls.close()
         members.release(self.comm)
 
     def abort(self) -> None:
         """As torch asks on errors: calls under way cannot be ended, the communicator stays as it is."""
+        self._calls.close()
 
     # Running calls
 
     def _run(self, name: str, options: Any, body: Callable[[Collectives], None], results: list[Any]) -> Work:
         """Run ``body``, which is the call ``name``: at once if torch waits for it anyway."""
         asynchronous = options is None or options.asyncOp
-        work = Work(f"{self._label}: {name}", results, self._describe_missing)
+        work = Work(f"{self._label}: {name}", partial(body, self._collectives), results, self._describe_missing)
         limited = self.timeout < DEFAULT_TIMEOUT
         if asynchronous or limited:
-            call = progress.submit(self.comm, lambda channel: work.run(body, self._on(channel)), name)
-            work.follow(call)
+            self._calls.submit(work)
         else:
-            work.run_here(body, self._direct)
-        if limited and not asynchronous:
-            work.wait(self.timeout)
+            self._calls.run(work)
+        if not asynchronous:
+            work.wait(self.timeout if limited else timedelta(0))
         return work
 
-    def _on(self, channel: Any) -> Collectives:
-        """The collectives of the channel."""
-        if channel is self.comm:
-            return self._direct
-        if self._beside is None:
-            self._beside = Collectives(channel, self.options)
-        return self._beside
-
     def _describe_missing(self) -> str:
-        on = self._beside or self._direct
-        missing = members.find_missing(on.comm)
-        names = ", ".join(map(str, missing)) or "unknown"
+        names = ", ".join(map(str, members.find_missing(self.comm))) or "unknown"
         return f"missing ranks: {names}; make all ranks of the group call it"
 
     def _who(self, name: str) -> str:

@@ -9,18 +9,23 @@ import os
 import time
 from typing import Any
 
+import torch.distributed as dist
 from mpi4py import MPI
 
 from hpccomm import launcher
+from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.communicator import Communicator
-from hpccomm.errors import LaunchError
+from hpccomm.errors import LaunchError, MismatchError
 from hpccomm.torch.options import Options
 
 FREE_SECONDS = 5.0
 """How long a rank that destroys a group waits for the others before it leaves the communicator to MPI's end."""
 
+MEETING_SECONDS = 0.01
+"""The longest time between two looks for the other ranks of a new group."""
+
 _base: dict[str, Any] = {}
-"""``"world"``: all ranks in torch's order; ``"options"``: those of the default group."""
+"""``"world"``: all ranks in torch's order; ``"comm"``, ``"options"``: those of the default group."""
 
 
 def create(given: Any) -> tuple[Communicator, Options | None]:
@@ -28,6 +33,7 @@ def create(given: Any) -> tuple[Communicator, Options | None]:
     ranks = given.global_ranks_in_group
     if not ranks:
         return create_default(given.group_rank, given.group_size), None
+    await_members(given.store, ranks, dist.get_rank(), given.timeout.total_seconds())
     world = _base["world"]
     everyone = world.Get_group()
     group = everyone.Incl(ranks)
@@ -36,6 +42,36 @@ def create(given: Any) -> tuple[Communicator, Options | None]:
     everyone.Free()
     comm.context  # noqa: B018  makes it now, while all ranks are here
     return comm, _base["options"]
+
+
+def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
+    """Wait in torch's store until all ranks make this group; raise MismatchError if one cannot, or names other ranks.
+
+    MPI, which makes the communicator, would wait for ever.
+    """
+    store.set(f"member {me}", ",".join(map(str, ranks)))
+    keys, began = [f"member {rank}" for rank in ranks], time.monotonic()
+    who = f"rank {me}: the group of {format_ranks(ranks)}"
+    remedy = "make all ranks call new_group with the same ranks, in the same order"
+    while not store.check(keys):
+        waited = time.monotonic() - began
+        missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+        gone = [rank for rank in find_left() if rank in missing]
+        if gone:
+            raise MismatchError(f"{who} cannot be made, {format_ranks(gone)} left the program before: {remedy}")
+        if missing and waited > limit:
+            raise MismatchError(f"{who} was not made in {limit:g} s, missing: {format_ranks(missing)}: {remedy}")
+        time.sleep(min(MEETING_SECONDS, waited))
+    named = {rank: store.get(key).decode() for rank, key in zip(ranks, keys, strict=True)}
+    other = next((rank for rank in ranks if named[rank] != named[me]), None)
+    if other is not None:
+        raise MismatchError(f"{who}: rank {other} makes one of ranks {named[other].replace(',', ', ')}: {remedy}")
+
+
+def find_left() -> list[int]:
+    """The ranks of this node that have left the program."""
+    table = _base["comm"].context.consistency
+    return table.left_ranks() if table else []
 
 
 def create_default(rank: int, size: int) -> Communicator:
@@ -56,9 +92,9 @@ def create_default(rank: int, size: int) -> Communicator:
 
 
 def remember(group: Any, ranks: list[int]) -> None:
-    """Keep the options of the default group for groups that are made without."""
+    """Keep the communicator of the default group, and its options for groups that are made without."""
     if not ranks:
-        _base["options"] = group.options
+        _base["options"], _base["comm"] = group.options, group.comm
 
 
 def find_missing(comm: Any) -> list[int]:

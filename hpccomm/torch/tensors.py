@@ -17,18 +17,44 @@ Tensor: TypeAlias = Any
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The elements of a dense tensor on the CPU as a flat array on the same memory.
+NUMPY = {
+    getattr(torch, name): np.dtype(name).str
+    for name in (
+        *("float16", "float32", "float64", "complex64", "complex128", "bool"),
+        *("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    )
+}
+"""NumPy's name of torch's dtype."""
 
-    Dtypes that NumPy lacks (8-bit floats, complex32, quantised) are lent as bytes: they may be moved, not reduced.
+
+class Lender:
+    """What keeps a tensor alive as long as the array on its memory."""
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, tensor: Tensor, count: int, typestr: str) -> None:
+        self.tensor = tensor
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": (count,),
+            "typestr": typestr,
+            "version": 3,
+        }
+
+
+def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The elements of a dense tensor on the CPU as a flat array on the same memory, which it keeps alive.
+
+    Dtypes that NumPy lacks (8-bit floats, complex32) are lent as bytes: they may be moved, not reduced.  Not by
+    ``tensor.numpy()``, after which torch cannot resize the storage any more, as FSDP does.
     """
-    flat = tensor.detach().view(-1)
-    if flat.dtype == torch.bfloat16:
-        return flat.view(torch.int16).numpy().view(bfloat16("bfloat16"))
-    try:
-        return flat.numpy()
-    except (TypeError, RuntimeError):
-        return flat.view(torch.uint8).numpy()
+    count = tensor.numel()
+    if tensor.dtype == torch.bfloat16:
+        return np.asarray(Lender(tensor, count, "<u2")).view(bfloat16("bfloat16"))
+    dtype = NUMPY.get(tensor.dtype)
+    if dtype is None:
+        return np.asarray(Lender(tensor, count * tensor.element_size(), "|u1"))
+    return np.asarray(Lender(tensor, count, dtype))
 
 
 def is_dense(tensor: Tensor) -> bool:

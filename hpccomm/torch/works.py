@@ -1,8 +1,17 @@
-"""The handle of one collective: an error is kept on it and raised by ``wait``."""
+"""The handle of one collective, and the thread on which a group's asynchronous calls run in the order of issue.
+
+Torch matches the calls of a group by their order alone: one rank may wait at once where another waits later.  So both
+kinds run on the same communicator, one after the other: a synchronous call runs in its caller's thread if no other call
+of the group is under way, and queues behind them otherwise.  An error is kept on the handle and raised by ``wait``.
+"""
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
+import weakref
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -10,49 +19,46 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hpccomm.errors import MismatchError
-from hpccomm.progress import Call
+from hpccomm.calls.consistency import abort_all
+from hpccomm.errors import MismatchError, TransportError
+from hpccomm.progress import EXIT_SECONDS, has_thread
 
 
 class Work(dist.Work):
     """The handle of the call ``name``, which writes ``results``; ``missing`` describes what a late call lacks."""
 
-    def __init__(self, name: str, results: list[Any], missing: Callable[[], str]) -> None:
+    def __init__(self, name: str, body: Callable[[], None], results: list[Any], missing: Callable[[], str]) -> None:
         super().__init__()
-        self._name, self._results, self._missing = name, results, missing
-        self._call: Call | None = None
+        self.name = name
+        self._body: Callable[[], None] | None = body
+        self._results, self._missing = results, missing
         self._error: BaseException | None = None
         self._complete = False
+        self._event: threading.Event | None = None
         self._future: Any = None
         self._lock = threading.Lock()
 
-    def follow(self, call: Call) -> None:
-        """The call runs beside the program."""
-        self._call = call
-
-    def run(self, body: Callable[[Any], None], on: Any) -> None:
-        """Run the call; its error is kept and raised."""
+    def run(self) -> Any:
+        """Run the call and keep its error; returns the future that :meth:`set_future` is to set, if there is one."""
+        assert self._body is not None
         try:
-            body(on)
+            self._body()
+        except Exception as error:  # raised by wait, in the thread that waits
+            self._error = error
         except BaseException as error:
             self._error = error
             raise
         finally:
+            self._body = None  # and with it the tensors
             with self._lock:
                 self._complete = True
-                future = self._future
-            if future is not None:
-                self._finish(future)
+                future, event = self._future, self._event
+            if event is not None:
+                event.set()
+        return future
 
-    def run_here(self, body: Callable[[Any], None], on: Any) -> None:
-        """Run the call; its error is kept for :meth:`wait`."""
-        try:
-            body(on)
-        except Exception as error:
-            self._error = error
-        self._complete = True
-
-    def _finish(self, future: Any) -> None:
+    def set_future(self, future: Any) -> None:
+        """Set the future, which runs its callbacks."""
         if self._error is None:
             future.set_result(self._results)
         else:
@@ -60,14 +66,23 @@ class Work(dist.Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Wait for the call and raise its error; after ``timeout``, if there is one, raise MismatchError."""
-        if self._call is not None and not self._complete:
-            seconds = timeout.total_seconds()
-            if not self._call.sleep(seconds if seconds > 0 else None):
-                raise MismatchError(f"{self._name} timed out after {seconds:g} s: {self._missing()}")
-            self._error = self._error or self._call.error  # the channel could not be made
+        seconds = timeout.total_seconds()
+        if not self.sleep(seconds if seconds > 0 else None):
+            raise MismatchError(f"{self.name} timed out after {seconds:g} s: {self._missing()}")
         if self._error is not None:
             raise self._error
         return True
+
+    def sleep(self, seconds: float | None) -> bool:
+        """Sleep until the call has ended, at most for some seconds; returns whether it has."""
+        if self._complete:
+            return True
+        with self._lock:
+            if self._event is None:
+                self._event = threading.Event()
+            if self._complete:
+                return True
+        return self._event.wait(seconds)
 
     def is_completed(self) -> bool:
         """Whether the call has ended."""
@@ -96,11 +111,119 @@ class Work(dist.Work):
             if make:
                 self._future = torch.futures.Future()
         if make and complete:
-            self._finish(self._future)
+            self.set_future(self._future)
         return self._future
 
     def source_rank(self) -> int:
         """Only a receive has one."""
-        raise RuntimeError(f"{self._name} has no source rank")
+        raise RuntimeError(f"{self.name} has no source rank")
 
     _source_rank = source_rank
+
+
+class CallQueue:
+    """Runs the calls of one group one after the other, in the order in which they are given.
+
+    One thread serves the queue at a time.  It leaves that to another one before it runs the callbacks of a future:
+    they may make calls of the group, and wait for them.
+    """
+
+    def __init__(self) -> None:
+        self._running, self._lock = threading.Lock(), threading.Lock()
+        self._calls: deque[Work] = deque()
+        """The calls that have not ended; a thread runs the first one."""
+        self._served = False
+        self._wake, self._idle = threading.Semaphore(0), 0
+        self._closed = False
+        _queues.add(self)
+
+    def run(self, work: Work) -> None:
+        """Run a call in this thread if no other is under way, else behind the others."""
+        if not self._calls and self._running.acquire(blocking=False):
+            try:
+                future = work.run()
+            finally:
+                self._running.release()
+            if future is not None:
+                work.set_future(future)
+        else:
+            self._put(work)
+
+    def submit(self, work: Work) -> None:
+        """Run a call on the group's thread, or at once where no thread may call MPI."""
+        if has_thread():
+            self._put(work)
+        else:
+            self.run(work)
+
+    def _put(self, work: Work) -> None:
+        if self._closed:
+            raise TransportError(f"{work.name}: the group has been destroyed: make a new one")
+        with self._lock:
+            self._calls.append(work)
+            needs_thread, self._served = not self._served, True
+        if needs_thread:
+            self._find_thread()
+
+    def _find_thread(self) -> None:
+        """Let an idle thread, or a new one, serve the queue."""
+        with self._lock:
+            start = not self._idle
+            self._idle -= not start
+        if start:
+            threading.Thread(target=self._live, name="hpccomm-group", daemon=True).start()
+        else:
+            self._wake.release()
+
+    def _live(self) -> None:
+        """A thread: it serves the queue, and sleeps until it is to serve it again."""
+        while not self._closed:
+            self._serve()
+            with self._lock:
+                self._idle += 1
+            self._wake.acquire()
+
+    def _serve(self) -> None:
+        """Run calls until there is none, or one has a future."""
+        future = None
+        while future is None:
+            with self._lock:
+                if not self._calls:
+                    self._served = False
+                    return
+                work = self._calls[0]
+            with self._running:
+                future = work.run()
+            with self._lock:
+                self._calls.popleft()
+                if future is not None:
+                    self._served = more = bool(self._calls)
+        if more:
+            self._find_thread()
+        work.set_future(future)
+
+    @property
+    def last(self) -> Work | None:
+        """The last call, while it has not ended."""
+        with self._lock:
+            return self._calls[-1] if self._calls else None
+
+    def close(self) -> None:
+        """End the threads; calls under way end first."""
+        self._closed = True
+        for _ in range(self._idle):
+            self._wake.release()
+
+
+_queues: weakref.WeakSet[CallQueue] = weakref.WeakSet()
+
+
+def complete_all() -> None:
+    """At the end of the program, wait for calls under way; abort all ranks if that takes too long."""
+    until = time.monotonic() + EXIT_SECONDS
+    for work in [each.last for each in list(_queues)]:
+        if work is not None and not work.sleep(max(0.0, until - time.monotonic())):
+            abort_all(f"{work.name} cannot complete, and the program ends: wait for every call before the end")
+
+
+atexit.register(complete_all)
