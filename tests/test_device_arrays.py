@@ -610,13 +610,13 @@ def test_an_error_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cuda, "device", nothing)
     x = FakeDevice().array(np.zeros(3))
     with pytest.raises(ArgumentError, match=r"Allreduce: the array lies on a device: CuPy is not installed: pip"):
-        hpccomm.Communicator(MPI.COMM_SELF).Allreduce(MPI.IN_PLACE, x)
+        hpccomm.Communicator(MPI.COMM_SELF.Dup()).Allreduce(MPI.IN_PLACE, x)
 
 
 def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cuda.TRANSPORT, cuda.ON_HOST)
     x, y = FakeDevice().array(operand(0, 5)), FakeDevice().array(np.zeros(5, F4))
-    comm = hpccomm.Communicator(MPI.COMM_SELF)
+    comm = hpccomm.Communicator(MPI.COMM_SELF.Dup())
     comm.Allreduce(x, y)
     assert y.memory.tolist() == operand(0, 5).tolist()
     comm.Gather(y, x, 0)
@@ -625,7 +625,7 @@ def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.Mo
 
 def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: FakeDevice) -> None:
     host, there = np.zeros(3), device.array(np.zeros(3))
-    a, b, c = hpccomm.Communicator(MPI.COMM_SELF)._planner.attach_stream(5, host, there, MPI.IN_PLACE)
+    a, b, c = hpccomm.Communicator(MPI.COMM_SELF.Dup())._planner.attach_stream(5, host, there, MPI.IN_PLACE)
     assert a is host
     assert c is MPI.IN_PLACE
     assert isinstance(b, StreamBuffer)

@@ -75,7 +75,7 @@ def test_a_wrong_result_on_a_device_is_seen(device: FakeDevice, monkeypatch: pyt
     monkeypatch.setattr(cuda, "device", lambda: forgetful)
     loop.staging.cache_clear()
     options = Options(iterations=1, warmup=1, check=True, on_device=True, dtype="i1")
-    (row,) = measure(hpccomm.Communicator(MPI.COMM_SELF), "allreduce", [64], ["auto"], options)
+    (row,) = measure(hpccomm.Communicator(MPI.COMM_SELF.Dup()), "allreduce", [64], ["auto"], options)
     assert row.wrong == 1
     assert "element 63" in row.complaint
 
@@ -89,7 +89,7 @@ def test_osus_title_names_the_kind_of_memory() -> None:
 
 def test_messages_on_a_device_require_a_cuda_aware_mpi(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     comm, asked = (
-        hpccomm.Communicator(MPI.COMM_SELF),
+        hpccomm.Communicator(MPI.COMM_SELF.Dup()),
         bench.parse_command(bench_arguments("latency -d cuda D D"), SILENT),
     )
     assert asked is not None
@@ -98,7 +98,7 @@ def test_messages_on_a_device_require_a_cuda_aware_mpi(device: FakeDevice, monke
     with pytest.raises(
         ArgumentError, match=r"latency -d cuda needs an MPI that takes device memory: .*the probe failed"
     ):
-        bench.claim_devices(hpccomm.Communicator(MPI.COMM_SELF), asked)
+        bench.claim_devices(hpccomm.Communicator(MPI.COMM_SELF.Dup()), asked)
 
 
 SILENT = bench.Printer(False)
@@ -145,7 +145,7 @@ def test_what_cannot_be_trained_on_a_device_is_said(line: str, words: str, capsy
 
 
 def rows() -> dict[str, str]:
-    return info.gpu(hpccomm.Communicator(MPI.COMM_SELF))
+    return info.gpu(hpccomm.Communicator(MPI.COMM_SELF.Dup()))
 
 
 @pytest.mark.usefixtures("nothing")

@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.freeze:
         return freeze(Communicator(MPI.COMM_WORLD), Path(args.freeze))
+    if args.out and not args.probe:
+        run_on_root(lambda: check_folder("--out", Path(args.out)), MPI.COMM_WORLD)
     for line in probe_nodes(MPI.COMM_WORLD):
         print(line)
     if args.probe:
@@ -93,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
         raise ArgumentError("one rank has nothing to tune: use more, for example `mpirun -n 4 hpccomm tune`")
     site = site_of(comm)
     out = Path(args.out) if args.out else tuning.user_file(site.mpi, site.host)
-    if args.out:
-        run_on_root(lambda: check_folder("--out", out), comm)
     wanted = args.algorithm.split(",") if args.algorithm else []
     todo = tasks(args)
     curves, link = rounds_of(comm, todo, wanted)
