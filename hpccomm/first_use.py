@@ -65,17 +65,19 @@ class FirstUse:
         """Measure a size class, unless it takes too long; whether the table has changed (collective)."""
         context = self._planner.context
         key = collective, size_class(collective, self._planner.size, nbytes)
+        if not key[1]:
+            return False  # a call without data needs no comparison, and MPI takes it
         if key in self._refused or not self.enabled or context.settings["HPCCOMM_GUARD"] == "off":
             return False
         began = time.monotonic()
-        length = min(MOST_BYTES, 1 << max(0, key[1] - 1))
+        length = min(MOST_BYTES, 1 << key[1] - 1)
         found = self._measure(collective, length, candidate)
         self._spent += time.monotonic() - began
         if found is None:
             self._refused.add(key)
             return False
         times, steady = found
-        whole = 1 << max(0, key[1] - 1)
+        whole = 1 << key[1] - 1
         at = whole * self._planner.size if collective in BLOCKWISE else whole
         rows = [row_of(collective, name, self._planner.size, at, us) for name, us in times.items()]
         context.add_first_use(rows, keep=steady)

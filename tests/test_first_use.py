@@ -240,12 +240,27 @@ def test_calls_of_every_dtype_and_operation_are_right_at_a_first_use(comm: MPI.I
         assert (y == p).all()
 
 
-@pytest.mark.mpi(sizes=(2,))
-def test_vectors_without_elements_and_of_one_are_compared_too(comm: MPI.Intracomm) -> None:
+@pytest.mark.mpi(sizes=(2, 3))
+def test_vectors_of_one_element_are_compared_and_those_without_never(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class that stays undecided would be compared by the ranks alone that bind their call anew."""
+    compared: list[int] = []
+    measure = first_use.FirstUse._measure
+
+    def note(self: Any, collective: str, length: int, candidate: str) -> Any:
+        compared.append(length)
+        return measure(self, collective, length, candidate)
+
+    monkeypatch.setattr(first_use.FirstUse, "_measure", note)
     with open_unmeasured(comm) as ours:
         for n in (0, 1):
             for name, act in calls(ours, n).items():
                 assert np.array_equal(act(), calls(MPI.Intracomm(comm), n)[name]())
+            assert bool(compared) == bool(n)
+        for _ in range(3):
+            counts = [0] * ours.size
+            ours.Allgatherv(np.empty(0), [np.empty(4 if ours.rank else 0), counts])
 
 
 def test_decisions_are_kept_and_merged_with_those_of_other_programs(
