@@ -189,6 +189,10 @@ def test_tensors_that_are_not_dense(asynchronous: bool) -> None:
         x.copy_(numbers(rank, tuple(x.shape), torch.float32))
         finish(dist.all_gather(outputs, x, async_op=asynchronous), asynchronous)
         assert all(torch.equal(each, numbers(r, tuple(x.shape), torch.float32)) for r, each in enumerate(outputs))
+    z = torch.complex(torch.ones(3), torch.full((3,), float(rank))).conj()
+    finish(dist.reduce(z, 0, async_op=asynchronous), asynchronous)
+    if rank == 0:
+        assert torch.equal(z.resolve_conj().imag, torch.full((3,), -size * (size - 1) / 2))
     weight = torch.nn.Parameter(numbers(rank, (3, 5), torch.float32))
     finish(dist.all_reduce(weight.data, async_op=asynchronous), asynchronous)
     finish(dist.broadcast(weight, 0, async_op=asynchronous), asynchronous)

@@ -79,6 +79,10 @@ MISTAKES = {
         "dist.new_group([0, 1] if dist.get_rank() else [0])\ndist.new_group([0] if dist.get_rank() else [0, 1])",
         ("rank 1: the group of ranks 0, 1: rank 0 makes one of ranks 0: make all ranks call new_group",),
     ),
+    "a message from a rank that has ended": (
+        "import sys\nif dist.get_rank():\n    sys.exit()\ndist.recv(torch.ones(3), 1)",
+        ("rank 0: recv of 12 bytes (3 torch.float32) from rank 1: the other rank has left the program",),
+    ),
     "a missing rank": (
         "from datetime import timedelta\n"
         "group = dist.new_group(timeout=timedelta(seconds=1))\n"

@@ -66,8 +66,9 @@ class Collectives:
         """Reduce a tensor to the root, in place."""
         who = self._who("reduce")
         if tensor.is_complex():
-            op, tensor = reductions.check_complex(op, tensor.dtype, who), torch.view_as_real(tensor.detach())
-        with update(tensor, who) as dense:
+            op = reductions.check_complex(op, tensor.dtype, who)
+        with update(tensor, who) as whole:
+            dense = torch.view_as_real(whole.detach()) if whole.is_complex() else whole
             scaled = reductions.scale(dense, op)
             array, meaning = as_array(scaled), reductions.meaning(op, scaled.dtype, who)
             at_root = self.comm.rank == root

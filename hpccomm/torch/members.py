@@ -56,7 +56,7 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
     while not store.check(keys):
         waited = time.monotonic() - began
         missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
-        gone = [rank for rank in find_left() if rank in missing]
+        gone = [rank for rank in find_left(_base["comm"]) if rank in missing]
         if gone:
             raise MismatchError(f"{who} cannot be made, {format_ranks(gone)} left the program before: {remedy}")
         if missing and waited > limit:
@@ -68,9 +68,9 @@ def await_members(store: Any, ranks: list[int], me: int, limit: float) -> None:
         raise MismatchError(f"{who}: rank {other} makes one of ranks {named[other].replace(',', ', ')}: {remedy}")
 
 
-def find_left() -> list[int]:
+def find_left(comm: Any) -> list[int]:
     """The ranks of this node that have left the program."""
-    table = _base["comm"].context.consistency
+    table = comm.context.consistency
     return table.left_ranks() if table else []
 
 

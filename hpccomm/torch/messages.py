@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from hpccomm.errors import MismatchError
+from hpccomm.torch.members import find_left
 from hpccomm.torch.tensors import Tensor, as_array, fill, read
 from hpccomm.transports.polling import pause
 
 EAGER_SECONDS = 1e-4
 """How long a rank that waits for a message only yields its core, before it sleeps."""
+LEFT_SECONDS = 1.0
+"""How long a message of a rank that has left the program may still take."""
 REMEDY = "make shape and dtype the same on both ranks"
 
 
@@ -26,10 +30,16 @@ class Message(dist.Work):
     """The handle of a message; ``finish`` is run once, after it has come or gone."""
 
     def __init__(
-        self, request: MPI.Request, who: str, results: list[Any], finish: Callable[[MPI.Status], None]
+        self,
+        request: MPI.Request,
+        who: str,
+        results: list[Any],
+        finish: Callable[[MPI.Status], None],
+        has_left: Callable[[], bool],
     ) -> None:
         super().__init__()
         self._request, self._who, self._results, self._finish = request, who, results, finish
+        self._has_left = has_left
         self._status, self._complete = MPI.Status(), False
         self._error: Exception | None = None
         self._future: Any = None
@@ -73,6 +83,8 @@ class Message(dist.Work):
             pause(began, EAGER_SECONDS, 8)
             if 0 < seconds < time.monotonic() - began:
                 raise MismatchError(f"{self._who} timed out after {seconds:g} s: the other rank has not made its call")
+            if time.monotonic() - began > LEFT_SECONDS and self._has_left() and not self.is_completed():
+                raise MismatchError(f"{self._who}: the other rank has left the program without its call: make both")
         if self._error is not None:
             raise self._error
         return True
@@ -107,7 +119,9 @@ def send(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message:
     """Start to send a tensor."""
     dense = read(tensor, who)
     request = comm.Isend(as_bytes(dense), rank, tag)
-    return Message(request, f"{who} to rank {rank}", [tensor], lambda status: hold(dense))
+    return Message(
+        request, f"{who} to rank {rank}", [tensor], lambda status: hold(dense), partial(has_left, comm, rank)
+    )
 
 
 def receive(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message:
@@ -127,7 +141,19 @@ def receive(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message
         stack.close()
 
     nbytes = dense.numel() * dense.element_size()
-    return Message(request, f"{who} of {nbytes} bytes ({dense.numel()} {dense.dtype}) from {source}", [tensor], finish)
+    return Message(
+        request,
+        f"{who} of {nbytes} bytes ({dense.numel()} {dense.dtype}) from {source}",
+        [tensor],
+        finish,
+        partial(has_left, comm, rank),
+    )
+
+
+def has_left(comm: Any, rank: int) -> bool:
+    """Whether a rank of this node, or all others for any rank, have left the program."""
+    left = find_left(comm)
+    return len(left) >= comm.size - 1 if rank == MPI.ANY_SOURCE else rank in left
 
 
 def hold(tensor: Tensor) -> None:
