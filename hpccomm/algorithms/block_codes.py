@@ -72,7 +72,8 @@ def block_mean(
 
     def update(gradient: Vector, state: BlockMeanState, weights: Vector) -> tuple[Vector, BlockMeanState]:
         check_alike(gradient, weights)
-        check_shape("block_mean", state.residual, weights)
+        if feedback:
+            check_shape("block_mean", state.residual, weights)
         began = time.perf_counter()
         check_flat(gradient, "block_mean")
         with np.errstate(over="ignore", invalid="ignore"):
