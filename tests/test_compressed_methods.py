@@ -575,13 +575,13 @@ def test_messages_of_any_lengths_are_exchanged() -> None:
         (lambda comm: dgc(comm, MATRIX, 0.0), "density"),
         (lambda comm: dgc(comm, MATRIX, 1.5), "density"),
         (lambda comm: dgc(comm, MATRIX, clip=0.0), "positive norm"),
-        (lambda comm: dgc(comm, MATRIX, warmup=-1), "0 or more steps"),
+        (lambda comm: dgc(comm, MATRIX, warmup=-1), "a whole number, 0 or more"),
         (lambda comm: gtc(comm, 0.0), "positive number"),
         (lambda comm: gtc(comm, -1.0), "positive number"),
         (lambda comm: feedback(hpccomm.none(), comm, 1.0), "momentum"),
         (lambda comm: feedback(hpccomm.none(), comm, nesterov=True), "nesterov needs momentum"),
         (lambda comm: feedback(hpccomm.none(), comm, reduce="max"), "'mean' or 'sum'"),
-        (lambda comm: onebit_adam(comm, 0.1, 0), "number of dense steps, 1 or more"),
+        (lambda comm: onebit_adam(comm, 0.1, 0), "a whole number, 1 or more"),
         (lambda comm: gtc(comm).init(np.zeros(3)), "float32"),
         (lambda comm: gtc(comm).init(np.zeros((3, 3), "f4")), "flat contiguous"),
     ],
@@ -608,3 +608,46 @@ def test_over_mpi_the_methods_give_the_bits_of_threads(comm: hpccomm.Communicato
     assert len(set(comm.allgather(weights.tobytes()))) == 1
     with pytest.raises(hpccomm.MismatchError):
         comm.Allreduce(np.zeros(2), np.zeros(2), op=MPI.SUM if comm.rank else MPI.MAX)
+
+
+SMALL = Bucket({"w": (3, 3), "b": (2,)})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        gtc,
+        hpccomm.block_mean,
+        lambda c: feedback(hpccomm.topk(0.3), c, 0.9),
+        lambda c: onebit_adam(c, 0.1, 3),
+        lambda c: onebit_lamb(c, SMALL, 0.1, 3),
+        lambda c: powersgd(c, SMALL, 1),
+        lambda c: dgc(c, SMALL, smallest=1),
+    ],
+)
+def test_the_state_of_other_weights_is_refused(make: Callable[[Any], Transform]) -> None:
+    method, few = make(MPI.COMM_SELF), np.ones(5, "f4")
+    with pytest.raises(ArgumentError, match="shape"):
+        method.update(few, method.init(np.ones(11, "f4")), few)
+
+
+@pytest.mark.parametrize("given", [1.5, None, "a", -1, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: onebit_adam(MPI.COMM_SELF, 0.1, n),
+        lambda n: onebit_lamb(MPI.COMM_SELF, SMALL, 0.1, n),
+        lambda n: dgc(MPI.COMM_SELF, SMALL, warmup=n),
+        lambda n: hpccomm.every(n, scale(-1)),
+    ],
+)
+def test_numbers_of_steps_are_whole(make: Callable[[Any], Transform], given: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"is {given!r}: pass a whole number"):
+        make(given)
+
+
+@pytest.mark.parametrize("given", [0, -1, 1.5, math.nan, None, "a"])
+@pytest.mark.parametrize("make", [hpccomm.topk, hpccomm.randomk, lambda d: dgc(MPI.COMM_SELF, SMALL, d)])
+def test_a_density_is_above_0_and_at_most_1(make: Callable[[Any], Any], given: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"the density is .*: pass a number above 0, at most 1"):
+        make(given)

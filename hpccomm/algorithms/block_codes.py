@@ -21,7 +21,7 @@ from hpccomm.algorithms.error_feedback import all_ranks_true
 from hpccomm.algorithms.exchange import allreduce_bytes, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import ShardedVector, Unsent
-from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_choice
+from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_choice, check_shape
 from hpccomm.collectives.compressed.two_phase import CODES, mean_of_codes
 from hpccomm.kernels.dispatch import kernels
 
@@ -72,6 +72,8 @@ def block_mean(
 
     def update(gradient: Vector, state: BlockMeanState, weights: Vector) -> tuple[Vector, BlockMeanState]:
         check_alike(gradient, weights)
+        if feedback:
+            check_shape("block_mean", state.residual, weights)
         began = time.perf_counter()
         check_flat(gradient, "block_mean")
         with np.errstate(over="ignore", invalid="ignore"):

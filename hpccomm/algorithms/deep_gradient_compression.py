@@ -38,7 +38,7 @@ from hpccomm.algorithms.error_feedback import (
 )
 from hpccomm.algorithms.exchange import allreduce_bytes, allreduce_mean
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
-from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_decay, require
+from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_count, check_decay, require
 from hpccomm.algorithms.trust_ratio import global_norm
 from hpccomm.buckets import Bucket
 
@@ -143,13 +143,13 @@ def dgc(
         return stages[step * len(stages) // warmup] if step < warmup else density
 
     def init(weights: Vector) -> DgcState:
-        require(weights.shape == (bucket.size,), f"dgc: weights of shape {weights.shape}: pass the bucket's vector")
+        check_bucket_vectors("dgc", bucket, weights, weights)
         sparse = messages_of(density).init(pack_slices(weights, places.sparse))
         decay = np.zeros_like(weights) if weight_decay else None
         return DgcState(sparse, np.zeros_like(pack_slices(weights, places.dense)), decay, 0, 0, ExchangeReport(), True)
 
     def update(gradient: Vector, state: DgcState, weights: Vector) -> tuple[Vector, DgcState]:
-        check_alike(gradient, weights)
+        check_bucket_vectors("dgc", bucket, gradient, weights)
         norm = global_norm(gradient, None)
         fine = math.isfinite(norm)
         d = density_at(state.steps)
@@ -191,9 +191,15 @@ def dgc(
     return ResidualTransform.of(init, update, flush_state, bucket)
 
 
+def check_bucket_vectors(who: str, bucket: Bucket, gradient: Vector, weights: Vector) -> None:
+    """Raise unless both are alike, and vectors of the bucket."""
+    check_alike(gradient, weights)
+    require(weights.shape == (bucket.size,), f"{who}: weights of shape {weights.shape}: pass the bucket's vector")
+
+
 def check_warm_up(warmup: int, stages: Sequence[float]) -> None:
     """Raise for a warm-up that has no steps or no densities."""
-    require(warmup >= 0, f"dgc: warmup is {warmup}: pass 0 or more steps")
+    check_count("dgc: warmup", warmup, 0)
     require(not warmup or len(stages) > 0, "dgc: stages is empty: pass the densities of the warm-up, or warmup=0")
 
 

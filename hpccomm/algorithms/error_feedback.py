@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ from hpccomm.algorithms.transforms import (
     check_alike,
     check_choice,
     check_decay,
+    check_shape,
     require,
 )
 from hpccomm.collectives.compressed.messages import MessageGather
@@ -171,6 +172,7 @@ class FeedbackExchange:
     reduce: str
     parts: Sequence[slice] | None
     how: str = ALLGATHER
+    keeps_residual: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.everyone = MessageGather(self.comm)
@@ -193,6 +195,8 @@ class FeedbackExchange:
     def update(self, gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
         """Exchange a gradient."""
         check_alike(gradient, weights)
+        if self.keeps_residual:
+            check_shape(self.compressor.name, state.residual, weights)
         return self.exchange(gradient, state, True)
 
     def exchange(self, gradient: Vector, state: FeedbackState, fine: bool) -> tuple[Vector, FeedbackState]:
@@ -346,6 +350,8 @@ class FeedbackExchange:
 
 class UnbiasedExchange(FeedbackExchange):
     """The exchange of :func:`without_feedback`: there is no residual."""
+
+    keeps_residual = False
 
     def init(self, weights: Vector) -> FeedbackState:
         """Nothing is ever unsent."""

@@ -42,8 +42,10 @@ from hpccomm.algorithms.transforms import (
     Vector,
     chain,
     check_alike,
+    check_count,
     check_decay,
     check_rate,
+    check_shape,
     require,
     scale,
     scale_by_schedule,
@@ -80,6 +82,12 @@ def check_size(who: str, weights: Vector, bucket: Bucket | None) -> None:
     """Raise unless the weights are flat float32 vectors of the bucket's size."""
     size = check_flat(weights, who, True).size
     require(bucket is None or size == bucket.size, f"{who}: pass weights of the bucket's size")
+
+
+def check_step(who: str, gradient: Vector, state: OneBitAdamState | OneBitLambState, weights: Vector) -> None:
+    """Raise unless gradient, state and weights are alike."""
+    check_alike(gradient, weights)
+    check_shape(who, state.mean, weights)
 
 
 def tensor_slices(bucket: Bucket | None) -> list[slice] | None:
@@ -137,11 +145,7 @@ def onebit_adam(
     """
     check_decay("onebit_adam: b1", b1)
     check_decay("onebit_adam: b2", b2)
-    require(
-        freeze_step >= 1,
-        f"onebit_adam: freeze_step is {freeze_step}: pass the number of dense steps, 1 or more: "
-        "the variance is frozen after them, and an element without one never moves",
-    )
+    check_count("onebit_adam: freeze_step", freeze_step, 1)  # an element without a variance never moves
     check_rate("onebit_adam: lr", lr)
     require(weight_decay >= 0, f"onebit_adam: weight_decay is {weight_decay}: pass 0 or more")
     places = tensor_slices(bucket) or []
@@ -154,7 +158,7 @@ def onebit_adam(
         return OneBitAdamState(0, zeros, zeros.copy(), scales, zeros.copy(), server, 0.0, 0, ExchangeReport())
 
     def update(gradient: Vector, state: OneBitAdamState, weights: Vector) -> tuple[Vector, OneBitAdamState]:
-        check_alike(gradient, weights)
+        check_step("onebit_adam", gradient, state, weights)
         began = time.perf_counter()
         fine = kernels(gradient).all_finite(check_flat(gradient, "onebit_adam", True))
         asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))
@@ -265,7 +269,7 @@ def onebit_lamb(
     """
     for name, rate in (("b1", b1), ("b2", b2), ("ratio_decay", ratio_decay)):
         check_decay(f"onebit_lamb: {name}", rate)
-    require(freeze_step >= 1, f"onebit_lamb: freeze_step is {freeze_step}: pass the number of dense steps, 1 or more")
+    check_count("onebit_lamb: freeze_step", freeze_step, 1)
     check_rate("onebit_lamb: lr", lr)
     require(weight_decay >= 0, f"onebit_lamb: weight_decay is {weight_decay}: pass 0 or more")
     places = tensor_slices(bucket) or []
@@ -282,7 +286,7 @@ def onebit_lamb(
         return OneBitLambState(0, m, v, fresh, ones, ones, scales, worker, server, 0.0, 0, ExchangeReport())
 
     def update(gradient: Vector, state: OneBitLambState, weights: Vector) -> tuple[Vector, OneBitLambState]:
-        check_alike(gradient, weights)
+        check_step("onebit_lamb", gradient, state, weights)
         began = time.perf_counter()
         fine = kernels(gradient).all_finite(check_flat(gradient, "onebit_lamb", True))
         asked = ExchangeReport(0, 0.0, allreduce_bytes(1, comm.size))

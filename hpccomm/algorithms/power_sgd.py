@@ -22,11 +22,11 @@ import numpy.typing as npt
 
 from hpccomm.algorithms.compression.format import check_flat
 from hpccomm.algorithms.compression.matrix_factors import orthonormalise, start_factor
-from hpccomm.algorithms.deep_gradient_compression import pack_slices, unpack_slices
+from hpccomm.algorithms.deep_gradient_compression import check_bucket_vectors, pack_slices, unpack_slices
 from hpccomm.algorithms.exchange import allreduce_mean, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import Unsent
-from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_count, require
+from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_count, require
 from hpccomm.buckets import Bucket
 from hpccomm.kernels.dispatch import kernels
 
@@ -133,7 +133,7 @@ def powersgd(
         return PowerSgdState(np.zeros(errors, np.float32), factors, 0, 0, ExchangeReport())
 
     def update(gradient: Vector, state: PowerSgdState, weights: Vector) -> tuple[Vector, PowerSgdState]:
-        check_alike(gradient, weights)
+        check_bucket_vectors("powersgd", bucket, gradient, weights)
         began = time.perf_counter()
         fine = kernels().all_finite(check_flat(gradient, "powersgd"))
         backlog = state.residual + pack_slices(gradient, [place.inside for place in matrices])

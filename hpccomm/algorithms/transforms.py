@@ -125,7 +125,11 @@ def flush(method: Transform, state: Any, weights: Any) -> tuple[Any, Any]:
     >>> flush(method, state, weights)[0].tolist()
     [-0.75, -0.5]
     """
-    require(can_flush(method), "flush: this method sends every gradient at once: there is nothing to flush")
+    require(
+        can_flush(method),
+        "flush: nothing to flush: neither this method nor a part of its chain is feedback, gtc, dgc, onebit_sgd, "
+        "ef_signsgd, powersgd or block_mean; inside hybrid, every or another wrapper it is out of reach",
+    )
     return finish_for_trees(partial(flush_terms, method), method.bucket)(state, weights)
 
 
@@ -322,7 +326,7 @@ def every(k: int, inner: Transform) -> Transform:
     To step on the mean, begin ``inner`` with ``scale(1 / k)``.  An exchange inside ``inner`` communicates once in k
     updates.
     """
-    require(k >= 1, f"every: k is {k}: pass 1 or more")
+    check_count("every: k", k, 1)
     check_transform("every", inner)
 
     def init(weights: Vector) -> EveryState:
