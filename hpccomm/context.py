@@ -280,7 +280,7 @@ class Context:
         states = self.node.allgather((objects.complete(), objects.can_compile()))
         done, possible = (all(each) for each in zip(*states, strict=True))
         if not done and possible and self.rank == 0:
-            objects.compile_in_background()
+            start_compiler()
         return possible and not done
 
     def announce_code(self) -> None:
@@ -412,6 +412,12 @@ def close_context(comm: MPI.Comm, keyval: int, context: Context) -> None:
 
 CONTEXT_KEY = MPI.Comm.Create_keyval(delete_fn=close_context)
 """The attribute of an MPI communicator that keeps its context."""
+
+
+@cache
+def start_compiler() -> None:
+    """Compile in a process of its own, one for all communicators."""
+    objects.compile_in_background()
 
 
 def context_of(comm: MPI.Intracomm) -> Context:

@@ -539,7 +539,7 @@ def test_functions_return_the_type_of_their_input(ours: Any) -> None:
 def test_persistent_calls_refuse_arrays_on_a_device(ours: Any) -> None:
     comm, device = ours
     x, y = device.array(np.zeros(9, F4)), device.array(np.zeros(9, F4))
-    with pytest.raises(ArgumentError, match="Allreduce_init: MPI's persistent calls cannot take an array on a device"):
+    with pytest.raises(ArgumentError, match="Allreduce_init: MPI's own requests cannot take an array on a device"):
         comm.Allreduce_init(x, y)
 
 

@@ -52,13 +52,13 @@ def test_wrong_settings_are_refused_with_the_allowed_values(name: str, value: st
         check_environment({name: value})
 
 
-def test_the_first_collective_checks_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_communicator_checks_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPCCOMM_SHARED_MEMORY", "yes")
-    comm = hpccomm.Communicator(MPI.COMM_SELF)
+    comm = MPI.COMM_SELF.Dup()
     with pytest.raises(ArgumentError, match="use on or off"):
-        comm.Barrier()
+        hpccomm.Communicator(comm)
     monkeypatch.delenv("HPCCOMM_SHARED_MEMORY")
-    comm.Barrier()
+    hpccomm.Communicator(comm).Barrier()
 
 
 X = np.ones(4)
