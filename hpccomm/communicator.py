@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
@@ -844,7 +845,8 @@ def describe_failure(rank: int, error: BaseException, trace: TracebackType | Non
     frames = [each for each in traceback.extract_tb(trace) if not each.filename.startswith(PACKAGE)]
     if not isinstance(error, HpccommError) or not frames or os.environ.get("HPCCOMM_TRACEBACK") == "full":
         return f"{head}uncaught exception:\n{''.join(traceback.format_exception(type(error), error, trace))}"
-    at = frames[-1]
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    at = next((each for each in reversed(frames) if not each.filename.startswith(libraries)), frames[-1])
     place = f"{head}{type(error).__name__} in {at.filename}:{at.lineno}: {at.line}\n"
     sentence = f"[hpccomm] {error}\n"
     return sentence + place if not isinstance(error, MismatchError) or claim_report() else place

@@ -97,8 +97,9 @@ def test_different_roots_are_reported() -> None:
 
 
 def test_different_algorithms_are_reported() -> None:
+    """Of short messages: Open MPI itself may crash in a receive that is shorter than a long message."""
     status, said = outcome(
-        3, "comm.Allreduce(MPI.IN_PLACE, np.ones(1 << 18), algorithm='ring' if odd else 'butterfly')"
+        3, "comm.Allreduce(MPI.IN_PLACE, np.ones(1 << 12), algorithm='ring' if odd else 'butterfly')"
     )
     assert status != 0
     assert "name the same algorithm" in said
