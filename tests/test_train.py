@@ -297,9 +297,6 @@ def test_a_rank_that_cannot_save_is_named_on_all_ranks(comm: MPI.Intracomm, tmp_
         ("{", "does not describe a saved run"),
         ('{"run": {"lr": 1}}', "describes a run with lr 1, this command has lr 2"),
     ],
-        ("{", "does not describe a saved run"),
-        ('{"run": {"lr": 1}}', "describes a run with lr 1, this command has lr 2"),
-    ],
 )
 def test_notes_of_other_runs_are_refused_on_all_ranks(
     comm: MPI.Intracomm, tmp_path: Path, note: str, complaint: str
