@@ -222,3 +222,19 @@ def test_a_save_leaves_what_another_process_is_writing(tmp_path: Path) -> None:
         file.flush()
         save(tmp_path / "b.npz", weights=np.ones(5))
     assert (tmp_path / "a.npz").read_bytes() == b"some"
+
+
+def test_processes_that_save_into_one_folder_leave_each_other_alone(tmp_path: Path) -> None:
+    script = f"""
+import os, sys
+from pathlib import Path
+from hpccomm.algorithms.checkpoints import replace_file
+for _ in range(100):
+    with replace_file(Path({str(tmp_path)!r}) / sys.argv[1]) as file:
+        file.write(bytes(2000))
+        file.flush()
+"""
+    names = [f"{k}.bin" for k in range(5)]
+    processes = [subprocess.Popen([sys.executable, "-c", script, name]) for name in names]
+    assert [each.wait(timeout=80) for each in processes] == [0] * len(names)
+    assert sorted(each.name for each in tmp_path.iterdir()) == names

@@ -91,25 +91,26 @@ def replace_file(target: Path) -> Iterator[BinaryIO]:
     handle, temporary = tempfile.mkstemp(PART, f".{target.name}.", target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            lock(file.fileno())
+            lock(file.fileno(), fcntl.LOCK_EX)  # waits for a process that looks whether this file is a dead one's
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            os.replace(temporary, target)  # while it is locked
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     flush_folder(target.parent)
 
 
+NOW = fcntl.LOCK_EX | fcntl.LOCK_NB
 PART = ".hpccomm-part"
 """The end of the name of a file that is being written."""
 
 
-def lock(file: int) -> bool:
+def lock(file: int, how: int) -> bool:
     """Lock a file; false if another process, which is alive, has locked it, or the file system has no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how)
     except OSError:
         return False
     return True
@@ -119,7 +120,7 @@ def remove_parts(folder: Path) -> None:
     """Remove what processes that died while they were writing have left in a folder."""
     for part in folder.glob(f".*{PART}"):
         with suppress(OSError), part.open("rb") as file:
-            if lock(file.fileno()) and file.seek(0, os.SEEK_END):  # a live process locks a file before it writes
+            if lock(file.fileno(), NOW) and file.seek(0, os.SEEK_END):  # a live process locks a file before it writes
                 part.unlink()
 
 
