@@ -58,7 +58,7 @@ def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:
             return (name, address(sendbuf), sendbuf.size, sendbuf.dtype, sendbuf.flags.num, recv, rest)
         send = None if sendbuf is IN_PLACE or sendbuf is None else form_key(sendbuf)
         return (name, send, recv, rest)
-    except (AttributeError, BufferError, KeyError, RuntimeError, SystemError, TypeError, ValueError):
+    except (AttributeError, BufferError, KeyError, RuntimeError, TypeError, ValueError):
         return None
 
 
@@ -85,15 +85,11 @@ def data_key(data: Any) -> tuple[Any, ...]:
 
 
 def tensor_key(tensor: Any) -> tuple[Any, ...]:
-    """The key of a tensor on the host."""
-    try:
-        array = np.from_dlpack(tensor)
-    except (BufferError, RuntimeError, SystemError, TypeError, ValueError):  # bfloat16, or not contiguous
-        known = read(tensor, "")
-        if known.opaque:
-            raise
-        return (known.address, known.size, known.dtype, known.half)
-    return (address(array), array.size, array.dtype, array.flags.num)
+    """The key of a tensor on the host; raises for one that a key cannot describe."""
+    known = read(tensor, "")
+    if known.opaque:
+        raise ValueError
+    return (known.address, known.size, known.dtype, known.half, known.order, known.writable)
 
 
 def member_key(member: Any) -> Hashable:
