@@ -144,7 +144,7 @@ class CompiledSchedule:
         KEPT.append((self.buffers, self.requests, self.spare))
         self.spare, self.requests = np.empty_like(self.spare), np.zeros_like(self.requests)
         self.buffers[SPARE] = self.spare
-        fill(self.run, next=0, spare=address_of(self.spare), requests=self.requests.ctypes.data)
+        fill(self.run, next=0, pauses=0, spare=address_of(self.spare), requests=self.requests.ctypes.data)
 
     def free(self) -> None:
         """Nothing is held between two runs."""

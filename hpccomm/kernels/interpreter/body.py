@@ -71,6 +71,7 @@ TAG_HALF = offset_of(RUN_RECORD, "tag_half")
 FLAG = offset_of(RUN_RECORD, "flag")
 SLEEPING = offset_of(RUN_RECORD, "sleeping")
 ERROR = offset_of(RUN_RECORD, "error")
+PAUSES = offset_of(RUN_RECORD, "pauses")
 LEFT = offset_of(RUN_RECORD, "left")
 RIGHT = offset_of(RUN_RECORD, "right")
 
@@ -99,6 +100,7 @@ def interpret(run):
             return code
         store(run + NEXT, load(run + NEXT) + 1)
     store(run + NEXT, 0)
+    store(run + PAUSES, 0)
     return DONE
 
 
@@ -169,6 +171,7 @@ def receive(run, record):
 def wait(run, record):
     """Wait for a message; PAUSED after a while."""
     request, polls, began = request_of(run, record), 0, 0
+    long = load(run + PAUSES) == load(run + NEXT) + 1  # this wait has been paused before
     while True:
         code = check(run, call_3(load(run + TEST), request, run + FLAG, load(run + STATUS)))
         if code != DONE:
@@ -180,8 +183,9 @@ def wait(run, record):
             now = nanoseconds()
             began = now if began == 0 else began
             if now - began > PATIENCE_NS:
+                store(run + PAUSES, load(run + NEXT) + 1)
                 return PAUSED
-            rest(run, now - began, load(record + NBYTES))
+            rest(run, PATIENCE_NS if long else now - began, load(record + NBYTES))
 
 
 def rest(run, waited, nbytes):

@@ -33,6 +33,7 @@ RUN_RECORD = record(
         *words("status", "tag_word", "tag_half"),  # where MPI_Test writes the tag: a word, and 32 if its upper half
         *words("flag", "sleeping", "error"),  # error: of MPI, a tag, or what a kernel has answered
         *words("left", "right"),  # the two operands of a reduction
+        *words("pauses"),  # 1 + the number of the record whose wait has been paused; 0: none
     ]
 )
 """A program with its memory, and how far it is."""
