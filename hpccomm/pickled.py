@@ -68,9 +68,9 @@ COMPARED: dict[str, dict[str, int]] = {
 """mpi4py's lower-case collectives, and the positions of the arguments that must agree between ranks."""
 
 
-SYNCHRONISING, GATHERING = ("allgather", "allreduce", "alltoall"), ("gather", "reduce")
-"""Collectives that no rank, or no root, leaves before all ranks have entered.  It waits for them before MPI does, since
-mpi4py holds the interpreter while it reduces objects, and the watchdog could not tell that a rank never comes."""
+SYNCHRONISING = ("allgather", "allreduce", "alltoall", "reduce")
+"""Collectives before which all ranks wait for each other: mpi4py holds the interpreter while it reduces objects, and
+the watchdog could not tell that a rank never comes.  Of a gather the root waits, which MPI would do as well."""
 
 
 def compare_objects(name: str) -> Any:
@@ -85,7 +85,7 @@ def compare_objects(name: str) -> Any:
         given = [named.get(each, args[place] if place < len(args) else None) for each, place in places.items()]
         try:
             table.enter(announce(table, name, places, given))
-            if name in SYNCHRONISING or (name in GATHERING and (given[-1] or 0) == self.rank):
+            if name in SYNCHRONISING or (name == "gather" and (given[0] or 0) == self.rank):
                 table.wait()
             result = native(self, *args, **named)
             table.leave()
