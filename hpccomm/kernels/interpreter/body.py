@@ -106,9 +106,9 @@ def interpret(run):
 
 def execute(run, record, kind):
     if kind == SEND:
-        return send(run, record)
-    if kind == RECEIVE:
-        return receive(run, record)
+        return start(run, record, load(run + ISEND), load(run + TAG))
+    if kind == RECEIVE:  # with any tag: a rank in another call shows by its own
+        return start(run, record, load(run + IRECV), load(run + ANY_TAG))
     if kind == REDUCE:
         return reduce(run, record)
     if kind == NODE:
@@ -137,31 +137,16 @@ def check(run, answer):
     return FAILED
 
 
-def send(run, record):
+def start(run, record, function, tag):
+    """Start a message by one of MPI's functions."""
     address, request = memory(run, record, BUFFER, AT), request_of(run, record)
     answer = call_7(
-        load(run + ISEND),
+        function,
         address,
         load(record + NBYTES),
         load(run + DATATYPE),
         load(record + PEER),
-        load(run + TAG),
-        load(run + COMM),
-        request,
-    )
-    return check(run, answer)
-
-
-def receive(run, record):
-    """Receive a message of any tag: a rank in another call shows by its tag."""
-    address, request = memory(run, record, BUFFER, AT), request_of(run, record)
-    answer = call_7(
-        load(run + IRECV),
-        address,
-        load(record + NBYTES),
-        load(run + DATATYPE),
-        load(record + PEER),
-        load(run + ANY_TAG),
+        tag,
         load(run + COMM),
         request,
     )
