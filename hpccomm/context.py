@@ -160,8 +160,6 @@ class Context:
         self.node_memory: SharedMemory | None = None
         """Shared memory of this node's ranks; ``None`` on all nodes if it is not available on one of them."""
         self._schedules: Schedules | None = None
-        self.hierarchical_algorithms = {name: on(self.layout.nodes) for name, on in HIERARCHICAL.items()}
-        """The hierarchical schedule for this layout, by collective."""
         self._decisions: dict[Hashable, tuning.Choice] = {}
         self.awaits_code = self.must_await_code()
         self._look_again = 0.0
@@ -305,6 +303,11 @@ class Context:
         if self._schedules is None:
             self._schedules = Schedules(self.node_memory if self.layout.count > 1 else None, self.messages)
         return self._schedules
+
+    @Once
+    def hierarchical_algorithms(self) -> dict[str, Algorithm]:
+        """The hierarchical schedule for this layout, by collective."""
+        return {collective: on(self.layout.nodes) for collective, on in HIERARCHICAL.items()}
 
     def hierarchical_form(self, collective: str, nbytes: int, shared: bool) -> Form:
         """What runs for the hierarchical algorithm; ``shared``: the ranks of each node meet in shared memory."""
