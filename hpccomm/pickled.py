@@ -17,7 +17,7 @@ import struct
 import zlib
 from functools import partial, wraps
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -54,28 +54,37 @@ def install(comm: Any) -> None:
         vars(comm).update(allreduce=calls.allreduce, allgather=calls.allgather, bcast=calls.bcast)
 
 
-COMPARED: dict[str, dict[str, int]] = {
-    "allgather": {},
-    "allreduce": {"op": 1},
-    "alltoall": {},
-    "bcast": {"root": 1},
-    "exscan": {"op": 1},
-    "gather": {"root": 1},
-    "reduce": {"op": 1, "root": 2},
-    "scan": {"op": 1},
-    "scatter": {"root": 1},
+class ObjectCall(NamedTuple):
+    """What the ranks compare of a lower-case collective."""
+
+    places: dict[str, int]
+    """The positions of the arguments that must agree between ranks."""
+    waiting: str = ""
+    """``ALL`` or ``ROOT``: who waits for all ranks before the first message, if anyone.
+
+    The root of a gather waits in MPI as well.  mpi4py holds the interpreter while it reduces objects, and the watchdog
+    could not tell that a rank never comes, so before a reduction all ranks wait for each other.
+    """
+
+
+ALL, ROOT = "all", "root"
+COMPARED = {
+    "allgather": ObjectCall({}, ALL),
+    "allreduce": ObjectCall({"op": 1}, ALL),
+    "alltoall": ObjectCall({}, ALL),
+    "bcast": ObjectCall({"root": 1}),
+    "exscan": ObjectCall({"op": 1}),
+    "gather": ObjectCall({"root": 1}, ROOT),
+    "reduce": ObjectCall({"op": 1, "root": 2}, ALL),
+    "scan": ObjectCall({"op": 1}),
+    "scatter": ObjectCall({"root": 1}),
 }
-"""mpi4py's lower-case collectives, and the positions of the arguments that must agree between ranks."""
-
-
-SYNCHRONISING = ("allgather", "allreduce", "alltoall", "reduce")
-"""Collectives before which all ranks wait for each other: mpi4py holds the interpreter while it reduces objects, and
-the watchdog could not tell that a rank never comes.  Of a gather the root waits, which MPI would do as well."""
+"""mpi4py's lower-case collectives."""
 
 
 def compare_objects(name: str) -> Any:
     """mpi4py's method for objects, before and after which the ranks of a node compare their calls."""
-    native, places = getattr(MPI.Intracomm, name), COMPARED[name]
+    native, (places, waiting) = getattr(MPI.Intracomm, name), COMPARED[name]
 
     @wraps(native)
     def method(self: Any, *args: Any, **named: Any) -> Any:
@@ -85,14 +94,13 @@ def compare_objects(name: str) -> Any:
         given = [named.get(each, args[place] if place < len(args) else None) for each, place in places.items()]
         try:
             table.enter(announce(table, name, places, given))
-            if name in SYNCHRONISING or (name == "gather" and (given[0] or 0) == self.rank):
+            if waiting == ALL or (waiting == ROOT and (given[0] or 0) == self.rank):
                 table.wait()
             result = native(self, *args, **named)
             table.leave()
         except (MPI.Exception, HpccommError) as failure:
             table.abandon()
             table.raise_mismatch(failure)
-            raise
         except BaseException:
             table.abandon()
             raise

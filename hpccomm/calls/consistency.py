@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -250,7 +250,7 @@ class ConsistencyTable:
         """Whether all members had them on entering this call, which all have entered: the same answer on all."""
         return all(0 < self._words[k * self._stride + HAS_CODE] <= self._seq for k in range(len(self.members)))
 
-    def raise_mismatch(self, failure: Exception) -> None:
+    def raise_mismatch(self, failure: Exception) -> NoReturn:
         """After an error in a call, raise a MismatchError if the ranks' calls differ, else the error itself."""
         self.compare_entries()
         self.raise_if_deadlocked()
