@@ -6,6 +6,7 @@ first used.  Type checkers read the same names from ``__init__.pyi``.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -53,14 +54,19 @@ _FOLDERS = {"algorithms", "collectives", "performance", "testing", "train"}
 __all__ = sorted(_HOME)  # noqa: PLE0605
 
 
+def import_name(package: str, home: dict[str, str], name: str) -> Any:
+    """Import a public name of one of our packages from its ``home``, and keep it in the package."""
+    if name not in home:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    value = getattr(import_module(home[name]), name)
+    setattr(sys.modules[package], name, value)
+    return value
+
+
 def __getattr__(name: str) -> Any:
     if name in _FOLDERS:
         return import_module(f"hpccomm.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'hpccomm' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+    return import_name(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

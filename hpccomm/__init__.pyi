@@ -73,3 +73,5 @@ from hpccomm.functional import broadcast as broadcast
 from hpccomm.functional import reduce_scatter as reduce_scatter
 from hpccomm.jax.gradients import optax as optax
 from hpccomm.layout import Layout as Layout
+
+def import_name(package: str, home: dict[str, str], name: str) -> object: ...

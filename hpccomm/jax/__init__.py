@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
+
+from hpccomm import import_name
 
 _HOME = {"optax": "hpccomm.jax.gradients", "allreduce": "hpccomm.jax.callbacks"}
 
@@ -11,8 +12,4 @@ __all__ = sorted(_HOME)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'hpccomm.jax' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+    return import_name(__name__, _HOME, name)

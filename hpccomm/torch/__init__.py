@@ -9,8 +9,9 @@ Importing this package imports neither torch nor MPI: every public name is impor
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
+
+from hpccomm import import_name
 
 _MODULES = {
     "options": "Options",
@@ -29,11 +30,7 @@ __all__ = sorted(_HOME)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'hpccomm.torch' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+    return import_name(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:
