@@ -101,7 +101,7 @@ class Recorder:
         """The name of a communicator, the same on all of its ranks: its ranks of the world, and a count of those."""
         from mpi4py import MPI
 
-        group, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+        group, world = comm.private_comm.Get_group(), MPI.COMM_WORLD.Get_group()
         ranks = tuple(group.Translate_ranks(list(range(group.size)), world))
         number = self.groups[ranks] = self.groups[ranks] + 1
         found = f"ranks {shorten(ranks)}" + (f" #{number}" if number > 1 else "")
