@@ -193,7 +193,7 @@ def expand_tail_flag(word: str) -> str:
 
 
 def read_name(program: str, words: Sequence[str]) -> tuple[str, list[str], bool]:
-    """The benchmark of a program, its flags, and whether it is of nccl-tests; OMB-Py's ``run.py`` names it by a flag."""
+    """The benchmark of a program, its flags, and whether it is of nccl-tests; OMB-Py names it by a flag."""
     short, words = program.rpartition("/")[2].removesuffix(".py"), list(words)
     if short == "run":
         named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
