@@ -129,7 +129,7 @@ class Communicator(MPI.Intracomm):
         return self
 
     def __init__(self, *args: Any, **named: Any) -> None:  # a subclass may have other arguments
-        if self._context is not None:
+        if self._context is not None and self._context.layout.count > 1:
             self._context.level("intra")
 
     @property
@@ -196,7 +196,10 @@ class Communicator(MPI.Intracomm):
 
     @property
     def intra_node(self) -> Communicator:
-        """The ranks of this node; its first use is collective if MPI has made this communicator from another one."""
+        """The ranks of this node.
+
+        Its first use is collective if MPI has made this communicator from another one, or if it is a level itself.
+        """
         return self._level("intra")
 
     @property
@@ -205,7 +208,7 @@ class Communicator(MPI.Intracomm):
         return self._level("inter")
 
     def _level(self, name: str) -> Communicator:
-        if name not in self._levels:
+        if self._levels.get(name, MPI.COMM_NULL) == MPI.COMM_NULL:
             level: Communicator = adopt(self.context.level(name), self)
             level._level_of = (self.context, name)
             self._levels[name] = level
@@ -319,7 +322,7 @@ class Communicator(MPI.Intracomm):
         self._levels.clear()
         if self._level_of:
             context, name = self._level_of
-            context.levels.pop(name, None)
+            context.levels[name] = MPI.COMM_NULL
         self._planner.release()
         self.plans.close()
         self._context = None
