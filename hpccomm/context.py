@@ -140,7 +140,7 @@ class Context:
     """The context of one MPI communicator; creating it is collective."""
 
     def __init__(self, comm: MPI.Intracomm, of: tuple[Context, tuple[int, ...]] | None = None) -> None:
-        """``of``: the context and the ranks there of which ``comm`` is a level; then nothing is read, sent or opened."""
+        """``of``: the context and the ranks there of which ``comm`` is a level: nothing is read, sent or opened."""
         self._comm, self.rank, self.size = unwrap(comm), comm.rank, comm.size
         self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
         self.closed = False
@@ -182,13 +182,10 @@ class Context:
         self.open_consistency_tables()
 
     def _find_node(self) -> MPI.Intracomm:
-        """The ranks that share memory with this one, in rank order, for our messages (collective).
-
-        If these are all ranks, they are ``private_comm``, and what MPI has made becomes their level.
-        """
+        """The ranks of this node, for our messages (collective); what MPI has made of all ranks is their level."""
         if self.size == 1:
             return MPI.COMM_SELF
-        node = MPI.Intracomm(self.private_comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank))
+        node = ranks_of_this_node(self.private_comm)
         if node.size == self.size:
             self.levels["intra"] = node
             return self.private_comm
@@ -327,7 +324,9 @@ class Context:
                 warn_once(memory.trouble)
         except TransportError as error:
             trouble = str(error)
-        troubles = [each for each in self.private_comm.allgather(trouble) if each]
+        # the ranks of a node raise together
+        all_troubles = self.private_comm.allgather(trouble) if self.layout.count > 1 else [trouble]
+        troubles = [each for each in all_troubles if each]
         if not troubles:
             if self.consistency and memory:
                 self.consistency.last_shared_call = memory.last_call
@@ -479,8 +478,8 @@ class Context:
         for level in self.levels.values():
             if level != MPI.COMM_NULL:
                 level.Free()
-        for each in list(self.users):
-            each.close()
+        for plans in list(self.users):
+            plans.close()
         for each in (self.consistency, self.level_table, self._segment, self.node_memory):
             if each:
                 each.close()
@@ -522,11 +521,16 @@ def context_of(comm: MPI.Intracomm) -> Context:
     return found
 
 
+def ranks_of_this_node(comm: MPI.Intracomm) -> MPI.Intracomm:
+    """The ranks that share memory with this one, in rank order (collective)."""
+    return MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
+
+
 def create_private_comm(comm: MPI.Intracomm) -> MPI.Intracomm:
     """A communicator of the same ranks for our messages (collective).
 
-    Unlike ``Dup`` this takes over no topology and no hints, and runs no copy callback of the user's attributes.  It does
-    not ask for the group: MPICH gives a topology of fewer ranks than its parent the group of the parent.
+    Unlike ``Dup`` this takes over no topology and no hints, and runs no copy callback of the user's attributes.  It
+    does not ask for the group: MPICH gives a topology of fewer ranks than its parent the group of the parent.
     """
     return MPI.Intracomm(unwrap(comm).Split(0, comm.rank))
 

@@ -26,8 +26,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.log import logger
-
 VARIABLE = "HPCCOMM_TIMELINE"
 KEPT = 200_000
 """Events that a rank keeps; older ones are dropped."""
@@ -223,6 +221,8 @@ def write(
     try:
         path.write_text(json.dumps(trace), encoding="utf-8")
     except OSError as error:
+        from hpccomm.log import logger
+
         logger().error(f"{VARIABLE}={path}: {error.strerror}: name a file that can be written")
 
 
