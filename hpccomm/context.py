@@ -206,7 +206,7 @@ class Context:
         """
         self.settings, self.table, self.layout = parent.settings, parent._agreed, parent.layout.select(ranks)
         self._agreed = self.table
-        self.consistency = parent.level_table if 1 < self.size == len(parent.members) else None
+        self.consistency = parent.level_table if self.layout.count == 1 < self.size else None
 
     @Once
     def members(self) -> tuple[int, ...]:
