@@ -52,10 +52,10 @@ def test_a_program_imports_what_it_uses_and_reads_the_table_once() -> None:
     assert tables == "1"
     assert "hpccomm.planner" in modules
     unneeded = [each for each in OF_OTHER_PROGRAMS if each in modules]
-    assert unneeded == [each for each in unneeded if each in imports_of_mpi4py()]
+    assert unneeded == [each for each in unneeded if each in list_imports_of_mpi4py()]
 
 
-def imports_of_mpi4py() -> list[str]:
+def list_imports_of_mpi4py() -> list[str]:
     """The modules that NumPy and mpi4py import themselves."""
     code = "import sys, numpy, mpi4py.MPI; print(*sys.modules)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
