@@ -23,6 +23,7 @@ _MODULES = {
     "algorithms.block_codes": "block_mean",
     "algorithms.row_sparse": "mean_rows",
     "collectives.compressed.rows": "allreduce_rows",
+    "algorithms.bucketed": "BucketedExchange",
     "algorithms.exchange": "mean synchronous_adam synchronous_sgd",
     "algorithms.error_feedback": "feedback without_feedback",
     "algorithms.threshold_compression": "gtc",
