@@ -22,12 +22,12 @@ NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
 
 @contextmanager
-def replace_file(target: Path, flush: bool = True) -> Iterator[BinaryIO]:
+def replace_file(target: Path, flush: bool = True, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A new file that replaces ``target`` at the end, after a flush to the disk; an error leaves ``target`` as it was.
 
-    Its permissions are those of any new file of this process.
+    Its permissions are ``mode``, less what the process masks.
     """
-    handle, part = open_part(target.parent)
+    handle, part = open_part(target.parent, mode)
     try:
         with os.fdopen(handle, "w+b") as file:
             yield file
@@ -43,18 +43,18 @@ def replace_file(target: Path, flush: bool = True) -> Iterator[BinaryIO]:
         flush_folder(target.parent)
 
 
-def write_text(target: Path, text: str, flush: bool = False) -> None:
-    """Write a file of text at once."""
+def write_text(target: Path, text: str, flush: bool = False, mode: int = 0o600) -> None:
+    """Write a file of text at once, as one of this user alone."""
     remove_parts(target.parent)
-    with replace_file(target, flush) as file:
+    with replace_file(target, flush, mode) as file:
         file.write(text.encode())
 
 
-def open_part(folder: Path) -> tuple[int, Path]:
+def open_part(folder: Path, mode: int) -> tuple[int, Path]:
     """A new file in a folder, locked, and its path."""
     while True:
         part = folder / f".{os.urandom(8).hex()}{PART}"
-        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         if lock(handle, fcntl.LOCK_EX) is not True or os.fstat(handle).st_nlink:
             return handle, part
         os.close(handle)  # before it was locked, another process has taken it for a dead one's

@@ -186,7 +186,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     own = {"format": FORMAT, "set": manifest.set, "bytes": manifest.nbytes}
     data = {**json.loads(json.dumps(manifest.note)), "checkpoint": own}
     text = json.dumps({**data, "crc32": checksum(data)}, indent=1)
-    write_text(folder / f"{manifest.name}.json", text + "\n", flush=True)
+    write_text(folder / f"{manifest.name}.json", text + "\n", flush=True, mode=0o666)
 
 
 def checksum(data: dict[str, Any]) -> str:

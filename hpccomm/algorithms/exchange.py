@@ -51,7 +51,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
 
     def init(weights: Vector) -> MeanState:
         if travels_in_halves(weights):
-            return MeanState(np.zeros(padded_size(weights.size, comm.size), weights.dtype), ExchangeReport())
+            return MeanState(np.zeros(elements_of_shards(weights.size, comm.size), weights.dtype), ExchangeReport())
         return MeanState(np.zeros_like(weights, dtype=reduction_dtype(weights.dtype)), ExchangeReport())
 
     def update(gradient: Vector, state: MeanState, weights: Vector) -> tuple[Vector, MeanState]:
@@ -60,7 +60,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
             return gradient, state
         began = time.perf_counter()
         if travels_in_halves(gradient):
-            fits = state.total.size == padded_size(gradient.size, comm.size)
+            fits = state.total.size == elements_of_shards(gradient.size, comm.size)
             room = state.total if fits else init(gradient).total  # it was of another number of ranks
             average, nbytes = mean_of_halves(comm, gradient, room)
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
@@ -72,7 +72,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
     return Transform(init, update)
 
 
-def padded_size(n: int, ranks: int) -> int:
+def elements_of_shards(n: int, ranks: int) -> int:
     """The elements of as many shards of one length as there are ranks."""
     return ranks * shard_elements(n, ranks)
 
