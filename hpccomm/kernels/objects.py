@@ -15,7 +15,6 @@ import mmap
 import os
 import platform
 import stat
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from hpccomm.files import replace_file
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.kernels.numba_check import why_no_numba
 from hpccomm.kernels.reductions.reference import DTYPES
@@ -194,6 +194,8 @@ def find_all() -> bool:
 @cache
 def compile_in_background() -> Any:
     """Start a process that compiles what is missing while this program goes on, and beyond its end."""
+    import subprocess
+
     command = [sys.executable, "-m", "hpccomm", "warm", "--quiet", "--background"]
     nothing = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
@@ -269,13 +271,8 @@ def write(folder: Path | None, name: str, content: bytes) -> None:
     """Write a file at once; without a folder or with a full disk the function is compiled again next time."""
     if folder is None:
         return
-    aside = folder / f"{file_name(name)}.{os.getpid()}"
-    try:
-        aside.write_bytes(checksum(content) + content)
-        aside.replace(folder / file_name(name))
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+    with contextlib.suppress(OSError), replace_file(folder / file_name(name), flush=False) as file:
+        file.write(checksum(content) + content)
 
 
 # Loading
