@@ -54,7 +54,7 @@ def test_a_rank_that_is_on_its_way_to_the_barrier_of_the_same_call_is_not_elsewh
     second.leave()
     first.enter(first.announce(SUM))
     second.begin(second.announce(SUM._replace(op="max")))
-    with pytest.raises(MismatchError, match="rank 0 called Allreduce.sum, 8 float32., rank 1 called Allreduce.max"):
+    with pytest.raises(MismatchError, match=r"rank 0 called Allreduce.sum, 8 float32., rank 1 called Allreduce.max"):
         first.check_stall(SUM.word, 5.0, lambda: [1])
 
 
