@@ -37,7 +37,7 @@ import numpy.typing as npt
 from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.fused import InPlaceTransform
 from hpccomm.algorithms.reports import ExchangeReport
-from hpccomm.algorithms.sharded.lanes import Buffer, GradientBuffers, Lane
+from hpccomm.algorithms.sharded.call_threads import Buffer, CallThread, GradientBuffers
 from hpccomm.algorithms.sharded.quantized import (
     CodedReduce,
     SecondaryShards,
@@ -395,15 +395,15 @@ class ShardedModel:
             self.parameters = {u.name: narrow(v, self.dtype).copy() for u, v in zip(units, whole, strict=True)}
         elif self.ranks == 1 and self.dtype != self.master.dtype:
             self.parameters = {unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in units}
-        self.prefetcher = Lane("gather", overlap and self._gathers)
-        self._first_hops = Lane("first hop", reduces)
+        self.prefetcher = CallThread("gather", overlap and self._gathers)
+        self._first_hops = CallThread("first hop", reduces)
 
     def _prepare_second_hops(self, overlap: bool) -> None:
         """Group the units, from the last to the first, whose shards travel in one message."""
         overlap = overlap and self.groups.replication.size > 1
         self._copies += [self.groups.replication.Dup()] if overlap else []
         self._replication = self._copies[-1] if overlap else self.groups.replication
-        self._second_hops = Lane("second hop", overlap)
+        self._second_hops = CallThread("second hop", overlap)
         sizes = [(name, None, unit.shard_size * self._total.itemsize) for name, unit in self.units.items()]
         self._groups = [[self.units[name] for name in names] for names in group_by_size(reversed(sizes), BUCKET_BYTES)]
         self._complete: set[str] = set()
@@ -463,13 +463,13 @@ class ShardedModel:
             slot.users.add(name)
         self._ahead = [each for later in following if later is not unit for each in later.needed]
         self._prefetch()
-        return unit.views(self._gathered)
+        return unit.views(self._find_room)
 
     def _parameters_of(self, unit: Unit) -> Vector:
         """The unit's parameters where this rank keeps them whole."""
         return self.parameters[unit.name] if self.parameters else self.master[unit.own_slice]
 
-    def _gathered(self, unit: Unit) -> Vector:
+    def _find_room(self, unit: Unit) -> Vector:
         """The unit's parameters in their buffer."""
         return next(slot.room for slot in self.buffers if slot.unit is unit)
 
@@ -829,8 +829,8 @@ class ShardedModel:
 
     def close(self) -> None:
         """Stop the threads and free their communicators (collective)."""
-        for lane in (self.prefetcher, self._first_hops, self._second_hops):
-            lane.shutdown()
+        for thread in (self.prefetcher, self._first_hops, self._second_hops):
+            thread.shutdown()
         for comm in [*self._copies, *([self._collect.comm] if self._collect else ())]:
             comm.Free()
 
