@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from hpccomm.algorithms.checkpoints import READER, flush_folder, replace_file, save
-from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, Unit, bounds
+from hpccomm.algorithms.loss_scaling import LossScale
+from hpccomm.algorithms.sharded.units import ShardedModel, Unit, bounds
 from hpccomm.algorithms.states import leaves, map_leaves
 from hpccomm.algorithms.transforms import Vector
 from hpccomm.errors import ArgumentError
