@@ -364,7 +364,7 @@ class ShardedModel:
         self.secondary: SecondaryShards | None = None
         if self._collect and secondary_shard:
             self.secondary = make_secondary(self._collect.comm, [unit.padded_size for unit in units], self.dtype)
-        rooms = max(len(unit.needed) for unit in units) + prefetch if self._gathers else 0
+        rooms = min(max(len(each.needed) for each in units) + prefetch, len(units)) if self._gathers else 0
         self.buffers: list[Buffer[Unit]] = [Buffer(np.empty(longest, self.dtype)) for _ in range(rooms)]
         self._ahead: list[Unit] = []
         """The units that will be gathered next, until a buffer is free."""
