@@ -14,6 +14,7 @@ import pytest
 
 from hpccomm import Communicator, context
 from hpccomm.algorithms.large_batch import lamb, lars
+from hpccomm.algorithms.loss_scaling import LossScale
 from hpccomm.algorithms.sharded import units as units_module
 from hpccomm.algorithms.sharded.groups import (
     check_placement,
@@ -22,7 +23,7 @@ from hpccomm.algorithms.sharded.groups import (
     ranks_per_node,
     smallest_partition,
 )
-from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, adamw, data_parallel, zero
+from hpccomm.algorithms.sharded.units import ShardedModel, adamw, data_parallel, zero
 from hpccomm.algorithms.transforms import adam, chain, momentum, scale
 from hpccomm.buckets import Bucket
 from hpccomm.collectives import ring

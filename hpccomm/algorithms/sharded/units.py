@@ -36,6 +36,7 @@ import numpy.typing as npt
 
 from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.fused import InPlaceTransform
+from hpccomm.algorithms.loss_scaling import LossScale
 from hpccomm.algorithms.reports import ExchangeReport
 from hpccomm.algorithms.sharded.call_threads import Buffer, CallThread, GradientBuffers
 from hpccomm.algorithms.sharded.quantized import (
@@ -70,26 +71,6 @@ class Groups(NamedTuple):
     world: Any
     partition: Any
     replication: Any
-
-
-class LossScale(NamedTuple):
-    """The factor of the loss that keeps 16-bit gradients from underflow; the same on all ranks."""
-
-    value: float = 1.0
-    interval: int = 0
-    """Steps without overflow after which the factor doubles (0: it is constant).  An overflow halves it."""
-    good_steps: int = 0
-    """Steps since the last change."""
-
-    def update(self, overflow: bool) -> LossScale:
-        """The loss scale of the next step."""
-        if not self.interval:
-            return self
-        if overflow:
-            return self._replace(value=max(1.0, self.value / 2), good_steps=0)
-        if self.good_steps + 1 == self.interval:
-            return self._replace(value=min(2.0**24, self.value * 2), good_steps=0)
-        return self._replace(good_steps=self.good_steps + 1)
 
 
 class Outcome(NamedTuple):
