@@ -140,6 +140,13 @@ def examples_by_dtype(dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, np.dtype
     return {name: dtype for dtype, name in {dtype: name for name, dtype in dtypes.items()}.items()}
 
 
+def memory_of(array: npt.NDArray[Any]) -> tuple[Any, ...] | None:
+    """What two arrays have in common only if they are the same tensor (tied weights); None without elements."""
+    if not array.size:
+        return None
+    return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
+
+
 BUCKET_BYTES = 25 << 20
 """The default limit of a bucket, as in PyTorch's DDP: large enough for the link's rate, small enough to overlap."""
 
