@@ -245,8 +245,8 @@ class ShardedModel:
         overlap: bool = True,
         prefetch: int = 1,
         algorithm: str = "",
-        weight_code: str = "",
-        gradient_code: str = "",
+        weight_code: str | None = None,
+        gradient_code: str | None = None,
         secondary_shard: bool = False,
     ) -> None:
         require(stage in (1, 2, 3), f"zero: stage is {stage}: pass 1, 2 or 3; data_parallel divides nothing")
@@ -325,7 +325,7 @@ class ShardedModel:
         overlap: bool,
         prefetch: int,
         algorithm: str,
-        gradient_code: str,
+        gradient_code: str | None,
         secondary_shard: bool,
     ) -> None:
         """Allocate all buffers of the steps."""
