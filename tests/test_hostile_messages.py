@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fuzz_messages import Guard, N, decoders, run
+from mpi4py import MPI
 
 from hpccomm import first_use
 from hpccomm.algorithms.compression.format import HEADER_BYTES, read_indices
@@ -20,6 +21,7 @@ from hpccomm.collectives.compressed.sparse import octets_of, sparse_allgather
 from hpccomm.errors import ArgumentError
 from hpccomm.performance import machine, probe, tuning
 from hpccomm.testing.ranks import run_on_ranks
+from hpccomm.transports import segment
 
 
 def test_altered_and_random_messages_are_refused_or_decoded() -> None:
@@ -184,3 +186,36 @@ for _ in range(20):
     assert len(list((tmp_path / "new").iterdir())) == 2
     for file in (tmp_path / "new").iterdir():
         json.loads(file.read_text())
+
+
+# Shared memory
+
+
+def test_shared_memory_is_private_and_has_no_name() -> None:
+    """An anonymous file, or one that only this user can open and that is unlinked before anybody maps it."""
+    for opens in (segment.open_memfd, segment.open_shm_file):
+        found = opens(MPI.COMM_SELF, 4096)
+        assert found is not None
+        file = found[0]
+        seen = os.fstat(file)
+        assert (seen.st_nlink, seen.st_uid, seen.st_size) == (0, os.geteuid(), 4096)
+        assert seen.st_mode & 0o077 == 0 or os.readlink(f"/proc/self/fd/{file}").startswith("/memfd:")
+        os.close(file)
+
+
+@pytest.mark.parametrize("trick", ["another file", "a link", "another user's"])
+def test_a_file_that_is_not_rank_0s_is_not_mapped(trick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "segment"
+    path.write_bytes(bytes(10))
+    inode = path.stat().st_ino
+    if trick == "another file":
+        (tmp_path / "other").write_bytes(bytes(10))
+        path.unlink()
+        (tmp_path / "other").rename(path)
+    elif trick == "a link":
+        path.rename(tmp_path / "there")
+        path.symlink_to(tmp_path / "there")
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(OSError, match=r"not the file of rank 0|symbolic links"):
+        segment.open_own_file(str(path), inode)
