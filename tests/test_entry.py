@@ -392,24 +392,24 @@ def test_a_million_calls_take_no_memory(ours: Communicator) -> None:
     """Every collective, in shared memory and by MPI, in several spellings, on the same arrays and on new ones."""
     p, x, y = ours.size, np.ones(16), np.empty(16)
     whole, pairs, types = np.empty(16 * p), np.zeros(4, PAIRS["DOUBLE_INT"]), [MPI.DOUBLE, MPI.DOUBLE_INT]
-    counts = [16] * p
+    counts, dtype = [16] * p, x.dtype  # without it NumPy 2.4 keeps a reference to its default at every call
     calls: list[Callable[[], Any]] = [
         lambda: ours.Allreduce(x, y),
-        lambda: ours.Allreduce(np.array([1.0]), np.empty(1)),
+        lambda: ours.Allreduce(np.array([1.0]), np.empty(1, dtype)),
         lambda: ours.Allreduce([x, 16, MPI.DOUBLE], [y, MPI.DOUBLE], MPI.MAX),
         lambda: ours.Allreduce(MPI.IN_PLACE, [pairs, 4, MPI.DOUBLE_INT], MPI.MINLOC),
         lambda: ours.Reduce(x, y, MPI.SUM, 1),
-        lambda: ours.Bcast(np.empty(16)),
+        lambda: ours.Bcast(np.empty(16, dtype)),
         lambda: ours.Allgather(x, whole),
         lambda: ours.Allgatherv(x, [whole, counts]),
-        lambda: ours.Alltoall(np.ones(16 * p), whole),
+        lambda: ours.Alltoall(np.ones(16 * p, dtype), whole),
         lambda: ours.Reduce_scatter_block(whole, y),
         lambda: ours.Gather(x, whole, 0),
         lambda: ours.Scatterv([whole, counts], y, 0),
         lambda: ours.Scan(x, y),
         ours.Barrier,
     ]
-    watched = [x, y, whole, pairs, *types, None, MPI.SUM, MPI.MINLOC, MPI.IN_PLACE, x.dtype, MISS, 0, 1, 16, ours]
+    watched = [x, y, whole, pairs, *types, None, MPI.SUM, MPI.MINLOC, MPI.IN_PLACE, dtype, MISS, 0, 1, 16, ours]
 
     def repeat(times: int) -> tuple[list[int], int]:
         for _ in range(times // len(calls)):
