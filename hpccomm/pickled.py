@@ -73,10 +73,10 @@ COMPARED = {
     "allreduce": ObjectCall({"op": 1}, ALL),
     "alltoall": ObjectCall({}, ALL),
     "bcast": ObjectCall({"root": 1}),
-    "exscan": ObjectCall({"op": 1}),
+    "exscan": ObjectCall({"op": 1}, ALL),
     "gather": ObjectCall({"root": 1}, ROOT),
     "reduce": ObjectCall({"op": 1, "root": 2}, ALL),
-    "scan": ObjectCall({"op": 1}),
+    "scan": ObjectCall({"op": 1}, ALL),
     "scatter": ObjectCall({"root": 1}),
 }
 """mpi4py's lower-case collectives."""
