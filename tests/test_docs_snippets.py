@@ -72,6 +72,7 @@ def overlap(comm: Any) -> Names:
 
 
 SURROUNDINGS: dict[str, Callable[[Any], Names]] = {
+    "buckets.md": lambda comm: {},
     "index.md": lambda comm: {},
     "for-mpi4py-users.md": lambda comm: {},
     "tutorial.md": model,
