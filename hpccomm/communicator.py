@@ -25,9 +25,10 @@ from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last
-from hpccomm.calls.consistency import FLUSH_SECONDS, claim_report
+from hpccomm.calls.consistency import claim_report
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
+from hpccomm.calls.watchdog import FLUSH_SECONDS, list_waiting
 from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
 from hpccomm.device_planner import DevicePlanner
@@ -36,6 +37,7 @@ from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
 from hpccomm.observe import timeline
+from hpccomm.observe.recorder import Call
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import COMPARED as OBJECT_CALLS
 from hpccomm.pickled import compare_objects, install
@@ -343,8 +345,23 @@ class Communicator(MPI.Intracomm):
         """
         if code < NOT_MINE:
             self.plans.entry.resume(code)  # type: ignore[union-attr]
-            return None
-        self._prepare(name)
+            return
+        with self.context.call(name, *buffers) as recorded:
+            self._prepare(name)
+            self._run_bound(code, name, buffers, call, bind, rest, receives, recorded)
+
+    def _run_bound(
+        self,
+        code: int,
+        name: str,
+        buffers: tuple[Any, Any],
+        call: Callable[..., None],
+        bind: Callable[..., Plan],
+        rest: tuple[Any, ...],
+        receives: bool,
+        recorded: Call,
+    ) -> None:
+        """Run a call as :meth:`_run_uncached` does; the flight recorder learns more of it once that is known."""
         kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
         padded = [pad_last(each) for each in buffers]
         if any(padded):
@@ -359,6 +376,7 @@ class Communicator(MPI.Intracomm):
             if key is not None and self._bounce_buffers.run((name, *marks), call, sendbuf, into, rest):
                 return None
             bound = self._bind(kind, bind, key, sendbuf, recvbuf, *rest)
+        recorded.describe(bound.text)
         if key is not None:
             return bound.run()
         try:
@@ -378,7 +396,7 @@ class Communicator(MPI.Intracomm):
         """Bind a plan, and let the door take later calls of its kind."""
         plan = bind(*arguments)
         if kind and plan.row:
-            self.plans.entry.insert(kind, plan.row)  # type: ignore[union-attr]
+            self.plans.entry.insert(kind, plan.row, plan.text)  # type: ignore[union-attr]
         return plan
 
     def _run_native(self, code: int, name: str, *arguments: Any) -> None:
@@ -390,6 +408,11 @@ class Communicator(MPI.Intracomm):
 
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
+        with self.context.call(name, *buffers, inside=True):
+            return self._run_exactly(name, buffers, arguments, op)
+
+    def _run_exactly(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
+        """Run a reduction as :meth:`_run_reproducible` does."""
         self._prepare(name)
         rest = [each for each in arguments if each is not op]
         key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
@@ -447,11 +470,13 @@ class Communicator(MPI.Intracomm):
         The ranks write p times fewer bytes than in :meth:`Allreduce`.  Returns a read-only array like ``buf``, which
         is valid until the next such call on ``buf``.
         """
-        self._prepare("Allreduce_view")
-        op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
-        key = self._planner.view_key(buf, op)
-        bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
-        bound.run()
+        with self.context.call("Allreduce_view", buf) as recorded:
+            self._prepare("Allreduce_view")
+            op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
+            key = self._planner.view_key(buf, op)
+            bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
+            recorded.describe(bound.text)
+            bound.run()
         result: npt.NDArray[Any] = bound.result
         return result
 
@@ -642,7 +667,16 @@ class Communicator(MPI.Intracomm):
         code: int = NOT_MINE,
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
-        self._prepare(name)
+        with self.context.call(name, *buffers) as recorded:
+            self._prepare(name)
+            plan = self._find_inherited(name, buffers, root, op, code)
+            recorded.describe(plan.text)
+            plan.run()
+
+    def _find_inherited(
+        self, name: str, buffers: tuple[Any, Any], root: int | None, op: MPI.Op | str | None, code: int
+    ) -> Plan:
+        """The plan of one of MPI's own collectives."""
         kind = self._read_kind(code)
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
@@ -650,7 +684,7 @@ class Communicator(MPI.Intracomm):
         mark = None if op is None else operations.key_of(op)
         key = kind or (None if name == "Alltoallw" else call_key(name, *buffers, root, mark))
         bind = self._planner.bind_inherited
-        return (self._find_plan(key) or self._bind(kind, bind, key, name, buffers, root, op)).run()
+        return self._find_plan(key) or self._bind(kind, bind, key, name, buffers, root, op)
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of equal length on ``root``."""
@@ -705,6 +739,11 @@ class Communicator(MPI.Intracomm):
             return self._run_native(code, "Exscan", sendbuf, recvbuf, op)
         return self._run_inherited("Exscan", (sendbuf, recvbuf), None, op, code)
 
+    def _run_on_copies(self, name: str, body: Callable[..., Any], arrays: tuple[Any, ...], **more: Any) -> Any:
+        """Run a compressed collective."""
+        with self.context.call(name, arrays[0]):
+            return self._planner.apply_to_copies(name, body, arrays, **more)
+
     # Compressed collectives: arrays on a device are copied to the host, results are copied back
 
     def sparse_allgather(
@@ -712,7 +751,7 @@ class Communicator(MPI.Intracomm):
     ) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]]:
         """The sparse vectors of all ranks, in rank order (:mod:`hpccomm.collectives.compressed.sparse`)."""
         body = partial(sparse.sparse_allgather, self, n=n)
-        found: list[Any] = self._planner.apply_to_copies("sparse_allgather", body, (indices, values))
+        found: list[Any] = self._run_on_copies("sparse_allgather", body, (indices, values))
         return found
 
     def sparse_allreduce(
@@ -727,7 +766,7 @@ class Communicator(MPI.Intracomm):
     ) -> sparse.SparseSum:
         """The sum of sparse vectors, or its k largest (:mod:`hpccomm.collectives.compressed.sparse`)."""
         body = partial(sparse.sparse_allreduce, self, n=n, k=k, algorithm=algorithm, plan=plan)
-        summed: sparse.SparseSum = self._planner.apply_to_copies("sparse_allreduce", body, (indices, values))
+        summed: sparse.SparseSum = self._run_on_copies("sparse_allreduce", body, (indices, values))
         return summed
 
     def onebit_allgather(
@@ -735,7 +774,7 @@ class Communicator(MPI.Intracomm):
     ) -> npt.NDArray[np.float32]:
         """The sum of all ranks' signs times their scales (:mod:`hpccomm.collectives.compressed.onebit`)."""
         body = partial(onebit.onebit_allgather, self, plus=plus, minus=minus, n=n)
-        total: npt.NDArray[np.float32] = self._planner.apply_to_copies("onebit_allgather", body, (bits,))
+        total: npt.NDArray[np.float32] = self._run_on_copies("onebit_allgather", body, (bits,))
         return total
 
     def onebit_allreduce(
@@ -743,7 +782,7 @@ class Communicator(MPI.Intracomm):
     ) -> onebit.OneBitMean:
         """The mean by one-bit messages: :func:`hpccomm.collectives.compressed.onebit.onebit_allreduce`."""
         body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)
-        mean: onebit.OneBitMean = self._planner.apply_to_copies("onebit_allreduce", body, arrays, written=2)
+        mean: onebit.OneBitMean = self._run_on_copies("onebit_allreduce", body, arrays, written=2)
         return mean
 
 
@@ -830,6 +869,7 @@ def install_abort_hook() -> None:
         finally:
             lines = describe_failure(MPI.COMM_WORLD.rank, error, trace)
             os.write(2, lines.encode(errors="replace"))  # a library may have redirected sys.stderr
+            os.write(2, list_waiting(WAITING_SECONDS).encode(errors="replace"))
             time.sleep(FLUSH_SECONDS)
             MPI.COMM_WORLD.Abort(1)
 
@@ -852,8 +892,10 @@ def describe_failure(rank: int, error: BaseException, trace: TracebackType | Non
     return sentence + place if not isinstance(error, MismatchError) or claim_report() else place
 
 
+WAITING_SECONDS = 0.3
+"""How long a rank that has failed waits for others to say where they are."""
+
 PACKAGE = os.path.join(os.path.dirname(__file__), "")
 
 
-if os.environ.get(timeline.VARIABLE):
-    timeline.record(Communicator)
+timeline.start()

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from mpi4py import MPI
 from hpccomm import first_use, layout
 from hpccomm.backends.schedules import Schedules
 from hpccomm.backends.shared_memory import SharedMemory
-from hpccomm.calls import consistency
+from hpccomm.calls import consistency, watchdog
 from hpccomm.calls.entry import Doors, Entry
 from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, mismatch_message
 from hpccomm.calls.plans import Plan
@@ -32,6 +33,7 @@ from hpccomm.collectives.hierarchical import HIERARCHICAL, Form, select_form
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels import objects
+from hpccomm.observe.recorder import Call, Comm, count_bytes, recorder, shorten
 from hpccomm.performance import tuning
 from hpccomm.performance.probe import processor_name
 from hpccomm.settings import check_environment
@@ -139,17 +141,23 @@ class PlanCache:
 class Context:
     """The context of one MPI communicator; creating it is collective."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, purpose: str = "") -> None:
         check_environment(os.environ)
         self.rank, self.size = comm.rank, comm.size
         self.private_comm = create_private_comm(comm)
         self.node = ranks_of_this_node(self.private_comm)
         self.layout = layout.discover(self.private_comm, self.node, MPI.Get_processor_name())
         self.members = self.layout.members(int(self.layout.nodes[self.rank]))
-        self.settings = self.private_comm.bcast({name: os.environ.get(name, "") for name in SETTINGS})
+        names = {name: os.environ.get(name, "") for name in SETTINGS}
+        self.settings, number, text = self.private_comm.bcast((names, *name_of(self.private_comm, purpose)))
+        self.recorded = Comm(recorder(), number, text)
+        """This communicator in the flight recorder."""
+        self.issued: Comm | None = None
+        """Its non-blocking calls there, which have numbers of their own."""
         self.table = self.private_comm.bcast(self.load_table() if self.rank == 0 else None)
         self.messages = MessageTransport(self.private_comm, self.stray_message_error)
         self.consistency, self._segment = self.open_consistency_table()
+        self._group = self.open_group()
         self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
         self.closed = False
         self.queue: Any = None
@@ -219,16 +227,43 @@ class Context:
 
     def open_consistency_table(self) -> tuple[consistency.ConsistencyTable | None, SharedSegment | None]:
         """The consistency table of this node's ranks; ``None`` for one rank or without shared memory."""
-        if self.node.size == 1 or self.settings["HPCCOMM_CONSISTENCY"] == "off":
+        if self.size == 1 or self.settings["HPCCOMM_CONSISTENCY"] == "off":
             return None, None
+        if self.node.size == 1:
+            alone = bytearray(consistency.bytes_needed(1))
+            return consistency.ConsistencyTable(alone, self.members, self.rank), None
         try:
             segment = SharedSegment(self.node, consistency.bytes_needed(self.node.size))
         except TransportError as error:
-            consistency.log_line(f"rank {self.rank}: no consistency table, mismatched calls may hang: {error}")
+            watchdog.log_line(f"rank {self.rank}: no consistency table, mismatched calls may hang: {error}")
             return None, None
         table = consistency.ConsistencyTable(segment.buffer, self.members, self.rank)
         table.progress = self.private_comm.Iprobe
         return table, segment
+
+    def open_group(self) -> watchdog.Group | None:
+        """Let the watchdog look after the calls of this communicator (collective)."""
+        head, world = recorder().ring.head, MPI.COMM_WORLD
+        head["rank"], head["size"] = world.rank, world.size
+        if self.size == 1 or self.settings["HPCCOMM_CONSISTENCY"] == "off":
+            return None
+        processes = dict(zip(self.members, self.node.allgather(os.getpid()), strict=True))
+        threads = self.layout.count > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        wire = create_private_comm(self.private_comm) if threads else None
+        nodes = [self.layout.members(node) for node in range(self.layout.count)]
+        group = watchdog.Group(self.recorded, self.rank, nodes, processes, self.consistency, wire)
+        watchdog.watch(group)
+        return group
+
+    def call(self, name: str, *buffers: Any, inside: bool = False) -> Call:
+        """Record a call; a context manager."""
+        return Call(self.recorded, name, count_bytes(buffers), inside)
+
+    def begin_issued(self, fingerprint: Fingerprint) -> Call:
+        """Record a call that a progress thread makes; a context manager."""
+        if self.issued is None:
+            self.issued = Comm(recorder(), -self.recorded.number, self.recorded.text)
+        return Call(self.issued, f"{fingerprint.template}")
 
     @property
     def shared_memory(self) -> SharedMemory | None:
@@ -259,7 +294,7 @@ class Context:
                 self.consistency.last_shared_call = memory.last_call
             return memory
         if self.rank == 0:
-            consistency.log_line(f"shared memory is not used, collectives use slower messages: {troubles[0]}")
+            watchdog.log_line(f"shared memory is not used, collectives use slower messages: {troubles[0]}")
         if memory:
             memory.close()
         return None
@@ -379,7 +414,7 @@ class Context:
             node, place = int(self.layout.nodes[self.rank]), self.layout.local_rank(self.rank)
             for each, color in (("intra", node), ("inter", place)):
                 self.levels[each] = MPI.Intracomm(self.private_comm.Split(color, self.rank))
-                context_of(self.levels[each])
+                context_of(self.levels[each], f"{each}-node")
         return self.levels[name]
 
     def close(self) -> None:
@@ -391,6 +426,8 @@ class Context:
             level.Free()
         for each in list(self.users):
             each.close()
+        if self._group:
+            self._group.close()
         if self.consistency:
             self.consistency.close()
         for memory in (self._segment, self.node_memory):
@@ -404,7 +441,7 @@ class Context:
 @cache
 def warn_once(trouble: str) -> None:
     """Say once in a process that the defaults are used, because a file cannot be."""
-    consistency.log_line(f"{trouble}; the defaults are used")
+    watchdog.log_line(f"{trouble}; the defaults are used")
 
 
 def close_context(comm: MPI.Comm, keyval: int, context: Context) -> None:
@@ -423,11 +460,11 @@ def start_compiler() -> None:
     objects.compile_in_background()
 
 
-def context_of(comm: MPI.Intracomm) -> Context:
-    """The context of an MPI communicator; the first request is collective."""
+def context_of(comm: MPI.Intracomm, purpose: str = "") -> Context:
+    """The context of an MPI communicator; the first request, which may name its purpose, is collective."""
     known: Any = comm.Get_attr(CONTEXT_KEY)
     if known is None:
-        known = Context(comm)
+        known = Context(comm, purpose)
         comm.Set_attr(CONTEXT_KEY, known)
     found: Context = known
     return found
@@ -449,6 +486,24 @@ def create_private_comm(comm: MPI.Intracomm) -> MPI.Intracomm:
     not ask for the group: MPICH gives a topology of fewer ranks than its parent the group of the parent.
     """
     return MPI.Intracomm(unwrap(comm).Split(0, comm.rank))
+
+
+def name_of(comm: MPI.Intracomm, purpose: str) -> tuple[int, str]:
+    """A number for a communicator that no other one has, and its ranks of the world as text, by its rank 0."""
+    if comm.rank:
+        return 0, ""
+    group, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    ranks = tuple(group.Translate_ranks(list(range(group.size)), world))
+    for each in (group, world):
+        each.Free()
+    text = f"ranks {shorten(ranks)}" + (f" {purpose}" if purpose else "")
+    made[text] = made.get(text, 0) + 1
+    number = f" #{made[text]}" if made[text] > 1 else ""
+    return (MPI.COMM_WORLD.rank + 1) << 32 | next(numbers), text + number
+
+
+numbers, made = count(1), dict[str, int]()
+"""What :func:`name_of` has given out."""
 
 
 def unwrap(comm: MPI.Intracomm) -> MPI.Intracomm:

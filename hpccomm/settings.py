@@ -36,6 +36,11 @@ def seconds(value: str) -> str:
         return "use a number of seconds, such as 60"
 
 
+def warn_or_abort(value: str) -> str:
+    """The remedy for a value that is neither ``warn`` nor ``abort``."""
+    return "" if value in ("warn", "abort") else "use warn or abort"
+
+
 def elsewhere(value: str) -> str:
     """No remedy: the value is checked where it is used."""
     return ""
@@ -53,6 +58,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_MPI": elsewhere,
     "HPCCOMM_PROGRESS": progress_kind,
     "HPCCOMM_SHARED_MEMORY": on_or_off,
+    "HPCCOMM_STALL_ACTION": warn_or_abort,
     "HPCCOMM_STALL_SECONDS": seconds,
     "HPCCOMM_TEST_LAUNCHER": elsewhere,
     "HPCCOMM_TIMELINE": elsewhere,

@@ -161,17 +161,20 @@ class Entry:
     """The doors of one communicator, and its rows.
 
     ``memory`` is the shared memory of all ranks, ``table`` the consistency table, ``meeting`` the call in shared memory
-    in which ranks meet before MPI's synchronising collectives; each may be None.
+    in which ranks meet before MPI's synchronising collectives; each may be None.  ``recorded`` are the addresses of the
+    flight recorder, and how it names the communicator.
     """
 
-    def __init__(self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any) -> None:
+    def __init__(
+        self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any, recorded: dict[str, int]
+    ) -> None:
         self._doors, self._rank, self._memory, self._meeting, self._table = doors, rank, memory, meeting, table
         self._facts = door_facts(size)
         self._types, self._items = type_table(list_objects()), item_sizes()
         self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
         self._pending = ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, "pending"))
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
-        fill(self._record, blocks=self._blocks.ctypes.data)
+        fill(self._record, blocks=self._blocks.ctypes.data, compares=-1, **recorded)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
         if memory:
             fill(self._record, state=memory.state_address, patience=memory.patience_ns)
@@ -214,8 +217,11 @@ class Entry:
         words = self._record[()]
         return Key(*(int(words[name]) for name in Key._fields))
 
-    def insert(self, key: Key, call: Any) -> None:
-        """Let the entry take the calls of the kind of ``key``; ``call`` in shared memory has taken one of them."""
+    def insert(self, key: Key, call: Any, text: int = 0) -> None:
+        """Let the entry take the calls of the kind of ``key``; ``call`` in shared memory has taken one of them.
+
+        ``text`` names them in the flight recorder.
+        """
         if key.layout and key.layout not in self._layouts:
             if len(self._layouts) >= MAX_ROWS:
                 self._layouts.clear()
@@ -234,7 +240,7 @@ class Entry:
             return
         if len(self._keys) >= MAX_ROWS:
             self.clear()
-        values |= {"least": least, "most": most, "item": item, "blocks": blocks, "template": template}
+        values |= {"text": text, "least": least, "most": most, "item": item, "blocks": blocks, "template": template}
         values |= {"number": len(self._calls), **{name: getattr(key, name) for name in ROW_KEY}}
         if name in UNCOUNTED:
             root = next((rank for rank in range(len(self._blocks) // 4) if id(rank) == key.root), -1)
@@ -268,6 +274,7 @@ class Entry:
         table = self._table
         if table is None:
             native(*arguments)
+            self._leave()
             return
         try:
             if code & ~NATIVE_IN_PLACE != NATIVE:
@@ -278,11 +285,17 @@ class Entry:
                 table.leave()
         except (MPI.Exception, HpccommError) as failure:
             self._pending.value = 0
+            self._end_event()
             table.abandon()
             table.raise_mismatch(failure)
         except BaseException:
+            self._end_event()
             table.abandon()
             raise
+
+    def _end_event(self) -> None:
+        """Record the end of a call that compiled code has begun."""
+        body.end_event(self._record.ctypes.data)  # type: ignore[no-untyped-call]
 
     def resume(self, code: int) -> None:
         """Continue a call in shared memory whose kernel has ended with ``code``, which its door has returned."""
@@ -292,6 +305,8 @@ class Entry:
         except HpccommError:
             self._pending.value = 0
             raise
+        finally:
+            self._end_event()
         self._pending.value = 0
         if self._record["short"]:
             ctypes.memmove(*(int(self._record[name]) for name in ("short", "recv", "short_bytes")))
