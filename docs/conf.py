@@ -27,7 +27,11 @@ html_theme_options = {
 myst_enable_extensions = ["colon_fence", "attrs_block"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+autodoc_type_aliases = {name: name for name in ("npt.DTypeLike", "npt.NDArray", "Array", "Arrays")}
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 110
 autodoc_mock_imports = [name for name in ("torch", "jax", "cupy") if importlib.util.find_spec(name) is None]
 exclude_patterns = ["_build"]
 
@@ -87,11 +91,12 @@ def setup(app: object) -> None:
     def target(name: str, home: str) -> str:
         return "hpccomm.Communicator" if name == "Communicator" else f"{home}.{name}"
 
-    page = (Path(__file__).parent / "reference.md").read_text(encoding="utf-8")
+    pages = sorted((Path(__file__).parent / "reference").glob("*.md"))
+    page = "\n".join(each.read_text(encoding="utf-8") for each in pages)
     modules = dict(re.findall(r"automodule:: ([\w.]+)\n   :members: ?(.*)", page))
 
     def is_described(name: str, home: str) -> bool:
-        """Whether a block of the page describes a name: all members of its module, or this one."""
+        """Whether a block of the reference describes a name: all members of its module, or this one."""
         listed = modules.get(home)
         if re.search(rf"auto\w+:: {re.escape(home)}\.{name}\b", page):
             return True

@@ -482,8 +482,8 @@ def ranks_of_this_node(comm: MPI.Intracomm) -> MPI.Intracomm:
 def create_private_comm(comm: MPI.Intracomm) -> MPI.Intracomm:
     """A communicator of the same ranks for our messages (collective).
 
-    Unlike ``Dup`` this takes over no topology and no hints, and runs no copy callback of the user's attributes.  It does
-    not ask for the group: MPICH gives a topology of fewer ranks than its parent the group of the parent.
+    Unlike ``Dup`` this takes over no topology and no hints, and runs no copy callback of the user's attributes.  It
+    does not ask for the group: MPICH gives a topology of fewer ranks than its parent the group of the parent.
     """
     return MPI.Intracomm(unwrap(comm).Split(0, comm.rank))
 

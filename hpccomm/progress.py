@@ -24,8 +24,8 @@ from typing import Any
 
 from mpi4py import MPI
 
-from hpccomm.calls.watchdog import FLUSH_SECONDS, log_line
 from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.calls.watchdog import FLUSH_SECONDS, log_line
 from hpccomm.context import Context, create_private_comm
 from hpccomm.errors import HpccommError, TransportError
 from hpccomm.transports.polling import pause

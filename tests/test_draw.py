@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,45 @@ def test_a_hierarchical_drawing_marks_the_nodes(tmp_path: Path) -> None:
     assert run("hierarchical", "--size", "6", "--per-node", "3", "--out", str(out)) == 0
     drawing = out.read_text(encoding="utf-8")
     assert [drawing.count(f"<!-- node {node}, rank") for node in (0, 1)] == [3 * k for k in (1, 1)]
+
+
+ROOT = Path(__file__).parent.parent
+DRAWN = re.findall(r"`hpccomm plot ([^`]*--out [\w.-]+\.svg)`", (ROOT / "docs/schedules.md").read_text())
+
+
+def texts_of(drawing: str) -> list[str]:
+    """What an SVG says, text by text."""
+    return re.findall(r"<!-- (.*?) -->", drawing)
+
+
+@pytest.mark.parametrize("line", DRAWN)
+def test_the_drawings_of_the_documentation_are_those_of_their_commands(line: str, tmp_path: Path) -> None:
+    *words, name = line.split()
+    assert run(*words, str(tmp_path / name)) == 0
+    found, kept = ((folder / name).read_text() for folder in (tmp_path, ROOT / "docs/figures"))
+    assert texts_of(found) == texts_of(kept)
+    assert found.count("<path") == kept.count("<path")
+
+
+def test_the_page_of_schedules_draws_a_ring_a_butterfly_a_tree_and_nodes() -> None:
+    assert [line.split()[0] for line in DRAWN] == ["ring", "butterfly", "tree", "hierarchical"]
+
+
+def test_a_drawing_is_readable_on_white_and_on_black(tmp_path: Path) -> None:
+    """Text has a contrast of 3 or more to both, and there is no slab behind it."""
+    luminance = ((int(draw.INK[1:3], 16) / 255 + 0.055) / 1.055) ** 2.4  # of a grey
+    assert min(1.05 / (luminance + 0.05), (luminance + 0.05) / 0.05) > 3
+    out = tmp_path / "x.svg"
+    draw.draw_schedule(ALGORITHMS["allreduce"]["ring"], 3, out, "ring")
+    behind = re.search(r'<g id="patch_1">.*?style="([^"]*)"', out.read_text(), re.DOTALL)
+    assert behind
+    assert behind[1] == "fill: none"
+
+
+def test_a_schedule_gives_the_same_file_again(tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg"):
+        assert run("ring", "--size", "3", "--out", str(tmp_path / name)) == 0
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_labels_of_a_drawing_stay_inside_its_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

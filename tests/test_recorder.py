@@ -61,7 +61,9 @@ def check_report(report: str) -> None:
     first, *_ = report.splitlines()
     assert "rank 0: Allreduce(sum, float32)" in first
     assert "missing: rank 1" in first
-    assert re.search(r"rank 1: in no call since Allreduce.*call 5 of ranks 0-.*:\d+ in read_data < .* in <module>", report)
+    assert re.search(
+        r"rank 1: in no call since Allreduce.*call 5 of ranks 0-.*:\d+ in read_data < .* in <module>", report
+    )
     assert re.search(r"ranks? .*3: in Allreduce.*call 6 of.*in <module>", report)
 
 
@@ -158,7 +160,8 @@ def test_ranks_of_other_nodes_are_asked_by_their_own_nodes() -> None:
             until = time.monotonic() + 20
             while ring.report(1) is None and time.monotonic() < until:
                 time.sleep(0.05)
-            print([(each.rank, each.text.split(" since ")[0], bool(each.stacks)) for each in ring.report(1)], flush=True)
+            found = ring.report(1)
+            print([(each.rank, each.text.split(" since ")[0], bool(each.stacks)) for each in found], flush=True)
             comm.Send(np.zeros(1), 3)
         if comm.rank == 3: comm.Recv(np.zeros(1), 1)
         comm.Barrier()
@@ -258,5 +261,3 @@ def test_an_unknown_action_is_refused(value: str, monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(ArgumentError, match="use warn or abort"):
         check_environment({"HPCCOMM_STALL_ACTION": value})
-
-

@@ -24,7 +24,6 @@ from hpccomm.calls.fingerprint import (
     Fingerprint,
     decode,
     first_difference,
-    format_ranks,
     mismatch_message,
 )
 from hpccomm.errors import HpccommError, MismatchError, TransportError

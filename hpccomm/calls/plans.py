@@ -34,9 +34,7 @@ class Plan:
 
     __slots__ = ("free", "result", "row", "run", "text")
 
-    def __init__(
-        self, run: Run, free: Run | None = None, result: Any = None, row: Any = None, text: int = 0
-    ) -> None:
+    def __init__(self, run: Run, free: Run | None = None, result: Any = None, row: Any = None, text: int = 0) -> None:
         self.run = run
         self.free = free or (lambda: None)
         self.result = result

@@ -18,6 +18,8 @@ MAX_INCHES = 48.0
 """The largest height of a drawing."""
 MAX_COLUMNS = 10
 """Rounds beside each other; further rounds are drawn below them."""
+INK, SUM, COPY = "#7a7a7a", "#fb8c0026", "#1e88e526"
+"""Text and lines, and the bands of rounds that sum or copy: readable on a white and on a dark page."""
 
 
 class Message(NamedTuple):
@@ -75,6 +77,7 @@ def draw_schedule(
     ``nodes``, the node of each rank, arrows between nodes are thick and the nodes are marked at the left.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'hpccomm[plot]'") from error
@@ -88,13 +91,16 @@ def draw_schedule(
         for x, column in enumerate(row):
             draw_round(axes, x, column, algorithm.blocks(p), nodes)
         frame(axes, row, p, "" if number else title, width, nodes)
-    figure.supxlabel("round (solid on orange: summed, dashed on blue: copied; in the boxes: blocks)", fontsize=9)
-    figure.savefig(out, dpi=150)
+    said = "round (solid on orange: summed, dashed on blue: copied; in the boxes: blocks)"
+    figure.supxlabel(said, fontsize=9, color=INK)
+    with rc_context({"svg.hashsalt": title}):  # the same schedule gives the same file
+        dated = {"metadata": {"Date": None}} if str(out).endswith(".svg") else {}
+        figure.savefig(out, dpi=150, transparent=True, **dated)
 
 
 def draw_round(axes: Any, x: int, column: RoundColumn, blocks: int, nodes: Sequence[int] = ()) -> None:
     """One column of arrows; the label with the blocks is at the tail, where no other arrow begins."""
-    axes.axvspan(x, x + 1, color="#fff3e0" if column.reduce else "#e3f2fd", zorder=0, linewidth=0)
+    axes.axvspan(x + 0.01, x + 0.99, color=SUM if column.reduce else COPY, zorder=0, linewidth=0)
     line = "-" if column.reduce else (0, (4, 2))
     for m in column.messages:
         colour = colour_of(m.first, blocks)
@@ -128,14 +134,12 @@ def frame(axes: Any, columns: list[RoundColumn], p: int, title: str, width: int,
     axes.set_yticks(range(p), [f"node {nodes[r]}, rank {r}" if nodes else f"rank {r}" for r in range(p)])
     for r in range(1, p):
         if nodes and nodes[r] != nodes[r - 1]:
-            axes.axhline(r - 0.5, color="#455a64", linewidth=1.6, zorder=2)
+            axes.axhline(r - 0.5, color=INK, linewidth=1.6, zorder=2)
     axes.set_xticks([x + 0.5 for x in range(len(columns))], [str(each.number) for each in columns])
     axes.xaxis.tick_top()
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelcolor=INK)
     for r in range(p):
-        axes.axhline(r, color="#b0bec5", linewidth=0.8, zorder=1)
-    for x in range(len(columns) + 1):
-        axes.axvline(x, color="white", linewidth=2, zorder=1)
+        axes.axhline(r, color=INK, linewidth=0.8, alpha=0.5, zorder=1)
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.set_title(title, loc="left", fontsize=11, pad=8)
+    axes.set_title(title, loc="left", fontsize=11, pad=8, color=INK)

@@ -208,7 +208,9 @@ def read_stacks() -> list[Stack]:
             if not at.f_code.co_filename.startswith(STARTERS):
                 frames.append((at.f_code.co_filename, at.f_lineno, at.f_code.co_name))
             at = at.f_back  # type: ignore[assignment]
-        idle = not frames or name.startswith("hpccomm-") and frames[0][2] in ("run", "wait", "run_watchdog", "read_stacks")
+        idle = not frames or (
+            name.startswith("hpccomm-") and frames[0][2] in ("run", "wait", "run_watchdog", "read_stacks")
+        )
         if ident != threading.get_ident() and not idle:
             found.append(Stack(name, [Frame(*each, source_of(*each[:2])) for each in frames]))
     return found

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpccomm.log import logger
+from hpccomm.observe.nesting import nest
 from hpccomm.observe.recorder import VARIABLE, Event, clock, recorder
 
 MESSAGES = 20
@@ -135,7 +136,7 @@ def build(
         found.append({"ph": "M", "name": "thread_name", **place, "args": {"name": f"rank {rank}"}})
         for each in one:
             found += slices(each, place, start, last.get((each.comm, each.call)))
-    return {"traceEvents": found, "displayTimeUnit": "ms", "otherData": {"program": " ".join(sys.argv)}}
+    return {"traceEvents": nest(found), "displayTimeUnit": "ms", "otherData": {"program": " ".join(sys.argv)}}
 
 
 class Last(NamedTuple):

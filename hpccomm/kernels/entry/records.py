@@ -30,7 +30,9 @@ ENTRY_RECORD = record(
         *words("pending"),  # whether a call awaits Python, which goes on with it
         *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
         *words("ring", "events", "last_event"),  # of the flight recorder: its number of calls, and its EVENT_RECORDs
-        *words("label", "comm", "comm_calls"),  # what names the communicator in them; its calls, and those inside others
+        *words(
+            "label", "comm", "comm_calls"
+        ),  # what names the communicator in them; its calls, and those inside others
         *words("event", "compares"),  # the event of the running call; which calls are compared between nodes: a mask
         *words("address", "octets", "extent", "element", "token", "writable", "overflow"),  # the buffer read last
         *words("short", "short_bytes"),  # a receive buffer that ends before the padding of its last pair; 0 if none
