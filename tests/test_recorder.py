@@ -38,7 +38,7 @@ x = np.ones(8, "f4")
 for _ in range(5):
     comm.Allreduce(MPI.IN_PLACE, x)
 def read_data():
-    time.sleep(3.5)  # here it is stuck
+    time.sleep(5)  # here it is stuck
 if comm.rank == 1:
     read_data()
 comm.Allreduce(MPI.IN_PLACE, x)
@@ -107,7 +107,7 @@ def test_a_stopped_rank_is_named_and_goes_on() -> None:
 
 def test_a_stall_can_end_the_job() -> None:
     began = time.monotonic()
-    status, said = run_job(2, STUCK.replace("3.5", "50"), {"HPCCOMM_STALL_ACTION": "abort"})
+    status, said = run_job(2, STUCK.replace("sleep(5)", "sleep(50)"), {"HPCCOMM_STALL_ACTION": "abort"})
     assert status != 0
     assert time.monotonic() - began < 40
     assert "missing: rank 1" in said
@@ -115,14 +115,14 @@ def test_a_stall_can_end_the_job() -> None:
 
 
 def test_an_uncaught_exception_says_where_the_others_wait() -> None:
-    status, said = run_job(3, STUCK.replace("time.sleep(3.5)", "time.sleep(0.5); raise ValueError('no data')"))
+    status, said = run_job(3, STUCK.replace("time.sleep(5)", "time.sleep(0.5); raise ValueError('no data')"))
     assert status != 0
     assert "ValueError: no data" in said
     assert re.search(r"ranks 0, 2: in Allreduce.*in <module>", said), said
 
 
 def test_stacks_shows_all_ranks_of_a_running_job(capsys: pytest.CaptureFixture[str]) -> None:
-    program = SETUP + STUCK.replace("3.5", "60").replace("\nif", "\nprint('ready', flush=True)\nif")
+    program = SETUP + STUCK.replace("sleep(5)", "sleep(60)").replace("\nif", "\nprint('ready', flush=True)\nif")
     with start(2, ["-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         for _ in range(2):
             process.stdout.readline()

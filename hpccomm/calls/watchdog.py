@@ -29,7 +29,7 @@ from hpccomm.observe.recorder import INQUIRED, REPORTED, Comm, Event, Inquiry, S
 
 PERIOD, QUICK = 0.25, 0.05
 """Seconds between two checks by the watchdog, and while it asks or answers."""
-ANSWER_SECONDS, NODE_SECONDS, NODE_TRIES = 1.0, 2.5, 3
+ANSWER_SECONDS, NODE_SECONDS, NODE_TRIES = 3.0, 5.0, 2
 """How long ranks of this node may take to answer, and one of another node, of which so many are asked in turn."""
 AWAKE_SECONDS = 2.0
 """A watchdog that has not looked for so long makes no report."""

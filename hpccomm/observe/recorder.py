@@ -465,13 +465,16 @@ def describe_calls(pid: int, count: int) -> list[str]:
 
 
 def condition_of(pid: int) -> str:
-    """Why a process may not answer: it is stopped, gone, or holds the interpreter."""
+    """Why a process does not answer: it is stopped or gone, or it may hold the interpreter or wait for a core."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return "has ended"
-    states = {"T": "is stopped", "t": "is stopped by a debugger", "Z": "has ended", "D": "waits for the kernel"}
-    return states.get(state, "does not answer")
+    states = {"T": "is stopped", "t": "is stopped by a debugger", "Z": "has ended"}
+    return states.get(state, NO_ANSWER)
+
+
+NO_ANSWER = "does not answer"
 
 
 class Inquiry:
@@ -497,7 +500,7 @@ class Inquiry:
                     self.states[rank] = State(rank, 0, False, "cannot be read", None, condition_of(pid))
                     continue
                 stacks = read_stacks() if pid == os.getpid() else ring.answer(self._numbers[rank])
-                if stacks is not None or last:
-                    condition = "" if stacks is not None else condition_of(pid)
+                condition = "" if stacks is not None else condition_of(pid)
+                if stacks is not None or last or condition != NO_ANSWER:
                     self.states[rank] = State(rank, *describe(ring, self._comm), stacks, condition)
         return len(self.states) == len(self._processes)
