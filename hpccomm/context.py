@@ -24,7 +24,7 @@ from mpi4py import MPI
 from hpccomm import first_use, layout
 from hpccomm.backends.schedules import Schedules
 from hpccomm.backends.shared_memory import SharedMemory
-from hpccomm.calls import consistency, watchdog
+from hpccomm.calls import between_nodes, consistency, watchdog
 from hpccomm.calls.entry import Doors, Entry
 from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, mismatch_message
 from hpccomm.calls.plans import Plan
@@ -57,6 +57,7 @@ SETTINGS = (
     "HPCCOMM_CONSISTENCY",
     "HPCCOMM_GPU_TRANSPORT",
     "HPCCOMM_COMPILE",
+    "HPCCOMM_DEBUG",
     "HPCCOMM_GUARD",
 )
 """Environment variables that must be the same on every rank: rank 0's values are used."""
@@ -157,6 +158,9 @@ class Context:
         self.table = self.private_comm.bcast(self.load_table() if self.rank == 0 else None)
         self.messages = MessageTransport(self.private_comm, self.stray_message_error)
         self.consistency, self._segment = self.open_consistency_table()
+        if self.consistency and self.layout.count > 1:
+            mask = between_nodes.MASKS[self.settings["HPCCOMM_DEBUG"] or "sample"]
+            self.consistency.between = between_nodes.BetweenNodes(self.private_comm, self.consistency, mask)
         self._group = self.open_group()
         self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
         self.closed = False
@@ -191,6 +195,7 @@ class Context:
             return body()
         try:
             table.begin(table.announce(fingerprint))
+            table.compare_nodes()
             table.wait()
             body()
             table.leave()

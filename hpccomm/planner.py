@@ -951,14 +951,16 @@ class Planner:
         lockstep = lockstep or self.in_lockstep
         digest = table.announce(fingerprint)
         context, synchronises = self.context, fingerprint.collective in SYNCHRONISING
-        enter = table.begin if synchronises or lockstep else table.enter
         meet: Run = table.wait
         if lockstep and self.shared_memory:
             meet = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
 
         def run() -> None:
             try:
-                enter(digest, amounts)
+                table.begin(digest, amounts)
+                table.compare_nodes(amounts)
+                if not (synchronises or lockstep):
+                    table.compare_entries()
                 context.announce_code()
                 if lockstep:
                     meet()

@@ -249,7 +249,8 @@ def compare_quietly(comm: Any, fingerprint: Fingerprint) -> Callable[[bool], Non
     table = comm._context.consistency if comm._context else None
     if table is None:
         return lambda waits: None
-    table.enter(table.announce(fingerprint))
+    table.begin(table.announce(fingerprint))
+    table.compare_entries()  # ranks of other nodes are not waited for
     number = table.active_seq
     table.abandon()
 

@@ -41,6 +41,11 @@ def warn_or_abort(value: str) -> str:
     return "" if value in ("warn", "abort") else "use warn or abort"
 
 
+def sample_or_detail(value: str) -> str:
+    """The remedy for a value that says of no calls whether they are compared between nodes."""
+    return "" if value in ("sample", "detail", "off") else "use sample, detail or off"
+
+
 def elsewhere(value: str) -> str:
     """No remedy: the value is checked where it is used."""
     return ""
@@ -51,6 +56,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_CACHE": elsewhere,
     "HPCCOMM_COMPILE": wait_or_background,
     "HPCCOMM_CONSISTENCY": on_or_off,
+    "HPCCOMM_DEBUG": sample_or_detail,
     "HPCCOMM_ENTRY": on_or_off,
     "HPCCOMM_EXCEPTHOOK": on_or_off,
     "HPCCOMM_GPU_TRANSPORT": elsewhere,

@@ -83,7 +83,7 @@ def test_a_stall_is_reported_once_by_all_ranks_together_and_again_later() -> Non
     status, said = run_job(4, "two_nodes()\n" + STUCK)
     assert status == 0, said
     found = reports_in(said)
-    assert 1 <= len(found) <= 2, said
+    assert 1 <= len(found) <= 3, said
     check_report(found[0])
 
 

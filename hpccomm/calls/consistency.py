@@ -103,6 +103,8 @@ class ConsistencyTable:
         """Lets MPI make progress with pending messages."""
         self.last_shared_call: Callable[[int], tuple[int, int]] = lambda k: (0, 0)
         """Number and fingerprint of member k's last call in shared memory, which has no entry here."""
+        self.between: Any = None
+        """Compares calls between nodes (:class:`hpccomm.calls.between_nodes.BetweenNodes`), if there are several."""
         _tables.add(self)
 
     @property
@@ -142,10 +144,18 @@ class ConsistencyTable:
     def enter(self, digest: int, amounts: Amounts | None = None) -> None:
         """Enter a call; raise if a rank that has entered before called something else."""
         self.begin(digest, amounts)
+        self.compare_nodes(amounts)
         self.compare_entries()
 
+    def compare_nodes(self, amounts: Amounts | None = None) -> None:
+        """Compare this call with those of other nodes' ranks, if it is one that is compared (collective then)."""
+        seq = self._seq
+        if self.between and self.between.takes(seq):
+            entry, call = self._words[self._base + seq % CALLS], self.find_call(self._base)
+            self.between.compare(entry, call, amounts)
+
     def begin(self, digest: int, amounts: Amounts | None = None) -> None:
-        """Enter a call that no rank leaves before all have entered: comparing in :meth:`leave` is early enough."""
+        """Enter a call without comparing it."""
         words, seq = self._words, self._seq + 1
         if amounts:
             self.write_amounts(seq, amounts)

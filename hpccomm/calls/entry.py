@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.fingerprint import template_digest
 from hpccomm.calls.operations import SUM_OF_AVERAGE
@@ -174,7 +175,7 @@ class Entry:
         self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
         self._pending = ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, "pending"))
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
-        fill(self._record, blocks=self._blocks.ctypes.data, compares=-1, **recorded)
+        fill(self._record, blocks=self._blocks.ctypes.data, **recorded)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
         if memory:
             fill(self._record, state=memory.state_address, patience=memory.patience_ns)
@@ -183,6 +184,7 @@ class Entry:
         if table:
             self._members = np.array(table.members, np.int64)
             fill(self._record, **table.place, member_ranks=self._members.ctypes.data)
+            fill(self._record, compares=table.between.mask if table.between else -1)
         if meeting:
             fill(self._record, meeting=meeting.address, meet=meeting.kernel_address)
         self.clear()
@@ -326,8 +328,20 @@ class Entry:
         if code >= BEFORE_NATIVE:
             self._meeting.resume(code - BEFORE_NATIVE)
         if code == LATE:
+            self._table.compare_nodes(self._read_amounts())
             self._table.wait()
         self._table.compare_entries()
+
+    def _read_amounts(self) -> Amounts | None:
+        """What the running call sends to each rank and receives from each, if that may differ between ranks."""
+        entry, row, size = self._record.ctypes.data, int(self._record["row"]), int(self._record["size"])
+        if not load(row + offset_of(records.ROW_RECORD, "uneven")):
+            return None
+        sends, receives = (
+            tuple(body.amount(entry, row, side, rank) for rank in range(size))  # type: ignore[no-untyped-call]
+            for side in (body.SENT, body.RECEIVED)
+        )
+        return Amounts(sends, receives)
 
 
 ROW_KEY = Key._fields[:5]

@@ -150,6 +150,8 @@ class Report:
     def __init__(self, group: Group, comm: int) -> None:
         Report.numbers += 1
         self.group, self.comm, self._number = group, comm, Report.numbers
+        self.began_call = 0
+        """When the call began that is reported."""
         self._began, self._inquiry = time.monotonic(), Inquiry(group.processes, comm)
         self._nodes = [each for each in group.nodes if group.rank not in each] if group.wire is not None else []
         self._tries = 0
@@ -192,7 +194,7 @@ class StallReport(Report):
 
     def __init__(self, group: Group, event: Event) -> None:
         super().__init__(group, event.comm)
-        self._event = event
+        self._event, self.began_call = event, event.begin
 
     def finish(self, states: dict[int, State]) -> None:
         """Log the report, unless a rank of another node before this one does."""
@@ -294,6 +296,8 @@ class Watchdog:
         ring, limit = recorder().ring, max(PERIOD, stall_seconds())
         running = {(abs(each.comm), each.begin): each for each in ring.running()}
         self._reported = {key: times for key, times in self._reported.items() if key in running}
+        for each in self._reports:
+            running.pop((abs(each.comm), each.began_call), None)
         for key, event in running.items():
             group, times = self.groups.get(key[0]), self._reported.get(key, 0)
             if group and clock() - event.begin > limit * 1e9 * 2**times:
