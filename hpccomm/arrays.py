@@ -9,8 +9,9 @@ list, tuple                             refused: mpi4py's own ``allreduce`` woul
 ======================================  ======================================================================
 
 Dtypes: bool, integers, floats, complex, float16 and bfloat16 (``ml_dtypes.bfloat16`` in NumPy).  The two 16-bit floats
-are reduced in float32: every element is widened before the first addition, and the result is rounded once, to nearest
-even (overflow to infinity).  MPI itself adds float16 in float16, and mpi4py moves bfloat16 as bytes.
+travel in 16 bits and are added in float32 at every hop, each partial sum rounded to nearest even (overflow to
+infinity): in shared memory once, by a ring p - 1 times.  Means are reduced in float32 and rounded once, after the
+division.  MPI itself adds float16 in float16, and mpi4py moves bfloat16 as bytes.
 """
 
 from __future__ import annotations

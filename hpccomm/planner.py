@@ -128,13 +128,10 @@ class Planner:
         who = self.call_label("Allreduce")
         send, recv = self.reduction_buffers(sendbuf, recvbuf, op, who)
         choice = self.choose("allreduce", recv, op, algorithm, who)
-        if recv.half and choice.algorithm != "shared":
-            a, b = Float32Copy(send), Float32Copy(recv)
-            inner = self.allreduce(None, IN_PLACE if send is recv else a.buffer, b.buffer, op, choice.algorithm)
-            return self.keep_widened(key, b if send is recv else a, inner, b)
         fingerprint = self.fingerprint("Allreduce", recv, choice, algorithm, op)
         if choice.algorithm == "native":
-            return self.bind_native(key, fingerprint, "Allreduce", (send, recv), (op,), choice)
+            native = operations.on_halves(op, recv.kind)
+            return self.bind_native(key, fingerprint, "Allreduce", (send, recv), (native,), choice)
         vector, source = recv.vector(), None if send is recv else send.vector()
         if choice.algorithm == "shared":
             ends = send.address, recv.address
@@ -183,16 +180,11 @@ class Planner:
         else:
             send = recv = self.read_operand(sendbuf, op, who)
         choice = self.choose("reduce", send, op, algorithm, who)
-        if send.half and choice.algorithm != "shared":
-            here, a = self.rank == root, Float32Copy(send)
-            b = a if send is recv else Float32Copy(recv)
-            result = b.buffer if here else None
-            inner = self.reduce(None, IN_PLACE if here and b is a else a.buffer, result, op, root, choice.algorithm)
-            return self.keep_widened(key, a, inner, b if here else None)
         fingerprint = self.fingerprint("Reduce", send, choice, algorithm, op, root)
         if choice.algorithm == "native":
             into = recv if self.rank == root else Buffer(None)
-            return self.bind_native(key, fingerprint, "Reduce", (send, into), (op, root), choice)
+            native = operations.on_halves(op, send.kind)
+            return self.bind_native(key, fingerprint, "Reduce", (send, into), (native, root), choice)
         source = send.vector()
         if choice.algorithm == "shared":
             ends = send.address, recv.address if self.rank == root else 0
@@ -254,15 +246,11 @@ class Planner:
         send, recv = buffers
         op = arguments[-1]
         choice = self.choose("reduce_scatter", send, op, algorithm, self.call_label(name))
-        if send.half and choice.algorithm != "shared":
-            a = Float32Copy(send)
-            b = Float32Copy(recv) if recv is not send else a
-            inner = self.bind_reduce_scatter(None, name, (a.buffer, b.buffer), counts, arguments, choice.algorithm)
-            return self.keep_widened(key, a, inner, b)
         count = str(counts[0]) if name == "Reduce_scatter_block" else describe_counts(counts)
         fingerprint = self.fingerprint(name, send, choice, algorithm, op, count=count)
         if choice.algorithm == "native":
-            return self.bind_native(key, fingerprint, name, (send, recv), arguments, choice)
+            native = operations.on_halves(op, send.kind)
+            return self.bind_native(key, fingerprint, name, (send, recv), (*arguments[:-1], native), choice)
         into, source = recv.vector(counts[self.rank]), send.vector(sum(counts))
         if choice.algorithm == "shared":
             method = self.shared_memory.bind_reduce_scatter
@@ -738,7 +726,7 @@ class Planner:
         """Whether MPI's own algorithm may drop a NaN."""
         extreme = op is not None and operations.name_of(op) in ("min", "max", "minloc", "maxloc")
         value = data.dtype[0] if data.dtype is not None and data.pair else data.dtype
-        return extreme and bool(data.half or (value is not None and value.kind == "f"))
+        return extreme and value is not None and value.kind == "f"
 
     def candidates(self, collective: str, data: Buffer, op: MPI.Op | None) -> tuple[str, ...]:
         """The algorithms of hpccomm, ``shared`` included, that can take this call."""
@@ -934,11 +922,6 @@ class Planner:
 
         return drive
 
-    def keep_widened(self, key: Hashable, first: Float32Copy, inner: Plan, last: Float32Copy | None) -> Plan:
-        """A plan on 16-bit floats, which are reduced in float32 and rounded once."""
-        plan = Plan(compose([first.widen, inner.run, last.narrow if last else None]), inner.free)
-        return self.comm.plans.keep(key, plan)
-
     def guard(self, fingerprint: Fingerprint, body: Run, lockstep: bool, amounts: Amounts | None = None) -> Run:
         """Run ``body`` between two comparisons with the other ranks' calls.
 
@@ -1001,25 +984,6 @@ def read_only_view(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-class Float32Copy:
-    """A float32 copy of 16-bit floats."""
-
-    def __init__(self, buffer: Buffer) -> None:
-        self._code = code_of(buffer.half)
-        stored = buffer.vector()
-        self._stored = stored if self._code == "bf16" else stored.view(buffer.half)
-        self._values = np.empty(stored.size, "f4")
-        self.buffer = replace(read(self._values, ""), order=buffer.order, element_name=f"{buffer.half} in float32")
-
-    def widen(self) -> None:
-        """Copy from the user's memory."""
-        self._values[...] = widen(self._stored, self._code)
-
-    def narrow(self) -> None:
-        """Copy into the user's memory, rounded to nearest even."""
-        self._stored[...] = narrow(self._values, self._code)
 
 
 class ExactSum:

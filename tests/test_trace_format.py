@@ -41,14 +41,14 @@ def problems(trace: dict[str, Any]) -> Iterator[str]:
         elif each["name"] == "thread_name":
             named.add((each["pid"], each["tid"]))
     yield from (f"thread {each} has no name" for each in set(threads) - named)
-    for place, spans in threads.items():
-        yield from (f"slices of thread {place} overlap: {a} {b}" for a, b in overlaps(spans))
+    for place, intervals in threads.items():
+        yield from (f"slices of thread {place} overlap: {a} {b}" for a, b in overlaps(intervals))
 
 
-def overlaps(spans: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Pairs of spans that overlap without lying inside each other."""
+def overlaps(intervals: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Pairs of intervals that overlap without lying inside each other."""
     inside: list[tuple[int, int]] = []
-    for each in sorted(spans, key=lambda each: (each[0], -each[1])):
+    for each in sorted(intervals, key=lambda each: (each[0], -each[1])):
         while inside and inside[-1][1] <= each[0]:
             inside.pop()
         if inside and each[1] > inside[-1][1]:

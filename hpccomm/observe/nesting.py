@@ -55,12 +55,12 @@ def span(each: Slice) -> tuple[int, int]:
     return round(each["ts"] * 1000), round(each["ts"] * 1000) + round(each["dur"] * 1000)
 
 
-def assign_rows(spans: Sequence[tuple[int, int]]) -> list[int]:
-    """For each span the first row in which it lies inside the spans that are open, or after them."""
-    rows = [0] * len(spans)
+def assign_rows(intervals: Sequence[tuple[int, int]]) -> list[int]:
+    """For each interval the first row in which it lies inside those that are open, or after them."""
+    rows = [0] * len(intervals)
     open_ends: list[list[int]] = []
-    for k in sorted(range(len(spans)), key=lambda k: (spans[k][0], -spans[k][1])):
-        begin, end = spans[k]
+    for k in sorted(range(len(intervals)), key=lambda k: (intervals[k][0], -intervals[k][1])):
+        begin, end = intervals[k]
         for ends in open_ends:
             while ends and ends[-1] <= begin:
                 ends.pop()
