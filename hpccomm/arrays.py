@@ -160,6 +160,20 @@ DEFAULT_STREAM = 1
 """CUDA's handle of the legacy default stream."""
 
 
+class StreamBuffer:
+    """An array, or a form of mpi4py, with pending work on a stream that the array does not declare."""
+
+    def __init__(self, given: Any, stream: Any) -> None:
+        self.buffer, self.stream = given, stream
+
+
+def array_of(given: Any) -> Any:
+    """The device array in a buffer or a form; ``None`` if there is none."""
+    data = given.buffer if isinstance(given, StreamBuffer) else given
+    data = data[0] if isinstance(data, list | tuple) and data else data
+    return data if is_on_device(data) else None
+
+
 class DeviceArray(NamedTuple):
     """An array on a CUDA device: its memory, and the streams to synchronise before it is read or written."""
 

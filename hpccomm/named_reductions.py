@@ -23,8 +23,8 @@ def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any
     """Run ``comm.<name>(sendbuf, recvbuf, **rest)`` with the operation that ``op`` means."""
     who, planner = f"rank {comm.rank}: {name}", comm._planner
     data = recvbuf if is_in_place(sendbuf) else sendbuf
-    operands = planner.operands(who, data)
-    buffer = operands[0].buffer if operands else planner.read_buffer(data, who)
+    on_device = planner.uses_device(data)
+    buffer = comm._device_planner.operands(who, data)[0].buffer if on_device else planner.read_buffer(data, who)
     meaning = operations.resolve(op, who, np.dtype("f4") if buffer.half else buffer.dtype)
     call = partial(getattr(comm, name), op=meaning.op, **rest)
     if not meaning.divides:
@@ -33,12 +33,12 @@ def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any
     if buffer.opaque:
         raise ArgumentError(f"{who}: a derived datatype cannot be averaged: use op='sum' and divide")
     receives = rest.get("root", comm.rank) == comm.rank
-    if operands:
+    if on_device:
         if buffer.dtype is None or buffer.half:
             raise ArgumentError(f"{who}: {buffer.kind} on a device: use hpccomm.allreduce(x, 'avg')")
         call(sendbuf, recvbuf)
         if receives:
-            planner.divide(recvbuf)
+            comm.divide(recvbuf)
     elif buffer.half:
         average_halves(call, buffer, None if is_in_place(sendbuf) else recvbuf, receives, planner, who)
     else:

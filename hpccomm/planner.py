@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from hpccomm.arrays import StreamBuffer, array_of
 from hpccomm.backends.interpreter import CompiledSchedule
 from hpccomm.backends.schedules import Reduction
 from hpccomm.calls import operations
@@ -51,6 +52,7 @@ from hpccomm.kernels.reductions.reference import code_of, narrow, widen
 from hpccomm.observe.recorder import recorder
 from hpccomm.performance.tuning import BLOCKWISE, Choice
 from hpccomm.performance.units import format_count
+from hpccomm.settings import DEVICE_SETTING, ON_HOST
 
 IN_PLACE = MPI.IN_PLACE
 Counts = tuple[int, ...]
@@ -104,6 +106,14 @@ class Planner:
         made: Context = self.comm.context
         return made
 
+    def uses_device(self, given: Any) -> bool:
+        """Whether a buffer lies on a device, and rank 0's setting does not declare it as host memory (collective)."""
+        return array_of(given) is not None and self.context.settings[DEVICE_SETTING] != ON_HOST
+
+    def attach_stream(self, stream: Any, *buffers: Any) -> tuple[Any, ...]:
+        """The buffers; those on a device with their stream (collective)."""
+        return tuple(StreamBuffer(each, stream) if self.uses_device(each) else each for each in buffers)
+
     def open_doors(self) -> None:
         """Let the compiled entry take calls, where there is one."""
         context, memory, plans = self.context, self.shared_memory, self.comm.plans
@@ -150,6 +160,8 @@ class Planner:
     def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Plan:
         """Allreduce into one result per node, or into one result per rank where ranks share no memory."""
         who = self.call_label("Allreduce_view")
+        if self.uses_device(buf):
+            raise ArgumentError(f"{who}: the array lies on a device: use Allreduce")
         send, shared, op_name = self.read_operand(buf, op, who), self.shared_memory, operations.name_of(op)
         if send.dtype is None:
             raise ArgumentError(f"{who}: the buffer is not an array: pass one from comm.empty(shape, dtype)")
@@ -384,7 +396,7 @@ class Planner:
         inner = self.bind_allgather(None, "Allgather", mine, gathered, counts, algorithm)
         return self.comm.plans.keep(key, Plan(compose([out.pack, inner.run, into.unpack]), inner.free))
 
-    def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Plan:
+    def bcast(self, key: Hashable, sendbuf: None, buf: Any, root: int, algorithm: str | None) -> Plan:
         """Bcast."""
         who = self.call_label("Bcast")
         self.check_root(root, who)
@@ -437,7 +449,7 @@ class Planner:
         after = received_bytes.unpack if received_bytes else None
         return self.keep_shared(key, fingerprint, shared, choice, before, after)
 
-    def barrier(self, key: Hashable) -> Plan:
+    def barrier(self, key: Hashable, sendbuf: None, recvbuf: None, algorithm: None) -> Plan:
         """Barrier; in shared memory the barrier itself compares the calls of all ranks."""
         comm, fingerprint = self.comm, Fingerprint("Barrier")
         setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], "barrier")

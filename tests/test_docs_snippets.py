@@ -40,7 +40,7 @@ def blocks_of_steps(comm: Any) -> Names:
     return found | {"batches": range(3 + comm.rank), "gradient": lambda weights, batch: weights * 0.01}
 
 
-def sharded(comm: Any) -> Names:
+def make_units(comm: Any) -> Names:
     """Two units, and the arithmetic of a model that does nothing."""
     units = {name: {"w": np.ones(6, "f4"), "b": np.zeros(2, "f4")} for name in ("layer0", "layer1")}
 
@@ -81,7 +81,7 @@ SURROUNDINGS: dict[str, Callable[[Any], Names]] = {
     "inside-a-node.md": shared_memory,
     "methods-compressed.md": model,
     "methods-large-batches.md": lambda comm: {**model(comm), "partition": comm},
-    "methods-mics.md": sharded,
+    "methods-mics.md": make_units,
     "methods-slow-links.md": blocks_of_steps,
     "mistakes.md": lambda comm: {"train": lambda comm: comm.Barrier()},
     "overlap.md": overlap,
@@ -125,7 +125,7 @@ def name_fault(comm: Any, fault: str, rank: int, call: int) -> Iterator[None]:
     yield
 
 
-STAND_INS: dict[str, Names] = {
+FAKES: dict[str, Names] = {
     "cluster.md": {"hpccomm.cluster.nodes.Cluster": Cluster},
     "mistakes.md": {"hpccomm.testing.faults.inject": name_fault},
 }
@@ -154,7 +154,7 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
     comm = hpccomm.Communicator(MPI.COMM_WORLD)
     monkeypatch.chdir(comm.bcast(str(tmp_path)))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(arange=np.arange))  # type: ignore[arg-type]
-    for name, value in STAND_INS.get(page, {}).items():
+    for name, value in FAKES.get(page, {}).items():
         monkeypatch.setattr(name, value)
     module = ModuleType("page")
     module.__dict__.update({"MPI": MPI, "hpccomm": hpccomm, "np": np, "comm": comm, "folder": Path.cwd() / "saved"})

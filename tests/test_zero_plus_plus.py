@@ -109,6 +109,7 @@ def bytes_into_a_node(nodes: int, per_node: int, micro_steps: int, **how: Any) -
                 if at >= len(sizes):
                     states.reduce_accumulate(unit, np.ones(sizes[unit], "f2"))
                 states.release(unit)
+        assert np.isfinite(states.total).all()  # all reductions are complete
         found = Counter(comm.entered)
         states.boundary()
         return found
@@ -186,7 +187,7 @@ def test_gathered_units_are_the_coded_shards_of_the_exact_masters(nodes: list[in
             assert masters[name]["w"].tobytes() == whole.tobytes()
 
 
-def coded_sum(rows: list[Any], code: str) -> Any:
+def add_codes(rows: list[Any], code: str) -> Any:
     total = np.zeros(rows[0].size, F32)
     for row in rows:
         total += decode_blocks(encode_blocks(row, CODES[code]), row.size, CODES[code])
@@ -203,13 +204,13 @@ def test_reductions_are_coded_sums_in_nodes_and_then_between_them(nodes: list[in
     homes = {node: [rank for rank in range(p) if nodes[rank] == node] for node in nodes}
     two_hops = len(homes) > 1 and {len(home) for home in homes.values()} == {2}
 
-    def wanted(rank: int) -> Any:
+    def sum_of(rank: int) -> Any:
         if not two_hops:
-            return coded_sum([row[rank] for row in rows], code)
+            return add_codes([row[rank] for row in rows], code)
         place = homes[nodes[rank]].index(rank)
         peers = sorted(home[place] for home in homes.values())
-        inside = [coded_sum([rows[other][peers].reshape(-1) for other in homes[nodes[peer]]], code) for peer in peers]
-        return coded_sum([part.reshape(-1, each)[peers.index(rank)] for part in inside], code)
+        inside = [add_codes([rows[other][peers].reshape(-1) for other in homes[nodes[peer]]], code) for peer in peers]
+        return add_codes([part.reshape(-1, each)[peers.index(rank)] for part in inside], code)
 
     def body(comm: Any) -> Any:
         states = zero(comm, {"a": {"w": np.zeros(n, F32)}}, scale(-1.0), stage=stage, gradient_code=code)
@@ -217,7 +218,7 @@ def test_reductions_are_coded_sums_in_nodes_and_then_between_them(nodes: list[in
         states.boundary()
         return states.master
 
-    whole = np.concatenate([wanted(rank) for rank in range(p)])[:n] / F32(p)
+    whole = np.concatenate([sum_of(rank) for rank in range(p)])[:n] / F32(p)
     for rank, found in enumerate(run_on_ranks(p, body, nodes)):
         assert np.array_equal(found, -whole[rank * each : (rank + 1) * each])
 
@@ -248,7 +249,7 @@ def test_a_saved_run_continues_with_the_same_bits_and_on_other_ranks_from_the_sa
         save_shards(tmp_path, "run", states)
         return run_steps(states, first=2)
 
-    def resumed(comm: Any) -> list[Any]:
+    def resume(comm: Any) -> list[Any]:
         states = zero(comm, weights_of(), adamw(0.1), dtype="f2", **TRIO)
         run_steps(states, 1, first=9)  # gathered shards of other weights lie in the nodes
         load_shards(tmp_path, "run", states)
@@ -256,7 +257,7 @@ def test_a_saved_run_continues_with_the_same_bits_and_on_other_ranks_from_the_sa
 
     wanted = run_on_ranks(4, whole, [0, 0, 1, 1])
     assert all(same(found, wanted[0]) for found in wanted)
-    assert all(same(found, wanted[0]) for found in run_on_ranks(4, resumed, [0, 0, 1, 1]))
+    assert all(same(found, wanted[0]) for found in run_on_ranks(4, resume, [0, 0, 1, 1]))
 
     def masters(comm: Any) -> list[Any]:
         states = zero(comm, weights_of(), adamw(0.1), dtype="f2", **TRIO)

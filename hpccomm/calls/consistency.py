@@ -43,7 +43,7 @@ from hpccomm.transports.polling import pause
 
 TEXTS = 64
 TEXT_BYTES = 248
-LEFT, GAVE_UP, HAS_CODE, REPORTED = STATUS + 1, STATUS + 2, STATUS + 3, STATUS + 4
+LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS = (STATUS + k for k in range(1, 6))
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
@@ -105,7 +105,14 @@ class ConsistencyTable:
         """Number and fingerprint of member k's last call in shared memory, which has no entry here."""
         self.between: Any = None
         """Compares calls between nodes (:class:`hpccomm.calls.between_nodes.BetweenNodes`), if there are several."""
+        self._words[self._base + PROCESS] = os.getpid()
         _tables.add(self)
+
+    @property
+    def processes(self) -> dict[int, int]:
+        """The number of the process of each member that has opened the table."""
+        found = {rank: self._words[k * self._stride + PROCESS] for k, rank in enumerate(self.members)}
+        return {rank: pid for rank, pid in found.items() if pid}
 
     @property
     def _seq(self) -> int:

@@ -24,7 +24,6 @@ from mpi4py import MPI
 
 from hpccomm.calls.departures import Launchers
 from hpccomm.calls.fingerprint import format_ranks
-from hpccomm.log import logger
 from hpccomm.observe.recorder import INQUIRED, REPORTED, Comm, Event, Inquiry, State, clock, open_ring, recorder
 
 PERIOD, QUICK = 0.25, 0.05
@@ -47,36 +46,37 @@ def stall_seconds() -> float:
 
 def log_line(sentence: str) -> None:
     """Log one record, by default with a single write to stderr, so that lines of different ranks do not mix."""
+    from hpccomm.log import logger
+
     logger().error(sentence)
 
 
 class Group:
     """The ranks of one communicator.
 
-    ``nodes`` are the ranks of each node, ``processes`` the numbers of the processes of this node's ranks, ``table`` the
-    consistency table, ``wire`` a communicator of the same ranks that only the watchdog uses, if it may.
+    ``nodes`` are the ranks of each node, ``table`` is the consistency table of this one, ``wire`` a communicator of the
+    same ranks that only the watchdog uses, if it may.
     """
 
     def __init__(
-        self,
-        comm: Comm,
-        rank: int,
-        nodes: list[tuple[int, ...]],
-        processes: dict[int, int],
-        table: Any,
-        wire: MPI.Intracomm | None,
+        self, comm: Comm, rank: int, nodes: list[tuple[int, ...]], table: Any, wire: MPI.Intracomm | None
     ) -> None:
-        self.comm, self.rank, self.nodes, self.processes = comm, rank, nodes, processes
-        self.table, self.wire = table, wire
+        self.comm, self.rank, self.nodes, self.table, self.wire = comm, rank, nodes, table, wire
         self._since, self._sent = (0, 0.0), list[tuple[MPI.Request, bytes]]()
         self._asked: list[tuple[int, int, float, Inquiry]] = []
         """What other nodes have asked and this rank has not answered: who, the number, when, and what was found."""
         self.answers: dict[int, list[State]] = {}
         """The answers of other nodes, by the number of what was asked."""
 
+    @property
+    def processes(self) -> dict[int, int]:
+        """The numbers of the processes of this node's ranks."""
+        found: dict[int, int] = self.table.processes
+        return found
+
     def check_deadlock(self) -> None:
         """Abort all ranks if this rank is in a call that can never complete."""
-        seq = self.table.active_seq if self.table else 0
+        seq = self.table.active_seq
         if not seq or seq != self._since[0]:
             self._since = (seq, time.monotonic())
             return

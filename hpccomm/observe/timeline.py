@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.log import logger
 from hpccomm.observe.nesting import nest
 from hpccomm.observe.recorder import VARIABLE, Event, clock, recorder
 
@@ -114,6 +113,8 @@ def write(
     try:
         path.write_text(json.dumps(trace), encoding="utf-8")
     except OSError as error:
+        from hpccomm.log import logger
+
         logger().error(f"{VARIABLE}={path}: {error.strerror}: name a file that can be written")
 
 
