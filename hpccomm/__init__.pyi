@@ -4,6 +4,8 @@ from hpccomm.algorithms.block_codes import block_mean as block_mean
 from hpccomm.algorithms.blockwise_filtering import bmuf as bmuf
 from hpccomm.algorithms.blockwise_filtering import bmuf_adam as bmuf_adam
 from hpccomm.algorithms.bucketed import BucketedExchange as BucketedExchange
+from hpccomm.algorithms.checkpoint_sets import load_set as load_set
+from hpccomm.algorithms.checkpoint_sets import save_set as save_set
 from hpccomm.algorithms.checkpoints import load as load
 from hpccomm.algorithms.checkpoints import load_state_dict as load_state_dict
 from hpccomm.algorithms.checkpoints import save as save
@@ -31,6 +33,9 @@ from hpccomm.algorithms.local_steps import diloco as diloco
 from hpccomm.algorithms.local_steps import local_sgd as local_sgd
 from hpccomm.algorithms.local_steps import post_local_sgd as post_local_sgd
 from hpccomm.algorithms.local_steps import slowmo as slowmo
+from hpccomm.algorithms.loss_scaling import LossScale as LossScale
+from hpccomm.algorithms.loss_scaling import loss_scale as loss_scale
+from hpccomm.algorithms.loss_scaling import scale_loss as scale_loss
 from hpccomm.algorithms.onebit import ef_signsgd as ef_signsgd
 from hpccomm.algorithms.onebit import onebit_adam as onebit_adam
 from hpccomm.algorithms.onebit import onebit_lamb as onebit_lamb

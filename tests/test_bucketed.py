@@ -271,6 +271,19 @@ def test_the_code_of_the_page_runs(comm: Communicator, capsys: Any) -> None:
     assert float(said[1]) < 0.8  # the mean square of the targets is 1
 
 
+@pytest.mark.mpi(sizes=(2,))
+def test_the_measuring_program_compares_four_ways(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import buckets
+
+    monkeypatch.setattr(buckets, "LAYERS", 2)
+    for compute in buckets.COMPUTE:
+        setting = buckets.Setting(2, "1gbit", 1, compute)
+        row = {"title": setting.title, **buckets.measure(setting, 2)}
+        assert list(row) == ["title", *buckets.WAYS]
+        assert all(len(row[way]) == 2 and min(row[way]) > 0 for way in buckets.WAYS)
+        assert f"| 2 x 1, 1gbit, 1 MB, {compute} | **" in buckets.table([row])
+
+
 # Mistakes
 
 

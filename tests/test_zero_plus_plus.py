@@ -12,9 +12,10 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm import Communicator, context
+from hpccomm.algorithms.loss_scaling import LossScale
 from hpccomm.algorithms.sharded.checkpoints import load_shards, save_shards
 from hpccomm.algorithms.sharded.groups import mics
-from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, adamw, zero
+from hpccomm.algorithms.sharded.units import ShardedModel, adamw, zero
 from hpccomm.algorithms.transforms import scale
 from hpccomm.arrays import narrow
 from hpccomm.collectives.compressed.two_phase import CODES, decode_blocks, encode_blocks

@@ -24,7 +24,7 @@ from hpccomm.algorithms.tensor_states import join_states, split_state
 from hpccomm.algorithms.transforms import Transform, flush, require
 from hpccomm.algorithms.trees import TreeLayout, tree_leaves
 from hpccomm.arrays import borrow
-from hpccomm.buckets import BUCKET_BYTES, Bucket, group_by_size
+from hpccomm.buckets import BUCKET_BYTES, Bucket, group_by_size, memory_of
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.errors import ArgumentError, MismatchError
 from hpccomm.functional import communicator
@@ -348,13 +348,13 @@ class BucketedExchange:
 def find_tied(arrays: Mapping[str, Any], who: str) -> dict[str, str]:
     """The first name of each array, by all its names: tied weights have several."""
     first: dict[Any, str] = {}
-    return {name: first.setdefault(place_of(name, each, who), name) for name, each in arrays.items()}
+    return {name: first.setdefault(memory_of(view_of(name, each, who)) or name, name) for name, each in arrays.items()}
 
 
-def place_of(name: str, array: Any, who: str) -> Any:
-    """What two arrays have in common only if they are the same memory."""
+def view_of(name: str, array: Any, who: str) -> Any:
+    """A weight as NumPy's array; raises where steps could not be added in place."""
     view, _ = borrow(array, f"{who}: {name}")
     kind = type(array).__name__
     fits = view.flags.writeable and hasattr(array, "__setitem__")
     require(fits, f"{who}: {name}: a {kind} that cannot be written: pass arrays, to add steps in place")
-    return (view.__array_interface__["data"][0], view.shape, view.strides, view.dtype) if view.size else name
+    return view

@@ -360,7 +360,8 @@ class ConsistencyTable:
         """Check a call in shared memory that waits for some members: raise if they can never enter it.
 
         ``word`` is that of the call's fingerprint.  A member that is found elsewhere may have entered and left this
-        call since it was missing, so ``find_missing`` is asked again.
+        call since it was missing, so ``find_missing`` is asked again.  One that has entered the same call in the table
+        is on its way to the barrier there, which takes long on a busy machine.
         """
         positions = find_missing()
         words, number = self._words, self.active_seq or self._seq + 1
@@ -369,6 +370,8 @@ class ConsistencyTable:
             rank, row = self.members[position], position * self._stride
             entered = words[row + STATUS] == number and seconds > MEETING_SECONDS
             other = self.find_call(row, number) if entered else None
+            if other is not None and other == call:
+                continue
             if (other or words[row + LEFT]) and position in find_missing():
                 if call:
                     self.announce(call)
