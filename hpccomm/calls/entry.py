@@ -26,6 +26,7 @@ from mpi4py import MPI
 
 from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.buffers import MPI_KINDS, element_of
+from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
 from hpccomm.calls.operations import SUM_OF_AVERAGE
 from hpccomm.calls.plans import NativeCall
@@ -182,6 +183,7 @@ class Entry:
             registered, count = memory.allocations.ctypes.data, memory.allocation_count.ctypes.data
             fill(self._record, registered=registered, registrations=count)
         if table:
+            self._entered = EnteredCall(table, self._leave_native, self._clear_pending)
             self._members = np.array(table.members, np.int64)
             fill(self._record, **table.place, member_ranks=self._members.ctypes.data)
             fill(self._record, compares=table.between.mask if table.between else -1)
@@ -273,27 +275,28 @@ class Entry:
         """Run MPI's own collective for a call whose door has returned ``code``, and compare the ranks' calls."""
         if code & ~NATIVE_IN_PLACE == INTERRUPTED:
             self.check_interrupted()
-        table = self._table
-        if table is None:
+        if self._table is None:
             native(*arguments)
             self._leave()
             return
         try:
-            if code & ~NATIVE_IN_PLACE != NATIVE:
-                self._settle(code & ~NATIVE_IN_PLACE)
-            native(*arguments)
-            self._pending.value = 0
-            if self._leave() is not None:
-                table.leave()
-        except (MPI.Exception, HpccommError) as failure:
-            self._pending.value = 0
-            self._end_event()
-            table.abandon()
-            table.raise_mismatch(failure)
+            with self._entered:
+                if code & ~NATIVE_IN_PLACE != NATIVE:
+                    self._settle(code & ~NATIVE_IN_PLACE)
+                native(*arguments)
         except BaseException:
             self._end_event()
-            table.abandon()
             raise
+
+    def _leave_native(self) -> None:
+        """Leave a call of MPI's."""
+        self._pending.value = 0
+        if self._leave() is not None:
+            self._table.leave()
+
+    def _clear_pending(self) -> None:
+        """Forget a call that has failed."""
+        self._pending.value = 0
 
     def _end_event(self) -> None:
         """Record the end of a call that compiled code has begun."""
