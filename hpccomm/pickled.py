@@ -88,6 +88,10 @@ def compare_objects(name: str) -> Any:
 
     @wraps(native)
     def method(self: Any, *args: Any, **named: Any) -> Any:
+        with self.context.call(name, *args[:1]):
+            return compare(self, *args, **named)
+
+    def compare(self: Any, *args: Any, **named: Any) -> Any:
         table = self.context.consistency
         if table is None:
             return native(self, *args, **named)
