@@ -24,7 +24,7 @@ from mpi4py import MPI
 
 from hpccomm.calls import operations
 from hpccomm.calls.fingerprint import Fingerprint
-from hpccomm.errors import HpccommError, MismatchError
+from hpccomm.errors import MismatchError
 
 HEADER, RECORD = 8, 256
 """Bytes of a record: length and code of the call, 32 bits each, and all of it."""
@@ -73,10 +73,10 @@ COMPARED = {
     "allreduce": ObjectCall({"op": 1}, ALL),
     "alltoall": ObjectCall({}, ALL),
     "bcast": ObjectCall({"root": 1}),
-    "exscan": ObjectCall({"op": 1}),
+    "exscan": ObjectCall({"op": 1}, ALL),
     "gather": ObjectCall({"root": 1}, ROOT),
     "reduce": ObjectCall({"op": 1, "root": 2}, ALL),
-    "scan": ObjectCall({"op": 1}),
+    "scan": ObjectCall({"op": 1}, ALL),
     "scatter": ObjectCall({"root": 1}),
 }
 """mpi4py's lower-case collectives."""
@@ -92,18 +92,11 @@ def compare_objects(name: str) -> Any:
         if table is None:
             return native(self, *args, **named)
         given = [named.get(each, args[place] if place < len(args) else None) for each, place in places.items()]
-        try:
+        with table.entered:
             table.enter(announce(table, name, places, given))
             if waiting == ALL or (waiting == ROOT and (given[0] or 0) == self.rank):
                 table.wait()
             result = native(self, *args, **named)
-            table.leave()
-        except (MPI.Exception, HpccommError) as failure:
-            table.abandon()
-            table.raise_mismatch(failure)
-        except BaseException:
-            table.abandon()
-            raise
         return result
 
     return method

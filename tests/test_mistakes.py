@@ -76,6 +76,22 @@ def test_different_collectives_are_reported(algorithm: str) -> None:
     assert "make all ranks call the same collective" in said
 
 
+@pytest.mark.parametrize("name", ["scan", "exscan"])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("comm.Allreduce(MPI.IN_PLACE, x, algorithm='shared')", "rank 1 called Allreduce("),
+        ("sys.exit()", "rank 1 has left the program"),
+    ],
+)
+def test_a_scan_of_objects_does_not_wait_for_a_rank_that_never_comes(name: str, other: str, message: str) -> None:
+    """mpi4py holds the interpreter in it, so nothing could be found there."""
+    status, said = outcome(3, f"{other} if odd else comm.{name}(1)")
+    assert status != 0
+    assert message in said
+    assert f"{name}(" in said
+
+
 def test_shared_and_native_calls_at_the_same_time_are_reported() -> None:
     status, said = outcome(
         2,
