@@ -41,7 +41,7 @@ def medians(ranks: int) -> dict[tuple[int, str], float]:
 
 def digits(us: float) -> str:
     """A time of three digits, with four from 10,000 on: ``0.786``, ``44,110``."""
-    return f"{float(f'{us:.3g}'):g}" if us < 1000 else f"{float(f'{us:.4g}'):,.0f}"
+    return f"{float(f'{us:.3g}'):,g}" if us < 1000 else f"{float(f'{us:.4g}'):,.0f}"
 
 
 def table() -> str:

@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": "predict the time of every algorithm of a collective on a cluster of your choice",
     "plot": "print or draw a schedule, or draw benchmark results",
     "slurm": "write a job for Slurm from answers",
+    "stacks": "print the calls and the Python stacks of all ranks of a running job",
     "report": "make a page of a trace: who waited for whom, time by collective, sizes",
     "completion": "print the lines that let a shell complete the commands",
 }

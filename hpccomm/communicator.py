@@ -24,15 +24,17 @@ from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
 from hpccomm.calls.buffers import hold, pad_last
-from hpccomm.calls.consistency import FLUSH_SECONDS, claim_report
+from hpccomm.calls.consistency import claim_report
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
+from hpccomm.calls.watchdog import FLUSH_SECONDS, list_waiting
 from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
 from hpccomm.errors import ArgumentError, HpccommError, MismatchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
 from hpccomm.observe import timeline
+from hpccomm.observe.recorder import Call
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import COMPARED as OBJECT_CALLS
 from hpccomm.pickled import compare_objects, install
@@ -360,8 +362,22 @@ class Communicator(MPI.Intracomm):
         """
         if code < NOT_MINE:
             self.plans.entry.resume(code)  # type: ignore[union-attr]
-            return None
-        self._prepare(name)
+            return
+        with self.context.call(name, *buffers) as recorded:
+            self._prepare(name)
+            self._run_bound(code, name, buffers, call, rest, receives, recorded)
+
+    def _run_bound(
+        self,
+        code: int,
+        name: str,
+        buffers: tuple[Any, Any],
+        call: Callable[..., None],
+        rest: tuple[Any, ...],
+        receives: bool,
+        recorded: Call,
+    ) -> None:
+        """Run a call as :meth:`_run_uncached` does; the flight recorder learns more of it once that is known."""
         kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
         padded = [pad_last(each) for each in buffers]
         if any(padded):
@@ -377,6 +393,7 @@ class Communicator(MPI.Intracomm):
                 return None
             bind = getattr(self._planner_of(sendbuf, into), name.lower())
             bound = self._bind(kind, bind, key, sendbuf, recvbuf, *rest)
+        recorded.describe(bound.text)
         if key is not None:
             return bound.run()
         try:
@@ -396,7 +413,7 @@ class Communicator(MPI.Intracomm):
         """Bind a plan, and let the door take later calls of its kind."""
         plan = bind(*arguments)
         if kind and plan.row:
-            self.plans.entry.insert(kind, plan.row)  # type: ignore[union-attr]
+            self.plans.entry.insert(kind, plan.row, plan.text)  # type: ignore[union-attr]
         return plan
 
     def _run_native(self, code: int, name: str, *arguments: Any) -> None:
@@ -408,6 +425,11 @@ class Communicator(MPI.Intracomm):
 
     def _run_reproducible(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
         """Run a reduction whose bits do not depend on order; ``False`` if the ordinary reduction already has that."""
+        with self.context.call(name, *buffers, inside=True):
+            return self._run_exactly(name, buffers, arguments, op)
+
+    def _run_exactly(self, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op) -> bool:
+        """Run a reduction as :meth:`_run_reproducible` does."""
         self._prepare(name)
         rest = [each for each in arguments if each is not op]
         key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
@@ -466,11 +488,13 @@ class Communicator(MPI.Intracomm):
         The ranks write p times fewer bytes than in :meth:`Allreduce`.  Returns a read-only array like ``buf``, which
         is valid until the next such call on ``buf``.
         """
-        self._prepare("Allreduce_view")
-        op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
-        key = self._planner.view_key(buf, op)
-        bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
-        bound.run()
+        with self.context.call("Allreduce_view", buf) as recorded:
+            self._prepare("Allreduce_view")
+            op = operations.read_op(op, f"rank {self.rank}: Allreduce_view")
+            key = self._planner.view_key(buf, op)
+            bound = self._find_plan(key) or self._planner.allreduce_view(key, buf, op)
+            recorded.describe(bound.text)
+            bound.run()
         result: npt.NDArray[Any] = bound.result
         return result
 
@@ -647,7 +671,16 @@ class Communicator(MPI.Intracomm):
         code: int = NOT_MINE,
     ) -> None:
         """Run MPI's own collective, whose door, if it has one, has answered with ``code``."""
-        self._prepare(name)
+        with self.context.call(name, *buffers) as recorded:
+            self._prepare(name)
+            plan = self._find_inherited(name, buffers, root, op, code)
+            recorded.describe(plan.text)
+            plan.run()
+
+    def _find_inherited(
+        self, name: str, buffers: tuple[Any, Any], root: int | None, op: MPI.Op | str | None, code: int
+    ) -> Plan:
+        """The plan of one of MPI's own collectives."""
         kind = self._read_kind(code)
         op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
         root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
@@ -655,7 +688,7 @@ class Communicator(MPI.Intracomm):
         mark = None if op is None else operations.key_of(op)
         key = kind or (None if name == "Alltoallw" else call_key(name, *buffers, root, mark))
         bind = self._planner_of(*buffers).bind_inherited
-        return (self._find_plan(key) or self._bind(kind, bind, key, name, buffers, root, op)).run()
+        return self._find_plan(key) or self._bind(kind, bind, key, name, buffers, root, op)
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
         """Gather blocks of equal length on ``root``."""
@@ -717,9 +750,10 @@ class Communicator(MPI.Intracomm):
         from hpccomm.collectives.compressed import onebit, sparse
 
         body = partial(getattr(sparse if name.startswith("sparse") else onebit, name), self, **more)
-        if not any(map(self._planner.uses_device, arrays)):
-            return body(*arrays)
-        return self._device_planner.apply_to_copies(name, body, arrays, written)
+        with self.context.call(name, arrays[0]):
+            if not any(map(self._planner.uses_device, arrays)):
+                return body(*arrays)
+            return self._device_planner.apply_to_copies(name, body, arrays, written)
 
     def sparse_allgather(
         self, indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32], n: int
@@ -849,6 +883,7 @@ def install_abort_hook() -> None:
         finally:
             lines = describe_failure(MPI.COMM_WORLD.rank, error, trace)
             os.write(2, lines.encode(errors="replace"))  # a library may have redirected sys.stderr
+            os.write(2, list_waiting(WAITING_SECONDS).encode(errors="replace"))
             time.sleep(FLUSH_SECONDS)
             MPI.COMM_WORLD.Abort(1)
 
@@ -871,8 +906,10 @@ def describe_failure(rank: int, error: BaseException, trace: TracebackType | Non
     return sentence + place if not isinstance(error, MismatchError) or claim_report() else place
 
 
+WAITING_SECONDS = 0.3
+"""How long a rank that has failed waits for others to say where they are."""
+
 PACKAGE = os.path.join(os.path.dirname(__file__), "")
 
 
-if os.environ.get(timeline.VARIABLE):
-    timeline.record(Communicator)
+timeline.start()

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from mpi4py import MPI
 from hpccomm import first_use, layout
 from hpccomm.backends.schedules import Schedules
 from hpccomm.backends.shared_memory import SharedMemory
-from hpccomm.calls import consistency
+from hpccomm.calls import between_nodes, consistency, watchdog
 from hpccomm.calls.entry import Doors, Entry
 from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, mismatch_message
 from hpccomm.calls.plans import Plan
@@ -32,6 +33,7 @@ from hpccomm.collectives.hierarchical import HIERARCHICAL, Form, select_form
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels import objects
+from hpccomm.observe.recorder import Call, Comm, count_bytes, recorder, shorten
 from hpccomm.performance import tuning
 from hpccomm.performance.probe import processor_name
 from hpccomm.settings import check_environment
@@ -55,6 +57,7 @@ SETTINGS = (
     "HPCCOMM_CONSISTENCY",
     "HPCCOMM_GPU_TRANSPORT",
     "HPCCOMM_COMPILE",
+    "HPCCOMM_DEBUG",
     "HPCCOMM_GUARD",
 )
 """Environment variables that must be the same on every rank: rank 0's values are used."""
@@ -160,6 +163,11 @@ class Context:
         self.level_table: consistency.ConsistencyTable | None = None
         """The consistency table of the level of this node's ranks."""
         self._segment: SharedSegment | None = None
+        self.recorded: Comm
+        """This communicator in the flight recorder."""
+        self.issued: Comm | None = None
+        """Its non-blocking calls there, which have numbers of their own."""
+        self._group: watchdog.Group | None = None
         if of:
             self._take_from(*of)
         else:
@@ -172,14 +180,22 @@ class Context:
         offer = None
         if self.rank == 0:
             self.settings = {name: os.environ.get(name, "") for name in SETTINGS}
-            offer = self.settings, self.load_table(), MPI.Get_processor_name()
-        self.settings, self.table, name = self.private_comm.bcast(offer)
+            offer = self.settings, self.load_table(), MPI.Get_processor_name(), *name_of(self.private_comm)
+        self.settings, self.table, name, number, text = self.private_comm.bcast(offer)
+        self.recorded = Comm(recorder(), number, text)
         self._agreed = self.table
         if self.node is self.private_comm or self.size == 1:
             self.layout = layout.on_one_node(self.size, name)
         else:
             self.layout = layout.discover(self.private_comm, self.node, MPI.Get_processor_name())
         self.open_consistency_tables()
+        if self.consistency and self.layout.count > 1:
+            mask = between_nodes.MASKS[self.settings["HPCCOMM_DEBUG"] or "sample"]
+            self.consistency.between = between_nodes.BetweenNodes(self.private_comm, self.consistency, mask)
+            threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+            self.open_group(create_private_comm(self.private_comm) if threads else None)
+        else:
+            self.open_group(None)
 
     def _find_node(self) -> MPI.Intracomm:
         """The ranks of this node, for our messages (collective); what MPI has made of all ranks is their level."""
@@ -207,6 +223,10 @@ class Context:
         self.settings, self.table, self.layout = parent.settings, parent._agreed, parent.layout.select(ranks)
         self._agreed = self.table
         self.consistency = parent.level_table if self.layout.count == 1 < self.size else None
+        number = hash((parent.recorded.number, *ranks)) >> 2 & (1 << 60) - 1 | 1 << 60
+        level = "intra-node" if self.layout.count == 1 else "inter-node"
+        self.recorded = Comm(recorder(), number, f"{level} of {parent.recorded.text}")
+        self.open_group(None)
 
     @Once
     def members(self) -> tuple[int, ...]:
@@ -240,14 +260,11 @@ class Context:
         table = self.consistency
         if table is None:
             return body()
-        try:
+        with table.entered:
             table.begin(table.announce(fingerprint))
+            table.compare_nodes()
             table.wait()
             body()
-            table.leave()
-        except BaseException:
-            table.abandon()
-            raise
 
     def set_up(self) -> None:
         """Make shared memory, unless its functions must be compiled first (collective)."""
@@ -287,19 +304,41 @@ class Context:
         Both are ``None`` for one rank or without shared memory.
         """
         ranks = len(self.members)
-        if ranks == 1 or self.settings["HPCCOMM_CONSISTENCY"] == "off":
+        if self.size == 1 or self.settings["HPCCOMM_CONSISTENCY"] == "off":
             return
         nbytes = consistency.bytes_needed(ranks)
+        if ranks == 1:  # a node of its own, whose calls are compared with those of other nodes
+            self.consistency = consistency.ConsistencyTable(bytearray(nbytes), self.members, self.rank)
+            return
         try:
             self._segment = SharedSegment(self.node, 2 * nbytes)
         except TransportError as error:
-            consistency.log_line(f"rank {self.rank}: no consistency table, mismatched calls may hang: {error}")
+            watchdog.log_line(f"rank {self.rank}: no consistency table, mismatched calls may hang: {error}")
             return
         memory, place = memoryview(self._segment.buffer), self.layout.local_rank(self.rank)
         self.consistency = consistency.ConsistencyTable(memory[:nbytes], self.members, self.rank)
         self.level_table = consistency.ConsistencyTable(memory[nbytes : 2 * nbytes], tuple(range(ranks)), place)
         for table in (self.consistency, self.level_table):
             table.progress = self.private_comm.Iprobe
+
+    def open_group(self, wire: MPI.Intracomm | None) -> None:
+        """Let the watchdog look after the calls of this communicator; ``wire`` is for its messages."""
+        head, world = recorder().ring.head, MPI.COMM_WORLD
+        head["rank"], head["size"] = world.rank, world.size
+        if self.consistency:
+            nodes = [self.layout.members(node) for node in range(self.layout.count)]
+            self._group = watchdog.Group(self.recorded, self.rank, nodes, self.consistency, wire)
+            watchdog.watch(self._group)
+
+    def call(self, name: str, *buffers: Any, inside: bool = False) -> Call:
+        """Record a call; a context manager."""
+        return Call(self.recorded, name, count_bytes(buffers), inside)
+
+    def begin_issued(self, fingerprint: Fingerprint) -> Call:
+        """Record a call that a progress thread makes; a context manager."""
+        if self.issued is None:
+            self.issued = Comm(recorder(), -self.recorded.number, self.recorded.text)
+        return Call(self.issued, f"{fingerprint.template}")
 
     @property
     def shared_memory(self) -> SharedMemory | None:
@@ -332,7 +371,7 @@ class Context:
                 self.consistency.last_shared_call = memory.last_call
             return memory
         if self.rank == 0:
-            consistency.log_line(f"shared memory is not used, collectives use slower messages: {troubles[0]}")
+            watchdog.log_line(f"shared memory is not used, collectives use slower messages: {troubles[0]}")
         if memory:
             memory.close()
         return None
@@ -480,7 +519,7 @@ class Context:
                 level.Free()
         for plans in list(self.users):
             plans.close()
-        for each in (self.consistency, self.level_table, self._segment, self.node_memory):
+        for each in (self._group, self.consistency, self.level_table, self._segment, self.node_memory):
             if each:
                 each.close()
         if 1 < len(self.members) < self.size:
@@ -492,7 +531,7 @@ class Context:
 @cache
 def warn_once(trouble: str) -> None:
     """Say once in a process that the defaults are used, because a file cannot be."""
-    consistency.log_line(f"{trouble}; the defaults are used")
+    watchdog.log_line(f"{trouble}; the defaults are used")
 
 
 def close_context(comm: MPI.Comm, keyval: int, context: Context) -> None:
@@ -533,6 +572,22 @@ def create_private_comm(comm: MPI.Intracomm) -> MPI.Intracomm:
     does not ask for the group: MPICH gives a topology of fewer ranks than its parent the group of the parent.
     """
     return MPI.Intracomm(unwrap(comm).Split(0, comm.rank))
+
+
+def name_of(comm: MPI.Intracomm) -> tuple[int, str]:
+    """A number for a communicator that no other one has, and its ranks of the world as text; by its rank 0."""
+    group, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    ranks = tuple(group.Translate_ranks(list(range(group.size)), world))
+    for each in (group, world):
+        each.Free()
+    text = f"ranks {shorten(ranks)}"
+    made[text] = made.get(text, 0) + 1
+    number = f" #{made[text]}" if made[text] > 1 else ""
+    return (MPI.COMM_WORLD.rank + 1) << 32 | next(numbers), text + number
+
+
+numbers, made = count(1), dict[str, int]()
+"""What :func:`name_of` has given out."""
 
 
 def unwrap(comm: MPI.Intracomm) -> MPI.Intracomm:

@@ -214,6 +214,10 @@ def is_program(words: Sequence[str]) -> bool:
     return bool(words) and (words[0] in ("-m", "-c") or not words[0].startswith("-"))
 
 
+PSEUDO_TERMINAL = "SLURM_PTY_PORT"
+"""What ``srun --pty`` sets: its step is a shell, in which programs run without ranks."""
+
+
 def read_launch_size(environ: Mapping[str, str]) -> tuple[int, str]:
     """The number of ranks that the innermost launcher declares, and its name; ``(1, "")`` without a launcher."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
@@ -221,7 +225,8 @@ def read_launch_size(environ: Mapping[str, str]) -> tuple[int, str]:
     if "PMI_SIZE" in environ:
         return int(environ["PMI_SIZE"]), "mpiexec of MPICH (or srun --mpi=pmi2)"
     step = environ.get("SLURM_STEP_ID", "")
-    if "SLURM_PROCID" in environ and step.isdigit() and int(step) < FIRST_RESERVED_STEP:
+    in_step = "SLURM_PROCID" in environ and step.isdigit() and int(step) < FIRST_RESERVED_STEP
+    if in_step and PSEUDO_TERMINAL not in environ:
         return int(environ.get("SLURM_STEP_NUM_TASKS", "1")), "srun"
     return 1, ""
 

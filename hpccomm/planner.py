@@ -44,11 +44,12 @@ from hpccomm.collectives.hierarchical import Form
 from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.collectives.schedule import Algorithm, without_node_steps
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
-from hpccomm.errors import ArgumentError, TransportError
+from hpccomm.errors import ArgumentError
 from hpccomm.first_use import FirstUse
 from hpccomm.kernels import objects, reproducible
 from hpccomm.kernels.entry.records import NOT_COMPARED
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
+from hpccomm.observe.recorder import recorder
 from hpccomm.performance.tuning import BLOCKWISE, Choice
 from hpccomm.performance.units import format_count
 from hpccomm.settings import DEVICE_SETTING, ON_HOST
@@ -123,7 +124,8 @@ class Planner:
         if memory is None and context.settings["HPCCOMM_COMPILE"] != "wait" and not objects.complete():
             return  # nothing else needs the compiler now
         meeting = self.bind_shared(Fingerprint("Barrier"), memory.bind_entry_barrier) if memory else None
-        plans.entry = Entry(plans.doors, self.rank, self.size, memory, context.consistency, meeting)
+        recorded = context.recorded.place
+        plans.entry = Entry(plans.doors, self.rank, self.size, memory, context.consistency, meeting, recorded)
 
     def use_code(self) -> None:
         """Take shared memory into use from the next call on; the same call on all ranks."""
@@ -146,7 +148,7 @@ class Planner:
             shared = partial(self.shared_memory.bind_allreduce, *ends, recv.elements, recv.kind, operations.name_of(op))
             return self.keep_shared(key, fingerprint, shared, choice)
         plan = self.bind_schedule("allreduce", choice, vector, source, recv.kind, op, fingerprint)
-        return self.keep(key, fingerprint, [plan], plan.free, vector.nbytes)
+        return self.keep(key, fingerprint, choice, [plan], plan.free, vector.nbytes)
 
     def view_key(self, buf: Any, op: MPI.Op) -> Hashable:
         """The key of an Allreduce_view: by the registered array, as its address may come back on some ranks only."""
@@ -205,7 +207,7 @@ class Planner:
         operand = None if self.rank == root and send is recv else source
         due = None if self.rank == root else (0, 0)
         plan = self.bind_schedule("reduce", choice, work, operand, send.kind, op, fingerprint, root, due=due)
-        return self.keep(key, fingerprint, [plan], plan.free, 0)
+        return self.keep(key, fingerprint, choice, [plan], plan.free, 0)
 
     def reduce_scatter_block(
         self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, algorithm: str | None
@@ -275,7 +277,7 @@ class Planner:
         plan = self.bind_schedule("reduce_scatter", choice, work, operand, kind, op, fingerprint, None, cuts, due)
         block = work[slice(*due)]
         moves: list[Run | None] = [copy_in, plan, lambda: np.copyto(into, block)]
-        return self.keep(key, fingerprint, moves, plan.free, work.nbytes)
+        return self.keep(key, fingerprint, choice, moves, plan.free, work.nbytes)
 
     def bind_reproducible(
         self, key: Hashable, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op
@@ -357,7 +359,7 @@ class Planner:
         fingerprint = self.fingerprint(name, recv, choice, algorithm, count=gather_count(recv, counts, octets))
         displs = recv.blocks(self.size)[1] if name == "Allgatherv" else tuple(k * counts[0] for k in range(self.size))
         if not opaque:
-            self.check_allgather(send, recv, counts, displs, who)
+            self.check_allgather(send, recv, PARTS if name == "Allgatherv" else EQUAL, who)
         if opaque and choice.algorithm != "native":
             return self.bind_packed_allgather(key, send, recv, algorithm)
         if choice.algorithm == "native":
@@ -379,7 +381,7 @@ class Planner:
         places = [(counts[rank], displs[rank]) for rank in order]
         copy_out = None if in_order else block_copier(work, cuts, recv, places)
         plan = self.bind_schedule("allgather", choice, work, None, "", None, fingerprint, cuts=cuts)
-        return self.keep(key, fingerprint, [copy_in, plan, copy_out], plan.free, octets)
+        return self.keep(key, fingerprint, choice, [copy_in, plan, copy_out], plan.free, octets)
 
     def bind_packed_allgather(self, key: Hashable, send: Buffer, recv: Buffer, algorithm: str | None) -> Plan:
         """Pack a derived datatype, so that this rank runs the same algorithm as ranks with contiguous memory."""
@@ -412,7 +414,7 @@ class Planner:
             shared = partial(self.shared_memory.bind_bcast, start, data.nbytes, root)
             return self.keep_shared(key, fingerprint, shared, choice, before, after)
         plan = self.bind_schedule("bcast", choice, vector.view("u1"), None, "", None, fingerprint, root)
-        return self.keep(key, fingerprint, [before, plan, after], plan.free, 0)
+        return self.keep(key, fingerprint, choice, [before, plan, after], plan.free, 0)
 
     def alltoall(self, key: Hashable, sendbuf: Any, recvbuf: Any, algorithm: str | None) -> Plan:
         """Alltoall; in place, the data is copied first."""
@@ -454,7 +456,8 @@ class Planner:
         if self.shared_memory and "native" not in (comm.algorithm, setting):
             return self.keep_shared(key, fingerprint, self.shared_memory.bind_barrier, ALWAYS)
         run = self.guard(fingerprint, lambda: MPI.Intracomm.Barrier(comm), lockstep=False)
-        return self.comm.plans.keep(key, Plan(run, row=NativeCall(fingerprint.word, ALL_LENGTHS, self.in_lockstep)))
+        row = NativeCall(fingerprint.word, ALL_LENGTHS, self.in_lockstep)
+        return self.comm.plans.keep(key, Plan(run, row=row, text=text_of(fingerprint, "native")))
 
     def bind_inherited(
         self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
@@ -635,27 +638,18 @@ class Planner:
         if not in_place:
             self.check_places(send, recv, who, ONE, ONE)
 
-    def check_allgather(self, send: Buffer, recv: Buffer, counts: Counts, displs: Counts, who: str) -> None:
+    def check_allgather(self, send: Buffer, recv: Buffer, kind: str, who: str) -> None:
         """Refuse counts and displacements of an allgather that do not fit the buffers."""
-        assert recv.dtype is not None
-        end = max((d + c for d, c in zip(displs, counts, strict=True)), default=0)
-        if end > recv.size:
-            raise ArgumentError(
-                f"{who}: the blocks end at element {end}, the receive buffer has {recv.size}: pass a longer buffer"
-            )
-        if send is recv:
+        blocks = find_blocks(recv, kind, self.size, who)
+        if send is recv or blocks is None:
             return
-        room = counts[self.rank] * recv.dtype.itemsize
+        _, room = blocks[self.rank]
         if send.nbytes != room:
             raise ArgumentError(
                 f"{who}: sends {send.nbytes} bytes, the receive buffer has room for {room} from this rank: "
                 "make both the same"
             )
         self.check_order(send, recv, who)
-        blocks = [
-            (recv.address + d * recv.dtype.itemsize, c * recv.dtype.itemsize)
-            for c, d in zip(counts, displs, strict=True)
-        ]
         if share_bytes([(send.address, send.nbytes)], blocks):
             raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
 
@@ -847,7 +841,8 @@ class Planner:
         plain = reusable and not any(each.half for each in buffers)
         lengths = self.unit_lengths(name, choice)
         row = NativeCall(fingerprint.word, lengths, self.in_lockstep or name in SYNCHRONISING) if plain else None
-        return self.comm.plans.keep(key, Plan(run, row=row)) if reusable else Plan(run)
+        plan = Plan(run, row=row, text=text_of(fingerprint, "native"))
+        return self.comm.plans.keep(key, plan) if reusable else plan
 
     def has_weak_form(self, buffer: Buffer) -> bool:
         """Whether a buffer has a form that holds no reference to the user's array."""
@@ -869,11 +864,17 @@ class Planner:
         return -(-first // parts), last // parts
 
     def keep(
-        self, key: Hashable, fingerprint: Fingerprint, moves: list[Run | None], free: Run, lockstep_bytes: int
+        self,
+        key: Hashable,
+        fingerprint: Fingerprint,
+        choice: Choice,
+        moves: list[Run | None],
+        free: Run,
+        lockstep_bytes: int,
     ) -> Plan:
         """A plan on messages, cached under its key."""
         run = self.guard(fingerprint, compose(moves), lockstep_bytes >= LOCKSTEP_BYTES)
-        return self.comm.plans.keep(key, Plan(run, free))
+        return self.comm.plans.keep(key, Plan(run, free, text=text_of(fingerprint, choice.algorithm)))
 
     def keep_shared(
         self,
@@ -892,7 +893,8 @@ class Planner:
         row = call if choice and not before and not after and getattr(call, "lengths", None) else None
         if row and choice:
             row.lengths = intersect(row.lengths, self.unit_lengths(fingerprint.collective, choice))
-        return self.comm.plans.keep(key, Plan(compose([before, call, after]), row=row))
+        text = text_of(fingerprint, "shared")
+        return self.comm.plans.keep(key, Plan(compose([before, call, after]), row=row, text=text))
 
     def bind_shared(self, fingerprint: Fingerprint, bind: Callable[[int], Run]) -> Run:
         """Bind a call in shared memory.
@@ -935,14 +937,16 @@ class Planner:
         lockstep = lockstep or self.in_lockstep
         digest = table.announce(fingerprint)
         context, synchronises = self.context, fingerprint.collective in SYNCHRONISING
-        enter = table.begin if synchronises or lockstep else table.enter
         meet: Run = table.wait
         if lockstep and self.shared_memory:
             meet = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
 
         def run() -> None:
-            try:
-                enter(digest, amounts)
+            with table.entered:
+                table.begin(digest, amounts)
+                table.compare_nodes(amounts)
+                if not (synchronises or lockstep):
+                    table.compare_entries()
                 context.announce_code()
                 if lockstep:
                     meet()
@@ -950,17 +954,15 @@ class Planner:
                 body()
                 if synchronises and context.awaits_code:
                     table.wait()  # a call without elements may have left early
-                table.leave()
-            except (MPI.Exception, TransportError) as failure:
-                table.abandon()
-                table.raise_mismatch(failure)
-            except BaseException:
-                table.abandon()
-                raise
             if synchronises and context.awaits_code and table.all_had_code():
                 self.use_code()
 
         return run
+
+
+def text_of(fingerprint: Fingerprint, algorithm: str) -> int:
+    """The number of the text by which the flight recorder names calls of a kind."""
+    return recorder().intern(f"{fingerprint.template._replace(algorithm='')} by {algorithm}")
 
 
 def intersect(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:

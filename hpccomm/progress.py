@@ -24,8 +24,8 @@ from typing import Any
 
 from mpi4py import MPI
 
-from hpccomm.calls.consistency import FLUSH_SECONDS, log_line
 from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.calls.watchdog import FLUSH_SECONDS, log_line
 from hpccomm.context import Context, create_private_comm
 from hpccomm.errors import HpccommError, TransportError
 from hpccomm.transports.polling import pause
@@ -125,7 +125,8 @@ class Queue:
         self._thread = threading.get_ident()
         while self.calls:
             call = self.calls[0]
-            call.run(self._find_channel)
+            with self._context.begin_issued(call.fingerprint):
+                call.run(self._find_channel)
             with _state.lock:
                 if len(self.calls) == 1:
                     self._thread = 0

@@ -208,6 +208,7 @@ class ComparedRequest(MPI.Request):
     """A non-blocking request of MPI; while it waits, the ranks' calls are compared."""
 
     compare: Callable[[bool], None]
+    record: Callable[[], Any]
     buffers: tuple[Any, ...]
     """The arguments, which stay alive until the request does not."""
 
@@ -215,9 +216,10 @@ class ComparedRequest(MPI.Request):
         """Wait for the call; raises if another rank has made another one."""
         began = time.monotonic()
         try:
-            while not MPI.Request.Test(self, status):
-                self.compare(True)
-                pause(began, EAGER_SECONDS, 32)
+            with self.record():
+                while not MPI.Request.Test(self, status):
+                    self.compare(True)
+                    pause(began, EAGER_SECONDS, 32)
         finally:
             self.compare(False)
         return True
@@ -235,6 +237,7 @@ def start_native(comm: Any, name: str, given: dict[str, Any], native: Callable[.
     compare = compare_quietly(comm, fingerprint)
     request = ComparedRequest(native(comm, *arguments.values()))
     request.compare, request.buffers = compare, tuple(arguments.values())
+    request.record = partial(comm.context.call, spelling, inside=True)
     return request
 
 
@@ -246,7 +249,8 @@ def compare_quietly(comm: Any, fingerprint: Fingerprint) -> Callable[[bool], Non
     table = comm._context.consistency if comm._context else None
     if table is None:
         return lambda waits: None
-    table.enter(table.announce(fingerprint))
+    table.begin(table.announce(fingerprint))
+    table.compare_entries()  # ranks of other nodes are not waited for
     number = table.active_seq
     table.abandon()
 
@@ -277,7 +281,8 @@ def make_request(comm: Any, name: str, native: Callable[..., Any], given: dict[s
     refuse_own_arguments(comm, f"{name}_init", given, "a persistent call")
     fingerprint, arguments = read_call(comm, name, given, f"{name}_init", for_mpi=True)
     made: list[MPI.Prequest] = []
-    comm._planner.guard(fingerprint, lambda: made.append(native(comm, *arguments.values())), True)()
+    with comm.context.call(f"{name}_init"):
+        comm._planner.guard(fingerprint, lambda: made.append(native(comm, *arguments.values())), True)()
     return made[0]
 
 

@@ -35,6 +35,16 @@ def seconds(value: str) -> str:
         return "use a number of seconds, such as 60"
 
 
+def warn_or_abort(value: str) -> str:
+    """The remedy for a value that is neither ``warn`` nor ``abort``."""
+    return "" if value in ("warn", "abort") else "use warn or abort"
+
+
+def sample_or_detail(value: str) -> str:
+    """The remedy for a value that says of no calls whether they are compared between nodes."""
+    return "" if value in ("sample", "detail", "off") else "use sample, detail or off"
+
+
 def elsewhere(value: str) -> str:
     """No remedy: the value is checked where it is used."""
     return ""
@@ -50,6 +60,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_CACHE": elsewhere,
     "HPCCOMM_COMPILE": wait_or_background,
     "HPCCOMM_CONSISTENCY": on_or_off,
+    "HPCCOMM_DEBUG": sample_or_detail,
     "HPCCOMM_ENTRY": on_or_off,
     "HPCCOMM_EXCEPTHOOK": on_or_off,
     DEVICE_SETTING: elsewhere,
@@ -57,6 +68,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_MPI": elsewhere,
     "HPCCOMM_PROGRESS": progress_kind,
     "HPCCOMM_SHARED_MEMORY": on_or_off,
+    "HPCCOMM_STALL_ACTION": warn_or_abort,
     "HPCCOMM_STALL_SECONDS": seconds,
     "HPCCOMM_TEST_LAUNCHER": elsewhere,
     "HPCCOMM_TIMELINE": elsewhere,

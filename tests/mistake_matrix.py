@@ -1,7 +1,8 @@
 """A program that makes mistakes: each cell is one call on a new communicator, which one rank makes in another way.
 
 ``mistake_matrix.py FOLDER 3,4,7`` runs these cells; each rank appends what a cell gave to FOLDER/RANK.jsonl.  A cell is
-a collective, what the odd rank does, a path, and whether the call is the communicator's first.
+a collective, what the odd rank does, a path, and whether the call is the communicator's first.  With a third argument,
+each node has so many ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ COLLECTIVES = {
     **dict.fromkeys(
         ("allreduce", "reduce", "bcast", "gather", "allgather", "scatter", "alltoall", "barrier"), ("native",)
     ),
-    **dict.fromkeys(("Allreduce_init", "Bcast_init", "Gather_init"), ("native",)),
+    **dict.fromkeys(("Allreduce_init", "Bcast_init", "Gather_init", "Reduce_init", "Allgather_init"), ("native",)),
+    **dict.fromkeys(("Iallreduce", "Iallgather", "Ibcast", "Igather", "Iscatter", "Ialltoall"), ("auto",)),
 }
 """The collectives, and the paths on which they run."""
 
@@ -48,15 +50,20 @@ class Cell(NamedTuple):
     legal: bool = False
 
 
+def blocking_name(name: str) -> str:
+    """The blocking collective of a persistent or non-blocking one."""
+    return name[1:].capitalize() if name[0] == "I" else name.removesuffix("_init")
+
+
 def is_possible(name: str, mistake: str) -> bool:
     """Whether a mistake can be made in a collective."""
-    upper = name[0].isupper()
+    upper, name = name[0].isupper(), blocking_name(name)
     if mistake in ("missing", "collective"):
         return True
     if mistake == "op":
-        return name.removesuffix("_init") in (*REDUCTIONS, "allreduce", "reduce")
+        return name in (*REDUCTIONS, "allreduce", "reduce")
     if mistake == "root":
-        return name.removesuffix("_init") in ROOTED
+        return name in ROOTED
     return upper and not (mistake in ("dtype", "order") and name == "Alltoallw")
 
 
@@ -132,6 +139,14 @@ def make_call(comm: Any, cell: Cell, odd: bool) -> Callable[[], Any]:
         "Allreduce_init": lambda: run_request(comm.Allreduce_init(one, into_one, op)),
         "Bcast_init": lambda: run_request(comm.Bcast_init(one, root)),
         "Gather_init": lambda: run_request(comm.Gather_init(one, into_each if at_root else None, root)),
+        "Reduce_init": lambda: run_request(comm.Reduce_init(one, into_one, op, root)),
+        "Allgather_init": lambda: run_request(comm.Allgather_init(one, into_each)),
+        "Iallreduce": lambda: comm.Iallreduce(one, into_one, op).Wait(),
+        "Iallgather": lambda: comm.Iallgather(one, into_each).Wait(),
+        "Ibcast": lambda: comm.Ibcast(one, root).Wait(),
+        "Igather": lambda: comm.Igather(one, into_each if at_root else None, root).Wait(),
+        "Iscatter": lambda: comm.Iscatter(each if at_root else None, into_one, root).Wait(),
+        "Ialltoall": lambda: comm.Ialltoall(each, into_each).Wait(),
     }
     return calls[name]
 
@@ -170,6 +185,11 @@ def main() -> None:
 
     folder, numbers = Path(sys.argv[1]), [int(each) for each in sys.argv[2].split(",")]
     world, cells = MPI.COMM_WORLD, all_cells()
+    if sys.argv[3:]:
+        from hpccomm import context
+
+        per_node = int(sys.argv[3])
+        context.ranks_of_this_node = lambda comm: comm.Split(comm.rank // per_node, comm.rank)
     os.environ["HPCCOMM_STALL_SECONDS"] = str(STALL_SECONDS)
     said = (folder / f"{world.rank}.stderr").open("w+b")
     os.dup2(said.fileno(), 2)

@@ -41,6 +41,7 @@ BATCH = ALLOCATION | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8"}
         (BATCH | {"SLURM_STEP_ID": "batch"}, 1),
         (SRUN, 8),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, 1),
+        (SRUN | {"SLURM_PTY_PORT": "40001", "SLURM_PROCID": "0"}, 1),  # a shell of srun --pty
         (SRUN | {"PMI_SIZE": "8"}, 8),
         ({"PMI_SIZE": "4", "PMI_RANK": "0"}, 4),
         ({"PMI_SIZE": "1"}, 1),

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from hpccomm.calls.consistency import log_line
+from hpccomm.calls.watchdog import log_line
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from hpccomm.calls.consistency import log_line
     ],
 )
 def test_a_sentence_goes_where_the_program_wants_it(setting: str, stdout: str, stderr: str) -> None:
-    code = f"import logging, sys\n{setting}\nfrom hpccomm.calls.consistency import log_line\nlog_line('rank 1: late')"
+    code = f"import logging, sys\n{setting}\nfrom hpccomm.calls.watchdog import log_line\nlog_line('rank 1: late')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (stdout, stderr)
 

@@ -91,6 +91,8 @@ def test_the_factor_of_a_state_without_one_is_1() -> None:
     assert hpccomm.loss_scale(momentum(0.9).init(np.zeros(3))) == 1
     with pytest.raises(ArgumentError, match=r"scale_loss: the scale is 0.0: pass a positive number"):
         scale_loss(MPI.COMM_SELF, scale(-1), LossScale(0.0))
+    with pytest.raises(ArgumentError, match=r"scale_loss: first is 8.0: pass hpccomm.LossScale"):
+        scale_loss(MPI.COMM_SELF, scale(-1), 8.0)  # type: ignore[arg-type]
 
 
 def test_masks_are_chosen_by_name_or_by_dimensions() -> None:

@@ -18,7 +18,6 @@ from hpccomm.testing.jobs import start, stop
 sys.path.insert(0, str(Path(__file__).parent))
 from mistake_matrix import COLLECTIVES, all_cells
 
-RANKS = 3
 SILENT_SECONDS = 40.0
 """How long a job may make no progress, on a loaded machine, before it counts as hanging."""
 
@@ -47,13 +46,15 @@ class Outcome(NamedTuple):
     hung: bool = False
 
 
-def run_job(folder: Path, numbers: list[int]) -> dict[int, Outcome]:
+def run_job(folder: Path, numbers: list[int], ranks: int, per_node: int) -> dict[int, Outcome]:
     """Run cells until one of them ends the job; returns those that were run."""
     program = [str(Path(__file__).with_name("mistake_matrix.py")), str(folder), ",".join(map(str, numbers))]
-    logs = [folder / f"{rank}.jsonl" for rank in range(RANKS)]
+    program += [str(per_node)] if per_node else []
+    logs = [folder / f"{rank}.jsonl" for rank in range(ranks)]
+    environ = os.environ | {"HPCCOMM_DEBUG": "detail" if per_node else ""}
     for each in logs:
         each.unlink(missing_ok=True)
-    with start(RANKS, program, os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with start(ranks, program, environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         moved, length, hung = time.monotonic(), 0, False
         while process.poll() is None and not hung:
             time.sleep(0.1)
@@ -68,7 +69,7 @@ def run_job(folder: Path, numbers: list[int]) -> dict[int, Outcome]:
         for k in range(done)
     }
     if done < len(numbers):
-        texts = [folder / f"{rank}.stderr" for rank in range(RANKS)]
+        texts = [folder / f"{rank}.stderr" for rank in range(ranks)]
         said = "".join(each.read_text().rpartition(f"cell {numbers[done]}\n")[2] for each in texts if each.exists())
         found[numbers[done]] = Outcome((), said, hung)
     return found
@@ -90,13 +91,38 @@ def judge(number: int, outcome: Outcome) -> str:
     return "" if is_named(told) else f"{'hangs' if outcome.hung else 'not named'}: {cell}: {told}"
 
 
+def run_cells(folder: Path, numbers: list[int], ranks: int, per_node: int = 0) -> dict[int, Outcome]:
+    """Run cells in as many jobs as they need."""
+    found: dict[int, Outcome] = {}
+    while len(found) < len(numbers):
+        found |= run_job(folder, numbers[len(found) :], ranks, per_node)
+    return found
+
+
 @pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_every_mistake_is_named_and_legal_calls_pass(tmp_path: Path, collective: str) -> None:
-    left = [k for k, cell in enumerate(all_cells()) if cell.collective == collective]
-    wrong = []
-    while left:
-        found = run_job(tmp_path, left)
-        wrong += [judge(number, outcome) for number, outcome in found.items()]
-        left = left[len(found) :]
+    numbers = [k for k, cell in enumerate(all_cells()) if cell.collective == collective]
+    found = run_cells(tmp_path, numbers, 3)
+    assert not list(filter(None, (judge(number, outcome) for number, outcome in found.items())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "step"), [(2, 23), (4, 29)])
+def test_the_same_on_other_numbers_of_ranks(tmp_path: Path, ranks: int, step: int) -> None:
+    found = run_cells(tmp_path, list(range(0, len(all_cells()), step)), ranks)
+    assert not list(filter(None, (judge(number, outcome) for number, outcome in found.items())))
+
+
+@pytest.mark.slow
+def test_on_two_nodes_every_rank_raises_the_error_if_all_calls_are_compared(tmp_path: Path) -> None:
+    cells = all_cells()
+    numbers = [k for k, cell in enumerate(cells) if cell.path != "shared" and cell.mistake != "missing"][::7]
+    found = run_cells(tmp_path, numbers, 4, 2)
+    wrong = [judge(number, outcome) for number, outcome in found.items()]
+    wrong += [
+        f"not on all ranks: {cells[number]}: {outcome.results}"
+        for number, outcome in found.items()
+        if not cells[number].legal and not (outcome.results and all(map(is_named, outcome.results)))
+    ]
     assert not list(filter(None, wrong))

@@ -23,7 +23,8 @@ def test_a_figure_that_was_changed_by_hand_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("us", "text"), [(0.7863, "0.786"), (17.02, "17"), (999.4, "999"), (7120.4, "7,120"), (100_140.0, "100,100")]
+    ("us", "text"),
+    [(0.7863, "0.786"), (17.02, "17"), (999.4, "999"), (999.6, "1,000"), (7120.4, "7,120"), (100_140.0, "100,100")],
 )
 def test_times_have_three_or_four_digits(us: float, text: str) -> None:
     assert readme.digits(us) == text

@@ -15,7 +15,8 @@ from hpccomm.__main__ import main
 from hpccomm.errors import ArgumentError, LaunchError
 from hpccomm.launcher import trace_into
 from hpccomm.observe import report
-from hpccomm.observe.timeline import Event, Recorder, build, count_bytes, last_ranks, shorten
+from hpccomm.observe.recorder import Event, Recorder, count_bytes, shorten
+from hpccomm.observe.timeline import build, last_ranks
 from hpccomm.testing.jobs import run_under_mpi
 
 LATE = """
@@ -105,14 +106,14 @@ def test_a_call_carries_its_bytes(traced: tuple[Path, dict[str, Any]]) -> None:
     assert found == {800}
 
 
-def test_without_the_variable_the_methods_are_untouched() -> None:
+def test_without_the_variable_nothing_is_kept_for_a_trace() -> None:
     code = (
-        "from hpccomm import Communicator; from hpccomm.observe import timeline\n"
-        "print(hasattr(Communicator.Allreduce, '__wrapped__'), timeline.recorder)\n"
-        "with timeline.part('x'): pass"
+        "from hpccomm import Communicator; from hpccomm.observe import recorder, timeline\n"
+        "with timeline.part('x'): pass\n"
+        "print(hasattr(Communicator.Allreduce, '__wrapped__'), recorder.recorder().ring.events())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "None"]
+    assert done.stdout.split() == ["False", "[]"]
 
 
 def test_a_program_that_ends_with_an_error_keeps_its_error(tmp_path: Path) -> None:
@@ -133,8 +134,8 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_start(tmp_path: Pat
 # --- without MPI -----------------------------------------------------------------------------------
 
 
-def event(name: str, begin: int, end: int, number: int = 0, comm: str = "ranks 0-1", depth: int = 0) -> Event:
-    return Event(name, begin, end, 8, comm, number, depth)
+def event(name: str, begin: int, end: int, call: int = 1) -> Event:
+    return Event(f"{name}(sum, float32)", begin, end, 8, "ranks 0-1", 7, call)
 
 
 def test_clocks_are_aligned_before_ranks_are_compared() -> None:
@@ -156,8 +157,8 @@ def test_calls_that_do_not_meet_have_no_waiting() -> None:
 
 
 def test_inner_calls_are_not_matched() -> None:
-    events = [[event("Allreduce", 5, 9, -1, depth=1), event("Allreduce", 0, 10)], [event("Allreduce", 2, 10)]]
-    assert last_ranks(events, [0, 1])["ranks 0-1", 0] == (1, 2)
+    events = [[event("Allreduce", 5, 9, -1), event("Allreduce", 0, 10)], [event("Allreduce", 2, 10)]]
+    assert last_ranks(events, [0, 1])[7, 1] == (1, 2)
 
 
 def test_an_empty_trace_is_a_trace() -> None:
@@ -184,11 +185,11 @@ def test_bytes_are_those_of_the_first_array() -> None:
 
 
 def test_only_the_last_calls_are_kept() -> None:
-    recorder = Recorder(kept=3)
+    recorder = Recorder(length=4)
     for k in range(10):
         with recorder.part(f"part {k}"):
             pass
-    assert [each.name for each in recorder.events] == ["part 7", "part 8", "part 9"]
+    assert [each.name for each in recorder.ring.events()] == [f"part {k}" for k in range(6, 10)]
 
 
 # --- the page --------------------------------------------------------------------------------------

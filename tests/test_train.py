@@ -21,6 +21,7 @@ from hpccomm.algorithms.transforms import Transform
 from hpccomm.buckets import Bucket
 from hpccomm.commands import train as command
 from hpccomm.errors import ArgumentError
+from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.train.checkpointing import Folder
 from hpccomm.train.datasets import CHARACTERS, CONTEXT, Dataset, digits, encode, stdlib
 from hpccomm.train.figure import Curve, curve
@@ -278,6 +279,19 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(comm: MPI.Intracomm, name: st
     assert strip_times(all_of_them) == strip_times(epochs)
     finished, _ = train_interrupted(comm, name, path / "halves", -1)
     assert np.array_equal(finished, weights)
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [("adam", 2, 3), ("dgc", 4, 2), ("bmuf-adam", 1, 4)])
+def test_another_number_of_ranks_resumes_a_run(name: str, old: int, new: int, tmp_path: Path) -> None:
+    """Stopped after two steps of the sixth epoch: its loss is that of all steps, once, to the rounding of sums."""
+    assert len(run_on_ranks(old, lambda comm: train_interrupted(comm, name, tmp_path, 20))[0][1]) == 5
+    found = run_on_ranks(new, lambda comm: train_interrupted(comm, name, tmp_path, -1))
+    ((_, whole),) = run_on_ranks(1, lambda comm: train_interrupted(comm, "adam", tmp_path / "whole", -1))
+    assert all(np.array_equal(weights, found[0][0]) for weights, _ in found)
+    assert len(found[0][1]) == 12
+    if name == "adam":
+        assert [each.loss for each in found[0][1]] == pytest.approx([each.loss for each in whole], rel=1e-5)
+    assert found[0][1][-1].loss < found[0][1][4].loss
 
 
 @pytest.mark.mpi(sizes=(3,))

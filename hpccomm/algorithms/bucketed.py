@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from hpccomm.algorithms.states import leaves
 from hpccomm.algorithms.tensor_states import join_states, split_state
 from hpccomm.algorithms.transforms import Transform, flush, require
 from hpccomm.algorithms.trees import TreeLayout, tree_leaves
@@ -322,6 +323,18 @@ class BucketedExchange:
         self._run("restore states", partial(self._join_states, dict(zip(names, states, strict=True))))
 
     def _join_states(self, states: dict[str, Any], channel: Any) -> None:
+        wrong = [
+            name
+            for bucket in self.buckets
+            for name, like in zip(bucket.weights, self._states_of_tensors(bucket, channel), strict=True)
+            if form_of(states[name]) != form_of(like)
+        ]
+        for rank, names in enumerate(channel.allgather(wrong)):
+            require(
+                not names,
+                f"{self.who}: restore_state: on rank {rank} the state of {', '.join(names[:3])} is of another method, "
+                "model or number of ranks: pass what collect_state returned, for other ranks through for_ranks",
+            )
         for bucket in self.buckets:
             like = bucket.method.init(bucket.flatten_weights())
             bucket.state = join_states([states[name] for name in bucket.weights], like, channel)
@@ -343,6 +356,11 @@ class BucketedExchange:
         for bucket in self.buckets:
             step, bucket.state = flush(bucket.method, bucket.state, bucket.flatten_weights())
             bucket.step = bucket.layout.restore(step)
+
+
+def form_of(state: Any) -> list[Any]:
+    """The paths of a state's leaves, and their shapes."""
+    return [(path, np.shape(leaf)) for path, leaf in leaves(state)]
 
 
 def find_tied(arrays: Mapping[str, Any], who: str) -> dict[str, str]:

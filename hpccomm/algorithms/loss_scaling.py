@@ -78,6 +78,7 @@ def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = 
     """
     check_transform("scale_loss", inner)
     first = LossScale(2.0**16, 2000) if first is None else first
+    require(isinstance(first, LossScale), f"scale_loss: first is {first!r}: pass hpccomm.LossScale(65536.0, 2000)")
     require(first.value > 0, f"scale_loss: the scale is {first.value}: pass a positive number")
 
     def update(gradient: Vector, state: ScaledState, weights: Vector) -> tuple[Vector, ScaledState]:

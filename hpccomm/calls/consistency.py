@@ -2,8 +2,7 @@
 
 *seq counts the collective calls of one communicator; an entry is seq and a fingerprint's digest in one 64-bit integer*,
 so a reader never sees half an entry.  Reading an entry costs no message.  A rank that enters a call compares its entry
-with those of the ranks that have entered before.  A watchdog thread ends a call that can never complete, and names the
-ranks that are missing from a slow one.
+with those of the ranks that have entered before.  The watchdog ends a call that can never complete.
 """
 
 from __future__ import annotations
@@ -11,23 +10,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import signal
-import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
+from mpi4py import MPI
 
 from hpccomm.calls.blocks import Amounts
-from hpccomm.calls.departures import Departure, Launchers
+from hpccomm.calls.departures import Departure
 from hpccomm.calls.fingerprint import (
     REMEDIES,
     Fingerprint,
     decode,
     first_difference,
-    format_ranks,
     mismatch_message,
 )
 from hpccomm.errors import HpccommError, MismatchError, TransportError
@@ -47,7 +44,7 @@ from hpccomm.transports.polling import pause
 
 TEXTS = 64
 TEXT_BYTES = 248
-LEFT, GAVE_UP, HAS_CODE, REPORTED = STATUS + 1, STATUS + 2, STATUS + 3, STATUS + 4
+LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS = (STATUS + k for k in range(1, 6))
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
@@ -56,9 +53,6 @@ FIRST_AMOUNTS = FIRST_ISSUE + 2 * CALLS
 
 ENTRY_MASK = (1 << DIGEST_BITS) - 1
 """The digest in an entry; the number of the call is above it."""
-
-PERIOD = 0.25
-"""Seconds between two checks by the watchdog."""
 
 TEXT_SECONDS = 0.2
 """How long a rank that compares waits for the text of another rank's call."""
@@ -70,10 +64,6 @@ EAGER_POLLS, EAGER_SECONDS = 20, 1e-4
 """How long a rank waits for another one to enter a call before it yields its core, and then before it sleeps."""
 POLLS_PER_CHECK = 200
 """Polls between two checks whether that rank can still enter it."""
-
-FLUSH_SECONDS = 0.5
-"""Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
-
 
 REASON_BYTES = 512
 
@@ -110,12 +100,22 @@ class ConsistencyTable:
         self.known_calls: dict[Hashable, int] = {}
         """The digests of calls that are announced once."""
         self._compatible: set[tuple[int, int]] = set()
-        self._warned = (0, 0)
         self.progress: Callable[[], Any] = lambda: None
         """Lets MPI make progress with pending messages."""
         self.last_shared_call: Callable[[int], tuple[int, int]] = lambda k: (0, 0)
         """Number and fingerprint of member k's last call in shared memory, which has no entry here."""
-        watch(self)
+        self.between: Any = None
+        """Compares calls between nodes (:class:`hpccomm.calls.between_nodes.BetweenNodes`), if there are several."""
+        self.entered = EnteredCall(self, self.leave, lambda: None)
+        """Around the calls that are entered and left by :meth:`enter` or :meth:`begin` and :meth:`leave`."""
+        self._words[self._base + PROCESS] = os.getpid()
+        _tables.add(self)
+
+    @property
+    def processes(self) -> dict[int, int]:
+        """The number of the process of each member that has opened the table."""
+        found = {rank: self._words[k * self._stride + PROCESS] for k, rank in enumerate(self.members)}
+        return {rank: pid for rank, pid in found.items() if pid}
 
     @property
     def _seq(self) -> int:
@@ -154,10 +154,18 @@ class ConsistencyTable:
     def enter(self, digest: int, amounts: Amounts | None = None) -> None:
         """Enter a call; raise if a rank that has entered before called something else."""
         self.begin(digest, amounts)
+        self.compare_nodes(amounts)
         self.compare_entries()
 
+    def compare_nodes(self, amounts: Amounts | None = None) -> None:
+        """Compare this call with those of other nodes' ranks, if it is one that is compared (collective then)."""
+        seq = self._seq
+        if self.between and self.between.takes(seq):
+            entry, call = self._words[self._base + seq % CALLS], self.find_call(self._base)
+            self.between.compare(entry, call, amounts)
+
     def begin(self, digest: int, amounts: Amounts | None = None) -> None:
-        """Enter a call that no rank leaves before all have entered: comparing in :meth:`leave` is early enough."""
+        """Enter a call without comparing it."""
         words, seq = self._words, self._seq + 1
         if amounts:
             self.write_amounts(seq, amounts)
@@ -248,12 +256,6 @@ class ConsistencyTable:
     def all_had_code(self) -> bool:
         """Whether all members had them on entering this call, which all have entered: the same answer on all."""
         return all(0 < self._words[k * self._stride + HAS_CODE] <= self._seq for k in range(len(self.members)))
-
-    def raise_mismatch(self, failure: Exception) -> NoReturn:
-        """After an error in a call, raise a MismatchError if the ranks' calls differ, else the error itself."""
-        self.compare_entries()
-        self.raise_if_deadlocked()
-        raise failure
 
     def compare(self, mine: int, theirs: int, peer: int) -> None:
         """Compare the fingerprints of two different entries of this call; raise if they contradict each other."""
@@ -352,7 +354,7 @@ class ConsistencyTable:
         return self.explain_issue_after(self.find_call(self._base))
 
     def check_stall(self, word: int, seconds: float, find_missing: Callable[[], list[int]]) -> None:
-        """Check a call in shared memory that waits for some members: raise if they can never enter it, warn if slow.
+        """Check a call in shared memory that waits for some members: raise if they can never enter it.
 
         ``word`` is that of the call's fingerprint.  A member that is found elsewhere may have entered and left this
         call since it was missing, so ``find_missing`` is asked again.  One that has entered the same call in the table
@@ -376,10 +378,6 @@ class ConsistencyTable:
         reason = self.explain_issue_after(call) if seconds > MEETING_SECONDS else None
         if reason:
             raise MismatchError(reason)
-        if positions and seconds > stall_seconds() and self._warned != (number, digest):
-            self._warned = (number, digest)
-            absent = format_ranks([self.members[position] for position in positions])
-            log_line(f"rank {self._me}: {call} not complete after {seconds:.0f} s; missing: {absent}")
 
     def write_reason(self, error: BaseException) -> None:
         """Tell the other ranks why this rank has left a call half done."""
@@ -432,7 +430,7 @@ class ConsistencyTable:
 
         Members issue it after equally many blocking calls.
         """
-        began, warned = time.monotonic(), False
+        began = time.monotonic()
         for position in range(len(self.members)):
             polls = 0
             while not self.has_issued(position, number, call):
@@ -441,10 +439,6 @@ class ConsistencyTable:
                 polls, waited = polls + 1, time.monotonic() - began
                 if polls % POLLS_PER_CHECK == 0 and waited > MEETING_SECONDS:
                     self.check_order(position, number, blocking_calls, call)
-                if waited > stall_seconds() and not warned:
-                    warned = True
-                    names = format_ranks([rank for rank in self.members if self.count_issues(rank) < number])
-                    log_line(f"rank {self._me}: {call} not complete after {waited:.0f} s; missing: {names}")
 
     def has_issued(self, k: int, number: int, call: Fingerprint) -> bool:
         """Whether member k has issued its non-blocking call of this number; raises if a member is out of step."""
@@ -502,12 +496,8 @@ class ConsistencyTable:
         """The members that have left the program."""
         return [rank for k, rank in enumerate(self.members) if self._words[k * self._stride + LEFT]]
 
-    def describe_call(self) -> str:
-        """The current call, for log lines."""
-        return f"{self.find_call(self._base)} (call {self._seq})"
-
     def close(self) -> None:
-        """Release the views of the memory, whose owner frees it, and leave the watchdog."""
+        """Release the views of the memory, whose owner frees it."""
         _tables.discard(self)
         self._words.release()
         self._octets.release()
@@ -518,78 +508,40 @@ class ConsistencyTable:
             self._words[self._base + LEFT] = 1
 
 
+class EnteredCall:
+    """``with entered: …`` enters a call, makes it and leaves it, in which the ranks' calls are compared.
+
+    ``leave`` ends a call that has succeeded, ``clear`` one that has failed with an error of MPI or ours.  An error of
+    MPI or of the memory that ranks share becomes a MismatchError if the ranks' calls differ.
+    """
+
+    __slots__ = ("_clear", "_leave", "_table")
+
+    def __init__(self, table: ConsistencyTable, leave: Callable[[], None], clear: Callable[[], None]) -> None:
+        self._table, self._leave, self._clear = table, leave, clear
+
+    def __enter__(self) -> None:
+        """Nothing: the body enters, because entering can fail."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            try:
+                self._leave()
+            except BaseException:
+                self._table.abandon()
+                raise
+            return
+        self._table.abandon()
+        if isinstance(error, MPI.Exception | HpccommError):
+            self._clear()
+        if isinstance(error, MPI.Exception | TransportError):
+            self._table.compare_entries()
+            self._table.raise_if_deadlocked()
+
+
 _tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()
-_watchdog: list[threading.Thread] = []
 _departure = Departure(_tables)
-
-
-def forget_watchdog() -> None:
-    """A child of fork has no watchdog; its tables belong to its parent."""
-    _watchdog.clear()
-    _tables.clear()
-
-
-os.register_at_fork(after_in_child=forget_watchdog)
-
-
-def watch(table: ConsistencyTable) -> None:
-    """Add a table to those that the watchdog checks; the first one starts the watchdog."""
-    _tables.add(table)
-    if not _watchdog:
-        _watchdog.append(threading.Thread(target=run_watchdog, name="hpccomm-watchdog", daemon=True))
-        _watchdog[0].start()
-
-
-def stall_seconds() -> float:
-    """Seconds after which the watchdog names the ranks that are missing (``HPCCOMM_STALL_SECONDS``, 60)."""
-    return float(os.environ.get("HPCCOMM_STALL_SECONDS", "60"))
-
-
-def run_watchdog() -> None:
-    """Abort calls that can never complete, with the reason; log calls that take long."""
-    since: weakref.WeakKeyDictionary[ConsistencyTable, tuple[int, float]] = weakref.WeakKeyDictionary()
-    warned: weakref.WeakKeyDictionary[ConsistencyTable, int] = weakref.WeakKeyDictionary()
-    launchers = Launchers()
-    while True:
-        time.sleep(PERIOD)
-        if launchers.describe_loss():
-            end_orphan(launchers.describe_loss())
-        tables: list[ConsistencyTable] = []
-        with contextlib.suppress(RuntimeError):  # another thread makes a communicator
-            tables = list(_tables)
-        for table in tables:
-            with contextlib.suppress(ValueError):  # or frees one
-                seq = table.active_seq
-                before, began = since.get(table, (0, 0.0))
-                if not seq or seq != before:
-                    since[table] = (seq, time.monotonic())
-                else:
-                    check_progress(table, seq, time.monotonic() - began, warned)
-
-
-def check_progress(table: ConsistencyTable, seq: int, waited: float, warned: Any) -> None:
-    """Check a call in which this rank has been for at least one period."""
-    reason = table.deadlock_reason()
-    if reason and waited > 2 * PERIOD and table.active_seq == seq:
-        abort_all(reason)
-    if waited > stall_seconds() and warned.get(table) != seq:
-        warned[table] = seq
-        names = format_ranks(table.missing_ranks()) if table.missing_ranks() else "no rank of this node"
-        log_line(f"rank {table._me}: {table.describe_call()} not complete after {waited:.0f} s; missing: {names}")
-
-
-def log_line(sentence: str) -> None:
-    """Log one line, by default with a single write to stderr, so that lines of different ranks do not mix."""
-    from hpccomm.log import logger
-
-    logger().error(sentence)
-
-
-def end_orphan(reason: str) -> None:
-    """End this process, which nobody waits for any more."""
-    with contextlib.suppress(OSError, ValueError):
-        log_line(reason)
-    os.kill(os.getpid(), signal.SIGKILL)  # MPI cannot end in order without its launcher
+os.register_at_fork(after_in_child=_tables.clear)
 
 
 def claim_report() -> bool:
@@ -599,12 +551,3 @@ def claim_report() -> bool:
         with contextlib.suppress(ValueError):  # it is closed
             first = table.claim_report() and first
     return first
-
-
-def abort_all(reason: str) -> None:
-    """Log the reason and abort all ranks."""
-    from mpi4py import MPI
-
-    log_line(reason)
-    time.sleep(FLUSH_SECONDS)
-    MPI.COMM_WORLD.Abort(1)

@@ -24,7 +24,9 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.buffers import MPI_KINDS, element_of
+from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
 from hpccomm.calls.operations import SUM_OF_AVERAGE
 from hpccomm.calls.plans import NativeCall
@@ -161,25 +163,30 @@ class Entry:
     """The doors of one communicator, and its rows.
 
     ``memory`` is the shared memory of all ranks, ``table`` the consistency table, ``meeting`` the call in shared memory
-    in which ranks meet before MPI's synchronising collectives; each may be None.
+    in which ranks meet before MPI's synchronising collectives; each may be None.  ``recorded`` are the addresses of the
+    flight recorder, and how it names the communicator.
     """
 
-    def __init__(self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any) -> None:
+    def __init__(
+        self, doors: Doors, rank: int, size: int, memory: Any, table: Any, meeting: Any, recorded: dict[str, int]
+    ) -> None:
         self._doors, self._rank, self._memory, self._meeting, self._table = doors, rank, memory, meeting, table
         self._facts = door_facts(size)
         self._types, self._items = type_table(list_objects()), item_sizes()
         self._record, self._blocks = np.zeros((), ENTRY_RECORD), np.zeros(4 * size, np.int64)
         self._pending = ctypes.c_int64.from_address(self._record.ctypes.data + offset_of(ENTRY_RECORD, "pending"))
         fill(self._record, **python_addresses(), rank=rank, rank_object=id(rank), size=size)
-        fill(self._record, blocks=self._blocks.ctypes.data)
+        fill(self._record, blocks=self._blocks.ctypes.data, **recorded)
         fill(self._record, types=self._types.ctypes.data, types_mask=len(self._types) - 1)
         if memory:
             fill(self._record, state=memory.state_address, patience=memory.patience_ns)
             registered, count = memory.allocations.ctypes.data, memory.allocation_count.ctypes.data
             fill(self._record, registered=registered, registrations=count)
         if table:
+            self._entered = EnteredCall(table, self._leave_native, self._clear_pending)
             self._members = np.array(table.members, np.int64)
             fill(self._record, **table.place, member_ranks=self._members.ctypes.data)
+            fill(self._record, compares=table.between.mask if table.between else -1)
         if meeting:
             fill(self._record, meeting=meeting.address, meet=meeting.kernel_address)
         self.clear()
@@ -214,8 +221,11 @@ class Entry:
         words = self._record[()]
         return Key(*(int(words[name]) for name in Key._fields))
 
-    def insert(self, key: Key, call: Any) -> None:
-        """Let the entry take the calls of the kind of ``key``; ``call`` in shared memory has taken one of them."""
+    def insert(self, key: Key, call: Any, text: int = 0) -> None:
+        """Let the entry take the calls of the kind of ``key``; ``call`` in shared memory has taken one of them.
+
+        ``text`` names them in the flight recorder.
+        """
         if key.layout and key.layout not in self._layouts:
             if len(self._layouts) >= MAX_ROWS:
                 self._layouts.clear()
@@ -234,7 +244,7 @@ class Entry:
             return
         if len(self._keys) >= MAX_ROWS:
             self.clear()
-        values |= {"least": least, "most": most, "item": item, "blocks": blocks, "template": template}
+        values |= {"text": text, "least": least, "most": most, "item": item, "blocks": blocks, "template": template}
         values |= {"number": len(self._calls), **{name: getattr(key, name) for name in ROW_KEY}}
         if name in UNCOUNTED:
             root = next((rank for rank in range(len(self._blocks) // 4) if id(rank) == key.root), -1)
@@ -265,24 +275,32 @@ class Entry:
         """Run MPI's own collective for a call whose door has returned ``code``, and compare the ranks' calls."""
         if code & ~NATIVE_IN_PLACE == INTERRUPTED:
             self.check_interrupted()
-        table = self._table
-        if table is None:
+        if self._table is None:
             native(*arguments)
+            self._leave()
             return
         try:
-            if code & ~NATIVE_IN_PLACE != NATIVE:
-                self._settle(code & ~NATIVE_IN_PLACE)
-            native(*arguments)
-            self._pending.value = 0
-            if self._leave() is not None:
-                table.leave()
-        except (MPI.Exception, HpccommError) as failure:
-            self._pending.value = 0
-            table.abandon()
-            table.raise_mismatch(failure)
+            with self._entered:
+                if code & ~NATIVE_IN_PLACE != NATIVE:
+                    self._settle(code & ~NATIVE_IN_PLACE)
+                native(*arguments)
         except BaseException:
-            table.abandon()
+            self._end_event()
             raise
+
+    def _leave_native(self) -> None:
+        """Leave a call of MPI's."""
+        self._pending.value = 0
+        if self._leave() is not None:
+            self._table.leave()
+
+    def _clear_pending(self) -> None:
+        """Forget a call that has failed."""
+        self._pending.value = 0
+
+    def _end_event(self) -> None:
+        """Record the end of a call that compiled code has begun."""
+        body.end_event(self._record.ctypes.data)  # type: ignore[no-untyped-call]
 
     def resume(self, code: int) -> None:
         """Continue a call in shared memory whose kernel has ended with ``code``, which its door has returned."""
@@ -292,6 +310,8 @@ class Entry:
         except HpccommError:
             self._pending.value = 0
             raise
+        finally:
+            self._end_event()
         self._pending.value = 0
         if self._record["short"]:
             ctypes.memmove(*(int(self._record[name]) for name in ("short", "recv", "short_bytes")))
@@ -311,8 +331,20 @@ class Entry:
         if code >= BEFORE_NATIVE:
             self._meeting.resume(code - BEFORE_NATIVE)
         if code == LATE:
+            self._table.compare_nodes(self._read_amounts())
             self._table.wait()
         self._table.compare_entries()
+
+    def _read_amounts(self) -> Amounts | None:
+        """What the running call sends to each rank and receives from each, if that may differ between ranks."""
+        entry, row, size = self._record.ctypes.data, int(self._record["row"]), int(self._record["size"])
+        if not load(row + offset_of(records.ROW_RECORD, "uneven")):
+            return None
+        sends, receives = (
+            tuple(body.amount(entry, row, side, rank) for rank in range(size))  # type: ignore[no-untyped-call]
+            for side in (body.SENT, body.RECEIVED)
+        )
+        return Amounts(sends, receives)
 
 
 ROW_KEY = Key._fields[:5]

@@ -32,15 +32,17 @@ class NativeCall(NamedTuple):
 class Plan:
     """A call that is ready to run; on messages it runs a :class:`hpccomm.collectives.engine.BoundSchedule`."""
 
-    __slots__ = ("free", "result", "row", "run")
+    __slots__ = ("free", "result", "row", "run", "text")
 
-    def __init__(self, run: Run, free: Run | None = None, result: Any = None, row: Any = None) -> None:
+    def __init__(self, run: Run, free: Run | None = None, result: Any = None, row: Any = None, text: int = 0) -> None:
         self.run = run
         self.free = free or (lambda: None)
         self.result = result
         """The return value of the call, if it has one."""
         self.row = row
         """From which the compiled entry makes a row for other calls of the kind: a call in shared memory or of MPI."""
+        self.text = text
+        """The number of its text in the flight recorder; 0 without one."""
 
 
 def call_key(name: str, sendbuf: Any, recvbuf: Any, *rest: Any) -> Hashable:

@@ -5,6 +5,7 @@ Only the modules ``loops`` and ``compiled`` of the families, and the intrinsics,
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -17,6 +18,7 @@ import numba
 from numpy import ndarray
 
 from hpccomm.kernels import intrinsics
+from hpccomm.log import logger
 
 SOURCES = ("intrinsics.py", "simd.py", "reductions/loops.py", "vectors/loops.py")
 _text = b"".join((Path(__file__).parent / each).read_bytes() for each in SOURCES)
@@ -47,17 +49,35 @@ def compile_module(
     return scope
 
 
-def compile_cached(compiler: Callable[..., Any], function: Callable[..., Any], name: str) -> Any:
-    """Compile, with a cache on disk if a folder is writable.
+_lock = threading.RLock()
+"""Held while a thread compiles: a variant is named by its function's name, which other variants share."""
+
+
+def compile_cached(function: Callable[..., Any], name: str, signature: Any) -> Any:
+    """Compile for some types, with a cache on disk if that can be read and written.
 
     Numba numbers the cache entries of one function name.  Two processes that compile a function for different
-    operations or processors at the same time would write the same file, so each variant gets its own name.
+    operations or processors at the same time would write the same file, so each variant gets its own name.  With a
+    full disk or a damaged cache it is compiled in memory.
     """
-    function.__qualname__ = f"{name}_{CACHE_TAG}"
-    try:
-        return compiler(cache=True)(function)
-    except RuntimeError:  # no folder to write to
-        return compiler()(function)
+    with _lock:
+        function.__qualname__ = f"{name}_{CACHE_TAG}"
+        try:
+            dispatcher = jit(cache=True)(function)
+            dispatcher.compile(signature)
+        except Exception as error:  # what reading a damaged file raises depends on where it is damaged
+            dispatcher = jit()(function)
+            dispatcher.compile(signature)
+            warn_once(str(error) or type(error).__name__)
+        dispatcher.disable_compile()
+        return dispatcher
+
+
+def warn_once(trouble: str, told: list[str] = []) -> None:  # noqa: B006
+    """Say once in a process that there is no cache."""
+    if not told:
+        told.append(trouble)
+        logger().warning(f"compiled functions are not kept on disk ({trouble}): they are compiled in memory")
 
 
 def loop(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -73,10 +93,7 @@ def loop(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @cache
 def machine_code(function: Any) -> Any:
     """A loop, compiled at the first request."""
-    dispatcher = compile_cached(jit, function, function.__name__)
-    dispatcher.compile(function.signature)
-    dispatcher.disable_compile()
-    (only,) = dispatcher.overloads.values()
+    (only,) = compile_cached(function, function.__name__, function.signature).overloads.values()
     return only.entry_point
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hpccomm.calls.consistency import abort_all
+from hpccomm.calls.watchdog import abort_all
 from hpccomm.errors import MismatchError, TransportError
 from hpccomm.progress import EXIT_SECONDS, has_thread
 

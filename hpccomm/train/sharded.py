@@ -37,8 +37,8 @@ class Job(NamedTuple):
     partition_size: int | None
     micro_steps: int
     dtype: str
-    weight_code: str = ""
-    gradient_code: str = ""
+    weight_code: str | None = None
+    gradient_code: str | None = None
     secondary_shard: bool = False
 
 

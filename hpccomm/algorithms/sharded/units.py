@@ -245,8 +245,8 @@ class ShardedModel:
         overlap: bool = True,
         prefetch: int = 1,
         algorithm: str = "",
-        weight_code: str = "",
-        gradient_code: str = "",
+        weight_code: str | None = None,
+        gradient_code: str | None = None,
         secondary_shard: bool = False,
     ) -> None:
         require(stage in (1, 2, 3), f"zero: stage is {stage}: pass 1, 2 or 3; data_parallel divides nothing")
@@ -325,7 +325,7 @@ class ShardedModel:
         overlap: bool,
         prefetch: int,
         algorithm: str,
-        gradient_code: str,
+        gradient_code: str | None,
         secondary_shard: bool,
     ) -> None:
         """Allocate all buffers of the steps."""
@@ -345,7 +345,7 @@ class ShardedModel:
         self.secondary: SecondaryShards | None = None
         if self._collect and secondary_shard:
             self.secondary = make_secondary(self._collect.comm, [unit.padded_size for unit in units], self.dtype)
-        rooms = max(len(unit.needed) for unit in units) + prefetch if self._gathers else 0
+        rooms = min(max(len(each.needed) for each in units) + prefetch, len(units)) if self._gathers else 0
         self.buffers: list[Buffer[Unit]] = [Buffer(np.empty(longest, self.dtype)) for _ in range(rooms)]
         self._ahead: list[Unit] = []
         """The units that will be gathered next, until a buffer is free."""

@@ -35,6 +35,7 @@ from hpccomm.kernels.entry.records import (
     DOOR_RECORD,
     DTYPE_KIND,
     ENTRY_RECORD,
+    EVENT_RECORD,
     IN_PLACE_BIT,
     INTEGER_KIND,
     INTERRUPTED,
@@ -64,7 +65,17 @@ from hpccomm.kernels.entry.records import (
     WRITEABLE,
 )
 from hpccomm.kernels.shared_memory.collectives import DONE, MAX_WAIT, RETRY, TABLE
-from hpccomm.kernels.shared_memory.memory import call_0, call_1, call_2, copy, load, load_acquire, store, store_release
+from hpccomm.kernels.shared_memory.memory import (
+    call_0,
+    call_1,
+    call_2,
+    copy,
+    load,
+    load_acquire,
+    nanoseconds,
+    store,
+    store_release,
+)
 from hpccomm.kernels.shared_memory.records import CALL_RECORD, W, offset_of
 
 # The entry
@@ -114,6 +125,14 @@ SENDS = offset_of(ENTRY_RECORD, "sends")
 RECEIVES = offset_of(ENTRY_RECORD, "receives")
 WITHIN = offset_of(ENTRY_RECORD, "within")
 CALL_TOKEN = offset_of(ENTRY_RECORD, "call_token")
+RING = offset_of(ENTRY_RECORD, "ring")
+EVENTS = offset_of(ENTRY_RECORD, "events")
+LAST_EVENT = offset_of(ENTRY_RECORD, "last_event")
+LABEL = offset_of(ENTRY_RECORD, "label")
+COMM = offset_of(ENTRY_RECORD, "comm")
+COMM_CALLS = offset_of(ENTRY_RECORD, "comm_calls")
+EVENT = offset_of(ENTRY_RECORD, "event")
+COMPARES = offset_of(ENTRY_RECORD, "compares")
 ADDRESS = offset_of(ENTRY_RECORD, "address")
 OCTETS = offset_of(ENTRY_RECORD, "octets")
 EXTENT = offset_of(ENTRY_RECORD, "extent")
@@ -163,7 +182,19 @@ ROW_TABLE = offset_of(ROW_RECORD, "table")
 SIZED = offset_of(ROW_RECORD, "sized")
 REGISTERS = offset_of(ROW_RECORD, "registers")
 RELEASES = offset_of(ROW_RECORD, "releases")
+ROW_TEXT = offset_of(ROW_RECORD, "text")
 ROW_BYTES = ROW_RECORD.itemsize
+
+# An event
+EVENT_NUMBER = offset_of(EVENT_RECORD, "number")
+EVENT_BEGIN = offset_of(EVENT_RECORD, "begin")
+EVENT_END = offset_of(EVENT_RECORD, "end")
+EVENT_NBYTES = offset_of(EVENT_RECORD, "nbytes")
+EVENT_TEXT = offset_of(EVENT_RECORD, "text")
+EVENT_LABEL = offset_of(EVENT_RECORD, "label")
+EVENT_COMM = offset_of(EVENT_RECORD, "comm")
+EVENT_CALL = offset_of(EVENT_RECORD, "call")
+EVENT_BYTES = EVENT_RECORD.itemsize
 
 # A type, an allocation
 TYPE_OBJECT = offset_of(TYPE_RECORD, "object")
@@ -211,6 +242,7 @@ def enter(self, arguments, count):
         code = find_row(entry)
     if code == DONE:
         row = load(entry + ROW)
+        begin_event(entry, row)
         if load(row + BACKEND) == BY_MPI:
             code = start_native(entry, row) + NATIVE_IN_PLACE * load(entry + WITHIN)
             store(entry + PENDING, code if load(entry + ENTRIES) != 0 else 0)
@@ -219,6 +251,8 @@ def enter(self, arguments, count):
             code = run(entry, load(row + CALL), load(row + KERNEL), load(row + RELEASES))
             if code == DONE and load(entry + SHORT) != 0:
                 copy(load(entry + SHORT), load(entry + RECV), load(entry + SHORT_BYTES))
+            if code == DONE:
+                end_event(entry)
             store(entry + PENDING, code)
     return answer(entry, code)
 
@@ -226,6 +260,7 @@ def enter(self, arguments, count):
 def leave(self, arguments, count):
     """``leave()`` after one of MPI's own collectives: None, or DIFFER if another rank called something else."""
     entry = load(load(self + ARRAY_DATA) + ENTRY)
+    end_event(entry)
     if load(entry + ENTRIES) == 0:
         return answer(entry, DONE)
     code = compare_entries(entry)
@@ -241,6 +276,42 @@ def answer(entry, code):
     if load(entry + COUNTS_REFERENCES) != 0:
         store(thing, load(thing) + 1)
     return thing
+
+
+# The flight recorder
+
+
+def begin_event(entry, row):
+    """Record that a call begins."""
+    ring, calls = load(entry + RING), load(entry + COMM_CALLS)
+    if ring == 0:
+        return
+    number, call = load(ring) + 1, -1
+    if load(calls + W) == 0:
+        call = load(calls) + 1
+        store(calls, call)
+    event = load(entry + EVENTS) + EVENT_BYTES * (number & load(entry + LAST_EVENT))
+    blocks = load(entry + SENDS)
+    store_release(event + EVENT_NUMBER, 0)
+    store(event + EVENT_BEGIN, nanoseconds())
+    store(event + EVENT_END, 0)
+    store(event + EVENT_NBYTES, load(entry + NBYTES) * (blocks if blocks != 0 else load(entry + RECEIVES)))
+    store(event + EVENT_TEXT, load(row + ROW_TEXT))
+    store(event + EVENT_LABEL, load(entry + LABEL))
+    store(event + EVENT_COMM, load(entry + COMM))
+    store(event + EVENT_CALL, call)
+    store_release(event + EVENT_NUMBER, number)
+    store(ring, number)
+    store(entry + EVENT, number)
+
+
+def end_event(entry):
+    """Record that the call has ended."""
+    number = load(entry + EVENT)
+    event = load(entry + EVENTS) + EVENT_BYTES * (number & load(entry + LAST_EVENT))
+    if number != 0 and load(event + EVENT_NUMBER) == number:
+        store(event + EVENT_END, nanoseconds())
+    store(entry + EVENT, 0)
 
 
 # Reading
@@ -719,6 +790,8 @@ def start_native(entry, row):
         write_amounts(entry, row, number)
     store_release(own + W * (number % CALLS), number << DIGEST_BITS | (fingerprint & DIGEST_MASK))
     store_release(own + W * STATUS, number)
+    if number & load(entry + COMPARES) == 0:
+        return LATE
     if load(row + SYNCHRONISES) == 0:
         return compare_entries(entry)
     if load(entry + MEETING) == 0:

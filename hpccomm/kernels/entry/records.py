@@ -29,6 +29,11 @@ ENTRY_RECORD = record(
         *words("blocks"),  # address of the lengths and places of its blocks, sent and received; 4 x size words
         *words("pending"),  # whether a call awaits Python, which goes on with it
         *words("sends", "receives", "within", "call_token"),  # its blocks; whether it is in place; its dtype
+        *words("ring", "events", "last_event"),  # of the flight recorder: its number of calls, and its EVENT_RECORDs
+        *words(
+            "label", "comm", "comm_calls"
+        ),  # what names the communicator in them; its calls, and those inside others
+        *words("event", "compares"),  # the event of the running call; which calls are compared between nodes: a mask
         *words("address", "octets", "extent", "element", "token", "writable", "overflow"),  # the buffer read last
         *words("short", "short_bytes"),  # a receive buffer that ends before the padding of its last pair; 0 if none
         ("scratch", np.uint8, (2, SCRATCH_BYTES)),  # copies of such buffers, sent and received
@@ -65,9 +70,14 @@ ROW_RECORD = record(
         *words("uneven", "root_rank"),  # the buffers of whose blocks every two ranks compare the lengths; the root
         *words("checked", "table", "sized", "registers"),
         *words("releases"),  # the call may wait long, and releases the GIL
+        *words("text"),  # the number of its text in the flight recorder
     ]
 )
 """One kind of call, and the call record that runs it."""
+
+EVENT_RECORD = record(words("number", "begin", "end", "nbytes", "text", "label", "comm", "call"))
+"""One call in the flight recorder: its number in this process, begin and end (0: not yet) in nanoseconds, bytes, the
+texts of call and communicator, the communicator and the number of the call on it; -1 inside another call."""
 
 TYPE_RECORD = record(words("object", "token", "item", "padding"))
 """A dtype or datatype object, its number, the bytes of one element, and those of its padding at the end."""

@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
-from hpccomm.kernels.compiler import compile_cached, jit
+from hpccomm.kernels.compiler import compile_cached
 from hpccomm.kernels.optimizers.reference import BLOCK, DECAYED_GRADIENT, GRADIENT, HIGH, LANES, LOW
 from hpccomm.kernels.simd import (
     address_of,
@@ -275,7 +275,6 @@ ARGUMENTS = {
 @cache
 def compile_kernel(name: str, code: str) -> Callable[..., Any]:
     """One of the functions above for ``"f4"`` or ``"f8"``."""
-    function: Any = compile_cached(jit, globals()[name], f"{name}_{code}")
     number = numba.from_dtype(np.dtype(code))
     read = types.Array(number, 1, "C", readonly=True)
     kinds = {
@@ -286,6 +285,5 @@ def compile_kernel(name: str, code: str) -> Callable[..., Any]:
         "t": types.boolean,
         "i": types.int64,
     }
-    function.compile(tuple(kinds[letter] for letter in ARGUMENTS[name]))
-    function.disable_compile()
-    return function  # type: ignore[no-any-return]
+    signature = tuple(kinds[letter] for letter in ARGUMENTS[name])
+    return compile_cached(globals()[name], f"{name}_{code}", signature)  # type: ignore[no-any-return]

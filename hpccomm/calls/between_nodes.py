@@ -1,0 +1,99 @@
+"""Compares the calls of ranks of several nodes by a small message, before calls that MPI's own algorithms make.
+
+*p ranks; seq the number of the call.*  Ranks of one node compare every call in shared memory.  Ranks of several nodes
+compare the first call of a communicator and then every 64th; with ``HPCCOMM_DEBUG=detail`` every call.  All ranks
+gather number and digest of all ranks' calls, so all of them see the same differences and raise the same error; then,
+where blocks may have any length, every two ranks exchange how many bytes one sends and the other receives.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hpccomm.calls.blocks import Amounts
+from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, decode, first_difference, format_ranks, mismatch_message
+from hpccomm.errors import MismatchError
+from hpccomm.kernels.entry.records import DIGEST_BITS, NOT_COMPARED
+from hpccomm.transports.polling import pause
+
+MASKS = {"detail": 0, "sample": 63, "off": -1}
+"""Calls whose number has none of these bits are compared."""
+TEXT_BYTES = 248
+EAGER_SECONDS = 1e-3
+"""How long a rank polls MPI before it sleeps between two polls."""
+POLLS_PER_CHECK = 200
+
+
+class BetweenNodes:
+    """The comparisons of one communicator; ``comm`` is a private communicator of its ranks, ``table`` that of its node.
+
+    ``mask`` is one of :data:`MASKS`.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, table: Any, mask: int) -> None:
+        self._comm, self._table, self.mask = comm, table, mask
+        self._me = comm.rank
+        self._compatible: set[bytes] = set()
+
+    def takes(self, seq: int) -> bool:
+        """Whether a call is compared; the same on all ranks."""
+        return self.mask >= 0 and (seq == 1 or not seq & self.mask)
+
+    def compare(self, entry: int, call: Fingerprint | None, amounts: Amounts | None) -> None:
+        """Compare a call with those of all ranks (collective); all ranks raise if one differs."""
+        entries = np.empty(self._comm.size, np.int64)
+        self._gather(np.array([entry]), entries)
+        digests, numbers = entries & ((1 << DIGEST_BITS) - 1), entries >> DIGEST_BITS
+        same = (numbers == numbers[0]).all()
+        if not same or ((digests != digests[0]).any() and digests.tobytes() not in self._compatible):
+            self._compare_texts(call, numbers)
+            self._compatible.add(digests.tobytes())
+        if amounts is not None:
+            self._compare_amounts(amounts)
+
+    def _gather(self, send: Any, recv: Any) -> None:
+        """Gather, and sleep while ranks are missing; raise if one has left the program."""
+        request, began, polls = self._comm.Iallgather(send, recv), time.monotonic(), 0
+        while not request.Test():
+            pause(began, EAGER_SECONDS, 32)
+            polls += 1
+            left = self._table.left_ranks() if polls % POLLS_PER_CHECK == 0 else ()
+            if left:
+                raise MismatchError(self._table.explain_departure(left[0], "a call"))
+
+    def _compare_texts(self, call: Fingerprint | None, numbers: Any) -> None:
+        """Raise if the fingerprints or the numbers of two calls contradict each other."""
+        size = self._comm.size
+        octets = (call.encode() if call else b"").ljust(TEXT_BYTES)[:TEXT_BYTES]
+        texts = np.empty((size, TEXT_BYTES), np.uint8)
+        self._gather(np.frombuffer(octets, np.uint8), texts)
+        calls = {rank: decode(each.tobytes().rstrip()) for rank, each in enumerate(texts)}
+        known = [each for each in calls.values() if each]
+        if any(first_difference(a, b) for a in known for b in known[:1]):
+            raise MismatchError(mismatch_message(calls, self._me))
+        if (numbers != numbers[0]).any():
+            groups = {number: np.flatnonzero(numbers == number).tolist() for number in sorted(set(numbers.tolist()))}
+            made = ", ".join(f"{format_ranks(ranks)} made call {number}" for number, ranks in groups.items())
+            raise MismatchError(f"{made} of this communicator: {REMEDIES['collective']} (noticed by rank {self._me})")
+
+    def _compare_amounts(self, amounts: Amounts) -> None:
+        """Raise on all ranks if one sends another amount than the receiver expects."""
+        mine = np.array([amounts.sends, amounts.receives], np.int64).T.copy()
+        theirs = np.empty_like(mine)
+        self._comm.Alltoall(mine, theirs)
+        found = [
+            self._table.explain_amounts(*each)
+            for rank in range(self._comm.size)
+            for each in (
+                (self._me, mine[rank, 0], rank, theirs[rank, 1]),
+                (rank, theirs[rank, 0], self._me, mine[rank, 1]),
+            )
+            if each[1] != each[3] and NOT_COMPARED not in (each[1], each[3])
+        ]
+        troubles = [each for each in self._comm.allgather(found[0] if found else "") if each]
+        if troubles:
+            raise MismatchError(troubles[0])

@@ -1,0 +1,378 @@
+"""The watchdog: a thread that ends calls which can never complete, and reports calls that take long.
+
+*A group is the ranks of one communicator; its processes on this node have their calls in memory that this rank reads
+(:mod:`hpccomm.observe.recorder`).*  A call that takes longer than ``HPCCOMM_STALL_SECONDS`` gives one report, by the
+first rank that waits in it: who waits in which call, who is missing, and where the Python stacks of all ranks stand;
+again after twice the time, and so on.  Ranks of other nodes are asked by messages on a communicator of their own, where
+a thread may call MPI beside the program; nothing waits for an answer.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+from mpi4py import MPI
+
+from hpccomm.calls.departures import Launchers
+from hpccomm.calls.fingerprint import format_ranks
+from hpccomm.observe.recorder import INQUIRED, REPORTED, Comm, Event, Inquiry, State, clock, open_ring, recorder
+
+PERIOD, QUICK = 0.25, 0.05
+"""Seconds between two checks by the watchdog, and while it asks or answers."""
+ANSWER_SECONDS, NODE_SECONDS, NODE_TRIES = 3.0, 5.0, 2
+"""How long ranks of this node may take to answer, and one of another node, of which so many are asked in turn."""
+AWAKE_SECONDS = 2.0
+"""A watchdog that has not looked for so long makes no report."""
+FLUSH_SECONDS = 0.5
+"""Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
+MOST_LINES = 32
+REQUEST, ANSWER = 1, 2
+"""Tags of messages between nodes."""
+
+
+def stall_seconds() -> float:
+    """Seconds after which the watchdog reports a call (``HPCCOMM_STALL_SECONDS``, 60)."""
+    return float(os.environ.get("HPCCOMM_STALL_SECONDS") or "60")
+
+
+def log_line(sentence: str) -> None:
+    """Log one record, by default with a single write to stderr, so that lines of different ranks do not mix."""
+    from hpccomm.log import logger
+
+    logger().error(sentence)
+
+
+class Group:
+    """The ranks of one communicator.
+
+    ``nodes`` are the ranks of each node, ``table`` is the consistency table of this one, ``wire`` a communicator of the
+    same ranks that only the watchdog uses, if it may.
+    """
+
+    def __init__(
+        self, comm: Comm, rank: int, nodes: list[tuple[int, ...]], table: Any, wire: MPI.Intracomm | None
+    ) -> None:
+        self.comm, self.rank, self.nodes, self.table, self.wire = comm, rank, nodes, table, wire
+        self._since, self._sent = (0, 0.0), list[tuple[MPI.Request, bytes]]()
+        self._asked: list[tuple[int, int, float, Inquiry]] = []
+        """What other nodes have asked and this rank has not answered: who, the number, when, and what was found."""
+        self.answers: dict[int, list[State]] = {}
+        """The answers of other nodes, by the number of what was asked."""
+
+    @property
+    def processes(self) -> dict[int, int]:
+        """The numbers of the processes of this node's ranks."""
+        found: dict[int, int] = self.table.processes
+        return found
+
+    def check_deadlock(self) -> None:
+        """Abort all ranks if this rank is in a call that can never complete."""
+        seq = self.table.active_seq
+        if not seq or seq != self._since[0]:
+            self._since = (seq, time.monotonic())
+            return
+        reason = self.table.deadlock_reason()
+        if reason and time.monotonic() - self._since[1] > 2 * PERIOD and self.table.active_seq == seq:
+            abort_all(reason)
+
+    def is_first(self, event: Event) -> bool:
+        """Whether no rank before this one on this node is in the same call and can report it."""
+        for rank, pid in self.processes.items():
+            if rank >= self.rank:
+                continue
+            with open_ring(pid) as ring:
+                if ring and ring.is_awake(AWAKE_SECONDS):
+                    calls = [(each.comm, each.call, each.name) for each in ring.running()]
+                    if (event.comm, event.call, event.name) in calls:
+                        return False
+        return True
+
+    # Messages between nodes, by the watchdog only
+
+    def send(self, rank: int, tag: int, content: Any) -> None:
+        """Send without waiting; only while MPI may be called."""
+        octets = json.dumps(content).encode()
+        assert self.wire is not None
+        self._sent = [each for each in self._sent if not each[0].Test()]
+        self._sent.append((self.wire.Isend([octets, MPI.BYTE], rank, tag), octets))
+
+    def ask(self, rank: int, number: int, comm: int) -> None:
+        """Ask where the ranks of the node of ``rank`` stand."""
+        self.send(rank, REQUEST, (number, comm))
+
+    def serve(self) -> bool:
+        """Receive what other nodes have sent, and answer what is ready; returns whether more is to come soon."""
+        if self.wire is None:
+            return False
+        status = MPI.Status()
+        while self.wire.Iprobe(status=status):
+            octets = bytearray(status.Get_count(MPI.BYTE))
+            self.wire.Recv([octets, MPI.BYTE], status.source, status.tag)
+            content = json.loads(octets)
+            if status.tag == REQUEST:
+                number, comm = content
+                self._asked.append((status.source, number, time.monotonic(), Inquiry(self.processes, comm)))
+            else:
+                self.answers.setdefault(content[0], []).extend(State.decode(each) for each in content[1])
+        left = []
+        for source, number, when, inquiry in self._asked:
+            late = time.monotonic() - when > ANSWER_SECONDS
+            if inquiry.collect(late) or late:
+                self.send(source, ANSWER, (number, list(inquiry.states.values())))
+            else:
+                left.append((source, number, when, inquiry))
+        self._asked = left
+        return bool(left)
+
+    def close(self) -> None:
+        """Leave the watchdog; its communicator is freed (collective)."""
+        with _mpi:
+            _watchdog.groups.pop(self.comm.number, None)
+            wire, self.wire = self.wire, None
+        if wire is not None:
+            wire.Free()
+
+
+class Report:
+    """Asks all ranks of a group where they stand; ``step`` until it has made the report."""
+
+    numbers = 0
+
+    def __init__(self, group: Group, comm: int) -> None:
+        Report.numbers += 1
+        self.group, self.comm, self._number = group, comm, Report.numbers
+        self.began_call = 0
+        """When the call began that is reported."""
+        self._began, self._inquiry = time.monotonic(), Inquiry(group.processes, comm)
+        self._nodes = [each for each in group.nodes if group.rank not in each] if group.wire is not None else []
+        self._tries = 0
+        self._wait = list(self._nodes)
+        self._ask()
+
+    def _ask(self) -> None:
+        """Ask one rank of each node that has not answered."""
+        for members in self._wait:
+            self.group.ask(members[self._tries % len(members)], self._number, self.comm)
+        self._tries += 1
+        self._until = time.monotonic() + NODE_SECONDS
+
+    def step(self) -> bool:
+        """Look for answers; returns whether the report is made."""
+        here = self._inquiry.collect(time.monotonic() - self._began > ANSWER_SECONDS)
+        there = {each.rank for each in self.group.answers.get(self._number, ())}
+        self._wait = [each for each in self._wait if not there & set(each)]
+        if self._wait and time.monotonic() > self._until and self._tries < NODE_TRIES:
+            self._ask()
+        if not here or (self._wait and time.monotonic() <= self._until):
+            return False
+        found = {each.rank: each for each in self.group.answers.pop(self._number, ())} | self._inquiry.states
+        for rank in range(sum(map(len, self.group.nodes))):
+            reason = "its node does not answer" if self.group.wire is not None else NO_THREAD
+            found.setdefault(rank, State(rank, 0, False, "on another node", None, reason))
+        self.finish(found)
+        return True
+
+    def finish(self, states: dict[int, State]) -> None:
+        """Use the states of all ranks."""
+        raise NotImplementedError
+
+
+NO_THREAD = "MPI without THREAD_MULTIPLE lets no thread ask it"
+
+
+class StallReport(Report):
+    """The report of a call that takes long."""
+
+    def __init__(self, group: Group, event: Event) -> None:
+        super().__init__(group, event.comm)
+        self._event, self.began_call = event, event.begin
+
+    def finish(self, states: dict[int, State]) -> None:
+        """Log the report, unless a rank of another node before this one does."""
+        event, me = self._event, self.group.rank
+        first = min((rank for rank, each in states.items() if each.waits and each.call == event.call), default=me)
+        awake = states[first].stacks is not None
+        if first < me and awake and first not in self.group.processes and event.call > 0:
+            return
+        log_line("\n".join((self.summary(states), *list_states(states, self.order))))
+        if os.environ.get("HPCCOMM_STALL_ACTION") == "abort":
+            abort_all(f"rank {me} aborts all ranks: HPCCOMM_STALL_ACTION=abort")
+
+    def order(self, state: State) -> bool:
+        """Whether a rank comes last in the list: one that waits as it should."""
+        return state.waits and state.call == self._event.call and not state.condition
+
+    def summary(self, states: dict[int, State]) -> str:
+        """Who waits, for how long, and who is missing."""
+        event = self._event
+        known = {rank: each for rank, each in states.items() if each.text != "on another node"}
+        missing = [rank for rank, each in sorted(known.items()) if each.call < event.call]
+        silent = [rank for rank, each in sorted(states.items()) if each.condition and rank not in missing]
+        parts = [
+            f"rank {self.group.rank}: {event} not complete after {(clock() - event.begin) / 1e9:.0f} s",
+            f"missing: {format_ranks(missing)}" if missing else "no rank is missing",
+            *([f"no answer: {format_ranks(silent)}"] if silent else []),
+        ]
+        return "; ".join(parts)
+
+
+class NodesReport(Report):
+    """The answer to a process of this node that asks for the ranks of other nodes."""
+
+    def __init__(self, group: Group, number: int) -> None:
+        super().__init__(group, 0)
+        self._inquired = number
+
+    def finish(self, states: dict[int, State]) -> None:
+        """Write the states of other nodes' ranks to the recorder."""
+        recorder().write_report(
+            self._inquired, [each for rank, each in sorted(states.items()) if rank not in self.group.processes]
+        )
+
+
+def list_states(states: dict[int, State], last: Any) -> Iterator[str]:
+    """A line for the ranks of each state, those with ``last`` at the end."""
+    lines: dict[str, list[int]] = {}
+    for rank, state in sorted(states.items(), key=lambda each: (last(each[1]), each[0])):
+        lines.setdefault(str(state), []).append(rank)
+    for number, (text, ranks) in enumerate(lines.items()):
+        if number == MOST_LINES:
+            yield f"  … and {len(lines) - MOST_LINES} more lines: hpccomm stacks {os.getpid()}"
+            return
+        yield f"  {format_ranks(ranks)}: {text}"
+
+
+class Watchdog:
+    """The thread, and what it watches."""
+
+    def __init__(self) -> None:
+        self.groups: dict[int, Group] = {}
+        self.thread: threading.Thread | None = None
+        self.calls_mpi = True
+        """False as soon as MPI ends."""
+        self._reports: list[Report] = []
+        self._reported: dict[tuple[int, int], int] = {}
+        """How often a running call has been reported, by communicator and begin."""
+
+    def start(self) -> None:
+        """Start the thread at the first group."""
+        if self.thread is None:
+            self.thread = threading.Thread(target=self.run_watchdog, name="hpccomm-watchdog", daemon=True)
+            self.thread.start()
+
+    def run_watchdog(self) -> None:
+        """Look after the calls for ever."""
+        launchers, busy = Launchers(), False
+        while True:
+            time.sleep(QUICK if busy else PERIOD)
+            if launchers.describe_loss():
+                end_orphan(launchers.describe_loss())
+            recorder().answer_request()
+            for group in list(self.groups.values()):
+                with contextlib.suppress(ValueError):  # another thread frees the communicator
+                    group.check_deadlock()
+            with _mpi:
+                if self.calls_mpi:
+                    busy = any([each.serve() for each in list(self.groups.values())])
+                    self._begin_reports()
+                    self._reports = [each for each in self._reports if not self._is_over(each)]
+            busy = busy or bool(self._reports)
+
+    def _is_over(self, report: Report) -> bool:
+        """Continue a report; returns whether it needs no more steps."""
+        return self.groups.get(report.group.comm.number) is not report.group or report.step()
+
+    def _begin_reports(self) -> None:
+        """Begin reports of calls that have taken too long, and those that others have asked for."""
+        ring, limit = recorder().ring, max(PERIOD, stall_seconds())
+        running = {(abs(each.comm), each.begin): each for each in ring.running()}
+        self._reported = {key: times for key, times in self._reported.items() if key in running}
+        for each in self._reports:
+            running.pop((abs(each.comm), each.began_call), None)
+        for key, event in running.items():
+            group, times = self.groups.get(key[0]), self._reported.get(key, 0)
+            if group and clock() - event.begin > limit * 1e9 * 2**times:
+                self._reported[key] = times + 1
+                if group.is_first(event):
+                    self._reports.append(StallReport(group, event))
+        wanted = ring.words[INQUIRED]
+        if ring.words[REPORTED] < wanted and not any(isinstance(each, NodesReport) for each in self._reports):
+            group = max(list(self.groups.values()), key=lambda each: sum(map(len, each.nodes)), default=None)
+            if group:
+                self._reports.append(NodesReport(group, wanted))
+
+    def end(self) -> None:
+        """Call MPI no more, which ends."""
+        with _mpi:
+            self.calls_mpi = False
+
+
+_mpi = threading.RLock()
+"""Held while the watchdog calls MPI."""
+_watchdog = Watchdog()
+
+
+@cache
+def end_with_mpi() -> None:
+    """Let the watchdog call MPI no more when MPI or the program ends."""
+    keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, value: _watchdog.end())
+    MPI.COMM_SELF.Set_attr(keyval, None)
+    atexit.register(_watchdog.end)
+
+
+def watch(group: Group) -> None:
+    """Let the watchdog look after a group."""
+    end_with_mpi()
+    _watchdog.groups[group.comm.number] = group
+    _watchdog.start()
+
+
+def forget_watchdog() -> None:
+    """A child of fork has no watchdog; its groups belong to its parent."""
+    global _mpi  # noqa: PLW0603
+    _mpi = threading.RLock()
+    _watchdog.__init__()  # type: ignore[misc]
+
+
+os.register_at_fork(after_in_child=forget_watchdog)
+
+
+def list_waiting(seconds: float) -> str:
+    """A line for each rank of this node that is in a call, and where; takes at most so many seconds."""
+    pids = {pid for group in list(_watchdog.groups.values()) for pid in group.processes.values()} - {os.getpid()}
+    inquiry, until = Inquiry(dict(enumerate_ranks(pids)), 0), time.monotonic() + seconds
+    while not inquiry.collect(time.monotonic() > until):
+        time.sleep(QUICK)
+    waiting = {rank: each for rank, each in inquiry.states.items() if each.waits}
+    return "".join(f"{line}\n" for line in list_states(waiting, lambda state: False))
+
+
+def enumerate_ranks(pids: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """The rank of each process that has a recorder."""
+    for pid in pids:
+        with open_ring(pid) as ring:
+            if ring is not None:
+                yield int(ring.head["rank"][0]), pid
+
+
+def end_orphan(reason: str) -> None:
+    """End this process, which nobody waits for any more."""
+    with contextlib.suppress(OSError, ValueError):
+        log_line(reason)
+    os.kill(os.getpid(), signal.SIGKILL)  # MPI cannot end in order without its launcher
+
+
+def abort_all(reason: str) -> None:
+    """Log the reason and abort all ranks."""
+    log_line(reason)
+    time.sleep(FLUSH_SECONDS)
+    MPI.COMM_WORLD.Abort(1)

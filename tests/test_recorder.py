@@ -1,0 +1,264 @@
+"""The flight recorder keeps the last calls of every rank, and a stall gives one report of all ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpccomm import ArgumentError, Communicator
+from hpccomm.__main__ import main
+from hpccomm.cluster.nodes import Cluster, unavailable_reason
+from hpccomm.commands.stacks import find_ranks
+from hpccomm.observe.recorder import TEXTS, Call, Comm, Recorder, open_ring, recorder
+from hpccomm.testing.jobs import run_under_mpi, start, stop
+
+SETUP = """
+import os, sys, time
+import numpy as np
+from mpi4py import MPI
+import hpccomm
+from hpccomm import context
+def two_nodes():
+    context.ranks_of_this_node = lambda comm: comm.Split(comm.rank // 2, comm.rank)
+"""
+STUCK = """
+comm = hpccomm.Communicator(MPI.COMM_WORLD)
+x = np.ones(8, "f4")
+for _ in range(5):
+    comm.Allreduce(MPI.IN_PLACE, x)
+os.environ["HPCCOMM_STALL_SECONDS"] = "1"  # the first calls may take long on a loaded machine
+def read_data():
+    time.sleep(5)  # here it is stuck
+if comm.rank == 1:
+    read_data()
+comm.Allreduce(MPI.IN_PLACE, x)
+"""
+
+
+def run_job(ranks: int, body: str, environ: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit status and output of a job."""
+    done = run_under_mpi(ranks, "-c", SETUP + textwrap.dedent(body), timeout=90, environ=os.environ | (environ or {}))
+    return done.returncode, done.stdout + done.stderr
+
+
+def reports_in(said: str) -> list[str]:
+    """The reports of stalls: each is a sentence and a line for the ranks of each state."""
+    return re.findall(r"^\[hpccomm\] .*call 6 .* not complete after .*\n(?:  .*\n)*", said, re.MULTILINE)
+
+
+def check_report(report: str) -> None:
+    """That a report of ``STUCK`` names the rank, its call and its Python line."""
+    first, *_ = report.splitlines()
+    assert "rank 0: Allreduce(sum, float32)" in first
+    assert "missing: rank 1" in first
+    assert re.search(
+        r"rank 1: in no call since Allreduce.*call 5 of ranks 0-.*:\d+ in read_data < .* in <module>", report
+    )
+    assert re.search(r"ranks? .*3: in Allreduce.*call 6 of.*in <module>", report)
+
+
+@pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason() or "namespaces are available")
+def test_one_report_of_a_two_node_job_names_the_stuck_rank_its_call_and_its_line(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(SETUP + STUCK)
+    with Cluster(2, "", f"r{os.getpid() % 10**6}") as cluster:
+        done = cluster.run([str(program)], 2, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    found = reports_in(done.stderr)
+    check_report(found[0])
+    assert len(found) <= 3, done.stderr
+
+
+def test_a_stall_is_reported_once_by_all_ranks_together_and_again_later() -> None:
+    status, said = run_job(4, "two_nodes()\n" + STUCK)
+    assert status == 0, said
+    found = reports_in(said)
+    assert 1 <= len(found) <= 3, said
+    check_report(found[0])
+
+
+def test_a_stopped_rank_is_named_and_goes_on() -> None:
+    status, said = run_job(
+        3,
+        """
+        import signal, subprocess
+        comm, x = hpccomm.Communicator(MPI.COMM_WORLD), np.ones(8)
+        comm.Allreduce(MPI.IN_PLACE, x)
+        os.environ["HPCCOMM_STALL_SECONDS"] = "1"
+        if comm.rank == 1:
+            subprocess.Popen(["/bin/sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        comm.Allreduce(MPI.IN_PLACE, x)
+        """,
+    )
+    assert status == 0, said
+    assert "missing: rank 1" in said
+    assert re.search(r"rank 1: in no call since Allreduce.*\(is stopped\)", said), said
+
+
+def test_a_stall_can_end_the_job() -> None:
+    began = time.monotonic()
+    status, said = run_job(2, STUCK.replace("sleep(5)", "sleep(50)"), {"HPCCOMM_STALL_ACTION": "abort"})
+    assert status != 0
+    assert time.monotonic() - began < 40
+    assert "missing: rank 1" in said
+    assert "HPCCOMM_STALL_ACTION=abort" in said
+
+
+def test_an_uncaught_exception_says_where_the_others_wait() -> None:
+    status, said = run_job(3, STUCK.replace("time.sleep(5)", "time.sleep(0.5); raise ValueError('no data')"))
+    assert status != 0
+    assert "ValueError: no data" in said
+    assert re.search(r"ranks 0, 2: in Allreduce.*in <module>", said), said
+
+
+def test_stacks_shows_all_ranks_of_a_running_job(capsys: pytest.CaptureFixture[str]) -> None:
+    program = SETUP + STUCK.replace("sleep(5)", "sleep(60)").replace("\nif", "\nprint('ready', flush=True)\nif")
+    with start(2, ["-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for _ in range(2):
+            process.stdout.readline()
+        time.sleep(0.5)
+        assert main(["stacks", str(process.pid)]) == 0
+        said = capsys.readouterr().out
+        ranks, size = find_ranks(process.pid)
+        assert (sorted(ranks), size) == ([0, 1], 2)
+        assert find_ranks(ranks[1]) == (ranks, size)
+        stop(process)
+    assert re.search(r"rank 0 \(process \d+\): in Allreduce\(sum, float32\)", said), said
+    assert re.search(r"rank 1 \(process \d+\): in no call since Allreduce", said), said
+    assert "in read_data" in said
+    assert said.count("call   Allreduce(sum, float32)") == 10
+
+
+def test_stacks_refuses_a_process_of_no_job(capsys: pytest.CaptureFixture[str]) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert main(["stacks", str(process.pid)]) == 1
+        process.send_signal(signal.SIGKILL)
+    assert "pass that of a rank" in capsys.readouterr().err
+
+
+def test_ranks_of_other_nodes_are_asked_by_their_own_nodes() -> None:
+    status, said = run_job(
+        4,
+        """
+        from hpccomm.observe.recorder import INQUIRED, recorder
+        two_nodes()
+        comm = hpccomm.Communicator(MPI.COMM_WORLD)
+        comm.Barrier()
+        if comm.rank == 1:
+            ring = recorder().ring
+            ring.words[INQUIRED] += 1
+            until = time.monotonic() + 20
+            while ring.report(1) is None and time.monotonic() < until:
+                time.sleep(0.05)
+            found = ring.report(1)
+            print([(each.rank, each.text.split(" since ")[0], bool(each.stacks)) for each in found], flush=True)
+            comm.Send(np.zeros(1), 3)
+        if comm.rank == 3: comm.Recv(np.zeros(1), 1)
+        comm.Barrier()
+        """,
+    )
+    assert status == 0, said
+    assert "(3, 'in no call', True)" in said
+    assert re.search(r"\(2, 'in Barrier.*', True\)", said), said
+
+
+# --- one process -----------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3))
+def test_every_call_is_recorded_whoever_takes_it(comm: Communicator) -> None:
+    x, y, big = np.ones(6, "f8"), np.empty(6, "f8"), np.empty(6 * comm.size, "f8")
+    calls: dict[str, tuple[Any, int]] = {
+        "Allreduce": (lambda: comm.Allreduce(x, y), 48),
+        "Allgather": (lambda: comm.Allgather(x, big), 48),
+        "Alltoall": (lambda: comm.Alltoall(big + 1, big), 48 * comm.size),
+        "Bcast": (lambda: comm.Bcast(x), 48),
+        "Gather": (lambda: comm.Gather(x, big), 48),
+        "Barrier": (comm.Barrier, 0),
+        "allreduce": (lambda: comm.allreduce(1), 0),
+        "sparse_allgather": (lambda: comm.sparse_allgather(np.zeros(1, "u4"), np.ones(1, "f4"), 9), 4),
+    }
+    before = comm.context.recorded.counts[0]
+    for call, _ in calls.values():
+        for _ in range(4):
+            call()
+    number = comm.context.recorded.number
+    found = [each for each in recorder().ring.events() if each.comm == number and each.call > before]
+    assert [each.name for each in found] == [name for name in calls for _ in range(4)]
+    assert [each.call - before for each in found] == list(range(1, 1 + 4 * len(calls)))
+    assert [each.nbytes for each in found] == [nbytes for _, nbytes in calls.values() for _ in range(4)]
+    assert all(0 < each.begin <= each.end for each in found)
+    assert recorder().ring.running() == []
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_a_refused_call_is_not_counted(comm: Communicator) -> None:
+    comm.Barrier()
+    before = comm.context.recorded.counts[0]
+    if comm.rank == 0:
+        with pytest.raises(ArgumentError):
+            comm.Allreduce(np.ones(3), np.ones(4))
+        with pytest.raises(ArgumentError):
+            comm.Bcast("text")
+    comm.Barrier()
+    assert comm.context.recorded.counts.tolist() == [before + 1, 0]
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_a_communicator_has_one_number_on_all_ranks(comm: Communicator) -> None:
+    made = [comm.context.recorded.number, comm.Dup().context.recorded.number]
+    assert len({tuple(each) for each in comm.allgather(made)}) == 1
+    assert len(set(made)) == 2
+
+
+def test_a_call_that_later_ones_have_overwritten_ends_without_harm() -> None:
+    made = Recorder(length=4)
+    comm = Comm(made, 5, "ranks 0-1")
+    with Call(comm, "Barrier"):
+        for k in range(6):
+            with Call(comm, f"part{k}"):
+                pass
+    assert [(each.text, each.call, bool(each.end)) for each in made.ring.events()] == [
+        (f"part{k}", -1, True) for k in range(2, 6)
+    ]
+
+
+def test_old_texts_make_room_for_new_ones() -> None:
+    made = Recorder(length=8)
+    first = made.intern("first")
+    for k in range(2 * TEXTS):
+        made.intern(f"text {k}")
+    assert made.ring.read_text(first) == "?"
+    assert made.ring.read_text(made.intern("first")) == "first"
+    assert made.ring.read_text(made.intern("ä" * 500)).startswith("ä" * 40)
+
+
+def test_a_process_reads_its_own_ring_by_its_number() -> None:
+    recorder().ring.head["rank"] = 0
+    with open_ring(os.getpid()) as ring:
+        assert ring is not None
+        number = ring.request()
+        assert ring.answer(number) is None
+        recorder().answer_request()
+        assert ring.answer(number) == []  # only this thread, which asks
+    with open_ring(1 << 22) as ring:
+        assert ring is None
+
+
+@pytest.mark.parametrize("value", ["stop", "1"])
+def test_an_unknown_action_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpccomm.settings import check_environment
+
+    with pytest.raises(ArgumentError, match="use warn or abort"):
+        check_environment({"HPCCOMM_STALL_ACTION": value})
