@@ -6,12 +6,13 @@ device, are copied to the host and back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from mpi4py import MPI
 
+from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.errors import ArgumentError
 from hpccomm.torch import reductions, sparse
 from hpccomm.torch.options import Options
@@ -21,6 +22,8 @@ IN_PLACE = MPI.IN_PLACE
 
 ALGORITHMS = ("allreduce", "reduce", "reduce_scatter", "reduce_scatter_block", "allgather", "allgatherv", "bcast")
 """Collectives that take the algorithm of the options, where they have it."""
+COMPARISONS = 1024
+"""So many comparisons of calls with a root are kept."""
 
 
 class Collectives:
@@ -29,7 +32,8 @@ class Collectives:
     def __init__(self, comm: Any, options: Options) -> None:
         self.comm, self.options = comm, options
         self._label = f"rank {comm.rank}"
-        self._algorithms = choose_algorithms(comm, options)
+        self._context, self._algorithms = comm.context, choose_algorithms(comm, options)
+        self._comparisons: dict[tuple[Any, ...], Callable[[], None]] = {}
 
     def _who(self, name: str) -> str:
         return f"{self._label}: {name}"
@@ -46,6 +50,34 @@ class Collectives:
         named = {"algorithm": algorithm} if algorithm else {}
         getattr(self.comm, collective)(*arguments, **named)
 
+    def _compare(self, name: str, tensor: Tensor, root: int | None = None, op: Any = None) -> None:
+        """Raise on all ranks if their calls differ, before a collective in which some ranks wait for no others.
+
+        ``tensor`` is what every rank has of it: the root's part of a gather or scatter.
+        """
+        sparse_shape = (tensor.sparse_dim(), *tensor.shape) if tensor.layout == torch.sparse_coo else ()
+        key = name, tensor.numel(), tensor.dtype, root, op, self._context.awaits_code, sparse_shape
+        compare = self._comparisons.get(key)
+        if compare is None:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            count = "x".join(map(str, tensor.shape)) if sparse_shape else str(tensor.numel())
+            call = Fingerprint(name, "" if op is None else op.name.lower(), count, dtype)
+            if root is not None:
+                self._check_root(name, root)
+                call = call._replace(root=str(root))
+            if len(self._comparisons) >= COMPARISONS:
+                self._comparisons.clear()
+            compare = self.comm._planner.guard(call, lambda: None, lockstep=True)
+            self._comparisons[key] = compare
+        compare()
+
+    def _check_root(self, name: str, root: int) -> None:
+        if not 0 <= root < self.comm.size:
+            raise ArgumentError(
+                f"{self._who(name)}: the root is rank {root} of a group of {self.comm.size} ranks: "
+                f"name one of 0 to {self.comm.size - 1}"
+            )
+
     def allreduce(self, tensors: Sequence[Tensor], op: Any) -> None:
         """Reduce each tensor over the ranks, in place."""
         for each in tensors:
@@ -54,6 +86,7 @@ class Collectives:
     def _allreduce(self, tensor: Tensor, op: Any) -> None:
         who = self._who("all_reduce")
         if tensor.layout == torch.sparse_coo:
+            self._compare("sparse all_reduce", tensor, op=op.op)
             sparse.allreduce(self.comm, tensor, op, who)
             return
         with update(tensor, who) as dense:
@@ -65,6 +98,7 @@ class Collectives:
     def reduce(self, tensor: Tensor, op: Any, root: int) -> None:
         """Reduce a tensor to the root, in place."""
         who = self._who("reduce")
+        self._compare("reduce", tensor, root, op.op)
         if tensor.is_complex():
             op = reductions.check_complex(op, tensor.dtype, who)
         with update(tensor, who) as whole:
@@ -118,6 +152,7 @@ class Collectives:
         """Copy the root's tensors to all ranks."""
         who = self._who("broadcast")
         for each in tensors:
+            self._compare("broadcast", each, root)
             if self.comm.rank == root:
                 self._move("Bcast", as_array(read(each, who)), root)
                 continue
@@ -156,6 +191,7 @@ class Collectives:
     def gather(self, outputs: list[Tensor], tensor: Tensor, root: int) -> None:
         """Gather a tensor of each rank on the root."""
         who = self._who("gather")
+        self._compare("gather", tensor, root)
         source = as_array(read(tensor, who))
         if self.comm.rank != root:
             self.comm.Gather(source, None, root)
@@ -169,6 +205,7 @@ class Collectives:
     def scatter(self, output: Tensor, inputs: list[Tensor], root: int) -> None:
         """Send one of the root's tensors to each rank."""
         who = self._who("scatter")
+        self._compare("scatter", output, root)
         row = None
         if self.comm.rank == root:
             self._check_number(inputs, who)

@@ -63,7 +63,9 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def check_layout(tensor: Tensor, who: str) -> None:
-    """Raise for tensors that are not strided."""
+    """Raise for tensors that are not strided, or have no memory."""
+    if tensor.is_meta:
+        raise ArgumentError(f"{who}: a tensor on the meta device has no elements: pass one on the CPU")
     if tensor.layout != torch.strided:
         raise ArgumentError(f"{who}: a tensor of layout {tensor.layout} cannot be sent: pass x.to_dense()")
 
