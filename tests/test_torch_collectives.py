@@ -517,9 +517,7 @@ MISTAKES: dict[str, tuple[Callable[[int, int], Any], type[Exception], str]] = {
         r"reduce\(sum, 7 float32, root=0\), rank 1 called reduce\(avg, 7 float32, root=0\): use the same operation",
     ),
     "8-bit floats of two kinds": (
-        lambda rank, size: dist.broadcast(
-            torch.ones(8).to(torch.float8_e5m2 if rank == 1 else torch.float8_e4m3fn), 0
-        ),
+        lambda rank, size: dist.broadcast(torch.ones(8).to(torch.float8_e5m2 if rank == 1 else torch.float8_e4m3fn), 0),
         MismatchError,
         "8 float8_e4m3fn, root=0.*8 float8_e5m2, root=0",
     ),
