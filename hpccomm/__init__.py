@@ -21,6 +21,9 @@ _MODULES = {
     "algorithms.transforms": "Transform adam apply_if_finite chain clip descend every flush momentum scale "
     "scale_by_schedule weight_decay",
     "algorithms.block_codes": "block_mean",
+    "algorithms.row_sparse": "mean_rows",
+    "collectives.compressed.rows": "allreduce_rows",
+    "algorithms.bucketed": "BucketedExchange",
     "algorithms.exchange": "mean synchronous_adam synchronous_sgd",
     "algorithms.error_feedback": "feedback without_feedback",
     "algorithms.threshold_compression": "gtc",

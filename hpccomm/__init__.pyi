@@ -3,6 +3,7 @@ __version__: str
 from hpccomm.algorithms.block_codes import block_mean as block_mean
 from hpccomm.algorithms.blockwise_filtering import bmuf as bmuf
 from hpccomm.algorithms.blockwise_filtering import bmuf_adam as bmuf_adam
+from hpccomm.algorithms.bucketed import BucketedExchange as BucketedExchange
 from hpccomm.algorithms.checkpoints import load as load
 from hpccomm.algorithms.checkpoints import load_state_dict as load_state_dict
 from hpccomm.algorithms.checkpoints import save as save
@@ -37,6 +38,7 @@ from hpccomm.algorithms.onebit import onebit_sgd as onebit_sgd
 from hpccomm.algorithms.parameter_server import ParameterServer as ParameterServer
 from hpccomm.algorithms.power_sgd import powersgd as powersgd
 from hpccomm.algorithms.reports import report as report
+from hpccomm.algorithms.row_sparse import mean_rows as mean_rows
 from hpccomm.algorithms.sharded.groups import mics as mics
 from hpccomm.algorithms.sharded.units import data_parallel as data_parallel
 from hpccomm.algorithms.sharded.units import zero as zero
@@ -60,6 +62,7 @@ from hpccomm.algorithms.trust_ratio import scale_by_global_norm as scale_by_glob
 from hpccomm.algorithms.trust_ratio import scale_by_trust_ratio as scale_by_trust_ratio
 from hpccomm.algorithms.two_tier import hybrid as hybrid
 from hpccomm.buckets import Bucket as Bucket
+from hpccomm.collectives.compressed.rows import allreduce_rows as allreduce_rows
 from hpccomm.communicator import Communicator as Communicator
 from hpccomm.errors import ArgumentError as ArgumentError
 from hpccomm.errors import HpccommError as HpccommError

@@ -9,8 +9,9 @@ list, tuple                             refused: mpi4py's own ``allreduce`` woul
 ======================================  ======================================================================
 
 Dtypes: bool, integers, floats, complex, float16 and bfloat16 (``ml_dtypes.bfloat16`` in NumPy).  The two 16-bit floats
-are reduced in float32: every element is widened before the first addition, and the result is rounded once, to nearest
-even (overflow to infinity).  MPI itself adds float16 in float16, and mpi4py moves bfloat16 as bytes.
+travel in 16 bits and are added in float32 at every hop, each partial sum rounded to nearest even (overflow to
+infinity): in shared memory once, by a ring p - 1 times.  Means are reduced in float32 and rounded once, after the
+division.  MPI itself adds float16 in float16, and mpi4py moves bfloat16 as bytes.
 """
 
 from __future__ import annotations
@@ -157,6 +158,20 @@ def dlpack_device(x: Any) -> int:
 
 DEFAULT_STREAM = 1
 """CUDA's handle of the legacy default stream."""
+
+
+class StreamBuffer:
+    """An array, or a form of mpi4py, with pending work on a stream that the array does not declare."""
+
+    def __init__(self, given: Any, stream: Any) -> None:
+        self.buffer, self.stream = given, stream
+
+
+def array_of(given: Any) -> Any:
+    """The device array in a buffer or a form; ``None`` if there is none."""
+    data = given.buffer if isinstance(given, StreamBuffer) else given
+    data = data[0] if isinstance(data, list | tuple) and data else data
+    return data if is_on_device(data) else None
 
 
 class DeviceArray(NamedTuple):

@@ -6,7 +6,7 @@ each.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -135,3 +135,31 @@ def common_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
 def examples_by_dtype(dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, np.dtype[Any]]:
     """One name for each dtype."""
     return {name: dtype for dtype, name in {dtype: name for name, dtype in dtypes.items()}.items()}
+
+
+BUCKET_BYTES = 25 << 20
+"""The default limit of a bucket, as in PyTorch's DDP: large enough for the link's rate, small enough to overlap."""
+
+
+def group_by_size(sizes: Iterable[tuple[str, Any, int]], limit: int) -> list[list[str]]:
+    """Names in groups of one kind each, whose bytes add up to at most ``limit``; a larger one has a group of its own.
+
+    ``sizes`` holds name, kind and bytes in the order in which the names become ready; the groups are in the order in
+    which they become complete.
+
+    >>> group_by_size([("d", "f4", 4), ("c", "f8", 8), ("b", "f4", 4), ("a", "f4", 4)], 8)
+    [['c'], ['d', 'b'], ['a']]
+    """
+    filled: dict[Any, tuple[list[str], int]] = {}
+    """The group of each kind that is being filled, and its bytes."""
+    groups: list[list[str]] = []
+    place: dict[str, int] = {}
+    for name, kind, nbytes in sizes:
+        place[name] = len(place)
+        names, total = filled.get(kind, ([], 0))
+        if not names or total + nbytes > limit:
+            names, total = [], 0
+            groups.append(names)
+        names.append(name)
+        filled[kind] = names, total + nbytes
+    return sorted(groups, key=lambda names: place[names[-1]])

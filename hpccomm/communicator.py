@@ -14,13 +14,12 @@ import traceback
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial, wraps
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm import launcher
 from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
 from hpccomm.calls.bounce_buffers import BounceBuffers
@@ -28,9 +27,7 @@ from hpccomm.calls.buffers import hold, pad_last
 from hpccomm.calls.consistency import FLUSH_SECONDS, claim_report
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
-from hpccomm.collectives.compressed import messages, onebit, sparse
 from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
-from hpccomm.device_planner import DevicePlanner
 from hpccomm.errors import ArgumentError, HpccommError, MismatchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
@@ -39,9 +36,13 @@ from hpccomm.observe import timeline
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import COMPARED as OBJECT_CALLS
 from hpccomm.pickled import compare_objects, install
-from hpccomm.planner import is_in_place
+from hpccomm.planner import Planner, is_in_place
 from hpccomm.progress import Queue, drive_all
 from hpccomm.requests import COMPARED, compare_at_init, start_beside
+
+if TYPE_CHECKING:
+    from hpccomm.collectives.compressed import messages, onebit, sparse
+    from hpccomm.device_planner import DevicePlanner
 
 IN_PLACE = MPI.IN_PLACE
 PICKLES = ("mpi4py", "auto")
@@ -101,7 +102,7 @@ class Communicator(MPI.Intracomm):
     """The plans of this communicator, and its compiled entry."""
     _doors: Doors
     _bounce_buffers: BounceBuffers
-    _planner: DevicePlanner
+    _planner: Planner
     _levels: dict[str, Communicator]
     _level_of: tuple[Context, str] | None = None
     """The context that frees this communicator, and its name there."""
@@ -119,17 +120,17 @@ class Communicator(MPI.Intracomm):
         self.plans = PlanCache()
         self._doors = self.plans.doors
         self._bounce_buffers = BounceBuffers()
-        self._planner = DevicePlanner(self)
+        self._planner = Planner(self)
         self._levels = {}
         if comm is not None and comm != MPI.COMM_NULL:
-            launcher.check_world(MPI.COMM_WORLD.size, os.environ)
+            check_world()
             install_abort_hook()
             self._context = context_of(self)
             drive_all()
         return self
 
     def __init__(self, *args: Any, **named: Any) -> None:  # a subclass may have other arguments
-        if self._context is not None:
+        if self._context is not None and self._context.layout.count > 1:
             self._context.level("intra")
 
     @property
@@ -170,6 +171,17 @@ class Communicator(MPI.Intracomm):
         channel._planner.in_lockstep = True
         return channel
 
+    @Once
+    def _device_planner(self) -> DevicePlanner:
+        """The planner of calls with arrays on a device."""
+        from hpccomm.device_planner import DevicePlanner
+
+        return DevicePlanner(self, self._planner.in_lockstep)
+
+    def _planner_of(self, *buffers: Any) -> Planner:
+        """The planner of calls with these buffers."""
+        return self._device_planner if any(map(self._planner.uses_device, buffers)) else self._planner
+
     def _prepare(self, name: str) -> None:
         """Set up what the first collective needs, which is ``name``, and let the compiled entry take later ones."""
         context = self.context
@@ -196,7 +208,10 @@ class Communicator(MPI.Intracomm):
 
     @property
     def intra_node(self) -> Communicator:
-        """The ranks of this node; its first use is collective if MPI has made this communicator from another one."""
+        """The ranks of this node.
+
+        Its first use is collective if MPI has made this communicator from another one, or if it is a level itself.
+        """
         return self._level("intra")
 
     @property
@@ -205,7 +220,7 @@ class Communicator(MPI.Intracomm):
         return self._level("inter")
 
     def _level(self, name: str) -> Communicator:
-        if name not in self._levels:
+        if self._levels.get(name, MPI.COMM_NULL) == MPI.COMM_NULL:
             level: Communicator = adopt(self.context.level(name), self)
             level._level_of = (self.context, name)
             self._levels[name] = level
@@ -214,6 +229,8 @@ class Communicator(MPI.Intracomm):
     @Once
     def message_gather(self) -> messages.MessageGather:
         """The gather of variable-length messages on this communicator."""
+        from hpccomm.collectives.compressed import messages
+
         return messages.MessageGather(self)
 
     def algorithms(self, collective: str) -> tuple[str, ...]:
@@ -252,29 +269,29 @@ class Communicator(MPI.Intracomm):
 
     def device_array(self, x: Any, name: str, stream: Any = None) -> DeviceArray:
         """Address, shape, dtype and streams of an array on a device; ``name`` is the calling function, for errors."""
-        return self._planner.operand_of(x, name, stream).array
+        return self._device_planner.operand_of(x, name, stream).array
 
     def empty_like(self, x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """A new array on the device in C order, of ``x``'s library if that is supported."""
-        return self._planner.staging.device.allocate_like(x, shape, dtype)
+        return self._device_planner.staging.device.allocate_like(x, shape, dtype)
 
     def divide(self, x: Any) -> None:
         """Divide an array of float32 or float64 on the device by the number of ranks."""
-        self._planner.divide(x)
+        self._device_planner.divide(x)
 
     def call_on_host(self, name: str, x: Any, function: Callable[[Any], Any], stream: Any = None) -> Any:
         """Apply a host function to a copy of a device array, and copy the result to the device.
 
         ``name`` is the collective of the consistency check; an empty name skips the check.
         """
-        return self._planner.call_on_host(name, x, function, stream)
+        return self._device_planner.call_on_host(name, x, function, stream)
 
     def device_transports(self) -> dict[str, str]:
         """Each transport for arrays on a CUDA device: ``yes``, or ``no`` and the reason (the first use is collective).
 
         Raises TransportError on all ranks if ``HPCCOMM_GPU_TRANSPORT`` names a transport that does not work.
         """
-        return self._planner.transports.describe()
+        return self._device_planner.transports.describe()
 
     # Communicators made from this one, as mpi4py makes them; what yields an intracommunicator yields one of ours
 
@@ -319,8 +336,9 @@ class Communicator(MPI.Intracomm):
         self._levels.clear()
         if self._level_of:
             context, name = self._level_of
-            context.levels.pop(name, None)
-        self._planner.release()
+            context.levels[name] = MPI.Intracomm(MPI.COMM_NULL)
+        if "_device_planner" in vars(self):
+            self._device_planner.release()
         self.plans.close()
         self._context = None
 
@@ -332,14 +350,13 @@ class Communicator(MPI.Intracomm):
         name: str,
         buffers: tuple[Any, Any],
         call: Callable[..., None],
-        bind: Callable[..., Plan],
         rest: tuple[Any, ...],
         receives: bool = True,
     ) -> None:
         """Run a call that its door has answered with ``code``: by a plan for its memory, bounce buffers or a new plan.
 
-        ``call(sendbuf, recvbuf, *rest)`` makes the call on other buffers, ``bind(key, sendbuf, recvbuf, *rest)`` binds
-        it; ``rest`` ends with the algorithm.  A rank that does not ``receive`` ignores ``recvbuf``.
+        ``call(sendbuf, recvbuf, *rest)`` makes the call on other buffers; ``rest`` ends with the algorithm.  A rank
+        that does not ``receive`` ignores ``recvbuf``.
         """
         if code < NOT_MINE:
             self.plans.entry.resume(code)  # type: ignore[union-attr]
@@ -358,6 +375,7 @@ class Communicator(MPI.Intracomm):
             into = recvbuf if receives else None
             if key is not None and self._bounce_buffers.run((name, *marks), call, sendbuf, into, rest):
                 return None
+            bind = getattr(self._planner_of(sendbuf, into), name.lower())
             bound = self._bind(kind, bind, key, sendbuf, recvbuf, *rest)
         if key is not None:
             return bound.run()
@@ -393,7 +411,8 @@ class Communicator(MPI.Intracomm):
         self._prepare(name)
         rest = [each for each in arguments if each is not op]
         key = None if None in rest else call_key(name, *buffers, "reproducible", operations.key_of(op), *rest)
-        bound = self._find_plan(key) or self._planner.bind_reproducible(key, name, buffers, arguments, op)
+        read = buffers[:1] if name == "Reduce" and self.rank != arguments[-1] else buffers
+        bound = self._find_plan(key) or self._planner_of(*read).bind_reproducible(key, name, buffers, arguments, op)
         if bound is None:
             return False
         try:
@@ -439,7 +458,7 @@ class Communicator(MPI.Intracomm):
         if reproducible and self._run_reproducible("Allreduce", (sendbuf, recvbuf), (op,), op):
             return None
         buffers = sendbuf, recvbuf
-        return self._run_uncached(code, "Allreduce", buffers, self.Allreduce, self._planner.allreduce, (op, algorithm))
+        return self._run_uncached(code, "Allreduce", buffers, self.Allreduce, (op, algorithm))
 
     def Allreduce_view(self, buf: npt.NDArray[Any], op: MPI.Op | str = MPI.SUM) -> npt.NDArray[Any]:
         """Reduce registered arrays over all ranks into one result that the ranks of a node share.
@@ -480,9 +499,7 @@ class Communicator(MPI.Intracomm):
             return None
         root = self._planner.check_root(root, f"rank {self.rank}: Reduce")
         buffers, arguments = (sendbuf, recvbuf), (op, root, algorithm)
-        return self._run_uncached(
-            code, "Reduce", buffers, self.Reduce, self._planner.reduce, arguments, self.rank == root
-        )
+        return self._run_uncached(code, "Reduce", buffers, self.Reduce, arguments, self.rank == root)
 
     def Reduce_scatter_block(
         self,
@@ -506,10 +523,8 @@ class Communicator(MPI.Intracomm):
             return run_named(self, "Reduce_scatter_block", op, sendbuf, recvbuf, **rest)
         if reproducible and self._run_reproducible("Reduce_scatter_block", (sendbuf, recvbuf), (op,), op):
             return None
-        buffers, bind = (sendbuf, recvbuf), self._planner.reduce_scatter_block
-        return self._run_uncached(
-            code, "Reduce_scatter_block", buffers, self.Reduce_scatter_block, bind, (op, algorithm)
-        )
+        buffers = sendbuf, recvbuf
+        return self._run_uncached(code, "Reduce_scatter_block", buffers, self.Reduce_scatter_block, (op, algorithm))
 
     def Reduce_scatter(
         self,
@@ -543,9 +558,7 @@ class Communicator(MPI.Intracomm):
         if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (counts, op), op):
             return None
         buffers, arguments = (sendbuf, recvbuf), (counts, op, algorithm)
-        return self._run_uncached(
-            code, "Reduce_scatter", buffers, self.Reduce_scatter, self._planner.reduce_scatter, arguments
-        )
+        return self._run_uncached(code, "Reduce_scatter", buffers, self.Reduce_scatter, arguments)
 
     def _counts(self, sendbuf: Any, recvbuf: Any) -> tuple[int, ...] | None:
         """The receive counts of all ranks, if ``recvbuf`` is a NumPy array; otherwise binding determines them."""
@@ -566,7 +579,7 @@ class Communicator(MPI.Intracomm):
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         buffers = sendbuf, recvbuf
-        return self._run_uncached(code, "Allgather", buffers, self.Allgather, self._planner.allgather, (algorithm,))
+        return self._run_uncached(code, "Allgather", buffers, self.Allgather, (algorithm,))
 
     def Allgatherv(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Gather blocks of any length from all ranks, in rank order, on every rank."""
@@ -578,7 +591,7 @@ class Communicator(MPI.Intracomm):
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         buffers = sendbuf, recvbuf
-        return self._run_uncached(code, "Allgatherv", buffers, self.Allgatherv, self._planner.allgatherv, (algorithm,))
+        return self._run_uncached(code, "Allgatherv", buffers, self.Allgatherv, (algorithm,))
 
     def Bcast(self, buf: Any, root: int = 0, algorithm: str | None = None, stream: Any = None) -> None:
         """Copy ``root``'s buffer to all ranks."""
@@ -590,15 +603,11 @@ class Communicator(MPI.Intracomm):
         if stream is not None:
             (buf,) = self._planner.attach_stream(stream, buf)
         root = self._planner.check_root(root, f"rank {self.rank}: Bcast")
-        return self._run_uncached(code, "Bcast", (None, buf), self._bcast, self._bind_bcast, (root, algorithm))
+        return self._run_uncached(code, "Bcast", (None, buf), self._bcast, (root, algorithm))
 
     def _bcast(self, nothing: None, buf: Any, root: int, algorithm: str | None) -> None:
         """Bcast with the parameters of :meth:`_run_uncached`."""
         self.Bcast(buf, root, algorithm)
-
-    def _bind_bcast(self, key: Hashable, nothing: None, buf: Any, root: int, algorithm: str | None) -> Plan:
-        """Bind a Bcast, with the parameters of :meth:`_run_uncached`."""
-        return self._planner.bcast(key, buf, root, algorithm)
 
     def Alltoall(self, sendbuf: Any, recvbuf: Any, algorithm: str | None = None, stream: Any = None) -> None:
         """Send a block of equal length to every rank."""
@@ -610,7 +619,7 @@ class Communicator(MPI.Intracomm):
         if stream is not None:
             sendbuf, recvbuf = self._planner.attach_stream(stream, sendbuf, recvbuf)
         buffers = sendbuf, recvbuf
-        return self._run_uncached(code, "Alltoall", buffers, self.Alltoall, self._planner.alltoall, (algorithm,))
+        return self._run_uncached(code, "Alltoall", buffers, self.Alltoall, (algorithm,))
 
     def Barrier(self) -> None:
         """Wait until all ranks have entered."""
@@ -619,17 +628,13 @@ class Communicator(MPI.Intracomm):
             return None
         if code > MISS:
             return self._run_native(code, "Barrier")
-        return self._run_uncached(code, "Barrier", (None, None), self._barrier, self._bind_barrier, (None,))
+        return self._run_uncached(code, "Barrier", (None, None), self._barrier, (None,))
 
     barrier = Barrier
 
     def _barrier(self, sendbuf: None, recvbuf: None, algorithm: None) -> None:
         """Barrier with the parameters of :meth:`_run_uncached`."""
         self.Barrier()
-
-    def _bind_barrier(self, key: Hashable, sendbuf: None, recvbuf: None, algorithm: None) -> Plan:
-        """Bind a Barrier, with the parameters of :meth:`_run_uncached`."""
-        return self._planner.barrier(key)
 
     # Collectives that the MPI library runs; the consistency table compares them as well
 
@@ -649,7 +654,7 @@ class Communicator(MPI.Intracomm):
         buffers = self._planner.significant(name, hold(buffers[0]), buffers[1], root)
         mark = None if op is None else operations.key_of(op)
         key = kind or (None if name == "Alltoallw" else call_key(name, *buffers, root, mark))
-        bind = self._planner.bind_inherited
+        bind = self._planner_of(*buffers).bind_inherited
         return (self._find_plan(key) or self._bind(kind, bind, key, name, buffers, root, op)).run()
 
     def Gather(self, sendbuf: Any, recvbuf: Any, root: int = 0) -> None:
@@ -707,12 +712,20 @@ class Communicator(MPI.Intracomm):
 
     # Compressed collectives: arrays on a device are copied to the host, results are copied back
 
+    def _compress(self, name: str, arrays: tuple[Any, ...], written: int = 0, **more: Any) -> Any:
+        """Run a collective of :mod:`hpccomm.collectives.compressed` that writes the last ``written`` arrays."""
+        from hpccomm.collectives.compressed import onebit, sparse
+
+        body = partial(getattr(sparse if name.startswith("sparse") else onebit, name), self, **more)
+        if not any(map(self._planner.uses_device, arrays)):
+            return body(*arrays)
+        return self._device_planner.apply_to_copies(name, body, arrays, written)
+
     def sparse_allgather(
         self, indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32], n: int
     ) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]]:
         """The sparse vectors of all ranks, in rank order (:mod:`hpccomm.collectives.compressed.sparse`)."""
-        body = partial(sparse.sparse_allgather, self, n=n)
-        found: list[Any] = self._planner.apply_to_copies("sparse_allgather", body, (indices, values))
+        found: list[Any] = self._compress("sparse_allgather", (indices, values), n=n)
         return found
 
     def sparse_allreduce(
@@ -726,29 +739,35 @@ class Communicator(MPI.Intracomm):
         plan: sparse.SparsePlan | None = None,
     ) -> sparse.SparseSum:
         """The sum of sparse vectors, or its k largest (:mod:`hpccomm.collectives.compressed.sparse`)."""
-        body = partial(sparse.sparse_allreduce, self, n=n, k=k, algorithm=algorithm, plan=plan)
-        summed: sparse.SparseSum = self._planner.apply_to_copies("sparse_allreduce", body, (indices, values))
+        more: dict[str, Any] = {"n": n, "k": k, "algorithm": algorithm, "plan": plan}
+        summed: sparse.SparseSum = self._compress("sparse_allreduce", (indices, values), **more)
         return summed
 
     def onebit_allgather(
         self, bits: npt.NDArray[np.uint8], plus: float, minus: float, n: int
     ) -> npt.NDArray[np.float32]:
         """The sum of all ranks' signs times their scales (:mod:`hpccomm.collectives.compressed.onebit`)."""
-        body = partial(onebit.onebit_allgather, self, plus=plus, minus=minus, n=n)
-        total: npt.NDArray[np.float32] = self._planner.apply_to_copies("onebit_allgather", body, (bits,))
+        total: npt.NDArray[np.float32] = self._compress("onebit_allgather", (bits,), plus=plus, minus=minus, n=n)
         return total
 
     def onebit_allreduce(
         self, x: npt.NDArray[np.float32], worker_error: npt.NDArray[np.float32], server_error: npt.NDArray[np.float32]
     ) -> onebit.OneBitMean:
         """The mean by one-bit messages: :func:`hpccomm.collectives.compressed.onebit.onebit_allreduce`."""
-        body, arrays = partial(onebit.onebit_allreduce, self), (x, worker_error, server_error)
-        mean: onebit.OneBitMean = self._planner.apply_to_copies("onebit_allreduce", body, arrays, written=2)
+        mean: onebit.OneBitMean = self._compress("onebit_allreduce", (x, worker_error, server_error), written=2)
         return mean
 
 
 NATIVE_CALLS = {name: getattr(MPI.Intracomm, name) for name in map(str.capitalize, COLLECTIVES)}
 """MPI's own collectives that the entry compares."""
+
+
+def check_world() -> None:
+    """Raise if a launcher has started more ranks than MPI sees."""
+    if MPI.COMM_WORLD.size == 1:
+        from hpccomm import launcher
+
+        launcher.check_world(1, os.environ)
 
 
 def run_padded(

@@ -139,17 +139,9 @@ class PlanCache:
 class Context:
     """The context of one MPI communicator; creating it is collective."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        check_environment(os.environ)
-        self.rank, self.size = comm.rank, comm.size
-        self.private_comm = create_private_comm(comm)
-        self.node = ranks_of_this_node(self.private_comm)
-        self.layout = layout.discover(self.private_comm, self.node, MPI.Get_processor_name())
-        self.members = self.layout.members(int(self.layout.nodes[self.rank]))
-        self.settings = self.private_comm.bcast({name: os.environ.get(name, "") for name in SETTINGS})
-        self.table = self.private_comm.bcast(self.load_table() if self.rank == 0 else None)
-        self.messages = MessageTransport(self.private_comm, self.stray_message_error)
-        self.consistency, self._segment = self.open_consistency_table()
+    def __init__(self, comm: MPI.Intracomm, of: tuple[Context, tuple[int, ...]] | None = None) -> None:
+        """``of``: the context and the ranks there of which ``comm`` is a level: nothing is read, sent or opened."""
+        self._comm, self.rank, self.size = unwrap(comm), comm.rank, comm.size
         self.users: weakref.WeakSet[PlanCache] = weakref.WeakSet()
         self.closed = False
         self.queue: Any = None
@@ -159,10 +151,77 @@ class Context:
         """0 before the first collective; rises when calls may run in another way than before."""
         self.node_memory: SharedMemory | None = None
         """Shared memory of this node's ranks; ``None`` on all nodes if it is not available on one of them."""
+        self.awaits_code = False
+        """Whether other algorithms take the calls of this node until shared memory's functions are compiled."""
         self._schedules: Schedules | None = None
         self._decisions: dict[Hashable, tuning.Choice] = {}
-        self.awaits_code = self.must_await_code()
         self._look_again = 0.0
+        self.consistency: consistency.ConsistencyTable | None = None
+        self.level_table: consistency.ConsistencyTable | None = None
+        """The consistency table of the level of this node's ranks."""
+        self._segment: SharedSegment | None = None
+        if of:
+            self._take_from(*of)
+        else:
+            self._agree()
+
+    def _agree(self) -> None:
+        """Find out which ranks share a node, and take rank 0's settings and tuning table (collective)."""
+        check_environment(os.environ)
+        self.node = self._find_node()
+        offer = None
+        if self.rank == 0:
+            self.settings = {name: os.environ.get(name, "") for name in SETTINGS}
+            offer = self.settings, self.load_table(), MPI.Get_processor_name()
+        self.settings, self.table, name = self.private_comm.bcast(offer)
+        self._agreed = self.table
+        if self.node is self.private_comm or self.size == 1:
+            self.layout = layout.on_one_node(self.size, name)
+        else:
+            self.layout = layout.discover(self.private_comm, self.node, MPI.Get_processor_name())
+        self.open_consistency_tables()
+
+    def _find_node(self) -> MPI.Intracomm:
+        """The ranks of this node, for our messages (collective); what MPI has made of all ranks is their level."""
+        if self.size == 1:
+            return MPI.COMM_SELF
+        node = ranks_of_this_node(self.private_comm)
+        if node.size == self.size:
+            self.levels["intra"] = node
+            return self.private_comm
+        if node.size > 1:
+            return node
+        node.Free()
+        return MPI.COMM_SELF
+
+    @Once
+    def node(self) -> MPI.Intracomm:
+        """The ranks of this node, in rank order, for our messages; the first use of a level's is collective."""
+        return self.private_comm if len(self.members) > 1 else MPI.COMM_SELF
+
+    def _take_from(self, parent: Context, ranks: tuple[int, ...]) -> None:
+        """Take everything from the context of which this one is a level; ``ranks`` are its ranks there.
+
+        The tuning table is the one that all ranks agreed on: they may ask for a level at different times.
+        """
+        self.settings, self.table, self.layout = parent.settings, parent._agreed, parent.layout.select(ranks)
+        self._agreed = self.table
+        self.consistency = parent.level_table if self.layout.count == 1 < self.size else None
+
+    @Once
+    def members(self) -> tuple[int, ...]:
+        """The ranks of this node."""
+        return self.layout.members(int(self.layout.nodes[self.rank]))
+
+    @Once
+    def private_comm(self) -> MPI.Intracomm:
+        """A communicator of the same ranks for our messages; the first use is collective."""
+        return create_private_comm(self._comm)
+
+    @Once
+    def messages(self) -> MessageTransport:
+        """Messages of schedules."""
+        return MessageTransport(self.private_comm, self.stray_message_error)
 
     def prepare(self, name: str) -> None:
         """Set up what collectives need, at the first one, which is called ``name`` (collective).
@@ -173,7 +232,7 @@ class Context:
             return
         if self.closed:
             raise ArgumentError(f"rank {self.rank}: {name}: the communicator has been freed: make a new one")
-        self.run_together(Fingerprint(name), self.make_memory)
+        self.run_together(Fingerprint(name), self.set_up)
         self.stage = 1
 
     def run_together(self, fingerprint: Fingerprint, body: Callable[[], None]) -> None:
@@ -189,6 +248,11 @@ class Context:
         except BaseException:
             table.abandon()
             raise
+
+    def set_up(self) -> None:
+        """Make shared memory, unless its functions must be compiled first (collective)."""
+        self.awaits_code = self.must_await_code()
+        self.make_memory()
 
     def make_memory(self) -> None:
         """Make the shared memory of this node, and what is built on it (collective)."""
@@ -217,18 +281,25 @@ class Context:
         self.run_together(Fingerprint("Reduce_scatter without recvcounts"), exchange)
         return tuple(counts.tolist())
 
-    def open_consistency_table(self) -> tuple[consistency.ConsistencyTable | None, SharedSegment | None]:
-        """The consistency table of this node's ranks; ``None`` for one rank or without shared memory."""
-        if self.node.size == 1 or self.settings["HPCCOMM_CONSISTENCY"] == "off":
-            return None, None
+    def open_consistency_tables(self) -> None:
+        """Open the consistency tables of this node's ranks and of the level that they are.
+
+        Both are ``None`` for one rank or without shared memory.
+        """
+        ranks = len(self.members)
+        if ranks == 1 or self.settings["HPCCOMM_CONSISTENCY"] == "off":
+            return
+        nbytes = consistency.bytes_needed(ranks)
         try:
-            segment = SharedSegment(self.node, consistency.bytes_needed(self.node.size))
+            self._segment = SharedSegment(self.node, 2 * nbytes)
         except TransportError as error:
             consistency.log_line(f"rank {self.rank}: no consistency table, mismatched calls may hang: {error}")
-            return None, None
-        table = consistency.ConsistencyTable(segment.buffer, self.members, self.rank)
-        table.progress = self.private_comm.Iprobe
-        return table, segment
+            return
+        memory, place = memoryview(self._segment.buffer), self.layout.local_rank(self.rank)
+        self.consistency = consistency.ConsistencyTable(memory[:nbytes], self.members, self.rank)
+        self.level_table = consistency.ConsistencyTable(memory[nbytes : 2 * nbytes], tuple(range(ranks)), place)
+        for table in (self.consistency, self.level_table):
+            table.progress = self.private_comm.Iprobe
 
     @property
     def shared_memory(self) -> SharedMemory | None:
@@ -253,7 +324,9 @@ class Context:
                 warn_once(memory.trouble)
         except TransportError as error:
             trouble = str(error)
-        troubles = [each for each in self.private_comm.allgather(trouble) if each]
+        # the ranks of a node raise together
+        all_troubles = self.private_comm.allgather(trouble) if self.layout.count > 1 else [trouble]
+        troubles = [each for each in all_troubles if each]
         if not troubles:
             if self.consistency and memory:
                 self.consistency.last_shared_call = memory.last_call
@@ -373,14 +446,29 @@ class Context:
     def level(self, name: str) -> MPI.Intracomm:
         """MPI's communicator ``"intra"``, the ranks of this node, or ``"inter"``, those with the same local rank.
 
-        Both are made at the first request, which is collective.
+        On several nodes both are made at the first request, which is collective.
         """
-        if not self.levels:
-            node, place = int(self.layout.nodes[self.rank]), self.layout.local_rank(self.rank)
-            for each, color in (("intra", node), ("inter", place)):
-                self.levels[each] = MPI.Intracomm(self.private_comm.Split(color, self.rank))
-                context_of(self.levels[each])
-        return self.levels[name]
+        if name not in self.levels:
+            self._make_level(name)
+        made = self.levels[name]
+        if made == MPI.COMM_NULL:
+            raise ArgumentError(f"rank {self.rank}: {name}_node has been freed: leave it to its communicator's Free")
+        if made.Get_attr(CONTEXT_KEY) is None:
+            channel = self.layout.channel(self.rank)
+            made.Set_attr(CONTEXT_KEY, Context(made, (self, self.members if name == "intra" else channel)))
+        return made
+
+    def _make_level(self, name: str) -> None:
+        """Make a level; one of one rank without a message."""
+        place = self.layout.local_rank(self.rank)
+        if self.layout.count > 1:
+            colors = {"intra": int(self.layout.nodes[self.rank]), "inter": place}
+            made = {each: self.private_comm.Split(color, self.rank) for each, color in colors.items()}
+        elif name == "intra" and self.size > 1:
+            made = {name: self.private_comm.Split(0, self.rank)}
+        else:
+            made = {name: MPI.COMM_SELF.Split(0, 0)}
+        self.levels |= {each: MPI.Intracomm(level) for each, level in made.items()}
 
     def close(self) -> None:
         """Free all resources (collective)."""
@@ -388,17 +476,17 @@ class Context:
             self.queue.close()
         self.closed, self.stage = True, 0
         for level in self.levels.values():
-            level.Free()
-        for each in list(self.users):
-            each.close()
-        if self.consistency:
-            self.consistency.close()
-        for memory in (self._segment, self.node_memory):
-            if memory:
-                memory.close()
-        if self.node != self.private_comm:
+            if level != MPI.COMM_NULL:
+                level.Free()
+        for plans in list(self.users):
+            plans.close()
+        for each in (self.consistency, self.level_table, self._segment, self.node_memory):
+            if each:
+                each.close()
+        if 1 < len(self.members) < self.size:
             self.node.Free()
-        self.messages.close()
+        if "private_comm" in vars(self):
+            self.private_comm.Free()
 
 
 @cache
@@ -434,12 +522,8 @@ def context_of(comm: MPI.Intracomm) -> Context:
 
 
 def ranks_of_this_node(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """The ranks that share memory with this one, in rank order (collective); ``comm`` itself if these are all."""
-    node = MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
-    if node.size < comm.size:
-        return node
-    node.Free()
-    return comm
+    """The ranks that share memory with this one, in rank order (collective)."""
+    return MPI.Intracomm(comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
 
 
 def create_private_comm(comm: MPI.Intracomm) -> MPI.Intracomm:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.arrays import DeviceArray, bfloat16, convert_like, is_on_device, read_device
+from hpccomm.arrays import DeviceArray, StreamBuffer, array_of, bfloat16, convert_like, read_device
 from hpccomm.backends import cuda_ipc, device_selection
 from hpccomm.backends import nccl as nvidia
 from hpccomm.backends.cuda_ipc import PeerCopy, PeerReduce, Phase
@@ -31,6 +31,7 @@ from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels.reductions.reference import code_of, has_kernel
 from hpccomm.performance.units import format_count
 from hpccomm.planner import IN_PLACE, Counts, Planner, is_in_place
+from hpccomm.settings import DEVICE_SETTING, ON_HOST
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging
 
@@ -38,20 +39,6 @@ Host = Callable[[Any, Any], Any]
 """A collective of host arrays: ``host(send, recv)``."""
 COLLECTIVES = {"Allgatherv": "allgather", "Reduce_scatter_block": "reduce_scatter"}
 """The collective whose algorithms a call uses, if its name is another."""
-
-
-class StreamBuffer:
-    """An array, or a form of mpi4py, with pending work on a stream that the array does not declare."""
-
-    def __init__(self, given: Any, stream: Any) -> None:
-        self.buffer, self.stream = given, stream
-
-
-def array_of(given: Any) -> Any:
-    """The device array in a buffer or a form; ``None`` if there is none."""
-    data = given.buffer if isinstance(given, StreamBuffer) else given
-    data = data[0] if isinstance(data, list | tuple) and data else data
-    return data if is_on_device(data) else None
 
 
 class Operand:
@@ -104,7 +91,11 @@ def check_place(array: DeviceArray, device: cuda.Device, who: str) -> None:
 
 
 class DevicePlanner(Planner):
-    """A planner that also takes arrays on a device."""
+    """A planner of calls with an array on a device."""
+
+    def __init__(self, comm: Any, in_lockstep: bool = False) -> None:
+        super().__init__(comm)
+        self.in_lockstep = in_lockstep
 
     @Once
     def staging(self) -> Staging:
@@ -127,22 +118,12 @@ class DevicePlanner(Planner):
             self._transports.free()
         self._transports = None
 
-    def uses_device(self, given: Any) -> bool:
-        """Whether a buffer lies on a device, and rank 0's setting does not declare it as host memory (collective)."""
-        return array_of(given) is not None and self.context.settings[cuda.TRANSPORT] != cuda.ON_HOST
-
-    def attach_stream(self, stream: Any, *buffers: Any) -> tuple[Any, ...]:
-        """The buffers; those on a device with their stream (collective)."""
-        return tuple(StreamBuffer(each, stream) if self.uses_device(each) else each for each in buffers)
-
-    def operands(self, who: str, *buffers: Any, parts: bool = False) -> list[Operand | None] | None:
-        """The buffers on a device (``None`` for no buffer and for in place); ``None`` if all are on the host.
+    def operands(self, who: str, *buffers: Any, parts: bool = False) -> list[Operand | None]:
+        """The buffers on a device; ``None`` for no buffer and for in place.
 
         ``parts``: the last buffer has one block per rank, so its displacements belong to the blocks.
         """
         there = [self.uses_device(each) for each in buffers]
-        if not any(there):
-            return None
         for each, lies in zip(buffers, there, strict=True):
             if not lies and not is_in_place(each):
                 raise ArgumentError(
@@ -240,13 +221,12 @@ class DevicePlanner(Planner):
 
     def operand_of(self, x: Any, name: str, stream: Any) -> Operand:
         """Read one array on a device."""
-        operands = self.operands(self.call_label(name), StreamBuffer(x, stream))
-        if operands is None or operands[0] is None:
+        if not self.uses_device(x):
             raise ArgumentError(
-                f"{self.call_label(name)}: {cuda.TRANSPORT}={cuda.ON_HOST} is for the methods of Communicator only: "
+                f"{self.call_label(name)}: {DEVICE_SETTING}={ON_HOST} is for the methods of Communicator only: "
                 "pass a NumPy array of the same memory"
             )
-        return operands[0]
+        return Operand(StreamBuffer(x, stream), self.require_device(self.call_label(name)), self.call_label(name))
 
     def divide(self, x: Any) -> None:
         """Divide an array by the number of ranks, on the device."""
@@ -277,8 +257,6 @@ class DevicePlanner(Planner):
         """Allreduce."""
         who = self.call_label("Allreduce")
         operands = self.operands(who, sendbuf, recvbuf)
-        if operands is None:
-            return super().allreduce(key, sendbuf, recvbuf, op, algorithm)
         send, recv = self.reduction_operands(operands, op, who)
         host = host_call(self.comm.Allreduce, op, algorithm, reproducible)
         n, code, op_name = recv.buffer.elements, code_of(recv.dtype), operations.name_of(op)
@@ -314,8 +292,6 @@ class DevicePlanner(Planner):
         who, here = self.call_label("Reduce"), self.rank == root
         self.check_root(root, who)
         operands = self.operands(who, sendbuf, recvbuf if here else None)
-        if operands is None:
-            return super().reduce(key, sendbuf, recvbuf, op, root, algorithm)
         if here:
             send, recv = self.reduction_operands(operands, op, who)
         else:
@@ -334,12 +310,10 @@ class DevicePlanner(Planner):
         )
         return self.bind_call("Reduce", operands, call, op, root, n, algorithm, reproducible)
 
-    def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Plan:
+    def bcast(self, key: Hashable, sendbuf: None, buf: Any, root: int, algorithm: str | None) -> Plan:
         """Bcast."""
         who, comm, here = self.call_label("Bcast"), self.comm, self.rank == root
         operands = self.operands(who, buf)
-        if operands is None:
-            return super().bcast(key, buf, root, algorithm)
         (data,) = operands
         assert data is not None
         self.check_root(root, who)
@@ -353,7 +327,7 @@ class DevicePlanner(Planner):
             buffer.nbytes,
             lambda: elementwise_chunks(n, data if here else None, None if here else data, host),
             lambda room: plan_broadcast(n, data, root, here, room),
-            lambda: Planner.bcast(self, None, buffer, root, "native"),
+            lambda: Planner.bcast(self, None, None, buffer, root, "native"),
             lambda nccl: nccl.bcast(buffer.address, buffer.nbytes, root),
         )
         return self.bind_call("Bcast", operands, call, None, root, n, algorithm)
@@ -362,8 +336,6 @@ class DevicePlanner(Planner):
         """Allgather."""
         who, p, me = self.call_label("Allgather"), self.size, self.rank
         operands = self.operands(who, sendbuf, recvbuf)
-        if operands is None:
-            return super().allgather(key, sendbuf, recvbuf, algorithm)
         send, recv, in_place = self.transfer_operands(operands, who)
         each, width = recv.buffer.block_length(p), recv.dtype.itemsize
         counts, displs = (each,) * p, tuple(each * k for k in range(p))
@@ -386,8 +358,6 @@ class DevicePlanner(Planner):
         """Allgatherv, in one chunk."""
         who, comm, p, me = self.call_label("Allgatherv"), self.comm, self.size, self.rank
         operands = self.operands(who, sendbuf, recvbuf, parts=True)
-        if operands is None:
-            return super().allgatherv(key, sendbuf, recvbuf, algorithm)
         send, recv, in_place = self.transfer_operands(operands, who)
         counts, displs = recv.buffer.blocks(p)
         if len(counts) != p:
@@ -423,8 +393,6 @@ class DevicePlanner(Planner):
         """Alltoall."""
         who, p, me = self.call_label("Alltoall"), self.size, self.rank
         operands = self.operands(who, sendbuf, recvbuf)
-        if operands is None:
-            return super().alltoall(key, sendbuf, recvbuf, algorithm)
         send, recv, in_place = self.transfer_operands(operands, who)
         each, width = recv.buffer.block_length(p), recv.dtype.itemsize
         sent, nbytes = send.buffer.block_length(p), each * width
@@ -454,8 +422,6 @@ class DevicePlanner(Planner):
         """Reduce_scatter_block."""
         who, p, me = self.call_label("Reduce_scatter_block"), self.size, self.rank
         operands = self.operands(who, sendbuf, recvbuf)
-        if operands is None:
-            return super().reduce_scatter_block(key, sendbuf, recvbuf, op, algorithm)
         send, recv, in_place = self.transfer_operands(operands, who)
         for operand in (send, recv):
             self.read_operand(operand.buffer, op, who)
@@ -490,8 +456,6 @@ class DevicePlanner(Planner):
         """Reduce_scatter, in one chunk."""
         who = self.call_label("Reduce_scatter")
         operands = self.operands(who, sendbuf, recvbuf)
-        if operands is None:
-            return super().reduce_scatter(key, sendbuf, recvbuf, recvcounts, op, algorithm)
         send, recv, in_place = self.transfer_operands(operands, who)
         for operand in (send, recv):
             self.read_operand(operand.buffer, op, who)
@@ -511,24 +475,13 @@ class DevicePlanner(Planner):
         self, key: Hashable, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op
     ) -> Plan | None:
         """Bind a reduction whose bits do not depend on order: chunk by chunk on the host."""
-        read = buffers[:1] if name == "Reduce" and self.rank != arguments[-1] else buffers
-        if not any(self.uses_device(each) for each in read):
-            return super().bind_reproducible(key, name, buffers, arguments, op)
         plan: Plan = getattr(self, name.lower())(None, *buffers, *arguments, None, reproducible=True)
         return plan
-
-    def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Plan:
-        """Allreduce_view; its registered memory is on the host."""
-        if self.uses_device(buf):
-            raise ArgumentError(f"{self.call_label('Allreduce_view')}: the array lies on a device: use Allreduce")
-        return super().allreduce_view(key, buf, op)
 
     def bind_inherited(
         self, key: Hashable, name: str, buffers: tuple[Any, ...], root: int | None = None, op: Any = None
     ) -> Plan:
         """MPI's own collectives run on host copies; arrays may lie on a device on some ranks only."""
-        if not any(self.uses_device(each) for each in buffers):
-            return super().bind_inherited(key, name, buffers, root, op)
         who = self.call_label(name)
         both = [self.copy_to_host(each, who) for each in buffers]
         into = both[1][1]
@@ -559,8 +512,6 @@ class DevicePlanner(Planner):
 
         The function writes the last ``written`` of the arrays.
         """
-        if not any(self.uses_device(each) for each in arrays):
-            return function(*arrays)
         both = [self.copy_to_host(each, self.call_label(name)) for each in arrays]
         result = function(*(copy for copy, _ in both))
         for copy, known in both[len(both) - written :]:

@@ -138,7 +138,7 @@ def bind_ours(planner: Any, collective: str, algorithm: str, length: int) -> Any
     send, recv = scratch(collective, planner.size, length)
     method = getattr(planner, {"reduce_scatter": "reduce_scatter_block"}.get(collective, collective))
     arguments = {
-        "bcast": (recv, 0),
+        "bcast": (None, recv, 0),
         "allreduce": (send, recv, MPI.SUM),
         "reduce": (send, recv, MPI.SUM, 0),
         "reduce_scatter": (send, recv, MPI.SUM),

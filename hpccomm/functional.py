@@ -1,7 +1,7 @@
 """Collectives as functions of arrays of any library: the result has the type of the input, which is never written.
 
 *p ranks; x has the same dtype on every rank.*  Every function copies its input at most once; results are new arrays in
-C order.  16-bit floats are reduced in float32 and rounded once (:mod:`hpccomm.arrays`).
+C order.  16-bit floats are added in float32 (:mod:`hpccomm.arrays`).
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ _communicators: dict[int, Communicator] = {}
 
 
 def operation(op: MPI.Op | str, array: Array | DeviceArray, who: str) -> Reduction:
-    """The meaning of ``op`` on this dtype; 16-bit floats are reduced in float32."""
+    """The meaning of ``op`` on this dtype; 16-bit floats are added in float32."""
     return resolve(op, who, reduction_dtype(array.dtype))
 
 

@@ -6,20 +6,18 @@ Python under ``python -m mpi4py``, so that an uncaught exception on one rank abo
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import re
-import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from hpccomm.arguments import Parser
 from hpccomm.errors import LaunchError
+
+if TYPE_CHECKING:
+    import argparse
 
 PROBE_SCRIPT = """
 import mpi4py
@@ -81,6 +79,8 @@ class Library(NamedTuple):
 @functools.cache
 def library() -> Library:
     """Find the library in a subprocess, so that this process never starts MPI."""
+    import subprocess
+
     probe = subprocess.run([sys.executable, "-c", PROBE_SCRIPT], capture_output=True, text=True, check=False)
     if probe.returncode:
         why = probe.stderr.strip().rsplit("\n", 1)[-1]
@@ -94,6 +94,8 @@ def library() -> Library:
 
 def find_launcher(found: Library) -> str:
     """The launcher of this library: beside Python, beside the library, or on the path."""
+    import shutil
+
     beside = [str(Path(sys.executable).parent), *(str(folder / "bin") for folder in Path(found.path).parents[1:2])]
     rejected = []
     for folder in [*beside, *os.environ.get("PATH", "").split(os.pathsep)]:
@@ -113,6 +115,8 @@ def find_launcher(found: Library) -> str:
 @functools.cache
 def belongs(program: str, family: Family) -> bool:
     """Whether a launcher is of this family, by its ``--version``."""
+    import subprocess
+
     try:
         output = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -237,6 +241,8 @@ def check_world(comm_size: int, environ: Mapping[str, str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The flags of ``hpccomm-run``."""
+    from hpccomm.arguments import Parser
+
     made = Parser(
         prog="hpccomm-run",
         description="Start ranks with the launcher that belongs to the MPI library that mpi4py loads.",
@@ -272,6 +278,8 @@ def trace_into(file: Path | None) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``hpccomm-run``: replace this process by the launcher."""
+    import shlex
+
     own, program = split_arguments(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(own)
     if not program or args.ranks < 1:

@@ -65,6 +65,17 @@ class Layout:
         """The ranks on a node, in order."""
         return tuple(np.flatnonzero(self.nodes == node).tolist())
 
+    def select(self, ranks: tuple[int, ...]) -> Layout:
+        """The layout of these ranks alone, in this order."""
+        of = self.nodes[list(ranks)].tolist()
+        kept = list(dict.fromkeys(of))
+        return Layout(np.array([kept.index(each) for each in of], np.int64), tuple(self.names[each] for each in kept))
+
+    def channel(self, rank: int) -> tuple[int, ...]:
+        """The ranks with the same local rank as this one, in order."""
+        place, nodes = self.local_rank(rank), map(self.members, range(self.count))
+        return tuple(sorted(each[place] for each in nodes if place < len(each)))
+
     def local_rank(self, rank: int) -> int:
         """The position of a rank among the ranks of its node, from 0."""
         return self.members(int(self.nodes[rank])).index(rank)
@@ -98,6 +109,11 @@ def read_attribute(file: Path) -> str:
         return file.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def on_one_node(p: int, name: str) -> Layout:
+    """The layout of p ranks that share a node."""
+    return Layout(np.zeros(p, np.int64), (name,))
 
 
 def discover(comm: Any, node: Any, name: str) -> Layout:

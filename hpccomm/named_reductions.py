@@ -9,20 +9,22 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.calls import operations
 from hpccomm.calls.buffers import Buffer
 from hpccomm.errors import ArgumentError
-from hpccomm.planner import IN_PLACE, Float32Copy, is_in_place
+from hpccomm.kernels.reductions.reference import code_of, narrow, storage, widen
+from hpccomm.planner import IN_PLACE, is_in_place
 
 
 def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any, **rest: Any) -> None:
     """Run ``comm.<name>(sendbuf, recvbuf, **rest)`` with the operation that ``op`` means."""
     who, planner = f"rank {comm.rank}: {name}", comm._planner
     data = recvbuf if is_in_place(sendbuf) else sendbuf
-    operands = planner.operands(who, data)
-    buffer = operands[0].buffer if operands else planner.read_buffer(data, who)
+    on_device = planner.uses_device(data)
+    buffer = comm._device_planner.operands(who, data)[0].buffer if on_device else planner.read_buffer(data, who)
     meaning = operations.resolve(op, who, np.dtype("f4") if buffer.half else buffer.dtype)
     call = partial(getattr(comm, name), op=meaning.op, **rest)
     if not meaning.divides:
@@ -31,12 +33,12 @@ def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any
     if buffer.opaque:
         raise ArgumentError(f"{who}: a derived datatype cannot be averaged: use op='sum' and divide")
     receives = rest.get("root", comm.rank) == comm.rank
-    if operands:
+    if on_device:
         if buffer.dtype is None or buffer.half:
             raise ArgumentError(f"{who}: {buffer.kind} on a device: use hpccomm.allreduce(x, 'avg')")
         call(sendbuf, recvbuf)
         if receives:
-            planner.divide(recvbuf)
+            comm.divide(recvbuf)
     elif buffer.half:
         average_halves(call, buffer, None if is_in_place(sendbuf) else recvbuf, receives, planner, who)
     else:
@@ -46,15 +48,27 @@ def run_named(comm: Any, name: str, op: MPI.Op | str, sendbuf: Any, recvbuf: Any
 
 
 def average_halves(call: Any, data: Buffer, recvbuf: Any, receives: bool, planner: Any, who: str) -> None:
-    """Average 16-bit floats in float32; in place if ``recvbuf`` is ``None``."""
+    """Average 16-bit floats in float32, as their sum may overflow; in place if ``recvbuf`` is ``None``."""
     in_place = receives and recvbuf is None
-    wide = Float32Copy(data)
-    result = wide if in_place else Float32Copy(planner.read_buffer(recvbuf, who)) if receives else None
-    wide.widen()
-    call(IN_PLACE if in_place else wide.buffer.raw, result.buffer.raw if result else None)
-    if result:
-        divide(result.buffer.raw, planner.size)
-        result.narrow()
+    wide = values_of(data)
+    into = data if in_place else planner.read_buffer(recvbuf, who, writable=True) if receives else None
+    result = wide if in_place or not into else values_of(into)
+    call(IN_PLACE if in_place else wide, result if into else None)
+    if into:
+        divide(result, planner.size)
+        stored, code = view_halves(into)
+        stored[...] = narrow(result, code)
+
+
+def view_halves(buffer: Buffer) -> tuple[npt.NDArray[Any], str]:
+    """The elements of 16-bit floats as they are stored, and the code of their dtype."""
+    code = code_of(buffer.half)
+    return buffer.vector().view(storage(code)), code
+
+
+def values_of(buffer: Buffer) -> npt.NDArray[np.float32]:
+    """A float32 copy of 16-bit floats."""
+    return widen(*view_halves(buffer))
 
 
 def divide(result: Any, size: int) -> None:

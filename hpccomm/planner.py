@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from hpccomm.arrays import StreamBuffer, array_of
 from hpccomm.backends.interpreter import CompiledSchedule
 from hpccomm.backends.schedules import Reduction
 from hpccomm.calls import operations
@@ -50,6 +51,7 @@ from hpccomm.kernels.entry.records import NOT_COMPARED
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
 from hpccomm.performance.tuning import BLOCKWISE, Choice
 from hpccomm.performance.units import format_count
+from hpccomm.settings import DEVICE_SETTING, ON_HOST
 
 IN_PLACE = MPI.IN_PLACE
 Counts = tuple[int, ...]
@@ -103,6 +105,14 @@ class Planner:
         made: Context = self.comm.context
         return made
 
+    def uses_device(self, given: Any) -> bool:
+        """Whether a buffer lies on a device, and rank 0's setting does not declare it as host memory (collective)."""
+        return array_of(given) is not None and self.context.settings[DEVICE_SETTING] != ON_HOST
+
+    def attach_stream(self, stream: Any, *buffers: Any) -> tuple[Any, ...]:
+        """The buffers; those on a device with their stream (collective)."""
+        return tuple(StreamBuffer(each, stream) if self.uses_device(each) else each for each in buffers)
+
     def open_doors(self) -> None:
         """Let the compiled entry take calls, where there is one."""
         context, memory, plans = self.context, self.shared_memory, self.comm.plans
@@ -126,13 +136,10 @@ class Planner:
         who = self.call_label("Allreduce")
         send, recv = self.reduction_buffers(sendbuf, recvbuf, op, who)
         choice = self.choose("allreduce", recv, op, algorithm, who)
-        if recv.half and choice.algorithm != "shared":
-            a, b = Float32Copy(send), Float32Copy(recv)
-            inner = self.allreduce(None, IN_PLACE if send is recv else a.buffer, b.buffer, op, choice.algorithm)
-            return self.keep_widened(key, b if send is recv else a, inner, b)
         fingerprint = self.fingerprint("Allreduce", recv, choice, algorithm, op)
         if choice.algorithm == "native":
-            return self.bind_native(key, fingerprint, "Allreduce", (send, recv), (op,), choice)
+            native = operations.on_halves(op, recv.kind)
+            return self.bind_native(key, fingerprint, "Allreduce", (send, recv), (native,), choice)
         vector, source = recv.vector(), None if send is recv else send.vector()
         if choice.algorithm == "shared":
             ends = send.address, recv.address
@@ -151,6 +158,8 @@ class Planner:
     def allreduce_view(self, key: Hashable, buf: Any, op: MPI.Op) -> Plan:
         """Allreduce into one result per node, or into one result per rank where ranks share no memory."""
         who = self.call_label("Allreduce_view")
+        if self.uses_device(buf):
+            raise ArgumentError(f"{who}: the array lies on a device: use Allreduce")
         send, shared, op_name = self.read_operand(buf, op, who), self.shared_memory, operations.name_of(op)
         if send.dtype is None:
             raise ArgumentError(f"{who}: the buffer is not an array: pass one from comm.empty(shape, dtype)")
@@ -181,16 +190,11 @@ class Planner:
         else:
             send = recv = self.read_operand(sendbuf, op, who)
         choice = self.choose("reduce", send, op, algorithm, who)
-        if send.half and choice.algorithm != "shared":
-            here, a = self.rank == root, Float32Copy(send)
-            b = a if send is recv else Float32Copy(recv)
-            result = b.buffer if here else None
-            inner = self.reduce(None, IN_PLACE if here and b is a else a.buffer, result, op, root, choice.algorithm)
-            return self.keep_widened(key, a, inner, b if here else None)
         fingerprint = self.fingerprint("Reduce", send, choice, algorithm, op, root)
         if choice.algorithm == "native":
             into = recv if self.rank == root else Buffer(None)
-            return self.bind_native(key, fingerprint, "Reduce", (send, into), (op, root), choice)
+            native = operations.on_halves(op, send.kind)
+            return self.bind_native(key, fingerprint, "Reduce", (send, into), (native, root), choice)
         source = send.vector()
         if choice.algorithm == "shared":
             ends = send.address, recv.address if self.rank == root else 0
@@ -252,15 +256,11 @@ class Planner:
         send, recv = buffers
         op = arguments[-1]
         choice = self.choose("reduce_scatter", send, op, algorithm, self.call_label(name))
-        if send.half and choice.algorithm != "shared":
-            a = Float32Copy(send)
-            b = Float32Copy(recv) if recv is not send else a
-            inner = self.bind_reduce_scatter(None, name, (a.buffer, b.buffer), counts, arguments, choice.algorithm)
-            return self.keep_widened(key, a, inner, b)
         count = str(counts[0]) if name == "Reduce_scatter_block" else describe_counts(counts)
         fingerprint = self.fingerprint(name, send, choice, algorithm, op, count=count)
         if choice.algorithm == "native":
-            return self.bind_native(key, fingerprint, name, (send, recv), arguments, choice)
+            native = operations.on_halves(op, send.kind)
+            return self.bind_native(key, fingerprint, name, (send, recv), (*arguments[:-1], native), choice)
         into, source = recv.vector(counts[self.rank]), send.vector(sum(counts))
         if choice.algorithm == "shared":
             method = self.shared_memory.bind_reduce_scatter
@@ -394,7 +394,7 @@ class Planner:
         inner = self.bind_allgather(None, "Allgather", mine, gathered, counts, algorithm)
         return self.comm.plans.keep(key, Plan(compose([out.pack, inner.run, into.unpack]), inner.free))
 
-    def bcast(self, key: Hashable, buf: Any, root: int, algorithm: str | None) -> Plan:
+    def bcast(self, key: Hashable, sendbuf: None, buf: Any, root: int, algorithm: str | None) -> Plan:
         """Bcast."""
         who = self.call_label("Bcast")
         self.check_root(root, who)
@@ -447,7 +447,7 @@ class Planner:
         after = received_bytes.unpack if received_bytes else None
         return self.keep_shared(key, fingerprint, shared, choice, before, after)
 
-    def barrier(self, key: Hashable) -> Plan:
+    def barrier(self, key: Hashable, sendbuf: None, recvbuf: None, algorithm: None) -> Plan:
         """Barrier; in shared memory the barrier itself compares the calls of all ranks."""
         comm, fingerprint = self.comm, Fingerprint("Barrier")
         setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], "barrier")
@@ -735,7 +735,7 @@ class Planner:
         """Whether MPI's own algorithm may drop a NaN."""
         extreme = op is not None and operations.name_of(op) in ("min", "max", "minloc", "maxloc")
         value = data.dtype[0] if data.dtype is not None and data.pair else data.dtype
-        return extreme and bool(data.half or (value is not None and value.kind == "f"))
+        return extreme and value is not None and value.kind == "f"
 
     def candidates(self, collective: str, data: Buffer, op: MPI.Op | None) -> tuple[str, ...]:
         """The algorithms of hpccomm, ``shared`` included, that can take this call."""
@@ -923,11 +923,6 @@ class Planner:
 
         return drive
 
-    def keep_widened(self, key: Hashable, first: Float32Copy, inner: Plan, last: Float32Copy | None) -> Plan:
-        """A plan on 16-bit floats, which are reduced in float32 and rounded once."""
-        plan = Plan(compose([first.widen, inner.run, last.narrow if last else None]), inner.free)
-        return self.comm.plans.keep(key, plan)
-
     def guard(self, fingerprint: Fingerprint, body: Run, lockstep: bool, amounts: Amounts | None = None) -> Run:
         """Run ``body`` between two comparisons with the other ranks' calls.
 
@@ -983,25 +978,6 @@ def read_only_view(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-class Float32Copy:
-    """A float32 copy of 16-bit floats."""
-
-    def __init__(self, buffer: Buffer) -> None:
-        self._code = code_of(buffer.half)
-        stored = buffer.vector()
-        self._stored = stored if self._code == "bf16" else stored.view(buffer.half)
-        self._values = np.empty(stored.size, "f4")
-        self.buffer = replace(read(self._values, ""), order=buffer.order, element_name=f"{buffer.half} in float32")
-
-    def widen(self) -> None:
-        """Copy from the user's memory."""
-        self._values[...] = widen(self._stored, self._code)
-
-    def narrow(self) -> None:
-        """Copy into the user's memory, rounded to nearest even."""
-        self._stored[...] = narrow(self._values, self._code)
 
 
 class ExactSum:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 
 from hpccomm.errors import ArgumentError
@@ -41,6 +40,11 @@ def elsewhere(value: str) -> str:
     return ""
 
 
+DEVICE_SETTING = "HPCCOMM_GPU_TRANSPORT"
+"""The environment variable that names the transport for arrays on a device."""
+ON_HOST = "host"
+"""Its value for device arrays in memory that the host can address, such as managed memory."""
+
 CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_ALGORITHM": elsewhere,
     "HPCCOMM_CACHE": elsewhere,
@@ -48,7 +52,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "HPCCOMM_CONSISTENCY": on_or_off,
     "HPCCOMM_ENTRY": on_or_off,
     "HPCCOMM_EXCEPTHOOK": on_or_off,
-    "HPCCOMM_GPU_TRANSPORT": elsewhere,
+    DEVICE_SETTING: elsewhere,
     "HPCCOMM_GUARD": on_or_off,
     "HPCCOMM_MPI": elsewhere,
     "HPCCOMM_PROGRESS": progress_kind,
@@ -68,6 +72,8 @@ def check_environment(environ: Mapping[str, str]) -> None:
         if not name.startswith("HPCCOMM_"):
             continue
         if name not in CHECKS:
+            import difflib
+
             close = difflib.get_close_matches(name, CHECKS, 1, cutoff=0.8)
             raise ArgumentError(f"{name} is not a setting of hpccomm: use {' or '.join(close or CHECKS)}")
         remedy = CHECKS[name](value) if value else ""

@@ -45,6 +45,11 @@ def test_reframes_command_and_its_regular_expressions() -> None:
     assert "host memory" in done.stderr
 
 
+def test_omb_pys_line_runs_unchanged() -> None:
+    lines = lines_of(bench(2, "run.py --benchmark allgather --buffer numpy --min 4 --max 16 --iterations 5 --skip 1"))
+    assert [line.split()[0] for line in lines[4:-1]] == ["4", "8", "16"]
+
+
 def test_a_barrier_is_one_number() -> None:
     lines = lines_of(bench(3, "osu_barrier -i 10 -x 2"))
     assert lines[:3] == ["", "# OSU MPI Barrier Latency Test v7.4", "# Avg Latency(us)"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from hpccomm import ArgumentError
 from hpccomm.bench import flags, nccl, nccl_flags, osu, plot, report
 from hpccomm.bench.cases import CASES
 from hpccomm.bench.loop import Row, percentile
+from hpccomm.commands.bench import Printer, parse_command
 
 ROW = Row(
     collective="allreduce",
@@ -420,7 +422,10 @@ OTHER_FLAGS = {
     "-G": "hpccomm plot",
     "-D vect:2:4": "-D vect:2:4: derived datatypes",
     "-P PAPI_TOT_CYC:out": "perf stat",
-    "-r CPU": "leave it out",
+    "-r GPU": "leave it out",
+    "--buffer cupy": "on a device with -d cuda",
+    "--device gpu": "on a device with -d cuda",
+    "--pickle": "lower-case methods are not measured",
     "-t 4": "non-blocking",
     "-b multiple": "one buffer",
 }
@@ -462,39 +467,77 @@ def test_nccl_tests_flags_mean_what_they_mean_there() -> None:
     assert parse_line("allreduce -b 8 -e 3M").sizes == (8, 8 + (1 << 20), 8 + (2 << 20))  # steps of 1 MiB, as there
 
 
-COMMON_LINES = [
-    # as people write them in issues and job scripts, after the launcher's own words
-    ("./build/all_reduce_perf -b 8 -e 128M -f 2 -g 1", (8, 128 << 20), True),
-    ("./build/all_reduce_perf -b 8 -e 1G -f 2 -g 1", (8, 1 << 30), True),
-    ("all_reduce_perf -t 1 -g 1 -b 2M -e 32M -d float -o sum", (2 << 20, 32 << 20), True),
-    ("all_reduce_perf -t 1 -g 1 -b 4 -e 32M -f 2 -n 100", (4, 32 << 20), True),
-    ("./all_gather_perf -b 1M -e 64M -f 2 -g 1 -n 20 -w 5 -c 1", (1 << 20, 64 << 20), True),
-    ("alltoall_perf -b 128K -e 1M -f 2 -c 0 -G 0", (128 << 10, 1 << 20), True),
-    ("osu_allreduce -m 4:1048576 -i 1000 -x 200 -f", (4, 1 << 20), False),
-    ("osu_allreduce --full --type mpi_float", (1, 1 << 20), False),
-    ("osu_latency -m 4194304 -x 10 -i 1000 -c D D", (0, 1 << 22), False),
-    ("osu_bw -d cuda D D", (1, 1 << 22), False),
-    ("osu_bcast -m :65536 -z -u 3 -c", (1, 65536), False),
-    ("osu_alltoall -m 1:1M -M 1G", (4, 1 << 20), False),
-    ("allreduce --buffer numpy --min 4 --max 1048576 --iterations 100 --skip 10", (4, 1 << 20), False),
-    ("osu_allreduce -m 4194304:", (4 << 20, 1 << 20), False),
+NCCL, OSU, OMB_PY = "nccl-tests", "OSU", "OMB-Py"
+COMMON_LINES: list[tuple[str, str, str | tuple[str, int, int]]] = [
+    # as people write them in issues, papers and job scripts, after the launcher's own words
+    (NCCL, "./build/all_reduce_perf -b 8 -e 128M -f 2 -g 1", ("allreduce", 8, 128 << 20)),
+    (NCCL, "./build/all_reduce_perf -b 8 -e 1G -f 2 -g 1", ("allreduce", 8, 1 << 30)),
+    (NCCL, "all_reduce_perf -b 32 -f 2 -e 8G", ("allreduce", 32, 8 << 30)),
+    (NCCL, "all_reduce_perf -b1K -e1G -f2 -g1 -t1 -n10", ("allreduce", 1 << 10, 1 << 30)),
+    (NCCL, "/home/me/nccl-tests/build/all_reduce_perf -b 1250M -e 1250M -g 1", ("allreduce", 1250 << 20, 1250 << 20)),
+    (NCCL, "all_reduce_perf_mpi -b 512M -e 8G -f 2 -g 1", ("allreduce", 512 << 20, 8 << 30)),
+    (NCCL, "all_reduce_perf -t 1 -g 1 -b 2M -e 32M -d float -o sum", ("allreduce", 2 << 20, 32 << 20)),
+    (NCCL, "./all_gather_perf -b 1M -e 64M -f 2 -g 1 -n 20 -w 5 -c 1", ("allgather", 1 << 20, 64 << 20)),
+    (NCCL, "reduce_scatter_perf -b 8 -e 128M -f 2 -g 1 -a 1", ("reduce_scatter_block", 8, 128 << 20)),
+    (NCCL, "alltoall_perf -b 128K -e 1M -f 2 -c 0 -G 0", ("alltoall", 128 << 10, 1 << 20)),
+    (NCCL, "all_reduce_perf -b 8 -e 128M -f 128 -g 2", "-g 2: a rank is one process with one buffer: start more ranks"),
+    (NCCL, "all_reduce_perf -b 8 -e 8G -f 2 -g 1 -c 0 -G 1", "-G 1: CUDA graphs are not captured: leave it out"),
+    (NCCL, "sendrecv_perf -b 8 -e 128M -f 2 -g 1", "sendrecv_perf has no counterpart here: use one of all_reduce_perf"),
+    (OSU, "osu_latency", ("latency", 0, 4 << 20)),
+    (OSU, "osu_bw", ("bw", 1, 4 << 20)),
+    (OSU, "./osu_allreduce -m 65536:65536 -i 1000", ("allreduce", 65536, 65536)),
+    (OSU, "osu_allreduce --full --type mpi_float", ("allreduce", 1, 1 << 20)),
+    (OSU, "osu_allreduce -m 4:1048576 -i 1000 -x 200 -f", ("allreduce", 4, 1 << 20)),
+    (OSU, "/opt/osu/mpi/collective/osu_allreduce -m 33554432 -f -r cpu", ("allreduce", 1, 32 << 20)),
+    (OSU, "/opt/osu-micro-benchmarks/mpi/collective/osu_alltoallv -m 64:64", ("alltoallv", 64, 64)),
+    (OSU, "osu_latency -m 4194304 -x 10 -i 1000 -c D D", ("latency", 0, 4 << 20)),
+    (OSU, "osu_bw -d cuda D D", ("bw", 1, 4 << 20)),
+    (OSU, "osu_bcast -m :65536 -z -u 3 -c", ("bcast", 1, 65536)),
+    (OSU, "osu_alltoall -m 1:1M -M 1G", ("alltoall", 4, 1 << 20)),
+    (OSU, "osu_barrier -i 1000", ("barrier", 0, 0)),
+    (OSU, "osu_mbw_mr", "there is no benchmark 'mbw_mr': use one of allreduce"),
+    (OSU, "osu_allreduce -m 4194304:", "no size from 4194304 to 1048576 bytes: give -m MIN:MAX"),
+    (OMB_PY, "run.py --benchmark latency --buffer numpy", ("latency", 0, 4 << 20)),
+    (OMB_PY, "run.py --benchmark allreduce --buffer numpy", ("allreduce", 1, 1 << 20)),
+    (OMB_PY, "python/run.py --benchmark=bw", ("bw", 1, 4 << 20)),
+    (OMB_PY, "run.py", ("latency", 0, 4 << 20)),
+    (OMB_PY, "run.py --buffer bytearray --benchmark bcast --min 4 --max 65536", ("bcast", 4, 65536)),
+    (OMB_PY, "run.py --benchmark allgather --max 1048576 --iterations 100 --skip 10", ("allgather", 1, 1 << 20)),
+    (OMB_PY, "run.py --benchmark reduce_scatter --device cpu", ("reduce_scatter", 1, 1 << 20)),
+    (OMB_PY, "osu_alltoall.py --buffer numpy -i 100 -x 10", ("alltoall", 1, 1 << 20)),
+    (OMB_PY, "run.py --benchmark barrier", ("barrier", 0, 0)),
+    (OMB_PY, "run.py --benchmark bibw --min 8 --max 8", ("bibw", 8, 8)),
+    (
+        OMB_PY,
+        "run.py --benchmark latency --buffer cupy",
+        "--buffer cupy: arrays are NumPy's, or lie on a device with -d",
+    ),
+    (OMB_PY, "run.py --benchmark allreduce --pickle", "--pickle: lower-case methods are not measured: leave it out"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("line", "sizes", "nccl"), COMMON_LINES, ids=lambda each: each if isinstance(each, str) else ""
-)
-def test_the_lines_that_people_know_by_heart_are_read(line: str, sizes: tuple[int, int], nccl: bool) -> None:
+def test_at_least_ten_lines_of_each_family_run() -> None:
+    runs = [family for family, _, meaning in COMMON_LINES if not isinstance(meaning, str)]
+    assert all(runs.count(family) >= 10 for family in (NCCL, OSU, OMB_PY))
+
+
+@pytest.mark.parametrize(("family", "line", "meaning"), COMMON_LINES, ids=[line for _, line, _ in COMMON_LINES])
+def test_the_lines_that_people_know_by_heart_are_read_or_answered_in_one(
+    family: str, line: str, meaning: str | tuple[str, int, int]
+) -> None:
     program, *words = line.split()
-    program_name = nccl_flags.find_program(program)
-    name = program_name or program.removeprefix("osu_")
-    if sizes[0] > sizes[1]:
-        with pytest.raises(ArgumentError, match="no size from 4194304 to 1048576 bytes: give -m MIN:MAX"):
-            flags.parse_flags(name, words, bool(program_name))
+    args = Namespace(help=False, collective=program, flags=words)
+    if isinstance(meaning, str):
+        with pytest.raises(ArgumentError) as error:
+            parse_command(args, Printer(False))
+        assert meaning in str(error.value)
+        assert "\n" not in str(error.value)
         return
-    found = flags.parse_flags(name, words, bool(program_name))
-    assert (found.nccl, found.sizes[0]) == (nccl, sizes[0])
-    assert found.sizes[-1] <= sizes[1] < 2 * found.sizes[-1] or found.step_bytes
+    found = parse_command(args, Printer(False))
+    assert found is not None
+    collective, first, last = meaning
+    assert (found.collective, found.nccl) == (collective, family == NCCL)
+    assert (found.sizes[0], found.sizes[-1]) == (first, last)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from mpi4py import MPI
 
 import hpccomm
 from hpccomm import ArgumentError, MismatchError, arrays
+from hpccomm.arrays import StreamBuffer
 from hpccomm.calls.plans import Plan
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind_segments
-from hpccomm.device_planner import DevicePlanner, StreamBuffer, columns
+from hpccomm.device_planner import DevicePlanner, columns
+from hpccomm.settings import ON_HOST
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda
 from hpccomm.transports.cuda import Chunk, Extent, Staging
@@ -228,7 +230,7 @@ def reduce(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
 
 def bcast(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
     x = pending_array(device, operand(planner.rank, n))
-    return planner.bcast(None, x, planner.size // 2, None), x, operand(planner.size // 2, n)
+    return planner.bcast(None, None, x, planner.size // 2, None), x, operand(planner.size // 2, n)
 
 
 def allgather(planner: ThreadPlanner, device: FakeDevice, n: int) -> Any:
@@ -614,7 +616,7 @@ def test_an_error_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cuda.TRANSPORT, cuda.ON_HOST)
+    monkeypatch.setenv(cuda.TRANSPORT, ON_HOST)
     x, y = FakeDevice().array(operand(0, 5)), FakeDevice().array(np.zeros(5, F4))
     comm = hpccomm.Communicator(MPI.COMM_SELF.Dup())
     comm.Allreduce(x, y)

@@ -24,6 +24,7 @@ from hpccomm.backends.cuda_ipc import PeerCopy, PeerReduce, Peers, Phase, divide
 from hpccomm.backends.device_selection import Call, DeviceTransports
 from hpccomm.errors import LaunchError
 from hpccomm.kernels.reductions.reference import code_of, reduce
+from hpccomm.settings import ON_HOST
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports import cuda, cuda_probe
 from hpccomm.transports.cuda import Extent, Staging
@@ -368,7 +369,7 @@ def test_calls_that_a_selected_transport_does_not_support_are_staged() -> None:
 
 @pytest.mark.usefixtures("surroundings")
 def test_memory_that_the_host_can_address_is_staged() -> None:
-    transports = run_on_ranks(2, lambda comm: find_transports(comm, cuda.ON_HOST))[0]
+    transports = run_on_ranks(2, lambda comm: find_transports(comm, ON_HOST))[0]
     assert transports.describe()["ipc"] == "no: HPCCOMM_GPU_TRANSPORT is host"
     assert transports.choose(call(MANY, "nccl", "ipc", "aware")) == "staged"
 
@@ -529,7 +530,7 @@ def test_every_collective_between_processes(comm: Any, monkeypatch: pytest.Monke
     monkeypatch.setenv(cuda.TRANSPORT, setting)
     ours = hpccomm.Communicator(comm.Dup())
     for case, n in itertools.product(CASES, (0, 1, 90)):
-        bound, written, want = case(ours._planner, device, n)
+        bound, written, want = case(ours._device_planner, device, n)
         bound.run()
         assert written is not None
         assert np.array_equal(written.get().ravel(), np.ravel(want)), (case.__name__, n)

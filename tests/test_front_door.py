@@ -186,7 +186,8 @@ def test_ctrl_c_ends_all_ranks_without_a_traceback() -> None:
 
 def test_ctrl_c_ends_a_single_process_with_the_status_of_shells() -> None:
     code = (
-        "import sys, time\nfrom hpccomm.__main__ import main\nimport hpccomm.commands.verify as v\n"
+        "import signal, sys, time\nfrom hpccomm.__main__ import main\nimport hpccomm.commands.verify as v\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests may run with it ignored
         "def run(args):\n print('running', flush=True); time.sleep(60)\n"
         "v.run = run\nsys.exit(main(['verify', 'all']))"
     )

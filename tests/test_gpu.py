@@ -85,7 +85,7 @@ def ours(comm: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 @RANKS
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_every_collective_is_right_with_every_transport(ours: hpccomm.Communicator, case: Any) -> None:
-    planner: Any = ours._planner
+    planner: Any = ours._device_planner
     for n in (0, 1, 1000, 300_001):
         bound, written, want = case(planner, Arrays(), n)
         bound.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import time
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch_networks import gpt_loss
 from torch_world import dist, process_group, torch
 
 import hpccomm
+from hpccomm import progress
 from hpccomm.errors import ArgumentError
 from hpccomm.torch import LAMB, LARS, OneBitAdam, communicator, compress, local, second_hop
 
@@ -76,24 +78,106 @@ def test_a_dense_exchange_is_that_of_ddp() -> None:
     assert hash_of(ddp.parameters()) == hash_of(plain.parameters())
 
 
+@pytest.mark.parametrize("name", ["gtc", "powersgd", "mean"])
+def test_the_exchange_beside_the_backward_pass_has_the_bits_of_one_that_waits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DDP has other buckets in the first step, and ours have tensors of several of DDP's."""
+    ddp, made, optimizer = wrap(EXCHANGES[name])
+    assert len(made.exchange.buckets) > 2
+    run_steps(ddp, optimizer, 0, 4)
+    monkeypatch.setattr(progress, "has_thread", lambda: False)
+    again, _, second = wrap(EXCHANGES[name])
+    run_steps(again, second, 0, 4)
+    assert hash_of(again.parameters()) == hash_of(ddp.parameters())
+
+
+def test_a_bucket_is_exchanged_before_the_backward_pass_ends() -> None:
+    if not progress.has_thread():
+        pytest.skip("MPI without threads")
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    ddp = torch.nn.parallel.DistributedDataParallel(layers, bucket_cap_mb=0.0001)
+    made = compress(ddp, hpccomm.mean)
+    done: list[bool] = []
+
+    def wait_for_last_layer(gradient: Any) -> None:
+        until = time.monotonic() + 20
+        while made.exchange.buckets[0].step is None and time.monotonic() < until:
+            time.sleep(0.001)
+        done.append(made.exchange.buckets[0].step is not None)
+
+    ddp(torch.ones(2, 8)).sum().backward()  # DDP has its buckets in the order of the gradients from now on
+    made._end_step()
+    made.exchange.buckets[0].step = None
+    layers[0].weight.register_hook(wait_for_last_layer)
+    ddp(torch.ones(2, 8)).sum().backward()
+    assert done == [True]
+
+
+def test_gradients_of_16_bits_and_weights_that_decay() -> None:
+    plain = torch.nn.parallel.DistributedDataParallel(make_model())
+    ddp = torch.nn.parallel.DistributedDataParallel(make_model(), bucket_cap_mb=0.01)
+    compress(ddp, lambda comm, bucket: hpccomm.dgc(comm, bucket, 1.0, momentum=0, mask=False, weight_decay=0.25))
+    for step in range(2):
+        for model in (plain, ddp):
+            model.zero_grad()
+            gpt_loss(model, batch_of(step)).backward()
+            with torch.no_grad():
+                for each in model.parameters():
+                    each.mul_(2)
+        for one, other in zip(plain.parameters(), ddp.parameters(), strict=True):
+            decay = 0.25 * one / 2 if one.ndim > 1 else 0.0  # the weights at the time of the backward pass
+            assert torch.equal(other.grad, one.grad + decay)
+    half = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2).to(torch.bfloat16))
+    compress(half, hpccomm.mean)
+    for _ in range(2):
+        half.zero_grad()
+        (half(torch.ones(1, 3, dtype=torch.bfloat16)) * (1 + dist.get_rank())).sum().backward()
+        assert (half.module.weight.grad == 1.5).all()
+
+
+def test_a_failed_exchange_is_raised_by_the_backward_pass(capfd: Any) -> None:
+    def fails(comm: Any) -> Any:
+        def update(gradient: Any, state: int, weights: Any) -> Any:
+            if state == 1:
+                raise ValueError("no such device")
+            return gradient, state + 1
+
+        return hpccomm.Transform(lambda weights: 0, update)
+
+    ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2))
+    compress(ddp, fails)
+    ddp(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="no such device"):
+        ddp(torch.ones(1, 3)).sum().backward()
+
+
+def residuals_of(saved: dict[str, Any]) -> Any:
+    """What one rank has not sent, of all parameters."""
+    ((_, leaves),) = saved.items()
+    return np.concatenate([leaf.numpy() for path, leaf in leaves.items() if path.endswith("residual")])
+
+
 def test_a_compressed_state_for_another_number_of_ranks() -> None:
     ddp, made, optimizer = wrap(EXCHANGES["gtc"])
     run_steps(ddp, optimizer, 0, 3)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, made.state_dict())
     both = made.merge(parts)
-    residuals = [next(iter(part.values()))["residual"].numpy() for part in parts]
+    residuals = [residuals_of(part) for part in parts]
     unsent = np.mean(residuals, axis=0, dtype=np.float64)
     four = {f"rank {r} of 4": next(iter(parts[r % 2].values())) for r in range(4)}
     made.load_state_dict(four)
-    assert np.allclose(made.state.residual, unsent, rtol=1e-6, atol=1e-9)  # a mean of float32 in float64, rounded once
+    found = residuals_of(made.state_dict())
+    assert np.allclose(found, unsent, rtol=1e-6, atol=1e-9)  # a mean of float32 in float64, rounded once
     made.load_state_dict(both)
-    assert np.array_equal(made.state.residual, residuals[dist.get_rank()])
+    assert np.array_equal(residuals_of(made.state_dict()), residuals[dist.get_rank()])
     with pytest.raises(ArgumentError, match=r"the state of rank . of 2 is not among rank 0 of 3"):
         made.load_state_dict({"rank 0 of 3": both["rank 0 of 2"]})
 
 
 def test_a_compressed_state_in_torchs_distributed_checkpoints(tmp_path: Any) -> None:
+    """Buckets of another size read the same checkpoint."""
     import torch.distributed.checkpoint as dcp
 
     folder: list[Any] = [str(tmp_path)]
@@ -101,11 +185,14 @@ def test_a_compressed_state_in_torchs_distributed_checkpoints(tmp_path: Any) -> 
     ddp, made, optimizer = wrap(EXCHANGES["onebit"])
     run_steps(ddp, optimizer, 0, 3)
     dcp.save({"model": ddp.module.state_dict(), "compression": made}, checkpoint_id=folder[0])
-    kept = made.state.residual.copy()
+    kept = residuals_of(made.state_dict())
     run_steps(ddp, optimizer, 3, 4)
-    assert not np.array_equal(made.state.residual, kept)
-    dcp.load({"model": ddp.module.state_dict(), "compression": made}, checkpoint_id=folder[0])
-    assert np.array_equal(made.state.residual, kept)
+    assert not np.array_equal(residuals_of(made.state_dict()), kept)
+    large = compress(torch.nn.parallel.DistributedDataParallel(make_model()), EXCHANGES["onebit"])
+    assert len(large.exchange.buckets) < len(made.exchange.buckets)
+    for each in (made, large):
+        dcp.load({"model": ddp.module.state_dict(), "compression": each}, checkpoint_id=folder[0])
+        assert np.array_equal(residuals_of(each.state_dict()), kept)
 
 
 def test_mistakes_in_compress() -> None:

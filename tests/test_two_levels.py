@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from mpi4py import MPI
 
 from hpccomm import Communicator, context
+from hpccomm.backends.schedules import Schedules
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.hierarchical import MESSAGE_BYTES, SEGMENT_BYTES, select_inter_node
 from hpccomm.collectives.hierarchical import SHORT_BYTES as SHORT
+from hpccomm.collectives.records import Program
 from hpccomm.layout import Link
 from hpccomm.testing import verifiable
 
@@ -124,6 +127,39 @@ def test_sixteen_bits_users_operations_and_other_collectives(placed: list[Commun
         everybody = np.empty(4, "i8")
         comm.Allgather(np.array([comm.rank]), everybody)
         assert everybody.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.mpi(sizes=(4,))
+@pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16], ids=str)
+def test_16_bit_floats_travel_in_16_bits(
+    placed: list[Communicator], comm: Communicator, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their records, of every schedule, send the bytes of int16 and meet in as many."""
+    bound: list[Program] = []
+    bind = Schedules.bind
+
+    def note(self: Schedules, program: Program, *rest: Any) -> Any:
+        bound.append(program)
+        return bind(self, program, *rest)
+
+    monkeypatch.setattr(Schedules, "bind", note)
+    for ranks in (*placed, comm):
+        names = ["hierarchical"] if ranks is not comm else None
+        for n in (1003, 20_001):
+            for collective in ("allreduce", "reduce", "reduce_scatter"):
+                for name in names or ALGORITHMS[collective]:
+                    for kind in (dtype, "i2"):
+                        x, y = np.ones(4 * n, kind), np.zeros(4 * n, kind)
+                        if collective == "reduce_scatter":
+                            ranks.Reduce_scatter_block(x, y := y[:n], algorithm=name)
+                        else:
+                            getattr(ranks, collective.title())(x, y, algorithm=name)
+                        assert (y == ranks.size).all() or (collective == "reduce" and ranks.rank)
+                    halves, integers = bound.pop(), bound.pop()
+                    assert not bound
+                    assert halves.records.tobytes() == integers.records.tobytes()
+                    assert len(halves.records)
+                    assert halves[1:] == integers[1:]
 
 
 def view(memory: MPI.memory) -> np.ndarray:

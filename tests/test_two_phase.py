@@ -12,7 +12,7 @@ from mpi4py import MPI
 import hpccomm
 from hpccomm.algorithms.states import for_ranks, snapshot, unsent_leaves
 from hpccomm.algorithms.transforms import flush
-from hpccomm.collectives.compressed.two_phase import CODES, decode_blocks, encode_blocks
+from hpccomm.collectives.compressed.two_phase import CODES, decode_blocks, encode_blocks, sum_of_codes
 from hpccomm.errors import ArgumentError
 from hpccomm.testing import run_on_ranks
 
@@ -128,22 +128,54 @@ def test_a_code_is_right_to_half_a_unit_of_its_block(code: str, n: int) -> None:
     x = values(n, 3) * 1000
     kind = CODES[code]
     coded = encode_blocks(x, kind)
-    assert coded.size == -(-n // kind.block) * (kind.block + kind.scale_bytes)
+    assert (
+        coded.size == kind.nbytes(n) == -(-n // kind.block) * kind.scale_bytes + (-(-n // 2) if code == "int4" else n)
+    )
     error = np.abs(decode_blocks(coded, n, kind) - x)
     for first in range(0, n, kind.block):
         block = slice(first, first + kind.block)
         top = np.abs(x[block]).max()
-        unit = {"int8": top / 254, "e4m3": top / 28, "e5m2": top / 14, "mx": top / 7}[code]
+        unit = {"int8": top / 254, "e4m3": top / 28, "e5m2": top / 14, "mx": top / 7, "int4": top / 14}[code]
         assert error[block].max() <= unit * 1.0001
 
 
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("peak", [0.0, 1e-45, 1e-38, 3.4e38])
+@pytest.mark.parametrize("peak", [0.0, 1e-45, 1e-38, 3.4e38, float(np.finfo(F32).max)])
 def test_a_code_holds_the_ends_of_float32(code: str, peak: float) -> None:
     x = np.array([peak, -peak, peak / 2, 0], F32)
     decoded = decode_blocks(encode_blocks(x, CODES[code]), 4, CODES[code])
     assert np.isfinite(decoded).all()
     assert np.abs(decoded - x).max() <= max(peak / 7, 1e-42)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_vector_that_is_not_finite_becomes_nan(code: str, bad: float) -> None:
+    x = values(300, 0)
+    x[7] = bad
+    assert np.isnan(decode_blocks(encode_blocks(x, CODES[code]), 300, CODES[code])).all()
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("m", LENGTHS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_sum_of_codes_is_that_of_the_decoded_rows(code: str, m: int, size: int) -> None:
+    kind = CODES[code]
+
+    def body(comm: Any) -> Any:
+        counting = CountingComm(comm)
+        rows = np.stack([values(m, comm.rank, other) for other in range(size)])
+        total, sent = sum_of_codes(counting, rows, code)
+        assert sent == counting.sent == (size - 1) * kind.nbytes(m)
+        return total
+
+    for rank, total in enumerate(run_on_ranks(size, body)):
+        wanted = np.zeros(m, F32)
+        for other in range(size):
+            row = values(m, other, rank)
+            wanted += row if size == 1 else decode_blocks(encode_blocks(row, kind), m, kind)
+        assert total.dtype == F32
+        assert np.array_equal(total, wanted)
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -227,5 +259,5 @@ def test_a_block_that_is_not_finite_is_skipped_on_all_ranks(bad: float, feedback
 
 
 def test_an_unknown_code_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="pass one of 'int8', 'e4m3', 'e5m2', 'mx'"):
-        hpccomm.block_mean(MPI.COMM_SELF, "int4")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="pass one of 'int8', 'e4m3', 'e5m2', 'mx', 'int4'"):
+        hpccomm.block_mean(MPI.COMM_SELF, "int2")  # type: ignore[arg-type]

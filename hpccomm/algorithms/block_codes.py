@@ -49,13 +49,14 @@ class BlockMeanState(NamedTuple):
 
 
 def block_mean(
-    comm: MPI.Intracomm, code: Literal["int8", "e4m3", "e5m2", "mx"] = "int8", *, feedback: bool = True
+    comm: MPI.Intracomm, code: Literal["int8", "e4m3", "e5m2", "mx", "int4"] = "int8", *, feedback: bool = True
 ) -> ResidualTransform:
     """The mean of gradients of shape (n,), float32, of all ranks, in about 8 bits an element each way.
 
-    ``code``: ``"int8"``, the 8-bit floats ``"e4m3"`` and ``"e5m2"``, each with a float32 scale for 256 elements, or
-    ``"mx"``, e4m3 with a power of two for 32.  With ``feedback`` what rounding loses is added to the next gradient.  If
-    the gradient of any rank, or its sum with what was lost, is not finite, no rank steps.
+    ``code``: ``"int8"``, the 8-bit floats ``"e4m3"`` and ``"e5m2"``, each with a float32 scale for 256 elements,
+    ``"mx"``, e4m3 with a power of two for 32, or ``"int4"``, half the bytes, a float32 scale for 128.  With
+    ``feedback`` what rounding loses is added to the next gradient.  If the gradient of any rank, or its sum with what
+    was lost, is not finite, no rank steps.
 
     >>> from mpi4py import MPI
     >>> method, weights = block_mean(MPI.COMM_SELF), np.zeros(3, "f4")

@@ -24,14 +24,16 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.blockwise_filtering import shard
+from hpccomm.algorithms.row_sparse import RowCode
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
+from hpccomm.buckets import Bucket
 from hpccomm.errors import MismatchError
 from hpccomm.performance.units import format_count
 
@@ -202,7 +204,8 @@ class ParameterServer:
     pushes (float32 only): each worker keeps the compression error and adds it to the next gradient.
     ``damp`` multiplies a push by a function of its staleness, e.g. ``lambda s: 1 / (1 + s)``; pushes staler than
     ``limit`` are dropped.  ``backup``: BSP does not wait for this number of the slowest workers and drops their late
-    pushes.
+    pushes.  ``rows``: a bucket of the model and the names of its embeddings, of whose gradients only the rows that are
+    not zero are pushed.
 
     A server calls :meth:`serve` once; a worker calls :meth:`pull` and :meth:`push` for each batch, then
     :meth:`leave`::
@@ -229,6 +232,7 @@ class ParameterServer:
         damp: Callable[[int], float] | None = None,
         limit: float = math.inf,
         backup: int = 0,
+        rows: tuple[Bucket, Collection[str]] | None = None,
     ) -> None:
         self.rules = rules_of(mode, backup=backup, mean=reduce == "mean", damp=damp, limit=limit)
         require(reduce in ("mean", "sum"), f"ParameterServer: reduce is {reduce!r}: pass 'mean' or 'sum'")
@@ -241,10 +245,14 @@ class ParameterServer:
             codec is None or weights.dtype == np.float32,
             f"ParameterServer: the weights are {weights.dtype}, a codec writes float32: cast them, or leave it out",
         )
+        require(codec is None or rows is None, "ParameterServer: a codec and rows: pass one of them")
+        size = weights.size if rows is None else rows[0].size
+        require(size == weights.size, f"ParameterServer: a bucket of {size} elements for {weights.size} weights")
         self.comm, self.servers, self.optimizer, self.codec = comm.Dup(), servers, optimizer, codec
         self.weights = np.array(weights, order="C")
         self.comm.Bcast(self.weights, 0)
         self.workers = comm.size - servers
+        self.row_codes = [RowCode(*rows, self.slice_of(server)) for server in range(servers)] if rows else []
         self.serves = comm.rank < servers
         self.version = [0] * servers
         """The version of this worker's last read from each server."""
@@ -267,7 +275,7 @@ class ParameterServer:
             f"rank {self.comm.rank}: ParameterServer.push: the gradient is not finite: push zeros, or skip the batch",
         )
         for server in range(self.servers):
-            self._send(server, PUSH, self._encode(gradient, self.slice_of(server)), self.version[server])
+            self._send(server, PUSH, self._encode(gradient, server), self.version[server])
         self.clock += 1
 
     def leave(self) -> Vector:
@@ -276,7 +284,10 @@ class ParameterServer:
         self.comm.Free()
         return final
 
-    def _encode(self, gradient: Vector, part: slice) -> npt.NDArray[np.uint8]:
+    def _encode(self, gradient: Vector, server: int) -> npt.NDArray[np.uint8]:
+        part = self.slice_of(server)
+        if self.row_codes:
+            return self.row_codes[server].encode(gradient[part])
         if self.codec is None:
             return np.ascontiguousarray(gradient[part]).view(np.uint8)
         return self.codec.encode_feedback(self.backlog[part], np.ascontiguousarray(gradient[part]))
@@ -344,6 +355,8 @@ class ParameterServer:
         return source - self.servers, what, version, payload
 
     def _decode(self, payload: npt.NDArray[np.uint8], weights: Vector) -> Vector:
+        if self.row_codes:
+            return self.row_codes[self.comm.rank].decode(payload, weights.dtype)
         if self.codec is None:
             return payload.view(weights.dtype)
         out = np.zeros_like(weights)

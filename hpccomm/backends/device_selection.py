@@ -25,7 +25,8 @@ from hpccomm.backends import nccl
 from hpccomm.backends.cuda_ipc import Peers, Phase
 from hpccomm.calls.plans import Plan, Run
 from hpccomm.errors import ArgumentError, TransportError
-from hpccomm.transports import cuda, cuda_probe
+from hpccomm.settings import ON_HOST
+from hpccomm.transports import cuda_probe
 from hpccomm.transports.cuda import TRANSPORT, Chunk, Staging, wait
 from hpccomm.transports.mpi import mpi_name
 
@@ -194,4 +195,4 @@ BACKENDS: dict[str, Callable[[DeviceTransports], Backend]] = {
     FALLBACK: DeviceTransports.open_staging,
 }
 """How to open each transport, in order of preference for long calls; raises TransportError on all ranks or none."""
-SETTINGS = ("auto", *BACKENDS, cuda.ON_HOST)
+SETTINGS = ("auto", *BACKENDS, ON_HOST)

@@ -49,7 +49,7 @@ import weakref
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -100,8 +100,10 @@ class SharedMemory:
         self.find_reason: Callable[[int], str] = lambda rank: ""
         """Why a rank of this node has left a call half done, if it has told."""
         self._node, self.patience_ns = node, patience_ns
-        self._compiled = agree_on_code(node, code)
-        cores = node.allgather(tuple(sorted(os.sched_getaffinity(0))))
+        secret = np.frombuffer(os.urandom(8), np.int64)
+        facts = node.allgather(RankFacts.find(code, secret))
+        self._compiled = agree_on_code(facts)
+        cores = [each.cores for each in facts]
         self.parameters, self.trouble = find_parameters(node, cores, parameters)
         """How bytes move on this machine, the same on all ranks; and why its probe could not be used."""
         self._slot = slot_bytes(self.size, self.parameters.slot)
@@ -113,7 +115,7 @@ class SharedMemory:
         self._region = records.region_record(self._slot).itemsize
         self._segment = SharedSegment(node, self.size * self._region)
         self._segment.prefault()
-        self._crowded = share_cores(node, cores)  # ranks that share a core also share its cache
+        self._crowded = share_cores(facts)  # ranks that share a core also share its cache
         least = self.parameters.crowded_spin
         spin = least if self._crowded else max(least, self.parameters.spin)
         self._state = np.zeros((), records.STATE_RECORD)
@@ -129,7 +131,7 @@ class SharedMemory:
         self.allocation_count = np.zeros(1, np.int64)
         self._allocations = 0
         self._first: dict[str, list[int]] = {}
-        self.reaches = self._can_reach()
+        self.reaches = self._can_reach(facts)
         """Whether ranks may copy from each other's memory."""
 
     def _plant_tree(self, cores: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
@@ -142,15 +144,15 @@ class SharedMemory:
         fill(self._state, tree=1, parent=parents[self.rank], child_count=len(children), child=children.ctypes.data)
         return children
 
-    def _can_reach(self) -> bool:
-        """Whether all ranks may copy from each other's memory, which a system can forbid (collective)."""
-        secret = np.frombuffer(os.urandom(8), np.int64)
+    def _can_reach(self, facts: Sequence[RankFacts]) -> bool:
+        """Whether all ranks may copy from each other's memory, which a system can forbid (collective).
+
+        Every rank looks for the secret of the next one, which that rank must keep until all have looked.
+        """
         memory.store(self._segment.address + self.rank * self._region + kernels.PID, os.getpid())
-        offers = self._node.allgather((int(secret[0]), secret.ctypes.data, os.getpid()))
-        wanted, address, pid = offers[(self.rank + 1) % self.size]
-        seen = np.zeros(1, np.int64)
-        moved = memory.pull(pid, seen.ctypes.data, address, seen.nbytes)
-        may: list[bool] = self._node.allgather(bool(moved == seen.nbytes and seen[0] == wanted))
+        peer, seen = facts[(self.rank + 1) % self.size], np.zeros(1, np.int64)
+        moved = memory.pull(peer.pid, seen.ctypes.data, peer.address, seen.nbytes)
+        may: list[bool] = self._node.allgather(bool(moved == seen.nbytes and seen[0] == peer.secret))
         return all(may)
 
     def close(self) -> None:
@@ -781,17 +783,40 @@ def copy_plan(to: int, source: int, nbytes: int, *held: Any) -> Plan:
     return move
 
 
-def share_cores(node: Any, cores: Sequence[Sequence[int]]) -> bool:
-    """Whether ranks share cores with each other; the same on all ranks."""
-    started = max(int(os.environ.get(name, "0")) for name in LOCAL_RANKS)
-    shared = len(set().union(*cores)) < node.Get_size() or (os.cpu_count() or 1) < started
-    return any(node.allgather(shared))
+class RankFacts(NamedTuple):
+    """What a rank tells the others before they share memory."""
+
+    code: str
+    """The code that it asks for."""
+    trouble: str
+    """Why it has no compiled code; empty if it has."""
+    cores: tuple[int, ...]
+    crowded: bool
+    """Whether more ranks were started on this node than it has cores."""
+    pid: int
+    secret: int
+    address: int
+    """Where the secret is."""
+
+    @classmethod
+    def find(cls, code: str, secret: npt.NDArray[np.int64]) -> RankFacts:
+        """The facts of this rank."""
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+        started = max(int(os.environ.get(name, "0")) for name in LOCAL_RANKS)
+        crowded = (os.cpu_count() or 1) < started
+        return cls(code, objects.why_none(), cores, crowded, os.getpid(), int(secret[0]), secret.ctypes.data)
 
 
-def agree_on_code(node: Any, code: str) -> bool:
-    """Whether the kernels are compiled; the same on all ranks."""
-    wanted = node.bcast(code)
-    troubles = [each for each in node.allgather("" if wanted == "numpy" else objects.why_none()) if each]
+def share_cores(facts: Sequence[RankFacts]) -> bool:
+    """Whether ranks share cores with each other."""
+    cores: set[int] = set().union(*(each.cores for each in facts))
+    return len(cores) < len(facts) or any(each.crowded for each in facts)
+
+
+def agree_on_code(facts: Sequence[RankFacts]) -> bool:
+    """Whether the kernels are compiled, as rank 0 asks for."""
+    wanted = facts[0].code
+    troubles = [each.trouble for each in facts if each.trouble]
     if wanted != "numpy" and not troubles:
         return True
     if wanted == "compiled" or platform.machine().lower() not in TSO_MACHINES:

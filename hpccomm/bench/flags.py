@@ -70,16 +70,24 @@ class Other(NamedTuple):
     names: tuple[str, ...]
     instead: str
     same: str = ""
-    """The value that changes nothing."""
+    """A pattern of the values that change nothing; empty for none."""
+
+    @property
+    def dest(self) -> str:
+        """The name of the value among the arguments."""
+        return self.names[-1][2:].replace("-", "_")
 
 
 OTHERS = (
     Other(("-G", "--graph"), "draw a file: add --json FILE, then hpccomm plot FILE --out FILE.png"),
     Other(("-D", "--ddt"), "derived datatypes are not measured: leave it out"),
     Other(("-P", "--papi"), "hardware counters are not read: run perf stat around the program"),
-    Other(("-r", "--cuda-target"), "there is no computing beside the calls: leave it out"),
+    Other(("-r", "--cuda-target"), "there is no computing beside the calls: leave it out", "(?i)cpu"),
     Other(("-t", "--num_test_calls"), "non-blocking calls are not measured: leave it out"),
     Other(("-b", "--buffer-num"), "one buffer is used: leave it out", "single"),
+    Other(("--buffer",), "arrays are NumPy's, or lie on a device with -d cuda", "numpy|bytearray"),
+    Other(("--device",), "buffers lie on a device with -d cuda", "cpu"),
+    Other(("--pickle",), "lower-case methods are not measured: leave it out"),
 )
 
 
@@ -136,7 +144,6 @@ def add_osu_flags(made: Parser) -> None:
     )
     add("--min", type=bytes_of, dest="low", metavar="BYTES", help="as OMB-Py: the smallest size")
     add("--max", type=bytes_of, dest="high", metavar="BYTES", help="as OMB-Py: the largest size")
-    add("--buffer", choices=("numpy",), help="as OMB-Py: the kind of array; numpy is what is measured")
     add("-f", "--full", action="store_true", help="show minimum and maximum over the ranks, and the number of calls")
     add("-c", "--validation", action="store_true", help="check every element of as many calls again, exactly")
     add("-u", "--validation-warmup", type=natural, metavar="N", help="unchecked calls before a checked one (default 5)")
@@ -153,7 +160,7 @@ def add_osu_flags(made: Parser) -> None:
     add("-l", "--in-place", action="store_true", help="call the collective with MPI_IN_PLACE")
     add("-k", "--root-rank", metavar="fixed:R|rotate", help="the root: R, or another with each call (default fixed:0)")
     for other in OTHERS:
-        add(*other.names, nargs="?", const="", dest=other.names[1][2:].replace("-", "_"), help=argparse.SUPPRESS)
+        add(*other.names, nargs="?", const="", dest=other.dest, help=argparse.SUPPRESS)
     add = made.add_argument_group("of hpccomm, for this table").add_argument
     add("--stepfactor", "--step-factor", type=positive, metavar="F", help="ratio of successive sizes (default 2)")
     add("--registered", action="store_true", help="take buffers from comm.empty, which all ranks of a node can read")
@@ -183,6 +190,18 @@ def expand_tail_flag(word: str) -> str:
     if word in ("-z", "--tail-lat"):
         return f"--tail-lat={DEFAULT_PERCENTILES}"
     return f"--tail-lat={word[2:]}" if re.fullmatch(r"-z[\d,]+", word) else word
+
+
+def read_name(program: str, words: Sequence[str]) -> tuple[str, list[str], bool]:
+    """The benchmark of a program, its flags, and whether it is of nccl-tests; OMB-Py names it by a flag."""
+    short, words = program.rpartition("/")[2].removesuffix(".py"), list(words)
+    if short == "run":
+        named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        named.add_argument("--benchmark", default="latency")
+        args, words = named.parse_known_args(words)
+        short = args.benchmark
+    found = nccl_flags.find_program(short)
+    return found or short.removeprefix("osu_"), words, bool(found)
 
 
 def parse_flags(collective: str, words: Sequence[str], nccl: bool = False) -> BenchArguments:
@@ -222,8 +241,8 @@ def parse_flags(collective: str, words: Sequence[str], nccl: bool = False) -> Be
 def refuse_others(args: argparse.Namespace) -> None:
     """Raise for flags of OSU's that have no counterpart here."""
     for other in OTHERS:
-        value = getattr(args, other.names[1][2:].replace("-", "_"), None)
-        if args.format == "osu" and value is not None and (not other.same or value != other.same):
+        value = getattr(args, other.dest, None)
+        if args.format == "osu" and value is not None and not (other.same and re.fullmatch(other.same, value)):
             raise ArgumentError(f"{other.names[0]} {value}".rstrip() + f": {other.instead}")
 
 

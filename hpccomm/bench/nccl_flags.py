@@ -79,7 +79,7 @@ def is_meant(words: Sequence[str]) -> bool:
 
 def find_program(name: str) -> str:
     """What a program of nccl-tests measures; empty for another name, raises for one without a counterpart."""
-    short = name.rpartition("/")[2]
+    short = name.rpartition("/")[2].removesuffix("_mpi")
     if not short.endswith("_perf"):
         return ""
     if short[:-5] not in PROGRAMS:

@@ -43,7 +43,6 @@ from hpccomm.kernels.entry.records import (
     NOT_COMPARED,
     STATUS,
 )
-from hpccomm.log import logger
 from hpccomm.transports.polling import pause
 
 TEXTS = 64
@@ -578,6 +577,8 @@ def check_progress(table: ConsistencyTable, seq: int, waited: float, warned: Any
 
 def log_line(sentence: str) -> None:
     """Log one line, by default with a single write to stderr, so that lines of different ranks do not mix."""
+    from hpccomm.log import logger
+
     logger().error(sentence)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
 from hpccomm.errors import ArgumentError
+from hpccomm.kernels import objects
 from hpccomm.kernels.reductions.reference import UFUNCS, code_of, reduce, storage
 
+HALVES = ("float16", "bfloat16")
 NUMBERS, ORDERED, LOGICAL, BITS, PAIR = "iufc", "iuf", "iub", "iu", "V"
 
 
@@ -128,10 +132,36 @@ def check_defined(op: MPI.Op, dtype: np.dtype[Any], who: str, pair: str = "") ->
         raise ArgumentError(f"{who}: MPI does not define {known.name} for {pair or dtype}: {remedy}")
 
 
+def on_halves(op: MPI.Op, kind: str) -> MPI.Op:
+    """The operation for MPI's own algorithms, which know no 16-bit floats; any other ``kind`` keeps its own."""
+    known = PREDEFINED.get(op.handle) if kind in HALVES else None
+    return half_operation(known.name, kind) if known else op
+
+
+@cache
+def half_operation(name: str, kind: str) -> MPI.Op:
+    """An operation on 16-bit floats, which MPI moves as integers: in float32, and rounded."""
+    code = code_of(kind)
+    fold = FOLD(objects.fold(name, code)) if objects.complete() else None
+
+    def apply(lower: Any, upper: Any, _: MPI.Datatype) -> None:
+        if fold:
+            fold((ctypes.c_int64 * 2)(lower.address, upper.address), 2, 0, upper.address, upper.nbytes // 2)
+        else:
+            a, b = (np.asarray(each).view(storage(code)) for each in (lower, upper))
+            reduce(name, kind, [a, b], b)
+
+    return MPI.Op.Create(apply, commute=True)
+
+
+FOLD = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+"""The type of compiled reductions."""
+
+
 def combiner(op: MPI.Op, kind: str = "") -> Callable[[Any, Any, Any], Any]:
     """The function ``combine(lower, upper, out)`` of the engine; ``kind`` names 16-bit floats, added in float32."""
     known = PREDEFINED.get(op.handle)
-    if kind in ("float16", "bfloat16"):
+    if kind in HALVES:
         name, stored = name_of(op), storage(code_of(kind))
         return lambda lower, upper, out: reduce(name, kind, [lower.view(stored), upper.view(stored)], out.view(stored))
     if known and known.ufunc in (np.minimum, np.maximum):  # the result must be passed as out=

@@ -94,16 +94,15 @@ def parse_command(args: argparse.Namespace, printer: Printer) -> BenchArguments 
     if args.help:
         printer.print_line(f"{args.help_text()}\nbenchmarks: {', '.join(CASES)}")
         return None
-    program = nccl_flags.find_program(args.collective or "")
-    name = program or (args.collective or "").rpartition("/")[2].removeprefix("osu_")
+    name, words, nccl = flags.read_name(args.collective or "", args.flags)
     if name not in CASES:
-        problem = f"there is no benchmark {args.collective!r}" if name else "the name of a benchmark is missing"
+        problem = f"there is no benchmark {name!r}" if name else "the name of a benchmark is missing"
         meant = "".join(f"; did you mean {each}?" for each in nearest(name, CASES))
         raise ArgumentError(f"{problem}: use one of {', '.join(CASES)}{meant}")
-    if {"-h", "--help"} & set(args.flags):
-        printer.print_line(flags.parser(name, bool(program) or nccl_flags.is_meant(args.flags)).format_help())
+    if {"-h", "--help"} & set(words):
+        printer.print_line(flags.parser(name, nccl or nccl_flags.is_meant(words)).format_help())
         return None
-    command = flags.parse_flags(name, args.flags, bool(program))
+    command = flags.parse_flags(name, words, nccl)
     if command.version:
         printer.print_line(title_of(command))
         return None

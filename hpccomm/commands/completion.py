@@ -56,8 +56,12 @@ def complete_words(words: list[str]) -> list[str]:
     if before[:1] == ["bench"]:
         from hpccomm.bench import flags, nccl_flags
         from hpccomm.bench.cases import CASES
+        from hpccomm.errors import ArgumentError
 
-        name = before[1].removeprefix("osu_")
-        made = flags.parser(name, nccl_flags.is_meant(before)) if name in CASES else parser("bench")
+        try:
+            name, _, nccl = flags.read_name(before[1], before[2:])
+        except ArgumentError:
+            return []
+        made = flags.parser(name, nccl or nccl_flags.is_meant(before)) if name in CASES else parser("bench")
         return complete(made, before[2:], begun)
     return complete(parser(before[0] if before else None), before, begun)

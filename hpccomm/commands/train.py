@@ -286,7 +286,7 @@ def train_shards(name: str, args: argparse.Namespace, data: Dataset, comm: Commu
     network = deep_network_for(data, args.width, args.layers)
     settings = Settings(args.epochs, args.batch_size, args.seed)
     lr = learning_rate(args, METHODS[name])
-    job = sharded.Job(name, lr, args.partition_size, args.micro_steps, args.dtype)
+    job = sharded.Job(name, lr, args.partition_size, args.micro_steps, args.dtype, *zero_plus_plus(name, args))
     states = sharded.states_for(comm, network, settings, job)
     training = sharded.Training(comm, data, network, states, settings, args.micro_steps)
     print_on_root(comm, deep_headline(job, training, args) + HEADER)
@@ -305,6 +305,12 @@ def train_shards(name: str, args: argparse.Namespace, data: Dataset, comm: Commu
         export(args.export, states)
     states.close()
     return {**result, **costs, "deep": job._asdict()}
+
+
+def zero_plus_plus(name: str, args: argparse.Namespace) -> tuple[str, str, bool]:
+    """The codes of weights and gradients, and whether there are secondary shards, where a method takes these flags."""
+    taken = {flag: getattr(args, flag) for flag in METHODS[name].flags}
+    return taken.get("weight_code") or "", taken.get("gradient_code") or "", taken.get("secondary_shard") == "on"
 
 
 LOOPS = {"replicas": train_replicas, "servers": train_servers, "shards": train_shards}

@@ -15,7 +15,6 @@ import mmap
 import os
 import platform
 import stat
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -194,6 +193,8 @@ def find_all() -> bool:
 @cache
 def compile_in_background() -> Any:
     """Start a process that compiles what is missing while this program goes on, and beyond its end."""
+    import subprocess
+
     command = [sys.executable, "-m", "hpccomm", "warm", "--quiet", "--background"]
     nothing = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpccomm.errors import ArgumentError
+from hpccomm.observe.nesting import ROW
 from hpccomm.performance.units import format_count, format_size, format_time
 
 MOST_RANKS = 64
@@ -51,7 +52,7 @@ def read(path: str) -> list[Slice]:
         events = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
         return [
             Slice(
-                int(each["tid"]),
+                int(each["tid"]) % ROW,
                 str(each["name"]),
                 str(each.get("cat", "")),
                 float(each["ts"]),

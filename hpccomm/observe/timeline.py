@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.log import logger
+from hpccomm.observe.nesting import nest
 
 VARIABLE = "HPCCOMM_TIMELINE"
 KEPT = 200_000
@@ -223,6 +223,8 @@ def write(
     try:
         path.write_text(json.dumps(trace), encoding="utf-8")
     except OSError as error:
+        from hpccomm.log import logger
+
         logger().error(f"{VARIABLE}={path}: {error.strerror}: name a file that can be written")
 
 
@@ -245,7 +247,7 @@ def build(
         found.append({"ph": "M", "name": "thread_name", **place, "args": {"name": f"rank {rank}"}})
         for each in one:
             found += slices(each, place, start, last.get((each.comm, each.number)) if each.depth == 0 else None)
-    return {"traceEvents": found, "displayTimeUnit": "ms", "otherData": {"program": " ".join(sys.argv)}}
+    return {"traceEvents": nest(found), "displayTimeUnit": "ms", "otherData": {"program": " ".join(sys.argv)}}
 
 
 class Last(NamedTuple):

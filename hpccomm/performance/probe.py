@@ -18,7 +18,6 @@ import json
 import mmap
 import os
 import platform
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -408,6 +407,8 @@ def write_json(path: Path, data: Any) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file at once: processes of any machine that read it meanwhile see the old or the new one."""
+    import tempfile
+
     number, aside = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     try:
         with os.fdopen(number, "w", encoding="utf-8") as file:

@@ -1,7 +1,8 @@
 """Prices exchanges of compressed gradients on a machine, for comparison with dense allreduces of the same vector.
 
 *N nodes of k ranks, p = N·k; n float32 elements; d density; links as in* :mod:`hpccomm.performance.cost`.  Only
-messages are priced, not selection, packing and addition on the ranks.
+messages are priced, not selection, packing and addition on the ranks.  What an exchange sends is what ``auto`` prices
+at run time, on one link (:func:`~hpccomm.collectives.compressed.sparse.phases`).
 
 ====================  =====================================================================  ===========================
 exchange              messages                                                               bytes into a node
@@ -24,7 +25,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-from hpccomm.collectives.compressed.sparse import DENSE_FROM
+from hpccomm.collectives.compressed.sparse import Phase, phases
 from hpccomm.performance.cost import Prediction, bus_factor, predict, prediction, wire_limit
 from hpccomm.performance.machine import Machine
 
@@ -53,18 +54,17 @@ def flat_predictions(
     n, p = nbytes / 4, nodes * per_node
     row = partial(exchange_prediction, nodes, per_node, nbytes, machine)
 
-    def allgather_row(name: str, each: float) -> Prediction:
-        return row(name, *allgather_cost(nodes, per_node, HEADERS + each, machine))
-
-    yield allgather_row("sparse", 8 * density * n)
-    yield allgather_row("words", 4 * density * n)
-    yield allgather_row("onebit", n / 8)
-    sum_density = 1 - (1 - density) ** p
-    block = 4 * n / p * (2 * sum_density if DENSE_FROM * sum_density < 1 else 1)
-    for name, scatter, gather in (("split", 8 * density * n / p, block), ("onebit_phases", n / 8 / p, n / 8 / p)):
-        us, rounds = alltoall_cost(nodes, per_node, HEADERS + scatter, machine)
-        gather_us, gather_rounds = allgather_cost(nodes, per_node, HEADERS + gather, machine)
-        yield row(name, us + gather_us, rounds + gather_rounds)
+    sparse = phases(n, density * n, p, 4, 8)
+    ways = {
+        "sparse": sparse["allgather"],
+        "words": [Phase("allgather", 4 * density * n)],
+        "split": sparse["split"],
+        "onebit": [Phase("allgather", n / 8)],
+        "onebit_phases": [Phase("alltoall", n / 8 / p), Phase("allgather", n / 8 / p)],
+    }
+    for name, steps in ways.items():
+        costs = [COSTS[each.collective](nodes, per_node, HEADERS + each.nbytes, machine) for each in steps]
+        yield row(name, sum(us for us, _ in costs), sum(rounds for _, rounds in costs))
 
 
 def exchange_prediction(
@@ -101,6 +101,9 @@ def alltoall_cost(nodes: int, per_node: int, each: float, machine: Machine) -> t
     p = nodes * per_node
     link, crossing = (machine.inter, per_node * (p - per_node)) if nodes > 1 else (machine.intra, p - 1)
     return (p - 1) * link.alpha + crossing * each * link.beta, p - 1
+
+
+COSTS = {"allgather": allgather_cost, "alltoall": alltoall_cost}
 
 
 def dense_cost(nodes: int, per_node: int, nbytes: float, machine: Machine) -> float:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from hpccomm.algorithms import checkpoints
+from hpccomm.algorithms.bucketed import Make, make_method
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
-from hpccomm.torch.parameters import Make, communicator, from_tensors, make_method, to_tensors
+from hpccomm.torch.parameters import communicator, from_tensors, to_tensors
 
 
 class SecondHop:

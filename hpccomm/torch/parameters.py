@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from hpccomm.algorithms.transforms import Transform
 from hpccomm.buckets import Bucket
 from hpccomm.communicator import Communicator
 from hpccomm.errors import ArgumentError
@@ -19,8 +17,6 @@ from hpccomm.functional import communicator as world_communicator
 from hpccomm.torch.group import Group
 
 Vector = npt.NDArray[np.float32]
-Make = Callable[..., Transform]
-"""Makes a method for a communicator, ``hpccomm.gtc``, or for a communicator and a bucket, ``hpccomm.powersgd``."""
 
 
 def communicator(group: Any = None) -> Communicator:
@@ -33,27 +29,6 @@ def communicator(group: Any = None) -> Communicator:
     if not isinstance(found, Group):
         raise ArgumentError(f"{found!r} is not a group of hpccomm: make it with backend='hpccomm'")
     return found.comm  # type: ignore[no-any-return]
-
-
-def make_method(make: Make, comm: Communicator, bucket: Bucket) -> Transform:
-    """The method of a communicator, and of a bucket if it asks for one."""
-    try:
-        wants_bucket = needs_bucket(make)
-    except (TypeError, ValueError):
-        wants_bucket = False
-    made = make(comm, bucket) if wants_bucket else make(comm)
-    if not isinstance(made, Transform):
-        raise ArgumentError(
-            f"{make!r} made {made!r}: pass hpccomm.gtc, or lambda comm: hpccomm.gtc(comm, density=0.01)"
-        )
-    return made
-
-
-def needs_bucket(make: Make) -> bool:
-    """Whether a function has a second argument that must be given."""
-    rest = list(inspect.signature(make).parameters.values())[1:2]
-    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    return any(each.default is each.empty and each.kind in positional for each in rest)
 
 
 class ParameterVector:

@@ -44,6 +44,9 @@ def parse_mode(text: str) -> Any:
     return ("ssp", int(slack)) if kind == "ssp" and slack.isdigit() else None
 
 
+CODES = ("int8", "e4m3", "e5m2", "mx", "int4")
+"""Those of :mod:`hpccomm.collectives.compressed.two_phase`."""
+
 FLAGS = {
     "period": Flag("steps of a block, at whose end the models are combined", 16),
     "group_size": Flag("ranks of a group", unset="the ranks of a node"),
@@ -70,6 +73,19 @@ FLAGS = {
         str,
         lambda name: True,
         choices=("float32", "float16", "bfloat16"),
+    ),
+    "weight_code": Flag(
+        "code in which weights are gathered (qwZ of ZeRO++)", None, str, lambda code: True, unset="none", choices=CODES
+    ),
+    "gradient_code": Flag(
+        "code in which gradients are reduced (qgZ)", None, str, lambda code: True, unset="none", choices=CODES
+    ),
+    "secondary_shard": Flag(
+        "keep gathered weights divided over the ranks of a node until they change (hpZ)",
+        "off",
+        str,
+        lambda name: True,
+        choices=("off", "on"),
     ),
 }
 """Flags of methods by the name that ``args`` has them by."""
@@ -256,6 +272,7 @@ def check_partition(comm: Any, args: Any) -> None:
 
 
 DEEP = ("micro_steps", "width", "layers", "dtype")
+ZERO_PLUS_PLUS = ("weight_code", "gradient_code", "secondary_shard")
 
 METHODS = {
     "dense": Method("mean gradient, SGD with momentum 0.9", 0.1, dense, on_device=True),
@@ -290,13 +307,15 @@ METHODS = {
         "MiCS, model states divided over --partition-size ranks",
         0.001,
         mics,
-        ("partition_size", *DEEP),
+        ("partition_size", *DEEP, *ZERO_PLUS_PLUS),
         loop="shards",
         check=check_partition,
     ),
-    "zero1": Method("ZeRO-1, optimizer state divided over all ranks", 0.001, zero(1), DEEP, loop="shards"),
-    "zero2": Method("ZeRO-2, gradients divided too", 0.001, zero(2), DEEP, loop="shards"),
-    "zero3": Method("ZeRO-3, parameters divided too", 0.001, zero(3), DEEP, loop="shards"),
+    "zero1": Method(
+        "ZeRO-1, optimizer state divided over all ranks", 0.001, zero(1), (*DEEP, "gradient_code"), loop="shards"
+    ),
+    "zero2": Method("ZeRO-2, gradients divided too", 0.001, zero(2), (*DEEP, "gradient_code"), loop="shards"),
+    "zero3": Method("ZeRO-3, parameters divided too", 0.001, zero(3), (*DEEP, *ZERO_PLUS_PLUS), loop="shards"),
     "ddp": Method("data parallelism, nothing divided", 0.001, ddp, DEEP, loop="shards"),
 }
 """To add a method is to add a row."""

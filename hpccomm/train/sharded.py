@@ -36,6 +36,9 @@ class Job(NamedTuple):
     partition_size: int | None
     micro_steps: int
     dtype: str
+    weight_code: str = ""
+    gradient_code: str = ""
+    secondary_shard: bool = False
 
 
 def states_for(comm: Any, network: LayeredNetwork, settings: Settings, job: Job) -> ShardedModel:
@@ -49,6 +52,9 @@ def states_for(comm: Any, network: LayeredNetwork, settings: Settings, job: Job)
         dtype=dtype_of(job.dtype),
         max_norm=MAX_NORM,
         loss_scale=scale,
+        weight_code=job.weight_code,
+        gradient_code=job.gradient_code,
+        secondary_shard=job.secondary_shard,
     )
     return states
 

@@ -21,13 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.errors import ArgumentError, TransportError
+from hpccomm.settings import DEVICE_SETTING
 
 Octets = npt.NDArray[np.uint8]
 
-TRANSPORT = "HPCCOMM_GPU_TRANSPORT"
-"""The environment variable that names the transport for arrays on a device."""
-ON_HOST = "host"
-"""Its value for device arrays in memory that the host can address, such as managed memory."""
+TRANSPORT = DEVICE_SETTING
 
 LEAST_CHUNK, MOST_CHUNK, FEWEST_CHUNKS = 1 << 20, 8 << 20, 4
 """Least and most bytes of a chunk, and the least number of chunks of a longer vector, so that copies overlap."""

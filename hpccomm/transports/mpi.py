@@ -44,10 +44,6 @@ class MessageTransport:
         """Bind one outgoing and one incoming message."""
         return Messages(self, send, to, recv, source, tag % self.tags)
 
-    def close(self) -> None:
-        """Free the communicator (collective)."""
-        self.comm.Free()
-
 
 @cache
 def message_functions() -> dict[str, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import tempfile
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -31,15 +30,8 @@ class SharedSegment:
 
     def __init__(self, node: Any, nbytes: int) -> None:
         self.size = -(-max(1, nbytes) // PAGE) * PAGE
-        free = free_bytes()
-        raise_together(node, self.size, f"{free:,} bytes are free" if self.size > free else "")
-        self.file = open_together(node, self.size)
+        self.file, self.buffer = open_memfd(node, self.size) or open_shm_file(node, self.size)
         self._forget = weakref.finalize(self, os.close, self.file)
-        try:
-            self.buffer = map_together(node, self.file, self.size)
-        except TransportError:
-            self._forget()
-            raise
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
 
     def prefault(self) -> None:
@@ -85,28 +77,27 @@ def free_in_group(root: str, path: str, limit: str, used: str, cached: str) -> i
     return least
 
 
-def open_together(node: Any, size: int) -> int:
-    """Open one file of ``size`` bytes on all ranks."""
-    file = open_memfd(node, size)
-    return open_shm_file(node, size) if file < 0 else file
-
-
-def open_memfd(node: Any, size: int) -> int:
-    """Open an anonymous file of rank 0; -1 on all ranks if one of them cannot open it."""
-    file, offer = -1, None
-    if node.Get_rank() == 0:
+def open_memfd(node: Any, size: int) -> tuple[int, mmap.mmap] | None:
+    """Open and map an anonymous file of rank 0; ``None`` on all ranks if one of them cannot open it."""
+    file, offer, free = -1, None, free_bytes()
+    if node.Get_rank() == 0 and size <= free:
         with suppress(OSError, AttributeError):
             file = os.memfd_create("hpccomm", os.MFD_CLOEXEC)
             os.ftruncate(file, size)
             offer = (os.getpid(), file, os.fstat(file).st_ino)
-    offer = node.bcast(offer)
-    if offer and file < 0:
-        file = open_peer_file(*offer)
-    if node.allreduce(int(file >= 0)) == node.Get_size():
-        return file
+    offers = node.allgather((offer, f"{free:,} bytes are free" if size > free else ""))
+    raise_together(node, size, [problem for _, problem in offers], file)
+    if offers[0][0] and file < 0:
+        file = open_peer_file(*offers[0][0])
+    memory, problem = map_share(node, file, size) if file >= 0 else (None, "")
+    results = node.allgather((file >= 0, problem))
+    if all(opened for opened, _ in results):
+        raise_together(node, size, [problem for _, problem in results], file)
+        assert memory is not None
+        return file, memory
     if file >= 0:
         os.close(file)
-    return -1
+    return None
 
 
 def open_peer_file(pid: int, file: int, inode: int) -> int:
@@ -121,9 +112,11 @@ def open_peer_file(pid: int, file: int, inode: int) -> int:
     return -1
 
 
-def open_shm_file(node: Any, size: int) -> int:
-    """Open a file in /dev/shm and unlink it before returning."""
-    file, path, problem = -1, None, ""
+def open_shm_file(node: Any, size: int) -> tuple[int, mmap.mmap]:
+    """Open and map a file in /dev/shm and unlink it before returning."""
+    import tempfile
+
+    file, path, problem, memory = -1, None, "", None
     if node.Get_rank() == 0:
         try:
             file, path = tempfile.mkstemp(prefix="hpccomm-", dir="/dev/shm")
@@ -139,35 +132,34 @@ def open_shm_file(node: Any, size: int) -> int:
     node.Barrier()
     if path and node.Get_rank() == 0:
         os.unlink(path)
-    try:
-        raise_together(node, size, problem)
-    except TransportError:
-        if file >= 0:
-            os.close(file)
-        raise
-    return file
+    if file >= 0 and not problem:
+        memory, problem = map_share(node, file, size)
+    raise_together(node, size, node.allgather(problem), file)
+    assert memory is not None
+    return file, memory
 
 
-def map_together(node: Any, file: int, size: int) -> mmap.mmap:
-    """Map the file; every rank reserves its share of the pages."""
-    p, r, pages, problem = node.Get_size(), node.Get_rank(), size // PAGE, ""
+def map_share(node: Any, file: int, size: int) -> tuple[mmap.mmap | None, str]:
+    """Map the file and reserve this rank's share of its pages; the memory, or the reason why there is none."""
+    p, r, pages = node.Get_size(), node.Get_rank(), size // PAGE
     first, last = pages * r // p * PAGE, pages * (r + 1) // p * PAGE
     try:
         if first < last:
             os.posix_fallocate(file, first, last - first)
-        memory = mmap.mmap(file, size)
+        return mmap.mmap(file, size), ""
     except (OSError, OverflowError, ValueError) as error:
-        problem = str(error)
-    raise_together(node, size, problem)
-    return memory
+        return None, str(error)
 
 
-def raise_together(node: Any, size: int, problem: str) -> None:
-    """Raise on all ranks if one of them has a problem."""
-    found = [(rank, each) for rank, each in enumerate(node.allgather(problem)) if each]
-    if found:
-        raise TransportError(
-            f"{size:,} bytes of memory shared by {node.Get_size()} ranks are not available (local rank {found[0][0]}: "
-            f"{found[0][1]}): allow the job or container more memory (docker run --shm-size), "
-            "or use algorithm='native'"
-        )
+def raise_together(node: Any, size: int, problems: list[str], file: int) -> None:
+    """Raise and close the file if one of the ranks has a problem."""
+    found = [(rank, each) for rank, each in enumerate(problems) if each]
+    if not found:
+        return
+    if file >= 0:
+        os.close(file)
+    raise TransportError(
+        f"{size:,} bytes of memory shared by {node.Get_size()} ranks are not available (local rank {found[0][0]}: "
+        f"{found[0][1]}): allow the job or container more memory (docker run --shm-size), "
+        "or use algorithm='native'"
+    )

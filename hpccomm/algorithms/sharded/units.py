@@ -26,6 +26,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,13 @@ import numpy.typing as npt
 from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.fused import InPlaceTransform
 from hpccomm.algorithms.reports import ExchangeReport
+from hpccomm.algorithms.sharded.quantized import (
+    CodedReduce,
+    SecondaryShards,
+    check_codes,
+    gather_coded,
+    make_secondary,
+)
 from hpccomm.algorithms.states import leaves
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, require
 from hpccomm.algorithms.trust_ratio import NormReduce, global_norm
@@ -107,7 +115,7 @@ class Memory(NamedTuple):
     states: int
     """Weights, gradients, optimizer state."""
     parameters: int
-    """Whole units: the gathered ones, or at stages 1 and 2 the whole model."""
+    """Whole units: the gathered ones and the secondary shard, or at stages 1 and 2 the whole model."""
     workspace: int
     """Buffers for a whole unit's gradient, and for shards to be sent."""
 
@@ -212,6 +220,11 @@ class ShardedModel:
     it; ``overlap=False`` turns the thread off.  ``algorithm`` names the partition group's algorithm for gathers and
     reductions; by default its communicator chooses.
 
+    ``weight_code``, ``gradient_code`` and ``secondary_shard`` are qwZ, qgZ and hpZ of ZeRO++, for partition groups of
+    several nodes (:mod:`hpccomm.algorithms.sharded.quantized`): the codes of :func:`~hpccomm.block_mean` in which
+    parameters are gathered and gradients reduced, such as ``"int8"`` and ``"int4"``, and a copy of the gathered units
+    inside each node, 1/k on each of its k ranks, so that only the first gather of a unit in a step leaves the node.
+
     >>> import numpy as np
     >>> from mpi4py import MPI
     >>> from hpccomm.algorithms.transforms import scale
@@ -237,6 +250,9 @@ class ShardedModel:
         loss_scale: LossScale | None = None,
         overlap: bool = True,
         algorithm: str = "",
+        weight_code: str = "",
+        gradient_code: str = "",
+        secondary_shard: bool = False,
     ) -> None:
         require(stage in (1, 2, 3), f"zero: stage is {stage}: pass 1, 2 or 3; data_parallel divides nothing")
         require(max_norm is None or max_norm > 0, f"zero: max_norm is {max_norm}: pass a positive number, or None")
@@ -248,6 +264,9 @@ class ShardedModel:
         self.master, whole = self._take_shards(units)
         self.dtype = self.master.dtype if dtype is None else np.dtype(dtype)
         check_dtypes(self.master.dtype, self.dtype)
+        check_codes(stage, self.dtype, weight_code, gradient_code, secondary_shard)
+        self._check_same_arguments(stage, str(self.dtype), algorithm, weight_code, gradient_code, secondary_shard)
+        self.weight_code = weight_code
         size = self.master.size if stage > 1 else sum(unit.size for unit in self.units.values())
         self.total = np.zeros(size, self.master.dtype)
         """The sum of gradients: this rank's shards, at stage 1 the whole units one after the other."""
@@ -260,7 +279,18 @@ class ShardedModel:
         """Gradients added for each unit since the last step."""
         self.calls: list[str] = []
         """The gathers and reductions since the last step, in order: they must be the same on all ranks."""
-        self._allocate_buffers(whole, overlap, algorithm)
+        self._allocate_buffers(whole, overlap, algorithm, gradient_code, secondary_shard)
+
+    def _check_same_arguments(self, *mine: Any) -> None:
+        """Raise on all ranks unless all passed the same (collective)."""
+        names = ("stage", "dtype", "algorithm", "weight_code", "gradient_code", "secondary_shard")
+        everyone = self.groups.world.allgather(mine)
+        for rank, theirs in enumerate(everyone):
+            for name, one, other in zip(names, everyone[0], theirs, strict=True):
+                if one != other:
+                    raise MismatchError(
+                        f"{self.who}: {name} is {one!r} on rank 0, {other!r} on rank {rank}: pass the same on all ranks"
+                    )
 
     @property
     def _gathers(self) -> bool:
@@ -284,13 +314,23 @@ class ShardedModel:
         require(len(kinds) == 1, f"{self.who}: units of {', '.join(map(str, kinds))}: cast them to one dtype")
         return np.concatenate(parts), whole
 
-    def _allocate_buffers(self, whole: list[Vector], overlap: bool, algorithm: str) -> None:
+    def _allocate_buffers(
+        self, whole: list[Vector], overlap: bool, algorithm: str, gradient_code: str, secondary_shard: bool
+    ) -> None:
         """Allocate all buffers of the steps."""
         units = self.units.values()
         longest, shard = max(unit.padded_size for unit in units), max(unit.shard_size for unit in units)
         self._collect = Gather(self.groups.partition, algorithm) if self._gathers else None
         kind = self.dtype if self.stage > 1 else self.master.dtype
-        self._reduce = Reduce(self.groups.partition, algorithm, shard, kind) if self.ranks > 1 else None
+        self._reduce: Reduce | CodedReduce | None = None
+        if self.ranks > 1:
+            partition = self.groups.partition
+            self._reduce = (
+                CodedReduce(partition, gradient_code) if gradient_code else Reduce(partition, algorithm, shard, kind)
+            )
+        self.secondary: SecondaryShards | None = None
+        if self._collect and secondary_shard:
+            self.secondary = make_secondary(self._collect.comm, [unit.padded_size for unit in units], self.dtype)
         self.buffers = [UnitBuffer(np.empty(longest, self.dtype)) for _ in range(UNIT_BUFFERS)] if self._gathers else []
         self.gradients = allocate_shared(self.groups.partition, longest, self.dtype)
         """The buffer of a whole unit's gradient."""
@@ -331,6 +371,7 @@ class ShardedModel:
         """The memory of this rank."""
         state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray))
         whole = sum(each.nbytes for each in (*self.parameters.values(), *(slot.room for slot in self.buffers)))
+        whole += self.secondary.nbytes if self.secondary else 0
         working = self.gradients.nbytes + self.shard.nbytes + (self._reduce.nbytes if self._reduce else 0)
         return Memory(self.master.nbytes + self.total.nbytes + state, whole, working)
 
@@ -390,7 +431,18 @@ class ShardedModel:
 
     def _fetch(self, unit: Unit, room: Vector) -> int:
         """Gather a unit; gathers run one at a time, in the order of the calls."""
-        return self._collect(self._cast_shard(unit), room) if unit.size and self._collect else 0
+        if not unit.size or not self._collect:
+            return 0
+        gather = partial(self._gather_shards, unit, room)
+        return self.secondary.fetch(unit.number, room, gather) if self.secondary else gather()
+
+    def _gather_shards(self, unit: Unit, room: Vector) -> int:
+        """Gather a unit from the ranks that hold its shards."""
+        assert self._collect is not None
+        shard = self._cast_shard(unit)
+        if not self.weight_code:
+            return self._collect(shard, room)
+        return gather_coded(self._collect, self.weight_code, shard, room)
 
     def _cast_shard(self, unit: Unit) -> Vector:
         """This rank's shard, padded and in the dtype on the wire."""
@@ -558,6 +610,8 @@ class ShardedModel:
 
     def refresh(self) -> None:
         """Gather all parameters where a rank keeps them whole: after each step, and after loading."""
+        if self.secondary:
+            self.secondary.forget()
         for name, vector in self.parameters.items():
             unit = self.units[name]
             if self.ranks == 1 or not unit.size:

@@ -30,7 +30,7 @@ MAX_GATHER_BYTES = (1 << 31) - 1
 TAG = 23463
 """The tag of all messages between two ranks, on the communicator itself: receive no ``ANY_TAG`` during an exchange."""
 
-OK, NOT_FLAT, NOT_ASCENDING, NOT_FINITE, NO_K, UNKNOWN, BAD_PLAN, BAD_STATE = range(8)
+OK, NOT_FLAT, NOT_ASCENDING, NOT_FINITE, NO_K, UNKNOWN, BAD_PLAN, BAD_STATE, BAD_ROWS = range(9)
 PROBLEMS = (
     "",
     "arrays of another dtype, shape or length: pass flat contiguous arrays as documented",
@@ -40,6 +40,7 @@ PROBLEMS = (
     "an unknown algorithm: pass one of those in the documentation",
     "a plan for another n or number of ranks: leave it out, and pass the plan that this call returns",
     "an error state of another length or with a NaN: pass float32 zeros at first, then the state of the previous call",
+    "rows that are no whole numbers from 0 to below count, or a count above 2**32: pass the rows of one table",
 )
 
 

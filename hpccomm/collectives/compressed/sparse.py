@@ -21,7 +21,6 @@ contributed them: see :class:`SparseSum`.  Before data moves, all ranks compare 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -422,31 +421,64 @@ LOSSY_ALGORITHMS: dict[str, Callable[[CountingComm, Indices, Vector, int, int, S
 # Which is cheapest
 
 
-def times(n: int, count: int, k: int | None, p: int, link: Link) -> dict[str, float]:
+def times(
+    n: int, count: int, k: int | None, p: int, link: Link, *, value_bytes: int = 4, index_bytes: int = 4
+) -> dict[str, float]:
     """Microseconds of each algorithm, by alpha and beta, with ``count`` elements a rank at random indices of n.
 
-    Without ``k`` the exact algorithms, with it those that keep k.  The sum of p ranks of density d = count/n has
-    density 1 - (1-d)^p.
+    Without ``k`` the exact algorithms, with it those that keep k.
     """
-    if p == 1:
-        return dict.fromkeys(EXACT_ALGORITHMS if k is None else LOSSY_ALGORITHMS, 0.0)
-    rounds, others, density = math.ceil(math.log2(p)), p - 1, min(1.0, count / max(n, 1))
+    if k is not None:
+        rounds = ceil_log2(p)
+        share = 6 * value_bytes * k * (p - 1) / p
+        return {
+            "ok_topk": (2 * p + 2 * rounds) * link.alpha * (p > 1) + share * link.beta,
+            "gtopk": 2 * rounds * link.alpha + 4 * value_bytes * k * rounds * link.beta,
+        }
+    found = phases(n, count, p, value_bytes, value_bytes + index_bytes)
+    return {name: sum(each.us(p, link) for each in steps) for name, steps in found.items()}
+
+
+class Phase(NamedTuple):
+    """A dense collective of an exchange, in which each rank has a block of so many bytes."""
+
+    collective: str
+    """``allgather``, ``alltoall``, ``allreduce`` or ``sendrecv``, messages to one rank."""
+    nbytes: float
+
+    def us(self, p: int, link: Link) -> float:
+        """Microseconds on a link of its own for each rank."""
+        messages, blocks = {
+            "allgather": (ceil_log2(p), p - 1),
+            "alltoall": (p - 1, p - 1),
+            "allreduce": (2 * (p - 1), 2 * (p - 1) / p),
+            "sendrecv": (1, 1),
+        }[self.collective]
+        return messages * link.alpha + blocks * self.nbytes * link.beta
+
+
+def phases(n: float, count: float, p: int, value_bytes: float, pair_bytes: float) -> dict[str, list[Phase]]:
+    """What each exact algorithm sends, for ``count`` pairs of index and value a rank at random indices of n.
+
+    The sum of r ranks of density d = count/n has density 1 - (1-d)^r; it is sent dense from 1/4.
+    """
+    density = min(1.0, count / max(n, 1))
 
     def bytes_of_sum(ranks: int, elements: float = n) -> float:
         filled = 1 - (1 - density) ** ranks
-        return 4 * elements * (2 * filled if filled * DENSE_FROM < 1 else 1)
+        return elements * (pair_bytes * filled if filled * DENSE_FROM < 1 else value_bytes)
 
-    def time(messages: float, nbytes: float) -> float:
-        return messages * link.alpha + nbytes * link.beta
+    return {
+        "allgather": [Phase("allgather", pair_bytes * count)],
+        "recursive_doubling": [Phase("sendrecv", bytes_of_sum(1 << each)) for each in range(ceil_log2(p))],
+        "split": [Phase("alltoall", pair_bytes * count / p), Phase("allgather", bytes_of_sum(p, n / p))],
+        "dense": [Phase("allreduce", value_bytes * n)],
+    }
 
-    if k is None:
-        return {
-            "allgather": time(rounds, 8 * count * others),
-            "recursive_doubling": time(rounds, sum(bytes_of_sum(1 << each) for each in range(rounds))),
-            "split": time(others + rounds, 8 * count * others / p + others * bytes_of_sum(p, n / p)),
-            "dense": time(2 * others, 8 * n * others / p),
-        }
-    return {"ok_topk": time(2 * p + 2 * rounds, 24 * k * others / p), "gtopk": time(2 * rounds, 16 * k * rounds)}
+
+def ceil_log2(p: int) -> int:
+    """The rounds in which p ranks hear of each other."""
+    return (p - 1).bit_length()
 
 
 def select_algorithm(n: int, count: int, k: int | None, p: int, link: Link) -> str:

@@ -1,9 +1,9 @@
 """Means in two phases: shards travel in fewer bytes by all-to-all, are added in float32, and travel back by allgather.
 
-*p ranks, n elements, B elements of a block, m = ⌈n/p⌉ rounded up to whole blocks.*  A rank sends 2(p-1) shards of m
-elements.  16-bit floats travel as they are (:func:`mean_of_halves`) and are rounded once, after the last addition.
+*p ranks, n elements, B elements of a block, m = ⌈n/p⌉.*  A rank sends 2(p-1) shards of m elements.  16-bit floats
+travel as they are (:func:`mean_of_halves`) and are rounded once, after the last addition.
 Coded shards (:func:`mean_of_codes`) have a scale for each block; what rounding loses stays with the rank, and is added
-to its next vector.
+to its next vector.  :func:`sum_of_codes` is the first phase alone, a reduce-scatter.
 
 ========  ===  ==============================  =============================================================
 code      B    bytes of a block                an element
@@ -27,6 +27,7 @@ import numpy.typing as npt
 from hpccomm.arrays import narrow, view_for_mpi, widen
 from hpccomm.collectives.engine import even_cuts
 from hpccomm.errors import ArgumentError
+from hpccomm.kernels.dispatch import kernels
 
 Vector = npt.NDArray[Any]
 Octets = npt.NDArray[np.uint8]
@@ -44,6 +45,12 @@ class Code(NamedTuple):
     """The inverse, float32."""
     scale_type: Any
     element_type: Callable[[], Any]
+    bits: int = 8
+    """Of an element as stored."""
+
+    def nbytes(self, n: int) -> int:
+        """Bytes of n elements with the scales of their blocks."""
+        return -(-n // self.block) * self.scale_bytes + -(-n * self.bits // 8)
 
 
 def peaks_of(blocks: Vector) -> Vector:
@@ -54,9 +61,10 @@ def peaks_of(blocks: Vector) -> Vector:
 
 def scale_to(top: float, element_type: Callable[[], Any]) -> Callable[[Vector], tuple[Vector, Vector]]:
     """Divide each block so that its largest magnitude becomes ``top``, and round to the nearest element."""
+    largest = np.nextafter(np.finfo(np.float32).max / np.float32(top), np.float32(0))  # times top it is finite
 
     def encode(blocks: Vector) -> tuple[Vector, Vector]:
-        scales = peaks_of(blocks) / np.float32(top)
+        scales = np.minimum(peaks_of(blocks) / np.float32(top), largest)
         scaled = np.clip(blocks / np.where(scales > 0, scales, 1), -top, top)
         kind = element_type()
         return scales, (np.rint(scaled) if kind == np.int8 else scaled).astype(kind)
@@ -80,6 +88,17 @@ def decode_microscaled(scales: Vector, elements: Vector) -> Vector:
 def multiply_back(scales: Vector, elements: Vector) -> Vector:
     """Elements times the scale of their block."""
     return elements.astype(np.float32) * scales
+
+
+def encode_nibbles(blocks: Vector) -> tuple[Vector, Vector]:
+    """Multiples of max/7, two in a byte, the first in its lower half."""
+    scales, elements = scale_to(7, int8)(blocks)
+    return scales, (elements[:, 0::2] & 15) | (elements[:, 1::2] << 4)
+
+
+def decode_nibbles(scales: Vector, pairs: Vector) -> Vector:
+    """The inverse of :func:`encode_nibbles`."""
+    return multiply_back(scales, np.stack([pairs << 4 >> 4, pairs >> 4], axis=2).reshape(-1, 2 * pairs.shape[1]))
 
 
 def small_float(name: str) -> Any:
@@ -111,25 +130,56 @@ CODES = {
     "e4m3": Code(256, 4, scale_to(448, e4m3), multiply_back, np.float32, e4m3),
     "e5m2": Code(256, 4, scale_to(57344, e5m2), multiply_back, np.float32, e5m2),
     "mx": Code(32, 1, encode_microscaled, decode_microscaled, np.uint8, e4m3),
+    "int4": Code(128, 4, encode_nibbles, decode_nibbles, np.float32, int8, bits=4),
 }
 """To add a code is to add a row."""
 
 
 def encode_blocks(vector: Vector, code: Code) -> Octets:
-    """The scales and then the elements of whole blocks, padded with zeros."""
+    """The scales of the blocks, the last of which may be short, and then the elements: ``code.nbytes(n)`` bytes.
+
+    A vector with a NaN or an infinity becomes one of NaNs.
+    """
     blocks = np.zeros((-(-vector.size // code.block), code.block), np.float32)
-    blocks.reshape(-1)[: vector.size] = vector
-    scales, elements = code.encode(blocks)
-    return np.concatenate([scales.reshape(-1).view(np.uint8), elements.reshape(-1).view(np.uint8)])
+    blocks.reshape(-1)[: vector.size] = vector if kernels().all_finite(vector) else np.nan
+    with np.errstate(invalid="ignore"):
+        scales, elements = code.encode(blocks)
+    octets = np.concatenate([scales.reshape(-1).view(np.uint8), elements.reshape(-1).view(np.uint8)])
+    return octets[: code.nbytes(vector.size)]
 
 
 def decode_blocks(octets: Octets, n: int, code: Code) -> Vector:
-    """The first n elements, float32."""
-    count = octets.size // (code.block + code.scale_bytes)
+    """The n elements, float32."""
+    count = -(-n // code.block)
     first = count * code.scale_bytes
     scales = octets[:first].copy().view(code.scale_type).reshape(count, 1)
-    elements = octets[first:].copy().view(code.element_type()).reshape(count, code.block)
-    return code.decode(scales, elements).reshape(-1)[:n]
+    elements = np.zeros(count * code.block * code.bits // 8, np.uint8)
+    elements[: octets.size - first] = octets[first:]
+    stored = elements.view(code.element_type()).reshape(count, code.block * code.bits // 8)
+    return code.decode(scales, stored).reshape(-1)[:n]
+
+
+def sum_of_codes(comm: Any, rows: Vector, code: str) -> tuple[Vector, int]:
+    """The sum over the ranks of the row that each has for this rank, and the bytes that this rank sends (collective).
+
+    ``rows``: float32 of shape (p, m), row r for rank r.  The sum is float32 of shape (m,), added in rank order; it is
+    NaN where a rank's row is not finite.  A single rank codes nothing.
+    """
+    if comm.size == 1:
+        return rows[0], 0
+    kind, m = CODES[code], rows.shape[1]
+    coded = np.stack([encode_blocks(row, kind) for row in rows])
+    return add_coded(comm, coded, m, kind), (comm.size - 1) * kind.nbytes(m)
+
+
+def add_coded(comm: Any, coded: Octets, m: int, kind: Code) -> Vector:
+    """The sum of the m elements that each rank has coded for this one in its row (collective)."""
+    arrived, total = np.empty_like(coded), np.zeros(m, np.float32)
+    if m:
+        comm.Alltoall(coded.reshape(-1), arrived.reshape(-1))
+    for row in arrived:
+        total += decode_blocks(row, m, kind)
+    return total
 
 
 class CodedMean(NamedTuple):
@@ -150,27 +200,22 @@ def mean_of_codes(
     """
     kind, cuts = CODES[code], even_cuts(x.size, comm.size)
     places = [slice(int(lo), int(hi)) for lo, hi in pairwise(cuts)]
-    longest = -(-max((place.stop - place.start for place in places), default=0) // kind.block)
-    room = np.zeros((comm.size, longest * (kind.block + kind.scale_bytes)), np.uint8)
+    longest = max((place.stop - place.start for place in places), default=0)
+    room = np.zeros((comm.size, kind.nbytes(longest)), np.uint8)
     total = x if worker_error is None else x + worker_error
     for row, place in zip(room, places, strict=True):
-        coded = encode_blocks(pad(total[place], longest * kind.block), kind)
-        row[...] = coded
+        row[...] = encode_blocks(pad(total[place], longest), kind)
         if worker_error is not None:
-            worker_error[place] = total[place] - decode_blocks(coded, place.stop - place.start, kind)
-    arrived, mine = np.empty_like(room), places[comm.rank]
-    comm.Alltoall(room.reshape(-1), arrived.reshape(-1))
-    shard = np.zeros(mine.stop - mine.start, np.float32)
-    for row in arrived:
-        shard += decode_blocks(row, shard.size, kind)
-    shard /= np.float32(comm.size)
+            worker_error[place] = total[place] - decode_blocks(row, longest, kind)[: place.stop - place.start]
+    mine = places[comm.rank]
+    shard = add_coded(comm, room, longest, kind)[: mine.stop - mine.start] / np.float32(comm.size)
     if server_error is not None:
         shard += server_error
-    coded = encode_blocks(pad(shard, longest * kind.block), kind)
+    coded = encode_blocks(pad(shard, longest), kind)
     if server_error is not None:
-        server_error[...] = shard - decode_blocks(coded, shard.size, kind)
-    comm.Allgather(coded, arrived.reshape(-1))
-    mean = [decode_blocks(row, place.stop - place.start, kind) for row, place in zip(arrived, places, strict=True)]
+        server_error[...] = shard - decode_blocks(coded, longest, kind)[: shard.size]
+    comm.Allgather(coded, room.reshape(-1))
+    mean = [decode_blocks(row, longest, kind)[: each.stop - each.start] for row, each in zip(room, places, strict=True)]
     return CodedMean(np.concatenate(mean), 2 * (comm.size - 1) * coded.size)
 
 

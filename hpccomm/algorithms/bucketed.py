@@ -1,0 +1,360 @@
+"""Buckets: the gradients of a model are exchanged in parts while the backward pass still computes the others.
+
+*A bucket is one exchange of some tensors, of one dtype and at most 25 MB together.*  The backward pass gives the
+gradients of the last layers first, so buckets are filled from the last tensor to the first.  A bucket whose gradients
+are all there begins; a progress thread (:mod:`hpccomm.progress`) exchanges the buckets one after the other, always in
+this order, whatever the order in which they were begun: ranks need not agree about that.  Before each exchange the
+ranks tell each other in 8 bytes whether they have begun it.
+
+The method runs on every bucket as on a vector of its own, and its state belongs to the bucket.  For checkpoints it is
+divided into the states of the tensors (:mod:`hpccomm.algorithms.tensor_states`), from which buckets of any size begin.
+"""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from hpccomm.algorithms.tensor_states import join_states, split_state
+from hpccomm.algorithms.transforms import Transform, flush, require
+from hpccomm.algorithms.trees import TreeLayout, tree_leaves
+from hpccomm.arrays import borrow
+from hpccomm.buckets import BUCKET_BYTES, Bucket, group_by_size
+from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.errors import ArgumentError, MismatchError
+from hpccomm.functional import communicator
+from hpccomm.progress import Call, submit
+
+Make = Callable[..., Transform]
+"""Makes a method for a communicator, ``hpccomm.gtc``, or for a communicator and a bucket, ``hpccomm.powersgd``."""
+
+
+def make_method(make: Make, comm: Any, bucket: Bucket) -> Transform:
+    """The method of a communicator, and of a bucket if it asks for one."""
+    try:
+        wants_bucket = needs_bucket(make)
+    except (TypeError, ValueError):
+        wants_bucket = False
+    made = make(comm, bucket) if wants_bucket else make(comm)
+    if not isinstance(made, Transform):
+        raise ArgumentError(
+            f"{make!r} made {made!r}: pass hpccomm.gtc, or lambda comm: hpccomm.gtc(comm, density=0.01)"
+        )
+    return made
+
+
+def needs_bucket(make: Make) -> bool:
+    """Whether a function has a second argument that must be given."""
+    rest = list(inspect.signature(make).parameters.values())[1:2]
+    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return any(each.default is each.empty and each.kind in positional for each in rest)
+
+
+class BucketInFlight:
+    """One bucket: where its tensors lie, its gradient and state, and the gradients that have not come in this step."""
+
+    def __init__(self, number: int, names: list[str], weights: dict[str, Any], tied: Mapping[str, str]) -> None:
+        self.number, self.weights = number, {name: weights[name] for name in names}
+        self.layout = TreeLayout(self.weights)
+        self.gradient = np.zeros(self.layout.bucket.size, self.layout.bucket.dtype)
+        self.places = self.layout.bucket.views(self.gradient)
+        self.all_names = frozenset(name for name in tied if tied[name] in self.weights)
+        """With the other names of tied weights."""
+        self.missing = set(self.all_names)
+        self.begun = False
+        self.method: Any = None
+        self.state: Any = None
+        self.step: Any = None
+
+    def __str__(self) -> str:
+        first, *rest = self.weights
+        return f"bucket {self.number} ({first}{f' to {[*rest][-1]}' if rest else ''})"
+
+    def flatten_weights(self) -> Any:
+        """The weights as they are now, as one vector."""
+        return self.layout.flatten(self.weights, "weights")
+
+    def clear(self) -> None:
+        """Wait for the gradients of the next step."""
+        self.missing, self.begun = set(self.all_names), False
+
+
+class BucketedExchange:
+    """Gradients exchanged by a method in buckets, while the backward pass goes on (the constructor is collective).
+
+    ``weights``: arrays by name, in the order of the layers, that the program changes in place; NumPy's, or another
+    library's on the host, also dicts of dicts (``layer.w``).  ``make(comm)``, or ``make(comm, bucket)`` for methods
+    that treat tensors one by one, makes the method of a bucket: ``hpccomm.mean``, ``hpccomm.gtc``,
+    ``lambda comm, bucket: hpccomm.dgc(comm, bucket)``.  A method that treats its vector as a whole (``clip``, GTC's
+    threshold) sees one bucket at a time, and a bucket with a gradient that is not finite is skipped alone.
+
+    >>> from mpi4py import MPI
+    >>> from hpccomm import chain, mean, scale
+    >>> weights = {"first": np.zeros(2), "last": np.zeros(1)}
+    >>> sgd = lambda comm: chain(mean(comm), scale(-0.5))
+    >>> exchange = BucketedExchange(MPI.COMM_SELF, weights, sgd)
+    >>> exchange.add({"last": np.array([4.0])})  # the backward pass goes on
+    >>> exchange.add({"first": np.array([1.0, 2.0])})
+    >>> {name: step.tolist() for name, step in exchange.finish().items()}
+    {'first': [-0.5, -1.0], 'last': [-2.0]}
+
+    A weight under several names (tied) is exchanged once: the gradients of all its names are added, and its step comes
+    under the first name.  A call of ``comm`` inside the step waits for the buckets that have begun, and must come
+    after the same ones on all ranks: use ``comm.Dup()`` for other calls of the backward pass.  ``on_step(bucket)`` is
+    called in the progress thread after each exchange.
+    """
+
+    def __init__(
+        self,
+        comm: Any,
+        weights: Any,
+        make: Make,
+        bucket_bytes: int = BUCKET_BYTES,
+        on_step: Callable[[BucketInFlight], None] = lambda bucket: None,
+    ) -> None:
+        self.comm, self._make, self._on_step = communicator(comm), make, on_step
+        self.who = f"rank {self.comm.rank}: BucketedExchange"
+        require(bucket_bytes > 0, f"{self.who}: bucket_bytes is {bucket_bytes}: pass a positive number")
+        arrays = dict(tree_leaves(weights))
+        require(bool(arrays), f"{self.who}: there are no weights: pass {{name: array}}")
+        self._tied = find_tied(arrays, self.who)
+        """The first name of each weight, by all its names."""
+        own = {name: borrow(arrays[name])[0] for name, first in self._tied.items() if name == first}
+        sizes = [(name, each.dtype, each.nbytes) for name, each in own.items()]
+        groups = group_by_size(sizes[::-1], bucket_bytes)
+        self.buckets = [BucketInFlight(k, names, arrays, self._tied) for k, names in enumerate(groups)]
+        self.bucket_of = {name: each for each in self.buckets for name in each.all_names}
+        """The bucket of each tensor."""
+        self.gradients = {name: self.bucket_of[name].places[first] for name, first in self._tied.items()}
+        """Each tensor's gradient, for programs that write it in place and then :meth:`begin` the bucket."""
+        self._calls: list[Call] = []
+        self._failure = ""
+        """What made this step fail on all ranks."""
+        self._broken: BaseException | None = None
+        self._run("make buckets", self._make_methods)
+
+    def _run(self, text: str, function: Callable[[Any], Any]) -> Any:
+        """Run a function on the communicator of the exchanges, and wait for it."""
+        return submit(self.comm, function, Fingerprint(text)).wait()
+
+    def _make_methods(self, channel: Any) -> None:
+        """Compare the buckets of all ranks, and make the method and the state of each."""
+        mine = [[*each.layout.bucket.table, str(each.layout.bucket.dtype)] for each in self.buckets]
+        sums = channel.allgather([zlib.crc32(repr(each).encode()) for each in mine])
+        for rank, each in enumerate(sums):
+            if each != sums[0]:
+                k = next((k for k, pair in enumerate(zip(each, sums[0], strict=False)) if pair[0] != pair[1]), 0)
+                raise MismatchError(
+                    f"{self.who}: bucket {k} of rank {rank} holds other tensors than that of rank 0: pass the same "
+                    "names, shapes and dtypes in the same order, and the same bucket_bytes, on all ranks"
+                )
+        for bucket in self.buckets:
+            bucket.method = make_method(self._make, channel, bucket.layout.bucket)
+            bucket.state = bucket.method.init(bucket.flatten_weights())
+
+    def add(self, gradients: Any) -> None:
+        """Copy the gradients of some tensors, by name; buckets whose gradients are all there begin."""
+        found = dict(tree_leaves(gradients))
+        arrays = {name: self._check_gradient(name, each) for name, each in found.items()}
+        for name, array in arrays.items():
+            bucket, place = self.bucket_of[name], self.gradients[name]
+            if self._first_of(name, bucket):
+                place[...] = array
+            else:
+                place += array
+            bucket.missing.discard(name)
+        for bucket in {self.bucket_of[name].number: self.bucket_of[name] for name in arrays}.values():
+            if not bucket.missing:
+                self._mark(bucket)
+
+    def _first_of(self, name: str, bucket: BucketInFlight) -> bool:
+        """Whether no other name of this weight has come."""
+        names = {each for each, first in self._tied.items() if first == self._tied[name]}
+        return names <= bucket.missing
+
+    def _check_gradient(self, name: str, gradient: Any) -> Any:
+        self._check_usable("add")
+        require(name in self.bucket_of, f"{self.who}: add: no weight is called {name!r}")
+        bucket, place = self.bucket_of[name], self.gradients[name]
+        require(
+            name in bucket.missing and not bucket.begun,
+            f"{self.who}: add: the gradient of {name} has come in this step: call finish before the next one",
+        )
+        array, _ = borrow(gradient, f"{self.who}: add: {name}")
+        require(
+            array.shape == place.shape and array.dtype == place.dtype,
+            f"{self.who}: add: the gradient of {name} is {array.dtype} of shape {array.shape}, the weight "
+            f"{place.dtype} of shape {place.shape}: make them alike",
+        )
+        return array
+
+    def begin(self, bucket: int) -> None:
+        """Begin a bucket, by its number, whose gradients were all written into :attr:`gradients`."""
+        self._check_usable("begin")
+        last = len(self.buckets) - 1
+        require(
+            isinstance(bucket, int | np.integer) and 0 <= bucket <= last,
+            f"{self.who}: begin: there is no bucket {bucket!r}: pass 0 to {last}",
+        )
+        each = self.buckets[bucket]
+        require(not each.begun, f"{self.who}: begin: {each} has begun in this step: call finish before the next one")
+        require(
+            each.missing == each.all_names,
+            f"{self.who}: begin: of {each} some gradients were added, but not {', '.join(sorted(each.missing))}: add "
+            "all, after which it begins, or write all into gradients",
+        )
+        self._mark(each)
+
+    def _mark(self, bucket: BucketInFlight) -> None:
+        """Begin a bucket, and exchange all that are next."""
+        bucket.begun = True
+        while len(self._calls) < len(self.buckets) and self.buckets[len(self._calls)].begun:
+            self._issue(self.buckets[len(self._calls)])
+
+    def _issue(self, bucket: BucketInFlight) -> None:
+        text = Fingerprint(f"bucket {bucket.number} of {len(self.buckets)}")
+        self._calls.append(submit(self.comm, partial(self._exchange, bucket), text))
+
+    def _exchange(self, bucket: BucketInFlight, channel: Any) -> None:
+        """Exchange one bucket, in the progress thread."""
+        try:
+            self._failure = self._failure or self._check_presence(bucket, channel)
+            if not self._failure:
+                step, bucket.state = bucket.method.update(bucket.gradient, bucket.state, bucket.flatten_weights())
+                bucket.step = bucket.layout.restore(step)
+        except BaseException as error:
+            self._broken = error
+            raise
+        finally:
+            self._on_step(bucket)
+
+    def _check_presence(self, bucket: BucketInFlight, channel: Any) -> str:
+        """What is wrong if a rank has not begun the bucket."""
+        begun = np.empty(channel.size, np.int64)
+        channel.Allgather(np.array([bucket.begun], np.int64), begun)
+        absent = np.flatnonzero(begun == 0).tolist()
+        if not absent:
+            return ""
+        return (
+            f"finish was called without {bucket} on {'ranks' if absent[1:] else 'rank'} {', '.join(map(str, absent))}: "
+            "give every gradient on every rank, zeros where there is none; the buckets before it were exchanged: "
+            "continue from a checkpoint if the method has a state"
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for all buckets; the step of each tensor by name, in its weight's form, valid until the next step.
+
+        Raises on all ranks, and names the ranks, where a bucket has not begun.
+        """
+        self._check_usable("finish")
+        mine = [str(each) for each in self.buckets if not each.begun]
+        for bucket in self.buckets[len(self._calls) :]:
+            self._issue(bucket)
+        calls, self._calls = self._calls, []
+        failure = self._wait(calls)
+        for bucket in self.buckets:
+            bucket.clear()
+        if failure:
+            raise (ArgumentError if mine else MismatchError)(f"{self.who}: {failure}")
+        return {name: self.bucket_of[name].step[name] for name, first in self._tied.items() if name == first}
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the exchanges of this step have failed."""
+        return self._broken or (MismatchError(f"{self.who}: {self._failure}") if self._failure else None)
+
+    def _wait(self, calls: Iterable[Call]) -> str:
+        """Wait for the calls of a step; what made it fail on all ranks."""
+        for call in calls:
+            call.sleep()
+            self._broken = self._broken or call.error
+        failure, self._failure = self._failure, ""
+        if self._broken is not None:
+            raise self._broken
+        return failure
+
+    def _check_usable(self, verb: str, between: bool = False) -> None:
+        require(
+            self._broken is None,
+            f"{self.who}: {verb}: an exchange has failed ({self._broken}): make a new one, and restore its state",
+        )
+        under_way = self._calls or any(each.begun or each.missing != each.all_names for each in self.buckets)
+        require(not between or not under_way, f"{self.who}: {verb}: a step is under way: call finish first")
+
+    # The state
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """The state of every bucket, for :func:`hpccomm.report`."""
+        return tuple(each.state for each in self.buckets)
+
+    def collect_state(self) -> tuple[Any, ...]:
+        """The state of every tensor, in the order of the weights, for checkpoints and :func:`hpccomm.for_ranks`.
+
+        Collective, between steps.  It does not depend on ``bucket_bytes``.
+        """
+        self._check_usable("collect_state", between=True)
+        return self._run("collect states", self._split_states)  # type: ignore[no-any-return]
+
+    def _split_states(self, channel: Any) -> tuple[Any, ...]:
+        found: dict[str, Any] = {}
+        for bucket in self.buckets:
+            parts = split_state(bucket.state, self._states_of_tensors(bucket, channel), channel)
+            found |= zip(bucket.weights, parts, strict=True)
+        return tuple(found[name] for name, first in self._tied.items() if name == first)
+
+    def restore_state(self, states: tuple[Any, ...]) -> None:
+        """Continue from what :meth:`collect_state` returned, with buckets of any size (collective, between steps).
+
+        With buckets of the same size the run continues with the same bits.
+        """
+        self._check_usable("restore_state", between=True)
+        names = [name for name, first in self._tied.items() if name == first]
+        require(
+            isinstance(states, tuple) and len(states) == len(names),
+            f"{self.who}: restore_state: pass the states of {len(names)} tensors, as collect_state returns them",
+        )
+        self._run("restore states", partial(self._join_states, dict(zip(names, states, strict=True))))
+
+    def _join_states(self, states: dict[str, Any], channel: Any) -> None:
+        for bucket in self.buckets:
+            like = bucket.method.init(bucket.flatten_weights())
+            bucket.state = join_states([states[name] for name in bucket.weights], like, channel)
+
+    def _states_of_tensors(self, bucket: BucketInFlight, channel: Any) -> list[Any]:
+        """A new state of each tensor alone."""
+        layouts = [TreeLayout({name: weight}) for name, weight in bucket.weights.items()]
+        return [
+            make_method(self._make, channel, each.bucket).init(each.flatten(each.like, "weights")) for each in layouts
+        ]
+
+    def flush(self) -> dict[str, Any]:
+        """The step of all gradients that were not sent, as :func:`hpccomm.flush` (collective, between steps)."""
+        self._check_usable("flush", between=True)
+        self._run("flush", self._flush)
+        return {name: self.bucket_of[name].step[name] for name, first in self._tied.items() if name == first}
+
+    def _flush(self, channel: Any) -> None:
+        for bucket in self.buckets:
+            step, bucket.state = flush(bucket.method, bucket.state, bucket.flatten_weights())
+            bucket.step = bucket.layout.restore(step)
+
+
+def find_tied(arrays: Mapping[str, Any], who: str) -> dict[str, str]:
+    """The first name of each array, by all its names: tied weights have several."""
+    first: dict[Any, str] = {}
+    return {name: first.setdefault(place_of(name, each, who), name) for name, each in arrays.items()}
+
+
+def place_of(name: str, array: Any, who: str) -> Any:
+    """What two arrays have in common only if they are the same memory."""
+    view, _ = borrow(array, f"{who}: {name}")
+    kind = type(array).__name__
+    fits = view.flags.writeable and hasattr(array, "__setitem__")
+    require(fits, f"{who}: {name}: a {kind} that cannot be written: pass arrays, to add steps in place")
+    return (view.__array_interface__["data"][0], view.shape, view.strides, view.dtype) if view.size else name
