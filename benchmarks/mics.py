@@ -142,7 +142,8 @@ def steps_of(comm: Any, setting: Setting) -> dict[str, Any]:
     units = {f"layer{n}": {"w": np.full(setting.elements, n, "f4")} for n in range(setting.layers)}
     made = {title: shardings()[title](comm, units, scale(-LR), setting.wait_ms > 0) for title in setting.methods}
     for states in made.values():
-        states.gradients[...] = comm.rank + 1
+        for buffer in states.gradients:
+            buffer.room[...] = comm.rank + 1
 
     def run(states: Any) -> tuple[float, int]:
         comm.Barrier()

@@ -42,6 +42,7 @@ _MODULES = {
     "algorithms.compression.quantized": "cast natural none qsgd ternary",
     "algorithms.compression.selection": "randomk threshold topk",
     "algorithms.compression.signs": "onebit sign_majority",
+    "algorithms.checkpoint_sets": "load_set save_set",
     "algorithms.checkpoints": "load load_state_dict save state_dict",
     "algorithms.reports": "report",
     "algorithms.states": "for_ranks snapshot",

@@ -4,6 +4,8 @@ from hpccomm.algorithms.block_codes import block_mean as block_mean
 from hpccomm.algorithms.blockwise_filtering import bmuf as bmuf
 from hpccomm.algorithms.blockwise_filtering import bmuf_adam as bmuf_adam
 from hpccomm.algorithms.bucketed import BucketedExchange as BucketedExchange
+from hpccomm.algorithms.checkpoint_sets import load_set as load_set
+from hpccomm.algorithms.checkpoint_sets import save_set as save_set
 from hpccomm.algorithms.checkpoints import load as load
 from hpccomm.algorithms.checkpoints import load_state_dict as load_state_dict
 from hpccomm.algorithms.checkpoints import save as save

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hpccomm.algorithms.blockwise_filtering import bmuf, bmuf_adam
-from hpccomm.algorithms.checkpoints import load, load_state_dict, replace_file, save, state_dict
+from hpccomm.algorithms.checkpoints import load, load_state_dict, save, state_dict
 from hpccomm.algorithms.exchange import synchronous_adam
 from hpccomm.algorithms.large_batch import lamb, lars
 from hpccomm.algorithms.local_steps import diloco, post_local_sgd, slowmo
@@ -22,6 +22,7 @@ from hpccomm.algorithms.transforms import adam, chain, every, momentum, scale
 from hpccomm.algorithms.two_tier import hybrid
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
+from hpccomm.files import replace_file
 from hpccomm.testing.ranks import run_on_ranks
 
 Vector = Any
@@ -154,11 +155,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     save(path, state=(np.arange(3.0),))
     whole = path.read_bytes()
 
-    def write_half(file: Any, **entries: Any) -> None:
-        file.write(b"half")
+    def write_half(stream: Any, array: Any, **how: Any) -> None:
+        stream.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(np, "savez", write_half)
+    monkeypatch.setattr(np.lib.format, "write_array", write_half)
     with pytest.raises(OSError, match="no space"):
         save(path, state=(np.zeros(3),))
     assert path.read_bytes() == whole
@@ -228,8 +229,9 @@ def test_processes_that_save_into_one_folder_leave_each_other_alone(tmp_path: Pa
     script = f"""
 import os, sys
 from pathlib import Path
-from hpccomm.algorithms.checkpoints import replace_file
+from hpccomm.files import remove_parts, replace_file
 for _ in range(100):
+    remove_parts(Path({str(tmp_path)!r}))
     with replace_file(Path({str(tmp_path)!r}) / sys.argv[1]) as file:
         file.write(bytes(2000))
         file.flush()

@@ -14,6 +14,7 @@ import pytest
 
 from hpccomm import Communicator, context
 from hpccomm.algorithms.large_batch import lamb, lars
+from hpccomm.algorithms.sharded import units as units_module
 from hpccomm.algorithms.sharded.groups import (
     check_placement,
     mics,
@@ -126,7 +127,7 @@ def test_a_second_hop_in_every_micro_step_gives_another_result() -> None:
         states = mics(comm, EIGHT, scale(-0.5), 2)
         for micro in GOLDEN[comm.rank]:
             states.reduce_accumulate("all", np.array(micro, "f4"))
-            states._allreduce_shards(states.gradient_shard)
+            states._allreduce_shards(states.total)
         return (states.total / (2 * 2 * 2)).tolist()
 
     assert run_on_ranks(4, wrong, [0, 0, 1, 1])[0] == [2, 1.875, 1.25, 2.125]
@@ -141,7 +142,7 @@ def test_a_second_hop_of_the_newest_shards_only_gives_another_result() -> None:
         earlier = states.total.copy()
         states.total[...] = 0
         states.reduce_accumulate("all", np.array(GOLDEN[comm.rank][1], "f4"))
-        states._allreduce_shards(states.gradient_shard)
+        states._allreduce_shards(states.total)
         return ((earlier + states.total) / (2 * 2 * 2)).tolist()
 
     right = [[1.25, 1.125, 0.75, 1.125], [1.5, 1.875, 1.5, 2.375]]
@@ -243,6 +244,96 @@ def test_data_parallelism_takes_the_steps_of_one_rank_with_all_gradients() -> No
         assert all(found[0][tensor].tobytes() == weights[tensor].tobytes() for tensor in weights)
 
 
+# Overlap
+
+OVERLAPS: dict[str, dict[str, Any]] = {"MiCS": {"partition": 2}, "ZeRO-3": {"partition": 4}, "DDP": {"partition": 1},
+                                       "ZeRO-1": {"partition": 4, "stage": 1}, "ZeRO-2": {"partition": 2, "stage": 2},
+                                       "16 bits": {"partition": 2, "dtype": "f2"}}  # fmt: skip
+
+
+def run_overlapped(comm: Any, partition: int, last: bool, prefetch: int = 1, overlap: bool = True, **how: Any) -> Any:
+    """The weights after three steps of two micro-steps."""
+    states = mics(comm, first_weights(), OPTIMIZERS["lamb"], partition, prefetch=prefetch, overlap=overlap, **how)
+    order, dtype = list(LAYERS), how.get("dtype", "f4")
+    for step in range(3):
+        for micro in range(2):
+            walk = [*order, *reversed(order)]
+            for at, unit in enumerate(walk):
+                states.gather(unit, ahead=walk[at + 1 : at + 1 + prefetch])
+                states.release(unit)
+                if at >= len(order):
+                    given = gradient(unit, step, micro, comm.rank, dtype)
+                    room = states.gradient(unit) if (at + step) % 2 else given
+                    for name, each in given.items():
+                        room[name][...] = each
+                    states.reduce_accumulate(unit, room, last=last and micro == 1)
+        states.boundary()
+    weights = {f"{unit}.{name}": w.tobytes() for unit, tensors in states.consolidate() for name, w in tensors.items()}
+    hops = states.hops
+    states.close()
+    return weights, [(each.exchanges, each.wire_bytes) for each in hops]
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+@pytest.mark.parametrize("limit", [100, 1 << 20])
+def test_overlapped_hops_give_the_bits_of_hops_in_turn(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of units ahead, and whether second hops begin early; in one message or in several."""
+    monkeypatch.setattr(units_module, "BUCKET_BYTES", limit)
+    how = OVERLAPS[name]
+    nodes = nodes_of(4, how["partition"])
+    wanted = run_on_ranks(4, lambda comm: run_overlapped(comm, last=False, overlap=False, **how), nodes)
+    for last, prefetch in ((False, 1), (True, 1), (True, 3), (True, 0)):
+        found = run_on_ranks(4, lambda comm, a=last, b=prefetch: run_overlapped(comm, last=a, prefetch=b, **how), nodes)
+        assert found == wanted, (last, prefetch)
+
+
+@pytest.mark.mpi(sizes=(4,))
+def test_processes_with_overlapped_hops_take_the_steps_of_threads(comm: Communicator) -> None:
+    for how in ({"partition": 2}, {"partition": 4, "dtype": "bfloat16"}):
+        how["dtype"] = np.dtype(getattr(ml_dtypes, str(how.get("dtype")), "f4"))
+        wanted = run_on_ranks(4, lambda each, h=how: run_overlapped(each, last=False, overlap=False, **h))
+        assert run_overlapped(comm, last=True, prefetch=2, **how) == wanted[comm.rank]
+
+
+def test_second_hops_begin_before_the_boundary_from_the_last_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit without its last gradient holds those before it back: all ranks send in one order."""
+    monkeypatch.setattr(units_module, "BUCKET_BYTES", 1)
+
+    def body(comm: Any) -> None:
+        states = data_parallel(comm, first_weights(), scale(-1.0))
+        begun = []
+        for unit in ("gain", "out", "one", "embedding"):
+            states.reduce_accumulate(unit, gradient(unit, 0, 0, comm.rank), last=True)
+            begun.append(len(states._second))
+        assert begun == [0, 2, 3, 4]
+        with pytest.raises(ArgumentError, match="'out' had its last gradient: call boundary first"):
+            states.reduce_accumulate("out", gradient("out", 0, 0, comm.rank))
+        states.boundary()
+        states.reduce_accumulate("out", gradient("out", 0, 0, comm.rank))
+        assert not states._second
+        states.close()
+
+    run_on_ranks(3, body)
+
+
+def test_units_ahead_fill_the_buffers_and_those_in_vain_give_way() -> None:
+    def body(comm: Any) -> None:
+        states = zero(comm, first_weights(), scale(-1.0), prefetch=2)
+        states.gather("embedding", ahead=["one", "gain", "out"])
+        assert [each.unit.name for each in states.buffers] == ["embedding", "one", "gain"]
+        states.release("embedding")
+        assert {each.unit.name for each in states.buffers} == {"out", "one", "gain"}
+        assert states.gather("embedding")["table"].tolist() == first_weights()["embedding"]["table"].tolist()
+        assert states.gather("gain")["scale"].tolist() == first_weights()["gain"]["scale"].tolist()
+        for unit in ("embedding", "gain"):
+            states.release(unit)
+        states.close()
+
+    run_on_ranks(2, body)
+    with pytest.raises(ArgumentError, match="prefetch is -1"):
+        run_on_ranks(2, lambda comm: zero(comm, first_weights(), scale(-1.0), prefetch=-1))
+
+
 # Bytes, memory, and what is called how often
 
 
@@ -315,21 +406,22 @@ def test_bytes_of_each_hop_are_those_of_the_formulas(ranks: int, partition: int,
 
     def body(comm: Any) -> Any:
         states = ShardedModel(partition_groups(comm, partition), model, scale(-0.5))
-        made = Counter(states._collect.comm.sent_bytes), Counter(states.groups.partition.sent_bytes)
+        reducing, copies = states._reduce.partition, states._replication
+        made = Counter(states._collect.comm.sent_bytes), Counter(reducing.sent_bytes)
         for _ in range(micro_steps):
             for unit in ("a", "b", "c", "c", "b", "a"):
                 states.gather(unit)
                 states.release(unit)
             for unit in ("c", "b", "a"):
                 states.reduce_accumulate(unit, np.ones(model[unit]["w"].size, "f4"))
-        assert "Allreduce" not in states.groups.replication.sent_bytes
+        assert "Allreduce" not in copies.sent_bytes
         states.boundary()
         sent = (
             states._collect.comm.sent_bytes["Allgather"] - made[0]["Allgather"],
-            states.groups.partition.sent_bytes["Reduce_scatter"] - made[1]["Reduce_scatter"],
-            states.groups.replication.sent_bytes["Allreduce"],
+            reducing.sent_bytes["Reduce_scatter"] - made[1]["Reduce_scatter"],
+            copies.sent_bytes["Allreduce"],
         )
-        calls = states.groups.replication.calls["Allreduce"]
+        calls = copies.calls["Allreduce"]
         return sent, calls, tuple(hop.wire_bytes for hop in states.hops)
 
     for sent, calls, told in run_on_rings(ranks, body):
@@ -352,7 +444,7 @@ def test_bytes_of_the_stages(stage: int, hops: tuple[int, int]) -> None:
                 states.release("a")
             states.reduce_accumulate("a", np.ones(64, "f4"))
         states.boundary()
-        return states.groups.partition.sent_bytes["Reduce_scatter"], [hop.wire_bytes for hop in states.hops]
+        return states._reduce.partition.sent_bytes["Reduce_scatter"], [hop.wire_bytes for hop in states.hops]
 
     for reduced, told in run_on_rings(4, body):
         assert reduced == told[1]
@@ -652,7 +744,7 @@ def test_ranks_that_gather_in_different_orders_raise_and_keep_their_weights() ->
         finally:
             assert states.master.tolist() == [4, 4, 4, 4, 6, 6, 6] or states.master.size == 7
             assert set(states.master.tolist()) == {4, 6}
-            states.prefetcher.shutdown()
+            states.close()
 
     check_refused(
         lambda comm: body(comm, "bac"),
@@ -716,7 +808,7 @@ def test_a_wrong_call_is_named() -> None:
         (lambda comm: states_of(comm).gather("two"), "gather: no unit is called 'two': use one of embedding, one"),
         (lambda comm: states_of(comm).release("one"), "release: 'one' is not gathered"),
         (twice, "gather: 'one' is gathered: release it first"),
-        (three, "gather: 'one' and 'out' are gathered, or on their way: release one first"),
+        (three, "gather: 'one' and 'out' are gathered: release one first, or pass a larger prefetch"),
         (run_with_gathered_unit, r"boundary: \['one'\] are gathered, or on their way"),
         (early, "unit 'embedding' has seen 0 gradients, 'one' 1: reduce_accumulate every unit"),
         (lambda comm: states_of(comm).boundary(), "has seen 0 gradients"),

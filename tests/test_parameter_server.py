@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from hpccomm.algorithms.parameter_server import (
 from hpccomm.algorithms.transforms import Transform, chain, momentum, scale
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.engine import bind, even_cuts
-from hpccomm.errors import ArgumentError
+from hpccomm.errors import ArgumentError, HpccommError
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.transports.threads import ThreadTransport, run_on_threads
 
@@ -314,6 +315,220 @@ def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(codec: Any) -> 
     assert all(np.array_equal(one.state[0], two.state[0]) for one, two in zip(found[:2], whole[:2], strict=True))
 
 
+# Workers that come and go
+
+
+@pytest.mark.parametrize("servers", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_workers_pause_join_and_begin_late_and_no_push_is_lost(servers: int, mode: Any) -> None:
+    """Worker 0 works throughout, 1 pauses twice, 2 begins late, 3 leaves early; eighths are exact in any order."""
+
+    def body(comm: Any) -> Any:
+        ps = ParameterServer(comm, np.zeros(5), scale(-0.125), servers=servers, mode=mode, reduce="sum")
+        if ps.serves:
+            return ps.serve()
+        worker, pushes = comm.rank - servers, 0
+        if worker == 2:
+            ps.pause()
+            assert ps.join().shape == (5,)
+        for step in range({3: 2}.get(worker, 9)):
+            if worker == 1 and step in (3, 6):
+                ps.pause()
+                ps.join()
+            ps.pull()
+            ps.push(np.arange(5.0) + step)
+            pushes += 1
+        return ps.leave(), pushes
+
+    found = run_on_ranks(servers + 4, body)
+    steps = [range(count) for _, count in found[servers:]]
+    total = -0.125 * sum(np.arange(5.0) + step for each in steps for step in each)
+    assert all(np.array_equal(final, total) for final, _ in found[servers:])
+    assert all((report.dropped, report.lost) == (0, ()) for report in found[:servers])
+
+
+@pytest.mark.parametrize("mode", ["bsp", ("ssp", 1)])
+def test_nobody_waits_for_a_worker_that_has_paused(mode: Any) -> None:
+    """Worker 1 pauses until worker 0 has made ten pushes, and then takes part at worker 0's clock."""
+
+    def body(comm: Any) -> Any:
+        gate = comm.Split(0 if comm.rank else 1, comm.rank)
+        ps = ParameterServer(comm, np.zeros(1), scale(-1.0), mode=mode, reduce="sum")
+        if ps.serves:
+            return ps.serve()
+        if comm.rank == 2:
+            ps.pause()
+            gate.Barrier()
+            seen = float(ps.join()[0])
+            ps.push(np.ones(1))
+            return seen, ps.clock, float(ps.leave()[0])
+        for _ in range(10):
+            ps.pull()
+            ps.push(np.ones(1))
+        gate.Barrier()
+        return float(ps.leave()[0])
+
+    report, final, (seen, clock, last) = run_on_ranks(3, body)
+    assert (seen, final, last) == (-10, -11, -11)
+    assert clock == 11
+    assert report.version == 11
+
+
+def run_with_a_failure(mode: Any, servers: int, fail: Any, **options: Any) -> list[Any]:
+    """Three workers of six steps; the last one ends by ``fail(ps)`` in its third; no rank hangs."""
+
+    def body(comm: Any) -> Any:
+        ps = ParameterServer(comm, np.zeros(6), scale(-1.0), servers=servers, mode=mode, reduce="sum", **options)
+        if ps.serves:
+            return ps.serve()
+        try:
+            with ps:
+                for step in range(6):
+                    weights = ps.pull()
+                    if step == 2 and comm.rank == comm.size - 1:
+                        return fail(ps, weights)
+                    ps.push(np.ones(6))
+                return ps.leave()
+        except RuntimeError as error:
+            return str(error)
+
+    return run_on_ranks(servers + 3, body, patience=20)
+
+
+def raise_mid_push(ps: ParameterServer, weights: Any) -> None:
+    """The first server has received the push, the others never will."""
+    ps._send(0, PUSH, ps._encode(np.full(6, 1024.0), 0), ps.version[0])
+    raise RuntimeError("out of memory")
+
+
+def die_mid_push(ps: ParameterServer, weights: Any) -> str:
+    """Without a word to anybody."""
+    ps._send(0, PUSH, ps._encode(np.full(6, 1024.0), 0), ps.version[0])
+    ps.closed = True
+    return "dead"
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_worker_that_fails_mid_push_is_left_behind(servers: int, mode: Any) -> None:
+    """The others make all their pushes; of the torn one nothing counts where the mode lets servers hold it back."""
+    found = run_with_a_failure(mode, servers, raise_mid_push)
+    assert found[-1] == "out of memory"
+    whole = -(6 + 6 + 2)
+    for final in found[servers:-1]:
+        rest = final[3 if servers == 2 else 6 :]
+        assert (rest == whole).all()
+        assert set(final[: 3 if servers == 2 else 6] - whole) <= {0.0, -1024.0}
+    assert all(report.lost == (servers + 2,) for report in found[:servers])
+
+
+def test_bsp_passes_over_a_clock_at_which_nobody_was_here_and_no_push_replaces_another() -> None:
+    seen, ledger = pushes(rules_of("bsp"), [(0, 1, 0), (1, 2, 0), (2, 4, 0), (0, 8, 1)])
+    for worker in range(3):
+        ledger.leave(worker)
+    assert (seen, ledger.version) == ([[1, 2, 4], [8]], 2)
+    assert not ledger.join(0, 1)
+    assert ledger.join(1, 5)
+    assert ledger.version == 5
+    assert ledger.may_read(1)
+    ledger.push(1, np.array([16.0]), 5)
+    seen, ledger = pushes(rules_of("bsp"), [(0, 1, 0)])
+    ledger.leave(0)
+    assert ledger.pace(0) == 1  # clock 0 waits for the others, with a push of this worker
+    assert not ledger.join(0, 0)
+
+
+def test_a_push_that_bsp_still_holds_back_is_dropped_when_its_worker_fails() -> None:
+    _, ledger = pushes(rules_of("bsp"), [(2, 1024, 0)])
+    ledger.leave(2, pushed=0)
+    assert (ledger.dropped, ledger.pending_pushes) == (1, {})
+    seen, ledger = pushes(rules_of("bsp"), [(2, 4, 0), (0, 1, 0)])
+    ledger.leave(2, pushed=1)  # a whole one counts
+    ledger.push(1, np.array([2.0]), 0)
+    assert seen == [[1, 2, 4]]
+
+
+@pytest.mark.parametrize(("servers", "mode"), [(1, "asp"), (2, "bsp"), (2, ("ssp", 1))])
+def test_a_worker_that_dies_silently_is_given_up_after_a_while(
+    servers: int, mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = run_with_a_failure(mode, servers, die_mid_push, patience=2.0)
+    whole = -(6 + 6 + 2)
+    for final in found[servers:-1]:
+        assert set(final - whole) <= {0.0, -1024.0}
+    assert all(report.lost == (servers + 2,) for report in found[:servers])
+    assert f"rank {servers + 2} has been silent for 2 s, the others go on without it" in caplog.text
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_slow_worker_that_was_given_up_joins_again_with_its_next_read(servers: int) -> None:
+    """Its late push is dropped, the one after counts."""
+
+    def body(comm: Any) -> Any:
+        meet = comm.Split(int(comm.rank >= servers), comm.rank)
+        ps = ParameterServer(comm, np.zeros(2), scale(-1.0), servers=servers, reduce="sum", patience=1.0)
+        if ps.serves:
+            return ps.serve()
+        for step in range(3):
+            ps.pull()
+            if comm.rank == servers + 1 and step == 1:
+                meet.Barrier()  # the other one has made its step without this worker
+            ps.push(np.ones(2))
+            if comm.rank == servers and step == 1:
+                ps.pull()
+                meet.Barrier()
+        return ps.leave()
+
+    found = run_on_ranks(servers + 2, body)
+    for report in found[:servers]:
+        assert (report.lost, report.dropped) == ((), 1)
+    assert all((final == -5).all() for final in found[servers:])
+
+
+def test_a_slow_worker_that_comes_back_too_late_is_told() -> None:
+    def body(comm: Any) -> Any:
+        meet = comm.Split(int(comm.rank < 2), comm.rank)
+        done = comm.Split(0, comm.rank)
+        ps = ParameterServer(comm, np.zeros(2), scale(-1.0), reduce="sum", patience=0.5)
+        if ps.serves:
+            report = ps.serve()
+            done.Barrier()
+            return report.lost
+        ps.pull()
+        if comm.rank == 1:
+            ps.push(np.ones(2))
+            final = ps.leave().tolist()
+            done.Barrier()
+            return final
+        done.Barrier()
+        with pytest.raises(HpccommError, match=r"rank 2: this worker was silent for longer than the patience of 0.5 s"):
+            ps.push(np.ones(2))
+        return meet.rank
+
+    assert run_on_ranks(3, body) == [(2,), [-1.0, -1.0], 0]
+
+
+def test_calls_that_a_worker_cannot_make_are_refused() -> None:
+    def body(comm: Any) -> Any:
+        ps = ParameterServer(comm, np.zeros(1), scale(-1.0))
+        if ps.serves:
+            with pytest.raises(ArgumentError, match=r"rank 0: .*pull: this rank is a server: call serve\(\)"):
+                ps.pull()
+            return ps.serve()
+        with pytest.raises(ArgumentError, match=r"join: this worker takes part: pause\(\) first"):
+            ps.join()
+        ps.pause()
+        for call in (ps.pull, ps.pause, lambda: ps.push(np.zeros(1))):
+            with pytest.raises(ArgumentError, match=r"this worker has paused: join\(\) first"):
+                call()
+        ps.leave()
+        with pytest.raises(ArgumentError, match="leave: this worker has left"):
+            ps.leave()
+        return None
+
+    run_on_ranks(2, body)
+
+
 def test_a_header_is_32_bytes() -> None:
     assert HEADER.size == 32
     assert len(pack_message(PUSH, 1, 2, np.zeros(5, np.uint8))) == 37
@@ -331,6 +546,7 @@ def test_a_header_is_32_bytes() -> None:
         ({"mode": ("ssp", -1)}, "mode is .'ssp', -1."),
         ({"mode": "asp", "backup": 1}, "only 'bsp' has backup workers"),
         ({"reduce": "max"}, "reduce is 'max'"),
+        ({"patience": 0}, "patience is 0: pass a positive number of seconds"),
         ({"codec": Halves()}, "the weights are float64, a codec writes float32"),
     ],
 )
@@ -403,3 +619,22 @@ def test_servers_over_mpi(comm: MPI.Intracomm, mode: Any) -> None:
     model = np.concatenate(everything[:servers])
     assert np.isfinite(model).all()
     assert all(np.array_equal(each, model) for each in everything[servers:])
+
+
+@pytest.mark.mpi(sizes=(3, 4))
+def test_workers_pause_and_fail_over_mpi(comm: MPI.Intracomm) -> None:
+    """The first worker pauses and joins, the last one fails; vectors of 300 kB."""
+    ps = ParameterServer(comm, np.zeros(37_000), scale(-1.0), reduce="sum")
+    if ps.serves:
+        assert ps.serve().lost == (comm.size - 1,)
+        return
+    with contextlib.suppress(RuntimeError), ps:
+        for step in range(4):
+            if comm.rank == 1 and step == 2:
+                ps.pause()
+                ps.join()
+            ps.pull()
+            ps.push(np.ones(37_000))
+            if comm.rank == comm.size - 1 and step == 1:
+                raise RuntimeError
+        assert (ps.leave() == -(4 * (comm.size - 2) + 2)).all()

@@ -499,3 +499,58 @@ def test_a_backlog_that_overflows_on_one_rank_is_skipped_on_all(name: str, size:
             assert skipped > 0
 
     run_on_ranks(size, body)
+
+
+ALONE: dict[str, Callable[[Any], Any]] = {
+    "local_sgd": lambda comm: hpccomm.local_sgd(comm, hpccomm.scale(-0.5), 2),
+    "post_local_sgd": lambda comm: hpccomm.post_local_sgd(comm, hpccomm.scale(-0.5), 2, 2),
+    "bmuf": lambda comm: hpccomm.bmuf(comm, hpccomm.scale(-0.5), 2),
+    "bmuf paper": lambda comm: hpccomm.bmuf(comm, hpccomm.scale(-0.5), 2, nesterov="paper"),
+    "bmuf lookahead": lambda comm: hpccomm.bmuf(comm, hpccomm.scale(-0.5), 2, nesterov="lookahead"),
+    "bmuf sharded": lambda comm: hpccomm.bmuf(comm, hpccomm.scale(-0.5), 2, shard_state=True),
+    "bmuf warm-up": lambda comm: hpccomm.bmuf(comm, hpccomm.scale(-0.5), 2, warmup=2),
+    "slowmo": lambda comm: hpccomm.slowmo(comm, hpccomm.scale(-0.5), 0.5, 2),
+    "diloco": lambda comm: hpccomm.diloco(comm, hpccomm.scale(-0.5), 2),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_ranks_that_join_a_single_one_go_on_from_its_model(name: str) -> None:
+    """A block without gradients does not move it: a rank alone has no filter, and leaves none that is out of date."""
+
+    def first(comm: Any) -> Any:
+        method, weights = ALONE[name](comm), np.ones(7)
+        state = method.init(weights)
+        for _ in range(4):
+            step, state = method.update(np.ones(7), state, weights)
+            weights = weights + step
+        return weights, state
+
+    def then(comm: Any) -> Any:
+        method, state, moved = ALONE[name](comm), hpccomm.for_ranks([alone], comm.rank, comm.size), weights
+        for _ in range(4):
+            step, state = method.update(np.zeros(7), state, moved)
+            moved = moved + step
+        return moved.tolist()
+
+    ((weights, alone),) = run_on_ranks(1, first)
+    assert weights.tolist() == [-1.0] * 7
+    assert run_on_ranks(3, then) == [weights.tolist()] * 3
+
+
+@pytest.mark.parametrize("dtype", ["f2", "bfloat16"])
+@pytest.mark.parametrize(("old", "new"), [(2, 3), (4, 2), (1, 4), (3, 1)])
+def test_the_mean_of_16_bit_floats_goes_on_with_other_ranks(dtype: str, old: int, new: int) -> None:
+    """Its buffer has a length that depends on the number of ranks."""
+
+    def first(comm: Any) -> Any:
+        method, vector = hpccomm.mean(comm), np.ones(5, dtype)
+        return method.update(vector, method.init(vector), vector)[1]
+
+    def then(comm: Any) -> Any:
+        method, vector = hpccomm.mean(comm), np.full(5, 1 + comm.rank, dtype)
+        state = hpccomm.for_ranks(states, comm.rank, comm.size)
+        return [method.update(vector, state, vector)[0].astype(float).tolist() for _ in range(2)]
+
+    states = run_on_ranks(old, first)
+    assert run_on_ranks(new, then) == [[[(1 + new) / 2] * 5] * 2] * new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from test_mics import OPTIMIZERS, first_weights, gradient, nodes_of
 
-from hpccomm.algorithms.sharded import checkpoints
+from hpccomm.algorithms import checkpoint_sets
 from hpccomm.algorithms.sharded.checkpoints import export, load_shards, save_shards
 from hpccomm.algorithms.sharded.groups import mics
 from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, data_parallel, zero
@@ -182,6 +183,17 @@ READERS: dict[str, tuple[int, int, Callable[..., ShardedModel]]] = {
 }
 
 
+def names_of(folder: Path) -> list[str]:
+    """The names of a folder's files, without those of the run and of the set."""
+    return sorted(re.sub(r"^run\.([0-9a-f]{16}\.)?", "", file.name) for file in folder.iterdir())
+
+
+def shard(folder: Path, place: int) -> Path:
+    """The file of one of two places."""
+    (found,) = folder.glob(f"run.*.{place}of2.npz")
+    return found
+
+
 def save_run(tmp_path: Path, optimizer: Any = OPTIMIZERS["adamw"], at: int = 2) -> None:
     """Steps of four ranks in groups of two, then files."""
 
@@ -213,11 +225,7 @@ def test_any_number_of_ranks_continues_bit_for_bit(reader: str, tmp_path: Path) 
         return weights_of(states)
 
     save_run(tmp_path, at=2)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "run.json",
-        "run.step2.shard0of2.npz",
-        "run.step2.shard1of2.npz",
-    ]
+    assert names_of(tmp_path) == ["0of2.npz", "1of2.npz", "json"]
     nodes = nodes_of(ranks, size)
     found, wanted = (run_on_ranks(ranks, lambda comm, load=load: body(comm, load), nodes) for load in (True, False))
     for ours, theirs in zip(found, wanted, strict=True):
@@ -270,22 +278,25 @@ def check_refused(tmp_path: Path, why: str, make: Make | None = None) -> None:
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_file_that_was_cut_short_is_named(share: float, place: int, tmp_path: Path) -> None:
     save_run(tmp_path)
-    file = tmp_path / f"run.step2.shard{place}of2.npz"
+    file = shard(tmp_path, place)
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
-    check_refused(tmp_path, f"load_shards .*rank [0-3]: .*shard{place}of2.npz is no whole file of shards .* cut short")
+    check_refused(
+        tmp_path,
+        rf"load_shards .*rank [0-3]: .*\.{place}of2.npz is (no checkpoint, or is damaged|not the file .*cut short)",
+    )
 
 
 def test_a_file_with_a_wrong_byte_is_named(tmp_path: Path) -> None:
     """The archive's checksums tell."""
     save_run(tmp_path)
-    file = tmp_path / "run.step2.shard0of2.npz"
+    file = shard(tmp_path, 0)
     with np.load(file) as entries:
         place = file.read_bytes().find(entries["weights.1"].tobytes())
     content = bytearray(file.read_bytes())
     content[place + 5] ^= 1
     file.write_bytes(content)
-    check_refused(tmp_path, "shard0of2.npz is no whole file of shards with weights.1 .*CRC")
+    check_refused(tmp_path, r"\.0of2.npz is no checkpoint, or is damaged .*CRC.*weights.1")
 
 
 def test_a_missing_file_or_note_and_other_models_are_named(tmp_path: Path) -> None:
@@ -294,16 +305,16 @@ def test_a_missing_file_or_note_and_other_models_are_named(tmp_path: Path) -> No
     saved = "saved were units of float32 embedding 21, one 25, gain 1, out 22: load into the same model"
     check_refused(tmp_path, saved, lambda comm: mics(comm, other, OPTIMIZERS["adamw"], 2))
     momentum = lambda comm: mics(comm, first_weights(), OPTIMIZERS["lars"], 2)  # noqa: E731
-    check_refused(tmp_path, "no whole file of shards with state:velocity.0 .*same optimizer", momentum)
-    (tmp_path / "run.step2.shard1of2.npz").unlink()
-    check_refused(tmp_path, "shard1of2.npz is no whole file of shards .*No such file")
+    check_refused(tmp_path, "state:velocity.0.*name a whole file that save wrote", momentum)
+    shard(tmp_path, 1).unlink()
+    check_refused(tmp_path, r"\.1of2.npz cannot be read .No such file.*, but the manifest names it")
     note = tmp_path / "run.json"
     note.write_text(note.read_text()[:40])
-    check_refused(tmp_path, "run.json is no note of saved shards")
+    check_refused(tmp_path, "run.json does not describe a saved run")
     note.write_text("{}")
-    check_refused(tmp_path, "run.json is no note of saved shards")
+    check_refused(tmp_path, "run.json does not describe a saved run .it names no step")
     note.unlink()
-    check_refused(tmp_path, "run.json is no note of saved shards .*No such file")
+    check_refused(tmp_path, "there is no run.json: name the folder")
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -312,12 +323,12 @@ def test_a_failed_write_leaves_the_older_checkpoint_complete(
 ) -> None:
     save_run(tmp_path)
 
-    def full(path: Any, **states: Any) -> None:
-        if f"shard{culprit}" in str(path):
+    def full(path: Any, *states: Any, **label: Any) -> int:
+        if label["place"] == culprit:
             raise OSError("No space left on device")
-        keep(path, **states)
+        return keep(path, *states, **label)
 
-    keep = checkpoints.save
+    keep = checkpoint_sets.write_file
 
     def body(comm: Any) -> None:
         states = mics(comm, first_weights(), OPTIMIZERS["adamw"], 2)
@@ -328,8 +339,10 @@ def test_a_failed_write_leaves_the_older_checkpoint_complete(
         load_shards(tmp_path, "run", states)
         assert states.steps == 2
 
-    monkeypatch.setattr(checkpoints, "save", full)
+    monkeypatch.setattr(checkpoint_sets, "write_file", full)
+    before = sorted(tmp_path.iterdir())
     run_on_ranks(4, body, [0, 0, 1, 1])
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_an_older_checkpoint_is_removed_when_the_newer_one_is_complete(tmp_path: Path) -> None:
@@ -341,9 +354,7 @@ def test_an_older_checkpoint_is_removed_when_the_newer_one_is_complete(tmp_path:
         save_shards(tmp_path, "run", states)
 
     run_on_ranks(4, body)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.json", *(
-        f"run.step2.shard{place}of4.npz" for place in range(4)
-    )]  # fmt: skip
+    assert names_of(tmp_path) == [*(f"{place}of4.npz" for place in range(4)), "json"]
 
 
 def test_nothing_is_saved_between_micro_steps(tmp_path: Path) -> None:

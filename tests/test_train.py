@@ -296,7 +296,7 @@ def test_a_rank_that_cannot_save_is_named_on_all_ranks(comm: MPI.Intracomm, tmp_
     ("note", "complaint"),
     [
         ("{", "does not describe a saved run"),
-        ('{"run": {"lr": 1}}', "describes a run with lr 1, this command has lr 2"),
+        ('{"run": {"lr": 1}, "step": 3}', "describes a run with lr 1, this command has lr 2"),
     ],
 )
 def test_notes_of_other_runs_are_refused_on_all_ranks(

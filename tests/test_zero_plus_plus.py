@@ -109,6 +109,7 @@ def bytes_into_a_node(nodes: int, per_node: int, micro_steps: int, **how: Any) -
                 if at >= len(sizes):
                     states.reduce_accumulate(unit, np.ones(sizes[unit], "f2"))
                 states.release(unit)
+        assert np.isfinite(states.total).all()  # all reductions are complete
         found = Counter(comm.entered)
         states.boundary()
         return found

@@ -29,9 +29,8 @@ method = hpccomm.chain(hpccomm.dgc(comm, bucket, density=0.01, warmup=40), hpcco
 state = method.init(weights)
 step = np.zeros((), np.int64)
 
-file = args.folder / f"rank{comm.rank}.npz"  # residuals differ, so each rank saves its own file
-if comm.allreduce(file.exists(), MPI.LAND):
-    weights, state, step = hpccomm.load(file, weights=weights, method=state, step=step)
+if comm.bcast((args.folder / "run.json").exists()):
+    weights, state, step = hpccomm.load_set(comm, args.folder, "run", weights=weights, method=state, step=step)
 
 model, gradient = bucket.views(weights), np.empty_like(weights)
 slots = bucket.views(gradient)
@@ -44,8 +43,7 @@ while step < args.steps:
     weights += change  # in place, so that ``model`` sees it
     step = step + 1
 
-args.folder.mkdir(exist_ok=True)
-hpccomm.save(file, weights=weights, method=state, step=step)
+hpccomm.save_set(comm, args.folder, "run", weights=weights, method=state, step=step)
 cost = hpccomm.report(state).cost
 if comm.rank == 0:
     dense = weights.nbytes * cost.exchanges

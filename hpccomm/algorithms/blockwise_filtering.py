@@ -120,7 +120,7 @@ def bmuf(
     """
     eta = 1 - 1 / comm.size if momentum is None else momentum
     block = block_filter(eta, lr, nesterov)
-    outer = shard_filter(comm, block) if shard_state and comm.size > 1 else chain(mean(comm), block)
+    outer = shard_filter(comm, block) if shard_state else chain(mean(comm), block)
     return local_steps.periodic_transform(
         comm,
         period,

@@ -1,27 +1,39 @@
 """Checkpoints: the leaves of a state by path, saved to a file and restored bit for bit.
 
 *A state is nested tuples of arrays and numbers; a path names a leaf: ``outer.1.velocity``.*  Every rank has a state of
-its own (residuals, local moments, the position in a block), so every rank writes a file of its own.  A file is replaced
-atomically.  A run restored from a checkpoint takes the same steps, bit for bit, as one that was never interrupted.
+its own (residuals, local moments, the position in a block), so every rank writes a file of its own; the files of all
+ranks are a set, see :mod:`hpccomm.algorithms.checkpoint_sets`.  A run restored from a checkpoint takes the same steps,
+bit for bit, as one that was never interrupted.
+
+A file is an archive as of ``numpy.savez``, with a label in JSON: the version of the format, the types that NumPy's
+files cannot name, and the set to which the file belongs.
 """
 
 from __future__ import annotations
 
-import fcntl
+import json
+import math
 import os
-import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
-from hpccomm.algorithms.states import leaves, map_leaves
+from hpccomm.algorithms.states import RankChange, leaves, map_declared
 from hpccomm.errors import ArgumentError
+from hpccomm.files import remove_parts, replace_file
 
+Array = npt.NDArray[Any]
+
+FORMAT = 2
+"""Files of format 1 have no label."""
+LABEL = "hpccomm.json"
+CHUNK = 1 << 20
 NUMBERS = (bool, int, float)
 READER = threading.Lock()
 """NumPy parses the header of each array as Python source, and two threads that parse at once raise SystemError (AST
@@ -30,130 +42,241 @@ constructor recursion depth mismatch, CPython 3.11.7)."""
 
 def state_dict(state: Any) -> dict[str, Any]:
     """Copies of all arrays, and the numbers, by their paths.  Raises for a state that holds anything else."""
-    found: dict[str, Any] = {}
+    return {path: leaf.copy() if isinstance(leaf, np.ndarray) else leaf for path, leaf in check_leaves(state)}
+
+
+def check_leaves(state: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of a state by path; raises for one that is neither an array nor a number."""
     for path, leaf in leaves(state):
-        if not isinstance(leaf, np.ndarray | np.generic | bool | int | float):
+        known = isinstance(leaf, np.ndarray | np.generic | bool | int | float)
+        if not known or np.asarray(leaf).dtype.hasobject:
+            what = f"of objects, {leaf.dtype}" if isinstance(leaf, np.ndarray) else type(leaf).__name__
             raise ArgumentError(
-                f"state_dict: {path or 'the state'} is {type(leaf).__name__}: a state is nested tuples of arrays "
-                "and numbers"
+                f"state_dict: {path or 'the state'} is {leaf if isinstance(leaf, int) else what}: a state is nested "
+                "tuples of arrays and of numbers of at most 64 bits"
             )
-        found[path] = leaf.copy() if isinstance(leaf, np.ndarray) else leaf
-    return found
+        yield path, leaf
 
 
-def load_state_dict(like: Any, saved: dict[str, Any]) -> Any:
+def load_state_dict(like: Any, saved: dict[str, Any], other_ranks: bool = False) -> Any:
     """The saved values in the form of ``like``, which is what ``init(weights)`` returns; ``like`` is not written.
 
-    Raises where paths, shapes or dtypes differ: another method, model or number of ranks wrote them.
+    ``other_ranks``: another number of ranks has saved; their shards have other lengths, and :func:`~hpccomm.for_ranks`
+    divides them anew.  Raises where paths, shapes or dtypes differ: another method, model or number of ranks wrote
+    them.
     """
-    wanted = {path for path, _ in leaves(like)}
-    if wanted != saved.keys():
-        missing, extra = sorted(wanted - saved.keys()), sorted(saved.keys() - wanted)
+    compare_paths([path for path, _ in leaves(like)], saved)
+
+    def restore(path: str, leaf: Any, change: RankChange | None) -> Any:
+        found = restore_leaf(path, leaf, saved[path], change, other_ranks)
+        return found.copy() if isinstance(found, np.ndarray) else found
+
+    return map_declared(restore, like)
+
+
+def compare_paths(wanted: Iterable[str], found: Iterable[str]) -> None:
+    """Raise where a checkpoint holds other paths than the state."""
+    wanted, found = set(wanted), set(found)
+    if wanted != found:
         raise ArgumentError(
-            f"load_state_dict: missing {missing}, not in this method's state {extra}: load into the method that saved"
+            f"load_state_dict: missing {list_some(wanted - found)}, not in this method's state "
+            f"{list_some(found - wanted)}: load into the method that saved"
         )
-    return map_leaves(lambda path, leaf: restore_leaf(path, leaf, saved[path]), like)
 
 
-def restore_leaf(path: str, like: Any, value: Any) -> Any:
+def list_some(names: set[str]) -> str:
+    """The first names, and how many others there are."""
+    first = sorted(names)[:8]
+    return f"{first}{f' and {len(names) - len(first):,} more' if len(names) > len(first) else ''}"
+
+
+def restore_leaf(path: str, like: Any, value: Any, change: RankChange | None, other_ranks: bool) -> Any:
     """One leaf: an array of the same shape and dtype, or a number."""
-    if not isinstance(like, np.ndarray):
-        return np.asarray(value).item() if isinstance(like, NUMBERS) else np.asarray(value)[()]
     array = np.asarray(value)
-    if array.dtype.kind == "V" and array.dtype.itemsize == like.dtype.itemsize:  # bfloat16 in a file
-        array = array.view(like.dtype)
-    if array.shape != like.shape or array.dtype != like.dtype:
+    if change is RankChange.SCRATCH and array.shape != np.shape(like):
+        return like.copy()
+    if not isinstance(like, np.ndarray):
+        number = array.item() if array.ndim == 0 and isinstance(like, NUMBERS) else array[()]
+        if array.ndim or (isinstance(like, NUMBERS) and not isinstance(number, NUMBERS)):
+            raise ArgumentError(
+                f"load_state_dict: {path} was saved as {array.dtype} of shape {array.shape}, this method has a number: "
+                "load into the method that saved"
+            )
+        return number
+    if is_raw(array.dtype) and is_custom(like.dtype) and array.dtype.itemsize == like.dtype.itemsize:
+        array = array.view(like.dtype)  # bfloat16 in a file of format 1
+    resized = other_ranks and change is RankChange.SHARDED
+    same = array.ndim == like.ndim if resized else array.shape == like.shape
+    if not same or array.dtype != like.dtype:
         raise ArgumentError(
             f"load_state_dict: {path} was saved as {array.dtype} of shape {array.shape}, this method has {like.dtype} "
             f"of shape {like.shape}: use the model, the dtype and the number of ranks of the run that saved"
         )
-    return array.copy()
+    return array
 
 
-def save(path: str | os.PathLike[str], **states: Any) -> None:
+def is_raw(dtype: np.dtype[Any]) -> bool:
+    """Whether elements are bytes without a meaning."""
+    return dtype.type is np.void and dtype.names is None
+
+
+def is_custom(dtype: np.dtype[Any]) -> bool:
+    """Whether NumPy's files cannot name this dtype, such as bfloat16."""
+    return dtype.kind == "V" and dtype.type is not np.void
+
+
+def save(path: str | os.PathLike[str], /, **states: Any) -> None:
     """Write states by name, ``save(f"step{n}.rank{comm.rank}.npz", weights=weights, method=state)``.
 
     The file is written under another name in the same folder, flushed to the disk and then renamed, so a reader finds
     the old file or the new one, never a partial one.
     """
-    target = Path(path)
-    found = state_dict(tuple(states.values()))
+    remove_parts(Path(path).parent)
+    write_file(Path(path), states)
+
+
+def write_file(target: Path, states: dict[str, Any], **label: Any) -> int:
+    """Write states and a label; returns the bytes of the file."""
     names = list(states)
-    entries = {entry_name(path, names): value for path, value in found.items()}
+    found = [(entry_name(path, names), np.asarray(leaf)) for path, leaf in check_leaves(tuple(states.values()))]
+    twice = {name for name, _ in found}
+    if len(twice) < len(found):
+        raise ArgumentError(f"save: two states have leaves of one name among {list_some(twice)}: rename a state")
+    dtypes = {name: array.dtype.name for name, array in found if is_custom(array.dtype)}
     with replace_file(target) as file:
-        np.savez(file, **entries)
+        write_arrays(file, found, json.dumps({"format": FORMAT, "dtypes": dtypes, **label}))
+        return file.seek(0, os.SEEK_END)
 
 
-@contextmanager
-def replace_file(target: Path) -> Iterator[BinaryIO]:
-    """A new file that replaces ``target`` at the end, flushed to the disk; an error leaves ``target`` as it was."""
-    remove_parts(target.parent)
-    handle, temporary = tempfile.mkstemp(PART, f".{target.name}.", target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            lock(file.fileno(), fcntl.LOCK_EX)  # waits for a process that looks whether this file is a dead one's
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, target)  # while it is locked
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    flush_folder(target.parent)
+def write_arrays(file: BinaryIO, arrays: Iterable[tuple[str, Array]], label: str = "") -> None:
+    """Write an archive of arrays by name, for ``numpy.load``, one after the other."""
+    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        if label:
+            archive.writestr(LABEL, label)
+        for name, array in arrays:
+            raw = array.view(f"V{array.itemsize}") if is_custom(array.dtype) else array
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, raw, allow_pickle=False)
 
 
-NOW = fcntl.LOCK_EX | fcntl.LOCK_NB
-PART = ".hpccomm-part"
-"""The end of the name of a file that is being written."""
-
-
-def lock(file: int, how: int) -> bool:
-    """Lock a file; false if another process, which is alive, has locked it, or the file system has no locks."""
-    try:
-        fcntl.flock(file, how)
-    except OSError:
-        return False
-    return True
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove what processes that died while they were writing have left in a folder."""
-    for part in folder.glob(f".*{PART}"):
-        with suppress(OSError), part.open("rb") as file:
-            if lock(file.fileno(), NOW) and file.seek(0, os.SEEK_END):  # a live process locks a file before it writes
-                part.unlink()
-
-
-def load(path: str | os.PathLike[str], **like: Any) -> tuple[Any, ...]:
+def load(path: str | os.PathLike[str], /, **like: Any) -> tuple[Any, ...]:
     """What :func:`save` wrote, in the form of ``like``: ``weights, state = load(p, weights=weights, method=state)``.
 
-    Raises where the file is no checkpoint or holds other names, shapes or dtypes.  Nothing in the file is executed.
+    Raises where the file is damaged or no checkpoint, or holds other names, shapes or dtypes.  Nothing in the file is
+    executed, and no more memory is taken than the file has bytes.
     """
-    try:
-        with READER, np.load(path, allow_pickle=False) as file:
-            entries = {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise ArgumentError(f"load: {path} is no checkpoint ({error}): name a file that save wrote") from None
-    names = list(like)
-    known = {entry_name(path, names): path for path, _ in leaves(tuple(like.values()))}
-    saved = {known.get(name, name): value for name, value in entries.items()}
-    found: tuple[Any, ...] = load_state_dict(tuple(like.values()), saved)
-    return found
+    with CheckpointFile(path) as file:
+        return file.restore(like)
+
+
+class CheckpointFile:
+    """A file that :func:`save` wrote, open for reading.  Every length in it is checked before memory is taken."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.file = self.path.open("rb")
+        try:
+            with self.refuse_damage():
+                self.archive, self.nbytes = zipfile.ZipFile(self.file), os.fstat(self.file.fileno()).st_size
+                self.names, self.label = self.check_members(), self.read_label()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> CheckpointFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    @contextmanager
+    def refuse_damage(self) -> Iterator[None]:
+        """Name the file in an error; the readers of archives and arrays raise a dozen kinds for what is damaged."""
+        try:
+            yield
+        except Exception as error:
+            raise ArgumentError(
+                f"load: {self.path} is no checkpoint, or is damaged ({error or type(error).__name__}): name a whole "
+                "file that save wrote"
+            ) from None
+
+    def check_members(self) -> list[str]:
+        """The names of the arrays; raises for an archive that is none of ours."""
+        members = self.archive.infolist()
+        names = [each.filename for each in members]
+        if sum(each.file_size for each in members) > self.nbytes or len(set(names)) < len(names):
+            raise ValueError("its parts are longer than the file, or have one name")
+        if any(each.compress_type != zipfile.ZIP_STORED for each in members):
+            raise ValueError("it is compressed")
+        arrays = [name for name in names if name != LABEL]
+        if not all(name.endswith(".npy") for name in arrays):
+            raise ValueError("it holds more than arrays")
+        return [name.removesuffix(".npy") for name in arrays]
+
+    def read_label(self) -> dict[str, Any]:
+        """The label, empty in a file of format 1."""
+        label = json.loads(self.archive.read(LABEL)) if LABEL in self.archive.namelist() else {"format": 1}
+        if not isinstance(label["format"], int) or label["format"] > FORMAT:
+            raise ValueError(f"its format is {label['format']}, this version of hpccomm reads formats 1 to {FORMAT}")
+        return dict(label)
+
+    def read(self, name: str) -> Array:
+        """One array."""
+        with self.refuse_damage(), self.archive.open(f"{name}.npy") as stream:
+            shape, fortran, dtype = read_header(stream)
+            nbytes = self.archive.getinfo(f"{name}.npy").file_size - stream.tell()
+            if dtype.hasobject or math.prod(shape) * dtype.itemsize != nbytes:
+                raise ValueError(f"{name} has {nbytes} bytes for {dtype} of shape {shape}")
+            array = np.empty(shape, dtype, "F" if fortran else "C")
+            fill(array, stream)
+            named = self.label.get("dtypes", {}).get(name)
+            return array.view(find_dtype(named)) if named else array
+
+    def restore(self, like: dict[str, Any], other_ranks: bool = False) -> tuple[Any, ...]:
+        """The states in the form of ``like``, see :func:`load_state_dict`."""
+        names, states = list(like), tuple(like.values())
+
+        def restore(path: str, leaf: Any, change: RankChange | None) -> Any:
+            name = entry_name(path, names)
+            return restore_leaf(name, leaf, self.read(name), change, other_ranks)
+
+        try:
+            compare_paths([entry_name(path, names) for path, _ in leaves(states)], self.names)
+            found: tuple[Any, ...] = map_declared(restore, states)
+        except ArgumentError as error:
+            raise ArgumentError(str(error).replace("load_state_dict:", f"load: {self.path}:", 1)) from None
+        return found
+
+
+def read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and dtype of the array that follows."""
+    formats = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with READER:
+        return formats[np.lib.format.read_magic(stream)](stream)
+
+
+def fill(array: Array, stream: Any) -> None:
+    """Read all elements; raises where the stream is shorter or longer, or its checksum differs."""
+    octets = array.reshape(-1, order="A").view(np.uint8).data if array.nbytes else memoryview(b"")
+    for start in range(0, array.nbytes, CHUNK):
+        block = stream.read(min(CHUNK, array.nbytes - start))
+        octets[start : start + CHUNK] = block  # raises for a block that is cut short
+    if stream.read(1):
+        raise ValueError("an array is followed by other bytes")
+
+
+def find_dtype(name: str) -> np.dtype[Any]:
+    """A dtype by name, also one of ``ml_dtypes``."""
+    with suppress(ImportError):
+        import ml_dtypes  # noqa: F401 (registers its names)
+    return np.dtype(name)
 
 
 def entry_name(path: str, names: list[str]) -> str:
     """A leaf's path with the name of its state in place of its number."""
     first, dot, rest = path.partition(".")
     return f"{names[int(first)]}{dot}{rest}"
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush a folder, so that a rename in it is on disk, where the file system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,6 +15,7 @@ import numpy as np
 
 from hpccomm.algorithms import transforms
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport
+from hpccomm.algorithms.states import Scratch
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, apply_if_finite, chain, check_alike, descend
 from hpccomm.arrays import narrow, reduction_dtype, widen
 from hpccomm.buckets import Bucket
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 class MeanState(NamedTuple):
     """A buffer for the sum, or for the shards of 16-bit floats that arrive, and the cost so far."""
 
-    total: Vector
+    total: Scratch
     report: ExchangeReport
 
     def messages(self) -> MessageReport:
@@ -50,9 +51,7 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
 
     def init(weights: Vector) -> MeanState:
         if travels_in_halves(weights):
-            return MeanState(
-                np.zeros(comm.size * shard_elements(weights.size, comm.size), weights.dtype), ExchangeReport()
-            )
+            return MeanState(np.zeros(elements_of_shards(weights.size, comm.size), weights.dtype), ExchangeReport())
         return MeanState(np.zeros_like(weights, dtype=reduction_dtype(weights.dtype)), ExchangeReport())
 
     def update(gradient: Vector, state: MeanState, weights: Vector) -> tuple[Vector, MeanState]:
@@ -61,14 +60,21 @@ def mean(comm: MPI.Intracomm, algorithm: str = "auto") -> Transform:
             return gradient, state
         began = time.perf_counter()
         if travels_in_halves(gradient):
-            average, nbytes = mean_of_halves(comm, gradient, state.total)
+            fits = state.total.size == elements_of_shards(gradient.size, comm.size)
+            room = state.total if fits else init(gradient).total  # it was of another number of ranks
+            average, nbytes = mean_of_halves(comm, gradient, room)
             cost = ExchangeReport(1, time.perf_counter() - began, nbytes)
-            return average, state._replace(report=state.report.add(cost))
+            return average, MeanState(room, state.report.add(cost))
         comm.Allreduce(widen(gradient), state.total, **named)
         cost = ExchangeReport(1, time.perf_counter() - began, allreduce_bytes(state.total.nbytes, comm.size))
         return narrow(state.total / comm.size, gradient.dtype), MeanState(state.total, state.report.add(cost))
 
     return Transform(init, update)
+
+
+def elements_of_shards(n: int, ranks: int) -> int:
+    """The elements of as many shards of one length as there are ranks."""
+    return ranks * shard_elements(n, ranks)
 
 
 def allreduce_bytes(nbytes: int, size: int) -> int:

@@ -313,7 +313,8 @@ class PeriodicSteps:
             state = state._replace(inner=inner)
         if self.is_alone:
             start = widen(local)
-            return local, state._replace(steps=0, batches=0, start=start), last
+            # should more ranks go on, the outer transform begins from here
+            return local, state._replace(steps=0, batches=0, start=start, outer=self.outer.init(start)), last
         with np.errstate(invalid="ignore", over="ignore"):
             behind = state.start - widen(local)
         counted = float(self.weight_by()) if callable(self.weight_by) else 0.0

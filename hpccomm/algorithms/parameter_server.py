@@ -17,12 +17,18 @@ bottleneck, which allreduce avoids.  Pushes may be compressed; pulled weights ar
 
 A message is a header of 32 bytes and a payload.  A worker waits for a server only in a read, and a server never waits
 for a worker to receive, so deadlock is impossible.
+
+Workers come and go: nobody waits for one that has paused, or whose error was told to the servers, or that has been
+silent for longer than their ``patience`` while others wait.  One that joins again takes the clock of the slowest; the
+servers agree on it in one or two rounds.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -34,7 +40,7 @@ from hpccomm.algorithms.blockwise_filtering import shard
 from hpccomm.algorithms.row_sparse import RowCode
 from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
 from hpccomm.buckets import Bucket
-from hpccomm.errors import MismatchError
+from hpccomm.errors import HpccommError, MismatchError
 from hpccomm.performance.units import format_count
 
 if TYPE_CHECKING:
@@ -42,10 +48,13 @@ if TYPE_CHECKING:
 
 Mode = Literal["bsp", "asp"] | tuple[Literal["ssp"], int]
 
+LOGGER = logging.getLogger("hpccomm")
 HEADER = struct.Struct("<4sB3xqqq")
 """Mark, request, three bytes of padding, clock, version, bytes of payload; little-endian."""
 MARK = b"HPS1"
-PUSH, PULL, LEAVE, REPLY = range(4)
+TOO_LATE = -1
+"""The clock of the notice to a worker that was given up: the servers have ended."""
+PUSH, PULL, LEAVE, REPLY, PAUSE, JOIN, ABANDON = range(7)
 TAG = 1
 
 
@@ -98,6 +107,8 @@ class Ledger:
     def __init__(self, workers: int, rules: Rules, apply: Callable[[list[Vector]], None]) -> None:
         self.rules, self.apply = rules, apply
         self.clocks: list[float] = [0] * workers
+        self.last_clocks = [0] * workers
+        """The clock of each worker when it was last here."""
         self.pending_pushes: dict[int, dict[int, Vector]] = {}
         self.version = 0
         """Clocks applied in BSP, else pushes applied."""
@@ -126,21 +137,47 @@ class Ledger:
             self.step([damped])
         return stale
 
-    def leave(self, worker: int) -> None:
-        """Record that a worker has made its last push, so that no read waits for it."""
+    def leave(self, worker: int, pushed: float = math.inf) -> None:
+        """Let no read wait for a worker; of its pending pushes only the first ``pushed`` count."""
+        if not math.isinf(self.clocks[worker]):
+            self.last_clocks[worker] = int(self.clocks[worker])
         self.clocks[worker] = math.inf
+        for clock, pushes in list(self.pending_pushes.items()):
+            if clock >= pushed and pushes.pop(worker, None) is not None:
+                self.dropped += 1
+            if not pushes:
+                del self.pending_pushes[clock]
         if self.rules.synchronous:
             self.settle()
 
+    def pace(self, worker: int) -> int:
+        """The least clock at which a worker may join: that of the slowest, and none at which it has pushed."""
+        here = [int(clock) for clock in self.clocks if not math.isinf(clock)]
+        slowest = self.version if self.rules.synchronous else min(here, default=0)
+        return max(slowest, self.last_clocks[worker])
+
+    def join(self, worker: int, clock: int) -> bool:
+        """Let a worker take part from a clock, unless it is too early; returns whether it does."""
+        if clock < self.pace(worker):
+            return False
+        self.clocks[worker] = clock
+        if self.rules.synchronous:
+            self.settle()
+        return True
+
     def settle(self) -> None:
-        """Apply complete clocks, the pushes of each in rank order."""
-        while self.version in self.pending_pushes:
-            pushes = self.pending_pushes[self.version]
+        """Apply complete clocks, the pushes of each in rank order; pass over those at which nobody was here."""
+        while True:
+            pushes = self.pending_pushes.get(self.version, {})
             missing = sum(clock <= self.version for clock in self.clocks)
-            if missing > self.rules.backup:
+            others = bool(self.pending_pushes) or not all(map(math.isinf, self.clocks))
+            if missing > self.rules.backup or (not pushes and (missing or not others)):
                 return
-            del self.pending_pushes[self.version]
-            self.step([pushes[worker] for worker in sorted(pushes)])
+            self.pending_pushes.pop(self.version, None)
+            if pushes:
+                self.step([pushes[worker] for worker in sorted(pushes)])
+            else:
+                self.version += 1
 
     def step(self, gradients: list[Vector]) -> None:
         """Apply gradients as one version."""
@@ -194,6 +231,8 @@ class ServerReport(NamedTuple):
     staleness: dict[int, int]
     """Pushes by staleness."""
     dropped: int
+    lost: tuple[int, ...] = ()
+    """Ranks of the workers that were given up."""
 
 
 class ParameterServer:
@@ -217,6 +256,12 @@ class ParameterServer:
             for batch in batches:
                 ps.push(gradient(ps.pull(), batch))
             weights = ps.leave()
+
+    A worker may :meth:`pause`, and :meth:`join` again later; one that begins late pauses first.  With ``with ps:``
+    around its work an error makes it :meth:`abandon` the others, who go on without it.  ``patience``: seconds after
+    which a silent worker for which others wait is given up; its late push is dropped, and its next read lets it join
+    again, or raises an :class:`~hpccomm.errors.HpccommError` where the servers have ended.  A worker that dies between
+    the messages of one push may have moved the slices of some servers only.
     """
 
     def __init__(
@@ -233,8 +278,13 @@ class ParameterServer:
         limit: float = math.inf,
         backup: int = 0,
         rows: tuple[Bucket, Collection[str]] | None = None,
+        patience: float | None = None,
     ) -> None:
         self.rules = rules_of(mode, backup=backup, mean=reduce == "mean", damp=damp, limit=limit)
+        require(
+            patience is None or patience > 0,
+            f"ParameterServer: patience is {patience}: pass a positive number of seconds, or None to wait for ever",
+        )
         require(reduce in ("mean", "sum"), f"ParameterServer: reduce is {reduce!r}: pass 'mean' or 'sum'")
         require(
             1 <= servers < comm.size,
@@ -253,11 +303,14 @@ class ParameterServer:
         self.comm.Bcast(self.weights, 0)
         self.workers = comm.size - servers
         self.row_codes = [RowCode(*rows, self.slice_of(server)) for server in range(servers)] if rows else []
-        self.serves = comm.rank < servers
+        self.serves, self.patience = comm.rank < servers, patience
+        self.takes_part, self.closed = True, False
         self.version = [0] * servers
         """The version of this worker's last read from each server."""
         self.clock = 0
         self.backlog = np.zeros_like(self.weights)
+        self.lost_workers = 0
+        """Workers that have been given up or have abandoned the others, as a worker learns when it leaves."""
 
     def slice_of(self, server: int) -> slice:
         """The elements of a server."""
@@ -265,10 +318,12 @@ class ParameterServer:
 
     def pull(self) -> Vector:
         """The model, as soon as the mode allows the read; a new vector."""
+        self._check("pull", takes_part=True)
         return self._ask(PULL)
 
     def push(self, gradient: Vector) -> None:
         """Send a gradient, (n,), of the weights last pulled; advances the clock.  The array may be reused."""
+        self._check("push", takes_part=True)
         check_alike(gradient, self.weights)
         require(
             bool(np.isfinite(gradient).all()),
@@ -280,9 +335,60 @@ class ParameterServer:
 
     def leave(self) -> Vector:
         """End pushing; returns the model when all workers have left.  This object is then closed."""
+        self._check("leave")
         final = self._ask(LEAVE)
-        self.comm.Free()
+        self._close(self.lost_workers > 0)
         return final
+
+    def pause(self) -> None:
+        """Take no part until :meth:`join`: nobody waits for this worker, whose pushes so far count."""
+        self._check("pause", takes_part=True)
+        self._tell(PAUSE)
+        self.takes_part = False
+
+    def join(self) -> Vector:
+        """Take part again, at the clock of the slowest worker; returns the model."""
+        self._check("join", takes_part=False)
+        proposed = -1
+        while True:
+            self.clock = proposed
+            self._tell(JOIN)
+            slowest = max(self._receive(server)[2] for server in range(self.servers))
+            if proposed >= slowest:
+                break
+            proposed = slowest
+        self.takes_part = True
+        return self.pull()
+
+    def abandon(self) -> None:
+        """End at once, without the model: servers drop what this worker has pushed to some of them only."""
+        self._check("abandon")
+        self._tell(ABANDON)
+        self.closed = True
+
+    def __enter__(self) -> ParameterServer:
+        """This object."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *about: object) -> None:
+        """Abandon where an error ends a worker."""
+        if kind is not None and not self.serves and not self.closed:
+            self.abandon()
+
+    def _check(self, verb: str, takes_part: bool | None = None) -> None:
+        """Raise for a call that this worker cannot make now."""
+        who = f"rank {self.comm.rank}: ParameterServer.{verb}"
+        require(not self.serves, f"{who}: this rank is a server: call serve()")
+        require(not self.closed, f"{who}: this worker has left: make a new ParameterServer on all ranks")
+        if takes_part is not None and takes_part != self.takes_part:
+            require(takes_part, f"{who}: this worker takes part: pause() first")
+            require(not takes_part, f"{who}: this worker has paused: join() first")
+
+    def _close(self, lost: bool) -> None:
+        """Free the communicator, unless a worker may be lost that would not take part in this."""
+        self.closed = True
+        if not lost and self.patience is None:
+            self.comm.Free()
 
     def _encode(self, gradient: Vector, server: int) -> npt.NDArray[np.uint8]:
         part = self.slice_of(server)
@@ -292,11 +398,16 @@ class ParameterServer:
             return np.ascontiguousarray(gradient[part]).view(np.uint8)
         return self.codec.encode_feedback(self.backlog[part], np.ascontiguousarray(gradient[part]))
 
-    def _ask(self, what: int) -> Vector:
+    def _tell(self, what: int) -> None:
+        """Send a message without a payload to all servers."""
         for server in range(self.servers):
             self._send(server, what, np.zeros(0, np.uint8), self.version[server])
+
+    def _ask(self, what: int) -> Vector:
+        self._tell(what)
         for server in range(self.servers):
-            _, _, _, version, payload = self._receive(server)
+            _, _, lost, version, payload = self._receive(server)
+            self.lost_workers = max(self.lost_workers, lost)
             self.weights[self.slice_of(server)] = payload.view(self.weights.dtype)
             self.version[server] = version
         return self.weights.copy()
@@ -321,40 +432,36 @@ class ParameterServer:
             step, state = self.optimizer.update(total, state, weights)
             weights[...] += step
 
-        ledger = Ledger(self.workers, self.rules, apply)
-        readers: list[int] = []
-        leaving: list[int] = []
-        sent: list[tuple[MPI.Request, Any]] = []
+        desk = Desk(self, Ledger(self.workers, self.rules, apply), weights)
         turn = 0
-        while len(leaving) < self.workers:
-            worker, what, version, payload = self._receive_next(turn)
-            turn = worker + 1
-            if what == PUSH:
-                ledger.push(worker, self._decode(payload, weights), version)
-            elif what == LEAVE:
-                leaving.append(worker)
-                ledger.leave(worker)
+        while len(desk.leaving) + len(desk.lost) < self.workers:
+            found = self._receive_next(turn)
+            if found is None:
+                desk.give_up_silent()
             else:
-                readers.append(worker)
-            ready = [reader for reader in readers if ledger.may_read(reader)]
-            readers = [reader for reader in readers if reader not in ready]
-            sent = [each for each in sent if not each[0].Test()]
-            sent += [self._answer(reader, weights, ledger.version) for reader in ready]
-        sent += [self._answer(worker, weights, ledger.version) for worker in leaving]
-        for request, _ in sent:
-            request.Wait()
-        self.comm.Free()
-        return ServerReport(weights, state, ledger.version, dict(ledger.staleness), ledger.dropped)
+                turn = found[0] + 1
+                desk.take(*found)
+            desk.answer_reads()
+        desk.end()
+        self._close(bool(desk.lost))
+        ledger, lost = desk.ledger, tuple(self.servers + worker for worker in sorted(desk.lost))
+        return ServerReport(weights, state, ledger.version, dict(ledger.staleness), ledger.dropped, lost)
 
-    def _receive_next(self, turn: int) -> tuple[int, int, int, npt.NDArray[np.uint8]]:
-        """The next message, by round robin over the workers."""
-        order = [(turn + k) % self.workers for k in range(self.workers)]
-        waits = (worker for worker in order if self.comm.Iprobe(self.servers + worker, TAG))
-        worker = next(waits, None)
-        source, what, _, version, payload = self._receive(None if worker is None else self.servers + worker)
-        return source - self.servers, what, version, payload
+    def _receive_next(self, turn: int) -> tuple[int, int, int, int, npt.NDArray[np.uint8]] | None:
+        """The next message, by round robin over the workers; None where none comes for a part of the patience."""
+        order = [self.servers + (turn + k) % self.workers for k in range(self.workers)]
+        until = None if self.patience is None else time.monotonic() + self.patience / 4
+        while True:
+            source = next((rank for rank in order if self.comm.Iprobe(rank, TAG)), None)
+            if source is not None or until is None:
+                rank, *rest = self._receive(source)
+                return (rank - self.servers, *rest)  # type: ignore[return-value]
+            if time.monotonic() > until:
+                return None
+            time.sleep(min(1e-3, self.patience / 100) if self.patience else 0)
 
-    def _decode(self, payload: npt.NDArray[np.uint8], weights: Vector) -> Vector:
+    def decode(self, payload: npt.NDArray[np.uint8], weights: Vector) -> Vector:
+        """The gradient in a push, for the weights of this server."""
         if self.row_codes:
             return self.row_codes[self.comm.rank].decode(payload, weights.dtype)
         if self.codec is None:
@@ -363,11 +470,14 @@ class ParameterServer:
         self.codec.decode(payload, out)
         return out
 
-    def _answer(self, worker: int, weights: Vector, version: int) -> tuple[MPI.Request, Any]:
-        message = pack_message(REPLY, 0, version, weights.view(np.uint8))
+    def reply(self, worker: int, weights: Vector, number: int, version: int) -> tuple[MPI.Request, Any]:
+        """Start to send weights to a worker."""
+        message = pack_message(REPLY, number, version, weights.view(np.uint8))
         return self.comm.Isend(message, self.servers + worker, TAG), message
 
     def _send(self, to: int, what: int, payload: npt.NDArray[np.uint8], version: int) -> None:
+        if self.patience is not None and self.comm.Iprobe(to, TAG):
+            self._receive(to)  # nothing was asked for: a notice
         self.comm.Send(pack_message(what, self.clock, version, payload), to, TAG)
 
     def _receive(self, source: int | None) -> tuple[int, int, int, int, npt.NDArray[np.uint8]]:
@@ -385,7 +495,111 @@ class ParameterServer:
                 f"rank {self.comm.rank}: a message of {message.size} bytes from rank {status.source} is no message of "
                 "a parameter server: let all ranks use the same release"
             )
+        if what == REPLY and clock == TOO_LATE:
+            self.closed = True
+            raise HpccommError(
+                f"rank {self.comm.rank}: this worker was silent for longer than the patience of {self.patience:g} s, "
+                "the others have ended without it: raise patience, or make its steps shorter"
+            )
         return status.source, what, clock, version, payload
+
+
+class Desk:
+    """What a server does with a message: one method for each request, in :data:`REQUESTS`."""
+
+    def __init__(self, server: ParameterServer, ledger: Ledger, weights: Vector) -> None:
+        self.server, self.ledger, self.weights = server, ledger, weights
+        self.readers: list[int] = []
+        """Workers whose reads wait."""
+        self.leaving: list[int] = []
+        self.lost: set[int] = set()
+        """Workers that were given up or have abandoned the others."""
+        self.sent: list[tuple[MPI.Request, Any]] = []
+        self.heard = [time.monotonic()] * server.workers
+
+    def take(self, worker: int, what: int, clock: int, version: int, payload: npt.NDArray[np.uint8]) -> None:
+        """Take a message."""
+        self.heard[worker] = time.monotonic()
+        REQUESTS[what](self, worker, clock, version, payload)
+
+    def push(self, worker: int, clock: int, version: int, payload: npt.NDArray[np.uint8]) -> None:
+        """Apply a push, or drop that of a worker that was given up."""
+        if worker in self.lost:
+            self.ledger.dropped += 1
+        else:
+            self.ledger.push(worker, self.server.decode(payload, self.weights), version)
+
+    def pull(self, worker: int, *rest: Any) -> None:
+        """Let a worker read; one that was given up takes part again."""
+        if worker in self.lost:
+            self.lost.remove(worker)
+            self.ledger.join(worker, self.ledger.pace(worker))
+        self.readers.append(worker)
+
+    def leave(self, worker: int, *rest: Any) -> None:
+        """A worker has made its last push."""
+        self.lost.discard(worker)
+        self.ledger.leave(worker)
+        self.leaving.append(worker)
+
+    def pause(self, worker: int, *rest: Any) -> None:
+        """A worker takes no part until it joins."""
+        self.lost.discard(worker)
+        self.ledger.leave(worker)
+
+    def join(self, worker: int, clock: int, *rest: Any) -> None:
+        """A worker proposes a clock, or asks for one by -1; the answer is the least one."""
+        self.lost.discard(worker)
+        pace = self.ledger.pace(worker)
+        self.ledger.join(worker, clock)
+        self.sent.append(self.server.reply(worker, self.weights[:0], pace, self.ledger.version))
+
+    def abandon(self, worker: int, clock: int, *rest: Any) -> None:
+        """A worker has failed after ``clock`` whole pushes."""
+        self.ledger.leave(worker, clock)
+        self.lost.add(worker)
+
+    def answer_reads(self) -> None:
+        """Answer the reads that the mode allows."""
+        ready = [reader for reader in self.readers if self.ledger.may_read(reader)]
+        self.readers = [reader for reader in self.readers if reader not in ready]
+        self.sent = [each for each in self.sent if not each[0].Test()]
+        self.sent += [self._model_for(reader) for reader in ready]
+
+    def give_up_silent(self) -> None:
+        """Give up the workers for whose messages others have waited too long."""
+        patience = self.server.patience or math.inf
+        before, waiting = time.monotonic() - patience, [*self.readers, *self.leaving]
+        for worker, when in enumerate(self.heard):
+            if waiting and when < before and worker not in waiting and not math.isinf(self.ledger.clocks[worker]):
+                self.ledger.leave(worker)
+                self.lost.add(worker)
+                rank = self.server.servers + worker
+                LOGGER.warning(
+                    "ParameterServer: rank %d has been silent for %g s, the others go on without it", rank, patience
+                )
+
+    def end(self) -> None:
+        """Send the last model to all that have left, and a notice to those that were given up."""
+        self.sent += [self._model_for(worker) for worker in self.leaving]
+        for request, _ in self.sent:
+            request.Wait()
+        if self.server.patience is not None:
+            for worker in self.lost:  # 32 bytes, which wait at a worker that is only slow
+                self.sent.append(self.server.reply(worker, self.weights[:0], TOO_LATE, self.ledger.version))
+
+    def _model_for(self, worker: int) -> tuple[MPI.Request, Any]:
+        return self.server.reply(worker, self.weights, len(self.lost), self.ledger.version)
+
+
+REQUESTS: dict[int, Callable[..., None]] = {
+    PUSH: Desk.push,
+    PULL: Desk.pull,
+    LEAVE: Desk.leave,
+    PAUSE: Desk.pause,
+    JOIN: Desk.join,
+    ABANDON: Desk.abandon,
+}
 
 
 def pack_message(what: int, clock: int, version: int, payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

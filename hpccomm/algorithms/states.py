@@ -34,6 +34,7 @@ class RankChange(Enum):
     SHARDED = "concatenated and divided again"
     GROUP = "the number of ranks that exchange"
     BLOCK = "must be 0: the ranks' models differ inside a block"
+    SCRATCH = "no step reads what it holds, and its length may depend on the number of ranks"
 
 
 Unsent = Annotated[Vector, RankChange.UNSENT]
@@ -46,6 +47,9 @@ GroupSize = Annotated[int, RankChange.GROUP]
 """How many ranks exchange with this one."""
 InBlock = Annotated[int, RankChange.BLOCK]
 """Steps of a rank alone."""
+Scratch = Annotated[Vector, RankChange.SCRATCH]
+"""A buffer of an exchange, which replaces one of another length."""
+ANY_SHAPE = (RankChange.SHARDED, RankChange.SCRATCH)
 
 
 @cache
@@ -163,7 +167,7 @@ def for_ranks(states: Sequence[Any], rank: int, size: int) -> Any:
         if each.keys() != columns[0].keys():
             raise ArgumentError(f"for_ranks: the states of ranks 0 and {number} are of different methods")
         for path, leaf, change in leaves_with_changes(states[0]):
-            if change is not RankChange.SHARDED and np.shape(leaf) != np.shape(each[path]):
+            if change not in ANY_SHAPE and np.shape(leaf) != np.shape(each[path]):
                 raise ArgumentError(
                     f"for_ranks: {path} has shape {np.shape(leaf)} on rank 0, {np.shape(each[path])} on rank {number}: "
                     "pass the states of one model"

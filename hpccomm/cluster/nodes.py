@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpccomm.errors import LaunchError
+from hpccomm.files import write_text
 from hpccomm.launcher import launch_command, library
 from hpccomm.performance.units import format_count
 
@@ -176,9 +177,7 @@ class Cluster:
     def save_state(self) -> None:
         """Write the state file, before or after a change."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "state.json"
-        file.with_suffix(".new").write_text(json.dumps(self.state._asdict()), encoding="utf-8")
-        file.with_suffix(".new").replace(file)
+        write_text(self.folder / "state.json", json.dumps(self.state._asdict()))
 
     def build(self) -> None:
         """Create namespaces, links and host names."""

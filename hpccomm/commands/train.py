@@ -285,7 +285,7 @@ def train_replicas(name: str, args: argparse.Namespace, data: Dataset, comm: Com
 
     lr = learning_rate(args, METHODS[name])
     settings, network, transform, console = prepare(name, args, data, comm)
-    with keeper_for(Folder, name, {"ranks": comm.size, "lr": lr}, args, comm) as keeper:
+    with keeper_for(Folder, name, {"lr": lr}, args, comm) as keeper:
         step, show = console.bar.update, console.show
         epochs = train(comm, data, network, transform, settings, on_step=step, on_epoch=show, keeper=keeper)[1]
     return finish(name, args, comm, console, epochs)

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from hpccomm.files import replace_file
 from hpccomm.kernels.builtins import make_builtin
 from hpccomm.kernels.numba_check import why_no_numba
 from hpccomm.kernels.reductions.reference import DTYPES
@@ -270,13 +271,8 @@ def write(folder: Path | None, name: str, content: bytes) -> None:
     """Write a file at once; without a folder or with a full disk the function is compiled again next time."""
     if folder is None:
         return
-    aside = folder / f"{file_name(name)}.{os.getpid()}"
-    try:
-        aside.write_bytes(checksum(content) + content)
-        aside.replace(folder / file_name(name))
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+    with contextlib.suppress(OSError), replace_file(folder / file_name(name), flush=False) as file:
+        file.write(checksum(content) + content)
 
 
 # Loading

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hpccomm.files import write_text
 from hpccomm.kernels import objects
 from hpccomm.kernels.shared_memory import probe as tasks
 from hpccomm.kernels.shared_memory.records import LINE, PROBE_RECORD, RING, fill
@@ -403,21 +404,6 @@ def write_json(path: Path, data: Any) -> bool:
     except OSError:
         return False
     return True
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file at once: processes of any machine that read it meanwhile see the old or the new one."""
-    import tempfile
-
-    number, aside = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(aside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise
 
 
 def ensure(cores: Iterable[int], again: bool = False) -> tuple[Found, bool]:

@@ -34,11 +34,11 @@ import numpy as np
 
 from hpccomm.collectives import ALGORITHMS
 from hpccomm.collectives.hierarchical import HIERARCHICAL
+from hpccomm.files import write_text
 from hpccomm.layout import Link
 from hpccomm.performance import cost
 from hpccomm.performance.machine import Machine
 from hpccomm.performance.measured import REACH, CostCurve, Point, RoundType, Shape, distance, distance_key, interpolate
-from hpccomm.performance.probe import write_text
 from hpccomm.performance.units import format_time
 
 SCHEMA = 1

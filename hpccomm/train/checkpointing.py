@@ -1,7 +1,6 @@
-"""Save and resume a training run: every rank saves its own file, and a note names the files that belong together.
+"""Save and resume a training run: the states of all ranks are one set of files.
 
-A folder holds one file for each rank, of the last step that was saved, and a note in JSON.  Rank 0 writes the note when
-all files are complete, and only then are older files removed; so whenever a run ends, the note names a complete set.
+A folder holds one set for each run, see :mod:`hpccomm.algorithms.checkpoint_sets`.  Any number of ranks may resume.
 Every :data:`STOP_CHECK_STEPS` steps the ranks exchange whether one of them has been told to stop, so that all stop
 after the same step.
 """
@@ -15,9 +14,16 @@ from typing import Any
 
 from mpi4py import MPI
 
-from hpccomm.algorithms.checkpoints import load, save
+from hpccomm.algorithms.checkpoint_sets import (
+    Manifest,
+    read_manifest,
+    restore_set,
+    run_collectively,
+    take_own,
+    write_set,
+)
 from hpccomm.algorithms.reports import ExchangeReport
-from hpccomm.algorithms.sharded.checkpoints import load_shards, run_collectively, save_shards, write_note
+from hpccomm.algorithms.sharded.checkpoints import load_shards, save_shards
 from hpccomm.algorithms.sharded.units import Hops
 from hpccomm.errors import ArgumentError
 from hpccomm.train import sharded
@@ -52,7 +58,7 @@ class Folder:
     """The folder that one run is saved in (collective).
 
     ``run`` holds, by name, the values that must be the same when the run is resumed; ``name`` distinguishes runs in one
-    folder.  Raises on all ranks where the folder cannot be created.
+    folder.  Another number of ranks may resume.  Raises on all ranks where the folder cannot be created.
     """
 
     def __init__(self, comm: MPI.Intracomm, path: Path, name: str, run: dict[str, Any]) -> None:
@@ -61,7 +67,6 @@ class Folder:
         """Whether this rank has been told to stop; a signal handler may set it."""
         self.steps = 0
         self.note = path / f"{name}.json"
-        self.saved_file: Path | None = None
         self.run_collectively(lambda: path.mkdir(parents=True, exist_ok=True))
 
     def request_stop(self, *_: object) -> None:
@@ -75,66 +80,72 @@ class Folder:
 
     def load(self, training: Training) -> list[Epoch]:
         """As :meth:`~hpccomm.train.loop.Keeper.load`; raises on all ranks for the files of another run."""
-        note = self.comm.bcast(self.run_collectively(self.read))
-        if note is None:
+        manifest = self.find()
+        if manifest is None:
             return []
-        self.saved_file = self.file(note["step"])
-        like = self.contents(training)
-        weights, training.state, training.progress = self.run_collectively(lambda: load(str(self.saved_file), **like))
+        like, rank = self.contents(training), self.comm.rank
+        olds = self.run_collectively(lambda: restore_set(self.path, manifest, self.comm, like))
+        weights, training.state, training.progress = self.run_collectively(lambda: take_own(olds, manifest, self.comm))
+        if manifest.places(self.comm.size) != self.comm.size:  # the sum over the ranks stays
+            loss = float(sum(progress.loss for _, _, progress in olds))
+            training.progress = training.progress._replace(loss=loss if rank == 0 else 0.0)
         training.weights[...] = weights
-        return [Epoch(**each) for each in note["epochs"]]
+        return [Epoch(**each) for each in manifest.note["epochs"]]
 
     def save(self, training: Training, epochs: list[Epoch]) -> None:
         """As :meth:`~hpccomm.train.loop.Keeper.save`."""
         each = -(-len(training.data.targets) // training.settings.batch_size)
-        before = self.saved_file
         step = len(epochs) * each + training.progress.steps
-        file = self.saved_file = self.file(step)
-        self.run_collectively(lambda: save(file, **self.contents(training)))
         note = {"run": self.run, "step": step, "epochs": [epoch._asdict() for epoch in epochs]}
-        self.run_collectively(lambda: write_note(self.note, note) if self.comm.rank == 0 else None)
-        if before and before != file:
-            before.unlink(missing_ok=True)
+        states = self.contents(training)
+        write_set(self.comm, self.path, self.name, self.what, note, states, self.comm.rank, self.comm.size)
 
     @staticmethod
     def contents(training: Training) -> dict[str, Any]:
         """What a file holds."""
         return {"weights": training.weights, "method": training.state, "partial": training.progress}
 
-    def file(self, step: int) -> Path:
-        """This rank's file of a step."""
-        return self.path / f"{self.name}.step{step}.rank{self.comm.rank}.npz"
+    def find(self) -> Manifest | None:
+        """The manifest of this run, None where there is none; raises on all ranks for that of another run."""
+        found = self.run_collectively(lambda: self.read() if self.comm.rank == 0 else None)
+        told = self.comm.bcast(found)
+        return None if told is None else Manifest(*told)
 
-    def read(self) -> Any:
-        """On rank 0, the note of this run, if there is one; raises for the note of another run."""
-        note = None
-        if self.comm.rank == 0 and self.note.exists():
-            try:
-                note = json.loads(self.note.read_text(encoding="utf-8"))
-                differ = {key: (value, self.run.get(key)) for key, value in note["run"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ArgumentError(f"{self.note} does not describe a saved run: name another folder") from None
-            for key, (then, now) in differ.items():
-                if then != now:
-                    raise ArgumentError(
-                        f"{self.note} describes a run with {describe(key, then)}, this command has "
-                        f"{describe(key, now)}: repeat the command, or name another folder"
-                    )
-        return note
+    def read(self) -> Manifest | None:
+        """The manifest of this run; raises for that of another run."""
+        manifest = read_manifest(self.path, self.name)
+        try:
+            saved = manifest.note["run"].items() if manifest else ()
+        except (KeyError, TypeError, AttributeError):
+            raise ArgumentError(f"{self.note} does not describe a saved run: name another folder") from None
+        for key, then in saved:
+            now = self.run.get(key)
+            if then != now and key != "ranks":  # of format 1
+                raise ArgumentError(
+                    f"{self.note} describes a run with {describe(key, then)}, this command has "
+                    f"{describe(key, now)}: repeat the command, or name another folder"
+                )
+        return manifest
+
+    @property
+    def what(self) -> str:
+        """How errors begin."""
+        return f"--checkpoint {self.path}"
 
     def run_collectively(self, action: Callable[[], Any]) -> Any:
         """Run ``action`` on every rank and return its result; raises on all ranks if it raises on one."""
-        return run_collectively(self.comm, f"--checkpoint {self.path}", action)
+        return run_collectively(self.comm, self.what, action)
 
 
 class ShardFolder(Folder):
-    """The folder of a run with sharded model states, which another number of ranks may resume."""
+    """The folder of a run with sharded model states."""
 
     def load(self, training: sharded.Training) -> list[Epoch]:  # type: ignore[override]
         """As :meth:`~hpccomm.train.loop.Keeper.load`."""
-        note = self.comm.bcast(self.run_collectively(self.read))
-        if note is None:
+        manifest = self.find()
+        if manifest is None:
             return []
+        note = manifest.note
         load_shards(self.path, self.name, training.states)
         steps, loss, step_s, boundary_s = note["epoch_so_far"]
         hops = [ExchangeReport(*each) for each in note["hops"]]

@@ -128,10 +128,11 @@ class LayeredNetwork:
             states.release(name)
         return seen
 
-    def learn(self, states: ShardedModel, inputs: Array, targets: Array, factor: float) -> float:
+    def learn(self, states: ShardedModel, inputs: Array, targets: Array, factor: float, last: bool = False) -> float:
         """Add ``factor`` times the gradient of the sum of the samples' losses to the shards; returns that sum.
 
-        One micro-step (collective in the partition group); a rank may have no samples.
+        One micro-step (collective in the partition group), the ``last`` one of a step or not; a rank may have no
+        samples.
         """
         seen = self.activations(states, inputs)
         y = seen.pop()
@@ -142,7 +143,7 @@ class LayeredNetwork:
             x, weights, gradient = seen.pop(), to_float32(states.gather(name, ahead=following)), states.gradient(name)
             error = self.layers[name].backward(weights, x, y, error, gradient)
             states.release(name)
-            states.reduce_accumulate(name, gradient)
+            states.reduce_accumulate(name, gradient, last)
             y = x
         return loss
 

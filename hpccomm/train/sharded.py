@@ -101,8 +101,10 @@ class Training:
         """One optimizer step of all ranks on a global batch."""
         began, before, loss = time.perf_counter(), self.states.hops, 0.0
         factor = self.states.loss_scale.value * self.comm.size * self.micro_steps / len(batch)
-        for part in np.array_split(np.array_split(batch, self.comm.size)[self.comm.rank], self.micro_steps):
-            loss += self.network.learn(self.states, self.data.inputs[part], self.data.targets[part], factor)
+        parts = np.array_split(np.array_split(batch, self.comm.size)[self.comm.rank], self.micro_steps)
+        for number, part in enumerate(parts, 1):
+            given = self.data.inputs[part], self.data.targets[part]
+            loss += self.network.learn(self.states, *given, factor, last=number == self.micro_steps)
         learnt, exchanged = time.perf_counter(), exchange_seconds(self.states.hops)
         self.states.boundary()
         stepped = time.perf_counter() - learnt - (exchange_seconds(self.states.hops) - exchanged)

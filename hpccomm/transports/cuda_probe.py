@@ -27,6 +27,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpccomm.errors import LaunchError
+from hpccomm.files import write_text
 from hpccomm.launcher import clean_environment, launch_command
 from hpccomm.transports import cuda
 
@@ -198,9 +199,7 @@ def verdict(number: int, driver: str, ask: Callable[[], tuple[str, str]] | None 
     found = Verdict(trouble, time.strftime("%Y-%m-%d %H:%M", time.gmtime()), alone)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(found._asdict()), encoding="utf-8")
-        unfinished.replace(file)
+        write_text(file, json.dumps(found._asdict()))
     except OSError:
         pass  # the next run probes again
     return found

@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +36,7 @@ import numpy.typing as npt
 from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.fused import InPlaceTransform
 from hpccomm.algorithms.reports import ExchangeReport
+from hpccomm.algorithms.sharded.lanes import Buffer, GradientBuffers, Lane
 from hpccomm.algorithms.sharded.quantized import (
     CodedReduce,
     SecondaryShards,
@@ -44,10 +45,10 @@ from hpccomm.algorithms.sharded.quantized import (
     make_secondary,
 )
 from hpccomm.algorithms.states import leaves
-from hpccomm.algorithms.transforms import Schedule, Transform, Vector, require
+from hpccomm.algorithms.transforms import Schedule, Transform, Vector, check_count, require
 from hpccomm.algorithms.trust_ratio import NormReduce, global_norm
 from hpccomm.arrays import narrow, reduction_dtype, view_for_mpi
-from hpccomm.buckets import Bucket
+from hpccomm.buckets import BUCKET_BYTES, Bucket, group_by_size
 from hpccomm.errors import ArgumentError, MismatchError
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ Units = Mapping[str, Tensors] | Iterable[tuple[str, Tensors]]
 Optimizer = Transform | Callable[[Bucket, NormReduce | None], Transform]
 """An elementwise transform, or a function that makes one from the bucket of this rank's shards and the reduction that
 completes their norms: ``lambda bucket, reduce: lamb(bucket, 0.01, norm_reduce=reduce)``."""
-UNIT_BUFFERS = 2
-"""Units gathered at a time: one in use, one being prefetched."""
+GRADIENT_BUFFERS = 2
+"""Gradients of whole units where reductions overlap: one is written while the other one is on its way."""
 
 
 class Groups(NamedTuple):
@@ -138,16 +139,6 @@ def bounds(size: int, ranks: int, place: int) -> tuple[int, int]:
     return min(place * shard, size), min((place + 1) * shard, size)
 
 
-class UnitBuffer:
-    """The buffer of a gathered unit."""
-
-    def __init__(self, room: Vector) -> None:
-        self.room = room
-        self.unit: Unit | None = None
-        self.arrival: Future[int] | None = None
-        """Its result is the number of bytes sent."""
-
-
 class Gather:
     """Allgathers in the partition group, on a communicator of their own, by ``algorithm`` or its choice."""
 
@@ -216,9 +207,14 @@ class ShardedModel:
     consumed one by one, so that no rank holds the whole model; float32 or float64; the values of rank 0 are used.
     ``optimizer``: see :data:`Optimizer`; :func:`adamw` steps in place.  ``dtype`` is that of gathered parameters and
     of gradients: float32, float16 or bfloat16, by default the master's.  ``max_norm`` clips the global gradient.
-    ``loss_scale`` is for float16.  ``ahead=`` of :meth:`gather` prefetches on a thread where the MPI library permits
-    it; ``overlap=False`` turns the thread off.  ``algorithm`` names the partition group's algorithm for gathers and
-    reductions; by default its communicator chooses.
+    ``loss_scale`` is for float16.  ``algorithm`` names the partition group's algorithm for gathers and reductions; by
+    default its communicator chooses.
+
+    Gathers, first hops and second hops each run beside the program, on a thread and a communicator of their own, where
+    the MPI library permits it; ``overlap=False`` turns the threads off, and gives the same bits.  ``prefetch`` units
+    are gathered ahead of the one in use (``ahead=`` of :meth:`gather`).  The second hop of a unit begins with
+    ``last=True`` of :meth:`reduce_accumulate`, else at the boundary; shards of several units, up to 25 MB, travel in
+    one message.
 
     ``weight_code``, ``gradient_code`` and ``secondary_shard`` are qwZ, qgZ and hpZ of ZeRO++, for partition groups of
     several nodes (:mod:`hpccomm.algorithms.sharded.quantized`): the codes of :func:`~hpccomm.block_mean` in which
@@ -249,12 +245,14 @@ class ShardedModel:
         max_norm: float | None = None,
         loss_scale: LossScale | None = None,
         overlap: bool = True,
+        prefetch: int = 1,
         algorithm: str = "",
         weight_code: str = "",
         gradient_code: str = "",
         secondary_shard: bool = False,
     ) -> None:
         require(stage in (1, 2, 3), f"zero: stage is {stage}: pass 1, 2 or 3; data_parallel divides nothing")
+        check_count("zero: prefetch", prefetch, 0)
         require(max_norm is None or max_norm > 0, f"zero: max_norm is {max_norm}: pass a positive number, or None")
         self.groups, self.stage, self.max_norm = groups, stage, max_norm
         self.loss_scale = loss_scale or LossScale()
@@ -265,11 +263,12 @@ class ShardedModel:
         self.dtype = self.master.dtype if dtype is None else np.dtype(dtype)
         check_dtypes(self.master.dtype, self.dtype)
         check_codes(stage, self.dtype, weight_code, gradient_code, secondary_shard)
-        self._check_same_arguments(stage, str(self.dtype), algorithm, weight_code, gradient_code, secondary_shard)
+        self._check_same_arguments(
+            stage, str(self.dtype), algorithm, weight_code, gradient_code, secondary_shard, prefetch, overlap
+        )
         self.weight_code = weight_code
         size = self.master.size if stage > 1 else sum(unit.size for unit in self.units.values())
-        self.total = np.zeros(size, self.master.dtype)
-        """The sum of gradients: this rank's shards, at stage 1 the whole units one after the other."""
+        self._total = np.zeros(size, self.master.dtype)
         bucket = Bucket(dict(self._shard_sizes()), self.master.dtype, exempt=list(self._exempt_names()))
         norms = self._sum_over_partition if self.ranks > 1 else None
         self.optimizer = optimizer if isinstance(optimizer, Transform) else optimizer(bucket, norms)
@@ -279,11 +278,15 @@ class ShardedModel:
         """Gradients added for each unit since the last step."""
         self.calls: list[str] = []
         """The gathers and reductions since the last step, in order: they must be the same on all ranks."""
-        self._allocate_buffers(whole, overlap, algorithm, gradient_code, secondary_shard)
+        overlap = overlap and groups.world.size > 1 and threads_may_talk()
+        self._allocate_buffers(whole, overlap, prefetch, algorithm, gradient_code, secondary_shard)
+        self._prepare_second_hops(overlap)
 
     def _check_same_arguments(self, *mine: Any) -> None:
         """Raise on all ranks unless all passed the same (collective)."""
-        names = ("stage", "dtype", "algorithm", "weight_code", "gradient_code", "secondary_shard")
+        names = (
+            *["stage", "dtype", "algorithm", "weight_code", "gradient_code", "secondary_shard", "prefetch", "overlap"],
+        )
         everyone = self.groups.world.allgather(mine)
         for rank, theirs in enumerate(everyone):
             for name, one, other in zip(names, everyone[0], theirs, strict=True):
@@ -315,7 +318,13 @@ class ShardedModel:
         return np.concatenate(parts), whole
 
     def _allocate_buffers(
-        self, whole: list[Vector], overlap: bool, algorithm: str, gradient_code: str, secondary_shard: bool
+        self,
+        whole: list[Vector],
+        overlap: bool,
+        prefetch: int,
+        algorithm: str,
+        gradient_code: str,
+        secondary_shard: bool,
     ) -> None:
         """Allocate all buffers of the steps."""
         units = self.units.values()
@@ -323,17 +332,25 @@ class ShardedModel:
         self._collect = Gather(self.groups.partition, algorithm) if self._gathers else None
         kind = self.dtype if self.stage > 1 else self.master.dtype
         self._reduce: Reduce | CodedReduce | None = None
+        reduces = overlap and self.ranks > 1 and self.stage > 1
+        self._copies = [self.groups.partition.Dup()] if reduces else []
+        """The communicators of reductions beside the program."""
+        partition = self._copies[0] if reduces else self.groups.partition
         if self.ranks > 1:
-            partition = self.groups.partition
             self._reduce = (
                 CodedReduce(partition, gradient_code) if gradient_code else Reduce(partition, algorithm, shard, kind)
             )
         self.secondary: SecondaryShards | None = None
         if self._collect and secondary_shard:
             self.secondary = make_secondary(self._collect.comm, [unit.padded_size for unit in units], self.dtype)
-        self.buffers = [UnitBuffer(np.empty(longest, self.dtype)) for _ in range(UNIT_BUFFERS)] if self._gathers else []
-        self.gradients = allocate_shared(self.groups.partition, longest, self.dtype)
-        """The buffer of a whole unit's gradient."""
+        rooms = 1 + prefetch if self._gathers else 0
+        self.buffers: list[Buffer[Unit]] = [Buffer(np.empty(longest, self.dtype)) for _ in range(rooms)]
+        self._ahead: list[Unit] = []
+        """The units that will be gathered next, until a buffer is free."""
+        rooms = GRADIENT_BUFFERS if reduces else 1
+        self.gradients: GradientBuffers[Unit] = GradientBuffers(
+            [allocate_shared(partition, longest, self.dtype) for _ in range(rooms)]
+        )
         self.shard = (
             allocate_shared(self._collect.comm, shard, self.dtype) if self._collect else np.zeros(shard, self.dtype)
         )
@@ -348,7 +365,21 @@ class ShardedModel:
             self.parameters = {u.name: narrow(v, self.dtype).copy() for u, v in zip(units, whole, strict=True)}
         elif self.ranks == 1 and self.dtype != self.master.dtype:
             self.parameters = {unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in units}
-        self.prefetcher = ThreadPoolExecutor(1, "gather") if overlap and self._gathers and threads_may_talk() else None
+        self.prefetcher = Lane("gather", overlap and self._gathers)
+        self._first_hops = Lane("first hop", reduces)
+
+    def _prepare_second_hops(self, overlap: bool) -> None:
+        """Group the units, from the last to the first, whose shards travel in one message."""
+        overlap = overlap and self.groups.replication.size > 1
+        self._copies += [self.groups.replication.Dup()] if overlap else []
+        self._replication = self._copies[-1] if overlap else self.groups.replication
+        self._second_hops = Lane("second hop", overlap)
+        sizes = [(name, None, unit.shard_size * self._total.itemsize) for name, unit in self.units.items()]
+        self._groups = [[self.units[name] for name in names] for names in group_by_size(reversed(sizes), BUCKET_BYTES)]
+        self._complete: set[str] = set()
+        """The units whose gradients of this step have all been added."""
+        self._second: list[Future[int]] = []
+        """The second hops of this step."""
 
     def _shard_sizes(self) -> Iterator[tuple[str, tuple[int]]]:
         """The name of each tensor, and the number of its elements on this rank."""
@@ -373,33 +404,56 @@ class ShardedModel:
         whole = sum(each.nbytes for each in (*self.parameters.values(), *(slot.room for slot in self.buffers)))
         whole += self.secondary.nbytes if self.secondary else 0
         working = self.gradients.nbytes + self.shard.nbytes + (self._reduce.nbytes if self._reduce else 0)
-        return Memory(self.master.nbytes + self.total.nbytes + state, whole, working)
+        return Memory(self.master.nbytes + self._total.nbytes + state, whole, working)
 
-    def gather(self, name: str, ahead: str | None = None) -> dict[str, npt.NDArray[Any]]:
+    @property
+    def total(self) -> Vector:
+        """The sum of gradients: this rank's shards, at stage 1 the whole units one after the other."""
+        self._finish_first_hops()
+        return self._total
+
+    def gather(self, name: str, ahead: str | Iterable[str] | None = None) -> dict[str, npt.NDArray[Any]]:
         """The unit's parameters by name, valid until :meth:`release` (collective in the partition group).
 
-        ``ahead`` names the unit that will be gathered next: its prefetch starts now.  All ranks of a partition group
-        gather the same units in the same order.
+        ``ahead`` names the unit, or the units in order, that will be gathered next: their prefetch starts now, or as
+        soon as a buffer is free.  All ranks of a partition group gather the same units in the same order.
         """
-        unit, following = self._unit(name, "gather"), None if ahead is None else self._unit(ahead, "gather: ahead")
+        unit = self._unit(name, "gather")
+        names = [ahead] if isinstance(ahead, str) else list(ahead or ())
+        following = [self._unit(each, "gather: ahead") for each in names]
         if not self._gathers:
             return views(unit, self.parameters[name] if self.parameters else self.master[unit.own_slice])
         slot = self._find_buffer(unit) or self._begin(unit)
-        arrival, slot.arrival = slot.arrival, None
-        require(arrival is not None, f"{self.who}: gather: {name!r} is gathered: release it first")
-        assert arrival is not None
-        began = perf_counter()
+        require(slot.under_way is not None, f"{self.who}: gather: {name!r} is gathered: release it first")
+        self._take_gathered(slot)
+        self._ahead = [each for each in following if each is not unit]
+        self._prefetch()
+        return views(unit, slot.room)
+
+    def _take_gathered(self, slot: Buffer[Unit]) -> None:
+        """Wait for the gather of a unit."""
+        assert slot.unit is not None
+        assert slot.under_way is not None
+        arrival, slot.under_way = slot.under_way, None
         try:
-            sent = arrival.result()
+            self._take_result("gather", arrival)
         except MismatchError as error:
             raise MismatchError(
-                f"{self.who} gathers unit {name!r} as call {len(self.calls)} of this step: {error}; "
+                f"{self.who} gathers unit {slot.unit.name!r} as call {len(self.calls)} of this step: {error}; "
                 "gather the units in the same order on all ranks"
             ) from error
-        self._record_cost("gather", began, sent)
-        if following is not None and following is not unit and any(each.unit is None for each in self.buffers):
-            self._begin(following)
-        return views(unit, slot.room)
+
+    def _take_result(self, hop: str, future: Future[int]) -> None:
+        """Wait for an exchange, and count its cost."""
+        began = perf_counter()
+        self._record_cost(hop, began, future.result())
+
+    def _prefetch(self) -> None:
+        """Begin the gathers ahead for which there are free buffers."""
+        while self._ahead and any(each.unit is None for each in self.buffers):
+            following = self._ahead.pop(0)
+            if not self._find_buffer(following):
+                self._begin(following)
 
     def release(self, name: str) -> None:
         """End the use of the unit's parameters; the next gather may reuse their buffer."""
@@ -407,26 +461,28 @@ class ShardedModel:
         if not self._gathers:
             return
         slot = self._find_buffer(unit)
-        if slot is None or slot.arrival is not None:
+        if slot is None or slot.under_way is not None:
             raise ArgumentError(f"{self.who}: release: {name!r} is not gathered: gather it first, release it once")
         slot.unit = None
+        self._prefetch()
 
-    def _find_buffer(self, unit: Unit) -> UnitBuffer | None:
+    def _find_buffer(self, unit: Unit) -> Buffer[Unit] | None:
         return next((slot for slot in self.buffers if slot.unit is unit), None)
 
-    def _begin(self, unit: Unit) -> UnitBuffer:
-        """Start the gather of a unit into a free buffer."""
+    def _begin(self, unit: Unit) -> Buffer[Unit]:
+        """Start the gather of a unit into a free buffer, or into that of a unit that was prefetched in vain."""
         slot = next((each for each in self.buffers if each.unit is None), None)
+        slot = slot or next((each for each in self.buffers if each.under_way is not None), None)
         if slot is None:
             held = " and ".join(repr(each.unit.name) for each in self.buffers if each.unit)
-            raise ArgumentError(f"{self.who}: gather: {held} are gathered, or on their way: release one first")
+            raise ArgumentError(
+                f"{self.who}: gather: {held} are gathered: release one first, or pass a larger prefetch"
+            )
+        if slot.under_way is not None:
+            self._take_gathered(slot)
         slot.unit, room = unit, slot.room[: unit.padded_size]
         self.calls.append(f"gather {unit.name}")
-        if self.prefetcher:
-            slot.arrival = self.prefetcher.submit(self._fetch, unit, room)
-        else:
-            slot.arrival = Future()
-            slot.arrival.set_result(self._fetch(unit, room))
+        slot.under_way = self.prefetcher.submit(self._fetch, unit, room)
         return slot
 
     def _fetch(self, unit: Unit, room: Vector) -> int:
@@ -455,43 +511,87 @@ class ShardedModel:
         return shard
 
     def gradient(self, name: str) -> dict[str, npt.NDArray[Any]]:
-        """The buffer of the unit's gradient by name, to be written and passed to :meth:`reduce_accumulate`.
+        """A buffer for the unit's gradient by name, to be written and passed to :meth:`reduce_accumulate`.
 
-        There is one such buffer: the next unit uses the same memory.
+        The next unit may use the same memory.
         """
-        return views(self._unit(name, "gradient"), self.gradients)
+        unit = self._unit(name, "gradient")
+        return views(unit, self._gradient_buffer(unit).room)
 
-    def reduce_accumulate(self, name: str, gradient: Tensors | Vector) -> None:
+    def _gradient_buffer(self, unit: Unit) -> Buffer[Unit]:
+        """The buffer handed out for this unit, or the oldest one, once its exchange is complete."""
+        buffer = self.gradients.find(unit)
+        self._finish_first_hop(buffer)
+        buffer.unit = unit
+        return buffer
+
+    def _finish_first_hop(self, buffer: Buffer[Unit]) -> None:
+        future, buffer.under_way = buffer.under_way, None
+        if future is not None:
+            buffer.unit = None
+            self._take_result("first", future)
+
+    def _finish_first_hops(self) -> None:
+        """Wait until all gradients have arrived in the sum."""
+        for buffer in self.gradients:
+            self._finish_first_hop(buffer)
+
+    def reduce_accumulate(self, name: str, gradient: Tensors | Vector, last: bool = False) -> None:
         """Add a micro-step's gradient, of ``dtype``, to the shards (collective in the partition group).
 
         ``gradient``: the buffer of :meth:`gradient`, or tensors by name, or a flat vector; it is the mean over this
-        rank's samples, times the loss scale.
+        rank's samples, times the loss scale.  ``last`` says that the unit gets no more gradients in this step, so that
+        its second hop can begin.
         """
         unit = self._unit(name, "reduce_accumulate")
-        room = self.gradients[: unit.padded_size]
+        if name in self._complete:
+            raise ArgumentError(f"{self.who}: reduce_accumulate: {name!r} had its last gradient: call boundary first")
+        buffer = self._gradient_buffer(unit)
+        room = buffer.room[: unit.padded_size]
         copy_gradient(unit, gradient, room, self.who)
         self.counts[name] += 1
         self.calls.append(f"reduce {name}")
         if self.stage == 1 or self.ranks == 1:
-            total = self.total[self._unit_slice(unit)]
+            total = self._total[self._unit_slice(unit)]
             total += room[: unit.size]
         elif unit.size:
-            self._reduce_unit(unit, room, self.total[unit.own_slice])
+            began = perf_counter()
+            buffer.under_way = self._first_hops.submit(self._reduce_unit, unit, room, self._total[unit.own_slice])
+            self._record_cost("first", began, 0, 0)
+        if last:
+            self._complete.add(name)
+            if self.stage > 1 or self.ranks == 1:
+                self._begin_second_hops(self._complete)
+
+    def _begin_second_hops(self, complete: Container[str]) -> None:
+        """Begin the second hop of each group of units that are complete, always from the last group to the first."""
+        if self.groups.replication.size == 1:
+            return
+        for group in self._groups[len(self._second) :]:
+            if not all(unit.name in complete for unit in group):
+                return
+            waits = self._first_hops.submit(int)  # complete when the first hops before it are
+            self._second.append(self._second_hops.submit(self._allreduce_group, group, waits))
+
+    def _allreduce_group(self, group: list[Unit], first_hops: Future[int]) -> int:
+        """The second hop of some units, after their first ones; returns the bytes sent."""
+        first_hops.result()
+        slices = [unit.own_slice for unit in group]
+        part = self._shards[min(each.start for each in slices) : max(each.stop for each in slices)]
+        return self._allreduce_shards(part)
 
     def _unit_slice(self, unit: Unit) -> slice:
         """The slice of a whole unit in the vector of whole units."""
         first = sum(each.size for each in self.units.values() if each.number < unit.number)
         return slice(first, first + unit.size)
 
-    def _reduce_unit(self, unit: Unit, room: Vector, total: Vector) -> None:
+    def _reduce_unit(self, unit: Unit, room: Vector, total: Vector) -> int:
         """The first hop of a unit: add this rank's shard of the sum over the partition group to ``total``."""
         assert self._reduce is not None
-        began = perf_counter()
         try:
-            sent = self._reduce(room, total)
+            return self._reduce(room, total)
         except MismatchError as error:
             raise MismatchError(f"{self.who} reduces unit {unit.name!r}: {error}") from error
-        self._record_cost("first", began, sent)
 
     def boundary(self) -> Outcome:
         """The second hop and the optimizer's step (collective).
@@ -499,11 +599,15 @@ class ShardedModel:
         Every unit must have the same number of gradients on all ranks, and no unit may be gathered.
         """
         micro_steps = self._count_micro_steps()
+        self._finish_first_hops()
         if self.stage == 1 and self.ranks > 1:
             self._divide()
-        part = self.gradient_shard
-        if self.groups.replication.size > 1:
-            self._allreduce_shards(part)
+        began = perf_counter()
+        self._begin_second_hops(self.units)
+        self._record_cost("second", began, 0, 0)
+        for hop in self._second:
+            self._take_result("second", hop)
+        part = self._shards
         part /= self.groups.world.size * micro_steps * self.loss_scale.value
         norm = global_norm(part, self._sum_over_partition)
         overflow = not math.isfinite(norm)
@@ -513,7 +617,10 @@ class ShardedModel:
                 part *= part.dtype.type(self.max_norm / norm)
             self._step(part)
             self.steps += 1
-        self.total[...] = 0
+        self._total[...] = 0
+        self._second.clear()
+        self._complete.clear()
+        self._ahead.clear()
         self.counts = dict.fromkeys(self.units, 0)
         self.calls.clear()
         return Outcome(norm, overflow, self.loss_scale.value)
@@ -566,27 +673,27 @@ class ShardedModel:
         )
 
     @property
-    def gradient_shard(self) -> Vector:
+    def _shards(self) -> Vector:
         """This rank's shards of the gradient."""
-        return self.total if self.stage > 1 or self.ranks == 1 else self.total[: self.master.size]
+        return self._total if self.stage > 1 or self.ranks == 1 else self._total[: self.master.size]
 
     def _divide(self) -> None:
         """Stage 1: the first hop of all units, their shards go to the front of ``total``."""
         for unit in self.units.values():
-            room = np.zeros(unit.padded_size, self.total.dtype)
-            room[: unit.size] = self.total[self._unit_slice(unit)]
-            self.total[unit.own_slice] = 0
+            room = np.zeros(unit.padded_size, self._total.dtype)
+            room[: unit.size] = self._total[self._unit_slice(unit)]
+            self._total[unit.own_slice] = 0
             if unit.size:
-                self._reduce_unit(unit, room, self.total[unit.own_slice])
+                began = perf_counter()
+                self._record_cost("first", began, self._reduce_unit(unit, room, self._total[unit.own_slice]))
 
-    def _allreduce_shards(self, part: Vector) -> None:
-        """The second hop: one allreduce of all shards."""
+    def _allreduce_shards(self, part: Vector) -> int:
+        """The second hop of some shards: one allreduce; returns the bytes sent."""
         from mpi4py import MPI
 
-        began = perf_counter()
         if part.size:
-            self.groups.replication.Allreduce(MPI.IN_PLACE, part)
-        self._record_cost("second", began, allreduce_bytes(part.nbytes, self.groups.replication.size))
+            self._replication.Allreduce(MPI.IN_PLACE, part)
+        return allreduce_bytes(part.nbytes, self._replication.size)
 
     def _sum_over_partition(self, table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The sum over the partition group in rank order: the same bits in every group."""
@@ -617,13 +724,13 @@ class ShardedModel:
             if self.ranks == 1 or not unit.size:
                 vector[...] = narrow(self.master[unit.own_slice], self.dtype)
                 continue
-            began, room = perf_counter(), self.gradients[: unit.padded_size]
+            began, room = perf_counter(), self._gradient_buffer(unit).room[: unit.padded_size]
             self.groups.partition.Allgather(view_for_mpi(self._cast_shard(unit)), view_for_mpi(room))
             vector[...] = room[: unit.size]
             self._record_cost("gather", began, (self.ranks - 1) * unit.shard_size * self.dtype.itemsize)
 
-    def _record_cost(self, hop: str, began: float, sent: int) -> None:
-        cost = ExchangeReport(1, perf_counter() - began, sent)
+    def _record_cost(self, hop: str, began: float, sent: int, exchanges: int = 1) -> None:
+        cost = ExchangeReport(exchanges, perf_counter() - began, sent)
         self.hops = self.hops._replace(**{hop: getattr(self.hops, hop).add(cost)})
 
     def consolidate(self) -> Iterator[tuple[str, dict[str, npt.NDArray[Any]]]]:
@@ -643,11 +750,11 @@ class ShardedModel:
         return whole[: unit.size]
 
     def close(self) -> None:
-        """Stop the prefetch thread and free the communicator of the gathers (collective)."""
-        if self.prefetcher:
-            self.prefetcher.shutdown()
-        if self._collect:
-            self._collect.comm.Free()
+        """Stop the threads and free their communicators (collective)."""
+        for lane in (self.prefetcher, self._first_hops, self._second_hops):
+            lane.shutdown()
+        for comm in [*self._copies, *([self._collect.comm] if self._collect else ())]:
+            comm.Free()
 
 
 def views(unit: Unit, vector: Vector) -> dict[str, npt.NDArray[Any]]:
