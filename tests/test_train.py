@@ -380,7 +380,7 @@ def test_networks_of_torch_train_by_every_method(
 ) -> None:
     data, network = torch_network
     way = command.METHODS[method]
-    made = way.make(MethodSetup(hpccomm.Communicator(comm), Bucket(network.shapes), way.lr, 6, period=2))
+    made = way.make(MethodSetup(hpccomm.Communicator(comm), Bucket(network.shapes), way.lr / 10, 6, period=2))
     weights, epochs = train(comm, data, network, made, Settings(2, 16, 0, way.steps_locally))
     assert all(np.array_equal(each, weights) for each in comm.allgather(weights))
     assert np.isfinite(weights).all()
