@@ -4,6 +4,9 @@ For each shape a cluster is made and, unless ``--untuned``, tuned.  Then, in eve
 and ours in turns, and another measures native MPI with Open MPI's ``han``.  Figures are medians over the rounds.  A
 share of the wire is the least time that the nominal rate permits, 2(N-1)/N · bytes/rate, divided by the measured time.
 A plain TCP stream runs on the same links.
+
+``--against TREE`` compares with the package of another checkout: every round then has launches of ``auto`` from there,
+from here, and from here again, whose ratio is the null.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +33,8 @@ SHORT_CALLS = 10
 """Timed calls of a shorter vector for each call of a long one."""
 TUNED = "native,hierarchical,ring,butterfly,doubling"
 HAN = {"OMPI_MCA_coll_han_priority": "100"}
+VERSIONS = ("before", "now", "now again")
+"""What ``--against`` launches in turns."""
 
 STREAM = """
 import socket, sys, threading, time
@@ -69,6 +75,9 @@ def measure_shape(shape: harness.Shape, args: argparse.Namespace, mpi: str) -> d
         launches = [(args.algorithm, settings, "")]
         if mpi == "Open MPI":
             launches.append(("native", {**settings, **HAN}, "native, han"))
+        if args.against:
+            before = {**settings, "PYTHONPATH": str(args.against.resolve())}
+            launches += [("auto", env, name) for env, name in zip((before, settings, settings), VERSIONS, strict=True)]
         rows = []
         for number in range(args.rounds):
             for names, env, title in launches:
@@ -131,6 +140,11 @@ def table(record: dict[str, Any]) -> str:
         cells = [str(nbytes), *(f"{median(times[name]):.4g}" for name in names)]
         cells.append(harness.spread(harness.ratios(natives, times[ours]), ".2f"))
         rows.append([*cells, *([f"{share:.1%}", f"{share / stream:.1%}"] if nbytes >= LONG else ["", ""])])
+    if VERSIONS[0] in names:
+        head += ["before / now", "now / now again"]
+        for cells, nbytes in zip(rows, sorted({row["bytes"] for row in record["rows"]}), strict=True):
+            times = [round_times(record, name, nbytes) for name in VERSIONS]
+            cells += [harness.spread(harness.ratios(*pair), ".2f") for pair in pairwise(times)]
     summary = f"A TCP stream carries {stream:.1%} of the rate. {prediction_summary(record)}"
     return f"### {title(record)}\n\n{summary}\n\n{harness.table(head, rows)}"
 
@@ -179,6 +193,7 @@ def main() -> int:
     parser.add_argument("--algorithm", default=ALGORITHMS, metavar="NAMES", help=f"default {ALGORITHMS}")
     parser.add_argument("--calls", type=int, default=7, help="timed from 1 MiB on; below ten times as many (default 7)")
     parser.add_argument("--untuned", action="store_true", help="by the tuning table in force, not by one for the shape")
+    parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout, whose package is compared")
     parser.add_argument("--sizes", default=SIZES, help=f"BYTES:BYTES (default {SIZES})")
     parser.add_argument("--tables", type=Path, metavar="FOLDER", help="keep the tuning tables, and use those there")
     args = harness.parse(parser)

@@ -24,6 +24,7 @@ _MODULES = {
     "algorithms.row_sparse": "mean_rows",
     "collectives.compressed.rows": "allreduce_rows",
     "algorithms.bucketed": "BucketedExchange",
+    "algorithms.loss_scaling": "LossScale loss_scale scale_loss",
     "algorithms.exchange": "mean synchronous_adam synchronous_sgd",
     "algorithms.error_feedback": "feedback without_feedback",
     "algorithms.threshold_compression": "gtc",

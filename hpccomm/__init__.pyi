@@ -33,6 +33,9 @@ from hpccomm.algorithms.local_steps import diloco as diloco
 from hpccomm.algorithms.local_steps import local_sgd as local_sgd
 from hpccomm.algorithms.local_steps import post_local_sgd as post_local_sgd
 from hpccomm.algorithms.local_steps import slowmo as slowmo
+from hpccomm.algorithms.loss_scaling import LossScale as LossScale
+from hpccomm.algorithms.loss_scaling import loss_scale as loss_scale
+from hpccomm.algorithms.loss_scaling import scale_loss as scale_loss
 from hpccomm.algorithms.onebit import ef_signsgd as ef_signsgd
 from hpccomm.algorithms.onebit import onebit_adam as onebit_adam
 from hpccomm.algorithms.onebit import onebit_lamb as onebit_lamb

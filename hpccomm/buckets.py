@@ -6,7 +6,7 @@ each.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -66,9 +66,12 @@ class Bucket:
         self._check_vector(vector, "views")
         return {entry.name: tensor_view(vector, entry) for entry in self.table}
 
-    def mask(self, flag: str) -> npt.NDArray[np.bool_]:
-        """A mask of the elements whose tensor has the flag ``"decay"`` or ``"adapt"``."""
-        flags = [getattr(entry, flag) for entry in self.table]
+    def mask(self, flag: str | Callable[[TensorEntry], bool]) -> npt.NDArray[np.bool_]:
+        """A mask of the elements whose tensor has the flag ``"decay"`` or ``"adapt"``, or for which a function holds.
+
+        ``bucket.mask(lambda entry: len(entry.shape) > 1 and "norm" not in entry.name)``.
+        """
+        flags = [flag(entry) if callable(flag) else getattr(entry, flag) for entry in self.table]
         return np.repeat(np.array(flags, bool), [entry.length for entry in self.table])
 
     def _check_names(self, tensors: Mapping[str, Any]) -> None:
@@ -135,6 +138,13 @@ def common_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
 def examples_by_dtype(dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, np.dtype[Any]]:
     """One name for each dtype."""
     return {name: dtype for dtype, name in {dtype: name for name, dtype in dtypes.items()}.items()}
+
+
+def memory_of(array: npt.NDArray[Any]) -> tuple[Any, ...] | None:
+    """What two arrays have in common only if they are the same tensor (tied weights); None without elements."""
+    if not array.size:
+        return None
+    return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
 
 
 BUCKET_BYTES = 25 << 20

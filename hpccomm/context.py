@@ -240,14 +240,10 @@ class Context:
         table = self.consistency
         if table is None:
             return body()
-        try:
+        with table.entered:
             table.begin(table.announce(fingerprint))
             table.wait()
             body()
-            table.leave()
-        except BaseException:
-            table.abandon()
-            raise
 
     def set_up(self) -> None:
         """Make shared memory, unless its functions must be compiled first (collective)."""

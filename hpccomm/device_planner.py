@@ -23,13 +23,13 @@ from hpccomm.backends import nccl as nvidia
 from hpccomm.backends.cuda_ipc import PeerCopy, PeerReduce, Phase
 from hpccomm.backends.device_selection import Call, DeviceTransports
 from hpccomm.calls import operations
+from hpccomm.calls.blocks import EQUAL, PARTS
 from hpccomm.calls.buffers import Buffer, apply_displacement, read, view_at
 from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
 from hpccomm.calls.plans import Plan, Run
 from hpccomm.context import Once, algorithm_setting
 from hpccomm.errors import ArgumentError, TransportError
 from hpccomm.kernels.reductions.reference import code_of, has_kernel
-from hpccomm.performance.units import format_count
 from hpccomm.planner import IN_PLACE, Counts, Planner, is_in_place
 from hpccomm.settings import DEVICE_SETTING, ON_HOST
 from hpccomm.transports import cuda
@@ -339,7 +339,7 @@ class DevicePlanner(Planner):
         send, recv, in_place = self.transfer_operands(operands, who)
         each, width = recv.buffer.block_length(p), recv.dtype.itemsize
         counts, displs = (each,) * p, tuple(each * k for k in range(p))
-        self.check_allgather(send.buffer, recv.buffer, counts, displs, who)
+        self.check_allgather(send.buffer, recv.buffer, EQUAL, who)
         begin, nbytes = me * each if in_place else 0, each * width
         host = host_call(self.comm.Allgather, algorithm)
         call = Call(
@@ -360,9 +360,7 @@ class DevicePlanner(Planner):
         operands = self.operands(who, sendbuf, recvbuf, parts=True)
         send, recv, in_place = self.transfer_operands(operands, who)
         counts, displs = recv.buffer.blocks(p)
-        if len(counts) != p:
-            raise ArgumentError(f"{who}: {len(counts)} counts for {format_count(p, 'rank')}: pass one count per rank")
-        self.check_allgather(send.buffer, recv.buffer, counts, displs, who)
+        self.check_allgather(send.buffer, recv.buffer, PARTS, who)
         cuts = np.cumsum([0, *counts]).tolist()
         begin = displs[me] if in_place else 0
         reads = [send.extent(begin, counts[me])]

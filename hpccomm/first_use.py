@@ -187,7 +187,7 @@ def file_name(mpi: str) -> str:
 def load(mpi: str) -> tuple[Row, ...]:
     """What earlier programs have decided on this machine; a file that cannot be read is as good as none."""
     for folder in objects.folders():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             rows = tuning.read(folder / file_name(mpi)).rows
             return tuple(row for row in rows if (row.mpi, row.cpu) == (mpi, probe.processor_name()))
     return ()

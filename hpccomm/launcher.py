@@ -170,8 +170,8 @@ def check_slots(ranks: int, more: Sequence[str], environ: Mapping[str, str]) -> 
     slots = count_slots(environ)
     if slots and ranks > slots and not any("oversubscribe" in word.lower() or "host" in word for word in more):
         raise LaunchError(
-            f"the scheduler has given this job {slots} slots for {ranks} ranks: ask it for {ranks} tasks, "
-            f"start {slots} ranks, or share the cores with --mpi-args=--oversubscribe"
+            f"the scheduler gave this job {slots} slot{'s' * (slots > 1)} for {ranks} ranks: ask for {ranks} tasks, "
+            f"start {slots} of them, or share the cores with --mpi-args=--oversubscribe"
         )
 
 

@@ -24,7 +24,7 @@ from mpi4py import MPI
 
 from hpccomm.calls import operations
 from hpccomm.calls.fingerprint import Fingerprint
-from hpccomm.errors import HpccommError, MismatchError
+from hpccomm.errors import MismatchError
 
 HEADER, RECORD = 8, 256
 """Bytes of a record: length and code of the call, 32 bits each, and all of it."""
@@ -92,18 +92,11 @@ def compare_objects(name: str) -> Any:
         if table is None:
             return native(self, *args, **named)
         given = [named.get(each, args[place] if place < len(args) else None) for each, place in places.items()]
-        try:
+        with table.entered:
             table.enter(announce(table, name, places, given))
             if waiting == ALL or (waiting == ROOT and (given[0] or 0) == self.rank):
                 table.wait()
             result = native(self, *args, **named)
-            table.leave()
-        except (MPI.Exception, HpccommError) as failure:
-            table.abandon()
-            table.raise_mismatch(failure)
-        except BaseException:
-            table.abandon()
-            raise
         return result
 
     return method

@@ -44,7 +44,7 @@ from hpccomm.collectives.hierarchical import Form
 from hpccomm.collectives.lowering import Layout, Pipeline, lower
 from hpccomm.collectives.schedule import Algorithm, without_node_steps
 from hpccomm.context import Context, algorithm_setting, unknown_algorithm_error
-from hpccomm.errors import ArgumentError, TransportError
+from hpccomm.errors import ArgumentError
 from hpccomm.first_use import FirstUse
 from hpccomm.kernels import objects, reproducible
 from hpccomm.kernels.entry.records import NOT_COMPARED
@@ -357,7 +357,7 @@ class Planner:
         fingerprint = self.fingerprint(name, recv, choice, algorithm, count=gather_count(recv, counts, octets))
         displs = recv.blocks(self.size)[1] if name == "Allgatherv" else tuple(k * counts[0] for k in range(self.size))
         if not opaque:
-            self.check_allgather(send, recv, counts, displs, who)
+            self.check_allgather(send, recv, PARTS if name == "Allgatherv" else EQUAL, who)
         if opaque and choice.algorithm != "native":
             return self.bind_packed_allgather(key, send, recv, algorithm)
         if choice.algorithm == "native":
@@ -635,27 +635,18 @@ class Planner:
         if not in_place:
             self.check_places(send, recv, who, ONE, ONE)
 
-    def check_allgather(self, send: Buffer, recv: Buffer, counts: Counts, displs: Counts, who: str) -> None:
+    def check_allgather(self, send: Buffer, recv: Buffer, kind: str, who: str) -> None:
         """Refuse counts and displacements of an allgather that do not fit the buffers."""
-        assert recv.dtype is not None
-        end = max((d + c for d, c in zip(displs, counts, strict=True)), default=0)
-        if end > recv.size:
-            raise ArgumentError(
-                f"{who}: the blocks end at element {end}, the receive buffer has {recv.size}: pass a longer buffer"
-            )
-        if send is recv:
+        blocks = find_blocks(recv, kind, self.size, who)
+        if send is recv or blocks is None:
             return
-        room = counts[self.rank] * recv.dtype.itemsize
+        _, room = blocks[self.rank]
         if send.nbytes != room:
             raise ArgumentError(
                 f"{who}: sends {send.nbytes} bytes, the receive buffer has room for {room} from this rank: "
                 "make both the same"
             )
         self.check_order(send, recv, who)
-        blocks = [
-            (recv.address + d * recv.dtype.itemsize, c * recv.dtype.itemsize)
-            for c, d in zip(counts, displs, strict=True)
-        ]
         if share_bytes([(send.address, send.nbytes)], blocks):
             raise ArgumentError(f"{who}: the buffers overlap: pass MPI.IN_PLACE, or a copy")
 
@@ -941,7 +932,7 @@ class Planner:
             meet = self.bind_shared(fingerprint, self.shared_memory.bind_entry_barrier)
 
         def run() -> None:
-            try:
+            with table.entered:
                 enter(digest, amounts)
                 context.announce_code()
                 if lockstep:
@@ -950,13 +941,6 @@ class Planner:
                 body()
                 if synchronises and context.awaits_code:
                     table.wait()  # a call without elements may have left early
-                table.leave()
-            except (MPI.Exception, TransportError) as failure:
-                table.abandon()
-                table.raise_mismatch(failure)
-            except BaseException:
-                table.abandon()
-                raise
             if synchronises and context.awaits_code and table.all_had_code():
                 self.use_code()
 

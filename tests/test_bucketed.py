@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import hpccomm
-from hpccomm import ArgumentError, BucketedExchange, Communicator, MismatchError, progress
+from hpccomm import ArgumentError, BucketedExchange, Communicator, MismatchError, context, progress
 from hpccomm.algorithms.states import leaves
 from hpccomm.algorithms.tensor_states import join_states, split_state
 from hpccomm.buckets import Bucket, group_by_size
@@ -241,6 +241,30 @@ def test_a_bucket_is_exchanged_while_the_program_computes(comm: Communicator) ->
     assert done == [0, 1]
 
 
+@pytest.mark.mpi(sizes=(2, 3))
+def test_nodes_of_one_rank_and_no_thread(comm: Communicator, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """The same bits, and the same words about a bucket that never begins."""
+    wanted = None
+    for nodes, thread in ((False, True), (True, True), (False, False), (True, False)):
+        with monkeypatch.context() as patch:
+            if nodes:
+                patch.setattr(context, "ranks_of_this_node", lambda channel: channel.Split(channel.rank, 0))
+            if not thread:
+                patch.setattr(progress, "has_thread", lambda: False)
+            each = Communicator(comm.Dup())
+            weights = make_weights()
+            exchange = BucketedExchange(each, weights, METHODS["dgc"], 4000)
+            found = run_steps(exchange, weights, 0, 3)
+            wanted = wanted or found
+            assert found == wanted, (nodes, thread)
+            for name in SHAPES:
+                if comm.rank != 1 or name != "giant":
+                    exchange.add({name: gradient(name, 0, comm.rank)})
+            with pytest.raises((ArgumentError, MismatchError), match=r"without bucket 1 \(giant\) on rank 1: give"):
+                exchange.finish()
+            each.Free()
+
+
 @pytest.mark.mpi(sizes=(2,))
 def test_torch_tensors_get_steps_of_torch(comm: Communicator) -> None:
     torch = pytest.importorskip("torch")
@@ -269,6 +293,19 @@ def test_the_code_of_the_page_runs(comm: Communicator, capsys: Any) -> None:
     said = re.fullmatch(rf"rank {comm.rank}: 3 buckets, error (0\.\d\d)\n", capsys.readouterr().out)
     assert said
     assert float(said[1]) < 0.8  # the mean square of the targets is 1
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_the_measuring_program_compares_four_ways(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import buckets
+
+    monkeypatch.setattr(buckets, "LAYERS", 2)
+    for compute in buckets.COMPUTE:
+        setting = buckets.Setting(2, "1gbit", 1, compute)
+        row = {"title": setting.title, **buckets.measure(setting, 2)}
+        assert list(row) == ["title", *buckets.WAYS]
+        assert all(len(row[way]) == 2 and min(row[way]) > 0 for way in buckets.WAYS)
+        assert f"| 2 x 1, 1gbit, 1 MB, {compute} | **" in buckets.table([row])
 
 
 # Mistakes
@@ -302,6 +339,12 @@ def test_a_wrong_call_is_named_and_changes_nothing(comm: Communicator) -> None:
     assert (steps["last"] == 1).all()
     with pytest.raises(ArgumentError, match="pass the states of 2 tensors"):
         exchange.restore_state(exchange.collect_state()[:1])
+    gtc = BucketedExchange(comm, weights, hpccomm.gtc)
+    with pytest.raises(ArgumentError, match="on rank 0 the state of last, first is of another method"):
+        gtc.restore_state(exchange.collect_state())
+    last = gtc.collect_state() if comm.rank < comm.size - 1 else gtc.collect_state()[::-1]
+    with pytest.raises(ArgumentError, match=f"on rank {comm.size - 1} the state of last, first is of another"):
+        gtc.restore_state(last)
     both = BucketedExchange(comm, weights, hpccomm.mean)
     both.add({"last": weights["last"]})
     with pytest.raises(ArgumentError, match="some gradients were added, but not first"):

@@ -72,7 +72,7 @@ def test_a_derived_datatype_is_opaque_but_its_bytes_are_counted() -> None:
 @pytest.mark.parametrize(
     ("form", "first", "elements"),
     [
-        ([np.zeros(40, "u1"), MPI.DOUBLE_INT], 0, 2),
+        ([np.zeros(32, "u1"), MPI.DOUBLE_INT], 0, 2),
         ([np.zeros(3, np.dtype("f8, i4", align=True)), 2, MPI.DOUBLE_INT], 0, 2),
         ((np.zeros(5, "c16"), 3, 2, MPI.LONG_INT), 32, 3),
         ([np.zeros((4, 2), "i4"), MPI.TWOINT], 0, 4),
@@ -118,12 +118,27 @@ def test_forms_without_contiguous_numpy_elements_are_opaque(form: Any) -> None:
         (np.ma.masked_array(X), "filled"),
         (memoryview(X)[::2], "contiguous"),
         ([X, -1, MPI.FLOAT], "how many"),
+        ([np.zeros(40, "u1"), MPI.DOUBLE_INT], "40 bytes is no whole number of MPI_DOUBLE_INT, each of 16 bytes"),
+        ([np.zeros(3, "f8, i4"), MPI.DOUBLE_INT], "pass a count"),
+        ([X.astype(">f4"), MPI.FLOAT], "newbyteorder"),
+        ([1.0, 2.0], "lower-case"),
     ],
 )
 def test_unusable_buffers_are_refused_with_a_remedy(given: Any, remedy: str) -> None:
     with pytest.raises(ArgumentError, match=remedy) as refused:
         read(given, "rank 3: Allreduce")
     assert str(refused.value).startswith("rank 3: Allreduce")
+
+
+@pytest.mark.parametrize("dtype", [">f8", "<f8", ">i2", "M8[s]", "f8, i4"])
+@pytest.mark.parametrize("datatype", [MPI.BYTE, MPI.CHAR, MPI.UINT8_T])
+def test_an_array_of_any_dtype_moves_as_bytes(dtype: str, datatype: MPI.Datatype) -> None:
+    array = np.zeros(3, dtype)
+    for form in ([array, datatype], [array, array.nbytes, datatype]):
+        buffer = read(form, "rank 0: call")
+        assert (buffer.elements, buffer.address) == (array.nbytes, MPI.Get_address(array))
+        assert buffer.dtype is not None
+        assert buffer.dtype.itemsize == 1
 
 
 def test_the_vector_of_a_buffer_is_the_users_memory() -> None:

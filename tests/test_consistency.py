@@ -44,6 +44,20 @@ def test_equal_calls_pass_in_any_order(node: MakeTables) -> None:
             table.leave()
 
 
+def test_a_rank_that_is_on_its_way_to_the_barrier_of_the_same_call_is_not_elsewhere(node: MakeTables) -> None:
+    """It has entered the call in the table, and a busy machine lets it wait for a core for seconds."""
+    first, second = node(2)
+    for table in (first, second):
+        table.enter(table.announce(SUM))
+    first.check_stall(SUM.word, 5.0, lambda: [1])
+    first.leave()
+    second.leave()
+    first.enter(first.announce(SUM))
+    second.begin(second.announce(SUM._replace(op="max")))
+    with pytest.raises(MismatchError, match=r"rank 0 called Allreduce.sum, 8 float32., rank 1 called Allreduce.max"):
+        first.check_stall(SUM.word, 5.0, lambda: [1])
+
+
 @pytest.mark.parametrize(
     ("changed", "remedy"),
     [

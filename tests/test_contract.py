@@ -42,6 +42,16 @@ METHODS: dict[str, Row] = {
     "synchronous_adam": Row(lambda comm: hpccomm.synchronous_adam(comm, 0.05, weight_decay=0.1), (2,)),
     "lars": Row(lambda comm: chain(hpccomm.mean(comm), hpccomm.apply_if_finite(hpccomm.lars(BUCKET, 0.1))), (2,)),
     "lamb": Row(lambda comm: chain(hpccomm.mean(comm), hpccomm.apply_if_finite(hpccomm.lamb(BUCKET, 0.1))), (2,)),
+    "scale_loss": Row(
+        lambda comm: hpccomm.scale_loss(comm, after(hpccomm.mean)(comm), hpccomm.LossScale(4.0, 2)), (2,)
+    ),
+    "scale_loss topk": Row(
+        lambda comm: hpccomm.scale_loss(
+            comm, after(lambda comm: hpccomm.feedback(hpccomm.topk(0.1), comm))(comm), hpccomm.LossScale(4.0, 2)
+        ),
+        (2,),
+    ),
+    "mean_rows": Row(lambda comm: chain(hpccomm.mean_rows(comm, BUCKET, ["w"]), hpccomm.apply_if_finite(HEAVY)), (2,)),
     "gtc": Row(after(lambda comm: hpccomm.gtc(comm, 0.5)), (2,)),
     "gtc auto": Row(after(hpccomm.gtc), (2,)),
     "gtc density": Row(after(lambda comm: hpccomm.gtc(comm, density=0.05)), (2,)),

@@ -6,9 +6,10 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from hpccomm.calls.entry import COLLECTIVES, decline
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.errors import HpccommError
 from hpccomm.kernels.entry.records import MISS, NOT_MINE
+from hpccomm.kernels.reductions.reference import PAIRS
 
 FORMS = {
     "array": lambda x: x,
@@ -378,6 +380,48 @@ def test_the_entry_keeps_no_reference(ours: Communicator) -> None:
     gc.collect()
     after = [sys.getrefcount(each) for each in watched]
     assert max(abs(a - b) for a, b in zip(before, after, strict=True)) < 1000
+
+
+CALLS = 10**6
+"""Calls of :func:`test_a_million_calls_take_no_memory`, in all."""
+
+
+@pytest.mark.slow
+@pytest.mark.mpi(sizes=(2,), timeout=600)
+def test_a_million_calls_take_no_memory(ours: Communicator) -> None:
+    """Every collective, in shared memory and by MPI, in several spellings, on the same arrays and on new ones."""
+    p, x, y = ours.size, np.ones(16), np.empty(16)
+    whole, pairs, types = np.empty(16 * p), np.zeros(4, PAIRS["DOUBLE_INT"]), [MPI.DOUBLE, MPI.DOUBLE_INT]
+    counts, dtype = [16] * p, x.dtype  # without it NumPy 2.4 keeps a reference to its default at every call
+    calls: list[Callable[[], Any]] = [
+        lambda: ours.Allreduce(x, y),
+        lambda: ours.Allreduce(np.array([1.0]), np.empty(1, dtype)),
+        lambda: ours.Allreduce([x, 16, MPI.DOUBLE], [y, MPI.DOUBLE], MPI.MAX),
+        lambda: ours.Allreduce(MPI.IN_PLACE, [pairs, 4, MPI.DOUBLE_INT], MPI.MINLOC),
+        lambda: ours.Reduce(x, y, MPI.SUM, 1),
+        lambda: ours.Bcast(np.empty(16, dtype)),
+        lambda: ours.Allgather(x, whole),
+        lambda: ours.Allgatherv(x, [whole, counts]),
+        lambda: ours.Alltoall(np.ones(16 * p, dtype), whole),
+        lambda: ours.Reduce_scatter_block(whole, y),
+        lambda: ours.Gather(x, whole, 0),
+        lambda: ours.Scatterv([whole, counts], y, 0),
+        lambda: ours.Scan(x, y),
+        ours.Barrier,
+    ]
+    watched = [x, y, whole, pairs, *types, None, MPI.SUM, MPI.MINLOC, MPI.IN_PLACE, dtype, MISS, 0, 1, 16, ours]
+
+    def repeat(times: int) -> tuple[list[int], int]:
+        for _ in range(times // len(calls)):
+            for call in calls:
+                call()
+        gc.collect()
+        return [sys.getrefcount(each) for each in watched], int(Path("/proc/self/statm").read_text().split()[1])
+
+    before, pages = repeat(CALLS // 10)
+    after, more = repeat(CALLS)
+    assert max(abs(a - b) for a, b in zip(before, after, strict=True)) < 1000  # a leak of one a call is 70,000
+    assert more - pages < 256  # pages of 4 KB: 16 bytes a call would be 4,000
 
 
 @pytest.mark.mpi(sizes=(2,))

@@ -227,7 +227,7 @@ def test_too_few_slots_are_said_with_the_cure_before_mpirun_does() -> None:
     launcher.check_slots(5, ["--oversubscribe"], environ)
     launcher.check_slots(5, ["--hostfile", "h"], environ)
     launcher.check_slots(500, [], {})
-    with pytest.raises(LaunchError, match=r"4 slots for 5 ranks: ask it for 5 tasks.*--mpi-args=--oversubscribe"):
+    with pytest.raises(LaunchError, match=r"4 slots for 5 ranks: ask for 5 tasks.*--mpi-args=--oversubscribe"):
         launcher.check_slots(5, [], environ)
 
 

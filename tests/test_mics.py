@@ -14,6 +14,7 @@ import pytest
 
 from hpccomm import Communicator, context
 from hpccomm.algorithms.large_batch import lamb, lars
+from hpccomm.algorithms.loss_scaling import LossScale
 from hpccomm.algorithms.sharded import units as units_module
 from hpccomm.algorithms.sharded.groups import (
     check_placement,
@@ -22,7 +23,7 @@ from hpccomm.algorithms.sharded.groups import (
     ranks_per_node,
     smallest_partition,
 )
-from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, adamw, data_parallel, zero
+from hpccomm.algorithms.sharded.units import ShardedModel, adamw, data_parallel, zero
 from hpccomm.algorithms.transforms import adam, chain, momentum, scale
 from hpccomm.buckets import Bucket
 from hpccomm.collectives import ring
@@ -332,6 +333,132 @@ def test_units_ahead_fill_the_buffers_and_those_in_vain_give_way() -> None:
     run_on_ranks(2, body)
     with pytest.raises(ArgumentError, match="prefetch is -1"):
         run_on_ranks(2, lambda comm: zero(comm, first_weights(), scale(-1.0), prefetch=-1))
+
+
+# Tied weights
+
+TIED_SHAPES = {
+    "embedding": {"table": (7, 3), "norm": (3,)},
+    "middle": {"w": (3, 3), "same": (3, 3)},
+    "empty": {"table": (7, 3)},
+    "out": {"b": (7,), "table": (7, 3), "w": (3, 3)},
+}
+
+
+def tied_weights() -> dict[str, dict[str, Any]]:
+    rng = np.random.default_rng(6)
+    made = {
+        unit: {name: rng.standard_normal(shape).astype("f4") for name, shape in tensors.items()}
+        for unit, tensors in TIED_SHAPES.items()
+    }
+    made["middle"]["same"] = made["middle"]["w"]
+    made["empty"]["table"] = made["out"]["table"] = made["embedding"]["table"]
+    made["out"]["w"] = made["middle"]["w"]
+    return made
+
+
+def tied_gradient(unit: str, step: int, micro: int, rank: int, dtype: Any) -> dict[str, Any]:
+    rng = np.random.default_rng((list(TIED_SHAPES).index(unit), step, micro, rank))
+    return {name: (rng.integers(-32, 33, shape) / 16).astype(dtype) for name, shape in TIED_SHAPES[unit].items()}
+
+
+def run_tied(comm: Any, partition: int, overlap: bool, dtype: Any = "f4", **how: Any) -> dict[str, Any]:
+    """The weights after three steps of two micro-steps; every gathered tensor is that of the master weights."""
+    kind = np.dtype(dtype)
+    states = mics(comm, tied_weights(), OPTIMIZERS["momentum"], partition, dtype=kind, overlap=overlap, **how)
+    assert sum(unit.size for unit in states.units.values()) == 21 + 3 + 9 + 7
+    order = list(TIED_SHAPES)
+    for step in range(3):
+        known = {name: {each: w.copy() for each, w in tensors.items()} for name, tensors in states.consolidate()}
+        for micro in range(2):
+            walk = order if (step + micro) % 2 else order[::-1]
+            for at, unit in enumerate(walk):
+                gathered = states.gather(unit, ahead=walk[at + 1 :])
+                assert gathered.keys() == known[unit].keys()
+                assert all((w == known[unit][name].astype(kind)).all() for name, w in gathered.items())
+                states.release(unit)
+                room, given = states.gradient(unit), tied_gradient(unit, step, micro, comm.rank, kind)
+                for name, each in given.items():
+                    room[name][...] = each
+                states.reduce_accumulate(unit, room if step else given, last=micro == 1)
+        states.boundary()
+    weights = {f"{unit}.{name}": w.copy() for unit, tensors in states.consolidate() for name, w in tensors.items()}
+    states.close()
+    return weights
+
+
+def run_tied_by_hand(ranks: int) -> dict[str, Any]:
+    """The mean of the summed gradients, written out."""
+    weights = {f"{unit}.{name}": w.copy() for unit, tensors in tied_weights().items() for name, w in tensors.items()}
+    same = {"embedding.table": ["empty.table", "out.table"], "middle.w": ["middle.same", "out.w"],
+            "embedding.norm": [], "out.b": []}  # fmt: skip
+    for first, others in same.items():
+        velocity = np.zeros_like(weights[first])
+        for step in range(3):
+            total = np.zeros_like(velocity)
+            for each in (first, *others):
+                unit, name = each.split(".")
+                total += sum(tied_gradient(unit, step, m, rank, "f4")[name] for m in range(2) for rank in range(ranks))
+            velocity = 0.9 * velocity + total / np.float32(2 * ranks)
+            weights[first] = weights[first] + velocity * -0.1
+        weights |= dict.fromkeys(others, weights[first])
+    return weights
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("partition", [1, 2, 4])
+def test_tied_weights_are_kept_once_and_get_the_sum_of_their_gradients(partition: int, stage: int) -> None:
+    wanted = run_tied_by_hand(4)
+    nodes = nodes_of(4, partition)
+    for overlap, prefetch in ((False, 0), (True, 1), (True, 3)):
+        run = lambda comm, o=overlap, k=prefetch: run_tied(comm, partition, o, stage=stage, prefetch=k)  # noqa: E731
+        for found in run_on_ranks(4, run, nodes):
+            assert found.keys() == wanted.keys()
+            assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted), (overlap, prefetch)
+
+
+def test_tied_weights_in_16_bits_and_in_processes_give_the_bits_of_threads() -> None:
+    one, two = (run_on_ranks(2, lambda comm, o=o: run_tied(comm, 2, o, "f2")) for o in (False, True))
+    assert all(one[rank][name].tobytes() == two[rank][name].tobytes() for rank in range(2) for name in one[0])
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_processes_train_tied_weights(comm: Communicator) -> None:
+    wanted = run_tied_by_hand(2)
+    found = run_tied(comm, 2, True, prefetch=2)
+    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+
+
+def test_mistakes_with_tied_weights_are_named_and_memory_that_is_used_again_ties_nothing() -> None:
+    def stream() -> Any:
+        for name in "abcdef":
+            yield name, {"w": np.full(1000, ord(name), "f4")}  # as a rule in the place of the last one
+
+    def body(comm: Any) -> None:
+        streamed = zero(comm, stream(), scale(-1.0))
+        assert [unit.size for unit in streamed.units.values()] == [1000] * 6
+        assert [tensors["w"][0] for _, tensors in streamed.consolidate()] == list(map(ord, "abcdef"))
+        streamed.close()
+        states = zero(comm, tied_weights(), scale(-1.0))
+        given = tied_gradient("out", 0, 0, 0, "f4")
+        for wrong in (
+            {"b": given["b"], "w": given["w"]},
+            given | {"table": given["w"]},
+            given | {"table": given["table"].astype("f8")},
+            given["b"],
+        ):
+            with pytest.raises(
+                ArgumentError, match=r"the gradient of unit 'out' is wrong at (table|table, w), tied weig"
+            ):
+                states.reduce_accumulate("out", wrong)
+        for unit in TIED_SHAPES:
+            if unit != "empty":
+                states.reduce_accumulate(unit, tied_gradient(unit, 0, 0, 0, "f4"))
+        with pytest.raises(ArgumentError, match="unit 'empty' has seen 0 gradients"):
+            states.boundary()
+        states.close()
+
+    run_on_ranks(2, body)
 
 
 # Bytes, memory, and what is called how often

@@ -547,6 +547,7 @@ def test_a_header_is_32_bytes() -> None:
         ({"mode": "asp", "backup": 1}, "only 'bsp' has backup workers"),
         ({"reduce": "max"}, "reduce is 'max'"),
         ({"patience": 0}, "patience is 0: pass a positive number of seconds"),
+        ({"patience": "1"}, "patience is '1': pass a positive number of seconds"),
         ({"codec": Halves()}, "the weights are float64, a codec writes float32"),
     ],
 )

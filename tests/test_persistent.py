@@ -44,6 +44,18 @@ def test_startall_starts_requests_of_several_collectives(comm: Communicator) -> 
         each.Free()
 
 
+@pytest.mark.mpi(sizes=(2,))
+def test_two_allreduces_started_in_opposite_orders_give_2_and_20(comm: Communicator) -> None:
+    ones, tens, a, b = np.ones(1), np.full(1, 10.0), np.zeros(1), np.zeros(1)
+    requests = [comm.Allreduce_init(ones, a), comm.Allreduce_init(tens, b)]
+    for each in requests if comm.rank == 0 else requests[::-1]:
+        each.Start()
+    MPI.Request.Waitall(requests)
+    assert (a[0], b[0]) == (2, 20)
+    for each in requests:
+        each.Free()
+
+
 def test_requests_may_be_started_in_any_order(comm: Communicator) -> None:
     """Rank 0 starts the first one first, the others start it last."""
     p = comm.size

@@ -144,6 +144,9 @@ def test_nodes_send_each_of_their_rows_once() -> None:
         ({"rows": [0, COUNT]}, "rank 1 passes rows that are no whole numbers from 0 to below count"),
         ({"rows": [-1, 0]}, "rank 1 passes rows that are no whole"),
         ({"rows": [0.5, 1.0]}, "rank 1 passes rows that are no whole"),
+        ({"count": 2**33}, "rank 1 passes rows that are no whole"),
+        ({"count": "11"}, "rank 1 passes rows that are no whole"),
+        ({"rows": np.array([True, False])}, "rank 1 passes rows that are no whole"),
         ({"rows": [1]}, "rank 1 passes arrays of another dtype, shape or length"),
         ({"values": np.ones((2, WIDTH), int)}, "rank 1 passes arrays of another dtype"),
         ({"values": np.ones(2, "f4")}, "rank 1 passes arrays of another dtype"),
@@ -224,8 +227,23 @@ def test_training_with_rows_skips_what_is_not_finite_and_sends_less() -> None:
 
 
 def test_tensors_that_are_not_there_are_named() -> None:
-    with pytest.raises(ArgumentError, match="no tensor is called table: pass names of first, embedding"):
-        hpccomm.mean_rows(MPI.COMM_SELF, BUCKET, ["table"])
+    for tensors, why in (
+        (["table"], "no tensor is called table: pass names of first, embedding"),
+        ("w", "pass a list"),
+    ):
+        with pytest.raises(ArgumentError, match=why):
+            hpccomm.mean_rows(MPI.COMM_SELF, BUCKET, tensors)
+
+
+@pytest.mark.parametrize("exchange", PATHS)
+@pytest.mark.parametrize(("count", "width", "k"), [(0, 3, 0), (3, 0, 2), (1, 1, 5)])
+def test_tables_without_rows_or_columns_and_of_one_element(exchange: str, count: int, width: int, k: int) -> None:
+    def body(comm: Any) -> Any:
+        return allreduce_rows(comm, np.zeros(k, np.uint64), np.ones((k, width), "f4"), count, exchange=exchange)
+
+    for found in run_on_ranks(3, body, [0, 0, 1]):
+        assert found.values.shape == (len(found.rows), width)
+        assert (found.values == 3 * k).all()
 
 
 # Through a parameter server

@@ -14,9 +14,10 @@ import pytest
 from test_mics import OPTIMIZERS, first_weights, gradient, nodes_of
 
 from hpccomm.algorithms import checkpoint_sets
+from hpccomm.algorithms.loss_scaling import LossScale
 from hpccomm.algorithms.sharded.checkpoints import export, load_shards, save_shards
 from hpccomm.algorithms.sharded.groups import mics
-from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, data_parallel, zero
+from hpccomm.algorithms.sharded.units import ShardedModel, data_parallel, zero
 from hpccomm.algorithms.transforms import scale
 from hpccomm.commands import train as command
 from hpccomm.errors import ArgumentError

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
 from benchmarks.spellings import SPELLINGS, Tensor, compile_call, make_names
-from hpccomm import Communicator
+from hpccomm import Communicator, planner
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.reductions.reference import INDEX, PAIRS, VALUE
 
@@ -35,6 +36,37 @@ def test_a_spelling_gives_the_answer_of_mpi4py(comm: MPI.Intracomm, spelling: st
         expected, found = (call() for call in calls)
         assert found == expected
         assert contents(ours) == contents(plain)
+
+
+@cache
+def world_without_entry() -> Communicator:
+    """Our world as with ``HPCCOMM_ENTRY=off``."""
+    made = Communicator(MPI.COMM_WORLD)
+    with mock.patch.object(planner, "why_no_entry", return_value="HPCCOMM_ENTRY=off"):
+        made.Barrier()
+    return made
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_spelling_gives_the_same_answer_without_the_entry(comm: MPI.Intracomm, spelling: str) -> None:
+    plain, ours = make_names(MPI.COMM_WORLD), make_names(world_without_entry())
+    calls = compile_call(spelling, plain), compile_call(spelling, ours)
+    for _ in range(3):
+        expected, found = (call() for call in calls)
+        assert found == expected
+        assert contents(ours) == contents(plain)
+    assert world_without_entry().plans.entry is None
+
+
+@pytest.mark.mpi(sizes=(2,))
+def test_an_array_of_another_byte_order_moves_as_bytes(comm: MPI.Intracomm) -> None:
+    for world in (our_world(), world_without_entry()):
+        array = np.arange(3, dtype=">f8") if comm.rank else np.zeros(3, ">f8")
+        world.Bcast([array, MPI.BYTE], 1)
+        assert array.tolist() == [0, 1, 2]
+        world.Allgather([array, 24, MPI.BYTE], [both := np.zeros(6, ">f8"), 24, MPI.BYTE])
+        assert both.tolist() == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.mpi(sizes=(2,))

@@ -136,6 +136,35 @@ def test_gradients_of_16_bits_and_weights_that_decay() -> None:
         assert (half.module.weight.grad == 1.5).all()
 
 
+def test_unused_frozen_tied_and_ignored_parameters_and_gradients_that_accumulate() -> None:
+    def model() -> Any:
+        torch.manual_seed(2)
+        made = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(4, 4) for name in ("a", "b", "tied", "frozen", "unused", "own")}
+        )
+        made["tied"].weight = made["a"].weight
+        made["frozen"].requires_grad_(False)
+        made.forward = lambda x: sum(made[name](x).tanh().sum() for name in ("a", "b", "tied", "frozen", "own"))
+        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            made, ["own.weight", "own.bias"]
+        )
+        return made
+
+    grads = []
+    for method in (None, hpccomm.mean):
+        ddp = torch.nn.parallel.DistributedDataParallel(model(), bucket_cap_mb=0.0001, find_unused_parameters=True)
+        if method:
+            compress(ddp, method)
+        for step in range(3):
+            x = torch.full((2, 4), 0.25 * (1 + step + dist.get_rank()))
+            if step == 1:
+                with ddp.no_sync():
+                    ddp(x).backward()
+            ddp(x).backward()
+        grads.append([each.grad for name, each in ddp.module.named_parameters() if "unused" not in name])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_a_failed_exchange_is_raised_by_the_backward_pass(capfd: Any) -> None:
     def fails(comm: Any) -> Any:
         def update(gradient: Any, state: int, weights: Any) -> Any:

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from hpccomm.algorithms.states import leaves
 from hpccomm.algorithms.tensor_states import join_states, split_state
 from hpccomm.algorithms.transforms import Transform, flush, require
 from hpccomm.algorithms.trees import TreeLayout, tree_leaves
 from hpccomm.arrays import borrow
-from hpccomm.buckets import BUCKET_BYTES, Bucket, group_by_size
+from hpccomm.buckets import BUCKET_BYTES, Bucket, group_by_size, memory_of
 from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.errors import ArgumentError, MismatchError
 from hpccomm.functional import communicator
@@ -322,6 +323,18 @@ class BucketedExchange:
         self._run("restore states", partial(self._join_states, dict(zip(names, states, strict=True))))
 
     def _join_states(self, states: dict[str, Any], channel: Any) -> None:
+        wrong = [
+            name
+            for bucket in self.buckets
+            for name, like in zip(bucket.weights, self._states_of_tensors(bucket, channel), strict=True)
+            if form_of(states[name]) != form_of(like)
+        ]
+        for rank, names in enumerate(channel.allgather(wrong)):
+            require(
+                not names,
+                f"{self.who}: restore_state: on rank {rank} the state of {', '.join(names[:3])} is of another method, "
+                "model or number of ranks: pass what collect_state returned, for other ranks through for_ranks",
+            )
         for bucket in self.buckets:
             like = bucket.method.init(bucket.flatten_weights())
             bucket.state = join_states([states[name] for name in bucket.weights], like, channel)
@@ -345,16 +358,21 @@ class BucketedExchange:
             bucket.step = bucket.layout.restore(step)
 
 
+def form_of(state: Any) -> list[Any]:
+    """The paths of a state's leaves, and their shapes."""
+    return [(path, np.shape(leaf)) for path, leaf in leaves(state)]
+
+
 def find_tied(arrays: Mapping[str, Any], who: str) -> dict[str, str]:
     """The first name of each array, by all its names: tied weights have several."""
     first: dict[Any, str] = {}
-    return {name: first.setdefault(place_of(name, each, who), name) for name, each in arrays.items()}
+    return {name: first.setdefault(memory_of(view_of(name, each, who)) or name, name) for name, each in arrays.items()}
 
 
-def place_of(name: str, array: Any, who: str) -> Any:
-    """What two arrays have in common only if they are the same memory."""
+def view_of(name: str, array: Any, who: str) -> Any:
+    """A weight as NumPy's array; raises where steps could not be added in place."""
     view, _ = borrow(array, f"{who}: {name}")
     kind = type(array).__name__
     fits = view.flags.writeable and hasattr(array, "__setitem__")
     require(fits, f"{who}: {name}: a {kind} that cannot be written: pass arrays, to add steps in place")
-    return (view.__array_interface__["data"][0], view.shape, view.strides, view.dtype) if view.size else name
+    return view

@@ -49,7 +49,7 @@ from hpccomm.algorithms.transforms import (
     check_shape,
     require,
 )
-from hpccomm.collectives.compressed.messages import MessageGather
+from hpccomm.collectives.compressed.messages import MessageGather, demand_whole
 from hpccomm.errors import ArgumentError
 from hpccomm.kernels.dispatch import kernels
 
@@ -481,6 +481,9 @@ def exchange_messages(
 
 def unpack_messages(packed: Message) -> list[Message]:
     """The messages in an array of bytes that holds their number, their lengths, and then the messages."""
-    first = 8 * (int(packed[:8].view("<u8")[0]) + 1)
-    ends = accumulate(packed[8:first].view("<u8").tolist(), initial=first)
+    number = int(packed[:8].view("<u8")[0]) if packed.size >= 8 else packed.size
+    first = 8 * (number + 1)
+    demand_whole(first <= packed.size, f"{packed.size} bytes for {number} messages")
+    ends = list(accumulate(packed[8:first].view("<u8").tolist(), initial=first))
+    demand_whole(ends[-1] == packed.size, f"{packed.size} bytes for messages of {ends[-1]}")
     return [packed[lo:hi] for lo, hi in pairwise(ends)]

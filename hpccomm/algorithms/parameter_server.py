@@ -38,7 +38,7 @@ import numpy.typing as npt
 
 from hpccomm.algorithms.blockwise_filtering import shard
 from hpccomm.algorithms.row_sparse import RowCode
-from hpccomm.algorithms.transforms import Transform, Vector, check_alike, require
+from hpccomm.algorithms.transforms import Transform, Vector, check_alike, is_number, require
 from hpccomm.buckets import Bucket
 from hpccomm.errors import HpccommError, MismatchError
 from hpccomm.performance.units import format_count
@@ -282,8 +282,8 @@ class ParameterServer:
     ) -> None:
         self.rules = rules_of(mode, backup=backup, mean=reduce == "mean", damp=damp, limit=limit)
         require(
-            patience is None or patience > 0,
-            f"ParameterServer: patience is {patience}: pass a positive number of seconds, or None to wait for ever",
+            patience is None or (is_number(patience) and patience > 0),
+            f"ParameterServer: patience is {patience!r}: pass a positive number of seconds, or None to wait for ever",
         )
         require(reduce in ("mean", "sum"), f"ParameterServer: reduce is {reduce!r}: pass 'mean' or 'sum'")
         require(

@@ -46,6 +46,7 @@ class Region(NamedTuple):
 
 def find_regions(bucket: Bucket, tensors: Collection[str], lo: int = 0, hi: int | None = None) -> list[Region]:
     """The named tensors' whole rows inside elements [lo, hi) of the bucket's vector, counted from lo."""
+    require(not isinstance(tensors, str), f"rows: the tensors are the text {tensors!r}: pass a list of names")
     names = [entry.name for entry in bucket.table]
     unknown = sorted(set(tensors) - set(names))
     require(not unknown, f"rows: no tensor is called {', '.join(unknown)}: pass names of {', '.join(names)}")

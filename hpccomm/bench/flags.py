@@ -196,7 +196,7 @@ def read_name(program: str, words: Sequence[str]) -> tuple[str, list[str], bool]
     """The benchmark of a program, its flags, and whether it is of nccl-tests; OMB-Py names it by a flag."""
     short, words = program.rpartition("/")[2].removesuffix(".py"), list(words)
     if short == "run":
-        named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        named = Parser(prog="hpccomm bench run.py", add_help=False, allow_abbrev=False)
         named.add_argument("--benchmark", default="latency")
         args, words = named.parse_known_args(words)
         short = args.benchmark

@@ -313,7 +313,7 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
     if not 2 <= len(form) <= 4 or form[0] is None or form[0] is MPI.BOTTOM:
         return Buffer(form)
     data, count, displs, datatype = split_form(form)
-    base = read_data(data, who)
+    base = read_data(data, datatype, who)
     if base.opaque:
         return Buffer(form)
     dtype = numpy_dtype(datatype) if datatype is not None else base.dtype
@@ -346,6 +346,11 @@ def read_derived(form: Any, base: Buffer, who: str) -> Buffer:
     if not all(each is None or isinstance(each, int | np.integer) for each in (count, displs)) or extent < 1:
         return Buffer(raw, base.address, nbytes, writable=base.writable, weak=True)  # a block for each rank
     first, room = displs or 0, nbytes // extent
+    if count is None and nbytes % extent:
+        raise ArgumentError(
+            f"{who}: the buffer of {nbytes} bytes is no whole number of {datatype.Get_name() or 'elements'}, each of "
+            f"{extent} bytes: pass a count, [x, count, datatype], or a longer buffer"
+        )
     items = room - first if count is None else int(count)
     if first < 0 or items < 0:
         raise ArgumentError(f"{who}: count {count} and displacement {displs}: pass numbers that are not negative")
@@ -384,10 +389,18 @@ def base_dtype(datatype: MPI.Datatype) -> np.dtype[Any] | None:
     return numpy_dtype(datatype)
 
 
-def read_data(data: Any, who: str) -> Buffer:
-    """Read the memory of a form; a datatype in the form overrides a dtype that MPI does not know."""
-    unknown = isinstance(data, np.ndarray) and data.dtype.kind not in MPI_KINDS and not half_of(data.dtype)
-    if unknown and data.flags.c_contiguous:
+def read_data(data: Any, datatype: Any, who: str) -> Buffer:
+    """Read the memory of a form.
+
+    A datatype in the form overrides a dtype that MPI does not know, and one of single bytes an order of bytes.
+    """
+    if not isinstance(data, np.ndarray) or not data.flags.c_contiguous:
+        return read(data, who)
+    unknown = data.dtype.kind not in MPI_KINDS and not half_of(data.dtype)
+    if not unknown and not data.dtype.isnative and datatype is not None:
+        element = numpy_dtype(datatype)
+        unknown = element is not None and element.itemsize == 1
+    if unknown:
         return Buffer(data, address_of(data), data.nbytes, np.dtype("u1"), writable=data.flags.writeable, owner=data)
     return read(data, who)
 

@@ -16,9 +16,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
+from mpi4py import MPI
 
 from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.departures import Departure, Launchers
@@ -115,6 +116,8 @@ class ConsistencyTable:
         """Lets MPI make progress with pending messages."""
         self.last_shared_call: Callable[[int], tuple[int, int]] = lambda k: (0, 0)
         """Number and fingerprint of member k's last call in shared memory, which has no entry here."""
+        self.entered = EnteredCall(self, self.leave, lambda: None)
+        """Around the calls that are entered and left by :meth:`enter` or :meth:`begin` and :meth:`leave`."""
         watch(self)
 
     @property
@@ -249,12 +252,6 @@ class ConsistencyTable:
         """Whether all members had them on entering this call, which all have entered: the same answer on all."""
         return all(0 < self._words[k * self._stride + HAS_CODE] <= self._seq for k in range(len(self.members)))
 
-    def raise_mismatch(self, failure: Exception) -> NoReturn:
-        """After an error in a call, raise a MismatchError if the ranks' calls differ, else the error itself."""
-        self.compare_entries()
-        self.raise_if_deadlocked()
-        raise failure
-
     def compare(self, mine: int, theirs: int, peer: int) -> None:
         """Compare the fingerprints of two different entries of this call; raise if they contradict each other."""
         digest, other = mine & ENTRY_MASK, theirs & ENTRY_MASK
@@ -355,7 +352,8 @@ class ConsistencyTable:
         """Check a call in shared memory that waits for some members: raise if they can never enter it, warn if slow.
 
         ``word`` is that of the call's fingerprint.  A member that is found elsewhere may have entered and left this
-        call since it was missing, so ``find_missing`` is asked again.
+        call since it was missing, so ``find_missing`` is asked again.  One that has entered the same call in the table
+        is on its way to the barrier there, which takes long on a busy machine.
         """
         positions = find_missing()
         words, number = self._words, self.active_seq or self._seq + 1
@@ -364,6 +362,8 @@ class ConsistencyTable:
             rank, row = self.members[position], position * self._stride
             entered = words[row + STATUS] == number and seconds > MEETING_SECONDS
             other = self.find_call(row, number) if entered else None
+            if other is not None and other == call:
+                continue
             if (other or words[row + LEFT]) and position in find_missing():
                 if call:
                     self.announce(call)
@@ -515,6 +515,37 @@ class ConsistencyTable:
             self._words[self._base + LEFT] = 1
 
 
+class EnteredCall:
+    """``with entered: …`` enters a call, makes it and leaves it, in which the ranks' calls are compared.
+
+    ``leave`` ends a call that has succeeded, ``clear`` one that has failed with an error of MPI or ours.  An error of
+    MPI or of the memory that ranks share becomes a MismatchError if the ranks' calls differ.
+    """
+
+    __slots__ = ("_clear", "_leave", "_table")
+
+    def __init__(self, table: ConsistencyTable, leave: Callable[[], None], clear: Callable[[], None]) -> None:
+        self._table, self._leave, self._clear = table, leave, clear
+
+    def __enter__(self) -> None:
+        """Nothing: the body enters, because entering can fail."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            try:
+                self._leave()
+            except BaseException:
+                self._table.abandon()
+                raise
+            return
+        self._table.abandon()
+        if isinstance(error, MPI.Exception | HpccommError):
+            self._clear()
+        if isinstance(error, MPI.Exception | TransportError):
+            self._table.compare_entries()
+            self._table.raise_if_deadlocked()
+
+
 _tables: weakref.WeakSet[ConsistencyTable] = weakref.WeakSet()
 _watchdog: list[threading.Thread] = []
 _departure = Departure(_tables)
@@ -600,8 +631,6 @@ def claim_report() -> bool:
 
 def abort_all(reason: str) -> None:
     """Log the reason and abort all ranks."""
-    from mpi4py import MPI
-
     log_line(reason)
     time.sleep(FLUSH_SECONDS)
     MPI.COMM_WORLD.Abort(1)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.calls.buffers import MPI_KINDS, element_of
+from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
 from hpccomm.calls.operations import SUM_OF_AVERAGE
 from hpccomm.calls.plans import NativeCall
@@ -178,6 +179,7 @@ class Entry:
             registered, count = memory.allocations.ctypes.data, memory.allocation_count.ctypes.data
             fill(self._record, registered=registered, registrations=count)
         if table:
+            self._entered = EnteredCall(table, self._leave_native, self._clear_pending)
             self._members = np.array(table.members, np.int64)
             fill(self._record, **table.place, member_ranks=self._members.ctypes.data)
         if meeting:
@@ -265,24 +267,23 @@ class Entry:
         """Run MPI's own collective for a call whose door has returned ``code``, and compare the ranks' calls."""
         if code & ~NATIVE_IN_PLACE == INTERRUPTED:
             self.check_interrupted()
-        table = self._table
-        if table is None:
+        if self._table is None:
             native(*arguments)
             return
-        try:
+        with self._entered:
             if code & ~NATIVE_IN_PLACE != NATIVE:
                 self._settle(code & ~NATIVE_IN_PLACE)
             native(*arguments)
-            self._pending.value = 0
-            if self._leave() is not None:
-                table.leave()
-        except (MPI.Exception, HpccommError) as failure:
-            self._pending.value = 0
-            table.abandon()
-            table.raise_mismatch(failure)
-        except BaseException:
-            table.abandon()
-            raise
+
+    def _leave_native(self) -> None:
+        """Leave a call of MPI's."""
+        self._pending.value = 0
+        if self._leave() is not None:
+            self._table.leave()
+
+    def _clear_pending(self) -> None:
+        """Forget a call that has failed."""
+        self._pending.value = 0
 
     def resume(self, code: int) -> None:
         """Continue a call in shared memory whose kernel has ended with ``code``, which its door has returned."""

@@ -196,10 +196,7 @@ class World:
             records, acts = machine.records, ACTS
             while machine.at < len(records):
                 record = records[machine.at]
-                act = acts.get(record[0])
-                if act is None:
-                    self.refuse(machine, "no such record")
-                if not act(self, machine, record):
+                if not acts.get(record[0], World.unknown)(self, machine, record):
                     break
                 machine.at += 1
         for machine in self.machines:
@@ -266,6 +263,9 @@ class World:
 
     # Records; each returns whether the rank goes on
 
+    def unknown(self, machine: Machine, record: Any) -> NoReturn:
+        self.refuse(machine, "no such record")
+
     def send(self, machine: Machine, record: Any) -> bool:
         _, peer, buffer, at, nbytes, request, *_ = record
         contents = self.read(machine, buffer, at, nbytes)
@@ -304,16 +304,16 @@ class World:
         if peer != (use.peer if use.receives else EMPTY) or nbytes != use.end - use.first:
             self.refuse(machine, f"is not for the message that request {request} has started")
         pair = (use.peer, machine.rank) if use.receives else (machine.rank, use.peer)
-        here, there = (self.sent[pair], self.received[pair])
-        if len(here) <= use.number or len(there) <= use.number:
+        here, there, number = self.sent[pair], self.received[pair], use.number
+        if len(here) <= number or len(there) <= number:
             self.waiting[pair].append(machine.rank)
             return False
-        if len(here[use.number]) != there[use.number]:
-            sent, room = len(here[use.number]), there[use.number]
-            self.refuse(machine, f"rank {pair[0]} sends {sent} bytes, rank {pair[1]} receives {room}")
+        contents, room = here[number], there[number]
+        if len(contents) != room:
+            self.refuse(machine, f"rank {pair[0]} sends {len(contents)} bytes, rank {pair[1]} receives {room}")
         del machine.uses[request]
         if use.receives:
-            machine.buffers[use.buffer][use.first : use.end] = here[use.number]
+            machine.buffers[use.buffer][use.first : use.end] = contents
             if use.buffer == SPARE:
                 machine.senders[use.first : use.end] = [use.peer] * (use.end - use.first)
         return True

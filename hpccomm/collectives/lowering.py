@@ -186,7 +186,8 @@ def order_items(
     """The items of this rank in the order in which they are finished, and the segment and step of each."""
     items: list[Item] = []
     owners: list[tuple[int, int]] = []
-    for segment, step in chain.from_iterable(order_turns(script, len(segments), how.lag)):
+    order = order_turns(script, len(segments), how.lag) if len(segments) > 1 else [[(0, step) for _, step in script]]
+    for segment, step in chain.from_iterable(order):
         if isinstance(step, NodeStep):
             found = meetings(step, rank, segments[segment])
         elif is_active(step):

@@ -13,6 +13,7 @@ modulo b, so an interval may wrap around the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,7 +56,8 @@ class NodeStep(NamedTuple):
 
     def members(self, r: int) -> list[int]:
         """The ranks that rank r meets, itself included; none if it takes no part."""
-        return [] if self.node[r] == NOBODY else np.flatnonzero(self.node == self.node[r]).tolist()
+        rank = members_of_nodes(self.node)[1][self.node[r]]
+        return [] if self.node[r] == NOBODY else rank[rank >= 0].tolist()
 
 
 Steps = Callable[..., Iterator["Step | NodeStep"]]
@@ -130,12 +132,19 @@ def expand(step: NodeStep, r: Rank) -> Iterator[Step]:
 
 def members_of_nodes(node: Any) -> tuple[Any, Any]:
     """``(p,)`` each rank's number in its node, and ``(N, most)`` the ranks of each node, -1 beyond its last."""
-    local_rank, nodes = np.zeros(node.size, dtype=np.int64), int(node.max(initial=-1)) + 1
-    found = [np.flatnonzero(node == each) for each in range(nodes)]
-    rank = np.full((max(nodes, 1), max(map(len, found), default=0)), NOBODY)
-    for each, members in enumerate(found):
-        local_rank[members] = np.arange(members.size)
-        rank[each, : members.size] = members
+    return find_members(np.asarray(node, np.int64).tobytes())
+
+
+@lru_cache(256)
+def find_members(words: bytes) -> tuple[Any, Any]:
+    """The same of the bytes of the nodes: every step of a schedule asks for them."""
+    node = np.frombuffer(words, np.int64)
+    order = np.argsort(node, kind="stable")
+    order = order[np.searchsorted(node[order], 0) :]
+    sizes = np.bincount(node[order], minlength=1)
+    local_rank, rank = np.zeros(node.size, np.int64), np.full((sizes.size, int(sizes.max())), NOBODY)
+    local_rank[order] = np.arange(order.size) - (np.cumsum(sizes) - sizes)[node[order]]
+    rank[node[order], local_rank[order]] = order
     return local_rank, rank
 
 

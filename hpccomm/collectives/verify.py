@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -244,12 +243,14 @@ def check_meetings(table: ScheduleTable, proof: Proof) -> None:
             if wrong.any():
                 r = int(np.argmax(wrong))
                 proof.refuse(k, r, step.first[r], f"a part of {step.collective} inside a node is no interval of blocks")
-            _, ranks = members_of_nodes(step.node)
-            for members in ranks:
-                having = [r for r in members if r >= 0 and step.first[r] < step.end[r]]
-                for a, b in pairwise(having):
-                    if step.end[a] > step.first[b]:
-                        proof.refuse(k, b, step.first[b], f"{step.collective} inside a node: it is rank {a}'s, too")
+            having = np.flatnonzero((step.node != NOBODY) & (step.first < step.end))
+            having = having[np.argsort(step.node[having], kind="stable")]
+            a, b = having[:-1], having[1:]
+            wrong = (step.node[a] == step.node[b]) & (step.end[a] > step.first[b])
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                why = f"{step.collective} inside a node: it is rank {a[at]}'s, too"
+                proof.refuse(k, b[at], step.first[b[at]], why)
 
 
 def describe_deadlock(table: ScheduleTable) -> str:
@@ -360,20 +361,20 @@ def meet(cells: Cells, k: int, step: NodeStep) -> None:
     count = np.where(step.node == NOBODY, 0, step.end - step.first)
     owner = np.repeat(np.arange(count.size), count)
     block = step.first[owner] + np.arange(owner.size) - (np.cumsum(count) - count)[owner]
-    before = CellContents(cells.held.copy(), cells.begin.copy(), cells.end.copy())
-    for column in ranks.T:
-        other = column[step.node[owner]]
-        there = (other >= 0) & (other != owner)
-        here, away = owner[there] * blocks + block[there], other[there] * blocks + block[there]
+    gathers, others = step.collective == "allgather", ranks[step.node[owner]].T
+    for other in [others.ravel()] if gathers else others:  # received at once, but added in the order of ranks
+        mine, its = (np.tile(each, len(others)) if gathers else each for each in (owner, block))
+        there = (other >= 0) & (other != mine)
+        here, away = (mine * blocks + its)[there], (other * blocks + its)[there]
         if not here.size:
             continue
-        if step.collective == "allgather":
+        if gathers:
             cells.move(k, here, away, np.zeros(here.size, bool), False)
-        else:
-            new = CellContents(before.sets[away], before.begin[away], before.end[away])
+        else:  # parts are disjoint, so what is added has not been written in this step
+            new = cells.get(away)
             if new.begin.min() == EMPTY:
                 cells.refuse(k, away, new.begin == EMPTY, "is reduced inside a node before it is initialised")
-            cells.join(k, here, new, cells.get(here), (other < owner)[there])
+            cells.join(k, here, new, cells.get(here), (other < mine)[there])
 
 
 def expand_moves(table: ScheduleTable, blocks: int) -> Moves:

@@ -51,11 +51,10 @@ def draw_measurements(args: argparse.Namespace) -> int:
 def show_schedule(args: argparse.Namespace) -> int:
     """Print the rounds of a schedule; with ``--out``, draw them."""
     name = args.what[0]
-    if not 0 <= args.root < args.size or args.per_node < 1:
-        raise ArgumentError(
-            f"--size {args.size} --root {args.root} --per-node {args.per_node}: use a root from 0 to size - 1, and "
-            "1 or more ranks on a node"
-        )
+    if args.size < 1 or args.per_node < 1:
+        raise ArgumentError(f"--size {args.size} --per-node {args.per_node}: use 1 or more of each")
+    if not 0 <= args.root < args.size:
+        raise ArgumentError(f"--root {args.root} --size {args.size}: use a root from 0 to size - 1")
     if args.out:
         check_drawable("--out", Path(args.out))
     collective, algorithm = resolve_algorithm(name, args)

@@ -346,10 +346,10 @@ def train_shards(name: str, args: argparse.Namespace, data: Dataset, comm: Commu
     return {**result, **costs, "deep": job._asdict()}
 
 
-def zero_plus_plus(name: str, args: argparse.Namespace) -> tuple[str, str, bool]:
+def zero_plus_plus(name: str, args: argparse.Namespace) -> tuple[str | None, str | None, bool]:
     """The codes of weights and gradients, and whether there are secondary shards, where a method takes these flags."""
     taken = {flag: getattr(args, flag) for flag in METHODS[name].flags}
-    return taken.get("weight_code") or "", taken.get("gradient_code") or "", taken.get("secondary_shard") == "on"
+    return taken.get("weight_code"), taken.get("gradient_code"), taken.get("secondary_shard") == "on"
 
 
 LOOPS = {"replicas": train_replicas, "servers": train_servers, "shards": train_shards}

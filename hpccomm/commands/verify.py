@@ -100,7 +100,7 @@ def proofs(subject: Subject, p: int) -> Iterator[Report]:
     rooted = collective in ROOTED_COLLECTIVES
     roots = (range(p) if p <= EVERY_ROOT else (0, p - 1)) if rooted else (0,)
     levels = subject.algorithm == "hierarchical"
-    for nodes in layouts(p).values() if levels else ([],):
+    for nodes in dict.fromkeys(map(tuple, layouts(p).values())) if levels else ((),):  # few ranks: some are equal
         for algorithm, how in forms(collective, nodes) if levels else ((subject.algorithm, PIPELINES[:1]),):
             for root in roots if p <= EVERY_ROOT or not levels else roots[-1:]:
                 yield verify_algorithm(algorithm, collective, p, root)
@@ -109,7 +109,7 @@ def proofs(subject: Subject, p: int) -> Iterator[Report]:
                         check_algorithm(algorithm, collective, p, root, pipeline)
 
 
-def forms(collective: str, nodes: list[int]) -> Iterator[tuple[Algorithm, Sequence[Pipeline]]]:
+def forms(collective: str, nodes: Sequence[int]) -> Iterator[tuple[Algorithm, Sequence[Pipeline]]]:
     """The hierarchical algorithm for long and for short vectors, and how each is pipelined."""
     build = HIERARCHICAL[collective]
     yield build(nodes), PIPELINES[1 + (collective in BLOCK_IS_RANK) :][:1]

@@ -381,7 +381,7 @@ def load(cores: Iterable[int]) -> Found:
                 return Found(parse_probe(data["probe"]), path)
             except OSError:
                 continue
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 trouble = f"{path} holds no probe of this machine ({problem}): remove it, or run `hpccomm tune --probe`"
     return Found(trouble=trouble)

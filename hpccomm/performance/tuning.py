@@ -311,7 +311,7 @@ def load(mpi: str, hostname: str, *, ethernet: bool = True, cpu: str = "") -> Ta
     try:
         found = read(path)
         return found if found.frozen else replace(found.fill_from(default), cpu=cpu)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         remedy = "write it again with `hpccomm tune`, or set HPCCOMM_TUNING=off"
         warnings.warn(f"{path} is no tuning table ({error}): {remedy}", RuntimeWarning, stacklevel=2)
         return default
@@ -359,12 +359,16 @@ def parse(path: Path, changed: int, nbytes: int) -> Table:
     return Table(rows, parse_machine(data["machine"]), str(path), cpu, first_use, frozen)
 
 
+MOST = 1e18
+"""No time, length or number of nodes is longer."""
+
+
 def check_row(row: Row) -> Row:
     """Check the numbers of a row."""
     numbers = (row.nodes, row.per_node, row.bytes, row.us)
     if not {*map(type, numbers)} <= {int, float} or min(row.nodes, row.per_node) < 1:
         raise ValueError(f"nodes, per_node, bytes and us of {row} must be numbers")
-    if row.us <= 0 or row.bytes < 0:
+    if not (0 < row.us < MOST and 0 <= row.bytes < MOST and max(row.nodes, row.per_node) < MOST):
         raise ValueError(f"us of {row} must be above 0, and bytes at least 0")
     return row
 

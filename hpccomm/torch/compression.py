@@ -31,7 +31,11 @@ class Compression:
 
     def __init__(self, ddp: Any, make: Make, bucket_bytes: int) -> None:
         self.comm = communicator(ddp.process_group)
-        self._parameters = {name: each for name, each in ddp.module.named_parameters() if each.requires_grad}
+        self._parameters = {
+            name: each
+            for name, each in ddp.module.named_parameters()
+            if each.requires_grad and name not in ddp.parameters_to_ignore
+        }
         for name, each in self._parameters.items():
             check_parameter(name, each)
         self._weights = {name: as_float32(each) for name, each in self._parameters.items()}

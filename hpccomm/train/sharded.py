@@ -16,7 +16,8 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.algorithms.exchange import allreduce_bytes, check_replicas
-from hpccomm.algorithms.sharded.units import Hops, LossScale, ShardedModel, adamw
+from hpccomm.algorithms.loss_scaling import LossScale
+from hpccomm.algorithms.sharded.units import Hops, ShardedModel, adamw
 from hpccomm.train.datasets import Dataset
 from hpccomm.train.layered import LayeredNetwork
 from hpccomm.train.loop import EVALUATION_BATCH, Epoch, Keeper, Settings, epoch_of, train_batches, train_epochs
@@ -36,8 +37,8 @@ class Job(NamedTuple):
     partition_size: int | None
     micro_steps: int
     dtype: str
-    weight_code: str = ""
-    gradient_code: str = ""
+    weight_code: str | None = None
+    gradient_code: str | None = None
     secondary_shard: bool = False
 
 

@@ -193,7 +193,7 @@ def verdict(number: int, driver: str, ask: Callable[[], tuple[str, str]] | None 
     file = cache_file(os.environ, MPI.Get_library_version(), driver, number)
     try:
         return Verdict(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         pass
     trouble, alone = ask() if ask else run_probes(number)
     found = Verdict(trouble, time.strftime("%Y-%m-%d %H:%M", time.gmtime()), alone)

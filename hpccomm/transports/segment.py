@@ -116,27 +116,38 @@ def open_shm_file(node: Any, size: int) -> tuple[int, mmap.mmap]:
     """Open and map a file in /dev/shm and unlink it before returning."""
     import tempfile
 
-    file, path, problem, memory = -1, None, "", None
+    file, offer, problem, memory = -1, None, "", None
     if node.Get_rank() == 0:
         try:
             file, path = tempfile.mkstemp(prefix="hpccomm-", dir="/dev/shm")
+            offer = path, os.fstat(file).st_ino
             os.ftruncate(file, size)
         except OSError as error:
             problem = str(error)
-    path = node.bcast(path)
+    offer = node.bcast(offer)
     try:
-        if file < 0 and path:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        if file < 0 and offer:
+            file = open_own_file(*offer)
     except OSError as error:
         problem = str(error)
     node.Barrier()
-    if path and node.Get_rank() == 0:
-        os.unlink(path)
+    if offer and node.Get_rank() == 0:
+        os.unlink(offer[0])
     if file >= 0 and not problem:
         memory, problem = map_share(node, file, size)
     raise_together(node, size, node.allgather(problem), file)
     assert memory is not None
     return file, memory
+
+
+def open_own_file(path: str, inode: int) -> int:
+    """Open a file of this user that rank 0 has created; raises OSError for any other."""
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    seen = os.fstat(file)
+    if (seen.st_ino, seen.st_uid) == (inode, os.geteuid()):
+        return file
+    os.close(file)
+    raise OSError(f"{path} is not the file of rank 0")
 
 
 def map_share(node: Any, file: int, size: int) -> tuple[mmap.mmap | None, str]:

@@ -415,7 +415,7 @@ def read_signs(payload: Payload, header: Header) -> DecodedMessage:
 def read_levels(payload: Payload, header: Header) -> DecodedMessage:
     """Levels and the norms of their buckets."""
     bucket, levels = int(payload.take(1, "<u8")[0]), header.parameter
-    payload.demand(bucket > 0 and 1 <= levels <= 127, f"buckets of {bucket}, {levels} levels")
+    payload.demand(0 < bucket < 1 << 63 and 1 <= levels <= 127, f"buckets of {bucket}, {levels} levels")
     norms, codes = payload.take(-(-header.n // bucket), "<f4"), payload.take(header.n, "i1")
     in_range = max(codes.max(initial=0), -int(codes.min(initial=0))) <= levels
     payload.demand(bool(np.isfinite(norms).all()) and in_range, "a norm or a level out of range")
@@ -435,7 +435,8 @@ def read_low_rank(payload: Payload, header: Header) -> DecodedMessage:
     fits = header.n <= rows * columns <= 4 * header.n and rank <= min(rows, columns)
     payload.demand(fits, f"a matrix of {rows} times {columns}, rank {rank}")
     left, right = (payload.take(each * rank, "<f4").reshape(each, rank) for each in (rows, columns))
-    product = np.ascontiguousarray(left @ right.T).reshape(-1)[: header.n]
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = np.ascontiguousarray(left @ right.T).reshape(-1)[: header.n]
     return DecodedMessage(add_dense, (add_stored, (product, Values.F32, 0.0)))
 
 

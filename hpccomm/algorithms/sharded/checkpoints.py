@@ -17,7 +17,8 @@ import numpy as np
 
 from hpccomm.algorithms.checkpoint_sets import Manifest, find_set, open_member, run_collectively, write_set
 from hpccomm.algorithms.checkpoints import CheckpointFile, write_arrays
-from hpccomm.algorithms.sharded.units import LossScale, ShardedModel, Unit, bounds
+from hpccomm.algorithms.loss_scaling import LossScale
+from hpccomm.algorithms.sharded.units import ShardedModel, Unit, bounds
 from hpccomm.algorithms.states import leaves, map_leaves
 from hpccomm.algorithms.transforms import Vector
 from hpccomm.errors import ArgumentError

@@ -33,10 +33,12 @@ GatherCall = Callable[[Vector, Vector], int]
 """``gather(shard, whole)`` of equal shards in rank order; returns the bytes that this rank sends (collective)."""
 
 
-def check_codes(stage: int, dtype: np.dtype[Any], weight_code: str, gradient_code: str, secondary_shard: bool) -> None:
+def check_codes(
+    stage: int, dtype: np.dtype[Any], weight_code: str | None, gradient_code: str | None, secondary_shard: bool
+) -> None:
     """Raise for arguments that do not fit together."""
     for name, code in (("weight_code", weight_code), ("gradient_code", gradient_code)):
-        check_choice(f"zero: {name}", code, ("", *CODES))
+        check_choice(f"zero: {name}", code, (None, *CODES))
         require(
             not code or reduction_dtype(dtype) == np.float32,
             f"zero: {name} is {code!r}, but {dtype} travels: pass dtype float32, float16 or bfloat16, or leave it out",

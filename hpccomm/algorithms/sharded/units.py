@@ -23,6 +23,7 @@ optimizer's state, 8 for Adam: 16Ψ/p.  If a gradient is not finite, all ranks s
 from __future__ import annotations
 
 import math
+import weakref
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -35,8 +36,9 @@ import numpy.typing as npt
 
 from hpccomm.algorithms.exchange import allreduce_bytes
 from hpccomm.algorithms.fused import InPlaceTransform
+from hpccomm.algorithms.loss_scaling import LossScale
 from hpccomm.algorithms.reports import ExchangeReport
-from hpccomm.algorithms.sharded.lanes import Buffer, GradientBuffers, Lane
+from hpccomm.algorithms.sharded.call_threads import Buffer, CallThread, GradientBuffers
 from hpccomm.algorithms.sharded.quantized import (
     CodedReduce,
     SecondaryShards,
@@ -47,8 +49,8 @@ from hpccomm.algorithms.sharded.quantized import (
 from hpccomm.algorithms.states import leaves
 from hpccomm.algorithms.transforms import Schedule, Transform, Vector, check_count, require
 from hpccomm.algorithms.trust_ratio import NormReduce, global_norm
-from hpccomm.arrays import narrow, reduction_dtype, view_for_mpi
-from hpccomm.buckets import BUCKET_BYTES, Bucket, group_by_size
+from hpccomm.arrays import borrow, narrow, reduction_dtype, view_for_mpi
+from hpccomm.buckets import BUCKET_BYTES, Bucket, group_by_size, memory_of
 from hpccomm.errors import ArgumentError, MismatchError
 
 if TYPE_CHECKING:
@@ -69,26 +71,6 @@ class Groups(NamedTuple):
     world: Any
     partition: Any
     replication: Any
-
-
-class LossScale(NamedTuple):
-    """The factor of the loss that keeps 16-bit gradients from underflow; the same on all ranks."""
-
-    value: float = 1.0
-    interval: int = 0
-    """Steps without overflow after which the factor doubles (0: it is constant).  An overflow halves it."""
-    good_steps: int = 0
-    """Steps since the last change."""
-
-    def update(self, overflow: bool) -> LossScale:
-        """The loss scale of the next step."""
-        if not self.interval:
-            return self
-        if overflow:
-            return self._replace(value=max(1.0, self.value / 2), good_steps=0)
-        if self.good_steps + 1 == self.interval:
-            return self._replace(value=min(2.0**24, self.value * 2), good_steps=0)
-        return self._replace(good_steps=self.good_steps + 1)
 
 
 class Outcome(NamedTuple):
@@ -131,6 +113,19 @@ class Unit:
         self.lo, self.hi = bounds(self.size, ranks, place)
         self.own_slice = slice(first, first + self.hi - self.lo)
         """This rank's shard in the vectors of all its shards."""
+        self.tied: dict[str, tuple[Unit, str]] = {}
+        """The tensors that an earlier unit holds, by their names here: that unit, and the name there."""
+
+    @property
+    def needed(self) -> list[Unit]:
+        """This unit, and those that hold tensors of it."""
+        return list(dict.fromkeys([self, *(owner for owner, _ in self.tied.values())]))
+
+    def views(self, vector_of: Callable[[Unit], Vector]) -> dict[str, npt.NDArray[Any]]:
+        """All tensors; ``vector_of(unit)`` begins with a unit's own ones."""
+        return views(self, vector_of(self)) | {
+            name: views(owner, vector_of(owner))[its] for name, (owner, its) in self.tied.items()
+        }
 
 
 def bounds(size: int, ranks: int, place: int) -> tuple[int, int]:
@@ -216,6 +211,9 @@ class ShardedModel:
     ``last=True`` of :meth:`reduce_accumulate`, else at the boundary; shards of several units, up to 25 MB, travel in
     one message.
 
+    An array that occurs in several units, or twice in one (tied weights), is kept in the first one, which is gathered
+    with each of the others; its gradients are added on this rank before they travel.
+
     ``weight_code``, ``gradient_code`` and ``secondary_shard`` are qwZ, qgZ and hpZ of ZeRO++, for partition groups of
     several nodes (:mod:`hpccomm.algorithms.sharded.quantized`): the codes of :func:`~hpccomm.block_mean` in which
     parameters are gathered and gradients reduced, such as ``"int8"`` and ``"int4"``, and a copy of the gathered units
@@ -247,8 +245,8 @@ class ShardedModel:
         overlap: bool = True,
         prefetch: int = 1,
         algorithm: str = "",
-        weight_code: str = "",
-        gradient_code: str = "",
+        weight_code: str | None = None,
+        gradient_code: str | None = None,
         secondary_shard: bool = False,
     ) -> None:
         require(stage in (1, 2, 3), f"zero: stage is {stage}: pass 1, 2 or 3; data_parallel divides nothing")
@@ -303,11 +301,15 @@ class ShardedModel:
     def _take_shards(self, units: Units) -> tuple[Vector, list[Vector]]:
         """This rank's shards of the initial weights, and at stages 1 and 2 all weights."""
         parts, whole, first = [], [], 0
+        seen: dict[Any, tuple[Any, Unit, str]] = {}
         for name, tensors in read_units(self.who, units):
             require(name not in self.units, f"{self.who}: two units are called {name!r}: give each a name of its own")
             require(bool(tensors), f"{self.who}: unit {name!r} has no tensors: leave it out")
-            unit = Unit(name, len(self.units), Bucket(tensors), self.ranks, self.place, first)
-            vector = unit.bucket.flatten(tensors)
+            tied = find_tied(tensors, seen)
+            own = {each: tensor for each, tensor in tensors.items() if each not in tied}
+            unit = Unit(name, len(self.units), Bucket(own), self.ranks, self.place, first)
+            unit.tied = note_tensors(unit, own, tied, seen)
+            vector = unit.bucket.flatten(own)
             self.groups.world.Bcast(vector, 0)
             parts.append(vector[unit.lo : unit.hi].copy())
             whole += [vector] if self.stage < 3 and self.ranks > 1 else []
@@ -323,7 +325,7 @@ class ShardedModel:
         overlap: bool,
         prefetch: int,
         algorithm: str,
-        gradient_code: str,
+        gradient_code: str | None,
         secondary_shard: bool,
     ) -> None:
         """Allocate all buffers of the steps."""
@@ -343,7 +345,7 @@ class ShardedModel:
         self.secondary: SecondaryShards | None = None
         if self._collect and secondary_shard:
             self.secondary = make_secondary(self._collect.comm, [unit.padded_size for unit in units], self.dtype)
-        rooms = 1 + prefetch if self._gathers else 0
+        rooms = min(max(len(each.needed) for each in units) + prefetch, len(units)) if self._gathers else 0
         self.buffers: list[Buffer[Unit]] = [Buffer(np.empty(longest, self.dtype)) for _ in range(rooms)]
         self._ahead: list[Unit] = []
         """The units that will be gathered next, until a buffer is free."""
@@ -351,6 +353,15 @@ class ShardedModel:
         self.gradients: GradientBuffers[Unit] = GradientBuffers(
             [allocate_shared(partition, longest, self.dtype) for _ in range(rooms)]
         )
+        self._members: dict[str, set[str]] = {}
+        """The units that give gradients to a unit with tied tensors, by its name: itself, and the others."""
+        for unit in units:
+            for owner, _ in unit.tied.values():
+                self._members.setdefault(owner.name, {owner.name}).add(unit.name)
+        self._sums = {name: Buffer[Unit](np.zeros(self.units[name].padded_size, self.dtype)) for name in self._members}
+        """The sums of their gradients."""
+        self._sent: set[str] = set()
+        """The sums that were sent, and begin anew with the next gradient."""
         self.shard = (
             allocate_shared(self._collect.comm, shard, self.dtype) if self._collect else np.zeros(shard, self.dtype)
         )
@@ -365,15 +376,15 @@ class ShardedModel:
             self.parameters = {u.name: narrow(v, self.dtype).copy() for u, v in zip(units, whole, strict=True)}
         elif self.ranks == 1 and self.dtype != self.master.dtype:
             self.parameters = {unit.name: narrow(self.master[unit.own_slice], self.dtype) for unit in units}
-        self.prefetcher = Lane("gather", overlap and self._gathers)
-        self._first_hops = Lane("first hop", reduces)
+        self.prefetcher = CallThread("gather", overlap and self._gathers)
+        self._first_hops = CallThread("first hop", reduces)
 
     def _prepare_second_hops(self, overlap: bool) -> None:
         """Group the units, from the last to the first, whose shards travel in one message."""
         overlap = overlap and self.groups.replication.size > 1
         self._copies += [self.groups.replication.Dup()] if overlap else []
         self._replication = self._copies[-1] if overlap else self.groups.replication
-        self._second_hops = Lane("second hop", overlap)
+        self._second_hops = CallThread("second hop", overlap)
         sizes = [(name, None, unit.shard_size * self._total.itemsize) for name, unit in self.units.items()]
         self._groups = [[self.units[name] for name in names] for names in group_by_size(reversed(sizes), BUCKET_BYTES)]
         self._complete: set[str] = set()
@@ -403,7 +414,8 @@ class ShardedModel:
         state = sum(leaf.nbytes for _, leaf in leaves(self.state) if isinstance(leaf, np.ndarray))
         whole = sum(each.nbytes for each in (*self.parameters.values(), *(slot.room for slot in self.buffers)))
         whole += self.secondary.nbytes if self.secondary else 0
-        working = self.gradients.nbytes + self.shard.nbytes + (self._reduce.nbytes if self._reduce else 0)
+        working = self.gradients.nbytes + sum(each.room.nbytes for each in self._sums.values())
+        working += self.shard.nbytes + (self._reduce.nbytes if self._reduce else 0)
         return Memory(self.master.nbytes + self._total.nbytes + state, whole, working)
 
     @property
@@ -422,13 +434,25 @@ class ShardedModel:
         names = [ahead] if isinstance(ahead, str) else list(ahead or ())
         following = [self._unit(each, "gather: ahead") for each in names]
         if not self._gathers:
-            return views(unit, self.parameters[name] if self.parameters else self.master[unit.own_slice])
-        slot = self._find_buffer(unit) or self._begin(unit)
-        require(slot.under_way is not None, f"{self.who}: gather: {name!r} is gathered: release it first")
-        self._take_gathered(slot)
-        self._ahead = [each for each in following if each is not unit]
+            return unit.views(self._parameters_of)
+        in_use = any(name in slot.users for slot in self.buffers)
+        require(not in_use, f"{self.who}: gather: {name!r} is gathered: release it first")
+        for each in unit.needed:
+            slot = self._find_buffer(each) or self._begin(each)
+            if slot.under_way is not None:
+                self._take_gathered(slot)
+            slot.users.add(name)
+        self._ahead = [each for later in following if later is not unit for each in later.needed]
         self._prefetch()
-        return views(unit, slot.room)
+        return unit.views(self._find_room)
+
+    def _parameters_of(self, unit: Unit) -> Vector:
+        """The unit's parameters where this rank keeps them whole."""
+        return self.parameters[unit.name] if self.parameters else self.master[unit.own_slice]
+
+    def _find_room(self, unit: Unit) -> Vector:
+        """The unit's parameters in their buffer."""
+        return next(slot.room for slot in self.buffers if slot.unit is unit)
 
     def _take_gathered(self, slot: Buffer[Unit]) -> None:
         """Wait for the gather of a unit."""
@@ -457,13 +481,15 @@ class ShardedModel:
 
     def release(self, name: str) -> None:
         """End the use of the unit's parameters; the next gather may reuse their buffer."""
-        unit = self._unit(name, "release")
+        self._unit(name, "release")
         if not self._gathers:
             return
-        slot = self._find_buffer(unit)
-        if slot is None or slot.under_way is not None:
-            raise ArgumentError(f"{self.who}: release: {name!r} is not gathered: gather it first, release it once")
-        slot.unit = None
+        used = [slot for slot in self.buffers if name in slot.users]
+        require(bool(used), f"{self.who}: release: {name!r} is not gathered: gather it first, release it once")
+        for slot in used:
+            slot.users.discard(name)
+            if not slot.users:
+                slot.unit = None
         self._prefetch()
 
     def _find_buffer(self, unit: Unit) -> Buffer[Unit] | None:
@@ -516,7 +542,9 @@ class ShardedModel:
         The next unit may use the same memory.
         """
         unit = self._unit(name, "gradient")
-        return views(unit, self._gradient_buffer(unit).room)
+        room = views(unit, self._gradient_buffer(unit).room)
+        tied = {each: views(owner, self._sums[owner.name].room)[its] for each, (owner, its) in unit.tied.items()}
+        return room | {each: np.zeros_like(tensor) for each, tensor in tied.items()}
 
     def _gradient_buffer(self, unit: Unit) -> Buffer[Unit]:
         """The buffer handed out for this unit, or the oldest one, once its exchange is complete."""
@@ -533,7 +561,7 @@ class ShardedModel:
 
     def _finish_first_hops(self) -> None:
         """Wait until all gradients have arrived in the sum."""
-        for buffer in self.gradients:
+        for buffer in (*self.gradients, *self._sums.values()):
             self._finish_first_hop(buffer)
 
     def reduce_accumulate(self, name: str, gradient: Tensors | Vector, last: bool = False) -> None:
@@ -546,11 +574,42 @@ class ShardedModel:
         unit = self._unit(name, "reduce_accumulate")
         if name in self._complete:
             raise ArgumentError(f"{self.who}: reduce_accumulate: {name!r} had its last gradient: call boundary first")
+        tied = take_tied(unit, gradient, self.dtype, self.who)
         buffer = self._gradient_buffer(unit)
-        room = buffer.room[: unit.padded_size]
-        copy_gradient(unit, gradient, room, self.who)
+        if isinstance(gradient, Mapping):
+            gradient = {each: tensor for each, tensor in gradient.items() if each not in tied}
+        copy_gradient(unit, gradient, buffer.room[: unit.padded_size], self.who)
         self.counts[name] += 1
         self.calls.append(f"reduce {name}")
+        for each, (owner, its) in unit.tied.items():
+            views(owner, self._sum_of(owner).room)[its][...] += tied[each]
+        if name in self._members:
+            total = self._sum_of(unit)
+            total.room += buffer.room[: unit.padded_size]
+        else:
+            self._add_to_shards(unit, buffer)
+        for owner in unit.needed:
+            counts = {self.counts[each] for each in self._members.get(owner.name, ())}
+            if len(counts) == 1:
+                self._sent.add(owner.name)
+                self._add_to_shards(owner, self._sums[owner.name])
+        if last:
+            self._complete.add(name)
+            if self.stage > 1 or self.ranks == 1:
+                self._begin_second_hops(self._complete)
+
+    def _sum_of(self, owner: Unit) -> Buffer[Unit]:
+        """The sum of the gradients of a unit with tied tensors, of zeros where the last one was sent."""
+        total = self._sums[owner.name]
+        if owner.name in self._sent:
+            self._finish_first_hop(total)
+            total.room[...] = 0
+            self._sent.discard(owner.name)
+        return total
+
+    def _add_to_shards(self, unit: Unit, buffer: Buffer[Unit]) -> None:
+        """Add a unit's gradient to the shards, or at stage 1 to the whole unit."""
+        room = buffer.room[: unit.padded_size]
         if self.stage == 1 or self.ranks == 1:
             total = self._total[self._unit_slice(unit)]
             total += room[: unit.size]
@@ -558,17 +617,13 @@ class ShardedModel:
             began = perf_counter()
             buffer.under_way = self._first_hops.submit(self._reduce_unit, unit, room, self._total[unit.own_slice])
             self._record_cost("first", began, 0, 0)
-        if last:
-            self._complete.add(name)
-            if self.stage > 1 or self.ranks == 1:
-                self._begin_second_hops(self._complete)
 
     def _begin_second_hops(self, complete: Container[str]) -> None:
         """Begin the second hop of each group of units that are complete, always from the last group to the first."""
         if self.groups.replication.size == 1:
             return
         for group in self._groups[len(self._second) :]:
-            if not all(unit.name in complete for unit in group):
+            if not all(name in complete for unit in group for name in self._members.get(unit.name, (unit.name,))):
                 return
             waits = self._first_hops.submit(int)  # complete when the first hops before it are
             self._second.append(self._second_hops.submit(self._allreduce_group, group, waits))
@@ -738,8 +793,12 @@ class ShardedModel:
 
         The arrays are new; a loop that ends early must end on all ranks.
         """
+        whole: dict[Unit, Vector] = {}
         for unit in self.units.values():
-            yield unit.name, unit.bucket.views(self._assemble(unit))
+            whole[unit] = self._assemble(unit)
+            yield unit.name, unit.views(whole.__getitem__)
+            if unit.name not in self._members:
+                del whole[unit]
 
     def _assemble(self, unit: Unit) -> Vector:
         mine = np.zeros(unit.shard_size, self.master.dtype)
@@ -751,8 +810,8 @@ class ShardedModel:
 
     def close(self) -> None:
         """Stop the threads and free their communicators (collective)."""
-        for lane in (self.prefetcher, self._first_hops, self._second_hops):
-            lane.shutdown()
+        for thread in (self.prefetcher, self._first_hops, self._second_hops):
+            thread.shutdown()
         for comm in [*self._copies, *([self._collect.comm] if self._collect else ())]:
             comm.Free()
 
@@ -760,6 +819,50 @@ class ShardedModel:
 def views(unit: Unit, vector: Vector) -> dict[str, npt.NDArray[Any]]:
     """The unit's tensors at the start of a vector of any dtype."""
     return {t.name: vector[t.offset : t.offset + t.length].reshape(t.shape) for t in unit.bucket.table}
+
+
+def find_tied(tensors: Tensors, seen: Mapping[Any, tuple[Any, Unit, str]]) -> dict[str, tuple[Unit | None, str]]:
+    """The tensors that were seen before: their unit and name; None as unit where it is another one of these."""
+    tied: dict[str, tuple[Unit | None, str]] = {}
+    own: dict[Any, str] = {}
+    for name, tensor in tensors.items():
+        memory = memory_of(borrow(tensor, f"the weights {name}")[0])
+        known = seen.get(memory)
+        if memory is not None and known is not None and known[0]() is not None:  # else its memory was used again
+            tied[name] = known[1:]
+        elif memory in own:
+            tied[name] = None, own[memory]
+        elif memory is not None:
+            own[memory] = name
+    return tied
+
+
+def note_tensors(
+    unit: Unit,
+    own: Tensors,
+    tied: Mapping[str, tuple[Unit | None, str]],
+    seen: dict[Any, tuple[Any, Unit, str]],
+) -> dict[str, tuple[Unit, str]]:
+    """Remember a unit's own tensors as long as they live; its tied ones, whose unit may be this one."""
+    for name, tensor in own.items():
+        memory = memory_of(borrow(tensor)[0])
+        if memory is not None:
+            seen[memory] = weakref.ref(tensor), unit, name
+    return {name: (owner or unit, its) for name, (owner, its) in tied.items()}
+
+
+def take_tied(unit: Unit, gradient: Tensors | Vector, dtype: np.dtype[Any], who: str) -> dict[str, Any]:
+    """The gradients of a unit's tied tensors; raises for missing ones, wrong shapes or dtypes."""
+    found = gradient if isinstance(gradient, Mapping) else {}
+    shapes = {name: entry.shape for name, (owner, its) in unit.tied.items() for entry in owner.bucket.table
+              if entry.name == its}  # fmt: skip
+    wrong = [n for n, shape in shapes.items() if n not in found or (found[n].shape, found[n].dtype) != (shape, dtype)]
+    require(
+        not wrong,
+        f"{who}: the gradient of unit {unit.name!r} is wrong at {', '.join(wrong)}, tied weights: pass tensors by "
+        f"name, in {dtype} and in their shapes",
+    )
+    return {name: found[name] for name in shapes}
 
 
 def copy_gradient(unit: Unit, gradient: Tensors | Vector, room: Vector, who: str) -> None:

@@ -164,6 +164,12 @@ def check_arguments(wire: CountingComm, who: str, problem: int, own: int, **comm
     return rows[:, 1]
 
 
+def demand_whole(holds: bool, what: str) -> None:
+    """Raise for a received message that no rank sends."""
+    if not holds:
+        raise ArgumentError(f"a received message is damaged ({what}): check the transport, and go on from a checkpoint")
+
+
 def number_of(argument: Any) -> int:
     """A hash by which ranks compare an argument."""
     return zlib.crc32(repr(argument).encode())

@@ -23,6 +23,7 @@ from hpccomm.collectives.compressed.messages import (
     CountingComm,
     allgatherv,
     check_arguments,
+    demand_whole,
 )
 from hpccomm.collectives.engine import even_cuts
 from hpccomm.kernels.dispatch import kernels
@@ -64,6 +65,8 @@ def onebit_allgather(comm: Comm, bits: Octets, plus: float, minus: float, n: int
         problem = NOT_FLAT
     check_arguments(wire, "onebit_allgather", problem, 0, n=n)
     messages = wire.gather(np.concatenate([scales.view(np.uint8), bits]))
+    for each in messages:
+        demand_whole(each.size == 8 + bits.size, f"{each.size} bytes for {n} signs")
     total: Vector = np.empty(n, np.float32)
     decoded = [each[:8].copy().view(np.float32) for each in messages]
     kernels().add_signs([(each[8:], *two) for each, two in zip(messages, decoded, strict=True)], total, fresh=True)
@@ -94,13 +97,13 @@ def onebit_allreduce(comm: Comm, x: Vector, worker_error: Vector, server_error: 
     blocks = [slice(int(lo), int(hi)) for lo, hi in pairwise(cuts)]
     messages = [encode_signs(worker_error[block], x[block], scale) for block in blocks]
     mine = np.empty_like(server_error)
-    kernels(mine).add_signs([decode_signs(each) for each in wire.alltoall(messages)], mine, fresh=True)
+    kernels(mine).add_signs([decode_signs(each, mine.size) for each in wire.alltoall(messages)], mine, fresh=True)
     mine /= np.float32(wire.size)
     answer = encode_signs(server_error, mine, mean_magnitude(server_error, mine))
     lengths = np.array([message.size for message in messages], np.int64)
     mean = np.empty_like(x)
     for block, message in zip(blocks, allgatherv(wire, answer, lengths), strict=True):
-        kernels(mean).add_signs([decode_signs(message)], mean[block], fresh=True)
+        kernels(mean).add_signs([decode_signs(message, block.stop - block.start)], mean[block], fresh=True)
     return OneBitMean(mean, scale, wire.bytes_sent)
 
 
@@ -142,7 +145,8 @@ def encode_signs(error: Vector, x: Vector, scale: float) -> Octets:
     return message
 
 
-def decode_signs(message: Octets) -> tuple[Octets, float, float]:
-    """The bits and the two decoded values of a message."""
+def decode_signs(message: Octets, n: int) -> tuple[Octets, float, float]:
+    """The bits and the two decoded values of a message of n signs; raises for one of another length."""
+    demand_whole(message.size == 4 + -(-n // 8), f"{message.size} bytes for {n} signs")
     scale = float(message[:4].copy().view(np.float32)[0])
     return message[4:], scale, -scale

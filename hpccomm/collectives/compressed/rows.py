@@ -87,7 +87,7 @@ def allreduce_rows(
     """
     wire, index, values = CountingComm(comm), np.asarray(rows), np.asarray(values)
     common = {
-        "count": count,
+        "count": int(count) if is_count(count) else -1,
         "number of columns": values.shape[1] if values.ndim == 2 else -1,
         "dtype": number_of(str(values.dtype)),
         "exchange": number_of(exchange),
@@ -123,8 +123,13 @@ def find_problem(comm: Any, rows: Matrix, values: Matrix, count: int, reduce: st
     if rows.ndim != 1 or values.ndim != 2 or len(rows) != len(values) or not floats:
         return NOT_FLAT
     whole = rows.dtype.kind in "iu" or not rows.size
-    fits = 0 <= count <= 1 << 32 and whole and (not rows.size or (rows.min() >= 0 and rows.max() < count))
+    fits = is_count(count) and whole and (not rows.size or (rows.min() >= 0 and rows.max() < count))
     return OK if fits else BAD_ROWS
+
+
+def is_count(count: Any) -> bool:
+    """Whether this is a number of rows whose indices fit."""
+    return isinstance(count, int | np.integer) and bool(0 <= count <= 1 << 32)
 
 
 def choose(comm: Any, counts: Ints, count: int, values: Matrix) -> str:

@@ -39,6 +39,7 @@ from hpccomm.collectives.compressed.messages import (
     CountingComm,
     Ints,
     check_arguments,
+    demand_whole,
     number_of,
 )
 from hpccomm.collectives.engine import even_cuts
@@ -86,7 +87,7 @@ def sparse_allgather(comm: Comm, indices: Indices, values: Vector, n: int) -> li
     """
     wire = CountingComm(comm)
     check_arguments(wire, "sparse_allgather", find_vector_problem(indices, values, n, finite=False), 0, n=n)
-    return [pairs_in(each) for each in wire.gather(octets_of(indices, values))]
+    return [pairs_in(each, n) for each in wire.gather(octets_of(indices, values))]
 
 
 def sparse_allreduce(
@@ -205,10 +206,13 @@ def octets_of(indices: Indices, values: Vector) -> Octets:
     return np.concatenate([indices.view(np.uint8), values.view(np.uint8)])
 
 
-def pairs_in(octets: Octets) -> tuple[Indices, Vector]:
-    """The indices and values in the bytes of a sparse vector."""
+def pairs_in(octets: Octets, n: int) -> tuple[Indices, Vector]:
+    """The indices and values in the bytes of a sparse vector of n elements; raises where there are none."""
     half = octets.size // 2
-    return octets[:half].view(np.uint32), octets[half:].view(np.float32)
+    demand_whole(octets.size % 8 == 0, f"{octets.size} bytes are no pairs")
+    indices = octets[:half].view(np.uint32)
+    demand_whole(kernels().is_ascending(indices, n), f"indices out of order, or not below {n}")
+    return indices, octets[half:].view(np.float32)
 
 
 def pack_vector(indices: Indices, values: Vector, n: int) -> Octets:
@@ -225,7 +229,7 @@ def add_vector(octets: Octets, out: Vector) -> None:
     if octets.size == out.nbytes:
         out += octets.view(np.float32)
     else:
-        kernels().scatter_add([pairs_in(octets)], out)
+        kernels().scatter_add([pairs_in(octets, out.size)], out)
 
 
 def merge_sparse(a: tuple[Indices, Vector], b: tuple[Indices, Vector]) -> tuple[Indices, Vector]:
@@ -243,7 +247,7 @@ def merge_sparse(a: tuple[Indices, Vector], b: tuple[Indices, Vector]) -> tuple[
 def sum_by_allgather(wire: CountingComm, indices: Indices, values: Vector, n: int) -> Vector:
     """All ranks receive all vectors."""
     total = np.zeros(n, np.float32)
-    kernels().scatter_add([pairs_in(each) for each in wire.gather(octets_of(indices, values))], total)
+    kernels().scatter_add([pairs_in(each, n) for each in wire.gather(octets_of(indices, values))], total)
     return total
 
 
@@ -279,7 +283,7 @@ def sum_by_doubling(wire: CountingComm, indices: Indices, values: Vector, n: int
 def sum_of(a: Octets, b: Octets, n: int) -> Octets:
     """The sum of two packed vectors, packed."""
     if 4 * n not in (a.size, b.size):
-        return pack_vector(*merge_sparse(pairs_in(a), pairs_in(b)), n)
+        return pack_vector(*merge_sparse(pairs_in(a, n), pairs_in(b, n)), n)
     total = np.zeros(n, np.float32)
     add_vector(a, total)
     add_vector(b, total)
@@ -306,7 +310,7 @@ def reduce_block(wire: CountingComm, indices: Indices, values: Vector, cuts: Int
         for lo, hi, first in zip(at[:-1], at[1:], cuts[:-1], strict=True)
     ]
     mine = np.zeros(int(cuts[wire.rank + 1] - cuts[wire.rank]), np.float32)
-    kernels().scatter_add([pairs_in(each) for each in wire.alltoall(messages)], mine)
+    kernels().scatter_add([pairs_in(each, mine.size) for each in wire.alltoall(messages)], mine)
     return mine
 
 
@@ -328,7 +332,7 @@ def sum_by_ok_topk(
     threshold = kth_largest(wire, magnitudes, k) if plan is None else plan.threshold
     keep = magnitudes >= threshold if plan is not None else select_k(wire, magnitudes, threshold, k)
     kept = nonzero[keep]
-    blocks = [pairs_in(each) for each in wire.gather(octets_of(kept + np.uint32(cuts[wire.rank]), mine[kept]))]
+    blocks = [pairs_in(each, n) for each in wire.gather(octets_of(kept + np.uint32(cuts[wire.rank]), mine[kept]))]
     total = np.zeros(n, np.float32)
     kernels().scatter_add(blocks, total)
     back = ~np.isin(indices, np.concatenate([block[0] for block in blocks]))
@@ -385,14 +389,14 @@ def sum_by_gtopk(
             wire.post(octets_of(*held), rank - distance).Wait()
             break
         if rank + distance < wire.size:
-            held, more = prune(merge_sparse(held, pairs_in(wire.fetch(rank + distance))), k)
+            held, more = prune(merge_sparse(held, pairs_in(wire.fetch(rank + distance), n)), k)
             lost = merge_sparse(lost, more)
         distance *= 2
     length = np.array([8 * held[0].size], np.int64)
     wire.Bcast(length)
     result = octets_of(*held) if rank == 0 else np.empty(int(length[0]), np.uint8)
     wire.Bcast(result)
-    final, sums = pairs_in(result)
+    final, sums = pairs_in(result, n)
     total = np.zeros(n, np.float32)
     total[final] = sums
     pruned, passed = ~np.isin(indices, final), np.isin(lost[0], final)

@@ -1,4 +1,4 @@
-"""Lanes: the exchanges of one communicator beside the program, one after the other, and the buffers that they use."""
+"""Threads that make the calls of one communicator beside the program, and the buffers that their calls use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpccomm.algorithms.transforms import Vector
 Owner = TypeVar("Owner")
 
 
-class Lane:
+class CallThread:
     """Runs calls in a thread of its own, in the order in which they come; without one, at once."""
 
     def __init__(self, name: str, threaded: bool) -> None:

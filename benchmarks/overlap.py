@@ -1,0 +1,147 @@
+"""How much of an Iallreduce is hidden behind a computation of the same length, between the nodes of a virtual cluster.
+
+Each launch measures, in turns, the call alone (issued and awaited at once), the computation alone on all ranks at a
+time, and both: the call is issued, the rank computes, the rank waits.  The ratio is the time of both to the longer of
+the two alone: 1 is perfect overlap, 2 is none.  ``numpy`` computes without the GIL, ``python`` holds it.  Times are
+those of the slowest rank, as medians over the turns of a launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks import harness
+from hpccomm.cluster.nodes import Cluster
+from hpccomm.launcher import library
+
+SHAPES = ["2x1,1gbit", "4x1,100mbit"]
+NBYTES, TURNS = 1 << 24, 5
+AIMS = {"numpy": 1.15, "python": 1.3}
+"""The largest ratio that ours shall have."""
+
+
+def compute_in_numpy(steps: int) -> None:
+    """Work on an array in the second-level cache."""
+    x = np.linspace(1, 2, 20_000)
+    for _ in range(steps):
+        np.sqrt(x, out=x)
+
+
+def compute_in_python(steps: int) -> None:
+    """Count."""
+    total = 0
+    for _ in range(steps):
+        for k in range(200):
+            total += k
+
+
+COMPUTATIONS = {"numpy": compute_in_numpy, "python": compute_in_python}
+
+
+def measure() -> list[dict[str, Any]]:
+    """One launch (collective): a row for each computation, and ours and native MPI."""
+    from mpi4py import MPI
+
+    from hpccomm import Communicator
+
+    world = MPI.COMM_WORLD
+    x, y = np.ones(NBYTES // 4, "f4"), np.zeros(NBYTES // 4, "f4")
+    calls = {"ours": Communicator(world).Iallreduce, "native": MPI.Intracomm(world).Iallreduce}
+    rows = []
+    for kind, compute in COMPUTATIONS.items():
+        for name, call in calls.items():
+            alone = measure_turns(world, {"call": lambda call=call: call(x, y).Wait()})["call"]
+            steps = steps_of(world, compute, alone)
+            runs = {
+                "call": lambda call=call: call(x, y).Wait(),
+                "computation": lambda steps=steps, compute=compute: compute(steps),
+                "both": lambda call=call, steps=steps, compute=compute: overlap(call(x, y), compute, steps),
+            }
+            rows.append({"compute": kind, "by": name, **measure_turns(world, runs)})
+            assert (y == world.size).all()
+    return rows
+
+
+def overlap(request: Any, compute: Callable[[int], None], steps: int) -> None:
+    """Compute while a request is under way."""
+    compute(steps)
+    request.Wait()
+
+
+def measure_turns(world: Any, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The median seconds of each, of the slowest rank in each turn (collective)."""
+
+    def clock(run: Callable[[], object]) -> float:
+        world.Barrier()
+        began = time.perf_counter()
+        run()
+        return float(max(world.allgather(time.perf_counter() - began)))
+
+    found = harness.take_turns({name: lambda run=run: clock(run) for name, run in runs.items()}, TURNS)
+    return {name: median(times) for name, times in found.items()}
+
+
+def steps_of(world: Any, compute: Callable[[int], None], seconds: float) -> int:
+    """Steps of a computation that takes so long where all ranks compute at a time (collective)."""
+    steps = 1000
+    took = measure_turns(world, {"trial": lambda: compute(steps)})["trial"]
+    return max(1, int(steps * seconds / took))
+
+
+def measure_shape(shape: harness.Shape, rounds: int) -> dict[str, Any]:
+    """All launches on one cluster."""
+    with Cluster(shape.nodes, shape.rate) as cluster:
+        run = harness.on_cluster(cluster, shape)
+        launches = [harness.launch(run, ["-m", "benchmarks.overlap"], "--work") for _ in range(rounds)]
+    return {**shape._asdict(), "launches": launches}
+
+
+def title(record: dict[str, Any]) -> str:
+    """A record's shape in words."""
+    return harness.Shape(record["nodes"], tuple(record["per_node"]), record["placement"], record["rate"]).title
+
+
+def table(record: dict[str, Any]) -> str:
+    """One shape: times alone, and the ratio, over the launches."""
+    lines = []
+    for kind in COMPUTATIONS:
+        for name in ("ours", "native"):
+            rows = [row for rows in record["launches"] for row in rows if (row["compute"], row["by"]) == (kind, name)]
+            times = [
+                harness.spread([row[what] for row in rows], ".4g", 1e3) for what in ("call", "computation", "both")
+            ]
+            ratios = sorted(row["both"] / max(row["call"], row["computation"]) for row in rows)
+            aim = f"{AIMS[kind]}" if name == "ours" else ""
+            lines.append([kind, name, *times, harness.spread(ratios, ".2f"), aim])
+    head = ["computation", "call by", "call, ms", "computation, ms", "both, ms", "both / longer", "aim"]
+    return f"### {title(record)}, {NBYTES >> 20} MB\n\n{harness.table(head, lines, words=2)}"
+
+
+def main() -> int:
+    """Launch, write, print; inside a launch, measure."""
+    parser = harness.parser("overlap", __doc__, rounds=5, file="overlap-{mpi}.json")
+    harness.add_shapes(parser, SHAPES)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = harness.parse(parser)
+    if args.work:
+        harness.write_on_rank0(args.work, measure())
+        return 0
+    file = harness.results_file(args, mpi=library().family.name)
+    record = harness.Record(file, title, seconds=args.seconds)
+    shapes = {shape.title: shape for shape in args.shape}
+    record.recall_all(shapes, lambda name: measure_shape(shapes[name], args.rounds))
+    for each in record.rows:
+        harness.emit("\n" + table(each))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Loss scaling: the loss is multiplied by a factor, so that 16-bit gradients do not underflow, and steps divided by it.
+
+A gradient that is not finite skips the step on all ranks and halves the factor; many good steps double it (Micikevicius
+et al., *Mixed precision training*, ICLR 2018).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from hpccomm.algorithms.error_feedback import all_ranks_true
+from hpccomm.algorithms.reports import MessageReport
+from hpccomm.algorithms.states import children_of
+from hpccomm.algorithms.transforms import (
+    SkipState,
+    Transform,
+    Vector,
+    check_alike,
+    check_transform,
+    require,
+    round_like,
+)
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class LossScale(NamedTuple):
+    """The factor of the loss that keeps 16-bit gradients from underflow; the same on all ranks."""
+
+    value: float = 1.0
+    interval: int = 0
+    """Steps without overflow after which the factor doubles (0: it is constant).  An overflow halves it."""
+    good_steps: int = 0
+    """Steps since the last change."""
+
+    def update(self, overflow: bool) -> LossScale:
+        """The loss scale of the next step."""
+        if not self.interval:
+            return self
+        if overflow:
+            return self._replace(value=max(1.0, self.value / 2), good_steps=0)
+        if self.good_steps + 1 == self.interval:
+            return self._replace(value=min(2.0**24, self.value * 2), good_steps=0)
+        return self._replace(good_steps=self.good_steps + 1)
+
+
+class ScaledState(NamedTuple):
+    """The loss scale of the next step, and what was skipped before the inner state."""
+
+    scale: LossScale
+    inner: SkipState
+
+    def messages(self) -> MessageReport:
+        """The messages of the inner state."""
+        return self.inner.messages()
+
+
+def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = None) -> Transform:
+    """Divide the gradient of a scaled loss by :func:`loss_scale` before ``inner``, which holds the exchange.
+
+    Multiply the loss of every step by ``loss_scale(state)``.  Before anything is exchanged the ranks of ``comm`` agree,
+    in one byte each, whether all gradients are finite; where one is not, all step by zero, ``inner`` and its residuals
+    stay as they are, and the factor halves.  ``first``: by default 65,536, doubled after 2,000 good steps.  Around
+    compressed exchanges too: residuals are in the units of the gradient, whatever the factor was.
+
+    >>> from mpi4py import MPI
+    >>> from hpccomm import scale
+    >>> method, weights = scale_loss(MPI.COMM_SELF, scale(-1), LossScale(8.0, 2)), np.zeros(1)
+    >>> step, state = method.update(np.array([16.0]), method.init(weights), weights)
+    >>> step.tolist(), loss_scale(state)
+    ([-2.0], 8.0)
+    >>> step, state = method.update(np.array([np.inf]), state, weights)
+    >>> step.tolist(), loss_scale(state)
+    ([0.0], 4.0)
+    """
+    check_transform("scale_loss", inner)
+    first = LossScale(2.0**16, 2000) if first is None else first
+    require(isinstance(first, LossScale), f"scale_loss: first is {first!r}: pass hpccomm.LossScale(65536.0, 2000)")
+    require(first.value > 0, f"scale_loss: the scale is {first.value}: pass a positive number")
+
+    def update(gradient: Vector, state: ScaledState, weights: Vector) -> tuple[Vector, ScaledState]:
+        check_alike(gradient, weights)
+        fine = all_ranks_true(comm, bool(np.isfinite(gradient).all()))
+        scale = state.scale.update(not fine)
+        if not fine:
+            skipped = state.inner._replace(skipped=state.inner.skipped + 1)
+            return np.zeros_like(weights), ScaledState(scale, skipped)
+        unscaled = round_like(gradient / state.scale.value, gradient.dtype)
+        step, after = inner.update(unscaled, state.inner.inner, weights)
+        return step, ScaledState(scale, state.inner._replace(inner=after))
+
+    return Transform(lambda weights: ScaledState(first, SkipState(0, inner.init(weights))), update, inner.bucket)
+
+
+def loss_scale(state: Any) -> float:
+    """The factor by which to multiply the loss of the next step: of a state at any depth, 1 where it has none."""
+    if isinstance(state, LossScale):
+        return state.value
+    if not isinstance(state, tuple):
+        return 1.0
+    return next((found for _, each, _ in children_of(state) if (found := loss_scale(each)) != 1.0), 1.0)
