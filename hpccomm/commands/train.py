@@ -185,6 +185,7 @@ def check(args: argparse.Namespace, comm: Communicator) -> list[str]:
     if args.method == "all":
         methods = find_methods("replicas", "servers") if comm.size > 1 else find_methods("replicas")
     sharded = METHODS[methods[0]].loop == "shards"
+    check_framework(args, sharded)
     fill_in(args, DEEP if sharded else TORCH_JOBS.get((args.framework, args.dataset), JOBS[args.dataset]))
     check_values(args)
     if sharded and args.dataset != "stdlib":
@@ -198,7 +199,6 @@ def check(args: argparse.Namespace, comm: Communicator) -> list[str]:
         raise ArgumentError(
             f"--checkpoint with --method {args.method}: a parameter server cannot be saved: use another method"
         )
-    check_framework(args, sharded)
     check_device(args, comm)
     check_files(args, comm)
     args.planned_epochs = args.epochs
