@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32, help="samples of a step and rank")
-    parser.add_argument("--lr", type=float, default=0.01, help="learning rate of one rank")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate of one rank")
     parser.add_argument("--fp16", action="store_true", help="gradients travel in 16 bits")
     parser.add_argument("--save", type=Path, help="where rank 0 saves the model")
     args = parser.parse_args()
