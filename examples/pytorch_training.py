@@ -9,17 +9,19 @@ Every rank has a batch of its own.  At the end rank 0 prints what the model has 
 from __future__ import annotations
 
 import argparse
+import sysconfig
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch_networks import GPT, ResNet, digits, gpt_loss, library_text, sample
 
 import hpccomm
 from hpccomm.torch import LAMB, LARS, OneBitAdam, communicator, compress, local
+from hpccomm.train.torch_networks import GPT, ResNet, gpt_loss
 
 EXCHANGES: dict[str, Any] = {  # what ranks send under DDP
     "gtc": partial(hpccomm.gtc, density=0.01),
@@ -42,6 +44,33 @@ LOCAL: dict[str, Any] = {  # ranks step alone, and exchange models
     "local_sgd": lambda comm, inner: hpccomm.local_sgd(comm, inner, 10),
 }
 METHODS = [*OPTIMIZERS, *EXCHANGES, *LOCAL]
+
+
+def library_text(size: int = 2_000_000) -> torch.Tensor:
+    """The first bytes of the sources of Python's standard library, as integers."""
+    text = bytearray()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= size:
+            break
+    return torch.frombuffer(text[:size], dtype=torch.uint8).long()
+
+
+def sample(text: torch.Tensor, batch: int, context: int, generator: torch.Generator) -> torch.Tensor:
+    """A batch of random extracts, (batch, context + 1)."""
+    starts = torch.randint(len(text) - context, (batch,), generator=generator)
+    return torch.stack([text[start : start + context + 1] for start in starts])
+
+
+def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """scikit-learn's handwritten digits: 1,500 to train on and 297 to test, images (n, 1, 8, 8) and labels."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], torch.tensor(labels)[order]
+    return (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
 
 
 class Digits:

@@ -42,6 +42,8 @@ def test_who_is_there() -> None:
     assert (hvd.rank(), hvd.size()) == (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
     assert (hvd.local_rank(), hvd.local_size()) == (hvd.rank(), hvd.size())
     assert (hvd.cross_rank(), hvd.cross_size()) == (0, 1)
+    assert hvd.mpi_threads_supported() == (MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+    assert (hvd.mpi_built(), hvd.nccl_built(), hvd.gloo_enabled()) == (True, False, False)
 
 
 def test_collectives() -> None:
@@ -61,6 +63,11 @@ def test_collectives() -> None:
         hvd.allgather(torch.full((rank, 2), float(rank))).sum(), torch.tensor(2.0 * sum(r * r for r in range(size)))
     )
     assert torch.equal(hvd.broadcast(torch.tensor([rank]), size - 1), torch.tensor([size - 1]))
+    gathered, copied = hvd.allgather_async(torch.tensor([rank])), hvd.broadcast_async(torch.tensor([rank]), 0)
+    y = torch.tensor([rank])
+    assert hvd.synchronize(hvd.broadcast_async_(y, size - 1)) is y
+    assert (int(y), int(hvd.synchronize(copied))) == (size - 1, 0)
+    assert hvd.synchronize(gathered).tolist() == list(range(size))
     assert hvd.broadcast_object({"rank": rank}, size - 1) == {"rank": size - 1}
     assert hvd.allgather_object(rank) == list(range(size))
     assert [float(each) for each in hvd.grouped_allreduce([x, x], op=hvd.Max)[0]] == [total] * 3

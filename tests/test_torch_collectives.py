@@ -483,6 +483,59 @@ MISTAKES: dict[str, tuple[Callable[[int, int], Any], type[Exception], str]] = {
         MismatchError,
         "Allgather",
     ),
+    **{
+        f"root of {name}": (call, MismatchError, r"root=0\), rank 1 called .*root=1\).*: name the same root")
+        for name, call in {
+            "broadcast": lambda rank, size: dist.broadcast(torch.ones(8), int(rank == 1)),
+            "broadcast of nothing": lambda rank, size: dist.broadcast(torch.ones(0), int(rank == 1)),
+            "objects": lambda rank, size: dist.broadcast_object_list([rank], int(rank == 1)),
+            "reduce": lambda rank, size: dist.reduce(torch.ones(8), int(rank == 1)),
+            "gather": lambda rank, size: dist.gather(
+                torch.ones(8), [torch.ones(8)] * size if rank < 2 else None, int(rank == 1)
+            ),
+            "scatter": lambda rank, size: dist.scatter(
+                torch.ones(8), [torch.ones(8)] * size if rank < 2 else None, int(rank == 1)
+            ),
+        }.items()
+    },
+    **{
+        f"length of {name}": (call, MismatchError, r"8 float32, root=0\), rank 1 called .*9 float32.*make the counts")
+        for name, call in {
+            "broadcast": lambda rank, size: dist.broadcast(torch.ones(8 + (rank == 1)), 0),
+            "reduce": lambda rank, size: dist.reduce(torch.ones(8 + (rank == 1)), 0),
+            "gather": lambda rank, size: dist.gather(
+                torch.ones(8 + (rank == 1)), None if rank else [torch.ones(8)] * size, 0
+            ),
+            "scatter": lambda rank, size: dist.scatter(
+                torch.ones(8 + (rank == 1)), None if rank else [torch.ones(8)] * size, 0
+            ),
+        }.items()
+    },
+    "average and sum at the root": (
+        lambda rank, size: dist.reduce(torch.ones(7), 0, Op.AVG if rank == 1 else Op.SUM),
+        MismatchError,
+        r"reduce\(sum, 7 float32, root=0\), rank 1 called reduce\(avg, 7 float32, root=0\): use the same operation",
+    ),
+    "8-bit floats of two kinds": (
+        lambda rank, size: dist.broadcast(torch.ones(8).to(torch.float8_e5m2 if rank == 1 else torch.float8_e4m3fn), 0),
+        MismatchError,
+        "8 float8_e4m3fn, root=0.*8 float8_e5m2, root=0",
+    ),
+    "sparse shapes": (
+        lambda rank, size: dist.all_reduce(torch.ones((2, 6) if rank == 1 else (3, 4)).to_sparse()),
+        MismatchError,
+        r"sparse all_reduce\(sum, 3x4 float32\), rank 1 called sparse all_reduce\(sum, 2x6 float32\)",
+    ),
+    "root of another group": (
+        lambda rank, size: dist.broadcast(torch.ones(8), 17),
+        ArgumentError,
+        r"the root is rank 17 of a group of \d ranks: name one of 0 to",
+    ),
+    "meta": (
+        lambda rank, size: dist.all_reduce(torch.ones(8, device="meta")),
+        ArgumentError,
+        "a tensor on the meta device has no elements",
+    ),
     "average of integers": (
         lambda rank, size: dist.all_reduce(torch.ones(8, dtype=torch.int64), Op.AVG),
         ArgumentError,

@@ -47,4 +47,12 @@ def test_the_example_trains(network: str, method: str, entry_point: dict[str, st
     assert f"{network} {method}:" in done.stdout
 
 
+def test_the_example_in_horovods_spelling_trains(entry_point: dict[str, str], tmp_path: Path) -> None:
+    program = [str(ROOT / "examples" / "horovod_digits.py"), "--epochs", "4", "--save", str(tmp_path / "model")]
+    done = run_under_mpi(2, *program, "--fp16", timeout=200, environ=entry_point)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) > 0.8
+    assert (tmp_path / "model").exists()
+
+
 __all__ = ["entry_point"]

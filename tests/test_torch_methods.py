@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from test_torch_training import CONTEXT, batch_of, hash_of, hashes_of, make_model
-from torch_networks import gpt_loss
 from torch_world import dist, process_group, torch
 
 import hpccomm
 from hpccomm import progress
 from hpccomm.errors import ArgumentError
 from hpccomm.torch import LAMB, LARS, OneBitAdam, communicator, compress, local, second_hop
+from hpccomm.train.torch_networks import gpt_loss
 
 pytestmark = pytest.mark.mpi(sizes=(2,), timeout=300)
 

@@ -13,7 +13,7 @@ from torch_world import dist, process_group, torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from torch_networks import GPT, ResNet, gpt_loss
+from hpccomm.train.torch_networks import GPT, ResNet, gpt_loss
 
 pytestmark = pytest.mark.mpi(sizes=(2,), timeout=300)
 

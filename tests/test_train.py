@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+import hpccomm
 from hpccomm.algorithms.exchange import allreduce_bytes, synchronous_adam, synchronous_sgd
 from hpccomm.algorithms.transforms import Transform
 from hpccomm.buckets import Bucket
@@ -358,6 +359,48 @@ def test_a_signal_saves_and_ends_a_run_that_the_same_command_resumes(tmp_path: P
     assert read_epochs("halves") == read_epochs("whole")
 
 
+# Networks of PyTorch
+
+
+@pytest.fixture(scope="module", params=["digits", "stdlib"])
+def torch_network(request: pytest.FixtureRequest) -> tuple[Dataset, Any]:
+    """A few random samples of the shape of a dataset, and its network."""
+    networks = pytest.importorskip("hpccomm.train.torch_networks", reason="needs torch")
+    rng, classes = np.random.default_rng(0), 10
+    inputs = {"digits": rng.random((48, 64), "f4"), "stdlib": rng.integers(0, classes, (48, CONTEXT), "u1")}
+    x, y = inputs[request.param], rng.integers(0, classes, 48)
+    data = Dataset(x, y, x, y, classes)
+    return data, networks.network_for(data)
+
+
+def test_networks_of_torch_compute_the_gradient_of_their_loss(torch_network: tuple[Dataset, Any]) -> None:
+    data, network = torch_network
+    bucket = Bucket(network.shapes)
+    weights, gradient = bucket.flatten(network.initial_weights(0)), bucket.flatten(network.initial_weights(1))
+    x, y = data.inputs[:8], data.targets[:8]
+    loss = network.learn(bucket.views(weights), x, y, bucket.views(gradient))
+    assert network.scores(bucket.views(weights), x).shape == (8, 10)
+    one = sum(network.learn(bucket.views(weights), x[[k]], y[[k]], bucket.views(gradient.copy())) for k in range(8))
+    assert loss == pytest.approx(one, rel=1e-5)  # sums of float32 in another order
+    rate = 1e-3 / float(gradient @ gradient)
+    moved = network.learn(bucket.views(weights - np.float32(rate) * gradient), x, y, bucket.views(gradient.copy()))
+    assert loss - moved == pytest.approx(1e-3, rel=0.2)  # of first order, in float32
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("method", ["dense", "gtc", "bmuf"])
+def test_networks_of_torch_train_by_every_method(
+    comm: MPI.Intracomm, torch_network: tuple[Dataset, Any], method: str
+) -> None:
+    data, network = torch_network
+    way = command.METHODS[method]
+    made = way.make(MethodSetup(hpccomm.Communicator(comm), Bucket(network.shapes), way.lr / 10, 6, period=2))
+    weights, epochs = train(comm, data, network, made, Settings(2, 16, 0, way.steps_locally))
+    assert all(np.array_equal(each, weights) for each in comm.allgather(weights))
+    assert np.isfinite(weights).all()
+    assert epochs[-1].loss < epochs[0].loss
+
+
 # The command
 
 
@@ -443,6 +486,8 @@ def test_curves_add_up_the_epochs() -> None:
         (("digits", "--lr", "nan"), "--lr nan: give a positive number"),
         (("digits", "--density", "2"), "--density 2.0: give a share above 0, at most 1"),
         (("digits", "--period", "0"), "--period 0: give 1 or more"),
+        (("digits", "--framework", "tf"), "--framework 'tf' is not known: use one of numpy, torch"),
+        (("stdlib", "--framework", "torch", "--method", "mics"), "--framework torch with --method mics: leave one"),
         (("digits", "--mode", "sync"), "--mode sync: use bsp, asp, or ssp:3"),
         (("digits", "--method", "ps", "--servers", "9"), "--servers 9 of "),
         (("digits", "--json", "no/such/folder/out.json"), "--json no/such/folder/out.json: No such file"),

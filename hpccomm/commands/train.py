@@ -54,6 +54,24 @@ JOBS = {
     ),
 }
 
+TORCH_JOBS = {("torch", "digits"): Job(5, 64, None, ""), ("torch", "stdlib"): DEEP}
+"""Default size by framework and dataset, where it is not that of the dataset."""
+
+
+class Framework(NamedTuple):
+    """What makes the networks."""
+
+    module: str
+    """The module that has ``network_for``."""
+    rate: float
+    """Default learning rates by those of the methods: ResNet-20 learns the digits at a fifth, hardly at the whole."""
+
+
+FRAMEWORKS = {
+    "numpy": Framework("hpccomm.train.networks", 1.0),
+    "torch": Framework("hpccomm.train.torch_networks", 0.2),
+}
+
 COLUMNS = (
     f"{'Loss':>10}{'Accuracy':>10}{'Compute(s)':>12}{'Exchange(s)':>13}{'Step(s)':>9}"
     f"{'Bytes/step':>12}{'Dense/sent':>12}\n"
@@ -81,6 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--algorithm", default="auto", help="algorithm of dense allreduces (default: auto)")
     add_method_flags(parser)
     add("--device", default="cpu", help="where to compute: cpu, or cuda with CuPy (default: cpu)")
+    add(
+        "--framework",
+        default="numpy",
+        help="numpy: small networks of its own; torch: ResNet-20 for digits, a GPT of six layers for stdlib "
+        "(default: numpy)",
+    )
     add("--progress", action="store_true", help="show a progress bar even if stderr is no terminal (needs tqdm)")
     add("--json", type=Path, metavar="FILE", help="write the results into this file")
     add("--plot", type=Path, metavar="FILE", help="draw loss against bytes and time (png, svg or pdf)")
@@ -161,7 +185,8 @@ def check(args: argparse.Namespace, comm: Communicator) -> list[str]:
     if args.method == "all":
         methods = find_methods("replicas", "servers") if comm.size > 1 else find_methods("replicas")
     sharded = METHODS[methods[0]].loop == "shards"
-    fill_in(args, DEEP if sharded else JOBS[args.dataset])
+    check_framework(args, sharded)
+    fill_in(args, DEEP if sharded else TORCH_JOBS.get((args.framework, args.dataset), JOBS[args.dataset]))
     check_values(args)
     if sharded and args.dataset != "stdlib":
         raise ArgumentError(f"--method {args.method} trains a deep network on text: use the dataset stdlib")
@@ -208,6 +233,20 @@ def check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not flag.valid(value):
             raise ArgumentError(f"{flag_of(name)} {value}: {flag.remedy}")
+
+
+def check_framework(args: argparse.Namespace, sharded: bool) -> None:
+    """Raise for a framework that is not known or not installed, and for runs that it cannot do."""
+    check_choice("--framework", args.framework, FRAMEWORKS)
+    if args.framework == "numpy":
+        return
+    if sharded or args.device != "cpu":
+        what = f"--method {args.method}" if sharded else f"--device {args.device}"
+        raise ArgumentError(f"--framework {args.framework} with {what}: leave one flag out")
+    try:
+        import_module(FRAMEWORKS[args.framework].module)
+    except ImportError:
+        raise ArgumentError("--framework torch needs PyTorch: pip install torch") from None
 
 
 def check_device(args: argparse.Namespace, comm: Communicator) -> None:
@@ -318,8 +357,8 @@ LOOPS = {"replicas": train_replicas, "servers": train_servers, "shards": train_s
 
 
 def learning_rate(args: argparse.Namespace, method: Method) -> float:
-    """The rate that was given, or the method's."""
-    return method.lr if args.lr is None else float(args.lr)
+    """The rate that was given, or the method's for this framework."""
+    return method.lr * FRAMEWORKS[args.framework].rate if args.lr is None else float(args.lr)
 
 
 def prepare(name: str, args: argparse.Namespace, data: Dataset, comm: Communicator) -> tuple[Any, Any, Any, Console]:
@@ -327,9 +366,8 @@ def prepare(name: str, args: argparse.Namespace, data: Dataset, comm: Communicat
     from hpccomm.algorithms.device import run_on_host
     from hpccomm.buckets import Bucket
     from hpccomm.train.loop import TRIAL_STEPS, Settings, count_steps
-    from hpccomm.train.networks import network_for
 
-    method, network = METHODS[name], network_for(data)
+    method, network = METHODS[name], import_module(FRAMEWORKS[args.framework].module).network_for(data)
     library = import_module("cupy" if args.device == "cuda" else "numpy")
     settings = Settings(args.epochs, args.batch_size, args.seed, method.steps_locally, library)
     lr = learning_rate(args, method)
@@ -369,6 +407,7 @@ def finish(
         return None
     return {
         "dataset": args.dataset,
+        "framework": args.framework,
         "method": name,
         "ranks": comm.size,
         "seed": args.seed,
@@ -378,7 +417,7 @@ def finish(
     }
 
 
-RUN_ARGUMENTS = ("dataset", "batch_size", "samples", "seed", "algorithm")
+RUN_ARGUMENTS = ("dataset", "framework", "batch_size", "samples", "seed", "algorithm")
 """Arguments beside the method's that must be the same when a saved run is resumed."""
 
 
@@ -405,6 +444,7 @@ def headline(name: str, lr: float, args: argparse.Namespace, comm: Communicator)
     return (
         f"# hpccomm train {args.dataset}: {name}, lr {lr:g}, batch {args.batch_size} over "
         f"{format_count(comm.size, 'rank')}, seed {args.seed}, allreduce {args.algorithm}"
+        f"{', ' + args.framework if args.framework != 'numpy' else ''}"
         f"{', on ' + args.device if args.device != 'cpu' else ''}\n"
     )
 

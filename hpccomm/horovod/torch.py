@@ -89,6 +89,27 @@ def cross_rank() -> int:
     return world().inter_node.rank
 
 
+def mpi_threads_supported() -> bool:
+    """Whether several threads may call MPI at once."""
+    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+
+
+def mpi_built() -> bool:
+    """Whether calls go through MPI, as they do."""
+    return True
+
+
+mpi_enabled = mpi_built
+
+
+def nccl_built() -> bool:
+    """Whether calls go through another library, as none does."""
+    return False
+
+
+gloo_built = gloo_enabled = cuda_built = rocm_built = ddl_built = ccl_built = nccl_built
+
+
 # Collectives
 
 
@@ -191,18 +212,37 @@ grouped_allreduce = allreduce_group
 
 def allgather(tensor: Any, name: str | None = None) -> Any:
     """The tensors of all ranks one after the other along their first dimension, in which they may differ."""
-    return functional.allgather(tensor.detach(), world())
+    return synchronize(allgather_async(tensor, name))
+
+
+def allgather_async(tensor: Any, name: str | None = None) -> Handle:
+    """:func:`allgather` beside the program."""
+    return Handle(lambda comm: functional.allgather(tensor.detach(), comm), f"allgather({name or ''})")
 
 
 def broadcast(tensor: Any, root_rank: int, name: str | None = None) -> Any:
     """A copy of the root's tensor."""
-    return functional.broadcast(tensor.detach(), root_rank, world())
+    return synchronize(broadcast_async(tensor, root_rank, name))
+
+
+def broadcast_async(tensor: Any, root_rank: int, name: str | None = None) -> Handle:
+    """:func:`broadcast` beside the program."""
+    return Handle(lambda comm: functional.broadcast(tensor.detach(), root_rank, comm), f"broadcast({name or ''})")
 
 
 def broadcast_(tensor: Any, root_rank: int, name: str | None = None) -> Any:
     """The root's tensor, in place."""
-    tensor.detach().copy_(broadcast(tensor, root_rank))
-    return tensor
+    return synchronize(broadcast_async_(tensor, root_rank, name))
+
+
+def broadcast_async_(tensor: Any, root_rank: int, name: str | None = None) -> Handle:
+    """:func:`broadcast_` beside the program."""
+
+    def body(comm: Communicator) -> Any:
+        tensor.detach().copy_(functional.broadcast(tensor.detach(), root_rank, comm))
+        return tensor
+
+    return Handle(body, f"broadcast({name or ''})")
 
 
 def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> Any:

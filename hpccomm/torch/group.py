@@ -21,7 +21,7 @@ from hpccomm.torch.collectives import Collectives
 from hpccomm.torch.messages import Message, receive, send
 from hpccomm.torch.options import Options
 from hpccomm.torch.tensors import Tensor
-from hpccomm.torch.works import CallQueue, Work
+from hpccomm.torch.works import DONE, CallQueue, Work
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Torch's default.  With a shorter one, synchronous calls run on the group's thread as well, so that they can end."""
@@ -107,15 +107,21 @@ class Group(dist.ProcessGroup):
 
     # Running calls
 
-    def _run(self, name: str, options: Any, body: Callable[[Collectives], None], results: list[Any]) -> Work:
+    def _run(self, name: str, options: Any, body: Callable[[Collectives], None], results: list[Any]) -> Any:
         """Run ``body``, which is the call ``name``: at once if torch waits for it anyway."""
         asynchronous = options is None or options.asyncOp
-        work = Work(f"{self._label}: {name}", partial(body, self._collectives), results, self._describe_missing)
         limited = self.timeout < DEFAULT_TIMEOUT
+        if not asynchronous and not limited and self._calls.enter():
+            try:
+                body(self._collectives)
+            finally:
+                self._calls.leave()
+            return DONE
+        work = Work(f"{self._label}: {name}", partial(body, self._collectives), results, self._describe_missing)
         if asynchronous or limited:
             self._calls.submit(work)
         else:
-            self._calls.run(work)
+            self._calls.put(work)
         if not asynchronous:
             work.wait(self.timeout if limited else timedelta(0))
         return work

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from mpi4py import MPI
 
 from hpccomm.errors import MismatchError
 from hpccomm.torch.members import find_left
-from hpccomm.torch.tensors import Tensor, as_array, fill, read
+from hpccomm.torch.tensors import Tensor, as_array, copy_back, find_room, read
 from hpccomm.transports.polling import pause
 
 EAGER_SECONDS = 1e-4
@@ -126,8 +125,7 @@ def send(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message:
 
 def receive(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message:
     """Start to receive a tensor."""
-    stack = ExitStack()
-    dense = stack.enter_context(fill(tensor, who))
+    dense = find_room(tensor, who)
     source = "any rank" if rank == MPI.ANY_SOURCE else f"rank {rank}"
     request = comm.Irecv(as_bytes(dense), rank, tag)
 
@@ -138,7 +136,7 @@ def receive(comm: Any, tensor: Tensor, rank: int, tag: int, who: str) -> Message
                 f"{who} of {expected} bytes ({dense.numel()} {dense.dtype}): rank {status.source} has sent "
                 f"{found}: {REMEDY}"
             )
-        stack.close()
+        copy_back(dense, tensor)
 
     nbytes = dense.numel() * dense.element_size()
     return Message(

@@ -37,23 +37,21 @@ ON_BOOLS: dict[Any, Any] = {
 
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
-REDUCED = (*HALVES, torch.float32, torch.float64, torch.complex64, torch.complex128, *INTEGERS, torch.bool)
+REDUCED = frozenset((*HALVES, torch.float32, torch.float64, torch.complex64, torch.complex128, *INTEGERS, torch.bool))
 """The dtypes that can be reduced; others can be moved only."""
 
 
-def meaning(op: Any, dtype: torch.dtype, who: str) -> Any:
-    """The operation of MPI, or ``"avg"``, for one of torch on a dtype."""
+def prepare(tensor: Tensor, op: Any, who: str) -> tuple[Tensor, Any]:
+    """The summands, and MPI's operation or ``"avg"``.
+
+    The summands are the tensor itself, or for PREMUL_SUM a scaled copy, 16-bit floats in float32.
+    """
+    kind, dtype = op.op, tensor.dtype
     if dtype not in REDUCED:
         raise ArgumentError(f"{who}: {str(dtype).removeprefix('torch.')} cannot be reduced: cast it to float32")
-    return (ON_BOOLS.get(op.op) if dtype == torch.bool else None) or MEANINGS[op.op]
-
-
-def scale(tensor: Tensor, op: Any) -> Tensor:
-    """The summands: of PREMUL_SUM a scaled copy, 16-bit floats in float32; otherwise the tensor itself."""
-    if op.op != KINDS.PREMUL_SUM:
-        return tensor
-    wide = tensor.detach().to(torch.float32) if tensor.dtype in HALVES else tensor.detach()
-    return wide * op.factor
+    if kind == KINDS.PREMUL_SUM:
+        tensor = (tensor.detach().to(torch.float32) if dtype in HALVES else tensor.detach()) * op.factor
+    return tensor, (ON_BOOLS.get(kind) if dtype is torch.bool else None) or MEANINGS[kind]
 
 
 def check_complex(op: Any, dtype: torch.dtype, who: str) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -59,37 +58,41 @@ def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the tensor's elements lie on the CPU in order."""
-    return tensor.is_contiguous() and tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
+    return (
+        tensor.layout is torch.strided
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
 
 
 def check_layout(tensor: Tensor, who: str) -> None:
-    """Raise for tensors that are not strided."""
+    """Raise for tensors that are not strided, or have no memory."""
+    if tensor.is_meta:
+        raise ArgumentError(f"{who}: a tensor on the meta device has no elements: pass one on the CPU")
     if tensor.layout != torch.strided:
         raise ArgumentError(f"{who}: a tensor of layout {tensor.layout} cannot be sent: pass x.to_dense()")
 
 
 def read(tensor: Tensor, who: str) -> Tensor:
     """A dense tensor of the same elements: itself, or a copy on the CPU."""
+    if is_dense(tensor):
+        return tensor
     check_layout(tensor, who)
-    return tensor if is_dense(tensor) else tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
-@contextmanager
-def update(tensor: Tensor, who: str) -> Iterator[Tensor]:
-    """A dense tensor of the same elements, whose changes ``tensor`` has afterwards."""
-    dense = read(tensor, who)
-    yield dense
-    if dense is not tensor:
-        tensor.detach().copy_(dense)
-
-
-@contextmanager
-def fill(tensor: Tensor, who: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-    """A dense tensor without contents, as long as ``tensor`` and of this dtype, whose elements it gets afterwards."""
+def find_room(tensor: Tensor, who: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A dense tensor as long as ``tensor`` and of this dtype: itself, or a new one for :func:`copy_back`."""
+    if (dtype is None or dtype == tensor.dtype) and is_dense(tensor):
+        return tensor
     check_layout(tensor, who)
-    dtype = tensor.dtype if dtype is None else dtype
-    dense = tensor if dtype == tensor.dtype and is_dense(tensor) else torch.empty(tensor.shape, dtype=dtype)
-    yield dense
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
+
+
+def copy_back(dense: Tensor, tensor: Tensor) -> None:
+    """Give ``tensor`` the elements of the dense tensor that stood for it."""
     if dense is not tensor:
         tensor.detach().copy_(dense)
 
@@ -103,18 +106,21 @@ def join(tensors: Sequence[Tensor], who: str) -> Tensor:
     return torch.cat(parts) if len({each.dtype for each in parts}) == 1 else refuse_dtypes(tensors, who)
 
 
-@contextmanager
-def fill_row(tensors: Sequence[Tensor], who: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-    """A dense tensor without contents, as long as all tensors together, which get its elements afterwards."""
-    dtype = tensors[0].dtype if dtype is None else dtype
+def find_row(tensors: Sequence[Tensor], who: str) -> Tensor:
+    """A dense tensor as long as all tensors together: where they lie, or a new one for :func:`copy_apart`."""
+    whole = adjoin(tensors)
+    if whole is not None:
+        return whole
     for each in tensors:
         check_layout(each, who)
         if each.dtype != tensors[0].dtype:
             refuse_dtypes(tensors, who)
-    whole = adjoin(tensors) if dtype == tensors[0].dtype else None
-    row = torch.empty(sum(each.numel() for each in tensors), dtype=dtype) if whole is None else whole
-    yield row
-    if whole is None:
+    return torch.empty(sum(each.numel() for each in tensors), dtype=tensors[0].dtype)
+
+
+def copy_apart(row: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Give tensors the elements of the row that stood for them."""
+    if adjoin(tensors) is None:
         for each, part in zip(tensors, row.split([each.numel() for each in tensors]), strict=True):
             each.detach().copy_(part.view(each.shape))
 
@@ -129,12 +135,12 @@ def adjoin(tensors: Sequence[Tensor]) -> Tensor | None:
     """One tensor on the memory of dense tensors that follow each other in memory, as ``chunk`` makes them."""
     first = tensors[0]
     if len(tensors) == 1:
-        return first.detach().view(-1) if is_dense(first) and first.layout == torch.strided else None
+        return first.detach().view(-1) if is_dense(first) else None
     if first.layout != torch.strided:
         return None
     end, storage, total = first.data_ptr(), first.untyped_storage().data_ptr(), 0
     for each in tensors:
-        if each.layout != torch.strided or each.dtype != first.dtype or not is_dense(each):
+        if each.dtype != first.dtype or not is_dense(each):
             return None
         if each.untyped_storage().data_ptr() != storage or (each.numel() and each.data_ptr() != end):
             return None

@@ -66,6 +66,8 @@ class Work(dist.Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Wait for the call and raise its error; after ``timeout``, if there is one, raise MismatchError."""
+        if self._complete and self._error is None:
+            return True
         seconds = timeout.total_seconds()
         if not self.sleep(seconds if seconds > 0 else None):
             raise MismatchError(f"{self.name} timed out after {seconds:g} s: {self._missing()}")
@@ -121,6 +123,26 @@ class Work(dist.Work):
     _source_rank = source_rank
 
 
+class Done(dist.Work):
+    """The handle of synchronous calls, which have ended before their caller has it."""
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Nothing is to be waited for."""
+        return True
+
+    def is_completed(self) -> bool:
+        """The call has ended."""
+        return True
+
+    is_success = is_completed
+
+    def synchronize(self) -> None:
+        """As :meth:`wait`."""
+
+
+DONE = Done()
+
+
 class CallQueue:
     """Runs the calls of one group one after the other, in the order in which they are given.
 
@@ -137,26 +159,35 @@ class CallQueue:
         self._closed = False
         _queues.add(self)
 
+    def enter(self) -> bool:
+        """Whether this thread may run a call: no other is under way, and none will be before :meth:`leave`."""
+        return not self._calls and not self._closed and self._running.acquire(blocking=False)
+
+    def leave(self) -> None:
+        """End what :meth:`enter` has begun."""
+        self._running.release()
+
     def run(self, work: Work) -> None:
         """Run a call in this thread if no other is under way, else behind the others."""
-        if not self._calls and self._running.acquire(blocking=False):
-            try:
-                future = work.run()
-            finally:
-                self._running.release()
-            if future is not None:
-                work.set_future(future)
-        else:
-            self._put(work)
+        if not self.enter():
+            self.put(work)
+            return
+        try:
+            future = work.run()
+        finally:
+            self.leave()
+        if future is not None:
+            work.set_future(future)
 
     def submit(self, work: Work) -> None:
         """Run a call on the group's thread, or at once where no thread may call MPI."""
         if has_thread():
-            self._put(work)
+            self.put(work)
         else:
             self.run(work)
 
-    def _put(self, work: Work) -> None:
+    def put(self, work: Work) -> None:
+        """Run a call on the group's thread, behind the others."""
         if self._closed:
             raise TransportError(f"{work.name}: the group has been destroyed: make a new one")
         with self._lock:

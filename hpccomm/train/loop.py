@@ -23,7 +23,7 @@ from hpccomm.algorithms.transforms import Transform, Vector
 from hpccomm.arrays import to_device_like
 from hpccomm.buckets import Bucket
 from hpccomm.train.datasets import Dataset
-from hpccomm.train.networks import Network, initial_weights
+from hpccomm.train.networks import Network
 
 EVALUATION_BATCH = 1024
 """Test samples that a network evaluates at once."""
@@ -82,7 +82,7 @@ class Training:
     ) -> None:
         self.comm, self.network, self.method, self.settings = comm, network, method, settings
         self.data, xp = data, settings.library
-        tensors = initial_weights(network.shapes, settings.seed)
+        tensors = network.initial_weights(settings.seed)
         self.bucket = bucket = Bucket(tensors)
         self.weights = bucket.flatten(tensors)
         comm.Bcast(self.weights, 0)
@@ -292,7 +292,7 @@ def train_by_servers(
     from hpccomm.algorithms.parameter_server import ParameterServer
 
     bucket = Bucket(network.shapes)
-    weights = bucket.flatten(initial_weights(network.shapes, settings.seed))
+    weights = bucket.flatten(network.initial_weights(settings.seed))
     server = ParameterServer(comm, weights, optimizer, servers=servers.ranks, mode=servers.mode)
     place, workers = comm.rank - servers.ranks, comm.size - servers.ranks
     sums, models = np.zeros((settings.epochs, 5)), [weights] * settings.epochs

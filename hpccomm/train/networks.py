@@ -25,6 +25,9 @@ class Network(Protocol):
 
     shapes: Shapes
 
+    def initial_weights(self, seed: int) -> dict[str, Array]:
+        """New weights in float32."""
+
     def scores(self, weights: Tensors, inputs: Array) -> Array:
         """The score of each sample and class; the class of the largest score is the prediction."""
 
@@ -32,7 +35,17 @@ class Network(Protocol):
         """Write the gradient of the sum of the samples' losses into ``gradient``; returns that sum."""
 
 
-class Perceptron:
+class Drawn:
+    """A network of matrices, embeddings and vectors that are added."""
+
+    shapes: Shapes
+
+    def initial_weights(self, seed: int) -> dict[str, Array]:
+        """As :meth:`Network.initial_weights`."""
+        return initial_weights(self.shapes, seed)
+
+
+class Perceptron(Drawn):
     """inputs (b, n) → tanh(inputs · hidden + shift) → scores (b, classes); softmax, cross-entropy."""
 
     def __init__(self, inputs: int, hidden: int, classes: int) -> None:
@@ -68,7 +81,7 @@ class Perceptron:
         return loss, slope
 
 
-class Characters:
+class Characters(Drawn):
     """Characters (b, 16) → embeddings side by side → perceptron → next character (Bengio et al. 2003)."""
 
     def __init__(self, classes: int, width: int, hidden: int) -> None:

@@ -1,0 +1,118 @@
+"""Calls of torch.distributed on hpccomm beside gloo, and steps of DDP and FSDP2: run it on a quiet machine.
+
+    hpccomm-run -n 2 -m benchmarks.torch_backends --json torch-p2.json
+    hpccomm-run -n 4 -m benchmarks.torch_backends --rounds 3 --largest 65536
+
+*One launch, groups interleaved.*  A round measures every group once, each after a barrier, in an order that rotates;
+the slowest rank counts.  The null is a second group of hpccomm: its ratio to the first one is what noise alone does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hpccomm.train.torch_networks import GPT, gpt_loss
+
+BUDGET_S = 0.02
+"""Time of a measurement, which decides how often a call is repeated."""
+
+
+def calls(group: Any, length: int, ranks: int) -> dict[str, Callable[[], Any]]:
+    """The collectives on ``length`` float32, the length of the whole vector."""
+    x, row = torch.ones(length), torch.ones(max(ranks, length // ranks * ranks))
+    part = torch.ones(row.numel() // ranks)
+    return {
+        "all_reduce": lambda: dist.all_reduce(x, group=group),
+        "broadcast": lambda: dist.broadcast(x, 0, group=group),
+        "all_gather": lambda: dist.all_gather_into_tensor(row, part, group=group),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, row, group=group),
+        "all_to_all": lambda: dist.all_to_all_single(torch.empty_like(row), row, group=group),
+    }
+
+
+def steps(group: Any) -> dict[str, Callable[[], Any]]:
+    """A step of DDP and one of FSDP2 on the GPT of six layers."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    ddp = torch.nn.parallel.DistributedDataParallel(GPT(), process_group=group)
+    sharded, mesh = GPT(), dist.DeviceMesh.from_group(group, "cpu")
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    text = torch.randint(256, (4, 65))
+
+    def step(model: Any, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        gpt_loss(model, text).backward()
+        optimizer.step()
+
+    models = {"DDP step": ddp, "FSDP2 step": sharded}
+    made = {name: (model, torch.optim.SGD(model.parameters(), 0.01)) for name, model in models.items()}
+    return {name: lambda pair=pair: step(*pair) for name, pair in made.items()}
+
+
+def measure(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of a call on the slowest rank."""
+    dist.barrier()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    elapsed = torch.tensor([(time.perf_counter() - began) / repeats], dtype=torch.float64)
+    dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+    return float(elapsed)
+
+
+def compare(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of every round by group."""
+    repeats = {name: max(1, min(1000, int(BUDGET_S / measure(call, 3)))) for name, call in rows.items()}
+    found: dict[str, list[float]] = {name: [] for name in rows}
+    names = list(rows)
+    for k in range(rounds):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            found[name].append(measure(rows[name], repeats[name]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--largest", type=int, default=64 << 20, help="bytes of the longest vector")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.set_num_threads(1)
+    dist.init_process_group("hpccomm")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    groups = {"hpccomm": dist.new_group(), "null": dist.new_group(), "gloo": dist.new_group(backend="gloo")}
+    sizes = [4**k for k in range(1, 14) if 4**k <= args.largest]
+    results = []
+    for size in [*sizes, 0]:
+        make = partial(calls, length=size // 4, ranks=ranks) if size else steps
+        table = {name: make(group) for name, group in groups.items()}
+        for name in table["gloo"]:
+            seconds = compare({group: table[group][name] for group in groups}, args.rounds)
+            results.append({"call": name, "bytes": size, "ranks": ranks, "seconds": seconds})
+            if rank == 0:
+                middle = {group: median(each) for group, each in seconds.items()}
+                null, gain = middle["null"] / middle["hpccomm"], middle["gloo"] / middle["hpccomm"]
+                times = " ".join(f"{group} {each * 1e6:10.1f}" for group, each in middle.items())
+                print(f"{name:15}{size:>11} B  µs: {times}  null {null:5.2f}  gloo/hpccomm {gain:6.2f}", flush=True)
+    if args.json and rank == 0:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
