@@ -12,6 +12,7 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from functools import partial, wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -883,7 +884,8 @@ def install_abort_hook() -> None:
         finally:
             lines = describe_failure(MPI.COMM_WORLD.rank, error, trace)
             os.write(2, lines.encode(errors="replace"))  # a library may have redirected sys.stderr
-            os.write(2, list_waiting(WAITING_SECONDS).encode(errors="replace"))
+            with suppress(Exception):  # nothing may keep this rank from ending the others
+                os.write(2, list_waiting(WAITING_SECONDS).encode(errors="replace"))
             time.sleep(FLUSH_SECONDS)
             MPI.COMM_WORLD.Abort(1)
 

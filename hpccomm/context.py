@@ -189,13 +189,22 @@ class Context:
         else:
             self.layout = layout.discover(self.private_comm, self.node, MPI.Get_processor_name())
         self.open_consistency_tables()
-        if self.consistency and self.layout.count > 1:
-            mask = between_nodes.MASKS[self.settings["HPCCOMM_DEBUG"] or "sample"]
-            self.consistency.between = between_nodes.BetweenNodes(self.private_comm, self.consistency, mask)
-            threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
-            self.open_group(create_private_comm(self.private_comm) if threads else None)
-        else:
-            self.open_group(None)
+        self.open_group(self._connect_tables() if self.layout.count > 1 else None)
+
+    def _connect_tables(self) -> MPI.Intracomm | None:
+        """Compare calls between nodes if each has a table; the communicator of the watchdogs, if they may have one.
+
+        A node may lack memory for its table, so the ranks agree first (collective).
+        """
+        if self.settings["HPCCOMM_CONSISTENCY"] == "off":
+            return None
+        mine = self.consistency is not None, MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        complete, threads = (all(each) for each in zip(*self.private_comm.allgather(mine), strict=True))
+        if self.consistency is None or not complete:
+            return None
+        mask = between_nodes.MASKS[self.settings["HPCCOMM_DEBUG"] or "sample"]
+        self.consistency.between = between_nodes.BetweenNodes(self.private_comm, self.consistency, mask)
+        return create_private_comm(self.private_comm) if threads else None
 
     def _find_node(self) -> MPI.Intracomm:
         """The ranks of this node, for our messages (collective); what MPI has made of all ranks is their level."""

@@ -122,6 +122,93 @@ def test_an_uncaught_exception_says_where_the_others_wait() -> None:
     assert re.search(r"ranks 0, 2: in Allreduce.*in <module>", said), said
 
 
+NO_DESCRIPTOR = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+comm, x = hpccomm.Communicator(MPI.COMM_WORLD), np.ones(8)
+comm.Allreduce(MPI.IN_PLACE, x)
+"""
+
+
+def test_a_rank_without_a_free_file_descriptor_goes_on() -> None:
+    status, said = run_job(
+        2,
+        NO_DESCRIPTOR
+        + """
+if comm.rank == 1:
+    held = []
+    try:
+        while True:
+            held.append(os.dup(0))
+    except OSError:
+        time.sleep(1)
+    for each in held:
+        os.close(each)
+comm.Allreduce(MPI.IN_PLACE, x)
+""",
+    )
+    assert status == 0, said
+
+
+def test_a_rank_that_fails_without_a_free_file_descriptor_ends_the_others() -> None:
+    status, said = run_job(
+        2,
+        NO_DESCRIPTOR
+        + """
+held = []
+while comm.rank == 1:
+    held.append(os.dup(0))
+comm.Allreduce(MPI.IN_PLACE, x)
+""",
+    )
+    assert status != 0
+    assert "rank 1 aborts all ranks: uncaught exception" in said
+    assert "Error in sys.excepthook" not in said
+
+
+def test_messages_of_the_watchdog_never_reach_the_next_communicator() -> None:
+    status, said = run_job(
+        2,
+        """
+        from hpccomm.calls import watchdog
+        context.ranks_of_this_node = lambda comm: comm.Split(comm.rank, 0)
+        watchdog.PERIOD = 100
+        for length in (10, 1 << 21):
+            comm = hpccomm.Communicator(MPI.COMM_WORLD.Dup())
+            group = comm.context._group
+            if group.wire is not None and comm.rank == 0:
+                group.ask(1, 1, 0)
+                group.send(1, watchdog.ANSWER, (7, "x" * length))
+            MPI.COMM_WORLD.Barrier()
+            comm.Free()
+            made = [MPI.COMM_WORLD.Split(0, 0) for k in range(40)]
+            MPI.COMM_WORLD.Barrier()
+            time.sleep(0.2)
+            assert not any(each.Iprobe() for each in made)
+        """,
+    )
+    assert status == 0, said
+
+
+def test_a_node_without_memory_for_its_table_keeps_no_other_from_starting() -> None:
+    status, said = run_job(
+        3,
+        """
+        two_nodes()
+        def refuse(*arguments):
+            raise hpccomm.TransportError("no memory")
+        if MPI.COMM_WORLD.rank < 2:
+            context.SharedSegment = refuse
+        comm = hpccomm.Communicator(MPI.COMM_WORLD)
+        for k in range(70):
+            comm.Allreduce(np.full(3, k), total := np.empty(3, int))
+            assert total.tolist() == [3 * k] * 3
+        """,
+    )
+    assert status == 0, said
+    assert "rank 0: no consistency table" in said
+
+
 def test_stacks_shows_all_ranks_of_a_running_job(capsys: pytest.CaptureFixture[str]) -> None:
     program = SETUP + STUCK.replace("sleep(5)", "sleep(60)").replace("\nif", "\nprint('ready', flush=True)\nif")
     with start(2, ["-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mpi4py import MPI
 
+from hpccomm import Communicator
 from hpccomm.__main__ import main
 from hpccomm.errors import ArgumentError, LaunchError
 from hpccomm.launcher import trace_into
@@ -123,6 +125,14 @@ def test_a_program_that_ends_with_an_error_keeps_its_error(tmp_path: Path) -> No
     assert "my own mistake" in done.stderr
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_ends_long_after_the_others_does_not_hang(tmp_path: Path, late: int) -> None:
+    program = f"timeline.AGREEMENT_SECONDS = 0.5; time.sleep(2 * (comm.rank == {late}))"
+    done = run_traced(3, tmp_path / "t.json", "-c", f"{LATE}\nfrom hpccomm.observe import timeline\n{program}")
+    assert done.returncode == 0, done.stderr
+    assert sorted(each.name for each in tmp_path.iterdir()) == [f"t.json.rank{rank}" for rank in range(3)]
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_the_start(tmp_path: Path) -> None:
     assert trace_into(None) == {}
     assert trace_into(tmp_path / "x.json") == {"HPCCOMM_TIMELINE": str(tmp_path / "x.json")}
@@ -182,6 +192,26 @@ def test_bytes_are_those_of_the_first_array() -> None:
     assert count_bytes([(x, None)]) == 12
     assert count_bytes([None, [], {}]) == 0
     assert count_bytes([]) == 0
+
+
+class Claim:
+    """An object that claims to have so many bytes, or raises, as a sparse tensor does."""
+
+    def __init__(self, claimed: Any) -> None:
+        self._claimed = claimed
+
+    @property
+    def nbytes(self) -> Any:
+        if self._claimed is None:
+            raise RuntimeError("nbytes is not defined for sparse tensors")
+        return self._claimed
+
+
+@pytest.mark.parametrize("claimed", [None, 1 << 70, "many"])
+def test_an_object_without_a_number_of_bytes_travels(claimed: Any) -> None:
+    comm = Communicator(MPI.COMM_SELF)
+    sent = Claim(claimed)
+    assert comm.bcast(sent)._claimed == comm.allgather(sent)[0]._claimed == claimed
 
 
 def test_only_the_last_calls_are_kept() -> None:

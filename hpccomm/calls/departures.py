@@ -27,11 +27,16 @@ class Departure:
 
 
 def stat_of(pid: int) -> tuple[str, int, int]:
-    """Name, parent and start time of a process; empty and zeros if there is none."""
+    """Name, parent and start time of a process; empty and zeros if there is none, or this process cannot see it."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        return read_stat(pid)
     except OSError:
         return "", 0, 0
+
+
+def read_stat(pid: int) -> tuple[str, int, int]:
+    """The same; raises OSError where it cannot be read."""
+    text = Path(f"/proc/{pid}/stat").read_text()
     name, _, rest = text.partition("(")[2].rpartition(")")
     fields = rest.split()
     return ("", 0, 0) if fields[0] == "Z" else (name, int(fields[1]), int(fields[19]))
@@ -57,6 +62,12 @@ class Launchers:
     def describe_loss(self) -> str:
         """The sentence for a launcher that is gone; empty while all are there."""
         for pid, started in self._found.items():
-            if stat_of(pid)[2] != started:
+            try:
+                now = read_stat(pid)[2]
+            except (FileNotFoundError, ProcessLookupError):
+                now = 0
+            except OSError:  # no file descriptor is free, which says nothing of the launcher
+                continue
+            if now != started:
                 return f"the launcher (process {pid}) is gone: this rank ends"
         return ""

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 from hpccomm.calls.departures import Launchers
@@ -63,6 +64,8 @@ class Group:
     ) -> None:
         self.comm, self.rank, self.nodes, self.table, self.wire = comm, rank, nodes, table, wire
         self._since, self._sent = (0, 0.0), list[tuple[MPI.Request, bytes]]()
+        self._counts = np.zeros((2, sum(map(len, nodes))), np.int64)
+        """``(2, p)`` messages sent to each rank, and received from it."""
         self._asked: list[tuple[int, int, float, Inquiry]] = []
         """What other nodes have asked and this rank has not answered: who, the number, when, and what was found."""
         self.answers: dict[int, list[State]] = {}
@@ -104,6 +107,14 @@ class Group:
         assert self.wire is not None
         self._sent = [each for each in self._sent if not each[0].Test()]
         self._sent.append((self.wire.Isend([octets, MPI.BYTE], rank, tag), octets))
+        self._counts[0, rank] += 1
+
+    def receive(self, wire: MPI.Intracomm, status: MPI.Status) -> Any:
+        """The content of a message that has arrived."""
+        octets = bytearray(status.Get_count(MPI.BYTE))
+        wire.Recv([octets, MPI.BYTE], status.source, status.tag)
+        self._counts[1, status.source] += 1
+        return json.loads(octets)
 
     def ask(self, rank: int, number: int, comm: int) -> None:
         """Ask where the ranks of the node of ``rank`` stand."""
@@ -115,9 +126,7 @@ class Group:
             return False
         status = MPI.Status()
         while self.wire.Iprobe(status=status):
-            octets = bytearray(status.Get_count(MPI.BYTE))
-            self.wire.Recv([octets, MPI.BYTE], status.source, status.tag)
-            content = json.loads(octets)
+            content = self.receive(self.wire, status)
             if status.tag == REQUEST:
                 number, comm = content
                 self._asked.append((status.source, number, time.monotonic(), Inquiry(self.processes, comm)))
@@ -139,7 +148,18 @@ class Group:
             _watchdog.groups.pop(self.comm.number, None)
             wire, self.wire = self.wire, None
         if wire is not None:
+            self._drain(wire)
             wire.Free()
+
+    def _drain(self, wire: MPI.Intracomm) -> None:
+        """Receive what is under way, which MPI could deliver to the next communicator (seen with MPICH)."""
+        (sent, received), due, status = self._counts, np.empty_like(self._counts[0]), MPI.Status()
+        wire.Alltoall(sent, due)
+        for rank in np.repeat(np.arange(due.size), due - received).tolist():
+            wire.Probe(rank, status=status)
+            self.receive(wire, status)
+        for request, _ in self._sent:
+            request.Wait()
 
 
 class Report:
@@ -274,8 +294,9 @@ class Watchdog:
         launchers, busy = Launchers(), False
         while True:
             time.sleep(QUICK if busy else PERIOD)
-            if launchers.describe_loss():
-                end_orphan(launchers.describe_loss())
+            loss = launchers.describe_loss()
+            if loss:
+                end_orphan(loss)
             recorder().answer_request()
             for group in list(self.groups.values()):
                 with contextlib.suppress(ValueError):  # another thread frees the communicator

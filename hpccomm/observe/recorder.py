@@ -218,8 +218,9 @@ def read_stacks() -> list[Stack]:
 
 def source_of(file: str, line: int) -> str:
     """A line of a program, without Python's cache of lines, which another thread may be filling."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(file).read_text(errors="replace").splitlines()[line - 1].strip()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        if Path(file).is_file():  # a program may be read from a pipe, where reading would wait
+            return Path(file).read_text(errors="replace").splitlines()[line - 1].strip()
     return ""
 
 
@@ -366,13 +367,18 @@ def recorder() -> Recorder:
 os.register_at_fork(after_in_child=recorder.cache_clear)
 
 
+MOST_BYTES = (1 << 63) - 1
+"""The largest number of bytes that an event can have: objects may claim more."""
+
+
 def count_bytes(args: Sequence[Any]) -> int:
     """The bytes of the first array among the arguments of a call; 0 where there is none."""
     for each in args:
         first = each[0] if isinstance(each, (list, tuple)) and each else each
-        nbytes = getattr(first, "nbytes", None)
-        if isinstance(nbytes, int):
-            return nbytes
+        with contextlib.suppress(Exception):  # a sparse tensor raises
+            nbytes = first.nbytes
+            if isinstance(nbytes, int):
+                return min(nbytes, MOST_BYTES)
     return 0
 
 
@@ -393,8 +399,10 @@ def shorten(ranks: Sequence[int]) -> str:
 @contextlib.contextmanager
 def open_ring(pid: int) -> Iterator[Ring | None]:
     """The memory of another process; None if it has none, or this user may not see it."""
-    ring = None
-    for link in sorted(Path(f"/proc/{pid}/fd").glob("*")) if pid else ():
+    ring, links = None, list[Path]()
+    with contextlib.suppress(OSError):  # this process may have no file descriptor left
+        links = sorted(Path(f"/proc/{pid}/fd").glob("*")) if pid else []
+    for link in links:
         with contextlib.suppress(OSError, ValueError):
             if os.readlink(link) == f"/memfd:{FILE} (deleted)":
                 with open(link, "r+b") as file:
@@ -468,8 +476,10 @@ def condition_of(pid: int) -> str:
     """Why a process does not answer: it is stopped or gone, or it may hold the interpreter or wait for a core."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+    except (FileNotFoundError, ProcessLookupError, IndexError):
         return "has ended"
+    except OSError:
+        return NO_ANSWER
     states = {"T": "is stopped", "t": "is stopped by a debugger", "Z": "has ended"}
     return states.get(state, NO_ANSWER)
 

@@ -76,13 +76,36 @@ def finish() -> None:
 
 
 def all_arrive(world: Any) -> bool:
-    """Whether all ranks come to the end of the program."""
-    request, until = world.Ibarrier(), time.monotonic() + AGREEMENT_SECONDS
-    while not request.Test():
+    """Whether all ranks come to the end of the program in time: the same on all that come, late or not.
+
+    Rank 0 asks every rank, which answers that it waits, or that it has given up before; a rank that waits is then told
+    whether all do.
+    """
+    until = time.monotonic() + AGREEMENT_SECONDS
+    if world.rank == 0:
+        others = range(1, world.size)
+        _sent.extend(world.isend(True, rank, ASK) for rank in others)
+        together = all([receive(world, rank, ANSWER, until) for rank in others])
+        _sent.extend(world.isend(together, rank, DECISION) for rank in others)
+        return together
+    waits = receive(world, 0, ASK, until)
+    _sent.append(world.isend(waits, 0, ANSWER))
+    return waits and bool(world.recv(source=0, tag=DECISION))
+
+
+ASK, ANSWER, DECISION = 23464, 23465, 23466
+"""Tags."""
+_sent: list[Any] = []
+"""Messages that a rank which has ended does not receive; their memory is kept."""
+
+
+def receive(world: Any, rank: int, tag: int, until: float) -> bool:
+    """The content of a message; False if it has not come until then."""
+    while not world.Iprobe(rank, tag):
         if time.monotonic() > until:
             return False
         time.sleep(0.001)
-    return True
+    return bool(world.recv(source=rank, tag=tag))
 
 
 def compare_clocks(world: Any) -> int:
