@@ -12,6 +12,7 @@ int8      256  B + 4                           multiples of max/127
 e4m3      256  B + 4                           8-bit floats with 3 bits of mantissa, max becomes 448
 e5m2      256  B + 4                           with 2 bits of mantissa, max becomes 57344
 mx        32   B + 1                           e4m3 times a power of two (OCP Microscaling, MXFP8)
+int4      128  B/2 + 4                         multiples of max/7, two in a byte
 ========  ===  ==============================  =============================================================
 """
 
