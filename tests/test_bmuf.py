@@ -22,7 +22,7 @@ from hpccomm.algorithms.local_steps import (
     slowmo,
 )
 from hpccomm.algorithms.reports import report
-from hpccomm.algorithms.states import snapshot
+from hpccomm.algorithms.states import for_ranks, snapshot
 from hpccomm.algorithms.transforms import AdamState, Transform, adam, chain, momentum, scale
 from hpccomm.arrays import borrow
 from hpccomm.errors import ArgumentError
@@ -228,6 +228,22 @@ def test_a_single_rank_steps_with_the_inner_optimizer_only() -> None:
     weights += step
     assert np.array_equal(weights, expected)
     assert np.array_equal(method.export(state), expected)
+
+
+def test_a_run_that_goes_on_alone_keeps_its_cost() -> None:
+    weights = np.zeros(4)
+
+    def run(comm: Any, state: Any = None) -> Any:
+        method = bmuf(comm, scale(-1.0), 2)
+        state = method.init(weights) if state is None else state
+        for _ in range(2):
+            _, state = method.update(np.ones(4), state, weights)
+        return state
+
+    alone = for_ranks(run_on_ranks(2, run), 0, 1)
+    before = report(alone).cost
+    assert before.wire_bytes > 0
+    assert report(run(MPI.COMM_SELF, alone)).cost == before
 
 
 # What every method keeps

@@ -181,6 +181,35 @@ def test_states_are_divided_on_any_number_of_ranks() -> None:
         run_on_ranks(ranks, body)
 
 
+@pytest.mark.mpi(sizes=(2, 3))
+@pytest.mark.parametrize("dtype", ["f2", "bfloat16"])
+def test_a_run_with_16_bit_gradients_continues_on_fewer_ranks(comm: Communicator, dtype: str) -> None:
+    """The buffers of the mean have lengths that depend on the bucket and on the number of ranks."""
+    pytest.importorskip("ml_dtypes")
+    kind = np.dtype(dtype)
+
+    def exchange_on(ranks: Communicator) -> BucketedExchange:
+        weights = {name: np.zeros(3, kind) for name in "abc"}
+        return BucketedExchange(ranks, weights, lambda comm: hpccomm.synchronous_sgd(comm, 1, momentum=0.5))
+
+    def step(exchange: BucketedExchange) -> list[float]:
+        exchange.add({name: np.ones(3, kind) for name in "abc"})
+        return [float(each[0]) for each in exchange.finish().values()]
+
+    exchange = exchange_on(comm)
+    assert step(exchange) == [-1] * 3
+    saved = comm.allgather(exchange.collect_state())
+    again = exchange_on(comm)
+    again.restore_state(saved[comm.rank])
+    assert step(exchange) == step(again) == [-1.5] * 3
+    fewer = comm.Split(int(comm.rank == comm.size - 1), comm.rank)
+    if comm.rank < comm.size - 1:
+        resumed = exchange_on(fewer)
+        resumed.restore_state(hpccomm.for_ranks(saved, fewer.rank, fewer.size))
+        assert step(resumed) == [-1.5] * 3
+    fewer.Free()
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_the_mean_is_exact_for_mixed_dtypes_and_tied_weights(comm: Communicator, size: int) -> None:
     import ml_dtypes

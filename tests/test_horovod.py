@@ -127,6 +127,20 @@ def test_gradients_may_be_clipped_between_synchronize_and_step() -> None:
         )
 
 
+def test_a_division_before_the_sum_keeps_16_bits_from_overflow() -> None:
+    for factor in (1.0, float(hvd.size())):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD([weight], 1.0), compression=hvd.Compression.fp16, gradient_predivide_factor=factor
+        )
+        weight.grad = torch.full((3,), 49152.0)
+        optimizer.synchronize()
+        fits = factor > 1 or hvd.size() == 1
+        assert torch.equal(weight.grad, torch.full((3,), 49152.0 if fits else torch.inf))
+    with pytest.raises(ArgumentError, match=r"use op=hvd\.Average"):
+        hvd.DistributedOptimizer(torch.optim.SGD([weight], 1.0), op=hvd.Sum, gradient_predivide_factor=2.0)
+
+
 def test_ranks_that_have_no_batches_left_join() -> None:
     model = make_model()
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model.named_parameters())

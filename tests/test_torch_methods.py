@@ -17,6 +17,7 @@ import hpccomm
 from hpccomm import progress
 from hpccomm.errors import ArgumentError
 from hpccomm.torch import LAMB, LARS, OneBitAdam, communicator, compress, local, second_hop
+from hpccomm.torch.mics import SecondHop
 from hpccomm.train.torch_networks import gpt_loss
 
 pytestmark = pytest.mark.mpi(sizes=(2,), timeout=300)
@@ -134,6 +135,53 @@ def test_gradients_of_16_bits_and_weights_that_decay() -> None:
         half.zero_grad()
         (half(torch.ones(1, 3, dtype=torch.bfloat16)) * (1 + dist.get_rank())).sum().backward()
         assert (half.module.weight.grad == 1.5).all()
+
+
+def test_parameters_on_the_same_memory_are_exchanged_apart_as_by_ddp() -> None:
+    def model() -> Any:
+        torch.manual_seed(3)
+        made = torch.nn.Sequential(
+            torch.nn.Linear(3, 3, bias=False), torch.nn.Tanh(), torch.nn.Linear(3, 3, bias=False)
+        )
+        made[2].weight = torch.nn.Parameter(made[0].weight.detach())
+        return torch.nn.parallel.DistributedDataParallel(made)
+
+    plain, ddp = model(), model()
+    compress(ddp, hpccomm.mean)
+    for each in (plain, ddp):
+        each(torch.ones(2, 3) * (1 + dist.get_rank())).sum().backward()
+    for one, other in zip(plain.parameters(), ddp.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_shards_of_errors_of_another_number_of_ranks_are_divided_anew() -> None:
+    ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2))
+    made = compress(ddp, hpccomm.block_mean)
+    ddp(torch.ones(2, 3) * (1 + dist.get_rank())).sum().backward()
+    own = made.state_dict()
+    everyone = communicator().allgather(own)
+    joined = {f"rank {rank} of 2": each[f"rank {rank} of 2"] for rank, each in enumerate(everyone)}
+    alone = dict(joined["rank 0 of 2"])
+    for path in alone:
+        if path.endswith("server"):
+            alone[path] = torch.cat([each[path] for each in joined.values()])
+    made.load_state_dict({"rank 0 of 1": alone})
+    for path, value in made.state_dict()[f"rank {dist.get_rank()} of 2"].items():
+        if path.endswith("server"):
+            assert torch.equal(value, own[f"rank {dist.get_rank()} of 2"][path])
+
+
+def test_a_second_hop_is_saved_before_its_first_step_too() -> None:
+    hop = SecondHop(communicator(), EXCHANGES["gtc"])
+    hop.exchange("block", torch.ones(6))
+    saved = hop.state_dict()
+    other = SecondHop(communicator(), EXCHANGES["gtc"])
+    other.load_state_dict(saved)
+    assert other.state_dict().keys() == saved.keys() == {"block"}
+    assert all(
+        torch.equal(torch.as_tensor(each), torch.as_tensor(saved["block"][path]))
+        for path, each in other.state_dict()["block"].items()
+    )
 
 
 def test_unused_frozen_tied_and_ignored_parameters_and_gradients_that_accumulate() -> None:

@@ -229,6 +229,12 @@ def test_steps_and_errors_add_up_to_all_gradients(code: Any, size: int) -> None:
             np.testing.assert_allclose(step, found[0][3], atol=1e-5)
 
 
+def test_a_mean_that_keeps_nothing_has_nothing_to_flush() -> None:
+    method, weights = hpccomm.block_mean(MPI.COMM_SELF, feedback=False), np.zeros(5, F32)
+    with pytest.raises(ArgumentError, match="nothing to flush"):
+        flush(method, method.init(weights), weights)
+
+
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("size", [2, 4])
 def test_blocks_send_at_most_three_tenths_of_float32(code: Any, size: int) -> None:

@@ -21,7 +21,7 @@ from hpccomm.algorithms.error_feedback import all_ranks_true
 from hpccomm.algorithms.exchange import allreduce_bytes, exchange_unsent
 from hpccomm.algorithms.reports import ExchangeReport, MessageReport, norm_of
 from hpccomm.algorithms.states import ShardedVector, Unsent
-from hpccomm.algorithms.transforms import ResidualTransform, Vector, check_alike, check_choice, check_shape
+from hpccomm.algorithms.transforms import ResidualTransform, Transform, Vector, check_alike, check_choice, check_shape
 from hpccomm.collectives.compressed.two_phase import CODES, mean_of_codes
 from hpccomm.kernels.dispatch import kernels
 
@@ -50,7 +50,7 @@ class BlockMeanState(NamedTuple):
 
 def block_mean(
     comm: MPI.Intracomm, code: Literal["int8", "e4m3", "e5m2", "mx", "int4"] = "int8", *, feedback: bool = True
-) -> ResidualTransform:
+) -> Transform:
     """The mean of gradients of shape (n,), float32, of all ranks, in about 8 bits an element each way.
 
     ``code``: ``"int8"``, the 8-bit floats ``"e4m3"`` and ``"e5m2"``, each with a float32 scale for 256 elements,
@@ -96,4 +96,4 @@ def block_mean(
         after = state._replace(residual=np.zeros_like(total), server=np.zeros_like(state.server))
         return total + shards, after._replace(report=state.report.add(cost))
 
-    return ResidualTransform.of(init, update, flush_state, None)
+    return ResidualTransform.of(init, update, flush_state, None) if feedback else Transform(init, update)

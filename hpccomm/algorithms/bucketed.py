@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from hpccomm.algorithms.states import leaves
+from hpccomm.algorithms.loss_scaling import LossScale
+from hpccomm.algorithms.states import RankChange, children_of, leaves_with_changes
 from hpccomm.algorithms.tensor_states import join_states, split_state
 from hpccomm.algorithms.transforms import Transform, flush, require
 from hpccomm.algorithms.trees import TreeLayout, tree_leaves
@@ -157,6 +158,11 @@ class BucketedExchange:
         for bucket in self.buckets:
             bucket.method = make_method(self._make, channel, bucket.layout.bucket)
             bucket.state = bucket.method.init(bucket.flatten_weights())
+        require(
+            len(self.buckets) == 1 or not any(has_loss_scale(each.state) for each in self.buckets),
+            f"{self.who}: scale_loss would move the factor of each of {len(self.buckets)} buckets alone, but the loss "
+            "has one: divide the gradients before add, or pass bucket_bytes for one bucket",
+        )
 
     def add(self, gradients: Any) -> None:
         """Copy the gradients of some tensors, by name; buckets whose gradients are all there begin."""
@@ -359,8 +365,18 @@ class BucketedExchange:
 
 
 def form_of(state: Any) -> list[Any]:
-    """The paths of a state's leaves, and their shapes."""
-    return [(path, np.shape(leaf)) for path, leaf in leaves(state)]
+    """The paths of a state's leaves, and the shapes of those that hold values from step to step."""
+    return [
+        (path, None if change is RankChange.SCRATCH else np.shape(leaf))
+        for path, leaf, change in leaves_with_changes(state)
+    ]
+
+
+def has_loss_scale(state: Any) -> bool:
+    """Whether a state holds a loss scale, at any depth."""
+    if not isinstance(state, tuple):
+        return False
+    return isinstance(state, LossScale) or any(has_loss_scale(each) for _, each, _ in children_of(state))
 
 
 def find_tied(arrays: Mapping[str, Any], who: str) -> dict[str, str]:

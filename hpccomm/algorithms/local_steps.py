@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from hpccomm.algorithms.exact_steps import exact_step
 from hpccomm.algorithms.exchange import check_replicas, mean
-from hpccomm.algorithms.reports import ExchangeReport
+from hpccomm.algorithms.reports import ExchangeReport, report
 from hpccomm.algorithms.states import InBlock, RankChange, map_leaves, snapshot
 from hpccomm.algorithms.transforms import (
     Schedule,
@@ -313,8 +313,10 @@ class PeriodicSteps:
             state = state._replace(inner=inner)
         if self.is_alone:
             start = widen(local)
-            # should more ranks go on, the outer transform begins from here
-            return local, state._replace(steps=0, batches=0, start=start, outer=self.outer.init(start)), last
+            # should more ranks go on, the outer transform begins from here; what it has cost so far counts
+            spent = state.report.add(report(state.outer).cost)
+            outer = self.outer.init(start)
+            return local, state._replace(steps=0, batches=0, start=start, outer=outer, report=spent), last
         with np.errstate(invalid="ignore", over="ignore"):
             behind = state.start - widen(local)
         counted = float(self.weight_by()) if callable(self.weight_by) else 0.0

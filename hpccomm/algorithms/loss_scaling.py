@@ -22,6 +22,7 @@ from hpccomm.algorithms.transforms import (
     require,
     round_like,
 )
+from hpccomm.arrays import widen
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -88,7 +89,7 @@ def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = 
         if not fine:
             skipped = state.inner._replace(skipped=state.inner.skipped + 1)
             return np.zeros_like(weights), ScaledState(scale, skipped)
-        unscaled = round_like(gradient / state.scale.value, gradient.dtype)
+        unscaled = round_like(widen(gradient) / state.scale.value, gradient.dtype)  # 65,536 is infinite in float16
         step, after = inner.update(unscaled, state.inner.inner, weights)
         return step, ScaledState(scale, state.inner._replace(inner=after))
 

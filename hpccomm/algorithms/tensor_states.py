@@ -115,7 +115,7 @@ def check_form(leaf: Any, like: Any, change: RankChange | None) -> Any:
     """The leaf, or where it is only a buffer of another length the new one; raises where its values count."""
     if np.shape(leaf) == np.shape(like):
         return leaf
-    if change is not None:
+    if change not in (None, RankChange.SCRATCH):
         raise ArgumentError(
             f"a state of shape {np.shape(leaf)} belongs to a whole bucket, its tensor's has shape {np.shape(like)}: "
             "continue with the bucket size of the run that saved"

@@ -303,7 +303,8 @@ class DistributedOptimizer(OptimizerWrapper):
     """An optimizer of torch that averages the gradients over the ranks in ``step``.
 
     ``backward_passes_per_step`` backward passes add up to one step; their gradients are divided by that number if
-    ``op`` is Average.  ``compression=Compression.fp16`` halves the bytes.  All gradients must have one dtype.
+    ``op`` is Average.  ``compression=Compression.fp16`` halves the bytes; ``gradient_predivide_factor`` divides before
+    the sum, which may overflow in 16 bits, and multiplies after it.  All gradients must have one dtype.
     """
 
     def __init__(
@@ -316,6 +317,8 @@ class DistributedOptimizer(OptimizerWrapper):
         gradient_predivide_factor: float = 1.0,
     ) -> None:
         resolve(None, op)
+        if gradient_predivide_factor != 1.0 and op != Average:
+            raise ArgumentError(f"DistributedOptimizer: gradient_predivide_factor with op={op!r}: use op=hvd.Average")
         super().__init__(optimizer)
         self._compression, self._op = compression, op
         self._passes, self._before = backward_passes_per_step, gradient_predivide_factor
@@ -341,10 +344,10 @@ class DistributedOptimizer(OptimizerWrapper):
         parts = [self._part(each, joined) for each in self._parameters]
         if not parts:
             return
-        row = pack(torch.cat(parts), self._compression)
+        row = pack(torch.cat(parts).div_(self._before), self._compression)
         total = functional.allreduce(row, "sum", world()).to(parts[0].dtype)
         if self._op == Average:
-            total /= world().size * self._passes
+            total /= world().size * self._passes / self._before
         if joined:
             return
         for each, part in zip(self._parameters, total.split([part.numel() for part in parts]), strict=True):

@@ -7,7 +7,7 @@ in the model; their state belongs to the parameters.  A bucket of DDP is complet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Compression:
         }
         for name, each in self._parameters.items():
             check_parameter(name, each)
-        self._weights = {name: as_float32(each) for name, each in self._parameters.items()}
+        self._weights = weights_apart(self._parameters)
         self.exchange = BucketedExchange(self.comm, self._weights, make, bucket_bytes, self._deliver)
         self._names = {id(each): name for name, each in self._parameters.items()}
         self._waiting: list[DdpBucket] = []
@@ -110,7 +110,7 @@ class Compression:
                 f"load_state_dict: the state of {name} is not among {', '.join(sorted(saved)) or 'none'}: pass this "
                 "rank's state, or those of all ranks of the run that saved"
             )
-        olds = [checkpoints.load_state_dict(like, from_tensors(saved[each])) for each in names]
+        olds = [checkpoints.load_state_dict(like, from_tensors(saved[each]), other_ranks=True) for each in names]
         self.exchange.restore_state(states.for_ranks(olds, self.comm.rank, self.comm.size))
 
     @staticmethod
@@ -154,3 +154,14 @@ def make_hook(compression: Compression) -> Any:
 def as_float32(tensor: Any) -> Any:
     """A tensor in float32 on the host, the same memory where it is that already."""
     return tensor.detach().to("cpu", torch.float32)
+
+
+def weights_apart(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters in float32; a second one on the same memory, whose gradient DDP keeps apart, is copied."""
+    found: dict[str, Any] = {}
+    places: set[int] = set()
+    for name, each in parameters.items():
+        weights = as_float32(each)
+        found[name] = weights.clone() if weights.data_ptr() in places else weights
+        places.add(weights.data_ptr())
+    return found

@@ -44,8 +44,9 @@ class SecondHop:
             self.states[name] = checkpoints.load_state_dict(self.states[name], saved)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every module's shard on this rank."""
-        return {name: to_tensors(checkpoints.state_dict(each)) for name, each in self.states.items()}
+        """The state of every module's shard on this rank, loaded states that no step has taken yet included."""
+        stepped = {name: to_tensors(checkpoints.state_dict(each)) for name, each in self.states.items()}
+        return {**self._saved, **stepped}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned, bit for bit; each module takes its own at its next step."""

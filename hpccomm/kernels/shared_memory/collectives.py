@@ -152,7 +152,8 @@ FOREVER = 1 << 62
 YIELDS, YIELD_NS = 8, 50_000
 """A rank yields its core at least so often, and for so long, before it sleeps."""
 SHORTEST_SLEEP_NS, LONGEST_SLEEP_NS = 1_000_000, 5_000_000
-"""A sleep ends after a quarter of the time waited so far, within these limits, even if no rank ends it."""
+"""A sleep ends after a quarter of the time waited so far, within these limits, even if no rank ends it; for a rank that
+is late, after the longest."""
 ALIGNMENT = 64
 """Slices begin at multiples of this, so that two ranks never write one cache line."""
 SHORT_TRIAL, LONG_TRIAL = 12, 4 * SAMPLES
@@ -341,7 +342,8 @@ def sleep_until(state, q, flag, count, limit, late):
             store_release(them + SLEEPERS, 1)
             yield_cpu()
             if load_acquire(flag) < count:
-                longest = min(LONGEST_SLEEP_NS, max(SHORTEST_SLEEP_NS, waited >> 2))
+                shortest = LONGEST_SLEEP_NS if late else SHORTEST_SLEEP_NS
+                longest = min(LONGEST_SLEEP_NS, max(shortest, waited >> 2))
                 sleep(them + WAKES, wakes, min(longest, max(1, limit - waited)))
         waited = nanoseconds() - began
     return DONE
