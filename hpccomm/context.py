@@ -592,9 +592,11 @@ def name_of(comm: MPI.Intracomm) -> tuple[int, str]:
     text = f"ranks {shorten(ranks)}"
     made[text] = made.get(text, 0) + 1
     number = f" #{made[text]}" if made[text] > 1 else ""
-    return (MPI.COMM_WORLD.rank + 1) << 32 | next(numbers), text + number
+    return (WORLD << 18 | MPI.COMM_WORLD.rank + 1) << 32 | next(numbers), text + number
 
 
+WORLD = int.from_bytes(os.urandom(2), "little") >> 6
+"""Ten bits that tell ranks of equal number apart which were started separately, and then share a communicator."""
 numbers, made = count(1), dict[str, int]()
 """What :func:`name_of` has given out."""
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
-from hpccomm import ArgumentError, Communicator
+from hpccomm import ArgumentError, Communicator, context
 from hpccomm.__main__ import main
 from hpccomm.cluster.nodes import Cluster, unavailable_reason
 from hpccomm.commands.stacks import find_ranks
+from hpccomm.communicator import NATIVE_CALLS
 from hpccomm.observe.recorder import TEXTS, Call, Comm, Recorder, open_ring, recorder
 from hpccomm.testing.jobs import run_under_mpi, start, stop
 
@@ -349,3 +351,27 @@ def test_an_unknown_action_is_refused(value: str, monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(ArgumentError, match="use warn or abort"):
         check_environment({"HPCCOMM_STALL_ACTION": value})
+
+
+def test_a_call_that_mpi_refuses_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    comm, x = Communicator(MPI.COMM_SELF), np.ones(3)
+    for _ in range(3):
+        comm.Allreduce(x, np.empty(3))
+
+    def refuse(*arguments: Any) -> None:
+        raise MPI.Exception(MPI.ERR_OTHER)
+
+    monkeypatch.setitem(NATIVE_CALLS, "Allreduce", refuse)
+    with pytest.raises(MPI.Exception):
+        comm.Allreduce(x, np.empty(3))
+    assert comm.context.recorded.number not in [each.comm for each in recorder().ring.running()]
+
+
+def test_ranks_that_were_started_apart_give_communicators_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for world in (0, 1, 1023):
+        monkeypatch.setattr(context, "WORLD", world)
+        monkeypatch.setattr(context, "numbers", iter([1]))
+        found.add(context.name_of(MPI.COMM_SELF)[0])
+    assert len(found) == 3
+    assert max(found) < 1 << 60, "the numbers of levels are from here on"

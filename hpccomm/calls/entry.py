@@ -275,11 +275,11 @@ class Entry:
         """Run MPI's own collective for a call whose door has returned ``code``, and compare the ranks' calls."""
         if code & ~NATIVE_IN_PLACE == INTERRUPTED:
             self.check_interrupted()
-        if self._table is None:
-            native(*arguments)
-            self._leave()
-            return
         try:
+            if self._table is None:
+                native(*arguments)
+                self._leave()
+                return
             with self._entered:
                 if code & ~NATIVE_IN_PLACE != NATIVE:
                     self._settle(code & ~NATIVE_IN_PLACE)
