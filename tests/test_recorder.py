@@ -192,6 +192,22 @@ def test_messages_of_the_watchdog_never_reach_the_next_communicator() -> None:
     assert status == 0, said
 
 
+def test_a_rank_that_frees_a_communicator_alone_does_not_hang() -> None:
+    status, said = run_job(
+        2,
+        """
+        from hpccomm.calls import watchdog
+        context.ranks_of_this_node = lambda comm: comm.Split(comm.rank, 0)
+        watchdog.FREE_SECONDS = 0.5
+        comm = hpccomm.Communicator(MPI.COMM_WORLD.Dup())
+        if comm.rank == 1:
+            comm.context._group.close()
+        MPI.COMM_WORLD.Barrier()
+        """,
+    )
+    assert status == 0, said
+
+
 def test_a_node_without_memory_for_its_table_keeps_no_other_from_starting() -> None:
     status, said = run_job(
         3,
