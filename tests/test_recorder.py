@@ -349,6 +349,18 @@ def test_old_texts_make_room_for_new_ones() -> None:
     assert made.ring.read_text(made.intern("ä" * 500)).startswith("ä" * 40)
 
 
+@pytest.mark.mpi(sizes=(2,))
+def test_calls_with_many_different_counts_are_of_one_kind(comm: Communicator) -> None:
+    """Each text of its own would soon take the place of those that name communicators and other calls."""
+    x = np.ones(999)
+    made = recorder()._last
+    for k in range(1, 40):
+        counts = [k, 2 * k]
+        comm.Allgatherv(x[: counts[comm.rank]], [np.empty(3 * k), counts])
+        comm.Iallgatherv(x[: counts[comm.rank]], [np.empty(3 * k), counts]).Wait()
+    assert recorder()._last - made < 20
+
+
 def test_a_process_reads_its_own_ring_by_its_number() -> None:
     recorder().ring.head["rank"] = 0
     with open_ring(os.getpid()) as ring:
