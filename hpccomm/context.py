@@ -347,7 +347,7 @@ class Context:
         """Record a call that a progress thread makes; a context manager."""
         if self.issued is None:
             self.issued = Comm(recorder(), -self.recorded.number, self.recorded.text)
-        return Call(self.issued, f"{fingerprint._replace(count='')}")
+        return Call(self.issued, f"{fingerprint.uncounted}")
 
     @property
     def shared_memory(self) -> SharedMemory | None:

@@ -962,7 +962,7 @@ class Planner:
 
 def text_of(fingerprint: Fingerprint, algorithm: str) -> int:
     """The number of the text by which the flight recorder names calls of a kind."""
-    return recorder().intern(f"{fingerprint._replace(count='', algorithm='')} by {algorithm}")
+    return recorder().intern(f"{fingerprint.uncounted._replace(algorithm='')} by {algorithm}")
 
 
 def intersect(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:

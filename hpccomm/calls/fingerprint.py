@@ -45,9 +45,14 @@ class Fingerprint(NamedTuple):
         return int(self.count) if self.count.isdecimal() else 0
 
     @property
+    def uncounted(self) -> Fingerprint:
+        """The fingerprint without its count, of which a program may use many."""
+        return self._replace(count="")
+
+    @property
     def template(self) -> Fingerprint:
-        """The fingerprint without a count that is a number."""
-        return self._replace(count="") if self.count.isdecimal() else self
+        """The same call of no elements, if its count is a number."""
+        return self._replace(count="0") if self.count.isdecimal() else self
 
     @property
     def digest(self) -> int:
