@@ -55,11 +55,13 @@ def test_allreduce_gives_the_exact_result(comm: MPI.Intracomm, op: str, dtype: A
 
 
 @pytest.mark.parametrize("dtype", ["f2", BFLOAT16])
-def test_16_bit_floats_are_rounded_once(comm: MPI.Intracomm, dtype: Any) -> None:
-    step = 2048 if dtype == "f2" else 256  # from here on the dtype knows even numbers only
+def test_16_bit_floats_are_rounded_by_half_an_ulp_a_hop(comm: MPI.Intracomm, dtype: Any) -> None:
+    step = 2048 if dtype == "f2" else 256  # from here on the dtype knows even numbers only, so half an ulp is 1
     x = np.full(3, step if comm.rank == 0 else 1, dtype)
-    total = np.float32(step + comm.size - 1)
-    assert np.array_equal(allreduce(x, "sum", comm), np.full(3, total).astype(x.dtype))
+    total = allreduce(x, "sum", comm)
+    assert total.dtype == x.dtype
+    assert (abs(total.astype("f4") - (step + comm.size - 1)) <= comm.size - 1).all()
+    assert len(set(comm.allgather(total.tobytes()))) == 1
 
 
 def test_an_operation_of_mpi_is_taken_as_well_as_its_name(comm: MPI.Intracomm) -> None:
