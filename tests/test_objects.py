@@ -94,11 +94,11 @@ def test_without_a_folder_functions_are_compiled_in_each_process(cache: Path, mo
 
 
 def test_on_a_full_disk_nothing_is_left_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill_the_disk(path: Path, data: bytes) -> None:
-        path.touch()
+    def find_the_disk_full(part: Path, target: Path) -> None:
+        assert part.stat().st_size > 0
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    monkeypatch.setattr(os, "replace", find_the_disk_full)
     assert run_kernel_on_a_callback() == 42
     assert [each.name for each in cache.iterdir()] == ["lock"]
 
