@@ -33,7 +33,7 @@ from hpccomm.collectives.hierarchical import HIERARCHICAL, Form, select_form
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels import objects
-from hpccomm.observe.recorder import Call, Comm, count_bytes, recorder, shorten
+from hpccomm.observe.flight_recorder import Call, Comm, count_bytes, recorder, shorten
 from hpccomm.performance import tuning
 from hpccomm.performance.probe import processor_name
 from hpccomm.settings import check_environment

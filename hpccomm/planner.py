@@ -49,7 +49,7 @@ from hpccomm.first_use import FirstUse
 from hpccomm.kernels import objects, reproducible
 from hpccomm.kernels.entry.records import NOT_COMPARED
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
-from hpccomm.observe.recorder import recorder
+from hpccomm.observe.flight_recorder import recorder
 from hpccomm.performance.tuning import BLOCKWISE, Choice
 from hpccomm.performance.units import format_count
 from hpccomm.settings import DEVICE_SETTING, ON_HOST

@@ -17,7 +17,7 @@ from hpccomm.__main__ import main
 from hpccomm.errors import ArgumentError, LaunchError
 from hpccomm.launcher import trace_into
 from hpccomm.observe import report
-from hpccomm.observe.recorder import Event, Recorder, count_bytes, shorten
+from hpccomm.observe.flight_recorder import Event, Recorder, count_bytes, shorten
 from hpccomm.observe.timeline import build, last_ranks
 from hpccomm.testing.jobs import run_under_mpi
 
@@ -110,9 +110,9 @@ def test_a_call_carries_its_bytes(traced: tuple[Path, dict[str, Any]]) -> None:
 
 def test_without_the_variable_nothing_is_kept_for_a_trace() -> None:
     code = (
-        "from hpccomm import Communicator; from hpccomm.observe import recorder, timeline\n"
+        "from hpccomm import Communicator; from hpccomm.observe import flight_recorder, timeline\n"
         "with timeline.part('x'): pass\n"
-        "print(hasattr(Communicator.Allreduce, '__wrapped__'), recorder.recorder().ring.events())"
+        "print(hasattr(Communicator.Allreduce, '__wrapped__'), flight_recorder.recorder().ring.events())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "[]"]

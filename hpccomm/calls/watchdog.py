@@ -1,10 +1,10 @@
 """The watchdog: a thread that ends calls which can never complete, and reports calls that take long.
 
 *A group is the ranks of one communicator; its processes on this node have their calls in memory that this rank reads
-(:mod:`hpccomm.observe.recorder`).*  A call that takes longer than ``HPCCOMM_STALL_SECONDS`` gives one report, by the
-first rank that waits in it: who waits in which call, who is missing, and where the Python stacks of all ranks stand;
-again after twice the time, and so on.  Ranks of other nodes are asked by messages on a communicator of their own, where
-a thread may call MPI beside the program; nothing waits for an answer.
+(:mod:`hpccomm.observe.flight_recorder`).* A call that takes longer than ``HPCCOMM_STALL_SECONDS`` gives one report, by
+the first rank that waits in it: who waits in which call, who is missing, and where the Python stacks of all ranks
+stand; again after twice the time, and so on. Ranks of other nodes are asked by messages on a communicator of their own,
+where a thread may call MPI beside the program; nothing waits for an answer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpi4py import MPI
 
 from hpccomm.calls.departures import Launchers
 from hpccomm.calls.fingerprint import format_ranks
-from hpccomm.observe.recorder import INQUIRED, REPORTED, Comm, Event, Inquiry, State, clock, open_ring, recorder
+from hpccomm.observe.flight_recorder import INQUIRED, REPORTED, Comm, Event, Inquiry, State, clock, open_ring, recorder
 from hpccomm.transports.polling import pause
 
 PERIOD, QUICK = 0.25, 0.05

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpccomm.errors import ArgumentError
-from hpccomm.observe.recorder import INQUIRED, Inquiry, State, describe_calls, open_ring
+from hpccomm.observe.flight_recorder import INQUIRED, Inquiry, State, describe_calls, open_ring
 from hpccomm.performance.units import format_count
 
 SUMMARY = "print the calls and the Python stacks of all ranks of a running job"

@@ -1,6 +1,6 @@
 """A trace of the collective calls of all ranks, on one clock, for Perfetto or Chrome: ``HPCCOMM_TIMELINE=trace.json``.
 
-The flight recorder (:mod:`hpccomm.observe.recorder`) has the last calls of each rank; with the variable it keeps
+The flight recorder (:mod:`hpccomm.observe.flight_recorder`) has the last calls of each rank; with the variable it keeps
 262,144 of them.  When the program ends the ranks send them to rank 0, which writes one file.  Calls of one communicator
 have the same order on all ranks, so the n-th call of one rank is the n-th of another: inside a call a rank waits until
 the last rank has begun it, and the trace names that rank.
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpccomm.observe.flight_recorder import VARIABLE, Event, clock, recorder
 from hpccomm.observe.nesting import nest
-from hpccomm.observe.recorder import VARIABLE, Event, clock, recorder
 
 MESSAGES = 20
 """Messages to and fro for a comparison of clocks."""
