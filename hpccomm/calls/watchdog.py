@@ -1,10 +1,10 @@
 """The watchdog: a thread that ends calls which can never complete, and reports calls that take long.
 
 *A group is the ranks of one communicator; its processes on this node have their calls in memory that this rank reads
-(:mod:`hpccomm.observe.flight_recorder`).* A call that takes longer than ``HPCCOMM_STALL_SECONDS`` gives one report, by
+(:mod:`hpccomm.observe.flight_recorder`).*  A call that takes longer than ``HPCCOMM_STALL_SECONDS`` gives one report, by
 the first rank that waits in it: who waits in which call, who is missing, and where the Python stacks of all ranks
-stand; again after twice the time, and so on. Ranks of other nodes are asked by messages on a communicator of their own,
-where a thread may call MPI beside the program; nothing waits for an answer.
+stand; again after twice the time, and so on.  Ranks of other nodes are asked by messages on a communicator of their
+own, where a thread may call MPI beside the program; nothing waits for an answer.
 """
 
 from __future__ import annotations
