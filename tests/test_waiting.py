@@ -20,7 +20,7 @@ from hpccomm.kernels.shared_memory import memory
 
 CODES = ("compiled", "numpy")
 SHARE, POLLING = 0.05, 0.01
-"""Most processor time of a waiting rank, as a part of its wait, and the seconds at the beginning in which it may poll."""
+"""Most processor time of a waiting rank, as a part of its wait, and the seconds in which it may poll at first."""
 
 
 class InterruptError(Exception):
