@@ -35,7 +35,6 @@ from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
 from hpccomm.observe import timeline
-from hpccomm.observe.flight_recorder import Call
 from hpccomm.performance.tuning import Choice
 from hpccomm.pickled import COMPARED as OBJECT_CALLS
 from hpccomm.pickled import compare_objects, install
@@ -363,44 +362,31 @@ class Communicator(MPI.Intracomm):
         """
         if code < NOT_MINE:
             self.plans.entry.resume(code)  # type: ignore[union-attr]
-            return
+            return None
         with self.context.call(name, *buffers) as recorded:
             self._prepare(name)
-            self._run_bound(code, name, buffers, call, rest, receives, recorded)
-
-    def _run_bound(
-        self,
-        code: int,
-        name: str,
-        buffers: tuple[Any, Any],
-        call: Callable[..., None],
-        rest: tuple[Any, ...],
-        receives: bool,
-        recorded: Call,
-    ) -> None:
-        """Run a call as :meth:`_run_uncached` does; the flight recorder learns more of it once that is known."""
-        kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
-        padded = [pad_last(each) for each in buffers]
-        if any(padded):
-            return run_padded(call, buffers, padded, rest)
-        marks = tuple(operations.key_of(each) if isinstance(each, MPI.Op) else each for each in rest)
-        key = kind or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
-        if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
-            return call(hold(sendbuf), hold(recvbuf), *rest)
-        bound = self._find_plan(key)
-        if bound is None:
-            into = recvbuf if receives else None
-            if key is not None and self._bounce_buffers.run((name, *marks), call, sendbuf, into, rest):
-                return None
-            bind = getattr(self._planner_of(sendbuf, into), name.lower())
-            bound = self._bind(kind, bind, key, sendbuf, recvbuf, *rest)
-        recorded.describe(bound.text)
-        if key is not None:
-            return bound.run()
-        try:
-            return bound.run()
-        finally:
-            bound.free()
+            kind, (sendbuf, recvbuf) = self._read_kind(code), buffers
+            padded = [pad_last(each) for each in buffers]
+            if any(padded):
+                return run_padded(call, buffers, padded, rest)
+            marks = tuple(operations.key_of(each) if isinstance(each, MPI.Op) else each for each in rest)
+            key = kind or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
+            if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
+                return call(hold(sendbuf), hold(recvbuf), *rest)
+            bound = self._find_plan(key)
+            if bound is None:
+                into = recvbuf if receives else None
+                if key is not None and self._bounce_buffers.run((name, *marks), call, sendbuf, into, rest):
+                    return None
+                bind = getattr(self._planner_of(sendbuf, into), name.lower())
+                bound = self._bind(kind, bind, key, sendbuf, recvbuf, *rest)
+            recorded.describe(bound.text)
+            if key is not None:
+                return bound.run()
+            try:
+                return bound.run()
+            finally:
+                bound.free()
 
     def _read_kind(self, code: int) -> Key | None:
         """What the door has read of the call that it has answered with ``code``, if it takes such calls once bound."""
@@ -746,11 +732,9 @@ class Communicator(MPI.Intracomm):
 
     # Compressed collectives: arrays on a device are copied to the host, results are copied back
 
-    def _compress(self, name: str, arrays: tuple[Any, ...], written: int = 0, **more: Any) -> Any:
+    def _compress(self, function: Callable[..., Any], arrays: tuple[Any, ...], written: int = 0, **more: Any) -> Any:
         """Run a collective of :mod:`hpccomm.collectives.compressed` that writes the last ``written`` arrays."""
-        from hpccomm.collectives.compressed import onebit, sparse
-
-        body = partial(getattr(sparse if name.startswith("sparse") else onebit, name), self, **more)
+        name, body = function.__name__, partial(function, self, **more)
         with self.context.call(name, arrays[0]):
             if not any(map(self._planner.uses_device, arrays)):
                 return body(*arrays)
@@ -760,7 +744,9 @@ class Communicator(MPI.Intracomm):
         self, indices: npt.NDArray[np.uint32], values: npt.NDArray[np.float32], n: int
     ) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]]:
         """The sparse vectors of all ranks, in rank order (:mod:`hpccomm.collectives.compressed.sparse`)."""
-        found: list[Any] = self._compress("sparse_allgather", (indices, values), n=n)
+        from hpccomm.collectives.compressed import sparse
+
+        found: list[Any] = self._compress(sparse.sparse_allgather, (indices, values), n=n)
         return found
 
     def sparse_allreduce(
@@ -774,22 +760,28 @@ class Communicator(MPI.Intracomm):
         plan: sparse.SparsePlan | None = None,
     ) -> sparse.SparseSum:
         """The sum of sparse vectors, or its k largest (:mod:`hpccomm.collectives.compressed.sparse`)."""
+        from hpccomm.collectives.compressed import sparse
+
         more: dict[str, Any] = {"n": n, "k": k, "algorithm": algorithm, "plan": plan}
-        summed: sparse.SparseSum = self._compress("sparse_allreduce", (indices, values), **more)
+        summed: sparse.SparseSum = self._compress(sparse.sparse_allreduce, (indices, values), **more)
         return summed
 
     def onebit_allgather(
         self, bits: npt.NDArray[np.uint8], plus: float, minus: float, n: int
     ) -> npt.NDArray[np.float32]:
         """The sum of all ranks' signs times their scales (:mod:`hpccomm.collectives.compressed.onebit`)."""
-        total: npt.NDArray[np.float32] = self._compress("onebit_allgather", (bits,), plus=plus, minus=minus, n=n)
+        from hpccomm.collectives.compressed import onebit
+
+        total: npt.NDArray[np.float32] = self._compress(onebit.onebit_allgather, (bits,), plus=plus, minus=minus, n=n)
         return total
 
     def onebit_allreduce(
         self, x: npt.NDArray[np.float32], worker_error: npt.NDArray[np.float32], server_error: npt.NDArray[np.float32]
     ) -> onebit.OneBitMean:
         """The mean by one-bit messages: :func:`hpccomm.collectives.compressed.onebit.onebit_allreduce`."""
-        mean: onebit.OneBitMean = self._compress("onebit_allreduce", (x, worker_error, server_error), written=2)
+        from hpccomm.collectives.compressed import onebit
+
+        mean: onebit.OneBitMean = self._compress(onebit.onebit_allreduce, (x, worker_error, server_error), written=2)
         return mean
 
 
