@@ -125,13 +125,12 @@ def exit_together(sentence: str) -> bool:
         return False
     import numpy as np
 
+    from hpccomm.transports.polling import await_request
+
     world = module.COMM_WORLD
     mine, all_of_them = np.array([zlib.crc32(sentence.encode())]), np.zeros(world.size, np.int64)
-    request, until = world.Iallgather(mine.astype(np.int64), all_of_them), time.monotonic() + AGREEMENT_SECONDS
-    while not request.Test():
-        if time.monotonic() > until:  # other ranks are elsewhere and must be ended
-            return False
-        time.sleep(0.001)
+    if not await_request(world.Iallgather(mine.astype(np.int64), all_of_them), AGREEMENT_SECONDS):
+        return False  # other ranks are elsewhere and must be ended
     if (all_of_them != all_of_them[0]).any():
         return False
     if world.rank == 0:

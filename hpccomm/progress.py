@@ -28,13 +28,10 @@ from hpccomm.calls.fingerprint import Fingerprint
 from hpccomm.calls.watchdog import FLUSH_SECONDS, log_line
 from hpccomm.context import Context, create_private_comm
 from hpccomm.errors import HpccommError, TransportError
-from hpccomm.transports.polling import pause
+from hpccomm.transports.polling import await_request
 
 DRIVE_SECONDS = 5e-4
 """Seconds between two calls of MPI with ``HPCCOMM_PROGRESS=all``."""
-
-EAGER_SECONDS = 1e-3
-"""How long a rank polls MPI for the ranks of other nodes before it sleeps between two polls."""
 
 EXIT_SECONDS = 10.0
 """How long a program that ends waits for its calls before it aborts all ranks."""
@@ -175,7 +172,7 @@ class Queue:
                 self.failure = error
                 raise
         if self._context.layout.count > 1:
-            await_quietly((self._channel or self._context).private_comm.Ibarrier())
+            await_request((self._channel or self._context).private_comm.Ibarrier())
         if self._channel is None:
             self._channel = self._make_channel(create_private_comm(self._context.private_comm), call.algorithm)
             atexit.unregister(complete_all)
@@ -190,13 +187,6 @@ class Queue:
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.Free()
-
-
-def await_quietly(request: MPI.Request) -> None:
-    """Wait for MPI, and leave the core to others while it takes long."""
-    began = time.monotonic()
-    while not request.Test():
-        pause(began, EAGER_SECONDS, 32)
 
 
 def submit(

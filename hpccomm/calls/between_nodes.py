@@ -8,24 +8,27 @@ where blocks may have any length, every two ranks exchange how many bytes one se
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from hpccomm.calls.blocks import Amounts
-from hpccomm.calls.fingerprint import REMEDIES, Fingerprint, decode, first_difference, format_ranks, mismatch_message
+from hpccomm.calls.fingerprint import (
+    REMEDIES,
+    TEXT_BYTES,
+    Fingerprint,
+    decode,
+    first_difference,
+    format_ranks,
+    mismatch_message,
+)
 from hpccomm.errors import MismatchError
 from hpccomm.kernels.entry.records import DIGEST_BITS, NOT_COMPARED
-from hpccomm.transports.polling import pause
+from hpccomm.transports.polling import await_request
 
 MASKS = {"detail": 0, "sample": 63, "off": -1}
 """Calls whose number has none of these bits are compared."""
-TEXT_BYTES = 248
-EAGER_SECONDS = 1e-3
-"""How long a rank polls MPI before it sleeps between two polls."""
-POLLS_PER_CHECK = 200
 
 
 class BetweenNodes:
@@ -57,21 +60,20 @@ class BetweenNodes:
 
     def _gather(self, send: Any, recv: Any) -> None:
         """Gather, and sleep while ranks are missing; raise if one has left the program."""
-        request, began, polls = self._comm.Iallgather(send, recv), time.monotonic(), 0
-        while not request.Test():
-            pause(began, EAGER_SECONDS, 32)
-            polls += 1
-            left = self._table.left_ranks() if polls % POLLS_PER_CHECK == 0 else ()
-            if left:
-                raise MismatchError(self._table.explain_departure(left[0], "a call"))
+        await_request(self._comm.Iallgather(send, recv), check=self._check_departures)
+
+    def _check_departures(self) -> None:
+        """Raise if a rank of this node has left the program."""
+        for rank in self._table.left_ranks():
+            raise MismatchError(self._table.explain_departure(rank, "a call"))
 
     def _compare_texts(self, call: Fingerprint | None, numbers: Any) -> None:
         """Raise if the fingerprints or the numbers of two calls contradict each other."""
         size = self._comm.size
-        octets = (call.encode() if call else b"").ljust(TEXT_BYTES)[:TEXT_BYTES]
+        octets = call.encode() if call else bytes(TEXT_BYTES)
         texts = np.empty((size, TEXT_BYTES), np.uint8)
         self._gather(np.frombuffer(octets, np.uint8), texts)
-        calls = {rank: decode(each.tobytes().rstrip()) for rank, each in enumerate(texts)}
+        calls = {rank: decode(each.tobytes()) for rank, each in enumerate(texts)}
         known = [each for each in calls.values() if each]
         if any(first_difference(a, b) for a in known for b in known[:1]):
             raise MismatchError(mismatch_message(calls, self._me))

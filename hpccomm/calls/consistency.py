@@ -22,6 +22,7 @@ from hpccomm.calls.blocks import Amounts
 from hpccomm.calls.departures import Departure
 from hpccomm.calls.fingerprint import (
     REMEDIES,
+    TEXT_BYTES,
     Fingerprint,
     decode,
     first_difference,
@@ -43,7 +44,6 @@ from hpccomm.kernels.entry.records import (
 from hpccomm.transports.polling import pause
 
 TEXTS = 64
-TEXT_BYTES = 248
 LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS = (STATUS + k for k in range(1, 6))
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
@@ -146,8 +146,7 @@ class ConsistencyTable:
         self._fingerprints[digest] = fingerprint
         start = 8 * (self._base + FIRST_TEXT + (digest % TEXTS) * TEXT_WORDS)
         if self._words[start // 8] != digest:  # never written, or overwritten by another call
-            text = fingerprint.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
-            self._octets[start + 8 : start + 8 + TEXT_BYTES] = text
+            self._octets[start + 8 : start + 8 + TEXT_BYTES] = fingerprint.encode()
             self._words[start // 8] = digest
         return digest
 
@@ -303,7 +302,7 @@ class ConsistencyTable:
         start = 8 * (row + FIRST_TEXT + (digest % TEXTS) * TEXT_WORDS)
         if self._words[start // 8] != digest:
             return None
-        text = bytes(self._octets[start + 8 : start + 8 + TEXT_BYTES]).rstrip()
+        text = bytes(self._octets[start + 8 : start + 8 + TEXT_BYTES])
         return decode(text) if self._words[start // 8] == digest else None
 
     def look_up_call(self, rank: int, word: int) -> Fingerprint | None:
@@ -457,10 +456,6 @@ class ConsistencyTable:
     def leave_step(self, call: Fingerprint | None) -> None:
         """Tell the other members that this call was made in another order."""
         self._words[self._base + OUT_OF_STEP] = 1 << DIGEST_BITS | (self.announce(call) if call else 0)
-
-    def count_issues(self, rank: int) -> int:
-        """How many non-blocking calls a member has issued."""
-        return int(self._words[self.members.index(rank) * self._stride + ISSUED])
 
     def check_order(self, k: int, number: int, blocking_calls: int, call: Fingerprint) -> None:
         """Raise if member k has left, or has entered the next blocking call before this non-blocking one."""

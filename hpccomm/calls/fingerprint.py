@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from hpccomm.kernels.entry.records import COUNT_MASK, COUNT_PRIME, COUNT_SHIFT, DIGEST_MASK
 
+TEXT_BYTES = 248
+"""The length of a fingerprint as bytes."""
 UNKNOWN = "?"
 """A field that is not compared, because this rank cannot determine it."""
 
@@ -72,8 +74,8 @@ class Fingerprint(NamedTuple):
         return f"{self.collective}({', '.join(operands + order + named)})"
 
     def encode(self) -> bytes:
-        """The fingerprint as bytes for other ranks."""
-        return "|".join(self).encode()
+        """The fingerprint as :data:`TEXT_BYTES` bytes for other ranks."""
+        return "|".join(self).encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
 
 
 def template_digest(word: int) -> tuple[int, int]:
@@ -84,7 +86,7 @@ def template_digest(word: int) -> tuple[int, int]:
 
 def decode(octets: bytes) -> Fingerprint | None:
     """The fingerprint in bytes that another rank encoded; None if they are cut."""
-    fields = octets.decode(errors="replace").split("|")
+    fields = octets.decode(errors="replace").rstrip().split("|")
     return Fingerprint(*fields) if len(fields) == len(Fingerprint._fields) else None
 
 

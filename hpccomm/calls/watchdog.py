@@ -26,7 +26,7 @@ from mpi4py import MPI
 from hpccomm.calls.departures import Launchers
 from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.observe.flight_recorder import INQUIRED, REPORTED, Comm, Event, Inquiry, State, clock, open_ring, recorder
-from hpccomm.transports.polling import pause
+from hpccomm.transports.polling import await_request
 
 PERIOD, QUICK = 0.25, 0.05
 """Seconds between two checks by the watchdog, and while it asks or answers."""
@@ -36,8 +36,8 @@ AWAKE_SECONDS = 2.0
 """A watchdog that has not looked for so long makes no report."""
 FLUSH_SECONDS = 0.5
 """Seconds between the last log line and the abort: launchers drop output that they have not read (seen with hydra)."""
-FREE_SECONDS, EAGER_SECONDS = 5.0, 1e-3
-"""How long a rank that frees a communicator waits for the others, and polls MPI before it sleeps between two polls."""
+FREE_SECONDS = 5.0
+"""How long a rank that frees a communicator waits for the others."""
 MOST_LINES = 32
 REQUEST, ANSWER = 1, 2
 """Tags of messages between nodes."""
@@ -159,12 +159,10 @@ class Group:
         False if some rank does not come: then nothing can be freed, and what MPI still writes to is kept.
         """
         (sent, received), due, status = self._counts, np.empty_like(self._counts[0]), MPI.Status()
-        request, began = wire.Ialltoall(sent, due), time.monotonic()
-        while not request.Test():
-            if time.monotonic() - began > FREE_SECONDS:
-                _not_freed.append((self, wire, request, due))
-                return False
-            pause(began, EAGER_SECONDS, 32)
+        request = wire.Ialltoall(sent, due)
+        if not await_request(request, FREE_SECONDS):
+            _not_freed.append((self, wire, request, due))
+            return False
         for rank in np.repeat(np.arange(due.size), due - received).tolist():
             wire.Probe(rank, status=status)
             self.receive(wire, status)

@@ -17,6 +17,7 @@ from hpccomm.calls.fingerprint import format_ranks
 from hpccomm.communicator import Communicator
 from hpccomm.errors import LaunchError, MismatchError
 from hpccomm.torch.options import Options
+from hpccomm.transports.polling import await_request
 
 FREE_SECONDS = 5.0
 """How long a rank that destroys a group waits for the others before it leaves the communicator to MPI's end."""
@@ -107,9 +108,5 @@ def release(comm: Communicator) -> None:
     """Free a communicator if all its ranks do so within some seconds; otherwise it lives until MPI ends."""
     if MPI.Is_finalized() or comm == MPI.COMM_NULL:
         return
-    request, until = comm.private_comm.Ibarrier(), time.monotonic() + FREE_SECONDS
-    while not request.Test():
-        if time.monotonic() > until:
-            return
-        time.sleep(1e-4)
-    comm.Free()
+    if await_request(comm.private_comm.Ibarrier(), FREE_SECONDS):
+        comm.Free()

@@ -5,11 +5,16 @@ A rank that polls also drives MPI, so it never sleeps for long: a message of its
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 SHORTEST_SECONDS, LONGEST_SECONDS = 5e-5, 1e-3
 """Limits of one sleep."""
+EAGER_SECONDS, POLLS_PER_CHECK = 1e-3, 200
+"""How long a wait for a request polls before it sleeps between two polls, and the polls between two checks."""
 
 
 def pause(began: float, eager: float, share: int) -> None:
@@ -23,3 +28,19 @@ def pause(began: float, eager: float, share: int) -> None:
         os.sched_yield()
     else:
         time.sleep(min(LONGEST_SECONDS, max(SHORTEST_SECONDS, waited / share)))
+
+
+def await_request(request: Any, seconds: float = math.inf, check: Callable[[], object] = lambda: None) -> bool:
+    """Wait for a request of MPI, and leave the core to others while it takes long; False once ``seconds`` are over.
+
+    ``check()`` is called now and then, and may raise.
+    """
+    began, polls = time.monotonic(), 0
+    while not request.Test():
+        if time.monotonic() - began > seconds:
+            return False
+        pause(began, EAGER_SECONDS, 32)
+        polls += 1
+        if polls % POLLS_PER_CHECK == 0:
+            check()
+    return True
