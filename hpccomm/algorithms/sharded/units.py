@@ -262,7 +262,14 @@ class ShardedModel:
         check_dtypes(self.master.dtype, self.dtype)
         check_codes(stage, self.dtype, weight_code, gradient_code, secondary_shard)
         self._check_same_arguments(
-            stage, str(self.dtype), algorithm, weight_code, gradient_code, secondary_shard, prefetch, overlap
+            stage=stage,
+            dtype=str(self.dtype),
+            algorithm=algorithm,
+            weight_code=weight_code,
+            gradient_code=gradient_code,
+            secondary_shard=secondary_shard,
+            prefetch=prefetch,
+            overlap=overlap,
         )
         self.weight_code = weight_code
         size = self.master.size if stage > 1 else sum(unit.size for unit in self.units.values())
@@ -280,17 +287,15 @@ class ShardedModel:
         self._allocate_buffers(whole, overlap, prefetch, algorithm, gradient_code, secondary_shard)
         self._prepare_second_hops(overlap)
 
-    def _check_same_arguments(self, *mine: Any) -> None:
+    def _check_same_arguments(self, **mine: Any) -> None:
         """Raise on all ranks unless all passed the same (collective)."""
-        names = (
-            *["stage", "dtype", "algorithm", "weight_code", "gradient_code", "secondary_shard", "prefetch", "overlap"],
-        )
         everyone = self.groups.world.allgather(mine)
         for rank, theirs in enumerate(everyone):
-            for name, one, other in zip(names, everyone[0], theirs, strict=True):
-                if one != other:
+            for name, one in everyone[0].items():
+                if theirs[name] != one:
                     raise MismatchError(
-                        f"{self.who}: {name} is {one!r} on rank 0, {other!r} on rank {rank}: pass the same on all ranks"
+                        f"{self.who}: {name} is {one!r} on rank 0, {theirs[name]!r} on rank {rank}: pass the same on "
+                        "all ranks"
                     )
 
     @property
@@ -854,8 +859,12 @@ def note_tensors(
 def take_tied(unit: Unit, gradient: Tensors | Vector, dtype: np.dtype[Any], who: str) -> dict[str, Any]:
     """The gradients of a unit's tied tensors; raises for missing ones, wrong shapes or dtypes."""
     found = gradient if isinstance(gradient, Mapping) else {}
-    shapes = {name: entry.shape for name, (owner, its) in unit.tied.items() for entry in owner.bucket.table
-              if entry.name == its}  # fmt: skip
+    shapes = {
+        name: entry.shape
+        for name, (owner, its) in unit.tied.items()
+        for entry in owner.bucket.table
+        if entry.name == its
+    }
     wrong = [n for n, shape in shapes.items() if n not in found or (found[n].shape, found[n].dtype) != (shape, dtype)]
     require(
         not wrong,
