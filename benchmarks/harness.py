@@ -75,6 +75,15 @@ def time_collective(comm: Any, call: Callable[[], Any], repeats: int = 1) -> flo
     return max_over_ranks(comm, time_local(call, repeats))
 
 
+def take_roots(elements: int, times: int) -> None:
+    """Work of the processor on an array of so many elements, during which other threads may run Python."""
+    import numpy as np
+
+    x = np.linspace(1, 2, elements)
+    for _ in range(times):
+        np.sqrt(x, out=x)
+
+
 def max_over_ranks(comm: Any, mine: float) -> float:
     """The largest value of any rank (collective)."""
     from mpi4py import MPI

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,13 +28,6 @@ AIMS = {"numpy": 1.15, "python": 1.3}
 """The largest ratio that ours shall have."""
 
 
-def compute_in_numpy(steps: int) -> None:
-    """Work on an array in the second-level cache."""
-    x = np.linspace(1, 2, 20_000)
-    for _ in range(steps):
-        np.sqrt(x, out=x)
-
-
 def compute_in_python(steps: int) -> None:
     """Count."""
     total = 0
@@ -43,7 +36,7 @@ def compute_in_python(steps: int) -> None:
             total += k
 
 
-COMPUTATIONS = {"numpy": compute_in_numpy, "python": compute_in_python}
+COMPUTATIONS = {"numpy": partial(harness.take_roots, 20_000), "python": compute_in_python}
 
 
 def measure() -> list[dict[str, Any]]:
@@ -78,15 +71,8 @@ def overlap(request: Any, compute: Callable[[int], None], steps: int) -> None:
 
 def measure_turns(world: Any, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
     """The median seconds of each, of the slowest rank in each turn (collective)."""
-
-    def clock(run: Callable[[], object]) -> float:
-        world.Barrier()
-        began = time.perf_counter()
-        run()
-        return float(max(world.allgather(time.perf_counter() - began)))
-
-    found = harness.take_turns({name: lambda run=run: clock(run) for name, run in runs.items()}, TURNS)
-    return {name: median(times) for name, times in found.items()}
+    turns = {name: partial(harness.time_collective, world, run) for name, run in runs.items()}
+    return {name: median(times) for name, times in harness.take_turns(turns, TURNS).items()}
 
 
 def steps_of(world: Any, compute: Callable[[int], None], seconds: float) -> int:

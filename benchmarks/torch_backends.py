@@ -3,7 +3,7 @@
     hpccomm-run -n 2 -m benchmarks.torch_backends --json torch-p2.json
     hpccomm-run -n 4 -m benchmarks.torch_backends --rounds 3 --largest 65536
 
-*One launch, groups interleaved.*  A round measures every group once, each after a barrier, in an order that rotates;
+*One launch, groups interleaved.*  A round measures every group once, each after a barrier, in an order that changes;
 the slowest rank counts.  The null is a second group of hpccomm: its ratio to the first one is what noise alone does.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mpi4py import MPI
 
+from benchmarks import harness
 from hpccomm.train.torch_networks import GPT, gpt_loss
 
 BUDGET_S = 0.02
@@ -63,26 +64,12 @@ def steps(group: Any) -> dict[str, Callable[[], Any]]:
     return {name: lambda pair=pair: step(*pair) for name, pair in made.items()}
 
 
-def measure(call: Callable[[], Any], repeats: int) -> float:
-    """Seconds of a call on the slowest rank."""
-    dist.barrier()
-    began = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    elapsed = torch.tensor([(time.perf_counter() - began) / repeats], dtype=torch.float64)
-    dist.all_reduce(elapsed, dist.ReduceOp.MAX)
-    return float(elapsed)
-
-
 def compare(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """The seconds of every round by group."""
+    measure = partial(harness.time_collective, MPI.COMM_WORLD)
     repeats = {name: max(1, min(1000, int(BUDGET_S / measure(call, 3)))) for name, call in rows.items()}
-    found: dict[str, list[float]] = {name: [] for name in rows}
-    names = list(rows)
-    for k in range(rounds):
-        for name in names[k % len(names) :] + names[: k % len(names)]:
-            found[name].append(measure(rows[name], repeats[name]))
-    return found
+    turns = {name: partial(measure, call, repeats[name]) for name, call in rows.items()}
+    return harness.take_turns(turns, rounds, warmup=0, shuffle=True)
 
 
 def main() -> None:

@@ -33,9 +33,10 @@ from hpccomm.collectives.hierarchical import HIERARCHICAL, Form, select_form
 from hpccomm.collectives.schedule import Algorithm
 from hpccomm.errors import ArgumentError, MismatchError, TransportError
 from hpccomm.kernels import objects
-from hpccomm.observe.flight_recorder import Call, Comm, count_bytes, recorder, shorten
+from hpccomm.observe.flight_recorder import Call, Comm, count_bytes, recorder
 from hpccomm.performance import tuning
 from hpccomm.performance.probe import processor_name
+from hpccomm.performance.units import format_ranges
 from hpccomm.settings import check_environment
 from hpccomm.transports.mpi import MessageTransport, mpi_name
 from hpccomm.transports.segment import SharedSegment
@@ -589,7 +590,7 @@ def name_of(comm: MPI.Intracomm) -> tuple[int, str]:
     ranks = tuple(group.Translate_ranks(list(range(group.size)), world))
     for each in (group, world):
         each.Free()
-    text = f"ranks {shorten(ranks)}"
+    text = f"ranks {format_ranges(ranks)}"
     made[text] = made.get(text, 0) + 1
     number = f" #{made[text]}" if made[text] > 1 else ""
     return (WORLD << 18 | MPI.COMM_WORLD.rank + 1) << 32 | next(numbers), text + number

@@ -17,8 +17,9 @@ from hpccomm.__main__ import main
 from hpccomm.errors import ArgumentError, LaunchError
 from hpccomm.launcher import trace_into
 from hpccomm.observe import report
-from hpccomm.observe.flight_recorder import Event, Recorder, count_bytes, shorten
+from hpccomm.observe.flight_recorder import Event, Recorder, count_bytes
 from hpccomm.observe.timeline import build, last_ranks
+from hpccomm.performance.units import format_ranges
 from hpccomm.testing.jobs import run_under_mpi
 
 LATE = """
@@ -179,7 +180,7 @@ def test_an_empty_trace_is_a_trace() -> None:
     ("ranks", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([0, 2, 4], "0,2,4"), ([5, 6, 1], "5-6,1"), ([], "")]
 )
 def test_ranks_are_named_in_short(ranks: list[int], text: str) -> None:
-    assert shorten(ranks) == text
+    assert format_ranges(ranks) == text
 
 
 def test_bytes_are_those_of_the_first_array() -> None:

@@ -382,17 +382,6 @@ def count_bytes(args: Sequence[Any]) -> int:
     return 0
 
 
-def shorten(ranks: Sequence[int]) -> str:
-    """Ranks as text: ``0-3,8``."""
-    found: list[list[int]] = []
-    for rank in ranks:
-        if found and found[-1][-1] == rank - 1:
-            found[-1].append(rank)
-        else:
-            found.append([rank])
-    return ",".join(f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in found)
-
-
 # Other processes
 
 

@@ -33,6 +33,7 @@ from hpccomm.kernels import objects
 from hpccomm.kernels.shared_memory import probe as tasks
 from hpccomm.kernels.shared_memory.records import LINE, PROBE_RECORD, RING, fill
 from hpccomm.performance.machine import DEFAULTS, Probe, floor_power, parse_probe
+from hpccomm.performance.units import format_ranges
 from hpccomm.transports.segment import free_bytes
 
 SCHEMA = 1
@@ -324,13 +325,7 @@ def is_steady(name: str, found: Sequence[float]) -> bool:
 
 def describe_cores(cores: Iterable[int]) -> str:
     """Numbers of cores as ranges: ``0-3,8``."""
-    ranges: list[list[int]] = []
-    for each in sorted(cores):
-        if ranges and each == ranges[-1][1] + 1:
-            ranges[-1][1] = each
-        else:
-            ranges.append([each, each])
-    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in ranges)
+    return format_ranges(sorted(cores))
 
 
 def identify(cores: Iterable[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from hpccomm.errors import ArgumentError
 
@@ -68,3 +69,14 @@ def format_size(nbytes: float) -> str:
         if nbytes >= size:
             return f"{nbytes / size:.3g} {unit}"
     return f"{nbytes:.3g} B"
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Numbers in their order, neighbours as ranges: ``0-3,8``."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and found[-1][-1] == number - 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ",".join(f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in found)
