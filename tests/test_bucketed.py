@@ -20,7 +20,7 @@ from hpccomm.buckets import Bucket, group_by_size
 from hpccomm.testing.ranks import run_on_ranks
 
 PAGE = Path(__file__).parent.parent / "docs" / "buckets.md"
-pytestmark = pytest.mark.mpi(sizes=(1, 2, 3))
+pytestmark = pytest.mark.mpi(sizes=(1, 2, 3, 5))
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embedding": (40, 30),
@@ -113,7 +113,7 @@ def test_overlapped_buckets_take_the_steps_of_buckets_in_turn(comm: Communicator
     assert run_steps(exchange, weights, 0, 4) == run_in_turn(comm, METHODS[name], groups, 4)
 
 
-@pytest.mark.mpi(sizes=(1, 2, 3))
+@pytest.mark.mpi(sizes=(1, 2, 3, 5))
 @pytest.mark.parametrize("name", METHODS)
 def test_a_state_by_tensor_continues_with_the_same_bits(comm: Communicator, name: str) -> None:
     """Where a tensor's steps do not depend on the bucket, with buckets of every size."""
@@ -382,7 +382,7 @@ def test_a_wrong_call_is_named_and_changes_nothing(comm: Communicator) -> None:
     both.finish()
 
 
-@pytest.mark.mpi(sizes=(1, 2, 3))
+@pytest.mark.mpi(sizes=(1, 2, 3, 5))
 def test_finish_without_a_bucket_is_named_on_all_ranks(comm: Communicator, capfd: Any) -> None:
     """And the next step is a whole one."""
     last, weights = comm.size - 1, make_weights()

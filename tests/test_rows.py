@@ -294,7 +294,7 @@ def test_a_codec_or_another_bucket_beside_rows_is_refused() -> None:
     run_on_ranks(2, body)
 
 
-@pytest.mark.mpi(sizes=(2, 3, 4))
+@pytest.mark.mpi(sizes=(2, 3, 4, 5, 7))
 def test_rows_over_mpi(comm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "ranks_of_this_node", lambda channel: channel.Split(channel.rank // 2, channel.rank))
     nodes = Communicator(comm.Dup())
