@@ -81,7 +81,7 @@ class Call:
     @property
     def opaque(self) -> bool:
         """Whether mpi4py must read a buffer."""
-        return self.send.opaque or self.recv.opaque
+        return any(each.opaque and each.raw is not None for each in (self.send, self.recv))
 
     @property
     def uneven(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,24 +30,20 @@ class NativeCall(NamedTuple):
     """Whether ranks compare their calls before MPI moves data."""
 
 
+@dataclass(slots=True)
 class Plan:
     """A call that is ready to run; on messages it runs a :class:`hpccomm.collectives.engine.BoundSchedule`."""
 
-    __slots__ = ("free", "lasts", "result", "row", "run", "text")
-
-    def __init__(
-        self, run: Run, free: Run | None = None, result: Any = None, row: Any = None, text: int = 0, lasts: bool = True
-    ) -> None:
-        self.run = run
-        self.free = free or (lambda: None)
-        self.result = result
-        """The return value of the call, if it has one."""
-        self.row = row
-        """From which the compiled entry makes a row for other calls of the kind: a call in shared memory or of MPI."""
-        self.text = text
-        """The number of its text in the flight recorder; 0 without one."""
-        self.lasts = lasts
-        """Whether it may be kept: it holds no reference to the user's arrays."""
+    run: Run
+    free: Run = lambda: None
+    result: Any = None
+    """The return value of the call, if it has one."""
+    row: Any = None
+    """From which the compiled entry makes a row for other calls of the kind: a call in shared memory or of MPI."""
+    text: int = 0
+    """The number of its text in the flight recorder; 0 without one."""
+    lasts: bool = True
+    """Whether it may be kept: it holds no reference to the user's arrays."""
 
 
 def compose(moves: Sequence[Run | None]) -> Run:

@@ -56,10 +56,8 @@ class PackedBuffer:
             octets = np.empty_like(whole) if copy else whole
             self.pack = partial(np.copyto, octets, whole) if copy else None
         else:
-            memory, octets = (
-                MPI.memory.fromaddress(data.address, nbytes // max(1, size) * extent),
-                np.empty(nbytes, "u1"),
-            )
+            octets = np.empty(nbytes, "u1")
+            memory = MPI.memory.fromaddress(data.address, nbytes // max(1, size) * extent)
             self.pack = partial(datatype.Pack, memory, octets, 0, comm)
             self.unpack = partial(datatype.Unpack, octets, 0, memory, comm)
         self.buffer = read(octets.view(data.dtype or data.base or np.dtype("u1")), "")
