@@ -55,7 +55,7 @@ class Planner:
     def __init__(self, comm: Any) -> None:
         self.comm = comm
         self.reader = Reader(comm)
-        self.backends = {name: make(self) for name, make in BACKENDS.items()}
+        self.backends = {name: row.make(self) for name, row in BACKENDS.items() if not row.on_device}
         self.first_use = FirstUse(self)
 
     @property
