@@ -53,15 +53,11 @@ class Call:
     after: Run | None = None
     """What a rewrite of the call does before and after it."""
 
-    @property
-    def signature(self) -> Signature:
+    def __post_init__(self) -> None:
+        self.signature: Signature = SIGNATURES[self.name]
         """What the collective takes."""
-        return SIGNATURES[self.name]
-
-    @property
-    def collective(self) -> str:
+        self.collective: str = self.signature.family or self.name.lower()
         """The collective whose algorithms the call uses."""
-        return self.signature.family or self.name.lower()
 
     @property
     def in_place(self) -> bool:
