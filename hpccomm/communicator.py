@@ -275,28 +275,6 @@ class Communicator(MPI.Intracomm):
         """
         return self._device_planner.transports.describe()
 
-    # Communicators made from this one, as mpi4py makes them; what yields an intracommunicator yields one of ours
-
-    Dup = keep_ours(MPI.Intracomm.Dup)
-    Clone = keep_ours(MPI.Intracomm.Clone)
-    Dup_with_info = keep_ours(MPI.Intracomm.Dup_with_info)
-    Idup = keep_ours(MPI.Intracomm.Idup)
-    Idup_with_info = keep_ours(MPI.Intracomm.Idup_with_info)
-    Split = keep_ours(MPI.Intracomm.Split)
-    Split_type = keep_ours(MPI.Intracomm.Split_type)
-    Create = keep_ours(MPI.Intracomm.Create)
-    Create_group = keep_ours(MPI.Intracomm.Create_group)
-    Create_cart = keep_ours(MPI.Intracomm.Create_cart)
-    Create_graph = keep_ours(MPI.Intracomm.Create_graph)
-    Create_dist_graph = keep_ours(MPI.Intracomm.Create_dist_graph)
-    Create_dist_graph_adjacent = keep_ours(MPI.Intracomm.Create_dist_graph_adjacent)
-    Create_intercomm = keep_ours(MPI.Intracomm.Create_intercomm)
-    Spawn = keep_ours(MPI.Intracomm.Spawn)
-    Spawn_multiple = keep_ours(MPI.Intracomm.Spawn_multiple)
-    Accept = keep_ours(MPI.Intracomm.Accept)
-    Connect = keep_ours(MPI.Intracomm.Connect)
-    Shrink = keep_ours(MPI.Intracomm.Shrink)
-
     @classmethod
     def Create_from_group(cls, *args: Any, **named: Any) -> Communicator:
         """A communicator of a group, without a parent."""
@@ -774,13 +752,18 @@ class Intercomm(MPI.Intercomm):
     _algorithm: str
     _pickle: str
 
-    Dup = keep_ours(MPI.Intercomm.Dup)
-    Clone = keep_ours(MPI.Intercomm.Clone)
-    Dup_with_info = keep_ours(MPI.Intercomm.Dup_with_info)
-    Split = keep_ours(MPI.Intercomm.Split)
-    Create = keep_ours(MPI.Intercomm.Create)
-    Merge = keep_ours(MPI.Intercomm.Merge)
 
+KEPT: dict[Any, str] = {
+    Communicator: (
+        "Dup Clone Dup_with_info Idup Idup_with_info Split Split_type Create Create_group Create_cart Create_graph "
+        "Create_dist_graph Create_dist_graph_adjacent Create_intercomm Spawn Spawn_multiple Accept Connect Shrink"
+    ),
+    Intercomm: "Dup Clone Dup_with_info Split Create Merge",
+}
+"""Methods of mpi4py that make a communicator; where that is an intracommunicator, it is one of ours."""
+for _class, _names in KEPT.items():
+    for _name in _names.split():
+        setattr(_class, _name, keep_ours(getattr(_class, _name)))
 
 for _name in COMPARED:
     setattr(Communicator, f"{_name}_init", compare_at_init(_name))

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from mpi4py import MPI
 
 from hpccomm.arrays import StreamBuffer, array_of
@@ -157,7 +156,8 @@ class Planner:
         if shared is None or not shared.reduces(op_name, send.kind):
             result = np.empty(np.shape(buf), buf.dtype)
             inner = self.bind(None, "Allreduce", buf, result, op, None)
-            return self.keep(key, Plan(inner.run, inner.free, read_only_view(result)))
+            result.flags.writeable = False  # which the plan does not ask
+            return self.keep(key, Plan(inner.run, inner.free, result))
         view = shared.view(send.address, send.nbytes)
         if view is None:
             raise ArgumentError(
@@ -165,11 +165,12 @@ class Planner:
             )
         segment, place = view
         result = np.frombuffer(segment.buffer, buf.dtype, send.elements, place).reshape(np.shape(buf))
+        result.flags.writeable = False
         fingerprint = Fingerprint("Allreduce_view", op_name, str(send.elements), send.kind)
         ends = send.address, segment.address + place
         into_segment = partial(shared.bind_allreduce, *ends, send.elements, send.kind, op_name, once=True)
         run, text = self.bind_shared(fingerprint, into_segment), text_of(fingerprint, "shared")
-        return self.keep(key, Plan(run, result=read_only_view(result), text=text))
+        return self.keep(key, Plan(run, result=result, text=text))
 
     def bind_reproducible(
         self, key: Hashable, name: str, buffers: tuple[Any, Any], arguments: tuple[Any, ...], op: MPI.Op
@@ -355,10 +356,3 @@ def why_unfit(call: Call, fits: list[str]) -> str:
 def text_of(fingerprint: Fingerprint, algorithm: str) -> int:
     """The number of the text by which the flight recorder names calls of a kind."""
     return recorder().intern(f"{fingerprint.uncounted._replace(algorithm='')} by {algorithm}")
-
-
-def read_only_view(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A read-only view."""
-    view = array.view()
-    view.flags.writeable = False
-    return view

@@ -28,10 +28,12 @@ from hpccomm.arrays import is_on_device
 from hpccomm.calls import operations
 from hpccomm.calls.blocks import SIGNATURES, total_bytes
 from hpccomm.calls.buffers import Buffer, pad_last
-from hpccomm.calls.fingerprint import UNKNOWN, Fingerprint
-from hpccomm.calls.reader import is_in_place
+from hpccomm.calls.call import Call
+from hpccomm.calls.fingerprint import Fingerprint
+from hpccomm.calls.reader import Reader, is_in_place
 from hpccomm.errors import ArgumentError, HpccommError
-from hpccomm.progress import Call, has_thread, submit
+from hpccomm.progress import Call as IssuedCall
+from hpccomm.progress import has_thread, submit
 from hpccomm.transports.polling import pause
 
 SEND, RECV, BUF = "sendbuf", "recvbuf", "buf"
@@ -65,7 +67,7 @@ requests before it sleeps between two polls."""
 class CollectiveRequest(MPI.Grequest):
     """The request of a non-blocking collective, which a progress thread completes."""
 
-    call: Call
+    call: IssuedCall
     raises = True
     """Whether MPI's own ``Waitall`` and so on raise if the call has failed."""
 
@@ -104,7 +106,7 @@ class CollectiveRequest(MPI.Grequest):
         super().Free()
 
 
-def begin_request(call: Call) -> CollectiveRequest:
+def begin_request(call: IssuedCall) -> CollectiveRequest:
     """A request that is complete when the call is."""
 
     def query(status: MPI.Status) -> None:
@@ -337,12 +339,8 @@ def read_for_thread(planner: Any, given: Any, op: MPI.Op | None, who: str) -> Bu
         return Buffer(given)
     padded = pad_last(given)
     whole = padded[0] if padded else given
-    buffer: Buffer = (
-        planner.reader.read_buffer(whole, who, parts=True)
-        if op is None
-        else planner.reader.read_operand(whole, op, who)
-    )
-    return buffer
+    reader: Reader = planner.reader
+    return reader.read_buffer(whole, who, parts=True) if op is None else reader.read_operand(whole, op, who)
 
 
 def describe(
@@ -350,13 +348,8 @@ def describe(
 ) -> Fingerprint:
     """The call as the other ranks see it."""
     key, data = next((each for each in buffers if not is_in_place(each[1].raw)), (BUF, Buffer(None)))
-    dtype, unknown = data.dtype or data.base, UNKNOWN if buffers else ""
     kind = SIGNATURES[name].blocks_of(int(key != SEND), in_place=key not in COMPARED[name][:1])
-    return Fingerprint(
-        spelling,
-        "" if op is None else operations.name_in_fingerprint(op),
-        unknown if dtype is None else str(total_bytes(data, kind, size) // dtype.itemsize),
-        unknown if dtype is None else data.half or str(dtype),
-        "" if root is None else str(root),
-        unknown if dtype is None else data.order,
-    )
+    call = Call(name, "", 0, size, data, data, op, root, data=data if buffers else None)
+    dtype = data.dtype or data.base
+    call.count = None if dtype is None else str(total_bytes(data, kind, size) // dtype.itemsize)
+    return call.describe("")._replace(collective=spelling)

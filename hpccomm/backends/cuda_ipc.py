@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpccomm.backends.device import DeviceBackend, extent, own_block, sides, streams_of, take_columns, width_of
+from hpccomm.backends.device import DeviceBackend, extent, own_block, sides, streams_of, take_columns
 from hpccomm.calls.call import Call
 from hpccomm.calls.plans import Plan
 from hpccomm.errors import TransportError
@@ -217,7 +217,7 @@ def plan_reduce(call: Call, room: int) -> list[Phase]:
     """Reduce all vectors, on the ranks that receive."""
     send, recv = call.send, sides(call)[1]
     code, phases = code_of(send.kind), []
-    for lo, hi in phase_ranges(send.elements, width_of(send), room):
+    for lo, hi in phase_ranges(send.elements(send), room):
         read = extent(send, lo, hi - lo)
         into = extent(recv, lo, hi - lo).address if recv else 0
         phases.append(Phase([read], [PeerReduce(call.op_name, code, 0, read.nbytes, into)]))
@@ -228,7 +228,7 @@ def plan_broadcast(call: Call, room: int) -> list[Phase]:
     """Copy the root's vector."""
     data, root = call.recv, call.root
     assert root is not None
-    extents = [extent(data, lo, hi - lo) for lo, hi in phase_ranges(data.elements, width_of(data), room)]
+    extents = [extent(data, lo, hi - lo) for lo, hi in phase_ranges(data.elements(data), room)]
     if call.here:
         return [Phase([each]) for each in extents]
     return [Phase([], copies=[PeerCopy(root, 0, each.nbytes, each.address)]) for each in extents]
@@ -237,7 +237,7 @@ def plan_broadcast(call: Call, room: int) -> list[Phase]:
 def plan_allgather(call: Call, room: int) -> list[Phase]:
     """Copy the blocks of all ranks."""
     (counts, displs), begin, phases = call.blocks(), own_block(call), []
-    for lo, hi in phase_ranges(max(counts), width_of(call.recv), room):
+    for lo, hi in phase_ranges(max(counts)(call.recv), room):
         ends = [(min(lo, count), min(hi, count)) for count in counts]
         extents = [extent(call.recv, displ + a, b - a) for displ, (a, b) in zip(displs, ends, strict=True)]
         copies = [PeerCopy(k, 0, each.nbytes, each.address) for k, each in enumerate(extents)]
@@ -248,7 +248,7 @@ def plan_allgather(call: Call, room: int) -> list[Phase]:
 
 def plan_alltoall(call: Call, room: int) -> list[Phase]:
     """Copy this rank's block of every rank."""
-    p, phases, row = call.size, [], call.size * width_of(call.recv)
+    p, phases, row = call.size, [], call.size * call.recv.width
     each = call.nbytes // row
     for lo, hi in phase_ranges(each, row, room):
         reads, writes = (take_columns(side, each, p, lo, hi) for side in (call.send, call.recv))
@@ -261,7 +261,7 @@ def plan_reduce_scatter(call: Call, room: int) -> list[Phase]:
     """Reduce this rank's block.  In place, the result overwrites columns that have been read already."""
     counts, code, phases = call.counts, code_of(call.recv.kind), []
     first = np.cumsum([0, *counts]).tolist()
-    for lo, hi in phase_ranges(max(counts), len(counts) * width_of(call.recv), room):
+    for lo, hi in phase_ranges(max(counts), len(counts) * call.recv.width, room):
         ends = [(min(lo, count), min(hi, count)) for count in counts]
         reads = [extent(call.send, first[k] + a, b - a, k * (hi - lo)) for k, (a, b) in enumerate(ends)]
         a, b = ends[call.rank]

@@ -60,12 +60,6 @@ def own_block(call: Call) -> int:
     return call.blocks()[1][call.rank] if call.collective == "allgather" and call.in_place else 0
 
 
-def width_of(buffer: Buffer) -> int:
-    """Bytes of an element."""
-    assert buffer.dtype is not None
-    return buffer.dtype.itemsize
-
-
 def host_dtype(buffer: Buffer) -> np.dtype[Any]:
     """The dtype of copies on the host."""
     assert buffer.dtype is not None
@@ -76,7 +70,7 @@ def host_dtype(buffer: Buffer) -> np.dtype[Any]:
 
 def extent(buffer: Buffer, first: int, count: int, at: int = 0) -> Extent:
     """Elements [first, first + count), at element ``at`` of a chunk."""
-    width = width_of(buffer)
+    width = buffer.width
     return Extent(buffer.address + first * width, at * width, count * width)
 
 

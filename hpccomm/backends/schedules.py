@@ -141,17 +141,12 @@ def gather_blocks(call: Call, algorithm: Algorithm) -> Workspace:
     return Workspace(work, None, cuts, None, copy_in, copy_out)
 
 
-def copy_whole(call: Call, algorithm: Algorithm) -> Workspace:
-    """The workspace of a broadcast."""
-    return Workspace(call.recv.vector().view("u1"))
-
-
 WORKSPACES: dict[str, Callable[[Call, Algorithm], Workspace]] = {
     "allreduce": reduce_whole,
     "reduce": reduce_to_root,
     "reduce_scatter": reduce_blocks,
     "allgather": gather_blocks,
-    "bcast": copy_whole,
+    "bcast": lambda call, algorithm: Workspace(call.recv.vector().view("u1")),
 }
 """On which memory the schedules of each collective run."""
 

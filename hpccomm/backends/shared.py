@@ -46,9 +46,7 @@ class Shared(Backend):
 
 def bind_allgather(memory: Any, call: Call) -> Bind:
     """Bind either allgather."""
-    assert call.recv.dtype is not None
-    width = call.recv.dtype.itemsize
-    sizes, places = ([each * width for each in amounts] for amounts in call.blocks())
+    sizes, places = ([each * call.recv.width for each in amounts] for amounts in call.blocks())
     own = call.recv.address + places[call.rank] if call.in_place else call.send.address
     return partial(memory.bind_allgather, own, call.recv.address, sizes, places)
 

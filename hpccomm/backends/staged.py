@@ -22,7 +22,6 @@ from hpccomm.backends.device import (
     sides,
     streams_of,
     take_columns,
-    width_of,
 )
 from hpccomm.calls.blocks import EQUAL, NONE, PARTS
 from hpccomm.calls.buffers import Buffer
@@ -67,7 +66,7 @@ def divide_call(call: Call, host: Host) -> list[Chunk]:
     if call.uneven:
         return [whole_chunk(call, host)]
     parts = p if form.blockwise else 1
-    row = parts * width_of(call.data)
+    row = parts * call.data.width
     each = call.nbytes // row
 
     def extents(buffer: Buffer | None, kind: str, first: int, lo: int, hi: int) -> list[Extent]:

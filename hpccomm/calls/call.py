@@ -75,11 +75,6 @@ class Call:
         return "" if self.op is None else operations.name_of(self.op)
 
     @property
-    def opaque(self) -> bool:
-        """Whether mpi4py must read a buffer."""
-        return any(each.opaque and each.raw is not None for each in (self.send, self.recv))
-
-    @property
     def uneven(self) -> bool:
         """Whether blocks may have any length."""
         return self.signature.varies or self.recvcounts is not None

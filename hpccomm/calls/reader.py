@@ -140,9 +140,6 @@ class Reader:
         call.send, call.recv, call.data, call.nbytes = send, recv, recv, received
         call.count = count_gathered(call)
 
-    def read_barrier(self, call: Call, sendbuf: None, recvbuf: None) -> None:
-        """A barrier has no buffers."""
-
     def read_moves(self, call: Call, sendbuf: Any, recvbuf: Any) -> None:
         """Read a collective that moves blocks and that only MPI runs."""
         form, buffers = call.signature, (sendbuf, recvbuf)
@@ -350,7 +347,7 @@ READERS: dict[str, Callable[[Reader, Call, Any, Any], None]] = {
     "Allgatherv": Reader.read_allgather,
     "Bcast": Reader.read_bcast,
     "Alltoall": Reader.read_alltoall,
-    "Barrier": Reader.read_barrier,
+    "Barrier": lambda reader, call, sendbuf, recvbuf: None,
     "Scan": Reader.read_scan,
     "Exscan": Reader.read_scan,
     **dict.fromkeys(("Gather", "Gatherv", "Scatter", "Scatterv", "Alltoallv", "Alltoallw"), Reader.read_moves),

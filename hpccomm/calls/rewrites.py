@@ -26,7 +26,7 @@ def make_contiguous(call: Call, reader: Reader) -> Call:
     """
     form, comm = call.signature, reader.comm
     copies = call.in_place and form.send == form.recv == EQUAL
-    if not (call.opaque or copies):
+    if not (copies or any(each.opaque and each.raw is not None for each in (call.send, call.recv))):
         return call
     into = PackedBuffer(call.recv, comm, total_bytes(call.recv, form.recv, call.size))
     out = into
