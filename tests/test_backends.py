@@ -89,3 +89,50 @@ def test_every_algorithm_gives_the_result_of_mpi_or_is_refused_by_name(
         else:
             assert np.array_equal(run(comm, name, kind, pair, algorithm), want), algorithm
     pair.Free()
+
+
+@pytest.mark.mpi(sizes=(1, 2, 3, 5), timeout=60)
+def test_a_derived_datatype_is_gathered_into_blocks_of_any_length(comm: Communicator) -> None:
+    pair = MPI.INT64_T.Create_contiguous(2).Commit()
+    counts = [2 * (k + 1) for k in range(comm.size)]
+    displs = [sum(counts[k + 1 :]) + 1 for k in range(comm.size)]  # the last rank's block comes first
+    mine = np.arange(counts[comm.rank]) + 100 * comm.rank
+    want = np.full(sum(counts) + 2, -1)
+    for k, (count, displ) in enumerate(zip(counts, displs, strict=True)):
+        want[displ : displ + count] = np.arange(count) + 100 * k
+    for algorithm in comm.algorithms("allgather"):
+        got = np.full_like(want, -1)
+        comm.Allgatherv([mine, comm.rank + 1, pair], [got, counts, displs, MPI.INT64_T], algorithm=algorithm)
+        assert np.array_equal(got, want), algorithm
+    pair.Free()
+
+
+@pytest.mark.mpi(sizes=(2, 3), timeout=60)
+def test_ranks_may_describe_the_same_elements_by_different_datatypes(comm: Communicator) -> None:
+    pair = MPI.INT64_T.Create_contiguous(2).Commit()
+    for name in ("Allgather", "Allgatherv"):
+        for algorithm in comm.algorithms("allgather"):
+            mine, got = np.arange(4) + comm.rank, np.zeros(4 * comm.size, int)
+            into = [got, 2, pair] if comm.rank == 0 else got
+            getattr(comm, name)(mine, into, algorithm=algorithm)
+            assert np.array_equal(got.reshape(-1, 4), np.arange(4) + np.arange(comm.size)[:, None]), (name, algorithm)
+    pair.Free()
+
+
+@pytest.mark.mpi(sizes=(2, 3), timeout=60)
+def test_a_derived_datatype_of_another_size_than_the_block_is_refused(comm: Communicator) -> None:
+    pair = MPI.INT64_T.Create_contiguous(2).Commit()
+    for algorithm in set(comm.algorithms("allgather")) - {"auto", "native"}:
+        with pytest.raises(ArgumentError, match="sends 16 bytes, the receive buffer has room for 32 from this rank"):
+            comm.Allgather([np.zeros(2, int), 1, pair], np.zeros(4 * comm.size, int), algorithm=algorithm)
+    pair.Free()
+
+
+@pytest.mark.mpi(sizes=(2, 3), timeout=60)
+def test_a_nonblocking_call_counts_the_elements_of_every_form_alike(comm: Communicator) -> None:
+    p, n = comm.size, 3
+    for in_place in (False, True):
+        x, y = np.ones(n * p), np.zeros(n)
+        form = x if comm.rank else [x, n, MPI.DOUBLE]
+        comm.Ireduce_scatter_block(*((MPI.IN_PLACE, form) if in_place else (form, y))).Wait()
+        assert ((x if in_place else y)[:n] == p).all()

@@ -636,6 +636,21 @@ def test_memory_that_the_host_can_address_needs_no_device(monkeypatch: pytest.Mo
     assert x.memory.tolist() == operand(0, 5).tolist()
 
 
+@pytest.mark.parametrize("name", ["Allgather", "Alltoall"])
+def test_arrays_of_different_dtypes_are_refused(name: str) -> None:
+    def body(comm: Any) -> None:
+        device = FakeDevice()
+        planner = ThreadPlanner(comm, device)
+        send, recv = (
+            device.array(np.zeros(4 * (comm.size if name == "Alltoall" else 1), "f4")),
+            device.array(np.zeros(2 * comm.size, "f8")),
+        )
+        with pytest.raises(ArgumentError, match=f"{name}: sends float32, receives float64: make both the same"):
+            planner.bind(None, name, send, recv, None)
+
+    run_on_ranks(2, body)
+
+
 def test_a_wrapped_stream_reaches_only_arrays_on_a_device(device: FakeDevice) -> None:
     host, there = np.zeros(3), device.array(np.zeros(3))
     a, b, c = hpccomm.Communicator(MPI.COMM_SELF.Dup())._planner.attach_stream(5, host, there, MPI.IN_PLACE)
