@@ -217,7 +217,7 @@ def plan_reduce(call: Call, room: int) -> list[Phase]:
     """Reduce all vectors, on the ranks that receive."""
     send, recv = call.send, sides(call)[1]
     code, phases = code_of(send.kind), []
-    for lo, hi in phase_ranges(send.elements(send), room):
+    for lo, hi in phase_ranges(send.elements, send.width, room):
         read = extent(send, lo, hi - lo)
         into = extent(recv, lo, hi - lo).address if recv else 0
         phases.append(Phase([read], [PeerReduce(call.op_name, code, 0, read.nbytes, into)]))
@@ -228,7 +228,7 @@ def plan_broadcast(call: Call, room: int) -> list[Phase]:
     """Copy the root's vector."""
     data, root = call.recv, call.root
     assert root is not None
-    extents = [extent(data, lo, hi - lo) for lo, hi in phase_ranges(data.elements(data), room)]
+    extents = [extent(data, lo, hi - lo) for lo, hi in phase_ranges(data.elements, data.width, room)]
     if call.here:
         return [Phase([each]) for each in extents]
     return [Phase([], copies=[PeerCopy(root, 0, each.nbytes, each.address)]) for each in extents]
@@ -237,7 +237,7 @@ def plan_broadcast(call: Call, room: int) -> list[Phase]:
 def plan_allgather(call: Call, room: int) -> list[Phase]:
     """Copy the blocks of all ranks."""
     (counts, displs), begin, phases = call.blocks(), own_block(call), []
-    for lo, hi in phase_ranges(max(counts)(call.recv), room):
+    for lo, hi in phase_ranges(max(counts), call.recv.width, room):
         ends = [(min(lo, count), min(hi, count)) for count in counts]
         extents = [extent(call.recv, displ + a, b - a) for displ, (a, b) in zip(displs, ends, strict=True)]
         copies = [PeerCopy(k, 0, each.nbytes, each.address) for k, each in enumerate(extents)]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mpi4py import MPI
-
 from hpccomm.calls import operations
 from hpccomm.calls.blocks import EQUAL, SIGNATURES, Amounts, Signature
 from hpccomm.calls.buffers import Buffer
@@ -30,7 +28,8 @@ class Call:
     send: Buffer
     recv: Buffer
     """The same object as :attr:`send` in place; a buffer of ``None`` where this rank has none."""
-    op: MPI.Op | None = None
+    op: Any = None
+    """The :class:`MPI.Op` of a reduction, or ``None``."""
     root: int | None = None
     recvcounts: tuple[int, ...] | None = None
     algorithm: str | None = None

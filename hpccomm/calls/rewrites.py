@@ -13,7 +13,6 @@ from mpi4py import MPI
 from hpccomm.calls.blocks import EQUAL, find_blocks, total_bytes
 from hpccomm.calls.buffers import Buffer, read, view_at
 from hpccomm.calls.call import Call
-from hpccomm.calls.plans import Run
 from hpccomm.calls.reader import Reader
 from hpccomm.kernels import reproducible
 from hpccomm.kernels.reductions.reference import code_of, narrow, widen
@@ -42,8 +41,8 @@ def make_contiguous(call: Call, reader: Reader) -> Call:
 class PackedBuffer:
     """Data of any datatype in contiguous memory; contiguous data is itself, or with ``copy`` a copy."""
 
-    pack: Run | None = None
-    unpack: Run | None = None
+    pack: Any = None
+    unpack: Any = None
 
     def __init__(self, data: Buffer, comm: MPI.Intracomm, nbytes: int, copy: bool = False) -> None:
         self.buffer = data
