@@ -96,7 +96,8 @@ def main() -> int:
         harness.write_on_rank0(args.work, measure(args.bytes))
         return 0
     record = harness.Record(args.file, lambda row: (row["ranks"], row["job"], row["round"]), seconds=args.seconds)
-    record.recall_all([(ranks, job, k) for k in range(args.rounds) for ranks in args.ranks for job in JOBS], measure_round)
+    keys = [(ranks, job, k) for k in range(args.rounds) for ranks in args.ranks for job in JOBS]
+    record.recall_all(keys, measure_round)
     if record.rows:
         harness.emit(tables(record.rows))
     return 0

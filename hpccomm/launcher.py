@@ -321,8 +321,8 @@ def check_memory(ranks: int) -> None:
     most = max(1, memory // RANK_BYTES)
     if ranks > most and not any(name in os.environ for name in ALLOCATIONS):
         raise LaunchError(
-            f"{ranks:,} ranks need more memory than the {memory / 1e9:.3g} GB of this machine: start {most:,} or fewer, "
-            "or name other machines with --mpi-args='--hostfile FILE'"
+            f"{ranks:,} ranks need more memory than the {memory / 1e9:.3g} GB of this machine: start {most:,} or "
+            "fewer, or name other machines with --mpi-args='--hostfile FILE'"
         )
 
 
