@@ -5,7 +5,7 @@
 
 *One launch, groups interleaved.*  A round measures every group once, each after a barrier, in an order that changes;
 the slowest rank counts.  The null is a second group of hpccomm: its ratio to the first one is what noise alone does.
-``--page`` writes the tables of some files as they stand in the documentation.
+``--page`` writes the tables of some files as the documentation shows them.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_first_measurement
         ("slurm init --nodes none", "--nodes"),
         ("slurm", "missing: action (hpccomm slurm --help)"),
         ("stacks 999999999", "belongs to no job of yours"),
-        ("stacks train.py", "pid 'train.py': give a whole number"),
+        ("stacks train.py", "PID 'train.py': give a whole number"),
         ("completion tcsh", "invalid choice"),
         ("tune", "one rank has nothing to tune: use more"),
         ("bench", "the name of a benchmark is missing"),
