@@ -23,8 +23,9 @@ from mpi4py import MPI
 
 from hpccomm.arrays import DeviceArray
 from hpccomm.calls import operations
+from hpccomm.calls.blocks import FORMS
 from hpccomm.calls.bounce_buffers import BounceBuffers
-from hpccomm.calls.buffers import hold, pad_last
+from hpccomm.calls.buffers import hold, pad_last, read_integers
 from hpccomm.calls.consistency import claim_report
 from hpccomm.calls.entry import COLLECTIVES, Doors, Key
 from hpccomm.calls.plans import Plan, call_key
@@ -565,7 +566,8 @@ class Communicator(MPI.Intracomm):
         if type(op) is not MPI.Op:
             rest: dict[str, Any] = {"recvcounts": recvcounts, "algorithm": algorithm, "reproducible": reproducible}
             return run_named(self, "Reduce_scatter", op, sendbuf, recvbuf, **rest)
-        counts = None if recvcounts is None else tuple(recvcounts)
+        who = f"rank {self.rank}: Reduce_scatter"
+        counts = None if recvcounts is None else read_integers(recvcounts, "recvcounts", who)
         if reproducible and self._run_reproducible("Reduce_scatter", (sendbuf, recvbuf), (counts, op), op):
             return None
         buffers, arguments = (sendbuf, recvbuf), (counts, op, algorithm)
@@ -669,8 +671,9 @@ class Communicator(MPI.Intracomm):
     ) -> Plan:
         """The plan of one of MPI's own collectives."""
         kind = self._read_kind(code)
-        op = None if op is None else operations.read_op(op, f"rank {self.rank}: {name}")
-        root = None if root is None else self._planner.check_root(root, f"rank {self.rank}: {name}")
+        form, who = FORMS.get(name), f"rank {self.rank}: {name}"
+        op = None if form else operations.read_op(op, who)  # type: ignore[arg-type]
+        root = self._planner.check_root(root, who) if form and form.rooted else None  # type: ignore[arg-type]
         buffers = self._planner.significant(name, hold(buffers[0]), buffers[1], root)
         mark = None if op is None else operations.key_of(op)
         key = kind or (None if name == "Alltoallw" else call_key(name, *buffers, root, mark))

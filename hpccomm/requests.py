@@ -249,10 +249,9 @@ def compare_quietly(comm: Any, fingerprint: Fingerprint) -> Callable[[bool], Non
     table = comm._context.consistency if comm._context else None
     if table is None:
         return lambda waits: None
-    table.begin(table.announce(fingerprint))
-    table.compare_entries()  # ranks of other nodes are not waited for
-    number = table.active_seq
-    table.abandon()
+    with table.entered:  # ranks of other nodes are not waited for
+        table.begin(table.announce(fingerprint))
+        number = table.active_seq
 
     def compare(waits: bool) -> None:
         with suppress(ValueError):  # the communicator has been freed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import textwrap
@@ -15,7 +16,8 @@ import pytest
 from mpi4py import MPI
 
 from hpccomm import ArgumentError, Communicator
-from hpccomm.calls.departures import Launchers, stat_of
+from hpccomm.calls.departures import Launchers
+from hpccomm.observe.processes import find_process
 from hpccomm.testing.jobs import run_under_mpi, start
 
 Call = Callable[[Communicator], Any]
@@ -354,6 +356,46 @@ def test_a_rank_that_misses_the_first_collective_is_named() -> None:
     assert "missing: rank 1" in said
 
 
+GOES_ON = {
+    "Bcast": 'comm.Bcast(x, root, algorithm="native")',
+    "Scatter": "comm.Scatter(wide if comm.rank == root else None, y, root)",
+    "Scatterv": "comm.Scatterv([wide, [4] * p] if comm.rank == root else None, y, root)",
+    "bcast": "comm.bcast(1, root)",
+    "scatter": "comm.scatter([1] * p if comm.rank == root else None, root)",
+    "Scan": "comm.Scan(x, y, MPI.MAX if odd else MPI.SUM)",
+    "Exscan": "comm.Exscan(x, y, MPI.MAX if odd else MPI.SUM)",
+    "Ibcast": "comm.Ibcast(x, root).Wait()",
+}
+"""Calls that rank 0 can complete before the others have made theirs."""
+
+NOT_TOLD = """
+p = comm.size
+time.sleep(0.5 * odd)
+root, wide, y = comm.rank % 2, np.ones(4 * p), np.empty(4)
+try:
+    CALL
+except hpccomm.MismatchError as error:
+    print(f"rank {comm.rank} raised: {error}", flush=True)
+"""
+
+
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize("name", GOES_ON)
+def test_a_rank_that_has_completed_a_call_is_told_that_others_refuse_it(name: str) -> None:
+    """Also a rank whose program ends with the call."""
+    for end in ("", "MPI.Finalize()"):
+        _, said = run_job(3, NOT_TOLD.replace("CALL", GOES_ON[name]) + end)
+        assert "rank 1 raised" in said, said
+        told = "rank 0: the ranks' calls were different in one that this rank has completed: ranks? 0"
+        assert re.search(told, said) or "rank 0 raised" in said, said
+        assert re.search(rf"rank 1 called I?{name}\(.*noticed by rank 0", said), said
+
+
+def test_a_rank_is_told_once_while_it_goes_on() -> None:
+    status, said = run_job(2, NOT_TOLD.replace("CALL", GOES_ON["Bcast"]) + "\ntime.sleep(1.5)")
+    assert (status, said.count("this rank has completed"), said.count("raised")) == (0, 1, 1), said
+
+
 def test_no_rank_outlives_its_launcher() -> None:
     body = """
     comm.Barrier()
@@ -365,19 +407,19 @@ def test_no_rank_outlives_its_launcher() -> None:
     ranks = [int(process.stdout.readline()) for _ in range(3)]
     os.kill(process.pid, signal.SIGKILL)
     until = time.monotonic() + 10
-    while any(stat_of(rank)[2] for rank in ranks) and time.monotonic() < until:
+    while any(find_process(rank).started for rank in ranks) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not any(stat_of(rank)[2] for rank in ranks)
+    assert not any(find_process(rank).started for rank in ranks)
     process.stdout.close()
     process.wait()
 
 
 def test_a_launcher_that_is_gone_is_noticed() -> None:
     process = subprocess.Popen(["/bin/sleep", "60"])
-    name, parent, started = stat_of(process.pid)
+    found = find_process(process.pid)
     launchers = Launchers()
-    launchers._found = {process.pid: started}
-    assert (name, parent, launchers.describe_loss()) == ("sleep", os.getpid(), "")
+    launchers._found = {process.pid: found.started}
+    assert (found.name, found.parent, launchers.describe_loss()) == ("sleep", os.getpid(), "")
     process.kill()
     process.wait()
     assert f"the launcher (process {process.pid}) is gone" in launchers.describe_loss()

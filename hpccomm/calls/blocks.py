@@ -30,6 +30,11 @@ class BlockForm(NamedTuple):
     recv_at_root: bool = False
 
     @property
+    def rooted(self) -> bool:
+        """Whether only the root has one of the buffers."""
+        return self.send_at_root or self.recv_at_root
+
+    @property
     def varies(self) -> bool:
         """Whether blocks may have any length."""
         return bool({self.send, self.recv} & {PARTS, TYPED})

@@ -6,6 +6,7 @@ A form without contiguous elements of a NumPy dtype (a derived datatype, ``BOTTO
 from __future__ import annotations
 
 import ctypes
+import operator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -326,13 +327,23 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
     if count is None or isinstance(count, int | np.integer):
         buffer.count = None if count is None else int(count)
     else:
-        buffer.counts = tuple(int(each) for each in count)
+        buffer.counts = read_integers(count, "count", who)
     if displs is not None:
         single = isinstance(displs, int | np.integer)
-        buffer.displs = int(displs) if single else tuple(int(each) for each in displs)
+        buffer.displs = int(displs) if single else read_integers(displs, "displacement", who)
     if min(buffer.count or 0, *(buffer.counts or (0,))) < 0:
         raise ArgumentError(f"{who}: the count {count} is negative: pass how many elements to move")
     return buffer
+
+
+def read_integers(given: Any, what: str, who: str) -> tuple[int, ...]:
+    """The counts or displacements of all ranks; raises unless they are a sequence of whole numbers."""
+    try:
+        return tuple(operator.index(given[k]) for k in range(len(given)))
+    except (LookupError, TypeError):
+        raise ArgumentError(
+            f"{who}: the {what} is {str(given)[:80]}: pass a whole number, or a list of one for each rank"
+        ) from None
 
 
 def read_derived(form: Any, base: Buffer, who: str) -> Buffer:
