@@ -174,13 +174,14 @@ class Planner:
             raise ArgumentError(
                 f"{who}: the array is not registered: allocate it with comm.empty, comm.zeros or comm.register"
             )
-        segment, place = view
+        segment, place, plans = view
         result = np.frombuffer(segment.buffer, buf.dtype, send.elements, place).reshape(np.shape(buf))
         fingerprint = Fingerprint("Allreduce_view", op_name, str(send.elements), send.kind)
         ends = send.address, segment.address + place
         into_segment = partial(shared.bind_allreduce, *ends, send.elements, send.kind, op_name, once=True)
         plan = self.keep_shared(key, fingerprint, into_segment, None)
         plan.result = read_only_view(result)
+        plans.append(plan)
         return plan
 
     def reduce(self, key: Hashable, sendbuf: Any, recvbuf: Any, op: MPI.Op, root: int, algorithm: str | None) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -245,6 +246,22 @@ def test_views_of_arrays_that_are_made_again_at_other_addresses(comm: Communicat
         assert (comm.Allreduce_view(x) == comm.size * step).all()
         assert (comm.Allreduce_view(x[:100]) == comm.size * step).all()
         del x, hole
+
+
+@pytest.mark.mpi(sizes=(2, 3))
+def test_what_a_view_needs_is_freed_with_its_array(comm: Communicator) -> None:
+    """The plan that made it stays in the cache."""
+
+    def make_view() -> None:
+        x = comm.zeros(5000)
+        comm.Allreduce_view(x)
+
+    make_view()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        make_view()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.mpi(sizes=(1, 2))

@@ -91,10 +91,10 @@ def test_a_stall_is_reported_once_by_all_ranks_together_and_again_later() -> Non
 
 
 LEVELS = {
-    "inter_node": ("comm.inter_node", "inter-node ranks 1, 3 of ranks 0-3", 1),
+    "inter_node": ("comm.inter_node", "inter-node ranks 1,3 of ranks 0-3", 1),
     "intra_node": ("comm.intra_node", "intra-node ranks 2-3 of ranks 0-3", 1),
     "a level of a level": ("comm.intra_node.intra_node", "intra-node ranks 0-1 of intra-node ranks 2-3 of", 1),
-    "Split": ("comm.Split(comm.rank % 2, comm.rank)", "ranks 1, 3", 1),
+    "Split": ("comm.Split(comm.rank % 2, comm.rank)", "ranks 1,3", 1),
     "Dup": ("comm.Dup()", "ranks 0-3 #2", 3),
     "Create_cart": ("comm.Create_cart([4])", "ranks 0-3 #3", 3),
 }
