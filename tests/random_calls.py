@@ -29,8 +29,9 @@ from hpccomm import Communicator
 from hpccomm.requests import COMPARED
 
 REGISTERED_BYTES = 40_000
-LENGTHS = (0, 1, 2, 7, 64, 1000, 5000)
-CHECK_CALLS, GROWTH_BYTES = 20_000, 64 << 20
+LENGTHS = (0, 1, 2, 7, 64, 1000)
+SHORT, LONG = (0, 1, 2, 7, 12, 13, 63, 64, 100, 511, 1000, 2049), (5000, 16_384, 70_001)
+CHECK_CALLS, GROWTH_BYTES = 5_000, 64 << 20
 """How often memory and files are looked at, and how much memory may grow after the first fifth of the calls."""
 
 MAKERS: tuple[Callable[[Any], Any], ...] = (
@@ -40,6 +41,13 @@ MAKERS: tuple[Callable[[Any], Any], ...] = (
     lambda world: world.Create_cart([world.size]),
     lambda world: Communicator(MPI.Intracomm(world).Dup(), "butterfly"),
 )
+
+
+class ShortDraw(Draw):
+    """The choices of a call on short vectors, and of one in a hundred on a long one: most of the time goes to checks."""
+
+    def length(self) -> int:
+        return int(self.pick(LONG if self.random.random() < 0.01 else SHORT))
 
 
 class Program:
@@ -80,7 +88,7 @@ def call_blocking(program: Program) -> int:
     """Twenty blocking calls on random communicators."""
     for k in range(20):
         which = program.pick()
-        one_call(program.comms[which], Draw(program.seed, program.step, k), program.registered[which])
+        one_call(program.comms[which], ShortDraw(program.seed, program.step, k), program.registered[which])
     return 20
 
 
@@ -132,7 +140,9 @@ def call_in_threads(program: Program) -> int:
     def body(which: int) -> None:
         try:
             for k in range(8):
-                one_call(program.comms[which], Draw(program.seed, program.step, which, k), program.registered[which])
+                one_call(
+                    program.comms[which], ShortDraw(program.seed, program.step, which, k), program.registered[which]
+                )
         except BaseException as error:
             errors.append(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -97,11 +98,12 @@ def test_an_earlier_rank_raises_when_it_leaves(node: MakeTables) -> None:
 ROOT_0, ROOT_1 = (Fingerprint("Bcast", "", "8", "float64", root, "C") for root in "01")
 
 
-def make_call(table: ConsistencyTable, call: Fingerprint) -> str:
+def make_call(table: ConsistencyTable, call: Fingerprint, body: Callable[[], object] = lambda: None) -> str:
     """A call that waits for nobody; returns the error's sentence, if there is one."""
     try:
         with table.entered:
             table.enter(table.announce(call))
+            body()
     except MismatchError as error:
         return str(error)
     return ""
@@ -136,6 +138,17 @@ def test_a_rank_is_not_ahead_of_one_that_has_left_or_that_makes_the_same_calls(n
     make_call(early, ROOT_0)
     late.mark_left()
     assert not early.is_ahead()
+
+
+def test_a_rank_that_has_failed_in_a_call_and_left_has_not_completed_it(node: MakeTables) -> None:
+    gone, here = node(2)
+    with pytest.raises(SystemExit):
+        make_call(gone, SUM, lambda: sys.exit(0))
+    assert not gone.is_ahead()
+    here.enter(here.announce(SUM))
+    assert here.deadlock_reason() is None
+    gone.mark_left()
+    assert "rank 0 has left the program, rank 1 waits in Allreduce" in str(here.deadlock_reason())
 
 
 def test_what_one_rank_sends_is_compared_with_what_the_other_receives(node: MakeTables) -> None:

@@ -379,18 +379,21 @@ GOES_ON = {
     "Scatterv": "comm.Scatterv([wide, [4] * p] if comm.rank == root else None, y, root)",
     "bcast": "comm.bcast(1, root)",
     "scatter": "comm.scatter([1] * p if comm.rank == root else None, root)",
-    "Scan": "comm.Scan(x, y, MPI.MAX if odd else MPI.SUM)",
-    "Exscan": "comm.Exscan(x, y, MPI.MAX if odd else MPI.SUM)",
+    "Scan": "comm.Scan(x, y, op)",
+    "Exscan": "comm.Exscan(x, y, op)",
     "Ibcast": "comm.Ibcast(x, root).Wait()",
 }
 """Calls that rank 0 can complete before the others have made theirs."""
 
 NOT_TOLD = """
-p = comm.size
-time.sleep(0.5 * odd)
-root, wide, y = comm.rank % 2, np.ones(4 * p), np.empty(4)
-try:
+p, wide, y = comm.size, np.ones(4 * comm.size), np.empty(4)
+def call(root, op):
     CALL
+for _ in range(2): call(0, MPI.SUM)
+comm.Barrier()
+time.sleep(0.5 * odd)
+try:
+    call(comm.rank % 2, MPI.MAX if odd else MPI.SUM)
 except hpccomm.MismatchError as error:
     print(f"rank {comm.rank} raised: {error}", flush=True)
 """

@@ -45,7 +45,7 @@ from hpccomm.observe.processes import find_process
 from hpccomm.transports.polling import pause
 
 TEXTS = 64
-LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS, REFUSED = (STATUS + k for k in range(1, 7))
+LEFT, GAVE_UP, HAS_CODE, REPORTED, PROCESS, REFUSED, FAILED = (STATUS + k for k in range(1, 8))
 TEXT_WORDS = TEXT_BYTES // 8 + 1
 FIRST_TEXT = COUNTS + CALLS
 ISSUED = FIRST_TEXT + TEXTS * TEXT_WORDS
@@ -133,6 +133,7 @@ class ConsistencyTable:
 
     def abandon(self) -> None:
         """Leave a call that has failed."""
+        self._words[self._base + FAILED] = self._seq
         self._words[self._base + STATUS] = -self._seq
 
     @property
@@ -179,7 +180,7 @@ class ConsistencyTable:
     def leave(self) -> None:
         """Leave a call; raise if another rank called something else."""
         self.compare_entries()
-        self.abandon()
+        self._words[self._base + STATUS] = -self._seq
 
     def miss_call(self) -> None:
         """Count a call that other members have entered, and that has failed because this one made another."""
@@ -340,20 +341,29 @@ class ConsistencyTable:
         self.write_reason(error)
         self._words[self._base + REFUSED] = self._seq
 
-    def completed(self, row: int) -> int:
+    def count_left(self, row: int) -> int:
         """How many calls a rank has left."""
         status = self._words[row + STATUS]
         return max(-status, status - 1)
 
+    def count_completed(self, row: int) -> int:
+        """The same, without a last one that it has left by an error."""
+        last = self.count_left(row)
+        return last - (last > 0 and self._words[row + FAILED] == last)
+
     def is_ahead(self) -> bool:
         """Whether a member that runs has not left the last call of this rank yet."""
-        last, words = self.completed(self._base), self._words
-        behind = (peer for peer in self._peers if self.completed(peer) < last and not words[peer + LEFT])
+        last, words = self.count_completed(self._base), self._words
+        behind = (peer for peer in self._peers if self.count_left(peer) < last and not words[peer + LEFT])
         return any(find_process(words[peer + PROCESS]).started for peer in behind)
 
     def find_refusal(self) -> str:
         """The sentence for a call that this rank has completed and another one refuses; empty if none is new."""
-        told, last, members = self._told, self.completed(self._base), dict(zip(self._peers, self._others, strict=True))
+        told, last, members = (
+            self._told,
+            self.count_completed(self._base),
+            dict(zip(self._peers, self._others, strict=True)),
+        )
         found = {self._words[peer + REFUSED]: rank for peer, rank in members.items()}
         new = [seq for seq in found if told < seq <= last]
         if not new:
@@ -396,7 +406,7 @@ class ConsistencyTable:
                     rank: self.read_fingerprint(peer, gave_up & ENTRY_MASK),
                 }
                 return mismatch_message(calls, self._me)
-            if self._words[peer + LEFT] and abs(self._words[peer + STATUS]) < seq:
+            if self._words[peer + LEFT] and self.count_completed(peer) < seq:
                 return self.explain_departure(rank, self.find_call(self._base))
         return self.explain_issue_after(self.find_call(self._base))
 

@@ -323,8 +323,8 @@ class Entry:
         """Raise if a call is made inside another one, or if an exception, such as Ctrl-C, has ended the last one."""
         if self._resumes:
             raise ArgumentError(
-                f"rank {self._rank}: this call is made while another one of its communicator runs, by a signal handler, "
-                "__del__ or a thread: let it wait for the end of that one, or use another communicator"
+                f"rank {self._rank}: this call is made while another one of its communicator runs, by a signal "
+                "handler, __del__ or a thread: let it wait for the end of that one, or use another communicator"
             )
         if self._pending.value:
             for each in filter(None, (self._memory, self._table)):
