@@ -237,7 +237,7 @@ class Context:
         level = "intra-node" if self.layout.count == 1 else "inter-node"
         text = f"{level} ranks {format_ranges(ranks)} of {parent.recorded.text}"
         self.recorded = Comm(recorder(), number, text)
-        self.open_group(of=parent._group and (parent._group, ranks))
+        self.open_group(of=(parent._group, ranks) if parent._group else None)
 
     @Once
     def members(self) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ MAKERS: tuple[Callable[[Any], Any], ...] = (
 
 
 class ShortDraw(Draw):
-    """The choices of a call on short vectors, and of one in a hundred on a long one: most of the time goes to checks."""
+    """The choices of a call on short vectors, and one in a hundred on a long one: checks take most of the time."""
 
     def length(self) -> int:
         return int(self.pick(LONG if self.random.random() < 0.01 else SHORT))

@@ -77,7 +77,8 @@ class Group:
         of: tuple[Group, Sequence[int]] | None = None,
     ) -> None:
         self.comm, self.rank, self.nodes, self.table, self.wire = comm, rank, nodes, table, wire
-        self._parent, self._ranks = of or (None, ())
+        self._parent: Group | None = of[0] if of else None
+        self._ranks: Sequence[int] = of[1] if of else ()
         self._since, self._sent = (0, 0.0), list[tuple[MPI.Request, bytes]]()
         self._counts = np.zeros((2, sum(map(len, nodes))), np.int64)
         """``(2, p)`` messages sent to each rank, and received from it."""
