@@ -101,7 +101,7 @@ def compare_objects(name: str) -> Any:
             named.get(each, args[place] if place < len(args) else DEFAULTS[each]) for each, place in places.items()
         ]
         if "root" in places:
-            given[-1] = self._planner.check_root(given[-1], f"rank {self.rank}: {name}")
+            given[-1] = self._planner.reader.check_root(given[-1], f"rank {self.rank}: {name}")
         with table.entered:
             table.enter(announce(table, name, places, given))
             if waiting == ALL or (waiting == ROOT and given[-1] == self.rank):

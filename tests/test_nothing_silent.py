@@ -109,6 +109,90 @@ def test_a_wrong_argument_is_refused_before_the_first_message(comm: Communicator
     comm.Barrier()
 
 
+NO_COUNTS: dict[str, Callable[[int], Any]] = {
+    "fractions": lambda p: [1.5] * p,
+    "whole floats": lambda p: [1.0] * p,
+    "no number": lambda p: [float("nan")] * p,
+    "a text": lambda p: "1" * p,
+    "None": lambda p: [None] * p,
+    "a generator": lambda p: (1 for _ in range(p)),
+    "a set": lambda p: set(range(p)),
+    "lists": lambda p: [[1]] * p,
+    "a matrix": lambda p: np.ones((p, 1), int),
+    "an array of floats": np.ones,
+}
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize("kind", NO_COUNTS)
+def test_counts_that_are_no_whole_numbers_are_refused(comm: Communicator, kind: str) -> None:
+    p, one = comm.size, np.ones(1)
+    for call in (
+        lambda counts: comm.Allgatherv(one, [np.ones(p), counts]),
+        lambda counts: comm.Gatherv(one, [np.ones(p), counts], comm.rank),
+        lambda counts: comm.Alltoallv([np.ones(p), counts], [np.ones(p), [1] * p]),
+        lambda counts: comm.Allgatherv(one, [np.ones(p), [1] * p, counts, MPI.DOUBLE]),
+        lambda counts: comm.Reduce_scatter(np.ones(p), one, counts),
+        lambda counts: comm.Iallgatherv(one, [np.ones(p), counts]),
+        lambda counts: comm.Ireduce_scatter(np.ones(p), one, counts),
+        lambda counts: comm.Allgatherv_init(one, [np.ones(p), counts]),
+    ):
+        with pytest.raises(ArgumentError, match=r"whole number, or a list of one for each rank"):
+            call(NO_COUNTS[kind](p))
+    comm.Barrier()
+
+
+@pytest.mark.mpi(sizes=(2,))
+@pytest.mark.parametrize("root", [float("nan"), None, "0", -1, 2**70, 0.0, [0]])
+def test_a_root_that_is_no_rank_is_refused_by_every_call(comm: Communicator, root: Any) -> None:
+    x = np.ones(2)
+    for call in (
+        lambda: comm.Bcast(x, root),
+        lambda: comm.Gather(x, np.ones(4), root),
+        lambda: comm.Reduce(x, np.ones(2), root=root),
+        lambda: comm.Scatterv([x, [1, 1]], np.ones(1), root),
+        lambda: comm.bcast(1, root),
+        lambda: comm.reduce(1, root=root),
+        lambda: comm.gather(1, root),
+        lambda: comm.scatter([1, 2], root),
+        lambda: comm.Ibcast(x, root),
+        lambda: comm.Bcast_init(x, root),
+    ):
+        with pytest.raises(ArgumentError, match="is not a rank"):
+            call()
+    comm.Barrier()
+
+
+@pytest.mark.mpi(sizes=(1, 2))
+@pytest.mark.parametrize("used", [False, True])
+def test_calls_of_a_communicator_that_was_freed_are_refused(comm: Communicator, used: bool) -> None:
+    made, x = comm.Dup(), np.ones(2)
+    if used:
+        for _ in range(3):
+            made.Allreduce(x, np.ones(2))
+            made.Bcast(x)
+    made.Free()
+    for call in (
+        lambda: made.Allreduce(x, np.ones(2)),
+        lambda: made.Bcast(x),
+        lambda: made.Gather(x, np.ones(4)),
+        lambda: made.Reduce(x, np.ones(2)),
+        made.Barrier,
+        lambda: made.allreduce(1),
+        lambda: made.bcast(1),
+        lambda: made.Iallreduce(x, np.ones(2)),
+        lambda: made.Allreduce_init(x, np.ones(2)),
+        lambda: made.layout,
+        lambda: made.intra_node,
+        lambda: made.algorithms("allreduce"),
+        lambda: made.empty(3),
+        lambda: made.Allreduce_view(x),
+        lambda: made.sparse_allgather(np.zeros(1, "u4"), np.ones(1, "f4"), 9),
+    ):
+        with pytest.raises(ArgumentError, match="has been freed: make a new one"):
+            call()
+
+
 @pytest.mark.mpi(sizes=(2, 3))
 def test_a_receive_buffer_that_becomes_read_only_is_refused(comm: Communicator) -> None:
     x, y, z = np.ones(4), np.empty(4), np.empty(4 * comm.size)
