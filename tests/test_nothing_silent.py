@@ -92,6 +92,8 @@ REFUSED: dict[str, tuple[Call, str]] = {
     "a dict": (lambda c: c.Allreduce({}, np.ones(3)), "has no memory"),
     "a number": (lambda c: c.Bcast(3), "has no memory"),
     "a text": (lambda c: c.Bcast("abc"), "has no memory"),
+    "an unknown code of a datatype": (lambda c: c.Bcast([np.ones(1), "11"]), "no datatype '11': pass an MPI.Datatype"),
+    "no datatype": (lambda c: c.Allgather([np.ones(1), MPI.DATATYPE_NULL], np.ones(c.size)), "is null or freed"),
     "a root of 1.5": (lambda c: c.Bcast(np.ones(1), 1.5), "not a rank"),
 }
 
@@ -113,7 +115,6 @@ NO_COUNTS: dict[str, Callable[[int], Any]] = {
     "fractions": lambda p: [1.5] * p,
     "whole floats": lambda p: [1.0] * p,
     "no number": lambda p: [float("nan")] * p,
-    "a text": lambda p: "1" * p,
     "None": lambda p: [None] * p,
     "a generator": lambda p: (1 for _ in range(p)),
     "a set": lambda p: set(range(p)),

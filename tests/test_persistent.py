@@ -86,7 +86,7 @@ def test_requests_may_be_started_in_any_order(comm: Communicator) -> None:
         ("Allreduce_init", (np.ones(8), np.ones(8)), (np.ones(8), np.ones(8), "max"), "same operation"),
         ("Bcast_init", (np.ones(8), 0), (np.ones(8), 1), "same root"),
         ("Bcast_init", (np.ones(8), 0), (np.ones(7), 0), "counts the same"),
-        ("Gather_init", (np.ones(8), np.ones(24)), (np.ones(9), np.ones(27)), "counts the same"),
+        ("Gather_init", (np.ones(8), [np.ones(24), 8]), (np.ones(9), [np.ones(27), 9]), "counts the same"),
     ],
 )
 def test_ranks_that_make_different_requests_are_named(

@@ -320,6 +320,7 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
     if not 2 <= len(form) <= 4 or form[0] is None or form[0] is MPI.BOTTOM:
         return Buffer(form)
     data, count, displs, datatype = split_form(form)
+    check_datatype(datatype, who)
     base = read_data(data, datatype, who)
     if base.opaque:
         return Buffer(form)
@@ -340,6 +341,20 @@ def read_form(form: list[Any] | tuple[Any, ...], who: str) -> Buffer:
     if min(buffer.count or 0, *(buffer.counts or (0,))) < 0:
         raise ArgumentError(f"{who}: the count {count} is negative: pass how many elements to move")
     return buffer
+
+
+def check_datatype(datatype: MPI.Datatype | str | None, who: str) -> None:
+    """Refuse the null datatype, which a freed one is, and a code that MPI does not know."""
+    if datatype is None or (isinstance(datatype, MPI.Datatype) and datatype != MPI.DATATYPE_NULL):
+        return
+    if not isinstance(datatype, str):
+        raise ArgumentError(f"{who}: the datatype is null or freed: pass one that is committed")
+    try:
+        MPI.Datatype.fromcode(datatype)
+    except (KeyError, ValueError):
+        raise ArgumentError(
+            f"{who}: MPI has no datatype {datatype!r}: pass an MPI.Datatype, or a code such as 'd'"
+        ) from None
 
 
 def read_integers(given: Any, what: str, who: str) -> tuple[int, ...]:
