@@ -303,7 +303,9 @@ def read_call(
 ) -> tuple[Fingerprint, dict[str, Any]]:
     """Check the arguments of a call; returns its fingerprint, and with ``for_mpi`` its arguments as MPI takes them."""
     planner, who = comm._planner, f"rank {comm.rank}: {spelling}"
-    op, root, arguments, buffers = given.get("op"), given.get("root"), dict(given), {}
+    arguments, buffers = dict(given), {}
+    op: Any = given.get("op")
+    root: Any = given.get("root")
     if "op" in given:
         arguments["op"] = op = operations.read_op(op, who) if for_mpi else operations.resolve(op, who).op
     if "root" in given:
