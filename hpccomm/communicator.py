@@ -31,7 +31,7 @@ from hpccomm.calls.plans import Plan, call_key
 from hpccomm.calls.reader import is_in_place
 from hpccomm.calls.watchdog import FLUSH_SECONDS, list_waiting
 from hpccomm.context import Context, Once, PlanCache, context_of, unwrap
-from hpccomm.errors import ArgumentError, HpccommError, MismatchError
+from hpccomm.errors import ArgumentError, HpccommError, LaunchError, MismatchError
 from hpccomm.kernels.entry.records import MISS, NATIVE_IN_PLACE, NOT_MINE
 from hpccomm.layout import Layout, Link
 from hpccomm.named_reductions import run_named
@@ -113,6 +113,8 @@ class Communicator(MPI.Intracomm):
     def __new__(
         cls, comm: MPI.Intracomm | None = None, algorithm: str = "auto", *, pickle: str = "mpi4py"
     ) -> Communicator:
+        if comm:
+            check_world()
         kind = OURS[type(unwrap(comm))] if cls is Communicator and isinstance(comm, MPI.Topocomm) else cls
         self: Communicator = MPI.Intracomm.__new__(kind, comm)  # Python allows no other in a class with two bases
         if pickle not in PICKLES:
@@ -126,7 +128,6 @@ class Communicator(MPI.Intracomm):
         self._planner = Planner(self)
         self._levels = {}
         if comm is not None and comm != MPI.COMM_NULL:
-            check_world()
             install_abort_hook()
             self._context = context_of(self)
             drive_all()
@@ -714,7 +715,12 @@ NATIVE_CALLS = {name: getattr(MPI.Intracomm, name) for name in map(str.capitaliz
 
 
 def check_world() -> None:
-    """Raise if a launcher has started more ranks than MPI sees."""
+    """Raise if MPI has not started, or if a launcher has started more ranks than MPI sees."""
+    if not MPI.Is_initialized():
+        raise LaunchError(
+            "MPI has not started: under torchrun, torch.distributed.init_process_group('hpccomm') starts it; elsewhere "
+            "leave mpi4py.rc.initialize as it is, or call MPI.Init_thread()"
+        )
     if MPI.COMM_WORLD.size == 1:
         from hpccomm import launcher
 

@@ -502,9 +502,9 @@ class Context:
         made = self.levels[name]
         if made == MPI.COMM_NULL:
             raise ArgumentError(f"rank {self.rank}: {name}_node has been freed: leave it to its communicator's Free")
-        if made.Get_attr(CONTEXT_KEY) is None:
+        if made.Get_attr(context_key()) is None:
             channel = self.layout.channel(self.rank)
-            made.Set_attr(CONTEXT_KEY, Context(made, (self, self.members if name == "intra" else channel)))
+            made.Set_attr(context_key(), Context(made, (self, self.members if name == "intra" else channel)))
         return made
 
     def _make_level(self, name: str) -> None:
@@ -550,8 +550,10 @@ def close_context(comm: MPI.Comm, keyval: int, context: Context) -> None:
         context.close()
 
 
-CONTEXT_KEY = MPI.Comm.Create_keyval(delete_fn=close_context)
-"""The attribute of an MPI communicator that keeps its context."""
+@cache
+def context_key() -> int:
+    """The attribute of an MPI communicator that keeps its context; MPI makes keys only after it has started."""
+    return MPI.Comm.Create_keyval(delete_fn=close_context)
 
 
 @cache
@@ -562,10 +564,10 @@ def start_compiler() -> None:
 
 def context_of(comm: MPI.Intracomm) -> Context:
     """The context of an MPI communicator; the first request is collective."""
-    known: Any = comm.Get_attr(CONTEXT_KEY)
+    known: Any = comm.Get_attr(context_key())
     if known is None:
         known = Context(comm)
-        comm.Set_attr(CONTEXT_KEY, known)
+        comm.Set_attr(context_key(), known)
     found: Context = known
     return found
 

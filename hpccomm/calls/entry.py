@@ -28,7 +28,7 @@ from hpccomm.calls.blocks import EQUAL, NONE, ONE, PARTS, SIGNATURES, Amounts, S
 from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
-from hpccomm.calls.operations import SUM_OF_AVERAGE
+from hpccomm.calls.operations import SUM_OF_AVERAGE, SUM_OF_SCALED
 from hpccomm.calls.plans import NativeCall
 from hpccomm.collectives import ALGORITHMS as SCHEDULES
 from hpccomm.errors import HpccommError, TransportError
@@ -409,6 +409,7 @@ def list_types() -> tuple[tuple[Any, int, int], ...]:
     known_ops = (
         *(each for each in vars(MPI).values() if isinstance(each, MPI.Op) and each != MPI.OP_NULL),
         SUM_OF_AVERAGE,
+        SUM_OF_SCALED,
     )
     return (*types, *((each, 0, 1) for each in known_ops))
 
