@@ -24,6 +24,10 @@ from hpccomm.errors import MismatchError, TransportError
 from hpccomm.progress import EXIT_SECONDS, has_thread
 
 
+SETTLE_SECONDS = 1e-3
+"""Time between two looks for threads that are busy when the program ends."""
+
+
 class Work(dist.Work):
     """The handle of the call ``name``, which writes ``results``; ``missing`` describes what a late call lacks."""
 
@@ -155,7 +159,7 @@ class CallQueue:
         self._calls: deque[Work] = deque()
         """The calls that have not ended; a thread runs the first one."""
         self._served = False
-        self._wake, self._idle = threading.Semaphore(0), 0
+        self._wake, self._idle, self._busy = threading.Semaphore(0), 0, 0
         self._closed = False
         _queues.add(self)
 
@@ -201,6 +205,7 @@ class CallQueue:
         with self._lock:
             start = not self._idle
             self._idle -= not start
+            self._busy += 1
         if start:
             threading.Thread(target=self._live, name="hpccomm-group", daemon=True).start()
         else:
@@ -212,6 +217,7 @@ class CallQueue:
             self._serve()
             with self._lock:
                 self._idle += 1
+                self._busy -= 1
             self._wake.acquire()
 
     def _serve(self) -> None:
@@ -232,6 +238,14 @@ class CallQueue:
         if more:
             self._find_thread()
         work.set_future(future)
+
+    def settle(self, until: float) -> None:
+        """Wait until no thread runs a call or callbacks of a future.
+
+        Python ends a thread that comes back from C++ after the program, and C++ then ends the process by an abort.
+        """
+        while self._busy and time.monotonic() < until:
+            time.sleep(SETTLE_SECONDS)
 
     @property
     def last(self) -> Work | None:
@@ -255,6 +269,8 @@ def complete_all() -> None:
     for work in [each.last for each in list(_queues)]:
         if work is not None and not work.sleep(max(0.0, until - time.monotonic())):
             abort_all(f"{work.name} cannot complete, and the program ends: wait for every call before the end")
+    for each in list(_queues):
+        each.settle(until)
 
 
 atexit.register(complete_all)
