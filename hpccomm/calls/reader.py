@@ -187,7 +187,7 @@ class Reader:
 
     def check_moved(self, form: Signature, send: Any, recv: Any, blocks: list[Any], who: str) -> None:
         """Refuse buffers that overlap, that differ in type or memory order, or whose own block has two lengths."""
-        self.check_apart(*blocks, who)
+        self.check_apart(blocks[0], blocks[1], who)
         self.check_order(send, recv, who)
         sent, received = (each[0 if len(each) == 1 else self.rank][1] for each in blocks)
         if send.kind != recv.kind or sent != received:
