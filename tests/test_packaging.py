@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import configparser
 import re
 import subprocess
@@ -84,34 +83,30 @@ def test_the_recipes_name_the_version_and_the_requirements() -> None:
     assert "- python >=3.10" in conda
 
 
-class Spack(dict[str, Any]):
-    """In place of Spack's own names: it keeps every directive with its arguments."""
+DIRECTIVES = {"license", "version", "variant", "depends_on", "run_after", "on_package_attributes"}
+Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
 
-    def __init__(self) -> None:
-        super().__init__({"PythonPackage": object, "__name__": "recipe", "python": None})
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
-    def __missing__(self, name: str) -> Any:
-        if hasattr(builtins, name) and name != "license":
-            raise KeyError(name)
+def keep_calls(name: str, calls: Calls) -> Any:
+    """In place of one of Spack's directives."""
 
-        def directive(*args: Any, **named: Any) -> Any:
-            self.calls.append((name, args, named))
-            return lambda function: function
+    def directive(*args: Any, **named: Any) -> Any:
+        calls.append((name, args, named))
+        return lambda function: function
 
-        return directive
+    return directive
 
 
 def test_the_spack_package_declares_what_it_uses() -> None:
     text = (PACKAGING / "spack/package.py").read_text()
-    spack = Spack()
-    exec(compile(re.sub(r"^from .* import .*$", "", text, flags=re.MULTILINE), "package.py", "exec"), spack)
-    used = {name for name, _, _ in spack.calls}
-    assert used == {"license", "version", "variant", "depends_on", "run_after", "on_package_attributes"}
-    variants = {args[0] for name, args, _ in spack.calls if name == "variant"}
-    conditions = [named["when"] for _, _, named in spack.calls if "when" in named]
+    calls: Calls = []
+    names = {"PythonPackage": object, "__name__": "recipe", **{each: keep_calls(each, calls) for each in DIRECTIVES}}
+    exec(compile(re.sub(r"^from .* import .*$", "", text, flags=re.MULTILINE), "package.py", "exec"), names)
+    assert {name for name, _, _ in calls} == DIRECTIVES
+    variants = {args[0] for name, args, _ in calls if name == "variant"}
+    conditions = [named["when"] for _, _, named in calls if "when" in named]
     assert {each[1:] for each in conditions if each[0] in "+~"} <= variants
-    needed = [args[0] for name, args, _ in spack.calls if name == "depends_on"]
+    needed = [args[0] for name, args, _ in calls if name == "depends_on"]
     assert all(re.fullmatch(r"[a-z][\w-]*@[\d.]+:", each) for each in needed)
     assert max(map(len, text.splitlines())) < 100  # Spack's style
     assert "from spack_repo.builtin.build_systems.python import PythonPackage\n" in text
