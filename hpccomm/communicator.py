@@ -329,8 +329,9 @@ class Communicator(MPI.Intracomm):
                 return run_padded(partial(self._repeat, name), buffers, padded, rest)
             marks = tuple(operations.key_of(each) if isinstance(each, MPI.Op) else each for each in rest)
             key = kind or (None if None in rest[:-1] else call_key(name, *buffers, *marks))
-            if key is None and (isinstance(sendbuf, np.generic) or isinstance(recvbuf, np.generic)):
-                return self._repeat(name, hold(sendbuf), hold(recvbuf), *rest)
+            held = hold(sendbuf), hold(recvbuf)
+            if key is None and not (held[0] is sendbuf and held[1] is recvbuf):
+                return self._repeat(name, *held, *rest)
             bound = self.plans.plans.get(key) if key is not None else None
             if bound is None:
                 root = dict(zip(SIGNATURES[name].arguments, rest, strict=False)).get("root")

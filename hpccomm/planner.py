@@ -110,10 +110,6 @@ class Planner:
 
     def plan(self, call: Call) -> Plan:
         """A plan for a call: rewrite, candidates of the table, tuning, bind."""
-        if self.context.awaits_code:
-            setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], call.collective)
-            if "shared" in (call.algorithm, self.comm.algorithm, setting):
-                self.use_code()
         fits = self.candidates(call)
         call.choice = self.choose(call, fits)
         name, backend = call.choice.algorithm, fits[call.choice.algorithm]
@@ -130,7 +126,14 @@ class Planner:
         return ("auto", *(name for each in self.backends.values() for name in each.algorithms(collective)))
 
     def candidates(self, call: Call) -> dict[str, Backend]:
-        """The algorithms that can take a call, and their backends; native MPI's takes every one."""
+        """The algorithms that can take a call, and their backends; native MPI's takes every one.
+
+        Shared memory that awaits its code is taken into use for a call that names it.
+        """
+        if self.context.awaits_code:
+            setting = algorithm_setting(self.context.settings["HPCCOMM_ALGORITHM"], call.collective)
+            if "shared" in (call.algorithm, self.comm.algorithm, setting):
+                self.use_code()
         return {
             name: backend
             for backend in self.backends.values()

@@ -119,7 +119,9 @@ class Buffer:
 
 
 def hold(given: Any) -> Any:
-    """A NumPy scalar, which is copied whenever it is read, as a read-only array; anything else as it is."""
+    """A NumPy scalar, which is copied whenever it is read, also in a form, as a read-only array; else what is given."""
+    if isinstance(given, list | tuple) and given and isinstance(given[0], np.generic):
+        return [hold(given[0]), *given[1:]]
     if not isinstance(given, np.generic):
         return given
     array = np.asarray(given)

@@ -30,7 +30,7 @@ class NativeCall(NamedTuple):
     """Whether ranks compare their calls before MPI moves data."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Plan:
     """A call that is ready to run; on messages it runs a :class:`hpccomm.collectives.engine.BoundSchedule`."""
 
