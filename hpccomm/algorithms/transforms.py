@@ -171,6 +171,14 @@ def chain(*transforms: Transform) -> Chain:
     return joined
 
 
+def restart(transform: Any, state: Any, weights: Vector, updates: int) -> Any:
+    """The state of ``init(weights)``, but that schedules go on: their states, numbers of updates, count more."""
+    if isinstance(transform, Chain):
+        pairs = zip(transform.terms, state, strict=True)
+        return tuple(restart(each, before, weights, updates) for each, before in pairs)
+    return state + updates if isinstance(state, int) else transform.init(weights)
+
+
 def stateless(step: Callable[[Vector, Vector], Vector]) -> Transform:
     """A transform without state: ``step(gradient, weights)``."""
     return Transform(lambda weights: (), lambda gradient, state, weights: (step(gradient, weights), state))
@@ -206,7 +214,7 @@ def clip(max_norm: float) -> Transform:
     Squares are added in float64 in a fixed order, so equal gradients give equal bits on all ranks.  Place ``clip``
     after the exchange to bound the global gradient.  A gradient with a NaN is returned unchanged.
     """
-    require(max_norm > 0, f"clip: max_norm is {max_norm}: pass a positive number")
+    check_positive("clip: max_norm", max_norm)
 
     def clip_gradient(gradient: Vector, weights: Vector) -> Vector:
         norm = math.sqrt(np.add.reduce(np.square(widen(gradient), dtype=np.float64)))
@@ -221,7 +229,7 @@ def weight_decay(rate: float, where: npt.NDArray[np.bool_] | None = None) -> Tra
     Before ``momentum`` this is L2 regularisation; between ``adam`` and ``scale(-lr)`` it is the decoupled weight decay
     of AdamW (Loshchilov & Hutter, ICLR 2019).
     """
-    require(rate >= 0, f"weight_decay: rate is {rate}: pass 0 or more")
+    check_not_negative("weight_decay: rate", rate)
 
     def add_decay(gradient: Vector, weights: Vector) -> Vector:
         pull = float(rate) * widen(weights)
@@ -259,7 +267,7 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction:
     """
     check_decay("adam: b1", b1)
     check_decay("adam: b2", b2)
-    require(eps >= 0, f"adam: eps is {eps}: pass 0 or more")
+    check_not_negative("adam: eps", eps)
 
     def init(weights: Vector) -> AdamState:
         return AdamState(0, zeros_to_add(weights), zeros_to_add(weights))
@@ -397,8 +405,18 @@ def is_number(given: Any) -> bool:
 
 
 def check_number(name: str, given: Any) -> None:
-    """Raise for what is no number."""
-    require(is_number(given), f"{name} is {given!r}: pass a number")
+    """Raise for what is no finite number."""
+    require(is_number(given) and math.isfinite(given), f"{name} is {given!r}: pass a number")
+
+
+def check_positive(name: str, given: Any, advice: str = "pass a positive number") -> None:
+    """Raise for what is no number above 0; infinity is one: a limit that never binds."""
+    require(is_number(given) and given > 0, f"{name} is {given!r}: {advice}")
+
+
+def check_not_negative(name: str, given: Any) -> None:
+    """Raise for what is no number from 0 on."""
+    require(is_number(given) and 0 <= given < math.inf, f"{name} is {given!r}: pass 0 or more")
 
 
 def check_count(name: str, given: Any, least: int) -> None:
@@ -413,7 +431,8 @@ def check_rate(name: str, rate: float | Schedule) -> None:
         callable(rate) or is_number(rate), f"{name} is {rate!r}: pass a number, or a function of the update's count"
     )
     if not callable(rate):
-        require(rate >= 0, f"{name} is {rate}: pass a positive rate, the step descends by itself")
+        fits = 0 <= rate < math.inf
+        require(fits, f"{name} is {rate}: pass a positive rate, the step descends by itself")
 
 
 def check_decay(name: str, value: float) -> None:
