@@ -1,6 +1,6 @@
 """Trees: tensors of any library, alone or in dicts, lists and tuples, seen as the one vector that a method works on.
 
-*A leaf is an array on the host of any library that* :func:`hpccomm.arrays.borrow` *reads; a path names it:*
+*A leaf is an array of any library that* :func:`hpccomm.arrays.view_array` *reads; a path names it:*
 ``layer.w``.  NumPy's and CuPy's arrays are no trees, methods take them as they are.  For everything else
 the functions of this module flatten weights and gradients to one vector, leaf after leaf in the order of the weights,
 or of the method's bucket where it has one, and give the step back in the form and library of the weights.  A single
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.exact_steps import exact_step, exact_tensor
-from hpccomm.arrays import borrow, convert_like, is_on_device, to_torch
+from hpccomm.arrays import borrow, convert_like, is_on_device, library_of, to_torch, view_array
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 
@@ -84,7 +84,7 @@ class TreeLayout:
         leaves = dict(tree_leaves(tree))
         check_names(what, leaves, [entry.name for entry in self.bucket.table])
         if len(leaves) == 1:
-            array, _ = borrow(next(iter(leaves.values())), f"the {what}")
+            array, _ = view_array(next(iter(leaves.values())), f"the {what}")
             if array.shape == (self.bucket.size,) and array.dtype == self.bucket.dtype and array.flags.c_contiguous:
                 return array
         return self.bucket.flatten(leaves)
@@ -93,12 +93,15 @@ class TreeLayout:
         """A vector in the form and library of the weights; an exact step has exact steps as leaves."""
         target = getattr(vector, "target", None)
         convert = convert_leaf if target is None else step_leaf
-        views = self.bucket.views(np.ascontiguousarray(vector if target is None else target, self.bucket.dtype))
+        whole = vector if target is None else target
+        views = self.bucket.views(library_of(whole).ascontiguousarray(whole, self.bucket.dtype))
         return rebuild_tree(self.like, lambda name, leaf: convert(views[name], leaf))
 
 
 def convert_leaf(array: npt.NDArray[Any], like: Any) -> Any:
     """An array as one of ``like``'s library; libraries whose arrays cannot be written get memory of their own."""
+    if is_on_device(array):
+        return view_array(like)[1](array)
     array, back = np.asarray(array), borrow(like)[1]
     return back(array if back is to_torch or isinstance(like, np.ndarray) else array.copy())
 
@@ -245,6 +248,4 @@ def as_cupy(tensor: Any) -> Any:
     Kernels run on CuPy's current stream.  DLPack makes that stream wait for the other library's when a tensor is passed
     in, and the other one wait for CuPy's when the step is returned.
     """
-    import cupy
-
-    return cupy.from_dlpack(tensor.detach() if hasattr(tensor, "detach") else tensor).reshape(-1)
+    return view_array(tensor)[0].reshape(-1)
