@@ -9,8 +9,10 @@ The columns, beside the published figures:
               next character from 16, on other files, relative to one worker of plain SGD with the same seed after as
               many passes through the data; mean and standard deviation over the seeds
   priced      one worker: measured.  More: a step's arithmetic, encoding and decoding measured here on one thread, and
-              the messages priced by the cost model (8 ranks a node, 25 us and 10 Gbit/s between nodes); without
-              stragglers
+              the messages priced by the model of ``hpccomm predict`` (8 ranks a node, 25 us and 10 Gbit/s between
+              nodes); without stragglers
+  an LSTM     the same prices for a model whose step outweighs its messages: 30 million weights, a step of 2,560 frames
+              at 5 TFLOPS, encoding, decoding and the filter at 500 GB/s of memory; nothing is measured
   fitted      GTC and BMUF: curves through their published speed-ups.  Hybrid: predicted from those two curves alone;
               the first number lets the time of a block's exchange follow all workers, the second the groups
   published   Ladkat et al., Interspeech 2019: an LSTM acoustic model on 2000 h of speech.  Another task, another
@@ -38,7 +40,7 @@ from hpccomm.algorithms.transforms import Transform, chain, scale
 from hpccomm.algorithms.two_tier import hybrid
 from hpccomm.bench.plot import COLOURS
 from hpccomm.buckets import Bucket
-from hpccomm.performance.cost import predict
+from hpccomm.collectives.compressed.prices import Phase, Place, price_phases
 from hpccomm.testing.ranks import run_on_ranks
 from hpccomm.train.datasets import Dataset, stdlib
 from hpccomm.train.networks import Characters, initial_weights
@@ -62,6 +64,12 @@ GROUP = 8
 """Workers of a group of the hybrid, and of a node."""
 TUNING_SEED = 100
 TAU = 0.1
+PERIODS = (5, 10, 25, 50)
+"""The ladder of the block's length; the last one is the published length."""
+WARMUP = 10
+"""The hybrid's first steps, one in so many, are synchronous."""
+DENSITIES = (0.001, 0.01)
+"""Shares of the elements in a message of GTC, for the LSTM: the published range."""
 
 
 class Settings(NamedTuple):
@@ -77,10 +85,16 @@ class Settings(NamedTuple):
     """1 − block momentum."""
 
 
+def next_period(period: int, by: float) -> int:
+    """The next period on the ladder, up or down; the same at its ends."""
+    at = PERIODS.index(period) + (1 if by > 1 else -1)
+    return PERIODS[min(max(at, 0), len(PERIODS) - 1)]
+
+
 LADDERS: dict[str, Callable[[Settings, float], Settings]] = {
     "rate": lambda it, by: it._replace(rate=it.rate * by),
     "rest": lambda it, by: it._replace(rest=min(it.rest * by, 1.0)),
-    "period": lambda it, by: it._replace(period=max(round(it.period * by), 5)),
+    "period": lambda it, by: it._replace(period=next_period(it.period, by)),
     "tau": lambda it, by: it._replace(tau=it.tau * by),
 }
 KNOBS = {"bmuf": ("rate", "rest", "period"), "gtc": ("rate", "tau"), "hybrid": ("rate", "rest", "period", "tau")}
@@ -112,8 +126,8 @@ def sum_compressed(tau: float) -> Callable[[Any], Transform]:
     return exchange
 
 
-def method(name: str, comm: Any, settings: Settings) -> Any:
-    """The transform of one of the three methods."""
+def method(name: str, comm: Any, settings: Settings, steps: int) -> Any:
+    """The transform of one of the three methods, for a run of so many steps."""
     exchange = sum_compressed(settings.tau)
     if name == "gtc":
         return chain(exchange(comm), scale(-settings.rate / comm.size))
@@ -121,7 +135,7 @@ def method(name: str, comm: Any, settings: Settings) -> Any:
     if name == "bmuf":
         return bmuf(comm, scale(-settings.rate), **block)
     size = min(GROUP, comm.size)
-    return hybrid(comm, exchange, scale(-settings.rate / size), size, **block)
+    return hybrid(comm, exchange, scale(-settings.rate / size), size, warmup=steps // WARMUP, **block)
 
 
 class Run(NamedTuple):
@@ -148,7 +162,7 @@ def train(
         bucket = Bucket(tensors)
         weights = bucket.flatten(tensors)
         gradient = np.empty_like(weights)
-        transform = method(name, comm, settings)
+        transform = method(name, comm, settings, epochs * (len(data.targets) // comm.size // batch))
         state, steps = transform.init(weights), 0
         for epoch in range(epochs):
             order = np.random.default_rng((seed, epoch)).permutation(len(data.targets))
@@ -286,9 +300,9 @@ def measure_costs(data: Dataset, batch: int) -> Costs:
     return Costs(once, encode, decode, median_time(lambda: kept.update(gradient, state, weights)))
 
 
-def quickest(collective: str, nodes: int, per_node: int, nbytes: float) -> float:
-    """Seconds of the fastest algorithm by the cost model."""
-    return predict(collective, nodes, per_node, nbytes)[0].us / 1e6 if nodes * per_node > 1 else 0.0
+def seconds_of(collective: str, nodes: int, per_node: int, nbytes: float) -> float:
+    """The price of a collective; ``nbytes`` of a rank's block, or of the vector of an allreduce."""
+    return price_phases([Phase(collective, nbytes)], Place(nodes, per_node)).us / 1e6
 
 
 def price_step(name: str, workers: int, cost: Costs, message: float, model: int, period: int) -> float:
@@ -297,14 +311,46 @@ def price_step(name: str, workers: int, cost: Costs, message: float, model: int,
     if workers == 1:
         return cost.step + (cost.encode + cost.decode if name != "bmuf" else 0)
     if name == "bmuf":
-        return cost.step + (quickest("allreduce", nodes, per_node, model) + cost.block) / period
+        return cost.step + (seconds_of("allreduce", nodes, per_node, model) + cost.block) / period
     group = workers if name == "gtc" else per_node
-    inside = quickest("allgather", nodes if name == "gtc" else 1, per_node, group * message)
+    inside = seconds_of("allgather", nodes if name == "gtc" else 1, per_node, message)
     step = cost.step + cost.encode + group * cost.decode + inside
     if name == "gtc" or nodes == 1:
         return step
-    between = quickest("allreduce", nodes, 1, model) + quickest("allgather", 1, per_node, model) + cost.block
+    slices = seconds_of("allgather", 1, per_node, model / per_node)
+    between = seconds_of("allreduce", nodes, 1, model) + slices + cost.block
     return step + between / period
+
+
+class Lstm(NamedTuple):
+    """An acoustic model as large as the published one, on a GPU."""
+
+    parameters: float = 30e6
+    frames: int = 2560
+    """Of a step: 128 sequences of 20."""
+    flops: float = 5e12
+    memory: float = 500e9
+    """Bytes a second."""
+
+    def costs(self, density: float) -> Costs:
+        """Seconds of a step, of encoding and decoding a message, and of the filter: vectors through memory."""
+        vector = 4 * self.parameters / self.memory
+        step = 6 * self.parameters * self.frames / self.flops
+        return Costs(step, encode=3 * vector, decode=3 * density * vector, block=5 * vector)
+
+
+def large_rows(found: list[Row]) -> list[list[str]]:
+    """The lines of the table of the LSTM: with the published period, and with the tuned one."""
+    it, lines = Lstm(), []
+    for row in (row for row in found if row.workers > GROUP):
+        line = [row.method, str(row.workers)]
+        for period in (PERIODS[-1], row.settings.period):
+            for density in DENSITIES:
+                cost, message = it.costs(density), 4 * density * it.parameters
+                seconds = price_step(row.method, row.workers, cost, message, round(4 * it.parameters), period)
+                line.append(f"{row.workers * cost.step / seconds:.1f}×")
+        lines.append([*line, f"{row.published:g}×" if row.published else "–", row.published_error])
+    return lines
 
 
 # Step times that follow the published ones: T(GTC) = 1 + c g², T(BMUF) = a + b N, in units of one worker's step
@@ -376,6 +422,11 @@ def rows(runs: list[Run], cost: Costs, model: int) -> list[Row]:
     return found
 
 
+LARGE_HEAD = (
+    *("method", "workers"),
+    *(f"{100 * density:g} %, period {period}" for period in (PERIODS[-1], "tuned") for density in DENSITIES),
+    *("published", "error"),
+)
 HEAD = ("method", "workers", "rate", "tau", "period", "momentum", "error", "relative, %", "published")
 MORE = ("bytes", "µs a step", "time is", "speed-up", "fitted", "published")
 
@@ -458,6 +509,9 @@ def main() -> int:
     costs = ", ".join(f"{key} {1e6 * value:.0f}" for key, value in trainings.costs._asdict().items())
     harness.emit(f"{job}, seeds {args.seeds}; model {model} bytes; measured, µs: {costs}\n")
     harness.emit(harness.table([*HEAD, *MORE], map(cells, found), words=1))
+    step = 1e3 * Lstm().costs(0.0).step
+    harness.emit(f"\nspeed-ups priced with an LSTM of 30 M weights, {step:.0f} ms a step of one worker\n")
+    harness.emit(harness.table(LARGE_HEAD, large_rows(found), words=1))
     draw(found, harness.plot_file(args, args.file))
     return 0
 
