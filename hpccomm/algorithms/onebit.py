@@ -44,6 +44,7 @@ from hpccomm.algorithms.transforms import (
     check_alike,
     check_count,
     check_decay,
+    check_not_negative,
     check_rate,
     check_shape,
     require,
@@ -147,7 +148,7 @@ def onebit_adam(
     check_decay("onebit_adam: b2", b2)
     check_count("onebit_adam: freeze_step", freeze_step, 1)  # an element without a variance never moves
     check_rate("onebit_adam: lr", lr)
-    require(weight_decay >= 0, f"onebit_adam: weight_decay is {weight_decay}: pass 0 or more")
+    check_not_negative("onebit_adam: weight_decay", weight_decay)
     places = tensor_slices(bucket) or []
 
     def init(weights: Vector) -> OneBitAdamState:
@@ -271,7 +272,7 @@ def onebit_lamb(
         check_decay(f"onebit_lamb: {name}", rate)
     check_count("onebit_lamb: freeze_step", freeze_step, 1)
     check_rate("onebit_lamb: lr", lr)
-    require(weight_decay >= 0, f"onebit_lamb: weight_decay is {weight_decay}: pass 0 or more")
+    check_not_negative("onebit_lamb: weight_decay", weight_decay)
     places = tensor_slices(bucket) or []
     decays = np.array([weight_decay * slot.decay for slot in bucket.table], np.float32)
 

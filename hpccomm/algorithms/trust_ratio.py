@@ -23,7 +23,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hpccomm.algorithms.transforms import Chain, Schedule, Term, Transform, Vector, check_alike, require
+from hpccomm.algorithms.transforms import (
+    Chain,
+    Schedule,
+    Term,
+    Transform,
+    Vector,
+    check_alike,
+    check_not_negative,
+    check_positive,
+    require,
+)
 from hpccomm.arrays import is_on_device
 from hpccomm.buckets import Bucket, TensorEntry
 from hpccomm.errors import ArgumentError
@@ -82,7 +92,7 @@ def scale_by_global_norm(
         grad_norm in ("none", "clip", "normalise"),
         f"scale_by_global_norm: grad_norm is {grad_norm!r}: pass 'none', 'clip' or 'normalise'",
     )
-    require(max_norm > 0, f"scale_by_global_norm: max_norm is {max_norm}: pass a positive number")
+    check_positive("scale_by_global_norm: max_norm", max_norm)
 
     def update(gradient: Vector, state: tuple[()], weights: Vector) -> tuple[Vector, tuple[()]]:
         return gradient * gradient.dtype.type(shrink(grad_norm, max_norm, gradient, norm_reduce)), state
@@ -93,7 +103,7 @@ def scale_by_global_norm(
 
 def add_decayed_weights(rate: float, tensors: Bucket | Layers) -> Term:
     """Add ``rate * weights`` in the tensors that decay; :func:`~hpccomm.weight_decay` takes a mask of elements."""
-    require(rate >= 0, f"add_decayed_weights: rate is {rate}: pass 0 or more")
+    check_not_negative("add_decayed_weights: rate", rate)
     here = tensors if isinstance(tensors, Layers) else layers("add_decayed_weights", tensors)
 
     def update(gradient: Vector, state: tuple[()], weights: Vector) -> tuple[Vector, tuple[()]]:
@@ -138,8 +148,8 @@ def scale_by_trust_ratio(
     [0.5, 0.5, 0.5, 0.5]
     """
     here = tensors if isinstance(tensors, Layers) else layers("scale_by_trust_ratio", tensors)
-    require(trust > 0, f"scale_by_trust_ratio: trust is {trust}: pass a positive number")
-    require(eps >= 0, f"scale_by_trust_ratio: eps is {eps}: pass 0 or more")
+    check_positive("scale_by_trust_ratio: trust", trust)
+    check_not_negative("scale_by_trust_ratio: eps", eps)
     check_range("scale_by_trust_ratio: ratio_clip", ratio_clip)
     check_range("scale_by_trust_ratio: weight_clip", weight_clip)
     rate = None if inner is None else decay_rate(inner)
