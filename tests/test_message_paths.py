@@ -191,7 +191,8 @@ def test_only_the_first_rank_of_a_node_keeps_a_residual_and_all_report_its_messa
 
     found = run_on_ranks(5, body, nodes=[0, 0, 1, 1, 1])
     assert len(set(found)) == 1
-    assert found[0][1:] == ("leaders", 80)
+    nbytes, path, longest = found[0]
+    assert (path, longest) == ("leaders", nbytes - 32)
 
 
 def test_a_run_may_change_between_leaders_and_other_paths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +233,7 @@ def test_sums_of_ranks_that_would_overflow_are_skipped(path: str, momentum: floa
 # Dense where that is cheaper
 
 
-@pytest.mark.parametrize(("density", "ranks", "dense"), [(0.001, 8, False), (0.001, 4000, True), (0.3, 8, True)])
+@pytest.mark.parametrize(("density", "ranks", "dense"), [(0.001, 8, False), (0.001, 4000, True), (0.5, 8, True)])
 def test_long_vectors_are_sent_densely_where_their_messages_would_take_longer(
     density: float, ranks: int, dense: bool
 ) -> None:

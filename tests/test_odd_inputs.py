@@ -132,7 +132,7 @@ def plain(array: Any, *_: Any) -> Any:
     return array
 
 
-def misaligned(array: Any, *_: Any) -> Any:
+def misalign(array: Any, *_: Any) -> Any:
     room = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype)
     room[...] = array
     return room
@@ -178,8 +178,8 @@ WAYS = {
     ),
     "read-only": Way(read_only),
     "read-only weights": Way(hold=read_only),
-    "misaligned": Way(misaligned),
-    "misaligned weights": Way(hold=misaligned),
+    "misaligned": Way(misalign),
+    "misaligned weights": Way(hold=misalign),
     "strided weights": Way(hold=lambda x, *_: np.repeat(x, 2)[::2]),
     "subclass": Way(lambda x, *_: x.view(Subclass)),
     "the weights themselves": Way(lambda x, weights, *_: weights, same=lambda x, weights, *_: weights.copy()),

@@ -103,12 +103,12 @@ def test_methods_choose_by_the_prices_that_are_predicted(shape: tuple[int, int],
     for density in (1e-4, 0.001, 0.01, 0.1, 0.5):
         for width in (4, 8):
             nbytes = sparse_cost.HEADERS + width * density * n
-            predicted = sparse_cost.chosen_path(*shape, 4 * n, density, width, machine)
+            predicted = sparse_cost.choose_row(*shape, 4 * n, density, width, machine)
             assert choose_path(comm, n, nbytes, density * n) == predicted.algorithm
             paths = path_phases(n, density * n, nbytes, place_of(comm))
             least = min(price_phases(each, place_of(comm)).us for each in paths.values())
             assert predicted.us <= 1.1 * least
-        dense = sparse_cost.chosen_path(*shape, 4 * n, density, 8, machine).algorithm == "dense"
+        dense = sparse_cost.choose_row(*shape, 4 * n, density, 8, machine).algorithm == "dense"
         assert is_worth_messages(comm, n, density, "auto") != dense
 
 
@@ -117,7 +117,7 @@ def test_on_128_nodes_the_methods_own_exchange_is_within_a_tenth_of_the_best(met
     """100 MB, density 0.1 %, 8 ranks a node: the best exchange of such messages is dense inside the nodes."""
     found = {each.algorithm: each.us for each in sparse_cost.predictions(128, 8, 1e8, 0.001)}
     best = min(found[name] for name in (row, f"{row} + node", "split", "split + node", "recursive_doubling", "node"))
-    own = sparse_cost.chosen_path(128, 8, 1e8, 0.001, width, Machine())
+    own = sparse_cost.choose_row(128, 8, 1e8, 0.001, width, Machine())
     assert own.us <= 1.1 * best
     assert own.algorithm == "leaders"
     assert sparse_cost.MESSAGES[method] == (row, width)

@@ -199,7 +199,8 @@ class FeedbackExchange:
     @cached_property
     def between_nodes(self) -> MessageGather:
         """Gathers the messages of the nodes' first ranks."""
-        return MessageGather(self.comm.inter_node)
+        comm: Any = self.comm
+        return MessageGather(comm.inter_node)
 
     def init(self, weights: Vector) -> FeedbackState:
         """Nothing is unsent."""
@@ -330,7 +331,8 @@ class FeedbackExchange:
     ) -> tuple[Vector, FeedbackState]:
         """The first rank of each node sends what its ranks have together, and keeps what it has not sent."""
         whole, after = accumulate_all(gradient, state, self.momentum, self.nesterov)
-        node, ranks = self.comm.intra_node, np.float32(self.comm.size / self.comm.layout.count)
+        comm: Any = self.comm
+        node, ranks = comm.intra_node, np.float32(comm.size / comm.layout.count)
         masks, told = after.momentum is not None and self.mask, cast(Any, None)
         sent = whole.nbytes if node.rank else whole.nbytes * (node.size - 1)
 
@@ -339,16 +341,18 @@ class FeedbackExchange:
             total /= ranks
             messages = self.encode_backlog(total, state)
             after.residual[...] = total * ranks
+            self.between_nodes.set_room(state.room)
             received, nbytes = exchange_messages(self.between_nodes, messages)
             if received is None or messages is None:
                 raise ArgumentError(f"{self.compressor.name}: it cannot hold the sum of a node's gradients: scale them")
             longest = max(sum(each.size - HEADER_BYTES for each in one) for one in received)
             headers = np.stack([each[:HEADER_BYTES] for each in messages])
-            told, sent = (headers, self.names(messages, total) if masks else None, longest), sent + nbytes
+            names, sent = self.names(messages, total) if masks else None, sent + nbytes
+            told = headers, names, longest, self.between_nodes.room
             return self.decode(received, gradient)
 
         total = hierarchical_allreduce(self.comm, whole, between)
-        headers, names, longest = node.bcast(told)
+        headers, names, longest, room = node.bcast(told)
         if self.reduce == "sum":
             total *= ranks
         if after.momentum is not None and masks:
@@ -358,6 +362,7 @@ class FeedbackExchange:
             headers=headers,
             steps=state.steps + 1,
             report=state.report.add(cost),
+            room=room,
             path=EXCHANGES.index(LEADERS),
             longest=longest,
         )

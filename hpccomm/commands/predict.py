@@ -96,7 +96,7 @@ def print_compressed(args: argparse.Namespace, nbytes: float, machine: Machine) 
     for each in sparse_cost.predictions(args.nodes, args.per_node, nbytes, args.density, machine):
         print(line(each))
     for method, (_, width) in sparse_cost.MESSAGES.items():
-        path = sparse_cost.chosen_path(args.nodes, args.per_node, nbytes, args.density, width, machine)
+        path = sparse_cost.choose_row(args.nodes, args.per_node, nbytes, args.density, width, machine)
         print(f'# {method}, exchange="auto": {path.algorithm}, {format_time(path.us)}')
     even = sparse_cost.break_even(args.nodes, args.per_node, nbytes, machine)
     print(f"# at density {even:.2g} the sparse exchange is as fast as a dense allreduce")

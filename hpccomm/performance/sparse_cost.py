@@ -114,7 +114,7 @@ def two_level_predictions(
     return rows(found, nbytes, place, machine)
 
 
-def chosen_path(
+def choose_row(
     nodes: int, per_node: int, nbytes: float, density: float, element_bytes: float, machine: Machine
 ) -> Prediction:
     """The path that ``exchange="auto"`` takes for such messages, with its predicted time."""

@@ -146,7 +146,7 @@ def reduce_us(shape: Shape, nbytes: float, machine: Machine) -> float:
     return group_us(RING["reduce_scatter"], hierarchical.build_reduce_scatter, shape, nbytes, machine)
 
 
-def coded_reduce_us(shape: Shape, nbytes: float, machine: Machine) -> float:
+def price_coded_reduce(shape: Shape, nbytes: float, machine: Machine) -> float:
     """Time to reduce-scatter one unit of ``nbytes`` as coded: rows for the local ranks, then those for the nodes."""
     p, k = shape.partition, min(shape.partition, shape.per_node)
     inside = Place(1, k, machine.intra, machine.inter)
@@ -186,7 +186,7 @@ def step_cost(job: Job, shape: Shape, machine: Machine) -> Cost:
     gather = later = gather_us(shape, nbytes * length(codes.weight, job.word), machine)
     if codes.secondary and shape.crosses_nodes:
         later = later_gather_us(shape, nbytes, machine)
-    reduces = coded_reduce_us if codes.gradient else reduce_us
+    reduces = price_coded_reduce if codes.gradient else reduce_us
     first = reduces(shape, nbytes * length(codes.gradient, job.word), machine)
     second = second_us(shape, job.parameters * job.shard_word, machine)
     back_us = job.forward_us * (3 if job.recompute else 2)

@@ -338,7 +338,8 @@ class ShardedModel:
 
     def _take_shards(self, units: Units) -> tuple[Vector, list[Vector]]:
         """This rank's shards of the initial weights, and at stages 1 and 2 all weights."""
-        parts, whole, first = [], [], 0
+        parts: list[Vector] = []
+        whole, first = [], 0
         seen: dict[Any, tuple[Any, Unit, str]] = {}
         for name, tensors in read_units(self.who, units):
             require(name not in self.units, f"{self.who}: two units are called {name!r}: give each a name of its own")

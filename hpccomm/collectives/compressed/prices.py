@@ -9,9 +9,9 @@ list of phases.  A phase is a dense collective with the time of its best schedul
 collective      between nodes                                                inside nodes
 ==============  ===========================================================  ==========================================
 ``allgather``   ⌈log₂N⌉α + (N-1)kmβ                                          α + (k-1)Nmβ
-``alltoall``    (p-1)α + (p-k)kmβ
+``alltoall``    (p-1)(α + mγ) + (p-k)kmβ
 ``allreduce``   2⌈log₂N⌉α + 2(N-1)/N mβ + (N-1)/N m/k γ                      2α + (k-1)/k m (2β + γ)
-``sendrecv``    α + kmβ
+``sendrecv``    α + kmβ + mγ
 ``reduce``                                                                   ⌈log₂k⌉α + m (β + γ)
 ``bcast``                                                                    ⌈log₂k⌉α + mβ
 ==============  ===========================================================  ==========================================
@@ -98,10 +98,10 @@ def price_allgather(at: Place, nbytes: float) -> Cost:
 
 
 def price_alltoall(at: Place, nbytes: float) -> Cost:
-    """One message after the other."""
+    """One message after the other; the receiver adds them."""
     p, k = at.ranks, at.per_node
     link, crossing = (at.inter, k * (p - k)) if at.nodes > 1 else (at.intra, p - 1)
-    return Cost((p - 1) * link.alpha + crossing * nbytes * link.beta, p - 1)
+    return Cost((p - 1) * (link.alpha + nbytes * at.gamma) + crossing * nbytes * link.beta, p - 1)
 
 
 def price_allreduce(at: Place, nbytes: float) -> Cost:
@@ -118,9 +118,9 @@ def price_allreduce(at: Place, nbytes: float) -> Cost:
 
 
 def price_sendrecv(at: Place, nbytes: float) -> Cost:
-    """A message of every rank to another node."""
+    """A message of every rank to another node, which adds it."""
     link = at.inter if at.nodes > 1 else at.intra
-    return Cost(link.alpha + (at.per_node if at.nodes > 1 else 1) * nbytes * link.beta, 1)
+    return Cost(link.alpha + nbytes * ((at.per_node if at.nodes > 1 else 1) * link.beta + at.gamma), 1)
 
 
 def price_bcast(at: Place, nbytes: float) -> Cost:
