@@ -396,7 +396,7 @@ def density_ratios(record: dict[str, Any]) -> tuple[dict[float, float], dict[flo
     measured, predicted = {}, {}
     for density in BREAK_EVEN_DENSITIES:
         measured[density] = median(found[str(density)]) / median(found["dense"])
-        predicted[density] = sparse_cost.sparse_cost(nodes, per_node, nbytes, density, machine) / limit
+        predicted[density] = sparse_cost.price_sparse(nodes, per_node, nbytes, density, machine) / limit
     return measured, predicted
 
 

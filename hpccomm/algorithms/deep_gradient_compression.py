@@ -42,11 +42,10 @@ from hpccomm.algorithms.reports import ExchangeReport, MessageReport
 from hpccomm.algorithms.transforms import (
     ResidualTransform,
     Vector,
-    check_alike,
     check_count,
     check_decay,
+    check_limit,
     check_not_negative,
-    check_positive,
     require,
 )
 from hpccomm.algorithms.trust_ratio import global_norm
@@ -138,7 +137,7 @@ def dgc(
     momentum SGD.  If any rank's gradient is not finite, no rank steps, and only ``steps`` and ``skipped`` change in the
     state.
     """
-    check_arguments(density, stages, momentum, warmup, weight_decay, clip)
+    check_arguments(density, stages, momentum, warmup, weight_decay, clip, smallest)
     places = split_tensors(bucket, smallest)
     limit = None if clip is None else clip * comm.size**0.5
     ball = partial(heavy_ball, momentum=momentum, nesterov=nesterov)
@@ -206,22 +205,29 @@ def dgc(
 
 def check_bucket_vectors(who: str, bucket: Bucket, gradient: Vector, weights: Vector) -> None:
     """Raise unless both are alike, and vectors of the bucket."""
-    check_alike(gradient, weights)
     require(weights.shape == (bucket.size,), f"{who}: weights of shape {weights.shape}: pass the bucket's vector")
 
 
 def check_arguments(
-    density: float, stages: Sequence[float], momentum: float, warmup: int, weight_decay: float, clip: float | None
+    density: float,
+    stages: Sequence[float],
+    momentum: float,
+    warmup: int,
+    weight_decay: float,
+    clip: float | None,
+    smallest: int,
 ) -> None:
     """Raise for numbers outside their ranges, and for a warm-up that has no densities."""
+    require(isinstance(stages, Sequence), f"dgc: stages is {stages!r}: pass densities, such as (0.25, 0.0625)")
     for each in (density, *stages):
         check_density(each, "dgc")
     check_decay("dgc: momentum", momentum)
     check_count("dgc: warmup", warmup, 0)
     require(not warmup or len(stages) > 0, "dgc: stages is empty: pass the densities of the warm-up, or warmup=0")
     check_not_negative("dgc: weight_decay", weight_decay)
+    check_not_negative("dgc: smallest", smallest)
     if clip is not None:
-        check_positive("dgc: clip", clip, "pass a positive norm")
+        check_limit("dgc: clip", clip, "pass a positive norm")
 
 
 def average_dense(

@@ -56,7 +56,6 @@ from hpccomm.algorithms.transforms import (
     ResidualTransform,
     Transform,
     Vector,
-    check_alike,
     check_choice,
     check_decay,
     check_shape,
@@ -158,7 +157,7 @@ def feedback(
     require(hasattr(compressor, "decode_all"), f"feedback: {compressor!r} is no compressor: pass topk(0.01) …")
     require(hasattr(comm, "Allgather"), f"feedback: {comm!r} is no communicator: pass hpccomm.Communicator(comm)")
     check_decay("feedback: momentum", momentum)
-    require(reduce in ("mean", "sum"), f"feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
+    check_choice("feedback: reduce", reduce, ("mean", "sum"))
     require(not nesterov or momentum > 0, "feedback: nesterov needs momentum: pass one above 0")
     check_choice("feedback: exchange", exchange, EXCHANGES)
     require(
@@ -219,7 +218,6 @@ class FeedbackExchange:
 
     def update(self, gradient: Vector, state: FeedbackState, weights: Vector) -> tuple[Vector, FeedbackState]:
         """Exchange a gradient."""
-        check_alike(gradient, weights)
         if self.keeps_residual:
             check_shape(self.compressor.name, state.residual, weights)
         return self.exchange(gradient, state, True)
@@ -251,7 +249,7 @@ class FeedbackExchange:
         after = state._replace(
             residual=residual,
             spare=spare,
-            headers=np.stack([each[:HEADER_BYTES] for each in received[self.comm.rank]]),
+            headers=headers_of(received[self.comm.rank]),
             steps=state.steps + 1,
             report=state.report.add(cost),
             room=self.everyone.room,
@@ -308,7 +306,7 @@ class FeedbackExchange:
         after = state._replace(
             residual=residual,
             spare=spare,
-            headers=np.stack([each[:HEADER_BYTES] for each in messages]),
+            headers=headers_of(messages),
             steps=state.steps + 1,
             report=state.report.add(cost),
             path=EXCHANGES.index(path),
@@ -346,9 +344,8 @@ class FeedbackExchange:
             if received is None or messages is None:
                 raise ArgumentError(f"{self.compressor.name}: it cannot hold the sum of a node's gradients: scale them")
             longest = max(sum(each.size - HEADER_BYTES for each in one) for one in received)
-            headers = np.stack([each[:HEADER_BYTES] for each in messages])
             names, sent = self.names(messages, total) if masks else None, sent + nbytes
-            told = headers, names, longest, self.between_nodes.room
+            told = headers_of(messages), names, longest, self.between_nodes.room
             return self.decode(received, gradient)
 
         total = hierarchical_allreduce(self.comm, whole, between)
@@ -378,7 +375,8 @@ class FeedbackExchange:
     def names(self, messages: Sequence[Message], like: Vector) -> npt.NDArray[np.int64]:
         """The elements that messages of all parts name."""
         places = zip(messages, self.slices_of(like), strict=True)
-        return np.concatenate([read_indices(each).astype(np.int64) + place.start for each, place in places])
+        found = [read_indices(each).astype(np.int64) + place.start for each, place in places]
+        return np.concatenate([np.empty(0, np.int64), *found])
 
     def decode(self, received: list[list[Message]], like: Vector) -> Vector:
         """The mean or sum of the messages of all senders."""
@@ -479,7 +477,7 @@ def without_feedback(
         f"without_feedback: {compressor.name} leaves out the same elements again and again: pass qsgd, ternary or "
         "natural, or use feedback",
     )
-    require(reduce in ("mean", "sum"), f"without_feedback: reduce is {reduce!r}: pass 'mean' or 'sum'")
+    check_choice("without_feedback: reduce", reduce, ("mean", "sum"))
     sends = UnbiasedExchange(compressor, comm, 0.0, False, False, reduce, parts)
     return Transform(sends.init, sends.update)
 
@@ -508,6 +506,11 @@ def heavy_ball(gradient: Vector, velocity: Vector, momentum: float, nesterov: bo
         return velocity, velocity + gradient
     velocity = factor * velocity + gradient
     return velocity, velocity
+
+
+def headers_of(messages: Sequence[Message]) -> npt.NDArray[np.uint8]:
+    """The first bytes of the message of each part."""
+    return np.array([each[:HEADER_BYTES] for each in messages], np.uint8).reshape(-1, HEADER_BYTES)
 
 
 def agree_on_most(comm: MPI.Intracomm, count: int) -> int:

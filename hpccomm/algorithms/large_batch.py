@@ -50,6 +50,7 @@ from hpccomm.algorithms.transforms import (
     chain,
     check_choice,
     check_decay,
+    check_limit,
     check_not_negative,
     check_positive,
     check_rate,
@@ -108,9 +109,10 @@ def lars(
     check_rate("lars: lr", lr)
     check_decay("lars: momentum", momentum)
     check_not_negative("lars: weight_decay", weight_decay)
+    check_not_negative("lars: eps", eps)
     check_positive("lars: trust", trust, "pass a positive number; 0.001 is usual")
     if max_norm is not None:
-        check_positive("lars: max_norm", max_norm, "pass a positive number, or None")
+        check_limit("lars: max_norm", max_norm, "pass a positive number, or None")
     here = layers("lars", bucket, part, decay, adapt)
     clip_gradient = scale_by_global_norm("none" if max_norm is None else "clip", max_norm or 1.0, norm_reduce)
     decayed, velocity, rate = add_decayed_weights(weight_decay, here), momentum_trace(momentum, nesterov), descend(lr)
@@ -166,7 +168,7 @@ def lamb(
     check_decay("lamb: b2", b2)
     check_not_negative("lamb: eps", eps)
     check_not_negative("lamb: weight_decay", weight_decay)
-    check_positive("lamb: max_norm", max_norm)
+    check_limit("lamb: max_norm", max_norm)
     check_choice("lamb: bias_correction", bias_correction, (True, False, "in_step"))
     check_choice("lamb: grad_norm", grad_norm, ("none", "clip", "normalise"))
     check_range("lamb: ratio_clip", ratio_clip)

@@ -38,7 +38,6 @@ from hpccomm.algorithms.transforms import (
     Transform,
     Vector,
     chain,
-    check_alike,
     check_decay,
     check_positive,
     check_rate,
@@ -241,7 +240,6 @@ class PeriodicSteps:
 
     def update(self, gradient: Vector, state: PeriodicState, weights: Vector) -> tuple[Vector, PeriodicState]:
         """One step; the last one of a block ends it."""
-        check_alike(gradient, weights)
         company = self.step_comm(state)
         alive, state = self.count_active(company, True, state)
         return self.step(gradient, state, weights, company, alive, batches=1)

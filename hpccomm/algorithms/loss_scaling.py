@@ -17,7 +17,6 @@ from hpccomm.algorithms.transforms import (
     SkipState,
     Transform,
     Vector,
-    check_alike,
     check_transform,
     require,
     round_like,
@@ -87,7 +86,6 @@ def scale_loss(comm: MPI.Intracomm, inner: Transform, first: LossScale | None = 
     require(first.value > 0, f"scale_loss: the scale is {first.value}: pass a positive number")
 
     def update(gradient: Vector, state: ScaledState, weights: Vector) -> tuple[Vector, ScaledState]:
-        check_alike(gradient, weights)
         if not all_ranks_true(comm, bool(np.isfinite(gradient).all())):
             return np.zeros_like(weights), state.skip()
         unscaled = round_like(widen(gradient) / state.scale.value, gradient.dtype)  # 65,536 is infinite in float16

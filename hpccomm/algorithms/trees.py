@@ -16,7 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from hpccomm.algorithms.exact_steps import exact_step, exact_tensor
-from hpccomm.arrays import borrow, convert_like, is_on_device, library_of, to_torch, view_array
+from hpccomm.arrays import (
+    borrow,
+    check_array,
+    convert_like,
+    is_bfloat16,
+    is_on_device,
+    library_of,
+    to_torch,
+    view_array,
+)
 from hpccomm.buckets import Bucket
 from hpccomm.errors import ArgumentError
 
@@ -74,7 +83,8 @@ class TreeLayout:
         if len(arrays) < len(found):
             twice = sorted({name for name, _ in found if [other for other, _ in found].count(name) > 1})
             raise ArgumentError(f"two of the weights are called {', '.join(twice)}: rename the keys of the tree")
-        names = list(arrays) if bucket is None else [entry.name for entry in bucket.table]
+        by_tensor = bucket is not None and list(arrays) != [""]  # else the bucket's vector, in another library
+        names = [entry.name for entry in bucket.table] if bucket is not None and by_tensor else list(arrays)
         check_names("weights", arrays, names)
         self.like = weights
         self.bucket = Bucket({name: arrays[name] for name in names})
@@ -146,16 +156,49 @@ class StateKind:
         )
 
 
+def check_weights(weights: Vector, bucket: Bucket | None) -> Vector:
+    """The weights; raises for those that are no floating-point numbers, or have another byte order or shape."""
+    array = check_array(weights, "the weights") if isinstance(weights, np.ndarray) else weights
+    if array.dtype.kind not in "fc" and not is_bfloat16(array.dtype):
+        raise ArgumentError(f"the weights are {array.dtype}: pass floating-point numbers, x.astype('f4')")
+    if bucket is not None and array.shape != (bucket.size,):
+        raise ArgumentError(
+            f"the weights have shape {array.shape}: pass the bucket's vector, of shape ({bucket.size},)"
+        )
+    return weights
+
+
+def read_gradient(gradient: Any, weights: Vector) -> Vector:
+    """A gradient of any library beside weights that are one array; raises unless it is like them."""
+    if type(gradient) is not np.ndarray:
+        if is_branch(gradient):
+            raise ArgumentError(f"the gradient is a {type(gradient).__name__}, the weights one array: {ALIKE}")
+        gradient, _ = view_array(gradient, "the gradient")
+        if isinstance(gradient, np.ndarray) != isinstance(weights, np.ndarray):
+            raise ArgumentError("one of gradient and weights lies on a device, the other on the host: move them there")
+    check_alike(gradient, weights)
+    return gradient  # type: ignore[no-any-return]
+
+
+def check_alike(gradient: Vector, weights: Vector) -> None:
+    """Raise unless shapes and dtypes are equal: broadcasting or a cast would hide a mistake."""
+    if gradient.shape != weights.shape or gradient.dtype != weights.dtype:
+        raise ArgumentError(
+            f"the gradient is {gradient.dtype} of shape {gradient.shape}, the weights {weights.dtype} "
+            f"of shape {weights.shape}: make them alike, e.g. with hpccomm.Bucket and astype"
+        )
+
+
 def init_for_trees(init: Callable[[Vector], Any], bucket: Bucket | None, kind: StateKind) -> Callable[[Tree], Any]:
     """``init(weights)`` for weights of any form."""
     init = getattr(init, "for_vectors", init)
 
     def init_any(weights: Tree) -> Any:
         if not is_tree(weights):
-            return kind.note(init(weights))
+            return kind.note(init(check_weights(weights, bucket)))
         if is_on_device(weights):
             return kind.note(init(as_cupy(weights)))
-        return kind.note(init(TreeLayout(weights, bucket).flatten(weights, "weights")))
+        return kind.note(init(check_weights(TreeLayout(weights, bucket).flatten(weights, "weights"), bucket)))
 
     init_any.for_vectors = init  # type: ignore[attr-defined]
     return init_any
@@ -170,9 +213,7 @@ def update_for_trees(
     def update_any(gradient: Tree, state: Any, weights: Tree) -> tuple[Tree, Any]:
         kind.check(state)
         if not is_tree(weights):
-            if is_branch(gradient):
-                raise ArgumentError(f"the gradient is a {type(gradient).__name__}, the weights one array: {ALIKE}")
-            return update(gradient, state, weights)
+            return update(read_gradient(gradient, weights), state, weights)
         if is_on_device(weights):
             step, state = update(as_cupy(gradient), state, as_cupy(weights))
             return convert_like(step.reshape(weights.shape), weights), state

@@ -75,10 +75,10 @@ def flat_phases(n: float, density: float, place: Place) -> dict[str, list[Phase]
 
     found = {
         "sparse": exact["allgather"],
-        "words": [Phase("allgather", 4 * density * n)],
+        "words": [Phase("allgather", 4 * density * n, sums=True)],
         "recursive_doubling": exact["recursive_doubling"],
         "split": exact["split"],
-        "onebit": [Phase("allgather", n / 8)],
+        "onebit": [Phase("allgather", n / 8, sums=True)],
         "onebit_phases": two_phases(n / 8 / p),
         **{name: two_phases(code.nbytes(math.ceil(n / p))) for name, code in CODES.items()},
     }
@@ -129,9 +129,9 @@ def dense_cost(nodes: int, per_node: int, nbytes: float, machine: Machine) -> fl
     return price_phases([Phase("allreduce", nbytes)], place_on(nodes, per_node, machine)).us
 
 
-def sparse_cost(nodes: int, per_node: int, nbytes: float, density: float, machine: Machine) -> float:
+def price_sparse(nodes: int, per_node: int, nbytes: float, density: float, machine: Machine) -> float:
     """Microseconds of an allgather of indices and values."""
-    phase = Phase("allgather", HEADERS + 2 * density * nbytes)
+    phase = Phase("allgather", HEADERS + 2 * density * nbytes, sums=True)
     return price_phases([phase], place_on(nodes, per_node, machine)).us
 
 
@@ -144,7 +144,7 @@ def break_even(nodes: int, per_node: int, nbytes: float, machine: Machine | None
     limit = dense_cost(nodes, per_node, nbytes, machine)
 
     def pays(density: float) -> bool:
-        return sparse_cost(nodes, per_node, nbytes, density, machine) <= limit
+        return price_sparse(nodes, per_node, nbytes, density, machine) <= limit
 
     low, high = 4 / nbytes, 1.0
     if pays(high):

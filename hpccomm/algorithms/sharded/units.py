@@ -51,7 +51,7 @@ from hpccomm.algorithms.sharded.quantized import (
     make_secondary,
 )
 from hpccomm.algorithms.states import leaves
-from hpccomm.algorithms.transforms import Schedule, Transform, Vector, check_count, check_positive, require
+from hpccomm.algorithms.transforms import Schedule, Transform, Vector, check_count, check_limit, require
 from hpccomm.algorithms.trust_ratio import NormReduce, global_norm
 from hpccomm.arrays import (
     Converter,
@@ -278,7 +278,7 @@ class ShardedModel:
         require(stage in (1, 2, 3), f"zero: stage is {stage}: pass 1, 2 or 3; data_parallel divides nothing")
         check_count("zero: prefetch", prefetch, 0)
         if max_norm is not None:
-            check_positive("zero: max_norm", max_norm, "pass a positive number, or None")
+            check_limit("zero: max_norm", max_norm, "pass a positive number, or None")
         self.groups, self.stage, self.max_norm = groups, stage, max_norm
         self.loss_scale = loss_scale or LossScale()
         self.ranks, self.place = groups.partition.size, groups.partition.rank

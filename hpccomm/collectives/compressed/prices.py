@@ -77,6 +77,8 @@ class Phase(NamedTuple):
     nbytes: float
     """Of a rank's block, or of the whole vector in a reduction or broadcast."""
     level: str = ALL
+    sums: bool = False
+    """Every rank adds the blocks of an allgather."""
 
 
 def ceil_log2(p: int) -> int:
@@ -148,8 +150,13 @@ COLLECTIVES: dict[str, Callable[[Place, float], Cost]] = {
 
 def price_phases(phases: Iterable[Phase], place: Place) -> Cost:
     """Microseconds and rounds of an exchange."""
-    costs = [COLLECTIVES[each.collective](place.level(each.level), each.nbytes) for each in phases]
-    return Cost(sum(each.us for each in costs), sum(each.rounds for each in costs))
+    us, rounds = 0.0, 0
+    for each in phases:
+        at = place.level(each.level)
+        found = COLLECTIVES[each.collective](at, each.nbytes)
+        us += found.us + (at.ranks - 1) * each.nbytes * at.gamma * each.sums
+        rounds += found.rounds
+    return Cost(us, rounds)
 
 
 def cheapest(exchanges: Mapping[str, Iterable[Phase]], place: Place) -> str:
@@ -182,7 +189,7 @@ def exact_phases(
     rounds = [1 << each for each in range(ceil_log2(p))]
     doubling = [Phase("sendrecv", bytes_of_sum(each), NODE if each < place.per_node else ALL) for each in rounds]
     return {
-        "allgather": [Phase("allgather", pair * count)],
+        "allgather": [Phase("allgather", pair * count, sums=True)],
         "recursive_doubling": doubling,
         "split": [Phase("alltoall", pair * count / p), Phase("allgather", bytes_of_sum(p, n / p))],
         "dense": [Phase("allreduce", value_bytes * n)],
@@ -210,12 +217,13 @@ def inside_and_between(n: float, between: Iterable[Phase]) -> list[Phase]:
 
 def path_phases(n: float, elements: float, nbytes: float, place: Place) -> dict[str, list[Phase]]:
     """The paths of :mod:`hpccomm.algorithms.message_paths` for messages of ``nbytes`` that name ``elements`` of n."""
-    found, exact = {"allgather": [Phase("allgather", nbytes)]}, exact_phases(n, elements, place)
+    gather, exact = Phase("allgather", nbytes, sums=True), exact_phases(n, elements, place)
+    found = {"allgather": [gather]}
     has_nodes, leaders = place.nodes > 1 and place.per_node > 1, place.level(LEADERS)
     if has_nodes:
         sums = exact_phases(n, n * density_of_sum(elements / max(n, 1), place.per_node), leaders)
         found["node"] = inside_and_between(n, sums[cheapest(sums, leaders)])
     found |= {name: exact[name] for name in ("dense", "recursive_doubling", "split")}
     if has_nodes:
-        found["leaders"] = inside_and_between(n, [Phase("allgather", nbytes)])
+        found["leaders"] = inside_and_between(n, [gather])
     return found
