@@ -66,6 +66,12 @@ class Buffer:
         return self.half or self.pair or str(self.dtype)
 
     @property
+    def width(self) -> int:
+        """Bytes of an element."""
+        assert self.dtype is not None
+        return self.dtype.itemsize
+
+    @property
     def opaque(self) -> bool:
         """Whether mpi4py must handle the form."""
         return self.dtype is None
@@ -108,7 +114,7 @@ class Buffer:
         """The elements as a view that holds no reference to the user's array."""
         assert self.dtype is not None
         count = self.elements if count is None else count
-        return view_at(self.address + first * self.dtype.itemsize, count, self.dtype)
+        return view_at(self.address + first * self.width, count, self.dtype)
 
 
 def hold(given: Any) -> Any:

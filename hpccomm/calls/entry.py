@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from hpccomm.calls.blocks import Amounts
+from hpccomm.calls.blocks import EQUAL, NONE, ONE, PARTS, SIGNATURES, Amounts, Signature
 from hpccomm.calls.buffers import MPI_KINDS, element_of
 from hpccomm.calls.consistency import EnteredCall
 from hpccomm.calls.fingerprint import template_digest
@@ -58,10 +58,6 @@ from hpccomm.kernels.reductions.reference import code_of
 from hpccomm.kernels.shared_memory.memory import load
 from hpccomm.kernels.shared_memory.records import fill, offset_of
 
-ONE_BLOCK = ("gather", "scatter")
-"""Collectives whose fingerprints count one block, although one rank has a block of every rank."""
-UNCOUNTED = ("gatherv", "scatterv", "alltoallv")
-"""Collectives of which every two ranks compare what one sends to the other."""
 MAX_RANKS = 256
 """Python has one object each for the integers up to 256, so a root is recognised by its address."""
 FIRST_ROWS, MAX_ROWS = 64, 4096
@@ -121,41 +117,39 @@ class Doors:
 
 
 COLLECTIVES = tuple(Doors.__annotations__)
-INHERITED = ("gather", "scatter", "scan", "exscan", "alltoallv", "gatherv", "scatterv")
+FORMS = {name.lower(): form for name, form in SIGNATURES.items() if name.lower() in COLLECTIVES}
+INHERITED = tuple(name for name, form in FORMS.items() if not form.family)
 """Collectives that only MPI runs."""
+ONE_BLOCK = tuple(name for name in INHERITED if FORMS[name].blockwise)
+"""Collectives whose fingerprints count one block, although one rank has a block of every rank."""
+UNCOUNTED = tuple(name for name in INHERITED if FORMS[name].varies)
+"""Collectives of which every two ranks compare what one sends to the other."""
 
 
 def door_facts(p: int) -> dict[str, dict[str, int]]:
-    """The fields of each collective's door that are not 0, for p ranks."""
+    """The fields of each collective's door for p ranks."""
+    return {name: read_facts(form, p) for name, form in FORMS.items()}
+
+
+def read_facts(form: Signature, p: int) -> dict[str, int]:
+    """The fields of a door for a collective that takes ``form``."""
+    blocks = {NONE: 0, ONE: 1, EQUAL: p, PARTS: 1}
+    counts_given, gathers = "recvcounts" in form.arguments, form.family == "allgather"
+    in_place = blocks[form.recv] if form.send == ONE and not counts_given else 0
+    uneven = SENT_UNEVEN * (form.send == PARTS) | RECEIVED_UNEVEN * (form.recv == PARTS) | COUNTS_GIVEN * counts_given
+    sent_at_root = form.send == NONE and "root" in form.arguments
     return {
-        "allreduce": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1},
-        "reduce": {
-            **{"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "same_is_in_place": 1},
-            "rooted": RECEIVES_AT_ROOT,
-        },
-        "reduce_scatter_block": {"send_blocks": p, "recv_blocks": 1, "send_counted": p},
-        "allgather": {"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p, "own_block": 1},
-        "bcast": {"recv_blocks": 1, "rooted": IS_SENT_AT_ROOT},
-        "alltoall": {"send_blocks": p, "recv_blocks": p, "send_counted": p, "recv_counted": p},
-        "barrier": {},
-        "gather": {
-            **{"send_blocks": 1, "recv_blocks": p, "in_place_blocks": p, "recv_counted": p},
-            "rooted": RECEIVES_AT_ROOT,
-        },
-        "scatter": {"send_blocks": p, "recv_blocks": 1, "send_counted": p, "rooted": SENDS_AT_ROOT},
-        "scan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
-        "exscan": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
-        "allgatherv": {"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1, "uneven": RECEIVED_UNEVEN},
-        "reduce_scatter": {"send_blocks": 1, "recv_blocks": 1, "uneven": COUNTS_GIVEN},
-        "alltoallv": {"send_blocks": 1, "recv_blocks": 1, "uneven": SENT_UNEVEN | RECEIVED_UNEVEN | ANY_LAYOUT},
-        "gatherv": {
-            **{"send_blocks": 1, "recv_blocks": 1, "in_place_blocks": 1},
-            **{"rooted": RECEIVES_AT_ROOT, "uneven": RECEIVED_UNEVEN | ANY_LAYOUT},
-        },
-        "scatterv": {
-            **{"send_blocks": 1, "recv_blocks": 1},
-            **{"rooted": SENDS_AT_ROOT, "uneven": SENT_UNEVEN | ANY_LAYOUT},
-        },
+        "send_blocks": blocks[form.send],
+        "recv_blocks": blocks[form.recv],
+        "in_place_blocks": in_place,
+        "same_is_in_place": int(bool(form.family and in_place) and "op" in form.arguments),
+        "send_counted": p if form.send == EQUAL else 1,
+        "recv_counted": p if form.recv == EQUAL else 1,
+        "own_block": int(gathers and form.recv == EQUAL),
+        "rooted": RECEIVES_AT_ROOT * form.recv_at_root
+        | SENDS_AT_ROOT * form.send_at_root
+        | IS_SENT_AT_ROOT * sent_at_root,
+        "uneven": uneven | ANY_LAYOUT * (form.varies and not form.family),
     }
 
 
@@ -196,8 +190,7 @@ class Entry:
     def _open_door(self, name: str) -> npt.NDArray[Any]:
         """Open the door of a collective; returns its record, which must stay alive."""
         door = np.zeros(1, records.DOOR_RECORD)
-        facts = {"send_counted": 1, "recv_counted": 1, **self._facts[name]}
-        fill(door[0:1], entry=self._record.ctypes.data, collective=COLLECTIVES.index(name), **facts)
+        fill(door[0:1], entry=self._record.ctypes.data, collective=COLLECTIVES.index(name), **self._facts[name])
         setattr(self._doors, name, make_builtin(name, objects.address("enter"), door))
         return door
 
@@ -232,7 +225,7 @@ class Entry:
             self._layouts.add(key.layout)
             return  # many programs use one layout once
         name, item = COLLECTIVES[key.kind & 0xFF], self._items[key.kind >> records.TOKEN_BITS]
-        blocks = 1 if name in ONE_BLOCK else max(1, self._facts[name].get("recv_blocks", 1)) * (name not in UNCOUNTED)
+        blocks = 1 if name in ONE_BLOCK else max(1, self._facts[name]["recv_blocks"]) * (name not in UNCOUNTED)
         values = native_values(call) if isinstance(call, NativeCall) else shared_values(call, key)
         template, count = template_digest(values["fingerprint"])
         first, last = class_lengths(key.nbytes)
