@@ -163,7 +163,7 @@ def check_weights(weights: Vector, bucket: Bucket | None) -> Vector:
         raise ArgumentError(f"the weights are {array.dtype}: pass floating-point numbers, x.astype('f4')")
     if bucket is not None and array.shape != (bucket.size,):
         raise ArgumentError(
-            f"the weights have shape {array.shape}: pass the bucket's vector, of shape ({bucket.size},)"
+            f"the weights have shape {array.shape}, the bucket's part ({bucket.size},): pass a vector of the bucket's size"
         )
     return weights
 
