@@ -162,9 +162,8 @@ def check_weights(weights: Vector, bucket: Bucket | None) -> Vector:
     if array.dtype.kind not in "fc" and not is_bfloat16(array.dtype):
         raise ArgumentError(f"the weights are {array.dtype}: pass floating-point numbers, x.astype('f4')")
     if bucket is not None and array.shape != (bucket.size,):
-        raise ArgumentError(
-            f"the weights have shape {array.shape}, the bucket's part ({bucket.size},): pass a vector of the bucket's size"
-        )
+        found = f"the weights have shape {array.shape}, the bucket's part ({bucket.size},)"
+        raise ArgumentError(f"{found}: pass a vector of the bucket's size")
     return weights
 
 
