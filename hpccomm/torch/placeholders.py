@@ -68,14 +68,14 @@ def is_rank(size: int, environ: Mapping[str, str]) -> bool:
     """Whether this process is a rank of an MPI job of this size, or will be when MPI starts."""
     if size == 1:
         return True
-    module = started_mpi()
+    module = find_mpi()
     if module is not None:
         return bool(module.Is_finalized() or module.COMM_WORLD.size == size)
     processes_of_torchrun = int(environ.get("LOCAL_WORLD_SIZE", "1")) if TORCHRUN in environ else 1
     return processes_of_torchrun == 1 and launcher.read_launch_size(environ)[0] == size
 
 
-def started_mpi() -> Any:
+def find_mpi() -> Any:
     """``mpi4py.MPI`` if it is imported and MPI has started."""
     module = sys.modules.get("mpi4py.MPI")
     return module if module is not None and module.Is_initialized() else None
@@ -103,7 +103,7 @@ def join(store: Store, rank: int, size: int) -> None:
     name = f"hpccomm-{os.getpid()}-{secrets.token_hex(8)}"
     listener.bind("\0" + name)
     listener.listen()
-    described = {"name": name, "node": describe_node(), "started": started_mpi() is not None}
+    described = {"name": name, "node": describe_node(), "started": find_mpi() is not None}
     store.set(f"{prefix}/{rank}", json.dumps(described))
     everyone = [json.loads(store.get(f"{prefix}/{each}")) for each in range(size)]
     check_processes(everyone)
@@ -228,7 +228,7 @@ def hold(connection: socket.socket, listener: socket.socket, rank: int) -> None:
                 if placeholder.is_same_user(call):
                     break
         time.sleep(END_SECONDS)
-        module = started_mpi()
+        module = find_mpi()
         if module is None or not module.Is_finalized():
             os.write(2, f"rank {rank}: the MPI job has ended, because a rank has called MPI_Abort or died\n".encode())
             os._exit(1)
