@@ -94,7 +94,8 @@ def test_a_machine_with_slow_lines_and_memory_fills_slots_with_ordinary_stores()
         ({"single_copy": 5.0}, "bcast_single_copy_of_two", NEVER),
         ({"single_copy": 0.0}, "bcast_single_copy_of_two", 1 << 18),
         ({"handover": 2.0, "handover_nontemporal": 1.0}, "bcast_single_copy", 1 << 19),
-        ({"handover": 17.0}, "fills_nontemporal", False),
+        ({"handover": 23.0}, "fills_nontemporal", False),
+        ({"handover": 21.0}, "fills_nontemporal", True),
         ({"handover_nontemporal": 0.0}, "fills_nontemporal", True),
     ],
 )

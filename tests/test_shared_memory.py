@@ -770,6 +770,27 @@ def test_a_short_trial_ends_after_twelve_calls() -> None:
     assert set(ways[13:]) == {0}
 
 
+def test_a_class_of_long_vectors_begins_as_the_last_trial_of_another_has_decided() -> None:
+    """Where the cores lie decides for all of them alike; short vectors and decided classes keep their own way."""
+    region = np.zeros(1, records.region_record(1 << 12))
+    state, rows = np.zeros((), records.STATE_RECORD), np.zeros(4, records.TUNING_RECORD)
+    records.fill(state, memory=region.ctypes.data, region=region.itemsize, ranks=1, way=1)
+    rows["long"], rows["choice"], rows["decisions"] = [1, 1, 0, 1], [1, 1, 0, 1], [0, 0, 0, 1]
+    rows["trial"], rows["period"], rows["count"] = kernels.SHORT_TRIAL, 64, [kernels.SHORT_TRIAL, 40, 40, 40]
+    there = state.ctypes.data
+    line = kernels.line_of(there, 0)
+    rows["samples"][0] = [[FAST] * records.SAMPLES, [SLOW] * records.SAMPLES]
+
+    def begin(row: int) -> int:
+        kernels.begin_probe(rows[row:].ctypes.data, line, there)
+        return int(state["nontemporal_fill"])
+
+    assert [begin(row) for row in (1, 2, 3)] == [1, 0, 1]
+    begin(0)
+    kernels.decide(rows.ctypes.data, there)
+    assert [begin(row) for row in (0, 1, 2, 3)] == [0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("n", range(1, records.SAMPLES + 1))
 def test_the_middle_time_is_the_median(n: int) -> None:
     for times in itertools.product((1, 2, 3), repeat=n):
@@ -847,7 +868,7 @@ def test_the_first_probe_waits_until_every_part_of_every_slot_was_used() -> None
     for name, nbytes in (("allreduce", 16384), ("bcast", 1 << 16), ("reduce", 100_000), ("bcast", 1 << 24)):
         row = rows[kernels.COLLECTIVES.index(name), nbytes.bit_length() :]
         state, line = np.zeros((), records.STATE_RECORD), np.zeros((), records.LINE_RECORD)
-        state["slot"] = slot
+        state["slot"], state["way"] = slot, 1
         state["slot_stride"] = shared_memory.slot_stride(nbytes, slot)
         blocks, used = -(-nbytes // slot), set[int]()
         for call in range(300):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from hpccomm.kernels.shared_memory.collectives import COLLECTIVES
 from hpccomm.kernels.shared_memory.records import TUNING_RECORD
 
-NAME, HEAD, SCHEMA = "hpccomm-live", 4096, 1
+NAME, HEAD, SCHEMA = "hpccomm-live", 4096, 2
 """The name of the file; bytes of the text that it begins with; the version of both."""
 WAYS = ("ordinary stores", "non-temporal stores")
 

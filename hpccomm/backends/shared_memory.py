@@ -120,7 +120,9 @@ class SharedMemory:
         spin = least if self._crowded else max(least, self.parameters.spin)
         self._state = np.zeros((), records.STATE_RECORD)
         fill(self._state, memory=self._segment.address, region=self._region, ranks=self.size, rank=self.rank)
-        fill(self._state, spin=spin, spin_limit=spin, spin_least=least, slot=self._slot, max_wait=patience_ns)
+        awake = kernels.CROWDED_AWAKE_NS if self._crowded else kernels.AWAKE_NS
+        fill(self._state, spin=spin, spin_limit=spin, spin_least=least, awake=awake)
+        fill(self._state, slot=self._slot, max_wait=patience_ns, way=self.parameters.fills_nontemporal)
         self._tree = self._plant_tree(cores)
         rows = new_tuning_table(self._slot, self.parameters, self._direct_sum)
         self._live = LiveTable(rows, self.describe()) if self.rank == 0 else None
@@ -789,7 +791,7 @@ def new_tuning_table(slot: int, parameters: Parameters = DEFAULTS, direct_sum: i
             rows["trial"][size], rows["longest"][size] = trial, LONGEST_PERIODS * period
             rows["period"][size] = rows["shortest"][size] = period
             rows["count"][size] = period - warm_up
-            rows["choice"][size] = long and parameters.fills_nontemporal
+            rows["long"][size], rows["choice"][size] = long, long and parameters.fills_nontemporal
     return table.reshape(-1)
 
 

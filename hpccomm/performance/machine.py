@@ -157,9 +157,10 @@ class Parameters(NamedTuple):
 DEFAULTS = Parameters()
 SAME = 3.0
 """Ratios below this, and above its inverse, count as 1."""
-CLEARLY = 1.5
-"""Non-temporal stores cost up to twice the time where they are wrong, ordinary ones four to six times (measured on two
-cores, with and without a shared cache), so ordinary stores must be faster by this factor."""
+CLEARLY = 2.0
+"""Non-temporal stores cost up to twice the time where they are wrong, ordinary ones four to eight times (measured on
+two cores, with and without a shared cache), and a virtual machine's cores may lie elsewhere in the next launch.  So
+ordinary stores must be faster by this factor to be what calls begin with."""
 LIMITS = {
     "slot": (1 << 15, 1 << 18),
     "direct": (4096, 1 << 20),

@@ -95,6 +95,8 @@ STATE_RECORD = record(
         *words("nontemporal_fill", "probe"),  # of the running call; probe: 1 + number of the trial, 0 for none
         *words("clock", "elapsed", "max_wait", "slot_stride"),
         *words("spin_least"),  # spin is between this and spin_limit
+        *words("awake"),  # nanoseconds for which a wait yields the core before it sleeps
+        *words("way"),  # how the last trial of a long vector has decided to fill slots
         *words("tree", "parent", "child_count"),  # tree: 1 if ranks meet along a tree
         *words("child"),  # address of the ranks below this one, and for each the place after those below it
         *words("order", "first", "end"),  # address of all ranks in order of the tree; the places of this rank's subtree
@@ -118,6 +120,7 @@ SAMPLES = 5
 TUNING_RECORD = record(
     [
         *words("count", "period", "choice"),  # calls since the last trial began, and until the next one begins
+        *words("long"),  # 1: until the first trial, slots are filled as the last one of another such class has decided
         *words("trial", "shortest", "longest"),  # calls of a trial; limits of the period
         *words("decisions", "changes"),  # how many trials have ended, and how many have changed the choice
         *words("time_cached", "time_nontemporal"),  # of the slowest rank, in the last trial
