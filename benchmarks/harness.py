@@ -75,6 +75,13 @@ def time_collective(comm: Any, call: Callable[[], Any], repeats: int = 1) -> flo
     return max_over_ranks(comm, time_local(call, repeats))
 
 
+def busy_seconds() -> float:
+    """Seconds for which the cores of this machine have worked, programs and system together, since it was started."""
+    with open("/proc/stat", encoding="ascii") as file:
+        user, nice, system, _idle, _wait, interrupts, soft = map(int, file.readline().split()[1:8])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+
+
 def take_roots(elements: int, times: int) -> None:
     """Work of the processor on an array of so many elements, during which other threads may run Python."""
     import numpy as np

@@ -5,6 +5,7 @@
 
 *One launch, groups interleaved.*  A round measures every group once, each after a barrier, in an order that changes;
 the slowest rank counts.  The null is a second group of hpccomm: its ratio to the first one is what noise alone does.
+``--page`` writes the tables of some files as they stand in the documentation.
 """
 
 from __future__ import annotations
@@ -72,12 +73,29 @@ def compare(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[f
     return harness.take_turns(turns, rounds, warmup=0, shuffle=True)
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """One launch: gloo's time by ours round by round, its median and worst, and the worst of the null's."""
+    lines = []
+    for row in results:
+        ours, null, gloo = (row["seconds"][name] for name in ("hpccomm", "null", "gloo"))
+        gains, nulls = harness.ratios(gloo, ours), harness.ratios(null, ours)
+        times = [f"{median(each) * 1e6:.4g}" for each in (ours, gloo)]
+        size = f"{row['bytes']}" if row["bytes"] else ""
+        lines.append([row["call"], size, *times, f"**{median(gains):.3g}**", f"{min(gains):.3g}", f"{min(nulls):.2f}"])
+    head = ["call", "bytes", "hpccomm, µs", "gloo, µs", "gloo / hpccomm", "worst round", "worst null"]
+    return f"{results[0]['ranks']} ranks\n\n{harness.table(head, lines, words=1)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--largest", type=int, default=64 << 20, help="bytes of the longest vector")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path, nargs="+", help="print the tables of these files and measure nothing")
     args = parser.parse_args()
+    if args.page:
+        print("\n\n".join(table(json.loads(file.read_text())) for file in args.page))
+        return
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group("hpccomm")
@@ -87,9 +105,9 @@ def main() -> None:
     results = []
     for size in [*sizes, 0]:
         make = partial(calls, length=size // 4, ranks=ranks) if size else steps
-        table = {name: make(group) for name, group in groups.items()}
-        for name in table["gloo"]:
-            seconds = compare({group: table[group][name] for group in groups}, args.rounds)
+        made = {name: make(group) for name, group in groups.items()}
+        for name in made["gloo"]:
+            seconds = compare({group: made[group][name] for group in groups}, args.rounds)
             results.append({"call": name, "bytes": size, "ranks": ranks, "seconds": seconds})
             if rank == 0:
                 middle = {group: median(each) for group, each in seconds.items()}

@@ -246,7 +246,7 @@ def await_barrier(call, state):
     if load(state + PROBE) != 0 and load(call + WAITING) == 0:
         store(state + ELAPSED, nanoseconds() - load(state + CLOCK))
     since = load(call + WAITING)
-    late = since != 0 and nanoseconds() - since > CROWDED_AWAKE_NS
+    late = since != 0 and nanoseconds() - since > load(state + AWAKE)
     code = meet_in_tree(call, state, since, late) if load(state + TREE) != 0 else meet_all(call, state, since, late)
     if code in (RETRY, STUCK):
         store(call + WAITING, nanoseconds() if since == 0 else since)
