@@ -34,11 +34,12 @@ TREES = {
 }
 """Parameters with which the calls of any number of ranks go along trees."""
 
+
 class OneProcess:
     """What the constructor of shared memory asks of a communicator, where all ranks answer alike."""
 
-    def __init__(self, rank: int, size: int, places: Sequence[Place]) -> None:
-        self.rank, self.size, self.places = rank, size, places
+    def __init__(self, rank: int, size: int, places: Sequence[Place], parameters: Parameters = DEFAULTS) -> None:
+        self.rank, self.size, self.places, self.parameters = rank, size, places, parameters
 
     def Get_rank(self) -> int:
         return self.rank
@@ -50,7 +51,7 @@ class OneProcess:
         return list(self.places) if isinstance(mine, Place) else [mine] * self.size
 
     def bcast(self, mine: Any) -> Any:
-        return mine
+        return self.parameters, ""  # as rank 0 has found them
 
 
 class Segment:
@@ -76,7 +77,7 @@ def open_ranks(
     places = places or [Place(str(rank * 2 // p), str(rank * 4 // p), str(rank * 8 // p)) for rank in range(p)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "SharedSegment", lambda node, nbytes: whole)
-        made = [SharedMemory(OneProcess(r, p, places), code, -1, parameters) for r in range(p)]
+        made = [SharedMemory(OneProcess(r, p, places, parameters), code, -1, parameters) for r in range(p)]
     yield made
     for each in made:
         each.close()
