@@ -1,4 +1,4 @@
-"""Programs on machines whose caches are wrong, damaged, empty, or another user's: right results and at most one warning."""
+"""Programs whose caches are wrong, damaged, empty, or another user's: right results and at most one warning."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_many_more_ranks_than_cores_agree_in_shared_memory(comm: Communicator) -
 
 
 def make_many_calls(comm: Communicator) -> None:
-    """Random calls in shared memory, of the ranks in order or in reverse; now and then one is so late that others sleep.
+    """Random calls in shared memory, of the ranks in order or in reverse; now and then one is late and others sleep.
 
     Memory does not grow after half of the calls, in which the plans have filled their caches.
     """

@@ -287,7 +287,7 @@ def meet_in_tree(call, state, since, late):
     """
     number, check, above = load(state + CALLS), load(call + CALL_CHECK), load(state + PARENT)
     mine = region(state, load(state + RANK))
-    if load(state + CHILD_COUNT) != 0 and load(mine + GATHERED) != number:
+    if load(mine + GATHERED) != number:
         code = gather_in_tree(call, state, since, late)
         if code != DONE:
             return code
@@ -311,7 +311,7 @@ def meet_in_tree(call, state, since, late):
 
 
 def gather_in_tree(call, state, since, late):
-    """Wait for the ranks below this one, and put their blocks behind the own one in the packet, or in the buffer."""
+    """Wait for the ranks below this one, and put their blocks behind the own one, in the packet or in the buffer."""
     r, number, check = load(state + RANK), load(state + CALLS), load(call + CALL_CHECK)
     place, carries, answer, to = load(state + FIRST), load(call + CARRIES), check, 0
     upwards = carries not in (NOTHING, VECTOR_OF_ROOT)
@@ -323,7 +323,7 @@ def gather_in_tree(call, state, since, late):
     place += 1
     for i in range(load(state + CHILD_COUNT)):
         q, end = load(load(state + CHILD) + 2 * W * i), load(load(state + CHILD) + 2 * W * i + W)
-        packet = packet_of(state, q, end - place)
+        packet = region(state, q) + GATHERED
         code = await_flag(state, q, packet, number, patience(state, since), late)
         if code != DONE:
             return code
@@ -336,11 +336,6 @@ def gather_in_tree(call, state, since, late):
         place = end
     store(region(state, r) + GATHERED + CHECK, answer)
     return DONE
-
-
-def packet_of(state, q, ranks):
-    """What tells that rank q and those below it, so many in all, have arrived: a rank without children has its line."""
-    return line_of(state, q) if ranks == 1 else region(state, q) + GATHERED
 
 
 def data_of(state, q, packet, nbytes):
@@ -356,14 +351,6 @@ def bytes_between(call, state, first, end):
     for k in range(first, end):
         total += block_bytes(call, state, load(load(state + ORDER) + W * k))
     return total
-
-
-def publish_in_tree(call, state):
-    """Write the block of a rank that has no children to where its parent reads it."""
-    if load(state + CHILD_COUNT) == 0:
-        nbytes = bytes_between(call, state, load(state + FIRST), load(state + END))
-        r = load(state + RANK)
-        copy(data_of(state, r, line_of(state, r), nbytes), load(call + SEND), nbytes)
 
 
 def answer_bytes(call, state, carries):
@@ -635,8 +622,12 @@ def allreduce(call):
     protocol = load(call + PROTOCOL)
     if protocol in (INLINE, BUFFERED):
         return fold_lines(call, state) if protocol == INLINE else fold_buffers(call, state)
-    if protocol == IN_TREE:
-        return DONE
+    # one more case of the protocol would cost the others a comparison
+    return DONE if load(call + CARRIES) != NOTHING else allreduce_in_slots(call, state, protocol)
+
+
+def allreduce_in_slots(call, state, protocol):
+    """Reduce a vector that may be registered."""
     registered = registration(state)
     if registered > 0:
         return allreduce_registered(call, state)
@@ -656,9 +647,6 @@ def publish(call, state):
     if protocol == BUFFERED:
         fill(state, buffer_of(state, r), send, nbytes)
         return
-    if protocol == IN_TREE:
-        publish_in_tree(call, state)
-        return
     allocation = 0
     if load(call + ALLOCATION) != 0:
         allocation = load(call + ALLOCATION) * load(load(call + ALIVE))
@@ -669,7 +657,7 @@ def publish(call, state):
         return
     if protocol == DIRECT:
         fill(state, buffer_of(state, r), send, nbytes)
-    else:
+    elif protocol == PIPELINE:
         publish_rest(call, state, 0)
 
 
@@ -808,12 +796,12 @@ def reduce(call):
     root = load(call + ROOT) == load(state + RANK)
     if load(call + PROTOCOL) == PIPELINE:
         return fold_blocks(call, state) if root else publish_blocks(call, state)
-    if load(call + PROTOCOL) == IN_TREE:
-        return DONE
     if not root:
         end_probe(call, state)
         return DONE
-    return fold_lines(call, state) if load(call + PROTOCOL) == INLINE else fold_buffers(call, state)
+    if load(call + PROTOCOL) == INLINE:
+        return fold_lines(call, state)
+    return DONE if load(call + CARRIES) != NOTHING else fold_buffers(call, state)
 
 
 def publish_blocks(call, state):
@@ -859,9 +847,7 @@ def reduce_scatter(call):
         begin(call, state)
         if protocol == DIRECT:
             fill(state, buffer_of(state, load(state + RANK)), load(call + SEND), load(call + NBYTES))
-        elif protocol == IN_TREE:
-            publish_in_tree(call, state)
-        else:
+        elif protocol == PIPELINE:
             publish_scatter(call, state, 0)
         arrive(state)
     code = await_barrier(call, state)
@@ -941,8 +927,6 @@ def allgather(call):
         begin(call, state)
         if protocol == DIRECT:
             fill(state, buffer_of(state, r), load(call + SEND), block_bytes(call, state, r))
-        elif protocol == IN_TREE:
-            publish_in_tree(call, state)
         elif protocol == PIPELINE:
             publish_segment(call, state, 0)
         store(line_of(state, r) + SEND_AT, load(call + SEND))
